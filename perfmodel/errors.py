@@ -1,0 +1,18 @@
+"""A user's mistake, told in one line."""
+
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input: the message says what is wrong and how to put it right; the command line exits with 2."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """A clause that names the closest valid choice, or lists them all if there are few."""
+    import difflib
+
+    options = sorted(choices)
+    close = difflib.get_close_matches(name.lower(), options, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return "choose one of: " + ", ".join(options)
