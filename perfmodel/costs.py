@@ -1,0 +1,169 @@
+"""What an op costs besides bytes: FLOPs, and how many CUDA kernels one ATen call launches.
+
+FLOPs count multiply and add as two, and only matrix products and attention, as `torch.utils.flop_counter` does.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .tape.core import Op, Spec
+from .tape.dims import Dim
+
+Shape = tuple[Dim, ...]
+_FLOPS: dict[str, Callable[..., Dim]] = {}
+
+
+def flops_of(*names: str) -> Callable[[Callable[..., Dim]], Callable[..., Dim]]:
+    """Register a FLOP formula, a function of the input shapes."""
+
+    def register(formula: Callable[..., Dim]) -> Callable[..., Dim]:
+        for name in names:
+            _FLOPS[name] = formula
+        return formula
+
+    return register
+
+
+@flops_of("mm")
+def mm_flops(a: Shape, b: Shape) -> Dim:
+    """(m, k)·(k, n)."""
+    return 2 * a[0] * a[1] * b[1]
+
+
+@flops_of("addmm")
+def addmm_flops(bias: Shape, a: Shape, b: Shape) -> Dim:
+    """The product only; the bias rides along."""
+    return mm_flops(a, b)
+
+
+@flops_of("bmm")
+def bmm_flops(a: Shape, b: Shape) -> Dim:
+    """(h, m, k)·(h, k, n)."""
+    return 2 * a[0] * a[1] * a[2] * b[2]
+
+
+def attention_product(q: Shape, k: Shape) -> Dim:
+    """One product of the attention's size: 2·b·h·sq·skv·d, causal masking not deducted."""
+    return 2 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+
+@flops_of(
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+)
+def attention_flops(q: Shape, k: Shape, *rest: Shape) -> Dim:
+    """qkᵀ and pv."""
+    return 2 * attention_product(q, k)
+
+
+@flops_of(
+    "_scaled_dot_product_flash_attention_backward",
+    "_scaled_dot_product_efficient_attention_backward",
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
+)
+def attention_backward_flops(g: Shape, q: Shape, k: Shape, *rest: Shape) -> Dim:
+    """qkᵀ again, then the gradients of p, v, q and k."""
+    return 5 * attention_product(q, k)
+
+
+def _heads_first(x: Shape) -> Shape:
+    return (x[0], x[2], x[1], x[3])
+
+
+@flops_of("flash_attn::_flash_attn_forward")
+def flash2_flops(q: Shape, k: Shape, *rest: Shape) -> Dim:
+    """As `attention_flops`, for (b, s, h, d)."""
+    return attention_flops(_heads_first(q), _heads_first(k))
+
+
+@flops_of("flash_attn::_flash_attn_backward")
+def flash2_backward_flops(g: Shape, q: Shape, k: Shape, *rest: Shape) -> Dim:
+    """As `attention_backward_flops`, for (b, s, h, d)."""
+    return attention_backward_flops(g, _heads_first(q), _heads_first(k))
+
+
+def flops(op: Op) -> Dim:
+    """FLOPs of one call."""
+    formula = _FLOPS.get(op.name)
+    return formula(*(s.shape for s in op.inputs)) if formula else 0
+
+
+# CUDA kernels per ATen call where it is not 1, with the reason. To be confirmed on a GPU by the validation harness.
+KERNELS: dict[str, tuple[int, str]] = {
+    "_local_scalar_dense": (0, "a copy to the host and a synchronisation, no kernel"),
+    "empty_like": (0, "allocates only"),
+    "zeros": (1, "a fill"),
+    "slice_backward": (2, "fills zeros, then copies the slice"),
+    "constant_pad_nd": (2, "fills the padding, then copies the inner part"),
+    "cumsum": (2, "scan in two passes (CUB)"),
+    "embedding_dense_backward": (6, "sorts the indices (CUB radix sort), then segment offsets and sums"),
+    "nll_loss_backward": (2, "zero fill of the gradient, then the scatter"),
+    "native_layer_norm_backward": (2, "input gradient; weight and bias gradients"),
+    "_scaled_dot_product_flash_attention_backward": (3, "dO·O row sums, main kernel, dQ conversion"),
+    "flash_attn::_flash_attn_backward": (3, "dO·O row sums, main kernel, dQ conversion"),
+    "_scaled_dot_product_efficient_attention_backward": (2, "dO·O row sums, main kernel"),
+}
+
+# multi_tensor_apply.cuh: tensors and 65,536-element chunks that fit one launch, by number of tensor lists.
+_TENSORS_PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
+_BLOCKS_PER_LAUNCH = 320
+_CHUNK = 65_536
+_LISTS = {
+    "_foreach_mul_.Scalar": 1, "_foreach_mul_.Tensor": 1, "_foreach_add_.Scalar": 1, "_foreach_div_.ScalarList": 1,
+    "_foreach_lerp_.Scalar": 2, "_foreach_sqrt": 2, "_foreach_add_.List": 2, "_foreach_norm.Scalar": 1,
+    "_foreach_addcmul_.Scalar": 3, "_foreach_addcdiv_.ScalarList": 3, "_fused_adamw_": 4,
+}  # fmt: skip
+
+
+def kernels(op: Op) -> Dim:
+    """CUDA kernels that one call launches; 0 for views and for work on host tensors."""
+    if op.view or "host" in op.attrs:
+        return 0
+    lists = _LISTS.get(op.name)
+    if lists:
+        launches = _launches(op.inputs[: len(op.inputs) // lists] if lists > 1 else op.inputs, lists)
+        return launches + 1 if op.name == "_foreach_norm.Scalar" else launches  # + cleanup of the partial norms
+    return KERNELS.get(op.name, (1, ""))[0]
+
+
+def _launches(tensors: tuple[Spec, ...], lists: int) -> Dim:
+    """Launches of `multi_tensor_apply`: a launch is full at so many tensors or so many chunks."""
+    launches: Any = 0
+    slots: Any = 0
+    blocks: Any = 0
+    limit = _TENSORS_PER_LAUNCH[lists]
+    for spec in tensors:
+        chunks = -(-spec.numel // _CHUNK)
+        for _ in range(spec.copies):
+            total = blocks + chunks
+            filled = total // _BLOCKS_PER_LAUNCH
+            launches, blocks = launches + filled, total - filled * _BLOCKS_PER_LAUNCH
+            # after a launch the tensor in progress keeps a slot, if chunks of it remain
+            slots = np.where(filled > 0, blocks > 0, slots + 1) if isinstance(total, np.ndarray) else (
+                int(blocks > 0) if filled else slots + 1
+            )  # fmt: skip
+            full = slots == limit
+            launches = launches + full
+            slots, blocks = slots * (1 - full), blocks * (1 - full)
+    return launches + (blocks > 0)
+
+
+def kind(op: Op) -> str:
+    """The class of kernel an op belongs to, for totals and prices."""
+    name = op.name
+    if name in ("mm", "addmm", "bmm"):
+        return "gemm"
+    if "attention" in name or "flash_attn" in name:
+        return "attention"
+    if name.startswith(("_foreach", "_fused")) or "host" in op.attrs:
+        return "optimizer"
+    if "softmax" in name or "layer_norm" in name or name.startswith(("nll", "sum", "mean", "linalg")):
+        return "reduction"
+    if "embedding" in name:
+        return "embedding"
+    if name in ("_to_copy", "clone", "cat", "slice_backward"):
+        return "copy"
+    return "pointwise"

@@ -1,0 +1,156 @@
+"""Scaled dot product attention: the kernel that each device picks, and the eager form of transformers.
+
+CPU: one flash kernel without dropout, the written-out "math" path with it. CUDA: FlashAttention-2 for 16-bit dtypes,
+the memory-efficient kernel for fp32 (which knows no GQA, so grouped heads take the math path).
+Source: ATen/native/transformers/attention.cpp, cuda/sdp_utils.cpp; transformers/integrations/sdpa_attention.py.
+"""
+
+from collections.abc import Sequence
+
+from .autograd import Grads, Node, differentiate
+from .core import Tensor, new_tensor, record, tape
+from .dims import Shape, is_one, strides_in_order
+from .linalg import autocast_operand, matmul
+from .nn import softmax
+from .pointwise import add, cast, dropout, fill, mul, scale, where
+from .shape import contiguous, expand, reshape, transpose, unsqueeze
+
+Grad = Tensor | None
+_FLASH = {
+    "cpu": "_scaled_dot_product_flash_attention_for_cpu",
+    "cuda": "_scaled_dot_product_flash_attention",
+    "efficient": "_scaled_dot_product_efficient_attention",
+    "flash2": "flash_attn::_flash_attn_forward",
+}
+_FLASH_BACKWARD = {
+    "cpu": "_scaled_dot_product_flash_attention_for_cpu_backward",
+    "cuda": "_scaled_dot_product_flash_attention_backward",
+    "efficient": "_scaled_dot_product_efficient_attention_backward",
+    "flash2": "flash_attn::_flash_attn_backward",
+}
+
+
+def repeat_heads(x: Tensor, groups: int) -> Tensor:
+    """transformers' `repeat_kv`: (b, kv, s, d) → (b, kv·groups, s, d), a copy unless groups is 1."""
+    if groups == 1:
+        return x
+    b, heads, s, d = x.shape
+    return reshape(expand(unsqueeze(x, 2), (b, heads, groups, s, d)), (b, heads * groups, s, d))
+
+
+def eager_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, upcast: bool, p: float
+) -> tuple[Tensor, Tensor]:
+    """transformers' `eager_attention_forward`: q (b, h, s, d), k and v (b, kv, s, d) → (b, s, h, d) and the weights."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = repeat_heads(k, groups), repeat_heads(v, groups)
+    weights = mul(matmul(q, transpose(k, 2, 3)), 1.0)
+    if mask is not None:
+        weights = add(weights, mask)
+    weights = cast(softmax(weights, "fp32" if upcast else None), q.dtype)
+    weights = dropout(weights, p)
+    out = matmul(weights, v)
+    return contiguous(transpose(out, 1, 2)), weights
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, p: float) -> Tensor:
+    """`F.scaled_dot_product_attention` as transformers calls it; same shapes as `eager_attention`."""
+    groups = q.shape[1] // k.shape[1]
+    if mask is not None:
+        k, v = repeat_heads(k, groups), repeat_heads(v, groups)
+    q, k, v = autocast_operand(q), autocast_operand(k), autocast_operand(v)
+    kernel = _choose(q, k, mask, p)
+    causal = causal and mask is None and not is_one(q.shape[2])
+    if mask is not None and kernel != "math":
+        mask = additive_mask(mask, q.dtype)
+    out = _math(q, k, v, mask, causal=causal, p=p) if kernel == "math" else _fused(q, k, v, mask, kernel, causal=causal)
+    return contiguous(transpose(out, 1, 2))
+
+
+def flash2_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, p: float) -> Tensor:
+    """The flash-attn package on (b, s, h, d), as transformers calls it with a dense batch."""
+    q, k, v = (transpose(x, 1, 2) for x in (q, k, v))
+    if tape().autocast:
+        q, k, v = (cast(x, tape().autocast or x.dtype) for x in (q, k, v))
+    return _fused(q, k, v, None, "flash2", causal=causal)
+
+
+def _choose(q: Tensor, k: Tensor, mask: Tensor | None, p: float) -> str:
+    grouped = q.shape[1] != k.shape[1]
+    if tape().device == "cpu":
+        return "math" if p > 0 else "cpu"
+    if q.dtype != "fp32" and mask is None:
+        return "cuda"
+    return "math" if grouped else "efficient"
+
+
+def additive_mask(mask: Tensor, dtype: str) -> Tensor:
+    """A boolean mask as 0 / -inf of the query's dtype."""
+    if mask.dtype != "bool":
+        return mask
+    low, zero = fill("scalar_tensor", (), dtype), fill("scalar_tensor", (), dtype)
+    return where(mask, zero, low)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, *, causal: bool) -> Tensor:
+    node = differentiate("ScaledDotProductAttentionBackward0", (q, k, v), _fused_backward, (kernel, causal))
+    seq_first = kernel == "flash2"
+    heads, seq = (q.shape[2], q.shape[1]) if seq_first else (q.shape[1], q.shape[2])
+    out = new_tensor(q.shape, q.dtype, None if seq_first else _seq_first(q.shape))
+    statistics = new_tensor((q.shape[0], heads, seq), "fp32")
+    inputs = (q, k, v) if mask is None else (q, k, v, mask)
+    if node:
+        node.save(q, k, v, mask)
+    record(_FLASH[kernel], inputs, (out, statistics), attrs=(causal,))
+    if node:
+        node.save(out.alias(), statistics)
+        node.produces(out)
+    return out
+
+
+def _seq_first(shape: Shape) -> Shape:
+    """Strides of a (b, h, s, d) tensor that lies in memory as (b, s, h, d)."""
+    return strides_in_order(shape, (0, 2, 1, 3))
+
+
+def _fused_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,) = grads
+    assert g is not None
+    kernel, causal = node.attrs
+    q, k, v, mask, out, statistics = node.unpack()
+    grad_of = [new_tensor(x.shape, x.dtype, None if kernel == "flash2" else _seq_first(x.shape)) for x in (q, k, v)]
+    inputs = [x for x in (g, q, k, v, out, statistics, mask) if x is not None]
+    record(_FLASH_BACKWARD[kernel], inputs, grad_of, attrs=(causal,))
+    return tuple(x if need else None for x, need in zip(grad_of, node.needs, strict=True))
+
+
+def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, p: float) -> Tensor:
+    """`_scaled_dot_product_attention_math`: 16-bit inputs are computed in fp32, the scale split over both operands."""
+    dtype = q.dtype
+    current = tape()
+    autocast, current.autocast = current.autocast, None
+    try:
+        q, k, v = cast(q, "fp32"), cast(k, "fp32"), cast(v, "fp32")
+        groups = q.shape[1] // k.shape[1]
+        k, v = repeat_heads(k, groups), repeat_heads(v, groups)
+        q = scale(q)
+        if causal:
+            s = q.shape[2]
+            mask = additive_mask(_tril(fill("ones", (s, s), "bool")), "fp32")
+        elif mask is not None:
+            mask = additive_mask(mask, dtype)
+        scores = matmul(q, scale(transpose(k, 2, 3)))
+        if mask is not None:
+            scores = add(scores, mask)
+        probs = dropout(softmax(scores, name="_safe_softmax"), p)
+        if dtype != "fp32":
+            _ = cast(probs, dtype)  # the attention weights, which the caller drops
+        return cast(matmul(probs, v), dtype)
+    finally:
+        current.autocast = autocast
+
+
+def _tril(x: Tensor) -> Tensor:
+    from .core import emit
+
+    return emit("tril", (x,), x.shape, "bool")

@@ -1,0 +1,315 @@
+"""Tensors without data, the tape that records what is done with them, and the memory that they hold.
+
+A tensor's memory lives exactly as long as the tensor does: a `Storage` that nobody refers to any more reports itself
+freed, just as PyTorch's reference counting returns a block to the allocator. Forward passes are written with the local
+variables of the original, so peak memory follows without any bookkeeping by hand.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from .dims import Dim, Shape, contiguous_strides, product
+from .dtypes import FLOATING, ITEMSIZE
+
+if TYPE_CHECKING:
+    from .autograd import Node
+
+
+class Spec(NamedTuple):
+    """What an op sees of a tensor. In lists of parameters, `copies` > 1 stands for the like of identical layers."""
+
+    dtype: str
+    shape: Shape
+    copies: int = 1
+
+    @property
+    def numel(self) -> Dim:
+        """Elements of one copy."""
+        return product(self.shape)
+
+    @property
+    def nbytes(self) -> Dim:
+        """Bytes of all copies."""
+        return self.numel * ITEMSIZE[self.dtype] * self.copies
+
+
+class Op:
+    """One ATen call: the narrow waist between what produces ops (tape, trace) and what counts and prices them.
+
+    `bytes_read` counts each distinct input once, `bytes_written` each output once. `view` calls move no data.
+    """
+
+    __slots__ = ("attrs", "bytes_read", "bytes_written", "inputs", "name", "outputs", "view")
+
+    def __init__(
+        self,
+        name: str,
+        inputs: tuple[Spec, ...],
+        outputs: tuple[Spec, ...],
+        bytes_read: Dim,
+        bytes_written: Dim,
+        *,
+        view: bool = False,
+        attrs: tuple[Any, ...] = (),
+    ) -> None:
+        self.name = name
+        self.inputs = inputs
+        self.outputs = outputs
+        self.bytes_read = bytes_read
+        self.bytes_written = bytes_written
+        self.view = view
+        self.attrs = attrs
+
+    def __repr__(self) -> str:
+        def text(specs: tuple[Spec, ...]) -> str:
+            return " ".join(f"{s.dtype}{list(s.shape)}{f'x{s.copies}' if s.copies > 1 else ''}" for s in specs)
+
+        return f"{self.name}({text(self.inputs)}) -> {text(self.outputs)}"
+
+
+@dataclass(eq=False)
+class Part:
+    """Ops that run `repeat` times in a row: a block of layers in forward or backward, the head, the optimizer.
+
+    Host time: `nodes` counts autograd nodes, `modules` and `adapters` the Python calls of layers and of adapters,
+    `checkpoints` the calls of `torch.utils.checkpoint`, `hooks` its Python hooks on saved tensors.
+    `delta` is the net change of live bytes over one run, `peak` the highest point above its start.
+    """
+
+    name: str
+    phase: str
+    repeat: int = 1
+    ops: list[Op] = field(default_factory=list)
+    nodes: int = 0
+    modules: int = 0
+    adapters: int = 0
+    checkpoints: int = 0
+    hooks: int = 0
+    delta: Dim = 0
+    peak: Dim = 0
+
+    def allocate(self, nbytes: Dim) -> None:
+        """Bytes come alive in this part."""
+        self.delta = self.delta + nbytes
+        if isinstance(self.delta, np.ndarray) or isinstance(self.peak, np.ndarray):
+            self.peak = np.maximum(self.peak, self.delta)
+        elif self.delta > self.peak:
+            self.peak = self.delta
+
+    def free(self, nbytes: Dim) -> None:
+        """Bytes die in this part."""
+        self.delta = self.delta - nbytes
+
+
+class Storage:
+    """A block of memory. `copies` > 1: the block stands for that many when it is freed outside its repeated part."""
+
+    __slots__ = ("__weakref__", "copies", "nbytes", "tape")
+
+    def __init__(self, nbytes: Dim, tape: "Tape | None") -> None:
+        self.nbytes = nbytes
+        self.tape = tape
+        self.copies = 1
+
+    def __del__(self) -> None:
+        if self.tape is not None:
+            self.tape.part.free(self.nbytes * self.copies)
+
+
+class Tensor:
+    """Shape, strides (elements), dtype and autograd state; no data."""
+
+    __slots__ = ("dtype", "node", "numel", "requires_grad", "shape", "slot", "storage", "strides")
+
+    def __init__(self, shape: Shape, dtype: str, strides: Shape, numel: Dim, storage: Storage) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self.strides = strides
+        self.numel = numel
+        self.storage = storage
+        self.requires_grad = False
+        self.node: Node | None = None
+        self.slot = 0
+
+    @property
+    def nbytes(self) -> Dim:
+        """Bytes of the elements."""
+        return self.numel * ITEMSIZE[self.dtype]
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether the dtype can carry gradients."""
+        return self.dtype in FLOATING
+
+    def alias(self) -> "Tensor":
+        """The same memory, cut off from the graph (`detach`, a saved output)."""
+        return Tensor(self.shape, self.dtype, self.strides, self.numel, self.storage)
+
+
+class Parameter(Tensor):
+    """A weight; `count` identical layers hold one each. `kind`: weight, bias, norm, embedding or adapter."""
+
+    __slots__ = ("accumulator", "count", "grad", "kind", "name", "part", "used")
+
+    def __init__(self, name: str, shape: Shape, dtype: str, *, kind: str, trainable: bool) -> None:
+        numel = product(shape)
+        super().__init__(shape, dtype, contiguous_strides(shape), numel, Storage(0, None))
+        self.name = name
+        self.kind = kind
+        self.requires_grad = trainable
+        self.count = 1
+        self.grad: Tensor | None = None
+        self.accumulator: Node | None = None
+        self.part: Part | None = None
+        self.used = False  # whether a gradient ever arrived
+
+
+class Tape:
+    """Records ops into parts. `device` is "cpu" or "cuda" (their dispatch differs in a few places).
+
+    `autocast` is the 16-bit dtype inside `torch.autocast`, or None. Everything that follows PyTorch's global state
+    (grad mode, autocast's weight cache, checkpoint frames) lives here.
+    """
+
+    def __init__(self, device: str = "cuda", *, autocast: str | None = None) -> None:
+        self.device = device
+        self.autocast_dtype = autocast
+        self.autocast: str | None = None
+        self.cast_cache: dict[int, tuple[Tensor, Tensor]] = {}
+        self.grad_enabled = True
+        self.frames: list[Any] = []
+        self.sequence = 0
+        self.parts: list[Part] = []
+        self.part = Part("start", "forward")
+        self.twins: dict[int, Part] = {}
+
+    def begin(self, name: str, phase: str) -> Part:
+        """Start a new part."""
+        self.part = Part(name, phase)
+        self.parts.append(self.part)
+        return self.part
+
+    def backward_of(self, part: Part) -> None:
+        """Switch to the part that holds the backward ops of a forward part."""
+        if part.phase != "forward":
+            return
+        twin = self.twins.get(id(part))
+        if twin is None:
+            twin = Part(part.name, "backward", part.repeat)
+            self.twins[id(part)] = twin
+            self.parts.append(twin)
+        elif twin is not self.part and self.parts[-1] is not twin:
+            raise AssertionError(f"backward returned to {part.name} after leaving it")
+        self.part = twin
+
+    @contextmanager
+    def no_grad(self) -> Iterator[None]:
+        """Record without building a graph."""
+        before, self.grad_enabled = self.grad_enabled, False
+        try:
+            yield
+        finally:
+            self.grad_enabled = before
+
+    @contextmanager
+    def autocasting(self) -> Iterator[None]:
+        """`torch.autocast`: on leaving, the cached 16-bit weights are dropped."""
+        before, self.autocast = self.autocast, self.autocast_dtype
+        try:
+            yield
+        finally:
+            self.autocast = before
+            if before is None:
+                self._drop_cast_cache()
+
+    def _drop_cast_cache(self) -> None:
+        while self.cast_cache:
+            _, (leaf, cast) = self.cast_cache.popitem()
+            storage = cast.storage
+            if isinstance(leaf, Parameter):
+                storage.copies = leaf.count  # if this was the last reference, all layers' copies die here
+            del cast
+            held = _references(storage) > 1
+            if held:
+                storage.copies = 1
+            del storage
+
+
+def _references(storage: Storage) -> int:
+    import sys
+
+    return sys.getrefcount(storage) - 2  # the argument and this frame's own reference
+
+
+_current: list[Tape] = []
+
+
+def tape() -> Tape:
+    """The tape that is recording."""
+    return _current[-1]
+
+
+@contextmanager
+def recording(new: Tape) -> Iterator[Tape]:
+    """Make a tape the current one."""
+    _current.append(new)
+    try:
+        yield new
+    finally:
+        _current.pop()
+
+
+def new_tensor(shape: Shape, dtype: str, strides: Shape | None = None) -> Tensor:
+    """A freshly allocated tensor."""
+    current = _current[-1]
+    numel = product(shape)
+    nbytes = numel * ITEMSIZE[dtype]
+    current.part.allocate(nbytes)
+    return Tensor(
+        shape, dtype, contiguous_strides(shape) if strides is None else strides, numel, Storage(nbytes, current)
+    )
+
+
+def _distinct_bytes(tensors: Sequence[Tensor]) -> Dim:
+    if len(tensors) == 1:
+        return tensors[0].nbytes
+    return sum(t.nbytes for t in {id(t): t for t in tensors}.values())
+
+
+def record(
+    name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], attrs: tuple[Any, ...] = (), *, view: bool = False
+) -> None:
+    """Append an op to the current part."""
+    _current[-1].part.ops.append(
+        Op(
+            name,
+            tuple(Spec(t.dtype, t.shape) for t in inputs),
+            tuple(Spec(t.dtype, t.shape) for t in outputs),
+            0 if view else _distinct_bytes(inputs),
+            0 if view else sum(t.nbytes for t in outputs),
+            view=view,
+            attrs=attrs,
+        )
+    )
+
+
+def emit(
+    name: str,
+    inputs: Sequence[Tensor],
+    shape: Shape,
+    dtype: str,
+    *,
+    strides: Shape | None = None,
+    node: "Node | None" = None,
+    attrs: tuple[Any, ...] = (),
+) -> Tensor:
+    """Record an op with one new output, which `node` (if any) will differentiate."""
+    out = new_tensor(shape, dtype, strides)
+    record(name, inputs, (out,), attrs)
+    if node is not None:
+        node.produces(out)
+    return out

@@ -1,0 +1,175 @@
+"""Dims are ints or NumPy integer arrays: one tape answers for a whole grid of setups.
+
+Shape logic sometimes branches on sizes (is this dim 1? is this tensor contiguous?). On an array the answer must be
+the same at every point of the grid; where it is not, `decide` raises `MixedStructure`, and the caller splits the grid
+along the mask and records each part on its own (see `perfmodel.predict.over_grid`).
+"""
+
+from collections.abc import Sequence
+from functools import reduce
+from operator import mul
+from typing import Any
+
+import numpy as np
+
+Dim = Any  # int | np.ndarray[int64]; spelled Any because NumPy's operators defeat static narrowing
+Shape = tuple[Dim, ...]
+
+
+class MixedStructure(Exception):
+    """A structural question has different answers within one grid; `mask` says where it is true."""
+
+    def __init__(self, mask: np.ndarray) -> None:
+        super().__init__("the points of this grid do not share one program")
+        self.mask = mask
+
+
+def decide(condition: Any) -> bool:
+    """Reduce a condition over the grid to one truth value, or raise `MixedStructure`."""
+    if not isinstance(condition, np.ndarray):
+        return bool(condition)
+    if condition.all():
+        return True
+    if not condition.any():
+        return False
+    raise MixedStructure(condition)
+
+
+def same(a: Dim, b: Dim) -> bool:
+    """Whether two dims are equal at every point of the grid."""
+    if a is b:
+        return True
+    if type(a) is int and type(b) is int:
+        return a == b
+    return decide(np.equal(a, b))
+
+
+def is_one(dim: Dim) -> bool:
+    """Whether a dim is 1."""
+    return dim == 1 if type(dim) is int else decide(np.equal(dim, 1))
+
+
+def product(dims: Sequence[Dim]) -> Dim:
+    """Number of elements of a shape."""
+    return reduce(mul, dims, 1)
+
+
+def contiguous_strides(shape: Shape) -> Shape:
+    """Row-major strides in elements, size-1 dims counted as PyTorch counts them."""
+    strides: list[Dim] = []
+    step: Dim = 1
+    for dim in reversed(shape):
+        strides.append(step)
+        step = step * dim
+    return tuple(reversed(strides))
+
+
+def is_contiguous(shape: Shape, strides: Shape) -> bool:
+    """Whether strides are row-major; strides of size-1 dims do not matter."""
+    step: Dim = 1
+    for dim, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if type(dim) is int and dim == 1:
+            continue
+        if stride is not step and not same(stride, step) and not is_one(dim):
+            return False
+        step = step * dim
+    return True
+
+
+def dense_order(shape: Shape, strides: Shape) -> tuple[int, ...] | None:
+    """Dims from outermost to innermost if the tensor is non-overlapping and dense, else None."""
+    order = _by_stride(shape, [strides])
+    step: Dim = 1
+    for i in reversed(order):
+        if is_one(shape[i]):
+            continue
+        if not same(strides[i], step):
+            return None
+        step = step * shape[i]
+    return order
+
+
+def strides_in_order(shape: Shape, order: Sequence[int]) -> Shape:
+    """Dense strides when memory runs through the dims in `order`, outermost first."""
+    strides: list[Dim] = [0] * len(shape)
+    step: Dim = 1
+    for i in reversed(order):
+        strides[i] = step
+        step = step * shape[i]
+    return tuple(strides)
+
+
+def _by_stride(shape: Shape, operands: Sequence[Shape]) -> tuple[int, ...]:
+    """TensorIterator's dim order, outermost first: the insertion sort of `reorder_dimensions`; stride 0 broadcasts."""
+    order = list(range(len(shape) - 1, -1, -1))  # innermost first
+
+    def swap(i: int, j: int) -> int:
+        for strides in operands:
+            a, b = strides[i], strides[j]
+            if (type(a) is int and a == 0) or (type(b) is int and b == 0):
+                continue
+            if same(a, b):
+                if decide(np.greater(shape[i], shape[j])):
+                    return 1
+                continue
+            return 1 if decide(np.greater(a, b)) else -1
+        return 0
+
+    for k in range(1, len(order)):
+        j = k
+        for i in range(k - 1, -1, -1):
+            verdict = swap(order[i], order[j])
+            if verdict > 0:
+                order[i], order[j] = order[j], order[i]
+                j = i
+            elif verdict < 0:
+                break
+    return tuple(reversed(order))
+
+
+def elementwise_strides(shape: Shape, operands: Sequence[tuple[Shape, Shape]]) -> Shape:
+    """Strides that an elementwise op gives its output (TensorIterator); operands are (shape, strides) pairs.
+
+    Source: ATen/TensorIterator.cpp, `fast_set_up` and `reorder_dimensions`.
+    """
+    full = [(s, t) for s, t in operands if len(s) == len(shape) and all(map(same, s, shape))]
+    if len(full) == len(operands):
+        first = full[0][1]
+        if all(is_contiguous(s, t) for s, t in full):
+            return contiguous_strides(shape)
+        if dense_order(shape, first) and all(all(map(same, t, first)) for _, t in full[1:]):
+            return first
+    aligned = []
+    for s, t in operands:
+        lead = len(shape) - len(s)
+        padded = (0,) * lead + tuple(
+            0 if type(d) is int and d == 1 and not is_one(shape[lead + i]) else t[i] for i, d in enumerate(s)
+        )
+        aligned.append(padded)
+    return strides_in_order(shape, _by_stride(shape, aligned))
+
+
+def view_strides(shape: Shape, strides: Shape, new_shape: Shape) -> Shape | None:
+    """Strides of a view with another shape, or None where a copy is needed (ATen's `computeStride`)."""
+    result: list[Dim] = [0] * len(new_shape)
+    j = len(new_shape) - 1
+    base = strides[-1] if strides else 1
+    block: Dim = 1
+    for i in range(len(shape) - 1, -1, -1):
+        block = block * shape[i]
+        ends = i == 0 or (not is_one(shape[i - 1]) and not same(strides[i - 1], block * base))
+        if not ends:
+            continue
+        covered: Dim = 1
+        while j >= 0 and (not same(covered, block) or is_one(new_shape[j])):
+            if decide(np.greater(covered * new_shape[j], block)):
+                return None
+            result[j] = covered * base
+            covered = covered * new_shape[j]
+            j -= 1
+        if not same(covered, block):
+            return None
+        if i > 0:
+            base = strides[i - 1]
+            block = 1
+    return tuple(result) if j == -1 else None

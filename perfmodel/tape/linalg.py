@@ -1,0 +1,130 @@
+"""Matrix products. FLOPs follow from the shapes (see `perfmodel.costs`); layouts decide copies and transposes."""
+
+from collections.abc import Sequence
+
+from .autograd import Grads, Node, differentiate
+from .core import Tensor, emit, tape
+from .dims import product, same
+from .pointwise import cast, reduce_dims
+from .shape import expand, reshape, t, transpose, view
+
+Grad = Tensor | None
+
+
+def autocast_operand(x: Tensor) -> Tensor:
+    """Autocast's cast to 16 bit. A trainable fp32 leaf is cast once per forward, anything else every time."""
+    current = tape()
+    if current.autocast is None or not x.is_floating or x.dtype == current.autocast:
+        return x
+    is_leaf = x.node is None or x.node.name == "AccumulateGrad"
+    if not (is_leaf and x.requires_grad and x.dtype == "fp32"):
+        return cast(x, current.autocast)
+    if id(x) not in current.cast_cache:
+        current.cast_cache[id(x)] = (x, cast(x, current.autocast))
+    return current.cast_cache[id(x)][1]
+
+
+def mm(a: Tensor, b: Tensor) -> Tensor:
+    """(p, q)·(q, t) → (p, t)."""
+    columns = (_column_major(a), _column_major(b))
+    node = differentiate("MmBackward0", (a, b), _mm_backward, columns)
+    if node:
+        node.save(a if node.needs[1] else None, b if node.needs[0] else None)
+    return emit("mm", (a, b), (a.shape[0], b.shape[1]), a.dtype, node=node, attrs=(_layout(*columns),))
+
+
+def _layout(a_columns: bool, b_columns: bool) -> str:
+    """BLAS layout by what it serves: tn forward (x·Wᵀ), nt weight gradient (gᵀ·x), nn input gradient (g·W)."""
+    return "nt" if a_columns else ("tn" if b_columns else "nn")
+
+
+def _column_major(x: Tensor) -> bool:
+    return same(x.strides[0], 1) and same(x.strides[1], x.shape[0])
+
+
+def _mm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (a, b) = grads, node.unpack()
+    assert g is not None
+    a_columns, b_columns = node.attrs
+    grad_b = _right_grad(g, a, b_columns) if node.needs[1] else None
+    return (_left_grad(g, b, a_columns) if node.needs[0] else None, grad_b)
+
+
+def _left_grad(g: Tensor, b: Tensor, columns: bool) -> Tensor:
+    """g·bᵀ, or (b·gᵀ)ᵀ where the left operand was column-major."""
+    return t(mm(b, t(g))) if columns else mm(g, t(b))
+
+
+def _right_grad(g: Tensor, a: Tensor, columns: bool) -> Tensor:
+    """aᵀ·g, or (gᵀ·a)ᵀ where the right operand was column-major: a weight's gradient comes out row-major."""
+    return t(mm(t(g), a)) if columns else mm(t(a), g)
+
+
+def addmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """bias + a·b with the bias in the GEMM's epilogue."""
+    columns = (_column_major(a), _column_major(b))
+    node = differentiate("AddmmBackward0", (bias, a, b), _addmm_backward, columns)
+    if node:
+        node.save(a if node.needs[2] else None, b if node.needs[1] else None)
+    return emit("addmm", (bias, a, b), (a.shape[0], b.shape[1]), a.dtype, node=node, attrs=(_layout(*columns),))
+
+
+def _addmm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (a, b) = grads, node.unpack()
+    assert g is not None
+    a_columns, b_columns = node.attrs
+    grad_a = _left_grad(g, b, a_columns) if node.needs[1] else None
+    grad_b = _right_grad(g, a, b_columns) if node.needs[2] else None
+    grad_bias = view(reduce_dims(g, (0,)), (g.shape[1],)) if node.needs[0] else None
+    return (grad_bias, grad_a, grad_b)
+
+
+def bmm(a: Tensor, b: Tensor) -> Tensor:
+    """(h, p, q)·(h, q, t) → (h, p, t)."""
+    node = differentiate("BmmBackward0", (a, b), _bmm_backward)
+    if node:
+        node.save(a if node.needs[1] else None, b if node.needs[0] else None)
+    return emit("bmm", (a, b), (a.shape[0], a.shape[1], b.shape[2]), a.dtype, node=node)
+
+
+def _bmm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (a, b) = grads, node.unpack()
+    assert g is not None
+    grad_b = bmm(transpose(a, 1, 2), g) if node.needs[1] else None
+    return (bmm(g, transpose(b, 1, 2)) if node.needs[0] else None, grad_b)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Batched matmul of 4-D tensors with equal leading dims, as ATen folds it into bmm."""
+    a, b = autocast_operand(a), autocast_operand(b)
+    batch = product(a.shape[:-2])
+    left = reshape(expand(a, a.shape), (batch, *a.shape[-2:]))
+    right = reshape(expand(b, b.shape), (batch, *b.shape[-2:]))
+    out = bmm(left, right)
+    return view(out, (*a.shape[:-1], b.shape[-1]), "_unsafe_view")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`: y = x·Wᵀ + b, W of shape (out, in)."""
+    if bias is not None:
+        bias = autocast_operand(bias)
+    weight, x = autocast_operand(weight), autocast_operand(x)
+    return _fold(x, t(weight), bias, "_unsafe_view" if bias is None else "view")
+
+
+def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GPT-2's `Conv1D`: y = x·W + b, W of shape (in, out), called as addmm on a view of x."""
+    shape = x.shape
+    if len(shape) > 2:
+        x = view(x, (product(shape[:-1]), shape[-1]))
+    weight, x, bias = autocast_operand(weight), autocast_operand(x), autocast_operand(bias)
+    y = addmm(bias, x, weight)
+    return view(y, (*shape[:-1], weight.shape[1]))
+
+
+def _fold(x: Tensor, w: Tensor, bias: Tensor | None, unfold: str) -> Tensor:
+    shape = x.shape
+    if len(shape) > 2:
+        x = reshape(x, (product(shape[:-1]), shape[-1]))
+    y = mm(x, w) if bias is None else addmm(bias, x, w)
+    return view(y, (*shape[:-1], w.shape[1]), unfold) if len(shape) > 2 else y

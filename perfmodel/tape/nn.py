@@ -1,0 +1,115 @@
+"""Normalisation, softmax, embedding and loss."""
+
+from collections.abc import Sequence
+
+from .autograd import Grads, Node, differentiate
+from .core import Tensor, emit, new_tensor, record, tape
+from .dims import contiguous_strides, product
+from .pointwise import autocast_fp32, cast
+from .shape import contiguous, view, view_as
+
+Grad = Tensor | None
+
+
+def embedding(weight: Tensor, indices: Tensor) -> Tensor:
+    """Rows of (vocab, width) by int64 indices; the gradient is a dense (vocab, width) tensor."""
+    node = differentiate("EmbeddingBackward0", (weight,), _embedding_backward, (weight.shape,))
+    if node:
+        node.save(indices)
+    return emit("embedding", (weight, indices), (*indices.shape, weight.shape[1]), weight.dtype, node=node)
+
+
+def _embedding_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (indices,) = grads, node.unpack()
+    assert g is not None
+    return (emit("embedding_dense_backward", (g, indices), node.attrs[0], g.dtype),)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """LayerNorm over the last dim; statistics in x's dtype on the CPU, in fp32 on CUDA."""
+    if tape().device == "cuda":
+        x, weight, bias = autocast_fp32(x), autocast_fp32(weight), autocast_fp32(bias)
+    node = differentiate("NativeLayerNormBackward0", (x, weight, bias), _layer_norm_backward)
+    statistics = x.dtype if tape().device == "cpu" else "fp32"
+    out = new_tensor(x.shape, x.dtype)
+    mean, rstd = (new_tensor((*x.shape[:-1], 1), statistics) for _ in range(2))
+    if node:
+        node.save(x, weight, bias)
+    record("native_layer_norm", (x, weight, bias), (out, mean, rstd))
+    if node:
+        node.save(mean, rstd)
+        node.produces(out)
+    return out
+
+
+def _layer_norm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (x, weight, bias, mean, rstd) = grads, node.unpack()
+    assert g is not None
+    outs = [
+        new_tensor(s.shape, s.dtype) if need else None for s, need in zip((x, weight, bias), node.needs, strict=True)
+    ]
+    made = [o for o in outs if o is not None]
+    record("native_layer_norm_backward", (g, x, mean, rstd, weight, bias), made, attrs=node.needs)
+    return tuple(outs)
+
+
+def softmax(x: Tensor, dtype: str | None = None, name: str = "_softmax") -> Tensor:
+    """Softmax over the last dim, in `dtype` if given; saves its output."""
+    x = cast(x, dtype) if dtype else autocast_fp32(x)
+    node = differentiate("SoftmaxBackward0", (x,), _softmax_backward)
+    out = emit(name, (x,), x.shape, x.dtype, strides=contiguous_strides(x.shape), node=node)
+    if node:
+        node.save_output(out)
+    return out
+
+
+def _softmax_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (y,) = grads, node.unpack()
+    assert g is not None
+    return (emit("_softmax_backward_data", (g, y), y.shape, g.dtype),)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of (tokens, vocab) logits: log-softmax, then negative log-likelihood."""
+    if tape().autocast:
+        logits = cast(logits, "fp32")
+    node = differentiate("LogSoftmaxBackward0", (logits,), _log_softmax_backward)
+    log_probs = emit("_log_softmax", (logits,), logits.shape, logits.dtype, node=node)
+    if node:
+        node.save_output(log_probs)
+    node = differentiate("NllLossBackward0", (log_probs,), _nll_backward)
+    if node:
+        node.save(log_probs, labels)
+    loss, weight = new_tensor((), log_probs.dtype), new_tensor((), log_probs.dtype)
+    record("nll_loss_forward", (log_probs, labels), (loss, weight))
+    if node:
+        node.save(weight)
+        node.produces(loss)
+    return loss
+
+
+def _log_softmax_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (y,) = grads, node.unpack()
+    assert g is not None
+    return (emit("_log_softmax_backward_data", (g, y), y.shape, g.dtype),)
+
+
+def _nll_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (log_probs, labels, weight) = grads, node.unpack()
+    assert g is not None
+    return (emit("nll_loss_backward", (g, log_probs, labels, weight), log_probs.shape, log_probs.dtype),)
+
+
+def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """transformers' `ForCausalLMLoss`: fp32 logits, labels shifted by one."""
+    logits = cast(logits, "fp32")
+    batch, seq = labels.shape
+    padded = emit("constant_pad_nd", (labels,), (batch, seq + 1), "i64")
+    shifted = contiguous(_shift(padded, labels))
+    flat = view(logits, (product(logits.shape[:-1]), logits.shape[-1]))
+    del logits
+    return cross_entropy(flat, view(shifted, (product(shifted.shape),)))
+
+
+def _shift(padded: Tensor, labels: Tensor) -> Tensor:
+    return view_as("slice.Tensor", padded, labels.shape, padded.strides)
