@@ -1,0 +1,262 @@
+"""What an architecture is, and the scopes in which its forward pass makes parameters and layers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from ..errors import UserError, nearest
+from ..tape import autograd, linalg, nn, pointwise
+from ..tape.core import Parameter, Part, Tensor, tape
+from ..tape.dims import decide
+from .config import Config
+
+if TYPE_CHECKING:
+    from ..methods.base import Method
+    from ..setup import Setup
+
+_REGISTRY: dict[str, type["Architecture"]] = {}
+A = TypeVar("A", bound="Architecture")
+
+
+def architecture(*model_types: str) -> Callable[[type[A]], type[A]]:
+    """Register an architecture under the `model_type` of its config.json."""
+
+    def register(cls: type[A]) -> type[A]:
+        for model_type in model_types:
+            _REGISTRY[model_type] = cls
+        return cls
+
+    return register
+
+
+def supported() -> list[str]:
+    """The model types that the tape knows."""
+    return sorted(_REGISTRY)
+
+
+def from_config(config: Config) -> "Architecture":
+    """The architecture of a config.json.
+
+    Raises:
+        UserError: unknown model_type, missing or mistyped keys, dims that do not fit together.
+    """
+    model_type = config.text("model_type")
+    if model_type not in _REGISTRY:
+        raise UserError(
+            f"{config.origin}: model_type {model_type!r} is not supported ({nearest(model_type, _REGISTRY)}); "
+            f"supported: {', '.join(supported())}"
+        )
+    return _REGISTRY[model_type].from_config(config)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Dims of a transformer (all in elements) and its forward pass.
+
+    Attributes:
+        layers: number of identical blocks.
+        hidden: width of the residual stream.
+        heads, kv_heads, head_dim: query heads, key/value heads (GQA), width of one head.
+        intermediate: width of the MLP.
+        vocab: rows of the embedding.
+        max_positions: rows of a learned position table, None where positions are rotary.
+        tied: whether the output head shares the embedding's weight.
+    """
+
+    name: str
+    model_type: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    max_positions: int | None
+    tied: bool
+
+    layer_path: ClassVar[str]  # where blocks live in the transformers module tree
+
+    @classmethod
+    def from_config(cls, config: Config) -> "Architecture":
+        """Read the dims; see `perfmodel.architectures.from_config`."""
+        raise UserError(f"{config.origin}: {cls.__name__} cannot be read from a config")
+
+    def forward(self, model: "Scope", ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
+        """Record the forward pass of (batch, seq) int64 `ids`; returns the scalar loss."""
+        raise TypeError(f"{type(self).__name__} must define forward")
+
+    def linear_names(self) -> list[str]:
+        """Names of the linear layers inside a block, relative to it (`self_attn.q_proj`)."""
+        raise TypeError(f"{type(self).__name__} must define linear_names")
+
+
+@dataclass
+class Build:
+    """One recording of a model: architecture, method, setup and all parameters made so far."""
+
+    architecture: Architecture
+    method: "Method"
+    setup: "Setup"
+    parameters: dict[str, Parameter]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer as a method sees it. Weight (n_out, n_in), or (n_in, n_out) for GPT-2's Conv1D."""
+
+    scope: "Scope"
+    name: str
+    n_in: int
+    n_out: int
+    has_bias: bool
+    conv1d: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The base layer: y = x·Wᵀ (+ b)."""
+        shape = (self.n_in, self.n_out) if self.conv1d else (self.n_out, self.n_in)
+        weight = self.scope.parameter(f"{self.name}.weight", shape, "weight")
+        bias = self.scope.parameter(f"{self.name}.bias", (self.n_out,), "bias") if self.has_bias else None
+        if self.conv1d:
+            assert bias is not None
+            return linalg.conv1d(x, weight, bias)
+        return linalg.linear(x, weight, bias)
+
+    def adapter(self, name: str, shape: tuple[Any, ...], dtype: str, *, trainable: bool = True) -> Parameter:
+        """A parameter that the method adds to this layer."""
+        return self.scope.parameter(f"{self.name}.{name}", shape, "adapter", dtype=dtype, trainable=trainable)
+
+
+class Scope:
+    """Makes parameters under a path: the whole model, or one run of identical layers starting at `layer`."""
+
+    def __init__(self, build: Build, path: str = "", layer: int | None = None) -> None:
+        self.build = build
+        self.path = path
+        self.layer = layer
+        self.made: dict[str, Parameter] = {}
+        self.part: Part = tape().part
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the base weights."""
+        return self.build.setup.dtype
+
+    def parameter(
+        self,
+        name: str,
+        shape: tuple[Any, ...],
+        kind: str,
+        *,
+        dtype: str | None = None,
+        trainable: bool | None = None,
+    ) -> Parameter:
+        """The parameter of that name, made on first use."""
+        if name not in self.made:
+            method = self.build.method
+            if trainable is None:
+                trainable = method.trains(name, kind, self.layer)
+            made = self._make(self.path + name, shape, dtype or self.dtype, kind, trainable)
+            if kind != "adapter" and method.copies(name, kind):
+                made = self._make(f"{made.name} (trained copy)", shape, self.dtype, "adapter", True)
+            self.made[name] = made
+        return self.made[name]
+
+    def _make(self, path: str, shape: tuple[Any, ...], dtype: str, kind: str, trainable: bool) -> Parameter:
+        parameters = self.build.parameters
+        if path not in parameters:  # a further micro-batch finds the first one's
+            parameters[path] = Parameter(path, shape, dtype, kind=kind, trainable=trainable)
+        parameters[path].part = self.part
+        return parameters[path]
+
+    def linear(self, name: str, x: Tensor, n_out: int, *, bias: bool = False, conv1d: bool = False) -> Tensor:
+        """A linear layer, as the fine-tuning method rewrites it."""
+        tape().part.modules += 1
+        layer = Linear(self, name, x.shape[-1], n_out, bias, conv1d)
+        return self.build.method.linear(layer, x)
+
+    def count_adapter(self) -> None:
+        """One adapter's Python code runs here."""
+        tape().part.adapters += 1
+
+    def rms_norm(self, name: str, x: Tensor) -> Tensor:
+        """transformers' RMSNorm: statistics and scaling in fp32, the weight applied in x's dtype."""
+        tape().part.modules += 1
+        weight = self.parameter(f"{name}.weight", (x.shape[-1],), "norm")
+        dtype = x.dtype
+        x = pointwise.cast(x, "fp32")
+        variance = pointwise.mean_last(pointwise.power(x))
+        x = pointwise.mul(x, pointwise.rsqrt(pointwise.add(variance, 1e-6)))
+        return pointwise.mul(weight, pointwise.cast(x, dtype))
+
+    def layer_norm(self, name: str, x: Tensor) -> Tensor:
+        """`nn.LayerNorm`."""
+        tape().part.modules += 1
+        weight = self.parameter(f"{name}.weight", (x.shape[-1],), "norm")
+        return nn.layer_norm(x, weight, self.parameter(f"{name}.bias", (x.shape[-1],), "norm"))
+
+    def embedding(self, name: str, rows: int, width: int, ids: Tensor) -> Tensor:
+        """`nn.Embedding`."""
+        tape().part.modules += 1
+        return nn.embedding(self.parameter(f"{name}.weight", (rows, width), "embedding"), ids)
+
+    def layers(self, block: Callable[..., Tensor], x: Tensor, *shared: Any) -> Tensor:
+        """Run all blocks: `block(scope, x, *shared)`, each run of identical layers recorded once.
+
+        Layers are identical when the method treats them alike and autograd does: the lowest layer that needs a
+        gradient differs from those above it, whose input needs one too. The first block stands alone in any case: what
+        all blocks share (its input, masks, rotary tables) is allocated before it and dies with its backward.
+        """
+        arch, method, setup = self.build.architecture, self.build.method, self.build.setup
+        current = tape()
+        block = _counted(block)
+        index = 0
+        while index < arch.layers:
+            run = 1
+            while index + run < arch.layers and method.layer_key(index + run) == method.layer_key(index):
+                run += 1
+            part = current.begin("blocks", "forward")
+            scope = Scope(self.build, f"{arch.layer_path}.{index}.", index)
+            needed_grad = x.requires_grad
+            if setup.checkpoint == "none":
+                x = block(scope, x, *shared)
+            else:
+                x = autograd.checkpoint(
+                    lambda x, scope=scope: block(scope, x, *shared), x, reentrant=setup.checkpoint == "block-reentrant"
+                )
+            count = run if x.requires_grad == needed_grad and index else 1
+            part.repeat = count
+            for p in self.build.parameters.values():
+                if p.part is part:
+                    p.count = count
+            index += count
+        return x
+
+    def begin(self, name: str) -> None:
+        """Start another part of the forward pass (embeddings, head)."""
+        self.part = tape().begin(name, "forward")
+
+    def check_positions(self, seq: Any) -> None:
+        """Raise `UserError` where the sequence is longer than a learned position table."""
+        limit = self.build.architecture.max_positions
+        if limit is None:
+            return
+        if decide(seq > limit):
+            raise UserError(
+                f"{self.build.architecture.name}: seq {_largest(seq)} exceeds its {limit} learned positions; "
+                f"use --seq {limit} or less"
+            )
+
+
+def _counted(block: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The block with its inner modules (itself, attention, MLP, activation) counted as Python calls."""
+
+    def call(*args: Any) -> Tensor:
+        tape().part.modules += 4
+        return block(*args)
+
+    return call
+
+
+def _largest(x: Any) -> int:
+    return int(x if isinstance(x, int) else x.max())

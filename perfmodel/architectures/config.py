@@ -1,0 +1,130 @@
+"""A Hugging Face config.json, read with checks, from a bundled name, a file, a folder or the hub."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, nearest
+from ..resources import DATA
+
+MODELS = DATA / "models"
+
+
+class Config:
+    """A config.json with typed access; every complaint names the file and the key."""
+
+    def __init__(self, values: dict[str, Any], origin: str, name: str) -> None:
+        self.values = values
+        self.origin = origin
+        self.name = name
+
+    def count(self, *keys: str, default: int | None = None) -> int:
+        """A positive int under the first of `keys` that is present."""
+        for key in keys:
+            value = self.values.get(key)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"{self.origin}: {key} must be a positive integer, got {value!r}")
+            return value
+        if default is None:
+            raise UserError(f"{self.origin}: key {keys[0]!r} is missing; a Hugging Face config.json has it")
+        return default
+
+    def flag(self, key: str, default: bool) -> bool:
+        """A bool."""
+        value = self.values.get(key, default)
+        if not isinstance(value, bool):
+            raise UserError(f"{self.origin}: {key} must be true or false, got {value!r}")
+        return value
+
+    def fraction(self, key: str, default: float) -> float:
+        """A number in [0, 1): a dropout probability."""
+        value = self.values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+            raise UserError(f"{self.origin}: {key} must be a number from 0 to below 1, got {value!r}")
+        return float(value)
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """A string."""
+        value = self.values.get(key, default)
+        if value is None:
+            raise UserError(f"{self.origin}: key {key!r} is missing; a Hugging Face config.json has it")
+        if not isinstance(value, str):
+            raise UserError(f"{self.origin}: {key} must be a string, got {value!r}")
+        return value
+
+    def one_of(self, key: str, default: str, choices: tuple[str, ...]) -> str:
+        """A string out of those that the tape knows."""
+        value = self.text(key, default)
+        if value not in choices:
+            raise UserError(f"{self.origin}: {key} {value!r} is not supported; supported: {', '.join(choices)}")
+        return value
+
+    def divide(self, whole: str, by: str, a: int, b: int) -> int:
+        """a / b, refused where it leaves a remainder."""
+        if a % b:
+            raise UserError(f"{self.origin}: {whole} {a} is not divisible by {by} {b}")
+        return a // b
+
+
+@cache
+def bundled() -> tuple[str, ...]:
+    """Names of the bundled models."""
+    return tuple(sorted(p.stem for p in MODELS.glob("*.json")))
+
+
+def load(name_or_path: str) -> Config:
+    """Read a config by bundled name, path to a config.json or its folder, or hub id (`org/name`).
+
+    Raises:
+        UserError: nothing found, or the file is not a JSON object.
+    """
+    if name_or_path.lower() in bundled():
+        return _read(MODELS / f"{name_or_path.lower()}.json", name_or_path.lower())
+    path = Path(name_or_path)
+    try:
+        is_dir, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {name_or_path[:80]!r}: {error}") from None
+    if is_dir:
+        if not (path / "config.json").is_file():
+            raise UserError(f"model folder {name_or_path} has no config.json")
+        return _read(path / "config.json", path.resolve().name)
+    if is_file:
+        return _read(path, path.stem if path.name != "config.json" else path.resolve().parent.name)
+    if name_or_path.count("/") == 1 and not name_or_path.startswith((".", "/")) and path.suffix != ".json":
+        return _read_hub(name_or_path)
+    raise UserError(f"unknown model {name_or_path!r}: {nearest(name_or_path, bundled())} (or give a path or a hub id)")
+
+
+def _read(path: Path, name: str) -> Config:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a config.json holds an object, this holds {type(values).__name__}")
+    return Config(values, str(path.name if path.parent == MODELS else path), name)
+
+
+def _read_hub(hub_id: str) -> Config:
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise UserError(
+            f"model {hub_id!r} is not bundled, and reading the hub needs huggingface_hub: "
+            "pip install 'perfmodel[hub]', or give the path of a config.json"
+        ) from None
+    try:
+        return _read(Path(hf_hub_download(hub_id, "config.json")), hub_id.split("/")[1])
+    except UserError:
+        raise
+    except Exception as error:  # the hub client raises many types: offline, gated, unknown repository
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"model {hub_id!r} could not be fetched from the hub ({reason}); give the path of its config.json"
+        ) from None

@@ -1,0 +1,104 @@
+"""GPT-2: learned positions, pre-LayerNorm, fused qkv as Conv1D, GELU written out in tanh form.
+
+Source: transformers/models/gpt2/modeling_gpt2.py, pytorch_utils.py (`Conv1D`).
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..tape.core import Tensor
+from ..tape.nn import causal_lm_loss
+from ..tape.pointwise import add, dropout, gelu_tanh
+from ..tape.shape import reshape, split, transpose, view
+from . import masks
+from .attend import attend
+from .base import Architecture, Scope, architecture
+from .config import Config
+
+
+@architecture("gpt2")
+@dataclass(frozen=True)
+class Gpt2(Architecture):
+    """Dims of a GPT-2 and its three dropout rates."""
+
+    embedding_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    residual_dropout: float = 0.1
+
+    layer_path: ClassVar[str] = "transformer.h"
+
+    @classmethod
+    def from_config(cls, config: Config) -> "Gpt2":
+        hidden, heads = config.count("n_embd", "hidden_size"), config.count("n_head", "num_attention_heads")
+        config.one_of("activation_function", "gelu_new", ("gelu_new",))
+        return cls(
+            name=config.name,
+            model_type="gpt2",
+            layers=config.count("n_layer", "num_hidden_layers"),
+            hidden=hidden,
+            heads=heads,
+            kv_heads=heads,
+            head_dim=config.divide("n_embd", "n_head", hidden, heads),
+            intermediate=config.count("n_inner", default=4 * hidden),
+            vocab=config.count("vocab_size"),
+            max_positions=config.count("n_positions", "max_position_embeddings"),
+            tied=config.flag("tie_word_embeddings", True),
+            embedding_dropout=config.fraction("embd_pdrop", 0.1),
+            attention_dropout=config.fraction("attn_pdrop", 0.1),
+            residual_dropout=config.fraction("resid_pdrop", 0.1),
+        )
+
+    def linear_names(self) -> list[str]:
+        return ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+
+    def forward(self, model: Scope, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
+        model.begin("embeddings")
+        hidden = self._decoder(model, ids, attention)
+        if self.tied:
+            logits = model.build.method.head(model, hidden, model.parameter("transformer.wte.weight", (), "embedding"))
+        else:
+            logits = model.linear("lm_head", hidden, self.vocab)
+        return causal_lm_loss(logits, labels)
+
+    def _decoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
+        setup, seq = model.build.setup, ids.shape[1]
+        model.check_positions(seq)
+        assert self.max_positions is not None
+        embedded = model.build.method.embedded(model.embedding("transformer.wte", self.vocab, self.hidden, ids), setup)
+        position_ids = masks.positions(seq)
+        located = model.embedding("transformer.wpe", self.max_positions, self.hidden, position_ids)
+        mask = masks.causal_mask(attention, setup.attention, embedded.dtype, None, padded=setup.padded)
+        hidden = model.layers(self.block, dropout(add(embedded, located), self.embedding_dropout), mask)
+        model.begin("head")
+        return model.layer_norm("transformer.ln_f", hidden)
+
+    def block(self, layer: Scope, x: Tensor, mask: Tensor | None) -> Tensor:
+        """One decoder layer: (batch, seq, hidden) → the same."""
+        residual = x
+        x = layer.layer_norm("ln_1", x)
+        attended, _ = self.attention(layer, x, mask)
+        x = add(attended, residual)
+        residual = x
+        x = layer.layer_norm("ln_2", x)
+        return add(residual, self.mlp(layer, x))
+
+    def attention(self, layer: Scope, x: Tensor, mask: Tensor | None) -> Any:
+        """Multi-head attention from one fused projection; also returns the weights, if any."""
+        setup = layer.build.setup
+        fused = layer.linear("attn.c_attn", x, 3 * self.hidden, bias=True, conv1d=True)
+        q, k, v = (
+            transpose(view(y, (*x.shape[:-1], self.heads, self.head_dim)), 1, 2)
+            for y in split(fused, [self.hidden] * 3, 2)
+        )
+        del fused
+        out, weights = attend(q, k, v, mask, setup.attention, causal=True, upcast=False, p=self.attention_dropout)
+        out = reshape(out, (*x.shape[:-1], self.hidden))
+        out = layer.linear("attn.c_proj", out, self.hidden, bias=True, conv1d=True)
+        return dropout(out, self.residual_dropout), weights
+
+    def mlp(self, layer: Scope, x: Tensor) -> Tensor:
+        """Two linear layers with GELU between."""
+        x = layer.linear("mlp.c_fc", x, self.intermediate, bias=True, conv1d=True)
+        x = gelu_tanh(x)
+        x = layer.linear("mlp.c_proj", x, self.hidden, bias=True, conv1d=True)
+        return dropout(x, self.residual_dropout)

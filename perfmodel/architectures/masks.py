@@ -1,0 +1,106 @@
+"""The index arithmetic that transformers does before the first block: positions, attention masks, rotary tables.
+
+A dense batch is assumed: the attention mask is all ones, which transformers finds out by reading one value back.
+Source: transformers/masking_utils.py (`sdpa_mask`, `eager_mask`).
+"""
+
+from typing import Any
+
+from ..tape.core import Storage, Tensor, emit, record
+from ..tape.dims import contiguous_strides, decide, product
+from ..tape.pointwise import add, cast, cat, compare, fill, mul, sub, unary, where
+from ..tape.shape import expand, unsqueeze, view
+
+
+def positions(seq: Any) -> Tensor:
+    """`torch.arange(seq) + past`: (1, seq)."""
+    return unsqueeze(add(fill("arange", (seq,), "i64"), 0), 0)
+
+
+def read_scalar(x: Tensor) -> None:
+    """`.item()`: the host waits for the device."""
+    record("_local_scalar_dense", (x,), ())
+
+
+def causal_mask(
+    attention: Tensor, implementation: str, dtype: str, window: int | None, *, padded: bool
+) -> Tensor | None:
+    """The mask for a causal model, or None where the kernel's own causal flag does.
+
+    Args:
+        attention: (batch, seq) int64 of ones.
+        window: sliding window in tokens; a fused kernel's mask is skipped where the window does not bind.
+        padded: whether the mask has zeros, so that it cannot be dropped.
+    """
+    allowed = cast(attention, "bool")
+    if implementation == "flash2":
+        read_scalar(emit("all", (allowed,), (), "bool"))
+        return None
+    batch, seq = attention.shape
+    binding = window is not None and decide(seq >= window)
+    if implementation == "sdpa" and not binding:
+        read_scalar(unary_bool(emit("sum", (allowed,), (), "i64")))
+        if not padded:
+            return None
+    if implementation == "sdpa" and not binding:  # asked once more: could it be the padding of a static cache?
+        read_scalar(unary_bool(emit("sum", (allowed,), (), "i64")))
+    rows = unsqueeze(unsqueeze(unsqueeze(fill("arange", (batch,), "i64"), 1), 2), 3)
+    fill("arange", (1,), "i64")  # head indices, unused by the mask
+    queries = view(add(fill("arange", (seq,), "i64"), 0), (1, 1, seq, 1))
+    keys = view(add(fill("arange", (seq,), "i64"), 0), (1, 1, 1, seq))
+    mask: Tensor
+    if window is None:
+        mask = compare("bitwise_and.Tensor", fill("new_ones", (), "bool", queries), compare("le.Tensor", keys, queries))
+    else:
+        outer, inner = (fill("new_ones", (), "bool", queries) for _ in range(2))
+        inside = compare("gt.Tensor", keys, sub(queries, window))
+        inside = compare("bitwise_and.Tensor", inner, inside)
+        inside = compare("bitwise_and.Tensor", inside, compare("le.Tensor", keys, queries))
+        mask = compare("bitwise_and.Tensor", outer, inside)
+    padding = emit("index.Tensor", (allowed, rows, keys), (batch, 1, 1, seq), "bool")
+    mask = compare("bitwise_and.Tensor", mask, padding)
+    mask = expand(mask, (batch, 1, seq, seq))
+    if implementation == "eager":
+        mask = where(mask, fill("zeros", (), dtype), fill("scalar_tensor", (), dtype))
+    return mask
+
+
+def unary_bool(x: Tensor) -> Tensor:
+    """`x == number`."""
+    return emit("eq.Scalar", (x,), x.shape, "bool")
+
+
+def bidirectional_mask(attention: Tensor, implementation: str, dtype: str, *, padded: bool) -> Tensor | None:
+    """An encoder's mask: none for a dense batch, after reading that it is one."""
+    allowed = cast(attention, "bool")
+    read_scalar(emit("all", (allowed,), (), "bool"))
+    if not padded:
+        return None
+    batch, seq = attention.shape
+    rows = unsqueeze(unsqueeze(unsqueeze(fill("arange", (batch,), "i64"), 1), 2), 3)
+    fill("arange", (1,), "i64")
+    queries = view(add(fill("arange", (seq,), "i64"), 0), (1, 1, seq, 1))
+    keys = view(add(fill("arange", (seq,), "i64"), 0), (1, 1, 1, seq))
+    padding = emit("index.Tensor", (allowed, rows, keys), (batch, 1, 1, seq), "bool")
+    every = fill("new_ones", (), "bool", queries)
+    mask = compare("bitwise_and.Tensor", every, emit("ge.Scalar", (queries,), queries.shape, "bool"))
+    mask = compare("bitwise_and.Tensor", mask, padding)
+    mask = expand(mask, (batch, 1, seq, seq))
+    if implementation == "eager":
+        mask = where(mask, fill("zeros", (), dtype), fill("scalar_tensor", (), dtype))
+    return mask
+
+
+def rotary_tables(position_ids: Tensor, half: int, dtype: str) -> tuple[Tensor, Tensor]:
+    """cos and sin of (1, seq, 2·half), computed in fp32."""
+    frequencies = table((half,), "fp32")
+    at = cast(unsqueeze(position_ids, 2), "fp32")
+    angles = mul(at, frequencies)
+    angles = cat((angles, angles), -1)
+    cos, sin = mul(unary("cos", angles), 1.0), mul(unary("sin", angles), 1.0)
+    return cast(cos, dtype), cast(sin, dtype)
+
+
+def table(shape: tuple[Any, ...], dtype: str = "i64") -> Tensor:
+    """A buffer of the model (position ids, frequencies): it is there before the step begins."""
+    return Tensor(shape, dtype, contiguous_strides(shape), product(shape), Storage(0, None))

@@ -1,0 +1,111 @@
+"""OPT: learned positions (offset 2), pre-LayerNorm, ReLU, biases everywhere.
+
+Source: transformers/models/opt/modeling_opt.py. Post-norm and projected embeddings (opt-350m) are refused.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..errors import UserError
+from ..tape.core import Tensor, emit
+from ..tape.dims import product
+from ..tape.nn import causal_lm_loss
+from ..tape.pointwise import add, dropout, mul, relu, sub
+from ..tape.shape import reshape, transpose, view
+from . import masks
+from .attend import attend
+from .base import Architecture, Scope, architecture
+from .config import Config
+
+
+@architecture("opt")
+@dataclass(frozen=True)
+class Opt(Architecture):
+    """Dims of an OPT model and its dropout rates."""
+
+    residual_dropout: float = 0.1
+    attention_dropout: float = 0.0
+
+    layer_path: ClassVar[str] = "model.decoder.layers"
+
+    @classmethod
+    def from_config(cls, config: Config) -> "Opt":
+        hidden, heads = config.count("hidden_size"), config.count("num_attention_heads")
+        if config.count("word_embed_proj_dim", default=hidden) != hidden:
+            raise UserError(f"{config.origin}: word_embed_proj_dim other than hidden_size is not supported")
+        if not config.flag("do_layer_norm_before", True):
+            raise UserError(f"{config.origin}: do_layer_norm_before false is not supported")
+        config.one_of("activation_function", "relu", ("relu",))
+        return cls(
+            name=config.name,
+            model_type="opt",
+            layers=config.count("num_hidden_layers"),
+            hidden=hidden,
+            heads=heads,
+            kv_heads=heads,
+            head_dim=config.divide("hidden_size", "num_attention_heads", hidden, heads),
+            intermediate=config.count("ffn_dim"),
+            vocab=config.count("vocab_size"),
+            max_positions=config.count("max_position_embeddings"),
+            tied=config.flag("tie_word_embeddings", True),
+            residual_dropout=config.fraction("dropout", 0.1),
+            attention_dropout=config.fraction("attention_dropout", 0.0),
+        )
+
+    def linear_names(self) -> list[str]:
+        return [f"self_attn.{n}" for n in ("k_proj", "v_proj", "q_proj", "out_proj")] + ["fc1", "fc2"]
+
+    def forward(self, model: Scope, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
+        model.begin("embeddings")
+        hidden = self._decoder(model, ids, attention)
+        if self.tied:
+            weight = model.parameter("model.decoder.embed_tokens.weight", (), "embedding")
+            logits = model.build.method.head(model, hidden, weight)
+        else:
+            logits = model.linear("lm_head", hidden, self.vocab)
+        return causal_lm_loss(logits, labels)
+
+    def _decoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
+        setup = model.build.setup
+        model.check_positions(ids.shape[1])
+        assert self.max_positions is not None
+        embedded = model.embedding("model.decoder.embed_tokens", self.vocab, self.hidden, ids)
+        embedded = model.build.method.embedded(embedded, setup)
+        position_ids = sub(mul(emit("cumsum", (attention,), attention.shape, "i64"), attention), 1)
+        mask = masks.causal_mask(attention, setup.attention, embedded.dtype, None, padded=setup.padded)
+        located = model.embedding(
+            "model.decoder.embed_positions", self.max_positions + 2, self.hidden, add(position_ids, 2)
+        )
+        hidden = model.layers(self.block, add(embedded, located), mask)
+        model.begin("head")
+        return model.layer_norm("model.decoder.final_layer_norm", hidden)
+
+    def block(self, layer: Scope, x: Tensor, mask: Tensor | None) -> Tensor:
+        """One decoder layer: (batch, seq, hidden) → the same."""
+        residual = x
+        x = layer.layer_norm("self_attn_layer_norm", x)
+        x, _ = self.attention(layer, x, mask)
+        x = dropout(x, self.residual_dropout)
+        x = add(residual, x)
+        shape = x.shape
+        x = reshape(x, (product(shape[:-1]), shape[-1]))
+        residual = x
+        x = layer.layer_norm("final_layer_norm", x)
+        x = layer.linear("fc1", x, self.intermediate, bias=True)
+        x = relu(x)
+        x = layer.linear("fc2", x, self.hidden, bias=True)
+        x = dropout(x, self.residual_dropout)
+        return view(add(residual, x), shape)
+
+    def attention(self, layer: Scope, x: Tensor, mask: Tensor | None) -> Any:
+        """Multi-head attention, the query scaled after its projection; also returns the weights, if any."""
+        q = self._split(mul(layer.linear("self_attn.q_proj", x, self.hidden, bias=True), self.head_dim**-0.5))
+        k = self._split(layer.linear("self_attn.k_proj", x, self.hidden, bias=True))
+        v = self._split(layer.linear("self_attn.v_proj", x, self.hidden, bias=True))
+        setup = layer.build.setup
+        out, weights = attend(q, k, v, mask, setup.attention, causal=True, upcast=True, p=self.attention_dropout)
+        out = reshape(out, (*x.shape[:-1], self.hidden))
+        return layer.linear("self_attn.out_proj", out, self.hidden, bias=True), weights
+
+    def _split(self, y: Tensor) -> Tensor:
+        return transpose(view(y, (*y.shape[:-1], self.heads, self.head_dim)), 1, 2)
