@@ -1,0 +1,14 @@
+"""Full fine-tuning."""
+
+from dataclasses import dataclass
+
+from .base import Method, method
+
+
+@method("full", source="the model's own weights")
+@dataclass(frozen=True)
+class Full(Method):
+    """Every weight of the model trains."""
+
+    def trains(self, name: str, kind: str, layer: int | None) -> bool:
+        return True

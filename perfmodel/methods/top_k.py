@@ -1,0 +1,57 @@
+"""Only the last K blocks train: the remedy that "LoRA Is Slower Than You Think" points to."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import UserError
+from ..tape.core import Tensor
+from .base import Linear, Method, method, option, positive
+from .lora import Lora
+
+
+@method("top_k", source="https://arxiv.org/abs/2507.08833")
+@dataclass(frozen=True)
+class TopK(Method):
+    """Only the last K blocks train, their weights or LoRA inside them; backward stops below."""
+
+    k: int = option(4, "number of blocks, counted from the output")
+    inner: str = option("full", "what trains inside them: full or lora")
+    r: Any = option(8, "rank (inner=lora)")
+    targets: tuple[str, ...] = option((), "targets (inner=lora)")
+    dropout: float = option(0.0, "adapter dropout (inner=lora)")
+    adapter_dtype: str | None = option(None, "adapter dtype (inner=lora)")
+
+    def __post_init__(self) -> None:
+        positive("method top_k: k", self.k)
+        if self.inner not in ("full", "lora"):
+            raise UserError(f"method top_k: inner {self.inner!r} is unknown: use full or lora")
+        self._lora()
+
+    def sizes(self) -> tuple[str, ...]:
+        return ("k", "r") if self.inner == "lora" else ("k",)
+
+    def _lora(self) -> Lora:
+        return Lora(r=self.r, targets=self.targets, dropout=self.dropout, adapter_dtype=self.adapter_dtype)
+
+    def check(self) -> None:
+        if self.k > self.layers:
+            assert self.architecture is not None
+            raise UserError(f"method top_k: k {self.k} exceeds the {self.layers} blocks of {self.architecture.name}")
+        if self.inner == "lora":
+            self.inside.check()
+
+    @property
+    def inside(self) -> Lora:
+        """The LoRA of the last K blocks."""
+        top = tuple(range(self.layers - self.k, self.layers))
+        return replace(self._lora(), layers_to_transform=top, architecture=self.architecture)
+
+    def trains(self, name: str, kind: str, layer: int | None) -> bool:
+        return self.inner == "full" and layer is not None and layer >= self.layers - self.k
+
+    def layer_key(self, layer: int) -> Hashable:
+        return layer >= self.layers - self.k
+
+    def linear(self, layer: Linear, x: Tensor) -> Tensor:
+        return self.inside.linear(layer, x) if self.inner == "lora" else layer(x)
