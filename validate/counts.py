@@ -1,0 +1,221 @@
+"""`perfmodel validate counts`: the tape against the real program, call by call."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from perfmodel import costs, memory, methods
+from perfmodel.architectures import Config, from_config, load
+from perfmodel.setup import Setup
+from perfmodel.step import PHASES, Step, build
+
+from . import models
+from .trace import Signature, Trace, signature, trace_step
+
+MIRRORED = {"transformers": "5.24", "peft": "0.21"}  # the minor versions whose programs the tape mirrors
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the grid."""
+
+    config: Config
+    method: str
+    setup: Setup
+
+
+@dataclass
+class Result:
+    """What the comparison found."""
+
+    case: Case
+    calls: int
+    flops: int
+    bytes: int
+    peak_ratio: float
+    differences: list[str] = field(default_factory=list)
+
+
+def other_versions() -> list[str]:
+    """The mirrored packages that are installed in another minor version."""
+    found = {name: version(name) for name in MIRRORED}
+    return [
+        f"{name} {v} (mirrored: {MIRRORED[name]})"
+        for name, v in found.items()
+        if not v.startswith(MIRRORED[name] + ".")
+    ]
+
+
+def has_cuda_build() -> bool:
+    """Whether the installed torch was built with CUDA; only then can fake CUDA tensors run a forward pass."""
+    return torch.version.cuda is not None
+
+
+def tape_calls(step: Step) -> dict[str, Counter[Signature]]:
+    """The tape's non-view calls by phase, as the recorder counts the real ones."""
+    calls: dict[str, Counter[Signature]] = {phase: Counter() for phase in PHASES}
+    for part, op, count in step.ops():
+        if not op.view:
+            calls[part.phase][signature(op.name, _expand(op.inputs), _expand(op.outputs))] += count
+    return calls
+
+
+def _expand(specs: Any) -> list[Any]:
+    return [(s.dtype, tuple(s.shape)) for s in specs for _ in range(s.copies)]
+
+
+def compare(case: Case, *, cuda_forward: bool = False) -> Result:
+    """Trace the real program of a case and compare calls, FLOPs, bytes, parameters and peak memory.
+
+    `cuda_forward` compares the CUDA form of the forward instead, on fake CUDA tensors; it needs a CUDA build of torch.
+    """
+    device = "cuda" if cuda_forward else "cpu"
+    architecture = from_config(case.config)
+    method = methods.parse(case.method).bind(architecture)
+    step = build(architecture, method, case.setup, device)
+    model = models.apply(models.build(case.config, case.setup), method, architecture)
+    trace = trace_step(model, case.setup, step.optimizer, device=device, forward_only=cuda_forward)
+    return judge(case, step, trace, ("forward",) if cuda_forward else PHASES)
+
+
+def judge(case: Case, step: Step, trace: Trace, phases: tuple[str, ...] = PHASES) -> Result:
+    """Compare a step with a trace, phase by phase."""
+    tape = tape_calls(step)
+    flops, nbytes = dict.fromkeys(PHASES, 0), dict.fromkeys(PHASES, 0)
+    for part, op, count in step.ops():
+        flops[part.phase] += count * costs.flops(op)
+        nbytes[part.phase] += count * (op.bytes_read + op.bytes_written)
+    peak = memory.peak_bytes(step)
+    result = Result(
+        case,
+        calls=sum(sum(trace.calls[p].values()) for p in phases),
+        flops=sum(trace.flops.get(p, 0) for p in phases),
+        bytes=sum(trace.bytes[p] for p in phases),
+        peak_ratio=peak / trace.peak if trace.peak else 1.0,
+    )
+    for phase in phases:
+        for title, more in (
+            ("tape only", tape[phase] - trace.calls[phase]),
+            ("real only", trace.calls[phase] - tape[phase]),
+        ):
+            result.differences += [f"{phase}, {title}: {n} x {call}" for call, n in more.items()]
+        if flops[phase] != trace.flops.get(phase, 0):
+            result.differences.append(f"{phase}: FLOPs {flops[phase]} on the tape, {trace.flops.get(phase, 0)} counted")
+        if nbytes[phase] != trace.bytes[phase]:
+            result.differences.append(f"{phase}: bytes {nbytes[phase]} on the tape, {trace.bytes[phase]} in the trace")
+    if (step.trainable, step.total) != (trace.trainable, trace.total):
+        result.differences.append(
+            f"parameters: {step.trainable} of {step.total} train on the tape, {trace.trainable} of {trace.total} really"
+        )
+    if phases == PHASES and abs(result.peak_ratio - 1) > PEAK_TOLERANCE:
+        result.differences.append(f"peak memory: {peak} B on the tape, {trace.peak} B live in the trace")
+    return result
+
+
+PEAK_TOLERANCE = 0.02  # stated in the README; local variables of Python code outlive their use now and then
+
+SMALL: dict[str, dict[str, Any]] = {
+    "llama": {
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "pad_token_id": 0,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "tie_word_embeddings": False,
+    },
+    "mistral": {
+        "model_type": "mistral", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "pad_token_id": 0,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "sliding_window": 24,
+    },
+    "qwen2": {
+        "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "pad_token_id": 0,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 128, "tie_word_embeddings": True,
+    },
+    "gpt2": {"model_type": "gpt2", "n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 128, "n_positions": 64},
+    "opt": {
+        "model_type": "opt", "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "vocab_size": 128, "word_embed_proj_dim": 64, "max_position_embeddings": 64,
+    },
+    "bert": {
+        "model_type": "bert", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "vocab_size": 128, "max_position_embeddings": 64,
+    },
+}  # fmt: skip
+NO_DROPOUT = {
+    "gpt2": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
+    "opt": {"dropout": 0.0},
+    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+}
+REAL = ("llama-3.2-1b", "mistral-7b", "qwen2.5-0.5b", "gpt2", "opt-1.3b", "bert-large")
+METHODS = (
+    "full",
+    "lora:r=4",
+    "lora:r=4,targets=all-linear,dropout=0.1",
+    "top_k:k=1",
+    "top_k:k=2,inner=lora",
+    "bitfit",
+    "norm",
+)
+PRECISIONS: tuple[dict[str, Any], ...] = ({"dtype": "bf16"}, {"dtype": "fp32"}, {"dtype": "fp32", "amp": "bf16"})
+
+
+def configs(small: bool) -> Iterator[Config]:
+    """The six architectures: small dims with variations of head tying and dropout, or real dims."""
+    if not small:
+        for name in REAL:
+            yield load(name)
+        return
+    for name, values in SMALL.items():
+        tied = values.get("tie_word_embeddings", name in NO_DROPOUT)
+        yield Config(values, name, name)
+        variant = {**values, "tie_word_embeddings": not tied, **NO_DROPOUT.get(name, {})}
+        yield Config(variant, f"{name} variant", f"{name}-{'untied' if tied else 'tied'}")
+
+
+def grid(which: str) -> Iterator[Case]:
+    """Cases: "quick" (a representative part for every change), "standard", or "all" (every combination)."""
+    base = Setup(batch=4, seq=17)
+    optimizers = ("adamw-foreach", "adamw-loop", "adamw-fused")
+    if which == "all":
+        yield from _product(list(configs(small=True)), base, optimizers)
+        for config in configs(small=False):
+            yield from _cases(config, METHODS, replace(base, batch=1, seq=129))
+        return
+    for i, config in enumerate(configs(small=True)):
+        for j, method in enumerate(METHODS):
+            k = i + j
+            precision = PRECISIONS[k % 3]
+            yield from _cases(
+                config,
+                (method,),
+                replace(
+                    base, **precision, batch=(1, 4)[k % 2], seq=(17, 33)[(k // 2) % 2],
+                    attention=("sdpa", "eager")[(k // 3) % 2], optimizer=optimizers[k % 3],
+                    checkpoint=("none", "block", "none", "block-reentrant")[k % 4],
+                ),
+            )  # fmt: skip
+    if which == "standard":
+        for config in configs(small=False):
+            yield from _cases(config, ("full", "lora:r=16"), replace(base, batch=1, seq=65))
+
+
+def _product(all_configs: list[Config], base: Setup, optimizers: tuple[str, ...]) -> Iterator[Case]:
+    for config in all_configs:
+        for precision in PRECISIONS:
+            for attention in ("sdpa", "eager"):
+                for checkpoint in ("none", "block", "block-reentrant"):
+                    for batch, seq in ((1, 33), (4, 17)):
+                        setup = replace(
+                            base, **precision, attention=attention, checkpoint=checkpoint, batch=batch, seq=seq
+                        )
+                        yield from _cases(config, METHODS, setup)
+        for optimizer in (*optimizers, "sgd", "sgd-momentum"):
+            yield from _cases(config, ("full", "lora:r=4"), replace(base, optimizer=optimizer))
+        yield from _cases(config, ("full", "lora:r=4"), replace(base, grad_accum=3, clip_grad=False))
+
+
+def _cases(config: Config, names: tuple[str, ...], setup: Setup) -> Iterator[Case]:
+    for name in names:
+        if name == "bitfit" and config.values["model_type"] in ("llama", "mistral"):
+            continue  # no biases: the method is refused
+        yield Case(config, name, setup)
