@@ -52,6 +52,7 @@ def attention_product(q: Shape, k: Shape) -> Dim:
 @flops_of(
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
     "_scaled_dot_product_flash_attention_for_cpu",
 )
 def attention_flops(q: Shape, k: Shape, *rest: Shape) -> Dim:
@@ -62,6 +63,7 @@ def attention_flops(q: Shape, k: Shape, *rest: Shape) -> Dim:
 @flops_of(
     "_scaled_dot_product_flash_attention_backward",
     "_scaled_dot_product_efficient_attention_backward",
+    "_scaled_dot_product_cudnn_attention_backward",
     "_scaled_dot_product_flash_attention_for_cpu_backward",
 )
 def attention_backward_flops(g: Shape, q: Shape, k: Shape, *rest: Shape) -> Dim:
@@ -105,12 +107,15 @@ KERNELS: dict[str, tuple[int, str]] = {
     "_scaled_dot_product_flash_attention_backward": (3, "dO·O row sums, main kernel, dQ conversion"),
     "flash_attn::_flash_attn_backward": (3, "dO·O row sums, main kernel, dQ conversion"),
     "_scaled_dot_product_efficient_attention_backward": (2, "dO·O row sums, main kernel"),
+    "_scaled_dot_product_cudnn_attention_backward": (3, "dO·O row sums, main kernel, dQ conversion"),
 }
 
-# multi_tensor_apply.cuh: tensors and 65,536-element chunks that fit one launch, by number of tensor lists.
-_TENSORS_PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
+# MultiTensorApply.cuh, CUDA 12: tensors and 65,536-element chunks that fit one launch, by number of tensor lists.
+_TENSORS_PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36}
+_TENSORS_PER_SCALAR_LIST = {1: 96, 3: 48}
 _BLOCKS_PER_LAUNCH = 320
 _CHUNK = 65_536
+_NORMS_PER_CLEANUP = 400  # ForeachReduceOp.cu
 _LISTS = {
     "_foreach_mul_.Scalar": 1, "_foreach_mul_.Tensor": 1, "_foreach_add_.Scalar": 1, "_foreach_div_.ScalarList": 1,
     "_foreach_lerp_.Scalar": 2, "_foreach_sqrt": 2, "_foreach_add_.List": 2, "_foreach_norm.Scalar": 1,
@@ -124,17 +129,19 @@ def kernels(op: Op) -> Dim:
         return 0
     lists = _LISTS.get(op.name)
     if lists:
-        launches = _launches(op.inputs[: len(op.inputs) // lists] if lists > 1 else op.inputs, lists)
-        return launches + 1 if op.name == "_foreach_norm.Scalar" else launches  # + cleanup of the partial norms
+        limits = _TENSORS_PER_SCALAR_LIST if op.name.endswith("ScalarList") else _TENSORS_PER_LAUNCH
+        if op.name == "_foreach_norm.Scalar":  # partial norms of chunks, then a cleanup
+            return _launches(op.inputs, limits[1]) + -(-sum(s.copies for s in op.inputs) // _NORMS_PER_CLEANUP)
+        results = op.outputs[: len(op.outputs) // 4] if op.name == "_fused_adamw_" else op.outputs
+        return _launches(results, limits[lists])
     return KERNELS.get(op.name, (1, ""))[0]
 
 
-def _launches(tensors: tuple[Spec, ...], lists: int) -> Dim:
-    """Launches of `multi_tensor_apply`: a launch is full at so many tensors or so many chunks."""
+def _launches(tensors: tuple[Spec, ...], limit: int) -> Dim:
+    """Launches of `multi_tensor_apply`: a launch is full at `limit` tensors or so many chunks."""
     launches: Any = 0
     slots: Any = 0
     blocks: Any = 0
-    limit = _TENSORS_PER_LAUNCH[lists]
     for spec in tensors:
         chunks = -(-spec.numel // _CHUNK)
         for _ in range(spec.copies):

@@ -29,6 +29,7 @@ class Setup:
         checkpoint: none, block (non-reentrant, per block) or block-reentrant.
         attention: sdpa, eager or flash2 (the flash-attn package).
         clip_grad: whether the gradient norm is clipped.
+        cuda_graphs: whether the whole step is captured in a CUDA graph, so that one launch dispatches it.
         padded: whether some samples of a batch are padded to `seq`: then sdpa gets an explicit mask, which costs it the
             flash kernel, copies of the grouped keys and values, and the causal saving.
     """
@@ -42,6 +43,7 @@ class Setup:
     checkpoint: str = "none"
     attention: str = "sdpa"
     clip_grad: bool = True
+    cuda_graphs: bool = False
     padded: bool = False
 
     def __post_init__(self) -> None:

@@ -76,18 +76,21 @@ class Step:
         return optimizers.state_bytes(optimizers.trainable(self.parameters), self.setup.optimizer)
 
 
-def build(architecture: Architecture, method: Method, setup: Setup, device: str = "cuda") -> Step:
+def build(
+    architecture: Architecture, method: Method, setup: Setup, device: str = "cuda", capability: str = "8.0"
+) -> Step:
     """Record a step.
 
     Args:
         method: bound to the architecture (`Method.bind`).
         device: "cuda" or "cpu", whose dispatch to mirror.
+        capability: CUDA compute capability, which decides the attention kernel.
 
     Raises:
         UserError: setup and model do not fit (sequence too long, nothing trains, …).
         MixedStructure: array dims do not share one program; split the grid.
     """
-    tape = Tape(device, autocast=setup.amp)
+    tape = Tape(device, capability, autocast=setup.amp)
     step = Step(architecture, method, setup, device, [])
     collecting = gc.isenabled()
     gc.disable()  # the tape frees by reference count; a pass of the cycle collector would only cost time

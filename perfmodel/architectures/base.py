@@ -46,6 +46,10 @@ def from_config(config: Config) -> "Architecture":
             f"{config.origin}: model_type {model_type!r} is not supported ({nearest(model_type, _REGISTRY)}); "
             f"supported: {', '.join(supported())}"
         )
+    if config.values.get("quantization_config") is not None:
+        raise UserError(
+            f"{config.origin}: quantization_config is not supported; quantised base weights are not modelled"
+        )
     return _REGISTRY[model_type].from_config(config)
 
 

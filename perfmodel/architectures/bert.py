@@ -34,6 +34,7 @@ class Bert(Architecture):
         hidden, heads = config.count("hidden_size"), config.count("num_attention_heads")
         config.one_of("hidden_act", "gelu", ("gelu",))
         config.one_of("position_embedding_type", "absolute", ("absolute",))
+        config.refuse(is_decoder=False, add_cross_attention=False, chunk_size_feed_forward=0)
         return cls(
             name=config.name,
             model_type="bert",

@@ -62,6 +62,12 @@ class Config:
             raise UserError(f"{self.origin}: {key} {value!r} is not supported; supported: {', '.join(choices)}")
         return value
 
+    def refuse(self, **usual: Any) -> None:
+        """Raise `UserError` where a key asks for a program that the tape does not mirror, unlike the `usual` value."""
+        for key, value in usual.items():
+            if self.values.get(key, value) != value:
+                raise UserError(f"{self.origin}: {key} {self.values[key]!r} is not supported, only {value!r}")
+
     def divide(self, whole: str, by: str, a: int, b: int) -> int:
         """a / b, refused where it leaves a remainder."""
         if a % b:
@@ -87,7 +93,8 @@ def load(name_or_path: str) -> Config:
     try:
         is_dir, is_file = path.is_dir(), path.is_file()
     except (OSError, ValueError) as error:
-        raise UserError(f"model {name_or_path[:80]!r}: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"model {name_or_path[:40]!r}: not a path that can be read ({reason})") from None
     if is_dir:
         if not (path / "config.json").is_file():
             raise UserError(f"model folder {name_or_path} has no config.json")

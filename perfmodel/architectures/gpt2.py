@@ -31,6 +31,10 @@ class Gpt2(Architecture):
     def from_config(cls, config: Config) -> "Gpt2":
         hidden, heads = config.count("n_embd", "hidden_size"), config.count("n_head", "num_attention_heads")
         config.one_of("activation_function", "gelu_new", ("gelu_new",))
+        config.refuse(
+            scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False, add_cross_attention=False,
+            scale_attn_weights=True,
+        )  # fmt: skip
         return cls(
             name=config.name,
             model_type="gpt2",

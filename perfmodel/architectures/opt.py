@@ -36,6 +36,7 @@ class Opt(Architecture):
         if not config.flag("do_layer_norm_before", True):
             raise UserError(f"{config.origin}: do_layer_norm_before false is not supported")
         config.one_of("activation_function", "relu", ("relu",))
+        config.refuse(enable_bias=True, layer_norm_elementwise_affine=True, layerdrop=0.0)
         return cls(
             name=config.name,
             model_type="opt",

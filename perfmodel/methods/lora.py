@@ -107,6 +107,7 @@ DEFAULT_TARGETS = {
     "qwen2": ("q_proj", "v_proj"),
     "opt": ("q_proj", "v_proj"),
     "gpt2": ("c_attn",),
+    "gpt_neo": ("q_proj", "v_proj"),
     "bert": ("query", "value"),
 }
 

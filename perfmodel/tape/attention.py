@@ -1,8 +1,11 @@
 """Scaled dot product attention: the kernel that each device picks, and the eager form of transformers.
 
-CPU: one flash kernel without dropout, the written-out "math" path with it. CUDA: FlashAttention-2 for 16-bit dtypes,
-the memory-efficient kernel for fp32 (which knows no GQA, so grouped heads take the math path).
-Source: ATen/native/transformers/attention.cpp, cuda/sdp_utils.cpp; transformers/integrations/sdpa_attention.py.
+CPU: one flash kernel without dropout, the written-out "math" path with it. CUDA, 16-bit dtypes: cuDNN's kernel on
+Hopper and data-centre Blackwell (capability 9.0 and 10.0, since PyTorch 2.10), else FlashAttention-2 from Ampere on,
+which takes no mask. What is left, masks, fp32 and older cards, goes to the memory-efficient kernel, which knows no GQA:
+grouped heads without a mask then take the math path.
+Source: ATen/native/transformers/attention.cpp, cuda/sdp_utils.cpp (`check_prefer_cudnn_attention`);
+transformers/integrations/sdpa_attention.py.
 """
 
 from collections.abc import Sequence
@@ -16,15 +19,18 @@ from .pointwise import add, cast, dropout, fill, mul, scale, where
 from .shape import contiguous, expand, reshape, transpose, unsqueeze
 
 Grad = Tensor | None
+CUDNN_FIRST = ("9.0", "10.0")
 _FLASH = {
     "cpu": "_scaled_dot_product_flash_attention_for_cpu",
     "cuda": "_scaled_dot_product_flash_attention",
+    "cudnn": "_scaled_dot_product_cudnn_attention",
     "efficient": "_scaled_dot_product_efficient_attention",
     "flash2": "flash_attn::_flash_attn_forward",
 }
 _FLASH_BACKWARD = {
     "cpu": "_scaled_dot_product_flash_attention_for_cpu_backward",
     "cuda": "_scaled_dot_product_flash_attention_backward",
+    "cudnn": "_scaled_dot_product_cudnn_attention_backward",
     "efficient": "_scaled_dot_product_efficient_attention_backward",
     "flash2": "flash_attn::_flash_attn_backward",
 }
@@ -79,7 +85,9 @@ def _choose(q: Tensor, k: Tensor, mask: Tensor | None, p: float) -> str:
     grouped = q.shape[1] != k.shape[1]
     if tape().device == "cpu":
         return "math" if p > 0 else "cpu"
-    if q.dtype != "fp32" and mask is None:
+    if q.dtype != "fp32" and tape().capability in CUDNN_FIRST:
+        return "cudnn"
+    if q.dtype != "fp32" and mask is None and int(tape().capability.split(".")[0]) >= 8:
         return "cuda"
     return "math" if grouped else "efficient"
 
@@ -130,22 +138,23 @@ def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool,
     current = tape()
     autocast, current.autocast = current.autocast, None
     try:
-        q, k, v = cast(q, "fp32"), cast(k, "fp32"), cast(v, "fp32")
+        q32, k, v = cast(q, "fp32"), cast(k, "fp32"), cast(v, "fp32")  # C++ holds the unscaled query to the end
         groups = q.shape[1] // k.shape[1]
         k, v = repeat_heads(k, groups), repeat_heads(v, groups)
-        q = scale(q)
+        q = scale(q32)
         if causal:
             s = q.shape[2]
             mask = additive_mask(_tril(fill("ones", (s, s), "bool")), "fp32")
         elif mask is not None:
             mask = additive_mask(mask, dtype)
-        scores = matmul(q, scale(transpose(k, 2, 3)))
+        weights = matmul(q, scale(transpose(k, 2, 3)))
         if mask is not None:
-            scores = add(scores, mask)
-        probs = dropout(softmax(scores, name="_safe_softmax"), p)
+            weights = add(weights, mask)
+        weights = softmax(weights, name="_safe_softmax")
+        weights = dropout(weights, p)
         if dtype != "fp32":
-            _ = cast(probs, dtype)  # the attention weights, which the caller drops
-        return cast(matmul(probs, v), dtype)
+            _ = cast(weights, dtype)  # the attention weights, which the caller drops
+        return cast(matmul(weights, v), dtype)
     finally:
         current.autocast = autocast
 

@@ -255,7 +255,7 @@ class CheckpointFrame:
             current.grad_enabled, current.autocast = before
             current.frames.pop()
             if current.autocast is None:
-                current._drop_cast_cache()
+                current.drop_cast_cache(all_layers=False)
         return recorder.values
 
 
@@ -318,7 +318,7 @@ def _reentrant_backward(node: Node, grads: Sequence[Tensor | None]) -> Grads:
     finally:
         current.grad_enabled, current.autocast = before
         if current.autocast is None:
-            current._drop_cast_cache()
+            current.drop_cast_cache(all_layers=False)
     (grad,) = grads
     assert grad is not None
     run_backward(out, grad)

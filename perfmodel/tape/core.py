@@ -169,14 +169,16 @@ class Parameter(Tensor):
 
 
 class Tape:
-    """Records ops into parts. `device` is "cpu" or "cuda" (their dispatch differs in a few places).
+    """Records ops into parts. `device` is "cpu" or "cuda" (their dispatch differs in a few places); `capability` is the
+    CUDA compute capability, which decides the attention kernel.
 
     `autocast` is the 16-bit dtype inside `torch.autocast`, or None. Everything that follows PyTorch's global state
     (grad mode, autocast's weight cache, checkpoint frames) lives here.
     """
 
-    def __init__(self, device: str = "cuda", *, autocast: str | None = None) -> None:
+    def __init__(self, device: str = "cuda", capability: str = "8.0", *, autocast: str | None = None) -> None:
         self.device = device
+        self.capability = capability
         self.autocast_dtype = autocast
         self.autocast: str | None = None
         self.cast_cache: dict[int, tuple[Tensor, Tensor]] = {}
@@ -224,13 +226,14 @@ class Tape:
         finally:
             self.autocast = before
             if before is None:
-                self._drop_cast_cache()
+                self.drop_cast_cache(all_layers=True)
 
-    def _drop_cast_cache(self) -> None:
+    def drop_cast_cache(self, *, all_layers: bool) -> None:
+        """Forget the cached casts: those of all layers at the end of the forward, or those of one recomputed block."""
         while self.cast_cache:
             _, (leaf, cast) = self.cast_cache.popitem()
             storage = cast.storage
-            if isinstance(leaf, Parameter):
+            if all_layers and isinstance(leaf, Parameter):
                 storage.copies = leaf.count  # if this was the last reference, all layers' copies die here
             del cast
             held = _references(storage) > 1

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from .autograd import Grads, Node, differentiate
-from .core import Tensor, emit, record, tape
+from .core import Storage, Tensor, emit, record, tape
 from .dims import Dim, Shape, dense_order, elementwise_strides, is_contiguous, is_one, same
 from .dtypes import promote
 from .shape import view, view_as
@@ -239,6 +239,21 @@ def compare(name: str, a: Tensor, b: Tensor) -> Tensor:
 def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`torch.where` of two scalars by a mask."""
     return _elementwise("where.self", (condition, a, b), dtype=a.dtype)
+
+
+def masked(allowed: Tensor, x: Tensor) -> Tensor:
+    """`torch.where(allowed, x, constant)`: the gradient is zero where it is not allowed."""
+    node = differentiate("WhereBackward0", (x,), _masked_backward)
+    if node:
+        node.save(allowed)
+    constant = Tensor((), x.dtype, (), 1, Storage(0, None))
+    return _elementwise("where.self", (allowed, x, constant), node, dtype=x.dtype)
+
+
+def _masked_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (allowed,) = grads, node.unpack()
+    assert g is not None
+    return (_elementwise("where.self", (allowed, g, fill("scalar_tensor", (), g.dtype)), dtype=g.dtype),)
 
 
 def fill(name: str, shape: Shape, dtype: str, like: Tensor | None = None) -> Tensor:

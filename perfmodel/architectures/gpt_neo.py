@@ -1,0 +1,124 @@
+"""GPT-Neo: GPT-2 with separate q, k, v, attention in fp32 under a stored mask, local windows in every other block.
+
+A local window changes the mask's values and no op, so all blocks cost the same. transformers has no fused attention
+for it, except flash-attn, which is refused here.
+Source: transformers/models/gpt_neo/modeling_gpt_neo.py.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..errors import UserError
+from ..tape.core import Tensor
+from ..tape.linalg import matmul
+from ..tape.nn import causal_lm_loss, softmax
+from ..tape.pointwise import add, cast, dropout, gelu_tanh, masked
+from ..tape.shape import contiguous, transpose, view
+from . import masks
+from .base import Architecture, Scope, architecture
+from .config import Config
+
+
+@architecture("gpt_neo")
+@dataclass(frozen=True)
+class GptNeo(Architecture):
+    """Dims of a GPT-Neo and its dropout rates."""
+
+    embedding_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.0
+
+    layer_path: ClassVar[str] = "transformer.h"
+
+    @classmethod
+    def from_config(cls, config: Config) -> "GptNeo":
+        hidden, heads = config.count("hidden_size"), config.count("num_heads", "num_attention_heads")
+        config.one_of("activation_function", "gelu_new", ("gelu_new",))
+        return cls(
+            name=config.name,
+            model_type="gpt_neo",
+            layers=config.count("num_layers", "num_hidden_layers"),
+            hidden=hidden,
+            heads=heads,
+            kv_heads=heads,
+            head_dim=config.divide("hidden_size", "num_heads", hidden, heads),
+            intermediate=config.count("intermediate_size", default=4 * hidden),
+            vocab=config.count("vocab_size"),
+            max_positions=config.count("max_position_embeddings"),
+            tied=config.flag("tie_word_embeddings", True),
+            embedding_dropout=config.fraction("embed_dropout", 0.0),
+            attention_dropout=config.fraction("attention_dropout", 0.0),
+            residual_dropout=config.fraction("resid_dropout", 0.0),
+        )
+
+    def linear_names(self) -> list[str]:
+        attention = [f"attn.attention.{n}" for n in ("k_proj", "v_proj", "q_proj", "out_proj")]
+        return [*attention, "mlp.c_fc", "mlp.c_proj"]
+
+    def forward(self, model: Scope, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
+        if model.build.setup.attention != "eager":
+            raise UserError(f"{self.name}: transformers has eager attention only for gpt_neo; use --attention eager")
+        if model.build.setup.checkpoint == "block-reentrant":
+            raise UserError(f"{self.name}: reentrant checkpoints of gpt_neo are not modelled; use --checkpoint block")
+        model.begin("embeddings")
+        hidden = self._decoder(model, ids, attention)
+        if self.tied:
+            logits = model.build.method.head(model, hidden, model.parameter("transformer.wte.weight", (), "embedding"))
+        else:
+            logits = model.linear("lm_head", hidden, self.vocab)
+        return causal_lm_loss(logits, labels)
+
+    def _decoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
+        setup, seq = model.build.setup, ids.shape[1]
+        model.check_positions(seq)
+        assert self.max_positions is not None
+        embedded = model.build.method.embedded(model.embedding("transformer.wte", self.vocab, self.hidden, ids), setup)
+        position_ids = masks.positions(seq)
+        mask = masks.causal_mask(attention, "eager", embedded.dtype, None, padded=setup.padded)
+        located = model.embedding("transformer.wpe", self.max_positions, self.hidden, position_ids)
+        allowed = masks.table((1, 1, seq, seq), "bool")
+        hidden = model.layers(
+            self.block, dropout(add(embedded, located), self.embedding_dropout), mask, allowed
+        )  # fmt: skip
+        model.begin("head")
+        return model.layer_norm("transformer.ln_f", hidden)
+
+    def block(self, layer: Scope, x: Tensor, mask: Tensor, allowed: Tensor) -> Tensor:
+        """One decoder layer: (batch, seq, hidden) → the same."""
+        residual = x
+        x = layer.layer_norm("ln_1", x)
+        attended, _ = self.attention(layer, x, mask, allowed)
+        x = add(attended, residual)
+        residual = x
+        x = layer.layer_norm("ln_2", x)
+        return add(residual, self.mlp(layer, x))
+
+    def attention(self, layer: Scope, x: Tensor, mask: Tensor, allowed: Tensor) -> Any:
+        """Multi-head attention with fp32 scores; also returns the weights."""
+        q, k, v = (layer.linear(f"attn.attention.{n}_proj", x, self.hidden) for n in ("q", "k", "v"))
+        q, k, v = self._split(q), self._split(k), self._split(v)
+        out, weights = self._attend(q, k, v, mask, allowed)
+        out = contiguous(transpose(out, 1, 2))
+        out = view(out, (*x.shape[:-1], self.hidden))
+        out = layer.linear("attn.attention.out_proj", out, self.hidden, bias=True)
+        return dropout(out, self.residual_dropout), weights
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = cast(q, "fp32"), cast(k, "fp32")
+        weights = matmul(q, transpose(k, 2, 3))
+        weights = masked(allowed, weights)
+        weights = add(weights, mask)
+        weights = softmax(weights)
+        weights = cast(weights, v.dtype)
+        weights = dropout(weights, self.attention_dropout)
+        return matmul(weights, v), weights
+
+    def _split(self, y: Tensor) -> Tensor:
+        return transpose(view(y, (*y.shape[:-1], self.heads, self.head_dim)), 1, 2)
+
+    def mlp(self, layer: Scope, x: Tensor) -> Tensor:
+        """Two linear layers with GELU between."""
+        x = layer.linear("mlp.c_fc", x, self.intermediate, bias=True)
+        x = gelu_tanh(x)
+        x = layer.linear("mlp.c_proj", x, self.hidden, bias=True)
+        return dropout(x, self.residual_dropout)
