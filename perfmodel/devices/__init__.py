@@ -1,0 +1,1 @@
+"""Devices: profiles with provenance, and what an op costs on them in seconds."""

@@ -1,0 +1,198 @@
+"""Latency of fused (flash style) attention, forward and backward, in seconds; all sizes broadcast.
+
+Forward. One cooperative thread array (CTA) owns ROWS = 128 query rows of one head and walks over the keys that its
+rows may see. With S = sm_count and P = peak FLOP/s:
+
+    cell      = 4 * head_dim * S / (P * efficiency(head_dim))   s, one query-key pair on one SM (2 GEMMs)
+    cells     = ROWS**2 * (1 + 2 + ... + blocks)  per head      causal: masked tiles are skipped, the diagonal is not
+    work      = batch * heads * (cells * cell + blocks * cta_overhead) / S             every SM busy all the time
+    longest   = alone * (ROWS * seq_kv * cell + cta_overhead)                          the last row block, alone
+    compute   = (work**p + longest**p)**(1/p)                   wave quantisation: list scheduling of unequal CTAs
+    memory    = bytes of q, k, v, o over the bandwidth of where they live (L2 or DRAM)
+    time      = launch_floor + compute + exposed_memory * memory
+
+`exposed_memory` is the part of the traffic that the compute does not hide.
+
+Backward (FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithm 2): 5 GEMMs where forward has 2, so
+10 * head_dim FLOPs a cell, at `backward_efficiency` times the forward rate; CTAs own key blocks; q, k, v, o, do are
+read, dq, dk, dv written, dq is accumulated in fp32; three launches (row sums of do*o, main kernel, dq conversion).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .hardware import ITEMSIZE, Hardware
+
+Array = NDArray[np.float64]
+
+ROWS = 128.0  # query rows of a CTA (FlashAttention 2 and 3 use 128 for head sizes 64 to 256)
+KEYS = 64.0  # granularity of the key loop
+PADDING = 32.0  # kernels are compiled for head sizes that are multiples of this; others are padded
+SOFTMAX_DIMS = 32.0  # the exponential of a cell costs as much as so many head dims of GEMM (fa2 21, fa3 63)
+
+
+@dataclass(frozen=True)
+class AttentionParameters:
+    """What a measurement must tell about one attention kernel on one device.
+
+    Attributes:
+        launch_floor: seconds of an empty call.
+        cta_overhead: clocks of one SM per CTA: prologue, pipeline fill, epilogue.
+        alone: time of a lone CTA over its share of a full SM (< 1: two resident CTAs slow each other).
+        p: exponent of the soft maximum between total work and the longest CTA; large is a hard maximum.
+        exposed_memory: part of the q, k, v, o traffic that compute does not hide.
+        l2_ratio: L2 over DRAM bandwidth.
+        efficiency: (head size, share of peak), ascending.
+        backward_efficiency: rate of the 5 backward GEMMs over the rate of the 2 forward ones.
+        backward_cta_overhead: clocks of one SM per CTA and key block in backward.
+        backward_launch_floor: seconds of the three launches.
+    """
+
+    launch_floor: float = 4e-6
+    cta_overhead: float = 900.0
+    alone: float = 0.85
+    p: float = 1.02
+    exposed_memory: float = 0.4
+    l2_ratio: float = 1.5
+    efficiency: tuple[tuple[int, float], ...] = ((64, 0.5), (128, 0.6), (256, 0.58))
+    backward_efficiency: float = 0.88
+    backward_cta_overhead: float = 8000.0
+    backward_launch_floor: float = 1e-5
+
+    def efficiency_at(self, head_dim: ArrayLike) -> Array:
+        """Share of peak at a head size: linear in log2(head_dim) between the fitted sizes.
+
+        Below them the softmax, whose cost does not shrink with the head, weighs more.
+        """
+        sizes = np.array([d for d, _ in self.efficiency], dtype=np.float64)
+        values = np.array([e for _, e in self.efficiency], dtype=np.float64)
+        d = np.asarray(head_dim, dtype=np.float64)
+        inside = np.interp(np.log2(np.maximum(d, 1.0)), np.log2(sizes), values)
+        small = np.minimum(d, sizes[0])
+        share = inside * small / (small + SOFTMAX_DIMS) * (sizes[0] + SOFTMAX_DIMS) / sizes[0]
+        return np.asarray(share, dtype=np.float64)
+
+
+def attention_flops(
+    batch: ArrayLike,
+    seq_q: ArrayLike,
+    seq_kv: ArrayLike,
+    heads: ArrayLike,
+    head_dim: ArrayLike,
+    *,
+    causal: bool = True,
+    backward: bool = False,
+) -> Array:
+    """Useful FLOPs: 4*b*h*sq*skv*d, about half of it if causal (masked pairs left out), 2.5 times that in backward."""
+    b, sq, skv, h, d = _floats(batch, seq_q, seq_kv, heads, head_dim)
+    pairs = sq * np.maximum(skv - sq / 2.0, skv / 2.0) if causal else sq * skv
+    return 4.0 * b * h * pairs * d * (2.5 if backward else 1.0)
+
+
+def attention_forward_time(
+    batch: ArrayLike,
+    seq_q: ArrayLike,
+    seq_kv: ArrayLike,
+    heads: ArrayLike,
+    kv_heads: ArrayLike,
+    head_dim: ArrayLike,
+    *,
+    hardware: Hardware,
+    parameters: AttentionParameters,
+    causal: bool = True,
+    dtype: str = "bf16",
+) -> Array:
+    """Seconds of one fused attention forward, floor included.
+
+    >>> a100 = Hardware(108, 1.41e9, 80e9, 2.039e12, 40e6, 19.5e12, 156e12, 312e12, 312e12)
+    >>> seconds = attention_forward_time(4, 4096, 4096, 32, 8, 128, hardware=a100, parameters=AttentionParameters())
+    >>> f"{seconds * 1e3:.1f} ms"
+    '3.2 ms'
+    """
+    b, sq, skv, h, hkv, d = _floats(batch, seq_q, seq_kv, heads, kv_heads, head_dim)
+    cells, blocks, longest = _cells(sq, skv, causal)
+    cell = _cell_time(4.0, d, hardware, parameters, dtype)
+    overhead = parameters.cta_overhead / hardware.clock_hz
+    compute = _schedule(b * h, cells, blocks, longest, cell, overhead, hardware, parameters)
+    moved = 2.0 * b * d * ITEMSIZE[dtype] * (sq * h + skv * hkv)  # q and o, k and v
+    memory = moved * seconds_per_byte(moved, hardware, parameters.l2_ratio)
+    return parameters.launch_floor + compute + parameters.exposed_memory * memory
+
+
+def attention_backward_time(
+    batch: ArrayLike,
+    seq_q: ArrayLike,
+    seq_kv: ArrayLike,
+    heads: ArrayLike,
+    kv_heads: ArrayLike,
+    head_dim: ArrayLike,
+    *,
+    hardware: Hardware,
+    parameters: AttentionParameters,
+    causal: bool = True,
+    dtype: str = "bf16",
+) -> Array:
+    """Seconds of the attention backward (dq, dk, dv), its three launches included."""
+    b, sq, skv, h, hkv, d = _floats(batch, seq_q, seq_kv, heads, kv_heads, head_dim)
+    item = ITEMSIZE[dtype]
+    cells, _, _ = _cells(sq, skv, causal)
+    blocks = np.ceil(skv / ROWS)  # CTAs own key blocks
+    longest = np.ceil(sq / KEYS) * KEYS
+    cell = _cell_time(10.0 / parameters.backward_efficiency, d, hardware, parameters, dtype)
+    overhead = parameters.backward_cta_overhead / hardware.clock_hz
+    compute = _schedule(b * h, cells, blocks, longest, cell, overhead, hardware, parameters)
+    q = b * sq * h * d * item  # one of q, o, do, dq
+    kv = b * skv * hkv * d * item  # one of k, v, dk, dv
+    accumulator = 4.0 * b * sq * h * d  # dq in fp32: cleared, then read for the conversion
+    expanded = np.where(hkv < h, 2.0 * b * skv * h * d * item, 0.0)  # dk, dv per query head, then summed
+    side_kernels = 3.0 * q + 2.0 * accumulator + 2.0 * expanded  # nothing to hide behind
+    main = parameters.exposed_memory * (3.0 * q + 4.0 * kv)
+    per_byte = seconds_per_byte(4.0 * q + 4.0 * kv + accumulator, hardware, parameters.l2_ratio)
+    return parameters.backward_launch_floor + compute + (main + side_kernels) * per_byte
+
+
+def seconds_per_byte(footprint: Array, hardware: Hardware, l2_ratio: float) -> Array:
+    """From L2 when the working set of so many bytes fits, from DRAM when it does not, smoothly between."""
+    hit = 1.0 / (1.0 + (footprint / hardware.l2_bytes) ** 2)
+    return (1.0 - hit + hit / l2_ratio) / hardware.memory_bandwidth
+
+
+def _floats(*values: ArrayLike) -> tuple[Array, ...]:
+    return tuple(np.asarray(v, dtype=np.float64) for v in values)
+
+
+def _cell_time(flops: float, head_dim: Array, hw: Hardware, p: AttentionParameters, dtype: str) -> Array:
+    """Seconds of one query-key pair on one SM, at `flops` FLOPs per element of the head."""
+    padded = np.ceil(head_dim / PADDING) * PADDING
+    return flops * padded * hw.sm_count / (hw.peak(dtype) * p.efficiency_at(padded))
+
+
+def _cells(seq_own: Array, seq_other: Array, causal: bool) -> tuple[Array, Array, Array]:
+    """(cells computed per head, row blocks, longest row of a block) when CTAs own blocks of `seq_own`."""
+    blocks = np.ceil(seq_own / ROWS)
+    full = np.ceil(seq_other / KEYS) * KEYS
+    if not causal:
+        return blocks * ROWS * full, blocks, full
+    offset = np.maximum(seq_other - seq_own, 0.0)  # keys that every row may see (bottom-right aligned mask)
+    triangle = ROWS * ROWS * blocks * (blocks + 1.0) / 2.0 + blocks * ROWS * offset
+    return np.minimum(triangle, blocks * ROWS * full), blocks, full
+
+
+def _schedule(
+    ctas: Array,
+    cells: Array,
+    blocks: Array,
+    longest: Array,
+    cell: Array,
+    overhead: float,
+    hw: Hardware,
+    p: AttentionParameters,
+) -> Array:
+    """Seconds that `ctas` heads of `cells` cells need on all SMs, each CTA paying `overhead` seconds."""
+    work = ctas * (cells * cell + blocks * overhead) / hw.sm_count
+    last = p.alone * (ROWS * longest * cell + overhead)
+    top = np.maximum(work, last)
+    low = np.minimum(work, last) / top
+    return np.asarray(top * (1.0 + low**p.p) ** (1.0 / p.p), dtype=np.float64)

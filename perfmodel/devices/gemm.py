@@ -1,0 +1,279 @@
+"""Latency of one GEMM, C(m x n) = A(m x k) . B(k x n), on one GPU: a small physical model.
+
+A library kernel cuts C into tiles, one thread block each, and may split k over several blocks. A shape costs
+
+    launch floor + min over (tile, split) of [ overlap(SM time, memory time) + split cost ]
+
+SM time      waves of blocks over the SMs x (fill and drain of a tile + k x time of a k-slice); a k-slice is bound by
+             the math pipe or by loading its operands from L2, whichever is slower
+memory time  compulsory bytes of A, B, C: from L2 what still lies there since its last use, from DRAM the rest
+
+The `min` stands for the library's heuristic, so it must be offered only tiles that the library really has (the fp32
+sets are those in the kernel names of NeuSight's profiles, https://github.com/sitar-lab/NeuSight).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .hardware import ITEMSIZE, Hardware
+
+Array = NDArray[np.float64]
+Layout = Literal["tn", "nn", "nt"]
+Tiles = tuple[tuple[int, int], ...]
+
+PAGE_PITCH = 131072.0  # bytes between rows at which half of the address translation cost is reached
+CHUNK = 4096  # shapes evaluated together: the working set stays in the CPU's cache
+
+# (rows of C, columns of C) of the thread-block tiles that the libraries offer.
+TENSOR_CORE_TILES: Tiles = (
+    (256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64), (64, 32), (32, 64), (32, 32),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GemmParameters:
+    """What the datasheet does not say. Ratios and clocks, not absolute rates, so that they carry over between GPUs.
+
+    Attributes:
+        launch_clocks: clocks of an empty kernel, from the end of the one before to its own end.
+        math_efficiency: share of the peak that the main loop reaches in a short burst.
+        sustained: share of that rate which the board holds through a training step.
+        derating: relative slow-down of the math pipe when a long kernel hits the power limit.
+        derating_time: seconds of math after which half of the derating is reached.
+        tile_balance: FLOP per byte: peak over the rate at which the SMs can load operands from L2.
+        k_latency: clocks per element of k: the least that a thread block needs, however thin its tile.
+        k_bubble: clocks per element of k on top: barriers that copy and math both wait for.
+        epilogue: fill and drain of a tile, in units of loading as many bytes as the tile stores.
+        wave_tail: share of the idle time in the last wave that is not filled (0: perfect stream-K).
+        memory_efficiency: share of the DRAM bandwidth reached by long streams.
+        write_cost: a byte written to DRAM, in bytes read.
+        overlap_loss: extra time, relative, if SM time and memory time are equal (0: perfect overlap).
+        l2_share: share of L2 that keeps data between two uses.
+        l2_stream: bandwidth of one pass over data in L2, over the rate of `tile_balance`.
+        split_latency: seconds of the reduction kernel or the semaphores of a split k.
+        split_traffic: passes over the fp32 partial sums of all splits through L2 (a write and a read: 2).
+        unaligned: slow-down of the main loop if rows are not 16-byte aligned (scalar loads).
+        long_row: slow-down of the main loop when a row of k spans many pages (half of it at 128 KiB).
+        nn_slowdown: main loop in input-gradient layout over forward layout.
+        nt_slowdown: main loop in weight-gradient layout over forward layout.
+        k_step: elements of k that a pipeline stage holds: k is padded to it.
+        k_split: a split keeps at least this many elements of k.
+        max_split: the library splits k into at most this many parts.
+        tiles: (rows, columns) of the tiles of C that the library offers.
+        batched_tiles: the tiles for batch > 1, where the library has fewer; None: the same.
+    """
+
+    launch_clocks: float = 4500.0
+    math_efficiency: float = 0.85
+    sustained: float = 1.0
+    derating: float = 0.27
+    derating_time: float = 2e-3
+    tile_balance: float = 45.0
+    k_latency: float = 2.2
+    k_bubble: float = 0.1
+    epilogue: float = 4.3
+    wave_tail: float = 0.25
+    memory_efficiency: float = 0.82
+    write_cost: float = 0.85
+    overlap_loss: float = 0.35
+    l2_share: float = 0.8
+    l2_stream: float = 0.22
+    split_latency: float = 2.6e-6
+    split_traffic: float = 3.0
+    unaligned: float = 1.0
+    long_row: float = 0.0
+    nn_slowdown: float = 1.0
+    nt_slowdown: float = 1.0
+    k_step: int = 64
+    k_split: int = 128
+    max_split: int = 32
+    tiles: Tiles = TENSOR_CORE_TILES
+    batched_tiles: Tiles | None = None
+
+    def slowdown(self, layout: Layout) -> float:
+        """Main-loop time of a layout over that of the forward layout."""
+        factors = {"tn": 1.0, "nn": self.nn_slowdown, "nt": self.nt_slowdown}
+        if layout not in factors:
+            raise ValueError(f"unknown layout {layout!r}: use 'tn' (forward), 'nn' (input) or 'nt' (weight gradient)")
+        return factors[layout]
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """Hardware and parameters combined for one dtype, in SI units."""
+
+    p: GemmParameters
+    sm_count: int
+    kept_bytes: float  # of L2 between two uses
+    item: float  # bytes of an element of A and B
+    out_item: float  # bytes of an element of C
+    math: float  # FLOP/s of the main loop, all SMs, before derating
+    sm_load: float  # B/s that one SM loads from L2
+    dram: float  # B/s of long streams
+    l2: float  # B/s of one pass over data in L2
+    k_latency: float  # s per element of k
+    k_bubble: float  # s per element of k
+
+    @classmethod
+    def of(cls, hw: Hardware, p: GemmParameters, dtype: str, out_item: float | None, layout: Layout) -> "_Rates":
+        item, peak = ITEMSIZE[dtype], hw.peak(dtype)
+        sm_load = peak / hw.sm_count / p.tile_balance
+        dram = hw.memory_bandwidth * p.memory_efficiency
+        return cls(
+            p=p,
+            sm_count=hw.sm_count,
+            kept_bytes=p.l2_share * hw.l2_bytes,
+            item=item,
+            out_item=item if out_item is None else float(out_item),
+            math=peak * p.math_efficiency * p.sustained / p.slowdown(layout),
+            sm_load=sm_load,
+            dram=dram,
+            l2=max(dram, sm_load * hw.sm_count * p.l2_stream),
+            k_latency=p.k_latency / hw.clock_hz,
+            k_bubble=p.k_bubble / hw.clock_hz,
+        )
+
+
+def gemm_time(
+    m: ArrayLike,
+    n: ArrayLike,
+    k: ArrayLike,
+    batch: ArrayLike = 1,
+    *,
+    hardware: Hardware,
+    parameters: GemmParameters,
+    dtype: str = "bf16",
+    output_itemsize: float | None = None,
+    accumulate: bool = False,
+    layout: Layout = "tn",
+    a_copies: ArrayLike = 1.0,
+    b_copies: ArrayLike = np.inf,
+) -> Array:
+    """Seconds of `batch` products (m x k).(k x n), floor included; the shapes (from 1 up) broadcast.
+
+    Args:
+        m, n, k, batch: rows and columns of C, elements summed over, products in one launch.
+        hardware, parameters: the device's datasheet and fitted figures.
+        dtype: of A and B: bf16, fp16, tf32 or fp32.
+        output_itemsize: bytes of an element of C; as A and B if None.
+        accumulate: C is read before it is written.
+        layout: 'tn' forward, 'nn' input gradient, 'nt' weight gradient.
+        a_copies, b_copies: how many different A and B the caller cycles through before it uses the same one again:
+            1 for an activation that was just written, infinity for a weight that is next used in the next step. That
+            decides what is still in L2.
+
+    >>> h100 = Hardware(132, 1.83e9, 80e9, 3.35e12, 50e6, 66.9e12, 494.7e12, 989e12, 989e12)
+    >>> f"{gemm_time(4096, 4096, 4096, hardware=h100, parameters=GemmParameters()) * 1e6:.0f} us"
+    '180 us'
+    """
+    rates = _Rates.of(hardware, parameters, dtype, output_itemsize, layout)
+    arrays = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (m, n, k, batch, a_copies, b_copies)))
+    flat = [x.reshape(-1) for x in arrays]
+    out = np.empty(flat[0].size)
+    for start in range(0, out.size, CHUNK):
+        part = slice(start, start + CHUNK)
+        m1, n1, k1, b1, a_reuse, b_reuse = (x[part] for x in flat)
+        near, far = _bytes(m1, n1, k1, b1, a_reuse, b_reuse, rates, accumulate)
+        memory = near / rates.l2 + far / rates.dram
+        out[part] = _best(m1, n1, k1, b1, memory, rates)
+    return parameters.launch_clocks / hardware.clock_hz + out.reshape(arrays[0].shape)
+
+
+def _best(m: Array, n: Array, k: Array, b: Array, memory: Array, r: _Rates) -> Array:
+    """Seconds of the best tile and split, without the launch floor."""
+    flop_time = _flop_time(m, n, k, b, r)
+    k_padded = np.ceil(k / r.p.k_step) * r.p.k_step
+    k_splits = np.clip(k_padded / r.p.k_split, 1.0, r.p.max_split)
+    partials = b * m * n * (4.0 * r.p.split_traffic / r.l2)
+    best = np.full(m.shape, np.inf)
+    sets: list[tuple[Tiles, NDArray[np.bool_] | None]] = [(r.p.tiles, None)]
+    if r.p.batched_tiles is not None:
+        sets = [(r.p.tiles, b > 1), (r.p.batched_tiles, b <= 1)]
+    for tiles, excluded in sets:
+        if excluded is not None and excluded.all():
+            continue
+        for tile in tiles:
+            time = _with_tile(tile, m, n, b, k_padded, k_splits, flop_time, memory, partials, r)
+            if excluded is not None:
+                time = np.where(excluded, np.inf, time)
+            np.minimum(best, time, out=best)
+    return best
+
+
+def _with_tile(
+    tile: tuple[int, int],
+    m: Array,
+    n: Array,
+    b: Array,
+    k_padded: Array,
+    k_splits: Array,
+    flop_time: Array,
+    memory: Array,
+    partials: Array,
+    r: _Rates,
+) -> Array:
+    """Seconds with one tile shape, whole k or split so that the blocks fill one or two waves."""
+    tile_m, tile_n = tile
+    rows, cols = np.minimum(m, tile_m), np.minimum(n, tile_n)
+    # Padding is computed but not loaded: a thin GEMM wastes the math pipe, not bandwidth.
+    slice_time = np.maximum((2 * tile_m * tile_n) * flop_time, (rows + cols) * (r.item / r.sm_load))
+    main_loop = k_padded * (np.maximum(slice_time, r.k_latency) + r.k_bubble)
+    fill_drain = rows * cols * (r.p.epilogue * r.out_item / r.sm_load)
+    waves = np.ceil(m / tile_m) * np.ceil(n / tile_n) * b / r.sm_count
+    time = _overlap(_waves(waves, r.p.wave_tail) * (fill_drain + main_loop), memory, r.p.overlap_loss)
+    for filled_waves in (1.0, 2.0):
+        split = np.clip(filled_waves / waves, 1.0, k_splits)
+        sm_time = _waves(waves * split, r.p.wave_tail) * (fill_drain + main_loop / split)
+        split_time = _overlap(sm_time, memory, r.p.overlap_loss) + r.p.split_latency + split * partials
+        time = np.where(split > 1.0, np.minimum(time, split_time), time)
+    return time
+
+
+def _flop_time(m: Array, n: Array, k: Array, b: Array, r: _Rates) -> Array:
+    """Seconds of one FLOP on one SM."""
+    math_time = 2.0 * b * m * n * k / r.math
+    slow = 1.0 + r.p.derating * math_time / (math_time + r.p.derating_time)
+    if r.p.long_row:
+        slow = slow * (1.0 + r.p.long_row * k / (k + PAGE_PITCH / r.item))
+    if r.p.unaligned != 1.0:
+        vector = 16.0 / r.item
+        slow = slow * np.where((k % vector == 0) & (n % vector == 0), 1.0, r.p.unaligned)
+    return slow * (r.sm_count / r.math)
+
+
+def _waves(waves: Array, tail: float) -> Array:
+    """Waves that the slowest SM runs: whole ones if `tail` is 1, the average if 0, never less than one."""
+    return np.maximum(1.0, waves + tail * (np.ceil(waves) - waves))
+
+
+def _overlap(x: Array, y: Array, loss: float) -> Array:
+    """Two engines at once: the longer time, and the more on top the closer the shorter one comes."""
+    longer, shorter = np.maximum(x, y), np.minimum(x, y)
+    return longer + loss * shorter * shorter / longer
+
+
+def _bytes(
+    m: Array, n: Array, k: Array, b: Array, a_copies: Array, b_copies: Array, r: _Rates, accumulate: bool
+) -> tuple[Array, Array]:
+    """Bytes of A, B and C moved once, (from or to L2, from or to DRAM): by what was touched since their last use."""
+    size_a, size_b, size_c = b * m * k * r.item, b * k * n * r.item, b * m * n * r.out_item
+    common = np.minimum(a_copies, b_copies)
+    hit_a = _hit((a_copies * size_a + common * size_b + size_c) / r.kept_bytes)
+    hit_b = _hit((b_copies * size_b + common * size_a + size_c) / r.kept_bytes)
+    hit_c = _hit((size_a + size_b + size_c) / r.kept_bytes)
+    moved_c = size_c * (2.0 if accumulate else 1.0)
+    near = size_a * hit_a + size_b * hit_b + moved_c * hit_c
+    far = size_a * (1.0 - hit_a) + size_b * (1.0 - hit_b) + moved_c * (1.0 - hit_c) * r.p.write_cost
+    return near, far
+
+
+def _hit(fill: Array) -> Array:
+    """Share found in L2 when `fill` capacities were touched since: a soft step at 1 (replacement is not exact LRU)."""
+    f = np.minimum(fill, 1e9)  # infinity marks data that is never reused
+    f = f * f
+    f = f * f
+    f = f * f
+    return 1.0 / (1.0 + f * f)

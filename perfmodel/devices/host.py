@@ -1,0 +1,108 @@
+"""What the host spends on dispatching a step: Python, autograd and the launch, in seconds."""
+
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError, nearest
+from ..resources import DATA
+from ..tape.core import Op, Part
+
+HOSTS = DATA / "hosts"
+
+
+@dataclass(frozen=True)
+class Host:
+    """Host costs in seconds; they belong to the machine's CPU and Python, not to its GPU.
+
+    Attributes:
+        call: an ATen call in forward: Python, dispatcher, autograd node.
+        view: a view in forward.
+        backward_call: an ATen call inside a backward node (C++, no Python).
+        backward_view: a view inside a backward node.
+        node: the engine's work for one backward node.
+        module: one `nn.Module.__call__` with the Python code of its forward.
+        adapter: the extra Python code of one PEFT layer.
+        checkpoint: one call of `torch.utils.checkpoint`.
+        hook: one Python hook on a saved tensor (non-reentrant checkpoints pack, recompute and unpack each).
+        tensor: one parameter in an optimizer's or clipping's Python loop.
+        optimizer_call: an ATen call of the optimizer.
+        launch_call: the driver call that launches one kernel (CUDA only).
+        launch: from the launch on the host to the start on the device.
+        graph_launch: one launch of a whole CUDA graph.
+    """
+
+    name: str
+    call: float
+    view: float
+    backward_call: float
+    backward_view: float
+    node: float
+    module: float
+    adapter: float
+    checkpoint: float
+    hook: float
+    tensor: float
+    optimizer_call: float
+    launch_call: float
+    launch: float
+    graph_launch: float
+    source: str = ""
+
+    def dispatch(self, part: Part, device: str) -> np.ndarray:
+        """Host seconds before each op of one run of a part, shape (ops,); Python's share is spread evenly."""
+        launch = self.launch_call if device == "cuda" else 0.0
+        if part.phase == "optimizer":
+            seconds = [self.optimizer_call + self.tensor * _tensors(op) for op in part.ops]
+            python = 0.0
+        else:
+            forward = part.phase == "forward"
+            call, view = (self.call, self.view) if forward else (self.backward_call, self.backward_view)
+            seconds = [view if op.view else call for op in part.ops]
+            python = self.module * part.modules + self.adapter * part.adapters + self.node * part.nodes
+            python += self.checkpoint * part.checkpoints + self.hook * part.hooks
+        launches = np.array([0 if op.view or "host" in op.attrs else 1 for op in part.ops])
+        return np.array(seconds) + launch * launches + python / max(1, len(seconds))
+
+
+def _tensors(op: Op) -> int:
+    """Tensors that the optimizer's Python code touches for one list op (the first list's length)."""
+    if not op.name.startswith(("_foreach", "_fused")):
+        return 0
+    return sum(s.copies for s in op.outputs)
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """The bundled hosts."""
+    return tuple(sorted(p.stem for p in HOSTS.glob("*.toml")))
+
+
+@cache
+def load(name_or_path: str = "default") -> Host:
+    """A host by bundled name or path of a TOML file.
+
+    Raises:
+        UserError: unknown name, broken TOML, a missing, mistyped or negative figure.
+    """
+    import tomllib
+
+    path = HOSTS / f"{name_or_path}.toml" if name_or_path in names() else Path(name_or_path)
+    if not path.is_file():
+        raise UserError(f"unknown host {name_or_path!r}: {nearest(name_or_path, names())} (or give a path)")
+    try:
+        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: not a valid host file ({error})") from None
+    costs = {}
+    for f in fields(Host):
+        if f.type is not float and f.type != "float":
+            continue
+        value = values.get("seconds", {}).get(f.name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+            raise UserError(f"{path}: [seconds] {f.name} must be a number of seconds from 0, got {value!r}")
+        costs[f.name] = float(value)
+    return Host(name=str(values.get("name", path.stem)), source=str(values.get("source", "")), **costs)

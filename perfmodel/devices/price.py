@@ -1,0 +1,192 @@
+"""The price of every op of a part on a device, in seconds.
+
+Ops are sorted into tables by the model that prices them (GEMM, attention, memory-bound kernels, lists of an optimizer),
+and each table is priced in one vectorised call, over the whole grid.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from .. import costs
+from ..tape.core import Op
+from ..tape.dtypes import ITEMSIZE
+from .attention import attention_backward_time, attention_forward_time
+from .gemm import gemm_time
+from .pointwise import pointwise_time
+from .profile import DeviceProfile
+
+Table = dict[Any, list[tuple[Any, ...]]]
+
+
+@dataclass
+class _Tables:
+    """Rows (op index, arguments…) by model and by what must be equal within a call."""
+
+    gemm: Table = field(default_factory=dict)
+    attention: Table = field(default_factory=dict)
+    memory: Table = field(default_factory=dict)
+
+    def add(self, table: Table, key: Any, *row: Any) -> None:
+        table.setdefault(key, []).append(row)
+
+
+def durations(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
+    """Device seconds of each op, shape (ops, *grid); 0 for views and for work on host tensors."""
+    tables = _Tables()
+    for i, op in enumerate(ops):
+        if not op.view and "host" not in op.attrs:
+            _sort(i, op, tables)
+    priced: list[tuple[list[int], np.ndarray]] = []
+    if profile.kind == "cpu":
+        return _cpu(ops, profile)
+    for model, table in ((_gemm, tables.gemm), (_attention, tables.attention), (_memory, tables.memory)):
+        for key, rows in table.items():
+            priced.append(_price(rows, partial(model, profile, *key)))
+    grid = np.broadcast_shapes(*(seconds.shape[1:] for _, seconds in priced)) if priced else ()
+    total = np.zeros((len(ops), *grid))
+    for index, seconds in priced:
+        over_grid = seconds.reshape(len(index), *(1,) * (len(grid) - seconds.ndim + 1), *seconds.shape[1:])
+        np.add.at(total, index, np.broadcast_to(over_grid, (len(index), *grid)))
+    return total
+
+
+def _price(rows: list[tuple[Any, ...]], model: Callable[..., np.ndarray]) -> tuple[list[int], np.ndarray]:
+    """Stack the rows' arguments to arrays of shape (rows, *grid) and price them at once."""
+    index, *columns = zip(*rows, strict=True)
+    grid = np.broadcast_shapes(*(np.shape(x) for column in columns for x in column))
+    stacked = [
+        np.stack([np.broadcast_to(np.asarray(x, dtype=np.float64), grid) for x in column])
+        if grid
+        else np.array(column, dtype=np.float64)
+        for column in columns
+    ]
+    return list(index), np.asarray(model(*stacked))
+
+
+def _sort(i: int, op: Op, tables: _Tables) -> None:
+    """Put one op into the table of its model; an op of several kernels gets several rows."""
+    name, inputs = op.name, op.inputs
+    if name in ("mm", "addmm"):
+        a, b = inputs[-2:]
+        layout = op.attrs[0] if op.attrs else "tn"
+        tables.add(tables.gemm, (name, a.dtype, layout), i, a.shape[0], b.shape[1], a.shape[1], 1)
+    elif name == "bmm":
+        a, b = inputs
+        tables.add(tables.gemm, (name, a.dtype, "tn"), i, a.shape[1], b.shape[2], a.shape[2], a.shape[0])
+    elif "attention" in name or "flash_attn" in name:
+        backward = name.endswith("_backward")
+        q, k = inputs[1:3] if backward else inputs[:2]
+        heads = 2 if "flash_attn" in name else 1  # the flash-attn package puts the sequence first
+        seq = 3 - heads
+        sizes = (q.shape[0], q.shape[seq], k.shape[seq], q.shape[heads], k.shape[heads], q.shape[3])
+        causal = bool(op.attrs and op.attrs[0])
+        tables.add(tables.attention, ("cudnn" in name, backward, causal, q.dtype), i, *sizes)
+    else:
+        for kind, *row in _memory_bound(op):
+            tables.add(tables.memory, (kind,), i, *row)
+
+
+def _memory_bound(op: Op) -> list[tuple[Any, ...]]:
+    """(kind, kernels, bytes read, bytes written, elements, rows, elements of a row) of each kernel of an op."""
+    kernels = costs.kernels(op)
+    if isinstance(kernels, int) and kernels == 0:
+        return []
+    name, out = op.name, op.outputs[0] if op.outputs else op.inputs[0]
+    read, written, n = op.bytes_read, op.bytes_written, out.numel
+    if name.startswith(("_foreach", "_fused")):
+        if name == "_fused_adamw_":
+            read, written = read, written * 3 / 4  # the schema's fourth list, the gradients, is only read
+        return [("optimizer", kernels, read, written, n, 1, 1)]
+    if name == "embedding":
+        return [("embedding", 1, written, written, n, _rows(out), out.shape[-1])]
+    if name == "embedding_dense_backward":
+        grad = op.inputs[0]
+        fill = ("pointwise", 1, 0, written, n, 1, 1)
+        return [fill, ("embedding", kernels - 1, 2 * grad.nbytes, grad.nbytes, grad.numel, _rows(grad), grad.shape[-1])]
+    if name == "native_layer_norm":
+        return [("norm", 1, read, written, n, _rows(out), out.shape[-1])]
+    if name == "native_layer_norm_backward":
+        x = op.inputs[1]
+        both = [("norm_backward", 1, 2 * read, x.nbytes, x.numel, _rows(x), x.shape[-1])]
+        if len(op.outputs) > 1:
+            both.append(("column_reduction", 1, read, x.shape[-1] * 8, x.numel, _rows(x), x.shape[-1]))
+        return both
+    if "softmax" in name:
+        return [("softmax", 1, read, written, n, _rows(out), out.shape[-1])]
+    if name in ("sum.dim_IntList", "mean.dim"):
+        x = op.inputs[0]
+        columns = not _last_is_one(out)
+        return [("column_reduction" if columns else "reduction", 1, read, written, x.numel, _rows(x), x.shape[-1])]
+    if name == "slice_backward":
+        part = op.inputs[0]
+        return [("pointwise", 1, 0, written, n, 1, 1), ("strided", 1, read, read, part.numel, 1, 1)]
+    kind = {"_to_copy": "cast", "cat": "cat", "clone": "strided", "copy_": "pointwise"}.get(name, "pointwise")
+    if kind == "pointwise" and "strided" in op.attrs:
+        kind = "strided"
+    if name == "nll_loss_backward":
+        read = op.inputs[2].nbytes  # one logit a row is touched, and the whole gradient is filled with zeros
+    if name == "nll_loss_forward":
+        read = 2 * op.inputs[1].nbytes
+    return [(kind, kernels, read, written, n, 1, 1)]
+
+
+def _rows(spec: Any) -> Any:
+    return spec.numel // spec.shape[-1] if spec.shape else 1
+
+
+def _last_is_one(spec: Any) -> bool:
+    return not spec.shape or (isinstance(spec.shape[-1], int) and spec.shape[-1] == 1)
+
+
+def _gemm(profile: DeviceProfile, name: str, dtype: str, layout: Any, *shape: Any) -> np.ndarray:
+    """A weight comes from HBM, an activation may still lie in L2; weight gradients and bmm have two activations."""
+    m, n, k, batch = shape
+    two_activations = name == "bmm" or layout == "nt"
+    return np.asarray(
+        gemm_time(
+            m, n, k, batch,
+            hardware=profile.hardware, parameters=profile.gemm[dtype], dtype=dtype, layout=layout,
+            b_copies=1.0 if two_activations else np.inf,
+        )
+    )  # fmt: skip
+
+
+def _attention(
+    profile: DeviceProfile, cudnn: bool, backward: bool, causal: bool, dtype: str, *shape: Any
+) -> np.ndarray:
+    model = attention_backward_time if backward else attention_forward_time
+    parameters = profile.cudnn_attention if cudnn else profile.attention
+    return np.asarray(model(*shape, hardware=profile.hardware, parameters=parameters, causal=causal, dtype=dtype))
+
+
+def _memory(profile: DeviceProfile, kind: str, *columns: Any) -> np.ndarray:
+    """Memory-bound kernels; an op of several launches pays the floor of each."""
+    kernels, read, written, elements, rows, length = columns
+    p = profile.pointwise
+    row_wise = kind in ("norm", "norm_backward", "softmax", "embedding", "cross_entropy")
+    seconds = pointwise_time(
+        read, written, hardware=profile.hardware, parameters=p, kind=kind, elements=elements,
+        rows=rows if row_wise else None, row_elements=length if row_wise else None,
+    )  # fmt: skip
+    return np.asarray(np.asarray(seconds) + (kernels - 1) * (p.launch_floor + p.kernel_gap))
+
+
+CPU_EFFICIENCY = 0.7  # of the peaks; a calibrated profile replaces it
+
+
+def _cpu(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
+    """A plain roofline for CPUs, until a calibration gives better."""
+    seconds = []
+    for op in ops:
+        if op.view or "host" in op.attrs:
+            seconds.append(np.float64(0.0))
+            continue
+        dtype = op.inputs[0].dtype if op.inputs else "fp32"
+        compute = costs.flops(op) / profile.hardware.peak(dtype if dtype in ITEMSIZE else "fp32")
+        memory = (op.bytes_read + op.bytes_written) / profile.hardware.memory_bandwidth
+        seconds.append(np.maximum(compute, memory) / CPU_EFFICIENCY)
+    return np.stack(np.broadcast_arrays(*seconds)) if seconds else np.zeros(0)

@@ -1,0 +1,254 @@
+"""A device profile: datasheet, fitted parameters and where they come from, read from data/devices/NAME.toml.
+
+A file holds `name`, `kind` ("cuda" or "cpu"), `architecture`, `compute_capability`, `aliases`, the tables [datasheet]
+and [source] (one URL per datasheet key), and per fitted block `[fitted.gemm.bf16]`, `[fitted.gemm.fp32]`,
+`[fitted.attention]`, `[fitted.pointwise]` its provenance and the tables `parameters` and `residuals`. A block that is
+missing comes from classes.toml, by the device's family. Own devices: pass the path of a file in this form.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from os import PathLike
+from os.path import isfile
+from pathlib import Path
+from typing import Any, Generic, Literal
+
+from ..errors import UserError, nearest
+from ..resources import DATA
+from . import toml
+from .attention import AttentionParameters
+from .gemm import GemmParameters
+from .hardware import Hardware
+from .pointwise import PointwiseParameters
+from .toml import P, Table
+
+DEVICES = DATA / "devices"
+CLASSES = "classes"  # the file of class defaults, no device
+BLOCKS = ("gemm.bf16", "gemm.fp32", "attention", "pointwise")
+CUDNN = ("wgmma", "tcgen05")  # families on which PyTorch prefers cuDNN's attention
+KINDS = ("cuda", "cpu")
+PROVENANCE = ("source", "date", "software", "rows_fitted", "rows_left_out", "notes")
+RESIDUALS = ("mean", "median", "p90")
+
+Origin = Literal["fitted", "sibling", "class"]
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceProfile:
+    """Everything that prices need to know about a device.
+
+    Attributes:
+        slug: the file's name without its ending.
+        name: the maker's name.
+        kind: "cuda" or "cpu".
+        architecture: "ampere", "hopper", ….
+        compute_capability: "8.0"; empty for a CPU.
+        hardware: datasheet figures.
+        gemm: parameters by dtype of the operands: bf16, fp16, tf32, fp32.
+        attention, pointwise: parameters of those kernels; `attention` is FlashAttention-2.
+        cudnn_attention: cuDNN's attention where PyTorch prefers it, else the same as `attention`.
+        provenance: block -> source, date, software, rows_fitted, rows_left_out, notes.
+        residuals: block -> mean, median, p90 of |predicted/measured - 1| on rows that no fit saw.
+        fitted: block -> "fitted" (own measurements), "sibling" (those of a like device) or "class" (class defaults).
+            Where a device has no tensor cores for a dtype, `gemm` holds the fp32 block for it.
+    """
+
+    slug: str
+    name: str
+    kind: str
+    architecture: str
+    compute_capability: str
+    hardware: Hardware
+    gemm: Mapping[str, GemmParameters]
+    attention: AttentionParameters
+    cudnn_attention: AttentionParameters
+    pointwise: PointwiseParameters
+    provenance: Mapping[str, Mapping[str, Any]]
+    residuals: Mapping[str, Mapping[str, float]]
+    fitted: Mapping[str, Origin]
+
+
+def names() -> list[str]:
+    """Bundled devices, by the names of their files."""
+    return list(_names())
+
+
+def load(name_or_path: str | PathLike[str]) -> DeviceProfile:
+    """A bundled device by name or alias (in any case), or an own one by the path of its TOML file.
+
+    Raises:
+        UserError: unknown device; broken TOML; a key that is missing, unknown, mistyped or negative.
+    """
+    text = str(name_or_path).strip()
+    slug = text.lower()
+    if slug in names():
+        return _bundled(slug)
+    if slug in _aliases():
+        return _bundled(_aliases()[slug])
+    path = Path(name_or_path)
+    exists = isfile(path)  # False, not an error, for a text that cannot be a path
+    if path.suffix.lower() == ".toml" or exists:
+        if not exists:
+            raise UserError(f"no such device file: {path}")
+        return from_table(path.stem, toml.read(path), str(path))
+    known = [*names(), *_aliases()]
+    raise UserError(f"unknown device {text!r}: {nearest(text, known)} (or give the path of a .toml file)")
+
+
+def forget() -> None:
+    """Drop what was cached: for after a file was rewritten."""
+    for cached in (_names, _bundled, _aliases, _classes):
+        cached.cache_clear()
+
+
+def from_table(slug: str, table: Table, where: str) -> DeviceProfile:
+    """A profile from the parsed TOML; `where` names the file in error messages."""
+    kind, architecture, capability, hardware, family = _identity(table, where)
+    fitted = table.get("fitted", {})
+    bf16 = _block("gemm.bf16", GemmParameters, fitted, family, where)
+    fp32 = _block("gemm.fp32", GemmParameters, fitted, family, where)
+    attention = _block("attention", AttentionParameters, fitted, family, where)
+    cudnn = _block("attention_cudnn", AttentionParameters, fitted, family, where) if family in CUDNN else attention
+    pointwise = _block("pointwise", PointwiseParameters, fitted, family, where)
+    blocks: dict[str, _Block[Any]] = dict(zip(BLOCKS, (bf16, fp32, attention, pointwise), strict=True))
+    return DeviceProfile(
+        slug=slug,
+        name=toml.text(table, "name", where),
+        kind=kind,
+        architecture=architecture,
+        compute_capability=capability,
+        hardware=hardware,
+        gemm=_by_dtype(bf16.parameters, fp32.parameters, hardware),
+        attention=attention.parameters,
+        cudnn_attention=cudnn.parameters,
+        pointwise=pointwise.parameters,
+        provenance={b: x.provenance for b, x in blocks.items()},
+        residuals={b: x.residuals for b, x in blocks.items()},
+        fitted={b: x.origin for b, x in blocks.items()},
+    )
+
+
+def _identity(table: Table, where: str) -> tuple[str, str, str, Hardware, str]:
+    """Kind, architecture, compute capability, hardware and family."""
+    kind = toml.text(table, "kind", where)
+    if kind not in KINDS:
+        raise UserError(f"{where}: kind {kind!r} is unknown: {nearest(kind, KINDS)}")
+    architecture = toml.text(table, "architecture", where)
+    capability = toml.text(table, "compute_capability", where) if kind == "cuda" else ""
+    hardware = _hardware(toml.table(table, "datasheet", where), f"{where}: [datasheet]")
+    return kind, architecture, capability, hardware, _family(kind, architecture, capability, hardware, where)
+
+
+@dataclass(frozen=True)
+class _Block(Generic[P]):
+    parameters: P
+    provenance: Table
+    residuals: dict[str, float]
+    origin: Origin
+
+
+def _block(block: str, kind: type[P], fitted: Any, family: str, where: str) -> _Block[P]:
+    """A block from the device's file, else the class default of its family, else the one of any."""
+    own = _find(fitted, block)
+    if own is not None:
+        return _parse(kind, own, f"{where}: [fitted.{block}]")
+    for name in (family, "any"):
+        for section in ("fitted", "assumed"):
+            found = _find(_classes().get(section, {}), f"{block}.{name}")
+            if found is not None:
+                return replace(_parse(kind, found, f"{CLASSES}.toml: [{section}.{block}.{name}]"), origin="class")
+    raise UserError(f"{where}: no [fitted.{block}], and {CLASSES}.toml has none for {family!r}")
+
+
+def _find(tables: Any, path: str) -> Any:
+    """The value at a dotted path, None if it is not there."""
+    for part in path.split("."):
+        tables = tables.get(part) if isinstance(tables, dict) else None
+    return tables
+
+
+def _parse(kind: type[P], table: Any, where: str) -> _Block[P]:
+    if not isinstance(table, dict):
+        raise UserError(f"{where} must be a table")
+    parameters = toml.parameters(kind, toml.table(table, "parameters", where), f"{where} parameters")
+    residual = toml.table(table, "residuals", where)
+    rows = toml.number(table, "rows_fitted", where, whole=True)
+    for key in ("source", "date"):
+        toml.text(table, key, where)
+    return _Block(
+        parameters=parameters,
+        provenance={key: table[key] for key in PROVENANCE if key in table},
+        residuals={key: toml.number(residual, key, f"{where} residuals") for key in RESIDUALS},
+        origin="fitted" if rows else "sibling",
+    )
+
+
+def _by_dtype(bf16: GemmParameters, fp32: GemmParameters, hardware: Hardware) -> dict[str, GemmParameters]:
+    """Parameters for each dtype: fp16 runs as bf16 does; without tensor cores for it a dtype runs on the fp32 units.
+
+    TF32 is not measured: the same tensor cores at half the rate on elements of twice the bytes.
+    """
+    tf32 = replace(
+        bf16,
+        tile_balance=bf16.tile_balance / 2,
+        k_latency=bf16.k_latency * 2,
+        k_bubble=bf16.k_bubble * 2,
+        k_step=max(1, bf16.k_step // 2),
+    )
+    return {
+        "bf16": bf16 if hardware.bf16_flops else fp32,
+        "fp16": bf16 if hardware.fp16_flops else fp32,
+        "tf32": tf32 if hardware.tf32_flops else fp32,
+        "fp32": fp32,
+    }
+
+
+def _family(kind: str, architecture: str, capability: str, hardware: Hardware, where: str) -> str:
+    """Whose class defaults a device takes: by compute capability, else by architecture."""
+    if kind == "cpu":
+        return "cpu"
+    families: Table = _classes()["family"]
+    family = families.get(capability, families.get(architecture))
+    if family is None:
+        hint = nearest(architecture, [f for f in families if f[0].isalpha()])
+        raise UserError(f"{where}: architecture {architecture!r} is unknown: {hint}")
+    return "half_rate" if hardware.half_rate else str(family)
+
+
+def _hardware(table: Table, where: str) -> Hardware:
+    known = {f.name: f for f in fields(Hardware)}
+    toml.no_others(table, known, where)
+    values = {
+        name: toml.number(table, name, where, whole=name == "sm_count")
+        for name, field in known.items()
+        if name in table or field.default is not None
+    }
+    return Hardware(**values)
+
+
+@lru_cache(maxsize=1)
+def _names() -> tuple[str, ...]:
+    return tuple(sorted(p.stem for p in DEVICES.glob("*.toml") if p.stem != CLASSES))
+
+
+@lru_cache(maxsize=256)
+def _bundled(slug: str) -> DeviceProfile:
+    path = DEVICES / f"{slug}.toml"
+    return from_table(slug, toml.read(path), path.name)
+
+
+@lru_cache(maxsize=1)
+def _classes() -> Table:
+    return toml.read(DEVICES / f"{CLASSES}.toml")
+
+
+@lru_cache(maxsize=1)
+def _aliases() -> dict[str, str]:
+    """Alias, in lower case -> slug, from the heads of the files alone."""
+    found = {}
+    for slug in names():
+        head = (DEVICES / f"{slug}.toml").read_text(encoding="utf-8").partition("\n[")[0]
+        found.update({str(alias).lower(): slug for alias in tomllib.loads(head).get("aliases", [])})
+    return found

@@ -1,0 +1,98 @@
+"""Values of a user's TOML file, checked: a fault becomes one line that names the file, the key and what is wrong."""
+
+import math
+import tomllib
+from collections.abc import Iterable
+from dataclasses import fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import UserError, nearest
+from .attention import AttentionParameters
+from .gemm import GemmParameters
+from .pointwise import PointwiseParameters
+
+Table = dict[str, Any]
+P = TypeVar("P", GemmParameters, AttentionParameters, PointwiseParameters)
+
+_MAY_BE_ZERO = {
+    "launch_clocks", "derating", "k_latency", "k_bubble", "epilogue", "wave_tail", "write_cost", "overlap_loss",
+    "split_latency", "split_traffic", "long_row", "launch_floor", "cta_overhead", "exposed_memory",
+    "backward_cta_overhead", "backward_launch_floor", "kernel_gap", "row_latency", "serial_latency",
+    "row_copy_latency", "norm_reread", "softmax_reread", "mean", "median", "p90", "rows_fitted", "rows_left_out",
+}  # fmt: skip
+
+
+def parameters(kind: type[P], table: Table, where: str) -> P:
+    """The parameters of a block: every key must be there, tiles excepted, and none besides."""
+    known = {f.name: f for f in fields(kind)}
+    no_others(table, known, where)
+    values: Table = {}
+    for name, field in known.items():
+        if name in ("tiles", "batched_tiles"):
+            if name in table:
+                values[name] = pairs(table, name, where)
+        elif name == "efficiency":
+            values[name] = pairs(table, name, where)
+        else:
+            values[name] = number(table, name, where, whole=isinstance(field.default, int))
+    return kind(**values)
+
+
+def read(path: Path) -> Table:
+    """The parsed file."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: not a readable TOML file ({error})".replace("\n", " ")) from None
+
+
+def table(values: Table, key: str, where: str) -> Table:
+    """The table under a key."""
+    found = values.get(key)
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: the table {key!r} is {'missing' if found is None else 'not a table'}")
+    return found
+
+
+def text(values: Table, key: str, where: str) -> str:
+    """The text under a key, not empty."""
+    found = values.get(key)
+    if not isinstance(found, str) or not found.strip():
+        raise UserError(f"{where}: {key} {'is missing' if found is None else f'must be a text, got {found!r}'}")
+    return found
+
+
+def number(values: Table, key: str, where: str, *, whole: bool = False) -> Any:
+    """The finite number under a key, above zero (or from zero, where the models allow it)."""
+    if key not in values:
+        raise UserError(f"{where}: {key} is missing")
+    return _checked(values[key], key, where, whole=whole)
+
+
+def pairs(values: Table, key: str, where: str) -> tuple[tuple[int, Any], ...]:
+    """[[a, b], …] under a key: tiles, or head sizes in ascending order with their efficiency."""
+    found = values.get(key)
+    if not isinstance(found, list) or not found or not all(isinstance(x, list) and len(x) == 2 for x in found):
+        raise UserError(f"{where}: {key} must be a list of pairs, got {found!r}")
+    whole = key != "efficiency"
+    out = tuple((_checked(a, key, where, whole=True), _checked(b, key, where, whole=whole)) for a, b in found)
+    if not whole and any(a >= b for (a, _), (b, _) in pairwise(out)):
+        raise UserError(f"{where}: {key} must be sorted by head size, each once")
+    return out
+
+
+def no_others(values: Table, known: Iterable[str], where: str) -> None:
+    """Refuse keys that nobody reads: they are typing errors."""
+    for key in values:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}: {nearest(key, known)}")
+
+
+def _checked(value: Any, key: str, where: str, *, whole: bool) -> Any:
+    kind, bound = "a whole number" if whole else "a number", "from 0" if key in _MAY_BE_ZERO else "above 0"
+    wrong = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
+    if wrong or not math.isfinite(value) or value < 0 or (value == 0 and key not in _MAY_BE_ZERO):
+        raise UserError(f"{where}: {key} must be {kind} {bound}, got {value!r}")
+    return value if whole else float(value)
