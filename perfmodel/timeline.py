@@ -1,0 +1,103 @@
+"""Step time as a max-plus product: the host dispatches, the device executes, each on its own clock.
+
+An op advances the clocks (host, device):
+
+    host'   = host + dispatch
+    device' = max(device, host' + launch) + duration
+
+which is a matrix in the (max, +) semiring. Matrices of ops multiply to one of their part, a part that repeats is a
+power, and every entry is an array over the grid. A synchronisation sets both clocks to the later one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Seconds = Any  # float or array over the grid
+NEVER = -np.inf
+
+
+@dataclass(frozen=True)
+class Clocks:
+    """A 2 x 2 max-plus matrix on (host, device); `xy` is the delay from clock x at the start to clock y at the end."""
+
+    hh: Seconds
+    hd: Seconds
+    dh: Seconds
+    dd: Seconds
+
+    def then(self, other: "Clocks") -> "Clocks":
+        """This stretch of work followed by another (the max-plus product)."""
+        return Clocks(
+            np.maximum(self.hh + other.hh, self.hd + other.dh),
+            np.maximum(self.hh + other.hd, self.hd + other.dd),
+            np.maximum(self.dh + other.hh, self.dd + other.dh),
+            np.maximum(self.dh + other.hd, self.dd + other.dd),
+        )
+
+    def power(self, n: int) -> "Clocks":
+        """This stretch n times in a row, by repeated squaring."""
+        result, square = IDENTITY, self
+        while n:
+            if n & 1:
+                result = result.then(square)
+            square = square.then(square) if n > 1 else square
+            n >>= 1
+        return result
+
+    @property
+    def end(self) -> Seconds:
+        """When all work is done, both clocks started at 0."""
+        return np.maximum(np.maximum(self.hh, self.dh), np.maximum(self.hd, self.dd))
+
+
+def launched(seconds: float) -> Clocks:
+    """One launch that the device waits for (a CUDA graph)."""
+    return Clocks(seconds, seconds, NEVER, 0.0)
+
+
+IDENTITY = Clocks(0.0, NEVER, NEVER, 0.0)
+SYNC = Clocks(0.0, 0.0, 0.0, 0.0)
+
+
+def of_ops(dispatch: np.ndarray, duration: np.ndarray, launch: float, launched: np.ndarray | None = None) -> Clocks:
+    """The matrix of a row of ops without synchronisation, in closed form.
+
+    Args:
+        dispatch: host seconds of each op, shape (ops, *grid).
+        duration: device seconds of each op, same shape; 0 where nothing runs on the device.
+        launch: seconds from the host's launch to the device's start.
+        launched: which ops launch something, shape (ops,); all if None.
+
+    Since device' of the last op is max over i of (host time of op i + launch + durations from i on), two cumulative
+    sums and a maximum replace the loop.
+    """
+    if not len(dispatch):
+        return IDENTITY
+    host = np.cumsum(dispatch, axis=0)
+    busy = np.cumsum(duration, axis=0)
+    total = busy[-1]
+    arrival = host + launch + (total - busy + duration)
+    if launched is not None:
+        arrival = arrival[launched]
+    hd = arrival.max(axis=0) if len(arrival) else np.full_like(total, NEVER)
+    return Clocks(host[-1], hd, NEVER, total)
+
+
+def of_synced(pieces: Sequence[Clocks]) -> Clocks:
+    """Pieces with a synchronisation between each two."""
+    result = pieces[0]
+    for piece in pieces[1:]:
+        result = result.then(SYNC).then(piece)
+    return result
+
+
+def simulate(dispatch: Sequence[float], duration: Sequence[float], launch: float) -> tuple[float, float]:
+    """The same row of ops, op by op: (host, device) at the end. The reference for tests."""
+    host = device = 0.0
+    for d, t in zip(dispatch, duration, strict=True):
+        host += d
+        device = max(device, host + launch) + t
+    return host, device
