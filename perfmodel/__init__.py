@@ -1,0 +1,14 @@
+"""Will LoRA make my training step faster, by how much, why, and what should I run instead?
+
+>>> from perfmodel import predict
+>>> p = predict("llama-3.2-3b", "lora:r=32,targets=q_proj+v_proj", device="l40s", batch=4, seq=210)
+>>> p.trainable_params
+9175040
+"""
+
+from .compare import Comparison, SpeedUp, compare
+from .errors import UserError
+from .predict import Prediction, predict
+from .setup import Setup
+
+__all__ = ["Comparison", "Prediction", "Setup", "SpeedUp", "UserError", "compare", "predict"]

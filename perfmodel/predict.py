@@ -1,0 +1,362 @@
+"""The answer for one setup, or for a whole grid of setups at once."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from os import PathLike
+from typing import Any, TypeVar
+
+import numpy as np
+
+from . import architectures, costs, intervals, memory, methods, step, timeline
+from .architectures import Architecture, Config
+from .devices import host as hosts
+from .devices import price, profile
+from .devices.host import Host
+from .devices.profile import DeviceProfile
+from .errors import UserError
+from .methods import Method
+from .setup import Setup
+from .step import PHASES, Step
+from .tape.core import Part
+from .tape.dims import Dim, MixedStructure
+
+Model = str | PathLike[str] | Architecture | Config
+Phases = dict[str, Any]  # forward, backward, optimizer, total
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds by phase, with the interval of the total.
+
+    Attributes:
+        phases: forward, backward, optimizer, total.
+        low, high: bounds of the 90 % interval of the total.
+        device_busy: seconds in which the device computes.
+        launch_bound_share: share of the step in which the device waits for the host.
+        components: seconds by what prices them (gemm16, gemm32, attention, memory, optimizer, host); their sum is the
+            total.
+    """
+
+    phases: Phases
+    low: Any
+    high: Any
+    device_busy: Any
+    launch_bound_share: Any
+    components: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that PyTorch allocates (`max_memory_allocated`).
+
+    `activations` is what the peak holds beyond weights, gradients and optimizer state: saved activations, logits,
+    temporaries of the optimizer. `low` and `high` bound what the allocator reserves for it, fragmentation included.
+    """
+
+    weights: Dim
+    gradients: Dim
+    optimizer: Dim
+    activations: Dim
+    peak: Dim
+    low: Any
+    high: Any
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one training step costs; every number may be an array over the grid."""
+
+    model: str
+    device: str
+    method: str
+    setup: Setup
+    total_params: Dim
+    trainable_params: Dim
+    flops: Phases
+    bytes: Phases
+    kernels: Phases
+    dispatches: Phases
+    time: Time
+    memory: Memory
+    fits: Any
+    notes: list[str] = field(default_factory=list)
+    step: Step | None = field(default=None, repr=False, compare=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON of `predict` (SI units, bytes)."""
+        t, m = self.time, self.memory
+        return {
+            "model": self.model,
+            "device": self.device,
+            "method": self.method,
+            "setup": {k: _plain(v) for k, v in self.setup.as_dict().items()},
+            "params": {"total": _plain(self.total_params), "trainable": _plain(self.trainable_params)},
+            **{k: _plain(getattr(self, k)) for k in ("flops", "bytes", "kernels", "dispatches")},
+            "time_s": {
+                **_plain(t.phases), "low": _plain(t.low), "high": _plain(t.high),
+                "device_busy": _plain(t.device_busy), "launch_bound_share": _plain(t.launch_bound_share),
+            },
+            "memory_bytes": {f.name: _plain(getattr(m, f.name)) for f in fields(m)},
+            "fits": _plain(self.fits),
+            "notes": self.notes,
+        }  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def resolve(model: Model, method: str | Method) -> tuple[Architecture, Method]:
+    """Architecture and bound method from objects or command-line strings.
+
+    Raises:
+        UserError: unknown names, configs that cannot be read, options that do not fit the model.
+    """
+    if isinstance(model, (str, PathLike)):
+        model = architectures.load(str(model))
+    architecture = architectures.from_config(model) if isinstance(model, Config) else model
+    parsed = methods.parse(method) if isinstance(method, str) else method
+    return architecture, parsed.bind(architecture)
+
+
+def predict(
+    model: Model,
+    method: str | Method = "full",
+    setup: Setup | None = None,
+    device: str | DeviceProfile = "l40s",
+    *,
+    host: str | Host = "default",
+    **options: Any,
+) -> Prediction:
+    """Predict one training step.
+
+    Args:
+        model: bundled name, path to a config.json (or its folder), hub id, `Config` or `Architecture`.
+        method: `name[:key=value,…]` or a `Method`.
+        setup: a `Setup`; keyword options such as `batch=4, seq=210` make or change one. `batch`, `seq` (and a method's
+            rank) may be integer arrays that broadcast together: then every figure is an array over the grid.
+        device: slug, path of a TOML, or a `DeviceProfile`.
+        host: slug, path of a TOML, or a `Host`.
+
+    Raises:
+        UserError: anything that cannot be satisfied, in one line.
+
+    >>> predict("llama-3.2-3b", "lora:r=32,targets=q_proj+v_proj", device="l40s", batch=4, seq=210).trainable_params
+    9175040
+    """
+    setup = with_options(setup, options)
+    architecture, bound = resolve(model, method)
+    on = profile.load(device) if isinstance(device, str) else device
+    by = hosts.load(host) if isinstance(host, str) else host
+    return over_grid(lambda s, m: _predict(architecture, m, s, on, by), setup, bound)
+
+
+def with_options(setup: Setup | None, options: dict[str, Any]) -> Setup:
+    """A setup with some of its fields replaced."""
+    known = {f.name for f in fields(Setup)}
+    for name in options:
+        if name not in known:
+            from .errors import nearest
+
+            raise UserError(f"unknown setup option {name!r}: {nearest(name, known)}")
+    return replace(setup or Setup(), **options)
+
+
+def _predict(architecture: Architecture, method: Method, setup: Setup, on: DeviceProfile, by: Host) -> Prediction:
+    built = step.build(architecture, method, setup, on.kind, on.compute_capability or "8.0")
+    time = step_time(built, on, by)
+    held = _memory(built)
+    return Prediction(
+        model=architecture.name,
+        device=on.slug,
+        method=method.spec(),
+        setup=setup,
+        total_params=built.total,
+        trainable_params=built.trainable,
+        flops=_count(built, lambda part: sum(costs.flops(op) for op in part.ops)),
+        bytes=_count(built, lambda part: sum(op.bytes_read + op.bytes_written for op in part.ops)),
+        kernels=_count(built, lambda part: sum(costs.kernels(op) for op in part.ops)),
+        dispatches=_count(built, lambda part: sum(not op.view for op in part.ops)),
+        time=time,
+        memory=held,
+        fits=memory.fits(held.peak, on.hardware.memory_bytes, built.device),
+        step=built,
+    )
+
+
+def _count(built: Step, of_part: Callable[[Part], Dim]) -> Phases:
+    totals: Phases = dict.fromkeys(PHASES, 0)
+    for part, times in built.parts():
+        totals[part.phase] = totals[part.phase] + times * of_part(part)
+    totals["total"] = sum(totals[phase] for phase in PHASES)
+    return totals
+
+
+def step_time(built: Step, on: DeviceProfile, by: Host) -> Time:
+    """Compose the step's clocks part by part; a phase's time is what it adds to the later clock."""
+    captured = built.setup.cuda_graphs and on.kind == "cuda"
+    clocks = timeline.launched(by.graph_launch) if captured else timeline.IDENTITY
+    phases: Phases = dict.fromkeys(PHASES, 0.0)
+    components: dict[str, Any] = {}
+    done: Any = 0.0
+    priced = _price_parts(built, on)
+    for group in built.groups:
+        once: Phases = {}
+        round_trip = timeline.IDENTITY
+        for part in group.parts:
+            matrix, work = part_clocks(part, next(priced), on, by, graphs=built.setup.cuda_graphs)
+            for name, seconds in work.items():
+                components[name] = components.get(name, 0.0) + seconds * part.repeat * group.repeat
+            block = matrix.power(part.repeat)
+            clocks, round_trip = clocks.then(block), round_trip.then(block)
+            once[part.phase] = once.get(part.phase, 0.0) + clocks.end - done
+            done = clocks.end
+        clocks = clocks.then(round_trip.power(group.repeat - 1))
+        scale = 1.0 + (clocks.end - done) / sum(once.values())  # further micro-batches split as the first one does
+        for phase, seconds in once.items():
+            phases[phase] = phases[phase] + seconds * scale
+        done = clocks.end
+    total = sum(phases[p] for p in PHASES)
+    busy = sum(components.values())
+    phases["total"] = total
+    components["host"] = np.maximum(0.0, total - busy)
+    low, high = intervals.bounds(total, intervals.step_sigma(components, total, on))
+    return Time(phases, low, high, busy, components["host"] / total, components)
+
+
+def _price_parts(built: Step, on: DeviceProfile) -> Iterator[np.ndarray]:
+    """The device seconds of every part's ops, all priced in one go."""
+    parts = [part for part, _ in built.parts()]
+    seconds = price.durations([op for part in parts for op in part.ops], on)
+    start = 0
+    for part in parts:
+        yield seconds[start : start + len(part.ops)]
+        start += len(part.ops)
+
+
+def part_clocks(
+    part: Part, duration: np.ndarray, on: DeviceProfile, by: Host, *, graphs: bool = False
+) -> tuple[timeline.Clocks, dict[str, Any]]:
+    """The clock matrix of one run of a part, and its device-busy seconds by component."""
+    if not len(duration):
+        return timeline.IDENTITY, {}
+    if graphs and on.kind == "cuda":  # nothing to dispatch: the device runs through
+        busy = duration.sum(axis=0)
+        return timeline.Clocks(0.0, timeline.NEVER, timeline.NEVER, busy), _components(part, duration)
+    dispatch = by.dispatch(part, on.kind)
+    dispatch = dispatch.reshape(len(dispatch), *(1,) * (duration.ndim - 1))
+    launched = np.array([not op.view and "host" not in op.attrs for op in part.ops])
+    synced = [i for i, op in enumerate(part.ops) if op.name == "_local_scalar_dense" and "host" not in op.attrs]
+    pieces, start = [], 0
+    for stop in [*(i + 1 for i in synced), len(part.ops)]:
+        rows = slice(start, stop)
+        pieces.append(timeline.of_ops(dispatch[rows], duration[rows], by.launch, launched[rows]))
+        start = stop
+    matrix = timeline.of_synced(pieces)
+    if on.kind == "cpu":  # one clock: the host does the work itself
+        both = dispatch.sum(axis=0) + duration.sum(axis=0)
+        matrix = timeline.Clocks(both, both, both, both)
+    return matrix, _components(part, duration)
+
+
+def _components(part: Part, duration: np.ndarray) -> dict[str, Any]:
+    rows: dict[str, list[int]] = {}
+    for i, op in enumerate(part.ops):
+        if not op.view:
+            dtype = op.inputs[-1].dtype if op.inputs else "fp32"
+            rows.setdefault(intervals.component(costs.kind(op), dtype), []).append(i)
+    return {name: duration[index].sum(axis=0) for name, index in rows.items()}
+
+
+def _memory(built: Step) -> Memory:
+    peak = memory.peak_bytes(built)
+    low, high = memory.bounds(peak, built.device)
+    gradients = sum(p.nbytes * p.count for p in built.parameters if p.used)
+    rest = built.weight_bytes + gradients + built.state_bytes
+    activations = np.maximum(peak - rest, 0) if isinstance(peak, np.ndarray) else max(peak - rest, 0)
+    return Memory(built.weight_bytes, gradients, built.state_bytes, activations, peak, low, high)
+
+
+R = TypeVar("R")
+
+
+def over_grid(compute: Callable[[Setup, Method], Prediction], setup: Setup, method: Method) -> Prediction:
+    """Run a prediction over array dims, splitting the grid where its points do not share one program."""
+    arrays = _arrays(setup, method)
+    if not arrays:
+        return compute(setup, method)
+    _check_size(setup, method)
+    try:
+        shape = np.broadcast_shapes(*(a.shape for a in arrays.values()))
+    except ValueError:
+        shapes = ", ".join(f"{name} {a.shape}" for (_, name), a in arrays.items())
+        raise UserError(f"the arrays of a grid must broadcast together, got {shapes}") from None
+    flat = {k: np.broadcast_to(a, shape).reshape(-1) for k, a in arrays.items()}
+    parts = list(_split(compute, setup, method, flat, np.arange(int(np.prod(shape)))))
+    return _merge(parts, setup, shape)
+
+
+def _check_size(setup: Setup, method: Method) -> None:
+    """Refuse grids whose counts would not fit 64-bit integers: an upper bound of the FLOPs of their largest point."""
+    a = method.architecture
+    assert a is not None
+    batch, seq = int(np.max(setup.batch)), int(np.max(setup.seq))
+    weights = a.layers * (4 * a.hidden * max(a.hidden, a.heads * a.head_dim) + 3 * a.hidden * a.intermediate)
+    weights += 2 * a.vocab * a.hidden
+    per_token = 8 * 2 * weights + 24 * a.layers * a.heads * a.head_dim * seq
+    if per_token * batch * seq * setup.grad_accum > 2**62:
+        raise UserError(f"batch {batch} x seq {seq} is too large for a grid of {a.name}: counts exceed 64-bit integers")
+
+
+def _arrays(setup: Setup, method: Method) -> dict[tuple[str, str], np.ndarray]:
+    found = {}
+    for kind, source in (("setup", setup), ("method", method)):
+        for f in fields(source):
+            value = getattr(source, f.name)
+            if isinstance(value, np.ndarray):
+                found[kind, f.name] = value
+    return found
+
+
+def _split(
+    compute: Callable[[Setup, Method], Prediction], setup: Setup, method: Method,
+    flat: dict[tuple[str, str], np.ndarray], index: np.ndarray,
+) -> Any:  # fmt: skip
+    values = {k: _uniform(a[index]) for k, a in flat.items()}
+    here = replace(setup, **{name: v for (kind, name), v in values.items() if kind == "setup"})
+    with_rank = replace(method, **{name: v for (kind, name), v in values.items() if kind == "method"})
+    try:
+        yield index, compute(here, with_rank)
+    except MixedStructure as mixed:
+        mask = np.broadcast_to(mixed.mask, index.shape)
+        yield from _split(compute, setup, method, flat, index[mask])
+        yield from _split(compute, setup, method, flat, index[~mask])
+
+
+def _uniform(values: np.ndarray) -> Any:
+    return int(values[0]) if (values == values[0]).all() else values
+
+
+def _merge(parts: list[tuple[np.ndarray, Prediction]], setup: Setup, shape: tuple[int, ...]) -> Prediction:
+    """Put the pieces of a grid back together, field by field."""
+
+    def merge(values: list[Any]) -> Any:
+        first = values[0]
+        if isinstance(first, dict):
+            return {k: merge([v[k] for v in values]) for k in first}
+        if isinstance(first, (Time, Memory)):
+            return type(first)(**{f.name: merge([getattr(v, f.name) for v in values]) for f in fields(first)})
+        dtype = np.result_type(*(np.asarray(v).dtype for v in values))
+        out = np.empty(int(np.prod(shape)), dtype)
+        for (index, _), value in zip(parts, values, strict=True):
+            out[index] = value
+        return out.reshape(shape)
+
+    first = parts[0][1]
+    names = ("total_params", "trainable_params", "flops", "bytes", "kernels", "dispatches", "time", "memory", "fits")
+    merged = {name: merge([getattr(p, name) for _, p in parts]) for name in names}
+    return replace(first, setup=setup, step=None, **merged)

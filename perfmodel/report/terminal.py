@@ -1,0 +1,109 @@
+"""Tables for the terminal (Rich)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..compare import Comparison, SpeedUp
+from ..predict import Prediction
+from ..step import PHASES
+from . import units
+
+console = Console(highlight=False)
+COLUMNS = (*PHASES, "total")
+PER_TABLE = 4  # methods side by side in a terminal of 80 columns
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], *, left: int = 1) -> Table:
+    """A plain table; the first `left` columns are text, the others numbers."""
+    made = Table(
+        title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    for i, name in enumerate(columns):
+        made.add_column(name, justify="left" if i < left else "right", overflow="fold", no_wrap=i == 0)
+    for row in rows:
+        made.add_row(*(str(cell) for cell in row))
+    return made
+
+
+def show_prediction(p: Prediction) -> None:
+    """One prediction: phases, then memory, then notes."""
+    s = p.setup
+    precision = f"{s.dtype}{f' amp {s.amp}' if s.amp else ''}"
+    console.print(
+        f"[bold]{p.method}[/] on [bold]{p.model}[/], {p.device}: batch {s.batch} x {s.seq} tokens, "
+        f"{precision}, {s.optimizer}"
+    )
+    console.print(
+        f"{units.count(p.trainable_params)} of {units.count(p.total_params)} parameters train "
+        f"({100 * p.trainable_params / p.total_params:.2f} %)\n"
+    )
+    rows: list[list[str]] = [
+        ["time", *(units.seconds(p.time.phases[c]) for c in COLUMNS)],
+        ["FLOPs", *(units.count(p.flops[c]) for c in COLUMNS)],
+        ["memory traffic", *(units.nbytes(p.bytes[c]) for c in COLUMNS)],
+        ["kernels", *(f"{p.kernels[c]:,}" for c in COLUMNS)],
+        ["ATen calls", *(f"{p.dispatches[c]:,}" for c in COLUMNS)],
+    ]
+    console.print(table("", ("", *COLUMNS), rows))
+    t = p.time
+    console.print(
+        f"\nstep {units.seconds(t.phases['total'])} [{units.seconds(t.low)} - {units.seconds(t.high)}], device busy "
+        f"{units.seconds(t.device_busy)}, waiting for the host {units.percent(t.launch_bound_share)} of the time"
+    )
+    m = p.memory
+    console.print(
+        f"peak memory [bold]{units.nbytes(m.peak)}[/] = weights {units.nbytes(m.weights)} + gradients "
+        f"{units.nbytes(m.gradients)} + optimizer {units.nbytes(m.optimizer)} + activations and temporaries "
+        f"{units.nbytes(m.activations)}; {'fits' if p.fits else '[red]does not fit[/]'}"
+    )
+    _notes(p.notes)
+
+
+def _notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        console.print(f"[dim]note: {note}[/]")
+
+
+def sentence(s: SpeedUp, baseline: str) -> str:
+    """The verdict in words."""
+    if s.verdict == "same":
+        return f"{s.method} takes about as long as {baseline} here ({s.ratio:.2f}x)"
+    factor = s.ratio if s.verdict == "faster" else 1 / s.ratio
+    return f"{s.method} is {factor:.2f}x {s.verdict} than {baseline} here"
+
+
+def show_comparison(c: Comparison) -> None:
+    """The answer in words, then one row a method."""
+    first = c.predictions[0]
+    s = first.setup
+    console.print(
+        f"[bold]{first.model}[/] on [bold]{first.device}[/], batch {s.batch} x {s.seq} tokens, {s.dtype}, {s.optimizer}"
+    )
+    for speedup in c.speedups:
+        console.print(f"[bold]{sentence(speedup, c.baseline)}[/] [{speedup.low:.2f} - {speedup.high:.2f}]")
+    console.print()
+    for start in range(0, len(c.predictions), PER_TABLE):
+        console.print(_columns(c, slice(start, start + PER_TABLE)))
+    for p in c.predictions:
+        _notes(p.notes)
+
+
+def _columns(c: Comparison, which: slice) -> Table:
+    """Some of the methods as columns."""
+    predictions = c.predictions[which]
+    ratios: list[SpeedUp | None] = [None, *c.speedups][which]
+    rows: list[list[str]] = [
+        ["step", *(units.seconds(p.time.phases["total"]) for p in predictions)],
+        *(["  " + phase, *(units.seconds(p.time.phases[phase]) for p in predictions)] for phase in PHASES),
+        ["speed-up", *("1.00" if r is None else f"{r.ratio:.2f} {r.verdict}" for r in ratios)],
+        ["waits for the host", *(units.percent(p.time.launch_bound_share) for p in predictions)],
+        ["FLOPs", *(units.count(p.flops["total"]) for p in predictions)],
+        ["memory traffic", *(units.nbytes(p.bytes["total"]) for p in predictions)],
+        ["kernels", *(f"{p.kernels['total']:,}" for p in predictions)],
+        ["peak memory", *(units.nbytes(p.memory.peak) + ("" if p.fits else " too big") for p in predictions)],
+        ["trainable", *(units.count(p.trainable_params) for p in predictions)],
+    ]
+    return table("", ("", *(p.method for p in predictions)), rows)

@@ -1,0 +1,33 @@
+"""Numbers with units, for people; inside the model everything is SI."""
+
+
+def seconds(value: float) -> str:
+    """A time with three digits: 117 ms."""
+    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if value >= factor or unit == "us":
+            return f"{_digits(value / factor)} {unit}"
+    raise AssertionError
+
+
+def count(value: float, unit: str = "") -> str:
+    """A count with three digits and a decimal prefix: 6.43 G."""
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{_digits(value / factor)} {prefix}{unit}"
+    return f"{value:.0f} {unit}".strip()
+
+
+def nbytes(value: float) -> str:
+    """Bytes with three digits: 13.1 GB (decimal)."""
+    return count(value, "B")
+
+
+def percent(value: float) -> str:
+    """A share: 12 %."""
+    return f"{100 * value:.0f} %"
+
+
+def _digits(value: float) -> str:
+    if value >= 99.95:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
