@@ -132,6 +132,10 @@ SMALL: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 128, "tie_word_embeddings": True,
     },
     "gpt2": {"model_type": "gpt2", "n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 128, "n_positions": 64},
+    "gpt_neo": {
+        "model_type": "gpt_neo", "hidden_size": 64, "num_layers": 2, "attention_types": [[["global", "local"], 1]],
+        "num_heads": 4, "vocab_size": 128, "max_position_embeddings": 64, "window_size": 8,
+    },
     "opt": {
         "model_type": "opt", "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
         "vocab_size": 128, "word_embed_proj_dim": 64, "max_position_embeddings": 64,
@@ -143,6 +147,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 NO_DROPOUT = {
     "gpt2": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
+    "gpt_neo": {"embed_dropout": 0.1, "attention_dropout": 0.1, "resid_dropout": 0.1},
     "opt": {"dropout": 0.0},
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
 }
@@ -199,6 +204,17 @@ def grid(which: str) -> Iterator[Case]:
             yield from _cases(config, ("full", "lora:r=16"), replace(base, batch=1, seq=65))
 
 
+def cuda_forward_grid() -> Iterator[Case]:
+    """What fake CUDA tensors can run without a GPU: forward passes with eager attention and without autocast.
+
+    Both scaled-dot-product attention and autocast ask for a real device before they choose a path.
+    """
+    for config in configs(small=True):
+        for dtype in ("bf16", "fp32"):
+            setup = Setup(batch=4, seq=17, dtype=dtype, attention="eager", optimizer="adamw-foreach")
+            yield from _cases(config, ("full", "lora:r=4,dropout=0.1"), setup)
+
+
 def _product(all_configs: list[Config], base: Setup, optimizers: tuple[str, ...]) -> Iterator[Case]:
     for config in all_configs:
         for precision in PRECISIONS:
@@ -215,6 +231,9 @@ def _product(all_configs: list[Config], base: Setup, optimizers: tuple[str, ...]
 
 
 def _cases(config: Config, names: tuple[str, ...], setup: Setup) -> Iterator[Case]:
+    if config.values["model_type"] == "gpt_neo":
+        checkpoint = "block" if setup.checkpoint != "none" else "none"
+        setup = replace(setup, attention="eager", checkpoint=checkpoint)  # the forms that it has
     for name in names:
         if name == "bitfit" and config.values["model_type"] in ("llama", "mistral"):
             continue  # no biases: the method is refused

@@ -18,6 +18,7 @@ from .trace import TORCH_DTYPES
 NORMS = {
     "llama": ["input_layernorm", "post_attention_layernorm", "norm"],
     "gpt2": ["ln_1", "ln_2", "ln_f"],
+    "gpt_neo": ["ln_1", "ln_2", "ln_f"],
     "opt": ["self_attn_layer_norm", "final_layer_norm"],
     "bert": ["LayerNorm"],
 }

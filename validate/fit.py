@@ -1,0 +1,319 @@
+"""Fits the price models of devices to published measurements and writes the parameters into data/devices/*.toml.
+
+The measurements are not part of the project: the user names the folder that holds them. Every block is judged on a
+fixed third of its rows that the fit never saw; class defaults by leaving out one device at a time.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from datetime import date as calendar
+from os import PathLike
+from pathlib import Path
+
+from perfmodel.devices import profile
+from perfmodel.devices.attention import AttentionParameters
+from perfmodel.devices.gemm import GemmParameters
+from perfmodel.devices.pointwise import PointwiseParameters
+from perfmodel.devices.profile import BLOCKS, CLASSES, DEVICES
+from perfmodel.errors import UserError, nearest
+
+from .fitting import attention, gemm, layouts, pointwise
+from .fitting.common import Errors, Fit, hardware
+from .fitting.write import write_blocks
+
+Progress = Callable[[int, int, str], None]  # steps done, steps in all, what comes next or was done
+Row = dict[str, str | int | float]
+
+A100 = "a100-80gb-sxm"
+# Devices without measurements of their own for a block: whose ratios they take.
+SIBLINGS: dict[str, dict[str, str]] = {
+    "gemm.bf16": {
+        "a100-40gb-sxm": A100,
+        "a100-40gb-pcie": "a100-80gb-pcie",
+        "h200": "h100-sxm",
+        "h100-pcie": "h100-sxm",
+    },
+    "gemm.fp32": {
+        A100: "a100-80gb-pcie",
+        "a100-40gb-sxm": "a100-40gb-pcie",
+        "v100": "v100-32gb-pcie",
+        "v100-32gb-sxm": "v100-32gb-pcie",
+        "h200": "h100-sxm",
+        "h100-pcie": "h100-sxm",
+    },
+    "attention": {
+        "a100-40gb-sxm": A100,
+        "a100-40gb-pcie": A100,
+        "a100-80gb-pcie": A100,
+        "h200": "h100-sxm",
+        "h100-pcie": "h100-sxm",
+        "b300": "b200",
+        "gb200": "b200",
+        "gb300": "b200",
+        "a40": "rtx-a5000",
+    },
+    "pointwise": {
+        "a100-40gb-sxm": A100,
+        "h200": "h100-sxm",
+        "h100-pcie": "h100-sxm",
+        "v100": "v100-32gb-pcie",
+        "v100-32gb-sxm": "v100-32gb-pcie",
+    },
+}
+# (dtype, device, like device): both measured.
+GEMM_PAIRS = (
+    ("bf16", "gb200", "b200"),
+    ("bf16", "gb300", "b300"),
+    ("fp32", "a100-40gb-pcie", "a100-80gb-pcie"),
+    ("fp32", "a100-80gb-pcie", "a100-40gb-pcie"),
+)
+BLACKWELL = ("b200", "b300", "gb200", "gb300")
+L40S_STREAM = 0.735e12  # B/s: weights read by bf16 GEMMs of one row in aiconfigurator's L40S measurements
+LAYOUT_NOTE = "Backward layouts by SimuMax (https://github.com/MooreThreads/SimuMax)."
+
+
+@dataclass
+class _Steps:
+    """Counts the long steps for a progress bar."""
+
+    progress: Progress | None
+    total: int
+    done: int = 0
+
+    def __call__(self, label: str) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(min(self.done, self.total), self.total, label)
+
+
+@dataclass
+class _Fitted:
+    """Blocks by device and by family, and the errors of leaving a device out."""
+
+    devices: dict[str, dict[str, Fit]] = field(default_factory=lambda: {b: {} for b in BLOCKS})
+    classes: dict[str, dict[str, Fit]] = field(default_factory=lambda: {b: {} for b in BLOCKS})
+    left_out: dict[str, dict[str, Errors]] = field(default_factory=lambda: {b: {} for b in BLOCKS})
+    pairs: dict[str, list[Errors]] = field(default_factory=lambda: {b: [] for b in BLOCKS})  # errors of SIBLINGS' kind
+
+
+def run(
+    folder: str | PathLike[str], *, leave_one_out: bool, write: bool, progress: Progress | None = None
+) -> list[Row]:
+    """Fit everything and return the table of errors; with `write`, rewrite the device files.
+
+    Args:
+        folder: holds the published measurements.
+        leave_one_out: also list each device priced from its datasheet and the other devices' rows.
+        write: put the parameters into data/devices/*.toml.
+        progress: called as progress(steps done, steps in all, label).
+
+    Returns:
+        One row a block, device and slice: block, device, slice, rows, mean, median, p90, roofline_mean.
+    """
+    rows = fit_kernels(folder, progress=progress, write=write)
+    return rows if leave_one_out else [r for r in rows if r["slice"] != "device left out"]
+
+
+def fit_kernels(
+    folder: str | PathLike[str],
+    devices: Iterable[str] | None = None,
+    progress: Progress | None = None,
+    *,
+    write: bool = True,
+    date: str | None = None,
+) -> list[Row]:
+    """Fit every block that the measurements cover, write the files of `devices` (None: all and the class defaults).
+
+    Raises:
+        UserError: the folder or a file in it is missing, a device is unknown.
+    """
+    path = _folder(folder)
+    chosen = list(profile.names() if devices is None else devices)
+    for name in chosen:
+        if name not in profile.names():
+            raise UserError(f"unknown device {name!r}: {nearest(name, profile.names())}")
+    fitted = _fit_all(path, progress)
+    if write:
+        today = date or calendar.today().isoformat()
+        for slug in chosen:
+            blocks = {b: fitted.devices[b][slug] for b in BLOCKS if slug in fitted.devices[b]}
+            if not blocks:
+                continue  # nothing here covers it; what others wrote stays
+            write_blocks(DEVICES / f"{slug}.toml", blocks, today)
+        if devices is None:
+            classes = {f"{b}.{name}": fit for b in BLOCKS for name, fit in fitted.classes[b].items()}
+            write_blocks(DEVICES / f"{CLASSES}.toml", classes, today)
+    return _table(fitted, set(chosen))
+
+
+def leave_one_device_out(folder: str | PathLike[str], progress: Progress | None = None) -> list[Row]:
+    """Each device priced from its datasheet and the other devices' measurements; writes nothing."""
+    rows = fit_kernels(folder, progress=progress, write=False)
+    return [r for r in rows if r["slice"] == "device left out"]
+
+
+def _folder(folder: str | PathLike[str]) -> Path:
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"no such folder: {path}")
+    return path
+
+
+def _fit_all(folder: Path, progress: Progress | None) -> _Fitted:
+    gemms = [("bf16", slug) for slug in gemm.BF16_FILES] + [("fp32", slug) for slug in gemm.FP32_GPUS]
+    steps = _Steps(progress, 2 * len(gemms) + 3 + 1 + 10)
+    fitted = _Fitted()
+    for dtype, slug in gemms:
+        fitted.devices[f"gemm.{dtype}"][slug] = gemm.fit_device(folder, slug, dtype)
+        steps(f"GEMM {dtype} {slug}")
+    for dtype, slug in gemms:
+        fitted.left_out[f"gemm.{dtype}"][slug] = gemm.leave_out(folder, slug, dtype)
+        steps(f"GEMM {dtype}, {slug} left out")
+    _gemm_classes(folder, fitted, steps)
+    _gemm_pairs(folder, fitted)
+    _layouts(folder, fitted)
+    _fp32_floors(fitted)
+    _attention(folder, fitted)
+    steps("attention")
+    _pointwise(folder, fitted, steps)
+    _siblings(fitted)
+    return fitted
+
+
+def _gemm_classes(folder: Path, fitted: _Fitted, steps: _Steps) -> None:
+    """bf16: sync_mma, half_rate (derived), any; fp32: any."""
+    bf16, fp32 = fitted.classes["gemm.bf16"], fitted.classes["gemm.fp32"]
+    for name, members, begin in (("sync_mma", gemm.SYNC, gemm.SYNC_MMA), ("any", gemm.ASYNC, gemm.ASYNC_MMA)):
+        bf16[name] = _gemm_class(folder, fitted, "bf16", members, begin)
+        steps(f"GEMM bf16, class {name}")
+    fp32["any"] = _gemm_class(folder, fitted, "fp32", gemm.SERVERS, gemm.AMPERE)
+    steps("GEMM fp32, class any")
+    p = bf16["sync_mma"].parameters
+    assert isinstance(p, GemmParameters)
+    half = replace(p, tile_balance=p.tile_balance / 2, math_efficiency=1.0)
+    note = "Derived, not measured: loads like a full-rate card, at half the peak, which the power limit hardly lowers."
+    note += " Residuals: those of sync_mma."
+    bf16["half_rate"] = replace(bf16["sync_mma"], parameters=half, notes=note)
+
+
+def _gemm_class(folder: Path, fitted: _Fitted, dtype: str, members: tuple[str, ...], begin: GemmParameters) -> Fit:
+    p, used = gemm.fit_class(folder, members, dtype, begin)
+    block = f"gemm.{dtype}"
+    base = fitted.devices[block][members[0]]
+    return Fit(
+        parameters=p if dtype == "bf16" else replace(p, launch_clocks=gemm.LAUNCH_CLOCKS),
+        source=f"{base.source}: {', '.join(members)}",
+        software=base.software if dtype == "fp32" else "SGLang, TensorRT-LLM; short bursts in CUDA graphs",
+        rows_fitted=used,
+        rows_left_out=sum(fitted.devices[block][m].rows_left_out for m in members),
+        errors=Errors.average(fitted.left_out[block][m] for m in members),
+        notes="" if dtype == "bf16" else "launch_clocks as in bf16: the measured floors contain the host.",
+    )
+
+
+def _gemm_pairs(folder: Path, fitted: _Fitted) -> None:
+    """How well a like device's parameters do: the evidence for SIBLINGS."""
+    for dtype, slug, donor in GEMM_PAIRS:
+        p = fitted.devices[f"gemm.{dtype}"][donor].parameters
+        assert isinstance(p, GemmParameters)
+        fitted.pairs[f"gemm.{dtype}"].append(gemm.judge(gemm.load(folder, slug, dtype), hardware(slug), p)["all"])
+
+
+def _layouts(folder: Path, fitted: _Fitted) -> None:
+    """Backward layouts of the A100s and Blackwells; what a board sustains, where it was measured."""
+    bf16 = fitted.devices["gemm.bf16"]
+    burst, b200 = bf16[A100].parameters, bf16["b200"].parameters
+    assert isinstance(burst, GemmParameters)
+    assert isinstance(b200, GemmParameters)
+    pcie, board = layouts.fit_board(folder, "a100-80gb-pcie", burst), layouts.fit_board(folder, "b200", b200)
+    bf16["a100-80gb-pcie"] = replace(
+        pcie,
+        source=f"{pcie.source} on top of burst parameters of {A100} ({bf16[A100].source})",
+        errors=pcie.errors.worse(bf16[A100].errors),
+        slices={"own_rows": pcie.errors, **pcie.slices},
+        notes=f"Residuals: the larger of {A100}'s in bursts and those of the own rows, all of them big shapes.",
+    )
+    for slug, measured in ((A100, pcie), *((s, board) for s in BLACKWELL)):
+        own, seen = bf16[slug].parameters, measured.parameters
+        assert isinstance(own, GemmParameters)
+        assert isinstance(seen, GemmParameters)
+        sustained = seen.sustained if slug == "b200" else 1.0
+        p = replace(own, nn_slowdown=seen.nn_slowdown, nt_slowdown=seen.nt_slowdown, sustained=sustained)
+        note = LAYOUT_NOTE
+        if slug == "b200":
+            mean = f"{measured.errors.mean:.1%} mean error on {measured.errors.rows} left-out rows"
+            note = f"{LAYOUT_NOTE} So is `sustained` ({mean}); the residuals here are those of bursts, without it."
+        bf16[slug] = replace(bf16[slug], parameters=p, notes=note)
+
+
+def _fp32_floors(fitted: _Fitted) -> None:
+    """Replace fp32 launch floors, which contain the host, by those of bf16 on the same or any device."""
+    bf16 = fitted.devices["gemm.bf16"]
+    for slug, fit in fitted.devices["gemm.fp32"].items():
+        own = bf16[slug].parameters if slug in bf16 else None
+        clocks = own.launch_clocks if isinstance(own, GemmParameters) else gemm.LAUNCH_CLOCKS
+        assert isinstance(fit.parameters, GemmParameters)
+        floor = fit.parameters.launch_clocks / hardware(slug).clock_hz
+        note = f"launch_clocks as in bf16: the measured floor of {floor * 1e6:.0f} us contains the host."
+        p = replace(fit.parameters, launch_clocks=clocks)
+        fitted.devices["gemm.fp32"][slug] = replace(fit, parameters=p, notes=note)
+
+
+def _attention(folder: Path, fitted: _Fitted) -> None:
+    found = attention.fit_all(folder)
+    fitted.devices["attention"] = dict(found.fits)
+    fitted.classes["attention"] = found.classes
+    fitted.left_out["attention"] = found.left_out_device
+    fitted.pairs["attention"] = [found.left_out_device[slug] for slug in ("h100-sxm", "b200")]  # one with the other's
+
+
+def _pointwise(folder: Path, fitted: _Fitted, steps: _Steps) -> None:
+    found = pointwise.fit_all(folder, steps)
+    fitted.devices["pointwise"] = dict(found.fits)
+    fitted.classes["pointwise"] = {"any": found.default}
+    fitted.left_out["pointwise"] = found.left_out_device
+    fitted.pairs["pointwise"] = found.pairs
+    l4, default = found.fits["l4"].parameters, found.default.parameters
+    ada = {n: getattr(l4, n) for n in pointwise.BOUNDS if n.startswith(("norm_", "softmax_")) and "backward" not in n}
+    assert isinstance(default, PointwiseParameters)
+    p = replace(default, stream=L40S_STREAM / hardware("l40s").memory_bandwidth, **ada)
+    note = "Class defaults; norms and softmax of the L4; stream from weights read at 0.735 TB/s in bf16 GEMMs."
+    composed = found.default.sibling(p, "the class and l4", found.default.errors)
+    fitted.devices["pointwise"]["l40s"] = replace(composed, notes=f"{note} Residuals: those of the class.")
+
+
+def _siblings(fitted: _Fitted) -> None:
+    """Blocks of devices without rows: a like device's ratios, with the errors of leaving a device out."""
+    for block, whose in SIBLINGS.items():
+        fits = fitted.devices[block]
+        for slug, donor in whose.items():
+            parameters = fits[donor].parameters
+            if block == "attention" and slug in ("h200", "h100-pcie", *BLACKWELL):
+                assert isinstance(parameters, AttentionParameters)
+                parameters = attention.carried(parameters, hardware(donor), hardware(slug))
+            if block == "gemm.fp32" and slug == A100:
+                bf16 = fitted.devices["gemm.bf16"][slug].parameters
+                assert isinstance(parameters, GemmParameters)
+                assert isinstance(bf16, GemmParameters)
+                parameters = replace(parameters, launch_clocks=bf16.launch_clocks)
+            errors = fits[donor].errors.worse(Errors.average(fitted.pairs[block]))
+            fits[slug] = fits[donor].sibling(parameters, donor, errors)
+
+
+def _table(fitted: _Fitted, chosen: set[str]) -> list[Row]:
+    """One row a block, device and slice."""
+    rows: list[Row] = []
+    for block in BLOCKS:
+        for slug, fit in fitted.devices[block].items():
+            if slug not in chosen or not fit.rows_fitted:
+                continue
+            rows.append(_row(block, slug, "left-out rows", fit.errors))
+            rows += [_row(block, slug, name, e) for name, e in fit.slices.items()]
+        for slug, errors in fitted.left_out[block].items():
+            if slug in chosen:
+                rows.append(_row(block, slug, "device left out", errors))
+    return rows
+
+
+def _row(block: str, device: str, part: str, errors: Errors) -> Row:
+    return {"block": block, "device": device, "slice": part, **errors.rounded()}

@@ -1,0 +1,126 @@
+"""What the fits share: which rows are left out, errors, and the result that goes into a device file."""
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from perfmodel.devices import toml
+from perfmodel.devices.attention import AttentionParameters
+from perfmodel.devices.gemm import GemmParameters
+from perfmodel.devices.hardware import Hardware
+from perfmodel.devices.pointwise import PointwiseParameters
+from perfmodel.devices.profile import DEVICES
+from perfmodel.errors import UserError
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+Parameters = GemmParameters | AttentionParameters | PointwiseParameters
+
+
+@dataclass(frozen=True)
+class Errors:
+    """|predicted/measured - 1| over some rows, and the mean of a plain roofline on the same rows."""
+
+    rows: int
+    mean: float
+    median: float
+    p90: float
+    roofline_mean: float
+
+    @classmethod
+    def of(cls, predicted: Array, roofline: Array, measured: Array) -> "Errors":
+        """Errors of two predictions against measured seconds (at least one row)."""
+        e, plain = np.abs(predicted / measured - 1.0), np.abs(roofline / measured - 1.0)
+        return cls(len(e), float(e.mean()), float(np.median(e)), float(np.quantile(e, 0.9)), float(plain.mean()))
+
+    @classmethod
+    def average(cls, several: Iterable["Errors"]) -> "Errors":
+        """Mean over devices, each weighted alike."""
+        e = list(several)
+        means = [float(np.mean([getattr(x, k) for x in e])) for k in ("mean", "median", "p90", "roofline_mean")]
+        return cls(sum(x.rows for x in e), *means)
+
+    def worse(self, other: "Errors") -> "Errors":
+        """The larger of each figure: where two estimates of an error stand side by side."""
+        return replace(
+            self,
+            mean=max(self.mean, other.mean),
+            median=max(self.median, other.median),
+            p90=max(self.p90, other.p90),
+        )
+
+    def rounded(self) -> dict[str, float]:
+        """For a device file."""
+        values = {k: round(getattr(self, k), 4) for k in ("mean", "median", "p90", "roofline_mean")}
+        return {"rows": self.rows, **values}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One fitted block of one device: what goes into its file."""
+
+    parameters: Parameters
+    source: str
+    software: str
+    rows_fitted: int
+    rows_left_out: int
+    errors: Errors
+    slices: dict[str, Errors] = field(default_factory=dict)
+    notes: str = ""
+
+    def sibling(self, parameters: Parameters, whose: str, errors: Errors, notes: str = "") -> "Fit":
+        """The block of a like device without measurements of its own."""
+        return replace(
+            self,
+            parameters=parameters,
+            source=f"ratios of {whose} ({self.source})",
+            rows_fitted=0,
+            rows_left_out=0,
+            errors=errors,
+            slices={},
+            notes=f"{notes} Residuals: the like device's, or those of pricing one with another's ratios.".strip(),
+        )
+
+
+def hardware(slug: str) -> Hardware:
+    """Datasheet figures of a bundled device."""
+    return Hardware(**toml.read(DEVICES / f"{slug}.toml")["datasheet"])
+
+
+def table(folder: Path, name: str) -> pd.DataFrame:
+    """One file of measurements, CSV or Parquet."""
+    path = folder / name
+    if not path.is_file():
+        raise UserError(f"{folder} has no {name}: give the folder with the published measurements")
+    return pd.read_csv(path, low_memory=False) if path.suffix == ".csv" else pd.read_parquet(path)
+
+
+def fold(*parts: Any) -> int:
+    """0, 1 or 2 by the row's shape; fold 0 is the third that no fit sees."""
+    return zlib.crc32("|".join(str(p) for p in parts).encode()) % 3
+
+
+def shape_hash(*columns: Any) -> NDArray[np.uint64]:
+    """A well mixed hash of whole numbers, row by row."""
+    h = np.zeros(len(columns[0]), np.uint64)
+    for column in columns:
+        h = (h ^ np.asarray(column, np.float64).astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        h = (h ^ (h >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+        h ^= h >> np.uint64(32)
+    return h
+
+
+def strings(rows: pd.DataFrame) -> list[str]:
+    """The names of the columns."""
+    return [str(c) for c in rows.columns]
+
+
+def column(rows: pd.DataFrame, name: str) -> Array:
+    """A column as floats."""
+    return np.asarray(rows[name], dtype=np.float64)

@@ -1,0 +1,63 @@
+"""Backward layouts and the rate that a board sustains, from SimuMax (https://github.com/MooreThreads/SimuMax).
+
+aiconfigurator's bursts do not throttle; SimuMax's boards ran long enough to. Both sets hold the same GEMMs in forward
+(TN), input-gradient (NN) and weight-gradient (NT, fp32 accumulation) layout.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pandas as pd
+
+from perfmodel.devices.gemm import GemmParameters, Layout, gemm_time
+from perfmodel.devices.hardware import Hardware
+
+from .common import Array, Errors, Fit, column, hardware, shape_hash, table
+from .gemm import least
+
+SIMUMAX = "https://github.com/MooreThreads/SimuMax"
+BOARDS = {"a100-80gb-pcie": "a100_pcie_bf16", "b200": "b200_bf16_ceperm"}
+
+
+def predict(rows: pd.DataFrame, hw: Hardware, p: GemmParameters) -> Array:
+    """Seconds of every row, in its layout."""
+    out = np.empty(len(rows))
+    for (layout, dtype, accumulate), part in rows.groupby(["layout", "out_dtype", "accumulate"]):
+        m, n, k = (column(part, c) for c in ("m", "n", "k"))
+        out[np.asarray(part.index)] = gemm_time(
+            m, n, k, hardware=hw, parameters=p, output_itemsize=4 if dtype == "fp32" else 2,
+            accumulate=bool(accumulate), layout=cast(Layout, str(layout).lower()), b_copies=1.0,
+        )  # fmt: skip
+    return out
+
+
+def fit_board(folder: Path, slug: str, base: GemmParameters) -> Fit:
+    """`sustained`, `nn_slowdown` and `nt_slowdown` of a board on top of burst parameters of its chip."""
+    measured = table(folder, "gemm_layouts_simumax.csv")
+    rows = measured[(measured.op == "matmul") & (measured.gpu == BOARDS[slug])].reset_index(drop=True)
+    hw, seconds = hardware(slug), column(rows, "implied_ms") * 1e-3
+    left_out = shape_hash(np.ones(len(rows)), rows.m, rows.n, rows.k) % np.uint64(3) == 0
+
+    def parameters(z: Array) -> GemmParameters:
+        sustained, nn, nt = map(float, np.exp(z))
+        return replace(base, sustained=sustained, nn_slowdown=nn, nt_slowdown=nt)
+
+    def residuals(z: Array) -> Array:
+        return np.asarray(np.log(predict(rows, hw, parameters(z)) / seconds)[~left_out])
+
+    p = parameters(least(residuals, np.zeros(3), np.log([0.4, 0.8, 0.8]), np.log([1.5, 1.5, 1.5])).x)
+    predicted = predict(rows, hw, p)
+    m, n, k = (column(rows, c) for c in ("m", "n", "k"))
+    plain = np.maximum(2 * m * n * k / hw.peak("bf16"), 2 * (m * k + k * n + m * n) / hw.memory_bandwidth)
+    slices = {str(name).lower(): left_out & np.asarray(rows.layout == name) for name in ("TN", "NN", "NT")}
+    return Fit(
+        parameters=p,
+        source=SIMUMAX,
+        software="matmul in three layouts, versions not stated",
+        rows_fitted=int((~left_out).sum()),
+        rows_left_out=int(left_out.sum()),
+        errors=Errors.of(predicted[left_out], plain[left_out], seconds[left_out]),
+        slices={name: Errors.of(predicted[c], plain[c], seconds[c]) for name, c in slices.items()},
+    )

@@ -1,0 +1,77 @@
+"""Writes fitted blocks into device files: as text, so that everything before them stays as its author wrote it."""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+
+from perfmodel.devices import profile
+
+from .common import Fit
+
+
+def write_blocks(path: Path, blocks: Mapping[str, Fit], date: str) -> None:
+    """Replace the [fitted…] tables of a file; all before the first of them is kept byte for byte.
+
+    `blocks` maps what stands behind "fitted." (such as "gemm.bf16") to its fit.
+    """
+    content = path.read_bytes()
+    tables = [block_text(f"fitted.{name}", fit, date) for name, fit in blocks.items()]
+    if content.startswith(b"[fitted"):
+        head = b""
+    elif (at := content.find(b"\n[fitted")) >= 0:
+        head = content[: at + 1]
+    else:
+        head = content.rstrip(b"\n") + b"\n\n"
+    _replace(path, head + "\n".join(tables).encode())
+    profile.forget()
+
+
+def block_text(name: str, fit: Fit, date: str) -> str:
+    """One block: provenance, parameters, residuals."""
+    lines = [f"[{name}]", f"source = {_value(fit.source)}", f'date = "{date}"', f"software = {_value(fit.software)}"]
+    lines += [
+        f"rows_fitted = {fit.rows_fitted}",
+        f"rows_left_out = {fit.rows_left_out}",
+        f"notes = {_value(fit.notes)}",
+    ]
+    lines += ["", f"[{name}.parameters]"]
+    for f in fields(fit.parameters):
+        value = getattr(fit.parameters, f.name)
+        if value is None or (f.name == "tiles" and value == f.default):
+            continue
+        lines.append(f"{f.name} = {_value(value)}")
+    lines += ["", f"[{name}.residuals]", *(f"{k} = {_value(v)}" for k, v in fit.errors.rounded().items())]
+    for key, errors in fit.slices.items():
+        inside = ", ".join(f"{k} = {_value(v)}" for k, v in errors.rounded().items())
+        lines.append(f"{key} = {{ {inside} }}")
+    return "\n".join(lines) + "\n"
+
+
+def _value(value: object) -> str:
+    """A TOML value; floats with four digits that count."""
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        text = f"{value:.4g}"
+        return text if any(c in text for c in ".en") else text + ".0"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_value(v) for v in value) + "]"
+    raise TypeError(f"no TOML value for {value!r}")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write beside the file and rename: nobody ever reads a half-written one."""
+    mode = path.stat().st_mode & 0o777
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(content)
+        os.chmod(temporary, mode)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

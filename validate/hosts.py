@@ -1,0 +1,151 @@
+"""`perfmodel validate host`: measure what this machine's host spends, and write a host file.
+
+Tiny models (width 64, 4 tokens) make kernels take next to no time, so a real training step on the CPU shows its host
+work: Python, dispatcher, autograd, hooks. Many such steps of different make-up and one non-negative least squares give
+the cost of each kind of work. The launch figures of a GPU cannot be seen from here and are kept from the default.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from platform import processor, python_version
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+
+from perfmodel import methods
+from perfmodel.architectures import Config, from_config
+from perfmodel.devices import host as hosts
+from perfmodel.devices.host import Host
+from perfmodel.setup import Setup
+from perfmodel.step import PHASES, Step, build
+
+from . import models
+from .counts import NO_DROPOUT, SMALL
+from .trace import make_optimizer
+
+LAYERS = 8
+KEPT = ("launch_call", "launch", "graph_launch")
+METHODS = ("full", "lora:r=4,targets=all-linear", "lora:r=4")
+WARM_UP, STEPS = 5, 20
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One phase of one program: how much of each kind of host work it does, and the median seconds."""
+
+    name: str
+    work: dict[str, float]
+    seconds: float
+
+
+def programs() -> Iterator[tuple[Config, str, str]]:
+    """The programs that are timed: (config, method, checkpointing)."""
+    for name in ("llama", "gpt2", "bert", "opt"):
+        values = {**SMALL[name], **NO_DROPOUT.get(name, {})}
+        values["n_layer" if name == "gpt2" else "num_hidden_layers"] = LAYERS
+        for method in METHODS:
+            for checkpoint in ("none", "block", "block-reentrant"):
+                yield Config(values, name, name), method, checkpoint
+
+
+def work_of(step: Step, phase: str) -> dict[str, float]:
+    """Units of each kind of host work in one phase, named as the fields of `Host`."""
+    work = {f.name: 0.0 for f in fields(Host) if f.name not in (*KEPT, "name", "source")}
+    for part, times in step.parts():
+        if part.phase != phase:
+            continue
+        calls = times * sum(not op.view for op in part.ops)
+        views = times * sum(op.view for op in part.ops)
+        if phase == "optimizer":
+            work["optimizer_call"] += calls
+            work["tensor"] += sum(
+                sum(s.copies for s in op.outputs) for op in part.ops if op.name.startswith("_foreach")
+            )
+        else:
+            work["call" if phase == "forward" else "backward_call"] += calls
+            work["view" if phase == "forward" else "backward_view"] += views
+        for field, count in (
+            ("module", part.modules), ("adapter", part.adapters), ("checkpoint", part.checkpoints),
+            ("hook", part.hooks), ("node", part.nodes),
+        ):  # fmt: skip
+            work[field] += times * count
+    return work
+
+
+def measure(config: Config, method_text: str, checkpoint: str) -> list[Sample]:
+    """Time a real step of one program, phase by phase."""
+    architecture = from_config(config)
+    setup = Setup(batch=1, seq=4, dtype="fp32", checkpoint=checkpoint, optimizer="adamw-foreach")
+    method = methods.parse(method_text).bind(architecture)
+    step = build(architecture, method, setup, "cpu")
+    model = models.apply(models.build(config, setup, device="cpu"), method, architecture)
+    model.train()
+    if checkpoint != "none":
+        reentrant = checkpoint == "block-reentrant"
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    times = _time_steps(model, make_optimizer([p for p in model.parameters() if p.requires_grad], step.optimizer))
+    name = f"{config.name} {method_text} {checkpoint}"
+    return [Sample(f"{name} {phase}", work_of(step, phase), t) for phase, t in zip(PHASES, times, strict=True)]
+
+
+def _time_steps(model: Any, update: torch.optim.Optimizer) -> list[float]:
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    attention = torch.ones_like(ids)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    clock = time.perf_counter
+    rows = []
+    for _ in range(WARM_UP + STEPS):
+        start = clock()
+        loss = model(input_ids=ids, attention_mask=attention, labels=ids).loss
+        forward = clock()
+        loss.backward()
+        backward = clock()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
+        update.step()
+        update.zero_grad()
+        rows.append((forward - start, backward - forward, clock() - backward))
+    return [float(x) for x in np.median(rows[WARM_UP:], axis=0)]
+
+
+def fit(samples: list[Sample]) -> tuple[dict[str, float], float]:
+    """Seconds per unit of work by non-negative least squares on relative errors; the mean |relative error| with it."""
+    names = list(samples[0].work)
+    measured = np.array([s.seconds for s in samples])
+    work = np.array([[s.work[n] for n in names] for s in samples])
+    solution, _ = nnls(work / measured[:, None], np.ones(len(samples)))
+    error = float(np.mean(np.abs(work @ solution / measured - 1)))
+    return dict(zip(names, map(float, solution), strict=True)), error
+
+
+def calibrate(progress: Callable[[str], None] = lambda name: None) -> tuple[Host, float, int]:
+    """Measure this machine: its host file, the fit's mean |relative error|, and the number of phases timed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    samples: list[Sample] = []
+    try:
+        for config, method, checkpoint in programs():
+            progress(f"{config.name} {method} {checkpoint}")
+            samples += measure(config, method, checkpoint)
+    finally:
+        torch.set_num_threads(threads)
+    costs, error = fit(samples)
+    default = hosts.load()
+    costs |= {name: getattr(default, name) for name in KEPT}
+    software = f"PyTorch {version('torch')}, transformers {version('transformers')}, peft {version('peft')}"
+    source = f"measured {date.today()}, {software}, Python {python_version()}; launch figures: the default host's"
+    return Host(name=processor() or "this machine", source=source, **costs), error, len(samples)
+
+
+def write(host: Host, path: Path) -> None:
+    """Write a host file, whole or not at all."""
+    from perfmodel.cli import write_text
+
+    lines = [f'name = "{host.name}"', f'source = "{host.source}"', "", "[seconds]"]
+    lines += [f"{f.name} = {getattr(host, f.name):.3g}" for f in fields(Host) if f.name not in ("name", "source")]
+    write_text(path, "\n".join(lines) + "\n")

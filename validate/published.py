@@ -1,0 +1,232 @@
+"""`perfmodel validate published`: predictions against training steps that others measured and published.
+
+data/published/steps.csv holds the cited figures, a source on every row. Rows are split by whole groups (settings
+measured together) into `fit`, which was looked at while the model was built, and `check`, on which errors are reported.
+"""
+
+import csv
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from perfmodel.compare import SAME
+from perfmodel.devices import host as hosts
+from perfmodel.devices import profile
+from perfmodel.devices.host import Host
+from perfmodel.predict import Prediction, predict
+from perfmodel.resources import DATA
+from perfmodel.setup import Setup
+
+TABLE = DATA / "published" / "steps.csv"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One published figure and what it is of. `seconds` maps what was timed (step, forward, backward) to the figure."""
+
+    id: str
+    family: str
+    model: str
+    device: str
+    method: str
+    setup: Setup
+    seconds: dict[str, float]
+    rounding: float
+    memory: float | None
+    memory_kind: str
+    group: str
+    split: str
+    zero_grad: bool
+    doubt: bool
+    source: str
+    notes: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A row with its prediction."""
+
+    row: Row
+    predicted: dict[str, float]
+    low: float
+    high: float
+    memory: float
+    memory_low: float
+    memory_high: float
+
+    @property
+    def measured_total(self) -> float:
+        """Seconds that were measured in all."""
+        return sum(self.row.seconds.values())
+
+    @property
+    def predicted_total(self) -> float:
+        """Predicted seconds of the same phases."""
+        return sum(self.predicted.values())
+
+    @property
+    def error(self) -> float:
+        """Signed relative error; a figure's rounding is not held against the model."""
+        difference = self.predicted_total - self.measured_total
+        slack = self.row.rounding / 2
+        return float(np.sign(difference) * max(0.0, abs(difference) - slack) / self.measured_total)
+
+    @property
+    def inside(self) -> bool:
+        """Whether the measured figure lies in the predicted interval."""
+        slack = self.row.rounding / 2
+        return self.low - slack <= self.measured_total <= self.high + slack
+
+
+def load() -> list[Row]:
+    """The table of published steps."""
+    with TABLE.open(newline="", encoding="utf-8") as file:
+        return [_row(record) for record in csv.DictReader(file)]
+
+
+def _row(r: dict[str, str]) -> Row:
+    amp = r["dtype"] if r["amp"] == "1" else None
+    setup = Setup(
+        batch=int(r["batch"]),
+        seq=int(r["seq"]),
+        dtype=r["dtype"],
+        amp=amp,
+        optimizer="adamw" if r["optimizer"] == "none" else r["optimizer"],
+        grad_accum=int(r["grad_accum"]),
+        checkpoint=r["checkpoint"],
+        attention=r["attention"],
+        clip_grad=r["clip"] == "1",
+        padded=r["padded"] == "1",
+    )
+    if r["doubt"] == "1":  # its forward is inflated, its backward is in line
+        seconds = {"backward": float(r["bwd_s"])}
+    elif r["fwd_s"] and r["bwd_s"]:
+        seconds = {"forward": float(r["fwd_s"]), "backward": float(r["bwd_s"])}
+    elif r["phases"] == "fwd+bwd":
+        seconds = {"forward+backward": float(r["step_time_s"])}
+    else:
+        seconds = {"step": float(r["step_time_s"])}
+    return Row(
+        id=r["id"],
+        family=r["family"],
+        model=r["model"],
+        device=r["device"],
+        method=r["method"],
+        setup=setup,
+        seconds=seconds,
+        rounding=float(r["rounding_s"] or 0),
+        memory=float(r["peak_memory_bytes"]) if r["peak_memory_bytes"] else None,
+        memory_kind=r["memory_kind"],
+        group=r["group"],
+        split=r["split"],
+        zero_grad=r["zero_grad"] == "1",
+        doubt=r["doubt"] == "1",
+        source=r["source"],
+        notes=r["notes"],
+    )
+
+
+def evaluate(row: Row, host: Host | None = None) -> Outcome:
+    """Predict what a row measured."""
+    by = host or hosts.load()
+    p = predict(row.model, row.method, row.setup, profile.load(row.device), host=by)
+    t = p.time.phases
+    parts = {"step": t["total"], "forward+backward": t["forward"] + t["backward"], **t}
+    predicted = {what: float(parts[what]) for what in row.seconds}
+    share = sum(predicted.values()) / float(t["total"])
+    return Outcome(
+        row, predicted, float(p.time.low) * share, float(p.time.high) * share,
+        float(p.memory.peak), float(p.memory.low), float(p.memory.high),
+    )  # fmt: skip
+
+
+def evaluate_all(
+    rows: Iterable[Row], host: Host | None = None, progress: Callable[[str], None] = lambda name: None
+) -> list[Outcome]:
+    """Predict all rows."""
+    outcomes = []
+    for row in rows:
+        outcomes.append(evaluate(row, host))
+        progress(row.id)
+    return outcomes
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Full fine-tuning against another method in one setting; ratios are full over other."""
+
+    full: Outcome
+    other: Outcome
+
+    @property
+    def measured(self) -> float:
+        """Measured speed-up."""
+        return self.full.measured_total / self.other.measured_total
+
+    @property
+    def predicted(self) -> float:
+        """Predicted speed-up."""
+        return self.full.predicted_total / self.other.predicted_total
+
+    @property
+    def error(self) -> float:
+        """Relative error of the ratio, the rounding of both figures taken off."""
+        slack = sum(o.row.rounding / 2 / o.measured_total for o in (self.full, self.other))
+        off = self.predicted / self.measured - 1
+        return float(np.sign(off) * max(0.0, abs(off) - slack))
+
+    @property
+    def verdict_right(self) -> bool:
+        """Whether faster, slower or same (within 5 %) comes out as measured."""
+        return _verdict(self.measured) == _verdict(self.predicted)
+
+    @property
+    def decided(self) -> bool:
+        """Whether the measured difference exceeds 10 %."""
+        return not 1 / 1.1 <= self.measured <= 1.1
+
+
+def _verdict(ratio: float) -> int:
+    return int(ratio > 1 + SAME) - int(ratio < 1 / (1 + SAME))
+
+
+def pairs(outcomes: Sequence[Outcome]) -> list[Pair]:
+    """All pairs within a group; of several full rows the group's mean setting is its first."""
+    found = []
+    groups: dict[tuple[str, Any, Any], list[Outcome]] = {}
+    for o in outcomes:
+        groups.setdefault((o.row.group, o.row.setup.batch, o.row.setup.seq), []).append(o)
+    for members in groups.values():
+        full = [o for o in members if o.row.method == "full"]
+        found += [Pair(full[0], o) for o in members if full and o.row.method != "full"]
+    return found
+
+
+def summary(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """One line per family, and one for all: errors, ratios, verdicts, memory, coverage."""
+    lines = []
+    families = sorted({o.row.family for o in outcomes})
+    for family in [*families, "all"]:
+        members = [o for o in outcomes if family in ("all", o.row.family)]
+        errors = np.abs([o.error for o in members])
+        ratio = pairs(members)
+        decided = [p for p in ratio if p.decided]
+        memory = [
+            abs(o.memory / o.row.memory - 1) for o in members if o.row.memory and o.row.memory_kind == "allocated"
+        ]
+        lines.append(
+            {
+                "source": family, "rows": len(members), "mean": errors.mean(), "median": float(np.median(errors)),
+                "p90": float(np.quantile(errors, 0.9)), "worst": errors.max(), "pairs": len(ratio),
+                "ratio_mean": float(np.mean([abs(p.error) for p in ratio])) if ratio else None,
+                "verdicts": f"{sum(p.verdict_right for p in decided)}/{len(decided)}" if decided else "",
+                "memory_mean": float(np.mean(memory)) if memory else None,
+                "coverage": float(np.mean([o.inside for o in members])),
+            }
+        )  # fmt: skip
+    return lines
+
+
+__all__ = ["Outcome", "Pair", "Prediction", "Row", "evaluate", "evaluate_all", "load", "pairs", "summary"]

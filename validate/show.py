@@ -1,0 +1,192 @@
+"""What the validate commands print."""
+
+import json
+import warnings
+from collections import Counter
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from perfmodel.report import units
+from perfmodel.report.terminal import console, table
+
+
+def progress() -> Progress:
+    """A bar with what is running and the time left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def show_counts(module: Any, grid: str, *, cuda_forward: bool, as_json: bool) -> bool:
+    """Run the comparison over a grid and print it; returns whether anything differs."""
+    warnings.filterwarnings("ignore")
+    for text in module.other_versions():
+        console.print(f"[yellow]installed: {text}: differences may be theirs[/]")
+    cases = list(module.cuda_forward_grid() if cuda_forward else module.grid(grid))
+    results = []
+    with progress() as bar:
+        task = bar.add_task("tracing", total=len(cases))
+        for case in cases:
+            bar.update(task, description=f"{case.config.name} {case.method}")
+            results.append(module.compare(case, cuda_forward=cuda_forward))
+            bar.advance(task)
+    if as_json:
+        print(json.dumps([_row(r) for r in results], indent=1))
+        return any(r.differences for r in results)
+    _summary(results)
+    bad = [r for r in results if r.differences]
+    for r in bad[:20]:
+        console.print(f"\n[red]{r.case.config.name} {r.case.method}[/] {_changed(r)}")
+        for line in r.differences[:8]:
+            console.print(f"  {line}", markup=False, soft_wrap=True)
+    console.print(
+        f"\n{len(results)} cases, {sum(r.calls for r in results):,} ATen calls compared, "
+        f"{'[red]' if bad else '[green]'}{len(bad)} cases differ[/]"
+    )
+    return bool(bad)
+
+
+def _changed(result: Any) -> str:
+    from perfmodel.setup import Setup
+
+    usual = Setup().as_dict()
+    return ", ".join(f"{k}={v}" for k, v in result.case.setup.as_dict().items() if v != usual[k])
+
+
+def _row(r: Any) -> dict[str, Any]:
+    return {
+        "model": r.case.config.name, "method": r.case.method, "setup": r.case.setup.as_dict(), "calls": r.calls,
+        "flops": r.flops, "bytes": r.bytes, "peak_ratio": r.peak_ratio, "differences": r.differences,
+    }  # fmt: skip
+
+
+def _summary(results: list[Any]) -> None:
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for r in results:
+        groups.setdefault((r.case.config.name, r.case.method), []).append(r)
+    rows = []
+    for (name, method), members in groups.items():
+        setups = Counter(_changed(r) for r in members)
+        rows.append(
+            [
+                name, method, _changed(members[0]) if len(members) == 1 else f"{len(setups)} setups",
+                f"{sum(r.calls for r in members):,}", units.count(sum(r.flops for r in members)),
+                units.nbytes(sum(r.bytes for r in members)),
+                f"{max(abs(r.peak_ratio - 1) for r in members) * 100:.2f} %", sum(len(r.differences) for r in members),
+            ]
+        )  # fmt: skip
+    columns = ("model", "method", "setup", "ATen calls", "FLOPs", "bytes", "peak off by", "differences")
+    console.print(table("", columns, rows, left=3))
+
+
+def show_published(*, plot: Any, all_rows: bool, as_json: bool) -> None:
+    """Predict every published row; print errors by source on the rows held out of the fit."""
+    from . import published as module
+
+    rows = module.load()
+    with progress() as bar:
+        task = bar.add_task("predicting", total=len(rows))
+        outcomes = module.evaluate_all(rows, progress=lambda name: bar.update(task, advance=1, description=name[:40]))
+    check = [o for o in outcomes if o.row.split == "check"]
+    lines = module.summary(check)
+    if as_json:
+        print(json.dumps({"check": lines, "rows": [_published_row(o) for o in outcomes]}, indent=1))
+    else:
+        _print_published(outcomes, check, lines, all_rows=all_rows)
+    if plot is not None:
+        from .plots import parity
+
+        parity(outcomes, plot)
+        if not as_json:
+            console.print(f"\ndrawn: {plot}")
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def _print_published(outcomes: list[Any], check: list[Any], lines: list[dict[str, Any]], *, all_rows: bool) -> None:
+    shown = [
+        [
+            line["source"], line["rows"], *(_percent(line[k]) for k in ("mean", "median", "p90", "worst")),
+            line["pairs"], _percent(line["ratio_mean"]), line["verdicts"], _percent(line["memory_mean"]),
+            _percent(line["coverage"]),
+        ]
+        for line in lines
+    ]  # fmt: skip
+    columns = (
+        "check rows of", "rows", "mean", "median", "p90", "worst", "pairs", "ratio", "verdicts", "memory",
+        "in interval",
+    )  # fmt: skip
+    console.print(table("step time, |relative error| on rows that no fit saw", columns, shown))
+    listed = outcomes if all_rows else [o for o in check if abs(o.error) > 0.25]
+    if listed:
+        titles = ("row", "split", "measured", "predicted", "error", "notes")
+        cells = (
+            [o.row.id, o.row.split, units.seconds(o.measured_total), units.seconds(o.predicted_total),
+             f"{100 * o.error:+.1f} %", o.row.notes]
+            for o in listed
+        )  # fmt: skip
+        console.print(table("\nall rows" if all_rows else "\nrows that miss by more than 25 %", titles, cells, left=2))
+    doubtful = sum(o.row.doubt for o in outcomes)
+    if doubtful:
+        console.print(
+            f"\n{doubtful} rows count with their backward only: their forward is out of line (see the notes)."
+        )
+
+
+def _published_row(o: Any) -> dict[str, Any]:
+    return {
+        "id": o.row.id, "split": o.row.split, "doubt": o.row.doubt, "measured_s": o.measured_total,
+        "predicted_s": o.predicted_total, "error": o.error, "inside": o.inside, "source": o.row.source,
+    }  # fmt: skip
+
+
+def show_host(output: Any) -> None:
+    """Calibrate the host and write its file."""
+    from . import hosts as module
+
+    warnings.filterwarnings("ignore")
+    with progress() as bar:
+        task = bar.add_task("timing", total=len(list(module.programs())))
+        found, error, phases = module.calibrate(lambda name: bar.update(task, advance=1, description=name))
+    module.write(found, output)
+    rows = [[name, units.seconds(getattr(found, name))] for name in vars(found) if name not in ("name", "source")]
+    console.print(table("host costs", ("", "seconds"), rows))
+    console.print(f"fitted to {phases} timed phases, mean |relative error| {100 * error:.1f} %; written: {output}")
+
+
+def show_fit(folder: Any, *, leave_one_device_out: bool, write: bool, as_json: bool) -> None:
+    """Fit device profiles and print the errors on left-out rows, a plain roofline beside them."""
+    from . import fit as module
+
+    with progress() as bar:
+        task = bar.add_task("reading", total=None)
+
+        def tick(done: int, total: int, label: str) -> None:
+            bar.update(task, completed=done, total=total, description=label[:40])
+
+        if leave_one_device_out:
+            rows = module.leave_one_device_out(folder, tick)
+        else:
+            rows = module.fit_kernels(folder, progress=tick, write=write)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    cells = (
+        [r["block"], r["device"], r["slice"], r["rows"],
+         *(_percent(_number(r.get(k))) for k in ("mean", "median", "p90", "roofline_mean"))]
+        for r in rows
+    )  # fmt: skip
+    columns = ("block", "device", "rows of", "rows", "mean", "median", "p90", "plain roofline")
+    console.print(table("|relative error| on rows that the fit did not see", columns, cells, left=3))
+
+
+def _number(value: Any) -> float | None:
+    return None if value in (None, "") else float(value)

@@ -1,0 +1,65 @@
+"""`perfmodel validate speed`: the speed promises of the README, as ratios measured in one run."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+
+import numpy as np
+
+from perfmodel import architectures, methods
+from perfmodel.predict import predict
+
+MODEL, METHOD, DEVICE = "llama-3.2-3b", "lora:r=32,targets=q_proj+v_proj", "l40s"
+COLD_LIMIT = 3.0  # x `python -c "import numpy"`
+WARM_LIMIT = 0.020  # s
+GRID_LIMIT = 20.0  # x one point
+SWEEP_LIMIT = 5.0  # s for 10,000 setups
+
+
+def _once(command: list[str]) -> float:
+    start = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def _cold(runs: int = 7) -> tuple[float, float]:
+    """Medians of a cold predict and of importing numpy, run in turn."""
+    command = [sys.executable, "-m", "perfmodel.cli", "predict", "--model", MODEL, "--device", DEVICE]
+    command += ["--method", METHOD, "--batch", "4", "--seq", "210", "--json"]
+    numpy = [sys.executable, "-c", "import numpy"]
+    pairs = [(_once(command), _once(numpy)) for _ in range(runs)]
+    return median(a for a, _ in pairs), median(b for _, b in pairs)
+
+
+def _timed(run: Callable[[], object], runs: int) -> float:
+    run()
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def measure() -> list[tuple[str, str, str, bool]]:
+    """(what, measured, limit, met) of every promise."""
+    cold, numpy = _cold()
+    architecture = architectures.from_config(architectures.load(MODEL))
+    method = methods.parse(METHOD)
+
+    def grid(batches: int, seqs: int) -> object:
+        batch = np.arange(2, 2 + batches).reshape(-1, 1)
+        seq = np.arange(128, 128 + 16 * seqs, 16).reshape(1, -1)
+        return predict(architecture, method, device=DEVICE, batch=batch, seq=seq)
+
+    one = _timed(lambda: predict(architecture, method, device=DEVICE, batch=4, seq=210), 15)
+    thousand = _timed(lambda: grid(20, 50), 3)
+    ten_thousand = _timed(lambda: grid(100, 100), 1)
+    return [
+        ("cold predict --json / import numpy", f"{cold / numpy:.2f}", f"{COLD_LIMIT}", cold <= COLD_LIMIT * numpy),
+        ("warm predict", f"{one * 1e3:.1f} ms", f"{WARM_LIMIT * 1e3:.0f} ms", one <= WARM_LIMIT),
+        ("1,000 setups / one", f"{thousand / one:.1f}", f"{GRID_LIMIT:.0f}", thousand <= GRID_LIMIT * one),
+        ("10,000 setups", f"{ten_thousand:.2f} s", f"{SWEEP_LIMIT:.0f} s", ten_thousand <= SWEEP_LIMIT),
+    ]
