@@ -1,0 +1,88 @@
+"""What the tests share: small models, recorded steps, and totals over the ops of a step."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from perfmodel import costs, methods
+from perfmodel.architectures import Architecture, Config, from_config
+from perfmodel.methods import Method
+from perfmodel.setup import Setup
+from perfmodel.step import PHASES, Step, build
+from perfmodel.tape.core import Op
+from validate.counts import SMALL
+
+NAMES = tuple(SMALL)
+METHODS = ("full", "lora:r=4", "lora:r=4,targets=all-linear,dropout=0.1", "top_k:k=1", "top_k:k=1,inner=lora", "norm")
+LAYERS_KEY = {"gpt2": "n_layer", "gpt_neo": "num_layers"}
+
+
+def config_of(name: str, layers: int | None = None, **changes: Any) -> Config:
+    """The config of a small model, with some keys changed."""
+    values = {**SMALL[name], **changes}
+    if layers is not None:
+        values[LAYERS_KEY.get(name, "num_hidden_layers")] = layers
+        if "attention_types" in values:
+            values["attention_types"] = [[["global"], layers]]
+    return Config(values, name, name)
+
+
+def architecture_of(name: str, layers: int | None = None, **changes: Any) -> Architecture:
+    """A small model."""
+    return from_config(config_of(name, layers, **changes))
+
+
+def setup_of(name: str, **options: Any) -> Setup:
+    """A setup that a small model has: GPT-Neo knows eager attention and non-reentrant checkpoints only."""
+    options = {"batch": 2, "seq": 17, **options}
+    if name == "gpt_neo":
+        options["attention"] = "eager"
+        options["checkpoint"] = "none" if options.get("checkpoint", "none") == "none" else "block"
+    return Setup(**options)
+
+
+def step_of(
+    model: str | Architecture, method: str | Method = "full", *, device: str = "cuda", layers: int | None = None,
+    **setup: Any,
+) -> Step:  # fmt: skip
+    """A recorded step of a small model; `setup` holds fields of `Setup`."""
+    architecture = architecture_of(model, layers) if isinstance(model, str) else model
+    parsed = methods.parse(method) if isinstance(method, str) else method
+    return build(architecture, parsed.bind(architecture), setup_of(architecture.name, **setup), device)
+
+
+def op_bytes(op: Op) -> Any:
+    """Bytes that an op reads and writes."""
+    return op.bytes_read + op.bytes_written
+
+
+def op_dispatches(op: Op) -> int:
+    """1, or 0 for a view."""
+    return int(not op.view)
+
+
+FIGURES: dict[str, Callable[[Op], Any]] = {
+    "flops": costs.flops, "bytes": op_bytes, "kernels": costs.kernels, "dispatches": op_dispatches,
+}  # fmt: skip
+
+
+def by_phase(step: Step, of_op: Callable[[Op], Any] = costs.flops) -> dict[str, Any]:
+    """Totals of a figure by phase."""
+    totals: dict[str, Any] = dict.fromkeys(PHASES, 0)
+    for part, op, times in step.ops():
+        totals[part.phase] = totals[part.phase] + times * of_op(op)
+    return totals
+
+
+def total(step: Step, of_op: Callable[[Op], Any] = costs.flops) -> Any:
+    """A figure of the whole step."""
+    return sum(by_phase(step, of_op).values())
+
+
+def calls_by_name(step: Step, phase: str) -> Counter[str]:
+    """Non-view calls of a phase by op name."""
+    calls: Counter[str] = Counter()
+    for part, op, times in step.ops():
+        if part.phase == phase and not op.view:
+            calls[op.name] += times
+    return calls

@@ -1,0 +1,174 @@
+"""A sweep is one prediction: a grid of setups must give, point by point, what each setup gives alone.
+
+Also here: the totals of a prediction are the sum of their parts, however one cuts them.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import FIGURES, METHODS, NAMES, architecture_of, setup_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from perfmodel import costs
+from perfmodel.devices import profile
+from perfmodel.errors import UserError
+from perfmodel.methods import parse
+from perfmodel.methods.base import Method
+from perfmodel.methods.lora import Lora
+from perfmodel.methods.top_k import TopK
+from perfmodel.predict import Prediction, predict
+from perfmodel.setup import Setup
+from perfmodel.step import PHASES
+
+few = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+names = st.sampled_from(NAMES)
+sizes = st.lists(st.one_of(st.just(1), st.integers(1, 64)), min_size=1, max_size=4)
+DEVICES = ("l40s", next(name for name in profile.names() if name.startswith("cpu")))
+
+
+def figures(p: Prediction) -> dict[str, Any]:
+    """All numbers of a prediction under flat names."""
+    flat: dict[str, Any] = {}
+
+    def walk(path: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{path}.{key}", inner)
+        else:
+            flat[path] = value
+
+    for key, value in p.as_dict().items():
+        if key not in ("model", "device", "method", "setup", "notes"):
+            walk(key, value)
+    return flat
+
+
+def check_every_point(model: Any, shape: tuple[int, ...], whole: Prediction, setups: Any) -> None:
+    grid = {name: np.asarray(value) for name, value in figures(whole).items()}
+    for at in np.ndindex(shape):
+        setup, method = setups(at)
+        alone = figures(predict(model, method, setup, whole.device))
+        for name, value in alone.items():
+            got = np.broadcast_to(grid[name], shape)[at]
+            if isinstance(value, float):
+                assert got == pytest.approx(value, rel=1e-9), (name, setup, method.spec())
+            else:
+                assert got == value, (name, setup, method.spec())
+
+
+@few
+@given(
+    name=names, method=st.sampled_from(METHODS), batches=sizes, seqs=sizes, device=st.sampled_from(DEVICES),
+    attention=st.sampled_from(("sdpa", "eager")), checkpoint=st.sampled_from(("none", "block", "block-reentrant")),
+    precision=st.sampled_from(({"dtype": "bf16"}, {"dtype": "fp32"}, {"dtype": "fp32", "amp": "bf16"})),
+    optimizer=st.sampled_from(("adamw", "adamw-fused", "sgd")), accum=st.integers(1, 2),
+    padded=st.booleans(),
+)  # fmt: skip
+def test_a_grid_of_batch_and_seq_equals_its_points(
+    name: str, method: str, batches: list[int], seqs: list[int], device: str, attention: str, checkpoint: str,
+    precision: dict[str, Any], optimizer: str, accum: int, padded: bool,
+) -> None:  # fmt: skip
+    """Batch 1 and seq 1 run other programs than their neighbours, so they are where a grid goes wrong."""
+    model = architecture_of(name)
+    fixed: Any = {
+        "attention": attention, "checkpoint": checkpoint, "optimizer": optimizer, "grad_accum": accum,
+        "padded": padded, **precision,
+    }  # fmt: skip
+    setup = setup_of(name, batch=np.array(batches)[:, None], seq=np.array(seqs), **fixed)
+    whole = predict(model, method, setup, device)
+    check_every_point(
+        model, (len(batches), len(seqs)), whole,
+        lambda at: (setup_of(name, batch=batches[at[0]], seq=seqs[at[1]], **fixed), parse(method)),
+    )  # fmt: skip
+
+
+@few
+@given(
+    name=names, ranks=st.lists(st.integers(1, 32), min_size=1, max_size=4), batches=sizes,
+    device=st.sampled_from(DEVICES), dtype=st.sampled_from(("bf16", "fp32")), top=st.booleans(),
+    optimizer=st.sampled_from(("adamw", "adamw-loop", "adamw-fused")),
+)  # fmt: skip
+def test_a_grid_of_rank_and_batch_equals_its_points(
+    name: str, ranks: list[int], batches: list[int], device: str, dtype: str, top: bool, optimizer: str
+) -> None:
+    """The rank changes parameters and optimizer launches too, not only GEMMs; rank 1 is the odd one."""
+
+    def method(r: Any) -> Method:
+        return TopK(k=2, inner="lora", r=r) if top else Lora(r=r)
+
+    fixed: Any = {"dtype": dtype, "optimizer": optimizer}
+    model = architecture_of(name)
+    setup = setup_of(name, batch=np.array(batches), seq=9, **fixed)
+    whole = predict(model, method(np.array(ranks)[:, None]), setup, device)
+    check_every_point(
+        model, (len(ranks), len(batches)), whole,
+        lambda at: (setup_of(name, batch=batches[at[1]], seq=9, **fixed), method(ranks[at[0]])),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("batch", "seq"), [(512, 32_768), (64, 1_000_000), (4096, 131_072)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_grid_of_huge_steps_equals_its_points_or_is_refused(device: str, batch: int, seq: int) -> None:
+    """Integers of an array wrap around at 2^63 without a word; Python's do not. 70 B over 2^24 tokens is beyond it."""
+    fixed: Any = {"optimizer": "sgd", "checkpoint": "block"}
+    alone = predict("llama-3.1-70b", "full", Setup(batch=batch, seq=seq, **fixed), device)
+    try:
+        whole = predict("llama-3.1-70b", "full", Setup(batch=np.array([batch // 2, batch]), seq=seq, **fixed), device)
+    except UserError:
+        return
+    for figure in ("flops", "bytes"):
+        assert int(getattr(whole, figure)["total"][1]) == getattr(alone, figure)["total"] > 0, figure
+    assert int(whole.memory.peak[1]) == alone.memory.peak > 0
+    assert whole.time.phases["total"][1] == pytest.approx(alone.time.phases["total"], rel=1e-9)
+
+
+@few
+@given(
+    name=names, method=st.sampled_from(METHODS), accum=st.integers(1, 3), checkpoint=st.sampled_from(("none", "block"))
+)
+def test_totals_are_the_sum_of_their_parts_by_phase_kind_and_part(
+    name: str, method: str, accum: int, checkpoint: str
+) -> None:
+    """Explanations cut the total in these ways; a remainder would be time or traffic that nothing explains."""
+    p = predict(
+        architecture_of(name), method, setup_of(name, batch=2, seq=9, grad_accum=accum, checkpoint=checkpoint), "l40s"
+    )
+    assert p.step is not None
+    for figure, of_op in FIGURES.items():
+        reported = getattr(p, figure)
+        assert reported["total"] == sum(reported[phase] for phase in PHASES)
+        for cut in ("phase", "kind", "part"):
+            sums: dict[str, Any] = defaultdict(int)
+            for part, op, times in p.step.ops():
+                key = {"phase": part.phase, "kind": costs.kind(op), "part": part.name}[cut]
+                sums[key] += times * of_op(op)
+            assert sum(sums.values()) == reported["total"], (figure, cut)
+            if cut == "phase":
+                assert {phase: sums[phase] for phase in PHASES} == {phase: reported[phase] for phase in PHASES}
+
+
+@few
+@given(name=names, method=st.sampled_from(METHODS), device=st.sampled_from(DEVICES))
+def test_memory_and_time_of_a_prediction_are_consistent(name: str, method: str, device: str) -> None:
+    """The figures of one prediction are shown side by side, so they must add up there too."""
+    p = predict(architecture_of(name), method, setup_of(name, batch=2, seq=9), device)
+    m, t = p.memory, p.time
+    assert m.peak == m.weights + m.gradients + m.optimizer + m.activations
+    assert m.peak <= m.low <= m.high  # bounds of what the allocator reserves for the peak of live bytes
+    assert t.phases["total"] == pytest.approx(sum(t.phases[phase] for phase in PHASES))
+    assert t.low <= t.phases["total"] <= t.high
+    assert 0 <= t.device_busy <= t.phases["total"] * (1 + 1e-9)
+    assert 0 <= t.launch_bound_share <= 1
+    assert t.launch_bound_share == pytest.approx(1 - t.device_busy / t.phases["total"])
+    assert p.fits == (m.peak <= profile.load(device).hardware.memory_bytes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bigger_batch_never_takes_less_time(name: str) -> None:
+    """Whoever sweeps the batch expects a curve that rises."""
+    batches = np.arange(1, 65)
+    time = predict(architecture_of(name), "full", setup_of(name, batch=batches, seq=32), "l40s").time.phases["total"]
+    assert (np.diff(time) >= -1e-12).all()

@@ -1,0 +1,143 @@
+"""Laws of memory: what a step allocates it frees, segments compose as the algebra says, more work needs more memory.
+
+Peak memory has no formula of its own: it follows from the lifetimes of tensors, so these laws are all that can be
+checked without a reference program.
+"""
+
+from functools import reduce
+from typing import Any
+
+import pytest
+from helpers import METHODS, NAMES, step_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from perfmodel import memory
+from perfmodel.memory import Segment
+from perfmodel.step import Step
+
+few = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+names = st.sampled_from(NAMES)
+methods = st.sampled_from(METHODS)
+attentions = st.sampled_from(("sdpa", "eager"))
+checkpoints = st.sampled_from(("none", "block", "block-reentrant"))
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "bf16": {"dtype": "bf16"}, "fp32": {"dtype": "fp32"}, "amp": {"dtype": "fp32", "amp": "bf16"},
+}  # fmt: skip
+
+
+@st.composite
+def segments(draw: st.DrawFn) -> Segment:
+    """A segment as parts produce them: the peak is at least the start and the end."""
+    delta = draw(st.integers(-1000, 1000))
+    return Segment(delta, max(0, delta) + draw(st.integers(0, 1000)))
+
+
+@settings(few, max_examples=300)
+@given(a=segments(), b=segments(), c=segments())
+def test_segments_compose_associatively(a: Segment, b: Segment, c: Segment) -> None:
+    """Parts may then be grouped into layers and micro-batches without changing the peak."""
+    assert a.then(b).then(c) == a.then(b.then(c))
+    assert Segment().then(a) == a == a.then(Segment())
+
+
+@settings(few, max_examples=300)
+@given(a=segments(), n=st.integers(0, 30))
+def test_a_repeated_segment_is_the_segment_n_times_in_a_row(a: Segment, n: int) -> None:
+    """The closed form stands for 80 layers, so it must be exact, for growing and for shrinking segments."""
+    assert a.repeated(n) == reduce(Segment.then, [a] * n, Segment())
+
+
+@settings(few, max_examples=300)
+@given(changes=st.lists(st.integers(-100, 100), max_size=30))
+def test_a_row_of_allocations_composes_to_its_running_maximum(changes: list[int]) -> None:
+    """The algebra against the definition: add up byte by byte and take the highest point."""
+    live = peak = 0
+    for change in changes:
+        live += change
+        peak = max(peak, live)
+    single = [Segment(c, max(0, c)) for c in changes]
+    assert reduce(Segment.then, single, Segment()) == Segment(live, peak)
+
+
+def leftover(step: Step) -> Any:
+    return memory.of_step(step).delta
+
+
+@few
+@given(
+    name=names, method=methods, attention=attentions, checkpoint=checkpoints, batch=st.integers(1, 4),
+    seq=st.integers(1, 40), precision=st.sampled_from(("bf16", "fp32")), accum=st.integers(1, 3), clip=st.booleans(),
+    optimizer=st.sampled_from(("adamw", "adamw-loop", "adamw-fused", "sgd", "sgd-momentum")),
+    device=st.sampled_from(("cuda", "cpu")), padded=st.booleans(),
+)  # fmt: skip
+def test_every_byte_allocated_in_a_step_is_freed_in_it(
+    name: str, method: str, attention: str, checkpoint: str, batch: int, seq: int, precision: str, accum: int,
+    clip: bool, optimizer: str, device: str, padded: bool,
+) -> None:  # fmt: skip
+    """A leak (or a double free) would shift every later peak, and grow with the number of layers."""
+    step = step_of(
+        name, method, device=device, batch=batch, seq=seq, attention=attention, checkpoint=checkpoint,
+        grad_accum=accum, optimizer=optimizer, clip_grad=clip, padded=padded, **PRECISIONS[precision],
+    )  # fmt: skip
+    assert leftover(step) == 0
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "block", "block-reentrant"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_byte_is_freed_under_autocast(name: str, checkpoint: str) -> None:
+    """Autocast keeps a cast of every trainable weight until its region ends: copies of a whole stack of layers."""
+    left = {m: leftover(step_of(name, m, checkpoint=checkpoint, **PRECISIONS["amp"])) for m in (*METHODS, "top_k:k=2")}
+    assert left == dict.fromkeys(left, 0)
+
+
+@few
+@given(
+    name=names, method=methods, attention=attentions, checkpoint=checkpoints, batch=st.integers(1, 6),
+    seq=st.integers(1, 32), more=st.integers(1, 30), axis=st.sampled_from(("batch", "seq")),
+    precision=st.sampled_from(sorted(PRECISIONS)),
+)  # fmt: skip
+def test_more_tokens_never_need_less_memory(
+    name: str, method: str, attention: str, checkpoint: str, batch: int, seq: int, more: int, axis: str,
+    precision: str,
+) -> None:  # fmt: skip
+    """Whoever looks for the largest batch that fits searches along this line."""
+    shape = {"batch": batch, "seq": seq}
+    setup = {"attention": attention, "checkpoint": checkpoint, **PRECISIONS[precision]}
+    small = step_of(name, method, **shape, **setup)
+    large = step_of(name, method, **{**shape, axis: shape[axis] + more}, **setup)
+    assert memory.peak_bytes(small) <= memory.peak_bytes(large)
+
+
+@few
+@given(name=names, rank=st.integers(1, 16), more=st.integers(1, 16), checkpoint=checkpoints)
+def test_a_higher_rank_never_needs_less_memory(name: str, rank: int, more: int, checkpoint: str) -> None:
+    """Adapters, their gradients, their optimizer state and their saved inputs all grow with the rank."""
+    low, high = (step_of(name, f"lora:r={r}", checkpoint=checkpoint) for r in (rank, rank + more))
+    assert memory.peak_bytes(low) < memory.peak_bytes(high)
+
+
+@few
+@given(
+    name=names,
+    method=methods,
+    precision=st.sampled_from(sorted(PRECISIONS)),
+    optimizer=st.sampled_from(("adamw", "sgd")),
+)
+def test_the_peak_holds_at_least_weights_gradients_and_optimizer_state(
+    name: str, method: str, precision: str, optimizer: str
+) -> None:
+    """At the optimizer step all three are there at once, whatever the activations were."""
+    step = step_of(name, method, optimizer=optimizer, **PRECISIONS[precision])
+    gradients = sum(p.nbytes * p.count for p in step.parameters if p.used)
+    assert memory.peak_bytes(step) >= step.weight_bytes + step.state_bytes + gradients
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpointing_saves_memory_where_activations_dominate(name: str) -> None:
+    """That is what it is for; it must not keep what it promises to recompute."""
+    setup: dict[str, Any] = {"batch": 8, "seq": 48, "layers": 8}
+    plain, *checkpointed = (
+        memory.peak_bytes(step_of(name, "full", checkpoint=c, **setup)) for c in ("none", "block", "block-reentrant")
+    )
+    assert all(peak < plain for peak in checkpointed)

@@ -1,0 +1,222 @@
+"""What the optimizer and clipping launch: kernels of list ops, bytes, state, groups by dtype.
+
+For small models the optimizer is a good part of the step, and its launches are all of its time.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import calls_by_name, step_of, total
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from perfmodel import costs, optimizers
+from perfmodel.tape.core import Op, Part, Spec
+
+# ATen/native/cuda/MultiTensorApply.cuh of PyTorch 2.13, built for CUDA 12 (CUDA 13 builds take seven times as many).
+CHUNK = 65_536
+BLOCKS = 320
+TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
+TENSORS_WITH_SCALARS = {1: 96, 2: 64, 3: 48, 4: 36, 5: 30}
+many = settings(deadline=None, max_examples=100, derandomize=True)
+
+
+def launches(sizes: Iterable[int], limit: int) -> int:
+    """`multi_tensor_apply`, loop by loop."""
+    count = blocks = tensors = 0
+    for numel in sizes:
+        tensors += 1
+        chunks = -(-numel // CHUNK)
+        for chunk in range(chunks):
+            blocks += 1
+            last = chunk == chunks - 1
+            if (tensors == limit and last) or blocks == BLOCKS:
+                count += 1
+                blocks = 0
+                tensors = 0 if last else 1
+    return count + (blocks > 0)
+
+
+# Tensor lists by op: in place, so the results are no list of their own. Source: ATen/native/cuda/Foreach*.cu.
+LISTS = {
+    "_foreach_mul_.Scalar": ("adamw-foreach", TENSORS[1]),
+    "_foreach_lerp_.Scalar": ("adamw-foreach", TENSORS[2]),
+    "_foreach_addcmul_.Scalar": ("adamw-foreach", TENSORS[3]),
+    "_foreach_sqrt": ("adamw-foreach", TENSORS[2]),
+    "_foreach_div_.ScalarList": ("adamw-foreach", TENSORS_WITH_SCALARS[1]),
+    "_foreach_add_.Scalar": ("adamw-foreach", TENSORS[1]),
+    "_foreach_addcdiv_.ScalarList": ("adamw-foreach", TENSORS_WITH_SCALARS[3]),
+    "_foreach_mul_.Tensor": ("adamw-foreach", TENSORS[1]),  # clipping
+    "_fused_adamw_": ("adamw-fused", TENSORS[4]),
+    "_foreach_add_.List": ("sgd-momentum", TENSORS[2]),
+}
+
+numels = st.one_of(
+    st.integers(1, 70_000), st.integers(1, 400).map(lambda chunks: chunks * CHUNK), st.integers(CHUNK, 700 * CHUNK)
+)
+tensor_lists = st.lists(st.tuples(numels, st.integers(1, 130)), min_size=1, max_size=6)
+
+
+def specs(tensors: Sequence[tuple[int, int]], dtype: str = "bf16") -> list[Spec]:
+    return [Spec(dtype, (numel,), copies) for numel, copies in tensors]
+
+
+def recorded(group: list[Spec], optimizer: str) -> list[Op]:
+    part = Part("optimizer", "optimizer")
+    optimizers.record_step(part, group, optimizer)
+    optimizers.clip_grad_norm(part, group, foreach=True)
+    return part.ops
+
+
+@pytest.mark.parametrize("name", LISTS)
+@many
+@given(tensors=tensor_lists)
+@example(tensors=[(1, 110)])
+@example(tensors=[(1, 97)])
+@example(tensors=[(1, 64)])
+@example(tensors=[(1, 48)])
+@example(tensors=[(1, 36)])
+@example(tensors=[(BLOCKS * CHUNK, 1), (1, 110)])
+@example(tensors=[(BLOCKS * CHUNK + 1, 1), (1, 109)])
+def test_launches_of_list_ops_equal_a_simulation_of_multi_tensor_apply(
+    name: str, tensors: list[tuple[int, int]]
+) -> None:
+    """A launch is full at so many tensors or so many chunks, and the closed form must cut where the loop cuts."""
+    optimizer, limit = LISTS[name]
+    found = [op for op in recorded(specs(tensors), optimizer) if op.name == name]
+    assert found
+    for op in found:
+        assert costs.kernels(op) == launches(sizes_of(tensors), limit)
+
+
+@settings(many, max_examples=30)
+@given(tensors=tensor_lists)
+def test_the_norms_of_a_list_are_cleaned_up_by_a_kernel_for_every_400_tensors(tensors: list[tuple[int, int]]) -> None:
+    """ForeachReduceOp.cu: partial norms of chunks, then `lpnorm_cleanup` on MAX_TENSORS_PER_KERNEL tensors each."""
+    (op,) = (op for op in recorded(specs(tensors), "adamw-foreach") if op.name == "_foreach_norm.Scalar")
+    sizes = sizes_of(tensors)
+    assert costs.kernels(op) == launches(sizes, TENSORS[1]) + -(-len(sizes) // 400)
+
+
+def sizes_of(tensors: Sequence[tuple[int, int]]) -> list[int]:
+    return [numel for numel, copies in tensors for _ in range(copies)]
+
+
+@many
+@given(numel=numels, copies=st.integers(1, 130), more=st.lists(numels, min_size=1, max_size=4))
+def test_launches_over_a_grid_equal_those_of_its_points(numel: int, copies: int, more: list[int]) -> None:
+    """A sweep over the rank changes the sizes of adapters, and with them where launches are cut."""
+    grid = np.array([numel, *more])
+    ops = recorded([Spec("fp32", (grid,), copies), Spec("fp32", (7,), 3)], "adamw-foreach")
+    for i, size in enumerate(grid.tolist()):
+        alone = recorded([Spec("fp32", (size,), copies), Spec("fp32", (7,), 3)], "adamw-foreach")
+        assert [np.broadcast_to(costs.kernels(op), grid.shape)[i] for op in ops] == [costs.kernels(op) for op in alone]
+
+
+@many
+@given(tensors=tensor_lists)
+def test_copies_stand_for_so_many_tensors(tensors: list[tuple[int, int]]) -> None:
+    """Identical layers share one spec: bytes and launches must not see the difference (in the same order)."""
+    apart = [Spec("bf16", (numel,)) for numel, copies in tensors for _ in range(copies)]
+    for folded, plain in zip(recorded_lists(specs(tensors)), recorded_lists(apart), strict=True):
+        assert (folded.name, costs.kernels(folded)) == (plain.name, costs.kernels(plain))
+        assert (folded.bytes_read, folded.bytes_written) == (plain.bytes_read, plain.bytes_written)
+
+
+def recorded_lists(group: list[Spec]) -> list[Op]:
+    return [op for op in recorded(group, "adamw-foreach") if op.name.startswith("_foreach")]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "reads", "writes"),
+    [
+        # parameter-sized: mul p; lerp m,g -> m; mul v; addcmul v,g -> v; sqrt v -> d; div d; add d; addcdiv p,m,d -> p
+        ("adamw-foreach", 1 + 2 + 1 + 2 + 1 + 1 + 1 + 3, 8),
+        ("adamw-loop", 1 + 2 + 1 + 2 + 1 + 1 + 1 + 3, 8),
+        ("adamw-fused", 4, 4),  # p, g, m, v; the gradients are declared as written
+        ("sgd", 2, 1),
+        ("sgd-momentum", 1 + 2 + 2, 3),
+    ],
+)
+def test_traffic_of_an_update_is_so_many_passes_over_the_parameters(optimizer: str, reads: int, writes: int) -> None:
+    """The sum by hand of the design page: foreach AdamW moves about 20 times the parameters."""
+    group = specs([(1000, 3), (77, 1)], "fp32")
+    part = Part("optimizer", "optimizer")
+    optimizers.record_step(part, group, optimizer)
+    parameters = sum(s.nbytes for s in group)
+    device = [op for op in part.ops if "host" not in op.attrs]
+    counters = 4 * 4 if optimizer == "adamw-fused" else 0  # fp32 step counters, read twice, written once
+    assert sum(op.bytes_read for op in device) == reads * parameters + 2 * counters
+    assert sum(op.bytes_written for op in device) == writes * parameters + counters
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "tensors", "counters"),
+    [
+        ("adamw", 2, 4), ("adamw-foreach", 2, 4), ("adamw-loop", 2, 4), ("adamw-fused", 2, 4), ("sgd", 0, 0),
+        ("sgd-momentum", 1, 0),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("dtype", "itemsize"), [("bf16", 2), ("fp32", 4)])
+def test_state_is_kept_in_the_parameters_dtype(
+    optimizer: str, tensors: int, counters: int, dtype: str, itemsize: int
+) -> None:
+    """AdamW holds two moments, each as large as its parameter, and a step counter: most of a full step's memory."""
+    group = specs([(1000, 3), (77, 1)], dtype)
+    assert optimizers.state_bytes(group, optimizer) == tensors * 3077 * itemsize + counters * 4
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-fused", "sgd", "sgd-momentum"])
+def test_only_what_trains_has_state_and_is_updated(optimizer: str) -> None:
+    """This is where LoRA saves most: its optimizer sees adapters only."""
+    step = step_of("llama", "lora:r=4", optimizer=optimizer)
+    adapters = [Spec(p.dtype, p.shape, p.count) for p in step.parameters if p.kind == "adapter"]
+    assert step.state_bytes == optimizers.state_bytes(adapters, optimizer)
+    lists = [op for part, op, _ in step.ops() if part.name == "optimizer" and "host" not in op.attrs]
+    shapes = {s.shape for s in adapters} | {()}
+    assert all(s.shape in shapes for op in lists for s in (*op.inputs, *op.outputs))
+
+
+def test_lists_are_grouped_by_dtype_in_order_of_appearance() -> None:
+    """A mixed list would not be one launch, and PyTorch makes one call per dtype."""
+    mixed = [Spec("fp32", (4,)), Spec("bf16", (5,)), Spec("fp32", (6,), 2)]
+    assert optimizers.by_dtype(mixed) == [[mixed[0], mixed[2]], [mixed[1]]]
+    part = Part("optimizer", "optimizer")
+    optimizers.record_step(part, mixed, "adamw-fused")
+    fused = [op for op in part.ops if op.name == "_fused_adamw_"]
+    assert [{s.dtype for s in op.outputs} for op in fused] == [{"fp32"}, {"bf16"}]
+    assert [sum(s.copies for s in op.outputs) for op in fused] == [3 * 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "device", "form"),
+    [
+        ("adamw", "cuda", "adamw-foreach"), ("adamw", "cpu", "adamw-loop"), ("adamw-fused", "cpu", "adamw-fused"),
+        ("adamw-loop", "cuda", "adamw-loop"), ("sgd", "cpu", "sgd"),
+    ],
+)  # fmt: skip
+def test_the_default_form_is_the_one_pytorch_picks_on_the_device(optimizer: str, device: str, form: str) -> None:
+    """`torch.optim.AdamW` is not the same program on both: foreach on CUDA, a loop on the CPU."""
+    assert optimizers.resolve(optimizer, device) == form
+
+
+def test_the_loop_launches_for_every_tensor_and_the_lists_do_not() -> None:
+    """The reason why foreach exists; a regression would show as an optimizer without overhead."""
+    loop, foreach = (step_of("llama", optimizer=o, clip_grad=False) for o in ("adamw-loop", "adamw-foreach"))
+    tensors = sum(p.count for p in loop.parameters)
+    assert calls_by_name(loop, "optimizer")["addcdiv_"] == tensors
+    assert calls_by_name(foreach, "optimizer")["_foreach_addcdiv_.ScalarList"] == 1
+
+
+def test_clipping_adds_three_passes_over_the_gradients() -> None:
+    """One read for the norm, one read and one write for the scaling."""
+
+    def gradient_bytes(op: Op) -> Any:
+        return sum(s.nbytes for s in (*op.inputs, *op.outputs) if s.shape)
+
+    with_clip, without = (step_of("gpt2", clip_grad=clip) for clip in (True, False))
+    passes = total(with_clip, gradient_bytes) - total(without, gradient_bytes)
+    stacked = 2 * 2 * sum(p.count for p in with_clip.parameters)  # the norms, written and read as one bf16 tensor
+    assert passes == 3 * with_clip.weight_bytes + stacked
