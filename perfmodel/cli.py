@@ -189,16 +189,20 @@ def devices(as_json: bool) -> None:
         p = profile.load(name)
         rows.append(
             {
-                "device": name, "name": p.name, "memory_bytes": p.hardware.memory_bytes,
+                "device": name, "memory_bytes": p.hardware.memory_bytes,
                 "memory_bandwidth": p.hardware.memory_bandwidth, "bf16_flops": p.hardware.peak("bf16"),
-                "fp32_flops": p.hardware.peak("fp32"), "fitted": list(p.fitted),
+                "fp32_flops": p.hardware.peak("fp32"), "name": p.name,
+                "measured": dict(p.fitted),
+                "residuals": {block: dict(figures) for block, figures in p.residuals.items()},
             }
         )  # fmt: skip
     formats: dict[str, Callable[[Any], str]] = {
         "memory_bytes": lambda v: f"{v / 2**30:.0f} GiB", "memory_bandwidth": lambda v: units.count(v, "B/s"),
-        "bf16_flops": units.count, "fp32_flops": units.count, "fitted": lambda v: ", ".join(v) or "class defaults",
+        "bf16_flops": units.count, "fp32_flops": units.count,
+        "measured": lambda v: ", ".join(b for b, origin in v.items() if origin != "class") or "class defaults",
     }  # fmt: skip
-    _list(rows, tuple(rows[0]), as_json, formats, left=2)
+    columns = ("device", "memory_bytes", "memory_bandwidth", "bf16_flops", "fp32_flops", "measured")
+    _list(rows, columns, as_json, formats, left=1)
 
 
 def _list(
@@ -214,7 +218,8 @@ def _list(
         return
     from .report.terminal import console, table
 
-    console.print(table("", columns, ([formats.get(c, str)(row[c]) for c in columns] for row in rows), left=left))
+    cells = ([formats.get(c, str)(row[c]) for c in columns] for row in rows)
+    console.print(table("", [c.replace("_", " ") for c in columns], cells, left=left))
 
 
 def _print_json(value: Any) -> None:

@@ -184,8 +184,29 @@ def _predict(architecture: Architecture, method: Method, setup: Setup, on: Devic
         time=time,
         memory=held,
         fits=memory.fits(held.peak, on.hardware.memory_bytes, built.device),
+        notes=_notes(built, on),
         step=built,
     )
+
+
+def _notes(built: Step, on: DeviceProfile) -> list[str]:
+    """What a reader should know about this prediction."""
+    notes = []
+    if on.kind == "cpu":
+        notes.append(f"{on.slug} is not calibrated: its times are a plain roofline of its datasheet")
+    else:
+        defaults = [block for block, origin in on.fitted.items() if origin == "class"]
+        if defaults:
+            notes.append(
+                f"no measurements of {', '.join(defaults)} on {on.slug}: defaults of its class, wider interval"
+            )
+    embedding = [p for p in built.parameters if p.kind == "embedding"]
+    if built.setup.checkpoint != "none" and not any(p.requires_grad for p in embedding):
+        notes.append(
+            "with checkpointing transformers makes the embedding's output need a gradient: backward runs through every "
+            "block, also below the lowest trainable one"
+        )
+    return notes
 
 
 def _count(built: Step, of_part: Callable[[Part], Dim]) -> Phases:

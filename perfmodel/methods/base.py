@@ -124,8 +124,8 @@ def _options(cls: type[Method]) -> list[Any]:
 
 def options(cls: type[Method]) -> dict[str, str]:
     """Option name → description with its default."""
-    shown = {f.name: "+".join(f.default) if isinstance(f.default, tuple) else f.default for f in _options(cls)}
-    return {f.name: f"{f.metadata.get('help', '')} (default {shown[f.name]})" for f in _options(cls)}
+    shown = {f.name: "" if f.default in (None, ()) else f" (default {f.default})" for f in _options(cls)}
+    return {f.name: f.metadata.get("help", "") + shown[f.name] for f in _options(cls)}
 
 
 def parse(text: str) -> Method:
