@@ -22,7 +22,8 @@ UNEXPLAINED = 0.05  # relative sigma of a step beyond its components (clocks, al
 UNEXPLAINED_RATIO = 0.02  # the same for the ratio of two steps measured on one machine
 CPU = 0.3  # relative sigma of an uncalibrated CPU
 
-_BLOCK = {
+# component -> block of a device profile whose residuals it has
+BLOCK = {
     "gemm16": "gemm.bf16", "gemm32": "gemm.fp32", "attention": "attention", "memory": "pointwise",
     "optimizer": "pointwise",
 }  # fmt: skip
@@ -32,7 +33,7 @@ def sigma(component: str, profile: DeviceProfile) -> float:
     """Relative standard deviation of one component on a device."""
     if component == "host":
         return HOST
-    residuals = profile.residuals.get(_BLOCK[component])
+    residuals = profile.residuals.get(BLOCK[component])
     return SIGMA_OF_MEAN * residuals["mean"] if residuals else CPU
 
 

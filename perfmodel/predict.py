@@ -184,18 +184,20 @@ def _predict(architecture: Architecture, method: Method, setup: Setup, on: Devic
         time=time,
         memory=held,
         fits=memory.fits(held.peak, on.hardware.memory_bytes, built.device),
-        notes=_notes(built, on),
+        notes=_notes(built, on, time),
         step=built,
     )
 
 
-def _notes(built: Step, on: DeviceProfile) -> list[str]:
+def _notes(built: Step, on: DeviceProfile, time: Time) -> list[str]:
     """What a reader should know about this prediction."""
     notes = []
     if on.kind == "cpu":
         notes.append(f"{on.slug} is not calibrated: its times are a plain roofline of its datasheet")
     else:
-        defaults = [block for block, origin in on.fitted.items() if origin == "class"]
+        parts = time.components
+        used = {b for c, b in intervals.BLOCK.items() if np.any(parts.get(c, 0.0) > 0.01 * time.phases["total"])}
+        defaults = [block for block, origin in on.fitted.items() if origin == "class" and block in used]
         if defaults:
             notes.append(
                 f"no measurements of {', '.join(defaults)} on {on.slug}: defaults of its class, wider interval"

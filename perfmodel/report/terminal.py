@@ -87,8 +87,7 @@ def show_comparison(c: Comparison) -> None:
     console.print()
     for start in range(0, len(c.predictions), PER_TABLE):
         console.print(_columns(c, slice(start, start + PER_TABLE)))
-    for p in c.predictions:
-        _notes(p.notes)
+    _notes(dict.fromkeys(note for p in c.predictions for note in p.notes))
 
 
 def _columns(c: Comparison, which: slice) -> Table:
