@@ -320,17 +320,5 @@ def host(output: Path) -> None:
     show_host(output)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    import os
-
-    temporary = path.with_name(path.name + ".part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-
-
 if __name__ == "__main__":
     main()

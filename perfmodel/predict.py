@@ -1,9 +1,9 @@
-"""The answer for one setup, or for a whole grid of setups at once."""
+"""The answer for one setup, or for a whole grid of setups at once (see `perfmodel.grid`)."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -13,12 +13,13 @@ from .devices import host as hosts
 from .devices import price, profile
 from .devices.host import Host
 from .devices.profile import DeviceProfile
-from .errors import UserError
+from .errors import UserError, nearest
+from .grid import over_grid
 from .methods import Method
 from .setup import Setup
 from .step import PHASES, Step
 from .tape.core import Part
-from .tape.dims import Dim, MixedStructure
+from .tape.dims import Dim
 
 Model = str | PathLike[str] | Architecture | Config
 Phases = dict[str, Any]  # forward, backward, optimizer, total
@@ -160,8 +161,6 @@ def with_options(setup: Setup | None, options: dict[str, Any]) -> Setup:
     known = {f.name for f in fields(Setup)}
     for name in options:
         if name not in known:
-            from .errors import nearest
-
             raise UserError(f"unknown setup option {name!r}: {nearest(name, known)}")
     return replace(setup or Setup(), **options)
 
@@ -302,84 +301,3 @@ def _memory(built: Step) -> Memory:
     rest = built.weight_bytes + gradients + built.state_bytes
     activations = np.maximum(peak - rest, 0) if isinstance(peak, np.ndarray) else max(peak - rest, 0)
     return Memory(built.weight_bytes, gradients, built.state_bytes, activations, peak, low, high)
-
-
-R = TypeVar("R")
-
-
-def over_grid(compute: Callable[[Setup, Method], Prediction], setup: Setup, method: Method) -> Prediction:
-    """Run a prediction over array dims, splitting the grid where its points do not share one program."""
-    arrays = _arrays(setup, method)
-    if not arrays:
-        return compute(setup, method)
-    _check_size(setup, method)
-    try:
-        shape = np.broadcast_shapes(*(a.shape for a in arrays.values()))
-    except ValueError:
-        shapes = ", ".join(f"{name} {a.shape}" for (_, name), a in arrays.items())
-        raise UserError(f"the arrays of a grid must broadcast together, got {shapes}") from None
-    flat = {k: np.broadcast_to(a, shape).reshape(-1) for k, a in arrays.items()}
-    parts = list(_split(compute, setup, method, flat, np.arange(int(np.prod(shape)))))
-    return _merge(parts, setup, shape)
-
-
-def _check_size(setup: Setup, method: Method) -> None:
-    """Refuse grids whose counts would not fit 64-bit integers: an upper bound of the FLOPs of their largest point."""
-    a = method.architecture
-    assert a is not None
-    batch, seq = int(np.max(setup.batch)), int(np.max(setup.seq))
-    weights = a.layers * (4 * a.hidden * max(a.hidden, a.heads * a.head_dim) + 3 * a.hidden * a.intermediate)
-    weights += 2 * a.vocab * a.hidden
-    per_token = 8 * 2 * weights + 24 * a.layers * a.heads * a.head_dim * seq
-    if per_token * batch * seq * setup.grad_accum > 2**62:
-        raise UserError(f"batch {batch} x seq {seq} is too large for a grid of {a.name}: counts exceed 64-bit integers")
-
-
-def _arrays(setup: Setup, method: Method) -> dict[tuple[str, str], np.ndarray]:
-    found = {}
-    for kind, source in (("setup", setup), ("method", method)):
-        for f in fields(source):
-            value = getattr(source, f.name)
-            if isinstance(value, np.ndarray):
-                found[kind, f.name] = value
-    return found
-
-
-def _split(
-    compute: Callable[[Setup, Method], Prediction], setup: Setup, method: Method,
-    flat: dict[tuple[str, str], np.ndarray], index: np.ndarray,
-) -> Any:  # fmt: skip
-    values = {k: _uniform(a[index]) for k, a in flat.items()}
-    here = replace(setup, **{name: v for (kind, name), v in values.items() if kind == "setup"})
-    with_rank = replace(method, **{name: v for (kind, name), v in values.items() if kind == "method"})
-    try:
-        yield index, compute(here, with_rank)
-    except MixedStructure as mixed:
-        mask = np.broadcast_to(mixed.mask, index.shape)
-        yield from _split(compute, setup, method, flat, index[mask])
-        yield from _split(compute, setup, method, flat, index[~mask])
-
-
-def _uniform(values: np.ndarray) -> Any:
-    return int(values[0]) if (values == values[0]).all() else values
-
-
-def _merge(parts: list[tuple[np.ndarray, Prediction]], setup: Setup, shape: tuple[int, ...]) -> Prediction:
-    """Put the pieces of a grid back together, field by field."""
-
-    def merge(values: list[Any]) -> Any:
-        first = values[0]
-        if isinstance(first, dict):
-            return {k: merge([v[k] for v in values]) for k in first}
-        if isinstance(first, (Time, Memory)):
-            return type(first)(**{f.name: merge([getattr(v, f.name) for v in values]) for f in fields(first)})
-        dtype = np.result_type(*(np.asarray(v).dtype for v in values))
-        out = np.empty(int(np.prod(shape)), dtype)
-        for (index, _), value in zip(parts, values, strict=True):
-            out[index] = value
-        return out.reshape(shape)
-
-    first = parts[0][1]
-    names = ("total_params", "trainable_params", "flops", "bytes", "kernels", "dispatches", "time", "memory", "fits")
-    merged = {name: merge([getattr(p, name) for _, p in parts]) for name in names}
-    return replace(first, setup=setup, step=None, **merged)

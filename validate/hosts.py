@@ -22,6 +22,7 @@ from perfmodel import methods
 from perfmodel.architectures import Config, from_config
 from perfmodel.devices import host as hosts
 from perfmodel.devices.host import Host
+from perfmodel.resources import write_text
 from perfmodel.setup import Setup
 from perfmodel.step import PHASES, Step, build
 
@@ -144,8 +145,6 @@ def calibrate(progress: Callable[[str], None] = lambda name: None) -> tuple[Host
 
 def write(host: Host, path: Path) -> None:
     """Write a host file, whole or not at all."""
-    from perfmodel.cli import write_text
-
     lines = [f'name = "{host.name}"', f'source = "{host.source}"', "", "[seconds]"]
     lines += [f"{f.name} = {getattr(host, f.name):.3g}" for f in fields(Host) if f.name not in ("name", "source")]
     write_text(path, "\n".join(lines) + "\n")

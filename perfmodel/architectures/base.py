@@ -179,6 +179,12 @@ class Scope:
         layer = Linear(self, name, x.shape[-1], n_out, bias, conv1d)
         return self.build.method.linear(layer, x)
 
+    def lm_head(self, hidden: Tensor, embedding: str, vocab: int) -> Tensor:
+        """Logits of a causal model: through the embedding's weight where it is tied, else an own linear layer."""
+        if not self.build.architecture.tied:
+            return self.linear("lm_head", hidden, vocab)
+        return self.build.method.head(self, hidden, self.parameter(f"{embedding}.weight", (), "embedding"))
+
     def count_adapter(self) -> None:
         """One adapter's Python code runs here."""
         tape().part.adapters += 1

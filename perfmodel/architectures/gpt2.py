@@ -58,10 +58,7 @@ class Gpt2(Architecture):
     def forward(self, model: Scope, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
         model.begin("embeddings")
         hidden = self._decoder(model, ids, attention)
-        if self.tied:
-            logits = model.build.method.head(model, hidden, model.parameter("transformer.wte.weight", (), "embedding"))
-        else:
-            logits = model.linear("lm_head", hidden, self.vocab)
+        logits = model.lm_head(hidden, "transformer.wte", self.vocab)
         return causal_lm_loss(logits, labels)
 
     def _decoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:

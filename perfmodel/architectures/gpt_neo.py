@@ -62,10 +62,7 @@ class GptNeo(Architecture):
             raise UserError(f"{self.name}: reentrant checkpoints of gpt_neo are not modelled; use --checkpoint block")
         model.begin("embeddings")
         hidden = self._decoder(model, ids, attention)
-        if self.tied:
-            logits = model.build.method.head(model, hidden, model.parameter("transformer.wte.weight", (), "embedding"))
-        else:
-            logits = model.linear("lm_head", hidden, self.vocab)
+        logits = model.lm_head(hidden, "transformer.wte", self.vocab)
         return causal_lm_loss(logits, labels)
 
     def _decoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:

@@ -78,12 +78,7 @@ class Llama(Architecture):
     def forward(self, model: Scope, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
         model.begin("embeddings")
         hidden = self._decoder(model, ids, attention)
-        if self.tied:
-            logits = model.build.method.head(
-                model, hidden, model.parameter("model.embed_tokens.weight", (), "embedding")
-            )
-        else:
-            logits = model.linear("lm_head", hidden, self.vocab)
+        logits = model.lm_head(hidden, "model.embed_tokens", self.vocab)
         return causal_lm_loss(logits, labels)
 
     def _decoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:

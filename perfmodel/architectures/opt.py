@@ -59,11 +59,7 @@ class Opt(Architecture):
     def forward(self, model: Scope, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
         model.begin("embeddings")
         hidden = self._decoder(model, ids, attention)
-        if self.tied:
-            weight = model.parameter("model.decoder.embed_tokens.weight", (), "embedding")
-            logits = model.build.method.head(model, hidden, weight)
-        else:
-            logits = model.linear("lm_head", hidden, self.vocab)
+        logits = model.lm_head(hidden, "model.decoder.embed_tokens", self.vocab)
         return causal_lm_loss(logits, labels)
 
     def _decoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
