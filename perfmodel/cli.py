@@ -11,6 +11,8 @@ import click
 from .errors import UserError
 from .setup import ATTENTION, CHECKPOINT, DTYPES, OPTIMIZERS
 
+Formats = dict[str, Callable[[Any], str]]
+
 
 class Lists(click.Command):
     """A command whose `--methods` takes several values in a row: `--methods full lora:r=16 top_k:k=8`."""
@@ -136,36 +138,21 @@ def compare(methods: Sequence[str], as_json: bool, **options: Any) -> None:
 @json_option
 def models(as_json: bool) -> None:
     """List the bundled models."""
-    from . import architectures
+    from . import listing
     from .report import units
 
-    rows = []
-    for name in architectures.bundled():
-        config = architectures.load(name)
-        if config.values["model_type"] not in architectures.supported():
-            continue
-        a = architectures.from_config(config)
-        rows.append(
-            {
-                "model": name, "model_type": a.model_type, "layers": a.layers, "hidden": a.hidden, "heads": a.heads,
-                "kv_heads": a.kv_heads, "intermediate": a.intermediate, "vocab": a.vocab, "tied": a.tied,
-                "source": config.values.get("_source"),
-            }
-        )  # fmt: skip
     columns = ("model", "model_type", "layers", "hidden", "heads", "kv_heads", "intermediate", "vocab", "tied")
-    _list(rows, columns, as_json, {"tied": lambda v: "yes" if v else "no", "vocab": lambda v: units.count(v)}, left=2)
+    formats: Formats = {"tied": lambda v: "yes" if v else "no", "vocab": units.count}
+    _list(listing.models(), columns, as_json, formats, left=2)
 
 
 @main.command()
 @json_option
 def methods(as_json: bool) -> None:
     """List the fine-tuning methods and their options."""
-    from .methods import options, registered
+    from . import listing
 
-    rows: list[dict[str, Any]] = [
-        {"method": name, "what": cls.describe(), "source": cls.source, "options": options(cls)}
-        for name, cls in registered().items()
-    ]
+    rows = listing.methods()
     if as_json:
         _print_json(rows)
         return
@@ -180,36 +167,24 @@ def methods(as_json: bool) -> None:
 @main.command()
 @json_option
 def devices(as_json: bool) -> None:
-    """List the devices with their datasheet figures and what is fitted."""
-    from .devices import profile
+    """List the devices with their datasheet figures and what was measured on them."""
+    from . import listing
     from .report import units
 
-    rows = []
-    for name in profile.names():
-        p = profile.load(name)
-        rows.append(
-            {
-                "device": name, "memory_bytes": p.hardware.memory_bytes,
-                "memory_bandwidth": p.hardware.memory_bandwidth, "bf16_flops": p.hardware.peak("bf16"),
-                "fp32_flops": p.hardware.peak("fp32"), "name": p.name,
-                "measured": dict(p.fitted),
-                "residuals": {block: dict(figures) for block, figures in p.residuals.items()},
-            }
-        )  # fmt: skip
-    formats: dict[str, Callable[[Any], str]] = {
+    formats: Formats = {
         "memory_bytes": lambda v: f"{v / 2**30:.0f} GiB", "memory_bandwidth": lambda v: units.count(v, "B/s"),
         "bf16_flops": units.count, "fp32_flops": units.count,
         "measured": lambda v: ", ".join(b for b, origin in v.items() if origin != "class") or "class defaults",
     }  # fmt: skip
     columns = ("device", "memory_bytes", "memory_bandwidth", "bf16_flops", "fp32_flops", "measured")
-    _list(rows, columns, as_json, formats, left=1)
+    _list(listing.devices(), columns, as_json, formats, left=1)
 
 
 def _list(
     rows: list[dict[str, Any]],
     columns: Sequence[str],
     as_json: bool,
-    formats: dict[str, Callable[[Any], str]],
+    formats: Formats,
     *,
     left: int,
 ) -> None:

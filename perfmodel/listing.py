@@ -1,0 +1,51 @@
+"""What can be asked for: bundled models, methods and devices, as rows of plain values."""
+
+from typing import Any
+
+from . import architectures
+from .devices import profile
+from .methods import options, registered
+
+Rows = list[dict[str, Any]]
+
+
+def models() -> Rows:
+    """The bundled models that the tape knows, with their dims (elements) and the source of their config."""
+    rows = []
+    for name in architectures.bundled():
+        config = architectures.load(name)
+        if config.values["model_type"] not in architectures.supported():
+            continue
+        a = architectures.from_config(config)
+        rows.append(
+            {
+                "model": name, "model_type": a.model_type, "layers": a.layers, "hidden": a.hidden, "heads": a.heads,
+                "kv_heads": a.kv_heads, "intermediate": a.intermediate, "vocab": a.vocab, "tied": a.tied,
+                "source": config.values.get("_source"),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def methods() -> Rows:
+    """The fine-tuning methods: what they are, where they come from, their options."""
+    return [
+        {"method": name, "what": cls.describe(), "source": cls.source, "options": options(cls)}
+        for name, cls in registered().items()
+    ]
+
+
+def devices() -> Rows:
+    """The bundled devices: datasheet figures (SI), which blocks were measured on them, errors on left-out rows."""
+    rows = []
+    for name in profile.names():
+        p = profile.load(name)
+        rows.append(
+            {
+                "device": name, "memory_bytes": p.hardware.memory_bytes,
+                "memory_bandwidth": p.hardware.memory_bandwidth, "bf16_flops": p.hardware.peak("bf16"),
+                "fp32_flops": p.hardware.peak("fp32"), "name": p.name, "measured": dict(p.fitted),
+                "residuals": {block: dict(figures) for block, figures in p.residuals.items()},
+            }
+        )  # fmt: skip
+    return rows
