@@ -166,14 +166,18 @@ def with_options(setup: Setup | None, options: dict[str, Any]) -> Setup:
 
 
 def _predict(architecture: Architecture, method: Method, setup: Setup, on: DeviceProfile, by: Host) -> Prediction:
-    built = step.build(architecture, method, setup, on.kind, on.compute_capability or "8.0")
+    return of_step(step.build(architecture, method, setup, on.kind, on.compute_capability or "8.0"), on, by)
+
+
+def of_step(built: Step, on: DeviceProfile, by: Host) -> Prediction:
+    """Count, price and compose a step, wherever its ops come from."""
     time = step_time(built, on, by)
     held = _memory(built)
     return Prediction(
-        model=architecture.name,
+        model=built.architecture.name,
         device=on.slug,
-        method=method.spec(),
-        setup=setup,
+        method=built.method.spec(),
+        setup=built.setup,
         total_params=built.total,
         trainable_params=built.trainable,
         flops=_count(built, lambda part: sum(costs.flops(op) for op in part.ops)),

@@ -56,6 +56,8 @@ class Trace:
     bytes: dict[str, int] = field(default_factory=dict)
     flops: dict[str, int] = field(default_factory=dict)
     peak: int = 0
+    peak_before_update: int = 0
+    nodes: int = 0
     trainable: int = 0
     total: int = 0
 
@@ -63,8 +65,9 @@ class Trace:
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records non-view ATen calls with shapes and dtypes, and replays storage lifetimes by weak reference."""
 
-    def __init__(self, *, dense: bool = True) -> None:
+    def __init__(self, *, dense: bool = True, keep: Callable[[str, Any, Any, Any, Any], None] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.keep = keep  # called with (phase, function, inputs, outputs, arguments) of every call, views included
         self.trace = Trace()
         self.phase = ""
         self.live = 0
@@ -106,26 +109,37 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is aten._local_scalar_dense.default:
             try:
                 out = func(*args, **kwargs)
-            except Exception:  # data of a fake tensor: is the attention mask all ones?
-                out = self.dense if args[0].dtype == torch.bool else 1
+            except (
+                Exception
+            ):  # data of a fake tensor: is the attention mask all ones? does a random draw keep a module?
+                all_ones = args[0].dtype == torch.bool and args[0].dim() == 0
+                out = self.dense if all_ones else True if args[0].dtype == torch.bool else 1
         else:
             out = func(*args, **kwargs)
         if func.namespace not in ("aten", "flash_attn") or not self.recording:
             return out
         if func.is_view or func._schema.name in ("aten::_unsafe_view", "aten::detach"):
             self.trace.views[self.phase] += 1
+            if self.keep:
+                self.keep(self.phase, func, _tensors((args, kwargs)), _tensors(out), (args, kwargs))
             return out
         inputs = _tensors((args, kwargs))
         outputs = _distinct([*_tensors(out), *_mutated(func, args, kwargs)])
-        name = func._schema.name.removeprefix("aten::")
-        if func._schema.overload_name:
-            name += "." + func._schema.overload_name
+        name = call_name(func)
+        if self.keep:
+            self.keep(self.phase, func, inputs, outputs, (args, kwargs))
         self.trace.calls[self.phase][signature(name, [_spec(t) for t in inputs], [_spec(t) for t in outputs])] += 1
         self.trace.bytes[self.phase] += sum(_nbytes(t) for t in [*_distinct(inputs), *outputs])
         for t in outputs:
             self._watch(t)
         self.trace.peak = max(self.trace.peak, self.live)
         return out
+
+
+def call_name(func: Any) -> str:
+    """An ATen function's name with its overload, as the tape writes it."""
+    name = str(func._schema.name.removeprefix("aten::"))
+    return f"{name}.{func._schema.overload_name}" if func._schema.overload_name else name
 
 
 def signature(name: str, inputs: list[Any], outputs: list[Any]) -> Signature:
@@ -188,16 +202,31 @@ def to_fake(model: torch.nn.Module, mode: FakeTensorMode, device: str) -> None:
                         fake = torch.nn.Parameter(fake, requires_grad=value.requires_grad)
                     made[id(value)] = fake
                 table[name] = made[id(value)]
+        for container in (module.__dict__, *(v for v in module.__dict__.values() if isinstance(v, dict))):
+            for name, value in container.items():
+                if isinstance(value, torch.Tensor) and value.device.type == "meta":  # no parameter, no buffer
+                    with mode:
+                        container[name] = torch.empty(value.shape, dtype=value.dtype, device=device)
 
 
-def trace_step(model: Any, setup: Setup, optimizer: str, *, device: str = "cpu", forward_only: bool = False) -> Trace:
+def trace_step(
+    model: Any,
+    setup: Setup,
+    optimizer: str,
+    *,
+    device: str = "cpu",
+    forward_only: bool = False,
+    keep: Callable[[str, Any, Any, Any, Any], None] | None = None,
+) -> Trace:
     """Trace one steady-state training step (the second) of a model built on the meta device.
 
     Args:
         optimizer: the resolved form (`perfmodel.optimizers.resolve`).
         device: "cpu", or "cuda" with a CUDA build of torch (then only the forward pass can be traced).
+        keep: sees every call of the traced step (see `Recorder`).
     """
-    mode = FakeTensorMode()
+    # some tuners of peft keep plain tensors (indices, token ids) beside their parameters
+    mode = FakeTensorMode(allow_non_fake_inputs=keep is not None)
     to_fake(model, mode, device)
     model.train()
     if setup.checkpoint != "none":
@@ -209,7 +238,7 @@ def trace_step(model: Any, setup: Setup, optimizer: str, *, device: str = "cpu",
         ids, labels = (torch.zeros(shape, dtype=torch.long, device=device) for _ in range(2))
         attention = torch.ones(shape, dtype=torch.long, device=device)
         update = make_optimizer(trained, optimizer)
-    recorder = Recorder(dense=not setup.padded)
+    recorder = Recorder(dense=not setup.padded, keep=keep)
     recorder.trace.trainable = sum(p.numel() for p in trained)
     recorder.trace.total = sum(p.numel() for p in model.parameters())
     foreach = optimizer == "adamw-foreach"
@@ -224,8 +253,11 @@ def trace_step(model: Any, setup: Setup, optimizer: str, *, device: str = "cpu",
                     loss = loss / setup.grad_accum
             if forward_only:
                 return
+            if recorder.recording:
+                recorder.trace.nodes += _graph_nodes(loss.grad_fn)
             with observe("backward"):
                 loss.backward()
+        recorder.trace.peak_before_update = recorder.trace.peak
         with observe("optimizer"):
             if setup.clip_grad:
                 torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=foreach)
@@ -240,6 +272,17 @@ def trace_step(model: Any, setup: Setup, optimizer: str, *, device: str = "cpu",
         recorder.recording = True
         run(recorder.observe)
     return recorder.trace
+
+
+def _graph_nodes(root: Any) -> int:
+    """Nodes of an autograd graph."""
+    seen, stack = {root}, [root]
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if node is not None and node not in seen:
+                seen.add(node)
+                stack.append(node)
+    return len(seen)
 
 
 @contextmanager

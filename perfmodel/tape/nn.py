@@ -49,7 +49,7 @@ def _layer_norm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
         new_tensor(s.shape, s.dtype) if need else None for s, need in zip((x, weight, bias), node.needs, strict=True)
     ]
     made = [o for o in outs if o is not None]
-    record("native_layer_norm_backward", (g, x, mean, rstd, weight, bias), made, attrs=node.needs)
+    record("native_layer_norm_backward", (g, x, mean, rstd, weight, bias), made)
     return tuple(outs)
 
 

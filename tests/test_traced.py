@@ -1,0 +1,135 @@
+"""`predict --traced` takes its ops from the real program: the same Step as the tape's wherever both exist."""
+
+import json
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from helpers import config_of, setup_of
+
+pytest.importorskip("peft")
+
+from perfmodel import cli, costs, step
+from perfmodel.errors import UserError
+from perfmodel.memory import peak_bytes
+from perfmodel.predict import predict, resolve
+from perfmodel.setup import Setup
+from perfmodel.step import Step
+from validate import models, traced
+
+NAMES = ("llama", "gpt2", "opt")
+
+
+def both(name: str, method: str, setup: Setup, device: str) -> tuple[Step, Step]:
+    """The traced and the taped Step of a model with seven layers."""
+    config = config_of(name, layers=7)
+    architecture, bound = resolve(config, method)
+    adapt = partial(models.apply, method=bound, architecture=architecture)
+    return traced.build(config, setup, adapt, method, device), step.build(architecture, bound, setup, device, "8.0")
+
+
+def ops(built: Step, phase: str) -> Counter[Any]:
+    found: Counter[Any] = Counter()
+    for group in built.groups:
+        for part in group.parts:
+            for op in part.ops:
+                if part.phase == phase and not op.view:
+                    found[op.name, op.inputs, op.outputs, op.attrs] += int(part.repeat * group.repeat)
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", ["full", "lora:r=4", "lora:r=4,targets=all-linear,dropout=0.1"])
+@pytest.mark.parametrize("checkpoint", ["none", "block"])
+def test_forward_and_backward_hold_the_tapes_ops(name: str, method: str, checkpoint: str) -> None:
+    """Op for op, with shapes, dtypes and layouts: seven layers from traces of two, three and four."""
+    real, tape = both(name, method, setup_of(name, batch=2, seq=16, checkpoint=checkpoint), "cpu")
+    for phase in ("forward", "backward"):
+        assert ops(real, phase) == ops(tape, phase)
+    assert real.total == tape.total
+    assert real.trainable == tape.trainable
+
+
+def test_the_update_follows_from_the_list_of_parameters() -> None:
+    real, tape = both("llama", "lora:r=4", setup_of("llama", batch=2, seq=16), "cpu")
+    for count in (costs.flops, costs.kernels, lambda op: op.bytes_read + op.bytes_written):
+        sums = [sum(count(op) * n for op, n in updates(built)) for built in (real, tape)]
+        assert sums[0] == sums[1]
+
+
+def updates(built: Step) -> list[tuple[Any, int]]:
+    return [(op, int(p.repeat)) for g in built.groups for p in g.parts if p.phase == "optimizer" for op in p.ops]
+
+
+def test_micro_batches_are_traced_once_each() -> None:
+    real, tape = both("llama", "lora:r=4", setup_of("llama", batch=2, seq=16, grad_accum=3), "cpu")
+    assert ops(real, "forward") == ops(tape, "forward")
+    assert ops(real, "backward") == ops(tape, "backward")
+
+
+def test_peak_memory_is_the_tapes() -> None:
+    real, tape = both("llama", "lora:r=4", setup_of("llama", batch=4, seq=64), "cpu")
+    assert int(peak_bytes(real)) == pytest.approx(int(peak_bytes(tape)), rel=0.01)
+
+
+def test_layers_that_are_not_alike_are_all_traced() -> None:
+    """LoRA on two named layers of seven: cutting the model would lose them."""
+    config = config_of("llama", layers=7)
+    values = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "layers_to_transform": [1, 5]}
+    built = traced.build(config, setup_of("llama", batch=1, seq=16), traced.peft_adapter(values), "lora", "cpu")
+    assert built.trainable == 2 * 4 * (64 + 64)
+    assert sum(n for (name, *_), n in ops(built, "forward").items() if name == "mm") == 7 * 7 + 1 + 2 * 2
+
+
+def test_a_peft_config_is_enough(tmp_path: Path) -> None:
+    """A tuner that the tape does not know, from the command line to the answer."""
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({"peft_type": "RANDLORA", "r": 4, "target_modules": ["q_proj", "v_proj"]}))
+    model = tmp_path / "config.json"
+    model.write_text(json.dumps(config_of("llama").values))
+    arguments = ["predict", "--model", str(model), "--device", "l40s", "--peft-config", str(file), "--json"]
+    result = CliRunner().invoke(cli.main, arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["method"] == "randlora"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "adapter_config.json"),
+        ("[]", "peft_type"),
+        ('{"peft_type": "LORAA"}', "LORA"),
+        ('{"peft_type": "LORA", "target_modules": ["nothing"]}', "peft cannot apply LORA"),
+    ],
+)
+def test_a_bad_peft_config_ends_in_one_line(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "adapter_config.json"
+    file.write_text(text)
+    arguments = ["predict", "--model", "gpt2", "--device", "l40s", "--peft-config", str(file)]
+    result = CliRunner().invoke(cli.main, arguments)
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_peft_config_and_a_method_exclude_each_other(tmp_path: Path) -> None:
+    arguments = ["predict", "--model", "gpt2", "--device", "l40s", "--method", "full", "--peft-config", str(tmp_path)]
+    assert CliRunner().invoke(cli.main, arguments).exit_code == 2
+
+
+def test_autocast_on_a_gpu_is_refused() -> None:
+    with pytest.raises(UserError, match="--amp"):
+        traced.predict("gpt2", Setup(dtype="fp32", amp="bf16"), "l40s")
+
+
+def test_equal_ops_take_equal_time() -> None:
+    """The device's seconds are the tape's: layouts and broadcasts, which prices look at, are seen in the trace too."""
+    setup = Setup(batch=2, seq=256)
+    real = traced.predict("gpt2", setup, "a100-80gb-sxm", method="lora:r=8,dropout=0.1")
+    tape = predict("gpt2", "lora:r=8,dropout=0.1", setup, "a100-80gb-sxm")
+    assert float(real.time.device_busy) == pytest.approx(float(tape.time.device_busy), rel=1e-3)
+    assert real.kernels == tape.kernels
+    assert real.flops == tape.flops
