@@ -36,6 +36,7 @@ from .trace import DTYPES, call_name, trace_step
 
 FEWEST = 2  # layers of the smallest traced model
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+_STARTS = ("pissa", "olora", "orthogonal", "corda", "loftq")  # need real weights and change no op of a step
 _ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 _ATTENTION = {
     "_scaled_dot_product_flash_attention_for_cpu": "_scaled_dot_product_flash_attention",
@@ -199,8 +200,8 @@ def peft_adapter(peft_config: dict[str, Any]) -> Adapt:
         raise UserError(f"peft_type {kind!r} is unknown to the installed peft: {nearest(kind, known)}")
     cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     options = {k: v for k, v in values.items() if k in cls.__dataclass_fields__}
-    if isinstance(options.get("init_lora_weights"), str):
-        options["init_lora_weights"] = True  # where LoRA starts (PiSSA, OLoRA, …) changes no op, and needs real weights
+    if str(options.get("init_lora_weights")).startswith(_STARTS):
+        options["init_lora_weights"] = True
 
     def adapt(model: Any) -> Any:
         try:

@@ -200,7 +200,7 @@ def judge(rows: pd.DataFrame, hw: Hardware, p: GemmParameters) -> dict[str, Erro
     rows = rows[rows.left_out].reset_index(drop=True)
     predicted, plain, seconds = predict(rows, hw, p), roofline(rows, hw), column(rows, "seconds")
     thin = ((rows.n <= 128) | (rows.k <= 128)) & (rows.m >= 512) & (rows.b == 1)
-    cuts = {"all": rows.m > 0, "m >= 64": rows.m >= 64, "adapter_shapes": thin} | {
+    cuts = {"all": rows.m > 0, "m_from_64": rows.m >= 64, "adapter_shapes": thin} | {
         str(g): rows.group == g for g in rows.group.unique()
     }
     kept = {name: np.asarray(cut) for name, cut in cuts.items()}

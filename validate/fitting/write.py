@@ -1,6 +1,7 @@
 """Writes fitted blocks into device files: as text, so that everything before them stays as its author wrote it."""
 
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import fields
@@ -45,8 +46,13 @@ def block_text(name: str, fit: Fit, date: str) -> str:
     lines += ["", f"[{name}.residuals]", *(f"{k} = {_value(v)}" for k, v in fit.errors.rounded().items())]
     for key, errors in fit.slices.items():
         inside = ", ".join(f"{k} = {_value(v)}" for k, v in errors.rounded().items())
-        lines.append(f"{key} = {{ {inside} }}")
+        lines.append(f"{_key(key)} = {{ {inside} }}")
     return "\n".join(lines) + "\n"
+
+
+def _key(name: str) -> str:
+    """A TOML key, quoted where it is not a bare one."""
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _value(name)
 
 
 def _value(value: object) -> str:
