@@ -5,18 +5,18 @@ from ..tape.core import Tensor
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, implementation: str, *, causal: bool, upcast: bool, p: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, implementation: str, *, causal: bool, form: str, p: float
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of q (b, h, s, d) over k, v (b, kv, s, d) → (b, s, h, d), and the weights if they exist (eager).
 
     The blocks of transformers hold on to the weights until they return, used or not, so ours do too.
 
     Args:
-        upcast: whether the eager form computes its softmax in fp32.
+        form: how the eager form casts around its softmax (see `eager_attention`).
         p: dropout of the attention probabilities.
     """
     if implementation == "eager":
-        return eager_attention(q, k, v, mask, upcast=upcast, p=p)
+        return eager_attention(q, k, v, mask, form=form, p=p)
     if implementation == "flash2":
         return flash2_attention(q, k, v, causal=causal, p=p), None
     return sdpa_attention(q, k, v, mask, causal=causal, p=p), None

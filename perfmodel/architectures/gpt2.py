@@ -92,7 +92,7 @@ class Gpt2(Architecture):
             for y in split(fused, [self.hidden] * 3, 2)
         )
         del fused
-        out, weights = attend(q, k, v, mask, setup.attention, causal=True, upcast=False, p=self.attention_dropout)
+        out, weights = attend(q, k, v, mask, setup.attention, causal=True, form="value", p=self.attention_dropout)
         out = reshape(out, (*x.shape[:-1], self.hidden))
         out = layer.linear("attn.c_proj", out, self.hidden, bias=True, conv1d=True)
         return dropout(out, self.residual_dropout), weights

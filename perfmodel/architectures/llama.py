@@ -111,7 +111,7 @@ class Llama(Architecture):
         v = self._heads(layer, "v_proj", x, self.kv_heads)
         q, k = rotate(q, k, cos, sin)
         setup = layer.build.setup
-        out, weights = attend(q, k, v, mask, setup.attention, causal=True, upcast=True, p=self.attention_dropout)
+        out, weights = attend(q, k, v, mask, setup.attention, causal=True, form="upcast", p=self.attention_dropout)
         out = reshape(out, (*x.shape[:-1], self.heads * self.head_dim))
         out = layer.linear("self_attn.o_proj", out, self.hidden, bias=self.output_bias)
         return out, weights

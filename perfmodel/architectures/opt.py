@@ -100,7 +100,7 @@ class Opt(Architecture):
         k = self._split(layer.linear("self_attn.k_proj", x, self.hidden, bias=True))
         v = self._split(layer.linear("self_attn.v_proj", x, self.hidden, bias=True))
         setup = layer.build.setup
-        out, weights = attend(q, k, v, mask, setup.attention, causal=True, upcast=True, p=self.attention_dropout)
+        out, weights = attend(q, k, v, mask, setup.attention, causal=True, form="upcast", p=self.attention_dropout)
         out = reshape(out, (*x.shape[:-1], self.hidden))
         return layer.linear("self_attn.out_proj", out, self.hidden, bias=True), weights
 

@@ -45,15 +45,21 @@ def repeat_heads(x: Tensor, groups: int) -> Tensor:
 
 
 def eager_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, upcast: bool, p: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, form: str, p: float
 ) -> tuple[Tensor, Tensor]:
-    """transformers' `eager_attention_forward`: q (b, h, s, d), k and v (b, kv, s, d) → (b, s, h, d) and the weights."""
+    """transformers' `eager_attention_forward`: q (b, h, s, d), k and v (b, kv, s, d) → (b, s, h, d) and the weights.
+
+    Args:
+        form: "upcast", softmax in fp32, then the query's dtype; "value", then the value's dtype; "plain", no cast.
+    """
     groups = q.shape[1] // k.shape[1]
     k, v = repeat_heads(k, groups), repeat_heads(v, groups)
     weights = mul(matmul(q, transpose(k, 2, 3)), 1.0)
     if mask is not None:
         weights = add(weights, mask)
-    weights = cast(softmax(weights, "fp32" if upcast else None), q.dtype)
+    weights = softmax(weights, "fp32" if form == "upcast" else None)
+    if form != "plain":
+        weights = cast(weights, q.dtype if form == "upcast" else v.dtype)
     weights = dropout(weights, p)
     out = matmul(weights, v)
     return contiguous(transpose(out, 1, 2)), weights
