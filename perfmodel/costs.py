@@ -32,7 +32,7 @@ def mm_flops(a: Shape, b: Shape) -> Dim:
     return 2 * a[0] * a[1] * b[1]
 
 
-@flops_of("addmm")
+@flops_of("addmm", "addmm_")
 def addmm_flops(bias: Shape, a: Shape, b: Shape) -> Dim:
     """The product only; the bias rides along."""
     return mm_flops(a, b)
@@ -98,6 +98,7 @@ KERNELS: dict[str, tuple[int, str]] = {
     "_local_scalar_dense": (0, "a copy to the host and a synchronisation, no kernel"),
     "empty_like": (0, "allocates only"),
     "zeros": (1, "a fill"),
+    "eye": (2, "fills zeros, then the diagonal"),
     "slice_backward": (2, "fills zeros, then copies the slice"),
     "constant_pad_nd": (2, "fills the padding, then copies the inner part"),
     "cumsum": (2, "scan in two passes (CUB)"),
@@ -161,7 +162,7 @@ def _launches(tensors: tuple[Spec, ...], limit: int) -> Dim:
 def kind(op: Op) -> str:
     """The class of kernel an op belongs to, for totals and prices."""
     name = op.name
-    if name in ("mm", "addmm", "bmm"):
+    if name in ("mm", "addmm", "addmm_", "bmm"):
         return "gemm"
     if "attention" in name or "flash_attn" in name:
         return "attention"

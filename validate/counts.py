@@ -160,7 +160,16 @@ METHODS = (
     "top_k:k=2,inner=lora",
     "bitfit",
     "norm",
+    "lora_fa:r=4",
+    "dora:r=4,dropout=0.1",
+    "ia3",
+    "vera:r=8,dropout=0.1",
+    "loha:r=4",
+    "lokr:r=4",
+    "miss:r=8",
+    "oft:block_size=8",
 )
+NOT_ON_CONV1D = ("loha", "lokr", "miss", "oft")  # peft has no form of them for GPT-2's layers
 PRECISIONS: tuple[dict[str, Any], ...] = ({"dtype": "bf16"}, {"dtype": "fp32"}, {"dtype": "fp32", "amp": "bf16"})
 
 
@@ -237,4 +246,6 @@ def _cases(config: Config, names: tuple[str, ...], setup: Setup) -> Iterator[Cas
     for name in names:
         if name == "bitfit" and config.values["model_type"] in ("llama", "mistral"):
             continue  # no biases: the method is refused
+        if name.partition(":")[0] in NOT_ON_CONV1D and config.values["model_type"] == "gpt2":
+            continue
         yield Case(config, name, setup)

@@ -1,16 +1,28 @@
 """The real models: built from a config with random weights on the meta device, the method applied by peft."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 from perfmodel.architectures import Architecture, Config
+from perfmodel.errors import UserError
 from perfmodel.methods import Method
 from perfmodel.methods.bitfit import BitFit
+from perfmodel.methods.dora import Dora
 from perfmodel.methods.full import Full
+from perfmodel.methods.ia3 import Ia3
+from perfmodel.methods.loha import Loha
+from perfmodel.methods.lokr import Lokr
 from perfmodel.methods.lora import Lora
+from perfmodel.methods.lora_alike import Pissa, RsLora
+from perfmodel.methods.lora_fa import LoraFa
+from perfmodel.methods.miss import Miss
 from perfmodel.methods.norm import NormTuning
+from perfmodel.methods.oft import Oft
+from perfmodel.methods.targeted import ALL_LINEAR, Targeted
 from perfmodel.methods.top_k import TopK
+from perfmodel.methods.vera import Vera
 from perfmodel.setup import Setup
 
 from .trace import TORCH_DTYPES
@@ -22,6 +34,10 @@ NORMS = {
     "opt": ["self_attn_layer_norm", "final_layer_norm"],
     "bert": ["LayerNorm"],
 }
+
+Apply = Callable[..., Any]  # of (model, method, architecture): the model to train
+F = TypeVar("F", bound=Apply)
+_APPLY: dict[type[Method], Apply] = {}
 
 
 def build(config: Config, setup: Setup, *, device: str = "meta") -> Any:
@@ -39,47 +55,124 @@ def build(config: Config, setup: Setup, *, device: str = "meta") -> Any:
 
 def apply(model: Any, method: Method, architecture: Architecture) -> Any:
     """The model with the fine-tuning method on it, through peft where peft has it."""
+    if type(method) not in _APPLY:
+        raise UserError(f"method {method.name}: neither peft nor transformers has a program of it to trace")
+    return _APPLY[type(method)](model, method, architecture)
+
+
+def applies(*classes: type[Method]) -> Callable[[F], F]:
+    """Register the function that applies methods to a real model."""
+
+    def register(function: F) -> F:
+        _APPLY.update(dict.fromkeys(classes, function))
+        return function
+
+    return register
+
+
+@applies(Full)
+def _full(model: Any, method: Full, architecture: Architecture) -> Any:
+    return model
+
+
+@applies(BitFit)
+def _bitfit(model: Any, method: BitFit, architecture: Architecture) -> Any:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.endswith("bias")
+    return model
+
+
+@applies(NormTuning)
+def _norm(model: Any, method: NormTuning, architecture: Architecture) -> Any:
     import peft
 
-    if isinstance(method, Full):
-        return model
-    if isinstance(method, TopK) and method.inner == "full":
-        first = method.layers - method.k
-        for name, parameter in model.named_parameters():
-            inside = name.startswith(architecture.layer_path + ".")
-            parameter.requires_grad = (
-                inside and int(name.removeprefix(architecture.layer_path + ".").split(".")[0]) >= first
-            )
-        return model
-    if isinstance(method, BitFit):
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad = name.endswith("bias")
-        return model
-    if isinstance(method, NormTuning):
-        targets = NORMS.get(architecture.model_type, NORMS["llama"])
-        return peft.get_peft_model(model, peft.LNTuningConfig(target_modules=targets))
-    if isinstance(method, TopK):
-        method = method.inside
-    if isinstance(method, Lora):
-        return _lora(model, method, architecture)
-    raise TypeError(f"no reference program for method {method.name}")
+    targets = NORMS.get(architecture.model_type, NORMS["llama"])
+    return peft.get_peft_model(model, peft.LNTuningConfig(target_modules=targets))
 
 
-def _lora(model: Any, method: Lora, architecture: Architecture) -> Any:
+@applies(TopK)
+def _top_k(model: Any, method: TopK, architecture: Architecture) -> Any:
+    if method.inner == "lora":
+        return apply(model, method.inside, architecture)
+    first = method.layers - method.k
+    for name, parameter in model.named_parameters():
+        inside = name.startswith(architecture.layer_path + ".")
+        parameter.requires_grad = (
+            inside and int(name.removeprefix(architecture.layer_path + ".").split(".")[0]) >= first
+        )
+    return model
+
+
+@applies(Lora, Pissa)  # PiSSA's decomposition of the weights comes before the first step
+def _lora(model: Any, method: Lora, architecture: Architecture, **variant: Any) -> Any:
+    options = {"r": method.r, "lora_alpha": method.alpha, "lora_dropout": method.dropout}
+    return _adapt(model, "LoraConfig", method, architecture, **options, **variant)
+
+
+@applies(RsLora)
+def _rslora(model: Any, method: RsLora, architecture: Architecture) -> Any:
+    return _lora(model, method, architecture, use_rslora=True)
+
+
+@applies(LoraFa)
+def _lora_fa(model: Any, method: LoraFa, architecture: Architecture) -> Any:
+    adapted = _lora(model, method, architecture)
+    for name, parameter in adapted.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad = False
+    return adapted
+
+
+@applies(Dora)
+def _dora(model: Any, method: Dora, architecture: Architecture) -> Any:
+    return _lora(model, method, architecture, use_dora=True)
+
+
+@applies(Loha)
+def _loha(model: Any, method: Loha, architecture: Architecture) -> Any:
+    return _adapt(model, "LoHaConfig", method, architecture, r=method.r, alpha=method.alpha)
+
+
+@applies(Lokr)
+def _lokr(model: Any, method: Lokr, architecture: Architecture) -> Any:
+    options = {"decompose_factor": method.factor, "decompose_both": method.decompose_both}
+    return _adapt(model, "LoKrConfig", method, architecture, r=method.r, alpha=method.alpha, **options)
+
+
+@applies(Miss)
+def _miss(model: Any, method: Miss, architecture: Architecture) -> Any:
+    return _adapt(model, "MissConfig", method, architecture, r=method.r, miss_dropout=method.dropout)
+
+
+@applies(Oft)
+def _oft(model: Any, method: Oft, architecture: Architecture) -> Any:
+    return _adapt(model, "OFTConfig", method, architecture, oft_block_size=method.block_size)
+
+
+@applies(Ia3)
+def _ia3(model: Any, method: Ia3, architecture: Architecture) -> Any:
+    return _adapt(model, "IA3Config", method, architecture, feedforward_modules=list(method.feedforward_names))
+
+
+@applies(Vera)
+def _vera(model: Any, method: Vera, architecture: Architecture) -> Any:
+    return _adapt(model, "VeraConfig", method, architecture, r=method.r, vera_dropout=method.dropout)
+
+
+def _adapt(model: Any, config_name: str, method: Targeted, architecture: Architecture, **options: Any) -> Any:
+    """The model with an adapter of peft's; `options` are those of its config that the methods do not share."""
     import peft
 
-    targets = method.target_names
-    config = peft.LoraConfig(
-        r=method.r,
-        lora_alpha=method.alpha,
-        lora_dropout=method.dropout,
-        target_modules="all-linear" if targets == ("all-linear",) else list(targets),
-        layers_to_transform=list(method.layers_to_transform) if method.layers_to_transform is not None else None,
-        fan_in_fan_out=architecture.model_type == "gpt2",
-    )
-    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=method.adapter_dtype != "bf16")
+    config_class = getattr(peft, config_name)
+    options["target_modules"] = ALL_LINEAR if method.target_names == (ALL_LINEAR,) else list(method.target_names)
+    known = config_class.__dataclass_fields__
+    if "fan_in_fan_out" in known:
+        options["fan_in_fan_out"] = architecture.model_type == "gpt2"
+    if method.layers_to_transform is not None:
+        options["layers_to_transform"] = list(method.layers_to_transform)
+    adapted = peft.get_peft_model(model, config_class(**options), autocast_adapter_dtype=method.adapter_dtype != "bf16")
     if method.adapter_dtype is not None:
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.to(TORCH_DTYPES[method.adapter_dtype])
+        shared = [b for name, b in adapted.named_buffers() if "vera_" in name]
+        for tensor in [p for p in adapted.parameters() if p.requires_grad] + shared:
+            tensor.data = tensor.data.to(TORCH_DTYPES[method.adapter_dtype])
     return adapted

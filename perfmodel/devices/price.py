@@ -70,7 +70,7 @@ def _price(rows: list[tuple[Any, ...]], model: Callable[..., np.ndarray]) -> tup
 def _sort(i: int, op: Op, tables: _Tables) -> None:
     """Put one op into the table of its model; an op of several kernels gets several rows."""
     name, inputs = op.name, op.inputs
-    if name in ("mm", "addmm"):
+    if name in ("mm", "addmm", "addmm_"):
         a, b = inputs[-2:]
         layout = op.attrs[0] if op.attrs else "tn"
         tables.add(tables.gemm, (name, a.dtype, layout), i, a.shape[0], b.shape[1], a.shape[1], 1)
@@ -124,6 +124,9 @@ def _memory_bound(op: Op) -> list[tuple[Any, ...]]:
     if name == "slice_backward":
         part = op.inputs[0]
         return [("pointwise", 1, 0, written, n, 1, 1), ("strided", 1, read, read, part.numel, 1, 1)]
+    if name in ("index.Tensor", "index_put_"):  # only the indexed part of the big operand moves
+        moved = out if name == "index.Tensor" else op.inputs[-1]
+        return [("strided", kernels, moved.nbytes, moved.nbytes, moved.numel, 1, 1)]
     kind = {"_to_copy": "cast", "cat": "cat", "clone": "strided", "copy_": "pointwise"}.get(name, "pointwise")
     if kind == "pointwise" and "strided" in op.attrs:
         kind = "strided"

@@ -1,6 +1,50 @@
 """Fine-tuning methods, one file each; importing this package registers them."""
 
-from . import bitfit, full, lora, norm, top_k
+from . import (
+    badam,
+    bitfit,
+    dora,
+    full,
+    ia3,
+    lisa,
+    loha,
+    lokr,
+    lora,
+    lora_alike,
+    lora_fa,
+    miss,
+    norm,
+    oft,
+    paca,
+    runlora,
+    top_k,
+    vera,
+)
 from .base import Method, method, option, options, parse, registered
 
-__all__ = ["Method", "bitfit", "full", "lora", "method", "norm", "option", "options", "parse", "registered", "top_k"]
+__all__ = [
+    "Method",
+    "badam",
+    "bitfit",
+    "dora",
+    "full",
+    "ia3",
+    "lisa",
+    "loha",
+    "lokr",
+    "lora",
+    "lora_alike",
+    "lora_fa",
+    "method",
+    "miss",
+    "norm",
+    "oft",
+    "option",
+    "options",
+    "paca",
+    "parse",
+    "registered",
+    "runlora",
+    "top_k",
+    "vera",
+]

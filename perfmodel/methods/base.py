@@ -95,9 +95,9 @@ class Method:
         return x
 
     def spec(self) -> str:
-        """The method as one writes it on the command line; defaults other than its size (r, k) are left out."""
+        """The method as one writes it on the command line; its size (r, k) first, other defaults left out."""
         parts = []
-        for f in _options(type(self)):
+        for f in sorted(_options(type(self)), key=lambda f: f.name not in self.sizes()):
             value = getattr(self, f.name)
             if value is None or (f.name not in self.sizes() and f.default is not MISSING and _equal(value, f.default)):
                 continue
@@ -125,7 +125,8 @@ def _options(cls: type[Method]) -> list[Any]:
 def options(cls: type[Method]) -> dict[str, str]:
     """Option name → description with its default."""
     shown = {f.name: "" if f.default in (None, ()) else f" (default {f.default})" for f in _options(cls)}
-    return {f.name: f.metadata.get("help", "") + shown[f.name] for f in _options(cls)}
+    ordered = sorted(_options(cls), key=lambda f: f.name not in ("r", "k"))  # what sizes the method first
+    return {f.name: f.metadata.get("help", "") + shown[f.name] for f in ordered}
 
 
 def parse(text: str) -> Method:

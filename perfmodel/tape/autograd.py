@@ -8,6 +8,7 @@ Sources: torch/csrc/autograd/engine.cpp, input_buffer.cpp, functions/accumulate_
 """
 
 import heapq
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ class Node:
         attrs: what the rule needs besides saved tensors (shapes, scalars).
     """
 
-    __slots__ = ("attrs", "backward", "edges", "name", "needs", "outputs", "part", "saved", "sequence")
+    __slots__ = ("__weakref__", "attrs", "backward", "edges", "name", "needs", "outputs", "part", "saved", "sequence")
 
     def __init__(self, name: str, inputs: Sequence[Tensor], backward: Backward, attrs: tuple[Any, ...]) -> None:
         current = tape()
@@ -81,14 +82,15 @@ def _edge(t: Tensor) -> tuple[Node, int]:
     if t.node is not None:
         return t.node, t.slot
     if isinstance(t, Parameter):
-        if t.accumulator is None:
-            node = Node("AccumulateGrad", (), _accumulate, (t,))
+        known = t.accumulator() if t.accumulator is not None else None
+        if known is None:
+            known = node = Node("AccumulateGrad", (), _accumulate, (t,))
             node.sequence = float("inf")  # the engine runs it as soon as its gradient is complete
             node.outputs.append((t.shape, t.dtype))
             if t.part is not None:
                 node.part = t.part
-            t.accumulator = node
-        return t.accumulator, 0
+            t.accumulator = weakref.ref(node)  # weak, as in PyTorch: the graph holds the node, the node its leaf
+        return known, 0
     node = Node("AccumulateGrad", (), _keep, (t.alias(),))  # holds its leaf, as PyTorch's does
     node.sequence = float("inf")
     node.outputs.append((t.shape, t.dtype))
@@ -105,6 +107,8 @@ def _accumulate(node: Node, grads: Sequence[Tensor | None]) -> Grads:
         if dense_order(grad.shape, grad.strides) is None or not all(map(same, grad.strides, parameter.strides)):
             grad = _copy(grad)
         parameter.grad = grad.alias()
+        if parameter.part is not None:  # one of as many as there are identical layers
+            parameter.grad.storage.copies = parameter.part.repeat
     else:
         record("add_.Tensor", (parameter.grad, grad), (parameter.grad,))
     return ()
@@ -207,7 +211,7 @@ class StopRecompute(Exception):
 class Holder:
     """The place of a saved tensor that a checkpoint frame dropped."""
 
-    __slots__ = ("frame", "index")
+    __slots__ = ("__weakref__", "frame", "index")
 
     def __init__(self, frame: "CheckpointFrame", index: int) -> None:
         self.frame = frame
@@ -225,14 +229,15 @@ class CheckpointFrame:
         self.function = function
         self.inputs = inputs  # held until the last of its saved tensors is released
         self.autocast = autocast
-        self.saves = 0
+        self.holders: list[weakref.ref[Holder]] = []  # a graph that nobody kept takes its saved tensors along
         self.values: dict[int, Tensor] | None = None
 
     def pack(self, t: Tensor) -> Holder:
         """Forward: count a saved tensor and let it go."""
-        self.saves += 1
+        holder = Holder(self, len(self.holders))
+        self.holders.append(weakref.ref(holder))
         tape().part.hooks += 1
-        return Holder(self, self.saves - 1)
+        return holder
 
     def take(self, index: int) -> Tensor:
         """Backward: hand a recomputed tensor over."""
@@ -243,7 +248,7 @@ class CheckpointFrame:
 
     def _recompute(self) -> dict[int, Tensor]:
         current = tape()
-        recorder = _Recomputation(self.saves)
+        recorder = _Recomputation([holder() is not None for holder in self.holders])
         current.frames.append(recorder)
         before = current.grad_enabled, current.autocast
         current.grad_enabled, current.autocast = True, self.autocast
@@ -260,16 +265,19 @@ class CheckpointFrame:
 
 
 class _Recomputation:
-    """Collects what the recomputed forward saves."""
+    """Collects what the recomputed forward saves and backward still asks for."""
 
-    def __init__(self, wanted: int) -> None:
+    def __init__(self, wanted: list[bool]) -> None:
         self.wanted = wanted
+        self.seen = 0
         self.values: dict[int, Tensor] = {}
 
     def pack(self, t: Tensor) -> Tensor:
         tape().part.hooks += 1
-        self.values[len(self.values)] = t.alias()
-        if len(self.values) == self.wanted:
+        if self.wanted[self.seen]:
+            self.values[self.seen] = t.alias()
+        self.seen += 1
+        if self.seen == len(self.wanted):
             raise StopRecompute
         return t
 

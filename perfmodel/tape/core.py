@@ -5,6 +5,7 @@ freed, just as PyTorch's reference counting returns a block to the allocator. Fo
 variables of the original, so peak memory follows without any bookkeeping by hand.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -163,7 +164,7 @@ class Parameter(Tensor):
         self.requires_grad = trainable
         self.count = 1
         self.grad: Tensor | None = None
-        self.accumulator: Node | None = None
+        self.accumulator: weakref.ref[Node] | None = None
         self.part: Part | None = None
         self.used = False  # whether a gradient ever arrived
 
@@ -233,8 +234,8 @@ class Tape:
         while self.cast_cache:
             _, (leaf, cast) = self.cast_cache.popitem()
             storage = cast.storage
-            if all_layers and isinstance(leaf, Parameter):
-                storage.copies = leaf.count  # if this was the last reference, all layers' copies die here
+            if all_layers and isinstance(leaf, Parameter) and leaf.part is not None:
+                storage.copies = leaf.part.repeat  # if this was the last reference, all layers' copies die here
             del cast
             held = _references(storage) > 1
             if held:

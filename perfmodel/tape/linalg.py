@@ -95,8 +95,10 @@ def _bmm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Batched matmul of 4-D tensors with equal leading dims, as ATen folds it into bmm."""
+    """`a @ b`: of 4-D tensors with equal leading dims, which ATen folds into bmm, or by a matrix b, into mm."""
     a, b = autocast_operand(a), autocast_operand(b)
+    if len(b.shape) == 2:
+        return _fold(a, b, None, "_unsafe_view")
     batch = product(a.shape[:-2])
     left = reshape(expand(a, a.shape), (batch, *a.shape[-2:]))
     right = reshape(expand(b, b.shape), (batch, *b.shape[-2:]))

@@ -75,8 +75,16 @@ def add(a: Tensor, b: Tensor | float) -> Tensor:
 
 
 def sub(a: Tensor, b: Tensor | float) -> Tensor:
-    """`a - b` of tensors that carry no gradient (index arithmetic)."""
-    return _elementwise("sub.Tensor", (a, b) if isinstance(b, Tensor) else (a,))
+    """`a - b`."""
+    if not isinstance(b, Tensor):
+        return _elementwise("sub.Tensor", (a,), differentiate("SubBackward0", (a,), _pass))
+    return _elementwise("sub.Tensor", (a, b), differentiate("SubBackward0", (a, b), _sub_backward))
+
+
+def _sub_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,) = grads
+    assert g is not None
+    return (g if node.needs[0] else None, _elementwise("neg", (g,)) if node.needs[1] else None)
 
 
 def _pass(node: Node, grads: Sequence[Grad]) -> Grads:

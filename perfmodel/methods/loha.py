@@ -1,0 +1,38 @@
+"""LoHa as PEFT runs it: the update is a Hadamard product of two low-rank matrices."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..tape.core import Tensor
+from ..tape.extra import coin, hadamard_weight
+from ..tape.linalg import linear
+from ..tape.pointwise import add, cast
+from ..tape.shape import reshape
+from .base import Linear, method, option, positive
+from .targeted import Targeted
+
+
+@method("loha", source="https://arxiv.org/abs/2108.06098; peft/tuners/loha/layer.py")
+@dataclass(frozen=True)
+class Loha(Targeted):
+    """y = xWᵀ + x·((A₁B₁) ∘ (A₂B₂))ᵀ: a weight-sized update is built anew in every forward."""
+
+    r: Any = option(8, "rank of both factors")
+    alpha: float = option(8.0, "scale numerator; changes no cost")
+
+    takes_conv1d: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "r", positive(f"method {self.name}: r", self.r))
+
+    def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
+        out_r, r_in = (layer.n_out, self.r), (self.r, layer.n_in)
+        w1a, w1b = layer.adapter("hada_w1_a", out_r, dtype), layer.adapter("hada_w1_b", r_in, dtype)
+        w2a, w2b = layer.adapter("hada_w2_a", out_r, dtype), layer.adapter("hada_w2_b", r_in, dtype)
+        previous_dtype = x.dtype
+        result = layer(x)
+        coin()  # module dropout, which is asked for at a rate of 0 too
+        delta_weight = reshape(hadamard_weight(w1a, w1b, w2a, w2b), (layer.n_out, layer.n_in))
+        result = add(result, linear(cast(x, delta_weight.dtype), delta_weight))
+        return cast(result, previous_dtype)

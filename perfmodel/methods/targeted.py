@@ -1,0 +1,142 @@
+"""What adapters of PEFT share: which linear layers get one, and the dtype of its weights."""
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..errors import UserError, nearest
+from ..tape.core import Parameter, Tensor
+from .base import Linear, Method, option
+
+ALL_LINEAR = "all-linear"
+
+# PEFT's TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING (peft/utils/constants.py)
+DEFAULT_TARGETS = {
+    "llama": ("q_proj", "v_proj"),
+    "mistral": ("q_proj", "v_proj"),
+    "qwen2": ("q_proj", "v_proj"),
+    "opt": ("q_proj", "v_proj"),
+    "gpt2": ("c_attn",),
+    "gpt_neo": ("q_proj", "v_proj"),
+    "bert": ("query", "value"),
+}
+
+
+@dataclass(frozen=True)
+class Targeted(Method):
+    """Adapters beside frozen linear layers; a subclass writes `adapted`, the forward pass of a targeted layer."""
+
+    targets: tuple[str, ...] = option((), "layer names joined by +, or all-linear; empty: PEFT's default")
+    layers_to_transform: tuple[int, ...] | None = option(None, "block numbers such as 0-7+12; default all")
+    adapter_dtype: str | None = option(None, "bf16, fp16 or fp32; default PEFT's rule: fp32 beside a 16-bit base")
+
+    aliases: ClassVar[dict[str, str]] = {"rank": "r", "layers": "layers_to_transform", "target_modules": "targets"}
+    default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = DEFAULT_TARGETS
+    takes_conv1d: ClassVar[bool] = True  # whether PEFT has the adapter for GPT-2's Conv1D layers
+
+    def __post_init__(self) -> None:
+        if self.adapter_dtype not in (None, "bf16", "fp16", "fp32"):
+            raise UserError(
+                f"method {self.name}: adapter_dtype {self.adapter_dtype!r} is unknown: use bf16, fp16 or fp32"
+            )
+
+    def check(self) -> None:
+        assert self.architecture is not None
+        if self.architecture.model_type == "gpt2" and not self.takes_conv1d:
+            raise UserError(
+                f"method {self.name}: PEFT has no {self.name} for the Conv1D layers of {self.architecture.name}; "
+                "use lora, dora, ia3 or vera"
+            )
+        known = [*self.architecture.linear_names(), "lm_head"]
+        for target in self.targets:
+            if target != ALL_LINEAR and not any(matches(name, target) for name in known):
+                leaves = {name.rsplit(".", 1)[-1] for name in known}
+                raise UserError(
+                    f"method {self.name}: target {target!r} matches no linear layer of {self.architecture.name}: "
+                    f"{nearest(target, leaves)}"
+                )
+        if "lm_head" in self.targets and self.architecture.tied:
+            raise UserError(
+                f"method {self.name}: lm_head of {self.architecture.name} shares the embedding's weight; leave it out"
+            )
+        for layer in self.layers_to_transform or ():
+            if not 0 <= layer < self.layers:
+                raise UserError(
+                    f"method {self.name}: layer {layer} is outside 0-{self.layers - 1} of {self.architecture.name}"
+                )
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """The targets, PEFT's default for the architecture filled in."""
+        if self.targets:
+            return self.targets
+        assert self.architecture is not None
+        if self.architecture.model_type not in self.default_targets:
+            raise UserError(
+                f"method {self.name}: PEFT has no default targets for {self.architecture.name}; give targets="
+            )
+        return self.default_targets[self.architecture.model_type]
+
+    def targets_layer(self, name: str, layer: int | None) -> bool:
+        """Whether a linear layer gets an adapter."""
+        if layer is None:
+            return self.layers_to_transform is None and _named(name, self.target_names)
+        if self.layers_to_transform is not None and layer not in self.layers_to_transform:
+            return False
+        return _named(name, self.target_names)
+
+    def layer_key(self, layer: int) -> Hashable:
+        return self.layers_to_transform is None or layer in self.layers_to_transform
+
+    def dtype_beside(self, dtype: str) -> str:
+        """The adapter's dtype beside a base of `dtype` (PEFT's `autocast_adapter_dtype`)."""
+        return self.adapter_dtype or "fp32"
+
+    def linear(self, layer: Linear, x: Tensor) -> Tensor:
+        if not self.targets_layer(layer.name, layer.scope.layer):
+            return layer(x)
+        layer.scope.count_adapter()
+        return self.adapted(layer, x, self.dtype_beside(layer.scope.dtype))
+
+    def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
+        """The forward pass of a targeted layer whose adapter has `dtype`."""
+        raise TypeError(f"{type(self).__name__} must define adapted")
+
+    def check_rank(self, layer: Linear, r: Any) -> None:
+        """Raise `UserError` where a rank exceeds what the layer's weight can have."""
+        width = min(layer.n_in, layer.n_out)
+        if np.any(np.greater(r, width)):
+            raise UserError(f"method {self.name}: rank {np.max(r)} exceeds the width {width} of {layer.name}")
+
+
+def base_weight(layer: Linear) -> Parameter:
+    """The weight of the base layer, as it lies in memory."""
+    shape = (layer.n_in, layer.n_out) if layer.conv1d else (layer.n_out, layer.n_in)
+    return layer.scope.parameter(f"{layer.name}.weight", shape, "weight")
+
+
+def base_bias(layer: Linear) -> Parameter | None:
+    """The bias of the base layer, if it has one."""
+    return layer.scope.parameter(f"{layer.name}.bias", (layer.n_out,), "bias") if layer.has_bias else None
+
+
+def fraction(where: str, p: float) -> float:
+    """A dropout rate.
+
+    Raises:
+        UserError: outside 0 to below 1.
+    """
+    if not 0 <= p < 1:
+        raise UserError(f"{where} must be from 0 to below 1, got {p}")
+    return p
+
+
+def matches(name: str, target: str) -> bool:
+    """Whether a target names a layer, as PEFT compares them."""
+    return name == target or name.endswith("." + target)
+
+
+def _named(name: str, targets: tuple[str, ...]) -> bool:
+    return any(matches(name, target) or (target == ALL_LINEAR and name != "lm_head") for target in targets)
