@@ -1,0 +1,1 @@
+"""The commands, one file each; `perfmodel.cli` loads the one that is asked for."""

@@ -1,0 +1,73 @@
+"""`perfmodel models`, `methods` and `devices`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from .options import json_option, print_json
+
+Formats = dict[str, Callable[[Any], str]]
+
+
+@click.command()
+@json_option
+def models(as_json: bool) -> None:
+    """List the bundled models."""
+    from .. import listing
+    from ..report import units
+
+    columns = ("model", "model_type", "layers", "hidden", "heads", "kv_heads", "intermediate", "vocab", "tied")
+    formats: Formats = {"tied": lambda v: "yes" if v else "no", "vocab": units.count}
+    _list(listing.models(), columns, as_json, formats, left=2)
+
+
+@click.command()
+@json_option
+def methods(as_json: bool) -> None:
+    """List the fine-tuning methods and their options."""
+    from .. import listing
+
+    rows = listing.methods()
+    if as_json:
+        print_json(rows)
+        return
+    from ..report.terminal import console
+
+    for row in rows:
+        console.print(f"[bold]{row['method']}[/]  {row['what']}  [dim]{row['source']}[/]")
+        for name, help_text in row["options"].items():
+            console.print(f"    {name:20} {help_text}")
+
+
+@click.command()
+@json_option
+def devices(as_json: bool) -> None:
+    """List the devices with their datasheet figures and what was measured on them."""
+    from .. import listing
+    from ..report import units
+
+    formats: Formats = {
+        "memory_bytes": lambda v: f"{v / 2**30:.0f} GiB", "memory_bandwidth": lambda v: units.count(v, "B/s"),
+        "bf16_flops": units.count, "fp32_flops": units.count,
+        "measured": lambda v: ", ".join(b for b, origin in v.items() if origin != "class") or "class defaults",
+    }  # fmt: skip
+    columns = ("device", "memory_bytes", "memory_bandwidth", "bf16_flops", "fp32_flops", "measured")
+    _list(listing.devices(), columns, as_json, formats, left=1)
+
+
+def _list(
+    rows: list[dict[str, Any]],
+    columns: Sequence[str],
+    as_json: bool,
+    formats: Formats,
+    *,
+    left: int,
+) -> None:
+    if as_json:
+        print_json(rows)
+        return
+    from ..report.terminal import console, table
+
+    cells = ([formats.get(c, str)(row[c]) for c in columns] for row in rows)
+    console.print(table("", [c.replace("_", " ") for c in columns], cells, left=left))

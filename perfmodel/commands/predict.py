@@ -1,0 +1,39 @@
+"""`perfmodel predict`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import UserError
+from .options import extra, print_json, setup_of, setup_options
+
+
+@click.command()
+@click.option("--method", default="full", show_default=True, help="name[:key=value,...]; lists are joined by +.")
+@click.option("--traced", is_flag=True, help="Trace the real transformers + peft program (needs the validate extra).")
+@click.option("--peft-config", type=click.Path(path_type=Path), help="An adapter_config.json; implies --traced.")
+@setup_options
+def predict(method: str, traced: bool, peft_config: Path | None, as_json: bool, **options: Any) -> None:
+    """Predict one training step: FLOPs, traffic, kernels, time by phase, peak memory."""
+    setup = setup_of(options)
+    given = click.get_current_context().get_parameter_source("method")
+    if peft_config and given is not click.core.ParameterSource.DEFAULT:
+        raise UserError("give --method or --peft-config, not both")
+    if traced or peft_config:
+        try:
+            from validate.traced import predict as trace
+        except ImportError as error:
+            raise extra(error) from None
+        host = options["host"]
+        result = trace(options["model"], setup, options["device"], method=method, peft_config=peft_config, host=host)
+    else:
+        from ..predict import predict as run
+
+        result = run(options["model"], method, setup, options["device"], host=options["host"])
+    if as_json:
+        print_json(result.as_dict())
+        return
+    from ..report.terminal import show_prediction
+
+    show_prediction(result)
