@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..tape.core import Tensor
 from ..tape.linalg import matmul
 from ..tape.nn import causal_lm_loss, softmax
-from ..tape.pointwise import add, cast, dropout, gelu_tanh, masked
+from ..tape.pointwise import add, cast, dropout, gelu_tanh, masked, scalar
 from ..tape.shape import contiguous, transpose, view
 from . import masks
 from .base import Architecture, Scope, architecture
@@ -103,7 +103,8 @@ class GptNeo(Architecture):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
         q, k = cast(q, "fp32"), cast(k, "fp32")
         weights = matmul(q, transpose(k, 2, 3))
-        weights = masked(allowed, weights)
+        mask_value = scalar(weights.dtype)
+        weights = masked(allowed, weights, mask_value)
         weights = add(weights, mask)
         weights = softmax(weights)
         weights = cast(weights, v.dtype)

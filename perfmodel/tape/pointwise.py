@@ -249,12 +249,17 @@ def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return _elementwise("where.self", (condition, a, b), dtype=a.dtype)
 
 
-def masked(allowed: Tensor, x: Tensor) -> Tensor:
+def scalar(dtype: str) -> Tensor:
+    """`torch.tensor(value, device=…)`: made on the host; on CUDA a blocking copy brings it to the device."""
+    made = Tensor((), dtype, (), 1, Storage(0, None))
+    return emit("_to_copy", (made,), (), dtype, attrs=("from_host",)) if tape().device == "cuda" else made
+
+
+def masked(allowed: Tensor, x: Tensor, constant: Tensor) -> Tensor:
     """`torch.where(allowed, x, constant)`: the gradient is zero where it is not allowed."""
     node = differentiate("WhereBackward0", (x,), _masked_backward)
     if node:
         node.save(allowed)
-    constant = Tensor((), x.dtype, (), 1, Storage(0, None))
     return _elementwise("where.self", (allowed, x, constant), node, dtype=x.dtype)
 
 
