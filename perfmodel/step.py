@@ -107,6 +107,7 @@ def build(
             _update(step, tape)
             step.groups.append(Group(list(tape.parts)))
             _zero_grad(step, tape)
+            tape.loss = None
     finally:
         if collecting:
             gc.enable()
@@ -121,8 +122,9 @@ def _micro_batch(step: Step, tape: Tape) -> None:
     inputs = [_input(shape) for _ in range(3)]
     with tape.autocasting():
         loss = step.architecture.forward(Scope(build), *inputs)
+    tape.loss = loss
     if setup.grad_accum > 1:
-        loss = _divide(loss)
+        tape.loss = loss = _divide(loss)
     if not loss.requires_grad:
         raise UserError(f"method {step.method.spec()}: nothing trains in {step.architecture.name}")
     step.parameters = list(build.parameters.values())

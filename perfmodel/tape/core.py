@@ -174,7 +174,8 @@ class Tape:
     CUDA compute capability, which decides the attention kernel.
 
     `autocast` is the 16-bit dtype inside `torch.autocast`, or None. Everything that follows PyTorch's global state
-    (grad mode, autocast's weight cache, checkpoint frames) lives here.
+    (grad mode, autocast's weight cache, checkpoint frames) lives here, and the training loop's variable `loss`, whose
+    graph lives until the next forward pass has made another.
     """
 
     def __init__(self, device: str = "cuda", capability: str = "8.0", *, autocast: str | None = None) -> None:
@@ -184,6 +185,7 @@ class Tape:
         self.autocast: str | None = None
         self.cast_cache: dict[int, tuple[Tensor, Tensor]] = {}
         self.grad_enabled = True
+        self.loss: Tensor | None = None
         self.frames: list[Any] = []
         self.sequence = 0
         self.parts: list[Part] = []
