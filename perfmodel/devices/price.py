@@ -19,44 +19,67 @@ from .gemm import gemm_time
 from .pointwise import pointwise_time
 from .profile import DeviceProfile
 
-Table = dict[Any, list[tuple[Any, ...]]]
+Row = tuple[Any, ...]  # a model's arguments, each an int or an array over the grid
 
 
 @dataclass
+class _Table:
+    """Rows of one model, by what must be equal within a call; equal rows are priced once for all their ops."""
+
+    rows: dict[Any, dict[Row, tuple[Row, list[int]]]] = field(default_factory=dict)
+
+    def add(self, key: Any, i: int, row: Row, equal: Row) -> None:
+        """A row of op `i`; rows with the same `equal` have the same price."""
+        self.rows.setdefault(key, {}).setdefault(equal, (row, []))[1].append(i)
+
+
 class _Tables:
-    """Rows (op index, arguments…) by model and by what must be equal within a call."""
+    """The tables of all models."""
 
-    gemm: Table = field(default_factory=dict)
-    attention: Table = field(default_factory=dict)
-    memory: Table = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.gemm, self.attention, self.memory = _Table(), _Table(), _Table()
+        self.arrays: dict[Any, list[np.ndarray]] = {}
 
-    def add(self, table: Table, key: Any, *row: Any) -> None:
-        table.setdefault(key, []).append(row)
+    def add(self, table: _Table, key: Any, i: int, *row: Any) -> None:
+        """Put a row of op `i` into a table."""
+        table.add(key, i, row, tuple(x if not isinstance(x, np.ndarray) else self._token(x) for x in row))
+
+    def _token(self, x: np.ndarray) -> Any:
+        """What stands for an array's values: computing the same dim twice makes two arrays."""
+        key = (x.shape, x.flat[0], x.flat[-1], x.sum())
+        known = self.arrays.setdefault(key, [])
+        for n, other in enumerate(known):
+            if x is other or np.array_equal(x, other):
+                return key, n
+        known.append(x)
+        return key, len(known) - 1
 
 
 def durations(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
     """Device seconds of each op, shape (ops, *grid); 0 for views and for work on host tensors."""
+    if profile.kind == "cpu":
+        return _cpu(ops, profile)
     tables = _Tables()
     for i, op in enumerate(ops):
         if not op.view and "host" not in op.attrs:
             _sort(i, op, tables)
-    priced: list[tuple[list[int], np.ndarray]] = []
-    if profile.kind == "cpu":
-        return _cpu(ops, profile)
+    priced: list[tuple[list[list[int]], np.ndarray]] = []
     for model, table in ((_gemm, tables.gemm), (_attention, tables.attention), (_memory, tables.memory)):
-        for key, rows in table.items():
-            priced.append(_price(rows, partial(model, profile, *key)))
+        for key, rows in table.rows.items():
+            seconds = _price([row for row, _ in rows.values()], partial(model, profile, *key))
+            priced.append(([index for _, index in rows.values()], seconds))
     grid = np.broadcast_shapes(*(seconds.shape[1:] for _, seconds in priced)) if priced else ()
     total = np.zeros((len(ops), *grid))
-    for index, seconds in priced:
-        over_grid = seconds.reshape(len(index), *(1,) * (len(grid) - seconds.ndim + 1), *seconds.shape[1:])
-        np.add.at(total, index, np.broadcast_to(over_grid, (len(index), *grid)))
+    for indices, seconds in priced:
+        for index, of_row in zip(indices, seconds, strict=True):
+            for i in index:
+                total[i] += of_row
     return total
 
 
-def _price(rows: list[tuple[Any, ...]], model: Callable[..., np.ndarray]) -> tuple[list[int], np.ndarray]:
+def _price(rows: list[Row], model: Callable[..., np.ndarray]) -> np.ndarray:
     """Stack the rows' arguments to arrays of shape (rows, *grid) and price them at once."""
-    index, *columns = zip(*rows, strict=True)
+    columns = list(zip(*rows, strict=True))
     grid = np.broadcast_shapes(*(np.shape(x) for column in columns for x in column))
     stacked = [
         np.stack([np.broadcast_to(np.asarray(x, dtype=np.float64), grid) for x in column])
@@ -64,7 +87,7 @@ def _price(rows: list[tuple[Any, ...]], model: Callable[..., np.ndarray]) -> tup
         else np.array(column, dtype=np.float64)
         for column in columns
     ]
-    return list(index), np.asarray(model(*stacked))
+    return np.asarray(model(*stacked))
 
 
 def _sort(i: int, op: Op, tables: _Tables) -> None:
