@@ -10,5 +10,6 @@ from .compare import Comparison, SpeedUp, compare
 from .errors import UserError
 from .predict import Prediction, predict
 from .setup import Setup
+from .sweep import Sweep, sweep
 
-__all__ = ["Comparison", "Prediction", "Setup", "SpeedUp", "UserError", "compare", "predict"]
+__all__ = ["Comparison", "Prediction", "Setup", "SpeedUp", "Sweep", "UserError", "compare", "predict", "sweep"]

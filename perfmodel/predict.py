@@ -117,11 +117,20 @@ def resolve(model: Model, method: str | Method) -> tuple[Architecture, Method]:
     Raises:
         UserError: unknown names, configs that cannot be read, options that do not fit the model.
     """
-    if isinstance(model, (str, PathLike)):
-        model = architectures.load(str(model))
-    architecture = architectures.from_config(model) if isinstance(model, Config) else model
+    architecture = architecture_of(model)
     parsed = methods.parse(method) if isinstance(method, str) else method
     return architecture, parsed.bind(architecture)
+
+
+def architecture_of(model: Model) -> Architecture:
+    """The architecture that a name, path, config or architecture stands for.
+
+    Raises:
+        UserError: an unknown name, or a config that cannot be read.
+    """
+    if isinstance(model, (str, PathLike)):
+        model = architectures.load(str(model))
+    return architectures.from_config(model) if isinstance(model, Config) else model
 
 
 def predict(
