@@ -8,6 +8,7 @@ from . import optimizers
 from .architectures.base import Architecture, Build, Scope
 from .errors import UserError
 from .methods.base import Method
+from .periodic import Periodic, PeriodicOps
 from .setup import Setup
 from .tape import autograd
 from .tape.core import Op, Parameter, Part, Tape, Tensor, emit, new_tensor, recording
@@ -28,7 +29,8 @@ class Group:
 class Step:
     """One optimizer step as ordered parts of ops, with the parameters it trains.
 
-    `groups` holds the first micro-batch, the further ones (if any), and clipping with the optimizer.
+    `groups` holds the first micro-batch, the further ones (if any), and clipping with the optimizer; `periodic` what
+    the method does besides steps, which counts in none of them.
     """
 
     architecture: Architecture
@@ -37,6 +39,7 @@ class Step:
     device: str
     parameters: list[Parameter]
     groups: list[Group] = field(default_factory=list)
+    periodic: list[PeriodicOps] = field(default_factory=list)
 
     def parts(self) -> Iterator[tuple[Part, int]]:
         """Every part with how often it runs in the step."""
@@ -107,10 +110,18 @@ def build(
             _update(step, tape)
             step.groups.append(Group(list(tape.parts)))
             _zero_grad(step, tape)
+        step.periodic = [_besides(step, work, capability) for work in method.periodic()]
     finally:
         if collecting:
             gc.enable()
     return step
+
+
+def _besides(step: Step, work: Periodic, capability: str) -> PeriodicOps:
+    """Record periodic work on a tape of its own."""
+    with recording(Tape(step.device, capability)) as tape, tape.no_grad():
+        work.record(step)
+        return PeriodicOps(work.what, work.every, Group(list(tape.parts)))
 
 
 def _micro_batch(step: Step, tape: Tape) -> None:

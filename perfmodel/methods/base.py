@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from ..architectures.base import Architecture, Linear, Scope
 from ..errors import UserError, nearest
+from ..periodic import Periodic
 from ..setup import Setup, positive
 from ..tape.core import Parameter, Tensor
 from ..tape.linalg import linear
@@ -93,6 +94,10 @@ class Method:
         if setup.checkpoint != "none" and not x.requires_grad:
             x.requires_grad = True
         return x
+
+    def periodic(self) -> tuple[Periodic, ...]:
+        """What it does besides its steps: once per run, or every so many steps."""
+        return ()
 
     def spec(self) -> str:
         """The method as one writes it on the command line; its size (r, k) first, other defaults left out."""
@@ -188,4 +193,4 @@ def _indices(where: str, text: str) -> tuple[int, ...]:
     return tuple(sorted(set(found)))
 
 
-__all__ = ["Linear", "Method", "Scope", "method", "option", "options", "parse", "positive", "registered"]
+__all__ = ["Linear", "Method", "Periodic", "Scope", "method", "option", "options", "parse", "positive", "registered"]
