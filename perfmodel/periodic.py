@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
-from .optimizers import STATES, family
 from .tape.core import Parameter, Part, record, tape
 from .tape.dims import Dim
 from .tape.pointwise import fill
@@ -93,10 +92,10 @@ def fresh_states(step: "Step", parameters: Sequence[Parameter]) -> None:
     """
     for p in parameters:
         with layers_alike("optimizer state", p.count):
-            if family(step.optimizer) == "adamw" and step.optimizer.endswith("fused"):
+            if step.optimizer == "adamw-fused":
                 fill("zeros", (), "fp32")
-            for _ in range(STATES[family(step.optimizer)]):
-                if family(step.optimizer) == "adamw":
+            if step.optimizer.startswith("adamw"):
+                for _ in range(2):
                     fill("zeros_like", p.shape, p.dtype, like=p)
-                else:
-                    record("clone", (p,), (p,))
+            elif step.optimizer == "sgd-momentum":
+                record("clone", (p,), (p,))

@@ -119,7 +119,7 @@ def build(
 
 def _besides(step: Step, work: Periodic, capability: str) -> PeriodicOps:
     """Record periodic work on a tape of its own."""
-    with recording(Tape(step.device, capability)) as tape, tape.no_grad():
+    with recording(Tape(step.device, capability, autocast=step.setup.amp)) as tape, tape.no_grad():
         work.record(step)
         return PeriodicOps(work.what, work.every, Group(list(tape.parts)))
 

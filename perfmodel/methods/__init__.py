@@ -3,8 +3,10 @@
 from . import (
     badam,
     bitfit,
+    cola,
     dora,
     full,
+    gelora,
     ia3,
     lisa,
     loha,
@@ -16,9 +18,11 @@ from . import (
     norm,
     oft,
     paca,
+    rolora,
     runlora,
     top_k,
     vera,
+    xgblora,
 )
 from .base import Method, method, option, options, parse, registered
 
@@ -26,8 +30,10 @@ __all__ = [
     "Method",
     "badam",
     "bitfit",
+    "cola",
     "dora",
     "full",
+    "gelora",
     "ia3",
     "lisa",
     "loha",
@@ -44,7 +50,9 @@ __all__ = [
     "paca",
     "parse",
     "registered",
+    "rolora",
     "runlora",
     "top_k",
     "vera",
+    "xgblora",
 ]
