@@ -84,6 +84,16 @@ def adapted_layers(step: "Step", *names: str) -> Iterator[tuple[Parameter, ...]]
             yield (by_name[layer + ".weight"], *(by_name[f"{layer}.{name}"] for name in names))
 
 
+def trained(step: "Step") -> list[Parameter]:
+    """The parameters that train."""
+    return [p for p in step.parameters if p.requires_grad]
+
+
+def moments(optimizer: str) -> int:
+    """Tensors like the parameter that an optimizer keeps of it."""
+    return 2 if optimizer.startswith("adamw") else int(optimizer == "sgd-momentum")
+
+
 def fresh_states(step: "Step", parameters: Sequence[Parameter]) -> None:
     """The optimizer's state begins anew: what `torch.optim` makes for a parameter that it has no state of.
 
@@ -94,8 +104,8 @@ def fresh_states(step: "Step", parameters: Sequence[Parameter]) -> None:
         with layers_alike("optimizer state", p.count):
             if step.optimizer == "adamw-fused":
                 fill("zeros", (), "fp32")
-            if step.optimizer.startswith("adamw"):
-                for _ in range(2):
-                    fill("zeros_like", p.shape, p.dtype, like=p)
-            elif step.optimizer == "sgd-momentum":
+            if step.optimizer == "sgd-momentum":
                 record("clone", (p,), (p,))
+            else:
+                for _ in range(moments(step.optimizer)):
+                    fill("zeros_like", p.shape, p.dtype, like=p)

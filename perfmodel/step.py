@@ -1,7 +1,7 @@
 """Forward, backward, clipping, optimizer: the Step."""
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from . import optimizers
@@ -13,6 +13,7 @@ from .setup import Setup
 from .tape import autograd
 from .tape.core import Op, Parameter, Part, Tape, Tensor, emit, new_tensor, recording
 from .tape.dims import Dim
+from .tape.extra import div
 
 PHASES = ("forward", "backward", "optimizer")
 
@@ -67,6 +68,11 @@ class Step:
     def weight_bytes(self) -> Dim:
         """Bytes of all parameters."""
         return sum(p.nbytes * p.count for p in self.parameters)
+
+    @property
+    def held_bytes(self) -> Dim:
+        """Bytes that the method keeps from step to step beside parameters and optimizer state."""
+        return self.method.held_bytes(self)
 
     @property
     def optimizer(self) -> str:
@@ -133,7 +139,7 @@ def _micro_batch(step: Step, tape: Tape) -> None:
     with tape.autocasting():
         loss = step.architecture.forward(Scope(build), *inputs)
     if setup.grad_accum > 1:
-        loss = _divide(loss)
+        loss = div(loss, setup.grad_accum)
     if not loss.requires_grad:
         raise UserError(f"method {step.method.spec()}: nothing trains in {step.architecture.name}")
     step.parameters = list(build.parameters.values())
@@ -155,17 +161,6 @@ def _input(shape: tuple[Dim, ...]) -> Tensor:
     from .architectures.masks import table
 
     return table(shape)
-
-
-def _divide(loss: Tensor) -> Tensor:
-    node = autograd.differentiate("DivBackward0", (loss,), _divide_backward)
-    return emit("div.Tensor", (loss,), (), loss.dtype, node=node)
-
-
-def _divide_backward(node: autograd.Node, grads: Sequence[Tensor | None]) -> autograd.Grads:
-    (g,) = grads
-    assert g is not None
-    return (emit("div.Tensor", (g,), (), g.dtype),)
 
 
 def _update(step: Step, tape: Tape) -> None:

@@ -246,7 +246,9 @@ def differences(name: str, spec: str, layers: int | None = None, **options: Any)
     method = methods.parse(spec).bind(architecture)
     step = build(architecture, method, setup, "cpu")
     model = apply(models.build(config, setup), method, architecture, setup)
-    result = counts.judge(Case(config, spec, setup), step, trace_step(model, setup, step.optimizer))
+    trace = trace_step(model, setup, step.optimizer)
+    trace.peak += getattr(model, "kept_bytes", 0)
+    result = counts.judge(Case(config, spec, setup), step, trace)
     assert result.flops > 0
     assert step.trainable <= step.total
     return result.differences

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 pytest.importorskip("transformers")
 
 import reference
+import reference_beam
 import reference_papers
 import torch
 from reference import differences
@@ -24,7 +25,14 @@ from perfmodel.step import Step
 from validate import models
 from validate.trace import Signature, signature
 
-SPECS = ("rolora:r=4,round=A", "rolora:r=4,round=B", "cola:r=4", "xgblora:blocks=2", "gelora:ranks=4+1+2")
+SPECS = (
+    "rolora:r=4,round=A",
+    "rolora:r=4,round=B",
+    "cola:r=4",
+    "xgblora:blocks=2",
+    "gelora:ranks=4+1+2",
+    "beamlora:r=4",
+)
 
 
 def specs_of(name: str) -> list[str]:
@@ -48,6 +56,7 @@ def test_the_tape_equals_the_reference(name: str, spec: str, dtype: str, batch: 
 @pytest.mark.parametrize(
     ("name", "spec", "options"),
     [
+        ("opt", "beamlora:r=3,targets=all-linear,dropout=0.1", {"dtype": "fp32", "amp": "bf16", "grad_accum": 2}),
         ("llama", "rolora:r=3,round=A,targets=all-linear,dropout=0.1", {"checkpoint": "block"}),
         ("gpt2", "xgblora:r=2,blocks=1,targets=c_attn+c_fc", {"dtype": "fp32", "amp": "bf16"}),
         ("opt", "gelora:ranks=2+2+5,targets=q_proj+fc1,dropout=0.1", {"grad_accum": 2}),
@@ -125,6 +134,18 @@ def test_the_pre_pass_of_gelora_is_a_forward_pass_of_the_samples(name: str) -> N
     assert flops_besides(step) == forward + (frozen.architecture.layers + 1) * 2 * samples**2 * width
 
 
+def test_the_replacement_of_ranks_equals_the_reference() -> None:
+    """Every layer's gate is scored, all scores are sorted, and half of the ranks move with their moments."""
+    architecture, setup = architecture_of("llama"), setup_of("llama")
+    method = methods.parse("beamlora:r=5").bind(architecture)
+    model = reference.apply(models.build(config_of("llama"), setup), method, architecture, setup)
+    real = reference_papers.calls_of(model, lambda: reference_beam.replace_ranks(model))
+    real = Counter({call: n for call, n in real.items() if not call[0].startswith("empty")})
+    copy, replacement = step_of("llama", "beamlora:r=5", device="cpu").periodic
+    assert periodic_calls(replacement) == real
+    assert (copy.every, replacement.every) == (3000, 3000)
+
+
 # closed forms
 
 
@@ -138,6 +159,14 @@ def test_flops_of_rolora_are_the_closed_form(name: str) -> None:
     # a round of B asks for the gradient of xAᵀ only where the input needs one
     round_b = adapted_flops(name, forward, lambda n, m, needed: 2 * T * m * R + 2 * T * R * (n + m) * needed)
     assert flops_of(recorded(name, f"rolora:r={R},round=B,targets=all-linear")) == round_b
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_flops_of_beamlora_are_those_of_lora(name: str) -> None:
+    """The gate is elementwise: no product, and r more parameters a layer."""
+    beam, lora = (recorded(name, f"{m}:r={R},targets=all-linear") for m in ("beamlora", "lora"))
+    assert flops_of(beam) == flops_of(lora)
+    assert beam.trainable - lora.trainable == R * len(products(name))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -2,6 +2,7 @@
 
 from . import (
     badam,
+    beamlora,
     bitfit,
     cola,
     dora,
@@ -29,6 +30,7 @@ from .base import Method, method, option, options, parse, registered
 __all__ = [
     "Method",
     "badam",
+    "beamlora",
     "bitfit",
     "cola",
     "dora",

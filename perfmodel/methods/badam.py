@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..periodic import fresh_states
+from ..periodic import fresh_states, trained
 from .base import Method, Periodic, method, option, positive
 
 if TYPE_CHECKING:
@@ -55,4 +55,4 @@ class BAdam(Method):
 
 def _switch(step: "Step") -> None:
     """The authors clear the optimizer's state, so the new block begins with zero moments (badam/block_optim.py)."""
-    fresh_states(step, [p for p in step.parameters if p.requires_grad])
+    fresh_states(step, trained(step))

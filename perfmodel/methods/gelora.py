@@ -74,7 +74,7 @@ class GeLora(Targeted):
 
     def _pre_pass(self, step: "Step") -> None:
         """Forward passes of the frozen model, then the intrinsic dimension of every hidden state."""
-        quiet = {f.name: 0.0 for f in fields(step.architecture) if f.name.endswith("dropout")}
+        quiet: dict[str, Any] = {f.name: 0.0 for f in fields(step.architecture) if f.name.endswith("dropout")}
         architecture, setup = replace(step.architecture, **quiet), replace(step.setup, batch=BATCH, checkpoint="none")
         build = Build(architecture, Method(architecture=architecture), setup, {})
         tape().begin("inputs", "forward")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..periodic import fresh_states
+from ..periodic import fresh_states, trained
 from .base import Method, Periodic, method, option, positive
 
 if TYPE_CHECKING:
@@ -52,4 +52,4 @@ class Lisa(Method):
 def _switch(step: "Step") -> None:
     """The callback makes a new optimizer and carries over the state of what lies outside the blocks only."""
     inside = step.architecture.layer_path + "."
-    fresh_states(step, [p for p in step.parameters if p.requires_grad and p.name.startswith(inside)])
+    fresh_states(step, [p for p in trained(step) if p.name.startswith(inside)])

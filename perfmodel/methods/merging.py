@@ -5,7 +5,7 @@ Source: peft/tuners/lora/layer.py (`get_delta_weight`, `merge`, `reset_lora_para
 
 from typing import TYPE_CHECKING
 
-from ..periodic import adapted_layers, fresh_states, layers_alike
+from ..periodic import adapted_layers, fresh_states, layers_alike, trained
 from ..tape.core import Parameter, record, tape
 from ..tape.linalg import mm
 from ..tape.pointwise import cast, mul
@@ -27,7 +27,7 @@ def merge_and_restart(step: "Step") -> None:
         with layers_alike("restart", a.count):
             record("uniform_", (a,), (a,))
             record("zero_", (b,), (b,))
-    fresh_states(step, [p for p in step.parameters if p.requires_grad])
+    fresh_states(step, trained(step))
 
 
 def _merge(weight: Parameter, a: Parameter, b: Parameter) -> None:
