@@ -248,6 +248,7 @@ def differences(name: str, spec: str, layers: int | None = None, **options: Any)
     model = apply(models.build(config, setup), method, architecture, setup)
     trace = trace_step(model, setup, step.optimizer)
     trace.peak += getattr(model, "kept_bytes", 0)
+    trace.total -= getattr(model, "counted_twice", 0)
     result = counts.judge(Case(config, spec, setup), step, trace)
     assert result.flops > 0
     assert step.trainable <= step.total
