@@ -1,17 +1,19 @@
 """Forward, backward, clipping, optimizer: the Step."""
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from . import optimizers
 from .architectures.base import Architecture, Build, Scope
 from .errors import UserError
 from .methods.base import Method
+from .periodic import Periodic, PeriodicOps
 from .setup import Setup
 from .tape import autograd
 from .tape.core import Op, Parameter, Part, Tape, Tensor, emit, new_tensor, recording
 from .tape.dims import Dim
+from .tape.extra import div
 
 PHASES = ("forward", "backward", "optimizer")
 
@@ -28,7 +30,8 @@ class Group:
 class Step:
     """One optimizer step as ordered parts of ops, with the parameters it trains.
 
-    `groups` holds the first micro-batch, the further ones (if any), and clipping with the optimizer.
+    `groups` holds the first micro-batch, the further ones (if any), and clipping with the optimizer; `periodic` what
+    the method does besides steps, which counts in none of them.
     """
 
     architecture: Architecture
@@ -37,6 +40,7 @@ class Step:
     device: str
     parameters: list[Parameter]
     groups: list[Group] = field(default_factory=list)
+    periodic: list[PeriodicOps] = field(default_factory=list)
 
     def parts(self) -> Iterator[tuple[Part, int]]:
         """Every part with how often it runs in the step."""
@@ -64,6 +68,11 @@ class Step:
     def weight_bytes(self) -> Dim:
         """Bytes of all parameters."""
         return sum(p.nbytes * p.count for p in self.parameters)
+
+    @property
+    def held_bytes(self) -> Dim:
+        """Bytes that the method keeps from step to step beside parameters and optimizer state."""
+        return self.method.held_bytes(self)
 
     @property
     def optimizer(self) -> str:
@@ -108,10 +117,18 @@ def build(
             step.groups.append(Group(list(tape.parts)))
             _zero_grad(step, tape)
             tape.loss = None
+        step.periodic = [_besides(step, work, capability) for work in method.periodic()]
     finally:
         if collecting:
             gc.enable()
     return step
+
+
+def _besides(step: Step, work: Periodic, capability: str) -> PeriodicOps:
+    """Record periodic work on a tape of its own."""
+    with recording(Tape(step.device, capability, autocast=step.setup.amp)) as tape, tape.no_grad():
+        work.record(step)
+        return PeriodicOps(work.what, work.every, Group(list(tape.parts)))
 
 
 def _micro_batch(step: Step, tape: Tape) -> None:
@@ -124,7 +141,7 @@ def _micro_batch(step: Step, tape: Tape) -> None:
         loss = step.architecture.forward(Scope(build), *inputs)
     tape.loss = loss
     if setup.grad_accum > 1:
-        tape.loss = loss = _divide(loss)
+        tape.loss = loss = div(loss, setup.grad_accum)
     if not loss.requires_grad:
         raise UserError(f"method {step.method.spec()}: nothing trains in {step.architecture.name}")
     step.parameters = list(build.parameters.values())
@@ -146,17 +163,6 @@ def _input(shape: tuple[Dim, ...]) -> Tensor:
     from .architectures.masks import table
 
     return table(shape)
-
-
-def _divide(loss: Tensor) -> Tensor:
-    node = autograd.differentiate("DivBackward0", (loss,), _divide_backward)
-    return emit("div.Tensor", (loss,), (), loss.dtype, node=node)
-
-
-def _divide_backward(node: autograd.Node, grads: Sequence[Tensor | None]) -> autograd.Grads:
-    (g,) = grads
-    assert g is not None
-    return (emit("div.Tensor", (g,), (), g.dtype),)
 
 
 def _update(step: Step, tape: Tape) -> None:

@@ -2,9 +2,12 @@
 
 from . import (
     badam,
+    beamlora,
     bitfit,
+    cola,
     dora,
     full,
+    gelora,
     ia3,
     lisa,
     loha,
@@ -16,18 +19,24 @@ from . import (
     norm,
     oft,
     paca,
+    rolora,
     runlora,
+    s2ft,
     top_k,
     vera,
+    xgblora,
 )
 from .base import Method, method, option, options, parse, registered
 
 __all__ = [
     "Method",
     "badam",
+    "beamlora",
     "bitfit",
+    "cola",
     "dora",
     "full",
+    "gelora",
     "ia3",
     "lisa",
     "loha",
@@ -44,7 +53,10 @@ __all__ = [
     "paca",
     "parse",
     "registered",
+    "rolora",
     "runlora",
+    "s2ft",
     "top_k",
     "vera",
+    "xgblora",
 ]

@@ -34,18 +34,20 @@ def eye(n: Dim, dtype: str) -> Tensor:
     return emit("eye", (), (n, n), dtype)
 
 
-def div(a: Tensor, b: Tensor) -> Tensor:
-    """`a / b` by a constant tensor b."""
+def div(a: Tensor, b: Tensor | float) -> Tensor:
+    """`a / b` by a number or a constant tensor b."""
     node = differentiate("DivBackward0", (a,), _div_backward)
+    if not isinstance(b, Tensor):
+        return _elementwise("div.Tensor", (a,), node)
     if node:
         node.save(b)
     return _elementwise("div.Tensor", (a, b), node)
 
 
 def _div_backward(node: Node, grads: Sequence[Grad]) -> Grads:
-    (g,), (b,) = grads, node.unpack()
+    (g,) = grads
     assert g is not None
-    return (_elementwise("div.Tensor", (g, b)),)
+    return (_elementwise("div.Tensor", (g, *node.unpack())),)
 
 
 def row_norms(x: Tensor) -> Tensor:
