@@ -28,7 +28,8 @@ class Group:
 class Step:
     """One optimizer step as ordered parts of ops, with the parameters it trains.
 
-    `groups` holds the first micro-batch, the further ones (if any), and clipping with the optimizer.
+    `groups` holds the first micro-batch, the further ones (if any), and clipping with the optimizer; `state_bytes` is
+    what the optimizer keeps between steps.
     """
 
     architecture: Architecture
@@ -37,6 +38,7 @@ class Step:
     device: str
     parameters: list[Parameter]
     groups: list[Group] = field(default_factory=list)
+    state_bytes: Dim = 0
 
     def parts(self) -> Iterator[tuple[Part, int]]:
         """Every part with how often it runs in the step."""
@@ -70,11 +72,6 @@ class Step:
         """The optimizer form that runs."""
         return optimizers.resolve(self.setup.optimizer, self.device)
 
-    @property
-    def state_bytes(self) -> Dim:
-        """Bytes of optimizer state."""
-        return optimizers.state_bytes(optimizers.trainable(self.parameters), self.setup.optimizer)
-
 
 def build(
     architecture: Architecture, method: Method, setup: Setup, device: str = "cuda", capability: str = "8.0"
@@ -104,9 +101,8 @@ def build(
                 _micro_batch(step, tape)
                 step.groups.append(Group(list(tape.parts), setup.grad_accum - 1))
             tape.parts.clear()
-            _update(step, tape)
+            record_update(step, tape)
             step.groups.append(Group(list(tape.parts)))
-            _zero_grad(step, tape)
     finally:
         if collecting:
             gc.enable()
@@ -157,18 +153,19 @@ def _divide_backward(node: autograd.Node, grads: Sequence[Tensor | None]) -> aut
     return (emit("div.Tensor", (g,), (), g.dtype),)
 
 
-def _update(step: Step, tape: Tape) -> None:
-    specs = optimizers.trainable(step.parameters)
+def record_update(step: Step, tape: Tape) -> None:
+    """Record clipping, the optimizer as the method wants it, and the end of the gradients; sets the step's state."""
     with tape.no_grad():
         if step.setup.clip_grad:
             foreach = step.device == "cuda" or step.optimizer == "adamw-foreach"
+            specs = optimizers.trainable(step.parameters)
             optimizers.clip_grad_norm(tape.begin("clip", "optimizer"), specs, foreach=foreach)
-        optimizers.record_step(tape.begin("optimizer", "optimizer"), specs, step.optimizer)
-
-
-def _zero_grad(step: Step, tape: Tape) -> None:
+        update = optimizers.Update(tape, step.optimizer, step.parameters)
+        step.method.update(update)
+    tape.begin("zero_grad", "optimizer")
     for p in step.parameters:
         p.grad = None
+    step.state_bytes = update.state_bytes
 
 
-__all__ = ["PHASES", "Group", "Step", "build", "new_tensor"]
+__all__ = ["PHASES", "Group", "Step", "build", "new_tensor", "record_update"]

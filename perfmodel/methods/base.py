@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from ..architectures.base import Architecture, Linear, Scope
 from ..errors import UserError, nearest
+from ..optimizers import Update
 from ..setup import Setup, positive
 from ..tape.core import Parameter, Tensor
 from ..tape.linalg import linear
@@ -93,6 +94,14 @@ class Method:
         if setup.checkpoint != "none" and not x.requires_grad:
             x.requires_grad = True
         return x
+
+    def update(self, update: Update) -> None:
+        """Record the optimizer step: by default the setup's optimizer, all that trains in one parameter group.
+
+        A method may call `update.group` for several groups, write the update of some parameters itself
+        (`update.runs`), name what it keeps between steps (`update.state`), and do something after the step.
+        """
+        update.group(update.parameters)
 
     def spec(self) -> str:
         """The method as one writes it on the command line; its size (r, k) first, other defaults left out."""

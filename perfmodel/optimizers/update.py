@@ -1,0 +1,107 @@
+"""One optimizer step in the making: what optimizers and methods record it with.
+
+An optimizer is a function of an `Update` and the parameters of one of its groups, registered under its name. A method
+that wants another update than the setup's optimizer on one group of all that trains overrides `Method.update`.
+
+A loop over parameters is recorded once per run of like layers, as the forward pass is: `runs` gives the parameters of
+one layer after another, and what is recorded for a run counts as often as there are such layers. Write the body of such
+a loop as a function of one run, so that its local tensors die with the run that they belong to.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+
+from ..tape.core import Parameter, Part, Storage, Tape, Tensor, recording
+from ..tape.dims import Dim, Shape, contiguous_strides, product
+
+Parameters = Sequence[Parameter]
+Record = Callable[["Update", Parameters], None]
+_REGISTRY: dict[str, Record] = {}
+
+
+def optimizer(name: str) -> Callable[[Record], Record]:
+    """Register the program of an optimizer under a name."""
+
+    def register(record: Record) -> Record:
+        _REGISTRY[name] = record
+        return record
+
+    return register
+
+
+def names() -> tuple[str, ...]:
+    """The optimizers of a setup; "adamw" is the form that PyTorch picks on the device."""
+    return ("adamw", *_REGISTRY)
+
+
+def resolve(name: str, device: str) -> str:
+    """The form that PyTorch picks: foreach on CUDA, the loop on the CPU."""
+    if name == "adamw":
+        return "adamw-foreach" if device == "cuda" else "adamw-loop"
+    return name
+
+
+class Update:
+    """The optimizer step of one recording.
+
+    Attributes:
+        tape: records the ops.
+        optimizer: the setup's optimizer, as `resolve` returns it.
+        everything: all parameters of the model, frozen ones included.
+        parameters: those that received a gradient.
+        state_bytes: what the optimizer keeps between steps; grows as states are named.
+    """
+
+    def __init__(self, tape: Tape, optimizer: str, everything: Parameters) -> None:
+        self.tape = tape
+        self.optimizer = optimizer
+        self.everything = list(everything)
+        self.parameters = [p for p in everything if p.used]
+        self.state_bytes: Dim = 0
+
+    def group(self, parameters: Parameters) -> None:
+        """Record the setup's optimizer on one parameter group; nothing for an empty one."""
+        if parameters:
+            _REGISTRY[self.optimizer](self, parameters)
+
+    def part(self, repeat: int = 1) -> Part:
+        """Begin a part of the optimizer step that runs `repeat` times in a row."""
+        part = self.tape.begin("optimizer", "optimizer")
+        part.repeat = repeat
+        return part
+
+    def runs(self, parameters: Parameters) -> Iterator[list[Parameter]]:
+        """The parameters of one layer after another, like layers once: a part for each, begun before it is given."""
+        for (_, count), run in groupby(parameters, key=lambda p: (id(p.part), p.count)):
+            self.part(count)
+            yield list(run)
+
+    def state(self, like: Parameter, shape: Shape | None = None, dtype: str | None = None) -> Tensor:
+        """A tensor that every copy of a parameter keeps between steps; of its shape and dtype unless said otherwise."""
+        shape, dtype = like.shape if shape is None else shape, dtype or like.dtype
+        held = existing(shape, dtype)
+        self.keep(held.nbytes * like.count)
+        return held
+
+    def keep(self, nbytes: Dim) -> None:
+        """Count bytes that are kept between steps."""
+        self.state_bytes = self.state_bytes + nbytes
+
+
+def existing(shape: Shape, dtype: str) -> Tensor:
+    """A contiguous tensor that was there before the step."""
+    return Tensor(shape, dtype, contiguous_strides(shape), product(shape), Storage(0, None))
+
+
+def gradient(p: Parameter) -> Tensor:
+    """The gradient of a parameter that received one."""
+    return p.grad if p.grad is not None else existing(p.shape, p.dtype)
+
+
+def state_bytes(parameters: Parameters, name: str) -> Dim:
+    """Bytes that an optimizer keeps for the trainable ones of some parameters."""
+    tape = Tape()
+    update = Update(tape, resolve(name, tape.device), parameters)
+    with recording(tape), tape.no_grad():
+        update.group(update.parameters)
+    return update.state_bytes
