@@ -20,7 +20,7 @@ from validate import counts, models
 from validate.counts import Case
 from validate.trace import trace_step
 
-SPECS = ("paca:r=4", "lisa:gamma=2", "badam:block=1", "runlora:r=4", "lora_fa:r=4")
+SPECS = ("paca:r=4", "lisa:gamma=2", "badam:block=1", "runlora:r=4", "lora_fa:r=4,projected=false")
 
 
 def differences(name: str, spec: str, layers: int | None = None, **options: Any) -> list[str]:

@@ -17,6 +17,7 @@ from perfmodel.methods.lokr import Lokr
 from perfmodel.methods.lora import Lora
 from perfmodel.methods.lora_alike import Pissa, RsLora
 from perfmodel.methods.lora_fa import LoraFa
+from perfmodel.methods.loraplus import LoraPlus
 from perfmodel.methods.miss import Miss
 from perfmodel.methods.norm import NormTuning
 from perfmodel.methods.oft import Oft
@@ -103,7 +104,7 @@ def _top_k(model: Any, method: TopK, architecture: Architecture) -> Any:
     return model
 
 
-@applies(Lora, Pissa)  # PiSSA's decomposition of the weights comes before the first step
+@applies(Lora, LoraPlus, Pissa)  # PiSSA's decomposition of the weights comes before the first step
 def _lora(model: Any, method: Lora, architecture: Architecture, **variant: Any) -> Any:
     options = {"r": method.r, "lora_alpha": method.alpha, "lora_dropout": method.dropout}
     return _adapt(model, "LoraConfig", method, architecture, **options, **variant)

@@ -95,6 +95,11 @@ class Method:
             x.requires_grad = True
         return x
 
+    @property
+    def own_optimizer(self) -> str | None:
+        """The optimizer that the method brings, in the place of the setup's; None if it runs the setup's."""
+        return None
+
     def update(self, update: Update) -> None:
         """Record the optimizer step: by default the setup's optimizer, all that trains in one parameter group.
 

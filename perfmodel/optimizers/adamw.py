@@ -14,21 +14,22 @@ def _keep_states(update: Update, parameters: Parameters) -> None:
 
 
 @optimizer("adamw-foreach")
-def foreach(update: Update, parameters: Parameters) -> None:
+def foreach(update: Update, parameters: Parameters, decay: bool) -> None:
     """`_multi_tensor_adamw`: ten passes over the lists of each dtype."""
     _keep_states(update, parameters)
     part = update.part()
     for group in by_dtype(specs_of(parameters)):
-        _foreach_group(part, group)
+        _foreach_group(part, group, decay=decay)
 
 
-def _foreach_group(part: Part, group: Specs) -> None:
+def _foreach_group(part: Part, group: Specs, *, decay: bool) -> None:
     """The bias corrections are computed on the host, whose counters are read there."""
     op = Recorder(part)
     steps = counters(group)
     params = grads = moments = group
     op("_foreach_add_.Tensor", [*steps, Spec("fp32", ())], steps, device="host")
-    op("_foreach_mul_.Scalar", params, params)
+    if decay:
+        op("_foreach_mul_.Scalar", params, params)
     op("_foreach_lerp_.Scalar", moments + grads, moments)
     op("_foreach_mul_.Scalar", moments, moments)
     op("_foreach_addcmul_.Scalar", moments + grads + grads, moments, distinct=moments + grads)
@@ -43,19 +44,20 @@ def _foreach_group(part: Part, group: Specs) -> None:
 
 
 @optimizer("adamw-loop")
-def loop(update: Update, parameters: Parameters) -> None:
+def loop(update: Update, parameters: Parameters, decay: bool) -> None:
     """`_single_tensor_adamw`: the same passes, one tensor after another."""
     for run in update.runs(parameters):
-        _single_tensor(update, run)
+        _single_tensor(update, run, decay=decay)
 
 
-def _single_tensor(update: Update, run: list[Parameter]) -> None:
+def _single_tensor(update: Update, run: list[Parameter], *, decay: bool) -> None:
     denom = None
     for p in run:
         grad, exp_avg, exp_avg_sq = gradient(p), update.state(p), update.state(p)
         update.keep(COUNTER * p.count)
         step = advance_counter()
-        in_place("mul_.Tensor", p)
+        if decay:
+            in_place("mul_.Tensor", p)
         in_place("lerp_.Scalar", exp_avg, grad)
         in_place("addcmul_", in_place("mul_.Tensor", exp_avg_sq), grad, grad)
         read_counter(step)
@@ -65,7 +67,7 @@ def _single_tensor(update: Update, run: list[Parameter]) -> None:
 
 
 @optimizer("adamw-fused")
-def fused(update: Update, parameters: Parameters) -> None:
+def fused(update: Update, parameters: Parameters, decay: bool) -> None:
     """`_fused_adamw_`: one pass over all lists; the step counters live on the device.
 
     Its schema names the gradients as written (they are, when it unscales them), so they count as outputs.

@@ -5,13 +5,13 @@ from .update import Parameters, Update, optimizer
 
 
 @optimizer("sgd")
-def plain(update: Update, parameters: Parameters) -> None:
+def plain(update: Update, parameters: Parameters, decay: bool) -> None:
     """One pass: p -= lr·g."""
     _foreach(update, parameters, momentum=False)
 
 
 @optimizer("sgd-momentum")
-def momentum(update: Update, parameters: Parameters) -> None:
+def momentum(update: Update, parameters: Parameters, decay: bool) -> None:
     """One buffer in the parameter's dtype: b = μ·b + g; p -= lr·b."""
     update.keep(sum(p.nbytes * p.count for p in parameters))
     _foreach(update, parameters, momentum=True)

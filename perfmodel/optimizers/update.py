@@ -15,7 +15,7 @@ from ..tape.core import Parameter, Part, Storage, Tape, Tensor, recording
 from ..tape.dims import Dim, Shape, contiguous_strides, product
 
 Parameters = Sequence[Parameter]
-Record = Callable[["Update", Parameters], None]
+Record = Callable[["Update", Parameters, bool], None]  # of (update, parameters, whether they decay)
 _REGISTRY: dict[str, Record] = {}
 
 
@@ -59,10 +59,10 @@ class Update:
         self.parameters = [p for p in everything if p.used]
         self.state_bytes: Dim = 0
 
-    def group(self, parameters: Parameters) -> None:
-        """Record the setup's optimizer on one parameter group; nothing for an empty one."""
+    def group(self, parameters: Parameters, *, decay: bool = True) -> None:
+        """Record the setup's optimizer on one parameter group, with its weight decay or none; nothing if it is empty."""
         if parameters:
-            _REGISTRY[self.optimizer](self, parameters)
+            _REGISTRY[self.optimizer](self, parameters, decay)
 
     def part(self, repeat: int = 1) -> Part:
         """Begin a part of the optimizer step that runs `repeat` times in a row."""
