@@ -124,9 +124,14 @@ _LISTS = {
 }  # fmt: skip
 
 
+def synchronises(op: Op) -> bool:
+    """Whether the host waits until the device is done with a call: it reads a result or copies it to itself."""
+    return "sync" in op.attrs or (op.name == "_local_scalar_dense" and "host" not in op.attrs)
+
+
 def kernels(op: Op) -> Dim:
-    """CUDA kernels that one call launches; 0 for views and for work on host tensors."""
-    if op.view or "host" in op.attrs:
+    """CUDA kernels that one call launches; 0 for views, for work on host tensors and for copies to the host."""
+    if op.view or "host" in op.attrs or "sync" in op.attrs:
         return 0
     lists = _LISTS.get(op.name)
     if lists:

@@ -276,7 +276,7 @@ def part_clocks(
     dispatch = by.dispatch(part, on.kind)
     dispatch = dispatch.reshape(len(dispatch), *(1,) * (duration.ndim - 1))
     launched = np.array([not op.view and "host" not in op.attrs for op in part.ops])
-    synced = [i for i, op in enumerate(part.ops) if op.name == "_local_scalar_dense" and "host" not in op.attrs]
+    synced = [i for i, op in enumerate(part.ops) if costs.synchronises(op)]
     pieces, start = [], 0
     for stop in [*(i + 1 for i in synced), len(part.ops)]:
         rows = slice(start, stop)

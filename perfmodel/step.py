@@ -1,7 +1,7 @@
 """Forward, backward, clipping, optimizer: the Step."""
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from . import optimizers
@@ -12,6 +12,7 @@ from .setup import Setup
 from .tape import autograd
 from .tape.core import Op, Parameter, Part, Tape, Tensor, emit, new_tensor, recording
 from .tape.dims import Dim
+from .tape.extra import divide
 
 PHASES = ("forward", "backward", "optimizer")
 
@@ -117,8 +118,9 @@ def _micro_batch(step: Step, tape: Tape) -> None:
     inputs = [_input(shape) for _ in range(3)]
     with tape.autocasting():
         loss = step.architecture.forward(Scope(build), *inputs)
+        loss = step.method.loss(loss, list(build.parameters.values()))
     if setup.grad_accum > 1:
-        loss = _divide(loss)
+        loss = divide(loss)
     if not loss.requires_grad:
         raise UserError(f"method {step.method.spec()}: nothing trains in {step.architecture.name}")
     step.parameters = list(build.parameters.values())
@@ -140,17 +142,6 @@ def _input(shape: tuple[Dim, ...]) -> Tensor:
     from .architectures.masks import table
 
     return table(shape)
-
-
-def _divide(loss: Tensor) -> Tensor:
-    node = autograd.differentiate("DivBackward0", (loss,), _divide_backward)
-    return emit("div.Tensor", (loss,), (), loss.dtype, node=node)
-
-
-def _divide_backward(node: autograd.Node, grads: Sequence[Tensor | None]) -> autograd.Grads:
-    (g,) = grads
-    assert g is not None
-    return (emit("div.Tensor", (g,), (), g.dtype),)
 
 
 def record_update(step: Step, tape: Tape) -> None:

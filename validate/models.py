@@ -8,6 +8,7 @@ import torch
 from perfmodel.architectures import Architecture, Config
 from perfmodel.errors import UserError
 from perfmodel.methods import Method
+from perfmodel.methods.adalora import AdaLora
 from perfmodel.methods.bitfit import BitFit
 from perfmodel.methods.dora import Dora
 from perfmodel.methods.full import Full
@@ -122,6 +123,15 @@ def _lora_fa(model: Any, method: LoraFa, architecture: Architecture) -> Any:
         if "lora_A" in name:
             parameter.requires_grad = False
     return adapted
+
+
+@applies(AdaLora)
+def _adalora(model: Any, method: AdaLora, architecture: Architecture) -> Any:
+    options: dict[str, Any] = {"init_r": method.r, "lora_alpha": method.alpha, "lora_dropout": method.dropout}
+    options |= {"target_r": 1, "total_step": 100}  # decide nothing but which entries are masked, and when
+    # without a task type PeftModel passes AdaLoraModel.forward by, and with it the regulariser
+    options["task_type"] = "FEATURE_EXTRACTION" if architecture.model_type == "bert" else "CAUSAL_LM"
+    return _adapt(model, "AdaLoraConfig", method, architecture, **options)
 
 
 @applies(Dora)

@@ -1,6 +1,7 @@
 """Fine-tuning methods, one file each; importing this package registers them."""
 
 from . import (
+    adalora,
     badam,
     bitfit,
     dora,
@@ -25,6 +26,7 @@ from .base import Method, method, option, options, parse, registered
 
 __all__ = [
     "Method",
+    "adalora",
     "badam",
     "bitfit",
     "dora",

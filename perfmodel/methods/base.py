@@ -88,6 +88,10 @@ class Method:
         """The output head where it shares the embedding's weight."""
         return linear(hidden, weight)
 
+    def loss(self, loss: Tensor, parameters: list[Parameter]) -> Tensor:
+        """The loss with what the method adds to the model's: a regulariser on parameters, in order of appearance."""
+        return loss
+
     def embedded(self, x: Tensor, setup: Setup) -> Tensor:
         """The embedding's output. With checkpointing transformers makes it a leaf that needs a gradient
         (`enable_input_require_grads`), so backward then reaches the first block whatever the method trains."""

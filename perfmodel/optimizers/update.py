@@ -60,7 +60,7 @@ class Update:
         self.state_bytes: Dim = 0
 
     def group(self, parameters: Parameters, *, decay: bool = True) -> None:
-        """Record the setup's optimizer on one parameter group, with its weight decay or none; nothing if it is empty."""
+        """Record the setup's optimizer on one parameter group, with weight decay or without; nothing if it is empty."""
         if parameters:
             _REGISTRY[self.optimizer](self, parameters, decay)
 
@@ -72,9 +72,9 @@ class Update:
 
     def runs(self, parameters: Parameters) -> Iterator[list[Parameter]]:
         """The parameters of one layer after another, like layers once: a part for each, begun before it is given."""
-        for (_, count), run in groupby(parameters, key=lambda p: (id(p.part), p.count)):
+        for count, run in runs(parameters):
             self.part(count)
-            yield list(run)
+            yield run
 
     def state(self, like: Parameter, shape: Shape | None = None, dtype: str | None = None) -> Tensor:
         """A tensor that every copy of a parameter keeps between steps; of its shape and dtype unless said otherwise."""
@@ -86,6 +86,18 @@ class Update:
     def keep(self, nbytes: Dim) -> None:
         """Count bytes that are kept between steps."""
         self.state_bytes = self.state_bytes + nbytes
+
+    def renew(self, new: Tensor) -> Tensor:
+        """A new tensor takes the place of a state of its size, which dies here; returns the new one."""
+        self.tape.part.free(new.storage.nbytes)
+        new.storage.tape = None
+        return new
+
+
+def runs(parameters: Parameters) -> Iterator[tuple[int, list[Parameter]]]:
+    """Consecutive parameters of one layer, with the number of such layers."""
+    for (_, count), run in groupby(parameters, key=lambda p: (id(p.part), p.count)):
+        yield count, list(run)
 
 
 def existing(shape: Shape, dtype: str) -> Tensor:

@@ -4,7 +4,7 @@ On CUDA each is a call of cuSOLVER that launches kernels of its own and mostly w
 and `perfmodel.devices.solver` say what that costs. LAPACK's results are column-major.
 """
 
-from .core import Tensor, emit, new_tensor, record
+from .core import Tensor, emit, new_tensor
 from .dims import Dim, Shape, decide
 
 

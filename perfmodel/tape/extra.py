@@ -44,17 +44,33 @@ def host_eye(n: Dim) -> Tensor:
 
 
 def div(a: Tensor, b: Tensor) -> Tensor:
-    """`a / b` by a constant tensor b."""
-    node = differentiate("DivBackward0", (a,), _div_backward)
+    """`a / b`."""
+    node = differentiate("DivBackward0", (a, b), _div_backward)
     if node:
-        node.save(b)
+        node.save(a if node.needs[1] else None, b)
     return _elementwise("div.Tensor", (a, b), node)
 
 
 def _div_backward(node: Node, grads: Sequence[Grad]) -> Grads:
-    (g,), (b,) = grads, node.unpack()
+    (g,), (a, b) = grads, node.unpack()
     assert g is not None
-    return (_elementwise("div.Tensor", (g, b)),)
+    grad_b = None
+    grad_a = _elementwise("div.Tensor", (g, b)) if node.needs[0] else None
+    if node.needs[1]:
+        ratio = _elementwise("div.Tensor", (_elementwise("div.Tensor", (a, b)), b))
+        grad_b = _elementwise("mul.Tensor", (_elementwise("neg", (g,)), ratio))
+    return (grad_a, grad_b)
+
+
+def divide(x: Tensor) -> Tensor:
+    """`x / number`."""
+    return _elementwise("div.Tensor", (x,), differentiate("DivBackward0", (x,), _divide_backward))
+
+
+def _divide_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,) = grads
+    assert g is not None
+    return (_elementwise("div.Tensor", (g,)),)
 
 
 def row_norms(x: Tensor) -> Tensor:
