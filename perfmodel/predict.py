@@ -16,6 +16,7 @@ from .devices.profile import DeviceProfile
 from .errors import UserError, nearest
 from .grid import over_grid
 from .methods import Method
+from .periodic import PeriodicCost, PeriodicOps
 from .setup import Setup
 from .step import PHASES, Step
 from .tape.core import Part
@@ -81,6 +82,7 @@ class Prediction:
     memory: Memory
     fits: Any
     notes: list[str] = field(default_factory=list)
+    periodic: list[PeriodicCost] = field(default_factory=list)
     step: Step | None = field(default=None, repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -99,6 +101,7 @@ class Prediction:
             },
             "memory_bytes": {f.name: _plain(getattr(m, f.name)) for f in fields(m)},
             "fits": _plain(self.fits),
+            "periodic": [_plain(cost.as_dict()) for cost in self.periodic],
             "notes": self.notes,
         }  # fmt: skip
 
@@ -188,6 +191,7 @@ def of_step(built: Step, on: DeviceProfile, by: Host) -> Prediction:
         memory=held,
         fits=memory.fits(held.peak, on.hardware.memory_bytes, built.device),
         notes=_notes(built, on, time),
+        periodic=[_periodic(ops, on, by) for ops in built.periodic],
         step=built,
     )
 
@@ -220,6 +224,16 @@ def _count(built: Step, of_part: Callable[[Part], Dim]) -> Phases:
         totals[part.phase] = totals[part.phase] + times * of_part(part)
     totals["total"] = sum(totals[phase] for phase in PHASES)
     return totals
+
+
+def _periodic(ops: PeriodicOps, on: DeviceProfile, by: Host) -> PeriodicCost:
+    """Count, price and compose what a method does besides its steps."""
+    clocks, flops, nbytes = timeline.IDENTITY, 0, 0
+    for part in ops.group.parts:
+        clocks = clocks.then(part_clocks(part, price.durations(part.ops, on), on, by)[0].power(part.repeat))
+        flops += part.repeat * sum(costs.flops(op) for op in part.ops)
+        nbytes += part.repeat * sum(op.bytes_read + op.bytes_written for op in part.ops)
+    return PeriodicCost(ops.what, ops.every, clocks.end, flops, nbytes)
 
 
 def step_time(built: Step, on: DeviceProfile, by: Host) -> Time:

@@ -8,11 +8,12 @@ from . import optimizers
 from .architectures.base import Architecture, Build, Scope
 from .errors import UserError
 from .methods.base import Method
+from .periodic import Periodic, PeriodicOps
 from .setup import Setup
 from .tape import autograd
 from .tape.core import Op, Parameter, Part, Tape, Tensor, emit, new_tensor, recording
 from .tape.dims import Dim
-from .tape.extra import divide
+from .tape.extra import div
 
 PHASES = ("forward", "backward", "optimizer")
 
@@ -30,7 +31,7 @@ class Step:
     """One optimizer step as ordered parts of ops, with the parameters it trains.
 
     `groups` holds the first micro-batch, the further ones (if any), and clipping with the optimizer; `state_bytes` is
-    what the optimizer keeps between steps.
+    what the optimizer keeps between steps; `periodic` what the method does besides steps, which counts in none of them.
     """
 
     architecture: Architecture
@@ -40,6 +41,7 @@ class Step:
     parameters: list[Parameter]
     groups: list[Group] = field(default_factory=list)
     state_bytes: Dim = 0
+    periodic: list[PeriodicOps] = field(default_factory=list)
 
     def parts(self) -> Iterator[tuple[Part, int]]:
         """Every part with how often it runs in the step."""
@@ -67,6 +69,11 @@ class Step:
     def weight_bytes(self) -> Dim:
         """Bytes of all parameters."""
         return sum(p.nbytes * p.count for p in self.parameters)
+
+    @property
+    def held_bytes(self) -> Dim:
+        """Bytes that the method keeps from step to step beside parameters and optimizer state."""
+        return self.method.held_bytes(self)
 
     @property
     def optimizer(self) -> str:
@@ -104,10 +111,18 @@ def build(
             tape.parts.clear()
             record_update(step, tape)
             step.groups.append(Group(list(tape.parts)))
+        step.periodic = [_besides(step, work, capability) for work in method.periodic()]
     finally:
         if collecting:
             gc.enable()
     return step
+
+
+def _besides(step: Step, work: Periodic, capability: str) -> PeriodicOps:
+    """Record periodic work on a tape of its own."""
+    with recording(Tape(step.device, capability, autocast=step.setup.amp)) as tape, tape.no_grad():
+        work.record(step)
+        return PeriodicOps(work.what, work.every, Group(list(tape.parts)))
 
 
 def _micro_batch(step: Step, tape: Tape) -> None:
@@ -120,7 +135,7 @@ def _micro_batch(step: Step, tape: Tape) -> None:
         loss = step.architecture.forward(Scope(build), *inputs)
         loss = step.method.loss(loss, list(build.parameters.values()))
     if setup.grad_accum > 1:
-        loss = divide(loss)
+        loss = div(loss, setup.grad_accum)
     if not loss.requires_grad:
         raise UserError(f"method {step.method.spec()}: nothing trains in {step.architecture.name}")
     step.parameters = list(build.parameters.values())

@@ -89,7 +89,7 @@ def _tolist_without_data() -> Iterator[None]:
 
 @updates(AdaLora)
 def _adalora(model: Any, form: str, method: AdaLora) -> Any:
-    return AdaLoraUpdate(model, standard(model, form), allocate=method.allocate)
+    return AdaLoraUpdate(model, standard(model, form), allocate=method.delta_t == 1)
 
 
 @updates(LoraPlus)

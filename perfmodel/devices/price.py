@@ -90,6 +90,9 @@ def _sort(i: int, op: Op, tables: _Tables) -> None:
             tables.add(tables.memory, (kind,), i, *row)
 
 
+_WRITE_ONLY = ("zeros_like", "zero_", "uniform_", "normal_")  # dispatched with a tensor that they do not read
+
+
 def _memory_bound(op: Op) -> list[tuple[Any, ...]]:
     """(kind, kernels, bytes read, bytes written, elements, rows, elements of a row) of each kernel of an op."""
     kernels = costs.kernels(op)
@@ -130,6 +133,8 @@ def _memory_bound(op: Op) -> list[tuple[Any, ...]]:
     kind = {"_to_copy": "cast", "cat": "cat", "clone": "strided", "copy_": "pointwise"}.get(name, "pointwise")
     if kind == "pointwise" and "strided" in op.attrs:
         kind = "strided"
+    if name in _WRITE_ONLY:
+        read = 0
     if name == "nll_loss_backward":
         read = op.inputs[2].nbytes  # one logit a row is touched, and the whole gradient is filled with zeros
     if name == "nll_loss_forward":

@@ -3,9 +3,12 @@
 from . import (
     adalora,
     badam,
+    beamlora,
     bitfit,
+    cola,
     dora,
     full,
+    gelora,
     ia3,
     lisa,
     loha,
@@ -18,9 +21,11 @@ from . import (
     norm,
     oft,
     paca,
+    rolora,
     runlora,
     top_k,
     vera,
+    xgblora,
 )
 from .base import Method, method, option, options, parse, registered
 
@@ -28,9 +33,12 @@ __all__ = [
     "Method",
     "adalora",
     "badam",
+    "beamlora",
     "bitfit",
+    "cola",
     "dora",
     "full",
+    "gelora",
     "ia3",
     "lisa",
     "loha",
@@ -48,7 +56,9 @@ __all__ = [
     "paca",
     "parse",
     "registered",
+    "rolora",
     "runlora",
     "top_k",
     "vera",
+    "xgblora",
 ]

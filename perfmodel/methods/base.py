@@ -3,14 +3,19 @@
 import inspect
 from collections.abc import Callable, Hashable
 from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any, ClassVar, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
 
 from ..architectures.base import Architecture, Linear, Scope
 from ..errors import UserError, nearest
 from ..optimizers import Update
+from ..periodic import Periodic
 from ..setup import Setup, positive
 from ..tape.core import Parameter, Tensor
+from ..tape.dims import Dim
 from ..tape.linalg import linear
+
+if TYPE_CHECKING:
+    from ..step import Step
 
 _REGISTRY: dict[str, type["Method"]] = {}
 M = TypeVar("M", bound="Method")
@@ -112,6 +117,14 @@ class Method:
         """
         update.group(update.parameters)
 
+    def periodic(self) -> tuple[Periodic, ...]:
+        """What it does besides its steps: once per run, or every so many steps."""
+        return ()
+
+    def held_bytes(self, step: "Step") -> Dim:
+        """Bytes that it keeps from step to step beside parameters and optimizer state."""
+        return 0
+
     def spec(self) -> str:
         """The method as one writes it on the command line; its size (r, k) first, other defaults left out."""
         parts = []
@@ -206,4 +219,4 @@ def _indices(where: str, text: str) -> tuple[int, ...]:
     return tuple(sorted(set(found)))
 
 
-__all__ = ["Linear", "Method", "Scope", "method", "option", "options", "parse", "positive", "registered"]
+__all__ = ["Linear", "Method", "Periodic", "Scope", "method", "option", "options", "parse", "positive", "registered"]

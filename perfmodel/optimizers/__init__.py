@@ -3,14 +3,16 @@
 from . import adamw, sgd
 from .clip import clip_grad_norm
 from .lists import by_dtype, trainable
-from .update import Update, names, resolve, state_bytes
+from .update import Update, moments, names, recorded, resolve, state_bytes
 
 __all__ = [
     "Update",
     "adamw",
     "by_dtype",
     "clip_grad_norm",
+    "moments",
     "names",
+    "recorded",
     "resolve",
     "sgd",
     "state_bytes",

@@ -2,15 +2,15 @@
 
 from ..tape.core import Parameter, Part, Spec
 from .lists import Recorder, Specs, by_dtype, counters, each, specs_of
-from .ops import advance_counter, in_place, new, read_counter
+from .ops import advance, in_place, new, read_counter
 from .update import Parameters, Update, gradient, optimizer
 
-COUNTER = 4  # bytes of a step counter, on the host unless the form is fused
 
-
-def _keep_states(update: Update, parameters: Parameters) -> None:
-    """Two moments in the parameter's dtype and the step counter."""
-    update.keep(sum((2 * p.nbytes + COUNTER) * p.count for p in parameters))
+def _keep_states(update: Update, parameters: Parameters, *, fused: bool = False) -> None:
+    """Two moments in the parameter's dtype and the step counter, on the host unless the form is fused."""
+    for p in parameters:
+        update.state(p), update.state(p)
+        update.state(p, (), "fp32") if fused else update.host_counter(p)
 
 
 @optimizer("adamw-foreach")
@@ -54,8 +54,7 @@ def _single_tensor(update: Update, run: list[Parameter], *, decay: bool) -> None
     denom = None
     for p in run:
         grad, exp_avg, exp_avg_sq = gradient(p), update.state(p), update.state(p)
-        update.keep(COUNTER * p.count)
-        step = advance_counter()
+        step = advance(update.host_counter(p))
         if decay:
             in_place("mul_.Tensor", p)
         in_place("lerp_.Scalar", exp_avg, grad)
@@ -72,7 +71,7 @@ def fused(update: Update, parameters: Parameters, decay: bool) -> None:
 
     Its schema names the gradients as written (they are, when it unscales them), so they count as outputs.
     """
-    _keep_states(update, parameters)
+    _keep_states(update, parameters, fused=True)
     op = Recorder(update.part())
     for group in by_dtype(specs_of(parameters)):
         steps = counters(group)

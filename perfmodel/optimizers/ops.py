@@ -2,7 +2,6 @@
 
 from ..tape.core import Tensor, record
 from ..tape.pointwise import _elementwise, _streams
-from .update import existing
 
 
 def in_place(name: str, x: Tensor, *others: Tensor) -> Tensor:
@@ -22,9 +21,8 @@ def read(x: Tensor) -> None:
     record("_local_scalar_dense", (x,), ())
 
 
-def advance_counter() -> Tensor:
-    """`step_t += 1` on an fp32 counter that lives on the host."""
-    counter = existing((), "fp32")
+def advance(counter: Tensor) -> Tensor:
+    """`step_t += 1` on a counter that lives on the host; returns it."""
     record("add_.Tensor", (counter,), (counter,), ("host",))
     return counter
 

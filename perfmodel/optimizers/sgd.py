@@ -13,7 +13,8 @@ def plain(update: Update, parameters: Parameters, decay: bool) -> None:
 @optimizer("sgd-momentum")
 def momentum(update: Update, parameters: Parameters, decay: bool) -> None:
     """One buffer in the parameter's dtype: b = μ·b + g; p -= lr·b."""
-    update.keep(sum(p.nbytes * p.count for p in parameters))
+    for p in parameters:
+        update.state(p)
     _foreach(update, parameters, momentum=True)
 
 

@@ -11,7 +11,7 @@ a loop as a function of one run, so that its local tensors die with the run that
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
-from ..tape.core import Parameter, Part, Storage, Tape, Tensor, recording
+from ..tape.core import Parameter, Part, Spec, Storage, Tape, Tensor, recording
 from ..tape.dims import Dim, Shape, contiguous_strides, product
 
 Parameters = Sequence[Parameter]
@@ -49,7 +49,8 @@ class Update:
         optimizer: the setup's optimizer, as `resolve` returns it.
         everything: all parameters of the model, frozen ones included.
         parameters: those that received a gradient.
-        state_bytes: what the optimizer keeps between steps; grows as states are named.
+        states: tensors that are kept between steps on the device, as they are named.
+        host_states: those on the host (step counters).
     """
 
     def __init__(self, tape: Tape, optimizer: str, everything: Parameters) -> None:
@@ -57,7 +58,13 @@ class Update:
         self.optimizer = optimizer
         self.everything = list(everything)
         self.parameters = [p for p in everything if p.used]
-        self.state_bytes: Dim = 0
+        self.states: list[Spec] = []
+        self.host_states: list[Spec] = []
+
+    @property
+    def state_bytes(self) -> Dim:
+        """Bytes that are kept between steps."""
+        return sum(s.nbytes for s in (*self.states, *self.host_states))
 
     def group(self, parameters: Parameters, *, decay: bool = True) -> None:
         """Record the setup's optimizer on one parameter group, with weight decay or without; nothing if it is empty."""
@@ -78,14 +85,14 @@ class Update:
 
     def state(self, like: Parameter, shape: Shape | None = None, dtype: str | None = None) -> Tensor:
         """A tensor that every copy of a parameter keeps between steps; of its shape and dtype unless said otherwise."""
-        shape, dtype = like.shape if shape is None else shape, dtype or like.dtype
-        held = existing(shape, dtype)
-        self.keep(held.nbytes * like.count)
+        held = existing(like.shape if shape is None else shape, dtype or like.dtype)
+        self.states.append(Spec(held.dtype, held.shape, like.count))
         return held
 
-    def keep(self, nbytes: Dim) -> None:
-        """Count bytes that are kept between steps."""
-        self.state_bytes = self.state_bytes + nbytes
+    def host_counter(self, like: Parameter) -> Tensor:
+        """The fp32 step counter of a parameter, which `torch.optim` keeps on the host."""
+        self.host_states.append(Spec("fp32", (), like.count))
+        return existing((), "fp32")
 
     def renew(self, new: Tensor) -> Tensor:
         """A new tensor takes the place of a state of its size, which dies here; returns the new one."""
@@ -110,10 +117,20 @@ def gradient(p: Parameter) -> Tensor:
     return p.grad if p.grad is not None else existing(p.shape, p.dtype)
 
 
-def state_bytes(parameters: Parameters, name: str) -> Dim:
-    """Bytes that an optimizer keeps for the trainable ones of some parameters."""
-    tape = Tape()
-    update = Update(tape, resolve(name, tape.device), parameters)
+def recorded(parameters: Parameters, name: str, device: str = "cuda") -> Update:
+    """A step of an optimizer on the trainable ones of some parameters, recorded for what it keeps of them."""
+    tape = Tape(device)
+    update = Update(tape, resolve(name, device), parameters)
     with recording(tape), tape.no_grad():
         update.group(update.parameters)
-    return update.state_bytes
+    return update
+
+
+def state_bytes(parameters: Parameters, name: str) -> Dim:
+    """Bytes that an optimizer keeps for the trainable ones of some parameters."""
+    return recorded(parameters, name).state_bytes
+
+
+def moments(p: Parameter, name: str) -> int:
+    """Tensors of the parameter's shape that an optimizer keeps of it."""
+    return sum(s.shape == p.shape for s in recorded([p], name).states)

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..compare import Comparison, SpeedUp
+from ..periodic import PeriodicCost
 from ..predict import Prediction
 from ..step import PHASES
 from . import units
@@ -59,7 +60,18 @@ def show_prediction(p: Prediction) -> None:
         f"{units.nbytes(m.gradients)} + optimizer {units.nbytes(m.optimizer)} + activations and temporaries "
         f"{units.nbytes(m.activations)}; {'fits' if p.fits else '[red]does not fit[/]'}"
     )
+    for cost in p.periodic:
+        console.print(periodic_line(cost))
     _notes(p.notes)
+
+
+def periodic_line(cost: PeriodicCost) -> str:
+    """What comes besides the steps, in words."""
+    work = f"{cost.what} {units.seconds(cost.seconds)}"
+    traffic = f"{units.count(cost.flops, 'FLOP')}, {units.nbytes(cost.bytes)}"
+    if cost.every is None:
+        return f"once per run: {work} ({traffic})"
+    return f"every {cost.every} steps: {work} ({traffic}), {units.seconds(cost.seconds_per_step)} a step on average"
 
 
 def _notes(notes: Iterable[str]) -> None:
@@ -87,6 +99,9 @@ def show_comparison(c: Comparison) -> None:
     console.print()
     for start in range(0, len(c.predictions), PER_TABLE):
         console.print(_columns(c, slice(start, start + PER_TABLE)))
+    for p in c.predictions:
+        for cost in p.periodic:
+            console.print(f"{p.method}, {periodic_line(cost)}")
     _notes(dict.fromkeys(note for p in c.predictions for note in p.notes))
 
 

@@ -43,8 +43,10 @@ def host_eye(n: Dim) -> Tensor:
     return emit("_to_copy", (x,), (n, n), "fp32")
 
 
-def div(a: Tensor, b: Tensor) -> Tensor:
+def div(a: Tensor, b: Tensor | float) -> Tensor:
     """`a / b`."""
+    if not isinstance(b, Tensor):
+        return _elementwise("div.Tensor", (a,), differentiate("DivBackward0", (a,), _div_number_backward))
     node = differentiate("DivBackward0", (a, b), _div_backward)
     if node:
         node.save(a if node.needs[1] else None, b)
@@ -62,12 +64,7 @@ def _div_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     return (grad_a, grad_b)
 
 
-def divide(x: Tensor) -> Tensor:
-    """`x / number`."""
-    return _elementwise("div.Tensor", (x,), differentiate("DivBackward0", (x,), _divide_backward))
-
-
-def _divide_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+def _div_number_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,) = grads
     assert g is not None
     return (_elementwise("div.Tensor", (g,)),)
