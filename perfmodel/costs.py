@@ -124,9 +124,14 @@ _LISTS = {
 }  # fmt: skip
 
 
+def synchronises(op: Op) -> bool:
+    """Whether the host waits for the device in a call: it reads a result, or copies between pageable memory and it."""
+    return "sync" in op.attrs or (op.name == "_local_scalar_dense" and "host" not in op.attrs)
+
+
 def kernels(op: Op) -> Dim:
-    """CUDA kernels that one call launches; 0 for views, for work on host tensors and for copies from the host."""
-    if op.view or "host" in op.attrs or "from_host" in op.attrs:
+    """CUDA kernels that one call launches; 0 for views, for work on host tensors and for copies from or to the host."""
+    if op.view or "host" in op.attrs or "sync" in op.attrs:
         return 0
     lists = _LISTS.get(op.name)
     if lists:
@@ -136,11 +141,6 @@ def kernels(op: Op) -> Dim:
         results = op.outputs[: len(op.outputs) // 4] if op.name == "_fused_adamw_" else op.outputs
         return _launches(results, limits[lists])
     return KERNELS.get(op.name, (1, ""))[0]
-
-
-def synchronises(op: Op) -> bool:
-    """Whether the host waits for the device: it reads a value, or copies one from pageable memory."""
-    return "from_host" in op.attrs or (op.name == "_local_scalar_dense" and "host" not in op.attrs)
 
 
 def _launches(tensors: tuple[Spec, ...], limit: int) -> Dim:
