@@ -10,7 +10,7 @@ from .errors import UserError
 from .methods.base import Method
 from .setup import Setup
 from .tape import autograd
-from .tape.core import Op, Parameter, Part, Tape, Tensor, emit, new_tensor, recording
+from .tape.core import Op, Parameter, Part, Tape, Tensor, emit, new_tensor, recording, release
 from .tape.dims import Dim
 
 PHASES = ("forward", "backward", "optimizer")
@@ -120,7 +120,10 @@ def _micro_batch(step: Step, tape: Tape) -> None:
     build = Build(step.architecture, step.method, setup, {p.name: p for p in step.parameters})
     inputs = [_input(shape) for _ in range(3)]
     with tape.autocasting():
-        loss = step.architecture.forward(Scope(build), *inputs)
+        ids, *others = inputs
+        scope = Scope(build)
+        loss = step.architecture.forward(scope, ids, *step.method.inputs(scope, *others))
+    release(build.held)
     if setup.grad_accum > 1:
         loss = _divide(loss)
     if not loss.requires_grad:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from ..architectures.base import Architecture, Linear, Scope
 from ..errors import UserError, nearest
-from ..setup import Setup, positive
+from ..setup import positive
 from ..tape.core import Parameter, Tensor
 from ..tape.linalg import linear
 
@@ -87,10 +87,17 @@ class Method:
         """The output head where it shares the embedding's weight."""
         return linear(hidden, weight)
 
-    def embedded(self, x: Tensor, setup: Setup) -> Tensor:
-        """The embedding's output. With checkpointing transformers makes it a leaf that needs a gradient
-        (`enable_input_require_grads`), so backward then reaches the first block whatever the method trains."""
-        if setup.checkpoint != "none" and not x.requires_grad:
+    def inputs(self, model: Scope, attention: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention mask and labels, both (batch, seq), as the base model gets them."""
+        return attention, labels
+
+    def embedded(self, model: Scope, x: Tensor) -> Tensor:
+        """The embedding's output, (batch, seq, hidden), as the first block gets it.
+
+        With checkpointing transformers makes it a leaf that needs a gradient (`enable_input_require_grads`), so
+        backward then reaches the first block whatever the method trains.
+        """
+        if model.build.setup.checkpoint != "none" and not x.requires_grad:
             x.requires_grad = True
         return x
 
