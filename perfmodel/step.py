@@ -11,7 +11,7 @@ from .methods.base import Method
 from .periodic import Periodic, PeriodicOps
 from .setup import Setup
 from .tape import autograd
-from .tape.core import Op, Parameter, Part, Tape, Tensor, emit, new_tensor, recording
+from .tape.core import Op, Parameter, Part, Tape, Tensor, emit, new_tensor, recording, release
 from .tape.dims import Dim
 from .tape.extra import div
 
@@ -133,8 +133,11 @@ def _micro_batch(step: Step, tape: Tape) -> None:
     build = Build(step.architecture, step.method, setup, {p.name: p for p in step.parameters})
     inputs = [_input(shape) for _ in range(3)]
     with tape.autocasting():
-        loss = step.architecture.forward(Scope(build), *inputs)
+        ids, *others = inputs
+        scope = Scope(build)
+        loss = step.architecture.forward(scope, ids, *step.method.inputs(scope, *others))
         loss = step.method.loss(loss, list(build.parameters.values()))
+    release(build.held)
     tape.loss = loss
     if setup.grad_accum > 1:
         tape.loss = loss = div(loss, setup.grad_accum)

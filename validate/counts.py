@@ -170,8 +170,16 @@ METHODS = (
     "lokr:r=4",
     "miss:r=8",
     "oft:block_size=8",
+    "prompt_tuning:tokens=6",
+    "p_tuning:tokens=6,width=32",
+    "prefix_tuning:tokens=6",
+    "prefix_tuning:tokens=6,projection=true",
 )
-NOT_ON_CONV1D = ("loha", "lokr", "miss", "oft")  # peft has no form of them for GPT-2's layers
+REFUSED = {
+    "bitfit": ("llama", "mistral"),  # they have no biases
+    **dict.fromkeys(("loha", "lokr", "miss", "oft"), ("gpt2",)),  # peft has no form of them for its layers
+    **dict.fromkeys(("prompt_tuning", "p_tuning", "prefix_tuning"), ("bert",)),  # nor for masked language models
+}
 PRECISIONS: tuple[dict[str, Any], ...] = ({"dtype": "bf16"}, {"dtype": "fp32"}, {"dtype": "fp32", "amp": "bf16"})
 
 
@@ -245,9 +253,8 @@ def _cases(config: Config, names: tuple[str, ...], setup: Setup) -> Iterator[Cas
     if config.values["model_type"] == "gpt_neo":
         checkpoint = "block" if setup.checkpoint != "none" else "none"
         setup = replace(setup, attention="eager", checkpoint=checkpoint)  # the forms that it has
-    for name in names:
-        if name == "bitfit" and config.values["model_type"] in ("llama", "mistral"):
-            continue  # no biases: the method is refused
-        if name.partition(":")[0] in NOT_ON_CONV1D and config.values["model_type"] == "gpt2":
-            continue
-        yield Case(config, name, setup)
+    for text in names:
+        name = text.partition(":")[0]
+        if config.values["model_type"] not in REFUSED.get(name, ()):
+            without = name == "prefix_tuning"  # it does not work with checkpoints
+            yield Case(config, text, replace(setup, checkpoint="none") if without else setup)

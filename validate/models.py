@@ -22,9 +22,13 @@ from perfmodel.methods.loraplus import LoraPlus
 from perfmodel.methods.miss import Miss
 from perfmodel.methods.norm import NormTuning
 from perfmodel.methods.oft import Oft
+from perfmodel.methods.p_tuning import PTuning
+from perfmodel.methods.prefix_tuning import PrefixTuning
+from perfmodel.methods.prompt_tuning import PromptTuning
 from perfmodel.methods.targeted import ALL_LINEAR, Targeted
 from perfmodel.methods.top_k import TopK
 from perfmodel.methods.vera import Vera
+from perfmodel.methods.virtual import VirtualTokens
 from perfmodel.setup import Setup
 
 from .trace import TORCH_DTYPES
@@ -168,6 +172,29 @@ def _ia3(model: Any, method: Ia3, architecture: Architecture) -> Any:
 @applies(Vera)
 def _vera(model: Any, method: Vera, architecture: Architecture) -> Any:
     return _adapt(model, "VeraConfig", method, architecture, r=method.r, vera_dropout=method.dropout)
+
+
+@applies(PromptTuning)
+def _prompt_tuning(model: Any, method: PromptTuning, architecture: Architecture) -> Any:
+    return _prompt(model, "PromptTuningConfig", method)
+
+
+@applies(PTuning)
+def _p_tuning(model: Any, method: PTuning, architecture: Architecture) -> Any:
+    return _prompt(model, "PromptEncoderConfig", method, encoder_hidden_size=method.width)
+
+
+@applies(PrefixTuning)
+def _prefix_tuning(model: Any, method: PrefixTuning, architecture: Architecture) -> Any:
+    options = {"prefix_projection": method.projection, "encoder_hidden_size": method.width}
+    return _prompt(model, "PrefixTuningConfig", method, **options)
+
+
+def _prompt(model: Any, config_name: str, method: VirtualTokens, **options: Any) -> Any:
+    import peft
+
+    config = getattr(peft, config_name)(task_type="CAUSAL_LM", num_virtual_tokens=method.tokens, **options)
+    return peft.get_peft_model(model, config)
 
 
 def _adapt(model: Any, config_name: str, method: Targeted, architecture: Architecture, **options: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
@@ -206,9 +206,11 @@ def to_fake(model: torch.nn.Module, mode: FakeTensorMode, device: str) -> None:
                 table[name] = made[id(value)]
         for container in (module.__dict__, *(v for v in module.__dict__.values() if isinstance(v, dict))):
             for name, value in container.items():
-                if isinstance(value, torch.Tensor) and value.device.type == "meta":  # no parameter, no buffer
-                    with mode:
-                        container[name] = torch.empty(value.shape, dtype=value.dtype, device=device)
+                if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):  # no parameter, no buffer
+                    continue
+                at = device if value.device.type == "meta" else value.device
+                with mode:
+                    container[name] = torch.empty(value.shape, dtype=value.dtype, device=at)
 
 
 def trace_step(

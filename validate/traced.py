@@ -36,7 +36,7 @@ from .trace import DTYPES, call_name, trace_step
 
 FEWEST = 2  # layers of the smallest traced model
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
-_STARTS = ("pissa", "olora", "orthogonal", "corda", "loftq")  # need real weights and change no op of a step
+_STARTS = ("pissa", "olora", "orthogonal", "corda", "loftq", "mica")  # need real weights and change no op of a step
 _ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 _ATTENTION = {
     "_scaled_dot_product_flash_attention_for_cpu": "_scaled_dot_product_flash_attention",

@@ -1,7 +1,7 @@
 """What an architecture is, and the scopes in which its forward pass makes parameters and layers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ..errors import UserError, nearest
@@ -97,12 +97,18 @@ class Architecture:
 
 @dataclass
 class Build:
-    """One recording of a model: architecture, method, setup and all parameters made so far."""
+    """One recording of a model: architecture, method, setup and all parameters made so far.
+
+    `past` are the keys and values that a method puts before those of a block, for every run of blocks to come; `held`
+    is what Python holds on to until the forward pass returns, with the part of the run of blocks that made it.
+    """
 
     architecture: Architecture
     method: "Method"
     setup: "Setup"
     parameters: dict[str, Parameter]
+    past: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    held: list[tuple[Tensor, Part | None]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -210,6 +216,15 @@ class Scope:
         tape().part.modules += 1
         return nn.embedding(self.parameter(f"{name}.weight", (rows, width), "embedding"), ids)
 
+    def extended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (batch, heads, seq, head_dim) behind those of the cache (`DynamicLayer.update`), if any."""
+        if not self.build.past:
+            return k, v
+        past_k, past_v = self.build.past.pop(0)
+        k, v = pointwise.cat((past_k, k), -2), pointwise.cat((past_v, v), -2)
+        self.build.held += [(k, self.part), (v, self.part)]
+        return k, v
+
     def layers(self, block: Callable[..., Tensor], x: Tensor, *shared: Any) -> Tensor:
         """Run all blocks: `block(scope, x, *shared)`, each run of identical layers recorded once.
 
@@ -252,9 +267,11 @@ class Scope:
         if limit is None:
             return
         if decide(seq > limit):
+            virtual = _largest(seq) - _largest(self.build.setup.seq)
+            also = f" with {virtual} virtual tokens" if virtual else ""
             raise UserError(
-                f"{self.build.architecture.name}: seq {_largest(seq)} exceeds its {limit} learned positions; "
-                f"use --seq {limit} or less"
+                f"{self.build.architecture.name}: seq {_largest(seq)}{also} exceeds its {limit} learned positions; "
+                f"use --seq {limit - virtual} or less"
             )
 
 

@@ -66,14 +66,15 @@ class GptNeo(Architecture):
         return causal_lm_loss(logits, labels)
 
     def _decoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
-        setup, seq = model.build.setup, ids.shape[1]
-        model.check_positions(seq)
+        setup = model.build.setup
+        model.check_positions(attention.shape[1])
         assert self.max_positions is not None
-        embedded = model.build.method.embedded(model.embedding("transformer.wte", self.vocab, self.hidden, ids), setup)
+        embedded = model.build.method.embedded(model, model.embedding("transformer.wte", self.vocab, self.hidden, ids))
+        seq = embedded.shape[1]
         position_ids = masks.positions(seq)
-        mask = masks.causal_mask(attention, "eager", embedded.dtype, None, padded=setup.padded)
+        mask = masks.causal_mask(attention, seq, "eager", embedded.dtype, None, padded=setup.padded)
         located = model.embedding("transformer.wpe", self.max_positions, self.hidden, position_ids)
-        allowed = masks.table((1, 1, seq, seq), "bool")
+        allowed = masks.table((1, 1, seq, attention.shape[1]), "bool")
         hidden = model.layers(
             self.block, dropout(add(embedded, located), self.embedding_dropout), mask, allowed
         )  # fmt: skip
@@ -94,6 +95,7 @@ class GptNeo(Architecture):
         """Multi-head attention with fp32 scores; also returns the weights."""
         q, k, v = (layer.linear(f"attn.attention.{n}_proj", x, self.hidden) for n in ("q", "k", "v"))
         q, k, v = self._split(q), self._split(k), self._split(v)
+        k, v = layer.extended(k, v)
         out, weights = self._attend(q, k, v, mask, allowed)
         out = contiguous(transpose(out, 1, 2))
         out = view(out, (*x.shape[:-1], self.hidden))

@@ -82,12 +82,12 @@ class Llama(Architecture):
         return causal_lm_loss(logits, labels)
 
     def _decoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
-        seq = ids.shape[1]
         embedded = model.embedding("model.embed_tokens", self.vocab, self.hidden, ids)
-        embedded = model.build.method.embedded(embedded, model.build.setup)
+        embedded = model.build.method.embedded(model, embedded)
+        seq = embedded.shape[1]
         position_ids = masks.positions(seq)
         setup = model.build.setup
-        mask = masks.causal_mask(attention, setup.attention, embedded.dtype, self.window, padded=setup.padded)
+        mask = masks.causal_mask(attention, seq, setup.attention, embedded.dtype, self.window, padded=setup.padded)
         rotary = masks.rotary_tables(position_ids, self.head_dim // 2, embedded.dtype)
         hidden = model.layers(self.block, embedded, mask, *rotary)
         model.begin("head")
@@ -110,6 +110,7 @@ class Llama(Architecture):
         k = self._heads(layer, "k_proj", x, self.kv_heads)
         v = self._heads(layer, "v_proj", x, self.kv_heads)
         q, k = rotate(q, k, cos, sin)
+        k, v = layer.extended(k, v)
         setup = layer.build.setup
         out, weights = attend(q, k, v, mask, setup.attention, causal=True, form="upcast", p=self.attention_dropout)
         out = reshape(out, (*x.shape[:-1], self.heads * self.head_dim))

@@ -1,66 +1,11 @@
-"""Fine-tuning methods, one file each; importing this package registers them."""
+"""Fine-tuning methods, one file each; importing this package registers them all."""
 
-from . import (
-    adalora,
-    badam,
-    beamlora,
-    bitfit,
-    cola,
-    dora,
-    full,
-    gelora,
-    ia3,
-    lisa,
-    loha,
-    lokr,
-    lora,
-    lora_alike,
-    lora_fa,
-    loraplus,
-    miss,
-    norm,
-    oft,
-    paca,
-    rolora,
-    runlora,
-    s2ft,
-    top_k,
-    vera,
-    xgblora,
-)
+from importlib import import_module
+from pkgutil import iter_modules
+
 from .base import Method, method, option, options, parse, registered
 
-__all__ = [
-    "Method",
-    "adalora",
-    "badam",
-    "beamlora",
-    "bitfit",
-    "cola",
-    "dora",
-    "full",
-    "gelora",
-    "ia3",
-    "lisa",
-    "loha",
-    "lokr",
-    "lora",
-    "lora_alike",
-    "lora_fa",
-    "loraplus",
-    "method",
-    "miss",
-    "norm",
-    "oft",
-    "option",
-    "options",
-    "paca",
-    "parse",
-    "registered",
-    "rolora",
-    "runlora",
-    "s2ft",
-    "top_k",
-    "vera",
-    "xgblora",
-]
+for _module in iter_modules(__path__):
+    import_module(f".{_module.name}", __package__)
+
+__all__ = ["Method", "method", "option", "options", "parse", "registered"]

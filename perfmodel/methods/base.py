@@ -9,7 +9,7 @@ from ..architectures.base import Architecture, Linear, Scope
 from ..errors import UserError, nearest
 from ..optimizers import Update
 from ..periodic import Periodic
-from ..setup import Setup, positive
+from ..setup import positive
 from ..tape.core import Parameter, Tensor
 from ..tape.dims import Dim
 from ..tape.linalg import linear
@@ -97,10 +97,17 @@ class Method:
         """The loss with what the method adds to the model's: a regulariser on parameters, in order of appearance."""
         return loss
 
-    def embedded(self, x: Tensor, setup: Setup) -> Tensor:
-        """The embedding's output. With checkpointing transformers makes it a leaf that needs a gradient
-        (`enable_input_require_grads`), so backward then reaches the first block whatever the method trains."""
-        if setup.checkpoint != "none" and not x.requires_grad:
+    def inputs(self, model: Scope, attention: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention mask and labels, both (batch, seq), as the base model gets them."""
+        return attention, labels
+
+    def embedded(self, model: Scope, x: Tensor) -> Tensor:
+        """The embedding's output, (batch, seq, hidden), as the first block gets it.
+
+        With checkpointing transformers makes it a leaf that needs a gradient (`enable_input_require_grads`), so
+        backward then reaches the first block whatever the method trains.
+        """
+        if model.build.setup.checkpoint != "none" and not x.requires_grad:
             x.requires_grad = True
         return x
 

@@ -233,16 +233,28 @@ class Tape:
 
     def drop_cast_cache(self, *, all_layers: bool) -> None:
         """Forget the cached casts: those of all layers at the end of the forward, or those of one recomputed block."""
-        while self.cast_cache:
-            _, (leaf, cast) = self.cast_cache.popitem()
-            storage = cast.storage
-            if all_layers and isinstance(leaf, Parameter) and leaf.part is not None:
-                storage.copies = leaf.part.repeat  # if this was the last reference, all layers' copies die here
-            del cast
-            held = _references(storage) > 1
-            if held:
-                storage.copies = 1
-            del storage
+        held = [
+            (cast, leaf.part if all_layers and isinstance(leaf, Parameter) else None)
+            for leaf, cast in self.cast_cache.values()
+        ]
+        self.cast_cache.clear()
+        release(held)
+
+
+def release(held: list[tuple[Tensor, Part | None]]) -> None:
+    """Let go of tensors that nobody else should need, each with the part that made it, and empty the list.
+
+    Where this was the last reference, the copies of all layers of that part die here; what something else still holds
+    (a graph saved it) dies later, layer by layer.
+    """
+    while held:
+        t, part = held.pop()
+        storage = t.storage
+        storage.copies = part.repeat if part is not None else 1
+        del t
+        if _references(storage) > 1:
+            storage.copies = 1
+        del storage
 
 
 def _references(storage: Storage) -> int:

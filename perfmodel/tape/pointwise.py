@@ -326,12 +326,13 @@ def autocast_fp32(x: Tensor) -> Tensor:
 
 
 def cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """Concatenate; under autocast operands are promoted to the widest dtype."""
+    """Concatenate; mixed dtypes are promoted within the kernel, under autocast by casts of floating operands."""
     dim = dim % len(tensors[0].shape)
     dtype = tensors[0].dtype
     for t in tensors[1:]:
         dtype = promote(dtype, t.dtype)
-    tensors = [cast(t, dtype) for t in tensors]
+    if tape().autocast:
+        tensors = [cast(t, dtype) if t.is_floating else t for t in tensors]
     total: Dim = sum(t.shape[dim] for t in tensors)
     shape = (*tensors[0].shape[:dim], total, *tensors[0].shape[dim + 1 :])
     node = differentiate("CatBackward0", tensors, _cat_backward, (dim, tuple(t.shape[dim] for t in tensors)))
