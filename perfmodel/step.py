@@ -57,12 +57,12 @@ class Step:
 
     @property
     def total(self) -> Dim:
-        """Elements of all parameters."""
-        return sum(p.numel * p.count for p in self.parameters)
+        """Parameters of the model."""
+        return sum(p.elements * p.count for p in self.parameters)
 
     @property
     def weight_bytes(self) -> Dim:
-        """Bytes of all parameters."""
+        """Bytes of all parameters, scales of quantised ones included."""
         return sum(p.nbytes * p.count for p in self.parameters)
 
     @property

@@ -160,7 +160,7 @@ class Scope:
             method = self.build.method
             if trainable is None:
                 trainable = method.trains(name, kind, self.layer)
-            made = self._make(self.path + name, shape, dtype or self.dtype, kind, trainable)
+            made = self._make(self.path + name, shape, dtype or method.base_dtype(self.dtype), kind, trainable)
             if kind != "adapter" and method.copies(name, kind):
                 made = self._make(f"{made.name} (trained copy)", shape, self.dtype, "adapter", True)
             self.made[name] = made

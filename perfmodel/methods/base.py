@@ -79,6 +79,10 @@ class Method:
         """Layers with equal keys are treated alike."""
         return 0
 
+    def base_dtype(self, dtype: str) -> str:
+        """The dtype of base weights where the setup asks for `dtype`."""
+        return dtype
+
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """A linear layer's forward pass."""
         return layer(x)
