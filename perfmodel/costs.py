@@ -38,6 +38,12 @@ def addmm_flops(bias: Shape, a: Shape, b: Shape) -> Dim:
     return mm_flops(a, b)
 
 
+@flops_of("addmm.out")
+def addmm_out_flops(bias: Shape, a: Shape, b: Shape, out: Shape) -> Dim:
+    """The product only; the result is written over `out`."""
+    return mm_flops(a, b)
+
+
 @flops_of("bmm")
 def bmm_flops(a: Shape, b: Shape) -> Dim:
     """(h, m, k)·(h, k, n)."""
@@ -162,7 +168,7 @@ def _launches(tensors: tuple[Spec, ...], limit: int) -> Dim:
 def kind(op: Op) -> str:
     """The class of kernel an op belongs to, for totals and prices."""
     name = op.name
-    if name in ("mm", "addmm", "addmm_", "bmm"):
+    if name in ("mm", "addmm", "addmm_", "addmm.out", "bmm"):
         return "gemm"
     if "attention" in name or "flash_attn" in name:
         return "attention"

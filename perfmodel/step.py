@@ -90,6 +90,7 @@ def build(
         UserError: setup and model do not fit (sequence too long, nothing trains, …).
         MixedStructure: array dims do not share one program; split the grid.
     """
+    _check(architecture, method, setup)
     tape = Tape(device, capability, autocast=setup.amp)
     step = Step(architecture, method, setup, device, [])
     collecting = gc.isenabled()
@@ -111,6 +112,14 @@ def build(
         if collecting:
             gc.enable()
     return step
+
+
+def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
+    """Raise `UserError` where the setup's kernels do not fit the model."""
+    if setup.kernels == "liger" and not architecture.has_liger:
+        raise UserError(f"kernels liger: Liger has none for {architecture.name}; use kernels torch")
+    if setup.kernels == "liger" and "lm_head" in getattr(method, "targets", ()):
+        raise UserError(f"method {method.name}: Liger's loss reads the head's own weight; leave lm_head out of targets")
 
 
 def _micro_batch(step: Step, tape: Tape) -> None:

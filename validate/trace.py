@@ -30,7 +30,7 @@ DTYPES = {
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 aten = torch.ops.aten
 
-NAMESPACES = {"aten", "flash_attn", "bitsandbytes"}  # of the calls that are recorded
+NAMESPACES = {"aten", "flash_attn", "bitsandbytes", "liger", "lorafusion", "unsloth"}  # of the calls that are recorded
 
 Signature = tuple[str, tuple[Any, ...], tuple[Any, ...]]
 

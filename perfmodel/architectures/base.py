@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ..errors import UserError, nearest
-from ..tape import autograd, linalg, nn, pointwise
+from ..tape import autograd, liger, linalg, nn, pointwise
 from ..tape.core import Parameter, Part, Tensor, tape
 from ..tape.dims import decide
 from .config import Config
@@ -80,6 +80,7 @@ class Architecture:
     tied: bool
 
     layer_path: ClassVar[str]  # where blocks live in the transformers module tree
+    has_liger: ClassVar[bool] = False  # whether Liger brings kernels for it
 
     @classmethod
     def from_config(cls, config: Config) -> "Architecture":
@@ -193,6 +194,8 @@ class Scope:
         """transformers' RMSNorm: statistics and scaling in fp32, the weight applied in x's dtype."""
         tape().part.modules += 1
         weight = self.parameter(f"{name}.weight", (x.shape[-1],), "norm")
+        if self.build.setup.kernels == "liger":
+            return liger.rms_norm(x, weight)
         dtype = x.dtype
         x = pointwise.cast(x, "fp32")
         variance = pointwise.mean_last(pointwise.power(x))

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 
 from ..errors import UserError
 from ..tape.core import Tensor
-from ..tape.nn import causal_lm_loss
+from ..tape.dims import product
+from ..tape.liger import linear_cross_entropy, rope, silu_mul
+from ..tape.nn import causal_lm_loss, shifted_labels
 from ..tape.pointwise import add, cat, mul, neg, silu
 from ..tape.shape import narrow, reshape, transpose, unsqueeze, view
 from . import masks
@@ -34,6 +36,7 @@ class Llama(Architecture):
     attention_dropout: float = 0.0
 
     layer_path: ClassVar[str] = "model.layers"
+    has_liger: ClassVar[bool] = True
 
     @classmethod
     def from_config(cls, config: Config) -> "Llama":
@@ -78,8 +81,18 @@ class Llama(Architecture):
     def forward(self, model: Scope, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
         model.begin("embeddings")
         hidden = self._decoder(model, ids, attention)
+        if model.build.setup.kernels == "liger":
+            return self._liger_loss(model, hidden, labels)
         logits = model.lm_head(hidden, "model.embed_tokens", self.vocab)
         return causal_lm_loss(logits, labels)
+
+    def _liger_loss(self, model: Scope, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Liger's `lce_forward`: the head's weight goes into the loss, whatever wraps its module."""
+        name, kind = ("model.embed_tokens", "embedding") if self.tied else ("lm_head", "weight")
+        weight = model.parameter(f"{name}.weight", (self.vocab, self.hidden), kind)
+        target = shifted_labels(labels)
+        hidden = view(hidden, (product(hidden.shape[:-1]), self.hidden))
+        return linear_cross_entropy(hidden, weight, target, scaled=model.build.setup.grad_accum > 1)
 
     def _decoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
         seq = ids.shape[1]
@@ -109,8 +122,8 @@ class Llama(Architecture):
         q = self._heads(layer, "q_proj", x, self.heads)
         k = self._heads(layer, "k_proj", x, self.kv_heads)
         v = self._heads(layer, "v_proj", x, self.kv_heads)
-        q, k = rotate(q, k, cos, sin)
         setup = layer.build.setup
+        q, k = rope(q, k, cos, sin) if setup.kernels == "liger" else rotate(q, k, cos, sin)
         out, weights = attend(q, k, v, mask, setup.attention, causal=True, form="upcast", p=self.attention_dropout)
         out = reshape(out, (*x.shape[:-1], self.heads * self.head_dim))
         out = layer.linear("self_attn.o_proj", out, self.hidden, bias=self.output_bias)
@@ -122,6 +135,10 @@ class Llama(Architecture):
 
     def mlp(self, layer: Scope, x: Tensor) -> Tensor:
         """SwiGLU."""
+        if layer.build.setup.kernels == "liger":
+            gate = layer.linear("mlp.gate_proj", x, self.intermediate, bias=self.mlp_bias)
+            gate = silu_mul(gate, layer.linear("mlp.up_proj", x, self.intermediate, bias=self.mlp_bias))
+            return layer.linear("mlp.down_proj", gate, self.hidden, bias=self.mlp_bias)
         gate = silu(layer.linear("mlp.gate_proj", x, self.intermediate, bias=self.mlp_bias))
         up = layer.linear("mlp.up_proj", x, self.intermediate, bias=self.mlp_bias)
         gate = mul(gate, up)
