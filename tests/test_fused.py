@@ -9,11 +9,13 @@ from helpers import architecture_of, by_phase, calls_by_name, config_of, setup_o
 pytest.importorskip("transformers")
 
 import reference_fused as reference
+import reference_lora
 import torch
 
-from perfmodel import memory, methods
+from perfmodel import memory, methods, predict
 from perfmodel.architectures import from_config, load
 from perfmodel.errors import UserError
+from perfmodel.methods.lora import Lora
 from perfmodel.setup import Setup
 from perfmodel.step import build
 from validate import counts, models
@@ -33,6 +35,35 @@ def differences(name: str, spec: str, layers: int | None = None, **options: Any)
     result = counts.judge(Case(config, spec, setup), step, trace)
     assert result.flops > 0
     return result.differences
+
+
+def fused_differences(name: str, spec: str, **options: Any) -> list[str]:
+    """The same for the implementations of LoRA, on peft's model."""
+    config, architecture = config_of(name), architecture_of(name)
+    setup, method = setup_of(name, **options), methods.parse(spec).bind(architecture)
+    assert isinstance(method, Lora)
+    step = build(architecture, method, setup, "cpu")
+    model = reference_lora.patch(models.apply(models.build(config, setup), method, architecture), method.implementation)
+    return counts.judge(Case(config, spec, setup), step, trace_step(model, setup, step.optimizer)).differences
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "options"),
+    [
+        ("llama", "lora:r=4,targets=all-linear,dropout=0.1,implementation=lorafusion,adapter_dtype=bf16", {"batch": 4}),
+        ("llama", "lora:r=4,implementation=lorafusion,adapter_dtype=bf16", {"checkpoint": "block"}),
+        ("qwen2", "lora:r=4,targets=all-linear,implementation=lorafusion", {"dtype": "fp32", "batch": 1}),
+        ("llama", "lora:r=4,targets=all-linear,implementation=unsloth", {"batch": 4}),
+        ("mistral", "lora:r=4,targets=all-linear,implementation=unsloth,adapter_dtype=bf16", {"checkpoint": "block"}),
+        ("llama", "lora:r=4,targets=all-linear,implementation=unsloth", {"checkpoint": "block-reentrant", "batch": 1}),
+        ("qwen2", "lora:r=4,targets=all-linear,implementation=unsloth", {"grad_accum": 2}),
+        ("llama", "lora:r=4,targets=q_proj+v_proj+o_proj,implementation=unsloth", {"dtype": "fp32"}),
+        ("llama", "lora:r=4,targets=all-linear,dropout=0.1,implementation=unsloth", {}),
+    ],
+)
+def test_fused_lora_equals_its_program(name: str, spec: str, options: dict[str, Any]) -> None:
+    """Zero tolerance; where Unsloth's conditions do not hold, peft's own forward runs, there and here."""
+    assert fused_differences(name, spec, **options) == []
 
 
 @pytest.mark.parametrize(
@@ -128,3 +159,91 @@ def test_a_wrong_compute_dtype_is_refused() -> None:
     """One line that names the choices."""
     with pytest.raises(UserError, match="compute_dtype 'int8' is unknown: use bf16, fp16 or fp32"):
         methods.parse("qlora:compute_dtype=int8")
+
+
+# implementations of LoRA
+
+
+def lora_weights(n: int, m: int, r: int) -> list[torch.Tensor]:
+    """W (m, n), A (r, n) and B (m, r)."""
+    return [torch.randn(s, dtype=torch.float64) for s in ((m, n), (r, n), (m, r))]
+
+
+def with_lora(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """x(W + 2BA)ᵀ."""
+    return x @ w.T + 2 * (x @ a.T @ b.T)
+
+
+def check_gradients(fused: Any, plain: Any, x: torch.Tensor, *weights: torch.Tensor) -> None:
+    """Outputs and gradients of x and of the adapters (every weight but the first of three) agree."""
+    trained = [i for i in range(len(weights)) if i % 3]
+    results = []
+    for function in (fused, plain):
+        leaf = x.clone().requires_grad_()
+        given = [w.clone().requires_grad_(i in trained) for i, w in enumerate(weights)]
+        y = function(leaf * 1.0, *given)  # an x that may be written over
+        y = torch.cat(y, -1) if isinstance(y, tuple) else y
+        torch.manual_seed(0)
+        kept, grads = y.detach().clone(), [leaf, *(given[i] for i in trained)]
+        results.append([kept, *torch.autograd.grad(y, grads, torch.randn_like(y))])
+    assert all(torch.allclose(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_the_references_of_fused_lora_compute_lora() -> None:
+    """In-place products and reordered gradients are those that autograd gives on x(W + sBA)ᵀ."""
+    x, one = torch.randn(2, 3, 6, dtype=torch.float64), lora_weights(6, 5, 2)
+    check_gradients(lambda x, *w: reference_lora.LoraW.apply(x, *w, 2.0), with_lora, x, *one)
+    check_gradients(lambda x, *w: reference_lora.FusedLinearLoRA.apply(x, *w, 2.0, 0.0, None), with_lora, x, *one)
+    three = [w for m in (6, 4, 4) for w in lora_weights(6, m, 2)]
+
+    def three_products(x: torch.Tensor, *w: torch.Tensor) -> Any:
+        return tuple(with_lora(x, *w[i : i + 3]) for i in (0, 3, 6))
+
+    check_gradients(lambda x, *w: reference_lora.LoraQkv.apply(x, 2.0, *w), three_products, x, *three)
+    mlp = [*lora_weights(6, 8, 2), *lora_weights(6, 8, 2), *lora_weights(8, 6, 2)]
+
+    def swiglu(x: torch.Tensor, *w: torch.Tensor) -> torch.Tensor:
+        return with_lora(torch.nn.functional.silu(with_lora(x, *w[:3])) * with_lora(x, *w[3:6]), *w[6:])
+
+    check_gradients(lambda x, *w: reference_lora.LoraMlp.apply(x, 2.0, *w), swiglu, x, *mlp)
+
+
+def test_flops_of_the_implementations_are_the_closed_form() -> None:
+    """Beyond the base: PEFT and LoRAFusion 6Tr(n+m) a linear, Unsloth 8Tr(n+m): it computes xAᵀ and dy·B twice."""
+    r, tokens, specs = 3, 2 * 17, "lora:r=3,targets=all-linear,adapter_dtype=bf16,implementation="
+    found = {i: by_phase(step_of("llama", specs + i)) for i in ("peft", "unsloth", "lorafusion")}
+    assert found["peft"] == found["lorafusion"]
+    assert found["unsloth"]["forward"] == found["peft"]["forward"]
+    linears = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 96), (64, 96), (96, 64)]
+    twice = 3 * sum(2 * tokens * r * (n + m) for n, m in linears)
+    # autograd leaves out the gradient of the first block's input, a Function does not
+    unasked = sum(2 * tokens * n * (m + r) for n, m in linears[:3])
+    assert found["unsloth"]["backward"] - found["peft"]["backward"] == twice + unasked
+
+
+@pytest.mark.parametrize("implementation", ["unsloth", "lorafusion"])
+def test_fused_lora_moves_less_and_is_no_slower(implementation: str) -> None:
+    """The point of fusing: fewer kernels and bytes than PEFT in eager mode, and never more time on a large model."""
+    spec = "lora:r=16,targets=all-linear,adapter_dtype=bf16,implementation="
+    setup = {"device": "h100-sxm", "batch": 4, "seq": 1024}
+    eager, fused = (predict("llama-3-8b", spec + i, **setup) for i in ("peft", implementation))
+    assert fused.kernels["total"] < eager.kernels["total"]
+    assert fused.bytes["total"] < eager.bytes["total"]
+    assert fused.time.phases["total"] < eager.time.phases["total"]
+    assert fused.memory.peak <= eager.memory.peak
+    assert fused.trainable_params == eager.trainable_params
+
+
+@pytest.mark.parametrize(
+    ("model", "spec", "message"),
+    [
+        ("llama", "lora:implementation=unslot", "implementation 'unslot' is unknown: did you mean 'unsloth'"),
+        ("gpt2", "lora:implementation=unsloth", "unsloth is not written for gpt2; use implementation=peft"),
+        ("llama", "dora:implementation=unsloth", "method dora: implementation 'unsloth' is unknown"),
+        ("llama", "lora:implementation=lorafusion,adapter_dtype=fp32", "adapters have the base's dtype, bf16"),
+    ],
+)
+def test_implementations_that_do_not_fit_are_refused(model: str, spec: str, message: str) -> None:
+    """One line that says why and what to use."""
+    with pytest.raises(UserError, match=message):
+        step_of(model, spec)

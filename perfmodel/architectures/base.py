@@ -177,8 +177,11 @@ class Scope:
     def linear(self, name: str, x: Tensor, n_out: int, *, bias: bool = False, conv1d: bool = False) -> Tensor:
         """A linear layer, as the fine-tuning method rewrites it."""
         tape().part.modules += 1
-        layer = Linear(self, name, x.shape[-1], n_out, bias, conv1d)
-        return self.build.method.linear(layer, x)
+        return self.build.method.linear(self.linear_layer(name, x.shape[-1], n_out, bias=bias, conv1d=conv1d), x)
+
+    def linear_layer(self, name: str, n_in: int, n_out: int, *, bias: bool = False, conv1d: bool = False) -> Linear:
+        """A linear layer as a method sees it, not run yet."""
+        return Linear(self, name, n_in, n_out, bias, conv1d)
 
     def lm_head(self, hidden: Tensor, embedding: str, vocab: int) -> Tensor:
         """Logits of a causal model: through the embedding's weight where it is tied, else an own linear layer."""

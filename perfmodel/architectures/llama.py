@@ -119,9 +119,7 @@ class Llama(Architecture):
 
     def attention(self, layer: Scope, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Any:
         """Grouped-query attention with rotary positions; also returns the weights, if any."""
-        q = self._heads(layer, "q_proj", x, self.heads)
-        k = self._heads(layer, "k_proj", x, self.kv_heads)
-        v = self._heads(layer, "v_proj", x, self.kv_heads)
+        q, k, v = self._projected(layer, x)
         setup = layer.build.setup
         q, k = rope(q, k, cos, sin) if setup.kernels == "liger" else rotate(q, k, cos, sin)
         out, weights = attend(q, k, v, mask, setup.attention, causal=True, form="upcast", p=self.attention_dropout)
@@ -129,12 +127,30 @@ class Llama(Architecture):
         out = layer.linear("self_attn.o_proj", out, self.hidden, bias=self.output_bias)
         return out, weights
 
-    def _heads(self, layer: Scope, name: str, x: Tensor, heads: int) -> Tensor:
-        y = layer.linear(f"self_attn.{name}", x, heads * self.head_dim, bias=self.qkv_bias)
-        return transpose(view(y, (*x.shape[:-1], heads, self.head_dim)), 1, 2)
+    def _projected(self, layer: Scope, x: Tensor) -> list[Tensor]:
+        """q, k and v, (batch, heads, seq, head_dim)."""
+        heads = {"q_proj": self.heads, "k_proj": self.kv_heads, "v_proj": self.kv_heads}
+        sizes = {f"self_attn.{name}": n * self.head_dim for name, n in heads.items()}
+        layers = tuple(layer.linear_layer(name, self.hidden, n, bias=self.qkv_bias) for name, n in sizes.items())
+        fused = layer.build.method.qkv(layers, x)
+        if fused is not None:
+            return [self._heads(y, n) for y, n in zip(fused, heads.values(), strict=True)]
+        return [
+            self._heads(layer.linear(name, x, size, bias=self.qkv_bias), n)
+            for (name, size), n in zip(sizes.items(), heads.values(), strict=True)
+        ]
+
+    def _heads(self, y: Tensor, heads: int) -> Tensor:
+        return transpose(view(y, (*y.shape[:-1], heads, self.head_dim)), 1, 2)
 
     def mlp(self, layer: Scope, x: Tensor) -> Tensor:
         """SwiGLU."""
+        sizes = {"gate_proj": (self.hidden, self.intermediate), "up_proj": (self.hidden, self.intermediate)}
+        sizes["down_proj"] = (self.intermediate, self.hidden)
+        layers = (layer.linear_layer(f"mlp.{name}", *size, bias=self.mlp_bias) for name, size in sizes.items())
+        fused = layer.build.method.mlp(tuple(layers), x)
+        if fused is not None:
+            return fused
         if layer.build.setup.kernels == "liger":
             gate = layer.linear("mlp.gate_proj", x, self.intermediate, bias=self.mlp_bias)
             gate = silu_mul(gate, layer.linear("mlp.up_proj", x, self.intermediate, bias=self.mlp_bias))

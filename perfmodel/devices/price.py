@@ -16,12 +16,11 @@ from ..tape.core import Op
 from ..tape.dtypes import ITEMSIZE
 from .attention import attention_backward_time, attention_forward_time
 from .gemm import gemm_time
-from .packages import memory_bound
+from .packages import gemm_shape, memory_bound
 from .pointwise import pointwise_time
 from .profile import DeviceProfile
 
 SOFTMAX_IN_REGISTERS = 1024  # longest row that softmax keeps in registers (ATen/native/cuda/PersistentSoftmax.cuh)
-GEMMS = ("mm", "addmm", "addmm_", "addmm.out")
 
 Table = dict[Any, list[tuple[Any, ...]]]
 
@@ -74,13 +73,9 @@ def _price(rows: list[tuple[Any, ...]], model: Callable[..., np.ndarray]) -> tup
 def _sort(i: int, op: Op, tables: _Tables) -> None:
     """Put one op into the table of its model; an op of several kernels gets several rows."""
     name, inputs = op.name, op.inputs
-    if name in GEMMS:
-        a, b = inputs[:2] if name == "mm" else inputs[1:3]
-        layout = op.attrs[0] if op.attrs else "tn"
-        tables.add(tables.gemm, (name, a.dtype, layout), i, a.shape[0], b.shape[1], a.shape[1], 1)
-    elif name == "bmm":
-        a, b = inputs
-        tables.add(tables.gemm, (name, a.dtype, "tn"), i, a.shape[1], b.shape[2], a.shape[2], a.shape[0])
+    if name in costs.GEMMS:
+        layout, *shape = gemm_shape(op)
+        tables.add(tables.gemm, (name, inputs[0].dtype, layout), i, *shape)
     elif "attention" in name or "flash_attn" in name:
         backward = name.endswith("_backward")
         q, k = inputs[1:3] if backward else inputs[:2]
@@ -159,11 +154,12 @@ def _gemm(profile: DeviceProfile, name: str, dtype: str, layout: Any, *shape: An
     """A weight comes from HBM, an activation may still lie in L2; weight gradients and bmm have two activations."""
     m, n, k, batch = shape
     two_activations = name == "bmm" or layout == "nt"
+    accumulates = name in ("addmm_", "addmm.out")
     return np.asarray(
         gemm_time(
             m, n, k, batch,
             hardware=profile.hardware, parameters=profile.gemm[dtype], dtype=dtype, layout=layout,
-            b_copies=1.0 if two_activations else np.inf,
+            accumulate=accumulates, b_copies=1.0 if two_activations else np.inf,
         )
     )  # fmt: skip
 

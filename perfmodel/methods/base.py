@@ -87,6 +87,14 @@ class Method:
         """A linear layer's forward pass."""
         return layer(x)
 
+    def qkv(self, layers: tuple[Linear, ...], x: Tensor) -> list[Tensor] | None:
+        """The query, key and value projections in one, where an implementation fuses them."""
+        return None
+
+    def mlp(self, layers: tuple[Linear, ...], x: Tensor) -> Tensor | None:
+        """A SwiGLU MLP (gate, up and down projection) in one, where an implementation fuses it."""
+        return None
+
     def head(self, scope: Scope, hidden: Tensor, weight: Parameter) -> Tensor:
         """The output head where it shares the embedding's weight."""
         return linear(hidden, weight)

@@ -1,6 +1,7 @@
 """LoRA-FA: LoRA with A frozen at its random start."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..tape.core import Parameter
 from .base import Linear, method
@@ -14,6 +15,8 @@ class LoraFa(Lora):
 
     The optimizer is the setup's; the projected update that the paper adds to it (peft's `LoraFAOptimizer`) is left out.
     """
+
+    implementations: ClassVar[tuple[str, ...]] = ("peft",)
 
     def weights(self, layer: Linear, dtype: str) -> tuple[Parameter, Parameter]:
         self.check_rank(layer, self.r)

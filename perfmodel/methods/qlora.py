@@ -5,6 +5,7 @@ bitsandbytes/nn/modules.py (`Linear4bit`), peft/tuners/lora/bnb.py.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..errors import UserError
 from ..tape.core import Parameter, Tensor, tape
@@ -24,6 +25,8 @@ class QLora(Lora):
     double_quant: bool = option(True, "whether the scales of the 4-bit blocks are quantised too")
     compute_dtype: str | None = option(None, "dtype of the GEMMs: bf16, fp16 or fp32; default the setup's dtype")
     prepared: bool = option(False, "peft's prepare_model_for_kbit_training: norms, embeddings and head in fp32")
+
+    implementations: ClassVar[tuple[str, ...]] = ("peft",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,7 +11,7 @@ import numpy as np
 
 from .autograd import Grads, Node, differentiate
 from .core import Tensor, emit, new_tensor, record, tape
-from .custom import autocasting
+from .custom import autocasting, python_function
 from .dims import Dim, decide, product
 from .linalg import _column_major, _layout, matmul
 from .pointwise import cast
@@ -21,18 +21,13 @@ Grad = Tensor | None
 PROGRAMS = 132  # of a norm's backward, one an SM, each with its own part of the weight's gradient; H100's number
 
 
-def _function() -> None:
-    """The Python of a Function around a Triton kernel costs the host what a module's call costs."""
-    tape().part.modules += 1
-
-
 def _rows(x: Tensor) -> Tensor:
     return view(x, (product(x.shape[:-1]), x.shape[-1]))
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """`LigerRMSNorm` with Llama's casts: one kernel, a row a program; keeps x and the rows' 1/rms in fp32."""
-    _function()
+    python_function()
     node = differentiate("LigerRMSNormFunctionBackward", (x, weight), _rms_norm_backward)
     with tape().no_grad():
         rows = _rows(contiguous(x))
@@ -48,7 +43,7 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 def _rms_norm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (x, weight, rstd) = grads, node.unpack()
     assert g is not None
-    _function()
+    python_function()
     shape = g.shape
     g = _rows(contiguous(g))
     partial = new_tensor((PROGRAMS, shape[-1]), "fp32")
@@ -59,7 +54,7 @@ def _rms_norm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary positions of q and k, (batch, heads, seq, head_dim), in place, in one kernel; cos and sin (1, seq, d)."""
-    _function()
+    python_function()
     node = differentiate("LigerRopeFunctionBackward", (q, k), _rope_backward)
     with tape().no_grad():
         q, k = _rotated("liger::rope", q, k, cos, sin)
@@ -79,13 +74,13 @@ def _rope_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (dq, dk), (cos, sin) = grads, node.unpack()
     assert dq is not None
     assert dk is not None
-    _function()
+    python_function()
     return _rotated("liger::rope_backward", dq, dk, cos, sin)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """SwiGLU's silu(gate)·up in one kernel; keeps both inputs, and backward puts their gradients in their place."""
-    _function()
+    python_function()
     node = differentiate("LigerSiLUMulFunctionBackward", (gate, up), _silu_mul_backward)
     with tape().no_grad():
         a, b = _rows(contiguous(gate)), _rows(contiguous(up))
@@ -99,7 +94,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 def _silu_mul_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (a, b) = grads, node.unpack()
     assert g is not None
-    _function()
+    python_function()
     rows = _rows(contiguous(g))
     record("liger::swiglu_backward", (rows, a, b), (a, b))
     return (view(a, g.shape), view(b, g.shape))
@@ -113,7 +108,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, *, scal
     Args:
         scaled: whether the loss is divided afterwards, so that backward has to scale the gradients.
     """
-    _function()
+    python_function()
     current = tape()
     attrs = (scaled, current.autocast)
     node = differentiate("LigerFusedLinearCrossEntropyFunctionBackward", (hidden, weight), _loss_backward, attrs)
@@ -170,7 +165,7 @@ def _loss_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (grad_hidden, grad_weight) = grads, node.unpack()
     assert g is not None
     scaled, autocast = node.attrs
-    _function()
+    python_function()
     with autocasting(autocast):
         same = emit("all", (emit("eq.Scalar", (g,), (), "bool"),), (), "bool")  # "if the loss is the last layer"
         record("_local_scalar_dense", (same,), ())
