@@ -62,12 +62,12 @@ class Step:
 
     @property
     def total(self) -> Dim:
-        """Elements of all parameters."""
-        return sum(p.numel * p.count for p in self.parameters)
+        """Parameters of the model."""
+        return sum(p.elements * p.count for p in self.parameters)
 
     @property
     def weight_bytes(self) -> Dim:
-        """Bytes of all parameters."""
+        """Bytes of all parameters, scales of quantised ones included."""
         return sum(p.nbytes * p.count for p in self.parameters)
 
     @property
@@ -95,6 +95,7 @@ def build(
         UserError: setup and model do not fit (sequence too long, nothing trains, …).
         MixedStructure: array dims do not share one program; split the grid.
     """
+    _check(architecture, method, setup)
     tape = Tape(device, capability, autocast=setup.amp)
     step = Step(architecture, method, setup, device, [])
     collecting = gc.isenabled()
@@ -124,6 +125,14 @@ def _besides(step: Step, work: Periodic, capability: str) -> PeriodicOps:
     with recording(Tape(step.device, capability, autocast=step.setup.amp)) as tape, tape.no_grad():
         work.record(step)
         return PeriodicOps(work.what, work.every, Group(list(tape.parts)))
+
+
+def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
+    """Raise `UserError` where the setup's kernels do not fit the model."""
+    if setup.kernels == "liger" and not architecture.has_liger:
+        raise UserError(f"kernels liger: Liger has none for {architecture.name}; use kernels torch")
+    if setup.kernels == "liger" and "lm_head" in getattr(method, "targets", ()):
+        raise UserError(f"method {method.name}: Liger's loss reads the head's own weight; leave lm_head out of targets")
 
 
 def _micro_batch(step: Step, tape: Tape) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ..errors import UserError, nearest
-from ..tape import autograd, linalg, nn, pointwise
+from ..tape import autograd, liger, linalg, nn, pointwise
 from ..tape.core import Parameter, Part, Tensor, tape
 from ..tape.dims import decide
 from .config import Config
@@ -80,6 +80,7 @@ class Architecture:
     tied: bool
 
     layer_path: ClassVar[str]  # where blocks live in the transformers module tree
+    has_liger: ClassVar[bool] = False  # whether Liger brings kernels for it
 
     @classmethod
     def from_config(cls, config: Config) -> "Architecture":
@@ -166,7 +167,7 @@ class Scope:
             method = self.build.method
             if trainable is None:
                 trainable = method.trains(name, kind, self.layer)
-            made = self._make(self.path + name, shape, dtype or self.dtype, kind, trainable)
+            made = self._make(self.path + name, shape, dtype or method.base_dtype(self.dtype), kind, trainable)
             if kind != "adapter" and method.copies(name, kind):
                 made = self._make(f"{made.name} (trained copy)", shape, self.dtype, "adapter", True)
             self.made[name] = made
@@ -182,8 +183,11 @@ class Scope:
     def linear(self, name: str, x: Tensor, n_out: int, *, bias: bool = False, conv1d: bool = False) -> Tensor:
         """A linear layer, as the fine-tuning method rewrites it."""
         tape().part.modules += 1
-        layer = Linear(self, name, x.shape[-1], n_out, bias, conv1d)
-        return self.build.method.linear(layer, x)
+        return self.build.method.linear(self.linear_layer(name, x.shape[-1], n_out, bias=bias, conv1d=conv1d), x)
+
+    def linear_layer(self, name: str, n_in: int, n_out: int, *, bias: bool = False, conv1d: bool = False) -> Linear:
+        """A linear layer as a method sees it, not run yet."""
+        return Linear(self, name, n_in, n_out, bias, conv1d)
 
     def lm_head(self, hidden: Tensor, embedding: str, vocab: int) -> Tensor:
         """Logits of a causal model: through the embedding's weight where it is tied, else an own linear layer."""
@@ -199,6 +203,8 @@ class Scope:
         """transformers' RMSNorm: statistics and scaling in fp32, the weight applied in x's dtype."""
         tape().part.modules += 1
         weight = self.parameter(f"{name}.weight", (x.shape[-1],), "norm")
+        if self.build.setup.kernels == "liger":
+            return liger.rms_norm(x, weight)
         dtype = x.dtype
         x = pointwise.cast(x, "fp32")
         variance = pointwise.mean_last(pointwise.power(x))

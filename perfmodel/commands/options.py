@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..errors import UserError
-from ..setup import ATTENTION, CHECKPOINT, DTYPES, OPTIMIZERS
+from ..setup import ATTENTION, CHECKPOINT, DTYPES, KERNELS, OPTIMIZERS
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -89,6 +89,8 @@ def _how() -> tuple[Decorator, ...]:
         click.option("--checkpoint", type=click.Choice(CHECKPOINT), default="none", show_default=True,
                      help="Activation checkpointing per block."),
         click.option("--attention", type=click.Choice(ATTENTION), default="sdpa", show_default=True),
+        click.option("--kernels", type=click.Choice(KERNELS), default="torch", show_default=True,
+                     help="liger: fused norms, rotary positions, SwiGLU and linear cross entropy."),
         click.option("--clip-grad/--no-clip-grad", default=True, show_default=True, help="Clip the gradient norm."),
         click.option("--cuda-graphs", is_flag=True, help="One launch dispatches the whole step."),
         click.option("--padded", is_flag=True, help="Some samples are padded: sdpa gets an explicit mask."),

@@ -16,10 +16,12 @@ from ..tape.core import Op
 from ..tape.dtypes import ITEMSIZE
 from .attention import attention_backward_time, attention_forward_time
 from .gemm import gemm_time
+from .packages import gemm_shape, memory_bound
 from .pointwise import pointwise_time
 from .profile import DeviceProfile
 
 Row = tuple[Any, ...]  # a model's arguments, each an int or an array over the grid
+SOFTMAX_IN_REGISTERS = 1024  # longest row that softmax keeps in registers (ATen/native/cuda/PersistentSoftmax.cuh)
 
 
 @dataclass
@@ -93,13 +95,9 @@ def _price(rows: list[Row], model: Callable[..., np.ndarray]) -> np.ndarray:
 def _sort(i: int, op: Op, tables: _Tables) -> None:
     """Put one op into the table of its model; an op of several kernels gets several rows."""
     name, inputs = op.name, op.inputs
-    if name in ("mm", "addmm", "addmm_"):
-        a, b = inputs[-2:]
-        layout = op.attrs[0] if op.attrs else "tn"
-        tables.add(tables.gemm, (name, a.dtype, layout), i, a.shape[0], b.shape[1], a.shape[1], 1)
-    elif name == "bmm":
-        a, b = inputs
-        tables.add(tables.gemm, (name, a.dtype, "tn"), i, a.shape[1], b.shape[2], a.shape[2], a.shape[0])
+    if name in costs.GEMMS:
+        layout, *shape = gemm_shape(op)
+        tables.add(tables.gemm, (name, inputs[0].dtype, layout), i, *shape)
     elif "attention" in name or "flash_attn" in name:
         backward = name.endswith("_backward")
         q, k = inputs[1:3] if backward else inputs[:2]
@@ -121,6 +119,8 @@ def _memory_bound(op: Op) -> list[tuple[Any, ...]]:
     kernels = costs.kernels(op)
     if isinstance(kernels, int) and kernels == 0:
         return []
+    if "::" in op.name:
+        return [memory_bound(op)]
     name, out = op.name, op.outputs[0] if op.outputs else op.inputs[0]
     read, written, n = op.bytes_read, op.bytes_written, out.numel
     if name.startswith(("_foreach", "_fused")):
@@ -141,6 +141,10 @@ def _memory_bound(op: Op) -> list[tuple[Any, ...]]:
         if len(op.outputs) > 1:
             both.append(("column_reduction", 1, read, x.shape[-1] * 8, x.numel, _rows(x), x.shape[-1]))
         return both
+    if name in ("_log_softmax_backward_data", "_softmax_backward_data"):
+        first = op.inputs[0].nbytes * (1 if "log" in name else 2)  # summed over the row, then all is read again
+        longer = np.greater(out.shape[-1], SOFTMAX_IN_REGISTERS)
+        return [("pointwise", 1, read + first * longer, written, n, 1, 1)]
     if "softmax" in name:
         return [("softmax", 1, read, written, n, _rows(out), out.shape[-1])]
     if name in ("sum.dim_IntList", "mean.dim"):
@@ -177,11 +181,12 @@ def _gemm(profile: DeviceProfile, name: str, dtype: str, layout: Any, *shape: An
     """A weight comes from HBM, an activation may still lie in L2; weight gradients and bmm have two activations."""
     m, n, k, batch = shape
     two_activations = name == "bmm" or layout == "nt"
+    accumulates = name in ("addmm_", "addmm.out")
     return np.asarray(
         gemm_time(
             m, n, k, batch,
             hardware=profile.hardware, parameters=profile.gemm[dtype], dtype=dtype, layout=layout,
-            b_copies=1.0 if two_activations else np.inf,
+            accumulate=accumulates, b_copies=1.0 if two_activations else np.inf,
         )
     )  # fmt: skip
 
@@ -198,10 +203,11 @@ def _memory(profile: DeviceProfile, kind: str, *columns: Any) -> np.ndarray:
     """Memory-bound kernels; an op of several launches pays the floor of each."""
     kernels, read, written, elements, rows, length = columns
     p = profile.pointwise
-    row_wise = kind in ("norm", "norm_backward", "softmax", "embedding", "cross_entropy")
+    row_wise = kind in ("norm", "norm_backward", "softmax", "embedding", "cross_entropy", "fused_norm")
     seconds = pointwise_time(
         read, written, hardware=profile.hardware, parameters=p, kind=kind, elements=elements,
-        rows=rows if row_wise else None, row_elements=length if row_wise else None,
+        rows=rows if row_wise else None,
+        row_elements=length if row_wise or kind == "fused_norm_backward" else None,
     )  # fmt: skip
     return np.asarray(np.asarray(seconds) + (kernels - 1) * (p.launch_floor + p.kernel_gap))
 

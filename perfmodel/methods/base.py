@@ -85,9 +85,21 @@ class Method:
         """Layers with equal keys are treated alike."""
         return 0
 
+    def base_dtype(self, dtype: str) -> str:
+        """The dtype of base weights where the setup asks for `dtype`."""
+        return dtype
+
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """A linear layer's forward pass."""
         return layer(x)
+
+    def qkv(self, layers: tuple[Linear, ...], x: Tensor) -> list[Tensor] | None:
+        """The query, key and value projections in one, where an implementation fuses them."""
+        return None
+
+    def mlp(self, layers: tuple[Linear, ...], x: Tensor) -> Tensor | None:
+        """A SwiGLU MLP (gate, up and down projection) in one, where an implementation fuses it."""
+        return None
 
     def head(self, scope: Scope, hidden: Tensor, weight: Parameter) -> Tensor:
         """The output head where it shares the embedding's weight."""

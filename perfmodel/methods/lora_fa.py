@@ -1,6 +1,7 @@
 """LoRA-FA: LoRA with A frozen at its random start."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..optimizers import Update
 from ..optimizers.ops import in_place, new
@@ -26,6 +27,8 @@ class LoraFa(Lora):
     """
 
     projected: bool = option(True, "peft's LoraFAOptimizer; false: the setup's optimizer")
+
+    implementations: ClassVar[tuple[str, ...]] = ("peft",)
 
     def weights(self, layer: Linear, dtype: str) -> tuple[Parameter, Parameter]:
         self.check_rank(layer, self.r)

@@ -152,9 +152,12 @@ class Tensor:
 
 
 class Parameter(Tensor):
-    """A weight; `count` identical layers hold one each. `kind`: weight, bias, norm, embedding or adapter."""
+    """A weight; `count` identical layers hold one each. `kind`: weight, bias, norm, embedding, adapter or scale.
 
-    __slots__ = ("accumulator", "count", "grad", "kind", "name", "part", "used")
+    `elements` is how many parameters of the model it stands for: packed 4-bit weights hold two a byte, scales none.
+    """
+
+    __slots__ = ("accumulator", "count", "elements", "grad", "kind", "name", "part", "used")
 
     def __init__(self, name: str, shape: Shape, dtype: str, *, kind: str, trainable: bool) -> None:
         numel = product(shape)
@@ -162,6 +165,7 @@ class Parameter(Tensor):
         self.name = name
         self.kind = kind
         self.requires_grad = trainable
+        self.elements = numel
         self.count = 1
         self.grad: Tensor | None = None
         self.accumulator: weakref.ref[Node] | None = None
