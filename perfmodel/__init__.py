@@ -6,10 +6,23 @@
 9175040
 """
 
+from .advise import Advice, advise
 from .compare import Comparison, SpeedUp, compare
 from .errors import UserError
 from .predict import Prediction, predict
 from .setup import Setup
 from .sweep import Sweep, sweep
 
-__all__ = ["Comparison", "Prediction", "Setup", "SpeedUp", "Sweep", "UserError", "compare", "predict", "sweep"]
+__all__ = [
+    "Advice",
+    "Comparison",
+    "Prediction",
+    "Setup",
+    "SpeedUp",
+    "Sweep",
+    "UserError",
+    "advise",
+    "compare",
+    "predict",
+    "sweep",
+]

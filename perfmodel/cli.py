@@ -13,6 +13,7 @@ COMMANDS = {  # command -> its file in `commands/`
     "predict": "predict",
     "compare": "compare",
     "sweep": "sweep",
+    "advise": "advise",
     "models": "lists",
     "methods": "lists",
     "devices": "lists",

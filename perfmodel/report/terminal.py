@@ -1,6 +1,6 @@
 """Tables for the terminal (Rich)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -17,13 +17,17 @@ COLUMNS = (*PHASES, "total")
 PER_TABLE = 4  # methods side by side in a terminal of 80 columns
 
 
-def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], *, left: int = 1) -> Table:
-    """A plain table; the first `left` columns are text, the others numbers."""
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[Iterable[Any]], *, left: int = 1, text_last: bool = False
+) -> Table:
+    """A plain table; the first `left` columns are text, the others numbers, the last long text if it is `text_last`."""
     made = Table(
         title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )
     for i, name in enumerate(columns):
-        made.add_column(name, justify="left" if i < left else "right", overflow="fold", no_wrap=i == 0)
+        is_text = i < left or (text_last and i == len(columns) - 1)
+        no_wrap = not is_text if text_last else i == 0
+        made.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=no_wrap)
     for row in rows:
         made.add_row(*(str(cell) for cell in row))
     return made
