@@ -25,8 +25,12 @@ from perfmodel.setup import Setup
 
 from . import updates
 
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.bool: "bool"}
+DTYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.complex64: "c64", torch.int64: "i64",
+    torch.int32: "i32", torch.uint8: "u8", torch.bool: "bool",
+}  # fmt: skip
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+NAMESPACES = ("aten", "flash_attn", "bitsandbytes")
 aten = torch.ops.aten
 
 Signature = tuple[str, tuple[Any, ...], tuple[Any, ...]]
@@ -118,7 +122,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 out = self.dense if all_ones else True if args[0].dtype == torch.bool else 1
         else:
             out = func(*args, **kwargs)
-        if func.namespace not in ("aten", "flash_attn") or not self.recording:
+        if func.namespace not in NAMESPACES or not self.recording:
             return out
         if func.is_view or func._schema.name in ("aten::_unsafe_view", "aten::detach"):
             self.trace.views[self.phase] += 1
