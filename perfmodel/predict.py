@@ -221,9 +221,9 @@ def _notes(built: Step, on: DeviceProfile, time: Time) -> list[str]:
 
 def _optimizer_notes(built: Step, time: Time) -> list[str]:
     notes = []
-    own, name = built.method.own_optimizer, built.method.name
+    own = built.method.own_optimizer
     if own and built.setup.optimizer != "adamw":
-        notes.append(f"{name} brings its own optimizer, {own}: the setup's {built.setup.optimizer} is not used")
+        notes.append(f"{built.method.name} brings {own}: the setup's optimizer {built.setup.optimizer} is not used")
     if np.any(time.components.get("solver", 0.0) > 0.01 * time.phases["total"]):
         notes.append(
             "decompositions (SVD, QR, pseudo-inverse, …) are priced by a rough model of cuSOLVER, wider interval"

@@ -31,8 +31,8 @@ class Step:
     """One optimizer step as ordered parts of ops, with the parameters it trains.
 
     `groups` holds the first micro-batch, the further ones (if any), and clipping with the optimizer. `state_bytes` is
-    what the optimizer keeps between steps, `paged_bytes` what it keeps in memory shared with the host. `periodic` is what
-    the method does besides steps, which counts in none of them.
+    what the optimizer keeps between steps, `paged_bytes` what it keeps in memory shared with the host. `periodic` is
+    what the method does besides steps, which counts in none of them.
     """
 
     architecture: Architecture
