@@ -131,6 +131,7 @@ GEMMS = (
 # CUDA kernels per ATen call where it is not 1, with the reason. To be confirmed on a GPU by the validation harness.
 KERNELS: dict[str, tuple[int, str]] = {
     "_local_scalar_dense": (0, "a copy to the host and a synchronisation, no kernel"),
+    "_linalg_check_errors": (0, "reads a status on the host"),
     "empty_like": (0, "allocates only"),
     "zeros": (1, "a fill"),
     "eye": (2, "fills zeros, then the diagonal"),
@@ -159,14 +160,24 @@ _LISTS = {
 }  # fmt: skip
 
 
+# Decompositions of cuSOLVER; whether PyTorch reads their status at once (BatchLinearAlgebra.cpp). The kernels that they
+# launch inside the library are not counted: a call counts as one.
+SOLVERS = {
+    "linalg_qr": False, "_linalg_svd": True, "linalg_pinv.atol_rtol_tensor": True, "_linalg_eigh": True,
+    "linalg_eig": True, "_linalg_solve_ex": False, "linalg_inv_ex": False,
+}  # fmt: skip
+
+
 def synchronises(op: Op) -> bool:
     """Whether the host waits for the device in a call: it reads a result, or copies between pageable memory and it."""
-    return "sync" in op.attrs or (op.name == "_local_scalar_dense" and "host" not in op.attrs)
+    if op.name in ("_local_scalar_dense", "_linalg_check_errors"):
+        return "host" not in op.attrs
+    return SOLVERS.get(op.name, False) or not {"sync", "to_host", "from_host"}.isdisjoint(op.attrs)
 
 
 def kernels(op: Op) -> Dim:
     """CUDA kernels that one call launches; 0 for views, for work on host tensors and for copies from or to the host."""
-    if op.view or "host" in op.attrs or "sync" in op.attrs:
+    if op.view or not {"host", "to_host", "from_host"}.isdisjoint(op.attrs):
         return 0
     lists = _LISTS.get(op.name)
     if lists:
@@ -206,7 +217,9 @@ def kind(op: Op) -> str:
         return "gemm"
     if "attention" in name or "flash_attn" in name:
         return "attention"
-    if name.startswith(("_foreach", "_fused")) or "host" in op.attrs:
+    if name in SOLVERS:
+        return "solver"
+    if name.startswith(("_foreach", "_fused", "bitsandbytes::optimizer")) or "host" in op.attrs:
         return "optimizer"
     if "softmax" in name or "layer_norm" in name or name.startswith(("nll", "sum", "mean", "linalg")):
         return "reduction"

@@ -30,8 +30,9 @@ class Group:
 class Step:
     """One optimizer step as ordered parts of ops, with the parameters it trains.
 
-    `groups` holds the first micro-batch, the further ones (if any), and clipping with the optimizer; `state_bytes` is
-    what the optimizer keeps between steps; `periodic` what the method does besides steps, which counts in none of them.
+    `groups` holds the first micro-batch, the further ones (if any), and clipping with the optimizer. `state_bytes` is
+    what the optimizer keeps between steps, `paged_bytes` what it keeps in memory shared with the host. `periodic` is
+    what the method does besides steps, which counts in none of them.
     """
 
     architecture: Architecture
@@ -41,6 +42,7 @@ class Step:
     parameters: list[Parameter]
     groups: list[Group] = field(default_factory=list)
     state_bytes: Dim = 0
+    paged_bytes: Dim = 0
     periodic: list[PeriodicOps] = field(default_factory=list)
 
     def parts(self) -> Iterator[tuple[Part, int]]:
@@ -185,7 +187,7 @@ def record_update(step: Step, tape: Tape) -> None:
     tape.begin("zero_grad", "optimizer")
     for p in step.parameters:
         p.grad = None
-    step.state_bytes = update.state_bytes
+    step.state_bytes, step.paged_bytes = update.state_bytes, update.paged_bytes
 
 
 __all__ = ["PHASES", "Group", "Step", "build", "new_tensor", "record_update"]

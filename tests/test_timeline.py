@@ -15,7 +15,7 @@ from helpers import METHODS, NAMES, step_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from perfmodel import timeline
+from perfmodel import costs, timeline
 from perfmodel.devices import host as hosts
 from perfmodel.devices import price, profile
 from perfmodel.devices.host import Host
@@ -155,7 +155,7 @@ def unrolled(step: Step, host: Host) -> tuple[float, float]:
                     h += dispatch
                     if on_device(op):
                         d = max(d, h + host.launch) + duration
-                    if "sync" in op.attrs or (op.name == "_local_scalar_dense" and on_device(op)):
+                    if costs.synchronises(op):
                         h = d = max(h, d)
     return h, d
 

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from perfmodel.errors import UserError
 from perfmodel.methods import Method
 from perfmodel.methods.adalora import AdaLora
 from perfmodel.methods.lora_fa import LoraFa
 from perfmodel.methods.loraplus import LoraPlus
+from perfmodel.optimizers.bitsandbytes import CODES, FORMS
 
 Make = Callable[..., Any]  # of (model, form, method): the optimizer to run
 F = TypeVar("F", bound=Make)
@@ -35,8 +38,33 @@ def make(model: Any, form: str, method: Method) -> Any:
 
 
 def standard(model: Any, form: str) -> torch.optim.Optimizer:
-    """The optimizer of that form on all that trains."""
-    return make_optimizer([p for p in model.parameters() if p.requires_grad], form)
+    """The optimizer of that form on all that trains, as transformers' Trainer makes it."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return _bitsandbytes(model, trained, form) if form in FORMS else make_optimizer(trained, form)
+
+
+def _bitsandbytes(model: Any, parameters: list[Any], form: str) -> torch.optim.Optimizer:
+    """One of bitsandbytes; the maps of its 8-bit codes are read when they are made, which fake tensors cannot be.
+
+    Raises:
+        UserError: the package is not installed, or the form needs a GPU to make its states.
+    """
+    states, bits, paged = FORMS[form]
+    if paged:
+        raise UserError(f"optimizer {form}: its states cannot be made without a GPU")
+    try:
+        bnb = import_module("bitsandbytes")
+    except ImportError as error:
+        raise UserError(f"optimizer {form}: its program needs the bitsandbytes package") from error
+    manager = bnb.optim.GlobalOptimManager.get_instance()
+    manager.initialize()
+    for module in model.modules():
+        if bits == 8 and isinstance(module, torch.nn.Embedding):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
+    cls = bnb.optim.AdamW if states == 2 else bnb.optim.Lion
+    with patch.object(bnb.functional, "create_dynamic_map", lambda signed: torch.empty(CODES)):
+        optimizer: torch.optim.Optimizer = cls(parameters, lr=1e-4, optim_bits=bits)
+    return optimizer
 
 
 def make_optimizer(parameters: list[Any], form: str) -> torch.optim.Optimizer:
@@ -48,6 +76,10 @@ def make_optimizer(parameters: list[Any], form: str) -> torch.optim.Optimizer:
 
 def torch_class(form: str) -> tuple[Any, dict[str, Any]]:
     """The class of an optimizer form, and the options that make it that form."""
+    if form == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor, {"scale_parameter": False, "relative_step": False}
     if form.startswith("adamw"):
         return torch.optim.AdamW, {"foreach": form == "adamw-foreach", "fused": form == "adamw-fused"}
     return torch.optim.SGD, {"momentum": 0.9 if form == "sgd-momentum" else 0.0, "foreach": True}

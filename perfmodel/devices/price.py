@@ -19,6 +19,7 @@ from .gemm import gemm_time
 from .packages import gemm_shape, memory_bound
 from .pointwise import pointwise_time
 from .profile import DeviceProfile
+from .solver import solver_time
 
 Row = tuple[Any, ...]  # a model's arguments, each an int or an array over the grid
 SOFTMAX_IN_REGISTERS = 1024  # longest row that softmax keeps in registers (ATen/native/cuda/PersistentSoftmax.cuh)
@@ -39,7 +40,7 @@ class _Tables:
     """The tables of all models."""
 
     def __init__(self) -> None:
-        self.gemm, self.attention, self.memory = _Table(), _Table(), _Table()
+        self.gemm, self.attention, self.solver, self.memory = _Table(), _Table(), _Table(), _Table()
         self.arrays: dict[Any, list[np.ndarray]] = {}
 
     def add(self, table: _Table, key: Any, i: int, *row: Any) -> None:
@@ -66,7 +67,10 @@ def durations(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
         if not op.view and "host" not in op.attrs:
             _sort(i, op, tables)
     priced: list[tuple[list[list[int]], np.ndarray]] = []
-    for model, table in ((_gemm, tables.gemm), (_attention, tables.attention), (_memory, tables.memory)):
+    models = (
+        (_gemm, tables.gemm), (_attention, tables.attention), (_solver, tables.solver), (_memory, tables.memory),
+    )  # fmt: skip
+    for model, table in models:
         for key, rows in table.rows.items():
             seconds = _price([row for row, _ in rows.values()], partial(model, profile, *key))
             priced.append(([index for _, index in rows.values()], seconds))
@@ -106,6 +110,8 @@ def _sort(i: int, op: Op, tables: _Tables) -> None:
         sizes = (q.shape[0], q.shape[seq], k.shape[seq], q.shape[heads], k.shape[heads], q.shape[3])
         causal = bool(op.attrs and op.attrs[0])
         tables.add(tables.attention, ("cudnn" in name, backward, causal, q.dtype), i, *sizes)
+    elif name in costs.SOLVERS:
+        tables.add(tables.solver, (name,), i, *inputs[0].shape)
     else:
         for kind, *row in _memory_bound(op):
             tables.add(tables.memory, (kind,), i, *row)
@@ -127,6 +133,8 @@ def _memory_bound(op: Op) -> list[tuple[Any, ...]]:
         if name == "_fused_adamw_":
             read, written = read, written * 3 / 4  # the schema's fourth list, the gradients, is only read
         return [("optimizer", kernels, read, written, n, 1, 1)]
+    if name.startswith("bitsandbytes::optimizer"):  # the schema's first output, the gradient, is only read
+        return [("optimizer", kernels, read, written - out.nbytes, n, 1, 1)]
     if name == "embedding":
         return [("embedding", 1, written, written, n, _rows(out), out.shape[-1])]
     if name == "embedding_dense_backward":
@@ -197,6 +205,10 @@ def _attention(
     model = attention_backward_time if backward else attention_forward_time
     parameters = profile.cudnn_attention if cudnn else profile.attention
     return np.asarray(model(*shape, hardware=profile.hardware, parameters=parameters, causal=causal, dtype=dtype))
+
+
+def _solver(profile: DeviceProfile, name: str, *shape: Any) -> np.ndarray:
+    return solver_time(name, *shape, hardware=profile.hardware)
 
 
 def _memory(profile: DeviceProfile, kind: str, *columns: Any) -> np.ndarray:

@@ -51,6 +51,7 @@ class Update:
         parameters: those that received a gradient.
         states: tensors that are kept between steps on the device, as they are named.
         host_states: those on the host (step counters).
+        paged_states: those in memory that host and device share, which no allocator of PyTorch holds.
     """
 
     def __init__(self, tape: Tape, optimizer: str, everything: Parameters) -> None:
@@ -60,11 +61,17 @@ class Update:
         self.parameters = [p for p in everything if p.used]
         self.states: list[Spec] = []
         self.host_states: list[Spec] = []
+        self.paged_states: list[Spec] = []
 
     @property
     def state_bytes(self) -> Dim:
-        """Bytes that are kept between steps."""
+        """Bytes that are kept between steps, but for paged ones."""
         return sum(s.nbytes for s in (*self.states, *self.host_states))
+
+    @property
+    def paged_bytes(self) -> Dim:
+        """Bytes of paged states."""
+        return sum(s.nbytes for s in self.paged_states)
 
     def group(self, parameters: Parameters, *, decay: bool = True) -> None:
         """Record the setup's optimizer on one parameter group, with weight decay or without; nothing if it is empty."""
@@ -83,11 +90,18 @@ class Update:
             self.part(count)
             yield run
 
-    def state(self, like: Parameter, shape: Shape | None = None, dtype: str | None = None) -> Tensor:
+    def state(
+        self, like: Parameter, shape: Shape | None = None, dtype: str | None = None, *, paged: bool = False
+    ) -> Tensor:
         """A tensor that every copy of a parameter keeps between steps; of its shape and dtype unless said otherwise."""
         held = existing(like.shape if shape is None else shape, dtype or like.dtype)
-        self.states.append(Spec(held.dtype, held.shape, like.count))
+        (self.paged_states if paged else self.states).append(Spec(held.dtype, held.shape, like.count))
         return held
+
+    def shared_state(self, shape: Shape, dtype: str) -> Tensor:
+        """A tensor that the optimizer keeps once, for all parameters."""
+        self.states.append(Spec(dtype, shape))
+        return existing(shape, dtype)
 
     def host_counter(self, like: Parameter) -> Tensor:
         """The fp32 step counter of a parameter, which `torch.optim` keeps on the host."""
