@@ -97,6 +97,7 @@ def flops(op: Op) -> Dim:
 KERNELS: dict[str, tuple[int, str]] = {
     "_local_scalar_dense": (0, "a copy to the host and a synchronisation, no kernel"),
     "empty_like": (0, "allocates only"),
+    "new_empty_strided": (0, "allocates only"),
     "zeros": (1, "a fill"),
     "eye": (2, "fills zeros, then the diagonal"),
     "slice_backward": (2, "fills zeros, then copies the slice"),

@@ -75,9 +75,7 @@ class RunLora(Targeted):
                 raise UserError(f"method runlora: {name} must be from 1 to {known[-1]}, got {value}")
 
     def dtype_beside(self, dtype: str) -> str:
-        if self.adapter_dtype not in (None, dtype):
-            raise UserError(f"method runlora: adapter_dtype must be the base's, {dtype}; got {self.adapter_dtype}")
-        return dtype
+        return self.base_dtype(dtype)
 
     def orders(self, tokens: Dim, n: Dim, m: Dim) -> tuple[int, int]:
         """Forward and backward order for x (tokens, n) and W (n, m)."""
