@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from ..architectures.masks import read_scalar
 from ..errors import UserError
+from ..tape.copy_slices import add_to_view
 from ..tape.core import Tensor, emit
 from ..tape.dims import product
 from ..tape.extra import add_in_place
-from ..tape.inplace import add_to_view
 from ..tape.linalg import matmul
 from ..tape.pointwise import add, dropout, fill, mul
 from ..tape.shape import transpose
