@@ -9,13 +9,14 @@ from ..architectures.base import Architecture, Linear, Scope
 from ..errors import UserError, nearest
 from ..periodic import Periodic
 from ..setup import Setup, positive
-from ..tape.core import Parameter, Tensor
+from ..tape.core import Parameter, Part, Tensor
 from ..tape.dims import Dim
 from ..tape.linalg import linear
 
 if TYPE_CHECKING:
     from ..step import Step
 
+Seconds = Callable[[list[Part]], Any]  # of parts in a row, on the device and host that a step is for
 _REGISTRY: dict[str, type["Method"]] = {}
 M = TypeVar("M", bound="Method")
 
@@ -99,6 +100,14 @@ class Method:
             x.requires_grad = True
         return x
 
+    def priced(self: M, seconds: Seconds) -> M:
+        """This method with a way to ask what parts of a step take, for one that chooses its program by time."""
+        return self
+
+    def choices(self, step: "Step") -> list[Any]:
+        """What it chose for each kind of layer and why: a row of plain fields each, for tables and JSON."""
+        return []
+
     def periodic(self) -> tuple[Periodic, ...]:
         """What it does besides its steps: once per run, or every so many steps."""
         return ()
@@ -132,7 +141,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _options(cls: type[Method]) -> list[Any]:
-    return [f for f in fields(cls) if f.name != "architecture"]
+    return [f for f in fields(cls) if "help" in f.metadata]
 
 
 def options(cls: type[Method]) -> dict[str, str]:
@@ -201,4 +210,16 @@ def _indices(where: str, text: str) -> tuple[int, ...]:
     return tuple(sorted(set(found)))
 
 
-__all__ = ["Linear", "Method", "Periodic", "Scope", "method", "option", "options", "parse", "positive", "registered"]
+__all__ = [
+    "Linear",
+    "Method",
+    "Periodic",
+    "Scope",
+    "Seconds",
+    "method",
+    "option",
+    "options",
+    "parse",
+    "positive",
+    "registered",
+]
