@@ -21,11 +21,16 @@ _REGISTRY: dict[str, type["Method"]] = {}
 M = TypeVar("M", bound="Method")
 
 
-def method(name: str, *, source: str) -> Callable[[type[M]], type[M]]:
-    """Register a method under a name; `source` is the paper or code that defines it."""
+def method(name: str, *, source: str, trains: str = "", adds: str = "") -> Callable[[type[M]], type[M]]:
+    """Register a method under a name.
+
+    Args:
+        source: the paper or code that defines it.
+        trains, adds: for lists, a few words each: what trains, and what it adds to the frozen model's step.
+    """
 
     def register(cls: type[M]) -> type[M]:
-        cls.name, cls.source = name, source
+        cls.name, cls.source, cls.what_trains, cls.what_it_adds = name, source, trains, adds
         _REGISTRY[name] = cls
         return cls
 
@@ -53,6 +58,8 @@ class Method:
 
     name: ClassVar[str]
     source: ClassVar[str]
+    what_trains: ClassVar[str]
+    what_it_adds: ClassVar[str]
 
     @property
     def layers(self) -> int:
@@ -123,7 +130,7 @@ class Method:
             value = getattr(self, f.name)
             if value is None or (f.name not in self.sizes() and f.default is not MISSING and _equal(value, f.default)):
                 continue
-            parts.append(f"{f.name}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}")
+            parts.append(f"{f.name}={_text(value)}")
         return self.name + (":" + ",".join(parts) if parts else "")
 
     def sizes(self) -> tuple[str, ...]:
@@ -136,6 +143,10 @@ class Method:
         return (inspect.getdoc(cls) or "").splitlines()[0]
 
 
+def _text(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def _equal(a: Any, b: Any) -> bool:
     return type(a) is type(b) and bool(a == b) if not hasattr(a, "shape") else False
 
@@ -146,7 +157,7 @@ def _options(cls: type[Method]) -> list[Any]:
 
 def options(cls: type[Method]) -> dict[str, str]:
     """Option name → description with its default."""
-    shown = {f.name: "" if f.default in (None, ()) else f" (default {f.default})" for f in _options(cls)}
+    shown = {f.name: "" if f.default in (None, ()) else f" (default {_text(f.default)})" for f in _options(cls)}
     ordered = sorted(_options(cls), key=lambda f: f.name not in ("r", "k"))  # what sizes the method first
     return {f.name: f.metadata.get("help", "") + shown[f.name] for f in ordered}
 

@@ -23,7 +23,12 @@ SHORTCUTS = ("is", "bs", "ms")
 NORMS = {"is": (4,), "bs": (), "ms": (3, 4)}  # merge flags with which a training step reads a norm back, by shortcut
 
 
-@method("reslora", source="https://arxiv.org/abs/2402.18039; github.com/microsoft/LMOps, reslora")
+@method(
+    "reslora",
+    source="https://arxiv.org/abs/2402.18039; github.com/microsoft/LMOps, reslora",
+    trains="A, B",
+    adds="lora + earlier blocks",
+)
 @dataclass(frozen=True)
 class ResLora(Lora):
     """LoRA with shortcuts: of the input (is), of the adapters (bs), or of xAᵀ (ms) of the same layer in earlier blocks.

@@ -36,7 +36,12 @@ class Choice:
     backward_seconds: dict[int, Any] | None = None
 
 
-@method("runlora", source="https://arxiv.org/abs/2312.03415")
+@method(
+    "runlora",
+    source="https://arxiv.org/abs/2312.03415",
+    trains="U, V",
+    adds="products, cheapest order",
+)
 @dataclass(frozen=True)
 class RunLora(Targeted):
     """LoRA with its products in the cheapest of four forward and eight backward orders, chosen per layer shape."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..compare import Comparison, SpeedUp
@@ -95,6 +96,17 @@ def _why(chosen: int, costs: dict[int, float], show: Callable[[float], str]) -> 
     others = {order: other for order, other in costs.items() if abs(other / cost - 1) > 1e-6}
     best = min(others, key=lambda order: others[order], default=None)
     return [f"{chosen}: {show(cost)}", "" if best is None else f"{best} {100 * (others[best] / cost - 1):+.1f} %"]
+
+
+def show_method(row: dict[str, Any]) -> None:
+    """One method: what it is, where it comes from, and its options."""
+    console.print(f"[bold]{row['method']}[/]: trains {row['trains']}; adds {row['adds']}\n")
+    for paragraph in row["description"].split("\n\n"):
+        console.print(escape(" ".join(paragraph.split())) + "\n")
+    console.print(f"[dim]{row['source']}[/]")
+    if row["options"]:
+        console.print()
+        console.print(table("", ("option", ""), ((o, escape(text)) for o, text in row["options"].items()), left=2))
 
 
 def _notes(notes: Iterable[str]) -> None:
