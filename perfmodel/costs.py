@@ -133,6 +133,7 @@ KERNELS: dict[str, tuple[int, str]] = {
     "_local_scalar_dense": (0, "a copy to the host and a synchronisation, no kernel"),
     "_linalg_check_errors": (0, "reads a status on the host"),
     "empty_like": (0, "allocates only"),
+    "new_empty_strided": (0, "allocates only"),
     "zeros": (1, "a fill"),
     "eye": (2, "fills zeros, then the diagonal"),
     "slice_backward": (2, "fills zeros, then copies the slice"),

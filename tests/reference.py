@@ -140,7 +140,7 @@ class RunLoraLinear(nn.Module):
         like = {"dtype": base.weight.dtype, "device": base.weight.device}
         self.lora_U = nn.Parameter(torch.empty(n, method.r, **like))
         self.lora_V = nn.Parameter(torch.empty(method.r, m, **like))
-        self.scaling, self.orders = method.alpha / method.r, method.orders(tokens, n, m)
+        self.scaling, self.orders = method.alpha / method.r, method.orders(runlora.LayerShape(tokens, n, m, method.r))
 
     def forward(self, x: Any) -> Any:
         w = self.base.weight if isinstance(self.base, Conv1D) else self.base.weight.t()

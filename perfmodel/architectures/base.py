@@ -101,7 +101,8 @@ class Build:
     """One recording of a model: architecture, method, setup and all parameters made so far.
 
     `past` are the keys and values that a method puts before those of a block, for every run of blocks to come; `held`
-    is what Python holds on to until the forward pass returns, with the part of the run of blocks that made it.
+    is what Python holds on to until the forward pass returns, with the part of the run of blocks that made it; `kept`
+    what modules keep as attributes until their next forward pass, with the part that it was made in.
     """
 
     architecture: Architecture
@@ -110,6 +111,11 @@ class Build:
     parameters: dict[str, Parameter]
     past: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     held: list[tuple[Tensor, Part | None]] = field(default_factory=list)
+    kept: dict[Any, tuple[Tensor, Part]] = field(default_factory=dict)
+
+    def keep(self, key: Any, value: Tensor) -> None:
+        """`self.key = value` of a module."""
+        self.kept[key] = value, tape().part
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,12 @@ HELP = "peft, unsloth (fused where q, k, v or the MLP are all targets, without d
 FUSED = ("llama", "mistral", "qwen2")  # what the fused implementations are written for
 
 
-@method("lora", source="https://arxiv.org/abs/2106.09685; peft/tuners/lora/layer.py")
+@method(
+    "lora",
+    source="https://arxiv.org/abs/2106.09685; peft/tuners/lora/layer.py",
+    trains="A, B",
+    adds="2 thin GEMMs, casts, add",
+)
 @dataclass(frozen=True)
 class Lora(Targeted):
     """Low-rank adapters beside frozen linear layers: y = xWᵀ + (α/r)·(xAᵀ)Bᵀ."""

@@ -14,7 +14,12 @@ from .targeted import Targeted, base_bias, matches
 READERS = ("o_proj", "out_proj", "down_proj", "c_proj", "fc2", "output.dense")  # of heads and channels; others write
 
 
-@method("s2ft", source="https://arxiv.org/abs/2412.06289; github.com/Infini-AI-Lab/S2FT, efficiency/s2ft.py")
+@method(
+    "s2ft",
+    source="https://arxiv.org/abs/2412.06289; github.com/Infini-AI-Lab/S2FT, efficiency/s2ft.py",
+    trains="slices of o and down",
+    adds="nothing",
+)
 @dataclass(frozen=True)
 class S2Ft(Targeted):
     """Structured sparse tuning: some input columns of o and down (rows of q, k, v, up, gate) train in place.
