@@ -216,6 +216,10 @@ class Scope:
         tape().part.modules += 1
         return nn.embedding(self.parameter(f"{name}.weight", (rows, width), "embedding"), ids)
 
+    def sublayer(self, name: str, x: Tensor, residual: Tensor, norm: str | None = None) -> Tensor:
+        """The output of "attention" or "mlp" as the fine-tuning method rewrites it, before it joins the residual."""
+        return self.build.method.sublayer(self, name, x, residual, norm)
+
     def extended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (batch, heads, seq, head_dim) behind those of the cache (`DynamicLayer.update`), if any."""
         if not self.build.past:

@@ -3,6 +3,7 @@
 from . import (
     badam,
     bitfit,
+    bottleneck,
     dora,
     full,
     ia3,
@@ -29,6 +30,7 @@ __all__ = [
     "Method",
     "badam",
     "bitfit",
+    "bottleneck",
     "dora",
     "full",
     "ia3",
