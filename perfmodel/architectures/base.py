@@ -8,6 +8,7 @@ from ..errors import UserError, nearest
 from ..tape import autograd, linalg, nn, pointwise
 from ..tape.core import Parameter, Part, Tensor, tape
 from ..tape.dims import decide
+from ..tape.extra import add_in_place, add_to_view
 from .config import Config
 
 if TYPE_CHECKING:
@@ -131,6 +132,10 @@ class Linear:
             assert bias is not None
             return linalg.conv1d(x, weight, bias)
         return linalg.linear(x, weight, bias)
+
+    def add_to(self, result: Tensor, other: Tensor) -> Tensor:
+        """`result += other` on this layer's output: a view of a matrix where the product has a bias."""
+        return add_to_view(result, other) if self.has_bias and len(result.shape) > 2 else add_in_place(result, other)
 
     def adapter(self, name: str, shape: tuple[Any, ...], dtype: str, *, trainable: bool = True) -> Parameter:
         """A parameter that the method adds to this layer."""
