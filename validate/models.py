@@ -32,6 +32,7 @@ from perfmodel.methods.virtual import VirtualTokens
 from perfmodel.setup import Setup
 
 from .trace import TORCH_DTYPES
+from .tuners_of_peft import CONFIGS
 
 NORMS = {
     "llama": ["input_layernorm", "post_attention_layernorm", "norm"],
@@ -61,6 +62,9 @@ def build(config: Config, setup: Setup, *, device: str = "meta") -> Any:
 
 def apply(model: Any, method: Method, architecture: Architecture) -> Any:
     """The model with the fine-tuning method on it, through peft where peft has it."""
+    if type(method) in CONFIGS and isinstance(method, Targeted):
+        config, options = CONFIGS[type(method)]
+        return _adapt(model, config, method, architecture, **{k: getattr(method, v) for k, v in options.items()})
     if type(method) not in _APPLY:
         raise UserError(f"method {method.name}: neither peft nor transformers has a program of it to trace")
     return _APPLY[type(method)](model, method, architecture)

@@ -80,6 +80,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live = 0
         self.storages: dict[int, int] = {}
         self.recording = False
+        self.latest_any: weakref.ref[Any] | None = None  # it asks for infinite values, of which there are none
         self.dense = dense
 
     @contextmanager
@@ -119,10 +120,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             except (
                 Exception
             ):  # data of a fake tensor: is the attention mask all ones? does a random draw keep a module?
-                all_ones = args[0].dtype == torch.bool and args[0].dim() == 0
-                out = self.dense if all_ones else True if args[0].dtype == torch.bool else 1
+                if args[0].dtype != torch.bool:
+                    out = 1
+                elif self.latest_any is not None and self.latest_any() is args[0]:
+                    out = False
+                else:
+                    out = self.dense if args[0].dim() == 0 else True
         else:
             out = func(*args, **kwargs)
+        if func is aten.any.default:
+            self.latest_any = weakref.ref(out)
         if func.namespace not in NAMESPACES or not self.recording:
             return out
         if func.is_view or func._schema.name in ("aten::_unsafe_view", "aten::detach"):

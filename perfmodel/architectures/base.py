@@ -8,6 +8,7 @@ from ..errors import UserError, nearest
 from ..tape import autograd, liger, linalg, nn, pointwise
 from ..tape.core import Parameter, Part, Tensor, tape
 from ..tape.dims import decide
+from ..tape.extra import add_in_place, add_to_view
 from .config import Config
 
 if TYPE_CHECKING:
@@ -139,6 +140,10 @@ class Linear:
             return linalg.conv1d(x, weight, bias)
         return linalg.linear(x, weight, bias)
 
+    def add_to(self, result: Tensor, other: Tensor) -> Tensor:
+        """`result += other` on this layer's output: a view of a matrix where the product has a bias."""
+        return add_to_view(result, other) if self.has_bias and len(result.shape) > 2 else add_in_place(result, other)
+
     def adapter(self, name: str, shape: tuple[Any, ...], dtype: str, *, trainable: bool = True) -> Parameter:
         """A parameter that the method adds to this layer."""
         return self.scope.parameter(f"{self.name}.{name}", shape, "adapter", dtype=dtype, trainable=trainable)
@@ -227,6 +232,10 @@ class Scope:
         """`nn.Embedding`."""
         tape().part.modules += 1
         return nn.embedding(self.parameter(f"{name}.weight", (rows, width), "embedding"), ids)
+
+    def sublayer(self, name: str, x: Tensor, residual: Tensor, norm: str | None = None) -> Tensor:
+        """The output of "attention" or "mlp" as the fine-tuning method rewrites it, before it joins the residual."""
+        return self.build.method.sublayer(self, name, x, residual, norm)
 
     def extended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (batch, heads, seq, head_dim) behind those of the cache (`DynamicLayer.update`), if any."""

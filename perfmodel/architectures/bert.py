@@ -115,7 +115,9 @@ class Bert(Architecture):
         """Projection, dropout, residual and LayerNorm after attention and after the MLP."""
         x = layer.linear(f"{name}.dense", x, self.hidden, bias=True)
         x = dropout(x, self.hidden_dropout)
-        return layer.layer_norm(f"{name}.LayerNorm", add(x, residual))
+        norm = f"{name}.LayerNorm"
+        x = layer.sublayer("mlp" if name == "output" else "attention", x, residual, norm)
+        return layer.layer_norm(norm, add(x, residual))
 
     def attention(self, layer: Scope, x: Tensor, mask: Tensor | None) -> Any:
         """Bidirectional multi-head attention with its output projection; also returns the weights, if any."""

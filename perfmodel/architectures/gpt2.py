@@ -79,10 +79,12 @@ class Gpt2(Architecture):
         residual = x
         x = layer.layer_norm("ln_1", x)
         attended, _ = self.attention(layer, x, mask)
+        attended = layer.sublayer("attention", attended, residual)
         x = add(attended, residual)
         residual = x
         x = layer.layer_norm("ln_2", x)
-        return add(residual, self.mlp(layer, x))
+        x = layer.sublayer("mlp", self.mlp(layer, x), residual)
+        return add(residual, x)
 
     def attention(self, layer: Scope, x: Tensor, mask: Tensor | None) -> Any:
         """Multi-head attention from one fused projection; also returns the weights, if any."""

@@ -86,10 +86,12 @@ class GptNeo(Architecture):
         residual = x
         x = layer.layer_norm("ln_1", x)
         attended, _ = self.attention(layer, x, mask, allowed)
+        attended = layer.sublayer("attention", attended, residual)
         x = add(attended, residual)
         residual = x
         x = layer.layer_norm("ln_2", x)
-        return add(residual, self.mlp(layer, x))
+        x = layer.sublayer("mlp", self.mlp(layer, x), residual)
+        return add(residual, x)
 
     def attention(self, layer: Scope, x: Tensor, mask: Tensor, allowed: Tensor) -> Any:
         """Multi-head attention with fp32 scores; also returns the weights."""

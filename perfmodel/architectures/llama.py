@@ -111,10 +111,12 @@ class Llama(Architecture):
         residual = x
         x = layer.rms_norm("input_layernorm", x)
         x, _ = self.attention(layer, x, mask, cos, sin)
+        x = layer.sublayer("attention", x, residual)
         x = add(residual, x)
         residual = x
         x = layer.rms_norm("post_attention_layernorm", x)
         x = self.mlp(layer, x)
+        x = layer.sublayer("mlp", x, residual)
         return add(residual, x)
 
     def attention(self, layer: Scope, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Any:

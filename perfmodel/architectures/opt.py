@@ -86,6 +86,7 @@ class Opt(Architecture):
         x = layer.layer_norm("self_attn_layer_norm", x)
         x, _ = self.attention(layer, x, mask)
         x = dropout(x, self.residual_dropout)
+        x = layer.sublayer("attention", x, residual)
         x = add(residual, x)
         shape = x.shape
         x = reshape(x, (product(shape[:-1]), shape[-1]))
@@ -95,6 +96,7 @@ class Opt(Architecture):
         x = relu(x)
         x = layer.linear("fc2", x, self.hidden, bias=True)
         x = dropout(x, self.residual_dropout)
+        x = layer.sublayer("mlp", x, residual)
         return view(add(residual, x), shape)
 
     def attention(self, layer: Scope, x: Tensor, mask: Tensor | None) -> Any:

@@ -109,6 +109,10 @@ class Method:
         """A SwiGLU MLP (gate, up and down projection) in one, where an implementation fuses it."""
         return None
 
+    def sublayer(self, layer: Scope, name: str, x: Tensor, residual: Tensor, norm: str | None) -> Tensor:
+        """What a block's "attention" or "mlp" adds to the residual; a post-norm model has the layer `norm` after it."""
+        return x
+
     def head(self, scope: Scope, hidden: Tensor, weight: Parameter) -> Tensor:
         """The output head where it shares the embedding's weight."""
         return linear(hidden, weight)

@@ -117,7 +117,7 @@ def _settled(grad: Tensor, leaf: Tensor) -> Tensor:
     alike = dense_order(grad.shape, grad.strides) is not None and all(
         is_one(d) or same(a, b) for d, a, b in zip(grad.shape, grad.strides, leaf.strides, strict=True)
     )
-    return grad if alike else _copy(grad)
+    return grad if alike else copy(grad)
 
 
 def _keep(node: Node, grads: Sequence[Tensor | None]) -> Grads:
@@ -127,11 +127,12 @@ def _keep(node: Node, grads: Sequence[Tensor | None]) -> Grads:
     return ()
 
 
-def _copy(grad: Tensor) -> Tensor:
-    copy = new_tensor(grad.shape, grad.dtype)
-    record("new_empty_strided", (grad,), (copy,))
-    record("copy_", (copy, grad), (copy,))
-    return copy
+def copy(grad: Tensor) -> Tensor:
+    """A contiguous copy as C++ code of autograd makes it."""
+    made = new_tensor(grad.shape, grad.dtype)
+    record("new_empty_strided", (grad,), (made,))
+    record("copy_", (made, grad), (made,))
+    return made
 
 
 def _add_grads(a: Tensor, b: Tensor) -> Tensor:

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from .autograd import Grads, Node, differentiate
+from .autograd import Backward, Grads, Node, copy, differentiate
 from .core import Parameter, Part, Storage, Tensor, emit, record, tape
-from .dims import Dim
+from .dims import Dim, product
 from .linalg import matmul
 from .pointwise import _elementwise, autocast_fp32, mul, scale
-from .shape import expand, t, unsqueeze, view, view_as
+from .shape import expand, reshape, t, unsqueeze, view, view_as
 
 Grad = Tensor | None
 
@@ -68,6 +68,47 @@ def _div_number_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,) = grads
     assert g is not None
     return (_elementwise("div.Tensor", (g,)),)
+
+
+def div_number(x: Tensor) -> Tensor:
+    """`x / number`."""
+    return _elementwise("div.Tensor", (x,), differentiate("DivBackward0", (x,), _div_number_backward))
+
+
+def _div_number_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,) = grads
+    assert g is not None
+    return (_elementwise("div.Tensor", (g,)),)
+
+
+def cos(x: Tensor) -> Tensor:
+    """`x.cos()`."""
+    return _saving_input("cos", x, _cos_backward)
+
+
+def _cos_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (x,) = grads, node.unpack()
+    assert g is not None
+    slope = _elementwise("neg", (_elementwise("sin", (x,)),))
+    return (_elementwise("mul.Tensor", (g, slope)),)
+
+
+def sin(x: Tensor) -> Tensor:
+    """`x.sin()`."""
+    return _saving_input("sin", x, _sin_backward)
+
+
+def _sin_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (x,) = grads, node.unpack()
+    assert g is not None
+    return (_elementwise("mul.Tensor", (g, _elementwise("cos", (x,)))),)
+
+
+def _saving_input(name: str, x: Tensor, backward: Backward) -> Tensor:
+    node = differentiate(f"{name.capitalize()}Backward0", (x,), backward)
+    if node:
+        node.save(x)
+    return _elementwise(name, (x,), node)
 
 
 def row_norms(x: Tensor) -> Tensor:
@@ -162,8 +203,8 @@ def repeat(x: Tensor, times: Dim) -> Tensor:
 
 
 def index_put(matrix: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
-    """`matrix[:, rows, columns] = values` on a matrix that needs no gradient yet; returns it with its new graph."""
-    node = differentiate("IndexPutBackward0", (values,), _index_put_backward)
+    """`matrix[..., rows, columns] = values` on a matrix that needs no gradient yet; returns it with its new graph."""
+    node = differentiate("IndexPutBackward0", (values,), _index_put_backward, (values.shape,))
     record("index_put_", (matrix, rows, columns, values), (matrix,))
     matrix = matrix.alias()
     if node:
@@ -175,7 +216,7 @@ def index_put(matrix: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> 
 def _index_put_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (rows, columns) = grads, node.unpack()
     assert g is not None
-    return (emit("index.Tensor", (g, rows, columns), (g.shape[0], *rows.shape), g.dtype),)
+    return (emit("index.Tensor", (g, rows, columns), node.attrs[0], g.dtype),)
 
 
 def add_in_place(x: Tensor, other: Tensor, *, doubled: bool = False) -> Tensor:
@@ -186,6 +227,29 @@ def add_in_place(x: Tensor, other: Tensor, *, doubled: bool = False) -> Tensor:
     if node:
         node.produces(x)
     return x
+
+
+def add_to_view(x: Tensor, other: Tensor) -> Tensor:
+    """`x += other` where x (…, n) is a view of a matrix (…·n): autograd's CopySlices works on copies of the matrix."""
+    node = differentiate("CopySlices", (x, other), _copy_slices_backward)
+    record("add_.Tensor", (x, other), (x,))
+    x = x.alias()
+    if node:
+        node.produces(x)
+    return x
+
+
+def _copy_slices_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,) = grads
+    assert g is not None
+    shape = g.shape
+    base = copy(reshape(g, (product(shape[:-1]), shape[-1])))
+    piece = emit("clone", (view(base, shape),), shape, g.dtype)
+    if not node.needs[0]:
+        return (None, piece)
+    whole = view(base, shape)
+    record("copy_", (whole, piece), (whole,))
+    return (whole, piece if node.needs[1] else None)
 
 
 def _add_in_place_backward(node: Node, grads: Sequence[Grad]) -> Grads:

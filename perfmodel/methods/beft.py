@@ -1,0 +1,27 @@
+"""BEFT as PEFT runs it: a trained bias on the output of a linear layer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..tape.core import Tensor
+from ..tape.pointwise import add, cast
+from ..tape.shape import view
+from .base import Linear, method
+from .targeted import DEFAULT_TARGETS, Targeted
+
+
+@method("beft", source="https://arxiv.org/abs/2509.15974; peft/tuners/beft/layer.py")
+@dataclass(frozen=True)
+class Beft(Targeted):
+    """y = xWᵀ + b: one trained vector a layer, by default on the values."""
+
+    takes_conv1d: ClassVar[bool] = False
+    default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **dict.fromkeys(DEFAULT_TARGETS, ("v_proj",)), "bert": ("value",)
+    }  # fmt: skip
+
+    def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
+        bias = view(layer.adapter("beft_bias", (1, layer.n_out), dtype), (layer.n_out,))
+        result = layer(x)
+        return cast(add(result, bias), result.dtype)

@@ -1,0 +1,97 @@
+"""Bottleneck adapters: small MLPs in series with the sublayers of every block."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..errors import UserError
+from ..setup import one_of
+from ..tape.core import Tensor
+from ..tape.linalg import linear
+from ..tape.pointwise import add, cast, gelu, relu, silu
+from .base import Method, Scope, method, option, positive
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": relu, "gelu": gelu, "silu": silu}
+
+
+@dataclass(frozen=True)
+class Bottleneck(Method):
+    """up(activation(down(h))) of width r behind a sublayer: on the critical path, where LoRA is beside it."""
+
+    r: Any = option(64, "width of the bottleneck")
+    activation: str = option("relu", "relu, gelu or silu")
+    norms: bool = option(False, "whether the norms train too, as Houlsby et al. have it")
+    layers_to_transform: tuple[int, ...] | None = option(None, "block numbers such as 0-7+12; default all")
+    adapter_dtype: str | None = option(None, "bf16, fp16 or fp32; default that of the base")
+
+    aliases: ClassVar[dict[str, str]] = {"rank": "r", "bottleneck": "r", "layers": "layers_to_transform"}
+    behind: ClassVar[tuple[str, ...]]  # the sublayers that get an adapter
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "r", positive(f"method {self.name}: r", self.r))
+        one_of(f"method {self.name}: activation", self.activation, tuple(ACTIVATIONS))
+        if self.adapter_dtype is not None:
+            one_of(f"method {self.name}: adapter_dtype", self.adapter_dtype, ("bf16", "fp16", "fp32"))
+
+    def check(self) -> None:
+        for layer in self.layers_to_transform or ():
+            if not 0 <= layer < self.layers:
+                raise UserError(f"method {self.name}: layer {layer} is outside 0-{self.layers - 1}")
+
+    def layer_key(self, layer: int) -> Hashable:
+        return self.layers_to_transform is None or layer in self.layers_to_transform
+
+    def trains(self, name: str, kind: str, layer: int | None) -> bool:
+        return self.norms and kind == "norm"
+
+    def sublayer(self, layer: Scope, name: str, x: Tensor, residual: Tensor, norm: str | None) -> Tensor:
+        assert layer.layer is not None
+        if name not in self.behind or not self.layer_key(layer.layer):
+            return x
+        layer.count_adapter()
+        return self.adapted(layer, name, x, residual, norm)
+
+    def adapted(self, layer: Scope, name: str, x: Tensor, residual: Tensor, norm: str | None) -> Tensor:
+        """A sublayer's output with its adapter."""
+        raise TypeError(f"{type(self).__name__} must define adapted")
+
+    def mlp(self, layer: Scope, name: str, h: Tensor) -> Tensor:
+        """The bottleneck of h (batch, seq, hidden), in h's dtype."""
+        hidden, dtype = h.shape[-1], h.dtype
+        inner = self._linear(layer, f"adapter.{name}.down", cast(h, self.adapter_dtype or layer.dtype), self.r)
+        return cast(self._linear(layer, f"adapter.{name}.up", ACTIVATIONS[self.activation](inner), hidden), dtype)
+
+    def _linear(self, layer: Scope, name: str, x: Tensor, n_out: Any) -> Tensor:
+        dtype = self.adapter_dtype or layer.dtype
+        weight, bias = (
+            layer.parameter(f"{name}.{part}", shape, "adapter", dtype=dtype, trainable=True)
+            for part, shape in (("weight", (n_out, x.shape[-1])), ("bias", (n_out,)))
+        )
+        return linear(x, weight, bias)
+
+
+@method("houlsby", source="https://arxiv.org/abs/1902.00751")
+@dataclass(frozen=True)
+class Houlsby(Bottleneck):
+    """Two adapters a block, behind attention and behind the MLP: x + up(act(down(x))) before the residual sum."""
+
+    activation: str = option("gelu", "relu, gelu or silu")
+
+    behind: ClassVar[tuple[str, ...]] = ("attention", "mlp")
+
+    def adapted(self, layer: Scope, name: str, x: Tensor, residual: Tensor, norm: str | None) -> Tensor:
+        return add(x, self.mlp(layer, name, x))
+
+
+@method("pfeiffer", source="https://arxiv.org/abs/2005.00052")
+@dataclass(frozen=True)
+class Pfeiffer(Bottleneck):
+    """One adapter a block, behind the MLP: x + up(act(down(h))), h the block's output as it would be without it."""
+
+    behind: ClassVar[tuple[str, ...]] = ("mlp",)
+
+    def adapted(self, layer: Scope, name: str, x: Tensor, residual: Tensor, norm: str | None) -> Tensor:
+        h = add(x, residual)
+        if norm is not None:
+            h = layer.layer_norm(norm, h)
+        return add(x, self.mlp(layer, name, h))

@@ -1,0 +1,44 @@
+"""C³A as PEFT runs it: the update is a block-circular convolution, computed by Fourier transforms."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..errors import UserError
+from ..tape.core import Tensor
+from ..tape.extra import div_number
+from ..tape.pointwise import cast
+from ..tape.spectrum import block_circular_convolution
+from .base import Linear, method, option, positive
+from .targeted import Targeted
+
+
+@method("c3a", source="https://arxiv.org/abs/2407.19342; peft/tuners/c3a/layer.py")
+@dataclass(frozen=True)
+class C3a(Targeted):
+    """y = xWᵀ + w ⊛ x: blocks of features are convolved with trained kernels, in fp32 at the frequencies."""
+
+    block_size: int = option(256, "features of a block; divides the widths of the layer")
+
+    takes_conv1d: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(f"method {self.name}: block_size", self.block_size)
+
+    def sizes(self) -> tuple[str, ...]:
+        return ("block_size",)
+
+    def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
+        size = self.block_size
+        for side, width in (("input", layer.n_in), ("output", layer.n_out)):
+            if width % size:
+                raise UserError(
+                    f"method {self.name}: block_size {size} does not divide the {side} width {width} of {layer.name}"
+                )
+        previous_dtype = x.dtype
+        result = layer(x)
+        x = cast(x, "fp32")
+        kernel = cast(layer.adapter("c3a_kernel", (layer.n_out // size, layer.n_in // size, size), dtype), "fp32")
+        x = div_number(block_circular_convolution(x, kernel))
+        result = layer.add_to(result, cast(x, result.dtype))
+        return cast(result, previous_dtype)

@@ -1,0 +1,46 @@
+"""DeLoRA as PEFT runs it: LoRA whose columns are normalised, with a trained bound on the whole update."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..tape.core import Storage, Tensor
+from ..tape.extra import add_in_place, div_number
+from ..tape.gather import at_least, quotient, vector_norm, zeros_like
+from ..tape.linalg import linear
+from ..tape.pointwise import add, cast, dropout, mul
+from .base import Linear, method, option, positive
+from .targeted import Targeted, fraction
+
+
+@method("delora", source="https://arxiv.org/abs/2503.18225; peft/tuners/delora/layer.py")
+@dataclass(frozen=True)
+class Delora(Targeted):
+    """y = xWᵀ + λ/r·((x∘‖W‖)Aᵀ / (‖a‖‖b‖))Bᵀ: directions train apart from their strength λ."""
+
+    r: Any = option(8, "rank")
+    dropout: float = option(0.0, "dropout on the adapter's input (module_dropout)")
+
+    aliases: ClassVar[dict[str, str]] = {**Targeted.aliases, "module_dropout": "dropout"}
+    takes_conv1d: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "r", positive(f"method {self.name}: r", self.r))
+        fraction(f"method {self.name}: dropout", self.dropout)
+
+    def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
+        self.check_rank(layer, self.r)
+        previous_dtype = x.dtype
+        base_out = layer(x)
+        add_out = zeros_like(base_out)
+        a = layer.adapter("delora_A", (self.r, layer.n_in), dtype)
+        b = layer.adapter("delora_B", (layer.n_out, self.r), dtype)
+        strength = layer.adapter("delora_lambda", (1,), dtype)
+        weight_norm = Tensor((layer.n_in,), dtype, (1,), layer.n_in, Storage(0, None))  # a buffer
+        h = linear(mul(dropout(x, self.dropout), weight_norm), a)
+        a_norm, b_norm = at_least(vector_norm(a, 1)), at_least(vector_norm(b, 0))
+        scaling = quotient(div_number(strength), mul(a_norm, b_norm))
+        h = mul(h, scaling)
+        h = linear(h, b)
+        add_out = add_in_place(add_out, h)
+        return cast(add(base_out, cast(add_out, base_out.dtype)), previous_dtype)

@@ -1,0 +1,56 @@
+"""FourierFT as PEFT runs it: a few trained coefficients of the update's spectrum."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..errors import UserError
+from ..tape.core import Storage, Tensor
+from ..tape.extra import index_put
+from ..tape.linalg import linear
+from ..tape.pointwise import add, cast, fill, mul
+from ..tape.spectrum import fft, real, to_complex
+from .base import Linear, method, option, positive
+from .targeted import DEFAULT_TARGETS, Targeted
+
+
+@method("fourierft", source="https://arxiv.org/abs/2405.03003; peft/tuners/fourierft/layer.py")
+@dataclass(frozen=True)
+class FourierFt(Targeted):
+    """y = xWᵀ + x·F⁻¹(c)ᵀ: a weight-sized inverse transform of n coefficients in every forward."""
+
+    n: Any = option(1000, "trained coefficients of each layer's spectrum (n_frequency)")
+
+    aliases: ClassVar[dict[str, str]] = {**Targeted.aliases, "n_frequency": "n"}
+    default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {**DEFAULT_TARGETS, "gpt2": ("mlp.c_proj",)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "n", positive(f"method {self.name}: n", self.n))
+
+    def sizes(self) -> tuple[str, ...]:
+        return ("n",)
+
+    def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
+        if np.any(np.greater(self.n, layer.n_in * layer.n_out)):
+            raise UserError(f"method {self.name}: n {np.max(self.n)} exceeds the elements of {layer.name}'s weight")
+        previous_dtype = x.dtype
+        result = layer(x)
+        delta = self._delta(layer, dtype)
+        x = cast(x, delta.dtype)
+        result = add(result, linear(x, delta))
+        return cast(result, previous_dtype)
+
+    def _delta(self, layer: Linear, dtype: str) -> Tensor:
+        """`get_delta_weight`; the transform is done in fp32 whatever the coefficients are."""
+        spectrum = layer.adapter("fourierft_spectrum", (self.n,), dtype)
+        dense = fill("zeros", (layer.n_out, layer.n_in), "fp32")
+        dense = index_put(dense, _row(self.n), _row(self.n), cast(spectrum, "fp32"))
+        return cast(mul(real(fft(to_complex(dense))), 150.0), spectrum.dtype)
+
+
+def _row(n: Any) -> Tensor:
+    """Rows or columns of the coefficients: a plain tensor that PEFT moves to the device once."""
+    return Tensor((n,), "i64", (1,), n, Storage(0, None))

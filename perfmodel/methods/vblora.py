@@ -1,0 +1,73 @@
+"""VB-LoRA as PEFT runs it: the factors of all layers are mixed from one bank of vectors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..errors import UserError
+from ..tape.core import Tensor
+from ..tape.extra import sum_dim
+from ..tape.gather import any_infinite, rows_of, top_values
+from ..tape.linalg import linear
+from ..tape.nn import softmax
+from ..tape.pieces import select
+from ..tape.pointwise import add, cast, dropout, mul
+from ..tape.shape import reshape, transpose, unsqueeze
+from .base import Linear, method, option, positive
+from .shared import SharedWeights
+from .targeted import DEFAULT_TARGETS, fraction
+
+
+@method("vblora", source="https://arxiv.org/abs/2405.15179; peft/tuners/vblora/layer.py")
+@dataclass(frozen=True)
+class VbLora(SharedWeights):
+    """LoRA whose A and B are put together from the top-k vectors of a shared bank, chosen by trained logits."""
+
+    r: Any = option(4, "rank")
+    vectors: Any = option(256, "vectors in the bank (num_vectors)")
+    length: int = option(256, "elements of a vector (vector_length); divides the widths of the layer")
+    k: int = option(2, "vectors mixed into each piece (topk)")
+    dropout: float = option(0.0, "dropout on the adapter's input")
+
+    aliases: ClassVar[dict[str, str]] = {
+        **SharedWeights.aliases, "num_vectors": "vectors", "vector_length": "length", "topk": "k"
+    }  # fmt: skip
+    default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **{name: targets for name, targets in DEFAULT_TARGETS.items() if name != "mistral"},
+        "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("r", "vectors", "length", "k"):
+            object.__setattr__(self, name, positive(f"method {self.name}: {name}", getattr(self, name)))
+        fraction(f"method {self.name}: dropout", self.dropout)
+
+    def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
+        previous_dtype = x.dtype
+        result = layer(x)
+        a, b = self._matrices(layer, dtype)
+        x = cast(x, dtype)
+        result = add(result, linear(linear(dropout(x, self.dropout), a), b))
+        return cast(result, previous_dtype)
+
+    def _matrices(self, layer: Linear, dtype: str) -> tuple[Tensor, Tensor]:
+        """`_get_lora_matrices`: A (r, n_in) and B (n_out, r); whether a logit is infinite is asked every time."""
+        for side, width in (("input", layer.n_in), ("output", layer.n_out)):
+            if width % self.length:
+                raise UserError(
+                    f"method {self.name}: length {self.length} does not divide the {side} width {width} of {layer.name}"
+                )
+        logits_a = layer.adapter("vblora_logits_A", (self.r, layer.n_in // self.length, self.vectors), dtype)
+        logits_b = layer.adapter("vblora_logits_B", (layer.n_out // self.length, self.r, self.vectors), dtype)
+        any_infinite(select(select(logits_a, 0), 0))
+        bank = self.shared(layer, "vblora_vector_bank", (self.vectors, self.length), dtype)
+        a = reshape(self._mixed(logits_a, bank), (self.r, layer.n_in))
+        b = reshape(transpose(self._mixed(logits_b, bank), 1, 2), (layer.n_out, self.r))
+        return a, b
+
+    def _mixed(self, logits: Tensor, bank: Tensor) -> Tensor:
+        """`_get_low_rank_matrix`: (…, vectors) → (…, length)."""
+        top, indices = top_values(logits, self.k)
+        weights = softmax(top)
+        return sum_dim(mul(unsqueeze(weights, len(weights.shape)), rows_of(bank, indices)), -2)

@@ -1,0 +1,111 @@
+"""Rows of a tensor by trained or computed indices, and the norms and bounds around them, with their gradients."""
+
+from collections.abc import Sequence
+
+from .autograd import Grads, Node, differentiate
+from .core import Tensor, emit, new_tensor, record
+from .pointwise import _elementwise, autocast_fp32, fill
+from .shape import unsqueeze
+
+Grad = Tensor | None
+
+
+def top_values(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`x.topk(k, dim=-1)`: values and int64 indices; the gradient is scattered into zeros."""
+    node = differentiate("TopkBackward0", (x,), _top_values_backward, (x.shape,))
+    shape = (*x.shape[:-1], k)
+    values, indices = new_tensor(shape, x.dtype), new_tensor(shape, "i64")
+    record("topk", (x,), (values, indices))
+    if node:
+        node.save(indices)
+        node.produces(values)
+    return values, indices
+
+
+def _top_values_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (indices,) = grads, node.unpack()
+    assert g is not None
+    zeros = emit("new_zeros", (g,), node.attrs[0], g.dtype)
+    return (emit("scatter.src", (zeros, indices, g), zeros.shape, g.dtype),)
+
+
+def rows_of(bank: Tensor, indices: Tensor) -> Tensor:
+    """`bank[indices]` of a matrix; the gradient adds up what each row received."""
+    node = differentiate("IndexBackward0", (bank,), _rows_of_backward, (bank.shape,))
+    if node:
+        node.save(indices)
+    return emit("index.Tensor", (bank, indices), (*indices.shape, bank.shape[1]), bank.dtype, node=node)
+
+
+def _rows_of_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (indices,) = grads, node.unpack()
+    assert g is not None
+    zeros = emit("new_zeros", (g,), node.attrs[0], g.dtype)
+    return (emit("index_put", (zeros, indices, g), zeros.shape, g.dtype),)
+
+
+def vector_norm(x: Tensor, dim: int) -> Tensor:
+    """`x.norm(dim=dim)`."""
+    x = autocast_fp32(x)
+    dim = dim % len(x.shape)
+    node = differentiate("LinalgVectorNormBackward0", (x,), _vector_norm_backward, (dim,))
+    if node:
+        node.save(x)
+    out = emit("linalg_vector_norm", (x,), (*x.shape[:dim], *x.shape[dim + 1 :]), x.dtype, node=node)
+    if node:
+        node.save_output(out)
+    return out
+
+
+def _vector_norm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (x, norm), (dim,) = grads, node.unpack(), node.attrs
+    assert g is not None
+    g, norm = unsqueeze(g, dim), unsqueeze(norm, dim)
+    direction = _elementwise("div.Tensor", (x, norm))
+    undefined = _elementwise("eq.Scalar", (norm,), dtype="bool")
+    record("masked_fill_.Scalar", (direction, undefined), (direction,))
+    return (_elementwise("mul.Tensor", (g, direction)),)
+
+
+def at_least(x: Tensor) -> Tensor:
+    """`torch.clamp(x, min=number)`."""
+    node = differentiate("ClampBackward1", (x,), _at_least_backward)
+    if node:
+        node.save(x)
+    return _elementwise("clamp", (x,), node)
+
+
+def _at_least_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (x,) = grads, node.unpack()
+    assert g is not None
+    zero, inside = fill("scalar_tensor", (), g.dtype), _elementwise("ge.Scalar", (x,), dtype="bool")
+    return (_elementwise("where.self", (inside, g, zero), dtype=g.dtype),)
+
+
+def quotient(a: Tensor, b: Tensor) -> Tensor:
+    """`a / b` where both have gradients."""
+    node = differentiate("DivBackward0", (a, b), _quotient_backward)
+    if node:
+        node.save(a if node.needs[1] else None, b)
+    return _elementwise("div.Tensor", (a, b), node)
+
+
+def _quotient_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (a, b) = grads, node.unpack()
+    assert g is not None
+    grad_a = _elementwise("div.Tensor", (g, b)) if node.needs[0] else None
+    if not node.needs[1]:
+        return (grad_a, None)
+    ratio = _elementwise("div.Tensor", (_elementwise("div.Tensor", (a, b)), b))
+    return (grad_a, _elementwise("mul.Tensor", (_elementwise("neg", (g,)), ratio)))
+
+
+def zeros_like(x: Tensor) -> Tensor:
+    """`torch.zeros_like(x)`."""
+    return emit("zeros_like", (x,), x.shape, x.dtype)
+
+
+def any_infinite(x: Tensor) -> None:
+    """`x.isinf().any()` as a condition: the host waits for the answer."""
+    infinite = _elementwise("isinf", (x,), dtype="bool")
+    record("_local_scalar_dense", (emit("any", (infinite,), (), "bool"),), ())

@@ -1,0 +1,91 @@
+"""Complex tensors and Fourier transforms (ATen/native/SpectralOps.cpp), with what their gradients run."""
+
+from collections.abc import Sequence
+
+from .autograd import Grads, Node, differentiate
+from .core import Tensor, emit, tape
+from .dims import Dim, product
+from .einsum import per_frequency, per_frequency_outer, per_frequency_transposed
+from .shape import reshape, view_as
+
+Grad = Tensor | None
+
+
+def to_complex(x: Tensor) -> Tensor:
+    """The cast of a real tensor that a complex transform needs; its gradient is the real part, a view."""
+    node = differentiate("ToCopyBackward0", (x,), _real_part_backward)
+    return emit("_to_copy", (x,), x.shape, "c64", node=node)
+
+
+def _real_part_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,) = grads
+    assert g is not None
+    return (_real_view(g),)
+
+
+def fft(x: Tensor) -> Tensor:
+    """`torch.fft.fft`, `ifft`, `ifft2` of a complex tensor: one call, whatever the dims; backward is another."""
+    node = differentiate("FftC2CBackward0", (x,), _fft_backward)
+    return emit("_fft_c2c", (x,), x.shape, "c64", node=node)
+
+
+def _fft_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,) = grads
+    assert g is not None
+    return (emit("_fft_c2c", (g,), g.shape, "c64"),)
+
+
+def fft_of_real(x: Tensor) -> Tensor:
+    """`torch.fft.fft` and `ifft` of a real tensor (the latter conjugates lazily); nothing differentiates it."""
+    return emit("_fft_r2c", (x,), x.shape, "c64")
+
+
+def real(x: Tensor) -> Tensor:
+    """`x.real`: every second number of the memory, a view."""
+    node = differentiate("RealBackward", (x,), _real_backward, (x.shape,))
+    out = _real_view(x)
+    if node:
+        node.produces(out)
+    return out
+
+
+def _real_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (shape,) = grads, node.attrs
+    assert g is not None
+    pairs = emit("select_backward", (g,), (*shape, 2), g.dtype)
+    strides = tuple(s if i == len(shape) else _halved(s) for i, s in enumerate(pairs.strides[:-1]))
+    return (Tensor(shape, "c64", strides, product(shape), pairs.storage),)
+
+
+def _halved(stride: Dim) -> Dim:
+    return stride // 2
+
+
+def _real_view(x: Tensor) -> Tensor:
+    strides = tuple(2 * s for s in x.strides)
+    out = Tensor(x.shape, "fp32", strides, x.numel, x.storage)
+    return view_as("view_as_real", out, x.shape, strides)
+
+
+def block_circular_convolution(x: Tensor, w: Tensor) -> Tensor:
+    """C³A's `BlockCircularConvolution`: x (b, l, n·k), w (m, n, k) in fp32 → (b, l, m·k); k the block size."""
+    m, n, k = w.shape
+    node = differentiate("BlockCircularConvolutionBackward", (x, w), _convolution_backward)
+    with tape().no_grad():
+        x = reshape(x, (*x.shape[:-1], n, k))
+        out = real(fft(per_frequency(fft_of_real(x), fft_of_real(w))))
+        out = reshape(out, (*x.shape[:-2], m * k))
+    if node:
+        node.save(x, w)
+        node.produces(out)
+    return out
+
+
+def _convolution_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (x, w) = grads, node.unpack()
+    assert g is not None
+    m, n, k = w.shape
+    spectrum = fft_of_real(reshape(g, (*g.shape[:-1], m, k)))
+    grad_x = real(fft(per_frequency_transposed(spectrum, fft_of_real(w))))
+    grad_x = reshape(grad_x, (*grad_x.shape[:-2], n * k))
+    return grad_x, real(fft(per_frequency_outer(spectrum, fft_of_real(x))))
