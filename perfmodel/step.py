@@ -163,8 +163,7 @@ def _update(step: Step, tape: Tape) -> None:
     specs = optimizers.trainable(step.parameters)
     with tape.no_grad():
         if step.setup.clip_grad:
-            foreach = step.device == "cuda" or step.optimizer == "adamw-foreach"
-            optimizers.clip_grad_norm(tape.begin("clip", "optimizer"), specs, foreach=foreach)
+            optimizers.clip_grad_norm(tape.begin("clip", "optimizer"), specs)
         optimizers.record_step(tape.begin("optimizer", "optimizer"), specs, step.optimizer)
 
 

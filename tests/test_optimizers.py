@@ -66,7 +66,7 @@ def specs(tensors: Sequence[tuple[int, int]], dtype: str = "bf16") -> list[Spec]
 def recorded(group: list[Spec], optimizer: str) -> list[Op]:
     part = Part("optimizer", "optimizer")
     optimizers.record_step(part, group, optimizer)
-    optimizers.clip_grad_norm(part, group, foreach=True)
+    optimizers.clip_grad_norm(part, group)
     return part.ops
 
 

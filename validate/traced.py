@@ -346,7 +346,7 @@ def _update(step: Step) -> None:
     parts = []
     if step.setup.clip_grad:
         parts.append(Part("clip", "optimizer"))
-        optimizers.clip_grad_norm(parts[-1], specs, foreach=step.optimizer == "adamw-foreach")
+        optimizers.clip_grad_norm(parts[-1], specs)
     parts.append(Part("optimizer", "optimizer"))
     optimizers.record_step(parts[-1], specs, step.optimizer)
     step.groups.append(Group(parts))
