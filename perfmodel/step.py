@@ -183,9 +183,7 @@ def record_update(step: Step, tape: Tape) -> None:
     """Record clipping, the optimizer as the method wants it, and the end of the gradients; sets the step's state."""
     with tape.no_grad():
         if step.setup.clip_grad:
-            foreach = step.device == "cuda" or step.optimizer == "adamw-foreach"
-            specs = optimizers.trainable(step.parameters)
-            optimizers.clip_grad_norm(tape.begin("clip", "optimizer"), specs, foreach=foreach)
+            optimizers.clip_grad_norm(tape.begin("clip", "optimizer"), optimizers.trainable(step.parameters))
         update = optimizers.Update(tape, step.optimizer, step.parameters)
         step.method.update(update)
     tape.begin("zero_grad", "optimizer")

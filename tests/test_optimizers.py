@@ -84,7 +84,7 @@ def updated(group: list[Spec], optimizer: str) -> Iterator[tuple[Op, int]]:
 
 def recorded(group: list[Spec], optimizer: str) -> list[Op]:
     clipping = Part("clip", "optimizer")
-    optimizers.clip_grad_norm(clipping, group, foreach=True)
+    optimizers.clip_grad_norm(clipping, group)
     return [op for op, times in updated(group, optimizer) for _ in range(times)] + clipping.ops
 
 

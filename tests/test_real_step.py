@@ -60,7 +60,7 @@ def real_steps(model: Any, setup: Setup, optimizer: str, steps: int) -> tuple[Re
             with recorder.observe("backward"):
                 loss.backward()
         with recorder.observe("optimizer"):
-            torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=optimizer == "adamw-foreach")
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
             update.step()
             update.zero_grad(set_to_none=True)
         losses.append(total)

@@ -259,7 +259,6 @@ def trace_step(
     recorder = Recorder(dense=not setup.padded, keep=keep)
     recorder.trace.trainable = sum(p.numel() for p in trained)
     recorder.trace.total = sum(p.numel() for p in model.parameters())
-    foreach = optimizer == "adamw-foreach"
 
     def run(observe: Callable[[str], AbstractContextManager[Any]]) -> None:
         for _ in range(setup.grad_accum):
@@ -278,7 +277,8 @@ def trace_step(
         recorder.trace.peak_before_update = recorder.trace.peak
         with observe("optimizer"):
             if setup.clip_grad:
-                torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=foreach)
+                # by default too, but a fake tensor is a subclass, for which torch would not choose lists
+                torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
             update.step()
             update.zero_grad(set_to_none=True)
 

@@ -107,3 +107,26 @@ def host(output: Path) -> None:
     except ImportError as error:
         raise extra(error) from None
     show_host(output)
+
+
+@validate.command()
+@click.option("--device", type=click.Choice(("cuda", "cpu")), required=True, help="What to train on.")
+@click.option("--grid", default="small", show_default=True, help="small, standard, or the path of a TOML file.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("records.jsonl"),
+    show_default=True,
+    help="File of records; a file that is there is continued.",
+)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads [default: PyTorch's choice].")
+@click.option("--rounds", type=click.IntRange(1), help="Visits of each cell [default: the grid's].")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the cells.")
+def measure(device: str, grid: str, output: Path, threads: int | None, rounds: int | None, seed: int) -> None:
+    """Run real training steps and record their times, calls, kernels and memory; resumes where it was stopped."""
+    try:
+        from validate.measuring.show import show_measure
+    except ImportError as error:
+        raise extra(error) from None
+    failed = show_measure(device, grid, output, threads=threads, rounds=rounds, seed=seed)
+    sys.exit(1 if failed else 0)

@@ -55,7 +55,7 @@ class Bottleneck(Method):
         """A sublayer's output with its adapter."""
         raise TypeError(f"{type(self).__name__} must define adapted")
 
-    def mlp(self, layer: Scope, name: str, h: Tensor) -> Tensor:
+    def bottleneck(self, layer: Scope, name: str, h: Tensor) -> Tensor:
         """The bottleneck of h (batch, seq, hidden), in h's dtype."""
         hidden, dtype = h.shape[-1], h.dtype
         inner = self._linear(layer, f"adapter.{name}.down", cast(h, self.adapter_dtype or layer.dtype), self.r)
@@ -80,7 +80,7 @@ class Houlsby(Bottleneck):
     behind: ClassVar[tuple[str, ...]] = ("attention", "mlp")
 
     def adapted(self, layer: Scope, name: str, x: Tensor, residual: Tensor, norm: str | None) -> Tensor:
-        return add(x, self.mlp(layer, name, x))
+        return add(x, self.bottleneck(layer, name, x))
 
 
 @method("pfeiffer", source="https://arxiv.org/abs/2005.00052")
@@ -94,4 +94,4 @@ class Pfeiffer(Bottleneck):
         h = add(x, residual)
         if norm is not None:
             h = layer.layer_norm(norm, h)
-        return add(x, self.mlp(layer, name, h))
+        return add(x, self.bottleneck(layer, name, h))

@@ -1,0 +1,230 @@
+"""`perfmodel validate measure`: real steps become records, whatever happens to the process that writes them."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("peft")
+
+from perfmodel.errors import UserError
+from perfmodel.predict import predict
+from perfmodel.setup import Setup
+from validate.measuring import cells, isolate, records, run
+
+TINY = """
+rounds = 2
+warm_up = 1
+steps = 2
+[models.tiny]
+model_type = "llama"
+hidden_size = 64
+intermediate_size = 96
+num_hidden_layers = 2
+num_attention_heads = 4
+num_key_value_heads = 2
+vocab_size = 128
+pad_token_id = 0
+[[cells]]
+models = ["tiny"]
+methods = ["full", "lora:r=4,targets=all-linear"]
+setups = [{ batch = 2, seq = 16, dtype = "fp32" }]
+"""
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, each line of which must be JSON and end in a newline."""
+    text = path.read_text() if path.exists() else ""
+    assert text == "" or text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def pretended_visit(plan: run.Plan, cell: cells.Cell, number: int) -> dict[str, Any]:
+    """A visit that takes a moment and leaves a record of many pages."""
+    time.sleep(0.004)
+    return {"status": "ok", "filling": "x" * 50_000}
+
+
+def wait_for(path: Path, number: int, limit: float = 20.0) -> None:
+    """Wait until a file holds so many lines."""
+    until = time.monotonic() + limit
+    while time.monotonic() < until and len(whole_lines(path)) < number:
+        time.sleep(0.001)
+
+
+@pytest.mark.skipif(not isolate.possible(), reason="no fork")
+def test_killing_at_random_times_loses_at_most_the_running_cell(
+    tmp_path: Path, grid: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A measurement of hours is killed now and then: records must stay whole, and none be made twice."""
+    monkeypatch.setattr(run, "_visit", pretended_visit)
+    monkeypatch.setattr(run, "_load_modules", lambda cells: None)
+    monkeypatch.setattr(run, "_environment", lambda plan, output, before: "here")
+    plan, output = run.plan(str(grid), "cpu", threads=1, rounds=10), tmp_path / "records.jsonl"
+    wanted = {(number, cell.id) for number, cell in plan.visits()}
+    dice, before, kills = random.Random(5), [], 0
+    while len(before) < len(wanted) - 3:
+        child = os.fork()
+        if child == 0:
+            try:
+                run.measure(plan, output)
+            finally:
+                os._exit(0)
+        wait_for(output, len(before) + dice.choice((0, 1, 1, 2)))
+        time.sleep(dice.uniform(0, 0.02))  # into the next visit, or into the writing of its record
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        found = whole_lines(output)
+        assert found[: len(before)] == before, "a record that was there is gone or changed"
+        before, kills = found, kills + 1
+    run.measure(plan, output)
+    visits = [(r["round"], r["id"]) for r in whole_lines(output)]
+    assert kills >= 5
+    assert sorted(visits) == sorted(wanted), "a visit is missing or was made twice"
+
+
+def command(grid: Path, output: Path) -> list[str]:
+    code = "from perfmodel.cli import main; main()"
+    words = ["validate", "measure", "--device", "cpu", "--grid", str(grid), "--output", str(output), "--threads", "1"]
+    return [sys.executable, "-c", code, *words]
+
+
+def test_a_killed_run_of_real_steps_resumes_to_the_same_cells(tmp_path: Path, grid: Path) -> None:
+    """The whole path on real programs: their calls are those of the tape, their peak memory that of the prediction."""
+    output = tmp_path / "records.jsonl"
+    first = subprocess.Popen(command(grid, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not any(r["kind"] == "visit" for r in whole_lines(output)) and first.poll() is None:
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    kept = whole_lines(output)
+    done = subprocess.run(command(grid, output), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = whole_lines(output)
+    assert found[: len(kept)] == kept
+    visits = [r for r in found if r["kind"] == "visit"]
+    assert len(visits) == 4
+    assert {r["status"] for r in visits} == {"ok"}
+    for r in visits:
+        cell = cells.Cell.from_dict(r["cell"])
+        p = predict(cell.config, cell.method, cell.setup, device="cpu-epyc-genoa-2c")
+        assert r["memory"]["peak"] == pytest.approx(p.memory.peak, rel=0.05)
+        assert r["params"] == {"total": p.total_params, "trainable": p.trainable_params}
+        assert r["median_s"]["step"] == pytest.approx(
+            sum(r["seconds"][phase][0] for phase in ("forward", "backward", "optimizer")), rel=0.9
+        )
+        if r["round"] == 0:
+            assert r["dispatches"] == {k: v for k, v in p.dispatches.items() if k != "total"}
+            assert set(r["profile"]["kernels"]) >= {"forward", "backward", "optimizer"}
+
+
+def test_a_record_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, grid: Path) -> None:
+    """Whether a step fits is an answer: neither a refused allocation nor a kill by the kernel may end the run."""
+
+    def refused() -> dict[str, Any]:
+        import torch
+
+        from validate.measuring import visit
+
+        monkeypatch.setattr(visit, "Program", lambda cell, device: torch.empty(2**60))
+        plan = run.plan(str(grid), "cpu", threads=1)
+        return visit.visit(plan.grid.cells[0], "cpu", threads=1, warm_up=0, steps=1)
+
+    def killed() -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+    assert refused()["status"] == "oom"
+    if isolate.possible():
+        assert isolate.run(killed)["status"] == "oom"
+        assert isolate.run(lambda: {"status": "ok"}) == {"status": "ok"}
+
+
+def test_rounds_are_shuffled_alike_for_a_seed() -> None:
+    """Drift must not favour a method, and a resumed run must go on in the order that it had."""
+    plans = [run.plan("small", "cpu", threads=1, rounds=3, seed=s) for s in (1, 1, 2)]
+    one, same, other = ([(number, cell.id) for number, cell in plan.visits()] for plan in plans)
+    assert one == same != other
+    rounds = [[name for number, name in one if number == n] for n in range(3)]
+    assert rounds[0] != rounds[1]
+    assert sorted(rounds[0]) == sorted(rounds[1]) == sorted(rounds[2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("rounds = 0", "rounds must be a whole number from 1"),
+        ("round = 2", "did you mean 'rounds'"),
+        ('[[cells]]\nmodels = ["tiny"]\nmethods = ["lore"]\nsetups = [{ batch = 1 }]', "lora"),
+        ('[[cells]]\nmodels = ["tiny"]\nmethods = ["full"]\nsetups = [{ bach = 1 }]', "batch"),
+        ('[[cells]]\nmodels = ["tiny"]\nmethods = ["full"]\nsetups = 3', "setups of [[cells]] must be a list"),
+        ('[[cells]]\nmodel = ["tiny"]', "did you mean 'models'"),
+        ("rounds = [", "not a valid grid file"),
+    ],
+)
+def test_a_grid_that_is_wrong_is_refused_in_one_line(tmp_path: Path, change: str, message: str) -> None:
+    """A typing error must not cost an hour of measuring the wrong thing."""
+    path = tmp_path / "grid.toml"
+    text = TINY.replace("rounds = 2", change) if change.startswith(("rounds", "round ")) else TINY + change
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        cells.load(str(path), "cpu")
+    assert message in str(error.value)
+
+
+def test_bundled_grids_hold_what_they_promise() -> None:
+    """At least 48 cells on a CPU, bf16 or not; on a GPU both adapter dtypes, checkpointing on and off."""
+    cpu, cuda = cells.load("standard", "cpu").cells, cells.load("standard", "cuda").cells
+    assert len([c for c in cpu if c.setup.dtype == "fp32"]) >= 48
+    assert len({c.config.name for c in cpu}) >= 4
+    assert {c.method.partition(":")[0] for c in cpu} == {"full", "lora", "dora", "ia3", "top_k"}
+    assert {c.setup.checkpoint for c in cuda} == {"none", "block"}
+    assert any("adapter_dtype=bf16" in c.method for c in cuda)
+    assert all(cells.Cell.from_dict(json.loads(json.dumps(c.as_dict()))).id == c.id for c in (*cpu, *cuda))
+
+
+def measured_twice(path: Path) -> dict[str, Any]:
+    with records.only_writer(path):
+        return {"status": "ok", "message": "two writers"}
+
+
+def test_a_file_of_records_has_one_writer_and_known_lines(tmp_path: Path) -> None:
+    """Two measurements into one file, or a file of something else, must be refused before hours are lost."""
+    path = tmp_path / "records.jsonl"
+    records.append(path, {"kind": "visit", "id": "a", "round": 0})
+    if isolate.possible():
+        with records.only_writer(path):
+            refused = isolate.run(lambda: measured_twice(path))
+        assert "another measurement is writing" in refused["message"]
+    path.write_text(path.read_text() + '{"half')
+    with pytest.raises(UserError, match="line 2: not JSON"):
+        records.read(path)
+    path.write_text('{"schema": 99}\n')
+    with pytest.raises(UserError, match="not a record of schema 1"):
+        records.read(path)
+
+
+def test_cell_ids_tell_programs_apart() -> None:
+    """Resuming goes by the id: two programs with one id would lose one of them."""
+    grid = cells.load("small", "cpu")
+    first = grid.cells[0]
+    others = [
+        cells.Cell(first.config, first.method, Setup(batch=2, seq=64, dtype="fp32", checkpoint="block")),
+        cells.Cell(grid.cells[3].config, first.method, first.setup),
+        cells.Cell(first.config, "ia3", first.setup),
+    ]
+    assert len({c.id for c in (first, *others)}) == 4

@@ -1,0 +1,124 @@
+"""Where and with what a measurement ran: device, driver, clocks, software, threads, host."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SOFTWARE = ("torch", "transformers", "peft", "numpy", "perfmodel")
+VARIABLES = (  # beginnings of the names of environment variables that change how steps run
+    "OMP_", "MKL_", "KMP_", "GOMP_", "MALLOC_", "GLIBC_", "LD_PRELOAD", "CUDA_", "PYTORCH_", "TORCH_", "ATEN_", "DNNL_",
+    "ONEDNN_",
+)  # fmt: skip
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+NVIDIA_SMI = (
+    "name", "driver_version", "vbios_version", "clocks.max.sm", "clocks.max.mem", "clocks.sm", "clocks.mem",
+    "power.limit", "power.max_limit", "temperature.gpu", "persistence_mode", "mig.mode.current",
+)  # fmt: skip
+
+
+def describe(device: str, threads: int) -> dict[str, Any]:
+    """Everything that a reader of the records needs to judge them; what cannot be read is left out."""
+    found: dict[str, Any] = {
+        "device": device,
+        "host": {
+            "cpu": cpu_name(), "cores": os.cpu_count(), "threads": threads, "caches": caches(), "isa": isa(),
+            "memory_bytes": memory_bytes(), "system": platform.platform(), "python": platform.python_version(),
+            "libc": " ".join(platform.libc_ver()), "huge_pages": _read(HUGE_PAGES), "load": _load(),
+            "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)},
+        },
+        "software": {name: v for name in SOFTWARE if (v := _version(name))},
+        "blas": {
+            "mkl": torch._C.has_mkl, "onednn": torch._C._has_mkldnn,
+            "parallel": torch.__config__.parallel_info().splitlines()[-1],
+        },
+    }  # fmt: skip
+    if device == "cuda":
+        found["gpu"] = gpu()
+    return found
+
+
+def cpu_name() -> str:
+    """The processor's name as the system tells it."""
+    for line in _lines(Path("/proc/cpuinfo")):
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def isa() -> list[str]:
+    """Vector and matrix extensions that decide which kernels run."""
+    wanted = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile", "asimd", "bf16", "sve")
+    for line in _lines(Path("/proc/cpuinfo")):
+        if line.lower().startswith(("flags", "features")):
+            flags = set(line.partition(":")[2].split())
+            return [name for name in wanted if name in flags]
+    return []
+
+
+def native_bf16() -> bool:
+    """Whether this CPU multiplies bf16 matrices itself."""
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(isa()))
+
+
+def caches() -> dict[str, int]:
+    """Bytes of the first core's caches by level."""
+    found = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = (_read(folder / name) for name in ("level", "type", "size"))
+        if level and size and kind != "Instruction":
+            found[f"L{level}"] = int(size.rstrip("K")) * 1024
+    return found
+
+
+def memory_bytes() -> int:
+    """Bytes of main memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def gpu() -> dict[str, Any]:
+    """Properties of the current CUDA device, and what nvidia-smi tells."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    names = ("name", "major", "minor", "multi_processor_count", "total_memory", "L2_cache_size")
+    found = {name: getattr(properties, name) for name in names if hasattr(properties, name)}
+    found["cuda"], found["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    for name in NVIDIA_SMI:  # one by one: an old driver refuses the whole query for one unknown name
+        if (value := _nvidia_smi(name)) is not None:
+            found[name] = value
+    return found
+
+
+def _nvidia_smi(name: str) -> str | None:
+    command = ["nvidia-smi", f"--query-gpu={name}", "--format=csv,noheader", f"--id={torch.cuda.current_device()}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _load() -> float | None:
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def _read(path: Path) -> str:
+    lines = _lines(path)
+    return lines[0].strip() if lines else ""
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

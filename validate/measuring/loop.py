@@ -1,0 +1,70 @@
+"""The training loop that is measured: forward, loss, backward, clip, optimizer, zero_grad, on a real model."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from perfmodel import methods, optimizers
+from perfmodel.architectures import from_config
+
+from .. import models
+from ..trace import TORCH_DTYPES, make_optimizer
+from .cells import Cell
+
+Around = Callable[[str], AbstractContextManager[Any]]  # what surrounds the work of a phase
+
+
+class Program:
+    """A cell's model with random weights, its optimizer and one dense batch of random tokens, on a device."""
+
+    def __init__(self, cell: Cell, device: str) -> None:
+        self.setup, self.device = cell.setup, device
+        architecture = from_config(cell.config)
+        torch.manual_seed(0)
+        base = models.build(cell.config, cell.setup, device=device)
+        self.model: Any = models.apply(base, methods.parse(cell.method).bind(architecture), architecture)
+        self.model.train()
+        if self.setup.checkpoint != "none":
+            options = {"use_reentrant": self.setup.checkpoint == "block-reentrant"}
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.update = make_optimizer(self.trained, optimizers.resolve(self.setup.optimizer, device))
+        shape = (int(self.setup.batch), int(self.setup.seq))
+        self.ids = torch.randint(architecture.vocab, shape, device=device)
+        self.attention = torch.ones_like(self.ids)
+
+    def step(self, around: Around = lambda phase: nullcontext()) -> None:
+        """One optimizer step; gradients are freed at its end, as `zero_grad` does by default."""
+        setup = self.setup
+        for _ in range(setup.grad_accum):
+            amp = torch.autocast(self.device, TORCH_DTYPES[setup.amp]) if setup.amp else nullcontext()
+            with around("forward"):
+                with amp:
+                    loss = self.model(input_ids=self.ids, attention_mask=self.attention, labels=self.ids).loss
+                if setup.grad_accum > 1:
+                    loss = loss / setup.grad_accum
+            with around("backward"):
+                loss.backward()
+        with around("optimizer"):
+            if setup.clip_grad:
+                torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+            self.update.step()
+            self.update.zero_grad()
+
+    def held(self) -> Iterator[torch.Tensor]:
+        """Tensors that live between two steps: parameters, buffers, optimizer state, the batch."""
+        yield from self.model.parameters()
+        yield from self.model.buffers()
+        for state in self.update.state.values():
+            yield from (t for t in state.values() if isinstance(t, torch.Tensor))
+        yield from (self.ids, self.attention)
+
+    def held_bytes(self) -> int:
+        """Bytes of the distinct blocks of memory behind `held` that lie on the device."""
+        blocks = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.held() if self._here(t)}
+        return sum(blocks.values())
+
+    def _here(self, t: torch.Tensor) -> bool:
+        return t.device.type == self.device

@@ -1,0 +1,112 @@
+"""One visit of a cell: build it, time its steps, then count calls, profile and weigh one more step each."""
+
+import gc
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+import torch
+
+from perfmodel.step import PHASES
+
+from ..trace import Recorder
+from . import profile
+from .cells import Cell
+from .clocks import Clock, clock_for
+from .loop import Program
+
+STOPPED = ("ok", "oom", "error")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
+
+
+def visit(cell: Cell, device: str, *, threads: int, warm_up: int, steps: int, whole: bool = True) -> dict[str, Any]:
+    """Measure a cell in this process; a failure becomes a record too.
+
+    Args:
+        threads: of the CPU, which must be those of torch already.
+        whole: also count dispatches and profile (once a cell is enough); times and memory are always taken.
+    """
+    try:
+        return {"status": "ok", **_measure(cell, device, threads, warm_up, steps, whole)}
+    except (RuntimeError, MemoryError) as error:
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        oom = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(s in text.lower() for s in OUT_OF_MEMORY)
+        return {"status": "oom" if oom else "error", "message": text}
+    finally:
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _measure(cell: Cell, device: str, threads: int, warm_up: int, steps: int, whole: bool) -> dict[str, Any]:
+    program, clock = Program(cell, device), clock_for(device, threads)
+    for _ in range(warm_up):
+        program.step()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    rows = [_timed(program, clock) for _ in range(steps)]
+    seconds = {name: [row[name] for row in rows] for name in rows[0]}
+    record: dict[str, Any] = {
+        "clock": clock.kind,
+        "seconds": seconds,
+        "median_s": {name: median(values) for name, values in seconds.items()},
+        "spread": spread(seconds["step"]),
+        "params": {
+            "total": sum(p.numel() for p in program.model.parameters()),
+            "trainable": sum(p.numel() for p in program.trained),
+        },
+    }
+    if device == "cuda":
+        record["memory"] = {
+            "peak": torch.cuda.max_memory_allocated(),
+            "reserved": torch.cuda.max_memory_reserved(),
+            "held": program.held_bytes(),
+        }
+    if whole:
+        record["dispatches"], record["calls"] = dispatches(program)
+    if whole or device == "cpu":
+        found = profile.trace_step(program)
+        if device == "cpu":
+            held = program.held_bytes()
+            record["memory"] = {"peak": held + found.memory_peak, "held": held}
+        if whole:
+            record["profile"] = profile.summary(found, device, record["median_s"]["step"])
+    return record
+
+
+def _timed(program: Program, clock: Clock) -> dict[str, float]:
+    @contextmanager
+    def lap(phase: str) -> Iterator[None]:
+        yield
+        clock.lap(phase)
+
+    clock.start()
+    program.step(lap)
+    return clock.finish()
+
+
+def spread(values: list[float]) -> float:
+    """Highest less lowest over the median."""
+    return (max(values) - min(values)) / median(values)
+
+
+def dispatches(program: Program) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """Non-view ATen calls of one real step: by phase, and by phase and name (in place or not is not told apart).
+
+    The engine adds gradients in place where nobody else holds them, which the tape does not see.
+    """
+    recorder = Recorder()
+    recorder.recording = True
+    program.step(recorder.observe)
+    calls: dict[str, Counter[str]] = {phase: Counter() for phase in PHASES}
+    for phase, found in recorder.trace.calls.items():
+        for (name, _, _), number in found.items():
+            calls[phase][unified(name)] += number
+    return {p: sum(c.values()) for p, c in calls.items()}, {p: dict(c) for p, c in calls.items()}
+
+
+def unified(name: str) -> str:
+    """A call's name for comparison: `add_.Tensor` as `add.Tensor`."""
+    return "add.Tensor" if name == "add_.Tensor" else name
