@@ -12,7 +12,8 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     import difflib
 
     options = sorted(choices)
-    close = difflib.get_close_matches(name.lower(), options, n=1, cutoff=0.5)
+    by_lower = {option.lower(): option for option in options}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
     if close:
-        return f"did you mean {close[0]!r}?"
+        return f"did you mean {by_lower[close[0]]!r}?"
     return "choose one of: " + ", ".join(options)

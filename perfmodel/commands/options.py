@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -65,10 +66,40 @@ class Axis(click.ParamType):  # type: ignore[type-arg]  # generic in newer relea
         return tuple(found)
 
 
+def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
+    """Take a training config's values as the defaults of the command; what is typed wins."""
+    if path is None:
+        return
+    from ..imports import read
+
+    found = read(path)
+    defaults: dict[str, Any] = {name: value for name, value in found.setup.items() if value is not None}
+    if found.model:
+        defaults["model"] = found.model
+    if found.method:
+        defaults |= {"method": found.method, "methods": ("full", found.method)}
+    ctx.default_map = defaults
+    said = [f"{path.name} ({found.tool}): {found.method or 'no method'}"]
+    said += [f"ignored, as of no weight here: {', '.join(found.ignored)}"] if found.ignored else []
+    for line in [*said, *found.notes]:
+        click.echo(f"note: {line}", err=True)
+
+
+config_option = click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    callback=_read_config,
+    help="Take model, method and setup from a PEFT, TRL, Transformers, Axolotl or LLaMA-Factory file.",
+)
+
+
 def _where(*, grid: bool) -> tuple[Decorator, ...]:
     """Model, device, host and the size of a batch; on a grid several devices, and axes for the sizes."""
     size = Axis() if grid else int
     return (
+        config_option,
         click.option("--model", required=True, help="Bundled name, path of a config.json or folder, or hub id."),
         click.option(
             "--device", required=True, multiple=grid, help="Device (see `perfmodel devices`) or path of a TOML."

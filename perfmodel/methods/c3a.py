@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from ..errors import UserError
 from ..tape.core import Tensor
-from ..tape.extra import div_number
+from ..tape.extra import div
 from ..tape.pointwise import cast
 from ..tape.spectrum import block_circular_convolution
 from .base import Linear, method, option, positive
@@ -39,6 +39,6 @@ class C3a(Targeted):
         result = layer(x)
         x = cast(x, "fp32")
         kernel = cast(layer.adapter("c3a_kernel", (layer.n_out // size, layer.n_in // size, size), dtype), "fp32")
-        x = div_number(block_circular_convolution(x, kernel))
+        x = div(block_circular_convolution(x, kernel), x.shape[-1])
         result = layer.add_to(result, cast(x, result.dtype))
         return cast(result, previous_dtype)

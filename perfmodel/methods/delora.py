@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..tape.core import Storage, Tensor
-from ..tape.extra import add_in_place, div_number
+from ..tape.extra import add_in_place, div
 from ..tape.gather import at_least, quotient, vector_norm, zeros_like
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, dropout, mul
@@ -39,7 +39,7 @@ class Delora(Targeted):
         weight_norm = Tensor((layer.n_in,), dtype, (1,), layer.n_in, Storage(0, None))  # a buffer
         h = linear(mul(dropout(x, self.dropout), weight_norm), a)
         a_norm, b_norm = at_least(vector_norm(a, 1)), at_least(vector_norm(b, 0))
-        scaling = quotient(div_number(strength), mul(a_norm, b_norm))
+        scaling = quotient(div(strength, self.r), mul(a_norm, b_norm))
         h = mul(h, scaling)
         h = linear(h, b)
         add_out = add_in_place(add_out, h)

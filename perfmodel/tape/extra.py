@@ -40,7 +40,7 @@ def host_eye(n: Dim) -> Tensor:
         return eye(n, "fp32")
     x = Tensor((n, n), "fp32", (n, 1), n * n, Storage(0, None))
     record("eye", (), (x,), ("host",))
-    return emit("_to_copy", (x,), (n, n), "fp32")
+    return emit("_to_copy", (x,), (n, n), "fp32", attrs=("from_host",))
 
 
 def div(a: Tensor, b: Tensor | float) -> Tensor:
@@ -62,17 +62,6 @@ def _div_backward(node: Node, grads: Sequence[Grad]) -> Grads:
         ratio = _elementwise("div.Tensor", (_elementwise("div.Tensor", (a, b)), b))
         grad_b = _elementwise("mul.Tensor", (_elementwise("neg", (g,)), ratio))
     return (grad_a, grad_b)
-
-
-def _div_number_backward(node: Node, grads: Sequence[Grad]) -> Grads:
-    (g,) = grads
-    assert g is not None
-    return (_elementwise("div.Tensor", (g,)),)
-
-
-def div_number(x: Tensor) -> Tensor:
-    """`x / number`."""
-    return _elementwise("div.Tensor", (x,), differentiate("DivBackward0", (x,), _div_number_backward))
 
 
 def _div_number_backward(node: Node, grads: Sequence[Grad]) -> Grads:

@@ -10,7 +10,8 @@ from perfmodel import methods, optimizers
 from perfmodel.architectures import from_config
 
 from .. import models
-from ..trace import TORCH_DTYPES, make_optimizer
+from ..trace import TORCH_DTYPES
+from ..updates import make_optimizer
 from .cells import Cell
 
 Around = Callable[[str], AbstractContextManager[Any]]  # what surrounds the work of a phase

@@ -14,7 +14,7 @@ import torch
 from perfmodel import architectures, methods
 from perfmodel.errors import UserError
 
-from ..trace import make_optimizer
+from ..updates import make_optimizer
 from . import cells, environment, isolate, records
 from .cells import Cell, Grid
 from .visit import visit

@@ -1,0 +1,79 @@
+"""What the tools share: Transformers' names of optimizers and attentions, and LoRA's flavours as methods."""
+
+from typing import Any
+
+from .. import optimizers
+from ..errors import UserError
+from .keys import Keys
+
+# transformers/training_args.py, OptimizerNames; bitsandbytes' names with and without "bnb" mean the same
+OPTIMIZERS = {
+    "adamw_torch": "adamw", "adamw_hf": "adamw-loop", "adamw_torch_fused": "adamw-fused", "adamw_anyprecision": "adamw",
+    "adamw_apex_fused": "adamw-fused", "adamw_bnb_8bit": "adamw-8bit", "adamw_8bit": "adamw-8bit",
+    "paged_adamw_8bit": "paged-adamw-8bit", "paged_adamw_32bit": "paged-adamw", "paged_adamw": "paged-adamw",
+    "adafactor": "adafactor", "lion_32bit": "lion", "lion_8bit": "lion-8bit", "sgd": "sgd",
+}  # fmt: skip
+ATTENTION = {
+    "eager": "eager", "sdpa": "sdpa", "flash_attention_2": "flash2", "kernels-community/flash-attn2": "flash2",
+    "kernels-community/flash-attn": "flash2",
+}  # fmt: skip
+ONE_GPU = ("deepspeed", "fsdp", "fsdp_config", "tensor_parallel_size", "context_parallel_size", "ddp_timeout")
+
+
+def optimizer(keys: Keys, key: str, default: str) -> str:
+    """The setup's name of a Transformers optimizer.
+
+    Raises:
+        UserError: an optimizer that is not modelled.
+    """
+    name: str = keys.one_of(key, OPTIMIZERS, default)
+    if name not in optimizers.names():
+        raise UserError(f"{keys.origin}: {key} {keys.get(key)!r} is not modelled; use {key}: adamw_torch")
+    return name
+
+
+def clips(keys: Keys, key: str = "max_grad_norm", default: float = 1.0) -> bool:
+    """Whether gradients are clipped: Transformers' norm is 1.0 unless it is 0."""
+    return keys.number(key, default) > 0
+
+
+def checkpoint(keys: Keys, on: bool) -> str:
+    """The kind of activation checkpointing, where it is on: Transformers' default is not reentrant any more."""
+    kwargs = keys.get("gradient_checkpointing_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise keys.wrong("gradient_checkpointing_kwargs", "a mapping")
+    return ("block-reentrant" if kwargs.get("use_reentrant", False) else "block") if on else "none"
+
+
+def half(keys: Keys) -> str | None:
+    """The 16-bit dtype that `bf16` and `fp16` ask for."""
+    keys.exclude("bf16", "fp16")
+    on = {key: keys.get(key) in (True, "auto", "full", "true") for key in ("bf16", "fp16")}
+    return "bf16" if on["bf16"] else "fp16" if on["fp16"] else None
+
+
+def spec(name: str, **options: Any) -> str:
+    """A method as `predict` takes it; empty options are left out."""
+    parts = []
+    for key, value in options.items():
+        if value in (None, (), "", False):
+            continue
+        text = "+".join(map(str, value)) if isinstance(value, tuple) else value
+        parts.append(f"{key}={'true' if value is True else text}")
+    return name + (":" + ",".join(parts) if parts else "")
+
+
+def flavour(keys: Keys, *, four_bit: bool, dora: bool, rslora: bool, pissa: bool, plus: bool) -> str:
+    """The method that LoRA's flags make of it.
+
+    Raises:
+        UserError: flags that are not modelled together.
+    """
+    on = [name for name, flag in (("dora", dora), ("rslora", rslora), ("pissa", pissa), ("loraplus", plus)) if flag]
+    if four_bit:
+        if set(on) - {"rslora", "pissa"}:
+            raise UserError(f"{keys.origin}: a 4-bit base with {on[0]} is not modelled; leave one of them out")
+        return "qlora"
+    if len(on) > 1 and set(on) != {"rslora", "pissa"}:
+        raise UserError(f"{keys.origin}: {' and '.join(on)} together are not modelled; choose one")
+    return on[0] if on else "lora"

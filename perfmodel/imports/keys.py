@@ -1,0 +1,108 @@
+"""A config file's keys with typed access; what nobody asks for is told as ignored."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import UserError, nearest
+
+NOTHING = (None, "", False)
+
+
+class Keys:
+    """The keys of one file.
+
+    Every complaint names the file and the key. A key that is empty or null counts as absent, as these tools treat it.
+    """
+
+    def __init__(self, values: Mapping[str, Any], origin: str) -> None:
+        self.values = values
+        self.origin = origin
+        self.used: set[str] = set()
+
+    def __contains__(self, key: str) -> bool:
+        self.used.add(key)
+        return self.values.get(key) not in (None, "")
+
+    def get(self, key: str) -> Any:
+        """The raw value, None if absent."""
+        self.used.add(key)
+        value = self.values.get(key)
+        return None if value == "" else value
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """true or false."""
+        value = self.get(key)
+        if value is None:
+            return default
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        if not isinstance(value, bool):
+            raise self.wrong(key, "true or false")
+        return value
+
+    def count(self, key: str, default: int) -> int:
+        """A positive integer."""
+        value = self.get(key)
+        if value is None:
+            return default
+        if isinstance(value, str) and value.isdigit():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.wrong(key, "a positive integer")
+        return value
+
+    def number(self, key: str, default: float = 0.0) -> float:
+        """A number."""
+        value = self.get(key)
+        if value is None:
+            return default
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise self.wrong(key, "a number") from None
+
+    def text(self, key: str, default: str | None = None) -> str | None:
+        """A string."""
+        value = self.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, str):
+            raise self.wrong(key, "a string")
+        return value
+
+    def names(self, key: str) -> tuple[str, ...]:
+        """Names: a list, or a string with commas."""
+        value = self.get(key)
+        if value is None:
+            return ()
+        found = value.split(",") if isinstance(value, str) else value
+        if not isinstance(found, (list, tuple)) or not all(isinstance(x, str) for x in found):
+            raise self.wrong(key, "a list of names")
+        return tuple(name.strip() for name in found if name.strip())
+
+    def one_of(self, key: str, choices: Mapping[str, Any], default: Any) -> Any:
+        """What a word stands for."""
+        word = self.text(key)
+        if word is None:
+            return default
+        if word not in choices:
+            raise UserError(f"{self.origin}: {key} {word!r} is unknown: {nearest(word, choices)}")
+        return choices[word]
+
+    def refuse(self, key: str, why: str) -> None:
+        """Raise `UserError` if a key is set to something that is not modelled."""
+        if self.get(key) not in NOTHING:
+            raise UserError(f"{self.origin}: {key} {self.values[key]!r}: {why}")
+
+    def exclude(self, a: str, b: str) -> None:
+        """Raise `UserError` if two keys that contradict each other are both on."""
+        if self.get(a) not in NOTHING and self.get(b) not in NOTHING:
+            raise UserError(f"{self.origin}: {a} and {b} exclude each other: leave one of them out")
+
+    def ignored(self) -> list[str]:
+        """Keys that are set and that no one asked for."""
+        return sorted(str(k) for k, v in self.values.items() if k not in self.used and v not in (None, "", [], {}))
+
+    def wrong(self, key: str, expected: str) -> UserError:
+        """The complaint about a value of the wrong type."""
+        return UserError(f"{self.origin}: {key} must be {expected}, got {self.values.get(key)!r}")
