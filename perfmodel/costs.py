@@ -96,6 +96,7 @@ def flops(op: Op) -> Dim:
 # CUDA kernels per ATen call where it is not 1, with the reason. To be confirmed on a GPU by the validation harness.
 KERNELS: dict[str, tuple[int, str]] = {
     "_local_scalar_dense": (0, "a copy to the host and a synchronisation, no kernel"),
+    "_linalg_check_errors": (0, "reads a status on the host"),
     "empty_like": (0, "allocates only"),
     "new_empty_strided": (0, "allocates only"),
     "zeros": (1, "a fill"),
@@ -125,9 +126,24 @@ _LISTS = {
 }  # fmt: skip
 
 
+# Decompositions of cuSOLVER; whether PyTorch reads their status at once (BatchLinearAlgebra.cpp). The kernels that they
+# launch inside the library are not counted: a call counts as one.
+SOLVERS = {
+    "linalg_qr": False, "_linalg_svd": True, "linalg_pinv.atol_rtol_tensor": True, "_linalg_eigh": True,
+    "linalg_eig": True, "_linalg_solve_ex": False, "linalg_inv_ex": False,
+}  # fmt: skip
+
+
+def synchronises(op: Op) -> bool:
+    """Whether the host waits until the device is done with a call: it reads a result or copies it to itself."""
+    if op.name in ("_local_scalar_dense", "_linalg_check_errors"):
+        return "host" not in op.attrs
+    return SOLVERS.get(op.name, False) or "sync" in op.attrs or "to_host" in op.attrs
+
+
 def kernels(op: Op) -> Dim:
-    """CUDA kernels that one call launches; 0 for views and for work on host tensors."""
-    if op.view or "host" in op.attrs:
+    """CUDA kernels that one call launches; 0 for views, for work on host tensors and for copies to the host."""
+    if op.view or "host" in op.attrs or "to_host" in op.attrs:
         return 0
     lists = _LISTS.get(op.name)
     if lists:
@@ -167,7 +183,9 @@ def kind(op: Op) -> str:
         return "gemm"
     if "attention" in name or "flash_attn" in name:
         return "attention"
-    if name.startswith(("_foreach", "_fused")) or "host" in op.attrs:
+    if name in SOLVERS:
+        return "solver"
+    if name.startswith(("_foreach", "_fused", "bitsandbytes::optimizer")) or "host" in op.attrs:
         return "optimizer"
     if "softmax" in name or "layer_norm" in name or name.startswith(("nll", "sum", "mean", "linalg")):
         return "reduction"

@@ -18,6 +18,7 @@ Components = Mapping[str, Any]  # component -> seconds
 Z90 = 1.645  # two-sided 90 % of a normal distribution
 SIGMA_OF_MEAN = 1.2533  # standard deviation of a normal error whose mean absolute value is 1: sqrt(pi / 2)
 HOST = 0.25  # relative sigma of the host: its CPU is rarely known
+SOLVER = 0.5  # relative sigma of dense decompositions: a factor of two either way is rarely missed (devices/solver.py)
 UNEXPLAINED = 0.05  # relative sigma of a step beyond its components (clocks, allocator, data loading)
 UNEXPLAINED_RATIO = 0.02  # the same for the ratio of two steps measured on one machine
 CPU = 0.3  # relative sigma of an uncalibrated CPU
@@ -33,6 +34,8 @@ def sigma(component: str, profile: DeviceProfile) -> float:
     """Relative standard deviation of one component on a device."""
     if component == "host":
         return HOST
+    if component == "solver":
+        return SOLVER
     residuals = profile.residuals.get(BLOCK[component])
     return SIGMA_OF_MEAN * residuals["mean"] if residuals else CPU
 
@@ -61,4 +64,4 @@ def component(kind: str, dtype: str) -> str:
     """The component of an op, from `costs.kind` and the dtype of its operands."""
     if kind == "gemm":
         return "gemm32" if dtype == "fp32" else "gemm16"
-    return kind if kind in ("attention", "optimizer") else "memory"
+    return kind if kind in ("attention", "optimizer", "solver") else "memory"

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from . import optimizers
 from .errors import UserError
 from .tape.core import Parameter, Part, record, tape
 from .tape.dims import Dim
@@ -89,23 +90,18 @@ def trained(step: "Step") -> list[Parameter]:
     return [p for p in step.parameters if p.requires_grad]
 
 
-def moments(optimizer: str) -> int:
-    """Tensors like the parameter that an optimizer keeps of it."""
-    return 2 if optimizer.startswith("adamw") else int(optimizer == "sgd-momentum")
-
-
 def fresh_states(step: "Step", parameters: Sequence[Parameter]) -> None:
-    """The optimizer's state begins anew: what `torch.optim` makes for a parameter that it has no state of.
+    """The optimizer's state begins anew: what it makes for a parameter that it has no state of.
 
-    AdamW fills two moments with zeros (and, fused, a step counter on the device), SGD clones the gradient into its
-    momentum. Source: torch/optim/adam.py `_init_group`, sgd.py `_multi_tensor_sgd`.
+    All fill their tensors with zeros, but SGD clones the gradient into its momentum. Source: torch/optim/adam.py
+    `_init_group`, sgd.py `_multi_tensor_sgd`.
     """
     for p in parameters:
         with layers_alike("optimizer state", p.count):
-            if step.optimizer == "adamw-fused":
-                fill("zeros", (), "fp32")
-            if step.optimizer == "sgd-momentum":
-                record("clone", (p,), (p,))
-            else:
-                for _ in range(moments(step.optimizer)):
-                    fill("zeros_like", p.shape, p.dtype, like=p)
+            for state in optimizers.recorded([p], step.optimizer, step.device).states:
+                if step.optimizer == "sgd-momentum":
+                    record("clone", (p,), (p,))
+                elif state.shape == p.shape:
+                    fill("zeros_like", state.shape, state.dtype, like=p)
+                else:
+                    fill("zeros", state.shape, state.dtype)

@@ -35,8 +35,8 @@ class Time:
         low, high: bounds of the 90 % interval of the total.
         device_busy: seconds in which the device computes.
         launch_bound_share: share of the step in which the device waits for the host.
-        components: seconds by what prices them (gemm16, gemm32, attention, memory, optimizer, host); their sum is the
-            total.
+        components: seconds by what prices them (gemm16, gemm32, attention, memory, optimizer, solver, host); their sum
+            is the total.
     """
 
     phases: Phases
@@ -215,11 +215,30 @@ def _notes(built: Step, on: DeviceProfile, time: Time) -> list[str]:
             notes.append(
                 f"no measurements of {', '.join(defaults)} on {on.slug}: defaults of its class, wider interval"
             )
+    notes += _optimizer_notes(built, time)
     embedding = [p for p in built.parameters if p.kind == "embedding"]
     if built.setup.checkpoint != "none" and not any(p.requires_grad for p in embedding):
         notes.append(
             "with checkpointing transformers makes the embedding's output need a gradient: backward runs through every "
             "block, also below the lowest trainable one"
+        )
+    return notes
+
+
+def _optimizer_notes(built: Step, time: Time) -> list[str]:
+    notes = []
+    own, name = built.method.own_optimizer, built.method.name
+    if own and built.setup.optimizer != "adamw":
+        notes.append(f"{name} brings its own optimizer, {own}: the setup's {built.setup.optimizer} is not used")
+    if np.any(time.components.get("solver", 0.0) > 0.01 * time.phases["total"]):
+        notes.append(
+            "decompositions (SVD, QR, pseudo-inverse, …) are priced by a rough model of cuSOLVER, wider interval"
+        )
+    if np.any(built.paged_bytes):
+        gigabytes = np.max(built.paged_bytes) / 1e9
+        notes.append(
+            f"{gigabytes:.1f} GB of optimizer state are paged, outside the peak: what finds no room beside it crosses "
+            "the bus twice a step, which the step time leaves out"
         )
     return notes
 
@@ -302,7 +321,7 @@ def part_clocks(
     dispatch = by.dispatch(part, on.kind)
     dispatch = dispatch.reshape(len(dispatch), *(1,) * (duration.ndim - 1))
     launched = np.array([not op.view and "host" not in op.attrs for op in part.ops])
-    synced = [i for i, op in enumerate(part.ops) if op.name == "_local_scalar_dense" and "host" not in op.attrs]
+    synced = [i for i, op in enumerate(part.ops) if costs.synchronises(op)]
     pieces, start = [], 0
     for stop in [*(i + 1 for i in synced), len(part.ops)]:
         rows = slice(start, stop)

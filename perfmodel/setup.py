@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from . import optimizers
 from .errors import UserError, nearest
 from .tape.dims import Dim
 
 DTYPES = ("bf16", "fp16", "fp32")
 ATTENTION = ("sdpa", "eager", "flash2")
-OPTIMIZERS = ("adamw", "adamw-foreach", "adamw-loop", "adamw-fused", "sgd", "sgd-momentum")
+OPTIMIZERS = optimizers.names()
 CHECKPOINT = ("none", "block", "block-reentrant")
 LARGEST = 2**24  # tokens of a sequence, samples of a batch: beyond this it is a typing error
 

@@ -32,8 +32,9 @@ class Group:
 class Step:
     """One optimizer step as ordered parts of ops, with the parameters it trains.
 
-    `groups` holds the first micro-batch, the further ones (if any), and clipping with the optimizer; `periodic` what
-    the method does besides steps, which counts in none of them.
+    `groups` holds the first micro-batch, the further ones (if any), and clipping with the optimizer. `state_bytes` is
+    what the optimizer keeps between steps, `paged_bytes` what it keeps in memory shared with the host. `periodic` is
+    what the method does besides steps, which counts in none of them.
     """
 
     architecture: Architecture
@@ -42,6 +43,8 @@ class Step:
     device: str
     parameters: list[Parameter]
     groups: list[Group] = field(default_factory=list)
+    state_bytes: Dim = 0
+    paged_bytes: Dim = 0
     periodic: list[PeriodicOps] = field(default_factory=list)
 
     def parts(self) -> Iterator[tuple[Part, int]]:
@@ -81,11 +84,6 @@ class Step:
         """The optimizer form that runs."""
         return optimizers.resolve(self.setup.optimizer, self.device)
 
-    @property
-    def state_bytes(self) -> Dim:
-        """Bytes of optimizer state."""
-        return optimizers.state_bytes(optimizers.trainable(self.parameters), self.setup.optimizer)
-
 
 def build(
     architecture: Architecture, method: Method, setup: Setup, device: str = "cuda", capability: str = "8.0"
@@ -116,9 +114,9 @@ def build(
                 _micro_batch(step, tape, kept)
                 step.groups.append(Group(list(tape.parts), setup.grad_accum - 1))
             tape.parts.clear()
-            _update(step, tape)
+            record_update(step, tape)
+            _release(kept)
             step.groups.append(Group(list(tape.parts)))
-            _zero_grad(step, kept)
         step.periodic = [_besides(step, work, capability) for work in method.periodic()]
     finally:
         if collecting:
@@ -141,6 +139,7 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept) -> None:
     inputs = [_input(shape) for _ in range(3)]
     with tape.autocasting():
         loss = step.architecture.forward(Scope(build), *inputs)
+        loss = step.method.loss(loss, list(build.parameters.values()))
     if setup.grad_accum > 1:
         loss = div(loss, setup.grad_accum)
     if not loss.requires_grad:
@@ -166,22 +165,26 @@ def _input(shape: tuple[Dim, ...]) -> Tensor:
     return table(shape)
 
 
-def _update(step: Step, tape: Tape) -> None:
-    specs = optimizers.trainable(step.parameters)
+def record_update(step: Step, tape: Tape) -> None:
+    """Record clipping, the optimizer as the method wants it, and the end of the gradients; sets the step's state."""
     with tape.no_grad():
         if step.setup.clip_grad:
             foreach = step.device == "cuda" or step.optimizer == "adamw-foreach"
+            specs = optimizers.trainable(step.parameters)
             optimizers.clip_grad_norm(tape.begin("clip", "optimizer"), specs, foreach=foreach)
-        optimizers.record_step(tape.begin("optimizer", "optimizer"), specs, step.optimizer)
-
-
-def _zero_grad(step: Step, kept: Kept) -> None:
-    """Gradients go, and what modules kept: it was counted as live up to here."""
+        update = optimizers.Update(tape, step.optimizer, step.parameters)
+        step.method.update(update)
+    tape.begin("zero_grad", "optimizer")
     for p in step.parameters:
         p.grad = None
+    step.state_bytes, step.paged_bytes = update.state_bytes, update.paged_bytes
+
+
+def _release(kept: Kept) -> None:
+    """What modules kept as attributes was live up to here."""
     for tensor, part in kept.values():
         tensor.storage.copies = part.repeat
     kept.clear()
 
 
-__all__ = ["PHASES", "Group", "Step", "build", "new_tensor"]
+__all__ = ["PHASES", "Group", "Step", "build", "new_tensor", "record_update"]

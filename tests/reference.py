@@ -24,7 +24,7 @@ from perfmodel.methods.lora_fa import LoraFa
 from perfmodel.methods.paca import Paca
 from perfmodel.setup import Setup
 from perfmodel.step import build
-from validate import counts, models
+from validate import counts, models, updates
 from validate.counts import Case
 from validate.trace import TORCH_DTYPES, trace_step
 
@@ -205,6 +205,25 @@ def apply(model: Any, method: Method, architecture: Architecture, setup: Setup) 
     return PROGRAMS[type(method)](model, method, architecture, setup)
 
 
+MakeUpdate = Callable[[Any, str, Any], Any]  # of (model, form, method): the optimizer to run
+UPDATES: dict[type[Method], MakeUpdate] = {}
+
+
+def updater(*classes: type[Method]) -> Callable[[MakeUpdate], MakeUpdate]:
+    """Register the reference optimizer of methods that bring their own."""
+
+    def register(make: MakeUpdate) -> MakeUpdate:
+        UPDATES.update(dict.fromkeys(classes, make))
+        return make
+
+    return register
+
+
+def make_update(model: Any, form: str, method: Method) -> Any:
+    """The optimizer of a method: its reference, peft's, or the setup's."""
+    return UPDATES.get(type(method), updates.make)(model, form, method)
+
+
 @program(Paca)
 def _paca(model: Any, method: Paca, architecture: Architecture, setup: Setup) -> Any:
     return wrap(model, architecture, method.targets_layer, partial(PacaLinear, method=method))
@@ -246,7 +265,7 @@ def differences(name: str, spec: str, layers: int | None = None, **options: Any)
     method = methods.parse(spec).bind(architecture)
     step = build(architecture, method, setup, "cpu")
     model = apply(models.build(config, setup), method, architecture, setup)
-    trace = trace_step(model, setup, step.optimizer)
+    trace = trace_step(model, setup, step.optimizer, make=partial(make_update, method=method))
     trace.peak += getattr(model, "kept_bytes", 0)
     trace.total -= getattr(model, "counted_twice", 0)
     result = counts.judge(Case(config, spec, setup), step, trace)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -13,7 +14,7 @@ from perfmodel.architectures import Config, from_config, load
 from perfmodel.setup import Setup
 from perfmodel.step import PHASES, Step, build
 
-from . import models
+from . import models, updates
 from .trace import Signature, Trace, signature, trace_step
 
 MIRRORED = {"transformers": "5.24", "peft": "0.21"}  # the minor versions whose programs the tape mirrors
@@ -78,7 +79,8 @@ def compare(case: Case, *, cuda_forward: bool = False) -> Result:
     method = methods.parse(case.method).bind(architecture)
     step = build(architecture, method, case.setup, device)
     model = models.apply(models.build(case.config, case.setup), method, architecture)
-    trace = trace_step(model, case.setup, step.optimizer, device=device, forward_only=cuda_forward)
+    make = partial(updates.make, method=method)
+    trace = trace_step(model, case.setup, step.optimizer, device=device, forward_only=cuda_forward, make=make)
     return judge(case, step, trace, ("forward",) if cuda_forward else PHASES)
 
 

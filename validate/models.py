@@ -8,6 +8,7 @@ import torch
 from perfmodel.architectures import Architecture, Config
 from perfmodel.errors import UserError
 from perfmodel.methods import Method
+from perfmodel.methods.adalora import AdaLora
 from perfmodel.methods.bitfit import BitFit
 from perfmodel.methods.dora import Dora
 from perfmodel.methods.full import Full
@@ -17,6 +18,7 @@ from perfmodel.methods.lokr import Lokr
 from perfmodel.methods.lora import Lora
 from perfmodel.methods.lora_alike import Pissa, RsLora
 from perfmodel.methods.lora_fa import LoraFa
+from perfmodel.methods.loraplus import LoraPlus
 from perfmodel.methods.miss import Miss
 from perfmodel.methods.norm import NormTuning
 from perfmodel.methods.oft import Oft
@@ -103,7 +105,7 @@ def _top_k(model: Any, method: TopK, architecture: Architecture) -> Any:
     return model
 
 
-@applies(Lora, Pissa)  # PiSSA's decomposition of the weights comes before the first step
+@applies(Lora, LoraPlus, Pissa)  # PiSSA's decomposition of the weights comes before the first step
 def _lora(model: Any, method: Lora, architecture: Architecture, **variant: Any) -> Any:
     options = {"r": method.r, "lora_alpha": method.alpha, "lora_dropout": method.dropout}
     return _adapt(model, "LoraConfig", method, architecture, **options, **variant)
@@ -121,6 +123,15 @@ def _lora_fa(model: Any, method: LoraFa, architecture: Architecture) -> Any:
         if "lora_A" in name:
             parameter.requires_grad = False
     return adapted
+
+
+@applies(AdaLora)
+def _adalora(model: Any, method: AdaLora, architecture: Architecture) -> Any:
+    options: dict[str, Any] = {"init_r": method.r, "lora_alpha": method.alpha, "lora_dropout": method.dropout}
+    options |= {"target_r": 1, "total_step": 100}  # decide nothing but which entries are masked, and when
+    # without a task type PeftModel passes AdaLoraModel.forward by, and with it the regulariser
+    options["task_type"] = "FEATURE_EXTRACTION" if architecture.model_type == "bert" else "CAUSAL_LM"
+    return _adapt(model, "AdaLoraConfig", method, architecture, **options)
 
 
 @applies(Dora)

@@ -28,8 +28,8 @@ class Host:
         adapter: the extra Python code of one PEFT layer.
         checkpoint: one call of `torch.utils.checkpoint`.
         hook: one Python hook on a saved tensor (non-reentrant checkpoints pack, recompute and unpack each).
-        tensor: one parameter in an optimizer's or clipping's Python loop.
-        optimizer_call: an ATen call of the optimizer.
+        tensor: one parameter in the Python code around a list-wise optimizer or clipping.
+        optimizer_call: a call of a list-wise optimizer (foreach, fused), of clipping, or of a library's own kernel.
         launch_call: the driver call that launches one kernel (CUDA only).
         launch: from the launch on the host to the start on the device.
         graph_launch: one launch of a whole CUDA graph.
@@ -55,8 +55,11 @@ class Host:
     def dispatch(self, part: Part, device: str) -> np.ndarray:
         """Host seconds before each op of one run of a part, shape (ops,); Python's share is spread evenly."""
         launch = self.launch_call if device == "cuda" else 0.0
-        if part.phase == "optimizer":
+        if part.phase == "optimizer" and any(_by_lists(op) for op in part.ops):
             seconds = [self.optimizer_call + self.tensor * _tensors(op) for op in part.ops]
+            python = 0.0
+        elif part.phase == "optimizer":  # a Python loop over tensors, without autograd
+            seconds = [self.view if op.view else self.call for op in part.ops]
             python = 0.0
         else:
             forward = part.phase == "forward"
@@ -68,11 +71,13 @@ class Host:
         return np.array(seconds) + launch * launches + python / max(1, len(seconds))
 
 
+def _by_lists(op: Op) -> bool:
+    return op.name.startswith(("_foreach", "_fused", "bitsandbytes::optimizer"))
+
+
 def _tensors(op: Op) -> int:
     """Tensors that the optimizer's Python code touches for one list op (the first list's length)."""
-    if not op.name.startswith(("_foreach", "_fused")):
-        return 0
-    return sum(s.copies for s in op.outputs)
+    return sum(s.copies for s in op.outputs) if op.name.startswith(("_foreach", "_fused")) else 0
 
 
 @cache

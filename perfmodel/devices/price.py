@@ -18,6 +18,7 @@ from .attention import attention_backward_time, attention_forward_time
 from .gemm import gemm_time
 from .pointwise import pointwise_time
 from .profile import DeviceProfile
+from .solver import solver_time
 
 Table = dict[Any, list[tuple[Any, ...]]]
 
@@ -28,6 +29,7 @@ class _Tables:
 
     gemm: Table = field(default_factory=dict)
     attention: Table = field(default_factory=dict)
+    solver: Table = field(default_factory=dict)
     memory: Table = field(default_factory=dict)
 
     def add(self, table: Table, key: Any, *row: Any) -> None:
@@ -43,7 +45,10 @@ def durations(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
     priced: list[tuple[list[int], np.ndarray]] = []
     if profile.kind == "cpu":
         return _cpu(ops, profile)
-    for model, table in ((_gemm, tables.gemm), (_attention, tables.attention), (_memory, tables.memory)):
+    models = (
+        (_gemm, tables.gemm), (_attention, tables.attention), (_solver, tables.solver), (_memory, tables.memory),
+    )  # fmt: skip
+    for model, table in models:
         for key, rows in table.items():
             priced.append(_price(rows, partial(model, profile, *key)))
     grid = np.broadcast_shapes(*(seconds.shape[1:] for _, seconds in priced)) if priced else ()
@@ -85,6 +90,8 @@ def _sort(i: int, op: Op, tables: _Tables) -> None:
         sizes = (q.shape[0], q.shape[seq], k.shape[seq], q.shape[heads], k.shape[heads], q.shape[3])
         causal = bool(op.attrs and op.attrs[0])
         tables.add(tables.attention, ("cudnn" in name, backward, causal, q.dtype), i, *sizes)
+    elif name in costs.SOLVERS:
+        tables.add(tables.solver, (name,), i, *inputs[0].shape)
     else:
         for kind, *row in _memory_bound(op):
             tables.add(tables.memory, (kind,), i, *row)
@@ -110,6 +117,8 @@ def _memory_bound(op: Op) -> list[tuple[Any, ...]]:
         if name == "_fused_adamw_":
             read, written = read, written * 3 / 4  # the schema's fourth list, the gradients, is only read
         return [("optimizer", kernels, read, written, n, 1, 1)]
+    if name.startswith("bitsandbytes::optimizer"):  # the schema's first output, the gradient, is only read
+        return [("optimizer", kernels, read, written - out.nbytes, n, 1, 1)]
     if name == "embedding":
         return [("embedding", 1, written, written, n, _rows(out), out.shape[-1])]
     if name == "embedding_dense_backward":
@@ -175,6 +184,10 @@ def _attention(
     model = attention_backward_time if backward else attention_forward_time
     parameters = profile.cudnn_attention if cudnn else profile.attention
     return np.asarray(model(*shape, hardware=profile.hardware, parameters=parameters, causal=causal, dtype=dtype))
+
+
+def _solver(profile: DeviceProfile, name: str, *shape: Any) -> np.ndarray:
+    return solver_time(name, *shape, hardware=profile.hardware)
 
 
 def _memory(profile: DeviceProfile, kind: str, *columns: Any) -> np.ndarray:

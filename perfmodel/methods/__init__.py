@@ -1,6 +1,7 @@
 """Fine-tuning methods, one file each; importing this package registers them."""
 
 from . import (
+    adalora,
     badam,
     beamlora,
     bitfit,
@@ -15,6 +16,7 @@ from . import (
     lora,
     lora_alike,
     lora_fa,
+    loraplus,
     miss,
     norm,
     oft,
@@ -31,6 +33,7 @@ from .base import Method, method, option, options, parse, registered
 
 __all__ = [
     "Method",
+    "adalora",
     "badam",
     "beamlora",
     "bitfit",
@@ -45,6 +48,7 @@ __all__ = [
     "lora",
     "lora_alike",
     "lora_fa",
+    "loraplus",
     "method",
     "miss",
     "norm",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
 
 from ..architectures.base import Architecture, Linear, Scope
 from ..errors import UserError, nearest
+from ..optimizers import Update
 from ..periodic import Periodic
 from ..setup import Setup, positive
 from ..tape.core import Parameter, Part, Tensor
@@ -100,6 +101,10 @@ class Method:
         """The output head where it shares the embedding's weight."""
         return linear(hidden, weight)
 
+    def loss(self, loss: Tensor, parameters: list[Parameter]) -> Tensor:
+        """The loss with what the method adds to the model's: a regulariser on parameters, in order of appearance."""
+        return loss
+
     def embedded(self, x: Tensor, setup: Setup) -> Tensor:
         """The embedding's output. With checkpointing transformers makes it a leaf that needs a gradient
         (`enable_input_require_grads`), so backward then reaches the first block whatever the method trains."""
@@ -114,6 +119,19 @@ class Method:
     def choices(self, step: "Step") -> list[Any]:
         """What it chose for each kind of layer and why: a row of plain fields each, for tables and JSON."""
         return []
+
+    @property
+    def own_optimizer(self) -> str | None:
+        """The optimizer that the method brings, in the place of the setup's; None if it runs the setup's."""
+        return None
+
+    def update(self, update: Update) -> None:
+        """Record the optimizer step: by default the setup's optimizer, all that trains in one parameter group.
+
+        A method may call `update.group` for several groups, write the update of some parameters itself
+        (`update.runs`), name what it keeps between steps (`update.state`), and do something after the step.
+        """
+        update.group(update.parameters)
 
     def periodic(self) -> tuple[Periodic, ...]:
         """What it does besides its steps: once per run, or every so many steps."""

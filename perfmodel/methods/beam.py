@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ..periodic import adapted_layers, layers_alike, moments
+from .. import optimizers
+from ..periodic import adapted_layers, layers_alike
 from ..tape.core import Parameter, Tensor, emit, new_tensor, record, tape
 from ..tape.custom import index_buffer
 from ..tape.extra import div
@@ -32,7 +33,7 @@ def expand_ranks(step: "Step") -> None:
     _threshold([_flat(gate) for gate, *_ in layers for _ in range(gate.count)])
     for gate, a, b in layers:
         with layers_alike("replacement", gate.count):
-            _replace(gate, a, b, moments(step.optimizer))
+            _replace(gate, a, b, optimizers.moments(a, step.optimizer))
 
 
 def _flat(gate: Parameter) -> Tensor:

@@ -6,7 +6,8 @@ Source: the authors' code (github.com/gccnlp/BeamLoRA: peft/tuners/lora, train.p
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..periodic import layers_alike, moments, trained
+from .. import optimizers
+from ..periodic import layers_alike, trained
 from ..tape.core import Tensor, record
 from ..tape.dims import Dim
 from ..tape.linalg import linear
@@ -64,5 +65,5 @@ def _copy(step: "Step") -> None:
     """What the next replacement copies from: every adapter and its optimizer state."""
     for p in trained(step):
         with layers_alike("copy", p.count):
-            for _ in range(1 + moments(step.optimizer)):
+            for _ in range(1 + optimizers.moments(p, step.optimizer)):
                 record("clone", (p,), (p,))
