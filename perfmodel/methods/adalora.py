@@ -72,8 +72,9 @@ class AdaLora(Targeted):
             for p in run:
                 norm = _distance_from_orthogonality(p)
                 regulariser = add(norm, 0.0) if regulariser is None else add_in_place(regulariser, norm)
+        if regulariser is None:  # no layer has an adapter: the step says so
+            return loss
         tape().begin("regulariser", "forward")
-        assert regulariser is not None
         return add_in_place(loss, mul(div(regulariser, 1.0), 0.5))
 
     def update(self, update: Update) -> None:
