@@ -116,9 +116,9 @@ def build(
                 step.groups.append(Group(list(tape.parts), setup.grad_accum - 1))
             tape.parts.clear()
             record_update(step, tape)
-            step.groups.append(Group(list(tape.parts)))
             _forget(kept)
             tape.loss = None
+            step.groups.append(Group(list(tape.parts)))
         step.periodic = [_besides(step, work, capability) for work in method.periodic()]
     finally:
         if collecting:

@@ -58,6 +58,7 @@ def test_the_reference_of_paca_is_a_linear_layer_with_some_columns_trained() -> 
     """Its hand-written backward has to give the gradients that autograd gives."""
     base, method = torch.nn.Linear(6, 5, dtype=torch.float64), methods.parse("paca:r=2,alpha=2")
     layer = reference.PacaLinear(base.requires_grad_(False), method)
+    torch.nn.init.normal_(layer.paca_w)
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     g = torch.randn(2, 3, 5, dtype=torch.float64)
     layer(x).backward(g)

@@ -21,7 +21,7 @@ from .lora import Lora
     "lora_fa",
     source="https://arxiv.org/abs/2308.03303; peft/optimizers/lorafa.py",
     trains="B",
-    adds="lora without dA",
+    adds="no dA; its own optimizer",
 )
 @dataclass(frozen=True)
 class LoraFa(Lora):

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 from ..architectures.masks import read_scalar
 from ..errors import UserError
-from ..tape.copy_slices import add_to_view
 from ..tape.core import Tensor, emit
-from ..tape.dims import product
 from ..tape.extra import add_in_place
+from ..tape.inplace import add_to_output
 from ..tape.linalg import matmul
 from ..tape.pointwise import add, dropout, fill, mul
 from ..tape.shape import transpose
@@ -129,6 +128,4 @@ def _keep(layer: Linear, what: str, value: Tensor) -> None:
 
 def _add(layer: Linear, result: Tensor, delta: Tensor) -> Tensor:
     """`result += delta`; a layer with a bias returns a view of its product."""
-    if layer.has_bias and len(result.shape) > 2:
-        return add_to_view(result, delta, (product(result.shape[:-1]), layer.n_out))
-    return add_in_place(result, delta)
+    return add_to_output(result, delta, viewed=layer.has_bias, strided=True)
