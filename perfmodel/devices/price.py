@@ -30,10 +30,16 @@ class _Tables:
     gemm: Table = field(default_factory=dict)
     attention: Table = field(default_factory=dict)
     solver: Table = field(default_factory=dict)
+    bus: Table = field(default_factory=dict)
     memory: Table = field(default_factory=dict)
 
     def add(self, table: Table, key: Any, *row: Any) -> None:
         table.setdefault(key, []).append(row)
+
+
+BUS = (
+    10e9  # B/s of copies between pageable host memory and the device: PCIe 4.0 x16 through the driver's staging buffer
+)
 
 
 def durations(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
@@ -46,7 +52,8 @@ def durations(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
     if profile.kind == "cpu":
         return _cpu(ops, profile)
     models = (
-        (_gemm, tables.gemm), (_attention, tables.attention), (_solver, tables.solver), (_memory, tables.memory),
+        (_gemm, tables.gemm), (_attention, tables.attention), (_solver, tables.solver), (_bus, tables.bus),
+        (_memory, tables.memory),
     )  # fmt: skip
     for model, table in models:
         for key, rows in table.items():
@@ -90,6 +97,8 @@ def _sort(i: int, op: Op, tables: _Tables) -> None:
         sizes = (q.shape[0], q.shape[seq], k.shape[seq], q.shape[heads], k.shape[heads], q.shape[3])
         causal = bool(op.attrs and op.attrs[0])
         tables.add(tables.attention, ("cudnn" in name, backward, causal, q.dtype), i, *sizes)
+    elif "bus" in op.attrs:
+        tables.add(tables.bus, (), i, op.outputs[0].nbytes)
     elif name in costs.SOLVERS:
         tables.add(tables.solver, (name,), i, *inputs[0].shape)
     else:
@@ -178,6 +187,10 @@ def _attention(
     model = attention_backward_time if backward else attention_forward_time
     parameters = profile.cudnn_attention if cudnn else profile.attention
     return np.asarray(model(*shape, hardware=profile.hardware, parameters=parameters, causal=causal, dtype=dtype))
+
+
+def _bus(profile: DeviceProfile, nbytes: Any) -> np.ndarray:
+    return np.asarray(nbytes / BUS)
 
 
 def _solver(profile: DeviceProfile, name: str, *shape: Any) -> np.ndarray:
