@@ -173,12 +173,12 @@ def synchronises(op: Op) -> bool:
     """Whether the host waits for the device in a call: it reads a result, or copies between pageable memory and it."""
     if op.name in ("_local_scalar_dense", "_linalg_check_errors"):
         return "host" not in op.attrs
-    return SOLVERS.get(op.name, False) or not {"sync", "to_host", "from_host"}.isdisjoint(op.attrs)
+    return SOLVERS.get(op.name, False) or "sync" in op.attrs or "bus" in op.attrs
 
 
 def kernels(op: Op) -> Dim:
-    """CUDA kernels that one call launches; 0 for views, for work on host tensors and for copies from or to the host."""
-    if op.view or not {"host", "to_host", "from_host"}.isdisjoint(op.attrs):
+    """CUDA kernels that one call launches; 0 for views, for work on host tensors and for copies over the bus."""
+    if op.view or "host" in op.attrs or "bus" in op.attrs:
         return 0
     lists = _LISTS.get(op.name)
     if lists:

@@ -90,13 +90,14 @@ def trained(step: "Step") -> list[Parameter]:
     return [p for p in step.parameters if p.requires_grad]
 
 
-def fresh_states(step: "Step", parameters: Sequence[Parameter]) -> None:
-    """The optimizer's state begins anew: what it makes for a parameter that it has no state of.
+def fresh_states(step: "Step", parameters: Sequence[Parameter], dtype: str | None = None) -> None:
+    """The optimizer's state begins anew: what it makes for a parameter (or its copy in a dtype) that it has no state of.
 
     All fill their tensors with zeros, but SGD clones the gradient into its momentum. Source: torch/optim/adam.py
     `_init_group`, sgd.py `_multi_tensor_sgd`.
     """
     for p in parameters:
+        p = optimizers.copy_in(p, dtype) if dtype else p
         with layers_alike("optimizer state", p.count):
             for state in optimizers.recorded([p], step.optimizer, step.device).states:
                 if step.optimizer == "sgd-momentum":

@@ -239,9 +239,12 @@ def _optimizer_notes(built: Step, time: Time) -> list[str]:
     own = built.method.own_optimizer
     if own and built.setup.optimizer != "adamw":
         notes.append(f"{built.method.name} brings {own}: the setup's optimizer {built.setup.optimizer} is not used")
-    if np.any(time.components.get("solver", 0.0) > 0.01 * time.phases["total"]):
+    besides = (op.name for work in built.periodic for part in work.group.parts for op in part.ops)
+    in_step = np.any(time.components.get("solver", 0.0) > 0.01 * time.phases["total"])
+    if in_step or any(name in costs.SOLVERS for name in besides):
         notes.append(
-            "decompositions (SVD, QR, pseudo-inverse, …) are priced by a rough model of cuSOLVER, wider interval"
+            "decompositions (SVD, QR, pseudo-inverse, …) are priced by a rough model of cuSOLVER, right within a factor "
+            "of about two"
         )
     if np.any(built.paged_bytes):
         gigabytes = np.max(built.paged_bytes) / 1e9

@@ -40,7 +40,7 @@ class _Tables:
     """The tables of all models."""
 
     def __init__(self) -> None:
-        self.gemm, self.attention, self.solver, self.memory = _Table(), _Table(), _Table(), _Table()
+        self.gemm, self.attention, self.solver, self.bus, self.memory = (_Table() for _ in range(5))
         self.arrays: dict[Any, list[np.ndarray]] = {}
 
     def add(self, table: _Table, key: Any, i: int, *row: Any) -> None:
@@ -58,6 +58,11 @@ class _Tables:
         return key, len(known) - 1
 
 
+BUS = (
+    10e9  # B/s of copies between pageable host memory and the device: PCIe 4.0 x16 through the driver's staging buffer
+)
+
+
 def durations(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
     """Device seconds of each op, shape (ops, *grid); 0 for views and for work on host tensors."""
     if profile.kind == "cpu":
@@ -68,7 +73,8 @@ def durations(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
             _sort(i, op, tables)
     priced: list[tuple[list[list[int]], np.ndarray]] = []
     models = (
-        (_gemm, tables.gemm), (_attention, tables.attention), (_solver, tables.solver), (_memory, tables.memory),
+        (_gemm, tables.gemm), (_attention, tables.attention), (_solver, tables.solver), (_bus, tables.bus),
+        (_memory, tables.memory),
     )  # fmt: skip
     for model, table in models:
         for key, rows in table.rows.items():
@@ -110,6 +116,8 @@ def _sort(i: int, op: Op, tables: _Tables) -> None:
         sizes = (q.shape[0], q.shape[seq], k.shape[seq], q.shape[heads], k.shape[heads], q.shape[3])
         causal = bool(op.attrs and op.attrs[0])
         tables.add(tables.attention, ("cudnn" in name, backward, causal, q.dtype), i, *sizes)
+    elif "bus" in op.attrs:
+        tables.add(tables.bus, (), i, op.outputs[0].nbytes)
     elif name in costs.SOLVERS:
         tables.add(tables.solver, (name,), i, *inputs[0].shape)
     else:
@@ -211,6 +219,10 @@ def _attention(
     model = attention_backward_time if backward else attention_forward_time
     parameters = profile.cudnn_attention if cudnn else profile.attention
     return np.asarray(model(*shape, hardware=profile.hardware, parameters=parameters, causal=causal, dtype=dtype))
+
+
+def _bus(profile: DeviceProfile, nbytes: Any) -> np.ndarray:
+    return np.asarray(nbytes / BUS)
 
 
 def _solver(profile: DeviceProfile, name: str, *shape: Any) -> np.ndarray:

@@ -5,7 +5,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..periodic import fresh_states, trained
+from ..optimizers import Update
+from ..optimizers.ops import in_place
+from ..optimizers.update import copy_in, gradient
+from ..periodic import fresh_states, layers_alike, trained
+from ..tape.core import Parameter
+from ..tape.pointwise import cast
+from ..tape.shape import clone
 from .base import Method, Periodic, method, option, positive
 
 if TYPE_CHECKING:
@@ -23,7 +29,8 @@ class BAdam(Method):
     """One block of layers trains, all else is frozen; backward stops at that block.
 
     The lower the active block, the longer the backward: over a run the cost of a step is the mean over `cycle`. The
-    optimizer works in the weights' dtype; the fp32 copy of the active block that the authors' code keeps is left out.
+    setup's optimizer works on fp32 copies of the active weights and their gradients (`BlockOptimizer`). That it also
+    empties the allocator's cache after every step is left out.
     """
 
     block: int | None = option(None, "the active block, 0 next to the embedding; default the middle one, near the mean")
@@ -48,6 +55,19 @@ class BAdam(Method):
         """The programs of a whole cycle, one a block: their mean is the cost of a step."""
         return [replace(self, block=i) for i in range(self.layers)]
 
+    def update(self, update: Update) -> None:
+        masters = [_master(update, p) for p in update.parameters]
+        update.part()
+        for p, master in zip(update.parameters, masters, strict=True):
+            master.grad, p.grad = cast(gradient(p), "fp32"), None
+        update.group([m for m in masters if not m.name.endswith("bias")])
+        update.group([m for m in masters if m.name.endswith("bias")])
+        update.part()
+        for p, master in zip(update.parameters, masters, strict=True):
+            in_place("copy_", p, cast(master, p.dtype))
+        for master in masters:
+            master.grad = None
+
     def periodic(self) -> tuple[Periodic, ...]:
         return (Periodic("switch of the block", self.interval, _switch),)
 
@@ -58,6 +78,15 @@ class BAdam(Method):
         return layer == self.active
 
 
+def _master(update: Update, p: Parameter) -> Parameter:
+    """The fp32 copy of a weight that the optimizer works on, one tensor: only one block trains."""
+    update.state(p, dtype="fp32")
+    return copy_in(p, "fp32")
+
+
 def _switch(step: "Step") -> None:
-    """The authors clear the optimizer's state, so the new block begins with zero moments (badam/block_optim.py)."""
-    fresh_states(step, trained(step))
+    """fp32 copies of the new block; the optimizer's state begins anew (badam/block_optim.py)."""
+    for p in trained(step):
+        with layers_alike("fp32 copy", p.count):
+            cast(clone(p), "fp32")
+    fresh_states(step, trained(step), dtype="fp32")

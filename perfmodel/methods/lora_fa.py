@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..optimizers import Update
-from ..optimizers.ops import in_place, new
+from ..optimizers.adam_loop import adam
 from ..optimizers.update import gradient
-from ..tape.core import Parameter, Tensor
+from ..tape.core import Parameter
 from ..tape.custom import autocasting
 from ..tape.decompositions import pinv
 from ..tape.extra import host_eye
@@ -63,15 +63,3 @@ def _update_pair(update: Update, a: Parameter, b: Parameter) -> None:
         grad_b = mul(matmul(grad_b_orin, aa_t_inv), 0.25)
     grad_b = cast(grad_b, grad_b_orin.dtype)
     adam(update, b, grad_b)
-
-
-def adam(update: Update, p: Parameter, grad: Tensor) -> None:
-    """transformers' former AdamW on one tensor: no weight decay, the step counter a Python number."""
-    exp_avg, exp_avg_sq = update.state(p), update.state(p)
-    in_place("add_.Tensor", in_place("mul_.Tensor", exp_avg), grad)
-    in_place("addcmul_", in_place("mul_.Tensor", exp_avg_sq), grad, grad)
-    denom = in_place("add_.Tensor", new("sqrt", exp_avg_sq))
-    in_place("addcdiv_", p, exp_avg, denom)
-
-
-__all__ = ["LoraFa", "adam"]

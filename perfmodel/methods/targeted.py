@@ -1,11 +1,12 @@
 """What adapters of PEFT share: which linear layers get one, and the dtype of its weights."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
+from ..architectures.base import Architecture
 from ..errors import UserError, nearest
 from ..tape.core import Parameter, Tensor
 from .base import Linear, Method, option
@@ -49,14 +50,7 @@ class Targeted(Method):
                 f"method {self.name}: PEFT has no {self.name} for the Conv1D layers of {self.architecture.name}; "
                 "use lora, dora, ia3 or vera"
             )
-        known = [*self.architecture.linear_names(), "lm_head"]
-        for target in self.targets:
-            if target != ALL_LINEAR and not any(matches(name, target) for name in known):
-                leaves = {name.rsplit(".", 1)[-1] for name in known}
-                raise UserError(
-                    f"method {self.name}: target {target!r} matches no linear layer of {self.architecture.name}: "
-                    f"{nearest(target, leaves)}"
-                )
+        check_targets(self.name, self.targets, self.architecture)
         if "lm_head" in self.targets and self.architecture.tied:
             raise UserError(
                 f"method {self.name}: lm_head of {self.architecture.name} shares the embedding's weight; leave it out"
@@ -82,10 +76,10 @@ class Targeted(Method):
     def targets_layer(self, name: str, layer: int | None) -> bool:
         """Whether a linear layer gets an adapter."""
         if layer is None:
-            return self.layers_to_transform is None and _named(name, self.target_names)
+            return self.layers_to_transform is None and named(name, self.target_names)
         if self.layers_to_transform is not None and layer not in self.layers_to_transform:
             return False
-        return _named(name, self.target_names)
+        return named(name, self.target_names)
 
     def layer_key(self, layer: int) -> Hashable:
         return self.layers_to_transform is None or layer in self.layers_to_transform
@@ -117,6 +111,18 @@ class Targeted(Method):
             raise UserError(f"method {self.name}: rank {np.max(r)} exceeds the width {width} of {layer.name}")
 
 
+def check_targets(method: str, targets: Sequence[str], architecture: Architecture) -> None:
+    """Raise `UserError` where a target matches no linear layer of the architecture."""
+    known = [*architecture.linear_names(), "lm_head"]
+    for target in targets:
+        if target != ALL_LINEAR and not any(matches(name, target) for name in known):
+            leaves = {name.rsplit(".", 1)[-1] for name in known}
+            raise UserError(
+                f"method {method}: target {target!r} matches no linear layer of {architecture.name}: "
+                f"{nearest(target, leaves)}"
+            )
+
+
 def base_weight(layer: Linear) -> Parameter:
     """The weight of the base layer, as it lies in memory."""
     shape = (layer.n_in, layer.n_out) if layer.conv1d else (layer.n_out, layer.n_in)
@@ -144,5 +150,6 @@ def matches(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
-def _named(name: str, targets: tuple[str, ...]) -> bool:
+def named(name: str, targets: tuple[str, ...]) -> bool:
+    """Whether any target names a layer; all-linear names every layer of a block."""
     return any(matches(name, target) or (target == ALL_LINEAR and name != "lm_head") for target in targets)

@@ -3,7 +3,7 @@
 from . import adafactor, adamw, bitsandbytes, sgd
 from .clip import clip_grad_norm
 from .lists import by_dtype, trainable
-from .update import Update, moments, names, recorded, resolve, state_bytes
+from .update import Update, copy_in, moments, names, recorded, resolve, state_bytes
 
 __all__ = [
     "Update",
@@ -12,6 +12,7 @@ __all__ = [
     "bitsandbytes",
     "by_dtype",
     "clip_grad_norm",
+    "copy_in",
     "moments",
     "names",
     "recorded",

@@ -39,8 +39,8 @@ def _update_tensor(update: Update, p: Parameter, states: int, maps: list[Tensor]
     on_pages = paged and decide(p.numel >= SMALLEST_PAGED)
     moments = [update.state(p, dtype="u8" if quantised else "fp32", paged=on_pages) for _ in range(states)]
     if on_pages:
-        for moment in moments:
-            record("bitsandbytes::cprefetch", (moment,), (), ("host",))
+        for _ in moments:
+            record("bitsandbytes::cprefetch", (), (), ("host",))
     if quantised:
         scales = [update.state(p, (-(-p.numel // BLOCK),), "fp32") for _ in range(states)]
         tensors = (gradient(p), p, *moments, *maps, *scales)

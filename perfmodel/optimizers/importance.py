@@ -98,4 +98,4 @@ def _mask(e: Parameter, *, on_gpu: bool) -> None:
     del low
     pattern = view(new("bitwise_not", new("le.Scalar", e, dtype="bool"), dtype="bool"), (e.shape[0],))
     if on_gpu:
-        record("_to_copy", (pattern,), (existing(pattern.shape, "bool"),), ("to_host",))
+        record("_to_copy", (pattern,), (existing(pattern.shape, "bool"),), ("bus",))

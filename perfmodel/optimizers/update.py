@@ -140,6 +140,13 @@ def recorded(parameters: Parameters, name: str, device: str = "cuda") -> Update:
     return update
 
 
+def copy_in(p: Parameter, dtype: str) -> Parameter:
+    """A parameter of another dtype that stands for a copy of one, with a gradient of its own to come."""
+    copy = Parameter(p.name, p.shape, dtype, kind=p.kind, trainable=True)
+    copy.count, copy.part, copy.used = p.count, p.part, True
+    return copy
+
+
 def state_bytes(parameters: Parameters, name: str) -> Dim:
     """Bytes that an optimizer keeps for the trainable ones of some parameters."""
     return recorded(parameters, name).state_bytes

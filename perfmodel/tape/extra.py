@@ -40,7 +40,7 @@ def host_eye(n: Dim) -> Tensor:
         return eye(n, "fp32")
     x = Tensor((n, n), "fp32", (n, 1), n * n, Storage(0, None))
     record("eye", (), (x,), ("host",))
-    return emit("_to_copy", (x,), (n, n), "fp32", attrs=("from_host",))
+    return emit("_to_copy", (x,), (n, n), "fp32", attrs=("bus",))
 
 
 def div(a: Tensor, b: Tensor | float) -> Tensor:

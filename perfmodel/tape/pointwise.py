@@ -252,7 +252,7 @@ def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def scalar(dtype: str) -> Tensor:
     """`torch.tensor(value, device=…)`: made on the host; on CUDA a blocking copy brings it to the device."""
     made = Tensor((), dtype, (), 1, Storage(0, None))
-    return emit("_to_copy", (made,), (), dtype, attrs=("from_host",)) if tape().device == "cuda" else made
+    return emit("_to_copy", (made,), (), dtype, attrs=("bus",)) if tape().device == "cuda" else made
 
 
 def masked(allowed: Tensor, x: Tensor, constant: Tensor) -> Tensor:
