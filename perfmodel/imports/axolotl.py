@@ -86,6 +86,6 @@ def _attention(keys: Keys) -> str:
 
 
 def _liger(keys: Keys) -> bool:
-    plugins = keys.get("plugins") or []
+    plugins = keys.names("plugins")
     switches = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy")
-    return any("liger" in str(p).lower() for p in plugins) and any(keys.flag(s) for s in switches)
+    return any("liger" in p.lower() for p in plugins) and any(keys.flag(s) for s in switches)
