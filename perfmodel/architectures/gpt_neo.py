@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import UserError
+from ..tape.bus import scalar
 from ..tape.core import Tensor
 from ..tape.linalg import matmul
 from ..tape.nn import causal_lm_loss, softmax
-from ..tape.pointwise import add, cast, dropout, gelu_tanh, masked, scalar
+from ..tape.pointwise import add, cast, dropout, gelu_tanh, masked
 from ..tape.shape import contiguous, transpose, view
 from . import masks
 from .base import Architecture, Scope, architecture

@@ -6,10 +6,10 @@ from typing import ClassVar
 from ..optimizers import Update
 from ..optimizers.adam_loop import adam
 from ..optimizers.update import gradient
+from ..tape.bus import from_host
 from ..tape.core import Parameter
 from ..tape.custom import autocasting
 from ..tape.decompositions import pinv
-from ..tape.extra import host_eye
 from ..tape.linalg import matmul
 from ..tape.pointwise import add, cast, mul
 from ..tape.shape import t
@@ -58,7 +58,7 @@ def _update_pair(update: Update, a: Parameter, b: Parameter) -> None:
     """One pass of the loop in `LoraFAOptimizer.step`; A (r, n), B (m, r). Its product runs in bf16 by autocast."""
     grad_b_orin = gradient(b)
     aa_t = matmul(a, t(a))
-    aa_t_inv = pinv(add(aa_t, mul(host_eye(a.shape[0]), 1e-8)))
+    aa_t_inv = pinv(add(aa_t, mul(from_host("eye", (a.shape[0], a.shape[0]), "fp32"), 1e-8)))
     with autocasting("bf16"):
         grad_b = mul(matmul(grad_b_orin, aa_t_inv), 0.25)
     grad_b = cast(grad_b, grad_b_orin.dtype)

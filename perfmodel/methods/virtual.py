@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import UserError
+from ..tape.bus import from_host
 from ..tape.core import Parameter, Storage, Tensor, emit, tape
 from ..tape.pointwise import cast, cat
-from ..tape.prefix import from_host, repeat_batch
+from ..tape.prefix import repeat_batch
 from ..tape.shape import narrow
 from .base import Method, Scope, option, positive
 

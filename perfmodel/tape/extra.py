@@ -34,15 +34,6 @@ def eye(n: Dim, dtype: str) -> Tensor:
     return emit("eye", (), (n, n), dtype)
 
 
-def host_eye(n: Dim) -> Tensor:
-    """`torch.eye(n).to(device)`: made on the host in fp32 and copied to the device, where there is one."""
-    if tape().device != "cuda":
-        return eye(n, "fp32")
-    x = Tensor((n, n), "fp32", (n, 1), n * n, Storage(0, None))
-    record("eye", (), (x,), ("host",))
-    return emit("_to_copy", (x,), (n, n), "fp32", attrs=("bus",))
-
-
 def div(a: Tensor, b: Tensor | float) -> Tensor:
     """`a / b`."""
     if not isinstance(b, Tensor):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from .autograd import Grads, Node, differentiate
-from .core import Storage, Tensor, emit, record, tape
+from .core import Tensor, emit, record, tape
 from .dims import Dim, Shape, dense_order, elementwise_strides, is_contiguous, is_one, same
 from .dtypes import promote
 from .shape import view, view_as
@@ -247,12 +247,6 @@ def compare(name: str, a: Tensor, b: Tensor) -> Tensor:
 def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`torch.where` of two scalars by a mask."""
     return _elementwise("where.self", (condition, a, b), dtype=a.dtype)
-
-
-def scalar(dtype: str) -> Tensor:
-    """`torch.tensor(value, device=…)`: made on the host; on CUDA a blocking copy brings it to the device."""
-    made = Tensor((), dtype, (), 1, Storage(0, None))
-    return emit("_to_copy", (made,), (), dtype, attrs=("bus",)) if tape().device == "cuda" else made
 
 
 def masked(allowed: Tensor, x: Tensor, constant: Tensor) -> Tensor:

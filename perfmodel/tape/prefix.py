@@ -4,19 +4,10 @@ from collections.abc import Sequence
 
 from .autograd import Grads, Node, differentiate
 from .core import Op, Spec, Storage, Tensor, emit, new_tensor, record, tape
-from .dims import Dim, Shape, contiguous_strides, is_one, product
+from .dims import Dim, is_one, product
 from .shape import narrow, reshape
 
 Grad = Tensor | None
-
-
-def from_host(name: str, shape: Shape, dtype: str) -> Tensor:
-    """A tensor that Python makes without naming a device, moved to the model's (`torch.ones(…).to(device)`)."""
-    if tape().device == "cpu":
-        return emit(name, (), shape, dtype)
-    made = Tensor(shape, dtype, contiguous_strides(shape), product(shape), Storage(0, None))
-    record(name, (), (made,), ("host",))
-    return emit("_to_copy", (made,), shape, dtype)
 
 
 def repeat_batch(x: Tensor, times: Dim) -> Tensor:

@@ -1,0 +1,19 @@
+"""Tensors that Python makes on the host and moves to the model's device: blocking copies from pageable memory."""
+
+from .core import Storage, Tensor, emit, record, tape
+from .dims import Shape, contiguous_strides, product
+
+
+def from_host(name: str, shape: Shape, dtype: str) -> Tensor:
+    """A tensor that the call `name` makes without naming a device, moved there: `torch.ones(…).to(device)`."""
+    if tape().device == "cpu":
+        return emit(name, (), shape, dtype)
+    made = Tensor(shape, dtype, contiguous_strides(shape), product(shape), Storage(0, None))
+    record(name, (), (made,), ("host",))
+    return emit("_to_copy", (made,), shape, dtype, attrs=("bus",))
+
+
+def scalar(dtype: str) -> Tensor:
+    """`torch.tensor(value, device=…)`: one number; making it is no call of its own."""
+    made = Tensor((), dtype, (), 1, Storage(0, None))
+    return emit("_to_copy", (made,), (), dtype, attrs=("bus",)) if tape().device == "cuda" else made
