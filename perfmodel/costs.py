@@ -136,6 +136,7 @@ KERNELS: dict[str, tuple[int, str]] = {
     "new_empty_strided": (0, "allocates only"),
     "zeros": (1, "a fill"),
     "eye": (2, "fills zeros, then the diagonal"),
+    "diag_embed": (2, "fills zeros, then copies the diagonal"),
     "slice_backward": (2, "fills zeros, then copies the slice"),
     "constant_pad_nd": (2, "fills the padding, then copies the inner part"),
     "cumsum": (2, "scan in two passes (CUB)"),

@@ -60,6 +60,13 @@ def merge_and_restart(model: Any) -> None:
             module.reset_lora_parameters("default", True)
 
 
+def decompose(model: Any, start: str) -> None:
+    """peft's own start of PiSSA (`pissa`, `pissa_niter_N`) in every layer."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.pissa_init("default", start)
+
+
 def two_nn(x: Any) -> Any:
     """TwoNN in its maximum-likelihood form: N / Σ log(r₂/r₁) over all points."""
     squares = x.pow(2).sum(1)

@@ -22,7 +22,7 @@ from perfmodel.errors import UserError
 from perfmodel.methods.xgblora import XgbLora
 from perfmodel.periodic import PeriodicOps
 from perfmodel.step import Step
-from validate import models
+from validate import counts, models
 from validate.trace import Signature, signature
 
 SPECS = (
@@ -114,6 +114,23 @@ def test_a_merge_costs_2nmr_flops_in_every_adapted_layer() -> None:
     assert flops_besides(recorded("llama", f"cola:r={R},targets=all-linear")) == sum(2 * n * m * R for n, m in every)
     some = flops_besides(recorded("llama", "xgblora:blocks=2,targets=all-linear"))
     assert some == sum(2 * n * m for n, m in every) * 2 // LAYERS
+
+
+@pytest.mark.parametrize("niter", [0, 3])
+@pytest.mark.parametrize(("name", "dtype"), [("llama", "bf16"), ("gpt2", "fp32")])
+def test_the_start_of_pissa_is_that_of_peft(name: str, dtype: str, niter: int) -> None:
+    """Call by call: a whole SVD of every target, or a few power iterations; it comes once, and in no step."""
+    architecture, setup = architecture_of(name), setup_of(name, dtype=dtype)
+    method = methods.parse(f"pissa:r=4,niter={niter},targets=all-linear").bind(architecture)
+    model = models.apply(models.build(config_of(name), setup), method, architecture)
+    start = f"pissa_niter_{niter}" if niter else "pissa"
+    real = reference_papers.calls_of(model, lambda: reference_papers.decompose(model, start))
+    step = step_of(name, method, device="cpu", dtype=dtype)
+    (work,) = step.periodic
+    assert work.every is None
+    assert periodic_calls(work) == real
+    lora = step_of(name, "lora:r=4,targets=all-linear", device="cpu", dtype=dtype)
+    assert counts.tape_calls(step) == counts.tape_calls(lora)
 
 
 def test_two_nn_is_the_reference() -> None:
@@ -245,6 +262,7 @@ def test_a_draw_has_as_many_blocks_as_asked_for(layers: int, data: Any) -> None:
         ("s2ft:heads=0", "method s2ft: heads must be above 0"),
         ("s2ft:channels=1.5", "method s2ft: channels must be above 0 and at most 1"),
         ("s2ft:adapter_dtype=fp32", "method s2ft: its slices are part of the weights"),
+        ("pissa:niter=-1", "method pissa: niter must be from 0"),
         ("beamlora:interval=0", "method beamlora: interval must be from 1"),
         ("gelora:targets=lm_head", "method gelora: ranks belong to blocks"),
         ("gelora:r=33", "method gelora: rank 33 exceeds the width 32"),

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
-from .base import method
+from ..errors import UserError
+from .base import Periodic, method, option
 from .lora import Lora
+from .pissa_init import decompose
 
 
 @method(
@@ -25,4 +27,17 @@ class RsLora(Lora):
 )
 @dataclass(frozen=True)
 class Pissa(Lora):
-    """LoRA that starts from the principal singular vectors of W: another start, the cost of LoRA."""
+    """LoRA that starts from the principal singular vectors of W: another start, the cost of LoRA.
+
+    The decomposition of every target comes once per run.
+    """
+
+    niter: int = option(0, "power iterations of a randomised SVD (peft's pissa_niter_N); 0: a whole SVD")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.niter < 0:
+            raise UserError(f"method pissa: niter must be from 0, got {self.niter}")
+
+    def periodic(self) -> tuple[Periodic, ...]:
+        return (Periodic("SVD of the targets", None, lambda step: decompose(step, self.niter)),)

@@ -6,20 +6,11 @@ The program is the authors' (github.com/microsoft/LMOps, reslora/myloralib/layer
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from ..architectures.masks import read_scalar
 from ..errors import UserError
-from ..tape.core import Tensor, emit
-from ..tape.extra import add_in_place
-from ..tape.inplace import add_to_output
-from ..tape.linalg import matmul
-from ..tape.pointwise import add, dropout, fill, mul
-from ..tape.shape import transpose
+from ..tape.core import Tensor
 from .base import Linear, method, option
 from .lora import Lora
-
-Pair = tuple[Tensor, Tensor]  # A (r, n_in) and B (n_out, r)
-SHORTCUTS = ("is", "bs", "ms")
-NORMS = {"is": (4,), "bs": (), "ms": (3, 4)}  # merge flags with which a training step reads a norm back, by shortcut
+from .shortcuts import SHORTCUTS, Adapter
 
 
 @method(
@@ -74,58 +65,5 @@ class ResLora(Lora):
             raise UserError("method reslora: the head has no earlier block; leave out lm_head")
         if layer.scope.build.setup.checkpoint != "none":
             raise UserError("method reslora: shortcuts reach out of checkpointed blocks; leave out --checkpoint")
-        result, weights = layer(x), self.weights(layer, dtype)
-        forward = {"is": self._input, "bs": self._block, "ms": self._middle}[self.shortcut]
-        return forward(layer, result, x, weights)
-
-    def _input(self, layer: Linear, result: Tensor, x: Tensor, weights: Pair) -> Tensor:
-        self._read_norm(x)
-        _keep(layer, "input", x)
-        before = self._earlier(layer, "input")
-        return _add(layer, result, self._up(self._down(add(x, before[0] if before else x), weights), weights))
-
-    def _block(self, layer: Linear, result: Tensor, x: Tensor, weights: Pair) -> Tensor:
-        for name, weight in zip("AB", weights, strict=True):
-            _keep(layer, name, weight)
-        before = zip(self._earlier(layer, "A"), self._earlier(layer, "B"), strict=True)
-        for pair in (weights, *before):
-            result = _add(layer, result, self._up(self._down(x, pair), pair))
-        return result
-
-    def _middle(self, layer: Linear, result: Tensor, x: Tensor, weights: Pair) -> Tensor:
-        before = self._earlier(layer, "middle")
-        total = fill("zeros_like", before[0].shape, before[0].dtype, like=before[0]) if before else None
-        for earlier in before:
-            assert total is not None
-            total = add_in_place(total, earlier)
-        middle = self._down(x, weights)
-        _keep(layer, "middle", middle)
-        result = _add(layer, result, self._up(middle if total is None else add(middle, total), weights))
-        self._read_norm(middle if self.merge_flag == 4 else x)
-        return result
-
-    def _down(self, x: Tensor, weights: Pair) -> Tensor:
-        return matmul(dropout(x, self.dropout), transpose(weights[0], 0, 1))
-
-    def _up(self, middle: Tensor, weights: Pair) -> Tensor:
-        return mul(matmul(middle, transpose(weights[1], 0, 1)), self.alpha)
-
-    def _read_norm(self, x: Tensor) -> None:
-        """`torch.norm(x).item()`: the host waits for the device."""
-        if self.merge_flag in NORMS[self.shortcut]:
-            read_scalar(emit("linalg_vector_norm", (x,), (), x.dtype))
-
-    def _earlier(self, layer: Linear, what: str) -> list[Tensor]:
-        """What the same layer kept in earlier blocks, the nearest first."""
-        kept, index = layer.scope.build.kept, layer.scope.layer
-        found = {k[2]: t for k, (t, _) in kept.items() if k[:2] == (layer.name, what) and k[2] < index}
-        return [found[i] for i in sorted(found, reverse=True)[: self.reach]]
-
-
-def _keep(layer: Linear, what: str, value: Tensor) -> None:
-    layer.scope.build.keep((layer.name, what, layer.scope.layer), value)
-
-
-def _add(layer: Linear, result: Tensor, delta: Tensor) -> Tensor:
-    """`result += delta`; a layer with a bias returns a view of its product."""
-    return add_to_output(result, delta, viewed=layer.has_bias, strided=True)
+        adapter = Adapter(layer, self.weights(layer, dtype), self.dropout, self.reach, self.merge_flag)
+        return SHORTCUTS[self.shortcut](adapter, layer(x), x)

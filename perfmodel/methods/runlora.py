@@ -13,27 +13,11 @@ from ..tape.custom import BACKWARDS, FORWARDS, run_lora
 from ..tape.pointwise import mul
 from ..tape.shape import t
 from .base import Linear, Seconds, method, option, positive
-from .runlora_orders import BACKWARD_FLOPS, FORWARD_FLOPS, LayerShape, cheapest, flops, times
+from .runlora_orders import BACKWARD_FLOPS, FORWARD_FLOPS, Choice, LayerShape, cheapest, flops, times
 from .targeted import Targeted, base_bias, base_weight
 
 if TYPE_CHECKING:
     from ..step import Step
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The orders of a kind of layer, and what every order costs: FLOPs, and seconds where those decided."""
-
-    layer: str
-    copies: int
-    inputs: int
-    outputs: int
-    forward: int
-    backward: int
-    forward_flops: dict[int, Any]
-    backward_flops: dict[int, Any]
-    forward_seconds: dict[int, Any] | None = None
-    backward_seconds: dict[int, Any] | None = None
 
 
 @method(

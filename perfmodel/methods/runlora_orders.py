@@ -1,6 +1,7 @@
 """The orders in which RunLoRA can compute its products: their FLOPs in closed form, and their predicted times."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..tape.autograd import run_backward
@@ -42,6 +43,22 @@ class LayerShape(NamedTuple):
     dtype: str = "bf16"
     bias: bool = False
     conv1d: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The orders of a kind of layer, and what every order costs: FLOPs, and seconds where those decided."""
+
+    layer: str
+    copies: int
+    inputs: int
+    outputs: int
+    forward: int
+    backward: int
+    forward_flops: dict[int, Any]
+    backward_flops: dict[int, Any]
+    forward_seconds: dict[int, Any] | None = None
+    backward_seconds: dict[int, Any] | None = None
 
 
 def flops(shape: LayerShape) -> tuple[dict[int, Any], dict[int, Any]]:
