@@ -121,10 +121,11 @@ class Linear:
         shape = (self.n_in, self.n_out) if self.conv1d else (self.n_out, self.n_in)
         weight = self.scope.parameter(f"{self.name}.weight", shape, "weight")
         bias = self.scope.parameter(f"{self.name}.bias", (self.n_out,), "bias") if self.has_bias else None
-        if self.conv1d:
-            assert bias is not None
-            return linalg.conv1d(x, weight, bias)
-        return linalg.linear(x, weight, bias)
+        with tape().belonging_to("base"):
+            if self.conv1d:
+                assert bias is not None
+                return linalg.conv1d(x, weight, bias)
+            return linalg.linear(x, weight, bias)
 
     def adapter(self, name: str, shape: tuple[Any, ...], dtype: str, *, trainable: bool = True) -> Parameter:
         """A parameter that the method adds to this layer."""
@@ -174,10 +175,12 @@ class Scope:
         return parameters[path]
 
     def linear(self, name: str, x: Tensor, n_out: int, *, bias: bool = False, conv1d: bool = False) -> Tensor:
-        """A linear layer, as the fine-tuning method rewrites it."""
-        tape().part.modules += 1
+        """A linear layer, as the method rewrites it; what it runs besides the base layer is the adapter's."""
+        current = tape()
+        current.part.modules += 1
         layer = Linear(self, name, x.shape[-1], n_out, bias, conv1d)
-        return self.build.method.linear(layer, x)
+        with current.belonging_to("adapter"):
+            return self.build.method.linear(layer, x)
 
     def lm_head(self, hidden: Tensor, embedding: str, vocab: int) -> Tensor:
         """Logits of a causal model: through the embedding's weight where it is tied, else an own linear layer."""
