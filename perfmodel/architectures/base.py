@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ..errors import UserError, nearest
+from ..registry import Registry
 from ..tape import autograd, linalg, nn, pointwise
 from ..tape.core import Parameter, Part, Tensor, tape
 from ..tape.dims import decide
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from ..methods.base import Method
     from ..setup import Setup
 
-_REGISTRY: dict[str, type["Architecture"]] = {}
+_REGISTRY: Registry[type["Architecture"]] = Registry(__package__, Path(__file__).parent)
 A = TypeVar("A", bound="Architecture")
 
 
@@ -23,7 +25,7 @@ def architecture(*model_types: str) -> Callable[[type[A]], type[A]]:
 
     def register(cls: type[A]) -> type[A]:
         for model_type in model_types:
-            _REGISTRY[model_type] = cls
+            _REGISTRY.add(model_type, cls)
         return cls
 
     return register
@@ -31,7 +33,7 @@ def architecture(*model_types: str) -> Callable[[type[A]], type[A]]:
 
 def supported() -> list[str]:
     """The model types that the tape knows."""
-    return sorted(_REGISTRY)
+    return list(_REGISTRY.all())
 
 
 def from_config(config: Config) -> "Architecture":
@@ -41,16 +43,17 @@ def from_config(config: Config) -> "Architecture":
         UserError: unknown model_type, missing or mistyped keys, dims that do not fit together.
     """
     model_type = config.text("model_type")
-    if model_type not in _REGISTRY:
+    found = _REGISTRY.get(model_type)
+    if found is None:
         raise UserError(
-            f"{config.origin}: model_type {model_type!r} is not supported ({nearest(model_type, _REGISTRY)}); "
+            f"{config.origin}: model_type {model_type!r} is not supported ({nearest(model_type, supported())}); "
             f"supported: {', '.join(supported())}"
         )
     if config.values.get("quantization_config") is not None:
         raise UserError(
             f"{config.origin}: quantization_config is not supported; quantised base weights are not modelled"
         )
-    return _REGISTRY[model_type].from_config(config)
+    return found.from_config(config)
 
 
 @dataclass(frozen=True)

@@ -1,50 +1,5 @@
-"""Fine-tuning methods, one file each; importing this package registers them."""
+"""Fine-tuning methods, one file each; a file is imported when its method is asked for."""
 
-from . import (
-    badam,
-    bitfit,
-    dora,
-    full,
-    ia3,
-    lisa,
-    loha,
-    lokr,
-    lora,
-    lora_alike,
-    lora_fa,
-    miss,
-    norm,
-    oft,
-    paca,
-    runlora,
-    top_k,
-    vera,
-)
 from .base import Method, method, option, options, parse, registered
 
-__all__ = [
-    "Method",
-    "badam",
-    "bitfit",
-    "dora",
-    "full",
-    "ia3",
-    "lisa",
-    "loha",
-    "lokr",
-    "lora",
-    "lora_alike",
-    "lora_fa",
-    "method",
-    "miss",
-    "norm",
-    "oft",
-    "option",
-    "options",
-    "paca",
-    "parse",
-    "registered",
-    "runlora",
-    "top_k",
-    "vera",
-]
+__all__ = ["Method", "method", "option", "options", "parse", "registered"]

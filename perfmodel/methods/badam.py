@@ -7,7 +7,7 @@ from ..errors import UserError
 from .base import Method, method, option
 
 
-@method("badam", source="https://arxiv.org/abs/2404.02827")
+@method("badam", title="BAdam", source="https://arxiv.org/abs/2404.02827")
 @dataclass(frozen=True)
 class BAdam(Method):
     """One block of layers trains, all else is frozen; backward stops at that block.

@@ -3,24 +3,26 @@
 import inspect
 from collections.abc import Callable, Hashable
 from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from ..architectures.base import Architecture, Linear, Scope
 from ..errors import UserError, nearest
+from ..registry import Registry
 from ..setup import Setup, positive
 from ..tape.core import Parameter, Tensor
 from ..tape.linalg import linear
 
-_REGISTRY: dict[str, type["Method"]] = {}
+_REGISTRY: Registry[type["Method"]] = Registry(__package__, Path(__file__).parent)
 M = TypeVar("M", bound="Method")
 
 
-def method(name: str, *, source: str) -> Callable[[type[M]], type[M]]:
-    """Register a method under a name; `source` is the paper or code that defines it."""
+def method(name: str, *, source: str, title: str | None = None) -> Callable[[type[M]], type[M]]:
+    """Register a method under a name; `source` is the paper or code that defines it, `title` how one writes it."""
 
     def register(cls: type[M]) -> type[M]:
-        cls.name, cls.source = name, source
-        _REGISTRY[name] = cls
+        cls.name, cls.source, cls.title = name, source, title or name
+        _REGISTRY.add(name, cls)
         return cls
 
     return register
@@ -28,7 +30,7 @@ def method(name: str, *, source: str) -> Callable[[type[M]], type[M]]:
 
 def registered() -> dict[str, type["Method"]]:
     """All methods by name."""
-    return dict(sorted(_REGISTRY.items()))
+    return _REGISTRY.all()
 
 
 def option(default: Any, help: str) -> Any:
@@ -47,6 +49,7 @@ class Method:
 
     name: ClassVar[str]
     source: ClassVar[str]
+    title: ClassVar[str]
 
     @property
     def layers(self) -> int:
@@ -96,13 +99,30 @@ class Method:
 
     def spec(self) -> str:
         """The method as one writes it on the command line; its size (r, k) first, other defaults left out."""
-        parts = []
+        parts = [f"{name}={value}" for name, value in self._given().items()]
+        return self.name + (":" + ",".join(parts) if parts else "")
+
+    def in_words(self) -> str:
+        """The method in words: LoRA r=32 on q,v (dropout=0.1)."""
+        given = self._given()
+        sizes = [f"{name}={given.pop(name)}" for name in self.sizes() if name in given]
+        given.pop("targets", None)
+        rest = ", ".join(f"{name}={value}" for name, value in given.items())
+        return " ".join([self.title, *sizes]) + self.where() + (f" ({rest})" if rest else "")
+
+    def where(self) -> str:
+        """The place of what trains, as a part of `in_words`."""
+        return ""
+
+    def _given(self) -> dict[str, str]:
+        """Options that say something: the size (r, k) first, then what differs from its default."""
+        found = {}
         for f in sorted(_options(type(self)), key=lambda f: f.name not in self.sizes()):
             value = getattr(self, f.name)
             if value is None or (f.name not in self.sizes() and f.default is not MISSING and _equal(value, f.default)):
                 continue
-            parts.append(f"{f.name}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}")
-        return self.name + (":" + ",".join(parts) if parts else "")
+            found[f.name] = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        return found
 
     def sizes(self) -> tuple[str, ...]:
         """Options that say how much trains: always part of `spec`."""
@@ -141,7 +161,7 @@ def parse(text: str) -> Method:
     name, _, tail = text.strip().partition(":")
     cls = _REGISTRY.get(name.lower())
     if cls is None:
-        raise UserError(f"unknown method {name!r}: {nearest(name, _REGISTRY)}")
+        raise UserError(f"unknown method {name!r}: {nearest(name, registered())}")
     hints = get_type_hints(cls)
     known = {f.name for f in _options(cls)}
     values: dict[str, Any] = {}
@@ -188,4 +208,6 @@ def _indices(where: str, text: str) -> tuple[int, ...]:
     return tuple(sorted(set(found)))
 
 
-__all__ = ["Linear", "Method", "Scope", "method", "option", "options", "parse", "positive", "registered"]
+__all__ = [
+    "Architecture", "Linear", "Method", "Scope", "method", "option", "options", "parse", "positive", "registered",
+]  # fmt: skip

@@ -6,7 +6,7 @@ from ..errors import UserError
 from .base import Method, method
 
 
-@method("bitfit", source="https://arxiv.org/abs/2106.10199")
+@method("bitfit", title="BitFit", source="https://arxiv.org/abs/2106.10199")
 @dataclass(frozen=True)
 class BitFit(Method):
     """Only bias terms train (of linear layers and of LayerNorms)."""

@@ -12,7 +12,7 @@ from .lora import Lora
 from .targeted import base_bias, base_weight
 
 
-@method("dora", source="https://arxiv.org/abs/2402.09353; peft/tuners/lora/dora.py")
+@method("dora", title="DoRA", source="https://arxiv.org/abs/2402.09353; peft/tuners/lora/dora.py")
 @dataclass(frozen=True)
 class Dora(Lora):
     """LoRA that rescales every row of W + (α/r)·BA to a trained length; the norm is taken anew in every forward."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from .base import Method, method
 
 
-@method("full", source="the model's own weights")
+@method("full", title="full fine-tuning", source="the model's own weights")
 @dataclass(frozen=True)
 class Full(Method):
     """Every weight of the model trains."""

@@ -7,7 +7,7 @@ from ..errors import UserError
 from .base import Method, method, option, positive
 
 
-@method("lisa", source="https://arxiv.org/abs/2403.17919")
+@method("lisa", title="LISA", source="https://arxiv.org/abs/2403.17919")
 @dataclass(frozen=True)
 class Lisa(Method):
     """Layerwise importance sampling: gamma random blocks, the embedding and the head (with its norm) train.

@@ -7,7 +7,7 @@ from .base import Linear, method
 from .lora import Lora
 
 
-@method("lora_fa", source="https://arxiv.org/abs/2308.03303; peft/optimizers/lorafa.py")
+@method("lora_fa", title="LoRA-FA", source="https://arxiv.org/abs/2308.03303; peft/optimizers/lorafa.py")
 @dataclass(frozen=True)
 class LoraFa(Lora):
     """LoRA whose A is frozen: no gradient of A, and of the input only xAᵀ (T × r) is kept.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from .base import Method, method
 
 
-@method("norm", source="https://arxiv.org/abs/2312.11420; peft/tuners/ln_tuning")
+@method("norm", title="norm tuning", source="https://arxiv.org/abs/2312.11420; peft/tuners/ln_tuning")
 @dataclass(frozen=True)
 class NormTuning(Method):
     """Only the normalisation layers train; PEFT trains a copy and keeps the frozen original."""

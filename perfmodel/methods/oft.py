@@ -12,7 +12,7 @@ from .base import Linear, method, option, positive
 from .targeted import Targeted
 
 
-@method("oft", source="https://arxiv.org/abs/2306.07280; peft/tuners/oft/layer.py")
+@method("oft", title="OFT", source="https://arxiv.org/abs/2306.07280; peft/tuners/oft/layer.py")
 @dataclass(frozen=True)
 class Oft(Targeted):
     """y = (xR)Wᵀ: R is block-diagonal and orthogonal, a Cayley transform taken as a Neumann series of 5 terms."""

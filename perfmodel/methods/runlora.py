@@ -53,7 +53,7 @@ class Choice:
     backward_flops: dict[int, Dim]
 
 
-@method("runlora", source="https://arxiv.org/abs/2312.03415")
+@method("runlora", title="RunLoRA", source="https://arxiv.org/abs/2312.03415")
 @dataclass(frozen=True)
 class RunLora(Targeted):
     """LoRA with its products in the cheapest of four forward and eight backward orders, chosen per layer shape."""

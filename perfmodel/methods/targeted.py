@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import UserError, nearest
 from ..tape.core import Parameter, Tensor
-from .base import Linear, Method, option
+from .base import Architecture, Linear, Method, option
 
 ALL_LINEAR = "all-linear"
 
@@ -79,6 +79,9 @@ class Targeted(Method):
             )
         return self.default_targets[self.architecture.model_type]
 
+    def where(self) -> str:
+        return on_targets(self.target_names, self.architecture) if self.targets or self.architecture else ""
+
     def targets_layer(self, name: str, layer: int | None) -> bool:
         """Whether a linear layer gets an adapter."""
         if layer is None:
@@ -109,6 +112,14 @@ class Targeted(Method):
         width = min(layer.n_in, layer.n_out)
         if np.any(np.greater(r, width)):
             raise UserError(f"method {self.name}: rank {np.max(r)} exceeds the width {width} of {layer.name}")
+
+
+def on_targets(targets: tuple[str, ...], architecture: Architecture | None) -> str:
+    """Targets in words: " on q,v", " on all linear layers"."""
+    leaves = {name.rsplit(".", 1)[-1] for name in architecture.linear_names()} if architecture else set()
+    if ALL_LINEAR in targets or (leaves and leaves <= set(targets)):
+        return " on all linear layers"
+    return " on " + ",".join(target.rsplit(".", 1)[-1].removesuffix("_proj") for target in targets)
 
 
 def base_weight(layer: Linear) -> Parameter:
