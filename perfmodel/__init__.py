@@ -6,9 +6,25 @@
 9175040
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .compare import Comparison, SpeedUp, compare
 from .errors import UserError
 from .predict import Prediction, predict
 from .setup import Setup
 
-__all__ = ["Comparison", "Prediction", "Setup", "SpeedUp", "UserError", "compare", "predict"]
+if TYPE_CHECKING:
+    from .explanation import Explanation, explain
+
+_LATER = {"Explanation": "explanation", "explain": "explanation"}  # name -> its file, imported on first use
+
+__all__ = ["Comparison", "Explanation", "Prediction", "Setup", "SpeedUp", "UserError", "compare", "explain", "predict"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    found = globals()[name] = getattr(import_module(f".{_LATER[name]}", __name__), name)
+    return found

@@ -12,6 +12,7 @@ from .errors import UserError, nearest
 COMMANDS = {  # command -> its file in `commands/`
     "predict": "predict",
     "compare": "compare",
+    "explain": "explain",
     "models": "lists",
     "methods": "lists",
     "devices": "lists",

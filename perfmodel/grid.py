@@ -18,7 +18,9 @@ from .tape.dims import MixedStructure
 P = TypeVar("P")
 Compute = Callable[[Setup, Method], P]
 CHUNK = 16_384  # points that go through the tape together: bounds the memory of a large grid
-MERGED = ("total_params", "trainable_params", "flops", "bytes", "kernels", "dispatches", "time", "memory", "fits")
+MERGED = (
+    "total_params", "trainable_params", "flops", "bytes", "kernels", "dispatches", "time", "memory", "fits", "mfu",
+)  # fmt: skip
 
 
 def over_grid(compute: Compute[P], setup: Setup, method: Method) -> P:
@@ -98,5 +100,5 @@ def _merge(parts: list[tuple[np.ndarray, P]], setup: Setup, shape: tuple[int, ..
     first: Any = parts[0][1]
     merged = {name: merge([getattr(p, name) for _, p in parts]) for name in MERGED}
     notes = list(dict.fromkeys(note for _, p in parts for note in getattr(p, "notes", ())))
-    result: P = replace(first, setup=setup, step=None, notes=notes, **merged)
+    result: P = replace(first, setup=setup, step=None, durations=None, notes=notes, **merged)
     return result

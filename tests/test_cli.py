@@ -172,14 +172,17 @@ def test_compare_prints_the_promised_json() -> None:
     """The ratio is the baseline's step time over the method's, and the verdict follows from it."""
     names = ["full", "lora:r=16", "top_k:k=2"]
     value = value_of("compare", *MODEL, "--methods", *names)
-    assert set(value) == {"baseline", "predictions", "speedup"}
+    assert set(value) == {"baseline", "predictions", "speedup", "figures"}
+    assert [f["method"] for f in value["figures"]] == names
+    assert all(f["tokens_per_s"] > 0 and 0 < f["mfu"] < 1 for f in value["figures"])
     assert value["baseline"] == "full"
     assert [p["method"] for p in value["predictions"]] == names
     base, *others = value["predictions"]
     for p in value["predictions"]:
         check_prediction(p)
     for speedup, p in zip(value["speedup"], others, strict=True):
-        assert set(speedup) == {"method", "ratio", "low", "high", "verdict"}
+        assert set(speedup) == {"method", "ratio", "low", "high", "verdict", "reason", "answer"}
+        assert speedup["reason"] in speedup["answer"]
         assert speedup["method"] == p["method"]
         assert speedup["ratio"] == pytest.approx(base["time_s"]["total"] / p["time_s"]["total"])
         assert speedup["low"] <= speedup["ratio"] <= speedup["high"]

@@ -3,10 +3,18 @@
 
 def seconds(value: float) -> str:
     """A time with three digits: 117 ms."""
+    if value < 5e-9:  # shows as nothing, and no step is known to a nanosecond
+        return "0"
     for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
         if value >= factor or unit == "us":
             return f"{_digits(value / factor)} {unit}"
     raise AssertionError
+
+
+def signed(value: float) -> str:
+    """A difference of times: -178 ms."""
+    text = seconds(abs(value))
+    return text if text == "0" else f"{'-' if value < 0 else '+'}{text}"
 
 
 def count(value: float, unit: str = "") -> str:
