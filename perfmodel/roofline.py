@@ -34,7 +34,7 @@ class Kernel:
 
     @property
     def intensity(self) -> float:
-        """Operations per byte."""
+        """Operations per byte of memory traffic."""
         return self.operations / self.bytes
 
     @property
@@ -89,7 +89,10 @@ def kernels(p: Prediction) -> list[Kernel]:
 
 
 def _elements(op: Op) -> int:
-    return sum(s.numel * s.copies for s in op.outputs) or 1
+    """Elements of the larger side of its first list of tensors: a reduction works on what it reads."""
+    first = op.inputs[: max(1, len(op.outputs))]
+    read, written = (int(sum(s.numel * s.copies for s in specs)) for specs in (first, op.outputs))
+    return max(1, read, written)
 
 
 def _shapes(op: Op) -> str:
