@@ -13,6 +13,7 @@ COMMANDS = {  # command -> its file in `commands/`
     "predict": "predict",
     "compare": "compare",
     "explain": "explain",
+    "report": "report",
     "models": "lists",
     "methods": "lists",
     "devices": "lists",

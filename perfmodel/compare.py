@@ -76,6 +76,11 @@ class Comparison:
             ],
         }
 
+    def _repr_html_(self) -> str:
+        from .report import notebook
+
+        return notebook.comparison(self)
+
 
 def compare(
     model: Model,

@@ -100,6 +100,11 @@ class Explanation:
             "crossovers": [c.as_dict() for c in self.crossovers],
         }  # fmt: skip
 
+    def _repr_html_(self) -> str:
+        from .report import notebook
+
+        return notebook.explanation(self)
+
 
 def explain(
     model: Model,

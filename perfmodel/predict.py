@@ -115,6 +115,11 @@ class Prediction:
             "notes": self.notes,
         }  # fmt: skip
 
+    def _repr_html_(self) -> str:
+        from .report import notebook
+
+        return notebook.prediction(self)
+
 
 def plain(value: Any) -> Any:
     """A value as JSON has it."""

@@ -10,8 +10,15 @@ MOST_TOLD = 4  # stretches of one verdict; with more, only the first and the las
 def in_words(c: Crossover, labels: tuple[str, str]) -> str:
     """One axis in a line; `labels` are the two methods in words."""
     if not c.values:
-        return f"{c.axis}: no other value is possible"
+        return f"{c.axis}: {verdicts(c, labels)}"
     span = _at(c, 0) if len(c.values) == 1 else f"{_at(c, 0)} to {_at(c, -1)}"
+    return f"{c.axis} {span}: {verdicts(c, labels)}"
+
+
+def verdicts(c: Crossover, labels: tuple[str, str]) -> str:
+    """What holds along the axis, and how far the two fit."""
+    if not c.values:
+        return "no other value is possible"
     stretches = [(verdict, [i for i, _ in group]) for verdict, group in groupby(enumerate(c.verdict), lambda x: x[1])]
     if len(stretches) == 1:
         text = f"{_plainly(c.verdict[0])} throughout, speed-up {c.ratio[0]:.2f} to {c.ratio[-1]:.2f}"
@@ -21,7 +28,7 @@ def in_words(c: Crossover, labels: tuple[str, str]) -> str:
         first, last = stretches[0], stretches[-1]
         between = f"turning {len(stretches) - 1} times in between"
         text = f"{_stretch(c, *first)}, {_stretch(c, *last)}, {between}"
-    return f"{c.axis} {span}: {text}{_room(c, labels)}"
+    return text + _room(c, labels)
 
 
 def _stretch(c: Crossover, verdict: str, index: list[int]) -> str:

@@ -1,5 +1,6 @@
 """An explanation in the terminal: the answer, the waterfall, what limits each phase, where the verdict turns."""
 
+from rich.markup import escape
 from rich.table import Table
 
 from ..anatomy import Phase
@@ -18,7 +19,8 @@ PHASES_EXPLAINED = (
 
 def show_explanation(e: Explanation) -> None:
     """The answer first, then its parts."""
-    console.print(f"[bold]{e.answer}[/]\n{headline(e.a)}\nA: {e.labels[0]}\nB: {e.labels[1]}\n")
+    told = escape(f"{headline(e.a)}\nA: {e.labels[0]}\nB: {e.labels[1]}\n")
+    console.print(f"[bold]{escape(e.answer)}[/]\n{told}")
     console.print(_waterfall(e))
     console.print()
     console.print(_phases({"A": e.before.phases, "B": e.after.phases}))
@@ -26,7 +28,7 @@ def show_explanation(e: Explanation) -> None:
     if e.crossovers:
         console.print("\nwhere the verdict turns (5 % either way is the same)")
         for crossover in e.crossovers:
-            console.print(f"  {in_words(crossover, e.labels)}")
+            console.print(f"  {escape(in_words(crossover, e.labels))}")
     notes(dict.fromkeys([*e.a.notes, *e.b.notes]))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..compare import Comparison
 from ..predict import Prediction
+from ..setup import Setup
 from ..step import PHASES
 from . import units
 
@@ -72,6 +73,18 @@ def _marked(
     shown = texts[list(values).index(best)]
     good = [counts and text == shown for text, counts in zip(texts, rated, strict=True)]
     return [Cell(text, mark and not all(good)) for text, mark in zip(texts, good, strict=True)]
+
+
+def setup_line(s: Setup) -> str:
+    """The setup in a line: its size, precision and optimizer, then whatever is not as usual."""
+    usual = Setup()
+    told = [f"batch {s.batch} x {s.seq} tokens", f"{s.dtype}{f' amp {s.amp}' if s.amp else ''}", s.optimizer]
+    told += [f"{s.grad_accum} micro-batches"] if s.grad_accum > 1 else []
+    told += [f"checkpoint {s.checkpoint}"] if s.checkpoint != usual.checkpoint else []
+    told += [f"{s.attention} attention"] if s.attention != usual.attention else []
+    told += ["padded"] if s.padded else []
+    told += ["no clipping"] if not s.clip_grad else []
+    return ", ".join([*told, *(["CUDA graphs"] if s.cuda_graphs else [])])
 
 
 def mfu_of(p: Prediction) -> str:

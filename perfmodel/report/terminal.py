@@ -4,13 +4,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..compare import Comparison
 from ..predict import Prediction
 from ..step import PHASES
 from . import units
-from .figures import Cell, figures, mfu_of
+from .figures import Cell, figures, mfu_of, setup_line
 
 console = Console(highlight=False)
 COLUMNS = (*PHASES, "total")
@@ -31,11 +32,8 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], *, 
 
 def show_prediction(p: Prediction) -> None:
     """One prediction: phases, then memory, then notes."""
-    s = p.setup
-    precision = f"{s.dtype}{f' amp {s.amp}' if s.amp else ''}"
     console.print(
-        f"[bold]{p.method}[/] on [bold]{p.model}[/], {p.device}: batch {s.batch} x {s.seq} tokens, "
-        f"{precision}, {s.optimizer}"
+        f"[bold]{escape(p.method)}[/] on [bold]{escape(p.model)}[/], {escape(p.device)}: {setup_line(p.setup)}"
     )
     console.print(
         f"{units.count(p.trainable_params)} of {units.count(p.total_params)} parameters train "
@@ -66,21 +64,19 @@ def show_prediction(p: Prediction) -> None:
 def notes(told: Iterable[str]) -> None:
     """Notes below a result."""
     for note in told:
-        console.print(f"[dim]note: {note}[/]")
+        console.print(f"[dim]note: {escape(note)}[/]")
 
 
 def headline(p: Prediction) -> str:
     """Model, device and setup in a line."""
-    s = p.setup
-    precision = f"{s.dtype}{f' amp {s.amp}' if s.amp else ''}"
-    return f"{p.model} on {p.device}, batch {s.batch} x {s.seq} tokens, {precision}, {s.optimizer}"
+    return f"{p.model} on {p.device}, {setup_line(p.setup)}"
 
 
 def show_comparison(c: Comparison) -> None:
     """The answer in words, then a column a method; the best value of a row is marked."""
     for speedup in c.speedups:
-        console.print(f"[bold]{speedup.answer}[/]")
-    console.print(f"{headline(c.predictions[0])}\n")
+        console.print(f"[bold]{escape(speedup.answer)}[/]")
+    console.print(f"{escape(headline(c.predictions[0]))}\n")
     rows = figures(c)
     for start in range(0, len(c.predictions), PER_TABLE):
         which = slice(start, start + PER_TABLE)
