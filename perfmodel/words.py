@@ -25,7 +25,7 @@ OF = {  # part -> how it follows an amount of time
     "dequantisation": "of dequantisation",
     "accumulation": "of gradient accumulation",
     "adapter_gemm": "of adapter GEMMs",
-    "adapter_pointwise": "of casts and pointwise kernels of its adapters",
+    "adapter_pointwise": "of adapter casts and pointwise kernels",
     "clipping": "of gradient clipping",
     "optimizer": "in the optimizer",
     WAITING: "of waiting for the host",
@@ -85,8 +85,12 @@ def why(a: Anatomy, b: Anatomy, verdict: str, tokens: int) -> str:
     if verdict == "same":
         return _balance(saved, down, added, up, MATTERS * a.total)
     if verdict == "faster":
+        if up >= down:
+            return f"because all that it saves, mainly {_amount(saved, down)}, outweighs {_amount(added, up)}"
         against = f", though it adds {_amount(added, up)}" if up > WORTH_SAYING * down else ""
         return f"because {_saved(saved, a, b, tokens)}{against}"
+    if down >= up:
+        return f"because all that it adds, mainly {_amount(added, up)}, outweighs the saving of {_amount(saved, down)}"
     more = f", more than it saves: {_amount(saved, down)}" if down > WORTH_SAYING * up else ""
     return f"because {_added(added, a, b)}{more}"
 
@@ -116,7 +120,9 @@ def _added(part: str, a: Anatomy, b: Anatomy) -> str:
 
 def _balance(saved: str, down: float, added: str, up: float, matters: float) -> str:
     if down > matters and up > matters:
-        return f"because it spends again what it saves: {_amount(added, up)} against {_amount(saved, down)}"
+        return (
+            f"because what it adds, mainly {_amount(added, up)}, uses up what it saves, mainly {_amount(saved, down)}"
+        )
     if down > matters:
         return f"because all it saves is {_amount(saved, down)}"
     if up > matters:

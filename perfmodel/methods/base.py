@@ -50,6 +50,7 @@ class Method:
     name: ClassVar[str]
     source: ClassVar[str]
     title: ClassVar[str]
+    told_by_where: ClassVar[tuple[str, ...]] = ()  # options that `where` puts into words
 
     @property
     def layers(self) -> int:
@@ -106,7 +107,8 @@ class Method:
         """The method in words: LoRA r=32 on q,v (dropout=0.1)."""
         given = self._given()
         sizes = [f"{name}={given.pop(name)}" for name in self.sizes() if name in given]
-        given.pop("targets", None)
+        for name in self.told_by_where:
+            given.pop(name, None)
         rest = ", ".join(f"{name}={value}" for name, value in given.items())
         return " ".join([self.title, *sizes]) + self.where() + (f" ({rest})" if rest else "")
 

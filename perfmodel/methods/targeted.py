@@ -34,6 +34,7 @@ class Targeted(Method):
 
     aliases: ClassVar[dict[str, str]] = {"rank": "r", "layers": "layers_to_transform", "target_modules": "targets"}
     default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = DEFAULT_TARGETS
+    told_by_where: ClassVar[tuple[str, ...]] = ("targets", "adapter_dtype")
     takes_conv1d: ClassVar[bool] = True  # whether PEFT has the adapter for GPT-2's Conv1D layers
 
     def __post_init__(self) -> None:
@@ -80,7 +81,9 @@ class Targeted(Method):
         return self.default_targets[self.architecture.model_type]
 
     def where(self) -> str:
-        return on_targets(self.target_names, self.architecture) if self.targets or self.architecture else ""
+        adapters = f" with {self.adapter_dtype} adapters" if self.adapter_dtype else ""
+        known = self.targets or self.architecture
+        return adapters + (on_targets(self.target_names, self.architecture) if known else "")
 
     def targets_layer(self, name: str, layer: int | None) -> bool:
         """Whether a linear layer gets an adapter."""

@@ -84,7 +84,8 @@ def _roofline(e: Explanation, of: str, label: str) -> dict[str, Any]:
         "legend": [{"name": n, "colour": c, "told": units.seconds(s)} for n, c, s in legend(kernels)],
         "caption": (
             "Area: time. Matrix products and attention are placed by their FLOPs, all other kernels by one operation "
-            "per element. Above the slope: operands that stay in the cache."
+            "per element. Above the slope: operands that stay in the cache. FLOPs of causal attention include the "
+            "masked half, as FlopCounterMode counts them, so that it may pass the peak."
         ),
         "kernels": _longest(kernels, over, total),
     }

@@ -72,7 +72,7 @@ def _marked(
     best = better(v for v, counts in zip(values, rated, strict=True) if counts)
     shown = texts[list(values).index(best)]
     good = [counts and text == shown for text, counts in zip(texts, rated, strict=True)]
-    return [Cell(text, mark and not all(good)) for text, mark in zip(texts, good, strict=True)]
+    return [Cell(text, mark and sum(good) < sum(rated)) for text, mark in zip(texts, good, strict=True)]
 
 
 def setup_line(s: Setup) -> str:

@@ -93,6 +93,12 @@ def text_width(text: str, size: float = TEXT) -> float:
     return len(text) * GLYPH * size
 
 
+def name_column(names: Sequence[str], width: float) -> float:
+    """Width of a column that holds names beside a picture, px; 0 where they are too long and go above their bars."""
+    needed = max(map(text_width, names)) + 14
+    return needed if needed <= 0.42 * width else 0.0
+
+
 def wrapped(text: str, width: float, size: float = TEXT) -> list[str]:
     """A text in lines of at most about `width` px."""
     return wrap(text, int(width / (GLYPH * size)))

@@ -2,7 +2,7 @@
 
 from ...predict import Prediction
 from .. import units
-from ..svg import Canvas, linear, text_width
+from ..svg import Canvas, linear, name_column
 from . import WIDE
 
 PARTS = (("weights", "blue"), ("gradients", "sky"), ("optimizer", "purple"), ("activations", "orange"))
@@ -11,15 +11,14 @@ ROW, BAR = 30, 18  # px
 
 def memory(predictions: list[Prediction], labels: list[str], capacity: float, width: int = WIDE) -> Canvas:
     """Stacked bars, one a method; a line marks the device's memory."""
-    narrow = width < WIDE
-    left = 0.0 if narrow else min(0.42 * width, max(map(text_width, labels)) + 14)
-    height = ROW + 16 if narrow else ROW
+    left = name_column(labels, width) if width >= WIDE else 0.0
+    height = ROW if left else ROW + 16
     canvas = Canvas(width, "Peak memory by method", len(predictions) * height + 30)
     most = max(capacity, *(p.memory.peak for p in predictions))
     x = linear(0.0, most, left, width - 62)
     for i, (p, label) in enumerate(zip(predictions, labels, strict=True)):
         middle = i * height + height - ROW / 2
-        canvas.text(0, i * height + 13 if narrow else middle + 4.5, label)
+        canvas.text(0, middle + 4.5 if left else i * height + 13, label)
         at = 0.0
         for name, colour in PARTS:
             size = float(getattr(p.memory, name))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ...explanation import Bar, Explanation
 from .. import units
-from ..svg import Canvas, linear, text_width, ticks
+from ..svg import Canvas, linear, name_column, text_width, ticks
 from . import WIDE
 
 ROW, BAR = 28, 16  # px
@@ -49,13 +49,12 @@ def _rows(e: Explanation) -> list[_Row]:
 def waterfall(e: Explanation, width: int = WIDE) -> Canvas:
     """The picture; on a narrow page names stand above their bars."""
     rows = _rows(e)
-    narrow = width < WIDE
-    left = 0.0 if narrow else min(0.42 * width, max(text_width(row.name) for row in rows) + 14)
-    height = ROW + 16 if narrow else ROW
+    left = name_column([row.name for row in rows], width) if width >= WIDE else 0.0
+    height = ROW if left else ROW + 16
     canvas = Canvas(width, f"Waterfall from {e.labels[0]} to {e.labels[1]}", len(rows) * height + 26)
     longest = max(max(row.start, row.end) for row in rows)
     x = linear(0.0, longest, left, width - max(text_width(row.told) for row in rows) - 18)
-    _axis(canvas, x, longest, len(rows) * height, 3 if narrow else 5)
+    _axis(canvas, x, longest, len(rows) * height, 5 if width >= WIDE else 3)
     for i, row in enumerate(rows[:-1]):
         below = (i + 1) * height - ROW / 2 + BAR / 2
         canvas.line(x(row.end), below, x(row.end), below + height - BAR, "rule")
@@ -66,7 +65,7 @@ def waterfall(e: Explanation, width: int = WIDE) -> Canvas:
         canvas.rect(low, middle - BAR / 2, max(1.0, high - low), BAR, f"f-{row.kind}", f"{row.name}: {row.told}")
         canvas.text(high + 6, middle + 4.5, row.told, "strong" if row.kind == "total" else "", halo=True)
         strong = "strong" if row.kind == "total" else ""
-        canvas.text(0, top + 13 if narrow else middle + 4.5, row.name, strong, halo=narrow)
+        canvas.text(0, middle + 4.5 if left else top + 13, row.name, strong, halo=not left)
     return canvas
 
 
