@@ -6,23 +6,33 @@
 9175040
 """
 
-from .advise import Advice, advise
+from typing import TYPE_CHECKING, Any
+
 from .compare import Comparison, SpeedUp, compare
 from .errors import UserError
 from .predict import Prediction, predict
 from .setup import Setup
-from .sweep import Sweep, sweep
+
+if TYPE_CHECKING:
+    from .advise import Advice, advise
+    from .explanation import Explanation, explain
+    from .sweep import Sweep, sweep
+
+_LATER = {  # name -> its file, imported on first use
+    "Advice": "advise", "advise": "advise", "Explanation": "explanation", "explain": "explanation",
+    "Sweep": "sweep", "sweep": "sweep",
+}  # fmt: skip
 
 __all__ = [
-    "Advice",
-    "Comparison",
-    "Prediction",
-    "Setup",
-    "SpeedUp",
-    "Sweep",
-    "UserError",
-    "advise",
-    "compare",
-    "predict",
-    "sweep",
-]
+    "Advice", "Comparison", "Explanation", "Prediction", "Setup", "SpeedUp", "Sweep", "UserError", "advise", "compare",
+    "explain", "predict", "sweep",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    found = globals()[name] = getattr(import_module(f".{_LATER[name]}", __name__), name)
+    return found

@@ -12,8 +12,10 @@ from .errors import UserError, nearest
 COMMANDS = {  # command -> its file in `commands/`
     "predict": "predict",
     "compare": "compare",
-    "sweep": "sweep",
+    "explain": "explain",
     "advise": "advise",
+    "sweep": "sweep",
+    "report": "report",
     "models": "lists",
     "methods": "lists",
     "devices": "lists",

@@ -1,41 +1,54 @@
 """Several methods in one setup: speed-up over a baseline, and the verdict."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from . import intervals
+import numpy as np
+
+from . import intervals, words
+from .anatomy import Anatomy, dissect
+from .devices import host as hosts
 from .devices import profile
 from .devices.profile import DeviceProfile
 from .errors import UserError
 from .methods import Method
-from .predict import Model, Prediction, predict, with_options
+from .predict import Model, Prediction, plain, predict, with_options
 from .setup import Setup
 
 SAME = 0.05  # a difference below 5 % counts as the same
 
 
+def verdict(ratio: Any) -> Any:
+    """faster, slower, or same (within 5 %); an array of words for an array of ratios."""
+    named = np.select([ratio > 1 + SAME, ratio < 1 / (1 + SAME)], ["faster", "slower"], "same")
+    return named if named.ndim else str(named)
+
+
 @dataclass(frozen=True)
 class SpeedUp:
-    """Baseline step time over the method's, with its interval."""
+    """Baseline step time over the method's, with its interval.
+
+    `reason` names the largest part of the difference, `answer` is the whole sentence; both are empty for a grid.
+    """
 
     method: str
     ratio: float
     low: float
     high: float
+    reason: str = ""
+    answer: str = ""
 
     @property
-    def verdict(self) -> str:
+    def verdict(self) -> Any:
         """faster, slower, or same (within 5 %)."""
-        if self.ratio > 1 + SAME:
-            return "faster"
-        return "slower" if self.ratio < 1 / (1 + SAME) else "same"
+        return verdict(self.ratio)
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON of one speed-up."""
         return {
             "method": self.method, "ratio": float(self.ratio), "low": float(self.low), "high": float(self.high),
-            "verdict": self.verdict,
+            "verdict": self.verdict, "reason": self.reason, "answer": self.answer,
         }  # fmt: skip
 
 
@@ -57,7 +70,16 @@ class Comparison:
             "baseline": self.baseline,
             "predictions": [p.as_dict() for p in self.predictions],
             "speedup": [s.as_dict() for s in self.speedups],
+            "figures": [
+                {"method": p.method, "tokens_per_s": plain(p.tokens_per_second), "mfu": plain(p.mfu)}
+                for p in self.predictions
+            ],
         }
+
+    def _repr_html_(self) -> str:
+        from .report import notebook
+
+        return notebook.comparison(self)
 
 
 def compare(
@@ -78,7 +100,19 @@ def compare(
     setup = with_options(setup, options)
     predictions = [predict(model, m, setup, device, host=host) for m in methods]
     on = profile.load(device) if isinstance(device, str) else device
-    return Comparison(predictions, [speed_up(predictions[0], p, on) for p in predictions[1:]])
+    by = hosts.load(host) if isinstance(host, str) else host
+    base, *others = predictions
+    if any(p.step is None for p in predictions):  # a grid has no one reason
+        return Comparison(predictions, [speed_up(base, p, on) for p in others])
+    before = dissect(base, on, by)
+    return Comparison(predictions, [with_reason(base, p, before, dissect(p, on, by), on) for p in others])
+
+
+def with_reason(base: Prediction, other: Prediction, before: Anatomy, after: Anatomy, on: DeviceProfile) -> SpeedUp:
+    """The speed-up of a single setup with its reason in words, from both steps taken apart."""
+    found = speed_up(base, other, on)
+    reason = words.why(before, after, found.verdict, base.setup.tokens)
+    return replace(found, reason=reason, answer=words.answer(base, other, found, reason, on.hardware.memory_bytes))
 
 
 def speed_up(base: Prediction, other: Prediction, on: DeviceProfile) -> SpeedUp:

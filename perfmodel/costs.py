@@ -4,7 +4,7 @@ FLOPs count multiply and add as two, and only matrix products and attention, as 
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
 
@@ -193,22 +193,28 @@ def kernels(op: Op) -> Dim:
 
 def _launches(tensors: tuple[Spec, ...], limit: int) -> Dim:
     """Launches of `multi_tensor_apply`: a launch is full at `limit` tensors or so many chunks."""
-    launches: Any = 0
-    slots: Any = 0
-    blocks: Any = 0
-    for spec in tensors:
-        chunks = -(-spec.numel // _CHUNK)
-        for _ in range(spec.copies):
-            total = blocks + chunks
-            filled = total // _BLOCKS_PER_LAUNCH
-            launches, blocks = launches + filled, total - filled * _BLOCKS_PER_LAUNCH
+    chunks = [-(-s.numel // _CHUNK) for s in tensors]
+    copies = [s.copies for s in tensors]
+    if not any(isinstance(n, np.ndarray) for n in chunks):
+        return _packed(tuple(zip(chunks, copies, strict=True)), limit)
+    columns = np.stack(np.broadcast_arrays(*chunks))
+    distinct, where = np.unique(columns.reshape(len(chunks), -1), axis=1, return_inverse=True)
+    packed = [_packed(tuple(zip(column, copies, strict=True)), limit) for column in distinct.T.tolist()]
+    return np.array(packed)[where].reshape(columns.shape[1:])
+
+
+@lru_cache(maxsize=4096)
+def _packed(tensors: tuple[tuple[int, int], ...], limit: int) -> int:
+    """Launches for tensors given as (chunks, copies): the lists of one step are packed again and again."""
+    launches = slots = blocks = 0
+    for chunks, copies in tensors:
+        for _ in range(copies):
+            filled, blocks = divmod(blocks + chunks, _BLOCKS_PER_LAUNCH)
+            launches += filled
             # after a launch the tensor in progress keeps a slot, if chunks of it remain
-            slots = np.where(filled > 0, blocks > 0, slots + 1) if isinstance(total, np.ndarray) else (
-                int(blocks > 0) if filled else slots + 1
-            )  # fmt: skip
-            full = slots == limit
-            launches = launches + full
-            slots, blocks = slots * (1 - full), blocks * (1 - full)
+            slots = int(blocks > 0) if filled else slots + 1
+            if slots == limit:
+                launches, slots, blocks = launches + 1, 0, 0
     return launches + (blocks > 0)
 
 

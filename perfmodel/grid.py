@@ -19,7 +19,8 @@ P = TypeVar("P")
 Compute = Callable[[Setup, Method], P]
 CHUNK = 16_384  # points that go through the tape together: bounds the memory of a large grid
 MERGED = (
-    "total_params", "trainable_params", "flops", "bytes", "kernels", "dispatches", "time", "memory", "fits", "periodic",
+    "total_params", "trainable_params", "flops", "bytes", "kernels", "dispatches", "time", "memory", "fits", "mfu",
+    "periodic",
 )  # fmt: skip
 
 
@@ -103,5 +104,5 @@ def _merge(parts: list[tuple[np.ndarray, P]], setup: Setup, shape: tuple[int, ..
     first: Any = parts[0][1]
     merged = {name: merge([getattr(p, name) for _, p in parts]) for name in MERGED}
     notes = list(dict.fromkeys(note for _, p in parts for note in getattr(p, "notes", ())))
-    result: P = replace(first, setup=setup, step=None, notes=notes, choices=[], **merged)
+    result: P = replace(first, setup=setup, step=None, durations=None, notes=notes, choices=[], **merged)
     return result

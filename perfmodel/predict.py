@@ -1,6 +1,6 @@
 """The answer for one setup, or for a whole grid of setups at once (see `perfmodel.grid`)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from os import PathLike
 from typing import Any
@@ -66,7 +66,13 @@ class Memory:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one training step costs; every number may be an array over the grid."""
+    """What one training step costs; every number may be an array over the grid.
+
+    Attributes:
+        mfu: model FLOPs utilisation: FLOPs of the step as FlopCounterMode counts them, without what a checkpoint
+            recomputes, over step time and the datasheet's peak of the dtype that the base GEMMs run in.
+        step, durations: the step, and for each of its parts the device seconds of its ops; None for a grid.
+    """
 
     model: str
     device: str
@@ -81,10 +87,17 @@ class Prediction:
     time: Time
     memory: Memory
     fits: Any
+    mfu: Any
     notes: list[str] = field(default_factory=list)
     periodic: list[PeriodicCost] = field(default_factory=list)
     choices: list[dict[str, Any]] = field(default_factory=list)
     step: Step | None = field(default=None, repr=False, compare=False)
+    durations: list[np.ndarray] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def tokens_per_second(self) -> Any:
+        """Tokens that the step trains on per second, padding included."""
+        return self.setup.tokens / self.time.phases["total"]
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON of `predict` (SI units, bytes)."""
@@ -93,26 +106,32 @@ class Prediction:
             "model": self.model,
             "device": self.device,
             "method": self.method,
-            "setup": {k: _plain(v) for k, v in self.setup.as_dict().items()},
-            "params": {"total": _plain(self.total_params), "trainable": _plain(self.trainable_params)},
-            **{k: _plain(getattr(self, k)) for k in ("flops", "bytes", "kernels", "dispatches")},
+            "setup": {k: plain(v) for k, v in self.setup.as_dict().items()},
+            "params": {"total": plain(self.total_params), "trainable": plain(self.trainable_params)},
+            **{k: plain(getattr(self, k)) for k in ("flops", "bytes", "kernels", "dispatches")},
             "time_s": {
-                **_plain(t.phases), "low": _plain(t.low), "high": _plain(t.high),
-                "device_busy": _plain(t.device_busy), "launch_bound_share": _plain(t.launch_bound_share),
+                **plain(t.phases), "low": plain(t.low), "high": plain(t.high),
+                "device_busy": plain(t.device_busy), "launch_bound_share": plain(t.launch_bound_share),
             },
-            "memory_bytes": {f.name: _plain(getattr(m, f.name)) for f in fields(m)},
-            "fits": _plain(self.fits),
-            "periodic": [_plain(cost.as_dict()) for cost in self.periodic],
-            "choices": _plain(self.choices),
+            "memory_bytes": {f.name: plain(getattr(m, f.name)) for f in fields(m)},
+            "fits": plain(self.fits),
+            "periodic": [plain(cost.as_dict()) for cost in self.periodic],
+            "choices": plain(self.choices),
             "notes": self.notes,
         }  # fmt: skip
 
+    def _repr_html_(self) -> str:
+        from .report import notebook
 
-def _plain(value: Any) -> Any:
+        return notebook.prediction(self)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, np.ndarray):
         return value.tolist()
     return value.item() if isinstance(value, np.generic) else value
@@ -188,7 +207,8 @@ def _predict(architecture: Architecture, method: Method, setup: Setup, on: Devic
 
 def of_step(built: Step, on: DeviceProfile, by: Host) -> Prediction:
     """Count, price and compose a step, wherever its ops come from."""
-    time = step_time(built, on, by)
+    durations = price_parts(built, on)
+    time = step_time(built, on, by, durations)
     held = _memory(built)
     return Prediction(
         model=built.architecture.name,
@@ -204,11 +224,17 @@ def of_step(built: Step, on: DeviceProfile, by: Host) -> Prediction:
         time=time,
         memory=held,
         fits=memory.fits(held.peak, on.hardware.memory_bytes, built.device),
+        mfu=_model_flops(built) / on.hardware.peak(built.setup.amp or built.setup.dtype) / time.phases["total"],
         notes=_notes(built, on, time),
         periodic=[_periodic(ops, on, by) for ops in built.periodic],
         choices=[asdict(choice) for choice in built.method.choices(built)],
         step=built,
+        durations=durations,
     )
+
+
+def _model_flops(built: Step) -> Dim:
+    return sum(count * costs.flops(op) for _, op, count in built.ops() if not op.recompute)
 
 
 def _notes(built: Step, on: DeviceProfile, time: Time) -> list[str]:
@@ -279,14 +305,18 @@ def seconds_of(parts: list[Part], on: DeviceProfile, by: Host) -> Any:
     return clocks.end
 
 
-def step_time(built: Step, on: DeviceProfile, by: Host) -> Time:
-    """Compose the step's clocks part by part; a phase's time is what it adds to the later clock."""
+def step_time(built: Step, on: DeviceProfile, by: Host, durations: Sequence[np.ndarray] | None = None) -> Time:
+    """Compose the step's clocks part by part; a phase's time is what it adds to the later clock.
+
+    Args:
+        durations: device seconds of the ops of every part, if they are known already (`price_parts`).
+    """
     captured = built.setup.cuda_graphs and on.kind == "cuda"
     clocks = timeline.launched(by.graph_launch) if captured else timeline.IDENTITY
     phases: Phases = dict.fromkeys(PHASES, 0.0)
     components: dict[str, Any] = {}
     done: Any = 0.0
-    priced = _price_parts(built, on)
+    priced = iter(price_parts(built, on) if durations is None else durations)
     for group in built.groups:
         once: Phases = {}
         round_trip = timeline.IDENTITY
@@ -311,14 +341,11 @@ def step_time(built: Step, on: DeviceProfile, by: Host) -> Time:
     return Time(phases, low, high, busy, components["host"] / total, components)
 
 
-def _price_parts(built: Step, on: DeviceProfile) -> Iterator[np.ndarray]:
+def price_parts(built: Step, on: DeviceProfile) -> list[np.ndarray]:
     """The device seconds of every part's ops, all priced in one go."""
     parts = [part for part, _ in built.parts()]
     seconds = price.durations([op for part in parts for op in part.ops], on)
-    start = 0
-    for part in parts:
-        yield seconds[start : start + len(part.ops)]
-        start += len(part.ops)
+    return np.split(seconds, np.cumsum([len(part.ops) for part in parts])[:-1])
 
 
 def part_clocks(

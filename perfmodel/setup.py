@@ -70,6 +70,11 @@ class Setup:
         if self.attention == "flash2" and self.padded:
             raise UserError("padded batches with attention flash2 (unpadding) are not modelled; use sdpa")
 
+    @property
+    def tokens(self) -> Dim:
+        """Tokens of one optimizer step."""
+        return self.batch * self.seq * self.grad_accum
+
     def as_dict(self) -> dict[str, Any]:
         """The setup as plain values."""
         return {f.name: getattr(self, f.name) for f in fields(self)}

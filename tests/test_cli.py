@@ -93,6 +93,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "amp in another 16-bit dtype": (predict_with("--amp", "bf16", "--dtype", "fp16"), "fp32 or bf16 weights"),
     "flash2 in fp32": (predict_with("--dtype", "fp32", "--attention", "flash2"), "16-bit"),
     "bitfit without biases": (predict_with("--method", "bitfit", model=LLAMA), "no bias"),
+    "unknown axis": (("explain", "full", "lora", *MODEL, "--axes", "batch+rank"), "use batch, seq, size, targets"),
+    "one method to explain": (("explain", "full", *MODEL), "Missing argument 'B'"),
+    "a picture that is no SVG": (("explain", "full", "lora", *MODEL, "--plot", "why.png"), "why.svg"),
+    "a page of one method": (("report", "--methods", "full", *MODEL), "at least two methods"),
     "broken config": (predict_with(model=BROKEN), "not valid JSON"),
     "folder without config": (predict_with(model="empty"), "no config.json"),
     "missing config": (predict_with(model="nowhere/config.json"), "nowhere/config.json"),
@@ -172,18 +176,49 @@ def test_compare_prints_the_promised_json() -> None:
     """The ratio is the baseline's step time over the method's, and the verdict follows from it."""
     names = ["full", "lora:r=16", "top_k:k=2"]
     value = value_of("compare", *MODEL, "--methods", *names)
-    assert set(value) == {"baseline", "predictions", "speedup"}
+    assert set(value) == {"baseline", "predictions", "speedup", "figures"}
+    assert [f["method"] for f in value["figures"]] == names
+    assert all(f["tokens_per_s"] > 0 and 0 < f["mfu"] < 1 for f in value["figures"])
     assert value["baseline"] == "full"
     assert [p["method"] for p in value["predictions"]] == names
     base, *others = value["predictions"]
     for p in value["predictions"]:
         check_prediction(p)
     for speedup, p in zip(value["speedup"], others, strict=True):
-        assert set(speedup) == {"method", "ratio", "low", "high", "verdict"}
+        assert set(speedup) == {"method", "ratio", "low", "high", "verdict", "reason", "answer"}
+        assert speedup["reason"] in speedup["answer"]
         assert speedup["method"] == p["method"]
         assert speedup["ratio"] == pytest.approx(base["time_s"]["total"] / p["time_s"]["total"])
         assert speedup["low"] <= speedup["ratio"] <= speedup["high"]
         assert speedup["verdict"] in ("faster", "slower", "same")
+
+
+def test_explain_prints_the_promised_json() -> None:
+    """Both predictions, the waterfall between them, what limits each phase, where the verdict turns."""
+    value = value_of("explain", *MODEL, "full", "lora:r=16", "--axes", "batch+size")
+    assert set(value) == {"answer", "a", "b", "speedup", "waterfall", "phases", "kernels", "crossovers"}
+    a, b = value["a"], value["b"]
+    check_prediction(a)
+    check_prediction(b)
+    difference = b["time_s"]["total"] - a["time_s"]["total"]
+    assert sum(bar["difference_s"] for bar in value["waterfall"]) == pytest.approx(difference, rel=1e-12)
+    sizes = [abs(bar["difference_s"]) for bar in value["waterfall"]]
+    assert sizes == sorted(sizes, reverse=True)
+    for step in ("a", "b"):
+        assert set(value["phases"][step]) == PHASES - {"total"}
+        assert {p["regime"] for p in value["phases"][step].values()} <= {"compute", "memory", "launch"}
+    assert [c["axis"] for c in value["crossovers"]] == ["batch", "r"]
+    assert value_of("explain", *MODEL, "full", "lora:r=16", "--axes", "none")["crossovers"] == []
+
+
+def test_explain_speaks_to_people() -> None:
+    """The answer first, then the parts, the phases and the crossovers."""
+    text = call("explain", *MODEL, "full", "lora:r=4")
+    assert text.exit_code == 0, text.output
+    lines = text.stdout.splitlines()
+    assert lines[0].startswith("LoRA r=4 on c_attn ")
+    for told in ("weight-gradient GEMMs", "B backward", "where the verdict turns", "batch 2 to 512: "):
+        assert told in text.stdout
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -273,6 +308,8 @@ HEAVY = ("torch", "transformers", "peft", "pandas", "scipy", "matplotlib", "hypo
         "from perfmodel import compare; compare('gpt2', ('full', 'lora:r=4'), device='l40s', batch=2, seq=64)",
         "from perfmodel.cli import main; main(['predict', '--model', 'gpt2', '--device', 'l40s'], standalone_mode=0)",
         "from perfmodel.cli import main; main(['models', '--json'], standalone_mode=0)",
+        "from perfmodel import explain; explain('gpt2', 'full', 'lora:r=4', device='l40s', batch=2, seq=64)",
+        "from perfmodel.report.page import report; report('gpt2', device='l40s', batch=2, seq=64, axes=())",
     ],
 )
 def test_no_heavy_package_is_loaded(code: str) -> None:
@@ -282,7 +319,9 @@ def test_no_heavy_package_is_loaded(code: str) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("args", [("--help",), ("predict", "--help"), ("compare", "-h")])
+@pytest.mark.parametrize(
+    "args", [("--help",), ("predict", "--help"), ("compare", "-h"), ("explain", "-h"), ("report", "-h")]
+)
 def test_help_exits_with_0(args: tuple[str, ...]) -> None:
     """The first thing anyone types."""
     result = call(*args)

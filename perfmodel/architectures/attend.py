@@ -1,7 +1,7 @@
 """Attention by the implementation that the setup names, as transformers' attention interface does."""
 
 from ..tape.attention import eager_attention, flash2_attention, sdpa_attention
-from ..tape.core import Tensor
+from ..tape.core import Tensor, tape
 
 
 def attend(
@@ -15,8 +15,9 @@ def attend(
         form: how the eager form casts around its softmax (see `eager_attention`).
         p: dropout of the attention probabilities.
     """
-    if implementation == "eager":
-        return eager_attention(q, k, v, mask, form=form, p=p)
-    if implementation == "flash2":
-        return flash2_attention(q, k, v, causal=causal, p=p), None
-    return sdpa_attention(q, k, v, mask, causal=causal, p=p), None
+    with tape().belonging_to("attention"):
+        if implementation == "eager":
+            return eager_attention(q, k, v, mask, form=form, p=p)
+        if implementation == "flash2":
+            return flash2_attention(q, k, v, causal=causal, p=p), None
+        return sdpa_attention(q, k, v, mask, causal=causal, p=p), None

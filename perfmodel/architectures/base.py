@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ..errors import UserError, nearest
+from ..registry import Registry
 from ..tape import autograd, liger, linalg, nn, pointwise
 from ..tape.core import Parameter, Part, Tensor, tape
 from ..tape.dims import decide
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from ..methods.base import Method
     from ..setup import Setup
 
-_REGISTRY: dict[str, type["Architecture"]] = {}
+_REGISTRY: Registry[type["Architecture"]] = Registry(__package__, Path(__file__).parent)
 A = TypeVar("A", bound="Architecture")
 
 
@@ -24,7 +26,7 @@ def architecture(*model_types: str) -> Callable[[type[A]], type[A]]:
 
     def register(cls: type[A]) -> type[A]:
         for model_type in model_types:
-            _REGISTRY[model_type] = cls
+            _REGISTRY.add(model_type, cls)
         return cls
 
     return register
@@ -32,7 +34,7 @@ def architecture(*model_types: str) -> Callable[[type[A]], type[A]]:
 
 def supported() -> list[str]:
     """The model types that the tape knows."""
-    return sorted(_REGISTRY)
+    return list(_REGISTRY.all())
 
 
 def from_config(config: Config) -> "Architecture":
@@ -42,16 +44,17 @@ def from_config(config: Config) -> "Architecture":
         UserError: unknown model_type, missing or mistyped keys, dims that do not fit together.
     """
     model_type = config.text("model_type")
-    if model_type not in _REGISTRY:
+    found = _REGISTRY.get(model_type)
+    if found is None:
         raise UserError(
-            f"{config.origin}: model_type {model_type!r} is not supported ({nearest(model_type, _REGISTRY)}); "
+            f"{config.origin}: model_type {model_type!r} is not supported ({nearest(model_type, supported())}); "
             f"supported: {', '.join(supported())}"
         )
     if config.values.get("quantization_config") is not None:
         raise UserError(
             f"{config.origin}: quantization_config is not supported; quantised base weights are not modelled"
         )
-    return _REGISTRY[model_type].from_config(config)
+    return found.from_config(config)
 
 
 @dataclass(frozen=True)
@@ -135,10 +138,11 @@ class Linear:
         shape = (self.n_in, self.n_out) if self.conv1d else (self.n_out, self.n_in)
         weight = self.scope.parameter(f"{self.name}.weight", shape, "weight")
         bias = self.scope.parameter(f"{self.name}.bias", (self.n_out,), "bias") if self.has_bias else None
-        if self.conv1d:
-            assert bias is not None
-            return linalg.conv1d(x, weight, bias)
-        return linalg.linear(x, weight, bias)
+        with tape().belonging_to("base"):
+            if self.conv1d:
+                assert bias is not None
+                return linalg.conv1d(x, weight, bias)
+            return linalg.linear(x, weight, bias)
 
     def add_to(self, result: Tensor, other: Tensor) -> Tensor:
         """`result += other` on this layer's output: a view of a matrix where the product has a bias."""
@@ -192,9 +196,12 @@ class Scope:
         return parameters[path]
 
     def linear(self, name: str, x: Tensor, n_out: int, *, bias: bool = False, conv1d: bool = False) -> Tensor:
-        """A linear layer, as the fine-tuning method rewrites it."""
-        tape().part.modules += 1
-        return self.build.method.linear(self.linear_layer(name, x.shape[-1], n_out, bias=bias, conv1d=conv1d), x)
+        """A linear layer, as the method rewrites it; what it runs besides the base layer is the adapter's."""
+        current = tape()
+        current.part.modules += 1
+        layer = self.linear_layer(name, x.shape[-1], n_out, bias=bias, conv1d=conv1d)
+        with current.belonging_to("adapter"):
+            return self.build.method.linear(layer, x)
 
     def linear_layer(self, name: str, n_in: int, n_out: int, *, bias: bool = False, conv1d: bool = False) -> Linear:
         """A linear layer as a method sees it, not run yet."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from ..errors import UserError
 from ..tape.bus import scalar
-from ..tape.core import Tensor
+from ..tape.core import Tensor, tape
 from ..tape.linalg import matmul
 from ..tape.nn import causal_lm_loss, softmax
 from ..tape.pointwise import add, cast, dropout, gelu_tanh, masked
@@ -99,7 +99,8 @@ class GptNeo(Architecture):
         q, k, v = (layer.linear(f"attn.attention.{n}_proj", x, self.hidden) for n in ("q", "k", "v"))
         q, k, v = self._split(q), self._split(k), self._split(v)
         k, v = layer.extended(k, v)
-        out, weights = self._attend(q, k, v, mask, allowed)
+        with tape().belonging_to("attention"):
+            out, weights = self._attend(q, k, v, mask, allowed)
         out = contiguous(transpose(out, 1, 2))
         out = view(out, (*x.shape[:-1], self.hidden))
         out = layer.linear("attn.attention.out_proj", out, self.hidden, bias=True)

@@ -92,14 +92,18 @@ def durations(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
 def _price(rows: list[Row], model: Callable[..., np.ndarray]) -> np.ndarray:
     """Stack the rows' arguments to arrays of shape (rows, *grid) and price them at once."""
     columns = list(zip(*rows, strict=True))
-    grid = np.broadcast_shapes(*(np.shape(x) for column in columns for x in column))
-    stacked = [
-        np.stack([np.broadcast_to(np.asarray(x, dtype=np.float64), grid) for x in column])
-        if grid
-        else np.array(column, dtype=np.float64)
-        for column in columns
-    ]
-    return np.asarray(model(*stacked))
+    shapes = {x.shape for column in columns for x in column if isinstance(x, np.ndarray)}
+    grid = np.broadcast_shapes(*shapes) if shapes else ()
+    return np.asarray(model(*(_stacked(column, grid) for column in columns)))
+
+
+def _stacked(column: tuple[Any, ...], grid: tuple[int, ...]) -> np.ndarray:
+    if not grid:
+        return np.array(column, dtype=np.float64)
+    stacked = np.empty((len(column), *grid))
+    for i, x in enumerate(column):
+        stacked[i] = x
+    return stacked
 
 
 def _sort(i: int, op: Op, tables: _Tables) -> None:

@@ -8,7 +8,7 @@ missing comes from classes.toml, by the device's family. Own devices: pass the p
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from os import PathLike
 from os.path import isfile
@@ -53,6 +53,7 @@ class DeviceProfile:
         residuals: block -> mean, median, p90 of |predicted/measured - 1| on rows that no fit saw.
         fitted: block -> "fitted" (own measurements), "sibling" (those of a like device) or "class" (class defaults).
             Where a device has no tensor cores for a dtype, `gemm` holds the fp32 block for it.
+        sources: figure of the datasheet -> where it comes from.
     """
 
     slug: str
@@ -68,6 +69,7 @@ class DeviceProfile:
     provenance: Mapping[str, Mapping[str, Any]]
     residuals: Mapping[str, Mapping[str, float]]
     fitted: Mapping[str, Origin]
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 def names() -> list[str]:
@@ -127,6 +129,7 @@ def from_table(slug: str, table: Table, where: str) -> DeviceProfile:
         provenance={b: x.provenance for b, x in blocks.items()},
         residuals={b: x.residuals for b, x in blocks.items()},
         fitted={b: x.origin for b, x in blocks.items()},
+        sources={k: str(v) for k, v in toml.table(table, "source", where).items()} if "source" in table else {},
     )
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 @method(
     "badam",
+    title="BAdam",
     source="https://arxiv.org/abs/2404.02827",
     trains="one block at a time",
     adds="block switches",

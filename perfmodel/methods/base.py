@@ -3,12 +3,14 @@
 import inspect
 from collections.abc import Callable, Hashable
 from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
 
 from ..architectures.base import Architecture, Linear, Scope
 from ..errors import UserError, nearest
 from ..optimizers import Update
 from ..periodic import Periodic
+from ..registry import Registry
 from ..setup import positive
 from ..tape.core import Parameter, Part, Tensor
 from ..tape.dims import Dim
@@ -18,21 +20,25 @@ if TYPE_CHECKING:
     from ..step import Step
 
 Seconds = Callable[[list[Part]], Any]  # of parts in a row, on the device and host that a step is for
-_REGISTRY: dict[str, type["Method"]] = {}
+_REGISTRY: Registry[type["Method"]] = Registry(__package__, Path(__file__).parent)
 M = TypeVar("M", bound="Method")
 
 
-def method(name: str, *, source: str, trains: str = "", adds: str = "") -> Callable[[type[M]], type[M]]:
+def method(
+    name: str, *, source: str, title: str | None = None, trains: str = "", adds: str = ""
+) -> Callable[[type[M]], type[M]]:
     """Register a method under a name.
 
     Args:
         source: the paper or code that defines it.
+        title: how one writes it; its name by default.
         trains, adds: for lists, a few words each: what trains, and what it adds to the frozen model's step.
     """
 
     def register(cls: type[M]) -> type[M]:
-        cls.name, cls.source, cls.what_trains, cls.what_it_adds = name, source, trains, adds
-        _REGISTRY[name] = cls
+        cls.name, cls.source, cls.title = name, source, title or name
+        cls.what_trains, cls.what_it_adds = trains, adds
+        _REGISTRY.add(name, cls)
         return cls
 
     return register
@@ -40,7 +46,7 @@ def method(name: str, *, source: str, trains: str = "", adds: str = "") -> Calla
 
 def registered() -> dict[str, type["Method"]]:
     """All methods by name."""
-    return dict(sorted(_REGISTRY.items()))
+    return _REGISTRY.all()
 
 
 def option(default: Any, help: str) -> Any:
@@ -61,6 +67,8 @@ class Method:
     source: ClassVar[str]
     what_trains: ClassVar[str]
     what_it_adds: ClassVar[str]
+    title: ClassVar[str]
+    told_by_where: ClassVar[tuple[str, ...]] = ()  # options that `where` puts into words
 
     @property
     def layers(self) -> int:
@@ -166,13 +174,31 @@ class Method:
 
     def spec(self) -> str:
         """The method as one writes it on the command line; its size (r, k) first, other defaults left out."""
-        parts = []
+        parts = [f"{name}={value}" for name, value in self._given().items()]
+        return self.name + (":" + ",".join(parts) if parts else "")
+
+    def in_words(self) -> str:
+        """The method in words: LoRA r=32 on q,v (dropout=0.1)."""
+        given = self._given()
+        sizes = [f"{name}={given.pop(name)}" for name in self.sizes() if name in given]
+        for name in self.told_by_where:
+            given.pop(name, None)
+        rest = ", ".join(f"{name}={value}" for name, value in given.items())
+        return " ".join([self.title, *sizes]) + self.where() + (f" ({rest})" if rest else "")
+
+    def where(self) -> str:
+        """The place of what trains, as a part of `in_words`."""
+        return ""
+
+    def _given(self) -> dict[str, str]:
+        """Options that say something: the size (r, k) first, then what differs from its default."""
+        found = {}
         for f in sorted(_options(type(self)), key=lambda f: f.name not in self.sizes()):
             value = getattr(self, f.name)
             if value is None or (f.name not in self.sizes() and f.default is not MISSING and _equal(value, f.default)):
                 continue
-            parts.append(f"{f.name}={_text(value)}")
-        return self.name + (":" + ",".join(parts) if parts else "")
+            found[f.name] = _text(value)
+        return found
 
     def sizes(self) -> tuple[str, ...]:
         """Options that say how much trains: always part of `spec`."""
@@ -215,7 +241,7 @@ def parse(text: str) -> Method:
     name, _, tail = text.strip().partition(":")
     cls = _REGISTRY.get(name.lower())
     if cls is None:
-        raise UserError(f"unknown method {name!r}: {nearest(name, _REGISTRY)}")
+        raise UserError(f"unknown method {name!r}: {nearest(name, registered())}")
     hints = get_type_hints(cls)
     known = {f.name for f in _options(cls)}
     values: dict[str, Any] = {}
@@ -263,15 +289,6 @@ def _indices(where: str, text: str) -> tuple[int, ...]:
 
 
 __all__ = [
-    "Linear",
-    "Method",
-    "Periodic",
-    "Scope",
-    "Seconds",
-    "method",
-    "option",
-    "options",
-    "parse",
-    "positive",
-    "registered",
-]
+    "Architecture", "Linear", "Method", "Periodic", "Scope", "Seconds", "method", "option", "options", "parse",
+    "positive", "registered",
+]  # fmt: skip

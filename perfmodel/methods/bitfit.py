@@ -8,6 +8,7 @@ from .base import Method, method
 
 @method(
     "bitfit",
+    title="BitFit",
     source="https://arxiv.org/abs/2106.10199",
     trains="biases",
     adds="nothing",

@@ -15,6 +15,7 @@ from .targeted import base_bias, base_weight
 
 @method(
     "dora",
+    title="DoRA",
     source="https://arxiv.org/abs/2402.09353; peft/tuners/lora/dora.py",
     trains="A, B, row lengths",
     adds="lora + dense BA, row norms",

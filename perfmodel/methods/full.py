@@ -7,6 +7,7 @@ from .base import Method, method
 
 @method(
     "full",
+    title="full fine-tuning",
     source="no paper; the model's own weights",
     trains="every weight",
     adds="nothing",

@@ -34,6 +34,7 @@ DEFAULT_FEEDFORWARD = {
 
 @method(
     "ia3",
+    title="(IA)³",
     source="https://arxiv.org/abs/2205.05638; peft/tuners/ia3/layer.py",
     trains="scales of k, v and MLP",
     adds="elementwise products",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 @method(
     "lisa",
+    title="LISA",
     source="https://arxiv.org/abs/2403.17919",
     trains="blocks, embedding, head",
     adds="block switches",

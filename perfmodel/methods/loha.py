@@ -14,6 +14,7 @@ from .targeted import Targeted
 
 @method(
     "loha",
+    title="LoHa",
     source="https://arxiv.org/abs/2108.06098; peft/tuners/loha/layer.py",
     trains="two low-rank pairs",
     adds="dense update, full GEMM",

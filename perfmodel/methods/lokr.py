@@ -15,6 +15,7 @@ from .targeted import Targeted
 
 @method(
     "lokr",
+    title="LoKr",
     source="https://arxiv.org/abs/2309.14859; peft/tuners/lokr/layer.py",
     trains="Kronecker factors",
     adds="dense update, full GEMM",

@@ -17,6 +17,7 @@ FUSED = ("llama", "mistral", "qwen2")  # what the fused implementations are writ
 
 @method(
     "lora",
+    title="LoRA",
     source="https://arxiv.org/abs/2106.09685; peft/tuners/lora/layer.py",
     trains="A, B",
     adds="2 thin GEMMs, casts, add",

@@ -10,6 +10,7 @@ from .pissa_init import decompose
 
 @method(
     "rslora",
+    title="rsLoRA",
     source="https://arxiv.org/abs/2312.03732; peft/tuners/lora/layer.py (use_rslora)",
     trains="A, B",
     adds="as lora",
@@ -21,6 +22,7 @@ class RsLora(Lora):
 
 @method(
     "pissa",
+    title="PiSSA",
     source="https://arxiv.org/abs/2404.02948; peft/tuners/lora/layer.py (pissa_init)",
     trains="A, B",
     adds="as lora; SVD at the start",

@@ -19,6 +19,7 @@ from .lora import Lora
 
 @method(
     "lora_fa",
+    title="LoRA-FA",
     source="https://arxiv.org/abs/2308.03303; peft/optimizers/lorafa.py",
     trains="B",
     adds="no dA; its own optimizer",

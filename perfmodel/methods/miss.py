@@ -18,6 +18,7 @@ from .targeted import Targeted, fraction
 
 @method(
     "miss",
+    title="MiSS",
     source="https://arxiv.org/abs/2409.15371; peft/tuners/miss/layer.py",
     trains="one matrix for all shards",
     adds="sum of shards, thin GEMM",

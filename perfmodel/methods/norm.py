@@ -7,6 +7,7 @@ from .base import Method, method
 
 @method(
     "norm",
+    title="norm tuning",
     source="https://arxiv.org/abs/2312.11420; peft/tuners/ln_tuning",
     trains="copies of the norms",
     adds="nothing",

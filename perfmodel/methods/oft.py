@@ -14,6 +14,7 @@ from .targeted import Targeted
 
 @method(
     "oft",
+    title="OFT",
     source="https://arxiv.org/abs/2306.07280; peft/tuners/oft/layer.py",
     trains="rotations of the input",
     adds="solves, input rotation",

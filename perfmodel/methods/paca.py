@@ -19,6 +19,7 @@ from .targeted import Targeted, base_bias, base_weight
 
 @method(
     "paca",
+    title="PaCA",
     source="https://arxiv.org/abs/2503.01905",
     trains="r input columns of W",
     adds="column writes, gather",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 @method(
     "runlora",
+    title="RunLoRA",
     source="https://arxiv.org/abs/2312.03415",
     trains="U, V",
     adds="products, cheapest order",

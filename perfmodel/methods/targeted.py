@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..architectures.base import Architecture
 from ..errors import UserError, nearest
 from ..tape.core import Parameter, Tensor
-from .base import Linear, Method, option
+from .base import Architecture, Linear, Method, option
 
 ALL_LINEAR = "all-linear"
 
@@ -35,6 +34,7 @@ class Targeted(Method):
 
     aliases: ClassVar[dict[str, str]] = {"rank": "r", "layers": "layers_to_transform", "target_modules": "targets"}
     default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = DEFAULT_TARGETS
+    told_by_where: ClassVar[tuple[str, ...]] = ("targets", "adapter_dtype")
     takes_conv1d: ClassVar[bool] = True  # whether PEFT has the adapter for GPT-2's Conv1D layers
 
     def __post_init__(self) -> None:
@@ -72,6 +72,11 @@ class Targeted(Method):
                 f"method {self.name}: PEFT has no default targets for {self.architecture.name}; give targets="
             )
         return self.default_targets[self.architecture.model_type]
+
+    def where(self) -> str:
+        adapters = f" with {self.adapter_dtype} adapters" if self.adapter_dtype else ""
+        known = self.targets or self.architecture
+        return adapters + (on_targets(self.target_names, self.architecture) if known else "")
 
     def targets_layer(self, name: str, layer: int | None) -> bool:
         """Whether a linear layer gets an adapter."""
@@ -121,6 +126,14 @@ def check_targets(method: str, targets: Sequence[str], architecture: Architectur
                 f"method {method}: target {target!r} matches no linear layer of {architecture.name}: "
                 f"{nearest(target, leaves)}"
             )
+
+
+def on_targets(targets: tuple[str, ...], architecture: Architecture | None) -> str:
+    """Targets in words: " on q,v", " on all linear layers"."""
+    leaves = {name.rsplit(".", 1)[-1] for name in architecture.linear_names()} if architecture else set()
+    if ALL_LINEAR in targets or (leaves and leaves <= set(targets)):
+        return " on all linear layers"
+    return " on " + ",".join(target.rsplit(".", 1)[-1].removesuffix("_proj") for target in targets)
 
 
 def base_weight(layer: Linear) -> Parameter:

@@ -33,6 +33,10 @@ class TopK(Method):
             raise UserError(f"method top_k: inner {self.inner!r} is unknown: use full or lora")
         self._lora()
 
+    def in_words(self) -> str:
+        lora = replace(self._lora(), architecture=self.architecture)
+        return f"{'full fine-tuning' if self.inner == 'full' else lora.in_words()} of the top {self.k} blocks"
+
     def sizes(self) -> tuple[str, ...]:
         return ("k", "r") if self.inner == "lora" else ("k",)
 

@@ -13,6 +13,7 @@ from .targeted import Targeted, fraction
 
 @method(
     "vera",
+    title="VeRA",
     source="https://arxiv.org/abs/2310.11454; peft/tuners/vera/layer.py",
     trains="two vectors",
     adds="2 thin frozen GEMMs",

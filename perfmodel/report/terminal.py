@@ -7,11 +7,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..compare import Comparison, SpeedUp
+from ..compare import Comparison
 from ..periodic import PeriodicCost
 from ..predict import Prediction
 from ..step import PHASES
 from . import units
+from .figures import Cell, figures, mfu_of, setup_line
 
 console = Console(highlight=False)
 COLUMNS = (*PHASES, "total")
@@ -36,11 +37,8 @@ def table(
 
 def show_prediction(p: Prediction) -> None:
     """One prediction: phases, then memory, then notes."""
-    s = p.setup
-    precision = f"{s.dtype}{f' amp {s.amp}' if s.amp else ''}"
     console.print(
-        f"[bold]{p.method}[/] on [bold]{p.model}[/], {p.device}: batch {s.batch} x {s.seq} tokens, "
-        f"{precision}, {s.optimizer}"
+        f"[bold]{escape(p.method)}[/] on [bold]{escape(p.model)}[/], {escape(p.device)}: {setup_line(p.setup)}"
     )
     console.print(
         f"{units.count(p.trainable_params)} of {units.count(p.total_params)} parameters train "
@@ -70,7 +68,7 @@ def show_prediction(p: Prediction) -> None:
     if p.choices:
         console.print()
         console.print(choices_table(p.choices))
-    _notes(p.notes)
+    notes(p.notes)
 
 
 def periodic_line(cost: PeriodicCost) -> str:
@@ -113,50 +111,33 @@ def show_method(row: dict[str, Any]) -> None:
         console.print(table("", ("option", ""), ((o, escape(text)) for o, text in row["options"].items()), left=2))
 
 
-def _notes(notes: Iterable[str]) -> None:
-    for note in notes:
-        console.print(f"[dim]note: {note}[/]")
+def notes(told: Iterable[str]) -> None:
+    """Notes below a result."""
+    for note in told:
+        console.print(f"[dim]note: {escape(note)}[/]")
 
 
-def sentence(s: SpeedUp, baseline: str) -> str:
-    """The verdict in words."""
-    if s.verdict == "same":
-        return f"{s.method} takes about as long as {baseline} here ({s.ratio:.2f}x)"
-    factor = s.ratio if s.verdict == "faster" else 1 / s.ratio
-    return f"{s.method} is {factor:.2f}x {s.verdict} than {baseline} here"
+def headline(p: Prediction) -> str:
+    """Model, device and setup in a line."""
+    return f"{p.model} on {p.device}, {setup_line(p.setup)}"
 
 
 def show_comparison(c: Comparison) -> None:
-    """The answer in words, then one row a method."""
-    first = c.predictions[0]
-    s = first.setup
-    console.print(
-        f"[bold]{first.model}[/] on [bold]{first.device}[/], batch {s.batch} x {s.seq} tokens, {s.dtype}, {s.optimizer}"
-    )
+    """The answer in words, then a column a method; the best value of a row is marked."""
     for speedup in c.speedups:
-        console.print(f"[bold]{sentence(speedup, c.baseline)}[/] [{speedup.low:.2f} - {speedup.high:.2f}]")
-    console.print()
+        console.print(f"[bold]{escape(speedup.answer)}[/]")
+    console.print(f"{escape(headline(c.predictions[0]))}\n")
+    rows = figures(c)
     for start in range(0, len(c.predictions), PER_TABLE):
-        console.print(_columns(c, slice(start, start + PER_TABLE)))
+        which = slice(start, start + PER_TABLE)
+        shown = [[row.name, *(_marked(cell) for cell in row.cells[which])] for row in rows]
+        console.print(table("", ("", *(p.method for p in c.predictions[which])), shown))
     for p in c.predictions:
         for cost in p.periodic:
-            console.print(f"{p.method}, {periodic_line(cost)}")
-    _notes(dict.fromkeys(note for p in c.predictions for note in p.notes))
+            console.print(f"{escape(p.method)}, {periodic_line(cost)}")
+    console.print(f"[dim]* best of those that fit; {mfu_of(c.predictions[0])}[/]")
+    notes(dict.fromkeys(note for p in c.predictions for note in p.notes))
 
 
-def _columns(c: Comparison, which: slice) -> Table:
-    """Some of the methods as columns."""
-    predictions = c.predictions[which]
-    ratios: list[SpeedUp | None] = [None, *c.speedups][which]
-    rows: list[list[str]] = [
-        ["step", *(units.seconds(p.time.phases["total"]) for p in predictions)],
-        *(["  " + phase, *(units.seconds(p.time.phases[phase]) for p in predictions)] for phase in PHASES),
-        ["speed-up", *("1.00" if r is None else f"{r.ratio:.2f} {r.verdict}" for r in ratios)],
-        ["waits for the host", *(units.percent(p.time.launch_bound_share) for p in predictions)],
-        ["FLOPs", *(units.count(p.flops["total"]) for p in predictions)],
-        ["memory traffic", *(units.nbytes(p.bytes["total"]) for p in predictions)],
-        ["kernels", *(f"{p.kernels['total']:,}" for p in predictions)],
-        ["peak memory", *(units.nbytes(p.memory.peak) + ("" if p.fits else " too big") for p in predictions)],
-        ["trainable", *(units.count(p.trainable_params) for p in predictions)],
-    ]
-    return table("", ("", *(p.method for p in predictions)), rows)
+def _marked(cell: Cell) -> str:
+    return f"{cell.text}{' *' if cell.best else '  '}"

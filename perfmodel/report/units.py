@@ -1,12 +1,25 @@
 """Numbers with units, for people; inside the model everything is SI."""
 
+from collections.abc import Sequence
+from math import floor, log10
+
+_SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
+
 
 def seconds(value: float) -> str:
     """A time with three digits: 117 ms."""
-    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+    if value < 5e-9:  # shows as nothing, and no step is known to a nanosecond
+        return "0"
+    for factor, unit in _SECONDS:
         if value >= factor or unit == "us":
             return f"{_digits(value / factor)} {unit}"
     raise AssertionError
+
+
+def signed(value: float) -> str:
+    """A difference of times: -178 ms."""
+    text = seconds(abs(value))
+    return text if text == "0" else f"{'-' if value < 0 else '+'}{text}"
 
 
 def count(value: float, unit: str = "") -> str:
@@ -20,6 +33,18 @@ def count(value: float, unit: str = "") -> str:
 def nbytes(value: float) -> str:
     """Bytes with three digits: 13.1 GB (decimal)."""
     return count(value, "B")
+
+
+def alike(values: Sequence[float], digits: int = 3) -> list[str]:
+    """Times of one column in one unit and with equally many decimals, so that their points line up; the unit last.
+
+    Args:
+        digits: significant ones of the longest time.
+    """
+    most = max((abs(v) for v in values), default=0.0)
+    factor, unit = next(((f, u) for f, u in _SECONDS if most >= f), _SECONDS[-1])
+    decimals = max(0, digits - 1 - floor(log10(most / factor))) if most else 0
+    return [*(f"{v / factor:,.{decimals}f}" for v in values), unit]
 
 
 def percent(value: float) -> str:

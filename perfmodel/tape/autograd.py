@@ -25,9 +25,12 @@ class Node:
     Attributes:
         needs: for every input of the forward op, whether it needs a gradient.
         attrs: what the rule needs besides saved tensors (shapes, scalars).
+        owner: on whose account the forward op ran, and so the rule runs.
     """
 
-    __slots__ = ("__weakref__", "attrs", "backward", "edges", "name", "needs", "outputs", "part", "saved", "sequence")
+    __slots__ = (
+        "__weakref__", "attrs", "backward", "edges", "name", "needs", "outputs", "owner", "part", "saved", "sequence",
+    )  # fmt: skip
 
     def __init__(self, name: str, inputs: Sequence[Tensor], backward: Backward, attrs: tuple[Any, ...]) -> None:
         current = tape()
@@ -39,6 +42,7 @@ class Node:
         self.outputs: list[tuple[Shape, str]] = []
         self.saved: list[Any] = []
         self.part: Part = current.part
+        self.owner = current.owner
         current.sequence += 1
         self.sequence: float = current.sequence
 
@@ -168,19 +172,20 @@ def run_backward(root: Tensor, grad: Tensor) -> None:
                 seen.add(id(edge[0]))
                 stack.append(edge[0])
 
-    buffers: dict[int, list[Tensor | None]] = {}
+    buffers = Buffers()
     ready: list[tuple[float, int, Node]] = []
-    _deliver(root.node, root.slot, grad, buffers)
+    buffers.deliver(root.node, root.slot, grad)
     del grad, stack
     heapq.heappush(ready, (-root.node.sequence, id(root.node), root.node))
     current = tape()
-    with current.no_grad():
+    with current.no_grad(), current.belonging_to(current.owner):
         while ready:
             node = heapq.heappop(ready)[2]
             if node.name != "AccumulateGrad":  # runs where the last of its gradient arrives
                 current.backward_of(node.part)
+            current.owner = node.owner
             current.part.nodes += 1
-            outputs = _call(node, buffers.pop(id(node)))
+            outputs = _call(node, buffers.take(node))
             for i, edge in enumerate(node.edges):
                 if edge is None:
                     continue
@@ -188,10 +193,10 @@ def run_backward(root: Tensor, grad: Tensor) -> None:
                 out = outputs[i]
                 outputs[i] = None
                 if out is not None:
-                    _deliver(target, slot, out, buffers)
+                    buffers.deliver(target, slot, out)
                     del out
                 dependencies[id(target)] -= 1
-                if dependencies[id(target)] == 0 and id(target) in buffers:
+                if dependencies[id(target)] == 0 and id(target) in buffers.grads:
                     heapq.heappush(ready, (-target.sequence, id(target), target))
             del outputs
 
@@ -208,10 +213,33 @@ def _call(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
     return outputs
 
 
-def _deliver(target: Node, slot: int, grad: Tensor, buffers: dict[int, list[Tensor | None]]) -> None:
-    buffer = buffers.setdefault(id(target), [None] * len(target.outputs))
-    waiting = buffer[slot]
-    buffer[slot] = grad if waiting is None else _add_grads(waiting, grad)
+class Buffers:
+    """Gradients on their way to nodes; a sum that would not be there without an adapter is the adapter's."""
+
+    def __init__(self) -> None:
+        self.grads: dict[int, list[Tensor | None]] = {}
+        self.adapters_only: set[tuple[int, int]] = set()  # places where only gradients of adapters wait
+
+    def deliver(self, target: Node, slot: int, grad: Tensor) -> None:
+        """Keep a gradient for an output of `target`, or add it to the one that waits there."""
+        current, place = tape(), (id(target), slot)
+        buffer = self.grads.setdefault(id(target), [None] * len(target.outputs))
+        waiting = buffer[slot]
+        if waiting is None:
+            buffer[slot] = grad
+            if current.owner == "adapter":
+                self.adapters_only.add(place)
+            return
+        with current.belonging_to("adapter" if place in self.adapters_only else current.owner):
+            buffer[slot] = _add_grads(waiting, grad)
+        if current.owner != "adapter":
+            self.adapters_only.discard(place)
+
+    def take(self, node: Node) -> list[Tensor | None]:
+        """Hand a node its gradients."""
+        grads = self.grads.pop(id(node))
+        self.adapters_only.difference_update((id(node), slot) for slot in range(len(grads)))
+        return grads
 
 
 class StopRecompute(Exception):
@@ -263,7 +291,8 @@ class CheckpointFrame:
         before = current.grad_enabled, current.autocast
         current.grad_enabled, current.autocast = True, self.autocast
         try:
-            self.function(*self.inputs)
+            with current.recomputation():
+                self.function(*self.inputs)
         except StopRecompute as stop:
             stop.__traceback__ = None  # its frames hold the block's local tensors
         finally:
@@ -332,7 +361,8 @@ def _reentrant_backward(node: Node, grads: Sequence[Tensor | None]) -> Grads:
     before = current.grad_enabled, current.autocast
     current.grad_enabled, current.autocast = True, autocast
     try:
-        out = function(*inputs)
+        with current.recomputation():
+            out = function(*inputs)
     finally:
         current.grad_enabled, current.autocast = before
         if current.autocast is None:

@@ -42,9 +42,11 @@ class Op:
     """One ATen call: the narrow waist between what produces ops (tape, trace) and what counts and prices them.
 
     `bytes_read` counts each distinct input once, `bytes_written` each output once. `view` calls move no data.
+    `owner` is what asked for the op: the "base" model, its "attention" or an "adapter"; backward follows its forward.
+    `recompute` marks what a checkpoint runs again.
     """
 
-    __slots__ = ("attrs", "bytes_read", "bytes_written", "inputs", "name", "outputs", "view")
+    __slots__ = ("attrs", "bytes_read", "bytes_written", "inputs", "name", "outputs", "owner", "recompute", "view")
 
     def __init__(
         self,
@@ -56,6 +58,8 @@ class Op:
         *,
         view: bool = False,
         attrs: tuple[Any, ...] = (),
+        owner: str = "base",
+        recompute: bool = False,
     ) -> None:
         self.name = name
         self.inputs = inputs
@@ -64,6 +68,8 @@ class Op:
         self.bytes_written = bytes_written
         self.view = view
         self.attrs = attrs
+        self.owner = owner
+        self.recompute = recompute
 
     def __repr__(self) -> str:
         def text(specs: tuple[Spec, ...]) -> str:
@@ -179,7 +185,7 @@ class Tape:
 
     `autocast` is the 16-bit dtype inside `torch.autocast`, or None. Everything that follows PyTorch's global state
     (grad mode, autocast's weight cache, checkpoint frames) lives here, and the training loop's variable `loss`, whose
-    graph lives until the next forward pass has made another.
+    graph lives until the next forward pass has made another. `owner` and `recomputing` go onto every op.
     """
 
     def __init__(self, device: str = "cuda", capability: str = "8.0", *, autocast: str | None = None) -> None:
@@ -190,6 +196,8 @@ class Tape:
         self.cast_cache: dict[int, tuple[Tensor, Tensor]] = {}
         self.grad_enabled = True
         self.loss: Tensor | None = None
+        self.owner = "base"
+        self.recomputing = False
         self.frames: list[Any] = []
         self.sequence = 0
         self.parts: list[Part] = []
@@ -223,6 +231,25 @@ class Tape:
             yield
         finally:
             self.grad_enabled = before
+
+    @contextmanager
+    def belonging_to(self, owner: str) -> Iterator[None]:
+        """Record ops, forward and backward, on account of `owner`."""
+        before, self.owner = self.owner, owner
+        try:
+            yield
+        finally:
+            self.owner = before
+
+    @contextmanager
+    def recomputation(self) -> Iterator[None]:
+        """Record a block's forward again, in backward; its scopes say whose the ops are."""
+        before, self.recomputing = self.recomputing, True
+        try:
+            with self.belonging_to("base"):
+                yield
+        finally:
+            self.recomputing = before
 
     @contextmanager
     def autocasting(self) -> Iterator[None]:
@@ -306,7 +333,8 @@ def record(
     name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], attrs: tuple[Any, ...] = (), *, view: bool = False
 ) -> None:
     """Append an op to the current part."""
-    _current[-1].part.ops.append(
+    current = _current[-1]
+    current.part.ops.append(
         Op(
             name,
             tuple(Spec(t.dtype, t.shape) for t in inputs),
@@ -315,6 +343,8 @@ def record(
             0 if view else sum(t.nbytes for t in outputs),
             view=view,
             attrs=attrs,
+            owner=current.owner,
+            recompute=current.recomputing,
         )
     )
 

@@ -4,10 +4,10 @@ Inside a `torch.autograd.Function` nothing builds a graph, and what is saved and
 author's choice. `torch.amp.custom_fwd` and `custom_bwd` run backward under the autocast of the forward.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from .autograd import Grads, Node, differentiate
+from .autograd import Backward, Grads, Node, differentiate
 from .core import Storage, Tensor, emit, record, tape
 from .dims import Dim, product
 from .linalg import _column_major, _layout, addmm, autocast_operand, conv1d, linear, mm
@@ -31,6 +31,26 @@ def autocasting(dtype: str | None) -> Iterator[None]:
 def python_function() -> None:
     """The Python of a Function and of the kernels it launches costs the host what a module's call costs."""
     tape().part.modules += 1
+
+
+def on_base(product: Callable[..., Tensor], *operands: Tensor | None) -> Tensor:
+    """Run the base layer's own product inside a method's operator, on the account of the base model."""
+    with tape().belonging_to("base"):
+        return product(*operands)
+
+
+def in_place_of_base(name: str, inputs: Sequence[Tensor], backward: Backward, attrs: tuple[object, ...]) -> Node | None:
+    """A node of an operator that stands in for the base layer: the gradient that it hands down is the base's, but what
+    its rule runs is the adapter's, `on_base` excepted."""
+
+    def rule(node: Node, grads: Sequence[Grad]) -> Grads:
+        with tape().belonging_to("adapter"):
+            return backward(node, grads)
+
+    node = differentiate(name, inputs, rule, attrs)
+    if node:
+        node.owner = "base"
+    return node
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -61,13 +81,13 @@ def partial_linear(
     `weight` holds the columns' values already; `columns` (n_out, r) receives the gradient (Conv1D: (r, n_out)).
     """
     attrs = (is_conv1d, x.shape, tape().autocast)
-    node = differentiate("PartialLinearBackward", (x, weight, columns), _partial_linear_backward, attrs)
+    node = in_place_of_base("PartialLinearBackward", (x, weight, columns), _partial_linear_backward, attrs)
     with tape().no_grad():
         if is_conv1d:
             assert bias is not None
-            out = conv1d(x, weight, bias)
+            out = on_base(conv1d, x, weight, bias)
         else:
-            out = linear(x, weight, bias)
+            out = on_base(linear, x, weight, bias)
         kept = gather(x, indices)
     if node:
         node.save(kept, weight)
@@ -83,7 +103,7 @@ def _partial_linear_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     with autocasting(autocast):
         g = autocast_operand(g)
         if node.needs[0]:
-            grad_x = view(mm(g, autocast_operand(t(weight) if is_conv1d else weight)), shape)
+            grad_x = view(on_base(mm, g, on_base(autocast_operand, t(weight) if is_conv1d else weight)), shape)
         kept = as_rows(kept)
         grad_columns = mm(autocast_operand(t(kept)), g) if is_conv1d else mm(t(g), autocast_operand(kept))
     return (grad_x, None, grad_columns)
@@ -103,11 +123,11 @@ def run_lora(x: Tensor, w: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, fo
 
     x (…, n), w (n, m) frozen, u (n, r), v (r, m). Saves x, w, u and v, no product.
     """
-    node = differentiate("RunLoRABackward", (x, w, u, v), _run_lora_backward, (backward, x.shape))
+    node = in_place_of_base("RunLoRABackward", (x, w, u, v), _run_lora_backward, (backward, x.shape))
     shape = (*x.shape[:-1], w.shape[1])
     with tape().no_grad():
         if forward == 4:
-            y = view(mm(as_rows(x), addmm(w, u, v)), shape, "_unsafe_view")
+            y = view(on_base(mm, as_rows(x), addmm(w, u, v)), shape, "_unsafe_view")
             out = add(bias, y) if bias is not None else y
         else:
             out = view(_run_lora_rows(as_rows(contiguous(x)), w, u, v, bias, forward), shape)
@@ -123,10 +143,10 @@ def _product(bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 
 def _run_lora_rows(x: Tensor, w: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, forward: int) -> Tensor:
     if forward == 1:
-        return addmm_(_product(bias, x, w), mm(x, u), v)
+        return addmm_(on_base(_product, bias, x, w), mm(x, u), v)
     if forward == 2:
-        return _product(bias, x, addmm(w, u, v))
-    return addmm_(_product(bias, mm(x, u), v), x, w)
+        return on_base(_product, bias, x, addmm(w, u, v))
+    return on_base(addmm_, _product(bias, mm(x, u), v), x, w)
 
 
 def _run_lora_backward(node: Node, grads: Sequence[Grad]) -> Grads:
@@ -153,9 +173,9 @@ def _run_lora_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 def _run_lora_input_grad(g: Tensor, w: Tensor, u: Tensor, v: Tensor, order: int, inner: Grad) -> Tensor:
     """g·(w + u·v)ᵀ."""
     if order in (4, 5):
-        return mm(g, t(addmm(w, u, v)))
+        return on_base(mm, g, t(addmm(w, u, v)))
     if order in (7, 8):
-        return mm(g, add(t(w), mm(t(v), t(u))))
+        return on_base(mm, g, add(t(w), mm(t(v), t(u))))
     if order == 6:
-        return add(mm(g, t(w)), mm(mm(g, t(v)), t(u)))
-    return addmm_(mm(g, t(w)), inner if inner is not None else mm(g, t(v)), t(u))
+        return add(on_base(mm, g, t(w)), mm(mm(g, t(v)), t(u)))
+    return addmm_(on_base(mm, g, t(w)), inner if inner is not None else mm(g, t(v)), t(u))

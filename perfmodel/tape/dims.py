@@ -28,9 +28,10 @@ def decide(condition: Any) -> bool:
     """Reduce a condition over the grid to one truth value, or raise `MixedStructure`."""
     if not isinstance(condition, np.ndarray):
         return bool(condition)
-    if condition.all():
+    true = np.count_nonzero(condition)
+    if true == condition.size:
         return True
-    if not condition.any():
+    if not true:
         return False
     raise MixedStructure(condition)
 

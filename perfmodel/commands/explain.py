@@ -1,0 +1,38 @@
+"""`perfmodel explain`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import print_json, setup_of, setup_options
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@click.option(
+    "--axes",
+    default="batch+seq+size",
+    show_default=True,
+    help="Where to look for a change of the verdict: batch, seq, size (rank, k), targets, joined by +; or none.",
+)
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw waterfall and rooflines (SVG).")
+@setup_options
+def explain(a: str, b: str, axes: str, plot: Path | None, as_json: bool, **options: Any) -> None:
+    """Explain the step time of method B against that of A: what is saved, what is added, what limits it."""
+    from ..explanation import explain as run
+
+    wanted = () if axes == "none" else tuple(axes.split("+"))
+    host = options["host"]
+    result = run(options["model"], a, b, setup_of(options), options["device"], host=host, axes=wanted)
+    if plot:
+        from ..report.pictures import draw
+
+        draw(result, plot)
+    if as_json:
+        print_json(result.as_dict())
+        return
+    from ..report.explained import show_explanation
+
+    show_explanation(result)

@@ -1,0 +1,51 @@
+"""`perfmodel report`."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import Lists, print_json, setup_of, setup_options
+
+
+@click.command(cls=Lists)
+@click.option("--methods", multiple=True, default=("full", "lora"), help="Methods, baseline first: full lora:r=16 ...")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("report.html"),
+    show_default=True,
+    help="The page to write.",
+)
+@click.option(
+    "--axes",
+    default="batch+seq+size+targets",
+    show_default=True,
+    help="Where to look for a change of the verdict, joined by +; or none.",
+)
+@setup_options
+def report(methods: Sequence[str], output: Path, axes: str, as_json: bool, **options: Any) -> None:
+    """Write one self-contained HTML page on a comparison: answer, pictures, assumptions, accuracy, sources."""
+    from ..report.page import report as page
+    from ..resources import write_text
+
+    wanted = () if axes == "none" else tuple(axes.split("+"))
+    again = shlex.join(["perfmodel", *sys.argv[1:]])
+    html = page(
+        options["model"],
+        methods,
+        setup_of(options),
+        options["device"],
+        host=options["host"],
+        axes=wanted,
+        command=again,
+    )
+    write_text(output, html)
+    if as_json:
+        print_json({"file": str(output)})
+    else:
+        click.echo(f"{output} written ({len(html.encode()) / 1000:.0f} kB)")

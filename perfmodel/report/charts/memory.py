@@ -1,0 +1,33 @@
+"""Peak memory of several methods against what the device has."""
+
+from ...predict import Prediction
+from .. import units
+from ..svg import Canvas, linear, name_column
+from . import WIDE
+
+PARTS = (("weights", "blue"), ("gradients", "sky"), ("optimizer", "purple"), ("activations", "orange"))
+ROW, BAR = 30, 18  # px
+
+
+def memory(predictions: list[Prediction], labels: list[str], capacity: float, width: int = WIDE) -> Canvas:
+    """Stacked bars, one a method; a line marks the device's memory."""
+    left = name_column(labels, width) if width >= WIDE else 0.0
+    height = ROW if left else ROW + 16
+    canvas = Canvas(width, "Peak memory by method", len(predictions) * height + 30)
+    most = max(capacity, *(p.memory.peak for p in predictions))
+    x = linear(0.0, most, left, width - 62)
+    for i, (p, label) in enumerate(zip(predictions, labels, strict=True)):
+        middle = i * height + height - ROW / 2
+        canvas.text(0, middle + 4.5 if left else i * height + 13, label)
+        at = 0.0
+        for name, colour in PARTS:
+            size = float(getattr(p.memory, name))
+            tip = f"{label}, {name}: {units.nbytes(size)}"
+            canvas.rect(x(at), middle - BAR / 2, x(at + size) - x(at), BAR, f"f-{colour}", tip)
+            at += size
+        canvas.text(x(at) + 6, middle + 4.5, units.nbytes(p.memory.peak), "strong", halo=True)
+    bottom = len(predictions) * height
+    canvas.line(x(capacity), 0, x(capacity), bottom + 6, "line s-ink")
+    anchor = "end" if x(capacity) > width - 90 else "middle"
+    canvas.text(x(capacity), bottom + 22, f"device: {units.nbytes(capacity)}", "muted", anchor)
+    return canvas

@@ -1,0 +1,123 @@
+"""What stands behind the figures of a page: assumptions, accuracy, provenance."""
+
+import re
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+from .. import architectures
+from ..devices.host import Host
+from ..devices.profile import DeviceProfile
+from ..predict import Model, Prediction
+from . import units
+
+OPTIONS = {  # field of the setup -> what it is called
+    "batch": "batch", "seq": "tokens per sample", "dtype": "base weights", "amp": "autocast", "optimizer": "optimizer",
+    "grad_accum": "micro-batches per step", "checkpoint": "activation checkpointing", "attention": "attention",
+    "clip_grad": "gradient clipping", "cuda_graphs": "CUDA graphs", "padded": "padded batch",
+}  # fmt: skip
+ORIGINS = {
+    "fitted": "measured on this device", "sibling": "measured on a like device", "class": "defaults of its class",
+}  # fmt: skip
+BLOCKS = {
+    "gemm.bf16": "GEMMs in 16 bit", "gemm.fp32": "GEMMs in fp32", "attention": "attention",
+    "pointwise": "memory-bound kernels",
+}  # fmt: skip
+SHEET = {  # figure of the datasheet -> (name, unit)
+    "sm_count": ("streaming multiprocessors", ""), "clock_hz": ("highest clock", "Hz"),
+    "memory_bytes": ("memory", "B"), "memory_bandwidth": ("memory bandwidth", "B/s"), "l2_bytes": ("L2 cache", "B"),
+    "fp32_flops": ("fp32 peak", "FLOP/s"), "tf32_flops": ("tf32 peak, dense", "FLOP/s"),
+    "fp16_flops": ("fp16 peak, dense", "FLOP/s"), "bf16_flops": ("bf16 peak, dense", "FLOP/s"),
+}  # fmt: skip
+GENERAL = (
+    "One GPU, one optimizer step of eager PyTorch; no data loading, no communication.",
+    "The calls are those of the transformers and peft programs that the model is checked against, call by call.",
+    "Quality is outside the model: it says what a step costs, not what it learns.",
+)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A reference that a reader may follow; the page itself never does."""
+
+    url: str
+    text: str
+
+
+def linked(text: str) -> Link | str:
+    """A link if a text is an address alone, else the text."""
+    match = re.fullmatch(r"https?://(?:www\.)?(\S+)", text.strip())
+    return Link(text.strip(), match[1].rstrip("/")) if match else text
+
+
+def assumptions(predictions: list[Prediction], by: Host) -> dict[str, Any]:
+    """The setup in words, and what a reader must know about it."""
+    values = predictions[0].setup.as_dict()
+    told = {name: "yes" if v is True else "no" if v in (False, None) else str(v) for name, v in values.items()}
+    rows = [(OPTIONS.get(name, name), value) for name, value in told.items()]
+    notes = dict.fromkeys([*GENERAL, *(note for p in predictions for note in p.notes)])
+    return {"assumptions": [*rows, ("host", by.name)], "notes": list(notes)}
+
+
+def accuracy(on: DeviceProfile) -> dict[str, Any]:
+    """The errors of the device's price models on rows that no fit saw."""
+    rows = [
+        [
+            BLOCKS.get(block, block),
+            ORIGINS[origin],
+            *(_percent(on.residuals[block][k]) for k in ("mean", "median", "p90")),
+        ]
+        for block, origin in on.fitted.items()
+    ]
+    note = (
+        "Relative errors of kernel times on measurements that were left out of every fit. They make the 90 % "
+        "intervals; what both methods share cancels in their ratio. perfmodel validate published compares whole steps."
+    )
+    heads = ["price model", "from", "mean error", "median", "90th percentile"]
+    return {"accuracy": {"heads": heads, "rows": rows, "style": "left2"}, "accuracy_note": note}
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def provenance(model: Model, predictions: list[Prediction], on: DeviceProfile, by: Host) -> dict[str, Any]:
+    """Where every figure of the device comes from, and the model's, the methods' and the host's sources."""
+    sheet = [
+        [name, units.count(value, unit), linked(on.sources.get(key, "not given"))]
+        for key, (name, unit) in SHEET.items()
+        if (value := getattr(on.hardware, key)) is not None
+    ]
+    return {
+        "datasheet": {
+            "heads": [f"datasheet of {on.name}", "figure", "source"],
+            "rows": sheet,
+            "style": "sources",
+        },
+        "blocks": [
+            {"name": f"Prices of {BLOCKS.get(block, block)}", "facts": _facts(facts, ORIGINS[on.fitted[block]])}
+            for block, facts in on.provenance.items()
+        ],
+        "origins": _origins(model, predictions, by),
+    }
+
+
+def _facts(facts: Any, origin: str) -> list[tuple[str, Any]]:
+    told: list[tuple[str, Any]] = [("from", origin)]
+    names = {"rows_fitted": "rows fitted", "rows_left_out": "rows left out"}
+    for key, value in facts.items():
+        if value != "":
+            told.append((names.get(key, key), f"{value:,}" if isinstance(value, int) else linked(str(value))))
+    return told
+
+
+def _origins(model: Model, predictions: list[Prediction], by: Host) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    if isinstance(model, (str, PathLike)):
+        model = architectures.load(str(model))
+    if isinstance(model, architectures.Config):
+        found.append((f"model {model.name}", linked(str(model.values.get("_source", model.origin)))))
+    for p in predictions:
+        assert p.step is not None
+        found.append((p.method, linked(p.step.method.source)))
+    return [*found, (f"host {by.name}", linked(by.source or "not given"))]

@@ -1,0 +1,156 @@
+"""The pictures and tables of a page, as plain values for its template."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..anatomy import Anatomy
+from ..crossover import Crossover
+from ..devices.profile import DeviceProfile
+from ..explanation import Explanation
+from ..predict import Prediction
+from ..roofline import Kernel, Roof, roof
+from . import crossings as words
+from . import units
+from .charts import NARROW, WIDE
+from .charts.crossing import AXES, COLOURS, crossing
+from .charts.memory import PARTS, memory
+from .charts.roofline import legend, roofline
+from .charts.waterfall import waterfall
+from .svg import Canvas
+
+LONGEST = 8  # kernels listed below a roofline
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture for a desk and for a phone, as SVG."""
+
+    wide: str
+    narrow: str
+
+
+def picture(draw: Callable[[int], Canvas]) -> Picture:
+    """Both forms of a picture that draws itself for a width."""
+    return Picture(draw(WIDE).svg(), draw(NARROW).svg())
+
+
+def waterfalls(explained: list[Explanation]) -> dict[str, Any]:
+    """One waterfall a method."""
+    return {
+        "falls": [
+            {"label": e.labels[1], "picture": picture(lambda width, e=e: waterfall(e, width))}  # type: ignore[misc]
+            for e in explained
+        ]
+    }
+
+
+def limits(explained: list[Explanation], chosen: Explanation) -> dict[str, Any]:
+    """The phases of every method, and the rooflines of the baseline and of a chosen method."""
+    steps = [(explained[0].labels[0], explained[0].before), *((e.labels[1], e.after) for e in explained)]
+    roofs = [_roofline(chosen, "a", chosen.labels[0]), _roofline(chosen, "b", chosen.labels[1])]
+    return {"phases": _phases(steps), "roofs": roofs}
+
+
+def _phases(steps: list[tuple[str, Anatomy]]) -> dict[str, Any]:
+    phases = [(label, name, p) for label, step in steps for name, p in step.phases.items()]
+    columns = [
+        [p.seconds for *_, p in phases],
+        [p.limited["compute"] for *_, p in phases],
+        [p.limited["memory"] for *_, p in phases],
+        [p.waiting for *_, p in phases],
+        [p.at_peak for *_, p in phases],
+        [p.at_bandwidth for *_, p in phases],
+        [p.host for *_, p in phases],
+    ]
+    *flat, unit = units.alike([v for column in columns for v in column], digits=4)
+    told = [flat[i * len(phases) : (i + 1) * len(phases)] for i in range(len(columns))]
+    rows: list[list[str]] = []
+    for i, (label, name, p) in enumerate(phases):
+        if not i or phases[i - 1][0] != label:
+            rows.append([label])
+        rows.append([name, p.regime, *(column[i] for column in told)])
+    heads = ["phase", "regime", f"time, {unit}", "compute", "memory", "waits", "at peak", "at bandwidth", "host"]
+    return {"heads": heads, "rows": rows, "style": "left2 grouped"}
+
+
+def _roofline(e: Explanation, of: str, label: str) -> dict[str, Any]:
+    kernels = e.kernels(of)
+    over = roof(e.on, kernels)
+    total = sum(k.seconds for k in kernels)
+    return {
+        "label": label,
+        "picture": picture(lambda width: roofline(kernels, over, f"Roofline of {label}", width)),
+        "legend": [{"name": n, "colour": c, "told": units.seconds(s)} for n, c, s in legend(kernels)],
+        "caption": (
+            "Area: time. Matrix products and attention are placed by their FLOPs, all other kernels by one operation "
+            "per element. Above the slope: operands that stay in the cache. FLOPs of causal attention include the "
+            "masked half, as FlopCounterMode counts them, so that it may pass the peak."
+        ),
+        "kernels": _longest(kernels, over, total),
+    }
+
+
+def _longest(kernels: list[Kernel], over: Roof, total: float) -> dict[str, Any]:
+    """The kernels that take the most time, with what they reach of their roof."""
+    shown = kernels[:LONGEST]
+    *seconds, unit = units.alike([k.seconds for k in shown])
+    rows = [
+        [_name(k), k.shapes, k.dtype, f"{k.calls:,}", told, units.percent(k.seconds / total), _reached(k, over)]
+        for k, told in zip(shown, seconds, strict=True)
+    ]
+    heads = ["longest kernels", "operands", "dtype", "calls", f"time, {unit}", "share", "of its roof"]
+    return {"heads": heads, "rows": rows, "style": "left3"}
+
+
+def _name(k: Kernel) -> str:
+    return k.name.removeprefix("_").removesuffix(".Tensor").removesuffix(".Scalar").replace("scaled_dot_product_", "")
+
+
+def _reached(k: Kernel, over: Roof) -> str:
+    """Share of what bandwidth and peak allow at its intensity."""
+    allowed = min(over.bandwidth * k.intensity, over.peaks.get(k.dtype, float("inf")))
+    return units.percent(k.rate / allowed)
+
+
+def memories(predictions: list[Prediction], labels: list[str], on: DeviceProfile) -> dict[str, Any]:
+    """Peak memory of every method, as bars and in figures."""
+    capacity = on.hardware.memory_bytes
+    rows = [
+        [
+            label, *(units.nbytes(getattr(p.memory, name)) for name, _ in PARTS), units.nbytes(p.memory.peak),
+            f"{units.nbytes(p.memory.low)} to {units.nbytes(p.memory.high)}", "yes" if p.fits else "no",
+        ]
+        for p, label in zip(predictions, labels, strict=True)
+    ]  # fmt: skip
+    heads = ["", *(name for name, _ in PARTS), "peak", "reserved", "fits"]
+    return {
+        "memory": {"picture": picture(lambda width: memory(predictions, labels, capacity, width))},
+        "memory_legend": [
+            {"name": "activations and temporaries" if name == "activations" else name, "colour": colour, "told": ""}
+            for name, colour in PARTS
+        ],
+        "memory_table": {"heads": heads, "rows": rows, "style": ""},
+    }
+
+
+def crossings(explained: list[Explanation]) -> dict[str, Any]:
+    """One picture an axis, all methods that have it in it, and in words what it shows."""
+    by_axis: dict[str, list[tuple[Explanation, Crossover]]] = {}
+    for e in explained:
+        for c in e.crossovers:
+            by_axis.setdefault(c.axis, []).append((e, c))
+    return {"crossings": [_axis(axis, lines) for axis, lines in by_axis.items()]}
+
+
+def _axis(axis: str, lines: list[tuple[Explanation, Crossover]]) -> dict[str, Any]:
+    labels = [e.labels[1] for e, _ in lines]
+    drawn = [c for _, c in lines]
+    told = [f"{e.labels[1]}: {words.verdicts(c, e.labels)}" for e, c in lines]
+    keys = [{"name": label, "colour": COLOURS[i % len(COLOURS)], "told": ""} for i, label in enumerate(labels)]
+    return {
+        "name": AXES.get(axis, axis),
+        "picture": picture(lambda width: crossing(drawn, labels, width)),
+        "legend": keys if len(lines) > 1 else [],
+        "told": told,
+    }

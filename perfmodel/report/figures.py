@@ -1,0 +1,93 @@
+"""The rows of a comparison, for whatever shows them: text of each method's figure, and which one is best."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..compare import Comparison
+from ..predict import Prediction
+from ..setup import Setup
+from ..step import PHASES
+from . import units
+
+Figure = Callable[[Prediction], Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method's figure."""
+
+    text: str
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of every method."""
+
+    name: str
+    cells: list[Cell]
+
+
+def figures(c: Comparison) -> list[Row]:
+    """Time by phase, rates, work, memory and parameters of every method, the first the baseline.
+
+    The best value is marked among the methods that fit (among all if none does), where they differ.
+    """
+    p = c.predictions
+    fit = [bool(x.fits) for x in p]
+    rated = fit if any(fit) else [True] * len(p)
+
+    def row(name: str, figure: Figure, text: Callable[[Any], str], better: Callable[..., Any] | None = None) -> Row:
+        values = [figure(x) for x in p]
+        return Row(name, _marked(values, [text(v) for v in values], rated, better))
+
+    ratios = ["1.00", *(f"{s.ratio:.2f} {s.verdict}" for s in c.speedups)]
+    return [
+        row("step", lambda x: x.time.phases["total"], units.seconds, min),
+        *(row(f"  {phase}", _phase(phase), units.seconds, min) for phase in PHASES),
+        Row("speed-up", [Cell(text) for text in ratios]),
+        row("launch-bound", lambda x: x.time.launch_bound_share, units.percent, min),
+        row("tokens/s", lambda x: x.tokens_per_second, lambda v: f"{v:,.0f}", max),
+        row("MFU", lambda x: x.mfu, lambda v: f"{100 * v:.1f} %", max),
+        row("FLOPs", lambda x: x.flops["total"], units.count),
+        row("memory traffic", lambda x: x.bytes["total"], units.nbytes),
+        row("kernels", lambda x: x.kernels["total"], lambda v: f"{v:,}"),
+        row("peak memory", lambda x: x.memory.peak, units.nbytes, min),
+        row("fits", lambda x: x.fits, lambda v: "yes" if v else "no"),
+        row("trainable", lambda x: x.trainable_params, units.count),
+    ]
+
+
+def _phase(name: str) -> Figure:
+    return lambda p: p.time.phases[name]
+
+
+def _marked(
+    values: Sequence[Any], texts: list[str], rated: list[bool], better: Callable[..., Any] | None
+) -> list[Cell]:
+    """Cells with the best marked; figures that read alike are equally good, and no mark says that all are."""
+    if better is None:
+        return [Cell(text) for text in texts]
+    best = better(v for v, counts in zip(values, rated, strict=True) if counts)
+    shown = texts[list(values).index(best)]
+    good = [counts and text == shown for text, counts in zip(texts, rated, strict=True)]
+    return [Cell(text, mark and sum(good) < sum(rated)) for text, mark in zip(texts, good, strict=True)]
+
+
+def setup_line(s: Setup) -> str:
+    """The setup in a line: its size, precision and optimizer, then whatever is not as usual."""
+    usual = Setup()
+    told = [f"batch {s.batch} x {s.seq} tokens", f"{s.dtype}{f' amp {s.amp}' if s.amp else ''}", s.optimizer]
+    told += [f"{s.grad_accum} micro-batches"] if s.grad_accum > 1 else []
+    told += [f"checkpoint {s.checkpoint}"] if s.checkpoint != usual.checkpoint else []
+    told += [f"{s.attention} attention"] if s.attention != usual.attention else []
+    told += ["padded"] if s.padded else []
+    told += ["no clipping"] if not s.clip_grad else []
+    return ", ".join([*told, *(["CUDA graphs"] if s.cuda_graphs else [])])
+
+
+def mfu_of(p: Prediction) -> str:
+    """What the MFU is the share of."""
+    dtype = p.setup.amp or p.setup.dtype
+    return f"MFU: FLOPs of matrix products and attention without recompute, over step time and the dense {dtype} peak"

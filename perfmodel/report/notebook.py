@@ -1,0 +1,109 @@
+"""What a notebook shows of a result: small tables in HTML, without a style sheet of their own."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..step import PHASES
+from . import units
+from .svg import typeset
+
+if TYPE_CHECKING:
+    from ..compare import Comparison
+    from ..explanation import Explanation
+    from ..predict import Prediction
+
+CELL = "text-align:right;padding:.15em .9em .15em 0;font-variant-numeric:tabular-nums;white-space:nowrap"
+NAME = "text-align:left;padding:.15em .9em .15em 0;white-space:nowrap"
+SAVED, ADDED = "#0072b2", "#d55e00"
+WIDEST = 9.0  # em, the longest bar
+
+
+def prediction(p: "Prediction") -> str:
+    """One method: its phases, memory and parameters; of a grid the range of each."""
+    columns = (*PHASES, "total")
+    rows = [
+        ["time", *(_range(p.time.phases[c], units.seconds) for c in columns)],
+        ["FLOPs", *(_range(p.flops[c], units.count) for c in columns)],
+        ["memory traffic", *(_range(p.bytes[c], units.nbytes) for c in columns)],
+        ["kernels", *(_range(p.kernels[c], lambda v: f"{v:,}") for c in columns)],
+    ]
+    fits = "fits" if np.all(p.fits) else "does not fit" if not np.any(p.fits) else "fits in part of the grid"
+    below = (
+        f"peak memory {_range(p.memory.peak, units.nbytes)}, {fits}; "
+        f"{_range(p.trainable_params, units.count)} of {_range(p.total_params, units.count)} parameters train"
+    )
+    return _block(f"{p.method} on {p.model}, {p.device}", _table(["", *columns], rows), [below, *p.notes])
+
+
+def comparison(c: "Comparison") -> str:
+    """The answers in words, and one column a method."""
+    answers = [s.answer or f"{s.method}: speed-up {_range(s.ratio, lambda v: f'{v:.2f}')}" for s in c.speedups]
+    if c.predictions[0].step is None:  # a grid
+        rows = [[p.method, _range(p.time.phases["total"], units.seconds)] for p in c.predictions]
+        return _block("<br/>".join(map(_text, answers)), _table(["", "step"], rows), [], escaped=True)
+    from .figures import figures
+
+    rows = [[r.name.strip(), *(_bold(x.text) if x.best else x.text for x in r.cells)] for r in figures(c)]
+    heads = ["", *(p.method for p in c.predictions)]
+    told = ["Bold: best of those that fit", *dict.fromkeys(n for p in c.predictions for n in p.notes)]
+    return _block("<br/>".join(map(_text, answers)), _table(heads, rows), told, escaped=True)
+
+
+def explanation(e: "Explanation") -> str:
+    """The answer and the waterfall, its bars to scale."""
+    longest = max((abs(bar.difference) for bar in e.waterfall), default=0.0) or 1.0
+    rows = [
+        [bar.name, *map(units.seconds, (bar.before, bar.after)), units.signed(bar.difference),
+         _bar(bar.difference / longest)]
+        for bar in e.waterfall
+    ]  # fmt: skip
+    total = e.after.total - e.before.total
+    rows.append(["step", *map(units.seconds, (e.before.total, e.after.total)), units.signed(total), ""])
+    return _block(e.answer, _table(["", *e.labels, "change", ""], rows), e.a.notes)
+
+
+def _range(value: Any, text: Any) -> str:
+    """A figure, or the least and the largest of an array."""
+    if not isinstance(value, np.ndarray):
+        return str(text(value))
+    low, high = (text(x) for x in (value.min().item(), value.max().item()))
+    return low if low == high else f"{low} to {high}"
+
+
+class _Markup(str):
+    """Text that is HTML already."""
+
+
+class _Bar(_Markup):
+    """A bar, which starts at the left of its cell."""
+
+
+def _bold(text: str) -> _Markup:
+    return _Markup(f"<strong>{_text(text)}</strong>")
+
+
+def _bar(share: float) -> _Bar:
+    style = f"display:inline-block;height:.7em;width:{abs(share) * WIDEST:.2f}em"
+    return _Bar(f'<span style="{style};background:{ADDED if share > 0 else SAVED}"></span>')
+
+
+def _text(text: str) -> str:
+    return text if isinstance(text, _Markup) else escape(typeset(text))
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def line(tag: str, cells: Sequence[str]) -> str:
+        told = (f'<{tag} style="{NAME if not i or isinstance(x, _Bar) else CELL}">{_text(x)}</{tag}>'
+                for i, x in enumerate(cells))  # fmt: skip
+        return f"<tr>{''.join(told)}</tr>"
+
+    return f"<table><thead>{line('th', heads)}</thead><tbody>{''.join(line('td', row) for row in rows)}</tbody></table>"
+
+
+def _block(title: str, table: str, below: Iterable[str], *, escaped: bool = False) -> str:
+    head = title if escaped else _text(title)
+    told = "".join(f'<div style="opacity:.7">{_text(line)}</div>' for line in below)
+    return f"<div><div><strong>{head}</strong></div>{table}{told}</div>"

@@ -1,0 +1,123 @@
+"""`perfmodel report`: everything about a comparison on one page that opens offline, prints, and reads on a phone."""
+
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..compare import compare
+from ..devices import host as hosts
+from ..devices import profile
+from ..devices.host import Host
+from ..devices.profile import DeviceProfile
+from ..errors import UserError
+from ..explanation import Explanation, of_predictions
+from ..methods import Method
+from ..predict import Model
+from ..setup import Setup
+from . import evidence, exhibits
+from .figures import figures, mfu_of, setup_line
+from .svg import typeset
+from .theme import CHARTS, FONT, PALETTE, variables
+
+FOLDER = Path(__file__).parent
+
+
+def report(
+    model: Model,
+    methods: Sequence[str | Method] = ("full", "lora"),
+    setup: Setup | None = None,
+    device: str | DeviceProfile = "l40s",
+    *,
+    host: str | Host = "default",
+    axes: Sequence[str] = ("batch", "seq", "size", "targets"),
+    command: str = "",
+    **options: Any,
+) -> str:
+    """The page as HTML; the first method is the baseline.
+
+    Args:
+        axes: along which to look for a change of the verdict (see `explain`).
+        command: what to print as the way to make the page again.
+
+    Other arguments and errors are those of `compare`; the setup must be a single one.
+    """
+    on = profile.load(device) if isinstance(device, str) else device
+    by = hosts.load(host) if isinstance(host, str) else host
+    c = compare(model, methods, setup, on, host=by, **options)
+    base, *others = c.predictions
+    explained = [of_predictions(base, p, on, by, axes) for p in others]
+    labels = [explained[0].labels[0], *(e.labels[1] for e in explained)]
+    context = {
+        "title": f"{base.model} on {on.name}",
+        "setup_line": setup_line(base.setup),
+        "answers": [e.answer for e in explained],
+        "labels": labels,
+        "figures": [{"name": r.name.strip(), "sub": r.name != r.name.strip(), "cells": r.cells} for r in figures(c)],
+        "mfu": mfu_of(base),
+        "command": command,
+        "signature": f"perfmodel {_version()}, {date.today().isoformat()}. Made by:",
+        **exhibits.waterfalls(explained),
+        **exhibits.limits(explained, fastest(explained)),
+        **exhibits.memories(c.predictions, labels, on),
+        **exhibits.crossings(explained),
+        **evidence.assumptions(c.predictions, by),
+        **evidence.accuracy(on),
+        **evidence.provenance(model, c.predictions, on, by),
+    }
+    return render(context)
+
+
+def fastest(explained: list[Explanation]) -> Explanation:
+    """The fastest method that fits, or the fastest if none does."""
+    fitting = [e for e in explained if e.b.fits] or explained
+    return min(fitting, key=lambda e: float(e.b.time.phases["total"]))
+
+
+def render(context: dict[str, Any]) -> str:
+    """The page of a context.
+
+    Raises:
+        UserError: Jinja2 is not installed.
+    """
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+        from markupsafe import Markup, escape
+    except ImportError:
+        raise UserError("the page needs the report extra (Jinja2): pip install 'perfmodel[report]'") from None
+
+    def finalize(value: Any) -> Any:
+        if isinstance(value, evidence.Link):
+            return Markup('<a href="{}">{}</a>').format(value.url, value.text)
+        return value if isinstance(value, Markup) or not isinstance(value, str) else escape(typeset(value))
+
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, finalize=finalize
+    )
+    context = {k: _markup(v, Markup) for k, v in context.items()} | {"command": escape(context["command"])}
+    return environment.get_template("page.html.j2").render(**context, style=Markup(style()))
+
+
+def _markup(value: Any, markup: Any) -> Any:
+    """The same context with its pictures marked as markup."""
+    if isinstance(value, exhibits.Picture):
+        return {"wide": markup(value.wide), "narrow": markup(value.narrow)}
+    if isinstance(value, dict):
+        return {k: _markup(v, markup) for k, v in value.items()}
+    return [_markup(v, markup) for v in value] if isinstance(value, list) else value
+
+
+def style() -> str:
+    """The style sheet, palette included; print is always on light ground."""
+    css = (FOLDER / "page.css").read_text(encoding="utf-8").replace("FONT", FONT)
+    keys = "".join(f".key.f-{name}{{background:var(--{name})}}" for name in PALETTE)
+    dark = f"@media screen and (prefers-color-scheme:dark){{:root{{{variables(dark=True)}}}}}"
+    return f":root{{color-scheme:light dark;{variables()}}}{dark}{css}{CHARTS}{keys}"
+
+
+def _version() -> str:
+    try:
+        return version("perfmodel")
+    except PackageNotFoundError:
+        return "(not installed)"

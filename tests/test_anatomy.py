@@ -1,0 +1,179 @@
+"""A step taken apart: every op on the account of what asked for it, and parts that sum to the step.
+
+A waterfall explains a difference only if its bars add up to it, and if a bar holds what its name says.
+"""
+
+from functools import cache
+from itertools import permutations
+
+import pytest
+from helpers import architecture_of, op_bytes, setup_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perfmodel import UserError, costs, methods
+from perfmodel.anatomy import PARTS, WAITING, Anatomy, dissect, part_of
+from perfmodel.devices import host as hosts
+from perfmodel.devices import profile
+from perfmodel.predict import Prediction, predict
+from perfmodel.step import PHASES, Step
+from perfmodel.tape.core import Op
+
+METHODS = tuple(methods.registered())
+ARCHITECTURES = ("llama", "gpt2", "opt")
+DEVICES = ("l40s", "h100-sxm", "cpu-epyc-genoa-2c")
+SETUPS = (
+    {}, {"batch": 1, "seq": 1}, {"checkpoint": "block"}, {"checkpoint": "block-reentrant"},
+    {"grad_accum": 3}, {"attention": "eager", "clip_grad": False}, {"dtype": "fp32", "amp": "bf16"},
+    {"cuda_graphs": True, "optimizer": "sgd"},
+)  # fmt: skip
+HOST = hosts.load()
+
+
+@cache
+def predicted(method: str, model: str = "llama", device: str = "l40s", setup: int = 0) -> Prediction | None:
+    """A prediction of a small model, or None where the method refuses it."""
+    try:
+        return predict(architecture_of(model), method, setup_of(model, **SETUPS[setup]), device)
+    except UserError:
+        return None
+
+
+def made(method: str, model: str = "llama", setup: int = 0) -> Step:
+    p = predicted(method, model, setup=setup)
+    assert p is not None
+    assert p.step is not None
+    return p.step
+
+
+def anatomy(p: Prediction) -> Anatomy:
+    return dissect(p, profile.load(p.device), HOST)
+
+
+def flops_of(step: Step, *parts: str) -> int:
+    """FLOPs of some parts of a step."""
+    return sum(count * costs.flops(op) for part, op, count in step.ops() if part_of(op, part) in parts)
+
+
+def ops_on_the_device(p: Prediction, phase: str) -> list[tuple[Op, int]]:
+    """Ops of a phase but for those on host tensors (step counters)."""
+    assert p.step is not None
+    return [(op, n) for part, op, n in p.step.ops() if part.phase == phase and "host" not in op.attrs]
+
+
+def owners(step: Step) -> set[str]:
+    return {op.owner for _, op, _ in step.ops()}
+
+
+def assert_bars_sum_to_the_difference(a: Prediction, b: Prediction) -> None:
+    one, two = anatomy(a), anatomy(b)
+    difference = b.time.phases["total"] - a.time.phases["total"]
+    total = max(a.time.phases["total"], b.time.phases["total"])
+    assert abs(sum(two.parts[name] - one.parts[name] for name in PARTS) - difference) <= 1e-14 * total
+
+
+@pytest.mark.parametrize("model", ARCHITECTURES)
+def test_bars_sum_to_the_difference_for_every_pair(model: str) -> None:
+    """The promise of the waterfall, for every two methods that are registered today, and those to come."""
+    made = [p for name in METHODS if (p := predicted(name, model)) is not None]
+    for a, b in permutations(made, 2):
+        assert_bars_sum_to_the_difference(a, b)
+
+
+@settings(deadline=None, derandomize=True, max_examples=120)
+@given(
+    pair=st.tuples(st.sampled_from(METHODS), st.sampled_from(METHODS)),
+    model=st.sampled_from(ARCHITECTURES),
+    device=st.sampled_from(DEVICES),
+    setup=st.integers(0, len(SETUPS) - 1),
+)
+def test_bars_sum_to_the_difference_in_every_setup(pair: tuple[str, str], model: str, device: str, setup: int) -> None:
+    """The same with checkpointing, autocast, micro-batches, CUDA graphs, and on a CPU."""
+    a, b = (predicted(name, model, device, setup) for name in pair)
+    if a is not None and b is not None:
+        assert_bars_sum_to_the_difference(a, b)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parts_are_the_time_of_the_prediction(method: str) -> None:
+    """The parts are priced op by op, the prediction part by part: kernels and waiting must come out alike."""
+    for setup in range(len(SETUPS)):
+        p = predicted(method, "opt", DEVICES[setup % len(DEVICES)], setup)
+        if p is None:
+            continue
+        apart = anatomy(p)
+        total, busy = p.time.phases["total"], p.time.device_busy
+        assert sum(apart.parts.values()) == pytest.approx(total, rel=1e-13)
+        assert apart.parts[WAITING] == pytest.approx(total - busy, abs=1e-13 * total)
+        assert sum(ph.busy for ph in apart.phases.values()) == pytest.approx(busy, rel=1e-13)
+        assert all(seconds >= -1e-13 * total for seconds in apart.parts.values())
+        for name in PHASES:
+            phase = apart.phases[name]
+            assert phase.seconds == p.time.phases[name]
+            assert phase.flops == p.flops[name]
+            assert phase.bytes == sum(n * op_bytes(op) for op, n in ops_on_the_device(p, name))
+            assert sum(phase.limited.values()) == pytest.approx(phase.busy, rel=1e-13)
+
+
+@pytest.mark.parametrize("model", ARCHITECTURES)
+@pytest.mark.parametrize("setup", [0, 2, 6])
+def test_the_base_model_runs_the_same_forward_products_under_every_method(model: str, setup: int) -> None:
+    """Whatever a method adds is on its own account: else its cost would hide in the base model's bar."""
+    steps = [p.step for name in METHODS if (p := predicted(name, model, setup=setup)) is not None]
+    assert len({flops_of(s, "gemm_forward") for s in steps if s is not None}) == 1
+    full = made("full", model, setup)
+    assert flops_of(full, "gemm_forward") == flops_of(full, "gemm_weight_grad")
+
+
+@pytest.mark.parametrize("method", ["full", "top_k:k=1", "norm", "bitfit", "lisa", "badam"])
+def test_methods_without_adapters_have_no_adapter_ops(method: str) -> None:
+    """An adapter's bar under full fine-tuning would be nonsense."""
+    assert owners(made(method, "opt")) == {"base", "attention"}
+
+
+@pytest.mark.parametrize("checkpoint", [2, 3])
+@pytest.mark.parametrize("method", ["full", "lora:targets=all-linear", "dora", "paca"])
+def test_without_the_recompute_a_checkpointed_step_is_the_plain_one(method: str, checkpoint: int) -> None:
+    """Model FLOPs, and so the MFU, must not count what a checkpoint runs again."""
+    step = made(method, "llama", checkpoint)
+    again = sum(count * costs.flops(op) for _, op, count in step.ops() if op.recompute)
+    everything = sum(count * costs.flops(op) for _, op, count in step.ops())
+    plain = made("full")  # whose first block needs its input's gradient, as a checkpoint makes every method's do
+    assert again > 0
+    if method == "full":
+        assert everything - again == sum(count * costs.flops(op) for _, op, count in plain.ops())
+    assert flops_of(step, "gemm_forward") == flops_of(plain, "gemm_forward")
+    assert {op.recompute for part, op, _ in step.ops() if part.phase != "backward"} == {False}
+
+
+@pytest.mark.parametrize("model", ["llama", "opt"])
+def test_the_products_of_lora_are_the_adapters_and_nothing_else(model: str) -> None:
+    """2·T·r·(n+m) per layer and pass; the lowest block's inputs need no gradient."""
+    r, architecture = 4, architecture_of(model)
+    step = made(f"lora:r={r},targets=all-linear", model)
+    tokens = step.setup.tokens
+    adapters = [p for p in step.parameters if p.kind == "adapter"]
+    once = sum(2 * tokens * p.numel * p.count for p in adapters)
+    found = flops_of(step, "adapter_gemm")
+    assert 2 * once < found <= 3 * once  # forward, weight gradients, and the input gradients that are needed
+    lowest = {p.name.rsplit(".", 3)[-3]: p for p in adapters if ".0." in p.name and "lora_A" in p.name}
+    assert 3 * once - found == sum(
+        2 * tokens * p.numel for name, p in lowest.items() if name in ("q_proj", "k_proj", "v_proj")
+    )
+    assert flops_of(step, "gemm_weight_grad") == 0
+    assert architecture.layers > 1
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("full", "lisa", "badam", "top_k", "norm", "bitfit")])
+def test_adapters_leave_frozen_weights_without_a_gradient(name: str) -> None:
+    """Frozen weights have no weight-gradient GEMM: the first thing that every adapter saves."""
+    assert flops_of(made(name), "gemm_weight_grad") == 0
+
+
+def test_a_grid_has_no_anatomy() -> None:
+    """A grid has no single step; that must be said in one line."""
+    import numpy as np
+
+    p = predict(architecture_of("llama"), "lora", device="l40s", batch=2, seq=np.array([16, 32]))
+    with pytest.raises(UserError, match="single setup"):
+        dissect(p, profile.load("l40s"), HOST)

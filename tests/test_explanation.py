@@ -1,0 +1,253 @@
+"""The answer in words, and where it turns: what a reader acts on.
+
+Sentences are checked by what they must say; crossovers against a plain loop over single predictions.
+"""
+
+import re
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import architecture_of, setup_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perfmodel import UserError, compare, explain, predict, words
+from perfmodel.anatomy import PARTS, Anatomy, Phase
+from perfmodel.compare import SpeedUp, verdict
+from perfmodel.crossover import Crossover
+from perfmodel.predict import Prediction
+from perfmodel.report.crossings import in_words
+
+BIG = {"model": "llama-3.2-3b", "device": "l40s", "batch": 4, "seq": 210}
+LORA = "lora:r=32,targets=q_proj+v_proj"
+A100 = "a100-80gb-sxm"
+
+
+def step_of(**parts: float) -> Anatomy:
+    """A step of some seconds by part."""
+    return Anatomy({**dict.fromkeys(PARTS, 0.0), **parts}, {"forward": Phase(sum(parts.values()))})
+
+
+def small(method: str, **changes: Any) -> Prediction:
+    return replace(predict(architecture_of("llama"), method, setup_of("llama"), "l40s"), **changes)
+
+
+def sentence(ratio: float, *, a_fits: bool = True, b_fits: bool = True) -> str:
+    a, b = small("full", fits=a_fits), small("lora:r=4", fits=b_fits)
+    return words.answer(a, b, SpeedUp("b", ratio, ratio / 1.1, ratio * 1.1), "because of this", 48e9)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "said"),
+    [
+        (3.1, "LoRA r=4 on q,v is 3.10x faster than full fine-tuning here [2.82 - 3.41], because of this."),
+        (0.5, "LoRA r=4 on q,v is 2.00x slower than full fine-tuning here [1.82 - 2.20], because of this."),
+        (1.02, "LoRA r=4 on q,v takes about as long as full fine-tuning here (speed-up 1.02 [0.93 - 1.12]), "
+               "because of this."),
+    ],
+)  # fmt: skip
+def test_the_verdict_is_a_sentence(ratio: float, said: str) -> None:
+    """Slower is told as a factor above 1, and its interval turns with it."""
+    assert sentence(ratio) == said
+
+
+def test_a_method_that_does_not_fit_is_never_silently_recommended() -> None:
+    """A speed-up is worth nothing where the step does not run."""
+    assert "fit" not in sentence(3.0)
+    assert re.search(r" Only LoRA r=4 on q,v fits: full fine-tuning needs [\d.]+ \wB of 48.0 GB\.$",
+                     sentence(3.0, a_fits=False))  # fmt: skip
+    assert re.search(r" Only full fine-tuning fits: LoRA r=4 on q,v needs", sentence(3.0, b_fits=False))
+    assert re.search(r" Neither fits: they need [\d.]+ \wB and [\d.]+ \wB of 48.0 GB\.$",
+                     sentence(3.0, a_fits=False, b_fits=False))  # fmt: skip
+
+
+REASONS: dict[str, tuple[Anatomy, Anatomy, str, str]] = {
+    "the optimizer dominates": (
+        step_of(gemm_forward=0.1, optimizer=0.2), step_of(gemm_forward=0.1, optimizer=0.001), "faster",
+        "because the optimizer step dominates at 840 tokens a step: 200 ms of 300 ms, now 1.00 ms",
+    ),
+    "a part is gone": (
+        step_of(gemm_forward=0.1, gemm_weight_grad=0.1), step_of(gemm_forward=0.1), "faster",
+        "because it does without 100 ms of weight-gradient GEMMs",
+    ),
+    "something is taken back": (
+        step_of(gemm_forward=0.1, gemm_weight_grad=0.1), step_of(gemm_forward=0.1, adapter_gemm=0.04), "faster",
+        "because it does without 100 ms of weight-gradient GEMMs, though it adds 40.0 ms of adapter GEMMs",
+    ),
+    "adapters cost more than they save": (
+        step_of(gemm_forward=0.1, optimizer=0.03), step_of(gemm_forward=0.1, adapter_pointwise=0.06), "slower",
+        "because it adds 60.0 ms of adapter casts and pointwise kernels, more than it saves: 30.0 ms in the optimizer",
+    ),
+    "the host": (
+        step_of(gemm_forward=0.1), step_of(gemm_forward=0.1, waiting=0.05), "slower",
+        "because the device waits 50.0 ms longer for the host",
+    ),
+    "less of the host": (
+        step_of(gemm_forward=0.1, waiting=0.05), step_of(gemm_forward=0.1, waiting=0.01), "faster",
+        "because the device waits 40.0 ms less for the host",
+    ),
+    "even": (
+        step_of(gemm_forward=0.1, optimizer=0.03), step_of(gemm_forward=0.1, adapter_gemm=0.028), "same",
+        "because what it adds, mainly 28.0 ms of adapter GEMMs, uses up what it saves, mainly 30.0 ms in the optimizer",
+    ),
+    "many small savings": (
+        step_of(gemm_forward=0.1, optimizer=0.03, gemm_weight_grad=0.03),
+        step_of(gemm_forward=0.1, adapter_gemm=0.04), "faster",
+        "because all that it saves, mainly 30.0 ms of weight-gradient GEMMs, outweighs 40.0 ms of adapter GEMMs",
+    ),
+    "many small costs": (
+        step_of(gemm_forward=0.1, optimizer=0.05),
+        step_of(gemm_forward=0.1, adapter_gemm=0.04, adapter_pointwise=0.03), "slower",
+        "because all that it adds, mainly 40.0 ms of adapter GEMMs, outweighs the saving of 50.0 ms in the optimizer",
+    ),
+    "no change": (step_of(gemm_forward=0.1), step_of(gemm_forward=0.1), "same",
+                  "because no part of the step changes much"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_the_reason_is_the_largest_part_of_the_waterfall(case: str) -> None:
+    """A verdict without its cause tells nobody what to change."""
+    before, after, verdict_, said = REASONS[case]
+    assert words.why(before, after, verdict_, 840) == said
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(
+    a=st.lists(st.sampled_from([0.0, 0.01, 0.02, 0.05, 0.1]), min_size=len(PARTS), max_size=len(PARTS)),
+    b=st.lists(st.sampled_from([0.0, 0.01, 0.02, 0.05, 0.1]), min_size=len(PARTS), max_size=len(PARTS)),
+)
+def test_a_reason_never_contradicts_its_verdict(a: list[float], b: list[float]) -> None:
+    """Faster in spite of more added than saved is only true of sums, and must then be said of sums."""
+    before, after = (step_of(**dict(zip(PARTS, seconds, strict=True))) for seconds in (a, b))
+    if not sum(a) or not sum(b):
+        return
+    said = words.why(before, after, verdict(before.total / after.total), 1000)
+    assert said.startswith("because ")
+    change = [y - x for x, y in zip(a, b, strict=True)]
+    down, up = -min(change), max(change)
+    if "though it adds" in said:
+        assert down > up
+    if "more than it saves:" in said:
+        assert up > down
+
+
+def test_the_sentences_of_the_two_stories() -> None:
+    """The README's two cases: the optimizer makes full fine-tuning slow, fp32 adapters make LoRA slow."""
+    (fast,) = compare(methods=("full", LORA), **BIG).speedups
+    assert fast.answer.startswith("LoRA r=32 on q,v is 3.")
+    assert "because the optimizer step dominates at 840 tokens a step" in fast.answer
+    (slow,) = compare("tinyllama-1.1b", ("full", "lora:r=8,targets=all-linear"), device="a100-80gb-sxm", batch=4,
+                      seq=512).speedups  # fmt: skip
+    assert "slower than full fine-tuning here" in slow.answer
+    assert "adapter casts and pointwise kernels" in slow.answer
+
+
+def test_a_grid_of_comparisons_has_verdicts_but_no_sentence() -> None:
+    """Sweeps compare arrays; a reason needs one setup."""
+    (s,) = compare(architecture_of("llama"), ("full", "lora"), device="l40s", batch=2, seq=np.array([16, 64])).speedups
+    assert s.verdict.shape == (2,)
+    assert s.answer == ""
+
+
+def ratio_of(model: Any, a: str, b: str, device: str, **setup: Any) -> float:
+    one, two = (predict(model, m, device=device, **setup) for m in (a, b))
+    return float(one.time.phases["total"] / two.time.phases["total"])
+
+
+def changes_of(ratios: dict[int, float]) -> list[tuple[int, str, str]]:
+    """Every change of the verdict between neighbours."""
+    told = [(value, verdict(ratio)) for value, ratio in sorted(ratios.items())]
+    return [(v, one, two) for (_, one), (v, two) in pairwise(told) if one != two]
+
+
+ALL, HALF = "lora:r={r},targets=all-linear", "lora:r={r},targets=all-linear,adapter_dtype=bf16"
+CROSSING: dict[str, tuple[str, str, str, dict[str, Any], tuple[str, ...]]] = {
+    "batch and seq": ("tinyllama-1.1b", "full", ALL, {"batch": 4, "seq": 512}, ("batch", "seq")),
+    "a batch of 1": ("gpt2", "lora:r={r}", "full", {"batch": 1, "seq": 256}, ("batch", "seq", "size")),
+    "rank": ("tinyllama-1.1b", "full", HALF, {"batch": 4, "seq": 128}, ("size",)),
+}
+
+
+@pytest.mark.parametrize("case", CROSSING)
+def test_crossovers_agree_with_single_predictions(case: str) -> None:
+    """Every point is what `predict` says of it, and every change lies between two consecutive integers."""
+    model, a, b, setup, axes = CROSSING[case]
+    found = explain(model, a.format(r=8), b.format(r=8), device=A100, axes=axes, **setup).crossovers
+    assert [c.axis for c in found] == [{"size": "r"}.get(axis, axis) for axis in axes]
+    for c in found:
+        edges = {v for change in c.changes for v in (change.value - 1, change.value)}
+        assert edges <= set(c.values), "a change between two points that are not neighbours"
+        for value in {c.here, c.values[0], c.values[len(c.values) // 2], c.values[-1], *edges}:
+            point = {"batch": setup["batch"], "seq": setup["seq"], "r": 8, c.axis: value}
+            r = point.pop("r")
+            single = ratio_of(model, a.format(r=r), b.format(r=r), A100, **point)
+            i = c.values.index(value)
+            assert c.ratio[i] == pytest.approx(single, rel=1e-12)
+            assert c.verdict[i] == verdict(single)
+
+
+def test_crossovers_agree_with_brute_force() -> None:
+    """Over a range in which every integer is a point, no change may be missed or made up."""
+    b = ALL.format(r=8)
+    (c,) = explain("tinyllama-1.1b", "full", b, device=A100, batch=3, seq=128, axes=("batch",)).crossovers
+    dense = {v: ratio_of("tinyllama-1.1b", "full", b, A100, batch=v, seq=128) for v in range(2, 17)}
+    assert len(changes_of(dense)) == 3, "the test needs a range with changes"
+    assert [(x.value, x.before, x.after) for x in c.changes if x.value <= 16] == changes_of(dense)
+
+
+def test_one_target_after_another() -> None:
+    """The method's own targets come first, then the rest of the block; each point is a prediction of its own."""
+    (c,) = explain("tinyllama-1.1b", "full", "lora:targets=q_proj+v_proj", device="a100-80gb-sxm", batch=4, seq=512,
+                   axes=("targets",)).crossovers  # fmt: skip
+    assert c.names[:3] == ("q_proj", "v_proj", "k_proj")
+    assert (c.here, c.values) == (2, [1, 2, 3, 4, 5, 6, 7])
+    for n, ratio in zip(c.values, c.ratio, strict=True):
+        targets = "+".join(c.names[:n])
+        assert ratio == pytest.approx(
+            ratio_of("tinyllama-1.1b", "full", f"lora:targets={targets}", "a100-80gb-sxm", batch=4, seq=512)
+        )
+
+
+def test_blocks_are_tried_one_by_one() -> None:
+    """k is a number of blocks: another program each, up to all of them."""
+    (c,) = explain("gpt2", "full", "top_k:k=3", device="l40s", batch=2, seq=64, axes=("size",)).crossovers
+    assert (c.axis, c.here, c.values) == ("k", 3, [1, 2, 3, 4, 8, 12])
+    assert c.ratio == sorted(c.ratio, reverse=True)
+
+
+def test_an_unknown_axis_is_a_mistake() -> None:
+    with pytest.raises(UserError, match="batch, seq, size, targets"):
+        explain("gpt2", axes=("rank",))
+
+
+def axis(verdicts: str, **extra: Any) -> Crossover:
+    """An axis 1, 2, 3, … with verdicts by their first letters."""
+    full = [{"f": "faster", "s": "slower", "=": "same"}[v] for v in verdicts]
+    values = list(range(1, len(full) + 1))
+    fits = {"fits_a": [True] * len(full), "fits_b": [True] * len(full), **extra}
+    return Crossover("batch", "", 1, values, [1.0] * len(full), full, **fits)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "said"),
+    [
+        ("fff", "batch 1 to 3: faster throughout, speed-up 1.00 to 1.00"),
+        ("ffs", "batch 1 to 3: faster up to 2, slower from 3 on"),
+        ("f==s", "batch 1 to 4: faster up to 1, the same at 2 to 3, slower from 4 on"),
+        ("f=f=fss", "batch 1 to 7: faster up to 1, slower from 6 on, turning 5 times in between"),
+    ],
+)
+def test_crossovers_in_words(verdicts: str, said: str) -> None:
+    """Where the advice ends must be readable at a glance, also where the verdict flickers."""
+    assert in_words(axis(verdicts), ("A", "B")) == said
+
+
+def test_crossovers_say_where_memory_ends() -> None:
+    """A verdict beyond the memory is no advice."""
+    told = in_words(axis("fff", fits_a=[True, False, False], fits_b=[True, True, False]), ("A", "B"))
+    assert told.endswith("; fits: A up to 1, B up to 2 of the points tried")
+    assert in_words(axis("f", fits_a=[False]), ("A", "B")).endswith("; fits: A nowhere, B up to 1 of the points tried")

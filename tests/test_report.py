@@ -1,0 +1,294 @@
+"""The page, the pictures and the notebook's tables: offline, valid, complete, and safe against any name.
+
+A report is sent on; it must open years later without a network and must not run what a model's name says.
+"""
+
+import re
+import sys
+import xml.etree.ElementTree as ET
+from functools import cache
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from helpers import config_of
+
+from perfmodel import UserError, compare, explain, predict
+from perfmodel.anatomy import PARTS
+from perfmodel.architectures import Config
+from perfmodel.cli import main
+from perfmodel.devices import profile
+from perfmodel.report.charts.roofline import GROUPS
+from perfmodel.report.figures import figures
+from perfmodel.report.page import report
+from perfmodel.report.pictures import picture
+from perfmodel.report.svg import typeset
+from perfmodel.roofline import kernels, roof
+
+METHODS = ("full", "lora:r=8,targets=all-linear", "top_k:k=4")
+SETUP: dict[str, Any] = {"device": "a100-80gb-sxm", "batch": 4, "seq": 512}
+MODEL = "tinyllama-1.1b"
+
+PAGES: dict[str, dict[str, Any]] = {
+    "two verdicts": {"model": MODEL, "methods": METHODS, **SETUP},
+    "on a CPU, in fp32": {"model": "gpt2", "methods": ("full", "ia3"), "device": "cpu-epyc-genoa-2c", "dtype": "fp32",
+                          "batch": 1, "seq": 64, "axes": ("batch",)},
+    "nothing fits": {"model": "llama-3.1-8b", "methods": ("full", "lora"), "device": "l4", "batch": 8, "seq": 4096,
+                     "checkpoint": "block", "axes": ()},
+    "the same twice": {"model": "bert-base", "methods": ("lora", "lora"), "device": "t4", "dtype": "fp32",
+                       "amp": "fp16", "batch": 2, "seq": 64, "axes": ("size",)},
+}  # fmt: skip
+
+
+@cache
+def page(name: str) -> str:
+    return report(**PAGES[name])
+
+
+def parsed(html: str) -> ET.Element:
+    """The page as a tree: it is written so that an XML parser, which forgives nothing, reads it too."""
+    assert html.startswith("<!doctype html>")
+    return ET.fromstring(html.removeprefix("<!doctype html>"))
+
+
+def text_of(element: ET.Element) -> str:
+    return " ".join("".join(element.itertext()).split())
+
+
+FETCHES = ("src", "srcset", "href", "xlink:href", "data", "poster", "action")
+
+
+class References(HTMLParser):
+    """Everything in a page that a browser would fetch or run, and the links that a reader may follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("script", "link", "img", "iframe", "object", "embed", "source", "video", "audio", "base", "use"):
+            self.fetched.append(tag)
+        for name, value in attrs:
+            if tag == "a" and name == "href":
+                self.links.append(value or "")
+            elif name in FETCHES or name.startswith("on") or "url(" in (value or ""):
+                self.fetched.append(f"{tag} {name}")
+
+
+def references(html: str) -> References:
+    found = References()
+    found.feed(html)
+    return found
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_fetches_nothing(name: str) -> None:
+    """It opens on a train, and tells nobody that it was opened."""
+    found = references(page(name))
+    assert found.fetched == []
+    assert all(link.startswith(("https://", "http://")) for link in found.links)
+    css = "".join(re.findall(r"<style>(.*?)</style>", page(name), flags=re.DOTALL))
+    assert css
+    assert not re.search(r"url\(|@import|https?:", css)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_valid(name: str) -> None:
+    """Balanced, unique ids, headings in order, full table rows, pictures with a text for those who do not see them."""
+    tree = parsed(page(name))
+    assert tree.get("lang") == "en"
+    assert text_of(tree.find("head/title") or ET.Element("none")) or tree.findtext("head/title")
+    assert any(m.get("name") == "viewport" for m in tree.iter("meta"))
+    ids = [e.get("id") for e in tree.iter() if e.get("id")]
+    assert len(ids) == len(set(ids))
+    levels = [int(e.tag[1]) for e in tree.iter() if re.fullmatch(r"h[1-6]", e.tag)]
+    assert levels.count(1) == 1
+    assert all(b - a <= 1 for a, b in pairwise(levels))
+    for table in tree.iter("table"):
+        rows = [[int(cell.get("colspan", "1")) for cell in row] for row in table.iter("tr")]
+        assert len({sum(row) for row in rows}) == 1, text_of(table)
+    assert all(svg.get("role") == "img" and svg.get("aria-label") for svg in tree.iter("svg"))
+    for parent, allowed in (("ul", {"li"}), ("dl", {"div"}), ("tr", {"th", "td"})):
+        assert all({child.tag for child in e} <= allowed for e in tree.iter(parent))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_has_no_holes(name: str) -> None:
+    """A figure that is no number, or a template's variable, must not get into print."""
+    told = text_of(parsed(page(name)).find("body") or ET.Element("none"))
+    assert len(told) > 1000
+    assert not re.search(r"\b(None|nan|inf|undefined)\b|\{\{|<built-in|object at 0x", told)
+
+
+def test_a_page_has_everything() -> None:
+    """Answer, figures, waterfalls, rooflines, memory, crossovers, assumptions, accuracy, sources."""
+    tree = parsed(page("two verdicts"))
+    body = text_of(tree)
+    for s in compare(MODEL, METHODS, **SETUP).speedups:
+        assert typeset(s.answer) in body
+    sections = [e.get("id") for e in tree.iter("section")]
+    assert sections == [
+        "answer", "figures", "waterfall", "limits", "memory", "crossover", "assumptions", "accuracy", "provenance",
+    ]  # fmt: skip
+    on = profile.load(SETUP["device"])
+    links = set(references(page("two verdicts")).links)
+    assert {s for s in on.sources.values() if s.startswith("http") and " " not in s} <= links
+    assert "dense bf16 peak" in body
+    assert {"Batch, samples", "Sequence, tokens per sample", "Rank", "Number of target layers"} <= {
+        text_of(h) for h in tree.iter("h3")
+    }
+
+
+@pytest.mark.parametrize("name", ["nothing fits", "on a CPU, in fp32"])
+def test_sections_without_content_are_left_out(name: str) -> None:
+    ids = {e.get("id") for e in parsed(page(name)).iter("section")}
+    assert ("crossover" in ids) == bool(PAGES[name]["axes"])
+
+
+def test_names_are_text_and_nothing_else() -> None:
+    """A model's name comes from a file that somebody sent."""
+    evil = '<script>alert("1")</script>&amp;<img src=x>'
+    model = Config(config_of("llama").values, "here", evil)
+    html = report(model, ("full", "lora"), device="l40s", batch=2, seq=16, axes=(), command=evil)
+    assert references(html).fetched == []
+    assert evil in text_of(parsed(html))
+    assert evil in text_of(ET.fromstring(predict(model, device="l40s", seq=16)._repr_html_()))
+    e = explain(model, "full", "lora", device="l40s", batch=2, seq=16, axes=())
+    assert references(picture(e)).fetched == []
+
+
+def test_a_grid_makes_no_page() -> None:
+    with pytest.raises(UserError, match="single setup"):
+        report(MODEL, METHODS, device="l40s", batch=2, seq=np.array([16, 32]))
+
+
+def test_without_jinja_the_page_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jinja2 is an extra: who lacks it reads one line."""
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(UserError, match=r"pip install 'perfmodel\[report\]'"):
+        report(MODEL, ("full", "lora"), axes=(), **SETUP)
+
+
+def bars(svg: str) -> list[tuple[float, float, str]]:
+    """(start, end, class) of the bars of a waterfall, from top to bottom."""
+    found = [
+        (float(r.get("x", 0)), float(r.get("width", 0)), r.get("class", "")) for r in ET.fromstring(svg).iter("rect")
+    ]
+    return [(x, x + width, kind) for x, width, kind in found]
+
+
+@pytest.mark.parametrize("pair", [("full", "lora"), ("lora", "full"), ("full", "paca"), ("paca", "dora")])
+def test_the_bars_of_the_waterfall_join_up(pair: tuple[str, str]) -> None:
+    """Drawn to scale: each bar starts where the last one ended, from one step's end to the other's."""
+    from perfmodel.report.charts.waterfall import waterfall
+
+    e = explain(MODEL, *pair, axes=(), **SETUP)
+    for width in (720, 360):
+        first, *middle, last = bars(waterfall(e, width).svg())
+        at = first[1]
+        for start, end, kind in middle:
+            assert kind in ("f-saved", "f-added")
+            assert at == pytest.approx(end if kind == "f-saved" else start, abs=1.1)  # a bar is at least 1 px wide
+            at = start if kind == "f-saved" else end
+        assert at == pytest.approx(last[1], abs=1.1)
+        assert (last[1] - last[0]) / (first[1] - first[0]) == pytest.approx(e.after.total / e.before.total, rel=0.01)
+
+
+def test_the_roofline_holds_all_kernels() -> None:
+    """The kernels' times are the parts' times, each kernel lies where its work and its time put it."""
+    e = explain(MODEL, "full", "lora:targets=all-linear", axes=(), **SETUP)
+    found = kernels(e.b)
+    assert set(GROUPS) <= set(PARTS)
+    for part, seconds in e.after.parts.items():
+        if part != "waiting":
+            assert sum(k.seconds for k in found if k.part == part) == pytest.approx(seconds, rel=1e-9, abs=1e-12)
+    products = [k for k in found if "gemm" in k.part or k.part == "attention"]
+    assert sum(k.operations for k in products) == pytest.approx(e.b.flops["total"])
+    over = roof(e.on, found)
+    assert over.peaks == {"bf16": e.on.hardware.peak("bf16"), "fp32": e.on.hardware.peak("fp32")}
+    assert all(k.rate <= over.peaks[k.dtype] for k in products if k.part != "attention")
+
+
+def test_the_picture_is_a_file_of_its_own(tmp_path: Path) -> None:
+    """SVG without anything from elsewhere; another ending is a mistake."""
+    target = tmp_path / "why.svg"
+    done = call(
+        "explain", "full", "lora", "--model", "gpt2", "--device", "l40s", "--axes", "none", "--plot", str(target)
+    )
+    assert done.exit_code == 0, done.output
+    tree = ET.parse(target).getroot()
+    assert tree.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "var(" not in target.read_text()
+    assert references(target.read_text()).fetched == []
+    wrong = call(
+        "explain", "full", "lora", "--model", "gpt2", "--device", "l40s", "--axes", "none", "--plot", "why.png"
+    )
+    assert wrong.exit_code == 2
+    assert "why.svg" in wrong.stderr
+
+
+def call(*args: str) -> Result:
+    return CliRunner().invoke(main, list(args))
+
+
+def test_the_command_writes_the_page(tmp_path: Path) -> None:
+    """Whole or not at all, and a place that cannot be written is one line."""
+    target = tmp_path / "r.html"
+    options = ("--model", "gpt2", "--device", "l40s", "--methods", "full", "lora", "--axes", "none")
+    done = call("report", *options, "-o", str(target))
+    assert done.exit_code == 0, done.output
+    parsed(target.read_text())
+    assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
+    lost = call("report", *options, "-o", str(tmp_path / "nowhere" / "r.html"))
+    assert (lost.exit_code, lost.stderr.count("\n")) == (2, 1)
+    assert call("report", *options[:-1], "depth").exit_code == 2
+
+
+def test_notebooks_show_every_result() -> None:
+    """Single setups and grids; nothing to fetch, nothing to run."""
+    grid = {"device": "l40s", "batch": 2, "seq": np.array([64, 128, 65_536])}
+    shown = [
+        predict(MODEL, "lora", **SETUP),
+        predict(MODEL, "lora", **grid),
+        compare(MODEL, METHODS, **SETUP),
+        compare(MODEL, METHODS, **grid),
+        explain(MODEL, "full", "lora", axes=(), **SETUP),
+    ]
+    texts = [result._repr_html_() for result in shown]
+    for html in texts:
+        ET.fromstring(html)
+        assert references(html).fetched == []
+        assert len(html) < 12_000
+    assert "in part of the grid" in texts[1]
+    assert "because" in texts[2]
+    assert all(bar.name in texts[4] for bar in shown[4].waterfall)  # type: ignore[attr-defined]
+
+
+def test_the_best_is_marked_among_those_that_fit() -> None:
+    """A figure of a step that does not run is nobody's best."""
+    c = compare("llama-3.1-8b", ("full", "lora", "paca"), device="l40s", batch=1, seq=512)
+    assert [bool(p.fits) for p in c.predictions] == [False, True, True]
+    rows = {row.name: row.cells for row in figures(c)}
+    for name, cells in rows.items():
+        assert sum(cell.best for cell in cells) < 2, f"{name}: a mark on all says nothing"
+    for name, cells in rows.items():
+        assert not cells[0].best, name
+    assert sum(cell.best for cell in rows["step"]) == 1
+    assert not any(cell.best for cell in rows["fits"])
+
+
+@pytest.mark.parametrize(
+    ("text", "set_"),
+    [
+        ("12.3 us", "12.3 µs"), ("-27.3 ms", "−27.3 ms"), ("2.00x slower", "2.00× slower"), ("4x512x64", "4×512×64"),
+        ("batch 4 x 512", "batch 4 × 512"), ("[1.03 - 1.21]", "[1.03\u2060–\u20601.21]"), ("max-plus", "max-plus"),
+        ("a100-80gb-sxm", "a100-80gb-sxm"), ("2026-11-24", "2026-11-24"), ("fp32-bf16", "fp32-bf16"),
+    ],
+)  # fmt: skip
+def test_signs_are_typeset_and_names_are_not(text: str, set_: str) -> None:
+    assert typeset(text) == set_
