@@ -8,17 +8,22 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .advise import Advice, advise
 from .compare import Comparison, SpeedUp, compare
 from .errors import UserError
 from .predict import Prediction, predict
 from .setup import Setup
+from .sweep import Sweep, sweep
 
 if TYPE_CHECKING:
     from .explanation import Explanation, explain
 
 _LATER = {"Explanation": "explanation", "explain": "explanation"}  # name -> its file, imported on first use
 
-__all__ = ["Comparison", "Explanation", "Prediction", "Setup", "SpeedUp", "UserError", "compare", "explain", "predict"]
+__all__ = [
+    "Advice", "Comparison", "Explanation", "Prediction", "Setup", "SpeedUp", "Sweep", "UserError", "advise", "compare",
+    "explain", "predict", "sweep",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,8 @@ COMMANDS = {  # command -> its file in `commands/`
     "compare": "compare",
     "explain": "explain",
     "report": "report",
+    "sweep": "sweep",
+    "advise": "advise",
     "models": "lists",
     "methods": "lists",
     "devices": "lists",

@@ -32,9 +32,39 @@ def mm_flops(a: Shape, b: Shape) -> Dim:
     return 2 * a[0] * a[1] * b[1]
 
 
+@flops_of("mm.out")
+def mm_out_flops(a: Shape, b: Shape, out: Shape) -> Dim:
+    """As `mm`; the result is written over `out`."""
+    return mm_flops(a, b)
+
+
+@flops_of("lorafusion::xw_sb")
+def xw_sb_flops(x: Shape, w: Shape, s: Shape, b: Shape, *bias: Shape) -> Dim:
+    """x·Wᵀ + s·Bᵀ: (T, n), (m, n), (T, r), (m, r)."""
+    return 2 * x[0] * w[0] * (x[1] + s[1])
+
+
+@flops_of("lorafusion::dys_dyb")
+def dys_dyb_flops(g: Shape, b: Shape, s: Shape, *sums: Shape) -> Dim:
+    """gᵀ·s and g·B: (T, m), (m, r), (T, r)."""
+    return 4 * g[0] * g[1] * s[1]
+
+
+@flops_of("lorafusion::dyw_dsa")
+def dyw_dsa_flops(g: Shape, w: Shape, ds: Shape, a: Shape, *mask: Shape) -> Dim:
+    """g·W + ds·A: (T, m), (m, n), (T, r), (r, n)."""
+    return 2 * g[0] * w[1] * (g[1] + ds[1])
+
+
 @flops_of("addmm", "addmm_")
 def addmm_flops(bias: Shape, a: Shape, b: Shape) -> Dim:
     """The product only; the bias rides along."""
+    return mm_flops(a, b)
+
+
+@flops_of("addmm.out")
+def addmm_out_flops(bias: Shape, a: Shape, b: Shape, out: Shape) -> Dim:
+    """The product only; the result is written over `out`."""
     return mm_flops(a, b)
 
 
@@ -93,6 +123,11 @@ def flops(op: Op) -> Dim:
     return formula(*(s.shape for s in op.inputs)) if formula else 0
 
 
+GEMMS = (
+    "mm", "mm.out", "addmm", "addmm_", "addmm.out", "bmm", "lorafusion::xw_sb", "lorafusion::dys_dyb",
+    "lorafusion::dyw_dsa",
+)  # fmt: skip
+
 # CUDA kernels per ATen call where it is not 1, with the reason. To be confirmed on a GPU by the validation harness.
 KERNELS: dict[str, tuple[int, str]] = {
     "_local_scalar_dense": (0, "a copy to the host and a synchronisation, no kernel"),
@@ -124,9 +159,14 @@ _LISTS = {
 }  # fmt: skip
 
 
+def synchronises(op: Op) -> bool:
+    """Whether the host waits for the device in a call: it reads a result, or copies between pageable memory and it."""
+    return "sync" in op.attrs or (op.name == "_local_scalar_dense" and "host" not in op.attrs)
+
+
 def kernels(op: Op) -> Dim:
-    """CUDA kernels that one call launches; 0 for views and for work on host tensors."""
-    if op.view or "host" in op.attrs:
+    """CUDA kernels that one call launches; 0 for views, for work on host tensors and for copies from or to the host."""
+    if op.view or "host" in op.attrs or "sync" in op.attrs:
         return 0
     lists = _LISTS.get(op.name)
     if lists:
@@ -168,7 +208,7 @@ def _packed(tensors: tuple[tuple[int, int], ...], limit: int) -> int:
 def kind(op: Op) -> str:
     """The class of kernel an op belongs to, for totals and prices."""
     name = op.name
-    if name in ("mm", "addmm", "addmm_", "bmm"):
+    if name in GEMMS:
         return "gemm"
     if "attention" in name or "flash_attn" in name:
         return "attention"

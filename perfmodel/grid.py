@@ -20,6 +20,7 @@ Compute = Callable[[Setup, Method], P]
 CHUNK = 16_384  # points that go through the tape together: bounds the memory of a large grid
 MERGED = (
     "total_params", "trainable_params", "flops", "bytes", "kernels", "dispatches", "time", "memory", "fits", "mfu",
+    "periodic",
 )  # fmt: skip
 
 
@@ -89,8 +90,11 @@ def _merge(parts: list[tuple[np.ndarray, P]], setup: Setup, shape: tuple[int, ..
         first = values[0]
         if isinstance(first, dict):
             return {k: merge([v[k] for v in values]) for k in first}
+        if isinstance(first, list):
+            return [merge(list(items)) for items in zip(*values, strict=True)]
         if is_dataclass(first) and not isinstance(first, type):
-            return type(first)(**{f.name: merge([getattr(v, f.name) for v in values]) for f in fields(first)})
+            figures = [f.name for f in fields(first) if not f.metadata.get("label")]
+            return replace(first, **{name: merge([getattr(v, name) for v in values]) for name in figures})
         dtype = np.result_type(*(np.asarray(v).dtype for v in values))
         out = np.empty(int(np.prod(shape)), dtype)
         for (index, _), value in zip(parts, values, strict=True):

@@ -59,8 +59,8 @@ FRAGMENTATION = 0.12  # of the peak that the allocator reserves on top at the mo
 
 
 def peak_bytes(step: Step) -> Dim:
-    """Highest live bytes of the step: weights and optimizer state, and what the tape allocates."""
-    return step.weight_bytes + step.state_bytes + of_step(step).peak
+    """Highest live bytes of the step: weights, optimizer state, what the method keeps, and what the tape allocates."""
+    return step.weight_bytes + step.state_bytes + step.held_bytes + of_step(step).peak
 
 
 def bounds(peak: Dim, device: str) -> tuple[Dim, Dim]:

@@ -16,6 +16,7 @@ from .devices.profile import DeviceProfile
 from .errors import UserError, nearest
 from .grid import over_grid
 from .methods import Method
+from .periodic import PeriodicCost, PeriodicOps
 from .setup import Setup
 from .step import PHASES, Step
 from .tape.core import Part
@@ -88,6 +89,7 @@ class Prediction:
     fits: Any
     mfu: Any
     notes: list[str] = field(default_factory=list)
+    periodic: list[PeriodicCost] = field(default_factory=list)
     step: Step | None = field(default=None, repr=False, compare=False)
     durations: list[np.ndarray] | None = field(default=None, repr=False, compare=False)
 
@@ -112,6 +114,7 @@ class Prediction:
             },
             "memory_bytes": {f.name: plain(getattr(m, f.name)) for f in fields(m)},
             "fits": plain(self.fits),
+            "periodic": [plain(cost.as_dict()) for cost in self.periodic],
             "notes": self.notes,
         }  # fmt: skip
 
@@ -136,11 +139,20 @@ def resolve(model: Model, method: str | Method) -> tuple[Architecture, Method]:
     Raises:
         UserError: unknown names, configs that cannot be read, options that do not fit the model.
     """
-    if isinstance(model, (str, PathLike)):
-        model = architectures.load(str(model))
-    architecture = architectures.from_config(model) if isinstance(model, Config) else model
+    architecture = architecture_of(model)
     parsed = methods.parse(method) if isinstance(method, str) else method
     return architecture, parsed.bind(architecture)
+
+
+def architecture_of(model: Model) -> Architecture:
+    """The architecture that a name, path, config or architecture stands for.
+
+    Raises:
+        UserError: an unknown name, or a config that cannot be read.
+    """
+    if isinstance(model, (str, PathLike)):
+        model = architectures.load(str(model))
+    return architectures.from_config(model) if isinstance(model, Config) else model
 
 
 def predict(
@@ -193,6 +205,8 @@ def of_step(built: Step, on: DeviceProfile, by: Host) -> Prediction:
     durations = price_parts(built, on)
     time = step_time(built, on, by, durations)
     held = _memory(built)
+    flops = _count(built, lambda part: sum(costs.flops(op) for op in part.ops))
+    peak = on.hardware.peak(built.setup.amp or built.setup.dtype)
     return Prediction(
         model=built.architecture.name,
         device=on.slug,
@@ -200,22 +214,25 @@ def of_step(built: Step, on: DeviceProfile, by: Host) -> Prediction:
         setup=built.setup,
         total_params=built.total,
         trainable_params=built.trainable,
-        flops=_count(built, lambda part: sum(costs.flops(op) for op in part.ops)),
+        flops=flops,
         bytes=_count(built, lambda part: sum(op.bytes_read + op.bytes_written for op in part.ops)),
         kernels=_count(built, lambda part: sum(costs.kernels(op) for op in part.ops)),
         dispatches=_count(built, lambda part: sum(not op.view for op in part.ops)),
         time=time,
         memory=held,
         fits=memory.fits(held.peak, on.hardware.memory_bytes, built.device),
-        mfu=_model_flops(built) / on.hardware.peak(built.setup.amp or built.setup.dtype) / time.phases["total"],
+        mfu=(flops["total"] - _recomputed_flops(built)) / peak / time.phases["total"],
         notes=_notes(built, on, time),
+        periodic=[_periodic(ops, on, by) for ops in built.periodic],
         step=built,
         durations=durations,
     )
 
 
-def _model_flops(built: Step) -> Dim:
-    return sum(count * costs.flops(op) for _, op, count in built.ops() if not op.recompute)
+def _recomputed_flops(built: Step) -> Dim:
+    if built.setup.checkpoint == "none":
+        return 0
+    return sum(count * costs.flops(op) for _, op, count in built.ops() if op.recompute)
 
 
 def _notes(built: Step, on: DeviceProfile, time: Time) -> list[str]:
@@ -246,6 +263,16 @@ def _count(built: Step, of_part: Callable[[Part], Dim]) -> Phases:
         totals[part.phase] = totals[part.phase] + times * of_part(part)
     totals["total"] = sum(totals[phase] for phase in PHASES)
     return totals
+
+
+def _periodic(ops: PeriodicOps, on: DeviceProfile, by: Host) -> PeriodicCost:
+    """Count, price and compose what a method does besides its steps."""
+    clocks, flops, nbytes = timeline.IDENTITY, 0, 0
+    for part in ops.group.parts:
+        clocks = clocks.then(part_clocks(part, price.durations(part.ops, on), on, by)[0].power(part.repeat))
+        flops += part.repeat * sum(costs.flops(op) for op in part.ops)
+        nbytes += part.repeat * sum(op.bytes_read + op.bytes_written for op in part.ops)
+    return PeriodicCost(ops.what, ops.every, clocks.end, flops, nbytes)
 
 
 def step_time(built: Step, on: DeviceProfile, by: Host, durations: Sequence[np.ndarray] | None = None) -> Time:
@@ -303,7 +330,7 @@ def part_clocks(
     dispatch = by.dispatch(part, on.kind)
     dispatch = dispatch.reshape(len(dispatch), *(1,) * (duration.ndim - 1))
     launched = np.array([not op.view and "host" not in op.attrs for op in part.ops])
-    synced = [i for i, op in enumerate(part.ops) if op.name == "_local_scalar_dense" and "host" not in op.attrs]
+    synced = [i for i, op in enumerate(part.ops) if costs.synchronises(op)]
     pieces, start = [], 0
     for stop in [*(i + 1 for i in synced), len(part.ops)]:
         rows = slice(start, stop)

@@ -5,13 +5,15 @@ from typing import Any
 
 import numpy as np
 
+from . import optimizers
 from .errors import UserError, nearest
 from .tape.dims import Dim
 
 DTYPES = ("bf16", "fp16", "fp32")
 ATTENTION = ("sdpa", "eager", "flash2")
-OPTIMIZERS = ("adamw", "adamw-foreach", "adamw-loop", "adamw-fused", "sgd", "sgd-momentum")
+OPTIMIZERS = optimizers.names()
 CHECKPOINT = ("none", "block", "block-reentrant")
+KERNELS = ("torch", "liger")
 LARGEST = 2**24  # tokens of a sequence, samples of a batch: beyond this it is a typing error
 
 
@@ -30,6 +32,7 @@ class Setup:
         attention: sdpa, eager or flash2 (the flash-attn package).
         clip_grad: whether the gradient norm is clipped.
         cuda_graphs: whether the whole step is captured in a CUDA graph, so that one launch dispatches it.
+        kernels: torch, or liger: Liger's fused RMSNorm, rotary positions, SwiGLU and linear cross entropy.
         padded: whether some samples of a batch are padded to `seq`: then sdpa gets an explicit mask, which costs it the
             flash kernel, copies of the grouped keys and values, and the causal saving.
     """
@@ -45,6 +48,7 @@ class Setup:
     clip_grad: bool = True
     cuda_graphs: bool = False
     padded: bool = False
+    kernels: str = "torch"
 
     def __post_init__(self) -> None:
         for name in ("batch", "seq"):
@@ -54,6 +58,7 @@ class Setup:
             raise UserError("grad_accum must be one integer")
         for name, choices in (
             ("dtype", DTYPES), ("optimizer", OPTIMIZERS), ("checkpoint", CHECKPOINT), ("attention", ATTENTION),
+            ("kernels", KERNELS),
         ):  # fmt: skip
             one_of(name, getattr(self, name), choices)
         if self.amp is not None:

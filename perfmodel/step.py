@@ -1,17 +1,19 @@
 """Forward, backward, clipping, optimizer: the Step."""
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from . import optimizers
 from .architectures.base import Architecture, Build, Scope
 from .errors import UserError
 from .methods.base import Method
+from .periodic import Periodic, PeriodicOps
 from .setup import Setup
 from .tape import autograd
-from .tape.core import Op, Parameter, Part, Tape, Tensor, emit, new_tensor, recording
+from .tape.core import Op, Parameter, Part, Tape, Tensor, emit, new_tensor, recording, release
 from .tape.dims import Dim
+from .tape.extra import div
 
 PHASES = ("forward", "backward", "optimizer")
 
@@ -28,7 +30,8 @@ class Group:
 class Step:
     """One optimizer step as ordered parts of ops, with the parameters it trains.
 
-    `groups` holds the first micro-batch, the further ones (if any), and clipping with the optimizer.
+    `groups` holds the first micro-batch, the further ones (if any), and clipping with the optimizer; `state_bytes` is
+    what the optimizer keeps between steps; `periodic` what the method does besides steps, which counts in none of them.
     """
 
     architecture: Architecture
@@ -37,6 +40,8 @@ class Step:
     device: str
     parameters: list[Parameter]
     groups: list[Group] = field(default_factory=list)
+    state_bytes: Dim = 0
+    periodic: list[PeriodicOps] = field(default_factory=list)
 
     def parts(self) -> Iterator[tuple[Part, int]]:
         """Every part with how often it runs in the step."""
@@ -57,23 +62,23 @@ class Step:
 
     @property
     def total(self) -> Dim:
-        """Elements of all parameters."""
-        return sum(p.numel * p.count for p in self.parameters)
+        """Parameters of the model."""
+        return sum(p.elements * p.count for p in self.parameters)
 
     @property
     def weight_bytes(self) -> Dim:
-        """Bytes of all parameters."""
+        """Bytes of all parameters, scales of quantised ones included."""
         return sum(p.nbytes * p.count for p in self.parameters)
+
+    @property
+    def held_bytes(self) -> Dim:
+        """Bytes that the method keeps from step to step beside parameters and optimizer state."""
+        return self.method.held_bytes(self)
 
     @property
     def optimizer(self) -> str:
         """The optimizer form that runs."""
         return optimizers.resolve(self.setup.optimizer, self.device)
-
-    @property
-    def state_bytes(self) -> Dim:
-        """Bytes of optimizer state."""
-        return optimizers.state_bytes(optimizers.trainable(self.parameters), self.setup.optimizer)
 
 
 def build(
@@ -90,6 +95,7 @@ def build(
         UserError: setup and model do not fit (sequence too long, nothing trains, …).
         MixedStructure: array dims do not share one program; split the grid.
     """
+    _check(architecture, method, setup)
     tape = Tape(device, capability, autocast=setup.amp)
     step = Step(architecture, method, setup, device, [])
     collecting = gc.isenabled()
@@ -104,13 +110,29 @@ def build(
                 _micro_batch(step, tape)
                 step.groups.append(Group(list(tape.parts), setup.grad_accum - 1))
             tape.parts.clear()
-            _update(step, tape)
+            record_update(step, tape)
             step.groups.append(Group(list(tape.parts)))
-            _zero_grad(step, tape)
+            tape.loss = None
+        step.periodic = [_besides(step, work, capability) for work in method.periodic()]
     finally:
         if collecting:
             gc.enable()
     return step
+
+
+def _besides(step: Step, work: Periodic, capability: str) -> PeriodicOps:
+    """Record periodic work on a tape of its own."""
+    with recording(Tape(step.device, capability, autocast=step.setup.amp)) as tape, tape.no_grad():
+        work.record(step)
+        return PeriodicOps(work.what, work.every, Group(list(tape.parts)))
+
+
+def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
+    """Raise `UserError` where the setup's kernels do not fit the model."""
+    if setup.kernels == "liger" and not architecture.has_liger:
+        raise UserError(f"kernels liger: Liger has none for {architecture.name}; use kernels torch")
+    if setup.kernels == "liger" and "lm_head" in getattr(method, "targets", ()):
+        raise UserError(f"method {method.name}: Liger's loss reads the head's own weight; leave lm_head out of targets")
 
 
 def _micro_batch(step: Step, tape: Tape) -> None:
@@ -120,9 +142,18 @@ def _micro_batch(step: Step, tape: Tape) -> None:
     build = Build(step.architecture, step.method, setup, {p.name: p for p in step.parameters})
     inputs = [_input(shape) for _ in range(3)]
     with tape.autocasting():
-        loss = step.architecture.forward(Scope(build), *inputs)
+        ids, *others = inputs
+        scope = Scope(build)
+        with tape.belonging_to("adapter"):
+            extended = step.method.inputs(scope, *others)
+        loss = step.architecture.forward(scope, ids, *extended)
+        del extended
+        with tape.belonging_to("adapter"):
+            loss = step.method.loss(loss, list(build.parameters.values()))
+    release(build.held)
+    tape.loss = loss
     if setup.grad_accum > 1:
-        loss = _divide(loss)
+        tape.loss = loss = div(loss, setup.grad_accum)
     if not loss.requires_grad:
         raise UserError(f"method {step.method.spec()}: nothing trains in {step.architecture.name}")
     step.parameters = list(build.parameters.values())
@@ -146,29 +177,19 @@ def _input(shape: tuple[Dim, ...]) -> Tensor:
     return table(shape)
 
 
-def _divide(loss: Tensor) -> Tensor:
-    node = autograd.differentiate("DivBackward0", (loss,), _divide_backward)
-    return emit("div.Tensor", (loss,), (), loss.dtype, node=node)
-
-
-def _divide_backward(node: autograd.Node, grads: Sequence[Tensor | None]) -> autograd.Grads:
-    (g,) = grads
-    assert g is not None
-    return (emit("div.Tensor", (g,), (), g.dtype),)
-
-
-def _update(step: Step, tape: Tape) -> None:
-    specs = optimizers.trainable(step.parameters)
+def record_update(step: Step, tape: Tape) -> None:
+    """Record clipping, the optimizer as the method wants it, and the end of the gradients; sets the step's state."""
     with tape.no_grad():
         if step.setup.clip_grad:
             foreach = step.device == "cuda" or step.optimizer == "adamw-foreach"
+            specs = optimizers.trainable(step.parameters)
             optimizers.clip_grad_norm(tape.begin("clip", "optimizer"), specs, foreach=foreach)
-        optimizers.record_step(tape.begin("optimizer", "optimizer"), specs, step.optimizer)
-
-
-def _zero_grad(step: Step, tape: Tape) -> None:
+        update = optimizers.Update(tape, step.optimizer, step.parameters)
+        step.method.update(update)
+    tape.begin("zero_grad", "optimizer")
     for p in step.parameters:
         p.grad = None
+    step.state_bytes = update.state_bytes
 
 
-__all__ = ["PHASES", "Group", "Step", "build", "new_tensor"]
+__all__ = ["PHASES", "Group", "Step", "build", "new_tensor", "record_update"]

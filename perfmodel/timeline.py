@@ -77,13 +77,15 @@ def of_ops(dispatch: np.ndarray, duration: np.ndarray, launch: float, launched: 
     if not len(dispatch):
         return IDENTITY
     host = np.cumsum(dispatch, axis=0)
-    busy = np.cumsum(duration, axis=0)
-    total = busy[-1]
-    arrival = host + launch + (total - busy + duration)
+    end = host[-1]
     if launched is not None:
-        arrival = arrival[launched]
-    hd = arrival.max(axis=0) if len(arrival) else np.full_like(total, NEVER)
-    return Clocks(host[-1], hd, NEVER, total)
+        host, duration = host[launched], duration[launched]
+    if not len(host):
+        return Clocks(end, np.full(duration.shape[1:], NEVER), NEVER, np.zeros(duration.shape[1:]))
+    before = np.cumsum(duration, axis=0)
+    total = before[-1].copy()
+    before -= duration
+    return Clocks(end, (host - before).max(axis=0) + (launch + total), NEVER, total)
 
 
 def of_synced(pieces: Sequence[Clocks]) -> Clocks:

@@ -9,10 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from helpers import architecture_of, config_of, setup_of
 from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 from transformers.pytorch_utils import Conv1D
 
+from perfmodel import methods
 from perfmodel.architectures import Architecture
 from perfmodel.methods import Method, runlora
 from perfmodel.methods.badam import BAdam
@@ -21,8 +23,10 @@ from perfmodel.methods.lora import Lora
 from perfmodel.methods.lora_fa import LoraFa
 from perfmodel.methods.paca import Paca
 from perfmodel.setup import Setup
-from validate import models
-from validate.trace import TORCH_DTYPES
+from perfmodel.step import build
+from validate import counts, models, updates
+from validate.counts import Case
+from validate.trace import TORCH_DTYPES, trace_step
 
 
 class PartialLinear(torch.autograd.Function):
@@ -180,20 +184,91 @@ def activate(model: Any, method: Lisa | BAdam, architecture: Architecture) -> An
     return model
 
 
+Apply = Callable[[Any, Any, Architecture, Setup], Any]  # of (model, method, architecture, setup): the model to train
+PROGRAMS: dict[type[Method], Apply] = {}
+
+
+def program(*classes: type[Method]) -> Callable[[Apply], Apply]:
+    """Register the reference program of methods."""
+
+    def register(apply: Apply) -> Apply:
+        PROGRAMS.update(dict.fromkeys(classes, apply))
+        return apply
+
+    return register
+
+
 def apply(model: Any, method: Method, architecture: Architecture, setup: Setup) -> Any:
     """The reference program of a method on a transformers model."""
-    if isinstance(method, Paca):
-        return wrap(model, architecture, method.targets_layer, partial(PacaLinear, method=method))
-    if isinstance(method, runlora.RunLora):
-        make = partial(RunLoraLinear, method=method, tokens=setup.batch * setup.seq)
-        return wrap(model, architecture, method.targets_layer, make)
-    if isinstance(method, LoraFa):
-        options = {f.name: getattr(method, f.name) for f in fields(method) if f.init and f.name != "architecture"}
-        model = models.apply(model, Lora(**options, architecture=architecture), architecture)
-        for name, parameter in model.named_parameters():
-            if "lora_A" in name:
-                parameter.requires_grad_(False)
-        return model
-    if isinstance(method, Lisa | BAdam):
-        return activate(model, method, architecture)
-    raise TypeError(f"no reference program for method {method.name}")
+    if type(method) not in PROGRAMS:
+        raise TypeError(f"no reference program for method {method.name}")
+    return PROGRAMS[type(method)](model, method, architecture, setup)
+
+
+MakeUpdate = Callable[[Any, str, Any], Any]  # of (model, form, method): the optimizer to run
+UPDATES: dict[type[Method], MakeUpdate] = {}
+
+
+def updater(*classes: type[Method]) -> Callable[[MakeUpdate], MakeUpdate]:
+    """Register the reference optimizer of methods that bring their own."""
+
+    def register(make: MakeUpdate) -> MakeUpdate:
+        UPDATES.update(dict.fromkeys(classes, make))
+        return make
+
+    return register
+
+
+def make_update(model: Any, form: str, method: Method) -> Any:
+    """The optimizer of a method: its reference, peft's, or the setup's."""
+    return UPDATES.get(type(method), updates.make)(model, form, method)
+
+
+@program(Paca)
+def _paca(model: Any, method: Paca, architecture: Architecture, setup: Setup) -> Any:
+    return wrap(model, architecture, method.targets_layer, partial(PacaLinear, method=method))
+
+
+@program(runlora.RunLora)
+def _run_lora(model: Any, method: runlora.RunLora, architecture: Architecture, setup: Setup) -> Any:
+    make = partial(RunLoraLinear, method=method, tokens=setup.batch * setup.seq)
+    return wrap(model, architecture, method.targets_layer, make)
+
+
+@program(LoraFa)
+def _lora_fa(model: Any, method: LoraFa, architecture: Architecture, setup: Setup) -> Any:
+    return freeze(models.apply(model, as_lora(method), architecture), "lora_A")
+
+
+@program(Lisa, BAdam)
+def _active(model: Any, method: Lisa | BAdam, architecture: Architecture, setup: Setup) -> Any:
+    return activate(model, method, architecture)
+
+
+def as_lora(method: Lora, **changes: Any) -> Lora:
+    """The plain LoRA with the options of one of its kin."""
+    options = {f.name: getattr(method, f.name) for f in fields(Lora) if f.init}
+    return Lora(**{**options, **changes})
+
+
+def freeze(model: Any, factor: str) -> Any:
+    """Freeze lora_A or lora_B everywhere."""
+    for name, parameter in model.named_parameters():
+        if factor in name:
+            parameter.requires_grad_(False)
+    return model
+
+
+def differences(name: str, spec: str, layers: int | None = None, **options: Any) -> list[str]:
+    """What tape and reference program disagree about."""
+    config, architecture, setup = config_of(name, layers), architecture_of(name, layers), setup_of(name, **options)
+    method = methods.parse(spec).bind(architecture)
+    step = build(architecture, method, setup, "cpu")
+    model = apply(models.build(config, setup), method, architecture, setup)
+    trace = trace_step(model, setup, step.optimizer, make=partial(make_update, method=method))
+    trace.peak += getattr(model, "kept_bytes", 0)
+    trace.total -= getattr(model, "counted_twice", 0)
+    result = counts.judge(Case(config, spec, setup), step, trace)
+    assert result.flops > 0
+    assert step.trainable <= step.total
+    return result.differences

@@ -257,3 +257,9 @@ def test_a_hub_id_offline_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch
     message = message_of("nobody/no-such-model-here")
     assert "nobody/no-such-model-here" in message
     assert "config.json" in message
+
+
+def test_the_hub_id_of_a_bundled_model_needs_no_network() -> None:
+    """People paste what their training script says."""
+    assert load("meta-llama/Llama-3.2-3B").values == load("llama-3.2-3b").values
+    assert load("openai-community/gpt2").name == "gpt2"

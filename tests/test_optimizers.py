@@ -3,7 +3,7 @@
 For small models the optimizer is a good part of the step, and its launches are all of its time.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from perfmodel import costs, optimizers
-from perfmodel.tape.core import Op, Part, Spec
+from perfmodel.tape.core import Op, Parameter, Part, Spec, Tape, recording
 
 # ATen/native/cuda/MultiTensorApply.cuh of PyTorch 2.13, built for CUDA 12 (CUDA 13 builds take seven times as many).
 CHUNK = 65_536
@@ -63,11 +63,29 @@ def specs(tensors: Sequence[tuple[int, int]], dtype: str = "bf16") -> list[Spec]
     return [Spec(dtype, (numel,), copies) for numel, copies in tensors]
 
 
+def parameters(group: list[Spec]) -> list[Parameter]:
+    """Trainable parameters with a gradient, as many copies of each as the specs say."""
+    made = []
+    for i, spec in enumerate(group):
+        p = Parameter(f"p{i}", spec.shape, spec.dtype, kind="weight", trainable=True)
+        p.count, p.used = spec.copies, True
+        made.append(p)
+    return made
+
+
+def updated(group: list[Spec], optimizer: str) -> Iterator[tuple[Op, int]]:
+    """Ops of one optimizer step, each with how often it runs."""
+    tape = Tape()
+    with recording(tape), tape.no_grad():
+        update = optimizers.Update(tape, optimizer, parameters(group))
+        update.group(update.parameters)
+    return ((op, part.repeat) for part in tape.parts for op in part.ops)
+
+
 def recorded(group: list[Spec], optimizer: str) -> list[Op]:
-    part = Part("optimizer", "optimizer")
-    optimizers.record_step(part, group, optimizer)
-    optimizers.clip_grad_norm(part, group, foreach=True)
-    return part.ops
+    clipping = Part("clip", "optimizer")
+    optimizers.clip_grad_norm(clipping, group, foreach=True)
+    return [op for op, times in updated(group, optimizer) for _ in range(times)] + clipping.ops
 
 
 @pytest.mark.parametrize("name", LISTS)
@@ -143,13 +161,11 @@ def recorded_lists(group: list[Spec]) -> list[Op]:
 def test_traffic_of_an_update_is_so_many_passes_over_the_parameters(optimizer: str, reads: int, writes: int) -> None:
     """The sum by hand of the design page: foreach AdamW moves about 20 times the parameters."""
     group = specs([(1000, 3), (77, 1)], "fp32")
-    part = Part("optimizer", "optimizer")
-    optimizers.record_step(part, group, optimizer)
-    parameters = sum(s.nbytes for s in group)
-    device = [op for op in part.ops if "host" not in op.attrs]
+    size = sum(s.nbytes for s in group)
+    device = [(op, times) for op, times in updated(group, optimizer) if "host" not in op.attrs]
     counters = 4 * 4 if optimizer == "adamw-fused" else 0  # fp32 step counters, read twice, written once
-    assert sum(op.bytes_read for op in device) == reads * parameters + 2 * counters
-    assert sum(op.bytes_written for op in device) == writes * parameters + counters
+    assert sum(times * op.bytes_read for op, times in device) == reads * size + 2 * counters
+    assert sum(times * op.bytes_written for op, times in device) == writes * size + counters
 
 
 @pytest.mark.parametrize(
@@ -165,14 +181,14 @@ def test_state_is_kept_in_the_parameters_dtype(
 ) -> None:
     """AdamW holds two moments, each as large as its parameter, and a step counter: most of a full step's memory."""
     group = specs([(1000, 3), (77, 1)], dtype)
-    assert optimizers.state_bytes(group, optimizer) == tensors * 3077 * itemsize + counters * 4
+    assert optimizers.state_bytes(parameters(group), optimizer) == tensors * 3077 * itemsize + counters * 4
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-fused", "sgd", "sgd-momentum"])
 def test_only_what_trains_has_state_and_is_updated(optimizer: str) -> None:
     """This is where LoRA saves most: its optimizer sees adapters only."""
     step = step_of("llama", "lora:r=4", optimizer=optimizer)
-    adapters = [Spec(p.dtype, p.shape, p.count) for p in step.parameters if p.kind == "adapter"]
+    adapters = [p for p in step.parameters if p.kind == "adapter"]
     assert step.state_bytes == optimizers.state_bytes(adapters, optimizer)
     lists = [op for part, op, _ in step.ops() if part.name == "optimizer" and "host" not in op.attrs]
     shapes = {s.shape for s in adapters} | {()}
@@ -183,9 +199,7 @@ def test_lists_are_grouped_by_dtype_in_order_of_appearance() -> None:
     """A mixed list would not be one launch, and PyTorch makes one call per dtype."""
     mixed = [Spec("fp32", (4,)), Spec("bf16", (5,)), Spec("fp32", (6,), 2)]
     assert optimizers.by_dtype(mixed) == [[mixed[0], mixed[2]], [mixed[1]]]
-    part = Part("optimizer", "optimizer")
-    optimizers.record_step(part, mixed, "adamw-fused")
-    fused = [op for op in part.ops if op.name == "_fused_adamw_"]
+    fused = [op for op, _ in updated(mixed, "adamw-fused") if op.name == "_fused_adamw_"]
     assert [{s.dtype for s in op.outputs} for op in fused] == [{"fp32"}, {"bf16"}]
     assert [sum(s.copies for s in op.outputs) for op in fused] == [3 * 4, 4]
 

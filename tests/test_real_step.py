@@ -21,7 +21,8 @@ from perfmodel.architectures import from_config
 from perfmodel.setup import Setup
 from perfmodel.step import PHASES, build
 from validate import counts, models
-from validate.trace import TORCH_DTYPES, Recorder, make_optimizer
+from validate.trace import TORCH_DTYPES, Recorder
+from validate.updates import make_optimizer
 
 SETUPS = {
     "fp32": Setup(batch=2, seq=9, dtype="fp32"),

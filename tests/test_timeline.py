@@ -155,7 +155,7 @@ def unrolled(step: Step, host: Host) -> tuple[float, float]:
                     h += dispatch
                     if on_device(op):
                         d = max(d, h + host.launch) + duration
-                    if op.name == "_local_scalar_dense" and on_device(op):
+                    if "sync" in op.attrs or (op.name == "_local_scalar_dense" and on_device(op)):
                         h = d = max(h, d)
     return h, d
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -13,7 +14,7 @@ from perfmodel.architectures import Config, from_config, load
 from perfmodel.setup import Setup
 from perfmodel.step import PHASES, Step, build
 
-from . import models
+from . import models, updates
 from .trace import Signature, Trace, signature, trace_step
 
 MIRRORED = {"transformers": "5.24", "peft": "0.21"}  # the minor versions whose programs the tape mirrors
@@ -78,7 +79,8 @@ def compare(case: Case, *, cuda_forward: bool = False) -> Result:
     method = methods.parse(case.method).bind(architecture)
     step = build(architecture, method, case.setup, device)
     model = models.apply(models.build(case.config, case.setup), method, architecture)
-    trace = trace_step(model, case.setup, step.optimizer, device=device, forward_only=cuda_forward)
+    make = partial(updates.make, method=method)
+    trace = trace_step(model, case.setup, step.optimizer, device=device, forward_only=cuda_forward, make=make)
     return judge(case, step, trace, ("forward",) if cuda_forward else PHASES)
 
 
@@ -168,8 +170,16 @@ METHODS = (
     "lokr:r=4",
     "miss:r=8",
     "oft:block_size=8",
+    "prompt_tuning:tokens=6",
+    "p_tuning:tokens=6,width=32",
+    "prefix_tuning:tokens=6",
+    "prefix_tuning:tokens=6,projection=true",
 )
-NOT_ON_CONV1D = ("loha", "lokr", "miss", "oft")  # peft has no form of them for GPT-2's layers
+REFUSED = {
+    "bitfit": ("llama", "mistral"),  # they have no biases
+    **dict.fromkeys(("loha", "lokr", "miss", "oft"), ("gpt2",)),  # peft has no form of them for its layers
+    **dict.fromkeys(("prompt_tuning", "p_tuning", "prefix_tuning"), ("bert",)),  # nor for masked language models
+}
 PRECISIONS: tuple[dict[str, Any], ...] = ({"dtype": "bf16"}, {"dtype": "fp32"}, {"dtype": "fp32", "amp": "bf16"})
 
 
@@ -243,9 +253,8 @@ def _cases(config: Config, names: tuple[str, ...], setup: Setup) -> Iterator[Cas
     if config.values["model_type"] == "gpt_neo":
         checkpoint = "block" if setup.checkpoint != "none" else "none"
         setup = replace(setup, attention="eager", checkpoint=checkpoint)  # the forms that it has
-    for name in names:
-        if name == "bitfit" and config.values["model_type"] in ("llama", "mistral"):
-            continue  # no biases: the method is refused
-        if name.partition(":")[0] in NOT_ON_CONV1D and config.values["model_type"] == "gpt2":
-            continue
-        yield Case(config, name, setup)
+    for text in names:
+        name = text.partition(":")[0]
+        if config.values["model_type"] not in REFUSED.get(name, ()):
+            without = name == "prefix_tuning"  # it does not work with checkpoints
+            yield Case(config, text, replace(setup, checkpoint="none") if without else setup)

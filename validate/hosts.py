@@ -28,7 +28,7 @@ from perfmodel.step import PHASES, Step, build
 
 from . import models
 from .counts import NO_DROPOUT, SMALL
-from .trace import make_optimizer
+from .updates import make_optimizer
 
 LAYERS = 8
 KEPT = ("launch_call", "launch", "graph_launch")

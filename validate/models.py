@@ -8,6 +8,7 @@ import torch
 from perfmodel.architectures import Architecture, Config
 from perfmodel.errors import UserError
 from perfmodel.methods import Method
+from perfmodel.methods.adalora import AdaLora
 from perfmodel.methods.bitfit import BitFit
 from perfmodel.methods.dora import Dora
 from perfmodel.methods.full import Full
@@ -17,12 +18,17 @@ from perfmodel.methods.lokr import Lokr
 from perfmodel.methods.lora import Lora
 from perfmodel.methods.lora_alike import Pissa, RsLora
 from perfmodel.methods.lora_fa import LoraFa
+from perfmodel.methods.loraplus import LoraPlus
 from perfmodel.methods.miss import Miss
 from perfmodel.methods.norm import NormTuning
 from perfmodel.methods.oft import Oft
+from perfmodel.methods.p_tuning import PTuning
+from perfmodel.methods.prefix_tuning import PrefixTuning
+from perfmodel.methods.prompt_tuning import PromptTuning
 from perfmodel.methods.targeted import ALL_LINEAR, Targeted
 from perfmodel.methods.top_k import TopK
 from perfmodel.methods.vera import Vera
+from perfmodel.methods.virtual import VirtualTokens
 from perfmodel.setup import Setup
 
 from .trace import TORCH_DTYPES
@@ -103,7 +109,7 @@ def _top_k(model: Any, method: TopK, architecture: Architecture) -> Any:
     return model
 
 
-@applies(Lora, Pissa)  # PiSSA's decomposition of the weights comes before the first step
+@applies(Lora, LoraPlus, Pissa)  # PiSSA's decomposition of the weights comes before the first step
 def _lora(model: Any, method: Lora, architecture: Architecture, **variant: Any) -> Any:
     options = {"r": method.r, "lora_alpha": method.alpha, "lora_dropout": method.dropout}
     return _adapt(model, "LoraConfig", method, architecture, **options, **variant)
@@ -121,6 +127,15 @@ def _lora_fa(model: Any, method: LoraFa, architecture: Architecture) -> Any:
         if "lora_A" in name:
             parameter.requires_grad = False
     return adapted
+
+
+@applies(AdaLora)
+def _adalora(model: Any, method: AdaLora, architecture: Architecture) -> Any:
+    options: dict[str, Any] = {"init_r": method.r, "lora_alpha": method.alpha, "lora_dropout": method.dropout}
+    options |= {"target_r": 1, "total_step": 100}  # decide nothing but which entries are masked, and when
+    # without a task type PeftModel passes AdaLoraModel.forward by, and with it the regulariser
+    options["task_type"] = "FEATURE_EXTRACTION" if architecture.model_type == "bert" else "CAUSAL_LM"
+    return _adapt(model, "AdaLoraConfig", method, architecture, **options)
 
 
 @applies(Dora)
@@ -157,6 +172,29 @@ def _ia3(model: Any, method: Ia3, architecture: Architecture) -> Any:
 @applies(Vera)
 def _vera(model: Any, method: Vera, architecture: Architecture) -> Any:
     return _adapt(model, "VeraConfig", method, architecture, r=method.r, vera_dropout=method.dropout)
+
+
+@applies(PromptTuning)
+def _prompt_tuning(model: Any, method: PromptTuning, architecture: Architecture) -> Any:
+    return _prompt(model, "PromptTuningConfig", method)
+
+
+@applies(PTuning)
+def _p_tuning(model: Any, method: PTuning, architecture: Architecture) -> Any:
+    return _prompt(model, "PromptEncoderConfig", method, encoder_hidden_size=method.width)
+
+
+@applies(PrefixTuning)
+def _prefix_tuning(model: Any, method: PrefixTuning, architecture: Architecture) -> Any:
+    options = {"prefix_projection": method.projection, "encoder_hidden_size": method.width}
+    return _prompt(model, "PrefixTuningConfig", method, **options)
+
+
+def _prompt(model: Any, config_name: str, method: VirtualTokens, **options: Any) -> Any:
+    import peft
+
+    config = getattr(peft, config_name)(task_type="CAUSAL_LM", num_virtual_tokens=method.tokens, **options)
+    return peft.get_peft_model(model, config)
 
 
 def _adapt(model: Any, config_name: str, method: Targeted, architecture: Architecture, **options: Any) -> Any:

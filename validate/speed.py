@@ -11,6 +11,7 @@ import numpy as np
 
 from perfmodel import architectures, methods
 from perfmodel.predict import predict
+from perfmodel.sweep import sweep
 
 MODEL, METHOD, DEVICE = "llama-3.2-3b", "lora:r=32,targets=q_proj+v_proj", "l40s"
 COLD = {  # command -> arguments after model and device, and its limit, x `python -c "import numpy"`
@@ -21,6 +22,7 @@ COLD = {  # command -> arguments after model and device, and its limit, x `pytho
 WARM_LIMIT = 0.020  # s
 GRID_LIMIT = 20.0  # x one point
 SWEEP_LIMIT = 5.0  # s for 10,000 setups
+RATE_LIMIT = 50_000  # setups a second of a large sweep
 
 
 def _once(command: list[str]) -> float:
@@ -65,6 +67,8 @@ def measure() -> list[tuple[str, str, str, bool]]:
     one = _timed(lambda: predict(architecture, method, device=DEVICE, batch=4, seq=210), 15)
     thousand = _timed(lambda: grid(20, 50), 3)
     ten_thousand = _timed(lambda: grid(100, 100), 1)
+    planned = sweep(MODEL, [METHOD], device=DEVICE, batch=range(1, 101), seq=range(64, 64 + 1000 * 8, 8))
+    rate = len(planned) / _timed(lambda: sum(len(b["batch"]) for b in planned.blocks()), 1)
     return [
         *(
             (f"cold {command} / import numpy", f"{cold[command]:.2f}", f"{limit}", cold[command] <= limit)
@@ -73,4 +77,5 @@ def measure() -> list[tuple[str, str, str, bool]]:
         ("warm predict", f"{one * 1e3:.1f} ms", f"{WARM_LIMIT * 1e3:.0f} ms", one <= WARM_LIMIT),
         ("1,000 setups / one", f"{thousand / one:.1f}", f"{GRID_LIMIT:.0f}", thousand <= GRID_LIMIT * one),
         ("10,000 setups", f"{ten_thousand:.2f} s", f"{SWEEP_LIMIT:.0f} s", ten_thousand <= SWEEP_LIMIT),
+        ("sweep of 100,000, setups a second", f"{rate:,.0f}", f"{RATE_LIMIT:,}", rate >= RATE_LIMIT),
     ]

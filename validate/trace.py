@@ -16,16 +16,23 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from perfmodel.setup import Setup
 
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.bool: "bool"}
+from . import updates
+
+DTYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.uint8: "u8",
+    torch.bool: "bool",
+}  # fmt: skip
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 aten = torch.ops.aten
+
+NAMESPACES = {"aten", "flash_attn", "bitsandbytes", "liger", "lorafusion", "unsloth"}  # of the calls that are recorded
 
 Signature = tuple[str, tuple[Any, ...], tuple[Any, ...]]
 
@@ -116,7 +123,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 out = self.dense if all_ones else True if args[0].dtype == torch.bool else 1
         else:
             out = func(*args, **kwargs)
-        if func.namespace not in ("aten", "flash_attn") or not self.recording:
+        if func.namespace not in NAMESPACES or not self.recording:
             return out
         if func.is_view or func._schema.name in ("aten::_unsafe_view", "aten::detach"):
             self.trace.views[self.phase] += 1
@@ -204,9 +211,11 @@ def to_fake(model: torch.nn.Module, mode: FakeTensorMode, device: str) -> None:
                 table[name] = made[id(value)]
         for container in (module.__dict__, *(v for v in module.__dict__.values() if isinstance(v, dict))):
             for name, value in container.items():
-                if isinstance(value, torch.Tensor) and value.device.type == "meta":  # no parameter, no buffer
-                    with mode:
-                        container[name] = torch.empty(value.shape, dtype=value.dtype, device=device)
+                if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):  # no parameter, no buffer
+                    continue
+                at = device if value.device.type == "meta" else value.device
+                with mode:
+                    container[name] = torch.empty(value.shape, dtype=value.dtype, device=at)
 
 
 def trace_step(
@@ -217,6 +226,7 @@ def trace_step(
     device: str = "cpu",
     forward_only: bool = False,
     keep: Callable[[str, Any, Any, Any, Any], None] | None = None,
+    make: Callable[[Any, str], Any] = updates.standard,
 ) -> Trace:
     """Trace one steady-state training step (the second) of a model built on the meta device.
 
@@ -224,6 +234,7 @@ def trace_step(
         optimizer: the resolved form (`perfmodel.optimizers.resolve`).
         device: "cpu", or "cuda" with a CUDA build of torch (then only the forward pass can be traced).
         keep: sees every call of the traced step (see `Recorder`).
+        make: the optimizer of the model in that form.
     """
     # some tuners of peft keep plain tensors (indices, token ids) beside their parameters
     mode = FakeTensorMode(allow_non_fake_inputs=keep is not None)
@@ -237,7 +248,7 @@ def trace_step(
         shape = (setup.batch, setup.seq)
         ids, labels = (torch.zeros(shape, dtype=torch.long, device=device) for _ in range(2))
         attention = torch.ones(shape, dtype=torch.long, device=device)
-        update = make_optimizer(trained, optimizer)
+        update = make(model, optimizer)
     recorder = Recorder(dense=not setup.padded, keep=keep)
     recorder.trace.trainable = sum(p.numel() for p in trained)
     recorder.trace.total = sum(p.numel() for p in model.parameters())
@@ -267,8 +278,7 @@ def trace_step(
     with eager_program(), mode:
         # The counter's module hooks keep recomputed graphs alive, so it has a step of its own.
         run(lambda phase: _counting(phase, recorder))
-        states = [t for s in update.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
-        recorder.hold([*model.parameters(), *states])
+        recorder.hold([*model.parameters(), *updates.held(update)])
         recorder.recording = True
         run(recorder.observe)
     return recorder.trace
@@ -290,10 +300,3 @@ def _counting(phase: str, recorder: Recorder) -> Iterator[None]:
     with recorder, FlopCounterMode(display=False) as counter:
         yield
     recorder.trace.flops[phase] = recorder.trace.flops.get(phase, 0) + counter.get_total_flops()
-
-
-def make_optimizer(parameters: list[Any], form: str) -> torch.optim.Optimizer:
-    """The torch optimizer of that form."""
-    if form.startswith("adamw"):
-        return torch.optim.AdamW(parameters, lr=1e-4, foreach=form == "adamw-foreach", fused=form == "adamw-fused")
-    return torch.optim.SGD(parameters, lr=1e-4, momentum=0.9 if form == "sgd-momentum" else 0.0, foreach=True)

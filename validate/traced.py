@@ -28,15 +28,15 @@ from perfmodel.errors import UserError, nearest
 from perfmodel.methods import Method
 from perfmodel.predict import Prediction, of_step, resolve
 from perfmodel.setup import Setup
-from perfmodel.step import Group, Step
-from perfmodel.tape.core import Op, Parameter, Part, Spec
+from perfmodel.step import Group, Step, record_update
+from perfmodel.tape.core import Op, Parameter, Part, Spec, Tape, recording
 
 from . import models
 from .trace import DTYPES, call_name, trace_step
 
 FEWEST = 2  # layers of the smallest traced model
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
-_STARTS = ("pissa", "olora", "orthogonal", "corda", "loftq")  # need real weights and change no op of a step
+_STARTS = ("pissa", "olora", "orthogonal", "corda", "loftq", "mica")  # need real weights and change no op of a step
 _ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 _ATTENTION = {
     "_scaled_dot_product_flash_attention_for_cpu": "_scaled_dot_product_flash_attention",
@@ -144,7 +144,7 @@ def trace_layers(config: Config, setup: Setup, adapt: Adapt, layers: int, *, gpu
         if handle:
             handle.remove()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    states = optimizers.state_bytes([s for s in _specs(calls.parameters) if s.copies], "adamw")
+    states = optimizers.state_bytes(_parameters(calls.parameters), "adamw-foreach")
     calls.nodes = trace.nodes
     calls.activations = trace.peak_before_update - weights - int(states)
     return calls
@@ -210,10 +210,6 @@ def peft_adapter(peft_config: dict[str, Any]) -> Adapt:
             raise UserError(f"peft cannot apply {kind} to this model: {' '.join(str(error).split())}") from error
 
     return adapt
-
-
-def _specs(parameters: Parameters) -> list[Spec]:
-    return [Spec(dtype, shape, n) for (dtype, shape, trains), n in parameters.items() if trains]
 
 
 def predict(
@@ -342,14 +338,10 @@ def _parameters(counts: Parameters) -> list[Parameter]:
 
 
 def _update(step: Step) -> None:
-    specs = optimizers.trainable(step.parameters)
-    parts = []
-    if step.setup.clip_grad:
-        parts.append(Part("clip", "optimizer"))
-        optimizers.clip_grad_norm(parts[-1], specs, foreach=step.optimizer == "adamw-foreach")
-    parts.append(Part("optimizer", "optimizer"))
-    optimizers.record_step(parts[-1], specs, step.optimizer)
-    step.groups.append(Group(parts))
+    tape = Tape(step.device)
+    with recording(tape):
+        record_update(step, tape)
+    step.groups.append(Group(list(tape.parts)))
 
 
 def read_peft_config(path: Path) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """What an architecture is, and the scopes in which its forward pass makes parameters and layers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ..errors import UserError, nearest
 from ..registry import Registry
-from ..tape import autograd, linalg, nn, pointwise
+from ..tape import autograd, liger, linalg, nn, pointwise
 from ..tape.core import Parameter, Part, Tensor, tape
 from ..tape.dims import decide
 from .config import Config
@@ -83,6 +83,7 @@ class Architecture:
     tied: bool
 
     layer_path: ClassVar[str]  # where blocks live in the transformers module tree
+    has_liger: ClassVar[bool] = False  # whether Liger brings kernels for it
 
     @classmethod
     def from_config(cls, config: Config) -> "Architecture":
@@ -100,12 +101,18 @@ class Architecture:
 
 @dataclass
 class Build:
-    """One recording of a model: architecture, method, setup and all parameters made so far."""
+    """One recording of a model: architecture, method, setup and all parameters made so far.
+
+    `past` are the keys and values that a method puts before those of a block, for every run of blocks to come; `held`
+    is what Python holds on to until the forward pass returns, with the part of the run of blocks that made it.
+    """
 
     architecture: Architecture
     method: "Method"
     setup: "Setup"
     parameters: dict[str, Parameter]
+    past: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    held: list[tuple[Tensor, Part | None]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,7 @@ class Scope:
             method = self.build.method
             if trainable is None:
                 trainable = method.trains(name, kind, self.layer)
-            made = self._make(self.path + name, shape, dtype or self.dtype, kind, trainable)
+            made = self._make(self.path + name, shape, dtype or method.base_dtype(self.dtype), kind, trainable)
             if kind != "adapter" and method.copies(name, kind):
                 made = self._make(f"{made.name} (trained copy)", shape, self.dtype, "adapter", True)
             self.made[name] = made
@@ -181,9 +188,12 @@ class Scope:
         """A linear layer, as the method rewrites it; what it runs besides the base layer is the adapter's."""
         current = tape()
         current.part.modules += 1
-        layer = Linear(self, name, x.shape[-1], n_out, bias, conv1d)
         with current.belonging_to("adapter"):
-            return self.build.method.linear(layer, x)
+            return self.build.method.linear(self.linear_layer(name, x.shape[-1], n_out, bias=bias, conv1d=conv1d), x)
+
+    def linear_layer(self, name: str, n_in: int, n_out: int, *, bias: bool = False, conv1d: bool = False) -> Linear:
+        """A linear layer as a method sees it, not run yet."""
+        return Linear(self, name, n_in, n_out, bias, conv1d)
 
     def lm_head(self, hidden: Tensor, embedding: str, vocab: int) -> Tensor:
         """Logits of a causal model: through the embedding's weight where it is tied, else an own linear layer."""
@@ -199,6 +209,8 @@ class Scope:
         """transformers' RMSNorm: statistics and scaling in fp32, the weight applied in x's dtype."""
         tape().part.modules += 1
         weight = self.parameter(f"{name}.weight", (x.shape[-1],), "norm")
+        if self.build.setup.kernels == "liger":
+            return liger.rms_norm(x, weight)
         dtype = x.dtype
         x = pointwise.cast(x, "fp32")
         variance = pointwise.mean_last(pointwise.power(x))
@@ -215,6 +227,16 @@ class Scope:
         """`nn.Embedding`."""
         tape().part.modules += 1
         return nn.embedding(self.parameter(f"{name}.weight", (rows, width), "embedding"), ids)
+
+    def extended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (batch, heads, seq, head_dim) behind those of the cache (`DynamicLayer.update`), if any."""
+        if not self.build.past:
+            return k, v
+        past_k, past_v = self.build.past.pop(0)
+        with tape().belonging_to("adapter"):
+            k, v = pointwise.cat((past_k, k), -2), pointwise.cat((past_v, v), -2)
+        self.build.held += [(k, self.part), (v, self.part)]
+        return k, v
 
     def layers(self, block: Callable[..., Tensor], x: Tensor, *shared: Any) -> Tensor:
         """Run all blocks: `block(scope, x, *shared)`, each run of identical layers recorded once.
@@ -258,9 +280,11 @@ class Scope:
         if limit is None:
             return
         if decide(seq > limit):
+            virtual = _largest(seq) - _largest(self.build.setup.seq)
+            also = f" with {virtual} virtual tokens" if virtual else ""
             raise UserError(
-                f"{self.build.architecture.name}: seq {_largest(seq)} exceeds its {limit} learned positions; "
-                f"use --seq {limit} or less"
+                f"{self.build.architecture.name}: seq {_largest(seq)}{also} exceeds its {limit} learned positions; "
+                f"use --seq {limit - virtual} or less"
             )
 
 

@@ -93,7 +93,7 @@ class Bert(Architecture):
         position_ids = masks.table((1, seq))
         types = expand(emit("gather", (table, position_ids), (1, seq), "i64"), (batch, seq))
         words = model.embedding("bert.embeddings.word_embeddings", self.vocab, self.hidden, ids)
-        words = model.build.method.embedded(words, model.build.setup)
+        words = model.build.method.embedded(model, words)
         kinds = model.embedding("bert.embeddings.token_type_embeddings", self.token_types, self.hidden, types)
         hidden = add(words, kinds)
         located = model.embedding("bert.embeddings.position_embeddings", self.max_positions, self.hidden, position_ids)

@@ -81,8 +81,16 @@ def bundled() -> tuple[str, ...]:
     return tuple(sorted(p.stem for p in MODELS.glob("*.json")))
 
 
+@cache
+def _hub_ids() -> dict[str, str]:
+    """Hub id in lower case → bundled name, from the address of each config's source."""
+    sources = {name: str(_read(MODELS / f"{name}.json", name).values.get("_source", "")) for name in bundled()}
+    return {"/".join(url.split("/")[3:5]).lower(): name for name, url in sources.items()}
+
+
 def load(name_or_path: str) -> Config:
-    """Read a config by bundled name, path to a config.json or its folder, or hub id (`org/name`).
+    """Read a config by bundled name, path to a config.json or its folder, or hub id (`org/name`; those of the bundled
+    models need no network).
 
     Raises:
         UserError: nothing found, or the file is not a JSON object.
@@ -102,7 +110,8 @@ def load(name_or_path: str) -> Config:
     if is_file:
         return _read(path, path.stem if path.name != "config.json" else path.resolve().parent.name)
     if name_or_path.count("/") == 1 and not name_or_path.startswith((".", "/")) and path.suffix != ".json":
-        return _read_hub(name_or_path)
+        known = _hub_ids().get(name_or_path.lower())
+        return load(known) if known else _read_hub(name_or_path)
     raise UserError(f"unknown model {name_or_path!r}: {nearest(name_or_path, bundled())} (or give a path or a hub id)")
 
 
@@ -120,18 +129,40 @@ def _read(path: Path, name: str) -> Config:
 
 def _read_hub(hub_id: str) -> Config:
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        from huggingface_hub.utils import logging
     except ImportError:
         raise UserError(
             f"model {hub_id!r} is not bundled, and reading the hub needs huggingface_hub: "
             "pip install 'perfmodel[hub]', or give the path of a config.json"
         ) from None
+    logging.set_verbosity_error()  # its warnings about retries would bury the one line that counts
     try:
-        return _read(Path(hf_hub_download(hub_id, "config.json")), hub_id.split("/")[1])
-    except UserError:
-        raise
+        path = try_to_load_from_cache(hub_id, "config.json")
+        if not isinstance(path, str):
+            _reach_hub()
+            path = hf_hub_download(hub_id, "config.json")
     except Exception as error:  # the hub client raises many types: offline, gated, unknown repository
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"model {hub_id!r} could not be fetched from the hub ({reason}); give the path of its config.json"
         ) from None
+    return _read(Path(path), hub_id.split("/")[1])
+
+
+def _reach_hub() -> None:
+    """Find out at once that there is no network; the hub's client would retry for half a minute.
+
+    Raises:
+        OSError: nothing answers. Behind a proxy, or with the client's own offline switch, it is left to the client.
+    """
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    from huggingface_hub import constants
+
+    if getproxies() or constants.HF_HUB_OFFLINE:
+        return
+    hub = urlsplit(constants.ENDPOINT)
+    socket.create_connection((hub.hostname or "", hub.port or 443), timeout=5).close()

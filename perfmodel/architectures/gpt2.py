@@ -62,13 +62,14 @@ class Gpt2(Architecture):
         return causal_lm_loss(logits, labels)
 
     def _decoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
-        setup, seq = model.build.setup, ids.shape[1]
-        model.check_positions(seq)
+        setup = model.build.setup
+        model.check_positions(attention.shape[1])
         assert self.max_positions is not None
-        embedded = model.build.method.embedded(model.embedding("transformer.wte", self.vocab, self.hidden, ids), setup)
+        embedded = model.build.method.embedded(model, model.embedding("transformer.wte", self.vocab, self.hidden, ids))
+        seq = embedded.shape[1]
         position_ids = masks.positions(seq)
         located = model.embedding("transformer.wpe", self.max_positions, self.hidden, position_ids)
-        mask = masks.causal_mask(attention, setup.attention, embedded.dtype, None, padded=setup.padded)
+        mask = masks.causal_mask(attention, seq, setup.attention, embedded.dtype, None, padded=setup.padded)
         hidden = model.layers(self.block, dropout(add(embedded, located), self.embedding_dropout), mask)
         model.begin("head")
         return model.layer_norm("transformer.ln_f", hidden)
@@ -92,6 +93,7 @@ class Gpt2(Architecture):
             for y in split(fused, [self.hidden] * 3, 2)
         )
         del fused
+        k, v = layer.extended(k, v)
         out, weights = attend(q, k, v, mask, setup.attention, causal=True, form="value", p=self.attention_dropout)
         out = reshape(out, (*x.shape[:-1], self.hidden))
         out = layer.linear("attn.c_proj", out, self.hidden, bias=True, conv1d=True)

@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..tape.core import Tensor, tape
 from ..tape.linalg import matmul
 from ..tape.nn import causal_lm_loss, softmax
-from ..tape.pointwise import add, cast, dropout, gelu_tanh, masked
+from ..tape.pointwise import add, cast, dropout, gelu_tanh, masked, scalar
 from ..tape.shape import contiguous, transpose, view
 from . import masks
 from .base import Architecture, Scope, architecture
@@ -66,14 +66,15 @@ class GptNeo(Architecture):
         return causal_lm_loss(logits, labels)
 
     def _decoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
-        setup, seq = model.build.setup, ids.shape[1]
-        model.check_positions(seq)
+        setup = model.build.setup
+        model.check_positions(attention.shape[1])
         assert self.max_positions is not None
-        embedded = model.build.method.embedded(model.embedding("transformer.wte", self.vocab, self.hidden, ids), setup)
+        embedded = model.build.method.embedded(model, model.embedding("transformer.wte", self.vocab, self.hidden, ids))
+        seq = embedded.shape[1]
         position_ids = masks.positions(seq)
-        mask = masks.causal_mask(attention, "eager", embedded.dtype, None, padded=setup.padded)
+        mask = masks.causal_mask(attention, seq, "eager", embedded.dtype, None, padded=setup.padded)
         located = model.embedding("transformer.wpe", self.max_positions, self.hidden, position_ids)
-        allowed = masks.table((1, 1, seq, seq), "bool")
+        allowed = masks.table((1, 1, seq, attention.shape[1]), "bool")
         hidden = model.layers(
             self.block, dropout(add(embedded, located), self.embedding_dropout), mask, allowed
         )  # fmt: skip
@@ -94,6 +95,7 @@ class GptNeo(Architecture):
         """Multi-head attention with fp32 scores; also returns the weights."""
         q, k, v = (layer.linear(f"attn.attention.{n}_proj", x, self.hidden) for n in ("q", "k", "v"))
         q, k, v = self._split(q), self._split(k), self._split(v)
+        k, v = layer.extended(k, v)
         with tape().belonging_to("attention"):
             out, weights = self._attend(q, k, v, mask, allowed)
         out = contiguous(transpose(out, 1, 2))
@@ -104,7 +106,8 @@ class GptNeo(Architecture):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
         q, k = cast(q, "fp32"), cast(k, "fp32")
         weights = matmul(q, transpose(k, 2, 3))
-        weights = masked(allowed, weights)
+        mask_value = scalar(weights.dtype)
+        weights = masked(allowed, weights, mask_value)
         weights = add(weights, mask)
         weights = softmax(weights)
         weights = cast(weights, v.dtype)

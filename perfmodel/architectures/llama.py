@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import UserError
-from ..tape.core import Tensor
-from ..tape.nn import causal_lm_loss
+from ..tape.core import Tensor, tape
+from ..tape.dims import product
+from ..tape.liger import linear_cross_entropy, rope, silu_mul
+from ..tape.nn import causal_lm_loss, shifted_labels
 from ..tape.pointwise import add, cat, mul, neg, silu
 from ..tape.shape import narrow, reshape, transpose, unsqueeze, view
 from . import masks
@@ -34,6 +36,7 @@ class Llama(Architecture):
     attention_dropout: float = 0.0
 
     layer_path: ClassVar[str] = "model.layers"
+    has_liger: ClassVar[bool] = True
 
     @classmethod
     def from_config(cls, config: Config) -> "Llama":
@@ -78,16 +81,26 @@ class Llama(Architecture):
     def forward(self, model: Scope, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
         model.begin("embeddings")
         hidden = self._decoder(model, ids, attention)
+        if model.build.setup.kernels == "liger":
+            return self._liger_loss(model, hidden, labels)
         logits = model.lm_head(hidden, "model.embed_tokens", self.vocab)
         return causal_lm_loss(logits, labels)
 
+    def _liger_loss(self, model: Scope, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Liger's `lce_forward`: the head's weight goes into the loss, whatever wraps its module."""
+        name, kind = ("model.embed_tokens", "embedding") if self.tied else ("lm_head", "weight")
+        weight = model.parameter(f"{name}.weight", (self.vocab, self.hidden), kind)
+        target = shifted_labels(labels)
+        hidden = view(hidden, (product(hidden.shape[:-1]), self.hidden))
+        return linear_cross_entropy(hidden, weight, target, scaled=model.build.setup.grad_accum > 1)
+
     def _decoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
-        seq = ids.shape[1]
         embedded = model.embedding("model.embed_tokens", self.vocab, self.hidden, ids)
-        embedded = model.build.method.embedded(embedded, model.build.setup)
+        embedded = model.build.method.embedded(model, embedded)
+        seq = embedded.shape[1]
         position_ids = masks.positions(seq)
         setup = model.build.setup
-        mask = masks.causal_mask(attention, setup.attention, embedded.dtype, self.window, padded=setup.padded)
+        mask = masks.causal_mask(attention, seq, setup.attention, embedded.dtype, self.window, padded=setup.padded)
         rotary = masks.rotary_tables(position_ids, self.head_dim // 2, embedded.dtype)
         hidden = model.layers(self.block, embedded, mask, *rotary)
         model.begin("head")
@@ -106,22 +119,45 @@ class Llama(Architecture):
 
     def attention(self, layer: Scope, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Any:
         """Grouped-query attention with rotary positions; also returns the weights, if any."""
-        q = self._heads(layer, "q_proj", x, self.heads)
-        k = self._heads(layer, "k_proj", x, self.kv_heads)
-        v = self._heads(layer, "v_proj", x, self.kv_heads)
-        q, k = rotate(q, k, cos, sin)
+        q, k, v = self._projected(layer, x)
         setup = layer.build.setup
+        q, k = rope(q, k, cos, sin) if setup.kernels == "liger" else rotate(q, k, cos, sin)
+        k, v = layer.extended(k, v)
         out, weights = attend(q, k, v, mask, setup.attention, causal=True, form="upcast", p=self.attention_dropout)
         out = reshape(out, (*x.shape[:-1], self.heads * self.head_dim))
         out = layer.linear("self_attn.o_proj", out, self.hidden, bias=self.output_bias)
         return out, weights
 
-    def _heads(self, layer: Scope, name: str, x: Tensor, heads: int) -> Tensor:
-        y = layer.linear(f"self_attn.{name}", x, heads * self.head_dim, bias=self.qkv_bias)
-        return transpose(view(y, (*x.shape[:-1], heads, self.head_dim)), 1, 2)
+    def _projected(self, layer: Scope, x: Tensor) -> list[Tensor]:
+        """q, k and v, (batch, heads, seq, head_dim)."""
+        heads = {"q_proj": self.heads, "k_proj": self.kv_heads, "v_proj": self.kv_heads}
+        sizes = {f"self_attn.{name}": n * self.head_dim for name, n in heads.items()}
+        layers = tuple(layer.linear_layer(name, self.hidden, n, bias=self.qkv_bias) for name, n in sizes.items())
+        with tape().belonging_to("adapter"):
+            fused = layer.build.method.qkv(layers, x)
+        if fused is not None:
+            return [self._heads(y, n) for y, n in zip(fused, heads.values(), strict=True)]
+        return [
+            self._heads(layer.linear(name, x, size, bias=self.qkv_bias), n)
+            for (name, size), n in zip(sizes.items(), heads.values(), strict=True)
+        ]
+
+    def _heads(self, y: Tensor, heads: int) -> Tensor:
+        return transpose(view(y, (*y.shape[:-1], heads, self.head_dim)), 1, 2)
 
     def mlp(self, layer: Scope, x: Tensor) -> Tensor:
         """SwiGLU."""
+        sizes = {"gate_proj": (self.hidden, self.intermediate), "up_proj": (self.hidden, self.intermediate)}
+        sizes["down_proj"] = (self.intermediate, self.hidden)
+        layers = (layer.linear_layer(f"mlp.{name}", *size, bias=self.mlp_bias) for name, size in sizes.items())
+        with tape().belonging_to("adapter"):
+            fused = layer.build.method.mlp(tuple(layers), x)
+        if fused is not None:
+            return fused
+        if layer.build.setup.kernels == "liger":
+            gate = layer.linear("mlp.gate_proj", x, self.intermediate, bias=self.mlp_bias)
+            gate = silu_mul(gate, layer.linear("mlp.up_proj", x, self.intermediate, bias=self.mlp_bias))
+            return layer.linear("mlp.down_proj", gate, self.hidden, bias=self.mlp_bias)
         gate = silu(layer.linear("mlp.gate_proj", x, self.intermediate, bias=self.mlp_bias))
         up = layer.linear("mlp.up_proj", x, self.intermediate, bias=self.mlp_bias)
         gate = mul(gate, up)

@@ -7,7 +7,7 @@ Source: transformers/masking_utils.py (`sdpa_mask`, `eager_mask`).
 from typing import Any
 
 from ..tape.core import Storage, Tensor, emit, record
-from ..tape.dims import contiguous_strides, decide, product
+from ..tape.dims import Dim, contiguous_strides, decide, product, same
 from ..tape.pointwise import add, cast, cat, compare, fill, mul, sub, unary, where
 from ..tape.shape import expand, unsqueeze, view
 
@@ -23,12 +23,13 @@ def read_scalar(x: Tensor) -> None:
 
 
 def causal_mask(
-    attention: Tensor, implementation: str, dtype: str, window: int | None, *, padded: bool
+    attention: Tensor, seq: Dim, implementation: str, dtype: str, window: int | None, *, padded: bool
 ) -> Tensor | None:
     """The mask for a causal model, or None where the kernel's own causal flag does.
 
     Args:
-        attention: (batch, seq) int64 of ones.
+        attention: (batch, keys) of ones.
+        seq: queries; fewer than there are keys where a cache holds the first of them.
         window: sliding window in tokens; a fused kernel's mask is skipped where the window does not bind.
         padded: whether the mask has zeros, so that it cannot be dropped.
     """
@@ -36,18 +37,18 @@ def causal_mask(
     if implementation == "flash2":
         read_scalar(emit("all", (allowed,), (), "bool"))
         return None
-    batch, seq = attention.shape
-    binding = window is not None and decide(seq >= window)
-    if implementation == "sdpa" and not binding:
+    batch, length = attention.shape
+    skippable = same(seq, length) and not (window is not None and decide(seq >= window))
+    if implementation == "sdpa" and skippable:
         read_scalar(unary_bool(emit("sum", (allowed,), (), "i64")))
         if not padded:
             return None
-    if implementation == "sdpa" and not binding:  # asked once more: could it be the padding of a static cache?
+    if implementation == "sdpa" and skippable:  # asked once more: could it be the padding of a static cache?
         read_scalar(unary_bool(emit("sum", (allowed,), (), "i64")))
     rows = unsqueeze(unsqueeze(unsqueeze(fill("arange", (batch,), "i64"), 1), 2), 3)
     fill("arange", (1,), "i64")  # head indices, unused by the mask
     queries = view(add(fill("arange", (seq,), "i64"), 0), (1, 1, seq, 1))
-    keys = view(add(fill("arange", (seq,), "i64"), 0), (1, 1, 1, seq))
+    keys = view(add(fill("arange", (length,), "i64"), 0), (1, 1, 1, length))
     mask: Tensor
     if window is None:
         mask = compare("bitwise_and.Tensor", fill("new_ones", (), "bool", queries), compare("le.Tensor", keys, queries))
@@ -57,9 +58,9 @@ def causal_mask(
         inside = compare("bitwise_and.Tensor", inner, inside)
         inside = compare("bitwise_and.Tensor", inside, compare("le.Tensor", keys, queries))
         mask = compare("bitwise_and.Tensor", outer, inside)
-    padding = emit("index.Tensor", (allowed, rows, keys), (batch, 1, 1, seq), "bool")
+    padding = emit("index.Tensor", (allowed, rows, keys), (batch, 1, 1, length), "bool")
     mask = compare("bitwise_and.Tensor", mask, padding)
-    mask = expand(mask, (batch, 1, seq, seq))
+    mask = expand(mask, (batch, 1, seq, length))
     if implementation == "eager":
         mask = where(mask, fill("zeros", (), dtype), fill("scalar_tensor", (), dtype))
     return mask

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from ..errors import UserError
 from ..tape.core import Tensor, emit
-from ..tape.dims import product
+from ..tape.dims import product, same
 from ..tape.nn import causal_lm_loss
-from ..tape.pointwise import add, dropout, mul, relu, sub
-from ..tape.shape import reshape, transpose, view
+from ..tape.pointwise import add, cast, dropout, mul, relu, sub
+from ..tape.shape import narrow, reshape, transpose, view
 from . import masks
 from .attend import attend
 from .base import Architecture, Scope, architecture
@@ -64,12 +64,15 @@ class Opt(Architecture):
 
     def _decoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
         setup = model.build.setup
-        model.check_positions(ids.shape[1])
+        model.check_positions(attention.shape[1])
         assert self.max_positions is not None
         embedded = model.embedding("model.decoder.embed_tokens", self.vocab, self.hidden, ids)
-        embedded = model.build.method.embedded(embedded, setup)
-        position_ids = sub(mul(emit("cumsum", (attention,), attention.shape, "i64"), attention), 1)
-        mask = masks.causal_mask(attention, setup.attention, embedded.dtype, None, padded=setup.padded)
+        embedded = model.build.method.embedded(model, embedded)
+        seq = embedded.shape[1]
+        position_ids = cast(sub(mul(_counted(attention), attention), 1), "i64")
+        if not same(attention.shape[1], seq):
+            position_ids = narrow(position_ids, 1, seq)
+        mask = masks.causal_mask(attention, seq, setup.attention, embedded.dtype, None, padded=setup.padded)
         located = model.embedding(
             "model.decoder.embed_positions", self.max_positions + 2, self.hidden, add(position_ids, 2)
         )
@@ -99,6 +102,7 @@ class Opt(Architecture):
         q = self._split(mul(layer.linear("self_attn.q_proj", x, self.hidden, bias=True), self.head_dim**-0.5))
         k = self._split(layer.linear("self_attn.k_proj", x, self.hidden, bias=True))
         v = self._split(layer.linear("self_attn.v_proj", x, self.hidden, bias=True))
+        k, v = layer.extended(k, v)
         setup = layer.build.setup
         out, weights = attend(q, k, v, mask, setup.attention, causal=True, form="upcast", p=self.attention_dropout)
         out = reshape(out, (*x.shape[:-1], self.hidden))
@@ -106,3 +110,8 @@ class Opt(Architecture):
 
     def _split(self, y: Tensor) -> Tensor:
         return transpose(view(y, (*y.shape[:-1], self.heads, self.head_dim)), 1, 2)
+
+
+def _counted(attention: Tensor) -> Tensor:
+    """`torch.cumsum(attention, dim=1)`: the positions of the tokens, counted from 1."""
+    return emit("cumsum", (attention,), attention.shape, attention.dtype)

@@ -8,54 +8,108 @@ from typing import Any
 import click
 
 from ..errors import UserError
-from ..setup import ATTENTION, CHECKPOINT, DTYPES, OPTIMIZERS
+from ..setup import ATTENTION, CHECKPOINT, DTYPES, KERNELS, OPTIMIZERS
+
+Command = Callable[..., Any]
+Decorator = Callable[[Command], Command]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON (SI units, bytes).")
 
 
 class Lists(click.Command):
-    """A command whose `--methods` takes several values in a row: `--methods full lora:r=16 top_k:k=8`."""
+    """A command whose repeatable options take several values in a row: `--methods full lora:r=16 top_k:k=8`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        lists = {name for p in self.params if isinstance(p, click.Option) and p.multiple for name in p.opts}
         out: list[str] = []
-        values: int | None = None
+        current, values = "", 0
         for arg in [*args, "--"]:
             if arg.startswith("-"):
-                if values == 0:
-                    raise click.UsageError("Option '--methods' requires one or more values.", ctx)
-                values = 0 if arg == "--methods" else None
-                if values is None and arg != "--":
+                if current and not values:
+                    raise click.UsageError(f"Option '{current}' requires one or more values.", ctx)
+                current, values = (arg if arg in lists else ""), 0
+                if not current and arg != "--":
                     out.append(arg)
-            elif values is None:
-                out.append(arg)
-            else:
+            elif current:
                 values += 1
-                out += ["--methods", arg]
+                out += [current, arg]
+            else:
+                out.append(arg)
         return super().parse_args(ctx, out)
 
 
-def setup_options(command: Callable[..., Any]) -> Callable[..., Any]:
+class Axis(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
+    """Values of a grid's axis: `4`, `1+2+4`, `128-8192:128` (from - to : step) or `1-64*2` (doubling)."""
+
+    name = "values"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if not isinstance(value, str):
+            return tuple(value)
+        found: list[int] = []
+        for item in value.split("+"):
+            low, dash, rest = item.partition("-")
+            geometric = "*" in rest
+            high, _, step = rest.partition("*" if geometric else ":")
+            try:
+                first, last, by = int(low), int(high) if dash else int(low), int(step) if step else 1
+            except ValueError:
+                self.fail(f"{item!r} is not a number or a range such as 128-8192:128 or 1-64*2", param, ctx)
+            if by < (2 if geometric else 1) or first < 1 or last < first:
+                self.fail(f"the range {item!r} runs nowhere: write FROM-TO, FROM-TO:STEP or FROM-TO*FACTOR", param, ctx)
+            if last - first > 10_000_000 * by:
+                self.fail(f"the range {item!r} is too long", param, ctx)
+            while first <= last:
+                found.append(first)
+                first = first * by if geometric else first + by
+        return tuple(found)
+
+
+def _where(*, grid: bool) -> tuple[Decorator, ...]:
+    """Model, device, host and the size of a batch; on a grid several devices, and axes for the sizes."""
+    size = Axis() if grid else int
+    return (
+        click.option("--model", required=True, help="Bundled name, path of a config.json or folder, or hub id."),
+        click.option(
+            "--device", required=True, multiple=grid, help="Device (see `perfmodel devices`) or path of a TOML."
+        ),
+        click.option("--host", default="default", show_default=True, help="Host name or path of a TOML."),
+        click.option("--batch", type=size, default="1", show_default=True, help="Samples of a micro-batch."),
+        click.option("--seq", type=size, default="512", show_default=True, help="Tokens per sample."),
+    )
+
+
+def _how() -> tuple[Decorator, ...]:
+    """The rest of the training setup."""
+    return (
+        click.option("--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True, help="Base weights."),
+        click.option("--amp", type=click.Choice(("bf16", "fp16")), help="torch.autocast over fp32 weights."),
+        click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adamw", show_default=True),
+        click.option("--grad-accum", type=int, default=1, show_default=True, help="Micro-batches per step."),
+        click.option("--checkpoint", type=click.Choice(CHECKPOINT), default="none", show_default=True,
+                     help="Activation checkpointing per block."),
+        click.option("--attention", type=click.Choice(ATTENTION), default="sdpa", show_default=True),
+        click.option("--kernels", type=click.Choice(KERNELS), default="torch", show_default=True,
+                     help="liger: fused norms, rotary positions, SwiGLU and linear cross entropy."),
+        click.option("--clip-grad/--no-clip-grad", default=True, show_default=True, help="Clip the gradient norm."),
+        click.option("--cuda-graphs", is_flag=True, help="One launch dispatches the whole step."),
+        click.option("--padded", is_flag=True, help="Some samples are padded: sdpa gets an explicit mask."),
+        json_option,
+    )  # fmt: skip
+
+
+def setup_options(command: Command) -> Command:
     """The options that describe model, device and training setup."""
-    for decorate in reversed(
-        (
-            click.option("--model", required=True, help="Bundled name, path of a config.json or folder, or hub id."),
-            click.option("--device", required=True, help="Device name (see `perfmodel devices`) or path of a TOML."),
-            click.option("--host", default="default", show_default=True, help="Host name or path of a TOML."),
-            click.option("--batch", type=int, default=1, show_default=True, help="Samples of a micro-batch."),
-            click.option("--seq", type=int, default=512, show_default=True, help="Tokens per sample."),
-            click.option("--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True, help="Base weights."),
-            click.option("--amp", type=click.Choice(("bf16", "fp16")), help="torch.autocast over fp32 weights."),
-            click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adamw", show_default=True),
-            click.option("--grad-accum", type=int, default=1, show_default=True, help="Micro-batches per step."),
-            click.option("--checkpoint", type=click.Choice(CHECKPOINT), default="none", show_default=True,
-                         help="Activation checkpointing per block."),
-            click.option("--attention", type=click.Choice(ATTENTION), default="sdpa", show_default=True),
-            click.option("--clip-grad/--no-clip-grad", default=True, show_default=True, help="Clip the gradient norm."),
-            click.option("--cuda-graphs", is_flag=True, help="One launch dispatches the whole step."),
-            click.option("--padded", is_flag=True, help="Some samples are padded: sdpa gets an explicit mask."),
-            json_option,
-        )
-    ):  # fmt: skip
+    return _decorated(command, _where(grid=False))
+
+
+def grid_options(command: Command) -> Command:
+    """The same for a grid: several devices, and values or ranges of batch and sequence."""
+    return _decorated(command, _where(grid=True))
+
+
+def _decorated(command: Command, where: tuple[Decorator, ...]) -> Command:
+    for decorate in reversed((*where, *_how())):
         command = decorate(command)
     return command
 
@@ -66,7 +120,7 @@ def setup_of(options: dict[str, Any]) -> Any:
 
     from ..setup import Setup
 
-    return Setup(**{f.name: options[f.name] for f in fields(Setup)})
+    return Setup(**{f.name: options[f.name] for f in fields(Setup) if f.name in options})
 
 
 def print_json(value: Any) -> None:

@@ -65,6 +65,19 @@ def published(plot: Path | None, all_rows: bool, as_json: bool) -> None:
 
 
 @validate.command()
+@click.option("--all-rows", is_flag=True, help="List every row, not only the worst.")
+@json_option
+def tuners(all_rows: bool, as_json: bool) -> None:
+    """Compare PEFT's benchmark of its tuners (Llama-3.2-3B, L40S) with predictions from traces; takes minutes."""
+    try:
+        from validate import tuners as module
+        from validate.show import show_tuners
+    except ImportError as error:
+        raise extra(error) from None
+    sys.exit(0 if show_tuners(module, all_rows=all_rows, as_json=as_json) else 1)
+
+
+@validate.command()
 @click.option(
     "--kernels",
     type=click.Path(exists=True, file_okay=False, path_type=Path),

@@ -16,50 +16,75 @@ from ..tape.core import Op
 from ..tape.dtypes import ITEMSIZE
 from .attention import attention_backward_time, attention_forward_time
 from .gemm import gemm_time
+from .packages import gemm_shape, memory_bound
 from .pointwise import pointwise_time
 from .profile import DeviceProfile
 
-Table = dict[Any, list[tuple[Any, ...]]]
+Row = tuple[Any, ...]  # a model's arguments, each an int or an array over the grid
+SOFTMAX_IN_REGISTERS = 1024  # longest row that softmax keeps in registers (ATen/native/cuda/PersistentSoftmax.cuh)
 
 
 @dataclass
+class _Table:
+    """Rows of one model, by what must be equal within a call; equal rows are priced once for all their ops."""
+
+    rows: dict[Any, dict[Row, tuple[Row, list[int]]]] = field(default_factory=dict)
+
+    def add(self, key: Any, i: int, row: Row, equal: Row) -> None:
+        """A row of op `i`; rows with the same `equal` have the same price."""
+        self.rows.setdefault(key, {}).setdefault(equal, (row, []))[1].append(i)
+
+
 class _Tables:
-    """Rows (op index, arguments…) by model and by what must be equal within a call."""
+    """The tables of all models."""
 
-    gemm: Table = field(default_factory=dict)
-    attention: Table = field(default_factory=dict)
-    memory: Table = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.gemm, self.attention, self.memory = _Table(), _Table(), _Table()
+        self.arrays: dict[Any, list[np.ndarray]] = {}
 
-    def add(self, table: Table, key: Any, *row: Any) -> None:
-        table.setdefault(key, []).append(row)
+    def add(self, table: _Table, key: Any, i: int, *row: Any) -> None:
+        """Put a row of op `i` into a table."""
+        table.add(key, i, row, tuple(x if not isinstance(x, np.ndarray) else self._token(x) for x in row))
+
+    def _token(self, x: np.ndarray) -> Any:
+        """What stands for an array's values: computing the same dim twice makes two arrays."""
+        key = (x.shape, x.flat[0], x.flat[-1], x.sum())
+        known = self.arrays.setdefault(key, [])
+        for n, other in enumerate(known):
+            if x is other or np.array_equal(x, other):
+                return key, n
+        known.append(x)
+        return key, len(known) - 1
 
 
 def durations(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
     """Device seconds of each op, shape (ops, *grid); 0 for views and for work on host tensors."""
+    if profile.kind == "cpu":
+        return _cpu(ops, profile)
     tables = _Tables()
     for i, op in enumerate(ops):
         if not op.view and "host" not in op.attrs:
             _sort(i, op, tables)
-    priced: list[tuple[list[int], np.ndarray]] = []
-    if profile.kind == "cpu":
-        return _cpu(ops, profile)
+    priced: list[tuple[list[list[int]], np.ndarray]] = []
     for model, table in ((_gemm, tables.gemm), (_attention, tables.attention), (_memory, tables.memory)):
-        for key, rows in table.items():
-            priced.append(_price(rows, partial(model, profile, *key)))
+        for key, rows in table.rows.items():
+            seconds = _price([row for row, _ in rows.values()], partial(model, profile, *key))
+            priced.append(([index for _, index in rows.values()], seconds))
     grid = np.broadcast_shapes(*(seconds.shape[1:] for _, seconds in priced)) if priced else ()
     total = np.zeros((len(ops), *grid))
-    for index, seconds in priced:
-        over_grid = seconds.reshape(len(index), *(1,) * (len(grid) - seconds.ndim + 1), *seconds.shape[1:])
-        np.add.at(total, index, np.broadcast_to(over_grid, (len(index), *grid)))
+    for indices, seconds in priced:
+        for index, of_row in zip(indices, seconds, strict=True):
+            for i in index:
+                total[i] += of_row
     return total
 
 
-def _price(rows: list[tuple[Any, ...]], model: Callable[..., np.ndarray]) -> tuple[list[int], np.ndarray]:
+def _price(rows: list[Row], model: Callable[..., np.ndarray]) -> np.ndarray:
     """Stack the rows' arguments to arrays of shape (rows, *grid) and price them at once."""
-    index, *columns = zip(*rows, strict=True)
+    columns = list(zip(*rows, strict=True))
     shapes = {x.shape for column in columns for x in column if isinstance(x, np.ndarray)}
     grid = np.broadcast_shapes(*shapes) if shapes else ()
-    return list(index), np.asarray(model(*(_stacked(column, grid) for column in columns)))
+    return np.asarray(model(*(_stacked(column, grid) for column in columns)))
 
 
 def _stacked(column: tuple[Any, ...], grid: tuple[int, ...]) -> np.ndarray:
@@ -74,13 +99,9 @@ def _stacked(column: tuple[Any, ...], grid: tuple[int, ...]) -> np.ndarray:
 def _sort(i: int, op: Op, tables: _Tables) -> None:
     """Put one op into the table of its model; an op of several kernels gets several rows."""
     name, inputs = op.name, op.inputs
-    if name in ("mm", "addmm", "addmm_"):
-        a, b = inputs[-2:]
-        layout = op.attrs[0] if op.attrs else "tn"
-        tables.add(tables.gemm, (name, a.dtype, layout), i, a.shape[0], b.shape[1], a.shape[1], 1)
-    elif name == "bmm":
-        a, b = inputs
-        tables.add(tables.gemm, (name, a.dtype, "tn"), i, a.shape[1], b.shape[2], a.shape[2], a.shape[0])
+    if name in costs.GEMMS:
+        layout, *shape = gemm_shape(op)
+        tables.add(tables.gemm, (name, inputs[0].dtype, layout), i, *shape)
     elif "attention" in name or "flash_attn" in name:
         backward = name.endswith("_backward")
         q, k = inputs[1:3] if backward else inputs[:2]
@@ -94,11 +115,16 @@ def _sort(i: int, op: Op, tables: _Tables) -> None:
             tables.add(tables.memory, (kind,), i, *row)
 
 
+_WRITE_ONLY = ("zeros_like", "zero_", "uniform_", "normal_")  # dispatched with a tensor that they do not read
+
+
 def _memory_bound(op: Op) -> list[tuple[Any, ...]]:
     """(kind, kernels, bytes read, bytes written, elements, rows, elements of a row) of each kernel of an op."""
     kernels = costs.kernels(op)
     if isinstance(kernels, int) and kernels == 0:
         return []
+    if "::" in op.name:
+        return [memory_bound(op)]
     name, out = op.name, op.outputs[0] if op.outputs else op.inputs[0]
     read, written, n = op.bytes_read, op.bytes_written, out.numel
     if name.startswith(("_foreach", "_fused")):
@@ -119,6 +145,10 @@ def _memory_bound(op: Op) -> list[tuple[Any, ...]]:
         if len(op.outputs) > 1:
             both.append(("column_reduction", 1, read, x.shape[-1] * 8, x.numel, _rows(x), x.shape[-1]))
         return both
+    if name in ("_log_softmax_backward_data", "_softmax_backward_data"):
+        first = op.inputs[0].nbytes * (1 if "log" in name else 2)  # summed over the row, then all is read again
+        longer = np.greater(out.shape[-1], SOFTMAX_IN_REGISTERS)
+        return [("pointwise", 1, read + first * longer, written, n, 1, 1)]
     if "softmax" in name:
         return [("softmax", 1, read, written, n, _rows(out), out.shape[-1])]
     if name in ("sum.dim_IntList", "mean.dim"):
@@ -134,6 +164,8 @@ def _memory_bound(op: Op) -> list[tuple[Any, ...]]:
     kind = {"_to_copy": "cast", "cat": "cat", "clone": "strided", "copy_": "pointwise"}.get(name, "pointwise")
     if kind == "pointwise" and "strided" in op.attrs:
         kind = "strided"
+    if name in _WRITE_ONLY:
+        read = 0
     if name == "nll_loss_backward":
         read = op.inputs[2].nbytes  # one logit a row is touched, and the whole gradient is filled with zeros
     if name == "nll_loss_forward":
@@ -153,11 +185,12 @@ def _gemm(profile: DeviceProfile, name: str, dtype: str, layout: Any, *shape: An
     """A weight comes from HBM, an activation may still lie in L2; weight gradients and bmm have two activations."""
     m, n, k, batch = shape
     two_activations = name == "bmm" or layout == "nt"
+    accumulates = name in ("addmm_", "addmm.out")
     return np.asarray(
         gemm_time(
             m, n, k, batch,
             hardware=profile.hardware, parameters=profile.gemm[dtype], dtype=dtype, layout=layout,
-            b_copies=1.0 if two_activations else np.inf,
+            accumulate=accumulates, b_copies=1.0 if two_activations else np.inf,
         )
     )  # fmt: skip
 
@@ -174,10 +207,11 @@ def _memory(profile: DeviceProfile, kind: str, *columns: Any) -> np.ndarray:
     """Memory-bound kernels; an op of several launches pays the floor of each."""
     kernels, read, written, elements, rows, length = columns
     p = profile.pointwise
-    row_wise = kind in ("norm", "norm_backward", "softmax", "embedding", "cross_entropy")
+    row_wise = kind in ("norm", "norm_backward", "softmax", "embedding", "cross_entropy", "fused_norm")
     seconds = pointwise_time(
         read, written, hardware=profile.hardware, parameters=p, kind=kind, elements=elements,
-        rows=rows if row_wise else None, row_elements=length if row_wise else None,
+        rows=rows if row_wise else None,
+        row_elements=length if row_wise or kind == "fused_norm_backward" else None,
     )  # fmt: skip
     return np.asarray(np.asarray(seconds) + (kernels - 1) * (p.launch_floor + p.kernel_gap))
 

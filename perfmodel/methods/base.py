@@ -4,14 +4,20 @@ import inspect
 from collections.abc import Callable, Hashable
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
 
 from ..architectures.base import Architecture, Linear, Scope
 from ..errors import UserError, nearest
+from ..optimizers import Update
+from ..periodic import Periodic
 from ..registry import Registry
-from ..setup import Setup, positive
+from ..setup import positive
 from ..tape.core import Parameter, Tensor
+from ..tape.dims import Dim
 from ..tape.linalg import linear
+
+if TYPE_CHECKING:
+    from ..step import Step
 
 _REGISTRY: Registry[type["Method"]] = Registry(__package__, Path(__file__).parent)
 M = TypeVar("M", bound="Method")
@@ -83,20 +89,64 @@ class Method:
         """Layers with equal keys are treated alike."""
         return 0
 
+    def base_dtype(self, dtype: str) -> str:
+        """The dtype of base weights where the setup asks for `dtype`."""
+        return dtype
+
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """A linear layer's forward pass."""
         return layer(x)
+
+    def qkv(self, layers: tuple[Linear, ...], x: Tensor) -> list[Tensor] | None:
+        """The query, key and value projections in one, where an implementation fuses them."""
+        return None
+
+    def mlp(self, layers: tuple[Linear, ...], x: Tensor) -> Tensor | None:
+        """A SwiGLU MLP (gate, up and down projection) in one, where an implementation fuses it."""
+        return None
 
     def head(self, scope: Scope, hidden: Tensor, weight: Parameter) -> Tensor:
         """The output head where it shares the embedding's weight."""
         return linear(hidden, weight)
 
-    def embedded(self, x: Tensor, setup: Setup) -> Tensor:
-        """The embedding's output. With checkpointing transformers makes it a leaf that needs a gradient
-        (`enable_input_require_grads`), so backward then reaches the first block whatever the method trains."""
-        if setup.checkpoint != "none" and not x.requires_grad:
+    def loss(self, loss: Tensor, parameters: list[Parameter]) -> Tensor:
+        """The loss with what the method adds to the model's: a regulariser on parameters, in order of appearance."""
+        return loss
+
+    def inputs(self, model: Scope, attention: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention mask and labels, both (batch, seq), as the base model gets them."""
+        return attention, labels
+
+    def embedded(self, model: Scope, x: Tensor) -> Tensor:
+        """The embedding's output, (batch, seq, hidden), as the first block gets it.
+
+        With checkpointing transformers makes it a leaf that needs a gradient (`enable_input_require_grads`), so
+        backward then reaches the first block whatever the method trains.
+        """
+        if model.build.setup.checkpoint != "none" and not x.requires_grad:
             x.requires_grad = True
         return x
+
+    @property
+    def own_optimizer(self) -> str | None:
+        """The optimizer that the method brings, in the place of the setup's; None if it runs the setup's."""
+        return None
+
+    def update(self, update: Update) -> None:
+        """Record the optimizer step: by default the setup's optimizer, all that trains in one parameter group.
+
+        A method may call `update.group` for several groups, write the update of some parameters itself
+        (`update.runs`), name what it keeps between steps (`update.state`), and do something after the step.
+        """
+        update.group(update.parameters)
+
+    def periodic(self) -> tuple[Periodic, ...]:
+        """What it does besides its steps: once per run, or every so many steps."""
+        return ()
+
+    def held_bytes(self, step: "Step") -> Dim:
+        """Bytes that it keeps from step to step beside parameters and optimizer state."""
+        return 0
 
     def spec(self) -> str:
         """The method as one writes it on the command line; its size (r, k) first, other defaults left out."""
@@ -211,5 +261,6 @@ def _indices(where: str, text: str) -> tuple[int, ...]:
 
 
 __all__ = [
-    "Architecture", "Linear", "Method", "Scope", "method", "option", "options", "parse", "positive", "registered",
+    "Architecture", "Linear", "Method", "Periodic", "Scope", "method", "option", "options", "parse", "positive",
+    "registered",
 ]  # fmt: skip

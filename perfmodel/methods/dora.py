@@ -1,6 +1,7 @@
 """DoRA as PEFT runs it: LoRA for the direction of a weight, a trained vector for the length of its rows."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..tape.core import Parameter, Tensor
 from ..tape.extra import detach, div, eye, row_norms, transposed_parameter
@@ -16,6 +17,8 @@ from .targeted import base_bias, base_weight
 @dataclass(frozen=True)
 class Dora(Lora):
     """LoRA that rescales every row of W + (α/r)·BA to a trained length; the norm is taken anew in every forward."""
+
+    implementations: ClassVar[tuple[str, ...]] = ("peft",)
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         result = layer(x)

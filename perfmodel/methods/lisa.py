@@ -2,9 +2,14 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .base import Method, method, option, positive
+from ..periodic import fresh_states, trained
+from .base import Method, Periodic, method, option, positive
+
+if TYPE_CHECKING:
+    from ..step import Step
 
 
 @method("lisa", title="LISA", source="https://arxiv.org/abs/2403.17919")
@@ -37,5 +42,14 @@ class Lisa(Method):
     def trains(self, name: str, kind: str, layer: int | None) -> bool:
         return layer is None or layer >= self.layers - self.gamma
 
+    def periodic(self) -> tuple[Periodic, ...]:
+        return (Periodic("switch of blocks", self.interval, _switch),)
+
     def layer_key(self, layer: int) -> Hashable:
         return layer >= self.layers - self.gamma
+
+
+def _switch(step: "Step") -> None:
+    """The callback makes a new optimizer and carries over the state of what lies outside the blocks only."""
+    inside = step.architecture.layer_path + "."
+    fresh_states(step, [p for p in trained(step) if p.name.startswith(inside)])

@@ -1,13 +1,18 @@
-"""LoRA as PEFT runs it in eager mode."""
+"""LoRA as PEFT runs it in eager mode, and in the fused implementations of Unsloth and LoRAFusion."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+from ..errors import UserError, nearest
 from ..tape.core import Parameter, Tensor
 from ..tape.linalg import linear
+from ..tape.lora_kernels import Adapted, lorafusion_linear, unsloth_linear, unsloth_mlp, unsloth_qkv
 from ..tape.pointwise import add, cast, dropout, mul
 from .base import Linear, method, option, positive
-from .targeted import DEFAULT_TARGETS, Targeted, fraction
+from .targeted import DEFAULT_TARGETS, Targeted, base_bias, base_weight, fraction
+
+HELP = "peft, unsloth (fused where q, k, v or the MLP are all targets, without dropout) or lorafusion"
+FUSED = ("llama", "mistral", "qwen2")  # what the fused implementations are written for
 
 
 @method("lora", title="LoRA", source="https://arxiv.org/abs/2106.09685; peft/tuners/lora/layer.py")
@@ -18,11 +23,33 @@ class Lora(Targeted):
     r: Any = option(8, "rank")
     alpha: float = option(8.0, "scale numerator; changes no cost")
     dropout: float = option(0.0, "dropout on the adapter's input")
+    implementation: str = option("peft", HELP)
+
+    implementations: ClassVar[tuple[str, ...]] = ("peft", "unsloth", "lorafusion")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "r", positive(f"method {self.name}: r", self.r))
         fraction(f"method {self.name}: dropout", self.dropout)
+        if self.implementation not in self.implementations:
+            hint = nearest(self.implementation, self.implementations)
+            raise UserError(f"method {self.name}: implementation {self.implementation!r} is unknown: {hint}")
+
+    def check(self) -> None:
+        super().check()
+        assert self.architecture is not None
+        if self.implementation != "peft" and self.architecture.model_type not in FUSED:
+            raise UserError(
+                f"method {self.name}: {self.implementation} is not written for {self.architecture.name}; "
+                "use implementation=peft"
+            )
+
+    def dtype_beside(self, dtype: str) -> str:
+        if self.implementation != "lorafusion":
+            return super().dtype_beside(dtype)
+        if self.adapter_dtype not in (None, dtype):
+            raise UserError(f"method {self.name}: lorafusion's adapters have the base's dtype, {dtype}")
+        return dtype
 
     def weights(self, layer: Linear, dtype: str) -> tuple[Parameter, Parameter]:
         """A (r, n_in) and B (n_out, r)."""
@@ -31,12 +58,44 @@ class Lora(Targeted):
         return a, layer.adapter("lora_B.weight", (layer.n_out, self.r), dtype)
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
+        if self.implementation == "lorafusion":
+            self._check_autocast(layer)
+            a, b = self.weights(layer, dtype)
+            return lorafusion_linear(x, base_weight(layer), a, b, base_bias(layer), self.dropout)
+        if layer.name.endswith(".o_proj") and self._fuses((layer,)):
+            return unsloth_linear(x, self._adapted(layer))
         result = layer(x)
         a, b = self.weights(layer, dtype)
         result_dtype = result.dtype
         x = cast(x, dtype)
         result = add(result, mul(linear(linear(dropout(x, self.dropout), a), b), self.alpha))
         return cast(result, result_dtype)
+
+    def qkv(self, layers: tuple[Linear, ...], x: Tensor) -> list[Tensor] | None:
+        return unsloth_qkv(x, [self._adapted(layer) for layer in layers]) if self._fuses(layers) else None
+
+    def mlp(self, layers: tuple[Linear, ...], x: Tensor) -> Tensor | None:
+        return unsloth_mlp(x, *(self._adapted(layer) for layer in layers)) if self._fuses(layers) else None
+
+    def _fuses(self, layers: tuple[Linear, ...]) -> bool:
+        """Unsloth's condition for its Functions (`patch_peft_model`): all adapted, no bias, no dropout."""
+        return (
+            self.implementation == "unsloth"
+            and not self.dropout
+            and not any(layer.has_bias for layer in layers)
+            and all(self.targets_layer(layer.name, layer.scope.layer) for layer in layers)
+        )
+
+    def _adapted(self, layer: Linear) -> Adapted:
+        self._check_autocast(layer)
+        return Adapted(base_weight(layer), *self.weights(layer, self.dtype_beside(layer.scope.dtype)))
+
+    def _check_autocast(self, layer: Linear) -> None:
+        setup = layer.scope.build.setup
+        if setup.amp and setup.dtype == "fp32":
+            raise UserError(
+                f"method {self.name}: {self.implementation} needs 16-bit weights under autocast; use --dtype"
+            )
 
 
 __all__ = ["DEFAULT_TARGETS", "Lora"]

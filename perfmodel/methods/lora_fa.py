@@ -1,9 +1,19 @@
 """LoRA-FA: LoRA with A frozen at its random start."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from ..tape.core import Parameter
-from .base import Linear, method
+from ..optimizers import Update
+from ..optimizers.ops import in_place, new
+from ..optimizers.update import gradient
+from ..tape.core import Parameter, Tensor
+from ..tape.custom import autocasting
+from ..tape.decompositions import pinv
+from ..tape.extra import host_eye
+from ..tape.linalg import matmul
+from ..tape.pointwise import add, cast, mul
+from ..tape.shape import t
+from .base import Linear, method, option
 from .lora import Lora
 
 
@@ -12,10 +22,51 @@ from .lora import Lora
 class LoraFa(Lora):
     """LoRA whose A is frozen: no gradient of A, and of the input only xAᵀ (T × r) is kept.
 
-    The optimizer is the setup's; the projected update that the paper adds to it (peft's `LoraFAOptimizer`) is left out.
+    It brings its own optimizer, peft's `LoraFAOptimizer`: AdamW in a Python loop over the pairs, on the gradient of B
+    times (AAᵀ)⁻¹, which is the one of full fine-tuning projected on A.
     """
+
+    projected: bool = option(True, "peft's LoraFAOptimizer; false: the setup's optimizer")
+
+    implementations: ClassVar[tuple[str, ...]] = ("peft",)
 
     def weights(self, layer: Linear, dtype: str) -> tuple[Parameter, Parameter]:
         self.check_rank(layer, self.r)
         a = layer.adapter("lora_A.weight", (self.r, layer.n_in), dtype, trainable=False)
         return a, layer.adapter("lora_B.weight", (layer.n_out, self.r), dtype)
+
+    @property
+    def own_optimizer(self) -> str | None:
+        return "peft's LoraFAOptimizer" if self.projected else None
+
+    def update(self, update: Update) -> None:
+        if not self.projected:
+            super().update(update)
+            return
+        adapters = [p for p in update.everything if p.kind == "adapter"]
+        for run in update.runs(adapters):
+            for a, b in zip(run[::2], run[1::2], strict=True):
+                _update_pair(update, a, b)
+
+
+def _update_pair(update: Update, a: Parameter, b: Parameter) -> None:
+    """One pass of the loop in `LoraFAOptimizer.step`; A (r, n), B (m, r). Its product runs in bf16 by autocast."""
+    grad_b_orin = gradient(b)
+    aa_t = matmul(a, t(a))
+    aa_t_inv = pinv(add(aa_t, mul(host_eye(a.shape[0]), 1e-8)))
+    with autocasting("bf16"):
+        grad_b = mul(matmul(grad_b_orin, aa_t_inv), 0.25)
+    grad_b = cast(grad_b, grad_b_orin.dtype)
+    adam(update, b, grad_b)
+
+
+def adam(update: Update, p: Parameter, grad: Tensor) -> None:
+    """transformers' former AdamW on one tensor: no weight decay, the step counter a Python number."""
+    exp_avg, exp_avg_sq = update.state(p), update.state(p)
+    in_place("add_.Tensor", in_place("mul_.Tensor", exp_avg), grad)
+    in_place("addcmul_", in_place("mul_.Tensor", exp_avg_sq), grad, grad)
+    denom = in_place("add_.Tensor", new("sqrt", exp_avg_sq))
+    in_place("addcdiv_", p, exp_avg, denom)
+
+
+__all__ = ["LoraFa", "adam"]

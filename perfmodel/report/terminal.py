@@ -1,6 +1,6 @@
 """Tables for the terminal (Rich)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -8,23 +8,28 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..compare import Comparison
+from ..periodic import PeriodicCost
 from ..predict import Prediction
 from ..step import PHASES
 from . import units
-from .figures import Cell, figures, mfu_of, setup_line
+from .figures import Cell, figures, headline, mfu_of, setup_line
 
 console = Console(highlight=False)
 COLUMNS = (*PHASES, "total")
 PER_TABLE = 4  # methods side by side in a terminal of 80 columns
 
 
-def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], *, left: int = 1) -> Table:
-    """A plain table; the first `left` columns are text, the others numbers."""
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[Iterable[Any]], *, left: int = 1, text_last: bool = False
+) -> Table:
+    """A plain table; the first `left` columns are text, the others numbers, the last long text if it is `text_last`."""
     made = Table(
         title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )
     for i, name in enumerate(columns):
-        made.add_column(name, justify="left" if i < left else "right", overflow="fold", no_wrap=i == 0)
+        is_text = i < left or (text_last and i == len(columns) - 1)
+        no_wrap = not is_text if text_last else i == 0
+        made.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=no_wrap)
     for row in rows:
         made.add_row(*(str(cell) for cell in row))
     return made
@@ -58,18 +63,24 @@ def show_prediction(p: Prediction) -> None:
         f"{units.nbytes(m.gradients)} + optimizer {units.nbytes(m.optimizer)} + activations and temporaries "
         f"{units.nbytes(m.activations)}; {'fits' if p.fits else '[red]does not fit[/]'}"
     )
+    for cost in p.periodic:
+        console.print(periodic_line(cost))
     notes(p.notes)
+
+
+def periodic_line(cost: PeriodicCost) -> str:
+    """What comes besides the steps, in words."""
+    work = f"{cost.what} {units.seconds(cost.seconds)}"
+    traffic = f"{units.count(cost.flops, 'FLOP')}, {units.nbytes(cost.bytes)}"
+    if cost.every is None:
+        return f"once per run: {work} ({traffic})"
+    return f"every {cost.every} steps: {work} ({traffic}), {units.seconds(cost.seconds_per_step)} a step on average"
 
 
 def notes(told: Iterable[str]) -> None:
     """Notes below a result."""
     for note in told:
         console.print(f"[dim]note: {escape(note)}[/]")
-
-
-def headline(p: Prediction) -> str:
-    """Model, device and setup in a line."""
-    return f"{p.model} on {p.device}, {setup_line(p.setup)}"
 
 
 def show_comparison(c: Comparison) -> None:
@@ -83,6 +94,9 @@ def show_comparison(c: Comparison) -> None:
         shown = [[row.name, *(_marked(cell) for cell in row.cells[which])] for row in rows]
         console.print(table("", ("", *(p.method for p in c.predictions[which])), shown))
     console.print(f"[dim]* best of those that fit; {mfu_of(c.predictions[0])}[/]")
+    for p in c.predictions:
+        for cost in p.periodic:
+            console.print(f"{p.method}, {periodic_line(cost)}")
     notes(dict.fromkeys(note for p in c.predictions for note in p.notes))
 
 

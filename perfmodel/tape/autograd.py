@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .core import Parameter, Part, Tensor, new_tensor, record, tape
-from .dims import Shape, dense_order, same
+from .dims import Shape, dense_order, is_one, same
 
 Grads = tuple[Tensor | None, ...]
 Backward = Callable[["Node", Sequence[Tensor | None]], Grads]
@@ -108,18 +108,27 @@ def _accumulate(node: Node, grads: Sequence[Tensor | None]) -> Grads:
     assert grad is not None
     parameter.used = True
     if parameter.grad is None:
-        if dense_order(grad.shape, grad.strides) is None or not all(map(same, grad.strides, parameter.strides)):
-            grad = _copy(grad)
-        parameter.grad = grad.alias()
+        parameter.grad = _settled(grad, parameter).alias()
         if parameter.part is not None:  # one of as many as there are identical layers
             parameter.grad.storage.copies = parameter.part.repeat
     else:
-        record("add_.Tensor", (parameter.grad, grad), (parameter.grad,))
+        with tape().belonging_to("adapter" if parameter.kind == "adapter" else "accumulation"):
+            record("add_.Tensor", (parameter.grad, grad), (parameter.grad,))
     return ()
 
 
+def _settled(grad: Tensor, leaf: Tensor) -> Tensor:
+    """The gradient as a leaf keeps it: copied unless it lies in memory as the leaf does."""
+    alike = dense_order(grad.shape, grad.strides) is not None and all(
+        is_one(d) or same(a, b) for d, a, b in zip(grad.shape, grad.strides, leaf.strides, strict=True)
+    )
+    return grad if alike else _copy(grad)
+
+
 def _keep(node: Node, grads: Sequence[Tensor | None]) -> Grads:
-    node.saved.append(grads[0])
+    (leaf,), (grad,) = node.attrs, grads
+    assert grad is not None
+    node.saved.append(_settled(grad, leaf))
     return ()
 
 
@@ -172,7 +181,8 @@ def run_backward(root: Tensor, grad: Tensor) -> None:
     with current.no_grad(), current.belonging_to(current.owner):
         while ready:
             node = heapq.heappop(ready)[2]
-            current.backward_of(node.part)
+            if node.name != "AccumulateGrad":  # runs where the last of its gradient arrives
+                current.backward_of(node.part)
             current.owner = node.owner
             current.part.nodes += 1
             outputs = _call(node, buffers.take(node))

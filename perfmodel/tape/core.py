@@ -42,7 +42,8 @@ class Op:
     """One ATen call: the narrow waist between what produces ops (tape, trace) and what counts and prices them.
 
     `bytes_read` counts each distinct input once, `bytes_written` each output once. `view` calls move no data.
-    `owner` is what asked for the op: the "base" model, its "attention" or an "adapter"; backward follows its forward.
+    `owner` is what asked for the op: the "base" model, its "attention", an "adapter", the "dequantisation" of weights
+    or the "accumulation" of gradients; backward follows its forward.
     `recompute` marks what a checkpoint runs again.
     """
 
@@ -158,9 +159,12 @@ class Tensor:
 
 
 class Parameter(Tensor):
-    """A weight; `count` identical layers hold one each. `kind`: weight, bias, norm, embedding or adapter."""
+    """A weight; `count` identical layers hold one each. `kind`: weight, bias, norm, embedding, adapter or scale.
 
-    __slots__ = ("accumulator", "count", "grad", "kind", "name", "part", "used")
+    `elements` is how many parameters of the model it stands for: packed 4-bit weights hold two a byte, scales none.
+    """
+
+    __slots__ = ("accumulator", "count", "elements", "grad", "kind", "name", "part", "used")
 
     def __init__(self, name: str, shape: Shape, dtype: str, *, kind: str, trainable: bool) -> None:
         numel = product(shape)
@@ -168,6 +172,7 @@ class Parameter(Tensor):
         self.name = name
         self.kind = kind
         self.requires_grad = trainable
+        self.elements = numel
         self.count = 1
         self.grad: Tensor | None = None
         self.accumulator: weakref.ref[Node] | None = None
@@ -180,7 +185,8 @@ class Tape:
     CUDA compute capability, which decides the attention kernel.
 
     `autocast` is the 16-bit dtype inside `torch.autocast`, or None. Everything that follows PyTorch's global state
-    (grad mode, autocast's weight cache, checkpoint frames) lives here. `owner` and `recomputing` go onto every op.
+    (grad mode, autocast's weight cache, checkpoint frames) lives here, and the training loop's variable `loss`, whose
+    graph lives until the next forward pass has made another. `owner` and `recomputing` go onto every op.
     """
 
     def __init__(self, device: str = "cuda", capability: str = "8.0", *, autocast: str | None = None) -> None:
@@ -192,6 +198,7 @@ class Tape:
         self.grad_enabled = True
         self.owner = "base"
         self.recomputing = False
+        self.loss: Tensor | None = None
         self.frames: list[Any] = []
         self.sequence = 0
         self.parts: list[Part] = []
@@ -258,16 +265,28 @@ class Tape:
 
     def drop_cast_cache(self, *, all_layers: bool) -> None:
         """Forget the cached casts: those of all layers at the end of the forward, or those of one recomputed block."""
-        while self.cast_cache:
-            _, (leaf, cast) = self.cast_cache.popitem()
-            storage = cast.storage
-            if all_layers and isinstance(leaf, Parameter) and leaf.part is not None:
-                storage.copies = leaf.part.repeat  # if this was the last reference, all layers' copies die here
-            del cast
-            held = _references(storage) > 1
-            if held:
-                storage.copies = 1
-            del storage
+        held = [
+            (cast, leaf.part if all_layers and isinstance(leaf, Parameter) else None)
+            for leaf, cast in self.cast_cache.values()
+        ]
+        self.cast_cache.clear()
+        release(held)
+
+
+def release(held: list[tuple[Tensor, Part | None]]) -> None:
+    """Let go of tensors that nobody else should need, each with the part that made it, and empty the list.
+
+    Where this was the last reference, the copies of all layers of that part die here; what something else still holds
+    (a graph saved it) dies later, layer by layer.
+    """
+    while held:
+        t, part = held.pop()
+        storage = t.storage
+        storage.copies = part.repeat if part is not None else 1
+        del t
+        if _references(storage) > 1:
+            storage.copies = 1
+        del storage
 
 
 def _references(storage: Storage) -> int:

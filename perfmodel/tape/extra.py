@@ -34,18 +34,40 @@ def eye(n: Dim, dtype: str) -> Tensor:
     return emit("eye", (), (n, n), dtype)
 
 
-def div(a: Tensor, b: Tensor) -> Tensor:
-    """`a / b` by a constant tensor b."""
-    node = differentiate("DivBackward0", (a,), _div_backward)
+def host_eye(n: Dim) -> Tensor:
+    """`torch.eye(n).to(device)`: made on the host in fp32 and copied to the device, where there is one."""
+    if tape().device != "cuda":
+        return eye(n, "fp32")
+    x = Tensor((n, n), "fp32", (n, 1), n * n, Storage(0, None))
+    record("eye", (), (x,), ("host",))
+    return emit("_to_copy", (x,), (n, n), "fp32")
+
+
+def div(a: Tensor, b: Tensor | float) -> Tensor:
+    """`a / b`."""
+    if not isinstance(b, Tensor):
+        return _elementwise("div.Tensor", (a,), differentiate("DivBackward0", (a,), _div_number_backward))
+    node = differentiate("DivBackward0", (a, b), _div_backward)
     if node:
-        node.save(b)
+        node.save(a if node.needs[1] else None, b)
     return _elementwise("div.Tensor", (a, b), node)
 
 
 def _div_backward(node: Node, grads: Sequence[Grad]) -> Grads:
-    (g,), (b,) = grads, node.unpack()
+    (g,), (a, b) = grads, node.unpack()
     assert g is not None
-    return (_elementwise("div.Tensor", (g, b)),)
+    grad_b = None
+    grad_a = _elementwise("div.Tensor", (g, b)) if node.needs[0] else None
+    if node.needs[1]:
+        ratio = _elementwise("div.Tensor", (_elementwise("div.Tensor", (a, b)), b))
+        grad_b = _elementwise("mul.Tensor", (_elementwise("neg", (g,)), ratio))
+    return (grad_a, grad_b)
+
+
+def _div_number_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,) = grads
+    assert g is not None
+    return (_elementwise("div.Tensor", (g,)),)
 
 
 def row_norms(x: Tensor) -> Tensor:

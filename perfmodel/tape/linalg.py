@@ -95,15 +95,23 @@ def _bmm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b`: of 4-D tensors with equal leading dims, which ATen folds into bmm, or by a matrix b, into mm."""
+    """`a @ b` of tensors with equal leading dims, which ATen folds into bmm, or by a matrix b, into mm if it can."""
     a, b = autocast_operand(a), autocast_operand(b)
     if len(b.shape) == 2:
-        return _fold(a, b, None, "_unsafe_view")
+        if _folds(a, b):
+            return _fold(a, b, None, "_unsafe_view")
+        b = expand(b, (*a.shape[:-2], *b.shape))
     batch = product(a.shape[:-2])
     left = reshape(expand(a, a.shape), (batch, *a.shape[-2:]))
     right = reshape(expand(b, b.shape), (batch, *b.shape[-2:]))
     out = bmm(left, right)
     return view(out, (*a.shape[:-1], b.shape[-1]), "_unsafe_view")
+
+
+def _folds(a: Tensor, b: Tensor) -> bool:
+    """ATen's `should_fold`: rows of a that do not follow one another are not copied for a matrix without gradient."""
+    shape, strides = a.shape, a.strides
+    return b.requires_grad or all(same(strides[i], strides[i + 1] * shape[i + 1]) for i in range(len(shape) - 2))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

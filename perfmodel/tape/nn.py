@@ -103,13 +103,15 @@ def _nll_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """transformers' `ForCausalLMLoss`: fp32 logits, labels shifted by one."""
     logits = cast(logits, "fp32")
-    batch, seq = labels.shape
-    padded = emit("constant_pad_nd", (labels,), (batch, seq + 1), "i64")
-    shifted = contiguous(_shift(padded, labels))
+    target = shifted_labels(labels)
     flat = view(logits, (product(logits.shape[:-1]), logits.shape[-1]))
     del logits
-    return cross_entropy(flat, view(shifted, (product(shifted.shape),)))
+    return cross_entropy(flat, target)
 
 
-def _shift(padded: Tensor, labels: Tensor) -> Tensor:
-    return view_as("slice.Tensor", padded, labels.shape, padded.strides)
+def shifted_labels(labels: Tensor) -> Tensor:
+    """(batch, seq) labels moved by one token, as (batch·seq,)."""
+    batch, seq = labels.shape
+    padded = emit("constant_pad_nd", (labels,), (batch, seq + 1), "i64")
+    shifted = contiguous(view_as("slice.Tensor", padded, labels.shape, padded.strides))
+    return view(shifted, (product(shifted.shape),))

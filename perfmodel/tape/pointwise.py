@@ -249,12 +249,17 @@ def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return _elementwise("where.self", (condition, a, b), dtype=a.dtype)
 
 
-def masked(allowed: Tensor, x: Tensor) -> Tensor:
+def scalar(dtype: str) -> Tensor:
+    """`torch.tensor(value, device=…)`: made on the host; on CUDA a blocking copy brings it to the device."""
+    made = Tensor((), dtype, (), 1, Storage(0, None))
+    return emit("_to_copy", (made,), (), dtype, attrs=("sync",)) if tape().device == "cuda" else made
+
+
+def masked(allowed: Tensor, x: Tensor, constant: Tensor) -> Tensor:
     """`torch.where(allowed, x, constant)`: the gradient is zero where it is not allowed."""
     node = differentiate("WhereBackward0", (x,), _masked_backward)
     if node:
         node.save(allowed)
-    constant = Tensor((), x.dtype, (), 1, Storage(0, None))
     return _elementwise("where.self", (allowed, x, constant), node, dtype=x.dtype)
 
 
@@ -321,12 +326,13 @@ def autocast_fp32(x: Tensor) -> Tensor:
 
 
 def cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """Concatenate; under autocast operands are promoted to the widest dtype."""
+    """Concatenate; mixed dtypes are promoted within the kernel, under autocast by casts of floating operands."""
     dim = dim % len(tensors[0].shape)
     dtype = tensors[0].dtype
     for t in tensors[1:]:
         dtype = promote(dtype, t.dtype)
-    tensors = [cast(t, dtype) for t in tensors]
+    if tape().autocast:
+        tensors = [cast(t, dtype) if t.is_floating else t for t in tensors]
     total: Dim = sum(t.shape[dim] for t in tensors)
     shape = (*tensors[0].shape[:dim], total, *tensors[0].shape[dim + 1 :])
     node = differentiate("CatBackward0", tensors, _cat_backward, (dim, tuple(t.shape[dim] for t in tensors)))

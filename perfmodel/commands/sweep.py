@@ -1,0 +1,54 @@
+"""`perfmodel sweep`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import UserError
+from .options import Axis, Lists, grid_options, print_json, setup_of
+
+PRINTED = 100_000  # rows that go to the terminal as JSON; more belong in a file
+
+
+@click.command(cls=Lists)
+@click.option("--methods", multiple=True, default=("full", "lora"), help="Methods, baseline first: full lora:r=16 ...")
+@click.option("--rank", type=Axis(), default=(), help="Ranks for the methods that have one.")
+@click.option("--k", type=Axis(), default=(), help="Numbers of trained blocks for the methods that have one (top_k).")
+@click.option(
+    "--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Write every row: .csv, .json or .parquet."
+)
+@click.option(
+    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the speed-up as heat maps (.png, .svg, .pdf)."
+)
+@grid_options
+def sweep(
+    methods: Sequence[str],
+    rank: tuple[int, ...],
+    k: tuple[int, ...],
+    output: Path | None,
+    plot: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Predict a grid of batch, sequence, rank, K and devices: where does a method pay?
+
+    Axes take a number, a list 1+2+4, a range 128-8192:128 (from-to:step) or a doubling range 1-64*2.
+    """
+    from ..sweep import sweep as plan
+
+    axes = {name: options.pop(name) for name in ("batch", "seq", "device")}
+    planned = plan(
+        options["model"], methods, setup_of(options), axes["device"], host=options["host"], batch=axes["batch"],
+        seq=axes["seq"], rank=rank, k=k,
+    )  # fmt: skip
+    if as_json and not output and len(planned) > PRINTED:
+        raise UserError(f"{len(planned):,} rows are too many to print: give --output FILE")
+    from ..report.sweeps import run, show_summary
+
+    result = run(planned, output=output, keep_rows=as_json and output is None, plot=plot)
+    if as_json:
+        print_json(result.as_dict())
+    else:
+        show_summary(planned, result)

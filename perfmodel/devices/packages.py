@@ -1,0 +1,54 @@
+"""Which price model the kernels of other packages take: those of bitsandbytes, Liger, Unsloth and LoRAFusion.
+
+They are no ATen calls, so their names carry a namespace (`liger::rms_norm`). Triton's norms and losses were measured by
+Liger and have kinds of their own (`perfmodel.devices.pointwise.KINDS`); what only streams is priced as any such kernel.
+"""
+
+from typing import Any
+
+from ..tape.core import Op
+
+ROWS = {"liger::rms_norm": "fused_norm", "liger::cross_entropy": "cross_entropy"}  # a row a program
+BACKWARD_NORMS = ("liger::rms_norm_backward",)
+
+OUT_FIRST = ("addmm", "addmm_", "addmm.out")  # the factors come second and third
+
+Row = tuple[Any, ...]  # kind, kernels, bytes read, bytes written, elements, rows, elements of a row
+
+
+def memory_bound(op: Op) -> Row:
+    """The row of one memory-bound kernel of a package.
+
+    An op that writes over an input reads it too; what such an op only writes (partial sums) is not read.
+    """
+    x = op.inputs[0]
+    rows = x.numel // x.shape[-1] if x.shape else 1
+    length = x.shape[-1] if x.shape else 1
+    written = op.bytes_written
+    if op.name in BACKWARD_NORMS:
+        return ("fused_norm_backward", 1, op.bytes_read, x.nbytes, x.numel, rows, length)
+    elements = max(op.outputs, key=lambda s: len(s.shape)).numel
+    return (ROWS.get(op.name, "pointwise"), 1, op.bytes_read, written, elements, rows, length)
+
+
+def gemm_shape(op: Op) -> tuple[Any, ...]:
+    """Layout, rows and columns of C, elements summed over, and number of products of one GEMM.
+
+    LoRAFusion's kernels have the adapter's product ride along: r more elements to sum over, or for the gradients of
+    both factors, one pass over dy with twice r columns.
+    """
+    name, inputs = op.name, op.inputs
+    if name == "bmm":
+        a, b = (s.shape for s in inputs)
+        return ("tn", a[1], b[2], a[2], a[0])
+    if name == "lorafusion::xw_sb":
+        x, w, s = (spec.shape for spec in inputs[:3])
+        return ("tn", x[0], w[0], x[1] + s[1], 1)
+    if name == "lorafusion::dys_dyb":
+        g, _, s = (spec.shape for spec in inputs[:3])
+        return ("nn", g[0], 2 * s[1], g[1], 1)
+    if name == "lorafusion::dyw_dsa":
+        g, w, s = (spec.shape for spec in inputs[:3])
+        return ("nn", g[0], w[1], g[1] + s[1], 1)
+    a, b = (s.shape for s in (inputs[1:3] if name in OUT_FIRST else inputs[:2]))
+    return (op.attrs[0] if op.attrs else "tn", a[0], b[1], a[1], 1)

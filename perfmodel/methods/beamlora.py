@@ -1,0 +1,64 @@
+"""BeamLoRA: LoRA whose ranks are weighed by a gate; weak ranks are replaced by copies of strong ones every so often.
+
+Source: the authors' code (github.com/gccnlp/BeamLoRA: peft/tuners/lora, train.py `DynamicRankCallback`).
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .. import optimizers
+from ..periodic import layers_alike, trained
+from ..tape.core import Tensor, record
+from ..tape.dims import Dim
+from ..tape.linalg import linear
+from ..tape.pointwise import add, cast, dropout, mul
+from .base import Linear, Periodic, method, option, positive
+from .beam import expand_ranks, importance
+from .lora import Lora
+
+if TYPE_CHECKING:
+    from ..step import Step
+
+
+@method("beamlora", title="BeamLoRA", source="https://arxiv.org/abs/2502.13604")
+@dataclass(frozen=True)
+class BeamLora(Lora):
+    """y = xWᵀ + (α/r)·(xAᵀ ∘ r·softmax(g/τ))Bᵀ with a trained gate g over the ranks.
+
+    Every `interval` steps the least important ranks of all layers take over rows of A, columns of B and moments of the
+    most important ones as they were half an interval ago; the program is that of half the ranks being replaced. That
+    older state is kept all along, and counts in the peak memory.
+    """
+
+    interval: int = option(3000, "steps between two replacements of ranks (the authors' script: 3000)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("method beamlora: interval", self.interval)
+
+    def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
+        result = layer(x)
+        a, b = self.weights(layer, dtype)
+        gate = layer.adapter("lora_gate", (1, self.r), dtype)
+        result_dtype = result.dtype
+        x = cast(x, dtype)
+        weighed = mul(linear(dropout(x, self.dropout), a), importance(gate))
+        result = add(result, mul(linear(weighed, b), self.alpha))
+        return cast(result, result_dtype)
+
+    def periodic(self) -> tuple[Periodic, ...]:
+        return (
+            Periodic("copy of adapters and their moments", self.interval, _copy),
+            Periodic("replacement of weak ranks", self.interval, expand_ranks),
+        )
+
+    def held_bytes(self, step: "Step") -> Dim:
+        return sum(p.nbytes * p.count for p in trained(step)) + step.state_bytes
+
+
+def _copy(step: "Step") -> None:
+    """What the next replacement copies from: every adapter and its optimizer state."""
+    for p in trained(step):
+        with layers_alike("copy", p.count):
+            for _ in range(1 + optimizers.moments(p, step.optimizer)):
+                record("clone", (p,), (p,))

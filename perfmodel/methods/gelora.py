@@ -1,0 +1,94 @@
+"""GeLoRA: LoRA whose rank in a block comes from the intrinsic dimensions of the block's input and output."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..architectures.base import Build, Scope
+from ..architectures.masks import table
+from ..errors import UserError
+from ..periodic import layers_alike
+from ..tape.core import Tensor, new_tensor, tape
+from .base import Linear, Method, Periodic, method, option, positive
+from .lora import Lora
+from .targeted import Targeted, fraction
+from .two_nn import intrinsic_dimension
+
+if TYPE_CHECKING:
+    from ..step import Step
+
+BATCH = 8  # samples that go through the model together in the pre-pass
+
+
+@method("gelora", title="GeLoRA", source="https://arxiv.org/abs/2412.09250")
+@dataclass(frozen=True)
+class GeLora(Targeted):
+    """LoRA with a rank per block, from a pre-pass that estimates the intrinsic dimensions of the hidden states.
+
+    A block has to gain as many dimensions as its output has beyond its input; that bounds its rank from below. The
+    pre-pass runs once, without gradients: `samples` sequences through the model, then TwoNN on one vector a sample and
+    layer, from the distances of all pairs. It depends on data what ranks come out, so they are given.
+    """
+
+    ranks: tuple[Any, ...] = option((2,), "rank of each block, joined by +, or one for all")
+    alpha: float = option(8.0, "scale numerator; changes no cost")
+    dropout: float = option(0.0, "dropout on the adapter's input")
+    samples: int = option(1024, "samples of the pre-pass")
+
+    aliases: ClassVar[dict[str, str]] = {**Targeted.aliases, "rank": "ranks", "r": "ranks"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "ranks", tuple(_rank(r) for r in self.ranks))
+        fraction("method gelora: dropout", self.dropout)
+        positive("method gelora: samples", self.samples)
+
+    def sizes(self) -> tuple[str, ...]:
+        return ("ranks",)
+
+    def check(self) -> None:
+        super().check()
+        assert self.architecture is not None
+        if len(self.ranks) not in (1, self.layers):
+            raise UserError(
+                f"method gelora: ranks names {len(self.ranks)} blocks, {self.architecture.name} has {self.layers}"
+            )
+        if "lm_head" in self.target_names:
+            raise UserError("method gelora: ranks belong to blocks; leave out lm_head")
+
+    def rank(self, layer: int) -> int:
+        """The rank in a block."""
+        return int(self.ranks[layer % len(self.ranks)])
+
+    def layer_key(self, layer: int) -> Hashable:
+        return super().layer_key(layer), self.rank(layer)
+
+    def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
+        assert layer.scope.layer is not None
+        rank = self.rank(layer.scope.layer)
+        self.check_rank(layer, rank)
+        return Lora(r=rank, alpha=self.alpha, dropout=self.dropout).adapted(layer, x, dtype)
+
+    def periodic(self) -> tuple[Periodic, ...]:
+        return (Periodic("pre-pass for the ranks", None, self._pre_pass),)
+
+    def _pre_pass(self, step: "Step") -> None:
+        """Forward passes of the frozen model, then the intrinsic dimension of every hidden state."""
+        quiet: dict[str, Any] = {f.name: 0.0 for f in fields(step.architecture) if f.name.endswith("dropout")}
+        architecture, setup = replace(step.architecture, **quiet), replace(step.setup, batch=BATCH, checkpoint="none")
+        build = Build(architecture, Method(architecture=architecture), setup, {})
+        tape().begin("inputs", "forward")
+        with tape().autocasting():
+            architecture.forward(Scope(build), *(table((BATCH, setup.seq)) for _ in range(3)))
+        for part in tape().parts:
+            part.repeat *= -(-self.samples // BATCH)
+        with layers_alike("intrinsic dimension", architecture.layers + 1):
+            intrinsic_dimension(new_tensor((self.samples, architecture.hidden), "fp32"))
+
+
+def _rank(text: Any) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise UserError(f"method gelora: ranks takes numbers joined by +, got {text!r}") from None
+    return int(positive("method gelora: ranks", number))

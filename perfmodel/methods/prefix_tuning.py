@@ -1,0 +1,76 @@
+"""Prefix tuning as PEFT runs it: trained keys and values before those of the text, in every block."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..errors import UserError
+from ..tape.core import Tensor, tape
+from ..tape.extra import permute
+from ..tape.linalg import linear
+from ..tape.nn import embedding
+from ..tape.pointwise import cast, tanh
+from ..tape.prefix import first_in_cache, split_layers, unbind_pair
+from ..tape.shape import narrow, view
+from .base import Scope, method, option, positive
+from .virtual import VirtualTokens
+
+
+@method(
+    "prefix_tuning",
+    title="prefix tuning",
+    source="https://arxiv.org/abs/2101.00190; peft/tuners/prefix_tuning/model.py",
+)
+@dataclass(frozen=True)
+class PrefixTuning(VirtualTokens):
+    """Trained keys and values in a cache before the text: attention grows, linear layers do not."""
+
+    projection: bool = option(False, "whether an MLP makes them (prefix_projection)")
+    width: Any = option(None, "hidden width of that MLP; default the width of the keys")
+
+    aliases: ClassVar[dict[str, str]] = {
+        **VirtualTokens.aliases, "prefix_projection": "projection", "encoder_hidden_size": "width"
+    }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width is not None:
+            object.__setattr__(self, "width", positive(f"method {self.name}: width", self.width))
+
+    def inputs(self, model: Scope, attention: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if model.build.setup.checkpoint != "none":
+            raise UserError(f"method {self.name}: PEFT's prefix tuning does not work with activation checkpointing")
+        attention, labels = super().inputs(model, attention, labels)
+        model.begin("prefix")
+        self._fill_cache(model, attention.shape[0])
+        return attention, labels
+
+    def _fill_cache(self, model: Scope, batch: Any) -> None:
+        """`get_prompt`: embed, cut into layers, and copy into a cache, before the base model runs."""
+        arch = self.architecture
+        assert arch is not None
+        past = self._encode(model, self.indices(batch), arch.kv_heads * arch.head_dim)
+        past = cast(past, model.dtype)
+        past = view(past, (batch, self.tokens, 2 * arch.layers, arch.kv_heads, arch.head_dim))
+        runs = (1, arch.layers - 1) if arch.layers > 1 else (1,)  # the first block stands alone (`Scope.layers`)
+        layers = split_layers(permute(past, (2, 0, 3, 1, 4)), runs)
+        for count, layer in zip(runs, layers, strict=True):
+            tape().begin("prefix of blocks", "forward").repeat = count
+            key, value = unbind_pair(narrow(layer, 0, 2))
+            model.build.past.append((first_in_cache(key), first_in_cache(value)))
+        tape().begin("prefix", "forward")  # where the tensor that was cut dies, once
+
+    def _encode(self, model: Scope, indices: Tensor, token_dim: int) -> Tensor:
+        assert self.architecture is not None
+        all_layers = 2 * self.architecture.layers * token_dim
+        if not self.projection:
+            return embedding(self.weight(model, "embedding.weight", self.tokens, all_layers), indices)
+        width = token_dim if self.width is None else self.width
+        x = embedding(self.weight(model, "embedding.weight", self.tokens, token_dim), indices)
+        x = linear(
+            x, self.weight(model, "transform.0.weight", width, token_dim), self.weight(model, "transform.0.bias", width)
+        )
+        return linear(
+            tanh(x),
+            self.weight(model, "transform.2.weight", all_layers, width),
+            self.weight(model, "transform.2.bias", all_layers),
+        )

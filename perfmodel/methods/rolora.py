@@ -1,0 +1,36 @@
+"""RoLoRA: federated LoRA whose rounds train one factor and freeze the other in turns."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..errors import UserError
+from ..tape.core import Parameter
+from .base import Linear, method, option
+from .lora import Lora
+
+
+@method("rolora", title="RoLoRA", source="https://arxiv.org/abs/2502.01755")
+@dataclass(frozen=True)
+class RoLora(Lora):
+    """LoRA that trains A and B in alternate rounds; averaging one factor over clients is exact. A client's step.
+
+    A round of B needs of the input only xAᵀ (T × r), a round of A the input itself. Gradients and optimizer states are
+    those of one factor. What clients send is not part of a step.
+    """
+
+    round: str = option("B", "the factor that this round trains: A or B")
+
+    ROUNDS: ClassVar[tuple[str, ...]] = ("A", "B")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.round not in self.ROUNDS:
+            raise UserError(f"method rolora: round {self.round!r} is unknown: use A or B")
+
+    def weights(self, layer: Linear, dtype: str) -> tuple[Parameter, Parameter]:
+        self.check_rank(layer, self.r)
+        a = layer.adapter("lora_A.weight", (self.r, layer.n_in), dtype, trainable=self.round == "A")
+        return a, layer.adapter("lora_B.weight", (layer.n_out, self.r), dtype, trainable=self.round == "B")
+
+    def sizes(self) -> tuple[str, ...]:
+        return ("r", "round")

@@ -1,0 +1,122 @@
+"""Heat maps of a sweep's speed-up, with the contour where a method stops paying (matplotlib)."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from ..sweep import Columns, Sweep
+from .sweeps import Key, plane
+
+MOST_PANELS, MOST_NUMBERS, MOST_TICKS = 12, 80, 8  # panels; cells with a number in them; ticks at every value
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def check(planned: Sweep, path: Path) -> None:
+    """Whether a picture can be drawn at all, before anything is computed for it.
+
+    Raises:
+        UserError: matplotlib is missing, a grid without two axes, an unknown format.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise UserError("a plot needs matplotlib: pip install matplotlib")
+    if path.suffix not in FORMATS:
+        raise UserError(f"{path}: unknown picture format {path.suffix!r}: choose one of: {', '.join(FORMATS)}")
+    if len(planned.batch) < 2 or len(planned.seq) < 2:
+        raise UserError("a heat map needs several batches and several lengths, e.g. --batch 1-64*2 --seq 128-8192*2")
+
+
+def draw(planned: Sweep, speedups: dict[Key, list[Columns]], path: Path) -> None:
+    """One panel per device and method beside the baseline: batch against sequence, blue where it pays.
+
+    Raises:
+        UserError: too many or no panels, a place that cannot be written.
+    """
+    import matplotlib as mpl
+
+    baseline = planned.methods[0].spec()
+    panels = {key: blocks for key, blocks in speedups.items() if key[1] != baseline}
+    if not 0 < len(panels) <= MOST_PANELS:
+        raise UserError(f"a picture shows 1 to {MOST_PANELS} methods and devices besides the baseline: {len(panels)}")
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    devices = list(dict.fromkeys(device for device, _ in panels))
+    columns = len(panels) // len(devices) if len(devices) > 1 else min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (1.4 + 3.4 * columns, 0.9 + 3.2 * rows)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=size, squeeze=False, layout="constrained", sharex=True, sharey=True
+    )
+    mesh: Any = None
+    for axes, ((device, method), blocks) in zip(grid.flat, panels.items(), strict=False):
+        mesh = _panel(axes, planned, plane(planned, blocks, "speedup"), plane(planned, blocks, "fits"))
+        axes.set_title(f"{method}\non {device}", fontsize=9)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes in grid[-1]:
+        axes.set_xlabel("tokens per sample")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("batch")
+    bar = figure.colorbar(mesh, ax=grid, label=f"speed-up over {baseline}", shrink=0.8)
+    ticks = [0.5, 0.67, 0.8, 1.0, 1.25, 1.5, 2.0]
+    bar.set_ticks(list(np.log2(ticks)), labels=[f"{t:g}" for t in ticks])
+    figure.suptitle(f"{planned.model}: blue where it pays, hatched where it does not fit", fontsize=10)
+    _save(figure, path)
+    plt.close(figure)
+
+
+def _panel(axes: Any, planned: Sweep, speedup: np.ndarray, fits: np.ndarray) -> Any:
+    """Colours by the logarithm of the ratio, so that twice as fast and twice as slow are equally strong."""
+    x, y = _edges(planned.seq), _edges(planned.batch)
+    mesh = axes.pcolormesh(x, y, np.log2(speedup), cmap="RdBu", vmin=-1, vmax=1, rasterized=True)
+    if speedup.min() < 1 < speedup.max():
+        axes.contour(planned.seq, planned.batch, speedup, levels=[1.0], colors="black", linewidths=1.6)
+    if not fits.all():
+        too_big = axes.pcolor(x, y, np.ma.masked_array(speedup, fits), hatch="////", linewidth=0)
+        too_big.set(array=None, facecolor="none", edgecolor="0.15")
+    if speedup.size <= MOST_NUMBERS:
+        for i, batch in enumerate(planned.batch):
+            for j, seq in enumerate(planned.seq):
+                dark = abs(np.log2(speedup[i, j])) > 0.6
+                axes.text(
+                    seq, batch, f"{speedup[i, j]:.2f}", ha="center", va="center", fontsize=7,
+                    color="white" if dark else "black",
+                )  # fmt: skip
+    from matplotlib import ticker
+
+    for axis, values in ((axes.xaxis, planned.seq), (axes.yaxis, planned.batch)):
+        if _is_wide(values):
+            getattr(axes, f"set_{axis.axis_name}scale")("log", base=2)
+        if len(values) <= MOST_TICKS:
+            axis.set_ticks(values)
+        axis.set_major_formatter(lambda v, _: f"{v:g}")
+        axis.set_minor_locator(ticker.NullLocator())
+    return mesh
+
+
+def _is_wide(values: np.ndarray) -> bool:
+    """Whether an axis is drawn as a logarithm."""
+    return bool(values[-1] > 8 * values[0])
+
+
+def _edges(values: np.ndarray) -> np.ndarray:
+    """The borders of the cells around the values: halfway between neighbours, on the scale that is drawn."""
+    scaled = np.log(values) if _is_wide(values) else values.astype(float)
+    middle = (scaled[1:] + scaled[:-1]) / 2
+    edges = np.concatenate([[2 * scaled[0] - middle[0]], middle, [2 * scaled[-1] - middle[-1]]])
+    return np.exp(edges) if _is_wide(values) else edges
+
+
+def _save(figure: Any, path: Path) -> None:
+    temporary = path.with_name(path.name + ".part")
+    try:
+        figure.savefig(temporary, dpi=150, format=path.suffix.lstrip("."))
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be drawn ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,169 @@
+"""Running a sweep with a progress bar, and what the terminal shows of it."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..sweep import Columns, Sweep
+from . import units
+from .files import records, rows_to
+from .terminal import console, table
+
+Key = tuple[str, str]  # device, method as one gives it to predict
+MATRIX = (16, 7)  # batches and lengths that fit a terminal of 80 columns
+COLORS = {"faster": "green", "slower": "red", "same": "default"}
+
+
+@dataclass
+class Summary:
+    """What one method does on one device over the whole grid."""
+
+    rows: int = 0
+    fitting: int = 0
+    verdicts: dict[str, int] = field(default_factory=lambda: {"faster": 0, "same": 0, "slower": 0})
+    lowest: float = float("inf")
+    highest: float = 0.0
+    best: dict[str, Any] | None = None
+
+    def add(self, c: Columns) -> None:
+        """Take some rows into account."""
+        self.rows += len(c["batch"])
+        self.fitting += int(c["fits"].sum())
+        for verdict in self.verdicts:
+            self.verdicts[verdict] += int((c["verdict"] == verdict).sum())
+        self.lowest, self.highest = min(self.lowest, c["speedup"].min()), max(self.highest, c["speedup"].max())
+        rate = np.where(c["fits"], c["tokens_per_s"], 0.0)
+        i = int(rate.argmax())
+        if rate[i] > (self.best["tokens_per_s"] if self.best else 0.0):
+            self.best = {name: c[name][i].item() for name in ("batch", "seq", "tokens_per_s", "step_s", "peak_bytes")}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "rows": self.rows, "fits": self.fitting, **self.verdicts, "lowest_speedup": float(self.lowest),
+            "highest_speedup": float(self.highest), "best": self.best,
+        }  # fmt: skip
+
+
+@dataclass
+class Outcome:
+    """A sweep that ran: the summary of each device and method, and what was kept of its rows."""
+
+    baseline: str
+    summaries: dict[Key, Summary] = field(default_factory=dict)
+    speedups: dict[Key, list[Columns]] = field(default_factory=dict)
+    kept: list[Columns] = field(default_factory=list)
+    output: Path | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON of `sweep`: the rows, unless they went to a file."""
+        summary = [{"device": d, "method": m, **s.as_dict()} for (d, m), s in self.summaries.items()]
+        if self.output:
+            return {"baseline": self.baseline, "output": str(self.output), "summary": summary}
+        rows = [row for columns in self.kept for row in records(columns)]
+        return {"baseline": self.baseline, "summary": summary, "rows": rows}
+
+
+def run(planned: Sweep, *, output: Path | None, keep_rows: bool, plot: Path | None) -> Outcome:
+    """Predict every block: rows to a file, figures to the summary, speed-ups to the picture.
+
+    Raises:
+        UserError: a file that cannot be written, or a setup that is refused.
+    """
+    outcome = Outcome(planned.methods[0].spec(), output=output)
+    if plot:
+        from . import heatmap
+
+        heatmap.check(planned, plot)
+    small = plot is not None or (len(planned.batch) <= MATRIX[0] and len(planned.seq) <= MATRIX[1])
+    with ExitStack() as stack:
+        write = stack.enter_context(rows_to(output)) if output else None
+        bar = stack.enter_context(_progress())
+        task = bar.add_task("setups", total=len(planned))
+        for columns in planned.blocks():
+            _summarise(outcome, columns, keep_speedups=small)
+            if write:
+                write(columns)
+            if keep_rows:
+                outcome.kept.append(columns)
+            bar.advance(task, len(columns["batch"]))
+    if plot:
+        heatmap.draw(planned, outcome.speedups, plot)
+    return outcome
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, transient=True, console=Console(stderr=True))
+
+
+def _summarise(outcome: Outcome, columns: Columns, *, keep_speedups: bool) -> None:
+    device = columns["device"][0].item()
+    for method in dict.fromkeys(columns["method"].tolist()):
+        chosen = columns["method"] == method
+        part = {name: values[chosen] for name, values in columns.items()}
+        outcome.summaries.setdefault((device, method), Summary()).add(part)
+        if keep_speedups:
+            kept = {name: part[name] for name in ("batch", "seq", "speedup", "fits")}
+            outcome.speedups.setdefault((device, method), []).append(kept)
+
+
+def plane(planned: Sweep, blocks: list[Columns], name: str) -> np.ndarray:
+    """A column of one device and method as an array (batch, seq)."""
+    return np.concatenate([b[name] for b in blocks]).reshape(len(planned.batch), len(planned.seq))
+
+
+def show_summary(planned: Sweep, outcome: Outcome) -> None:
+    """Where each method pays, the best setup of each, and the speed-ups themselves where the grid is small."""
+    console.print(
+        f"[bold]{planned.model}[/]: {len(planned):,} setups, {_span('batch', planned.batch)}, "
+        f"{_span('seq', planned.seq)}; speed-up over {outcome.baseline}\n"
+    )
+    columns = ("", "faster", "slower", "speed-up", "fits", "tok/s", "at best")
+    for on in planned.devices:
+        rows = [_row(m, s, outcome) for (d, m), s in outcome.summaries.items() if d == on.slug]
+        console.print(f"on [bold]{on.slug}[/]")
+        console.print(table("", columns, rows))
+        console.print()
+    if len(planned.batch) <= MATRIX[0] and len(planned.seq) <= MATRIX[1]:
+        for (device, method), blocks in outcome.speedups.items():
+            if method != outcome.baseline:
+                console.print(f"[bold]{method}[/] on [bold]{device}[/]: speed-up (* does not fit)")
+                console.print(_matrix(planned, blocks))
+                console.print()
+    if outcome.output:
+        console.print(f"{len(planned):,} rows in {outcome.output}")
+
+
+def _row(method: str, s: Summary, outcome: Outcome) -> list[str]:
+    cells = ["", "", ""]
+    if method != outcome.baseline:
+        cells = [units.percent(s.verdicts[v] / s.rows) for v in ("faster", "slower")]
+        cells.append(f"{s.lowest:.2f}-{s.highest:.2f}")
+    best = ["none", ""]
+    if s.best:
+        best = [units.count(s.best["tokens_per_s"]), f"{s.best['batch']} x {s.best['seq']}"]
+    return [method, *cells, units.percent(s.fitting / s.rows), *best]
+
+
+def _span(name: str, values: np.ndarray) -> str:
+    return f"{name} {values[0]}" + (f"-{values[-1]}" if len(values) > 1 else "")
+
+
+def _matrix(planned: Sweep, blocks: list[Columns]) -> Any:
+    from ..compare import SpeedUp
+
+    ratios, fits = plane(planned, blocks, "speedup"), plane(planned, blocks, "fits")
+    rows = []
+    for i, batch in enumerate(planned.batch):
+        cells = []
+        for ratio, fit in zip(ratios[i], fits[i], strict=True):
+            color = COLORS[SpeedUp("", ratio, ratio, ratio).verdict]
+            cells.append(f"[{color}]{ratio:.2f}{' ' if fit else '*'}[/]")
+        rows.append([str(batch), *cells])
+    return table("", ("batch \\ seq", *map(str, planned.seq)), rows)

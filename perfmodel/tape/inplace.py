@@ -1,0 +1,70 @@
+"""In-place addition to what a linear layer returned, and how autograd differentiates it."""
+
+from collections.abc import Sequence
+
+from .autograd import Grads, Node, differentiate
+from .core import Tensor, emit, new_tensor, record
+from .dims import product
+from .extra import add_in_place
+from .shape import clone, view
+
+Grad = Tensor | None
+
+
+def add_to_output(x: Tensor, other: Tensor, *, viewed: bool) -> Tensor:
+    """`x += other` for a layer's output x; `viewed` where x is a view of its matrix (a bias, or a Conv1D)."""
+    return _add_to_view(x, other) if viewed and len(x.shape) > 2 else add_in_place(x, other)
+
+
+def _add_to_view(x: Tensor, other: Tensor) -> Tensor:
+    """The matrix gets a new history (`CopySlices`), and x is viewed from it again."""
+    shape = x.shape
+    record("add_.Tensor", (x, other), (x,))
+    base = Tensor((product(shape[:-1]), shape[-1]), x.dtype, x.strides[-2:], x.numel, x.storage)
+    if x.node is not None:
+        edge = x.node.edges[0]
+        assert edge is not None
+        (base.node, base.slot), base.requires_grad = edge, True
+    node = differentiate("CopySlices", (base, other), _copy_slices_backward, (shape,))
+    base = base.alias()
+    if node:
+        node.produces(base)
+    return view(base, shape)
+
+
+def _copy_slices_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    """The matrix's gradient is copied, and the function (an addition) is applied to a clone of its view.
+
+    Source: torch/csrc/autograd/functions/tensor.cpp, `CopySlices::apply_impl`.
+    """
+    (g,), (shape,) = grads, node.attrs
+    assert g is not None
+    result = new_tensor(g.shape, g.dtype)
+    record("new_empty_strided", (g,), (result,))
+    record("copy_", (result, g), (result,))
+    grad_slice = view(result, shape)
+    grad = clone(grad_slice)
+    if node.needs[0]:
+        record("copy_", (grad_slice, grad), (grad_slice,))
+    return (result if node.needs[0] else None, grad)
+
+
+def frobenius_norm(x: Tensor) -> Tensor:
+    """`torch.norm(x, p="fro")` of a matrix."""
+    node = differentiate("LinalgVectorNormBackward0", (x,), _norm_backward)
+    if node:
+        node.save(x)
+    out = emit("linalg_vector_norm", (x,), (), x.dtype, node=node)
+    if node:
+        node.save_output(out)
+    return out
+
+
+def _norm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    """g · (x / ‖x‖), 0 where the norm is 0."""
+    (g,), (x, norm) = grads, node.unpack()
+    assert g is not None
+    direction = emit("div.Tensor", (x, norm), x.shape, x.dtype)
+    zero = emit("eq.Scalar", (norm,), (), "bool")
+    record("masked_fill_.Scalar", (direction, zero), (direction,))
+    return (emit("mul.Tensor", (g, direction), x.shape, x.dtype),)

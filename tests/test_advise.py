@@ -1,0 +1,115 @@
+"""What `advise` promises: nothing that does not fit, and nothing better left out of a small space."""
+
+import json
+from itertools import product
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from perfmodel import advise, memory, predict
+from perfmodel.cli import main
+from perfmodel.errors import UserError
+
+MODEL, DEVICE = "smollm2-135m", "l40s"
+NO_SHRINK = [Phase.explicit, Phase.reuse, Phase.generate]
+
+
+def brute_force(method: str, batch: int, seq: int, limit: float) -> float:
+    """The fastest step of a method without knobs of its own, over everything a setup can turn."""
+    best = float("inf")
+    micro = [b for b in range(1, batch + 1) if batch % b == 0 and (b & (b - 1) == 0 or b == batch)]
+    for size, checkpoint, optimizer, kernels in product(
+        micro, ("none", "block"), ("adamw", "adamw-fused", "adamw-8bit"), ("torch", "liger")
+    ):
+        try:
+            p = predict(
+                MODEL, method, device=DEVICE, batch=size, seq=seq, grad_accum=batch // size, checkpoint=checkpoint,
+                optimizer=optimizer, kernels=kernels,
+            )  # fmt: skip
+        except UserError:  # an optimizer that this version does not have
+            continue
+        if memory.fits(p.memory.peak, limit, "cuda"):
+            best = min(best, p.time.phases["total"])
+    return best
+
+
+@settings(max_examples=2, deadline=None, phases=NO_SHRINK)
+@given(
+    method=st.sampled_from(("full", "bitfit", "norm")), batch=st.integers(1, 4), seq=st.sampled_from((64, 512)),
+    limit=st.sampled_from((2e9, 4e9, 48e9)),
+)  # fmt: skip
+def test_the_best_equals_a_brute_force_search(method: str, batch: int, seq: int, limit: float) -> None:
+    """On a small space all combinations are tried, so nothing faster that fits may exist."""
+    if method == "bitfit":  # Llamas have no biases
+        method = "top_k:k=2"
+    found = advise(MODEL, method, device=DEVICE, batch=batch, seq=seq, memory_bytes=limit)
+    assert found.exhaustive
+    expected = brute_force(method, batch, seq, limit)
+    assert (found.best.seconds if found.best else float("inf")) == pytest.approx(expected, rel=1e-12)
+
+
+@settings(max_examples=2, deadline=None, phases=NO_SHRINK)
+@given(
+    method=st.sampled_from(("full", "lora:r=4", "lora:targets=all-linear", "dora")), batch=st.sampled_from((1, 4)),
+    limit=st.sampled_from((1.5e9, 3e9, 48e9)), trainable=st.sampled_from((None, 10**6)),
+)  # fmt: skip
+def test_advice_fits_and_adds_up(method: str, batch: int, limit: float, trainable: int | None) -> None:
+    """The best fits and is no slower than a start that fits; the path's gains sum to the whole gain."""
+    found = advise(MODEL, method, device=DEVICE, batch=batch, seq=256, memory_bytes=limit, min_trainable=trainable)
+    for c in (found.best, *found.front):
+        if c is not None:
+            assert memory.fits(c.peak, limit, "cuda")
+            assert c.prediction.trainable_params >= (trainable or 0)
+            assert c.prediction.setup.batch * c.prediction.setup.grad_accum == batch
+    if found.best is None:
+        assert not found.start.fits
+        assert not found.front
+        return
+    assert not found.start.fits or found.best.seconds <= found.start.seconds
+    assert found.start.seconds + sum(c.seconds for c in found.path) == pytest.approx(found.best.seconds)
+    assert found.start.peak + sum(c.nbytes for c in found.path) == found.best.peak
+    assert min(c.seconds for c in found.front) == found.best.seconds
+    for cheaper, dearer in zip(found.front, found.front[1:], strict=False):
+        assert cheaper.peak < dearer.peak
+        assert cheaper.seconds > dearer.seconds
+
+
+def test_fp32_adapters_and_unfused_kernels_are_named() -> None:
+    """The advice is concrete: it says which switch to turn, and what it buys."""
+    found = advise("llama-3.2-1b", "lora:targets=all-linear", device="a100-80gb-sxm", batch=4, seq=512)
+    gains = {c.label: c.seconds for c in found.alone}
+    assert gains["adapters in bf16 (autocast_adapter_dtype=False)"] < 0
+    assert gains["Unsloth's fused LoRA"] < 0
+    assert gains["Liger kernels"] < 0
+    assert gains["activation checkpointing"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"memory_bytes": 0}, "memory must be positive"),
+        ({"methods": ["lorra"]}, "did you mean 'lora'"),
+        ({"batch": np.array([1, 2])}, "for grids use sweep"),
+    ],
+)
+def test_bad_questions_are_refused(arguments: dict[str, object], words: str) -> None:
+    """One line that names the fault."""
+    with pytest.raises(UserError, match=words):
+        advise(MODEL, device=DEVICE, **arguments)  # type: ignore[arg-type]
+
+
+def test_the_command_answers_in_words_and_in_json() -> None:
+    """What a user sees, and what a script reads."""
+    command = ["advise", "--model", MODEL, "--device", DEVICE, "--batch", "2", "--seq", "128"]
+    shown = CliRunner().invoke(main, command)
+    assert shown.exit_code == 0, shown.output
+    assert "faster" in shown.stdout
+    assert "Quality is outside the model" in " ".join(shown.stdout.split())
+    answer = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
+    assert answer["best"]["fits"]
+    assert answer["best"]["step_s"] <= answer["start"]["step_s"]
+    refused = CliRunner().invoke(main, [*command, "--memory", "lots"])
+    assert refused.exit_code == 2

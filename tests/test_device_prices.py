@@ -1,0 +1,82 @@
+"""Prices of single kernels, each recomputed by hand from datasheet figures and fitted parameters."""
+
+import numpy as np
+import pytest
+
+from perfmodel.devices import profile
+from perfmodel.devices.attention import attention_backward_time, attention_flops, attention_forward_time
+from perfmodel.devices.gemm import gemm_time
+from perfmodel.devices.pointwise import pointwise_time
+
+
+def test_a_big_square_gemm_by_hand() -> None:
+    """The whole model in one sum: 8192 cubed on an A100 SXM is bound by math.
+
+    FLOPs          2 * 8192**3 = 1.0995e12; at 312e12 FLOP/s 3.524 ms
+    burst math     3.524 ms / math_efficiency (1.000)
+    derating       1 + 0.115 * 3.524/(3.524 + 1.5) = 1.080: 3.807 ms of math if every SM were always busy
+    waves          tiles of 256 x 128: 2048 blocks on 108 SMs = 18.96; of the rest to 19, 76 % is paid: 18.99, 3.815 ms
+    barriers       3.5 clocks for each of 8192 elements of k and each wave, at 1.41 GHz: 0.386 ms
+    drains         6.7 * 256 * 128 * 2 B at 90.5 GB/s (312e12 / 108 / 31.9) for each wave: 0.092 ms
+    launch         4360 clocks / 1.41 GHz = 0.003 ms
+    sum            4.30 ms, 82 % of peak, and a little for the 0.25 ms of memory traffic beside it
+    """
+    a100 = profile.load("a100-80gb-sxm")
+    p, hw = a100.gemm["bf16"], a100.hardware
+    math = 2 * 8192**3 / (hw.peak("bf16") * p.math_efficiency * p.sustained)
+    derated = math * (1 + p.derating * math / (math + p.derating_time))
+    x = 32 * 64 / 108
+    waves = x + p.wave_tail * (np.ceil(x) - x)
+    sm_load = hw.peak("bf16") / 108 / p.tile_balance
+    bubbles = waves * 8192 * p.k_bubble / hw.clock_hz
+    drains = waves * 256 * 128 * p.epilogue * 2 / sm_load
+    sm_time = derated * waves / x + bubbles + drains
+    memory = 3 * 8192**2 * 2 / (hw.memory_bandwidth * p.memory_efficiency)  # at most: all from DRAM
+    launch = p.launch_clocks / hw.clock_hz
+    seconds = float(gemm_time(8192, 8192, 8192, hardware=hw, parameters=p))
+    assert launch + sm_time <= seconds <= launch + sm_time + p.overlap_loss * memory**2 / sm_time
+    assert 0.7 < 2 * 8192**3 / seconds / hw.peak("bf16") < 1.0
+
+
+def test_a_one_row_gemm_by_hand() -> None:
+    """A mat-vec product reads its weight once: 16384**2 * 2 B = 537 MB at 0.78 * 2.039 TB/s = 336 us, and a floor."""
+    a100 = profile.load("a100-80gb-sxm")
+    p, hw = a100.gemm["bf16"], a100.hardware
+    weight = 16384**2 * 2 / (hw.memory_bandwidth * p.memory_efficiency)
+    seconds = float(gemm_time(1, 16384, 16384, hardware=hw, parameters=p))
+    assert weight < seconds < 1.35 * weight
+
+
+def test_causal_attention_by_hand() -> None:
+    """4 x 32 heads, 4096 tokens, head 128 on an A100.
+
+    FLOPs         4 * 4 * 32 * 4096**2 * 128 / 2 = 0.550e12 useful
+    diagonal      32 blocks of 128 rows: 32 * 33 / 2 of 32 * 32 squares, so 0.567e12 are computed
+    compute       0.567e12 / (312e12 * 0.689) = 2.64 ms, all SMs busy
+    longest CTA   alone * 128 * 4096 * 4 * 128 * 108 / (312e12 * 0.689) = 0.11 ms, added by the soft maximum
+    memory        4 tensors of 134 MB: 0.26 ms, half of it exposed
+    """
+    a100 = profile.load("a100-80gb-sxm")
+    p, hw = a100.attention, a100.hardware
+    flops = float(attention_flops(4, 4096, 4096, 32, 128))
+    assert flops == 4 * 4 * 32 * 4096**2 * 128 / 2
+    computed = flops * (32 * 33 / 2) / (32 * 32 / 2)
+    rate = hw.peak("bf16") * dict(p.efficiency)[128]
+    work, longest = computed / rate, p.alone * 128 * 4096 * 4 * 128 * 108 / rate
+    moved = 4 * 4 * 4096 * 32 * 128 * 2
+    seconds = float(attention_forward_time(4, 4096, 4096, 32, 32, 128, hardware=hw, parameters=p))
+    rest = (32 * 128 + 1) * p.cta_overhead / 108 / hw.clock_hz
+    low = p.launch_floor + (work**p.p + longest**p.p) ** (1 / p.p)
+    assert low < seconds < low + rest + p.exposed_memory * moved / hw.memory_bandwidth * 1.01
+    backward = float(attention_backward_time(4, 4096, 4096, 32, 32, 128, hardware=hw, parameters=p))
+    assert 2.5 < backward / seconds < 4.0  # 2.5 times the FLOPs at a lower rate, and three kernels
+
+
+def test_an_addition_by_hand() -> None:
+    """c = a + b on 2**28 bf16 elements: 3 * 537 MB at `stream` * 2.039 TB/s, a floor and a gap."""
+    a100 = profile.load("a100-80gb-sxm")
+    p, hw = a100.pointwise, a100.hardware
+    expected = p.launch_floor + p.kernel_gap + 3 * 2 * 2**28 / (p.stream * hw.memory_bandwidth)
+    seconds = pointwise_time(2 * 2 * 2**28, 2 * 2**28, hardware=hw, parameters=p)
+    assert float(seconds) == pytest.approx(expected, rel=0.01)
+    assert 0.7 < p.stream < 1.0

@@ -1,0 +1,130 @@
+"""A sweep is nothing but many predictions: the same numbers, in blocks, with the baseline's ratio beside them."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from perfmodel import compare, predict, sweep
+from perfmodel.cli import main
+from perfmodel.errors import UserError
+from perfmodel.report.files import records, rows_to
+
+MODEL, DEVICE = "smollm2-135m", "l40s"
+METHODS = ("full", "lora:r=4", "top_k:k=2", "dora", "vera:r=16")
+
+
+@settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(
+    method=st.sampled_from(METHODS[1:]), batch=st.sets(st.integers(1, 9), min_size=1, max_size=3),
+    seq=st.sets(st.integers(2, 700), min_size=1, max_size=3), rank=st.sets(st.integers(1, 64), max_size=2),
+    dtype=st.sampled_from(("bf16", "fp32")),
+)  # fmt: skip
+def test_every_row_equals_its_own_prediction(
+    method: str, batch: set[int], seq: set[int], rank: set[int], dtype: str
+) -> None:
+    """What a sweep says of a setup is what `predict` and `compare` say of it alone."""
+    ranks = rank if method != "top_k:k=2" else ()
+    grid = sweep(MODEL, ["full", method], device=DEVICE, batch=batch, seq=seq, rank=ranks, dtype=dtype)
+    rows = list(records(grid.table()))
+    assert len(rows) == len(grid)
+    for row in rows[:: max(1, len(rows) // 5)]:
+        here = {"device": DEVICE, "batch": row["batch"], "seq": row["seq"], "dtype": dtype}
+        alone = predict(MODEL, row["method"], **here)
+        assert row["step_s"] == pytest.approx(alone.time.phases["total"], rel=1e-9)
+        assert row["peak_bytes"] == alone.memory.peak
+        assert (row["flops"], row["kernels"]) == (alone.flops["total"], alone.kernels["total"])
+        assert row["trainable_params"] == alone.trainable_params
+        both = compare(MODEL, ["full", row["method"]], **here).speedups[0]
+        if row["method"] != "full":
+            assert (row["speedup"], row["speedup_low"]) == pytest.approx((both.ratio, both.low), rel=1e-9)
+            assert row["verdict"] == both.verdict
+
+
+def test_block_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks bound memory; they must not show in the result."""
+    import importlib
+
+    engine = importlib.import_module("perfmodel.sweep")
+    grid = sweep(MODEL, ["full", "lora"], device=DEVICE, batch=range(1, 6), seq=range(16, 160, 16), rank=(2, 8))
+    whole = grid.table()
+    monkeypatch.setattr(engine, "BLOCK", 7)
+    pieces = grid.table()
+    assert list(whole) == list(pieces)
+    for name in whole:
+        if np.issubdtype(whole[name].dtype, np.floating):
+            np.testing.assert_allclose(pieces[name], whole[name], rtol=1e-12)
+        else:
+            np.testing.assert_array_equal(pieces[name], whole[name])
+
+
+def test_k_and_rank_are_axes_of_the_methods_that_have_them() -> None:
+    """Full fine-tuning has neither, so it is swept once."""
+    grid = sweep(MODEL, ["full", "lora", "top_k"], device=[DEVICE, "h100-sxm"], batch=2, seq=64, rank=(2, 4), k=(1, 3))
+    table = grid.table()
+    assert table["method"].tolist() == ["full", "lora:r=2", "lora:r=4", "top_k:k=1", "top_k:k=3"] * 2
+    assert table["device"].tolist() == [DEVICE] * 5 + ["h100-sxm"] * 5
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".parquet"])
+def test_files_hold_every_row(tmp_path: Path, suffix: str) -> None:
+    """All three formats carry the same table; CSV rounds to six digits."""
+    grid = sweep(MODEL, ["full", "lora"], device=DEVICE, batch=(1, 2), seq=(32, 64))
+    path = tmp_path / f"rows{suffix}"
+    with rows_to(path) as write:
+        for block in grid.blocks():
+            write(block)
+    if suffix == ".csv":
+        rows = list(csv.DictReader(path.open()))
+    elif suffix == ".json":
+        rows = json.loads(path.read_text())
+    else:
+        rows = pytest.importorskip("pyarrow.parquet").read_table(path).to_pylist()
+    expected = list(records(grid.table()))
+    assert [r["method"] for r in rows] == [r["method"] for r in expected]
+    for row, other in zip(rows, expected, strict=True):
+        assert float(row["step_s"]) == pytest.approx(other["step_s"], rel=1e-5)
+        assert int(row["flops"]) == other["flops"]
+
+
+def test_a_failing_sweep_leaves_no_file(tmp_path: Path) -> None:
+    """Half a table would look like a whole one."""
+    path = tmp_path / "rows.csv"
+    with pytest.raises(UserError, match="exceeds the width"), rows_to(path) as write:  # noqa: PT012
+        for block in sweep(MODEL, ["full", "lora"], device=DEVICE, rank=10**6).blocks():
+            write(block)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"methods": ["full"], "rank": 4}, "needs a method with a rank"),
+        ({"methods": ["top_k"], "k": 999}, "exceeds the 30 blocks"),
+        ({"methods": []}, "at least one method"),
+        ({"methods": ["full"], "batch": 0}, "batch must be from 1"),
+        ({"methods": ["full"], "batch": [1.5]}, "must hold integers"),
+    ],
+)
+def test_bad_axes_are_refused(arguments: dict[str, object], words: str) -> None:
+    """One line that names the fault, before anything runs."""
+    with pytest.raises(UserError, match=words):
+        sweep(MODEL, device=DEVICE, **arguments)  # type: ignore[arg-type]
+
+
+def test_the_command_writes_table_and_picture(tmp_path: Path) -> None:
+    """The way a user asks for a grid, and what is left on disk."""
+    pytest.importorskip("matplotlib")
+    files = [tmp_path / "rows.csv", tmp_path / "heat.svg"]
+    command = ["sweep", "--model", MODEL, "--device", DEVICE, "--methods", "full", "lora", "--batch", "1-8*2"]
+    result = CliRunner().invoke(main, [*command, "--seq", "64-256:64", "-o", str(files[0]), "--plot", str(files[1])])
+    assert result.exit_code == 0, result.output
+    assert "32 setups" in result.output
+    assert sorted(tmp_path.iterdir()) == sorted([files[1], files[0]])
+    printed = CliRunner().invoke(main, [*command, "--json"])
+    assert len(json.loads(printed.stdout)["rows"]) == 8

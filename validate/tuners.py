@@ -1,0 +1,179 @@
+"""`perfmodel validate tuners`: PEFT's own benchmark, every tuner traced as `predict --traced` does it.
+
+data/published/peft_tuners.csv holds the step times that PEFT's method_comparison/MetaMathQA measured, one row a
+configuration of a tuner, with its adapter_config.json as text. No row was looked at to fit a price.
+"""
+
+import csv
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from perfmodel.architectures import load as load_model
+from perfmodel.devices import host as hosts
+from perfmodel.devices import profile
+from perfmodel.errors import UserError
+from perfmodel.predict import Prediction, of_step
+from perfmodel.resources import DATA
+from perfmodel.setup import Setup
+
+from . import traced
+
+TABLE = DATA / "published" / "peft_tuners.csv"
+MEAN_LIMIT = 0.12  # mean |relative error| of the step time
+RANK_LIMIT = 0.9  # Spearman's correlation of predicted and measured step times
+WORST = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration of a tuner and the seconds that its step took.
+
+    Attributes:
+        spread: seconds between the fastest and the slowest segment of the run.
+        trainable: parameters that train, as PEFT counted them.
+        memory: most bytes that the allocator had reserved, over all batch shapes of the run.
+        config: the values of its adapter_config.json.
+    """
+
+    id: str
+    source: str
+    model: str
+    device: str
+    setup: Setup
+    seconds: float
+    spread: float
+    trainable: int
+    memory: int
+    config: dict[str, Any]
+
+    @property
+    def tuner(self) -> str:
+        """PEFT's name of the tuner."""
+        return str(self.config["peft_type"])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A row with its prediction, or the reason why there is none."""
+
+    row: Row
+    prediction: Prediction | None
+    reason: str = ""
+
+    @property
+    def predicted(self) -> float:
+        """Predicted seconds of the step."""
+        assert self.prediction is not None, self.reason
+        return float(self.prediction.time.phases["total"])
+
+    @property
+    def error(self) -> float:
+        """Signed relative error of the step time."""
+        return self.predicted / self.row.seconds - 1
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is reported of the rows that could be traced; errors are |relative error| of the step time."""
+
+    rows: int
+    tuners: int
+    mean: float
+    median: float
+    p90: float
+    spearman: float
+    worst: tuple[Outcome, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether both limits are kept."""
+        return self.mean <= MEAN_LIMIT and self.spearman >= RANK_LIMIT
+
+
+def load() -> list[Row]:
+    """The table of PEFT's benchmark."""
+    with TABLE.open(newline="", encoding="utf-8") as file:
+        return [_row(record) for record in csv.DictReader(file)]
+
+
+def _row(r: dict[str, str]) -> Row:
+    setup = Setup(
+        batch=int(r["batch"]),
+        seq=int(r["seq"]),
+        dtype=r["dtype"],
+        optimizer=r["optimizer"],
+        checkpoint=r["checkpoint"],
+        padded=r["padded"] == "1",
+    )
+    return Row(
+        id=r["id"],
+        source=r["source"],
+        model=r["model"],
+        device=r["device"],
+        setup=setup,
+        seconds=float(r["step_time_s"]),
+        spread=float(r["spread_s"]),
+        trainable=int(r["trainable"]),
+        memory=int(r["memory_reserved_bytes"]),
+        config=json.loads(r["config"]),
+    )
+
+
+def evaluate(row: Row, host: str = "default") -> Outcome:
+    """Trace the tuner's program and price it."""
+    try:
+        return Outcome(row, _predict(json.dumps(row.config, sort_keys=True), row.model, row.setup, row.device, host))
+    except UserError as error:
+        return Outcome(row, None, str(error))
+
+
+@cache
+def _predict(config: str, model: str, setup: Setup, device: str, host: str) -> Prediction:
+    """Some rows differ in what changes no op (learning rate, random start), so a program is traced once."""
+    values = json.loads(config)
+    on = profile.load(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's remarks on random weights
+        adapt = traced.peft_adapter(values)
+        built = traced.build(load_model(model), setup, adapt, str(values["peft_type"]).lower(), on.kind)
+    return of_step(built, on, hosts.load(host))
+
+
+def evaluate_all(rows: Sequence[Row], progress: Callable[[str], None] = lambda name: None) -> list[Outcome]:
+    """Trace and price all rows."""
+    outcomes = []
+    for row in rows:
+        outcomes.append(evaluate(row))
+        progress(row.id)
+    return outcomes
+
+
+def summary(outcomes: Sequence[Outcome]) -> Summary:
+    """Errors and rank correlation over the rows that have a prediction (at least two).
+
+    Raises:
+        UserError: fewer than two rows could be traced.
+    """
+    from scipy.stats import spearmanr
+
+    found = [o for o in outcomes if o.prediction is not None]
+    if len(found) < 2:
+        raise UserError("fewer than two tuners could be traced: is another version of peft or transformers installed?")
+    errors = np.abs([o.error for o in found])
+    ranks = spearmanr([o.predicted for o in found], [o.row.seconds for o in found])
+    worst = sorted(found, key=lambda o: -abs(o.error))[:WORST]
+    return Summary(
+        rows=len(found),
+        tuners=len({o.row.tuner for o in found}),
+        mean=float(errors.mean()),
+        median=float(np.median(errors)),
+        p90=float(np.quantile(errors, 0.9)),
+        spearman=float(ranks.statistic),
+        worst=tuple(worst),
+    )
