@@ -44,8 +44,8 @@ def part_of(op: Op, part: Part) -> str:
     if part.phase == "optimizer":
         return "clipping" if part.name == "clip" else "optimizer"
     kind = costs.kind(op)
-    if "dequant" in op.name:
-        return "dequantisation"
+    if op.owner in ("dequantisation", "accumulation"):
+        return op.owner
     if op.owner == "adapter":
         return "adapter_gemm" if kind == "gemm" else "adapter_pointwise"
     if op.recompute:
@@ -53,13 +53,11 @@ def part_of(op: Op, part: Part) -> str:
     if op.owner == "attention" or kind == "attention":
         return "attention"
     if kind == "gemm":
-        if part.phase == "forward":
-            return "gemm_forward"
-        return "gemm_weight_grad" if op.attrs == ("nt",) else "gemm_input_grad"
+        if "nt" in op.attrs:  # the layout that weight gradients have, wherever they are formed
+            return "gemm_weight_grad"
+        return "gemm_forward" if part.phase == "forward" else "gemm_input_grad"
     if kind == "embedding":
         return "embedding"
-    if part.phase == "backward" and op.name == "add_.Tensor":
-        return "accumulation"
     return "loss" if part.name == "head" else "pointwise"
 
 

@@ -210,6 +210,8 @@ def of_step(built: Step, on: DeviceProfile, by: Host) -> Prediction:
     durations = price_parts(built, on)
     time = step_time(built, on, by, durations)
     held = _memory(built)
+    flops = _count(built, lambda part: sum(costs.flops(op) for op in part.ops))
+    peak = on.hardware.peak(built.setup.amp or built.setup.dtype)
     return Prediction(
         model=built.architecture.name,
         device=on.slug,
@@ -217,14 +219,14 @@ def of_step(built: Step, on: DeviceProfile, by: Host) -> Prediction:
         setup=built.setup,
         total_params=built.total,
         trainable_params=built.trainable,
-        flops=_count(built, lambda part: sum(costs.flops(op) for op in part.ops)),
+        flops=flops,
         bytes=_count(built, lambda part: sum(op.bytes_read + op.bytes_written for op in part.ops)),
         kernels=_count(built, lambda part: sum(costs.kernels(op) for op in part.ops)),
         dispatches=_count(built, lambda part: sum(not op.view for op in part.ops)),
         time=time,
         memory=held,
         fits=memory.fits(held.peak, on.hardware.memory_bytes, built.device),
-        mfu=_model_flops(built) / on.hardware.peak(built.setup.amp or built.setup.dtype) / time.phases["total"],
+        mfu=(flops["total"] - _recomputed_flops(built)) / peak / time.phases["total"],
         notes=_notes(built, on, time),
         periodic=[_periodic(ops, on, by) for ops in built.periodic],
         choices=[asdict(choice) for choice in built.method.choices(built)],
@@ -233,8 +235,10 @@ def of_step(built: Step, on: DeviceProfile, by: Host) -> Prediction:
     )
 
 
-def _model_flops(built: Step) -> Dim:
-    return sum(count * costs.flops(op) for _, op, count in built.ops() if not op.recompute)
+def _recomputed_flops(built: Step) -> Dim:
+    if built.setup.checkpoint == "none":
+        return 0
+    return sum(count * costs.flops(op) for _, op, count in built.ops() if op.recompute)
 
 
 def _notes(built: Step, on: DeviceProfile, time: Time) -> list[str]:

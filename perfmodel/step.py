@@ -150,8 +150,12 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept) -> None:
     with tape.autocasting():
         ids, *others = inputs
         scope = Scope(build)
-        loss = step.architecture.forward(scope, ids, *step.method.inputs(scope, *others))
-        loss = step.method.loss(loss, list(build.parameters.values()))
+        with tape.belonging_to("adapter"):
+            extended = step.method.inputs(scope, *others)
+        loss = step.architecture.forward(scope, ids, *extended)
+        del extended
+        with tape.belonging_to("adapter"):
+            loss = step.method.loss(loss, list(build.parameters.values()))
     release(build.held)
     tape.loss = loss
     if setup.grad_accum > 1:

@@ -15,6 +15,7 @@ from perfmodel import UserError, costs, methods
 from perfmodel.anatomy import PARTS, WAITING, Anatomy, dissect, part_of
 from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
+from perfmodel.methods.virtual import SoftPrompt
 from perfmodel.predict import Prediction, predict
 from perfmodel.step import PHASES, Step
 from perfmodel.tape.core import Op
@@ -65,8 +66,7 @@ def owners(step: Step) -> set[str]:
     return {op.owner for _, op, _ in step.ops()}
 
 
-def assert_bars_sum_to_the_difference(a: Prediction, b: Prediction) -> None:
-    one, two = anatomy(a), anatomy(b)
+def assert_bars_sum_to_the_difference(a: Prediction, b: Prediction, one: Anatomy, two: Anatomy) -> None:
     difference = b.time.phases["total"] - a.time.phases["total"]
     total = max(a.time.phases["total"], b.time.phases["total"])
     assert abs(sum(two.parts[name] - one.parts[name] for name in PARTS) - difference) <= 1e-14 * total
@@ -75,9 +75,9 @@ def assert_bars_sum_to_the_difference(a: Prediction, b: Prediction) -> None:
 @pytest.mark.parametrize("model", ARCHITECTURES)
 def test_bars_sum_to_the_difference_for_every_pair(model: str) -> None:
     """The promise of the waterfall, for every two methods that are registered today, and those to come."""
-    made = [p for name in METHODS if (p := predicted(name, model)) is not None]
-    for a, b in permutations(made, 2):
-        assert_bars_sum_to_the_difference(a, b)
+    made = [(p, anatomy(p)) for name in METHODS if (p := predicted(name, model)) is not None]
+    for (a, one), (b, two) in permutations(made, 2):
+        assert_bars_sum_to_the_difference(a, b, one, two)
 
 
 @settings(deadline=None, derandomize=True, max_examples=120)
@@ -91,7 +91,7 @@ def test_bars_sum_to_the_difference_in_every_setup(pair: tuple[str, str], model:
     """The same with checkpointing, autocast, micro-batches, CUDA graphs, and on a CPU."""
     a, b = (predicted(name, model, device, setup) for name in pair)
     if a is not None and b is not None:
-        assert_bars_sum_to_the_difference(a, b)
+        assert_bars_sum_to_the_difference(a, b, anatomy(a), anatomy(b))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -119,10 +119,17 @@ def test_parts_are_the_time_of_the_prediction(method: str) -> None:
 @pytest.mark.parametrize("setup", [0, 2, 6])
 def test_the_base_model_runs_the_same_forward_products_under_every_method(model: str, setup: int) -> None:
     """Whatever a method adds is on its own account: else its cost would hide in the base model's bar."""
-    steps = [p.step for name in METHODS if (p := predicted(name, model, setup=setup)) is not None]
-    assert len({flops_of(s, "gemm_forward") for s in steps if s is not None}) == 1
     full = made("full", model, setup)
-    assert flops_of(full, "gemm_forward") == flops_of(full, "gemm_weight_grad")
+    base = flops_of(full, "gemm_forward")
+    assert base == flops_of(full, "gemm_weight_grad")
+    for name in (*METHODS, "lora:targets=all-linear,implementation=unsloth"):
+        p = predicted(name, model, setup=setup)
+        if p is None:
+            continue
+        assert p.step is not None
+        seq = p.setup.seq
+        longer = p.step.method.tokens if isinstance(p.step.method, SoftPrompt) else 0  # virtual tokens run through all
+        assert flops_of(p.step, "gemm_forward") * seq == base * (seq + longer), name
 
 
 @pytest.mark.parametrize("method", ["full", "top_k:k=1", "norm", "bitfit", "lisa", "badam"])
@@ -168,6 +175,27 @@ def test_the_products_of_lora_are_the_adapters_and_nothing_else(model: str) -> N
 def test_adapters_leave_frozen_weights_without_a_gradient(name: str) -> None:
     """Frozen weights have no weight-gradient GEMM: the first thing that every adapter saves."""
     assert flops_of(made(name), "gemm_weight_grad") == 0
+
+
+def test_dequantisation_has_a_part_of_its_own() -> None:
+    """Forward, backward and recompute unpack the weights; nothing else may stand there, and no other method has it."""
+    step = made("qlora", "llama", 2)
+    names = {op.name for part, op, _ in step.ops() if part_of(op, part) == "dequantisation" and not op.view}
+    assert names == {"bitsandbytes::dequantize_4bit", "bitsandbytes::dequantize_blockwise", "add_.Tensor"}
+    unpacked = sum(n for _, op, n in step.ops() if op.name == "bitsandbytes::dequantize_4bit")
+    layers = architecture_of("llama").layers * len(architecture_of("llama").linear_names())
+    assert 2 * layers < unpacked <= 3 * layers  # a checkpoint stops before what backward does not ask for again
+    assert not any(op.owner == "dequantisation" for _, op, _ in made("lora", "llama", 2).ops())
+
+
+def test_gradients_of_further_micro_batches_are_accumulation() -> None:
+    """One sum a parameter and further micro-batch; under LoRA the adapters' own."""
+    setup = next(i for i, s in enumerate(SETUPS) if "grad_accum" in s)
+    step = made("full", "llama", setup)
+    sums = [(op, n) for part, op, n in step.ops() if part_of(op, part) == "accumulation"]
+    assert sum(n for _, n in sums) == (step.setup.grad_accum - 1) * sum(p.count for p in step.parameters)
+    lora = made("lora", "llama", setup)
+    assert not any(part_of(op, part) == "accumulation" for part, op, _ in lora.ops())
 
 
 def test_a_grid_has_no_anatomy() -> None:

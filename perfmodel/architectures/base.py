@@ -249,7 +249,8 @@ class Scope:
         if not self.build.past:
             return k, v
         past_k, past_v = self.build.past.pop(0)
-        k, v = pointwise.cat((past_k, k), -2), pointwise.cat((past_v, v), -2)
+        with tape().belonging_to("adapter"):
+            k, v = pointwise.cat((past_k, k), -2), pointwise.cat((past_v, v), -2)
         self.build.held += [(k, self.part), (v, self.part)]
         return k, v
 

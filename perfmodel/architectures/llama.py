@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import UserError
-from ..tape.core import Tensor
+from ..tape.core import Tensor, tape
 from ..tape.dims import product
 from ..tape.liger import linear_cross_entropy, rope, silu_mul
 from ..tape.nn import causal_lm_loss, shifted_labels
@@ -135,7 +135,8 @@ class Llama(Architecture):
         heads = {"q_proj": self.heads, "k_proj": self.kv_heads, "v_proj": self.kv_heads}
         sizes = {f"self_attn.{name}": n * self.head_dim for name, n in heads.items()}
         layers = tuple(layer.linear_layer(name, self.hidden, n, bias=self.qkv_bias) for name, n in sizes.items())
-        fused = layer.build.method.qkv(layers, x)
+        with tape().belonging_to("adapter"):
+            fused = layer.build.method.qkv(layers, x)
         if fused is not None:
             return [self._heads(y, n) for y, n in zip(fused, heads.values(), strict=True)]
         return [
@@ -151,7 +152,8 @@ class Llama(Architecture):
         sizes = {"gate_proj": (self.hidden, self.intermediate), "up_proj": (self.hidden, self.intermediate)}
         sizes["down_proj"] = (self.intermediate, self.hidden)
         layers = (layer.linear_layer(f"mlp.{name}", *size, bias=self.mlp_bias) for name, size in sizes.items())
-        fused = layer.build.method.mlp(tuple(layers), x)
+        with tape().belonging_to("adapter"):
+            fused = layer.build.method.mlp(tuple(layers), x)
         if fused is not None:
             return fused
         if layer.build.setup.kernels == "liger":

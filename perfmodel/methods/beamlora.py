@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 @method(
     "beamlora",
+    title="BeamLoRA",
     source="https://arxiv.org/abs/2502.13604",
     trains="A, B, gate over the ranks",
     adds="lora + gate; rank swaps",

@@ -70,7 +70,7 @@ class Bottleneck(Method):
         return linear(x, weight, bias)
 
 
-@method("houlsby", source="https://arxiv.org/abs/1902.00751")
+@method("houlsby", title="Houlsby adapters", source="https://arxiv.org/abs/1902.00751")
 @dataclass(frozen=True)
 class Houlsby(Bottleneck):
     """Two adapters a block, behind attention and behind the MLP: x + up(act(down(x))) before the residual sum."""
@@ -83,7 +83,7 @@ class Houlsby(Bottleneck):
         return add(x, self.bottleneck(layer, name, x))
 
 
-@method("pfeiffer", source="https://arxiv.org/abs/2005.00052")
+@method("pfeiffer", title="Pfeiffer adapters", source="https://arxiv.org/abs/2005.00052")
 @dataclass(frozen=True)
 class Pfeiffer(Bottleneck):
     """One adapter a block, behind the MLP: x + up(act(down(h))), h the block's output as it would be without it."""

@@ -9,6 +9,7 @@ from .merging import merge_and_restart
 
 @method(
     "cola",
+    title="Chain of LoRA",
     source="https://arxiv.org/abs/2401.04151",
     trains="A, B",
     adds="as lora; merges",

@@ -16,7 +16,7 @@ from .base import Linear, method, option, positive
 from .targeted import DEFAULT_TARGETS, Targeted
 
 
-@method("fourierft", source="https://arxiv.org/abs/2405.03003; peft/tuners/fourierft/layer.py")
+@method("fourierft", title="FourierFT", source="https://arxiv.org/abs/2405.03003; peft/tuners/fourierft/layer.py")
 @dataclass(frozen=True)
 class FourierFt(Targeted):
     """y = xWᵀ + x·F⁻¹(c)ᵀ: a weight-sized inverse transform of n coefficients in every forward."""

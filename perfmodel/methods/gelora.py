@@ -22,6 +22,7 @@ BATCH = 8  # samples that go through the model together in the pre-pass
 
 @method(
     "gelora",
+    title="GeLoRA",
     source="https://arxiv.org/abs/2412.09250",
     trains="A, B, a rank per block",
     adds="as lora; a pre-pass",

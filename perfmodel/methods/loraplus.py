@@ -9,6 +9,7 @@ from .lora import Lora
 
 @method(
     "loraplus",
+    title="LoRA+",
     source="https://arxiv.org/abs/2402.12354; peft/optimizers/loraplus.py",
     trains="A, B in two groups",
     adds="as lora",

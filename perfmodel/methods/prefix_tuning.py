@@ -15,7 +15,11 @@ from .base import Scope, method, option, positive
 from .virtual import VirtualTokens
 
 
-@method("prefix_tuning", source="https://arxiv.org/abs/2101.00190; peft/tuners/prefix_tuning/model.py")
+@method(
+    "prefix_tuning",
+    title="prefix tuning",
+    source="https://arxiv.org/abs/2101.00190; peft/tuners/prefix_tuning/model.py",
+)
 @dataclass(frozen=True)
 class PrefixTuning(VirtualTokens):
     """Trained keys and values in a cache before the text: attention grows, linear layers do not."""

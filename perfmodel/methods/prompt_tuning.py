@@ -8,7 +8,11 @@ from .base import Scope, method
 from .virtual import SoftPrompt
 
 
-@method("prompt_tuning", source="https://arxiv.org/abs/2104.08691; peft/tuners/prompt_tuning/model.py")
+@method(
+    "prompt_tuning",
+    title="prompt tuning",
+    source="https://arxiv.org/abs/2104.08691; peft/tuners/prompt_tuning/model.py",
+)
 @dataclass(frozen=True)
 class PromptTuning(SoftPrompt):
     """Trained embeddings before the text: few parameters, a longer sequence in every block."""

@@ -17,7 +17,7 @@ from .base import Linear, method, option
 from .lora import Lora
 
 
-@method("qlora", source="https://arxiv.org/abs/2305.14314; peft/tuners/lora/bnb.py")
+@method("qlora", title="QLoRA", source="https://arxiv.org/abs/2305.14314; peft/tuners/lora/bnb.py")
 @dataclass(frozen=True)
 class QLora(Lora):
     """LoRA on a base in 4-bit NormalFloat, which is dequantised in forward, in backward and in every recompute."""
@@ -63,9 +63,10 @@ class QLora(Lora):
         bias = (
             layer.scope.parameter(f"{layer.name}.bias", (layer.n_out,), "bias", dtype=dtype) if layer.has_bias else None
         )
-        x = cast(x, compute)
-        y = linear_4bit(x, self._packed(layer), cast(bias, compute) if bias is not None else None)
-        return cast(y, dtype)
+        with tape().belonging_to("base"):
+            x = cast(x, compute)
+            y = linear_4bit(x, self._packed(layer), cast(bias, compute) if bias is not None else None)
+            return cast(y, dtype)
 
     def _packed(self, layer: Linear) -> Packed:
         """The 4-bit weight of a layer with its scales."""

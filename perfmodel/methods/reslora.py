@@ -15,6 +15,7 @@ from .shortcuts import SHORTCUTS, Adapter
 
 @method(
     "reslora",
+    title="ResLoRA",
     source="https://arxiv.org/abs/2402.18039; github.com/microsoft/LMOps, reslora",
     trains="A, B",
     adds="lora + earlier blocks",

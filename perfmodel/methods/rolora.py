@@ -11,6 +11,7 @@ from .lora import Lora
 
 @method(
     "rolora",
+    title="RoLoRA",
     source="https://arxiv.org/abs/2502.01755",
     trains="A or B, by round",
     adds="lora without dB or dA",

@@ -16,6 +16,7 @@ READERS = ("o_proj", "out_proj", "down_proj", "c_proj", "fc2", "output.dense")  
 
 @method(
     "s2ft",
+    title="S2FT",
     source="https://arxiv.org/abs/2412.06289; github.com/Infini-AI-Lab/S2FT, efficiency/s2ft.py",
     trains="slices of o and down",
     adds="nothing",

@@ -12,6 +12,7 @@ from .lora import Lora
 
 @method(
     "top_k",
+    title="last blocks",
     source="https://arxiv.org/abs/2507.08833",
     trains="last K blocks (or A, B)",
     adds="nothing (or as lora)",

@@ -63,9 +63,10 @@ class SoftPrompt(VirtualTokens):
     def embedded(self, model: Scope, x: Tensor) -> Tensor:
         x = super().embedded(model, x)
         batch = x.shape[0]
-        prompts = repeat_batch(self.encode(model, narrow(self.indices(batch), 0, 1)), batch)
-        prompts = cast(prompts, x.dtype)
-        x = cat((prompts, x), 1)
+        with tape().belonging_to("adapter"):
+            prompts = repeat_batch(self.encode(model, narrow(self.indices(batch), 0, 1)), batch)
+            prompts = cast(prompts, x.dtype)
+            x = cat((prompts, x), 1)
         model.build.held += [(prompts, None), (x, None)]  # local variables of `PeftModelForCausalLM.forward`
         return x
 

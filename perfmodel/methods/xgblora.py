@@ -12,6 +12,7 @@ from .merging import merge_and_restart
 
 @method(
     "xgblora",
+    title="XGBLoRA",
     source="https://arxiv.org/abs/2410.19694",
     trains="rank-1 A, B, some blocks",
     adds="as lora; merges",

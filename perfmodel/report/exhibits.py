@@ -17,6 +17,7 @@ from .charts.crossing import AXES, COLOURS, crossing
 from .charts.memory import PARTS, memory
 from .charts.roofline import legend, roofline
 from .charts.waterfall import waterfall
+from .figures import phase_table
 from .svg import Canvas
 
 LONGEST = 8  # kernels listed below a roofline
@@ -54,22 +55,12 @@ def limits(explained: list[Explanation], chosen: Explanation) -> dict[str, Any]:
 
 def _phases(steps: list[tuple[str, Anatomy]]) -> dict[str, Any]:
     phases = [(label, name, p) for label, step in steps for name, p in step.phases.items()]
-    columns = [
-        [p.seconds for *_, p in phases],
-        [p.limited["compute"] for *_, p in phases],
-        [p.limited["memory"] for *_, p in phases],
-        [p.waiting for *_, p in phases],
-        [p.at_peak for *_, p in phases],
-        [p.at_bandwidth for *_, p in phases],
-        [p.host for *_, p in phases],
-    ]
-    *flat, unit = units.alike([v for column in columns for v in column], digits=4)
-    told = [flat[i * len(phases) : (i + 1) * len(phases)] for i in range(len(columns))]
+    unit, told = phase_table([p for *_, p in phases])
     rows: list[list[str]] = []
     for i, (label, name, p) in enumerate(phases):
         if not i or phases[i - 1][0] != label:
             rows.append([label])
-        rows.append([name, p.regime, *(column[i] for column in told)])
+        rows.append([name, p.regime, *told[i]])
     heads = ["phase", "regime", f"time, {unit}", "compute", "memory", "waits", "at peak", "at bandwidth", "host"]
     return {"heads": heads, "rows": rows, "style": "left2 grouped"}
 

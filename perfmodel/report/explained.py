@@ -1,13 +1,11 @@
 """An explanation in the terminal: the answer, the waterfall, what limits each phase, where the verdict turns."""
 
-from rich.markup import escape
-from rich.table import Table
-
 from ..anatomy import Phase
 from ..explanation import Explanation
 from . import units
 from .crossings import in_words
-from .terminal import console, headline, notes, table
+from .figures import headline, phase_table
+from .plain import paragraph, show, table
 
 BAR = 12  # characters of the longest bar
 SMALL = 0.002  # of the longer step: parts that change by less are summed up
@@ -19,20 +17,20 @@ PHASES_EXPLAINED = (
 
 def show_explanation(e: Explanation) -> None:
     """The answer first, then its parts."""
-    told = escape(f"{headline(e.a)}\nA: {e.labels[0]}\nB: {e.labels[1]}\n")
-    console.print(f"[bold]{escape(e.answer)}[/]\n{told}")
-    console.print(_waterfall(e))
-    console.print()
-    console.print(_phases({"A": e.before.phases, "B": e.after.phases}))
-    console.print(f"[dim]{PHASES_EXPLAINED}[/]")
+    show(paragraph(e.answer), bold=True)
+    show(f"{headline(e.a)}\nA: {e.labels[0]}\nB: {e.labels[1]}\n")
+    show(f"{_waterfall(e)}\n")
+    show(_phases({"A": e.before.phases, "B": e.after.phases}))
+    show(paragraph(PHASES_EXPLAINED), dim=True)
     if e.crossovers:
-        console.print("\nwhere the verdict turns (5 % either way is the same)")
-        for crossover in e.crossovers:
-            console.print(f"  {escape(in_words(crossover, e.labels))}")
-    notes(dict.fromkeys([*e.a.notes, *e.b.notes]))
+        show("\nwhere the verdict turns (5 % either way is the same)")
+    for crossover in e.crossovers:
+        show(paragraph(f"  {in_words(crossover, e.labels)}", indent="    "))
+    for note in dict.fromkeys([*e.a.notes, *e.b.notes]):
+        show(paragraph(f"note: {note}"), dim=True)
 
 
-def _waterfall(e: Explanation) -> Table:
+def _waterfall(e: Explanation) -> str:
     """The parts by the size of their change, bars to scale, and the step that they sum to."""
     longest = max(abs(bar.difference) for bar in e.waterfall) or 1.0
     small = SMALL * max(e.before.total, e.after.total)
@@ -48,24 +46,17 @@ def _waterfall(e: Explanation) -> Table:
     ]
     total = (e.before.total, e.after.total)
     rows.append(["step", *map(units.seconds, total), units.signed(total[1] - total[0]), ""])
-    made = table("", ("from A to B", "A", "B", "change", ""), rows)
-    made.columns[-1].justify = "left"
-    return made
+    return table(("from A to B", "A", "B", "change", ""), rows, left=(0, 4))
 
 
 def _bar(share: float) -> str:
     return ("+" if share > 0 else "-") * round(abs(share) * BAR)
 
 
-def _phases(steps: dict[str, dict[str, Phase]]) -> Table:
-    """Each phase with what takes its time, and the floors under it."""
-    rows = [
-        [
-            f"{step} {name}", units.seconds(p.seconds), p.regime, units.seconds(p.limited["compute"]),
-            units.seconds(p.limited["memory"]), units.seconds(p.waiting), units.seconds(p.at_peak),
-            units.seconds(p.at_bandwidth), units.seconds(p.host),
-        ]
-        for step, phases in steps.items()
-        for name, p in phases.items()
-    ]  # fmt: skip
-    return table("", ("", "time", "regime", "compute", "memory", "waits", "peak", "traffic", "host"), rows)
+def _phases(steps: dict[str, dict[str, Phase]]) -> str:
+    """Each phase with what takes its time, and the floors under it, all in one unit."""
+    named = [(f"{step} {name}", p) for step, phases in steps.items() for name, p in phases.items()]
+    unit, rows = phase_table([p for _, p in named])
+    heads = ("", f"time, {unit}", "regime", "compute", "memory", "waits", "peak", "traffic", "host")
+    lines = [[name, time, p.regime, *rest] for (name, p), (time, *rest) in zip(named, rows, strict=True)]
+    return table(heads, lines, left=(0, 2))

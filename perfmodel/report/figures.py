@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..anatomy import Phase
 from ..compare import Comparison
 from ..predict import Prediction
 from ..setup import Setup
@@ -73,6 +74,22 @@ def _marked(
     shown = texts[list(values).index(best)]
     good = [counts and text == shown for text, counts in zip(texts, rated, strict=True)]
     return [Cell(text, mark and sum(good) < sum(rated)) for text, mark in zip(texts, good, strict=True)]
+
+
+def phase_table(phases: Sequence[Phase]) -> tuple[str, list[list[str]]]:
+    """A unit, and in it for each phase: time, compute- and memory-limited, waiting, FLOPs at peak, bytes, host."""
+    rows = [
+        [p.seconds, p.limited["compute"], p.limited["memory"], p.waiting, p.at_peak, p.at_bandwidth, p.host]
+        for p in phases
+    ]
+    *told, unit = units.alike([v for row in rows for v in row], digits=4)
+    width = len(rows[0])
+    return unit, [told[i * width : (i + 1) * width] for i in range(len(rows))]
+
+
+def headline(p: Prediction) -> str:
+    """Model, device and setup in a line."""
+    return f"{p.model} on {p.device}, {setup_line(p.setup)}"
 
 
 def setup_line(s: Setup) -> str:

@@ -10,8 +10,8 @@ from . import units
 from .charts import WIDE
 from .charts.roofline import legend, roofline
 from .charts.waterfall import waterfall
+from .figures import headline
 from .svg import Canvas, text_width, wrapped
-from .terminal import headline
 from .theme import charts_on_light_ground
 
 MARGIN, GAP, LINE = 28.0, 26.0, 20.0  # px

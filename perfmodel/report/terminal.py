@@ -12,7 +12,7 @@ from ..periodic import PeriodicCost
 from ..predict import Prediction
 from ..step import PHASES
 from . import units
-from .figures import Cell, figures, mfu_of, setup_line
+from .figures import Cell, figures, headline, mfu_of, setup_line
 
 console = Console(highlight=False)
 COLUMNS = (*PHASES, "total")
@@ -117,11 +117,6 @@ def notes(told: Iterable[str]) -> None:
         console.print(f"[dim]note: {escape(note)}[/]")
 
 
-def headline(p: Prediction) -> str:
-    """Model, device and setup in a line."""
-    return f"{p.model} on {p.device}, {setup_line(p.setup)}"
-
-
 def show_comparison(c: Comparison) -> None:
     """The answer in words, then a column a method; the best value of a row is marked."""
     for speedup in c.speedups:
@@ -136,6 +131,9 @@ def show_comparison(c: Comparison) -> None:
         for cost in p.periodic:
             console.print(f"{escape(p.method)}, {periodic_line(cost)}")
     console.print(f"[dim]* best of those that fit; {mfu_of(c.predictions[0])}[/]")
+    for p in c.predictions:
+        for cost in p.periodic:
+            console.print(f"{p.method}, {periodic_line(cost)}")
     notes(dict.fromkeys(note for p in c.predictions for note in p.notes))
 
 

@@ -112,7 +112,8 @@ def _accumulate(node: Node, grads: Sequence[Tensor | None]) -> Grads:
         if parameter.part is not None:  # one of as many as there are identical layers
             parameter.grad.storage.copies = parameter.part.repeat
     else:
-        record("add_.Tensor", (parameter.grad, grad), (parameter.grad,))
+        with tape().belonging_to("adapter" if parameter.kind == "adapter" else "accumulation"):
+            record("add_.Tensor", (parameter.grad, grad), (parameter.grad,))
     return ()
 
 

@@ -42,7 +42,8 @@ class Op:
     """One ATen call: the narrow waist between what produces ops (tape, trace) and what counts and prices them.
 
     `bytes_read` counts each distinct input once, `bytes_written` each output once. `view` calls move no data.
-    `owner` is what asked for the op: the "base" model, its "attention" or an "adapter"; backward follows its forward.
+    `owner` is what asked for the op: the "base" model, its "attention", an "adapter", the "dequantisation" of weights
+    or the "accumulation" of gradients; backward follows its forward.
     `recompute` marks what a checkpoint runs again.
     """
 

@@ -6,6 +6,7 @@ author's choice. `torch.amp.custom_fwd` and `custom_bwd` run backward under the 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from .autograd import Backward, Grads, Node, differentiate
 from .core import Storage, Tensor, emit, record, tape
@@ -15,6 +16,7 @@ from .pointwise import add
 from .shape import contiguous, reshape, t, view
 
 Grad = Tensor | None
+R = TypeVar("R")
 
 
 @contextmanager
@@ -33,13 +35,15 @@ def python_function() -> None:
     tape().part.modules += 1
 
 
-def on_base(product: Callable[..., Tensor], *operands: Tensor | None) -> Tensor:
-    """Run the base layer's own product inside a method's operator, on the account of the base model."""
+def on_base(call: Callable[..., R], *arguments: Any) -> R:
+    """Inside a method's operator: run what the base model would run without it (a layer's product) on its account."""
     with tape().belonging_to("base"):
-        return product(*operands)
+        return call(*arguments)
 
 
-def in_place_of_base(name: str, inputs: Sequence[Tensor], backward: Backward, attrs: tuple[object, ...]) -> Node | None:
+def in_place_of_base(
+    name: str, inputs: Sequence[Tensor], backward: Backward, attrs: tuple[object, ...] = ()
+) -> Node | None:
     """A node of an operator that stands in for the base layer: the gradient that it hands down is the base's, but what
     its rule runs is the adapter's, `on_base` excepted."""
 

@@ -9,9 +9,9 @@ fast_lora.py, swiglu.py and utils.py (2025).
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .autograd import Grads, Node, differentiate
+from .autograd import Grads, Node
 from .core import Parameter, Tensor, emit, new_tensor, record, tape
-from .custom import addmm_, as_rows, python_function
+from .custom import addmm_, as_rows, in_place_of_base, on_base, python_function
 from .linalg import _column_major, _layout, mm
 from .pointwise import cast
 from .shape import t, view
@@ -28,7 +28,7 @@ def lorafusion_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Ten
     Keeps the dropped-out x, its mask and S. All tensors have one dtype; x (batch, seq, n), A (r, n), B (m, r).
     """
     python_function()
-    node = differentiate("FusedLinearLoRABackward", (x, a, b), _lorafusion_backward)
+    node = in_place_of_base("FusedLinearLoRABackward", (x, a, b), _lorafusion_backward)
     shape = (*x.shape[:-1], weight.shape[0])
     with tape().no_grad():
         x = as_rows(x)
@@ -38,7 +38,7 @@ def lorafusion_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Ten
             record("lorafusion::dropout", (x,), (masked, mask))
         s = mm(masked, t(a))
         inputs = (x, weight, s, b) if bias is None else (x, weight, s, b, bias)
-        y = view(emit("lorafusion::xw_sb", inputs, (x.shape[0], weight.shape[0]), x.dtype), shape)
+        y = view(on_base(emit, "lorafusion::xw_sb", inputs, (x.shape[0], weight.shape[0]), x.dtype), shape)
     if node:
         node.save(masked, weight, a, b, mask, s)
         node.produces(y)
@@ -58,7 +58,7 @@ def _lorafusion_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     grad_x = None
     if node.needs[0]:
         inputs = (g, weight, grad_s, a) if mask is None else (g, weight, grad_s, a, mask)
-        grad_x = view(emit("lorafusion::dyw_dsa", inputs, (g.shape[0], weight.shape[1]), g.dtype), shape)
+        grad_x = view(on_base(emit, "lorafusion::dyw_dsa", inputs, (g.shape[0], weight.shape[1]), g.dtype), shape)
     return (grad_x, grad_a, grad_b)
 
 
@@ -76,7 +76,7 @@ class Adapted(NamedTuple):
 def _matmul_lora(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`matmul_lora`: x·Wᵀ, and (x·Aᵀ)·Bᵀ added into it; adapters are cast to x's dtype every time."""
     shape, x = x.shape, as_rows(x)
-    out = mm(x, t(weight))
+    out = on_base(mm, x, t(weight))
     xa = mm(x, cast(t(a), x.dtype))
     addmm_(out, xa, cast(t(b), x.dtype))
     return view(out, (*shape[:-1], weight.shape[0])) if len(shape) > 2 else out
@@ -108,14 +108,14 @@ def _transposed(adapter: Adapted, dtype: str) -> tuple[Tensor, Tensor]:
 def _add_input_grad(grad: Tensor, g: Tensor, adapter: Adapted, at: Tensor, bt: Tensor, *, base: bool) -> None:
     """grad += g·W (if `base`) + (g·B)·A."""
     if base:
-        addmm_(grad, g, adapter.weight)
+        on_base(addmm_, grad, g, adapter.weight)
     addmm_(grad, mm(g, t(bt)), t(at))
 
 
 def unsloth_linear(x: Tensor, layer: Adapted) -> Tensor:
     """Unsloth's `LoRA_W`, which it puts in the place of o_proj."""
     python_function()
-    node = differentiate("LoRA_WBackward", (x, layer.a, layer.b), _unsloth_linear_backward, (layer,))
+    node = in_place_of_base("LoRA_WBackward", (x, layer.a, layer.b), _unsloth_linear_backward, (layer,))
     with tape().no_grad():
         y = _matmul_lora(x, *layer)
     if node:
@@ -132,7 +132,7 @@ def _unsloth_linear_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     shape, g, x = x.shape, as_rows(g), as_rows(x)
     at, bt = _transposed(layer, x.dtype)
     grad_a, grad_b = _adapter_grads(x, g, at, bt)
-    grad_x = mm(g, layer.weight)
+    grad_x = on_base(mm, g, layer.weight)
     _add_input_grad(grad_x, g, layer, at, bt, base=False)
     return (view(grad_x, shape), t(grad_a), t(grad_b))
 
@@ -141,7 +141,7 @@ def unsloth_qkv(x: Tensor, layers: Sequence[Adapted]) -> list[Tensor]:
     """Unsloth's `LoRA_QKV`: three projections of one input; its gradient is summed in x's own memory."""
     python_function()
     adapters = [p for layer in layers for p in (layer.a, layer.b)]
-    node = differentiate("LoRA_QKVBackward", (x, *adapters), _unsloth_qkv_backward, (tuple(layers),))
+    node = in_place_of_base("LoRA_QKVBackward", (x, *adapters), _unsloth_qkv_backward, (tuple(layers),))
     with tape().no_grad():
         rows = as_rows(x)
         outs = [view(y, (*x.shape[:-1], y.shape[1])) for y in [_matmul_lora(rows, *layer) for layer in layers]]
@@ -159,7 +159,7 @@ def _unsloth_qkv_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     x = as_rows(x)
     turned = [_transposed(layer, x.dtype) for layer in layers]
     made = [_adapter_grads(x, g, *at_bt) for g, at_bt in zip(gs, turned, strict=True)]
-    grad_x = _product_into(gs[0], layers[0].weight, x)
+    grad_x = on_base(_product_into, gs[0], layers[0].weight, x)
     for i, (g, layer, at_bt) in enumerate(zip(gs, layers, turned, strict=True)):
         _add_input_grad(grad_x, g, layer, *at_bt, base=i > 0)
     return (view(grad_x, shape), *(t(grad) for pair in made for grad in pair))
@@ -170,10 +170,10 @@ def unsloth_mlp(x: Tensor, gate: Adapted, up: Adapted, down: Adapted) -> Tensor:
     python_function()
     layers = (gate, up, down)
     adapters = [p for layer in layers for p in (layer.a, layer.b)]
-    node = differentiate("LoRA_MLPBackward", (x, *adapters), _unsloth_mlp_backward, (layers,))
+    node = in_place_of_base("LoRA_MLPBackward", (x, *adapters), _unsloth_mlp_backward, (layers,))
     with tape().no_grad():
         e, g = _matmul_lora(x, *gate), _matmul_lora(x, *up)
-        h = emit("unsloth::swiglu_fg", (e, g), e.shape, e.dtype)
+        h = on_base(emit, "unsloth::swiglu_fg", (e, g), e.shape, e.dtype)
         out = _matmul_lora(h, *down)
     if node:
         node.save(*adapters, x, e, g)
@@ -190,12 +190,12 @@ def _unsloth_mlp_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     dy, x, e, g = as_rows(dy), as_rows(x), as_rows(e), as_rows(g)
     gate_t, up_t, down_t = (_transposed(layer, x.dtype) for layer in (gate, up, down))
     dw = _matmul_lora(dy, t(down.weight), down_t[1], down_t[0])
-    record("unsloth::swiglu_DWf_DW_dfg", (dw, e, g), (dw, e, g))
+    on_base(record, "unsloth::swiglu_DWf_DW_dfg", (dw, e, g), (dw, e, g))
     h, df, de = dw, e, g  # in the same memory: the hidden layer and the gradients of both projections
     of_down = _adapter_grads(h, dy, *down_t)
     of_up = _adapter_grads(x, df, *up_t)
     of_gate = _adapter_grads(x, de, *gate_t)
-    grad_x = _product_into(df, up.weight, x)
+    grad_x = on_base(_product_into, df, up.weight, x)
     _add_input_grad(grad_x, df, up, *up_t, base=False)
     _add_input_grad(grad_x, de, gate, *gate_t, base=True)
     return (view(grad_x, shape), *(t(grad) for grad in (*of_gate, *of_up, *of_down)))

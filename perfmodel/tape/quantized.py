@@ -39,12 +39,13 @@ class Packed:
 
 def dequantize(weight: Packed) -> Tensor:
     """The weight in 16 or 32 bit: a custom op, and with double quantisation two more for the maxima."""
-    absmax: Tensor = weight.absmax
-    if weight.nested is not None:
-        second, code, offset = weight.nested
-        absmax = emit("bitsandbytes::dequantize_blockwise", (absmax, second, code), absmax.shape, "fp32")
-        record("add_.Tensor", (absmax, offset), (absmax,))
-    return emit("bitsandbytes::dequantize_4bit", (t(weight.values), absmax), weight.shape, weight.dtype)
+    with tape().belonging_to("dequantisation"):
+        absmax: Tensor = weight.absmax
+        if weight.nested is not None:
+            second, code, offset = weight.nested
+            absmax = emit("bitsandbytes::dequantize_blockwise", (absmax, second, code), absmax.shape, "fp32")
+            record("add_.Tensor", (absmax, offset), (absmax,))
+        return emit("bitsandbytes::dequantize_4bit", (t(weight.values), absmax), weight.shape, weight.dtype)
 
 
 def linear_4bit(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:

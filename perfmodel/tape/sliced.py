@@ -6,8 +6,9 @@ efficiency/s2ft.py). Both multiply (batch, seq, width) tensors sample by sample 
 
 from collections.abc import Sequence
 
-from .autograd import Grads, Node, differentiate
+from .autograd import Grads, Node
 from .core import Tensor, tape
+from .custom import in_place_of_base, on_base
 from .dims import same
 from .extra import add_in_place, sum_dim
 from .linalg import matmul
@@ -25,9 +26,10 @@ def sliced_linear(x: Tensor, weight: Tensor, trained: Tensor, bias: Tensor | Non
         trained: (m, w): of x only the w inputs are kept; or (w, n): x is kept.
     """
     columns = not same(trained.shape[1], weight.shape[1])
-    node = differentiate("S2LinearFunctionBackward", (x, weight, trained), _sliced_backward, (columns, trained.shape))
+    inputs = (x, weight, trained)
+    node = in_place_of_base("S2LinearFunctionBackward", inputs, _sliced_backward, (columns, trained.shape))
     with tape().no_grad():
-        out = matmul(x, t(weight))
+        out = on_base(matmul, x, t(weight))
         if bias is not None:
             out = add_in_place(out, expand(unsqueeze(bias, 0), out.shape))
         kept = clone(narrow(x, -1, trained.shape[1])) if columns else x
@@ -41,6 +43,6 @@ def _sliced_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (kept, weight) = grads, node.unpack()
     assert g is not None
     columns, shape = node.attrs
-    grad_x = matmul(g, weight) if node.needs[0] else None
+    grad_x = on_base(matmul, g, weight) if node.needs[0] else None
     rows = transpose(g if columns else narrow(g, -1, shape[0]), -1, -2)
     return (grad_x, None, sum_dim(matmul(rows, kept), 0))
