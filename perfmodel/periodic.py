@@ -91,7 +91,7 @@ def trained(step: "Step") -> list[Parameter]:
 
 
 def fresh_states(step: "Step", parameters: Sequence[Parameter], dtype: str | None = None) -> None:
-    """The optimizer's state begins anew: what it makes for a parameter (or its copy in a dtype) that it has no state of.
+    """The optimizer's state begins anew: what it makes for a parameter, or its copy in a dtype, without a state.
 
     All fill their tensors with zeros, but SGD clones the gradient into its momentum. Source: torch/optim/adam.py
     `_init_group`, sgd.py `_multi_tensor_sgd`.

@@ -228,8 +228,8 @@ def _optimizer_notes(built: Step, time: Time) -> list[str]:
     in_step = np.any(time.components.get("solver", 0.0) > 0.01 * time.phases["total"])
     if in_step or any(name in costs.SOLVERS for name in besides):
         notes.append(
-            "decompositions (SVD, QR, pseudo-inverse, …) are priced by a rough model of cuSOLVER, right within a factor "
-            "of about two"
+            "decompositions (SVD, QR, pseudo-inverse, …) are priced by a rough model of cuSOLVER, right within a "
+            "factor of about two"
         )
     if np.any(built.paged_bytes):
         gigabytes = np.max(built.paged_bytes) / 1e9

@@ -85,7 +85,8 @@ def _sort(i: int, op: Op, tables: _Tables) -> None:
     if name in ("mm", "addmm", "addmm_"):
         a, b = inputs[-2:]
         layout = op.attrs[0] if op.attrs else "tn"
-        tables.add(tables.gemm, (name, a.dtype, layout), i, a.shape[0], b.shape[1], a.shape[1], 1)
+        dtype = "fp32" if a.dtype == "c64" else a.dtype  # complex ones are r x r: their floor is their price
+        tables.add(tables.gemm, (name, dtype, layout), i, a.shape[0], b.shape[1], a.shape[1], 1)
     elif name == "bmm":
         a, b = inputs
         tables.add(tables.gemm, (name, a.dtype, "tn"), i, a.shape[1], b.shape[2], a.shape[2], a.shape[0])
