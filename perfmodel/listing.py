@@ -1,12 +1,15 @@
 """What can be asked for: bundled models, methods and devices, as rows of plain values."""
 
+import inspect
 from typing import Any
 
 from . import architectures
 from .devices import profile
+from .errors import UserError, nearest
 from .methods import options, registered
 
-Rows = list[dict[str, Any]]
+Row = dict[str, Any]
+Rows = list[Row]
 
 
 def models() -> Rows:
@@ -28,11 +31,25 @@ def models() -> Rows:
 
 
 def methods() -> Rows:
-    """The fine-tuning methods: what they are, where they come from, their options."""
+    """The fine-tuning methods: what trains, what they add to a step, where they come from, their options."""
     return [
-        {"method": name, "what": cls.describe(), "source": cls.source, "options": options(cls)}
+        {
+            "method": name, "trains": cls.what_trains, "adds": cls.what_it_adds, "source": cls.source,
+            "what": cls.describe(), "description": inspect.getdoc(cls), "options": options(cls),
+        }
         for name, cls in registered().items()
-    ]
+    ]  # fmt: skip
+
+
+def method(name: str) -> Row:
+    """One of `methods`.
+
+    Raises:
+        UserError: no method of that name.
+    """
+    if name not in registered():
+        raise UserError(f"unknown method {name!r}: {nearest(name, registered())}")
+    return next(row for row in methods() if row["method"] == name)
 
 
 def devices() -> Rows:

@@ -1,7 +1,7 @@
 """The answer for one setup, or for a whole grid of setups at once (see `perfmodel.grid`)."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from os import PathLike
 from typing import Any
 
@@ -83,6 +83,7 @@ class Prediction:
     fits: Any
     notes: list[str] = field(default_factory=list)
     periodic: list[PeriodicCost] = field(default_factory=list)
+    choices: list[dict[str, Any]] = field(default_factory=list)
     step: Step | None = field(default=None, repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -102,6 +103,7 @@ class Prediction:
             "memory_bytes": {f.name: _plain(getattr(m, f.name)) for f in fields(m)},
             "fits": _plain(self.fits),
             "periodic": [_plain(cost.as_dict()) for cost in self.periodic],
+            "choices": _plain(self.choices),
             "notes": self.notes,
         }  # fmt: skip
 
@@ -109,6 +111,8 @@ class Prediction:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
     if isinstance(value, np.ndarray):
         return value.tolist()
     return value.item() if isinstance(value, np.generic) else value
@@ -169,6 +173,7 @@ def with_options(setup: Setup | None, options: dict[str, Any]) -> Setup:
 
 
 def _predict(architecture: Architecture, method: Method, setup: Setup, on: DeviceProfile, by: Host) -> Prediction:
+    method = method.priced(lambda parts: seconds_of(parts, on, by))
     return of_step(step.build(architecture, method, setup, on.kind, on.compute_capability or "8.0"), on, by)
 
 
@@ -192,6 +197,7 @@ def of_step(built: Step, on: DeviceProfile, by: Host) -> Prediction:
         fits=memory.fits(held.peak, on.hardware.memory_bytes, built.device),
         notes=_notes(built, on, time),
         periodic=[_periodic(ops, on, by) for ops in built.periodic],
+        choices=[asdict(choice) for choice in built.method.choices(built)],
         step=built,
     )
 
@@ -249,13 +255,19 @@ def _count(built: Step, of_part: Callable[[Part], Dim]) -> Phases:
 
 
 def _periodic(ops: PeriodicOps, on: DeviceProfile, by: Host) -> PeriodicCost:
-    """Count, price and compose what a method does besides its steps."""
-    clocks, flops, nbytes = timeline.IDENTITY, 0, 0
-    for part in ops.group.parts:
+    """Count and price what a method does besides its steps."""
+    parts = ops.group.parts
+    flops = sum(part.repeat * sum(costs.flops(op) for op in part.ops) for part in parts)
+    nbytes = sum(part.repeat * sum(op.bytes_read + op.bytes_written for op in part.ops) for part in parts)
+    return PeriodicCost(ops.what, ops.every, seconds_of(parts, on, by), flops, nbytes)
+
+
+def seconds_of(parts: list[Part], on: DeviceProfile, by: Host) -> Any:
+    """Seconds of parts that run in a row, from both clocks at 0."""
+    clocks = timeline.IDENTITY
+    for part in parts:
         clocks = clocks.then(part_clocks(part, price.durations(part.ops, on), on, by)[0].power(part.repeat))
-        flops += part.repeat * sum(costs.flops(op) for op in part.ops)
-        nbytes += part.repeat * sum(op.bytes_read + op.bytes_written for op in part.ops)
-    return PeriodicCost(ops.what, ops.every, clocks.end, flops, nbytes)
+    return clocks.end
 
 
 def step_time(built: Step, on: DeviceProfile, by: Host) -> Time:

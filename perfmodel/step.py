@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from . import optimizers
 from .architectures.base import Architecture, Build, Scope
@@ -15,6 +16,7 @@ from .tape.core import Op, Parameter, Part, Tape, Tensor, emit, new_tensor, reco
 from .tape.dims import Dim
 from .tape.extra import div
 
+Kept = dict[Any, tuple[Tensor, Part]]  # attributes of modules (`Build.kept`)
 PHASES = ("forward", "backward", "optimizer")
 
 
@@ -103,15 +105,17 @@ def build(
     gc.disable()  # the tape frees by reference count; a pass of the cycle collector would only cost time
     try:
         with recording(tape):
-            _micro_batch(step, tape)
+            kept: Kept = {}
+            _micro_batch(step, tape, kept)
             step.groups.append(Group(list(tape.parts)))
             if setup.grad_accum > 1:
                 tape.parts.clear()
                 tape.twins.clear()
-                _micro_batch(step, tape)
+                _micro_batch(step, tape, kept)
                 step.groups.append(Group(list(tape.parts), setup.grad_accum - 1))
             tape.parts.clear()
             record_update(step, tape)
+            _release(kept)
             step.groups.append(Group(list(tape.parts)))
         step.periodic = [_besides(step, work, capability) for work in method.periodic()]
     finally:
@@ -127,11 +131,11 @@ def _besides(step: Step, work: Periodic, capability: str) -> PeriodicOps:
         return PeriodicOps(work.what, work.every, Group(list(tape.parts)))
 
 
-def _micro_batch(step: Step, tape: Tape) -> None:
+def _micro_batch(step: Step, tape: Tape, kept: Kept) -> None:
     setup = step.setup
     shape = (setup.batch, setup.seq)
     tape.begin("inputs", "forward")
-    build = Build(step.architecture, step.method, setup, {p.name: p for p in step.parameters})
+    build = Build(step.architecture, step.method, setup, {p.name: p for p in step.parameters}, kept)
     inputs = [_input(shape) for _ in range(3)]
     with tape.autocasting():
         loss = step.architecture.forward(Scope(build), *inputs)
@@ -174,6 +178,13 @@ def record_update(step: Step, tape: Tape) -> None:
     for p in step.parameters:
         p.grad = None
     step.state_bytes, step.paged_bytes = update.state_bytes, update.paged_bytes
+
+
+def _release(kept: Kept) -> None:
+    """What modules kept as attributes was live up to here."""
+    for tensor, part in kept.values():
+        tensor.storage.copies = part.repeat
+    kept.clear()
 
 
 __all__ = ["PHASES", "Group", "Step", "build", "new_tensor", "record_update"]

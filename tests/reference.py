@@ -140,7 +140,7 @@ class RunLoraLinear(nn.Module):
         like = {"dtype": base.weight.dtype, "device": base.weight.device}
         self.lora_U = nn.Parameter(torch.empty(n, method.r, **like))
         self.lora_V = nn.Parameter(torch.empty(method.r, m, **like))
-        self.scaling, self.orders = method.alpha / method.r, method.orders(tokens, n, m)
+        self.scaling, self.orders = method.alpha / method.r, method.orders(runlora.LayerShape(tokens, n, m, method.r))
 
     def forward(self, x: Any) -> Any:
         w = self.base.weight if isinstance(self.base, Conv1D) else self.base.weight.t()
@@ -267,6 +267,7 @@ def differences(name: str, spec: str, layers: int | None = None, **options: Any)
     model = apply(models.build(config, setup), method, architecture, setup)
     trace = trace_step(model, setup, step.optimizer, make=partial(make_update, method=method))
     trace.peak += getattr(model, "kept_bytes", 0)
+    trace.total -= getattr(model, "counted_twice", 0)
     result = counts.judge(Case(config, spec, setup), step, trace)
     assert result.flops > 0
     assert step.trainable <= step.total

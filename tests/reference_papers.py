@@ -8,12 +8,14 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from reference import as_lora, freeze, program
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from perfmodel.architectures import Architecture
 from perfmodel.methods.cola import Cola
 from perfmodel.methods.gelora import GeLora
 from perfmodel.methods.rolora import RoLora
+from perfmodel.methods.s2ft import S2Ft
 from perfmodel.methods.xgblora import XgbLora
 from perfmodel.setup import Setup
 from validate import models
@@ -58,6 +60,13 @@ def merge_and_restart(model: Any) -> None:
             module.reset_lora_parameters("default", True)
 
 
+def decompose(model: Any, start: str) -> None:
+    """peft's own start of PiSSA (`pissa`, `pissa_niter_N`) in every layer."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.pissa_init("default", start)
+
+
 def two_nn(x: Any) -> Any:
     """TwoNN in its maximum-likelihood form: N / Σ log(r₂/r₁) over all points."""
     squares = x.pow(2).sum(1)
@@ -74,3 +83,59 @@ def calls_of(model: Any, function: Callable[[], Any]) -> Counter[Signature]:
     with mode, torch.no_grad(), recorder.observe("once"):
         function()
     return recorder.trace.calls["once"]
+
+
+class SlicedLinear(torch.autograd.Function):
+    """S2FT: y = x·Wᵀ + b; columns [0, w) or rows [0, w) of W get a gradient, formed sample by sample."""
+
+    @staticmethod
+    def forward(x: Any, weight: Any, trained: Any, bias: Any) -> Any:
+        y = x.matmul(weight.t())
+        if bias is not None:
+            y += bias.unsqueeze(0).expand_as(y)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, weight, trained, _ = inputs
+        ctx.w = trained.shape[1] if trained.shape[0] == weight.shape[0] else None
+        ctx.rows = trained.shape[0]
+        ctx.save_for_backward(x if ctx.w is None else x[:, :, : ctx.w].clone(), weight)
+
+    @staticmethod
+    def backward(ctx: Any, g: Any) -> Any:
+        kept, weight = ctx.saved_tensors
+        grad_x = g.matmul(weight) if ctx.needs_input_grad[0] else None
+        if ctx.w is None:
+            g = g[:, :, : ctx.rows]
+        return grad_x, None, g.transpose(-1, -2).matmul(kept).sum(0), None
+
+
+class S2Linear(nn.Module):
+    """A linear layer with a slice of its weight trained in place: the slice shares the weight's memory."""
+
+    def __init__(self, base: Any, method: S2Ft, name: str) -> None:
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        share = method.heads if "attn" in name else method.channels
+        m, n = base.weight.shape
+        if name.endswith(("o_proj", "down_proj")):
+            trained = base.weight.data[:, : round(share * n)]
+        else:
+            trained = base.weight.data[: round(share * m)]
+        self.trained = nn.Parameter(trained)
+
+    def forward(self, x: Any) -> Any:
+        return SlicedLinear.apply(x, self.weight, self.trained, self.bias)
+
+
+@program(S2Ft)
+def _s2ft(model: Any, method: S2Ft, architecture: Architecture, setup: Setup) -> Any:
+    for name, module in list(model.requires_grad_(False).named_modules()):
+        if isinstance(module, nn.Linear) and name.endswith(method.target_names):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, S2Linear(module, method, name))
+    slices = [p for p in model.parameters() if p.requires_grad]
+    model.counted_twice = sum(p.numel() for p in slices)
+    model.kept_bytes = -sum(p.numel() * p.element_size() for p in slices)  # fake parameters share no memory
+    return model

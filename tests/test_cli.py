@@ -24,7 +24,7 @@ MODEL = ["--model", "gpt2", "--device", "l40s", "--batch", "2", "--seq", "64"]
 PHASES = {"forward", "backward", "optimizer", "total"}
 PREDICTION = {
     "model", "device", "method", "setup", "params", "flops", "bytes", "kernels", "dispatches", "time_s",
-    "memory_bytes", "fits", "periodic", "notes",
+    "memory_bytes", "fits", "periodic", "choices", "notes",
 }  # fmt: skip
 
 
@@ -239,6 +239,28 @@ def test_listed_sources_and_options_are_there() -> None:
     assert all(row["source"] for row in value_of("models"))
     lora = next(row for row in value_of("methods") if row["method"] == "lora")
     assert {"r", "alpha", "targets", "dropout"} <= set(lora["options"])
+
+
+def test_methods_fit_on_a_screen_one_line_each() -> None:
+    """The list is for choosing: what trains, what it adds, where it comes from. Options are a second question."""
+    result = call("methods")
+    lines = [line for line in result.stdout.splitlines() if line.strip()]
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[0] for line in lines[1:-1]] == list(methods.registered()), "a line that wraps"
+    for row in value_of("methods"):
+        assert row["trains"], f"@method({row['method']!r}) says nothing of what trains"
+        assert row["adds"], f"@method({row['method']!r}) says nothing of what it adds"
+
+
+def test_a_method_is_described_with_its_options_on_demand() -> None:
+    """`perfmodel methods NAME` is the manual of one method; a typing error names the nearest."""
+    text = " ".join(call("methods", "gelora").stdout.split())
+    assert "intrinsic dimensions" in text
+    assert all(option in text for option in ("ranks", "samples", "targets"))
+    assert value_of("methods", "gelora") == next(r for r in value_of("methods") if r["method"] == "gelora")
+    result = call("methods", "gelroa")
+    assert result.exit_code == 2
+    assert "did you mean 'gelora'?" in result.stderr
 
 
 HEAVY = ("torch", "transformers", "peft", "pandas", "scipy", "matplotlib", "hypothesis")

@@ -41,7 +41,7 @@ def figures(p: Prediction) -> dict[str, Any]:
             flat[path] = value
 
     for key, value in p.as_dict().items():
-        if key not in ("model", "device", "method", "setup", "notes", "periodic"):
+        if key not in ("model", "device", "method", "setup", "notes", "periodic", "choices"):
             walk(key, value)
     return flat
 

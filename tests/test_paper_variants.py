@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from closed_forms import LAYERS, R, T, adapted_flops, flops_of, products, recorded
+from closed_forms import LAYERS, LINEARS, R, T, adapted_flops, flops_of, products, recorded
 from helpers import architecture_of, config_of, setup_of, step_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +22,7 @@ from perfmodel.errors import UserError
 from perfmodel.methods.xgblora import XgbLora
 from perfmodel.periodic import PeriodicOps
 from perfmodel.step import Step
-from validate import models
+from validate import counts, models
 from validate.trace import Signature, signature
 
 SPECS = (
@@ -32,6 +32,7 @@ SPECS = (
     "xgblora:blocks=2",
     "gelora:ranks=4+1+2",
     "beamlora:r=4",
+    "s2ft:heads=0.1,channels=0.05",
 )
 
 
@@ -57,6 +58,8 @@ def test_the_tape_equals_the_reference(name: str, spec: str, dtype: str, batch: 
     ("name", "spec", "options"),
     [
         ("opt", "beamlora:r=3,targets=all-linear,dropout=0.1", {"dtype": "fp32", "amp": "bf16", "grad_accum": 2}),
+        ("llama", "s2ft:heads=0.2,targets=q_proj+v_proj+up_proj+down_proj", {"checkpoint": "block"}),
+        ("qwen2", "s2ft:heads=0.2,channels=0.2,targets=v_proj+down_proj", {"checkpoint": "block-reentrant"}),
         ("llama", "rolora:r=3,round=A,targets=all-linear,dropout=0.1", {"checkpoint": "block"}),
         ("gpt2", "xgblora:r=2,blocks=1,targets=c_attn+c_fc", {"dtype": "fp32", "amp": "bf16"}),
         ("opt", "gelora:ranks=2+2+5,targets=q_proj+fc1,dropout=0.1", {"grad_accum": 2}),
@@ -113,6 +116,23 @@ def test_a_merge_costs_2nmr_flops_in_every_adapted_layer() -> None:
     assert some == sum(2 * n * m for n, m in every) * 2 // LAYERS
 
 
+@pytest.mark.parametrize("niter", [0, 3])
+@pytest.mark.parametrize(("name", "dtype"), [("llama", "bf16"), ("gpt2", "fp32")])
+def test_the_start_of_pissa_is_that_of_peft(name: str, dtype: str, niter: int) -> None:
+    """Call by call: a whole SVD of every target, or a few power iterations; it comes once, and in no step."""
+    architecture, setup = architecture_of(name), setup_of(name, dtype=dtype)
+    method = methods.parse(f"pissa:r=4,niter={niter},targets=all-linear").bind(architecture)
+    model = models.apply(models.build(config_of(name), setup), method, architecture)
+    start = f"pissa_niter_{niter}" if niter else "pissa"
+    real = reference_papers.calls_of(model, lambda: reference_papers.decompose(model, start))
+    step = step_of(name, method, device="cpu", dtype=dtype)
+    (work,) = step.periodic
+    assert work.every is None
+    assert periodic_calls(work) == real
+    lora = step_of(name, "lora:r=4,targets=all-linear", device="cpu", dtype=dtype)
+    assert counts.tape_calls(step) == counts.tape_calls(lora)
+
+
 def test_two_nn_is_the_reference() -> None:
     """The estimator of GeLoRA's pre-pass: right on points of known dimension, and recorded call by call."""
     torch.manual_seed(0)
@@ -146,6 +166,19 @@ def test_the_replacement_of_ranks_equals_the_reference() -> None:
     assert (copy.every, replacement.every) == (3000, 3000)
 
 
+@pytest.mark.parametrize("columns", [True, False])
+def test_the_slices_of_s2ft_get_the_gradient_of_the_weight(columns: bool) -> None:
+    """The reference's own backward against autograd's, where it trains columns and where rows."""
+    x, w, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 6), (5, 6), (5,)))
+    trained = (w[:, :2] if columns else w[:2]).detach().requires_grad_()
+    g = torch.randn(2, 3, 5, dtype=torch.float64)
+    grad_x, grad_w = torch.autograd.grad(torch.nn.functional.linear(x, w, b), (x, w), g)
+    y = reference_papers.SlicedLinear.apply(x, w.detach(), trained, b.detach())
+    found_x, found = torch.autograd.grad(y, (x, trained), g)
+    assert torch.allclose(found_x, grad_x)
+    assert torch.allclose(found, grad_w[:, :2] if columns else grad_w[:2])
+
+
 # closed forms
 
 
@@ -159,6 +192,20 @@ def test_flops_of_rolora_are_the_closed_form(name: str) -> None:
     # a round of B asks for the gradient of xAᵀ only where the input needs one
     round_b = adapted_flops(name, forward, lambda n, m, needed: 2 * T * m * R + 2 * T * R * (n + m) * needed)
     assert flops_of(recorded(name, f"rolora:r={R},round=B,targets=all-linear")) == round_b
+
+
+def test_flops_of_s2ft_are_the_closed_form() -> None:
+    """4Tnm + 2Tmw where w input columns train, + 2Twn where w output rows do; nothing else beside the frozen model."""
+    step = recorded("llama", "s2ft:heads=0.25,channels=0.125,targets=all-linear")
+    attention, read = (0, 1, 2, 3), (3, 6)  # of q, k, v, o, gate, up, down; o and down read the chosen ones
+    extra = []
+    for i, (n, m) in enumerate(LINEARS["llama"][0]):
+        share = 0.25 if i in attention else 0.125
+        extra.append(2 * T * m * int(share * n) if i in read else 2 * T * int(share * m) * n)
+    frozen = adapted_flops("llama", lambda n, m: 0, lambda n, m, needed: 0)
+    assert flops_of(step) == (frozen[0], frozen[1] + LAYERS * sum(extra))
+    assert step.trainable == LAYERS * sum(extra) // (2 * T)
+    assert step.total == step_of("llama", "full").total
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -212,6 +259,11 @@ def test_a_draw_has_as_many_blocks_as_asked_for(layers: int, data: Any) -> None:
         ("gelora:ranks=2+2", "method gelora: ranks names 2 blocks, llama has 3"),
         ("gelora:ranks=2+0+1", "method gelora: ranks must be from 1"),
         ("gelora:ranks=2+x+1", "method gelora: ranks takes numbers joined by +, got 'x'"),
+        ("s2ft:heads=0", "method s2ft: heads must be above 0"),
+        ("s2ft:channels=1.5", "method s2ft: channels must be above 0 and at most 1"),
+        ("s2ft:adapter_dtype=fp32", "method s2ft: its slices are part of the weights"),
+        ("pissa:niter=-1", "method pissa: niter must be from 0"),
+        ("beamlora:interval=0", "method beamlora: interval must be from 1"),
         ("gelora:targets=lm_head", "method gelora: ranks belong to blocks"),
         ("gelora:r=33", "method gelora: rank 33 exceeds the width 32"),
     ],
@@ -222,3 +274,15 @@ def test_bad_options_are_refused_in_one_line(spec: str, message: str) -> None:
         recorded("llama", spec)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_s2ft_refuses_what_its_layers_cannot_do() -> None:
+    """Its authors' layers replace nn.Linear, overwrite their gradient, and know no autocast."""
+    with pytest.raises(UserError, match="Conv1D"):
+        recorded("gpt2", "s2ft")
+    with pytest.raises(UserError, match="grad-accum"):
+        recorded("llama", "s2ft", grad_accum=2)
+    with pytest.raises(UserError, match="autocast"):
+        recorded("llama", "s2ft", dtype="fp32", amp="bf16")
+    with pytest.raises(UserError, match="loose rows"):
+        recorded("opt", "s2ft:targets=fc2")

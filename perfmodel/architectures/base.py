@@ -1,7 +1,7 @@
 """What an architecture is, and the scopes in which its forward pass makes parameters and layers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ..errors import UserError, nearest
@@ -97,12 +97,20 @@ class Architecture:
 
 @dataclass
 class Build:
-    """One recording of a model: architecture, method, setup and all parameters made so far."""
+    """One recording of a model: architecture, method, setup and all parameters made so far.
+
+    `kept` holds what modules keep as attributes until their next forward pass, with the part that it was made in.
+    """
 
     architecture: Architecture
     method: "Method"
     setup: "Setup"
     parameters: dict[str, Parameter]
+    kept: dict[Any, tuple[Tensor, Part]] = field(default_factory=dict)
+
+    def keep(self, key: Any, value: Tensor) -> None:
+        """`self.key = value` of a module."""
+        self.kept[key] = value, tape().part
 
 
 @dataclass(frozen=True)

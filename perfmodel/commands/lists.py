@@ -23,21 +23,30 @@ def models(as_json: bool) -> None:
 
 
 @click.command()
+@click.argument("name", required=False)
 @json_option
-def methods(as_json: bool) -> None:
-    """List the fine-tuning methods and their options."""
+def methods(name: str | None, as_json: bool) -> None:
+    """List the fine-tuning methods; with a NAME, describe one and its options."""
     from .. import listing
 
-    rows = listing.methods()
-    if as_json:
-        print_json(rows)
+    if name is None:
+        columns = ("method", "trains", "adds", "source")
+        _list(listing.methods(), columns, as_json, {"source": _short}, left=4)
+        if not as_json:
+            click.echo("\nperfmodel methods NAME describes one and its options; numbers are arXiv's")
         return
-    from ..report.terminal import console
+    row = listing.method(name)
+    if as_json:
+        print_json(row)
+        return
+    from ..report.terminal import show_method
 
-    for row in rows:
-        console.print(f"[bold]{row['method']}[/]  {row['what']}  [dim]{row['source']}[/]")
-        for name, help_text in row["options"].items():
-            console.print(f"    {name:20} {help_text}")
+    show_method(row)
+
+
+def _short(source: str) -> str:
+    """The first source, an arXiv paper by its number."""
+    return source.partition(";")[0].removeprefix("https://").removeprefix("arxiv.org/abs/")
 
 
 @click.command()

@@ -107,7 +107,13 @@ def _sort(i: int, op: Op, tables: _Tables) -> None:
             tables.add(tables.memory, (kind,), i, *row)
 
 
-_WRITE_ONLY = ("zeros_like", "zero_", "uniform_", "normal_")  # dispatched with a tensor that they do not read
+_WRITE_ONLY = (
+    "zeros_like",
+    "new_zeros",
+    "zero_",
+    "uniform_",
+    "normal_",
+)  # dispatched with a tensor that they do not read
 
 
 def _memory_bound(op: Op) -> list[tuple[Any, ...]]:

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 OPT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
-@method("adalora", source="https://arxiv.org/abs/2303.10512; peft/tuners/adalora")
+@method(
+    "adalora",
+    source="https://arxiv.org/abs/2303.10512; peft/tuners/adalora",
+    trains="A, E, B; ranks pruned",
+    adds="lora + loss, scores; masks",
+)
 @dataclass(frozen=True)
 class AdaLora(Targeted):
     """y = xWᵀ + (α/ranknum)·x(A∘E)ᵀBᵀ, an orthogonality loss on A and B, importance scores after every step.
@@ -67,8 +72,9 @@ class AdaLora(Targeted):
             for p in run:
                 norm = _distance_from_orthogonality(p)
                 regulariser = add(norm, 0.0) if regulariser is None else add_in_place(regulariser, norm)
+        if regulariser is None:  # no layer has an adapter: the step says so
+            return loss
         tape().begin("regulariser", "forward")
-        assert regulariser is not None
         return add_in_place(loss, mul(div(regulariser, 1.0), 0.5))
 
     def update(self, update: Update) -> None:

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from ..step import Step
 
 
-@method("badam", source="https://arxiv.org/abs/2404.02827")
+@method(
+    "badam",
+    source="https://arxiv.org/abs/2404.02827",
+    trains="one block at a time",
+    adds="block switches",
+)
 @dataclass(frozen=True)
 class BAdam(Method):
     """One block of layers trains, all else is frozen; backward stops at that block.

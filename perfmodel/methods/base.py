@@ -10,22 +10,28 @@ from ..errors import UserError, nearest
 from ..optimizers import Update
 from ..periodic import Periodic
 from ..setup import Setup, positive
-from ..tape.core import Parameter, Tensor
+from ..tape.core import Parameter, Part, Tensor
 from ..tape.dims import Dim
 from ..tape.linalg import linear
 
 if TYPE_CHECKING:
     from ..step import Step
 
+Seconds = Callable[[list[Part]], Any]  # of parts in a row, on the device and host that a step is for
 _REGISTRY: dict[str, type["Method"]] = {}
 M = TypeVar("M", bound="Method")
 
 
-def method(name: str, *, source: str) -> Callable[[type[M]], type[M]]:
-    """Register a method under a name; `source` is the paper or code that defines it."""
+def method(name: str, *, source: str, trains: str = "", adds: str = "") -> Callable[[type[M]], type[M]]:
+    """Register a method under a name.
+
+    Args:
+        source: the paper or code that defines it.
+        trains, adds: for lists, a few words each: what trains, and what it adds to the frozen model's step.
+    """
 
     def register(cls: type[M]) -> type[M]:
-        cls.name, cls.source = name, source
+        cls.name, cls.source, cls.what_trains, cls.what_it_adds = name, source, trains, adds
         _REGISTRY[name] = cls
         return cls
 
@@ -53,6 +59,8 @@ class Method:
 
     name: ClassVar[str]
     source: ClassVar[str]
+    what_trains: ClassVar[str]
+    what_it_adds: ClassVar[str]
 
     @property
     def layers(self) -> int:
@@ -104,6 +112,14 @@ class Method:
             x.requires_grad = True
         return x
 
+    def priced(self: M, seconds: Seconds) -> M:
+        """This method with a way to ask what parts of a step take, for one that chooses its program by time."""
+        return self
+
+    def choices(self, step: "Step") -> list[Any]:
+        """What it chose for each kind of layer and why: a row of plain fields each, for tables and JSON."""
+        return []
+
     @property
     def own_optimizer(self) -> str | None:
         """The optimizer that the method brings, in the place of the setup's; None if it runs the setup's."""
@@ -132,7 +148,7 @@ class Method:
             value = getattr(self, f.name)
             if value is None or (f.name not in self.sizes() and f.default is not MISSING and _equal(value, f.default)):
                 continue
-            parts.append(f"{f.name}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}")
+            parts.append(f"{f.name}={_text(value)}")
         return self.name + (":" + ",".join(parts) if parts else "")
 
     def sizes(self) -> tuple[str, ...]:
@@ -145,17 +161,21 @@ class Method:
         return (inspect.getdoc(cls) or "").splitlines()[0]
 
 
+def _text(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def _equal(a: Any, b: Any) -> bool:
     return type(a) is type(b) and bool(a == b) if not hasattr(a, "shape") else False
 
 
 def _options(cls: type[Method]) -> list[Any]:
-    return [f for f in fields(cls) if f.name != "architecture"]
+    return [f for f in fields(cls) if "help" in f.metadata]
 
 
 def options(cls: type[Method]) -> dict[str, str]:
     """Option name → description with its default."""
-    shown = {f.name: "" if f.default in (None, ()) else f" (default {f.default})" for f in _options(cls)}
+    shown = {f.name: "" if f.default in (None, ()) else f" (default {_text(f.default)})" for f in _options(cls)}
     ordered = sorted(_options(cls), key=lambda f: f.name not in ("r", "k"))  # what sizes the method first
     return {f.name: f.metadata.get("help", "") + shown[f.name] for f in ordered}
 
@@ -219,4 +239,16 @@ def _indices(where: str, text: str) -> tuple[int, ...]:
     return tuple(sorted(set(found)))
 
 
-__all__ = ["Linear", "Method", "Periodic", "Scope", "method", "option", "options", "parse", "positive", "registered"]
+__all__ = [
+    "Linear",
+    "Method",
+    "Periodic",
+    "Scope",
+    "Seconds",
+    "method",
+    "option",
+    "options",
+    "parse",
+    "positive",
+    "registered",
+]

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from ..step import Step
 
 
-@method("beamlora", source="https://arxiv.org/abs/2502.13604")
+@method(
+    "beamlora",
+    source="https://arxiv.org/abs/2502.13604",
+    trains="A, B, gate over the ranks",
+    adds="lora + gate; rank swaps",
+)
 @dataclass(frozen=True)
 class BeamLora(Lora):
     """y = xWᵀ + (α/r)·(xAᵀ ∘ r·softmax(g/τ))Bᵀ with a trained gate g over the ranks.

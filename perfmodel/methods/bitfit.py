@@ -6,7 +6,12 @@ from ..errors import UserError
 from .base import Method, method
 
 
-@method("bitfit", source="https://arxiv.org/abs/2106.10199")
+@method(
+    "bitfit",
+    source="https://arxiv.org/abs/2106.10199",
+    trains="biases",
+    adds="nothing",
+)
 @dataclass(frozen=True)
 class BitFit(Method):
     """Only bias terms train (of linear layers and of LayerNorms)."""

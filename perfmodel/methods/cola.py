@@ -7,7 +7,12 @@ from .lora import Lora
 from .merging import merge_and_restart
 
 
-@method("cola", source="https://arxiv.org/abs/2401.04151")
+@method(
+    "cola",
+    source="https://arxiv.org/abs/2401.04151",
+    trains="A, B",
+    adds="as lora; merges",
+)
 @dataclass(frozen=True)
 class Cola(Lora):
     """LoRA that is merged into the base after every phase and starts anew, so that updates of rank r add up.

@@ -12,7 +12,12 @@ from .lora import Lora
 from .targeted import base_bias, base_weight
 
 
-@method("dora", source="https://arxiv.org/abs/2402.09353; peft/tuners/lora/dora.py")
+@method(
+    "dora",
+    source="https://arxiv.org/abs/2402.09353; peft/tuners/lora/dora.py",
+    trains="A, B, row lengths",
+    adds="lora + dense BA, row norms",
+)
 @dataclass(frozen=True)
 class Dora(Lora):
     """LoRA that rescales every row of W + (α/r)·BA to a trained length; the norm is taken anew in every forward."""

@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from .base import Method, method
 
 
-@method("full", source="the model's own weights")
+@method(
+    "full",
+    source="no paper; the model's own weights",
+    trains="every weight",
+    adds="nothing",
+)
 @dataclass(frozen=True)
 class Full(Method):
     """Every weight of the model trains."""

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 BATCH = 8  # samples that go through the model together in the pre-pass
 
 
-@method("gelora", source="https://arxiv.org/abs/2412.09250")
+@method(
+    "gelora",
+    source="https://arxiv.org/abs/2412.09250",
+    trains="A, B, a rank per block",
+    adds="as lora; a pre-pass",
+)
 @dataclass(frozen=True)
 class GeLora(Targeted):
     """LoRA with a rank per block, from a pre-pass that estimates the intrinsic dimensions of the hidden states.

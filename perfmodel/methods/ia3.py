@@ -32,7 +32,12 @@ DEFAULT_FEEDFORWARD = {
 }
 
 
-@method("ia3", source="https://arxiv.org/abs/2205.05638; peft/tuners/ia3/layer.py")
+@method(
+    "ia3",
+    source="https://arxiv.org/abs/2205.05638; peft/tuners/ia3/layer.py",
+    trains="scales of k, v and MLP",
+    adds="elementwise products",
+)
 @dataclass(frozen=True)
 class Ia3(Targeted):
     """Trained vectors that scale the output of a linear layer, or the input of a feed-forward one."""

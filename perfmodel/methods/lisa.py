@@ -12,7 +12,12 @@ if TYPE_CHECKING:
     from ..step import Step
 
 
-@method("lisa", source="https://arxiv.org/abs/2403.17919")
+@method(
+    "lisa",
+    source="https://arxiv.org/abs/2403.17919",
+    trains="blocks, embedding, head",
+    adds="block switches",
+)
 @dataclass(frozen=True)
 class Lisa(Method):
     """Layerwise importance sampling: gamma random blocks, the embedding and the head (with its norm) train.

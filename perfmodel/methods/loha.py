@@ -12,7 +12,12 @@ from .base import Linear, method, option, positive
 from .targeted import Targeted
 
 
-@method("loha", source="https://arxiv.org/abs/2108.06098; peft/tuners/loha/layer.py")
+@method(
+    "loha",
+    source="https://arxiv.org/abs/2108.06098; peft/tuners/loha/layer.py",
+    trains="two low-rank pairs",
+    adds="dense update, full GEMM",
+)
 @dataclass(frozen=True)
 class Loha(Targeted):
     """y = xWᵀ + x·((A₁B₁) ∘ (A₂B₂))ᵀ: a weight-sized update is built anew in every forward."""

@@ -13,7 +13,12 @@ from .base import Linear, method, option, positive
 from .targeted import Targeted
 
 
-@method("lokr", source="https://arxiv.org/abs/2309.14859; peft/tuners/lokr/layer.py")
+@method(
+    "lokr",
+    source="https://arxiv.org/abs/2309.14859; peft/tuners/lokr/layer.py",
+    trains="Kronecker factors",
+    adds="dense update, full GEMM",
+)
 @dataclass(frozen=True)
 class Lokr(Targeted):
     """y = xWᵀ + x·(W₁ ⊗ W₂)ᵀ, W₂ of low rank: a weight-sized update is built anew in every forward."""

@@ -10,7 +10,12 @@ from .base import Linear, method, option, positive
 from .targeted import DEFAULT_TARGETS, Targeted, fraction
 
 
-@method("lora", source="https://arxiv.org/abs/2106.09685; peft/tuners/lora/layer.py")
+@method(
+    "lora",
+    source="https://arxiv.org/abs/2106.09685; peft/tuners/lora/layer.py",
+    trains="A, B",
+    adds="2 thin GEMMs, casts, add",
+)
 @dataclass(frozen=True)
 class Lora(Targeted):
     """Low-rank adapters beside frozen linear layers: y = xWᵀ + (α/r)·(xAᵀ)Bᵀ."""

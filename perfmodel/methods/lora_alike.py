@@ -2,17 +2,42 @@
 
 from dataclasses import dataclass
 
-from .base import method
+from ..errors import UserError
+from .base import Periodic, method, option
 from .lora import Lora
+from .pissa_init import decompose
 
 
-@method("rslora", source="https://arxiv.org/abs/2312.03732; peft/tuners/lora/layer.py (use_rslora)")
+@method(
+    "rslora",
+    source="https://arxiv.org/abs/2312.03732; peft/tuners/lora/layer.py (use_rslora)",
+    trains="A, B",
+    adds="as lora",
+)
 @dataclass(frozen=True)
 class RsLora(Lora):
     """LoRA scaled by α/√r instead of α/r: another number, the cost of LoRA."""
 
 
-@method("pissa", source="https://arxiv.org/abs/2404.02948; peft/tuners/lora/layer.py (pissa_init)")
+@method(
+    "pissa",
+    source="https://arxiv.org/abs/2404.02948; peft/tuners/lora/layer.py (pissa_init)",
+    trains="A, B",
+    adds="as lora; SVD at the start",
+)
 @dataclass(frozen=True)
 class Pissa(Lora):
-    """LoRA that starts from the principal singular vectors of W: another start, the cost of LoRA."""
+    """LoRA that starts from the principal singular vectors of W: another start, the cost of LoRA.
+
+    The decomposition of every target comes once per run.
+    """
+
+    niter: int = option(0, "power iterations of a randomised SVD (peft's pissa_niter_N); 0: a whole SVD")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.niter < 0:
+            raise UserError(f"method pissa: niter must be from 0, got {self.niter}")
+
+    def periodic(self) -> tuple[Periodic, ...]:
+        return (Periodic("SVD of the targets", None, lambda step: decompose(step, self.niter)),)

@@ -16,7 +16,12 @@ from .base import Linear, method, option
 from .lora import Lora
 
 
-@method("lora_fa", source="https://arxiv.org/abs/2308.03303; peft/optimizers/lorafa.py")
+@method(
+    "lora_fa",
+    source="https://arxiv.org/abs/2308.03303; peft/optimizers/lorafa.py",
+    trains="B",
+    adds="no dA; its own optimizer",
+)
 @dataclass(frozen=True)
 class LoraFa(Lora):
     """LoRA whose A is frozen: no gradient of A, and of the input only xAᵀ (T × r) is kept.

@@ -7,7 +7,12 @@ from .base import method, option
 from .lora import Lora
 
 
-@method("loraplus", source="https://arxiv.org/abs/2402.12354; peft/optimizers/loraplus.py")
+@method(
+    "loraplus",
+    source="https://arxiv.org/abs/2402.12354; peft/optimizers/loraplus.py",
+    trains="A, B in two groups",
+    adds="as lora",
+)
 @dataclass(frozen=True)
 class LoraPlus(Lora):
     """LoRA with two learning rates: A and B are two parameter groups of the setup's optimizer, without weight decay.

@@ -16,7 +16,12 @@ from .base import Linear, method, option, positive
 from .targeted import Targeted, fraction
 
 
-@method("miss", source="https://arxiv.org/abs/2409.15371; peft/tuners/miss/layer.py")
+@method(
+    "miss",
+    source="https://arxiv.org/abs/2409.15371; peft/tuners/miss/layer.py",
+    trains="one matrix for all shards",
+    adds="sum of shards, thin GEMM",
+)
 @dataclass(frozen=True)
 class Miss(Targeted):
     """y = xWᵀ + (Σ of x's shards of r elements)·D: the sum replaces LoRA's first matrix."""

@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from .base import Method, method
 
 
-@method("norm", source="https://arxiv.org/abs/2312.11420; peft/tuners/ln_tuning")
+@method(
+    "norm",
+    source="https://arxiv.org/abs/2312.11420; peft/tuners/ln_tuning",
+    trains="copies of the norms",
+    adds="nothing",
+)
 @dataclass(frozen=True)
 class NormTuning(Method):
     """Only the normalisation layers train; PEFT trains a copy and keeps the frozen original."""

@@ -12,7 +12,12 @@ from .base import Linear, method, option, positive
 from .targeted import Targeted
 
 
-@method("oft", source="https://arxiv.org/abs/2306.07280; peft/tuners/oft/layer.py")
+@method(
+    "oft",
+    source="https://arxiv.org/abs/2306.07280; peft/tuners/oft/layer.py",
+    trains="rotations of the input",
+    adds="solves, input rotation",
+)
 @dataclass(frozen=True)
 class Oft(Targeted):
     """y = (xR)Wᵀ: R is block-diagonal and orthogonal, a Cayley transform taken as a Neumann series of 5 terms."""

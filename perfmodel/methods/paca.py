@@ -17,7 +17,12 @@ from .base import Linear, method, option, positive
 from .targeted import Targeted, base_bias, base_weight
 
 
-@method("paca", source="https://arxiv.org/abs/2503.01905")
+@method(
+    "paca",
+    source="https://arxiv.org/abs/2503.01905",
+    trains="r input columns of W",
+    adds="column writes, gather",
+)
 @dataclass(frozen=True)
 class Paca(Targeted):
     """Partial connections: r random input columns of each target weight train; backward keeps only those of X."""

@@ -9,7 +9,12 @@ from .base import Linear, method, option
 from .lora import Lora
 
 
-@method("rolora", source="https://arxiv.org/abs/2502.01755")
+@method(
+    "rolora",
+    source="https://arxiv.org/abs/2502.01755",
+    trains="A or B, by round",
+    adds="lora without dB or dA",
+)
 @dataclass(frozen=True)
 class RoLora(Lora):
     """LoRA that trains A and B in alternate rounds; averaging one factor over clients is exact. A client's step.

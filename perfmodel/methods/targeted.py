@@ -88,6 +88,12 @@ class Targeted(Method):
         """The adapter's dtype beside a base of `dtype` (PEFT's `autocast_adapter_dtype`)."""
         return self.adapter_dtype or "fp32"
 
+    def base_dtype(self, dtype: str) -> str:
+        """`dtype_beside` of adapters that are computed together with the base, in its dtype."""
+        if self.adapter_dtype not in (None, dtype):
+            raise UserError(f"method {self.name}: adapter_dtype must be the base's, {dtype}; got {self.adapter_dtype}")
+        return dtype
+
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         if not self.targets_layer(layer.name, layer.scope.layer):
             return layer(x)

@@ -10,7 +10,12 @@ from .base import Linear, Method, method, option, positive
 from .lora import Lora
 
 
-@method("top_k", source="https://arxiv.org/abs/2507.08833")
+@method(
+    "top_k",
+    source="https://arxiv.org/abs/2507.08833",
+    trains="last K blocks (or A, B)",
+    adds="nothing (or as lora)",
+)
 @dataclass(frozen=True)
 class TopK(Method):
     """Only the last K blocks train, their weights or LoRA inside them; backward stops below."""

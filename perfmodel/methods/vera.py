@@ -11,7 +11,12 @@ from .base import Linear, method, option, positive
 from .targeted import Targeted, fraction
 
 
-@method("vera", source="https://arxiv.org/abs/2310.11454; peft/tuners/vera/layer.py")
+@method(
+    "vera",
+    source="https://arxiv.org/abs/2310.11454; peft/tuners/vera/layer.py",
+    trains="two vectors",
+    adds="2 thin frozen GEMMs",
+)
 @dataclass(frozen=True)
 class Vera(Targeted):
     """y = xWᵀ + b ∘ ((d ∘ (xAᵀ))Bᵀ): A and B are random, frozen and shared, only the vectors b and d train."""

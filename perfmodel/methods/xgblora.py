@@ -10,7 +10,12 @@ from .lora import Lora
 from .merging import merge_and_restart
 
 
-@method("xgblora", source="https://arxiv.org/abs/2410.19694")
+@method(
+    "xgblora",
+    source="https://arxiv.org/abs/2410.19694",
+    trains="rank-1 A, B, some blocks",
+    adds="as lora; merges",
+)
 @dataclass(frozen=True)
 class XgbLora(Lora):
     """LoRA of rank 1 on a random draw of blocks, merged every kappa steps before the next draw.

@@ -1,9 +1,10 @@
 """Tables for the terminal (Rich)."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..compare import Comparison, SpeedUp
@@ -62,6 +63,9 @@ def show_prediction(p: Prediction) -> None:
     )
     for cost in p.periodic:
         console.print(periodic_line(cost))
+    if p.choices:
+        console.print()
+        console.print(choices_table(p.choices))
     _notes(p.notes)
 
 
@@ -72,6 +76,37 @@ def periodic_line(cost: PeriodicCost) -> str:
     if cost.every is None:
         return f"once per run: {work} ({traffic})"
     return f"every {cost.every} steps: {work} ({traffic}), {units.seconds(cost.seconds_per_step)} a step on average"
+
+
+def choices_table(choices: Sequence[dict[str, Any]]) -> Table:
+    """Orders that a method chose for its layers: the cost of each, and the best order of another cost."""
+    timed = choices[0]["forward_seconds"] is not None
+    rows = []
+    for c in choices:
+        rows.append([c["layer"].rpartition(".")[2], c["copies"], f"{c['inputs']}x{c['outputs']}"])
+        for phase in ("forward", "backward"):
+            costs = c[f"{phase}_{'seconds' if timed else 'flops'}"]
+            rows[-1] += _why(c[phase], costs, units.seconds if timed else units.count)
+    title = f"orders of the products, chosen by {'predicted time' if timed else 'FLOPs'}"
+    return table(title, ("layer", "copies", "n x m", "forward", "next", "backward", "next"), rows)
+
+
+def _why(chosen: int, costs: dict[int, float], show: Callable[[float], str]) -> list[str]:
+    cost = costs[chosen]
+    others = {order: other for order, other in costs.items() if abs(other / cost - 1) > 1e-6}
+    best = min(others, key=lambda order: others[order], default=None)
+    return [f"{chosen}: {show(cost)}", "" if best is None else f"{best} {100 * (others[best] / cost - 1):+.1f} %"]
+
+
+def show_method(row: dict[str, Any]) -> None:
+    """One method: what it is, where it comes from, and its options."""
+    console.print(f"[bold]{row['method']}[/]: trains {row['trains']}; adds {row['adds']}\n")
+    for paragraph in row["description"].split("\n\n"):
+        console.print(escape(" ".join(paragraph.split())) + "\n")
+    console.print(f"[dim]{row['source']}[/]")
+    if row["options"]:
+        console.print()
+        console.print(table("", ("option", ""), ((o, escape(text)) for o, text in row["options"].items()), left=2))
 
 
 def _notes(notes: Iterable[str]) -> None:

@@ -11,13 +11,20 @@ from .shape import clone, view
 Grad = Tensor | None
 
 
-def add_to_output(x: Tensor, other: Tensor, *, viewed: bool) -> Tensor:
-    """`x += other` for a layer's output x; `viewed` where x is a view of its matrix (a bias, or a Conv1D)."""
-    return _add_to_view(x, other) if viewed and len(x.shape) > 2 else add_in_place(x, other)
+def add_to_output(x: Tensor, other: Tensor, *, viewed: bool, strided: bool = False) -> Tensor:
+    """`x += other` for a layer's output x; `viewed` where x is a view of its matrix (a bias, or a Conv1D).
+
+    `strided`: the view's gradient passes through zeros of the matrix's memory (AsStridedBackward0), as PyTorch does it
+    for plain tensors. For tensor subclasses, the oracle's fake tensors among them, it replays the view instead.
+    """
+    return _add_to_view(x, other, strided=strided) if viewed and len(x.shape) > 2 else add_in_place(x, other)
 
 
-def _add_to_view(x: Tensor, other: Tensor) -> Tensor:
-    """The matrix gets a new history (`CopySlices`), and x is viewed from it again."""
+def _add_to_view(x: Tensor, other: Tensor, *, strided: bool) -> Tensor:
+    """The matrix gets a new history (`CopySlices`), and x is viewed from it again.
+
+    Source: torch/csrc/autograd/variable.cpp, `VariableHooks::grad_fn`.
+    """
     shape = x.shape
     record("add_.Tensor", (x, other), (x,))
     base = Tensor((product(shape[:-1]), shape[-1]), x.dtype, x.strides[-2:], x.numel, x.storage)
@@ -29,7 +36,24 @@ def _add_to_view(x: Tensor, other: Tensor) -> Tensor:
     base = base.alias()
     if node:
         node.produces(base)
-    return view(base, shape)
+    if not strided:
+        return view(base, shape)
+    x = x.alias()
+    again = differentiate("AsStridedBackward0", (base,), _as_strided_backward, (base.shape,))
+    if again:
+        again.produces(x)
+    return x
+
+
+def _as_strided_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    """The gradient is written into zeros of the matrix's memory."""
+    (g,), (base_shape,) = grads, node.attrs
+    assert g is not None
+    flat = new_tensor((g.numel,), g.dtype)
+    record("new_zeros", (g,), (flat,))
+    written = view(flat, g.shape)
+    record("copy_", (written, g), (written,))
+    return (view(flat, base_shape),)
 
 
 def _copy_slices_backward(node: Node, grads: Sequence[Grad]) -> Grads:

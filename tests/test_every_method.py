@@ -1,0 +1,207 @@
+"""What must hold for every registered method, whichever file it is in: a new one is covered as soon as it is there.
+
+A method is taken with its defaults, or with smaller sizes where a small model cannot hold them.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import fields
+from typing import Any
+
+import pytest
+from helpers import architecture_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from perfmodel import methods
+from perfmodel.errors import UserError
+from perfmodel.predict import Prediction, predict
+from perfmodel.step import Step
+from perfmodel.tape.core import Parameter
+
+NAMES = tuple(methods.registered())
+MODELS = ("llama", "gpt2")
+BATCH, SEQ = 2, 17
+T = BATCH * SEQ  # no dim of the small models is 34, so a product over 34 terms is a weight gradient
+SMALLER = ("", "r=2", "k=1", "gamma=1", "block_size=8", "ranks=2")
+
+
+def predicted(name: str, model: str, **options: Any) -> Prediction | None:
+    """A prediction of the method's first spec that fits the model, or None where it is refused."""
+    for size in SMALLER:
+        with suppress(UserError):
+            setup = {"device": "l40s", "batch": BATCH, "seq": SEQ, **options}
+            return predict(architecture_of(model), f"{name}:{size}".rstrip(":"), **setup)
+    return None
+
+
+def some_model(name: str) -> str:
+    """A model that has the method."""
+    return next(model for model in MODELS if predicted(name, model))
+
+
+def step_of(p: Prediction) -> Step:
+    assert p.step is not None
+    return p.step
+
+
+def numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers of a JSON value with their places."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from numbers(inner, f"{path}.{key}")
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from numbers(inner, f"{path}[{i}]")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield path, value
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_predicts_a_llama_or_a_gpt2(name: str) -> None:
+    """A method that fits neither of them is no use to anyone; what it refuses, it refuses in one line."""
+    assert any(predicted(name, model) for model in MODELS)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", NAMES)
+def test_no_more_trains_than_the_model_and_its_adapters_have(name: str, model: str) -> None:
+    """Optimizer and gradient memory follow from this count."""
+    p = predicted(name, model)
+    if p is None:
+        return
+    full = predict(architecture_of(model), "full", device="l40s", seq=SEQ).total_params
+    parameters = step_of(p).parameters
+    adapters = sum(q.numel * q.count for q in parameters if q.kind == "adapter")
+    assert 0 < p.trainable_params <= p.total_params
+    assert p.total_params - adapters <= full
+    assert sum(q.numel * q.count for q in parameters if q.kind != "adapter" and q.requires_grad) <= full
+
+
+def dense_products(step: Step, phase: str) -> Counter[tuple[int, ...]]:
+    """GEMMs by the shape of the weight they multiply with (forward) or form the gradient of (backward), sorted."""
+    found: Counter[tuple[int, ...]] = Counter()
+    for part, op, times in step.ops():
+        if part.phase != phase or op.name not in ("mm", "addmm", "addmm_", "bmm"):
+            continue
+        a, b = op.inputs[-2:]
+        inner, tokens = a.shape[-1], a.shape[-2]
+        if phase == "forward" and tokens in (T, SEQ):
+            found[tuple(sorted(b.shape[-2:]))] += times
+        if phase == "backward" and inner in (T, SEQ):
+            found[tuple(sorted(op.outputs[0].shape[-2:]))] += times
+    return found
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", NAMES)
+def test_frozen_weights_have_no_gradient(name: str, model: str) -> None:
+    """A gradient of a weight's shape belongs to a weight that trains, or to a dense update that forward multiplied too
+    (LoHa's ΔW): anything else is the GEMM that freezing is there to save."""
+    p = predicted(name, model)
+    if p is not None:
+        assert unasked_gradients(step_of(p)) == []
+
+
+def test_gradients_of_frozen_weights_would_be_seen() -> None:
+    """The check above on a step that has them: full fine-tuning whose weights are called frozen afterwards."""
+    p = predicted("full", "llama")
+    assert p is not None
+    for q in step_of(p).parameters:
+        q.requires_grad = False
+    assert len(unasked_gradients(step_of(p))) == 4  # 64 x 64, 32 x 64, 64 x 96, and the head
+
+
+def unasked_gradients(step: Step) -> list[tuple[int, ...]]:
+    """Shapes of frozen weights with more gradients than trained weights and dense updates ask for."""
+    shapes = {sorted_shape(q) for q in step.parameters if q.kind == "weight" and len(q.shape) == 2}
+    trained, frozen = Counter[tuple[int, ...]](), Counter[tuple[int, ...]]()
+    for q in step.parameters:
+        if len(q.shape) == 2 and sorted_shape(q) in shapes:
+            (trained if q.requires_grad else frozen)[sorted_shape(q)] += q.count
+    forward, backward = dense_products(step, "forward"), dense_products(step, "backward")
+    updates = {s: max(0, forward[s] - frozen[s] - trained[s]) for s in shapes}
+    return [s for s in shapes if backward[s] > trained[s] + updates[s]]
+
+
+def sorted_shape(q: Parameter) -> tuple[int, ...]:
+    return tuple(sorted(q.shape))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_targets_are_refused_in_one_line(name: str) -> None:
+    """A typing error in a target must not come out as a method that costs nothing."""
+    cls, model = methods.registered()[name], some_model(name)
+    known = {f.name for f in fields(cls)}
+    if "targets" not in known:
+        pytest.skip("trains no chosen layers")
+    inner = ",inner=lora,k=1" if "inner" in known else ""
+    with pytest.raises(UserError) as caught:
+        predict(architecture_of(model), f"{name}:targets=no_such_layer{inner}", device="l40s")
+    assert str(caught.value).startswith("method ")
+    assert "'no_such_layer'" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    if "layers_to_transform" in known:  # the head lies in no block, so there is nothing to adapt
+        with pytest.raises(UserError) as caught:
+            predict(
+                architecture_of(model, tie_word_embeddings=False), f"{name}:targets=lm_head,layers=0", device="l40s"
+            )
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_of_zero_are_refused(name: str) -> None:
+    """Rank 0 or 0 blocks would train nothing."""
+    cls, model = methods.registered()[name], some_model(name)
+    sizes = [f.name for f in fields(cls) if f.name in cls().sizes() and not isinstance(f.default, str)]
+    for size in sizes:
+        with pytest.raises(UserError) as caught:
+            predict(architecture_of(model), f"{name}:{size}=0", device="l40s")
+        assert str(caught.value).startswith(f"method {name}")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_spec_parses_back_to_itself(name: str) -> None:
+    """The name in a result is what one types to get the same result."""
+    p = predicted(name, some_model(name))
+    assert p is not None
+    assert methods.parse(p.method).spec() == p.method
+    plain = methods.registered()[name]()
+    assert methods.parse(plain.spec()) == plain
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_options_and_source_are_documented(name: str) -> None:
+    """`perfmodel methods` is the manual."""
+    cls = methods.registered()[name]
+    assert cls.source
+    assert cls.describe()[-1] in ".:"
+    for option, text in methods.options(cls).items():
+        assert text, option
+
+
+@settings(deadline=None, max_examples=120, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    name=st.sampled_from(NAMES), model=st.sampled_from(MODELS), batch=st.integers(1, 4), seq=st.integers(1, 64),
+    dtype=st.sampled_from(("bf16", "fp32")), checkpoint=st.sampled_from(("none", "block", "block-reentrant")),
+    optimizer=st.sampled_from(("adamw", "adamw-fused", "sgd")), grad_accum=st.integers(1, 2),
+    device=st.sampled_from(("a100-80gb-sxm", "l40s", "t4")),
+)  # fmt: skip
+def test_no_figure_is_negative_and_json_holds_them_all(name: str, model: str, **options: Any) -> None:
+    """Counts, times and bytes are sizes of real things; a script reads the same from JSON as Python has."""
+    p = predicted(name, model, **options)
+    if p is None:
+        return
+    value = p.as_dict()
+    assert json.loads(json.dumps(value)) == json.loads(json.dumps(value, default=str))
+    found = list(numbers(value))
+    assert len(found) > 30
+    for path, number in found:
+        assert math.isfinite(number), path
+        assert number >= 0, path
+    assert {"model", "method", "time_s", "memory_bytes", "periodic", "choices", "notes"} <= set(value)
+    assert value["time_s"]["low"] <= value["time_s"]["total"] <= value["time_s"]["high"]
