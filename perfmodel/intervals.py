@@ -63,5 +63,5 @@ def bounds(center: Any, relative_sigma: Any) -> tuple[Any, Any]:
 def component(kind: str, dtype: str) -> str:
     """The component of an op, from `costs.kind` and the dtype of its operands."""
     if kind == "gemm":
-        return "gemm32" if dtype == "fp32" else "gemm16"
+        return "gemm32" if dtype in ("fp32", "c64") else "gemm16"
     return kind if kind in ("attention", "optimizer", "solver") else "memory"

@@ -110,8 +110,11 @@ def _sort(i: int, op: Op, tables: _Tables) -> None:
     """Put one op into the table of its model; an op of several kernels gets several rows."""
     name, inputs = op.name, op.inputs
     if name in costs.GEMMS:
-        layout, *shape = gemm_shape(op)
-        tables.add(tables.gemm, (name, inputs[0].dtype, layout), i, *shape)
+        dtype = inputs[0].dtype
+        layout, m, n, k, batch = gemm_shape(op)
+        if dtype == "c64":  # four real products: [Re A, -Im A; Im A, Re A] by [Re B; Im B]
+            dtype, m, k = "fp32", 2 * m, 2 * k
+        tables.add(tables.gemm, (name, dtype, layout), i, m, n, k, batch)
     elif "attention" in name or "flash_attn" in name:
         backward = name.endswith("_backward")
         q, k = inputs[1:3] if backward else inputs[:2]

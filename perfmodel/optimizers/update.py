@@ -73,10 +73,14 @@ class Update:
         """Bytes of paged states."""
         return sum(s.nbytes for s in self.paged_states)
 
-    def group(self, parameters: Parameters, *, decay: bool = True) -> None:
-        """Record the setup's optimizer on one parameter group, with weight decay or without; nothing if it is empty."""
+    def group(self, parameters: Parameters, *, decay: bool = True, optimizer: str | None = None) -> None:
+        """Record the setup's optimizer (or another) on one parameter group; nothing if it is empty.
+
+        Args:
+            decay: whether the group's weights decay.
+        """
         if parameters:
-            _REGISTRY[self.optimizer](self, parameters, decay)
+            _REGISTRY[optimizer or self.optimizer](self, parameters, decay)
 
     def part(self, repeat: int = 1) -> Part:
         """Begin a part of the optimizer step that runs `repeat` times in a row."""
@@ -113,6 +117,14 @@ class Update:
         self.tape.part.free(new.storage.nbytes)
         new.storage.tape = None
         return new
+
+
+def replace_gradient(p: Parameter, new: Tensor) -> None:
+    """A new gradient takes the place of the old one, in the part of a run: for every layer that the run stands for."""
+    if p.grad is not None:
+        p.grad.storage.copies = 1
+    p.grad = new
+    new.storage.copies = p.count
 
 
 def runs(parameters: Parameters) -> Iterator[tuple[int, list[Parameter]]]:
