@@ -35,6 +35,7 @@ class Targeted(Method):
     aliases: ClassVar[dict[str, str]] = {"rank": "r", "layers": "layers_to_transform", "target_modules": "targets"}
     default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = DEFAULT_TARGETS
     takes_conv1d: ClassVar[bool] = True  # whether PEFT has the adapter for GPT-2's Conv1D layers
+    takes_layers: ClassVar[bool] = True  # whether its config has layers_to_transform
 
     def __post_init__(self) -> None:
         if self.adapter_dtype not in (None, "bf16", "fp16", "fp32"):
@@ -49,6 +50,8 @@ class Targeted(Method):
                 f"method {self.name}: PEFT has no {self.name} for the Conv1D layers of {self.architecture.name}; "
                 "use lora, dora, ia3 or vera"
             )
+        if self.layers_to_transform is not None and not self.takes_layers:
+            raise UserError(f"method {self.name}: PEFT's {self.name} has no layers_to_transform; leave it out")
         known = [*self.architecture.linear_names(), "lm_head"]
         for target in self.targets:
             if target != ALL_LINEAR and not any(matches(name, target) for name in known):
