@@ -170,6 +170,17 @@ METHODS = (
     "lokr:r=4",
     "miss:r=8",
     "oft:block_size=8",
+    "gralora:r=4",
+    "delora:r=4",
+    "road:group_size=16",
+    "c3a:block_size=16",
+    "fourierft:n=10",
+    "vblora:r=2,vectors=8,length=16,targets=all-linear",
+    "randlora:r=6",
+    "hra:r=3",
+    "boft:block_size=16",
+    "beft:targets=all-linear",
+    "trainable_tokens:tokens=3",
     "prompt_tuning:tokens=6",
     "p_tuning:tokens=6,width=32",
     "prefix_tuning:tokens=6",
@@ -177,8 +188,11 @@ METHODS = (
 )
 REFUSED = {
     "bitfit": ("llama", "mistral"),  # they have no biases
-    **dict.fromkeys(("loha", "lokr", "miss", "oft"), ("gpt2",)),  # peft has no form of them for its layers
+    **dict.fromkeys(
+        ("loha", "lokr", "miss", "oft", "delora", "road", "c3a", "hra", "boft", "beft"), ("gpt2",)
+    ),  # peft has no form of them for its layers
     **dict.fromkeys(("prompt_tuning", "p_tuning", "prefix_tuning"), ("bert",)),  # nor for masked language models
+    "trainable_tokens": ("bert",),
 }
 PRECISIONS: tuple[dict[str, Any], ...] = ({"dtype": "bf16"}, {"dtype": "fp32"}, {"dtype": "fp32", "amp": "bf16"})
 

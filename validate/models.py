@@ -27,6 +27,7 @@ from perfmodel.methods.prefix_tuning import PrefixTuning
 from perfmodel.methods.prompt_tuning import PromptTuning
 from perfmodel.methods.targeted import ALL_LINEAR, Targeted
 from perfmodel.methods.top_k import TopK
+from perfmodel.methods.trainable_tokens import TrainableTokens
 from perfmodel.methods.vera import Vera
 from perfmodel.methods.virtual import VirtualTokens
 from perfmodel.setup import Setup
@@ -176,6 +177,15 @@ def _ia3(model: Any, method: Ia3, architecture: Architecture) -> Any:
 @applies(Vera)
 def _vera(model: Any, method: Vera, architecture: Architecture) -> Any:
     return _adapt(model, "VeraConfig", method, architecture, r=method.r, vera_dropout=method.dropout)
+
+
+@applies(TrainableTokens)
+def _trainable_tokens(model: Any, method: TrainableTokens, architecture: Architecture) -> Any:
+    import peft
+
+    words = next(name for name, m in model.named_modules() if m is model.get_input_embeddings()).rpartition(".")[2]
+    config = peft.TrainableTokensConfig(token_indices=list(range(method.tokens)), target_modules=[words])
+    return peft.get_peft_model(model, config)
 
 
 @applies(PromptTuning)

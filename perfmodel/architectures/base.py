@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..methods.base import Method
     from ..setup import Setup
 
+WORDS = ("embed_tokens", "wte", "word_embeddings")  # what transformers calls the embedding of the words
 _REGISTRY: Registry[type["Architecture"]] = Registry(__package__, Path(__file__).parent)
 A = TypeVar("A", bound="Architecture")
 
@@ -236,9 +237,10 @@ class Scope:
         return nn.layer_norm(x, weight, self.parameter(f"{name}.bias", (x.shape[-1],), "norm"))
 
     def embedding(self, name: str, rows: int, width: int, ids: Tensor) -> Tensor:
-        """`nn.Embedding`."""
+        """`nn.Embedding`; that of the words as the fine-tuning method rewrites it."""
         tape().part.modules += 1
-        return nn.embedding(self.parameter(f"{name}.weight", (rows, width), "embedding"), ids)
+        weight = self.parameter(f"{name}.weight", (rows, width), "embedding")
+        return self.build.method.words(self, weight, ids) if name.endswith(WORDS) else nn.embedding(weight, ids)
 
     def sublayer(self, name: str, x: Tensor, residual: Tensor, norm: str | None = None) -> Tensor:
         """The output of "attention" or "mlp" as the fine-tuning method rewrites it, before it joins the residual."""

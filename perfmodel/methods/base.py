@@ -15,6 +15,7 @@ from ..setup import positive
 from ..tape.core import Parameter, Part, Tensor
 from ..tape.dims import Dim
 from ..tape.linalg import linear
+from ..tape.nn import embedding
 
 if TYPE_CHECKING:
     from ..step import Step
@@ -120,6 +121,10 @@ class Method:
     def sublayer(self, layer: Scope, name: str, x: Tensor, residual: Tensor, norm: str | None) -> Tensor:
         """What a block's "attention" or "mlp" adds to the residual; a post-norm model has the layer `norm` after it."""
         return x
+
+    def words(self, model: Scope, weight: Parameter, ids: Tensor) -> Tensor:
+        """The embedding of the words, (batch, seq) → (batch, seq, hidden)."""
+        return embedding(weight, ids)
 
     def head(self, scope: Scope, hidden: Tensor, weight: Parameter) -> Tensor:
         """The output head where it shares the embedding's weight."""

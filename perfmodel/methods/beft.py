@@ -17,6 +17,7 @@ class Beft(Targeted):
     """y = xWᵀ + b: one trained vector a layer, by default on the values."""
 
     takes_conv1d: ClassVar[bool] = False
+    takes_layers: ClassVar[bool] = False
     default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **dict.fromkeys(DEFAULT_TARGETS, ("v_proj",)), "bert": ("value",)
     }  # fmt: skip

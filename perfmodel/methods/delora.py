@@ -37,7 +37,8 @@ class Delora(Targeted):
         b = layer.adapter("delora_B", (layer.n_out, self.r), dtype)
         strength = layer.adapter("delora_lambda", (1,), dtype)
         weight_norm = Tensor((layer.n_in,), dtype, (1,), layer.n_in, Storage(0, None))  # a buffer
-        h = linear(mul(dropout(x, self.dropout), weight_norm), a)
+        x_d = dropout(x, self.dropout)
+        h = linear(mul(x_d, weight_norm), a)
         a_norm, b_norm = at_least(vector_norm(a, 1)), at_least(vector_norm(b, 0))
         scaling = quotient(div(strength, self.r), mul(a_norm, b_norm))
         h = mul(h, scaling)

@@ -47,11 +47,10 @@ class Ia3(Targeted):
 
     aliases: ClassVar[dict[str, str]] = {**Targeted.aliases, "feedforward_modules": "feedforward"}
     default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = DEFAULT_TARGETS
+    takes_layers: ClassVar[bool] = False
 
     def check(self) -> None:
         super().check()
-        if self.layers_to_transform is not None:
-            raise UserError("method ia3: PEFT's ia3 has no layers_to_transform; leave it out")
         stray = sorted(set(self.feedforward) - set(self.target_names))
         if stray:
             raise UserError(

@@ -26,6 +26,7 @@ class Road(Targeted):
     group_size: int = option(64, "features whose halves are paired; divides the output width")
 
     takes_conv1d: ClassVar[bool] = False
+    takes_layers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -36,6 +36,7 @@ class Targeted(Method):
     default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = DEFAULT_TARGETS
     told_by_where: ClassVar[tuple[str, ...]] = ("targets", "adapter_dtype")
     takes_conv1d: ClassVar[bool] = True  # whether PEFT has the adapter for GPT-2's Conv1D layers
+    takes_layers: ClassVar[bool] = True  # whether its config has layers_to_transform
 
     def __post_init__(self) -> None:
         if self.adapter_dtype not in (None, "bf16", "fp16", "fp32"):
@@ -50,6 +51,8 @@ class Targeted(Method):
                 f"method {self.name}: PEFT has no {self.name} for the Conv1D layers of {self.architecture.name}; "
                 "use lora, dora, ia3 or vera"
             )
+        if self.layers_to_transform is not None and not self.takes_layers:
+            raise UserError(f"method {self.name}: PEFT's {self.name} has no layers_to_transform; leave it out")
         check_targets(self.name, self.targets, self.architecture)
         if "lm_head" in self.targets and self.architecture.tied:
             raise UserError(

@@ -109,3 +109,17 @@ def any_infinite(x: Tensor) -> None:
     """`x.isinf().any()` as a condition: the host waits for the answer."""
     infinite = _elementwise("isinf", (x,), dtype="bool")
     record("_local_scalar_dense", (emit("any", (infinite,), (), "bool"),), ())
+
+
+def replace_rows(table: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
+    """`table.index_copy(0, indices, rows)`: a copy of the whole table; only the rows have a gradient."""
+    node = differentiate("IndexCopyBackward0", (rows,), _replace_rows_backward)
+    if node:
+        node.save(indices)
+    return emit("index_copy", (table, indices, rows), table.shape, table.dtype, node=node)
+
+
+def _replace_rows_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (indices,) = grads, node.unpack()
+    assert g is not None
+    return (emit("index_select", (g, indices), (*indices.shape, g.shape[1]), g.dtype),)
