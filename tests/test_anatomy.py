@@ -20,7 +20,8 @@ from perfmodel.predict import Prediction, predict
 from perfmodel.step import PHASES, Step
 from perfmodel.tape.core import Op
 
-METHODS = tuple(methods.registered())
+SIZES = {"c3a": "block_size=8", "road": "group_size=32", "vblora": "length=16"}  # that divide the small models' widths
+METHODS = tuple(f"{name}:{SIZES[name]}" if name in SIZES else name for name in methods.registered())
 ARCHITECTURES = ("llama", "gpt2", "opt")
 DEVICES = ("l40s", "h100-sxm", "cpu-epyc-genoa-2c")
 SETUPS = (
@@ -171,10 +172,15 @@ def test_the_products_of_lora_are_the_adapters_and_nothing_else(model: str) -> N
     assert architecture.layers > 1
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("full", "lisa", "badam", "top_k", "norm", "bitfit")])
+@pytest.mark.parametrize("name", METHODS)
 def test_adapters_leave_frozen_weights_without_a_gradient(name: str) -> None:
     """Frozen weights have no weight-gradient GEMM: the first thing that every adapter saves."""
-    assert flops_of(made(name), "gemm_weight_grad") == 0
+    p = predicted(name)
+    if p is None or p.step is None:
+        pytest.skip("not for a Llama")
+    if name == "hra" or any(q.kind == "weight" and q.requires_grad for q in p.step.parameters):
+        pytest.skip("forms the gradients of weights")
+    assert flops_of(p.step, "gemm_weight_grad") == 0
 
 
 def test_dequantisation_has_a_part_of_its_own() -> None:

@@ -26,7 +26,13 @@ NAMES = tuple(methods.registered())
 MODELS = ("llama", "gpt2")
 BATCH, SEQ = 2, 17
 T = BATCH * SEQ  # no dim of the small models is 34, so a product over 34 terms is a weight gradient
-SMALLER = ("", "r=2", "k=1", "gamma=1", "block_size=8", "ranks=2")
+SMALLER = ("", "r=2", "k=1", "gamma=1", "block_size=8", "ranks=2", "group_size=32", "length=16")
+
+
+DENSE = {  # methods whose own mathematics has products of a weight gradient's shape
+    "hra": "the reflections get their gradient through that of the reflected weight",
+    "randlora": "its factors have full rank",
+}
 
 
 def predicted(name: str, model: str, **options: Any) -> Prediction | None:
@@ -101,6 +107,8 @@ def dense_products(step: Step, phase: str) -> Counter[tuple[int, ...]]:
 def test_frozen_weights_have_no_gradient(name: str, model: str) -> None:
     """A gradient of a weight's shape belongs to a weight that trains, or to a dense update that forward multiplied too
     (LoHa's ΔW): anything else is the GEMM that freezing is there to save."""
+    if name in DENSE:
+        pytest.skip(DENSE[name])
     p = predicted(name, model)
     if p is not None:
         assert unasked_gradients(step_of(p)) == []

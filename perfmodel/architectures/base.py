@@ -244,7 +244,8 @@ class Scope:
 
     def sublayer(self, name: str, x: Tensor, residual: Tensor, norm: str | None = None) -> Tensor:
         """The output of "attention" or "mlp" as the fine-tuning method rewrites it, before it joins the residual."""
-        return self.build.method.sublayer(self, name, x, residual, norm)
+        with tape().belonging_to("adapter"):
+            return self.build.method.sublayer(self, name, x, residual, norm)
 
     def extended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (batch, heads, seq, head_dim) behind those of the cache (`DynamicLayer.update`), if any."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from .. import costs
 from ..tape.core import Op
+from ..tape.dims import product
 from ..tape.dtypes import ITEMSIZE
 from .attention import attention_backward_time, attention_forward_time
 from .gemm import gemm_time
@@ -126,7 +127,8 @@ def _sort(i: int, op: Op, tables: _Tables) -> None:
     elif "bus" in op.attrs:
         tables.add(tables.bus, (), i, op.outputs[0].nbytes)
     elif name in costs.SOLVERS:
-        tables.add(tables.solver, (name,), i, *inputs[0].shape)
+        *batch, rows, columns = inputs[0].shape
+        tables.add(tables.solver, (name,), i, product(tuple(batch)), rows, columns)
     else:
         for kind, *row in _memory_bound(op):
             tables.add(tables.memory, (kind,), i, *row)

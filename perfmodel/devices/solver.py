@@ -64,8 +64,12 @@ ROUTINES = {
 }
 
 
-def solver_time(name: str, rows: ArrayLike, columns: ArrayLike, *, hardware: Hardware) -> NDArray[np.float64]:
-    """Seconds of the decomposition of a (rows, columns) matrix; sizes broadcast.
+def solver_time(
+    name: str, batch: ArrayLike, rows: ArrayLike, columns: ArrayLike, *, hardware: Hardware
+) -> NDArray[np.float64]:
+    """Seconds of the decomposition of `batch` matrices (rows, columns); sizes broadcast.
+
+    The matrices of a batch go through the chain of steps side by side: they share its latency, their FLOPs add up.
 
     Args:
         name: an ATen call of `ROUTINES`.
@@ -74,6 +78,6 @@ def solver_time(name: str, rows: ArrayLike, columns: ArrayLike, *, hardware: Har
     longer, shorter = np.maximum(rows, columns), np.minimum(rows, columns)
     steps = routine.step * np.power(shorter, routine.power)
     return np.asarray(
-        routine.start + steps + routine.flops(longer, shorter) / (routine.share * hardware.peak("fp32")),
+        routine.start + steps + batch * routine.flops(longer, shorter) / (routine.share * hardware.peak("fp32")),
         dtype=np.float64,
     )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..tape.core import Tensor
+from ..tape.custom import on_base
 from ..tape.extra import detach, eye
 from ..tape.gather import quotient, vector_norm
 from ..tape.linalg import linear, matmul
@@ -38,7 +39,7 @@ class Hra(Targeted):
         bias = base_bias(layer)
         if bias is not None:
             bias = cast(bias, new_weight.dtype)  # type: ignore[assignment]
-        return cast(linear(cast(x, new_weight.dtype), new_weight, bias), previous_dtype)
+        return cast(on_base(linear, cast(x, new_weight.dtype), new_weight, bias), previous_dtype)
 
     def _reflection(self, layer: Linear, dtype: str) -> Tensor:
         """`get_delta_weight`: the product of the reflections, one after another."""
