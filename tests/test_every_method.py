@@ -26,10 +26,9 @@ NAMES = tuple(methods.registered())
 MODELS = ("llama", "gpt2")
 BATCH, SEQ = 2, 17
 T = BATCH * SEQ  # no dim of the small models is 34, so a product over 34 terms is a weight gradient
-SMALLER = ("", "r=2", "k=1", "gamma=1", "block_size=8", "ranks=2", "group_size=32", "length=16")
-
-
+SMALLER = (32, 16, 8, 2, 1)  # values to try for a size whose default exceeds a small model
 DENSE = {  # methods whose own mathematics has products of a weight gradient's shape
+    "boft": "the layer multiplies with a rewritten weight, whose gradient leads to what trains",
     "hra": "the reflections get their gradient through that of the reflected weight",
     "randlora": "its factors have full rank",
 }
@@ -37,11 +36,19 @@ DENSE = {  # methods whose own mathematics has products of a weight gradient's s
 
 def predicted(name: str, model: str, **options: Any) -> Prediction | None:
     """A prediction of the method's first spec that fits the model, or None where it is refused."""
-    for size in SMALLER:
+    for spec in specs(name):
         with suppress(UserError):
             setup = {"device": "l40s", "batch": BATCH, "seq": SEQ, **options}
-            return predict(architecture_of(model), f"{name}:{size}".rstrip(":"), **setup)
+            return predict(architecture_of(model), spec, **setup)
     return None
+
+
+def specs(name: str) -> Iterator[str]:
+    """The method with its defaults, then with one of its sizes smaller."""
+    yield name
+    for f in fields(methods.registered()[name]):
+        if "help" in f.metadata and isinstance(f.default, int) and not isinstance(f.default, bool):
+            yield from (f"{name}:{f.name}={value}" for value in SMALLER)
 
 
 def some_model(name: str) -> str:
@@ -128,7 +135,7 @@ def unasked_gradients(step: Step) -> list[tuple[int, ...]]:
     shapes = {sorted_shape(q) for q in step.parameters if q.kind == "weight" and len(q.shape) == 2}
     trained, frozen = Counter[tuple[int, ...]](), Counter[tuple[int, ...]]()
     for q in step.parameters:
-        if len(q.shape) == 2 and sorted_shape(q) in shapes:
+        if len(q.shape) == 2 and (q.requires_grad or q.kind == "weight"):
             (trained if q.requires_grad else frozen)[sorted_shape(q)] += q.count
     forward, backward = dense_products(step, "forward"), dense_products(step, "backward")
     updates = {s: max(0, forward[s] - frozen[s] - trained[s]) for s in shapes}
