@@ -45,8 +45,9 @@ def methods(name: str | None, as_json: bool) -> None:
 
 
 def _short(source: str) -> str:
-    """The first source, an arXiv paper by its number."""
-    return source.partition(";")[0].removeprefix("https://").removeprefix("arxiv.org/abs/")
+    """The first source: an arXiv paper by its number, code by its library."""
+    first = source.partition(";")[0].removeprefix("https://").removeprefix("arxiv.org/abs/")
+    return first.partition("/")[0]
 
 
 @click.command()
