@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..errors import UserError
-from ..setup import ATTENTION, CHECKPOINT, DTYPES, KERNELS, OPTIMIZERS
+from ..setup import ATTENTION, CHECKPOINT, COMPILE, DTYPES, KERNELS, OPTIMIZERS
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -122,6 +122,8 @@ def _how() -> tuple[Decorator, ...]:
         click.option("--attention", type=click.Choice(ATTENTION), default="sdpa", show_default=True),
         click.option("--kernels", type=click.Choice(KERNELS), default="torch", show_default=True,
                      help="liger: fused norms, rotary positions, SwiGLU and linear cross entropy."),
+        click.option("--compile", type=click.Choice(COMPILE), default="none", show_default=True,
+                     help="torch.compile of the model; reduce-overhead adds CUDA graphs."),
         click.option("--clip-grad/--no-clip-grad", default=True, show_default=True, help="Clip the gradient norm."),
         click.option("--cuda-graphs", is_flag=True, help="One launch dispatches the whole step."),
         click.option("--padded", is_flag=True, help="Some samples are padded: sdpa gets an explicit mask."),

@@ -1,6 +1,6 @@
 """What the host spends on dispatching a step: Python, autograd and the launch, in seconds."""
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,10 @@ class Host:
         launch_call: the driver call that launches one kernel (CUDA only).
         launch: from the launch on the host to the start on the device.
         graph_launch: one launch of a whole CUDA graph.
+        compiled_kernel: a Triton kernel's call in the code that Inductor writes, without the driver's launch.
+        compiled_extern: a library's kernel called there (`extern_kernels.mm(…, out=…)`).
+        compiled_graph: entering a compiled graph: wrappers of Dynamo, AOTAutograd and Inductor.
+        guard: what Dynamo asks about one module before it reuses its code.
     """
 
     name: str
@@ -51,9 +55,15 @@ class Host:
     launch: float
     graph_launch: float
     source: str = ""
+    compiled_kernel: float = 5e-6
+    compiled_extern: float = 5e-6
+    compiled_graph: float = 36e-6
+    guard: float = 1.8e-6
 
     def dispatch(self, part: Part, device: str) -> np.ndarray:
         """Host seconds before each op of one run of a part, shape (ops,); Python's share is spread evenly."""
+        if part.compiled:
+            return self._compiled(part, device)
         launch = self.launch_call if device == "cuda" else 0.0
         if part.phase == "optimizer" and any(_by_lists(op) for op in part.ops):
             seconds = [self.optimizer_call + self.tensor * _tensors(op) for op in part.ops]
@@ -69,6 +79,24 @@ class Host:
             python += self.checkpoint * part.checkpoints + self.hook * part.hooks
         launches = np.array([0 if op.view or "host" in op.attrs else 1 for op in part.ops])
         return np.array(seconds) + launch * launches + python / max(1, len(seconds))
+
+    def _compiled(self, part: Part, device: str) -> np.ndarray:
+        """The same for compiled code: guards and wrappers first, then the calls one after another."""
+        seconds = np.zeros(len(part.ops))
+        on_gpu = device == "cuda"
+        if not (part.captured and on_gpu):
+            launch = self.launch_call if on_gpu else 0.0
+            called = [self.compiled_kernel if _generated(op) else self.compiled_extern for op in part.ops]
+            seconds += np.array(called) + launch
+        if part.phase == "forward":
+            seconds[0] += self.guard * part.modules
+        captured = self.graph_launch if part.captured and on_gpu else 0.0
+        seconds[0] += part.graphs * (self.compiled_graph + captured)
+        return seconds
+
+
+def _generated(op: Op) -> bool:
+    return op.name.startswith("inductor::")
 
 
 def _by_lists(op: Op) -> bool:
@@ -106,7 +134,7 @@ def load(name_or_path: str = "default") -> Host:
     for f in fields(Host):
         if f.type is not float and f.type != "float":
             continue
-        value = values.get("seconds", {}).get(f.name)
+        value = values.get("seconds", {}).get(f.name, None if f.default is MISSING else f.default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
             raise UserError(f"{path}: [seconds] {f.name} must be a number of seconds from 0, got {value!r}")
         costs[f.name] = float(value)
