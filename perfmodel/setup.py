@@ -34,8 +34,8 @@ class Setup:
         clip_grad: whether the gradient norm is clipped.
         cuda_graphs: whether the whole step is captured in a CUDA graph, so that one launch dispatches it.
         kernels: torch, or liger: Liger's fused RMSNorm, rotary positions, SwiGLU and linear cross entropy.
-        compile: what `torch.compile` of the model does: none, default (fused kernels), or reduce-overhead (the same, and
-            forward and backward are each a CUDA graph).
+        compile: what `torch.compile` does to the model: none, default (fused kernels), or reduce-overhead (the same,
+            and forward and backward are each a CUDA graph).
         padded: whether some samples of a batch are padded to `seq`: then sdpa gets an explicit mask, which costs it the
             flash kernel, copies of the grouped keys and values, and the causal saving.
     """

@@ -1,7 +1,7 @@
 """`torch.compile` of the model: forward and backward become two programs of fused kernels.
 
-What transformers' `torch_compile` compiles is the model: its forward and the backward that follows from it. Clipping and
-the optimizer stay eager, and so does the sum of gradients over micro-batches. One graph without breaks is assumed.
+What transformers' `torch_compile` compiles is the model: its forward and the backward that follows from it. Clipping
+and the optimizer stay eager, and so does the sum of gradients over micro-batches. One graph without breaks is assumed.
 
 The pass goes the way of the compiler: the recorded calls become a graph (`graph`, `lowering`), AOTAutograd decides what
 is saved (`partition`), Inductor what shares a kernel (`fusion`). Each kernel reads each tensor in memory once and
@@ -59,15 +59,14 @@ class _Emission:
 
     def _program(self, kernels: list[Kernel], *, backward: bool) -> None:
         """One graph: its kernels in the places where they were recorded."""
-        where = _monotone([kernel.place for kernel in kernels])
         first = True
         for index, place in enumerate(self.graph.places):
             if place.backward != backward:
                 continue
             part = Part(place.part.name, place.part.phase, place.repeat, compiled=True, captured=self.captured)
             part.modules = place.part.modules
-            for kernel, at in zip(kernels, where, strict=True):
-                if at == index:
+            for kernel in kernels:
+                if kernel.place == index:
                     part.ops += _ops(kernel)
                     self.schedule.append((part, place, kernel))
             if part.ops:
@@ -105,15 +104,6 @@ class _Emission:
         if made.repeat == freed.repeat or made.backward == freed.backward:
             return 1
         return made.repeat
-
-
-def _monotone(places: list[int]) -> list[int]:
-    """Where kernels run when none may run before its predecessor in the list."""
-    found, limit = [], places[-1] if places else 0
-    for place in reversed(places):
-        limit = min(limit, place)
-        found.append(limit)
-    return found[::-1]
 
 
 def _ops(kernel: Kernel) -> list[Op]:

@@ -157,6 +157,12 @@ class _Round:
         self.group = {kernel: kernel for kernel in kernels}
         self.position = {kernel: i for i, kernel in enumerate(kernels)}  # of its first node
         self.last = dict(self.position)  # of its last node
+        self.bits = {kernel: 1 << i for i, kernel in enumerate(kernels)}  # of its nodes
+        self.above: dict[Kernel, int] = {}  # bits of all nodes that it needs, directly or not
+        for kernel in kernels:
+            self.above[kernel] = 0
+            for need in self._needs(kernel):
+                self.above[kernel] |= self.bits[need] | self.above[need]
 
     def run(self) -> list[Kernel]:
         """Fuse what may, the pairs with most shared bytes first; the new kernels in order."""
@@ -191,16 +197,7 @@ class _Round:
 
     def _between(self, early: Kernel, late: Kernel) -> bool:
         """Whether `late` needs `early` by way of another kernel."""
-        seen: set[Kernel] = set()
-        waiting = [kernel for kernel in self._needs(late) if kernel is not early]
-        while waiting:
-            kernel = waiting.pop()
-            if kernel is early:
-                return True
-            if kernel not in seen and self.last[kernel] >= self.position[early]:
-                seen.add(kernel)
-                waiting += self._needs(kernel)
-        return False
+        return any(self.above[need] & self.bits[early] for need in self._needs(late) if need is not early)
 
     def _fuse(self, a: Kernel, b: Kernel, loops: tuple[Any, ...]) -> None:
         first, second = sorted((a, b), key=self.position.__getitem__)
@@ -212,9 +209,13 @@ class _Round:
             made.reads.pop(value, None)
         self.position[made] = self.position[first]
         self.last[made] = max(self.last[first], self.last[second])
+        self.bits[made] = self.bits[first] | self.bits[second]
+        self.above[made] = (self.above[first] | self.above[second]) & ~self.bits[made]
         for node, group in self.group.items():
             if group is first or group is second:
                 self.group[node] = made
+            elif self.above[group] & self.bits[made]:
+                self.above[group] |= self.bits[made] | self.above[made]
         self.group[made] = made
 
     def _sorted(self) -> list[Kernel]:

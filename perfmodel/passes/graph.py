@@ -90,10 +90,9 @@ def places(parts: list[Part], flow: Flow) -> list[Place]:
     """The parts in the order in which they run, with runs of layers cut into copies."""
     found = []
     for part in parts:
-        counts = _copies(part.repeat)
-        order = range(len(counts))
-        for copy in reversed(order) if id(part) in flow.twins else order:
-            found.append(Place(part, copy, counts[copy], part.phase == "backward"))
+        backward = part.phase == "backward"
+        copies = [Place(part, i, repeat, backward) for i, repeat in enumerate(_copies(part.repeat))]
+        found += copies[::-1] if id(part) in flow.twins else copies
     return found
 
 
@@ -119,47 +118,40 @@ class Names:
         return id(self.flow.twins.get(id(part), part))
 
     def _handed_on(self, part: Part, parts: list[Part]) -> tuple[int | None, int | None]:
-        """The gradient that comes into a backward part and the one that leaves it."""
-        here = self.order[id(part)]
-        coming = [
-            use
-            for op in part.ops
-            for use in op.reads
-            if (o := self.origin.get(use.storage)) and id(o) in self.flow.twins and o is not part
-            and self.order[id(o)] < here
-        ]  # fmt: skip
-        leaving = {
-            use.storage: use
-            for later in parts[here + 1 :]
-            for op in later.ops
-            for use in op.reads
-            if self.origin.get(use.storage) is part
-        }
-        if not coming or not leaving:
+        """The gradient of the residual stream as it comes into a backward part, and as it leaves it."""
+        carried = self.flow.carried.get(id(self.flow.twins[id(part)]), ())
+        sizes = [use.nbytes for op in self.flow.twins[id(part)].ops for use in op.reads if use.storage in carried]
+        if not sizes:
             return None, None
-        size = max(coming, key=lambda use: len(use.shape)).nbytes
-        alike = [s for s, use in leaving.items() if same(use.nbytes, size)]
-        return coming[0].storage, (alike or list(leaving))[0]
+        here = self.order[id(part)]
+        coming = (use for op in part.ops for use in op.reads if self._comes_from(use, parts[:here]))
+        leaving = (
+            use for later in parts[here + 1 :] for op in later.ops for use in op.reads if self._comes_from(use, [part])
+        )
+        first, last = (
+            next((use.storage for use in uses if same(use.nbytes, sizes[0])), None) for uses in (coming, leaving)
+        )
+        return (first, last) if first is not None and last is not None else (None, None)
+
+    def _comes_from(self, use: Use, parts: list[Part]) -> bool:
+        origin = self.origin.get(use.storage)
+        return origin is not None and id(origin) in self.flow.twins and any(origin is part for part in parts)
 
     def key(self, use: Use, place: Place) -> tuple[int, int]:
         """A name for the memory that is the same wherever it is meant."""
         storage, part = use.storage, place.part
-        forward = self.flow.twins.get(id(part), part)
-        if id(forward) in self.flow.carried and place.copy:
-            before, after = self.flow.carried[id(forward)]
-            if storage == before:
-                return (after, place.copy - 1)
+        before, after = self.flow.carried.get(self._pair(part), (None, None))
+        if storage == before and after is not None and place.copy:
+            return (after, place.copy - 1)
         coming, leaving = self.handed.get(id(part), (None, None))
-        last = len(_copies(part.repeat)) - 1
-        if storage == coming and leaving is not None and place.copy < last:
+        if storage == coming and leaving is not None and place.copy < len(_copies(part.repeat)) - 1:
             return (leaving, place.copy + 1)
-        if storage in self.parameters:
-            home = self.parameters[storage]
-        else:
-            home = self.origin.get(storage)
+        home = self.parameters[storage] if storage in self.parameters else self.origin.get(storage)
         if home is None:
             return (storage, 0)
         if self._pair(home) == self._pair(part):
+            return (storage, place.copy)
+        if home.repeat == part.repeat and storage not in (before, coming):  # what goes over the same layers again
             return (storage, place.copy)
         if id(home) in self.flow.twins:  # of a backward part, the first layer comes last
             return (storage, 0)
@@ -185,10 +177,11 @@ class Builder:
 
     def ops(self) -> Iterator[Op]:
         """Every op of every copy."""
-        for self.index, place in enumerate(self.graph.places):
-            for self.op in place.part.ops:
-                if not self.op.view:
-                    yield self.op
+        for index, place in enumerate(self.graph.places):
+            for op in place.part.ops:
+                if not op.view:
+                    self.index, self.op = index, op
+                    yield op
 
     def value(self, use: Use, dtype: str) -> Value:
         """The current contents of a block of memory."""

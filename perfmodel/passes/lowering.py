@@ -9,24 +9,26 @@ from typing import Any
 
 from ..step import Step
 from ..tape.core import Flow, Part, Spec
-from ..tape.dims import Dim, is_one, product
+from ..tape.dims import Dim, decide, is_one, product
 from .graph import Builder, Graph, Prim, Value
 
 # Calls that compute each element of the result from the operands' elements, by the name before the dot.
-POINTWISE = frozenset(
-    "abs add sub mul div neg pow rsqrt sqrt reciprocal exp log cos sin tanh tanh_backward silu silu_backward gelu "
-    "gelu_backward relu threshold_backward sigmoid sigmoid_backward _to_copy clone where eq ne gt ge le lt logical_not "
-    "bitwise_and bitwise_not bitwise_or clamp isinf masked_fill fill arange zeros ones zeros_like ones_like new_ones "
-    "new_zeros full full_like scalar_tensor tril zero softplus addcmul lerp maximum minimum sign erf repeat stack "
-    "native_dropout_backward index gather".split()
-)
+POINTWISE = frozenset((
+    "abs", "add", "sub", "mul", "div", "neg", "pow", "rsqrt", "sqrt", "reciprocal", "exp", "log", "cos", "sin",
+    "tanh", "tanh_backward", "silu", "silu_backward", "gelu", "gelu_backward", "relu", "threshold_backward",
+    "sigmoid", "sigmoid_backward", "_to_copy", "clone", "where", "eq", "ne", "gt", "ge", "le", "lt", "logical_not",
+    "bitwise_and", "bitwise_not", "bitwise_or", "clamp", "isinf", "masked_fill", "fill", "arange", "zeros", "ones",
+    "zeros_like", "ones_like", "new_ones", "new_zeros", "full", "full_like", "scalar_tensor", "tril", "zero",
+    "softplus", "addcmul", "lerp", "maximum", "minimum", "sign", "erf", "repeat", "stack",
+    "native_dropout_backward", "index", "gather",
+))  # fmt: skip
 # The same for Inductor, but AOTAutograd's partitioner neither recomputes nor fuses them (`get_default_op_list`).
-ARRANGING = frozenset(
-    "slice_backward select_backward constant_pad_nd embedding index_select flip roll copy diag_embed unfold_backward "
-    "diagonal_backward".split()
-)
-SUMS = frozenset("sum mean linalg_vector_norm amax max all any".split())
-NOTHING = frozenset("empty_like new_empty_strided _local_scalar_dense".split())  # allocate only, or ask the device
+ARRANGING = frozenset((
+    "slice_backward", "select_backward", "constant_pad_nd", "embedding", "index_select", "flip", "roll", "copy",
+    "diag_embed", "unfold_backward", "diagonal_backward",
+))  # fmt: skip
+SUMS = frozenset(("sum", "mean", "linalg_vector_norm", "amax", "max", "all", "any"))
+NOTHING = frozenset(("empty_like", "new_empty_strided", "_local_scalar_dense"))  # allocate only, or ask the device
 UNROLLED = 8  # sums of fewer elements are unrolled into pointwise code (config.unroll_reductions_threshold)
 CHUNK = 128  # rows that one program of a split column sum takes (choices.reduction_split_factor, at 64 to 4096 columns)
 
@@ -140,11 +142,11 @@ def _keeps_last(x: Spec, out: Spec) -> bool:
 def _reduced(
     b: Builder, name: str, reads: Reads, points: Dim, length: Dim, dtype: str, *, columns: bool = False
 ) -> Value:
-    if type(length) is int and length < UNROLLED:
+    if decide(length < UNROLLED):
         return b.add(name, "pointwise", reads, points, dtype)
     if not columns:
         return b.add(name, "rows", reads, points, dtype, length=length)
-    if type(length) is int and length <= CHUNK:
+    if decide(length <= CHUNK):
         return b.add(name, "columns", reads, points, dtype, length=length)
     chunks = -(-length // CHUNK)
     partial = b.add(name, "columns", reads, points * chunks, "fp32", length=CHUNK)
