@@ -8,6 +8,8 @@ import click
 from ..errors import UserError
 from .options import extra, json_option
 
+RECORDS = Path("records.jsonl")  # what `measure` writes and `check` reads unless told otherwise
+
 
 @click.group()
 def validate() -> None:
@@ -121,7 +123,7 @@ def host(output: Path) -> None:
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("records.jsonl"),
+    default=RECORDS,
     show_default=True,
     help="File of records; a file that is there is continued.",
 )
@@ -139,3 +141,23 @@ def measure(device: str, grid: str, output: Path, threads: int | None, rounds: i
         raise extra(error) from None
     failed = show_measure(device, grid, output, threads=threads, rounds=rounds, seed=seed)
     sys.exit(1 if failed else 0)
+
+
+@validate.command()
+@click.argument("paths", metavar="[RECORDS]...", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--device", help="Predict with this profile [default: this machine's, as the records name it].")
+@click.option("--host", help="Predict with this host [default: the one calibrated with the device, else the default].")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with plots and tables.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw predicted against measured (PNG).")
+@json_option
+def check(
+    paths: tuple[Path, ...], device: str | None, host: str | None, html: Path | None, plot: Path | None, as_json: bool
+) -> None:
+    """Compare predictions with RECORDS (of `validate measure`, records.jsonl by default); exit code 1 if a limit is
+    exceeded: ATen calls and kernels exact, step time 15 % in the mean and 10 % in the median, ratio to full
+    fine-tuning 8 %, verdicts right where 10 % decide them, peak memory 5 % in every cell."""
+    from validate.checking.show import show_check
+
+    chosen = paths or (RECORDS,)
+    holds = show_check(chosen, device=device, host=host, html=html, plot=plot, as_json=as_json)
+    sys.exit(0 if holds else 1)
