@@ -103,19 +103,29 @@ def _spec(t: torch.Tensor) -> Spec:
 
 def _attrs(name: str, func: Any, inputs: Any, outputs: Any, arguments: Any) -> tuple[Any, ...]:
     """What prices need to know besides shapes: a GEMM's layout, a causal flag, operands that do not stream."""
-    if name in ("mm", "addmm"):
+    if name in ("mm", "addmm", "bmm"):
         a, b = (t.stride(0) == 1 and t.stride(1) == t.shape[0] for t in inputs[-2:])
-        return ("nt" if a else "tn" if b else "nn",)
+        layout = () if name == "bmm" else ("nt" if a else "tn" if b else "nn",)
+        return (*layout, *(f"copied:{i}" for i, t in enumerate(inputs) if t.dim() > 1 and 1 not in t.stride()[-2:]))
     if "attention" in name:
-        args, kwargs = arguments
-        names = [argument.name for argument in func._schema.arguments]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        return (bool(given.get("is_causal", False)),)
+        return (bool(_given(func, arguments).get("is_causal", False)),)
+    if name.startswith("_fft"):
+        given = _given(func, arguments)
+        return (len(given["dim"]), *(("scaled",) if given["normalization"] else ()))
+    if name.startswith("index_put"):
+        return ("accumulate",) if _given(func, arguments).get("accumulate") else ()
     if name == "clone" or (torch.Tag.pointwise not in func.tags and name != "copy_"):
         return ()
     shape = outputs[0].shape if outputs else None
     streams = all(t.dim() == 0 or (t.shape == shape and t.is_contiguous()) for t in inputs)
     return () if streams else ("strided",)
+
+
+def _given(func: Any, arguments: Any) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    args, kwargs = arguments
+    names = (str(argument.name) for argument in func._schema.arguments)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def trace_layers(config: Config, setup: Setup, adapt: Adapt, layers: int, *, gpu: bool) -> Calls:
