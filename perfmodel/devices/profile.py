@@ -140,6 +140,8 @@ def _identity(table: Table, where: str) -> tuple[str, str, str, Hardware, str]:
         raise UserError(f"{where}: kind {kind!r} is unknown: {nearest(kind, KINDS)}")
     architecture = toml.text(table, "architecture", where)
     capability = toml.text(table, "compute_capability", where) if kind == "cuda" else ""
+    if kind == "cuda" and not (capability.isascii() and capability.replace(".", "", 1).isdigit()):
+        raise UserError(f"{where}: compute_capability must be a version such as '8.6', got {capability!r}")
     hardware = _hardware(toml.table(table, "datasheet", where), f"{where}: [datasheet]")
     return kind, architecture, capability, hardware, _family(kind, architecture, capability, hardware, where)
 

@@ -4,9 +4,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from perfmodel.report import units
+from perfmodel.report.progress import progress
 from perfmodel.report.terminal import console, table
 
 from . import run
@@ -16,7 +15,7 @@ def show_measure(device: str, grid: str, output: Path, *, threads: int | None, r
     """Measure a grid and print the cells; returns whether one failed (out of memory is a result, not a failure)."""
     warnings.filterwarnings("ignore")
     plan = run.plan(grid, device, threads=threads, rounds=rounds, seed=seed)
-    with _progress() as bar:
+    with progress(auto_refresh=False) as bar:  # without a thread: measuring forks
         task = bar.add_task("loading", total=len(plan.visits()))
 
         def tick(done: int, total: int, label: str) -> None:
@@ -29,14 +28,6 @@ def show_measure(device: str, grid: str, output: Path, *, threads: int | None, r
     failed = [r for r in visits if r["status"] == "error"]
     console.print(f"\n{len(visits)} visits of {len({r['id'] for r in visits})} cells, {len(failed)} failed: {output}")
     return bool(failed)
-
-
-def _progress() -> Progress:
-    """A bar without a thread of its own: measuring forks."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=console, transient=True, auto_refresh=False,
-    )  # fmt: skip
 
 
 def _row(r: dict[str, Any]) -> list[Any]:
