@@ -56,7 +56,7 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
 def pretended_visit(plan: run.Plan, cell: cells.Cell, number: int) -> dict[str, Any]:
     """A visit that takes a moment and leaves a record of many pages."""
     time.sleep(0.004)
-    return {"status": "ok", "filling": "x" * 50_000}
+    return {"status": "oom", "message": "x" * 50_000}
 
 
 def wait_for(path: Path, number: int, limit: float = 20.0) -> None:
@@ -169,7 +169,7 @@ def test_rounds_are_shuffled_alike_for_a_seed() -> None:
     [
         ("rounds = 0", "rounds must be a whole number from 1"),
         ("round = 2", "did you mean 'rounds'"),
-        ('[[cells]]\nmodels = ["tiny"]\nmethods = ["lore"]\nsetups = [{ batch = 1 }]', "lora"),
+        ('[[cells]]\nmodels = ["tiny"]\nmethods = ["lore"]\nsetups = [{ batch = 1 }]', "unknown method 'lore'"),
         ('[[cells]]\nmodels = ["tiny"]\nmethods = ["full"]\nsetups = [{ bach = 1 }]', "batch"),
         ('[[cells]]\nmodels = ["tiny"]\nmethods = ["full"]\nsetups = 3', "setups of [[cells]] must be a list"),
         ('[[cells]]\nmodel = ["tiny"]', "did you mean 'models'"),
@@ -205,7 +205,7 @@ def measured_twice(path: Path) -> dict[str, Any]:
 def test_a_file_of_records_has_one_writer_and_known_lines(tmp_path: Path) -> None:
     """Two measurements into one file, or a file of something else, must be refused before hours are lost."""
     path = tmp_path / "records.jsonl"
-    records.append(path, {"kind": "visit", "id": "a", "round": 0})
+    records.append(path, {"kind": "environment", "id": "a", "device": "cpu", "host": {}})
     if isolate.possible():
         with records.only_writer(path):
             refused = isolate.run(lambda: measured_twice(path))

@@ -87,9 +87,13 @@ def show_published(*, plot: Any, all_rows: bool, as_json: bool) -> None:
     else:
         _print_published(outcomes, check, lines, all_rows=all_rows)
     if plot is not None:
-        from .plots import parity
+        from .plots import Point, parity
 
-        parity(outcomes, plot)
+        points = [
+            Point(o.row.family, o.measured_total, o.predicted_total, o.low, o.high, o.row.split == "check")
+            for o in outcomes
+        ]
+        parity(points, plot, "Published training steps (filled: held out, open: fit; dashed: ±25 %)")
         if not as_json:
             console.print(f"\ndrawn: {plot}")
 

@@ -16,7 +16,13 @@ from .base import Linear, method, option, positive
 from .targeted import Targeted, base_bias
 
 
-@method("boft", title="BOFT", source="https://arxiv.org/abs/2311.06243; peft/tuners/boft/layer.py")
+@method(
+    "boft",
+    title="BOFT",
+    source="https://arxiv.org/abs/2311.06243; peft/tuners/boft/layer.py",
+    trains="rotations, scales",
+    adds="dense R, full GEMM",
+)
 @dataclass(frozen=True)
 class Boft(Targeted):
     """y = s ∘ (xR)Wᵀ: R is block-diagonal and orthogonal, written out as a whole matrix in every forward.

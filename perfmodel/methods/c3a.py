@@ -12,7 +12,13 @@ from .base import Linear, method, option, positive
 from .targeted import Targeted
 
 
-@method("c3a", title="C3A", source="https://arxiv.org/abs/2407.19342; peft/tuners/c3a/layer.py")
+@method(
+    "c3a",
+    title="C3A",
+    source="https://arxiv.org/abs/2407.19342; peft/tuners/c3a/layer.py",
+    trains="circulant blocks",
+    adds="fp32 FFTs",
+)
 @dataclass(frozen=True)
 class C3a(Targeted):
     """y = xWᵀ + w ⊛ x: blocks of features are convolved with trained kernels, in fp32 at the frequencies."""

@@ -16,7 +16,13 @@ from .base import Linear, method, option, positive
 from .targeted import DEFAULT_TARGETS, Targeted
 
 
-@method("fourierft", title="FourierFT", source="https://arxiv.org/abs/2405.03003; peft/tuners/fourierft/layer.py")
+@method(
+    "fourierft",
+    title="FourierFT",
+    source="https://arxiv.org/abs/2405.03003; peft/tuners/fourierft/layer.py",
+    trains="n coefficients",
+    adds="dense FFT, full GEMM",
+)
 @dataclass(frozen=True)
 class FourierFt(Targeted):
     """y = xWᵀ + x·F⁻¹(c)ᵀ: a weight-sized inverse transform of n coefficients in every forward."""

@@ -16,7 +16,13 @@ from .base import Linear, method, option, positive
 from .targeted import Targeted, fraction
 
 
-@method("gralora", title="GraLoRA", source="https://arxiv.org/abs/2505.20355; peft/tuners/gralora/layer.py")
+@method(
+    "gralora",
+    title="GraLoRA",
+    source="https://arxiv.org/abs/2505.20355; peft/tuners/gralora/layer.py",
+    trains="A, B of k x k blocks",
+    adds="batched thin GEMMs",
+)
 @dataclass(frozen=True)
 class Gralora(Targeted):
     """LoRA in k × k blocks of the weight: the first products share their input, the second gather their outputs."""

@@ -17,7 +17,13 @@ from .targeted import Targeted
 VARIANTS = ("road_1", "road_2", "road_4")
 
 
-@method("road", title="RoAd", source="https://arxiv.org/abs/2409.00119; peft/tuners/road/layer.py")
+@method(
+    "road",
+    title="RoAd",
+    source="https://arxiv.org/abs/2409.00119; peft/tuners/road/layer.py",
+    trains="angles of the outputs",
+    adds="elementwise products",
+)
 @dataclass(frozen=True)
 class Road(Targeted):
     """The output's features are rotated in pairs by trained angles: activations only, no product."""

@@ -18,7 +18,13 @@ from .shared import SharedWeights
 from .targeted import DEFAULT_TARGETS, fraction
 
 
-@method("vblora", title="VB-LoRA", source="https://arxiv.org/abs/2405.15179; peft/tuners/vblora/layer.py")
+@method(
+    "vblora",
+    title="VB-LoRA",
+    source="https://arxiv.org/abs/2405.15179; peft/tuners/vblora/layer.py",
+    trains="vector bank, logits",
+    adds="lora + topk, gathers",
+)
 @dataclass(frozen=True)
 class VbLora(SharedWeights):
     """LoRA whose A and B are put together from the top-k vectors of a shared bank, chosen by trained logits."""

@@ -16,8 +16,8 @@ from . import profile
 from .cells import Cell
 from .clocks import Clock, clock_for
 from .loop import Program
+from .names import unified
 
-STOPPED = ("ok", "oom", "error")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
@@ -93,10 +93,7 @@ def spread(values: list[float]) -> float:
 
 
 def dispatches(program: Program) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
-    """Non-view ATen calls of one real step: by phase, and by phase and name (in place or not is not told apart).
-
-    The engine adds gradients in place where nobody else holds them, which the tape does not see.
-    """
+    """Non-view ATen calls of one real step: by phase, and by phase and name (see `names.unified`)."""
     recorder = Recorder()
     recorder.recording = True
     program.step(recorder.observe)
@@ -105,8 +102,3 @@ def dispatches(program: Program) -> tuple[dict[str, int], dict[str, dict[str, in
         for (name, _, _), number in found.items():
             calls[phase][unified(name)] += number
     return {p: sum(c.values()) for p, c in calls.items()}, {p: dict(c) for p, c in calls.items()}
-
-
-def unified(name: str) -> str:
-    """A call's name for comparison: `add_.Tensor` as `add.Tensor`."""
-    return "add.Tensor" if name == "add_.Tensor" else name
