@@ -6,7 +6,7 @@ Set FUZZ_TRIES to run as many tries of every test, with a new random seed each t
 import json
 import os
 import re
-from collections.abc import Sequence
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +36,18 @@ def tries(usual: int) -> settings:
 
 
 NUMBERS = st.sampled_from(
-    [0, 1, -1, 2, 3, 7, 64, 10**6, 2**31, 2**63, 10**30, 10**400, 0.0, 0.5, -0.5, 1e-300, 1e300, 1.5]
-    + [float("nan"), float("inf"), -float("inf")]
+    [0, 1, -1, 2, 3, 7, 64, 10**6, 2**31, 2**63, 10**30, 10**400, 0.0, 0.5, -0.5, 1e-300, 1e300, 1.5, nan, inf, -inf]
 )
 # what a shell can pass: no NUL, but bytes that are not UTF-8 (surrogate escapes)
 WORDS = st.one_of(
-    st.sampled_from(["", " ", "none", "null", "true", "NaN", "all-linear", "auto", "../..", "-1", "1e9", "0x10", "٣", "²"]),
+    st.sampled_from(["", " ", "none", "null", "true", "NaN", "all-linear", "auto", "../..", "-1", "1e9", "٣", "²"]),
     st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12),
     st.sampled_from(["\udcff\udcfe", "a" * 300, "a/" * 600, "[red]", "{x}", "%s", "\n", "\x1b[31m", "~"]),
 )
 SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, WORDS, st.just("\0"))
+DEEP = [[[[[[[[[[[[]]]]]]]]]]]]
 ODD = st.one_of(
-    SCALARS,
-    st.lists(SCALARS, max_size=3),
-    st.dictionaries(WORDS, SCALARS, max_size=2),
-    st.just([[[]]]),
-    st.integers(1, 3).map(lambda depth: json.loads("[" * 10**depth + "]" * 10**depth) if depth < 3 else {"a": {"b": {}}}),
+    SCALARS, st.lists(SCALARS, max_size=3), st.dictionaries(WORDS, SCALARS, max_size=2), st.sampled_from([DEEP, {}, []])
 )
 
 
@@ -64,7 +60,9 @@ def mutated(draw: DrawFn, value: Any, changes: int = 3) -> Any:
 
 
 def _mutate(draw: DrawFn, value: Any) -> Any:
-    keys: Sequence[Any] = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    keys: list[Any] = list(value) if isinstance(value, dict) else []
+    if isinstance(value, list):
+        keys = list(range(len(value)))
     if not keys or draw(st.integers(0, 9)) == 0:
         return draw(ODD)
     key = draw(st.sampled_from(keys))
@@ -83,11 +81,13 @@ def _mutate(draw: DrawFn, value: Any) -> Any:
     return changed
 
 
-LITERALS = st.sampled_from(
-    ["", "nan", "inf", "-1", "0", "1e400", "9" * 400, "true", '""', '"x"', "[]", "[[1, 2], [3]]", "{}", "{a = 1}", "'"]
-    + ["1979-05-27", "[[[[]]]]", '"\\u0000"', '"\\ud800"', "- x", "!!python/none", "&a [*a]", "*a", "1,2", "\ufeff"]
-)
+LITERALS = st.sampled_from([
+    "", "nan", "inf", "-1", "0", "1e-300", "1e300", "1e400", "9" * 400, "9" * 5000, "true", '""', '"x"', "'", "[]",
+    "{}", "[[1, 2], [3]]", "{a = 1}", "1979-05-27", '"\\u0000"', '"\\ud800"', "- x", "&a [*a]", "*a", "1,2", "\ufeff",
+])  # fmt: skip
 BYTES = st.sampled_from([b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\x80", b"[" * 2000, b"{" * 2000, b"\r", b"\n\n", b"\t"])
+
+VALUE = re.compile(r"(?<=[=:,] ).*|(?<==).*|(?<=,)[^,]*")  # of a line of TOML, YAML, JSON or CSV
 
 
 @st.composite
@@ -104,7 +104,7 @@ def mangled(draw: DrawFn, text: str) -> bytes:
             here *= 2
         elif kind == "value":
             literal = draw(LITERALS)
-            here = [re.sub(r"(?<=[=:,] ).*|(?<==).*|(?<=,)[^,]*", lambda _, x=literal: x, line, count=1) for line in here]
+            here = [re.sub(VALUE, lambda _, x=literal: x, line, count=1) for line in here]
         else:
             here = [draw(WORDS).replace("\n", "") + line for line in here]
         lines[i : i + 1] = here
@@ -125,7 +125,9 @@ def json_file(draw: DrawFn, value: Any) -> bytes:
 
 
 METHOD_VALUES = st.one_of(
-    st.sampled_from(["1", "2", "4", "0", "-1", "1.5", "true", "false", "q_proj+v_proj", "all-linear", "c_attn", "fp32"]),
+    st.sampled_from(
+        ["1", "2", "4", "0", "-1", "1.5", "true", "false", "q_proj+v_proj", "all-linear", "c_attn", "fp32"]
+    ),
     st.sampled_from(["bf16", "0-1", "0+2", "2-0", "nan", "inf", "1e30", "+", "lora", "full", "unsloth", "99999999999"]),
     WORDS,
 )
@@ -227,7 +229,7 @@ def write_folder(folder: Path, small: dict[str, dict[str, Any]], configs: Path, 
     (folder / "mine.toml").write_text(device)
     (folder / "broken.toml").write_text("name = [")
     (folder / "broken.json").write_text('{"model_type": "llama",')
-    for name, source in (
-        ("lora.yml", "axolotl/lora-1b.yml"), ("sft.json", "trl/sft-lora.json"), ("adapter_config.json", "peft/lora.json"),
-    ):  # fmt: skip
+    for name, source in {
+        "lora.yml": "axolotl/lora-1b.yml", "sft.json": "trl/sft-lora.json", "adapter_config.json": "peft/lora.json"
+    }.items():  # fmt: skip
         (folder / name).write_bytes((configs / source).read_bytes())

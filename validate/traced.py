@@ -8,7 +8,6 @@ CUDA's form.
 """
 
 import copy
-import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
@@ -27,6 +26,7 @@ from perfmodel.devices import profile
 from perfmodel.errors import UserError, nearest
 from perfmodel.methods import Method
 from perfmodel.predict import Prediction, of_step, resolve
+from perfmodel.resources import read_json
 from perfmodel.setup import Setup
 from perfmodel.step import Group, Step, record_update
 from perfmodel.tape.core import Op, Parameter, Part, Spec, Tape, recording
@@ -350,10 +350,7 @@ def read_peft_config(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read or holds no `peft_type`.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable adapter_config.json ({error})") from None
-    if not isinstance(values, dict) or not isinstance(values.get("peft_type"), str):
+    values = read_json(path)
+    if not isinstance(values.get("peft_type"), str):
         raise UserError(f"{path}: an adapter_config.json holds an object with a peft_type")
     return values

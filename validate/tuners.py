@@ -4,12 +4,12 @@ data/published/peft_tuners.csv holds the step times that PEFT's method_compariso
 configuration of a tuner, with its adapter_config.json as text. No row was looked at to fit a price.
 """
 
-import csv
 import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
 from perfmodel.errors import UserError
 from perfmodel.predict import Prediction, of_step
-from perfmodel.resources import DATA
+from perfmodel.resources import DATA, read_rows
 from perfmodel.setup import Setup
 
 from . import traced
@@ -96,10 +96,9 @@ class Summary:
         return self.mean <= MEAN_LIMIT and self.spearman >= RANK_LIMIT
 
 
-def load() -> list[Row]:
+def load(path: Path = TABLE) -> list[Row]:
     """The table of PEFT's benchmark."""
-    with TABLE.open(newline="", encoding="utf-8") as file:
-        return [_row(record) for record in csv.DictReader(file)]
+    return read_rows(path, _row)
 
 
 def _row(r: dict[str, str]) -> Row:
