@@ -53,7 +53,7 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def pretended_visit(plan: run.Plan, cell: cells.Cell, number: int) -> dict[str, Any]:
+def pretended_visit(plan: run.Plan, cell: cells.Cell, number: int, team: None) -> dict[str, Any]:
     """A visit that takes a moment and leaves a record of many pages."""
     time.sleep(0.004)
     return {"status": "oom", "message": "x" * 50_000}
@@ -140,7 +140,7 @@ def test_a_record_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch, tmp
 
         from validate.measuring import visit
 
-        monkeypatch.setattr(visit, "Program", lambda cell, device: torch.empty(2**60))
+        monkeypatch.setattr(visit, "Program", lambda cell, device, team: torch.empty(2**60))
         plan = run.plan(str(grid), "cpu", threads=1)
         return visit.visit(plan.grid.cells[0], "cpu", threads=1, warm_up=0, steps=1)
 

@@ -151,7 +151,14 @@ def host(output: Path) -> None:
 @click.option("--threads", type=click.IntRange(1), help="CPU threads [default: PyTorch's choice].")
 @click.option("--rounds", type=click.IntRange(1), help="Visits of each cell [default: the grid's].")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the cells.")
-def measure(device: str, grid: str, output: Path, threads: int | None, rounds: int | None, seed: int) -> None:
+@click.option(
+    "--parallel",
+    type=click.Choice(("ddp", "fsdp2")),
+    help="Several processes share a step: torchrun --nproc-per-node N -m perfmodel.cli validate measure ...",
+)
+def measure(
+    device: str, grid: str, output: Path, threads: int | None, rounds: int | None, seed: int, parallel: str | None
+) -> None:
     """Run real training steps and record what they took.
 
     Times, calls, kernels and memory, cell by cell; a stopped run resumes where it was.
@@ -160,7 +167,7 @@ def measure(device: str, grid: str, output: Path, threads: int | None, rounds: i
         from validate.measuring.show import show_measure
     except ImportError as error:
         raise extra(error) from None
-    failed = show_measure(device, grid, output, threads=threads, rounds=rounds, seed=seed)
+    failed = show_measure(device, grid, output, threads=threads, rounds=rounds, seed=seed, parallel=parallel)
     sys.exit(1 if failed else 0)
 
 
