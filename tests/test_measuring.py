@@ -53,10 +53,10 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def pretended_visit(plan: run.Plan, cell: cells.Cell, number: int) -> dict[str, Any]:
+def pretended_visit(plan: run.Plan, cell: cells.Cell, number: int, team: None) -> dict[str, Any]:
     """A visit that takes a moment and leaves a record of many pages."""
     time.sleep(0.004)
-    return {"status": "ok", "filling": "x" * 50_000}
+    return {"status": "oom", "message": "x" * 50_000}
 
 
 def wait_for(path: Path, number: int, limit: float = 20.0) -> None:
@@ -140,7 +140,7 @@ def test_a_record_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch, tmp
 
         from validate.measuring import visit
 
-        monkeypatch.setattr(visit, "Program", lambda cell, device: torch.empty(2**60))
+        monkeypatch.setattr(visit, "Program", lambda cell, device, team: torch.empty(2**60))
         plan = run.plan(str(grid), "cpu", threads=1)
         return visit.visit(plan.grid.cells[0], "cpu", threads=1, warm_up=0, steps=1)
 
@@ -169,7 +169,7 @@ def test_rounds_are_shuffled_alike_for_a_seed() -> None:
     [
         ("rounds = 0", "rounds must be a whole number from 1"),
         ("round = 2", "did you mean 'rounds'"),
-        ('[[cells]]\nmodels = ["tiny"]\nmethods = ["lore"]\nsetups = [{ batch = 1 }]', "lora"),
+        ('[[cells]]\nmodels = ["tiny"]\nmethods = ["lore"]\nsetups = [{ batch = 1 }]', "unknown method 'lore'"),
         ('[[cells]]\nmodels = ["tiny"]\nmethods = ["full"]\nsetups = [{ bach = 1 }]', "batch"),
         ('[[cells]]\nmodels = ["tiny"]\nmethods = ["full"]\nsetups = 3', "setups of [[cells]] must be a list"),
         ('[[cells]]\nmodel = ["tiny"]', "did you mean 'models'"),
@@ -205,7 +205,7 @@ def measured_twice(path: Path) -> dict[str, Any]:
 def test_a_file_of_records_has_one_writer_and_known_lines(tmp_path: Path) -> None:
     """Two measurements into one file, or a file of something else, must be refused before hours are lost."""
     path = tmp_path / "records.jsonl"
-    records.append(path, {"kind": "visit", "id": "a", "round": 0})
+    records.append(path, {"kind": "environment", "id": "a", "device": "cpu", "host": {}})
     if isolate.possible():
         with records.only_writer(path):
             refused = isolate.run(lambda: measured_twice(path))

@@ -52,7 +52,7 @@ def advise(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Find the fastest way to train that fits: what each change buys, and time against memory.
+    """Find the fastest way to train that fits, change by change.
 
     The samples of an optimizer step stay as given by --batch and --grad-accum.
     """

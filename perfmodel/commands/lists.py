@@ -26,7 +26,7 @@ def models(as_json: bool) -> None:
 @click.argument("name", required=False)
 @json_option
 def methods(name: str | None, as_json: bool) -> None:
-    """List the fine-tuning methods; with a NAME, describe one and its options."""
+    """List the fine-tuning methods, or describe one and its options."""
     from .. import listing
 
     if name is None:
@@ -53,7 +53,7 @@ def _short(source: str) -> str:
 @click.command()
 @json_option
 def devices(as_json: bool) -> None:
-    """List the devices with their datasheet figures and what was measured on them."""
+    """List the devices and what was measured on them."""
     from .. import listing
     from ..report import units
 

@@ -15,7 +15,7 @@ from .options import extra, print_json, setup_of, setup_options
 @click.option("--peft-config", type=click.Path(path_type=Path), help="An adapter_config.json; implies --traced.")
 @setup_options
 def predict(method: str, traced: bool, peft_config: Path | None, as_json: bool, **options: Any) -> None:
-    """Predict one training step: FLOPs, traffic, kernels, time by phase, peak memory."""
+    """Predict a training step: FLOPs, traffic, kernels, time, memory."""
     setup = setup_of(options)
     given = click.get_current_context().get_parameter_source("method")
     if peft_config and given is not click.core.ParameterSource.DEFAULT:

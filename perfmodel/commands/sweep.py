@@ -32,7 +32,7 @@ def sweep(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Predict a grid of batch, sequence, rank, K and devices: where does a method pay?
+    """Predict grids of batch, length, rank, K, devices: where it pays.
 
     Axes take a number, a list 1+2+4, a range 128-8192:128 (from-to:step) or a doubling range 1-64*2.
     """

@@ -76,7 +76,5 @@ def _after(c: Change) -> list[str]:
 
 
 def _candidate(c: Candidate) -> list[str]:
-    method = c.prediction.method
-    changes = [change for change in c.changes if not method.startswith(change)]
-    what = ": ".join(filter(None, (method, ", ".join(changes))))
+    what = ", ".join(c.changes) or "as you are"
     return [units.seconds(c.seconds), units.nbytes(c.peak), units.count(c.prediction.trainable_params), what]

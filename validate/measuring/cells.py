@@ -37,11 +37,28 @@ class Cell:
     @property
     def id(self) -> str:
         """A readable name that no other program has: model, method, what differs from the usual setup, a digest."""
-        usual = Setup().as_dict()
-        options = [f"{k}={v}" for k, v in self.setup.as_dict().items() if k in ("dtype",) or v != usual[k]]
         text = json.dumps([self.config.values, self.method, self.setup.as_dict()], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        return f"{self.config.name} {self.method} {' '.join(options)} {digest}"
+        return f"{self.name} {digest}"
+
+    @property
+    def name(self) -> str:
+        """The id without its digest, for people."""
+        return f"{self.config.name} {self.method} {self._options(('dtype',))}"
+
+    @property
+    def place(self) -> str:
+        """Model and setup in words: what all methods of a group share."""
+        return f"{self.config.name} {self._options(('batch', 'seq', 'dtype'))}"
+
+    def _options(self, always: Sequence[str]) -> str:
+        usual = Setup().as_dict()
+        return " ".join(f"{k}={v}" for k, v in self.setup.as_dict().items() if k in always or v != usual[k])
+
+    @property
+    def group(self) -> str:
+        """What all methods in one setup of one model share; a speed-up is taken within it."""
+        return json.dumps([self.config.values, self.setup.as_dict()], sort_keys=True)
 
     def as_dict(self) -> dict[str, Any]:
         """The cell as plain values, whole: a record needs no grid file beside it."""
@@ -52,9 +69,13 @@ class Cell:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Cell":
-        """The cell that `as_dict` wrote."""
+        """The cell that `as_dict` wrote.
+
+        Raises:
+            UserError: an option that no setup has, or a value that it cannot take.
+        """
         config = Config(values["config"], values["model"], values["model"])
-        return cls(config, values["method"], Setup(**values["setup"]))
+        return cls(config, values["method"], with_options(None, values["setup"]))
 
 
 @dataclass(frozen=True)
