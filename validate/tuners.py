@@ -5,7 +5,6 @@ configuration of a tuner, with its adapter_config.json as text. No row was looke
 """
 
 import json
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -137,10 +136,7 @@ def _predict(config: str, model: str, setup: Setup, device: str, host: str) -> P
     """Some rows differ in what changes no op (learning rate, random start), so a program is traced once."""
     values = json.loads(config)
     on = profile.load(device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's remarks on random weights
-        adapt = traced.peft_adapter(values)
-        built = traced.build(load_model(model), setup, adapt, str(values["peft_type"]).lower(), on.kind)
+    built, _ = traced.of_peft(load_model(model), values, setup, on)
     return of_step(built, on, hosts.load(host))
 
 
