@@ -218,11 +218,17 @@ def copied_operands(op: Op) -> list[int]:
 def _fft_kernels(op: Op) -> Dim:
     """Passes of a transform, one scaling if it is normalised, one that mirrors the half spectrum of a real input.
 
-    The attributes are over how many dims, from the last, and perhaps `scaled`.
+    The attributes are over how many dims, from the last, and perhaps `scaled`, `half` (only half the spectrum is asked
+    for).
     """
     dims = op.outputs[0].shape[-op.attrs[0] :]
     passes = sum(1 + np.greater(n, _FFT_ON_CHIP) for n in dims)
-    return passes + ("scaled" in op.attrs) + (op.name == "_fft_r2c")
+    return passes + ("scaled" in op.attrs) + mirrors(op)
+
+
+def mirrors(op: Op) -> bool:
+    """Whether a transform of real numbers is asked for the whole spectrum."""
+    return op.name == "_fft_r2c" and "half" not in op.attrs
 
 
 def by_lists(op: Op) -> bool:

@@ -53,7 +53,7 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def pretended_visit(plan: run.Plan, cell: cells.Cell, number: int) -> dict[str, Any]:
+def pretended_visit(plan: run.Plan, cell: cells.Cell, number: int, team: None) -> dict[str, Any]:
     """A visit that takes a moment and leaves a record of many pages."""
     time.sleep(0.004)
     return {"status": "oom", "message": "x" * 50_000}
@@ -140,7 +140,7 @@ def test_a_record_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch, tmp
 
         from validate.measuring import visit
 
-        monkeypatch.setattr(visit, "Program", lambda cell, device: torch.empty(2**60))
+        monkeypatch.setattr(visit, "Program", lambda cell, device, team: torch.empty(2**60))
         plan = run.plan(str(grid), "cpu", threads=1)
         return visit.visit(plan.grid.cells[0], "cpu", threads=1, warm_up=0, steps=1)
 
@@ -173,7 +173,7 @@ def test_rounds_are_shuffled_alike_for_a_seed() -> None:
         ('[[cells]]\nmodels = ["tiny"]\nmethods = ["full"]\nsetups = [{ bach = 1 }]', "batch"),
         ('[[cells]]\nmodels = ["tiny"]\nmethods = ["full"]\nsetups = 3', "setups of [[cells]] must be a list"),
         ('[[cells]]\nmodel = ["tiny"]', "did you mean 'models'"),
-        ("rounds = [", "not a valid grid file"),
+        ("rounds = [", "not valid TOML"),
     ],
 )
 def test_a_grid_that_is_wrong_is_refused_in_one_line(tmp_path: Path, change: str, message: str) -> None:
@@ -211,7 +211,7 @@ def test_a_file_of_records_has_one_writer_and_known_lines(tmp_path: Path) -> Non
             refused = isolate.run(lambda: measured_twice(path))
         assert "another measurement is writing" in refused["message"]
     path.write_text(path.read_text() + '{"half')
-    with pytest.raises(UserError, match="line 2: not JSON"):
+    with pytest.raises(UserError, match="line 2: not valid JSON"):
         records.read(path)
     path.write_text('{"schema": 99}\n')
     with pytest.raises(UserError, match="not a record of schema 1"):

@@ -5,8 +5,9 @@ work: Python, dispatcher, autograd, hooks. Many such steps of different make-up 
 the cost of each kind of work. The launch figures of a GPU cannot be seen from here and are kept from the default.
 """
 
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from datetime import date
 from importlib.metadata import version
@@ -143,8 +144,11 @@ def calibrate(progress: Callable[[str], None] = lambda name: None) -> tuple[Host
     return Host(name=processor() or "this machine", source=source, **costs), error, len(samples)
 
 
-def write(host: Host, path: Path) -> None:
-    """Write a host file, whole or not at all."""
+def write(host: Host, path: Path, fit: Mapping[str, Any] | None = None) -> None:
+    """Write a host file, whole or not at all; `fit` is the table that says how it came about."""
     lines = [f'name = "{host.name}"', f'source = "{host.source}"', "", "[seconds]"]
     lines += [f"{f.name} = {getattr(host, f.name):.3g}" for f in fields(Host) if f.name not in ("name", "source")]
+    if fit:
+        told = {k: f"{v:.4g}" if isinstance(v, float) else json.dumps(v) for k, v in fit.items()}
+        lines += ["", "[fit]", *(f"{name} = {value}" for name, value in told.items())]
     write_text(path, "\n".join(lines) + "\n")

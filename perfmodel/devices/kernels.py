@@ -240,13 +240,13 @@ def _topk(op: Op) -> list[Kernel]:
     ]
 
 
-@of("_fft_c2c", "_fft_r2c")
+@of("_fft_c2c", "_fft_r2c", "_fft_c2r")
 def _fft(op: Op) -> list[Kernel]:
     """A pass over the array a kernel; of a real input the half spectrum, mirrored to the whole by a last kernel.
 
     PyTorch scales the result in a kernel of its own (ATen/native/cuda/SpectralOps.cpp, `_fft_apply_normalization`).
     """
-    out, mirrored = _out(op), op.name == "_fft_r2c"
+    out, mirrored = _out(op), costs.mirrors(op)
     nbytes, n = (out.nbytes // 2, out.numel // 2) if mirrored else (out.nbytes, out.numel)
     again = costs.kernels(op) - 1 - mirrored
     kernels = [Kernel("pointwise", 1, op.bytes_read, nbytes, n)]
