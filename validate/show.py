@@ -5,23 +5,10 @@ import warnings
 from collections import Counter
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from perfmodel.report import units
+from perfmodel.report.progress import progress
 from perfmodel.report.terminal import console, table
 from perfmodel.step import PHASES
-
-
-def progress() -> Progress:
-    """A bar with what is running and the time left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
 
 
 def show_counts(module: Any, grid: str, *, cuda_forward: bool, as_json: bool) -> bool:

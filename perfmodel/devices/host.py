@@ -3,15 +3,15 @@
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..errors import UserError, nearest
-from ..resources import DATA
+from ..resources import DATA, is_file, mapping, read_toml
 from ..tape.core import Op, Part
 
 HOSTS = DATA / "hosts"
+LONGEST = 1.0  # seconds: no call takes so long
 
 
 @dataclass(frozen=True)
@@ -86,28 +86,33 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(p.stem for p in HOSTS.glob("*.toml")))
 
 
-@cache
 def load(name_or_path: str = "default") -> Host:
     """A host by bundled name or path of a TOML file.
 
     Raises:
         UserError: unknown name, broken TOML, a missing, mistyped or negative figure.
     """
-    import tomllib
-
-    path = HOSTS / f"{name_or_path}.toml" if name_or_path in names() else Path(name_or_path)
-    if not path.is_file():
+    if name_or_path in names():
+        return _bundled(name_or_path)
+    if not is_file(name_or_path):
         raise UserError(f"unknown host {name_or_path!r}: {nearest(name_or_path, names())} (or give a path)")
-    try:
-        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: not a valid host file ({error})") from None
+    return _read(Path(name_or_path))
+
+
+@cache
+def _bundled(name: str) -> Host:
+    return _read(HOSTS / f"{name}.toml")
+
+
+def _read(path: Path) -> Host:
+    values = read_toml(path)
+    seconds = mapping(values.get("seconds"), f"{path}: [seconds]")
     costs = {}
     for f in fields(Host):
         if f.type is not float and f.type != "float":
             continue
-        value = values.get("seconds", {}).get(f.name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-            raise UserError(f"{path}: [seconds] {f.name} must be a number of seconds from 0, got {value!r}")
+        value = seconds.get(f.name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < LONGEST:
+            raise UserError(f"{path}: [seconds] {f.name} must be a number of seconds from 0 to below 1, got {value!r}")
         costs[f.name] = float(value)
     return Host(name=str(values.get("name", path.stem)), source=str(values.get("source", "")), **costs)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from perfmodel.errors import UserError, nearest
+from perfmodel.resources import parsed, read_text
 from perfmodel.step import PHASES
 
 SCHEMA = 1
@@ -24,16 +25,9 @@ def read(path: Path) -> list[Record]:
     Raises:
         UserError: the file is missing, or a line is not a record of a known schema.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
     records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error})") from None
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        record = parsed(line, json.loads, "JSON", f"{path}, line {number}")
         if not isinstance(record, dict) or record.get("schema") != SCHEMA:
             raise UserError(f"{path}, line {number}: not a record of schema {SCHEMA}")
         _whole(record, f"{path}, line {number}")
