@@ -186,6 +186,14 @@ def test_a_grid_that_is_wrong_is_refused_in_one_line(tmp_path: Path, change: str
     assert message in str(error.value)
 
 
+def test_a_method_without_a_program_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    """An hour later its cell would fail, after all the others."""
+    path = tmp_path / "grid.toml"
+    path.write_text(TINY.replace('methods = ["full",', 'methods = ["full", "paca:r=4",'))
+    with pytest.raises(UserError, match="method paca: neither peft nor transformers"):
+        run.plan(str(path), "cpu")
+
+
 def test_bundled_grids_hold_what_they_promise() -> None:
     """At least 48 cells on a CPU, bf16 or not; on a GPU both adapter dtypes, checkpointing on and off."""
     cpu, cuda = cells.load("standard", "cpu").cells, cells.load("standard", "cuda").cells

@@ -6,6 +6,7 @@ and [source] (one URL per datasheet key), and per fitted block `[fitted.gemm.bf1
 missing comes from classes.toml, by the device's family. Own devices: pass the path of a file in this form.
 """
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -96,6 +97,15 @@ def load(name_or_path: str | PathLike[str]) -> DeviceProfile:
         return from_table(path.stem, read_toml(path), str(path))
     known = [*names(), *_aliases()]
     raise UserError(f"unknown device {text!r}: {nearest(text, known)} (or give the path of a .toml file)")
+
+
+def by_makers_name(name: str) -> DeviceProfile | None:
+    """The bundled profile of a device that calls itself `NVIDIA H100 80GB HBM3` (h100-80gb-hbm3 is an alias)."""
+    slug = "-".join(filter(None, re.split(r"[^a-z0-9]+", name.lower())))
+    for known in (slug, slug.removeprefix("nvidia-")):
+        if known in names() or known in _aliases():
+            return load(known)
+    return None
 
 
 def forget() -> None:

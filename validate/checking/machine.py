@@ -1,7 +1,5 @@
 """Which profile and host predict the records of an environment."""
 
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from perfmodel.devices import host as hosts
@@ -46,11 +44,8 @@ def machine_of(environment: Record, device: str | None = None, host: str | None 
 def _same(environment: Record) -> DeviceProfile:
     """The bundled profile of the machine that measured."""
     name = name_of(environment)
-    for slug in _slugs(name):
-        try:
-            return profile.load(slug)
-        except UserError:
-            continue
+    if found := profile.by_makers_name(name):
+        return found
     raise UserError(
         f"no profile of {name!r}: make one with `perfmodel calibrate --device {environment['device']}`, or choose one "
         "with --device"
@@ -62,10 +57,3 @@ def name_of(environment: Record) -> str:
     table, name = ("gpu", "name") if environment["device"] == "cuda" else ("host", "cpu")
     found = environment.get(table)
     return str(found.get(name, "")) if isinstance(found, dict) else ""
-
-
-def _slugs(name: str) -> Iterator[str]:
-    """How a profile may call a device that calls itself `NVIDIA H100 80GB HBM3`: h100-80gb-hbm3."""
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    yield slug
-    yield slug.removeprefix("nvidia-")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from perfmodel.errors import UserError
+from perfmodel.errors import UserError, nearest
 from perfmodel.resources import parsed, read_text
 from perfmodel.step import PHASES
 
@@ -40,16 +40,18 @@ FORMS: dict[str, dict[str, type]] = {  # kind -> what such a record must hold
     "visit": {"id": str, "round": int, "environment": str, "cell": dict, "status": str},
     "cell": {"model": str, "config": dict, "method": str, "setup": dict},
     "ok": {"seconds": dict, "memory": dict},
+    "microbench": {"case": dict, "seconds": dict},
 }
+KINDS = ("environment", "visit", "microbench")
 STOPPED = ("ok", "oom", "error")  # how a visit ends
 
 
 def _whole(record: Record, where: str) -> None:
     kind = record.get("kind")
-    if kind not in ("environment", "visit"):
-        raise UserError(f"{where}: a record is an environment or a visit, not {kind!r}")
+    if kind not in KINDS:
+        raise UserError(f"{where}: unknown kind of record {kind!r}: {nearest(str(kind), KINDS)}")
     _holds(record, kind, where)
-    if kind == "environment":
+    if kind != "visit":
         return
     _holds(record["cell"], "cell", f"{where}: cell")
     if record["status"] not in STOPPED:

@@ -14,6 +14,7 @@ import torch
 from perfmodel import architectures, methods
 from perfmodel.errors import UserError
 
+from ..models import check_program
 from ..updates import make_optimizer
 from . import cells, environment, isolate, records
 from .cells import Cell, Grid
@@ -47,11 +48,13 @@ def plan(grid: str, device: str, *, threads: int | None = None, rounds: int | No
     """A plan for this machine; on a CPU without bf16 arithmetic the bf16 cells are left out.
 
     Raises:
-        UserError: no such device here, or a grid that `cells.load` refuses.
+        UserError: no such device here, a grid that `cells.load` refuses, or a method that has no program to run.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device is visible to PyTorch here: use --device cpu")
     found = cells.load(grid, device)
+    for text in dict.fromkeys(cell.method for cell in found.cells):
+        check_program(methods.parse(text))
     if device == "cpu" and not environment.native_bf16():
         kept = tuple(c for c in found.cells if "bf16" not in (c.setup.dtype, c.setup.amp))
         found = replace(found, cells=kept)
