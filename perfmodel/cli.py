@@ -20,6 +20,7 @@ COMMANDS = {  # command -> its file in `commands/`
     "methods": "lists",
     "devices": "lists",
     "validate": "validate",
+    "completion": "completion",
 }
 
 LONGEST = 600  # characters of a complaint
