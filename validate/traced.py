@@ -229,7 +229,8 @@ def predict(
     Raises:
         UserError: anything that cannot be satisfied, in one line.
     """
-    on, by = profile.load(device), hosts.load(host)
+    on = profile.load(device)
+    by = hosts.resolve(host, on)
     adapt: Adapt
     if setup.amp and on.kind == "cuda":
         raise UserError(

@@ -142,7 +142,7 @@ def _predict(config: str, model: str, setup: Setup, device: str, host: str) -> P
         warnings.simplefilter("ignore")  # peft's remarks on random weights
         adapt = traced.peft_adapter(values)
         built = traced.build(load_model(model), setup, adapt, str(values["peft_type"]).lower(), on.kind)
-    return of_step(built, on, hosts.load(host))
+    return of_step(built, on, hosts.resolve(host, on))
 
 
 def evaluate_all(rows: Sequence[Row], progress: Callable[[str], None] = lambda name: None) -> list[Outcome]:

@@ -10,6 +10,7 @@ import numpy as np
 from ..errors import UserError, nearest
 from ..resources import DATA
 from ..tape.core import Op, Part
+from . import own
 
 HOSTS = DATA / "hosts"
 
@@ -29,6 +30,7 @@ class Host:
         checkpoint: one call of `torch.utils.checkpoint`.
         hook: one Python hook on a saved tensor (non-reentrant checkpoints pack, recompute and unpack each).
         tensor: one parameter in the Python code around a list-wise optimizer or clipping.
+        loop_call: a call in a Python loop over single tensors (AdamW on a CPU, some optimizers of methods).
         optimizer_call: a call of a list-wise optimizer (foreach, fused), of clipping, or of a library's own kernel.
         launch_call: the driver call that launches one kernel (CUDA only).
         launch: from the launch on the host to the start on the device.
@@ -46,6 +48,7 @@ class Host:
     checkpoint: float
     hook: float
     tensor: float
+    loop_call: float
     optimizer_call: float
     launch_call: float
     launch: float
@@ -55,11 +58,11 @@ class Host:
     def dispatch(self, part: Part, device: str) -> np.ndarray:
         """Host seconds before each op of one run of a part, shape (ops,); Python's share is spread evenly."""
         launch = self.launch_call if device == "cuda" else 0.0
-        if part.phase == "optimizer" and any(_by_lists(op) for op in part.ops):
+        if part.phase == "optimizer" and by_lists(part):
             seconds = [self.optimizer_call + self.tensor * _tensors(op) for op in part.ops]
             python = 0.0
         elif part.phase == "optimizer":  # a Python loop over tensors, without autograd
-            seconds = [self.view if op.view else self.call for op in part.ops]
+            seconds = [self.view if op.view else self.loop_call for op in part.ops]
             python = 0.0
         else:
             forward = part.phase == "forward"
@@ -71,8 +74,9 @@ class Host:
         return np.array(seconds) + launch * launches + python / max(1, len(seconds))
 
 
-def _by_lists(op: Op) -> bool:
-    return op.name.startswith(("_foreach", "_fused", "bitsandbytes::optimizer"))
+def by_lists(part: Part) -> bool:
+    """Whether an optimizer's part works on lists of tensors, or by kernels of its own."""
+    return any(op.name.startswith(("_foreach", "_fused", "bitsandbytes::optimizer")) for op in part.ops)
 
 
 def _tensors(op: Op) -> int:
@@ -88,16 +92,18 @@ def names() -> tuple[str, ...]:
 
 @cache
 def load(name_or_path: str = "default") -> Host:
-    """A host by bundled name or path of a TOML file.
+    """A host by bundled name, by the name of an own one (`perfmodel calibrate`), or by the path of a TOML file.
 
     Raises:
         UserError: unknown name, broken TOML, a missing, mistyped or negative figure.
     """
     import tomllib
 
-    path = HOSTS / f"{name_or_path}.toml" if name_or_path in names() else Path(name_or_path)
+    mine = own.find(name_or_path, "hosts")
+    path = HOSTS / f"{name_or_path}.toml" if name_or_path in names() else mine or Path(name_or_path)
     if not path.is_file():
-        raise UserError(f"unknown host {name_or_path!r}: {nearest(name_or_path, names())} (or give a path)")
+        known = [*names(), *own.names("hosts")]
+        raise UserError(f"unknown host {name_or_path!r}: {nearest(name_or_path, known)} (or give a path)")
     try:
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -111,3 +117,15 @@ def load(name_or_path: str = "default") -> Host:
             raise UserError(f"{path}: [seconds] {f.name} must be a number of seconds from 0, got {value!r}")
         costs[f.name] = float(value)
     return Host(name=str(values.get("name", path.stem)), source=str(values.get("source", "")), **costs)
+
+
+def resolve(host: "str | Host", *devices: Any) -> Host:
+    """The host that a name, path or `Host` stands for; "default" is that of the device profiles, if they agree.
+
+    Raises:
+        UserError: as `load`.
+    """
+    if isinstance(host, Host):
+        return host
+    named = {d.host for d in devices}
+    return load(named.pop() if host == "default" and len(named) == 1 else host)
