@@ -53,7 +53,7 @@ def method(name: str) -> Row:
 
 
 def devices() -> Rows:
-    """The user's own devices and the bundled ones: datasheet figures (SI), what was measured, errors on left-out rows."""
+    """Own and bundled devices: datasheet figures (SI), what was measured on them, errors on left-out rows."""
     rows = []
     for name in [*own.names(), *profile.names()]:
         p = profile.load(name)

@@ -6,9 +6,10 @@ the cost of each kind of work; what a calibrated CPU spends in the kernels is ta
 GPU cannot be seen from here and are kept from the default.
 """
 
+import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from datetime import date
 from importlib.metadata import version
@@ -182,8 +183,11 @@ def calibrate(
     return Host(name=cpu_name() or "this machine", source=source, **costs), error, len(samples)
 
 
-def write(host: Host, path: Path) -> None:
-    """Write a host file, whole or not at all."""
+def write(host: Host, path: Path, fit: Mapping[str, Any] | None = None) -> None:
+    """Write a host file, whole or not at all; `fit` is the table that says how it came about."""
     lines = [f'name = "{host.name}"', f'source = "{host.source}"', "", "[seconds]"]
     lines += [f"{f.name} = {getattr(host, f.name):.3g}" for f in fields(Host) if f.name not in ("name", "source")]
+    if fit:
+        told = {k: f"{v:.4g}" if isinstance(v, float) else json.dumps(v) for k, v in fit.items()}
+        lines += ["", "[fit]", *(f"{name} = {value}" for name, value in told.items())]
     write_text(path, "\n".join(lines) + "\n")

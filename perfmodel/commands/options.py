@@ -45,6 +45,8 @@ class Axis(click.ParamType):  # type: ignore[type-arg]  # generic in newer relea
     name = "values"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, int):  # from a training config
+            return (value,)
         if not isinstance(value, str):
             return tuple(value)
         found: list[int] = []

@@ -3,16 +3,20 @@
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import UserError, nearest
-from ..resources import DATA
+from ..resources import DATA, is_file, mapping, read_toml
 from ..tape.core import Op, Part
 from . import own
 
+if TYPE_CHECKING:
+    from .profile import DeviceProfile
+
 HOSTS = DATA / "hosts"
+LONGEST = 1.0  # seconds: no call takes so long
 
 
 @dataclass(frozen=True)
@@ -90,42 +94,46 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(p.stem for p in HOSTS.glob("*.toml")))
 
 
-@cache
 def load(name_or_path: str = "default") -> Host:
     """A host by bundled name, by the name of an own one (`perfmodel calibrate`), or by the path of a TOML file.
 
     Raises:
         UserError: unknown name, broken TOML, a missing, mistyped or negative figure.
     """
-    import tomllib
-
+    if name_or_path in names():
+        return _bundled(name_or_path)
     mine = own.find(name_or_path, "hosts")
-    path = HOSTS / f"{name_or_path}.toml" if name_or_path in names() else mine or Path(name_or_path)
-    if not path.is_file():
+    if mine is None and not is_file(name_or_path):
         known = [*names(), *own.names("hosts")]
         raise UserError(f"unknown host {name_or_path!r}: {nearest(name_or_path, known)} (or give a path)")
-    try:
-        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: not a valid host file ({error})") from None
+    return _read(mine or Path(name_or_path))
+
+
+@cache
+def _bundled(name: str) -> Host:
+    return _read(HOSTS / f"{name}.toml")
+
+
+def _read(path: Path) -> Host:
+    values = read_toml(path)
+    seconds = mapping(values.get("seconds"), f"{path}: [seconds]")
     costs = {}
     for f in fields(Host):
         if f.type is not float and f.type != "float":
             continue
-        value = values.get("seconds", {}).get(f.name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-            raise UserError(f"{path}: [seconds] {f.name} must be a number of seconds from 0, got {value!r}")
+        value = seconds.get(f.name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < LONGEST:
+            raise UserError(f"{path}: [seconds] {f.name} must be a number of seconds from 0 to below 1, got {value!r}")
         costs[f.name] = float(value)
     return Host(name=str(values.get("name", path.stem)), source=str(values.get("source", "")), **costs)
 
 
-def resolve(host: "str | Host", *devices: Any) -> Host:
-    """The host that a name, path or `Host` stands for; "default" is that of the device profiles, if they agree.
+def resolve(host: str | Host, on: "DeviceProfile") -> Host:
+    """The host that a name, path or `Host` stands for; "default" is the one that goes with the device.
 
     Raises:
         UserError: as `load`.
     """
     if isinstance(host, Host):
         return host
-    named = {d.host for d in devices}
-    return load(named.pop() if host == "default" and len(named) == 1 else host)
+    return load(on.host if host == "default" else host)

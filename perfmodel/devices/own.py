@@ -6,10 +6,10 @@ Windows, ~/.config); devices/ and hosts/ lie in it.
 
 import os
 import re
-from os.path import isfile
 from pathlib import Path
 
 from ..errors import UserError
+from ..resources import is_file
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
@@ -38,7 +38,7 @@ def find(name: str, kind: str = "devices") -> Path | None:
     if not NAME.fullmatch(name.lower()):
         return None
     found = path(name.lower(), kind)
-    return found if isfile(found) else None  # False, not an error, for a name that is too long
+    return found if is_file(found) else None
 
 
 def names(kind: str = "devices") -> list[str]:

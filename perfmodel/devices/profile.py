@@ -7,17 +7,17 @@ missing comes from classes.toml, by the device's family. The blocks of a CPU hol
 devices: `perfmodel calibrate` writes one for this machine (see `perfmodel.devices.own`), or pass the path of a file.
 """
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from os import PathLike
-from os.path import isfile
 from pathlib import Path
 from typing import Any, Generic, Literal
 
 from ..errors import UserError, nearest
-from ..resources import DATA
+from ..resources import DATA, is_file, read_toml
 from . import own, toml
 from .attention import AttentionParameters
 from .cpu import CpuAttentionParameters, CpuGemmParameters, CpuKernels, CpuStreamParameters
@@ -96,15 +96,27 @@ def load(name_or_path: str | PathLike[str]) -> DeviceProfile:
     if slug in _aliases():
         return _bundled(_aliases()[slug])
     if (mine := own.find(text)) is not None:
-        return from_table(mine.stem, toml.read(mine), str(mine))
+        return from_table(mine.stem, read_toml(mine), str(mine))
     path = Path(name_or_path)
-    exists = isfile(path)  # False, not an error, for a text that cannot be a path
+    exists = is_file(path)
     if path.suffix.lower() == ".toml" or exists:
         if not exists:
             raise UserError(f"no such device file: {path}")
-        return from_table(path.stem, toml.read(path), str(path))
+        return from_table(path.stem, read_toml(path), str(path))
     known = [*names(), *own.names(), *_aliases()]
     raise UserError(f"unknown device {text!r}: {nearest(text, known)} (or give the path of a .toml file)")
+
+
+def by_makers_name(name: str) -> DeviceProfile | None:
+    """The profile of a device that calls itself `NVIDIA H100 80GB HBM3`: an own one, else a bundled one by its alias."""
+    for mine in own.names():
+        if (found := load(mine)).name == name:
+            return found
+    slug = "-".join(filter(None, re.split(r"[^a-z0-9]+", name.lower())))
+    for known in (slug, slug.removeprefix("nvidia-")):
+        if known in names() or known in _aliases():
+            return load(known)
+    return None
 
 
 def forget() -> None:
@@ -166,6 +178,8 @@ def _identity(table: Table, where: str) -> tuple[str, str, str, Hardware, str]:
         raise UserError(f"{where}: kind {kind!r} is unknown: {nearest(kind, KINDS)}")
     architecture = toml.text(table, "architecture", where)
     capability = toml.text(table, "compute_capability", where) if kind == "cuda" else ""
+    if kind == "cuda" and not (capability.isascii() and capability.replace(".", "", 1).isdigit()):
+        raise UserError(f"{where}: compute_capability must be a version such as '8.6', got {capability!r}")
     hardware = _hardware(toml.table(table, "datasheet", where), f"{where}: [datasheet]")
     return kind, architecture, capability, hardware, _family(kind, architecture, capability, hardware, where)
 
@@ -265,12 +279,12 @@ def _names() -> tuple[str, ...]:
 @lru_cache(maxsize=256)
 def _bundled(slug: str) -> DeviceProfile:
     path = DEVICES / f"{slug}.toml"
-    return from_table(slug, toml.read(path), path.name)
+    return from_table(slug, read_toml(path), path.name)
 
 
 @lru_cache(maxsize=1)
 def _classes() -> Table:
-    return toml.read(DEVICES / f"{CLASSES}.toml")
+    return read_toml(DEVICES / f"{CLASSES}.toml")
 
 
 @lru_cache(maxsize=1)

@@ -1,11 +1,9 @@
 """Values of a user's TOML file, checked: a fault becomes one line that names the file, the key and what is wrong."""
 
 import math
-import tomllib
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UserError, nearest
@@ -15,6 +13,7 @@ from .gemm import GemmParameters
 from .pointwise import PointwiseParameters
 
 Table = dict[str, Any]
+SMALLEST, LARGEST = 1e-20, 1e20  # no figure of a device, in SI units, comes near them
 P = TypeVar(
     "P",
     GemmParameters,
@@ -51,14 +50,6 @@ def parameters(kind: type[P], table: Table, where: str) -> P:
         else:
             values[name] = number(table, name, where, whole=isinstance(field.default, int))
     return kind(**values)
-
-
-def read(path: Path) -> Table:
-    """The parsed file."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: not a readable TOML file ({error})".replace("\n", " ")) from None
 
 
 def table(values: Table, key: str, where: str) -> Table:
@@ -117,6 +108,8 @@ def no_others(values: Table, known: Iterable[str], where: str) -> None:
 def _checked(value: Any, key: str, where: str, *, whole: bool) -> Any:
     kind, bound = "a whole number" if whole else "a number", "from 0" if key in _MAY_BE_ZERO else "above 0"
     wrong = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
-    if wrong or not math.isfinite(value) or value < 0 or (value == 0 and key not in _MAY_BE_ZERO):
+    if wrong or math.isnan(value) or value < 0 or (value == 0 and key not in _MAY_BE_ZERO):
         raise UserError(f"{where}: {key} must be {kind} {bound}, got {value!r}")
+    if value and not SMALLEST <= value <= LARGEST:
+        raise UserError(f"{where}: {key} is out of any range: {value!r}")
     return value if whole else float(value)

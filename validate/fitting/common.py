@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from perfmodel.devices import toml
 from perfmodel.devices.attention import AttentionParameters
 from perfmodel.devices.cpu import CpuAttentionParameters, CpuGemmParameters, CpuStreamParameters
 from perfmodel.devices.gemm import GemmParameters
@@ -18,6 +17,7 @@ from perfmodel.devices.hardware import Hardware
 from perfmodel.devices.pointwise import PointwiseParameters
 from perfmodel.devices.profile import DEVICES
 from perfmodel.errors import UserError
+from perfmodel.resources import read_toml
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -92,7 +92,7 @@ class Fit:
 
 def hardware(slug: str) -> Hardware:
     """Datasheet figures of a bundled device."""
-    return Hardware(**toml.read(DEVICES / f"{slug}.toml")["datasheet"])
+    return Hardware(**read_toml(DEVICES / f"{slug}.toml")["datasheet"])
 
 
 def table(folder: Path, name: str) -> pd.DataFrame:

@@ -40,7 +40,7 @@ class CpuStopwatch:
     """Calls one by one on the host's clock, less what reading the clock takes."""
 
     def __init__(self, threads: int) -> None:
-        self.clock = CpuClock(threads)
+        self.clock = CpuClock(alone=threads == 1)
         self.kind = self.clock.kind
         now = self.clock.now
         pairs = [(now(), now()) for _ in range(500)]
