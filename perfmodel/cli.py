@@ -21,6 +21,7 @@ COMMANDS = {  # command -> its file in `commands/`
     "devices": "lists",
     "calibrate": "calibrate",
     "validate": "validate",
+    "completion": "completion",
 }
 
 LONGEST = 600  # characters of a complaint

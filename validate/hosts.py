@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from perfmodel import methods
+from perfmodel import costs, methods
 from perfmodel.architectures import Config, from_config
 from perfmodel.devices import host as hosts
 from perfmodel.devices import price
@@ -74,7 +74,7 @@ def work_of(step: Step, phase: str) -> dict[str, float]:
             continue
         calls = times * sum(not op.view for op in part.ops)
         views = times * sum(op.view for op in part.ops)
-        if phase == "optimizer" and hosts.by_lists(part):
+        if phase == "optimizer" and any(costs.by_lists(op) for op in part.ops):
             work["optimizer_call"] += calls
             work["tensor"] += sum(
                 sum(s.copies for s in op.outputs) for op in part.ops if op.name.startswith("_foreach")
@@ -175,12 +175,12 @@ def calibrate(
             samples += measure(config, method, checkpoint, optimizer, on)
     finally:
         torch.set_num_threads(threads)
-    costs, error = fit(samples)
+    spent, error = fit(samples)
     default = hosts.load()
-    costs |= {name: getattr(default, name) for name in KEPT}
+    spent |= {name: getattr(default, name) for name in KEPT}
     software = f"PyTorch {version('torch')}, transformers {version('transformers')}, peft {version('peft')}"
     source = f"measured {date.today()}, {software}, Python {python_version()}; launch figures: the default host's"
-    return Host(name=cpu_name() or "this machine", source=source, **costs), error, len(samples)
+    return Host(name=cpu_name() or "this machine", source=source, **spent), error, len(samples)
 
 
 def write(host: Host, path: Path, fit: Mapping[str, Any] | None = None) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..costs import by_lists
 from ..errors import UserError, nearest
 from ..resources import DATA, is_file, mapping, read_toml
 from ..tape.core import Op, Part
@@ -62,7 +63,7 @@ class Host:
     def dispatch(self, part: Part, device: str) -> np.ndarray:
         """Host seconds before each op of one run of a part, shape (ops,); Python's share is spread evenly."""
         launch = self.launch_call if device == "cuda" else 0.0
-        if part.phase == "optimizer" and by_lists(part):
+        if part.phase == "optimizer" and any(by_lists(op) for op in part.ops):
             seconds = [self.optimizer_call + self.tensor * _tensors(op) for op in part.ops]
             python = 0.0
         elif part.phase == "optimizer":  # a Python loop over tensors, without autograd
@@ -76,11 +77,6 @@ class Host:
             python += self.checkpoint * part.checkpoints + self.hook * part.hooks
         launches = np.array([0 if op.view or "host" in op.attrs else 1 for op in part.ops])
         return np.array(seconds) + launch * launches + python / max(1, len(seconds))
-
-
-def by_lists(part: Part) -> bool:
-    """Whether an optimizer's part works on lists of tensors, or by kernels of its own."""
-    return any(op.name.startswith(("_foreach", "_fused", "bitsandbytes::optimizer")) for op in part.ops)
 
 
 def _tensors(op: Op) -> int:

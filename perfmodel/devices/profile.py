@@ -108,7 +108,7 @@ def load(name_or_path: str | PathLike[str]) -> DeviceProfile:
 
 
 def by_makers_name(name: str) -> DeviceProfile | None:
-    """The profile of a device that calls itself `NVIDIA H100 80GB HBM3`: an own one, else a bundled one by its alias."""
+    """The profile of a device that calls itself `NVIDIA H100 80GB HBM3`: an own one, else a bundled one."""
     for mine in own.names():
         if (found := load(mine)).name == name:
             return found
