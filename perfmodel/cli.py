@@ -19,6 +19,7 @@ COMMANDS = {  # command -> its file in `commands/`
     "models": "lists",
     "methods": "lists",
     "devices": "lists",
+    "calibrate": "calibrate",
     "validate": "validate",
     "completion": "completion",
 }
