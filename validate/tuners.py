@@ -137,7 +137,7 @@ def _predict(config: str, model: str, setup: Setup, device: str, host: str) -> P
     values = json.loads(config)
     on = profile.load(device)
     built, _ = traced.of_peft(load_model(model), values, setup, on)
-    return of_step(built, on, hosts.load(host))
+    return of_step(built, on, hosts.resolve(host, on))
 
 
 def evaluate_all(

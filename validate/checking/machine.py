@@ -27,18 +27,17 @@ def machine_of(environment: Record, device: str | None = None, host: str | None 
     Args:
         environment: its record.
         device, host: what the user chose; else the machine's own calibration if the record names one, else the profile
-            of the same GPU or CPU, and the default host.
+            of the same GPU or CPU, and the host that goes with it.
 
     Raises:
         UserError: no such profile, a profile of another kind of device, or none for this machine.
     """
     own = environment.get("calibration", {})
-    by = hosts.load(host or own.get("host") or DEFAULT_HOST)
     chosen = device or own.get("device")
     on = profile.load(chosen) if chosen else _same(environment)
     if on.kind != environment["device"]:
         raise UserError(f"the records are of a {environment['device']} device, {on.slug} is a {on.kind}: use --device")
-    return Machine(on, by)
+    return Machine(on, hosts.resolve(host or own.get("host") or DEFAULT_HOST, on))
 
 
 def _same(environment: Record) -> DeviceProfile:
