@@ -101,7 +101,8 @@ def test_what_is_allocated_is_freed() -> None:
 
 @few
 @given(
-    batches=st.lists(st.integers(1, 32), min_size=1, max_size=3), seqs=st.lists(st.integers(1, 300), min_size=1, max_size=3),
+    batches=st.lists(st.integers(1, 32), min_size=1, max_size=3),
+    seqs=st.lists(st.integers(1, 300), min_size=1, max_size=3),
     method=st.sampled_from(("full", "lora:r=4")), accum=st.integers(1, 2),
 )  # fmt: skip
 def test_a_grid_equals_its_points(batches: list[int], seqs: list[int], method: str, accum: int) -> None:

@@ -5,22 +5,12 @@ import warnings
 from collections import Counter
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from perfmodel.report import units
+from perfmodel.report.progress import progress
 from perfmodel.report.terminal import console, table
+from perfmodel.step import PHASES
 
-
-def progress() -> Progress:
-    """A bar with what is running and the time left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
+from .reasons import FAR, reason, reasons
 
 
 def show_counts(module: Any, grid: str, *, cuda_forward: bool, as_json: bool) -> bool:
@@ -100,9 +90,13 @@ def show_published(*, plot: Any, all_rows: bool, as_json: bool) -> None:
     else:
         _print_published(outcomes, check, lines, all_rows=all_rows)
     if plot is not None:
-        from .plots import parity
+        from .plots import Point, parity
 
-        parity(outcomes, plot)
+        points = [
+            Point(o.row.family, o.measured_total, o.predicted_total, o.low, o.high, o.row.split == "check")
+            for o in outcomes
+        ]
+        parity(points, plot, "Published training steps (filled: held out, open: fit; dashed: ±25 %)")
         if not as_json:
             console.print(f"\ndrawn: {plot}")
 
@@ -125,12 +119,12 @@ def _print_published(outcomes: list[Any], check: list[Any], lines: list[dict[str
         "in interval",
     )  # fmt: skip
     console.print(table("step time, |relative error| on rows that no fit saw", columns, shown))
-    listed = outcomes if all_rows else [o for o in check if abs(o.error) > 0.25]
+    listed = outcomes if all_rows else [o for o in outcomes if abs(o.error) > FAR]
     if listed:
-        titles = ("row", "split", "measured", "predicted", "error", "notes")
+        titles = ("row", "split", "measured", "predicted", "error", "reason, or notes")
         cells = (
             [o.row.id, o.row.split, units.seconds(o.measured_total), units.seconds(o.predicted_total),
-             f"{100 * o.error:+.1f} %", o.row.notes]
+             f"{100 * o.error:+.1f} %", reason("steps", o.row.id) if abs(o.error) > FAR else o.row.notes]
             for o in listed
         )  # fmt: skip
         console.print(table("\nall rows" if all_rows else "\nrows that miss by more than 25 %", titles, cells, left=2))
@@ -148,13 +142,13 @@ def _published_row(o: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def show_tuners(module: Any, *, all_rows: bool, as_json: bool) -> bool:
+def show_tuners(module: Any, *, host: str, all_rows: bool, as_json: bool) -> bool:
     """Trace every tuner of PEFT's benchmark; print errors and rank correlation; returns whether the limits hold."""
     warnings.filterwarnings("ignore")
     rows = module.load()
     with progress() as bar:
         task = bar.add_task("tracing", total=len(rows))
-        outcomes = module.evaluate_all(rows, lambda name: bar.update(task, advance=1, description=name[:40]))
+        outcomes = module.evaluate_all(rows, lambda name: bar.update(task, advance=1, description=name[:40]), host)
     total = module.summary(outcomes)
     if as_json:
         figures = {k: v for k, v in vars(total).items() if k != "worst"}
@@ -173,6 +167,10 @@ def _print_tuners(module: Any, outcomes: list[Any], total: Any, *, all_rows: boo
     )
     title = "every configuration" if all_rows else "the worst configurations"
     console.print(table(title, ("", "measured", "predicted", "error"), cells))
+    for o in traced:
+        if o in total.worst or abs(o.error) > FAR:
+            why = reason("peft_tuners", o.row.id)
+            console.print(f"{o.row.id}, {100 * o.error:+.0f} %: {why}", markup=False, soft_wrap=True)
     for o in outcomes:
         if o.prediction is None:
             console.print(f"not traced: {o.row.id}: {o.reason}", markup=False, soft_wrap=True)
@@ -189,7 +187,8 @@ def _tuner_row(o: Any) -> dict[str, Any]:
     known = {"id": o.row.id, "tuner": o.row.tuner, "measured_s": o.row.seconds, "source": o.row.source}
     if o.prediction is None:
         return {**known, "reason": o.reason}
-    return {**known, "predicted_s": o.predicted, "error": o.error}
+    why = reasons("peft_tuners").get(o.row.id)
+    return {**known, "predicted_s": o.predicted, "error": o.error, **({"reason": why} if why else {})}
 
 
 def show_host(output: Any) -> None:
@@ -230,6 +229,41 @@ def show_fit(folder: Any, *, leave_one_device_out: bool, write: bool, as_json: b
     )  # fmt: skip
     columns = ("block", "device", "rows of", "rows", "mean", "median", "p90", "plain roofline")
     console.print(table("|relative error| on rows that the fit did not see", columns, cells, left=3))
+
+
+def show_refit(records: Any, *, device: str | None, host: str | None, output: Any, as_json: bool) -> None:
+    """Refit a host to measured steps; print its factors and the errors on cells left out, before and after."""
+    from . import hosts as writer
+    from . import refit as module
+
+    with progress() as bar:
+        task = bar.add_task("predicting", total=None)
+
+        def tick(done: int, total: int, label: str) -> None:
+            bar.update(task, completed=done, total=total, description=label[:40])
+
+        found = module.refit([records], device=device, host=host, progress=tick)
+    if output:
+        writer.write(found.host, output, module.provenance(found))
+    if as_json:
+        print(json.dumps(module.provenance(found), indent=1))
+        return
+    factors = [[name, f"{factor:.2f}", ", ".join(module.FACTORS[name])] for name, factor in found.factors.items()]
+    console.print(table(f"factors on host {found.machine.by.name}", ("", "factor", "of"), factors, text_last=True))
+    if bound := module.at_bound(found.factors):
+        where = found.machine.on.slug
+        console.print(
+            f"[yellow]at their bounds: {', '.join(bound)}: it is rather the kernels of {where} that are off[/]"
+        )
+    rows = [
+        [name, *(_percent(e) for e in (x.step.mean, x.step.median, x.step.p90, x.ratio.mean)),
+         *(_percent(x.phases[phase].mean) for phase in PHASES)]
+        for name, x in (("before", found.before), ("after", found.after))
+    ]  # fmt: skip
+    title = f"\n|relative error| on {found.left_out} cells left out of the fit ({found.fitted} in it)"
+    console.print(table(title, ("", "step", "median", "p90", "ratio", *PHASES), rows))
+    if output:
+        console.print(f"\nwritten: {output} (use it with --host {output})")
 
 
 def _number(value: Any) -> float | None:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..errors import UserError
 from ..tape.core import Tensor
 from ..tape.extra import div
 from ..tape.pointwise import cast
@@ -36,11 +35,7 @@ class C3a(Targeted):
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         size = self.block_size
-        for side, width in (("input", layer.n_in), ("output", layer.n_out)):
-            if width % size:
-                raise UserError(
-                    f"method {self.name}: block_size {size} does not divide the {side} width {width} of {layer.name}"
-                )
+        self.check_divides(layer, "block_size", "input", "output")
         previous_dtype = x.dtype
         result = layer(x)
         x = cast(x, "fp32")

@@ -46,9 +46,7 @@ class Gralora(Targeted):
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         k, sub = self.k, self.r // self.k
-        for side, width in (("input", layer.n_in), ("output", layer.n_out)):
-            if width % k:
-                raise UserError(f"method {self.name}: k {k} does not divide the {side} width {width} of {layer.name}")
+        self.check_divides(layer, "k", "input", "output")
         previous_dtype = x.dtype
         result = layer(x)
         result_dtype = result.dtype

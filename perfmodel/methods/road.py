@@ -46,10 +46,7 @@ class Road(Targeted):
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         n_out, half = layer.n_out, self.group_size // 2
-        if n_out % self.group_size:
-            raise UserError(
-                f"method {self.name}: group_size {self.group_size} does not divide the output width of {layer.name}"
-            )
+        self.check_divides(layer, "group_size", "output")
         result = layer(x)
         result_dtype = result.dtype
         result = cast(result, dtype)
