@@ -153,9 +153,9 @@ def test_the_cut_is_minimal() -> None:
 
 
 LAYERS = LLAMA["num_hidden_layers"]
-# Triton kernels of Inductor's backward beyond those of the pass. Full fine-tuning: the rotary gradient of q is written
-# once more in the layout that the weight gradient's product reads, a copy that the pass fuses.
-ORACLE = {"full": LAYERS}
+# Triton kernels of Inductor's backward beyond those of the pass: the rotary gradient of q is written once more in the
+# layout that the next product reads, a copy that the pass fuses.
+ORACLE = {"full": LAYERS, "lora": LAYERS}
 
 
 @pytest.mark.parametrize("method", ORACLE)
