@@ -19,7 +19,9 @@ COMMANDS = {  # command -> its file in `commands/`
     "models": "lists",
     "methods": "lists",
     "devices": "lists",
+    "calibrate": "calibrate",
     "validate": "validate",
+    "completion": "completion",
 }
 
 LONGEST = 600  # characters of a complaint
@@ -49,6 +51,9 @@ class Main(click.Group):
             return super().main(args, prog_name, standalone_mode=False, **extra)
         try:
             result = super().main(args, prog_name, standalone_mode=False, **extra)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message())
+            sys.exit(0)
         except (UserError, click.ClickException) as error:
             message = error.format_message() if isinstance(error, click.ClickException) else str(error)
             click.echo(f"perfmodel: {_line(message)}", err=True)

@@ -39,7 +39,7 @@ class Sweep:
     methods: tuple[Method, ...]
     devices: tuple[DeviceProfile, ...]
     setup: Setup
-    host: Host
+    host: str | Host
     batch: np.ndarray
     seq: np.ndarray
     rank: np.ndarray
@@ -150,7 +150,7 @@ def sweep(
         methods=bound,
         devices=_distinct([profile.load(d) if isinstance(d, str) else d for d in names]),
         setup=with_options(setup, options),
-        host=hosts.load(host) if isinstance(host, str) else host,
+        host=hosts.load(host) if isinstance(host, str) and host != "default" else host,  # a device may have its own
         batch=_axis("batch", batch),
         seq=_axis("seq", seq),
         rank=ranks,

@@ -137,14 +137,16 @@ def _predict(config: str, model: str, setup: Setup, device: str, host: str) -> P
     values = json.loads(config)
     on = profile.load(device)
     built, _ = traced.of_peft(load_model(model), values, setup, on)
-    return of_step(built, on, hosts.load(host))
+    return of_step(built, on, hosts.resolve(host, on))
 
 
-def evaluate_all(rows: Sequence[Row], progress: Callable[[str], None] = lambda name: None) -> list[Outcome]:
+def evaluate_all(
+    rows: Sequence[Row], progress: Callable[[str], None] = lambda name: None, host: str = "default"
+) -> list[Outcome]:
     """Trace and price all rows."""
     outcomes = []
     for row in rows:
-        outcomes.append(evaluate(row))
+        outcomes.append(evaluate(row, host))
         progress(row.id)
     return outcomes
 

@@ -2,24 +2,35 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from itertools import pairwise
 from typing import Any, TypeVar
 
 from ..errors import UserError, nearest
 from .attention import AttentionParameters
+from .cpu import CpuAttentionParameters, CpuGemmParameters, CpuStreamParameters
 from .gemm import GemmParameters
 from .pointwise import PointwiseParameters
 
 Table = dict[str, Any]
 SMALLEST, LARGEST = 1e-20, 1e20  # no figure of a device, in SI units, comes near them
-P = TypeVar("P", GemmParameters, AttentionParameters, PointwiseParameters)
+P = TypeVar(
+    "P",
+    GemmParameters,
+    AttentionParameters,
+    PointwiseParameters,
+    CpuGemmParameters,
+    CpuAttentionParameters,
+    CpuStreamParameters,
+)
 
 _MAY_BE_ZERO = {
     "launch_clocks", "derating", "k_latency", "k_bubble", "epilogue", "wave_tail", "write_cost", "overlap_loss",
     "split_latency", "split_traffic", "long_row", "launch_floor", "cta_overhead", "exposed_memory",
     "backward_cta_overhead", "backward_launch_floor", "kernel_gap", "row_latency", "serial_latency",
     "row_copy_latency", "norm_reread", "softmax_reread", "mean", "median", "p90", "rows_fitted", "rows_left_out",
+    "floor", "block", "score", "backward_floor", "backward_block", "backward_score", "a_passes", "b_passes",
+    "c_passes", "floors", "clocks", "clocks16",
 }  # fmt: skip
 
 
@@ -32,8 +43,10 @@ def parameters(kind: type[P], table: Table, where: str) -> P:
         if name in ("tiles", "batched_tiles"):
             if name in table:
                 values[name] = pairs(table, name, where)
-        elif name == "efficiency":
+        elif name == "efficiency" and kind is AttentionParameters:
             values[name] = pairs(table, name, where)
+        elif field.default_factory is not MISSING:
+            values[name] = figures(table, name, field.default_factory(), where)
         else:
             values[name] = number(table, name, where, whole=isinstance(field.default, int))
     return kind(**values)
@@ -72,6 +85,17 @@ def pairs(values: Table, key: str, where: str) -> tuple[tuple[int, Any], ...]:
     if not whole and any(a >= b for (a, _), (b, _) in pairwise(out)):
         raise UserError(f"{where}: {key} must be sorted by head size, each once")
     return out
+
+
+def figures(values: Table, key: str, names: Iterable[str], where: str) -> dict[str, float]:
+    """The table of numbers under a key, with exactly these names."""
+    found = table(values, key, where)
+    inside = f"{where}: {key}"
+    no_others(found, names, inside)
+    for name in names:
+        if name not in found:
+            raise UserError(f"{inside}: {name} is missing")
+    return {name: _checked(found[name], key, where, whole=False) for name in names}
 
 
 def no_others(values: Table, known: Iterable[str], where: str) -> None:

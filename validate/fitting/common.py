@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from perfmodel.devices.attention import AttentionParameters
+from perfmodel.devices.cpu import CpuAttentionParameters, CpuGemmParameters, CpuStreamParameters
 from perfmodel.devices.gemm import GemmParameters
 from perfmodel.devices.hardware import Hardware
 from perfmodel.devices.pointwise import PointwiseParameters
@@ -20,7 +21,8 @@ from perfmodel.resources import read_toml
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-Parameters = GemmParameters | AttentionParameters | PointwiseParameters
+OfGpu = GemmParameters | AttentionParameters | PointwiseParameters
+Parameters = OfGpu | CpuGemmParameters | CpuAttentionParameters | CpuStreamParameters
 
 
 @dataclass(frozen=True)

@@ -79,18 +79,18 @@ def _positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
-def append(path: Path, record: Record) -> None:
-    """Add a record; on return it is on disk.
+def append(path: Path, *records: Record) -> None:
+    """Add records, all or none; on return they are on disk.
 
     Raises:
         UserError: the file cannot be written.
     """
-    line = json.dumps({"schema": SCHEMA, **record}, allow_nan=False) + "\n"
+    lines = "".join(json.dumps({"schema": SCHEMA, **record}, allow_nan=False) + "\n" for record in records)
     temporary = path.with_name(path.name + ".part")
     try:
         before = path.read_bytes() if path.exists() else b""
         with temporary.open("wb") as file:
-            file.write(before + line.encode())
+            file.write(before + lines.encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -1,7 +1,5 @@
 """The measurement of a grid: every cell several times, in random order, resumed where it stopped."""
 
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +14,7 @@ from perfmodel.errors import UserError
 
 from ..references import apply_any, check_program
 from ..updates import make_optimizer
-from . import cells, environment, isolate, records
+from . import allocator, cells, environment, isolate, records
 from .cells import Cell, Grid
 from .team import Team
 from .visit import visit
@@ -137,6 +135,8 @@ def _keep(output: Path, head: dict[str, Any], found: dict[str, Any], team: Team 
 
 def _visit(plan: Plan, cell: Cell, number: int, team: Team | None) -> dict[str, Any]:
     torch.set_num_threads(plan.threads)
+    if plan.device == "cpu":
+        allocator.keep_freed_memory()
     grid = plan.grid
     return visit(
         cell, plan.device, threads=plan.threads, warm_up=grid.warm_up, steps=grid.steps, whole=number == 0, team=team
@@ -164,8 +164,7 @@ def _load_modules(cells: list[Cell]) -> None:
 def _environment(plan: Plan, output: Path, before: list[dict[str, Any]]) -> str:
     """The id of the environment's record, which is appended if the file does not hold the like yet."""
     found = environment.describe(plan.device, plan.threads)
-    text = json.dumps({**found, "host": {**found["host"], "load": None}}, sort_keys=True)
-    name = hashlib.sha256(text.encode()).hexdigest()[:8]
+    name = environment.identity(found)
     if not any(r.get("kind") == "environment" and r["id"] == name for r in before):
         head = {"kind": "environment", "id": name, "grid": plan.grid.name, "seed": plan.seed, "started": time.time()}
         records.append(output, {**head, **found})
