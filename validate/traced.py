@@ -68,7 +68,7 @@ def predict(
     Raises:
         UserError: anything that cannot be satisfied, in one line.
     """
-    on, by = _device(device), hosts.load(host)
+    on, by = device_of(device), hosts.load(host)
     config = load(model) if isinstance(model, str) else model
     if peft_config is None:
         built, made = of_method(config, method, setup, on)
@@ -76,7 +76,7 @@ def predict(
         built, made = of_peft(config, adapters.read_peft_config(peft_config), setup, on)
     family, _ = programs.family_of(config)
     notes = [family.note] if family.note else []
-    return _with_notes(of_step(built, on, by), [*notes, _how(made)])
+    return with_notes(of_step(built, on, by), [*notes, how(made)])
 
 
 def of_method(
@@ -106,7 +106,8 @@ def _dispatch(on: DeviceProfile | None) -> tuple[str, str]:
     return (on.kind, on.compute_capability or "8.0") if on else ("cuda", "8.0")
 
 
-def _device(device: str | DeviceProfile) -> DeviceProfile:
+def device_of(device: str | DeviceProfile) -> DeviceProfile:
+    """A device by name, path or as it is."""
     return profile.load(device) if isinstance(device, str) else device
 
 
@@ -127,11 +128,13 @@ def check_setup(setup: Setup, kind: str) -> None:
         raise UserError("--traced cannot follow --compile: it traces the eager program")
 
 
-def _with_notes(prediction: Prediction, notes: list[str]) -> Prediction:
+def with_notes(prediction: Prediction, notes: list[str]) -> Prediction:
+    """A prediction with more notes."""
     return replace(prediction, notes=[*prediction.notes, *notes])
 
 
-def _how(made: Whole) -> str:
+def how(made: Whole) -> str:
+    """In words, of how much of a model a trace was made."""
     if not made.extrapolated:
         return "traced whole"
     return (
@@ -158,17 +161,22 @@ def build(
         base = programs.build(config, setup)
         names = frozenset(name for name, _ in base.named_parameters())
         model = adapt(base)
-        _checkpoint(model, setup)
+        prepare(model, setup)
 
         def make() -> Loss:
-            inputs = family.inputs(base, setup, "cpu")
+            inputs = {**family.inputs(base, setup, "cpu"), **adapters.inputs_of(model, int(setup.batch))}
             return lambda: model(**inputs).loss
 
         made = trace(model, make, setup, capability if kind == "cuda" else None, config.name)
     return assemble(config.name, model, names, method, setup, kind, made), made
 
 
-def _checkpoint(model: Any, setup: Setup) -> None:
+def prepare(model: Any, setup: Setup) -> None:
+    """Turn on transformers' activation checkpointing, if the setup asks for it.
+
+    Raises:
+        UserError: the model has none.
+    """
     if setup.checkpoint == "none":
         return
     if not hasattr(model, "activation_checkpointing_enable"):
