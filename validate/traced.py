@@ -3,7 +3,7 @@
 The model is built on the meta device, its method applied by peft, and forward and backward are traced on fake tensors:
 of the whole model, or of the model with few of its blocks where the rest follows exactly (`growth`). Clipping and
 optimizer follow from the list of trainable parameters. The ops are those of the CPU's dispatch; for a GPU, dropout and
-attention take CUDA's forms (`cuda_forms`).
+attention take CUDA's forms (`cuda_forms`). What the CPU's dispatch does not show is a copy between host and GPU.
 """
 
 import warnings
