@@ -157,7 +157,7 @@ def test_page_and_picture_are_written(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ({"kind": "visit"}, "id is missing"),
-        ({"kind": "guess"}, "a record is an environment or a visit"),
+        ({"kind": "guess"}, "unknown kind of record 'guess'"),
         ({**visit(Cell(TINY, "full", Setup(seq=16)), "cpu"), "seconds": {"step": [0.1]}}, "holds seconds of steps"),
         ({**visit(Cell(TINY, "full", Setup(seq=16)), "cpu"), "status": "fine"}, "unknown status"),
         ({**visit(Cell(TINY, "full", Setup(seq=16)), "cpu"), "environment": "there"}, "no record of environment"),

@@ -173,7 +173,7 @@ def test_rounds_are_shuffled_alike_for_a_seed() -> None:
         ('[[cells]]\nmodels = ["tiny"]\nmethods = ["full"]\nsetups = [{ bach = 1 }]', "batch"),
         ('[[cells]]\nmodels = ["tiny"]\nmethods = ["full"]\nsetups = 3', "setups of [[cells]] must be a list"),
         ('[[cells]]\nmodel = ["tiny"]', "did you mean 'models'"),
-        ("rounds = [", "not a valid grid file"),
+        ("rounds = [", "not valid TOML"),
     ],
 )
 def test_a_grid_that_is_wrong_is_refused_in_one_line(tmp_path: Path, change: str, message: str) -> None:
@@ -184,6 +184,14 @@ def test_a_grid_that_is_wrong_is_refused_in_one_line(tmp_path: Path, change: str
     with pytest.raises(UserError) as error:
         cells.load(str(path), "cpu")
     assert message in str(error.value)
+
+
+def test_a_method_without_a_program_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    """An hour later its cell would fail, after all the others."""
+    path = tmp_path / "grid.toml"
+    path.write_text(TINY.replace('methods = ["full",', 'methods = ["full", "paca:r=4",'))
+    with pytest.raises(UserError, match="method paca: neither peft nor transformers"):
+        run.plan(str(path), "cpu")
 
 
 def test_bundled_grids_hold_what_they_promise() -> None:
@@ -211,7 +219,7 @@ def test_a_file_of_records_has_one_writer_and_known_lines(tmp_path: Path) -> Non
             refused = isolate.run(lambda: measured_twice(path))
         assert "another measurement is writing" in refused["message"]
     path.write_text(path.read_text() + '{"half')
-    with pytest.raises(UserError, match="line 2: not JSON"):
+    with pytest.raises(UserError, match="line 2: not valid JSON"):
         records.read(path)
     path.write_text('{"schema": 99}\n')
     with pytest.raises(UserError, match="not a record of schema 1"):

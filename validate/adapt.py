@@ -1,6 +1,5 @@
 """What fine-tuning makes of a real model: an adapter_config.json, or a method of the tape on any architecture."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from perfmodel.architectures import Architecture, Config
 from perfmodel.errors import UserError, nearest
 from perfmodel.methods import Method
 from perfmodel.methods.targeted import Targeted
+from perfmodel.resources import read_json
 
 from . import models
 from .stacks import stacks
@@ -161,10 +161,7 @@ def read_peft_config(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read or holds no `peft_type`.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable adapter_config.json ({error})") from None
-    if not isinstance(values, dict) or not isinstance(values.get("peft_type"), str):
+    values = read_json(path)
+    if not isinstance(values.get("peft_type"), str):
         raise UserError(f"{path}: an adapter_config.json holds an object with a peft_type")
     return values

@@ -239,11 +239,18 @@ def _spec(t: Any) -> Spec:
 
 def _attrs(name: str, func: Any, inputs: Any, outputs: Any, arguments: Any) -> tuple[Any, ...]:
     """What prices need to know besides shapes: a GEMM's layout, a causal flag, operands that do not stream."""
-    if name in ("mm", "addmm"):
+    if name in ("mm", "addmm", "bmm"):
         a, b = (t.stride(0) == 1 and t.stride(1) == t.shape[0] for t in inputs[-2:])
-        return ("nt" if a else "tn" if b else "nn",)
+        layout = () if name == "bmm" else ("nt" if a else "tn" if b else "nn",)
+        return (*layout, *(f"copied:{i}" for i, t in enumerate(inputs) if t.dim() > 1 and 1 not in t.stride()[-2:]))
     if "scaled_dot_product" in name:
         return (bool(_by_name(func, arguments).get("is_causal", False)),)
+    if name.startswith("_fft"):
+        given = _by_name(func, arguments)
+        flags = {"scaled": given["normalization"], "half": given.get("onesided")}
+        return (len(given["dim"]), *(flag for flag, value in flags.items() if value))
+    if name.startswith("index_put"):
+        return ("accumulate",) if _by_name(func, arguments).get("accumulate") else ()
     if name == "clone" or (torch.Tag.pointwise not in func.tags and name != "copy_"):
         return ()
     shape = outputs[0].shape if outputs else None

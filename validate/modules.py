@@ -34,7 +34,7 @@ def predict(
 ) -> Prediction:
     """See `perfmodel.predict_module`."""
     on = device_of(device)
-    by = hosts.load(host) if isinstance(host, str) else host
+    by = hosts.resolve(host, on)
     called = name or type(module).__name__
     setup = setup or _setup(module, inputs)
     check_setup(setup, on.kind)

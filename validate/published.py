@@ -4,9 +4,9 @@ data/published/steps.csv holds the cited figures, a source on every row. Rows ar
 measured together) into `fit`, which was looked at while the model was built, and `check`, on which errors are reported.
 """
 
-import csv
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
 from perfmodel.devices.host import Host
 from perfmodel.predict import Prediction, predict
-from perfmodel.resources import DATA
+from perfmodel.resources import DATA, read_rows
 from perfmodel.setup import Setup
 
 from .accuracy import Errors, decided, verdict_right
@@ -81,10 +81,9 @@ class Outcome:
         return self.low - slack <= self.measured_total <= self.high + slack
 
 
-def load() -> list[Row]:
+def load(path: Path = TABLE) -> list[Row]:
     """The table of published steps."""
-    with TABLE.open(newline="", encoding="utf-8") as file:
-        return [_row(record) for record in csv.DictReader(file)]
+    return read_rows(path, _row)
 
 
 def _row(r: dict[str, str]) -> Row:

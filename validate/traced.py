@@ -68,7 +68,8 @@ def predict(
     Raises:
         UserError: anything that cannot be satisfied, in one line.
     """
-    on, by = device_of(device), hosts.load(host)
+    on = device_of(device)
+    by = hosts.resolve(host, on)
     config = load(model) if isinstance(model, str) else model
     if peft_config is None:
         built, made = of_method(config, method, setup, on)

@@ -4,11 +4,11 @@ data/published/peft_tuners.csv holds the step times that PEFT's method_compariso
 configuration of a tuner, with its adapter_config.json as text. No row was looked at to fit a price.
 """
 
-import csv
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
 from perfmodel.errors import UserError
 from perfmodel.predict import Prediction, of_step
-from perfmodel.resources import DATA
+from perfmodel.resources import DATA, read_rows
 from perfmodel.setup import Setup
 
 from . import traced
@@ -95,10 +95,9 @@ class Summary:
         return self.mean <= MEAN_LIMIT and self.spearman >= RANK_LIMIT
 
 
-def load() -> list[Row]:
+def load(path: Path = TABLE) -> list[Row]:
     """The table of PEFT's benchmark."""
-    with TABLE.open(newline="", encoding="utf-8") as file:
-        return [_row(record) for record in csv.DictReader(file)]
+    return read_rows(path, _row)
 
 
 def _row(r: dict[str, str]) -> Row:
@@ -138,14 +137,16 @@ def _predict(config: str, model: str, setup: Setup, device: str, host: str) -> P
     values = json.loads(config)
     on = profile.load(device)
     built, _ = traced.of_peft(load_model(model), values, setup, on)
-    return of_step(built, on, hosts.load(host))
+    return of_step(built, on, hosts.resolve(host, on))
 
 
-def evaluate_all(rows: Sequence[Row], progress: Callable[[str], None] = lambda name: None) -> list[Outcome]:
+def evaluate_all(
+    rows: Sequence[Row], progress: Callable[[str], None] = lambda name: None, host: str = "default"
+) -> list[Outcome]:
     """Trace and price all rows."""
     outcomes = []
     for row in rows:
-        outcomes.append(evaluate(row))
+        outcomes.append(evaluate(row, host))
         progress(row.id)
     return outcomes
 

@@ -5,12 +5,13 @@ from typing import Any
 
 import click
 
+from . import names
 from .options import print_json, setup_of, setup_options
 
 
 @click.command()
-@click.argument("a")
-@click.argument("b")
+@click.argument("a", shell_complete=names.methods)
+@click.argument("b", shell_complete=names.methods)
 @click.option(
     "--axes",
     default="batch+seq+size",

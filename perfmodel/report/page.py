@@ -44,7 +44,7 @@ def report(
     Other arguments and errors are those of `compare`; the setup must be a single one.
     """
     on = profile.load(device) if isinstance(device, str) else device
-    by = hosts.load(host) if isinstance(host, str) else host
+    by = hosts.resolve(host, on)
     c = compare(model, methods, setup, on, host=by, **options)
     base, *others = c.predictions
     explained = [of_predictions(base, p, on, by, axes) for p in others]

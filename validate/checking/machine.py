@@ -1,7 +1,5 @@
 """Which profile and host predict the records of an environment."""
 
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from perfmodel.devices import host as hosts
@@ -29,28 +27,24 @@ def machine_of(environment: Record, device: str | None = None, host: str | None 
     Args:
         environment: its record.
         device, host: what the user chose; else the machine's own calibration if the record names one, else the profile
-            of the same GPU or CPU, and the default host.
+            of the same GPU or CPU, and the host that goes with it.
 
     Raises:
         UserError: no such profile, a profile of another kind of device, or none for this machine.
     """
     own = environment.get("calibration", {})
-    by = hosts.load(host or own.get("host") or DEFAULT_HOST)
     chosen = device or own.get("device")
     on = profile.load(chosen) if chosen else _same(environment)
     if on.kind != environment["device"]:
         raise UserError(f"the records are of a {environment['device']} device, {on.slug} is a {on.kind}: use --device")
-    return Machine(on, by)
+    return Machine(on, hosts.resolve(host or own.get("host") or DEFAULT_HOST, on))
 
 
 def _same(environment: Record) -> DeviceProfile:
     """The bundled profile of the machine that measured."""
     name = name_of(environment)
-    for slug in _slugs(name):
-        try:
-            return profile.load(slug)
-        except UserError:
-            continue
+    if found := profile.by_makers_name(name):
+        return found
     raise UserError(
         f"no profile of {name!r}: make one with `perfmodel calibrate --device {environment['device']}`, or choose one "
         "with --device"
@@ -62,10 +56,3 @@ def name_of(environment: Record) -> str:
     table, name = ("gpu", "name") if environment["device"] == "cuda" else ("host", "cpu")
     found = environment.get(table)
     return str(found.get(name, "")) if isinstance(found, dict) else ""
-
-
-def _slugs(name: str) -> Iterator[str]:
-    """How a profile may call a device that calls itself `NVIDIA H100 80GB HBM3`: h100-80gb-hbm3."""
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    yield slug
-    yield slug.removeprefix("nvidia-")

@@ -5,10 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from perfmodel.report.plain import show, table
+from perfmodel.report.progress import progress
 
 from . import tables
 from .check import Report, check
@@ -21,7 +19,7 @@ def show_check(
     paths: Sequence[Path], *, device: str | None, host: str | None, html: Path | None, plot: Path | None, as_json: bool
 ) -> bool:
     """Check records and print what was found; returns whether all limits hold."""
-    with _progress() as bar:
+    with progress() as bar:
         task = bar.add_task("predicting", total=None)
 
         def tick(done: int, total: int, label: str) -> None:
@@ -49,11 +47,6 @@ def show_check(
         if written:
             show(f"written: {written}")
     return found.holds
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, transient=True, console=Console(stderr=True))
 
 
 def _print(found: Report) -> None:

@@ -7,7 +7,6 @@ A grid is a TOML file. `[models.NAME]` holds a config.json inline, any other mod
 import hashlib
 import json
 import random
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from perfmodel import architectures, methods
 from perfmodel.architectures import Config
 from perfmodel.errors import UserError, nearest
 from perfmodel.predict import with_options
-from perfmodel.resources import DATA
+from perfmodel.resources import DATA, is_file, read_toml
 from perfmodel.setup import Setup
 
 GRIDS = DATA / "grids"
@@ -104,13 +103,9 @@ def load(grid: str, device: str) -> Grid:
         UserError: unknown grid, broken TOML, a model, method or setup that does not exist or does not fit.
     """
     path = GRIDS / f"{device}-{grid}.toml" if grid in SIZES else Path(grid)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"unknown grid {grid!r}: {nearest(grid, SIZES)} (or give the path of a TOML file)")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: not a valid grid file ({error})") from None
-    return parse(table, path.stem, str(path))
+    return parse(read_toml(path), path.stem, str(path))
 
 
 def parse(table: dict[str, Any], name: str, where: str) -> Grid:

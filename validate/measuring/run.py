@@ -1,7 +1,5 @@
 """The measurement of a grid: every cell several times, in random order, resumed where it stopped."""
 
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,8 +12,9 @@ import torch
 from perfmodel import architectures, methods
 from perfmodel.errors import UserError
 
+from ..models import check_program
 from ..updates import make_optimizer
-from . import cells, environment, isolate, records
+from . import allocator, cells, environment, isolate, records
 from .cells import Cell, Grid
 from .team import Team
 from .visit import visit
@@ -47,11 +46,13 @@ def plan(grid: str, device: str, *, threads: int | None = None, rounds: int | No
     """A plan for this machine; on a CPU without bf16 arithmetic the bf16 cells are left out.
 
     Raises:
-        UserError: no such device here, or a grid that `cells.load` refuses.
+        UserError: no such device here, a grid that `cells.load` refuses, or a method that has no program to run.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device is visible to PyTorch here: use --device cpu")
     found = cells.load(grid, device)
+    for text in dict.fromkeys(cell.method for cell in found.cells):
+        check_program(methods.parse(text))
     if device == "cpu" and not environment.native_bf16():
         kept = tuple(c for c in found.cells if "bf16" not in (c.setup.dtype, c.setup.amp))
         found = replace(found, cells=kept)
@@ -134,6 +135,8 @@ def _keep(output: Path, head: dict[str, Any], found: dict[str, Any], team: Team 
 
 def _visit(plan: Plan, cell: Cell, number: int, team: Team | None) -> dict[str, Any]:
     torch.set_num_threads(plan.threads)
+    if plan.device == "cpu":
+        allocator.keep_freed_memory()
     grid = plan.grid
     return visit(
         cell, plan.device, threads=plan.threads, warm_up=grid.warm_up, steps=grid.steps, whole=number == 0, team=team
@@ -160,8 +163,7 @@ def _load_modules(cells: list[Cell]) -> None:
 def _environment(plan: Plan, output: Path, before: list[dict[str, Any]]) -> str:
     """The id of the environment's record, which is appended if the file does not hold the like yet."""
     found = environment.describe(plan.device, plan.threads)
-    text = json.dumps({**found, "host": {**found["host"], "load": None}}, sort_keys=True)
-    name = hashlib.sha256(text.encode()).hexdigest()[:8]
+    name = environment.identity(found)
     if not any(r.get("kind") == "environment" and r["id"] == name for r in before):
         head = {"kind": "environment", "id": name, "grid": plan.grid.name, "seed": plan.seed, "started": time.time()}
         records.append(output, {**head, **found})

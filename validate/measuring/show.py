@@ -5,12 +5,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from perfmodel.errors import UserError
 from perfmodel.report import units
 from perfmodel.report.plain import show, table
-from perfmodel.report.terminal import console
+from perfmodel.report.progress import progress
 
 from . import run, team
 from .cells import Cell
@@ -52,7 +50,7 @@ def show_measure(
 def _measure(plan: run.Plan, output: Path, together: team.Team | None) -> list[dict[str, Any]]:
     if together and not together.first:
         return run.measure(plan, output, team=together)
-    with _progress() as bar:
+    with progress(auto_refresh=False) as bar:  # without a thread: measuring forks
         task = bar.add_task("loading", total=len(plan.visits()))
 
         def tick(done: int, total: int, label: str) -> None:
@@ -60,14 +58,6 @@ def _measure(plan: run.Plan, output: Path, together: team.Team | None) -> list[d
             bar.refresh()
 
         return run.measure(plan, output, tick, together)
-
-
-def _progress() -> Progress:
-    """A bar without a thread of its own: measuring forks."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=console, transient=True, auto_refresh=False,
-    )  # fmt: skip
 
 
 def _row(r: dict[str, Any]) -> list[str]:
