@@ -112,7 +112,7 @@ def test_a_peft_config_is_enough(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("{", "adapter_config.json"),
-        ("[]", "peft_type"),
+        ("[]", "keys and values"),
         ('{"peft_type": "LORAA"}', "LORA"),
         ('{"peft_type": "LORA", "target_modules": ["nothing"]}', "peft cannot apply LORA"),
     ],

@@ -4,11 +4,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from perfmodel.report.progress import progress
 from perfmodel.report.terminal import console, table
 
 from . import coverage
 from .coverage import Row
-from .show import progress
 
 
 def show(*, quick: bool, as_json: bool) -> bool:
