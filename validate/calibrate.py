@@ -94,6 +94,7 @@ def calibrate(
     host, error, _ = hosts.calibrate(
         lambda label: progress(1.0, f"host: {label}"),
         on=mine if device == "cpu" else None,
+        least=host_floors(found),
         seconds=max(2.0, seconds - (time.perf_counter() - begin)),
     )
     hosts.write(host, host_target)
@@ -137,6 +138,13 @@ def device_file(found: Sequence[Record], name: str) -> tuple[str, dict[str, Fit]
         "pointwise": cpu_fit.stream(rows, hardware, software),
     }
     return file_text(name, host["cpu"], "cpu", "cpu", datasheet, fits), fits
+
+
+def host_floors(found: Sequence[Record]) -> dict[str, float]:
+    """Seconds that a call, a view and a module's call take at least, by the microbenchmarks: field of a host -> s."""
+    timed = {r["case"]["op"]: float(r["seconds"]["least"]) for r in found if r.get("kind") == "microbench"}
+    fields = {"call": "dispatch", "loop_call": "dispatch", "view": "view", "module": "module_call"}
+    return {field: timed[op] for field, op in fields.items() if op in timed}
 
 
 def cpu_datasheet(rows: Sequence[cpu_fit.Row], here: Record) -> dict[str, tuple[Any, str]]:
