@@ -151,8 +151,11 @@ def cpu_datasheet(rows: Sequence[cpu_fit.Row], here: Record) -> dict[str, tuple[
     """Figure -> (value, source) of a CPU with so many threads at work."""
     host = here["host"]
     threads = int(host["threads"])
-    best = {d: max(_rate(r) for r in rows if r.case["block"] == "gemm" and r.case["dtype"] == d) for d in DTYPES}
-    bandwidth = max(_bandwidth(r) for r in rows if r.case["op"] in ("add", "mul", "mul_"))
+    products = [r for r in rows if r.case["block"] == "gemm"]
+    best = {d: max((_rate(r) for r in products if r.case["dtype"] == d), default=0.0) for d in DTYPES}
+    bandwidth = max((_bandwidth(r) for r in rows if r.case["op"] in designs.PLAIN), default=0.0)
+    if not bandwidth or not all(best.values()):
+        raise UserError("too few microbenchmarks to tell the peaks of this machine: give the calibration more time")
     caches = host["caches"]
     system = "the system's description of this machine"
     return {

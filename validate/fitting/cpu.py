@@ -32,7 +32,7 @@ from .cpu_ops import passes
 
 NEEDED_ROWS = 6  # of a regime's products, for four parameters
 ROUNDS, SCALE = 20, 0.02  # reweighting: rounds, and the relative error below which it stays quadratic
-PULL = 1e-3  # to the start, per squared e-fold: decides what the data leave open
+PULL = 1e-4  # to the start, per squared e-fold: decides what the data leave open
 NOTHING = 1e-4  # a term that never makes up more of a row is none
 SOURCE = "perfmodel calibrate on this machine"
 
@@ -251,7 +251,9 @@ def _bandwidths(used: Sequence[Row], hardware: Hardware) -> CpuStreamParameters:
         )
 
     start = np.log([1.0, 1.0, 0.7, 5e-7])
-    return make(minimize(loss, start, method="Nelder-Mead", options={"maxiter": 300, "xatol": 1e-3}).x)
+    simplex = np.vstack([start, start + 0.7 * np.eye(len(start))])
+    options = {"maxiter": 400, "xatol": 1e-3, "fatol": 1e-5, "initial_simplex": simplex}
+    return make(minimize(loss, start, method="Nelder-Mead", options=options).x)
 
 
 def _by_kind(

@@ -107,13 +107,17 @@ STREAMS = (
 )  # fmt: skip
 
 
+PLAIN = ("add", "mul", "mul_")  # these show the memory's bandwidth
+
+
 def streams(dtype: str, *, wide: bool) -> list[Case]:
-    """Pointwise calls, reductions, norms, softmax: in cache and out of it."""
+    """Pointwise calls, reductions, norms, softmax: in cache and out of it; floors and bandwidth come first."""
     largest = ((16384, 8192), (8192, 4096)) if wide else ((2048, 1024), (1024, 3072))
     shapes = [(1, 16), (64, 256), (96, 384), (256, 768), (512, 768), (512, 2048), *largest]
     cases = [Case("pointwise", op, dtype, (("rows", r), ("columns", c))) for (r, c), op in product(shapes, STREAMS)]
-    first = [c for c in cases if c["rows"] == 1]
-    rest = [c for c in cases if c["rows"] != 1]
+    big = (("rows", largest[0][0]), ("columns", largest[0][1]))
+    first = [c for c in cases if c["rows"] == 1 or (c.sizes == big and c.op in PLAIN)]
+    rest = [c for c in cases if c not in first]
     random.Random(f"{SEED} {dtype}").shuffle(rest)
     return first + rest
 

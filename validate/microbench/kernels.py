@@ -1,8 +1,8 @@
 """Makes a case run: a function of the repeat's number that makes one call on operands which the cache has forgotten.
 
 Every operand is a ring of copies of so many bytes in all, of which a repeat takes the next: in training too, weights
-and activations come from memory or a shared cache, not from a core's own. Results are held as long, so that a call writes
-to memory that was not touched just before.
+and activations come from memory or a shared cache, not from a core's own. Results are held as long, so that a call
+writes to memory that was not touched just before.
 """
 
 from collections import deque
