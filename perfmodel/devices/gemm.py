@@ -226,6 +226,8 @@ def _with_tile(
     time = _overlap(_waves(waves, r.p.wave_tail) * (fill_drain + main_loop), memory, r.p.overlap_loss)
     for filled_waves in (1.0, 2.0):
         split = np.clip(filled_waves / waves, 1.0, k_splits)
+        if not (split > 1.0).any():
+            continue
         sm_time = _waves(waves * split, r.p.wave_tail) * (fill_drain + main_loop / split)
         split_time = _overlap(sm_time, memory, r.p.overlap_loss) + r.p.split_latency + split * partials
         time = np.where(split > 1.0, np.minimum(time, split_time), time)
