@@ -252,7 +252,7 @@ def _bandwidths(used: Sequence[Row], hardware: Hardware) -> CpuStreamParameters:
 
     start = np.log([1.0, 1.0, 0.7, 5e-7])
     simplex = np.vstack([start, start + 0.7 * np.eye(len(start))])
-    options = {"maxiter": 400, "xatol": 1e-3, "fatol": 1e-5, "initial_simplex": simplex}
+    options: Any = {"maxiter": 400, "xatol": 1e-3, "fatol": 1e-5, "initial_simplex": simplex}
     return make(minimize(loss, start, method="Nelder-Mead", options=options).x)
 
 
