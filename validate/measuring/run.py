@@ -12,7 +12,7 @@ import torch
 from perfmodel import architectures, methods
 from perfmodel.errors import UserError
 
-from ..models import check_program
+from ..references import apply_any, check_program
 from ..updates import make_optimizer
 from . import allocator, cells, environment, isolate, records
 from .cells import Cell, Grid
@@ -147,11 +147,12 @@ def _load_modules(cells: list[Cell]) -> None:
     """Import in this process whatever the cells' programs import on the way, so that no forked visit does it again."""
     from torch.profiler import profile as profiler
 
-    from ..models import apply, build
+    from ..models import build
 
     for cell in {(c.config.name, c.method): c for c in cells}.values():
         architecture = architectures.from_config(cell.config)
-        apply(build(cell.config, cell.setup), methods.parse(cell.method).bind(architecture), architecture)
+        method = methods.parse(cell.method).bind(architecture)
+        apply_any(build(cell.config, cell.setup), method, architecture, cell.setup)
     weight = torch.nn.Parameter(torch.ones(1))  # a step of one element starts no threads
     update = make_optimizer([weight], "adamw-loop")
     with profiler():
