@@ -33,7 +33,8 @@ Knob = tuple[Choice, ...]  # the first choice leaves everything as it is
 def knobs(architecture: Architecture, setup: Setup, method: Method) -> list[Knob]:
     """The knobs that a method has in a setup."""
     found = [_memory(setup), _optimizer(setup), _kernels(architecture, setup), _attention(setup), _compile(setup)]
-    found += [_adapter_dtype(setup, method), _implementation(method)]
+    if getattr(method, "inner", "") != "full":  # full weights of some blocks: nothing of an adapter to choose
+        found += [_adapter_dtype(setup, method), _implementation(method)]
     return [knob for knob in found if len(knob) > 1]
 
 

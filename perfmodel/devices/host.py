@@ -153,11 +153,12 @@ def _read(path: Path) -> Host:
 
 
 def resolve(host: str | Host, on: "DeviceProfile") -> Host:
-    """The host that a name, path or `Host` stands for; "default" is the one that goes with the device.
+    """The host that a name, path or `Host` stands for; "default" is the one that goes with the device, if it is here.
 
     Raises:
         UserError: as `load`.
     """
     if isinstance(host, Host):
         return host
-    return load(on.host if host == "default" else host)
+    goes_along = on.host in names() or own.find(on.host, "hosts") is not None
+    return load(on.host if host == "default" and goes_along else host)
