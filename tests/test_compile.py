@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,12 @@ from test_grid import check_every_point
 from perfmodel import advise, costs, explain, memory, methods, predict
 from perfmodel.devices import host as hosts
 from perfmodel.errors import UserError
+from perfmodel.imports import read
+from perfmodel.passes import compile as compiling
+from perfmodel.passes import partition
+from perfmodel.passes.graph import Graph
 from perfmodel.passes.mincut import Network
+from perfmodel.passes.partition import Halves
 from perfmodel.setup import Setup
 
 few = settings(
@@ -143,6 +150,21 @@ def test_advise_says_what_compiling_buys() -> None:
     assert "torch.compile" in found.best.changes
 
 
+@pytest.mark.parametrize(
+    ("asked", "compile_"),
+    [
+        ({"torch_compile": True}, "default"), ({"torch_compile": False}, "none"), ({}, "none"),
+        ({"torch_compile_backend": "inductor"}, "default"),
+        ({"torch_compile_mode": "reduce-overhead"}, "reduce-overhead"),
+    ],
+)  # fmt: skip
+def test_training_arguments_ask_for_it(asked: dict[str, Any], compile_: str, tmp_path: Path) -> None:
+    """A backend or a mode switches compiling on, as in transformers."""
+    file = tmp_path / "arguments.json"
+    file.write_text(json.dumps({"per_device_train_batch_size": 4, "bf16": True, **asked}))
+    assert read(file).setup["compile"] == compile_
+
+
 def test_the_cut_is_minimal() -> None:
     """The network of a textbook: of two cuts the cheaper one."""
     network = Network()
@@ -159,18 +181,30 @@ ORACLE = {"full": LAYERS, "lora": LAYERS}
 
 
 @pytest.mark.parametrize("method", ORACLE)
-def test_kernels_are_those_of_inductor(method: str) -> None:
-    """Inductor's own scheduler, run for a GPU on the real model, makes as many kernels as the pass."""
+def test_kernels_are_those_of_inductor(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's own scheduler, run for a GPU on the real model, makes as many kernels as the pass, of both kinds; and
+    AOTAutograd saves as many bytes for backward."""
     pytest.importorskip("torch")
     command = [sys.executable, "-m", "validate.inductor", "llama", json.dumps(LLAMA), method, "batch=2", "seq=512"]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr[-2000:]
     real = json.loads(run.stdout.splitlines()[-1])
     model = {key: value for key, value in LLAMA.items() if key != "model_type"}
+    saved: list[int] = []
+
+    def partitioned(graph: Graph, sizes: Any) -> Halves:
+        halves = partition.partitioned(graph, sizes)
+        read = {value for prim in halves.backward for value, _ in prim.reads}
+        saved.append(sum(value.nbytes for value in halves.saved & read))
+        return halves
+
+    monkeypatch.setattr(compiling, "partitioned", partitioned)
     step = step_of(architecture_of("llama", **model), method, device="cpu", batch=2, seq=512, compile="default")
-    made = dict.fromkeys(("forward", "backward"), 0)
+    made: Counter[tuple[str, str]] = Counter()
     for part, op, count in step.ops():
-        if op.name.startswith("inductor::"):
-            made[part.phase] += count
-    assert made["forward"] == real["generated"]["forward"]
-    assert made["backward"] == real["generated"]["backward"] - ORACLE[method]
+        made["generated" if op.name.startswith("inductor::") else "extern", part.phase] += count
+    assert made["generated", "forward"] == real["generated"]["forward"]
+    assert made["generated", "backward"] == real["generated"]["backward"] - ORACLE[method]
+    assert made["extern", "forward"] == real["extern"]["forward"]
+    assert made["extern", "backward"] == real["extern"]["backward"] + 1  # the loss's own gradient, made outside
+    assert saved == [real["saved"]]

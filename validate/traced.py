@@ -68,6 +68,8 @@ def predict(
     Raises:
         UserError: anything that cannot be satisfied, in one line.
     """
+    if setup.compile != "none":
+        raise UserError("traced steps are eager: leave out --compile, or the trace")
     on = device_of(device)
     by = hosts.resolve(host, on)
     config = load(model) if isinstance(model, str) else model

@@ -31,7 +31,7 @@ SHEET = {  # figure of the datasheet -> (name, unit)
     "fp16_flops": ("fp16 peak, dense", "FLOP/s"), "bf16_flops": ("bf16 peak, dense", "FLOP/s"),
 }  # fmt: skip
 GENERAL = (
-    "One GPU, one optimizer step of eager PyTorch; no data loading, no communication.",
+    "One GPU, one optimizer step of PyTorch, eager unless said; no data loading, no communication.",
     "The calls are those of the transformers and peft programs that the model is checked against, call by call.",
     "Quality is outside the model: it says what a step costs, not what it learns.",
 )
