@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from . import architectures, costs, intervals, memory, methods, step, timeline
+from . import architectures, costs, intervals, memory, methods, passes, step, timeline
 from .architectures import Architecture, Config
 from .devices import host as hosts
 from .devices import price, profile
@@ -256,11 +256,7 @@ def _notes(built: Step, on: DeviceProfile, time: Time) -> list[str]:
             "the step time is that of a malloc that keeps freed memory (jemalloc, tcmalloc, or glibc's with "
             "MALLOC_TRIM_THRESHOLD_=-1 MALLOC_MMAP_MAX_=0): page faults of glibc's default add up to a quarter"
         )
-    if built.setup.compile != "none":
-        notes.append(
-            "torch.compile: one graph without breaks is assumed, and compiled code cannot see that nothing is padded: "
-            "sdpa gets an explicit mask, not the flash kernel"
-        )
+    notes += [passes.NOTE] if built.setup.compile != "none" else []
     notes += _optimizer_notes(built, time)
     embedding = [p for p in built.parameters if p.kind == "embedding"]
     if built.setup.checkpoint != "none" and not any(p.requires_grad for p in embedding):

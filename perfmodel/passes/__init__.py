@@ -1,1 +1,6 @@
 """Rewrites of a recorded pass forward and back: what a compiler makes of the program that the tape has written down."""
+
+NOTE = (
+    "torch.compile: one graph without breaks is assumed, and compiled code cannot see that nothing is padded: sdpa "
+    "gets an explicit mask, not the flash kernel"
+)
