@@ -24,7 +24,6 @@ Array = NDArray[np.float64]
 Layout = Literal["tn", "nn", "nt"]
 Tiles = tuple[tuple[int, int], ...]
 
-PAGE_PITCH = 131072.0  # bytes between rows at which half of the address translation cost is reached
 CHUNK = 4096  # shapes evaluated together: the working set stays in the CPU's cache
 
 # (rows of C, columns of C) of the thread-block tiles that the libraries offer.
@@ -52,11 +51,12 @@ class GemmParameters:
         write_cost: a byte written to DRAM, in bytes read.
         overlap_loss: extra time, relative, if SM time and memory time are equal (0: perfect overlap).
         l2_share: share of L2 that keeps data between two uses.
+        l2_written: the same for C, of that share: written lines are evicted earlier.
         l2_stream: bandwidth of one pass over data in L2, over the rate of `tile_balance`.
         split_latency: seconds of the reduction kernel or the semaphores of a split k.
         split_traffic: passes over the fp32 partial sums of all splits through L2 (a write and a read: 2).
-        unaligned: slow-down of the main loop if rows are not 16-byte aligned (scalar loads).
-        long_row: slow-down of the main loop when a row of k spans many pages (half of it at 128 KiB).
+        long_row: slow-down of the main loop when the rows of A and B are so long that every load opens a page.
+        page_reach: bytes from row to row at which half of that slow-down is reached.
         nn_slowdown: main loop in input-gradient layout over forward layout.
         nt_slowdown: main loop in weight-gradient layout over forward layout.
         k_step: elements of k that a pipeline stage holds: k is padded to it.
@@ -80,11 +80,12 @@ class GemmParameters:
     write_cost: float = 0.85
     overlap_loss: float = 0.35
     l2_share: float = 0.8
+    l2_written: float = 1.0
     l2_stream: float = 0.22
     split_latency: float = 2.6e-6
     split_traffic: float = 3.0
-    unaligned: float = 1.0
     long_row: float = 0.0
+    page_reach: float = 65536.0
     nn_slowdown: float = 1.0
     nt_slowdown: float = 1.0
     k_step: int = 64
@@ -237,10 +238,8 @@ def _flop_time(m: Array, n: Array, k: Array, b: Array, r: _Rates) -> Array:
     math_time = 2.0 * b * m * n * k / r.math
     slow = 1.0 + r.p.derating * math_time / (math_time + r.p.derating_time)
     if r.p.long_row:
-        slow = slow * (1.0 + r.p.long_row * k / (k + PAGE_PITCH / r.item))
-    if r.p.unaligned != 1.0:
-        vector = 16.0 / r.item
-        slow = slow * np.where((k % vector == 0) & (n % vector == 0), 1.0, r.p.unaligned)
+        pitch = (k * (r.item / r.p.page_reach)) ** 3
+        slow = slow * (1.0 + r.p.long_row * pitch / (1.0 + pitch))
     return slow * (r.sm_count / r.math)
 
 
@@ -263,7 +262,7 @@ def _bytes(
     common = np.minimum(a_copies, b_copies)
     hit_a = _hit((a_copies * size_a + common * size_b + size_c) / r.kept_bytes)
     hit_b = _hit((b_copies * size_b + common * size_a + size_c) / r.kept_bytes)
-    hit_c = _hit((size_a + size_b + size_c) / r.kept_bytes)
+    hit_c = _hit((size_a + size_b + size_c) / (r.kept_bytes * r.p.l2_written))
     moved_c = size_c * (2.0 if accumulate else 1.0)
     near = size_a * hit_a + size_b * hit_b + moved_c * hit_c
     far = size_a * (1.0 - hit_a) + size_b * (1.0 - hit_b) + moved_c * (1.0 - hit_c) * r.p.write_cost

@@ -80,9 +80,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "derating_time": (1e-4, 1.0), "tile_balance": (0.5, 300.0), "k_latency": (0.01, 100.0),
     "k_bubble": (0.005, 100.0), "epilogue": (0.02, 50.0), "wave_tail": (0.005, 1.0),
     "memory_efficiency": (0.4, 1.1), "write_cost": (0.3, 3.0), "overlap_loss": (0.005, 1.0),
-    "l2_share": (0.1, 1.5), "l2_stream": (0.03, 10.0), "split_latency": (1e-7, 2e-5), "split_traffic": (0.02, 20.0),
+    "l2_share": (0.1, 1.5), "l2_written": (0.3, 1.0), "l2_stream": (0.03, 10.0), "split_latency": (1e-7, 2e-5), "split_traffic": (0.02, 20.0),
 }  # fmt: skip
-FP32_ONLY: dict[str, tuple[float, float]] = {"unaligned": (1.0, 3.0), "long_row": (0.001, 10.0)}
+FP32_ONLY: dict[str, tuple[float, float]] = {"long_row": (0.001, 10.0), "page_reach": (4e3, 3e5)}
 
 
 def start(slug: str, dtype: str) -> GemmParameters:
