@@ -224,10 +224,11 @@ def _with_tile(
     main_loop = k_padded * (np.maximum(slice_time, r.k_latency) + r.k_bubble)
     fill_drain = rows * cols * (r.p.epilogue * r.out_item / r.sm_load)
     waves = np.ceil(m / tile_m) * np.ceil(n / tile_n) * b / r.sm_count
-    time = _overlap(_waves(waves, r.p.wave_tail) * (fill_drain + main_loop), memory, r.p.overlap_loss)
+    sm_time = _throttled(_waves(waves, r.p.wave_tail) * (fill_drain + main_loop), r)
+    time = _overlap(sm_time, memory, r.p.overlap_loss)
     for filled_waves in (1.0, 2.0):
         split = np.clip(filled_waves / waves, 1.0, k_splits)
-        sm_time = _waves(waves * split, r.p.wave_tail) * (fill_drain + main_loop / split)
+        sm_time = _throttled(_waves(waves * split, r.p.wave_tail) * (fill_drain + main_loop / split), r)
         split_time = _overlap(sm_time, memory, r.p.overlap_loss) + r.p.split_latency + split * partials
         time = np.where(split > 1.0, np.minimum(time, split_time), time)
     return time
@@ -235,12 +236,16 @@ def _with_tile(
 
 def _flop_time(m: Array, n: Array, k: Array, b: Array, r: _Rates) -> Array:
     """Seconds of one FLOP on one SM."""
-    math_time = 2.0 * b * m * n * k / r.math
-    slow = 1.0 + r.p.derating * math_time / (math_time + r.p.derating_time)
+    slow = np.ones_like(k)
     if r.p.long_row:
         pitch = (k * (r.item / r.p.page_reach)) ** 3
         slow = slow * (1.0 + r.p.long_row * pitch / (1.0 + pitch))
     return slow * (r.sm_count / r.math)
+
+
+def _throttled(time: Array, r: _Rates) -> Array:
+    """SM time at the clock that the power limit leaves to a kernel of this length."""
+    return time * (1.0 + r.p.derating * time / (time + r.p.derating_time))
 
 
 def _waves(waves: Array, tail: float) -> Array:
