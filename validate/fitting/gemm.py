@@ -51,7 +51,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "l2_share": (0.1, 1.5), "l2_written": (0.3, 1.0), "l2_stream": (0.03, 10.0), "split_latency": (1e-7, 2e-5),
     "split_traffic": (0.02, 20.0),
 }  # fmt: skip
-FP32_ONLY: dict[str, tuple[float, float]] = {"long_row": (0.001, 10.0), "page_reach": (4e3, 3e5)}
+FP32_ONLY: dict[str, tuple[float, float]] = {
+    "memory_efficiency": (0.1, 1.1), "long_row": (0.001, 10.0), "page_reach": (4e3, 3e5),
+}  # fmt: skip
 
 
 def start(slug: str, dtype: str) -> GemmParameters:
