@@ -209,7 +209,7 @@ def advise(
     setup = with_options(setup, options)
     architecture, start_method = resolve(model, method)
     on = profile.load(device) if isinstance(device, str) else device
-    by = hosts.load(host) if isinstance(host, str) else host
+    by = hosts.resolve(host, on)
     if not isinstance(setup.batch, int) or not isinstance(setup.seq, int):
         raise UserError("advise takes one batch and one seq; for grids use sweep")
     limit = _limit(memory_bytes, on)

@@ -19,8 +19,12 @@ COMMANDS = {  # command -> its file in `commands/`
     "models": "lists",
     "methods": "lists",
     "devices": "lists",
+    "calibrate": "calibrate",
     "validate": "validate",
+    "completion": "completion",
 }
+
+LONGEST = 600  # characters of a complaint
 
 
 class Main(click.Group):
@@ -49,11 +53,17 @@ class Main(click.Group):
             result = super().main(args, prog_name, standalone_mode=False, **extra)
         except (UserError, click.ClickException) as error:
             message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-            click.echo(f"perfmodel: {' '.join(message.split())}", err=True)
+            click.echo(f"perfmodel: {_line(message)}", err=True)
             sys.exit(2)
         except click.Abort:
             sys.exit(130)
         sys.exit(result if isinstance(result, int) else 0)
+
+
+def _line(message: str) -> str:
+    """A complaint as one line; the middle of a very long one is left out."""
+    line = " ".join(message.split())
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
 
 
 @click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"]})

@@ -100,7 +100,7 @@ def compare(
     setup = with_options(setup, options)
     predictions = [predict(model, m, setup, device, host=host) for m in methods]
     on = profile.load(device) if isinstance(device, str) else device
-    by = hosts.load(host) if isinstance(host, str) else host
+    by = hosts.resolve(host, on)
     base, *others = predictions
     if any(p.step is None for p in predictions):  # a grid has no one reason
         return Comparison(predictions, [speed_up(base, p, on) for p in others])

@@ -138,6 +138,12 @@ KERNELS: dict[str, tuple[int, str]] = {
     "eye": (2, "fills zeros, then the diagonal"),
     "diag_embed": (2, "fills zeros, then copies the diagonal"),
     "slice_backward": (2, "fills zeros, then copies the slice"),
+    "select_backward": (2, "fills zeros, then copies the selected part"),
+    "scatter.src": (2, "copies the tensor, then scatters"),
+    "index_copy": (2, "copies the tensor, then the rows"),
+    "index_put": (2, "copies the tensor, then puts the values"),
+    "topk": (2, "radix selection, then a sort of what was found (TensorTopK.cu)"),
+    "isinf": (2, "absolute values, then a comparison"),
     "constant_pad_nd": (2, "fills the padding, then copies the inner part"),
     "cumsum": (2, "scan in two passes (CUB)"),
     "embedding_dense_backward": (6, "sorts the indices (CUB radix sort), then segment offsets and sums"),
@@ -148,6 +154,13 @@ KERNELS: dict[str, tuple[int, str]] = {
     "_scaled_dot_product_efficient_attention_backward": (2, "dO·O row sums, main kernel"),
     "_scaled_dot_product_cudnn_attention_backward": (3, "dO·O row sums, main kernel, dQ conversion"),
 }
+
+# index_put that accumulates (Indexing.cu): remainder, stride, division and range of the indices, sort, sums.
+_KERNELS_OF_ACCUMULATION = 6
+
+# cuFFT keeps a transform in shared memory up to so many complex points of 8 B, the usual 48 KiB less bookkeeping; a
+# longer one is factored into two passes (VkFFT, https://doi.org/10.1109/ACCESS.2023.3242240, section on memory layout).
+_FFT_ON_CHIP = 4096
 
 # MultiTensorApply.cuh, CUDA 12: tensors and 65,536-element chunks that fit one launch, by number of tensor lists.
 _TENSORS_PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36}
@@ -181,6 +194,12 @@ def kernels(op: Op) -> Dim:
     """CUDA kernels that one call launches; 0 for views, for work on host tensors and for copies over the bus."""
     if op.view or "host" in op.attrs or "bus" in op.attrs:
         return 0
+    if op.name in GEMMS:
+        return 1 + len(copied_operands(op))
+    if op.name.startswith("_fft"):
+        return _fft_kernels(op)
+    if "accumulate" in op.attrs:
+        return _KERNELS_OF_ACCUMULATION
     lists = _LISTS.get(op.name)
     if lists:
         limits = _TENSORS_PER_SCALAR_LIST if op.name.endswith("ScalarList") else _TENSORS_PER_LAUNCH
@@ -189,6 +208,32 @@ def kernels(op: Op) -> Dim:
         results = op.outputs[: len(op.outputs) // 4] if op.name == "_fused_adamw_" else op.outputs
         return _launches(results, limits[lists])
     return KERNELS.get(op.name, (1, ""))[0]
+
+
+def copied_operands(op: Op) -> list[int]:
+    """Which inputs of a matrix product cuBLAS cannot read as they lie: attributes `copied:0`, `copied:1`."""
+    return [int(a.removeprefix("copied:")) for a in op.attrs if isinstance(a, str) and a.startswith("copied:")]
+
+
+def _fft_kernels(op: Op) -> Dim:
+    """Passes of a transform, one scaling if it is normalised, one that mirrors the half spectrum of a real input.
+
+    The attributes are over how many dims, from the last, and perhaps `scaled`, `half` (only half the spectrum is asked
+    for).
+    """
+    dims = op.outputs[0].shape[-op.attrs[0] :]
+    passes = sum(1 + np.greater(n, _FFT_ON_CHIP) for n in dims)
+    return passes + ("scaled" in op.attrs) + mirrors(op)
+
+
+def mirrors(op: Op) -> bool:
+    """Whether a transform of real numbers is asked for the whole spectrum."""
+    return op.name == "_fft_r2c" and "half" not in op.attrs
+
+
+def by_lists(op: Op) -> bool:
+    """Whether a call works on lists of tensors, as optimizers do."""
+    return op.name.startswith(("_foreach", "_fused", "bitsandbytes::optimizer"))
 
 
 def _launches(tensors: tuple[Spec, ...], limit: int) -> Dim:
@@ -227,7 +272,7 @@ def kind(op: Op) -> str:
         return "attention"
     if name in SOLVERS:
         return "solver"
-    if name.startswith(("_foreach", "_fused", "bitsandbytes::optimizer")) or "host" in op.attrs:
+    if by_lists(op) or "host" in op.attrs:
         return "optimizer"
     if "softmax" in name or "layer_norm" in name or name.startswith(("nll", "sum", "mean", "linalg")):
         return "reduction"

@@ -133,7 +133,7 @@ def explain(
     architecture, one = resolve(model, a)
     _, two = resolve(architecture, b)
     on = profile.load(device) if isinstance(device, str) else device
-    by = hosts.load(host) if isinstance(host, str) else host
+    by = hosts.resolve(host, on)
     first, second = (predict(architecture, m, setup, on, host=by) for m in (one, two))
     return of_predictions(first, second, on, by, axes)
 

@@ -21,7 +21,6 @@ HOST = 0.25  # relative sigma of the host: its CPU is rarely known
 SOLVER = 0.5  # relative sigma of dense decompositions: a factor of two either way is rarely missed (devices/solver.py)
 UNEXPLAINED = 0.05  # relative sigma of a step beyond its components (clocks, allocator, data loading)
 UNEXPLAINED_RATIO = 0.02  # the same for the ratio of two steps measured on one machine
-CPU = 0.3  # relative sigma of an uncalibrated CPU
 
 # component -> block of a device profile whose residuals it has
 BLOCK = {
@@ -36,8 +35,7 @@ def sigma(component: str, profile: DeviceProfile) -> float:
         return HOST
     if component == "solver":
         return SOLVER
-    residuals = profile.residuals.get(BLOCK[component])
-    return SIGMA_OF_MEAN * residuals["mean"] if residuals else CPU
+    return SIGMA_OF_MEAN * profile.residuals[BLOCK[component]]["mean"]
 
 
 def step_sigma(components: Components, total: Any, profile: DeviceProfile) -> Any:

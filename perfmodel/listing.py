@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 from . import architectures
-from .devices import profile
+from .devices import own, profile
 from .errors import UserError, nearest
 from .methods import options, registered
 
@@ -53,9 +53,9 @@ def method(name: str) -> Row:
 
 
 def devices() -> Rows:
-    """The bundled devices: datasheet figures (SI), which blocks were measured on them, errors on left-out rows."""
+    """Own and bundled devices: datasheet figures (SI), what was measured on them, errors on left-out rows."""
     rows = []
-    for name in profile.names():
+    for name in [*own.names(), *profile.names()]:
         p = profile.load(name)
         rows.append(
             {

@@ -187,7 +187,7 @@ def predict(
     setup = with_options(setup, options)
     architecture, bound = resolve(model, method)
     on = profile.load(device) if isinstance(device, str) else device
-    by = hosts.load(host) if isinstance(host, str) else host
+    by = hosts.resolve(host, on)
     return over_grid(lambda s, m: _predict(architecture, m, s, on, by), setup, bound)
 
 
@@ -244,16 +244,18 @@ def _recomputed_flops(built: Step) -> Dim:
 def _notes(built: Step, on: DeviceProfile, time: Time) -> list[str]:
     """What a reader should know about this prediction."""
     notes = []
+    parts = time.components
+    used = {b for c, b in intervals.BLOCK.items() if np.any(parts.get(c, 0.0) > 0.01 * time.phases["total"])}
+    defaults = [block for block, origin in on.fitted.items() if origin == "class" and block in used]
+    if defaults:
+        missing = f"no measurements of {', '.join(defaults)} on {on.slug}: defaults of its class, wider interval"
+        hint = "; perfmodel calibrate --device cpu measures this machine" if on.kind == "cpu" else ""
+        notes.append(missing + hint)
     if on.kind == "cpu":
-        notes.append(f"{on.slug} is not calibrated: its times are a plain roofline of its datasheet")
-    else:
-        parts = time.components
-        used = {b for c, b in intervals.BLOCK.items() if np.any(parts.get(c, 0.0) > 0.01 * time.phases["total"])}
-        defaults = [block for block, origin in on.fitted.items() if origin == "class" and block in used]
-        if defaults:
-            notes.append(
-                f"no measurements of {', '.join(defaults)} on {on.slug}: defaults of its class, wider interval"
-            )
+        notes.append(
+            "the step time is that of a malloc that keeps freed memory (jemalloc, tcmalloc, or glibc's with "
+            "MALLOC_TRIM_THRESHOLD_=-1 MALLOC_MMAP_MAX_=0): page faults of glibc's default add up to a quarter"
+        )
     notes += _optimizer_notes(built, time)
     embedding = [p for p in built.parameters if p.kind == "embedding"]
     if built.setup.checkpoint != "none" and not any(p.requires_grad for p in embedding):

@@ -39,7 +39,7 @@ class Sweep:
     methods: tuple[Method, ...]
     devices: tuple[DeviceProfile, ...]
     setup: Setup
-    host: Host
+    host: str | Host
     batch: np.ndarray
     seq: np.ndarray
     rank: np.ndarray
@@ -139,7 +139,7 @@ def sweep(
     if not methods or not names:
         raise UserError("a sweep needs at least one method and one device")
     ks, ranks = _axis("k", k), _axis("rank", rank)
-    bound = tuple(m.bind(architecture) for text in methods for m in _variants(text, ks))
+    bound = tuple({m.spec(): m.bind(architecture) for text in methods for m in _variants(text, ks)}.values())
     if len(ranks) and not any(map(has_rank, bound)):
         raise UserError("a sweep over rank needs a method with a rank, e.g. lora")
     for m in bound:
@@ -148,9 +148,9 @@ def sweep(
     return Sweep(
         model=architecture.name,
         methods=bound,
-        devices=tuple(profile.load(d) if isinstance(d, str) else d for d in names),
+        devices=_distinct([profile.load(d) if isinstance(d, str) else d for d in names]),
         setup=with_options(setup, options),
-        host=hosts.load(host) if isinstance(host, str) else host,
+        host=hosts.load(host) if isinstance(host, str) and host != "default" else host,  # a device may have its own
         batch=_axis("batch", batch),
         seq=_axis("seq", seq),
         rank=ranks,
@@ -174,6 +174,15 @@ def _variants(text: str | Method, ks: np.ndarray) -> list[Method]:
         return [method]
     changes: list[dict[str, Any]] = [{"k": int(k)} for k in ks]
     return [replace(method, **change) for change in changes]
+
+
+def _distinct(devices: list[DeviceProfile]) -> tuple[DeviceProfile, ...]:
+    """Each device once; rows tell devices apart by their slugs."""
+    by_slug: dict[str, DeviceProfile] = {}
+    for d in devices:
+        if by_slug.setdefault(d.slug, d).hardware != d.hardware:
+            raise UserError(f"two devices are called {d.slug!r}: rename the file of one")
+    return tuple(by_slug.values())
 
 
 def _axis(name: str, values: Any) -> np.ndarray:

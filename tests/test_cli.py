@@ -305,6 +305,7 @@ HEAVY = ("torch", "transformers", "peft", "pandas", "scipy", "matplotlib", "hypo
     "code",
     [
         "import perfmodel",
+        "from perfmodel.integrations.trainer import StepPrediction; StepPrediction()",
         "from perfmodel import compare; compare('gpt2', ('full', 'lora:r=4'), device='l40s', batch=2, seq=64)",
         "from perfmodel.cli import main; main(['predict', '--model', 'gpt2', '--device', 'l40s'], standalone_mode=0)",
         "from perfmodel.cli import main; main(['models', '--json'], standalone_mode=0)",

@@ -240,7 +240,7 @@ def test_fused_lora_moves_less_and_is_no_slower(implementation: str) -> None:
         ("llama", "lora:implementation=unslot", "implementation 'unslot' is unknown: did you mean 'unsloth'"),
         ("gpt2", "lora:implementation=unsloth", "unsloth is not written for gpt2; use implementation=peft"),
         ("llama", "dora:implementation=unsloth", "method dora: implementation 'unsloth' is unknown"),
-        ("llama", "lora:implementation=lorafusion,adapter_dtype=fp32", "adapters have the base's dtype, bf16"),
+        ("llama", "lora:implementation=lorafusion,adapter_dtype=fp32", "adapter_dtype must be the base's, bf16"),
     ],
 )
 def test_implementations_that_do_not_fit_are_refused(model: str, spec: str, message: str) -> None:

@@ -144,7 +144,7 @@ FACTORY = "model_name_or_path: gpt2\ncutoff_len: 64\n"
         ("yml", BASE + "flash_attention: true\neager_attention: true", "exclude each other"),
         ("yml", "micro_batch_size: 1", "base_model is missing"),
         ("yml", "a: [1", "not valid YAML"),
-        ("yml", "- a\n- b", "holds keys and values"),
+        ("yml", "- a\n- b", "keys and values are expected"),
         ("yml", "x: 1", "not a config of PEFT"),
         ("yaml", FACTORY + "finetuning_type: full\nquantization_bit: 4", "exclude each other"),
         ("yaml", FACTORY + "stage: ppo", "'ppo' is not modelled"),

@@ -53,10 +53,10 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def pretended_visit(plan: run.Plan, cell: cells.Cell, number: int) -> dict[str, Any]:
+def pretended_visit(plan: run.Plan, cell: cells.Cell, number: int, team: None) -> dict[str, Any]:
     """A visit that takes a moment and leaves a record of many pages."""
     time.sleep(0.004)
-    return {"status": "ok", "filling": "x" * 50_000}
+    return {"status": "oom", "message": "x" * 50_000}
 
 
 def wait_for(path: Path, number: int, limit: float = 20.0) -> None:
@@ -140,7 +140,7 @@ def test_a_record_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch, tmp
 
         from validate.measuring import visit
 
-        monkeypatch.setattr(visit, "Program", lambda cell, device: torch.empty(2**60))
+        monkeypatch.setattr(visit, "Program", lambda cell, device, team: torch.empty(2**60))
         plan = run.plan(str(grid), "cpu", threads=1)
         return visit.visit(plan.grid.cells[0], "cpu", threads=1, warm_up=0, steps=1)
 
@@ -169,11 +169,11 @@ def test_rounds_are_shuffled_alike_for_a_seed() -> None:
     [
         ("rounds = 0", "rounds must be a whole number from 1"),
         ("round = 2", "did you mean 'rounds'"),
-        ('[[cells]]\nmodels = ["tiny"]\nmethods = ["lore"]\nsetups = [{ batch = 1 }]', "lora"),
+        ('[[cells]]\nmodels = ["tiny"]\nmethods = ["lore"]\nsetups = [{ batch = 1 }]', "unknown method 'lore'"),
         ('[[cells]]\nmodels = ["tiny"]\nmethods = ["full"]\nsetups = [{ bach = 1 }]', "batch"),
         ('[[cells]]\nmodels = ["tiny"]\nmethods = ["full"]\nsetups = 3', "setups of [[cells]] must be a list"),
         ('[[cells]]\nmodel = ["tiny"]', "did you mean 'models'"),
-        ("rounds = [", "not a valid grid file"),
+        ("rounds = [", "not valid TOML"),
     ],
 )
 def test_a_grid_that_is_wrong_is_refused_in_one_line(tmp_path: Path, change: str, message: str) -> None:
@@ -184,6 +184,14 @@ def test_a_grid_that_is_wrong_is_refused_in_one_line(tmp_path: Path, change: str
     with pytest.raises(UserError) as error:
         cells.load(str(path), "cpu")
     assert message in str(error.value)
+
+
+def test_a_method_without_a_program_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    """An hour later its cell would fail, after all the others."""
+    path = tmp_path / "grid.toml"
+    path.write_text(TINY.replace('methods = ["full",', 'methods = ["full", "paca:r=4",'))
+    with pytest.raises(UserError, match="method paca: neither peft nor transformers"):
+        run.plan(str(path), "cpu")
 
 
 def test_bundled_grids_hold_what_they_promise() -> None:
@@ -205,13 +213,13 @@ def measured_twice(path: Path) -> dict[str, Any]:
 def test_a_file_of_records_has_one_writer_and_known_lines(tmp_path: Path) -> None:
     """Two measurements into one file, or a file of something else, must be refused before hours are lost."""
     path = tmp_path / "records.jsonl"
-    records.append(path, {"kind": "visit", "id": "a", "round": 0})
+    records.append(path, {"kind": "environment", "id": "a", "device": "cpu", "host": {}})
     if isolate.possible():
         with records.only_writer(path):
             refused = isolate.run(lambda: measured_twice(path))
         assert "another measurement is writing" in refused["message"]
     path.write_text(path.read_text() + '{"half')
-    with pytest.raises(UserError, match="line 2: not JSON"):
+    with pytest.raises(UserError, match="line 2: not valid JSON"):
         records.read(path)
     path.write_text('{"schema": 99}\n')
     with pytest.raises(UserError, match="not a record of schema 1"):

@@ -128,3 +128,21 @@ def test_the_command_writes_table_and_picture(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == sorted([files[1], files[0]])
     printed = CliRunner().invoke(main, [*command, "--json"])
     assert len(json.loads(printed.stdout)["rows"]) == 8
+
+
+def test_only_cells_that_do_not_fit_are_hatched() -> None:
+    """The hatching is where a user reads what fits: one cell of it too many hides a setup that works."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.collections import PolyCollection
+    from matplotlib.figure import Figure
+
+    from perfmodel.report import heatmap
+
+    grid = sweep(MODEL, ["full", "lora"], device=DEVICE, batch=(1, 2, 4, 64), seq=(128, 256, 8192))
+    fits = np.array([[True] * 3, [True] * 3, [True, True, False], [True, False, False]])
+    axes = Figure().subplots()
+    heatmap._panel(axes, grid, np.full(fits.shape, 1.2), fits)
+    hatched = next(c for c in axes.collections if isinstance(c, PolyCollection) and c.get_hatch())
+    cells = [path.get_extents() for path in hatched.get_paths()]
+    inside = [any(cell.contains(seq, batch) for cell in cells) for batch in grid.batch for seq in grid.seq]
+    assert inside == [not fit for fit in fits.flat]

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,13 @@ from helpers import config_of, setup_of
 pytest.importorskip("peft")
 
 from perfmodel import cli, costs, step
+from perfmodel.devices import profile
 from perfmodel.errors import UserError
 from perfmodel.memory import peak_bytes
 from perfmodel.predict import predict, resolve
 from perfmodel.setup import Setup
 from perfmodel.step import Step
-from validate import models, traced
+from validate import traced
 
 NAMES = ("llama", "gpt2", "opt")
 
@@ -27,8 +27,9 @@ def both(name: str, method: str, setup: Setup, device: str) -> tuple[Step, Step]
     """The traced and the taped Step of a model with seven layers."""
     config = config_of(name, layers=7)
     architecture, bound = resolve(config, method)
-    adapt = partial(models.apply, method=bound, architecture=architecture)
-    return traced.build(config, setup, adapt, method, device), step.build(architecture, bound, setup, device, "8.0")
+    on = profile.load("a100-80gb-sxm" if device == "cuda" else "cpu-epyc-genoa-2c")
+    built, _ = traced.of_method(config, method, setup, on)
+    return built, step.build(architecture, bound, setup, device, "8.0")
 
 
 def ops(built: Step, phase: str) -> Counter[Any]:
@@ -79,7 +80,7 @@ def test_layers_that_are_not_alike_are_all_traced() -> None:
     """LoRA on two named layers of seven: cutting the model would lose them."""
     config = config_of("llama", layers=7)
     values = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "layers_to_transform": [1, 5]}
-    built = traced.build(config, setup_of("llama", batch=1, seq=16), traced.peft_adapter(values), "lora", "cpu")
+    built, _ = traced.of_peft(config, values, setup_of("llama", batch=1, seq=16))
     assert built.trainable == 2 * 4 * (64 + 64)
     assert sum(n for (name, *_), n in ops(built, "forward").items() if name == "mm") == 7 * 7 + 1 + 2 * 2
 

@@ -6,16 +6,16 @@ dropout 0.1, all linears, adapters in bf16), flash attention, and Liger's norm, 
 the two runs differ by 1 to 18 %. Nothing is fitted to them.
 """
 
-import csv
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
 from perfmodel import methods
 from perfmodel.architectures import from_config, load
 from perfmodel.devices import price, profile
-from perfmodel.resources import DATA
+from perfmodel.resources import DATA, read_rows
 from perfmodel.setup import Setup
 from perfmodel.step import Step, build
 
@@ -42,15 +42,14 @@ class Layer:
         return predicted(self.device, self.model, self.batch, self.seq)[self.component] / self.seconds - 1
 
 
-def rows() -> list[Layer]:
+def rows(path: Path = FILE) -> list[Layer]:
     """All published figures."""
-    with FILE.open(encoding="utf-8", newline="") as file:
-        return [
-            Layer(
-                r["source"], r["device"], r["model"], r["component"], int(r["batch"]), int(r["seq"]), float(r["time_s"])
-            )
-            for r in csv.DictReader(file)
-        ]
+    return read_rows(path, _row)
+
+
+def _row(r: dict[str, str]) -> Layer:
+    size = int(r["batch"]), int(r["seq"])
+    return Layer(r["source"], r["device"], r["model"], r["component"], *size, float(r["time_s"]))
 
 
 @cache

@@ -1,11 +1,9 @@
-"""The real models: built from a config with random weights on the meta device, the method applied by peft."""
+"""The real models with a method on them, through peft where peft has it."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
-
-from perfmodel.architectures import Architecture, Config
+from perfmodel.architectures import Architecture
 from perfmodel.errors import UserError
 from perfmodel.methods import Method
 from perfmodel.methods.adalora import AdaLora
@@ -30,8 +28,8 @@ from perfmodel.methods.top_k import TopK
 from perfmodel.methods.trainable_tokens import TrainableTokens
 from perfmodel.methods.vera import Vera
 from perfmodel.methods.virtual import VirtualTokens
-from perfmodel.setup import Setup
 
+from .programs import build
 from .trace import TORCH_DTYPES
 from .tuners_of_peft import CONFIGS
 
@@ -43,31 +41,25 @@ NORMS = {
     "bert": ["LayerNorm"],
 }
 
+__all__ = ["apply", "build"]
+
 Apply = Callable[..., Any]  # of (model, method, architecture): the model to train
 F = TypeVar("F", bound=Apply)
 _APPLY: dict[type[Method], Apply] = {}
 
 
-def build(config: Config, setup: Setup, *, device: str = "meta") -> Any:
-    """The transformers model of a config, base weights in the setup's dtype."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
-
-    values = {k: v for k, v in config.values.items() if not k.startswith("_")}
-    hf = AutoConfig.for_model(**values)
-    if hasattr(hf, "use_cache"):
-        hf.use_cache = False  # as transformers.Trainer sets it
-    auto = AutoModelForMaskedLM if config.values["model_type"] == "bert" else AutoModelForCausalLM
-    with torch.device(device):
-        return auto.from_config(hf, dtype=TORCH_DTYPES[setup.dtype], attn_implementation=setup.attention)
+def check_program(method: Method) -> None:
+    """Raise `UserError` if neither peft nor transformers has a program of a method."""
+    if type(method) not in _APPLY and type(method) not in CONFIGS:
+        raise UserError(f"method {method.name}: neither peft nor transformers has a program of it to run")
 
 
 def apply(model: Any, method: Method, architecture: Architecture) -> Any:
     """The model with the fine-tuning method on it, through peft where peft has it."""
+    check_program(method)
     if type(method) in CONFIGS and isinstance(method, Targeted):
         config, options = CONFIGS[type(method)]
         return _adapt(model, config, method, architecture, **{k: getattr(method, v) for k, v in options.items()})
-    if type(method) not in _APPLY:
-        raise UserError(f"method {method.name}: neither peft nor transformers has a program of it to trace")
     return _APPLY[type(method)](model, method, architecture)
 
 

@@ -4,20 +4,21 @@ data/published/steps.csv holds the cited figures, a source on every row. Rows ar
 measured together) into `fit`, which was looked at while the model was built, and `check`, on which errors are reported.
 """
 
-import csv
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from perfmodel.compare import SAME
 from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
 from perfmodel.devices.host import Host
 from perfmodel.predict import Prediction, predict
-from perfmodel.resources import DATA
+from perfmodel.resources import DATA, read_rows
 from perfmodel.setup import Setup
+
+from .accuracy import Errors, decided, verdict_right
 
 TABLE = DATA / "published" / "steps.csv"
 
@@ -80,10 +81,9 @@ class Outcome:
         return self.low - slack <= self.measured_total <= self.high + slack
 
 
-def load() -> list[Row]:
+def load(path: Path = TABLE) -> list[Row]:
     """The table of published steps."""
-    with TABLE.open(newline="", encoding="utf-8") as file:
-        return [_row(record) for record in csv.DictReader(file)]
+    return read_rows(path, _row)
 
 
 def _row(r: dict[str, str]) -> Row:
@@ -180,16 +180,12 @@ class Pair:
     @property
     def verdict_right(self) -> bool:
         """Whether faster, slower or same (within 5 %) comes out as measured."""
-        return _verdict(self.measured) == _verdict(self.predicted)
+        return verdict_right(self.measured, self.predicted)
 
     @property
     def decided(self) -> bool:
         """Whether the measured difference exceeds 10 %."""
-        return not 1 / 1.1 <= self.measured <= 1.1
-
-
-def _verdict(ratio: float) -> int:
-    return int(ratio > 1 + SAME) - int(ratio < 1 / (1 + SAME))
+        return decided(self.measured)
 
 
 def pairs(outcomes: Sequence[Outcome]) -> list[Pair]:
@@ -210,19 +206,17 @@ def summary(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     families = sorted({o.row.family for o in outcomes})
     for family in [*families, "all"]:
         members = [o for o in outcomes if family in ("all", o.row.family)]
-        errors = np.abs([o.error for o in members])
+        errors = Errors.of(o.error for o in members)
         ratio = pairs(members)
-        decided = [p for p in ratio if p.decided]
-        memory = [
-            abs(o.memory / o.row.memory - 1) for o in members if o.row.memory and o.row.memory_kind == "allocated"
-        ]
+        clear = [p for p in ratio if p.decided]
+        memory = [o.memory / o.row.memory - 1 for o in members if o.row.memory and o.row.memory_kind == "allocated"]
         lines.append(
             {
-                "source": family, "rows": len(members), "mean": errors.mean(), "median": float(np.median(errors)),
-                "p90": float(np.quantile(errors, 0.9)), "worst": errors.max(), "pairs": len(ratio),
-                "ratio_mean": float(np.mean([abs(p.error) for p in ratio])) if ratio else None,
-                "verdicts": f"{sum(p.verdict_right for p in decided)}/{len(decided)}" if decided else "",
-                "memory_mean": float(np.mean(memory)) if memory else None,
+                "source": family, "rows": errors.number, "mean": errors.mean, "median": errors.median,
+                "p90": errors.p90, "worst": errors.worst, "pairs": len(ratio),
+                "ratio_mean": Errors.of(p.error for p in ratio).mean if ratio else None,
+                "verdicts": f"{sum(p.verdict_right for p in clear)}/{len(clear)}" if clear else "",
+                "memory_mean": Errors.of(memory).mean if memory else None,
                 "coverage": float(np.mean([o.inside for o in members])),
             }
         )  # fmt: skip

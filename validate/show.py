@@ -5,22 +5,10 @@ import warnings
 from collections import Counter
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from perfmodel.report import units
+from perfmodel.report.progress import progress
 from perfmodel.report.terminal import console, table
-
-
-def progress() -> Progress:
-    """A bar with what is running and the time left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
+from perfmodel.step import PHASES
 
 
 def show_counts(module: Any, grid: str, *, cuda_forward: bool, as_json: bool) -> bool:
@@ -100,9 +88,13 @@ def show_published(*, plot: Any, all_rows: bool, as_json: bool) -> None:
     else:
         _print_published(outcomes, check, lines, all_rows=all_rows)
     if plot is not None:
-        from .plots import parity
+        from .plots import Point, parity
 
-        parity(outcomes, plot)
+        points = [
+            Point(o.row.family, o.measured_total, o.predicted_total, o.low, o.high, o.row.split == "check")
+            for o in outcomes
+        ]
+        parity(points, plot, "Published training steps (filled: held out, open: fit; dashed: ±25 %)")
         if not as_json:
             console.print(f"\ndrawn: {plot}")
 
@@ -230,6 +222,41 @@ def show_fit(folder: Any, *, leave_one_device_out: bool, write: bool, as_json: b
     )  # fmt: skip
     columns = ("block", "device", "rows of", "rows", "mean", "median", "p90", "plain roofline")
     console.print(table("|relative error| on rows that the fit did not see", columns, cells, left=3))
+
+
+def show_refit(records: Any, *, device: str | None, host: str | None, output: Any, as_json: bool) -> None:
+    """Refit a host to measured steps; print its factors and the errors on cells left out, before and after."""
+    from . import hosts as writer
+    from . import refit as module
+
+    with progress() as bar:
+        task = bar.add_task("predicting", total=None)
+
+        def tick(done: int, total: int, label: str) -> None:
+            bar.update(task, completed=done, total=total, description=label[:40])
+
+        found = module.refit([records], device=device, host=host, progress=tick)
+    if output:
+        writer.write(found.host, output, module.provenance(found))
+    if as_json:
+        print(json.dumps(module.provenance(found), indent=1))
+        return
+    factors = [[name, f"{factor:.2f}", ", ".join(module.FACTORS[name])] for name, factor in found.factors.items()]
+    console.print(table(f"factors on host {found.machine.by.name}", ("", "factor", "of"), factors, text_last=True))
+    if bound := module.at_bound(found.factors):
+        where = found.machine.on.slug
+        console.print(
+            f"[yellow]at their bounds: {', '.join(bound)}: it is rather the kernels of {where} that are off[/]"
+        )
+    rows = [
+        [name, *(_percent(e) for e in (x.step.mean, x.step.median, x.step.p90, x.ratio.mean)),
+         *(_percent(x.phases[phase].mean) for phase in PHASES)]
+        for name, x in (("before", found.before), ("after", found.after))
+    ]  # fmt: skip
+    title = f"\n|relative error| on {found.left_out} cells left out of the fit ({found.fitted} in it)"
+    console.print(table(title, ("", "step", "median", "p90", "ratio", *PHASES), rows))
+    if output:
+        console.print(f"\nwritten: {output} (use it with --host {output})")
 
 
 def _number(value: Any) -> float | None:

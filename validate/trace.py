@@ -271,7 +271,7 @@ def trace_step(
             if forward_only:
                 return
             if recorder.recording:
-                recorder.trace.nodes += _graph_nodes(loss.grad_fn)
+                recorder.trace.nodes += graph_nodes(loss.grad_fn)
             with observe("backward"):
                 loss.backward()
         recorder.trace.peak_before_update = recorder.trace.peak
@@ -291,7 +291,7 @@ def trace_step(
     return recorder.trace
 
 
-def _graph_nodes(root: Any) -> int:
+def graph_nodes(root: Any) -> int:
     """Nodes of an autograd graph."""
     seen, stack = {root}, [root]
     while stack:

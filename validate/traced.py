@@ -1,52 +1,41 @@
-"""`perfmodel predict --traced`: the Step of a real transformers + peft program, for what the tape does not know.
+"""`perfmodel predict --traced`: the Step of a real program, for what the tape does not know.
 
-The model is built with two, three and four layers on the meta device and one training step of each is traced on fake
-tensors. What the third layer adds is what every further layer adds: the fourth checks it, and so do the parameters of
-the whole model. Where layers are not alike, all of them are traced. Clipping and optimizer follow from the list of
-trainable parameters. The ops are those of the CPU's dispatch; for a GPU attention's are renamed and dropout takes
-CUDA's form.
+The model is built on the meta device, its method applied by peft, and forward and backward are traced on fake tensors:
+of the whole model, or of the model with few of its blocks where the rest follows exactly (`growth`). Clipping and
+optimizer follow from the list of trainable parameters. The ops are those of the CPU's dispatch; for a GPU, dropout and
+attention take CUDA's forms (`cuda_forms`).
 """
 
-import copy
-import json
 import warnings
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from perfmodel import optimizers
 from perfmodel.architectures import Architecture, Config, load
 from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
-from perfmodel.errors import UserError, nearest
+from perfmodel.devices.profile import DeviceProfile
+from perfmodel.errors import UserError
 from perfmodel.methods import Method
-from perfmodel.predict import Prediction, of_step, resolve
+from perfmodel.predict import Prediction, of_step
 from perfmodel.setup import Setup
 from perfmodel.step import Group, Step, record_update
-from perfmodel.tape.core import Op, Parameter, Part, Spec, Tape, recording
+from perfmodel.tape.core import Part, Tape, recording
 
-from . import models
-from .trace import DTYPES, call_name, trace_step
+from . import adapt as adapters
+from . import programs
+from .adapt import Adapt
+from .calls import Calls, Loss, Place, Program, record
+from .growth import Term, Whole, whole
+from .parameters import parameters_of
+from .programs.choose import reason
+from .stacks import stacks
+from .trace import to_fake
 
-FEWEST = 2  # layers of the smallest traced model
-LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
-_STARTS = ("pissa", "olora", "orthogonal", "corda", "loftq", "mica")  # need real weights and change no op of a step
-_ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-_ATTENTION = {
-    "_scaled_dot_product_flash_attention_for_cpu": "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu_backward": "_scaled_dot_product_flash_attention_backward",
-}
-
-K = TypeVar("K")
-Key = tuple[str, Hashable]
-Parameters = Counter[tuple[str, tuple[int, ...], bool]]  # dtype, shape, whether it trains
-Adapt = Callable[[Any], Any]  # the model to train from the bare one
+MakeLoss = Callable[[], Loss]  # makes the inputs, under the fake mode, and what runs the forward pass on them
 
 
 @dataclass(frozen=True)
@@ -60,300 +49,191 @@ class TracedMethod(Method):
         return self.label
 
 
-@dataclass
-class Calls:
-    """The calls of one traced step of a model with some number of layers."""
-
-    layers: int
-    counts: Counter[Key] = field(default_factory=Counter)
-    ops: dict[Key, Op] = field(default_factory=dict)
-    modules: Counter[str] = field(default_factory=Counter)
-    parameters: Parameters = field(default_factory=Counter)
-    nodes: int = 0
-    activations: int = 0
-
-    def keep(self, phase: str, func: Any, inputs: Any, outputs: Any, arguments: Any) -> None:
-        """Note one call."""
-        if phase == "optimizer":
-            return
-        op = _op(func, inputs, outputs, arguments)
-        key = (phase, (op.name, op.inputs, op.outputs, op.attrs, op.view))
-        self.counts[key] += 1
-        self.ops.setdefault(key, op)
-
-
-def _op(func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor], arguments: Any) -> Op:
-    name = call_name(func)
-    view = bool(func.is_view) or name in ("_unsafe_view", "detach")
-    distinct = {id(t): t for t in inputs}.values()
-    return Op(
-        name.removesuffix(".default"),
-        tuple(_spec(t) for t in inputs),
-        tuple(_spec(t) for t in outputs),
-        0 if view else sum(t.numel() * t.element_size() for t in distinct),
-        0 if view else sum(t.numel() * t.element_size() for t in outputs),
-        view=view,
-        attrs=() if view else _attrs(name, func, inputs, outputs, arguments),
-    )
-
-
-def _spec(t: torch.Tensor) -> Spec:
-    return Spec(DTYPES.get(t.dtype, "fp32"), tuple(t.shape))
-
-
-def _attrs(name: str, func: Any, inputs: Any, outputs: Any, arguments: Any) -> tuple[Any, ...]:
-    """What prices need to know besides shapes: a GEMM's layout, a causal flag, operands that do not stream."""
-    if name in ("mm", "addmm"):
-        a, b = (t.stride(0) == 1 and t.stride(1) == t.shape[0] for t in inputs[-2:])
-        return ("nt" if a else "tn" if b else "nn",)
-    if "attention" in name:
-        args, kwargs = arguments
-        names = [argument.name for argument in func._schema.arguments]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        return (bool(given.get("is_causal", False)),)
-    if name == "clone" or (torch.Tag.pointwise not in func.tags and name != "copy_"):
-        return ()
-    shape = outputs[0].shape if outputs else None
-    streams = all(t.dim() == 0 or (t.shape == shape and t.is_contiguous()) for t in inputs)
-    return () if streams else ("strided",)
-
-
-def trace_layers(config: Config, setup: Setup, adapt: Adapt, layers: int, *, gpu: bool) -> Calls:
-    """Trace one training step of the model cut to some layers.
-
-    Raises:
-        UserError: transformers or peft cannot build it, or it needs data that a fake tensor does not have.
-    """
-    calls = Calls(layers)
-    handle = None
-    try:
-        cut = _cut(config, layers)
-        if gpu and setup.attention == "sdpa":  # drawn inside CUDA's kernel; the CPU's would fall back to plain ops
-            cut.values.update(dict.fromkeys(_ATTENTION_DROPOUT, 0.0))
-        model = adapt(models.build(cut, setup))
-        calls.parameters = _parameters_of(model)
-        handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: calls.modules.update(["module"]))
-        with _native_dropout() if gpu else nullcontext():
-            trace = trace_step(model, setup, "adamw-foreach", keep=calls.keep)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a foreign program raises on fake tensors
-        why = next(iter(str(error).strip().splitlines()), "no message")
-        raise UserError(f"{config.name} cannot be traced: {type(error).__name__}: {why}") from error
-    finally:
-        if handle:
-            handle.remove()
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    states = optimizers.state_bytes(_parameters(calls.parameters), "adamw-foreach")
-    calls.nodes = trace.nodes
-    calls.activations = trace.peak_before_update - weights - int(states)
-    return calls
-
-
-@contextmanager
-def _native_dropout() -> Iterator[None]:
-    """Dropout as CUDA dispatches it: one fused kernel with a bool mask."""
-    original = torch.nn.functional.dropout
-
-    def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-        return (
-            original(input, p, training, inplace) if p == 0 or not training else torch.native_dropout(input, p, True)[0]
-        )
-
-    torch.nn.functional.dropout = dropout
-    try:
-        yield
-    finally:
-        torch.nn.functional.dropout = original
-
-
-def _parameters_of(model: Any) -> Parameters:
-    return Counter((DTYPES.get(p.dtype, "fp32"), tuple(p.shape), p.requires_grad) for p in model.parameters())
-
-
-def _cut(config: Config, layers: int) -> Config:
-    values = copy.deepcopy(config.values)
-    key = next((k for k in LAYER_KEYS if k in values), None)
-    if key is None:
-        raise UserError(
-            f"{config.origin}: no number of layers ({', '.join(LAYER_KEYS)}), so a trace cannot be extended"
-        )
-    for name, value in values.items():
-        if isinstance(value, list) and len(value) == values[key]:
-            values[name] = value[:layers]  # one entry a layer
-    values[key] = layers
-    return Config(values, config.origin, config.name)
-
-
-def peft_adapter(peft_config: dict[str, Any]) -> Adapt:
-    """What peft makes of an adapter_config.json's values.
-
-    Raises:
-        UserError: the installed peft does not know its `peft_type`.
-    """
-    import peft
-
-    values = {k: v for k, v in peft_config.items() if v is not None}
-    kind = str(values.pop("peft_type", "")).upper()
-    if kind not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
-        known = [str(getattr(t, "value", t)) for t in peft.PEFT_TYPE_TO_CONFIG_MAPPING]
-        raise UserError(f"peft_type {kind!r} is unknown to the installed peft: {nearest(kind, known)}")
-    cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind]
-    options = {k: v for k, v in values.items() if k in cls.__dataclass_fields__}
-    if str(options.get("init_lora_weights")).startswith(_STARTS):
-        options["init_lora_weights"] = True
-
-    def adapt(model: Any) -> Any:
-        try:
-            return peft.get_peft_model(model, cls(**options))
-        except Exception as error:  # each tuner checks its config in its own way
-            raise UserError(f"peft cannot apply {kind} to this model: {' '.join(str(error).split())}") from error
-
-    return adapt
-
-
 def predict(
-    model: str,
+    model: str | Config,
     setup: Setup,
-    device: str,
+    device: str | DeviceProfile,
     *,
-    method: str = "full",
+    method: str | Method = "full",
     peft_config: Path | None = None,
     host: str = "default",
 ) -> Prediction:
-    """Predict one training step of the real program.
+    """Predict one training step of the real program of a config.
 
     Args:
-        method: any that the tape knows, ignored where `peft_config`, an adapter_config.json, is given.
+        model: as `perfmodel.predict` takes it: of any family in `programs`.
+        method: any that peft or transformers has a program of, ignored where `peft_config`, an adapter_config.json, is
+            given.
 
     Raises:
         UserError: anything that cannot be satisfied, in one line.
     """
-    on, by = profile.load(device), hosts.load(host)
-    adapt: Adapt
-    if setup.amp and on.kind == "cuda":
+    on = _device(device)
+    by = hosts.resolve(host, on)
+    config = load(model) if isinstance(model, str) else model
+    if peft_config is None:
+        built, made = of_method(config, method, setup, on)
+    else:
+        built, made = of_peft(config, adapters.read_peft_config(peft_config), setup, on)
+    family, _ = programs.family_of(config)
+    notes = [family.note] if family.note else []
+    return _with_notes(of_step(built, on, by), [*notes, _how(made)])
+
+
+def of_method(
+    config: Config, method: str | Method, setup: Setup, on: DeviceProfile | None = None
+) -> tuple[Step, Whole]:
+    """The Step of a method of the tape on the real model of a config, and how it was traced.
+
+    Args:
+        on: the device whose dispatch to follow; None for a GPU of class 8.0.
+
+    Raises:
+        UserError: anything that cannot be satisfied, in one line.
+    """
+    known, adapt = adapters.of_method(config, method)
+    return build(config, setup, adapt, known, *_dispatch(on))
+
+
+def of_peft(
+    config: Config, values: dict[str, Any], setup: Setup, on: DeviceProfile | None = None
+) -> tuple[Step, Whole]:
+    """As `of_method`, of the values of an adapter_config.json."""
+    label = str(values["peft_type"]).lower()
+    return build(config, setup, adapters.of_peft(values), TracedMethod(label=label), *_dispatch(on))
+
+
+def _dispatch(on: DeviceProfile | None) -> tuple[str, str]:
+    return (on.kind, on.compute_capability or "8.0") if on else ("cuda", "8.0")
+
+
+def _device(device: str | DeviceProfile) -> DeviceProfile:
+    return profile.load(device) if isinstance(device, str) else device
+
+
+def check_setup(setup: Setup, kind: str) -> None:
+    """Raise `UserError` where a setup asks for what a trace on the CPU cannot follow."""
+    if setup.amp and kind == "cuda":
         raise UserError(
             "--traced cannot follow --amp on a GPU: the trace runs on the CPU, whose autocast casts other ops"
         )
-    if peft_config is None:
-        architecture, parsed = resolve(model, method)
-        label = parsed.spec()
-        adapt = partial(models.apply, method=parsed, architecture=architecture)
-    else:
-        values = read_peft_config(peft_config)
-        label, adapt = str(values["peft_type"]).lower(), peft_adapter(values)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's and transformers' remarks on random weights
-        built = build(load(model), setup, adapt, label, on.kind)
-    return of_step(built, on, by)
+    if setup.attention == "flash2":
+        raise UserError(
+            "--traced cannot follow --attention flash2: the flash-attn package runs on a GPU only; use sdpa"
+        )
+    if setup.kernels != "torch":
+        raise UserError(f"--traced cannot follow --kernels {setup.kernels}; use kernels torch")
+    compiled = getattr(setup, "compile", None)
+    if compiled not in (None, False, "none"):
+        raise UserError("--traced cannot follow --compile: it traces the eager program")
 
 
-def build(config: Config, setup: Setup, adapt: Adapt, label: str, device: str) -> Step:
-    """The Step of a real program, all its layers.
+def _with_notes(prediction: Prediction, notes: list[str]) -> Prediction:
+    return replace(prediction, notes=[*prediction.notes, *notes])
+
+
+def _how(made: Whole) -> str:
+    if not made.extrapolated:
+        return "traced whole"
+    return (
+        f"traced with up to {made.traced} of its {made.blocks} blocks; that the others add the same was checked call "
+        "by call"
+    )
+
+
+def build(
+    config: Config, setup: Setup, adapt: Adapt, method: Method, kind: str, capability: str = "8.0"
+) -> tuple[Step, Whole]:
+    """The Step of the real program of a config, and how it was traced.
+
+    Args:
+        kind: "cuda" or "cpu", whose dispatch to follow; on CUDA that of cards of the compute `capability`.
 
     Raises:
         UserError: peft or transformers cannot build it, or it cannot be traced.
     """
-    key = next((k for k in LAYER_KEYS if k in config.values), None)
-    if key is None:
-        raise UserError(f"{config.origin}: no number of layers ({', '.join(LAYER_KEYS)})")
-    total = int(config.values[key])
-    architecture = Architecture(
-        name=config.name, model_type=config.text("model_type"), layers=total, hidden=0, heads=0, kv_heads=0, head_dim=0,
-        intermediate=0, vocab=0, max_positions=None, tied=False,
-    )  # fmt: skip
-    parameters = _parameters_of(adapt(models.build(config, setup)))
-    step = Step(architecture, TracedMethod(label=label), setup, device, _parameters(parameters))
-    gpu = device == "cuda"
-    few = _few(config, setup, adapt, total, parameters, gpu)
-    if few:
-        first, second, layer = few
-        more = total - FEWEST
-        modules, nodes = second.modules["module"] - first.modules["module"], second.nodes - first.nodes
-        parts = [_part(first, first.counts, "forward", 1, first.modules["module"], gpu)]
-        parts += [_part(second, layer, "forward", more, modules, gpu)]
-        parts += [_part(first, first.counts, "backward", 1, first.nodes, gpu)]
-        parts += [_part(second, layer, "backward", more, nodes, gpu)]
-        activations = first.activations + more * (second.activations - first.activations)
-    else:
-        every = trace_layers(config, setup, adapt, total, gpu=gpu)
-        parts = [_part(every, every.counts, "forward", 1, every.modules["module"], gpu)]
-        parts += [_part(every, every.counts, "backward", 1, every.nodes, gpu)]
-        activations = every.activations
-    parts[0].peak = max(0, activations)
-    parts[-1].allocate(sum(p.nbytes * p.count for p in step.parameters if p.used))  # gradients wait for the update
-    step.groups.append(Group([p for p in parts if p.ops]))  # the trace holds every micro-batch
-    _update(step)
-    return step
+    check_setup(setup, kind)
+    family, _ = programs.family_of(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's and transformers' remarks on random weights
+        base = programs.build(config, setup)
+        names = frozenset(name for name, _ in base.named_parameters())
+        model = adapt(base)
+        _checkpoint(model, setup)
+
+        def make() -> Loss:
+            inputs = family.inputs(base, setup, "cpu")
+            return lambda: model(**inputs).loss
+
+        made = trace(model, make, setup, capability if kind == "cuda" else None, config.name)
+    return assemble(config.name, model, names, method, setup, kind, made), made
 
 
-def _few(
-    config: Config, setup: Setup, adapt: Adapt, total: int, parameters: Parameters, gpu: bool
-) -> tuple[Calls, Calls, Counter[Key]] | None:
-    """Two traces of a few layers and what a layer adds; None if the whole model is not made of such layers."""
-    if total <= FEWEST + 2:
-        return None
+def _checkpoint(model: Any, setup: Setup) -> None:
+    if setup.checkpoint == "none":
+        return
+    if not hasattr(model, "activation_checkpointing_enable"):
+        raise UserError("this model has no activation checkpointing of transformers; use --checkpoint none")
+    reentrant = setup.checkpoint == "block-reentrant"
     try:
-        first, second, third = (trace_layers(config, setup, adapt, FEWEST + i, gpu=gpu) for i in range(3))
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    except ValueError as error:  # the class does not support it
+        raise UserError(f"--checkpoint {setup.checkpoint}: {reason(error)}; use none") from error
+
+
+def trace(model: Any, make: MakeLoss, setup: Setup, capability: str | None, name: str) -> Whole:
+    """Trace a model on the meta device; its tensors are fake ones afterwards.
+
+    Raises:
+        UserError: nothing trains, or the program needs data that a fake tensor does not have.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"nothing trains in {name}")
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # some tuners keep plain tensors (indices) beside parameters
+    rows = stacks(model)
+    blocks = frozenset(id(block) for row in rows for block in row.containers[0].children())
+    to_fake(model, mode, "cpu")
+    model.train()
+    try:
+        with mode:
+            loss = make()
+            program = Program(model, loss, blocks, capability)
+            return whole(rows, lambda warm: record(program, setup, warm=warm))
     except UserError:
-        return None  # its options may name layers that the cut model lacks
-    layer = _difference(second.counts, first.counts)
-    alike = min(layer.values(), default=0) > 0 and _difference(third.counts, second.counts) == layer
-    grown = Counter(first.parameters)
-    for key, n in _difference(second.parameters, first.parameters).items():
-        grown[key] += n * (total - FEWEST)
-    return (first, second, layer) if alike and not _difference(grown, parameters) else None
+        raise
+    except Exception as error:  # whatever a foreign program raises on fake tensors
+        raise UserError(f"{name} cannot be traced: {reason(error)}") from error
 
 
-def _difference(a: Counter[K], b: Counter[K]) -> Counter[K]:
-    """a - b with negative counts kept: a model that loses calls with a layer is not made of like layers."""
-    found = Counter({k: n - b.get(k, 0) for k, n in a.items()})
-    found.update({k: -n for k, n in b.items() if k not in a})
-    return Counter({k: n for k, n in found.items() if n})
-
-
-def _part(calls: Calls, counts: Counter[Key], phase: str, repeat: int, host: int, gpu: bool) -> Part:
-    part = Part("traced", phase, repeat)
-    for key, n in counts.items():
-        op = calls.ops[key]
-        if key[0] != phase:
-            continue
-        if gpu:
-            op.name = _ATTENTION.get(op.name, op.name)
-        part.ops += [op] * n
-    if phase == "forward":
-        part.modules = host // 2  # the hook sees both steps of a trace, the counted and the recorded one
-    else:
-        part.nodes = host
-    return part
-
-
-def _parameters(counts: Parameters) -> list[Parameter]:
-    made = []
-    for i, ((dtype, shape, trains), count) in enumerate(counts.items()):
-        p = Parameter(f"traced.{i}", shape, dtype, kind="adapter" if trains else "weight", trainable=trains)
-        p.count, p.used = count, trains
-        made.append(p)
-    return made
-
-
-def _update(step: Step) -> None:
-    tape = Tape(step.device)
+def assemble(name: str, model: Any, base: frozenset[str], method: Method, setup: Setup, kind: str, made: Whole) -> Step:
+    """The Step of traced calls: micro-batches, then clipping and the optimizer as the method wants it."""
+    architecture = Architecture(
+        name=name, model_type="traced", layers=1, hidden=0, heads=0, kv_heads=0, head_dim=0, intermediate=0, vocab=0,
+        max_positions=None, tied=False,
+    )  # fmt: skip
+    step = Step(architecture, method, setup, kind, parameters_of(model, base))
+    gradients = sum(p.nbytes * p.count for p in step.parameters if p.used)
+    for micro in range(min(setup.grad_accum, 2)):
+        parts = [_part(term, made.calls, (micro, "forward")) for term in made.terms]
+        parts += [_part(term, made.calls, (micro, "backward")) for term in reversed(made.terms)]
+        if micro == 0:
+            parts[0].peak = made.activations
+            parts[-1].allocate(gradients)  # they wait for the update
+        step.groups.append(Group(parts, 1 if micro == 0 else setup.grad_accum - 1))
+    tape = Tape(kind)
     with recording(tape):
         record_update(step, tape)
     step.groups.append(Group(list(tape.parts)))
+    return step
 
 
-def read_peft_config(path: Path) -> dict[str, Any]:
-    """A PEFT adapter_config.json.
-
-    Raises:
-        UserError: it cannot be read or holds no `peft_type`.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable adapter_config.json ({error})") from None
-    if not isinstance(values, dict) or not isinstance(values.get("peft_type"), str):
-        raise UserError(f"{path}: an adapter_config.json holds an object with a peft_type")
-    return values
+def _part(term: Term, calls: Calls, place: Place) -> Part:
+    """The ops of one phase of a term, as one part that repeats."""
+    part = Part("traced", place[1], term.times)
+    for key, n in term.counts.items():
+        if key[:2] == place:
+            part.ops += [calls.ops[key]] * n
+    for (where, what), n in term.host.items():
+        if where == place:
+            setattr(part, what, n)
+    return part

@@ -4,12 +4,11 @@ data/published/peft_tuners.csv holds the step times that PEFT's method_compariso
 configuration of a tuner, with its adapter_config.json as text. No row was looked at to fit a price.
 """
 
-import csv
 import json
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
 from perfmodel.errors import UserError
 from perfmodel.predict import Prediction, of_step
-from perfmodel.resources import DATA
+from perfmodel.resources import DATA, read_rows
 from perfmodel.setup import Setup
 
 from . import traced
@@ -96,10 +95,9 @@ class Summary:
         return self.mean <= MEAN_LIMIT and self.spearman >= RANK_LIMIT
 
 
-def load() -> list[Row]:
+def load(path: Path = TABLE) -> list[Row]:
     """The table of PEFT's benchmark."""
-    with TABLE.open(newline="", encoding="utf-8") as file:
-        return [_row(record) for record in csv.DictReader(file)]
+    return read_rows(path, _row)
 
 
 def _row(r: dict[str, str]) -> Row:
@@ -138,11 +136,8 @@ def _predict(config: str, model: str, setup: Setup, device: str, host: str) -> P
     """Some rows differ in what changes no op (learning rate, random start), so a program is traced once."""
     values = json.loads(config)
     on = profile.load(device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's remarks on random weights
-        adapt = traced.peft_adapter(values)
-        built = traced.build(load_model(model), setup, adapt, str(values["peft_type"]).lower(), on.kind)
-    return of_step(built, on, hosts.load(host))
+    built, _ = traced.of_peft(load_model(model), values, setup, on)
+    return of_step(built, on, hosts.resolve(host, on))
 
 
 def evaluate_all(rows: Sequence[Row], progress: Callable[[str], None] = lambda name: None) -> list[Outcome]:

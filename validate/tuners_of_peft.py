@@ -1,5 +1,7 @@
 """Adapters of peft that need no more than their config: its class, and its options by the names they have here."""
 
+from typing import Any
+
 from perfmodel.methods import Method
 from perfmodel.methods.beft import Beft
 from perfmodel.methods.boft import Boft
@@ -26,4 +28,32 @@ CONFIGS: dict[type[Method], tuple[str, dict[str, str]]] = {
     Boft: ("BOFTConfig", {"boft_block_size": "block_size"}),
     RandLora: ("RandLoraConfig", {"r": "r", "randlora_dropout": "dropout"}),
     Road: ("RoadConfig", {"variant": "variant", "group_size": "group_size"}),
+}
+
+_Q_V = {"target_modules": ["q_proj", "v_proj"]}
+_VIRTUAL = {"num_virtual_tokens": 4}
+
+# What peft's configs need besides their defaults to fit a small Llama (hidden size 64), by `peft_type`.
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "ADALORA": {"total_step": 100},
+    "ADAMSS": {**_Q_V, "r": 8, "num_subspaces": 2},
+    "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 4},
+    "C3A": {"block_size": 16},
+    "CARTRIDGE": _VIRTUAL,
+    "CPT": {**_VIRTUAL, "cpt_token_ids": [0, 1, 2, 3], "cpt_mask": [1, 1, 1, 1], "cpt_tokens_type_mask": [1, 2, 3, 4]},
+    "FOURIERFT": {"n_frequency": 16},
+    "FROD": _Q_V,
+    "GRALORA": {"r": 8},
+    "LILY": {**_Q_V, "r": 8},
+    "MISS": {"r": 8},
+    "MULTITASK_PROMPT_TUNING": _VIRTUAL,
+    "OSF": _Q_V,
+    "PROMPT_TUNING": _VIRTUAL,
+    "PREFIX_TUNING": _VIRTUAL,
+    "P_TUNING": {**_VIRTUAL, "encoder_hidden_size": 32},
+    "PSOFT": {**_Q_V, "r": 8, "ab_svd_init": "pissa_init"},
+    "TRAINABLE_TOKENS": {"token_indices": [0, 1, 2]},
+    "VBLORA": {"num_vectors": 8, "vector_length": 16},
+    "WAVEFT": {"n_frequency": 16},
+    "XLORA": {"hidden_size": 64, "adapters": {}},
 }

@@ -1,12 +1,11 @@
 """A Hugging Face config.json, read with checks, from a bundled name, a file, a folder or the hub."""
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, nearest
-from ..resources import DATA
+from ..resources import DATA, read_json
 
 MODELS = DATA / "models"
 
@@ -116,15 +115,7 @@ def load(name_or_path: str) -> Config:
 
 
 def _read(path: Path, name: str) -> Config:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a config.json holds an object, this holds {type(values).__name__}")
-    return Config(values, str(path.name if path.parent == MODELS else path), name)
+    return Config(read_json(path), str(path.name if path.parent == MODELS else path), name)
 
 
 def _read_hub(hub_id: str) -> Config:

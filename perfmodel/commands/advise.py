@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from . import names
 from .options import Lists, print_json, setup_of, setup_options
 
 UNITS = {
@@ -37,8 +38,14 @@ class Quantity(click.ParamType):  # type: ignore[type-arg]  # generic in newer r
 
 
 @click.command(cls=Lists)
-@click.option("--method", default="lora", show_default=True, help="Where you are; its own options are searched.")
-@click.option("--methods", multiple=True, default=(), help="Further methods to consider.")
+@click.option(
+    "--method",
+    shell_complete=names.methods,
+    default="lora",
+    show_default=True,
+    help="Where you are; its own options are searched.",
+)
+@click.option("--methods", shell_complete=names.methods, multiple=True, default=(), help="Further methods to consider.")
 @click.option(
     "--min-trainable", type=Quantity(), help="Consider every kind of method that trains at least so much: 20M."
 )
@@ -52,7 +59,7 @@ def advise(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Find the fastest way to train that fits: what each change buys, and time against memory.
+    """Find the fastest way to train that fits, change by change.
 
     The samples of an optimizer step stay as given by --batch and --grad-accum.
     """

@@ -5,12 +5,13 @@ from typing import Any
 
 import click
 
+from . import names
 from .options import print_json, setup_of, setup_options
 
 
 @click.command()
-@click.argument("a")
-@click.argument("b")
+@click.argument("a", shell_complete=names.methods)
+@click.argument("b", shell_complete=names.methods)
 @click.option(
     "--axes",
     default="batch+seq+size",
@@ -20,7 +21,7 @@ from .options import print_json, setup_of, setup_options
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw waterfall and rooflines (SVG).")
 @setup_options
 def explain(a: str, b: str, axes: str, plot: Path | None, as_json: bool, **options: Any) -> None:
-    """Explain the step time of method B against that of A: what is saved, what is added, what limits it."""
+    """Explain, part by part, why B is faster or slower than A."""
     from ..explanation import explain as run
 
     wanted = () if axes == "none" else tuple(axes.split("+"))

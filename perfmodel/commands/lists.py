@@ -26,7 +26,7 @@ def models(as_json: bool) -> None:
 @click.argument("name", required=False)
 @json_option
 def methods(name: str | None, as_json: bool) -> None:
-    """List the fine-tuning methods; with a NAME, describe one and its options."""
+    """List the fine-tuning methods, or describe one and its options."""
     from .. import listing
 
     if name is None:
@@ -45,14 +45,15 @@ def methods(name: str | None, as_json: bool) -> None:
 
 
 def _short(source: str) -> str:
-    """The first source, an arXiv paper by its number."""
-    return source.partition(";")[0].removeprefix("https://").removeprefix("arxiv.org/abs/")
+    """The first source: an arXiv paper by its number, code by its library."""
+    first = source.partition(";")[0].removeprefix("https://").removeprefix("arxiv.org/abs/")
+    return first.partition("/")[0]
 
 
 @click.command()
 @json_option
 def devices(as_json: bool) -> None:
-    """List the devices with their datasheet figures and what was measured on them."""
+    """List the devices and what was measured on them."""
     from .. import listing
     from ..report import units
 

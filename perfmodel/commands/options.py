@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from ..errors import UserError
 from ..setup import ATTENTION, CHECKPOINT, DTYPES, KERNELS, OPTIMIZERS
+from . import names
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON (SI units, bytes).")
+
+
+OPEN = f"{__name__}.open"  # the repeatable option that the last word of a command line belongs to
 
 
 class Lists(click.Command):
@@ -26,8 +31,10 @@ class Lists(click.Command):
         current, values = "", 0
         for arg in [*args, "--"]:
             if arg.startswith("-"):
-                if current and not values:
+                if current and not values and not ctx.resilient_parsing:
                     raise click.UsageError(f"Option '{current}' requires one or more values.", ctx)
+                if arg == "--" and ctx.resilient_parsing:
+                    break  # a shell asks what may follow: the list is still open
                 current, values = (arg if arg in lists else ""), 0
                 if not current and arg != "--":
                     out.append(arg)
@@ -36,7 +43,15 @@ class Lists(click.Command):
                 out += [current, arg]
             else:
                 out.append(arg)
+        ctx.meta[OPEN] = current
         return super().parse_args(ctx, out)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """A further value of a list, or what any command offers."""
+        found = [p for p in self.params if ctx.meta.get(OPEN) in p.opts]
+        if found and not incomplete.startswith("-"):
+            return found[0].shell_complete(ctx, incomplete)
+        return super().shell_complete(ctx, incomplete)
 
 
 class Axis(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
@@ -45,6 +60,8 @@ class Axis(click.ParamType):  # type: ignore[type-arg]  # generic in newer relea
     name = "values"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, int):  # from a training config
+            return (value,)
         if not isinstance(value, str):
             return tuple(value)
         found: list[int] = []
@@ -100,11 +117,26 @@ def _where(*, grid: bool) -> tuple[Decorator, ...]:
     size = Axis() if grid else int
     return (
         config_option,
-        click.option("--model", required=True, help="Bundled name, path of a config.json or folder, or hub id."),
         click.option(
-            "--device", required=True, multiple=grid, help="Device (see `perfmodel devices`) or path of a TOML."
+            "--model",
+            required=True,
+            shell_complete=names.models,
+            help="Bundled name, path of a config.json or folder, or hub id.",
         ),
-        click.option("--host", default="default", show_default=True, help="Host name or path of a TOML."),
+        click.option(
+            "--device",
+            required=True,
+            multiple=grid,
+            shell_complete=names.devices,
+            help="Device (see `perfmodel devices`) or path of a TOML.",
+        ),
+        click.option(
+            "--host",
+            default="default",
+            show_default=True,
+            shell_complete=names.hosts,
+            help="Host name or path of a TOML.",
+        ),
         click.option("--batch", type=size, default="1", show_default=True, help="Samples of a micro-batch."),
         click.option("--seq", type=size, default="512", show_default=True, help="Tokens per sample."),
     )

@@ -6,16 +6,23 @@ from typing import Any
 import click
 
 from ..errors import UserError
+from . import names
 from .options import extra, print_json, setup_of, setup_options
 
 
 @click.command()
-@click.option("--method", default="full", show_default=True, help="name[:key=value,...]; lists are joined by +.")
+@click.option(
+    "--method",
+    shell_complete=names.methods,
+    default="full",
+    show_default=True,
+    help="name[:key=value,...]; lists are joined by +.",
+)
 @click.option("--traced", is_flag=True, help="Trace the real transformers + peft program (needs the validate extra).")
 @click.option("--peft-config", type=click.Path(path_type=Path), help="An adapter_config.json; implies --traced.")
 @setup_options
 def predict(method: str, traced: bool, peft_config: Path | None, as_json: bool, **options: Any) -> None:
-    """Predict one training step: FLOPs, traffic, kernels, time by phase, peak memory."""
+    """Predict a training step: FLOPs, traffic, kernels, time, memory."""
     setup = setup_of(options)
     given = click.get_current_context().get_parameter_source("method")
     if peft_config and given is not click.core.ParameterSource.DEFAULT:

@@ -8,11 +8,18 @@ from typing import Any
 
 import click
 
+from . import names
 from .options import Lists, print_json, setup_of, setup_options
 
 
 @click.command(cls=Lists)
-@click.option("--methods", multiple=True, default=("full", "lora"), help="Methods, baseline first: full lora:r=16 ...")
+@click.option(
+    "--methods",
+    shell_complete=names.methods,
+    multiple=True,
+    default=("full", "lora"),
+    help="Methods, baseline first: full lora:r=16 ...",
+)
 @click.option(
     "-o",
     "--output",
@@ -29,7 +36,10 @@ from .options import Lists, print_json, setup_of, setup_options
 )
 @setup_options
 def report(methods: Sequence[str], output: Path, axes: str, as_json: bool, **options: Any) -> None:
-    """Write one self-contained HTML page on a comparison: answer, pictures, assumptions, accuracy, sources."""
+    """Write a comparison as one self-contained HTML page.
+
+    Answer, pictures, assumptions, accuracy, and the sources of the device's figures.
+    """
     from ..report.page import report as page
     from ..resources import write_text
 

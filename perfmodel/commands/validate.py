@@ -8,10 +8,12 @@ import click
 from ..errors import UserError
 from .options import extra, json_option
 
+RECORDS = Path("records.jsonl")  # what `measure` writes and `check` reads unless told otherwise
+
 
 @click.group()
 def validate() -> None:
-    """Check the model against real PyTorch programs and real measurements."""
+    """Check the model against real programs and measurements."""
 
 
 @validate.command()
@@ -29,7 +31,7 @@ def validate() -> None:
 )
 @json_option
 def counts(grid: str, cuda_forward: bool, as_json: bool) -> None:
-    """Compare the tape with the real transformers + peft program, ATen call by ATen call."""
+    """Compare the tape with real programs, ATen call by ATen call."""
     try:
         from validate import counts as module
         from validate.show import show_counts
@@ -58,7 +60,7 @@ def speed() -> None:
 @click.option("--rows", "all_rows", is_flag=True, help="Print every row, not only those that miss by more than 25 %.")
 @json_option
 def published(plot: Path | None, all_rows: bool, as_json: bool) -> None:
-    """Compare predictions with training steps that others measured and published."""
+    """Compare with training steps that others published."""
     from validate.show import show_published
 
     show_published(plot=plot, all_rows=all_rows, as_json=as_json)
@@ -68,7 +70,10 @@ def published(plot: Path | None, all_rows: bool, as_json: bool) -> None:
 @click.option("--all-rows", is_flag=True, help="List every row, not only the worst.")
 @json_option
 def tuners(all_rows: bool, as_json: bool) -> None:
-    """Compare PEFT's benchmark of its tuners (Llama-3.2-3B, L40S) with predictions from traces; takes minutes."""
+    """Compare with PEFT's own benchmark of its tuners.
+
+    Llama-3.2-3B on an L40S; every configuration is traced, which takes minutes.
+    """
     try:
         from validate import tuners as module
         from validate.show import show_tuners
@@ -81,27 +86,51 @@ def tuners(all_rows: bool, as_json: bool) -> None:
 @click.option(
     "--kernels",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    required=True,
-    help="Folder of published kernel measurements.",
+    help="Fit device profiles to a folder of published kernel measurements.",
+)
+@click.option(
+    "--records",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Fit host costs to the steps of a file of `validate measure`.",
 )
 @click.option(
     "--leave-one-device-out", is_flag=True, help="Only report how well datasheets and other devices predict one."
 )
-@click.option("--dry-run", is_flag=True, help="Fit and report, but write no device file.")
+@click.option("--device", help="With --records: price kernels with this profile.")
+@click.option("--host", help="With --records: the host to start from.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("host.toml"),
+    show_default=True,
+    help="With --records: the host file.",
+)
+@click.option("--dry-run", is_flag=True, help="Fit and report, but write no file.")
 @json_option
-def fit(kernels: Path, leave_one_device_out: bool, dry_run: bool, as_json: bool) -> None:
-    """Fit the device profiles to kernel measurements; errors are on rows left out of the fit."""
+def fit(
+    kernels: Path | None, records: Path | None, leave_one_device_out: bool, device: str | None, host: str | None,
+    output: Path, dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Fit device profiles to kernels, or host costs to steps.
+
+    Errors are on what was left out of the fit.
+    """
+    if (kernels is None) == (records is None):
+        raise UserError("fit needs either --kernels FOLDER (device profiles) or --records FILE (host costs)")
     try:
-        from validate.show import show_fit
+        from validate.show import show_fit, show_refit
     except ImportError as error:
         raise extra(error) from None
-    show_fit(kernels, leave_one_device_out=leave_one_device_out, write=not dry_run, as_json=as_json)
+    if records:
+        show_refit(records, device=device, host=host, output=None if dry_run else output, as_json=as_json)
+    else:
+        show_fit(kernels, leave_one_device_out=leave_one_device_out, write=not dry_run, as_json=as_json)
 
 
 @validate.command()
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=Path("host.toml"), show_default=True)
 def host(output: Path) -> None:
-    """Measure this machine's host costs and write a host file for --host."""
+    """Measure this machine's host costs into a file for --host."""
     try:
         from validate.show import show_host
     except ImportError as error:
@@ -115,18 +144,48 @@ def host(output: Path) -> None:
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("records.jsonl"),
+    default=RECORDS,
     show_default=True,
     help="File of records; a file that is there is continued.",
 )
 @click.option("--threads", type=click.IntRange(1), help="CPU threads [default: PyTorch's choice].")
 @click.option("--rounds", type=click.IntRange(1), help="Visits of each cell [default: the grid's].")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the cells.")
-def measure(device: str, grid: str, output: Path, threads: int | None, rounds: int | None, seed: int) -> None:
-    """Run real training steps and record their times, calls, kernels and memory; resumes where it was stopped."""
+@click.option(
+    "--parallel",
+    type=click.Choice(("ddp", "fsdp2")),
+    help="Several processes share a step: torchrun --nproc-per-node N -m perfmodel.cli validate measure ...",
+)
+def measure(
+    device: str, grid: str, output: Path, threads: int | None, rounds: int | None, seed: int, parallel: str | None
+) -> None:
+    """Run real training steps and record what they took.
+
+    Times, calls, kernels and memory, cell by cell; a stopped run resumes where it was.
+    """
     try:
         from validate.measuring.show import show_measure
     except ImportError as error:
         raise extra(error) from None
-    failed = show_measure(device, grid, output, threads=threads, rounds=rounds, seed=seed)
+    failed = show_measure(device, grid, output, threads=threads, rounds=rounds, seed=seed, parallel=parallel)
     sys.exit(1 if failed else 0)
+
+
+@validate.command()
+@click.argument("paths", metavar="[RECORDS]...", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--device", help="Predict with this profile [default: this machine's, as the records name it].")
+@click.option("--host", help="Predict with this host [default: the one calibrated with the device, else the default].")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with plots and tables.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw predicted against measured (PNG).")
+@json_option
+def check(
+    paths: tuple[Path, ...], device: str | None, host: str | None, html: Path | None, plot: Path | None, as_json: bool
+) -> None:
+    """Compare predictions with RECORDS (of `validate measure`, records.jsonl by default); exit code 1 if a limit is
+    exceeded: ATen calls and kernels exact, step time 15 % in the mean and 10 % in the median, ratio to full
+    fine-tuning 8 %, verdicts right where 10 % decide them, peak memory 5 % in every cell."""
+    from validate.checking.show import show_check
+
+    chosen = paths or (RECORDS,)
+    holds = show_check(chosen, device=device, host=host, html=html, plot=plot, as_json=as_json)
+    sys.exit(0 if holds else 1)

@@ -3,15 +3,21 @@
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..costs import by_lists
 from ..errors import UserError, nearest
-from ..resources import DATA
+from ..resources import DATA, is_file, mapping, read_toml
 from ..tape.core import Op, Part
+from . import own
+
+if TYPE_CHECKING:
+    from .profile import DeviceProfile
 
 HOSTS = DATA / "hosts"
+LONGEST = 1.0  # seconds: no call takes so long
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Host:
         checkpoint: one call of `torch.utils.checkpoint`.
         hook: one Python hook on a saved tensor (non-reentrant checkpoints pack, recompute and unpack each).
         tensor: one parameter in the Python code around a list-wise optimizer or clipping.
+        loop_call: a call in a Python loop over single tensors (AdamW on a CPU, some optimizers of methods).
         optimizer_call: a call of a list-wise optimizer (foreach, fused), of clipping, or of a library's own kernel.
         launch_call: the driver call that launches one kernel (CUDA only).
         launch: from the launch on the host to the start on the device.
@@ -46,6 +53,7 @@ class Host:
     checkpoint: float
     hook: float
     tensor: float
+    loop_call: float
     optimizer_call: float
     launch_call: float
     launch: float
@@ -55,11 +63,11 @@ class Host:
     def dispatch(self, part: Part, device: str) -> np.ndarray:
         """Host seconds before each op of one run of a part, shape (ops,); Python's share is spread evenly."""
         launch = self.launch_call if device == "cuda" else 0.0
-        if part.phase == "optimizer" and any(_by_lists(op) for op in part.ops):
+        if part.phase == "optimizer" and any(by_lists(op) for op in part.ops):
             seconds = [self.optimizer_call + self.tensor * _tensors(op) for op in part.ops]
             python = 0.0
         elif part.phase == "optimizer":  # a Python loop over tensors, without autograd
-            seconds = [self.view if op.view else self.call for op in part.ops]
+            seconds = [self.view if op.view else self.loop_call for op in part.ops]
             python = 0.0
         else:
             forward = part.phase == "forward"
@@ -69,10 +77,6 @@ class Host:
             python += self.checkpoint * part.checkpoints + self.hook * part.hooks
         launches = np.array([0 if op.view or "host" in op.attrs else 1 for op in part.ops])
         return np.array(seconds) + launch * launches + python / max(1, len(seconds))
-
-
-def _by_lists(op: Op) -> bool:
-    return op.name.startswith(("_foreach", "_fused", "bitsandbytes::optimizer"))
 
 
 def _tensors(op: Op) -> int:
@@ -86,28 +90,46 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(p.stem for p in HOSTS.glob("*.toml")))
 
 
-@cache
 def load(name_or_path: str = "default") -> Host:
-    """A host by bundled name or path of a TOML file.
+    """A host by bundled name, by the name of an own one (`perfmodel calibrate`), or by the path of a TOML file.
 
     Raises:
         UserError: unknown name, broken TOML, a missing, mistyped or negative figure.
     """
-    import tomllib
+    if name_or_path in names():
+        return _bundled(name_or_path)
+    mine = own.find(name_or_path, "hosts")
+    if mine is None and not is_file(name_or_path):
+        known = [*names(), *own.names("hosts")]
+        raise UserError(f"unknown host {name_or_path!r}: {nearest(name_or_path, known)} (or give a path)")
+    return _read(mine or Path(name_or_path))
 
-    path = HOSTS / f"{name_or_path}.toml" if name_or_path in names() else Path(name_or_path)
-    if not path.is_file():
-        raise UserError(f"unknown host {name_or_path!r}: {nearest(name_or_path, names())} (or give a path)")
-    try:
-        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: not a valid host file ({error})") from None
+
+@cache
+def _bundled(name: str) -> Host:
+    return _read(HOSTS / f"{name}.toml")
+
+
+def _read(path: Path) -> Host:
+    values = read_toml(path)
+    seconds = mapping(values.get("seconds"), f"{path}: [seconds]")
     costs = {}
     for f in fields(Host):
         if f.type is not float and f.type != "float":
             continue
-        value = values.get("seconds", {}).get(f.name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-            raise UserError(f"{path}: [seconds] {f.name} must be a number of seconds from 0, got {value!r}")
+        value = seconds.get(f.name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < LONGEST:
+            raise UserError(f"{path}: [seconds] {f.name} must be a number of seconds from 0 to below 1, got {value!r}")
         costs[f.name] = float(value)
     return Host(name=str(values.get("name", path.stem)), source=str(values.get("source", "")), **costs)
+
+
+def resolve(host: str | Host, on: "DeviceProfile") -> Host:
+    """The host that a name, path or `Host` stands for; "default" is the one that goes with the device.
+
+    Raises:
+        UserError: as `load`.
+    """
+    if isinstance(host, Host):
+        return host
+    return load(on.host if host == "default" else host)

@@ -4,8 +4,8 @@ Ops are sorted into tables by the model that prices them (GEMM, attention, memor
 and each table is priced in one vectorised call, over the whole grid.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,50 +14,14 @@ import numpy as np
 from .. import costs
 from ..tape.core import Op
 from ..tape.dims import product
-from ..tape.dtypes import ITEMSIZE
+from . import cpu, kernels
 from .attention import attention_backward_time, attention_forward_time
 from .gemm import gemm_time
-from .packages import gemm_shape, memory_bound
+from .packages import gemm_shape
 from .pointwise import pointwise_time
 from .profile import DeviceProfile
 from .solver import solver_time
-
-Row = tuple[Any, ...]  # a model's arguments, each an int or an array over the grid
-SOFTMAX_IN_REGISTERS = 1024  # longest row that softmax keeps in registers (ATen/native/cuda/PersistentSoftmax.cuh)
-
-
-@dataclass
-class _Table:
-    """Rows of one model, by what must be equal within a call; equal rows are priced once for all their ops."""
-
-    rows: dict[Any, dict[Row, tuple[Row, list[int]]]] = field(default_factory=dict)
-
-    def add(self, key: Any, i: int, row: Row, equal: Row) -> None:
-        """A row of op `i`; rows with the same `equal` have the same price."""
-        self.rows.setdefault(key, {}).setdefault(equal, (row, []))[1].append(i)
-
-
-class _Tables:
-    """The tables of all models."""
-
-    def __init__(self) -> None:
-        self.gemm, self.attention, self.solver, self.bus, self.memory = (_Table() for _ in range(5))
-        self.arrays: dict[Any, list[np.ndarray]] = {}
-
-    def add(self, table: _Table, key: Any, i: int, *row: Any) -> None:
-        """Put a row of op `i` into a table."""
-        table.add(key, i, row, tuple(x if not isinstance(x, np.ndarray) else self._token(x) for x in row))
-
-    def _token(self, x: np.ndarray) -> Any:
-        """What stands for an array's values: computing the same dim twice makes two arrays."""
-        key = (x.shape, x.flat[0], x.flat[-1], x.sum())
-        known = self.arrays.setdefault(key, [])
-        for n, other in enumerate(known):
-            if x is other or np.array_equal(x, other):
-                return key, n
-        known.append(x)
-        return key, len(known) - 1
-
+from .tables import Model, Tables
 
 BUS = (
     10e9  # B/s of copies between pageable host memory and the device: PCIe 4.0 x16 through the driver's staging buffer
@@ -66,48 +30,16 @@ BUS = (
 
 def durations(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
     """Device seconds of each op, shape (ops, *grid); 0 for views and for work on host tensors."""
-    if profile.kind == "cpu":
-        return _cpu(ops, profile)
-    tables = _Tables()
+    if profile.cpu is not None:
+        return cpu.durations(ops, profile.hardware, profile.cpu)
+    tables = Tables()
     for i, op in enumerate(ops):
         if not op.view and "host" not in op.attrs:
             _sort(i, op, tables)
-    priced: list[tuple[list[list[int]], np.ndarray]] = []
-    models = (
-        (_gemm, tables.gemm), (_attention, tables.attention), (_solver, tables.solver), (_bus, tables.bus),
-        (_memory, tables.memory),
-    )  # fmt: skip
-    for model, table in models:
-        for key, rows in table.rows.items():
-            seconds = _price([row for row, _ in rows.values()], partial(model, profile, *key))
-            priced.append(([index for _, index in rows.values()], seconds))
-    grid = np.broadcast_shapes(*(seconds.shape[1:] for _, seconds in priced)) if priced else ()
-    total = np.zeros((len(ops), *grid))
-    for indices, seconds in priced:
-        for index, of_row in zip(indices, seconds, strict=True):
-            for i in index:
-                total[i] += of_row
-    return total
+    return tables.seconds(len(ops), {name: partial(model, profile) for name, model in MODELS.items()})
 
 
-def _price(rows: list[Row], model: Callable[..., np.ndarray]) -> np.ndarray:
-    """Stack the rows' arguments to arrays of shape (rows, *grid) and price them at once."""
-    columns = list(zip(*rows, strict=True))
-    shapes = {x.shape for column in columns for x in column if isinstance(x, np.ndarray)}
-    grid = np.broadcast_shapes(*shapes) if shapes else ()
-    return np.asarray(model(*(_stacked(column, grid) for column in columns)))
-
-
-def _stacked(column: tuple[Any, ...], grid: tuple[int, ...]) -> np.ndarray:
-    if not grid:
-        return np.array(column, dtype=np.float64)
-    stacked = np.empty((len(column), *grid))
-    for i, x in enumerate(column):
-        stacked[i] = x
-    return stacked
-
-
-def _sort(i: int, op: Op, tables: _Tables) -> None:
+def _sort(i: int, op: Op, tables: Tables) -> None:
     """Put one op into the table of its model; an op of several kernels gets several rows."""
     name, inputs = op.name, op.inputs
     if name in costs.GEMMS:
@@ -115,7 +47,8 @@ def _sort(i: int, op: Op, tables: _Tables) -> None:
         layout, m, n, k, batch = gemm_shape(op)
         if dtype == "c64":  # four real products: [Re A, -Im A; Im A, Re A] by [Re B; Im B]
             dtype, m, k = "fp32", 2 * m, 2 * k
-        tables.add(tables.gemm, (name, dtype, layout), i, m, n, k, batch)
+        tables.add("gemm", (name, dtype, layout), i, m, n, k, batch)
+        _launch(i, kernels.operand_copies(op), tables)
     elif "attention" in name or "flash_attn" in name:
         backward = name.endswith("_backward")
         q, k = inputs[1:3] if backward else inputs[:2]
@@ -123,103 +56,38 @@ def _sort(i: int, op: Op, tables: _Tables) -> None:
         seq = 3 - heads
         sizes = (q.shape[0], q.shape[seq], k.shape[seq], q.shape[heads], k.shape[heads], q.shape[3])
         causal = bool(op.attrs and op.attrs[0])
-        tables.add(tables.attention, ("cudnn" in name, backward, causal, q.dtype), i, *sizes)
+        tables.add("attention", ("cudnn" in name, backward, causal, q.dtype), i, *sizes)
     elif "bus" in op.attrs:
-        tables.add(tables.bus, (), i, op.outputs[0].nbytes)
+        tables.add("bus", (), i, op.outputs[0].nbytes)
     elif name in costs.SOLVERS:
         *batch, rows, columns = inputs[0].shape
-        tables.add(tables.solver, (name,), i, product(tuple(batch)), rows, columns)
+        tables.add("solver", (name,), i, product(tuple(batch)), rows, columns)
     else:
-        for kind, *row in _memory_bound(op):
-            tables.add(tables.memory, (kind,), i, *row)
+        _launch(i, kernels.memory_bound(op), tables)
 
 
-_WRITE_ONLY = (
-    "zeros_like",
-    "new_zeros",
-    "zero_",
-    "uniform_",
-    "normal_",
-)  # dispatched with a tensor that they do not read
-
-
-def _memory_bound(op: Op) -> list[tuple[Any, ...]]:
-    """(kind, kernels, bytes read, bytes written, elements, rows, elements of a row) of each kernel of an op."""
-    kernels = costs.kernels(op)
-    if isinstance(kernels, int) and kernels == 0:
-        return []
-    if "::" in op.name:
-        return [memory_bound(op)]
-    name, out = op.name, op.outputs[0] if op.outputs else op.inputs[0]
-    read, written, n = op.bytes_read, op.bytes_written, out.numel
-    if name.startswith(("_foreach", "_fused")):
-        if name == "_fused_adamw_":
-            read, written = read, written * 3 / 4  # the schema's fourth list, the gradients, is only read
-        return [("optimizer", kernels, read, written, n, 1, 1)]
-    if name.startswith("bitsandbytes::optimizer"):  # the schema's first output, the gradient, is only read
-        return [("optimizer", kernels, read, written - out.nbytes, n, 1, 1)]
-    if name == "embedding":
-        return [("embedding", 1, written, written, n, _rows(out), out.shape[-1])]
-    if name == "embedding_dense_backward":
-        grad = op.inputs[0]
-        fill = ("pointwise", 1, 0, written, n, 1, 1)
-        return [fill, ("embedding", kernels - 1, 2 * grad.nbytes, grad.nbytes, grad.numel, _rows(grad), grad.shape[-1])]
-    if name == "native_layer_norm":
-        return [("norm", 1, read, written, n, _rows(out), out.shape[-1])]
-    if name == "native_layer_norm_backward":
-        x = op.inputs[1]
-        both = [("norm_backward", 1, 2 * read, x.nbytes, x.numel, _rows(x), x.shape[-1])]
-        if len(op.outputs) > 1:
-            both.append(("column_reduction", 1, read, x.shape[-1] * 8, x.numel, _rows(x), x.shape[-1]))
-        return both
-    if name in ("_log_softmax_backward_data", "_softmax_backward_data"):
-        first = op.inputs[0].nbytes * (1 if "log" in name else 2)  # summed over the row, then all is read again
-        longer = np.greater(out.shape[-1], SOFTMAX_IN_REGISTERS)
-        return [("pointwise", 1, read + first * longer, written, n, 1, 1)]
-    if "softmax" in name:
-        return [("softmax", 1, read, written, n, _rows(out), out.shape[-1])]
-    if name in ("sum.dim_IntList", "mean.dim"):
-        x = op.inputs[0]
-        columns = not _last_is_one(out)
-        return [("column_reduction" if columns else "reduction", 1, read, written, x.numel, _rows(x), x.shape[-1])]
-    if name == "slice_backward":
-        part = op.inputs[0]
-        return [("pointwise", 1, 0, written, n, 1, 1), ("strided", 1, read, read, part.numel, 1, 1)]
-    if name in ("index.Tensor", "index_put_"):  # only the indexed part of the big operand moves
-        moved = out if name == "index.Tensor" else op.inputs[-1]
-        return [("strided", kernels, moved.nbytes, moved.nbytes, moved.numel, 1, 1)]
-    kind = {"_to_copy": "cast", "cat": "cat", "clone": "strided", "copy_": "pointwise"}.get(name, "pointwise")
-    if kind == "pointwise" and "strided" in op.attrs:
-        kind = "strided"
-    if name in _WRITE_ONLY:
-        read = 0
-    if name == "nll_loss_backward":
-        read = op.inputs[2].nbytes  # one logit a row is touched, and the whole gradient is filled with zeros
-    if name == "nll_loss_forward":
-        read = 2 * op.inputs[1].nbytes
-    return [(kind, kernels, read, written, n, 1, 1)]
-
-
-def _rows(spec: Any) -> Any:
-    return spec.numel // spec.shape[-1] if spec.shape else 1
-
-
-def _last_is_one(spec: Any) -> bool:
-    return not spec.shape or (isinstance(spec.shape[-1], int) and spec.shape[-1] == 1)
+def _launch(i: int, launched: list[kernels.Kernel], tables: Tables) -> None:
+    for kind, *row in launched:
+        tables.add("memory", (kind,), i, *row)
 
 
 def _gemm(profile: DeviceProfile, name: str, dtype: str, layout: Any, *shape: Any) -> np.ndarray:
-    """A weight comes from HBM, an activation may still lie in L2; weight gradients and bmm have two activations."""
-    m, n, k, batch = shape
+    """A weight comes from HBM, an activation may still lie in L2; weight gradients and bmm have two activations.
+
+    cuBLAS splits the k of no batch in fp32: of the 9,343 that NeuSight profiled (https://github.com/sitar-lab/NeuSight)
+    none ran a sliced or split kernel, while of its single products those with few tiles did.
+    """
     two_activations = name == "bmm" or layout == "nt"
-    accumulates = name in ("addmm_", "addmm.out")
-    return np.asarray(
-        gemm_time(
-            m, n, k, batch,
-            hardware=profile.hardware, parameters=profile.gemm[dtype], dtype=dtype, layout=layout,
-            accumulate=accumulates, b_copies=1.0 if two_activations else np.inf,
-        )
+    price = partial(
+        gemm_time, *shape, hardware=profile.hardware, dtype=dtype, layout=layout,
+        accumulate=name in ("addmm_", "addmm.out"), b_copies=1.0 if two_activations else np.inf,
     )  # fmt: skip
+    parameters = profile.gemm[dtype]
+    seconds = price(parameters=parameters)
+    if name == "bmm" and dtype == "fp32":
+        whole = price(parameters=replace(parameters, max_split=1))
+        seconds = np.where(np.greater(shape[-1], 1), whole, seconds)
+    return np.asarray(seconds)
 
 
 def _attention(
@@ -239,30 +107,21 @@ def _solver(profile: DeviceProfile, name: str, *shape: Any) -> np.ndarray:
 
 
 def _memory(profile: DeviceProfile, kind: str, *columns: Any) -> np.ndarray:
-    """Memory-bound kernels; an op of several launches pays the floor of each."""
-    kernels, read, written, elements, rows, length = columns
+    """Memory-bound kernels; several launches pay the floor of each, and `spread` is what every byte costs."""
+    launches, read, written, elements, rows, length, spread = columns
     p = profile.pointwise
+    floor = p.launch_floor + p.kernel_gap
     row_wise = kind in ("norm", "norm_backward", "softmax", "embedding", "cross_entropy", "fused_norm")
     seconds = pointwise_time(
         read, written, hardware=profile.hardware, parameters=p, kind=kind, elements=elements,
         rows=rows if row_wise else None,
         row_elements=length if row_wise or kind == "fused_norm_backward" else None,
     )  # fmt: skip
-    return np.asarray(np.asarray(seconds) + (kernels - 1) * (p.launch_floor + p.kernel_gap))
+    if kind == "serial":  # its steps wait for one another, however many bytes each moves
+        return np.asarray(seconds + (launches - 1) * floor)
+    return np.asarray((seconds - floor) * spread + launches * floor)
 
 
-CPU_EFFICIENCY = 0.7  # of the peaks; a calibrated profile replaces it
-
-
-def _cpu(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
-    """A plain roofline for CPUs, until a calibration gives better."""
-    seconds = []
-    for op in ops:
-        if op.view or "host" in op.attrs:
-            seconds.append(np.float64(0.0))
-            continue
-        dtype = op.inputs[0].dtype if op.inputs else "fp32"
-        compute = costs.flops(op) / profile.hardware.peak(dtype if dtype in ITEMSIZE else "fp32")
-        memory = (op.bytes_read + op.bytes_written) / profile.hardware.memory_bandwidth
-        seconds.append(np.maximum(compute, memory) / CPU_EFFICIENCY)
-    return np.stack(np.broadcast_arrays(*seconds)) if seconds else np.zeros(0)
+MODELS: dict[str, Model] = {
+    "gemm": _gemm, "attention": _attention, "solver": _solver, "bus": _bus, "memory": _memory,
+}  # fmt: skip

@@ -1,24 +1,26 @@
 """A device profile: datasheet, fitted parameters and where they come from, read from data/devices/NAME.toml.
 
-A file holds `name`, `kind` ("cuda" or "cpu"), `architecture`, `compute_capability`, `aliases`, the tables [datasheet]
-and [source] (one URL per datasheet key), and per fitted block `[fitted.gemm.bf16]`, `[fitted.gemm.fp32]`,
+A file holds `name`, `kind` ("cuda" or "cpu"), `architecture`, `compute_capability`, `aliases`, `host`, the tables
+[datasheet] and [source] (one URL per datasheet key), and per fitted block `[fitted.gemm.bf16]`, `[fitted.gemm.fp32]`,
 `[fitted.attention]`, `[fitted.pointwise]` its provenance and the tables `parameters` and `residuals`. A block that is
-missing comes from classes.toml, by the device's family. Own devices: pass the path of a file in this form.
+missing comes from classes.toml, by the device's family. The blocks of a CPU hold the parameters of `devices.cpu`. Own
+devices: `perfmodel calibrate` writes one for this machine (see `perfmodel.devices.own`), or pass the path of a file.
 """
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from os import PathLike
-from os.path import isfile
 from pathlib import Path
 from typing import Any, Generic, Literal
 
 from ..errors import UserError, nearest
-from ..resources import DATA
-from . import toml
+from ..resources import DATA, is_file, read_toml
+from . import own, toml
 from .attention import AttentionParameters
+from .cpu import CpuAttentionParameters, CpuGemmParameters, CpuKernels, CpuStreamParameters
 from .gemm import GemmParameters
 from .hardware import Hardware
 from .pointwise import PointwiseParameters
@@ -46,7 +48,7 @@ class DeviceProfile:
         architecture: "ampere", "hopper", ….
         compute_capability: "8.0"; empty for a CPU.
         hardware: datasheet figures.
-        gemm: parameters by dtype of the operands: bf16, fp16, tf32, fp32.
+        gemm: parameters by dtype of the operands: bf16, fp16, tf32, fp32; those of a CPU are in `cpu`.
         attention, pointwise: parameters of those kernels; `attention` is FlashAttention-2.
         cudnn_attention: cuDNN's attention where PyTorch prefers it, else the same as `attention`.
         provenance: block -> source, date, software, rows_fitted, rows_left_out, notes.
@@ -54,6 +56,8 @@ class DeviceProfile:
         fitted: block -> "fitted" (own measurements), "sibling" (those of a like device) or "class" (class defaults).
             Where a device has no tensor cores for a dtype, `gemm` holds the fp32 block for it.
         sources: figure of the datasheet -> where it comes from.
+        host: the host whose costs go with the device unless another is named.
+        cpu: what prices the work of a CPU; None for a GPU. The blocks above say nothing about a CPU.
     """
 
     slug: str
@@ -70,6 +74,8 @@ class DeviceProfile:
     residuals: Mapping[str, Mapping[str, float]]
     fitted: Mapping[str, Origin]
     sources: Mapping[str, str] = field(default_factory=dict)
+    host: str = "default"
+    cpu: CpuKernels | None = None
 
 
 def names() -> list[str]:
@@ -78,7 +84,7 @@ def names() -> list[str]:
 
 
 def load(name_or_path: str | PathLike[str]) -> DeviceProfile:
-    """A bundled device by name or alias (in any case), or an own one by the path of its TOML file.
+    """A bundled device by name or alias (in any case), an own one by name, or any by the path of its TOML file.
 
     Raises:
         UserError: unknown device; broken TOML; a key that is missing, unknown, mistyped or negative.
@@ -89,14 +95,28 @@ def load(name_or_path: str | PathLike[str]) -> DeviceProfile:
         return _bundled(slug)
     if slug in _aliases():
         return _bundled(_aliases()[slug])
+    if (mine := own.find(text)) is not None:
+        return from_table(mine.stem, read_toml(mine), str(mine))
     path = Path(name_or_path)
-    exists = isfile(path)  # False, not an error, for a text that cannot be a path
+    exists = is_file(path)
     if path.suffix.lower() == ".toml" or exists:
         if not exists:
             raise UserError(f"no such device file: {path}")
-        return from_table(path.stem, toml.read(path), str(path))
-    known = [*names(), *_aliases()]
+        return from_table(path.stem, read_toml(path), str(path))
+    known = [*names(), *own.names(), *_aliases()]
     raise UserError(f"unknown device {text!r}: {nearest(text, known)} (or give the path of a .toml file)")
+
+
+def by_makers_name(name: str) -> DeviceProfile | None:
+    """The profile of a device that calls itself `NVIDIA H100 80GB HBM3`: an own one, else a bundled one."""
+    for mine in own.names():
+        if (found := load(mine)).name == name:
+            return found
+    slug = "-".join(filter(None, re.split(r"[^a-z0-9]+", name.lower())))
+    for known in (slug, slug.removeprefix("nvidia-")):
+        if known in names() or known in _aliases():
+            return load(known)
+    return None
 
 
 def forget() -> None:
@@ -109,12 +129,17 @@ def from_table(slug: str, table: Table, where: str) -> DeviceProfile:
     """A profile from the parsed TOML; `where` names the file in error messages."""
     kind, architecture, capability, hardware, family = _identity(table, where)
     fitted = table.get("fitted", {})
-    bf16 = _block("gemm.bf16", GemmParameters, fitted, family, where)
-    fp32 = _block("gemm.fp32", GemmParameters, fitted, family, where)
-    attention = _block("attention", AttentionParameters, fitted, family, where)
-    cudnn = _block("attention_cudnn", AttentionParameters, fitted, family, where) if family in CUDNN else attention
-    pointwise = _block("pointwise", PointwiseParameters, fitted, family, where)
-    blocks: dict[str, _Block[Any]] = dict(zip(BLOCKS, (bf16, fp32, attention, pointwise), strict=True))
+    if kind == "cpu":
+        gpu, family = {}, "sync_mma"
+        on_cpu = _cpu_blocks(fitted, where)
+    else:
+        gpu, on_cpu = fitted, None
+    bf16 = _block("gemm.bf16", GemmParameters, gpu, family, where)
+    fp32 = _block("gemm.fp32", GemmParameters, gpu, family, where)
+    attention = _block("attention", AttentionParameters, gpu, family, where)
+    cudnn = _block("attention_cudnn", AttentionParameters, gpu, family, where) if family in CUDNN else attention
+    pointwise = _block("pointwise", PointwiseParameters, gpu, family, where)
+    blocks: dict[str, _Block[Any]] = on_cpu or dict(zip(BLOCKS, (bf16, fp32, attention, pointwise), strict=True))
     return DeviceProfile(
         slug=slug,
         name=toml.text(table, "name", where),
@@ -130,7 +155,20 @@ def from_table(slug: str, table: Table, where: str) -> DeviceProfile:
         residuals={b: x.residuals for b, x in blocks.items()},
         fitted={b: x.origin for b, x in blocks.items()},
         sources={k: str(v) for k, v in toml.table(table, "source", where).items()} if "source" in table else {},
+        host=toml.text(table, "host", where) if "host" in table else "default",
+        cpu=_cpu_kernels(blocks) if on_cpu else None,
     )
+
+
+def _cpu_blocks(fitted: Any, where: str) -> dict[str, "_Block[Any]"]:
+    """The blocks of a CPU, under the names that those of a GPU have."""
+    kinds = (CpuGemmParameters, CpuGemmParameters, CpuAttentionParameters, CpuStreamParameters)
+    return {name: _block(name, kind, fitted, "cpu", where) for name, kind in zip(BLOCKS, kinds, strict=True)}
+
+
+def _cpu_kernels(blocks: dict[str, "_Block[Any]"]) -> CpuKernels:
+    bf16, fp32, attention, stream = (blocks[name].parameters for name in BLOCKS)
+    return CpuKernels({"bf16": bf16, "fp32": fp32}, attention, stream)
 
 
 def _identity(table: Table, where: str) -> tuple[str, str, str, Hardware, str]:
@@ -140,6 +178,8 @@ def _identity(table: Table, where: str) -> tuple[str, str, str, Hardware, str]:
         raise UserError(f"{where}: kind {kind!r} is unknown: {nearest(kind, KINDS)}")
     architecture = toml.text(table, "architecture", where)
     capability = toml.text(table, "compute_capability", where) if kind == "cuda" else ""
+    if kind == "cuda" and not (capability.isascii() and capability.replace(".", "", 1).isdigit()):
+        raise UserError(f"{where}: compute_capability must be a version such as '8.6', got {capability!r}")
     hardware = _hardware(toml.table(table, "datasheet", where), f"{where}: [datasheet]")
     return kind, architecture, capability, hardware, _family(kind, architecture, capability, hardware, where)
 
@@ -239,12 +279,12 @@ def _names() -> tuple[str, ...]:
 @lru_cache(maxsize=256)
 def _bundled(slug: str) -> DeviceProfile:
     path = DEVICES / f"{slug}.toml"
-    return from_table(slug, toml.read(path), path.name)
+    return from_table(slug, read_toml(path), path.name)
 
 
 @lru_cache(maxsize=1)
 def _classes() -> Table:
-    return toml.read(DEVICES / f"{CLASSES}.toml")
+    return read_toml(DEVICES / f"{CLASSES}.toml")
 
 
 @lru_cache(maxsize=1)

@@ -1,26 +1,36 @@
 """Values of a user's TOML file, checked: a fault becomes one line that names the file, the key and what is wrong."""
 
 import math
-import tomllib
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UserError, nearest
 from .attention import AttentionParameters
+from .cpu import CpuAttentionParameters, CpuGemmParameters, CpuStreamParameters
 from .gemm import GemmParameters
 from .pointwise import PointwiseParameters
 
 Table = dict[str, Any]
-P = TypeVar("P", GemmParameters, AttentionParameters, PointwiseParameters)
+SMALLEST, LARGEST = 1e-20, 1e20  # no figure of a device, in SI units, comes near them
+P = TypeVar(
+    "P",
+    GemmParameters,
+    AttentionParameters,
+    PointwiseParameters,
+    CpuGemmParameters,
+    CpuAttentionParameters,
+    CpuStreamParameters,
+)
 
 _MAY_BE_ZERO = {
     "launch_clocks", "derating", "k_latency", "k_bubble", "epilogue", "wave_tail", "write_cost", "overlap_loss",
     "split_latency", "split_traffic", "long_row", "launch_floor", "cta_overhead", "exposed_memory",
     "backward_cta_overhead", "backward_launch_floor", "kernel_gap", "row_latency", "serial_latency",
     "row_copy_latency", "norm_reread", "softmax_reread", "mean", "median", "p90", "rows_fitted", "rows_left_out",
+    "floor", "block", "score", "backward_floor", "backward_block", "backward_score", "a_passes", "b_passes",
+    "c_passes", "floors", "clocks", "clocks16",
 }  # fmt: skip
 
 
@@ -33,19 +43,13 @@ def parameters(kind: type[P], table: Table, where: str) -> P:
         if name in ("tiles", "batched_tiles"):
             if name in table:
                 values[name] = pairs(table, name, where)
-        elif name == "efficiency":
+        elif name == "efficiency" and kind is AttentionParameters:
             values[name] = pairs(table, name, where)
+        elif field.default_factory is not MISSING:
+            values[name] = figures(table, name, field.default_factory(), where)
         else:
             values[name] = number(table, name, where, whole=isinstance(field.default, int))
     return kind(**values)
-
-
-def read(path: Path) -> Table:
-    """The parsed file."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: not a readable TOML file ({error})".replace("\n", " ")) from None
 
 
 def table(values: Table, key: str, where: str) -> Table:
@@ -83,6 +87,17 @@ def pairs(values: Table, key: str, where: str) -> tuple[tuple[int, Any], ...]:
     return out
 
 
+def figures(values: Table, key: str, names: Iterable[str], where: str) -> dict[str, float]:
+    """The table of numbers under a key, with exactly these names."""
+    found = table(values, key, where)
+    inside = f"{where}: {key}"
+    no_others(found, names, inside)
+    for name in names:
+        if name not in found:
+            raise UserError(f"{inside}: {name} is missing")
+    return {name: _checked(found[name], key, where, whole=False) for name in names}
+
+
 def no_others(values: Table, known: Iterable[str], where: str) -> None:
     """Refuse keys that nobody reads: they are typing errors."""
     for key in values:
@@ -93,6 +108,8 @@ def no_others(values: Table, known: Iterable[str], where: str) -> None:
 def _checked(value: Any, key: str, where: str, *, whole: bool) -> Any:
     kind, bound = "a whole number" if whole else "a number", "from 0" if key in _MAY_BE_ZERO else "above 0"
     wrong = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
-    if wrong or not math.isfinite(value) or value < 0 or (value == 0 and key not in _MAY_BE_ZERO):
+    if wrong or math.isnan(value) or value < 0 or (value == 0 and key not in _MAY_BE_ZERO):
         raise UserError(f"{where}: {key} must be {kind} {bound}, got {value!r}")
+    if value and not SMALLEST <= value <= LARGEST:
+        raise UserError(f"{where}: {key} is out of any range: {value!r}")
     return value if whole else float(value)

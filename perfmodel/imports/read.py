@@ -1,12 +1,12 @@
 """Which tool a config file belongs to, and what it says as model, method and setup."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..resources import mapping, parsed, read_json, read_text
 from . import adapter, axolotl, llama_factory, trainer
 from .keys import Keys
 
@@ -60,22 +60,9 @@ def read(path: str | Path) -> Imported:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else _yaml(path, text)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a training config holds keys and values, this holds {type(values).__name__}")
-    return {str(key): value for key, value in values.items()}
-
-
-def _yaml(path: Path, text: str) -> Any:
+    if path.suffix == ".json":
+        return read_json(path)
     import yaml
 
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    values = parsed(read_text(path), yaml.safe_load, "YAML", str(path), yaml.YAMLError)
+    return {str(key): value for key, value in mapping(values, str(path)).items()}

@@ -26,7 +26,7 @@ OPT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
     title="AdaLoRA",
     source="https://arxiv.org/abs/2303.10512; peft/tuners/adalora",
     trains="A, E, B; ranks pruned",
-    adds="lora + loss, scores; masks",
+    adds="lora + loss and scores",
 )
 @dataclass(frozen=True)
 class AdaLora(Targeted):

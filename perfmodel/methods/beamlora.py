@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     "beamlora",
     title="BeamLoRA",
     source="https://arxiv.org/abs/2502.13604",
-    trains="A, B, gate over the ranks",
+    trains="A, B, gate over ranks",
     adds="lora + gate; rank swaps",
 )
 @dataclass(frozen=True)

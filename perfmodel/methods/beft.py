@@ -11,7 +11,13 @@ from .base import Linear, method
 from .targeted import DEFAULT_TARGETS, Targeted
 
 
-@method("beft", title="BEFT", source="https://arxiv.org/abs/2509.15974; peft/tuners/beft/layer.py")
+@method(
+    "beft",
+    title="BEFT",
+    source="https://arxiv.org/abs/2509.15974; peft/tuners/beft/layer.py",
+    trains="a bias of the values",
+    adds="one add",
+)
 @dataclass(frozen=True)
 class Beft(Targeted):
     """y = xWᵀ + b: one trained vector a layer, by default on the values."""

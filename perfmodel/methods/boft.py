@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..errors import UserError
 from ..tape.core import Storage, Tensor
 from ..tape.dims import contiguous_strides, product
 from ..tape.extra import eye, permute
@@ -16,7 +15,13 @@ from .base import Linear, method, option, positive
 from .targeted import Targeted, base_bias
 
 
-@method("boft", title="BOFT", source="https://arxiv.org/abs/2311.06243; peft/tuners/boft/layer.py")
+@method(
+    "boft",
+    title="BOFT",
+    source="https://arxiv.org/abs/2311.06243; peft/tuners/boft/layer.py",
+    trains="rotations, scales",
+    adds="dense R, full GEMM",
+)
 @dataclass(frozen=True)
 class Boft(Targeted):
     """y = s ∘ (xR)Wᵀ: R is block-diagonal and orthogonal, written out as a whole matrix in every forward.
@@ -38,10 +43,7 @@ class Boft(Targeted):
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         size, n_in, n_out = self.block_size, layer.n_in, layer.n_out
-        if n_in % size:
-            raise UserError(
-                f"method {self.name}: block_size {size} does not divide the input width {n_in} of {layer.name}"
-            )
+        self.check_divides(layer, "block_size", "input")
         previous_dtype = x.dtype
         boft_rotation = eye(n_in, previous_dtype)
         boft_scale = fill("ones", (n_out, 1), previous_dtype)

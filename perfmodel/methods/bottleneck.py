@@ -70,7 +70,13 @@ class Bottleneck(Method):
         return linear(x, weight, bias)
 
 
-@method("houlsby", title="Houlsby adapters", source="https://arxiv.org/abs/1902.00751")
+@method(
+    "houlsby",
+    title="Houlsby adapters",
+    source="https://arxiv.org/abs/1902.00751",
+    trains="2 bottlenecks a block",
+    adds="4 thin GEMMs a block",
+)
 @dataclass(frozen=True)
 class Houlsby(Bottleneck):
     """Two adapters a block, behind attention and behind the MLP: x + up(act(down(x))) before the residual sum."""
@@ -83,7 +89,13 @@ class Houlsby(Bottleneck):
         return add(x, self.bottleneck(layer, name, x))
 
 
-@method("pfeiffer", title="Pfeiffer adapters", source="https://arxiv.org/abs/2005.00052")
+@method(
+    "pfeiffer",
+    title="Pfeiffer adapters",
+    source="https://arxiv.org/abs/2005.00052",
+    trains="1 bottleneck a block",
+    adds="2 thin GEMMs a block",
+)
 @dataclass(frozen=True)
 class Pfeiffer(Bottleneck):
     """One adapter a block, behind the MLP: x + up(act(down(h))), h the block's output as it would be without it."""

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..errors import UserError
 from ..tape.core import Tensor
 from ..tape.extra import div
 from ..tape.pointwise import cast
@@ -12,7 +11,13 @@ from .base import Linear, method, option, positive
 from .targeted import Targeted
 
 
-@method("c3a", title="C3A", source="https://arxiv.org/abs/2407.19342; peft/tuners/c3a/layer.py")
+@method(
+    "c3a",
+    title="C3A",
+    source="https://arxiv.org/abs/2407.19342; peft/tuners/c3a/layer.py",
+    trains="circulant blocks",
+    adds="fp32 FFTs",
+)
 @dataclass(frozen=True)
 class C3a(Targeted):
     """y = xWᵀ + w ⊛ x: blocks of features are convolved with trained kernels, in fp32 at the frequencies."""
@@ -30,11 +35,7 @@ class C3a(Targeted):
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         size = self.block_size
-        for side, width in (("input", layer.n_in), ("output", layer.n_out)):
-            if width % size:
-                raise UserError(
-                    f"method {self.name}: block_size {size} does not divide the {side} width {width} of {layer.name}"
-                )
+        self.check_divides(layer, "block_size", "input", "output")
         previous_dtype = x.dtype
         result = layer(x)
         x = cast(x, "fp32")

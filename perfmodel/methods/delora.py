@@ -12,7 +12,13 @@ from .base import Linear, method, option, positive
 from .targeted import Targeted, fraction
 
 
-@method("delora", title="DeLoRA", source="https://arxiv.org/abs/2503.18225; peft/tuners/delora/layer.py")
+@method(
+    "delora",
+    title="DeLoRA",
+    source="https://arxiv.org/abs/2503.18225; peft/tuners/delora/layer.py",
+    trains="A, B, a strength",
+    adds="lora + norms",
+)
 @dataclass(frozen=True)
 class Delora(Targeted):
     """y = xWᵀ + λ/r·((x∘‖W‖)Aᵀ / (‖a‖‖b‖))Bᵀ: directions train apart from their strength λ."""

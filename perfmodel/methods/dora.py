@@ -18,7 +18,7 @@ from .targeted import base_bias, base_weight
     title="DoRA",
     source="https://arxiv.org/abs/2402.09353; peft/tuners/lora/dora.py",
     trains="A, B, row lengths",
-    adds="lora + dense BA, row norms",
+    adds="lora + dense BA, norms",
 )
 @dataclass(frozen=True)
 class Dora(Lora):

@@ -11,12 +11,18 @@ from ..tape.core import Storage, Tensor
 from ..tape.extra import index_put
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, fill, mul
-from ..tape.spectrum import fft, real, to_complex
+from ..tape.spectrum import inverse_fft2, real, to_complex
 from .base import Linear, method, option, positive
 from .targeted import DEFAULT_TARGETS, Targeted
 
 
-@method("fourierft", title="FourierFT", source="https://arxiv.org/abs/2405.03003; peft/tuners/fourierft/layer.py")
+@method(
+    "fourierft",
+    title="FourierFT",
+    source="https://arxiv.org/abs/2405.03003; peft/tuners/fourierft/layer.py",
+    trains="n coefficients",
+    adds="dense FFT, full GEMM",
+)
 @dataclass(frozen=True)
 class FourierFt(Targeted):
     """y = xWᵀ + x·F⁻¹(c)ᵀ: a weight-sized inverse transform of n coefficients in every forward."""
@@ -48,7 +54,7 @@ class FourierFt(Targeted):
         spectrum = layer.adapter("fourierft_spectrum", (self.n,), dtype)
         dense = fill("zeros", (layer.n_out, layer.n_in), "fp32")
         dense = index_put(dense, _row(self.n), _row(self.n), cast(spectrum, "fp32"))
-        return cast(mul(real(fft(to_complex(dense))), 150.0), spectrum.dtype)
+        return cast(mul(real(inverse_fft2(to_complex(dense))), 150.0), spectrum.dtype)
 
 
 def _row(n: Any) -> Tensor:

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     from ..step import Step
 
 
-@method("galore", title="GaLore", source="https://arxiv.org/abs/2403.03507; galore_torch/adamw.py, galore_projector.py")
+@method(
+    "galore",
+    title="GaLore",
+    source="https://arxiv.org/abs/2403.03507; galore_torch/adamw.py, galore_projector.py",
+    trains="every weight",
+    adds="projections; SVDs",
+)
 @dataclass(frozen=True)
 class GaLore(Method):
     """All weights train; AdamW's moments of the targets live in an r-dimensional projection of their gradients.
@@ -92,7 +98,13 @@ class GaLore(Method):
                     _new_projection(p, self.r)
 
 
-@method("fedgalore", title="federated GaLore", source="https://arxiv.org/abs/2410.23111; the step of GaLore")
+@method(
+    "fedgalore",
+    title="federated GaLore",
+    source="https://arxiv.org/abs/2410.23111; the step of GaLore",
+    trains="every weight",
+    adds="as galore; averages",
+)
 @dataclass(frozen=True)
 class FedGaLore(GaLore):
     """GaLore as the local step of federated fine-tuning: clients average their weights every so many steps.

@@ -16,7 +16,13 @@ from .base import Linear, method, option, positive
 from .targeted import Targeted, fraction
 
 
-@method("gralora", title="GraLoRA", source="https://arxiv.org/abs/2505.20355; peft/tuners/gralora/layer.py")
+@method(
+    "gralora",
+    title="GraLoRA",
+    source="https://arxiv.org/abs/2505.20355; peft/tuners/gralora/layer.py",
+    trains="A, B of k x k blocks",
+    adds="batched thin GEMMs",
+)
 @dataclass(frozen=True)
 class Gralora(Targeted):
     """LoRA in k × k blocks of the weight: the first products share their input, the second gather their outputs."""
@@ -40,9 +46,7 @@ class Gralora(Targeted):
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         k, sub = self.k, self.r // self.k
-        for side, width in (("input", layer.n_in), ("output", layer.n_out)):
-            if width % k:
-                raise UserError(f"method {self.name}: k {k} does not divide the {side} width {width} of {layer.name}")
+        self.check_divides(layer, "k", "input", "output")
         previous_dtype = x.dtype
         result = layer(x)
         result_dtype = result.dtype

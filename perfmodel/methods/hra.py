@@ -15,7 +15,13 @@ from .base import Linear, method, option, positive
 from .targeted import Targeted, base_bias, base_weight
 
 
-@method("hra", title="HRA", source="https://arxiv.org/abs/2405.17484; peft/tuners/hra/layer.py")
+@method(
+    "hra",
+    title="HRA",
+    source="https://arxiv.org/abs/2405.17484; peft/tuners/hra/layer.py",
+    trains="r reflections",
+    adds="dense H, full GEMM",
+)
 @dataclass(frozen=True)
 class Hra(Targeted):
     """y = x(W·H₁…H_r)ᵀ + b, Hᵢ = I - 2uᵢuᵢᵀ: r passes over an (n_in, n_in) matrix, then a weight-sized product."""

@@ -25,7 +25,7 @@ class RsLora(Lora):
     title="PiSSA",
     source="https://arxiv.org/abs/2404.02948; peft/tuners/lora/layer.py (pissa_init)",
     trains="A, B",
-    adds="as lora; SVD at the start",
+    adds="as lora; SVD at start",
 )
 @dataclass(frozen=True)
 class Pissa(Lora):

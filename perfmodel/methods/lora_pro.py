@@ -7,7 +7,13 @@ from .base import method
 from .lora import Lora
 
 
-@method("lora_pro", title="LoRA-Pro", source="https://arxiv.org/abs/2407.18242; mrflogs/LoRA-Pro, stage_1_and_2.py")
+@method(
+    "lora_pro",
+    title="LoRA-Pro",
+    source="https://arxiv.org/abs/2407.18242; mrflogs/LoRA-Pro, stage_1_and_2.py",
+    trains="A, B",
+    adds="lora + solves a pair",
+)
 @dataclass(frozen=True)
 class LoraPro(Lora):
     """LoRA whose optimizer is Adam on the m x n gradient that A and B make together, projected back on them.

@@ -7,7 +7,13 @@ from .base import method
 from .lora import Lora
 
 
-@method("lora_rite", title="LoRA-RITE", source="https://arxiv.org/abs/2410.20625; gkevinyen5418/LoRA-RITE")
+@method(
+    "lora_rite",
+    title="LoRA-RITE",
+    source="https://arxiv.org/abs/2410.20625; gkevinyen5418/LoRA-RITE",
+    trains="A, B",
+    adds="lora + QRs a pair",
+)
 @dataclass(frozen=True)
 class LoraRite(Lora):
     """LoRA with a matrix-preconditioned optimizer: QR, pseudo-inverses and eigenvalues of r x r matrices every step.

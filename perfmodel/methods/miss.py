@@ -20,7 +20,7 @@ from .targeted import Targeted, fraction
     "miss",
     title="MiSS",
     source="https://arxiv.org/abs/2409.15371; peft/tuners/miss/layer.py",
-    trains="one matrix for all shards",
+    trains="a matrix for all shards",
     adds="sum of shards, thin GEMM",
 )
 @dataclass(frozen=True)

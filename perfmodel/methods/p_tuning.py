@@ -13,7 +13,13 @@ from .base import Scope, method, option, positive
 from .virtual import SoftPrompt
 
 
-@method("p_tuning", title="P-tuning", source="https://arxiv.org/abs/2103.10385; peft/tuners/p_tuning/model.py")
+@method(
+    "p_tuning",
+    title="P-tuning",
+    source="https://arxiv.org/abs/2103.10385; peft/tuners/p_tuning/model.py",
+    trains="an encoder of prompts",
+    adds="longer text, an MLP",
+)
 @dataclass(frozen=True)
 class PTuning(SoftPrompt):
     """Prompt tuning whose embeddings come from a trained MLP of three layers over trained vectors."""

@@ -19,6 +19,8 @@ from .virtual import VirtualTokens
     "prefix_tuning",
     title="prefix tuning",
     source="https://arxiv.org/abs/2101.00190; peft/tuners/prefix_tuning/model.py",
+    trains="keys, values of a prefix",
+    adds="longer attention",
 )
 @dataclass(frozen=True)
 class PrefixTuning(VirtualTokens):

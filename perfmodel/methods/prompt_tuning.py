@@ -12,6 +12,8 @@ from .virtual import SoftPrompt
     "prompt_tuning",
     title="prompt tuning",
     source="https://arxiv.org/abs/2104.08691; peft/tuners/prompt_tuning/model.py",
+    trains="prompt embeddings",
+    adds="longer text",
 )
 @dataclass(frozen=True)
 class PromptTuning(SoftPrompt):

@@ -17,7 +17,13 @@ from .base import Linear, method, option
 from .lora import Lora
 
 
-@method("qlora", title="QLoRA", source="https://arxiv.org/abs/2305.14314; peft/tuners/lora/bnb.py")
+@method(
+    "qlora",
+    title="QLoRA",
+    source="https://arxiv.org/abs/2305.14314; peft/tuners/lora/bnb.py",
+    trains="A, B",
+    adds="lora + dequantisation",
+)
 @dataclass(frozen=True)
 class QLora(Lora):
     """LoRA on a base in 4-bit NormalFloat, which is dequantised in forward, in backward and in every recompute."""

@@ -15,7 +15,13 @@ from .base import Linear, method, option, positive
 from .targeted import Targeted, fraction
 
 
-@method("randlora", title="RandLoRA", source="https://arxiv.org/abs/2502.00987; peft/tuners/randlora/layer.py")
+@method(
+    "randlora",
+    title="RandLoRA",
+    source="https://arxiv.org/abs/2502.00987; peft/tuners/randlora/layer.py",
+    trains="diagonals",
+    adds="thin frozen GEMMs, sums",
+)
 @dataclass(frozen=True)
 class RandLora(Targeted):
     """y = xWᵀ + Σ B_j Λ_j A Γ_j x: as many bases of rank r as make a full-rank update; only diagonals train."""

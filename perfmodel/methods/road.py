@@ -17,7 +17,13 @@ from .targeted import Targeted
 VARIANTS = ("road_1", "road_2", "road_4")
 
 
-@method("road", title="RoAd", source="https://arxiv.org/abs/2409.00119; peft/tuners/road/layer.py")
+@method(
+    "road",
+    title="RoAd",
+    source="https://arxiv.org/abs/2409.00119; peft/tuners/road/layer.py",
+    trains="angles of the outputs",
+    adds="elementwise products",
+)
 @dataclass(frozen=True)
 class Road(Targeted):
     """The output's features are rotated in pairs by trained angles: activations only, no product."""
@@ -40,10 +46,7 @@ class Road(Targeted):
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         n_out, half = layer.n_out, self.group_size // 2
-        if n_out % self.group_size:
-            raise UserError(
-                f"method {self.name}: group_size {self.group_size} does not divide the output width of {layer.name}"
-            )
+        self.check_divides(layer, "group_size", "output")
         result = layer(x)
         result_dtype = result.dtype
         result = cast(result, dtype)

@@ -118,6 +118,18 @@ class Targeted(Method):
         if np.any(np.greater(r, width)):
             raise UserError(f"method {self.name}: rank {np.max(r)} exceeds the width {width} of {layer.name}")
 
+    def check_divides(self, layer: Linear, option: str, *sides: str) -> None:
+        """Raise `UserError` where a size does not divide a width of the layer: its "input", its "output" or both."""
+        size = getattr(self, option)
+        for side in sides:
+            width = layer.n_in if side == "input" else layer.n_out
+            if width % size:
+                below = next(d for d in range(size, 0, -1) if width % d == 0)
+                raise UserError(
+                    f"method {self.name}: {option} {size} does not divide the {side} width {width} of {layer.name}; "
+                    f"{below} does"
+                )
+
 
 def check_targets(method: str, targets: Sequence[str], architecture: Architecture) -> None:
     """Raise `UserError` where a target matches no linear layer of the architecture."""

@@ -14,7 +14,13 @@ from ..tape.pointwise import cast
 from .base import Method, Scope, method, option, positive
 
 
-@method("trainable_tokens", title="trainable tokens", source="peft/tuners/trainable_tokens/layer.py")
+@method(
+    "trainable_tokens",
+    title="trainable tokens",
+    source="peft/tuners/trainable_tokens/layer.py",
+    trains="rows of the embedding",
+    adds="a copy of the table",
+)
 @dataclass(frozen=True)
 class TrainableTokens(Method):
     """A few rows of the embedding train; every use of it copies the whole table to put them in."""

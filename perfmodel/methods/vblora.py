@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..errors import UserError
 from ..tape.core import Tensor
 from ..tape.extra import sum_dim
 from ..tape.gather import any_infinite, rows_of, top_values
@@ -18,7 +17,13 @@ from .shared import SharedWeights
 from .targeted import DEFAULT_TARGETS, fraction
 
 
-@method("vblora", title="VB-LoRA", source="https://arxiv.org/abs/2405.15179; peft/tuners/vblora/layer.py")
+@method(
+    "vblora",
+    title="VB-LoRA",
+    source="https://arxiv.org/abs/2405.15179; peft/tuners/vblora/layer.py",
+    trains="vector bank, logits",
+    adds="lora + topk, gathers",
+)
 @dataclass(frozen=True)
 class VbLora(SharedWeights):
     """LoRA whose A and B are put together from the top-k vectors of a shared bank, chosen by trained logits."""
@@ -53,11 +58,7 @@ class VbLora(SharedWeights):
 
     def _matrices(self, layer: Linear, dtype: str) -> tuple[Tensor, Tensor]:
         """`_get_lora_matrices`: A (r, n_in) and B (n_out, r); whether a logit is infinite is asked every time."""
-        for side, width in (("input", layer.n_in), ("output", layer.n_out)):
-            if width % self.length:
-                raise UserError(
-                    f"method {self.name}: length {self.length} does not divide the {side} width {width} of {layer.name}"
-                )
+        self.check_divides(layer, "length", "input", "output")
         logits_a = layer.adapter("vblora_logits_A", (self.r, layer.n_in // self.length, self.vectors), dtype)
         logits_b = layer.adapter("vblora_logits_B", (layer.n_out // self.length, self.r, self.vectors), dtype)
         any_infinite(select(select(logits_a, 0), 0))

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.markup import escape
 
 from ..advise import Advice, Candidate, Change
 from ..advise import Progress as Report
 from . import units
+from .progress import progress
 from .terminal import console, table
 
 SHOWN = 8  # changes and candidates in a table
@@ -18,8 +18,7 @@ WORTH = 0.005  # of the step: smaller gains are not worth a line
 @contextmanager
 def searching() -> Iterator[Report]:
     """A progress bar over the methods of a search."""
-    columns = (TextColumn("{task.description}"), BarColumn())
-    with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
+    with progress(counted=False) as bar:
         task = bar.add_task("searching")
         yield lambda done, total, name: bar.update(task, completed=done, total=total, description=name)
 
@@ -28,8 +27,9 @@ def show_advice(a: Advice) -> None:
     """The answer in a sentence, the way there, each change by itself, and time against memory."""
     s, p = a.start, a.start.prediction
     console.print(
-        f"[bold]{p.method}[/] on [bold]{p.model}[/], {p.device}, {p.setup.batch * p.setup.grad_accum} samples of "
-        f"{p.setup.seq} tokens a step: {units.seconds(s.seconds)}, {units.nbytes(s.peak)}"
+        f"[bold]{escape(p.method)}[/] on [bold]{escape(p.model)}[/], {escape(p.device)}, "
+        f"{p.setup.batch * p.setup.grad_accum} samples of {p.setup.seq} tokens a step: "
+        f"{units.seconds(s.seconds)}, {units.nbytes(s.peak)}"
         f"{'' if s.fits else ', [red]which does not fit[/]'}"
     )
     if a.best is None:
@@ -41,7 +41,7 @@ def show_advice(a: Advice) -> None:
         what = "faster" if ratio >= 1 else "the speed, but it fits"
         console.print(
             f"[bold]{ratio:.2f}x {what}: {units.seconds(a.best.seconds)}, {units.nbytes(a.best.peak)}, "
-            f"with {_listed(a.best.changes)}[/]\n"
+            f"with {escape(_listed(a.best.changes))}[/]\n"
         )
         console.print(table("", ("one change after another", "step", "", "peak"), map(_after, a.path)))
     gains = [c for c in a.alone if c.seconds < -WORTH * s.seconds]
@@ -76,7 +76,5 @@ def _after(c: Change) -> list[str]:
 
 
 def _candidate(c: Candidate) -> list[str]:
-    method = c.prediction.method
-    changes = [change for change in c.changes if not method.startswith(change)]
-    what = ": ".join(filter(None, (method, ", ".join(changes))))
+    what = ", ".join(c.changes) or "as you are"
     return [units.seconds(c.seconds), units.nbytes(c.peak), units.count(c.prediction.trainable_params), what]

@@ -76,8 +76,12 @@ def _panel(axes: Any, planned: Sweep, speedup: np.ndarray, fits: np.ndarray) -> 
     if speedup.min() < 1 < speedup.max():
         axes.contour(planned.seq, planned.batch, speedup, levels=[1.0], colors="black", linewidths=1.6)
     if not fits.all():
-        too_big = axes.pcolor(x, y, np.ma.masked_array(speedup, fits), hatch="////", linewidth=0)
-        too_big.set(array=None, facecolor="none", edgecolor="0.15")
+        from matplotlib.collections import PolyCollection
+
+        corners = _corners(x, y)[~fits.astype(bool)]
+        axes.add_collection(
+            PolyCollection(corners, hatch="////", linewidth=0, facecolor="none", edgecolor="0.35"), autolim=False
+        )
     if speedup.size <= MOST_NUMBERS:
         for i, batch in enumerate(planned.batch):
             for j, seq in enumerate(planned.seq):
@@ -109,6 +113,13 @@ def _edges(values: np.ndarray) -> np.ndarray:
     middle = (scaled[1:] + scaled[:-1]) / 2
     edges = np.concatenate([[2 * scaled[0] - middle[0]], middle, [2 * scaled[-1] - middle[-1]]])
     return np.exp(edges) if _is_wide(values) else edges
+
+
+def _corners(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The corners of every cell between the borders, (rows, columns, 4, 2)."""
+    left, bottom = np.meshgrid(x[:-1], y[:-1])
+    right, top = np.meshgrid(x[1:], y[1:])
+    return np.stack([left, bottom, right, bottom, right, top, left, top], axis=-1).reshape(*left.shape, 4, 2)
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -44,7 +44,7 @@ def report(
     Other arguments and errors are those of `compare`; the setup must be a single one.
     """
     on = profile.load(device) if isinstance(device, str) else device
-    by = hosts.load(host) if isinstance(host, str) else host
+    by = hosts.resolve(host, on)
     c = compare(model, methods, setup, on, host=by, **options)
     base, *others = c.predictions
     explained = [of_predictions(base, p, on, by, axes) for p in others]
@@ -75,8 +75,8 @@ def fastest(explained: list[Explanation]) -> Explanation:
     return min(fitting, key=lambda e: float(e.b.time.phases["total"]))
 
 
-def render(context: dict[str, Any]) -> str:
-    """The page of a context.
+def render(context: dict[str, Any], template: Path = FOLDER / "page.html.j2") -> str:
+    """The page of a context; templates of other folders find those of this one.
 
     Raises:
         UserError: Jinja2 is not installed.
@@ -93,10 +93,13 @@ def render(context: dict[str, Any]) -> str:
         return value if isinstance(value, Markup) or not isinstance(value, str) else escape(typeset(value))
 
     environment = Environment(
-        loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, finalize=finalize
+        loader=FileSystemLoader([template.parent, FOLDER]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=finalize,
     )
     context = {k: _markup(v, Markup) for k, v in context.items()} | {"command": escape(context["command"])}
-    return environment.get_template("page.html.j2").render(**context, style=Markup(style()))
+    return environment.get_template(template.name).render(**context, style=Markup(style()))
 
 
 def _markup(value: Any, markup: Any) -> Any:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
 
 from ..sweep import Columns, Sweep
 from . import units
 from .files import records, rows_to
+from .progress import progress
 from .terminal import console, table
 
 Key = tuple[str, str]  # device, method as one gives it to predict
@@ -83,7 +83,7 @@ def run(planned: Sweep, *, output: Path | None, keep_rows: bool, plot: Path | No
     small = plot is not None or (len(planned.batch) <= MATRIX[0] and len(planned.seq) <= MATRIX[1])
     with ExitStack() as stack:
         write = stack.enter_context(rows_to(output)) if output else None
-        bar = stack.enter_context(_progress())
+        bar = stack.enter_context(progress())
         task = bar.add_task("setups", total=len(planned))
         for columns in planned.blocks():
             _summarise(outcome, columns, keep_speedups=small)
@@ -95,11 +95,6 @@ def run(planned: Sweep, *, output: Path | None, keep_rows: bool, plot: Path | No
     if plot:
         heatmap.draw(planned, outcome.speedups, plot)
     return outcome
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, transient=True, console=Console(stderr=True))
 
 
 def _summarise(outcome: Outcome, columns: Columns, *, keep_speedups: bool) -> None:
@@ -121,23 +116,23 @@ def plane(planned: Sweep, blocks: list[Columns], name: str) -> np.ndarray:
 def show_summary(planned: Sweep, outcome: Outcome) -> None:
     """Where each method pays, the best setup of each, and the speed-ups themselves where the grid is small."""
     console.print(
-        f"[bold]{planned.model}[/]: {len(planned):,} setups, {_span('batch', planned.batch)}, "
-        f"{_span('seq', planned.seq)}; speed-up over {outcome.baseline}\n"
+        f"[bold]{escape(planned.model)}[/]: {len(planned):,} setups, {_span('batch', planned.batch)}, "
+        f"{_span('seq', planned.seq)}; speed-up over {escape(outcome.baseline)}\n"
     )
     columns = ("", "faster", "slower", "speed-up", "fits", "tok/s", "at best")
     for on in planned.devices:
         rows = [_row(m, s, outcome) for (d, m), s in outcome.summaries.items() if d == on.slug]
-        console.print(f"on [bold]{on.slug}[/]")
+        console.print(f"on [bold]{escape(on.slug)}[/]")
         console.print(table("", columns, rows))
         console.print()
     if len(planned.batch) <= MATRIX[0] and len(planned.seq) <= MATRIX[1]:
         for (device, method), blocks in outcome.speedups.items():
             if method != outcome.baseline:
-                console.print(f"[bold]{method}[/] on [bold]{device}[/]: speed-up (* does not fit)")
+                console.print(f"[bold]{escape(method)}[/] on [bold]{escape(device)}[/]: speed-up (* does not fit)")
                 console.print(_matrix(planned, blocks))
                 console.print()
     if outcome.output:
-        console.print(f"{len(planned):,} rows in {outcome.output}")
+        console.print(f"{len(planned):,} rows in {escape(str(outcome.output))}")
 
 
 def _row(method: str, s: Summary, outcome: Outcome) -> list[str]:

@@ -131,9 +131,6 @@ def show_comparison(c: Comparison) -> None:
         for cost in p.periodic:
             console.print(f"{escape(p.method)}, {periodic_line(cost)}")
     console.print(f"[dim]* best of those that fit; {mfu_of(c.predictions[0])}[/]")
-    for p in c.predictions:
-        for cost in p.periodic:
-            console.print(f"{p.method}, {periodic_line(cost)}")
     notes(dict.fromkeys(note for p in c.predictions for note in p.notes))
 
 

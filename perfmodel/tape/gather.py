@@ -41,7 +41,7 @@ def _rows_of_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (indices,) = grads, node.unpack()
     assert g is not None
     zeros = emit("new_zeros", (g,), node.attrs[0], g.dtype)
-    return (emit("index_put", (zeros, indices, g), zeros.shape, g.dtype),)
+    return (emit("index_put", (zeros, indices, g), zeros.shape, g.dtype, attrs=("accumulate",)),)
 
 
 def vector_norm(x: Tensor, dim: int) -> Tensor:

@@ -30,7 +30,8 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     node = differentiate("MmBackward0", (a, b), _mm_backward, columns)
     if node:
         node.save(a if node.needs[1] else None, b if node.needs[0] else None)
-    return emit("mm", (a, b), (a.shape[0], b.shape[1]), a.dtype, node=node, attrs=(_layout(*columns),))
+    attrs = (_layout(*columns), *_copied(a, b))
+    return emit("mm", (a, b), (a.shape[0], b.shape[1]), a.dtype, node=node, attrs=attrs)
 
 
 def _layout(a_columns: bool, b_columns: bool) -> str:
@@ -40,6 +41,11 @@ def _layout(a_columns: bool, b_columns: bool) -> str:
 
 def _column_major(x: Tensor) -> bool:
     return same(x.strides[0], 1) and same(x.strides[1], x.shape[0])
+
+
+def _copied(*operands: Tensor) -> tuple[str, ...]:
+    """Operands of which neither of the last two dims is contiguous: the call copies them before it asks cuBLAS."""
+    return tuple(f"copied:{i}" for i, x in enumerate(operands) if not any(same(s, 1) for s in x.strides[-2:]))
 
 
 def _mm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
@@ -84,7 +90,8 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
     node = differentiate("BmmBackward0", (a, b), _bmm_backward)
     if node:
         node.save(a if node.needs[1] else None, b if node.needs[0] else None)
-    return emit("bmm", (a, b), (a.shape[0], a.shape[1], b.shape[2]), a.dtype, node=node)
+    shape = (a.shape[0], a.shape[1], b.shape[2])
+    return emit("bmm", (a, b), shape, a.dtype, node=node, attrs=_copied(a, b))
 
 
 def _bmm_backward(node: Node, grads: Sequence[Grad]) -> Grads:

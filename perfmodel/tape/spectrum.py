@@ -1,6 +1,7 @@
 """Complex tensors and Fourier transforms (ATen/native/SpectralOps.cpp), with what their gradients run."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from .autograd import Grads, Node, differentiate
 from .core import Tensor, emit, tape
@@ -24,20 +25,35 @@ def _real_part_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 
 def fft(x: Tensor) -> Tensor:
-    """`torch.fft.fft`, `ifft`, `ifft2` of a complex tensor: one call, whatever the dims; backward is another."""
-    node = differentiate("FftC2CBackward0", (x,), _fft_backward)
-    return emit("_fft_c2c", (x,), x.shape, "c64", node=node)
+    """`torch.fft.fft` of a complex tensor."""
+    return _transform(x, (1,))
 
 
-def _fft_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+def inverse_fft2(x: Tensor) -> Tensor:
+    """`torch.fft.ifft2` of a complex tensor: over the last two dims, the result scaled."""
+    return _transform(x, (2, "scaled"))
+
+
+def _transform(x: Tensor, attrs: tuple[Any, ...]) -> Tensor:
+    """One call, whatever the dims; backward is another that scales as this one does. `attrs`: see `costs`."""
+    node = differentiate("FftC2CBackward0", (x,), _transform_backward, attrs)
+    return emit("_fft_c2c", (x,), x.shape, "c64", node=node, attrs=attrs)
+
+
+def _transform_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,) = grads
     assert g is not None
-    return (emit("_fft_c2c", (g,), g.shape, "c64"),)
+    return (emit("_fft_c2c", (g,), g.shape, "c64", attrs=node.attrs),)
 
 
 def fft_of_real(x: Tensor) -> Tensor:
-    """`torch.fft.fft` and `ifft` of a real tensor (the latter conjugates lazily); nothing differentiates it."""
-    return emit("_fft_r2c", (x,), x.shape, "c64")
+    """`torch.fft.fft` of a real tensor; nothing differentiates it."""
+    return emit("_fft_r2c", (x,), x.shape, "c64", attrs=(1,))
+
+
+def inverse_fft_of_real(x: Tensor) -> Tensor:
+    """`torch.fft.ifft` of a real tensor: the same transform scaled, conjugated lazily."""
+    return emit("_fft_r2c", (x,), x.shape, "c64", attrs=(1, "scaled"))
 
 
 def real(x: Tensor) -> Tensor:
@@ -73,7 +89,7 @@ def block_circular_convolution(x: Tensor, w: Tensor) -> Tensor:
     node = differentiate("BlockCircularConvolutionBackward", (x, w), _convolution_backward)
     with tape().no_grad():
         x = reshape(x, (*x.shape[:-1], n, k))
-        out = real(fft(per_frequency(fft_of_real(x), fft_of_real(w))))
+        out = real(fft(per_frequency(inverse_fft_of_real(x), fft_of_real(w))))
         out = reshape(out, (*x.shape[:-2], m * k))
     if node:
         node.save(x, w)
@@ -86,6 +102,6 @@ def _convolution_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     assert g is not None
     m, n, k = w.shape
     spectrum = fft_of_real(reshape(g, (*g.shape[:-1], m, k)))
-    grad_x = real(fft(per_frequency_transposed(spectrum, fft_of_real(w))))
+    grad_x = real(fft(per_frequency_transposed(spectrum, inverse_fft_of_real(w))))
     grad_x = reshape(grad_x, (*grad_x.shape[:-2], n * k))
-    return grad_x, real(fft(per_frequency_outer(spectrum, fft_of_real(x))))
+    return grad_x, real(fft(per_frequency_outer(spectrum, inverse_fft_of_real(x))))

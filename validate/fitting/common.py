@@ -10,17 +10,19 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from perfmodel.devices import toml
 from perfmodel.devices.attention import AttentionParameters
+from perfmodel.devices.cpu import CpuAttentionParameters, CpuGemmParameters, CpuStreamParameters
 from perfmodel.devices.gemm import GemmParameters
 from perfmodel.devices.hardware import Hardware
 from perfmodel.devices.pointwise import PointwiseParameters
 from perfmodel.devices.profile import DEVICES
 from perfmodel.errors import UserError
+from perfmodel.resources import read_toml
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-Parameters = GemmParameters | AttentionParameters | PointwiseParameters
+OfGpu = GemmParameters | AttentionParameters | PointwiseParameters
+Parameters = OfGpu | CpuGemmParameters | CpuAttentionParameters | CpuStreamParameters
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Fit:
 
 def hardware(slug: str) -> Hardware:
     """Datasheet figures of a bundled device."""
-    return Hardware(**toml.read(DEVICES / f"{slug}.toml")["datasheet"])
+    return Hardware(**read_toml(DEVICES / f"{slug}.toml")["datasheet"])
 
 
 def table(folder: Path, name: str) -> pd.DataFrame:

@@ -45,8 +45,7 @@ def block_text(name: str, fit: Fit, date: str) -> str:
         lines.append(f"{f.name} = {_value(value)}")
     lines += ["", f"[{name}.residuals]", *(f"{k} = {_value(v)}" for k, v in fit.errors.rounded().items())]
     for key, errors in fit.slices.items():
-        inside = ", ".join(f"{k} = {_value(v)}" for k, v in errors.rounded().items())
-        lines.append(f"{_key(key)} = {{ {inside} }}")
+        lines.append(f"{_key(key)} = {_value(errors.rounded())}")
     return "\n".join(lines) + "\n"
 
 
@@ -64,6 +63,8 @@ def _value(value: object) -> str:
     if isinstance(value, float):
         text = f"{value:.4g}"
         return text if any(c in text for c in ".en") else text + ".0"
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_key(str(k))} = {_value(v)}" for k, v in value.items()) + " }"
     if isinstance(value, tuple):
         return "[" + ", ".join(_value(v) for v in value) + "]"
     raise TypeError(f"no TOML value for {value!r}")

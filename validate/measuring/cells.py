@@ -7,7 +7,6 @@ A grid is a TOML file. `[models.NAME]` holds a config.json inline, any other mod
 import hashlib
 import json
 import random
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from perfmodel import architectures, methods
 from perfmodel.architectures import Config
 from perfmodel.errors import UserError, nearest
 from perfmodel.predict import with_options
-from perfmodel.resources import DATA
+from perfmodel.resources import DATA, is_file, read_toml
 from perfmodel.setup import Setup
 
 GRIDS = DATA / "grids"
@@ -37,11 +36,28 @@ class Cell:
     @property
     def id(self) -> str:
         """A readable name that no other program has: model, method, what differs from the usual setup, a digest."""
-        usual = Setup().as_dict()
-        options = [f"{k}={v}" for k, v in self.setup.as_dict().items() if k in ("dtype",) or v != usual[k]]
         text = json.dumps([self.config.values, self.method, self.setup.as_dict()], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        return f"{self.config.name} {self.method} {' '.join(options)} {digest}"
+        return f"{self.name} {digest}"
+
+    @property
+    def name(self) -> str:
+        """The id without its digest, for people."""
+        return f"{self.config.name} {self.method} {self._options(('dtype',))}"
+
+    @property
+    def place(self) -> str:
+        """Model and setup in words: what all methods of a group share."""
+        return f"{self.config.name} {self._options(('batch', 'seq', 'dtype'))}"
+
+    def _options(self, always: Sequence[str]) -> str:
+        usual = Setup().as_dict()
+        return " ".join(f"{k}={v}" for k, v in self.setup.as_dict().items() if k in always or v != usual[k])
+
+    @property
+    def group(self) -> str:
+        """What all methods in one setup of one model share; a speed-up is taken within it."""
+        return json.dumps([self.config.values, self.setup.as_dict()], sort_keys=True)
 
     def as_dict(self) -> dict[str, Any]:
         """The cell as plain values, whole: a record needs no grid file beside it."""
@@ -52,9 +68,13 @@ class Cell:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Cell":
-        """The cell that `as_dict` wrote."""
+        """The cell that `as_dict` wrote.
+
+        Raises:
+            UserError: an option that no setup has, or a value that it cannot take.
+        """
         config = Config(values["config"], values["model"], values["model"])
-        return cls(config, values["method"], Setup(**values["setup"]))
+        return cls(config, values["method"], with_options(None, values["setup"]))
 
 
 @dataclass(frozen=True)
@@ -83,13 +103,9 @@ def load(grid: str, device: str) -> Grid:
         UserError: unknown grid, broken TOML, a model, method or setup that does not exist or does not fit.
     """
     path = GRIDS / f"{device}-{grid}.toml" if grid in SIZES else Path(grid)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"unknown grid {grid!r}: {nearest(grid, SIZES)} (or give the path of a TOML file)")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: not a valid grid file ({error})") from None
-    return parse(table, path.stem, str(path))
+    return parse(read_toml(path), path.stem, str(path))
 
 
 def parse(table: dict[str, Any], name: str, where: str) -> Grid:

@@ -1,9 +1,9 @@
 """Seconds by phase of a training step.
 
 CPU: with one thread, the CPU time of the thread that trains, which the machine's other work cannot lengthen; with more,
-the clock on the wall (threads that wait for each other spin, so their CPU time says nothing). CUDA: events in the
-stream, so that a phase's time is what it adds to the device's clock; the step's time is taken on the wall between two
-synchronisations.
+or with several processes, the clock on the wall (threads that wait for each other spin, processes sleep). CUDA: events
+in the stream, so that a phase's time is what it adds to the device's clock; the step's time is taken on the wall
+between two synchronisations.
 """
 
 import time
@@ -33,9 +33,9 @@ class Clock(Protocol):
 class CpuClock:
     """Laps on the host's clock."""
 
-    def __init__(self, threads: int) -> None:
-        self.kind = THREAD if threads == 1 else WALL
-        self.now: Callable[[], float] = time.thread_time if threads == 1 else time.perf_counter
+    def __init__(self, *, alone: bool) -> None:
+        self.kind = THREAD if alone else WALL
+        self.now: Callable[[], float] = time.thread_time if alone else time.perf_counter
 
     def start(self) -> None:
         """The step begins."""
@@ -85,6 +85,6 @@ class CudaClock:
         return event
 
 
-def clock_for(device: str, threads: int) -> Clock:
-    """The clock of a kind of device."""
-    return CudaClock() if device == "cuda" else CpuClock(threads)
+def clock_for(device: str, *, alone: bool) -> Clock:
+    """The clock of a kind of device; on a CPU, whether one thread does all the work."""
+    return CudaClock() if device == "cuda" else CpuClock(alone=alone)

@@ -1,5 +1,7 @@
 """Where and with what a measurement ran: device, driver, clocks, software, threads, host."""
 
+import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -8,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from .allocator import KEPT, possible
 
 SOFTWARE = ("torch", "transformers", "peft", "numpy", "perfmodel")
 VARIABLES = (  # beginnings of the names of environment variables that change how steps run
@@ -26,9 +30,11 @@ def describe(device: str, threads: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         "device": device,
         "host": {
-            "cpu": cpu_name(), "cores": os.cpu_count(), "threads": threads, "caches": caches(), "isa": isa(),
+            "cpu": cpu_name(), "clock_hz": clock_hz(), "cores": os.cpu_count(), "threads": threads,
+            "caches": caches(), "isa": isa(),
             "memory_bytes": memory_bytes(), "system": platform.platform(), "python": platform.python_version(),
             "libc": " ".join(platform.libc_ver()), "huge_pages": _read(HUGE_PAGES), "load": _load(),
+            "malloc": KEPT if device == "cpu" and possible() else "as it is",
             "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)},
         },
         "software": {name: v for name in SOFTWARE if (v := _version(name))},
@@ -42,12 +48,28 @@ def describe(device: str, threads: int) -> dict[str, Any]:
     return found
 
 
+def identity(found: dict[str, Any]) -> str:
+    """The id of an environment, the same whatever the load."""
+    text = json.dumps({**found, "host": {**found["host"], "load": None}}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
 def cpu_name() -> str:
     """The processor's name as the system tells it."""
     for line in _lines(Path("/proc/cpuinfo")):
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def clock_hz() -> float | None:
+    """The highest clock of the first core, or what it runs at where the system knows no highest one."""
+    if highest := _read(Path("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq")):
+        return float(highest) * 1e3
+    for line in _lines(Path("/proc/cpuinfo")):
+        if line.startswith("cpu MHz"):
+            return float(line.partition(":")[2]) * 1e6
+    return None
 
 
 def isa() -> list[str]:

@@ -5,33 +5,41 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from perfmodel import methods, optimizers
 from perfmodel.architectures import from_config
 
-from .. import models
+from .. import models, updates
 from ..trace import TORCH_DTYPES
-from ..updates import make_optimizer
 from .cells import Cell
+from .team import Team, wrap
 
 Around = Callable[[str], AbstractContextManager[Any]]  # what surrounds the work of a phase
 
 
 class Program:
-    """A cell's model with random weights, its optimizer and one dense batch of random tokens, on a device."""
+    """A cell's model with random weights, its optimizer and one dense batch of random tokens, on a device.
 
-    def __init__(self, cell: Cell, device: str) -> None:
+    With a team, the share of it that this process trains.
+    """
+
+    def __init__(self, cell: Cell, device: str, team: Team | None = None) -> None:
         self.setup, self.device = cell.setup, device
         architecture = from_config(cell.config)
+        method = methods.parse(cell.method).bind(architecture)
         torch.manual_seed(0)
         base = models.build(cell.config, cell.setup, device=device)
-        self.model: Any = models.apply(base, methods.parse(cell.method).bind(architecture), architecture)
+        self.model: Any = models.apply(base, method, architecture)
         self.model.train()
         if self.setup.checkpoint != "none":
             options = {"use_reentrant": self.setup.checkpoint == "block-reentrant"}
             self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        if team:
+            self.model = wrap(self.model, team, architecture, device)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.update = make_optimizer(self.trained, optimizers.resolve(self.setup.optimizer, device))
+        form = optimizers.resolve(self.setup.optimizer, device)
+        self.update = updates.make(self.model, form, method)
         shape = (int(self.setup.batch), int(self.setup.seq))
         self.ids = torch.randint(architecture.vocab, shape, device=device)
         self.attention = torch.ones_like(self.ids)
@@ -58,13 +66,13 @@ class Program:
         """Tensors that live between two steps: parameters, buffers, optimizer state, the batch."""
         yield from self.model.parameters()
         yield from self.model.buffers()
-        for state in self.update.state.values():
-            yield from (t for t in state.values() if isinstance(t, torch.Tensor))
+        yield from updates.held(self.update)
         yield from (self.ids, self.attention)
 
     def held_bytes(self) -> int:
         """Bytes of the distinct blocks of memory behind `held` that lie on the device."""
-        blocks = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.held() if self._here(t)}
+        local = (t.to_local() if isinstance(t, DTensor) else t for t in self.held())
+        blocks = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local if self._here(t)}
         return sum(blocks.values())
 
     def _here(self, t: torch.Tensor) -> bool:

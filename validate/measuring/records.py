@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from perfmodel.errors import UserError
+from perfmodel.errors import UserError, nearest
+from perfmodel.resources import parsed, read_text
+from perfmodel.step import PHASES
 
 SCHEMA = 1
 Record = dict[str, Any]
@@ -23,34 +25,72 @@ def read(path: Path) -> list[Record]:
     Raises:
         UserError: the file is missing, or a line is not a record of a known schema.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
     records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error})") from None
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        record = parsed(line, json.loads, "JSON", f"{path}, line {number}")
         if not isinstance(record, dict) or record.get("schema") != SCHEMA:
             raise UserError(f"{path}, line {number}: not a record of schema {SCHEMA}")
+        _whole(record, f"{path}, line {number}")
         records.append(record)
     return records
 
 
-def append(path: Path, record: Record) -> None:
-    """Add a record; on return it is on disk.
+FORMS: dict[str, dict[str, type]] = {  # kind -> what such a record must hold
+    "environment": {"id": str, "device": str, "host": dict},
+    "visit": {"id": str, "round": int, "environment": str, "cell": dict, "status": str},
+    "cell": {"model": str, "config": dict, "method": str, "setup": dict},
+    "ok": {"seconds": dict, "memory": dict},
+    "microbench": {"case": dict, "seconds": dict},
+}
+KINDS = ("environment", "visit", "microbench")
+STOPPED = ("ok", "oom", "error")  # how a visit ends
+
+
+def _whole(record: Record, where: str) -> None:
+    kind = record.get("kind")
+    if kind not in KINDS:
+        raise UserError(f"{where}: unknown kind of record {kind!r}: {nearest(str(kind), KINDS)}")
+    _holds(record, kind, where)
+    if kind != "visit":
+        return
+    _holds(record["cell"], "cell", f"{where}: cell")
+    if record["status"] not in STOPPED:
+        raise UserError(f"{where}: unknown status {record['status']!r}")
+    if record["status"] == "ok":
+        _holds(record, "ok", where)
+        if not _times(record["seconds"]) or not isinstance(record["memory"].get("peak"), int):
+            raise UserError(f"{where}: a visit that ended well holds seconds of steps and the peak of memory")
+
+
+def _holds(record: Record, kind: str, where: str) -> None:
+    for name, form in FORMS[kind].items():
+        if not isinstance(record.get(name), form):
+            raise UserError(f"{where}: {name} is missing or not a {form.__name__}")
+
+
+def _times(seconds: Record) -> bool:
+    """Whether every phase and the step have times above 0, equally many."""
+    rows = [seconds.get(name) for name in (*PHASES, "step")]
+    numbers = all(isinstance(row, list) and row and all(_positive(s) for s in row) for row in rows)
+    return numbers and len({len(row) for row in rows if isinstance(row, list)}) == 1
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+
+
+def append(path: Path, *records: Record) -> None:
+    """Add records, all or none; on return they are on disk.
 
     Raises:
         UserError: the file cannot be written.
     """
-    line = json.dumps({"schema": SCHEMA, **record}, allow_nan=False) + "\n"
+    lines = "".join(json.dumps({"schema": SCHEMA, **record}, allow_nan=False) + "\n" for record in records)
     temporary = path.with_name(path.name + ".part")
     try:
         before = path.read_bytes() if path.exists() else b""
         with temporary.open("wb") as file:
-            file.write(before + line.encode())
+            file.write(before + lines.encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -1,7 +1,5 @@
 """The measurement of a grid: every cell several times, in random order, resumed where it stopped."""
 
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,9 +12,11 @@ import torch
 from perfmodel import architectures, methods
 from perfmodel.errors import UserError
 
+from ..models import check_program
 from ..updates import make_optimizer
-from . import cells, environment, isolate, records
+from . import allocator, cells, environment, isolate, records
 from .cells import Cell, Grid
+from .team import Team
 from .visit import visit
 
 Progress = Callable[[int, int, str], None]  # visits done, visits in all, what comes next
@@ -46,11 +46,13 @@ def plan(grid: str, device: str, *, threads: int | None = None, rounds: int | No
     """A plan for this machine; on a CPU without bf16 arithmetic the bf16 cells are left out.
 
     Raises:
-        UserError: no such device here, or a grid that `cells.load` refuses.
+        UserError: no such device here, a grid that `cells.load` refuses, or a method that has no program to run.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device is visible to PyTorch here: use --device cpu")
     found = cells.load(grid, device)
+    for text in dict.fromkeys(cell.method for cell in found.cells):
+        check_program(methods.parse(text))
     if device == "cpu" and not environment.native_bf16():
         kept = tuple(c for c in found.cells if "bf16" not in (c.setup.dtype, c.setup.amp))
         found = replace(found, cells=kept)
@@ -59,38 +61,85 @@ def plan(grid: str, device: str, *, threads: int | None = None, rounds: int | No
     return Plan(replace(found, rounds=rounds or found.rounds), device, threads or torch.get_num_threads(), seed)
 
 
-def measure(plan: Plan, output: Path, progress: Progress = lambda done, total, label: None) -> list[dict[str, Any]]:
+def measure(
+    plan: Plan, output: Path, progress: Progress = lambda done, total, label: None, team: Team | None = None
+) -> list[dict[str, Any]]:
     """Run the visits that have no record yet, append one record each, and return all records of the file.
+
+    Args:
+        team: the processes that share every step; all of them call this, the first keeps the records.
 
     Raises:
         UserError: the file cannot be read or written, or another measurement is writing to it.
+        Abandoned: a visit of a team failed; it is recorded, and running again goes on behind it.
     """
+    if team and not team.first:
+        return _follow(plan, output, team)
     with records.only_writer(output):
         before = records.read(output) if output.exists() else []
-        todo = [v for v in plan.visits() if (v[0], v[1].id) not in records.done(before)]
-        alone = plan.device == "cpu" and isolate.possible()
+        known, named = records.done(before), team.name if team else str
+        todo = [v for v in plan.visits() if (v[0], named(v[1].id)) not in known]
+        alone = plan.device == "cpu" and team is None and isolate.possible()
         if not alone:
             torch.set_num_threads(plan.threads)
         here = _environment(plan, output, before) if todo else ""
         if alone:
             _load_modules([cell for _, cell in todo])
+        if team:
+            team.agree((todo, here))
         for i, (number, cell) in enumerate(todo):
             progress(i, len(todo), cell.id)
             started = time.time()
-            work = partial(_visit, plan, cell, number)
+            work = partial(_visit, plan, cell, number, team)
             found = isolate.run(work) if alone else work()
-            head = {"kind": "visit", "id": cell.id, "round": number, "environment": here, "cell": cell.as_dict()}
             took = {"started": round(started, 1), "elapsed_s": round(time.time() - started, 2)}
-            records.append(output, {**head, **took, **found})
+            _keep(output, {**_head(cell, number, here, team), **took}, found, team)
         progress(len(todo), len(todo), "done")
         return records.read(output)
 
 
-def _visit(plan: Plan, cell: Cell, number: int) -> dict[str, Any]:
+class Abandoned(Exception):
+    """One process of a team failed, and the others wait for it: the team must be started again."""
+
+
+def _follow(plan: Plan, output: Path, team: Team) -> list[dict[str, Any]]:
+    """Another process's part of `measure`: the visits that the first one chose."""
     torch.set_num_threads(plan.threads)
+    chosen: tuple[list[tuple[int, Cell]], str] = team.agree(None)
+    todo, here = chosen
+    for number, cell in todo:
+        _keep(output, _head(cell, number, here, team), _visit(plan, cell, number, team), team)
+    return []
+
+
+def _head(cell: Cell, number: int, environment: str, team: Team | None) -> dict[str, Any]:
+    head = {"kind": "visit", "id": cell.id, "round": number, "environment": environment, "cell": cell.as_dict()}
+    if team is None:
+        return head
+    together = {"kind": team.kind, "processes": team.size, "backend": team.backend}
+    return {**head, "id": team.name(cell.id), "parallel": together}
+
+
+def _keep(output: Path, head: dict[str, Any], found: dict[str, Any], team: Team | None) -> None:
+    """Append the record of a visit; of a team the first process does so, or the first that fails."""
+    if team and found["status"] != "ok":
+        if team.first_to(f"record {head['round']} {head['id']}"):
+            records.append(output, {**head, **found, "rank": team.rank})
+        raise Abandoned(f"{head['id']} on process {team.rank}: {found['message']}")
+    if team:
+        steps = team.gather(found["median_s"]["step"])
+        found = {**found, "step_of_each": steps}
+    if team is None or team.first:
+        records.append(output, {**head, **found})
+
+
+def _visit(plan: Plan, cell: Cell, number: int, team: Team | None) -> dict[str, Any]:
+    torch.set_num_threads(plan.threads)
+    if plan.device == "cpu":
+        allocator.keep_freed_memory()
     grid = plan.grid
     return visit(
-        cell, plan.device, threads=plan.threads, warm_up=grid.warm_up, steps=grid.steps, whole=number == 0
+        cell, plan.device, threads=plan.threads, warm_up=grid.warm_up, steps=grid.steps, whole=number == 0, team=team
     )  # fmt: skip
 
 
@@ -114,8 +163,7 @@ def _load_modules(cells: list[Cell]) -> None:
 def _environment(plan: Plan, output: Path, before: list[dict[str, Any]]) -> str:
     """The id of the environment's record, which is appended if the file does not hold the like yet."""
     found = environment.describe(plan.device, plan.threads)
-    text = json.dumps({**found, "host": {**found["host"], "load": None}}, sort_keys=True)
-    name = hashlib.sha256(text.encode()).hexdigest()[:8]
+    name = environment.identity(found)
     if not any(r.get("kind") == "environment" and r["id"] == name for r in before):
         head = {"kind": "environment", "id": name, "grid": plan.grid.name, "seed": plan.seed, "started": time.time()}
         records.append(output, {**head, **found})

@@ -1,47 +1,69 @@
 """What `perfmodel validate measure` prints."""
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from perfmodel.errors import UserError
 from perfmodel.report import units
-from perfmodel.report.terminal import console, table
+from perfmodel.report.plain import show, table
+from perfmodel.report.progress import progress
 
-from . import run
+from . import run, team
+from .cells import Cell
 
 
-def show_measure(device: str, grid: str, output: Path, *, threads: int | None, rounds: int | None, seed: int) -> bool:
-    """Measure a grid and print the cells; returns whether one failed (out of memory is a result, not a failure)."""
+def show_measure(
+    device: str, grid: str, output: Path, *, threads: int | None, rounds: int | None, seed: int, parallel: str | None
+) -> bool:
+    """Measure a grid and print the cells; returns whether one failed (out of memory is a result, not a failure).
+
+    Args:
+        parallel: how the processes of torchrun share a step; the first of them prints.
+    """
     warnings.filterwarnings("ignore")
+    if parallel is None and team.launched():
+        raise UserError(
+            f"started by torchrun: say how the processes share a step, --parallel {' or '.join(team.KINDS)}"
+        )
     plan = run.plan(grid, device, threads=threads, rounds=rounds, seed=seed)
-    with _progress() as bar:
+    together = team.join(parallel, device) if parallel else None
+    try:
+        found = _measure(plan, output, together)
+    except run.Abandoned as failure:
+        print(
+            f"perfmodel: {failure}\nperfmodel: recorded; run again to go on (torchrun --max-restarts does)", flush=True
+        )
+        os._exit(1)  # the others wait inside a collective, and so would an orderly end
+    finally:
+        team.leave()
+    if together and not together.first:
+        return False
+    visits = [r for r in found if r["kind"] == "visit"]
+    show(table(("cell", "round", "step", "spread", "peak memory", ""), [_row(r) for r in visits], left=(0, 5)))
+    failed = [r for r in visits if r["status"] == "error"]
+    show(f"\n{len(visits)} visits of {len({r['id'] for r in visits})} cells, {len(failed)} failed: {output}")
+    return bool(failed)
+
+
+def _measure(plan: run.Plan, output: Path, together: team.Team | None) -> list[dict[str, Any]]:
+    if together and not together.first:
+        return run.measure(plan, output, team=together)
+    with progress(auto_refresh=False) as bar:  # without a thread: measuring forks
         task = bar.add_task("loading", total=len(plan.visits()))
 
         def tick(done: int, total: int, label: str) -> None:
             bar.update(task, completed=done, total=total, description=label[:60])
             bar.refresh()
 
-        found = run.measure(plan, output, tick)
-    visits = [r for r in found if r["kind"] == "visit"]
-    console.print(table("", ("cell", "round", "step", "spread", "peak memory", ""), map(_row, visits), left=1))
-    failed = [r for r in visits if r["status"] == "error"]
-    console.print(f"\n{len(visits)} visits of {len({r['id'] for r in visits})} cells, {len(failed)} failed: {output}")
-    return bool(failed)
+        return run.measure(plan, output, tick, together)
 
 
-def _progress() -> Progress:
-    """A bar without a thread of its own: measuring forks."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=console, transient=True, auto_refresh=False,
-    )  # fmt: skip
-
-
-def _row(r: dict[str, Any]) -> list[Any]:
-    name = r["id"].rpartition(" ")[0]
+def _row(r: dict[str, Any]) -> list[str]:
+    together = r.get("parallel")
+    name = Cell.from_dict(r["cell"]).name + (f" {together['kind']} x{together['processes']}" if together else "")
     if r["status"] != "ok":
-        return [name, r["round"], "", "", "", f"{r['status']}: {r['message']}"[:60]]
+        return [name, str(r["round"]), "", "", "", f"{r['status']}: {r['message']}"[:60]]
     spread, peak = f"{100 * r['spread']:.0f} %", units.nbytes(r["memory"]["peak"])
-    return [name, r["round"], units.seconds(r["median_s"]["step"]), spread, peak, ""]
+    return [name, str(r["round"]), units.seconds(r["median_s"]["step"]), spread, peak, ""]

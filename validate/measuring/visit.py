@@ -16,20 +16,24 @@ from . import profile
 from .cells import Cell
 from .clocks import Clock, clock_for
 from .loop import Program
+from .names import unified
+from .team import Messages, Team
 
-STOPPED = ("ok", "oom", "error")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
-def visit(cell: Cell, device: str, *, threads: int, warm_up: int, steps: int, whole: bool = True) -> dict[str, Any]:
+def visit(
+    cell: Cell, device: str, *, threads: int, warm_up: int, steps: int, whole: bool = True, team: Team | None = None
+) -> dict[str, Any]:
     """Measure a cell in this process; a failure becomes a record too.
 
     Args:
         threads: of the CPU, which must be those of torch already.
         whole: also count dispatches and profile (once a cell is enough); times and memory are always taken.
+        team: the processes that share the step; then messages are counted instead of dispatches.
     """
     try:
-        return {"status": "ok", **_measure(cell, device, threads, warm_up, steps, whole)}
+        return {"status": "ok", **_measure(cell, device, threads, warm_up, steps, whole, team)}
     except (RuntimeError, MemoryError) as error:
         text = " ".join(str(error).split())[:300] or type(error).__name__
         oom = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(s in text.lower() for s in OUT_OF_MEMORY)
@@ -40,8 +44,11 @@ def visit(cell: Cell, device: str, *, threads: int, warm_up: int, steps: int, wh
             torch.cuda.empty_cache()
 
 
-def _measure(cell: Cell, device: str, threads: int, warm_up: int, steps: int, whole: bool) -> dict[str, Any]:
-    program, clock = Program(cell, device), clock_for(device, threads)
+def _measure(
+    cell: Cell, device: str, threads: int, warm_up: int, steps: int, whole: bool, team: Team | None
+) -> dict[str, Any]:
+    program = Program(cell, device, team)
+    clock = clock_for(device, alone=threads == 1 and team is None)
     for _ in range(warm_up):
         program.step()
     if device == "cuda":
@@ -64,7 +71,9 @@ def _measure(cell: Cell, device: str, threads: int, warm_up: int, steps: int, wh
             "reserved": torch.cuda.max_memory_reserved(),
             "held": program.held_bytes(),
         }
-    if whole:
+    if team:
+        record["messages"] = messages(program)
+    elif whole:
         record["dispatches"], record["calls"] = dispatches(program)
     if whole or device == "cpu":
         found = profile.trace_step(program)
@@ -92,11 +101,15 @@ def spread(values: list[float]) -> float:
     return (max(values) - min(values)) / median(values)
 
 
-def dispatches(program: Program) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
-    """Non-view ATen calls of one real step: by phase, and by phase and name (in place or not is not told apart).
+def messages(program: Program) -> dict[str, dict[str, list[int]]]:
+    """Collectives of one step: phase -> name -> [number, bytes of their messages]."""
+    counter = Messages()
+    program.step(counter.observe)
+    return counter.found
 
-    The engine adds gradients in place where nobody else holds them, which the tape does not see.
-    """
+
+def dispatches(program: Program) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """Non-view ATen calls of one real step: by phase, and by phase and name (see `names.unified`)."""
     recorder = Recorder()
     recorder.recording = True
     program.step(recorder.observe)
@@ -105,8 +118,3 @@ def dispatches(program: Program) -> tuple[dict[str, int], dict[str, dict[str, in
         for (name, _, _), number in found.items():
             calls[phase][unified(name)] += number
     return {p: sum(c.values()) for p, c in calls.items()}, {p: dict(c) for p, c in calls.items()}
-
-
-def unified(name: str) -> str:
-    """A call's name for comparison: `add_.Tensor` as `add.Tensor`."""
-    return "add.Tensor" if name == "add_.Tensor" else name

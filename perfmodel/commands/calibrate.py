@@ -1,0 +1,32 @@
+"""`perfmodel calibrate`: needs the validate extra."""
+
+from pathlib import Path
+
+import click
+
+from .options import extra
+
+QUICK = 20.0  # s
+
+
+@click.command()
+@click.option("--device", type=click.Choice(("cuda", "cpu")), required=True, help="What to calibrate.")
+@click.option("--name", default="mine", show_default=True, help="Of the files: `--device NAME` from then on.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads, as training will have [default: PyTorch's].")
+@click.option("--seconds", type=click.FloatRange(5), default=150.0, show_default=True, help="Time to take, roughly.")
+@click.option("--quick", is_flag=True, help=f"Take {QUICK:.0f} seconds: a rough profile.")
+@click.option(
+    "--records", type=click.Path(dir_okay=False, path_type=Path), help="Keep the microbenchmarks (JSON lines)."
+)
+def calibrate(device: str, name: str, threads: int | None, seconds: float, quick: bool, records: Path | None) -> None:
+    """Measure this machine's kernels and host costs and write a device NAME.
+
+    The files go to $PERFMODEL_HOME, or else to the user's folder for configuration (~/.config/perfmodel). A CPU's
+    profile holds for training with as many threads, and for a malloc that keeps freed memory (jemalloc, tcmalloc, or
+    glibc's with MALLOC_TRIM_THRESHOLD_=-1 MALLOC_MMAP_MAX_=0).
+    """
+    try:
+        from validate.show_calibration import show
+    except ImportError as error:
+        raise extra(error) from None
+    show(device, name, threads=threads, seconds=QUICK if quick else seconds, output=records)

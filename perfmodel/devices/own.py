@@ -1,0 +1,46 @@
+"""Where a user's own device and host files live: what `perfmodel calibrate` writes and `--device NAME` finds.
+
+The folder is $PERFMODEL_HOME, or else perfmodel/ in the user's folder for configuration ($XDG_CONFIG_HOME, %APPDATA% on
+Windows, ~/.config); devices/ and hosts/ lie in it.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from ..errors import UserError
+from ..resources import is_file
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
+def home() -> Path:
+    """The folder of the user's own files; it need not exist."""
+    if chosen := os.environ.get("PERFMODEL_HOME"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("APPDATA" if os.name == "nt" else "XDG_CONFIG_HOME")
+    return Path(base or "~/.config").expanduser() / "perfmodel"
+
+
+def path(name: str, kind: str = "devices") -> Path:
+    """The file of an own device or host ("hosts").
+
+    Raises:
+        UserError: the name is none that a file can have everywhere.
+    """
+    if not NAME.fullmatch(name):
+        raise UserError(f"the name {name!r} must be of small letters, digits, '.', '_' and '-', as in 'my-box'")
+    return home() / kind / f"{name}.toml"
+
+
+def find(name: str, kind: str = "devices") -> Path | None:
+    """The file of that name (in any case) if there is one."""
+    if not NAME.fullmatch(name.lower()):
+        return None
+    found = path(name.lower(), kind)
+    return found if is_file(found) else None
+
+
+def names(kind: str = "devices") -> list[str]:
+    """The user's own devices or hosts."""
+    return sorted(p.stem for p in (home() / kind).glob("*.toml"))

@@ -1,0 +1,1 @@
+"""Where users already are: a callback for `transformers.Trainer` (`perfmodel.integrations.trainer`)."""

@@ -1,0 +1,175 @@
+"""Predicted against measured: what a window of a training run says, and what explains the gap."""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..devices import profile
+from ..devices.host import Host
+from ..devices.profile import DeviceProfile
+from ..predict import Prediction, predict
+from ..report import units
+from ..report.figures import headline
+from ..report.plain import table
+from .program import Program
+from .watch import DATA, IN_STEP, OTHER, Watch
+
+SMALL = 0.01  # of the step: causes below it are not told
+HOST_BOUND = 0.2  # share of the step that waits for the host, above which that is told
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A part of the gap, s: measured minus predicted."""
+
+    seconds: float
+    what: str
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What one window showed.
+
+    Attributes:
+        planned: prediction of the step as configured.
+        seen: predicted seconds of the steps with the batches that were seen.
+        step: measured seconds from one step to the next, everything in.
+        causes: parts of `step` minus the planned time; they sum to it.
+        peak: measured peak memory, B; None where the device keeps no record.
+        notes: what a reader should know.
+    """
+
+    planned: Prediction
+    seen: float
+    step: float
+    causes: list[Cause]
+    peak: int | None
+    steps: int
+    notes: list[str]
+
+    @property
+    def predicted(self) -> float:
+        """Planned seconds of a step."""
+        return float(self.planned.time.phases["total"])
+
+    def text(self) -> str:
+        """What the callback prints."""
+        p, m = self.planned, self.planned.memory
+        rows = [["step", units.seconds(self.predicted), *_bounds(p.time, units.seconds), units.seconds(self.step),
+                 _off(self.step, self.predicted)]]  # fmt: skip
+        memory = [units.nbytes(m.peak), *_bounds(m, units.nbytes)]
+        rows.append(
+            [
+                "peak memory",
+                *memory,
+                *(["", ""] if self.peak is None else [units.nbytes(self.peak), _off(self.peak, m.peak)]),
+            ]
+        )
+        lines = [
+            f"perfmodel, {self.steps} steps of {p.method}: {headline(p)}",
+            table(("", "predicted", "from", "to", "measured", ""), rows),
+        ]
+        told = [c for c in self.causes if abs(c.seconds) >= SMALL * self.predicted]
+        if told:
+            lines += ["what makes the difference:", *(f"  {units.signed(c.seconds)}  {c.what}" for c in told)]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def findings(
+    program: Program, watch: Watch, on: DeviceProfile, by: Host, *, peak: int | None, grown: int, named: str | None
+) -> Findings:
+    """Compare a window with what was planned, and with the batches that came.
+
+    Args:
+        peak: peak memory that the device reports, B; None on a CPU.
+        grown: bytes by which the process grew since the training began (CPU).
+        named: the maker's name of the GPU; None on a CPU.
+
+    Raises:
+        UserError: a setup that cannot be predicted.
+    """
+    shapes = watch.shapes()
+    longest = max(seq for _, seq, _ in shapes)
+    padded = any(padding > 0 for *_, padding in shapes)
+    planned_seq = program.length or longest
+    planned = _predict(program, replace(program.setup, seq=planned_seq), on, by)
+    micro = round(len(shapes) / watch.steps)
+    setup = replace(program.setup, grad_accum=max(1, micro), padded=padded and program.setup.attention != "flash2")
+    seen = _mean_step(program, setup, shapes, on, by)
+    seconds = {what: total / watch.steps for what, total in watch.seconds().items()}
+    step = sum(seconds.values())
+    notes = _notes(planned, on, named, grown if peak is None else None)
+    causes = [
+        Cause(seen - float(planned.time.phases["total"]), _batches(program, planned_seq, shapes, micro)),
+        Cause(seconds.get(DATA, 0.0), "waiting for data: more dataloader_num_workers, or a cheaper collator"),
+        Cause(seconds.get(OTHER, 0.0), "logging, evaluation and saving between the steps"),
+        _rest(seconds[IN_STEP] - seen, seen, planned),
+    ]
+    return Findings(planned, seen, step, causes, peak, watch.steps, notes)
+
+
+def _predict(program: Program, setup: Any, on: DeviceProfile, by: Host) -> Prediction:
+    return predict(program.architecture, replace(program.method, architecture=None), setup, on, host=by)
+
+
+def _mean_step(
+    program: Program, setup: Any, shapes: list[tuple[int, int, float]], on: DeviceProfile, by: Host
+) -> float:
+    """The predicted mean step over the micro-batches that came."""
+    counts = Counter((batch, seq) for batch, seq, _ in shapes)
+    batch, seq = (np.array(values) for values in zip(*counts, strict=True))
+    p = _predict(program, replace(setup, batch=batch, seq=seq), on, by)
+    return float(np.average(p.time.phases["total"], weights=list(counts.values())))
+
+
+def _batches(program: Program, planned_seq: int, shapes: list[tuple[int, int, float]], micro: int) -> str:
+    """How the batches differ from those planned."""
+    planned = program.setup.batch * planned_seq * program.setup.grad_accum
+    real = micro * float(np.mean([batch * seq for batch, seq, _ in shapes]))
+    padding = float(np.average([p for *_, p in shapes], weights=[b * s for b, s, _ in shapes]))
+    text = f"batches: {real:,.0f} tokens a step, {planned:,} were planned"
+    if micro != program.setup.grad_accum:
+        text += f"; {micro} micro-batches a step, not {program.setup.grad_accum}"
+    return text + (f"; {units.percent(padding)} of them are padding" if padding else "")
+
+
+def _rest(seconds: float, seen: float, planned: Prediction) -> Cause:
+    """What is left inside the step: the model's own error, a slower host, another device."""
+    t = planned.time
+    scale = seen / float(t.phases["total"])
+    inside = float(t.low) * scale <= seen + seconds <= float(t.high) * scale
+    share = float(t.launch_bound_share)
+    if inside:
+        what = "inside the step, within the prediction's interval"
+    elif seconds > 0 and share > HOST_BOUND:
+        what = (
+            f"inside the step: the device waits for the host {units.percent(share)} of it, and this host is slower "
+            "than the one predicted with (perfmodel validate host)"
+        )
+    else:
+        what = "inside the step, beyond the prediction's interval: other clocks, a shared machine, or code of your own"
+    return Cause(seconds, what)
+
+
+def _notes(planned: Prediction, on: DeviceProfile, named: str | None, grown: int | None) -> list[str]:
+    notes = list(planned.notes)
+    other = profile.by_makers_name(named) if named else None
+    if other and on.slug in profile.names() and other.slug != on.slug:
+        notes.append(f"predicted for {on.name}, the training runs on {named}")
+    if float(planned.time.launch_bound_share) > HOST_BOUND:
+        share = units.percent(planned.time.launch_bound_share)
+        notes.append(f"host-bound: {share} of the predicted step waits for the host; larger batches cost little")
+    if grown:
+        most = units.nbytes(planned.memory.peak - planned.memory.weights)
+        notes.append(f"the process grew by {units.nbytes(grown)} in training; {most} beside the weights are predicted")
+    return notes
+
+
+def _bounds(of: Any, show: Any) -> list[str]:
+    return [show(float(of.low)), show(float(of.high))]
+
+
+def _off(measured: float, predicted: float) -> str:
+    return f"{100 * (measured / predicted - 1):+.0f} %"

@@ -1,0 +1,92 @@
+"""What a `transformers.Trainer` is about to run, as model, method, setup and device of a prediction.
+
+Nothing here imports torch or transformers: the objects of the run are asked for what they know.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..architectures import Architecture, Config, from_config
+from ..devices import profile
+from ..devices.profile import DeviceProfile
+from ..errors import UserError
+from ..imports import adapter, trainer
+from ..imports.keys import Keys
+from ..methods import Method, parse
+from ..setup import Setup
+
+HALF = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
+CPU = "cpu-epyc-genoa-2c"  # the bundled CPU profile
+
+
+@dataclass(frozen=True)
+class Program:
+    """A training run as `predict` takes it.
+
+    Attributes:
+        method: bound to the architecture.
+        length: tokens of a sample that the run's configuration names (TRL's max_length), None if it names none.
+    """
+
+    architecture: Architecture
+    method: Method
+    setup: Setup
+    length: int | None
+
+
+def program_of(model: Any, arguments: Any, method: str | None = None) -> Program:
+    """Read a model (a PEFT model too) and the TrainingArguments of its Trainer.
+
+    Args:
+        method: as `predict` takes it; read from the model if None.
+
+    Raises:
+        UserError: an architecture, adapter or option that is not modelled, or weights of which only some train.
+    """
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    values = base.config.to_dict()
+    architecture = from_config(Config(values, type(base).__name__, type(base).__name__))
+    weights = _dtype(p for p in base.parameters() if not p.requires_grad or base is model)
+    found = arguments.to_dict() | {
+        "dtype": f"torch.{weights}",
+        "attn_implementation": getattr(base.config, "_attn_implementation", None),
+    }
+    _, _, fields, _ = trainer.read(Keys(found, "TrainingArguments"))
+    length = fields.pop("seq", None)
+    chosen = parse(method) if method else _method(model, weights)
+    return Program(architecture, chosen.bind(architecture), replace(Setup(), **fields), length)
+
+
+def _dtype(parameters: Iterator[Any]) -> str:
+    """The dtype of the first matrix among parameters, float32 if there is none."""
+    return next((str(p.dtype).removeprefix("torch.") for p in parameters if p.dim() > 1), "float32")
+
+
+def _method(model: Any, weights: str) -> Method:
+    """What the model trains."""
+    if not hasattr(model, "peft_config"):
+        frozen = sum(not p.requires_grad for p in model.parameters())
+        if frozen:
+            raise UserError(f"{frozen} parameters are frozen and peft does not say why: give method=, e.g. 'top_k:k=4'")
+        return parse("full")
+    values = model.peft_config[model.active_adapter].to_dict()
+    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
+    plain["peft_type"] = getattr(values["peft_type"], "value", values["peft_type"])
+    _, spec, _, _ = adapter.read(Keys(plain, "peft_config"))
+    adapters = _dtype(p for p in model.parameters() if p.requires_grad)
+    if adapters == weights and f"torch.{weights}" in HALF:  # peft keeps adapters in fp32 unless told otherwise
+        spec += f"{',' if ':' in spec else ':'}adapter_dtype={HALF[f'torch.{weights}']}"
+    return parse(spec)
+
+
+def device_of(name: str | None) -> DeviceProfile:
+    """The profile of a GPU by its maker's name; of a CPU (None) the bundled one.
+
+    Raises:
+        UserError: no such profile.
+    """
+    found = profile.load(CPU) if name is None else profile.by_makers_name(name)
+    if found is None:
+        raise UserError(f"no profile of {name!r}: give device=, a name or the path of a TOML (perfmodel devices)")
+    return found

@@ -1,0 +1,123 @@
+"""`perfmodel validate measure --parallel`: steps that two processes share, on a CPU with gloo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("peft")
+
+import torch
+import torch.distributed as dist
+
+from perfmodel.errors import UserError
+from validate.measuring import team
+
+if not dist.is_available() or not dist.is_gloo_available():
+    pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
+
+FP32 = 4  # bytes
+GRID = """
+rounds = 1
+warm_up = 1
+steps = 2
+[models.tiny]
+model_type = "llama"
+hidden_size = 64
+intermediate_size = 96
+num_hidden_layers = 2
+num_attention_heads = 4
+num_key_value_heads = 2
+vocab_size = 128
+pad_token_id = 0
+tie_word_embeddings = false
+[[cells]]
+models = ["tiny"]
+methods = ["full", "lora:r=4"]
+setups = [{ batch = 2, seq = 16, dtype = "fp32" }]
+"""
+
+
+# The command line in both ways, one after the other: starting Python takes longer than the steps.
+DRIVER = """
+import sys
+from perfmodel.cli import main
+for kind in sys.argv[3:]:
+    words = ["--device", "cpu", "--grid", sys.argv[1], "--output", sys.argv[2], "--parallel", kind]
+    try:
+        main(["validate", "measure", *words])
+    except SystemExit as end:
+        assert end.code == 0, end.code
+"""
+
+
+@pytest.fixture(scope="module")
+def visits(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
+    """(way of sharing, method) -> its record; both ways write to one file."""
+    folder = tmp_path_factory.mktemp("team")
+    grid, output, driver = folder / "grid.toml", folder / "records.jsonl", folder / "driver.py"
+    grid.write_text(GRID)
+    driver.write_text(DRIVER)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(driver)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [*start, str(grid), str(output), *team.KINDS], capture_output=True, text=True, check=False, env=environment,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    return {(r["parallel"]["kind"], r["cell"]["method"]): r for r in found if r["kind"] == "visit"}
+
+
+def test_two_processes_leave_one_record_a_cell(visits: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """Two writers, or a process that works on another cell, would spoil hours of several GPUs."""
+    assert set(visits) == {(kind, method) for kind in team.KINDS for method in ("full", "lora:r=4")}
+    for r in visits.values():
+        assert r["status"] == "ok"
+        assert r["parallel"]["processes"] == 2
+        assert len(r["step_of_each"]) == 2
+        assert r["clock"] == "wall"
+
+
+def test_messages_are_those_of_the_way_of_sharing(visits: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """By hand: DDP reduces every trained gradient once; FSDP2 gathers all weights and scatters trained gradients."""
+    for method in ("full", "lora:r=4"):
+        r = visits["ddp", method]
+        assert r["messages"]["backward"]["allreduce"][1] == r["params"]["trainable"] * FP32
+        r = visits["fsdp2", method]
+        assert r["messages"]["forward"]["allgather"] == [3, r["params"]["total"] * FP32]  # two blocks, and the rest
+        assert r["messages"]["backward"]["reducescatter"][1] == r["params"]["trainable"] * FP32
+        assert r["messages"]["optimizer"].keys() == {"allreduce"}  # the norm of the gradients
+
+
+def test_fsdp2_holds_half_of_what_ddp_holds(visits: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """What is spread must not be counted whole, or the memory of a large model would look out of reach."""
+    held = {kind: visits[kind, "full"]["memory"]["held"] for kind in team.KINDS}
+    assert held["fsdp2"] == pytest.approx(held["ddp"] / 2, rel=0.02)
+
+
+def test_alone_it_is_refused_in_one_line() -> None:
+    """Without torchrun the process would wait for others that never come."""
+    if team.launched():
+        pytest.skip("the tests themselves run under torchrun")
+    with pytest.raises(UserError, match="torchrun --nproc-per-node 2"):
+        team.join("ddp", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (torch.ops.c10d.allreduce_.default, "allreduce"),
+        (torch.ops.c10d._allgather_base_.default, "allgather"),
+        (torch.ops.c10d._reduce_scatter_base_.default, "reducescatter"),
+        (torch.ops._c10d_functional.all_gather_into_tensor.default, "allgather"),
+        (torch.ops._c10d_functional.reduce_scatter_tensor.default, "reducescatter"),
+    ],
+)
+def test_collectives_have_one_name(call: Any, name: str) -> None:
+    """The eager and the functional form of a collective move the same bytes."""
+    assert team.collective(call) == name

@@ -1,0 +1,116 @@
+"""The Trainer callback in real runs of tiny models: it predicts, explains and costs next to nothing."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from perfmodel.integrations.findings import Findings
+from perfmodel.integrations.trainer import StepPrediction
+
+CONFIG = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 512,
+    "num_key_value_heads": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+class Samples(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Random tokens; may take a while to come, and may end in padding."""
+
+    def __init__(self, seq: int = 64, padding: int = 0, wait: float = 0.0) -> None:
+        self.seq, self.padding, self.wait = seq, padding, wait
+
+    def __len__(self) -> int:
+        return 400
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        time.sleep(self.wait)
+        ids = torch.randint(1, 512, (self.seq,))
+        mask = torch.ones_like(ids)
+        if self.padding:
+            mask[-self.padding :] = 0
+        return {"input_ids": ids, "labels": ids, "attention_mask": mask}
+
+
+def train(
+    folder: Path, callback: StepPrediction, samples: Samples, *, lora: bool = False, steps: int = 9, **arguments: Any
+) -> list[str]:
+    """What the callback printed in a real run."""
+    model: Any = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1))
+    printed: list[str] = []
+    callback.show = printed.append
+    options = {"per_device_train_batch_size": 4, "logging_steps": 3, **arguments}
+    args = TrainingArguments(
+        output_dir=str(folder), max_steps=steps, report_to=[], disable_tqdm=True, save_strategy="no", use_cpu=True,
+        **options,
+    )  # fmt: skip
+    Trainer(model=model, args=args, train_dataset=samples, callbacks=[callback]).train()
+    return printed
+
+
+def found(callback: StepPrediction) -> Findings:
+    assert callback.found is not None
+    return callback.found
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_real_run_is_predicted_from_the_trainer_alone(tmp_path: Path, lora: bool) -> None:
+    """Model, method and setup need no retyping; the causes sum to the gap."""
+    callback = StepPrediction(warm_up=2, steps=5)
+    (text,) = train(tmp_path, callback, Samples(), lora=lora, gradient_accumulation_steps=2, optim="adamw_torch")
+    p = found(callback).planned
+    assert p.method == ("lora:r=4,targets=q_proj+v_proj,dropout=0.1" if lora else "full")
+    assert (p.setup.batch, p.setup.seq, p.setup.grad_accum, p.setup.dtype) == (4, 64, 2, "fp32")
+    assert p.total_params > 500_000
+    gap = found(callback).step - found(callback).predicted
+    assert sum(c.seconds for c in found(callback).causes) == pytest.approx(gap)
+    assert "predicted" in text
+    assert "measured" in text
+
+
+def test_it_costs_less_than_one_percent(tmp_path: Path) -> None:
+    """What watches must not be what is seen."""
+    callback = StepPrediction(warm_up=2, steps=10)
+    train(tmp_path, callback, Samples(), steps=14)
+    assert callback.own_seconds / 10 < 0.01 * found(callback).step
+
+
+def test_slow_data_is_told_apart_from_the_step(tmp_path: Path) -> None:
+    """The commonest reason why a real run is slower than any model of its step."""
+    callback = StepPrediction(warm_up=1, steps=4)
+    (text,) = train(tmp_path, callback, Samples(wait=0.02))
+    assert "waiting for data" in text
+    data = next(c.seconds for c in found(callback).causes if "data" in c.what)
+    assert data == pytest.approx(4 * 0.02, rel=0.5)
+
+
+def test_short_and_padded_batches_are_told(tmp_path: Path) -> None:
+    """A planned length of 256 tokens says little about batches of 64."""
+    callback = StepPrediction(warm_up=1, steps=4, seq=256)
+    (text,) = train(tmp_path, callback, Samples(padding=16))
+    assert found(callback).planned.setup.seq == 256
+    assert "256 tokens a step, 1,024 were planned; 25 % of them are padding" in text
+    assert found(callback).seen < found(callback).predicted
+
+
+def test_what_cannot_be_predicted_is_one_line_and_the_run_goes_on(tmp_path: Path) -> None:
+    """Hours of training must not end because of a comment on them."""
+    callback = StepPrediction("no-such-device", warm_up=1, steps=2)
+    (text,) = train(tmp_path, callback, Samples(), steps=5)
+    assert text.startswith("perfmodel: no prediction: unknown device 'no-such-device'")
+    assert len(text.splitlines()) == 1
+    assert callback.found is None
+
+
+def test_a_run_shorter_than_the_window_is_told_at_its_end(tmp_path: Path) -> None:
+    """A trial of three steps has an answer too."""
+    callback = StepPrediction(warm_up=1, steps=50)
+    (text,) = train(tmp_path, callback, Samples(), steps=3)
+    assert found(callback).steps == 2
+    assert "2 steps of full" in text

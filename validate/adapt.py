@@ -1,0 +1,133 @@
+"""What fine-tuning makes of a real model: an adapter_config.json, or a method of the tape on any architecture."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perfmodel import architectures, methods
+from perfmodel.architectures import Architecture, Config
+from perfmodel.errors import UserError, nearest
+from perfmodel.methods import Method
+from perfmodel.methods.targeted import Targeted
+from perfmodel.resources import read_json
+
+from . import models
+from .stacks import stacks
+
+Adapt = Callable[[Any], Any]  # the model to train from the bare one
+_STARTS = ("pissa", "olora", "orthogonal", "corda", "loftq", "mica")  # need real weights and change no op of a step
+
+
+@dataclass(frozen=True)
+class TracedArchitecture(Architecture):
+    """What methods must know of a model that the tape does not know, read off the real one."""
+
+    linears: tuple[str, ...] = ()
+    path: str = ""
+
+    @property
+    def layer_path(self) -> str:  # type: ignore[override]
+        """Where its longest row of blocks lies in the module tree."""
+        return self.path
+
+    def linear_names(self) -> list[str]:
+        """Its linear layers, by their whole paths."""
+        return list(self.linears)
+
+
+def architecture_of(model: Any, name: str) -> TracedArchitecture:
+    """The blocks and linear layers of a real model."""
+    config = model.config
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    longest = max(stacks(model), key=len, default=None)
+    found = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"]
+    return TracedArchitecture(
+        name=name, model_type=config.model_type, layers=len(longest) if longest else 1, hidden=0, heads=0, kv_heads=0,
+        head_dim=0, intermediate=0, vocab=0, max_positions=None, tied=tied,
+        linears=tuple(found), path=_container(model, longest),
+    )  # fmt: skip
+
+
+def _container(model: Any, stack: Any) -> str:
+    if stack is None:
+        return ""
+    return next((name for name, module in model.named_modules() if module is stack.containers[0]), "")
+
+
+def of_method(config: Config, method: str | Method) -> tuple[Method, Adapt]:
+    """A method of the tape, and what applies it to the real model; bound where the tape knows the architecture.
+
+    Raises:
+        UserError: an unknown method, or options that do not fit the model.
+    """
+    parsed = methods.parse(method) if isinstance(method, str) else method
+    if config.values.get("model_type") in architectures.supported():
+        architecture = architectures.from_config(config)
+        bound = parsed.bind(architecture)
+        return bound, partial(models.apply, method=bound, architecture=architecture)
+
+    def adapt(model: Any) -> Any:
+        architecture = architecture_of(model, config.name)
+        bound = _with_targets(parsed, architecture.model_type).bind(architecture)
+        try:
+            return models.apply(model, bound, architecture)
+        except UserError:
+            raise
+        except Exception as error:  # each tuner checks its config in its own way
+            raise UserError(f"peft cannot apply {parsed.name} to this model: {' '.join(str(error).split())}") from error
+
+    return parsed, adapt
+
+
+def _with_targets(method: Method, model_type: str) -> Method:
+    """Default targets are peft's for the model type."""
+    if not isinstance(method, Targeted) or method.targets:
+        return method
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TABLE
+
+    if model_type not in TABLE:
+        raise UserError(f"method {method.name}: PEFT has no default targets for {model_type}; give targets=")
+    return replace(method, targets=tuple(TABLE[model_type]))
+
+
+def of_peft(peft_config: dict[str, Any]) -> Adapt:
+    """What peft makes of an adapter_config.json's values.
+
+    Raises:
+        UserError: the installed peft does not know its `peft_type`.
+    """
+    import peft
+
+    values = {k: v for k, v in peft_config.items() if v is not None}
+    kind = str(values.pop("peft_type", "")).upper()
+    if kind not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
+        known = [str(getattr(t, "value", t)) for t in peft.PEFT_TYPE_TO_CONFIG_MAPPING]
+        raise UserError(f"peft_type {kind!r} is unknown to the installed peft: {nearest(kind, known)}")
+    cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    options = {k: v for k, v in values.items() if k in cls.__dataclass_fields__}
+    if str(options.get("init_lora_weights")).startswith(_STARTS):
+        options["init_lora_weights"] = True
+
+    def adapt(model: Any) -> Any:
+        try:
+            return peft.get_peft_model(model, cls(**options))
+        except Exception as error:  # each tuner checks its config in its own way
+            raise UserError(f"peft cannot apply {kind} to this model: {' '.join(str(error).split())}") from error
+
+    return adapt
+
+
+def read_peft_config(path: Path) -> dict[str, Any]:
+    """A PEFT adapter_config.json.
+
+    Raises:
+        UserError: it cannot be read or holds no `peft_type`.
+    """
+    values = read_json(path)
+    if not isinstance(values.get("peft_type"), str):
+        raise UserError(f"{path}: an adapter_config.json holds an object with a peft_type")
+    return values

@@ -1,0 +1,214 @@
+"""Calibration: microbenchmarks of this machine, a fit, and a device and a host file that `--device NAME` finds.
+
+The device file has the form of data/devices/*.toml; its datasheet holds what the system tells and, for a CPU, whose
+makers publish no such figures, the best rates that were measured.
+"""
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perfmodel.devices import own, profile
+from perfmodel.devices.hardware import Hardware
+from perfmodel.devices.profile import DeviceProfile
+from perfmodel.errors import UserError
+from perfmodel.resources import write_text
+
+from . import hosts
+from .fitting import cpu as cpu_fit
+from .fitting.common import Fit
+from .fitting.write import block_text
+from .measuring import allocator, environment, records
+from .microbench import designs, run, stopwatch
+
+Progress = Callable[[float, str], None]  # share done, what comes next
+Record = dict[str, Any]
+
+SECONDS = 150.0  # of a whole calibration, the host's part included
+HOST_SHARE = 0.35  # of the seconds
+DTYPES = ("fp32", "bf16")
+MEASURED = "measured by perfmodel calibrate"
+BIG = 8e6  # B: calls that move at least so much show the memory's bandwidth
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration made.
+
+    Attributes:
+        device, host: the files.
+        fits: blocks of the device file, with their errors on left-out rows.
+        host_error: mean |relative error| of the host's fit.
+        seconds: how long it took.
+    """
+
+    profile: DeviceProfile
+    device: Path
+    host: Path
+    fits: Mapping[str, Fit]
+    host_error: float
+    seconds: float
+
+
+def calibrate(
+    device: str,
+    name: str,
+    *,
+    threads: int | None = None,
+    seconds: float = SECONDS,
+    output: Path | None = None,
+    progress: Progress = lambda share, label: None,
+) -> Calibration:
+    """Measure this machine and write its device and host files.
+
+    Args:
+        device: cpu or cuda.
+        name: of the files; the device is `--device NAME` from then on.
+        threads: of the CPU [default: PyTorch's choice]; the profile holds for steps with as many.
+        seconds: for everything, roughly.
+        output: keeps the records of the microbenchmarks.
+
+    Raises:
+        UserError: no such device here, a name that is none or a bundled device's, files that cannot be written.
+    """
+    begin = time.perf_counter()
+    target, host_target = own.path(name), own.path(name, "hosts")
+    if name in profile.names():
+        raise UserError(f"{name!r} is a bundled device: give the calibration another --name")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device is visible to PyTorch here: use --device cpu")
+    threads = threads or torch.get_num_threads()
+    found = microbenchmarks(device, threads, seconds * (1.0 - HOST_SHARE), progress)
+    if output is not None:
+        records.append(output, *found)
+    text, fits = device_file(found, name)
+    mine = parsed(text, name)
+    _folder(target)
+    _folder(host_target)
+    host, error, _ = hosts.calibrate(
+        lambda label: progress(1.0, f"host: {label}"),
+        on=mine if device == "cpu" else None,
+        seconds=max(2.0, seconds - (time.perf_counter() - begin)),
+    )
+    hosts.write(host, host_target)
+    write_text(target, text)
+    profile.forget()
+    return Calibration(mine, target, host_target, fits, error, time.perf_counter() - begin)
+
+
+def microbenchmarks(device: str, threads: int, seconds: float, progress: Progress) -> list[Record]:
+    """An environment's record and those of the microbenchmarks."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    if device == "cpu":
+        allocator.keep_freed_memory()
+    try:
+        here = environment.describe(device, threads)
+        head = {"kind": "environment", "id": environment.identity(here), "started": time.time(), **here}
+        watch = stopwatch.stopwatch(device, threads)
+        measured = run.run(designs.design(device, DTYPES), device, watch, seconds, progress)
+    finally:
+        torch.set_num_threads(before)
+    return [head, *({**r, "environment": head["id"]} for r in measured)]
+
+
+def device_file(found: Sequence[Record], name: str) -> tuple[str, dict[str, Fit]]:
+    """The text of a device file, and its fitted blocks, from the records of a calibration.
+
+    Raises:
+        UserError: records without an environment, or too few microbenchmarks to fit.
+    """
+    here = next((r for r in found if r.get("kind") == "environment"), None)
+    if here is None:
+        raise UserError("these records hold no environment of a calibration")
+    rows = cpu_fit.rows(found)
+    datasheet = cpu_datasheet(rows, here)
+    hardware = Hardware(**{k: v for k, (v, _) in datasheet.items()})
+    host, software = here["host"], f"PyTorch {here['software'].get('torch')}, {here['host']['threads']} threads"
+    fits = {f"gemm.{d}": cpu_fit.gemm(rows, d, hardware, software) for d in ("bf16", "fp32")}
+    fits |= {
+        "attention": cpu_fit.attention(rows, hardware, software),
+        "pointwise": cpu_fit.stream(rows, hardware, software),
+    }
+    return file_text(name, host["cpu"], "cpu", "cpu", datasheet, fits), fits
+
+
+def cpu_datasheet(rows: Sequence[cpu_fit.Row], here: Record) -> dict[str, tuple[Any, str]]:
+    """Figure -> (value, source) of a CPU with so many threads at work."""
+    host = here["host"]
+    threads = int(host["threads"])
+    best = {d: max(_rate(r) for r in rows if r.case["block"] == "gemm" and r.case["dtype"] == d) for d in DTYPES}
+    bandwidth = max(_bandwidth(r) for r in rows if r.case["op"] in ("add", "mul", "mul_"))
+    caches = host["caches"]
+    system = "the system's description of this machine"
+    return {
+        "sm_count": (threads, "threads of the calibration"),
+        "clock_hz": (float(host.get("clock_hz") or 3e9), system),
+        "memory_bytes": (float(host["memory_bytes"]), system),
+        "memory_bandwidth": (bandwidth, MEASURED),
+        "l2_bytes": (float(caches.get("L2", 1 << 20)) * threads, f"{system}: L2 of so many cores"),
+        "fp32_flops": (best["fp32"], MEASURED),
+        "bf16_flops": (best["bf16"], MEASURED),
+    }
+
+
+def _rate(r: cpu_fit.Row) -> float:
+    return 2.0 * r.sizes["m"] * r.sizes["n"] * r.sizes["k"] / r.seconds
+
+
+def _bandwidth(r: cpu_fit.Row) -> float:
+    """Bytes read and written a second, of a call that is too big for a core's cache."""
+    from .fitting.cpu_ops import op
+
+    call = op(r.case["op"], r.case["dtype"], r.sizes["rows"], r.sizes["columns"])
+    moved = float(call.bytes_read + call.bytes_written)
+    return moved / r.seconds if moved >= BIG else 0.0
+
+
+def file_text(
+    name: str, title: str, kind: str, architecture: str, datasheet: Mapping[str, tuple[Any, str]],
+    fits: Mapping[str, Fit], capability: str = "",
+) -> str:  # fmt: skip
+    """A device file as text."""
+    head = [
+        f"# Written by perfmodel calibrate on {date.today()}.",
+        f'name = "{title}"',
+        f'kind = "{kind}"',
+        f'architecture = "{architecture}"',
+        *([f'compute_capability = "{capability}"'] if capability else []),
+        f'host = "{name}"',
+        "",
+        "[datasheet]",
+        *(
+            f"{key} = {value:.6g}" if isinstance(value, float) else f"{key} = {value}"
+            for key, (value, _) in datasheet.items()
+        ),
+        "",
+        "[source]",
+        *(f'{key} = "{source}"' for key, (_, source) in datasheet.items()),
+        "",
+    ]
+    today = date.today().isoformat()
+    return "\n".join([*head, *(block_text(f"fitted.{block}", fit, today) for block, fit in fits.items())])
+
+
+def parsed(text: str, name: str) -> DeviceProfile:
+    """The profile of a device file's text."""
+    import tomllib
+
+    return profile.from_table(name, tomllib.loads(text), f"{name}.toml")
+
+
+def _folder(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot be made ({error.strerror})") from None
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path.parent}: cannot be written")

@@ -1,0 +1,1 @@
+"""Predictions against the records of `perfmodel validate measure`: `perfmodel validate check`. Needs no torch."""

@@ -1,0 +1,213 @@
+"""A cell as it was measured, beside what the model predicts of it."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from perfmodel import costs
+from perfmodel.devices.host import Host
+from perfmodel.devices.profile import DeviceProfile
+from perfmodel.predict import Prediction, predict
+from perfmodel.step import PHASES, Step
+
+from ..accuracy import decided, verdict_right
+from ..measuring.cells import Cell
+from ..measuring.names import short, unified
+from ..measuring.records import Record
+
+BASELINE = "full"
+Counts = dict[str, dict[str, int]]  # phase -> name of an ATen call -> number
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All visits of one cell in one environment.
+
+    Attributes:
+        environment: id of the environment's record.
+        status: ok, oom or error; of the visit that went furthest.
+        seconds: phase or `step` -> every timed step of every visit.
+        peak: highest live bytes on the device; 0 if no visit came to an end.
+        calls: non-view ATen calls by phase and name; empty if no visit counted them.
+        kernels: device kernels by phase and by the ATen call that launched them; empty on a CPU.
+        parallel: how several processes shared the step (ddp, fsdp2); empty for one.
+    """
+
+    cell: Cell
+    environment: str
+    status: str
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    peak: int = 0
+    calls: Counts = field(default_factory=dict)
+    kernels: Counts = field(default_factory=dict)
+    parallel: str = ""
+
+    def median(self, what: str) -> float:
+        """Median seconds of a phase or of the step."""
+        return median(self.seconds[what])
+
+
+def cells_of(records: Iterable[Record]) -> list[Measured]:
+    """The measured cells of a file, visits of a cell in one environment taken together."""
+    visits: dict[tuple[str, str], list[Record]] = {}
+    for r in records:
+        if r["kind"] == "visit":
+            visits.setdefault((r["environment"], r["id"]), []).append(r)
+    return [_together(environment, members) for (environment, _), members in visits.items()]
+
+
+def _together(environment: str, visits: list[Record]) -> Measured:
+    cell = Cell.from_dict(visits[0]["cell"])
+    parallel = visits[0].get("parallel", {}).get("kind", "")
+    good = [r for r in visits if r["status"] == "ok"]
+    if not good:
+        worst = "error" if any(r["status"] == "error" for r in visits) else "oom"
+        return Measured(cell, environment, worst, parallel=parallel)
+    seconds = {name: [s for r in good for s in r["seconds"][name]] for name in good[0]["seconds"]}
+    peak = max(r["memory"]["peak"] for r in good)
+    calls: Counts = next((r["calls"] for r in good if "calls" in r), {})
+    by_call: dict[str, Any] = next((r["profile"]["by_call"] for r in good if "by_call" in r.get("profile", {})), {})
+    kernels = {phase: {name: n for name, (n, _) in table.items()} for phase, table in by_call.items()}
+    return Measured(cell, environment, "ok", seconds, peak, calls, kernels, parallel)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A number of calls or kernels that is not as predicted."""
+
+    phase: str
+    name: str
+    measured: int
+    predicted: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A measured cell with its prediction; errors are signed and relative to what was measured."""
+
+    measured: Measured
+    predicted: Prediction
+    calls: list[Difference]
+    kernels: list[Difference]
+
+    @property
+    def step(self) -> float:
+        """Measured seconds of a step."""
+        return self.measured.median("step")
+
+    @property
+    def predicted_step(self) -> float:
+        """Predicted seconds of a step."""
+        return float(self.predicted.time.phases["total"])
+
+    @property
+    def error(self) -> float:
+        """Of the step's time."""
+        return self.predicted_step / self.step - 1
+
+    @property
+    def memory_error(self) -> float:
+        """Of peak memory."""
+        return float(self.predicted.memory.peak) / self.measured.peak - 1
+
+    @property
+    def inside(self) -> bool:
+        """Whether the measured time lies in the predicted interval."""
+        return bool(self.predicted.time.low <= self.step <= self.predicted.time.high)
+
+    def phase_error(self, phase: str) -> float:
+        """Of one phase's time."""
+        return float(self.predicted.time.phases[phase]) / self.measured.median(phase) - 1
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Full fine-tuning and another method in one setup; ratios are full over other, as in `perfmodel compare`."""
+
+    full: Outcome
+    other: Outcome
+
+    @property
+    def measured(self) -> float:
+        """Measured speed-up."""
+        return self.full.step / self.other.step
+
+    @property
+    def predicted(self) -> float:
+        """Predicted speed-up."""
+        return self.full.predicted_step / self.other.predicted_step
+
+    @property
+    def error(self) -> float:
+        """Relative error of the speed-up."""
+        return self.predicted / self.measured - 1
+
+    @property
+    def decided(self) -> bool:
+        """Whether the measured difference is so large that the verdict must be right."""
+        return decided(self.measured)
+
+    @property
+    def right(self) -> bool:
+        """Whether the verdict is."""
+        return verdict_right(self.measured, self.predicted)
+
+
+def evaluate(measured: Measured, on: DeviceProfile, by: Host) -> Outcome:
+    """Predict a cell that was measured to its end."""
+    cell = measured.cell
+    p = predict(cell.config, cell.method, cell.setup, on, host=by)
+    assert p.step is not None  # a cell is one setup, not a grid
+    calls = differences(measured.calls, _calls(p.step), unified) if measured.calls else []
+    kernels = differences(measured.kernels, _kernels(p.step), short) if measured.kernels else []
+    return Outcome(measured, p, calls, kernels)
+
+
+def _calls(step: Step) -> Counts:
+    """Non-view ATen calls on the tape, by phase and name."""
+    counts: dict[str, Counter[str]] = {phase: Counter() for phase in PHASES}
+    for part, op, times in step.ops():
+        if not op.view:
+            counts[part.phase][op.name] += times
+    return {phase: dict(c) for phase, c in counts.items()}
+
+
+def _kernels(step: Step) -> Counts:
+    """Device kernels that the tape's calls launch, by phase and name."""
+    counts: dict[str, Counter[str]] = {phase: Counter() for phase in PHASES}
+    for part, op, times in step.ops():
+        if number := int(costs.kernels(op)):
+            counts[part.phase][op.name] += times * number
+    return {phase: dict(c) for phase, c in counts.items()}
+
+
+def differences(measured: Counts, predicted: Counts, by: Callable[[str], str]) -> list[Difference]:
+    """Where numbers differ, by phase and the name that `by` gives a call."""
+    found = []
+    for phase in PHASES:
+        have, want = (_sums(counts.get(phase, {}), by) for counts in (measured, predicted))
+        found += [
+            Difference(phase, name, have[name], want[name])
+            for name in sorted(have | want)
+            if have[name] != want[name]
+        ]  # fmt: skip
+    return found
+
+
+def _sums(counts: dict[str, int], by: Callable[[str], str]) -> Counter[str]:
+    sums: Counter[str] = Counter()
+    for name, number in counts.items():
+        sums[by(name)] += number
+    return sums
+
+
+def pairs(outcomes: Sequence[Outcome]) -> list[Pair]:
+    """Every method with full fine-tuning of the same model in the same setup and environment."""
+    full = {_group(o): o for o in outcomes if o.measured.cell.method == BASELINE}
+    return [Pair(full[g], o) for o in outcomes if (g := _group(o)) in full and o.measured.cell.method != BASELINE]
+
+
+def _group(o: Outcome) -> tuple[str, str]:
+    return o.measured.environment, o.measured.cell.group

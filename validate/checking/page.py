@@ -1,0 +1,116 @@
+"""`perfmodel validate check --html FILE`: what a check found, on one page that opens offline."""
+
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from perfmodel.report import units
+from perfmodel.report.charts.crossing import COLOURS
+from perfmodel.report.exhibits import picture
+from perfmodel.report.page import render
+from perfmodel.resources import write_text
+
+from . import tables
+from .check import Report
+from .machine import name_of
+from .outcomes import BASELINE
+from .parity import Point, parity
+from .summary import RATIO_MEAN, STEP_MEAN
+
+TEMPLATE = Path(__file__).parent / "page.html.j2"
+
+
+def write_page(found: Report, path: Path, command: str) -> None:
+    """Write the page.
+
+    Raises:
+        UserError: it cannot be written, or Jinja2 is not installed.
+    """
+    write_text(path, render(context(found, command), TEMPLATE))
+
+
+def context(found: Report, command: str) -> dict[str, Any]:
+    """What the template shows."""
+    of_cells = [
+        (title, _table(tables.CELL_COLUMNS, rows)) for title, rows in tables.cell_tables(found.outcomes, found.pairs)
+    ]
+    unmeasured, different = tables.unmeasured_rows(found.cells), tables.numbered(found.outcomes)
+    return {
+        "title": "Predicted against measured",
+        "machines": [
+            f"{name_of(found.environments[name])}, predicted with device {m.on.slug} and host {m.by.name}"
+            for name, m in found.machines.items()
+        ],
+        "answer": tables.verdict_line(found),
+        "limits": _table(tables.LIMIT_COLUMNS, map(tables.limit_cells, found.limits), "left4"),
+        "plots": _plots(found) if found.outcomes else [],
+        "lines": _table(tables.LINE_COLUMNS, map(tables.line_cells, found.lines)),
+        "phases": _table(tables.PHASE_COLUMNS, map(tables.phase_cells, found.lines)),
+        "cells": [{"title": title, "table": _table(tables.CELL_COLUMNS, rows)} for title, rows in of_cells],
+        "unmeasured": _table(("cell", ""), unmeasured, "left2") if unmeasured else None,
+        "different": _table(tables.DIFFERENCE_COLUMNS, different, "left2") if different else None,
+        "environments": [{"name": name, "facts": _facts(r)} for name, r in found.environments.items()],
+        "signature": f"perfmodel {_version()}, {date.today().isoformat()}. Made by:",
+        "command": command,
+    }  # fmt: skip
+
+
+def _table(heads: Any, rows: Any, table_style: str = "") -> dict[str, Any]:
+    return {"heads": list(heads), "rows": list(rows), "style": table_style}
+
+
+def _plots(found: Report) -> list[dict[str, Any]]:
+    methods = list(dict.fromkeys(o.measured.cell.method for o in found.outcomes))
+    colours = {method: COLOURS[i % len(COLOURS)] for i, method in enumerate(methods)}
+    steps = [
+        Point(o.step, o.predicted_step, colours[o.measured.cell.method],
+              f"{o.measured.cell.name}: {units.seconds(o.step)}, predicted {units.seconds(o.predicted_step)}")
+        for o in found.outcomes
+    ]  # fmt: skip
+    ratios = [
+        Point(p.measured, p.predicted, colours[p.other.measured.cell.method],
+              f"{p.other.measured.cell.name}: {p.measured:.2f}x, predicted {p.predicted:.2f}x")
+        for p in found.pairs
+    ]  # fmt: skip
+    legend = [{"name": method, "colour": colour, "told": ""} for method, colour in colours.items()]
+    plots = [_plot("Step time", steps, "step time", _round_seconds, STEP_MEAN, legend)]
+    if ratios:
+        title = f"Speed-up over {BASELINE}"
+        plots.append(_plot(title, ratios, "speed-up", lambda r: f"{r:.3g}x", RATIO_MEAN, legend))
+    return plots
+
+
+def _plot(
+    title: str, points: list[Point], what: str, told: Any, band: float, legend: list[dict[str, str]]
+) -> dict[str, Any]:
+    drawn = picture(lambda width: parity(points, title, what, told, band, width))
+    caption = f"Each dot a cell. On the diagonal prediction and measurement agree; the thin lines are {band:.0%} off."
+    return {"title": title, "picture": drawn, "legend": legend, "caption": caption.replace("%", " %")}
+
+
+def _round_seconds(value: float) -> str:
+    return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"
+
+
+def _facts(environment: dict[str, Any]) -> list[tuple[str, str]]:
+    """An environment's record as rows of text, nested tables by dotted names."""
+    shown = {k: v for k, v in environment.items() if k not in ("schema", "kind", "id", "started")}
+    return [(name, str(value)) for name, value in _flat(shown) if value not in ("", None, {}, [])]
+
+
+def _flat(values: dict[str, Any], before: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            found += _flat(value, f"{before}{name}.")
+        else:
+            found.append((before + name, " ".join(map(str, value)) if isinstance(value, list) else value))
+    return found
+
+
+def _version() -> str:
+    try:
+        return version("perfmodel")
+    except PackageNotFoundError:
+        return "(not installed)"

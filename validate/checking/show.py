@@ -1,0 +1,75 @@
+"""What `perfmodel validate check` prints."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from perfmodel.report.plain import show, table
+from perfmodel.report.progress import progress
+
+from . import tables
+from .check import Report, check
+from .machine import name_of
+
+MOST_DIFFERENCES = 30  # listed; --json has all
+
+
+def show_check(
+    paths: Sequence[Path], *, device: str | None, host: str | None, html: Path | None, plot: Path | None, as_json: bool
+) -> bool:
+    """Check records and print what was found; returns whether all limits hold."""
+    with progress() as bar:
+        task = bar.add_task("predicting", total=None)
+
+        def tick(done: int, total: int, label: str) -> None:
+            bar.update(task, completed=done, total=total, description=label[:60])
+
+        found = check(paths, device=device, host=host, progress=tick)
+    if html:
+        from .page import write_page
+
+        write_page(found, html, command=f"perfmodel {' '.join(sys.argv[1:])}")
+    if plot:
+        from ..plots import Point, parity
+
+        points = [
+            Point(o.measured.cell.method, o.step, o.predicted_step, o.predicted.time.low, o.predicted.time.high)
+            for o in found.outcomes
+        ]
+        parity(points, plot, f"{len(points)} measured cells (dashed: ±25 %)")
+    if as_json:
+        json.dump(found.as_dict(), sys.stdout, indent=1)
+        sys.stdout.write("\n")
+        return found.holds
+    _print(found)
+    for written in (html, plot):
+        if written:
+            show(f"written: {written}")
+    return found.holds
+
+
+def _print(found: Report) -> None:
+    for name, machine in found.machines.items():
+        show(f"records of {name_of(found.environments[name])}")
+        show(f"predicted with device {machine.on.slug}, host {machine.by.name}")
+    for title, rows in tables.cell_tables(found.outcomes, found.pairs):
+        _section(title, tables.CELL_COLUMNS, rows)
+    if found.outcomes:
+        _section("mean |relative error|", tables.LINE_COLUMNS, list(map(tables.line_cells, found.lines)))
+        _section(
+            "mean |relative error| of the phases", tables.PHASE_COLUMNS, list(map(tables.phase_cells, found.lines))
+        )
+    if unmeasured := tables.unmeasured_rows(found.cells):
+        _section("not measured", ("cell", ""), unmeasured, left=(0, 1))
+    if different := tables.numbered(found.outcomes):
+        _section("calls and kernels that differ", tables.DIFFERENCE_COLUMNS, different[:MOST_DIFFERENCES], left=(0, 1))
+        if len(different) > MOST_DIFFERENCES:
+            show(f"and {len(different) - MOST_DIFFERENCES} more: see --json")
+    _section("limits", tables.LIMIT_COLUMNS, [tables.limit_cells(x) for x in found.limits], left=(0, 3))
+    show(f"\n{tables.verdict_line(found)}", bold=True)
+
+
+def _section(title: str, heads: Sequence[str], rows: tables.Rows, left: Sequence[int] = (0,)) -> None:
+    show(f"\n{title}", bold=True)
+    show(table(heads, rows, left=left))

@@ -1,0 +1,87 @@
+"""The tables of a check as rows of text, for the terminal and the page."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from perfmodel.report import units
+from perfmodel.step import PHASES
+
+from .check import Report
+from .outcomes import Measured, Outcome, Pair
+from .summary import Limit, Line
+
+CELL_COLUMNS = ("", "step", "predicted", "error", "speed-up", "predicted", "memory", "")
+LINE_COLUMNS = ("cells", "", "step", "median", "p90", "ratio", "verdicts", "memory", "calls")
+PHASE_COLUMNS = ("cells", *PHASES, "step in its interval")
+DIFFERENCE_COLUMNS = ("phase", "call", "cells", "measured - predicted")
+LIMIT_COLUMNS = ("", "found", "limit", "")
+Rows = list[list[str]]
+
+
+def verdict_line(found: Report) -> str:
+    """The answer in one sentence."""
+    exceeded = [limit.name for limit in found.limits if not limit.holds]
+    what = f"{len(found.outcomes)} cells and {len(found.pairs)} speed-ups checked"
+    return f"{what}: all limits hold" if not exceeded else f"{what}. Over the limit: {'; '.join(exceeded)}"
+
+
+def unmeasured_rows(cells: Iterable[Measured]) -> Rows:
+    """Cells that did not run to their end, and why."""
+    told = {"oom": "out of memory", "error": "failed"}
+    return [[c.cell.name, told[c.status]] for c in cells if c.status != "ok"]
+
+
+def cell_tables(outcomes: Iterable[Outcome], pairs: Iterable[Pair]) -> list[tuple[str, Rows]]:
+    """(title, rows) of every model in every setup; a row a method."""
+    speedups = {id(p.other): p for p in pairs}
+    tables: dict[str, Rows] = {}
+    for o in sorted(outcomes, key=lambda o: (o.measured.cell.place, o.measured.cell.method)):
+        tables.setdefault(o.measured.cell.place, []).append(_cell(o, speedups.get(id(o))))
+    return list(tables.items())
+
+
+def _cell(o: Outcome, pair: Pair | None) -> list[str]:
+    ratio = [f"{pair.measured:.2f}x", f"{pair.predicted:.2f}x"] if pair else ["", ""]
+    remarks = ["wrong verdict"] if pair and pair.decided and not pair.right else []
+    remarks += ["calls differ"] if o.calls or o.kernels else []
+    times = [units.seconds(o.step), units.seconds(o.predicted_step), signed(o.error)]
+    return [o.measured.cell.method, *times, *ratio, signed(o.memory_error, 2), ", ".join(remarks)]
+
+
+def line_cells(line: Line) -> list[str]:
+    """One row of the summary."""
+    right, decided = line.verdicts
+    return [
+        line.name, str(line.step.number), *map(percent, (line.step.mean, line.step.median, line.step.p90)),
+        percent(line.ratio.mean), f"{right}/{decided}" if decided else "", percent(line.memory.mean, 2),
+        f"{line.counts_differ} differ" if line.counts_differ else "exact",
+    ]  # fmt: skip
+
+
+def phase_cells(line: Line) -> list[str]:
+    """The same cells' phases."""
+    return [line.name, *(percent(line.phases[p].mean) for p in PHASES), units.percent(line.inside)]
+
+
+def numbered(outcomes: Iterable[Outcome]) -> Rows:
+    """Differences of counts, equal ones of several cells taken together."""
+    same = Counter(
+        (d.phase, d.name, d.measured - d.predicted) for o in outcomes for d in (*o.calls, *o.kernels)
+    )  # fmt: skip
+    return [[phase, name, str(cells), f"{off:+d}"] for (phase, name, off), cells in same.most_common()]
+
+
+def limit_cells(limit: Limit) -> list[str]:
+    """One row of the promises: what it is, found, limit, whether it holds."""
+    told = [f"{x:.0f}" if limit.is_count else percent(x) for x in (limit.value, limit.most)]
+    return [limit.name, *told, "ok" if limit.holds else "exceeded"]
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share as text; nothing for one that no cell tells."""
+    return "" if share != share else f"{100 * share:.{digits}f} %"
+
+
+def signed(share: float, digits: int = 1) -> str:
+    """A signed error as text."""
+    return f"{100 * share:+.{digits}f} %"

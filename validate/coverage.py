@@ -1,0 +1,117 @@
+"""`perfmodel validate coverage`: which model types of transformers and which tuners of peft can be traced, and why not.
+
+Every model type is built from transformers' own default config, at full size: a trace needs no memory for weights.
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from perfmodel.architectures import Config
+from perfmodel.errors import UserError
+from perfmodel.setup import Setup
+
+from . import programs, traced
+from .tuners_of_peft import EXAMPLES
+
+SETUP = Setup(batch=1, seq=64)
+LLAMA = Config(
+    {
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128,
+    },
+    "llama", "llama",
+)  # fmt: skip  # peft's tuners are tried on it: some of them compute on every block of a weight when they start
+
+# Keys without which a default config describes no model, from the config.json of the checkpoint that is named.
+NEEDED: dict[str, dict[str, Any]] = {
+    "esm": {"vocab_size": 33, "pad_token_id": 1},  # facebook/esm2_t33_650M_UR50D
+}
+QUICK = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox", "gptj", "bloom",
+    "falcon", "opt", "mamba", "mixtral", "bert", "roberta", "distilbert", "deberta-v2", "albert", "electra",
+    "modernbert", "t5", "bart", "mbart", "pegasus", "marian", "vit", "deit", "swin", "convnext", "resnet", "beit",
+    "dinov2",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model type or tuner.
+
+    Attributes:
+        kind: the family of models, or "tuner".
+        reason: why it cannot be traced; empty if it can.
+        traced, blocks: of how many of its repeated blocks the largest trace was made.
+        calls: ATen calls of forward and backward.
+    """
+
+    kind: str
+    name: str
+    seconds: float
+    reason: str = ""
+    traced: int = 0
+    blocks: int = 0
+    calls: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether it can be traced."""
+        return not self.reason
+
+
+def model_types(*, quick: bool) -> list[tuple[str, str]]:
+    """(family, model type) of all that some family knows, or of a fixed part of them."""
+    known = programs.types()
+    names = [name for name in QUICK if name in known] if quick else list(known)
+    return [(known[name].name, name) for name in names]
+
+
+def cover_model(family: str, name: str) -> Row:
+    """Trace full fine-tuning of one model type."""
+    config = Config({"model_type": name, **NEEDED.get(name, {})}, name, name)
+    return _row(family, name, lambda: traced.of_method(config, "full", SETUP))
+
+
+def tuners() -> list[str]:
+    """Every tuner of the installed peft."""
+    import peft
+
+    return sorted(str(getattr(kind, "value", kind)) for kind in peft.PEFT_TYPE_TO_CONFIG_MAPPING)
+
+
+def cover_tuner(name: str) -> Row:
+    """Trace one tuner on a Llama."""
+    values = {"peft_type": name, "task_type": "CAUSAL_LM", **EXAMPLES.get(name, {})}
+    return _row("tuner", name, lambda: traced.of_peft(LLAMA, values, SETUP))
+
+
+def _row(kind: str, name: str, trace: Callable[[], Any]) -> Row:
+    start = time.perf_counter()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            step, made = trace()
+    except UserError as error:
+        return Row(kind, name, time.perf_counter() - start, reason=_without(str(error), name))
+    calls = sum(count * (not op.view) for part, op, count in step.ops() if part.phase != "optimizer")
+    return Row(kind, name, time.perf_counter() - start, "", made.traced, made.blocks, int(calls))
+
+
+def _without(reason: str, name: str) -> str:
+    """A reason beside the name that it is about."""
+    for start in (f"{name}: ", f"{name} cannot be traced: "):
+        reason = reason.removeprefix(start)
+    return reason
+
+
+def cover(models: Sequence[tuple[str, str]], names: Sequence[str], progress: Callable[[str], None]) -> Iterator[Row]:
+    """A row for each model type and each tuner."""
+    for family, name in models:
+        progress(name)
+        yield cover_model(family, name)
+    for name in names:
+        progress(name)
+        yield cover_tuner(name)

@@ -1,0 +1,253 @@
+"""Fits the price model of a CPU to microbenchmark records (`validate.microbench`).
+
+Every model is a sum of terms, so each block is a bounded linear least-squares fit of relative errors, reweighted a few
+times towards their absolute value: a disturbed row counts little. A third of the rows is left out and judged.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy.optimize import lsq_linear, minimize
+
+from perfmodel.devices.cpu import (
+    GRAIN,
+    CpuAttentionParameters,
+    CpuGemmParameters,
+    CpuStreamParameters,
+    attention_time,
+    attention_work,
+    gemm_time,
+    stream_time,
+)
+from perfmodel.devices.cpu_work import KINDS, LAYOUTS
+from perfmodel.devices.hardware import ITEMSIZE, Hardware
+from perfmodel.errors import UserError
+
+from .common import Array, Errors, Fit, fold
+from .cpu_ops import passes
+
+ROUNDS, SCALE = 20, 0.02  # reweighting: rounds, and the relative error below which it stays quadratic
+PULL = 1e-3  # to the start, per squared e-fold: decides what the data leave open
+SOURCE = "perfmodel calibrate on this machine"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A microbenchmark: its case, seconds of a call, and those of its dispatch, which are the host's."""
+
+    case: Mapping[str, Any]
+    seconds: float
+    dispatch: float
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Dims by name."""
+        sizes: Mapping[str, int] = self.case["sizes"]
+        return sizes
+
+    @property
+    def left_out(self) -> bool:
+        """Whether no fit sees it; the smallest calls always count, for they alone tell a floor."""
+        first = self.case["op"], self.case["layout"], self.case["backward"]
+        return self.sizes.get("rows") != 1 and fold(*first, *self.sizes.values()) == 0
+
+
+def rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Rows of microbenchmark records.
+
+    Raises:
+        UserError: a record that no microbenchmark wrote, or none that times a dispatch.
+    """
+    found = [r for r in records if r.get("kind") == "microbench"]
+    try:
+        timed = [(r["case"], float(r["seconds"]["quartile"])) for r in found]
+        dispatch = min(s for case, s in timed if case["op"] == "dispatch")
+    except (KeyError, TypeError, ValueError):
+        raise UserError("these records hold no microbenchmarks of a calibration (kind, case, seconds)") from None
+    return [Row(case, max(s, 1e-9), dispatch) for case, s in timed]
+
+
+def linear(columns: Sequence[Array], seconds: Array, low: Sequence[float], known: Array | float = 0.0) -> Array:
+    """Coefficients from `low` up that price the rows, `known` seconds of each included, with least relative error."""
+    x = np.stack(columns, axis=1) / seconds[:, None]
+    target = 1.0 - known / seconds
+    lower = np.asarray(low, np.float64)
+    scale = 1.0 / np.maximum(np.abs(x).max(axis=0), 1e-300)  # columns of one size: seconds and FLOPs are far apart
+    weight = np.ones(len(seconds))
+    solution = lower
+    for _ in range(ROUNDS):
+        found = lsq_linear(x * scale * weight[:, None], target * weight, bounds=(lower / scale, np.inf))
+        solution = np.maximum(found.x * scale, lower)
+        weight = 1.0 / np.sqrt(np.abs(x @ solution - target) + SCALE)
+    return np.asarray(solution)
+
+
+def _fit(
+    parameters: Any, found: Sequence[Row], predict: Callable[[Row], float], plain: Callable[[Row], float], software: str
+) -> Fit:
+    out = [r for r in found if r.left_out] or list(found)
+    errors = Errors.of(
+        np.array([r.dispatch + predict(r) for r in out]),
+        np.array([plain(r) for r in out]),
+        np.array([r.seconds for r in out]),
+    )
+    return Fit(parameters, SOURCE, software, len(found) - len(out), len(out), errors)
+
+
+def _enough(found: Sequence[Row], least: int, what: str) -> None:
+    if len([r for r in found if not r.left_out]) < least:
+        raise UserError(f"only {len(found)} microbenchmarks of {what}, too few to fit: give the calibration more time")
+
+
+def _seconds_of(found: Sequence[Row]) -> tuple[Array, Array]:
+    """Measured seconds, and those of them that are dispatch."""
+    return np.array([r.seconds for r in found]), np.array([r.dispatch for r in found])
+
+
+def gemm(all_rows: Sequence[Row], dtype: str, hardware: Hardware, software: str) -> Fit:
+    """Products of a dtype: a floor, and by layout the FLOPs and the passes over the three operands."""
+    found = [r for r in all_rows if r.case["block"] == "gemm" and r.case["dtype"] == dtype]
+    used = [r for r in found if not r.left_out]
+    _enough(found, 20, f"{dtype} products")
+    t, dispatch = _seconds_of(used)
+    m, n, k = (np.array([r.sizes[d] for r in used], np.float64) for d in "mnk")
+    columns, low = [np.ones(len(t))], [0.0]
+    for layout in LAYOUTS:
+        mine = np.array([r.case["layout"] == layout for r in used])
+        columns += [mine * x for x in (m * n * k, m * k, k * n, m * n)]
+        low += [2.0 / hardware.peak(dtype), 0.0, 0.0, 0.0]
+    floor, *terms = linear(columns, t, low, dispatch)
+    by_layout = dict(zip(LAYOUTS, np.reshape(terms, (len(LAYOUTS), 4)), strict=True))
+    pass_ = ITEMSIZE[dtype] / hardware.memory_bandwidth
+    p = CpuGemmParameters(
+        float(floor),
+        {name: float(2.0 / (x[0] * hardware.peak(dtype))) for name, x in by_layout.items()},
+        *({name: float(x[i] / pass_) for name, x in by_layout.items()} for i in (1, 2, 3)),
+    )
+
+    def predict(r: Row) -> float:
+        s = r.sizes
+        layout = r.case["layout"]
+        return float(gemm_time(s["m"], s["n"], s["k"], hardware=hardware, parameters=p, dtype=dtype, layout=layout))
+
+    def plain(r: Row) -> float:
+        x, y, z = (r.sizes[d] for d in "mnk")
+        moved = ITEMSIZE[dtype] * (x * z + z * y + x * y) / hardware.memory_bandwidth
+        return max(2.0 * x * y * z / hardware.peak(dtype), moved)
+
+    return _fit(p, found, predict, plain, software)
+
+
+def attention(all_rows: Sequence[Row], hardware: Hardware, software: str) -> Fit:
+    """The flash kernel: a floor, blocks, scores and products, forward and backward."""
+    found = [r for r in all_rows if r.case["block"] == "attention"]
+    _enough(found, 12, "attention")
+    values: dict[str, float] = {}
+    for prefix, backward in (("", False), ("backward_", True)):
+        used = [r for r in found if not r.left_out and r.case["backward"] == backward]
+        blocks, scores, flops = np.array([_attention_terms(r) for r in used]).T
+        seconds, dispatch = _seconds_of(used)
+        columns = [np.ones(len(used)), blocks / hardware.sm_count, scores / hardware.sm_count, flops]
+        floor, block, score, per_flop = linear(columns, seconds, [0.0, 0.0, 0.0, 1.0 / hardware.fp32_flops], dispatch)
+        values |= {
+            f"{prefix}floor": float(floor),
+            f"{prefix}block": float(block),
+            f"{prefix}score": float(score * hardware.clock_hz),
+            f"{prefix}efficiency": float(1.0 / (per_flop * hardware.fp32_flops)),
+        }
+    p = CpuAttentionParameters(**values)
+
+    def predict(r: Row) -> float:
+        s, backward = r.sizes, r.case["backward"]
+        sizes = (s["batch"], s["seq"], s["seq"], s["heads"], s["head_dim"])
+        return float(attention_time(*sizes, hardware=hardware, parameters=p, causal=True, backward=backward))
+
+    return _fit(p, found, predict, lambda r: float(_attention_terms(r)[2] / hardware.fp32_flops), software)
+
+
+def _attention_terms(r: Row) -> tuple[float, float, float]:
+    s = r.sizes
+    blocks, scores = attention_work(s["batch"], s["seq"], s["seq"], s["heads"], causal=True)
+    return float(blocks), float(scores), float(2.0 * (5 if r.case["backward"] else 2) * scores * s["head_dim"])
+
+
+def stream(all_rows: Sequence[Row], hardware: Hardware, software: str) -> Fit:
+    """Bandwidths from calls that only stream, then a floor and clocks an element for every kind."""
+    found = [r for r in all_rows if r.case["block"] == "pointwise"]
+    _enough(found, 40, "pointwise calls")
+    used = [r for r in found if not r.left_out]
+    p = _bandwidths([r for r in used if r.case["dtype"] == "fp32"], hardware)
+    floors, clocks = _by_kind([r for r in used if r.case["dtype"] == "fp32"], hardware, p)
+    p = replace(p, floors={**p.floors, **floors}, clocks={**p.clocks, **clocks})
+    _, clocks16 = _by_kind([r for r in used if r.case["dtype"] != "fp32"], hardware, p)
+    p = replace(p, clocks16={**p.clocks, **clocks16})
+
+    def predict(r: Row) -> float:
+        return sum(_seconds(kind, amounts, r, hardware, p) for kind, amounts in _passes(r))
+
+    def plain(r: Row) -> float:
+        return sum(amounts[0] for _, amounts in _passes(r)) / hardware.memory_bandwidth
+
+    judged = [r for r in found if r.sizes["rows"] > 1]
+    return _fit(p, judged, predict, plain, software)
+
+
+def _passes(r: Row) -> list[tuple[str, tuple[float, float, float]]]:
+    return passes(r.case["op"], r.case["dtype"], r.sizes["rows"], r.sizes["columns"])
+
+
+def _seconds(
+    kind: str, amounts: tuple[float, float, float], r: Row, hardware: Hardware, p: CpuStreamParameters
+) -> float:
+    half = r.case["dtype"] != "fp32" or r.case["op"] == "cast"
+    return float(stream_time(*amounts, hardware=hardware, parameters=p, kind=kind, half=half))
+
+
+def _bandwidths(used: Sequence[Row], hardware: Hardware) -> CpuStreamParameters:
+    """`stream`, `cache_ratio` and `cache_usable`, with no clocks an element: what only streams."""
+    plain = [r for r in used if all(kind == "stream" for kind, _ in _passes(r))]
+    zeros = dict.fromkeys(KINDS, 0.0)
+    base = CpuStreamParameters(floors=zeros, clocks=zeros, clocks16=zeros)
+    seconds, dispatch = _seconds_of(plain)
+
+    def make(z: Array) -> CpuStreamParameters:
+        stream, ratio, usable, floor = np.exp(z)
+        return replace(
+            base,
+            stream=float(stream),
+            cache_ratio=float(1.0 + ratio),
+            cache_usable=float(usable),
+            floors={**zeros, "stream": float(floor)},
+        )
+
+    def loss(z: Array) -> float:
+        p = make(z)
+        predicted = [sum(_seconds(kind, amounts, r, hardware, p) for kind, amounts in _passes(r)) for r in plain]
+        return float(np.mean(np.abs(np.log((dispatch + np.array(predicted)) / seconds)))) + 1e-3 * float(
+            np.sum((z - start) ** 2)
+        )
+
+    start = np.log([1.0, 1.0, 0.7, 5e-7])
+    return make(minimize(loss, start, method="Nelder-Mead", options={"maxiter": 300, "xatol": 1e-3}).x)
+
+
+def _by_kind(
+    used: Sequence[Row], hardware: Hardware, p: CpuStreamParameters
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Floor and clocks an element of the kinds that the rows hold, the bandwidths given."""
+    floors, clocks = {}, {}
+    bare = replace(p, floors=dict.fromkeys(KINDS, 0.0), clocks=dict.fromkeys(KINDS, 0.0))
+    bare = replace(bare, clocks16=bare.clocks)
+    for kind in KINDS:
+        mine = [r for r in used if _passes(r)[-1][0] == kind and len(_passes(r)) == 1]
+        if len(mine) < 2:
+            continue
+        seconds, dispatch = _seconds_of(mine)
+        base = np.array([_seconds(kind, _passes(r)[0][1], r, hardware, bare) for r in mine])
+        elements = np.array([_passes(r)[0][1][1] for r in mine])
+        cores = np.clip(np.ceil(elements / GRAIN), 1.0, hardware.sm_count)
+        floor, per_element = linear([np.ones(len(mine)), elements / cores], seconds, [0.0, 0.0], dispatch + base)
+        floors[kind], clocks[kind] = float(floor), float(per_element * hardware.clock_hz)
+    return floors, clocks

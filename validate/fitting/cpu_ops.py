@@ -1,0 +1,66 @@
+"""The ATen call behind each streaming microbenchmark, as an Op: fit and price count its work with the same code."""
+
+from collections.abc import Callable
+
+from perfmodel.devices.cpu_work import streams
+from perfmodel.tape.core import Op, Spec
+
+Dims = tuple[int, ...]
+Shapes = tuple[list[Dims], list[Dims]]  # of inputs and outputs
+
+
+def _like(inputs: int, outputs: int = 1) -> Callable[[int, int], Shapes]:
+    return lambda r, c: ([(r, c)] * inputs, [(r, c)] * outputs)
+
+
+# microbenchmark -> (ATen name, its attributes, shapes by rows and columns)
+CALLS: dict[str, tuple[str, tuple[str, ...], Callable[[int, int], Shapes]]] = {
+    "add": ("add.Tensor", (), _like(2)),
+    "mul": ("mul.Tensor", (), _like(2)),
+    "mul_": ("mul_.Tensor", (), _like(1)),
+    "lerp_": ("lerp_.Scalar", (), _like(2)),
+    "addcmul_": ("addcmul_", (), _like(2)),
+    "addcdiv_": ("addcdiv_", (), _like(3)),
+    "sqrt": ("sqrt", (), _like(1)),
+    "div": ("div.Tensor", (), _like(2)),
+    "silu": ("silu", (), _like(1)),
+    "silu_backward": ("silu_backward", (), _like(2)),
+    "gelu": ("gelu", (), _like(1)),
+    "gelu_backward": ("gelu_backward", (), _like(2)),
+    "tanh": ("tanh", (), _like(1)),
+    "exp": ("exp", (), _like(1)),
+    "cos": ("cos", (), _like(1)),
+    "mul_row": ("mul.Tensor", ("strided",), lambda r, c: ([(r, c), (c,)], [(r, c)])),
+    "mul_column": ("mul.Tensor", ("strided",), lambda r, c: ([(r, c), (r, 1)], [(r, c)])),
+    "transpose": ("clone", (), _like(1)),
+    "cat": ("cat", (), lambda r, c: ([(r, c - c // 2), (r, c // 2)], [(r, c)])),
+    "cast": ("_to_copy", (), _like(1)),
+    "mean_row": ("mean.dim", (), lambda r, c: ([(r, c)], [(r, 1)])),
+    "sum_columns": ("sum.dim_IntList", (), lambda r, c: ([(r, c)], [(1, c)])),
+    "norm": ("linalg_vector_norm", (), lambda r, c: ([(r, c)], [()])),
+    "log_softmax": ("_log_softmax", (), _like(1)),
+    "log_softmax_backward": ("_log_softmax_backward_data", (), _like(2)),
+    "layer_norm": ("native_layer_norm", (), lambda r, c: ([(r, c), (c,), (c,)], [(r, c), (r, 1), (r, 1)])),
+    "layer_norm_backward": (
+        "native_layer_norm_backward", (),
+        lambda r, c: ([(r, c), (r, c), (r, 1), (r, 1), (c,), (c,)], [(r, c), (c,), (c,)]),
+    ),
+    "embedding": ("embedding", (), lambda r, c: ([(r, c), (r,)], [(r, c)])),
+    "fill": ("zeros_like", (), _like(1)),
+}  # fmt: skip
+
+
+def op(name: str, dtype: str, rows: int, columns: int) -> Op:
+    """The call of a microbenchmark on so many rows and columns."""
+    aten, attrs, shapes = CALLS[name]
+    inputs, outputs = shapes(rows, columns)
+    other = {"fp32": "bf16", "bf16": "fp32"}[dtype] if name == "cast" else dtype
+    read, written = [Spec(dtype, s) for s in inputs], [Spec(other, s) for s in outputs]
+    return Op(
+        aten, tuple(read), tuple(written), sum(s.nbytes for s in read), sum(s.nbytes for s in written), attrs=attrs
+    )
+
+
+def passes(name: str, dtype: str, rows: int, columns: int) -> list[tuple[str, tuple[float, float, float]]]:
+    """(kind, (bytes of traffic, elements, calls)) of each pass of a microbenchmark's call."""
+    return [(kind, (float(t), float(n), float(c))) for kind, t, n, c in streams(op(name, dtype, rows, columns))]

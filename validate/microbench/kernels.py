@@ -1,0 +1,207 @@
+"""Makes a case run: a function of the repeat's number that makes one call on operands which the cache has forgotten.
+
+Every operand is a ring of copies of so many bytes in all, of which a repeat takes the next: in training too, weights
+and activations come from memory or a shared cache, not from a core's own.
+"""
+
+from collections.abc import Callable
+from itertools import cycle, islice
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..trace import TORCH_DTYPES
+from .designs import Case
+
+aten = torch.ops.aten
+Call = Callable[[int], object]
+RING = {"cpu": 12e6, "cuda": 256e6}  # bytes of the copies of one operand
+MOST_COPIES = 64
+
+
+def build(case: Case, device: str) -> tuple[Call, int]:
+    """The call of a case, and how many calls a repeat should have."""
+    with torch.device(device):
+        return _BUILDERS[case.block](case, device)
+
+
+class Ring:
+    """Copies of an operand; `ring[i]` is the copy of repeat i."""
+
+    def __init__(self, *shape: int, dtype: str = "fp32", device: str, positive: bool = False) -> None:
+        kind = TORCH_DTYPES[dtype]
+        one = torch.rand(shape) + 0.5 if positive else torch.randn(shape)
+        one = one.to(kind)
+        copies = max(1, min(MOST_COPIES, int(RING[device] / max(one.nbytes, 1))))
+        self.copies = [one, *(one.clone() for _ in range(copies - 1))]
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.copies[i % len(self.copies)]
+
+
+def _gemm(case: Case, device: str) -> tuple[Call, int]:
+    m, n, k = case["m"], case["n"], case["k"]
+    a = Ring(*((k, m) if case.layout == "nt" else (m, k)), dtype=case.dtype, device=device)
+    b = Ring(*((n, k) if case.layout == "tn" else (k, n)), dtype=case.dtype, device=device)
+    calls: dict[str, Call] = {
+        "tn": lambda i: torch.mm(a[i], b[i].t()),
+        "nn": lambda i: torch.mm(a[i], b[i]),
+        "nt": lambda i: torch.mm(a[i].t(), b[i]),
+    }
+    return calls[case.layout], 1
+
+
+def _attention(case: Case, device: str) -> tuple[Call, int]:
+    """As transformers lays heads out: (batch, seq, heads, head_dim), transposed."""
+    b, s, d = case["batch"], case["seq"], case["head_dim"]
+    heads = (case["heads"], case["kv_heads"], case["kv_heads"])
+    q, k, v = (Ring(b, s, h, d, dtype=case.dtype, device=device) for h in heads)
+    inputs = [[x[i].transpose(1, 2) for x in (q, k, v)] for i in range(len(q.copies))]
+    grad = torch.ones_like(inputs[0][0])
+    if device == "cpu":  # the kernels themselves: their wrapper costs as much as small ones
+        if not case.backward:
+            return lambda i: aten._scaled_dot_product_flash_attention_for_cpu(*inputs[i % len(inputs)], 0.0, True), 1
+        results = [aten._scaled_dot_product_flash_attention_for_cpu(*x, 0.0, True) for x in inputs]
+
+        def kernel(i: int) -> object:
+            i = i % len(inputs)
+            return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, *inputs[i], *results[i], 0.0, True)
+
+        return kernel, 1
+    grouped = case["heads"] != case["kv_heads"]
+    if not case.backward:
+        return lambda i: _sdpa(inputs[i % len(inputs)], grouped), 1
+    leaves = [[x.detach().requires_grad_() for x in parts] for parts in inputs]
+    outputs = [_sdpa(parts, grouped) for parts in leaves]
+
+    def backward(i: int) -> object:
+        i = i % len(leaves)
+        return torch.autograd.grad(outputs[i], leaves[i], grad, retain_graph=True)
+
+    return backward, 1
+
+
+def _sdpa(parts: list[Tensor], grouped: bool) -> Tensor:
+    q, k, v = parts
+    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+
+
+def _stream(case: Case, device: str) -> tuple[Call, int]:
+    rows, columns = case["rows"], case["columns"]
+
+    def ring(*shape: int) -> Ring:
+        return Ring(*shape, dtype=case.dtype, device=device, positive=True)
+
+    x = ring(rows, columns)
+    return STREAM_CALLS[case.op](x, ring, rows, columns), 10 if rows * columns < 4096 else 1
+
+
+def _binary(call: Callable[[Tensor, Tensor], object]) -> Callable[..., Call]:
+    def make(x: Ring, ring: Callable[..., Ring], rows: int, columns: int) -> Call:
+        y = ring(rows, columns)
+        return lambda i: call(x[i], y[i])
+
+    return make
+
+
+def _unary(call: Callable[[Tensor], object]) -> Callable[..., Call]:
+    return lambda x, ring, rows, columns: lambda i: call(x[i])
+
+
+def _ternary(call: Callable[[Tensor, Tensor, Tensor], object]) -> Callable[..., Call]:
+    def make(x: Ring, ring: Callable[..., Ring], rows: int, columns: int) -> Call:
+        y, z = ring(rows, columns), ring(rows, columns)
+        return lambda i: call(x[i], y[i], z[i])
+
+    return make
+
+
+def _with(call: Callable[[Tensor, Tensor], object], shape: str) -> Callable[..., Call]:
+    """A second operand that is broadcast: a row or a column."""
+
+    def make(x: Ring, ring: Callable[..., Ring], rows: int, columns: int) -> Call:
+        other = ring(*((columns,) if shape == "row" else (rows, 1)))
+        return lambda i: call(x[i], other[i])
+
+    return make
+
+
+def _layer_norm(x: Ring, ring: Callable[..., Ring], rows: int, columns: int) -> Call:
+    weight, bias = ring(columns)[0], ring(columns)[0]
+    return lambda i: aten.native_layer_norm(x[i], [columns], weight, bias, 1e-5)
+
+
+def _layer_norm_backward(x: Ring, ring: Callable[..., Ring], rows: int, columns: int) -> Call:
+    weight, bias, grad = ring(columns)[0], ring(columns)[0], ring(rows, columns)
+    _, mean, scale = aten.native_layer_norm(x[0], [columns], weight, bias, 1e-5)
+    return lambda i: aten.native_layer_norm_backward(
+        grad[i], x[i], [columns], mean, scale, weight, bias, [True, True, True]
+    )
+
+
+def _embedding(x: Ring, ring: Callable[..., Ring], rows: int, columns: int) -> Call:
+    indices = torch.tensor(list(islice(cycle(range(0, 7 * rows, 7)), rows))) % rows
+    return lambda i: torch.embedding(x[i], indices)
+
+
+def _cast(x: Ring, ring: Callable[..., Ring], rows: int, columns: int) -> Call:
+    target = torch.bfloat16 if x[0].dtype == torch.float32 else torch.float32
+    return lambda i: x[i].to(target)
+
+
+STREAM_CALLS: dict[str, Callable[..., Call]] = {
+    "add": _binary(torch.add),
+    "mul": _binary(torch.mul),
+    "mul_": _unary(lambda x: x.mul_(0.999)),
+    "lerp_": _binary(lambda x, y: x.lerp_(y, 0.1)),
+    "addcmul_": _binary(lambda x, y: x.addcmul_(y, y, value=1e-3)),
+    "addcdiv_": _ternary(lambda x, y, z: x.addcdiv_(y, z, value=-1e-3)),
+    "sqrt": _unary(torch.sqrt),
+    "div": _binary(torch.div),
+    "silu": _unary(aten.silu),
+    "silu_backward": _binary(aten.silu_backward),
+    "gelu": _unary(aten.gelu),
+    "gelu_backward": _binary(aten.gelu_backward),
+    "tanh": _unary(torch.tanh),
+    "exp": _unary(torch.exp),
+    "cos": _unary(torch.cos),
+    "mul_row": _with(torch.mul, "row"),
+    "mul_column": _with(torch.mul, "column"),
+    "transpose": _unary(lambda x: x.view(x.shape[0], -1, 16).transpose(0, 1).contiguous()),
+    "cat": _unary(lambda x: torch.cat((x[:, x.shape[1] // 2 :], x[:, : x.shape[1] // 2]), -1)),
+    "cast": _cast,
+    "mean_row": _unary(lambda x: x.mean(-1, keepdim=True)),
+    "sum_columns": _unary(lambda x: x.sum(0, keepdim=True)),
+    "norm": _unary(torch.linalg.vector_norm),
+    "log_softmax": _unary(lambda x: aten._log_softmax(x, -1, False)),
+    "log_softmax_backward": _binary(lambda x, y: aten._log_softmax_backward_data(x, y, -1, x.dtype)),
+    "layer_norm": _layer_norm,
+    "layer_norm_backward": _layer_norm_backward,
+    "embedding": _embedding,
+    "fill": _unary(torch.zeros_like),
+}
+
+
+def _host(case: Case, device: str) -> tuple[Call, int]:
+    one = torch.ones(1)
+    leaf = torch.ones(1, requires_grad=True)
+    module = torch.nn.Identity()
+    if case.op in ("foreach_mul_", "foreach_norm"):
+        tensors = [torch.ones(16) for _ in range(case["tensors"])]
+        function = torch._foreach_mul_ if case.op == "foreach_mul_" else torch._foreach_norm
+        argument = 0.999 if case.op == "foreach_mul_" else 2
+        return lambda i: function(tensors, argument), 20
+    calls: dict[str, Call] = {
+        "dispatch": lambda i: torch.neg(one),
+        "launch": lambda i: torch.neg(one),
+        "view": lambda i: one.view(1),
+        "autograd_node": lambda i: torch.autograd.grad(leaf * 1.0, leaf),
+        "module_call": lambda i: module(one),
+    }
+    return calls[case.op], 50
+
+
+_BUILDERS: dict[str, Callable[[Case, str], tuple[Call, int]]] = {
+    "gemm": _gemm, "attention": _attention, "pointwise": _stream, "host": _host,
+}  # fmt: skip

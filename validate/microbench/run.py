@@ -1,0 +1,63 @@
+"""Goes through a design within a budget of seconds, the blocks in turn, and returns one record a case."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from .designs import Case
+from .kernels import build
+from .stopwatch import Stopwatch
+
+Progress = Callable[[float, str], None]  # share of the budget that is spent, what comes next
+WEIGHTS = {"gemm fp32": 4.0, "gemm bf16": 2.0, "pointwise fp32": 3.0, "pointwise bf16": 1.5, "attention": 2.0}
+REPEATS = 9
+CASE_SECONDS = 0.2  # most that the repeats of one case take
+NEEDED = 60  # cases of a block that run even if the time is over, small ones first: no fit without them
+
+
+def run(
+    blocks: dict[str, list[Case]],
+    device: str,
+    watch: Stopwatch,
+    seconds: float,
+    progress: Progress = lambda share, label: None,
+    needed: int = NEEDED,
+) -> list[dict[str, Any]]:
+    """Measure the blocks for so many seconds, each for its share; records of kind "microbench".
+
+    A case that runs out of memory, or that this device cannot run, is left out.
+    """
+    begin = time.perf_counter()
+    spent = dict.fromkeys(blocks, 0.0)
+    done = dict.fromkeys(blocks, 0)
+    todo = {name: list(reversed(cases)) for name, cases in blocks.items()}
+    records = []
+    while any(todo.values()):
+        elapsed = time.perf_counter() - begin
+        open_blocks = [b for b in todo if todo[b] and (elapsed < seconds or done[b] < needed)]
+        if not open_blocks:
+            break
+        name = min(open_blocks, key=lambda b: spent[b] / WEIGHTS.get(b, 1.0))
+        case = todo[name].pop()
+        progress(min(1.0, elapsed / seconds), f"{case.op} {case.dtype} {' x '.join(str(v) for _, v in case.sizes)}")
+        start = time.perf_counter()
+        record = _measured(case, device, watch)
+        spent[name] += time.perf_counter() - start
+        done[name] += 1
+        if record:
+            records.append(record)
+    return records
+
+
+def _measured(case: Case, device: str, watch: Stopwatch) -> dict[str, Any] | None:
+    try:
+        call, inner = build(case, device)
+        timing = watch(call, inner, CASE_SECONDS, REPEATS)
+    except (RuntimeError, NotImplementedError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "not implemented" in str(error) or "memory" in str(error):
+            return None
+        raise
+    return {"kind": "microbench", "case": case.as_dict(), "clock": watch.kind, "seconds": asdict(timing)}
