@@ -40,8 +40,8 @@ class GemmParameters:
         launch_clocks: clocks of an empty kernel, from the end of the one before to its own end.
         math_efficiency: share of the peak that the main loop reaches in a short burst.
         sustained: share of that rate which the board holds through a training step.
-        derating: relative slow-down of the math pipe when a long kernel hits the power limit.
-        derating_time: seconds of math after which half of the derating is reached.
+        derating: relative slow-down of the SMs when a long kernel hits the power limit.
+        derating_time: seconds of SM time after which half of the derating is reached.
         tile_balance: FLOP per byte: peak over the rate at which the SMs can load operands from L2.
         k_latency: clocks per element of k: the least that a thread block needs, however thin its tile.
         k_bubble: clocks per element of k on top: barriers that copy and math both wait for.
@@ -185,11 +185,11 @@ def gemm_time(
 
 def _best(m: Array, n: Array, k: Array, b: Array, memory: Array, r: _Rates) -> Array:
     """Seconds of the best tile and split, without the launch floor."""
-    flop_time = _flop_time(m, n, k, b, r)
+    flop_time = _flop_time(k, r)
     k_padded = np.ceil(k / r.p.k_step) * r.p.k_step
     k_splits = np.clip(k_padded / r.p.k_split, 1.0, r.p.max_split)
     partials = b * m * n * (4.0 * r.p.split_traffic / r.l2)
-    best = np.full(m.shape, np.inf)
+    whole, divided = np.full(m.shape, np.inf), np.full(m.shape, np.inf)
     sets: list[tuple[Tiles, NDArray[np.bool_] | None]] = [(r.p.tiles, None)]
     if r.p.batched_tiles is not None:
         sets = [(r.p.tiles, b > 1), (r.p.batched_tiles, b <= 1)]
@@ -197,11 +197,11 @@ def _best(m: Array, n: Array, k: Array, b: Array, memory: Array, r: _Rates) -> A
         if excluded is not None and excluded.all():
             continue
         for tile in tiles:
-            time = _with_tile(tile, m, n, b, k_padded, k_splits, flop_time, memory, partials, r)
-            if excluded is not None:
-                time = np.where(excluded, np.inf, time)
-            np.minimum(best, time, out=best)
-    return best
+            times = _with_tile(tile, m, n, b, k_padded, k_splits, flop_time, memory, partials, r)
+            for best, time in zip((whole, divided), times, strict=True):
+                np.minimum(best, time if excluded is None else np.where(excluded, np.inf, time), out=best)
+    # Memory time is the same for every tile, so the best of them is the one with the least SM time.
+    return np.asarray(np.minimum(_overlap(_throttled(whole, r), memory, r.p.overlap_loss), divided))
 
 
 def _with_tile(
@@ -211,12 +211,12 @@ def _with_tile(
     b: Array,
     k_padded: Array,
     k_splits: Array,
-    flop_time: Array,
+    flop_time: Array | float,
     memory: Array,
     partials: Array,
     r: _Rates,
-) -> Array:
-    """Seconds with one tile shape, whole k or split so that the blocks fill one or two waves."""
+) -> tuple[Array, Array]:
+    """With one tile shape: SM seconds of whole k; seconds in all with k split so that the blocks fill 1 or 2 waves."""
     tile_m, tile_n = tile
     rows, cols = np.minimum(m, tile_m), np.minimum(n, tile_n)
     # Padding is computed but not loaded: a thin GEMM wastes the math pipe, not bandwidth.
@@ -224,23 +224,22 @@ def _with_tile(
     main_loop = k_padded * (np.maximum(slice_time, r.k_latency) + r.k_bubble)
     fill_drain = rows * cols * (r.p.epilogue * r.out_item / r.sm_load)
     waves = np.ceil(m / tile_m) * np.ceil(n / tile_n) * b / r.sm_count
-    sm_time = _throttled(_waves(waves, r.p.wave_tail) * (fill_drain + main_loop), r)
-    time = _overlap(sm_time, memory, r.p.overlap_loss)
+    divided = np.full(m.shape, np.inf)
     for filled_waves in (1.0, 2.0):
         split = np.clip(filled_waves / waves, 1.0, k_splits)
         sm_time = _throttled(_waves(waves * split, r.p.wave_tail) * (fill_drain + main_loop / split), r)
         split_time = _overlap(sm_time, memory, r.p.overlap_loss) + r.p.split_latency + split * partials
-        time = np.where(split > 1.0, np.minimum(time, split_time), time)
-    return time
+        divided = np.where(split > 1.0, np.minimum(divided, split_time), divided)
+    return _waves(waves, r.p.wave_tail) * (fill_drain + main_loop), divided
 
 
-def _flop_time(m: Array, n: Array, k: Array, b: Array, r: _Rates) -> Array:
+def _flop_time(k: Array, r: _Rates) -> Array | float:
     """Seconds of one FLOP on one SM."""
-    slow = np.ones_like(k)
-    if r.p.long_row:
-        pitch = (k * (r.item / r.p.page_reach)) ** 3
-        slow = slow * (1.0 + r.p.long_row * pitch / (1.0 + pitch))
-    return slow * (r.sm_count / r.math)
+    seconds = r.sm_count / r.math
+    if not r.p.long_row:
+        return seconds
+    pitch = (k * (r.item / r.p.page_reach)) ** 3
+    return seconds * (1.0 + r.p.long_row * pitch / (1.0 + pitch))
 
 
 def _throttled(time: Array, r: _Rates) -> Array:
