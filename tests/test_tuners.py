@@ -71,7 +71,7 @@ def test_the_command_ends_with_1_when_a_limit_is_missed(
     """A harness that cannot fail checks nothing."""
     chosen = [rows["lora-rank32"], rows["prompt_tuning-default"]]
     monkeypatch.setattr(tuners, "load", lambda: chosen)
-    monkeypatch.setattr(tuners, "evaluate", lambda row: outcome(row, row.seconds, factor * row.seconds))
+    monkeypatch.setattr(tuners, "evaluate", lambda row, host: outcome(row, row.seconds, factor * row.seconds))
     result = CliRunner().invoke(cli.main, ["validate", "tuners", "--json"])
     assert result.exit_code == code, result.output
     assert json.loads(result.stdout)["summary"]["mean"] == pytest.approx(factor - 1)

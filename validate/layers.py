@@ -22,6 +22,7 @@ from perfmodel.step import Step, build
 FILE = DATA / "published" / "lorafusion_layers.csv"
 METHOD = "lora:r=16,dropout=0.1,targets=all-linear,adapter_dtype=bf16"
 LAYERS = 4
+MEAN_LIMIT = 0.12  # mean |relative error| of all times
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Layer:
     batch: int
     seq: int
     seconds: float
+
+    @property
+    def id(self) -> str:
+        """The row's name."""
+        return f"{self.model} {self.component} {self.batch} x {self.seq}"
 
     @property
     def error(self) -> float:

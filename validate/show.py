@@ -10,6 +10,8 @@ from perfmodel.report.progress import progress
 from perfmodel.report.terminal import console, table
 from perfmodel.step import PHASES
 
+from .reasons import FAR, reason, reasons
+
 
 def show_counts(module: Any, grid: str, *, cuda_forward: bool, as_json: bool) -> bool:
     """Run the comparison over a grid and print it; returns whether anything differs."""
@@ -117,12 +119,12 @@ def _print_published(outcomes: list[Any], check: list[Any], lines: list[dict[str
         "in interval",
     )  # fmt: skip
     console.print(table("step time, |relative error| on rows that no fit saw", columns, shown))
-    listed = outcomes if all_rows else [o for o in check if abs(o.error) > 0.25]
+    listed = outcomes if all_rows else [o for o in outcomes if abs(o.error) > FAR]
     if listed:
-        titles = ("row", "split", "measured", "predicted", "error", "notes")
+        titles = ("row", "split", "measured", "predicted", "error", "reason, or notes")
         cells = (
             [o.row.id, o.row.split, units.seconds(o.measured_total), units.seconds(o.predicted_total),
-             f"{100 * o.error:+.1f} %", o.row.notes]
+             f"{100 * o.error:+.1f} %", reason("steps", o.row.id) if abs(o.error) > FAR else o.row.notes]
             for o in listed
         )  # fmt: skip
         console.print(table("\nall rows" if all_rows else "\nrows that miss by more than 25 %", titles, cells, left=2))
@@ -140,13 +142,13 @@ def _published_row(o: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def show_tuners(module: Any, *, all_rows: bool, as_json: bool) -> bool:
+def show_tuners(module: Any, *, host: str, all_rows: bool, as_json: bool) -> bool:
     """Trace every tuner of PEFT's benchmark; print errors and rank correlation; returns whether the limits hold."""
     warnings.filterwarnings("ignore")
     rows = module.load()
     with progress() as bar:
         task = bar.add_task("tracing", total=len(rows))
-        outcomes = module.evaluate_all(rows, lambda name: bar.update(task, advance=1, description=name[:40]))
+        outcomes = module.evaluate_all(rows, lambda name: bar.update(task, advance=1, description=name[:40]), host)
     total = module.summary(outcomes)
     if as_json:
         figures = {k: v for k, v in vars(total).items() if k != "worst"}
@@ -165,6 +167,10 @@ def _print_tuners(module: Any, outcomes: list[Any], total: Any, *, all_rows: boo
     )
     title = "every configuration" if all_rows else "the worst configurations"
     console.print(table(title, ("", "measured", "predicted", "error"), cells))
+    for o in traced:
+        if o in total.worst or abs(o.error) > FAR:
+            why = reason("peft_tuners", o.row.id)
+            console.print(f"{o.row.id}, {100 * o.error:+.0f} %: {why}", markup=False, soft_wrap=True)
     for o in outcomes:
         if o.prediction is None:
             console.print(f"not traced: {o.row.id}: {o.reason}", markup=False, soft_wrap=True)
@@ -181,7 +187,8 @@ def _tuner_row(o: Any) -> dict[str, Any]:
     known = {"id": o.row.id, "tuner": o.row.tuner, "measured_s": o.row.seconds, "source": o.row.source}
     if o.prediction is None:
         return {**known, "reason": o.reason}
-    return {**known, "predicted_s": o.predicted, "error": o.error}
+    why = reasons("peft_tuners").get(o.row.id)
+    return {**known, "predicted_s": o.predicted, "error": o.error, **({"reason": why} if why else {})}
 
 
 def show_host(output: Any) -> None:

@@ -140,11 +140,13 @@ def _predict(config: str, model: str, setup: Setup, device: str, host: str) -> P
     return of_step(built, on, hosts.resolve(host, on))
 
 
-def evaluate_all(rows: Sequence[Row], progress: Callable[[str], None] = lambda name: None) -> list[Outcome]:
+def evaluate_all(
+    rows: Sequence[Row], progress: Callable[[str], None] = lambda name: None, host: str = "default"
+) -> list[Outcome]:
     """Trace and price all rows."""
     outcomes = []
     for row in rows:
-        outcomes.append(evaluate(row))
+        outcomes.append(evaluate(row, host))
         progress(row.id)
     return outcomes
 

@@ -67,9 +67,10 @@ def published(plot: Path | None, all_rows: bool, as_json: bool) -> None:
 
 
 @validate.command()
+@click.option("--host", default="default", show_default=True, help="Host that dispatches, by name or path.")
 @click.option("--all-rows", is_flag=True, help="List every row, not only the worst.")
 @json_option
-def tuners(all_rows: bool, as_json: bool) -> None:
+def tuners(host: str, all_rows: bool, as_json: bool) -> None:
     """Compare with PEFT's own benchmark of its tuners.
 
     Llama-3.2-3B on an L40S; every configuration is traced, which takes minutes.
@@ -79,7 +80,16 @@ def tuners(all_rows: bool, as_json: bool) -> None:
         from validate.show import show_tuners
     except ImportError as error:
         raise extra(error) from None
-    sys.exit(0 if show_tuners(module, all_rows=all_rows, as_json=as_json) else 1)
+    sys.exit(0 if show_tuners(module, host=host, all_rows=all_rows, as_json=as_json) else 1)
+
+
+@validate.command()
+@json_option
+def layers(as_json: bool) -> None:
+    """Compare LoRAFusion's layer times and savings of DRAM traffic (H100) with predictions."""
+    from validate.show_layers import show_layers
+
+    sys.exit(0 if show_layers(as_json=as_json) else 1)
 
 
 @validate.command()

@@ -227,6 +227,8 @@ def _with_tile(
     divided = np.full(m.shape, np.inf)
     for filled_waves in (1.0, 2.0):
         split = np.clip(filled_waves / waves, 1.0, k_splits)
+        if not (split > 1.0).any():
+            continue
         sm_time = _throttled(_waves(waves * split, r.p.wave_tail) * (fill_drain + main_loop / split), r)
         split_time = _overlap(sm_time, memory, r.p.overlap_loss) + r.p.split_latency + split * partials
         divided = np.where(split > 1.0, np.minimum(divided, split_time), divided)
