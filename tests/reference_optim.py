@@ -125,6 +125,13 @@ class BlockAdam:
         """Nothing is left."""
 
 
+@program(BAdam)
+def _badam(model: Any, method: BAdam, architecture: Architecture, setup: Setup) -> Any:
+    model.requires_grad_(False)
+    model.get_submodule(architecture.layer_path)[method.active].requires_grad_(True)
+    return model
+
+
 @updater(BAdam)
 def _badam_update(model: Any, form: str, method: BAdam) -> Any:
     return BlockAdam(model, form)

@@ -52,6 +52,19 @@ def test_streams_copies_and_missing_launches(profile: kineto.Profile) -> None:
     assert profile.unlaunched == 1
 
 
+def test_kernels_are_counted_by_the_call_that_launched_them(profile: kineto.Profile) -> None:
+    """A fill is what some calls launch instead of a kernel, so it counts; a copy from the host does not."""
+    pytest.importorskip("torch")
+    from validate.measuring.profile import summary
+
+    found = summary(profile, "cuda", step_seconds=1e-3)
+    calls = {phase: {name: n for name, (n, _) in table.items()} for phase, table in found["by_call"].items()}
+    assert calls["forward"] == {"aten::mm": 1}
+    assert calls["backward"] == {"aten::embedding_dense_backward": 3}
+    assert found["copies"] == {"number": 1, "bytes": 1048576}
+    assert found["host_bound_share"] == pytest.approx(1 - profile.busy / 1e-3)
+
+
 def test_busy_time_counts_overlapping_streams_once(profile: kineto.Profile) -> None:
     """Streams overlap: adding their kernels up would report a device that is busier than it is."""
     by_hand = 5 + 300 + 10 + (2100 - 2000)  # 1250-1350 lies inside the GEMM, 2040-2100 partly inside 2000-2080

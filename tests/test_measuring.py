@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ pytest.importorskip("peft")
 from perfmodel.errors import UserError
 from perfmodel.predict import predict
 from perfmodel.setup import Setup
-from validate.measuring import cells, isolate, records, run
+from validate import references
+from validate.measuring import cells, isolate, records, run, visit
 
 TINY = """
 rounds = 2
@@ -138,8 +140,6 @@ def test_a_record_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch, tmp
     def refused() -> dict[str, Any]:
         import torch
 
-        from validate.measuring import visit
-
         monkeypatch.setattr(visit, "Program", lambda cell, device, team: torch.empty(2**60))
         plan = run.plan(str(grid), "cpu", threads=1)
         return visit.visit(plan.grid.cells[0], "cpu", threads=1, warm_up=0, steps=1)
@@ -186,12 +186,28 @@ def test_a_grid_that_is_wrong_is_refused_in_one_line(tmp_path: Path, change: str
     assert message in str(error.value)
 
 
-def test_a_method_without_a_program_is_refused_before_anything_runs(tmp_path: Path) -> None:
+def test_a_method_without_a_program_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An hour later its cell would fail, after all the others."""
     path = tmp_path / "grid.toml"
     path.write_text(TINY.replace('methods = ["full",', 'methods = ["full", "paca:r=4",'))
-    with pytest.raises(UserError, match="method paca: neither peft nor transformers"):
+    assert any(c.method == "paca:r=4" for c in run.plan(str(path), "cpu").grid.cells)
+    monkeypatch.setattr(references, "PROGRAMS", {})
+    with pytest.raises(UserError, match="method paca: neither peft"):
         run.plan(str(path), "cpu")
+
+
+@pytest.mark.parametrize("method", ["paca:r=4", "runlora:r=4,targets=all-linear", "lisa:gamma=1"])
+def test_references_run_as_predicted_where_peft_has_no_program(method: str) -> None:
+    """The remedies of the literature must be measurable like LoRA: same calls, same memory, on real data."""
+    config = cells.parse(tomllib.loads(TINY), "tiny", "tiny").cells[0].config
+    cell = cells.Cell(config, method, Setup(batch=2, seq=16, dtype="fp32"))
+    found = visit.visit(cell, "cpu", threads=1, warm_up=1, steps=1)
+    assert found["status"] == "ok", found
+    p = predict(config, method, cell.setup, device="cpu-epyc-genoa-2c")
+    assert found["dispatches"] == {k: v for k, v in p.dispatches.items() if k != "total"}
+    assert found["memory"]["peak"] == pytest.approx(p.memory.peak, rel=0.05)
 
 
 def test_bundled_grids_hold_what_they_promise() -> None:

@@ -9,7 +9,7 @@ from helpers import architecture_of
 
 pytest.importorskip("transformers")
 
-import reference
+import reference_optim  # noqa: F401  # registers the optimizers
 import torch
 from reference import differences
 
@@ -17,6 +17,7 @@ from perfmodel import memory, methods
 from perfmodel.errors import UserError
 from perfmodel.methods import runlora
 from perfmodel.tape.dims import MixedStructure
+from validate import references
 
 SPECS = ("paca:r=4", "lisa:gamma=2", "badam:block=1", "runlora:r=4", "lora_fa:r=4,projected=false")
 
@@ -33,7 +34,7 @@ def test_the_tape_equals_the_reference(name: str, spec: str, dtype: str, batch: 
 @pytest.mark.parametrize(
     ("name", "spec", "options"),
     [
-        ("llama", "paca:r=3,adapter_dtype=fp32,layers_to_transform=1", {"checkpoint": "block"}),
+        ("llama", "paca:r=3,layers_to_transform=1", {"checkpoint": "block"}),
         ("gpt2", "paca:r=3,targets=all-linear", {"dtype": "fp32", "amp": "bf16"}),
         ("opt", "runlora:r=3,targets=all-linear", {"grad_accum": 2}),
         ("llama", "lisa:gamma=1", {"checkpoint": "block-reentrant"}),
@@ -57,7 +58,7 @@ def test_every_order_of_runlora_equals_the_reference(order: int) -> None:
 def test_the_reference_of_paca_is_a_linear_layer_with_some_columns_trained() -> None:
     """Its hand-written backward has to give the gradients that autograd gives."""
     base, method = torch.nn.Linear(6, 5, dtype=torch.float64), methods.parse("paca:r=2,alpha=2")
-    layer = reference.PacaLinear(base.requires_grad_(False), method)
+    layer = references.PacaLinear(base.requires_grad_(False), method)
     torch.nn.init.normal_(layer.paca_w)
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     g = torch.randn(2, 3, 5, dtype=torch.float64)
@@ -80,7 +81,7 @@ def test_all_orders_of_runlora_compute_the_same(bias: bool) -> None:
     grads = torch.autograd.grad(expected, trained, g)
     for forward in range(1, 5):
         for backward in range(1, 9):
-            y = reference.RunLora.apply(x, w, u, v, b if bias else None, forward, backward)
+            y = references.RunLora.apply(x, w, u, v, b if bias else None, forward, backward)
             assert torch.allclose(y, expected)
             found = torch.autograd.grad(y, trained, g)
             assert all(torch.allclose(one, other) for one, other in zip(found, grads, strict=True))

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
-import reference
 import reference_beam
 import reference_papers
 import torch
@@ -22,7 +21,7 @@ from perfmodel.errors import UserError
 from perfmodel.methods.xgblora import XgbLora
 from perfmodel.periodic import PeriodicOps
 from perfmodel.step import Step
-from validate import counts, models
+from validate import counts, models, references
 from validate.trace import Signature, signature
 
 SPECS = (
@@ -90,14 +89,14 @@ def periodic_calls(work: PeriodicOps, *, without: tuple[str, ...] = ()) -> Count
     [
         ("llama", "cola:r=4,targets=all-linear"),
         ("gpt2", "cola:r=4"),
-        ("llama", "xgblora:blocks=2,adapter_dtype=bf16"),
+        ("llama", "xgblora:blocks=2"),
     ],
 )
 def test_merge_and_restart_are_those_of_peft(name: str, spec: str, dtype: str) -> None:
     """Chain of LoRA and XGBLoRA go on from merged weights: peft's own merge and start, call by call."""
     architecture, setup = architecture_of(name), setup_of(name, dtype=dtype)
     method = methods.parse(spec).bind(architecture)
-    model = reference.apply(models.build(config_of(name), setup), method, architecture, setup)
+    model = references.apply(models.build(config_of(name), setup), method, architecture, setup)
     real = reference_papers.calls_of(model, lambda: reference_papers.merge_and_restart(model))
     (work,) = step_of(name, spec, device="cpu", dtype=dtype).periodic
     assert periodic_calls(work, without=("optimizer state",)) == real
@@ -158,7 +157,7 @@ def test_the_replacement_of_ranks_equals_the_reference() -> None:
     """Every layer's gate is scored, all scores are sorted, and half of the ranks move with their moments."""
     architecture, setup = architecture_of("llama"), setup_of("llama")
     method = methods.parse("beamlora:r=5").bind(architecture)
-    model = reference.apply(models.build(config_of("llama"), setup), method, architecture, setup)
+    model = references.apply(models.build(config_of("llama"), setup), method, architecture, setup)
     real = reference_papers.calls_of(model, lambda: reference_beam.replace_ranks(model))
     real = Counter({call: n for call, n in real.items() if not call[0].startswith("empty")})
     copy, replacement = step_of("llama", "beamlora:r=5", device="cpu").periodic

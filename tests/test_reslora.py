@@ -10,7 +10,6 @@ from helpers import FIGURES, architecture_of, by_phase, config_of, step_of
 
 pytest.importorskip("peft")
 
-import reference
 import reference_reslora
 import torch
 from reference import differences
@@ -20,7 +19,7 @@ from perfmodel import methods, predict
 from perfmodel.errors import UserError
 from perfmodel.setup import Setup
 from perfmodel.step import PHASES, build
-from validate import counts, models
+from validate import counts, models, references
 
 VARIANTS = ("shortcut=is", "shortcut=is,merge_flag=4", "shortcut=bs,pre_num=1", "shortcut=ms,pre_num=1")
 
@@ -55,7 +54,7 @@ def test_a_real_step_makes_the_calls_of_the_tape(name: str, variant: str) -> Non
     method = methods.parse(f"reslora:r=4,{variant},targets=all-linear").bind(architecture)
     step = build(architecture, method, setup, "cpu")
     torch.manual_seed(0)
-    model = reference.apply(models.build(config, setup, device="cpu"), method, architecture, setup)
+    model = references.apply(models.build(config, setup, device="cpu"), method, architecture, setup)
     for module in model.modules():
         if isinstance(module, reference_reslora.ResLinear):
             torch.nn.init.normal_(module.lora_A)

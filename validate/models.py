@@ -48,15 +48,15 @@ F = TypeVar("F", bound=Apply)
 _APPLY: dict[type[Method], Apply] = {}
 
 
-def check_program(method: Method) -> None:
-    """Raise `UserError` if neither peft nor transformers has a program of a method."""
-    if type(method) not in _APPLY and type(method) not in CONFIGS:
-        raise UserError(f"method {method.name}: neither peft nor transformers has a program of it to run")
+def has_program(method: Method) -> bool:
+    """Whether peft or transformers has a program of a method."""
+    return type(method) in _APPLY or type(method) in CONFIGS
 
 
 def apply(model: Any, method: Method, architecture: Architecture) -> Any:
     """The model with the fine-tuning method on it, through peft where peft has it."""
-    check_program(method)
+    if not has_program(method):
+        raise UserError(f"method {method.name}: neither peft nor transformers has a program of it to trace")
     if type(method) in CONFIGS and isinstance(method, Targeted):
         config, options = CONFIGS[type(method)]
         return _adapt(model, config, method, architecture, **{k: getattr(method, v) for k, v in options.items()})

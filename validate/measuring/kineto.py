@@ -40,6 +40,11 @@ class Work:
     call: str
     nbytes: int = 0
 
+    @property
+    def crosses_bus(self) -> bool:
+        """Whether it is a copy between host and device; all else a program's step could as well do in a kernel."""
+        return self.kind == "memcpy" and "DtoD" not in self.name
+
 
 @dataclass(frozen=True)
 class Call:

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from perfmodel import methods, optimizers
 from perfmodel.architectures import from_config
 
-from .. import models, updates
+from .. import models, references, updates
 from ..trace import TORCH_DTYPES
 from .cells import Cell
 from .team import Team, wrap
@@ -30,7 +30,7 @@ class Program:
         method = methods.parse(cell.method).bind(architecture)
         torch.manual_seed(0)
         base = models.build(cell.config, cell.setup, device=device)
-        self.model: Any = models.apply(base, method, architecture)
+        self.model: Any = references.apply_any(base, method, architecture, cell.setup)
         self.model.train()
         if self.setup.checkpoint != "none":
             options = {"use_reentrant": self.setup.checkpoint == "block-reentrant"}
@@ -39,7 +39,7 @@ class Program:
             self.model = wrap(self.model, team, architecture, device)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         form = optimizers.resolve(self.setup.optimizer, device)
-        self.update = updates.make(self.model, form, method)
+        self.update = references.make_update(self.model, form, method)
         shape = (int(self.setup.batch), int(self.setup.seq))
         self.ids = torch.randint(architecture.vocab, shape, device=device)
         self.attention = torch.ones_like(self.ids)

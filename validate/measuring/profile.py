@@ -56,13 +56,14 @@ def summary(found: Profile, device: str, step_seconds: float) -> dict[str, Any]:
         step_seconds: median of the steps that ran without the profiler.
 
     Returns:
-        `kernels`: phase -> kernels (CUDA) or ATen calls (CPU); `kernel_seconds`: phase -> seconds in them, each call
-        without those inside it; `by_name` and, on CUDA, `by_call`: phase -> name -> [number, seconds]; `copies`: bytes
-        and number of copies and fills; `host_bound_share`: share of the step in which the device waits (CUDA: the
-        unprofiled step less busy time; CPU: time outside of ATen calls while profiled).
+        `kernels`: phase -> device kernels, fills and copies within the device (CUDA) or ATen calls (CPU);
+        `kernel_seconds`: phase -> seconds in them, each call without those inside it; `by_name` and, on CUDA,
+        `by_call`: phase -> name -> [number, seconds]; `copies`: number and bytes of copies between host and device;
+        `host_bound_share`: share of the step in which the device waits (CUDA: the unprofiled step less busy time; CPU:
+        time outside of ATen calls while profiled).
     """
     if device == "cuda":
-        kernels = [w for w in found.work if w.kind == "kernel"]
+        kernels = [w for w in found.work if not w.crosses_bus]
         rows = [(w.phase, w.name, w.seconds) for w in kernels]
         share = max(0.0, 1.0 - found.busy / step_seconds)
     else:
@@ -79,7 +80,7 @@ def summary(found: Profile, device: str, step_seconds: float) -> dict[str, Any]:
     }
     if device == "cuda":
         out["by_call"] = _table((w.phase, w.call, w.seconds) for w in kernels)
-        copies = [w for w in found.work if w.kind != "kernel"]
+        copies = [w for w in found.work if w.crosses_bus]
         out["copies"] = {"number": len(copies), "bytes": sum(w.nbytes for w in copies)}
         out["busy_seconds"], out["unlaunched"] = found.busy, found.unlaunched
     return out

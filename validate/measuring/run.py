@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from perfmodel import architectures, methods
+from perfmodel.devices import own
 from perfmodel.errors import UserError
 
-from ..models import check_program
+from ..checking.machine import CALIBRATED
+from ..references import apply_any, check_program
 from ..updates import make_optimizer
 from . import allocator, cells, environment, isolate, records
 from .cells import Cell, Grid
@@ -147,11 +149,12 @@ def _load_modules(cells: list[Cell]) -> None:
     """Import in this process whatever the cells' programs import on the way, so that no forked visit does it again."""
     from torch.profiler import profile as profiler
 
-    from ..models import apply, build
+    from ..models import build
 
     for cell in {(c.config.name, c.method): c for c in cells}.values():
         architecture = architectures.from_config(cell.config)
-        apply(build(cell.config, cell.setup), methods.parse(cell.method).bind(architecture), architecture)
+        method = methods.parse(cell.method).bind(architecture)
+        apply_any(build(cell.config, cell.setup), method, architecture, cell.setup)
     weight = torch.nn.Parameter(torch.ones(1))  # a step of one element starts no threads
     update = make_optimizer([weight], "adamw-loop")
     with profiler():
@@ -166,5 +169,7 @@ def _environment(plan: Plan, output: Path, before: list[dict[str, Any]]) -> str:
     name = environment.identity(found)
     if not any(r.get("kind") == "environment" and r["id"] == name for r in before):
         head = {"kind": "environment", "id": name, "grid": plan.grid.name, "seed": plan.seed, "started": time.time()}
+        if own.find(CALIBRATED):
+            found["calibration"] = CALIBRATED
         records.append(output, {**head, **found})
     return name
