@@ -94,6 +94,7 @@ def calibrate(
     host, error, _ = hosts.calibrate(
         lambda label: progress(1.0, f"host: {label}"),
         on=mine if device == "cpu" else None,
+        least=host_floors(found),
         seconds=max(2.0, seconds - (time.perf_counter() - begin)),
     )
     hosts.write(host, host_target)
@@ -139,12 +140,22 @@ def device_file(found: Sequence[Record], name: str) -> tuple[str, dict[str, Fit]
     return file_text(name, host["cpu"], "cpu", "cpu", datasheet, fits), fits
 
 
+def host_floors(found: Sequence[Record]) -> dict[str, float]:
+    """Seconds that a call, a view and a module's call take at least, by the microbenchmarks: field of a host -> s."""
+    timed = {r["case"]["op"]: float(r["seconds"]["least"]) for r in found if r.get("kind") == "microbench"}
+    fields = {"call": "dispatch", "loop_call": "dispatch", "view": "view", "module": "module_call"}
+    return {field: timed[op] for field, op in fields.items() if op in timed}
+
+
 def cpu_datasheet(rows: Sequence[cpu_fit.Row], here: Record) -> dict[str, tuple[Any, str]]:
     """Figure -> (value, source) of a CPU with so many threads at work."""
     host = here["host"]
     threads = int(host["threads"])
-    best = {d: max(_rate(r) for r in rows if r.case["block"] == "gemm" and r.case["dtype"] == d) for d in DTYPES}
-    bandwidth = max(_bandwidth(r) for r in rows if r.case["op"] in ("add", "mul", "mul_"))
+    products = [r for r in rows if r.case["block"] == "gemm"]
+    best = {d: max((_rate(r) for r in products if r.case["dtype"] == d), default=0.0) for d in DTYPES}
+    bandwidth = max((_bandwidth(r) for r in rows if r.case["op"] in designs.PLAIN), default=0.0)
+    if not bandwidth or not all(best.values()):
+        raise UserError("too few microbenchmarks to tell the peaks of this machine: give the calibration more time")
     caches = host["caches"]
     system = "the system's description of this machine"
     return {

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
+from scipy.optimize import lsq_linear
 
 from perfmodel import costs, methods
 from perfmodel.architectures import Config, from_config
@@ -42,6 +42,7 @@ METHODS = ("full", "lora:r=4,targets=all-linear", "lora:r=4")
 OPTIMIZERS = ("adamw-foreach", "adamw-loop")
 WARM_UP, STEPS = 4, 15
 MOST_KERNELS = 0.2  # of a tiny step is host work at least, whatever the kernels' prices say
+NOTHING = 1e-9  # s: what takes less is nothing
 NEEDED = 10  # programs that are timed even if the time is over
 
 
@@ -142,23 +143,35 @@ def _time_steps(model: Any, update: torch.optim.Optimizer) -> list[float]:
     return [float(x) for x in np.quantile(rows[WARM_UP:], 0.25, axis=0)]
 
 
-def fit(samples: list[Sample]) -> tuple[dict[str, float], float]:
-    """Seconds per unit of work by non-negative least squares on relative errors; the mean |relative error| with it."""
+def fit(samples: list[Sample], least: Mapping[str, float] | None = None) -> tuple[dict[str, float], float]:
+    """Seconds per unit of work by bounded least squares on relative errors; the mean |relative error| with it.
+
+    Args:
+        least: seconds that a unit takes at least, where that was measured by itself.
+    """
     names = list(samples[0].work)
     measured = np.array([s.seconds for s in samples])
     work = np.array([[s.work[n] for n in names] for s in samples])
-    solution, _ = nnls(work / measured[:, None], np.ones(len(samples)))
+    low = np.array([(least or {}).get(n, 0.0) for n in names])
+    scale = 1.0 / np.maximum(work.max(axis=0), 1.0)
+    found = lsq_linear(work * scale / measured[:, None], np.ones(len(samples)), bounds=(low / scale, np.inf))
+    solution = np.maximum(found.x * scale, low)
     error = float(np.mean(np.abs(work @ solution / measured - 1)))
-    return dict(zip(names, map(float, solution), strict=True)), error
+    return {n: float(v) if v > NOTHING else 0.0 for n, v in zip(names, solution, strict=True)}, error
 
 
 def calibrate(
-    progress: Callable[[str], None] = lambda name: None, *, on: DeviceProfile | None = None, seconds: float = np.inf
+    progress: Callable[[str], None] = lambda name: None,
+    *,
+    on: DeviceProfile | None = None,
+    least: Mapping[str, float] | None = None,
+    seconds: float = np.inf,
 ) -> tuple[Host, float, int]:
     """Measure this machine: its host file, the fit's mean |relative error|, and the number of phases timed.
 
     Args:
         on: this machine's calibrated CPU, whose kernels are taken off; without it they count as host work.
+        least: see `fit`.
         seconds: after which no further program is begun.
     """
     threads = torch.get_num_threads()
@@ -175,7 +188,7 @@ def calibrate(
             samples += measure(config, method, checkpoint, optimizer, on)
     finally:
         torch.set_num_threads(threads)
-    spent, error = fit(samples)
+    spent, error = fit(samples, least)
     default = hosts.load()
     spent |= {name: getattr(default, name) for name in KEPT}
     software = f"PyTorch {version('torch')}, transformers {version('transformers')}, peft {version('peft')}"

@@ -5,7 +5,7 @@ them little.
 
 - Products (MKL, oneDNN): FLOPs at a share of the peak, plus packing: each operand is read, reordered and read again, so
   it costs so many passes of its bytes at the memory's bandwidth. Skinny products (adapters) are all packing. Both
-  depend on the layout: tn, nn and nt are the products of forward, input gradient and weight gradient.
+  depend on the layout (tn, nn and nt are the products of forward, input gradient and weight gradient) and the regime.
 - Attention (the flash kernel, ATen/native/cpu/FlashAttentionKernel.cpp): blocks of queries; a block costs a floor, its
   products FLOPs, and each score an exponential and the passes of a softmax. Blocks above the diagonal are skipped.
 - Everything else streams: bytes over bandwidth (in cache while the working set fits), and clocks an element for what
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..tape.core import Op
-from .cpu_work import KINDS, LAYOUTS, sort
+from .cpu_work import FEW_ROWS, KINDS, PAGE, REGIMES, sort
 from .hardware import ITEMSIZE, Hardware
 from .solver import solver_time
 from .tables import Tables
@@ -43,15 +43,15 @@ class CpuGemmParameters:
 
     Attributes:
         floor: seconds of a product of next to nothing.
-        efficiency: share of the datasheet's peak, by layout.
-        a_passes, b_passes, c_passes: passes over (m, k), (k, n) and (m, n) at the datasheet's bandwidth, by layout.
+        efficiency: share of the datasheet's peak, by regime (`cpu_work.REGIMES`).
+        a_passes, b_passes, c_passes: passes over (m, k), (k, n) and (m, n) at the datasheet's bandwidth, by regime.
     """
 
     floor: float = 3e-6
-    efficiency: Mapping[str, float] = _each(LAYOUTS, 0.9)
-    a_passes: Mapping[str, float] = _each(LAYOUTS, 1.5)
-    b_passes: Mapping[str, float] = _each(LAYOUTS, 1.5)
-    c_passes: Mapping[str, float] = _each(LAYOUTS, 0.5)
+    efficiency: Mapping[str, float] = _each(REGIMES, 0.9)
+    a_passes: Mapping[str, float] = _each(REGIMES, 1.5)
+    b_passes: Mapping[str, float] = _each(REGIMES, 1.5)
+    c_passes: Mapping[str, float] = _each(REGIMES, 0.5)
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,19 @@ class CpuAttentionParameters:
         block, backward_block: seconds of a block of queries of one head, and core.
         score, backward_score: clocks a score (a query and a key that it sees) and core, products excluded.
         efficiency, backward_efficiency: share of the fp32 peak in its products.
+        aliasing, backward_aliasing: how much longer the products take where the rows of q are whole pages apart.
     """
 
     floor: float = 10e-6
     block: float = 5e-6
     score: float = 8.0
     efficiency: float = 0.7
+    aliasing: float = 1.5
     backward_floor: float = 20e-6
     backward_block: float = 10e-6
     backward_score: float = 16.0
     backward_efficiency: float = 0.7
+    backward_aliasing: float = 1.5
 
 
 @dataclass(frozen=True)
@@ -138,10 +141,30 @@ def gemm_time(
     layout: str,
 ) -> Array:
     """Seconds of `batch` products (m, k)·(k, n)."""
+    m, n, k = (np.asarray(x, np.float64) for x in (m, n, k))
+
+    def one(regime: str) -> Array:
+        passes = p.a_passes[regime] * m * k + p.b_passes[regime] * k * n + p.c_passes[regime] * m * n
+        compute = 2.0 * m * n * k / (p.efficiency[regime] * hardware.peak(dtype))
+        return np.asarray(compute + passes * itemsize / hardware.memory_bandwidth)
+
     p, itemsize = parameters, ITEMSIZE[dtype]
-    passes = p.a_passes[layout] * m * k + p.b_passes[layout] * k * n + p.c_passes[layout] * m * n
-    compute = 2.0 * m * n * k / (p.efficiency[layout] * hardware.peak(dtype))
-    return np.asarray(p.floor + batch * (compute + passes * itemsize / hardware.memory_bandwidth))
+    seconds = one(layout)
+    if layout == "nn":
+        seconds = np.where(m >= FEW_ROWS, seconds, np.where(aliased(n * itemsize), one("nn_aliased"), one("nn_few")))
+    return np.asarray(p.floor + batch * seconds)
+
+
+def aliased(row_bytes: Any) -> Any:
+    """Whether rows lie a multiple of a page apart: they then fall into the same sets of a cache."""
+    return np.asarray(row_bytes) % PAGE == 0
+
+
+def regime(m: float, n: float, layout: str, dtype: str) -> str:
+    """The regime of one product."""
+    if layout != "nn" or m >= FEW_ROWS:
+        return layout
+    return "nn_aliased" if aliased(n * ITEMSIZE[dtype]) else "nn_few"
 
 
 def query_block(queries: Any) -> Any:
@@ -162,14 +185,13 @@ def attention_time(
     *, hardware: Hardware, parameters: CpuAttentionParameters, causal: bool, backward: bool = False,
 ) -> Array:  # fmt: skip
     """Seconds of scaled dot product attention: two products forward, five backward."""
-    p = parameters
-    blocks, scores = attention_work(b, queries, keys, heads, causal=causal)
-    floor, block, score, efficiency = (
-        (p.backward_floor, p.backward_block, p.backward_score, p.backward_efficiency)
-        if backward
-        else (p.floor, p.block, p.score, p.efficiency)
+    p, prefix = parameters, "backward_" if backward else ""
+    floor, block, score, efficiency, aliasing = (
+        getattr(p, prefix + name) for name in ("floor", "block", "score", "efficiency", "aliasing")
     )
-    products = 2.0 * (5 if backward else 2) * scores * head_dim / (efficiency * hardware.fp32_flops)
+    blocks, scores = attention_work(b, queries, keys, heads, causal=causal)
+    slower = np.where(aliased(heads * head_dim * ITEMSIZE["fp32"]), aliasing, 1.0)
+    products = slower * 2.0 * (5 if backward else 2) * scores * head_dim / (efficiency * hardware.fp32_flops)
     per_core = (blocks * block + scores * score / hardware.clock_hz) / hardware.sm_count
     return np.asarray(floor + products + per_core)
 

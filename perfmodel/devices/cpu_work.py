@@ -9,6 +9,11 @@ from .packages import gemm_shape
 from .tables import Tables
 
 LAYOUTS = ("tn", "nn", "nt")
+# What a product's parameters go by: its layout and, in nn, whether A has few rows. The library then reads B in place,
+# which is slow if B's rows are a multiple of a page apart: they compete for the same sets of a cache.
+REGIMES = (*LAYOUTS, "nn_few", "nn_aliased")
+FEW_ROWS = 192  # below so many rows of A MKL reads B in place (measured: the step lies between 160 and 192)
+PAGE = 4096  # B
 KINDS = (
     "stream",  # loads, a few vector instructions, a store
     "divide",  # divisions and square roots

@@ -16,20 +16,24 @@ from perfmodel.devices.cpu import (
     CpuAttentionParameters,
     CpuGemmParameters,
     CpuStreamParameters,
+    aliased,
     attention_time,
     attention_work,
     gemm_time,
+    regime,
     stream_time,
 )
-from perfmodel.devices.cpu_work import KINDS, LAYOUTS
+from perfmodel.devices.cpu_work import KINDS, REGIMES
 from perfmodel.devices.hardware import ITEMSIZE, Hardware
 from perfmodel.errors import UserError
 
 from .common import Array, Errors, Fit, fold
 from .cpu_ops import passes
 
+NEEDED_ROWS = 6  # of a regime's products, for four parameters
 ROUNDS, SCALE = 20, 0.02  # reweighting: rounds, and the relative error below which it stays quadratic
-PULL = 1e-3  # to the start, per squared e-fold: decides what the data leave open
+PULL = 1e-4  # to the start, per squared e-fold: decides what the data leave open
+NOTHING = 1e-4  # a term that never makes up more of a row is none
 SOURCE = "perfmodel calibrate on this machine"
 
 
@@ -63,7 +67,7 @@ def rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
     found = [r for r in records if r.get("kind") == "microbench"]
     try:
         timed = [(r["case"], float(r["seconds"]["quartile"])) for r in found]
-        dispatch = min(s for case, s in timed if case["op"] == "dispatch")
+        dispatch = min(float(r["seconds"]["least"]) for r in found if r["case"]["op"] == "dispatch")
     except (KeyError, TypeError, ValueError):
         raise UserError("these records hold no microbenchmarks of a calibration (kind, case, seconds)") from None
     return [Row(case, max(s, 1e-9), dispatch) for case, s in timed]
@@ -81,7 +85,7 @@ def linear(columns: Sequence[Array], seconds: Array, low: Sequence[float], known
         found = lsq_linear(x * scale * weight[:, None], target * weight, bounds=(lower / scale, np.inf))
         solution = np.maximum(found.x * scale, lower)
         weight = 1.0 / np.sqrt(np.abs(x @ solution - target) + SCALE)
-    return np.asarray(solution)
+    return np.where(np.abs(x * solution).max(axis=0) < NOTHING, lower, solution)
 
 
 def _fit(
@@ -107,24 +111,28 @@ def _seconds_of(found: Sequence[Row]) -> tuple[Array, Array]:
 
 
 def gemm(all_rows: Sequence[Row], dtype: str, hardware: Hardware, software: str) -> Fit:
-    """Products of a dtype: a floor, and by layout the FLOPs and the passes over the three operands."""
+    """Products of a dtype: a floor, and by regime the FLOPs and the passes over the three operands."""
     found = [r for r in all_rows if r.case["block"] == "gemm" and r.case["dtype"] == dtype]
     used = [r for r in found if not r.left_out]
     _enough(found, 20, f"{dtype} products")
     t, dispatch = _seconds_of(used)
     m, n, k = (np.array([r.sizes[d] for r in used], np.float64) for d in "mnk")
+    regimes = [regime(r.sizes["m"], r.sizes["n"], r.case["layout"], dtype) for r in used]
+    known = [name for name in REGIMES if regimes.count(name) >= NEEDED_ROWS]
     columns, low = [np.ones(len(t))], [0.0]
-    for layout in LAYOUTS:
-        mine = np.array([r.case["layout"] == layout for r in used])
+    for name in known:
+        mine = np.array([r == name for r in regimes])
         columns += [mine * x for x in (m * n * k, m * k, k * n, m * n)]
         low += [2.0 / hardware.peak(dtype), 0.0, 0.0, 0.0]
     floor, *terms = linear(columns, t, low, dispatch)
-    by_layout = dict(zip(LAYOUTS, np.reshape(terms, (len(LAYOUTS), 4)), strict=True))
+    by_regime = dict(zip(known, np.reshape(terms, (len(known), 4)), strict=True))
+    for name in REGIMES:  # what was not measured goes as its layout does, or as any does
+        by_regime.setdefault(name, by_regime.get(name.partition("_")[0], next(iter(by_regime.values()))))
     pass_ = ITEMSIZE[dtype] / hardware.memory_bandwidth
     p = CpuGemmParameters(
         float(floor),
-        {name: float(2.0 / (x[0] * hardware.peak(dtype))) for name, x in by_layout.items()},
-        *({name: float(x[i] / pass_) for name, x in by_layout.items()} for i in (1, 2, 3)),
+        {name: float(2.0 / (x[0] * hardware.peak(dtype))) for name, x in by_regime.items()},
+        *({name: float(x[i] / pass_) for name, x in by_regime.items()} for i in (1, 2, 3)),
     )
 
     def predict(r: Row) -> float:
@@ -148,14 +156,23 @@ def attention(all_rows: Sequence[Row], hardware: Hardware, software: str) -> Fit
     for prefix, backward in (("", False), ("backward_", True)):
         used = [r for r in found if not r.left_out and r.case["backward"] == backward]
         blocks, scores, flops = np.array([_attention_terms(r) for r in used]).T
+        whole_pages = np.array([_whole_pages(r) for r in used])
         seconds, dispatch = _seconds_of(used)
-        columns = [np.ones(len(used)), blocks / hardware.sm_count, scores / hardware.sm_count, flops]
-        floor, block, score, per_flop = linear(columns, seconds, [0.0, 0.0, 0.0, 1.0 / hardware.fp32_flops], dispatch)
+        columns = [
+            np.ones(len(used)),
+            blocks / hardware.sm_count,
+            scores / hardware.sm_count,
+            flops,
+            flops * whole_pages,
+        ]
+        low = [0.0, 0.0, 0.0, 1.0 / hardware.fp32_flops, 0.0]
+        floor, block, score, per_flop, more = linear(columns, seconds, low, dispatch)
         values |= {
             f"{prefix}floor": float(floor),
             f"{prefix}block": float(block),
             f"{prefix}score": float(score * hardware.clock_hz),
             f"{prefix}efficiency": float(1.0 / (per_flop * hardware.fp32_flops)),
+            f"{prefix}aliasing": float(1.0 + more / per_flop),
         }
     p = CpuAttentionParameters(**values)
 
@@ -165,6 +182,10 @@ def attention(all_rows: Sequence[Row], hardware: Hardware, software: str) -> Fit
         return float(attention_time(*sizes, hardware=hardware, parameters=p, causal=True, backward=backward))
 
     return _fit(p, found, predict, lambda r: float(_attention_terms(r)[2] / hardware.fp32_flops), software)
+
+
+def _whole_pages(r: Row) -> bool:
+    return bool(aliased(r.sizes["heads"] * r.sizes["head_dim"] * ITEMSIZE["fp32"]))
 
 
 def _attention_terms(r: Row) -> tuple[float, float, float]:
@@ -230,7 +251,9 @@ def _bandwidths(used: Sequence[Row], hardware: Hardware) -> CpuStreamParameters:
         )
 
     start = np.log([1.0, 1.0, 0.7, 5e-7])
-    return make(minimize(loss, start, method="Nelder-Mead", options={"maxiter": 300, "xatol": 1e-3}).x)
+    simplex = np.vstack([start, start + 0.7 * np.eye(len(start))])
+    options: Any = {"maxiter": 400, "xatol": 1e-3, "fatol": 1e-5, "initial_simplex": simplex}
+    return make(minimize(loss, start, method="Nelder-Mead", options=options).x)
 
 
 def _by_kind(

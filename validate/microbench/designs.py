@@ -6,7 +6,7 @@ blocks take turns (`run`).
 
 import random
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import cycle, product
 from typing import Any
 
 LAYOUTS = ("tn", "nn", "nt")
@@ -68,7 +68,11 @@ def gemms(dtype: str, *, wide: bool) -> list[Case]:
     thin = [s for s in shapes if min(s) < 64]
     full = [s for s in shapes if min(s) >= 64]
     mixed = [s for group in zip(thin, full[::2], full[1::2], strict=False) for s in group]
-    return [_gemm(dtype, layout, *shape) for shape in mixed[:240] for layout in LAYOUTS]
+    cases = [[_gemm(dtype, layout, *shape) for layout in LAYOUTS] for shape in mixed]
+    if not wide:  # few rows have ways of their own (devices/cpu_work.py): one more of them with each triple
+        few = [_gemm(dtype, "nn", *s) for s in shapes if s[0] < 192 and min(s) >= 64]
+        cases = [[*triple, more] for triple, more in zip(cases, cycle(few), strict=False)]
+    return [case for group in cases for case in group]
 
 
 def _gemm(dtype: str, layout: str, tokens: int, out_features: int, in_features: int) -> Case:
@@ -103,13 +107,17 @@ STREAMS = (
 )  # fmt: skip
 
 
+PLAIN = ("add", "mul", "mul_")  # these show the memory's bandwidth
+
+
 def streams(dtype: str, *, wide: bool) -> list[Case]:
-    """Pointwise calls, reductions, norms, softmax: in cache and out of it."""
+    """Pointwise calls, reductions, norms, softmax: in cache and out of it; floors and bandwidth come first."""
     largest = ((16384, 8192), (8192, 4096)) if wide else ((2048, 1024), (1024, 3072))
     shapes = [(1, 16), (64, 256), (96, 384), (256, 768), (512, 768), (512, 2048), *largest]
     cases = [Case("pointwise", op, dtype, (("rows", r), ("columns", c))) for (r, c), op in product(shapes, STREAMS)]
-    first = [c for c in cases if c["rows"] == 1]
-    rest = [c for c in cases if c["rows"] != 1]
+    big = (("rows", largest[0][0]), ("columns", largest[0][1]))
+    first = [c for c in cases if c["rows"] == 1 or (c.sizes == big and c.op in PLAIN)]
+    rest = [c for c in cases if c not in first]
     random.Random(f"{SEED} {dtype}").shuffle(rest)
     return first + rest
 

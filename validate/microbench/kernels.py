@@ -1,15 +1,18 @@
 """Makes a case run: a function of the repeat's number that makes one call on operands which the cache has forgotten.
 
 Every operand is a ring of copies of so many bytes in all, of which a repeat takes the next: in training too, weights
-and activations come from memory or a shared cache, not from a core's own.
+and activations come from memory or a shared cache, not from a core's own. Results are held as long, so that a call
+writes to memory that was not touched just before.
 """
 
+from collections import deque
 from collections.abc import Callable
 from itertools import cycle, islice
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._pytree import tree_leaves
 
 from ..trace import TORCH_DTYPES
 from .designs import Case
@@ -23,7 +26,15 @@ MOST_COPIES = 64
 def build(case: Case, device: str) -> tuple[Call, int]:
     """The call of a case, and how many calls a repeat should have."""
     with torch.device(device):
-        return _BUILDERS[case.block](case, device)
+        call, inner = _BUILDERS[case.block](case, device)
+    return (call if case.block == "host" else _holding(call, device)), inner
+
+
+def _holding(call: Call, device: str) -> Call:
+    """The call, its results held until so many bytes of them are there."""
+    nbytes = sum(t.nbytes for t in tree_leaves(call(0)) if isinstance(t, Tensor))
+    held: deque[object] = deque(maxlen=max(1, min(MOST_COPIES, int(RING[device] / max(nbytes, 1)))))
+    return lambda i: held.append(call(i))
 
 
 class Ring:

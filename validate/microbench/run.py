@@ -24,7 +24,6 @@ def run(
     watch: Stopwatch,
     seconds: float,
     progress: Progress = lambda share, label: None,
-    needed: int = NEEDED,
 ) -> list[dict[str, Any]]:
     """Measure the blocks for so many seconds, each for its share; records of kind "microbench".
 
@@ -37,7 +36,7 @@ def run(
     records = []
     while any(todo.values()):
         elapsed = time.perf_counter() - begin
-        open_blocks = [b for b in todo if todo[b] and (elapsed < seconds or done[b] < needed)]
+        open_blocks = [b for b in todo if todo[b] and (elapsed < seconds or done[b] < NEEDED)]
         if not open_blocks:
             break
         name = min(open_blocks, key=lambda b: spent[b] / WEIGHTS.get(b, 1.0))

@@ -1,0 +1,234 @@
+"""`perfmodel calibrate`: a fit finds what made the timings, and its files serve as a device and a host."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+pytest.importorskip("scipy")
+pytest.importorskip("peft")
+
+import torch
+
+from perfmodel.cli import main
+from perfmodel.devices import cpu, host, own, profile
+from perfmodel.devices.cpu_work import KINDS, REGIMES
+from perfmodel.devices.hardware import Hardware
+from perfmodel.errors import UserError
+from perfmodel.predict import predict
+from validate import calibrate, hosts
+from validate.fitting import cpu as fit
+from validate.fitting.cpu_ops import passes
+from validate.measuring import records
+from validate.microbench import designs, kernels, run, stopwatch
+
+BOX = Hardware(2, 3e9, 64e9, 20e9, 2 << 20, 200e9, None, None, 100e9)
+DISPATCH = 2e-6
+GEMM = cpu.CpuGemmParameters(
+    4e-6,
+    dict(zip(REGIMES, (0.9, 0.8, 0.7, 0.6, 0.3), strict=True)),
+    *(dict(zip(REGIMES, values, strict=True)) for values in ((1, 2, 3, 1, 2), (2, 1, 3, 2, 1), (0.5, 1, 1, 1, 0.5))),
+)
+ATTENTION = cpu.CpuAttentionParameters(
+    20e-6, 6e-6, 10.0, 0.6, 1.5, 40e-6, 12e-6, 20.0, 0.5, 1.3
+)  # fmt: skip
+STREAM = cpu.CpuStreamParameters(
+    0.9, 2.5, 0.5,
+    {kind: (1 + i) * 1e-6 for i, kind in enumerate(KINDS)},
+    {kind: 0.0 if kind == "stream" else 0.5 + 0.2 * i for i, kind in enumerate(KINDS)},
+    {kind: 1.0 + 0.2 * i for i, kind in enumerate(KINDS)},
+)  # fmt: skip
+ENVIRONMENT = {
+    "kind": "environment", "id": "e", "device": "cpu", "software": {"torch": "2"},
+    "host": {"cpu": "A box", "threads": 2, "clock_hz": 3e9, "memory_bytes": 64e9, "caches": {"L2": 1 << 20}},
+}  # fmt: skip
+
+
+def seconds_of(case: designs.Case) -> float:
+    """What a case takes on the made-up box."""
+    s = dict(case.sizes)
+    if case.block == "gemm":
+        return float(
+            cpu.gemm_time(
+                s["m"], s["n"], s["k"], hardware=BOX, parameters=GEMM, dtype=case.dtype, layout=case.layout
+            )
+        )  # fmt: skip
+    if case.block == "attention":
+        sizes = (s["batch"], s["seq"], s["seq"], s["heads"], s["head_dim"])
+        return float(
+            cpu.attention_time(*sizes, hardware=BOX, parameters=ATTENTION, causal=True, backward=case.backward)
+        )
+    if case.block == "pointwise":
+        half = case.dtype != "fp32" or case.op == "cast"
+        rows = passes(case.op, case.dtype, s["rows"], s["columns"])
+        return float(
+            sum(cpu.stream_time(*a, hardware=BOX, parameters=STREAM, kind=kind, half=half) for kind, a in rows)
+        )
+    return 0.0
+
+
+@pytest.fixture(scope="module")
+def measured() -> list[dict[str, Any]]:
+    """Records of the made-up box: every time comes from the price model, with 2 % of noise."""
+    noise = np.random.default_rng(0)
+    found: list[dict[str, Any]] = [ENVIRONMENT]
+    for cases in designs.design("cpu", ("fp32", "bf16")).values():
+        for case in cases[:400]:
+            took = DISPATCH + seconds_of(case) * float(np.exp(noise.normal(0.0, 0.02)))
+            record = {"kind": "microbench", "environment": "e", "case": case.as_dict(), "clock": "made up"}
+            found.append({**record, "seconds": {"least": took, "quartile": took, "median": took}})
+    return found
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for own devices."""
+    monkeypatch.setenv("PERFMODEL_HOME", str(tmp_path))
+    yield tmp_path
+    profile.forget()
+
+
+def test_the_fit_of_products_finds_what_made_the_timings(measured: list[dict[str, Any]]) -> None:
+    """Shares of the peak and packing must be told apart, in every regime, or other shapes are priced wrongly."""
+    found = fit.gemm(fit.rows(measured), "fp32", BOX, "")
+    p = found.parameters
+    assert isinstance(p, cpu.CpuGemmParameters)
+    assert {k: round(v / GEMM.efficiency[k], 1) for k, v in p.efficiency.items()} == dict.fromkeys(REGIMES, 1.0)
+    assert all(abs(p.b_passes[k] - GEMM.b_passes[k]) < 0.5 for k in REGIMES)
+    assert found.errors.mean < 0.03 < found.errors.roofline_mean
+
+
+def test_the_fit_of_attention_finds_what_made_the_timings(measured: list[dict[str, Any]]) -> None:
+    """A score's exponential and its products grow alike but for the head size."""
+    found = fit.attention(fit.rows(measured), BOX, "")
+    p = found.parameters
+    assert isinstance(p, cpu.CpuAttentionParameters)
+    for name in ("block", "score", "efficiency", "aliasing", "backward_score", "backward_efficiency"):
+        assert getattr(p, name) == pytest.approx(getattr(ATTENTION, name), rel=0.15), name
+    assert found.errors.mean < 0.03
+
+
+def test_the_fit_of_streams_finds_what_made_the_timings(measured: list[dict[str, Any]]) -> None:
+    """Bandwidth, floors and clocks of each kind decide every step that is not all products."""
+    found = fit.stream(fit.rows(measured), BOX, "")
+    p = found.parameters
+    assert isinstance(p, cpu.CpuStreamParameters)
+    assert p.stream == pytest.approx(STREAM.stream, rel=0.1)
+    for kind in ("divide", "exponential", "gelu", "softmax", "norm_backward"):
+        assert p.clocks[kind] == pytest.approx(STREAM.clocks[kind], rel=0.15), kind
+        assert p.floors[kind] == pytest.approx(STREAM.floors[kind], rel=0.3), kind
+    assert found.errors.mean < 0.04
+
+
+def test_one_disturbed_row_does_not_move_a_fit(measured: list[dict[str, Any]]) -> None:
+    """Other work on the machine makes single timings ten times too long."""
+    disturbed = json.loads(json.dumps(measured))
+    for r in [r for r in disturbed if r["kind"] == "microbench" and r["case"]["block"] == "gemm"][::17]:
+        r["seconds"]["quartile"] *= 10
+    p = fit.gemm(fit.rows(disturbed), "fp32", BOX, "").parameters
+    assert isinstance(p, cpu.CpuGemmParameters)
+    assert p.efficiency["tn"] == pytest.approx(GEMM.efficiency["tn"], rel=0.05)
+
+
+def test_the_file_of_a_calibration_is_a_device(measured: list[dict[str, Any]], home: Path) -> None:
+    """What calibrate writes must be found by name, be listed, and price a step."""
+    text, _ = calibrate.device_file(measured, "my-box")
+    own.path("my-box").parent.mkdir(parents=True)
+    own.path("my-box").write_text(text)
+    found = profile.load("My-Box")
+    assert (found.kind, found.name, found.hardware.sm_count) == ("cpu", "A box", 2)
+    assert set(found.fitted.values()) == {"fitted"}
+    assert found.residuals["gemm.fp32"]["mean"] < 0.03
+    listed = CliRunner().invoke(main, ["devices", "--json"])
+    assert "my-box" in [row["device"] for row in json.loads(listed.output)]
+    step = predict("gpt2", "lora:r=8", device=found, batch=1, seq=64, dtype="fp32")
+    assert 0.01 < step.time.phases["total"] < 10
+
+
+def test_a_device_brings_its_own_host(measured: list[dict[str, Any]], home: Path) -> None:
+    """The host's share of a step is that of the machine that was calibrated, not of the default."""
+    text, _ = calibrate.device_file(measured, "mine")
+    for kind in ("devices", "hosts"):
+        (home / kind).mkdir()
+    own.path("mine").write_text(text)
+    default = host.load()
+    slow = host.Host(**{**vars(default), "name": "slow", "module": 1e-3})
+    hosts.write(slow, own.path("mine", "hosts"))
+    options: dict[str, Any] = {"device": "mine", "batch": 1, "seq": 32, "dtype": "fp32"}
+    mine, usual = predict("gpt2", "full", **options), predict("gpt2", "full", host=default, **options)
+    assert mine.time.phases["forward"] > usual.time.phases["forward"] + 0.05
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r[1:], "no environment"),
+        (lambda r: [r[0]], "no microbenchmarks"),
+        (lambda r: [r[0], {"kind": "microbench", "case": {}, "seconds": {}}], "no microbenchmarks"),
+        (lambda r: [r[0], *[x for x in r if x.get("case", {}).get("block") != "attention"]], "attention, too few"),
+        (lambda r: [x for x in r if x.get("case", {}).get("block") in (None, "host")], "too few microbenchmarks"),
+    ],
+)
+def test_records_that_make_no_device_are_refused(measured: list[dict[str, Any]], change: Any, message: str) -> None:
+    """Half a file of records must not become half a device."""
+    with pytest.raises(UserError, match=message):
+        calibrate.device_file(change(measured), "mine")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cpu", "--name", "h100-sxm"], "is a bundled device"),
+        (["--device", "cpu", "--name", "../up"], "must be of small letters"),
+        (["--device", "cpu", "--seconds", "1"], "--seconds"),
+        (["--device", "tpu"], "--device"),
+    ],
+)
+def test_what_calibrate_cannot_do_is_one_line(home: Path, arguments: list[str], message: str) -> None:
+    """Minutes of measuring must not end in a name that nobody can use."""
+    result = CliRunner().invoke(main, ["calibrate", *arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_no_gpu_is_one_line(home: Path) -> None:
+    """`--device cuda` on a machine without one says what to do."""
+    result = CliRunner().invoke(main, ["calibrate", "--device", "cuda"])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "--device cpu" in result.stderr
+
+
+def test_every_case_runs_on_the_cpu() -> None:
+    """A case that cannot run would fail a calibration after minutes, on somebody else's machine."""
+    watch = stopwatch.stopwatch("cpu", 1)
+    smallest: dict[tuple[str, str, str, bool], designs.Case] = {}
+    for cases in designs.design("cpu", ("fp32", "bf16")).values():
+        for case in cases:
+            key = (case.op, case.dtype, case.layout, case.backward)
+            smallest[key] = min(smallest.get(key, case), case, key=lambda c: int(np.prod([v for _, v in c.sizes] or 1)))
+    found = run.run({"all": list(smallest.values())}, "cpu", watch, 60.0)
+    assert len(found) == len(smallest)
+    assert all(r["seconds"]["least"] > 0 for r in found if r["case"]["op"] != "dispatch")
+
+
+def test_a_short_calibration_makes_a_device(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the command to a prediction, on a real machine."""
+    monkeypatch.setattr(run, "NEEDED", 40)
+    monkeypatch.setitem(kernels.RING, "cpu", 2e5)
+    monkeypatch.setattr(run, "REPEATS", 3)
+    monkeypatch.setattr(run, "CASE_SECONDS", 0.01)
+    monkeypatch.setattr(hosts, "NEEDED", 2)
+    kept = home / "micro.jsonl"
+    arguments = ["calibrate", "--device", "cpu", "--threads", "1", "--seconds", "5", "--records", str(kept)]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert {r["kind"] for r in records.read(kept)} == {"environment", "microbench"}
+    step = predict("gpt2", "full", device="mine", batch=1, seq=32, dtype="fp32")
+    assert 0.01 < step.time.phases["total"] < 60
+    assert not list(home.rglob("*.part"))
