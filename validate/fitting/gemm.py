@@ -7,7 +7,7 @@ fp32: https://github.com/sitar-lab/NeuSight multiplies (B, M, N) by (B, N, K): i
 columns of C. Its floors of 25-80 us contain the host's launch; device files get the bf16 launch floor instead.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,7 +171,14 @@ def fit(rows_of: Mapping[str, pd.DataFrame], dtype: str, begin: GemmParameters) 
     for slug, rows in rows_of.items():
         kept = rows[~rows.left_out].sort_values(["order", "group"], kind="stable")
         used[slug] = (kept.head(FIT_ROWS // len(rows_of)), hardware(slug), start(slug, dtype))
-    measured = np.concatenate([np.log(column(rows, "seconds")) for rows, _, _ in used.values()])
+    return fit_rows(list(used.values()), dtype, begin)
+
+
+def fit_rows(
+    used: Sequence[tuple[pd.DataFrame, Hardware, GemmParameters]], dtype: str, begin: GemmParameters
+) -> GemmParameters:
+    """Parameters shared by some devices, each given as rows to fit, datasheet, and what its library has."""
+    measured = np.concatenate([np.log(column(rows, "seconds")) for rows, _, _ in used])
     limits = bounds(dtype)
     low, high = (np.log([b[i] for b in limits.values()]) for i in (0, 1))
     first = np.log([getattr(begin, n) for n in limits])
@@ -181,7 +188,7 @@ def fit(rows_of: Mapping[str, pd.DataFrame], dtype: str, begin: GemmParameters) 
         return dict(zip(limits, map(float, np.exp(z)), strict=True))
 
     def residuals(z: Array) -> Array:
-        predicted = [np.log(predict(rows, hw, replace(own, **values(z)))) for rows, hw, own in used.values()]
+        predicted = [np.log(predict(rows, hw, replace(own, **values(z)))) for rows, hw, own in used]
         return np.concatenate([np.concatenate(predicted) - measured, pull * (z - first)])
 
     # Two starts: the loss has kinks where the best tile changes.
