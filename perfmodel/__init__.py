@@ -16,16 +16,17 @@ from .setup import Setup
 if TYPE_CHECKING:
     from .advise import Advice, advise
     from .explanation import Explanation, explain
+    from .modules import predict_module
     from .sweep import Sweep, sweep
 
 _LATER = {  # name -> its file, imported on first use
     "Advice": "advise", "advise": "advise", "Explanation": "explanation", "explain": "explanation",
-    "Sweep": "sweep", "sweep": "sweep",
+    "Sweep": "sweep", "predict_module": "modules", "sweep": "sweep",
 }  # fmt: skip
 
 __all__ = [
     "Advice", "Comparison", "Explanation", "Prediction", "Setup", "SpeedUp", "Sweep", "UserError", "advise", "compare",
-    "explain", "predict", "sweep",
+    "explain", "predict", "predict_module", "sweep",
 ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ A record is made from the prediction itself, so that a perfect model is known, a
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from click.testing import CliRunner, Result
 from records_by_hand import DEVICE, TINY, Record, environment, visit
 
 from perfmodel.cli import main
+from perfmodel.devices import host as hosts
+from perfmodel.devices import profile
 from perfmodel.errors import UserError
 from perfmodel.setup import Setup
 from validate.checking.check import Report, check
@@ -179,3 +182,19 @@ def test_a_machine_without_a_profile_is_told_how_to_get_one(tmp_path: Path) -> N
     with pytest.raises(UserError, match="the records are of a cpu device, l4 is a cuda"):
         check([path], device="l4")
     assert run(tmp_path / "none.jsonl").exit_code == 2
+
+
+def test_the_calibration_of_the_machine_that_measured_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two commands are enough, and another machine's calibration of that name must not be used by mistake."""
+    monkeypatch.setenv("PERFMODEL_HOME", str(tmp_path))
+    for folder in ("devices", "hosts"):
+        (tmp_path / folder).mkdir()
+    bundled = (profile.DEVICES / f"{DEVICE['cpu']}.toml").read_text()
+    renamed = re.sub(r"(?m)^name = .*$", 'name = "a CPU"', bundled)
+    (tmp_path / "devices" / "mine.toml").write_text(re.sub(r"(?m)^aliases = .*$", "aliases = []", renamed))
+    (tmp_path / "hosts" / "mine.toml").write_text((hosts.HOSTS / "default.toml").read_text())
+    found = check([written(tmp_path / "r.jsonl")])
+    assert found.machines["here"].on.slug == "mine"
+    (tmp_path / "devices" / "mine.toml").write_text(renamed.replace('"a CPU"', '"another CPU"'))
+    with pytest.raises(UserError, match="no profile of 'a CPU'"):
+        check([tmp_path / "r.jsonl"])

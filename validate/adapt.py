@@ -1,10 +1,12 @@
 """What fine-tuning makes of a real model: an adapter_config.json, or a method of the tape on any architecture."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -65,8 +67,8 @@ def of_method(config: Config, method: str | Method) -> tuple[Method, Adapt]:
         UserError: an unknown method, or options that do not fit the model.
     """
     parsed = methods.parse(method) if isinstance(method, str) else method
-    if config.values.get("model_type") in architectures.supported():
-        architecture = architectures.from_config(config)
+    architecture = _known(config)
+    if architecture:
         bound = parsed.bind(architecture)
         return bound, partial(models.apply, method=bound, architecture=architecture)
 
@@ -81,6 +83,14 @@ def of_method(config: Config, method: str | Method) -> tuple[Method, Adapt]:
             raise UserError(f"peft cannot apply {parsed.name} to this model: {' '.join(str(error).split())}") from error
 
     return parsed, adapt
+
+
+def _known(config: Config) -> Architecture | None:
+    """The architecture that the tape makes of a config, if it does."""
+    try:
+        return architectures.from_config(config)
+    except UserError:
+        return None
 
 
 def _with_targets(method: Method, model_type: str) -> Method:
@@ -114,11 +124,35 @@ def of_peft(peft_config: dict[str, Any]) -> Adapt:
 
     def adapt(model: Any) -> Any:
         try:
-            return peft.get_peft_model(model, cls(**options))
+            with _drawn_places(options):
+                return peft.get_peft_model(model, cls(**options))
         except Exception as error:  # each tuner checks its config in its own way
             raise UserError(f"peft cannot apply {kind} to this model: {' '.join(str(error).split())}") from error
 
     return adapt
+
+
+@contextmanager
+def _drawn_places(options: dict[str, Any]) -> Iterator[None]:
+    """SHiRA trains r·(m + n) places of a weight (m, n), which it draws; without data it could not find them again."""
+    where = torch.where
+
+    def drawn(condition: torch.Tensor, *values: Any) -> Any:
+        if values or not condition.is_meta:
+            return where(condition, *values)
+        count = options.get("r", 32) * sum(condition.shape)
+        return tuple(torch.empty(count, dtype=torch.long, device="meta") for _ in condition.shape)
+
+    with patch.object(torch, "where", drawn):
+        yield
+
+
+def inputs_of(model: Any, batch: int) -> dict[str, torch.Tensor]:
+    """What a tuner wants besides the batch: which task each sample belongs to. Under the caller's fake mode."""
+    kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in getattr(model, "peft_config", {}).values()}
+    if kinds & {"POLY", "MULTITASK_PROMPT_TUNING"}:
+        return {"task_ids": torch.zeros((batch,), dtype=torch.long)}
+    return {}
 
 
 def read_peft_config(path: Path) -> dict[str, Any]:

@@ -28,7 +28,8 @@ class Calls:
     Attributes:
         counts: how often each call was made in a phase of a micro-batch.
         host: what costs host time besides calls, by place and by the name that a `Part` gives it.
-        activations: most bytes that were live above weights and buffers.
+        activations: most bytes that were live above weights and buffers, up to the middle of a backward pass and after
+            it: there saved activations prevail, here gradients.
         place: the micro-batch and phase that run now.
         cuda: whether the calls stand for those on a GPU.
     """
@@ -37,7 +38,7 @@ class Calls:
     counts: Counter[Key] = field(default_factory=Counter)
     ops: dict[Key, Op] = field(default_factory=dict)
     host: Counter[tuple[Place, str]] = field(default_factory=Counter)
-    activations: int = 0
+    activations: tuple[int, int] = (0, 0)
     place: Place = (0, "forward")
 
     def keep(self, phase: str, func: Any, inputs: Any, outputs: Any, arguments: Any) -> None:
@@ -88,10 +89,10 @@ def record(program: Program, setup: Setup, *, warm: bool = False) -> Calls:
         recorder.hold([*module.parameters(), *module.buffers()])
         held = recorder.live
         calls.host.clear()
-        for micro in range(min(setup.grad_accum, 2)):
-            _micro_batch(program.loss, setup, recorder, calls, micro)
+        peaks = [_micro_batch(program.loss, setup, recorder, calls, i) for i in range(min(setup.grad_accum, 2))]
         module.zero_grad(set_to_none=True)
-    calls.activations = max(0, recorder.trace.peak - held)
+    early, late = (max(0, max(column) - held) for column in zip(*peaks, strict=True))
+    calls.activations = (early, late)
     return calls
 
 
@@ -100,7 +101,8 @@ def _warm_up(program: Program, recorder: Recorder) -> None:
         program.loss()
 
 
-def _micro_batch(loss: Loss, setup: Setup, recorder: Recorder, calls: Calls, micro: int) -> None:
+def _micro_batch(loss: Loss, setup: Setup, recorder: Recorder, calls: Calls, micro: int) -> tuple[int, int]:
+    """Record a micro-batch; returns the most live bytes up to the middle of its backward pass, and after it."""
     amp = torch.autocast("cpu", TORCH_DTYPES[setup.amp]) if setup.amp else nullcontext()
     calls.place = (micro, "forward")
     with recorder.observe("forward"):
@@ -109,8 +111,13 @@ def _micro_batch(loss: Loss, setup: Setup, recorder: Recorder, calls: Calls, mic
         if setup.grad_accum > 1:
             value = value / setup.grad_accum
     calls.place = (micro, "backward")
+    first = len(recorder.peaks)
     with recorder.observe("backward"):
         value.backward()  # type: ignore[no-untyped-call]
+    middle = (first + len(recorder.peaks)) // 2
+    early, late = max(recorder.peaks[:middle], default=0), max(recorder.peaks[middle:], default=0)
+    recorder.peaks.clear()
+    return early, late
 
 
 @contextmanager

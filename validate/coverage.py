@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from perfmodel.architectures import Config
@@ -17,9 +18,11 @@ from . import programs, traced
 from .tuners_of_peft import EXAMPLES
 
 SETUP = Setup(batch=1, seq=64)
+LEAST_TYPES = 25  # model types of transformers
+LEAST_TUNERS = 0.9  # of the tuners of peft
 LLAMA = Config(
     {
-        "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8,
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128,
     },
     "llama", "llama",
@@ -85,7 +88,19 @@ def tuners() -> list[str]:
 def cover_tuner(name: str) -> Row:
     """Trace one tuner on a Llama."""
     values = {"peft_type": name, "task_type": "CAUSAL_LM", **EXAMPLES.get(name, {})}
-    return _row("tuner", name, lambda: traced.of_peft(LLAMA, values, SETUP))
+    with TemporaryDirectory() as folder:
+        if name == "XLORA":
+            values["adapters"] = dict.fromkeys(("0", "1"), _saved_lora(folder))
+        return _row("tuner", name, lambda: traced.of_peft(LLAMA, values, SETUP))
+
+
+def _saved_lora(folder: str) -> str:
+    """A LoRA on disk, as X-LoRA mixes them."""
+    import peft
+
+    model = programs.build(LLAMA, SETUP, device="cpu")
+    peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM")).save_pretrained(folder)
+    return folder
 
 
 def _row(kind: str, name: str, trace: Callable[[], Any]) -> Row:
@@ -98,6 +113,13 @@ def _row(kind: str, name: str, trace: Callable[[], Any]) -> Row:
         return Row(kind, name, time.perf_counter() - start, reason=_without(str(error), name))
     calls = sum(count * (not op.view) for part, op, count in step.ops() if part.phase != "optimizer")
     return Row(kind, name, time.perf_counter() - start, "", made.traced, made.blocks, int(calls))
+
+
+def enough(rows: Sequence[Row]) -> bool:
+    """Whether at least `LEAST_TYPES` model types and `LEAST_TUNERS` of the tuners can be traced."""
+    by_tuner = [row.ok for row in rows if row.kind == "tuner"]
+    by_type = [row.ok for row in rows if row.kind != "tuner"]
+    return sum(by_type) >= LEAST_TYPES and sum(by_tuner) >= LEAST_TUNERS * len(by_tuner)
 
 
 def _without(reason: str, name: str) -> str:

@@ -1,10 +1,10 @@
 """A whole model's calls from traces of the model with few of its blocks.
 
 Blocks of one kind (see `stacks`) run the same program, so a model with more of them makes more of the same calls: its
-counts are linear in the number of blocks of each kind. The smallest model keeps the first and the last block of every
-stack and one of every kind; one more block of a kind shows what it adds; and a model with two more of every kind must
-make, call for call, what the others say (one of the two has never run before, so work that a block does only once
-shows). Where it does not, or where little would be saved, the whole model is traced.
+counts are linear in the number of blocks of each kind. The smallest model keeps the first block of every kind; one more
+block of a kind shows what it adds; and a model with two more of every kind, the second being the last that there is,
+must make, call for call, what the others say (that block has never run before, so work that a block does only once
+shows too). Where it does not, or where little would be saved, the whole model is traced.
 """
 
 from collections import Counter
@@ -72,7 +72,7 @@ def whole(stacks: Sequence[Stack], record: Record) -> Whole:
         except Exception:  # a program that does not run with fewer blocks; whether it runs with all is seen next
             pass
     calls = record(False)
-    return Whole([Term(1, calls.counts, calls.host)], calls, calls.activations, blocks, blocks)
+    return Whole([Term(1, calls.counts, calls.host)], calls, max(calls.activations), blocks, blocks)
 
 
 class _Plan:
@@ -84,17 +84,14 @@ class _Plan:
         for stack in stacks:
             for i, kind in enumerate(stack.kinds):
                 self.of_kind.setdefault((stack.path, len(stack), kind), []).append((_name(stack), i))
-        self.base = {(_name(stack), i) for stack in stacks for i in (0, len(stack) - 1)}
-        self.base |= {places[0] for places in self.of_kind.values()}
-        self.spare = {  # blocks that the smallest model lacks, by kind
-            kind: [place for place in places if place not in self.base] for kind, places in self.of_kind.items()
-        }
-        self.spare = {kind: places for kind, places in self.spare.items() if places}
+        self.base = {places[0] for places in self.of_kind.values()}
+        # blocks that the smallest model lacks, by kind
+        self.spare = {kind: places[1:] for kind, places in self.of_kind.items() if len(places) > 1}
 
     @property
     def check(self) -> set[tuple[str, int]]:
         """The blocks of the trace that the others must predict."""
-        return self.base | {place for places in self.spare.values() for place in places[:2]}
+        return self.base | {place for places in self.spare.values() for place in (places[0], places[-1])}
 
     @property
     def cost(self) -> int:
@@ -109,7 +106,7 @@ def _name(stack: Stack) -> str:
 
 def _grown(plan: _Plan, record: Record, blocks: int) -> Whole:
     base = _traced(plan, plan.base, record, warm=False)
-    terms, activations = [Term(1, base.counts, base.host)], base.activations
+    terms, traces = [Term(1, base.counts, base.host)], [base]
     expected, expected_host = Counter(base.counts), Counter(base.host)
     ops = Calls(ops=dict(base.ops))
     for places in plan.spare.values():
@@ -117,13 +114,29 @@ def _grown(plan: _Plan, record: Record, blocks: int) -> Whole:
         ops.ops.update(more.ops)
         adds, host = difference(more.counts, base.counts), difference(more.host, base.host)
         terms.append(Term(len(places), adds, host))
-        activations += len(places) * (more.activations - base.activations)
+        traces.append(more)
         for total, part in ((expected, adds), (expected_host, host)):
             _add(total, part, min(2, len(places)))
     check = _traced(plan, plan.check, record)
     if difference(check.counts, expected) or difference(check.host, expected_host):
         raise NotLinear
-    return Whole(_positive(terms), ops, activations, len(plan.check), blocks)
+    return Whole(_positive(terms), ops, _peak(check, traces, terms), len(plan.check), blocks)
+
+
+def _peak(check: Calls, traces: list[Calls], terms: list[Term]) -> int:
+    """Activations of the whole model: those of the check, and what each block beyond it holds.
+
+    What a block holds is taken from the larger model where the two differ: in a small one the peak may lie elsewhere.
+    """
+    ends = []
+    for i, checked in enumerate(check.activations):  # before and after the middle of the backward pass
+        least = traces[0].activations[i]
+        adds = [trace.activations[i] - least for trace in traces[1:]]
+        times = [term.times for term in terms[1:]]
+        grown = sum(min(2, n) * more for n, more in zip(times, adds, strict=True))
+        further = (checked - least - grown) / max(1, len(adds))
+        ends.append(checked + sum(max(0, n - 2) * (more + further) for n, more in zip(times, adds, strict=True)))
+    return int(max(ends))
 
 
 def _traced(plan: _Plan, keep: set[tuple[str, int]], record: Record, *, warm: bool = True) -> Calls:

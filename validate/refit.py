@@ -27,11 +27,10 @@ from .checking.machine import Machine, name_of
 from .checking.outcomes import Outcome, pairs
 from .checking.summary import Line, line
 
-FACTORS = {  # factor -> the host's costs that it scales, seconds each
-    "dispatch": ("call", "view", "backward_call", "backward_view"),
-    "autograd": ("node", "hook"),
-    "python": ("module", "adapter", "checkpoint"),
-    "optimizer": ("tensor", "optimizer_call"),
+FACTORS = {  # factor -> the host's costs that it scales: as many as the phases of a step can tell apart
+    "forward": ("call", "view", "module", "adapter", "checkpoint"),
+    "backward": ("backward_call", "backward_view", "node", "hook"),
+    "optimizer": ("tensor", "loop_call", "optimizer_call"),
     "launch": ("launch_call", "launch"),
 }
 PRIOR = 0.5  # relative sigma of a host cost before the records are seen: hosts of one kind differ by about this

@@ -48,10 +48,21 @@ class Stack:
                 undo.callback(_restore, container._modules, dict(container._modules))
                 container._modules.clear()
                 container._modules.update({str(i): blocks[j] for i, j in enumerate(keep)})
+                for i, j in enumerate(keep):
+                    _renumber(blocks[j], j, i, undo)
             for holder in self.holders:
                 undo.callback(_restore, holder.__dict__, dict(holder.__dict__))
                 holder.__dict__.update(_shortened(holder.__dict__, len(self), keep))
             yield
+
+
+def _renumber(block: Module | None, old: int, new: int, undo: ExitStack) -> None:
+    """Tell a block and what is in it that it comes `new`-th: it may look itself up in a cache or in the config."""
+    for module in block.modules() if block is not None else ():
+        for name, value in list(module.__dict__.items()):
+            if type(value) is int and value == old and _NUMBERED.search(name):
+                undo.callback(setattr, module, name, old)
+                setattr(module, name, new)
 
 
 def _restore(table: dict[str, Any], before: dict[str, Any]) -> None:

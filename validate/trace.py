@@ -2,7 +2,7 @@
 
 What is real: the modules, their forward code, autograd, clipping and the optimizer of the installed packages. What is
 not: the data. Where a read of data steers the program ("is the attention mask all ones?"), it is answered as a dense
-batch answers it.
+batch answers it; of a list of flags that picks rows, every one is set.
 """
 
 import os
@@ -16,9 +16,9 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from perfmodel.setup import Setup
@@ -78,6 +78,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self.phase = ""
         self.live = 0
+        self.peaks: list[int] = []  # the most live bytes right after each call
         self.storages: dict[int, int] = {}
         self.recording = False
         self.latest_any: weakref.ref[Any] | None = None  # it asks for infinite values, of which there are none
@@ -100,6 +101,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.trace.peak = max(self.trace.peak, self.live)
 
     def _watch(self, t: torch.Tensor) -> None:
+        if t.layout != torch.strided:  # its indices and values are tensors of their own
+            return
         storage = t.untyped_storage()
         key = storage._cdata
         if key in self.storages:
@@ -127,7 +130,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 else:
                     out = self.dense if args[0].dim() == 0 else True
         else:
-            out = func(*args, **kwargs)
+            out = _picking_all(func, args, kwargs)
         if func is aten.any.default:
             self.latest_any = weakref.ref(out)
         if func.namespace not in NAMESPACES or not self.recording:
@@ -147,7 +150,24 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for t in outputs:
             self._watch(t)
         self.trace.peak = max(self.trace.peak, self.live)
+        self.peaks.append(self.live)
         return out
+
+
+def _picking_all(func: Any, args: Any, kwargs: Any) -> Any:
+    """The call, rows that a list of flags picks being all of them: the size of a result cannot hang on data."""
+    try:
+        return func(*args, **kwargs)
+    except DynamicOutputShapeException:
+        if func is aten.nonzero.default and args[0].dim() == 1:
+            return args[0].new_empty((args[0].numel(), 1), dtype=torch.long)
+        if not any(_is_flags(t) for t in tree_leaves(args)):
+            raise
+        return func(*tree_map(lambda t: torch.empty_like(t, dtype=torch.long) if _is_flags(t) else t, args), **kwargs)
+
+
+def _is_flags(t: Any) -> bool:
+    return isinstance(t, torch.Tensor) and t.dtype == torch.bool and t.dim() == 1
 
 
 def call_name(func: Any) -> str:

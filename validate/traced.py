@@ -3,7 +3,7 @@
 The model is built on the meta device, its method applied by peft, and forward and backward are traced on fake tensors:
 of the whole model, or of the model with few of its blocks where the rest follows exactly (`growth`). Clipping and
 optimizer follow from the list of trainable parameters. The ops are those of the CPU's dispatch; for a GPU, dropout and
-attention take CUDA's forms (`cuda_forms`).
+attention take CUDA's forms (`cuda_forms`). What the CPU's dispatch does not show is a copy between host and GPU.
 """
 
 import warnings
@@ -68,7 +68,7 @@ def predict(
     Raises:
         UserError: anything that cannot be satisfied, in one line.
     """
-    on = _device(device)
+    on = device_of(device)
     by = hosts.resolve(host, on)
     config = load(model) if isinstance(model, str) else model
     if peft_config is None:
@@ -77,7 +77,7 @@ def predict(
         built, made = of_peft(config, adapters.read_peft_config(peft_config), setup, on)
     family, _ = programs.family_of(config)
     notes = [family.note] if family.note else []
-    return _with_notes(of_step(built, on, by), [*notes, _how(made)])
+    return with_notes(of_step(built, on, by), [*notes, how(made)])
 
 
 def of_method(
@@ -107,7 +107,8 @@ def _dispatch(on: DeviceProfile | None) -> tuple[str, str]:
     return (on.kind, on.compute_capability or "8.0") if on else ("cuda", "8.0")
 
 
-def _device(device: str | DeviceProfile) -> DeviceProfile:
+def device_of(device: str | DeviceProfile) -> DeviceProfile:
+    """A device by name, path or as it is."""
     return profile.load(device) if isinstance(device, str) else device
 
 
@@ -128,11 +129,13 @@ def check_setup(setup: Setup, kind: str) -> None:
         raise UserError("--traced cannot follow --compile: it traces the eager program")
 
 
-def _with_notes(prediction: Prediction, notes: list[str]) -> Prediction:
+def with_notes(prediction: Prediction, notes: list[str]) -> Prediction:
+    """A prediction with more notes."""
     return replace(prediction, notes=[*prediction.notes, *notes])
 
 
-def _how(made: Whole) -> str:
+def how(made: Whole) -> str:
+    """In words, of how much of a model a trace was made."""
     if not made.extrapolated:
         return "traced whole"
     return (
@@ -159,17 +162,22 @@ def build(
         base = programs.build(config, setup)
         names = frozenset(name for name, _ in base.named_parameters())
         model = adapt(base)
-        _checkpoint(model, setup)
+        prepare(model, setup)
 
         def make() -> Loss:
-            inputs = family.inputs(base, setup, "cpu")
+            inputs = {**family.inputs(base, setup, "cpu"), **adapters.inputs_of(model, int(setup.batch))}
             return lambda: model(**inputs).loss
 
         made = trace(model, make, setup, capability if kind == "cuda" else None, config.name)
     return assemble(config.name, model, names, method, setup, kind, made), made
 
 
-def _checkpoint(model: Any, setup: Setup) -> None:
+def prepare(model: Any, setup: Setup) -> None:
+    """Turn on transformers' activation checkpointing, if the setup asks for it.
+
+    Raises:
+        UserError: the model has none.
+    """
     if setup.checkpoint == "none":
         return
     if not hasattr(model, "activation_checkpointing_enable"):

@@ -67,6 +67,22 @@ def published(plot: Path | None, all_rows: bool, as_json: bool) -> None:
 
 
 @validate.command()
+@click.option("--quick", is_flag=True, help="A fixed part of the model types, in a few minutes.")
+@json_option
+def coverage(quick: bool, as_json: bool) -> None:
+    """Trace every model type of transformers and every tuner of PEFT.
+
+    Lists those that `predict --traced` can take and why it cannot take the others. A type is built from transformers'
+    own default config; the tuners are put on a small Llama.
+    """
+    try:
+        from validate.coverage_show import show
+    except ImportError as error:
+        raise extra(error) from None
+    sys.exit(0 if show(quick=quick, as_json=as_json) else 1)
+
+
+@validate.command()
 @click.option("--host", default="default", show_default=True, help="Host that dispatches, by name or path.")
 @click.option("--all-rows", is_flag=True, help="List every row, not only the worst.")
 @json_option

@@ -1,9 +1,11 @@
 """Which profile and host predict the records of an environment."""
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from perfmodel.devices import host as hosts
-from perfmodel.devices import profile
+from perfmodel.devices import own, profile
 from perfmodel.devices.host import Host
 from perfmodel.devices.profile import DeviceProfile
 from perfmodel.errors import UserError
@@ -11,6 +13,7 @@ from perfmodel.errors import UserError
 from ..measuring.records import Record
 
 DEFAULT_HOST = "default"
+CALIBRATED = "mine"  # the name that `perfmodel calibrate` gives this machine's profile unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -26,25 +29,36 @@ def machine_of(environment: Record, device: str | None = None, host: str | None 
 
     Args:
         environment: its record.
-        device, host: what the user chose; else the machine's own calibration if the record names one, else the profile
-            of the same GPU or CPU, and the host that goes with it.
+        device, host: what the user chose; else what `perfmodel calibrate` made of the machine that measured, else a
+            bundled profile of it, each with the host of the same name if there is one, else with the default host.
 
     Raises:
         UserError: no such profile, a profile of another kind of device, or none for this machine.
     """
-    own = environment.get("calibration", {})
-    chosen = device or own.get("device")
-    on = profile.load(chosen) if chosen else _same(environment)
+    on = profile.load(device) if device else _calibrated(environment) or _bundled(environment)
     if on.kind != environment["device"]:
         raise UserError(f"the records are of a {environment['device']} device, {on.slug} is a {on.kind}: use --device")
-    return Machine(on, hosts.resolve(host or own.get("host") or DEFAULT_HOST, on))
+    beside = own.find(on.slug, "hosts") or on.slug in hosts.names()
+    return Machine(on, hosts.load(host or (on.slug if beside else DEFAULT_HOST)))
 
 
-def _same(environment: Record) -> DeviceProfile:
+def _calibrated(environment: Record) -> DeviceProfile | None:
+    """The user's own profile of the machine that measured, if it lies here."""
+    name = environment.get("calibration", CALIBRATED)
+    if not isinstance(name, str) or not own.find(name):
+        return None
+    found = profile.load(name)
+    return found if found.kind == environment["device"] and found.name == name_of(environment) else None
+
+
+def _bundled(environment: Record) -> DeviceProfile:
     """The bundled profile of the machine that measured."""
     name = name_of(environment)
-    if found := profile.by_makers_name(name):
-        return found
+    for slug in _slugs(name):
+        try:
+            return profile.load(slug)
+        except UserError:
+            continue
     raise UserError(
         f"no profile of {name!r}: make one with `perfmodel calibrate --device {environment['device']}`, or choose one "
         "with --device"
@@ -56,3 +70,10 @@ def name_of(environment: Record) -> str:
     table, name = ("gpu", "name") if environment["device"] == "cuda" else ("host", "cpu")
     found = environment.get(table)
     return str(found.get(name, "")) if isinstance(found, dict) else ""
+
+
+def _slugs(name: str) -> Iterator[str]:
+    """How a profile may call a device that calls itself `NVIDIA H100 80GB HBM3`: h100-80gb-hbm3."""
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    yield slug
+    yield slug.removeprefix("nvidia-")

@@ -113,12 +113,14 @@ def _gemm(telling: Sequence[Row], dtype: str, known: DeviceProfile, software: st
     """The forward layout by the fit of published measurements, then how much slower the other two are."""
     mine = [r for r in telling if r.case["block"] == "gemm" and r.case["dtype"] == dtype]
     d = pd.DataFrame([{**r.sizes, "seconds": r.seconds, "layout": r.case["layout"]} for r in mine])
-    d = _enough(d, f"{dtype} products").assign(b=1.0, a_copies=np.inf, b_copies=np.inf, dtype=dtype, group="own")
+    d = _enough(d, f"{dtype} products").assign(
+        b=1.0, a_copies=np.inf, b_copies=np.inf, dtype=dtype, group="own", collected=False, device="own"
+    )
     h = shape_hash(d.b, d.m, d.n, d.k)
     d = d.assign(left_out=h % np.uint64(3) == 0, order=(h >> np.uint64(8)) % np.uint64(1 << 20))
     forward = _enough(d[d.layout == "tn"], f"{dtype} products in forward layout")
     begin = replace(known.gemm[dtype], nn_slowdown=1.0, nt_slowdown=1.0)
-    p = gemm.fit_rows([(forward[~forward.left_out], known.hardware, begin)], dtype, begin)
+    p = gemm.fit_rows([(forward[~forward.left_out], known.hardware, begin)], dtype, begin).parameters
     nn, nt = (_slowdown(d[(d.layout == layout) & ~d.left_out], known, p) for layout in ("nn", "nt"))
     p = replace(p, nn_slowdown=nn, nt_slowdown=nt)
     out = d[d.left_out] if d.left_out.any() else d
@@ -132,7 +134,7 @@ def _slowdown(part: pd.DataFrame, known: DeviceProfile, p: GemmParameters) -> fl
     """How much longer products of a layout take than the forward layout's, 1 at least."""
     if not len(part):
         return 1.0
-    return max(1.0, float(np.median(column(part, "seconds") / gemm.predict(part, known.hardware, p))))
+    return max(1.0, float(np.median(column(part, "seconds") / gemm.predict(part, known.hardware, gemm.Found(p)))))
 
 
 def _predicted(part: pd.DataFrame, known: DeviceProfile, p: GemmParameters, layout: Layout) -> Array:

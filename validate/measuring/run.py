@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from perfmodel import architectures, methods
+from perfmodel.devices import own
 from perfmodel.errors import UserError
 
+from ..checking.machine import CALIBRATED
 from ..references import apply_any, check_program
 from ..updates import make_optimizer
 from . import allocator, cells, environment, isolate, records
@@ -167,5 +169,7 @@ def _environment(plan: Plan, output: Path, before: list[dict[str, Any]]) -> str:
     name = environment.identity(found)
     if not any(r.get("kind") == "environment" and r["id"] == name for r in before):
         head = {"kind": "environment", "id": name, "grid": plan.grid.name, "seed": plan.seed, "started": time.time()}
+        if own.find(CALIBRATED):
+            found["calibration"] = CALIBRATED
         records.append(output, {**head, **found})
     return name

@@ -67,13 +67,15 @@ def config_of(config: Config) -> Any:
     """
     from transformers import AutoConfig
 
-    _, name = family_of(config)
+    family, name = family_of(config)
     values = {k: v for k, v in config.values.items() if not k.startswith("_")}
     try:
         found = AutoConfig.for_model(**values)
     except Exception as error:  # each config checks its values in its own way
         raise UserError(f"{config.origin}: transformers refuses it: {reason(error)}") from error
     found.architectures = [name]
+    if family is seq2seq.FAMILY and getattr(found, "decoder_start_token_id", None) is None:
+        found.decoder_start_token_id = 0  # any token does
     for part in (found, *(getattr(found, key, None) for key in getattr(found, "sub_configs", {}))):
         if hasattr(part, "use_cache"):
             part.use_cache = False  # as transformers.Trainer sets it
@@ -95,7 +97,8 @@ def build(config: Config, setup: Setup, *, device: str = "meta") -> Any:
     cls = getattr(transformers, name, None)
     if cls is None:
         raise UserError(f"{config.origin}: the installed transformers has no {name}")
-    attention = setup.attention if setup.attention != "flash2" else "flash_attention_2"
+    able = getattr(cls, "_supports_sdpa", False)
+    attention = setup.attention if able or setup.attention != "sdpa" else "eager"  # as transformers itself chooses
     try:
         with torch.device(device):
             return cls._from_config(found, dtype=TORCH_DTYPES[setup.dtype], attn_implementation=attention)

@@ -1,0 +1,217 @@
+"""Traces of models that the tape does not know: families of transformers, modules of one's own, and what is refused."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from test_traced import ops
+
+pytest.importorskip("peft")
+
+import torch
+
+from perfmodel import UserError, cli, predict_module
+from perfmodel.architectures import Config
+from perfmodel.setup import Setup
+from perfmodel.step import Step
+from validate import coverage, growth, stacks, traced
+
+SETUP = Setup(batch=2, seq=16)
+TEXT = {"hidden_size": 32, "num_attention_heads": 2, "vocab_size": 64, "pad_token_id": 0}
+SMALL: dict[str, dict[str, Any]] = {
+    "gemma3_text": {
+        **TEXT, "intermediate_size": 48, "num_hidden_layers": 18, "num_key_value_heads": 1, "head_dim": 16,
+        "sliding_window": 8,
+    },
+    "roberta": {**TEXT, "intermediate_size": 48, "num_hidden_layers": 10},
+    "xlm": {"emb_dim": 32, "n_layers": 10, "n_heads": 2, "vocab_size": 64},
+    "t5": {
+        "d_model": 32, "d_ff": 48, "d_kv": 16, "num_heads": 2, "num_layers": 12, "num_decoder_layers": 14,
+        "vocab_size": 64,
+    },
+    "vit": {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 10, "num_attention_heads": 2, "image_size": 32,
+        "patch_size": 8,
+    },
+    "convnext": {"depths": [1, 1, 10, 1], "hidden_sizes": [8, 16, 24, 32], "image_size": 64},
+}  # fmt: skip
+
+
+def config_of(name: str) -> Config:
+    return Config({"model_type": name, **SMALL[name]}, name, name)
+
+
+def whole_step(config: Config, method: str, monkeypatch: pytest.MonkeyPatch) -> Step:
+    """The step of a trace of all blocks."""
+    with monkeypatch.context() as changed:
+        changed.setattr(growth._Plan, "cost", 10**9)
+        step, made = traced.of_method(config, method, SETUP)
+    assert not made.extrapolated
+    return step
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_model_follows_exactly_from_a_few_of_its_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The promise of the traced path: what is extrapolated is what a trace of every block finds, call for call."""
+    config = config_of(name)
+    few, made = traced.of_method(config, "full", SETUP)
+    assert made.extrapolated, "nothing was left out, so nothing was tested"
+    every = whole_step(config, "full", monkeypatch)
+    for phase in ("forward", "backward"):
+        assert ops(few, phase) == ops(every, phase)
+    for count in ("nodes", "modules"):
+        assert total(few, count) == total(every, count)
+    assert few.groups[0].parts[0].peak == pytest.approx(every.groups[0].parts[0].peak, rel=0.01)
+
+
+def total(step: Step, count: str) -> int:
+    return sum(getattr(part, count) * times for part, times in step.parts())
+
+
+def test_adapters_on_a_model_that_the_tape_does_not_know() -> None:
+    """PEFT's default targets of the type: q and v of every attention, in encoder, decoder and across."""
+    step, _ = traced.of_method(config_of("t5"), "lora:r=4", SETUP)
+    assert step.trainable == (12 + 2 * 14) * 2 * 4 * (32 + 32)
+    assert step.method.name == "lora"
+
+
+def test_a_target_that_no_layer_has_is_refused() -> None:
+    with pytest.raises(UserError, match="matches no linear layer"):
+        traced.of_method(config_of("t5"), "lora:targets=q_porj", SETUP)
+
+
+def test_layers_of_several_kinds_are_told_apart() -> None:
+    """Gemma 3's sliding layers see another mask: cut to its first layers alone, the model would lose the full ones."""
+    from validate import programs
+
+    model = programs.build(config_of("gemma3_text"), SETUP)
+    (row,) = stacks.stacks(model)
+    kinds = Counter(row.kinds)
+    assert sorted(kinds.values()) == [3, 15]
+
+
+class Block(torch.nn.Module):
+    """A residual MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(width, 4 * width), torch.nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Net(torch.nn.Module):
+    """A module of one's own: blocks in a list, and a head."""
+
+    def __init__(self, depth: int, width: int = 16) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Block(width) for _ in range(depth))
+        self.head = torch.nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def squared(y: torch.Tensor) -> torch.Tensor:
+    return y.pow(2).mean()
+
+
+def test_a_module_of_ones_own() -> None:
+    """FLOPs by hand: 12 blocks of two products and the head, twice that in backward but for the input's gradient."""
+    module = Net(12)
+    p = predict_module(module, torch.ones(5, 16), loss=squared, device="a100-80gb-sxm")
+    forward = 12 * 2 * (2 * 5 * 16 * 64) + 2 * 5 * 16 * 3
+    assert p.flops["forward"] == forward
+    assert p.flops["backward"] == 2 * forward - 2 * 5 * 16 * 64
+    assert p.trainable_params == sum(t.numel() for t in module.parameters())
+    assert p.model == "Net"
+    assert p.setup.batch == 5
+    assert any("4 of its 12 blocks" in note for note in p.notes)
+    assert next(module.parameters()).device.type == "cpu", "the module itself must stay as it is"
+
+
+def test_a_module_with_frozen_parts_and_named_inputs() -> None:
+    """What trains is what has requires_grad: below the last block no backward runs."""
+    module = Net(3)
+    for parameter in module.blocks[:2].parameters():
+        parameter.requires_grad = False
+    p = predict_module(module, {"x": torch.empty(5, 16, device="meta")}, loss=squared)
+    assert p.flops["backward"] < p.flops["forward"]
+    assert p.trainable_params == 2 * 16 * 64 + 64 + 16 + 51
+
+
+@pytest.mark.parametrize(
+    ("inputs", "loss", "says"),
+    [
+        (torch.ones(5, 16), None, "loss="),
+        ((), squared, "example tensors"),
+        (torch.ones(5, 7), squared, "cannot be traced"),
+    ],
+)
+def test_a_module_that_cannot_be_run_is_refused_in_one_line(inputs: Any, loss: Any, says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        predict_module(Net(2), inputs, loss=loss)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"model_type": "lama"}, "unknown to the installed transformers"),
+        ({"model_type": "own", "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}, "trust_remote_code"),
+        ({"model_type": "wav2vec2"}, "none of the families"),
+        ({"model_type": "gpt_neox", "hidden_size": 30, "num_attention_heads": 7}, "transformers"),
+        ({"hidden_size": 30}, "model_type"),
+    ],
+)
+def test_a_config_that_cannot_be_built_ends_in_one_line(tmp_path: Path, values: dict[str, Any], says: str) -> None:
+    """Exit code 2 and what is wrong, never a traceback."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(values))
+    result = CliRunner().invoke(cli.main, ["predict", "--model", str(file), "--device", "l40s", "--traced"])
+    assert result.exit_code == 2, result.output
+    assert says in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", [("--attention", "flash2"), ("--kernels", "liger")])
+def test_what_a_trace_cannot_follow_is_refused(option: tuple[str, str]) -> None:
+    arguments = ["predict", "--model", "gpt2", "--device", "l40s", "--traced", *option]
+    result = CliRunner().invoke(cli.main, arguments)
+    assert result.exit_code == 2
+    assert option[0] in result.stderr
+
+
+def test_a_vision_model_from_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config_of("vit").values))
+    arguments = ["predict", "--model", str(file), "--device", "l40s", "--traced", "--batch", "4", "--json"]
+    result = CliRunner().invoke(cli.main, arguments)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["flops"]["total"] > 0
+    assert any("images" in note for note in found["notes"])
+
+
+def test_coverage_lists_what_can_be_traced_and_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of each: a tuner that works, one that lacks a package or data, a model type."""
+    monkeypatch.setattr(coverage, "model_types", lambda *, quick: [("vision", "resnet")])
+    monkeypatch.setattr(coverage, "tuners", lambda: ["LN_TUNING", "FROD"])
+    result = CliRunner().invoke(cli.main, ["validate", "coverage", "--json"])
+    rows = {row["name"]: row for row in json.loads(result.stdout)}
+    assert result.exit_code == 1, "one model type is not enough"
+    assert rows["resnet"]["ok"]
+    assert rows["LN_TUNING"]["ok"]
+    assert "no data" in rows["FROD"]["reason"]
+
+
+def test_the_fixed_list_of_types_spans_the_families() -> None:
+    found = Counter(family for family, _ in coverage.model_types(quick=True))
+    assert set(found) == {"causal", "masked", "seq2seq", "vision"}
+    assert sum(found.values()) >= coverage.LEAST_TYPES

@@ -1,0 +1,46 @@
+"""What `perfmodel validate coverage` prints."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from perfmodel.report.progress import progress
+from perfmodel.report.terminal import console, table
+
+from . import coverage
+from .coverage import Row
+
+
+def show(*, quick: bool, as_json: bool) -> bool:
+    """Trace model types and tuners, print which can be traced and why others cannot; returns whether enough can."""
+    models, names = coverage.model_types(quick=quick), coverage.tuners()
+    rows = []
+    with progress() as bar:
+        task = bar.add_task("tracing", total=len(models) + len(names))
+        for row in coverage.cover(models, names, lambda name: bar.update(task, description=name)):
+            rows.append(row)
+            bar.advance(task)
+    if as_json:
+        print(json.dumps([{**asdict(row), "ok": row.ok} for row in rows], indent=1))
+    else:
+        _print(rows)
+    return coverage.enough(rows)
+
+
+def _print(rows: Sequence[Row]) -> None:
+    cells = ([row.kind, row.name, _how(row), f"{row.seconds:.1f} s"] for row in rows if row.ok)
+    console.print(table("traced", ("", "type", "blocks traced", "took"), cells, left=2))
+    refused = [row for row in rows if not row.ok]
+    if refused:
+        console.print("\n[bold]not traced[/]")
+    for row in refused:
+        console.print(f"  {row.kind} {row.name}: {row.reason}", markup=False, highlight=False)
+    for kind in dict.fromkeys(row.kind for row in rows):
+        of_kind = [row for row in rows if row.kind == kind]
+        console.print(f"{kind}: {sum(row.ok for row in of_kind)} of {len(of_kind)}")
+
+
+def _how(row: Row) -> str:
+    if not row.blocks:
+        return "no like blocks"
+    return f"{row.traced} of {row.blocks}" if row.traced < row.blocks else f"all {row.blocks}"
