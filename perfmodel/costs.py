@@ -274,6 +274,8 @@ def kind(op: Op) -> str:
         return "solver"
     if by_lists(op) or "host" in op.attrs:
         return "optimizer"
+    if name in ("inductor::rows", "inductor::columns"):
+        return "reduction"
     if "softmax" in name or "layer_norm" in name or name.startswith(("nll", "sum", "mean", "linalg")):
         return "reduction"
     if "embedding" in name:

@@ -249,5 +249,14 @@ def test_crossovers_in_words(verdicts: str, said: str) -> None:
 def test_crossovers_say_where_memory_ends() -> None:
     """A verdict beyond the memory is no advice."""
     told = in_words(axis("fff", fits_a=[True, False, False], fits_b=[True, True, False]), ("A", "B"))
-    assert told.endswith("; fits: A up to 1, B up to 2 of the points tried")
-    assert in_words(axis("f", fits_a=[False]), ("A", "B")).endswith("; fits: A nowhere, B up to 1 of the points tried")
+    assert told.endswith("; in memory: A up to 1, B up to 2 (of the values tried)")
+    assert in_words(axis("f", fits_a=[False]), ("A", "B")).endswith(
+        "; in memory: A nowhere, B up to 1 (of the values tried)"
+    )
+
+
+def test_flutter_at_the_edge_of_a_verdict_is_not_told() -> None:
+    """ "The same at 375 to 376, faster at 377" is noise of the tile sizes, not a place where anything turns."""
+    turning = replace(axis("ff==f=="), values=[64, 374, 375, 376, 377, 378, 512])
+    told = in_words(turning, ("A", "B"))
+    assert told == "batch 64 to 512: faster up to 374, the same from 378 on"

@@ -60,10 +60,16 @@ def devices(as_json: bool) -> None:
     formats: Formats = {
         "memory_bytes": lambda v: f"{v / 2**30:.0f} GiB", "memory_bandwidth": lambda v: units.count(v, "B/s"),
         "bf16_flops": units.count, "fp32_flops": units.count,
-        "measured": lambda v: ", ".join(b for b, origin in v.items() if origin != "class") or "class defaults",
+        "measured": _measured,
     }  # fmt: skip
     columns = ("device", "memory_bytes", "memory_bandwidth", "bf16_flops", "fp32_flops", "measured")
-    _list(listing.devices(), columns, as_json, formats, left=1)
+    _list(listing.devices(), columns, as_json, formats, left=1, text_last=True)
+
+
+def _measured(origins: dict[str, str]) -> str:
+    """The blocks of a profile that measurements stand behind."""
+    found = [block for block, origin in origins.items() if origin != "class"]
+    return "everything" if len(found) == len(origins) else ", ".join(found) or "nothing: class defaults"
 
 
 def _list(
@@ -73,6 +79,7 @@ def _list(
     formats: Formats,
     *,
     left: int,
+    text_last: bool = False,
 ) -> None:
     if as_json:
         print_json(rows)
@@ -80,4 +87,6 @@ def _list(
     from ..report.terminal import console, table
 
     cells = ([formats.get(c, str)(row[c]) for c in columns] for row in rows)
-    console.print(table("", [c.replace("_", " ") for c in columns], cells, left=left))
+    console.print(
+        table("", [c.removesuffix("_bytes").replace("_", " ") for c in columns], cells, left=left, text_last=text_last)
+    )

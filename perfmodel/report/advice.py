@@ -43,11 +43,11 @@ def show_advice(a: Advice) -> None:
             f"[bold]{ratio:.2f}x {what}: {units.seconds(a.best.seconds)}, {units.nbytes(a.best.peak)}, "
             f"with {escape(_listed(a.best.changes))}[/]\n"
         )
-        console.print(table("", ("one change after another", "step", "", "peak"), map(_after, a.path)))
+        console.print(table("", ("one change after another", "change", "step", "peak"), map(_after, a.path)))
     gains = [c for c in a.alone if c.seconds < -WORTH * s.seconds]
     if gains:
         console.print()
-        console.print(table("", ("each by itself", "step", "", "peak"), map(_after, gains[:SHOWN])))
+        console.print(table("", ("each by itself", "change", "step", "peak"), map(_after, gains[:SHOWN])))
     if len(a.front) > 1:
         console.print()
         console.print(
@@ -59,6 +59,8 @@ def show_advice(a: Advice) -> None:
                 text_last=True,
             )
         )
+    if any(not c.after.fits for c in [*a.path, *gains[:SHOWN]]):
+        console.print("[dim]* does not fit[/]")
     kind = "all combinations" if a.exhaustive else "one knob turned at a time from where you are"
     console.print(
         f"\n[dim]{a.tried:,} setups tried ({kind}). Quality is outside the model: other methods, ranks and precisions "

@@ -4,6 +4,7 @@ from itertools import groupby
 
 from ..crossover import Crossover
 
+FLUTTER = 1.05  # a stretch between points closer than this is not told
 MOST_TOLD = 4  # stretches of one verdict; with more, only the first and the last are told
 
 
@@ -19,7 +20,7 @@ def verdicts(c: Crossover, labels: tuple[str, str]) -> str:
     """What holds along the axis, and how far the two fit."""
     if not c.values:
         return "no other value is possible"
-    stretches = [(verdict, [i for i, _ in group]) for verdict, group in groupby(enumerate(c.verdict), lambda x: x[1])]
+    stretches = _settled(c)
     if len(stretches) == 1:
         text = f"{_plainly(c.verdict[0])} throughout, speed-up {c.ratio[0]:.2f} to {c.ratio[-1]:.2f}"
     elif len(stretches) <= MOST_TOLD:
@@ -29,6 +30,18 @@ def verdicts(c: Crossover, labels: tuple[str, str]) -> str:
         between = f"turning {len(stretches) - 1} times in between"
         text = f"{_stretch(c, *first)}, {_stretch(c, *last)}, {between}"
     return text + _room(c, labels)
+
+
+def _settled(c: Crossover) -> list[tuple[str, list[int]]]:
+    """(verdict, its points) along the axis, without the flutter where the ratio runs along the edge of a verdict."""
+    runs = [[i for i, _ in group] for _, group in groupby(enumerate(c.verdict), lambda x: x[1])]
+    kept = [
+        run
+        for k, run in enumerate(runs)
+        if k in (0, len(runs) - 1) or c.values[run[-1] + 1] > FLUTTER * c.values[run[0] - 1]
+    ]
+    alike = groupby(kept, lambda run: c.verdict[run[0]])
+    return [(verdict, [i for run in runs for i in run]) for verdict, runs in alike]
 
 
 def _stretch(c: Crossover, verdict: str, index: list[int]) -> str:
@@ -57,4 +70,4 @@ def _room(c: Crossover, labels: tuple[str, str]) -> str:
     if all(n == len(c.values) for n in most):
         return ""
     ends = [f"up to {_at(c, n - 1)}" if n else "nowhere" for n in most]
-    return f"; fits: {labels[0]} {ends[0]}, {labels[1]} {ends[1]} of the points tried"
+    return f"; in memory: {labels[0]} {ends[0]}, {labels[1]} {ends[1]} (of the values tried)"

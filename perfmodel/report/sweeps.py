@@ -16,6 +16,10 @@ from .terminal import console, table
 
 Key = tuple[str, str]  # device, method as one gives it to predict
 MATRIX = (16, 7)  # batches and lengths that fit a terminal of 80 columns
+COLUMNS_EXPLAINED = (
+    "[dim]faster, slower, fits: share of the setups; speed-up: lowest to highest; tok/s: the most of those that fit, "
+    "and its batch x seq[/]\n"
+)
 COLORS = {"faster": "green", "slower": "red", "same": "default"}
 
 
@@ -125,6 +129,7 @@ def show_summary(planned: Sweep, outcome: Outcome) -> None:
         console.print(f"on [bold]{escape(on.slug)}[/]")
         console.print(table("", columns, rows))
         console.print()
+    console.print(COLUMNS_EXPLAINED)
     if len(planned.batch) <= MATRIX[0] and len(planned.seq) <= MATRIX[1]:
         for (device, method), blocks in outcome.speedups.items():
             if method != outcome.baseline:

@@ -6,11 +6,13 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ..compare import Comparison
 from ..periodic import PeriodicCost
 from ..predict import Prediction
 from ..step import PHASES
+from ..words import in_words
 from . import units
 from .figures import Cell, figures, headline, mfu_of, setup_line
 
@@ -22,16 +24,26 @@ PER_TABLE = 4  # methods side by side in a terminal of 80 columns
 def table(
     title: str, columns: Sequence[str], rows: Iterable[Iterable[Any]], *, left: int = 1, text_last: bool = False
 ) -> Table:
-    """A plain table; the first `left` columns are text, the others numbers, the last long text if it is `text_last`."""
+    """A plain table; the first `left` columns are text, the others numbers, the last long text if it is `text_last`.
+
+    Where the terminal is narrow, text and heads wrap; numbers and the first of several columns of text do not.
+    """
+    lines = [[str(cell) for cell in row] for row in rows]
     made = Table(
         title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )
     for i, name in enumerate(columns):
         is_text = i < left or (text_last and i == len(columns) - 1)
-        no_wrap = not is_text if text_last else i == 0
-        made.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=no_wrap)
-    for row in rows:
-        made.add_row(*(str(cell) for cell in row))
+        longest = max((Text.from_markup(line[i]).cell_len for line in lines), default=0)
+        made.add_column(
+            name,
+            justify="left" if is_text else "right",
+            overflow="fold",
+            no_wrap=i == 0 and is_text and (left > 1 or text_last),
+            min_width=None if is_text else longest,
+        )
+    for line in lines:
+        made.add_row(*line)
     return made
 
 
@@ -126,11 +138,14 @@ def show_comparison(c: Comparison) -> None:
     for start in range(0, len(c.predictions), PER_TABLE):
         which = slice(start, start + PER_TABLE)
         shown = [[row.name, *(_marked(cell) for cell in row.cells[which])] for row in rows]
-        console.print(table("", ("", *(p.method for p in c.predictions[which])), shown))
+        console.print(table("", ("", *(escape(in_words(p)) for p in c.predictions[which])), shown))
     for p in c.predictions:
         for cost in p.periodic:
             console.print(f"{escape(p.method)}, {periodic_line(cost)}")
-    console.print(f"[dim]* best of those that fit; {mfu_of(c.predictions[0])}[/]")
+    console.print(
+        "[dim]in brackets the 90 % interval; * best of those that fit; launch-bound: share of the step that waits for "
+        f"the host; {mfu_of(c.predictions[0])}[/]"
+    )
     notes(dict.fromkeys(note for p in c.predictions for note in p.notes))
 
 

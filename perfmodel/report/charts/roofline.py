@@ -93,5 +93,5 @@ def _roof(canvas: Canvas, roof: Roof, x: Scale, y: Scale, xs: tuple[float, float
     canvas.text(x(at) - 8, y(at * roof.bandwidth) - 6, slope, "strong", "end", halo=True)
     for i, (dtype, peak) in enumerate(roof.peaks.items()):
         canvas.path([(x(roof.ridge(dtype)), y(peak)), (x(xs[1]), y(peak))], "line s-ink")
-        told = f"{dtype} {units.count(peak, 'FLOP/s')}"
+        told = f"{dtype} {units.count(peak, '')}"  # short, the axis has the unit: kernels lie around it
         canvas.text(x(xs[1]), y(peak) + (17 if i else -6), told, "strong", "end", halo=True)
