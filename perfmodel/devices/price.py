@@ -27,6 +27,15 @@ BUS = (
     10e9  # B/s of copies between pageable host memory and the device: PCIe 4.0 x16 through the driver's staging buffer
 )
 
+ROW_WISE = (
+    "norm",
+    "norm_backward",
+    "softmax",
+    "embedding",
+    "cross_entropy",
+    "fused_norm",
+)  # kinds that give a row to a thread block
+
 
 def durations(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
     """Device seconds of each op, shape (ops, *grid); 0 for views and for work on host tensors."""
@@ -124,7 +133,7 @@ def _memory(profile: DeviceProfile, kind: str, *columns: Any) -> np.ndarray:
     launches, read, written, elements, rows, length, spread = columns
     p = profile.pointwise
     floor = p.launch_floor + p.kernel_gap
-    row_wise = kind in ("norm", "norm_backward", "softmax", "embedding", "cross_entropy", "fused_norm")
+    row_wise = kind in ROW_WISE
     seconds = pointwise_time(
         read, written, hardware=profile.hardware, parameters=p, kind=kind, elements=elements,
         rows=rows if row_wise else None,

@@ -6,7 +6,7 @@ shape and a protocol, the median over the versions of a framework.
 fp32: `validate.fitting.sgemm`; its launch floors contain the host, so device files get those of bf16 instead.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -162,9 +162,14 @@ def fit(
         kept = rows[~rows.left_out].sort_values(["order", "group"], kind="stable")
         count = int(FIT_ROWS * (shares[slug] if shares else 1.0 / len(rows_of)))
         used[slug] = (kept.head(count).reset_index(drop=True), hardware(slug), start(slug, dtype))
-    measured = np.concatenate([column(rows, "seconds") for rows, _, _ in used.values()])
+    return fit_rows(list(used.values()), dtype, begin)
+
+
+def fit_rows(used: Sequence[tuple[pd.DataFrame, Hardware, GemmParameters]], dtype: str, begin: GemmParameters) -> Found:
+    """Parameters shared by some devices, each given as rows to fit, datasheet, and what its library has."""
+    measured = np.concatenate([column(rows, "seconds") for rows, _, _ in used])
     limits = bounds(dtype)
-    clock = (0.3, 1.2) if any(rows.collected.any() for rows, _, _ in used.values()) else (0.99, 1.01)
+    clock = (0.3, 1.2) if any(rows.collected.any() for rows, _, _ in used) else (0.99, 1.01)
     low, high = (np.log([b[i] for b in (*limits.values(), clock)]) for i in (0, 1))
     first = np.log([*(getattr(begin, n) for n in limits), 1.0])
     pull = PRIOR * np.sqrt(len(measured))
@@ -176,7 +181,7 @@ def fit(
         return Found(replace(own, **values(z)), float(np.exp(z[-1])))
 
     def residuals(z: Array) -> Array:
-        predicted = np.concatenate([predict(rows, hw, found(z, own)) for rows, hw, own in used.values()])
+        predicted = np.concatenate([predict(rows, hw, found(z, own)) for rows, hw, own in used])
         return np.concatenate([deviation(predicted, measured, dtype), pull * (z - first)])
 
     # Two starts: the loss has kinks where the best tile changes.
