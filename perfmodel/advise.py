@@ -22,7 +22,7 @@ from .methods import Method
 from .predict import Model, Prediction, predict, resolve, with_options
 from .setup import Setup
 
-EXHAUSTIVE = 64  # combinations of one method that are all tried; of more, one knob is turned at a time
+EXHAUSTIVE = 96  # combinations of one method that are all tried; of more, one knob is turned at a time
 Progress = Callable[[int, int, str], None]  # methods done, methods in all, the next one
 
 

@@ -32,7 +32,7 @@ Knob = tuple[Choice, ...]  # the first choice leaves everything as it is
 
 def knobs(architecture: Architecture, setup: Setup, method: Method) -> list[Knob]:
     """The knobs that a method has in a setup."""
-    found = [_memory(setup), _optimizer(setup), _kernels(architecture, setup), _attention(setup)]
+    found = [_memory(setup), _optimizer(setup), _kernels(architecture, setup), _attention(setup), _compile(setup)]
     if getattr(method, "inner", "") != "full":  # full weights of some blocks: nothing of an adapter to choose
         found += [_adapter_dtype(setup, method), _implementation(method)]
     return [knob for knob in found if len(knob) > 1]
@@ -85,6 +85,10 @@ def _kernels(architecture: Architecture, setup: Setup) -> Knob:
 
 def _attention(setup: Setup) -> Knob:
     return (KEEP, Choice("SDPA attention", {"attention": "sdpa"})) if setup.attention == "eager" else (KEEP,)
+
+
+def _compile(setup: Setup) -> Knob:
+    return (KEEP, Choice("torch.compile", {"compile": "default"})) if setup.compile == "none" else (KEEP,)
 
 
 def _adapter_dtype(setup: Setup, method: Method) -> Knob:

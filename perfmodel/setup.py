@@ -14,6 +14,7 @@ ATTENTION = ("sdpa", "eager", "flash2")
 OPTIMIZERS = optimizers.names()
 CHECKPOINT = ("none", "block", "block-reentrant")
 KERNELS = ("torch", "liger")
+COMPILE = ("none", "default", "reduce-overhead")
 LARGEST = 2**24  # tokens of a sequence, samples of a batch: beyond this it is a typing error
 
 
@@ -33,6 +34,8 @@ class Setup:
         clip_grad: whether the gradient norm is clipped.
         cuda_graphs: whether the whole step is captured in a CUDA graph, so that one launch dispatches it.
         kernels: torch, or liger: Liger's fused RMSNorm, rotary positions, SwiGLU and linear cross entropy.
+        compile: what `torch.compile` does to the model: none, default (fused kernels), or reduce-overhead (the same,
+            and forward and backward are each a CUDA graph).
         padded: whether some samples of a batch are padded to `seq`: then sdpa gets an explicit mask, which costs it the
             flash kernel, copies of the grouped keys and values, and the causal saving.
     """
@@ -49,6 +52,7 @@ class Setup:
     cuda_graphs: bool = False
     padded: bool = False
     kernels: str = "torch"
+    compile: str = "none"
 
     def __post_init__(self) -> None:
         for name in ("batch", "seq"):
@@ -58,7 +62,7 @@ class Setup:
             raise UserError("grad_accum must be one integer")
         for name, choices in (
             ("dtype", DTYPES), ("optimizer", OPTIMIZERS), ("checkpoint", CHECKPOINT), ("attention", ATTENTION),
-            ("kernels", KERNELS),
+            ("kernels", KERNELS), ("compile", COMPILE),
         ):  # fmt: skip
             one_of(name, getattr(self, name), choices)
         if self.amp is not None:
@@ -74,6 +78,11 @@ class Setup:
     def tokens(self) -> Dim:
         """Tokens of one optimizer step."""
         return self.batch * self.seq * self.grad_accum
+
+    @property
+    def explicit_mask(self) -> bool:
+        """Whether sdpa gets a mask: compiled code cannot look whether there is padding (`_ignore_causal_mask_sdpa`)."""
+        return self.padded or self.compile != "none"
 
     def as_dict(self) -> dict[str, Any]:
         """The setup as plain values."""

@@ -12,7 +12,7 @@ from .methods.base import Method
 from .periodic import Periodic, PeriodicOps
 from .setup import Setup
 from .tape import autograd
-from .tape.core import Op, Parameter, Part, Tape, Tensor, emit, new_tensor, recording, release
+from .tape.core import Flow, Op, Parameter, Part, Tape, Tensor, emit, new_tensor, recording, release
 from .tape.dims import Dim
 from .tape.extra import div
 
@@ -107,14 +107,9 @@ def build(
     try:
         with recording(tape):
             kept: Kept = {}
-            _micro_batch(step, tape, kept)
-            step.groups.append(Group(list(tape.parts)))
+            step.groups.append(Group(_micro_batch(step, tape, kept)))
             if setup.grad_accum > 1:
-                tape.parts.clear()
-                tape.twins.clear()
-                _micro_batch(step, tape, kept)
-                step.groups.append(Group(list(tape.parts), setup.grad_accum - 1))
-            tape.parts.clear()
+                step.groups.append(Group(_micro_batch(step, tape, kept), setup.grad_accum - 1))
             record_update(step, tape)
             _forget(kept)
             tape.loss = None
@@ -141,8 +136,10 @@ def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
         raise UserError(f"method {method.name}: Liger's loss reads the head's own weight; leave lm_head out of targets")
 
 
-def _micro_batch(step: Step, tape: Tape, kept: Kept) -> None:
+def _micro_batch(step: Step, tape: Tape, kept: Kept) -> list[Part]:
+    """Record forward and backward of a micro-batch; returns its parts, compiled if the setup says so."""
     setup = step.setup
+    tape.flow = Flow() if setup.compile != "none" else None
     shape = (setup.batch, setup.seq)
     tape.begin("inputs", "forward")
     build = Build(step.architecture, step.method, setup, {p.name: p for p in step.parameters}, kept=kept)
@@ -170,6 +167,15 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept) -> None:
         p.accumulator = None
         if p.grad is not None:
             p.grad.storage.copies = p.count
+    parts = list(tape.parts)
+    if tape.flow is not None:
+        from .passes.compile import compiled
+
+        parts = compiled(step, parts, tape.flow)
+        tape.flow = None
+    tape.parts.clear()
+    tape.twins.clear()
+    return parts
 
 
 def _backward_start(tape: Tape) -> Part:

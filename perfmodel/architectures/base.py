@@ -274,7 +274,7 @@ class Scope:
                 run += 1
             part = current.begin("blocks", "forward")
             scope = Scope(self.build, f"{arch.layer_path}.{index}.", index)
-            needed_grad = x.requires_grad
+            needed_grad, before = x.requires_grad, x.storage.number
             if setup.checkpoint == "none":
                 x = block(scope, x, *shared)
             else:
@@ -283,6 +283,8 @@ class Scope:
                 )
             count = run if x.requires_grad == needed_grad and index else 1
             part.repeat = count
+            if current.flow is not None:
+                current.flow.carried[id(part)] = before, x.storage.number
             for p in self.build.parameters.values():
                 if p.part is part:
                     p.count = count

@@ -80,7 +80,7 @@ class Bert(Architecture):
         model.begin("embeddings")
         embedded = self._embeddings(model, ids)
         setup = model.build.setup
-        mask = masks.bidirectional_mask(attention, setup.attention, embedded.dtype, padded=setup.padded)
+        mask = masks.bidirectional_mask(attention, setup.attention, embedded.dtype, padded=setup.explicit_mask)
         hidden = model.layers(self.block, embedded, mask)
         model.begin("head")
         return hidden

@@ -69,7 +69,7 @@ class Gpt2(Architecture):
         seq = embedded.shape[1]
         position_ids = masks.positions(seq)
         located = model.embedding("transformer.wpe", self.max_positions, self.hidden, position_ids)
-        mask = masks.causal_mask(attention, seq, setup.attention, embedded.dtype, None, padded=setup.padded)
+        mask = masks.causal_mask(attention, seq, setup.attention, embedded.dtype, None, padded=setup.explicit_mask)
         hidden = model.layers(self.block, dropout(add(embedded, located), self.embedding_dropout), mask)
         model.begin("head")
         return model.layer_norm("transformer.ln_f", hidden)

@@ -73,7 +73,7 @@ class GptNeo(Architecture):
         embedded = model.build.method.embedded(model, model.embedding("transformer.wte", self.vocab, self.hidden, ids))
         seq = embedded.shape[1]
         position_ids = masks.positions(seq)
-        mask = masks.causal_mask(attention, seq, "eager", embedded.dtype, None, padded=setup.padded)
+        mask = masks.causal_mask(attention, seq, "eager", embedded.dtype, None, padded=setup.explicit_mask)
         located = model.embedding("transformer.wpe", self.max_positions, self.hidden, position_ids)
         allowed = masks.table((1, 1, seq, attention.shape[1]), "bool")
         hidden = model.layers(

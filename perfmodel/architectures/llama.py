@@ -100,7 +100,9 @@ class Llama(Architecture):
         seq = embedded.shape[1]
         position_ids = masks.positions(seq)
         setup = model.build.setup
-        mask = masks.causal_mask(attention, seq, setup.attention, embedded.dtype, self.window, padded=setup.padded)
+        mask = masks.causal_mask(
+            attention, seq, setup.attention, embedded.dtype, self.window, padded=setup.explicit_mask
+        )
         rotary = masks.rotary_tables(position_ids, self.head_dim // 2, embedded.dtype)
         hidden = model.layers(self.block, embedded, mask, *rotary)
         model.begin("head")

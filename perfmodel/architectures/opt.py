@@ -72,7 +72,7 @@ class Opt(Architecture):
         position_ids = cast(sub(mul(_counted(attention), attention), 1), "i64")
         if not same(attention.shape[1], seq):
             position_ids = narrow(position_ids, 1, seq)
-        mask = masks.causal_mask(attention, seq, setup.attention, embedded.dtype, None, padded=setup.padded)
+        mask = masks.causal_mask(attention, seq, setup.attention, embedded.dtype, None, padded=setup.explicit_mask)
         located = model.embedding(
             "model.decoder.embed_positions", self.max_positions + 2, self.hidden, add(position_ids, 2)
         )

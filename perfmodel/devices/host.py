@@ -1,6 +1,6 @@
 """What the host spends on dispatching a step: Python, autograd and the launch, in seconds."""
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +40,10 @@ class Host:
         launch_call: the driver call that launches one kernel (CUDA only).
         launch: from the launch on the host to the start on the device.
         graph_launch: one launch of a whole CUDA graph.
+        compiled_kernel: a Triton kernel's call in the code that Inductor writes, without the driver's launch.
+        compiled_extern: a library's kernel called there (`extern_kernels.mm(…, out=…)`).
+        compiled_graph: entering a compiled graph: wrappers of Dynamo, AOTAutograd and Inductor.
+        guard: what Dynamo asks about one module before it reuses its code.
     """
 
     name: str
@@ -59,9 +63,15 @@ class Host:
     launch: float
     graph_launch: float
     source: str = ""
+    compiled_kernel: float = 5e-6
+    compiled_extern: float = 5e-6
+    compiled_graph: float = 36e-6
+    guard: float = 1.8e-6
 
     def dispatch(self, part: Part, device: str) -> np.ndarray:
         """Host seconds before each op of one run of a part, shape (ops,); Python's share is spread evenly."""
+        if part.compiled:
+            return self._compiled(part, device)
         launch = self.launch_call if device == "cuda" else 0.0
         if part.phase == "optimizer" and any(by_lists(op) for op in part.ops):
             seconds = [self.optimizer_call + self.tensor * _tensors(op) for op in part.ops]
@@ -77,6 +87,24 @@ class Host:
             python += self.checkpoint * part.checkpoints + self.hook * part.hooks
         launches = np.array([0 if op.view or "host" in op.attrs else 1 for op in part.ops])
         return np.array(seconds) + launch * launches + python / max(1, len(seconds))
+
+    def _compiled(self, part: Part, device: str) -> np.ndarray:
+        """The same for compiled code: guards and wrappers first, then the calls one after another."""
+        seconds = np.zeros(len(part.ops))
+        on_gpu = device == "cuda"
+        if not (part.captured and on_gpu):
+            launch = self.launch_call if on_gpu else 0.0
+            called = [self.compiled_kernel if _generated(op) else self.compiled_extern for op in part.ops]
+            seconds += np.array(called) + launch
+        if part.phase == "forward":
+            seconds[0] += self.guard * part.modules
+        captured = self.graph_launch if part.captured and on_gpu else 0.0
+        seconds[0] += part.graphs * (self.compiled_graph + captured)
+        return seconds
+
+
+def _generated(op: Op) -> bool:
+    return op.name.startswith("inductor::")
 
 
 def _tensors(op: Op) -> int:
@@ -117,7 +145,7 @@ def _read(path: Path) -> Host:
     for f in fields(Host):
         if f.type is not float and f.type != "float":
             continue
-        value = seconds.get(f.name)
+        value = seconds.get(f.name, None if f.default is MISSING else f.default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < LONGEST:
             raise UserError(f"{path}: [seconds] {f.name} must be a number of seconds from 0 to below 1, got {value!r}")
         costs[f.name] = float(value)

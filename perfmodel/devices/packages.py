@@ -1,6 +1,6 @@
-"""Which price model the kernels of other packages take: those of bitsandbytes, Liger, Unsloth and LoRAFusion.
+"""Which price model kernels that are no ATen calls take: of bitsandbytes, Liger, Unsloth, LoRAFusion and Inductor.
 
-They are no ATen calls, so their names carry a namespace (`liger::rms_norm`). Triton's norms and losses were measured by
+Their names carry a namespace (`liger::rms_norm`). Triton's norms and losses were measured by
 Liger and have kinds of their own (`perfmodel.devices.pointwise.KINDS`); what only streams is priced as any such kernel.
 """
 
@@ -9,6 +9,10 @@ from typing import Any
 from ..tape.core import Op
 
 ROWS = {"liger::rms_norm": "fused_norm", "liger::cross_entropy": "cross_entropy"}  # a row a program
+GENERATED = {
+    "inductor::pointwise": "pointwise", "inductor::scatter": "strided", "inductor::rows": "fused_norm",
+    "inductor::columns": "column_reduction",
+}  # fmt: skip
 BACKWARD_NORMS = ("liger::rms_norm_backward",)
 
 OUT_FIRST = ("addmm", "addmm_", "addmm.out")  # the factors come second and third
@@ -21,6 +25,8 @@ def memory_bound(op: Op) -> Row:
 
     An op that writes over an input reads it too; what such an op only writes (partial sums) is not read.
     """
+    if op.name.startswith("inductor::"):
+        return _generated(op)
     x = op.inputs[0]
     rows = x.numel // x.shape[-1] if x.shape else 1
     length = x.shape[-1] if x.shape else 1
@@ -29,6 +35,13 @@ def memory_bound(op: Op) -> Row:
         return ("fused_norm_backward", 1, op.bytes_read, x.nbytes, x.numel, rows, length)
     elements = max(op.outputs, key=lambda s: len(s.shape)).numel
     return (ROWS.get(op.name, "pointwise"), 1, op.bytes_read, written, elements, rows, length)
+
+
+def _generated(op: Op) -> Row:
+    """A kernel that Inductor wrote: the shape of its loops is `op.attrs[0]`, (results, elements summed for each)."""
+    points, length = op.attrs[0]
+    kind = "cross_entropy" if "exp" in op.attrs else GENERATED[op.name]
+    return (kind, 1, op.bytes_read, op.bytes_written, points * length, points, length)
 
 
 def gemm_shape(op: Op) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..errors import UserError
-from .common import ONE_GPU, OPTIMIZERS, checkpoint, clips, flavour, half, optimizer, spec
+from .common import ONE_GPU, OPTIMIZERS, checkpoint, clips, compiled, flavour, half, optimizer, spec
 from .keys import Keys
 
 MARKS = ("micro_batch_size", "sequence_len", "adapter", "lora_target_linear")
@@ -36,6 +36,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "optimizer": optimizer(keys, "optimizer", OPTIMIZERS["adamw_torch_fused"]),
         "checkpoint": checkpoint(keys, keys.get("gradient_checkpointing") not in (None, False)),
         "attention": _attention(keys),
+        "compile": compiled(keys),
         "clip_grad": clips(keys, "max_grad_norm", keys.number("gradient_clipping", 1.0)),
         "kernels": "liger" if _liger(keys) else "torch",
     }

@@ -17,6 +17,10 @@ ATTENTION = {
     "eager": "eager", "sdpa": "sdpa", "flash_attention_2": "flash2", "kernels-community/flash-attn2": "flash2",
     "kernels-community/flash-attn": "flash2",
 }  # fmt: skip
+COMPILE = {
+    "default": "default", "reduce-overhead": "reduce-overhead", "max-autotune-no-cudagraphs": "default",
+    "max-autotune": "reduce-overhead",
+}  # fmt: skip
 ONE_GPU = ("deepspeed", "fsdp", "fsdp_config", "tensor_parallel_size", "context_parallel_size", "ddp_timeout")
 
 
@@ -43,6 +47,18 @@ def checkpoint(keys: Keys, on: bool) -> str:
     if not isinstance(kwargs, dict):
         raise keys.wrong("gradient_checkpointing_kwargs", "a mapping")
     return ("block-reentrant" if kwargs.get("use_reentrant", False) else "block") if on else "none"
+
+
+def compiled(keys: Keys) -> str:
+    """The setup's `compile`: a backend or a mode switches it on (`TrainingArguments.__post_init__`).
+
+    Raises:
+        UserError: a backend or a mode that is not modelled.
+    """
+    backend = keys.one_of("torch_compile_backend", {"inductor": True}, None)
+    mode = keys.one_of("torch_compile_mode", COMPILE, None)
+    asked = keys.get("torch_compile") == "auto" or keys.flag("torch_compile")  # Axolotl's auto: where it can
+    return mode or "default" if asked or backend or mode else "none"
 
 
 def half(keys: Keys) -> str | None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..errors import UserError
-from .common import ONE_GPU, clips, flavour, half, optimizer, spec
+from .common import ONE_GPU, clips, compiled, flavour, half, optimizer, spec
 from .keys import Keys
 
 MARKS = ("finetuning_type", "cutoff_len", "lora_target", "stage", "template", "dataset_dir")
@@ -33,6 +33,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "optimizer": optimizer(keys, "optim", "adamw-fused"),
         "checkpoint": _checkpoint(keys),
         "attention": keys.one_of("flash_attn", ATTENTION, "sdpa"),
+        "compile": compiled(keys),
         "clip_grad": clips(keys),
         "kernels": "liger" if keys.flag("enable_liger_kernel") else "torch",
     }

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..errors import UserError
-from .common import ATTENTION, ONE_GPU, checkpoint, clips, flavour, half, optimizer, spec
+from .common import ATTENTION, ONE_GPU, checkpoint, clips, compiled, flavour, half, optimizer, spec
 from .keys import Keys
 
 MARKS = ("per_device_train_batch_size", "use_peft", "gradient_accumulation_steps", "optim", "max_length")
@@ -29,6 +29,7 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
         "optimizer": optimizer(keys, "optim", "adamw-fused"),
         "checkpoint": checkpoint(keys, keys.flag("gradient_checkpointing", is_trl)),
         "attention": keys.one_of("attn_implementation", ATTENTION, "sdpa"),
+        "compile": compiled(keys),
         "clip_grad": clips(keys),
         "kernels": "liger" if keys.flag("use_liger_kernel") else "torch",
     }

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -38,6 +39,15 @@ class Spec(NamedTuple):
         return self.numel * ITEMSIZE[self.dtype] * self.copies
 
 
+class Use(NamedTuple):
+    """How an op uses a block of memory: which one, and through which view."""
+
+    storage: int
+    nbytes: Dim
+    shape: Shape
+    strides: Shape
+
+
 class Op:
     """One ATen call: the narrow waist between what produces ops (tape, trace) and what counts and prices them.
 
@@ -45,9 +55,13 @@ class Op:
     `owner` is what asked for the op: the "base" model, its "attention", an "adapter", the "dequantisation" of weights
     or the "accumulation" of gradients; backward follows its forward.
     `recompute` marks what a checkpoint runs again.
+    `reads` and `writes` say which memory the op uses, where the tape follows the flow of data (`Tape.flow`).
     """
 
-    __slots__ = ("attrs", "bytes_read", "bytes_written", "inputs", "name", "outputs", "owner", "recompute", "view")
+    __slots__ = (
+        "attrs", "bytes_read", "bytes_written", "inputs", "name", "outputs", "owner", "reads", "recompute", "view",
+        "writes",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -71,6 +85,8 @@ class Op:
         self.attrs = attrs
         self.owner = owner
         self.recompute = recompute
+        self.reads: tuple[Use, ...] = ()
+        self.writes: tuple[Use, ...] = ()
 
     def __repr__(self) -> str:
         def text(specs: tuple[Spec, ...]) -> str:
@@ -86,6 +102,8 @@ class Part:
     Host time: `nodes` counts autograd nodes, `modules` and `adapters` the Python calls of layers and of adapters,
     `checkpoints` the calls of `torch.utils.checkpoint`, `hooks` its Python hooks on saved tensors.
     `delta` is the net change of live bytes over one run, `peak` the highest point above its start.
+    `compiled` marks code that a compiler made (no Python between its calls), `captured` code that a CUDA graph runs;
+    `graphs` counts the compiled graphs that are entered here.
     """
 
     name: str
@@ -97,6 +115,9 @@ class Part:
     adapters: int = 0
     checkpoints: int = 0
     hooks: int = 0
+    graphs: int = 0
+    compiled: bool = False
+    captured: bool = False
     delta: Dim = 0
     peak: Dim = 0
 
@@ -116,16 +137,41 @@ class Part:
 class Storage:
     """A block of memory. `copies` > 1: the block stands for that many when it is freed outside its repeated part."""
 
-    __slots__ = ("__weakref__", "copies", "nbytes", "tape")
+    __slots__ = ("__weakref__", "copies", "nbytes", "number", "tape")
 
     def __init__(self, nbytes: Dim, tape: "Tape | None") -> None:
         self.nbytes = nbytes
         self.tape = tape
         self.copies = 1
+        self.number = next(_numbers)
 
     def __del__(self) -> None:
         if self.tape is not None:
             self.tape.part.free(self.nbytes * self.copies)
+            if self.tape.flow is not None:
+                self.tape.flow.live.discard(self.number)
+
+
+_numbers = count()
+
+
+@dataclass
+class Flow:
+    """What a tape remembers of a pass forward and back for passes that rewrite its ops.
+
+    Attributes:
+        live: blocks of memory that are in use.
+        carried: for each run of identical layers, by the id of its part, the blocks of its input and output.
+        twins: for each backward part, by its id, the forward part whose ops it differentiates.
+    """
+
+    live: set[int] = field(default_factory=set)
+    carried: dict[int, tuple[int, int]] = field(default_factory=dict)
+    twins: dict[int, Part] = field(default_factory=dict)
+
+
+def _use(t: "Tensor") -> Use:
+    return Use(t.storage.number, t.nbytes, t.shape, t.strides)
 
 
 class Tensor:
@@ -204,6 +250,7 @@ class Tape:
         self.parts: list[Part] = []
         self.part = Part("start", "forward")
         self.twins: dict[int, Part] = {}
+        self.flow: Flow | None = None
 
     def begin(self, name: str, phase: str) -> Part:
         """Start a new part."""
@@ -220,6 +267,8 @@ class Tape:
             twin = Part(part.name, "backward", part.repeat)
             self.twins[id(part)] = twin
             self.parts.append(twin)
+            if self.flow is not None:
+                self.flow.twins[id(twin)] = part
         elif twin is not self.part and self.parts[-1] is not twin:
             raise AssertionError(f"backward returned to {part.name} after leaving it")
         self.part = twin
@@ -319,9 +368,10 @@ def new_tensor(shape: Shape, dtype: str, strides: Shape | None = None) -> Tensor
     numel = product(shape)
     nbytes = numel * ITEMSIZE[dtype]
     current.part.allocate(nbytes)
-    return Tensor(
-        shape, dtype, contiguous_strides(shape) if strides is None else strides, numel, Storage(nbytes, current)
-    )
+    storage = Storage(nbytes, current)
+    if current.flow is not None:
+        current.flow.live.add(storage.number)
+    return Tensor(shape, dtype, contiguous_strides(shape) if strides is None else strides, numel, storage)
 
 
 def _distinct_bytes(tensors: Sequence[Tensor]) -> Dim:
@@ -334,20 +384,25 @@ def record(
     name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], attrs: tuple[Any, ...] = (), *, view: bool = False
 ) -> None:
     """Append an op to the current part."""
-    current = _current[-1]
-    current.part.ops.append(
-        Op(
-            name,
-            tuple(Spec(t.dtype, t.shape) for t in inputs),
-            tuple(Spec(t.dtype, t.shape) for t in outputs),
-            0 if view else _distinct_bytes(inputs),
-            0 if view else sum(t.nbytes for t in outputs),
-            view=view,
-            attrs=attrs,
-            owner=current.owner,
-            recompute=current.recomputing,
-        )
+    op = Op(
+        name,
+        tuple(Spec(t.dtype, t.shape) for t in inputs),
+        tuple(Spec(t.dtype, t.shape) for t in outputs),
+        0 if view else _distinct_bytes(inputs),
+        0 if view else sum(t.nbytes for t in outputs),
+        view=view,
+        attrs=attrs,
     )
+    append(op, inputs, outputs)
+
+
+def append(op: Op, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    """Append an op that was made by hand (its specs stand for several tensors) to the current part."""
+    current = _current[-1]
+    op.owner, op.recompute = current.owner, current.recomputing
+    if current.flow is not None:
+        op.reads, op.writes = tuple(map(_use, inputs)), tuple(map(_use, outputs))
+    current.part.ops.append(op)
 
 
 def emit(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from .autograd import Grads, Node, differentiate
-from .core import Op, Spec, Storage, Tensor, emit, new_tensor, record, tape
+from .core import Op, Spec, Storage, Tensor, append, emit, new_tensor, record
 from .dims import Dim, is_one, product
 from .shape import narrow, reshape
 
@@ -50,7 +50,7 @@ def _split_layers_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     out = new_tensor(shape, made[0].dtype)
     inputs = tuple(Spec(g.dtype, g.shape, count) for g, count in zip(made, counts, strict=True))
     outputs = (Spec(out.dtype, out.shape),)
-    tape().part.ops.append(Op("cat", inputs, outputs, sum(s.nbytes for s in inputs), out.nbytes))
+    append(Op("cat", inputs, outputs, sum(s.nbytes for s in inputs), out.nbytes), made, (out,))
     return (out,)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from .autograd import Grads, Node, differentiate
-from .core import Op, Spec, Tensor, emit, new_tensor, record, tape
+from .core import Op, Spec, Tensor, append, emit, new_tensor, record
 from .linalg import bmm
 from .pointwise import neg
 from .shape import expand, transpose
@@ -44,7 +44,7 @@ def block_diagonal(x: Tensor) -> Tensor:
     node = differentiate("BlockDiagBackward0", (x,), _block_diagonal_backward, (x.shape,))
     out = new_tensor((n * k, n * k), x.dtype)
     blocks = (Spec(x.dtype, (k, k), n),)
-    tape().part.ops.append(Op("block_diag", blocks, (Spec(out.dtype, out.shape),), x.nbytes, out.nbytes))
+    append(Op("block_diag", blocks, (Spec(out.dtype, out.shape),), x.nbytes, out.nbytes), (x,), (out,))
     if node:
         node.produces(out)
     return out
@@ -56,5 +56,5 @@ def _block_diagonal_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     n, k, _ = shape
     out = new_tensor(shape, g.dtype)
     pieces = (Spec(g.dtype, (k, k), n),)
-    tape().part.ops.append(Op("stack", pieces, (Spec(out.dtype, out.shape),), out.nbytes, out.nbytes))
+    append(Op("stack", pieces, (Spec(out.dtype, out.shape),), out.nbytes, out.nbytes), (g,), (out,))
     return (out,)

@@ -1,0 +1,144 @@
+"""`torch.compile` of the model: forward and backward become two programs of fused kernels.
+
+What transformers' `torch_compile` compiles is the model: its forward and the backward that follows from it. Clipping
+and the optimizer stay eager, and so does the sum of gradients over micro-batches. One graph without breaks is assumed.
+
+The pass goes the way of the compiler: the recorded calls become a graph (`graph`, `lowering`), AOTAutograd decides what
+is saved (`partition`), Inductor what shares a kernel (`fusion`). Each kernel reads each tensor in memory once and
+writes what others need; what only it needs is never there. FLOPs stay what they were: products and attention are never
+run again, nor left out. Not modelled: kernels that autotuning would choose for products, padding of products, fusion of
+attention written out, and the second order of loops that lets row and column sums share a kernel.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from ..step import Step
+from ..tape.core import Flow, Op, Part, Spec
+from ..tape.dims import Dim
+from .fusion import Kernel, fused
+from .graph import Graph, Place, Prim, Value
+from .lowering import lowered
+from .partition import partitioned
+
+
+def compiled(step: Step, parts: list[Part], flow: Flow) -> list[Part]:
+    """The parts of a micro-batch as `torch.compile` runs them.
+
+    Raises:
+        MixedStructure: the points of a grid do not compile to one program.
+    """
+    graph = lowered(step, parts, flow)
+    halves = partitioned(graph, step.setup.batch * step.setup.seq)
+    outside = graph.results | {value for prim in graph.tail for value, _ in prim.reads}
+    forward = fused(halves.forward, halves.saved | {v for v in outside if v.maker and not v.maker.backward})
+    backward = fused(halves.backward, {v for v in outside if v.maker and v.maker.backward})
+    emitted = _Emission(graph, forward, backward, captured=step.setup.compile == "reduce-overhead")
+    emitted.run()
+    return emitted.parts
+
+
+class _Emission:
+    """Writes kernels down as parts, with the memory that they take."""
+
+    def __init__(self, graph: Graph, forward: list[Kernel], backward: list[Kernel], *, captured: bool) -> None:
+        self.graph = graph
+        self.programs = ((forward, False), (backward, True))
+        self.captured = captured
+        self.tail = [Kernel([prim], dict(prim.reads)) for prim in graph.tail]
+        self.parts: list[Part] = []
+        self.schedule: list[tuple[Part, Place, Kernel]] = []
+
+    def run(self) -> None:
+        """Make the parts."""
+        for kernels, backward in self.programs:
+            self._program(kernels, backward=backward)
+        self._accumulations()
+        self._memory()
+
+    def _program(self, kernels: list[Kernel], *, backward: bool) -> None:
+        """One graph: its kernels in the places where they were recorded."""
+        first = True
+        for index, place in enumerate(self.graph.places):
+            if place.backward != backward:
+                continue
+            part = Part(place.part.name, place.part.phase, place.repeat, compiled=True, captured=self.captured)
+            part.modules = place.part.modules
+            for kernel in kernels:
+                if kernel.place == index:
+                    part.ops += _ops(kernel)
+                    self.schedule.append((part, place, kernel))
+            if part.ops:
+                part.graphs, first = int(first), False
+                self.parts.append(part)
+
+    def _accumulations(self) -> None:
+        for index, place in enumerate(self.graph.places):
+            part = Part("accumulation", "backward", place.repeat)
+            for kernel in self.tail:
+                if kernel.place == index:
+                    part.ops += _ops(kernel)
+                    part.nodes += 1
+                    self.schedule.append((part, place, kernel))
+            if part.ops:
+                self.parts.append(part)
+
+    def _memory(self) -> None:
+        """Values live from the kernel that writes them to the last one that reads them."""
+        last: dict[Value, int] = {}
+        for i, (_, _, kernel) in enumerate(self.schedule):
+            for value in (*kernel.reads, *kernel.writes):
+                last[value] = i
+        home: dict[Value, Place] = {}
+        for i, (part, place, kernel) in enumerate(self.schedule):
+            for value in kernel.writes:
+                home[value] = place
+                part.allocate(value.nbytes)
+            for value in {*kernel.reads, *kernel.writes}:
+                if last[value] == i and value in home and value not in self.graph.results:
+                    part.free(value.nbytes * self._copies(home[value], place))
+
+    def _copies(self, made: Place, freed: Place) -> int:
+        """How many layers' values of one kind end here: those of all layers of a run, if they waited for this."""
+        if made.repeat == freed.repeat or made.backward == freed.backward:
+            return 1
+        return made.repeat
+
+
+def _ops(kernel: Kernel) -> list[Op]:
+    """The calls of a kernel, as a device prices them."""
+    if kernel.extern:
+        op = kernel.prims[0].op
+        assert op is not None
+        return [op]
+    read, written = _total(kernel.reads.values()), _total(value.nbytes for value in kernel.writes)
+    kind, points, length = kernel.loops
+    main = max(kernel.prims, key=_weight)
+    exponential = kind == "rows" and any("softmax" in prim.name or prim.name == "sum_exp" for prim in kernel.prims)
+    dtypes = [value.dtype for value in (*kernel.writes, *kernel.reads)]
+    specs = tuple(Spec(value.dtype, (value.points,)) for value in kernel.reads) or (Spec(dtypes[0], ()),)
+    op = Op(
+        f"inductor::{kind}",
+        specs,
+        tuple(Spec(value.dtype, (value.points,)) for value in kernel.writes),
+        read,
+        written,
+        attrs=((points, length), *(("exp",) if exponential else ())),
+        owner=main.owner,
+        recompute=main.recompute,
+    )
+    return [op]
+
+
+def _weight(prim: Prim) -> float:
+    """Bytes that an operation would move alone: the largest says whose the kernel is."""
+    moved = _total([*(nbytes for _, nbytes in prim.reads), *(out.nbytes for out in prim.outs)])
+    return float(np.max(moved))
+
+
+def _total(sizes: Iterable[Dim]) -> Dim:
+    return sum(sizes, 0)
+
+
+__all__ = ["compiled"]

@@ -1,0 +1,243 @@
+"""Which operations share a kernel: Inductor's lowering and scheduler in small.
+
+Pointwise operations are computed where they are read, again for every reader, unless their result must be in memory: a
+library's kernel or the outside reads it, or several readers would each have to read more than four tensors. What is in
+memory is a node of the scheduler. Nodes that share memory then fuse, the pair that saves most bytes first, if their
+loops agree and no third node stands between them:
+
+- pointwise with pointwise over as many elements;
+- sums along rows with sums along the same rows, and with pointwise over the rows' elements or over the rows;
+- sums down columns with sums down the same columns.
+
+Source: torch/_inductor/ir.py (`should_realize_on_reuse`), scheduler.py (`fuse_nodes`, `score_fusion_memory`),
+codegen/simd.py (`SIMDScheduling.can_fuse`), PyTorch 2.13.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..tape.dims import Dim, same
+from .graph import Prim, Value
+
+READS_ON_REUSE = 4  # config.realize_reads_threshold
+READS = 8  # config.realize_acc_reads_threshold
+ROUNDS = 10  # of fusion, at most (scheduler.fuse_nodes)
+
+
+@dataclass(eq=False)
+class Kernel:
+    """One kernel: fused loops, or a library's.
+
+    Attributes:
+        prims: what it computes, in order.
+        reads: bytes read of each value in memory; of its own results none.
+        writes: the values that it leaves in memory.
+    """
+
+    prims: list[Prim]
+    reads: dict[Value, Dim] = field(default_factory=dict)
+    writes: list[Value] = field(default_factory=list)
+    loops: tuple[Any, ...] = ()
+
+    @property
+    def extern(self) -> bool:
+        """Whether a library brings it."""
+        return self.prims[0].kind == "extern"
+
+    @property
+    def place(self) -> int:
+        """Where it runs: with the last of what it computes."""
+        return max(prim.place for prim in self.prims)
+
+
+def fused(prims: list[Prim], results: set[Value]) -> list[Kernel]:
+    """The kernels of one compiled program, in an order in which they can run.
+
+    Args:
+        results: values that must be in memory afterwards.
+    """
+    kernels = _nodes(_without_dead_code(prims, results), results)
+    for _ in range(ROUNDS):
+        before = len(kernels)
+        kernels = _Round(kernels).run()
+        if len(kernels) == before:
+            break
+    _drop_internal(kernels, results)
+    return kernels
+
+
+def _without_dead_code(prims: list[Prim], results: set[Value]) -> list[Prim]:
+    needed, kept = set(results), []
+    for prim in reversed(prims):
+        if not prim.outs or any(out in needed for out in prim.outs):
+            kept.append(prim)
+            needed.update(value for value, _ in prim.reads)
+    return kept[::-1]
+
+
+def _nodes(prims: list[Prim], results: set[Value]) -> list[Kernel]:
+    """Operations whose results are in memory, with those that are computed where they are read."""
+    uses: dict[Value, list[Prim]] = {}
+    for prim in prims:
+        for value in {value for value, _ in prim.reads}:
+            uses.setdefault(value, []).append(prim)
+    inlined: dict[Value, Kernel] = {}
+    nodes = []
+    for prim in prims:
+        node = Kernel([], {}, list(prim.outs), _loops(prim))
+        for value, nbytes in prim.reads:
+            _take(node, value, nbytes, inlined)
+        node.prims.append(prim)
+        if prim.kind == "pointwise" and not _in_memory(prim, node, uses.get(prim.outs[0], []), results):
+            inlined[prim.outs[0]] = node
+        else:
+            nodes.append(node)
+    return nodes
+
+
+def _take(node: Kernel, value: Value, nbytes: Dim, inlined: dict[Value, Kernel]) -> None:
+    """Read a value, or compute it (of a slice, the part that is read)."""
+    if value not in inlined:
+        node.reads[value] = _most(node.reads.get(value, 0), nbytes)
+        return
+    source = inlined[value]
+    for other, size in source.reads.items():
+        part = size if nbytes is value.nbytes or same(nbytes, value.nbytes) else _share(size, nbytes, value.nbytes)
+        node.reads[other] = _most(node.reads.get(other, 0), part)
+    node.prims += [prim for prim in source.prims if prim not in node.prims]
+
+
+def _share(size: Dim, part: Dim, whole: Dim) -> Dim:
+    return np.asarray(size * (part / whole)).astype(np.int64) if isinstance(part, np.ndarray) else size * part // whole
+
+
+def _in_memory(prim: Prim, node: Kernel, users: list[Prim], results: set[Value]) -> bool:
+    value = prim.outs[0]
+    if value in results or any(_wants_memory(user, value) for user in users):
+        return True
+    reads = len(node.reads)
+    return reads > READS or (len(users) > 1 and reads > READS_ON_REUSE)
+
+
+def _wants_memory(user: Prim, value: Value) -> bool:
+    """Whether a value must be in memory for its user: operands of kernels, and what a scatter adds to (its last)."""
+    return user.kind == "extern" or (user.kind == "scatter" and user.reads[-1][0] is value)
+
+
+def _loops(prim: Prim) -> tuple[Any, ...]:
+    return (prim.kind, prim.points, prim.length)
+
+
+def _most(a: Dim, b: Dim) -> Dim:
+    return np.maximum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else max(a, b)
+
+
+def _agree(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The loops of two nodes in one kernel, or None."""
+    if a[0] == "extern" or b[0] == "extern":
+        return None
+    kinds = {"pointwise" if loops[0] == "scatter" else loops[0] for loops in (a, b)}
+    if kinds == {"pointwise"} or len(kinds) == 1:
+        return a if same(a[1], b[1]) and same(a[2], b[2]) else None
+    if kinds != {"rows", "pointwise"}:
+        return None
+    rows, points = (a, b) if a[0] == "rows" else (b, a)
+    return rows if same(points[1], rows[1] * rows[2]) or same(points[1], rows[1]) else None
+
+
+class _Round:
+    """One pass over the pairs of nodes that share memory."""
+
+    def __init__(self, kernels: list[Kernel]) -> None:
+        self.kernels = kernels
+        self.maker = {value: kernel for kernel in kernels for value in kernel.writes}
+        self.group = {kernel: kernel for kernel in kernels}
+        self.position = {kernel: i for i, kernel in enumerate(kernels)}  # of its first node
+        self.last = dict(self.position)  # of its last node
+        self.bits = {kernel: 1 << i for i, kernel in enumerate(kernels)}  # of its nodes
+        self.above: dict[Kernel, int] = {}  # bits of all nodes that it needs, directly or not
+        for kernel in kernels:
+            self.above[kernel] = 0
+            for need in self._needs(kernel):
+                self.above[kernel] |= self.bits[need] | self.above[need]
+
+    def run(self) -> list[Kernel]:
+        """Fuse what may, the pairs with most shared bytes first; the new kernels in order."""
+        for _, _, a, b in sorted(self._pairs(), key=lambda pair: pair[:2]):
+            first, second = self.group[a], self.group[b]
+            if first is second:
+                continue
+            loops = _agree(first.loops, second.loops)
+            if loops is not None and not self._between(first, second) and not self._between(second, first):
+                self._fuse(first, second, loops)
+        return self._sorted()
+
+    def _pairs(self) -> Iterable[tuple[float, int, Kernel, Kernel]]:
+        """(-shared bytes, distance) of the nodes that use the same memory."""
+        users: dict[Value, list[Kernel]] = {}
+        for kernel in self.kernels:
+            if not kernel.extern:
+                for value in (*kernel.writes, *kernel.reads):
+                    users.setdefault(value, []).append(kernel)
+        shared: dict[tuple[int, int], float] = {}
+        for value, kernels in users.items():
+            size = float(np.max(value.nbytes))
+            for i, a in enumerate(kernels):
+                for b in kernels[i + 1 :]:
+                    pair = self.position[a], self.position[b]
+                    shared[pair] = shared.get(pair, 0.0) + size
+        for (i, j), size in shared.items():
+            yield -size, abs(i - j), self.kernels[i], self.kernels[j]
+
+    def _needs(self, kernel: Kernel) -> set[Kernel]:
+        return {self.group[self.maker[value]] for value in kernel.reads if value in self.maker} - {kernel}
+
+    def _between(self, early: Kernel, late: Kernel) -> bool:
+        """Whether `late` needs `early` by way of another kernel."""
+        return any(self.above[need] & self.bits[early] for need in self._needs(late) if need is not early)
+
+    def _fuse(self, a: Kernel, b: Kernel, loops: tuple[Any, ...]) -> None:
+        first, second = sorted((a, b), key=self.position.__getitem__)
+        made = Kernel(first.prims + [p for p in second.prims if p not in first.prims], dict(first.reads))
+        made.writes, made.loops = first.writes + second.writes, loops
+        for value, nbytes in second.reads.items():
+            made.reads[value] = _most(made.reads.get(value, 0), nbytes)
+        for value in made.writes:
+            made.reads.pop(value, None)
+        self.position[made] = self.position[first]
+        self.last[made] = max(self.last[first], self.last[second])
+        self.bits[made] = self.bits[first] | self.bits[second]
+        self.above[made] = (self.above[first] | self.above[second]) & ~self.bits[made]
+        for node, group in self.group.items():
+            if group is first or group is second:
+                self.group[node] = made
+            elif self.above[group] & self.bits[made]:
+                self.above[group] |= self.bits[made] | self.above[made]
+        self.group[made] = made
+
+    def _sorted(self) -> list[Kernel]:
+        """The kernels by their last node, each after what it needs."""
+        order: dict[Kernel, None] = {}
+        present = sorted({self.group[k] for k in self.kernels}, key=self.last.__getitem__)
+        for kernel in present:
+            waiting = [kernel]
+            while waiting:
+                top = waiting[-1]
+                missing = [need for need in self._needs(top) if need not in order]
+                if missing:
+                    waiting += sorted(missing, key=self.last.__getitem__, reverse=True)[:1]
+                    continue
+                waiting.pop()
+                order[top] = None
+        return list(order)
+
+
+def _drop_internal(kernels: list[Kernel], results: set[Value]) -> None:
+    """What only its own kernel reads never reaches memory."""
+    read = {value for kernel in kernels for value in kernel.reads}
+    for kernel in kernels:
+        if not kernel.extern:
+            kernel.writes = [value for value in kernel.writes if value in results or value in read]

@@ -1,0 +1,252 @@
+"""A micro-batch as a graph of values: runs of layers unrolled as far as they differ, writes in place undone.
+
+A run of n identical layers becomes three copies, the first, the n - 2 in the middle and the last, so that what a
+compiler does across the seam of two layers shows. The backward copies mirror them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..tape.core import Flow, Op, Part, Use
+from ..tape.dims import Dim, decide, same
+from ..tape.dtypes import ITEMSIZE
+
+
+@dataclass(eq=False)
+class Value:
+    """What one op makes and others read: `points` elements, `nbytes` bytes. Nobody makes inputs and parameters.
+
+    `free` marks what is in memory anyway (parameters, buffers).
+    """
+
+    dtype: str
+    points: Dim
+    maker: "Prim | None" = None
+    free: bool = False
+
+    @property
+    def nbytes(self) -> Dim:
+        """Bytes of the elements."""
+        return self.points * ITEMSIZE[self.dtype]
+
+
+@dataclass(eq=False)
+class Prim:
+    """One operation as Inductor sees it.
+
+    Attributes:
+        kind: "pointwise"; "rows" (sums along rows), "columns" (sums down columns); "scatter"; "extern" (an own kernel).
+        reads: values with the bytes read of each.
+        points, length: elements of the result, and elements summed for each (1 for pointwise).
+        place: where it was recorded, an index of `Graph.places`.
+        recomputable, fusible: what AOTAutograd's partitioner allows.
+        op: the call itself, of an extern.
+    """
+
+    name: str
+    kind: str
+    reads: list[tuple[Value, Dim]]
+    points: Dim
+    place: int
+    backward: bool
+    owner: str
+    length: Dim = 1
+    outs: list[Value] = field(default_factory=list)
+    recompute: bool = False
+    recomputable: bool = True
+    fusible: bool = True
+    op: Op | None = None
+
+
+@dataclass
+class Place:
+    """A copy of a recorded part: it stands for `repeat` of them."""
+
+    part: Part
+    copy: int
+    repeat: int
+    backward: bool
+
+
+@dataclass
+class Graph:
+    """The operations in order, and what must be there after them.
+
+    Attributes:
+        results: values that outlive the pass (loss, gradients, what modules keep).
+        tail: accumulations into gradients that were there before: they run after the compiled backward.
+    """
+
+    places: list[Place]
+    prims: list[Prim] = field(default_factory=list)
+    results: set[Value] = field(default_factory=set)
+    tail: list[Prim] = field(default_factory=list)
+
+
+def places(parts: list[Part], flow: Flow) -> list[Place]:
+    """The parts in the order in which they run, with runs of layers cut into copies."""
+    found = []
+    for part in parts:
+        backward = part.phase == "backward"
+        copies = [Place(part, i, repeat, backward) for i, repeat in enumerate(_copies(part.repeat))]
+        found += copies[::-1] if id(part) in flow.twins else copies
+    return found
+
+
+def _copies(repeat: int) -> list[int]:
+    return [1] * repeat if repeat < 4 else [1, repeat - 2, 1]
+
+
+class Names:
+    """Which copy's memory an op of a copied part means."""
+
+    def __init__(self, parts: list[Part], flow: Flow, parameters: dict[int, Part | None]) -> None:
+        self.flow = flow
+        self.parameters = parameters
+        self.origin: dict[int, Part] = {}
+        for part in parts:
+            for op in part.ops:
+                for use in op.writes:
+                    self.origin.setdefault(use.storage, part)
+        self.order = {id(part): i for i, part in enumerate(parts)}
+        self.handed = {id(p): self._handed_on(p, parts) for p in parts if id(p) in flow.twins and p.repeat > 1}
+
+    def _pair(self, part: Part) -> int:
+        return id(self.flow.twins.get(id(part), part))
+
+    def _handed_on(self, part: Part, parts: list[Part]) -> tuple[int | None, int | None]:
+        """The gradient of the residual stream as it comes into a backward part, and as it leaves it."""
+        carried = self.flow.carried.get(id(self.flow.twins[id(part)]), ())
+        sizes = [use.nbytes for op in self.flow.twins[id(part)].ops for use in op.reads if use.storage in carried]
+        if not sizes:
+            return None, None
+        here = self.order[id(part)]
+        coming = (use for op in part.ops for use in op.reads if self._comes_from(use, parts[:here]))
+        leaving = (
+            use for later in parts[here + 1 :] for op in later.ops for use in op.reads if self._comes_from(use, [part])
+        )
+        first, last = (
+            next((use.storage for use in uses if same(use.nbytes, sizes[0])), None) for uses in (coming, leaving)
+        )
+        return (first, last) if first is not None and last is not None else (None, None)
+
+    def _comes_from(self, use: Use, parts: list[Part]) -> bool:
+        origin = self.origin.get(use.storage)
+        return origin is not None and id(origin) in self.flow.twins and any(origin is part for part in parts)
+
+    def key(self, use: Use, place: Place) -> tuple[int, int]:
+        """A name for the memory that is the same wherever it is meant."""
+        storage, part = use.storage, place.part
+        before, after = self.flow.carried.get(self._pair(part), (None, None))
+        if storage == before and after is not None and place.copy:
+            return (after, place.copy - 1)
+        coming, leaving = self.handed.get(id(part), (None, None))
+        if storage == coming and leaving is not None and place.copy < len(_copies(part.repeat)) - 1:
+            return (leaving, place.copy + 1)
+        home = self.parameters[storage] if storage in self.parameters else self.origin.get(storage)
+        if home is None:
+            return (storage, 0)
+        if self._pair(home) == self._pair(part):
+            return (storage, place.copy)
+        if home.repeat == part.repeat and storage not in (before, coming):  # what goes over the same layers again
+            return (storage, place.copy)
+        if id(home) in self.flow.twins:  # of a backward part, the first layer comes last
+            return (storage, 0)
+        return (storage, 0 if storage in self.parameters else len(_copies(home.repeat)) - 1)
+
+
+class Builder:
+    """Takes ops one by one, gives the graph; the meaning of each op is `lower`'s (`passes.lowering`)."""
+
+    def __init__(self, parts: list[Part], flow: Flow, parameters: dict[int, Part | None]) -> None:
+        self.graph = Graph(places(parts, flow))
+        self.names = Names(parts, flow, parameters)
+        self.parameters = parameters
+        self.values: dict[tuple[int, int], Value] = {}
+        self.known: dict[Any, Value] = {}
+        self.index = 0
+        self.op = Op("", (), (), 0, 0)
+
+    @property
+    def place(self) -> Place:
+        """Where the current op runs."""
+        return self.graph.places[self.index]
+
+    def ops(self) -> Iterator[Op]:
+        """Every op of every copy."""
+        for index, place in enumerate(self.graph.places):
+            for op in place.part.ops:
+                if not op.view:
+                    self.index, self.op = index, op
+                    yield op
+
+    def value(self, use: Use, dtype: str) -> Value:
+        """The current contents of a block of memory."""
+        key = self.names.key(use, self.place)
+        if key not in self.values:
+            self.values[key] = Value(dtype, use.nbytes // ITEMSIZE[dtype], free=True)
+        return self.values[key]
+
+    def reads(self) -> list[tuple[Value, Dim]]:
+        """What the current op reads: each tensor once, and of a block no more than it holds."""
+        found = []
+        for use, spec in zip(self.op.reads, self.op.inputs, strict=True):
+            value = self.value(use, spec.dtype)
+            found.append((value, _least(use.nbytes, value.nbytes)))
+        return found
+
+    def write(self, use: Use, value: Value) -> None:
+        """A block of memory has new contents from here on."""
+        self.values[self.names.key(use, self.place)] = value
+
+    def existed(self, use: Use) -> bool:
+        """Whether a block of memory was there before the pass and is none of its parameters."""
+        return use.storage not in self.names.origin or self.names.key(use, self.place) not in self.values
+
+    def add(
+        self,
+        name: str,
+        kind: str,
+        reads: list[tuple[Value, Dim]],
+        points: Dim,
+        dtype: str,
+        *,
+        layouts: Any = (),
+        **more: Any,
+    ) -> Value:
+        """Append an operation with one result; an equal one that is there already stands for it.
+
+        Args:
+            layouts: what else must be equal; None if nothing is.
+        """
+        same_reads = tuple((id(value), _frozen(nbytes)) for value, nbytes in reads)
+        key = (name, kind, dtype, same_reads, _frozen(points), self.op.recompute, _frozen(layouts))
+        if layouts is not None and key in self.known:
+            return self.known[key]
+        prim = Prim(name, kind, reads, points, self.index, self.place.backward, self.op.owner, **more)
+        prim.recompute = self.op.recompute
+        value = Value(dtype, points, prim)
+        prim.outs.append(value)
+        self.graph.prims.append(prim)
+        if layouts is not None:
+            self.known[key] = value
+        return value
+
+
+def _frozen(x: Any) -> Any:
+    """A hashable stand-in: arrays by their contents."""
+    if isinstance(x, np.ndarray):
+        return x.tobytes()
+    return tuple(map(_frozen, x)) if isinstance(x, tuple) else x
+
+
+def _least(a: Dim, b: Dim) -> Dim:
+    if type(a) is int and type(b) is int:
+        return min(a, b)
+    return a if decide(a <= b) else b
+
+
+__all__ = ["Builder", "Graph", "Place", "Prim", "Value"]
