@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import costs
+from .. import costs, products
 from ..tape.core import Op
 from ..tape.dims import product
 from . import cpu, kernels
@@ -66,6 +66,8 @@ def _sort(i: int, op: Op, tables: Tables) -> None:
         sizes = (q.shape[0], q.shape[seq], k.shape[seq], q.shape[heads], k.shape[heads], q.shape[3])
         causal = bool(op.attrs and op.attrs[0])
         tables.add("attention", ("cudnn" in name, backward, causal, q.dtype), i, *sizes)
+    elif name in products.NAMES:
+        _products(i, op, tables)
     elif "bus" in op.attrs:
         tables.add("bus", (), i, op.outputs[0].nbytes)
     elif name in costs.SOLVERS:
@@ -73,6 +75,17 @@ def _sort(i: int, op: Op, tables: Tables) -> None:
         tables.add("solver", (name,), i, product(tuple(batch)), rows, columns)
     else:
         _launch(i, kernels.memory_bound(op), tables)
+
+
+def _products(i: int, op: Op, tables: Tables) -> None:
+    """The GEMMs inside a call; what is filtered channel by channel streams."""
+    dtype = op.inputs[0].dtype if op.inputs[0].dtype in ("bf16", "fp16") else "fp32"
+    for product_of in products.products(op):
+        if product_of.depthwise:
+            _launch(i, kernels.memory_bound(op), tables)
+        else:
+            layout, *shape = product_of
+            tables.add("gemm", ("mm", dtype, layout), i, *shape)
 
 
 def _launch(i: int, launched: list[kernels.Kernel], tables: Tables) -> None:
