@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from . import products
 from .tape.core import Op, Spec
 from .tape.dims import Dim
 
@@ -119,6 +120,8 @@ def flash2_backward_flops(g: Shape, q: Shape, k: Shape, *rest: Shape) -> Dim:
 
 def flops(op: Op) -> Dim:
     """FLOPs of one call."""
+    if op.name in products.NAMES:
+        return sum(product.flops for product in products.products(op))
     formula = _FLOPS.get(op.name)
     return formula(*(s.shape for s in op.inputs)) if formula else 0
 
@@ -266,7 +269,7 @@ def _packed(tensors: tuple[tuple[int, int], ...], limit: int) -> int:
 def kind(op: Op) -> str:
     """The class of kernel an op belongs to, for totals and prices."""
     name = op.name
-    if name in GEMMS:
+    if name in GEMMS or name in products.NAMES:
         return "gemm"
     if "attention" in name or "flash_attn" in name:
         return "attention"

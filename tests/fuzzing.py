@@ -218,7 +218,8 @@ def arguments(draw: DrawFn, command: click.Command) -> list[str]:
     return ordered
 
 
-QUICK = [name for name in COMMANDS if name != "validate"]
+MEASURING = ("validate", "calibrate")  # they run for minutes
+QUICK = [name for name in COMMANDS if name not in MEASURING]
 
 
 def write_folder(folder: Path, small: dict[str, dict[str, Any]], configs: Path, device: str) -> None:

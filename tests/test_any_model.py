@@ -12,11 +12,14 @@ from test_traced import ops
 pytest.importorskip("peft")
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from perfmodel import UserError, cli, predict_module
 from perfmodel.architectures import Config
+from perfmodel.products import products
 from perfmodel.setup import Setup
 from perfmodel.step import Step
+from perfmodel.tape.core import Op, Spec
 from validate import coverage, growth, stacks, traced
 
 SETUP = Setup(batch=2, seq=16)
@@ -136,6 +139,40 @@ def test_a_module_of_ones_own() -> None:
     assert next(module.parameters()).device.type == "cpu", "the module itself must stay as it is"
 
 
+class Images(torch.nn.Module):
+    """A convolution with stride, one by groups, and a biased batched product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = torch.nn.Conv2d(3, 8, 4, stride=4)
+        self.inner = torch.nn.Conv2d(8, 16, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(self.wide(x)).flatten(2)
+        return torch.baddbmm(torch.zeros(2, 16, 16), y, y.transpose(1, 2))
+
+
+def test_convolutions_count_as_the_products_that_they_are() -> None:
+    """Forward and backward FLOPs of PyTorch's own counter; without them a vision model would be free."""
+    module, x = Images(), torch.ones(2, 3, 16, 16)
+    with FlopCounterMode(display=False) as counter:
+        module(x).pow(2).mean().backward()
+    p = predict_module(module, x, loss=squared)
+    assert p.flops["total"] == counter.get_total_flops()
+    assert p.time.phases["total"] > 0
+
+
+def test_filters_by_channel_and_products_by_expert() -> None:
+    """By hand: a depthwise filter of 3 x 3 over 2 x 4 x 8 x 8, and 12 tokens through one of 3 experts each."""
+    x, w = Spec("bf16", (2, 4, 8, 8)), Spec("bf16", (4, 1, 3, 3))
+    (filtered,) = products(Op("convolution", (x, w), (x,), 0, 0))
+    assert filtered.depthwise
+    assert filtered.flops == 2 * 9 * (2 * 4 * 8 * 8)
+    tokens, experts = Spec("bf16", (12, 16)), Spec("bf16", (3, 16, 32))
+    (routed,) = products(Op("_grouped_mm", (tokens, experts), (Spec("bf16", (12, 32)),), 0, 0))
+    assert routed.flops == 2 * 12 * 16 * 32
+
+
 def test_a_module_with_frozen_parts_and_named_inputs() -> None:
     """What trains is what has requires_grad: below the last block no backward runs."""
     module = Net(3)
@@ -180,7 +217,7 @@ def test_a_config_that_cannot_be_built_ends_in_one_line(tmp_path: Path, values: 
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("option", [("--attention", "flash2"), ("--kernels", "liger")])
+@pytest.mark.parametrize("option", [("--attention", "flash2"), ("--kernels", "liger"), ("--compile", "default")])
 def test_what_a_trace_cannot_follow_is_refused(option: tuple[str, str]) -> None:
     arguments = ["predict", "--model", "gpt2", "--device", "l40s", "--traced", *option]
     result = CliRunner().invoke(cli.main, arguments)

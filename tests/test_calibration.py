@@ -31,7 +31,7 @@ DISPATCH = 2e-6
 GEMM = cpu.CpuGemmParameters(
     4e-6,
     dict(zip(REGIMES, (0.9, 0.8, 0.7, 0.6, 0.3), strict=True)),
-    *(dict(zip(REGIMES, values, strict=True)) for values in ((1, 2, 3, 1, 2), (2, 1, 3, 2, 1), (0.5, 1, 1, 1, 0.5))),
+    *(dict(zip(REGIMES, values, strict=True)) for values in ((1, 2, 3, 1, 1), (2, 1, 3, 2, 2), (0.5, 1, 1, 1, 1))),
 )
 ATTENTION = cpu.CpuAttentionParameters(
     20e-6, 6e-6, 10.0, 0.6, 1.5, 40e-6, 12e-6, 20.0, 0.5, 1.3

@@ -19,7 +19,7 @@ from perfmodel.methods import runlora
 from perfmodel.tape.dims import MixedStructure
 from validate import references
 
-SPECS = ("paca:r=4", "lisa:gamma=2", "badam:block=1", "runlora:r=4", "lora_fa:r=4,projected=false")
+SPECS = ("paca:r=4", "lisa:gamma=2", "badam:block=1", "runlora:r=4", "lora_fa:r=4,projected=false", "galore:r=4")
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -22,6 +22,7 @@ from perfmodel.resources import write_text
 
 from . import hosts
 from .fitting import cpu as cpu_fit
+from .fitting import cuda as cuda_fit
 from .fitting.common import Fit
 from .fitting.write import block_text
 from .measuring import allocator, environment, records
@@ -128,6 +129,12 @@ def device_file(found: Sequence[Record], name: str) -> tuple[str, dict[str, Fit]
     here = next((r for r in found if r.get("kind") == "environment"), None)
     if here is None:
         raise UserError("these records hold no environment of a calibration")
+    if here["device"] == "cuda":
+        known, fits = cuda_fit.fit(found, here)
+        title = str(here["gpu"]["name"])
+        datasheet = cuda_fit.datasheet(known, here["gpu"])
+        capability = known.compute_capability
+        return file_text(name, title, "cuda", known.architecture, datasheet, fits, capability), fits
     rows = cpu_fit.rows(found)
     datasheet = cpu_datasheet(rows, here)
     hardware = Hardware(**{k: v for k, (v, _) in datasheet.items()})

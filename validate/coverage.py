@@ -31,6 +31,13 @@ LLAMA = Config(
 # Keys without which a default config describes no model, from the config.json of the checkpoint that is named.
 NEEDED: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": 33, "pad_token_id": 1},  # facebook/esm2_t33_650M_UR50D
+    "ministral": {"head_dim": 128},  # mistralai/Ministral-8B-Instruct-2410
+    "hunyuan_v1_dense": {"head_dim": 128},  # tencent/Hunyuan-7B-Instruct
+    "encoder-decoder": {  # two BERTs, as transformers' documentation of the class has it
+        "encoder": {"model_type": "bert"},
+        "decoder": {"model_type": "bert", "is_decoder": True, "add_cross_attention": True},
+        "pad_token_id": 0,
+    },
 }
 QUICK = (
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox", "gptj", "bloom",

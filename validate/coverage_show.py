@@ -41,6 +41,4 @@ def _print(rows: Sequence[Row]) -> None:
 
 
 def _how(row: Row) -> str:
-    if not row.blocks:
-        return "no like blocks"
-    return f"{row.traced} of {row.blocks}" if row.traced < row.blocks else f"all {row.blocks}"
+    return f"{row.traced} of {row.blocks}" if row.traced < row.blocks else "all"

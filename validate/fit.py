@@ -17,7 +17,7 @@ from perfmodel.devices.pointwise import PointwiseParameters
 from perfmodel.devices.profile import BLOCKS, CLASSES, DEVICES
 from perfmodel.errors import UserError, nearest
 
-from .fitting import attention, gemm, layouts, pointwise
+from .fitting import attention, gemm, layouts, pointwise, sgemm
 from .fitting.common import Errors, Fit, hardware
 from .fitting.write import write_blocks
 
@@ -160,7 +160,7 @@ def _folder(folder: str | PathLike[str]) -> Path:
 
 
 def _fit_all(folder: Path, progress: Progress | None) -> _Fitted:
-    gemms = [("bf16", slug) for slug in gemm.BF16_FILES] + [("fp32", slug) for slug in gemm.FP32_GPUS]
+    gemms = [("bf16", slug) for slug in gemm.BF16_FILES] + [("fp32", slug) for slug in sgemm.GPUS]
     steps = _Steps(progress, 2 * len(gemms) + 3 + 1 + 10)
     fitted = _Fitted()
     for dtype, slug in gemms:
@@ -186,7 +186,7 @@ def _gemm_classes(folder: Path, fitted: _Fitted, steps: _Steps) -> None:
     for name, members, begin in (("sync_mma", gemm.SYNC, gemm.SYNC_MMA), ("any", gemm.ASYNC, gemm.ASYNC_MMA)):
         bf16[name] = _gemm_class(folder, fitted, "bf16", members, begin)
         steps(f"GEMM bf16, class {name}")
-    fp32["any"] = _gemm_class(folder, fitted, "fp32", gemm.SERVERS, gemm.AMPERE)
+    fp32["any"] = _gemm_class(folder, fitted, "fp32", gemm.SERVERS, sgemm.AMPERE)
     steps("GEMM fp32, class any")
     p = bf16["sync_mma"].parameters
     assert isinstance(p, GemmParameters)
@@ -216,7 +216,9 @@ def _gemm_pairs(folder: Path, fitted: _Fitted) -> None:
     for dtype, slug, donor in GEMM_PAIRS:
         p = fitted.devices[f"gemm.{dtype}"][donor].parameters
         assert isinstance(p, GemmParameters)
-        fitted.pairs[f"gemm.{dtype}"].append(gemm.judge(gemm.load(folder, slug, dtype), hardware(slug), p)["all"])
+        fitted.pairs[f"gemm.{dtype}"].append(
+            gemm.judge(gemm.load(folder, slug, dtype), hardware(slug), gemm.Found(p))["all"]
+        )
 
 
 def _layouts(folder: Path, fitted: _Fitted) -> None:
@@ -254,9 +256,9 @@ def _fp32_floors(fitted: _Fitted) -> None:
         clocks = own.launch_clocks if isinstance(own, GemmParameters) else gemm.LAUNCH_CLOCKS
         assert isinstance(fit.parameters, GemmParameters)
         floor = fit.parameters.launch_clocks / hardware(slug).clock_hz
-        note = f"launch_clocks as in bf16: the measured floor of {floor * 1e6:.0f} us contains the host."
+        note = f"launch_clocks as in bf16: the measured floor of {floor * 1e6:.0f} us contains the host. {fit.notes}"
         p = replace(fit.parameters, launch_clocks=clocks)
-        fitted.devices["gemm.fp32"][slug] = replace(fit, parameters=p, notes=note)
+        fitted.devices["gemm.fp32"][slug] = replace(fit, parameters=p, notes=note.strip())
 
 
 def _attention(folder: Path, fitted: _Fitted) -> None:

@@ -167,7 +167,7 @@ def _print_tuners(module: Any, outcomes: list[Any], total: Any, *, all_rows: boo
     )
     title = "every configuration" if all_rows else "the worst configurations"
     console.print(table(title, ("", "measured", "predicted", "error"), cells))
-    for o in traced:
+    for o in sorted(traced, key=lambda o: -abs(o.error)):
         if o in total.worst or abs(o.error) > FAR:
             why = reason("peft_tuners", o.row.id)
             console.print(f"{o.row.id}, {100 * o.error:+.0f} %: {why}", markup=False, soft_wrap=True)

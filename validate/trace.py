@@ -5,15 +5,12 @@ not: the data. Where a read of data steers the program ("is the attention mask a
 batch answers it; of a list of flags that picks rows, every one is set.
 """
 
-import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode

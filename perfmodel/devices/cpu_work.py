@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .. import costs
+from .. import costs, products
 from ..tape.core import Op
 from ..tape.dims import product
 from .packages import gemm_shape
@@ -72,6 +72,9 @@ def sort(i: int, op: Op, tables: Tables) -> None:
         q, k = op.inputs[1:3] if backward else op.inputs[:2]
         causal = bool(op.attrs and op.attrs[0])
         tables.add("attention", (backward, causal), i, q.shape[0], q.shape[2], k.shape[2], q.shape[1], q.shape[3])
+    elif name in products.NAMES:
+        for layout, *shape in products.products(op):
+            tables.add("gemm", ("bf16" if op.inputs[0].dtype in ("bf16", "fp16") else "fp32", layout), i, *shape)
     elif name in costs.SOLVERS:
         *batch, rows, columns = op.inputs[0].shape
         tables.add("solver", (name,), i, product(tuple(batch)), rows, columns)

@@ -24,7 +24,6 @@ Array = NDArray[np.float64]
 Layout = Literal["tn", "nn", "nt"]
 Tiles = tuple[tuple[int, int], ...]
 
-PAGE_PITCH = 131072.0  # bytes between rows at which half of the address translation cost is reached
 CHUNK = 4096  # shapes evaluated together: the working set stays in the CPU's cache
 
 # (rows of C, columns of C) of the thread-block tiles that the libraries offer.
@@ -41,8 +40,8 @@ class GemmParameters:
         launch_clocks: clocks of an empty kernel, from the end of the one before to its own end.
         math_efficiency: share of the peak that the main loop reaches in a short burst.
         sustained: share of that rate which the board holds through a training step.
-        derating: relative slow-down of the math pipe when a long kernel hits the power limit.
-        derating_time: seconds of math after which half of the derating is reached.
+        derating: relative slow-down of the SMs when a long kernel hits the power limit.
+        derating_time: seconds of SM time after which half of the derating is reached.
         tile_balance: FLOP per byte: peak over the rate at which the SMs can load operands from L2.
         k_latency: clocks per element of k: the least that a thread block needs, however thin its tile.
         k_bubble: clocks per element of k on top: barriers that copy and math both wait for.
@@ -52,11 +51,12 @@ class GemmParameters:
         write_cost: a byte written to DRAM, in bytes read.
         overlap_loss: extra time, relative, if SM time and memory time are equal (0: perfect overlap).
         l2_share: share of L2 that keeps data between two uses.
+        l2_written: the same for C, of that share: written lines are evicted earlier.
         l2_stream: bandwidth of one pass over data in L2, over the rate of `tile_balance`.
         split_latency: seconds of the reduction kernel or the semaphores of a split k.
         split_traffic: passes over the fp32 partial sums of all splits through L2 (a write and a read: 2).
-        unaligned: slow-down of the main loop if rows are not 16-byte aligned (scalar loads).
-        long_row: slow-down of the main loop when a row of k spans many pages (half of it at 128 KiB).
+        long_row: slow-down of the main loop when the rows of A and B are so long that every load opens a page.
+        page_reach: bytes from row to row at which half of that slow-down is reached.
         nn_slowdown: main loop in input-gradient layout over forward layout.
         nt_slowdown: main loop in weight-gradient layout over forward layout.
         k_step: elements of k that a pipeline stage holds: k is padded to it.
@@ -80,11 +80,12 @@ class GemmParameters:
     write_cost: float = 0.85
     overlap_loss: float = 0.35
     l2_share: float = 0.8
+    l2_written: float = 1.0
     l2_stream: float = 0.22
     split_latency: float = 2.6e-6
     split_traffic: float = 3.0
-    unaligned: float = 1.0
     long_row: float = 0.0
+    page_reach: float = 65536.0
     nn_slowdown: float = 1.0
     nt_slowdown: float = 1.0
     k_step: int = 64
@@ -184,11 +185,11 @@ def gemm_time(
 
 def _best(m: Array, n: Array, k: Array, b: Array, memory: Array, r: _Rates) -> Array:
     """Seconds of the best tile and split, without the launch floor."""
-    flop_time = _flop_time(m, n, k, b, r)
+    flop_time = _flop_time(k, r)
     k_padded = np.ceil(k / r.p.k_step) * r.p.k_step
     k_splits = np.clip(k_padded / r.p.k_split, 1.0, r.p.max_split)
     partials = b * m * n * (4.0 * r.p.split_traffic / r.l2)
-    best = np.full(m.shape, np.inf)
+    whole, divided = np.full(m.shape, np.inf), np.full(m.shape, np.inf)
     sets: list[tuple[Tiles, NDArray[np.bool_] | None]] = [(r.p.tiles, None)]
     if r.p.batched_tiles is not None:
         sets = [(r.p.tiles, b > 1), (r.p.batched_tiles, b <= 1)]
@@ -196,11 +197,11 @@ def _best(m: Array, n: Array, k: Array, b: Array, memory: Array, r: _Rates) -> A
         if excluded is not None and excluded.all():
             continue
         for tile in tiles:
-            time = _with_tile(tile, m, n, b, k_padded, k_splits, flop_time, memory, partials, r)
-            if excluded is not None:
-                time = np.where(excluded, np.inf, time)
-            np.minimum(best, time, out=best)
-    return best
+            times = _with_tile(tile, m, n, b, k_padded, k_splits, flop_time, memory, partials, r)
+            for best, time in zip((whole, divided), times, strict=True):
+                np.minimum(best, time if excluded is None else np.where(excluded, np.inf, time), out=best)
+    # Memory time is the same for every tile, so the best of them is the one with the least SM time.
+    return np.asarray(np.minimum(_overlap(_throttled(whole, r), memory, r.p.overlap_loss), divided))
 
 
 def _with_tile(
@@ -210,12 +211,12 @@ def _with_tile(
     b: Array,
     k_padded: Array,
     k_splits: Array,
-    flop_time: Array,
+    flop_time: Array | float,
     memory: Array,
     partials: Array,
     r: _Rates,
-) -> Array:
-    """Seconds with one tile shape, whole k or split so that the blocks fill one or two waves."""
+) -> tuple[Array, Array]:
+    """With one tile shape: SM seconds of whole k; seconds in all with k split so that the blocks fill 1 or 2 waves."""
     tile_m, tile_n = tile
     rows, cols = np.minimum(m, tile_m), np.minimum(n, tile_n)
     # Padding is computed but not loaded: a thin GEMM wastes the math pipe, not bandwidth.
@@ -223,27 +224,29 @@ def _with_tile(
     main_loop = k_padded * (np.maximum(slice_time, r.k_latency) + r.k_bubble)
     fill_drain = rows * cols * (r.p.epilogue * r.out_item / r.sm_load)
     waves = np.ceil(m / tile_m) * np.ceil(n / tile_n) * b / r.sm_count
-    time = _overlap(_waves(waves, r.p.wave_tail) * (fill_drain + main_loop), memory, r.p.overlap_loss)
+    divided = np.full(m.shape, np.inf)
     for filled_waves in (1.0, 2.0):
         split = np.clip(filled_waves / waves, 1.0, k_splits)
         if not (split > 1.0).any():
             continue
-        sm_time = _waves(waves * split, r.p.wave_tail) * (fill_drain + main_loop / split)
+        sm_time = _throttled(_waves(waves * split, r.p.wave_tail) * (fill_drain + main_loop / split), r)
         split_time = _overlap(sm_time, memory, r.p.overlap_loss) + r.p.split_latency + split * partials
-        time = np.where(split > 1.0, np.minimum(time, split_time), time)
-    return time
+        divided = np.where(split > 1.0, np.minimum(divided, split_time), divided)
+    return _waves(waves, r.p.wave_tail) * (fill_drain + main_loop), divided
 
 
-def _flop_time(m: Array, n: Array, k: Array, b: Array, r: _Rates) -> Array:
+def _flop_time(k: Array, r: _Rates) -> Array | float:
     """Seconds of one FLOP on one SM."""
-    math_time = 2.0 * b * m * n * k / r.math
-    slow = 1.0 + r.p.derating * math_time / (math_time + r.p.derating_time)
-    if r.p.long_row:
-        slow = slow * (1.0 + r.p.long_row * k / (k + PAGE_PITCH / r.item))
-    if r.p.unaligned != 1.0:
-        vector = 16.0 / r.item
-        slow = slow * np.where((k % vector == 0) & (n % vector == 0), 1.0, r.p.unaligned)
-    return slow * (r.sm_count / r.math)
+    seconds = r.sm_count / r.math
+    if not r.p.long_row:
+        return seconds
+    pitch = (k * (r.item / r.p.page_reach)) ** 3
+    return seconds * (1.0 + r.p.long_row * pitch / (1.0 + pitch))
+
+
+def _throttled(time: Array, r: _Rates) -> Array:
+    """SM time at the clock that the power limit leaves to a kernel of this length."""
+    return time * (1.0 + r.p.derating * time / (time + r.p.derating_time))
 
 
 def _waves(waves: Array, tail: float) -> Array:
@@ -265,7 +268,7 @@ def _bytes(
     common = np.minimum(a_copies, b_copies)
     hit_a = _hit((a_copies * size_a + common * size_b + size_c) / r.kept_bytes)
     hit_b = _hit((b_copies * size_b + common * size_a + size_c) / r.kept_bytes)
-    hit_c = _hit((size_a + size_b + size_c) / r.kept_bytes)
+    hit_c = _hit((size_a + size_b + size_c) / (r.kept_bytes * r.p.l2_written))
     moved_c = size_c * (2.0 if accumulate else 1.0)
     near = size_a * hit_a + size_b * hit_b + moved_c * hit_c
     far = size_a * (1.0 - hit_a) + size_b * (1.0 - hit_b) + moved_c * (1.0 - hit_c) * r.p.write_cost

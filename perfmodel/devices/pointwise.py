@@ -129,6 +129,7 @@ def pointwise_time(
     rows: ArrayLike | None = None,
     elements: ArrayLike | None = None,
     row_elements: ArrayLike | None = None,
+    cold: ArrayLike = False,
 ) -> Array:
     """Seconds of one kernel that reads and writes so many distinct bytes, floor and gap included.
 
@@ -140,6 +141,7 @@ def pointwise_time(
         elements: for kinds bound by instructions (default: 4 B an element of the larger side); dependent steps for
             kind 'serial'.
         row_elements: lets a norm see that a row of 1600 takes four steps of 512 lanes.
+        cold: L2 was cleared before the kernel, as benchmarks do: its reads come from DRAM whatever their size.
 
     >>> a100 = Hardware(108, 1.41e9, 80e9, 2.039e12, 40e6, 19.5e12, 156e12, 312e12, 312e12)
     >>> f"{pointwise_time(1e9, 1e9, hardware=a100, parameters=PointwiseParameters()) * 1e3:.2f} ms"
@@ -151,7 +153,8 @@ def pointwise_time(
     read, written = np.asarray(bytes_read, dtype=np.float64), np.asarray(bytes_written, dtype=np.float64)
     count = None if rows is None else np.maximum(np.asarray(rows, dtype=np.float64), 1.0)
     length = None if row_elements is None else np.maximum(np.asarray(row_elements, dtype=np.float64), 1.0)
-    seconds = _moved(read, written, kind, count, length, p) * _seconds_per_byte(read + written, k, hardware, p)
+    moved = _moved(read, written, kind, count, length, p)
+    seconds = moved * _seconds_per_byte(read + written, np.where(cold, read, 0.0), k, hardware, p)
     if count is not None:
         seconds = seconds / np.minimum(1.0, count * p.sm_bandwidth / hardware.sm_count)
     n = np.maximum(read, written) / 4.0 if elements is None else np.asarray(elements, dtype=np.float64)
@@ -180,9 +183,10 @@ def _moved(
     return np.asarray(moved, dtype=np.float64)
 
 
-def _seconds_per_byte(footprint: Array, kind: Kind, hw: Hardware, p: PointwiseParameters) -> Array:
-    """From L2 when the working set fits, from DRAM when it does not."""
+def _seconds_per_byte(footprint: Array, cold: Array, kind: Kind, hw: Hardware, p: PointwiseParameters) -> Array:
+    """From L2 when the working set fits, from DRAM when it does not; `cold` bytes of it from DRAM in any case."""
     hit = 1.0 / (1.0 + (footprint / (p.l2_usable * hw.l2_bytes)) ** L2_SHARPNESS)
+    hit = hit * (1.0 - cold / np.maximum(footprint, 1.0))
     stream = getattr(p, kind.stream)
     from_l2 = stream * p.l2_ratio / p.stream
     return np.asarray(((1.0 - hit) / stream + hit / from_l2) / hw.memory_bandwidth, dtype=np.float64)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import costs
+from .. import costs, products
 from ..tape.core import Op
 from ..tape.dims import product
 from . import cpu, kernels
@@ -26,6 +26,15 @@ from .tables import Model, Tables
 BUS = (
     10e9  # B/s of copies between pageable host memory and the device: PCIe 4.0 x16 through the driver's staging buffer
 )
+
+ROW_WISE = (
+    "norm",
+    "norm_backward",
+    "softmax",
+    "embedding",
+    "cross_entropy",
+    "fused_norm",
+)  # kinds that give a row to a thread block
 
 
 def durations(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
@@ -57,6 +66,8 @@ def _sort(i: int, op: Op, tables: Tables) -> None:
         sizes = (q.shape[0], q.shape[seq], k.shape[seq], q.shape[heads], k.shape[heads], q.shape[3])
         causal = bool(op.attrs and op.attrs[0])
         tables.add("attention", ("cudnn" in name, backward, causal, q.dtype), i, *sizes)
+    elif name in products.NAMES:
+        _products(i, op, tables)
     elif "bus" in op.attrs:
         tables.add("bus", (), i, op.outputs[0].nbytes)
     elif name in costs.SOLVERS:
@@ -64,6 +75,17 @@ def _sort(i: int, op: Op, tables: Tables) -> None:
         tables.add("solver", (name,), i, product(tuple(batch)), rows, columns)
     else:
         _launch(i, kernels.memory_bound(op), tables)
+
+
+def _products(i: int, op: Op, tables: Tables) -> None:
+    """The GEMMs inside a call; what is filtered channel by channel streams."""
+    dtype = op.inputs[0].dtype if op.inputs[0].dtype in ("bf16", "fp16") else "fp32"
+    for product_of in products.products(op):
+        if product_of.depthwise:
+            _launch(i, kernels.memory_bound(op), tables)
+        else:
+            layout, *shape = product_of
+            tables.add("gemm", ("mm", dtype, layout), i, *shape)
 
 
 def _launch(i: int, launched: list[kernels.Kernel], tables: Tables) -> None:
@@ -111,7 +133,7 @@ def _memory(profile: DeviceProfile, kind: str, *columns: Any) -> np.ndarray:
     launches, read, written, elements, rows, length, spread = columns
     p = profile.pointwise
     floor = p.launch_floor + p.kernel_gap
-    row_wise = kind in ("norm", "norm_backward", "softmax", "embedding", "cross_entropy", "fused_norm")
+    row_wise = kind in ROW_WISE
     seconds = pointwise_time(
         read, written, hardware=profile.hardware, parameters=p, kind=kind, elements=elements,
         rows=rows if row_wise else None,

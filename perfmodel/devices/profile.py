@@ -112,6 +112,11 @@ def by_makers_name(name: str) -> DeviceProfile | None:
     for mine in own.names():
         if (found := load(mine)).name == name:
             return found
+    return bundled_by_makers_name(name)
+
+
+def bundled_by_makers_name(name: str) -> DeviceProfile | None:
+    """The bundled profile of a device that calls itself `NVIDIA H100 80GB HBM3` (h100-80gb-hbm3 is an alias)."""
     slug = "-".join(filter(None, re.split(r"[^a-z0-9]+", name.lower())))
     for known in (slug, slug.removeprefix("nvidia-")):
         if known in names() or known in _aliases():

@@ -1,6 +1,5 @@
 """Values of a user's TOML file, checked: a fault becomes one line that names the file, the key and what is wrong."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from itertools import pairwise
@@ -108,7 +107,7 @@ def no_others(values: Table, known: Iterable[str], where: str) -> None:
 def _checked(value: Any, key: str, where: str, *, whole: bool) -> Any:
     kind, bound = "a whole number" if whole else "a number", "from 0" if key in _MAY_BE_ZERO else "above 0"
     wrong = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
-    if wrong or math.isnan(value) or value < 0 or (value == 0 and key not in _MAY_BE_ZERO):
+    if wrong or not value >= 0 or (value == 0 and key not in _MAY_BE_ZERO):
         raise UserError(f"{where}: {key} must be {kind} {bound}, got {value!r}")
     if value and not SMALLEST <= value <= LARGEST:
         raise UserError(f"{where}: {key} is out of any range: {value!r}")

@@ -30,6 +30,7 @@ from perfmodel.errors import UserError
 from .common import Array, Errors, Fit, fold
 from .cpu_ops import passes
 
+PACKED_AS = {"nn_aliased": "nn_few"}  # regimes that differ in the rate of their products alone
 NEEDED_ROWS = 6  # of a regime's products, for four parameters
 ROUNDS, SCALE = 20, 0.02  # reweighting: rounds, and the relative error below which it stays quadratic
 PULL = 1e-4  # to the start, per squared e-fold: decides what the data leave open
@@ -122,10 +123,14 @@ def gemm(all_rows: Sequence[Row], dtype: str, hardware: Hardware, software: str)
     columns, low = [np.ones(len(t))], [0.0]
     for name in known:
         mine = np.array([r == name for r in regimes])
-        columns += [mine * x for x in (m * n * k, m * k, k * n, m * n)]
+        packed = np.array([PACKED_AS.get(r, r) == name for r in regimes])
+        columns += [mine * m * n * k, *(packed * x for x in (m * k, k * n, m * n))]
         low += [2.0 / hardware.peak(dtype), 0.0, 0.0, 0.0]
     floor, *terms = linear(columns, t, low, dispatch)
     by_regime = dict(zip(known, np.reshape(terms, (len(known), 4)), strict=True))
+    for name, like in PACKED_AS.items():
+        if name in by_regime and like in by_regime:
+            by_regime[name] = np.array([by_regime[name][0], *by_regime[like][1:]])
     for name in REGIMES:  # what was not measured goes as its layout does, or as any does
         by_regime.setdefault(name, by_regime.get(name.partition("_")[0], next(iter(by_regime.values()))))
     pass_ = ITEMSIZE[dtype] / hardware.memory_bandwidth

@@ -3,30 +3,30 @@
 bf16: https://github.com/ai-dynamo/aiconfigurator, one file a GPU. Its frameworks leave different data in L2: SGLang
 and vLLM cycle through 6 copies of A and B, TensorRT-LLM keeps one A and as many B as fill L2, at most 5. So a row is a
 shape and a protocol, the median over the versions of a framework.
-fp32: https://github.com/sitar-lab/NeuSight multiplies (B, M, N) by (B, N, K): its N is summed over and its K are the
-columns of C. Its floors of 25-80 us contain the host's launch; device files get the bf16 launch floor instead.
+fp32: `validate.fitting.sgemm`; its launch floors contain the host, so device files get those of bf16 instead.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import OptimizeResult, least_squares
 
-from perfmodel.devices.gemm import GemmParameters, Tiles, gemm_time
+from perfmodel.devices.gemm import GemmParameters, gemm_time
 from perfmodel.devices.hardware import Hardware
 
+from . import sgemm
 from .common import Array, Errors, Fit, column, hardware, shape_hash, strings, table
 
 FIT_ROWS = 12000  # rows that a fit uses at most: more change the third digit of the error
 LOSS_SCALE = 0.02  # |log error| above which a row counts linearly, not quadratically: close to the mean |error|
 PRIOR = 0.003  # pull to the start per e-fold and sqrt(row): decides only what the data leaves open
+SAME_PATH = 2.0 / 3.0  # share of the only device with the same instructions among those that stand for one left out
 LAUNCH_CLOCKS = 4500.0  # of a device without bf16 measurements
 AICONFIGURATOR = "https://github.com/ai-dynamo/aiconfigurator"
-NEUSIGHT = "https://github.com/sitar-lab/NeuSight"
 
 BF16_FILES = {
     "a100-80gb-sxm": "gemm_bf16_a100_sxm.parquet",
@@ -37,58 +37,29 @@ BF16_FILES = {
     "gb200": "gemm_bf16_gb200.parquet",
     "gb300": "gemm_bf16_gb300.parquet",
 }
-FP32_GPUS = {
-    "p4": "Tesla P4",
-    "p100": "Tesla P100-PCIE-16GB",
-    "v100-32gb-pcie": "Tesla V100-PCIE-32GB",
-    "t4": "Tesla T4",
-    "a100-40gb-pcie": "NVIDIA A100-PCIE-40GB",
-    "a100-80gb-pcie": "NVIDIA A100 80GB PCIe",
-    "l4": "NVIDIA L4",
-    "h100-sxm": "NVIDIA H100 80GB HBM3",
-}
 SYNC = ("a100-80gb-sxm", "l40s")  # mma.sync and cp.async
 ASYNC = ("h100-sxm", "b200", "b300", "gb200", "gb300")  # wgmma or tcgen05, TMA copies
 SERVERS = ("p100", "v100-32gb-pcie", "a100-40gb-pcie", "a100-80gb-pcie", "h100-sxm")  # fp32 class: no 70 W cards
 
-SGEMM_TILES: Tiles = ((128, 128), (64, 128), (32, 128), (128, 32), (64, 64), (32, 64), (32, 32))
 SYNC_MMA = GemmParameters(k_step=32, k_latency=3.5, k_bubble=4.0, wave_tail=0.6)
 ASYNC_MMA = GemmParameters(k_step=64)
-SIMT = GemmParameters(launch_clocks=5e4, k_step=8, long_row=0.1, tile_balance=6.0, tiles=SGEMM_TILES)
-PASCAL = replace(
-    SIMT,
-    tile_balance=10.0,
-    math_efficiency=0.8,
-    tiles=((128, 32), (32, 128), (64, 64)),
-    batched_tiles=((64, 128),),
-)
-VOLTA = replace(SIMT, tile_balance=8.0, batched_tiles=((64, 128), (64, 64), (32, 128)))
-AMPERE = replace(SIMT, batched_tiles=((128, 128),))
-HOPPER = replace(SIMT, math_efficiency=0.8, launch_clocks=4e4, tiles=((256, 128), (128, 256), *SGEMM_TILES))
-FP32_STARTS = {
-    "p4": PASCAL,
-    "p100": PASCAL,
-    "v100-32gb-pcie": VOLTA,
-    "t4": VOLTA,
-    "a100-40gb-pcie": AMPERE,
-    "a100-80gb-pcie": AMPERE,
-    "l4": AMPERE,
-    "h100-sxm": HOPPER,
-}
 BOUNDS: dict[str, tuple[float, float]] = {
     "launch_clocks": (1e3, 3e5), "math_efficiency": (0.2, 1.0), "derating": (0.001, 1.5),
     "derating_time": (1e-4, 1.0), "tile_balance": (0.5, 300.0), "k_latency": (0.01, 100.0),
     "k_bubble": (0.005, 100.0), "epilogue": (0.02, 50.0), "wave_tail": (0.005, 1.0),
     "memory_efficiency": (0.4, 1.1), "write_cost": (0.3, 3.0), "overlap_loss": (0.005, 1.0),
-    "l2_share": (0.1, 1.5), "l2_stream": (0.03, 10.0), "split_latency": (1e-7, 2e-5), "split_traffic": (0.02, 20.0),
+    "l2_share": (0.1, 1.5), "l2_written": (0.3, 1.0), "l2_stream": (0.03, 10.0), "split_latency": (1e-7, 2e-5),
+    "split_traffic": (0.02, 20.0),
 }  # fmt: skip
-FP32_ONLY: dict[str, tuple[float, float]] = {"unaligned": (1.0, 3.0), "long_row": (0.001, 10.0)}
+FP32_ONLY: dict[str, tuple[float, float]] = {
+    "memory_efficiency": (0.1, 1.1), "long_row": (0.001, 10.0), "page_reach": (4e3, 3e5),
+}  # fmt: skip
 
 
 def start(slug: str, dtype: str) -> GemmParameters:
     """What the library has on a device (tiles, k step), and where its fit starts."""
     if dtype == "fp32":
-        return FP32_STARTS[slug]
+        return sgemm.STARTS[slug]
     return SYNC_MMA if slug in SYNC else ASYNC_MMA
 
 
@@ -98,10 +69,11 @@ def bounds(dtype: str) -> dict[str, tuple[float, float]]:
 
 
 def load(folder: Path, slug: str, dtype: str) -> pd.DataFrame:
-    """m, n, k, b, seconds, group, a_copies, b_copies, left_out and an order by hash, one row a measurement."""
-    rows = _load_bf16(folder, slug) if dtype == "bf16" else _load_fp32(folder, slug)
+    """m, n, k, b, seconds, group, a_copies, b_copies, collected, left_out, an order by hash: one row a measurement."""
+    rows = _load_bf16(folder, slug).assign(collected=False) if dtype == "bf16" else sgemm.load(folder, slug)
     h = shape_hash(rows.b, rows.m, rows.n, rows.k)
-    return rows.assign(left_out=h % np.uint64(3) == 0, order=(h >> np.uint64(8)) % np.uint64(1 << 20), dtype=dtype)
+    order = (h >> np.uint64(8)) % np.uint64(1 << 20)
+    return rows.assign(left_out=h % np.uint64(3) == 0, order=order, dtype=dtype, device=slug)
 
 
 def _load_bf16(folder: Path, slug: str) -> pd.DataFrame:
@@ -120,28 +92,32 @@ def _load_bf16(folder: Path, slug: str) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _load_fp32(folder: Path, slug: str) -> pd.DataFrame:
-    measured = table(folder, "kernels_fp32_neusight.parquet")
-    measured = measured[measured.op.isin(["linear", "bmm"]) & (measured.gpu == FP32_GPUS[slug])]
-    return pd.DataFrame(
-        {
-            "m": measured.M,
-            "n": measured.K,
-            "k": measured.N,
-            "b": measured.B.astype(float),
-            "seconds": measured.latency_ms * 1e-3,
-            "group": measured.op,
-            "a_copies": 1.0,
-            "b_copies": 1.0,
-        }
-    ).reset_index(drop=True)
+class Found(NamedTuple):
+    """What a fit found.
+
+    Attributes:
+        parameters: of the price model.
+        clock: of the board while the collected rows were measured, over that of the other rows.
+    """
+
+    parameters: GemmParameters
+    clock: float = 1.0
 
 
-def predict(rows: pd.DataFrame, hw: Hardware, p: GemmParameters) -> Array:
+def predict(rows: pd.DataFrame, hw: Hardware, found: Found) -> Array:
     """Seconds of every row."""
-    m, n, k, b, a_copies, b_copies = (column(rows, c) for c in ("m", "n", "k", "b", "a_copies", "b_copies"))
-    dtype = str(rows["dtype"].iloc[0])
-    return gemm_time(m, n, k, b, hardware=hw, parameters=p, dtype=dtype, a_copies=a_copies, b_copies=b_copies)
+    dtype, slug = str(rows["dtype"].iloc[0]), str(rows["device"].iloc[0])
+    collected = np.asarray(rows.collected, dtype=bool)
+    out = np.empty(len(rows))
+    boards = ((~collected, hw, found.parameters), (collected, *sgemm.collected_on(slug, hw, *found)))
+    for chosen, board, p in boards:
+        if not chosen.any():
+            continue
+        m, n, k, b, a_copies, b_copies = (column(rows, c)[chosen] for c in ("m", "n", "k", "b", "a_copies", "b_copies"))
+        out[chosen] = gemm_time(
+            m, n, k, b, hardware=board, parameters=p, dtype=dtype, a_copies=a_copies, b_copies=b_copies
+        )
+    return out
 
 
 def roofline(rows: pd.DataFrame, hw: Hardware) -> Array:
@@ -165,40 +141,64 @@ def least(residuals: Callable[[Array], Array], first: Array, low: Array, high: A
     )
 
 
-def fit(rows_of: Mapping[str, pd.DataFrame], dtype: str, begin: GemmParameters) -> GemmParameters:
-    """Parameters shared by the devices of `rows_of`, from their rows that are not left out."""
+def deviation(predicted: Array, measured: Array, dtype: str) -> Array:
+    """What a fit makes small: ln(predicted/measured), and for fp32 the relative error itself.
+
+    The two differ where the rows scatter widely, as on boards whose clock jumps under their power limit (T4, L4, P4).
+    """
+    ratio = predicted / measured
+    return np.asarray(np.log(ratio) if dtype == "bf16" else ratio - 1.0)
+
+
+def fit(
+    rows_of: Mapping[str, pd.DataFrame], dtype: str, begin: GemmParameters, shares: Mapping[str, float] | None = None
+) -> Found:
+    """Parameters shared by the devices of `rows_of`, from their rows that are not left out.
+
+    `shares` are the devices' parts of `FIT_ROWS`; equal ones if None.
+    """
     used = {}
     for slug, rows in rows_of.items():
         kept = rows[~rows.left_out].sort_values(["order", "group"], kind="stable")
-        used[slug] = (kept.head(FIT_ROWS // len(rows_of)), hardware(slug), start(slug, dtype))
-    measured = np.concatenate([np.log(column(rows, "seconds")) for rows, _, _ in used.values()])
+        count = int(FIT_ROWS * (shares[slug] if shares else 1.0 / len(rows_of)))
+        used[slug] = (kept.head(count).reset_index(drop=True), hardware(slug), start(slug, dtype))
+    return fit_rows(list(used.values()), dtype, begin)
+
+
+def fit_rows(used: Sequence[tuple[pd.DataFrame, Hardware, GemmParameters]], dtype: str, begin: GemmParameters) -> Found:
+    """Parameters shared by some devices, each given as rows to fit, datasheet, and what its library has."""
+    measured = np.concatenate([column(rows, "seconds") for rows, _, _ in used])
     limits = bounds(dtype)
-    low, high = (np.log([b[i] for b in limits.values()]) for i in (0, 1))
-    first = np.log([getattr(begin, n) for n in limits])
+    clock = (0.3, 1.2) if any(rows.collected.any() for rows, _, _ in used) else (0.99, 1.01)
+    low, high = (np.log([b[i] for b in (*limits.values(), clock)]) for i in (0, 1))
+    first = np.log([*(getattr(begin, n) for n in limits), 1.0])
     pull = PRIOR * np.sqrt(len(measured))
 
     def values(z: Array) -> dict[str, Any]:
-        return dict(zip(limits, map(float, np.exp(z)), strict=True))
+        return dict(zip(limits, map(float, np.exp(z[:-1])), strict=True))
+
+    def found(z: Array, own: GemmParameters) -> Found:
+        return Found(replace(own, **values(z)), float(np.exp(z[-1])))
 
     def residuals(z: Array) -> Array:
-        predicted = [np.log(predict(rows, hw, replace(own, **values(z)))) for rows, hw, own in used.values()]
-        return np.concatenate([np.concatenate(predicted) - measured, pull * (z - first)])
+        predicted = np.concatenate([predict(rows, hw, found(z, own)) for rows, hw, own in used])
+        return np.concatenate([deviation(predicted, measured, dtype), pull * (z - first)])
 
     # Two starts: the loss has kinks where the best tile changes.
-    found = [least(residuals, first + shift * np.resize([1, -1], len(first)), low, high) for shift in (0.0, 0.4)]
-    return replace(begin, **values(min(found, key=lambda f: float(f.cost)).x))
+    ends = [least(residuals, first + shift * np.resize([1, -1], len(first)), low, high) for shift in (0.0, 0.4)]
+    return found(min(ends, key=lambda f: float(f.cost)).x, begin)
 
 
-def on_device(p: GemmParameters, slug: str, dtype: str) -> GemmParameters:
+def on_device(found: Found, slug: str, dtype: str) -> Found:
     """Class parameters with the tiles and k step that the library has on the device."""
-    shared: dict[str, Any] = {n: getattr(p, n) for n in bounds(dtype)}
-    return replace(start(slug, dtype), **shared)
+    shared: dict[str, Any] = {n: getattr(found.parameters, n) for n in bounds(dtype)}
+    return found._replace(parameters=replace(start(slug, dtype), **shared))
 
 
-def judge(rows: pd.DataFrame, hw: Hardware, p: GemmParameters) -> dict[str, Errors]:
+def judge(rows: pd.DataFrame, hw: Hardware, found: Found) -> dict[str, Errors]:
     """Errors on the left-out rows: all, and by slice where a slice has 20 rows."""
     rows = rows[rows.left_out].reset_index(drop=True)
-    predicted, plain, seconds = predict(rows, hw, p), roofline(rows, hw), column(rows, "seconds")
+    predicted, plain, seconds = predict(rows, hw, found), roofline(rows, hw), column(rows, "seconds")
     thin = ((rows.n <= 128) | (rows.k <= 128)) & (rows.m >= 512) & (rows.b == 1)
     cuts = {"all": rows.m > 0, "m_from_64": rows.m >= 64, "adapter_shapes": thin} | {
         str(g): rows.group == g for g in rows.group.unique()
@@ -210,16 +210,18 @@ def judge(rows: pd.DataFrame, hw: Hardware, p: GemmParameters) -> dict[str, Erro
 def fit_device(folder: Path, slug: str, dtype: str) -> Fit:
     """One device from its own rows."""
     rows = load(folder, slug, dtype)
-    p = fit({slug: rows}, dtype, start(slug, dtype))
-    errors = judge(rows, hardware(slug), p)
+    found = fit({slug: rows}, dtype, start(slug, dtype))
+    errors = judge(rows, hardware(slug), found)
+    noise = sgemm.scatter(rows)
     return Fit(
-        parameters=p,
-        source=AICONFIGURATOR if dtype == "bf16" else NEUSIGHT,
+        parameters=found.parameters,
+        source=AICONFIGURATOR if dtype == "bf16" else sgemm.NEUSIGHT,
         software=_software(folder, slug) if dtype == "bf16" else "PyTorch eager, cuBLAS, TF32 off",
         rows_fitted=min(FIT_ROWS, int((~rows.left_out).sum())),
         rows_left_out=int(rows.left_out.sum()),
         errors=errors["all"],
-        slices={k: v for k, v in errors.items() if k != "all"},
+        slices={k: v for k, v in errors.items() if k != "all"} | ({"bmm_scatter": noise} if noise else {}),
+        notes=f"Collected rows at {found.clock:.2f} of the clock." if rows.collected.any() else "",
     )
 
 
@@ -230,23 +232,27 @@ def _software(folder: Path, slug: str) -> str:
     return ", ".join(columns) + "; short bursts in CUDA graphs"
 
 
-def donors(slug: str, dtype: str) -> tuple[str, ...]:
-    """Whose rows make the class default for a device that is left out."""
+def donors(slug: str, dtype: str) -> dict[str, float]:
+    """Whose rows make the class default for a device that is left out, and their shares in it."""
     if dtype == "fp32":
-        return tuple(d for d in SERVERS if d != slug)
-    same = tuple(d for d in (SYNC if slug in SYNC else ASYNC) if d != slug)
-    everyone = ("a100-80gb-sxm", "l40s", "h100-sxm", "b200")  # one Blackwell: all count alike
-    return same if len(same) > 1 else tuple(d for d in everyone if d != slug)
+        others = [d for d in SERVERS if d != slug]
+        return dict.fromkeys(others, 1.0 / len(others))
+    same = [d for d in (SYNC if slug in SYNC else ASYNC) if d != slug]
+    if len(same) > 1:
+        return dict.fromkeys(same, 1.0 / len(same))
+    far = [d for d in ("a100-80gb-sxm", "l40s", "h100-sxm", "b200") if d not in (slug, *same)]  # one Blackwell
+    return {same[0]: SAME_PATH} | dict.fromkeys(far, (1.0 - SAME_PATH) / len(far))
 
 
 def leave_out(folder: Path, slug: str, dtype: str) -> Errors:
     """Errors of a device priced from its datasheet and the others' rows."""
-    p = fit({d: load(folder, d, dtype) for d in donors(slug, dtype)}, dtype, start(slug, dtype))
-    return judge(load(folder, slug, dtype), hardware(slug), on_device(p, slug, dtype))["all"]
+    shares = donors(slug, dtype)
+    found = fit({d: load(folder, d, dtype) for d in shares}, dtype, start(slug, dtype), shares)
+    return judge(load(folder, slug, dtype), hardware(slug), on_device(found, slug, dtype))["all"]
 
 
 def fit_class(folder: Path, members: tuple[str, ...], dtype: str, begin: GemmParameters) -> tuple[GemmParameters, int]:
     """Shared parameters of a class, and how many rows made them."""
     rows_of = {d: load(folder, d, dtype) for d in members}
     used = sum(min(FIT_ROWS // len(members), int((~r.left_out).sum())) for r in rows_of.values())
-    return fit(rows_of, dtype, begin), used
+    return fit(rows_of, dtype, begin).parameters, used

@@ -44,6 +44,7 @@ FORMS: dict[str, dict[str, type]] = {  # kind -> what such a record must hold
 }
 KINDS = ("environment", "visit", "microbench")
 STOPPED = ("ok", "oom", "error")  # how a visit ends
+LONGEST = 1e6  # seconds: no step takes so long
 
 
 def _whole(record: Record, where: str) -> None:
@@ -69,14 +70,14 @@ def _holds(record: Record, kind: str, where: str) -> None:
 
 
 def _times(seconds: Record) -> bool:
-    """Whether every phase and the step have times above 0, equally many."""
+    """Whether every phase and the step have times of sense, equally many."""
     rows = [seconds.get(name) for name in (*PHASES, "step")]
     numbers = all(isinstance(row, list) and row and all(_positive(s) for s in row) for row in rows)
     return numbers and len({len(row) for row in rows if isinstance(row, list)}) == 1
 
 
 def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < LONGEST
 
 
 def append(path: Path, *records: Record) -> None:
