@@ -37,7 +37,7 @@ from .measuring.environment import cpu_name
 from .updates import make_optimizer
 
 LAYERS = 8
-KEPT = ("launch_call", "launch", "graph_launch")
+KEPT = ("launch_call", "launch", "graph_launch", "compiled_kernel", "compiled_graph", "guard")  # not measured here
 METHODS = ("full", "lora:r=4,targets=all-linear", "lora:r=4")
 OPTIMIZERS = ("adamw-foreach", "adamw-loop")
 WARM_UP, STEPS = 4, 15
@@ -192,7 +192,8 @@ def calibrate(
     default = hosts.load()
     spent |= {name: getattr(default, name) for name in KEPT}
     software = f"PyTorch {version('torch')}, transformers {version('transformers')}, peft {version('peft')}"
-    source = f"measured {date.today()}, {software}, Python {python_version()}; launch figures: the default host's"
+    kept = "launch and compile figures: the default host's"
+    source = f"measured {date.today()}, {software}, Python {python_version()}; {kept}"
     return Host(name=cpu_name() or "this machine", source=source, **spent), error, len(samples)
 
 

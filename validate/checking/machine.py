@@ -1,7 +1,5 @@
 """Which profile and host predict the records of an environment."""
 
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from perfmodel.devices import host as hosts
@@ -35,7 +33,13 @@ def machine_of(environment: Record, device: str | None = None, host: str | None 
     Raises:
         UserError: no such profile, a profile of another kind of device, or none for this machine.
     """
-    on = profile.load(device) if device else _calibrated(environment) or _bundled(environment)
+    name = name_of(environment)
+    on = profile.load(device) if device else _calibrated(environment) or profile.bundled_by_makers_name(name)
+    if on is None:
+        raise UserError(
+            f"no profile of {name!r}: make one with `perfmodel calibrate --device {environment['device']}`, or choose "
+            "one with --device"
+        )
     if on.kind != environment["device"]:
         raise UserError(f"the records are of a {environment['device']} device, {on.slug} is a {on.kind}: use --device")
     beside = own.find(on.slug, "hosts") or on.slug in hosts.names()
@@ -51,29 +55,8 @@ def _calibrated(environment: Record) -> DeviceProfile | None:
     return found if found.kind == environment["device"] and found.name == name_of(environment) else None
 
 
-def _bundled(environment: Record) -> DeviceProfile:
-    """The bundled profile of the machine that measured."""
-    name = name_of(environment)
-    for slug in _slugs(name):
-        try:
-            return profile.load(slug)
-        except UserError:
-            continue
-    raise UserError(
-        f"no profile of {name!r}: make one with `perfmodel calibrate --device {environment['device']}`, or choose one "
-        "with --device"
-    )
-
-
 def name_of(environment: Record) -> str:
     """The maker's name of the device that measured."""
     table, name = ("gpu", "name") if environment["device"] == "cuda" else ("host", "cpu")
     found = environment.get(table)
     return str(found.get(name, "")) if isinstance(found, dict) else ""
-
-
-def _slugs(name: str) -> Iterator[str]:
-    """How a profile may call a device that calls itself `NVIDIA H100 80GB HBM3`: h100-80gb-hbm3."""
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    yield slug
-    yield slug.removeprefix("nvidia-")
