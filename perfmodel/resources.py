@@ -73,7 +73,10 @@ def read_toml(path: Path) -> dict[str, Any]:
 def mapping(value: Any, where: str) -> dict[str, Any]:
     """A value that has to hold keys and values."""
     if not isinstance(value, dict):
-        raise UserError(f"{where}: keys and values are expected, this holds {type(value).__name__}")
+        what = {list: "a list", str: "a text", bool: "true or false", type(None): "nothing"}.get(
+            type(value), "a number"
+        )
+        raise UserError(f"{where}: keys and values are expected, this holds {what}")
     return value
 
 

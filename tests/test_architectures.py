@@ -189,7 +189,7 @@ def message_of(path: Path | str) -> str:
     ("content", "expected"),
     [
         (b"", "not valid JSON"), (b"{", "not valid JSON"), (b"not json", "not valid JSON"), (b"\xff\xfe", "read"),
-        (b"[1, 2]", "holds an object"), (b"null", "holds an object"), (b"3", "holds an object"),
+        (b"[1, 2]", "holds a list"), (b"null", "holds nothing"), (b"3", "holds a number"),
         (b"[" * 100_000, "not valid JSON"),
     ],
 )  # fmt: skip

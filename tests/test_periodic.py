@@ -39,7 +39,7 @@ def test_a_fresh_state_is_what_torch_makes_at_a_first_step(optimizer: str) -> No
         calls.append({e.key.removeprefix("aten::"): e.count for e in profiler.key_averages()})
     names = ("zeros_like", "zeros", "clone")
     more = {n: calls[0].get(n, 0) - calls[1].get(n, 0) for n in names}
-    (work,) = step_of("llama", "badam", optimizer=optimizer, device="cpu").periodic
+    (work,) = step_of("llama", "lisa", optimizer=optimizer, device="cpu").periodic
     tape = {n: sum(p.repeat for p in work.group.parts for op in p.ops if op.name == n) for n in names}
     matrices = sum(p.repeat for p in work.group.parts) or 1
     if optimizer == "sgd":
