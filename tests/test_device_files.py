@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
 from perfmodel.devices.gemm import gemm_time
 from perfmodel.devices.hardware import Hardware
@@ -134,3 +135,9 @@ def test_fitting_without_measurements_ends_in_one_line(tmp_path: Path) -> None:
         fit.run(tmp_path, leave_one_out=False, write=False)
     with pytest.raises(UserError, match="did you mean 'h100-sxm'"):
         fit.fit_kernels(tmp_path, devices=["h100-sxn"], write=False)
+
+
+@pytest.mark.parametrize("name", hosts.names())
+def test_every_bundled_host_loads(name: str) -> None:
+    """A cost that is new has to be in each file, or `--host NAME` ends in a complaint about our own data."""
+    assert hosts.load(name).source
