@@ -381,12 +381,13 @@ def part_clocks(
 
 
 def _components(part: Part, duration: np.ndarray) -> dict[str, Any]:
-    rows: dict[str, list[int]] = {}
-    for i, op in enumerate(part.ops):
+    busy: dict[str, Any] = {}
+    for op, seconds in zip(part.ops, duration, strict=True):
         if not op.view:
             dtype = op.inputs[-1].dtype if op.inputs else "fp32"
-            rows.setdefault(intervals.component(costs.kind(op), dtype), []).append(i)
-    return {name: duration[index].sum(axis=0) for name, index in rows.items()}
+            name = intervals.component(costs.kind(op), dtype)
+            busy[name] = busy[name] + seconds if name in busy else seconds
+    return busy
 
 
 def _memory(built: Step) -> Memory:

@@ -227,12 +227,19 @@ def _with_tile(
     divided = np.full(m.shape, np.inf)
     for filled_waves in (1.0, 2.0):
         split = np.clip(filled_waves / waves, 1.0, k_splits)
-        if not (split > 1.0).any():
-            continue
-        sm_time = _throttled(_waves(waves * split, r.p.wave_tail) * (fill_drain + main_loop / split), r)
-        split_time = _overlap(sm_time, memory, r.p.overlap_loss) + r.p.split_latency + split * partials
-        divided = np.where(split > 1.0, np.minimum(divided, split_time), divided)
+        few = split > 1.0  # most products of a large grid fill the SMs without
+        if few.any():
+            at = (np.asarray(x)[few] for x in (split, waves, fill_drain, main_loop, memory, partials))
+            divided[few] = np.minimum(divided[few], _split_time(r, *at))
     return _waves(waves, r.p.wave_tail) * (fill_drain + main_loop), divided
+
+
+def _split_time(
+    r: _Rates, split: Array, waves: Array, fill_drain: Array, main_loop: Array, memory: Array, partials: Array
+) -> Array:
+    """Seconds with k split so many times, the partial sums added in L2."""
+    sm_time = _throttled(_waves(waves * split, r.p.wave_tail) * (fill_drain + main_loop / split), r)
+    return _overlap(sm_time, memory, r.p.overlap_loss) + r.p.split_latency + split * partials
 
 
 def _flop_time(k: Array, r: _Rates) -> Array | float:
