@@ -4,14 +4,14 @@ Every `console` block is a command after `$ ` and its output. `python tests/test
 into the README, for when a price or a sentence has changed on purpose.
 """
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
-
-from perfmodel.cli import main
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCK = re.compile(
@@ -23,9 +23,12 @@ COLUMNS = "100"  # width of the terminal that the README shows
 def printed(command: str) -> str:
     """What a command of the README prints, without the spaces that pad its lines."""
     arguments = shlex.split(command.replace("\\\n", " "))
-    result = CliRunner(env={"COLUMNS": COLUMNS}).invoke(main, arguments)
-    assert result.exit_code == 0, result.output
-    return "".join(line.rstrip() + "\n" for line in result.output.strip().splitlines())
+    done = subprocess.run(
+        [sys.executable, "-m", "perfmodel.cli", *arguments], capture_output=True, text=True, check=False,
+        env={**os.environ, "COLUMNS": COLUMNS, "PYTHONPATH": str(README.parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return "".join(line.rstrip() + "\n" for line in done.stdout.strip().splitlines())
 
 
 @pytest.mark.parametrize("block", BLOCK.finditer(README.read_text()), ids=lambda block: block["command"].split()[0])
