@@ -105,20 +105,25 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
 
 
+def _hundredths(value: float | None) -> str:
+    """A percentage under a head that has the sign."""
+    return _percent(value).removesuffix(" %")
+
+
 def _print_published(outcomes: list[Any], check: list[Any], lines: list[dict[str, Any]], *, all_rows: bool) -> None:
     shown = [
         [
-            line["source"], line["rows"], *(_percent(line[k]) for k in ("mean", "median", "p90", "worst")),
-            line["pairs"], _percent(line["ratio_mean"]), line["verdicts"], _percent(line["memory_mean"]),
-            _percent(line["coverage"]),
+            line["source"], line["rows"], *(_hundredths(line[k]) for k in ("mean", "median", "p90", "worst")),
+            _hundredths(line["ratio_mean"]), line["verdicts"], _hundredths(line["memory_mean"]), _hundredths(line["coverage"]),
         ]
         for line in lines
     ]  # fmt: skip
-    columns = (
-        "check rows of", "rows", "mean", "median", "p90", "worst", "pairs", "ratio", "verdicts", "memory",
-        "in interval",
-    )  # fmt: skip
-    console.print(table("step time, |relative error| on rows that no fit saw", columns, shown))
+    columns = ("check rows of", "rows", "mean", "median", "p90", "worst", "ratio", "right", "memory", "inside")
+    console.print(table("step time, |relative error| in % on rows that no fit saw", columns, shown))
+    console.print(
+        "[dim]ratio, memory: mean errors of the speed-up over full fine-tuning and of the peak, %; right: verdicts where "
+        "the measured difference exceeds 10 %; inside: % of the rows in their 90 % interval[/]"
+    )
     listed = outcomes if all_rows else [o for o in outcomes if abs(o.error) > FAR]
     if listed:
         titles = ("row", "split", "measured", "predicted", "error", "reason, or notes")
