@@ -114,15 +114,16 @@ def _print_published(outcomes: list[Any], check: list[Any], lines: list[dict[str
     shown = [
         [
             line["source"], line["rows"], *(_hundredths(line[k]) for k in ("mean", "median", "p90", "worst")),
-            _hundredths(line["ratio_mean"]), line["verdicts"], _hundredths(line["memory_mean"]), _hundredths(line["coverage"]),
+            _hundredths(line["ratio_mean"]), line["verdicts"], _hundredths(line["memory_mean"]),
+            _hundredths(line["coverage"]),
         ]
         for line in lines
     ]  # fmt: skip
     columns = ("check rows of", "rows", "mean", "median", "p90", "worst", "ratio", "right", "memory", "inside")
     console.print(table("step time, |relative error| in % on rows that no fit saw", columns, shown))
     console.print(
-        "[dim]ratio, memory: mean errors of the speed-up over full fine-tuning and of the peak, %; right: verdicts where "
-        "the measured difference exceeds 10 %; inside: % of the rows in their 90 % interval[/]"
+        "[dim]ratio, memory: mean errors of the speed-up over full fine-tuning and of the peak, %; right: verdicts "
+        "where the measured difference exceeds 10 %; inside: % of the rows in their 90 % interval[/]"
     )
     listed = outcomes if all_rows else [o for o in outcomes if abs(o.error) > FAR]
     if listed:
