@@ -38,7 +38,8 @@ def test_fp32_gemms_are_priced_as_promised(device: str) -> None:
 def test_boards_whose_clock_jumps_are_said_to(device: str) -> None:
     """On 70 W cards measurements scatter more between neighbouring batch sizes than the error that is allowed.
 
-    The same shapes scatter by less than 2 % on an A100: no smooth model can do better there than it does.
+    The same shapes scatter by less than 2 % on an A100. The products without a batch are held to 11 %, and the batched
+    ones to 1.6 times their scatter: these boards miss the 10 % of the others.
     """
     errors = residuals(device, "gemm", "fp32")
     assert errors["bmm_scatter"]["mean"] > 0.10 > 5 * residuals("a100-80gb-pcie", "gemm", "fp32")["bmm_scatter"]["mean"]
