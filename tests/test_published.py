@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from validate.published import Outcome, evaluate_all, load, pairs, summary
+from validate.published.steps import Outcome, evaluate_all, load, pairs, summary
 
 
 @pytest.fixture(scope="module")

@@ -52,15 +52,16 @@ def line_cells(line: Line) -> list[str]:
     """One row of the summary."""
     right, decided = line.verdicts
     return [
-        line.name, str(line.step.number), *map(percent, (line.step.mean, line.step.median, line.step.p90)),
-        percent(line.ratio.mean), f"{right}/{decided}" if decided else "", percent(line.memory.mean, 2),
+        line.name, str(line.step.number),
+        *(units.percent(e, 1) for e in (line.step.mean, line.step.median, line.step.p90)),
+        units.percent(line.ratio.mean, 1), f"{right}/{decided}" if decided else "", units.percent(line.memory.mean, 2),
         f"{line.counts_differ} differ" if line.counts_differ else "exact",
     ]  # fmt: skip
 
 
 def phase_cells(line: Line) -> list[str]:
     """The same cells' phases."""
-    return [line.name, *(percent(line.phases[p].mean) for p in PHASES), units.percent(line.inside)]
+    return [line.name, *(units.percent(line.phases[p].mean, 1) for p in PHASES), units.percent(line.inside)]
 
 
 def numbered(outcomes: Iterable[Outcome]) -> Rows:
@@ -73,13 +74,8 @@ def numbered(outcomes: Iterable[Outcome]) -> Rows:
 
 def limit_cells(limit: Limit) -> list[str]:
     """One row of the promises: what it is, found, limit, whether it holds."""
-    told = [f"{x:.0f}" if limit.is_count else percent(x) for x in (limit.value, limit.most)]
+    told = [f"{x:.0f}" if limit.is_count else units.percent(x, 1) for x in (limit.value, limit.most)]
     return [limit.name, *told, "ok" if limit.holds else "exceeded"]
-
-
-def percent(share: float, digits: int = 1) -> str:
-    """A share as text; nothing for one that no cell tells."""
-    return "" if share != share else f"{100 * share:.{digits}f} %"
 
 
 def signed(share: float, digits: int = 1) -> str:

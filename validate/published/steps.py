@@ -18,7 +18,7 @@ from perfmodel.predict import Prediction, predict
 from perfmodel.resources import DATA, read_rows
 from perfmodel.setup import Setup
 
-from .accuracy import Errors, decided, verdict_right
+from ..accuracy import Errors, decided, verdict_right
 
 TABLE = DATA / "published" / "steps.csv"
 
