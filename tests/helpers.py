@@ -9,7 +9,7 @@ from perfmodel.architectures import Architecture, Config, from_config
 from perfmodel.methods import Method
 from perfmodel.setup import Setup
 from perfmodel.step import PHASES, Step, build
-from perfmodel.tape.core import Op
+from perfmodel.tape.op import Op
 from validate.oracle.counts import SMALL
 
 NAMES = tuple(SMALL)

@@ -19,7 +19,7 @@ from perfmodel.architectures import Config
 from perfmodel.products import products
 from perfmodel.setup import Setup
 from perfmodel.step import Step
-from perfmodel.tape.core import Op, Spec
+from perfmodel.tape.op import Op, Spec
 from validate.oracle import coverage
 from validate.programs import stacks
 from validate.tracing import growth, traced

@@ -17,7 +17,7 @@ pytest.importorskip("peft")
 from perfmodel import methods
 from perfmodel.setup import Setup
 from perfmodel.step import Step, build
-from perfmodel.tape.core import Spec
+from perfmodel.tape.op import Spec
 from validate.oracle import counts
 from validate.oracle.counts import NO_DROPOUT, Case
 from validate.programs import models

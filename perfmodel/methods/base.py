@@ -12,10 +12,11 @@ from ..optimizers import Update
 from ..periodic import Periodic
 from ..registry import Registry
 from ..setup import positive
-from ..tape.core import Parameter, Part, Tensor
+from ..tape.core import Parameter, Tensor
 from ..tape.dims import Dim
 from ..tape.linalg import linear
 from ..tape.nn import embedding
+from ..tape.op import Part
 
 if TYPE_CHECKING:
     from ..step import Step

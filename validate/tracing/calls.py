@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 
 from perfmodel.setup import Setup
-from perfmodel.tape.core import Op, Spec
+from perfmodel.tape.op import Op, Spec
 
 from ..programs.dtypes import DTYPES, TORCH_DTYPES
 from .cuda_forms import cuda_forms

@@ -23,7 +23,8 @@ from perfmodel.methods import Method
 from perfmodel.predict import Prediction, of_step
 from perfmodel.setup import Setup
 from perfmodel.step import Group, Step, record_update
-from perfmodel.tape.core import Part, Tape, recording
+from perfmodel.tape.core import Tape, recording
+from perfmodel.tape.op import Part
 
 from .. import programs
 from ..programs import adapt as adapters
