@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from perfmodel.report import units
 from perfmodel.step import PHASES
 
+from ..accuracy import Pair
 from .check import Report
-from .outcomes import Measured, Outcome, Pair
+from .outcomes import Measured, Outcome
 from .summary import Limit, Line
 
 CELL_COLUMNS = ("", "step", "predicted", "error", "speed-up", "predicted", "memory", "")
@@ -31,7 +32,7 @@ def unmeasured_rows(cells: Iterable[Measured]) -> Rows:
     return [[c.cell.name, told[c.status]] for c in cells if c.status != "ok"]
 
 
-def cell_tables(outcomes: Iterable[Outcome], pairs: Iterable[Pair]) -> list[tuple[str, Rows]]:
+def cell_tables(outcomes: Iterable[Outcome], pairs: Iterable[Pair[Outcome]]) -> list[tuple[str, Rows]]:
     """(title, rows) of every model in every setup; a row a method."""
     speedups = {id(p.other): p for p in pairs}
     tables: dict[str, Rows] = {}
@@ -40,11 +41,11 @@ def cell_tables(outcomes: Iterable[Outcome], pairs: Iterable[Pair]) -> list[tupl
     return list(tables.items())
 
 
-def _cell(o: Outcome, pair: Pair | None) -> list[str]:
+def _cell(o: Outcome, pair: Pair[Outcome] | None) -> list[str]:
     ratio = [f"{pair.measured:.2f}x", f"{pair.predicted:.2f}x"] if pair else ["", ""]
     remarks = ["wrong verdict"] if pair and pair.decided and not pair.right else []
     remarks += ["calls differ"] if o.calls or o.kernels else []
-    times = [units.seconds(o.step), units.seconds(o.predicted_step), signed(o.error)]
+    times = [units.seconds(o.seconds), units.seconds(o.predicted_seconds), signed(o.error)]
     return [o.measured.cell.method, *times, *ratio, signed(o.memory_error, 2), ", ".join(remarks)]
 
 

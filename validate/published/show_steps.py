@@ -28,8 +28,7 @@ def show_published(*, plot: Any, all_rows: bool, as_json: bool) -> None:
         from ..plots import Point, parity
 
         points = [
-            Point(o.row.family, o.measured_total, o.predicted_total, o.low, o.high, o.row.split == "check")
-            for o in outcomes
+            Point(o.row.family, o.seconds, o.predicted_seconds, o.low, o.high, o.row.split == "check") for o in outcomes
         ]
         parity(points, plot, "Published training steps (filled: held out, open: fit; dashed: ±25 %)")
         if not as_json:
@@ -55,7 +54,7 @@ def _print_published(outcomes: list[Any], check: list[Any], lines: list[dict[str
     if listed:
         titles = ("row", "split", "measured", "predicted", "error", "reason, or notes")
         cells = (
-            [o.row.id, o.row.split, units.seconds(o.measured_total), units.seconds(o.predicted_total),
+            [o.row.id, o.row.split, units.seconds(o.seconds), units.seconds(o.predicted_seconds),
              f"{100 * o.error:+.1f} %", reason("steps", o.row.id) if abs(o.error) > FAR else o.row.notes]
             for o in listed
         )  # fmt: skip
@@ -74,6 +73,6 @@ def _hundredths(value: float | None) -> str:
 
 def _published_row(o: Any) -> dict[str, Any]:
     return {
-        "id": o.row.id, "split": o.row.split, "doubt": o.row.doubt, "measured_s": o.measured_total,
-        "predicted_s": o.predicted_total, "error": o.error, "inside": o.inside, "source": o.row.source,
+        "id": o.row.id, "split": o.row.split, "doubt": o.row.doubt, "measured_s": o.seconds,
+        "predicted_s": o.predicted_seconds, "error": o.error, "inside": o.inside, "source": o.row.source,
     }  # fmt: skip
