@@ -7,19 +7,20 @@ fp32: `validate.fitting.sgemm`; its launch floors contain the host, so device fi
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import OptimizeResult, least_squares
 
-from perfmodel.devices.gemm import GemmParameters, gemm_time
+from perfmodel.devices.gemm import GemmParameters
 from perfmodel.devices.hardware import Hardware
 
 from . import sgemm
-from .common import Array, Errors, Fit, column, hardware, shape_hash, strings, table
+from .campaigns import Governor
+from .common import Array, Errors, Fit, column, hardware, price, shape_hash, strings, table
 
 FIT_ROWS = 12000  # rows that a fit uses at most: more change the third digit of the error
 LOSS_SCALE = 0.02  # |log error| above which a row counts linearly, not quadratically: close to the mean |error|
@@ -54,6 +55,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
 FP32_ONLY: dict[str, tuple[float, float]] = {
     "memory_efficiency": (0.1, 1.1), "long_row": (0.001, 10.0), "page_reach": (4e3, 3e5),
 }  # fmt: skip
+BENCH: dict[str, tuple[float, float]] = {  # of NeuSight's boards, not of the price
+    "clock": (0.3, 1.2), "reaction": (0.01, 1.0), "recovery": (1.0, 30.0), "failure": (3.0, 50.0), "filling": (0.2, 20.0),
+}  # fmt: skip
 
 
 def start(slug: str, dtype: str) -> GemmParameters:
@@ -65,12 +69,14 @@ def start(slug: str, dtype: str) -> GemmParameters:
 
 def bounds(dtype: str) -> dict[str, tuple[float, float]]:
     """The fitted parameters and their limits."""
-    return BOUNDS if dtype == "bf16" else BOUNDS | FP32_ONLY
+    if dtype == "bf16":
+        return BOUNDS
+    return {n: limits for n, limits in (BOUNDS | FP32_ONLY).items() if n != "derating_time"}
 
 
 def load(folder: Path, slug: str, dtype: str) -> pd.DataFrame:
-    """m, n, k, b, seconds, group, a_copies, b_copies, collected, left_out, an order by hash: one row a measurement."""
-    rows = _load_bf16(folder, slug).assign(collected=False) if dtype == "bf16" else sgemm.load(folder, slug)
+    """m, n, k, b, seconds, group, a_copies, b_copies, left_out, an order by hash: one row a measurement."""
+    rows = _load_bf16(folder, slug) if dtype == "bf16" else sgemm.load(folder, slug)
     h = shape_hash(rows.b, rows.m, rows.n, rows.k)
     order = (h >> np.uint64(8)) % np.uint64(1 << 20)
     return rows.assign(left_out=h % np.uint64(3) == 0, order=order, dtype=dtype, device=slug)
@@ -98,26 +104,19 @@ class Found(NamedTuple):
     Attributes:
         parameters: of the price model.
         clock: of the board while the collected rows were measured, over that of the other rows.
+        governor: how fast the board's clock moved between the rows.
     """
 
     parameters: GemmParameters
     clock: float = 1.0
+    governor: Governor = Governor()
 
 
 def predict(rows: pd.DataFrame, hw: Hardware, found: Found) -> Array:
     """Seconds of every row."""
-    dtype, slug = str(rows["dtype"].iloc[0]), str(rows["device"].iloc[0])
-    collected = np.asarray(rows.collected, dtype=bool)
-    out = np.empty(len(rows))
-    boards = ((~collected, hw, found.parameters), (collected, *sgemm.collected_on(slug, hw, *found)))
-    for chosen, board, p in boards:
-        if not chosen.any():
-            continue
-        m, n, k, b, a_copies, b_copies = (column(rows, c)[chosen] for c in ("m", "n", "k", "b", "a_copies", "b_copies"))
-        out[chosen] = gemm_time(
-            m, n, k, b, hardware=board, parameters=p, dtype=dtype, a_copies=a_copies, b_copies=b_copies
-        )
-    return out
+    if rows["dtype"].iloc[0] == "bf16":
+        return price(rows, hw, found.parameters)
+    return sgemm.predict(rows, hw, *found)
 
 
 def roofline(rows: pd.DataFrame, hw: Hardware) -> Array:
@@ -168,17 +167,16 @@ def fit(
 def fit_rows(used: Sequence[tuple[pd.DataFrame, Hardware, GemmParameters]], dtype: str, begin: GemmParameters) -> Found:
     """Parameters shared by some devices, each given as rows to fit, datasheet, and what its library has."""
     measured = np.concatenate([column(rows, "seconds") for rows, _, _ in used])
-    limits = bounds(dtype)
-    clock = (0.3, 1.2) if any(rows.collected.any() for rows, _, _ in used) else (0.99, 1.01)
-    low, high = (np.log([b[i] for b in (*limits.values(), clock)]) for i in (0, 1))
-    first = np.log([*(getattr(begin, n) for n in limits), 1.0])
+    limits, bench = bounds(dtype), BENCH if dtype == "fp32" else {}
+    low, high = (np.log([b[i] for b in (*limits.values(), *bench.values())]) for i in (0, 1))
+    known = {"clock": 1.0, **asdict(Governor())}
+    first = np.log([*(getattr(begin, n) for n in limits), *(known[n] for n in bench)])
     pull = PRIOR * np.sqrt(len(measured))
 
-    def values(z: Array) -> dict[str, Any]:
-        return dict(zip(limits, map(float, np.exp(z[:-1])), strict=True))
-
     def found(z: Array, own: GemmParameters) -> Found:
-        return Found(replace(own, **values(z)), float(np.exp(z[-1])))
+        values = dict(zip((*limits, *bench), map(float, np.exp(z)), strict=True))
+        priced = replace(own, **cast(dict[str, Any], {n: values[n] for n in limits}))
+        return Found(priced, values["clock"], Governor(*(values[n] for n in tuple(bench)[1:]))) if bench else Found(priced)
 
     def residuals(z: Array) -> Array:
         predicted = np.concatenate([predict(rows, hw, found(z, own)) for rows, hw, own in used])
@@ -212,7 +210,6 @@ def fit_device(folder: Path, slug: str, dtype: str) -> Fit:
     rows = load(folder, slug, dtype)
     found = fit({slug: rows}, dtype, start(slug, dtype))
     errors = judge(rows, hardware(slug), found)
-    noise = sgemm.scatter(rows)
     return Fit(
         parameters=found.parameters,
         source=AICONFIGURATOR if dtype == "bf16" else sgemm.NEUSIGHT,
@@ -220,8 +217,8 @@ def fit_device(folder: Path, slug: str, dtype: str) -> Fit:
         rows_fitted=min(FIT_ROWS, int((~rows.left_out).sum())),
         rows_left_out=int(rows.left_out.sum()),
         errors=errors["all"],
-        slices={k: v for k, v in errors.items() if k != "all"} | ({"bmm_scatter": noise} if noise else {}),
-        notes=f"Collected rows at {found.clock:.2f} of the clock." if rows.collected.any() else "",
+        slices={k: v for k, v in errors.items() if k != "all"},
+        notes=sgemm.notes(rows, found.clock) if dtype == "fp32" else "",
     )
 
 
