@@ -42,6 +42,7 @@ class GemmParameters:
         sustained: share of that rate which the board holds through a training step.
         derating: relative slow-down of the SMs when a long kernel hits the power limit.
         derating_time: seconds of SM time after which half of the derating is reached.
+        power_share: energy of a FLOP over `Hardware.flop_energy`; work beyond the board's power adds to the derating.
         tile_balance: FLOP per byte: peak over the rate at which the SMs can load operands from L2.
         k_latency: clocks per element of k: the least that a thread block needs, however thin its tile.
         k_bubble: clocks per element of k on top: barriers that copy and math both wait for.
@@ -71,6 +72,7 @@ class GemmParameters:
     sustained: float = 1.0
     derating: float = 0.27
     derating_time: float = 2e-3
+    power_share: float = 0.0
     tile_balance: float = 45.0
     k_latency: float = 2.2
     k_bubble: float = 0.1
@@ -117,6 +119,7 @@ class _Rates:
     l2: float  # B/s of one pass over data in L2
     k_latency: float  # s per element of k
     k_bubble: float  # s per element of k
+    derating: float  # of a long kernel
 
     @classmethod
     def of(cls, hw: Hardware, p: GemmParameters, dtype: str, out_item: float | None, layout: Layout) -> "_Rates":
@@ -135,6 +138,7 @@ class _Rates:
             l2=max(dram, sm_load * hw.sm_count * p.l2_stream),
             k_latency=p.k_latency / hw.clock_hz,
             k_bubble=p.k_bubble / hw.clock_hz,
+            derating=p.derating + hw.overload(p.power_share),
         )
 
 
@@ -253,7 +257,7 @@ def _flop_time(k: Array, r: _Rates) -> Array | float:
 
 def _throttled(time: Array, r: _Rates) -> Array:
     """SM time at the clock that the power limit leaves to a kernel of this length."""
-    return time * (1.0 + r.p.derating * time / (time + r.p.derating_time))
+    return time * (1.0 + r.derating * time / (time + r.p.derating_time))
 
 
 def _waves(waves: Array, tail: float) -> Array:

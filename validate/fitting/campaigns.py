@@ -3,9 +3,9 @@
 A board whose power limit is below what its boost clock draws (T4 and L4: 70 W) runs a product at any clock between the
 two, by what it ran before: neighbouring batch sizes differ by a factor of 1.9. NeuSight's programs tell what that was
 (https://github.com/sitar-lab/NeuSight, neusight/Dataset/dims.py and collect.py): the shapes of a campaign in a fixed
-order, each run 25 times and once under the profiler, its latency the mean of the five fastest. A shape that does not fit
-into memory fails and gives the board a pause, in which its clock recovers. So a campaign is replayed, shape by shape,
-with predicted times, those of shapes that are not in the published files included.
+order, each run 25 times and once under the profiler, its latency the mean of the five fastest. A shape that does not
+fit into memory fails and gives the board a pause, in which its clock recovers. So a campaign is replayed, shape by
+shape, with predicted times, those of shapes that are not in the published files included.
 """
 
 import math
@@ -16,30 +16,19 @@ from functools import lru_cache
 from itertools import product
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .common import Array, Mask
+from .common import Array
 
 RUNS, FASTEST = 26, 5  # of a shape: in all, and those that its latency is the mean of
 POOL = 0.9  # share of the memory that operands and result can take
+# How fast the power control moves the clock between boost and sustained, fitted to the rows of T4 and L4 that are not
+# left out. A pause is the time from shape to shape.
+REACTION = 0.09  # seconds of load in which 63 % of the way down are gone: the board's, where it can be fitted
+RECOVERY = 6.0  # pauses in which 63 % of the way up are gone
+FAILURE = 22.0  # pauses that a shape which does not fit is worth
+FILLING = 2.0  # pauses that filling A and B is worth, per second of writing them at the datasheet's bandwidth
 Shape = tuple[int, int, int, int]  # products in one launch, rows of C, elements summed over, columns of C
-
-
-@dataclass(frozen=True)
-class Governor:
-    """How fast a board's power control moves its clock between boost (power to spare) and sustained (at the limit).
-
-    Attributes:
-        reaction: seconds of load in which 63 % of the way to the sustained clock are gone.
-        recovery: pauses between two shapes in which 63 % of the way back are gone.
-        failure: pause after a shape that did not fit, in pauses between two shapes.
-        filling: pause while A and B are filled with random numbers: in pauses, per second of writing them at the
-            datasheet's bandwidth.
-    """
-
-    reaction: float = 0.09
-    recovery: float = 4.5
-    failure: float = 13.0
-    filling: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +45,7 @@ class Campaign:
     m: Array
     k: Array
     n: Array
-    fails: Mask
+    fails: NDArray[np.bool_]
     filling: Array
 
 
@@ -126,27 +115,25 @@ def entries(name: str, shapes: list[Shape]) -> list[int]:
     return found if all(a < b for a, b in zip([-1, *found], found, strict=False)) else [-1] * len(shapes)
 
 
-def boosts(run: Campaign, sustained: Array, gain: float, governor: Governor) -> Array:
+def boosts(run: Campaign, sustained: Array, gain: float, reaction: float) -> Array:
     """How far from the sustained (0) to the boost clock (1) the board was while each shape was timed.
 
     Args:
         run: the campaign.
         sustained: seconds of one product of every shape at the sustained clock.
         gain: ln of the boost over the sustained clock.
-        governor: how fast the clock moves.
+        reaction: seconds of load in which 63 % of the way down are gone.
     """
-    pause, failure = math.exp(-1.0 / governor.recovery), math.exp(-governor.failure / governor.recovery)
-    rest = pause * np.exp(run.filling * (-governor.filling / governor.recovery))
+    failure = math.exp(-FAILURE / RECOVERY)
+    rest = np.exp((-1.0 - FILLING * run.filling) / RECOVERY)
     out = np.zeros(len(sustained))
     boost = 0.0
-    for i, (fails, kept, seconds) in enumerate(
-        zip(run.fails.tolist(), rest.tolist(), sustained.tolist(), strict=True)
-    ):
+    for i, (fails, kept, seconds) in enumerate(zip(run.fails.tolist(), rest.tolist(), sustained.tolist(), strict=True)):
         if fails:
             boost = 1.0 - (1.0 - boost) * failure
             continue
         boost = 1.0 - (1.0 - boost) * kept
-        work = seconds / governor.reaction
+        work = seconds / reaction
         out[i] = _mean_boost(boost, FASTEST * work, gain)[0]
         boost *= math.exp(-_mean_boost(boost, RUNS * work, gain)[1])
     return out

@@ -7,9 +7,9 @@ fp32: `validate.fitting.sgemm`; its launch floors contain the host, so device fi
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ from perfmodel.devices.gemm import GemmParameters
 from perfmodel.devices.hardware import Hardware
 
 from . import sgemm
-from .campaigns import Governor
+from .campaigns import REACTION
 from .common import Array, Errors, Fit, column, hardware, price, shape_hash, strings, table
 
 FIT_ROWS = 12000  # rows that a fit uses at most: more change the third digit of the error
@@ -54,10 +54,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
 }  # fmt: skip
 FP32_ONLY: dict[str, tuple[float, float]] = {
     "memory_efficiency": (0.1, 1.1), "long_row": (0.001, 10.0), "page_reach": (4e3, 3e5),
+    "power_share": (0.3, 1.5),
 }  # fmt: skip
-BENCH: dict[str, tuple[float, float]] = {  # of NeuSight's boards, not of the price
-    "clock": (0.3, 1.2), "reaction": (0.01, 1.0), "recovery": (1.0, 30.0), "failure": (3.0, 50.0), "filling": (0.2, 20.0),
-}  # fmt: skip
+BENCH: dict[str, tuple[float, float]] = {"clock": (0.3, 1.2), "reaction": (0.02, 0.5)}  # of NeuSight's boards
 
 
 def start(slug: str, dtype: str) -> GemmParameters:
@@ -71,7 +70,7 @@ def bounds(dtype: str) -> dict[str, tuple[float, float]]:
     """The fitted parameters and their limits."""
     if dtype == "bf16":
         return BOUNDS
-    return {n: limits for n, limits in (BOUNDS | FP32_ONLY).items() if n != "derating_time"}
+    return {n: limits for n, limits in (BOUNDS | FP32_ONLY).items() if n not in ("derating", "derating_time")}
 
 
 def load(folder: Path, slug: str, dtype: str) -> pd.DataFrame:
@@ -104,19 +103,21 @@ class Found(NamedTuple):
     Attributes:
         parameters: of the price model.
         clock: of the board while the collected rows were measured, over that of the other rows.
-        governor: how fast the board's clock moved between the rows.
+        reaction: of the board's power control, in seconds (`campaigns.boosts`).
     """
 
     parameters: GemmParameters
     clock: float = 1.0
-    governor: Governor = Governor()
+    reaction: float = REACTION
 
 
-def predict(rows: pd.DataFrame, hw: Hardware, found: Found) -> Array:
-    """Seconds of every row."""
+def predict(rows: pd.DataFrame, hw: Hardware, found: Found, boost: Array | None = None) -> Array:
+    """Seconds of every row; fp32 ones at the clock that `boost` tells, or else a replay of what ran before."""
+    p, clock, reaction = found
     if rows["dtype"].iloc[0] == "bf16":
-        return price(rows, hw, found.parameters)
-    return sgemm.predict(rows, hw, *found)
+        return price(rows, hw, p)
+    known = sgemm.Replay(rows, hw, p, clock).boosts(reaction) if boost is None else boost
+    return sgemm.predict(rows, hw, p, clock, known)
 
 
 def roofline(rows: pd.DataFrame, hw: Hardware) -> Array:
@@ -167,20 +168,25 @@ def fit(
 def fit_rows(used: Sequence[tuple[pd.DataFrame, Hardware, GemmParameters]], dtype: str, begin: GemmParameters) -> Found:
     """Parameters shared by some devices, each given as rows to fit, datasheet, and what its library has."""
     measured = np.concatenate([column(rows, "seconds") for rows, _, _ in used])
-    limits, bench = bounds(dtype), BENCH if dtype == "fp32" else {}
+    limits = bounds(dtype)
+    bench = BENCH if dtype == "fp32" else {}
     low, high = (np.log([b[i] for b in (*limits.values(), *bench.values())]) for i in (0, 1))
-    known = {"clock": 1.0, **asdict(Governor())}
-    first = np.log([*(getattr(begin, n) for n in limits), *(known[n] for n in bench)])
+    first = np.log([*(getattr(begin, n) for n in limits), *(1.0, REACTION)[: len(bench)]])
     pull = PRIOR * np.sqrt(len(measured))
+    replays = [sgemm.Replay(*x) if bench else None for x in used]
+    usual = [r.boosts(REACTION) if r else None for r in replays]
 
     def found(z: Array, own: GemmParameters) -> Found:
-        values = dict(zip((*limits, *bench), map(float, np.exp(z)), strict=True))
-        priced = replace(own, **cast(dict[str, Any], {n: values[n] for n in limits}))
-        return Found(priced, values["clock"], Governor(*(values[n] for n in tuple(bench)[1:]))) if bench else Found(priced)
+        values: list[Any] = np.exp(z).tolist()
+        return Found(replace(own, **dict(zip(limits, values, strict=False))), *values[len(limits) :])
 
     def residuals(z: Array) -> Array:
-        predicted = np.concatenate([predict(rows, hw, found(z, own)) for rows, hw, own in used])
-        return np.concatenate([deviation(predicted, measured, dtype), pull * (z - first)])
+        parts = []
+        for (rows, hw, own), replay, boost in zip(used, replays, usual, strict=True):
+            x = found(z, own)
+            own_boost = replay.boosts(x.reaction) if replay and len(used) == 1 else boost  # several share the usual one
+            parts.append(predict(rows, hw, x, own_boost))
+        return np.concatenate([deviation(np.concatenate(parts), measured, dtype), pull * (z - first)])
 
     # Two starts: the loss has kinks where the best tile changes.
     ends = [least(residuals, first + shift * np.resize([1, -1], len(first)), low, high) for shift in (0.0, 0.4)]

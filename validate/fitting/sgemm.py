@@ -17,8 +17,7 @@ import pandas as pd
 from perfmodel.devices.gemm import GemmParameters, Tiles, gemm_time
 from perfmodel.devices.hardware import Hardware
 
-from . import campaigns
-from .campaigns import Governor
+from .campaigns import Campaign, boosts, campaign, entries
 from .common import Array, price, table
 
 NEUSIGHT = "https://github.com/sitar-lab/NeuSight"
@@ -37,7 +36,14 @@ GPUS = {
 SGEMM_TILES: Tiles = ((128, 128), (64, 128), (32, 128), (128, 32), (64, 64), (32, 64), (32, 32))
 SMALL_TILES: Tiles = ((128, 32), (32, 128), (64, 64))
 SIMT = GemmParameters(
-    launch_clocks=5e4, k_step=8, long_row=0.1, tile_balance=6.0, derating_time=0.0, tiles=SGEMM_TILES
+    launch_clocks=5e4,
+    k_step=8,
+    long_row=0.1,
+    tile_balance=6.0,
+    derating=0.0,
+    derating_time=0.0,
+    power_share=0.75,
+    tiles=SGEMM_TILES,
 )  # a training step lasts long enough to bring every kernel to the clock that the power limit leaves
 PASCAL = replace(SIMT, tile_balance=10.0, math_efficiency=0.8, tiles=SMALL_TILES, batched_tiles=((64, 128),))
 VOLTA = replace(SIMT, tile_balance=8.0, batched_tiles=((64, 128), (64, 64), (32, 128)))
@@ -50,7 +56,7 @@ STARTS = {
     "t4": VOLTA,
     "a100-40gb-pcie": AMPERE,
     "a100-80gb-pcie": AMPERE,
-    "l4": AMPERE,
+    "l4": replace(AMPERE, tiles=((256, 128), (128, 256), *SGEMM_TILES)),
     "h100-sxm": HOPPER,
 }
 COLLECTED = "collected"
@@ -76,36 +82,69 @@ def load(folder: Path, slug: str) -> pd.DataFrame:
     ).reset_index(drop=True)
     shapes = rows[["b", "m", "k", "n"]].astype(int)
     for name, part in shapes.groupby(rows.campaign):
-        rows.loc[part.index, "entry"] = campaigns.entries(str(name), [tuple(x) for x in part.to_numpy().tolist()])
+        rows.loc[part.index, "entry"] = entries(str(name), [tuple(x) for x in part.to_numpy().tolist()])
     return rows.astype({"entry": int})
 
 
 def board(slug: str, name: str, hw: Hardware, p: GemmParameters, clock: float) -> tuple[Hardware, GemmParameters]:
-    """The board and the library of a campaign; `clock` is that of the collected rows over that of the others."""
+    """The board and the library of a campaign; `clock` is that of the collected rows over that of the others.
+
+    At a lower clock throughout: the highest one and the one that the power allows.
+    """
     if name != COLLECTED:
         return hw, p
-    slower = replace(hw, clock_hz=hw.clock_hz * clock, fp32_flops=hw.fp32_flops * clock)
+    power = None if hw.board_power is None else hw.board_power * clock
+    slower = replace(hw, clock_hz=hw.clock_hz * clock, fp32_flops=hw.fp32_flops * clock, board_power=power)
     return slower, replace(p, tiles=COLLECTED_TILES.get(slug, p.tiles))
 
 
-def predict(rows: pd.DataFrame, hw: Hardware, p: GemmParameters, clock: float, governor: Governor) -> Array:
-    """Seconds of every row, its campaign replayed."""
+class Replay:
+    """The campaigns of a device's rows, with predicted times: how far the clock was from the sustained one.
+
+    Args:
+        rows: measurements on one device.
+        hw: its datasheet.
+        p: price parameters.
+        clock: of the board in the collected rows, over that in the others.
+    """
+
+    def __init__(self, rows: pd.DataFrame, hw: Hardware, p: GemmParameters, clock: float = 1.0) -> None:
+        self.rows, self.gain = rows, math.log1p(hw.overload(p.power_share))
+        self.runs: list[tuple[Campaign, Array, Array, Array]] = []
+        for name, part in rows.groupby("campaign"):
+            if self.gain == 0.0 or part.entry.iloc[0] < 0:  # the clock is held; or the order is not known
+                continue
+            own, q = board(str(rows["device"].iloc[0]), str(name), hw, p, clock)
+            run = campaign(str(name), hw.memory_bytes, hw.memory_bandwidth)
+            seconds = gemm_time(run.m, run.n, run.k, run.batch, hardware=own, parameters=q, dtype="fp32", b_copies=1.0)
+            self.runs.append((run, seconds, np.flatnonzero(rows.campaign == name), np.asarray(part.entry)))
+
+    def boosts(self, reaction: float) -> Array:
+        """Of every row: 0 at the sustained clock, 1 at the highest."""
+        out = np.zeros(len(self.rows))
+        for run, seconds, chosen, entry in self.runs:
+            out[chosen] = boosts(run, seconds, self.gain, reaction)[entry]
+        return out
+
+
+def predict(rows: pd.DataFrame, hw: Hardware, p: GemmParameters, clock: float, boost: Array) -> Array:
+    """Seconds of every row.
+
+    Args:
+        rows: measurements on one device.
+        hw: its datasheet.
+        p: price parameters.
+        clock: of the board in the collected rows, over that in the others.
+        boost: of every row, by its `Replay`.
+    """
     slug, out = str(rows["device"].iloc[0]), np.empty(len(rows))
-    for name, part in rows.groupby("campaign"):
-        own, parameters = board(slug, str(name), hw, p, clock)
-        out[np.asarray(rows.campaign == name)] = _replayed(part, str(name), own, parameters, governor)
+    for name in rows.campaign.unique():
+        chosen = np.asarray(rows.campaign == name)
+        own, parameters = board(slug, name, hw, p, clock)
+        sustained = price(rows[chosen], own, parameters)
+        held = price(rows[chosen], own, replace(parameters, power_share=0.0))
+        out[chosen] = sustained * (held / sustained) ** boost[chosen]
     return out
-
-
-def _replayed(rows: pd.DataFrame, name: str, hw: Hardware, p: GemmParameters, governor: Governor) -> Array:
-    """Seconds of the rows of one campaign at the clock that each was run at."""
-    sustained, entry = price(rows, hw, p), np.asarray(rows.entry)
-    if entry[0] < 0:  # run in an order that is not known
-        return sustained
-    run = campaigns.campaign(name, hw.memory_bytes, hw.memory_bandwidth)
-    every = gemm_time(run.m, run.n, run.k, run.batch, hardware=hw, parameters=p, dtype="fp32", b_copies=1.0)
-    boost = campaigns.boosts(run, every, math.log1p(p.derating), governor)[entry]
-    return np.asarray(sustained * (price(rows, hw, replace(p, derating=0.0)) / sustained) ** boost)
 
 
 def notes(rows: pd.DataFrame, clock: float) -> str:
