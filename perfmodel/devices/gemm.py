@@ -5,7 +5,7 @@ A library kernel cuts C into tiles, one thread block each, and may split k over 
     launch floor + min over (tile, split) of [ overlap(SM time, memory time) + split cost ]
 
 SM time      waves of blocks over the SMs x (fill and drain of a tile + k x time of a k-slice); a k-slice is bound by
-             the math pipe or by loading its operands from L2, whichever is slower
+             the math pipe, by loading its operands from L2 or by the power that the board may draw, whichever is slower
 memory time  compulsory bytes of A, B, C: from L2 what still lies there since its last use, from DRAM the rest
 
 The `min` stands for the library's heuristic, so it must be offered only tiles that the library really has (the fp32
@@ -42,7 +42,8 @@ class GemmParameters:
         sustained: share of that rate which the board holds through a training step.
         derating: relative slow-down of the SMs when a long kernel hits the power limit.
         derating_time: seconds of SM time after which half of the derating is reached.
-        power_share: energy of a FLOP over `Hardware.flop_energy`; work beyond the board's power adds to the derating.
+        power_share: energy of a FLOP in the main loop over `Hardware.flop_energy`.
+        load_energy: energy of loading a byte of an operand into an SM, in that of FLOPs.
         tile_balance: FLOP per byte: peak over the rate at which the SMs can load operands from L2.
         k_latency: clocks per element of k: the least that a thread block needs, however thin its tile.
         k_bubble: clocks per element of k on top: barriers that copy and math both wait for.
@@ -73,6 +74,7 @@ class GemmParameters:
     derating: float = 0.27
     derating_time: float = 2e-3
     power_share: float = 0.0
+    load_energy: float = 0.0
     tile_balance: float = 45.0
     k_latency: float = 2.2
     k_bubble: float = 0.1
@@ -119,7 +121,7 @@ class _Rates:
     l2: float  # B/s of one pass over data in L2
     k_latency: float  # s per element of k
     k_bubble: float  # s per element of k
-    derating: float  # of a long kernel
+    powered: float  # s that the board's power takes for the energy of a FLOP on each SM; 0: no limit
 
     @classmethod
     def of(cls, hw: Hardware, p: GemmParameters, dtype: str, out_item: float | None, layout: Layout) -> "_Rates":
@@ -138,7 +140,7 @@ class _Rates:
             l2=max(dram, sm_load * hw.sm_count * p.l2_stream),
             k_latency=p.k_latency / hw.clock_hz,
             k_bubble=p.k_bubble / hw.clock_hz,
-            derating=p.derating + hw.overload(p.power_share),
+            powered=hw.sm_count * hw.seconds_of_power(p.power_share),
         )
 
 
@@ -224,7 +226,9 @@ def _with_tile(
     tile_m, tile_n = tile
     rows, cols = np.minimum(m, tile_m), np.minimum(n, tile_n)
     # Padding is computed but not loaded: a thin GEMM wastes the math pipe, not bandwidth.
-    slice_time = np.maximum((2 * tile_m * tile_n) * flop_time, (rows + cols) * (r.item / r.sm_load))
+    energy = 2 * tile_m * tile_n + (tile_m + tile_n) * r.item * r.p.load_energy  # of a slice, in FLOPs
+    arithmetic = np.maximum((2 * tile_m * tile_n) * flop_time, energy * r.powered)
+    slice_time = np.maximum(arithmetic, (rows + cols) * (r.item / r.sm_load))
     main_loop = k_padded * (np.maximum(slice_time, r.k_latency) + r.k_bubble)
     fill_drain = rows * cols * (r.p.epilogue * r.out_item / r.sm_load)
     waves = np.ceil(m / tile_m) * np.ceil(n / tile_n) * b / r.sm_count
@@ -257,7 +261,7 @@ def _flop_time(k: Array, r: _Rates) -> Array | float:
 
 def _throttled(time: Array, r: _Rates) -> Array:
     """SM time at the clock that the power limit leaves to a kernel of this length."""
-    return time * (1.0 + r.derating * time / (time + r.p.derating_time))
+    return time * (1.0 + r.p.derating * time / (time + r.p.derating_time))
 
 
 def _waves(waves: Array, tail: float) -> Array:

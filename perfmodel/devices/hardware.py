@@ -42,8 +42,8 @@ class Hardware:
         tensor = figures.get(dtype) if tensor_cores else None
         return self.fp32_flops if tensor is None else tensor
 
-    def overload(self, power_share: float) -> float:
-        """By how much fp32 work at the highest clock exceeds the power limit, relative: 0 where the clock can be held.
+    def seconds_of_power(self, power_share: float) -> float:
+        """Seconds in which the board may draw the energy of one FLOP, s: 0 if its limit is unknown.
 
         Small boards carry chips that could draw more than they may: a T4 at 8.1 TFLOP/s would need 0.8 x 19.1 pJ x
         8.1e12 = 124 W and has 70. Below its highest clock a chip's power is taken as proportional to the clock.
@@ -53,7 +53,7 @@ class Hardware:
         """
         if self.board_power is None or self.flop_energy is None:
             return 0.0
-        return max(0.0, power_share * self.flop_energy * self.fp32_flops / self.board_power - 1.0)
+        return power_share * self.flop_energy / self.board_power
 
     @property
     def half_rate(self) -> bool:

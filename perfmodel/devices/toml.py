@@ -24,8 +24,8 @@ P = TypeVar(
 )
 
 _MAY_BE_ZERO = {
-    "launch_clocks", "derating", "derating_time", "power_share", "k_latency", "k_bubble", "epilogue", "wave_tail",
-    "write_cost", "overlap_loss",
+    "launch_clocks", "derating", "derating_time", "power_share", "load_energy", "k_latency", "k_bubble", "epilogue",
+    "wave_tail", "write_cost", "overlap_loss",
     "split_latency", "split_traffic", "long_row", "launch_floor", "cta_overhead", "exposed_memory",
     "backward_cta_overhead", "backward_launch_floor", "kernel_gap", "row_latency", "serial_latency",
     "row_copy_latency", "norm_reread", "softmax_reread", "mean", "median", "p90", "rows_fitted", "rows_left_out",
@@ -43,7 +43,7 @@ def parameters(kind: type[P], table: Table, where: str) -> P:
         if name in ("tiles", "batched_tiles"):
             if name in table:
                 values[name] = pairs(table, name, where)
-        elif name == "power_share" and name not in table:
+        elif name in ("power_share", "load_energy") and name not in table:
             continue
         elif name == "efficiency" and kind is AttentionParameters:
             values[name] = pairs(table, name, where)

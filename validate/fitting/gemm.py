@@ -54,7 +54,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
 }  # fmt: skip
 FP32_ONLY: dict[str, tuple[float, float]] = {
     "memory_efficiency": (0.1, 1.1), "long_row": (0.001, 10.0), "page_reach": (4e3, 3e5),
-    "power_share": (0.3, 1.5),
+    "power_share": (0.2, 1.5), "load_energy": (0.05, 50.0),
 }  # fmt: skip
 BENCH: dict[str, tuple[float, float]] = {"clock": (0.3, 1.2), "reaction": (0.02, 0.5)}  # of NeuSight's boards
 

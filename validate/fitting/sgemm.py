@@ -7,18 +7,20 @@ tell. Alignment to 16 bytes, which goes with the campaigns, changes less than 5 
 `validate.fitting.campaigns`.
 """
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from perfmodel.devices.gemm import GemmParameters, Tiles, gemm_time
 from perfmodel.devices.hardware import Hardware
 
 from .campaigns import Campaign, boosts, campaign, entries
 from .common import Array, price, table
+
+Index = NDArray[np.intp]
 
 NEUSIGHT = "https://github.com/sitar-lab/NeuSight"
 GPUS = {
@@ -42,7 +44,8 @@ SIMT = GemmParameters(
     tile_balance=6.0,
     derating=0.0,
     derating_time=0.0,
-    power_share=0.75,
+    power_share=0.6,
+    load_energy=6.0,
     tiles=SGEMM_TILES,
 )  # a training step lasts long enough to bring every kernel to the clock that the power limit leaves
 PASCAL = replace(SIMT, tile_balance=10.0, math_efficiency=0.8, tiles=SMALL_TILES, batched_tiles=((64, 128),))
@@ -109,21 +112,26 @@ class Replay:
     """
 
     def __init__(self, rows: pd.DataFrame, hw: Hardware, p: GemmParameters, clock: float = 1.0) -> None:
-        self.rows, self.gain = rows, math.log1p(hw.overload(p.power_share))
-        self.runs: list[tuple[Campaign, Array, Array, Array]] = []
+        self.rows = rows
+        self.runs: list[tuple[Campaign, Array, float, Index, Index]] = []
         for name, part in rows.groupby("campaign"):
-            if self.gain == 0.0 or part.entry.iloc[0] < 0:  # the clock is held; or the order is not known
+            if part.entry.iloc[0] < 0:  # the order is not known
                 continue
             own, q = board(str(rows["device"].iloc[0]), str(name), hw, p, clock)
             run = campaign(str(name), hw.memory_bytes, hw.memory_bandwidth)
-            seconds = gemm_time(run.m, run.n, run.k, run.batch, hardware=own, parameters=q, dtype="fp32", b_copies=1.0)
-            self.runs.append((run, seconds, np.flatnonzero(rows.campaign == name), np.asarray(part.entry)))
+            at_limit, at_highest = (
+                gemm_time(run.m, run.n, run.k, run.batch, hardware=own, parameters=x, dtype="fp32", b_copies=1.0)
+                for x in (q, replace(q, power_share=0.0))
+            )
+            gain = float(np.median(np.log(at_limit / at_highest)))
+            self.runs.append((run, at_limit, gain, np.flatnonzero(rows.campaign == name), np.asarray(part.entry)))
 
     def boosts(self, reaction: float) -> Array:
         """Of every row: 0 at the sustained clock, 1 at the highest."""
         out = np.zeros(len(self.rows))
-        for run, seconds, chosen, entry in self.runs:
-            out[chosen] = boosts(run, seconds, self.gain, reaction)[entry]
+        for run, seconds, gain, chosen, entry in self.runs:
+            if gain > 0.0:
+                out[chosen] = boosts(run, seconds, gain, reaction)[entry]
         return out
 
 
