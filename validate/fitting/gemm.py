@@ -23,6 +23,7 @@ from .campaigns import REACTION
 from .common import Array, Errors, Fit, column, hardware, price, shape_hash, strings, table
 
 FIT_ROWS = 12000  # rows that a fit uses at most: more change the third digit of the error
+FIT_ROWS_FP32 = 4000  # the same for one that several devices share in fp32, whose rows are priced at two clocks
 LOSS_SCALE = 0.02  # |log error| above which a row counts linearly, not quadratically: close to the mean |error|
 PRIOR = 0.003  # pull to the start per e-fold and sqrt(row): decides only what the data leaves open
 SAME_PATH = 2.0 / 3.0  # share of the only device with the same instructions among those that stand for one left out
@@ -40,7 +41,8 @@ BF16_FILES = {
 }
 SYNC = ("a100-80gb-sxm", "l40s")  # mma.sync and cp.async
 ASYNC = ("h100-sxm", "b200", "b300", "gb200", "gb300")  # wgmma or tcgen05, TMA copies
-SERVERS = ("p100", "v100-32gb-pcie", "a100-40gb-pcie", "a100-80gb-pcie", "h100-sxm")  # fp32 class: no 70 W cards
+# fp32 class: all boards but the P4, which was measured with two libraries.
+BOARDS = ("p100", "v100-32gb-pcie", "t4", "a100-40gb-pcie", "a100-80gb-pcie", "l4", "h100-sxm")
 
 SYNC_MMA = GemmParameters(k_step=32, k_latency=3.5, k_bubble=4.0, wave_tail=0.6)
 ASYNC_MMA = GemmParameters(k_step=64)
@@ -54,7 +56,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
 }  # fmt: skip
 FP32_ONLY: dict[str, tuple[float, float]] = {
     "memory_efficiency": (0.1, 1.1), "long_row": (0.001, 10.0), "page_reach": (4e3, 3e5),
-    "power_share": (0.2, 1.5), "load_energy": (0.05, 50.0),
+    "power_share": (0.2, 1.5), "load_energy": (0.05, 20.0),
 }  # fmt: skip
 BENCH: dict[str, tuple[float, float]] = {"clock": (0.3, 1.2), "reaction": (0.02, 0.5)}  # of NeuSight's boards
 
@@ -70,7 +72,7 @@ def bounds(dtype: str) -> dict[str, tuple[float, float]]:
     """The fitted parameters and their limits."""
     if dtype == "bf16":
         return BOUNDS
-    return {n: limits for n, limits in (BOUNDS | FP32_ONLY).items() if n not in ("derating", "derating_time")}
+    return BOUNDS | FP32_ONLY
 
 
 def load(folder: Path, slug: str, dtype: str) -> pd.DataFrame:
@@ -160,7 +162,8 @@ def fit(
     used = {}
     for slug, rows in rows_of.items():
         kept = rows[~rows.left_out].sort_values(["order", "group"], kind="stable")
-        count = int(FIT_ROWS * (shares[slug] if shares else 1.0 / len(rows_of)))
+        rows_in_all = FIT_ROWS_FP32 if dtype == "fp32" and len(rows_of) > 1 else FIT_ROWS
+        count = int(rows_in_all * (shares[slug] if shares else 1.0 / len(rows_of)))
         used[slug] = (kept.head(count).reset_index(drop=True), hardware(slug), start(slug, dtype))
     return fit_rows(list(used.values()), dtype, begin)
 
@@ -238,7 +241,7 @@ def _software(folder: Path, slug: str) -> str:
 def donors(slug: str, dtype: str) -> dict[str, float]:
     """Whose rows make the class default for a device that is left out, and their shares in it."""
     if dtype == "fp32":
-        others = [d for d in SERVERS if d != slug]
+        others = [d for d in BOARDS if d != slug]
         return dict.fromkeys(others, 1.0 / len(others))
     same = [d for d in (SYNC if slug in SYNC else ASYNC) if d != slug]
     if len(same) > 1:
@@ -257,5 +260,6 @@ def leave_out(folder: Path, slug: str, dtype: str) -> Errors:
 def fit_class(folder: Path, members: tuple[str, ...], dtype: str, begin: GemmParameters) -> tuple[GemmParameters, int]:
     """Shared parameters of a class, and how many rows made them."""
     rows_of = {d: load(folder, d, dtype) for d in members}
-    used = sum(min(FIT_ROWS // len(members), int((~r.left_out).sum())) for r in rows_of.values())
+    each = (FIT_ROWS_FP32 if dtype == "fp32" else FIT_ROWS) // len(members)
+    used = sum(min(each, int((~r.left_out).sum())) for r in rows_of.values())
     return fit(rows_of, dtype, begin).parameters, used

@@ -42,12 +42,11 @@ SIMT = GemmParameters(
     k_step=8,
     long_row=0.1,
     tile_balance=6.0,
-    derating=0.0,
-    derating_time=0.0,
+    derating=0.05,  # what is left beside the power limit
     power_share=0.6,
     load_energy=6.0,
     tiles=SGEMM_TILES,
-)  # a training step lasts long enough to bring every kernel to the clock that the power limit leaves
+)
 PASCAL = replace(SIMT, tile_balance=10.0, math_efficiency=0.8, tiles=SMALL_TILES, batched_tiles=((64, 128),))
 VOLTA = replace(SIMT, tile_balance=8.0, batched_tiles=((64, 128), (64, 64), (32, 128)))
 AMPERE = replace(SIMT, batched_tiles=((128, 128),))
