@@ -41,7 +41,7 @@ def test_a_big_square_gemm_by_hand() -> None:
 
 
 def test_a_board_of_70_watts_by_hand() -> None:
-    """A T4 runs fp32 at half its datasheet's rate: its power, not its peak, is the limit.
+    """A T4 runs fp32 at two thirds of its datasheet's rate within a step: its power, not its peak, is the limit.
 
     A block of 128 x 128 costs for each k 2 * 128 * 128 FLOPs and loads 256 operands of 4 B, whose energy counts as some
     FLOPs a byte; each FLOP takes `power_share` of 19.1 pJ, and the board draws 70 W.
@@ -52,9 +52,9 @@ def test_a_board_of_70_watts_by_hand() -> None:
     joules = flops * (1 + 256 * 4 * p.load_energy / (2 * 128 * 128)) * p.power_share * 19.1e-12
     seconds = float(gemm_time(4096, 4096, 4096, hardware=hw, parameters=p, dtype="fp32"))
     assert 0.98 * joules / 70 < seconds < 1.2 * joules / 70
-    assert 0.4 < flops / seconds / hw.fp32_flops < 0.6
+    assert 0.5 < flops / seconds / hw.fp32_flops < 0.75
     unlimited = replace(hw, board_power=None)
-    assert float(gemm_time(4096, 4096, 4096, hardware=unlimited, parameters=p, dtype="fp32")) < 0.75 * seconds
+    assert float(gemm_time(4096, 4096, 4096, hardware=unlimited, parameters=p, dtype="fp32")) < 0.85 * seconds
 
 
 def test_a_one_row_gemm_by_hand() -> None:

@@ -42,7 +42,8 @@ def test_a_slow_control_leaves_the_clock_high_for_longer() -> None:
     run = campaigns.campaign("bmm", T4_MEMORY, T4_BANDWIDTH)
     seconds = np.full(len(run.m), 5e-3)
     fast, slow = (campaigns.boosts(run, seconds, 0.6, reaction) for reaction in (0.05, 0.5))
-    assert (fast >= 0.0).all() and (slow <= 1.0).all()
+    assert (fast >= 0.0).all()
+    assert (slow <= 1.0).all()
     assert fast.mean() < slow.mean()
 
 

@@ -73,7 +73,7 @@ def _bmm() -> list[Shape]:
         (64, 96, 128, 256),
     )
     forward = [(b * heads, s, x, y) for b, heads, s, hidden in grid for x, y in ((hidden, s), (s, hidden))]
-    return _with_backward(forward)
+    return list(set(_backward(forward)))
 
 
 def _linear() -> list[Shape]:
@@ -89,11 +89,8 @@ def _linear() -> list[Shape]:
 
 
 def _backward(forward: Iterable[Shape]) -> list[Shape]:
+    """Each product and its two gradients."""
     return [y for b, m, k, n in forward for y in ((b, m, k, n), (b, m, n, k), (b, k, m, n))]
-
-
-def _with_backward(forward: list[Shape]) -> list[Shape]:
-    return list(set(_backward(forward)))
 
 
 def _collected() -> list[Shape]:

@@ -28,6 +28,10 @@ LOSS_SCALE = 0.02  # |log error| above which a row counts linearly, not quadrati
 PRIOR = 0.003  # pull to the start per e-fold and sqrt(row): decides only what the data leaves open
 SAME_PATH = 2.0 / 3.0  # share of the only device with the same instructions among those that stand for one left out
 LAUNCH_CLOCKS = 4500.0  # of a device without bf16 measurements
+# Energy that the power limit sees of a product within a training step, over that of one run again and again: kernels
+# between the products wait for memory and leave power to them. Fitted to the one step of a 70 W board that is for
+# fitting (BERT-large, batch 8, on an L4); about 0.75 if products take 60 % of the time and the rest half the power.
+STEP_POWER = 0.72
 AICONFIGURATOR = "https://github.com/ai-dynamo/aiconfigurator"
 
 BF16_FILES = {
@@ -263,3 +267,8 @@ def fit_class(folder: Path, members: tuple[str, ...], dtype: str, begin: GemmPar
     each = (FIT_ROWS_FP32 if dtype == "fp32" else FIT_ROWS) // len(members)
     used = sum(min(each, int((~r.left_out).sum())) for r in rows_of.values())
     return fit(rows_of, dtype, begin).parameters, used
+
+
+def in_steps(p: GemmParameters, launch_clocks: float) -> GemmParameters:
+    """What a fit to fp32 products alone says about those of a training step."""
+    return replace(p, launch_clocks=launch_clocks, power_share=p.power_share * STEP_POWER)

@@ -156,5 +156,6 @@ def predict(rows: pd.DataFrame, hw: Hardware, p: GemmParameters, clock: float, b
 
 def notes(rows: pd.DataFrame, clock: float) -> str:
     """What the rows are judged with besides the price."""
-    replay = "Measured rows are compared at the clock that what ran before them had left."
+    replay = "power_share lowered to that of products in a step; residuals: of products alone, each at the clock that "
+    replay += "what ran before it had left."
     return f"{replay} Collected rows at {clock:.2f} of the clock." if (rows.campaign == COLLECTED).any() else replay
