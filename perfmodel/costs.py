@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from . import products
-from .tape.core import Op, Spec
 from .tape.dims import Dim
+from .tape.op import Op, Spec
 
 Shape = tuple[Dim, ...]
 _FLOPS: dict[str, Callable[..., Dim]] = {}

@@ -16,6 +16,13 @@ from . import names
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
 
+methods_option = click.option(
+    "--methods",
+    shell_complete=names.methods,
+    multiple=True,
+    default=("full", "lora"),
+    help="Methods, baseline first: full lora:r=16 ...",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON (SI units, bytes).")
 
 

@@ -7,20 +7,13 @@ from typing import Any
 import click
 
 from ..errors import UserError
-from . import names
-from .options import Axis, Lists, grid_options, print_json, setup_of
+from .options import Axis, Lists, grid_options, methods_option, print_json, setup_of
 
 PRINTED = 100_000  # rows that go to the terminal as JSON; more belong in a file
 
 
 @click.command(cls=Lists)
-@click.option(
-    "--methods",
-    shell_complete=names.methods,
-    multiple=True,
-    default=("full", "lora"),
-    help="Methods, baseline first: full lora:r=16 ...",
-)
+@methods_option
 @click.option("--rank", type=Axis(), default=(), help="Ranks for the methods that have one.")
 @click.option("--k", type=Axis(), default=(), help="Numbers of trained blocks for the methods that have one (top_k).")
 @click.option(
@@ -52,9 +45,14 @@ def sweep(
     )  # fmt: skip
     if as_json and not output and len(planned) > PRINTED:
         raise UserError(f"{len(planned):,} rows are too many to print: give --output FILE")
+    from ..report import heatmap
     from ..report.sweeps import run, show_summary
 
-    result = run(planned, output=output, keep_rows=as_json and output is None, plot=plot)
+    if plot:
+        heatmap.check(planned, plot)
+    result = run(planned, output=output, keep_rows=as_json and output is None, keep_speedups=plot is not None)
+    if plot:
+        heatmap.draw(planned, result.speedups, plot)
     if as_json:
         print_json(result.as_dict())
     else:

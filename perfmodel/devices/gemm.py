@@ -12,8 +12,9 @@ The `min` stands for the library's heuristic, so it must be offered only tiles t
 sets are those in the kernel names of NeuSight's profiles, https://github.com/sitar-lab/NeuSight).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -252,7 +253,7 @@ def _with_tile(
             few = np.broadcast_to(split > 1.0, divided.shape)
             if few.any():
                 at = (split, waves, fill_drain, main_loop, product.memory, product.partials)
-                chosen = (x[few] if np.shape(x) == few.shape else x for x in at)
+                chosen: Iterator[Any] = (np.asarray(x)[few] if np.shape(x) == few.shape else x for x in at)
                 divided[few] = np.minimum(divided[few], _split_time(r, *chosen))
     return _waves(waves, r.p.wave_tail, fewest) * (fill_drain + main_loop), divided
 

@@ -11,11 +11,11 @@ from ..errors import UserError, nearest
 from ..optimizers import Update
 from ..periodic import Periodic
 from ..registry import Registry
-from ..setup import positive
-from ..tape.core import Parameter, Part, Tensor
+from ..tape.core import Parameter, Tensor
 from ..tape.dims import Dim
 from ..tape.linalg import linear
 from ..tape.nn import embedding
+from ..tape.op import Part
 
 if TYPE_CHECKING:
     from ..step import Step
@@ -50,9 +50,14 @@ def registered() -> dict[str, type["Method"]]:
     return _REGISTRY.all()
 
 
-def option(default: Any, help: str) -> Any:
-    """A field of a method with its one-line description."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, check: Callable[[str, Any], Any] | None = None) -> Any:
+    """A field of a method with its one-line description.
+
+    Args:
+        check: gets how an error names the option and a value that is not None; returns the value to keep, or raises
+            `UserError` (`checks.py`).
+    """
+    return field(default=default, metadata={"help": help, "check": check})
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,12 @@ class Method:
     what_it_adds: ClassVar[str]
     title: ClassVar[str]
     told_by_where: ClassVar[tuple[str, ...]] = ()  # options that `where` puts into words
+
+    def __post_init__(self) -> None:
+        for f in _options(type(self)):
+            value, check = getattr(self, f.name), f.metadata["check"]
+            if check is not None and value is not None:
+                object.__setattr__(self, f.name, check(f"method {self.name}: {f.name}", value))
 
     @property
     def layers(self) -> int:
@@ -295,5 +306,5 @@ def _indices(where: str, text: str) -> tuple[int, ...]:
 
 __all__ = [
     "Architecture", "Linear", "Method", "Periodic", "Scope", "Seconds", "method", "option", "options", "parse",
-    "positive", "registered",
+    "registered",
 ]  # fmt: skip

@@ -11,8 +11,9 @@ attention written out, and the second order of loops that lets row and column su
 """
 
 from ..step import Step
-from ..tape.core import Flow, Op, Part, Spec
+from ..tape.core import Flow
 from ..tape.dims import largest, total
+from ..tape.op import Op, Part, Spec
 from .fusion import Kernel, fused
 from .graph import Graph, Place, Prim, Value
 from .lowering import lowered

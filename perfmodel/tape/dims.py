@@ -126,7 +126,8 @@ def largest(dim: Dim) -> int:
 
 def total(dims: Iterable[Dim]) -> Dim:
     """The sum of many dims, among which the same array comes again and again."""
-    numbers, arrays = 0, {}
+    numbers: Dim = 0
+    arrays: dict[int, tuple[int, Any]] = {}
     for dim in dims:
         if isinstance(dim, np.ndarray):
             times, _ = arrays.get(id(dim), (0, dim))

@@ -20,13 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdp
 
 from perfmodel.setup import Setup
 
-from . import updates
+from ..programs import updates
+from ..programs.dtypes import DTYPES, TORCH_DTYPES
 
-DTYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.complex64: "c64", torch.int64: "i64",
-    torch.int32: "i32", torch.uint8: "u8", torch.bool: "bool",
-}  # fmt: skip
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 aten = torch.ops.aten
 
 NAMESPACES = {"aten", "flash_attn", "bitsandbytes", "liger", "lorafusion", "unsloth"}  # of the calls that are recorded
@@ -60,7 +56,6 @@ class Trace:
     bytes: dict[str, int] = field(default_factory=dict)
     flops: dict[str, int] = field(default_factory=dict)
     peak: int = 0
-    peak_before_update: int = 0
     nodes: int = 0
     trainable: int = 0
     total: int = 0
@@ -291,7 +286,6 @@ def trace_step(
                 recorder.trace.nodes += graph_nodes(loss.grad_fn)
             with observe("backward"):
                 loss.backward()
-        recorder.trace.peak_before_update = recorder.trace.peak
         with observe("optimizer"):
             if setup.clip_grad:
                 # by default too, but a fake tensor is a subclass, for which torch would not choose lists

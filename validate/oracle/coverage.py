@@ -14,8 +14,9 @@ from perfmodel.architectures import Config
 from perfmodel.errors import UserError
 from perfmodel.setup import Setup
 
-from . import programs, traced
-from .tuners_of_peft import EXAMPLES
+from .. import programs
+from ..programs.tuners_of_peft import EXAMPLES
+from ..tracing import traced
 
 SETUP = Setup(batch=1, seq=64)
 LEAST_TYPES = 25  # model types of transformers
