@@ -269,6 +269,8 @@ def parse(text: str) -> Method:
             raise UserError(f"method {name}: unknown option {key!r}: {hint}")
         if not equals or not value:
             raise UserError(f"method {name}: write {key}=VALUE, got {item!r}")
+        if key in values:
+            raise UserError(f"method {name}: {key} is given twice")
         values[key] = _convert(f"method {name}: {key}", value, hints[key])
     return cls(**values)
 
