@@ -170,6 +170,26 @@ def host(output: Path) -> None:
 
 
 @validate.command()
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("deepspeed-zero3.toml"),
+    show_default=True,
+    help="The engine's file.",
+)
+def engine(output: Path) -> None:
+    """Measure what DeepSpeed's hooks cost the host (needs deepspeed).
+
+    The bundled figures are data/engines/deepspeed-zero3.toml.
+    """
+    try:
+        from validate.show_engine import show
+    except ImportError as error:
+        raise extra(error) from None
+    show(output)
+
+
+@validate.command()
 @click.option("--device", type=click.Choice(("cuda", "cpu")), required=True, help="What to train on.")
 @click.option("--grid", default="small", show_default=True, help="small, standard, or the path of a TOML file.")
 @click.option(

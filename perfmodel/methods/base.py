@@ -11,7 +11,7 @@ from ..errors import UserError, nearest
 from ..optimizers import Update
 from ..periodic import Periodic
 from ..registry import Registry
-from ..setup import positive
+from ..setup import ENGINES, one_of, positive
 from ..tape.core import Parameter, Part, Tensor
 from ..tape.dims import Dim
 from ..tape.linalg import linear
@@ -63,6 +63,9 @@ class Method:
     """
 
     architecture: Architecture | None = field(default=None, repr=False, compare=False, kw_only=True)
+    engine: str | None = field(
+        default=None, kw_only=True, metadata={"help": "torch or deepspeed-zero3, for this method; default the setup's"}
+    )
 
     name: ClassVar[str]
     source: ClassVar[str]
@@ -83,6 +86,8 @@ class Method:
         Raises:
             UserError: options that the model cannot satisfy (targets that match nothing, k above its layers, …).
         """
+        if self.engine is not None:
+            one_of(f"method {self.name}: engine", self.engine, ENGINES)
         bound = replace(self, architecture=architecture)
         bound.check()
         return bound

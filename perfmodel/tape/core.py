@@ -6,7 +6,7 @@ variables of the original, so peak memory follows without any bookkeeping by han
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -19,6 +19,9 @@ from .dtypes import FLOATING, ITEMSIZE
 
 if TYPE_CHECKING:
     from .autograd import Node
+
+
+INNER = 4  # modules inside one layer of PEFT
 
 
 class Spec(NamedTuple):
@@ -100,7 +103,8 @@ class Part:
     """Ops that run `repeat` times in a row: a block of layers in forward or backward, the head, the optimizer.
 
     Host time: `nodes` counts autograd nodes, `modules` and `adapters` the Python calls of layers and of adapters,
-    `checkpoints` the calls of `torch.utils.checkpoint`, `hooks` its Python hooks on saved tensors.
+    `checkpoints` the calls of `torch.utils.checkpoint`, `hooks` its Python hooks on saved tensors, `returns` the layers
+    whose backward runs here, `gradients` the hooks on complete gradients (`Tape.on_gradient`).
     `delta` is the net change of live bytes over one run, `peak` the highest point above its start.
     `compiled` marks code that a compiler made (no Python between its calls), `captured` code that a CUDA graph runs;
     `graphs` counts the compiled graphs that are entered here.
@@ -115,11 +119,18 @@ class Part:
     adapters: int = 0
     checkpoints: int = 0
     hooks: int = 0
+    returns: int = 0
+    gradients: int = 0
     graphs: int = 0
     compiled: bool = False
     captured: bool = False
     delta: Dim = 0
     peak: Dim = 0
+
+    @property
+    def calls(self) -> int:
+        """Calls of `nn.Module`s, those inside PEFT's layers (base layer, dropout, A and B) too."""
+        return self.modules + INNER * self.adapters
 
     def allocate(self, nbytes: Dim) -> None:
         """Bytes come alive in this part."""
@@ -232,7 +243,8 @@ class Tape:
 
     `autocast` is the 16-bit dtype inside `torch.autocast`, or None. Everything that follows PyTorch's global state
     (grad mode, autocast's weight cache, checkpoint frames) lives here, and the training loop's variable `loss`, whose
-    graph lives until the next forward pass has made another. `owner` and `recomputing` go onto every op.
+    graph lives until the next forward pass has made another. `owner` and `recomputing` go onto every op. `on_gradient`
+    takes every parameter's complete gradient away, as a hook that PyTorch runs after it is accumulated.
     """
 
     def __init__(self, device: str = "cuda", capability: str = "8.0", *, autocast: str | None = None) -> None:
@@ -251,6 +263,7 @@ class Tape:
         self.part = Part("start", "forward")
         self.twins: dict[int, Part] = {}
         self.flow: Flow | None = None
+        self.on_gradient: Callable[[Parameter, Tensor], None] | None = None
 
     def begin(self, name: str, phase: str) -> Part:
         """Start a new part."""
@@ -264,7 +277,7 @@ class Tape:
             return
         twin = self.twins.get(id(part))
         if twin is None:
-            twin = Part(part.name, "backward", part.repeat)
+            twin = Part(part.name, "backward", part.repeat, returns=part.calls)
             self.twins[id(part)] = twin
             self.parts.append(twin)
             if self.flow is not None:
