@@ -17,7 +17,7 @@ from .devices.profile import DeviceProfile
 from .errors import UserError
 from .predict import Prediction
 from .step import PHASES
-from .tape.core import Op, Part
+from .tape.op import Op, Part
 
 WAITING = "waiting"
 PARTS = {  # part -> what it is called

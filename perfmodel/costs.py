@@ -9,8 +9,8 @@ from functools import lru_cache
 import numpy as np
 
 from . import products
-from .tape.core import Op, Spec
 from .tape.dims import Dim
+from .tape.op import Op, Spec
 
 Shape = tuple[Dim, ...]
 _FLOPS: dict[str, Callable[..., Dim]] = {}

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .step import Group, Step
-from .tape.core import Part
 from .tape.dims import Dim
+from .tape.op import Part
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def predict_module(
         UserError: no scalar loss, nothing trains, or the program needs data that a fake tensor does not have.
     """
     try:
-        from validate.modules import predict
+        from validate.tracing.modules import predict
     except ImportError as error:
         raise UserError(
             f"predict_module needs the validate extra ({error.name} is missing): pip install 'perfmodel[validate]'"

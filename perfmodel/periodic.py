@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from . import optimizers
 from .errors import UserError
-from .tape.core import Parameter, Part, record, tape
+from .tape.core import Parameter, record, tape
 from .tape.dims import Dim
+from .tape.op import Part
 from .tape.pointwise import fill
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from .methods import Method
 from .periodic import PeriodicCost, PeriodicOps
 from .setup import Setup
 from .step import PHASES, Step
-from .tape.core import Part
 from .tape.dims import Dim
+from .tape.op import Part
 
 Model = str | PathLike[str] | Architecture | Config
 Phases = dict[str, Any]  # forward, backward, optimizer, total

@@ -8,7 +8,7 @@ gets its even share of the tokens.
 from math import prod
 from typing import NamedTuple
 
-from .tape.core import Op, Spec
+from .tape.op import Op, Spec
 
 
 class Product(NamedTuple):

@@ -7,7 +7,7 @@ from . import costs
 from .anatomy import operand_dtype, part_of, timed_ops
 from .devices.profile import DeviceProfile
 from .predict import Prediction
-from .tape.core import Op
+from .tape.op import Op
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from .methods.base import Method
 from .periodic import Periodic, PeriodicOps
 from .setup import Setup
 from .tape import autograd
-from .tape.core import Flow, Op, Parameter, Part, Tape, Tensor, emit, new_tensor, recording, release
+from .tape.core import Flow, Parameter, Tape, Tensor, emit, new_tensor, recording, release
 from .tape.dims import Dim
 from .tape.extra import div
+from .tape.op import Op, Part
 
 Kept = dict[Any, tuple[Tensor, Part]]  # attributes of modules (`Build.kept`)
 PHASES = ("forward", "backward", "optimizer")

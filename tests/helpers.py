@@ -9,8 +9,8 @@ from perfmodel.architectures import Architecture, Config, from_config
 from perfmodel.methods import Method
 from perfmodel.setup import Setup
 from perfmodel.step import PHASES, Step, build
-from perfmodel.tape.core import Op
-from validate.counts import SMALL
+from perfmodel.tape.op import Op
+from validate.oracle.counts import SMALL
 
 NAMES = tuple(SMALL)
 METHODS = ("full", "lora:r=4", "lora:r=4,targets=all-linear,dropout=0.1", "top_k:k=1", "top_k:k=1,inner=lora", "norm")

@@ -1,4 +1,4 @@
-"""The reference programs of `validate.references`, and those that only tests need, against the tape."""
+"""The reference programs of `validate.programs.references`, and those that only tests need, against the tape."""
 
 from functools import partial
 from typing import Any
@@ -7,10 +7,11 @@ from helpers import architecture_of, config_of, setup_of
 
 from perfmodel import methods
 from perfmodel.step import build
-from validate import counts, models
-from validate.counts import Case
-from validate.references import apply, as_lora, freeze, make_update, program, sizes, updater, wrap
-from validate.trace import trace_step
+from validate.oracle import counts
+from validate.oracle.counts import Case
+from validate.programs import models
+from validate.programs.references import apply, as_lora, freeze, make_update, program, sizes, updater, wrap
+from validate.tracing.trace import trace_step
 
 __all__ = ["as_lora", "differences", "freeze", "program", "sizes", "updater", "wrap"]
 

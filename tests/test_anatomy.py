@@ -18,7 +18,7 @@ from perfmodel.devices import profile
 from perfmodel.methods.virtual import SoftPrompt
 from perfmodel.predict import Prediction, predict
 from perfmodel.step import PHASES, Step
-from perfmodel.tape.core import Op
+from perfmodel.tape.op import Op
 
 SIZES = {"c3a": "block_size=8", "road": "group_size=32", "vblora": "length=16"}  # that divide the small models' widths
 METHODS = tuple(f"{name}:{SIZES[name]}" if name in SIZES else name for name in methods.registered())

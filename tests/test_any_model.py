@@ -19,8 +19,10 @@ from perfmodel.architectures import Config
 from perfmodel.products import products
 from perfmodel.setup import Setup
 from perfmodel.step import Step
-from perfmodel.tape.core import Op, Spec
-from validate import coverage, growth, stacks, traced
+from perfmodel.tape.op import Op, Spec
+from validate.oracle import coverage
+from validate.programs import stacks
+from validate.tracing import growth, traced
 
 SETUP = Setup(batch=2, seq=16)
 TEXT = {"hidden_size": 32, "num_attention_heads": 2, "vocab_size": 64, "pad_token_id": 0}

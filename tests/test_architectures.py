@@ -161,7 +161,7 @@ VARIANTS = [
 def test_a_variant_that_runs_another_program_is_mirrored_or_refused(name: str, change: dict[str, Any]) -> None:
     """Found by reading the config classes of transformers: either the tape follows the key, or it says no."""
     from perfmodel.setup import Setup
-    from validate import counts
+    from validate.oracle import counts
 
     config = config_of(name, **change)
     try:

@@ -20,7 +20,7 @@ from perfmodel.devices.cpu_work import KINDS, REGIMES
 from perfmodel.devices.hardware import Hardware
 from perfmodel.errors import UserError
 from perfmodel.predict import predict
-from validate import calibrate, hosts
+from validate.calibration import calibrate, hosts
 from validate.fitting import cpu as fit
 from validate.fitting.cpu_ops import passes
 from validate.measuring import records

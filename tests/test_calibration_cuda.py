@@ -16,7 +16,7 @@ from perfmodel.devices.gemm import gemm_time
 from perfmodel.devices.profile import DeviceProfile
 from perfmodel.errors import UserError
 from perfmodel.predict import predict
-from validate import calibrate
+from validate.calibration import calibrate
 from validate.fitting.cpu_ops import op
 from validate.microbench import designs
 

@@ -185,7 +185,16 @@ def test_kernels_are_those_of_inductor(method: str, monkeypatch: pytest.MonkeyPa
     """Inductor's own scheduler, run for a GPU on the real model, makes as many kernels as the pass, of both kinds; and
     AOTAutograd saves as many bytes for backward."""
     pytest.importorskip("torch")
-    command = [sys.executable, "-m", "validate.inductor", "llama", json.dumps(LLAMA), method, "batch=2", "seq=512"]
+    command = [
+        sys.executable,
+        "-m",
+        "validate.oracle.inductor",
+        "llama",
+        json.dumps(LLAMA),
+        method,
+        "batch=2",
+        "seq=512",
+    ]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr[-2000:]
     real = json.loads(run.stdout.splitlines()[-1])

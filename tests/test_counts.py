@@ -17,10 +17,11 @@ pytest.importorskip("peft")
 from perfmodel import methods
 from perfmodel.setup import Setup
 from perfmodel.step import Step, build
-from perfmodel.tape.core import Spec
-from validate import counts, models
-from validate.counts import NO_DROPOUT, Case
-from validate.trace import Trace, trace_step
+from perfmodel.tape.op import Spec
+from validate.oracle import counts
+from validate.oracle.counts import NO_DROPOUT, Case
+from validate.programs import models
+from validate.tracing.trace import Trace, trace_step
 
 LORA = "lora:r=4"
 WIDE = "lora:r=4,targets=all-linear,dropout=0.1"

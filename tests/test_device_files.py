@@ -128,7 +128,7 @@ def test_rewriting_keeps_what_the_author_wrote(tmp_path: Path) -> None:
 
 def test_fitting_without_measurements_ends_in_one_line(tmp_path: Path) -> None:
     """The measurements are the user's: a wrong folder is the commonest mistake."""
-    fit = pytest.importorskip("validate.fit", exc_type=ImportError)
+    fit = pytest.importorskip("validate.fitting.fit", exc_type=ImportError)
     with pytest.raises(UserError, match="no such folder"):
         fit.run(tmp_path / "nowhere", leave_one_out=False, write=False)
     with pytest.raises(UserError, match=r"has no gemm_bf16_a100_sxm\.parquet"):

@@ -18,9 +18,10 @@ from perfmodel.errors import UserError
 from perfmodel.methods.lora import Lora
 from perfmodel.setup import Setup
 from perfmodel.step import build
-from validate import counts, models
-from validate.counts import Case
-from validate.trace import trace_step
+from validate.oracle import counts
+from validate.oracle.counts import Case
+from validate.programs import models
+from validate.tracing.trace import trace_step
 
 
 def differences(name: str, spec: str, layers: int | None = None, **options: Any) -> list[str]:

@@ -19,8 +19,9 @@ from test_device_files import GOOD
 from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.resources import DATA
-from validate import layers, published, tuners
 from validate.measuring import cells
+from validate.published import layers, tuners
+from validate.published import steps as published
 
 CONFIGS = Path(__file__).parent / "configs"
 HOST = (DATA / "hosts" / "default.toml").read_text()

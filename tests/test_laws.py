@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from perfmodel import costs
 from perfmodel.tape.autograd import run_backward
-from perfmodel.tape.core import Op, Parameter, Tape, recording
+from perfmodel.tape.core import Parameter, Tape, recording
 from perfmodel.tape.linalg import linear
+from perfmodel.tape.op import Op
 from perfmodel.tape.pointwise import add, fill
 
 names = st.sampled_from(NAMES)

@@ -17,9 +17,10 @@ from perfmodel.errors import UserError
 from perfmodel.setup import Setup
 from perfmodel.step import build
 from perfmodel.tape import liger
-from validate import counts, models
-from validate.counts import Case
-from validate.trace import trace_step
+from validate.oracle import counts
+from validate.oracle.counts import Case
+from validate.programs import models
+from validate.tracing.trace import trace_step
 
 WIDE = architecture_of("llama", vocab_size=2048)
 

@@ -18,8 +18,8 @@ pytest.importorskip("peft")
 from perfmodel.errors import UserError
 from perfmodel.predict import predict
 from perfmodel.setup import Setup
-from validate import references
 from validate.measuring import cells, isolate, records, run, visit
+from validate.programs import references
 
 TINY = """
 rounds = 2

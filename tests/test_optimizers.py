@@ -13,7 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from perfmodel import costs, optimizers
-from perfmodel.tape.core import Op, Parameter, Part, Spec, Tape, recording
+from perfmodel.tape.core import Parameter, Tape, recording
+from perfmodel.tape.op import Op, Part, Spec
 
 # ATen/native/cuda/MultiTensorApply.cuh of PyTorch 2.13, built for CUDA 12 (CUDA 13 builds take seven times as many).
 CHUNK = 65_536

@@ -17,7 +17,7 @@ from perfmodel import memory, methods
 from perfmodel.errors import UserError
 from perfmodel.methods import runlora
 from perfmodel.tape.dims import MixedStructure
-from validate import references
+from validate.programs import references
 
 SPECS = ("paca:r=4", "lisa:gamma=2", "badam:block=1", "runlora:r=4", "lora_fa:r=4,projected=false", "galore:r=4")
 

@@ -21,8 +21,9 @@ from perfmodel.errors import UserError
 from perfmodel.methods.xgblora import XgbLora
 from perfmodel.periodic import PeriodicOps
 from perfmodel.step import Step
-from validate import counts, models, references
-from validate.trace import Signature, signature
+from validate.oracle import counts
+from validate.programs import models, references
+from validate.tracing.trace import Signature, signature
 
 SPECS = (
     "rolora:r=4,round=A",

@@ -1,7 +1,7 @@
 """PEFT's other adapters: the tape equals the real program, and what no adapter may do.
 
 Cells are chosen so that every method meets every precision, both attentions, checkpointing and both batch sizes. The
-full product is `validate.counts.compare` over the same lists.
+full product is `validate.oracle.counts.compare` over the same lists.
 """
 
 from dataclasses import replace
@@ -16,9 +16,9 @@ pytest.importorskip("peft")
 from perfmodel import costs, methods
 from perfmodel.errors import UserError
 from perfmodel.step import build
-from perfmodel.tape.core import Op
-from validate import counts
-from validate.counts import Case
+from perfmodel.tape.op import Op
+from validate.oracle import counts
+from validate.oracle.counts import Case
 
 ANY_MODEL = (
     "dora:r=4",

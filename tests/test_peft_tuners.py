@@ -10,9 +10,9 @@ pytest.importorskip("peft")
 
 from perfmodel import methods
 from perfmodel.errors import UserError
-from validate import counts
-from validate.counts import Case
-from validate.tuners_of_peft import CONFIGS
+from validate.oracle import counts
+from validate.oracle.counts import Case
+from validate.programs.tuners_of_peft import CONFIGS
 
 CONV1D = (  # PEFT has these for GPT-2's Conv1D too
     "gralora:r=4",

@@ -13,7 +13,7 @@ from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.periodic import Periodic
 from perfmodel.tape.core import Parameter
-from validate.updates import make_optimizer
+from validate.programs.updates import make_optimizer
 
 SPECS = ("lisa:gamma=2,interval=7", "badam:interval=30")
 SETUP: dict[str, Any] = {"device": "l40s", "batch": 2, "seq": 17}

@@ -12,8 +12,8 @@ pytest.importorskip("peft")
 from perfmodel import costs, memory, methods
 from perfmodel.errors import UserError
 from perfmodel.step import build
-from validate import counts
-from validate.counts import Case
+from validate.oracle import counts
+from validate.oracle.counts import Case
 
 CAUSAL = ("llama", "mistral", "qwen2", "gpt2", "opt", "gpt_neo")
 PROMPTS = ("prompt_tuning:tokens=6", "p_tuning:tokens=6,width=24")

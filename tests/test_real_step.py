@@ -1,8 +1,8 @@
 """A training step with real numbers on the CPU: the oracle's fake tensors must not have changed the program.
 
-`validate.trace` records the program under FakeTensorMode. Here the same recorder watches tensors that hold data, and
-the loss goes down. The one difference that is known: the engine adds gradients in place where nobody else holds them
-(`add_` for `add`), which it does not do to fake tensors. So names are compared without the underscore.
+`validate.tracing.trace` records the program under FakeTensorMode. Here the same recorder watches tensors that hold
+data, and the loss goes down. The one difference that is known: the engine adds gradients in place where nobody else
+holds them (`add_` for `add`), which it does not do to fake tensors. So names are compared without the underscore.
 """
 
 from collections import Counter
@@ -20,9 +20,11 @@ from perfmodel import methods
 from perfmodel.architectures import from_config
 from perfmodel.setup import Setup
 from perfmodel.step import PHASES, build
-from validate import counts, models
-from validate.trace import TORCH_DTYPES, Recorder
-from validate.updates import make_optimizer
+from validate.oracle import counts
+from validate.programs import models
+from validate.programs.dtypes import TORCH_DTYPES
+from validate.programs.updates import make_optimizer
+from validate.tracing.trace import Recorder
 
 SETUPS = {
     "fp32": Setup(batch=2, seq=9, dtype="fp32"),

@@ -5,8 +5,9 @@ import csv
 import pytest
 
 from perfmodel.resources import DATA
-from validate import layers, published, tuners
-from validate.reasons import FILE, reason
+from validate.published import layers, tuners
+from validate.published import steps as published
+from validate.published.reasons import FILE, reason
 
 ROWS = {
     "steps": {row.id for row in published.load()},

@@ -15,7 +15,7 @@ from perfmodel.cli import main
 from perfmodel.devices import host as hosts
 from perfmodel.errors import UserError
 from perfmodel.setup import Setup
-from validate import refit
+from validate.calibration import refit
 from validate.measuring import records
 from validate.measuring.cells import Cell
 

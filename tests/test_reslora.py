@@ -19,7 +19,8 @@ from perfmodel import methods, predict
 from perfmodel.errors import UserError
 from perfmodel.setup import Setup
 from perfmodel.step import PHASES, build
-from validate import counts, models, references
+from validate.oracle import counts
+from validate.programs import models, references
 
 VARIANTS = ("shortcut=is", "shortcut=is,merge_flag=4", "shortcut=bs,pre_num=1", "shortcut=ms,pre_num=1")
 

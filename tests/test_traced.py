@@ -19,7 +19,7 @@ from perfmodel.memory import peak_bytes
 from perfmodel.predict import predict, resolve
 from perfmodel.setup import Setup
 from perfmodel.step import Step
-from validate import traced
+from validate.tracing import traced
 
 NAMES = ("llama", "gpt2", "opt", "gpt_neo", "bert")
 METHODS = ("full", "lora:r=4", "lora:r=4,targets=all-linear,dropout=0.1", "ia3")

@@ -9,9 +9,9 @@ from click.testing import CliRunner
 from perfmodel import cli
 from perfmodel.devices import profile
 from perfmodel.devices.traffic import gemm_reads
-from validate import layers, savings
-from validate.reasons import FAR, reasons
-from validate.savings import Saving
+from validate.published import layers, savings
+from validate.published.reasons import FAR, reasons
+from validate.published.savings import Saving
 
 H100 = profile.load("h100-sxm").hardware
 

@@ -12,8 +12,8 @@ pytest.importorskip("peft")
 
 from perfmodel import cli
 from perfmodel.predict import predict
-from validate import tuners
-from validate.tuners import Outcome, Row, evaluate, load, summary
+from validate.published import tuners
+from validate.published.tuners import Outcome, Row, evaluate, load, summary
 
 
 @pytest.fixture(scope="module")

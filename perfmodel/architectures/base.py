@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from ..errors import UserError, nearest
 from ..registry import Registry
 from ..tape import autograd, liger, linalg, nn, pointwise
-from ..tape.core import Parameter, Part, Tensor, tape
+from ..tape.core import Parameter, Tensor, tape
 from ..tape.dims import decide
 from ..tape.extra import add_in_place, add_to_view
+from ..tape.op import Part
 from .config import Config
 
 if TYPE_CHECKING:

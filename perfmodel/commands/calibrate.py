@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from ..devices.own import CALIBRATED
 from .options import extra
 
 QUICK = 20.0  # s
@@ -11,7 +12,7 @@ QUICK = 20.0  # s
 
 @click.command()
 @click.option("--device", type=click.Choice(("cuda", "cpu")), required=True, help="What to calibrate.")
-@click.option("--name", default="mine", show_default=True, help="Of the files: `--device NAME` from then on.")
+@click.option("--name", default=CALIBRATED, show_default=True, help="Of the files: `--device NAME` from then on.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads, as training will have [default: PyTorch's].")
 @click.option("--seconds", type=click.FloatRange(5), default=150.0, show_default=True, help="Time to take, roughly.")
 @click.option("--quick", is_flag=True, help=f"Take {QUICK:.0f} seconds: a rough profile.")
@@ -26,7 +27,7 @@ def calibrate(device: str, name: str, threads: int | None, seconds: float, quick
     glibc's with MALLOC_TRIM_THRESHOLD_=-1 MALLOC_MMAP_MAX_=0).
     """
     try:
-        from validate.show_calibration import show
+        from validate.calibration.show_calibration import show
     except ImportError as error:
         raise extra(error) from None
     show(device, name, threads=threads, seconds=QUICK if quick else seconds, output=records)

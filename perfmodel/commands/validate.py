@@ -33,8 +33,8 @@ def validate() -> None:
 def counts(grid: str, cuda_forward: bool, as_json: bool) -> None:
     """Compare the tape with real programs, ATen call by ATen call."""
     try:
-        from validate import counts as module
-        from validate.show import show_counts
+        from validate.oracle import counts as module
+        from validate.oracle.show_counts import show_counts
     except ImportError as error:
         raise extra(error) from None
     if cuda_forward and not module.has_cuda_build():
@@ -61,7 +61,7 @@ def speed() -> None:
 @json_option
 def published(plot: Path | None, all_rows: bool, as_json: bool) -> None:
     """Compare with training steps that others published."""
-    from validate.show import show_published
+    from validate.published.show_steps import show_published
 
     show_published(plot=plot, all_rows=all_rows, as_json=as_json)
 
@@ -81,7 +81,7 @@ def coverage(quick: bool, output: Path | None, as_json: bool) -> None:
     own default config; the tuners are put on a small Llama.
     """
     try:
-        from validate.coverage_show import show
+        from validate.oracle.show_coverage import show
     except ImportError as error:
         raise extra(error) from None
     sys.exit(0 if show(quick=quick, output=output, as_json=as_json) else 1)
@@ -97,8 +97,8 @@ def tuners(host: str, all_rows: bool, as_json: bool) -> None:
     Llama-3.2-3B on an L40S; every configuration is traced, which takes minutes.
     """
     try:
-        from validate import tuners as module
-        from validate.show import show_tuners
+        from validate.published import tuners as module
+        from validate.published.show_tuners import show_tuners
     except ImportError as error:
         raise extra(error) from None
     sys.exit(0 if show_tuners(module, host=host, all_rows=all_rows, as_json=as_json) else 1)
@@ -108,7 +108,7 @@ def tuners(host: str, all_rows: bool, as_json: bool) -> None:
 @json_option
 def layers(as_json: bool) -> None:
     """Compare LoRAFusion's layer times and savings of DRAM traffic (H100) with predictions."""
-    from validate.show_layers import show_layers
+    from validate.published.show_layers import show_layers
 
     sys.exit(0 if show_layers(as_json=as_json) else 1)
 
@@ -149,7 +149,8 @@ def fit(
     if (kernels is None) == (records is None):
         raise UserError("fit needs either --kernels FOLDER (device profiles) or --records FILE (host costs)")
     try:
-        from validate.show import show_fit, show_refit
+        from validate.calibration.show_host import show_refit
+        from validate.fitting.show import show_fit
     except ImportError as error:
         raise extra(error) from None
     if records:
@@ -163,7 +164,7 @@ def fit(
 def host(output: Path) -> None:
     """Measure this machine's host costs into a file for --host."""
     try:
-        from validate.show import show_host
+        from validate.calibration.show_host import show_host
     except ImportError as error:
         raise extra(error) from None
     show_host(output)
@@ -183,7 +184,7 @@ def engine(output: Path) -> None:
     The bundled figures are data/engines/deepspeed-zero3.toml.
     """
     try:
-        from validate.show_engine import show
+        from validate.calibration.show_engine import show
     except ImportError as error:
         raise extra(error) from None
     show(output)

@@ -3,8 +3,8 @@
 from typing import Any
 
 from .. import costs, products
-from ..tape.core import Op
 from ..tape.dims import product
+from ..tape.op import Op
 from .packages import gemm_shape
 from .tables import Tables
 

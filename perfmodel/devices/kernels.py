@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import costs
-from ..tape.core import Op, Spec
 from ..tape.dims import Dim, same
 from ..tape.dtypes import ITEMSIZE
+from ..tape.op import Op, Spec
 from . import packages
 
 SECTOR = 32  # B

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..resources import is_file
 
+CALIBRATED = "mine"  # the name that `perfmodel calibrate` gives this machine's profile unless told otherwise
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 

@@ -6,7 +6,7 @@ Liger and have kinds of their own (`perfmodel.devices.pointwise.KINDS`); what on
 
 from typing import Any
 
-from ..tape.core import Op
+from ..tape.op import Op
 
 ROWS = {"liger::rms_norm": "fused_norm", "liger::cross_entropy": "cross_entropy"}  # a row a program
 GENERATED = {

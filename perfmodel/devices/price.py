@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from .. import costs, products
-from ..tape.core import Op
 from ..tape.dims import product
+from ..tape.op import Op
 from . import cpu, kernels
 from .attention import attention_backward_time, attention_forward_time
 from .gemm import gemm_time

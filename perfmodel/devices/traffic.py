@@ -13,8 +13,8 @@ within 7 % (tests/test_traffic.py).
 from math import ceil
 
 from ..costs import GEMMS
-from ..tape.core import Op
 from ..tape.dtypes import ITEMSIZE
+from ..tape.op import Op
 from .hardware import Hardware
 from .packages import gemm_shape
 

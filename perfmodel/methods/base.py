@@ -12,10 +12,11 @@ from ..optimizers import Update
 from ..periodic import Periodic
 from ..registry import Registry
 from ..setup import ENGINES, one_of, positive
-from ..tape.core import Parameter, Part, Tensor
+from ..tape.core import Parameter, Tensor
 from ..tape.dims import Dim
 from ..tape.linalg import linear
 from ..tape.nn import embedding
+from ..tape.op import Part
 
 if TYPE_CHECKING:
     from ..step import Step
@@ -259,7 +260,7 @@ def parse(text: str) -> Method:
         key, equals, value = item.partition("=")
         key = cls.aliases.get(key, key) if hasattr(cls, "aliases") else key
         if key not in known:
-            hint = nearest(key, known) if known else "it takes none"
+            hint = nearest(key, known)
             raise UserError(f"method {name}: unknown option {key!r}: {hint}")
         if not equals or not value:
             raise UserError(f"method {name}: write {key}=VALUE, got {item!r}")

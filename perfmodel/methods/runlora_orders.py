@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..tape.autograd import run_backward
-from ..tape.core import Parameter, Part, Tape, Tensor, recording
+from ..tape.core import Parameter, Tape, Tensor, recording
 from ..tape.custom import BACKWARDS, FORWARDS, run_lora
 from ..tape.dims import Dim, decide
+from ..tape.op import Part
 from ..tape.pointwise import fill
 from ..tape.shape import t
 from .base import Seconds

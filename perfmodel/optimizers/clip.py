@@ -1,6 +1,6 @@
 """`torch.nn.utils.clip_grad_norm_`. Source: torch/nn/utils/clip_grad.py."""
 
-from ..tape.core import Part, Spec
+from ..tape.op import Part, Spec
 from .lists import Recorder, Specs, by_dtype
 
 

@@ -5,8 +5,9 @@ A `Spec` with copies stands for the like parameters of identical layers, so the 
 
 from collections.abc import Callable, Sequence
 
-from ..tape.core import Op, Parameter, Part, Spec
+from ..tape.core import Parameter
 from ..tape.dims import Dim
+from ..tape.op import Op, Part, Spec
 
 Specs = list[Spec]
 

@@ -11,8 +11,9 @@ a loop as a function of one run, so that its local tensors die with the run that
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
-from ..tape.core import Parameter, Part, Spec, Storage, Tape, Tensor, recording
+from ..tape.core import Parameter, Storage, Tape, Tensor, recording
 from ..tape.dims import Dim, Shape, contiguous_strides, product
+from ..tape.op import Part, Spec
 
 Parameters = Sequence[Parameter]
 Record = Callable[["Update", Parameters, bool], None]  # of (update, parameters, whether they decay)

@@ -15,8 +15,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from ..step import Step
-from ..tape.core import Flow, Op, Part, Spec
+from ..tape.core import Flow
 from ..tape.dims import Dim
+from ..tape.op import Op, Part, Spec
 from .fusion import Kernel, fused
 from .graph import Graph, Place, Prim, Value
 from .lowering import lowered

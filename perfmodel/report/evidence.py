@@ -66,7 +66,7 @@ def accuracy(on: DeviceProfile) -> dict[str, Any]:
         [
             BLOCKS.get(block, block),
             ORIGINS[origin],
-            *(_percent(on.residuals[block][k]) for k in ("mean", "median", "p90")),
+            *(units.percent(on.residuals[block][k], 1) for k in ("mean", "median", "p90")),
         ]
         for block, origin in on.fitted.items()
     ]
@@ -76,10 +76,6 @@ def accuracy(on: DeviceProfile) -> dict[str, Any]:
     )
     heads = ["price model", "from", "mean error", "median", "90th percentile"]
     return {"accuracy": {"heads": heads, "rows": rows, "style": "left2"}, "accuracy_note": note}
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def provenance(model: Model, predictions: list[Prediction], on: DeviceProfile, by: Host) -> dict[str, Any]:

@@ -73,32 +73,34 @@ class Outcome:
         return {"baseline": self.baseline, "summary": summary, "rows": rows}
 
 
-def run(planned: Sweep, *, output: Path | None, keep_rows: bool, plot: Path | None) -> Outcome:
-    """Predict every block: rows to a file, figures to the summary, speed-ups to the picture.
+def run(planned: Sweep, *, output: Path | None, keep_rows: bool, keep_speedups: bool) -> Outcome:
+    """Predict every block: rows to a file, figures to the summary.
+
+    Args:
+        keep_rows: keep every column in the outcome.
+        keep_speedups: keep the speed-ups of a large grid too, for a picture.
 
     Raises:
         UserError: a file that cannot be written, or a setup that is refused.
     """
     outcome = Outcome(planned.methods[0].spec(), output=output)
-    if plot:
-        from . import heatmap
-
-        heatmap.check(planned, plot)
-    small = plot is not None or (len(planned.batch) <= MATRIX[0] and len(planned.seq) <= MATRIX[1])
+    keep_speedups = keep_speedups or _fits_terminal(planned)
     with ExitStack() as stack:
         write = stack.enter_context(rows_to(output)) if output else None
         bar = stack.enter_context(progress())
         task = bar.add_task("setups", total=len(planned))
         for columns in planned.blocks():
-            _summarise(outcome, columns, keep_speedups=small)
+            _summarise(outcome, columns, keep_speedups=keep_speedups)
             if write:
                 write(columns)
             if keep_rows:
                 outcome.kept.append(columns)
             bar.advance(task, len(columns["batch"]))
-    if plot:
-        heatmap.draw(planned, outcome.speedups, plot)
     return outcome
+
+
+def _fits_terminal(planned: Sweep) -> bool:
+    return len(planned.batch) <= MATRIX[0] and len(planned.seq) <= MATRIX[1]
 
 
 def _summarise(outcome: Outcome, columns: Columns, *, keep_speedups: bool) -> None:
@@ -130,7 +132,7 @@ def show_summary(planned: Sweep, outcome: Outcome) -> None:
         console.print(table("", columns, rows))
         console.print()
     console.print(COLUMNS_EXPLAINED)
-    if len(planned.batch) <= MATRIX[0] and len(planned.seq) <= MATRIX[1]:
+    if _fits_terminal(planned):
         for (device, method), blocks in outcome.speedups.items():
             if method != outcome.baseline:
                 console.print(f"[bold]{escape(method)}[/] on [bold]{escape(device)}[/]: speed-up (* does not fit)")

@@ -1,7 +1,7 @@
 """Numbers with units, for people; inside the model everything is SI."""
 
 from collections.abc import Sequence
-from math import floor, log10
+from math import floor, isnan, log10
 
 _SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 
@@ -47,9 +47,9 @@ def alike(values: Sequence[float], digits: int = 3) -> list[str]:
     return [*(f"{v / factor:,.{decimals}f}" for v in values), unit]
 
 
-def percent(value: float) -> str:
-    """A share: 12 %."""
-    return f"{100 * value:.0f} %"
+def percent(value: float | None, decimals: int = 0) -> str:
+    """A share: 12 %; nothing for one that is unknown (None or NaN)."""
+    return "" if value is None or isnan(value) else f"{100 * value:.{decimals}f} %"
 
 
 def _digits(value: float) -> str:

@@ -12,8 +12,9 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .core import Parameter, Part, Tensor, new_tensor, record, tape
+from .core import Parameter, Tensor, new_tensor, record, tape
 from .dims import Shape, dense_order, is_one, same
+from .op import Part
 
 Grads = tuple[Tensor | None, ...]
 Backward = Callable[["Node", Sequence[Tensor | None]], Grads]

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from .autograd import Backward, Grads, Node, copy, differentiate
-from .core import Parameter, Part, Storage, Tensor, emit, record, tape
+from .core import Parameter, Storage, Tensor, emit, record, tape
 from .dims import Dim, product
 from .linalg import matmul
+from .op import Part
 from .pointwise import _elementwise, autocast_fp32, mul, scale
 from .shape import expand, reshape, t, unsqueeze, view, view_as
 

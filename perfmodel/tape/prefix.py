@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from .autograd import Grads, Node, differentiate
-from .core import Op, Spec, Storage, Tensor, append, emit, new_tensor, record
+from .core import Storage, Tensor, append, emit, new_tensor, record
 from .dims import Dim, is_one, product
+from .op import Op, Spec
 from .shape import narrow, reshape
 
 Grad = Tensor | None

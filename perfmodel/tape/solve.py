@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from .autograd import Grads, Node, differentiate
-from .core import Op, Spec, Tensor, append, emit, new_tensor, record
+from .core import Tensor, append, emit, new_tensor, record
 from .linalg import bmm
+from .op import Op, Spec
 from .pointwise import neg
 from .shape import expand, transpose
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from perfmodel.errors import UserError
 
+from ..accuracy import Pair
 from ..measuring import records
 from ..measuring.records import Record
 from .machine import Machine, machine_of
-from .outcomes import Measured, Outcome, Pair, cells_of, evaluate, pairs
+from .outcomes import Measured, Outcome, cells_of, evaluate, pairs
 from .summary import Limit, Line, limits, lines
 
 Progress = Callable[[int, int, str], None]
@@ -32,7 +33,7 @@ class Report:
     outcomes: list[Outcome]
 
     @property
-    def pairs(self) -> list[Pair]:
+    def pairs(self) -> list[Pair[Outcome]]:
         """All speed-ups over full fine-tuning."""
         return pairs(self.outcomes)
 
@@ -71,8 +72,8 @@ class Report:
 
 def _cell(o: Outcome) -> dict[str, Any]:
     return {
-        "id": o.measured.cell.id, "environment": o.measured.environment, "measured_s": o.step,
-        "predicted_s": o.predicted_step, "error": o.error, "in_interval": o.inside,
+        "id": o.measured.cell.id, "environment": o.measured.environment, "measured_s": o.seconds,
+        "predicted_s": o.predicted_seconds, "error": o.error, "in_interval": o.inside,
         "phase_errors": {phase: o.phase_error(phase) for phase in ("forward", "backward", "optimizer")},
         "peak_bytes": o.measured.peak, "predicted_peak_bytes": int(o.predicted.memory.peak),
         "memory_error": o.memory_error,

@@ -11,7 +11,6 @@ from perfmodel.errors import UserError
 from ..measuring.records import Record
 
 DEFAULT_HOST = "default"
-CALIBRATED = "mine"  # the name that `perfmodel calibrate` gives this machine's profile unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def machine_of(environment: Record, device: str | None = None, host: str | None 
 
 def _calibrated(environment: Record) -> DeviceProfile | None:
     """The user's own profile of the machine that measured, if it lies here."""
-    name = environment.get("calibration", CALIBRATED)
+    name = environment.get("calibration", own.CALIBRATED)
     if not isinstance(name, str) or not own.find(name):
         return None
     found = profile.load(name)

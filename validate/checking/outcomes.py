@@ -12,12 +12,11 @@ from perfmodel.devices.profile import DeviceProfile
 from perfmodel.predict import Prediction, predict
 from perfmodel.step import PHASES, Step
 
-from ..accuracy import decided, verdict_right
+from ..accuracy import Pair, paired
 from ..measuring.cells import Cell
 from ..measuring.names import short, unified
 from ..measuring.records import Record
 
-BASELINE = "full"
 Counts = dict[str, dict[str, int]]  # phase -> name of an ATen call -> number
 
 
@@ -93,19 +92,24 @@ class Outcome:
     kernels: list[Difference]
 
     @property
-    def step(self) -> float:
+    def seconds(self) -> float:
         """Measured seconds of a step."""
         return self.measured.median("step")
 
     @property
-    def predicted_step(self) -> float:
+    def predicted_seconds(self) -> float:
         """Predicted seconds of a step."""
         return float(self.predicted.time.phases["total"])
 
     @property
+    def slack(self) -> float:
+        """Measured times are not rounded."""
+        return 0.0
+
+    @property
     def error(self) -> float:
         """Of the step's time."""
-        return self.predicted_step / self.step - 1
+        return self.predicted_seconds / self.seconds - 1
 
     @property
     def memory_error(self) -> float:
@@ -115,44 +119,11 @@ class Outcome:
     @property
     def inside(self) -> bool:
         """Whether the measured time lies in the predicted interval."""
-        return bool(self.predicted.time.low <= self.step <= self.predicted.time.high)
+        return bool(self.predicted.time.low <= self.seconds <= self.predicted.time.high)
 
     def phase_error(self, phase: str) -> float:
         """Of one phase's time."""
         return float(self.predicted.time.phases[phase]) / self.measured.median(phase) - 1
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Full fine-tuning and another method in one setup; ratios are full over other, as in `perfmodel compare`."""
-
-    full: Outcome
-    other: Outcome
-
-    @property
-    def measured(self) -> float:
-        """Measured speed-up."""
-        return self.full.step / self.other.step
-
-    @property
-    def predicted(self) -> float:
-        """Predicted speed-up."""
-        return self.full.predicted_step / self.other.predicted_step
-
-    @property
-    def error(self) -> float:
-        """Relative error of the speed-up."""
-        return self.predicted / self.measured - 1
-
-    @property
-    def decided(self) -> bool:
-        """Whether the measured difference is so large that the verdict must be right."""
-        return decided(self.measured)
-
-    @property
-    def right(self) -> bool:
-        """Whether the verdict is."""
-        return verdict_right(self.measured, self.predicted)
 
 
 def evaluate(measured: Measured, on: DeviceProfile, by: Host) -> Outcome:
@@ -203,11 +174,6 @@ def _sums(counts: dict[str, int], by: Callable[[str], str]) -> Counter[str]:
     return sums
 
 
-def pairs(outcomes: Sequence[Outcome]) -> list[Pair]:
+def pairs(outcomes: Sequence[Outcome]) -> list[Pair[Outcome]]:
     """Every method with full fine-tuning of the same model in the same setup and environment."""
-    full = {_group(o): o for o in outcomes if o.measured.cell.method == BASELINE}
-    return [Pair(full[g], o) for o in outcomes if (g := _group(o)) in full and o.measured.cell.method != BASELINE]
-
-
-def _group(o: Outcome) -> tuple[str, str]:
-    return o.measured.environment, o.measured.cell.group
+    return paired(outcomes, lambda o: (o.measured.environment, o.measured.cell.group), lambda o: o.measured.cell.method)

@@ -11,10 +11,10 @@ from perfmodel.report.exhibits import picture
 from perfmodel.report.page import render
 from perfmodel.resources import write_text
 
+from ..accuracy import BASELINE
 from . import tables
 from .check import Report
 from .machine import name_of
-from .outcomes import BASELINE
 from .parity import Point, parity
 from .summary import RATIO_MEAN, STEP_MEAN
 
@@ -64,8 +64,8 @@ def _plots(found: Report) -> list[dict[str, Any]]:
     methods = list(dict.fromkeys(o.measured.cell.method for o in found.outcomes))
     colours = {method: COLOURS[i % len(COLOURS)] for i, method in enumerate(methods)}
     steps = [
-        Point(o.step, o.predicted_step, colours[o.measured.cell.method],
-              f"{o.measured.cell.name}: {units.seconds(o.step)}, predicted {units.seconds(o.predicted_step)}")
+        Point(o.seconds, o.predicted_seconds, colours[o.measured.cell.method],
+              f"{o.measured.cell.name}: {units.seconds(o.seconds)}, predicted {units.seconds(o.predicted_seconds)}")
         for o in found.outcomes
     ]  # fmt: skip
     ratios = [

@@ -34,7 +34,7 @@ def show_check(
         from ..plots import Point, parity
 
         points = [
-            Point(o.measured.cell.method, o.step, o.predicted_step, o.predicted.time.low, o.predicted.time.high)
+            Point(o.measured.cell.method, o.seconds, o.predicted_seconds, o.predicted.time.low, o.predicted.time.high)
             for o in found.outcomes
         ]
         parity(points, plot, f"{len(points)} measured cells (dashed: ±25 %)")

@@ -6,8 +6,8 @@ from typing import Any
 
 from perfmodel.step import PHASES
 
-from ..accuracy import Errors
-from .outcomes import BASELINE, Measured, Outcome, Pair, pairs
+from ..accuracy import BASELINE, Errors, Pair
+from .outcomes import Measured, Outcome, pairs
 
 STEP_MEAN, STEP_MEDIAN, RATIO_MEAN, MEMORY_WORST = 0.15, 0.10, 0.08, 0.05  # largest |relative errors| that pass
 
@@ -57,7 +57,7 @@ def _plain(errors: Errors) -> dict[str, Any] | None:
     return asdict(errors) if errors.number else None
 
 
-def line(name: str, outcomes: Sequence[Outcome], of_pairs: Sequence[Pair]) -> Line:
+def line(name: str, outcomes: Sequence[Outcome], of_pairs: Sequence[Pair[Outcome]]) -> Line:
     """The errors of some cells and of some speed-ups."""
     clear = [p for p in of_pairs if p.decided]
     return Line(

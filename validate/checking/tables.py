@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from perfmodel.report import units
 from perfmodel.step import PHASES
 
+from ..accuracy import Pair
 from .check import Report
-from .outcomes import Measured, Outcome, Pair
+from .outcomes import Measured, Outcome
 from .summary import Limit, Line
 
 CELL_COLUMNS = ("", "step", "predicted", "error", "speed-up", "predicted", "memory", "")
@@ -31,7 +32,7 @@ def unmeasured_rows(cells: Iterable[Measured]) -> Rows:
     return [[c.cell.name, told[c.status]] for c in cells if c.status != "ok"]
 
 
-def cell_tables(outcomes: Iterable[Outcome], pairs: Iterable[Pair]) -> list[tuple[str, Rows]]:
+def cell_tables(outcomes: Iterable[Outcome], pairs: Iterable[Pair[Outcome]]) -> list[tuple[str, Rows]]:
     """(title, rows) of every model in every setup; a row a method."""
     speedups = {id(p.other): p for p in pairs}
     tables: dict[str, Rows] = {}
@@ -40,11 +41,11 @@ def cell_tables(outcomes: Iterable[Outcome], pairs: Iterable[Pair]) -> list[tupl
     return list(tables.items())
 
 
-def _cell(o: Outcome, pair: Pair | None) -> list[str]:
+def _cell(o: Outcome, pair: Pair[Outcome] | None) -> list[str]:
     ratio = [f"{pair.measured:.2f}x", f"{pair.predicted:.2f}x"] if pair else ["", ""]
     remarks = ["wrong verdict"] if pair and pair.decided and not pair.right else []
     remarks += ["calls differ"] if o.calls or o.kernels else []
-    times = [units.seconds(o.step), units.seconds(o.predicted_step), signed(o.error)]
+    times = [units.seconds(o.seconds), units.seconds(o.predicted_seconds), signed(o.error)]
     return [o.measured.cell.method, *times, *ratio, signed(o.memory_error, 2), ", ".join(remarks)]
 
 
@@ -52,15 +53,16 @@ def line_cells(line: Line) -> list[str]:
     """One row of the summary."""
     right, decided = line.verdicts
     return [
-        line.name, str(line.step.number), *map(percent, (line.step.mean, line.step.median, line.step.p90)),
-        percent(line.ratio.mean), f"{right}/{decided}" if decided else "", percent(line.memory.mean, 2),
+        line.name, str(line.step.number),
+        *(units.percent(e, 1) for e in (line.step.mean, line.step.median, line.step.p90)),
+        units.percent(line.ratio.mean, 1), f"{right}/{decided}" if decided else "", units.percent(line.memory.mean, 2),
         f"{line.counts_differ} differ" if line.counts_differ else "exact",
     ]  # fmt: skip
 
 
 def phase_cells(line: Line) -> list[str]:
     """The same cells' phases."""
-    return [line.name, *(percent(line.phases[p].mean) for p in PHASES), units.percent(line.inside)]
+    return [line.name, *(units.percent(line.phases[p].mean, 1) for p in PHASES), units.percent(line.inside)]
 
 
 def numbered(outcomes: Iterable[Outcome]) -> Rows:
@@ -73,13 +75,8 @@ def numbered(outcomes: Iterable[Outcome]) -> Rows:
 
 def limit_cells(limit: Limit) -> list[str]:
     """One row of the promises: what it is, found, limit, whether it holds."""
-    told = [f"{x:.0f}" if limit.is_count else percent(x) for x in (limit.value, limit.most)]
+    told = [f"{x:.0f}" if limit.is_count else units.percent(x, 1) for x in (limit.value, limit.most)]
     return [limit.name, *told, "ok" if limit.holds else "exceeded"]
-
-
-def percent(share: float, digits: int = 1) -> str:
-    """A share as text; nothing for one that no cell tells."""
-    return "" if share != share else f"{100 * share:.{digits}f} %"
 
 
 def signed(share: float, digits: int = 1) -> str:

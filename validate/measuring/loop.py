@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 from perfmodel import methods, optimizers
 from perfmodel.architectures import from_config
 
-from .. import models, references, updates
-from ..trace import TORCH_DTYPES
+from ..programs import models, references, updates
+from ..programs.dtypes import TORCH_DTYPES
 from .cells import Cell
 from .team import Team, wrap
 

@@ -13,9 +13,8 @@ from perfmodel import architectures, methods
 from perfmodel.devices import own
 from perfmodel.errors import UserError
 
-from ..checking.machine import CALIBRATED
-from ..references import apply_any, check_program
-from ..updates import make_optimizer
+from ..programs.references import apply_any, check_program
+from ..programs.updates import make_optimizer
 from . import allocator, cells, environment, isolate, records
 from .cells import Cell, Grid
 from .team import Team
@@ -149,7 +148,7 @@ def _load_modules(cells: list[Cell]) -> None:
     """Import in this process whatever the cells' programs import on the way, so that no forked visit does it again."""
     from torch.profiler import profile as profiler
 
-    from ..models import build
+    from ..programs.models import build
 
     for cell in {(c.config.name, c.method): c for c in cells}.values():
         architecture = architectures.from_config(cell.config)
@@ -169,7 +168,7 @@ def _environment(plan: Plan, output: Path, before: list[dict[str, Any]]) -> str:
     name = environment.identity(found)
     if not any(r.get("kind") == "environment" and r["id"] == name for r in before):
         head = {"kind": "environment", "id": name, "grid": plan.grid.name, "seed": plan.seed, "started": time.time()}
-        if own.find(CALIBRATED):
-            found["calibration"] = CALIBRATED
+        if own.find(own.CALIBRATED):
+            found["calibration"] = own.CALIBRATED
         records.append(output, {**head, **found})
     return name

@@ -11,7 +11,7 @@ import torch
 
 from perfmodel.step import PHASES
 
-from ..trace import Recorder
+from ..tracing.trace import Recorder
 from . import profile
 from .cells import Cell
 from .clocks import Clock, clock_for

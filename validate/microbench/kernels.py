@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._pytree import tree_leaves
 
-from ..trace import TORCH_DTYPES
+from ..programs.dtypes import TORCH_DTYPES
 from .designs import Case
 
 aten = torch.ops.aten

@@ -9,6 +9,7 @@ from perfmodel.errors import UserError, nearest
 from perfmodel.setup import Setup
 
 from . import causal, masked, seq2seq, vision
+from .dtypes import TORCH_DTYPES
 from .family import Family
 
 # A type that several auto classes know belongs to the first of these: what it was pretrained for.
@@ -89,8 +90,6 @@ def build(config: Config, setup: Setup, *, device: str = "meta") -> Any:
         UserError: transformers cannot build it.
     """
     import transformers
-
-    from ..trace import TORCH_DTYPES
 
     _, name = family_of(config)
     found = config_of(config)

@@ -20,13 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdp
 
 from perfmodel.setup import Setup
 
-from . import updates
+from ..programs import updates
+from ..programs.dtypes import DTYPES, TORCH_DTYPES
 
-DTYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.complex64: "c64", torch.int64: "i64",
-    torch.int32: "i32", torch.uint8: "u8", torch.bool: "bool",
-}  # fmt: skip
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 aten = torch.ops.aten
 
 NAMESPACES = {"aten", "flash_attn", "bitsandbytes", "liger", "lorafusion", "unsloth"}  # of the calls that are recorded

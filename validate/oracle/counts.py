@@ -14,8 +14,8 @@ from perfmodel.architectures import Config, from_config, load
 from perfmodel.setup import Setup
 from perfmodel.step import PHASES, Step, build
 
-from . import models, updates
-from .trace import Signature, Trace, signature, trace_step
+from ..programs import models, updates
+from ..tracing.trace import Signature, Trace, signature, trace_step
 
 MIRRORED = {"transformers": "5.24", "peft": "0.21"}  # the minor versions whose programs the tape mirrors
 

@@ -29,8 +29,8 @@ from perfmodel.methods.trainable_tokens import TrainableTokens
 from perfmodel.methods.vera import Vera
 from perfmodel.methods.virtual import VirtualTokens
 
-from .programs import build
-from .trace import TORCH_DTYPES
+from . import build
+from .dtypes import TORCH_DTYPES
 from .tuners_of_peft import CONFIGS
 
 NORMS = {

@@ -21,7 +21,7 @@ from perfmodel.predict import Prediction, of_step
 from perfmodel.resources import DATA, read_rows
 from perfmodel.setup import Setup
 
-from . import traced
+from ..tracing import traced
 
 TABLE = DATA / "published" / "peft_tuners.csv"
 MEAN_LIMIT = 0.12  # mean |relative error| of the step time

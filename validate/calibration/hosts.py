@@ -31,10 +31,10 @@ from perfmodel.resources import write_text
 from perfmodel.setup import Setup
 from perfmodel.step import PHASES, Step, build
 
-from . import models
-from .counts import NO_DROPOUT, SMALL
-from .measuring.environment import cpu_name
-from .updates import make_optimizer
+from ..measuring.environment import cpu_name
+from ..oracle.counts import NO_DROPOUT, SMALL
+from ..programs import models
+from ..programs.updates import make_optimizer
 
 LAYERS = 8
 KEPT = ("launch_call", "launch", "graph_launch", "compiled_kernel", "compiled_graph", "guard")  # not measured here

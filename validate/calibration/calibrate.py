@@ -20,13 +20,13 @@ from perfmodel.devices.profile import DeviceProfile
 from perfmodel.errors import UserError
 from perfmodel.resources import write_text
 
+from ..fitting import cpu as cpu_fit
+from ..fitting import cuda as cuda_fit
+from ..fitting.common import Fit
+from ..fitting.write import block_text
+from ..measuring import allocator, environment, records
+from ..microbench import designs, run, stopwatch
 from . import hosts
-from .fitting import cpu as cpu_fit
-from .fitting import cuda as cuda_fit
-from .fitting.common import Fit
-from .fitting.write import block_text
-from .measuring import allocator, environment, records
-from .microbench import designs, run, stopwatch
 
 Progress = Callable[[float, str], None]  # share done, what comes next
 Record = dict[str, Any]
@@ -182,7 +182,7 @@ def _rate(r: cpu_fit.Row) -> float:
 
 def _bandwidth(r: cpu_fit.Row) -> float:
     """Bytes read and written a second, of a call that is too big for a core's cache."""
-    from .fitting.cpu_ops import op
+    from ..fitting.cpu_ops import op
 
     call = op(r.case["op"], r.case["dtype"], r.sizes["rows"], r.sizes["columns"])
     moved = float(call.bytes_read + call.bytes_written)

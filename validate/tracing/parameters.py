@@ -8,7 +8,7 @@ import torch
 
 from perfmodel.tape.core import Parameter
 
-from .trace import DTYPES
+from ..programs.dtypes import DTYPES
 
 _WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer(?=\.)|\.default(\.weight)?$")
 

@@ -1,10 +1,11 @@
 """`perfmodel validate engine`: measure what DeepSpeed's Python costs beside the model's, and write data/engines/*.toml.
 
 Tiny Llamas (width 64, 4 tokens) are trained on one thread of this CPU, with and without DeepSpeed's ZeRO-3; a process
-of one rank (gloo) runs all its hooks. What a step takes longer with it, less the ATen calls that the tape records for
-it, is laid on modules, gradients and parameters by non-negative least squares. Only what further layers add counts, so
-that nothing of a step as a whole gets in. The costs are given in modules of the host: the same models without DeepSpeed
-say how this machine's host compares with the default one.
+of one rank (gloo) runs all its hooks. Both run in turns, so that what else the machine does slows both. What a step
+takes longer with it, less the ATen calls that the tape records for it, is laid on modules, gradients and parameters by
+non-negative least squares. Only what further layers add counts, so that nothing of a step as a whole gets in. The costs
+are given in modules of the host: the same models without DeepSpeed say how this machine's host compares with the
+default one.
 """
 
 import os
@@ -30,16 +31,16 @@ from perfmodel.resources import DATA, write_text
 from perfmodel.setup import Setup
 from perfmodel.step import PHASES, Step, build
 
-from . import models
-from .counts import SMALL
-from .measuring.environment import cpu_name
+from ..measuring.environment import cpu_name
+from ..oracle.counts import SMALL
+from ..programs import models
 
 ENGINE = "deepspeed-zero3"
 OUTPUT = DATA / "engines" / f"{ENGINE}.toml"
 LAYERS = (4, 8)
-METHODS = ("full", "lora:r=4,targets=all-linear,adapter_dtype=bf16", "lora:r=4,adapter_dtype=bf16")
+METHODS = ("full", "lora:r=4,targets=all-linear", "lora:r=4")
 CHECKPOINTS = ("none", "block-reentrant")
-MICRO_BATCHES = 4
+MICRO_BATCHES = 2
 WARM_UP, STEPS = 2, 6  # DeepSpeed traces the order of modules in its first steps
 WIDTH = SMALL["llama"]["hidden_size"]
 # What transformers makes of "auto" (integrations/deepspeed.py), and DeepSpeed's defaults; the optimizer is PyTorch's,
@@ -48,7 +49,6 @@ CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 1,
     "gradient_accumulation_steps": MICRO_BATCHES,
     "gradient_clipping": 1.0,
-    "bf16": {"enabled": True},
     "zero_allow_untested_optimizer": True,
     "zero_optimization": {
         "stage": 3,
@@ -81,6 +81,33 @@ class Row:
     expected: float
     recorded: float
     units: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Running:
+    """A model to train: how it runs, how it runs back, and what follows a micro-batch, the last of a step or not."""
+
+    model: Any
+    backward: Callable[[Any], None]
+    update: Callable[[bool], None]
+
+    def step(self) -> Iterator[tuple[str, float]]:
+        """One optimizer step: CPU seconds by phase."""
+        ids = torch.zeros(1, 4, dtype=torch.long)
+        clock = time.thread_time  # the machine's other work does not count
+        for micro in range(MICRO_BATCHES):
+            last = micro == MICRO_BATCHES - 1
+            begin = clock()
+            loss = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+            forward = clock()
+            self.backward(loss)
+            back = clock()
+            self.update(last)
+            end = clock()
+            yield "forward", forward - begin
+            yield "backward", back - forward
+            if last:
+                yield "optimizer", end - back
 
 
 def start() -> Any:
@@ -136,16 +163,17 @@ def _at_depth(deepspeed: Any, method_text: str, checkpoint: str, layers: int) ->
     config = Config({**SMALL["llama"], "num_hidden_layers": layers}, "llama", "llama")
     architecture = from_config(config)
     method = methods.parse(method_text).bind(architecture)
-    setup = Setup(batch=1, seq=4, dtype="bf16", checkpoint=checkpoint, optimizer="adamw-fused")
+    setup = Setup(batch=1, seq=4, dtype="fp32", checkpoint=checkpoint, optimizer="adamw-fused")
     steps = [build(architecture, method, replace(setup, engine=name), "cpu") for name in ("torch", ENGINE)]
-    times = []
+    running = []
     for wrap in (_plain, lambda model: _engine(deepspeed, model)):
-        model = models.apply(models.build(config, setup, device="cpu"), method, architecture).bfloat16()
+        model = models.apply(models.build(config, setup, device="cpu"), method, architecture)
         model.train()
         if checkpoint != "none":
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-        times.append(_time(*wrap(model)))
+        running.append(wrap(model))
+    times = _in_turns(running)
     by = hosts.load()
     expected, recorded = (_dispatched(step, by) for step in steps)
     return [
@@ -180,7 +208,7 @@ def _trained(model: Any) -> list[torch.nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def _plain(model: Any) -> tuple[Any, Callable[[Any], None], Callable[[bool], None]]:
+def _plain(model: Any) -> Running:
     trained = _trained(model)
     optimizer = torch.optim.AdamW(trained, fused=True)
 
@@ -190,34 +218,24 @@ def _plain(model: Any) -> tuple[Any, Callable[[Any], None], Callable[[bool], Non
             optimizer.step()
             optimizer.zero_grad()
 
-    return model, lambda loss: loss.backward(), update
+    return Running(model, lambda loss: loss.backward(), update)
 
 
-def _engine(deepspeed: Any, model: Any) -> tuple[Any, Callable[[Any], None], Callable[[bool], None]]:
+def _engine(deepspeed: Any, model: Any) -> Running:
     optimizer = torch.optim.AdamW(_trained(model), fused=True)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=CONFIG)[0]
-    return engine, engine.backward, lambda last: engine.step()
+    return Running(engine, engine.backward, lambda last: engine.step())
 
 
-def _time(model: Any, backward: Callable[[Any], None], update: Callable[[bool], None]) -> Seconds:
-    """Lower quartile of the CPU seconds of forward and backward of a micro-batch, and of an update."""
-    ids = torch.zeros(1, 4, dtype=torch.long)
-    clock = time.thread_time  # the machine's other work does not count
-    taken: dict[str, list[float]] = {phase: [] for phase in PHASES}
+def _in_turns(programs: list[Running]) -> list[Seconds]:
+    """Of each program the lower quartile of the CPU seconds of a micro-batch's forward and backward, and of an update."""
+    taken: list[dict[str, list[float]]] = [{phase: [] for phase in PHASES} for _ in programs]
     for step in range(WARM_UP + STEPS):
-        for micro in range(MICRO_BATCHES):
-            begin = clock()
-            loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
-            forward = clock()
-            backward(loss)
-            back = clock()
-            update(micro == MICRO_BATCHES - 1)
-            if step >= WARM_UP:
-                taken["forward"].append(forward - begin)
-                taken["backward"].append(back - forward)
-                if micro == MICRO_BATCHES - 1:
-                    taken["optimizer"].append(clock() - back)
-    return {phase: float(np.quantile(seconds, 0.25)) for phase, seconds in taken.items()}
+        for program, seconds in zip(programs, taken, strict=True):
+            for phase, t in program.step():
+                if step >= WARM_UP:
+                    seconds[phase].append(t)
+    return [{phase: float(np.quantile(t, 0.25)) for phase, t in seconds.items()} for seconds in taken]
 
 
 def slowness(rows: list[Row]) -> float:
@@ -251,7 +269,7 @@ def write(costs: dict[str, float], error: float, rows: list[Row], path: Path = O
         f"error = {error:.3f} # mean |relative error| of the rows",
         f"slowness = {slowness(rows):.3g} # of that host against the default one, without the engine",
         "",
-        f"# seconds that {LAYERS[1] - LAYERS[0]} more layers of a Llama of width {WIDTH} take, without and with the engine",
+        f"# seconds that {LAYERS[1] - LAYERS[0]} more layers of width {WIDTH} take, without and with the engine",
         "[measured]",
         *(f'"{row.name}" = [{row.plain:.3g}, {row.engine:.3g}]' for row in rows),
     ]

@@ -14,11 +14,11 @@ import numpy as np
 from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
 from perfmodel.devices.host import Host
-from perfmodel.predict import Prediction, predict
+from perfmodel.predict import predict
 from perfmodel.resources import DATA, read_rows
 from perfmodel.setup import Setup
 
-from .accuracy import Errors, decided, verdict_right
+from ..accuracy import Errors, Pair, beyond, paired
 
 TABLE = DATA / "published" / "steps.csv"
 
@@ -58,27 +58,30 @@ class Outcome:
     memory_high: float
 
     @property
-    def measured_total(self) -> float:
+    def seconds(self) -> float:
         """Seconds that were measured in all."""
         return sum(self.row.seconds.values())
 
     @property
-    def predicted_total(self) -> float:
+    def predicted_seconds(self) -> float:
         """Predicted seconds of the same phases."""
         return sum(self.predicted.values())
 
     @property
+    def slack(self) -> float:
+        """Half a unit of the figure's last digit, relative."""
+        return self.row.rounding / 2 / self.seconds
+
+    @property
     def error(self) -> float:
         """Signed relative error; a figure's rounding is not held against the model."""
-        difference = self.predicted_total - self.measured_total
-        slack = self.row.rounding / 2
-        return float(np.sign(difference) * max(0.0, abs(difference) - slack) / self.measured_total)
+        return beyond(self.predicted_seconds / self.seconds - 1, self.slack)
 
     @property
     def inside(self) -> bool:
         """Whether the measured figure lies in the predicted interval."""
         slack = self.row.rounding / 2
-        return self.low - slack <= self.measured_total <= self.high + slack
+        return self.low - slack <= self.seconds <= self.high + slack
 
 
 def load(path: Path = TABLE) -> list[Row]:
@@ -97,6 +100,7 @@ def _row(r: dict[str, str]) -> Row:
         grad_accum=int(r["grad_accum"]),
         checkpoint=r["checkpoint"],
         attention=r["attention"],
+        engine=r["engine"],
         clip_grad=r["clip"] == "1",
         padded=r["padded"] == "1",
     )
@@ -153,51 +157,9 @@ def evaluate_all(
     return outcomes
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Full fine-tuning against another method in one setting; ratios are full over other."""
-
-    full: Outcome
-    other: Outcome
-
-    @property
-    def measured(self) -> float:
-        """Measured speed-up."""
-        return self.full.measured_total / self.other.measured_total
-
-    @property
-    def predicted(self) -> float:
-        """Predicted speed-up."""
-        return self.full.predicted_total / self.other.predicted_total
-
-    @property
-    def error(self) -> float:
-        """Relative error of the ratio, the rounding of both figures taken off."""
-        slack = sum(o.row.rounding / 2 / o.measured_total for o in (self.full, self.other))
-        off = self.predicted / self.measured - 1
-        return float(np.sign(off) * max(0.0, abs(off) - slack))
-
-    @property
-    def verdict_right(self) -> bool:
-        """Whether faster, slower or same (within 5 %) comes out as measured."""
-        return verdict_right(self.measured, self.predicted)
-
-    @property
-    def decided(self) -> bool:
-        """Whether the measured difference exceeds 10 %."""
-        return decided(self.measured)
-
-
-def pairs(outcomes: Sequence[Outcome]) -> list[Pair]:
-    """All pairs within a group; of several full rows the group's mean setting is its first."""
-    found = []
-    groups: dict[tuple[str, Any, Any], list[Outcome]] = {}
-    for o in outcomes:
-        groups.setdefault((o.row.group, o.row.setup.batch, o.row.setup.seq), []).append(o)
-    for members in groups.values():
-        full = [o for o in members if o.row.method == "full"]
-        found += [Pair(full[0], o) for o in members if full and o.row.method != "full"]
-    return found
+def pairs(outcomes: Sequence[Outcome]) -> list[Pair[Outcome]]:
+    """Every method with full fine-tuning of its group, batch and length."""
+    return paired(outcomes, lambda o: (o.row.group, o.row.setup.batch, o.row.setup.seq), lambda o: o.row.method)
 
 
 def summary(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
@@ -215,12 +177,9 @@ def summary(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
                 "source": family, "rows": errors.number, "mean": errors.mean, "median": errors.median,
                 "p90": errors.p90, "worst": errors.worst, "pairs": len(ratio),
                 "ratio_mean": Errors.of(p.error for p in ratio).mean if ratio else None,
-                "verdicts": f"{sum(p.verdict_right for p in clear)}/{len(clear)}" if clear else "",
+                "verdicts": f"{sum(p.right for p in clear)}/{len(clear)}" if clear else "",
                 "memory_mean": Errors.of(memory).mean if memory else None,
                 "coverage": float(np.mean([o.inside for o in members])),
             }
         )  # fmt: skip
     return lines
-
-
-__all__ = ["Outcome", "Pair", "Prediction", "Row", "evaluate", "evaluate_all", "load", "pairs", "summary"]

@@ -23,7 +23,7 @@ from perfmodel.methods.paca import Paca
 from perfmodel.setup import Setup
 
 from . import models, updates
-from .trace import TORCH_DTYPES
+from .dtypes import TORCH_DTYPES
 
 
 class PartialLinear(torch.autograd.Function):

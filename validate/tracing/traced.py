@@ -23,16 +23,17 @@ from perfmodel.methods import Method
 from perfmodel.predict import Prediction, of_step
 from perfmodel.setup import Setup
 from perfmodel.step import Group, Step, record_update
-from perfmodel.tape.core import Part, Tape, recording
+from perfmodel.tape.core import Tape, recording
+from perfmodel.tape.op import Part
 
-from . import adapt as adapters
-from . import programs
-from .adapt import Adapt
+from .. import programs
+from ..programs import adapt as adapters
+from ..programs.adapt import Adapt
+from ..programs.choose import reason
+from ..programs.stacks import stacks
 from .calls import Calls, Loss, Place, Program, record
 from .growth import Term, Whole, whole
 from .parameters import parameters_of
-from .programs.choose import reason
-from .stacks import stacks
 from .trace import to_fake
 
 MakeLoss = Callable[[], Loss]  # makes the inputs, under the fake mode, and what runs the forward pass on them

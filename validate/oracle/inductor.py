@@ -5,7 +5,7 @@ tensors of the graph are declared to be CUDA's, and its scheduler decides for Tr
 written, the kernels are read off and the graph is run as it is. Of the CPU remain attention and its copies of grouped
 keys and values, as on the tape of a CPU.
 
-    python -m validate.inductor llama '{"hidden_size": 256, …}' lora batch=2 seq=512
+    python -m validate.oracle.inductor llama '{"hidden_size": 256, …}' lora batch=2 seq=512
 
 prints the counts as JSON. Inductor's modules are changed for good: run it in a process of its own.
 """
@@ -29,7 +29,7 @@ from perfmodel.errors import UserError
 from perfmodel.predict import resolve
 from perfmodel.setup import Setup
 
-from . import models
+from ..programs import models
 
 GPU: dict[str, Any] = {  # an H100, as `torch.cuda.get_device_properties` describes it
     "type": "cuda", "index": 0, "multi_processor_count": 132, "cc": 90, "major": 9, "regs_per_multiprocessor": 65536,

@@ -14,8 +14,8 @@ from perfmodel.errors import UserError
 from perfmodel.predict import Prediction, of_step
 from perfmodel.setup import Setup
 
+from ..programs.dtypes import DTYPES
 from .calls import Loss
-from .trace import DTYPES
 from .traced import TracedMethod, assemble, check_setup, device_of, how, prepare, trace, with_notes
 
 Inputs = Mapping[str, Any] | Sequence[Any] | torch.Tensor

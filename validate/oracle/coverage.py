@@ -19,8 +19,9 @@ from perfmodel.errors import UserError
 from perfmodel.resources import DATA, read_rows
 from perfmodel.setup import Setup
 
-from . import programs, traced
-from .tuners_of_peft import EXAMPLES
+from .. import programs
+from ..programs.tuners_of_peft import EXAMPLES
+from ..tracing import traced
 
 SETUP = Setup(batch=1, seq=64)
 TABLE = DATA / "coverage" / "transformers-5.24.csv"  # of a whole run: every type with the reason why not

@@ -22,10 +22,10 @@ from perfmodel.errors import UserError
 from perfmodel.predict import step_time
 from perfmodel.step import PHASES
 
-from .checking.check import Progress, check
-from .checking.machine import Machine, name_of
-from .checking.outcomes import Outcome, pairs
-from .checking.summary import Line, line
+from ..checking.check import Progress, check
+from ..checking.machine import Machine, name_of
+from ..checking.outcomes import Outcome, pairs
+from ..checking.summary import Line, line
 
 FACTORS = {  # factor -> the host's costs that it scales: as many as the phases of a step can tell apart
     "forward": ("call", "view", "module", "adapter", "checkpoint"),

@@ -17,9 +17,9 @@ from perfmodel.devices.pointwise import PointwiseParameters
 from perfmodel.devices.profile import BLOCKS, CLASSES, DEVICES
 from perfmodel.errors import UserError, nearest
 
-from .fitting import attention, gemm, layouts, pointwise, sgemm
-from .fitting.common import Errors, Fit, hardware
-from .fitting.write import write_blocks
+from . import attention, gemm, layouts, pointwise, sgemm
+from .common import Errors, Fit, hardware
+from .write import write_blocks
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what comes next or was done
 Row = dict[str, str | int | float]

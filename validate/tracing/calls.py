@@ -10,10 +10,11 @@ from unittest.mock import patch
 import torch
 
 from perfmodel.setup import Setup
-from perfmodel.tape.core import Op, Spec
+from perfmodel.tape.op import Op, Spec
 
+from ..programs.dtypes import DTYPES, TORCH_DTYPES
 from .cuda_forms import cuda_forms
-from .trace import DTYPES, TORCH_DTYPES, Recorder, call_name, eager_program, graph_nodes
+from .trace import Recorder, call_name, eager_program, graph_nodes
 
 MODULES_OF_A_BLOCK = 4  # as `perfmodel.architectures.base` counts them
 Place = tuple[int, str]  # micro-batch (0 the first, 1 a further one) and phase

@@ -13,8 +13,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from ..programs.stacks import Stack
 from .calls import Calls, Key
-from .stacks import Stack
 
 Record = Callable[[bool], Calls]  # of whether the program ran before
 Kept = dict[str, list[int]]  # blocks by the path of their stack

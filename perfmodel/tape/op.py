@@ -1,0 +1,132 @@
+"""What a step is made of: an op, the tensors it sees, and the parts that ops run in. No tensor, no tape."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .dims import Dim, Shape, product
+from .dtypes import ITEMSIZE
+
+INNER = 4  # modules inside a layer of PEFT's LoRA: base layer, dropout, A and B
+
+
+class Spec(NamedTuple):
+    """What an op sees of a tensor. In lists of parameters, `copies` > 1 stands for the like of identical layers."""
+
+    dtype: str
+    shape: Shape
+    copies: int = 1
+
+    @property
+    def numel(self) -> Dim:
+        """Elements of one copy."""
+        return product(self.shape)
+
+    @property
+    def nbytes(self) -> Dim:
+        """Bytes of all copies."""
+        return self.numel * ITEMSIZE[self.dtype] * self.copies
+
+
+class Use(NamedTuple):
+    """How an op uses a block of memory: which one, and through which view."""
+
+    storage: int
+    nbytes: Dim
+    shape: Shape
+    strides: Shape
+
+
+class Op:
+    """One ATen call: the narrow waist between what produces ops (tape, trace) and what counts and prices them.
+
+    `bytes_read` counts each distinct input once, `bytes_written` each output once. `view` calls move no data.
+    `owner` is what asked for the op: the "base" model, its "attention", an "adapter", the "dequantisation" of weights
+    or the "accumulation" of gradients; backward follows its forward.
+    `recompute` marks what a checkpoint runs again.
+    `reads` and `writes` say which memory the op uses, where the tape follows the flow of data (`Tape.flow`).
+    """
+
+    __slots__ = (
+        "attrs", "bytes_read", "bytes_written", "inputs", "name", "outputs", "owner", "reads", "recompute", "view",
+        "writes",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        name: str,
+        inputs: tuple[Spec, ...],
+        outputs: tuple[Spec, ...],
+        bytes_read: Dim,
+        bytes_written: Dim,
+        *,
+        view: bool = False,
+        attrs: tuple[Any, ...] = (),
+        owner: str = "base",
+        recompute: bool = False,
+    ) -> None:
+        self.name = name
+        self.inputs = inputs
+        self.outputs = outputs
+        self.bytes_read = bytes_read
+        self.bytes_written = bytes_written
+        self.view = view
+        self.attrs = attrs
+        self.owner = owner
+        self.recompute = recompute
+        self.reads: tuple[Use, ...] = ()
+        self.writes: tuple[Use, ...] = ()
+
+    def __repr__(self) -> str:
+        def text(specs: tuple[Spec, ...]) -> str:
+            return " ".join(f"{s.dtype}{list(s.shape)}{f'x{s.copies}' if s.copies > 1 else ''}" for s in specs)
+
+        return f"{self.name}({text(self.inputs)}) -> {text(self.outputs)}"
+
+
+@dataclass(eq=False)
+class Part:
+    """Ops that run `repeat` times in a row: a block of layers in forward or backward, the head, the optimizer.
+
+    Host time: `nodes` counts autograd nodes, `modules` and `adapters` the Python calls of layers and of adapters,
+    `checkpoints` the calls of `torch.utils.checkpoint`, `hooks` its Python hooks on saved tensors, `returns` the layers
+    whose backward runs here, `gradients` the hooks on complete gradients (`Tape.on_gradient`).
+    `delta` is the net change of live bytes over one run, `peak` the highest point above its start.
+    `compiled` marks code that a compiler made (no Python between its calls), `captured` code that a CUDA graph runs;
+    `graphs` counts the compiled graphs that are entered here.
+    """
+
+    name: str
+    phase: str
+    repeat: int = 1
+    ops: list[Op] = field(default_factory=list)
+    nodes: int = 0
+    modules: int = 0
+    adapters: int = 0
+    checkpoints: int = 0
+    hooks: int = 0
+    returns: int = 0
+    gradients: int = 0
+    graphs: int = 0
+    compiled: bool = False
+    captured: bool = False
+    delta: Dim = 0
+    peak: Dim = 0
+
+    @property
+    def calls(self) -> int:
+        """Calls of `nn.Module`s, those inside PEFT's layers too."""
+        return self.modules + INNER * self.adapters
+
+    def allocate(self, nbytes: Dim) -> None:
+        """Bytes come alive in this part."""
+        self.delta = self.delta + nbytes
+        if isinstance(self.delta, np.ndarray) or isinstance(self.peak, np.ndarray):
+            self.peak = np.maximum(self.peak, self.delta)
+        elif self.delta > self.peak:
+            self.peak = self.delta
+
+    def free(self, nbytes: Dim) -> None:
+        """Bytes die in this part."""
+        self.delta = self.delta - nbytes

@@ -1,0 +1,1 @@
+"""Profiles of the machine at hand: `perfmodel calibrate`, `validate host`, `validate fit --records`."""

@@ -1,0 +1,38 @@
+"""What `perfmodel validate fit --kernels` prints."""
+
+import json
+from typing import Any
+
+from perfmodel.report import units
+from perfmodel.report.progress import progress
+from perfmodel.report.terminal import console, table
+
+
+def show_fit(folder: Any, *, leave_one_device_out: bool, write: bool, as_json: bool) -> None:
+    """Fit device profiles and print the errors on left-out rows, a plain roofline beside them."""
+    from . import fit as module
+
+    with progress() as bar:
+        task = bar.add_task("reading", total=None)
+
+        def tick(done: int, total: int, label: str) -> None:
+            bar.update(task, completed=done, total=total, description=label[:40])
+
+        if leave_one_device_out:
+            rows = module.leave_one_device_out(folder, tick)
+        else:
+            rows = module.fit_kernels(folder, progress=tick, write=write)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    cells = (
+        [r["block"], r["device"], r["slice"], r["rows"],
+         *(units.percent(_number(r.get(k)), 1) for k in ("mean", "median", "p90", "roofline_mean"))]
+        for r in rows
+    )  # fmt: skip
+    columns = ("block", "device", "rows of", "rows", "mean", "median", "p90", "plain roofline")
+    console.print(table("|relative error| on rows that the fit did not see", columns, cells, left=3))
+
+
+def _number(value: Any) -> float | None:
+    return None if value in (None, "") else float(value)

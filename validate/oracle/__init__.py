@@ -1,0 +1,1 @@
+"""What the model must reproduce: `perfmodel validate counts`, `coverage`, and Inductor for `torch.compile`."""

@@ -1,0 +1,72 @@
+"""What `perfmodel validate counts` prints."""
+
+import json
+import warnings
+from collections import Counter
+from typing import Any
+
+from perfmodel.report import units
+from perfmodel.report.progress import progress
+from perfmodel.report.terminal import console, table
+
+
+def show_counts(module: Any, grid: str, *, cuda_forward: bool, as_json: bool) -> bool:
+    """Run the comparison over a grid and print it; returns whether anything differs."""
+    warnings.filterwarnings("ignore")
+    for text in module.other_versions():
+        console.print(f"[yellow]installed: {text}: differences may be theirs[/]")
+    cases = list(module.cuda_forward_grid() if cuda_forward else module.grid(grid))
+    results = []
+    with progress() as bar:
+        task = bar.add_task("tracing", total=len(cases))
+        for case in cases:
+            bar.update(task, description=f"{case.config.name} {case.method}")
+            results.append(module.compare(case, cuda_forward=cuda_forward))
+            bar.advance(task)
+    if as_json:
+        print(json.dumps([_row(r) for r in results], indent=1))
+        return any(r.differences for r in results)
+    _summary(results)
+    bad = [r for r in results if r.differences]
+    for r in bad[:20]:
+        console.print(f"\n[red]{r.case.config.name} {r.case.method}[/] {_changed(r)}")
+        for line in r.differences[:8]:
+            console.print(f"  {line}", markup=False, soft_wrap=True)
+    console.print(
+        f"\n{len(results)} cases, {sum(r.calls for r in results):,} ATen calls compared, "
+        f"{'[red]' if bad else '[green]'}{len(bad)} cases differ[/]"
+    )
+    return bool(bad)
+
+
+def _changed(result: Any) -> str:
+    from perfmodel.setup import Setup
+
+    usual = Setup().as_dict()
+    return ", ".join(f"{k}={v}" for k, v in result.case.setup.as_dict().items() if v != usual[k])
+
+
+def _row(r: Any) -> dict[str, Any]:
+    return {
+        "model": r.case.config.name, "method": r.case.method, "setup": r.case.setup.as_dict(), "calls": r.calls,
+        "flops": r.flops, "bytes": r.bytes, "peak_ratio": r.peak_ratio, "differences": r.differences,
+    }  # fmt: skip
+
+
+def _summary(results: list[Any]) -> None:
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for r in results:
+        groups.setdefault((r.case.config.name, r.case.method), []).append(r)
+    rows = []
+    for (name, method), members in groups.items():
+        setups = Counter(_changed(r) for r in members)
+        rows.append(
+            [
+                name, method, _changed(members[0]) if len(members) == 1 else f"{len(setups)} setups",
+                f"{sum(r.calls for r in members):,}", units.count(sum(r.flops for r in members)),
+                units.nbytes(sum(r.bytes for r in members)),
+                f"{max(abs(r.peak_ratio - 1) for r in members) * 100:.2f} %", sum(len(r.differences) for r in members),
+            ]
+        )  # fmt: skip
+    columns = ("model", "method", "setup", "ATen calls", "FLOPs", "bytes", "peak off by", "differences")
+    console.print(table("", columns, rows, left=3))

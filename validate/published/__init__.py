@@ -1,0 +1,1 @@
+"""Predictions against what others measured: `perfmodel validate published`, `tuners`, `layers`."""

@@ -1,0 +1,60 @@
+"""What `perfmodel validate tuners` prints."""
+
+import json
+import warnings
+from typing import Any
+
+from perfmodel.report import units
+from perfmodel.report.progress import progress
+from perfmodel.report.terminal import console, table
+
+from .reasons import FAR, reason, reasons
+
+
+def show_tuners(module: Any, *, host: str, all_rows: bool, as_json: bool) -> bool:
+    """Trace every tuner of PEFT's benchmark; print errors and rank correlation; returns whether the limits hold."""
+    warnings.filterwarnings("ignore")
+    rows = module.load()
+    with progress() as bar:
+        task = bar.add_task("tracing", total=len(rows))
+        outcomes = module.evaluate_all(rows, lambda name: bar.update(task, advance=1, description=name[:40]), host)
+    total = module.summary(outcomes)
+    if as_json:
+        figures = {k: v for k, v in vars(total).items() if k != "worst"}
+        known = {"summary": {**figures, "holds": total.holds}, "rows": [_tuner_row(o) for o in outcomes]}
+        print(json.dumps(known, indent=1))
+    else:
+        _print_tuners(module, outcomes, total, all_rows=all_rows)
+    return bool(total.holds)
+
+
+def _print_tuners(module: Any, outcomes: list[Any], total: Any, *, all_rows: bool) -> None:
+    traced = [o for o in outcomes if o.prediction]
+    cells = (
+        [o.row.id, units.seconds(o.row.seconds), units.seconds(o.predicted), f"{100 * o.error:+.1f} %"]
+        for o in (traced if all_rows else total.worst)
+    )
+    title = "every configuration" if all_rows else "the worst configurations"
+    console.print(table(title, ("", "measured", "predicted", "error"), cells))
+    for o in sorted(traced, key=lambda o: -abs(o.error)):
+        if o in total.worst or abs(o.error) > FAR:
+            why = reason("peft_tuners", o.row.id)
+            console.print(f"{o.row.id}, {100 * o.error:+.0f} %: {why}", markup=False, soft_wrap=True)
+    for o in outcomes:
+        if o.prediction is None:
+            console.print(f"not traced: {o.row.id}: {o.reason}", markup=False, soft_wrap=True)
+    colour = "green" if total.holds else "red"
+    console.print(
+        f"\n{total.rows} configurations of {total.tuners} tuners: step time off by "
+        f"[{colour}]{units.percent(total.mean, 1)}[/] in the mean (limit {units.percent(module.MEAN_LIMIT, 1)}), "
+        f"median {units.percent(total.median, 1)}, p90 {units.percent(total.p90, 1)}; Spearman rank correlation "
+        f"[{colour}]{total.spearman:.2f}[/] (limit {module.RANK_LIMIT:g})"
+    )
+
+
+def _tuner_row(o: Any) -> dict[str, Any]:
+    known = {"id": o.row.id, "tuner": o.row.tuner, "measured_s": o.row.seconds, "source": o.row.source}
+    if o.prediction is None:
+        return {**known, "reason": o.reason}
+    why = reasons("peft_tuners").get(o.row.id)
+    return {**known, "predicted_s": o.predicted, "error": o.error, **({"reason": why} if why else {})}
