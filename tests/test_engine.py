@@ -48,7 +48,7 @@ def test_what_deepspeed_adds_is_what_its_program_does() -> None:
 
 
 def test_memory_is_sixteen_bytes_a_parameter_and_six_while_it_steps() -> None:
-    """Weights and gradients in 16 bits, master and two moments in fp32; the sub-group's gradient flattened, and in fp32."""
+    """Weights, gradients in 16 bits, master and two moments in fp32; the sub-group's gradient flat, and in fp32."""
     p = step(seq=16, checkpoint="block", engine=ZERO3)
     assert p.memory.peak / p.total_params == pytest.approx(16 + 2 + 4, rel=0.01)
     assert p.memory.weights + p.memory.gradients == 4 * p.total_params

@@ -1,10 +1,10 @@
 """Qwen-1.8B on an A100: LoRA is faster at 256 tokens and slower at 4096 and 8192.
 
 https://github.com/QwenLM/Qwen/blob/2df8e8ac45/README.md#profiling-of-memory-and-speed: one A100-SXM4-80GB, batch 1,
-eight micro-batches a step, flash-attn 2, seconds a step to 0.1 s. What the scripts set (finetune/, at commit 69a7eebbf5):
-finetune_ds.sh runs full fine-tuning through DeepSpeed (ds_config_zero3.json; the README: "we use DeepSpeed ZeRO 3 in this
-script"), finetune_lora_single_gpu.sh runs LoRA without, in bf16 autocast; both checkpoint, reentrantly as PyTorch 2.0
-does by default. LoRA r=64 with dropout 0.05 on all linears, its adapters in bf16 (peft of 2023).
+eight micro-batches a step, flash-attn 2, seconds a step to 0.1 s. What the scripts set (finetune/, at 69a7eebbf5):
+finetune_ds.sh runs full fine-tuning through DeepSpeed (ds_config_zero3.json; the README: "we use DeepSpeed ZeRO 3 in
+this script"), finetune_lora_single_gpu.sh runs LoRA without, in bf16 autocast; both checkpoint, reentrantly as PyTorch
+2.0 does by default. LoRA r=64 with dropout 0.05 on all linears, its adapters in bf16 (peft of 2023).
 """
 
 from functools import cache
@@ -42,7 +42,8 @@ def test_the_verdict_flips_with_the_length(seq: int) -> None:
 @pytest.mark.parametrize("seq", MEASURED)
 def test_both_times_are_near_what_was_measured(seq: int) -> None:
     """Two errors of the same sign could hide in a ratio: within 25 % each, the rounding taken off."""
-    assert seconds(seq) == pytest.approx(MEASURED[seq], rel=0.25, abs=0.05)
+    for predicted, measured in zip(seconds(seq), MEASURED[seq], strict=True):
+        assert abs(predicted - measured) - 0.05 <= 0.25 * measured
 
 
 def test_the_cause_is_the_engine_at_short_and_the_adapters_at_long_sequences() -> None:

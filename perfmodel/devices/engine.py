@@ -1,8 +1,8 @@
 """What a training engine's Python costs the host, beside what its model costs.
 
-An engine runs its own code around every module and on every gradient: `data/engines/NAME.toml` has it in modules of the
-host, the cost of one `nn.Module` call, so that it follows the host that is predicted for. `perfmodel validate engine`
-measures it.
+An engine runs its own code around every module, for each of its parameters, and on every gradient:
+`data/engines/NAME.toml` has its cost in modules of the host (one `nn.Module` call), so that it follows the host that is
+predicted for. `perfmodel validate engine` measures it.
 """
 
 from dataclasses import replace

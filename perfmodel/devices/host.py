@@ -43,8 +43,9 @@ class Host:
         compiled_kernel: a Triton kernel's call in the code that Inductor writes, without the driver's launch.
         compiled_graph: entering a compiled graph: wrappers of Dynamo, AOTAutograd and Inductor.
         guard: what Dynamo asks about one module before it reuses its code.
-        fetch: an engine's hooks around the forward of one module (`perfmodel.devices.engine`); release: around its
-            backward; reduce: its hook on one complete gradient; settle: its work on one parameter in the update.
+        fetch: what an engine's hooks around a module's forward do with one of its parameters
+            (`perfmodel.devices.engine`); release: those around its backward; reduce: its hook on one complete gradient;
+            settle: its work on one trained parameter in the update.
     """
 
     name: str
@@ -93,7 +94,7 @@ class Host:
             seconds = [view if op.view else call for op in part.ops]
             python = self.module * part.modules + self.adapter * part.adapters + self.node * part.nodes
             python += self.checkpoint * part.checkpoints + self.hook * part.hooks
-            python += self.fetch * part.calls + self.release * part.returns + self.reduce * part.gradients
+            python += self.fetch * part.weights + self.release * part.returns + self.reduce * part.gradients
         launches = np.array([0 if op.view or "host" in op.attrs else 1 for op in part.ops])
         return np.array(seconds) + launch * launches + python / max(1, len(seconds))
 

@@ -152,7 +152,7 @@ class Tape:
             return
         twin = self.twins.get(id(part))
         if twin is None:
-            twin = Part(part.name, "backward", part.repeat, returns=part.calls)
+            twin = Part(part.name, "backward", part.repeat, returns=part.weights)
             self.twins[id(part)] = twin
             self.parts.append(twin)
             if self.flow is not None:

@@ -8,8 +8,6 @@ import numpy as np
 from .dims import Dim, Shape, product
 from .dtypes import ITEMSIZE
 
-INNER = 4  # modules inside a layer of PEFT's LoRA: base layer, dropout, A and B
-
 
 class Spec(NamedTuple):
     """What an op sees of a tensor. In lists of parameters, `copies` > 1 stands for the like of identical layers."""
@@ -90,8 +88,9 @@ class Part:
     """Ops that run `repeat` times in a row: a block of layers in forward or backward, the head, the optimizer.
 
     Host time: `nodes` counts autograd nodes, `modules` and `adapters` the Python calls of layers and of adapters,
-    `checkpoints` the calls of `torch.utils.checkpoint`, `hooks` its Python hooks on saved tensors, `returns` the layers
-    whose backward runs here, `gradients` the hooks on complete gradients (`Tape.on_gradient`).
+    `checkpoints` the calls of `torch.utils.checkpoint`, `hooks` its Python hooks on saved tensors, `weights` the
+    parameters of the modules that run, `returns` those of the modules whose backward runs here, `gradients` the hooks
+    on complete gradients (`Tape.on_gradient`).
     `delta` is the net change of live bytes over one run, `peak` the highest point above its start.
     `compiled` marks code that a compiler made (no Python between its calls), `captured` code that a CUDA graph runs;
     `graphs` counts the compiled graphs that are entered here.
@@ -106,6 +105,7 @@ class Part:
     adapters: int = 0
     checkpoints: int = 0
     hooks: int = 0
+    weights: int = 0
     returns: int = 0
     gradients: int = 0
     graphs: int = 0
@@ -113,11 +113,6 @@ class Part:
     captured: bool = False
     delta: Dim = 0
     peak: Dim = 0
-
-    @property
-    def calls(self) -> int:
-        """Calls of `nn.Module`s, those inside PEFT's layers too."""
-        return self.modules + INNER * self.adapters
 
     def allocate(self, nbytes: Dim) -> None:
         """Bytes come alive in this part."""

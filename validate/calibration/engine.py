@@ -2,7 +2,7 @@
 
 Tiny Llamas (width 64, 4 tokens) are trained on one thread of this CPU, with and without DeepSpeed's ZeRO-3; a process
 of one rank (gloo) runs all its hooks. Both run in turns, so that what else the machine does slows both. What a step
-takes longer with it, less the ATen calls that the tape records for it, is laid on modules, gradients and parameters by
+takes longer with it, less the ATen calls that the tape records for it, is laid on parameters and gradients by
 non-negative least squares. Only what further layers add counts, so that nothing of a step as a whole gets in. The costs
 are given in modules of the host: the same models without DeepSpeed say how this machine's host compares with the
 default one.
@@ -72,7 +72,7 @@ class Row:
     Attributes:
         plain, engine: measured seconds without and with the engine.
         expected, recorded: the same as the default host dispatches the ops that the tape records.
-        units: how many modules go forward and backward, gradients and parameters there are (`COSTS`).
+        units: parameters that go forward and backward, gradients, and parameters that are updated (`COSTS`).
     """
 
     name: str
@@ -183,12 +183,12 @@ def _at_depth(deepspeed: Any, method_text: str, checkpoint: str, layers: int) ->
 
 
 def units(step: Step, phase: str) -> tuple[float, ...]:
-    """Modules forward, modules backward, gradients and parameters of one phase, as `COSTS` names them."""
+    """Of one phase, parameters that go forward and backward, gradients and updates, as `COSTS` names them."""
     parts = [(part, times) for part, times in step.parts() if part.phase == phase]
     gradients = float(sum(times * part.gradients for part, times in parts))
     updates = phase == "optimizer"
     return (
-        float(sum(times * part.calls for part, times in parts)),
+        float(sum(times * part.weights for part, times in parts)),
         float(sum(times * part.returns for part, times in parts)),
         0.0 if updates else gradients,
         gradients if updates else 0.0,
@@ -228,7 +228,7 @@ def _engine(deepspeed: Any, model: Any) -> Running:
 
 
 def _in_turns(programs: list[Running]) -> list[Seconds]:
-    """Of each program the lower quartile of the CPU seconds of a micro-batch's forward and backward, and of an update."""
+    """Of each program the lower quartile of CPU seconds: a micro-batch's forward and backward, and the update."""
     taken: list[dict[str, list[float]]] = [{phase: [] for phase in PHASES} for _ in programs]
     for step in range(WARM_UP + STEPS):
         for program, seconds in zip(programs, taken, strict=True):
@@ -239,14 +239,15 @@ def _in_turns(programs: list[Running]) -> list[Seconds]:
 
 
 def slowness(rows: list[Row]) -> float:
-    """How many times as long this machine's host takes as the default one, without the engine."""
-    return sum(row.plain for row in rows) / sum(row.expected for row in rows)
+    """How many times as long this machine's host takes as the default one, forward and back, without the engine."""
+    dispatched = [row for row in rows if not row.name.endswith("optimizer")]  # an update on a CPU is one kernel
+    return sum(row.plain for row in dispatched) / sum(row.expected for row in dispatched)
 
 
 def fit(rows: list[Row]) -> tuple[dict[str, float], float]:
     """Each cost in modules of the host, and the mean |relative error| of the seconds with the engine."""
     scale = slowness(rows)
-    beside = np.array([row.engine - scale * row.recorded for row in rows])
+    beside = np.array([row.engine - row.plain - scale * (row.recorded - row.expected) for row in rows])
     work = np.array([row.units for row in rows]) * scale * hosts.load().module
     weights = 1 / np.array([row.engine for row in rows])
     found = nnls(work * weights[:, None], np.maximum(beside, 0.0) * weights)[0]
