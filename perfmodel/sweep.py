@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from . import intervals, methods
-from .compare import SAME
 from .devices import host as hosts
 from .devices import profile
 from .devices.host import Host
@@ -20,6 +19,7 @@ from .errors import UserError
 from .methods import Method
 from .predict import Model, Prediction, Time, architecture_of, predict, with_options
 from .setup import Setup, positive
+from .speedup import SAME
 
 Columns = dict[str, np.ndarray]
 BLOCK = 16_384  # rows that are predicted together

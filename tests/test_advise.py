@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from perfmodel import advise, memory, predict
 from perfmodel.cli import main
+from perfmodel.commands.advise import BYTES, NUMBER, Quantity
 from perfmodel.errors import UserError
 
 MODEL, DEVICE = "smollm2-135m", "l40s"
@@ -113,3 +114,9 @@ def test_the_command_answers_in_words_and_in_json() -> None:
     assert answer["best"]["step_s"] <= answer["start"]["step_s"]
     refused = CliRunner().invoke(main, [*command, "--memory", "lots"])
     assert refused.exit_code == 2
+
+
+def test_a_b_is_a_byte_of_memory_and_a_billion_parameters() -> None:
+    """Models are said to have 1.5B parameters, cards 80GB."""
+    assert Quantity(BYTES, "")("80GiB") == 80 * 2**30
+    assert Quantity(NUMBER, "")("1.5B") == 1.5e9

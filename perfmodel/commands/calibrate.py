@@ -20,7 +20,7 @@ QUICK = 20.0  # s
     "--records", type=click.Path(dir_okay=False, path_type=Path), help="Keep the microbenchmarks (JSON lines)."
 )
 def calibrate(device: str, name: str, threads: int | None, seconds: float, quick: bool, records: Path | None) -> None:
-    """Measure this machine's kernels and host costs and write a device NAME.
+    """Measure this machine's kernels and host: --device NAME.
 
     The files go to $PERFMODEL_HOME, or else to the user's folder for configuration (~/.config/perfmodel). A CPU's
     profile holds for training with as many threads, and for a malloc that keeps freed memory (jemalloc, tcmalloc, or

@@ -5,18 +5,11 @@ from typing import Any
 
 import click
 
-from . import names
-from .options import Lists, print_json, setup_of, setup_options
+from .options import Lists, methods_option, print_json, setup_of, setup_options
 
 
 @click.command(cls=Lists)
-@click.option(
-    "--methods",
-    shell_complete=names.methods,
-    multiple=True,
-    default=("full", "lora"),
-    help="Methods, baseline first: full lora:r=16 ...",
-)
+@methods_option
 @setup_options
 def compare(methods: Sequence[str], as_json: bool, **options: Any) -> None:
     """Compare methods in one setup; the first is the baseline."""

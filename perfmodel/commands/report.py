@@ -8,18 +8,11 @@ from typing import Any
 
 import click
 
-from . import names
-from .options import Lists, print_json, setup_of, setup_options
+from .options import Lists, methods_option, print_json, setup_of, setup_options
 
 
 @click.command(cls=Lists)
-@click.option(
-    "--methods",
-    shell_complete=names.methods,
-    multiple=True,
-    default=("full", "lora"),
-    help="Methods, baseline first: full lora:r=16 ...",
-)
+@methods_option
 @click.option(
     "-o",
     "--output",

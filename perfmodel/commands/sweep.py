@@ -7,20 +7,13 @@ from typing import Any
 import click
 
 from ..errors import UserError
-from . import names
-from .options import Axis, Lists, grid_options, print_json, setup_of
+from .options import Axis, Lists, grid_options, methods_option, print_json, setup_of
 
 PRINTED = 100_000  # rows that go to the terminal as JSON; more belong in a file
 
 
 @click.command(cls=Lists)
-@click.option(
-    "--methods",
-    shell_complete=names.methods,
-    multiple=True,
-    default=("full", "lora"),
-    help="Methods, baseline first: full lora:r=16 ...",
-)
+@methods_option
 @click.option("--rank", type=Axis(), default=(), help="Ranks for the methods that have one.")
 @click.option("--k", type=Axis(), default=(), help="Numbers of trained blocks for the methods that have one (top_k).")
 @click.option(
@@ -39,7 +32,7 @@ def sweep(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Predict grids of batch, length, rank, K, devices: where it pays.
+    """Predict grids of batch, length, rank, K and devices.
 
     Axes take a number, a list 1+2+4, a range 128-8192:128 (from-to:step) or a doubling range 1-64*2.
     """

@@ -107,7 +107,7 @@ def tuners(host: str, all_rows: bool, as_json: bool) -> None:
 @validate.command()
 @json_option
 def layers(as_json: bool) -> None:
-    """Compare LoRAFusion's layer times and savings of DRAM traffic (H100) with predictions."""
+    """Compare with LoRAFusion's layer times and DRAM traffic (H100)."""
     from validate.published.show_layers import show_layers
 
     sys.exit(0 if show_layers(as_json=as_json) else 1)
@@ -233,11 +233,16 @@ def measure(
 def check(
     paths: tuple[Path, ...], device: str | None, host: str | None, html: Path | None, plot: Path | None, as_json: bool
 ) -> None:
-    """Compare predictions with RECORDS (of `validate measure`, records.jsonl by default); exit code 1 if a limit is
-    exceeded: ATen calls and kernels exact, step time 15 % in the mean and 10 % in the median, ratio to full
-    fine-tuning 8 %, verdicts right where 10 % decide them, peak memory 5 % in every cell."""
+    """Compare with RECORDS of `validate measure`.
+
+    They are records.jsonl by default. The exit code is 1 if a limit is exceeded: ATen calls and kernels exact, step
+    time 15 % in the mean and 10 % in the median, ratio to full fine-tuning 8 %, verdicts right where 10 % decide them,
+    peak memory 5 % in every cell.
+    """
     from validate.checking.show import show_check
 
+    if not paths and not RECORDS.exists():
+        raise UserError(f"no {RECORDS} here: make it with `perfmodel validate measure`, or name other records")
     chosen = paths or (RECORDS,)
     holds = show_check(chosen, device=device, host=host, html=html, plot=plot, as_json=as_json)
     sys.exit(0 if holds else 1)

@@ -12,8 +12,9 @@ from ..tape.inplace import add_to_output, frobenius_norm
 from ..tape.linalg import matmul
 from ..tape.pointwise import add, cast, dropout, mul, sub
 from ..tape.shape import t
-from .base import Linear, Periodic, method, option, positive
-from .targeted import DEFAULT_TARGETS, Targeted, fraction
+from .base import Linear, Periodic, method, option
+from .checks import fraction, positive
+from .targeted import DEFAULT_TARGETS, Targeted
 
 if TYPE_CHECKING:
     from ..step import Step
@@ -36,21 +37,17 @@ class AdaLora(Targeted):
     backward. A step is one of the budgeting phase (`AdaLoraModel.update_and_allocate`, called after the optimizer).
     """
 
-    r: Any = option(12, "initial rank of every layer (PEFT's init_r)")
+    r: Any = option(12, "initial rank of every layer (PEFT's init_r)", positive)
     alpha: float = option(8.0, "scale numerator; changes no cost")
-    dropout: float = option(0.0, "dropout on the adapter's input")
-    delta_t: int = option(1, "steps between two allocations of ranks; 1, as PEFT's default: part of every step")
+    dropout: float = option(0.0, "dropout on the adapter's input", fraction)
+    delta_t: int = option(
+        1, "steps between two allocations of ranks; 1, as PEFT's default: part of every step", positive
+    )
 
     aliases: ClassVar[dict[str, str]] = {**Targeted.aliases, "init_r": "r", "deltaT": "delta_t"}
     default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
         name: targets for name, targets in {**DEFAULT_TARGETS, "opt": OPT}.items() if name != "mistral"
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "r", positive(f"method {self.name}: r", self.r))
-        fraction(f"method {self.name}: dropout", self.dropout)
-        positive(f"method {self.name}: delta_t", self.delta_t)
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         result = layer(x)

@@ -12,7 +12,8 @@ from ..periodic import fresh_states, layers_alike, trained
 from ..tape.core import Parameter
 from ..tape.pointwise import cast
 from ..tape.shape import clone
-from .base import Method, Periodic, method, option, positive
+from .base import Method, Periodic, method, option
+from .checks import positive
 
 if TYPE_CHECKING:
     from ..step import Step
@@ -35,10 +36,7 @@ class BAdam(Method):
     """
 
     block: int | None = option(None, "the active block, 0 next to the embedding; default the middle one, near the mean")
-    interval: int = option(50, "steps between two switches; changes no cost of a step")
-
-    def __post_init__(self) -> None:
-        positive("method badam: interval", self.interval)
+    interval: int = option(50, "steps between two switches; changes no cost of a step", positive)
 
     def check(self) -> None:
         assert self.architecture is not None

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Hashable
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
 
@@ -11,11 +11,12 @@ from ..errors import UserError, nearest
 from ..optimizers import Update
 from ..periodic import Periodic
 from ..registry import Registry
-from ..setup import ENGINES, one_of, positive
+from ..setup import ENGINES
 from ..tape.core import Parameter, Tensor
 from ..tape.dims import Dim
 from ..tape.linalg import linear
 from ..tape.nn import embedding
+from .checks import choice
 from ..tape.op import Part
 
 if TYPE_CHECKING:
@@ -51,9 +52,14 @@ def registered() -> dict[str, type["Method"]]:
     return _REGISTRY.all()
 
 
-def option(default: Any, help: str) -> Any:
-    """A field of a method with its one-line description."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, check: Callable[[str, Any], Any] | None = None) -> Any:
+    """A field of a method with its one-line description.
+
+    Args:
+        check: gets how an error names the option and a value that is not None; returns the value to keep, or raises
+            `UserError` (`checks.py`).
+    """
+    return field(default=default, metadata={"help": help, "check": check})
 
 
 @dataclass(frozen=True)
@@ -64,9 +70,8 @@ class Method:
     """
 
     architecture: Architecture | None = field(default=None, repr=False, compare=False, kw_only=True)
-    engine: str | None = field(
-        default=None, kw_only=True, metadata={"help": "torch or deepspeed-zero3, for this method; default the setup's"}
-    )
+    _: KW_ONLY
+    engine: str | None = option(None, "torch or deepspeed-zero3, for this method; default the setup's", choice(ENGINES))
 
     name: ClassVar[str]
     source: ClassVar[str]
@@ -74,6 +79,12 @@ class Method:
     what_it_adds: ClassVar[str]
     title: ClassVar[str]
     told_by_where: ClassVar[tuple[str, ...]] = ()  # options that `where` puts into words
+
+    def __post_init__(self) -> None:
+        for f in _options(type(self)):
+            value, check = getattr(self, f.name), f.metadata["check"]
+            if check is not None and value is not None:
+                object.__setattr__(self, f.name, check(f"method {self.name}: {f.name}", value))
 
     @property
     def layers(self) -> int:
@@ -87,8 +98,6 @@ class Method:
         Raises:
             UserError: options that the model cannot satisfy (targets that match nothing, k above its layers, …).
         """
-        if self.engine is not None:
-            one_of(f"method {self.name}: engine", self.engine, ENGINES)
         bound = replace(self, architecture=architecture)
         bound.check()
         return bound
@@ -264,6 +273,8 @@ def parse(text: str) -> Method:
             raise UserError(f"method {name}: unknown option {key!r}: {hint}")
         if not equals or not value:
             raise UserError(f"method {name}: write {key}=VALUE, got {item!r}")
+        if key in values:
+            raise UserError(f"method {name}: {key} is given twice")
         values[key] = _convert(f"method {name}: {key}", value, hints[key])
     return cls(**values)
 
@@ -301,5 +312,5 @@ def _indices(where: str, text: str) -> tuple[int, ...]:
 
 __all__ = [
     "Architecture", "Linear", "Method", "Periodic", "Scope", "Seconds", "method", "option", "options", "parse",
-    "positive", "registered",
+    "registered",
 ]  # fmt: skip

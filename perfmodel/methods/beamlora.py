@@ -12,8 +12,9 @@ from ..tape.core import Tensor, record
 from ..tape.dims import Dim
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, dropout, mul
-from .base import Linear, Periodic, method, option, positive
+from .base import Linear, Periodic, method, option
 from .beam import expand_ranks, importance
+from .checks import positive
 from .lora import Lora
 
 if TYPE_CHECKING:
@@ -36,11 +37,7 @@ class BeamLora(Lora):
     older state is kept all along, and counts in the peak memory.
     """
 
-    interval: int = option(3000, "steps between two replacements of ranks (the authors' script: 3000)")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("method beamlora: interval", self.interval)
+    interval: int = option(3000, "steps between two replacements of ranks (the authors' script: 3000)", positive)
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         result = layer(x)

@@ -11,7 +11,8 @@ from ..tape.pieces import select
 from ..tape.pointwise import add, cast, fill, mul, sub
 from ..tape.shape import expand, squeeze, transpose, unsqueeze, view
 from ..tape.solve import block_diagonal, solve_right
-from .base import Linear, method, option, positive
+from .base import Linear, method, option
+from .checks import positive
 from .targeted import Targeted, base_bias
 
 
@@ -29,14 +30,10 @@ class Boft(Targeted):
     PEFT sets the butterfly factor to 1 where its CUDA extension is not built.
     """
 
-    block_size: int = option(4, "width of a block (boft_block_size); divides the input width")
+    block_size: int = option(4, "width of a block (boft_block_size); divides the input width", positive)
 
     aliases: ClassVar[dict[str, str]] = {**Targeted.aliases, "boft_block_size": "block_size"}
     takes_conv1d: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(f"method {self.name}: block_size", self.block_size)
 
     def sizes(self) -> tuple[str, ...]:
         return ("block_size",)

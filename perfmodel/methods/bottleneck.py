@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import UserError
-from ..setup import one_of
 from ..tape.core import Tensor
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, gelu, relu, silu
-from .base import Method, Scope, method, option, positive
+from .base import Method, Scope, method, option
+from .checks import choice, float_dtype, positive
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": relu, "gelu": gelu, "silu": silu}
 
@@ -18,20 +18,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": relu, "gelu": gelu
 class Bottleneck(Method):
     """up(activation(down(h))) of width r behind a sublayer: on the critical path, where LoRA is beside it."""
 
-    r: Any = option(64, "width of the bottleneck")
-    activation: str = option("relu", "relu, gelu or silu")
+    r: Any = option(64, "width of the bottleneck", positive)
+    activation: str = option("relu", "relu, gelu or silu", choice(ACTIVATIONS))
     norms: bool = option(False, "whether the norms train too, as Houlsby et al. have it")
     layers_to_transform: tuple[int, ...] | None = option(None, "block numbers such as 0-7+12; default all")
-    adapter_dtype: str | None = option(None, "bf16, fp16 or fp32; default that of the base")
+    adapter_dtype: str | None = option(None, "bf16, fp16 or fp32; default that of the base", float_dtype)
 
     aliases: ClassVar[dict[str, str]] = {"rank": "r", "bottleneck": "r", "layers": "layers_to_transform"}
     behind: ClassVar[tuple[str, ...]]  # the sublayers that get an adapter
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "r", positive(f"method {self.name}: r", self.r))
-        one_of(f"method {self.name}: activation", self.activation, tuple(ACTIVATIONS))
-        if self.adapter_dtype is not None:
-            one_of(f"method {self.name}: adapter_dtype", self.adapter_dtype, ("bf16", "fp16", "fp32"))
 
     def check(self) -> None:
         for layer in self.layers_to_transform or ():
@@ -81,7 +75,7 @@ class Bottleneck(Method):
 class Houlsby(Bottleneck):
     """Two adapters a block, behind attention and behind the MLP: x + up(act(down(x))) before the residual sum."""
 
-    activation: str = option("gelu", "relu, gelu or silu")
+    activation: str = option("gelu", "relu, gelu or silu", choice(ACTIVATIONS))
 
     behind: ClassVar[tuple[str, ...]] = ("attention", "mlp")
 

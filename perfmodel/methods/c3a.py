@@ -7,7 +7,8 @@ from ..tape.core import Tensor
 from ..tape.extra import div
 from ..tape.pointwise import cast
 from ..tape.spectrum import block_circular_convolution
-from .base import Linear, method, option, positive
+from .base import Linear, method, option
+from .checks import positive
 from .targeted import Targeted
 
 
@@ -22,13 +23,9 @@ from .targeted import Targeted
 class C3a(Targeted):
     """y = xWᵀ + w ⊛ x: blocks of features are convolved with trained kernels, in fp32 at the frequencies."""
 
-    block_size: int = option(256, "features of a block; divides the widths of the layer")
+    block_size: int = option(256, "features of a block; divides the widths of the layer", positive)
 
     takes_conv1d: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(f"method {self.name}: block_size", self.block_size)
 
     def sizes(self) -> tuple[str, ...]:
         return ("block_size",)

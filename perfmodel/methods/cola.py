@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from .base import Periodic, method, option, positive
+from .base import Periodic, method, option
+from .checks import positive
 from .lora import Lora
 from .merging import merge_and_restart
 
@@ -21,11 +22,7 @@ class Cola(Lora):
     A step is a step of LoRA. Where the rank decays along the chain, predict each phase with its own r.
     """
 
-    phase: int = option(1000, "steps of a phase; the paper's phases are epochs, so set those of yours")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("method cola: phase", self.phase)
+    phase: int = option(1000, "steps of a phase; the paper's phases are epochs, so set those of yours", positive)
 
     def periodic(self) -> tuple[Periodic, ...]:
         return (Periodic("merge and restart", self.phase, merge_and_restart),)

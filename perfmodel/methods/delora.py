@@ -8,8 +8,9 @@ from ..tape.extra import add_in_place, div
 from ..tape.gather import at_least, quotient, vector_norm, zeros_like
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, dropout, mul
-from .base import Linear, method, option, positive
-from .targeted import Targeted, fraction
+from .base import Linear, method, option
+from .checks import fraction, positive
+from .targeted import Targeted
 
 
 @method(
@@ -23,16 +24,11 @@ from .targeted import Targeted, fraction
 class Delora(Targeted):
     """y = xWᵀ + λ/r·((x∘‖W‖)Aᵀ / (‖a‖‖b‖))Bᵀ: directions train apart from their strength λ."""
 
-    r: Any = option(8, "rank")
-    dropout: float = option(0.0, "dropout on the adapter's input (module_dropout)")
+    r: Any = option(8, "rank", positive)
+    dropout: float = option(0.0, "dropout on the adapter's input (module_dropout)", fraction)
 
     aliases: ClassVar[dict[str, str]] = {**Targeted.aliases, "module_dropout": "dropout"}
     takes_conv1d: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "r", positive(f"method {self.name}: r", self.r))
-        fraction(f"method {self.name}: dropout", self.dropout)
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         self.check_rank(layer, self.r)

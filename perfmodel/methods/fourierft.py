@@ -12,7 +12,8 @@ from ..tape.extra import index_put
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, fill, mul
 from ..tape.spectrum import inverse_fft2, real, to_complex
-from .base import Linear, method, option, positive
+from .base import Linear, method, option
+from .checks import positive
 from .targeted import DEFAULT_TARGETS, Targeted
 
 
@@ -27,14 +28,10 @@ from .targeted import DEFAULT_TARGETS, Targeted
 class FourierFt(Targeted):
     """y = xWᵀ + x·F⁻¹(c)ᵀ: a weight-sized inverse transform of n coefficients in every forward."""
 
-    n: Any = option(1000, "trained coefficients of each layer's spectrum (n_frequency)")
+    n: Any = option(1000, "trained coefficients of each layer's spectrum (n_frequency)", positive)
 
     aliases: ClassVar[dict[str, str]] = {**Targeted.aliases, "n_frequency": "n"}
     default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {**DEFAULT_TARGETS, "gpt2": ("mlp.c_proj",)}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "n", positive(f"method {self.name}: n", self.n))
 
     def sizes(self) -> tuple[str, ...]:
         return ("n",)

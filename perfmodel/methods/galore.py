@@ -17,7 +17,8 @@ from ..tape.dims import decide
 from ..tape.linalg import matmul
 from ..tape.pointwise import cast, mul
 from ..tape.shape import narrow, t
-from .base import Method, Periodic, method, option, positive
+from .base import Method, Periodic, method, option
+from .checks import positive
 from .targeted import ALL_LINEAR, check_targets, named
 
 if TYPE_CHECKING:
@@ -40,15 +41,11 @@ class GaLore(Method):
     gradient every `update_proj_gap` steps. The form that updates weights inside backward (`_layerwise`) is left out.
     """
 
-    r: Any = option(128, "rank of the projected gradients")
+    r: Any = option(128, "rank of the projected gradients", positive)
     targets: tuple[str, ...] = option((ALL_LINEAR,), "layer names joined by +, whose gradients are projected")
-    update_proj_gap: int = option(200, "steps between two SVDs; changes no cost of a step")
+    update_proj_gap: int = option(200, "steps between two SVDs; changes no cost of a step", positive)
 
     aliases: ClassVar[dict[str, str]] = {"rank": "r", "gap": "update_proj_gap"}
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "r", positive(f"method {self.name}: r", self.r))
-        positive(f"method {self.name}: update_proj_gap", self.update_proj_gap)
 
     def check(self) -> None:
         assert self.architecture is not None
@@ -113,11 +110,7 @@ class FedGaLore(GaLore):
     adapters. The network and the server are outside the model, as is a client's fresh optimizer state.
     """
 
-    local_steps: int = option(10, "steps of a client between two rounds; changes no cost of a step")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(f"method {self.name}: local_steps", self.local_steps)
+    local_steps: int = option(10, "steps of a client between two rounds; changes no cost of a step", positive)
 
     def periodic(self) -> tuple[Periodic, ...]:
         return (*super().periodic(), Periodic("exchange of all weights with the host", self.local_steps, _exchange))

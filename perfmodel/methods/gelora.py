@@ -9,9 +9,10 @@ from ..architectures.masks import table
 from ..errors import UserError
 from ..periodic import layers_alike
 from ..tape.core import Tensor, new_tensor, tape
-from .base import Linear, Method, Periodic, method, option, positive
+from .base import Linear, Method, Periodic, method, option
+from .checks import fraction, positive
 from .lora import Lora
-from .targeted import Targeted, fraction
+from .targeted import Targeted
 from .two_nn import intrinsic_dimension
 
 if TYPE_CHECKING:
@@ -38,16 +39,14 @@ class GeLora(Targeted):
 
     ranks: tuple[Any, ...] = option((2,), "rank of each block, joined by +, or one for all")
     alpha: float = option(8.0, "scale numerator; changes no cost")
-    dropout: float = option(0.0, "dropout on the adapter's input")
-    samples: int = option(1024, "samples of the pre-pass")
+    dropout: float = option(0.0, "dropout on the adapter's input", fraction)
+    samples: int = option(1024, "samples of the pre-pass", positive)
 
     aliases: ClassVar[dict[str, str]] = {**Targeted.aliases, "rank": "ranks", "r": "ranks"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "ranks", tuple(_rank(r) for r in self.ranks))
-        fraction("method gelora: dropout", self.dropout)
-        positive("method gelora: samples", self.samples)
 
     def sizes(self) -> tuple[str, ...]:
         return ("ranks",)

@@ -12,8 +12,9 @@ from ..tape.extra import permute
 from ..tape.linalg import linear
 from ..tape.pointwise import cast, dropout, mul
 from ..tape.shape import reshape, squeeze, unsqueeze, view
-from .base import Linear, method, option, positive
-from .targeted import Targeted, fraction
+from .base import Linear, method, option
+from .checks import fraction, not_negative, positive
+from .targeted import Targeted
 
 
 @method(
@@ -27,20 +28,15 @@ from .targeted import Targeted, fraction
 class Gralora(Targeted):
     """LoRA in k × k blocks of the weight: the first products share their input, the second gather their outputs."""
 
-    r: Any = option(32, "rank, divided by k in each block")
-    k: int = option(2, "blocks along each side of the weight")
-    hybrid: int = option(0, "rank of a plain LoRA beside the blocks (hybrid_r)")
-    dropout: float = option(0.0, "dropout on the adapter's input")
+    r: Any = option(32, "rank, divided by k in each block", positive)
+    k: int = option(2, "blocks along each side of the weight", positive)
+    hybrid: int = option(0, "rank of a plain LoRA beside the blocks (hybrid_r)", not_negative)
+    dropout: float = option(0.0, "dropout on the adapter's input", fraction)
 
     aliases: ClassVar[dict[str, str]] = {**Targeted.aliases, "gralora_k": "k", "hybrid_r": "hybrid"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "r", positive(f"method {self.name}: r", self.r))
-        positive(f"method {self.name}: k", self.k)
-        fraction(f"method {self.name}: dropout", self.dropout)
-        if self.hybrid < 0:
-            raise UserError(f"method {self.name}: hybrid must be 0 or more, got {self.hybrid}")
         if np.any(np.mod(self.r, self.k)):
             raise UserError(f"method {self.name}: r must be a multiple of k {self.k}, got {self.r}")
 

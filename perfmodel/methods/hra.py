@@ -11,7 +11,8 @@ from ..tape.linalg import linear, matmul
 from ..tape.pieces import select
 from ..tape.pointwise import cast, mul, sub
 from ..tape.shape import t, view
-from .base import Linear, method, option, positive
+from .base import Linear, method, option
+from .checks import positive
 from .targeted import Targeted, base_bias, base_weight
 
 
@@ -26,13 +27,9 @@ from .targeted import Targeted, base_bias, base_weight
 class Hra(Targeted):
     """y = x(W·H₁…H_r)ᵀ + b, Hᵢ = I - 2uᵢuᵢᵀ: r passes over an (n_in, n_in) matrix, then a weight-sized product."""
 
-    r: int = option(8, "reflections")
+    r: int = option(8, "reflections", positive)
 
     takes_conv1d: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "r", positive(f"method {self.name}: r", self.r))
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         previous_dtype = x.dtype

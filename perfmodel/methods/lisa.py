@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..periodic import fresh_states, trained
-from .base import Method, Periodic, method, option, positive
+from .base import Method, Periodic, method, option
+from .checks import positive
 
 if TYPE_CHECKING:
     from ..step import Step
@@ -28,12 +29,8 @@ class Lisa(Method):
     gradients run through all blocks, and every block costs the same.
     """
 
-    gamma: int = option(2, "blocks that train at a time; the program takes the last ones for the random draw")
-    interval: int = option(20, "steps between two draws; changes no cost of a step")
-
-    def __post_init__(self) -> None:
-        positive("method lisa: gamma", self.gamma)
-        positive("method lisa: interval", self.interval)
+    gamma: int = option(2, "blocks that train at a time; the program takes the last ones for the random draw", positive)
+    interval: int = option(20, "steps between two draws; changes no cost of a step", positive)
 
     def sizes(self) -> tuple[str, ...]:
         return ("gamma",)

@@ -8,7 +8,8 @@ from ..tape.extra import coin, hadamard_weight
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast
 from ..tape.shape import reshape
-from .base import Linear, method, option, positive
+from .base import Linear, method, option
+from .checks import positive
 from .targeted import Targeted
 
 
@@ -23,14 +24,10 @@ from .targeted import Targeted
 class Loha(Targeted):
     """y = xWᵀ + x·((A₁B₁) ∘ (A₂B₂))ᵀ: a weight-sized update is built anew in every forward."""
 
-    r: Any = option(8, "rank of both factors")
+    r: Any = option(8, "rank of both factors", positive)
     alpha: float = option(8.0, "scale numerator; changes no cost")
 
     takes_conv1d: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "r", positive(f"method {self.name}: r", self.r))
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         out_r, r_in = (layer.n_out, self.r), (self.r, layer.n_in)

@@ -9,7 +9,8 @@ from ..tape.dims import decide
 from ..tape.extra import coin, kron
 from ..tape.linalg import linear, matmul
 from ..tape.pointwise import add, cast, mul
-from .base import Linear, method, option, positive
+from .base import Linear, method, option
+from .checks import positive
 from .targeted import Targeted
 
 
@@ -24,7 +25,7 @@ from .targeted import Targeted
 class Lokr(Targeted):
     """y = xWᵀ + x·(W₁ ⊗ W₂)ᵀ, W₂ of low rank: a weight-sized update is built anew in every forward."""
 
-    r: Any = option(8, "rank of the factors that are decomposed")
+    r: Any = option(8, "rank of the factors that are decomposed", positive)
     alpha: float = option(8.0, "scale numerator; changes no cost")
     factor: int = option(-1, "size of W₁, where it divides the width; -1: near the square root")
     decompose_both: bool = option(False, "whether W₁ is of low rank too")
@@ -34,7 +35,6 @@ class Lokr(Targeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "r", positive(f"method {self.name}: r", self.r))
         if self.factor != -1 and self.factor < 1:
             raise UserError(f"method {self.name}: factor must be -1 or at least 1, got {self.factor}")
 

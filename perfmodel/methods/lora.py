@@ -8,8 +8,9 @@ from ..tape.core import Parameter, Tensor
 from ..tape.linalg import linear
 from ..tape.lora_kernels import Adapted, lorafusion_linear, unsloth_linear, unsloth_mlp, unsloth_qkv
 from ..tape.pointwise import add, cast, dropout, mul
-from .base import Linear, method, option, positive
-from .targeted import DEFAULT_TARGETS, Targeted, base_bias, base_weight, fraction
+from .base import Linear, method, option
+from .checks import fraction, positive
+from .targeted import DEFAULT_TARGETS, Targeted, base_bias, base_weight
 
 HELP = "peft, unsloth (fused where q, k, v or the MLP are all targets, without dropout) or lorafusion"
 FUSED = ("llama", "mistral", "qwen2")  # what the fused implementations are written for
@@ -26,17 +27,15 @@ FUSED = ("llama", "mistral", "qwen2")  # what the fused implementations are writ
 class Lora(Targeted):
     """Low-rank adapters beside frozen linear layers: y = xWᵀ + (α/r)·(xAᵀ)Bᵀ."""
 
-    r: Any = option(8, "rank")
+    r: Any = option(8, "rank", positive)
     alpha: float = option(8.0, "scale numerator; changes no cost")
-    dropout: float = option(0.0, "dropout on the adapter's input")
+    dropout: float = option(0.0, "dropout on the adapter's input", fraction)
     implementation: str = option("peft", HELP)
 
     implementations: ClassVar[tuple[str, ...]] = ("peft", "unsloth", "lorafusion")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "r", positive(f"method {self.name}: r", self.r))
-        fraction(f"method {self.name}: dropout", self.dropout)
         if self.implementation not in self.implementations:
             hint = nearest(self.implementation, self.implementations)
             raise UserError(f"method {self.name}: implementation {self.implementation!r} is unknown: {hint}")

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..errors import UserError
 from .base import Periodic, method, option
+from .checks import not_negative
 from .lora import Lora
 from .pissa_init import decompose
 
@@ -34,12 +34,7 @@ class Pissa(Lora):
     The decomposition of every target comes once per run.
     """
 
-    niter: int = option(0, "power iterations of a randomised SVD (peft's pissa_niter_N); 0: a whole SVD")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.niter < 0:
-            raise UserError(f"method pissa: niter must be from 0, got {self.niter}")
+    niter: int = option(0, "power iterations of a randomised SVD (peft's pissa_niter_N); 0: a whole SVD", not_negative)
 
     def periodic(self) -> tuple[Periodic, ...]:
         return (Periodic("SVD of the targets", None, lambda step: decompose(step, self.niter)),)

@@ -12,8 +12,9 @@ from ..tape.extra import pad_last, sum_dim
 from ..tape.linalg import matmul
 from ..tape.pointwise import add, cast, dropout
 from ..tape.shape import reshape
-from .base import Linear, method, option, positive
-from .targeted import Targeted, fraction
+from .base import Linear, method, option
+from .checks import fraction, positive
+from .targeted import Targeted
 
 
 @method(
@@ -27,15 +28,10 @@ from .targeted import Targeted, fraction
 class Miss(Targeted):
     """y = xWᵀ + (Σ of x's shards of r elements)·D: the sum replaces LoRA's first matrix."""
 
-    r: Any = option(64, "elements of a shard")
-    dropout: float = option(0.0, "dropout on the adapter's input")
+    r: Any = option(64, "elements of a shard", positive)
+    dropout: float = option(0.0, "dropout on the adapter's input", fraction)
 
     takes_conv1d: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "r", positive(f"method {self.name}: r", self.r))
-        fraction(f"method {self.name}: dropout", self.dropout)
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         if np.any(np.greater(self.r, layer.n_in)):

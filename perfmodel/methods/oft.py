@@ -8,7 +8,8 @@ from ..tape.extra import add_in_place, eye, index_put, permute, repeat
 from ..tape.linalg import autocast_operand, bmm
 from ..tape.pointwise import cast, fill, sub
 from ..tape.shape import reshape, transpose, view
-from .base import Linear, method, option, positive
+from .base import Linear, method, option
+from .checks import positive
 from .targeted import Targeted
 
 
@@ -23,14 +24,10 @@ from .targeted import Targeted
 class Oft(Targeted):
     """y = (xR)Wᵀ: R is block-diagonal and orthogonal, a Cayley transform taken as a Neumann series of 5 terms."""
 
-    block_size: int = option(32, "width of a block; adjusted to a divisor of the layer's width, as PEFT does")
+    block_size: int = option(32, "width of a block; adjusted to a divisor of the layer's width, as PEFT does", positive)
 
     takes_conv1d: ClassVar[bool] = False
     aliases: ClassVar[dict[str, str]] = {**Targeted.aliases, "oft_block_size": "block_size"}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(f"method {self.name}: block_size", self.block_size)
 
     def sizes(self) -> tuple[str, ...]:
         return ("block_size",)

@@ -9,7 +9,8 @@ from ..tape.core import Tensor
 from ..tape.linalg import linear
 from ..tape.nn import embedding
 from ..tape.pointwise import relu
-from .base import Scope, method, option, positive
+from .base import Scope, method, option
+from .checks import positive
 from .virtual import SoftPrompt
 
 
@@ -24,7 +25,7 @@ from .virtual import SoftPrompt
 class PTuning(SoftPrompt):
     """Prompt tuning whose embeddings come from a trained MLP of three layers over trained vectors."""
 
-    width: Any = option(None, "hidden width of the encoder; default the model's")
+    width: Any = option(None, "hidden width of the encoder; default the model's", positive)
     encoder: str = option("mlp", "mlp, PEFT's default; its LSTM is not modelled")
 
     aliases: ClassVar[dict[str, str]] = {
@@ -33,8 +34,6 @@ class PTuning(SoftPrompt):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.width is not None:
-            object.__setattr__(self, "width", positive(f"method {self.name}: width", self.width))
         if self.encoder.lower() == "lstm":
             raise UserError(f"method {self.name}: encoder lstm (cuDNN's recurrent kernels) is not modelled; use mlp")
         one_of(f"method {self.name}: encoder", self.encoder.lower(), ("mlp",))

@@ -13,7 +13,8 @@ from ..errors import UserError
 from ..tape.core import Tensor, tape
 from ..tape.custom import index_buffer, partial_linear, write_columns
 from ..tape.pointwise import cast, mul
-from .base import Linear, method, option, positive
+from .base import Linear, method, option
+from .checks import positive
 from .targeted import Targeted, base_bias, base_weight
 
 
@@ -29,12 +30,8 @@ class Paca(Targeted):
     """Partial connections: r random input columns of each target weight train; backward keeps only those of X."""
 
     adapter_dtype: str | None = option(None, "dtype of the trained columns: bf16, fp16 or fp32; default the weight's")
-    r: Any = option(8, "input columns that train")
+    r: Any = option(8, "input columns that train", positive)
     alpha: float = option(8.0, "scale numerator; changes no cost")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "r", positive("method paca: r", self.r))
 
     def dtype_beside(self, dtype: str) -> str:
         return self.adapter_dtype or dtype

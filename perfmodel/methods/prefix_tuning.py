@@ -11,7 +11,8 @@ from ..tape.nn import embedding
 from ..tape.pointwise import cast, tanh
 from ..tape.prefix import first_in_cache, split_layers, unbind_pair
 from ..tape.shape import narrow, view
-from .base import Scope, method, option, positive
+from .base import Scope, method, option
+from .checks import positive
 from .virtual import VirtualTokens
 
 
@@ -27,16 +28,11 @@ class PrefixTuning(VirtualTokens):
     """Trained keys and values in a cache before the text: attention grows, linear layers do not."""
 
     projection: bool = option(False, "whether an MLP makes them (prefix_projection)")
-    width: Any = option(None, "hidden width of that MLP; default the width of the keys")
+    width: Any = option(None, "hidden width of that MLP; default the width of the keys", positive)
 
     aliases: ClassVar[dict[str, str]] = {
         **VirtualTokens.aliases, "prefix_projection": "projection", "encoder_hidden_size": "width"
     }  # fmt: skip
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.width is not None:
-            object.__setattr__(self, "width", positive(f"method {self.name}: width", self.width))
 
     def inputs(self, model: Scope, attention: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if model.build.setup.checkpoint != "none":

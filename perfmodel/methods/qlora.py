@@ -7,13 +7,13 @@ bitsandbytes/nn/modules.py (`Linear4bit`), peft/tuners/lora/bnb.py.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..errors import UserError
 from ..tape.core import Parameter, Tensor, tape
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, dropout, mul
 from ..tape.quantized import BLOCK, NESTED_BLOCK, Packed, linear_4bit
 from ..tape.shape import clone
 from .base import Linear, method, option
+from .checks import float_dtype
 from .lora import Lora
 
 
@@ -29,15 +29,12 @@ class QLora(Lora):
     """LoRA on a base in 4-bit NormalFloat, which is dequantised in forward, in backward and in every recompute."""
 
     double_quant: bool = option(True, "whether the scales of the 4-bit blocks are quantised too")
-    compute_dtype: str | None = option(None, "dtype of the GEMMs: bf16, fp16 or fp32; default the setup's dtype")
+    compute_dtype: str | None = option(
+        None, "dtype of the GEMMs: bf16, fp16 or fp32; default the setup's dtype", float_dtype
+    )
     prepared: bool = option(False, "peft's prepare_model_for_kbit_training: norms, embeddings and head in fp32")
 
     implementations: ClassVar[tuple[str, ...]] = ("peft",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.compute_dtype not in (None, "bf16", "fp16", "fp32"):
-            raise UserError(f"method qlora: compute_dtype {self.compute_dtype!r} is unknown: use bf16, fp16 or fp32")
 
     def base_dtype(self, dtype: str) -> str:
         return "fp32" if self.prepared else dtype

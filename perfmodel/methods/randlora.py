@@ -11,8 +11,9 @@ from ..tape.extra import permute
 from ..tape.linalg import bmm, linear
 from ..tape.pointwise import add, cast, dropout, mul
 from ..tape.shape import unsqueeze, view
-from .base import Linear, method, option, positive
-from .targeted import Targeted, fraction
+from .base import Linear, method, option
+from .checks import fraction, positive
+from .targeted import Targeted
 
 
 @method(
@@ -26,15 +27,10 @@ from .targeted import Targeted, fraction
 class RandLora(Targeted):
     """y = xWᵀ + Σ B_j Λ_j A Γ_j x: as many bases of rank r as make a full-rank update; only diagonals train."""
 
-    r: int = option(32, "rank of a basis: the lower, the more trains")
-    dropout: float = option(0.0, "dropout on the adapter's input")
+    r: int = option(32, "rank of a basis: the lower, the more trains", positive)
+    dropout: float = option(0.0, "dropout on the adapter's input", fraction)
 
     aliases: ClassVar[dict[str, str]] = {**Targeted.aliases, "randlora_dropout": "dropout"}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "r", positive(f"method {self.name}: r", self.r))
-        fraction(f"method {self.name}: dropout", self.dropout)
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         previous_dtype = x.dtype

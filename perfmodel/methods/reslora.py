@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..errors import UserError
 from ..tape.core import Tensor
 from .base import Linear, method, option
+from .checks import choice
 from .lora import Lora
 from .shortcuts import SHORTCUTS, Adapter
 
@@ -29,14 +30,12 @@ class ResLora(Lora):
     some of them every layer reads a norm back in every forward, and the host waits.
     """
 
-    shortcut: str = option("is", "is, bs or ms (the authors' res_flag 1, 2, 3)")
+    shortcut: str = option("is", "is, bs or ms (the authors' res_flag 1, 2, 3)", choice(SHORTCUTS))
     pre_num: int = option(4, "earlier blocks that bs and ms reach back to; -1: all")
     merge_flag: int = option(0, "0, 3 (merge_bi) or 4 (merge_bw)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.shortcut not in SHORTCUTS:
-            raise UserError(f"method reslora: shortcut {self.shortcut!r} is unknown: use is, bs or ms")
         if self.pre_num < 1 and self.pre_num != -1:
             raise UserError(f"method reslora: pre_num must be from 1, or -1 for all, got {self.pre_num}")
         if self.merge_flag not in (0, 3, 4):

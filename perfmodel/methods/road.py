@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import UserError
-from ..setup import one_of
 from ..tape.core import Tensor
 from ..tape.dims import product
 from ..tape.extra import cos, sin
 from ..tape.pieces import repeat_rows, select, stack
 from ..tape.pointwise import add, cast, mul, neg
 from ..tape.shape import reshape, view
-from .base import Linear, method, option, positive
+from .base import Linear, method, option
+from .checks import choice, positive
 from .targeted import Targeted
 
 VARIANTS = ("road_1", "road_2", "road_4")
@@ -28,16 +28,14 @@ VARIANTS = ("road_1", "road_2", "road_4")
 class Road(Targeted):
     """The output's features are rotated in pairs by trained angles: activations only, no product."""
 
-    variant: str = option("road_1", "road_1, road_2 or road_4: half, one or two angles a feature")
-    group_size: int = option(64, "features whose halves are paired; divides the output width")
+    variant: str = option("road_1", "road_1, road_2 or road_4: half, one or two angles a feature", choice(VARIANTS))
+    group_size: int = option(64, "features whose halves are paired; divides the output width", positive)
 
     takes_conv1d: ClassVar[bool] = False
     takes_layers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of(f"method {self.name}: variant", self.variant, VARIANTS)
-        positive(f"method {self.name}: group_size", self.group_size)
         if self.group_size % 2:
             raise UserError(f"method {self.name}: group_size must be even, got {self.group_size}")
 

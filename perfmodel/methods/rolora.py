@@ -1,12 +1,13 @@
 """RoLoRA: federated LoRA whose rounds train one factor and freeze the other in turns."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from ..errors import UserError
 from ..tape.core import Parameter
 from .base import Linear, method, option
+from .checks import choice
 from .lora import Lora
+
+ROUNDS = ("A", "B")
 
 
 @method(
@@ -24,14 +25,7 @@ class RoLora(Lora):
     those of one factor. What clients send is not part of a step.
     """
 
-    round: str = option("B", "the factor that this round trains: A or B")
-
-    ROUNDS: ClassVar[tuple[str, ...]] = ("A", "B")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.round not in self.ROUNDS:
-            raise UserError(f"method rolora: round {self.round!r} is unknown: use A or B")
+    round: str = option("B", "the factor that this round trains: A or B", choice(ROUNDS))
 
     def weights(self, layer: Linear, dtype: str) -> tuple[Parameter, Parameter]:
         self.check_rank(layer, self.r)

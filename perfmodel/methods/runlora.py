@@ -12,7 +12,8 @@ from ..tape.core import Tensor
 from ..tape.custom import BACKWARDS, FORWARDS, run_lora
 from ..tape.pointwise import mul
 from ..tape.shape import t
-from .base import Linear, Seconds, method, option, positive
+from .base import Linear, Seconds, method, option
+from .checks import choice, float_dtype, positive
 from .runlora_orders import BACKWARD_FLOPS, FORWARD_FLOPS, Choice, LayerShape, cheapest, flops, times
 from .targeted import Targeted, base_bias, base_weight
 
@@ -31,10 +32,14 @@ if TYPE_CHECKING:
 class RunLora(Targeted):
     """LoRA with its products in the cheapest of four forward and eight backward orders, chosen per layer shape."""
 
-    adapter_dtype: str | None = option(None, "must be the base's dtype: the operator mixes both in one product")
-    r: Any = option(8, "rank")
+    adapter_dtype: str | None = option(
+        None, "must be the base's dtype: the operator mixes both in one product", float_dtype
+    )
+    r: Any = option(8, "rank", positive)
     alpha: float = option(8.0, "scale numerator; changes no cost")
-    choose: str = option("flops", "criterion of the choice: flops, or time as predicted for the device")
+    choose: str = option(
+        "flops", "criterion of the choice: flops, or time as predicted for the device", choice(("flops", "time"))
+    )
     forward: int | None = option(None, "a forward order from 1 to 4 instead of the choice")
     backward: int | None = option(None, "a backward order from 1 to 8 instead of the choice")
     seconds: Seconds | None = field(default=None, repr=False, compare=False)
@@ -42,9 +47,6 @@ class RunLora(Targeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "r", positive("method runlora: r", self.r))
-        if self.choose not in ("flops", "time"):
-            raise UserError(f"method runlora: choose {self.choose!r} is unknown: use flops or time")
         for name, value, known in (("forward", self.forward, FORWARDS), ("backward", self.backward, BACKWARDS)):
             if value is not None and value not in known:
                 raise UserError(f"method runlora: {name} must be from 1 to {known[-1]}, got {value}")

@@ -9,6 +9,7 @@ import numpy as np
 from ..errors import UserError, nearest
 from ..tape.core import Parameter, Tensor
 from .base import Architecture, Linear, Method, option
+from .checks import float_dtype
 
 ALL_LINEAR = "all-linear"
 
@@ -30,19 +31,15 @@ class Targeted(Method):
 
     targets: tuple[str, ...] = option((), "layer names joined by +, or all-linear; empty: PEFT's default")
     layers_to_transform: tuple[int, ...] | None = option(None, "block numbers such as 0-7+12; default all")
-    adapter_dtype: str | None = option(None, "bf16, fp16 or fp32; default PEFT's rule: fp32 beside a 16-bit base")
+    adapter_dtype: str | None = option(
+        None, "bf16, fp16 or fp32; default PEFT's rule: fp32 beside a 16-bit base", float_dtype
+    )
 
     aliases: ClassVar[dict[str, str]] = {"rank": "r", "layers": "layers_to_transform", "target_modules": "targets"}
     default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = DEFAULT_TARGETS
     told_by_where: ClassVar[tuple[str, ...]] = ("targets", "adapter_dtype")
     takes_conv1d: ClassVar[bool] = True  # whether PEFT has the adapter for GPT-2's Conv1D layers
     takes_layers: ClassVar[bool] = True  # whether its config has layers_to_transform
-
-    def __post_init__(self) -> None:
-        if self.adapter_dtype not in (None, "bf16", "fp16", "fp32"):
-            raise UserError(
-                f"method {self.name}: adapter_dtype {self.adapter_dtype!r} is unknown: use bf16, fp16 or fp32"
-            )
 
     def check(self) -> None:
         assert self.architecture is not None
@@ -160,17 +157,6 @@ def base_weight(layer: Linear) -> Parameter:
 def base_bias(layer: Linear) -> Parameter | None:
     """The bias of the base layer, if it has one."""
     return layer.scope.parameter(f"{layer.name}.bias", (layer.n_out,), "bias") if layer.has_bias else None
-
-
-def fraction(where: str, p: float) -> float:
-    """A dropout rate.
-
-    Raises:
-        UserError: outside 0 to below 1.
-    """
-    if not 0 <= p < 1:
-        raise UserError(f"{where} must be from 0 to below 1, got {p}")
-    return p
 
 
 def matches(name: str, target: str) -> bool:

@@ -6,7 +6,8 @@ from typing import Any
 
 from ..errors import UserError
 from ..tape.core import Tensor
-from .base import Linear, Method, method, option, positive
+from .base import Linear, Method, method, option
+from .checks import choice, float_dtype, fraction, positive
 from .lora import Lora
 
 
@@ -21,17 +22,15 @@ from .lora import Lora
 class TopK(Method):
     """Only the last K blocks train, their weights or LoRA inside them; backward stops below."""
 
-    k: int = option(4, "number of blocks, counted from the output")
-    inner: str = option("full", "what trains inside them: full or lora")
-    r: Any = option(8, "rank (inner=lora)")
+    k: int = option(4, "number of blocks, counted from the output", positive)
+    inner: str = option("full", "what trains inside them: full or lora", choice(("full", "lora")))
+    r: Any = option(8, "rank (inner=lora)", positive)
     targets: tuple[str, ...] = option((), "targets (inner=lora)")
-    dropout: float = option(0.0, "adapter dropout (inner=lora)")
-    adapter_dtype: str | None = option(None, "adapter dtype (inner=lora)")
+    dropout: float = option(0.0, "adapter dropout (inner=lora)", fraction)
+    adapter_dtype: str | None = option(None, "adapter dtype (inner=lora)", float_dtype)
 
     def __post_init__(self) -> None:
-        positive("method top_k: k", self.k)
-        if self.inner not in ("full", "lora"):
-            raise UserError(f"method top_k: inner {self.inner!r} is unknown: use full or lora")
+        super().__post_init__()
         self._lora()
 
     def in_words(self) -> str:

@@ -11,7 +11,8 @@ from ..tape.gather import replace_rows
 from ..tape.linalg import linear
 from ..tape.nn import embedding
 from ..tape.pointwise import cast
-from .base import Method, Scope, method, option, positive
+from .base import Method, Scope, method, option
+from .checks import positive
 
 
 @method(
@@ -25,12 +26,9 @@ from .base import Method, Scope, method, option, positive
 class TrainableTokens(Method):
     """A few rows of the embedding train; every use of it copies the whole table to put them in."""
 
-    tokens: Any = option(2, "rows that train (the length of token_indices)")
+    tokens: Any = option(2, "rows that train (the length of token_indices)", positive)
 
     aliases: ClassVar[dict[str, str]] = {"token_indices": "tokens"}
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", positive(f"method {self.name}: tokens", self.tokens))
 
     def sizes(self) -> tuple[str, ...]:
         return ("tokens",)

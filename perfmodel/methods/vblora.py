@@ -12,9 +12,10 @@ from ..tape.nn import softmax
 from ..tape.pieces import select
 from ..tape.pointwise import add, cast, dropout, mul
 from ..tape.shape import reshape, transpose, unsqueeze
-from .base import Linear, method, option, positive
+from .base import Linear, method, option
+from .checks import fraction, positive
 from .shared import SharedWeights
-from .targeted import DEFAULT_TARGETS, fraction
+from .targeted import DEFAULT_TARGETS
 
 
 @method(
@@ -28,11 +29,11 @@ from .targeted import DEFAULT_TARGETS, fraction
 class VbLora(SharedWeights):
     """LoRA whose A and B are put together from the top-k vectors of a shared bank, chosen by trained logits."""
 
-    r: Any = option(4, "rank")
-    vectors: Any = option(256, "vectors in the bank (num_vectors)")
-    length: int = option(256, "elements of a vector (vector_length); divides the widths of the layer")
-    k: int = option(2, "vectors mixed into each piece (topk)")
-    dropout: float = option(0.0, "dropout on the adapter's input")
+    r: Any = option(4, "rank", positive)
+    vectors: Any = option(256, "vectors in the bank (num_vectors)", positive)
+    length: int = option(256, "elements of a vector (vector_length); divides the widths of the layer", positive)
+    k: int = option(2, "vectors mixed into each piece (topk)", positive)
+    dropout: float = option(0.0, "dropout on the adapter's input", fraction)
 
     aliases: ClassVar[dict[str, str]] = {
         **SharedWeights.aliases, "num_vectors": "vectors", "vector_length": "length", "topk": "k"
@@ -41,12 +42,6 @@ class VbLora(SharedWeights):
         **{name: targets for name, targets in DEFAULT_TARGETS.items() if name != "mistral"},
         "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("r", "vectors", "length", "k"):
-            object.__setattr__(self, name, positive(f"method {self.name}: {name}", getattr(self, name)))
-        fraction(f"method {self.name}: dropout", self.dropout)
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         previous_dtype = x.dtype

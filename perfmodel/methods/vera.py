@@ -7,8 +7,9 @@ from ..tape.core import Storage, Tensor
 from ..tape.dims import contiguous_strides, product
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, dropout, mul
-from .base import Linear, method, option, positive
-from .targeted import Targeted, fraction
+from .base import Linear, method, option
+from .checks import fraction, positive
+from .targeted import Targeted
 
 
 @method(
@@ -22,13 +23,8 @@ from .targeted import Targeted, fraction
 class Vera(Targeted):
     """y = xWᵀ + b ∘ ((d ∘ (xAᵀ))Bᵀ): A and B are random, frozen and shared, only the vectors b and d train."""
 
-    r: Any = option(256, "rank of the shared matrices")
-    dropout: float = option(0.0, "dropout on the adapter's input")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "r", positive(f"method {self.name}: r", self.r))
-        fraction(f"method {self.name}: dropout", self.dropout)
+    r: Any = option(256, "rank of the shared matrices", positive)
+    dropout: float = option(0.0, "dropout on the adapter's input", fraction)
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         previous_dtype = x.dtype

@@ -12,19 +12,17 @@ from ..tape.core import Parameter, Storage, Tensor, emit, tape
 from ..tape.pointwise import cast, cat
 from ..tape.prefix import repeat_batch
 from ..tape.shape import narrow
-from .base import Method, Scope, option, positive
+from .base import Method, Scope, option
+from .checks import positive
 
 
 @dataclass(frozen=True)
 class VirtualTokens(Method):
     """`tokens` trained positions before the text's: `--seq` counts the text alone."""
 
-    tokens: Any = option(20, "virtual tokens before each sample; --seq counts the text alone")
+    tokens: Any = option(20, "virtual tokens before each sample; --seq counts the text alone", positive)
 
     aliases: ClassVar[dict[str, str]] = {"num_virtual_tokens": "tokens"}
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", positive(f"method {self.name}: tokens", self.tokens))
 
     def sizes(self) -> tuple[str, ...]:
         return ("tokens",)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
-from .base import Periodic, method, option, positive
+from .base import Periodic, method, option
+from .checks import positive
 from .lora import Lora
 from .merging import merge_and_restart
 
@@ -25,15 +26,12 @@ class XgbLora(Lora):
     of the i-th smallest of n numbers drawn from all blocks, so its cost is the mean over draws.
     """
 
-    r: Any = option(1, "rank; the paper's boosters have rank 1")
-    blocks: int | None = option(None, "blocks of a draw; default a third of them, as the paper's 11 of 32")
-    kappa: int = option(1000, "steps between two merges; changes no cost of a step")
+    r: Any = option(1, "rank; the paper's boosters have rank 1", positive)
+    blocks: int | None = option(None, "blocks of a draw; default a third of them, as the paper's 11 of 32", positive)
+    kappa: int = option(1000, "steps between two merges; changes no cost of a step", positive)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("method xgblora: kappa", self.kappa)
-        if self.blocks is not None:
-            positive("method xgblora: blocks", self.blocks)
         if self.layers_to_transform is not None:
             raise UserError("method xgblora: its blocks are drawn; give their number, blocks=, instead of layers")
 

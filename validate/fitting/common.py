@@ -20,7 +20,6 @@ from perfmodel.errors import UserError
 from perfmodel.resources import read_toml
 
 Array = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 OfGpu = GemmParameters | AttentionParameters | PointwiseParameters
 Parameters = OfGpu | CpuGemmParameters | CpuAttentionParameters | CpuStreamParameters
 

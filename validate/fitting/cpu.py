@@ -33,7 +33,6 @@ from .cpu_ops import passes
 PACKED_AS = {"nn_aliased": "nn_few"}  # regimes that differ in the rate of their products alone
 NEEDED_ROWS = 6  # of a regime's products, for four parameters
 ROUNDS, SCALE = 20, 0.02  # reweighting: rounds, and the relative error below which it stays quadratic
-PULL = 1e-4  # to the start, per squared e-fold: decides what the data leave open
 NOTHING = 1e-4  # a term that never makes up more of a row is none
 SOURCE = "perfmodel calibrate on this machine"
 

@@ -54,8 +54,6 @@ class Outcome:
     low: float
     high: float
     memory: float
-    memory_low: float
-    memory_high: float
 
     @property
     def seconds(self) -> float:
@@ -142,7 +140,7 @@ def evaluate(row: Row, host: Host | None = None) -> Outcome:
     share = sum(predicted.values()) / float(t["total"])
     return Outcome(
         row, predicted, float(p.time.low) * share, float(p.time.high) * share,
-        float(p.memory.peak), float(p.memory.low), float(p.memory.high),
+        float(p.memory.peak),
     )  # fmt: skip
 
 

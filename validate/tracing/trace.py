@@ -56,7 +56,6 @@ class Trace:
     bytes: dict[str, int] = field(default_factory=dict)
     flops: dict[str, int] = field(default_factory=dict)
     peak: int = 0
-    peak_before_update: int = 0
     nodes: int = 0
     trainable: int = 0
     total: int = 0
@@ -287,7 +286,6 @@ def trace_step(
                 recorder.trace.nodes += graph_nodes(loss.grad_fn)
             with observe("backward"):
                 loss.backward()
-        recorder.trace.peak_before_update = recorder.trace.peak
         with observe("optimizer"):
             if setup.clip_grad:
                 # by default too, but a fake tensor is a subclass, for which torch would not choose lists
