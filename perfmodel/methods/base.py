@@ -16,8 +16,8 @@ from ..tape.core import Parameter, Tensor
 from ..tape.dims import Dim
 from ..tape.linalg import linear
 from ..tape.nn import embedding
-from .checks import choice
 from ..tape.op import Part
+from .checks import choice
 
 if TYPE_CHECKING:
     from ..step import Step
@@ -69,8 +69,8 @@ class Method:
     `architecture` is filled in by `bind`, which also checks the options against the model.
     """
 
-    architecture: Architecture | None = field(default=None, repr=False, compare=False, kw_only=True)
     _: KW_ONLY
+    architecture: Architecture | None = field(default=None, repr=False, compare=False)
     engine: str | None = option(None, "torch or deepspeed-zero3, for this method; default the setup's", choice(ENGINES))
 
     name: ClassVar[str]
