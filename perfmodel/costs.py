@@ -3,8 +3,9 @@
 FLOPs count multiply and add as two, and only matrix products and attention, as `torch.utils.flop_counter` does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -245,10 +246,19 @@ def _launches(tensors: tuple[Spec, ...], limit: int) -> Dim:
     copies = [s.copies for s in tensors]
     if not any(isinstance(n, np.ndarray) for n in chunks):
         return _packed(tuple(zip(chunks, copies, strict=True)), limit)
-    columns = np.stack(np.broadcast_arrays(*chunks))
-    distinct, where = np.unique(columns.reshape(len(chunks), -1), axis=1, return_inverse=True)
-    packed = [_packed(tuple(zip(column, copies, strict=True)), limit) for column in distinct.T.tolist()]
-    return np.array(packed)[where].reshape(columns.shape[1:])
+    points, where = _distinct({id(n): n for n in chunks if isinstance(n, np.ndarray)}.values())
+    columns = np.broadcast_arrays(*(n.reshape(-1)[points] if isinstance(n, np.ndarray) else [n] for n in chunks))
+    packed = [_packed(tuple(zip(column, copies, strict=True)), limit) for column in np.stack(columns, axis=1).tolist()]
+    return np.array(packed)[where]
+
+
+def _distinct(arrays: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """One point of a grid for each combination of values that arrays take over it; which of them a point has."""
+    code: Any = 0
+    for array in arrays:
+        values, index = np.unique(array, return_inverse=True)
+        _, code = np.unique(code * len(values) + index, return_inverse=True)
+    return np.unique(code, return_index=True)[1], code
 
 
 @lru_cache(maxsize=4096)

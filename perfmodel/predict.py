@@ -19,7 +19,7 @@ from .methods import Method
 from .periodic import PeriodicCost, PeriodicOps
 from .setup import Setup
 from .step import PHASES, Step
-from .tape.dims import Dim
+from .tape.dims import Dim, total
 from .tape.op import Part
 
 Model = str | PathLike[str] | Architecture | Config
@@ -210,7 +210,7 @@ def of_step(built: Step, on: DeviceProfile, by: Host) -> Prediction:
     durations = price_parts(built, on)
     time = step_time(built, on, by, durations)
     held = _memory(built)
-    flops = _count(built, lambda part: sum(costs.flops(op) for op in part.ops))
+    flops = _count(built, lambda part: total(costs.flops(op) for op in part.ops))
     peak = on.hardware.peak(built.setup.amp or built.setup.dtype)
     return Prediction(
         model=built.architecture.name,
@@ -220,8 +220,8 @@ def of_step(built: Step, on: DeviceProfile, by: Host) -> Prediction:
         total_params=built.total,
         trainable_params=built.trainable,
         flops=flops,
-        bytes=_count(built, lambda part: sum(op.bytes_read + op.bytes_written for op in part.ops)),
-        kernels=_count(built, lambda part: sum(costs.kernels(op) for op in part.ops)),
+        bytes=_count(built, lambda part: total(x for op in part.ops for x in (op.bytes_read, op.bytes_written))),
+        kernels=_count(built, lambda part: total(costs.kernels(op) for op in part.ops)),
         dispatches=_count(built, lambda part: sum(not op.view for op in part.ops)),
         time=time,
         memory=held,

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from ..errors import UserError
-from .options import extra, json_option
+from .options import extra, json_option, print_json
 
 RECORDS = Path("records.jsonl")  # what `measure` writes and `check` reads unless told otherwise
 
@@ -44,14 +44,18 @@ def counts(grid: str, cuda_forward: bool, as_json: bool) -> None:
 
 
 @validate.command()
-def speed() -> None:
+@json_option
+def speed(as_json: bool) -> None:
     """Measure the speed promises: cold start, warm prediction, grids."""
     from validate.speed import measure
 
     from ..report.terminal import console, table
 
-    rows = measure()
-    console.print(table("", ("what", "measured", "limit", ""), ((*r[:3], "ok" if r[3] else "missed") for r in rows)))
+    columns, rows = ("what", "measured", "limit", "holds"), measure()
+    if as_json:
+        print_json([dict(zip(columns, row, strict=True)) for row in rows])
+    else:
+        console.print(table("", (*columns[:3], ""), ((*r[:3], "ok" if r[3] else "missed") for r in rows)))
     sys.exit(0 if all(r[3] for r in rows) else 1)
 
 

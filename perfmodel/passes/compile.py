@@ -10,13 +10,9 @@ run again, nor left out. Not modelled: kernels that autotuning would choose for 
 attention written out, and the second order of loops that lets row and column sums share a kernel.
 """
 
-from collections.abc import Iterable
-
-import numpy as np
-
 from ..step import Step
 from ..tape.core import Flow
-from ..tape.dims import Dim
+from ..tape.dims import largest, total
 from ..tape.op import Op, Part, Spec
 from .fusion import Kernel, fused
 from .graph import Graph, Place, Prim, Value
@@ -113,7 +109,7 @@ def _ops(kernel: Kernel) -> list[Op]:
         op = kernel.prims[0].op
         assert op is not None
         return [op]
-    read, written = _total(kernel.reads.values()), _total(value.nbytes for value in kernel.writes)
+    read, written = total(kernel.reads.values()), total(value.nbytes for value in kernel.writes)
     kind, points, length = kernel.loops
     main = max(kernel.prims, key=_weight)
     exponential = kind == "rows" and any("softmax" in prim.name or prim.name == "sum_exp" for prim in kernel.prims)
@@ -134,12 +130,7 @@ def _ops(kernel: Kernel) -> list[Op]:
 
 def _weight(prim: Prim) -> float:
     """Bytes that an operation would move alone: the largest says whose the kernel is."""
-    moved = _total([*(nbytes for _, nbytes in prim.reads), *(out.nbytes for out in prim.outs)])
-    return float(np.max(moved))
-
-
-def _total(sizes: Iterable[Dim]) -> Dim:
-    return sum(sizes, 0)
+    return largest(total([*(nbytes for _, nbytes in prim.reads), *(out.nbytes for out in prim.outs)]))
 
 
 __all__ = ["compiled"]

@@ -107,6 +107,7 @@ class Names:
     def __init__(self, parts: list[Part], flow: Flow, parameters: dict[int, Part | None]) -> None:
         self.flow = flow
         self.parameters = parameters
+        self.known: dict[tuple[int, int], tuple[int, int]] = {}
         self.origin: dict[int, Part] = {}
         for part in parts:
             for op in part.ops:
@@ -140,7 +141,13 @@ class Names:
 
     def key(self, use: Use, place: Place) -> tuple[int, int]:
         """A name for the memory that is the same wherever it is meant."""
-        storage, part = use.storage, place.part
+        asked = use.storage, id(place)
+        if asked not in self.known:
+            self.known[asked] = self._key(use.storage, place)
+        return self.known[asked]
+
+    def _key(self, storage: int, place: Place) -> tuple[int, int]:
+        part = place.part
         before, after = self.flow.carried.get(self._pair(part), (None, None))
         if storage == before and after is not None and place.copy:
             return (after, place.copy - 1)
@@ -239,9 +246,11 @@ class Builder:
 
 def _frozen(x: Any) -> Any:
     """A hashable stand-in: arrays by their contents."""
-    if isinstance(x, np.ndarray):
-        return x.tobytes()
-    return tuple(map(_frozen, x)) if isinstance(x, tuple) else x
+    try:
+        hash(x)
+    except TypeError:
+        return x.tobytes() if isinstance(x, np.ndarray) else tuple(map(_frozen, x))
+    return x
 
 
 def _least(a: Dim, b: Dim) -> Dim:

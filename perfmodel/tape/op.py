@@ -112,16 +112,30 @@ class Part:
     compiled: bool = False
     captured: bool = False
     delta: Dim = 0
-    peak: Dim = 0
+    highest: Dim = 0
+    rising: bool = False
 
     def allocate(self, nbytes: Dim) -> None:
         """Bytes come alive in this part."""
         self.delta = self.delta + nbytes
-        if isinstance(self.delta, np.ndarray) or isinstance(self.peak, np.ndarray):
-            self.peak = np.maximum(self.peak, self.delta)
-        elif self.delta > self.peak:
-            self.peak = self.delta
+        self.rising = True
 
     def free(self, nbytes: Dim) -> None:
         """Bytes die in this part."""
+        if self.rising:
+            self._note_peak()
         self.delta = self.delta - nbytes
+
+    @property
+    def peak(self) -> Dim:
+        """Highest point of live bytes above the start of a run."""
+        self._note_peak()
+        return self.highest
+
+    def _note_peak(self) -> None:
+        """Live bytes are highest where they stop rising."""
+        self.rising = False
+        if isinstance(self.delta, np.ndarray) or isinstance(self.highest, np.ndarray):
+            self.highest = np.maximum(self.highest, self.delta)
+        elif self.delta > self.highest:
+            self.highest = self.delta

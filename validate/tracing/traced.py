@@ -230,7 +230,7 @@ def assemble(name: str, model: Any, base: frozenset[str], method: Method, setup:
         parts = [_part(term, made.calls, (micro, "forward")) for term in made.terms]
         parts += [_part(term, made.calls, (micro, "backward")) for term in reversed(made.terms)]
         if micro == 0:
-            parts[0].peak = made.activations
+            parts[0].highest = made.activations
             parts[-1].allocate(gradients)  # they wait for the update
         step.groups.append(Group(parts, 1 if micro == 0 else setup.grad_accum - 1))
     tape = Tape(kind)
