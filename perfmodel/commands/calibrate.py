@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ..devices.own import CALIBRATED
-from .options import extra
+from .options import extra, json_option
 
 QUICK = 20.0  # s
 
@@ -19,7 +19,10 @@ QUICK = 20.0  # s
 @click.option(
     "--records", type=click.Path(dir_okay=False, path_type=Path), help="Keep the microbenchmarks (JSON lines)."
 )
-def calibrate(device: str, name: str, threads: int | None, seconds: float, quick: bool, records: Path | None) -> None:
+@json_option
+def calibrate(
+    device: str, name: str, threads: int | None, seconds: float, quick: bool, records: Path | None, as_json: bool
+) -> None:
     """Measure this machine's kernels and host: --device NAME.
 
     The files go to $PERFMODEL_HOME, or else to the user's folder for configuration (~/.config/perfmodel). A CPU's
@@ -30,4 +33,4 @@ def calibrate(device: str, name: str, threads: int | None, seconds: float, quick
         from validate.calibration.show_calibration import show
     except ImportError as error:
         raise extra(error) from None
-    show(device, name, threads=threads, seconds=QUICK if quick else seconds, output=records)
+    show(device, name, threads=threads, seconds=QUICK if quick else seconds, output=records, as_json=as_json)
