@@ -340,9 +340,8 @@ def step_time(built: Step, on: DeviceProfile, by: Host, durations: Sequence[np.n
         for phase, seconds in once.items():
             phases[phase] = phases[phase] + seconds * scale
         done = clocks.end
-    total = sum(phases[p] for p in PHASES)
+    phases["total"] = total = sum(phases[p] for p in PHASES)
     busy = sum(components.values())
-    phases["total"] = total
     components["host"] = np.maximum(0.0, total - busy)
     low, high = intervals.bounds(total, intervals.step_sigma(components, total, on))
     return Time(phases, low, high, busy, components["host"] / total, components)
