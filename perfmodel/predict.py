@@ -258,8 +258,8 @@ def _notes(built: Step, on: DeviceProfile, time: Time) -> list[str]:
         )
     notes += [passes.NOTE] if built.setup.compile != "none" else []
     notes += _optimizer_notes(built, time)
-    embedding = [p for p in built.parameters if p.kind == "embedding"]
-    if built.setup.checkpoint != "none" and not any(p.requires_grad for p in embedding):
+    notes += [zero.NOTE] if built.zero else []
+    if built.setup.checkpoint != "none" and not any(p.requires_grad for p in built.parameters if p.kind == "embedding"):
         notes.append(
             "with checkpointing transformers makes the embedding's output need a gradient: backward runs through every "
             "block, also below the lowest trainable one"
