@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from . import architectures, costs, intervals, memory, methods, passes, step, timeline
+from . import architectures, costs, intervals, memory, methods, passes, step, timeline, zero
 from .architectures import Architecture, Config
+from .devices import engine, price, profile
 from .devices import host as hosts
-from .devices import price, profile
 from .devices.host import Host
 from .devices.profile import DeviceProfile
 from .errors import UserError, nearest
@@ -318,8 +318,8 @@ def step_time(built: Step, on: DeviceProfile, by: Host, durations: Sequence[np.n
     Args:
         durations: device seconds of the ops of every part, if they are known already (`price_parts`).
     """
-    captured = built.setup.cuda_graphs and on.kind == "cuda"
-    clocks = timeline.launched(by.graph_launch) if captured else timeline.IDENTITY
+    by = engine.under(by, built.setup.engine)
+    clocks = timeline.launched(by.graph_launch) if built.setup.cuda_graphs and on.kind == "cuda" else timeline.IDENTITY
     phases: Phases = dict.fromkeys(PHASES, 0.0)
     components: dict[str, Any] = {}
     done: Any = 0.0
@@ -351,8 +351,9 @@ def step_time(built: Step, on: DeviceProfile, by: Host, durations: Sequence[np.n
 def price_parts(built: Step, on: DeviceProfile) -> list[np.ndarray]:
     """The device seconds of every part's ops, all priced in one go."""
     parts = [part for part, _ in built.parts()]
-    seconds = price.durations([op for part in parts for op in part.ops], on)
-    return np.split(seconds, np.cumsum([len(part.ops) for part in parts])[:-1])
+    ends = np.cumsum([len(part.ops) for part in parts])[:-1]
+    seconds = np.split(price.durations([op for part in parts for op in part.ops], on), ends)
+    return [zero.beside(part, t, on) for part, t in zip(parts, seconds, strict=True)] if built.zero else seconds
 
 
 def part_clocks(

@@ -2,10 +2,10 @@
 
 import gc
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import optimizers
+from . import optimizers, zero
 from .architectures.base import Architecture, Build, Scope
 from .errors import UserError
 from .methods.base import Method
@@ -78,12 +78,24 @@ class Step:
     @property
     def held_bytes(self) -> Dim:
         """Bytes that the method keeps from step to step beside parameters and optimizer state."""
-        return self.method.held_bytes(self)
+        return self.method.held_bytes(self) + (zero.held_bytes(self) if self.zero else 0)
 
     @property
     def optimizer(self) -> str:
         """The optimizer form that runs."""
+        if self.zero and self.setup.optimizer == "adamw":
+            return "adamw-fused"  # DeepSpeed's FusedAdam: one pass over flat tensors
         return optimizers.resolve(self.setup.optimizer, self.device)
+
+    @property
+    def zero(self) -> bool:
+        """Whether DeepSpeed's ZeRO-3 runs the step."""
+        return self.setup.engine == "deepspeed-zero3"
+
+    @property
+    def running(self) -> tuple[Setup, Method]:
+        """Setup and method as the engine runs them."""
+        return zero.running(self.setup, self.method) if self.zero else (self.setup, self.method)
 
 
 def build(
@@ -100,9 +112,10 @@ def build(
         UserError: setup and model do not fit (sequence too long, nothing trains, …).
         MixedStructure: array dims do not share one program; split the grid.
     """
+    setup = replace(setup, engine=method.engine or setup.engine)
     _check(architecture, method, setup)
-    tape = Tape(device, capability, autocast=setup.amp)
     step = Step(architecture, method, setup, device, [])
+    tape = Tape(device, capability, autocast=step.running[0].amp)
     collecting = gc.isenabled()
     gc.disable()  # the tape frees by reference count; a pass of the cycle collector would only cost time
     try:
@@ -131,6 +144,8 @@ def _besides(step: Step, work: Periodic, capability: str) -> PeriodicOps:
 
 def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
     """Raise `UserError` where the setup's kernels do not fit the model."""
+    if setup.engine != "torch":
+        zero.check(setup, method)
     if setup.kernels == "liger" and not architecture.has_liger:
         raise UserError(f"kernels liger: Liger has none for {architecture.name}; use kernels torch")
     if setup.kernels == "liger" and "lm_head" in getattr(method, "targets", ()):
@@ -139,31 +154,34 @@ def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
 
 def _micro_batch(step: Step, tape: Tape, kept: Kept) -> list[Part]:
     """Record forward and backward of a micro-batch; returns its parts, compiled if the setup says so."""
-    setup = step.setup
+    setup, method = step.running
     tape.flow = Flow() if setup.compile != "none" else None
+    tape.on_gradient = zero.hook(step, first=not step.parameters) if step.zero else None
     shape = (setup.batch, setup.seq)
     tape.begin("inputs", "forward")
-    build = Build(step.architecture, step.method, setup, {p.name: p for p in step.parameters}, kept=kept)
+    build = Build(step.architecture, method, setup, {p.name: p for p in step.parameters}, kept=kept)
     inputs = [_input(shape) for _ in range(3)]
     with tape.autocasting():
         ids, *others = inputs
         scope = Scope(build)
         with tape.belonging_to("adapter"):
-            extended = step.method.inputs(scope, *others)
+            extended = method.inputs(scope, *others)
         loss = step.architecture.forward(scope, ids, *extended)
         del extended
         with tape.belonging_to("adapter"):
-            loss = step.method.loss(loss, list(build.parameters.values()))
+            loss = method.loss(loss, list(build.parameters.values()))
     release(build.held)
     tape.loss = loss
     if setup.grad_accum > 1:
         tape.loss = loss = div(loss, setup.grad_accum)
     if not loss.requires_grad:
-        raise UserError(f"method {step.method.spec()}: nothing trains in {step.architecture.name}")
+        raise UserError(f"method {method.spec()}: nothing trains in {step.architecture.name}")
     step.parameters = list(build.parameters.values())
     tape.part = _backward_start(tape)
     seed = emit("ones_like", (loss,), (), loss.dtype)
     autograd.run_backward(loss, seed)
+    if step.zero:
+        zero.end_of_backward()
     for p in step.parameters:
         p.accumulator = None
         if p.grad is not None:
@@ -193,10 +211,13 @@ def _input(shape: tuple[Dim, ...]) -> Tensor:
 def record_update(step: Step, tape: Tape) -> None:
     """Record clipping, the optimizer as the method wants it, and the end of the gradients; sets the step's state."""
     with tape.no_grad():
-        if step.setup.clip_grad:
-            optimizers.clip_grad_norm(tape.begin("clip", "optimizer"), optimizers.trainable(step.parameters))
-        update = optimizers.Update(tape, step.optimizer, step.parameters)
-        step.method.update(update)
+        if step.zero:
+            update = zero.record_update(step, step.optimizer)
+        else:
+            if step.setup.clip_grad:
+                optimizers.clip_grad_norm(tape.begin("clip", "optimizer"), optimizers.trainable(step.parameters))
+            update = optimizers.Update(tape, step.optimizer, step.parameters)
+            step.method.update(update)
     tape.begin("zero_grad", "optimizer")
     for p in step.parameters:
         p.grad = None

@@ -62,7 +62,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown method option": (predict_with("--method", "lora:rnk=4"), "rnk"),
     "option without value": (predict_with("--method", "lora:r="), "r=VALUE"),
     "method option of a wrong type": (predict_with("--method", "lora:r=four"), "four"),
-    "option of a method without options": (predict_with("--method", "full:r=4"), "takes none"),
+    "option of another method": (predict_with("--method", "full:r=4"), "choose one of: engine"),
     "unknown command": (("perdict",), "perdict"),
     "unknown option": (predict_with("--batchsize", "4"), "--batchsize"),
     "missing option": (("predict", "--device", "l40s"), "--model"),

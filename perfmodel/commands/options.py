@@ -10,7 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..errors import UserError
-from ..setup import ATTENTION, CHECKPOINT, COMPILE, DTYPES, KERNELS, OPTIMIZERS
+from ..setup import ATTENTION, CHECKPOINT, COMPILE, DTYPES, ENGINES, KERNELS, OPTIMIZERS
 from . import names
 
 Command = Callable[..., Any]
@@ -166,6 +166,8 @@ def _how() -> tuple[Decorator, ...]:
                      help="liger: fused norms, rotary positions, SwiGLU and linear cross entropy."),
         click.option("--compile", type=click.Choice(COMPILE), default="none", show_default=True,
                      help="torch.compile of the model; reduce-overhead adds CUDA graphs."),
+        click.option("--engine", type=click.Choice(ENGINES), default="torch", show_default=True,
+                     help="What runs the step; `METHOD:engine=NAME` for one method alone."),
         click.option("--clip-grad/--no-clip-grad", default=True, show_default=True, help="Clip the gradient norm."),
         click.option("--cuda-graphs", is_flag=True, help="One launch dispatches the whole step."),
         click.option("--padded", is_flag=True, help="Some samples are padded: sdpa gets an explicit mask."),

@@ -72,8 +72,13 @@ def published(plot: Path | None, all_rows: bool, as_json: bool) -> None:
 
 @validate.command()
 @click.option("--quick", is_flag=True, help="A fixed part of the model types, in a few minutes.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Table (CSV) of the rows; a table that is there is continued.",
+)
 @json_option
-def coverage(quick: bool, as_json: bool) -> None:
+def coverage(quick: bool, output: Path | None, as_json: bool) -> None:
     """Trace every model type of transformers and every tuner of PEFT.
 
     Lists those that `predict --traced` can take and why it cannot take the others. A type is built from transformers'
@@ -83,7 +88,7 @@ def coverage(quick: bool, as_json: bool) -> None:
         from validate.oracle.show_coverage import show
     except ImportError as error:
         raise extra(error) from None
-    sys.exit(0 if show(quick=quick, as_json=as_json) else 1)
+    sys.exit(0 if show(quick=quick, output=output, as_json=as_json) else 1)
 
 
 @validate.command()
@@ -167,6 +172,26 @@ def host(output: Path) -> None:
     except ImportError as error:
         raise extra(error) from None
     show_host(output)
+
+
+@validate.command()
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("deepspeed-zero3.toml"),
+    show_default=True,
+    help="The engine's file.",
+)
+def engine(output: Path) -> None:
+    """Measure what DeepSpeed's hooks cost the host (needs deepspeed).
+
+    The bundled figures are data/engines/deepspeed-zero3.toml.
+    """
+    try:
+        from validate.calibration.show_engine import show
+    except ImportError as error:
+        raise extra(error) from None
+    show(output)
 
 
 @validate.command()

@@ -101,6 +101,7 @@ def setup_line(s: Setup) -> str:
     told += [f"{s.attention} attention"] if s.attention != usual.attention else []
     told += [f"{s.kernels} kernels"] if s.kernels != usual.kernels else []
     told += [{"default": "torch.compile"}.get(s.compile, f"torch.compile {s.compile}")] if s.compile != "none" else []
+    told += [s.engine] if s.engine != usual.engine else []
     told += ["padded"] if s.padded else []
     told += ["no clipping"] if not s.clip_grad else []
     return ", ".join([*told, *(["CUDA graphs"] if s.cuda_graphs else [])])

@@ -6,7 +6,7 @@ variables of the original, so peak memory follows without any bookkeeping by han
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -118,7 +118,8 @@ class Tape:
 
     `autocast` is the 16-bit dtype inside `torch.autocast`, or None. Everything that follows PyTorch's global state
     (grad mode, autocast's weight cache, checkpoint frames) lives here, and the training loop's variable `loss`, whose
-    graph lives until the next forward pass has made another. `owner` and `recomputing` go onto every op.
+    graph lives until the next forward pass has made another. `owner` and `recomputing` go onto every op. `on_gradient`
+    takes every parameter's complete gradient away, as a hook that PyTorch runs after it is accumulated.
     """
 
     def __init__(self, device: str = "cuda", capability: str = "8.0", *, autocast: str | None = None) -> None:
@@ -137,6 +138,7 @@ class Tape:
         self.part = Part("start", "forward")
         self.twins: dict[int, Part] = {}
         self.flow: Flow | None = None
+        self.on_gradient: Callable[[Parameter, Tensor], None] | None = None
 
     def begin(self, name: str, phase: str) -> Part:
         """Start a new part."""
@@ -150,7 +152,7 @@ class Tape:
             return
         twin = self.twins.get(id(part))
         if twin is None:
-            twin = Part(part.name, "backward", part.repeat)
+            twin = Part(part.name, "backward", part.repeat, returns=part.weights)
             self.twins[id(part)] = twin
             self.parts.append(twin)
             if self.flow is not None:

@@ -88,7 +88,9 @@ class Part:
     """Ops that run `repeat` times in a row: a block of layers in forward or backward, the head, the optimizer.
 
     Host time: `nodes` counts autograd nodes, `modules` and `adapters` the Python calls of layers and of adapters,
-    `checkpoints` the calls of `torch.utils.checkpoint`, `hooks` its Python hooks on saved tensors.
+    `checkpoints` the calls of `torch.utils.checkpoint`, `hooks` its Python hooks on saved tensors, `weights` the
+    parameters of the modules that run, `returns` those of the modules whose backward runs here, `gradients` the hooks
+    on complete gradients (`Tape.on_gradient`).
     `delta` is the net change of live bytes over one run, `peak` the highest point above its start.
     `compiled` marks code that a compiler made (no Python between its calls), `captured` code that a CUDA graph runs;
     `graphs` counts the compiled graphs that are entered here.
@@ -103,6 +105,9 @@ class Part:
     adapters: int = 0
     checkpoints: int = 0
     hooks: int = 0
+    weights: int = 0
+    returns: int = 0
+    gradients: int = 0
     graphs: int = 0
     compiled: bool = False
     captured: bool = False

@@ -125,6 +125,8 @@ def check_setup(setup: Setup, kind: str) -> None:
         raise UserError(
             "--traced cannot follow --attention flash2: the flash-attn package runs on a GPU only; use sdpa"
         )
+    if setup.engine != "torch":
+        raise UserError(f"--traced cannot follow --engine {setup.engine}: it traces the program without an engine")
     if setup.kernels != "torch":
         raise UserError(f"--traced cannot follow --kernels {setup.kernels}; use kernels torch")
     compiled = getattr(setup, "compile", None)
