@@ -12,7 +12,6 @@ The `min` stands for the library's heuristic, so it must be offered only tiles t
 sets are those in the kernel names of NeuSight's profiles, https://github.com/sitar-lab/NeuSight).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +24,8 @@ Array = NDArray[np.float64]
 Layout = Literal["tn", "nn", "nt"]
 Tiles = tuple[tuple[int, int], ...]
 
-CHUNK = 4096  # shapes evaluated together: the working set stays in the CPU's cache
+SPLIT_WAVES = 2  # a split of k fills so many waves of the SMs at most
+CHUNK = 16_384  # shapes evaluated together: bounds the working set
 
 # (rows of C, columns of C) of the thread-block tiles that the libraries offer.
 TENSOR_CORE_TILES: Tiles = (
@@ -203,10 +203,12 @@ def _best(m: Array, n: Array, k: Array, b: Array, memory: Array, r: _Rates) -> A
             continue
         along_m, along_n = (_cuts(x, {tile[i] for tile in tiles}) for i, x in enumerate((m, n)))
         for tile_m, tile_n in tiles:
-            times = _with_tile(tile_m * tile_n, along_m[tile_m], along_n[tile_n], b, product, r)
-            for best, time in zip((whole, divided), times, strict=True):
-                if time is not None:
-                    np.minimum(best, time if excluded is None else np.where(excluded, np.inf, time), out=best)
+            at_once, few, split = _with_tile(tile_m * tile_n, along_m[tile_m], along_n[tile_n], b, product, r)
+            if excluded is not None:
+                at_once = np.where(excluded, np.inf, at_once)
+                split = np.where(np.broadcast_to(excluded, whole.shape)[few], np.inf, split)
+            np.minimum(whole, at_once, out=whole)
+            divided[few] = np.minimum(divided[few], split)
     # Memory time is the same for every tile, so the best of them is the one with the least SM time.
     return np.asarray(np.minimum(_overlap(_throttled(whole, r), memory, r.p.overlap_loss), divided))
 
@@ -236,8 +238,8 @@ def _with_tile(
     b: Array,
     product: _Product,
     r: _Rates,
-) -> tuple[Array, Array | None]:
-    """With one tile of so many elements: SM seconds of whole k; seconds in all with k split to fill 1 or 2 waves."""
+) -> tuple[Array, Any, Array]:
+    """With one tile of so many elements: SM seconds of whole k; for which products a split pays, and seconds in all."""
     (rows, down), (cols, across) = along_m, along_n
     # Padding is computed but not loaded: a thin GEMM wastes the math pipe, not bandwidth.
     least = np.maximum((2 * area) * product.flop_time, r.k_latency)
@@ -245,17 +247,26 @@ def _with_tile(
     main_loop = product.k_padded * (slice_time + r.k_bubble)
     fill_drain = rows * cols * (r.p.epilogue * r.out_item / r.sm_load)
     waves = down * (across * b / r.sm_count)
-    fewest, divided = waves.min(), None
-    if fewest < 2.0:  # most products of a large grid fill the SMs without a split
-        divided = np.full(product.memory.shape, np.inf)
-        for filled_waves in (1.0, 2.0):
-            split = np.minimum(np.maximum(filled_waves / waves, 1.0), product.k_splits)
-            few = np.broadcast_to(split > 1.0, divided.shape)
-            if few.any():
-                at = (split, waves, fill_drain, main_loop, product.memory, product.partials)
-                chosen: Iterator[Any] = (np.asarray(x)[few] if np.shape(x) == few.shape else x for x in at)
-                divided[few] = np.minimum(divided[few], _split_time(r, *chosen))
-    return _waves(waves, r.p.wave_tail, fewest) * (fill_drain + main_loop), divided
+    whole = _waves(waves, r.p.wave_tail) * (fill_drain + main_loop)
+    few = waves < SPLIT_WAVES  # most products of a large grid fill the SMs without a split
+    if not few.any():
+        return whole, slice(0), np.asarray(np.inf)
+    where = np.flatnonzero(few) if few.size > 1 else slice(None)
+    return whole, where, _divided(where, waves, fill_drain, main_loop, product, r)
+
+
+def _divided(
+    where: Any, waves: Array, fill_drain: Array | float, main_loop: Array, product: _Product, r: _Rates
+) -> Array:
+    """Seconds of some products with k split so that the blocks fill 1 or 2 waves; infinite where that is no split."""
+    given: tuple[Any, ...] = (waves, fill_drain, main_loop, product.k_splits, product.memory, product.partials)
+    unsplit, ends, loop, k_splits, memory, partials = (x[where] if np.size(x) > 1 else x for x in given)
+    best = np.asarray(np.inf)
+    for filled_waves in range(1, SPLIT_WAVES + 1):
+        split = np.minimum(np.maximum(filled_waves / unsplit, 1.0), k_splits)
+        seconds = _split_time(r, split, unsplit, ends, loop, memory, partials)
+        best = np.minimum(best, np.where(split > 1.0, seconds, np.inf))
+    return best
 
 
 def _split_time(

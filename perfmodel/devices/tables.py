@@ -44,11 +44,14 @@ class Tables:
                 seconds = _price([row for row, _ in rows.values()], partial(models[name], *key))
                 priced.append(([index for _, index in rows.values()], seconds))
         grid = np.broadcast_shapes(*(seconds.shape[1:] for _, seconds in priced)) if priced else ()
-        total = np.zeros((ops, *grid))
+        total = np.empty((ops, *grid))
+        without = set(range(ops))
         for indices, seconds in priced:
             for index, of_row in zip(indices, seconds, strict=True):
                 for i in index:
-                    total[i] += of_row
+                    total[i] = of_row if i in without else total[i] + of_row
+                    without.discard(i)
+        total[list(without)] = 0.0
         return total
 
     def _token(self, x: np.ndarray) -> Any:
