@@ -243,9 +243,10 @@ def _options(cls: type[Method]) -> list[Any]:
 
 
 def options(cls: type[Method]) -> dict[str, str]:
-    """Option name → description with its default."""
+    """Option name → description with its default; what sizes the method first."""
     shown = {f.name: "" if f.default in (None, ()) else f" (default {_text(f.default)})" for f in _options(cls)}
-    ordered = sorted(_options(cls), key=lambda f: f.name not in ("r", "k"))  # what sizes the method first
+    sizes = cls().sizes()
+    ordered = sorted(_options(cls), key=lambda f: f.name not in sizes)
     return {f.name: f.metadata.get("help", "") + shown[f.name] for f in ordered}
 
 
