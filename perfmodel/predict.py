@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from . import architectures, costs, intervals, memory, methods, part_costs, passes, step, timeline
+from . import architectures, costs, intervals, memory, methods, part_costs, passes, step, timeline, zero
 from .architectures import Architecture, Config
 from .devices import engine, profile
 from .devices import host as hosts
