@@ -258,8 +258,8 @@ def _notes(built: Step, on: DeviceProfile, time: Time) -> list[str]:
         )
     notes += [passes.NOTE] if built.setup.compile != "none" else []
     notes += _optimizer_notes(built, time)
-    embedding = [p for p in built.parameters if p.kind == "embedding"]
-    if built.setup.checkpoint != "none" and not any(p.requires_grad for p in embedding):
+    notes += [zero.NOTE] if built.zero else []
+    if built.setup.checkpoint != "none" and not any(p.requires_grad for p in built.parameters if p.kind == "embedding"):
         notes.append(
             "with checkpointing transformers makes the embedding's output need a gradient: backward runs through every "
             "block, also below the lowest trainable one"
@@ -340,9 +340,8 @@ def step_time(built: Step, on: DeviceProfile, by: Host, durations: Sequence[np.n
         for phase, seconds in once.items():
             phases[phase] = phases[phase] + seconds * scale
         done = clocks.end
-    total = sum(phases[p] for p in PHASES)
+    phases["total"] = total = sum(phases[p] for p in PHASES)
     busy = sum(components.values())
-    phases["total"] = total
     components["host"] = np.maximum(0.0, total - busy)
     low, high = intervals.bounds(total, intervals.step_sigma(components, total, on))
     return Time(phases, low, high, busy, components["host"] / total, components)

@@ -11,6 +11,7 @@ from perfmodel.devices import engine, host
 from perfmodel.errors import UserError
 from perfmodel.imports import read
 from perfmodel.predict import Prediction
+from perfmodel.report.figures import headline
 
 ZERO3 = "deepspeed-zero3"
 PLACE = {"model": "smollm2-135m", "device": "a100-80gb-sxm"}
@@ -131,3 +132,11 @@ def test_training_configs_name_it(tmp_path: Path, value: Any, runs: str, told: s
         assert found.setup["engine"] == runs, name
         assert any(told in note for note in found.notes), (name, found.notes)
         assert "deepspeed" not in found.ignored
+
+
+def test_a_comparison_does_not_give_one_methods_engine_to_all() -> None:
+    """The line above the table describes every column."""
+    alone = compare(PLACE["model"], [f"full:engine={ZERO3}", "lora:r=8"], Setup(seq=64), PLACE["device"])
+    shared = compare(PLACE["model"], ["full", "lora:r=8"], Setup(seq=64, engine=ZERO3), PLACE["device"])
+    assert ZERO3 not in headline(alone.predictions[0])
+    assert ZERO3 in headline(shared.predictions[0])
