@@ -124,7 +124,7 @@ def largest(dim: Dim) -> int:
     return dim if type(dim) is int else int(np.max(dim))
 
 
-def total(dims: Iterable[Dim]) -> Dim:
+def summed(dims: Iterable[Dim]) -> Dim:
     """The sum of many dims, among which the same array comes again and again."""
     numbers: Dim = 0
     arrays: dict[int, tuple[int, Any]] = {}
