@@ -81,15 +81,17 @@ class _Emission:
     def _program(self, kernels: list[Kernel], *, backward: bool) -> None:
         """One graph: its kernels in the places where they were recorded."""
         first = True
+        at: dict[int, list[Kernel]] = {}
+        for kernel in kernels:
+            at.setdefault(kernel.place, []).append(kernel)
         for index, place in enumerate(self.graph.places):
             if place.backward != backward:
                 continue
             part = Part(place.part.name, place.part.phase, place.repeat, compiled=True, captured=self.captured)
             part.modules = place.part.modules
-            for kernel in kernels:
-                if kernel.place == index:
-                    part.ops += _ops(kernel)
-                    self.schedule.append((part, place, kernel))
+            for kernel in at.get(index, ()):
+                part.ops += _ops(kernel)
+                self.schedule.append((part, place, kernel))
             if part.ops:
                 part.graphs, first = int(first), False
                 self.parts.append(part)
