@@ -8,10 +8,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .compare import Comparison, SpeedUp, compare
+from .compare import Comparison, compare
 from .errors import UserError
 from .predict import Prediction, predict
 from .setup import Setup
+from .speedup import SpeedUp
 
 if TYPE_CHECKING:
     from .advise import Advice, advise

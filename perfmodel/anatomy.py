@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import costs
+from .devices import engine
 from .devices.host import Host
 from .devices.profile import DeviceProfile
 from .errors import UserError
@@ -175,6 +176,7 @@ def _host_seconds(p: Prediction, on: DeviceProfile, by: Host, phases: dict[str, 
     if p.setup.cuda_graphs and on.kind == "cuda":
         phases["forward"].host = by.graph_launch
         return
+    by = engine.under(by, p.step.setup.engine)
     for part, count in p.step.parts():
         if part.ops:
             phases[part.phase].host += count * float(np.sum(by.dispatch(part, on.kind)))

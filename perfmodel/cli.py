@@ -55,12 +55,19 @@ class Main(click.Group):
             click.echo(error.format_message())
             sys.exit(0)
         except (UserError, click.ClickException) as error:
-            message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-            click.echo(f"perfmodel: {_line(message)}", err=True)
+            click.echo(f"perfmodel: {_line(_message(error))}", err=True)
             sys.exit(2)
         except click.Abort:
             sys.exit(130)
         sys.exit(result if isinstance(result, int) else 0)
+
+
+def _message(error: Exception) -> str:
+    """What is wrong; of an option that is missing, what it takes as well."""
+    if not isinstance(error, click.ClickException):
+        return str(error)
+    about = getattr(error.param, "help", None) if isinstance(error, click.MissingParameter) else None
+    return f"{error.format_message()} {about}" if about else error.format_message()
 
 
 def _line(message: str) -> str:

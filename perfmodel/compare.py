@@ -1,12 +1,10 @@
-"""Several methods in one setup: speed-up over a baseline, and the verdict."""
+"""Several methods in one setup: predictions, and speed-ups over a baseline with their reasons."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
-from . import intervals, words
+from . import words
 from .anatomy import Anatomy, dissect
 from .devices import host as hosts
 from .devices import profile
@@ -15,41 +13,7 @@ from .errors import UserError
 from .methods import Method
 from .predict import Model, Prediction, plain, predict, with_options
 from .setup import Setup
-
-SAME = 0.05  # a difference below 5 % counts as the same
-
-
-def verdict(ratio: Any) -> Any:
-    """faster, slower, or same (within 5 %); an array of words for an array of ratios."""
-    named = np.select([ratio > 1 + SAME, ratio < 1 / (1 + SAME)], ["faster", "slower"], "same")
-    return named if named.ndim else str(named)
-
-
-@dataclass(frozen=True)
-class SpeedUp:
-    """Baseline step time over the method's, with its interval.
-
-    `reason` names the largest part of the difference, `answer` is the whole sentence; both are empty for a grid.
-    """
-
-    method: str
-    ratio: float
-    low: float
-    high: float
-    reason: str = ""
-    answer: str = ""
-
-    @property
-    def verdict(self) -> Any:
-        """faster, slower, or same (within 5 %)."""
-        return verdict(self.ratio)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The JSON of one speed-up."""
-        return {
-            "method": self.method, "ratio": float(self.ratio), "low": float(self.low), "high": float(self.high),
-            "verdict": self.verdict, "reason": self.reason, "answer": self.answer,
-        }  # fmt: skip
+from .speedup import SpeedUp, speed_up
 
 
 @dataclass(frozen=True)
@@ -113,11 +77,3 @@ def with_reason(base: Prediction, other: Prediction, before: Anatomy, after: Ana
     found = speed_up(base, other, on)
     reason = words.why(before, after, found.verdict, base.setup.tokens)
     return replace(found, reason=reason, answer=words.answer(base, other, found, reason, on.hardware.memory_bytes))
-
-
-def speed_up(base: Prediction, other: Prediction, on: DeviceProfile) -> SpeedUp:
-    """The ratio of two predictions on one device, with its interval (shared errors cancel)."""
-    a, b = base.time, other.time
-    ratio = a.phases["total"] / b.phases["total"]
-    spread = intervals.ratio_sigma(a.components, a.phases["total"], b.components, b.phases["total"], on)
-    return SpeedUp(other.method, ratio, *intervals.bounds(ratio, spread))

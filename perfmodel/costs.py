@@ -3,8 +3,9 @@
 FLOPs count multiply and add as two, and only matrix products and attention, as `torch.utils.flop_counter` does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -203,14 +204,19 @@ def kernels(op: Op) -> Dim:
         return _fft_kernels(op)
     if "accumulate" in op.attrs:
         return _KERNELS_OF_ACCUMULATION
-    lists = _LISTS.get(op.name)
-    if lists:
-        limits = _TENSORS_PER_SCALAR_LIST if op.name.endswith("ScalarList") else _TENSORS_PER_LAUNCH
-        if op.name == "_foreach_norm.Scalar":  # partial norms of chunks, then a cleanup
-            return _launches(op.inputs, limits[1]) + -(-sum(s.copies for s in op.inputs) // _NORMS_PER_CLEANUP)
-        results = op.outputs[: len(op.outputs) // 4] if op.name == "_fused_adamw_" else op.outputs
-        return _launches(results, limits[lists])
+    if op.name in _LISTS:
+        if op.launches is None:
+            op.launches = _kernels_on_lists(op)
+        return op.launches
     return KERNELS.get(op.name, (1, ""))[0]
+
+
+def _kernels_on_lists(op: Op) -> Dim:
+    limits = _TENSORS_PER_SCALAR_LIST if op.name.endswith("ScalarList") else _TENSORS_PER_LAUNCH
+    if op.name == "_foreach_norm.Scalar":  # partial norms of chunks, then a cleanup
+        return _launches(op.inputs, limits[1]) + -(-sum(s.copies for s in op.inputs) // _NORMS_PER_CLEANUP)
+    results = op.outputs[: len(op.outputs) // 4] if op.name == "_fused_adamw_" else op.outputs
+    return _launches(results, limits[_LISTS[op.name]])
 
 
 def copied_operands(op: Op) -> list[int]:
@@ -245,10 +251,19 @@ def _launches(tensors: tuple[Spec, ...], limit: int) -> Dim:
     copies = [s.copies for s in tensors]
     if not any(isinstance(n, np.ndarray) for n in chunks):
         return _packed(tuple(zip(chunks, copies, strict=True)), limit)
-    columns = np.stack(np.broadcast_arrays(*chunks))
-    distinct, where = np.unique(columns.reshape(len(chunks), -1), axis=1, return_inverse=True)
-    packed = [_packed(tuple(zip(column, copies, strict=True)), limit) for column in distinct.T.tolist()]
-    return np.array(packed)[where].reshape(columns.shape[1:])
+    points, where = _distinct({id(n): n for n in chunks if isinstance(n, np.ndarray)}.values())
+    columns = np.broadcast_arrays(*(n.reshape(-1)[points] if isinstance(n, np.ndarray) else [n] for n in chunks))
+    packed = [_packed(tuple(zip(column, copies, strict=True)), limit) for column in np.stack(columns, axis=1).tolist()]
+    return np.array(packed)[where]
+
+
+def _distinct(arrays: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """One point of a grid for each combination of values that arrays take over it; which of them a point has."""
+    code: Any = 0
+    for array in arrays:
+        values, index = np.unique(array, return_inverse=True)
+        _, code = np.unique(code * len(values) + index, return_inverse=True)
+    return np.unique(code, return_index=True)[1], code
 
 
 @lru_cache(maxsize=4096)

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from .architectures import Architecture
-from .compare import verdict
 from .devices.host import Host
 from .devices.profile import DeviceProfile
 from .errors import UserError
 from .methods import Method
 from .predict import Prediction, predict
 from .setup import Setup
+from .speedup import verdict
 
 AXES = ("batch", "seq", "size", "targets")
 STEP = 1.25  # ratio of neighbouring points on a coarse axis

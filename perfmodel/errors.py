@@ -7,12 +7,16 @@ class UserError(ValueError):
     """Bad input: the message says what is wrong and how to put it right; the command line exits with 2."""
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """A clause that names the closest valid choice, or lists them all if there are few."""
+def nearest(name: str, choices: Iterable[str], also: Iterable[str] = ()) -> str:
+    """A clause that names the closest valid choice, or else lists the choices.
+
+    Args:
+        also: valid too, but not listed: other names of the choices.
+    """
     import difflib
 
     options = sorted(choices)
-    by_lower = {option.lower(): option for option in options}
+    by_lower = {option.lower(): option for option in (*also, *options)}
     close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
     if close:
         return f"did you mean {by_lower[close[0]]!r}?"

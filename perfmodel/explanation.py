@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .anatomy import PARTS, Anatomy, dissect
-from .compare import SpeedUp, with_reason
+from .compare import with_reason
 from .crossover import Crossover, Pair, crossovers
 from .devices import host as hosts
 from .devices import profile
@@ -15,6 +15,7 @@ from .methods import Method
 from .predict import Model, Prediction, predict, resolve, with_options
 from .roofline import Kernel, kernels
 from .setup import Setup
+from .speedup import SpeedUp
 from .words import in_words
 
 CHEAP_AXES = ("batch", "seq", "size")

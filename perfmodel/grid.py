@@ -13,7 +13,7 @@ import numpy as np
 from .errors import UserError
 from .methods import Method
 from .setup import Setup
-from .tape.dims import MixedStructure
+from .tape.dims import Axis, MixedStructure
 
 P = TypeVar("P")
 Compute = Callable[[Setup, Method], P]
@@ -80,7 +80,7 @@ def _split(
 
 
 def _uniform(values: np.ndarray) -> Any:
-    return int(values[0]) if (values == values[0]).all() else values
+    return int(values[0]) if (values == values[0]).all() else values.view(Axis)
 
 
 def _merge(parts: list[tuple[np.ndarray, P]], setup: Setup, shape: tuple[int, ...]) -> P:

@@ -15,6 +15,7 @@ OPTIMIZERS = optimizers.names()
 CHECKPOINT = ("none", "block", "block-reentrant")
 KERNELS = ("torch", "liger")
 COMPILE = ("none", "default", "reduce-overhead")
+ENGINES = ("torch", "deepspeed-zero3")
 LARGEST = 2**24  # tokens of a sequence, samples of a batch: beyond this it is a typing error
 
 
@@ -26,8 +27,9 @@ class Setup:
         batch: samples of a micro-batch; an int or an integer array (a grid).
         seq: tokens per sample; the batch is dense. An int or an integer array.
         dtype: dtype of the base weights: bf16, fp16 or fp32.
-        amp: 16-bit dtype of `torch.autocast`, or None.
-        optimizer: adamw (PyTorch's default form for the device), adamw-foreach, -loop, -fused, sgd, sgd-momentum.
+        amp: 16-bit dtype of `torch.autocast`, or None; under DeepSpeed, of the model itself.
+        optimizer: adamw (PyTorch's default form for the device, under DeepSpeed its FusedAdam), adamw-foreach, -loop,
+            -fused, sgd, sgd-momentum.
         grad_accum: micro-batches per optimizer step.
         checkpoint: none, block (non-reentrant, per block) or block-reentrant.
         attention: sdpa, eager or flash2 (the flash-attn package).
@@ -38,6 +40,7 @@ class Setup:
             and forward and backward are each a CUDA graph).
         padded: whether some samples of a batch are padded to `seq`: then sdpa gets an explicit mask, which costs it the
             flash kernel, copies of the grouped keys and values, and the causal saving.
+        engine: what runs the step: torch, or deepspeed-zero3 (`perfmodel.zero`); a method may name its own.
     """
 
     batch: Dim = 1
@@ -53,6 +56,7 @@ class Setup:
     padded: bool = False
     kernels: str = "torch"
     compile: str = "none"
+    engine: str = "torch"
 
     def __post_init__(self) -> None:
         for name in ("batch", "seq"):
@@ -62,7 +66,7 @@ class Setup:
             raise UserError("grad_accum must be one integer")
         for name, choices in (
             ("dtype", DTYPES), ("optimizer", OPTIMIZERS), ("checkpoint", CHECKPOINT), ("attention", ATTENTION),
-            ("kernels", KERNELS), ("compile", COMPILE),
+            ("kernels", KERNELS), ("compile", COMPILE), ("engine", ENGINES),
         ):  # fmt: skip
             one_of(name, getattr(self, name), choices)
         if self.amp is not None:

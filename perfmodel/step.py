@@ -1,16 +1,17 @@
 """Forward, backward, clipping, optimizer: the Step."""
 
 import gc
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import optimizers
+from . import optimizers, sharing, zero
 from .architectures.base import Architecture, Build, Scope
 from .errors import UserError
 from .methods.base import Method
 from .periodic import Periodic, PeriodicOps
 from .setup import Setup
+from .sharing import MicroBatches, Shared
 from .tape import autograd
 from .tape.core import Flow, Parameter, Tape, Tensor, emit, new_tensor, recording, release
 from .tape.dims import Dim
@@ -78,16 +79,34 @@ class Step:
     @property
     def held_bytes(self) -> Dim:
         """Bytes that the method keeps from step to step beside parameters and optimizer state."""
-        return self.method.held_bytes(self)
+        return self.method.held_bytes(self) + (zero.held_bytes(self) if self.zero else 0)
 
     @property
     def optimizer(self) -> str:
         """The optimizer form that runs."""
+        if self.zero and self.setup.optimizer == "adamw":
+            return "adamw-fused"  # DeepSpeed's FusedAdam: one pass over flat tensors
         return optimizers.resolve(self.setup.optimizer, self.device)
+
+    @property
+    def zero(self) -> bool:
+        """Whether DeepSpeed's ZeRO-3 runs the step."""
+        return self.setup.engine == "deepspeed-zero3"
+
+    @property
+    def running(self) -> tuple[Setup, Method]:
+        """Setup and method as the engine runs them."""
+        return zero.running(self.setup, self.method) if self.zero else (self.setup, self.method)
 
 
 def build(
-    architecture: Architecture, method: Method, setup: Setup, device: str = "cuda", capability: str = "8.0"
+    architecture: Architecture,
+    method: Method,
+    setup: Setup,
+    device: str = "cuda",
+    capability: str = "8.0",
+    *,
+    shared: Shared | None = None,
 ) -> Step:
     """Record a step.
 
@@ -95,31 +114,69 @@ def build(
         method: bound to the architecture (`Method.bind`).
         device: "cuda" or "cpu", whose dispatch to mirror.
         capability: CUDA compute capability, which decides the attention kernel.
+        shared: what was recorded for the same architecture and device, and receives what is recorded here.
 
     Raises:
         UserError: setup and model do not fit (sequence too long, nothing trains, …).
         MixedStructure: array dims do not share one program; split the grid.
     """
+    setup = replace(setup, engine=method.engine or setup.engine)
     _check(architecture, method, setup)
-    tape = Tape(device, capability, autocast=setup.amp)
     step = Step(architecture, method, setup, device, [])
+    tape = Tape(device, capability, autocast=step.running[0].amp)
     collecting = gc.isenabled()
     gc.disable()  # the tape frees by reference count; a pass of the cycle collector would only cost time
     try:
         with recording(tape):
-            kept: Kept = {}
-            step.groups.append(Group(_micro_batch(step, tape, kept)))
-            if setup.grad_accum > 1:
-                step.groups.append(Group(_micro_batch(step, tape, kept), setup.grad_accum - 1))
+            ending = _shared(step, tape, shared) if shared else _micro_batches(step, tape, {})
             record_update(step, tape)
-            _forget(kept)
-            tape.loss = None
+            ending()
             step.groups.append(Group(list(tape.parts)))
         step.periodic = [_besides(step, work, capability) for work in method.periodic()]
     finally:
         if collecting:
             gc.enable()
     return step
+
+
+def _micro_batches(step: Step, tape: Tape, programs: dict[Any, Any]) -> Callable[[], None]:
+    """Record the micro-batches; returns what ends with the step, to be called then.
+
+    Args:
+        programs: what was compiled already (`passes.compile`).
+    """
+    kept: Kept = {}
+    step.groups.append(Group(_micro_batch(step, tape, kept, programs)))
+    if step.setup.grad_accum > 1:
+        step.groups.append(Group(_micro_batch(step, tape, kept, programs), step.setup.grad_accum - 1))
+
+    def end() -> None:
+        _forget(kept)
+        tape.loss = None
+
+    return end
+
+
+def _shared(step: Step, tape: Tape, shared: Shared) -> Callable[[], None]:
+    """As `_micro_batches`, recorded only if no step before had the same."""
+    wanted = sharing.key(step.method, step.setup)
+    if wanted is None:
+        return _micro_batches(step, tape, shared.programs)
+    known = shared.micro_batches.get(wanted)
+    if known is not None:
+        step.groups = [Group(parts, repeat) for parts, repeat in known.groups]
+        step.parameters = sharing.with_gradients(known.parameters, tape)
+        return lambda: tape.part.free(known.ending)
+    end = _micro_batches(step, tape, shared.programs)
+    groups = [(group.parts, group.repeat) for group in step.groups]
+    parameters = sharing.with_gradients(step.parameters, None)
+
+    def end_and_note() -> None:
+        before = tape.part.delta
+        end()
+        shared.micro_batches[wanted] = MicroBatches(groups, parameters, before - tape.part.delta)
+
+    return end_and_note
 
 
 def _besides(step: Step, work: Periodic, capability: str) -> PeriodicOps:
@@ -131,39 +188,44 @@ def _besides(step: Step, work: Periodic, capability: str) -> PeriodicOps:
 
 def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
     """Raise `UserError` where the setup's kernels do not fit the model."""
+    if setup.engine != "torch":
+        zero.check(setup, method)
     if setup.kernels == "liger" and not architecture.has_liger:
         raise UserError(f"kernels liger: Liger has none for {architecture.name}; use kernels torch")
     if setup.kernels == "liger" and "lm_head" in getattr(method, "targets", ()):
         raise UserError(f"method {method.name}: Liger's loss reads the head's own weight; leave lm_head out of targets")
 
 
-def _micro_batch(step: Step, tape: Tape, kept: Kept) -> list[Part]:
+def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -> list[Part]:
     """Record forward and backward of a micro-batch; returns its parts, compiled if the setup says so."""
-    setup = step.setup
+    setup, method = step.running
     tape.flow = Flow() if setup.compile != "none" else None
+    tape.on_gradient = zero.hook(step, first=not step.parameters) if step.zero else None
     shape = (setup.batch, setup.seq)
     tape.begin("inputs", "forward")
-    build = Build(step.architecture, step.method, setup, {p.name: p for p in step.parameters}, kept=kept)
+    build = Build(step.architecture, method, setup, {p.name: p for p in step.parameters}, kept=kept)
     inputs = [_input(shape) for _ in range(3)]
     with tape.autocasting():
         ids, *others = inputs
         scope = Scope(build)
         with tape.belonging_to("adapter"):
-            extended = step.method.inputs(scope, *others)
+            extended = method.inputs(scope, *others)
         loss = step.architecture.forward(scope, ids, *extended)
         del extended
         with tape.belonging_to("adapter"):
-            loss = step.method.loss(loss, list(build.parameters.values()))
+            loss = method.loss(loss, list(build.parameters.values()))
     release(build.held)
     tape.loss = loss
     if setup.grad_accum > 1:
         tape.loss = loss = div(loss, setup.grad_accum)
     if not loss.requires_grad:
-        raise UserError(f"method {step.method.spec()}: nothing trains in {step.architecture.name}")
+        raise UserError(f"method {method.spec()}: nothing trains in {step.architecture.name}")
     step.parameters = list(build.parameters.values())
     tape.part = _backward_start(tape)
     seed = emit("ones_like", (loss,), (), loss.dtype)
     autograd.run_backward(loss, seed)
+    if step.zero:
+        zero.end_of_backward()
     for p in step.parameters:
         p.accumulator = None
         if p.grad is not None:
@@ -172,7 +234,7 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept) -> list[Part]:
     if tape.flow is not None:
         from .passes.compile import compiled
 
-        parts = compiled(step, parts, tape.flow)
+        parts = compiled(step, parts, tape.flow, programs)
         tape.flow = None
     tape.parts.clear()
     tape.twins.clear()
@@ -193,10 +255,13 @@ def _input(shape: tuple[Dim, ...]) -> Tensor:
 def record_update(step: Step, tape: Tape) -> None:
     """Record clipping, the optimizer as the method wants it, and the end of the gradients; sets the step's state."""
     with tape.no_grad():
-        if step.setup.clip_grad:
-            optimizers.clip_grad_norm(tape.begin("clip", "optimizer"), optimizers.trainable(step.parameters))
-        update = optimizers.Update(tape, step.optimizer, step.parameters)
-        step.method.update(update)
+        if step.zero:
+            update = zero.record_update(step, step.optimizer)
+        else:
+            if step.setup.clip_grad:
+                optimizers.clip_grad_norm(tape.begin("clip", "optimizer"), optimizers.trainable(step.parameters))
+            update = optimizers.Update(tape, step.optimizer, step.parameters)
+            step.method.update(update)
     tape.begin("zero_grad", "optimizer")
     for p in step.parameters:
         p.grad = None

@@ -1,13 +1,9 @@
 """The answer in words: which method is faster, by how much, and because of what."""
 
-from typing import TYPE_CHECKING
-
 from .anatomy import WAITING, Anatomy
 from .predict import Prediction
 from .report import units
-
-if TYPE_CHECKING:
-    from .compare import SpeedUp
+from .speedup import SpeedUp
 
 WORTH_SAYING = 0.2  # of the main part: a part below this against the trend is left out of the sentence
 MATTERS = 0.02  # of the step: parts that change by less changed nothing
@@ -37,7 +33,7 @@ def in_words(p: Prediction) -> str:
     return p.step.method.in_words() if p.step is not None else p.method
 
 
-def answer(a: Prediction, b: Prediction, speedup: "SpeedUp", reason: str, capacity: float) -> str:
+def answer(a: Prediction, b: Prediction, speedup: SpeedUp, reason: str, capacity: float) -> str:
     """One sentence on `b` against `a`; `capacity` is the device's memory in bytes.
 
     >>> from perfmodel import compare
@@ -49,7 +45,7 @@ def answer(a: Prediction, b: Prediction, speedup: "SpeedUp", reason: str, capaci
     return f"{text}.{_room(a, b, capacity)}"
 
 
-def _verdict(s: "SpeedUp", other: str) -> str:
+def _verdict(s: SpeedUp, other: str) -> str:
     if s.verdict == "slower":
         factor, low, high = 1 / s.ratio, 1 / s.high, 1 / s.low
     else:

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from perfmodel import UserError, compare, explain, predict, words
 from perfmodel.anatomy import PARTS, Anatomy, Phase
-from perfmodel.compare import SpeedUp, verdict
 from perfmodel.crossover import Crossover
 from perfmodel.predict import Prediction
 from perfmodel.report.crossings import in_words
+from perfmodel.speedup import SpeedUp, verdict
 
 BIG = {"model": "llama-3.2-3b", "device": "l40s", "batch": 4, "seq": 210}
 LORA = "lora:r=32,targets=q_proj+v_proj"

@@ -180,6 +180,7 @@ class Scope:
         trainable: bool | None = None,
     ) -> Parameter:
         """The parameter of that name, made on first use."""
+        tape().part.weights += kind != "scale"  # statistics of a packed weight are no parameters of their own
         if name not in self.made:
             method = self.build.method
             if trainable is None:

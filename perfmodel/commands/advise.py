@@ -9,32 +9,32 @@ import click
 from . import names
 from .options import Lists, print_json, setup_of, setup_options
 
-UNITS = {
-    "": 1.0,
-    "B": 1.0,
-    "KB": 1e3,
-    "MB": 1e6,
-    "GB": 1e9,
-    "GIB": 2.0**30,
-    "MIB": 2.0**20,
-    "K": 1e3,
-    "M": 1e6,
-    "G": 1e9,
-}
+PREFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "KI": 2.0**10, "MI": 2.0**20, "GI": 2.0**30}
+BYTES = {"B": 1.0, **PREFIXES, **{f"{prefix}B": factor for prefix, factor in PREFIXES.items()}}
+NUMBER = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9}
 
 
 class Quantity(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
-    """A positive number with a unit: `24GB`, `20M`, `80GiB`."""
+    """A positive number with a unit: `24GB`, `20M`, `80GiB`.
+
+    Args:
+        units: what each unit stands for, by its name in capitals.
+        example: for those who write none of them.
+    """
 
     name = "quantity"
+
+    def __init__(self, units: dict[str, float], example: str) -> None:
+        self.units = units
+        self.example = example
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, float):
             return value
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-zA-Z]*)\s*", str(value))
-        if not match or match[2].upper() not in UNITS or float(match[1]) <= 0:
-            self.fail(f"{value!r} is not a positive number with a unit such as 24GB, 80GiB or 20M", param, ctx)
-        return float(match[1]) * UNITS[match[2].upper()]
+        if not match or match[2].upper() not in self.units or float(match[1]) <= 0:
+            self.fail(f"{value!r} is not a positive number with a unit such as {self.example}", param, ctx)
+        return float(match[1]) * self.units[match[2].upper()]
 
 
 @click.command(cls=Lists)
@@ -47,9 +47,13 @@ class Quantity(click.ParamType):  # type: ignore[type-arg]  # generic in newer r
 )
 @click.option("--methods", shell_complete=names.methods, multiple=True, default=(), help="Further methods to consider.")
 @click.option(
-    "--min-trainable", type=Quantity(), help="Consider every kind of method that trains at least so much: 20M."
+    "--min-trainable",
+    type=Quantity(NUMBER, "20M or 1.5B"),
+    help="Consider every kind of method that trains at least so many parameters: 20M.",
 )
-@click.option("--memory", type=Quantity(), help="Memory limit such as 24GB; default the device's.")
+@click.option(
+    "--memory", type=Quantity(BYTES, "24GB or 80GiB"), help="Memory limit such as 24GB; default the device's."
+)
 @setup_options
 def advise(
     method: str,

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ..devices.own import CALIBRATED
-from .options import extra
+from .options import extra, json_option
 
 QUICK = 20.0  # s
 
@@ -19,8 +19,11 @@ QUICK = 20.0  # s
 @click.option(
     "--records", type=click.Path(dir_okay=False, path_type=Path), help="Keep the microbenchmarks (JSON lines)."
 )
-def calibrate(device: str, name: str, threads: int | None, seconds: float, quick: bool, records: Path | None) -> None:
-    """Measure this machine's kernels and host costs and write a device NAME.
+@json_option
+def calibrate(
+    device: str, name: str, threads: int | None, seconds: float, quick: bool, records: Path | None, as_json: bool
+) -> None:
+    """Measure this machine's kernels and host: --device NAME.
 
     The files go to $PERFMODEL_HOME, or else to the user's folder for configuration (~/.config/perfmodel). A CPU's
     profile holds for training with as many threads, and for a malloc that keeps freed memory (jemalloc, tcmalloc, or
@@ -30,4 +33,4 @@ def calibrate(device: str, name: str, threads: int | None, seconds: float, quick
         from validate.calibration.show_calibration import show
     except ImportError as error:
         raise extra(error) from None
-    show(device, name, threads=threads, seconds=QUICK if quick else seconds, output=records)
+    show(device, name, threads=threads, seconds=QUICK if quick else seconds, output=records, as_json=as_json)

@@ -8,7 +8,7 @@ VARIABLE = "_PERFMODEL_COMPLETE"
 @click.command()
 @click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
 def completion(shell: str) -> None:
-    """Print the script that completes commands, options and names in a shell.
+    """Print the script that completes commands in a shell.
 
     \b
     bash:  perfmodel completion bash >> ~/.bashrc

@@ -10,7 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..errors import UserError
-from ..setup import ATTENTION, CHECKPOINT, COMPILE, DTYPES, KERNELS, OPTIMIZERS
+from ..setup import ATTENTION, CHECKPOINT, COMPILE, DTYPES, ENGINES, KERNELS, OPTIMIZERS
 from . import names
 
 Command = Callable[..., Any]
@@ -21,7 +21,7 @@ methods_option = click.option(
     shell_complete=names.methods,
     multiple=True,
     default=("full", "lora"),
-    help="Methods, baseline first: full lora:r=16 ...",
+    help="Methods, baseline first: full lora:r=16 ...  [default: full lora]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON (SI units, bytes).")
 
@@ -115,7 +115,8 @@ config_option = click.option(
     is_eager=True,
     expose_value=False,
     callback=_read_config,
-    help="Take model, method and setup from a PEFT, TRL, Transformers, Axolotl or LLaMA-Factory file.",
+    help="Take model, method and setup from a PEFT, TRL, Transformers, Axolotl or LLaMA-Factory file; "
+    "what is typed beside it wins.",
 )
 
 
@@ -128,7 +129,7 @@ def _where(*, grid: bool) -> tuple[Decorator, ...]:
             "--model",
             required=True,
             shell_complete=names.models,
-            help="Bundled name, path of a config.json or folder, or hub id.",
+            help="Bundled name (see `perfmodel models`), path of a config.json or folder, or hub id.",
         ),
         click.option(
             "--device",
@@ -142,7 +143,7 @@ def _where(*, grid: bool) -> tuple[Decorator, ...]:
             default="default",
             show_default=True,
             shell_complete=names.hosts,
-            help="Host name or path of a TOML.",
+            help="What dispatches: name of a host or path of a TOML.",
         ),
         click.option("--batch", type=size, default="1", show_default=True, help="Samples of a micro-batch."),
         click.option("--seq", type=size, default="512", show_default=True, help="Tokens per sample."),
@@ -154,15 +155,19 @@ def _how() -> tuple[Decorator, ...]:
     return (
         click.option("--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True, help="Base weights."),
         click.option("--amp", type=click.Choice(("bf16", "fp16")), help="torch.autocast over fp32 weights."),
-        click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adamw", show_default=True),
+        click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adamw", show_default=True,
+                     help="adamw is PyTorch's default, which is foreach on a GPU."),
         click.option("--grad-accum", type=int, default=1, show_default=True, help="Micro-batches per step."),
         click.option("--checkpoint", type=click.Choice(CHECKPOINT), default="none", show_default=True,
                      help="Activation checkpointing per block."),
-        click.option("--attention", type=click.Choice(ATTENTION), default="sdpa", show_default=True),
+        click.option("--attention", type=click.Choice(ATTENTION), default="sdpa", show_default=True,
+                     help="sdpa: PyTorch's fused kernels; flash2: the flash-attn package."),
         click.option("--kernels", type=click.Choice(KERNELS), default="torch", show_default=True,
                      help="liger: fused norms, rotary positions, SwiGLU and linear cross entropy."),
         click.option("--compile", type=click.Choice(COMPILE), default="none", show_default=True,
                      help="torch.compile of the model; reduce-overhead adds CUDA graphs."),
+        click.option("--engine", type=click.Choice(ENGINES), default="torch", show_default=True,
+                     help="What runs the step; `METHOD:engine=NAME` for one method alone."),
         click.option("--clip-grad/--no-clip-grad", default=True, show_default=True, help="Clip the gradient norm."),
         click.option("--cuda-graphs", is_flag=True, help="One launch dispatches the whole step."),
         click.option("--padded", is_flag=True, help="Some samples are padded: sdpa gets an explicit mask."),

@@ -22,7 +22,7 @@ from .options import extra, print_json, setup_of, setup_options
 @click.option("--peft-config", type=click.Path(path_type=Path), help="An adapter_config.json; implies --traced.")
 @setup_options
 def predict(method: str, traced: bool, peft_config: Path | None, as_json: bool, **options: Any) -> None:
-    """Predict a training step: FLOPs, traffic, kernels, time, memory."""
+    """Predict a step: FLOPs, traffic, kernels, time, memory."""
     setup = setup_of(options)
     given = click.get_current_context().get_parameter_source("method")
     if peft_config and given is not click.core.ParameterSource.DEFAULT:

@@ -32,7 +32,7 @@ def sweep(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Predict grids of batch, length, rank, K, devices: where it pays.
+    """Predict grids of batch, length, rank, K and devices.
 
     Axes take a number, a list 1+2+4, a range 128-8192:128 (from-to:step) or a doubling range 1-64*2.
     """

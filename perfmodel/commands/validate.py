@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from ..errors import UserError
-from .options import extra, json_option
+from .options import extra, json_option, print_json
 
 RECORDS = Path("records.jsonl")  # what `measure` writes and `check` reads unless told otherwise
 
@@ -44,14 +44,18 @@ def counts(grid: str, cuda_forward: bool, as_json: bool) -> None:
 
 
 @validate.command()
-def speed() -> None:
+@json_option
+def speed(as_json: bool) -> None:
     """Measure the speed promises: cold start, warm prediction, grids."""
     from validate.speed import measure
 
     from ..report.terminal import console, table
 
-    rows = measure()
-    console.print(table("", ("what", "measured", "limit", ""), ((*r[:3], "ok" if r[3] else "missed") for r in rows)))
+    columns, rows = ("what", "measured", "limit", "holds"), measure()
+    if as_json:
+        print_json([dict(zip(columns, row, strict=True)) for row in rows])
+    else:
+        console.print(table("", (*columns[:3], ""), ((*r[:3], "ok" if r[3] else "missed") for r in rows)))
     sys.exit(0 if all(r[3] for r in rows) else 1)
 
 
@@ -68,8 +72,13 @@ def published(plot: Path | None, all_rows: bool, as_json: bool) -> None:
 
 @validate.command()
 @click.option("--quick", is_flag=True, help="A fixed part of the model types, in a few minutes.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Table (CSV) of the rows; a table that is there is continued.",
+)
 @json_option
-def coverage(quick: bool, as_json: bool) -> None:
+def coverage(quick: bool, output: Path | None, as_json: bool) -> None:
     """Trace every model type of transformers and every tuner of PEFT.
 
     Lists those that `predict --traced` can take and why it cannot take the others. A type is built from transformers'
@@ -79,7 +88,7 @@ def coverage(quick: bool, as_json: bool) -> None:
         from validate.oracle.show_coverage import show
     except ImportError as error:
         raise extra(error) from None
-    sys.exit(0 if show(quick=quick, as_json=as_json) else 1)
+    sys.exit(0 if show(quick=quick, output=output, as_json=as_json) else 1)
 
 
 @validate.command()
@@ -102,7 +111,7 @@ def tuners(host: str, all_rows: bool, as_json: bool) -> None:
 @validate.command()
 @json_option
 def layers(as_json: bool) -> None:
-    """Compare LoRAFusion's layer times and savings of DRAM traffic (H100) with predictions."""
+    """Compare with LoRAFusion's layer times and DRAM traffic (H100)."""
     from validate.published.show_layers import show_layers
 
     sys.exit(0 if show_layers(as_json=as_json) else 1)
@@ -166,6 +175,26 @@ def host(output: Path) -> None:
 
 
 @validate.command()
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("deepspeed-zero3.toml"),
+    show_default=True,
+    help="The engine's file.",
+)
+def engine(output: Path) -> None:
+    """Measure what DeepSpeed's hooks cost the host (needs deepspeed).
+
+    The bundled figures are data/engines/deepspeed-zero3.toml.
+    """
+    try:
+        from validate.calibration.show_engine import show
+    except ImportError as error:
+        raise extra(error) from None
+    show(output)
+
+
+@validate.command()
 @click.option("--device", type=click.Choice(("cuda", "cpu")), required=True, help="What to train on.")
 @click.option("--grid", default="small", show_default=True, help="small, standard, or the path of a TOML file.")
 @click.option(
@@ -208,11 +237,16 @@ def measure(
 def check(
     paths: tuple[Path, ...], device: str | None, host: str | None, html: Path | None, plot: Path | None, as_json: bool
 ) -> None:
-    """Compare predictions with RECORDS (of `validate measure`, records.jsonl by default); exit code 1 if a limit is
-    exceeded: ATen calls and kernels exact, step time 15 % in the mean and 10 % in the median, ratio to full
-    fine-tuning 8 %, verdicts right where 10 % decide them, peak memory 5 % in every cell."""
+    """Compare with RECORDS of `validate measure`.
+
+    They are records.jsonl by default. The exit code is 1 if a limit is exceeded: ATen calls and kernels exact, step
+    time 15 % in the mean and 10 % in the median, ratio to full fine-tuning 8 %, verdicts right where 10 % decide them,
+    peak memory 5 % in every cell.
+    """
     from validate.checking.show import show_check
 
+    if not paths and not RECORDS.exists():
+        raise UserError(f"no {RECORDS} here: make it with `perfmodel validate measure`, or name other records")
     chosen = paths or (RECORDS,)
     holds = show_check(chosen, device=device, host=host, html=html, plot=plot, as_json=as_json)
     sys.exit(0 if holds else 1)

@@ -13,7 +13,7 @@ sets are those in the kernel names of NeuSight's profiles, https://github.com/si
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,7 +24,8 @@ Array = NDArray[np.float64]
 Layout = Literal["tn", "nn", "nt"]
 Tiles = tuple[tuple[int, int], ...]
 
-CHUNK = 4096  # shapes evaluated together: the working set stays in the CPU's cache
+SPLIT_WAVES = 2  # a split of k fills so many waves of the SMs at most
+CHUNK = 16_384  # shapes evaluated together: bounds the working set
 
 # (rows of C, columns of C) of the thread-block tiles that the libraries offer.
 TENSOR_CORE_TILES: Tiles = (
@@ -177,69 +178,102 @@ def gemm_time(
     '180 us'
     """
     rates = _Rates.of(hardware, parameters, dtype, output_itemsize, layout)
-    arrays = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (m, n, k, batch, a_copies, b_copies)))
-    flat = [x.reshape(-1) for x in arrays]
-    out = np.empty(flat[0].size)
-    for start in range(0, out.size, CHUNK):
-        part = slice(start, start + CHUNK)
-        m1, n1, k1, b1, a_reuse, b_reuse = (x[part] for x in flat)
-        near, far = _bytes(m1, n1, k1, b1, a_reuse, b_reuse, rates, accumulate)
-        memory = near / rates.l2 + far / rates.dram
-        out[part] = _best(m1, n1, k1, b1, memory, rates)
-    return parameters.launch_clocks / hardware.clock_hz + out.reshape(arrays[0].shape)
+    given = [np.asarray(x, dtype=np.float64) for x in (m, n, k, batch, a_copies, b_copies)]
+    shape = np.broadcast_shapes(*(x.shape for x in given))
+    out = np.empty(shape)
+    rows = out.reshape(-1, shape[-1] if shape else 1)
+    aligned = [x.reshape((1,) * (len(shape) - x.ndim) + x.shape) for x in given]
+    for row, index in zip(rows, np.ndindex(shape[:-1]), strict=True):
+        of_row = [x[tuple(min(i, d - 1) for i, d in zip(index, x.shape, strict=False))].reshape(-1) for x in aligned]
+        for start in range(0, len(row), CHUNK):
+            part = slice(start, start + CHUNK)
+            m1, n1, k1, b1, a_reuse, b_reuse = (x if len(x) == 1 else x[part] for x in of_row)
+            near, far = _bytes(m1, n1, k1, b1, a_reuse, b_reuse, rates, accumulate)
+            memory = near / rates.l2 + far / rates.dram
+            row[part] = _best(m1, n1, k1, b1, memory, rates)
+    return parameters.launch_clocks / hardware.clock_hz + out
 
 
 def _best(m: Array, n: Array, k: Array, b: Array, memory: Array, r: _Rates) -> Array:
-    """Seconds of the best tile and split, without the launch floor."""
-    flop_time = _flop_time(k, r)
+    """Seconds of the best tile and split, without the launch floor; what differs between shapes is an array."""
     k_padded = np.ceil(k / r.p.k_step) * r.p.k_step
     k_splits = np.clip(k_padded / r.p.k_split, 1.0, r.p.max_split)
     partials = b * m * n * (4.0 * r.p.split_traffic / r.l2)
-    whole, divided = np.full(m.shape, np.inf), np.full(m.shape, np.inf)
+    whole, divided = np.full(memory.shape, np.inf), np.full(memory.shape, np.inf)
+    product = _Product(_flop_time(k, r), k_padded, k_splits, memory, partials)
     sets: list[tuple[Tiles, NDArray[np.bool_] | None]] = [(r.p.tiles, None)]
     if r.p.batched_tiles is not None:
         sets = [(r.p.tiles, b > 1), (r.p.batched_tiles, b <= 1)]
     for tiles, excluded in sets:
         if excluded is not None and excluded.all():
             continue
-        for tile in tiles:
-            times = _with_tile(tile, m, n, b, k_padded, k_splits, flop_time, memory, partials, r)
-            for best, time in zip((whole, divided), times, strict=True):
-                np.minimum(best, time if excluded is None else np.where(excluded, np.inf, time), out=best)
+        along_m, along_n = (_cuts(x, {tile[i] for tile in tiles}) for i, x in enumerate((m, n)))
+        for tile_m, tile_n in tiles:
+            at_once, few, split = _with_tile((tile_m, tile_n), along_m[tile_m], along_n[tile_n], b, product, r)
+            if excluded is not None:
+                at_once = np.where(excluded, np.inf, at_once)
+                split = np.where(np.broadcast_to(excluded, whole.shape)[few], np.inf, split)
+            np.minimum(whole, at_once, out=whole)
+            divided[few] = np.minimum(divided[few], split)
     # Memory time is the same for every tile, so the best of them is the one with the least SM time.
     return np.asarray(np.minimum(_overlap(_throttled(whole, r), memory, r.p.overlap_loss), divided))
 
 
+class _Product(NamedTuple):
+    """What does not depend on the tile."""
+
+    flop_time: Array | float  # s of one FLOP on one SM
+    k_padded: Array
+    k_splits: Array  # most parts of k
+    memory: Array  # s
+    partials: Array  # s for one split's share of the partial sums
+
+
+def _cuts(extent: Array, sides: set[int]) -> dict[int, tuple[Array | float, Array]]:
+    """For each side of a tile, how much of it an extent of C fills, and how many of them cover it."""
+    least = extent.min()
+    return {
+        side: (float(side) if least >= side else np.minimum(extent, side), np.ceil(extent / side)) for side in sides
+    }
+
+
 def _with_tile(
     tile: tuple[int, int],
-    m: Array,
-    n: Array,
+    along_m: tuple[Array | float, Array],
+    along_n: tuple[Array | float, Array],
     b: Array,
-    k_padded: Array,
-    k_splits: Array,
-    flop_time: Array | float,
-    memory: Array,
-    partials: Array,
+    product: _Product,
     r: _Rates,
-) -> tuple[Array, Array]:
-    """With one tile shape: SM seconds of whole k; seconds in all with k split so that the blocks fill 1 or 2 waves."""
-    tile_m, tile_n = tile
-    rows, cols = np.minimum(m, tile_m), np.minimum(n, tile_n)
+) -> tuple[Array, Any, Array]:
+    """With one tile of (rows, columns): SM seconds of whole k; for which products a split pays, and seconds in all."""
+    (rows, down), (cols, across) = along_m, along_n
     # Padding is computed but not loaded: a thin GEMM wastes the math pipe, not bandwidth.
-    energy = 2 * tile_m * tile_n + (tile_m + tile_n) * r.item * r.p.load_energy  # of a slice, in FLOPs
-    arithmetic = np.maximum((2 * tile_m * tile_n) * flop_time, energy * r.powered)
-    slice_time = np.maximum(arithmetic, (rows + cols) * (r.item / r.sm_load))
-    main_loop = k_padded * (np.maximum(slice_time, r.k_latency) + r.k_bubble)
+    energy = (2 * tile[0] * tile[1] + (tile[0] + tile[1]) * r.item * r.p.load_energy) * r.powered
+    least = np.maximum((2 * tile[0] * tile[1]) * product.flop_time, max(r.k_latency, energy))
+    slice_time = np.maximum((rows + cols) * (r.item / r.sm_load), least)
+    main_loop = product.k_padded * (slice_time + r.k_bubble)
     fill_drain = rows * cols * (r.p.epilogue * r.out_item / r.sm_load)
-    waves = np.ceil(m / tile_m) * np.ceil(n / tile_n) * b / r.sm_count
-    divided = np.full(m.shape, np.inf)
-    for filled_waves in (1.0, 2.0):
-        split = np.clip(filled_waves / waves, 1.0, k_splits)
-        few = split > 1.0  # most products of a large grid fill the SMs without
-        if few.any():
-            at = (np.asarray(x)[few] for x in (split, waves, fill_drain, main_loop, memory, partials))
-            divided[few] = np.minimum(divided[few], _split_time(r, *at))
-    return _waves(waves, r.p.wave_tail) * (fill_drain + main_loop), divided
+    waves = down * (across * b / r.sm_count)
+    whole = _waves(waves, r.p.wave_tail) * (fill_drain + main_loop)
+    few = waves < SPLIT_WAVES  # most products of a large grid fill the SMs without a split
+    if not few.any():
+        return whole, slice(0), np.asarray(np.inf)
+    where = np.flatnonzero(few) if few.size > 1 else slice(None)
+    return whole, where, _divided(where, waves, fill_drain, main_loop, product, r)
+
+
+def _divided(
+    where: Any, waves: Array, fill_drain: Array | float, main_loop: Array, product: _Product, r: _Rates
+) -> Array:
+    """Seconds of some products with k split so that the blocks fill 1 or 2 waves; infinite where that is no split."""
+    given: tuple[Any, ...] = (waves, fill_drain, main_loop, product.k_splits, product.memory, product.partials)
+    unsplit, ends, loop, k_splits, memory, partials = (x[where] if np.size(x) > 1 else x for x in given)
+    best = np.asarray(np.inf)
+    for filled_waves in range(1, SPLIT_WAVES + 1):
+        split = np.minimum(np.maximum(filled_waves / unsplit, 1.0), k_splits)
+        seconds = _split_time(r, split, unsplit, ends, loop, memory, partials)
+        best = np.minimum(best, np.where(split > 1.0, seconds, np.inf))
+    return best
 
 
 def _split_time(
@@ -264,9 +298,10 @@ def _throttled(time: Array, r: _Rates) -> Array:
     return time * (1.0 + r.p.derating * time / (time + r.p.derating_time))
 
 
-def _waves(waves: Array, tail: float) -> Array:
+def _waves(waves: Array, tail: float, fewest: float = 0.0) -> Array:
     """Waves that the slowest SM runs: whole ones if `tail` is 1, the average if 0, never less than one."""
-    return np.maximum(1.0, waves + tail * (np.ceil(waves) - waves))
+    run = waves + tail * (np.ceil(waves) - waves)
+    return run if fewest >= 1.0 else np.maximum(1.0, run)
 
 
 def _overlap(x: Array, y: Array, loss: float) -> Array:
@@ -282,7 +317,8 @@ def _bytes(
     size_a, size_b, size_c = b * m * k * r.item, b * k * n * r.item, b * m * n * r.out_item
     common = np.minimum(a_copies, b_copies)
     hit_a = _hit((a_copies * size_a + common * size_b + size_c) / r.kept_bytes)
-    hit_b = _hit((b_copies * size_b + common * size_a + size_c) / r.kept_bytes)
+    never = np.isinf(b_copies).all()  # as every weight
+    hit_b = 0.0 if never else _hit((b_copies * size_b + common * size_a + size_c) / r.kept_bytes)
     hit_c = _hit((size_a + size_b + size_c) / (r.kept_bytes * r.p.l2_written))
     moved_c = size_c * (2.0 if accumulate else 1.0)
     near = size_a * hit_a + size_b * hit_b + moved_c * hit_c
@@ -292,8 +328,7 @@ def _bytes(
 
 def _hit(fill: Array) -> Array:
     """Share found in L2 when `fill` capacities were touched since: a soft step at 1 (replacement is not exact LRU)."""
-    f = np.minimum(fill, 1e9)  # infinity marks data that is never reused
-    f = f * f
+    f = fill * fill  # infinite for data that is never used again
     f = f * f
     f = f * f
     return 1.0 / (1.0 + f * f)

@@ -43,6 +43,9 @@ class Host:
         compiled_kernel: a Triton kernel's call in the code that Inductor writes, without the driver's launch.
         compiled_graph: entering a compiled graph: wrappers of Dynamo, AOTAutograd and Inductor.
         guard: what Dynamo asks about one module before it reuses its code.
+        fetch: what an engine's hooks around a module's forward do with one of its parameters
+            (`perfmodel.devices.engine`); release: those around its backward; reduce: its hook on one complete gradient;
+            settle: its work on one trained parameter in the update.
     """
 
     name: str
@@ -69,6 +72,10 @@ class Host:
     # github.com/pytorch/pytorch/issues/191753: 0.76 ms of cache lookup and 0.13 ms before the graph for Qwen3-8B, whose
     # 36 layers have 14 modules each
     guard: float = 1.8e-6
+    fetch: float = 0.0
+    release: float = 0.0
+    reduce: float = 0.0
+    settle: float = 0.0
 
     def dispatch(self, part: Part, device: str) -> np.ndarray:
         """Host seconds before each op of one run of a part, shape (ops,); Python's share is spread evenly."""
@@ -80,13 +87,14 @@ class Host:
             python = 0.0
         elif part.phase == "optimizer":  # a Python loop over tensors, without autograd
             seconds = [self.view if op.view else self.loop_call for op in part.ops]
-            python = 0.0
+            python = self.settle * part.gradients
         else:
             forward = part.phase == "forward"
             call, view = (self.call, self.view) if forward else (self.backward_call, self.backward_view)
             seconds = [view if op.view else call for op in part.ops]
             python = self.module * part.modules + self.adapter * part.adapters + self.node * part.nodes
             python += self.checkpoint * part.checkpoints + self.hook * part.hooks
+            python += self.fetch * part.weights + self.release * part.returns + self.reduce * part.gradients
         launches = np.array([0 if op.view or "host" in op.attrs else 1 for op in part.ops])
         return np.array(seconds) + launch * launches + python / max(1, len(seconds))
 

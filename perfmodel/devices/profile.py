@@ -103,8 +103,8 @@ def load(name_or_path: str | PathLike[str]) -> DeviceProfile:
         if not exists:
             raise UserError(f"no such device file: {path}")
         return from_table(path.stem, read_toml(path), str(path))
-    known = [*names(), *own.names(), *_aliases()]
-    raise UserError(f"unknown device {text!r}: {nearest(text, known)} (or give the path of a .toml file)")
+    hint = nearest(text, [*names(), *own.names()], also=_aliases())
+    raise UserError(f"unknown device {text!r}: {hint} (or give the path of a .toml file)")
 
 
 def by_makers_name(name: str) -> DeviceProfile | None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..errors import UserError
-from .common import ONE_GPU, OPTIMIZERS, checkpoint, clips, compiled, flavour, half, optimizer, spec
+from .common import ONE_GPU, OPTIMIZERS, checkpoint, clips, compiled, engine, flavour, half, optimizer, spec
 from .keys import Keys
 
 MARKS = ("micro_batch_size", "sequence_len", "adapter", "lora_target_linear")
@@ -27,7 +27,9 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
             "load_in_8bit", "8-bit base weights are not modelled; use load_in_4bit with adapter: qlora, or neither"
         )
     dtype = half(keys)
+    runs, said = engine(keys)
     setup: dict[str, Any] = {
+        "engine": runs,
         "batch": keys.count("micro_batch_size", 1),
         "seq": keys.count("sequence_len", 512),
         "grad_accum": keys.count("gradient_accumulation_steps", 1),
@@ -40,7 +42,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "clip_grad": clips(keys, "max_grad_norm", keys.number("gradient_clipping", 1.0)),
         "kernels": "liger" if _liger(keys) else "torch",
     }
-    notes = [f"{key}: one GPU is modelled" for key in ONE_GPU if keys.get(key)]
+    notes = [*said, *(f"{key}: one GPU is modelled" for key in ONE_GPU if keys.get(key))]
     if keys.get("sample_packing") in NOT_PACKED and not keys.flag("pad_to_sequence_len"):
         notes.append("without sample_packing most batches are shorter than sequence_len: give --seq the mean length")
     return keys.text("base_model"), _method(keys), setup, notes

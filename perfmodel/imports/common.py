@@ -1,9 +1,12 @@
 """What the tools share: Transformers' names of optimizers and attentions, and LoRA's flavours as methods."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 from .. import optimizers
 from ..errors import UserError
+from ..resources import is_file, read_json
 from .keys import Keys
 
 # transformers/training_args.py, OptimizerNames; bitsandbytes' names with and without "bnb" mean the same
@@ -21,7 +24,39 @@ COMPILE = {
     "default": "default", "reduce-overhead": "reduce-overhead", "max-autotune-no-cudagraphs": "default",
     "max-autotune": "reduce-overhead",
 }  # fmt: skip
-ONE_GPU = ("deepspeed", "fsdp", "fsdp_config", "tensor_parallel_size", "context_parallel_size", "ddp_timeout")
+OFFLOADS = ("offload_optimizer", "offload_param")
+ONE_GPU = ("fsdp", "fsdp_config", "tensor_parallel_size", "context_parallel_size", "ddp_timeout")
+
+
+def engine(keys: Keys) -> tuple[str, list[str]]:
+    """The setup's engine that `deepspeed` asks for, and what to say about it.
+
+    The key holds DeepSpeed's config, or the path of one; of a file that is not here the name says the stage, as in
+    DeepSpeed's and the tools' examples (zero3.json, ds_z3_offload_config.json).
+    """
+    value = keys.get("deepspeed")
+    if value is None:
+        return "torch", []
+    if isinstance(value, str) and is_file(value):
+        value = read_json(Path(value))
+    if isinstance(value, dict):
+        zero = value.get("zero_optimization")
+        zero = zero if isinstance(zero, dict) else {}
+        stage, offloads = zero.get("stage"), any(_offloads(zero.get(key)) for key in OFFLOADS)
+    elif isinstance(value, str):
+        name = Path(value).name.lower()
+        found = re.search(r"z(?:ero)?[-_]?(?:stage)?[-_]?([0-3])", name)
+        stage, offloads = int(found[1]) if found else None, "offload" in name
+    else:
+        raise keys.wrong("deepspeed", "a path or a mapping")
+    if stage == 3 and not offloads:
+        return "deepspeed-zero3", ["deepspeed: ZeRO-3 on one GPU is modelled"]
+    what = "its config" if stage is None else f"ZeRO-{stage}{' with offloading' if offloads else ''}"
+    return "torch", [f"deepspeed: {what} is not modelled, only ZeRO-3 without offloading: a step without an engine"]
+
+
+def _offloads(section: Any) -> bool:
+    return isinstance(section, dict) and section.get("device", "none") != "none"
 
 
 def optimizer(keys: Keys, key: str, default: str) -> str:

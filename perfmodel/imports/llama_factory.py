@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..errors import UserError
-from .common import ONE_GPU, clips, compiled, flavour, half, optimizer, spec
+from .common import ONE_GPU, clips, compiled, engine, flavour, half, optimizer, spec
 from .keys import Keys
 
 MARKS = ("finetuning_type", "cutoff_len", "lora_target", "stage", "template", "dataset_dir")
@@ -24,7 +24,9 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     dtype = half(keys)
     # trainable weights are upcast to fp32 unless pure_bf16 (or BAdam) asks not to (model/adapter.py)
     upcast = not pure and name in ("full", "top_k")
+    runs, said = engine(keys)
     setup: dict[str, Any] = {
+        "engine": runs,
         "batch": keys.count("per_device_train_batch_size", 8),
         "seq": keys.count("cutoff_len", 2048),
         "grad_accum": keys.count("gradient_accumulation_steps", 1),
@@ -37,7 +39,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "clip_grad": clips(keys),
         "kernels": "liger" if keys.flag("enable_liger_kernel") else "torch",
     }
-    notes = [f"{key}: one GPU is modelled" for key in ONE_GPU if keys.get(key)]
+    notes = [*said, *(f"{key}: one GPU is modelled" for key in ONE_GPU if keys.get(key))]
     if not keys.flag("packing") and stage == "sft":
         notes.append("without packing most batches are shorter than cutoff_len: give --seq the mean length")
     return keys.text("model_name_or_path"), spec(name, **options), setup, notes

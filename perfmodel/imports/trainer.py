@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..errors import UserError
-from .common import ATTENTION, ONE_GPU, checkpoint, clips, compiled, flavour, half, optimizer, spec
+from .common import ATTENTION, ONE_GPU, checkpoint, clips, compiled, engine, flavour, half, optimizer, spec
 from .keys import Keys
 
 MARKS = ("per_device_train_batch_size", "use_peft", "gradient_accumulation_steps", "optim", "max_length")
@@ -21,7 +21,9 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
         amp = "bf16"  # SFTConfig's own default
     dtype = keys.one_of("dtype", DTYPES, None) or keys.one_of("torch_dtype", DTYPES, "fp32")
     keys.refuse("load_in_8bit", "8-bit base weights are not modelled; use load_in_4bit, or neither")
+    runs, said = engine(keys)
     setup: dict[str, Any] = {
+        "engine": runs,
         "batch": keys.count("per_device_train_batch_size", 8),
         "grad_accum": keys.count("gradient_accumulation_steps", 1),
         "dtype": dtype,
@@ -36,7 +38,7 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     length = keys.get("max_length") or keys.get("max_seq_length")
     if length is not None or is_trl:
         setup["seq"] = keys.count("max_length", keys.count("max_seq_length", 1024))
-    notes = [f"{key}: one GPU is modelled" for key in ONE_GPU if keys.get(key)]
+    notes = [*said, *(f"{key}: one GPU is modelled" for key in ONE_GPU if keys.get(key))]
     if is_trl and not keys.flag("packing"):
         notes.append("without packing most batches are shorter than max_length: give --seq the mean length")
     return keys.text("model_name_or_path"), _method(keys, is_trl), setup, notes

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Hashable
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
 
@@ -11,11 +11,13 @@ from ..errors import UserError, nearest
 from ..optimizers import Update
 from ..periodic import Periodic
 from ..registry import Registry
+from ..setup import ENGINES
 from ..tape.core import Parameter, Tensor
 from ..tape.dims import Dim
 from ..tape.linalg import linear
 from ..tape.nn import embedding
 from ..tape.op import Part
+from .checks import choice
 
 if TYPE_CHECKING:
     from ..step import Step
@@ -67,7 +69,9 @@ class Method:
     `architecture` is filled in by `bind`, which also checks the options against the model.
     """
 
-    architecture: Architecture | None = field(default=None, repr=False, compare=False, kw_only=True)
+    _: KW_ONLY
+    architecture: Architecture | None = field(default=None, repr=False, compare=False)
+    engine: str | None = option(None, "torch or deepspeed-zero3, for this method; default the setup's", choice(ENGINES))
 
     name: ClassVar[str]
     source: ClassVar[str]
@@ -239,9 +243,10 @@ def _options(cls: type[Method]) -> list[Any]:
 
 
 def options(cls: type[Method]) -> dict[str, str]:
-    """Option name → description with its default."""
+    """Option name → description with its default; what sizes the method first."""
     shown = {f.name: "" if f.default in (None, ()) else f" (default {_text(f.default)})" for f in _options(cls)}
-    ordered = sorted(_options(cls), key=lambda f: f.name not in ("r", "k"))  # what sizes the method first
+    sizes = cls().sizes()
+    ordered = sorted(_options(cls), key=lambda f: f.name not in sizes)
     return {f.name: f.metadata.get("help", "") + shown[f.name] for f in ordered}
 
 
@@ -265,10 +270,12 @@ def parse(text: str) -> Method:
         key, equals, value = item.partition("=")
         key = cls.aliases.get(key, key) if hasattr(cls, "aliases") else key
         if key not in known:
-            hint = nearest(key, known) if known else "it takes none"
+            hint = nearest(key, known)
             raise UserError(f"method {name}: unknown option {key!r}: {hint}")
         if not equals or not value:
             raise UserError(f"method {name}: write {key}=VALUE, got {item!r}")
+        if key in values:
+            raise UserError(f"method {name}: {key} is given twice")
         values[key] = _convert(f"method {name}: {key}", value, hints[key])
     return cls(**values)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..tape.dims import Dim, same
+from ..tape.dims import Dim, largest, same
 from .graph import Prim, Value
 
 READS_ON_REUSE = 4  # config.realize_reads_threshold
@@ -107,7 +107,7 @@ def _take(node: Kernel, value: Value, nbytes: Dim, inlined: dict[Value, Kernel])
     for other, size in source.reads.items():
         part = size if nbytes is value.nbytes or same(nbytes, value.nbytes) else _share(size, nbytes, value.nbytes)
         node.reads[other] = _most(node.reads.get(other, 0), part)
-    node.prims += [prim for prim in source.prims if prim not in node.prims]
+    node.prims = list(dict.fromkeys(node.prims + source.prims))
 
 
 def _share(size: Dim, part: Dim, whole: Dim) -> Dim:
@@ -184,7 +184,7 @@ class _Round:
                     users.setdefault(value, []).append(kernel)
         shared: dict[tuple[int, int], float] = {}
         for value, kernels in users.items():
-            size = float(np.max(value.nbytes))
+            size = float(largest(value.nbytes))
             for i, a in enumerate(kernels):
                 for b in kernels[i + 1 :]:
                     pair = self.position[a], self.position[b]
@@ -201,7 +201,7 @@ class _Round:
 
     def _fuse(self, a: Kernel, b: Kernel, loops: tuple[Any, ...]) -> None:
         first, second = sorted((a, b), key=self.position.__getitem__)
-        made = Kernel(first.prims + [p for p in second.prims if p not in first.prims], dict(first.reads))
+        made = Kernel(list(dict.fromkeys(first.prims + second.prims)), dict(first.reads))
         made.writes, made.loops = first.writes + second.writes, loops
         for value, nbytes in second.reads.items():
             made.reads[value] = _most(made.reads.get(value, 0), nbytes)

@@ -30,12 +30,11 @@ class Network:
 
     def source_side(self, source: int, sink: int) -> set[int]:
         """The nodes on the source's side of the minimum cut that lies nearest to the source."""
-        while self._levels(source).get(sink) is not None:
-            level = self._levels(source)
+        while sink in (level := self._levels(source)):
             following = [0] * len(self.edges)
             while self._augment(source, sink, level, following):
                 pass
-        return set(self._levels(source))
+        return set(level)
 
     def _levels(self, source: int) -> dict[int, int]:
         """Steps from the source to each node that it reaches."""

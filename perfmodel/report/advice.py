@@ -26,9 +26,10 @@ def searching() -> Iterator[Report]:
 def show_advice(a: Advice) -> None:
     """The answer in a sentence, the way there, each change by itself, and time against memory."""
     s, p = a.start, a.start.prediction
+    samples = p.setup.batch * p.setup.grad_accum
     console.print(
         f"[bold]{escape(p.method)}[/] on [bold]{escape(p.model)}[/], {escape(p.device)}, "
-        f"{p.setup.batch * p.setup.grad_accum} samples of {p.setup.seq} tokens a step: "
+        f"{samples} sample{'' if samples == 1 else 's'} of {p.setup.seq} tokens a step: "
         f"{units.seconds(s.seconds)}, {units.nbytes(s.peak)}"
         f"{'' if s.fits else ', [red]which does not fit[/]'}"
     )

@@ -1,7 +1,7 @@
 """The rows of a comparison, for whatever shows them: text of each method's figure, and which one is best."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..anatomy import Phase
@@ -89,7 +89,13 @@ def phase_table(phases: Sequence[Phase]) -> tuple[str, list[list[str]]]:
 
 def headline(p: Prediction) -> str:
     """Model, device and setup in a line."""
-    return f"{p.model} on {p.device}, {setup_line(p.setup)}"
+    return f"{p.model} on {p.device}, {shared_setup(p)}"
+
+
+def shared_setup(p: Prediction) -> str:
+    """The setup of a comparison in a line: an engine that the method brings is told by its name."""
+    alone = p.step is not None and p.step.method.engine is not None
+    return setup_line(replace(p.setup, engine="torch") if alone else p.setup)
 
 
 def setup_line(s: Setup) -> str:
@@ -101,6 +107,7 @@ def setup_line(s: Setup) -> str:
     told += [f"{s.attention} attention"] if s.attention != usual.attention else []
     told += [f"{s.kernels} kernels"] if s.kernels != usual.kernels else []
     told += [{"default": "torch.compile"}.get(s.compile, f"torch.compile {s.compile}")] if s.compile != "none" else []
+    told += [s.engine] if s.engine != usual.engine else []
     told += ["padded"] if s.padded else []
     told += ["no clipping"] if not s.clip_grad else []
     return ", ".join([*told, *(["CUDA graphs"] if s.cuda_graphs else [])])

@@ -17,7 +17,7 @@ from ..methods import Method
 from ..predict import Model
 from ..setup import Setup
 from . import evidence, exhibits
-from .figures import figures, mfu_of, setup_line
+from .figures import figures, mfu_of, shared_setup
 from .svg import typeset
 from .theme import CHARTS, FONT, PALETTE, variables
 
@@ -51,7 +51,7 @@ def report(
     labels = [explained[0].labels[0], *(e.labels[1] for e in explained)]
     context = {
         "title": f"{base.model} on {on.name}",
-        "setup_line": setup_line(base.setup),
+        "setup_line": shared_setup(base),
         "answers": [e.answer for e in explained],
         "labels": labels,
         "figures": [{"name": r.name.strip(), "sub": r.name != r.name.strip(), "cells": r.cells} for r in figures(c)],

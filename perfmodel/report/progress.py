@@ -8,7 +8,8 @@ def progress(*, counted: bool = True, auto_refresh: bool = True) -> Progress:
     """A bar with what is running; if the work can be counted, also how much is done and the time left.
 
     Args:
-        auto_refresh: redraw in a thread of its own; False where the process forks.
+        auto_refresh: redraw in a thread of its own; False where the process forks or takes times: then it is for the
+            caller to refresh.
     """
     columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
     if counted:

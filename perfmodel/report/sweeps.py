@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from rich.markup import escape
 
+from ..speedup import verdict
 from ..sweep import Columns, Sweep
 from . import units
 from .files import records, rows_to
@@ -38,8 +39,8 @@ class Summary:
         """Take some rows into account."""
         self.rows += len(c["batch"])
         self.fitting += int(c["fits"].sum())
-        for verdict in self.verdicts:
-            self.verdicts[verdict] += int((c["verdict"] == verdict).sum())
+        for word in self.verdicts:
+            self.verdicts[word] += int((c["verdict"] == word).sum())
         self.lowest, self.highest = min(self.lowest, c["speedup"].min()), max(self.highest, c["speedup"].max())
         rate = np.where(c["fits"], c["tokens_per_s"], 0.0)
         i = int(rate.argmax())
@@ -158,14 +159,12 @@ def _span(name: str, values: np.ndarray) -> str:
 
 
 def _matrix(planned: Sweep, blocks: list[Columns]) -> Any:
-    from ..compare import SpeedUp
-
     ratios, fits = plane(planned, blocks, "speedup"), plane(planned, blocks, "fits")
     rows = []
     for i, batch in enumerate(planned.batch):
         cells = []
         for ratio, fit in zip(ratios[i], fits[i], strict=True):
-            color = COLORS[SpeedUp("", ratio, ratio, ratio).verdict]
+            color = COLORS[verdict(ratio)]
             cells.append(f"[{color}]{ratio:.2f}{' ' if fit else '*'}[/]")
         rows.append([str(batch), *cells])
     return table("", ("batch \\ seq", *map(str, planned.seq)), rows)

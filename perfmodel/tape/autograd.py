@@ -108,7 +108,10 @@ def _accumulate(node: Node, grads: Sequence[Tensor | None]) -> Grads:
     (grad,) = grads
     assert grad is not None
     parameter.used = True
-    if parameter.grad is None:
+    hook = tape().on_gradient
+    if hook is not None:
+        hook(parameter, _settled(grad, parameter))
+    elif parameter.grad is None:
         parameter.grad = _settled(grad, parameter).alias()
         if parameter.part is not None:  # one of as many as there are identical layers
             parameter.grad.storage.copies = parameter.part.repeat

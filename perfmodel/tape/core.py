@@ -6,7 +6,7 @@ variables of the original, so peak memory follows without any bookkeeping by han
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -63,7 +63,7 @@ def _use(t: "Tensor") -> Use:
 class Tensor:
     """Shape, strides (elements), dtype and autograd state; no data."""
 
-    __slots__ = ("dtype", "node", "numel", "requires_grad", "shape", "slot", "storage", "strides")
+    __slots__ = ("_spec", "dtype", "node", "numel", "requires_grad", "shape", "slot", "storage", "strides")
 
     def __init__(self, shape: Shape, dtype: str, strides: Shape, numel: Dim, storage: Storage) -> None:
         self.shape = shape
@@ -74,6 +74,14 @@ class Tensor:
         self.requires_grad = False
         self.node: Node | None = None
         self.slot = 0
+        self._spec: Spec | None = None
+
+    @property
+    def spec(self) -> Spec:
+        """What an op sees of the tensor: made once, however many ops do."""
+        if self._spec is None:
+            self._spec = Spec(self.dtype, self.shape)
+        return self._spec
 
     @property
     def nbytes(self) -> Dim:
@@ -118,7 +126,8 @@ class Tape:
 
     `autocast` is the 16-bit dtype inside `torch.autocast`, or None. Everything that follows PyTorch's global state
     (grad mode, autocast's weight cache, checkpoint frames) lives here, and the training loop's variable `loss`, whose
-    graph lives until the next forward pass has made another. `owner` and `recomputing` go onto every op.
+    graph lives until the next forward pass has made another. `owner` and `recomputing` go onto every op. `on_gradient`
+    takes every parameter's complete gradient away, as a hook that PyTorch runs after it is accumulated.
     """
 
     def __init__(self, device: str = "cuda", capability: str = "8.0", *, autocast: str | None = None) -> None:
@@ -137,6 +146,7 @@ class Tape:
         self.part = Part("start", "forward")
         self.twins: dict[int, Part] = {}
         self.flow: Flow | None = None
+        self.on_gradient: Callable[[Parameter, Tensor], None] | None = None
 
     def begin(self, name: str, phase: str) -> Part:
         """Start a new part."""
@@ -150,7 +160,7 @@ class Tape:
             return
         twin = self.twins.get(id(part))
         if twin is None:
-            twin = Part(part.name, "backward", part.repeat)
+            twin = Part(part.name, "backward", part.repeat, returns=part.weights)
             self.twins[id(part)] = twin
             self.parts.append(twin)
             if self.flow is not None:
@@ -263,7 +273,7 @@ def new_tensor(shape: Shape, dtype: str, strides: Shape | None = None) -> Tensor
 def _distinct_bytes(tensors: Sequence[Tensor]) -> Dim:
     if len(tensors) == 1:
         return tensors[0].nbytes
-    return sum(t.nbytes for t in {id(t): t for t in tensors}.values())
+    return sum([t.nbytes for t in {id(t): t for t in tensors}.values()])
 
 
 def record(
@@ -272,10 +282,10 @@ def record(
     """Append an op to the current part."""
     op = Op(
         name,
-        tuple(Spec(t.dtype, t.shape) for t in inputs),
-        tuple(Spec(t.dtype, t.shape) for t in outputs),
+        tuple([t.spec for t in inputs]),
+        tuple([t.spec for t in outputs]),
         0 if view else _distinct_bytes(inputs),
-        0 if view else sum(t.nbytes for t in outputs),
+        0 if view else sum([t.nbytes for t in outputs]),
         view=view,
         attrs=attrs,
     )

@@ -2,10 +2,10 @@
 
 Shape logic sometimes branches on sizes (is this dim 1? is this tensor contiguous?). On an array the answer must be
 the same at every point of the grid; where it is not, `decide` raises `MixedStructure`, and the caller splits the grid
-along the mask and records each part on its own (see `perfmodel.predict.over_grid`).
+along the mask and records each part on its own (see `perfmodel.grid.over_grid`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from operator import mul
 from typing import Any
@@ -24,6 +24,64 @@ class MixedStructure(Exception):
         self.mask = mask
 
 
+class Axis(np.ndarray):
+    """An array dim that remembers what was made of it: a tape forms the same products over and over.
+
+    The same factors give the same object, so that equal dims are mostly one array, which nobody may write to.
+    """
+
+    _made: dict[tuple[str, Any, bool], tuple[Any, Any]]
+
+    def __array_finalize__(self, source: Any) -> None:
+        self._made = {}
+
+    def __mul__(self, other: Any) -> Any:
+        if type(other) is int and other == 1:
+            return self
+        made = self._once("*", other, np.ndarray.__mul__)
+        if type(other) is Axis:
+            other._made["*", id(self), False] = (self, made)
+        return made
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Any) -> Any:
+        if type(other) is int and other == 0:
+            return self
+        return self._once("+", other, np.ndarray.__add__)
+
+    __radd__ = __add__
+
+    def __floordiv__(self, other: Any) -> Any:
+        return self._once("//", other, np.ndarray.__floordiv__)
+
+    def __neg__(self) -> Any:
+        return self._once("-", 0, lambda x, _: np.ndarray.__neg__(x))
+
+    def same(self, other: Any) -> bool:
+        """Whether two dims are equal at every point of the grid."""
+        return bool(self._once("=", other, lambda x, y: decide(np.equal(x, y))))
+
+    def exceeds(self, other: Any) -> bool:
+        """Whether a dim is greater than another at every point of the grid."""
+        return bool(self._once(">", other, lambda x, y: decide(np.greater(x, y))))
+
+    def _once(self, operation: str, other: Any, make: Callable[[Any, Any], Any]) -> Any:
+        if type(other) is int:
+            key = operation, other, True
+        elif type(other) is Axis:
+            key = operation, id(other), False  # stays its id: the entry keeps it alive
+        else:
+            return make(self, other)
+        found = self._made.get(key)
+        if found is None:
+            made = make(self, other)
+            if isinstance(made, np.ndarray):
+                made.flags.writeable = False
+            found = self._made[key] = other, made
+        return found[1]
+
+
 def decide(condition: Any) -> bool:
     """Reduce a condition over the grid to one truth value, or raise `MixedStructure`."""
     if not isinstance(condition, np.ndarray):
@@ -33,7 +91,7 @@ def decide(condition: Any) -> bool:
         return True
     if not true:
         return False
-    raise MixedStructure(condition)
+    raise MixedStructure(condition.view(np.ndarray))
 
 
 def same(a: Dim, b: Dim) -> bool:
@@ -42,17 +100,44 @@ def same(a: Dim, b: Dim) -> bool:
         return True
     if type(a) is int and type(b) is int:
         return a == b
-    return decide(np.equal(a, b))
+    if type(a) is Axis:
+        return a.same(b)
+    return b.same(a) if type(b) is Axis else decide(np.equal(a, b))
+
+
+def exceeds(a: Dim, b: Dim) -> bool:
+    """Whether a dim is greater than another at every point of the grid."""
+    if type(a) is int and type(b) is int:
+        return a > b
+    return a.exceeds(b) if type(a) is Axis else decide(np.greater(a, b))
 
 
 def is_one(dim: Dim) -> bool:
     """Whether a dim is 1."""
-    return dim == 1 if type(dim) is int else decide(np.equal(dim, 1))
+    return dim == 1 if type(dim) is int else same(dim, 1)
 
 
 def product(dims: Sequence[Dim]) -> Dim:
     """Number of elements of a shape."""
     return reduce(mul, dims, 1)
+
+
+def largest(dim: Dim) -> int:
+    """The greatest value over the grid."""
+    return dim if type(dim) is int else int(np.max(dim))
+
+
+def summed(dims: Iterable[Dim]) -> Dim:
+    """The sum of many dims, among which the same array comes again and again."""
+    numbers: Dim = 0
+    arrays: dict[int, tuple[int, Any]] = {}
+    for dim in dims:
+        if isinstance(dim, np.ndarray):
+            times, _ = arrays.get(id(dim), (0, dim))
+            arrays[id(dim)] = times + 1, dim
+        else:
+            numbers += dim
+    return sum((times * array for times, array in arrays.values()), numbers)
 
 
 def contiguous_strides(shape: Shape) -> Shape:
@@ -110,10 +195,10 @@ def _by_stride(shape: Shape, operands: Sequence[Shape]) -> tuple[int, ...]:
             if (type(a) is int and a == 0) or (type(b) is int and b == 0):
                 continue
             if same(a, b):
-                if decide(np.greater(shape[i], shape[j])):
+                if exceeds(shape[i], shape[j]):
                     return 1
                 continue
-            return 1 if decide(np.greater(a, b)) else -1
+            return 1 if exceeds(a, b) else -1
         return 0
 
     for k in range(1, len(order)):
@@ -163,7 +248,7 @@ def view_strides(shape: Shape, strides: Shape, new_shape: Shape) -> Shape | None
             continue
         covered: Dim = 1
         while j >= 0 and (not same(covered, block) or is_one(new_shape[j])):
-            if decide(np.greater(covered * new_shape[j], block)):
+            if exceeds(covered * new_shape[j], block):
                 return None
             result[j] = covered * base
             covered = covered * new_shape[j]

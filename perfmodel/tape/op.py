@@ -44,11 +44,12 @@ class Op:
     or the "accumulation" of gradients; backward follows its forward.
     `recompute` marks what a checkpoint runs again.
     `reads` and `writes` say which memory the op uses, where the tape follows the flow of data (`Tape.flow`).
+    `launches` keeps how many kernels a call on lists launches, once that is counted (`costs.kernels`).
     """
 
     __slots__ = (
-        "attrs", "bytes_read", "bytes_written", "inputs", "name", "outputs", "owner", "reads", "recompute", "view",
-        "writes",
+        "attrs", "bytes_read", "bytes_written", "inputs", "launches", "name", "outputs", "owner", "reads", "recompute",
+        "view", "writes",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +74,7 @@ class Op:
         self.attrs = attrs
         self.owner = owner
         self.recompute = recompute
+        self.launches: Dim | None = None
         self.reads: tuple[Use, ...] = ()
         self.writes: tuple[Use, ...] = ()
 
@@ -88,7 +90,9 @@ class Part:
     """Ops that run `repeat` times in a row: a block of layers in forward or backward, the head, the optimizer.
 
     Host time: `nodes` counts autograd nodes, `modules` and `adapters` the Python calls of layers and of adapters,
-    `checkpoints` the calls of `torch.utils.checkpoint`, `hooks` its Python hooks on saved tensors.
+    `checkpoints` the calls of `torch.utils.checkpoint`, `hooks` its Python hooks on saved tensors, `weights` the
+    parameters of the modules that run, `returns` those of the modules whose backward runs here, `gradients` the hooks
+    on complete gradients (`Tape.on_gradient`).
     `delta` is the net change of live bytes over one run, `peak` the highest point above its start.
     `compiled` marks code that a compiler made (no Python between its calls), `captured` code that a CUDA graph runs;
     `graphs` counts the compiled graphs that are entered here.
@@ -103,20 +107,37 @@ class Part:
     adapters: int = 0
     checkpoints: int = 0
     hooks: int = 0
+    weights: int = 0
+    returns: int = 0
+    gradients: int = 0
     graphs: int = 0
     compiled: bool = False
     captured: bool = False
     delta: Dim = 0
-    peak: Dim = 0
+    highest: Dim = 0
+    rising: bool = False
 
     def allocate(self, nbytes: Dim) -> None:
         """Bytes come alive in this part."""
         self.delta = self.delta + nbytes
-        if isinstance(self.delta, np.ndarray) or isinstance(self.peak, np.ndarray):
-            self.peak = np.maximum(self.peak, self.delta)
-        elif self.delta > self.peak:
-            self.peak = self.delta
+        self.rising = True
 
     def free(self, nbytes: Dim) -> None:
         """Bytes die in this part."""
+        if self.rising:
+            self._note_peak()
         self.delta = self.delta - nbytes
+
+    @property
+    def peak(self) -> Dim:
+        """Highest point of live bytes above the start of a run."""
+        self._note_peak()
+        return self.highest
+
+    def _note_peak(self) -> None:
+        """Live bytes are highest where they stop rising."""
+        self.rising = False
+        if isinstance(self.delta, np.ndarray) or isinstance(self.highest, np.ndarray):
+            self.highest = np.maximum(self.highest, self.delta)
+        elif self.delta > self.highest:
+            self.highest = self.delta

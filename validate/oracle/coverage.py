@@ -3,15 +3,20 @@
 Every model type is built from transformers' own default config, at full size: a trace needs no memory for weights.
 """
 
+import csv
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from perfmodel.architectures import Config
 from perfmodel.errors import UserError
+from perfmodel.resources import DATA, read_rows
 from perfmodel.setup import Setup
 
 from .. import programs
@@ -19,6 +24,8 @@ from ..programs.tuners_of_peft import EXAMPLES
 from ..tracing import traced
 
 SETUP = Setup(batch=1, seq=64)
+TABLE = DATA / "coverage" / "transformers-5.24.csv"  # of a whole run: every type with the reason why not
+PATIENCE = 600  # seconds for one type or tuner
 LEAST_TYPES = 25  # model types of transformers
 LEAST_TUNERS = 0.9  # of the tuners of peft
 LLAMA = Config(
@@ -34,6 +41,8 @@ NEEDED: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": 33, "pad_token_id": 1},  # facebook/esm2_t33_650M_UR50D
     "ministral": {"head_dim": 128},  # mistralai/Ministral-8B-Instruct-2410
     "hunyuan_v1_dense": {"head_dim": 128},  # tencent/Hunyuan-7B-Instruct
+    "reformer": {"axial_pos_shape": [8, 8]},  # their product must be the sequence length
+    "xmod": {"default_language": "en_XX"},  # what `set_default_language` sets, as its documentation has it
     "encoder-decoder": {  # two BERTs, as transformers' documentation of the class has it
         "encoder": {"model_type": "bert"},
         "decoder": {"model_type": "bert", "is_decoder": True, "add_cross_attention": True},
@@ -83,7 +92,8 @@ def model_types(*, quick: bool) -> list[tuple[str, str]]:
 def cover_model(family: str, name: str) -> Row:
     """Trace full fine-tuning of one model type."""
     config = Config({"model_type": name, **NEEDED.get(name, {})}, name, name)
-    return _row(family, name, lambda: traced.of_method(config, "full", SETUP))
+    setup = replace(SETUP, batch=2) if family == "vision" else SETUP  # LeViT normalises over the batch
+    return _row(family, name, lambda: traced.of_method(config, "full", setup))
 
 
 def tuners() -> list[str]:
@@ -114,13 +124,50 @@ def _saved_lora(folder: str) -> str:
 def _row(kind: str, name: str, trace: Callable[[], Any]) -> Row:
     start = time.perf_counter()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), patience(PATIENCE):
             warnings.simplefilter("ignore")
             step, made = trace()
     except UserError as error:
         return Row(kind, name, time.perf_counter() - start, reason=_without(str(error), name))
+    except TimeoutError as error:
+        return Row(kind, name, time.perf_counter() - start, reason=str(error))
     calls = sum(count * (not op.view) for part, op, count in step.ops() if part.phase != "optimizer")
     return Row(kind, name, time.perf_counter() - start, "", made.traced, made.blocks, int(calls))
+
+
+@contextmanager
+def patience(seconds: int) -> Iterator[None]:
+    """Raise `TimeoutError` in what takes longer, where the system has an alarm clock."""
+
+    def ring(*_: Any) -> None:
+        raise TimeoutError(f"not traced within {seconds} s")
+
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def load(path: Path = TABLE) -> list[Row]:
+    """The rows of a run that `append` wrote."""
+    return read_rows(path, lambda r: Row(**{f.name: f.type(r[f.name]) for f in fields(Row)}))  # type: ignore[operator]
+
+
+def append(path: Path, row: Row) -> None:
+    """Add a row to a table, which is made if it is not there."""
+    fresh = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerow({**asdict(row), "seconds": round(row.seconds, 1)})
 
 
 def enough(rows: Sequence[Row]) -> bool:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from perfmodel.report.progress import progress
 from perfmodel.report.terminal import console, table
@@ -11,14 +12,21 @@ from . import coverage
 from .coverage import Row
 
 
-def show(*, quick: bool, as_json: bool) -> bool:
-    """Trace model types and tuners, print which can be traced and why others cannot; returns whether enough can."""
-    models, names = coverage.model_types(quick=quick), coverage.tuners()
-    rows = []
+def show(*, quick: bool, output: Path | None, as_json: bool) -> bool:
+    """Trace model types and tuners, print which can be traced and why others cannot; returns whether enough can.
+
+    With `output` every row goes into that table at once, and what stands in it already is not traced again.
+    """
+    rows = coverage.load(output) if output and output.exists() else []
+    known = {(row.kind, row.name) for row in rows}
+    models = [model for model in coverage.model_types(quick=quick) if model not in known]
+    names = [name for name in coverage.tuners() if ("tuner", name) not in known]
     with progress() as bar:
         task = bar.add_task("tracing", total=len(models) + len(names))
         for row in coverage.cover(models, names, lambda name: bar.update(task, description=name)):
             rows.append(row)
+            if output:
+                coverage.append(output, row)
             bar.advance(task)
     if as_json:
         print(json.dumps([{**asdict(row), "ok": row.ok} for row in rows], indent=1))

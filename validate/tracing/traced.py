@@ -14,6 +14,7 @@ from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from perfmodel import costs
 from perfmodel.architectures import Architecture, Config, load
 from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
@@ -24,7 +25,7 @@ from perfmodel.predict import Prediction, of_step
 from perfmodel.setup import Setup
 from perfmodel.step import Group, Step, record_update
 from perfmodel.tape.core import Tape, recording
-from perfmodel.tape.op import Part
+from perfmodel.tape.op import Op, Part
 
 from .. import programs
 from ..programs import adapt as adapters
@@ -125,6 +126,8 @@ def check_setup(setup: Setup, kind: str) -> None:
         raise UserError(
             "--traced cannot follow --attention flash2: the flash-attn package runs on a GPU only; use sdpa"
         )
+    if setup.engine != "torch":
+        raise UserError(f"--traced cannot follow --engine {setup.engine}: it traces the program without an engine")
     if setup.kernels != "torch":
         raise UserError(f"--traced cannot follow --kernels {setup.kernels}; use kernels torch")
     compiled = getattr(setup, "compile", None)
@@ -228,7 +231,7 @@ def assemble(name: str, model: Any, base: frozenset[str], method: Method, setup:
         parts = [_part(term, made.calls, (micro, "forward")) for term in made.terms]
         parts += [_part(term, made.calls, (micro, "backward")) for term in reversed(made.terms)]
         if micro == 0:
-            parts[0].peak = made.activations
+            parts[0].highest = made.activations
             parts[-1].allocate(gradients)  # they wait for the update
         step.groups.append(Group(parts, 1 if micro == 0 else setup.grad_accum - 1))
     tape = Tape(kind)
@@ -238,12 +241,21 @@ def assemble(name: str, model: Any, base: frozenset[str], method: Method, setup:
     return step
 
 
+def spread(ops: list[Op]) -> list[Op]:
+    """Calls whose order is not known, with those for which the host waits at even distances among the others."""
+    waits = [op for op in ops if costs.synchronises(op)]
+    others = [op for op in ops if not costs.synchronises(op)]
+    found: list[Op] = []
+    for i, op in enumerate(waits):
+        found += [*others[i * len(others) // len(waits) : (i + 1) * len(others) // len(waits)], op]
+    return found or others
+
+
 def _part(term: Term, calls: Calls, place: Place) -> Part:
     """The ops of one phase of a term, as one part that repeats."""
     part = Part("traced", place[1], term.times)
-    for key, n in term.counts.items():
-        if key[:2] == place:
-            part.ops += [calls.ops[key]] * n
+    found = [op for key, n in term.counts.items() if key[:2] == place for op in [calls.ops[key]] * n]
+    part.ops = spread(found)
     for (where, what), n in term.host.items():
         if where == place:
             setattr(part, what, n)

@@ -1,0 +1,31 @@
+"""What `perfmodel validate engine` prints."""
+
+import warnings
+from pathlib import Path
+
+from perfmodel.errors import UserError
+from perfmodel.report import units
+from perfmodel.report.progress import progress
+from perfmodel.report.terminal import console, table
+
+from . import engine
+
+
+def show(output: Path) -> None:
+    """Measure an engine's costs, print them beside what they were fitted to, and write its file."""
+    warnings.filterwarnings("ignore")
+    try:
+        engine.start()
+    except ImportError as missing:
+        raise UserError(
+            f"this command needs DeepSpeed ({missing.name} is missing): pip install 'perfmodel[engine]'"
+        ) from None
+    with progress() as bar:
+        task = bar.add_task("timing", total=len(list(engine.programs())))
+        rows = engine.measure(lambda name: bar.update(task, advance=1, description=name))
+    costs, error = engine.fit(rows)
+    engine.write(costs, error, rows, output)
+    told = [(row.name, units.seconds(row.plain), units.seconds(row.engine)) for row in rows]
+    console.print(table("four more layers", ("", "without", "with"), told))
+    console.print(table("costs", ("", "modules of the host"), [(name, f"{cost:.2f}") for name, cost in costs.items()]))
+    console.print(f"mean |relative error| {100 * error:.1f} %; written: {output}")
