@@ -25,7 +25,7 @@ from ..tracing import traced
 
 SETUP = Setup(batch=1, seq=64)
 TABLE = DATA / "coverage" / "transformers-5.24.csv"  # of a whole run: every type with the reason why not
-PATIENCE = 600  # seconds for one type or tuner
+PATIENCE = 600  # seconds of this process for one type or tuner
 LEAST_TYPES = 25  # model types of transformers
 LEAST_TUNERS = 0.9  # of the tuners of peft
 LLAMA = Config(
@@ -137,21 +137,21 @@ def _row(kind: str, name: str, trace: Callable[[], Any]) -> Row:
 
 @contextmanager
 def patience(seconds: int) -> Iterator[None]:
-    """Raise `TimeoutError` in what takes longer, where the system has an alarm clock."""
+    """Raise `TimeoutError` in what takes more of this process's time, where the system has such an alarm clock."""
 
     def ring(*_: Any) -> None:
         raise TimeoutError(f"not traced within {seconds} s")
 
-    if not hasattr(signal, "SIGALRM"):
+    if not hasattr(signal, "ITIMER_PROF"):
         yield
         return
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def load(path: Path = TABLE) -> list[Row]:
