@@ -41,6 +41,11 @@ NEEDED: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": 33, "pad_token_id": 1},  # facebook/esm2_t33_650M_UR50D
     "ministral": {"head_dim": 128},  # mistralai/Ministral-8B-Instruct-2410
     "hunyuan_v1_dense": {"head_dim": 128},  # tencent/Hunyuan-7B-Instruct
+    "hunyuan_v1_moe": {"head_dim": 128},  # tencent/Hunyuan-A13B-Instruct
+    "deepseek_v2": {"num_experts_per_tok": 6, "moe_intermediate_size": 1408},  # deepseek-ai/DeepSeek-V2-Lite
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},  # rednote-hilab/dots.llm1.base
+    "dbrx": {"attn_config": {"kv_n_heads": 8, "clip_qkv": 8, "rope_theta": 5e5}},  # databricks/dbrx-base
+    "nemotron": {"num_key_value_heads": 8},  # nvidia/Minitron-8B-Base
     "reformer": {"axial_pos_shape": [8, 8]},  # their product must be the sequence length
     "xmod": {"default_language": "en_XX"},  # what `set_default_language` sets, as its documentation has it
     "encoder-decoder": {  # two BERTs, as transformers' documentation of the class has it
