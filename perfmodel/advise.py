@@ -21,6 +21,7 @@ from .knobs import Choice, Knob, knobs
 from .methods import Method
 from .predict import Model, Prediction, predict, resolve, with_options
 from .setup import Setup
+from .sharing import Shared
 
 EXHAUSTIVE = 96  # combinations of one method that are all tried; of more, one knob is turned at a time
 Progress = Callable[[int, int, str], None]  # methods done, methods in all, the next one
@@ -214,8 +215,10 @@ def advise(
         raise UserError("advise takes one batch and one seq; for grids use sweep")
     limit = _limit(memory_bytes, on)
 
+    shared = Shared()
+
     def evaluate(setup: Setup, method: Method, changes: tuple[str, ...]) -> Candidate:
-        p = predict(architecture, replace(method, architecture=None), setup, on, host=by)
+        p = predict(architecture, replace(method, architecture=None), setup, on, host=by, shared=shared)
         fits = bool(memory.fits(p.memory.peak, limit, on.kind)) and p.trainable_params >= (min_trainable or 0)
         return Candidate(changes, p, fits)
 

@@ -204,14 +204,19 @@ def kernels(op: Op) -> Dim:
         return _fft_kernels(op)
     if "accumulate" in op.attrs:
         return _KERNELS_OF_ACCUMULATION
-    lists = _LISTS.get(op.name)
-    if lists:
-        limits = _TENSORS_PER_SCALAR_LIST if op.name.endswith("ScalarList") else _TENSORS_PER_LAUNCH
-        if op.name == "_foreach_norm.Scalar":  # partial norms of chunks, then a cleanup
-            return _launches(op.inputs, limits[1]) + -(-sum(s.copies for s in op.inputs) // _NORMS_PER_CLEANUP)
-        results = op.outputs[: len(op.outputs) // 4] if op.name == "_fused_adamw_" else op.outputs
-        return _launches(results, limits[lists])
+    if op.name in _LISTS:
+        if op.launches is None:
+            op.launches = _kernels_on_lists(op)
+        return op.launches
     return KERNELS.get(op.name, (1, ""))[0]
+
+
+def _kernels_on_lists(op: Op) -> Dim:
+    limits = _TENSORS_PER_SCALAR_LIST if op.name.endswith("ScalarList") else _TENSORS_PER_LAUNCH
+    if op.name == "_foreach_norm.Scalar":  # partial norms of chunks, then a cleanup
+        return _launches(op.inputs, limits[1]) + -(-sum(s.copies for s in op.inputs) // _NORMS_PER_CLEANUP)
+    results = op.outputs[: len(op.outputs) // 4] if op.name == "_fused_adamw_" else op.outputs
+    return _launches(results, limits[_LISTS[op.name]])
 
 
 def copied_operands(op: Op) -> list[int]:

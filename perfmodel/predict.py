@@ -1,15 +1,15 @@
 """The answer for one setup, or for a whole grid of setups at once (see `perfmodel.grid`)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from os import PathLike
 from typing import Any
 
 import numpy as np
 
-from . import architectures, costs, intervals, memory, methods, passes, step, timeline, zero
+from . import architectures, costs, intervals, memory, methods, part_costs, passes, step, timeline, zero
 from .architectures import Architecture, Config
-from .devices import engine, price, profile
+from .devices import engine, profile
 from .devices import host as hosts
 from .devices.host import Host
 from .devices.profile import DeviceProfile
@@ -18,9 +18,9 @@ from .grid import over_grid
 from .methods import Method
 from .periodic import PeriodicCost, PeriodicOps
 from .setup import Setup
+from .sharing import Shared
 from .step import PHASES, Step
-from .tape.dims import Dim, total
-from .tape.op import Part
+from .tape.dims import Dim
 
 Model = str | PathLike[str] | Architecture | Config
 Phases = dict[str, Any]  # forward, backward, optimizer, total
@@ -166,6 +166,7 @@ def predict(
     device: str | DeviceProfile = "l40s",
     *,
     host: str | Host = "default",
+    shared: Shared | None = None,
     **options: Any,
 ) -> Prediction:
     """Predict one training step.
@@ -177,6 +178,7 @@ def predict(
             rank) may be integer arrays that broadcast together: then every figure is an array over the grid.
         device: slug, path of a TOML, or a `DeviceProfile`.
         host: slug, path of a TOML, or a `Host`.
+        shared: what earlier predictions of one setup each, with the same model, device and host, have in common.
 
     Raises:
         UserError: anything that cannot be satisfied, in one line.
@@ -188,7 +190,7 @@ def predict(
     architecture, bound = resolve(model, method)
     on = profile.load(device) if isinstance(device, str) else device
     by = hosts.resolve(host, on)
-    return over_grid(lambda s, m: _predict(architecture, m, s, on, by), setup, bound)
+    return over_grid(lambda s, m: _predict(architecture, m, s, on, by, shared), setup, bound)
 
 
 def with_options(setup: Setup | None, options: dict[str, Any]) -> Setup:
@@ -200,17 +202,22 @@ def with_options(setup: Setup | None, options: dict[str, Any]) -> Setup:
     return replace(setup or Setup(), **options)
 
 
-def _predict(architecture: Architecture, method: Method, setup: Setup, on: DeviceProfile, by: Host) -> Prediction:
-    method = method.priced(lambda parts: seconds_of(parts, on, by))
-    return of_step(step.build(architecture, method, setup, on.kind, on.compute_capability or "8.0"), on, by)
+def _predict(
+    architecture: Architecture, method: Method, setup: Setup, on: DeviceProfile, by: Host, shared: Shared | None
+) -> Prediction:
+    method = method.priced(lambda parts: part_costs.seconds_of(parts, on, by))
+    capability = on.compute_capability or "8.0"
+    return of_step(step.build(architecture, method, setup, on.kind, capability, shared=shared), on, by, shared)
 
 
-def of_step(built: Step, on: DeviceProfile, by: Host) -> Prediction:
+def of_step(built: Step, on: DeviceProfile, by: Host, shared: Shared | None = None) -> Prediction:
     """Count, price and compose a step, wherever its ops come from."""
-    durations = price_parts(built, on)
+    shared = shared or Shared()
+    durations = part_costs.durations(built, on, shared.durations)
     time = step_time(built, on, by, durations)
     held = _memory(built)
-    flops = _count(built, lambda part: total(costs.flops(op) for op in part.ops))
+    counted = _counted(built, shared)
+    flops, recomputed = counted["flops"]["total"], counted["recomputed"]["total"]
     peak = on.hardware.peak(built.setup.amp or built.setup.dtype)
     return Prediction(
         model=built.architecture.name,
@@ -219,26 +226,20 @@ def of_step(built: Step, on: DeviceProfile, by: Host) -> Prediction:
         setup=built.setup,
         total_params=built.total,
         trainable_params=built.trainable,
-        flops=flops,
-        bytes=_count(built, lambda part: total(x for op in part.ops for x in (op.bytes_read, op.bytes_written))),
-        kernels=_count(built, lambda part: total(costs.kernels(op) for op in part.ops)),
-        dispatches=_count(built, lambda part: sum(not op.view for op in part.ops)),
+        flops=counted["flops"],
+        bytes=counted["bytes"],
+        kernels=counted["kernels"],
+        dispatches=counted["dispatches"],
         time=time,
         memory=held,
         fits=memory.fits(held.peak, on.hardware.memory_bytes, built.device),
-        mfu=(flops["total"] - _recomputed_flops(built)) / peak / time.phases["total"],
+        mfu=(flops - recomputed) / peak / time.phases["total"],
         notes=_notes(built, on, time),
         periodic=[_periodic(ops, on, by) for ops in built.periodic],
         choices=[asdict(choice) for choice in built.method.choices(built)],
         step=built,
         durations=durations,
     )
-
-
-def _recomputed_flops(built: Step) -> Dim:
-    if built.setup.checkpoint == "none":
-        return 0
-    return sum(count * costs.flops(op) for _, op, count in built.ops() if op.recompute)
 
 
 def _notes(built: Step, on: DeviceProfile, time: Time) -> list[str]:
@@ -288,47 +289,43 @@ def _optimizer_notes(built: Step, time: Time) -> list[str]:
     return notes
 
 
-def _count(built: Step, of_part: Callable[[Part], Dim]) -> Phases:
-    totals: Phases = dict.fromkeys(PHASES, 0)
+def _counted(built: Step, shared: Shared) -> dict[str, Phases]:
+    """Sums over the step by phase, for each thing that `part_costs.counts` counts."""
+    sums: dict[str, Phases] = {}
     for part, times in built.parts():
-        totals[part.phase] = totals[part.phase] + times * of_part(part)
-    totals["total"] = sum(totals[phase] for phase in PHASES)
-    return totals
+        for name, of_part in shared.count(part, part_costs.counts).items():
+            phases = sums.setdefault(name, dict.fromkeys(PHASES, 0))
+            phases[part.phase] = phases[part.phase] + times * of_part
+    for phases in sums.values():
+        phases["total"] = sum(phases[phase] for phase in PHASES)
+    return sums
 
 
 def _periodic(ops: PeriodicOps, on: DeviceProfile, by: Host) -> PeriodicCost:
     """Count and price what a method does besides its steps."""
     parts = ops.group.parts
-    flops = sum(part.repeat * sum(costs.flops(op) for op in part.ops) for part in parts)
-    nbytes = sum(part.repeat * sum(op.bytes_read + op.bytes_written for op in part.ops) for part in parts)
-    return PeriodicCost(ops.what, ops.every, seconds_of(parts, on, by), flops, nbytes)
-
-
-def seconds_of(parts: list[Part], on: DeviceProfile, by: Host) -> Any:
-    """Seconds of parts that run in a row, from both clocks at 0."""
-    clocks = timeline.IDENTITY
-    for part in parts:
-        clocks = clocks.then(part_clocks(part, price.durations(part.ops, on), on, by)[0].power(part.repeat))
-    return clocks.end
+    counted = [(part.repeat, part_costs.counts(part)) for part in parts]
+    flops, nbytes = (sum(times * of_part[name] for times, of_part in counted) for name in ("flops", "bytes"))
+    return PeriodicCost(ops.what, ops.every, part_costs.seconds_of(parts, on, by), flops, nbytes)
 
 
 def step_time(built: Step, on: DeviceProfile, by: Host, durations: Sequence[np.ndarray] | None = None) -> Time:
     """Compose the step's clocks part by part; a phase's time is what it adds to the later clock.
 
     Args:
-        durations: device seconds of the ops of every part, if they are known already (`price_parts`).
+        durations: device seconds of the ops of every part, if they are known already (`part_costs.durations`).
     """
     by = engine.under(by, built.setup.engine)
     clocks = timeline.launched(by.graph_launch) if built.setup.cuda_graphs and on.kind == "cuda" else timeline.IDENTITY
     phases: Phases = dict.fromkeys(PHASES, 0.0)
     components: dict[str, Any] = {}
     done: Any = 0.0
-    priced = iter(price_parts(built, on) if durations is None else durations)
+    priced = iter(part_costs.durations(built, on) if durations is None else durations)
     for group in built.groups:
         once: Phases = {}
         round_trip = timeline.IDENTITY
         for part in group.parts:
-            matrix, work = part_clocks(part, next(priced), on, by, graphs=built.setup.cuda_graphs)
+            matrix, work = part_costs.clocks(part, next(priced), on, by, graphs=built.setup.cuda_graphs)
             for name, seconds in work.items():
                 components[name] = components.get(name, 0.0) + seconds * part.repeat * group.repeat
             block = matrix.power(part.repeat)
@@ -345,49 +342,6 @@ def step_time(built: Step, on: DeviceProfile, by: Host, durations: Sequence[np.n
     components["host"] = np.maximum(0.0, total - busy)
     low, high = intervals.bounds(total, intervals.step_sigma(components, total, on))
     return Time(phases, low, high, busy, components["host"] / total, components)
-
-
-def price_parts(built: Step, on: DeviceProfile) -> list[np.ndarray]:
-    """The device seconds of every part's ops, all priced in one go."""
-    parts = [part for part, _ in built.parts()]
-    ends = np.cumsum([len(part.ops) for part in parts])[:-1]
-    seconds = np.split(price.durations([op for part in parts for op in part.ops], on), ends)
-    return [zero.beside(part, t, on) for part, t in zip(parts, seconds, strict=True)] if built.zero else seconds
-
-
-def part_clocks(
-    part: Part, duration: np.ndarray, on: DeviceProfile, by: Host, *, graphs: bool = False
-) -> tuple[timeline.Clocks, dict[str, Any]]:
-    """The clock matrix of one run of a part, and its device-busy seconds by component."""
-    if not len(duration):
-        return timeline.IDENTITY, {}
-    if graphs and on.kind == "cuda":  # nothing to dispatch: the device runs through
-        busy = duration.sum(axis=0)
-        return timeline.Clocks(0.0, timeline.NEVER, timeline.NEVER, busy), _components(part, duration)
-    dispatch = by.dispatch(part, on.kind)
-    dispatch = dispatch.reshape(len(dispatch), *(1,) * (duration.ndim - 1))
-    launched = np.array([not op.view and "host" not in op.attrs for op in part.ops])
-    synced = [i for i, op in enumerate(part.ops) if costs.synchronises(op)]
-    pieces, start = [], 0
-    for stop in [*(i + 1 for i in synced), len(part.ops)]:
-        rows = slice(start, stop)
-        pieces.append(timeline.of_ops(dispatch[rows], duration[rows], by.launch, launched[rows]))
-        start = stop
-    matrix = timeline.of_synced(pieces)
-    if on.kind == "cpu":  # one clock: the host does the work itself
-        both = dispatch.sum(axis=0) + duration.sum(axis=0)
-        matrix = timeline.Clocks(both, both, both, both)
-    return matrix, _components(part, duration)
-
-
-def _components(part: Part, duration: np.ndarray) -> dict[str, Any]:
-    busy: dict[str, Any] = {}
-    for op, seconds in zip(part.ops, duration, strict=True):
-        if not op.view:
-            dtype = op.inputs[-1].dtype if op.inputs else "fp32"
-            name = intervals.component(costs.kind(op), dtype)
-            busy[name] = busy[name] + seconds if name in busy else seconds
-    return busy
 
 
 def _memory(built: Step) -> Memory:

@@ -1,16 +1,17 @@
 """Forward, backward, clipping, optimizer: the Step."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import optimizers, zero
+from . import optimizers, sharing, zero
 from .architectures.base import Architecture, Build, Scope
 from .errors import UserError
 from .methods.base import Method
 from .periodic import Periodic, PeriodicOps
 from .setup import Setup
+from .sharing import MicroBatches, Shared
 from .tape import autograd
 from .tape.core import Flow, Parameter, Tape, Tensor, emit, new_tensor, recording, release
 from .tape.dims import Dim
@@ -99,7 +100,13 @@ class Step:
 
 
 def build(
-    architecture: Architecture, method: Method, setup: Setup, device: str = "cuda", capability: str = "8.0"
+    architecture: Architecture,
+    method: Method,
+    setup: Setup,
+    device: str = "cuda",
+    capability: str = "8.0",
+    *,
+    shared: Shared | None = None,
 ) -> Step:
     """Record a step.
 
@@ -107,6 +114,7 @@ def build(
         method: bound to the architecture (`Method.bind`).
         device: "cuda" or "cpu", whose dispatch to mirror.
         capability: CUDA compute capability, which decides the attention kernel.
+        shared: what was recorded for the same architecture and device, and receives what is recorded here.
 
     Raises:
         UserError: setup and model do not fit (sequence too long, nothing trains, …).
@@ -120,19 +128,55 @@ def build(
     gc.disable()  # the tape frees by reference count; a pass of the cycle collector would only cost time
     try:
         with recording(tape):
-            kept: Kept = {}
-            step.groups.append(Group(_micro_batch(step, tape, kept)))
-            if setup.grad_accum > 1:
-                step.groups.append(Group(_micro_batch(step, tape, kept), setup.grad_accum - 1))
+            ending = _shared(step, tape, shared) if shared else _micro_batches(step, tape, {})
             record_update(step, tape)
-            _forget(kept)
-            tape.loss = None
+            ending()
             step.groups.append(Group(list(tape.parts)))
         step.periodic = [_besides(step, work, capability) for work in method.periodic()]
     finally:
         if collecting:
             gc.enable()
     return step
+
+
+def _micro_batches(step: Step, tape: Tape, programs: dict[Any, Any]) -> Callable[[], None]:
+    """Record the micro-batches; returns what ends with the step, to be called then.
+
+    Args:
+        programs: what was compiled already (`passes.compile`).
+    """
+    kept: Kept = {}
+    step.groups.append(Group(_micro_batch(step, tape, kept, programs)))
+    if step.setup.grad_accum > 1:
+        step.groups.append(Group(_micro_batch(step, tape, kept, programs), step.setup.grad_accum - 1))
+
+    def end() -> None:
+        _forget(kept)
+        tape.loss = None
+
+    return end
+
+
+def _shared(step: Step, tape: Tape, shared: Shared) -> Callable[[], None]:
+    """As `_micro_batches`, recorded only if no step before had the same."""
+    wanted = sharing.key(step.method, step.setup)
+    if wanted is None:
+        return _micro_batches(step, tape, shared.programs)
+    known = shared.micro_batches.get(wanted)
+    if known is not None:
+        step.groups = [Group(parts, repeat) for parts, repeat in known.groups]
+        step.parameters = sharing.with_gradients(known.parameters, tape)
+        return lambda: tape.part.free(known.ending)
+    end = _micro_batches(step, tape, shared.programs)
+    groups = [(group.parts, group.repeat) for group in step.groups]
+    parameters = sharing.with_gradients(step.parameters, None)
+
+    def end_and_note() -> None:
+        before = tape.part.delta
+        end()
+        shared.micro_batches[wanted] = MicroBatches(groups, parameters, before - tape.part.delta)
+
+    return end_and_note
 
 
 def _besides(step: Step, work: Periodic, capability: str) -> PeriodicOps:
@@ -152,7 +196,7 @@ def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
         raise UserError(f"method {method.name}: Liger's loss reads the head's own weight; leave lm_head out of targets")
 
 
-def _micro_batch(step: Step, tape: Tape, kept: Kept) -> list[Part]:
+def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -> list[Part]:
     """Record forward and backward of a micro-batch; returns its parts, compiled if the setup says so."""
     setup, method = step.running
     tape.flow = Flow() if setup.compile != "none" else None
@@ -190,7 +234,7 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept) -> list[Part]:
     if tape.flow is not None:
         from .passes.compile import compiled
 
-        parts = compiled(step, parts, tape.flow)
+        parts = compiled(step, parts, tape.flow, programs)
         tape.flow = None
     tape.parts.clear()
     tape.twins.clear()

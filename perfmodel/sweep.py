@@ -19,11 +19,10 @@ from .errors import UserError
 from .methods import Method
 from .predict import Model, Prediction, Time, architecture_of, predict, with_options
 from .setup import Setup, positive
-from .speedup import SAME
+from .speedup import verdict
 
 Columns = dict[str, np.ndarray]
 BLOCK = 16_384  # rows that are predicted together
-VERDICTS = np.array(["slower", "same", "faster"])
 
 
 @dataclass(frozen=True)
@@ -97,8 +96,8 @@ class Sweep:
             **_figures(p, batch * seq * self.setup.grad_accum, rows),
         }
         ratio, low, high = _speed_up(base, here, p.time, device, rows)
-        verdict = VERDICTS[1 + (ratio > 1 + SAME).astype(int) - (ratio < 1 / (1 + SAME)).astype(int)]
-        return {**columns, "speedup": ratio, "speedup_low": low, "speedup_high": high, "verdict": verdict}, p.time
+        compared = {"speedup": ratio, "speedup_low": low, "speedup_high": high, "verdict": verdict(ratio)}
+        return {**columns, **compared}, p.time
 
     @property
     def architecture(self) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from perfmodel import advise, memory, predict
 from perfmodel.cli import main
 from perfmodel.commands.advise import BYTES, NUMBER, Quantity
 from perfmodel.errors import UserError
+from perfmodel.sharing import Shared
 
-MODEL, DEVICE = "smollm2-135m", "l40s"
+MODEL, DEVICE, CPU = "smollm2-135m", "l40s", "cpu-xeon-2.5ghz-1t"
 NO_SHRINK = [Phase.explicit, Phase.reuse, Phase.generate]
 
 
@@ -120,3 +122,20 @@ def test_a_b_is_a_byte_of_memory_and_a_billion_parameters() -> None:
     """Models are said to have 1.5B parameters, cards 80GB."""
     assert Quantity(BYTES, "")("80GiB") == 80 * 2**30
     assert Quantity(NUMBER, "")("1.5B") == 1.5e9
+
+
+@settings(max_examples=6, deadline=None, phases=NO_SHRINK)
+@given(
+    method=st.sampled_from(("full", "lora:r=8", "lora:implementation=lorafusion", "adalora", "lisa", "galore")),
+    accum=st.sampled_from((1, 3)), compiled=st.sampled_from(("none", "default")), device=st.sampled_from((DEVICE, CPU)),
+)  # fmt: skip
+def test_what_a_search_shares_changes_no_figure(method: str, accum: int, compiled: str, device: str) -> None:
+    """With another optimizer or clipping, recorded micro-batches and compiled programs serve as if made anew."""
+    shared = Shared()
+    for optimizer, clip in (("adamw", True), ("adamw-fused", True), ("adamw-8bit", False), ("sgd", True)):
+        changes: dict[str, Any] = {
+            "batch": 2, "seq": 64, "grad_accum": accum, "compile": compiled, "optimizer": optimizer, "clip_grad": clip,
+        }  # fmt: skip
+        alone = predict(MODEL, method, device=device, **changes)
+        assert predict(MODEL, method, device=device, shared=shared, **changes).as_dict() == alone.as_dict()
+    assert len(shared.micro_batches) == 1

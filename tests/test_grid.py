@@ -22,11 +22,29 @@ from perfmodel.methods.top_k import TopK
 from perfmodel.predict import Prediction, predict
 from perfmodel.setup import Setup
 from perfmodel.step import PHASES
+from perfmodel.tape.dims import Axis
 
 few = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 names = st.sampled_from(NAMES)
 sizes = st.lists(st.one_of(st.just(1), st.integers(1, 64)), min_size=1, max_size=4)
 DEVICES = ("l40s", next(name for name in profile.names() if name.startswith("cpu")))
+
+
+@few
+@given(*(st.lists(st.integers(1, 9), min_size=2, max_size=2) for _ in range(2)), st.integers(0, 9))
+def test_dims_of_a_grid_calculate_as_arrays_do(a: list[int], b: list[int], n: int) -> None:
+    """What an axis remembers is what an array would have given, the same object each time, and nobody writes to it."""
+    x, y = np.array(a).view(Axis), np.array(b).view(Axis)
+    for _ in range(2):  # once made, once remembered
+        assert (x * y).tolist() == (np.array(a) * np.array(b)).tolist()
+        assert (x * n).tolist() == (n * x).tolist() == [n * v for v in a]
+        assert (x + y).tolist() == [v + w for v, w in zip(a, b, strict=True)]
+        assert sum([x, y, n]).tolist() == [v + w + n for v, w in zip(a, b, strict=True)]
+        assert (-(-x // (n + 1))).tolist() == [-(-v // (n + 1)) for v in a]
+    assert x * y is y * x
+    assert x * n is n * x
+    with pytest.raises(ValueError, match="read-only"):
+        (x * y)[0] = 0
 
 
 def figures(p: Prediction) -> dict[str, Any]:

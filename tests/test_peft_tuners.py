@@ -132,7 +132,7 @@ def test_no_gradient_of_a_frozen_weight(method: str) -> None:
     [
         ("gralora:r=5", "r must be a multiple of k 2"),
         ("gralora:r=6,k=3", "k 3 does not divide the input width 64"),
-        ("gralora:hybrid=-1", "hybrid must be 0 or more"),
+        ("gralora:hybrid=-1", "hybrid must be from 0"),
         ("delora:r=65", "rank 65 exceeds the width 64"),
         ("road:group_size=15", "group_size must be even"),
         ("road:group_size=48", "group_size 48 does not divide the output width"),

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..errors import UserError, nearest
 from ..resources import DATA, read_json
+from ..setup import LARGEST
 
 MODELS = DATA / "models"
 
@@ -19,13 +20,15 @@ class Config:
         self.name = name
 
     def count(self, *keys: str, default: int | None = None) -> int:
-        """A positive int under the first of `keys` that is present."""
+        """An int from 1 to `LARGEST` under the first of `keys` that is present."""
         for key in keys:
             value = self.values.get(key)
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{self.origin}: {key} must be a positive integer, got {value!r}")
+            if value > LARGEST:
+                raise UserError(f"{self.origin}: {key} must be from 1 to {LARGEST}, got {value}")
             return value
         if default is None:
             raise UserError(f"{self.origin}: key {keys[0]!r} is missing; a Hugging Face config.json has it")

@@ -32,8 +32,10 @@ class Tables:
 
     def add(self, model: str, key: tuple[Any, ...], i: int, *row: Any) -> None:
         """Put a row of op `i` into a model's table; an op may have several rows."""
-        varies = tuple(isinstance(x, np.ndarray) for x in row)
-        equal = tuple(self._token(x) if of_grid else x for x, of_grid in zip(row, varies, strict=True))
+        varies = tuple([isinstance(x, np.ndarray) for x in row])
+        equal = row
+        if True in varies:
+            equal = tuple([self._token(x) if of_grid else x for x, of_grid in zip(row, varies, strict=True)])
         self.tables.setdefault(model, _Table()).add((key, varies), i, row, equal)
 
     def seconds(self, ops: int, models: Mapping[str, Model]) -> np.ndarray:

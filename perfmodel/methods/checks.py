@@ -26,7 +26,7 @@ def not_negative(where: str, number: int) -> int:
         UserError: below 0.
     """
     if number < 0:
-        raise UserError(f"{where} must be 0 or more, got {number}")
+        raise UserError(f"{where} must be from 0, got {number}")
     return number
 
 

@@ -10,28 +10,52 @@ run again, nor left out. Not modelled: kernels that autotuning would choose for 
 attention written out, and the second order of loops that lets row and column sums share a kernel.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 from ..step import Step
 from ..tape.core import Flow
-from ..tape.dims import largest, total
+from ..tape.dims import largest, summed
 from ..tape.op import Op, Part, Spec
 from .fusion import Kernel, fused
-from .graph import Graph, Place, Prim, Value
+from .graph import Graph, Numbering, Place, Prim, Value
 from .lowering import lowered
 from .partition import partitioned
 
 
-def compiled(step: Step, parts: list[Part], flow: Flow) -> list[Part]:
+@dataclass(frozen=True)
+class Program:
+    """The kernels of forward and backward, and the values of the graph in the order of `Numbering`."""
+
+    forward: list[Kernel]
+    backward: list[Kernel]
+    values: list[Value]
+
+
+Programs = dict[Any, Program]  # by what decides them
+
+
+def compiled(step: Step, parts: list[Part], flow: Flow, known: Programs) -> list[Part]:
     """The parts of a micro-batch as `torch.compile` runs them.
+
+    Args:
+        known: what was compiled before and receives what is compiled here: a program that only adds its gradients to
+            others, or that another optimizer follows, is the same.
 
     Raises:
         MixedStructure: the points of a grid do not compile to one program.
     """
     graph = lowered(step, parts, flow)
-    halves = partitioned(graph, step.setup.batch * step.setup.seq)
+    numbering = Numbering(graph)
     outside = graph.results | {value for prim in graph.tail for value, _ in prim.reads}
-    forward = fused(halves.forward, halves.saved | {v for v in outside if v.maker and not v.maker.backward})
-    backward = fused(halves.backward, {v for v in outside if v.maker and v.maker.backward})
-    emitted = _Emission(graph, forward, backward, captured=step.setup.compile == "reduce-overhead")
+    signature = numbering.signature(outside)
+    if signature not in known:
+        halves = partitioned(graph, step.setup.batch * step.setup.seq)
+        forward = fused(halves.forward, halves.saved | {v for v in outside if v.maker and not v.maker.backward})
+        backward = fused(halves.backward, {v for v in outside if v.maker and v.maker.backward})
+        known[signature] = Program(forward, backward, list(numbering.number))
+    program = known[signature]
+    emitted = _Emission(numbering.renamed(program.values), program, captured=step.setup.compile == "reduce-overhead")
     emitted.run()
     return emitted.parts
 
@@ -39,9 +63,9 @@ def compiled(step: Step, parts: list[Part], flow: Flow) -> list[Part]:
 class _Emission:
     """Writes kernels down as parts, with the memory that they take."""
 
-    def __init__(self, graph: Graph, forward: list[Kernel], backward: list[Kernel], *, captured: bool) -> None:
+    def __init__(self, graph: Graph, program: Program, *, captured: bool) -> None:
         self.graph = graph
-        self.programs = ((forward, False), (backward, True))
+        self.programs = ((program.forward, False), (program.backward, True))
         self.captured = captured
         self.tail = [Kernel([prim], dict(prim.reads)) for prim in graph.tail]
         self.parts: list[Part] = []
@@ -57,15 +81,17 @@ class _Emission:
     def _program(self, kernels: list[Kernel], *, backward: bool) -> None:
         """One graph: its kernels in the places where they were recorded."""
         first = True
+        at: dict[int, list[Kernel]] = {}
+        for kernel in kernels:
+            at.setdefault(kernel.place, []).append(kernel)
         for index, place in enumerate(self.graph.places):
             if place.backward != backward:
                 continue
             part = Part(place.part.name, place.part.phase, place.repeat, compiled=True, captured=self.captured)
             part.modules = place.part.modules
-            for kernel in kernels:
-                if kernel.place == index:
-                    part.ops += _ops(kernel)
-                    self.schedule.append((part, place, kernel))
+            for kernel in at.get(index, ()):
+                part.ops += _ops(kernel)
+                self.schedule.append((part, place, kernel))
             if part.ops:
                 part.graphs, first = int(first), False
                 self.parts.append(part)
@@ -109,7 +135,7 @@ def _ops(kernel: Kernel) -> list[Op]:
         op = kernel.prims[0].op
         assert op is not None
         return [op]
-    read, written = total(kernel.reads.values()), total(value.nbytes for value in kernel.writes)
+    read, written = summed(kernel.reads.values()), summed(value.nbytes for value in kernel.writes)
     kind, points, length = kernel.loops
     main = max(kernel.prims, key=_weight)
     exponential = kind == "rows" and any("softmax" in prim.name or prim.name == "sum_exp" for prim in kernel.prims)
@@ -130,7 +156,7 @@ def _ops(kernel: Kernel) -> list[Op]:
 
 def _weight(prim: Prim) -> float:
     """Bytes that an operation would move alone: the largest says whose the kernel is."""
-    return largest(total([*(nbytes for _, nbytes in prim.reads), *(out.nbytes for out in prim.outs)]))
+    return largest(summed([*(nbytes for _, nbytes in prim.reads), *(out.nbytes for out in prim.outs)]))
 
 
 __all__ = ["compiled"]

@@ -5,7 +5,7 @@ compiler does across the seam of two layers shows. The backward copies mirror th
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -244,6 +244,42 @@ class Builder:
         return value
 
 
+class Numbering:
+    """Numbers the values of a graph as they come: graphs of one signature are the same but for the names of values."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.number: dict[Value, int] = {}
+        for prim in graph.prims:
+            for value in (*(value for value, _ in prim.reads), *prim.outs):
+                self.number.setdefault(value, len(self.number))
+
+    def signature(self, outside: set[Value]) -> Any:
+        """What decides what a compiler makes of the graph.
+
+        Args:
+            outside: values that must be there afterwards.
+        """
+        prims = tuple(self._of_prim(prim) for prim in self.graph.prims)
+        values = tuple((v.dtype, _frozen(v.points), v.free, v in outside) for v in self.number)
+        places = tuple((place.copy, place.repeat, place.backward) for place in self.graph.places)
+        return prims, values, places
+
+    def _of_prim(self, p: Prim) -> Any:
+        reads = tuple((self.number[value], _frozen(nbytes)) for value, nbytes in p.reads)
+        outs = tuple(self.number[value] for value in p.outs)
+        call = (p.op.inputs, p.op.outputs, p.op.attrs) if p.op is not None else ()
+        flags = p.backward, p.recompute, p.recomputable, p.fusible
+        return p.name, p.kind, reads, outs, _frozen(p.points), _frozen(p.length), p.place, p.owner, flags, _frozen(call)
+
+    def renamed(self, values: list[Value]) -> Graph:
+        """The graph's results and tail in the values of another graph of the same signature."""
+        g = self.graph
+        results = {values[self.number[value]] for value in g.results}
+        tail = [replace(p, reads=[(values[self.number[value]], nbytes) for value, nbytes in p.reads]) for p in g.tail]
+        return Graph(g.places, [], results, tail)
+
+
 def _frozen(x: Any) -> Any:
     """A hashable stand-in: arrays by their contents."""
     try:
@@ -259,4 +295,4 @@ def _least(a: Dim, b: Dim) -> Dim:
     return a if decide(a <= b) else b
 
 
-__all__ = ["Builder", "Graph", "Place", "Prim", "Value"]
+__all__ = ["Builder", "Graph", "Numbering", "Place", "Prim", "Value"]

@@ -63,7 +63,7 @@ def _use(t: "Tensor") -> Use:
 class Tensor:
     """Shape, strides (elements), dtype and autograd state; no data."""
 
-    __slots__ = ("dtype", "node", "numel", "requires_grad", "shape", "slot", "storage", "strides")
+    __slots__ = ("_spec", "dtype", "node", "numel", "requires_grad", "shape", "slot", "storage", "strides")
 
     def __init__(self, shape: Shape, dtype: str, strides: Shape, numel: Dim, storage: Storage) -> None:
         self.shape = shape
@@ -74,6 +74,14 @@ class Tensor:
         self.requires_grad = False
         self.node: Node | None = None
         self.slot = 0
+        self._spec: Spec | None = None
+
+    @property
+    def spec(self) -> Spec:
+        """What an op sees of the tensor: made once, however many ops do."""
+        if self._spec is None:
+            self._spec = Spec(self.dtype, self.shape)
+        return self._spec
 
     @property
     def nbytes(self) -> Dim:
@@ -265,7 +273,7 @@ def new_tensor(shape: Shape, dtype: str, strides: Shape | None = None) -> Tensor
 def _distinct_bytes(tensors: Sequence[Tensor]) -> Dim:
     if len(tensors) == 1:
         return tensors[0].nbytes
-    return sum(t.nbytes for t in {id(t): t for t in tensors}.values())
+    return sum([t.nbytes for t in {id(t): t for t in tensors}.values()])
 
 
 def record(
@@ -274,10 +282,10 @@ def record(
     """Append an op to the current part."""
     op = Op(
         name,
-        tuple(Spec(t.dtype, t.shape) for t in inputs),
-        tuple(Spec(t.dtype, t.shape) for t in outputs),
+        tuple([t.spec for t in inputs]),
+        tuple([t.spec for t in outputs]),
         0 if view else _distinct_bytes(inputs),
-        0 if view else sum(t.nbytes for t in outputs),
+        0 if view else sum([t.nbytes for t in outputs]),
         view=view,
         attrs=attrs,
     )

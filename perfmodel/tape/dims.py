@@ -2,7 +2,7 @@
 
 Shape logic sometimes branches on sizes (is this dim 1? is this tensor contiguous?). On an array the answer must be
 the same at every point of the grid; where it is not, `decide` raises `MixedStructure`, and the caller splits the grid
-along the mask and records each part on its own (see `perfmodel.predict.over_grid`).
+along the mask and records each part on its own (see `perfmodel.grid.over_grid`).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +27,7 @@ class MixedStructure(Exception):
 class Axis(np.ndarray):
     """An array dim that remembers what was made of it: a tape forms the same products over and over.
 
-    The same factors give the same object, so that equal dims are mostly one array. None of them is to be written to.
+    The same factors give the same object, so that equal dims are mostly one array, which nobody may write to.
     """
 
     _made: dict[tuple[str, Any, bool], tuple[Any, Any]]
@@ -75,7 +75,10 @@ class Axis(np.ndarray):
             return make(self, other)
         found = self._made.get(key)
         if found is None:
-            found = self._made[key] = other, make(self, other)
+            made = make(self, other)
+            if isinstance(made, np.ndarray):
+                made.flags.writeable = False
+            found = self._made[key] = other, made
         return found[1]
 
 
@@ -124,7 +127,7 @@ def largest(dim: Dim) -> int:
     return dim if type(dim) is int else int(np.max(dim))
 
 
-def total(dims: Iterable[Dim]) -> Dim:
+def summed(dims: Iterable[Dim]) -> Dim:
     """The sum of many dims, among which the same array comes again and again."""
     numbers: Dim = 0
     arrays: dict[int, tuple[int, Any]] = {}

@@ -44,11 +44,12 @@ class Op:
     or the "accumulation" of gradients; backward follows its forward.
     `recompute` marks what a checkpoint runs again.
     `reads` and `writes` say which memory the op uses, where the tape follows the flow of data (`Tape.flow`).
+    `launches` keeps how many kernels a call on lists launches, once that is counted (`costs.kernels`).
     """
 
     __slots__ = (
-        "attrs", "bytes_read", "bytes_written", "inputs", "name", "outputs", "owner", "reads", "recompute", "view",
-        "writes",
+        "attrs", "bytes_read", "bytes_written", "inputs", "launches", "name", "outputs", "owner", "reads", "recompute",
+        "view", "writes",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +74,7 @@ class Op:
         self.attrs = attrs
         self.owner = owner
         self.recompute = recompute
+        self.launches: Dim | None = None
         self.reads: tuple[Use, ...] = ()
         self.writes: tuple[Use, ...] = ()
 

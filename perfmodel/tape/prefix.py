@@ -50,7 +50,7 @@ def _split_layers_backward(node: Node, grads: Sequence[Grad]) -> Grads:
         made.append(g)
     out = new_tensor(shape, made[0].dtype)
     inputs = tuple(Spec(g.dtype, g.shape, count) for g, count in zip(made, counts, strict=True))
-    outputs = (Spec(out.dtype, out.shape),)
+    outputs = (out.spec,)
     append(Op("cat", inputs, outputs, sum(s.nbytes for s in inputs), out.nbytes), made, (out,))
     return (out,)
 

@@ -45,7 +45,7 @@ def block_diagonal(x: Tensor) -> Tensor:
     node = differentiate("BlockDiagBackward0", (x,), _block_diagonal_backward, (x.shape,))
     out = new_tensor((n * k, n * k), x.dtype)
     blocks = (Spec(x.dtype, (k, k), n),)
-    append(Op("block_diag", blocks, (Spec(out.dtype, out.shape),), x.nbytes, out.nbytes), (x,), (out,))
+    append(Op("block_diag", blocks, (out.spec,), x.nbytes, out.nbytes), (x,), (out,))
     if node:
         node.produces(out)
     return out
@@ -57,5 +57,5 @@ def _block_diagonal_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     n, k, _ = shape
     out = new_tensor(shape, g.dtype)
     pieces = (Spec(g.dtype, (k, k), n),)
-    append(Op("stack", pieces, (Spec(out.dtype, out.shape),), out.nbytes, out.nbytes), (g,), (out,))
+    append(Op("stack", pieces, (out.spec,), out.nbytes, out.nbytes), (g,), (out,))
     return (out,)

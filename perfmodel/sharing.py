@@ -1,0 +1,79 @@
+"""What the predictions of one search share: a micro-batch does not depend on the optimizer that follows it.
+
+A search on one device records the micro-batches of setups that differ in their optimizer once, and prices and counts
+their parts once.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .methods.base import Method
+from .setup import Setup
+from .tape.core import Parameter, Storage, Tape
+from .tape.dims import Dim
+from .tape.op import Part
+
+Sums = dict[str, Dim]
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """Recorded forward and backward passes, and what they leave behind.
+
+    Attributes:
+        groups: (parts, repeats) as `Step.groups` has them.
+        parameters: with their gradients.
+        ending: bytes that die with the step: the loss and what modules kept.
+    """
+
+    groups: list[tuple[list[Part], int]]
+    parameters: list[Parameter]
+    ending: Dim
+
+
+def with_gradients(parameters: list[Parameter], tape: Tape | None) -> list[Parameter]:
+    """Copies of parameters, whose gradients lie in as many blocks of memory as before, on another tape or on none."""
+    blocks: dict[int, Storage] = {}
+    copies = []
+    for p in parameters:
+        q = copy.copy(p)
+        if p.grad is not None:
+            old = p.grad.storage
+            if id(old) not in blocks:
+                blocks[id(old)] = Storage(old.nbytes, tape)
+                blocks[id(old)].copies = old.copies
+            q.grad = p.grad.alias()
+            q.grad.storage = blocks[id(old)]
+        copies.append(q)
+    return copies
+
+
+@dataclass
+class Shared:
+    """What predictions on one device have in common.
+
+    Attributes:
+        micro_batches: by all that decides them.
+        programs: what `torch.compile` makes, by what decides it (`passes.compile`).
+        counts, durations: of parts; what one run of it takes.
+    """
+
+    micro_batches: dict[Any, MicroBatches] = field(default_factory=dict)
+    programs: dict[Any, Any] = field(default_factory=dict)
+    counts: dict[Part, Sums] = field(default_factory=dict)
+    durations: dict[Part, Any] = field(default_factory=dict)
+
+    def count(self, part: Part, make: Callable[[Part], Sums]) -> Sums:
+        """The counts of a part, made if they are not known."""
+        if part not in self.counts:
+            self.counts[part] = make(part)
+        return self.counts[part]
+
+
+def key(method: Method, setup: Setup) -> Any:
+    """What decides the micro-batches of a model on a device; None where the optimizer has a say in them."""
+    if setup.engine != "torch":
+        return None
+    return method.spec(), replace(setup, optimizer="adamw", clip_grad=Setup.clip_grad)
