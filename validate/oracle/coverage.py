@@ -95,10 +95,16 @@ def model_types(*, quick: bool) -> list[tuple[str, str]]:
 
 
 def cover_model(family: str, name: str) -> Row:
-    """Trace full fine-tuning of one model type."""
+    """Trace full fine-tuning of one model type: with bf16 weights, or fp32 ones where its program cannot have them."""
     config = Config({"model_type": name, **NEEDED.get(name, {})}, name, name)
     setup = replace(SETUP, batch=2) if family == "vision" else SETUP  # LeViT normalises over the batch
-    return _row(family, name, lambda: traced.of_method(config, "full", setup))
+    rows = (_of_dtype(family, config, replace(setup, dtype=dtype)) for dtype in ("bf16", "fp32"))
+    first = next(rows)
+    return first if first.ok else next((row for row in rows if row.ok), first)
+
+
+def _of_dtype(family: str, config: Config, setup: Setup) -> Row:
+    return _row(family, config.name, lambda: traced.of_method(config, "full", setup))
 
 
 def tuners() -> list[str]:
