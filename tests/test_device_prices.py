@@ -1,5 +1,7 @@
 """Prices of single kernels, each recomputed by hand from datasheet figures and fitted parameters."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -36,6 +38,23 @@ def test_a_big_square_gemm_by_hand() -> None:
     seconds = float(gemm_time(8192, 8192, 8192, hardware=hw, parameters=p))
     assert launch + sm_time <= seconds <= launch + sm_time + p.overlap_loss * memory**2 / sm_time
     assert 0.7 < 2 * 8192**3 / seconds / hw.peak("bf16") < 1.0
+
+
+def test_a_board_of_70_watts_by_hand() -> None:
+    """A T4 runs fp32 at two thirds of its datasheet's rate within a step: its power, not its peak, is the limit.
+
+    A block of 128 x 128 costs for each k 2 * 128 * 128 FLOPs and loads 256 operands of 4 B, whose energy counts as some
+    FLOPs a byte; each FLOP takes `power_share` of 19.1 pJ, and the board draws 70 W.
+    """
+    t4 = profile.load("t4")
+    p, hw = t4.gemm["fp32"], t4.hardware
+    flops = 2 * 4096**3
+    joules = flops * (1 + 256 * 4 * p.load_energy / (2 * 128 * 128)) * p.power_share * 19.1e-12
+    seconds = float(gemm_time(4096, 4096, 4096, hardware=hw, parameters=p, dtype="fp32"))
+    assert 0.98 * joules / 70 < seconds < 1.2 * joules / 70
+    assert 0.5 < flops / seconds / hw.fp32_flops < 0.75
+    unlimited = replace(hw, board_power=None)
+    assert float(gemm_time(4096, 4096, 4096, hardware=unlimited, parameters=p, dtype="fp32")) < 0.85 * seconds
 
 
 def test_a_one_row_gemm_by_hand() -> None:

@@ -1,43 +1,50 @@
-"""How GEMM measurements are read: noise is told from error, and who stands for a device that is left out."""
+"""How GEMM measurements are read: what ran before them, and who stands for a device that is left out."""
 
 import numpy as np
 import pytest
 
-pd = pytest.importorskip("pandas")
+campaigns = pytest.importorskip("validate.fitting.campaigns", exc_type=ImportError)
 sgemm = pytest.importorskip("validate.fitting.sgemm", exc_type=ImportError)
 gemm = pytest.importorskip("validate.fitting.gemm", exc_type=ImportError)
 
-BATCHES = np.array([8.0, 12, 16, 24, 32, 48, 64, 96, 128, 192])
+T4_MEMORY, T4_BANDWIDTH = 16 * 2**30, 320e9
 
 
-def products(noise: np.ndarray) -> "pd.DataFrame":
-    """Batched products of forty shapes; `noise` (40, batches) is ln(measured / true)."""
-    rows = [
-        {"group": "bmm", "m": 512.0, "n": 64.0, "k": 64.0 + i, "b": b, "seconds": 1e-3 * b**0.97 * np.exp(noise[i, j])}
-        for i in range(len(noise))
-        for j, b in enumerate(BATCHES)
-    ]
-    return pd.DataFrame(rows)
+def test_a_campaign_is_in_the_order_of_its_program() -> None:
+    """The replay is only as good as the order; these are the first lines of NeuSight's own list, and their number."""
+    assert campaigns.order("bmm")[:3] == [(20480, 2048, 64, 2048), (1280, 2048, 2048, 256), (3072, 4096, 4096, 128)]
+    assert [len(campaigns.order(name)) for name in ("bmm", "linear", "collected")] == [3108, 1040, 6480]
+    assert all(max(shape) <= 65537 and min(shape) >= 1 for shape in campaigns.order("collected"))
 
 
-def test_scatter_of_a_smooth_series_is_zero() -> None:
-    """A model's own curve along the batch must not be taken for noise."""
-    found = sgemm.scatter(products(np.zeros((40, len(BATCHES)))))
-    assert found.rows == 40 * (len(BATCHES) - 2)
-    assert found.mean < 1e-12
+def test_rows_of_another_order_are_not_replayed() -> None:
+    """A board that ran the shapes in another order had another history: nothing is known of it."""
+    some = campaigns.order("linear")[5:9]
+    assert campaigns.entries("linear", some) == [5, 6, 7, 8]
+    assert campaigns.entries("linear", some[::-1]) == [-1] * 4
+    assert campaigns.entries("linear", [*some, (7, 7, 7, 7)]) == [-1] * 5
 
 
-def test_scatter_recovers_the_noise_of_one_measurement() -> None:
-    """The figure is set against a model's error, so it must be that of one row, not of three."""
-    noise = np.random.default_rng(0).normal(0.0, 0.1, (40, len(BATCHES)))
-    assert sgemm.scatter(products(noise)).mean == pytest.approx(np.abs(noise).mean(), rel=0.1)
+def test_what_does_not_fit_gives_the_board_a_pause() -> None:
+    """344 GB of products fail on 16 GB, and leave the clock high for what follows; seconds of load leave it low."""
+    run = campaigns.campaign("bmm", T4_MEMORY, T4_BANDWIDTH)
+    assert run.fails[:4].all()
+    assert not run.fails[4:7].any()
+    rested = campaigns.boosts(run, np.full(len(run.m), 1e-4), 0.6, 0.1)
+    assert rested[4] > 0.9
+    loaded = campaigns.boosts(run, np.full(len(run.m), 0.2), 0.6, 0.1)
+    assert loaded[5] < 0.1 < rested[5]
+    assert (loaded[~run.fails] <= rested[~run.fails] + 1e-12).all()
 
 
-def test_scatter_needs_rows() -> None:
-    """Devices without batched products have no such figure."""
-    rows = products(np.zeros((2, len(BATCHES))))
-    assert sgemm.scatter(rows) is None
-    assert sgemm.scatter(rows.assign(group="linear")) is None
+def test_a_slow_control_leaves_the_clock_high_for_longer() -> None:
+    """The five fastest of 25 runs are the first ones while the clock falls."""
+    run = campaigns.campaign("bmm", T4_MEMORY, T4_BANDWIDTH)
+    seconds = np.full(len(run.m), 5e-3)
+    fast, slow = (campaigns.boosts(run, seconds, 0.6, reaction) for reaction in (0.05, 0.5))
+    assert (fast >= 0.0).all()
+    assert (slow <= 1.0).all()
+    assert fast.mean() < slow.mean()
 
 
 @pytest.mark.parametrize(("dtype", "slugs"), [("bf16", gemm.BF16_FILES), ("fp32", sgemm.GPUS)])

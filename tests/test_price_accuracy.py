@@ -28,23 +28,21 @@ def test_bf16_gemms_are_priced_as_promised(device: str, limit: float) -> None:
     assert errors["m_from_64"]["mean"] < errors["m_from_64"]["roofline_mean"] / 2
 
 
-@pytest.mark.parametrize("device", ["p100", "v100-32gb-pcie", "a100-40gb-pcie", "a100-80gb-pcie", "h100-sxm"])
+FP32_BOARDS = ["p100", "v100-32gb-pcie", "t4", "a100-40gb-pcie", "a100-80gb-pcie", "l4", "h100-sxm"]
+
+
+@pytest.mark.parametrize("device", FP32_BOARDS)
 def test_fp32_gemms_are_priced_as_promised(device: str) -> None:
-    """PEFT's adapters run in fp32 beside a 16-bit base."""
-    assert residuals(device, "gemm", "fp32")["mean"] <= 0.10
-
-
-@pytest.mark.parametrize("device", ["t4", "l4"])
-def test_boards_whose_clock_jumps_are_said_to(device: str) -> None:
-    """On 70 W cards measurements scatter more between neighbouring batch sizes than the error that is allowed.
-
-    The same shapes scatter by less than 2 % on an A100. The products without a batch are held to 11 %, and the batched
-    ones to 1.6 times their scatter: these boards miss the 10 % of the others.
-    """
+    """PEFT's adapters run in fp32 beside a 16-bit base; boards of 70 W run them far below their highest clock."""
     errors = residuals(device, "gemm", "fp32")
-    assert errors["bmm_scatter"]["mean"] > 0.10 > 5 * residuals("a100-80gb-pcie", "gemm", "fp32")["bmm_scatter"]["mean"]
-    assert errors["linear"]["mean"] <= 0.11
-    assert errors["bmm"]["mean"] < 1.6 * errors["bmm_scatter"]["mean"]
+    assert errors["mean"] <= 0.10
+    assert errors["mean"] < errors["roofline_mean"] / 2
+
+
+def test_fp32_gemms_of_all_boards_together_are_priced_as_promised() -> None:
+    """The P4, measured with two libraries of which one picks poor tiles, misses the figure alone."""
+    every = [residuals(device, "gemm", "fp32") for device in [*FP32_BOARDS, "p4"]]
+    assert sum(e["rows"] * e["mean"] for e in every) / sum(e["rows"] for e in every) <= 0.10
 
 
 @pytest.mark.parametrize("device", ["a100-80gb-sxm", "h100-sxm"])

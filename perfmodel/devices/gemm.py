@@ -5,7 +5,7 @@ A library kernel cuts C into tiles, one thread block each, and may split k over 
     launch floor + min over (tile, split) of [ overlap(SM time, memory time) + split cost ]
 
 SM time      waves of blocks over the SMs x (fill and drain of a tile + k x time of a k-slice); a k-slice is bound by
-             the math pipe or by loading its operands from L2, whichever is slower
+             the math pipe, by loading its operands from L2 or by the power that the board may draw, whichever is slower
 memory time  compulsory bytes of A, B, C: from L2 what still lies there since its last use, from DRAM the rest
 
 The `min` stands for the library's heuristic, so it must be offered only tiles that the library really has (the fp32
@@ -43,6 +43,8 @@ class GemmParameters:
         sustained: share of that rate which the board holds through a training step.
         derating: relative slow-down of the SMs when a long kernel hits the power limit.
         derating_time: seconds of SM time after which half of the derating is reached.
+        power_share: energy of a FLOP in the main loop over `Hardware.flop_energy`.
+        load_energy: energy of loading a byte of an operand into an SM, in that of FLOPs.
         tile_balance: FLOP per byte: peak over the rate at which the SMs can load operands from L2.
         k_latency: clocks per element of k: the least that a thread block needs, however thin its tile.
         k_bubble: clocks per element of k on top: barriers that copy and math both wait for.
@@ -72,6 +74,8 @@ class GemmParameters:
     sustained: float = 1.0
     derating: float = 0.27
     derating_time: float = 2e-3
+    power_share: float = 0.0
+    load_energy: float = 0.0
     tile_balance: float = 45.0
     k_latency: float = 2.2
     k_bubble: float = 0.1
@@ -118,6 +122,7 @@ class _Rates:
     l2: float  # B/s of one pass over data in L2
     k_latency: float  # s per element of k
     k_bubble: float  # s per element of k
+    powered: float  # s that the board's power takes for the energy of a FLOP on each SM; 0: no limit
 
     @classmethod
     def of(cls, hw: Hardware, p: GemmParameters, dtype: str, out_item: float | None, layout: Layout) -> "_Rates":
@@ -136,6 +141,7 @@ class _Rates:
             l2=max(dram, sm_load * hw.sm_count * p.l2_stream),
             k_latency=p.k_latency / hw.clock_hz,
             k_bubble=p.k_bubble / hw.clock_hz,
+            powered=hw.sm_count * hw.seconds_of_power(p.power_share),
         )
 
 
@@ -203,7 +209,7 @@ def _best(m: Array, n: Array, k: Array, b: Array, memory: Array, r: _Rates) -> A
             continue
         along_m, along_n = (_cuts(x, {tile[i] for tile in tiles}) for i, x in enumerate((m, n)))
         for tile_m, tile_n in tiles:
-            at_once, few, split = _with_tile(tile_m * tile_n, along_m[tile_m], along_n[tile_n], b, product, r)
+            at_once, few, split = _with_tile((tile_m, tile_n), along_m[tile_m], along_n[tile_n], b, product, r)
             if excluded is not None:
                 at_once = np.where(excluded, np.inf, at_once)
                 split = np.where(np.broadcast_to(excluded, whole.shape)[few], np.inf, split)
@@ -232,17 +238,18 @@ def _cuts(extent: Array, sides: set[int]) -> dict[int, tuple[Array | float, Arra
 
 
 def _with_tile(
-    area: int,
+    tile: tuple[int, int],
     along_m: tuple[Array | float, Array],
     along_n: tuple[Array | float, Array],
     b: Array,
     product: _Product,
     r: _Rates,
 ) -> tuple[Array, Any, Array]:
-    """With one tile of so many elements: SM seconds of whole k; for which products a split pays, and seconds in all."""
+    """With one tile of (rows, columns): SM seconds of whole k; for which products a split pays, and seconds in all."""
     (rows, down), (cols, across) = along_m, along_n
     # Padding is computed but not loaded: a thin GEMM wastes the math pipe, not bandwidth.
-    least = np.maximum((2 * area) * product.flop_time, r.k_latency)
+    energy = (2 * tile[0] * tile[1] + (tile[0] + tile[1]) * r.item * r.p.load_energy) * r.powered
+    least = np.maximum((2 * tile[0] * tile[1]) * product.flop_time, max(r.k_latency, energy))
     slice_time = np.maximum((rows + cols) * (r.item / r.sm_load), least)
     main_loop = product.k_padded * (slice_time + r.k_bubble)
     fill_drain = rows * cols * (r.p.epilogue * r.out_item / r.sm_load)

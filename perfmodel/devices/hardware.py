@@ -16,6 +16,8 @@ class Hardware:
         memory_bandwidth: DRAM bandwidth, B/s.
         l2_bytes: last-level cache, B.
         fp32_flops: FLOP/s of the fp32 units, without TF32.
+        board_power: what the board may draw, W; None: unknown, taken for enough.
+        flop_energy: J per fp32 FLOP of the largest server board of the same process: its power over its peak.
         tf32_flops, fp16_flops, bf16_flops: dense tensor-core FLOP/s with fp32 accumulation; None where there is none.
     """
 
@@ -28,6 +30,8 @@ class Hardware:
     tf32_flops: float | None = None
     fp16_flops: float | None = None
     bf16_flops: float | None = None
+    board_power: float | None = None
+    flop_energy: float | None = None
 
     def peak(self, dtype: str, tensor_cores: bool = True) -> float:
         """Dense FLOP/s for operands of a dtype: fp32, tf32, bf16 or fp16.
@@ -37,6 +41,19 @@ class Hardware:
         figures = {"tf32": self.tf32_flops, "fp16": self.fp16_flops, "bf16": self.bf16_flops}
         tensor = figures.get(dtype) if tensor_cores else None
         return self.fp32_flops if tensor is None else tensor
+
+    def seconds_of_power(self, power_share: float) -> float:
+        """Seconds in which the board may draw the energy of one FLOP, s: 0 if its limit is unknown.
+
+        Small boards carry chips that could draw more than they may: a T4 at 8.1 TFLOP/s would need 0.8 x 19.1 pJ x
+        8.1e12 = 124 W and has 70. Below its highest clock a chip's power is taken as proportional to the clock.
+
+        Args:
+            power_share: energy of a FLOP of the work over `flop_energy`.
+        """
+        if self.board_power is None or self.flop_energy is None:
+            return 0.0
+        return power_share * self.flop_energy / self.board_power
 
     @property
     def half_rate(self) -> bool:

@@ -24,7 +24,8 @@ P = TypeVar(
 )
 
 _MAY_BE_ZERO = {
-    "launch_clocks", "derating", "k_latency", "k_bubble", "epilogue", "wave_tail", "write_cost", "overlap_loss",
+    "launch_clocks", "derating", "derating_time", "power_share", "load_energy", "k_latency", "k_bubble", "epilogue",
+    "wave_tail", "write_cost", "overlap_loss",
     "split_latency", "split_traffic", "long_row", "launch_floor", "cta_overhead", "exposed_memory",
     "backward_cta_overhead", "backward_launch_floor", "kernel_gap", "row_latency", "serial_latency",
     "row_copy_latency", "norm_reread", "softmax_reread", "mean", "median", "p90", "rows_fitted", "rows_left_out",
@@ -34,7 +35,7 @@ _MAY_BE_ZERO = {
 
 
 def parameters(kind: type[P], table: Table, where: str) -> P:
-    """The parameters of a block: every key must be there, tiles excepted, and none besides."""
+    """The parameters of a block: every key must be there, tiles and power excepted, and none besides."""
     known = {f.name: f for f in fields(kind)}
     no_others(table, known, where)
     values: Table = {}
@@ -42,6 +43,8 @@ def parameters(kind: type[P], table: Table, where: str) -> P:
         if name in ("tiles", "batched_tiles"):
             if name in table:
                 values[name] = pairs(table, name, where)
+        elif name in ("power_share", "load_energy") and name not in table:
+            continue
         elif name == "efficiency" and kind is AttentionParameters:
             values[name] = pairs(table, name, where)
         elif field.default_factory is not MISSING:

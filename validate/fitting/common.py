@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from perfmodel.devices.attention import AttentionParameters
 from perfmodel.devices.cpu import CpuAttentionParameters, CpuGemmParameters, CpuStreamParameters
-from perfmodel.devices.gemm import GemmParameters
+from perfmodel.devices.gemm import GemmParameters, gemm_time
 from perfmodel.devices.hardware import Hardware
 from perfmodel.devices.pointwise import PointwiseParameters
 from perfmodel.devices.profile import DEVICES
@@ -125,3 +125,10 @@ def strings(rows: pd.DataFrame) -> list[str]:
 def column(rows: pd.DataFrame, name: str) -> Array:
     """A column as floats."""
     return np.asarray(rows[name], dtype=np.float64)
+
+
+def price(rows: pd.DataFrame, hw: Hardware, p: GemmParameters) -> Array:
+    """Seconds of GEMMs in forward layout, one a row of m, n, k, b, a_copies, b_copies and dtype."""
+    m, n, k, b, a_copies, b_copies = (column(rows, c) for c in ("m", "n", "k", "b", "a_copies", "b_copies"))
+    dtype = str(rows["dtype"].iloc[0])
+    return gemm_time(m, n, k, b, hardware=hw, parameters=p, dtype=dtype, a_copies=a_copies, b_copies=b_copies)

@@ -172,7 +172,7 @@ def _fit_all(folder: Path, progress: Progress | None) -> _Fitted:
     _gemm_classes(folder, fitted, steps)
     _gemm_pairs(folder, fitted)
     _layouts(folder, fitted)
-    _fp32_floors(fitted)
+    _fp32_in_steps(fitted)
     _attention(folder, fitted)
     steps("attention")
     _pointwise(folder, fitted, steps)
@@ -186,7 +186,7 @@ def _gemm_classes(folder: Path, fitted: _Fitted, steps: _Steps) -> None:
     for name, members, begin in (("sync_mma", gemm.SYNC, gemm.SYNC_MMA), ("any", gemm.ASYNC, gemm.ASYNC_MMA)):
         bf16[name] = _gemm_class(folder, fitted, "bf16", members, begin)
         steps(f"GEMM bf16, class {name}")
-    fp32["any"] = _gemm_class(folder, fitted, "fp32", gemm.SERVERS, sgemm.AMPERE)
+    fp32["any"] = _gemm_class(folder, fitted, "fp32", gemm.BOARDS, sgemm.AMPERE)
     steps("GEMM fp32, class any")
     p = bf16["sync_mma"].parameters
     assert isinstance(p, GemmParameters)
@@ -201,7 +201,7 @@ def _gemm_class(folder: Path, fitted: _Fitted, dtype: str, members: tuple[str, .
     block = f"gemm.{dtype}"
     base = fitted.devices[block][members[0]]
     return Fit(
-        parameters=p if dtype == "bf16" else replace(p, launch_clocks=gemm.LAUNCH_CLOCKS),
+        parameters=p if dtype == "bf16" else gemm.in_steps(p, gemm.LAUNCH_CLOCKS),
         source=f"{base.source}: {', '.join(members)}",
         software=base.software if dtype == "fp32" else "SGLang, TensorRT-LLM; short bursts in CUDA graphs",
         rows_fitted=used,
@@ -248,8 +248,8 @@ def _layouts(folder: Path, fitted: _Fitted) -> None:
         bf16[slug] = replace(bf16[slug], parameters=p, notes=note)
 
 
-def _fp32_floors(fitted: _Fitted) -> None:
-    """Replace fp32 launch floors, which contain the host, by those of bf16 on the same or any device."""
+def _fp32_in_steps(fitted: _Fitted) -> None:
+    """From products alone to those of a step: launch floors without the host, those of bf16; power left by others."""
     bf16 = fitted.devices["gemm.bf16"]
     for slug, fit in fitted.devices["gemm.fp32"].items():
         own = bf16[slug].parameters if slug in bf16 else None
@@ -257,7 +257,7 @@ def _fp32_floors(fitted: _Fitted) -> None:
         assert isinstance(fit.parameters, GemmParameters)
         floor = fit.parameters.launch_clocks / hardware(slug).clock_hz
         note = f"launch_clocks as in bf16: the measured floor of {floor * 1e6:.0f} us contains the host. {fit.notes}"
-        p = replace(fit.parameters, launch_clocks=clocks)
+        p = gemm.in_steps(fit.parameters, clocks)
         fitted.devices["gemm.fp32"][slug] = replace(fit, parameters=p, notes=note.strip())
 
 

@@ -15,17 +15,23 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import OptimizeResult, least_squares
 
-from perfmodel.devices.gemm import GemmParameters, gemm_time
+from perfmodel.devices.gemm import GemmParameters
 from perfmodel.devices.hardware import Hardware
 
 from . import sgemm
-from .common import Array, Errors, Fit, column, hardware, shape_hash, strings, table
+from .campaigns import REACTION
+from .common import Array, Errors, Fit, column, hardware, price, shape_hash, strings, table
 
 FIT_ROWS = 12000  # rows that a fit uses at most: more change the third digit of the error
+FIT_ROWS_FP32 = 4000  # the same for one that several devices share in fp32, whose rows are priced at two clocks
 LOSS_SCALE = 0.02  # |log error| above which a row counts linearly, not quadratically: close to the mean |error|
 PRIOR = 0.003  # pull to the start per e-fold and sqrt(row): decides only what the data leaves open
 SAME_PATH = 2.0 / 3.0  # share of the only device with the same instructions among those that stand for one left out
 LAUNCH_CLOCKS = 4500.0  # of a device without bf16 measurements
+# Energy that the power limit sees of a product within a training step, over that of one run again and again: kernels
+# between the products wait for memory and leave power to them. Fitted to the one step of a 70 W board that is for
+# fitting (BERT-large, batch 8, on an L4); about 0.75 if products take 60 % of the time and the rest half the power.
+STEP_POWER = 0.72
 AICONFIGURATOR = "https://github.com/ai-dynamo/aiconfigurator"
 
 BF16_FILES = {
@@ -39,7 +45,8 @@ BF16_FILES = {
 }
 SYNC = ("a100-80gb-sxm", "l40s")  # mma.sync and cp.async
 ASYNC = ("h100-sxm", "b200", "b300", "gb200", "gb300")  # wgmma or tcgen05, TMA copies
-SERVERS = ("p100", "v100-32gb-pcie", "a100-40gb-pcie", "a100-80gb-pcie", "h100-sxm")  # fp32 class: no 70 W cards
+# fp32 class: all boards but the P4, which was measured with two libraries.
+BOARDS = ("p100", "v100-32gb-pcie", "t4", "a100-40gb-pcie", "a100-80gb-pcie", "l4", "h100-sxm")
 
 SYNC_MMA = GemmParameters(k_step=32, k_latency=3.5, k_bubble=4.0, wave_tail=0.6)
 ASYNC_MMA = GemmParameters(k_step=64)
@@ -53,7 +60,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
 }  # fmt: skip
 FP32_ONLY: dict[str, tuple[float, float]] = {
     "memory_efficiency": (0.1, 1.1), "long_row": (0.001, 10.0), "page_reach": (4e3, 3e5),
+    "power_share": (0.2, 1.5), "load_energy": (0.05, 20.0),
 }  # fmt: skip
+BENCH: dict[str, tuple[float, float]] = {"clock": (0.3, 1.2), "reaction": (0.02, 0.5)}  # of NeuSight's boards
 
 
 def start(slug: str, dtype: str) -> GemmParameters:
@@ -65,12 +74,14 @@ def start(slug: str, dtype: str) -> GemmParameters:
 
 def bounds(dtype: str) -> dict[str, tuple[float, float]]:
     """The fitted parameters and their limits."""
-    return BOUNDS if dtype == "bf16" else BOUNDS | FP32_ONLY
+    if dtype == "bf16":
+        return BOUNDS
+    return BOUNDS | FP32_ONLY
 
 
 def load(folder: Path, slug: str, dtype: str) -> pd.DataFrame:
-    """m, n, k, b, seconds, group, a_copies, b_copies, collected, left_out, an order by hash: one row a measurement."""
-    rows = _load_bf16(folder, slug).assign(collected=False) if dtype == "bf16" else sgemm.load(folder, slug)
+    """m, n, k, b, seconds, group, a_copies, b_copies, left_out, an order by hash: one row a measurement."""
+    rows = _load_bf16(folder, slug) if dtype == "bf16" else sgemm.load(folder, slug)
     h = shape_hash(rows.b, rows.m, rows.n, rows.k)
     order = (h >> np.uint64(8)) % np.uint64(1 << 20)
     return rows.assign(left_out=h % np.uint64(3) == 0, order=order, dtype=dtype, device=slug)
@@ -98,26 +109,21 @@ class Found(NamedTuple):
     Attributes:
         parameters: of the price model.
         clock: of the board while the collected rows were measured, over that of the other rows.
+        reaction: of the board's power control, in seconds (`campaigns.boosts`).
     """
 
     parameters: GemmParameters
     clock: float = 1.0
+    reaction: float = REACTION
 
 
-def predict(rows: pd.DataFrame, hw: Hardware, found: Found) -> Array:
-    """Seconds of every row."""
-    dtype, slug = str(rows["dtype"].iloc[0]), str(rows["device"].iloc[0])
-    collected = np.asarray(rows.collected, dtype=bool)
-    out = np.empty(len(rows))
-    boards = ((~collected, hw, found.parameters), (collected, *sgemm.collected_on(slug, hw, *found)))
-    for chosen, board, p in boards:
-        if not chosen.any():
-            continue
-        m, n, k, b, a_copies, b_copies = (column(rows, c)[chosen] for c in ("m", "n", "k", "b", "a_copies", "b_copies"))
-        out[chosen] = gemm_time(
-            m, n, k, b, hardware=board, parameters=p, dtype=dtype, a_copies=a_copies, b_copies=b_copies
-        )
-    return out
+def predict(rows: pd.DataFrame, hw: Hardware, found: Found, boost: Array | None = None) -> Array:
+    """Seconds of every row; fp32 ones at the clock that `boost` tells, or else a replay of what ran before."""
+    p, clock, reaction = found
+    if rows["dtype"].iloc[0] == "bf16":
+        return price(rows, hw, p)
+    known = sgemm.Replay(rows, hw, p, clock).boosts(reaction) if boost is None else boost
+    return sgemm.predict(rows, hw, p, clock, known)
 
 
 def roofline(rows: pd.DataFrame, hw: Hardware) -> Array:
@@ -160,7 +166,8 @@ def fit(
     used = {}
     for slug, rows in rows_of.items():
         kept = rows[~rows.left_out].sort_values(["order", "group"], kind="stable")
-        count = int(FIT_ROWS * (shares[slug] if shares else 1.0 / len(rows_of)))
+        rows_in_all = FIT_ROWS_FP32 if dtype == "fp32" and len(rows_of) > 1 else FIT_ROWS
+        count = int(rows_in_all * (shares[slug] if shares else 1.0 / len(rows_of)))
         used[slug] = (kept.head(count).reset_index(drop=True), hardware(slug), start(slug, dtype))
     return fit_rows(list(used.values()), dtype, begin)
 
@@ -169,20 +176,24 @@ def fit_rows(used: Sequence[tuple[pd.DataFrame, Hardware, GemmParameters]], dtyp
     """Parameters shared by some devices, each given as rows to fit, datasheet, and what its library has."""
     measured = np.concatenate([column(rows, "seconds") for rows, _, _ in used])
     limits = bounds(dtype)
-    clock = (0.3, 1.2) if any(rows.collected.any() for rows, _, _ in used) else (0.99, 1.01)
-    low, high = (np.log([b[i] for b in (*limits.values(), clock)]) for i in (0, 1))
-    first = np.log([*(getattr(begin, n) for n in limits), 1.0])
+    bench = BENCH if dtype == "fp32" else {}
+    low, high = (np.log([b[i] for b in (*limits.values(), *bench.values())]) for i in (0, 1))
+    first = np.log([*(getattr(begin, n) for n in limits), *(1.0, REACTION)[: len(bench)]])
     pull = PRIOR * np.sqrt(len(measured))
-
-    def values(z: Array) -> dict[str, Any]:
-        return dict(zip(limits, map(float, np.exp(z[:-1])), strict=True))
+    replays = [sgemm.Replay(*x) if bench else None for x in used]
+    usual = [r.boosts(REACTION) if r else None for r in replays]
 
     def found(z: Array, own: GemmParameters) -> Found:
-        return Found(replace(own, **values(z)), float(np.exp(z[-1])))
+        values: list[Any] = np.exp(z).tolist()
+        return Found(replace(own, **dict(zip(limits, values, strict=False))), *values[len(limits) :])
 
     def residuals(z: Array) -> Array:
-        predicted = np.concatenate([predict(rows, hw, found(z, own)) for rows, hw, own in used])
-        return np.concatenate([deviation(predicted, measured, dtype), pull * (z - first)])
+        parts = []
+        for (rows, hw, own), replay, boost in zip(used, replays, usual, strict=True):
+            x = found(z, own)
+            own_boost = replay.boosts(x.reaction) if replay and len(used) == 1 else boost  # several share the usual one
+            parts.append(predict(rows, hw, x, own_boost))
+        return np.concatenate([deviation(np.concatenate(parts), measured, dtype), pull * (z - first)])
 
     # Two starts: the loss has kinks where the best tile changes.
     ends = [least(residuals, first + shift * np.resize([1, -1], len(first)), low, high) for shift in (0.0, 0.4)]
@@ -212,7 +223,6 @@ def fit_device(folder: Path, slug: str, dtype: str) -> Fit:
     rows = load(folder, slug, dtype)
     found = fit({slug: rows}, dtype, start(slug, dtype))
     errors = judge(rows, hardware(slug), found)
-    noise = sgemm.scatter(rows)
     return Fit(
         parameters=found.parameters,
         source=AICONFIGURATOR if dtype == "bf16" else sgemm.NEUSIGHT,
@@ -220,8 +230,8 @@ def fit_device(folder: Path, slug: str, dtype: str) -> Fit:
         rows_fitted=min(FIT_ROWS, int((~rows.left_out).sum())),
         rows_left_out=int(rows.left_out.sum()),
         errors=errors["all"],
-        slices={k: v for k, v in errors.items() if k != "all"} | ({"bmm_scatter": noise} if noise else {}),
-        notes=f"Collected rows at {found.clock:.2f} of the clock." if rows.collected.any() else "",
+        slices={k: v for k, v in errors.items() if k != "all"},
+        notes=sgemm.notes(rows, found.clock) if dtype == "fp32" else "",
     )
 
 
@@ -235,7 +245,7 @@ def _software(folder: Path, slug: str) -> str:
 def donors(slug: str, dtype: str) -> dict[str, float]:
     """Whose rows make the class default for a device that is left out, and their shares in it."""
     if dtype == "fp32":
-        others = [d for d in SERVERS if d != slug]
+        others = [d for d in BOARDS if d != slug]
         return dict.fromkeys(others, 1.0 / len(others))
     same = [d for d in (SYNC if slug in SYNC else ASYNC) if d != slug]
     if len(same) > 1:
@@ -254,5 +264,11 @@ def leave_out(folder: Path, slug: str, dtype: str) -> Errors:
 def fit_class(folder: Path, members: tuple[str, ...], dtype: str, begin: GemmParameters) -> tuple[GemmParameters, int]:
     """Shared parameters of a class, and how many rows made them."""
     rows_of = {d: load(folder, d, dtype) for d in members}
-    used = sum(min(FIT_ROWS // len(members), int((~r.left_out).sum())) for r in rows_of.values())
+    each = (FIT_ROWS_FP32 if dtype == "fp32" else FIT_ROWS) // len(members)
+    used = sum(min(each, int((~r.left_out).sum())) for r in rows_of.values())
     return fit(rows_of, dtype, begin).parameters, used
+
+
+def in_steps(p: GemmParameters, launch_clocks: float) -> GemmParameters:
+    """What a fit to fp32 products alone says about those of a training step."""
+    return replace(p, launch_clocks=launch_clocks, power_share=p.power_share * STEP_POWER)

@@ -1,9 +1,10 @@
 """NeuSight's fp32 GEMMs (https://github.com/sitar-lab/NeuSight): what was run, on which GPU, by which library.
 
 It multiplies (B, M, N) by (B, N, K): its N is summed over and its K are the columns of C. Its floors of 25-80 us
-contain the host's launch. Two campaigns measured the linear layers: `test` the shapes of networks, `train` random ones,
-here called collected. The boards of the second ran at another clock (a T4 at 0.8 of the first), and the P4 with another
-library, as the kernels' names tell. Alignment to 16 bytes, which goes with the campaigns, changes less than 5 %.
+contain the host's launch. `bmm` and `linear` hold the shapes of networks, `collected` random linear layers. The boards
+of the last ran at another clock (a T4 at 0.8 of the first), and the P4 with another library, as the kernels' names
+tell. Alignment to 16 bytes, which goes with the campaigns, changes less than 5 %. The clock within a campaign:
+`validate.fitting.campaigns`.
 """
 
 from dataclasses import replace
@@ -11,11 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from perfmodel.devices.gemm import GemmParameters, Tiles
+from perfmodel.devices.gemm import GemmParameters, Tiles, gemm_time
 from perfmodel.devices.hardware import Hardware
 
-from .common import Array, Errors, column, table
+from .campaigns import Campaign, boosts, campaign, entries
+from .common import Array, price, table
+
+Index = NDArray[np.intp]
 
 NEUSIGHT = "https://github.com/sitar-lab/NeuSight"
 GPUS = {
@@ -32,7 +37,16 @@ GPUS = {
 # Tiles by the kernels' names.
 SGEMM_TILES: Tiles = ((128, 128), (64, 128), (32, 128), (128, 32), (64, 64), (32, 64), (32, 32))
 SMALL_TILES: Tiles = ((128, 32), (32, 128), (64, 64))
-SIMT = GemmParameters(launch_clocks=5e4, k_step=8, long_row=0.1, tile_balance=6.0, tiles=SGEMM_TILES)
+SIMT = GemmParameters(
+    launch_clocks=5e4,
+    k_step=8,
+    long_row=0.1,
+    tile_balance=6.0,
+    derating=0.05,  # what is left beside the power limit
+    power_share=0.6,
+    load_energy=6.0,
+    tiles=SGEMM_TILES,
+)
 PASCAL = replace(SIMT, tile_balance=10.0, math_efficiency=0.8, tiles=SMALL_TILES, batched_tiles=((64, 128),))
 VOLTA = replace(SIMT, tile_balance=8.0, batched_tiles=((64, 128), (64, 64), (32, 128)))
 AMPERE = replace(SIMT, batched_tiles=((128, 128),))
@@ -44,17 +58,18 @@ STARTS = {
     "t4": VOLTA,
     "a100-40gb-pcie": AMPERE,
     "a100-80gb-pcie": AMPERE,
-    "l4": AMPERE,
+    "l4": replace(AMPERE, tiles=((256, 128), (128, 256), *SGEMM_TILES)),
     "h100-sxm": HOPPER,
 }
+COLLECTED = "collected"
 COLLECTED_TILES = {"p4": SMALL_TILES}  # where that campaign's library was another one
 
 
 def load(folder: Path, slug: str) -> pd.DataFrame:
-    """m, n, k, b, seconds, group, a_copies, b_copies, collected: one row a measurement."""
+    """m, n, k, b, seconds, group, a_copies, b_copies, campaign, entry of it: one row a measurement."""
     measured = table(folder, "kernels_fp32_neusight.parquet")
     measured = measured[measured.op.isin(["linear", "bmm"]) & (measured.gpu == GPUS[slug])]
-    return pd.DataFrame(
+    rows = pd.DataFrame(
         {
             "m": measured.M,
             "n": measured.K,
@@ -64,30 +79,83 @@ def load(folder: Path, slug: str) -> pd.DataFrame:
             "group": measured.op,
             "a_copies": 1.0,
             "b_copies": 1.0,
-            "collected": measured.file.str.startswith("train"),
+            "campaign": measured.op.where(~measured.file.str.startswith("train"), COLLECTED),
         }
     ).reset_index(drop=True)
+    shapes = rows[["b", "m", "k", "n"]].astype(int)
+    for name, part in shapes.groupby(rows.campaign):
+        rows.loc[part.index, "entry"] = entries(str(name), [tuple(x) for x in part.to_numpy().tolist()])
+    return rows.astype({"entry": int})
 
 
-def collected_on(slug: str, hw: Hardware, p: GemmParameters, clock: float) -> tuple[Hardware, GemmParameters]:
-    """The board and the library of the collected rows; `clock` is theirs over that of the others."""
-    slower = replace(hw, clock_hz=hw.clock_hz * clock, fp32_flops=hw.fp32_flops * clock)
+def board(slug: str, name: str, hw: Hardware, p: GemmParameters, clock: float) -> tuple[Hardware, GemmParameters]:
+    """The board and the library of a campaign; `clock` is that of the collected rows over that of the others.
+
+    At a lower clock throughout: the highest one and the one that the power allows.
+    """
+    if name != COLLECTED:
+        return hw, p
+    power = None if hw.board_power is None else hw.board_power * clock
+    slower = replace(hw, clock_hz=hw.clock_hz * clock, fp32_flops=hw.fp32_flops * clock, board_power=power)
     return slower, replace(p, tiles=COLLECTED_TILES.get(slug, p.tiles))
 
 
-def scatter(rows: pd.DataFrame, least_seconds: float = 5e-4) -> Errors | None:
-    """Scatter of batched products between neighbouring batch sizes: what no smooth model can explain.
+class Replay:
+    """The campaigns of a device's rows, with predicted times: how far the clock was from the sustained one.
 
-    The time of one product hardly changes from one batch size to the next, once a launch lasts for `least_seconds`.
-    What a batch size deviates from the line (in logarithms) between its two neighbours is noise of three measurements;
-    divided by the root of its three weights squared, that of one. None if there are fewer than 20 such triples.
+    Args:
+        rows: measurements on one device.
+        hw: its datasheet.
+        p: price parameters.
+        clock: of the board in the collected rows, over that in the others.
     """
-    found: list[Array] = []
-    for _, series in rows[(rows.group == "bmm") & (rows.seconds > least_seconds)].groupby(["m", "n", "k"]):
-        ordered = series.sort_values("b")
-        x, y = np.log(column(ordered, "b")), np.log(column(ordered, "seconds") / column(ordered, "b"))
-        if len(x) >= 3:
-            w = (x[1:-1] - x[:-2]) / (x[2:] - x[:-2])
-            found.append((y[1:-1] - (1.0 - w) * y[:-2] - w * y[2:]) / np.sqrt(1.0 + w**2 + (1.0 - w) ** 2))
-    noise = np.exp(np.concatenate(found)) if found else np.empty(0)
-    return Errors.of(noise, noise, np.ones_like(noise)) if len(noise) >= 20 else None
+
+    def __init__(self, rows: pd.DataFrame, hw: Hardware, p: GemmParameters, clock: float = 1.0) -> None:
+        self.rows = rows
+        self.runs: list[tuple[Campaign, Array, float, Index, Index]] = []
+        for name, part in rows.groupby("campaign"):
+            if part.entry.iloc[0] < 0:  # the order is not known
+                continue
+            own, q = board(str(rows["device"].iloc[0]), str(name), hw, p, clock)
+            run = campaign(str(name), hw.memory_bytes, hw.memory_bandwidth)
+            at_limit, at_highest = (
+                gemm_time(run.m, run.n, run.k, run.batch, hardware=own, parameters=x, dtype="fp32", b_copies=1.0)
+                for x in (q, replace(q, power_share=0.0))
+            )
+            gain = float(np.median(np.log(at_limit / at_highest)))
+            self.runs.append((run, at_limit, gain, np.flatnonzero(rows.campaign == name), np.asarray(part.entry)))
+
+    def boosts(self, reaction: float) -> Array:
+        """Of every row: 0 at the sustained clock, 1 at the highest."""
+        out = np.zeros(len(self.rows))
+        for run, seconds, gain, chosen, entry in self.runs:
+            if gain > 0.0:
+                out[chosen] = boosts(run, seconds, gain, reaction)[entry]
+        return out
+
+
+def predict(rows: pd.DataFrame, hw: Hardware, p: GemmParameters, clock: float, boost: Array) -> Array:
+    """Seconds of every row.
+
+    Args:
+        rows: measurements on one device.
+        hw: its datasheet.
+        p: price parameters.
+        clock: of the board in the collected rows, over that in the others.
+        boost: of every row, by its `Replay`.
+    """
+    slug, out = str(rows["device"].iloc[0]), np.empty(len(rows))
+    for name in rows.campaign.unique():
+        chosen = np.asarray(rows.campaign == name)
+        own, parameters = board(slug, name, hw, p, clock)
+        sustained = price(rows[chosen], own, parameters)
+        held = price(rows[chosen], own, replace(parameters, power_share=0.0))
+        out[chosen] = sustained * (held / sustained) ** boost[chosen]
+    return out
+
+
+def notes(rows: pd.DataFrame, clock: float) -> str:
+    """What the rows are judged with besides the price."""
+    replay = "power_share lowered to that of products in a step; residuals: of products alone, each at the clock that "
+    replay += "what ran before it had left."
+    return f"{replay} Collected rows at {clock:.2f} of the clock." if (rows.campaign == COLLECTED).any() else replay
