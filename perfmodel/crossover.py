@@ -135,8 +135,9 @@ def _has(method: Method, option: str) -> bool:
 
 
 def _size(method: Method) -> str:
-    """The option that sizes a method, or nothing."""
-    return next((name for name in method.sizes() if _has(method, name)), "")
+    """The option that sizes a method by one number, or nothing."""
+    sizes = (name for name in method.sizes() if _has(method, name))
+    return next((name for name in sizes if isinstance(getattr(method, name), int)), "")
 
 
 def _takes_arrays(method: Method, name: str) -> bool:

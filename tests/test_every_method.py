@@ -16,7 +16,7 @@ from helpers import architecture_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from perfmodel import methods
+from perfmodel import explain, methods
 from perfmodel.errors import UserError
 from perfmodel.predict import Prediction, predict
 from perfmodel.step import Step
@@ -36,10 +36,13 @@ DENSE = {  # methods whose own mathematics has products of a weight gradient's s
 
 def predicted(name: str, model: str, **options: Any) -> Prediction | None:
     """A prediction of the method's first spec that fits the model, or None where it is refused."""
-    for spec in specs(name):
-        with suppress(UserError):
-            setup = {"device": "l40s", "batch": BATCH, "seq": SEQ, **options}
-            return predict(architecture_of(model), spec, **setup)
+    return next((p for p in (predicted_as(spec, model, **options) for spec in specs(name)) if p), None)
+
+
+def predicted_as(spec: str, model: str, **options: Any) -> Prediction | None:
+    """A prediction, or None where it is refused."""
+    with suppress(UserError):
+        return predict(architecture_of(model), spec, **{"device": "l40s", "batch": BATCH, "seq": SEQ, **options})
     return None
 
 
@@ -220,3 +223,12 @@ def test_no_figure_is_negative_and_json_holds_them_all(name: str, model: str, **
         assert number >= 0, path
     assert {"model", "method", "time_s", "memory_bytes", "periodic", "choices", "notes"} <= set(value)
     assert value["time_s"]["low"] <= value["time_s"]["total"] <= value["time_s"]["high"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_is_explained_along_its_size(name: str) -> None:
+    """Where the verdict turns is asked of a number: ranks of single blocks are no axis, and no reason to fail."""
+    model = some_model(name)
+    spec = next(s for s in specs(name) if predicted_as(s, model))
+    found = explain(architecture_of(model), "full", spec, device="l40s", batch=BATCH, seq=SEQ, axes=("size",))
+    assert len(found.crossovers) <= 1

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..errors import UserError
 from ..tape.core import Storage, Tensor
 from ..tape.extra import add_in_place, eye, index_put, permute, repeat
 from ..tape.linalg import autocast_operand, bmm
@@ -35,6 +36,11 @@ class Oft(Targeted):
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         previous_dtype = x.dtype
         block = nearest_divisor(layer.n_in, self.block_size)
+        if block == 1:
+            raise UserError(
+                f"method oft: block_size {self.block_size} makes blocks of width 1 in a layer of {layer.n_in}, where "
+                "nothing trains: use a divisor from 2 up"
+            )
         weight = layer.adapter("oft_R.weight", (layer.n_in // block, block * (block - 1) // 2), dtype)
         x = cast(x, dtype)
         x = _rotate(x, weight, block)

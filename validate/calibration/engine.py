@@ -175,7 +175,7 @@ def _at_depth(deepspeed: Any, method_text: str, checkpoint: str, layers: int) ->
         running.append(wrap(model))
     times = _in_turns(running)
     by = hosts.load()
-    expected, recorded = (_dispatched(step, by) for step in steps)
+    expected, recorded = (dispatched(step, by) for step in steps)
     return [
         Row(phase, times[0][phase], times[1][phase], expected[phase], recorded[phase], units(steps[1], phase))
         for phase in PHASES
@@ -195,7 +195,7 @@ def units(step: Step, phase: str) -> tuple[float, ...]:
     )
 
 
-def _dispatched(step: Step, by: Host) -> Seconds:
+def dispatched(step: Step, by: Host) -> Seconds:
     """Seconds in which a host dispatches the phases, an engine's Python left out."""
     seconds = dict.fromkeys(PHASES, 0.0)
     for part, times in step.parts():

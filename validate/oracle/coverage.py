@@ -25,7 +25,7 @@ from ..tracing import traced
 
 SETUP = Setup(batch=1, seq=64)
 TABLE = DATA / "coverage" / "transformers-5.24.csv"  # of a whole run: every type with the reason why not
-PATIENCE = 600  # seconds for one type or tuner
+PATIENCE = 600  # seconds of this process for one type or tuner
 LEAST_TYPES = 25  # model types of transformers
 LEAST_TUNERS = 0.9  # of the tuners of peft
 LLAMA = Config(
@@ -41,6 +41,11 @@ NEEDED: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": 33, "pad_token_id": 1},  # facebook/esm2_t33_650M_UR50D
     "ministral": {"head_dim": 128},  # mistralai/Ministral-8B-Instruct-2410
     "hunyuan_v1_dense": {"head_dim": 128},  # tencent/Hunyuan-7B-Instruct
+    "hunyuan_v1_moe": {"head_dim": 128},  # tencent/Hunyuan-A13B-Instruct
+    "deepseek_v2": {"num_experts_per_tok": 6, "moe_intermediate_size": 1408},  # deepseek-ai/DeepSeek-V2-Lite
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},  # rednote-hilab/dots.llm1.base
+    "dbrx": {"attn_config": {"kv_n_heads": 8, "clip_qkv": 8, "rope_theta": 5e5}},  # databricks/dbrx-base
+    "nemotron": {"num_key_value_heads": 8},  # nvidia/Minitron-8B-Base
     "reformer": {"axial_pos_shape": [8, 8]},  # their product must be the sequence length
     "xmod": {"default_language": "en_XX"},  # what `set_default_language` sets, as its documentation has it
     "encoder-decoder": {  # two BERTs, as transformers' documentation of the class has it
@@ -90,10 +95,16 @@ def model_types(*, quick: bool) -> list[tuple[str, str]]:
 
 
 def cover_model(family: str, name: str) -> Row:
-    """Trace full fine-tuning of one model type."""
+    """Trace full fine-tuning of one model type: with bf16 weights, or fp32 ones where its program cannot have them."""
     config = Config({"model_type": name, **NEEDED.get(name, {})}, name, name)
     setup = replace(SETUP, batch=2) if family == "vision" else SETUP  # LeViT normalises over the batch
-    return _row(family, name, lambda: traced.of_method(config, "full", setup))
+    rows = (_of_dtype(family, config, replace(setup, dtype=dtype)) for dtype in ("bf16", "fp32"))
+    first = next(rows)
+    return first if first.ok else next((row for row in rows if row.ok), first)
+
+
+def _of_dtype(family: str, config: Config, setup: Setup) -> Row:
+    return _row(family, config.name, lambda: traced.of_method(config, "full", setup))
 
 
 def tuners() -> list[str]:
@@ -137,21 +148,21 @@ def _row(kind: str, name: str, trace: Callable[[], Any]) -> Row:
 
 @contextmanager
 def patience(seconds: int) -> Iterator[None]:
-    """Raise `TimeoutError` in what takes longer, where the system has an alarm clock."""
+    """Raise `TimeoutError` in what takes more of this process's time, where the system has such an alarm clock."""
 
     def ring(*_: Any) -> None:
         raise TimeoutError(f"not traced within {seconds} s")
 
-    if not hasattr(signal, "SIGALRM"):
+    if not hasattr(signal, "ITIMER_PROF"):
         yield
         return
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def load(path: Path = TABLE) -> list[Row]:
