@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import optimizers
 from .errors import UserError
 from .tape.core import Parameter, record, tape
-from .tape.dims import Dim
+from .tape.dims import Dim, same_shape
 from .tape.op import Part
 from .tape.pointwise import fill
 
@@ -103,7 +103,7 @@ def fresh_states(step: "Step", parameters: Sequence[Parameter], dtype: str | Non
             for state in optimizers.recorded([p], step.optimizer, step.device).states:
                 if step.optimizer == "sgd-momentum":
                     record("clone", (p,), (p,))
-                elif state.shape == p.shape:
+                elif same_shape(state.shape, p.shape):
                     fill("zeros_like", state.shape, state.dtype, like=p)
                 else:
                     fill("zeros", state.shape, state.dtype)

@@ -8,6 +8,7 @@ gets its even share of the tokens.
 from math import prod
 from typing import NamedTuple
 
+from .tape.dims import same_shape
 from .tape.op import Op, Spec
 
 
@@ -47,9 +48,9 @@ def products(op: Op) -> list[Product]:
     grad, x, w = op.inputs[:3]
     found = []
     for out in op.outputs:
-        if out.shape == x.shape:
+        if same_shape(out.shape, x.shape):
             found.append(_convolution(w, x, grad)._replace(layout="nn"))
-        elif out.shape == w.shape:
+        elif same_shape(out.shape, w.shape):
             forward = _convolution(w, x, grad)
             found.append(Product("nt", forward.n, forward.k, forward.m, forward.batch))
     return found

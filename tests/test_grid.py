@@ -4,6 +4,7 @@ Also here: the totals of a prediction are the sum of their parts, however one cu
 """
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -190,3 +191,14 @@ def test_a_bigger_batch_never_takes_less_time(name: str) -> None:
     batches = np.arange(1, 65)
     time = predict(architecture_of(name), "full", setup_of(name, batch=batches, seq=32), "l40s").time.phases["total"]
     assert (np.diff(time) >= -1e-12).all()
+
+
+def test_work_between_steps_over_a_grid_of_ranks() -> None:
+    """A fresh optimizer state has a parameter's shape, or not, at every point of a grid."""
+    ranks, setup = np.array([1, 2, 8]), Setup(batch=1, seq=16, optimizer="adamw-8bit")
+    whole = predict(architecture_of("llama"), replace(parse("cola:r=4"), r=ranks), setup, "l40s")
+    for i, r in enumerate(ranks):
+        alone = predict(architecture_of("llama"), f"cola:r={r}", setup, "l40s")
+        for a, b in zip(whole.periodic, alone.periodic, strict=True):
+            assert np.broadcast_to(a.seconds, 3)[i] == pytest.approx(float(b.seconds), rel=1e-9)
+            assert np.broadcast_to(a.bytes, 3)[i] == b.bytes

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 from ..tape.core import Parameter, Storage, Tape, Tensor, recording
-from ..tape.dims import Dim, Shape, contiguous_strides, product
+from ..tape.dims import Dim, Shape, contiguous_strides, product, same_shape
 from ..tape.op import Part, Spec
 
 Parameters = Sequence[Parameter]
@@ -167,4 +167,4 @@ def state_bytes(parameters: Parameters, name: str) -> Dim:
 
 def moments(p: Parameter, name: str) -> int:
     """Tensors of the parameter's shape that an optimizer keeps of it."""
-    return sum(s.shape == p.shape for s in recorded([p], name).states)
+    return sum(same_shape(s.shape, p.shape) for s in recorded([p], name).states)

@@ -105,6 +105,11 @@ def same(a: Dim, b: Dim) -> bool:
     return b.same(a) if type(b) is Axis else decide(np.equal(a, b))
 
 
+def same_shape(a: Shape, b: Shape) -> bool:
+    """Whether two shapes are equal at every point of the grid."""
+    return len(a) == len(b) and all(map(same, a, b))
+
+
 def exceeds(a: Dim, b: Dim) -> bool:
     """Whether a dim is greater than another at every point of the grid."""
     if type(a) is int and type(b) is int:
