@@ -186,7 +186,7 @@ def _gemm_classes(folder: Path, fitted: _Fitted, steps: _Steps) -> None:
     for name, members, begin in (("sync_mma", gemm.SYNC, gemm.SYNC_MMA), ("any", gemm.ASYNC, gemm.ASYNC_MMA)):
         bf16[name] = _gemm_class(folder, fitted, "bf16", members, begin)
         steps(f"GEMM bf16, class {name}")
-    fp32["any"] = _gemm_class(folder, fitted, "fp32", gemm.BOARDS, sgemm.AMPERE)
+    fp32["any"] = _gemm_class(folder, fitted, "fp32", gemm.BOARDS, sgemm.limited(sgemm.AMPERE))
     steps("GEMM fp32, class any")
     p = bf16["sync_mma"].parameters
     assert isinstance(p, GemmParameters)

@@ -60,8 +60,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
 }  # fmt: skip
 FP32_ONLY: dict[str, tuple[float, float]] = {
     "memory_efficiency": (0.1, 1.1), "long_row": (0.001, 10.0), "page_reach": (4e3, 3e5),
-    "power_share": (0.2, 1.5), "load_energy": (0.05, 20.0),
 }  # fmt: skip
+POWER: dict[str, tuple[float, float]] = {"power_share": (0.2, 1.5), "load_energy": (0.05, 20.0)}
 BENCH: dict[str, tuple[float, float]] = {"clock": (0.3, 1.2), "reaction": (0.02, 0.5)}  # of NeuSight's boards
 
 
@@ -72,11 +72,11 @@ def start(slug: str, dtype: str) -> GemmParameters:
     return SYNC_MMA if slug in SYNC else ASYNC_MMA
 
 
-def bounds(dtype: str) -> dict[str, tuple[float, float]]:
-    """The fitted parameters and their limits."""
+def bounds(dtype: str, *, power: bool = True) -> dict[str, tuple[float, float]]:
+    """The fitted parameters and their limits; in fp32 with or without those of the power limit."""
     if dtype == "bf16":
         return BOUNDS
-    return BOUNDS | FP32_ONLY
+    return BOUNDS | FP32_ONLY | (POWER if power else {})
 
 
 def load(folder: Path, slug: str, dtype: str) -> pd.DataFrame:
@@ -175,7 +175,7 @@ def fit(
 def fit_rows(used: Sequence[tuple[pd.DataFrame, Hardware, GemmParameters]], dtype: str, begin: GemmParameters) -> Found:
     """Parameters shared by some devices, each given as rows to fit, datasheet, and what its library has."""
     measured = np.concatenate([column(rows, "seconds") for rows, _, _ in used])
-    limits = bounds(dtype)
+    limits = bounds(dtype, power=begin.power_share > 0.0)
     bench = BENCH if dtype == "fp32" else {}
     low, high = (np.log([b[i] for b in (*limits.values(), *bench.values())]) for i in (0, 1))
     first = np.log([*(getattr(begin, n) for n in limits), *(1.0, REACTION)[: len(bench)]])
@@ -257,7 +257,8 @@ def donors(slug: str, dtype: str) -> dict[str, float]:
 def leave_out(folder: Path, slug: str, dtype: str) -> Errors:
     """Errors of a device priced from its datasheet and the others' rows."""
     shares = donors(slug, dtype)
-    found = fit({d: load(folder, d, dtype) for d in shares}, dtype, start(slug, dtype), shares)
+    begin = sgemm.limited(start(slug, dtype)) if dtype == "fp32" else start(slug, dtype)
+    found = fit({d: load(folder, d, dtype) for d in shares}, dtype, begin, shares)
     return judge(load(folder, slug, dtype), hardware(slug), on_device(found, slug, dtype))["all"]
 
 

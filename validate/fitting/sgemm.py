@@ -37,28 +37,26 @@ GPUS = {
 # Tiles by the kernels' names.
 SGEMM_TILES: Tiles = ((128, 128), (64, 128), (32, 128), (128, 32), (64, 64), (32, 64), (32, 32))
 SMALL_TILES: Tiles = ((128, 32), (32, 128), (64, 64))
-SIMT = GemmParameters(
-    launch_clocks=5e4,
-    k_step=8,
-    long_row=0.1,
-    tile_balance=6.0,
-    derating=0.05,  # what is left beside the power limit
-    power_share=0.6,
-    load_energy=6.0,
-    tiles=SGEMM_TILES,
-)
+SIMT = GemmParameters(launch_clocks=5e4, k_step=8, long_row=0.1, tile_balance=6.0, tiles=SGEMM_TILES)
 PASCAL = replace(SIMT, tile_balance=10.0, math_efficiency=0.8, tiles=SMALL_TILES, batched_tiles=((64, 128),))
 VOLTA = replace(SIMT, tile_balance=8.0, batched_tiles=((64, 128), (64, 64), (32, 128)))
 AMPERE = replace(SIMT, batched_tiles=((128, 128),))
 HOPPER = replace(SIMT, math_efficiency=0.8, launch_clocks=4e4, tiles=((256, 128), (128, 256), *SGEMM_TILES))
+
+
+def limited(p: GemmParameters) -> GemmParameters:
+    """With the power limit fitted: of boards that may draw less than their chip could, and of what boards share."""
+    return replace(p, power_share=0.6, load_energy=6.0, derating=0.05)  # what is left beside the limit
+
+
 STARTS = {
     "p4": replace(PASCAL, tiles=((128, 128), (128, 64), (64, 128))),
-    "p100": PASCAL,
+    "p100": limited(PASCAL),
     "v100-32gb-pcie": VOLTA,
-    "t4": VOLTA,
+    "t4": limited(VOLTA),
     "a100-40gb-pcie": AMPERE,
     "a100-80gb-pcie": AMPERE,
-    "l4": replace(AMPERE, tiles=((256, 128), (128, 256), *SGEMM_TILES)),
+    "l4": limited(replace(AMPERE, tiles=((256, 128), (128, 256), *SGEMM_TILES))),
     "h100-sxm": HOPPER,
 }
 COLLECTED = "collected"
