@@ -193,6 +193,16 @@ def test_a_bigger_batch_never_takes_less_time(name: str) -> None:
     assert (np.diff(time) >= -1e-12).all()
 
 
+def test_sums_over_a_grid_of_ranks_on_a_cpu() -> None:
+    """Whether a sum runs along rows is asked of a matrix whose width is a rank, too."""
+    setup = Setup(batch=1, seq=4)
+    ranks = np.array([1, 2, 8])
+    whole = predict(architecture_of("gpt2"), replace(parse("adalora:r=1"), r=ranks), setup, "cpu-epyc-genoa-2c")
+    for i, r in enumerate(ranks):
+        alone = predict(architecture_of("gpt2"), f"adalora:r={r}", setup, "cpu-epyc-genoa-2c")
+        assert whole.time.phases["total"][i] == pytest.approx(alone.time.phases["total"], rel=1e-9)
+
+
 def test_work_between_steps_over_a_grid_of_ranks() -> None:
     """A fresh optimizer state has a parameter's shape, or not, at every point of a grid."""
     ranks, setup = np.array([1, 2, 8]), Setup(batch=1, seq=16, optimizer="adamw-8bit")

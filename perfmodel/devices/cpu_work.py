@@ -3,7 +3,7 @@
 from typing import Any
 
 from .. import costs, products
-from ..tape.dims import product
+from ..tape.dims import product, same
 from ..tape.op import Op
 from .packages import gemm_shape
 from .tables import Tables
@@ -148,5 +148,5 @@ def kind_of(op: Op) -> str:
     if base in ("sum", "mean") and op.outputs:
         out = op.outputs[0]
         along_rows = not out.shape or (isinstance(out.shape[-1], int) and out.shape[-1] == 1)
-        return "reduction" if along_rows or op.inputs[0].shape[-1] != out.shape[-1] else "column_reduction"
+        return "reduction" if along_rows or not same(op.inputs[0].shape[-1], out.shape[-1]) else "column_reduction"
     return "strided" if kind == "stream" and "strided" in op.attrs else kind
