@@ -203,6 +203,16 @@ def test_sums_over_a_grid_of_ranks_on_a_cpu() -> None:
         assert whole.time.phases["total"][i] == pytest.approx(alone.time.phases["total"], rel=1e-9)
 
 
+def test_a_rank_that_decides_how_many_ops_there_are_splits_the_grid() -> None:
+    """HRA multiplies one reflection after another: every rank is a program of its own."""
+    setup, ranks = Setup(batch=1, seq=16), np.array([1, 4, 2])
+    whole = predict(architecture_of("llama"), replace(parse("hra"), r=ranks), setup, "l40s")
+    for i, r in enumerate(ranks):
+        alone = predict(architecture_of("llama"), f"hra:r={r}", setup, "l40s")
+        assert whole.time.phases["total"][i] == pytest.approx(alone.time.phases["total"], rel=1e-9)
+        assert whole.kernels["total"][i] == alone.kernels["total"]
+
+
 def test_work_between_steps_over_a_grid_of_ranks() -> None:
     """A fresh optimizer state has a parameter's shape, or not, at every point of a grid."""
     ranks, setup = np.array([1, 2, 8]), Setup(batch=1, seq=16, optimizer="adamw-8bit")

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from ..tape.core import Tensor
 from ..tape.custom import on_base
+from ..tape.dims import only
 from ..tape.extra import detach, eye
 from ..tape.gather import quotient, vector_norm
 from ..tape.linalg import linear, matmul
@@ -49,7 +50,7 @@ class Hra(Targeted):
         u = layer.adapter("hra_u", (layer.n_in, self.r), dtype)
         directions = quotient(u, vector_norm(u, 0))
         weight = eye(layer.n_in, u.dtype)
-        for _ in range(self.r):
+        for _ in range(only(self.r)):
             ui = view(select(directions, 1), (layer.n_in, 1))
             weight = sub(weight, matmul(matmul(mul(weight, 2.0), ui), t(ui)))
         return weight

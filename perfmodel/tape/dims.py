@@ -94,6 +94,19 @@ def decide(condition: Any) -> bool:
     raise MixedStructure(condition.view(np.ndarray))
 
 
+def only(dim: Dim) -> int:
+    """The one value of a dim that decides how many ops there are.
+
+    Raises:
+        MixedStructure: it has several over the grid.
+    """
+    if type(dim) is int:
+        return dim
+    first = int(dim.flat[0])
+    decide(np.equal(dim, first))
+    return first
+
+
 def same(a: Dim, b: Dim) -> bool:
     """Whether two dims are equal at every point of the grid."""
     if a is b:
