@@ -114,7 +114,7 @@ def _gemm(telling: Sequence[Row], dtype: str, known: DeviceProfile, software: st
     mine = [r for r in telling if r.case["block"] == "gemm" and r.case["dtype"] == dtype]
     d = pd.DataFrame([{**r.sizes, "seconds": r.seconds, "layout": r.case["layout"]} for r in mine])
     d = _enough(d, f"{dtype} products").assign(
-        b=1.0, a_copies=np.inf, b_copies=np.inf, dtype=dtype, group="own", collected=False, device="own"
+        b=1.0, a_copies=np.inf, b_copies=np.inf, dtype=dtype, group="own", campaign="own", entry=-1, device="own"
     )
     h = shape_hash(d.b, d.m, d.n, d.k)
     d = d.assign(left_out=h % np.uint64(3) == 0, order=(h >> np.uint64(8)) % np.uint64(1 << 20))
