@@ -76,4 +76,4 @@ def key(method: Method, setup: Setup) -> Any:
     """What decides the micro-batches of a model on a device; None where the optimizer has a say in them."""
     if setup.engine != "torch":
         return None
-    return method.spec(), replace(setup, optimizer="adamw", clip_grad=Setup.clip_grad)
+    return method.plain(setup.dtype).spec(), replace(setup, optimizer="adamw", clip_grad=Setup.clip_grad)

@@ -10,6 +10,7 @@ Sources: torch/csrc/autograd/engine.cpp, input_buffer.cpp, functions/accumulate_
 import heapq
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any
 
 from .core import Parameter, Tensor, new_tensor, record, tape
@@ -181,7 +182,8 @@ def run_backward(root: Tensor, grad: Tensor) -> None:
     ready: list[tuple[float, int, Node]] = []
     buffers.deliver(root.node, root.slot, grad)
     del grad, stack
-    heapq.heappush(ready, (-root.node.sequence, id(root.node), root.node))
+    arrivals = count()
+    heapq.heappush(ready, (-root.node.sequence, -next(arrivals), root.node))
     current = tape()
     with current.no_grad(), current.belonging_to(current.owner):
         while ready:
@@ -202,7 +204,7 @@ def run_backward(root: Tensor, grad: Tensor) -> None:
                     del out
                 dependencies[id(target)] -= 1
                 if dependencies[id(target)] == 0 and id(target) in buffers.grads:
-                    heapq.heappush(ready, (-target.sequence, id(target), target))
+                    heapq.heappush(ready, (-target.sequence, -next(arrivals), target))
             del outputs
 
 
