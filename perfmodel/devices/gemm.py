@@ -13,8 +13,8 @@ sets are those in the kernel names of NeuSight's profiles, https://github.com/si
 """
 
 from dataclasses import dataclass
-from math import prod
-from typing import Any, Literal, NamedTuple
+from functools import cache
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from .hardware import ITEMSIZE, Hardware
 
 Array = NDArray[np.float64]
+Numbers = NDArray[np.intp]
 Layout = Literal["tn", "nn", "nt"]
 LAYOUTS: tuple[Layout, ...] = ("tn", "nn", "nt")
 Tiles = tuple[tuple[int, int], ...]
@@ -227,9 +228,14 @@ def _best(m: Array, n: Array, k: Array, b: Array, memory: Array, slowdown: Array
         if excluded is not None and excluded.all():
             continue
         for start in range(0, len(tiles), at_once):
-            some = tiles[start : start + at_once]
-            for best, seconds in zip((whole, divided), _with_tiles(some, along_m, along_n, product, r), strict=True):
-                np.minimum(best, seconds if excluded is None else np.where(excluded, np.inf, seconds), out=best)
+            some, where, split = _with_tiles(tiles[start : start + at_once], along_m, along_n, product, r)
+            np.minimum(whole, some if excluded is None else np.where(excluded, np.inf, some), out=whole)
+            if excluded is not None:
+                split = np.where(np.broadcast_to(excluded, whole.shape)[where], np.inf, split)
+            if at_once == 1:
+                divided[where] = np.minimum(divided[where], split)
+            else:  # a product may be there with several tiles
+                np.minimum.at(divided, where, split)
     # Memory time is the same for every tile, so the best of them is the one with the least SM time.
     return np.asarray(np.minimum(_overlap(_throttled(whole, r), memory, r.p.overlap_loss), divided))
 
@@ -245,65 +251,63 @@ class _Extent:
     def cut(self, sides: tuple[int, ...]) -> tuple[Array, Array]:
         """How much of each tile an extent fills, and how many of them cover it, (tiles, products or 1)."""
         if sides not in self.known:
-            column = np.array(sides, dtype=np.float64).reshape(-1, 1)
+            column = _column(sides)
             filled = column if self.least >= max(sides) else np.minimum(self.extent, column)
             self.known[sides] = filled, np.ceil(self.extent / column)
         return self.known[sides]
 
 
+@cache
+def _column(sides: tuple[int, ...]) -> Array:
+    return np.array(sides, dtype=np.float64).reshape(-1, 1)
+
+
 def _with_tiles(
     tiles: Tiles, along_m: _Extent, along_n: _Extent, product: _Product, r: _Rates
-) -> tuple[Array, Array | float]:
-    """With the best of some tiles of (rows, columns): SM seconds of whole k, and seconds in all with k split."""
-    (rows, down), (cols, across) = (
-        extent.cut(tuple(tile[i] for tile in tiles)) for i, extent in enumerate((along_m, along_n))
-    )
+) -> tuple[Array, Numbers, Array]:
+    """SM seconds of whole k with the best of some tiles; which products a split of k may pay for, and seconds in all.
+
+    A product is there once for each tile.
+    """
+    heights, widths = zip(*tiles, strict=True)
+    (rows, down), (cols, across) = along_m.cut(heights), along_n.cut(widths)
     # Padding is computed but not loaded: a thin GEMM wastes the math pipe, not bandwidth.
-    area, sides = (np.array([[of(tile)] for tile in tiles], dtype=np.float64) for of in (prod, sum))
-    energy = (2 * area + sides * r.item * r.p.load_energy) * r.powered
-    least = np.maximum(2 * area * product.flop_time, np.maximum(r.k_latency, energy))
+    whole_rows, whole_cols = _column(heights), _column(widths)
+    flops = 2.0 * whole_rows * whole_cols
+    energy = (flops + (whole_rows + whole_cols) * (r.item * r.p.load_energy)) * r.powered
+    least = np.maximum(flops * product.flop_time, np.maximum(r.k_latency, energy))
     slice_time = np.maximum((rows + cols) * (r.item / r.sm_load), least)
     main_loop = product.k_padded * (slice_time + r.k_bubble)
     fill_drain = rows * cols * (r.p.epilogue * r.out_item / r.sm_load)
     waves = down * (across * product.batch / r.sm_count)
-    whole = (_waves(waves, r.p.wave_tail) * (fill_drain + main_loop)).min(axis=0)
-    few = waves < SPLIT_WAVES  # most products of a large grid fill the SMs without a split
-    if not few.any():
-        return whole, np.inf
-    shape = len(tiles), len(whole)
-    where = np.nonzero(np.broadcast_to(few, shape))
-    return whole, _divided(where, waves, fill_drain, main_loop, product, r, shape)
+    whole = _least(_waves(waves, r.p.wave_tail) * (fill_drain + main_loop))
+    where = np.flatnonzero(np.broadcast_to(waves < SPLIT_WAVES, (len(tiles), product.memory.size)))
+    if not len(where):  # most products of a large grid fill the SMs without a split
+        return whole, where, np.empty(0)
+    tile, of = (where, where) if len(tiles) == 1 else divmod(where, product.memory.size)
+
+    def chosen(x: Array) -> Array:
+        return x.reshape(1) if x.size == 1 else x.take(of if len(x) == 1 else tile if x.shape[1] == 1 else where)
+
+    given = (waves, fill_drain, main_loop, product.k_splits, product.memory, product.partials)
+    return whole, of, _divided(r, *map(chosen, given))
+
+
+def _least(x: Array) -> Array:
+    """The least over tiles."""
+    return np.asarray(x[0] if len(x) == 1 else x.min(axis=0))
 
 
 def _divided(
-    where: tuple[Array, Array],
-    waves: Array,
-    fill_drain: Array,
-    main_loop: Array,
-    product: _Product,
-    r: _Rates,
-    shape: tuple[int, ...],
+    r: _Rates, unsplit: Array, ends: Array, loop: Array, k_splits: Array, memory: Array, partials: Array
 ) -> Array:
-    """Seconds of products with k split so that the blocks fill 1 or 2 waves; infinite where no tile allows a split.
-
-    Args:
-        where: pairs of tile and product to try.
-        shape: tiles, products.
-    """
-    given = (waves, fill_drain, main_loop, product.k_splits, product.memory, product.partials)
-    unsplit, ends, loop, k_splits, memory, partials = (_chosen(x, where) for x in given)
-    best = np.full(shape, np.inf)
+    """Seconds with k split so that the blocks fill 1 or 2 waves; infinite where that is no split."""
+    best = np.asarray(np.inf)
     for filled_waves in range(1, SPLIT_WAVES + 1):
         split = np.minimum(np.maximum(filled_waves / unsplit, 1.0), k_splits)
         seconds = _split_time(r, split, unsplit, ends, loop, memory, partials)
-        best[where] = np.minimum(best[where], np.where(split > 1.0, seconds, np.inf))
-    return np.asarray(best.min(axis=0))
-
-
-def _chosen(x: Array, where: tuple[Array, Array]) -> Array:
-    """Entries of an array of shape (tiles or 1, products or 1) at pairs of indices."""
-    tile, product = where
-    return np.asarray(x[tile if len(x) > 1 else 0, product if x.shape[1] > 1 else 0])
+        best = np.minimum(best, np.where(split > 1.0, seconds, np.inf))
+    return best
 
 
 def _split_time(
