@@ -14,7 +14,7 @@ from itertools import count
 from typing import Any
 
 from .core import Parameter, Tensor, new_tensor, record, tape
-from .dims import Shape, dense_order, is_one, same
+from .dims import Shape, dense_order, is_one, same, same_shape
 from .op import Part
 
 Grads = tuple[Tensor | None, ...]
@@ -39,8 +39,8 @@ class Node:
         self.name = name
         self.backward = backward
         self.attrs = attrs
-        self.needs = tuple(t.requires_grad for t in inputs)
-        self.edges = tuple(_edge(t) if t.requires_grad else None for t in inputs)
+        self.needs = tuple([t.requires_grad for t in inputs])
+        self.edges = tuple([_edge(t) if t.requires_grad else None for t in inputs])
         self.outputs: list[tuple[Shape, str]] = []
         self.saved: list[Any] = []
         self.part: Part = current.part
@@ -158,7 +158,7 @@ def _validate(grads: list[Tensor | None], i: int, shape: Shape, dtype: str) -> N
     grad = grads[i]
     if grad is None:
         return
-    if len(grad.shape) != len(shape) or not all(map(same, grad.shape, shape)):
+    if not same_shape(grad.shape, shape):
         grads[i] = grad = sum_to(grad, shape)
     grads[i] = cast(grad, dtype)
 
