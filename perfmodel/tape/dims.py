@@ -135,7 +135,7 @@ def same(a: Dim, b: Dim) -> bool:
 
 def same_shape(a: Shape, b: Shape) -> bool:
     """Whether two shapes are equal at every point of the grid."""
-    return a is b or len(a) == len(b) and all(map(same, a, b))
+    return a is b or (len(a) == len(b) and all(map(same, a, b)))
 
 
 def exceeds(a: Dim, b: Dim) -> bool:
