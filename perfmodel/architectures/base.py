@@ -87,6 +87,7 @@ class Architecture:
 
     layer_path: ClassVar[str]  # where blocks live in the transformers module tree
     has_liger: ClassVar[bool] = False  # whether Liger brings kernels for it
+    reads_cache: ClassVar[bool] = True  # whether its attention takes keys and values from transformers' cache
 
     @classmethod
     def from_config(cls, config: Config) -> "Architecture":
