@@ -27,7 +27,7 @@ READS = 8  # config.realize_acc_reads_threshold
 ROUNDS = 10  # of fusion, at most (scheduler.fuse_nodes)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Kernel:
     """One kernel: fused loops, or a library's.
 
@@ -72,9 +72,9 @@ def fused(prims: list[Prim], results: set[Value]) -> list[Kernel]:
 def _without_dead_code(prims: list[Prim], results: set[Value]) -> list[Prim]:
     needed, kept = set(results), []
     for prim in reversed(prims):
-        if not prim.outs or any(out in needed for out in prim.outs):
+        if not prim.outs or not needed.isdisjoint(prim.outs):
             kept.append(prim)
-            needed.update(value for value, _ in prim.reads)
+            needed.update([value for value, _ in prim.reads])
     return kept[::-1]
 
 
@@ -82,7 +82,7 @@ def _nodes(prims: list[Prim], results: set[Value]) -> list[Kernel]:
     """Operations whose results are in memory, with those that are computed where they are read."""
     uses: dict[Value, list[Prim]] = {}
     for prim in prims:
-        for value in {value for value, _ in prim.reads}:
+        for value in dict.fromkeys([value for value, _ in prim.reads]):
             uses.setdefault(value, []).append(prim)
     inlined: dict[Value, Kernel] = {}
     nodes = []
@@ -100,14 +100,15 @@ def _nodes(prims: list[Prim], results: set[Value]) -> list[Kernel]:
 
 def _take(node: Kernel, value: Value, nbytes: Dim, inlined: dict[Value, Kernel]) -> None:
     """Read a value, or compute it (of a slice, the part that is read)."""
-    if value not in inlined:
+    source = inlined.get(value)
+    if source is None:
         node.reads[value] = _most(node.reads.get(value, 0), nbytes)
         return
-    source = inlined[value]
+    whole = same(nbytes, value.nbytes)
     for other, size in source.reads.items():
-        part = size if nbytes is value.nbytes or same(nbytes, value.nbytes) else _share(size, nbytes, value.nbytes)
+        part = size if whole else _share(size, nbytes, value.nbytes)
         node.reads[other] = _most(node.reads.get(other, 0), part)
-    node.prims = list(dict.fromkeys(node.prims + source.prims))
+    node.prims = list(dict.fromkeys(node.prims + source.prims)) if node.prims else source.prims.copy()
 
 
 def _share(size: Dim, part: Dim, whole: Dim) -> Dim:
@@ -132,6 +133,8 @@ def _loops(prim: Prim) -> tuple[Any, ...]:
 
 
 def _most(a: Dim, b: Dim) -> Dim:
+    if type(a) is int and type(b) is int:
+        return a if a > b else b
     return np.maximum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else max(a, b)
 
 
@@ -155,14 +158,16 @@ class _Round:
         self.kernels = kernels
         self.maker = {value: kernel for kernel in kernels for value in kernel.writes}
         self.group = {kernel: kernel for kernel in kernels}
+        self.nodes = {kernel: [kernel] for kernel in kernels}  # of each group
         self.position = {kernel: i for i, kernel in enumerate(kernels)}  # of its first node
         self.last = dict(self.position)  # of its last node
         self.bits = {kernel: 1 << i for i, kernel in enumerate(kernels)}  # of its nodes
         self.above: dict[Kernel, int] = {}  # bits of all nodes that it needs, directly or not
         for kernel in kernels:
-            self.above[kernel] = 0
+            above = 0
             for need in self._needs(kernel):
-                self.above[kernel] |= self.bits[need] | self.above[need]
+                above |= self.bits[need] | self.above[need]
+            self.above[kernel] = above
 
     def run(self) -> list[Kernel]:
         """Fuse what may, the pairs with most shared bytes first; the new kernels in order."""
@@ -211,17 +216,18 @@ class _Round:
         self.last[made] = max(self.last[first], self.last[second])
         self.bits[made] = self.bits[first] | self.bits[second]
         self.above[made] = (self.above[first] | self.above[second]) & ~self.bits[made]
-        for node, group in self.group.items():
-            if group is first or group is second:
-                self.group[node] = made
-            elif self.above[group] & self.bits[made]:
-                self.above[group] |= self.bits[made] | self.above[made]
-        self.group[made] = made
+        self.nodes[made] = self.nodes.pop(first) + self.nodes.pop(second)
+        for node in (made, *self.nodes[made]):
+            self.group[node] = made
+        bits, both = self.bits[made], self.bits[made] | self.above[made]
+        for group in self.nodes:
+            if self.above[group] & bits:
+                self.above[group] |= both
 
     def _sorted(self) -> list[Kernel]:
         """The kernels by their last node, each after what it needs."""
         order: dict[Kernel, None] = {}
-        present = sorted({self.group[k] for k in self.kernels}, key=self.last.__getitem__)
+        present = sorted(self.nodes, key=self.last.__getitem__)
         for kernel in present:
             waiting = [kernel]
             while waiting:

@@ -16,25 +16,23 @@ from ..tape.dtypes import ITEMSIZE
 from ..tape.op import Op, Part, Use
 
 
-@dataclass(eq=False)
 class Value:
     """What one op makes and others read: `points` elements, `nbytes` bytes. Nobody makes inputs and parameters.
 
     `free` marks what is in memory anyway (parameters, buffers).
     """
 
-    dtype: str
-    points: Dim
-    maker: "Prim | None" = None
-    free: bool = False
+    __slots__ = ("dtype", "free", "maker", "nbytes", "points")
 
-    @property
-    def nbytes(self) -> Dim:
-        """Bytes of the elements."""
-        return self.points * ITEMSIZE[self.dtype]
+    def __init__(self, dtype: str, points: Dim, maker: "Prim | None" = None, *, free: bool = False) -> None:
+        self.dtype = dtype
+        self.points = points
+        self.nbytes = points * ITEMSIZE[dtype]
+        self.maker = maker
+        self.free = free
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Prim:
     """One operation as Inductor sees it.
 
@@ -101,13 +99,15 @@ def _copies(repeat: int) -> list[int]:
     return [1] * repeat if repeat < 4 else [1, repeat - 2, 1]
 
 
+Key = tuple[int, int]  # a block of memory, and which copy's
+
+
 class Names:
     """Which copy's memory an op of a copied part means."""
 
     def __init__(self, parts: list[Part], flow: Flow, parameters: dict[int, Part | None]) -> None:
         self.flow = flow
         self.parameters = parameters
-        self.known: dict[tuple[int, int], tuple[int, int]] = {}
         self.origin: dict[int, Part] = {}
         for part in parts:
             for op in part.ops:
@@ -139,14 +139,8 @@ class Names:
         origin = self.origin.get(use.storage)
         return origin is not None and id(origin) in self.flow.twins and any(origin is part for part in parts)
 
-    def key(self, use: Use, place: Place) -> tuple[int, int]:
-        """A name for the memory that is the same wherever it is meant."""
-        asked = use.storage, id(place)
-        if asked not in self.known:
-            self.known[asked] = self._key(use.storage, place)
-        return self.known[asked]
-
-    def _key(self, storage: int, place: Place) -> tuple[int, int]:
+    def key(self, storage: int, place: Place) -> Key:
+        """A name for a block of memory that is the same wherever it is meant."""
         part = place.part
         before, after = self.flow.carried.get(self._pair(part), (None, None))
         if storage == before and after is not None and place.copy:
@@ -173,9 +167,10 @@ class Builder:
         self.graph = Graph(places(parts, flow))
         self.names = Names(parts, flow, parameters)
         self.parameters = parameters
-        self.values: dict[tuple[int, int], Value] = {}
+        self.values: dict[Key, Value] = {}
         self.known: dict[Any, Value] = {}
         self.index = 0
+        self.keys: dict[int, Key] = {}  # of the blocks that the current place's ops use
         self.op = Op("", (), (), 0, 0)
 
     @property
@@ -185,34 +180,38 @@ class Builder:
 
     def ops(self) -> Iterator[Op]:
         """Every op of every copy."""
-        for index, place in enumerate(self.graph.places):
+        for self.index, place in enumerate(self.graph.places):
+            self.keys = {}
             for op in place.part.ops:
                 if not op.view:
-                    self.index, self.op = index, op
+                    self.op = op
                     yield op
 
-    def value(self, use: Use, dtype: str) -> Value:
-        """The current contents of a block of memory."""
-        key = self.names.key(use, self.place)
-        if key not in self.values:
-            self.values[key] = Value(dtype, use.nbytes // ITEMSIZE[dtype], free=True)
-        return self.values[key]
+    def key(self, storage: int) -> Key:
+        """The name of a block of memory that the current op uses."""
+        key = self.keys.get(storage)
+        if key is None:
+            key = self.keys[storage] = self.names.key(storage, self.place)
+        return key
 
     def reads(self) -> list[tuple[Value, Dim]]:
         """What the current op reads: each tensor once, and of a block no more than it holds."""
         found = []
         for use, spec in zip(self.op.reads, self.op.inputs, strict=True):
-            value = self.value(use, spec.dtype)
-            found.append((value, _least(use.nbytes, value.nbytes)))
+            key, nbytes = self.key(use.storage), use.nbytes
+            value = self.values.get(key)
+            if value is None:
+                value = self.values[key] = Value(spec.dtype, nbytes // ITEMSIZE[spec.dtype], free=True)
+            found.append((value, _least(nbytes, value.nbytes)))
         return found
 
     def write(self, use: Use, value: Value) -> None:
         """A block of memory has new contents from here on."""
-        self.values[self.names.key(use, self.place)] = value
+        self.values[self.key(use.storage)] = value
 
     def existed(self, use: Use) -> bool:
         """Whether a block of memory was there before the pass and is none of its parameters."""
-        return use.storage not in self.names.origin or self.names.key(use, self.place) not in self.values
+        return use.storage not in self.names.origin or self.key(use.storage) not in self.values
 
     def add(
         self,
@@ -223,20 +222,22 @@ class Builder:
         dtype: str,
         *,
         layouts: Any = (),
+        holds: Dim | None = None,
         **more: Any,
     ) -> Value:
         """Append an operation with one result; an equal one that is there already stands for it.
 
         Args:
             layouts: what else must be equal; None if nothing is.
+            holds: elements of the result, if not `points`.
         """
-        same_reads = tuple((id(value), _frozen(nbytes)) for value, nbytes in reads)
-        key = (name, kind, dtype, same_reads, _frozen(points), self.op.recompute, _frozen(layouts))
+        same_reads = tuple([(id(value), nbytes) for value, nbytes in reads])
+        key = _frozen((name, kind, dtype, same_reads, points, self.op.recompute, layouts))
         if layouts is not None and key in self.known:
             return self.known[key]
         prim = Prim(name, kind, reads, points, self.index, self.place.backward, self.op.owner, **more)
         prim.recompute = self.op.recompute
-        value = Value(dtype, points, prim)
+        value = Value(dtype, points if holds is None else holds, prim)
         prim.outs.append(value)
         self.graph.prims.append(prim)
         if layouts is not None:
@@ -250,9 +251,13 @@ class Numbering:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.number: dict[Value, int] = {}
+        number = self.number
         for prim in graph.prims:
-            for value in (*(value for value, _ in prim.reads), *prim.outs):
-                self.number.setdefault(value, len(self.number))
+            for value, _ in prim.reads:
+                if value not in number:
+                    number[value] = len(number)
+            for value in prim.outs:
+                number[value] = len(number)
 
     def signature(self, outside: set[Value]) -> Any:
         """What decides what a compiler makes of the graph.
@@ -260,17 +265,17 @@ class Numbering:
         Args:
             outside: values that must be there afterwards.
         """
-        prims = tuple(self._of_prim(prim) for prim in self.graph.prims)
-        values = tuple((v.dtype, _frozen(v.points), v.free, v in outside) for v in self.number)
-        places = tuple((place.copy, place.repeat, place.backward) for place in self.graph.places)
-        return prims, values, places
+        prims = tuple([self._of_prim(prim) for prim in self.graph.prims])
+        values = tuple([(v.dtype, v.points, v.free, v in outside) for v in self.number])
+        places = tuple([(place.copy, place.repeat, place.backward) for place in self.graph.places])
+        return _frozen((prims, values, places))
 
     def _of_prim(self, p: Prim) -> Any:
-        reads = tuple((self.number[value], _frozen(nbytes)) for value, nbytes in p.reads)
-        outs = tuple(self.number[value] for value in p.outs)
+        reads = tuple([(self.number[value], nbytes) for value, nbytes in p.reads])
+        outs = tuple([self.number[value] for value in p.outs])
         call = (p.op.inputs, p.op.outputs, p.op.attrs) if p.op is not None else ()
         flags = p.backward, p.recompute, p.recomputable, p.fusible
-        return p.name, p.kind, reads, outs, _frozen(p.points), _frozen(p.length), p.place, p.owner, flags, _frozen(call)
+        return p.name, p.kind, reads, outs, p.points, p.length, p.place, p.owner, flags, call
 
     def renamed(self, values: list[Value]) -> Graph:
         """The graph's results and tail in the values of another graph of the same signature."""

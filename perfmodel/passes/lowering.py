@@ -43,7 +43,7 @@ def lowered(step: Step, parts: list[Part], flow: Flow) -> Graph:
     parameters = {p.storage.number: p.part if p.part and p.part.repeat > 1 else None for p in step.parameters}
     builder = Builder(parts, flow, parameters)
     for op in builder.ops():
-        name = op.name.split(".")[0]
+        name = op.name.partition(".")[0]
         if name in NOTHING:
             continue
         if name == "add_" and op.writes and builder.existed(op.writes[0]):
@@ -67,8 +67,8 @@ def _without_dead_code(graph: Graph) -> None:
     needed |= {value for prim in graph.tail for value, _ in prim.reads}
     kept = []
     for prim in reversed(graph.prims):
-        if not prim.outs or any(out in needed for out in prim.outs):
-            needed.update(value for value, _ in prim.reads)
+        if not prim.outs or not needed.isdisjoint(prim.outs):
+            needed.update([value for value, _ in prim.reads])
             kept.append(prim)
     graph.prims = kept[::-1]
 
@@ -261,8 +261,8 @@ def _embedding_backward(b: Builder) -> None:
     out = b.op.outputs[0]
     zeros = b.add("zeros", "pointwise", [], out.numel, "fp32", layouts=None)
     reads = [(grad, nbytes), ids, (zeros, grad.points * 4)]
-    summed = b.add("index_put_accumulate", "scatter", reads, grad.points, "fp32", recomputable=False, fusible=False)
-    summed.points = out.numel
+    more = {"recomputable": False, "fusible": False}
+    summed = b.add("index_put_accumulate", "scatter", reads, grad.points, "fp32", holds=out.numel, **more)
     if out.dtype != "fp32":
         summed = b.add("_to_copy", "pointwise", _whole(summed), out.numel, out.dtype)
     b.write(b.op.writes[0], summed)

@@ -56,14 +56,10 @@ class Flow:
     twins: dict[int, Part] = field(default_factory=dict)
 
 
-def _use(t: "Tensor") -> Use:
-    return Use(t.storage.number, t.nbytes, t.shape, t.strides)
-
-
 class Tensor:
     """Shape, strides (elements), dtype and autograd state; no data."""
 
-    __slots__ = ("_spec", "dtype", "nbytes", "node", "numel", "requires_grad", "shape", "slot", "storage", "strides")
+    __slots__ = ("_spec", "_use", "dtype", "nbytes", "node", "numel", "requires_grad", "shape", "slot", "storage", "strides")
 
     def __init__(self, shape: Shape, dtype: str, strides: Shape, numel: Dim, storage: Storage) -> None:
         self.shape = shape
@@ -76,6 +72,7 @@ class Tensor:
         self.node: Node | None = None
         self.slot = 0
         self._spec: Spec | None = None
+        self._use: Use | None = None
 
     @property
     def spec(self) -> Spec:
@@ -83,6 +80,13 @@ class Tensor:
         if self._spec is None:
             self._spec = Spec(self.dtype, self.shape)
         return self._spec
+
+    @property
+    def use(self) -> Use:
+        """How an op uses its memory, of which a tensor that ops have seen keeps its block."""
+        if self._use is None:
+            self._use = Use(self.storage.number, self.nbytes, self.shape, self.strides)
+        return self._use
 
     @property
     def is_floating(self) -> bool:
@@ -293,7 +297,8 @@ def append(op: Op, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
     current = _current[-1]
     op.owner, op.recompute = current.owner, current.recomputing
     if current.flow is not None:
-        op.reads, op.writes = tuple(map(_use, inputs)), tuple(map(_use, outputs))
+        op.reads = tuple([t._use or t.use for t in inputs])
+        op.writes = tuple([t._use or t.use for t in outputs])
     current.part.ops.append(op)
 
 

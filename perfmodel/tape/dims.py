@@ -162,14 +162,15 @@ def largest(dim: Dim) -> int:
 
 def summed(dims: Iterable[Dim]) -> Dim:
     """The sum of many dims, among which the same array comes again and again."""
-    numbers: Dim = 0
+    dims = list(dims)
+    of_grid = [dim for dim in dims if isinstance(dim, np.ndarray)]
+    if not of_grid:
+        return sum(dims)
     arrays: dict[int, tuple[int, Any]] = {}
-    for dim in dims:
-        if isinstance(dim, np.ndarray):
-            times, _ = arrays.get(id(dim), (0, dim))
-            arrays[id(dim)] = times + 1, dim
-        else:
-            numbers += dim
+    for dim in of_grid:
+        times, _ = arrays.get(id(dim), (0, dim))
+        arrays[id(dim)] = times + 1, dim
+    numbers = sum([dim for dim in dims if not isinstance(dim, np.ndarray)])
     return sum((times * array for times, array in arrays.values()), numbers)
 
 
