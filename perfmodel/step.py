@@ -153,9 +153,11 @@ def _micro_batches(step: Step, tape: Tape, programs: dict[Any, Any]) -> Callable
         programs: what was compiled already (`passes.compile`).
     """
     kept: Kept = {}
-    step.groups.append(Group(_micro_batch(step, tape, kept, programs)))
+    first, *later = _micro_batch(step, tape, kept, programs)
+    step.groups.append(Group(first))
     if step.setup.grad_accum > 1:
-        step.groups.append(Group(_micro_batch(step, tape, kept, programs), step.setup.grad_accum - 1))
+        parts = later[0] if later else _micro_batch(step, tape, kept, programs)[0]
+        step.groups.append(Group(parts, step.setup.grad_accum - 1))
 
     def end() -> None:
         _forget(kept)
@@ -203,10 +205,13 @@ def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
         raise UserError(f"method {method.name}: Liger's loss reads the head's own weight; leave lm_head out of targets")
 
 
-def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -> list[Part]:
-    """Record forward and backward of a micro-batch; returns its parts, compiled if the setup says so."""
+def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -> list[list[Part]]:
+    """Record forward and backward of a micro-batch; returns its parts, compiled if the setup says so.
+
+    Of a compiled one, those of further micro-batches follow where they are the same but for the gradients.
+    """
     setup, method = step.running
-    tape.flow = Flow() if setup.compile != "none" else None
+    tape.flow = Flow(alike=setup.grad_accum > 1) if setup.compile != "none" else None
     tape.on_gradient = zero.hook(step, first=not step.parameters) if step.zero else None
     shape = (setup.batch, setup.seq)
     tape.begin("inputs", "forward")
@@ -237,15 +242,16 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
         p.accumulator = None
         if p.grad is not None:
             p.grad.storage.copies = p.count
-    parts = list(tape.parts)
+    recorded = [list(tape.parts)]
     if tape.flow is not None:
         from .passes.compile import compiled
 
-        parts = compiled(step, parts, tape.flow, programs)
+        tape.flow.alike &= not kept  # what modules keep dies in the next forward pass
+        recorded = compiled(step, recorded[0], tape.flow, programs)
         tape.flow = None
     tape.parts.clear()
     tape.twins.clear()
-    return parts
+    return recorded
 
 
 def _backward_start(tape: Tape) -> Part:

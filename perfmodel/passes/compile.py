@@ -35,8 +35,8 @@ class Program:
 Programs = dict[Any, Program]  # by what decides them
 
 
-def compiled(step: Step, parts: list[Part], flow: Flow, known: Programs) -> list[Part]:
-    """The parts of a micro-batch as `torch.compile` runs them.
+def compiled(step: Step, parts: list[Part], flow: Flow, known: Programs) -> list[list[Part]]:
+    """The parts of a micro-batch as `torch.compile` runs them; if further ones are alike (`Flow.alike`), theirs too.
 
     Args:
         known: what was compiled before and receives what is compiled here: a program that only adds its gradients to
@@ -47,7 +47,7 @@ def compiled(step: Step, parts: list[Part], flow: Flow, known: Programs) -> list
     """
     graph = lowered(step, parts, flow)
     numbering = Numbering(graph)
-    outside = graph.results | {value for prim in graph.tail for value, _ in prim.reads}
+    outside = graph.outside
     signature = numbering.signature(outside)
     if signature not in known:
         halves = partitioned(graph, step.setup.batch * step.setup.seq)
@@ -55,9 +55,9 @@ def compiled(step: Step, parts: list[Part], flow: Flow, known: Programs) -> list
         backward = fused(halves.backward, {v for v in outside if v.maker and v.maker.backward})
         known[signature] = Program(forward, backward, list(numbering.number))
     program = known[signature]
-    emitted = _Emission(numbering.renamed(program.values), program, captured=step.setup.compile == "reduce-overhead")
-    emitted.run()
-    return emitted.parts
+    passes = [graph, graph.later()] if flow.alike else [graph]
+    captured = step.setup.compile == "reduce-overhead"
+    return [_Emission(numbering.renamed(g, program.values), program, captured=captured).run() for g in passes]
 
 
 class _Emission:
@@ -71,12 +71,13 @@ class _Emission:
         self.parts: list[Part] = []
         self.schedule: list[tuple[Part, Place, Kernel]] = []
 
-    def run(self) -> None:
+    def run(self) -> list[Part]:
         """Make the parts."""
         for kernels, backward in self.programs:
             self._program(kernels, backward=backward)
         self._accumulations()
         self._memory()
+        return self.parts
 
     def _program(self, kernels: list[Kernel], *, backward: bool) -> None:
         """One graph: its kernels in the places where they were recorded."""

@@ -77,12 +77,24 @@ class Graph:
     Attributes:
         results: values that outlive the pass (loss, gradients, what modules keep).
         tail: accumulations into gradients that were there before: they run after the compiled backward.
+        additions: the tail of further passes that do the same (`Flow.alike`).
     """
 
     places: list[Place]
     prims: list[Prim] = field(default_factory=list)
     results: set[Value] = field(default_factory=set)
     tail: list[Prim] = field(default_factory=list)
+    additions: list[Prim] = field(default_factory=list)
+
+    @property
+    def outside(self) -> set[Value]:
+        """Values that must be there after the compiled programs."""
+        return self.results | {value for prim in self.tail for value, _ in prim.reads}
+
+    def later(self) -> "Graph":
+        """A further pass: its gradients are added to those that are there, and gone after it."""
+        added = {value for prim in self.additions for value, _ in prim.reads}
+        return Graph(self.places, self.prims, self.results - added, self.additions)
 
 
 def places(parts: list[Part], flow: Flow) -> list[Place]:
@@ -277,9 +289,8 @@ class Numbering:
         flags = p.backward, p.recompute, p.recomputable, p.fusible
         return p.name, p.kind, reads, outs, p.points, p.length, p.place, p.owner, flags, call
 
-    def renamed(self, values: list[Value]) -> Graph:
-        """The graph's results and tail in the values of another graph of the same signature."""
-        g = self.graph
+    def renamed(self, g: Graph, values: list[Value]) -> Graph:
+        """Results and tail of the graph, or of one with its values, in the values of another of the same signature."""
         results = {values[self.number[value]] for value in g.results}
         tail = [replace(p, reads=[(values[self.number[value]], nbytes) for value, nbytes in p.reads]) for p in g.tail]
         return Graph(g.places, [], results, tail)

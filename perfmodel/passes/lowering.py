@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..step import Step
-from ..tape.core import Flow
+from ..tape.core import LATER, Flow
 from ..tape.dims import Dim, decide, is_one, product
 from ..tape.op import Part, Spec
 from .graph import Builder, Graph, Prim, Value
@@ -46,7 +46,9 @@ def lowered(step: Step, parts: list[Part], flow: Flow) -> Graph:
         name = op.name.partition(".")[0]
         if name in NOTHING:
             continue
-        if name == "add_" and op.writes and builder.existed(op.writes[0]):
+        if name == "add_" and LATER in op.attrs:
+            _add_later(builder)
+        elif name == "add_" and op.writes and builder.existed(op.writes[0]):
             _accumulate(builder)
         elif name == "ones_like" and not op.outputs[0].shape:
             _seed(builder)
@@ -63,8 +65,7 @@ def lowered(step: Step, parts: list[Part], flow: Flow) -> Graph:
 
 
 def _without_dead_code(graph: Graph) -> None:
-    needed = set(graph.results)
-    needed |= {value for prim in graph.tail for value, _ in prim.reads}
+    needed = graph.outside
     kept = []
     for prim in reversed(graph.prims):
         if not prim.outs or not needed.isdisjoint(prim.outs):
@@ -77,6 +78,12 @@ def _accumulate(b: Builder) -> None:
     """A gradient joins one that was there before: outside the compiled code."""
     (_, new), index = b.reads(), b.index
     b.graph.tail.append(Prim(b.op.name, "extern", [new], 0, index, True, b.op.owner, op=b.op))
+
+
+def _add_later(b: Builder) -> None:
+    """A gradient that stays, and that a further pass adds to one that was there before."""
+    _, new = b.reads()
+    b.graph.additions.append(Prim(b.op.name, "extern", [new], 0, b.index, True, b.op.owner, op=b.op))
 
 
 def _seed(b: Builder) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 
-from .core import Parameter, Tensor, new_tensor, record, tape
+from .core import LATER, Parameter, Tensor, new_tensor, record, tape
 from .dims import Shape, dense_order, is_one, same, same_shape
 from .op import Part
 
@@ -109,17 +109,27 @@ def _accumulate(node: Node, grads: Sequence[Tensor | None]) -> Grads:
     (grad,) = grads
     assert grad is not None
     parameter.used = True
-    hook = tape().on_gradient
+    hook, flow = tape().on_gradient, tape().flow
     if hook is not None:
         hook(parameter, _settled(grad, parameter))
     elif parameter.grad is None:
-        parameter.grad = _settled(grad, parameter).alias()
+        settled = _settled(grad, parameter)
+        parameter.grad = settled.alias()
         if parameter.part is not None:  # one of as many as there are identical layers
             parameter.grad.storage.copies = parameter.part.repeat
+        if flow is not None and flow.alike:
+            flow.alike = settled is grad
+            _add_to(parameter.grad, grad, parameter.kind, LATER)
     else:
-        with tape().belonging_to("adapter" if parameter.kind == "adapter" else "accumulation"):
-            record("add_.Tensor", (parameter.grad, grad), (parameter.grad,))
+        if flow is not None:
+            flow.alike = False
+        _add_to(parameter.grad, grad, parameter.kind)
     return ()
+
+
+def _add_to(sum: Tensor, grad: Tensor, kind: str, *attrs: str) -> None:
+    with tape().belonging_to("adapter" if kind == "adapter" else "accumulation"):
+        record("add_.Tensor", (sum, grad), (sum,), attrs)
 
 
 def _settled(grad: Tensor, leaf: Tensor) -> Tensor:

@@ -41,6 +41,9 @@ class Storage:
 _numbers = count()
 
 
+LATER = "later"
+
+
 @dataclass
 class Flow:
     """What a tape remembers of a pass forward and back for passes that rewrite its ops.
@@ -49,11 +52,14 @@ class Flow:
         live: blocks of memory that are in use.
         carried: for each run of identical layers, by the id of its part, the blocks of its input and output.
         twins: for each backward part, by its id, the forward part whose ops it differentiates.
+        alike: whether further passes follow that do the same, but for adding their gradients to those that are there;
+            then the ops that do are recorded too, with the attribute `LATER`.
     """
 
     live: set[int] = field(default_factory=set)
     carried: dict[int, tuple[int, int]] = field(default_factory=dict)
     twins: dict[int, Part] = field(default_factory=dict)
+    alike: bool = False
 
 
 class Tensor:
