@@ -91,7 +91,7 @@ class _Emission:
             part = Part(place.part.name, place.part.phase, place.repeat, compiled=True, captured=self.captured)
             part.modules = place.part.modules
             for kernel in at.get(index, ()):
-                part.ops += _ops(kernel)
+                part.ops.append(_call(kernel))
                 self.schedule.append((part, place, kernel))
             if part.ops:
                 part.graphs, first = int(first), False
@@ -102,7 +102,7 @@ class _Emission:
             part = Part("accumulation", "backward", place.repeat)
             for kernel in self.tail:
                 if kernel.place == index:
-                    part.ops += _ops(kernel)
+                    part.ops.append(_call(kernel))
                     part.nodes += 1
                     self.schedule.append((part, place, kernel))
             if part.ops:
@@ -130,34 +130,34 @@ class _Emission:
         return made.repeat
 
 
-def _ops(kernel: Kernel) -> list[Op]:
-    """The calls of a kernel, as a device prices them."""
-    if kernel.extern:
-        op = kernel.prims[0].op
-        assert op is not None
-        return [op]
-    read, written = summed(kernel.reads.values()), summed(value.nbytes for value in kernel.writes)
+def _call(kernel: Kernel) -> Op:
+    """The call of a kernel, as a device prices it."""
+    if kernel.op is None:
+        kernel.op = kernel.prims[0].op if kernel.extern else _generated(kernel)
+        assert kernel.op is not None
+    return kernel.op
+
+
+def _generated(kernel: Kernel) -> Op:
     kind, points, length = kernel.loops
-    main = max(kernel.prims, key=_weight)
+    main = max(kernel.prims, key=_weight) if len(kernel.prims) > 1 else kernel.prims[0]
     exponential = kind == "rows" and any("softmax" in prim.name or prim.name == "sum_exp" for prim in kernel.prims)
-    dtypes = [value.dtype for value in (*kernel.writes, *kernel.reads)]
-    specs = tuple(Spec(value.dtype, (value.points,)) for value in kernel.reads) or (Spec(dtypes[0], ()),)
-    op = Op(
+    reads = tuple([Spec(value.dtype, (value.points,)) for value in kernel.reads])
+    return Op(
         f"inductor::{kind}",
-        specs,
-        tuple(Spec(value.dtype, (value.points,)) for value in kernel.writes),
-        read,
-        written,
+        reads or (Spec(kernel.writes[0].dtype, ()),),
+        tuple([Spec(value.dtype, (value.points,)) for value in kernel.writes]),
+        summed(kernel.reads.values()),
+        summed([value.nbytes for value in kernel.writes]),
         attrs=((points, length), *(("exp",) if exponential else ())),
         owner=main.owner,
         recompute=main.recompute,
     )
-    return [op]
 
 
 def _weight(prim: Prim) -> float:
     """Bytes that an operation would move alone: the largest says whose the kernel is."""
-    return largest(summed([*(nbytes for _, nbytes in prim.reads), *(out.nbytes for out in prim.outs)]))
+    return largest(summed([*[nbytes for _, nbytes in prim.reads], *[out.nbytes for out in prim.outs]]))
 
 
 __all__ = ["compiled"]

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..tape.dims import Dim, largest, same
+from ..tape.op import Op
 from .graph import Prim, Value
 
 READS_ON_REUSE = 4  # config.realize_reads_threshold
@@ -35,12 +36,14 @@ class Kernel:
         prims: what it computes, in order.
         reads: bytes read of each value in memory; of its own results none.
         writes: the values that it leaves in memory.
+        op: its call, once it was written down (`passes.compile`).
     """
 
     prims: list[Prim]
     reads: dict[Value, Dim] = field(default_factory=dict)
     writes: list[Value] = field(default_factory=list)
     loops: tuple[Any, ...] = ()
+    op: Op | None = None
 
     @property
     def extern(self) -> bool:
@@ -50,7 +53,7 @@ class Kernel:
     @property
     def place(self) -> int:
         """Where it runs: with the last of what it computes."""
-        return max(prim.place for prim in self.prims)
+        return max([prim.place for prim in self.prims])
 
 
 def fused(prims: list[Prim], results: set[Value]) -> list[Kernel]:
@@ -117,8 +120,11 @@ def _share(size: Dim, part: Dim, whole: Dim) -> Dim:
 
 def _in_memory(prim: Prim, node: Kernel, users: list[Prim], results: set[Value]) -> bool:
     value = prim.outs[0]
-    if value in results or any(_wants_memory(user, value) for user in users):
+    if value in results:
         return True
+    for user in users:
+        if _wants_memory(user, value):
+            return True
     reads = len(node.reads)
     return reads > READS or (len(users) > 1 and reads > READS_ON_REUSE)
 
@@ -198,11 +204,15 @@ class _Round:
             yield -size, abs(i - j), self.kernels[i], self.kernels[j]
 
     def _needs(self, kernel: Kernel) -> set[Kernel]:
-        return {self.group[self.maker[value]] for value in kernel.reads if value in self.maker} - {kernel}
+        maker, group = self.maker, self.group
+        return {group[maker[value]] for value in kernel.reads if value in maker} - {kernel}
 
     def _between(self, early: Kernel, late: Kernel) -> bool:
         """Whether `late` needs `early` by way of another kernel."""
-        return any(self.above[need] & self.bits[early] for need in self._needs(late) if need is not early)
+        bits = self.bits[early]
+        if not self.above[late] & bits:
+            return False
+        return any(self.above[need] & bits for need in self._needs(late) if need is not early)
 
     def _fuse(self, a: Kernel, b: Kernel, loops: tuple[Any, ...]) -> None:
         first, second = sorted((a, b), key=self.position.__getitem__)

@@ -126,10 +126,9 @@ class Names:
                 for use in op.writes:
                     self.origin.setdefault(use.storage, part)
         self.order = {id(part): i for i, part in enumerate(parts)}
+        self.pairs = {id(part): id(flow.twins.get(id(part), part)) for part in parts}
+        self.carried = {part: flow.carried.get(pair, (None, None)) for part, pair in self.pairs.items()}
         self.handed = {id(p): self._handed_on(p, parts) for p in parts if id(p) in flow.twins and p.repeat > 1}
-
-    def _pair(self, part: Part) -> int:
-        return id(self.flow.twins.get(id(part), part))
 
     def _handed_on(self, part: Part, parts: list[Part]) -> tuple[int | None, int | None]:
         """The gradient of the residual stream as it comes into a backward part, and as it leaves it."""
@@ -154,7 +153,7 @@ class Names:
     def key(self, storage: int, place: Place) -> Key:
         """A name for a block of memory that is the same wherever it is meant."""
         part = place.part
-        before, after = self.flow.carried.get(self._pair(part), (None, None))
+        before, after = self.carried[id(part)]
         if storage == before and after is not None and place.copy:
             return (after, place.copy - 1)
         coming, leaving = self.handed.get(id(part), (None, None))
@@ -163,7 +162,7 @@ class Names:
         home = self.parameters[storage] if storage in self.parameters else self.origin.get(storage)
         if home is None:
             return (storage, 0)
-        if self._pair(home) == self._pair(part):
+        if self.pairs.get(id(home), id(home)) == self.pairs[id(part)]:
             return (storage, place.copy)
         if home.repeat == part.repeat and storage not in (before, coming):  # what goes over the same layers again
             return (storage, place.copy)
@@ -181,7 +180,7 @@ class Builder:
         self.parameters = parameters
         self.values: dict[Key, Value] = {}
         self.known: dict[Any, Value] = {}
-        self.index = 0
+        self.index, self.backward = 0, False
         self.keys: dict[int, Key] = {}  # of the blocks that the current place's ops use
         self.op = Op("", (), (), 0, 0)
 
@@ -193,7 +192,7 @@ class Builder:
     def ops(self) -> Iterator[Op]:
         """Every op of every copy."""
         for self.index, place in enumerate(self.graph.places):
-            self.keys = {}
+            self.keys, self.backward = {}, place.backward
             for op in place.part.ops:
                 if not op.view:
                     self.op = op
@@ -201,10 +200,9 @@ class Builder:
 
     def key(self, storage: int) -> Key:
         """The name of a block of memory that the current op uses."""
-        key = self.keys.get(storage)
-        if key is None:
-            key = self.keys[storage] = self.names.key(storage, self.place)
-        return key
+        if storage not in self.keys:
+            self.keys[storage] = self.names.key(storage, self.place)
+        return self.keys[storage]
 
     def reads(self) -> list[tuple[Value, Dim]]:
         """What the current op reads: each tensor once, and of a block no more than it holds."""
@@ -247,7 +245,7 @@ class Builder:
         key = _frozen((name, kind, dtype, same_reads, points, self.op.recompute, layouts))
         if layouts is not None and key in self.known:
             return self.known[key]
-        prim = Prim(name, kind, reads, points, self.index, self.place.backward, self.op.owner, **more)
+        prim = Prim(name, kind, reads, points, self.index, self.backward, self.op.owner, **more)
         prim.recompute = self.op.recompute
         value = Value(dtype, points if holds is None else holds, prim)
         prim.outs.append(value)
@@ -307,7 +305,7 @@ def _frozen(x: Any) -> Any:
 
 def _least(a: Dim, b: Dim) -> Dim:
     if type(a) is int and type(b) is int:
-        return min(a, b)
+        return a if a <= b else b
     return a if decide(a <= b) else b
 
 

@@ -120,14 +120,13 @@ def _repeats(reads: Reads) -> bool:
 
 def _layouts(b: Builder) -> Any:
     """Tells slices and permutations of one block apart; None where the op must not be merged with an equal one."""
-    return (b.op.attrs, b.op.recompute, *((use.shape, use.strides) for use in (*b.op.reads, *b.op.writes)))
+    return (b.op.attrs, b.op.recompute, *[use[2:] for use in (*b.op.reads, *b.op.writes)])  # shapes and strides
 
 
 def _extern(b: Builder) -> None:
     """A kernel of a library: its operands are in memory, and so are its results."""
     op, reads = b.op, b.reads()
-    place = b.place
-    prim = Prim(op.name, "extern", reads, 0, b.index, place.backward, op.owner, op=op)
+    prim = Prim(op.name, "extern", reads, 0, b.index, b.backward, op.owner, op=op)
     prim.recompute, prim.recomputable, prim.fusible = op.recompute, False, False
     for use, spec in zip(op.writes, op.outputs, strict=True):
         value = Value(spec.dtype, spec.numel, prim)

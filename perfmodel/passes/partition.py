@@ -65,6 +65,8 @@ class _Cut:
 
     def _bytes(self, value: Value) -> int:
         size = value.nbytes
+        if type(size) is int:
+            return size
         return int(size.reshape(-1)[min(self.point, size.size - 1)]) if isinstance(size, np.ndarray) else int(size)
 
     def _required(self, results: set[Value]) -> set[Prim]:
@@ -95,16 +97,20 @@ class _Cut:
         if prim.kind == "extern":
             return True
         (out,) = prim.outs
-        if any(user.backward and not _fusible(prim, user) for user in self.users.get(out, ())):
-            return True
-        return self._bytes(out) * REDUCTION < sum(self._bytes(value) for value, _ in prim.reads)
+        for user in self.users.get(out, ()):
+            if user.backward and not _fusible(prim, user):
+                return True
+        return self._bytes(out) * REDUCTION < sum([self._bytes(value) for value, _ in prim.reads])
 
     def _used_far_apart(self) -> set[Prim]:
         """Fusible users of a value that come after a user that is not: computing them again would keep it alive."""
         banned: set[Prim] = set()
         values = {value for prim in self.prims for value, _ in prim.reads}
         for value in values:
-            users = [user for user in self.users[value] if user in self.forward]
+            users = self.users[value]
+            if len(users) < 2:
+                continue
+            users = [user for user in users if user in self.forward]
             if len(users) < 2:
                 continue
             limit = self._first_unfusible(users, max(self.order[user] for user in users))
@@ -137,7 +143,7 @@ class _Cut:
             return 0 if value.free else self._bytes(value)
         steps = max(min(self.distance[maker], FARTHEST), 1)
         weight = int(self._bytes(value) * GROWTH**steps)
-        return weight if not all(_fusible(maker, user) for user in users) else 2 * weight
+        return weight if not all([_fusible(maker, user) for user in users]) else 2 * weight
 
     def saved(self) -> set[Value]:
         """The values of the minimum cut that forward makes."""

@@ -65,7 +65,19 @@ class Flow:
 class Tensor:
     """Shape, strides (elements), dtype and autograd state; no data."""
 
-    __slots__ = ("_spec", "_use", "dtype", "nbytes", "node", "numel", "requires_grad", "shape", "slot", "storage", "strides")
+    __slots__ = (
+        "_spec",
+        "_use",
+        "dtype",
+        "nbytes",
+        "node",
+        "numel",
+        "requires_grad",
+        "shape",
+        "slot",
+        "storage",
+        "strides",
+    )
 
     def __init__(self, shape: Shape, dtype: str, strides: Shape, numel: Dim, storage: Storage) -> None:
         self.shape = shape
