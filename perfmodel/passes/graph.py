@@ -191,8 +191,8 @@ class Builder:
 
     def ops(self) -> Iterator[Op]:
         """Every op of every copy."""
-        for self.index, place in enumerate(self.graph.places):
-            self.keys, self.backward = {}, place.backward
+        for index, place in enumerate(self.graph.places):
+            self.index, self.keys, self.backward = index, {}, place.backward
             for op in place.part.ops:
                 if not op.view:
                     self.op = op

@@ -143,7 +143,7 @@ class _Cut:
             return 0 if value.free else self._bytes(value)
         steps = max(min(self.distance[maker], FARTHEST), 1)
         weight = int(self._bytes(value) * GROWTH**steps)
-        return weight if not all([_fusible(maker, user) for user in users]) else 2 * weight
+        return weight if not all(_fusible(maker, user) for user in users) else 2 * weight
 
     def saved(self) -> set[Value]:
         """The values of the minimum cut that forward makes."""
