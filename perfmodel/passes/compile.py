@@ -35,8 +35,10 @@ class Program:
 Programs = dict[Any, Program]  # by what decides them
 
 
-def compiled(step: Step, parts: list[Part], flow: Flow, known: Programs) -> list[list[Part]]:
-    """The parts of a micro-batch as `torch.compile` runs them; if further ones are alike (`Flow.alike`), theirs too.
+def compiled(
+    step: Step, parts: list[Part], flow: Flow, known: Programs, *, alike: bool
+) -> tuple[list[Part], list[Part]]:
+    """The parts of a micro-batch as `torch.compile` runs them; if further ones are alike (`Tape.alike`), theirs too.
 
     Args:
         known: what was compiled before and receives what is compiled here: a program that only adds its gradients to
@@ -55,9 +57,12 @@ def compiled(step: Step, parts: list[Part], flow: Flow, known: Programs) -> list
         backward = fused(halves.backward, {v for v in outside if v.maker and v.maker.backward})
         known[signature] = Program(forward, backward, list(numbering.number))
     program = known[signature]
-    passes = [graph, graph.later()] if flow.alike else [graph]
     captured = step.setup.compile == "reduce-overhead"
-    return [_Emission(numbering.renamed(g, program.values), program, captured=captured).run() for g in passes]
+
+    def emitted(g: Graph) -> list[Part]:
+        return _Emission(numbering.renamed(g, program.values), program, captured=captured).run()
+
+    return emitted(graph), emitted(graph.later()) if alike else []
 
 
 class _Emission:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..tape.dims import Dim, largest, same
+from ..tape.dims import Dim, larger, largest, same
 from ..tape.op import Op
 from .graph import Prim, Value
 
@@ -105,12 +105,12 @@ def _take(node: Kernel, value: Value, nbytes: Dim, inlined: dict[Value, Kernel])
     """Read a value, or compute it (of a slice, the part that is read)."""
     source = inlined.get(value)
     if source is None:
-        node.reads[value] = _most(node.reads.get(value, 0), nbytes)
+        node.reads[value] = larger(node.reads.get(value, 0), nbytes)
         return
     whole = same(nbytes, value.nbytes)
     for other, size in source.reads.items():
         part = size if whole else _share(size, nbytes, value.nbytes)
-        node.reads[other] = _most(node.reads.get(other, 0), part)
+        node.reads[other] = larger(node.reads.get(other, 0), part)
     node.prims = list(dict.fromkeys(node.prims + source.prims)) if node.prims else source.prims.copy()
 
 
@@ -136,12 +136,6 @@ def _wants_memory(user: Prim, value: Value) -> bool:
 
 def _loops(prim: Prim) -> tuple[Any, ...]:
     return (prim.kind, prim.points, prim.length)
-
-
-def _most(a: Dim, b: Dim) -> Dim:
-    if type(a) is int and type(b) is int:
-        return a if a > b else b
-    return np.maximum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else max(a, b)
 
 
 def _agree(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -219,7 +213,7 @@ class _Round:
         made = Kernel(list(dict.fromkeys(first.prims + second.prims)), dict(first.reads))
         made.writes, made.loops = first.writes + second.writes, loops
         for value, nbytes in second.reads.items():
-            made.reads[value] = _most(made.reads.get(value, 0), nbytes)
+            made.reads[value] = larger(made.reads.get(value, 0), nbytes)
         for value in made.writes:
             made.reads.pop(value, None)
         self.position[made] = self.position[first]

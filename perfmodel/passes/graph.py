@@ -77,7 +77,7 @@ class Graph:
     Attributes:
         results: values that outlive the pass (loss, gradients, what modules keep).
         tail: accumulations into gradients that were there before: they run after the compiled backward.
-        additions: the tail of further passes that do the same (`Flow.alike`).
+        additions: the tail of further passes that do the same (`Tape.alike`).
     """
 
     places: list[Place]

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ..step import Step
-from ..tape.core import LATER, Flow
+from ..tape.core import Flow
 from ..tape.dims import Dim, decide, is_one, product
-from ..tape.op import Part, Spec
+from ..tape.op import LATER, Part, Spec
 from .graph import Builder, Graph, Prim, Value
 
 # Calls that compute each element of the result from the operands' elements, by the name before the dot.

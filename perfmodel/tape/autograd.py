@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 
-from .core import LATER, Parameter, Tensor, new_tensor, record, tape
+from .core import Parameter, Tensor, new_tensor, record, tape
 from .dims import Shape, dense_order, is_one, same, same_shape
-from .op import Part
+from .op import LATER, Part
 
 Grads = tuple[Tensor | None, ...]
 Backward = Callable[["Node", Sequence[Tensor | None]], Grads]
@@ -109,20 +109,22 @@ def _accumulate(node: Node, grads: Sequence[Tensor | None]) -> Grads:
     (grad,) = grads
     assert grad is not None
     parameter.used = True
-    hook, flow = tape().on_gradient, tape().flow
-    if hook is not None:
-        hook(parameter, _settled(grad, parameter))
+    current = tape()
+    if current.on_gradient is not None:
+        current.on_gradient(parameter, _settled(grad, parameter))
     elif parameter.grad is None:
         settled = _settled(grad, parameter)
         parameter.grad = settled.alias()
+        current.alike &= settled is grad
+        if current.alike:
+            _add_to(parameter.grad, grad, parameter.kind, LATER)
+            if current.flow is None:
+                parameter.grad = grad.alias()
+                parameter.grad.storage = grad.storage.inherited()
         if parameter.part is not None:  # one of as many as there are identical layers
             parameter.grad.storage.copies = parameter.part.repeat
-        if flow is not None and flow.alike:
-            flow.alike = settled is grad
-            _add_to(parameter.grad, grad, parameter.kind, LATER)
     else:
-        if flow is not None:
-            flow.alike = False
+        current.alike = False  # more than one gradient in a micro-batch
         _add_to(parameter.grad, grad, parameter.kind)
     return ()
 

@@ -155,6 +155,13 @@ def product(dims: Sequence[Dim]) -> Dim:
     return reduce(mul, dims, 1)
 
 
+def larger(a: Dim, b: Dim) -> Dim:
+    """The larger of two dims at every point of the grid."""
+    if type(a) is int and type(b) is int:
+        return a if a > b else b
+    return np.maximum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else max(a, b)
+
+
 def largest(dim: Dim) -> int:
     """The greatest value over the grid."""
     return dim if type(dim) is int else int(np.max(dim))
