@@ -1,5 +1,6 @@
 """What one run of a part takes: device seconds of its ops, clocks of host and device, counts."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -69,9 +70,14 @@ def _components(part: Part, duration: np.ndarray) -> dict[str, Any]:
     rows: dict[str, list[int]] = {}
     for i, op in enumerate(part.ops):
         if not op.view:
-            dtype = op.inputs[-1].dtype if op.inputs else "fp32"
-            rows.setdefault(intervals.component(costs.kind(op), dtype), []).append(i)
+            name = _component(op.name, "host" in op.attrs, op.inputs[-1].dtype if op.inputs else "fp32")
+            rows.setdefault(name, []).append(i)
     return {name: duration[of_name].sum(axis=0) for name, of_name in rows.items()}
+
+
+@cache
+def _component(name: str, on_host: bool, dtype: str) -> str:
+    return intervals.component(costs.kind_of(name, on_host), dtype)
 
 
 def seconds_of(parts: list[Part], on: DeviceProfile, by: Host) -> Any:
