@@ -292,12 +292,11 @@ def _packed(tensors: tuple[tuple[int, int], ...], limit: int) -> int:
 
 def kind(op: Op) -> str:
     """The class of kernel an op belongs to, for totals and prices."""
-    return kind_of(op.name, "host" in op.attrs)
+    return _kind(op.name, "host" in op.attrs)
 
 
 @cache
-def kind_of(name: str, on_host: bool) -> str:
-    """The same by the name of a call, and whether it works on host tensors."""
+def _kind(name: str, on_host: bool) -> str:
     if name in GEMMS or name in products.NAMES:
         return "gemm"
     if "attention" in name or "flash_attn" in name:

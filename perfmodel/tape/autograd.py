@@ -165,14 +165,17 @@ def _add_grads(a: Tensor, b: Tensor) -> Tensor:
 
 def _validate(grads: list[Tensor | None], i: int, shape: Shape, dtype: str) -> None:
     """Give a gradient its tensor's shape and dtype, in place: the unreduced one dies at once."""
-    from .pointwise import cast, sum_to
-
     grad = grads[i]
-    if grad is None:
+    if grad is None or (grad.shape is shape and grad.dtype == dtype):
         return
     if not same_shape(grad.shape, shape):
+        from .pointwise import sum_to
+
         grads[i] = grad = sum_to(grad, shape)
-    grads[i] = cast(grad, dtype)
+    if grad.dtype != dtype:
+        from .pointwise import cast
+
+        grads[i] = cast(grad, dtype)
 
 
 def run_backward(root: Tensor, grad: Tensor) -> None:
@@ -257,7 +260,8 @@ class Buffers:
     def take(self, node: Node) -> list[Tensor | None]:
         """Hand a node its gradients."""
         grads = self.grads.pop(id(node))
-        self.adapters_only.difference_update((id(node), slot) for slot in range(len(grads)))
+        if self.adapters_only:
+            self.adapters_only.difference_update([(id(node), slot) for slot in range(len(grads))])
         return grads
 
 

@@ -44,12 +44,13 @@ class Op:
     or the "accumulation" of gradients; backward follows its forward.
     `recompute` marks what a checkpoint runs again.
     `reads` and `writes` say which memory the op uses, where the tape follows the flow of data (`Tape.flow`).
+    `launched` says whether the device has something to do.
     `launches` keeps how many kernels a call on lists launches, once that is counted (`costs.kernels`).
     """
 
     __slots__ = (
-        "attrs", "bytes_read", "bytes_written", "inputs", "launches", "name", "outputs", "owner", "reads", "recompute",
-        "view", "writes",
+        "attrs", "bytes_read", "bytes_written", "inputs", "launched", "launches", "name", "outputs", "owner", "reads",
+        "recompute", "view", "writes",
     )  # fmt: skip
 
     def __init__(
@@ -71,17 +72,13 @@ class Op:
         self.bytes_read = bytes_read
         self.bytes_written = bytes_written
         self.view = view
+        self.launched = not (view or "host" in attrs)
         self.attrs = attrs
         self.owner = owner
         self.recompute = recompute
         self.launches: Dim | None = None
         self.reads: tuple[Use, ...] = ()
         self.writes: tuple[Use, ...] = ()
-
-    @property
-    def launched(self) -> bool:
-        """Whether the device has something to do."""
-        return not self.view and "host" not in self.attrs
 
     @property
     def call(self) -> Any:
