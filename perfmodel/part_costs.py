@@ -8,6 +8,7 @@ from . import costs, intervals, timeline, zero
 from .devices import price
 from .devices.host import Host
 from .devices.profile import DeviceProfile
+from .sharing import Shared
 from .step import Step
 from .tape.dims import Dim, summed
 from .tape.op import Part
@@ -15,22 +16,24 @@ from .tape.op import Part
 
 def counts(part: Part) -> dict[str, Dim]:
     """What one run of a part takes."""
-    flops = [costs.flops(op) for op in part.ops]
+    ops = [op for op in part.ops if not op.view]
+    flops = [costs.flops(op) for op in ops]
     return {
         "flops": summed(flops),
-        "recomputed": summed(n for n, op in zip(flops, part.ops, strict=True) if op.recompute),
-        "bytes": summed(x for op in part.ops for x in (op.bytes_read, op.bytes_written)),
-        "kernels": summed(costs.kernels(op) for op in part.ops),
-        "dispatches": sum(not op.view for op in part.ops),
+        "recomputed": summed(n for n, op in zip(flops, ops, strict=True) if op.recompute),
+        "bytes": summed([x for op in ops for x in (op.bytes_read, op.bytes_written)]),
+        "kernels": summed([costs.kernels(op) for op in ops]),
+        "dispatches": len(ops),
     }
 
 
-def durations(built: Step, on: DeviceProfile, known: dict[Part, np.ndarray] | None = None) -> list[np.ndarray]:
+def durations(built: Step, on: DeviceProfile, shared: Shared | None = None) -> list[np.ndarray]:
     """The device seconds of every part's ops; all that are not yet known are priced in one go."""
-    known = {} if known is None else known
+    shared = shared or Shared()
+    known = shared.durations
     new = [part for part, _ in built.parts() if part not in known]
     ends = np.cumsum([len(part.ops) for part in new])[:-1]
-    seconds = np.split(price.durations([op for part in new for op in part.ops], on), ends)
+    seconds = np.split(price.durations([op for part in new for op in part.ops], on, shared.prices), ends)
     if built.zero:
         seconds = [zero.beside(part, t, on) for part, t in zip(new, seconds, strict=True)]
     known.update(zip(new, seconds, strict=True))
@@ -48,7 +51,7 @@ def clocks(
         return timeline.Clocks(0.0, timeline.NEVER, timeline.NEVER, busy), _components(part, duration)
     dispatch = by.dispatch(part, on.kind)
     dispatch = dispatch.reshape(len(dispatch), *(1,) * (duration.ndim - 1))
-    launched = np.array([not op.view and "host" not in op.attrs for op in part.ops])
+    launched = np.array([op.launched for op in part.ops])
     synced = [i for i, op in enumerate(part.ops) if costs.synchronises(op)]
     pieces, start = [], 0
     for stop in [*(i + 1 for i in synced), len(part.ops)]:
@@ -63,13 +66,12 @@ def clocks(
 
 
 def _components(part: Part, duration: np.ndarray) -> dict[str, Any]:
-    busy: dict[str, Any] = {}
-    for op, seconds in zip(part.ops, duration, strict=True):
+    rows: dict[str, list[int]] = {}
+    for i, op in enumerate(part.ops):
         if not op.view:
             dtype = op.inputs[-1].dtype if op.inputs else "fp32"
-            name = intervals.component(costs.kind(op), dtype)
-            busy[name] = busy[name] + seconds if name in busy else seconds
-    return busy
+            rows.setdefault(intervals.component(costs.kind(op), dtype), []).append(i)
+    return {name: duration[of_name].sum(axis=0) for name, of_name in rows.items()}
 
 
 def seconds_of(parts: list[Part], on: DeviceProfile, by: Host) -> Any:

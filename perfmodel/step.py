@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -124,19 +125,25 @@ def build(
     _check(architecture, method, setup)
     step = Step(architecture, method, setup, device, [])
     tape = Tape(device, capability, autocast=step.running[0].amp)
+    with no_collector(), recording(tape):
+        ending = _shared(step, tape, shared) if shared else _micro_batches(step, tape, {})
+        record_update(step, tape)
+        ending()
+        step.groups.append(Group(list(tape.parts)))
+    step.periodic = [_besides(step, work, capability) for work in method.periodic()]
+    return step
+
+
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """Without passes of the cycle collector: tapes free by reference count, and a pass would only cost time."""
     collecting = gc.isenabled()
-    gc.disable()  # the tape frees by reference count; a pass of the cycle collector would only cost time
+    gc.disable()
     try:
-        with recording(tape):
-            ending = _shared(step, tape, shared) if shared else _micro_batches(step, tape, {})
-            record_update(step, tape)
-            ending()
-            step.groups.append(Group(list(tape.parts)))
-        step.periodic = [_besides(step, work, capability) for work in method.periodic()]
+        yield
     finally:
         if collecting:
             gc.enable()
-    return step
 
 
 def _micro_batches(step: Step, tape: Tape, programs: dict[Any, Any]) -> Callable[[], None]:

@@ -16,7 +16,7 @@ from ..tape.dims import product
 from ..tape.op import Op
 from . import cpu, kernels
 from .attention import attention_backward_time, attention_forward_time
-from .gemm import gemm_time
+from .gemm import LAYOUTS, gemm_time
 from .packages import gemm_shape
 from .pointwise import pointwise_time
 from .profile import DeviceProfile
@@ -37,8 +37,27 @@ ROW_WISE = (
 )  # kinds that give a row to a thread block
 
 
-def durations(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
-    """Device seconds of each op, shape (ops, *grid); 0 for views and for work on host tensors."""
+Known = dict[Any, float]  # seconds on one device, by `Op.call`
+
+
+def durations(ops: Sequence[Op], profile: DeviceProfile, known: Known | None = None) -> np.ndarray:
+    """Device seconds of each op, shape (ops, *grid); 0 for views and for work on host tensors.
+
+    Args:
+        known: what calls cost, where no dim is an array; receives what is priced here. Equal calls are priced once.
+    """
+    known = {} if known is None else known
+    calls = [None if op.view else op.call for op in ops]
+    try:
+        new = {call: op for call, op in zip(calls, ops, strict=True) if call is not None and call not in known}
+    except TypeError:  # arrays
+        return _priced(ops, profile)
+    if new:
+        known.update(zip(new, _priced(list(new.values()), profile).tolist(), strict=True))
+    return np.array([0.0 if call is None else known[call] for call in calls])
+
+
+def _priced(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
     if profile.cpu is not None:
         return cpu.durations(ops, profile.hardware, profile.cpu)
     tables = Tables()
@@ -56,7 +75,7 @@ def _sort(i: int, op: Op, tables: Tables) -> None:
         layout, m, n, k, batch = gemm_shape(op)
         if dtype == "c64":  # four real products: [Re A, -Im A; Im A, Re A] by [Re B; Im B]
             dtype, m, k = "fp32", 2 * m, 2 * k
-        tables.add("gemm", (name, dtype, layout), i, m, n, k, batch)
+        _gemm_row(i, name, dtype, layout, (m, n, k, batch), tables)
         _launch(i, kernels.operand_copies(op), tables)
     elif "attention" in name or "flash_attn" in name:
         backward = name.endswith("_backward")
@@ -85,7 +104,14 @@ def _products(i: int, op: Op, tables: Tables) -> None:
             _launch(i, kernels.memory_bound(op), tables)
         else:
             layout, *shape = product_of
-            tables.add("gemm", ("mm", dtype, layout), i, *shape)
+            _gemm_row(i, "mm", dtype, layout, tuple(shape), tables)
+
+
+def _gemm_row(i: int, name: str, dtype: str, layout: Any, shape: tuple[Any, ...], tables: Tables) -> None:
+    """A weight comes from HBM, an activation may still lie in L2; weight gradients and bmm have two activations."""
+    b_copies = 1.0 if name == "bmm" or layout == "nt" else np.inf
+    accumulates = name in ("addmm_", "addmm.out")
+    tables.add("gemm", (dtype, name == "bmm"), i, *shape, LAYOUTS.index(layout), b_copies, accumulates)
 
 
 def _launch(i: int, launched: list[kernels.Kernel], tables: Tables) -> None:
@@ -93,20 +119,21 @@ def _launch(i: int, launched: list[kernels.Kernel], tables: Tables) -> None:
         tables.add("memory", (kind,), i, *row)
 
 
-def _gemm(profile: DeviceProfile, name: str, dtype: str, layout: Any, *shape: Any) -> np.ndarray:
-    """A weight comes from HBM, an activation may still lie in L2; weight gradients and bmm have two activations.
+def _gemm(profile: DeviceProfile, dtype: str, batched: bool, *columns: Any) -> np.ndarray:
+    """Matrix products of one dtype, all layouts at once.
 
     cuBLAS splits the k of no batch in fp32: of the 9,343 that NeuSight profiled (https://github.com/sitar-lab/NeuSight)
     none ran a sliced or split kernel, while of its single products those with few tiles did.
     """
-    two_activations = name == "bmm" or layout == "nt"
-    price = partial(
-        gemm_time, *shape, hardware=profile.hardware, dtype=dtype, layout=layout,
-        accumulate=name in ("addmm_", "addmm.out"), b_copies=1.0 if two_activations else np.inf,
-    )  # fmt: skip
+    *shape, layout, b_copies, accumulates = columns
     parameters = profile.gemm[dtype]
+    slowdowns = np.array([parameters.slowdown(name) for name in LAYOUTS])
+    price = partial(
+        gemm_time, *shape, hardware=profile.hardware, dtype=dtype, layout=slowdowns[layout.astype(int)],
+        accumulate=accumulates, b_copies=b_copies,
+    )  # fmt: skip
     seconds = price(parameters=parameters)
-    if name == "bmm" and dtype == "fp32":
+    if batched and dtype == "fp32":
         whole = price(parameters=replace(parameters, max_split=1))
         seconds = np.where(np.greater(shape[-1], 1), whole, seconds)
     return np.asarray(seconds)

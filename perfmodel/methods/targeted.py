@@ -1,8 +1,8 @@
 """What adapters of PEFT share: which linear layers get one, and the dtype of its weights."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from .checks import float_dtype
 
 ALL_LINEAR = "all-linear"
 SAVED = (*WORDS, "lm_head")  # what can be in modules_to_save
+T = TypeVar("T", bound="Targeted")
 
 # PEFT's TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING (peft/utils/constants.py)
 DEFAULT_TARGETS = {
@@ -114,11 +115,15 @@ class Targeted(Method):
         """The adapter's dtype beside a base of `dtype` (PEFT's `autocast_adapter_dtype`)."""
         return self.adapter_dtype or "fp32"
 
-    def base_dtype(self, dtype: str) -> str:
+    def dtype_of_base(self, dtype: str) -> str:
         """`dtype_beside` of adapters that are computed together with the base, in its dtype."""
         if self.adapter_dtype not in (None, dtype):
             raise UserError(f"method {self.name}: adapter_dtype must be the base's, {dtype}; got {self.adapter_dtype}")
         return dtype
+
+    def plain(self: T, dtype: str) -> T:
+        default = replace(self, adapter_dtype=None)
+        return default if self.adapter_dtype == default.dtype_beside(dtype) else self
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         if not self.targets_layer(layer.name, layer.scope.layer):

@@ -10,10 +10,11 @@ Sources: torch/csrc/autograd/engine.cpp, input_buffer.cpp, functions/accumulate_
 import heapq
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any
 
 from .core import Parameter, Tensor, new_tensor, record, tape
-from .dims import Shape, dense_order, is_one, same
+from .dims import Shape, dense_order, is_one, same, same_shape
 from .op import Part
 
 Grads = tuple[Tensor | None, ...]
@@ -38,8 +39,8 @@ class Node:
         self.name = name
         self.backward = backward
         self.attrs = attrs
-        self.needs = tuple(t.requires_grad for t in inputs)
-        self.edges = tuple(_edge(t) if t.requires_grad else None for t in inputs)
+        self.needs = tuple([t.requires_grad for t in inputs])
+        self.edges = tuple([_edge(t) if t.requires_grad else None for t in inputs])
         self.outputs: list[tuple[Shape, str]] = []
         self.saved: list[Any] = []
         self.part: Part = current.part
@@ -157,7 +158,7 @@ def _validate(grads: list[Tensor | None], i: int, shape: Shape, dtype: str) -> N
     grad = grads[i]
     if grad is None:
         return
-    if len(grad.shape) != len(shape) or not all(map(same, grad.shape, shape)):
+    if not same_shape(grad.shape, shape):
         grads[i] = grad = sum_to(grad, shape)
     grads[i] = cast(grad, dtype)
 
@@ -181,7 +182,8 @@ def run_backward(root: Tensor, grad: Tensor) -> None:
     ready: list[tuple[float, int, Node]] = []
     buffers.deliver(root.node, root.slot, grad)
     del grad, stack
-    heapq.heappush(ready, (-root.node.sequence, id(root.node), root.node))
+    arrivals = count()
+    heapq.heappush(ready, (-root.node.sequence, -next(arrivals), root.node))
     current = tape()
     with current.no_grad(), current.belonging_to(current.owner):
         while ready:
@@ -202,7 +204,7 @@ def run_backward(root: Tensor, grad: Tensor) -> None:
                     del out
                 dependencies[id(target)] -= 1
                 if dependencies[id(target)] == 0 and id(target) in buffers.grads:
-                    heapq.heappush(ready, (-target.sequence, id(target), target))
+                    heapq.heappush(ready, (-target.sequence, -next(arrivals), target))
             del outputs
 
 

@@ -63,13 +63,14 @@ def _use(t: "Tensor") -> Use:
 class Tensor:
     """Shape, strides (elements), dtype and autograd state; no data."""
 
-    __slots__ = ("_spec", "dtype", "node", "numel", "requires_grad", "shape", "slot", "storage", "strides")
+    __slots__ = ("_spec", "dtype", "nbytes", "node", "numel", "requires_grad", "shape", "slot", "storage", "strides")
 
     def __init__(self, shape: Shape, dtype: str, strides: Shape, numel: Dim, storage: Storage) -> None:
         self.shape = shape
         self.dtype = dtype
         self.strides = strides
         self.numel = numel
+        self.nbytes = numel * ITEMSIZE[dtype]  # of the elements
         self.storage = storage
         self.requires_grad = False
         self.node: Node | None = None
@@ -82,11 +83,6 @@ class Tensor:
         if self._spec is None:
             self._spec = Spec(self.dtype, self.shape)
         return self._spec
-
-    @property
-    def nbytes(self) -> Dim:
-        """Bytes of the elements."""
-        return self.numel * ITEMSIZE[self.dtype]
 
     @property
     def is_floating(self) -> bool:
@@ -273,7 +269,7 @@ def new_tensor(shape: Shape, dtype: str, strides: Shape | None = None) -> Tensor
 def _distinct_bytes(tensors: Sequence[Tensor]) -> Dim:
     if len(tensors) == 1:
         return tensors[0].nbytes
-    return sum([t.nbytes for t in {id(t): t for t in tensors}.values()])
+    return sum([t.nbytes for t in dict.fromkeys(tensors)])
 
 
 def record(
@@ -282,8 +278,8 @@ def record(
     """Append an op to the current part."""
     op = Op(
         name,
-        tuple([t.spec for t in inputs]),
-        tuple([t.spec for t in outputs]),
+        tuple([t._spec or t.spec for t in inputs]),
+        tuple([t._spec or t.spec for t in outputs]),
         0 if view else _distinct_bytes(inputs),
         0 if view else sum([t.nbytes for t in outputs]),
         view=view,

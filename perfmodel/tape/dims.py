@@ -6,14 +6,15 @@ along the mask and records each part on its own (see `perfmodel.grid.over_grid`)
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import reduce
+from functools import lru_cache, reduce, wraps
 from operator import mul
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 Dim = Any  # int | np.ndarray[int64]; spelled Any because NumPy's operators defeat static narrowing
 Shape = tuple[Dim, ...]
+R = TypeVar("R")
 
 
 class MixedStructure(Exception):
@@ -82,6 +83,20 @@ class Axis(np.ndarray):
         return found[1]
 
 
+def remembered(rule: Callable[..., R]) -> Callable[..., R]:
+    """A pure function of shapes that answers for ints what it answered before; arrays cannot be looked up."""
+    known = lru_cache(maxsize=8192)(rule)
+
+    @wraps(rule)
+    def ask(*args: Any) -> R:
+        try:
+            return known(*args)
+        except TypeError:
+            return rule(*args)
+
+    return ask
+
+
 def decide(condition: Any) -> bool:
     """Reduce a condition over the grid to one truth value, or raise `MixedStructure`."""
     if not isinstance(condition, np.ndarray):
@@ -120,7 +135,7 @@ def same(a: Dim, b: Dim) -> bool:
 
 def same_shape(a: Shape, b: Shape) -> bool:
     """Whether two shapes are equal at every point of the grid."""
-    return len(a) == len(b) and all(map(same, a, b))
+    return a is b or (len(a) == len(b) and all(map(same, a, b)))
 
 
 def exceeds(a: Dim, b: Dim) -> bool:
@@ -158,6 +173,7 @@ def summed(dims: Iterable[Dim]) -> Dim:
     return sum((times * array for times, array in arrays.values()), numbers)
 
 
+@remembered
 def contiguous_strides(shape: Shape) -> Shape:
     """Row-major strides in elements, size-1 dims counted as PyTorch counts them."""
     strides: list[Dim] = []
@@ -168,6 +184,7 @@ def contiguous_strides(shape: Shape) -> Shape:
     return tuple(reversed(strides))
 
 
+@remembered
 def is_contiguous(shape: Shape, strides: Shape) -> bool:
     """Whether strides are row-major; strides of size-1 dims do not matter."""
     step: Dim = 1
@@ -180,6 +197,7 @@ def is_contiguous(shape: Shape, strides: Shape) -> bool:
     return True
 
 
+@remembered
 def dense_order(shape: Shape, strides: Shape) -> tuple[int, ...] | None:
     """Dims from outermost to innermost if the tensor is non-overlapping and dense, else None."""
     order = _by_stride(shape, [strides])
@@ -231,7 +249,8 @@ def _by_stride(shape: Shape, operands: Sequence[Shape]) -> tuple[int, ...]:
     return tuple(reversed(order))
 
 
-def elementwise_strides(shape: Shape, operands: Sequence[tuple[Shape, Shape]]) -> Shape:
+@remembered
+def elementwise_strides(shape: Shape, operands: tuple[tuple[Shape, Shape], ...]) -> Shape:
     """Strides that an elementwise op gives its output (TensorIterator); operands are (shape, strides) pairs.
 
     Source: ATen/TensorIterator.cpp, `fast_set_up` and `reorder_dimensions`.
@@ -253,6 +272,7 @@ def elementwise_strides(shape: Shape, operands: Sequence[tuple[Shape, Shape]]) -
     return strides_in_order(shape, _by_stride(shape, aligned))
 
 
+@remembered
 def view_strides(shape: Shape, strides: Shape, new_shape: Shape) -> Shape | None:
     """Strides of a view with another shape, or None where a copy is needed (ATen's `computeStride`)."""
     result: list[Dim] = [0] * len(new_shape)

@@ -78,6 +78,16 @@ class Op:
         self.reads: tuple[Use, ...] = ()
         self.writes: tuple[Use, ...] = ()
 
+    @property
+    def launched(self) -> bool:
+        """Whether the device has something to do."""
+        return not self.view and "host" not in self.attrs
+
+    @property
+    def call(self) -> Any:
+        """What decides its price; cannot be hashed where dims are arrays."""
+        return self.name, self.inputs, self.outputs, self.bytes_read, self.bytes_written, self.attrs
+
     def __repr__(self) -> str:
         def text(specs: tuple[Spec, ...]) -> str:
             return " ".join(f"{s.dtype}{list(s.shape)}{f'x{s.copies}' if s.copies > 1 else ''}" for s in specs)

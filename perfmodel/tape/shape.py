@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from .autograd import Grads, Node, differentiate
 from .core import Tensor, emit, record
-from .dims import Dim, Shape, contiguous_strides, is_contiguous, product, same, view_strides
+from .dims import Dim, Shape, contiguous_strides, is_contiguous, product, same, same_shape, view_strides
 
 Grad = Tensor | None
 
@@ -29,7 +29,7 @@ def view(x: Tensor, shape: Shape, name: str = "view") -> Tensor:
 
 def reshape(x: Tensor, shape: Shape) -> Tensor:
     """`x.reshape(shape)`: a view, or a contiguous clone where the strides do not allow one."""
-    if len(shape) == len(x.shape) and all(map(same, shape, x.shape)):
+    if same_shape(shape, x.shape):
         return x
     if view_strides(x.shape, x.strides, shape) is None:
         return view(clone(x), shape, "_unsafe_view")
