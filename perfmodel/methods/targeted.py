@@ -89,8 +89,10 @@ class Targeted(Method):
             return self.targets
         assert self.architecture is not None
         if self.architecture.model_type not in self.default_targets:
+            first = self.architecture.linear_names()[0].rsplit(".", 1)[-1]
             raise UserError(
-                f"method {self.name}: PEFT has no default targets for {self.architecture.name}; give targets="
+                f"method {self.name}: PEFT has no default targets for {self.architecture.name}; "
+                f"give targets={first} or all-linear"
             )
         return self.default_targets[self.architecture.model_type]
 
