@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from helpers import setup_of
+from helpers import QWEN, setup_of
 
 pytest.importorskip("transformers")
 
@@ -21,11 +21,6 @@ from validate.programs import models
 from validate.programs.dtypes import TORCH_DTYPES
 from validate.tracing.trace import trace_step
 
-SMALL = {
-    "model_type": "qwen", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "kv_channels": 16, "vocab_size": 128,
-}  # fmt: skip
-
 
 @pytest.mark.parametrize(
     ("spec", "options"),
@@ -42,12 +37,12 @@ SMALL = {
 )
 def test_the_tape_equals_its_program(spec: str, options: dict[str, Any]) -> None:
     """Zero tolerance: calls with shapes and dtypes, FLOPs, bytes; peak memory within 2 %."""
-    config = Config(SMALL, "qwen", "qwen")
+    config = Config(QWEN, "qwen", "qwen")
     architecture, setup = from_config(config), setup_of("qwen", **options)
     method = methods.parse(spec).bind(architecture)
     step = build(architecture, method, setup, "cpu")
     fused = setup.attention == "flash2"
-    model = reference.make(SMALL, TORCH_DTYPES[setup.dtype], 2 * setup.seq, fused=fused)
+    model = reference.make(QWEN, TORCH_DTYPES[setup.dtype], 2 * setup.seq, fused=fused)
     trace = trace_step(models.apply(model, method, architecture), setup, step.optimizer)
     assert counts.judge(Case(config, spec, setup), step, trace).differences == []
 

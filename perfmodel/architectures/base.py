@@ -188,7 +188,7 @@ class Scope:
                 trainable = method.trains(name, kind, self.layer)
             made = self._make(self.path + name, shape, dtype or method.base_dtype(self.dtype), kind, trainable)
             if kind != "adapter" and method.copies(name, kind):
-                made = self._make(f"{made.name} (trained copy)", shape, self.dtype, "adapter", True)
+                made = self._make(f"{made.name} (trained copy)", shape, made.dtype, "adapter", True)
             self.made[name] = made
         return self.made[name]
 

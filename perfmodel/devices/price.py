@@ -17,6 +17,7 @@ from ..tape.op import Op
 from . import cpu, kernels
 from .attention import attention_backward_time, attention_forward_time
 from .gemm import LAYOUTS, gemm_time
+from .hardware import ITEMSIZE
 from .packages import gemm_shape
 from .pointwise import pointwise_time
 from .profile import DeviceProfile
@@ -64,8 +65,9 @@ def _sort(i: int, op: Op, tables: Tables) -> None:
         heads = 2 if "flash_attn" in name else 1  # the flash-attn package puts the sequence first
         seq = 3 - heads
         sizes = (q.shape[0], q.shape[seq], k.shape[seq], q.shape[heads], k.shape[heads], q.shape[3])
+        mask = sum(ITEMSIZE[x.dtype] for x in inputs[6 if backward else 3 :])  # bytes of an element, if there is one
         causal = bool(op.attrs and op.attrs[0])
-        tables.add("attention", ("cudnn" in name, backward, causal, q.dtype), i, *sizes)
+        tables.add("attention", ("cudnn" in name, backward, causal, q.dtype), i, *sizes, mask)
     elif name in products.NAMES:
         _products(i, op, tables)
     elif "bus" in op.attrs:
