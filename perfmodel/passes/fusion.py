@@ -15,6 +15,7 @@ codegen/simd.py (`SIMDScheduling.can_fuse`), PyTorch 2.13.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -171,7 +172,7 @@ class _Round:
 
     def run(self) -> list[Kernel]:
         """Fuse what may, the pairs with most shared bytes first; the new kernels in order."""
-        for _, _, a, b in sorted(self._pairs(), key=lambda pair: pair[:2]):
+        for _, _, a, b in sorted(self._pairs(), key=itemgetter(0, 1)):
             first, second = self.group[a], self.group[b]
             if first is second:
                 continue

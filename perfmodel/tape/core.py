@@ -143,6 +143,13 @@ class Parameter(Tensor):
         self.part: Part | None = None
         self.used = False  # whether a gradient ever arrived
 
+    def copy(self) -> "Parameter":
+        """A parameter that has all that this one has."""
+        made = Parameter.__new__(Parameter)
+        for name in (*Tensor.__slots__, *Parameter.__slots__):
+            setattr(made, name, getattr(self, name))
+        return made
+
 
 class Tape:
     """Records ops into parts. `device` is "cpu" or "cuda" (their dispatch differs in a few places); `capability` is the
