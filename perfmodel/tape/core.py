@@ -322,6 +322,8 @@ def new_tensor(shape: Shape, dtype: str, strides: Shape | None = None) -> Tensor
 def _distinct_bytes(tensors: Sequence[Tensor]) -> Dim:
     if len(tensors) == 1:
         return tensors[0].nbytes
+    if len(tensors) == 2 and tensors[0] is not tensors[1]:
+        return tensors[0].nbytes + tensors[1].nbytes
     return sum([t.nbytes for t in dict.fromkeys(tensors)])
 
 
@@ -334,7 +336,7 @@ def record(
         tuple([t._spec or t.spec for t in inputs]),
         tuple([t._spec or t.spec for t in outputs]),
         0 if view else _distinct_bytes(inputs),
-        0 if view else sum([t.nbytes for t in outputs]),
+        0 if view else outputs[0].nbytes if len(outputs) == 1 else sum([t.nbytes for t in outputs]),
         view=view,
         attrs=attrs,
     )
