@@ -138,7 +138,16 @@ def _components(calls: Sequence[Call], duration: np.ndarray) -> dict[str, Any]:
     for i, call in enumerate(calls):
         if call.component:
             rows.setdefault(call.component, []).append(i)
-    return {name: duration[of_name].sum(axis=0) for name, of_name in rows.items()}
+    return {name: _sum_of(duration, of_name) for name, of_name in rows.items()}
+
+
+def _sum_of(duration: np.ndarray, rows: list[int]) -> Any:
+    if duration.ndim == 1:
+        return duration[rows].sum()
+    total = duration[rows[0]].copy()
+    for i in rows[1:]:  # a grid's rows are long: one at a time stays in the cache
+        total += duration[i]
+    return total
 
 
 def seconds_of(parts: list[Part], on: DeviceProfile, by: Host) -> Any:
