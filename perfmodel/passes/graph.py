@@ -180,6 +180,8 @@ class Builder:
         self.parameters = parameters
         self.values: dict[Key, Value] = {}
         self.known: dict[Any, list[Value]] = {}
+        self.walks: dict[Op, int] = {}
+        self.numbers: dict[Any, int] = {}
         self.index, self.backward = 0, False
         self.keys: dict[int, Key] = {}  # of the blocks that the current place's ops use
         self.op = Op("", (), (), 0, 0)
@@ -218,6 +220,18 @@ class Builder:
     def write(self, use: Use, value: Value) -> None:
         """A block of memory has new contents from here on."""
         self.values[self.key(use.storage)] = value
+
+    def layouts(self) -> int:
+        """A number that tells slices and permutations of one block apart: of how the current op walks over memory.
+
+        The op of a run of layers comes once for every copy.
+        """
+        number = self.walks.get(self.op)
+        if number is None:
+            op = self.op
+            walk = (op.attrs, op.recompute, *[use[2:] for use in (*op.reads, *op.writes)])  # shapes and strides
+            number = self.walks[op] = self.numbers.setdefault(_frozen(walk), len(self.numbers))
+        return number
 
     def existed(self, use: Use) -> bool:
         """Whether a block of memory was there before the pass and is none of its parameters."""
