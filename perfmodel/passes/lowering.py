@@ -5,7 +5,6 @@ Sources: torch/_inductor/lowering.py, torch/_inductor/decomposition.py, torch/_d
 """
 
 from collections.abc import Callable
-from typing import Any
 
 from ..step import Step
 from ..tape.core import Flow
