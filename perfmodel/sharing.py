@@ -1,7 +1,7 @@
 """What the predictions of one search share: a micro-batch does not depend on the optimizer that follows it.
 
-A search on one device records the micro-batches of setups that differ in their optimizer once, or in options that change
-nothing (`Method.plain`), and prices and counts their parts, and equal calls, once.
+A search on one device records the micro-batches of setups once that differ in their optimizer, or in options that
+change nothing (`Method.plain`), and prices and counts their parts, and equal calls, once.
 """
 
 from collections.abc import Callable
