@@ -119,7 +119,6 @@ def _accumulate(node: Node, grads: Sequence[Tensor | None]) -> Grads:
         if current.alike:
             _add_to(parameter.grad, grad, parameter.kind, LATER)
             if current.flow is None:
-                parameter.grad = grad.alias()
                 parameter.grad.storage = grad.storage.inherited()
         if parameter.part is not None:  # one of as many as there are identical layers
             parameter.grad.storage.copies = parameter.part.repeat
