@@ -5,8 +5,10 @@ A library kernel cuts C into tiles, one thread block each, and may split k over 
     launch floor + min over (tile, split) of [ overlap(SM time, memory time) + split cost ]
 
 SM time      waves of blocks over the SMs x (fill and drain of a tile + k x time of a k-slice); a k-slice is bound by
-             the math pipe, by loading its operands from L2 or by the power that the board may draw, whichever is slower
+             the math pipe or by loading its operands from L2, whichever is slower
 memory time  compulsory bytes of A, B, C: from L2 what still lies there since its last use, from DRAM the rest
+
+but not less than the energy of its FLOPs, of loading operands into SMs and of DRAM takes at the power of the board.
 
 The `min` stands for the library's heuristic, so it must be offered only tiles that the library really has (the fp32
 sets are those in the kernel names of NeuSight's profiles, https://github.com/sitar-lab/NeuSight).
@@ -45,7 +47,8 @@ class GemmParameters:
         derating_time: seconds of SM time after which half of the derating is reached.
         power_share: energy of a FLOP in the main loop over `Hardware.flop_energy`.
         load_energy: energy of loading a byte of an operand into an SM, in that of FLOPs.
-        tile_balance: FLOP per byte: peak over the rate at which the SMs can load operands from L2.
+        tile_balance: FLOP per byte: peak over the rate at which the SMs can load operands from L2; on the fp32 units
+            the peak of 64 of them: an SM with 128 loads no faster.
         k_latency: clocks per element of k: the least that a thread block needs, however thin its tile.
         k_bubble: clocks per element of k on top: barriers that copy and math both wait for.
         epilogue: fill and drain of a tile, in units of loading as many bytes as the tile stores.
@@ -122,12 +125,15 @@ class _Rates:
     l2: float  # B/s of one pass over data in L2
     k_latency: float  # s per element of k
     k_bubble: float  # s per element of k
-    powered: float  # s that the board's power takes for the energy of a FLOP on each SM; 0: no limit
+    flop_power: float  # s in which the board may draw the energy of a FLOP; 0: no limit
+    dram_power: float  # s in which it may draw that of a byte from or to DRAM
 
     @classmethod
     def of(cls, hw: Hardware, p: GemmParameters, dtype: str, out_item: float | None, layout: Layout) -> "_Rates":
         item, peak = ITEMSIZE[dtype], hw.peak(dtype)
-        sm_load = peak / hw.sm_count / p.tile_balance
+        lanes = hw.lanes if peak == hw.fp32_flops else 1.0
+        sm_load = peak / hw.sm_count / (p.tile_balance * lanes)
+        limited = p.power_share > 0.0 and hw.flop_energy is not None
         dram = hw.memory_bandwidth * p.memory_efficiency
         return cls(
             p=p,
@@ -141,7 +147,8 @@ class _Rates:
             l2=max(dram, sm_load * hw.sm_count * p.l2_stream),
             k_latency=p.k_latency / hw.clock_hz,
             k_bubble=p.k_bubble / hw.clock_hz,
-            powered=hw.sm_count * hw.seconds_of_power(p.power_share),
+            flop_power=p.power_share * hw.flop_energy / hw.working_power if limited else 0.0,
+            dram_power=(hw.memory_energy or 0.0) / hw.working_power if limited else 0.0,
         )
 
 
@@ -190,17 +197,17 @@ def gemm_time(
             m1, n1, k1, b1, a_reuse, b_reuse = (x if len(x) == 1 else x[part] for x in of_row)
             near, far = _bytes(m1, n1, k1, b1, a_reuse, b_reuse, rates, accumulate)
             memory = near / rates.l2 + far / rates.dram
-            row[part] = _best(m1, n1, k1, b1, memory, rates)
+            row[part] = _best(m1, n1, k1, b1, memory, far * rates.dram_power, rates)
     return parameters.launch_clocks / hardware.clock_hz + out
 
 
-def _best(m: Array, n: Array, k: Array, b: Array, memory: Array, r: _Rates) -> Array:
+def _best(m: Array, n: Array, k: Array, b: Array, memory: Array, drawn: Array, r: _Rates) -> Array:
     """Seconds of the best tile and split, without the launch floor; what differs between shapes is an array."""
     k_padded = np.ceil(k / r.p.k_step) * r.p.k_step
     k_splits = np.clip(k_padded / r.p.k_split, 1.0, r.p.max_split)
     partials = b * m * n * (4.0 * r.p.split_traffic / r.l2)
     whole, divided = np.full(memory.shape, np.inf), np.full(memory.shape, np.inf)
-    product = _Product(_flop_time(k, r), k_padded, k_splits, memory, partials)
+    product = _Product(_flop_time(k, r), k_padded, k_splits, memory, drawn, partials)
     sets: list[tuple[Tiles, NDArray[np.bool_] | None]] = [(r.p.tiles, None)]
     if r.p.batched_tiles is not None:
         sets = [(r.p.tiles, b > 1), (r.p.batched_tiles, b <= 1)]
@@ -215,8 +222,9 @@ def _best(m: Array, n: Array, k: Array, b: Array, memory: Array, r: _Rates) -> A
                 split = np.where(np.broadcast_to(excluded, whole.shape)[few], np.inf, split)
             np.minimum(whole, at_once, out=whole)
             divided[few] = np.minimum(divided[few], split)
-    # Memory time is the same for every tile, so the best of them is the one with the least SM time.
-    return np.asarray(np.minimum(_overlap(_throttled(whole, r), memory, r.p.overlap_loss), divided))
+    if not r.flop_power:  # memory time is the same for every tile, so the best of them is the one with the least SM time
+        whole = _overlap(_throttled(whole, r), memory, r.p.overlap_loss)
+    return np.asarray(np.minimum(whole, divided))
 
 
 class _Product(NamedTuple):
@@ -226,6 +234,7 @@ class _Product(NamedTuple):
     k_padded: Array
     k_splits: Array  # most parts of k
     memory: Array  # s
+    drawn: Array  # s in which the board may draw the energy of DRAM
     partials: Array  # s for one split's share of the partial sums
 
 
@@ -245,21 +254,29 @@ def _with_tile(
     product: _Product,
     r: _Rates,
 ) -> tuple[Array, Any, Array]:
-    """With one tile of (rows, columns): SM seconds of whole k; for which products a split pays, and seconds in all."""
+    """With one tile of (rows, columns): seconds of whole k; for which products a split pays, and seconds in all.
+
+    Of whole k in all where power is limited, else of the SMs alone.
+    """
     (rows, down), (cols, across) = along_m, along_n
     # Padding is computed but not loaded: a thin GEMM wastes the math pipe, not bandwidth.
-    energy = (2 * tile[0] * tile[1] + (tile[0] + tile[1]) * r.item * r.p.load_energy) * r.powered
-    least = np.maximum((2 * tile[0] * tile[1]) * product.flop_time, max(r.k_latency, energy))
+    least = np.maximum((2 * tile[0] * tile[1]) * product.flop_time, r.k_latency)
     slice_time = np.maximum((rows + cols) * (r.item / r.sm_load), least)
     main_loop = product.k_padded * (slice_time + r.k_bubble)
     fill_drain = rows * cols * (r.p.epilogue * r.out_item / r.sm_load)
     waves = down * (across * b / r.sm_count)
     whole = _waves(waves, r.p.wave_tail) * (fill_drain + main_loop)
+    drawn = product.drawn
+    if r.flop_power:
+        energy = 2 * tile[0] * tile[1] + (tile[0] + tile[1]) * (r.item * r.p.load_energy)  # of a k-slice, in FLOPs
+        drawn = drawn + down * across * b * product.k_padded * (energy * r.flop_power)
+        whole = np.maximum(_overlap(_throttled(whole, r), product.memory, r.p.overlap_loss), drawn)
     few = waves < SPLIT_WAVES  # most products of a large grid fill the SMs without a split
     if not few.any():
         return whole, slice(0), np.asarray(np.inf)
     where = np.flatnonzero(few) if few.size > 1 else slice(None)
-    return whole, where, _divided(where, waves, fill_drain, main_loop, product, r)
+    divided = _divided(where, waves, fill_drain, main_loop, product, r)
+    return whole, where, np.maximum(divided, drawn[where]) if r.flop_power else divided
 
 
 def _divided(

@@ -59,9 +59,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "split_traffic": (0.02, 20.0),
 }  # fmt: skip
 FP32_ONLY: dict[str, tuple[float, float]] = {
-    "memory_efficiency": (0.1, 1.1), "long_row": (0.001, 10.0), "page_reach": (4e3, 3e5),
+    "memory_efficiency": (0.6, 1.0), "write_cost": (0.7, 1.5), "long_row": (0.001, 10.0), "page_reach": (4e3, 3e5),
 }  # fmt: skip
-POWER: dict[str, tuple[float, float]] = {"power_share": (0.2, 1.5), "load_energy": (0.05, 20.0)}
+POWER: dict[str, tuple[float, float]] = {"power_share": (0.2, 1.5), "load_energy": (0.05, 10.0)}
 BENCH: dict[str, tuple[float, float]] = {"clock": (0.3, 1.2), "reaction": (0.02, 0.5)}  # of NeuSight's boards
 
 
@@ -245,7 +245,7 @@ def _software(folder: Path, slug: str) -> str:
 def donors(slug: str, dtype: str) -> dict[str, float]:
     """Whose rows make the class default for a device that is left out, and their shares in it."""
     if dtype == "fp32":
-        others = [d for d in BOARDS if d != slug]
+        others = [d for d in BOARDS if d not in (slug, "h100-sxm")]
         return dict.fromkeys(others, 1.0 / len(others))
     same = [d for d in (SYNC if slug in SYNC else ASYNC) if d != slug]
     if len(same) > 1:

@@ -46,7 +46,7 @@ HOPPER = replace(SIMT, math_efficiency=0.8, launch_clocks=4e4, tiles=((256, 128)
 
 def limited(p: GemmParameters) -> GemmParameters:
     """With the power limit fitted: of boards that may draw less than their chip could, and of what boards share."""
-    return replace(p, power_share=0.6, load_energy=6.0, derating=0.05)  # what is left beside the limit
+    return replace(p, power_share=0.5, load_energy=1.0, derating=0.05)  # what is left beside the limit
 
 
 STARTS = {
@@ -93,7 +93,7 @@ def board(slug: str, name: str, hw: Hardware, p: GemmParameters, clock: float) -
     """
     if name != COLLECTED:
         return hw, p
-    power = None if hw.board_power is None else hw.board_power * clock
+    power = None if hw.board_power is None else hw.board_power - hw.working_power * (1.0 - clock)
     slower = replace(hw, clock_hz=hw.clock_hz * clock, fp32_flops=hw.fp32_flops * clock, board_power=power)
     return slower, replace(p, tiles=COLLECTED_TILES.get(slug, p.tiles))
 
