@@ -222,7 +222,9 @@ def _best(m: Array, n: Array, k: Array, b: Array, memory: Array, drawn: Array, r
                 split = np.where(np.broadcast_to(excluded, whole.shape)[few], np.inf, split)
             np.minimum(whole, at_once, out=whole)
             divided[few] = np.minimum(divided[few], split)
-    if not r.flop_power:  # memory time is the same for every tile, so the best of them is the one with the least SM time
+    if (
+        not r.flop_power
+    ):  # memory time is the same for every tile, so the best of them is the one with the least SM time
         whole = _overlap(_throttled(whole, r), memory, r.p.overlap_loss)
     return np.asarray(np.minimum(whole, divided))
 

@@ -59,7 +59,7 @@ class Hardware:
 
     @property
     def lanes(self) -> float:
-        """fp32 units of an SM over 64: 1 on P100, V100, T4, A100; 2 on P4, the other Amperes, Ada, Hopper, Blackwell."""
+        """fp32 units of an SM over 64: 1 on P100, V100, T4, A100; 2 on P4, other Amperes, Ada, Hopper, Blackwell."""
         return self.fp32_flops / (128.0 * self.sm_count * self.clock_hz)
 
     @property

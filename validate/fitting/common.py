@@ -4,7 +4,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -127,8 +127,23 @@ def column(rows: pd.DataFrame, name: str) -> Array:
     return np.asarray(rows[name], dtype=np.float64)
 
 
-def price(rows: pd.DataFrame, hw: Hardware, p: GemmParameters) -> Array:
-    """Seconds of GEMMs in forward layout, one a row of m, n, k, b, a_copies, b_copies and dtype."""
-    m, n, k, b, a_copies, b_copies = (column(rows, c) for c in ("m", "n", "k", "b", "a_copies", "b_copies"))
-    dtype = str(rows["dtype"].iloc[0])
-    return gemm_time(m, n, k, b, hardware=hw, parameters=p, dtype=dtype, a_copies=a_copies, b_copies=b_copies)
+class Shapes(NamedTuple):
+    """GEMMs in forward layout: the columns of a table of measurements as arrays, and the dtype of all."""
+
+    m: Array
+    n: Array
+    k: Array
+    b: Array
+    a_copies: Array
+    b_copies: Array
+    dtype: str
+
+    @classmethod
+    def of(cls, rows: pd.DataFrame) -> "Shapes":
+        """One shape a row of m, n, k, b, a_copies, b_copies and dtype."""
+        return cls(*(column(rows, c) for c in cls._fields[:-1]), dtype=str(rows["dtype"].iloc[0]))
+
+    def price(self, hw: Hardware, p: GemmParameters) -> Array:
+        """Seconds of every shape."""
+        m, n, k, b, a_copies, b_copies, dtype = self
+        return gemm_time(m, n, k, b, hardware=hw, parameters=p, dtype=dtype, a_copies=a_copies, b_copies=b_copies)

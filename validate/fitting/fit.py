@@ -181,13 +181,19 @@ def _fit_all(folder: Path, progress: Progress | None) -> _Fitted:
 
 
 def _gemm_classes(folder: Path, fitted: _Fitted, steps: _Steps) -> None:
-    """bf16: sync_mma, half_rate (derived), any; fp32: any."""
+    """bf16: sync_mma, half_rate (derived), any; fp32: any, and for families of generated kernels the H100's."""
     bf16, fp32 = fitted.classes["gemm.bf16"], fitted.classes["gemm.fp32"]
     for name, members, begin in (("sync_mma", gemm.SYNC, gemm.SYNC_MMA), ("any", gemm.ASYNC, gemm.ASYNC_MMA)):
         bf16[name] = _gemm_class(folder, fitted, "bf16", members, begin)
         steps(f"GEMM bf16, class {name}")
-    fp32["any"] = _gemm_class(folder, fitted, "fp32", gemm.BOARDS, sgemm.limited(sgemm.AMPERE))
+    fp32["any"] = _gemm_class(folder, fitted, "fp32", gemm.SGEMM, sgemm.limited(sgemm.AMPERE))
     steps("GEMM fp32, class any")
+    h100 = fitted.devices["gemm.fp32"]["h100-sxm"]
+    assert isinstance(h100.parameters, GemmParameters)
+    generated = gemm.in_steps(h100.parameters, gemm.LAUNCH_CLOCKS)
+    errors = fitted.left_out["gemm.fp32"]["h100-sxm"]
+    for family in ("wgmma", "tcgen05"):
+        fp32[family] = h100.sibling(generated, "h100-sxm", errors, "launch_clocks as in bf16.")
     p = bf16["sync_mma"].parameters
     assert isinstance(p, GemmParameters)
     half = replace(p, tile_balance=p.tile_balance / 2, math_efficiency=1.0)
