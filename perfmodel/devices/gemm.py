@@ -133,8 +133,8 @@ class _Rates:
         item, peak = ITEMSIZE[dtype], hw.peak(dtype)
         lanes = hw.lanes if peak == hw.fp32_flops else 1.0
         sm_load = peak / hw.sm_count / (p.tile_balance * lanes)
-        limited = p.power_share > 0.0 and hw.flop_energy is not None
         dram = hw.memory_bandwidth * p.memory_efficiency
+        limited = _can_reach_the_limit(hw, p, item, dram)
         return cls(
             p=p,
             sm_count=hw.sm_count,
@@ -147,9 +147,19 @@ class _Rates:
             l2=max(dram, sm_load * hw.sm_count * p.l2_stream),
             k_latency=p.k_latency / hw.clock_hz,
             k_bubble=p.k_bubble / hw.clock_hz,
-            flop_power=p.power_share * hw.flop_energy / hw.working_power if limited else 0.0,
+            flop_power=p.power_share * (hw.flop_energy or 0.0) / hw.working_power if limited else 0.0,
             dram_power=(hw.memory_energy or 0.0) / hw.working_power if limited else 0.0,
         )
+
+
+def _can_reach_the_limit(hw: Hardware, p: GemmParameters, item: float, dram: float) -> bool:
+    """Whether any product could draw what the board may at most: all SMs at their peak and DRAM busy."""
+    if not p.power_share:
+        return False
+    loads = max((a + b) / (2 * a * b) for a, b in (*p.tiles, *(p.batched_tiles or ()))) * item * p.load_energy
+    math = hw.fp32_flops * p.power_share * (hw.flop_energy or 0.0) * (1.0 + loads)
+    moved = dram / min(1.0, max(p.write_cost, 0.01))  # B/s; written bytes may be cheaper than read ones
+    return math + moved * (hw.memory_energy or 0.0) > hw.working_power
 
 
 def gemm_time(
@@ -222,9 +232,7 @@ def _best(m: Array, n: Array, k: Array, b: Array, memory: Array, drawn: Array, r
                 split = np.where(np.broadcast_to(excluded, whole.shape)[few], np.inf, split)
             np.minimum(whole, at_once, out=whole)
             divided[few] = np.minimum(divided[few], split)
-    if (
-        not r.flop_power
-    ):  # memory time is the same for every tile, so the best of them is the one with the least SM time
+    if not r.flop_power:  # memory time is the same for every tile: the best of them is the one with the least SM time
         whole = _overlap(_throttled(whole, r), memory, r.p.overlap_loss)
     return np.asarray(np.minimum(whole, divided))
 

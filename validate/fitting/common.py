@@ -94,11 +94,21 @@ def hardware(slug: str) -> Hardware:
     return Hardware(**read_toml(DEVICES / f"{slug}.toml")["datasheet"])
 
 
-def table(folder: Path, name: str) -> pd.DataFrame:
-    """One file of measurements, CSV or Parquet."""
+def file(folder: Path, name: str) -> Path:
+    """The path of a file of measurements.
+
+    Raises:
+        UserError: it is not there.
+    """
     path = folder / name
     if not path.is_file():
         raise UserError(f"{folder} has no {name}: give the folder with the published measurements")
+    return path
+
+
+def table(folder: Path, name: str) -> pd.DataFrame:
+    """One file of measurements, CSV or Parquet."""
+    path = file(folder, name)
     return pd.read_csv(path, low_memory=False) if path.suffix == ".csv" else pd.read_parquet(path)
 
 
@@ -141,7 +151,8 @@ class Shapes(NamedTuple):
     @classmethod
     def of(cls, rows: pd.DataFrame) -> "Shapes":
         """One shape a row of m, n, k, b, a_copies, b_copies and dtype."""
-        return cls(*(column(rows, c) for c in cls._fields[:-1]), dtype=str(rows["dtype"].iloc[0]))
+        m, n, k, b, a_copies, b_copies = (column(rows, c) for c in ("m", "n", "k", "b", "a_copies", "b_copies"))
+        return cls(m, n, k, b, a_copies, b_copies, str(rows["dtype"].iloc[0]))
 
     def price(self, hw: Hardware, p: GemmParameters) -> Array:
         """Seconds of every shape."""

@@ -33,8 +33,8 @@ SAME_PATH = 2.0 / 3.0  # share of the only device with the same instructions amo
 LAUNCH_CLOCKS = 4500.0  # of a device without bf16 measurements
 # Energy that the power limit sees of a product within a training step, over that of one run again and again: kernels
 # between the products wait for memory and leave power to them. Fitted to the one step of a 70 W board that is for
-# fitting (BERT-large, batch 8, on an L4); about 0.75 if products take 60 % of the time and the rest half the power.
-STEP_POWER = 0.72
+# fitting (BERT-large, batch 8, on an L4); 0.8 if products take 60 % of the time and the rest half the power.
+STEP_POWER = 0.82
 AICONFIGURATOR = "https://github.com/ai-dynamo/aiconfigurator"
 
 BF16_FILES = {
@@ -109,6 +109,14 @@ def _load_bf16(folder: Path, slug: str) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+class Used(NamedTuple):
+    """What a fit uses of a device: rows, datasheet, and what its library has (tiles, k step) and where it starts."""
+
+    rows: pd.DataFrame
+    hardware: Hardware
+    own: GemmParameters
+
+
 class Found(NamedTuple):
     """What a fit found.
 
@@ -169,17 +177,17 @@ def fit(
 
     `shares` are the devices' parts of `FIT_ROWS`; equal ones if None.
     """
-    used = {}
+    used = []
     for slug, rows in rows_of.items():
         kept = rows[~rows.left_out].sort_values(["order", "group"], kind="stable")
         rows_in_all = FIT_ROWS_FP32 if dtype == "fp32" and len(rows_of) > 1 else FIT_ROWS
         count = int(rows_in_all * (shares[slug] if shares else 1.0 / len(rows_of)))
-        used[slug] = (kept.head(count).reset_index(drop=True), hardware(slug), start(slug, dtype))
-    return fit_rows(list(used.values()), dtype, begin)
+        used.append(Used(kept.head(count).reset_index(drop=True), hardware(slug), start(slug, dtype)))
+    return fit_rows(used, dtype, begin)
 
 
-def fit_rows(used: Sequence[tuple[pd.DataFrame, Hardware, GemmParameters]], dtype: str, begin: GemmParameters) -> Found:
-    """Parameters shared by some devices, each given as rows to fit, datasheet, and what its library has."""
+def fit_rows(used: Sequence[Used], dtype: str, begin: GemmParameters) -> Found:
+    """Parameters shared by some devices."""
     measured = np.concatenate([column(rows, "seconds") for rows, _, _ in used])
     limits = bounds(dtype, power=begin.power_share > 0.0)
     bench = BENCH if dtype == "fp32" else {}
@@ -188,35 +196,38 @@ def fit_rows(used: Sequence[tuple[pd.DataFrame, Hardware, GemmParameters]], dtyp
     known = PRIOR_DRAM if dtype == "fp32" and len(used) > 1 else PRIOR
     pull = np.array([known if n in ("memory_efficiency", "write_cost") else PRIOR for n in (*limits, *bench)])
     pull *= np.sqrt(len(measured))
+    seconds = _seconds(used, dtype)
 
     def found(z: Array, own: GemmParameters) -> Found:
         values: list[Any] = np.exp(z).tolist()
         return Found(replace(own, **dict(zip(limits, values, strict=False))), *values[len(limits) :])
 
-    if dtype == "bf16":
-        shapes = [(Shapes.of(rows), hw, own) for rows, hw, own in used]
-
-        def seconds(z: Array) -> list[Array]:
-            return [x.price(hw, found(z, own).parameters) for x, hw, own in shapes]
-    else:
-        boards = [(sgemm.Board(*x), *x[1:]) for x in used]
-        usual = [board.boosts(REACTION) for board, _, _ in boards]
-
-        def seconds(z: Array) -> list[Array]:
-            x = [found(z, own) for _, _, own in boards]
-            # One board's control can be fitted; several share the usual one.
-            boost = [boards[0][0].boosts(x[0].reaction)] if len(boards) == 1 else usual
-            return [
-                board.predict(hw, y.parameters, y.clock, known)
-                for (board, hw, _), y, known in zip(boards, x, boost, strict=True)
-            ]
-
     def residuals(z: Array) -> Array:
-        return np.concatenate([deviation(np.concatenate(seconds(z)), measured, dtype), pull * (z - first)])
+        predicted = seconds([found(z, own) for _, _, own in used])
+        return np.concatenate([deviation(predicted, measured, dtype), pull * (z - first)])
 
     # Two starts: the loss has kinks where the best tile changes.
     ends = [least(residuals, first + shift * np.resize([1, -1], len(first)), low, high) for shift in (0.0, 0.4)]
     return found(min(ends, key=lambda f: float(f.cost)).x, begin)
+
+
+def _seconds(used: Sequence[Used], dtype: str) -> Callable[[Sequence[Found]], Array]:
+    """Seconds of all rows, one device after the other, by what a fit tries for each."""
+    if dtype == "bf16":
+        shapes = [(Shapes.of(rows), hw) for rows, hw, _ in used]
+        return lambda tried: np.concatenate(
+            [x.price(hw, t.parameters) for (x, hw), t in zip(shapes, tried, strict=True)]
+        )
+    boards = [(sgemm.Board(*x), x.hardware) for x in used]
+    usual = [board.boosts(REACTION) for board, _ in boards]
+
+    def seconds(tried: Sequence[Found]) -> Array:
+        # The power control of one board can be fitted; several share the usual one.
+        known = [boards[0][0].boosts(tried[0].reaction)] if len(boards) == 1 else usual
+        each = zip(boards, tried, known, strict=True)
+        return np.concatenate([board.predict(hw, t.parameters, t.clock, boost) for (board, hw), t, boost in each])
+
+    return seconds
 
 
 def on_device(found: Found, slug: str, dtype: str) -> Found:

@@ -23,6 +23,7 @@ from .common import Array, Shapes, table
 Index = NDArray[np.intp]
 
 NEUSIGHT = "https://github.com/sitar-lab/NeuSight"
+FILE = "kernels_fp32_neusight.parquet"
 GPUS = {
     "p4": "Tesla P4",
     "p100": "Tesla P100-PCIE-16GB",
@@ -65,7 +66,7 @@ COLLECTED_TILES = {"p4": SMALL_TILES}  # where that campaign's library was anoth
 
 def load(folder: Path, slug: str) -> pd.DataFrame:
     """m, n, k, b, seconds, group, a_copies, b_copies, campaign, entry of it: one row a measurement."""
-    measured = table(folder, "kernels_fp32_neusight.parquet")
+    measured = table(folder, FILE)
     measured = measured[measured.op.isin(["linear", "bmm"]) & (measured.gpu == GPUS[slug])]
     rows = pd.DataFrame(
         {
