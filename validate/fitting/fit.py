@@ -74,7 +74,7 @@ GEMMS = [*(("bf16", slug) for slug in gemm.BF16_FILES), *(("fp32", slug) for slu
 GEMM_CLASSES = {
     ("bf16", "sync_mma"): (gemm.SYNC, "bf16", gemm.SYNC_MMA),
     ("bf16", "any"): (gemm.ASYNC, "bf16", gemm.ASYNC_MMA),
-    ("fp32", "any"): (gemm.SGEMM, "fp32", sgemm.limited(sgemm.AMPERE)),
+    ("fp32", "any"): (gemm.AMPERE_SGEMM, "fp32", sgemm.limited(sgemm.AMPERE)),
 }
 BLACKWELL = ("b200", "b300", "gb200", "gb300")
 L40S_STREAM = 0.735e12  # B/s: weights read by bf16 GEMMs of one row in aiconfigurator's L40S measurements

@@ -48,11 +48,11 @@ BF16_FILES = {
 }
 SYNC = ("a100-80gb-sxm", "l40s")  # mma.sync and cp.async
 ASYNC = ("h100-sxm", "b200", "b300", "gb200", "gb300")  # wgmma or tcgen05, TMA copies
-# fp32 class: boards that run hand-written kernels (maxwell_, volta_, ampere_sgemm in the profiles); not the P4, which
-# was measured with two libraries.
-SGEMM = ("p100", "v100-32gb-pcie", "t4", "a100-40gb-pcie", "a100-80gb-pcie", "l4")
-# Those that stand for an H100: its generated kernels (sm80_xmma, cutlass) are of compute capability 8; an L4 runs some.
-BEFORE_HOPPER = ("a100-40gb-pcie", "a100-80gb-pcie", "l4")
+# fp32, by the kernels in the profiles. The class: boards of ampere_sgemm, as are the devices without rows of their own. They
+# also stand for an H100, whose generated kernels (sm80_xmma, cutlass) are of the same generation: an L4 runs some.
+AMPERE_SGEMM = ("a100-40gb-pcie", "a100-80gb-pcie", "l4")
+# Boards that stand for older ones (maxwell_sgemm, volta_sgemm); not the P4, which was measured with two libraries.
+SGEMM = ("p100", "v100-32gb-pcie", "t4", *AMPERE_SGEMM)
 
 SYNC_MMA = GemmParameters(k_step=32, k_latency=3.5, k_bubble=4.0, wave_tail=0.6)
 ASYNC_MMA = GemmParameters(k_step=64)
@@ -275,7 +275,7 @@ def _software(folder: Path, slug: str) -> str:
 def donors(slug: str, dtype: str) -> dict[str, float]:
     """Whose rows make the class default for a device that is left out, and their shares in it."""
     if dtype == "fp32":
-        others = [d for d in (BEFORE_HOPPER if slug == "h100-sxm" else SGEMM) if d != slug]
+        others = [d for d in (AMPERE_SGEMM if slug in (*AMPERE_SGEMM, "h100-sxm") else SGEMM) if d != slug]
         return dict.fromkeys(others, 1.0 / len(others))
     same = [d for d in (SYNC if slug in SYNC else ASYNC) if d != slug]
     if len(same) > 1:
