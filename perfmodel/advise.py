@@ -22,6 +22,7 @@ from .methods import Method
 from .predict import Model, Prediction, predict, resolve, with_options
 from .setup import Setup
 from .sharing import Shared
+from .step import no_collector
 
 EXHAUSTIVE = 96  # combinations of one method that are all tried; of more, one knob is turned at a time
 Progress = Callable[[int, int, str], None]  # methods done, methods in all, the next one
@@ -147,30 +148,46 @@ class _Space:
         return self.known[positions]
 
     @property
+    def origin(self) -> Positions:
+        """Every knob as the user has it."""
+        return (0,) * len(self.knobs)
+
+    @property
     def size(self) -> int:
         """All combinations."""
         return prod(map(len, self.knobs))
 
     def search(self) -> None:
-        """Try all combinations, or climb from where the user is, one knob at a time."""
+        """Try all combinations, or turn one knob at a time until no choice of any is better.
+
+        A round goes over the knobs from the last to the first and keeps the best choice of each: what makes a step
+        faster comes before what trades time for memory. So most knobs are settled when the dearest is turned, and after
+        the round that changes nothing every setup one choice away has been tried.
+        """
         if self.size <= EXHAUSTIVE:
             for positions in product(*(range(len(knob)) for knob in self.knobs)):
                 self.at(positions)
             return
-        here = (0,) * len(self.knobs)
-        while True:
-            around = [here, *self.neighbours(here)]
-            best = min(around, key=self._order)
-            if self._order(best) >= self._order(here):
-                return
-            here = best
+        here = self.origin
+        if not self.prefix:  # what each change buys from where the user is
+            for positions in self.neighbours(here):
+                self.at(positions)
+        before = None
+        while here != before:
+            before = here
+            for k in reversed(range(len(self.knobs))):
+                here = min([here, *self.turned(here, k)], key=self._order)
+
+    def turned(self, here: Positions, k: int) -> Iterator[Positions]:
+        """The other choices of one knob."""
+        for i in range(len(self.knobs[k])):
+            if i != here[k]:
+                yield (*here[:k], i, *here[k + 1 :])
 
     def neighbours(self, here: Positions) -> Iterator[Positions]:
         """One knob turned."""
-        for k, knob in enumerate(self.knobs):
-            for i in range(len(knob)):
-                if i != here[k]:
-                    yield (*here[:k], i, *here[k + 1 :])
+        for k in range(len(self.knobs)):
+            yield from self.turned(here, k)
 
     def _order(self, positions: Positions) -> tuple[bool, float]:
         candidate = self.at(positions)
@@ -230,10 +247,12 @@ def advise(
     for m in _distinct([start_method, *others]):
         prefix = () if m.spec() == start_method.spec() else (m.spec(),)
         spaces.append(_Space(m, setup, knobs(architecture, setup, m), evaluate, prefix))
+    spaces[0].known[spaces[0].origin] = start
     for i, space in enumerate(spaces):
         if progress:
             progress(i, len(spaces), space.method.spec())
-        space.search()
+        with no_collector():  # most of what a search makes is kept
+            space.search()
     return _answer(start, spaces, limit)
 
 
@@ -265,7 +284,7 @@ def _answer(start: Candidate, spaces: list[_Space], limit: float) -> Advice:
 
 def _path(start: Candidate, space: _Space, goal: Positions) -> list[Change]:
     """From the start to the goal: the method first, then always the knob that gains most."""
-    here: Positions = (0,) * len(goal)
+    here = space.origin
     path: list[Change] = []
     now = start
     if space.prefix and (first := space.at(here)):
@@ -295,11 +314,10 @@ def _alone(start: Candidate, spaces: list[_Space]) -> list[Change]:
     """Each change by itself, those that gain most time first."""
     changes = []
     for space in spaces:
-        origin: Positions = (0,) * len(space.knobs)
         if space.prefix:
-            found = [(space.prefix[0], space.at(origin))]
+            found = [(space.prefix[0], space.at(space.origin))]
         else:
-            found = [(_label(space, p), space.at(p)) for p in space.neighbours(origin)]
+            found = [(_label(space, p), space.at(p)) for p in space.neighbours(space.origin)]
         changes += [_change(label, start, after) for label, after in found if after]
     return sorted(changes, key=lambda c: c.seconds)
 

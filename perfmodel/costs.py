@@ -4,7 +4,7 @@ FLOPs count multiply and add as two, and only matrix products and attention, as 
 """
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -121,16 +121,16 @@ def flash2_backward_flops(g: Shape, q: Shape, k: Shape, *rest: Shape) -> Dim:
 
 def flops(op: Op) -> Dim:
     """FLOPs of one call."""
-    if op.name in products.NAMES:
-        return sum(product.flops for product in products.products(op))
     formula = _FLOPS.get(op.name)
-    return formula(*(s.shape for s in op.inputs)) if formula else 0
+    if formula:
+        return formula(*[s.shape for s in op.inputs])
+    return sum(product.flops for product in products.products(op)) if op.name in products.NAMES else 0
 
 
-GEMMS = (
+GEMMS = frozenset((
     "mm", "mm.out", "addmm", "addmm_", "addmm.out", "bmm", "lorafusion::xw_sb", "lorafusion::dys_dyb",
     "lorafusion::dyw_dsa",
-)  # fmt: skip
+))  # fmt: skip
 
 # CUDA kernels per ATen call where it is not 1, with the reason. To be confirmed on a GPU by the validation harness.
 KERNELS: dict[str, tuple[int, str]] = {
@@ -187,23 +187,29 @@ SOLVERS = {
 }  # fmt: skip
 
 
+READS = ("_local_scalar_dense", "_linalg_check_errors")  # of a result, by the host
+
+
 def synchronises(op: Op) -> bool:
     """Whether the host waits for the device in a call: it reads a result, or copies between pageable memory and it."""
-    if op.name in ("_local_scalar_dense", "_linalg_check_errors"):
+    if op.name in READS:
         return "host" not in op.attrs
-    return SOLVERS.get(op.name, False) or "sync" in op.attrs or "bus" in op.attrs
+    return SOLVERS.get(op.name, False) or (bool(op.attrs) and ("sync" in op.attrs or "bus" in op.attrs))
 
 
 def kernels(op: Op) -> Dim:
     """CUDA kernels that one call launches; 0 for views, for work on host tensors and for copies over the bus."""
-    if op.view or "host" in op.attrs or "bus" in op.attrs:
+    if op.view:
         return 0
-    if op.name in GEMMS:
-        return 1 + len(copied_operands(op))
-    if op.name.startswith("_fft"):
-        return _fft_kernels(op)
-    if "accumulate" in op.attrs:
-        return _KERNELS_OF_ACCUMULATION
+    if op.attrs:
+        if "host" in op.attrs or "bus" in op.attrs:
+            return 0
+        if op.name in GEMMS:
+            return 1 + len(copied_operands(op))
+        if op.name.startswith("_fft"):
+            return _fft_kernels(op)
+        if "accumulate" in op.attrs:
+            return _KERNELS_OF_ACCUMULATION
     if op.name in _LISTS:
         if op.launches is None:
             op.launches = _kernels_on_lists(op)
@@ -240,9 +246,12 @@ def mirrors(op: Op) -> bool:
     return op.name == "_fft_r2c" and "half" not in op.attrs
 
 
+LISTED = ("_foreach", "_fused", "bitsandbytes::optimizer")
+
+
 def by_lists(op: Op) -> bool:
     """Whether a call works on lists of tensors, as optimizers do."""
-    return op.name.startswith(("_foreach", "_fused", "bitsandbytes::optimizer"))
+    return op.name.startswith(LISTED)
 
 
 def _launches(tensors: tuple[Spec, ...], limit: int) -> Dim:
@@ -283,14 +292,18 @@ def _packed(tensors: tuple[tuple[int, int], ...], limit: int) -> int:
 
 def kind(op: Op) -> str:
     """The class of kernel an op belongs to, for totals and prices."""
-    name = op.name
+    return _kind(op.name, "host" in op.attrs)
+
+
+@cache
+def _kind(name: str, on_host: bool) -> str:
     if name in GEMMS or name in products.NAMES:
         return "gemm"
     if "attention" in name or "flash_attn" in name:
         return "attention"
     if name in SOLVERS:
         return "solver"
-    if by_lists(op) or "host" in op.attrs:
+    if name.startswith(LISTED) or on_host:
         return "optimizer"
     if name in ("inductor::rows", "inductor::columns"):
         return "reduction"

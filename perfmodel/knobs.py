@@ -31,7 +31,7 @@ Knob = tuple[Choice, ...]  # the first choice leaves everything as it is
 
 
 def knobs(architecture: Architecture, setup: Setup, method: Method) -> list[Knob]:
-    """The knobs that a method has in a setup."""
+    """The knobs that a method has in a setup; a search turns the last first (`perfmodel.advise`)."""
     found = [_memory(setup), _optimizer(setup), _kernels(architecture, setup), _attention(setup), _compile(setup)]
     if getattr(method, "inner", "") != "full":  # full weights of some blocks: nothing of an adapter to choose
         found += [_adapter_dtype(setup, method), _implementation(method)]

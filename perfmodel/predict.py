@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -18,7 +19,7 @@ from .grid import over_grid
 from .methods import Method
 from .periodic import PeriodicCost, PeriodicOps
 from .setup import Setup
-from .sharing import Shared
+from .sharing import Shared, recalled
 from .step import PHASES, Step
 from .tape.dims import Dim
 
@@ -213,8 +214,8 @@ def _predict(
 def of_step(built: Step, on: DeviceProfile, by: Host, shared: Shared | None = None) -> Prediction:
     """Count, price and compose a step, wherever its ops come from."""
     shared = shared or Shared()
-    durations = part_costs.durations(built, on, shared.durations)
-    time = step_time(built, on, by, durations)
+    durations = part_costs.durations(built, on, shared)
+    time = step_time(built, on, by, durations, shared)
     held = _memory(built)
     counted = _counted(built, shared)
     flops, recomputed = counted["flops"]["total"], counted["recomputed"]["total"]
@@ -293,7 +294,9 @@ def _counted(built: Step, shared: Shared) -> dict[str, Phases]:
     """Sums over the step by phase, for each thing that `part_costs.counts` counts."""
     sums: dict[str, Phases] = {}
     for part, times in built.parts():
-        for name, of_part in shared.count(part, part_costs.counts).items():
+        for name, of_part in recalled(
+            shared.counts, part, partial(part_costs.counts, part, shared.calls.get(part))
+        ).items():
             phases = sums.setdefault(name, dict.fromkeys(PHASES, 0))
             phases[part.phase] = phases[part.phase] + times * of_part
     for phases in sums.values():
@@ -309,12 +312,20 @@ def _periodic(ops: PeriodicOps, on: DeviceProfile, by: Host) -> PeriodicCost:
     return PeriodicCost(ops.what, ops.every, part_costs.seconds_of(parts, on, by), flops, nbytes)
 
 
-def step_time(built: Step, on: DeviceProfile, by: Host, durations: Sequence[np.ndarray] | None = None) -> Time:
+def step_time(
+    built: Step,
+    on: DeviceProfile,
+    by: Host,
+    durations: Sequence[np.ndarray] | None = None,
+    shared: Shared | None = None,
+) -> Time:
     """Compose the step's clocks part by part; a phase's time is what it adds to the later clock.
 
     Args:
         durations: device seconds of the ops of every part, if they are known already (`part_costs.durations`).
+        shared: with the clocks of parts that are known already.
     """
+    shared = shared or Shared()
     by = engine.under(by, built.setup.engine)
     clocks = timeline.launched(by.graph_launch) if built.setup.cuda_graphs and on.kind == "cuda" else timeline.IDENTITY
     phases: Phases = dict.fromkeys(PHASES, 0.0)
@@ -325,7 +336,9 @@ def step_time(built: Step, on: DeviceProfile, by: Host, durations: Sequence[np.n
         once: Phases = {}
         round_trip = timeline.IDENTITY
         for part in group.parts:
-            matrix, work = part_costs.clocks(part, next(priced), on, by, graphs=built.setup.cuda_graphs)
+            known: dict[str, Any] = {"graphs": built.setup.cuda_graphs, "calls": shared.calls.get(part)}
+            make = partial(part_costs.clocks, part, next(priced), on, by, **known)
+            matrix, work = recalled(shared.clocks, part, make)
             for name, seconds in work.items():
                 components[name] = components.get(name, 0.0) + seconds * part.repeat * group.repeat
             block = matrix.power(part.repeat)

@@ -7,7 +7,7 @@ their parts once.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from .methods.base import Method
 from .setup import Setup
@@ -16,6 +16,8 @@ from .tape.dims import Dim
 from .tape.op import Part
 
 Sums = dict[str, Dim]
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -57,23 +59,28 @@ class Shared:
     Attributes:
         micro_batches: by all that decides them.
         programs: what `torch.compile` makes, by what decides it (`passes.compile`).
-        counts, durations: of parts; what one run of it takes.
+        counts, durations, clocks, calls: of parts; what one run of it takes (`part_costs`).
+        prices: device seconds of calls, and what else they take.
     """
 
     micro_batches: dict[Any, MicroBatches] = field(default_factory=dict)
     programs: dict[Any, Any] = field(default_factory=dict)
     counts: dict[Part, Sums] = field(default_factory=dict)
     durations: dict[Part, Any] = field(default_factory=dict)
+    clocks: dict[Part, Any] = field(default_factory=dict)
+    calls: dict[Part, Any] = field(default_factory=dict)
+    prices: dict[Any, Any] = field(default_factory=dict)
 
-    def count(self, part: Part, make: Callable[[Part], Sums]) -> Sums:
-        """The counts of a part, made if they are not known."""
-        if part not in self.counts:
-            self.counts[part] = make(part)
-        return self.counts[part]
+
+def recalled(known: dict[K, V], key: K, make: Callable[[], V]) -> V:
+    """What is known under a key, made if it is not."""
+    if key not in known:
+        known[key] = make()
+    return known[key]
 
 
 def key(method: Method, setup: Setup) -> Any:
     """What decides the micro-batches of a model on a device; None where the optimizer has a say in them."""
     if setup.engine != "torch":
         return None
-    return method.spec(), replace(setup, optimizer="adamw", clip_grad=Setup.clip_grad)
+    return method.plain(setup.dtype).spec(), replace(setup, optimizer="adamw", clip_grad=Setup.clip_grad)

@@ -149,7 +149,7 @@ def method(draw: DrawFn, wild: bool = True) -> str:
 
 # option or argument -> values that are right, values that are not
 NAMES: dict[str, tuple[list[str], list[str]]] = {
-    "model": (["tiny/config.json", "tiny-gpt2/config.json", "tiny", "tiny-gpt2", "tiny-bert", "[", "gpt2"],
+    "model": (["tiny/config.json", "tiny-gpt2/config.json", "tiny", "tiny-gpt2", "tiny-bert", "tiny-qwen", "[", "gpt2"],
               ["broken.json", "nowhere/config.json", "mine.toml", "no/model"]),
     "device": (["l40s", "h100-sxm", "A100", "t4", "cpu-epyc-genoa-2c", "mine.toml"], ["broken.toml", "broken.json"]),
     "host": (["default"], ["mine.toml", "broken.toml", "nowhere.toml"]),
@@ -224,7 +224,13 @@ QUICK = [name for name in COMMANDS if name not in MEASURING]
 
 def write_folder(folder: Path, small: dict[str, dict[str, Any]], configs: Path, device: str) -> None:
     """The files that command lines name: small models, a device, training configs, and broken ones."""
-    for name, kind in (("tiny", "llama"), ("tiny-gpt2", "gpt2"), ("tiny-bert", "bert"), ("[", "llama")):
+    for name, kind in (
+        ("tiny", "llama"),
+        ("tiny-gpt2", "gpt2"),
+        ("tiny-bert", "bert"),
+        ("tiny-qwen", "qwen"),
+        ("[", "llama"),
+    ):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(small[kind]))
     (folder / "mine.toml").write_text(device)

@@ -14,6 +14,10 @@ from validate.oracle.counts import SMALL
 
 NAMES = tuple(SMALL)
 METHODS = ("full", "lora:r=4", "lora:r=4,targets=all-linear,dropout=0.1", "top_k:k=1", "top_k:k=1,inner=lora", "norm")
+QWEN = {  # no program of transformers', so not among those that are traced
+    "model_type": "qwen", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "kv_channels": 16, "vocab_size": 128,
+}  # fmt: skip
 LAYERS_KEY = {"gpt2": "n_layer", "gpt_neo": "num_layers"}
 
 

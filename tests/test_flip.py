@@ -4,7 +4,8 @@ https://github.com/QwenLM/Qwen/blob/2df8e8ac45/README.md#profiling-of-memory-and
 eight micro-batches a step, flash-attn 2, seconds a step to 0.1 s. What the scripts set (finetune/, at 69a7eebbf5):
 finetune_ds.sh runs full fine-tuning through DeepSpeed (ds_config_zero3.json; the README: "we use DeepSpeed ZeRO 3 in
 this script"), finetune_lora_single_gpu.sh runs LoRA without, in bf16 autocast; both checkpoint, reentrantly as PyTorch
-2.0 does by default. LoRA r=64 with dropout 0.05 on all linears, its adapters in bf16 (peft of 2023).
+2.0 does by default. LoRA r=64 with dropout 0.05 on all linears. Their image (docker/Dockerfile, at 6c467b507b) has peft
+0.5.0, whose adapters are fp32 beside a bf16 base, and flash-attn 2.3.3 with its norm kernel.
 """
 
 from functools import cache
@@ -15,35 +16,46 @@ from perfmodel import Setup, compare
 from perfmodel.compare import Comparison
 
 MEASURED = {256: (2.1, 1.0), 2048: (2.3, 1.7), 4096: (2.8, 3.3), 8192: (5.6, 6.8)}  # tokens: full, LoRA
-LORA = "lora:r=64,targets=all-linear,dropout=0.05,adapter_dtype=bf16"
+LORA = "lora:r=64,targets=all-linear,dropout=0.05"
+LONG = (4096, 8192)
 
 
 @cache
-def table(seq: int, full: str = "full:engine=deepspeed-zero3") -> Comparison:
+def table(seq: int, full: str = "full:engine=deepspeed-zero3", host: str = "default") -> Comparison:
     """`perfmodel compare --methods full:engine=deepspeed-zero3 lora:...`."""
     setup = Setup(
         batch=1, seq=seq, grad_accum=8, dtype="bf16", amp="bf16", checkpoint="block-reentrant", attention="flash2"
     )
-    return compare("qwen1.5-1.8b", [full, LORA], setup, "a100-80gb-sxm")
+    return compare("qwen-1.8b", [full, LORA], setup, "a100-80gb-sxm", host=host)
 
 
-def seconds(seq: int, full: str = "full:engine=deepspeed-zero3") -> tuple[float, float]:
-    first, second = table(seq, full).predictions
+def seconds(seq: int, full: str = "full:engine=deepspeed-zero3", host: str = "default") -> tuple[float, float]:
+    first, second = table(seq, full, host).predictions
     return float(first.time.phases["total"]), float(second.time.phases["total"])
 
 
-@pytest.mark.parametrize("seq", MEASURED)
-def test_which_is_faster_flips_with_the_length(seq: int) -> None:
-    """The sign at every measured length, no more: at 4096 and 8192 the predicted 3 and 4 % count as the same."""
-    full, lora = MEASURED[seq]
-    assert (full > lora) == (table(seq).speedups[0].ratio > 1)
+@pytest.mark.parametrize(("seq", "verdict"), [(256, "faster"), (4096, "slower"), (8192, "slower")])
+def test_the_verdict_flips_with_the_length(seq: int, verdict: str) -> None:
+    """What `compare` answers, by its own rule of 5 %."""
+    assert table(seq).speedups[0].verdict == verdict
 
 
-@pytest.mark.parametrize("seq", MEASURED)
-def test_both_times_are_near_what_was_measured(seq: int) -> None:
-    """Two errors of the same sign could hide in a ratio: within 25 % each, the rounding taken off."""
+@pytest.mark.parametrize("seq", LONG)
+def test_times_are_near_what_was_measured_where_the_gpu_works(seq: int) -> None:
+    """Nothing waits for the host there: each within 5 %, the rounding taken off, and the speed-up too."""
     for predicted, measured in zip(seconds(seq), MEASURED[seq], strict=True):
-        assert abs(predicted - measured) - 0.05 <= 0.25 * measured
+        assert abs(predicted - measured) - 0.05 <= 0.05 * measured
+    full, lora = MEASURED[seq]
+    assert (full - 0.05) / (lora + 0.05) * 0.95 < table(seq).speedups[0].ratio < (full + 0.05) / (lora - 0.05) * 1.05
+
+
+@pytest.mark.parametrize("seq", [256, 2048])
+def test_where_the_host_is_the_limit_its_speed_decides(seq: int) -> None:
+    """Theirs is unknown, between the default one and half its speed; with the latter 2048 tokens come out right too."""
+    for fast, slow, measured in zip(seconds(seq), seconds(seq, host="half-speed"), MEASURED[seq], strict=True):
+        assert fast - 0.05 <= measured <= slow + 0.05
+    full, lora = seconds(seq, host="half-speed")
+    assert full > 1.3 * lora
 
 
 def test_the_cause_is_the_engine_at_short_and_the_adapters_at_long_sequences() -> None:

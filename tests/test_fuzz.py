@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from fuzzing import QUICK, command_line, json_file, mangled, mutated, tries, write_folder
-from helpers import SMALL
+from helpers import QWEN, SMALL
 from hypothesis import event, given
 from hypothesis import strategies as st
 from test_check import written
@@ -31,7 +31,7 @@ SETUP = ["--batch", "2", "--seq", "16", "--device", "l40s"]
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with small models and configs; the hub cannot be reached."""
-    write_folder(tmp_path, SMALL, CONFIGS, GOOD)
+    write_folder(tmp_path, {**SMALL, "qwen": QWEN}, CONFIGS, GOOD)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -78,7 +78,7 @@ def test_any_command_line_ends_in_an_answer_or_one_line(command: str) -> None:
 
 @pytest.mark.usefixtures("folder")
 @tries(100)
-@given(st.sampled_from([*SMALL.values()]).flatmap(json_file), st.sampled_from(["full", "lora:r=2"]))
+@given(st.sampled_from([*SMALL.values(), QWEN]).flatmap(json_file), st.sampled_from(["full", "lora:r=2"]))
 def test_any_model_config(content: bytes, name: str) -> None:
     """A config.json as it comes: keys missing, of another type, out of any range."""
     Path("model.json").write_bytes(content)

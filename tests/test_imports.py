@@ -33,7 +33,7 @@ EXPECTED: dict[str, tuple[str | None, dict[str, Any]]] = {
          "optimizer": "adamw"},
     ),
     "axolotl/qlora-8b.yml": (
-        "qlora:r=64,targets=all-linear,dropout=0.05",
+        "qlora:r=64,targets=all-linear,dropout=0.05,modules_to_save=embed_tokens+lm_head",
         {**AMP, "batch": 1, "seq": 4096, "grad_accum": 4, "optimizer": "paged-adamw-8bit", "checkpoint": "block"},
     ),
     "axolotl/full-3b.yml": ("full", {**AMP, "seq": 8192, "kernels": "liger", "clip_grad": True, "grad_accum": 8}),
@@ -50,7 +50,7 @@ EXPECTED: dict[str, tuple[str | None, dict[str, Any]]] = {
         {"dtype": "fp32", "amp": None, "clip_grad": False, "optimizer": "sgd", "attention": "sdpa"},
     ),
     "llama_factory/lora-sft.yaml": (
-        "lora:r=8,targets=all-linear",
+        "lora:r=8,targets=all-linear,modules_to_save=embed_tokens+lm_head",
         {**AMP, "batch": 1, "seq": 2048, "grad_accum": 8, "checkpoint": "block-reentrant"},
     ),
     "llama_factory/lora-qv-pretrain.yaml": (
@@ -89,6 +89,9 @@ EXPECTED: dict[str, tuple[str | None, dict[str, Any]]] = {
     ),
     "trl/sft-rslora.json": ("rslora:r=64,targets=q_proj+v_proj", {"batch": 2, "seq": 1024}),
     "peft/lora.json": ("lora:r=16,targets=q_proj+v_proj,dropout=0.05", {}),
+    "peft/lora-new-tokens.json": (
+        "lora:r=16,targets=q_proj+v_proj,dropout=0.05,modules_to_save=embed_tokens+lm_head", {},
+    ),
     "peft/dora-top-layers.json": ("dora:r=4,targets=c_attn,layers_to_transform=10+11", {}),
     "peft/vera.json": ("vera:r=256,targets=q_proj+v_proj", {}),
     "peft/ia3.json": ("ia3:targets=k_proj+v_proj+down_proj,feedforward=down_proj", {}),

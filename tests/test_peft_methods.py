@@ -46,6 +46,9 @@ def cells() -> Any:
             setup["checkpoint"] = ("none", "block")[(j + i // 2) % 2]
             yield pytest.param(name, method, setup, id=f"{name} {method} {'-'.join(map(str, setup.values()))}")
     rare: tuple[tuple[str, str, dict[str, Any]], ...] = (
+        ("llama", "lora:r=4,modules_to_save=embed_tokens+lm_head", {"checkpoint": "block"}),
+        ("mistral", "lora:r=4,dropout=0.1,modules_to_save=lm_head", {"dtype": "fp32", "amp": "bf16"}),
+        ("llama", "dora:r=4,modules_to_save=embed_tokens,adapter_dtype=bf16", {"grad_accum": 2}),
         ("llama", "lokr:r=1,factor=4,decompose_both=true", {}),
         ("opt", "miss:r=8", {"dtype": "fp32"}),
         ("llama", "rslora:r=4", {}),

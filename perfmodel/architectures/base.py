@@ -87,6 +87,7 @@ class Architecture:
 
     layer_path: ClassVar[str]  # where blocks live in the transformers module tree
     has_liger: ClassVar[bool] = False  # whether Liger brings kernels for it
+    reads_cache: ClassVar[bool] = True  # whether its attention takes keys and values from transformers' cache
 
     @classmethod
     def from_config(cls, config: Config) -> "Architecture":
@@ -187,7 +188,7 @@ class Scope:
                 trainable = method.trains(name, kind, self.layer)
             made = self._make(self.path + name, shape, dtype or method.base_dtype(self.dtype), kind, trainable)
             if kind != "adapter" and method.copies(name, kind):
-                made = self._make(f"{made.name} (trained copy)", shape, self.dtype, "adapter", True)
+                made = self._make(f"{made.name} (trained copy)", shape, made.dtype, "adapter", True)
             self.made[name] = made
         return self.made[name]
 

@@ -8,7 +8,8 @@ rows may see. With S = sm_count and P = peak FLOP/s:
     work      = batch * heads * (cells * cell + blocks * cta_overhead) / S             every SM busy all the time
     longest   = alone * (ROWS * seq_kv * cell + cta_overhead)                          the last row block, alone
     compute   = (work**p + longest**p)**(1/p)                   wave quantisation: list scheduling of unequal CTAs
-    memory    = bytes of q, k, v, o over the bandwidth of where they live (L2 or DRAM)
+    memory    = bytes of q, k, v, o, and of a mask once for every head, over the bandwidth of where they live
+                (L2 or DRAM)
     time      = launch_floor + compute + exposed_memory * memory
 
 `exposed_memory` is the part of the traffic that the compute does not hide.
@@ -98,6 +99,7 @@ def attention_forward_time(
     heads: ArrayLike,
     kv_heads: ArrayLike,
     head_dim: ArrayLike,
+    mask_item: ArrayLike = 0.0,
     *,
     hardware: Hardware,
     parameters: AttentionParameters,
@@ -106,18 +108,22 @@ def attention_forward_time(
 ) -> Array:
     """Seconds of one fused attention forward, floor included.
 
+    Args:
+        mask_item: bytes of a mask's element, which every head reads for each of its pairs; 0 without a mask.
+
     >>> a100 = Hardware(108, 1.41e9, 80e9, 2.039e12, 40e6, 19.5e12, 156e12, 312e12, 312e12)
     >>> seconds = attention_forward_time(4, 4096, 4096, 32, 8, 128, hardware=a100, parameters=AttentionParameters())
     >>> f"{seconds * 1e3:.1f} ms"
     '3.2 ms'
     """
-    b, sq, skv, h, hkv, d = _floats(batch, seq_q, seq_kv, heads, kv_heads, head_dim)
+    b, sq, skv, h, hkv, d, item = _floats(batch, seq_q, seq_kv, heads, kv_heads, head_dim, mask_item)
     cells, blocks, longest = _cells(sq, skv, causal)
     cell = _cell_time(4.0, d, hardware, parameters, dtype)
     overhead = parameters.cta_overhead / hardware.clock_hz
     compute = _schedule(b * h, cells, blocks, longest, cell, overhead, hardware, parameters)
     moved = 2.0 * b * d * ITEMSIZE[dtype] * (sq * h + skv * hkv)  # q and o, k and v
     memory = moved * seconds_per_byte(moved, hardware, parameters.l2_ratio)
+    memory = memory + _mask_time(b, h, sq * skv * item, hardware, parameters)
     return parameters.launch_floor + compute + parameters.exposed_memory * memory
 
 
@@ -128,6 +134,7 @@ def attention_backward_time(
     heads: ArrayLike,
     kv_heads: ArrayLike,
     head_dim: ArrayLike,
+    mask_item: ArrayLike = 0.0,
     *,
     hardware: Hardware,
     parameters: AttentionParameters,
@@ -150,7 +157,14 @@ def attention_backward_time(
     side_kernels = 3.0 * q + 2.0 * accumulator + 2.0 * expanded  # nothing to hide behind
     main = parameters.exposed_memory * (3.0 * q + 4.0 * kv)
     per_byte = seconds_per_byte(4.0 * q + 4.0 * kv + accumulator, hardware, parameters.l2_ratio)
-    return parameters.backward_launch_floor + compute + (main + side_kernels) * per_byte
+    (mask,) = _floats(sq * skv * np.asarray(mask_item))
+    masked = parameters.exposed_memory * _mask_time(b, h, mask, hardware, parameters)
+    return parameters.backward_launch_floor + compute + (main + side_kernels) * per_byte + masked
+
+
+def _mask_time(batch: Array, heads: Array, nbytes: Array, hardware: Hardware, parameters: AttentionParameters) -> Array:
+    """Seconds of reading a sample's mask of `nbytes` once for every head."""
+    return batch * heads * nbytes * seconds_per_byte(batch * nbytes, hardware, parameters.l2_ratio)
 
 
 def seconds_per_byte(footprint: Array, hardware: Hardware, l2_ratio: float) -> Array:

@@ -15,7 +15,8 @@ sets are those in the kernel names of NeuSight's profiles, https://github.com/si
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from functools import cache
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,11 +24,14 @@ from numpy.typing import ArrayLike, NDArray
 from .hardware import ITEMSIZE, Hardware
 
 Array = NDArray[np.float64]
+Numbers = NDArray[np.intp]
 Layout = Literal["tn", "nn", "nt"]
+LAYOUTS: tuple[Layout, ...] = ("tn", "nn", "nt")
 Tiles = tuple[tuple[int, int], ...]
 
 SPLIT_WAVES = 2  # a split of k fills so many waves of the SMs at most
 CHUNK = 16_384  # shapes evaluated together: bounds the working set
+TOGETHER = 4_096  # the same for shapes x tiles, where there are few shapes
 
 # (rows of C, columns of C) of the thread-block tiles that the libraries offer.
 TENSOR_CORE_TILES: Tiles = (
@@ -119,7 +123,7 @@ class _Rates:
     kept_bytes: float  # of L2 between two uses
     item: float  # bytes of an element of A and B
     out_item: float  # bytes of an element of C
-    math: float  # FLOP/s of the main loop, all SMs, before derating
+    math: float  # FLOP/s of the main loop in forward layout, all SMs, before derating
     sm_load: float  # B/s that one SM loads from L2
     dram: float  # B/s of long streams
     l2: float  # B/s of one pass over data in L2
@@ -129,7 +133,7 @@ class _Rates:
     dram_power: float  # s in which it may draw that of a byte from or to DRAM
 
     @classmethod
-    def of(cls, hw: Hardware, p: GemmParameters, dtype: str, out_item: float | None, layout: Layout) -> "_Rates":
+    def of(cls, hw: Hardware, p: GemmParameters, dtype: str, out_item: float | None) -> "_Rates":
         item, peak = ITEMSIZE[dtype], hw.peak(dtype)
         lanes = hw.lanes if peak == hw.fp32_flops else 1.0
         sm_load = peak / hw.sm_count / (p.tile_balance * lanes)
@@ -141,7 +145,7 @@ class _Rates:
             kept_bytes=p.l2_share * hw.l2_bytes,
             item=item,
             out_item=item if out_item is None else float(out_item),
-            math=peak * p.math_efficiency * p.sustained / p.slowdown(layout),
+            math=peak * p.math_efficiency * p.sustained,
             sm_load=sm_load,
             dram=dram,
             l2=max(dram, sm_load * hw.sm_count * p.l2_stream),
@@ -172,8 +176,8 @@ def gemm_time(
     parameters: GemmParameters,
     dtype: str = "bf16",
     output_itemsize: float | None = None,
-    accumulate: bool = False,
-    layout: Layout = "tn",
+    accumulate: ArrayLike = False,
+    layout: Layout | Array = "tn",
     a_copies: ArrayLike = 1.0,
     b_copies: ArrayLike = np.inf,
 ) -> Array:
@@ -184,8 +188,8 @@ def gemm_time(
         hardware, parameters: the device's datasheet and fitted figures.
         dtype: of A and B: bf16, fp16, tf32 or fp32.
         output_itemsize: bytes of an element of C; as A and B if None.
-        accumulate: C is read before it is written.
-        layout: 'tn' forward, 'nn' input gradient, 'nt' weight gradient.
+        accumulate: whether C is read before it is written.
+        layout: 'tn' forward, 'nn' input gradient, 'nt' weight gradient; or of each product `parameters.slowdown` of it.
         a_copies, b_copies: how many different A and B the caller cycles through before it uses the same one again:
             1 for an activation that was just written, infinity for a weight that is next used in the next step. That
             decides what is still in L2.
@@ -194,8 +198,10 @@ def gemm_time(
     >>> f"{gemm_time(4096, 4096, 4096, hardware=h100, parameters=GemmParameters()) * 1e6:.0f} us"
     '180 us'
     """
-    rates = _Rates.of(hardware, parameters, dtype, output_itemsize, layout)
-    given = [np.asarray(x, dtype=np.float64) for x in (m, n, k, batch, a_copies, b_copies)]
+    rates = _Rates.of(hardware, parameters, dtype, output_itemsize)
+    slowdown = parameters.slowdown(layout) if isinstance(layout, str) else layout
+    columns = (m, n, k, batch, a_copies, b_copies, slowdown, np.add(1.0, accumulate))
+    given = [np.asarray(x, dtype=np.float64) for x in columns]
     shape = np.broadcast_shapes(*(x.shape for x in given))
     out = np.empty(shape)
     rows = out.reshape(-1, shape[-1] if shape else 1)
@@ -204,43 +210,18 @@ def gemm_time(
         of_row = [x[tuple(min(i, d - 1) for i, d in zip(index, x.shape, strict=False))].reshape(-1) for x in aligned]
         for start in range(0, len(row), CHUNK):
             part = slice(start, start + CHUNK)
-            m1, n1, k1, b1, a_reuse, b_reuse = (x if len(x) == 1 else x[part] for x in of_row)
-            near, far = _bytes(m1, n1, k1, b1, a_reuse, b_reuse, rates, accumulate)
+            m1, n1, k1, b1, a_reuse, b_reuse, slower, c_passes = (x if len(x) == 1 else x[part] for x in of_row)
+            near, far = _bytes(m1, n1, k1, b1, a_reuse, b_reuse, c_passes, rates)
             memory = near / rates.l2 + far / rates.dram
-            row[part] = _best(m1, n1, k1, b1, memory, far * rates.dram_power, rates)
+            row[part] = _best(m1, n1, k1, b1, memory, far * rates.dram_power, slower, rates)
     return parameters.launch_clocks / hardware.clock_hz + out
 
 
-def _best(m: Array, n: Array, k: Array, b: Array, memory: Array, drawn: Array, r: _Rates) -> Array:
-    """Seconds of the best tile and split, without the launch floor; what differs between shapes is an array."""
-    k_padded = np.ceil(k / r.p.k_step) * r.p.k_step
-    k_splits = np.clip(k_padded / r.p.k_split, 1.0, r.p.max_split)
-    partials = b * m * n * (4.0 * r.p.split_traffic / r.l2)
-    whole, divided = np.full(memory.shape, np.inf), np.full(memory.shape, np.inf)
-    product = _Product(_flop_time(k, r), k_padded, k_splits, memory, drawn, partials)
-    sets: list[tuple[Tiles, NDArray[np.bool_] | None]] = [(r.p.tiles, None)]
-    if r.p.batched_tiles is not None:
-        sets = [(r.p.tiles, b > 1), (r.p.batched_tiles, b <= 1)]
-    for tiles, excluded in sets:
-        if excluded is not None and excluded.all():
-            continue
-        along_m, along_n = (_cuts(x, {tile[i] for tile in tiles}) for i, x in enumerate((m, n)))
-        for tile_m, tile_n in tiles:
-            at_once, few, split = _with_tile((tile_m, tile_n), along_m[tile_m], along_n[tile_n], b, product, r)
-            if excluded is not None:
-                at_once = np.where(excluded, np.inf, at_once)
-                split = np.where(np.broadcast_to(excluded, whole.shape)[few], np.inf, split)
-            np.minimum(whole, at_once, out=whole)
-            divided[few] = np.minimum(divided[few], split)
-    if not r.flop_power:  # memory time is the same for every tile: the best of them is the one with the least SM time
-        whole = _overlap(_throttled(whole, r), memory, r.p.overlap_loss)
-    return np.asarray(np.minimum(whole, divided))
-
-
 class _Product(NamedTuple):
-    """What does not depend on the tile."""
+    """What does not depend on the tile, each of shape (1, products) or (1, 1)."""
 
-    flop_time: Array | float  # s of one FLOP on one SM
+    batch: Array
+    flop_time: Array  # s of one FLOP on one SM
     k_padded: Array
     k_splits: Array  # most parts of k
     memory: Array  # s
@@ -248,53 +229,104 @@ class _Product(NamedTuple):
     partials: Array  # s for one split's share of the partial sums
 
 
-def _cuts(extent: Array, sides: set[int]) -> dict[int, tuple[Array | float, Array]]:
-    """For each side of a tile, how much of it an extent of C fills, and how many of them cover it."""
-    least = extent.min()
-    return {
-        side: (float(side) if least >= side else np.minimum(extent, side), np.ceil(extent / side)) for side in sides
-    }
+def _best(m: Array, n: Array, k: Array, b: Array, memory: Array, drawn: Array, slowdown: Array, r: _Rates) -> Array:
+    """Seconds of the best tile and split, without the launch floor; what differs between shapes is an array."""
+    k_padded = np.ceil(k / r.p.k_step) * r.p.k_step
+    k_splits = np.clip(k_padded / r.p.k_split, 1.0, r.p.max_split)
+    partials = b * m * n * (4.0 * r.p.split_traffic / r.l2)
+    whole, divided = np.full(memory.shape, np.inf), np.full(memory.shape, np.inf)
+    of_products = (b, _flop_time(k, r) * slowdown, k_padded, k_splits, memory, drawn, partials)
+    product = _Product(*(x.reshape(1, -1) for x in of_products))
+    sets: list[tuple[Tiles, NDArray[np.bool_] | None]] = [(r.p.tiles, None)]
+    if r.p.batched_tiles is not None:
+        sets = [(r.p.tiles, b > 1), (r.p.batched_tiles, b <= 1)]
+    along_m, along_n = _Extent(m), _Extent(n)
+    at_once = max(1, TOGETHER // memory.size)
+    for tiles, excluded in sets:
+        if excluded is not None and excluded.all():
+            continue
+        for start in range(0, len(tiles), at_once):
+            some, where, split = _with_tiles(tiles[start : start + at_once], along_m, along_n, product, r)
+            np.minimum(whole, some if excluded is None else np.where(excluded, np.inf, some), out=whole)
+            if excluded is not None:
+                split = np.where(np.broadcast_to(excluded, whole.shape)[where], np.inf, split)
+            if at_once == 1:
+                divided[where] = np.minimum(divided[where], split)
+            else:  # a product may be there with several tiles
+                np.minimum.at(divided, where, split)
+    if not r.flop_power:  # memory time is the same for every tile: the best of them is the one with the least SM time
+        whole = _overlap(_throttled(whole, r), memory, r.p.overlap_loss)
+    return np.asarray(np.minimum(whole, divided))
 
 
-def _with_tile(
-    tile: tuple[int, int],
-    along_m: tuple[Array | float, Array],
-    along_n: tuple[Array | float, Array],
-    b: Array,
-    product: _Product,
-    r: _Rates,
-) -> tuple[Array, Any, Array]:
-    """With one tile of (rows, columns): seconds of whole k; for which products a split pays, and seconds in all.
+class _Extent:
+    """Rows or columns of C, of many products, and how tiles cut them."""
 
-    Of whole k in all where power is limited, else of the SMs alone.
+    def __init__(self, extent: Array) -> None:
+        self.extent = extent
+        self.least = extent.min()
+        self.known: dict[tuple[int, ...], tuple[Array, Array]] = {}
+
+    def cut(self, sides: tuple[int, ...]) -> tuple[Array, Array]:
+        """How much of each tile an extent fills, and how many of them cover it, (tiles, products or 1)."""
+        if sides not in self.known:
+            column = _column(sides)
+            filled = column if self.least >= max(sides) else np.minimum(self.extent, column)
+            self.known[sides] = filled, np.ceil(self.extent / column)
+        return self.known[sides]
+
+
+@cache
+def _column(sides: tuple[int, ...]) -> Array:
+    return np.array(sides, dtype=np.float64).reshape(-1, 1)
+
+
+def _with_tiles(
+    tiles: Tiles, along_m: _Extent, along_n: _Extent, product: _Product, r: _Rates
+) -> tuple[Array, Numbers, Array]:
+    """Seconds of whole k with the best of some tiles; which products a split of k may pay for, and seconds of that.
+
+    Of whole k in all where power is limited, else of the SMs alone. A product is there once for each tile.
     """
-    (rows, down), (cols, across) = along_m, along_n
+    heights, widths = zip(*tiles, strict=True)
+    (rows, down), (cols, across) = along_m.cut(heights), along_n.cut(widths)
     # Padding is computed but not loaded: a thin GEMM wastes the math pipe, not bandwidth.
-    least = np.maximum((2 * tile[0] * tile[1]) * product.flop_time, r.k_latency)
+    whole_rows, whole_cols = _column(heights), _column(widths)
+    flops = 2.0 * whole_rows * whole_cols
+    least = np.maximum(flops * product.flop_time, r.k_latency)
     slice_time = np.maximum((rows + cols) * (r.item / r.sm_load), least)
     main_loop = product.k_padded * (slice_time + r.k_bubble)
     fill_drain = rows * cols * (r.p.epilogue * r.out_item / r.sm_load)
-    waves = down * (across * b / r.sm_count)
-    whole = _waves(waves, r.p.wave_tail) * (fill_drain + main_loop)
+    waves = down * (across * product.batch / r.sm_count)
+    seconds = _waves(waves, r.p.wave_tail) * (fill_drain + main_loop)
     drawn = product.drawn
     if r.flop_power:
-        energy = 2 * tile[0] * tile[1] + (tile[0] + tile[1]) * (r.item * r.p.load_energy)  # of a k-slice, in FLOPs
-        drawn = drawn + down * across * b * product.k_padded * (energy * r.flop_power)
-        whole = np.maximum(_overlap(_throttled(whole, r), product.memory, r.p.overlap_loss), drawn)
-    few = waves < SPLIT_WAVES  # most products of a large grid fill the SMs without a split
-    if not few.any():
-        return whole, slice(0), np.asarray(np.inf)
-    where = np.flatnonzero(few) if few.size > 1 else slice(None)
-    divided = _divided(where, waves, fill_drain, main_loop, product, r)
-    return whole, where, np.maximum(divided, drawn[where]) if r.flop_power else divided
+        energy = flops + (whole_rows + whole_cols) * (r.item * r.p.load_energy)  # of a k-slice, in FLOPs
+        drawn = drawn + down * across * product.batch * product.k_padded * (energy * r.flop_power)
+        seconds = np.maximum(_overlap(_throttled(seconds, r), product.memory, r.p.overlap_loss), drawn)
+    whole = _least(seconds)
+    where = np.flatnonzero(np.broadcast_to(waves < SPLIT_WAVES, (len(tiles), product.memory.size)))
+    if not len(where):  # most products of a large grid fill the SMs without a split
+        return whole, where, np.empty(0)
+    tile, of = (where, where) if len(tiles) == 1 else divmod(where, product.memory.size)
+
+    def chosen(x: Array) -> Array:
+        return x.reshape(1) if x.size == 1 else x.take(of if len(x) == 1 else tile if x.shape[1] == 1 else where)
+
+    given = (waves, fill_drain, main_loop, product.k_splits, product.memory, product.partials)
+    divided = _divided(r, *map(chosen, given))
+    return whole, of, np.maximum(divided, chosen(drawn)) if r.flop_power else divided
+
+
+def _least(x: Array) -> Array:
+    """The least over tiles."""
+    return np.asarray(x[0] if len(x) == 1 else x.min(axis=0))
 
 
 def _divided(
-    where: Any, waves: Array, fill_drain: Array | float, main_loop: Array, product: _Product, r: _Rates
+    r: _Rates, unsplit: Array, ends: Array, loop: Array, k_splits: Array, memory: Array, partials: Array
 ) -> Array:
-    """Seconds of some products with k split so that the blocks fill 1 or 2 waves; infinite where that is no split."""
-    given: tuple[Any, ...] = (waves, fill_drain, main_loop, product.k_splits, product.memory, product.partials)
-    unsplit, ends, loop, k_splits, memory, partials = (x[where] if np.size(x) > 1 else x for x in given)
+    """Seconds with k split so that the blocks fill 1 or 2 waves; infinite where that is no split."""
     best = np.asarray(np.inf)
     for filled_waves in range(1, SPLIT_WAVES + 1):
         split = np.minimum(np.maximum(filled_waves / unsplit, 1.0), k_splits)
@@ -338,7 +370,7 @@ def _overlap(x: Array, y: Array, loss: float) -> Array:
 
 
 def _bytes(
-    m: Array, n: Array, k: Array, b: Array, a_copies: Array, b_copies: Array, r: _Rates, accumulate: bool
+    m: Array, n: Array, k: Array, b: Array, a_copies: Array, b_copies: Array, c_passes: Array, r: _Rates
 ) -> tuple[Array, Array]:
     """Bytes of A, B and C moved once, (from or to L2, from or to DRAM): by what was touched since their last use."""
     size_a, size_b, size_c = b * m * k * r.item, b * k * n * r.item, b * m * n * r.out_item
@@ -347,7 +379,7 @@ def _bytes(
     never = np.isinf(b_copies).all()  # as every weight
     hit_b = 0.0 if never else _hit((b_copies * size_b + common * size_a + size_c) / r.kept_bytes)
     hit_c = _hit((size_a + size_b + size_c) / (r.kept_bytes * r.p.l2_written))
-    moved_c = size_c * (2.0 if accumulate else 1.0)
+    moved_c = size_c * c_passes
     near = size_a * hit_a + size_b * hit_b + moved_c * hit_c
     far = size_a * (1.0 - hit_a) + size_b * (1.0 - hit_b) + moved_c * (1.0 - hit_c) * r.p.write_cost
     return near, far

@@ -95,7 +95,7 @@ class Host:
             python = self.module * part.modules + self.adapter * part.adapters + self.node * part.nodes
             python += self.checkpoint * part.checkpoints + self.hook * part.hooks
             python += self.fetch * part.weights + self.release * part.returns + self.reduce * part.gradients
-        launches = np.array([0 if op.view or "host" in op.attrs else 1 for op in part.ops])
+        launches = np.array([op.launched for op in part.ops])
         return np.array(seconds) + launch * launches + python / max(1, len(seconds))
 
     def _compiled(self, part: Part, device: str) -> np.ndarray:

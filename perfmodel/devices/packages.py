@@ -1,4 +1,5 @@
-"""Which price model kernels that are no ATen calls take: of bitsandbytes, Liger, Unsloth, LoRAFusion and Inductor.
+"""Which price model kernels that are no ATen calls take: of bitsandbytes, flash-attn, Liger, Unsloth,
+LoRAFusion and Inductor.
 
 Their names carry a namespace (`liger::rms_norm`). Triton's norms and losses were measured by
 Liger and have kinds of their own (`perfmodel.devices.pointwise.KINDS`); what only streams is priced as any such kernel.
@@ -8,12 +9,16 @@ from typing import Any
 
 from ..tape.op import Op
 
-ROWS = {"liger::rms_norm": "fused_norm", "liger::cross_entropy": "cross_entropy"}  # a row a program
+ROWS = {
+    "liger::rms_norm": "fused_norm",
+    "dropout_layer_norm::dropout_add_ln_fwd": "fused_norm",
+    "liger::cross_entropy": "cross_entropy",
+}  # a row a program
 GENERATED = {
     "inductor::pointwise": "pointwise", "inductor::scatter": "strided", "inductor::rows": "fused_norm",
     "inductor::columns": "column_reduction",
 }  # fmt: skip
-BACKWARD_NORMS = ("liger::rms_norm_backward",)
+BACKWARD_NORMS = ("liger::rms_norm_backward", "dropout_layer_norm::dropout_add_ln_bwd")
 
 OUT_FIRST = ("addmm", "addmm_", "addmm.out")  # the factors come second and third
 

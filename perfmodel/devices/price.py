@@ -16,7 +16,8 @@ from ..tape.dims import product
 from ..tape.op import Op
 from . import cpu, kernels
 from .attention import attention_backward_time, attention_forward_time
-from .gemm import gemm_time
+from .gemm import LAYOUTS, gemm_time
+from .hardware import ITEMSIZE
 from .packages import gemm_shape
 from .pointwise import pointwise_time
 from .profile import DeviceProfile
@@ -56,7 +57,7 @@ def _sort(i: int, op: Op, tables: Tables) -> None:
         layout, m, n, k, batch = gemm_shape(op)
         if dtype == "c64":  # four real products: [Re A, -Im A; Im A, Re A] by [Re B; Im B]
             dtype, m, k = "fp32", 2 * m, 2 * k
-        tables.add("gemm", (name, dtype, layout), i, m, n, k, batch)
+        _gemm_row(i, name, dtype, layout, (m, n, k, batch), tables)
         _launch(i, kernels.operand_copies(op), tables)
     elif "attention" in name or "flash_attn" in name:
         backward = name.endswith("_backward")
@@ -64,8 +65,9 @@ def _sort(i: int, op: Op, tables: Tables) -> None:
         heads = 2 if "flash_attn" in name else 1  # the flash-attn package puts the sequence first
         seq = 3 - heads
         sizes = (q.shape[0], q.shape[seq], k.shape[seq], q.shape[heads], k.shape[heads], q.shape[3])
+        mask = sum(ITEMSIZE[x.dtype] for x in inputs[6 if backward else 3 :])  # bytes of an element, if there is one
         causal = bool(op.attrs and op.attrs[0])
-        tables.add("attention", ("cudnn" in name, backward, causal, q.dtype), i, *sizes)
+        tables.add("attention", ("cudnn" in name, backward, causal, q.dtype), i, *sizes, mask)
     elif name in products.NAMES:
         _products(i, op, tables)
     elif "bus" in op.attrs:
@@ -85,7 +87,14 @@ def _products(i: int, op: Op, tables: Tables) -> None:
             _launch(i, kernels.memory_bound(op), tables)
         else:
             layout, *shape = product_of
-            tables.add("gemm", ("mm", dtype, layout), i, *shape)
+            _gemm_row(i, "mm", dtype, layout, tuple(shape), tables)
+
+
+def _gemm_row(i: int, name: str, dtype: str, layout: Any, shape: tuple[Any, ...], tables: Tables) -> None:
+    """A weight comes from HBM, an activation may still lie in L2; weight gradients and bmm have two activations."""
+    b_copies = 1.0 if name == "bmm" or layout == "nt" else np.inf
+    accumulates = name in ("addmm_", "addmm.out")
+    tables.add("gemm", (dtype, name == "bmm"), i, *shape, LAYOUTS.index(layout), b_copies, accumulates)
 
 
 def _launch(i: int, launched: list[kernels.Kernel], tables: Tables) -> None:
@@ -93,20 +102,21 @@ def _launch(i: int, launched: list[kernels.Kernel], tables: Tables) -> None:
         tables.add("memory", (kind,), i, *row)
 
 
-def _gemm(profile: DeviceProfile, name: str, dtype: str, layout: Any, *shape: Any) -> np.ndarray:
-    """A weight comes from HBM, an activation may still lie in L2; weight gradients and bmm have two activations.
+def _gemm(profile: DeviceProfile, dtype: str, batched: bool, *columns: Any) -> np.ndarray:
+    """Matrix products of one dtype, all layouts at once.
 
     cuBLAS splits the k of no batch in fp32: of the 9,343 that NeuSight profiled (https://github.com/sitar-lab/NeuSight)
     none ran a sliced or split kernel, while of its single products those with few tiles did.
     """
-    two_activations = name == "bmm" or layout == "nt"
-    price = partial(
-        gemm_time, *shape, hardware=profile.hardware, dtype=dtype, layout=layout,
-        accumulate=name in ("addmm_", "addmm.out"), b_copies=1.0 if two_activations else np.inf,
-    )  # fmt: skip
+    *shape, layout, b_copies, accumulates = columns
     parameters = profile.gemm[dtype]
+    slowdowns = np.array([parameters.slowdown(name) for name in LAYOUTS])
+    price = partial(
+        gemm_time, *shape, hardware=profile.hardware, dtype=dtype, layout=slowdowns[layout.astype(int)],
+        accumulate=accumulates, b_copies=b_copies,
+    )  # fmt: skip
     seconds = price(parameters=parameters)
-    if name == "bmm" and dtype == "fp32":
+    if batched and dtype == "fp32":
         whole = price(parameters=replace(parameters, max_split=1))
         seconds = np.where(np.greater(shape[-1], 1), whole, seconds)
     return np.asarray(seconds)

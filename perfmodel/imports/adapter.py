@@ -18,7 +18,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
             f"{keys.origin}: peft_type {kind!r} has no built-in form: {nearest(kind, KINDS)} "
             "(predict --peft-config FILE traces any of them)"
         )
-    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters", "trainable_token_indices"):
+    for key in ("rank_pattern", "alpha_pattern", "target_parameters", "trainable_token_indices"):
         keys.refuse(key, "not modelled from a config; predict --peft-config FILE traces it") if keys.get(key) else None
     bias = keys.text("bias", "none")
     if bias != "none":
@@ -44,14 +44,18 @@ def _lora(keys: Keys) -> str:
         keys, four_bit=False, dora=keys.flag("use_dora"), rslora=keys.flag("use_rslora"), pissa=pissa, plus=False
     )
     return spec(
-        name, r=keys.count("r", 8), targets=_targets(keys), dropout=keys.number("lora_dropout"), layers=_layers(keys)
-    )
+        name, r=keys.count("r", 8), targets=_targets(keys), dropout=keys.number("lora_dropout"), layers=_layers(keys),
+        modules_to_save=keys.names("modules_to_save"),
+    )  # fmt: skip
 
 
 def _ranked(name: str, rank: str = "r", dropout: str | None = None) -> Callable[[Keys], str]:
     def read(keys: Keys) -> str:
         p = keys.number(dropout) if dropout else None
-        return spec(name, r=keys.get(rank), targets=_targets(keys), dropout=p, layers=_layers(keys))
+        saved = keys.names("modules_to_save")
+        return spec(
+            name, r=keys.get(rank), targets=_targets(keys), dropout=p, layers=_layers(keys), modules_to_save=saved
+        )
 
     return read
 
@@ -62,11 +66,17 @@ def _virtual(name: str) -> Callable[[Keys], str]:
 
 def _oft(keys: Keys) -> str:
     size = keys.get("oft_block_size")
-    return spec("oft", block_size=size or None, r=None if size else keys.get("r"), targets=_targets(keys))
+    return spec(
+        "oft", block_size=size or None, r=None if size else keys.get("r"), targets=_targets(keys),
+        modules_to_save=keys.names("modules_to_save"),
+    )  # fmt: skip
 
 
 def _ia3(keys: Keys) -> str:
-    return spec("ia3", targets=_targets(keys), feedforward=keys.names("feedforward_modules"))
+    return spec(
+        "ia3", targets=_targets(keys), feedforward=keys.names("feedforward_modules"),
+        modules_to_save=keys.names("modules_to_save"),
+    )  # fmt: skip
 
 
 KINDS: dict[str, Callable[[Keys], str]] = {

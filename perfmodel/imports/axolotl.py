@@ -70,6 +70,7 @@ def _method(keys: Keys) -> str:
     return spec(
         name, r=keys.count("lora_r", 8), targets=targets, dropout=keys.number("lora_dropout"),
         layers=tuple(layers) if isinstance(layers, list) else layers, implementation="unsloth" if fused else None,
+        modules_to_save=keys.names("lora_modules_to_save"),
     )  # fmt: skip
 
 

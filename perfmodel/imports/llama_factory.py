@@ -79,7 +79,7 @@ def _method(keys: Keys) -> tuple[str, dict[str, Any]]:
     )  # fmt: skip
     options = {
         "r": keys.count("lora_rank", 8), "targets": _targets(keys, "lora_target"),
-        "dropout": keys.number("lora_dropout"),
+        "dropout": keys.number("lora_dropout"), "modules_to_save": keys.names("additional_target"),
         "implementation": "unsloth" if keys.flag("use_unsloth") else None,
     }  # fmt: skip
     return name, options

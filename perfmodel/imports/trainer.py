@@ -55,7 +55,8 @@ def _method(keys: Keys, is_trl: bool) -> str | None:
     )  # fmt: skip
     return spec(
         name, r=keys.count("lora_r", 16), targets=keys.names("lora_target_modules"),
-        dropout=keys.number("lora_dropout", 0.05), double_quant=None if name != "qlora" else _double(keys),
+        dropout=keys.number("lora_dropout", 0.05), modules_to_save=keys.names("lora_modules_to_save"),
+        double_quant=None if name != "qlora" else _double(keys),
     )  # fmt: skip
 
 

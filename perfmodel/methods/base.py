@@ -192,6 +192,10 @@ class Method:
         """Bytes that it keeps from step to step beside parameters and optimizer state."""
         return 0
 
+    def plain(self: M, dtype: str) -> M:
+        """This method without options that change nothing beside a base of `dtype`: it records the same ops."""
+        return self
+
     def spec(self) -> str:
         """The method as one writes it on the command line; its size (r, k) first, other defaults left out."""
         parts = [f"{name}={value}" for name, value in self._given().items()]

@@ -1,7 +1,7 @@
 """LoRA as PEFT runs it in eager mode, and in the fused implementations of Unsloth and LoRAFusion."""
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
 
 from ..errors import UserError, nearest
 from ..tape.core import Parameter, Tensor
@@ -10,10 +10,12 @@ from ..tape.lora_kernels import Adapted, lorafusion_linear, unsloth_linear, unsl
 from ..tape.pointwise import add, cast, dropout, mul
 from .base import Linear, method, option
 from .checks import fraction, positive
-from .targeted import DEFAULT_TARGETS, Targeted, base_bias, base_weight
+from .targeted import DEFAULT_TARGETS, Targeted, base_bias, base_weight, named
 
+L = TypeVar("L", bound="Lora")
 HELP = "peft, unsloth (fused where q, k, v or the MLP are all targets, without dropout) or lorafusion"
 FUSED = ("llama", "mistral", "qwen2")  # what the fused implementations are written for
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj"), ("o_proj",))  # Unsloth's Functions
 
 
 @method(
@@ -48,6 +50,17 @@ class Lora(Targeted):
                 f"method {self.name}: {self.implementation} is not written for {self.architecture.name}; "
                 "use implementation=peft"
             )
+
+    def plain(self: L, dtype: str) -> L:
+        method = super().plain(dtype)
+        useless = self.implementation == "unsloth" and (self.dropout or not any(map(self._targets_all, TOGETHER)))
+        return replace(method, implementation="peft") if useless else method
+
+    def _targets_all(self, leaves: tuple[str, ...]) -> bool:
+        """Whether every layer of a block with one of these names is a target."""
+        assert self.architecture is not None
+        names = [name for name in self.architecture.linear_names() if name.rsplit(".", 1)[-1] in leaves]
+        return all(named(name, self.target_names) for name in names)
 
     def dtype_beside(self, dtype: str) -> str:
         if self.implementation != "lorafusion":

@@ -34,6 +34,15 @@ class PrefixTuning(VirtualTokens):
         **VirtualTokens.aliases, "prefix_projection": "projection", "encoder_hidden_size": "width"
     }  # fmt: skip
 
+    def check(self) -> None:
+        super().check()
+        assert self.architecture is not None
+        if not self.architecture.reads_cache:
+            raise UserError(
+                f"method {self.name}: the program of {self.architecture.name} takes no cache as PEFT fills it; "
+                "use prompt_tuning or lora"
+            )
+
     def inputs(self, model: Scope, attention: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if model.build.setup.checkpoint != "none":
             raise UserError(f"method {self.name}: PEFT's prefix tuning does not work with activation checkpointing")

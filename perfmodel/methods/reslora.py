@@ -45,7 +45,7 @@ class ResLora(Lora):
         return ("r", "shortcut")
 
     def dtype_beside(self, dtype: str) -> str:
-        return self.base_dtype(dtype)
+        return self.dtype_of_base(dtype)
 
     @property
     def reach(self) -> int:

@@ -52,7 +52,7 @@ class RunLora(Targeted):
                 raise UserError(f"method runlora: {name} must be from 1 to {known[-1]}, got {value}")
 
     def dtype_beside(self, dtype: str) -> str:
-        return self.base_dtype(dtype)
+        return self.dtype_of_base(dtype)
 
     def priced(self, seconds: Seconds) -> "RunLora":
         return replace(self, seconds=seconds, timed={})

@@ -1,17 +1,20 @@
 """What adapters of PEFT share: which linear layers get one, and the dtype of its weights."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
+from ..architectures.base import WORDS
 from ..errors import UserError, nearest
 from ..tape.core import Parameter, Tensor
 from .base import Architecture, Linear, Method, option
 from .checks import float_dtype
 
 ALL_LINEAR = "all-linear"
+SAVED = (*WORDS, "lm_head")  # what can be in modules_to_save
+T = TypeVar("T", bound="Targeted")
 
 # PEFT's TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING (peft/utils/constants.py)
 DEFAULT_TARGETS = {
@@ -34,10 +37,11 @@ class Targeted(Method):
     adapter_dtype: str | None = option(
         None, "bf16, fp16 or fp32; default PEFT's rule: fp32 beside a 16-bit base", float_dtype
     )
+    modules_to_save: tuple[str, ...] = option((), "modules of which a full copy trains, such as embed_tokens+lm_head")
 
     aliases: ClassVar[dict[str, str]] = {"rank": "r", "layers": "layers_to_transform", "target_modules": "targets"}
     default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = DEFAULT_TARGETS
-    told_by_where: ClassVar[tuple[str, ...]] = ("targets", "adapter_dtype")
+    told_by_where: ClassVar[tuple[str, ...]] = ("targets", "adapter_dtype", "modules_to_save")
     takes_conv1d: ClassVar[bool] = True  # whether PEFT has the adapter for GPT-2's Conv1D layers
     takes_layers: ClassVar[bool] = True  # whether its config has layers_to_transform
 
@@ -51,6 +55,7 @@ class Targeted(Method):
         if self.layers_to_transform is not None and not self.takes_layers:
             raise UserError(f"method {self.name}: PEFT's {self.name} has no layers_to_transform; leave it out")
         check_targets(self.name, self.targets, self.architecture)
+        self._check_saved()
         if "lm_head" in self.targets and self.architecture.tied:
             raise UserError(
                 f"method {self.name}: lm_head of {self.architecture.name} shares the embedding's weight; leave it out"
@@ -61,6 +66,22 @@ class Targeted(Method):
                     f"method {self.name}: layer {layer} is outside 0-{self.layers - 1} of {self.architecture.name}"
                 )
 
+    def _check_saved(self) -> None:
+        assert self.architecture is not None
+        for module in self.modules_to_save:
+            if module not in SAVED:
+                raise UserError(f"method {self.name}: modules_to_save {module!r}: {nearest(module, SAVED)}")
+            if module in self.targets:
+                raise UserError(f"method {self.name}: {module} cannot be a target and in modules_to_save")
+            if self.architecture.tied:
+                raise UserError(
+                    f"method {self.name}: modules_to_save is not modelled where the head shares the embedding's weight "
+                    f"({self.architecture.name})"
+                )
+
+    def copies(self, name: str, kind: str) -> bool:
+        return any(matches(name.removesuffix(".weight"), module) for module in self.modules_to_save)
+
     @property
     def target_names(self) -> tuple[str, ...]:
         """The targets, PEFT's default for the architecture filled in."""
@@ -68,15 +89,18 @@ class Targeted(Method):
             return self.targets
         assert self.architecture is not None
         if self.architecture.model_type not in self.default_targets:
+            first = self.architecture.linear_names()[0].rsplit(".", 1)[-1]
             raise UserError(
-                f"method {self.name}: PEFT has no default targets for {self.architecture.name}; give targets="
+                f"method {self.name}: PEFT has no default targets for {self.architecture.name}; "
+                f"give targets={first} or all-linear"
             )
         return self.default_targets[self.architecture.model_type]
 
     def where(self) -> str:
         adapters = f" with {self.adapter_dtype} adapters" if self.adapter_dtype else ""
         known = self.targets or self.architecture
-        return adapters + (on_targets(self.target_names, self.architecture) if known else "")
+        saved = f" and copies of {','.join(self.modules_to_save)}" if self.modules_to_save else ""
+        return adapters + (on_targets(self.target_names, self.architecture) if known else "") + saved
 
     def targets_layer(self, name: str, layer: int | None) -> bool:
         """Whether a linear layer gets an adapter."""
@@ -93,11 +117,15 @@ class Targeted(Method):
         """The adapter's dtype beside a base of `dtype` (PEFT's `autocast_adapter_dtype`)."""
         return self.adapter_dtype or "fp32"
 
-    def base_dtype(self, dtype: str) -> str:
+    def dtype_of_base(self, dtype: str) -> str:
         """`dtype_beside` of adapters that are computed together with the base, in its dtype."""
         if self.adapter_dtype not in (None, dtype):
             raise UserError(f"method {self.name}: adapter_dtype must be the base's, {dtype}; got {self.adapter_dtype}")
         return dtype
+
+    def plain(self: T, dtype: str) -> T:
+        default = replace(self, adapter_dtype=None)
+        return default if self.adapter_dtype == default.dtype_beside(dtype) else self
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         if not self.targets_layer(layer.name, layer.scope.layer):

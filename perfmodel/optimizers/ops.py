@@ -6,7 +6,7 @@ from ..tape.pointwise import _elementwise, _streams
 
 def in_place(name: str, x: Tensor, *others: Tensor) -> Tensor:
     """An op that overwrites its first operand; returns it."""
-    strided = not all(_streams(t, x.shape) for t in (x, *others))
+    strided = not all(_streams(t.shape, t.strides, x.shape) for t in (x, *others))
     record(name, (x, *others), (x,), ("strided",) if strided else ())
     return x
 

@@ -84,6 +84,11 @@ def flash2_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, p: float)
     q, k, v = (transpose(x, 1, 2) for x in (q, k, v))
     if tape().autocast:
         q, k, v = (cast(x, tape().autocast or x.dtype) for x in (q, k, v))
+    return flash_attn(q, k, v, causal=causal)
+
+
+def flash_attn(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    """`flash_attn_func`: all (b, s, h, d)."""
     return _fused(q, k, v, None, "flash2", causal=causal)
 
 

@@ -6,14 +6,15 @@ along the mask and records each part on its own (see `perfmodel.grid.over_grid`)
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import reduce
+from functools import lru_cache, reduce, wraps
 from operator import mul
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 Dim = Any  # int | np.ndarray[int64]; spelled Any because NumPy's operators defeat static narrowing
 Shape = tuple[Dim, ...]
+R = TypeVar("R")
 
 
 class MixedStructure(Exception):
@@ -82,6 +83,20 @@ class Axis(np.ndarray):
         return found[1]
 
 
+def remembered(rule: Callable[..., R]) -> Callable[..., R]:
+    """A pure function of shapes that answers for ints what it answered before; arrays cannot be looked up."""
+    known = lru_cache(maxsize=8192)(rule)
+
+    @wraps(rule)
+    def ask(*args: Any) -> R:
+        try:
+            return known(*args)
+        except TypeError:
+            return rule(*args)
+
+    return ask
+
+
 def decide(condition: Any) -> bool:
     """Reduce a condition over the grid to one truth value, or raise `MixedStructure`."""
     if not isinstance(condition, np.ndarray):
@@ -120,7 +135,7 @@ def same(a: Dim, b: Dim) -> bool:
 
 def same_shape(a: Shape, b: Shape) -> bool:
     """Whether two shapes are equal at every point of the grid."""
-    return len(a) == len(b) and all(map(same, a, b))
+    return a is b or (len(a) == len(b) and all(map(same, a, b)))
 
 
 def exceeds(a: Dim, b: Dim) -> bool:
@@ -140,6 +155,13 @@ def product(dims: Sequence[Dim]) -> Dim:
     return reduce(mul, dims, 1)
 
 
+def larger(a: Dim, b: Dim) -> Dim:
+    """The larger of two dims at every point of the grid."""
+    if type(a) is int and type(b) is int:
+        return a if a > b else b
+    return np.maximum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else max(a, b)
+
+
 def largest(dim: Dim) -> int:
     """The greatest value over the grid."""
     return dim if type(dim) is int else int(np.max(dim))
@@ -147,17 +169,19 @@ def largest(dim: Dim) -> int:
 
 def summed(dims: Iterable[Dim]) -> Dim:
     """The sum of many dims, among which the same array comes again and again."""
-    numbers: Dim = 0
+    dims = list(dims)
+    of_grid = [dim for dim in dims if isinstance(dim, np.ndarray)]
+    if not of_grid:
+        return sum(dims)
     arrays: dict[int, tuple[int, Any]] = {}
-    for dim in dims:
-        if isinstance(dim, np.ndarray):
-            times, _ = arrays.get(id(dim), (0, dim))
-            arrays[id(dim)] = times + 1, dim
-        else:
-            numbers += dim
+    for dim in of_grid:
+        times, _ = arrays.get(id(dim), (0, dim))
+        arrays[id(dim)] = times + 1, dim
+    numbers = sum([dim for dim in dims if not isinstance(dim, np.ndarray)])
     return sum((times * array for times, array in arrays.values()), numbers)
 
 
+@remembered
 def contiguous_strides(shape: Shape) -> Shape:
     """Row-major strides in elements, size-1 dims counted as PyTorch counts them."""
     strides: list[Dim] = []
@@ -168,6 +192,7 @@ def contiguous_strides(shape: Shape) -> Shape:
     return tuple(reversed(strides))
 
 
+@remembered
 def is_contiguous(shape: Shape, strides: Shape) -> bool:
     """Whether strides are row-major; strides of size-1 dims do not matter."""
     step: Dim = 1
@@ -180,6 +205,7 @@ def is_contiguous(shape: Shape, strides: Shape) -> bool:
     return True
 
 
+@remembered
 def dense_order(shape: Shape, strides: Shape) -> tuple[int, ...] | None:
     """Dims from outermost to innermost if the tensor is non-overlapping and dense, else None."""
     order = _by_stride(shape, [strides])
@@ -231,7 +257,8 @@ def _by_stride(shape: Shape, operands: Sequence[Shape]) -> tuple[int, ...]:
     return tuple(reversed(order))
 
 
-def elementwise_strides(shape: Shape, operands: Sequence[tuple[Shape, Shape]]) -> Shape:
+@remembered
+def elementwise_strides(shape: Shape, operands: tuple[tuple[Shape, Shape], ...]) -> Shape:
     """Strides that an elementwise op gives its output (TensorIterator); operands are (shape, strides) pairs.
 
     Source: ATen/TensorIterator.cpp, `fast_set_up` and `reorder_dimensions`.
@@ -253,6 +280,7 @@ def elementwise_strides(shape: Shape, operands: Sequence[tuple[Shape, Shape]]) -
     return strides_in_order(shape, _by_stride(shape, aligned))
 
 
+@remembered
 def view_strides(shape: Shape, strides: Shape, new_shape: Shape) -> Shape | None:
     """Strides of a view with another shape, or None where a copy is needed (ATen's `computeStride`)."""
     result: list[Dim] = [0] * len(new_shape)

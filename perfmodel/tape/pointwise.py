@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from .autograd import Grads, Node, differentiate
 from .core import Tensor, emit, record, tape
-from .dims import Dim, Shape, dense_order, elementwise_strides, is_contiguous, is_one, same
+from .dims import Dim, Shape, dense_order, elementwise_strides, is_contiguous, is_one, remembered, same_shape
 from .dtypes import promote
 from .shape import view, view_as
 
@@ -30,25 +30,29 @@ def _elementwise(
     dtype: str | None = None,
     attrs: tuple[object, ...] = (),
 ) -> Tensor:
-    shape = inputs[0].shape
-    for t in inputs[1:]:
-        shape = broadcast(shape, t.shape)
     if dtype is None:
         with_dims = [t.dtype for t in inputs if t.shape] or [t.dtype for t in inputs]
         dtype = with_dims[0]
         for other in with_dims[1:]:
             dtype = promote(dtype, other)
-    strides = elementwise_strides(shape, [(t.shape, t.strides) for t in inputs])
-    if not all(_streams(t, shape) for t in inputs):
+    shape, strides, streams = _walk(tuple([(t.shape, t.strides) for t in inputs]))
+    if not streams:
         attrs = (*attrs, "strided")
     return emit(name, inputs, shape, dtype, strides=strides, node=node, attrs=attrs)
 
 
-def _streams(t: Tensor, shape: Shape) -> bool:
-    """Whether a kernel reads the operand front to back: not broadcast, permuted or sliced (0-dim operands are free)."""
-    return not t.shape or (
-        len(t.shape) == len(shape) and all(map(same, t.shape, shape)) and is_contiguous(t.shape, t.strides)
-    )
+@remembered
+def _walk(operands: tuple[tuple[Shape, Shape], ...]) -> tuple[Shape, Shape, bool]:
+    """Shape and strides of an elementwise result of operands (shape, strides), and whether its kernel streams."""
+    shape = operands[0][0]
+    for other, _ in operands[1:]:
+        shape = broadcast(shape, other)
+    return shape, elementwise_strides(shape, operands), all(_streams(*operand, shape) for operand in operands)
+
+
+def _streams(own: Shape, strides: Shape, shape: Shape) -> bool:
+    """Whether a kernel reads an operand front to back: not broadcast, permuted or sliced (0-dim operands are free)."""
+    return not own or (same_shape(own, shape) and is_contiguous(own, strides))
 
 
 def cast(x: Tensor, dtype: str) -> Tensor:
@@ -57,7 +61,7 @@ def cast(x: Tensor, dtype: str) -> Tensor:
         return x
     node = differentiate("ToCopyBackward0", (x,), _cast_backward, (x.dtype,)) if x.is_floating else None
     order = dense_order(x.shape, x.strides)
-    strides = x.strides if order else elementwise_strides(x.shape, [(x.shape, x.strides)])
+    strides = x.strides if order else elementwise_strides(x.shape, ((x.shape, x.strides),))
     return emit("_to_copy", (x,), x.shape, dtype, strides=strides, node=node)
 
 
@@ -276,14 +280,14 @@ def dropout(x: Tensor, p: float) -> Tensor:
         node = differentiate("NativeDropoutBackward0", (x,), _native_dropout_backward)
         from .core import new_tensor
 
-        out = new_tensor(x.shape, x.dtype, elementwise_strides(x.shape, [(x.shape, x.strides)]))
+        out = new_tensor(x.shape, x.dtype, elementwise_strides(x.shape, ((x.shape, x.strides),)))
         mask = new_tensor(x.shape, "bool", out.strides)
         record("native_dropout", (x,), (out, mask))
         if node:
             node.save(mask)
             node.produces(out)
         return out
-    noise = emit("empty_like", (x,), x.shape, x.dtype, strides=elementwise_strides(x.shape, [(x.shape, x.strides)]))
+    noise = emit("empty_like", (x,), x.shape, x.dtype, strides=elementwise_strides(x.shape, ((x.shape, x.strides),)))
     record("bernoulli_.float", (noise,), (noise,))
     record("div_.Scalar", (noise,), (noise,))
     return mul(x, noise)

@@ -55,10 +55,11 @@ def _split_layers_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     return (out,)
 
 
-def unbind_pair(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`key, value = x` of a (2, …) tensor."""
+def unbind_pair(x: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """`first, second = x.unbind(dim)` of a tensor with two entries there."""
+    dim = dim % len(x.shape)
     node = differentiate("UnbindBackward0", (x,), _unbind_backward, (x.shape,))
-    shape, strides = x.shape[1:], x.strides[1:]
+    shape, strides = (*x.shape[:dim], *x.shape[dim + 1 :]), (*x.strides[:dim], *x.strides[dim + 1 :])
     first, second = (Tensor(shape, x.dtype, strides, product(shape), x.storage) for _ in range(2))
     record("unbind.int", (x,), (first, second), view=True)
     if node:

@@ -4,14 +4,17 @@ from collections.abc import Sequence
 
 from .autograd import Grads, Node, differentiate
 from .core import Tensor, emit, record
-from .dims import Dim, Shape, contiguous_strides, is_contiguous, product, same, view_strides
+from .dims import Dim, Shape, contiguous_strides, is_contiguous, product, same, same_shape, view_strides
 
 Grad = Tensor | None
 
 
+OTHER_SIZE = ("expand", "slice.Tensor", "select.int")  # views of fewer elements, or of the same ones again and again
+
+
 def view_as(name: str, x: Tensor, shape: Shape, strides: Shape, node: Node | None = None) -> Tensor:
     """A view of x's memory."""
-    numel = x.numel if name != "expand" and name != "slice.Tensor" else product(shape)
+    numel = product(shape) if name in OTHER_SIZE else x.numel
     out = Tensor(shape, x.dtype, strides, numel, x.storage)
     record(name, (x,), (out,), view=True)
     if node:
@@ -29,7 +32,7 @@ def view(x: Tensor, shape: Shape, name: str = "view") -> Tensor:
 
 def reshape(x: Tensor, shape: Shape) -> Tensor:
     """`x.reshape(shape)`: a view, or a contiguous clone where the strides do not allow one."""
-    if len(shape) == len(x.shape) and all(map(same, shape, x.shape)):
+    if same_shape(shape, x.shape):
         return x
     if view_strides(x.shape, x.strides, shape) is None:
         return view(clone(x), shape, "_unsafe_view")

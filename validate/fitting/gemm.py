@@ -48,7 +48,7 @@ BF16_FILES = {
 }
 SYNC = ("a100-80gb-sxm", "l40s")  # mma.sync and cp.async
 ASYNC = ("h100-sxm", "b200", "b300", "gb200", "gb300")  # wgmma or tcgen05, TMA copies
-# fp32, by the kernels in the profiles. The class: boards of ampere_sgemm, as are the devices without rows of their own. They
+# fp32, by the kernels in the profiles. The class: boards of ampere_sgemm, as are devices without rows of their own. They
 # also stand for an H100, whose generated kernels (sm80_xmma, cutlass) are of the same generation: an L4 runs some.
 AMPERE_SGEMM = ("a100-40gb-pcie", "a100-80gb-pcie", "l4")
 # Boards that stand for older ones (maxwell_sgemm, volta_sgemm); not the P4, which was measured with two libraries.

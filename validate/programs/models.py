@@ -214,9 +214,12 @@ def _adapt(model: Any, config_name: str, method: Targeted, architecture: Archite
         options["fan_in_fan_out"] = architecture.model_type == "gpt2"
     if method.layers_to_transform is not None:
         options["layers_to_transform"] = list(method.layers_to_transform)
+    if method.modules_to_save:
+        options["modules_to_save"] = list(method.modules_to_save)
     adapted = peft.get_peft_model(model, config_class(**options), autocast_adapter_dtype=method.adapter_dtype != "bf16")
     if method.adapter_dtype is not None:
         shared = [b for name, b in adapted.named_buffers() if "vera_" in name]
-        for tensor in [p for p in adapted.parameters() if p.requires_grad] + shared:
+        trained = [p for n, p in adapted.named_parameters() if p.requires_grad and ".modules_to_save." not in n]
+        for tensor in trained + shared:
             tensor.data = tensor.data.to(TORCH_DTYPES[method.adapter_dtype])
     return adapted

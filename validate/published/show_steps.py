@@ -52,13 +52,16 @@ def _print_published(outcomes: list[Any], check: list[Any], lines: list[dict[str
     )
     listed = outcomes if all_rows else [o for o in outcomes if abs(o.error) > FAR]
     if listed:
-        titles = ("row", "split", "measured", "predicted", "error", "reason, or notes")
+        titles = ("row", "split", "measured", "predicted", "error")
         cells = (
             [o.row.id, o.row.split, units.seconds(o.seconds), units.seconds(o.predicted_seconds),
-             f"{100 * o.error:+.1f} %", reason("steps", o.row.id) if abs(o.error) > FAR else o.row.notes]
+             f"{100 * o.error:+.1f} %"]
             for o in listed
         )  # fmt: skip
         console.print(table("\nall rows" if all_rows else "\nrows that miss by more than 25 %", titles, cells, left=2))
+    for o in listed:
+        if abs(o.error) > FAR:
+            console.print(f"{o.row.id}: {reason('steps', o.row.id)}", markup=False, soft_wrap=True)
     doubtful = sum(o.row.doubt for o in outcomes)
     if doubtful:
         console.print(
@@ -72,7 +75,9 @@ def _hundredths(value: float | None) -> str:
 
 
 def _published_row(o: Any) -> dict[str, Any]:
+    why = {"reason": reason("steps", o.row.id)} if abs(o.error) > FAR else {}
     return {
         "id": o.row.id, "split": o.row.split, "doubt": o.row.doubt, "measured_s": o.seconds,
         "predicted_s": o.predicted_seconds, "error": o.error, "inside": o.inside, "source": o.row.source,
+        "notes": o.row.notes, **why,
     }  # fmt: skip

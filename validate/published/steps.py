@@ -98,6 +98,7 @@ def _row(r: dict[str, str]) -> Row:
         grad_accum=int(r["grad_accum"]),
         checkpoint=r["checkpoint"],
         attention=r["attention"],
+        compile=r["compile"],
         engine=r["engine"],
         clip_grad=r["clip"] == "1",
         padded=r["padded"] == "1",

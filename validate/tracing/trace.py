@@ -25,7 +25,9 @@ from ..programs.dtypes import DTYPES, TORCH_DTYPES
 
 aten = torch.ops.aten
 
-NAMESPACES = {"aten", "flash_attn", "bitsandbytes", "liger", "lorafusion", "unsloth"}  # of the calls that are recorded
+NAMESPACES = {  # of the calls that are recorded
+    "aten", "flash_attn", "dropout_layer_norm", "flash_rotary", "bitsandbytes", "liger", "lorafusion", "unsloth",
+}  # fmt: skip
 
 Signature = tuple[str, tuple[Any, ...], tuple[Any, ...]]
 
