@@ -8,7 +8,7 @@ ITEMSIZE = {"fp32": 4.0, "tf32": 4.0, "bf16": 2.0, "fp16": 2.0}  # bytes of an o
 
 @dataclass(frozen=True)
 class Hardware:
-    """Datasheet figures of one GPU (or CPU: cores for SMs, the caches of the cores for L2). Nothing measured.
+    """Datasheet figures of one GPU (or CPU: cores for SMs, the caches of the cores for L2); `idle_power` is measured.
 
     Attributes:
         sm_count: streaming multiprocessors, or cores.
@@ -18,8 +18,9 @@ class Hardware:
         l2_bytes: last-level cache, B.
         fp32_flops: FLOP/s of the fp32 units, without TF32.
         board_power: what the board may draw, W; None: unknown, taken for enough.
-        idle_power: what it draws of that at its highest clock without any work, W; None: 0.
-        memory_energy: J to move a byte from or to DRAM, by the kind of DRAM; None: 0.
+        idle_power: what it draws of that without any work, W: as nvidia-smi shows it in state P0; None: 0.
+        memory_energy: J to move a byte from or to DRAM; None: 0. HBM2 3.92 and GDDR5 14.0 pJ a bit (O'Connor et al.,
+            MICRO-50, 2017; HBM2e and HBM3 are taken as HBM2), GDDR6 7.5 and GDDR6X 7.25 pJ a bit (Micron).
         flop_energy: J per fp32 FLOP of the largest server board of the same process: its power over its peak.
         tf32_flops, fp16_flops, bf16_flops: dense tensor-core FLOP/s with fp32 accumulation; None where there is none.
     """

@@ -48,8 +48,8 @@ BF16_FILES = {
 }
 SYNC = ("a100-80gb-sxm", "l40s")  # mma.sync and cp.async
 ASYNC = ("h100-sxm", "b200", "b300", "gb200", "gb300")  # wgmma or tcgen05, TMA copies
-# fp32, by the kernels in the profiles. The class: boards of ampere_sgemm, as are devices without rows of their own. They
-# also stand for an H100, whose generated kernels (sm80_xmma, cutlass) are of the same generation: an L4 runs some.
+# fp32, by the kernels in the profiles. The class: boards of ampere_sgemm, as are devices without rows of their own. The
+# same stand for an H100, whose generated kernels (sm80_xmma, cutlass) are of that generation: an L4 runs some of them.
 AMPERE_SGEMM = ("a100-40gb-pcie", "a100-80gb-pcie", "l4")
 # Boards that stand for older ones (maxwell_sgemm, volta_sgemm); not the P4, which was measured with two libraries.
 SGEMM = ("p100", "v100-32gb-pcie", "t4", *AMPERE_SGEMM)
