@@ -143,6 +143,13 @@ class Parameter(Tensor):
         self.part: Part | None = None
         self.used = False  # whether a gradient ever arrived
 
+    def copy(self) -> "Parameter":
+        """A parameter that has all that this one has."""
+        made = Parameter.__new__(Parameter)
+        for name in (*Tensor.__slots__, *Parameter.__slots__):
+            setattr(made, name, getattr(self, name))
+        return made
+
 
 class Tape:
     """Records ops into parts. `device` is "cpu" or "cuda" (their dispatch differs in a few places); `capability` is the
@@ -315,6 +322,8 @@ def new_tensor(shape: Shape, dtype: str, strides: Shape | None = None) -> Tensor
 def _distinct_bytes(tensors: Sequence[Tensor]) -> Dim:
     if len(tensors) == 1:
         return tensors[0].nbytes
+    if len(tensors) == 2 and tensors[0] is not tensors[1]:
+        return tensors[0].nbytes + tensors[1].nbytes
     return sum([t.nbytes for t in dict.fromkeys(tensors)])
 
 
@@ -327,7 +336,7 @@ def record(
         tuple([t._spec or t.spec for t in inputs]),
         tuple([t._spec or t.spec for t in outputs]),
         0 if view else _distinct_bytes(inputs),
-        0 if view else sum([t.nbytes for t in outputs]),
+        0 if view else outputs[0].nbytes if len(outputs) == 1 else sum([t.nbytes for t in outputs]),
         view=view,
         attrs=attrs,
     )
