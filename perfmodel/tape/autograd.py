@@ -164,12 +164,6 @@ def copy(grad: Tensor) -> Tensor:
     return made
 
 
-def _add_grads(a: Tensor, b: Tensor) -> Tensor:
-    from .pointwise import add
-
-    return add(a, b)
-
-
 def _validate(grads: list[Tensor | None], i: int, shape: Shape, dtype: str) -> None:
     """Give a gradient its tensor's shape and dtype, in place: the unreduced one dies at once."""
     grad = grads[i]
@@ -259,8 +253,10 @@ class Buffers:
             if current.owner == "adapter":
                 self.adapters_only.add(place)
             return
+        from .pointwise import add
+
         with current.belonging_to("adapter" if place in self.adapters_only else current.owner):
-            buffer[slot] = _add_grads(waiting, grad)
+            buffer[slot] = add(waiting, grad)
         if current.owner != "adapter":
             self.adapters_only.discard(place)
 
