@@ -63,11 +63,7 @@ class Lora(Targeted):
         return all(named(name, self.target_names) for name in names)
 
     def dtype_beside(self, dtype: str) -> str:
-        if self.implementation != "lorafusion":
-            return super().dtype_beside(dtype)
-        if self.adapter_dtype not in (None, dtype):
-            raise UserError(f"method {self.name}: lorafusion's adapters have the base's dtype, {dtype}")
-        return dtype
+        return self.dtype_of_base(dtype) if self.implementation == "lorafusion" else super().dtype_beside(dtype)
 
     def weights(self, layer: Linear, dtype: str) -> tuple[Parameter, Parameter]:
         """A (r, n_in) and B (n_out, r)."""
