@@ -121,16 +121,16 @@ def flash2_backward_flops(g: Shape, q: Shape, k: Shape, *rest: Shape) -> Dim:
 
 def flops(op: Op) -> Dim:
     """FLOPs of one call."""
-    if op.name in products.NAMES:
-        return sum(product.flops for product in products.products(op))
     formula = _FLOPS.get(op.name)
-    return formula(*(s.shape for s in op.inputs)) if formula else 0
+    if formula:
+        return formula(*[s.shape for s in op.inputs])
+    return sum(product.flops for product in products.products(op)) if op.name in products.NAMES else 0
 
 
-GEMMS = (
+GEMMS = frozenset((
     "mm", "mm.out", "addmm", "addmm_", "addmm.out", "bmm", "lorafusion::xw_sb", "lorafusion::dys_dyb",
     "lorafusion::dyw_dsa",
-)  # fmt: skip
+))  # fmt: skip
 
 # CUDA kernels per ATen call where it is not 1, with the reason. To be confirmed on a GPU by the validation harness.
 KERNELS: dict[str, tuple[int, str]] = {
@@ -187,11 +187,14 @@ SOLVERS = {
 }  # fmt: skip
 
 
+READS = ("_local_scalar_dense", "_linalg_check_errors")  # of a result, by the host
+
+
 def synchronises(op: Op) -> bool:
     """Whether the host waits for the device in a call: it reads a result, or copies between pageable memory and it."""
-    if op.name in ("_local_scalar_dense", "_linalg_check_errors"):
+    if op.name in READS:
         return "host" not in op.attrs
-    return SOLVERS.get(op.name, False) or "sync" in op.attrs or "bus" in op.attrs
+    return SOLVERS.get(op.name, False) or (bool(op.attrs) and ("sync" in op.attrs or "bus" in op.attrs))
 
 
 def kernels(op: Op) -> Dim:

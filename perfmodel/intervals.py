@@ -7,7 +7,6 @@ two steps on one device a component's error cancels as far as both steps have th
 """
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -59,7 +58,6 @@ def bounds(center: Any, relative_sigma: Any) -> tuple[Any, Any]:
     return center / factor, center * factor
 
 
-@cache
 def component(kind: str, dtype: str) -> str:
     """The component of an op, from `costs.kind` and the dtype of its operands."""
     if kind == "gemm":

@@ -5,10 +5,8 @@ Two segments in sequence: (Δ₁+Δ₂, max(p₁, Δ₁+p₂)). A segment repeat
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from .step import Group, Step
-from .tape.dims import Dim
+from .tape.dims import Dim, larger
 from .tape.op import Part
 
 
@@ -21,15 +19,11 @@ class Segment:
 
     def then(self, other: "Segment") -> "Segment":
         """This segment followed by another."""
-        return Segment(self.delta + other.delta, _max(self.peak, self.delta + other.peak))
+        return Segment(self.delta + other.delta, larger(self.peak, self.delta + other.peak))
 
     def repeated(self, n: int) -> "Segment":
         """This segment n times in a row."""
-        return Segment(self.delta * n, self.peak + _max(self.delta, 0) * (n - 1)) if n else Segment()
-
-
-def _max(a: Dim, b: Dim) -> Dim:
-    return np.maximum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else max(a, b)
+        return Segment(self.delta * n, self.peak + larger(self.delta, 0) * (n - 1)) if n else Segment()
 
 
 def of_part(part: Part) -> Segment:

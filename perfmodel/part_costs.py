@@ -1,6 +1,7 @@
 """What one run of a part takes: device seconds of its ops, clocks of host and device, counts."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,50 +12,117 @@ from .devices.profile import DeviceProfile
 from .sharing import Shared
 from .step import Step
 from .tape.dims import Dim, summed
-from .tape.op import Part
+from .tape.op import Op, Part
 
 
-def counts(part: Part) -> dict[str, Dim]:
-    """What one run of a part takes."""
-    ops = [op for op in part.ops if not op.view]
-    flops = [costs.flops(op) for op in ops]
+class Call(NamedTuple):
+    """What one op takes, whatever part it runs in.
+
+    Attributes:
+        read, written: bytes.
+        component: of `intervals`, what prices it; empty for a view.
+        waits: whether the host waits for the device.
+    """
+
+    flops: Dim = 0
+    read: Dim = 0
+    written: Dim = 0
+    kernels: Dim = 0
+    component: str = ""
+    waits: bool = False
+
+    @classmethod
+    def of(cls, op: Op) -> "Call":
+        """Work it out."""
+        if op.view:
+            return VIEW
+        dtype = op.inputs[-1].dtype if op.inputs else "fp32"
+        component = intervals.component(costs.kind(op), dtype)
+        waits = costs.synchronises(op)
+        return cls(costs.flops(op), op.bytes_read, op.bytes_written, costs.kernels(op), component, waits)
+
+
+VIEW = Call()
+
+
+def counts(part: Part, calls: Sequence[Call] | None = None) -> dict[str, Dim]:
+    """What one run of a part takes.
+
+    Args:
+        calls: of its ops, if they are known.
+    """
+    calls = calls or [Call.of(op) for op in part.ops]
+    own = [call for call in calls if call.component]
     return {
-        "flops": summed(flops),
-        "recomputed": summed(n for n, op in zip(flops, ops, strict=True) if op.recompute),
-        "bytes": summed([x for op in ops for x in (op.bytes_read, op.bytes_written)]),
-        "kernels": summed([costs.kernels(op) for op in ops]),
-        "dispatches": len(ops),
+        "flops": summed([call.flops for call in own]),
+        "recomputed": summed([call.flops for op, call in zip(part.ops, calls, strict=True) if op.recompute]),
+        "bytes": summed([x for call in own for x in (call.read, call.written)]),
+        "kernels": summed([call.kernels for call in own]),
+        "dispatches": len(own),
     }
 
 
 def durations(built: Step, on: DeviceProfile, shared: Shared | None = None) -> list[np.ndarray]:
-    """The device seconds of every part's ops; all that are not yet known are priced in one go."""
+    """The device seconds of every part's ops; all that are not yet known are priced in one go.
+
+    `shared` also receives the `Call`s of the parts.
+    """
     shared = shared or Shared()
-    known = shared.durations
-    new = [part for part, _ in built.parts() if part not in known]
-    ends = np.cumsum([len(part.ops) for part in new])[:-1]
-    seconds = np.split(price.durations([op for part in new for op in part.ops], on, shared.prices), ends)
-    if built.zero:
-        seconds = [zero.beside(part, t, on) for part, t in zip(new, seconds, strict=True)]
-    known.update(zip(new, seconds, strict=True))
-    return [known[part] for part, _ in built.parts()]
+    new = [part for part, _ in built.parts() if part not in shared.durations]
+    seconds, calls = _priced([op for part in new for op in part.ops], on, shared)
+    start = 0
+    for part in new:
+        rows = slice(start, start + len(part.ops))
+        shared.durations[part] = zero.beside(part, seconds[rows], on) if built.zero else seconds[rows]
+        shared.calls[part] = calls[rows]
+        start = rows.stop
+    return [shared.durations[part] for part, _ in built.parts()]
+
+
+def _priced(ops: Sequence[Op], on: DeviceProfile, shared: Shared) -> tuple[np.ndarray, list[Call]]:
+    """Device seconds of each op, and what else it takes; equal ones are worked out once, where no dim is an array."""
+    keys = [None if op.view else op.call for op in ops]
+    try:
+        new = {key: op for key, op in zip(keys, ops, strict=True) if key is not None and key not in shared.prices}
+    except TypeError:
+        return price.durations(ops, on), [Call.of(op) for op in ops]
+    if new:
+        distinct = list(new.values())
+        made = zip(price.durations(distinct, on).tolist(), map(Call.of, distinct), strict=True)
+        shared.prices.update(zip(new, made, strict=True))
+    found = [FREE if key is None else shared.prices[key] for key in keys]
+    return np.array([seconds for seconds, _ in found]), [call for _, call in found]
+
+
+FREE = 0.0, VIEW
 
 
 def clocks(
-    part: Part, duration: np.ndarray, on: DeviceProfile, by: Host, *, graphs: bool = False
+    part: Part,
+    duration: np.ndarray,
+    on: DeviceProfile,
+    by: Host,
+    *,
+    graphs: bool = False,
+    calls: Sequence[Call] | None = None,
 ) -> tuple[timeline.Clocks, dict[str, Any]]:
-    """The clock matrix of one run of a part, and its device-busy seconds by component."""
+    """The clock matrix of one run of a part, and its device-busy seconds by component.
+
+    Args:
+        duration: device seconds of its ops, shape (ops, *grid).
+        calls: of its ops, if they are known.
+    """
     if not len(duration):
         return timeline.IDENTITY, {}
+    calls = calls or [Call.of(op) for op in part.ops]
+    work = _components(calls, duration)
     if graphs and on.kind == "cuda":  # nothing to dispatch: the device runs through
-        busy = duration.sum(axis=0)
-        return timeline.Clocks(0.0, timeline.NEVER, timeline.NEVER, busy), _components(part, duration)
+        return timeline.Clocks(0.0, timeline.NEVER, timeline.NEVER, duration.sum(axis=0)), work
     dispatch = by.dispatch(part, on.kind)
     dispatch = dispatch.reshape(len(dispatch), *(1,) * (duration.ndim - 1))
     launched = np.array([op.launched for op in part.ops])
-    synced = [i for i, op in enumerate(part.ops) if costs.synchronises(op)]
     pieces, start = [], 0
-    for stop in [*(i + 1 for i in synced), len(part.ops)]:
+    for stop in [*(i + 1 for i, call in enumerate(calls) if call.waits), len(calls)]:
         rows = slice(start, stop)
         pieces.append(timeline.of_ops(dispatch[rows], duration[rows], by.launch, launched[rows]))
         start = stop
@@ -62,15 +130,14 @@ def clocks(
     if on.kind == "cpu":  # one clock: the host does the work itself
         both = dispatch.sum(axis=0) + duration.sum(axis=0)
         matrix = timeline.Clocks(both, both, both, both)
-    return matrix, _components(part, duration)
+    return matrix, work
 
 
-def _components(part: Part, duration: np.ndarray) -> dict[str, Any]:
+def _components(calls: Sequence[Call], duration: np.ndarray) -> dict[str, Any]:
     rows: dict[str, list[int]] = {}
-    for i, op in enumerate(part.ops):
-        if not op.view:
-            dtype = op.inputs[-1].dtype if op.inputs else "fp32"
-            rows.setdefault(intervals.component(costs.kind(op), dtype), []).append(i)
+    for i, call in enumerate(calls):
+        if call.component:
+            rows.setdefault(call.component, []).append(i)
     return {name: duration[of_name].sum(axis=0) for name, of_name in rows.items()}
 
 

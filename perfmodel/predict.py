@@ -294,7 +294,9 @@ def _counted(built: Step, shared: Shared) -> dict[str, Phases]:
     """Sums over the step by phase, for each thing that `part_costs.counts` counts."""
     sums: dict[str, Phases] = {}
     for part, times in built.parts():
-        for name, of_part in recalled(shared.counts, part, partial(part_costs.counts, part)).items():
+        for name, of_part in recalled(
+            shared.counts, part, partial(part_costs.counts, part, shared.calls.get(part))
+        ).items():
             phases = sums.setdefault(name, dict.fromkeys(PHASES, 0))
             phases[part.phase] = phases[part.phase] + times * of_part
     for phases in sums.values():
@@ -334,7 +336,8 @@ def step_time(
         once: Phases = {}
         round_trip = timeline.IDENTITY
         for part in group.parts:
-            make = partial(part_costs.clocks, part, next(priced), on, by, graphs=built.setup.cuda_graphs)
+            known: dict[str, Any] = {"graphs": built.setup.cuda_graphs, "calls": shared.calls.get(part)}
+            make = partial(part_costs.clocks, part, next(priced), on, by, **known)
             matrix, work = recalled(shared.clocks, part, make)
             for name, seconds in work.items():
                 components[name] = components.get(name, 0.0) + seconds * part.repeat * group.repeat

@@ -59,8 +59,8 @@ class Shared:
     Attributes:
         micro_batches: by all that decides them.
         programs: what `torch.compile` makes, by what decides it (`passes.compile`).
-        counts, durations, clocks: of parts; what one run of it takes.
-        prices: device seconds of calls (`devices.price`).
+        counts, durations, clocks, calls: of parts; what one run of it takes (`part_costs`).
+        prices: device seconds of calls, and what else they take.
     """
 
     micro_batches: dict[Any, MicroBatches] = field(default_factory=dict)
@@ -68,7 +68,8 @@ class Shared:
     counts: dict[Part, Sums] = field(default_factory=dict)
     durations: dict[Part, Any] = field(default_factory=dict)
     clocks: dict[Part, Any] = field(default_factory=dict)
-    prices: dict[Any, float] = field(default_factory=dict)
+    calls: dict[Part, Any] = field(default_factory=dict)
+    prices: dict[Any, Any] = field(default_factory=dict)
 
 
 def recalled(known: dict[K, V], key: K, make: Callable[[], V]) -> V:

@@ -15,9 +15,9 @@ from .setup import Setup
 from .sharing import MicroBatches, Shared
 from .tape import autograd
 from .tape.core import Flow, Parameter, Tape, Tensor, emit, new_tensor, recording, release
-from .tape.dims import Dim
+from .tape.dims import Dim, larger
 from .tape.extra import div
-from .tape.op import Op, Part
+from .tape.op import LATER, Op, Part
 
 Kept = dict[Any, tuple[Tensor, Part]]  # attributes of modules (`Build.kept`)
 PHASES = ("forward", "backward", "optimizer")
@@ -153,15 +153,46 @@ def _micro_batches(step: Step, tape: Tape, programs: dict[Any, Any]) -> Callable
         programs: what was compiled already (`passes.compile`).
     """
     kept: Kept = {}
-    step.groups.append(Group(_micro_batch(step, tape, kept, programs)))
-    if step.setup.grad_accum > 1:
-        step.groups.append(Group(_micro_batch(step, tape, kept, programs), step.setup.grad_accum - 1))
+    further, ending = step.setup.grad_accum - 1, 0
+    tape.alike = further > 0 and not step.zero
+    first, later = _micro_batch(step, tape, kept, programs)
+    alike = tape.alike and not kept  # what modules keep dies in the next forward pass
+    if alike and not later:
+        later, ending = _further(tape, first)
+    tape.alike = False
+    step.groups.append(Group([_first(part) for part in first]))
+    if further:
+        step.groups.append(Group(later if alike else _micro_batch(step, tape, kept, programs)[0], further))
 
     def end() -> None:
         _forget(kept)
         tape.loss = None
+        tape.part.free(ending)
 
     return end
+
+
+def _first(part: Part) -> Part:
+    """A part without what only further micro-batches do."""
+    part.ops = [op for op in part.ops if LATER not in op.attrs]
+    part.later = None
+    return part
+
+
+def _further(tape: Tape, first: list[Part]) -> tuple[list[Part], Dim]:
+    """The parts of micro-batches after one that they are like (`Tape.alike`), and what its graph still holds.
+
+    The graph of a micro-batch dies when the next one has its loss.
+    """
+    tape.part = Part("end", "backward")
+    tape.loss = None
+    ending = -tape.part.delta
+    assert tape.renewed is not None
+    part, peak = tape.renewed
+    if part.later is not None:
+        part.later.highest = larger(peak, part.later.peak - ending)
+        part.later.delta = part.later.delta - ending
+    return [part.further() for part in first], ending
 
 
 def _shared(step: Step, tape: Tape, shared: Shared) -> Callable[[], None]:
@@ -203,8 +234,11 @@ def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
         raise UserError(f"method {method.name}: Liger's loss reads the head's own weight; leave lm_head out of targets")
 
 
-def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -> list[Part]:
-    """Record forward and backward of a micro-batch; returns its parts, compiled if the setup says so."""
+def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -> tuple[list[Part], list[Part]]:
+    """Record forward and backward of a micro-batch; returns its parts, compiled if the setup says so.
+
+    Of a compiled one, those of further micro-batches that are alike (`Tape.alike`) follow; else none.
+    """
     setup, method = step.running
     tape.flow = Flow() if setup.compile != "none" else None
     tape.on_gradient = zero.hook(step, first=not step.parameters) if step.zero else None
@@ -222,7 +256,7 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
         with tape.belonging_to("adapter"):
             loss = method.loss(loss, list(build.parameters.values()))
     release(build.held)
-    tape.loss = loss
+    tape.renew(loss)
     if setup.grad_accum > 1:
         tape.loss = loss = div(loss, setup.grad_accum)
     if not loss.requires_grad:
@@ -237,15 +271,15 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
         p.accumulator = None
         if p.grad is not None:
             p.grad.storage.copies = p.count
-    parts = list(tape.parts)
+    first, later = list(tape.parts), list[Part]()
     if tape.flow is not None:
         from .passes.compile import compiled
 
-        parts = compiled(step, parts, tape.flow, programs)
+        first, later = compiled(step, first, tape.flow, programs, alike=tape.alike)
         tape.flow = None
     tape.parts.clear()
     tape.twins.clear()
-    return parts
+    return first, later
 
 
 def _backward_start(tape: Tape) -> Part:

@@ -19,7 +19,14 @@ Seconds = Any  # float or array over the grid
 NEVER = -np.inf
 
 
-@dataclass(frozen=True)
+def later(a: Seconds, b: Seconds) -> Seconds:
+    """The later of two times at every point of the grid."""
+    if type(a) is float and type(b) is float:
+        return a if a > b else b
+    return np.maximum(a, b)
+
+
+@dataclass(frozen=True, slots=True)
 class Clocks:
     """A 2 x 2 max-plus matrix on (host, device); `xy` is the delay from clock x at the start to clock y at the end."""
 
@@ -31,10 +38,10 @@ class Clocks:
     def then(self, other: "Clocks") -> "Clocks":
         """This stretch of work followed by another (the max-plus product)."""
         return Clocks(
-            np.maximum(self.hh + other.hh, self.hd + other.dh),
-            np.maximum(self.hh + other.hd, self.hd + other.dd),
-            np.maximum(self.dh + other.hh, self.dd + other.dh),
-            np.maximum(self.dh + other.hd, self.dd + other.dd),
+            later(self.hh + other.hh, self.hd + other.dh),
+            later(self.hh + other.hd, self.hd + other.dd),
+            later(self.dh + other.hh, self.dd + other.dh),
+            later(self.dh + other.hd, self.dd + other.dd),
         )
 
     def power(self, n: int) -> "Clocks":
@@ -50,7 +57,7 @@ class Clocks:
     @property
     def end(self) -> Seconds:
         """When all work is done, both clocks started at 0."""
-        return np.maximum(np.maximum(self.hh, self.dh), np.maximum(self.hd, self.dd))
+        return later(later(self.hh, self.dh), later(self.hd, self.dd))
 
 
 def launched(seconds: float) -> Clocks:
@@ -85,8 +92,8 @@ def of_ops(dispatch: np.ndarray, duration: np.ndarray, launch: float, launched: 
     if duration.ndim > 1:
         return _of_grid(host, duration, launch, end)
     before = np.cumsum(duration)
-    total = before[-1]
-    return Clocks(end, (host - (before - duration)).max() + (launch + total), NEVER, total)
+    total = before[-1].item()
+    return Clocks(end.item(), (host - (before - duration)).max().item() + (launch + total), NEVER, total)
 
 
 def _of_grid(host: np.ndarray, duration: np.ndarray, launch: float, end: Seconds) -> Clocks:

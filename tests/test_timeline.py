@@ -211,7 +211,7 @@ def test_a_step_on_an_infinitely_fast_device_takes_the_hosts_time(
     monkeypatch: pytest.MonkeyPatch, name: str, method: str
 ) -> None:
     """Then the whole step is launch-bound, and only dispatches count."""
-    monkeypatch.setattr(price, "durations", lambda ops, on, known: np.zeros(len(ops)))
+    monkeypatch.setattr(price, "durations", lambda ops, on: np.zeros(len(ops)))
     step = step_of(name, method)
     host = replace(HOST, launch=0.0)
     time = step_time(step, CUDA, host)

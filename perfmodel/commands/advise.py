@@ -1,5 +1,6 @@
 """`perfmodel advise`."""
 
+import gc
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import click
 from . import names
 from .options import Lists, print_json, setup_of, setup_options
 
+GARBAGE = 1_000_000  # objects between passes of the cycle collector: nearly all that a search makes is kept to its end
 PREFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "KI": 2.0**10, "MI": 2.0**20, "GI": 2.0**30}
 BYTES = {"B": 1.0, **PREFIXES, **{f"{prefix}B": factor for prefix, factor in PREFIXES.items()}}
 NUMBER = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9}
@@ -67,6 +69,7 @@ def advise(
 
     The samples of an optimizer step stay as given by --batch and --grad-accum.
     """
+    gc.set_threshold(GARBAGE)
     from ..advise import advise as run
     from ..report.advice import searching, show_advice
 

@@ -38,27 +38,8 @@ ROW_WISE = (
 )  # kinds that give a row to a thread block
 
 
-Known = dict[Any, float]  # seconds on one device, by `Op.call`
-
-
-def durations(ops: Sequence[Op], profile: DeviceProfile, known: Known | None = None) -> np.ndarray:
-    """Device seconds of each op, shape (ops, *grid); 0 for views and for work on host tensors.
-
-    Args:
-        known: what calls cost, where no dim is an array; receives what is priced here. Equal calls are priced once.
-    """
-    known = {} if known is None else known
-    calls = [None if op.view else op.call for op in ops]
-    try:
-        new = {call: op for call, op in zip(calls, ops, strict=True) if call is not None and call not in known}
-    except TypeError:  # arrays
-        return _priced(ops, profile)
-    if new:
-        known.update(zip(new, _priced(list(new.values()), profile).tolist(), strict=True))
-    return np.array([0.0 if call is None else known[call] for call in calls])
-
-
-def _priced(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
+def durations(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
+    """Device seconds of each op, shape (ops, *grid); 0 for views and for work on host tensors."""
     if profile.cpu is not None:
         return cpu.durations(ops, profile.hardware, profile.cpu)
     tables = Tables()

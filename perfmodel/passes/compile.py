@@ -35,8 +35,10 @@ class Program:
 Programs = dict[Any, Program]  # by what decides them
 
 
-def compiled(step: Step, parts: list[Part], flow: Flow, known: Programs) -> list[Part]:
-    """The parts of a micro-batch as `torch.compile` runs them.
+def compiled(
+    step: Step, parts: list[Part], flow: Flow, known: Programs, *, alike: bool
+) -> tuple[list[Part], list[Part]]:
+    """The parts of a micro-batch as `torch.compile` runs them; if further ones are alike (`Tape.alike`), theirs too.
 
     Args:
         known: what was compiled before and receives what is compiled here: a program that only adds its gradients to
@@ -47,7 +49,7 @@ def compiled(step: Step, parts: list[Part], flow: Flow, known: Programs) -> list
     """
     graph = lowered(step, parts, flow)
     numbering = Numbering(graph)
-    outside = graph.results | {value for prim in graph.tail for value, _ in prim.reads}
+    outside = graph.outside
     signature = numbering.signature(outside)
     if signature not in known:
         halves = partitioned(graph, step.setup.batch * step.setup.seq)
@@ -55,9 +57,12 @@ def compiled(step: Step, parts: list[Part], flow: Flow, known: Programs) -> list
         backward = fused(halves.backward, {v for v in outside if v.maker and v.maker.backward})
         known[signature] = Program(forward, backward, list(numbering.number))
     program = known[signature]
-    emitted = _Emission(numbering.renamed(program.values), program, captured=step.setup.compile == "reduce-overhead")
-    emitted.run()
-    return emitted.parts
+    captured = step.setup.compile == "reduce-overhead"
+
+    def emitted(g: Graph) -> list[Part]:
+        return _Emission(numbering.renamed(g, program.values), program, captured=captured).run()
+
+    return emitted(graph), emitted(graph.later()) if alike else []
 
 
 class _Emission:
@@ -71,12 +76,13 @@ class _Emission:
         self.parts: list[Part] = []
         self.schedule: list[tuple[Part, Place, Kernel]] = []
 
-    def run(self) -> None:
+    def run(self) -> list[Part]:
         """Make the parts."""
         for kernels, backward in self.programs:
             self._program(kernels, backward=backward)
         self._accumulations()
         self._memory()
+        return self.parts
 
     def _program(self, kernels: list[Kernel], *, backward: bool) -> None:
         """One graph: its kernels in the places where they were recorded."""
@@ -90,7 +96,7 @@ class _Emission:
             part = Part(place.part.name, place.part.phase, place.repeat, compiled=True, captured=self.captured)
             part.modules = place.part.modules
             for kernel in at.get(index, ()):
-                part.ops += _ops(kernel)
+                part.ops.append(_call(kernel))
                 self.schedule.append((part, place, kernel))
             if part.ops:
                 part.graphs, first = int(first), False
@@ -101,7 +107,7 @@ class _Emission:
             part = Part("accumulation", "backward", place.repeat)
             for kernel in self.tail:
                 if kernel.place == index:
-                    part.ops += _ops(kernel)
+                    part.ops.append(_call(kernel))
                     part.nodes += 1
                     self.schedule.append((part, place, kernel))
             if part.ops:
@@ -129,34 +135,34 @@ class _Emission:
         return made.repeat
 
 
-def _ops(kernel: Kernel) -> list[Op]:
-    """The calls of a kernel, as a device prices them."""
-    if kernel.extern:
-        op = kernel.prims[0].op
-        assert op is not None
-        return [op]
-    read, written = summed(kernel.reads.values()), summed(value.nbytes for value in kernel.writes)
+def _call(kernel: Kernel) -> Op:
+    """The call of a kernel, as a device prices it."""
+    if kernel.op is None:
+        kernel.op = kernel.prims[0].op if kernel.extern else _generated(kernel)
+        assert kernel.op is not None
+    return kernel.op
+
+
+def _generated(kernel: Kernel) -> Op:
     kind, points, length = kernel.loops
-    main = max(kernel.prims, key=_weight)
+    main = max(kernel.prims, key=_weight) if len(kernel.prims) > 1 else kernel.prims[0]
     exponential = kind == "rows" and any("softmax" in prim.name or prim.name == "sum_exp" for prim in kernel.prims)
-    dtypes = [value.dtype for value in (*kernel.writes, *kernel.reads)]
-    specs = tuple(Spec(value.dtype, (value.points,)) for value in kernel.reads) or (Spec(dtypes[0], ()),)
-    op = Op(
+    reads = tuple([Spec(value.dtype, (value.points,)) for value in kernel.reads])
+    return Op(
         f"inductor::{kind}",
-        specs,
-        tuple(Spec(value.dtype, (value.points,)) for value in kernel.writes),
-        read,
-        written,
+        reads or (Spec(kernel.writes[0].dtype, ()),),
+        tuple([Spec(value.dtype, (value.points,)) for value in kernel.writes]),
+        summed(kernel.reads.values()),
+        summed([value.nbytes for value in kernel.writes]),
         attrs=((points, length), *(("exp",) if exponential else ())),
         owner=main.owner,
         recompute=main.recompute,
     )
-    return [op]
 
 
 def _weight(prim: Prim) -> float:
     """Bytes that an operation would move alone: the largest says whose the kernel is."""
-    return largest(summed([*(nbytes for _, nbytes in prim.reads), *(out.nbytes for out in prim.outs)]))
+    return largest(summed([*[nbytes for _, nbytes in prim.reads], *[out.nbytes for out in prim.outs]]))
 
 
 __all__ = ["compiled"]

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ..tape.dims import Dim, largest, same
+from ..tape.dims import Dim, larger, largest, same
+from ..tape.op import Op
 from .graph import Prim, Value
 
 READS_ON_REUSE = 4  # config.realize_reads_threshold
@@ -27,7 +28,7 @@ READS = 8  # config.realize_acc_reads_threshold
 ROUNDS = 10  # of fusion, at most (scheduler.fuse_nodes)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Kernel:
     """One kernel: fused loops, or a library's.
 
@@ -35,12 +36,14 @@ class Kernel:
         prims: what it computes, in order.
         reads: bytes read of each value in memory; of its own results none.
         writes: the values that it leaves in memory.
+        op: its call, once it was written down (`passes.compile`).
     """
 
     prims: list[Prim]
     reads: dict[Value, Dim] = field(default_factory=dict)
     writes: list[Value] = field(default_factory=list)
     loops: tuple[Any, ...] = ()
+    op: Op | None = None
 
     @property
     def extern(self) -> bool:
@@ -50,7 +53,7 @@ class Kernel:
     @property
     def place(self) -> int:
         """Where it runs: with the last of what it computes."""
-        return max(prim.place for prim in self.prims)
+        return max([prim.place for prim in self.prims])
 
 
 def fused(prims: list[Prim], results: set[Value]) -> list[Kernel]:
@@ -72,9 +75,9 @@ def fused(prims: list[Prim], results: set[Value]) -> list[Kernel]:
 def _without_dead_code(prims: list[Prim], results: set[Value]) -> list[Prim]:
     needed, kept = set(results), []
     for prim in reversed(prims):
-        if not prim.outs or any(out in needed for out in prim.outs):
+        if not prim.outs or not needed.isdisjoint(prim.outs):
             kept.append(prim)
-            needed.update(value for value, _ in prim.reads)
+            needed.update([value for value, _ in prim.reads])
     return kept[::-1]
 
 
@@ -82,7 +85,7 @@ def _nodes(prims: list[Prim], results: set[Value]) -> list[Kernel]:
     """Operations whose results are in memory, with those that are computed where they are read."""
     uses: dict[Value, list[Prim]] = {}
     for prim in prims:
-        for value in {value for value, _ in prim.reads}:
+        for value in dict.fromkeys([value for value, _ in prim.reads]):
             uses.setdefault(value, []).append(prim)
     inlined: dict[Value, Kernel] = {}
     nodes = []
@@ -100,14 +103,15 @@ def _nodes(prims: list[Prim], results: set[Value]) -> list[Kernel]:
 
 def _take(node: Kernel, value: Value, nbytes: Dim, inlined: dict[Value, Kernel]) -> None:
     """Read a value, or compute it (of a slice, the part that is read)."""
-    if value not in inlined:
-        node.reads[value] = _most(node.reads.get(value, 0), nbytes)
+    source = inlined.get(value)
+    if source is None:
+        node.reads[value] = larger(node.reads.get(value, 0), nbytes)
         return
-    source = inlined[value]
+    whole = same(nbytes, value.nbytes)
     for other, size in source.reads.items():
-        part = size if nbytes is value.nbytes or same(nbytes, value.nbytes) else _share(size, nbytes, value.nbytes)
-        node.reads[other] = _most(node.reads.get(other, 0), part)
-    node.prims = list(dict.fromkeys(node.prims + source.prims))
+        part = size if whole else _share(size, nbytes, value.nbytes)
+        node.reads[other] = larger(node.reads.get(other, 0), part)
+    node.prims = list(dict.fromkeys(node.prims + source.prims)) if node.prims else source.prims.copy()
 
 
 def _share(size: Dim, part: Dim, whole: Dim) -> Dim:
@@ -116,8 +120,11 @@ def _share(size: Dim, part: Dim, whole: Dim) -> Dim:
 
 def _in_memory(prim: Prim, node: Kernel, users: list[Prim], results: set[Value]) -> bool:
     value = prim.outs[0]
-    if value in results or any(_wants_memory(user, value) for user in users):
+    if value in results:
         return True
+    for user in users:
+        if _wants_memory(user, value):
+            return True
     reads = len(node.reads)
     return reads > READS or (len(users) > 1 and reads > READS_ON_REUSE)
 
@@ -129,10 +136,6 @@ def _wants_memory(user: Prim, value: Value) -> bool:
 
 def _loops(prim: Prim) -> tuple[Any, ...]:
     return (prim.kind, prim.points, prim.length)
-
-
-def _most(a: Dim, b: Dim) -> Dim:
-    return np.maximum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else max(a, b)
 
 
 def _agree(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -155,14 +158,16 @@ class _Round:
         self.kernels = kernels
         self.maker = {value: kernel for kernel in kernels for value in kernel.writes}
         self.group = {kernel: kernel for kernel in kernels}
+        self.nodes = {kernel: [kernel] for kernel in kernels}  # of each group
         self.position = {kernel: i for i, kernel in enumerate(kernels)}  # of its first node
         self.last = dict(self.position)  # of its last node
         self.bits = {kernel: 1 << i for i, kernel in enumerate(kernels)}  # of its nodes
         self.above: dict[Kernel, int] = {}  # bits of all nodes that it needs, directly or not
         for kernel in kernels:
-            self.above[kernel] = 0
+            above = 0
             for need in self._needs(kernel):
-                self.above[kernel] |= self.bits[need] | self.above[need]
+                above |= self.bits[need] | self.above[need]
+            self.above[kernel] = above
 
     def run(self) -> list[Kernel]:
         """Fuse what may, the pairs with most shared bytes first; the new kernels in order."""
@@ -193,35 +198,40 @@ class _Round:
             yield -size, abs(i - j), self.kernels[i], self.kernels[j]
 
     def _needs(self, kernel: Kernel) -> set[Kernel]:
-        return {self.group[self.maker[value]] for value in kernel.reads if value in self.maker} - {kernel}
+        maker, group = self.maker, self.group
+        return {group[maker[value]] for value in kernel.reads if value in maker} - {kernel}
 
     def _between(self, early: Kernel, late: Kernel) -> bool:
         """Whether `late` needs `early` by way of another kernel."""
-        return any(self.above[need] & self.bits[early] for need in self._needs(late) if need is not early)
+        bits = self.bits[early]
+        if not self.above[late] & bits:
+            return False
+        return any(self.above[need] & bits for need in self._needs(late) if need is not early)
 
     def _fuse(self, a: Kernel, b: Kernel, loops: tuple[Any, ...]) -> None:
         first, second = sorted((a, b), key=self.position.__getitem__)
         made = Kernel(list(dict.fromkeys(first.prims + second.prims)), dict(first.reads))
         made.writes, made.loops = first.writes + second.writes, loops
         for value, nbytes in second.reads.items():
-            made.reads[value] = _most(made.reads.get(value, 0), nbytes)
+            made.reads[value] = larger(made.reads.get(value, 0), nbytes)
         for value in made.writes:
             made.reads.pop(value, None)
         self.position[made] = self.position[first]
         self.last[made] = max(self.last[first], self.last[second])
         self.bits[made] = self.bits[first] | self.bits[second]
         self.above[made] = (self.above[first] | self.above[second]) & ~self.bits[made]
-        for node, group in self.group.items():
-            if group is first or group is second:
-                self.group[node] = made
-            elif self.above[group] & self.bits[made]:
-                self.above[group] |= self.bits[made] | self.above[made]
-        self.group[made] = made
+        self.nodes[made] = self.nodes.pop(first) + self.nodes.pop(second)
+        for node in (made, *self.nodes[made]):
+            self.group[node] = made
+        bits, both = self.bits[made], self.bits[made] | self.above[made]
+        for group in self.nodes:
+            if self.above[group] & bits:
+                self.above[group] |= both
 
     def _sorted(self) -> list[Kernel]:
         """The kernels by their last node, each after what it needs."""
         order: dict[Kernel, None] = {}
-        present = sorted({self.group[k] for k in self.kernels}, key=self.last.__getitem__)
+        present = sorted(self.nodes, key=self.last.__getitem__)
         for kernel in present:
             waiting = [kernel]
             while waiting:

@@ -16,25 +16,23 @@ from ..tape.dtypes import ITEMSIZE
 from ..tape.op import Op, Part, Use
 
 
-@dataclass(eq=False)
 class Value:
     """What one op makes and others read: `points` elements, `nbytes` bytes. Nobody makes inputs and parameters.
 
     `free` marks what is in memory anyway (parameters, buffers).
     """
 
-    dtype: str
-    points: Dim
-    maker: "Prim | None" = None
-    free: bool = False
+    __slots__ = ("dtype", "free", "maker", "nbytes", "points")
 
-    @property
-    def nbytes(self) -> Dim:
-        """Bytes of the elements."""
-        return self.points * ITEMSIZE[self.dtype]
+    def __init__(self, dtype: str, points: Dim, maker: "Prim | None" = None, *, free: bool = False) -> None:
+        self.dtype = dtype
+        self.points = points
+        self.nbytes = points * ITEMSIZE[dtype]
+        self.maker = maker
+        self.free = free
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Prim:
     """One operation as Inductor sees it.
 
@@ -79,12 +77,24 @@ class Graph:
     Attributes:
         results: values that outlive the pass (loss, gradients, what modules keep).
         tail: accumulations into gradients that were there before: they run after the compiled backward.
+        additions: the tail of further passes that do the same (`Tape.alike`).
     """
 
     places: list[Place]
     prims: list[Prim] = field(default_factory=list)
     results: set[Value] = field(default_factory=set)
     tail: list[Prim] = field(default_factory=list)
+    additions: list[Prim] = field(default_factory=list)
+
+    @property
+    def outside(self) -> set[Value]:
+        """Values that must be there after the compiled programs."""
+        return self.results | {value for prim in self.tail for value, _ in prim.reads}
+
+    def later(self) -> "Graph":
+        """A further pass: its gradients are added to those that are there, and gone after it."""
+        added = {value for prim in self.additions for value, _ in prim.reads}
+        return Graph(self.places, self.prims, self.results - added, self.additions)
 
 
 def places(parts: list[Part], flow: Flow) -> list[Place]:
@@ -101,23 +111,24 @@ def _copies(repeat: int) -> list[int]:
     return [1] * repeat if repeat < 4 else [1, repeat - 2, 1]
 
 
+Key = tuple[int, int]  # a block of memory, and which copy's
+
+
 class Names:
     """Which copy's memory an op of a copied part means."""
 
     def __init__(self, parts: list[Part], flow: Flow, parameters: dict[int, Part | None]) -> None:
         self.flow = flow
         self.parameters = parameters
-        self.known: dict[tuple[int, int], tuple[int, int]] = {}
         self.origin: dict[int, Part] = {}
         for part in parts:
             for op in part.ops:
                 for use in op.writes:
                     self.origin.setdefault(use.storage, part)
         self.order = {id(part): i for i, part in enumerate(parts)}
+        self.pairs = {id(part): id(flow.twins.get(id(part), part)) for part in parts}
+        self.carried = {part: flow.carried.get(pair, (None, None)) for part, pair in self.pairs.items()}
         self.handed = {id(p): self._handed_on(p, parts) for p in parts if id(p) in flow.twins and p.repeat > 1}
-
-    def _pair(self, part: Part) -> int:
-        return id(self.flow.twins.get(id(part), part))
 
     def _handed_on(self, part: Part, parts: list[Part]) -> tuple[int | None, int | None]:
         """The gradient of the residual stream as it comes into a backward part, and as it leaves it."""
@@ -139,16 +150,10 @@ class Names:
         origin = self.origin.get(use.storage)
         return origin is not None and id(origin) in self.flow.twins and any(origin is part for part in parts)
 
-    def key(self, use: Use, place: Place) -> tuple[int, int]:
-        """A name for the memory that is the same wherever it is meant."""
-        asked = use.storage, id(place)
-        if asked not in self.known:
-            self.known[asked] = self._key(use.storage, place)
-        return self.known[asked]
-
-    def _key(self, storage: int, place: Place) -> tuple[int, int]:
+    def key(self, storage: int, place: Place) -> Key:
+        """A name for a block of memory that is the same wherever it is meant."""
         part = place.part
-        before, after = self.flow.carried.get(self._pair(part), (None, None))
+        before, after = self.carried[id(part)]
         if storage == before and after is not None and place.copy:
             return (after, place.copy - 1)
         coming, leaving = self.handed.get(id(part), (None, None))
@@ -157,7 +162,7 @@ class Names:
         home = self.parameters[storage] if storage in self.parameters else self.origin.get(storage)
         if home is None:
             return (storage, 0)
-        if self._pair(home) == self._pair(part):
+        if self.pairs.get(id(home), id(home)) == self.pairs[id(part)]:
             return (storage, place.copy)
         if home.repeat == part.repeat and storage not in (before, coming):  # what goes over the same layers again
             return (storage, place.copy)
@@ -173,9 +178,10 @@ class Builder:
         self.graph = Graph(places(parts, flow))
         self.names = Names(parts, flow, parameters)
         self.parameters = parameters
-        self.values: dict[tuple[int, int], Value] = {}
+        self.values: dict[Key, Value] = {}
         self.known: dict[Any, Value] = {}
-        self.index = 0
+        self.index, self.backward = 0, False
+        self.keys: dict[int, Key] = {}  # of the blocks that the current place's ops use
         self.op = Op("", (), (), 0, 0)
 
     @property
@@ -186,33 +192,36 @@ class Builder:
     def ops(self) -> Iterator[Op]:
         """Every op of every copy."""
         for index, place in enumerate(self.graph.places):
+            self.index, self.keys, self.backward = index, {}, place.backward
             for op in place.part.ops:
                 if not op.view:
-                    self.index, self.op = index, op
+                    self.op = op
                     yield op
 
-    def value(self, use: Use, dtype: str) -> Value:
-        """The current contents of a block of memory."""
-        key = self.names.key(use, self.place)
-        if key not in self.values:
-            self.values[key] = Value(dtype, use.nbytes // ITEMSIZE[dtype], free=True)
-        return self.values[key]
+    def key(self, storage: int) -> Key:
+        """The name of a block of memory that the current op uses."""
+        if storage not in self.keys:
+            self.keys[storage] = self.names.key(storage, self.place)
+        return self.keys[storage]
 
     def reads(self) -> list[tuple[Value, Dim]]:
         """What the current op reads: each tensor once, and of a block no more than it holds."""
         found = []
         for use, spec in zip(self.op.reads, self.op.inputs, strict=True):
-            value = self.value(use, spec.dtype)
-            found.append((value, _least(use.nbytes, value.nbytes)))
+            key, nbytes = self.key(use.storage), use.nbytes
+            value = self.values.get(key)
+            if value is None:
+                value = self.values[key] = Value(spec.dtype, nbytes // ITEMSIZE[spec.dtype], free=True)
+            found.append((value, _least(nbytes, value.nbytes)))
         return found
 
     def write(self, use: Use, value: Value) -> None:
         """A block of memory has new contents from here on."""
-        self.values[self.names.key(use, self.place)] = value
+        self.values[self.key(use.storage)] = value
 
     def existed(self, use: Use) -> bool:
         """Whether a block of memory was there before the pass and is none of its parameters."""
-        return use.storage not in self.names.origin or self.names.key(use, self.place) not in self.values
+        return use.storage not in self.names.origin or self.key(use.storage) not in self.values
 
     def add(
         self,
@@ -223,20 +232,22 @@ class Builder:
         dtype: str,
         *,
         layouts: Any = (),
+        holds: Dim | None = None,
         **more: Any,
     ) -> Value:
         """Append an operation with one result; an equal one that is there already stands for it.
 
         Args:
             layouts: what else must be equal; None if nothing is.
+            holds: elements of the result, if not `points`.
         """
-        same_reads = tuple((id(value), _frozen(nbytes)) for value, nbytes in reads)
-        key = (name, kind, dtype, same_reads, _frozen(points), self.op.recompute, _frozen(layouts))
+        same_reads = tuple([(id(value), nbytes) for value, nbytes in reads])
+        key = _frozen((name, kind, dtype, same_reads, points, self.op.recompute, layouts))
         if layouts is not None and key in self.known:
             return self.known[key]
-        prim = Prim(name, kind, reads, points, self.index, self.place.backward, self.op.owner, **more)
+        prim = Prim(name, kind, reads, points, self.index, self.backward, self.op.owner, **more)
         prim.recompute = self.op.recompute
-        value = Value(dtype, points, prim)
+        value = Value(dtype, points if holds is None else holds, prim)
         prim.outs.append(value)
         self.graph.prims.append(prim)
         if layouts is not None:
@@ -250,9 +261,13 @@ class Numbering:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.number: dict[Value, int] = {}
+        number = self.number
         for prim in graph.prims:
-            for value in (*(value for value, _ in prim.reads), *prim.outs):
-                self.number.setdefault(value, len(self.number))
+            for value, _ in prim.reads:
+                if value not in number:
+                    number[value] = len(number)
+            for value in prim.outs:
+                number[value] = len(number)
 
     def signature(self, outside: set[Value]) -> Any:
         """What decides what a compiler makes of the graph.
@@ -260,21 +275,20 @@ class Numbering:
         Args:
             outside: values that must be there afterwards.
         """
-        prims = tuple(self._of_prim(prim) for prim in self.graph.prims)
-        values = tuple((v.dtype, _frozen(v.points), v.free, v in outside) for v in self.number)
-        places = tuple((place.copy, place.repeat, place.backward) for place in self.graph.places)
-        return prims, values, places
+        prims = tuple([self._of_prim(prim) for prim in self.graph.prims])
+        values = tuple([(v.dtype, v.points, v.free, v in outside) for v in self.number])
+        places = tuple([(place.copy, place.repeat, place.backward) for place in self.graph.places])
+        return _frozen((prims, values, places))
 
     def _of_prim(self, p: Prim) -> Any:
-        reads = tuple((self.number[value], _frozen(nbytes)) for value, nbytes in p.reads)
-        outs = tuple(self.number[value] for value in p.outs)
+        reads = tuple([(self.number[value], nbytes) for value, nbytes in p.reads])
+        outs = tuple([self.number[value] for value in p.outs])
         call = (p.op.inputs, p.op.outputs, p.op.attrs) if p.op is not None else ()
         flags = p.backward, p.recompute, p.recomputable, p.fusible
-        return p.name, p.kind, reads, outs, _frozen(p.points), _frozen(p.length), p.place, p.owner, flags, _frozen(call)
+        return p.name, p.kind, reads, outs, p.points, p.length, p.place, p.owner, flags, call
 
-    def renamed(self, values: list[Value]) -> Graph:
-        """The graph's results and tail in the values of another graph of the same signature."""
-        g = self.graph
+    def renamed(self, g: Graph, values: list[Value]) -> Graph:
+        """Results and tail of the graph, or of one with its values, in the values of another of the same signature."""
         results = {values[self.number[value]] for value in g.results}
         tail = [replace(p, reads=[(values[self.number[value]], nbytes) for value, nbytes in p.reads]) for p in g.tail]
         return Graph(g.places, [], results, tail)
@@ -291,7 +305,7 @@ def _frozen(x: Any) -> Any:
 
 def _least(a: Dim, b: Dim) -> Dim:
     if type(a) is int and type(b) is int:
-        return min(a, b)
+        return a if a <= b else b
     return a if decide(a <= b) else b
 
 

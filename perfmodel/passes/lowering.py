@@ -10,7 +10,7 @@ from typing import Any
 from ..step import Step
 from ..tape.core import Flow
 from ..tape.dims import Dim, decide, is_one, product
-from ..tape.op import Part, Spec
+from ..tape.op import LATER, Part, Spec
 from .graph import Builder, Graph, Prim, Value
 
 # Calls that compute each element of the result from the operands' elements, by the name before the dot.
@@ -43,10 +43,12 @@ def lowered(step: Step, parts: list[Part], flow: Flow) -> Graph:
     parameters = {p.storage.number: p.part if p.part and p.part.repeat > 1 else None for p in step.parameters}
     builder = Builder(parts, flow, parameters)
     for op in builder.ops():
-        name = op.name.split(".")[0]
+        name = op.name.partition(".")[0]
         if name in NOTHING:
             continue
-        if name == "add_" and op.writes and builder.existed(op.writes[0]):
+        if name == "add_" and LATER in op.attrs:
+            _add_later(builder)
+        elif name == "add_" and op.writes and builder.existed(op.writes[0]):
             _accumulate(builder)
         elif name == "ones_like" and not op.outputs[0].shape:
             _seed(builder)
@@ -63,12 +65,11 @@ def lowered(step: Step, parts: list[Part], flow: Flow) -> Graph:
 
 
 def _without_dead_code(graph: Graph) -> None:
-    needed = set(graph.results)
-    needed |= {value for prim in graph.tail for value, _ in prim.reads}
+    needed = graph.outside
     kept = []
     for prim in reversed(graph.prims):
-        if not prim.outs or any(out in needed for out in prim.outs):
-            needed.update(value for value, _ in prim.reads)
+        if not prim.outs or not needed.isdisjoint(prim.outs):
+            needed.update([value for value, _ in prim.reads])
             kept.append(prim)
     graph.prims = kept[::-1]
 
@@ -77,6 +78,12 @@ def _accumulate(b: Builder) -> None:
     """A gradient joins one that was there before: outside the compiled code."""
     (_, new), index = b.reads(), b.index
     b.graph.tail.append(Prim(b.op.name, "extern", [new], 0, index, True, b.op.owner, op=b.op))
+
+
+def _add_later(b: Builder) -> None:
+    """A gradient that stays, and that a further pass adds to one that was there before."""
+    _, new = b.reads()
+    b.graph.additions.append(Prim(b.op.name, "extern", [new], 0, b.index, True, b.op.owner, op=b.op))
 
 
 def _seed(b: Builder) -> None:
@@ -113,14 +120,13 @@ def _repeats(reads: Reads) -> bool:
 
 def _layouts(b: Builder) -> Any:
     """Tells slices and permutations of one block apart; None where the op must not be merged with an equal one."""
-    return (b.op.attrs, b.op.recompute, *((use.shape, use.strides) for use in (*b.op.reads, *b.op.writes)))
+    return (b.op.attrs, b.op.recompute, *[use[2:] for use in (*b.op.reads, *b.op.writes)])  # shapes and strides
 
 
 def _extern(b: Builder) -> None:
     """A kernel of a library: its operands are in memory, and so are its results."""
     op, reads = b.op, b.reads()
-    place = b.place
-    prim = Prim(op.name, "extern", reads, 0, b.index, place.backward, op.owner, op=op)
+    prim = Prim(op.name, "extern", reads, 0, b.index, b.backward, op.owner, op=op)
     prim.recompute, prim.recomputable, prim.fusible = op.recompute, False, False
     for use, spec in zip(op.writes, op.outputs, strict=True):
         value = Value(spec.dtype, spec.numel, prim)
@@ -261,8 +267,8 @@ def _embedding_backward(b: Builder) -> None:
     out = b.op.outputs[0]
     zeros = b.add("zeros", "pointwise", [], out.numel, "fp32", layouts=None)
     reads = [(grad, nbytes), ids, (zeros, grad.points * 4)]
-    summed = b.add("index_put_accumulate", "scatter", reads, grad.points, "fp32", recomputable=False, fusible=False)
-    summed.points = out.numel
+    more = {"recomputable": False, "fusible": False}
+    summed = b.add("index_put_accumulate", "scatter", reads, grad.points, "fp32", holds=out.numel, **more)
     if out.dtype != "fp32":
         summed = b.add("_to_copy", "pointwise", _whole(summed), out.numel, out.dtype)
     b.write(b.op.writes[0], summed)

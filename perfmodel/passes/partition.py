@@ -65,6 +65,8 @@ class _Cut:
 
     def _bytes(self, value: Value) -> int:
         size = value.nbytes
+        if type(size) is int:
+            return size
         return int(size.reshape(-1)[min(self.point, size.size - 1)]) if isinstance(size, np.ndarray) else int(size)
 
     def _required(self, results: set[Value]) -> set[Prim]:
@@ -95,16 +97,20 @@ class _Cut:
         if prim.kind == "extern":
             return True
         (out,) = prim.outs
-        if any(user.backward and not _fusible(prim, user) for user in self.users.get(out, ())):
-            return True
-        return self._bytes(out) * REDUCTION < sum(self._bytes(value) for value, _ in prim.reads)
+        for user in self.users.get(out, ()):
+            if user.backward and not _fusible(prim, user):
+                return True
+        return self._bytes(out) * REDUCTION < sum([self._bytes(value) for value, _ in prim.reads])
 
     def _used_far_apart(self) -> set[Prim]:
         """Fusible users of a value that come after a user that is not: computing them again would keep it alive."""
         banned: set[Prim] = set()
         values = {value for prim in self.prims for value, _ in prim.reads}
         for value in values:
-            users = [user for user in self.users[value] if user in self.forward]
+            users = self.users[value]
+            if len(users) < 2:
+                continue
+            users = [user for user in users if user in self.forward]
             if len(users) < 2:
                 continue
             limit = self._first_unfusible(users, max(self.order[user] for user in users))
@@ -143,29 +149,29 @@ class _Cut:
         """The values of the minimum cut that forward makes."""
         network = Network()
         source, sink = network.node(), network.node()
+        wanted = {value for prim in self.prims if prim.backward for value, _ in prim.reads}
+        far = self._used_far_apart()
         enter: dict[Value, int] = {}
         leave: dict[Value, int] = {}
-        far = self._used_far_apart()
 
         def place(value: Value) -> None:
             if value not in enter:
-                enter[value], leave[value] = network.node(), network.node()
-                network.edge(enter[value], leave[value], self._weight(value))
                 maker = value.maker
-                if maker is None or (maker in self.forward and (maker in far or self._banned(maker))):
-                    network.edge(source, enter[value], INFINITE)
+                given = maker is None or (maker in self.forward and (maker in far or self._banned(maker)))
+                enter[value] = source if given else network.node()
+                leave[value] = sink if value in wanted else network.node()
+                network.edge(enter[value], leave[value], self._weight(value))
 
         for prim in self.prims:
             for value, _ in prim.reads:
                 if value.maker is None or not value.maker.backward:
                     place(value)
-                    if prim.backward:
-                        network.edge(leave[value], sink, INFINITE)
             if not prim.backward:
                 for out in prim.outs:
                     place(out)
                     for value, _ in prim.reads:
-                        network.edge(leave[value], enter[out], INFINITE)
+                        if enter[out] != source and leave[value] != sink:  # else it carries nothing
+                            network.edge(leave[value], enter[out], INFINITE)
         near = network.source_side(source, sink)
         return {v for v in enter if v.maker is not None and enter[v] in near and leave[v] not in near}
 

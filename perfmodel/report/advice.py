@@ -1,5 +1,6 @@
 """What `advise` shows in the terminal."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,7 +9,6 @@ from rich.markup import escape
 from ..advise import Advice, Candidate, Change
 from ..advise import Progress as Report
 from . import units
-from .progress import progress
 from .terminal import console, table
 
 SHOWN = 8  # changes and candidates in a table
@@ -17,7 +17,12 @@ WORTH = 0.005  # of the step: smaller gains are not worth a line
 
 @contextmanager
 def searching() -> Iterator[Report]:
-    """A progress bar over the methods of a search."""
+    """A progress bar over the methods of a search, where someone watches."""
+    if not sys.stderr.isatty():
+        yield lambda done, total, name: None
+        return
+    from .progress import progress
+
     with progress(counted=False) as bar:
         task = bar.add_task("searching")
         yield lambda done, total, name: bar.update(task, completed=done, total=total, description=name)

@@ -15,7 +15,7 @@ from typing import Any
 
 from .core import Parameter, Tensor, new_tensor, record, tape
 from .dims import Shape, dense_order, is_one, same, same_shape
-from .op import Part
+from .op import LATER, Part
 
 Grads = tuple[Tensor | None, ...]
 Backward = Callable[["Node", Sequence[Tensor | None]], Grads]
@@ -109,17 +109,29 @@ def _accumulate(node: Node, grads: Sequence[Tensor | None]) -> Grads:
     (grad,) = grads
     assert grad is not None
     parameter.used = True
-    hook = tape().on_gradient
-    if hook is not None:
-        hook(parameter, _settled(grad, parameter))
+    current = tape()
+    if current.on_gradient is not None:
+        current.on_gradient(parameter, _settled(grad, parameter))
     elif parameter.grad is None:
-        parameter.grad = _settled(grad, parameter).alias()
+        settled = _settled(grad, parameter)
+        parameter.grad = settled.alias()
+        current.alike &= settled is grad
+        if current.alike:
+            _add_to(parameter.grad, grad, parameter.kind, LATER)
+            if current.flow is None:
+                parameter.grad = grad.alias()
+                parameter.grad.storage = grad.storage.inherited()
         if parameter.part is not None:  # one of as many as there are identical layers
             parameter.grad.storage.copies = parameter.part.repeat
     else:
-        with tape().belonging_to("adapter" if parameter.kind == "adapter" else "accumulation"):
-            record("add_.Tensor", (parameter.grad, grad), (parameter.grad,))
+        current.alike = False  # more than one gradient in a micro-batch
+        _add_to(parameter.grad, grad, parameter.kind)
     return ()
+
+
+def _add_to(sum: Tensor, grad: Tensor, kind: str, *attrs: str) -> None:
+    with tape().belonging_to("adapter" if kind == "adapter" else "accumulation"):
+        record("add_.Tensor", (sum, grad), (sum,), attrs)
 
 
 def _settled(grad: Tensor, leaf: Tensor) -> Tensor:
@@ -153,14 +165,17 @@ def _add_grads(a: Tensor, b: Tensor) -> Tensor:
 
 def _validate(grads: list[Tensor | None], i: int, shape: Shape, dtype: str) -> None:
     """Give a gradient its tensor's shape and dtype, in place: the unreduced one dies at once."""
-    from .pointwise import cast, sum_to
-
     grad = grads[i]
-    if grad is None:
+    if grad is None or (grad.shape is shape and grad.dtype == dtype):
         return
     if not same_shape(grad.shape, shape):
+        from .pointwise import sum_to
+
         grads[i] = grad = sum_to(grad, shape)
-    grads[i] = cast(grad, dtype)
+    if grad.dtype != dtype:
+        from .pointwise import cast
+
+        grads[i] = cast(grad, dtype)
 
 
 def run_backward(root: Tensor, grad: Tensor) -> None:
@@ -245,7 +260,8 @@ class Buffers:
     def take(self, node: Node) -> list[Tensor | None]:
         """Hand a node its gradients."""
         grads = self.grads.pop(id(node))
-        self.adapters_only.difference_update((id(node), slot) for slot in range(len(grads)))
+        if self.adapters_only:
+            self.adapters_only.difference_update([(id(node), slot) for slot in range(len(grads))])
         return grads
 
 

@@ -21,19 +21,31 @@ if TYPE_CHECKING:
 
 
 class Storage:
-    """A block of memory. `copies` > 1: the block stands for that many when it is freed outside its repeated part."""
+    """A block of memory. `copies` > 1: the block stands for that many when it is freed outside its repeated part.
 
-    __slots__ = ("__weakref__", "copies", "nbytes", "number", "tape")
+    `heir` is the block that stays in its place; it dies in further micro-batches only (`Tape.alike`).
+    """
+
+    __slots__ = ("__weakref__", "copies", "heir", "nbytes", "number", "tape")
 
     def __init__(self, nbytes: Dim, tape: "Tape | None") -> None:
         self.nbytes = nbytes
         self.tape = tape
         self.copies = 1
+        self.heir: Storage | None = None
         self.number = next(_numbers)
+
+    def inherited(self) -> "Storage":
+        """Its heir, made on first use."""
+        if self.heir is None:
+            self.heir = Storage(self.nbytes, self.tape)
+        return self.heir
 
     def __del__(self) -> None:
         if self.tape is not None:
-            self.tape.part.free(self.nbytes * self.copies)
+            part = self.tape.part if self.heir is None else self.tape.part.later
+            if part is not None:
+                part.free(self.nbytes * self.copies)
             if self.tape.flow is not None:
                 self.tape.flow.live.discard(self.number)
 
@@ -56,14 +68,22 @@ class Flow:
     twins: dict[int, Part] = field(default_factory=dict)
 
 
-def _use(t: "Tensor") -> Use:
-    return Use(t.storage.number, t.nbytes, t.shape, t.strides)
-
-
 class Tensor:
     """Shape, strides (elements), dtype and autograd state; no data."""
 
-    __slots__ = ("_spec", "dtype", "nbytes", "node", "numel", "requires_grad", "shape", "slot", "storage", "strides")
+    __slots__ = (
+        "_spec",
+        "_use",
+        "dtype",
+        "nbytes",
+        "node",
+        "numel",
+        "requires_grad",
+        "shape",
+        "slot",
+        "storage",
+        "strides",
+    )
 
     def __init__(self, shape: Shape, dtype: str, strides: Shape, numel: Dim, storage: Storage) -> None:
         self.shape = shape
@@ -76,6 +96,7 @@ class Tensor:
         self.node: Node | None = None
         self.slot = 0
         self._spec: Spec | None = None
+        self._use: Use | None = None
 
     @property
     def spec(self) -> Spec:
@@ -83,6 +104,13 @@ class Tensor:
         if self._spec is None:
             self._spec = Spec(self.dtype, self.shape)
         return self._spec
+
+    @property
+    def use(self) -> Use:
+        """How an op uses its memory, of which a tensor that ops have seen keeps its block."""
+        if self._use is None:
+            self._use = Use(self.storage.number, self.nbytes, self.shape, self.strides)
+        return self._use
 
     @property
     def is_floating(self) -> bool:
@@ -124,6 +152,10 @@ class Tape:
     (grad mode, autocast's weight cache, checkpoint frames) lives here, and the training loop's variable `loss`, whose
     graph lives until the next forward pass has made another. `owner` and `recomputing` go onto every op. `on_gradient`
     takes every parameter's complete gradient away, as a hook that PyTorch runs after it is accumulated.
+
+    `alike` says whether further micro-batches do the same as the one that is recorded, but for adding their gradients
+    to those that are there: then its parts also get the ops that do, with the attribute `LATER`, and where no `flow` is
+    followed, the memory of further micro-batches.
     """
 
     def __init__(self, device: str = "cuda", capability: str = "8.0", *, autocast: str | None = None) -> None:
@@ -143,12 +175,25 @@ class Tape:
         self.twins: dict[int, Part] = {}
         self.flow: Flow | None = None
         self.on_gradient: Callable[[Parameter, Tensor], None] | None = None
+        self.alike = False
+        self.renewed: tuple[Part, Dim] | None = None  # the part that made the loss, and its peak before
+
+    def renew(self, loss: Tensor) -> None:
+        """`loss = …`: the graph of the last micro-batch dies here."""
+        self.loss = loss
+        later = self.part.later
+        if later is not None:
+            self.renewed = self.part, later.peak
+            later.highest = later.delta
 
     def begin(self, name: str, phase: str) -> Part:
         """Start a new part."""
-        self.part = Part(name, phase)
+        self.part = Part(name, phase, later=self._later(name, phase))
         self.parts.append(self.part)
         return self.part
+
+    def _later(self, name: str, phase: str) -> Part | None:
+        return Part(name, phase) if self.alike and self.flow is None else None
 
     def backward_of(self, part: Part) -> None:
         """Switch to the part that holds the backward ops of a forward part."""
@@ -156,7 +201,8 @@ class Tape:
             return
         twin = self.twins.get(id(part))
         if twin is None:
-            twin = Part(part.name, "backward", part.repeat, returns=part.weights)
+            later = self._later(part.name, "backward")
+            twin = Part(part.name, "backward", part.repeat, returns=part.weights, later=later)
             self.twins[id(part)] = twin
             self.parts.append(twin)
             if self.flow is not None:
@@ -293,7 +339,8 @@ def append(op: Op, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
     current = _current[-1]
     op.owner, op.recompute = current.owner, current.recomputing
     if current.flow is not None:
-        op.reads, op.writes = tuple(map(_use, inputs)), tuple(map(_use, outputs))
+        op.reads = tuple([t._use or t.use for t in inputs])
+        op.writes = tuple([t._use or t.use for t in outputs])
     current.part.ops.append(op)
 
 

@@ -155,6 +155,13 @@ def product(dims: Sequence[Dim]) -> Dim:
     return reduce(mul, dims, 1)
 
 
+def larger(a: Dim, b: Dim) -> Dim:
+    """The larger of two dims at every point of the grid."""
+    if type(a) is int and type(b) is int:
+        return a if a > b else b
+    return np.maximum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else max(a, b)
+
+
 def largest(dim: Dim) -> int:
     """The greatest value over the grid."""
     return dim if type(dim) is int else int(np.max(dim))
@@ -162,14 +169,15 @@ def largest(dim: Dim) -> int:
 
 def summed(dims: Iterable[Dim]) -> Dim:
     """The sum of many dims, among which the same array comes again and again."""
-    numbers: Dim = 0
+    dims = list(dims)
+    of_grid = [dim for dim in dims if isinstance(dim, np.ndarray)]
+    if not of_grid:
+        return sum(dims)
     arrays: dict[int, tuple[int, Any]] = {}
-    for dim in dims:
-        if isinstance(dim, np.ndarray):
-            times, _ = arrays.get(id(dim), (0, dim))
-            arrays[id(dim)] = times + 1, dim
-        else:
-            numbers += dim
+    for dim in of_grid:
+        times, _ = arrays.get(id(dim), (0, dim))
+        arrays[id(dim)] = times + 1, dim
+    numbers = sum([dim for dim in dims if not isinstance(dim, np.ndarray)])
     return sum((times * array for times, array in arrays.values()), numbers)
 
 

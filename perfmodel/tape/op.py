@@ -1,12 +1,12 @@
 """What a step is made of: an op, the tensors it sees, and the parts that ops run in. No tensor, no tape."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from .dims import Dim, Shape, product
+from .dims import Dim, Shape, larger, product
 from .dtypes import ITEMSIZE
+
+LATER = "later"  # attribute of what only further micro-batches do: they add gradients to those that are there
 
 
 class Spec(NamedTuple):
@@ -44,12 +44,13 @@ class Op:
     or the "accumulation" of gradients; backward follows its forward.
     `recompute` marks what a checkpoint runs again.
     `reads` and `writes` say which memory the op uses, where the tape follows the flow of data (`Tape.flow`).
+    `launched` says whether the device has something to do.
     `launches` keeps how many kernels a call on lists launches, once that is counted (`costs.kernels`).
     """
 
     __slots__ = (
-        "attrs", "bytes_read", "bytes_written", "inputs", "launches", "name", "outputs", "owner", "reads", "recompute",
-        "view", "writes",
+        "attrs", "bytes_read", "bytes_written", "inputs", "launched", "launches", "name", "outputs", "owner", "reads",
+        "recompute", "view", "writes",
     )  # fmt: skip
 
     def __init__(
@@ -71,17 +72,13 @@ class Op:
         self.bytes_read = bytes_read
         self.bytes_written = bytes_written
         self.view = view
+        self.launched = not (view or "host" in attrs)
         self.attrs = attrs
         self.owner = owner
         self.recompute = recompute
         self.launches: Dim | None = None
         self.reads: tuple[Use, ...] = ()
         self.writes: tuple[Use, ...] = ()
-
-    @property
-    def launched(self) -> bool:
-        """Whether the device has something to do."""
-        return not self.view and "host" not in self.attrs
 
     @property
     def call(self) -> Any:
@@ -103,7 +100,8 @@ class Part:
     `checkpoints` the calls of `torch.utils.checkpoint`, `hooks` its Python hooks on saved tensors, `weights` the
     parameters of the modules that run, `returns` those of the modules whose backward runs here, `gradients` the hooks
     on complete gradients (`Tape.on_gradient`).
-    `delta` is the net change of live bytes over one run, `peak` the highest point above its start.
+    `delta` is the net change of live bytes over one run, `peak` the highest point above its start. `later` has those
+    of further micro-batches, where they differ (`Tape.alike`), and no ops.
     `compiled` marks code that a compiler made (no Python between its calls), `captured` code that a CUDA graph runs;
     `graphs` counts the compiled graphs that are entered here.
     """
@@ -126,17 +124,27 @@ class Part:
     delta: Dim = 0
     highest: Dim = 0
     rising: bool = False
+    later: "Part | None" = None
 
     def allocate(self, nbytes: Dim) -> None:
         """Bytes come alive in this part."""
         self.delta = self.delta + nbytes
         self.rising = True
+        if self.later is not None:
+            self.later.allocate(nbytes)
 
     def free(self, nbytes: Dim) -> None:
         """Bytes die in this part."""
         if self.rising:
             self._note_peak()
         self.delta = self.delta - nbytes
+        if self.later is not None:
+            self.later.free(nbytes)
+
+    def further(self) -> "Part":
+        """This part in a further micro-batch, which also does what the first leaves out (`LATER`)."""
+        later = self.later or self
+        return replace(self, delta=later.delta, highest=later.peak, later=None)
 
     @property
     def peak(self) -> Dim:
@@ -147,7 +155,4 @@ class Part:
     def _note_peak(self) -> None:
         """Live bytes are highest where they stop rising."""
         self.rising = False
-        if isinstance(self.delta, np.ndarray) or isinstance(self.highest, np.ndarray):
-            self.highest = np.maximum(self.highest, self.delta)
-        elif self.delta > self.highest:
-            self.highest = self.delta
+        self.highest = larger(self.highest, self.delta)

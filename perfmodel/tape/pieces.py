@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from .autograd import Grads, Node, differentiate
 from .core import Tensor, emit
-from .dims import product
 from .shape import clone, expand, unsqueeze, view, view_as
 
 Grad = Tensor | None
@@ -15,9 +14,7 @@ def select(x: Tensor, dim: int) -> Tensor:
     dim = dim % len(x.shape)
     shape, strides = (*x.shape[:dim], *x.shape[dim + 1 :]), (*x.strides[:dim], *x.strides[dim + 1 :])
     node = differentiate("SelectBackward0", (x,), _select_backward, (x.shape,))
-    out = view_as("select.int", x, shape, strides, node)
-    out.numel = product(shape)
-    return out
+    return view_as("select.int", x, shape, strides, node)
 
 
 def _select_backward(node: Node, grads: Sequence[Grad]) -> Grads:

@@ -9,9 +9,12 @@ from .dims import Dim, Shape, contiguous_strides, is_contiguous, product, same, 
 Grad = Tensor | None
 
 
+OTHER_SIZE = ("expand", "slice.Tensor", "select.int")  # views of fewer elements, or of the same ones again and again
+
+
 def view_as(name: str, x: Tensor, shape: Shape, strides: Shape, node: Node | None = None) -> Tensor:
     """A view of x's memory."""
-    numel = x.numel if name != "expand" and name != "slice.Tensor" else product(shape)
+    numel = product(shape) if name in OTHER_SIZE else x.numel
     out = Tensor(shape, x.dtype, strides, numel, x.storage)
     record(name, (x,), (out,), view=True)
     if node:
