@@ -162,7 +162,7 @@ class _Space:
 
         A round goes over the knobs from the last to the first and keeps the best choice of each: what makes a step
         faster comes before what trades time for memory. So most knobs are settled when the dearest is turned, and after
-        the round that changes nothing every setup one choice away has been tried.
+        the round that changes nothing every setup that is one choice away has been tried.
         """
         if self.size <= EXHAUSTIVE:
             for positions in product(*(range(len(knob)) for knob in self.knobs)):

@@ -81,16 +81,17 @@ def durations(built: Step, on: DeviceProfile, shared: Shared | None = None) -> l
 
 def _priced(ops: Sequence[Op], on: DeviceProfile, shared: Shared) -> tuple[np.ndarray, list[Call]]:
     """Device seconds of each op, and what else it takes; equal ones are worked out once, where no dim is an array."""
-    keys = [None if op.view else op.call for op in ops]
+    prices = shared.prices
     try:
-        new = {key: op for key, op in zip(keys, ops, strict=True) if key is not None and key not in shared.prices}
+        known = [FREE if op.view else prices.get(op.call) for op in ops]
     except TypeError:
         return price.durations(ops, on), [Call.of(op) for op in ops]
+    new = {op.call: op for op, entry in zip(ops, known, strict=True) if entry is None}
     if new:
         distinct = list(new.values())
         made = zip(price.durations(distinct, on).tolist(), map(Call.of, distinct), strict=True)
-        shared.prices.update(zip(new, made, strict=True))
-    found = [FREE if key is None else shared.prices[key] for key in keys]
+        prices.update(zip(new, made, strict=True))
+    found = [entry or prices[op.call] for op, entry in zip(ops, known, strict=True)]
     return np.array([seconds for seconds, _ in found]), [call for _, call in found]
 
 
@@ -134,11 +135,15 @@ def clocks(
 
 
 def _components(calls: Sequence[Call], duration: np.ndarray) -> dict[str, Any]:
-    rows: dict[str, list[int]] = {}
-    for i, call in enumerate(calls):
-        if call.component:
-            rows.setdefault(call.component, []).append(i)
-    return {name: duration[of_name].sum(axis=0) for name, of_name in rows.items()}
+    busy: dict[str, Any] = {}
+    of_grid = duration.ndim > 1
+    for call, seconds in zip(calls, duration if of_grid else duration.tolist(), strict=True):
+        name = call.component
+        if name in busy:
+            busy[name] += seconds
+        elif name:
+            busy[name] = seconds.copy() if of_grid else seconds
+    return busy
 
 
 def seconds_of(parts: list[Part], on: DeviceProfile, by: Host) -> Any:

@@ -1,10 +1,9 @@
 """What the predictions of one search share: a micro-batch does not depend on the optimizer that follows it.
 
-A search on one device records the micro-batches of setups that differ in their optimizer once, and prices and counts
-their parts once.
+A search on one device records the micro-batches of setups once that differ in their optimizer, or in options that
+change nothing (`Method.plain`), and prices and counts their parts, and equal calls, once.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -40,7 +39,7 @@ def with_gradients(parameters: list[Parameter], tape: Tape | None) -> list[Param
     blocks: dict[int, Storage] = {}
     copies = []
     for p in parameters:
-        q = copy.copy(p)
+        q = p.copy()
         if p.grad is not None:
             old = p.grad.storage
             if id(old) not in blocks:

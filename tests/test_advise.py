@@ -1,6 +1,7 @@
 """What `advise` promises: nothing that does not fit, and nothing better left out of a small space."""
 
 import json
+from importlib import import_module
 from itertools import product
 from typing import Any
 
@@ -17,6 +18,7 @@ from perfmodel.errors import UserError
 from perfmodel.sharing import Shared
 
 MODEL, DEVICE, CPU = "smollm2-135m", "l40s", "cpu-xeon-2.5ghz-1t"
+advise_module = import_module("perfmodel.advise")
 NO_SHRINK = [Phase.explicit, Phase.reuse, Phase.generate]
 
 
@@ -122,6 +124,73 @@ def test_a_b_is_a_byte_of_memory_and_a_billion_parameters() -> None:
     """Models are said to have 1.5B parameters, cards 80GB."""
     assert Quantity(BYTES, "")("80GiB") == 80 * 2**30
     assert Quantity(NUMBER, "")("1.5B") == 1.5e9
+
+
+@pytest.mark.parametrize(("method", "batch"), [("full", 2), ("top_k:k=2", 3), ("norm", 2)])
+def test_turning_knobs_ends_where_trying_all_does(monkeypatch: pytest.MonkeyPatch, method: str, batch: int) -> None:
+    """In large spaces not all is tried: the best, the way there and the single changes are the same for that."""
+    everything = advise(MODEL, method, device=DEVICE, batch=batch, seq=256)
+    monkeypatch.setattr(advise_module, "EXHAUSTIVE", 0)
+    turned = advise(MODEL, method, device=DEVICE, batch=batch, seq=256)
+    assert everything.exhaustive
+    assert not turned.exhaustive
+    assert turned.tried < everything.tried
+    assert turned.best is not None
+    assert everything.best is not None
+    assert turned.best.as_dict() == everything.best.as_dict()
+    assert [c.as_dict() for c in turned.path] == [c.as_dict() for c in everything.path]
+    assert [c.as_dict() for c in turned.alone] == [c.as_dict() for c in everything.alone]
+    assert turned.front[-1].as_dict() == everything.front[-1].as_dict()
+
+
+@settings(max_examples=2, deadline=None, phases=NO_SHRINK)
+@given(method=st.sampled_from(("full", "lora:r=4", "dora")), limit=st.sampled_from((1.5e9, 2.5e9, 48e9)))
+def test_no_single_change_makes_the_best_faster(method: str, limit: float) -> None:
+    """Where a search of a large space stops, every other choice of every knob was tried and is no better."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(advise_module, "EXHAUSTIVE", 0)
+        spaces: list[Any] = []
+        answer = advise_module._answer
+
+        def noted(start: Any, found: list[Any], limit: float) -> Any:
+            spaces.extend(found)
+            return answer(start, found, limit)
+
+        patched.setattr(advise_module, "_answer", noted)
+        advise(MODEL, method, device=DEVICE, batch=2, seq=256, memory_bytes=limit)
+        for space in spaces:
+            best = space.best()
+            if best is not None:
+                assert all(p in space.known for p in space.neighbours(best))
+                assert all(space._order(p) >= space._order(best) for p in space.neighbours(best))
+
+
+@pytest.mark.parametrize(
+    ("method", "same"),
+    [
+        ("lora:targets=q_proj+v_proj", "lora:targets=q_proj+v_proj,implementation=unsloth"),
+        ("lora:dropout=0.1,targets=all-linear", "lora:dropout=0.1,targets=all-linear,implementation=unsloth"),
+        ("lora", "lora:adapter_dtype=fp32"),
+        ("lora:implementation=lorafusion", "lora:implementation=lorafusion,adapter_dtype=bf16"),
+    ],
+)
+def test_options_that_change_nothing_are_recorded_once(method: str, same: str) -> None:
+    """A search tries them for nothing; what it says of them is what a prediction alone says."""
+    shared = Shared()
+    first = predict(MODEL, method, device=DEVICE, batch=2, seq=64, shared=shared)
+    second = predict(MODEL, same, device=DEVICE, batch=2, seq=64, shared=shared)
+    assert len(shared.micro_batches) == 1
+    assert second.as_dict() == predict(MODEL, same, device=DEVICE, batch=2, seq=64).as_dict()
+    assert second.as_dict() == {**first.as_dict(), "method": second.method}
+
+
+def test_options_that_change_something_are_recorded_apart() -> None:
+    """Only what is the same program may be taken for the same."""
+    shared = Shared()
+    specs = ("lora:targets=all-linear", "lora:targets=all-linear,implementation=unsloth", "lora:adapter_dtype=bf16")
+    for spec in specs:
+        predict(MODEL, spec, device=DEVICE, batch=2, seq=64, shared=shared)
+    assert len(shared.micro_batches) == len(specs)
 
 
 @settings(max_examples=6, deadline=None, phases=NO_SHRINK)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perfmodel.devices import profile
+from perfmodel.devices import gemm, profile
 from perfmodel.devices.attention import attention_backward_time, attention_forward_time
 from perfmodel.devices.gemm import gemm_time
 from perfmodel.devices.pointwise import KINDS, pointwise_time
@@ -118,6 +118,25 @@ def test_a_grid_equals_its_points() -> None:
             4 * a * b, 4 * a * b, kind="softmax", rows=a, row_elements=b, hardware=hw, parameters=h100.pointwise
         )
         assert softmax[i, j] == one
+
+
+@pytest.mark.parametrize("name", ["a100-80gb-sxm", "t4"])
+def test_products_priced_together_cost_what_they_cost_alone(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Layouts and tiles of many products in one call, or each product with one tile after another."""
+    device = profile.load(name)
+    p = device.gemm["fp32"]
+    shapes = np.array([(840, 3072, 3072), (32, 840, 3072), (3072, 32, 840), (8, 8, 8192)], dtype=float).T
+    layouts, batch = ("tn", "nn", "nt", "tn"), np.array([1.0, 1.0, 1.0, 12.0])
+    b_copies, accumulate = np.array([np.inf, np.inf, 1.0, 1.0]), np.array([False, True, False, False])
+    fixed: dict[str, Any] = {"hardware": device.hardware, "parameters": p, "dtype": "fp32"}
+    slowdowns = np.array([p.slowdown(layout) for layout in layouts])
+    together = gemm_time(*shapes, batch, layout=slowdowns, b_copies=b_copies, accumulate=accumulate, **fixed)
+    monkeypatch.setattr(gemm, "TOGETHER", 1)
+    for i, layout in enumerate(layouts):
+        alone = gemm_time(
+            *shapes[:, i], batch[i], layout=layout, b_copies=b_copies[i], accumulate=accumulate[i], **fixed
+        )
+        assert together[i] == pytest.approx(float(alone), rel=1e-14)
 
 
 def test_operands_in_l2_are_cheaper() -> None:

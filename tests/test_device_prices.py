@@ -7,7 +7,7 @@ import pytest
 
 from perfmodel.devices import profile
 from perfmodel.devices.attention import attention_backward_time, attention_flops, attention_forward_time
-from perfmodel.devices.gemm import gemm_time
+from perfmodel.devices.gemm import GemmParameters, gemm_time
 from perfmodel.devices.pointwise import pointwise_time
 
 
@@ -43,18 +43,46 @@ def test_a_big_square_gemm_by_hand() -> None:
 def test_a_board_of_70_watts_by_hand() -> None:
     """A T4 runs fp32 at two thirds of its datasheet's rate within a step: its power, not its peak, is the limit.
 
-    A block of 128 x 128 costs for each k 2 * 128 * 128 FLOPs and loads 256 operands of 4 B, whose energy counts as some
-    FLOPs a byte; each FLOP takes `power_share` of 19.1 pJ, and the board draws 70 W.
+    Idle at its highest clock it draws 27 of its 70 W. A block of 128 x 128 costs for each k 2 * 128 * 128 FLOPs and
+    loads 256 operands of 4 B, whose energy counts as some FLOPs a byte; each FLOP takes `power_share` of 19.1 pJ, each
+    byte of the three matrices 60 pJ.
     """
     t4 = profile.load("t4")
     p, hw = t4.gemm["fp32"], t4.hardware
     flops = 2 * 4096**3
     joules = flops * (1 + 256 * 4 * p.load_energy / (2 * 128 * 128)) * p.power_share * 19.1e-12
+    joules += 3 * 4096**2 * 4 * 60e-12
     seconds = float(gemm_time(4096, 4096, 4096, hardware=hw, parameters=p, dtype="fp32"))
-    assert 0.98 * joules / 70 < seconds < 1.2 * joules / 70
+    assert 0.98 * joules / (70 - 27) < seconds < 1.2 * joules / (70 - 27)
     assert 0.5 < flops / seconds / hw.fp32_flops < 0.75
     unlimited = replace(hw, board_power=None)
     assert float(gemm_time(4096, 4096, 4096, hardware=unlimited, parameters=p, dtype="fp32")) < 0.85 * seconds
+
+
+@pytest.mark.parametrize("name", ["t4", "l4", "p4", "a100-40gb-pcie", "l40s"])
+def test_no_product_draws_more_than_its_board_may(name: str) -> None:
+    """Energy over time stays below the limit; where no product can reach it, the shorter sum without it is the same."""
+    device = profile.load(name)
+    p, hw = device.gemm["fp32"], device.hardware
+    m, n, k = np.array([[7, 100, 513, 2048, 8192], [64, 4096, 100, 2048, 3000], [4096, 64, 2048, 33, 8192]])
+    seconds = gemm_time(m, n, k, hardware=hw, parameters=p, dtype="fp32")
+    joules = 2 * m * n * k * p.power_share * hw.flop_energy
+    assert (joules <= seconds * (hw.board_power - hw.idle_power if hw.idle_power else hw.board_power)).all()
+    strong = gemm_time(m, n, k, hardware=replace(hw, board_power=1e5), parameters=p, dtype="fp32")
+    unlimited = gemm_time(m, n, k, hardware=replace(hw, board_power=None), parameters=p, dtype="fp32")
+    assert strong == pytest.approx(unlimited, rel=1e-12)
+    assert (seconds >= strong * (1 - 1e-12)).all()
+
+
+def test_a_wide_sm_loads_no_faster() -> None:
+    """An SM of an L4 has twice the fp32 units of one of an A100; L2 feeds both with as many bytes a clock."""
+    assert profile.load("a100-80gb-sxm").hardware.lanes == pytest.approx(1.0, rel=0.03)
+    l4 = profile.load("l4").hardware
+    assert l4.lanes == pytest.approx(2.0, rel=0.03)
+    slow = GemmParameters(tile_balance=60.0, tiles=((32, 32),), k_step=8)  # loads alone decide
+    narrow = replace(l4, fp32_flops=l4.fp32_flops / 2)
+    wide, half = (gemm_time(4096, 4096, 512, hardware=h, parameters=slow, dtype="fp32") for h in (l4, narrow))
+    assert float(wide) == pytest.approx(float(half), rel=0.01)
 
 
 def test_a_one_row_gemm_by_hand() -> None:

@@ -55,3 +55,19 @@ def test_a_device_never_stands_for_itself(dtype: str, slugs: dict[str, str]) -> 
         assert slug not in shares
         assert sum(shares.values()) == pytest.approx(1.0)
     assert gemm.donors("l40s", "bf16")["a100-80gb-sxm"] > 0.5  # the same instructions, mma.sync and cp.async
+
+
+def test_rows_are_priced_between_the_two_clocks_of_a_board() -> None:
+    """A row after a pause costs what the chip would at its highest clock, one amid load what the power leaves."""
+    common = pytest.importorskip("validate.fitting.common", exc_type=ImportError)
+    pandas = pytest.importorskip("pandas")
+    batch, m, k, n = np.array(campaigns.order("linear")[5:205]).T
+    rows = pandas.DataFrame({"m": m, "n": n, "k": k, "b": 1.0, "a_copies": 1.0, "b_copies": 1.0, "dtype": "fp32"})
+    rows = rows.assign(campaign="linear", entry=np.arange(5, 205), device="t4")[batch == 1].reset_index(drop=True)
+    hw, p = common.hardware("t4"), sgemm.STARTS["t4"]
+    board = sgemm.Board(rows, hw, p)
+    low, high = (board.predict(hw, p, 1.0, np.full(len(rows), x)) for x in (1.0, 0.0))
+    replayed = board.predict(hw, p, 1.0, board.boosts(campaigns.REACTION))
+    assert (low <= high * (1 + 1e-12)).all()
+    assert (low[m > 2000] < 0.9 * high[m > 2000]).any()
+    assert ((low <= replayed * (1 + 1e-12)) & (replayed <= high * (1 + 1e-12))).all()

@@ -45,6 +45,16 @@ def test_fp32_gemms_of_all_boards_together_are_priced_as_promised() -> None:
     assert sum(e["rows"] * e["mean"] for e in every) / sum(e["rows"] for e in every) <= 0.10
 
 
+@pytest.mark.parametrize(
+    "block", [("bf16", "sync_mma"), ("bf16", "any"), ("fp32", "any"), ("fp32", "wgmma")], ids=lambda b: "-".join(b)
+)
+def test_a_device_without_rows_is_priced_as_promised(block: tuple[str, str]) -> None:
+    """Class defaults, on the rows of devices that were left out of them: a GEMM from the datasheet alone."""
+    errors = residuals("classes", "gemm", *block)
+    assert errors["mean"] <= 0.20
+    assert errors["mean"] < errors["roofline_mean"] / 2
+
+
 @pytest.mark.parametrize("device", ["a100-80gb-sxm", "h100-sxm"])
 def test_memory_bound_kernels_are_priced_as_promised(device: str) -> None:
     """Norms, rotary embedding, losses and element-wise kernels, eager and fused."""

@@ -5,8 +5,10 @@ A library kernel cuts C into tiles, one thread block each, and may split k over 
     launch floor + min over (tile, split) of [ overlap(SM time, memory time) + split cost ]
 
 SM time      waves of blocks over the SMs x (fill and drain of a tile + k x time of a k-slice); a k-slice is bound by
-             the math pipe, by loading its operands from L2 or by the power that the board may draw, whichever is slower
+             the math pipe or by loading its operands from L2, whichever is slower
 memory time  compulsory bytes of A, B, C: from L2 what still lies there since its last use, from DRAM the rest
+
+but not less than the energy of its FLOPs, of loading operands into SMs and of DRAM takes at the power of the board.
 
 The `min` stands for the library's heuristic, so it must be offered only tiles that the library really has (the fp32
 sets are those in the kernel names of NeuSight's profiles, https://github.com/sitar-lab/NeuSight).
@@ -49,7 +51,8 @@ class GemmParameters:
         derating_time: seconds of SM time after which half of the derating is reached.
         power_share: energy of a FLOP in the main loop over `Hardware.flop_energy`.
         load_energy: energy of loading a byte of an operand into an SM, in that of FLOPs.
-        tile_balance: FLOP per byte: peak over the rate at which the SMs can load operands from L2.
+        tile_balance: FLOP per byte: peak over the rate at which the SMs can load operands from L2; on the fp32 units
+            the peak of 64 of them: an SM with 128 loads no faster.
         k_latency: clocks per element of k: the least that a thread block needs, however thin its tile.
         k_bubble: clocks per element of k on top: barriers that copy and math both wait for.
         epilogue: fill and drain of a tile, in units of loading as many bytes as the tile stores.
@@ -126,13 +129,16 @@ class _Rates:
     l2: float  # B/s of one pass over data in L2
     k_latency: float  # s per element of k
     k_bubble: float  # s per element of k
-    powered: float  # s that the board's power takes for the energy of a FLOP on each SM; 0: no limit
+    flop_power: float  # s in which the board may draw the energy of a FLOP; 0: no limit
+    dram_power: float  # s in which it may draw that of a byte from or to DRAM
 
     @classmethod
     def of(cls, hw: Hardware, p: GemmParameters, dtype: str, out_item: float | None) -> "_Rates":
         item, peak = ITEMSIZE[dtype], hw.peak(dtype)
-        sm_load = peak / hw.sm_count / p.tile_balance
+        lanes = hw.lanes if peak == hw.fp32_flops else 1.0
+        sm_load = peak / hw.sm_count / (p.tile_balance * lanes)
         dram = hw.memory_bandwidth * p.memory_efficiency
+        limited = _can_reach_the_limit(hw, p, item, dram)
         return cls(
             p=p,
             sm_count=hw.sm_count,
@@ -145,8 +151,19 @@ class _Rates:
             l2=max(dram, sm_load * hw.sm_count * p.l2_stream),
             k_latency=p.k_latency / hw.clock_hz,
             k_bubble=p.k_bubble / hw.clock_hz,
-            powered=hw.sm_count * hw.seconds_of_power(p.power_share),
+            flop_power=p.power_share * (hw.flop_energy or 0.0) / hw.working_power if limited else 0.0,
+            dram_power=(hw.memory_energy or 0.0) / hw.working_power if limited else 0.0,
         )
+
+
+def _can_reach_the_limit(hw: Hardware, p: GemmParameters, item: float, dram: float) -> bool:
+    """Whether any product could draw what the board may at most: all SMs at their peak and DRAM busy."""
+    if not p.power_share:
+        return False
+    loads = max((a + b) / (2 * a * b) for a, b in (*p.tiles, *(p.batched_tiles or ()))) * item * p.load_energy
+    math = hw.fp32_flops * p.power_share * (hw.flop_energy or 0.0) * (1.0 + loads)
+    moved = dram / min(1.0, max(p.write_cost, 0.01))  # B/s; written bytes may be cheaper than read ones
+    return math + moved * (hw.memory_energy or 0.0) > hw.working_power
 
 
 def gemm_time(
@@ -196,7 +213,7 @@ def gemm_time(
             m1, n1, k1, b1, a_reuse, b_reuse, slower, c_passes = (x if len(x) == 1 else x[part] for x in of_row)
             near, far = _bytes(m1, n1, k1, b1, a_reuse, b_reuse, c_passes, rates)
             memory = near / rates.l2 + far / rates.dram
-            row[part] = _best(m1, n1, k1, b1, memory, slower, rates)
+            row[part] = _best(m1, n1, k1, b1, memory, far * rates.dram_power, slower, rates)
     return parameters.launch_clocks / hardware.clock_hz + out
 
 
@@ -208,16 +225,17 @@ class _Product(NamedTuple):
     k_padded: Array
     k_splits: Array  # most parts of k
     memory: Array  # s
+    drawn: Array  # s in which the board may draw the energy of DRAM
     partials: Array  # s for one split's share of the partial sums
 
 
-def _best(m: Array, n: Array, k: Array, b: Array, memory: Array, slowdown: Array, r: _Rates) -> Array:
+def _best(m: Array, n: Array, k: Array, b: Array, memory: Array, drawn: Array, slowdown: Array, r: _Rates) -> Array:
     """Seconds of the best tile and split, without the launch floor; what differs between shapes is an array."""
     k_padded = np.ceil(k / r.p.k_step) * r.p.k_step
     k_splits = np.clip(k_padded / r.p.k_split, 1.0, r.p.max_split)
     partials = b * m * n * (4.0 * r.p.split_traffic / r.l2)
     whole, divided = np.full(memory.shape, np.inf), np.full(memory.shape, np.inf)
-    of_products = (b, _flop_time(k, r) * slowdown, k_padded, k_splits, memory, partials)
+    of_products = (b, _flop_time(k, r) * slowdown, k_padded, k_splits, memory, drawn, partials)
     product = _Product(*(x.reshape(1, -1) for x in of_products))
     sets: list[tuple[Tiles, NDArray[np.bool_] | None]] = [(r.p.tiles, None)]
     if r.p.batched_tiles is not None:
@@ -236,8 +254,9 @@ def _best(m: Array, n: Array, k: Array, b: Array, memory: Array, slowdown: Array
                 divided[where] = np.minimum(divided[where], split)
             else:  # a product may be there with several tiles
                 np.minimum.at(divided, where, split)
-    # Memory time is the same for every tile, so the best of them is the one with the least SM time.
-    return np.asarray(np.minimum(_overlap(_throttled(whole, r), memory, r.p.overlap_loss), divided))
+    if not r.flop_power:  # memory time is the same for every tile: the best of them is the one with the least SM time
+        whole = _overlap(_throttled(whole, r), memory, r.p.overlap_loss)
+    return np.asarray(np.minimum(whole, divided))
 
 
 class _Extent:
@@ -265,22 +284,27 @@ def _column(sides: tuple[int, ...]) -> Array:
 def _with_tiles(
     tiles: Tiles, along_m: _Extent, along_n: _Extent, product: _Product, r: _Rates
 ) -> tuple[Array, Numbers, Array]:
-    """SM seconds of whole k with the best of some tiles; which products a split of k may pay for, and seconds in all.
+    """Seconds of whole k with the best of some tiles; which products a split of k may pay for, and seconds of that.
 
-    A product is there once for each tile.
+    Of whole k in all where power is limited, else of the SMs alone. A product is there once for each tile.
     """
     heights, widths = zip(*tiles, strict=True)
     (rows, down), (cols, across) = along_m.cut(heights), along_n.cut(widths)
     # Padding is computed but not loaded: a thin GEMM wastes the math pipe, not bandwidth.
     whole_rows, whole_cols = _column(heights), _column(widths)
     flops = 2.0 * whole_rows * whole_cols
-    energy = (flops + (whole_rows + whole_cols) * (r.item * r.p.load_energy)) * r.powered
-    least = np.maximum(flops * product.flop_time, np.maximum(r.k_latency, energy))
+    least = np.maximum(flops * product.flop_time, r.k_latency)
     slice_time = np.maximum((rows + cols) * (r.item / r.sm_load), least)
     main_loop = product.k_padded * (slice_time + r.k_bubble)
     fill_drain = rows * cols * (r.p.epilogue * r.out_item / r.sm_load)
     waves = down * (across * product.batch / r.sm_count)
-    whole = _least(_waves(waves, r.p.wave_tail) * (fill_drain + main_loop))
+    seconds = _waves(waves, r.p.wave_tail) * (fill_drain + main_loop)
+    drawn = product.drawn
+    if r.flop_power:
+        energy = flops + (whole_rows + whole_cols) * (r.item * r.p.load_energy)  # of a k-slice, in FLOPs
+        drawn = drawn + down * across * product.batch * product.k_padded * (energy * r.flop_power)
+        seconds = np.maximum(_overlap(_throttled(seconds, r), product.memory, r.p.overlap_loss), drawn)
+    whole = _least(seconds)
     where = np.flatnonzero(np.broadcast_to(waves < SPLIT_WAVES, (len(tiles), product.memory.size)))
     if not len(where):  # most products of a large grid fill the SMs without a split
         return whole, where, np.empty(0)
@@ -290,7 +314,8 @@ def _with_tiles(
         return x.reshape(1) if x.size == 1 else x.take(of if len(x) == 1 else tile if x.shape[1] == 1 else where)
 
     given = (waves, fill_drain, main_loop, product.k_splits, product.memory, product.partials)
-    return whole, of, _divided(r, *map(chosen, given))
+    divided = _divided(r, *map(chosen, given))
+    return whole, of, np.maximum(divided, chosen(drawn)) if r.flop_power else divided
 
 
 def _least(x: Array) -> Array:

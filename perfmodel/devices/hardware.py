@@ -1,5 +1,6 @@
 """Datasheet figures of one device: the only hardware facts that the price models need."""
 
+import math
 from dataclasses import dataclass
 
 ITEMSIZE = {"fp32": 4.0, "tf32": 4.0, "bf16": 2.0, "fp16": 2.0}  # bytes of an operand's element in memory
@@ -7,7 +8,7 @@ ITEMSIZE = {"fp32": 4.0, "tf32": 4.0, "bf16": 2.0, "fp16": 2.0}  # bytes of an o
 
 @dataclass(frozen=True)
 class Hardware:
-    """Datasheet figures of one GPU (or CPU: cores for SMs, the caches of the cores for L2). Nothing measured.
+    """Datasheet figures of one GPU (or CPU: cores for SMs, the caches of the cores for L2); `idle_power` is measured.
 
     Attributes:
         sm_count: streaming multiprocessors, or cores.
@@ -17,6 +18,9 @@ class Hardware:
         l2_bytes: last-level cache, B.
         fp32_flops: FLOP/s of the fp32 units, without TF32.
         board_power: what the board may draw, W; None: unknown, taken for enough.
+        idle_power: what it draws of that without any work, W: as nvidia-smi shows it in state P0; None: 0.
+        memory_energy: J to move a byte from or to DRAM; None: 0. HBM2 3.92 and GDDR5 14.0 pJ a bit (O'Connor et al.,
+            MICRO-50, 2017; HBM2e and HBM3 are taken as HBM2), GDDR6 7.5 and GDDR6X 7.25 pJ a bit (Micron).
         flop_energy: J per fp32 FLOP of the largest server board of the same process: its power over its peak.
         tf32_flops, fp16_flops, bf16_flops: dense tensor-core FLOP/s with fp32 accumulation; None where there is none.
     """
@@ -31,6 +35,8 @@ class Hardware:
     fp16_flops: float | None = None
     bf16_flops: float | None = None
     board_power: float | None = None
+    idle_power: float | None = None
+    memory_energy: float | None = None
     flop_energy: float | None = None
 
     def peak(self, dtype: str, tensor_cores: bool = True) -> float:
@@ -42,18 +48,20 @@ class Hardware:
         tensor = figures.get(dtype) if tensor_cores else None
         return self.fp32_flops if tensor is None else tensor
 
-    def seconds_of_power(self, power_share: float) -> float:
-        """Seconds in which the board may draw the energy of one FLOP, s: 0 if its limit is unknown.
+    @property
+    def working_power(self) -> float:
+        """What the board may draw for its work, W; infinite if its limit is unknown.
 
-        Small boards carry chips that could draw more than they may: a T4 at 8.1 TFLOP/s would need 0.8 x 19.1 pJ x
-        8.1e12 = 124 W and has 70. Below its highest clock a chip's power is taken as proportional to the clock.
-
-        Args:
-            power_share: energy of a FLOP of the work over `flop_energy`.
+        Small boards carry chips that could draw more than they may: a T4 at 8.1 TFLOP/s would need 0.6 x 19.1 pJ x
+        8.1e12 = 93 W for its products, and has 70 - 26. Below its highest clock a chip's power is taken as proportional
+        to the clock.
         """
-        if self.board_power is None or self.flop_energy is None:
-            return 0.0
-        return power_share * self.flop_energy / self.board_power
+        return math.inf if self.board_power is None else self.board_power - (self.idle_power or 0.0)
+
+    @property
+    def lanes(self) -> float:
+        """fp32 units of an SM over 64: 1 on P100, V100, T4, A100; 2 on P4, other Amperes, Ada, Hopper, Blackwell."""
+        return self.fp32_flops / (128.0 * self.sm_count * self.clock_hz)
 
     @property
     def half_rate(self) -> bool:

@@ -51,12 +51,12 @@ def compiled(
     numbering = Numbering(graph)
     outside = graph.outside
     signature = numbering.signature(outside)
-    if signature not in known:
+    program = known.get(signature)
+    if program is None:
         halves = partitioned(graph, step.setup.batch * step.setup.seq)
         forward = fused(halves.forward, halves.saved | {v for v in outside if v.maker and not v.maker.backward})
         backward = fused(halves.backward, {v for v in outside if v.maker and v.maker.backward})
-        known[signature] = Program(forward, backward, list(numbering.number))
-    program = known[signature]
+        program = known[signature] = Program(forward, backward, list(numbering.number))
     captured = step.setup.compile == "reduce-overhead"
 
     def emitted(g: Graph) -> list[Part]:
@@ -145,7 +145,8 @@ def _call(kernel: Kernel) -> Op:
 
 def _generated(kernel: Kernel) -> Op:
     kind, points, length = kernel.loops
-    main = max(kernel.prims, key=_weight) if len(kernel.prims) > 1 else kernel.prims[0]
+    alike = len({(prim.owner, prim.recompute) for prim in kernel.prims}) == 1
+    main = kernel.prims[0] if alike else max(kernel.prims, key=_weight)
     exponential = kind == "rows" and any("softmax" in prim.name or prim.name == "sum_exp" for prim in kernel.prims)
     reads = tuple([Spec(value.dtype, (value.points,)) for value in kernel.reads])
     return Op(

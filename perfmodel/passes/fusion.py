@@ -15,6 +15,8 @@ codegen/simd.py (`SIMDScheduling.can_fuse`), PyTorch 2.13.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import combinations
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -107,10 +109,12 @@ def _take(node: Kernel, value: Value, nbytes: Dim, inlined: dict[Value, Kernel])
     if source is None:
         node.reads[value] = larger(node.reads.get(value, 0), nbytes)
         return
-    whole = same(nbytes, value.nbytes)
-    for other, size in source.reads.items():
-        part = size if whole else _share(size, nbytes, value.nbytes)
-        node.reads[other] = larger(node.reads.get(other, 0), part)
+    reads = source.reads
+    if not same(nbytes, value.nbytes):
+        reads = {other: _share(size, nbytes, value.nbytes) for other, size in reads.items()}
+    if node.reads:
+        reads = {other: larger(node.reads.get(other, 0), size) for other, size in reads.items()}
+    node.reads.update(reads)
     node.prims = list(dict.fromkeys(node.prims + source.prims)) if node.prims else source.prims.copy()
 
 
@@ -162,7 +166,7 @@ class _Round:
         self.position = {kernel: i for i, kernel in enumerate(kernels)}  # of its first node
         self.last = dict(self.position)  # of its last node
         self.bits = {kernel: 1 << i for i, kernel in enumerate(kernels)}  # of its nodes
-        self.above: dict[Kernel, int] = {}  # bits of all nodes that it needs, directly or not
+        self.above: dict[Kernel, int] = {}  # of each group, bits of all nodes that it needs, directly or not
         for kernel in kernels:
             above = 0
             for need in self._needs(kernel):
@@ -171,7 +175,7 @@ class _Round:
 
     def run(self) -> list[Kernel]:
         """Fuse what may, the pairs with most shared bytes first; the new kernels in order."""
-        for _, _, a, b in sorted(self._pairs(), key=lambda pair: pair[:2]):
+        for _, _, a, b in sorted(self._pairs(), key=itemgetter(0, 1)):
             first, second = self.group[a], self.group[b]
             if first is second:
                 continue
@@ -190,10 +194,8 @@ class _Round:
         shared: dict[tuple[int, int], float] = {}
         for value, kernels in users.items():
             size = float(largest(value.nbytes))
-            for i, a in enumerate(kernels):
-                for b in kernels[i + 1 :]:
-                    pair = self.position[a], self.position[b]
-                    shared[pair] = shared.get(pair, 0.0) + size
+            for pair in combinations([self.position[kernel] for kernel in kernels], 2):
+                shared[pair] = shared.get(pair, 0.0) + size
         for (i, j), size in shared.items():
             yield -size, abs(i - j), self.kernels[i], self.kernels[j]
 
@@ -219,14 +221,15 @@ class _Round:
         self.position[made] = self.position[first]
         self.last[made] = max(self.last[first], self.last[second])
         self.bits[made] = self.bits[first] | self.bits[second]
-        self.above[made] = (self.above[first] | self.above[second]) & ~self.bits[made]
         self.nodes[made] = self.nodes.pop(first) + self.nodes.pop(second)
         for node in (made, *self.nodes[made]):
             self.group[node] = made
-        bits, both = self.bits[made], self.bits[made] | self.above[made]
-        for group in self.nodes:
-            if self.above[group] & bits:
-                self.above[group] |= both
+        bits = self.bits[made]
+        above = (self.above.pop(first) | self.above.pop(second)) & ~bits
+        for group, needed in self.above.items():
+            if needed & bits:
+                self.above[group] = needed | bits | above
+        self.above[made] = above
 
     def _sorted(self) -> list[Kernel]:
         """The kernels by their last node, each after what it needs."""

@@ -179,7 +179,9 @@ class Builder:
         self.names = Names(parts, flow, parameters)
         self.parameters = parameters
         self.values: dict[Key, Value] = {}
-        self.known: dict[Any, Value] = {}
+        self.known: dict[Any, list[Value]] = {}
+        self.walks: dict[Op, int] = {}
+        self.numbers: dict[Any, int] = {}
         self.index, self.backward = 0, False
         self.keys: dict[int, Key] = {}  # of the blocks that the current place's ops use
         self.op = Op("", (), (), 0, 0)
@@ -219,6 +221,18 @@ class Builder:
         """A block of memory has new contents from here on."""
         self.values[self.key(use.storage)] = value
 
+    def layouts(self) -> int:
+        """A number that tells slices and permutations of one block apart: of how the current op walks over memory.
+
+        The op of a run of layers comes once for every copy.
+        """
+        number = self.walks.get(self.op)
+        if number is None:
+            op = self.op
+            walk = (op.attrs, op.recompute, *[use[2:] for use in (*op.reads, *op.writes)])  # shapes and strides
+            number = self.walks[op] = self.numbers.setdefault(_frozen(walk), len(self.numbers))
+        return number
+
     def existed(self, use: Use) -> bool:
         """Whether a block of memory was there before the pass and is none of its parameters."""
         return use.storage not in self.names.origin or self.key(use.storage) not in self.values
@@ -241,17 +255,18 @@ class Builder:
             layouts: what else must be equal; None if nothing is.
             holds: elements of the result, if not `points`.
         """
-        same_reads = tuple([(id(value), nbytes) for value, nbytes in reads])
-        key = _frozen((name, kind, dtype, same_reads, points, self.op.recompute, layouts))
-        if layouts is not None and key in self.known:
-            return self.known[key]
+        known: list[Value] = []
+        if layouts is not None:
+            same_reads = tuple([(id(value), nbytes) for value, nbytes in reads])
+            known = _entry(self.known, (name, kind, dtype, same_reads, points, self.op.recompute, layouts))
+            if known:
+                return known[0]
         prim = Prim(name, kind, reads, points, self.index, self.backward, self.op.owner, **more)
         prim.recompute = self.op.recompute
         value = Value(dtype, points if holds is None else holds, prim)
         prim.outs.append(value)
         self.graph.prims.append(prim)
-        if layouts is not None:
-            self.known[key] = value
+        known.append(value)
         return value
 
 
@@ -292,6 +307,14 @@ class Numbering:
         results = {values[self.number[value]] for value in g.results}
         tail = [replace(p, reads=[(values[self.number[value]], nbytes) for value, nbytes in p.reads]) for p in g.tail]
         return Graph(g.places, [], results, tail)
+
+
+def _entry(known: dict[Any, list[Value]], key: Any) -> list[Value]:
+    """The list under a key, an empty one if it is new."""
+    try:
+        return known.setdefault(key, [])
+    except TypeError:
+        return known.setdefault(_frozen(key), [])
 
 
 def _frozen(x: Any) -> Any:

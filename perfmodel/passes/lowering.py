@@ -5,7 +5,6 @@ Sources: torch/_inductor/lowering.py, torch/_inductor/decomposition.py, torch/_d
 """
 
 from collections.abc import Callable
-from typing import Any
 
 from ..step import Step
 from ..tape.core import Flow
@@ -108,7 +107,7 @@ def _plain(b: Builder, name: str) -> None:
             reads = [(reads[0][0], op.outputs[0].nbytes), *reads[1:]]
         out = op.outputs[0]
         more = {"recomputable": allowed, "fusible": allowed}
-        b.write(op.writes[0], b.add(op.name, "pointwise", reads, out.numel, out.dtype, layouts=_layouts(b), **more))
+        b.write(op.writes[0], b.add(op.name, "pointwise", reads, out.numel, out.dtype, layouts=b.layouts(), **more))
     else:
         _extern(b)
 
@@ -116,11 +115,6 @@ def _plain(b: Builder, name: str) -> None:
 def _repeats(reads: Reads) -> bool:
     """Whether a `cat` joins one tensor with itself: Inductor makes that an `expand`."""
     return len({id(value) for value, _ in reads}) == 1
-
-
-def _layouts(b: Builder) -> Any:
-    """Tells slices and permutations of one block apart; None where the op must not be merged with an equal one."""
-    return (b.op.attrs, b.op.recompute, *[use[2:] for use in (*b.op.reads, *b.op.writes)])  # shapes and strides
 
 
 def _extern(b: Builder) -> None:

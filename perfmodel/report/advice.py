@@ -4,15 +4,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.markup import escape
-
 from ..advise import Advice, Candidate, Change
 from ..advise import Progress as Report
 from . import units
-from .terminal import console, table
+from .plain import paragraph, show, table
 
 SHOWN = 8  # changes and candidates in a table
 WORTH = 0.005  # of the step: smaller gains are not worth a line
+COLUMNS = ("change", "step", "peak")
 
 
 @contextmanager
@@ -31,47 +30,35 @@ def searching() -> Iterator[Report]:
 def show_advice(a: Advice) -> None:
     """The answer in a sentence, the way there, each change by itself, and time against memory."""
     s, p = a.start, a.start.prediction
-    samples = p.setup.batch * p.setup.grad_accum
-    console.print(
-        f"[bold]{escape(p.method)}[/] on [bold]{escape(p.model)}[/], {escape(p.device)}, "
-        f"{samples} sample{'' if samples == 1 else 's'} of {p.setup.seq} tokens a step: "
-        f"{units.seconds(s.seconds)}, {units.nbytes(s.peak)}"
-        f"{'' if s.fits else ', [red]which does not fit[/]'}"
-    )
-    if a.best is None:
-        console.print(f"[bold red]Nothing that was tried fits in {units.nbytes(a.limit)}.[/]")
-    elif not a.path:
-        console.print("[bold]This is already the fastest that was found.[/]")
-    else:
-        ratio = s.seconds / a.best.seconds
-        what = "faster" if ratio >= 1 else "the speed, but it fits"
-        console.print(
-            f"[bold]{ratio:.2f}x {what}: {units.seconds(a.best.seconds)}, {units.nbytes(a.best.peak)}, "
-            f"with {escape(_listed(a.best.changes))}[/]\n"
-        )
-        console.print(table("", ("one change after another", "change", "step", "peak"), map(_after, a.path)))
-    gains = [c for c in a.alone if c.seconds < -WORTH * s.seconds]
+    n = p.setup.batch * p.setup.grad_accum
+    where = f"{p.method} on {p.model}, {p.device}, {n} sample{'' if n == 1 else 's'} of {p.setup.seq} tokens a step"
+    fits = "" if s.fits else ", which does not fit"
+    show(paragraph(f"{where}: {units.seconds(s.seconds)}, {units.nbytes(s.peak)}{fits}"))
+    show(paragraph(_answer(a)), bold=True)
+    if a.path:
+        show("\n" + table(("one change after another", *COLUMNS), [_after(c) for c in a.path]))
+    gains = [c for c in a.alone if c.seconds < -WORTH * s.seconds][:SHOWN]
     if gains:
-        console.print()
-        console.print(table("", ("each by itself", "change", "step", "peak"), map(_after, gains[:SHOWN])))
+        show("\n" + table(("each by itself", *COLUMNS), [_after(c) for c in gains]))
     if len(a.front) > 1:
-        console.print()
-        console.print(
-            table(
-                "",
-                ("step", "peak", "trains", "time against memory"),
-                map(_candidate, a.front[:SHOWN]),
-                left=0,
-                text_last=True,
-            )
-        )
-    if any(not c.after.fits for c in [*a.path, *gains[:SHOWN]]):
-        console.print("[dim]* does not fit[/]")
+        heads = ("step", "peak", "trains", "time against memory")
+        show("\n" + table(heads, [_candidate(c) for c in a.front[:SHOWN]], left=(3,), long_last=True))
+    if any(not c.after.fits for c in [*a.path, *gains]):
+        show("* does not fit", dim=True)
     kind = "all combinations" if a.exhaustive else "one knob turned at a time from where you are"
-    console.print(
-        f"\n[dim]{a.tried:,} setups tried ({kind}). Quality is outside the model: other methods, ranks and precisions "
-        "learn differently.[/]"
-    )
+    tried = f"{a.tried:,} setups tried ({kind}). Quality is outside the model: other methods, ranks and precisions "
+    show("\n" + paragraph(tried + "learn differently."), dim=True)
+
+
+def _answer(a: Advice) -> str:
+    if a.best is None:
+        return f"Nothing that was tried fits in {units.nbytes(a.limit)}."
+    if not a.path:
+        return "This is already the fastest that was found."
+    ratio = a.start.seconds / a.best.seconds
+    what = "faster" if ratio >= 1 else "the speed, but it fits"
+    found = f"{units.seconds(a.best.seconds)}, {units.nbytes(a.best.peak)}"
+    return f"{ratio:.2f}x {what}: {found}, with {_listed(a.best.changes)}"
 
 
 def _listed(changes: tuple[str, ...]) -> str:

@@ -29,6 +29,8 @@ SHEET = {  # figure of the datasheet -> (name, unit)
     "memory_bytes": ("memory", "B"), "memory_bandwidth": ("memory bandwidth", "B/s"), "l2_bytes": ("L2 cache", "B"),
     "fp32_flops": ("fp32 peak", "FLOP/s"), "tf32_flops": ("tf32 peak, dense", "FLOP/s"),
     "fp16_flops": ("fp16 peak, dense", "FLOP/s"), "bf16_flops": ("bf16 peak, dense", "FLOP/s"),
+    "board_power": ("power limit", "W"), "idle_power": ("power without work", "W"),
+    "memory_energy": ("energy of a byte of DRAM", "pJ"), "flop_energy": ("energy of an fp32 FLOP", "pJ"),
 }  # fmt: skip
 GENERAL = (
     "One GPU, one optimizer step of PyTorch, eager unless said; no data loading, no communication.",
@@ -81,7 +83,7 @@ def accuracy(on: DeviceProfile) -> dict[str, Any]:
 def provenance(model: Model, predictions: list[Prediction], on: DeviceProfile, by: Host) -> dict[str, Any]:
     """Where every figure of the device comes from, and the model's, the methods' and the host's sources."""
     sheet = [
-        [name, units.count(value, unit), linked(on.sources.get(key, "not given"))]
+        [name, units.count(value * (1e12 if unit == "pJ" else 1.0), unit), linked(on.sources.get(key, "not given"))]
         for key, (name, unit) in SHEET.items()
         if (value := getattr(on.hardware, key)) is not None
     ]

@@ -126,9 +126,10 @@ class Parameter(Tensor):
     """A weight; `count` identical layers hold one each. `kind`: weight, bias, norm, embedding, adapter or scale.
 
     `elements` is how many parameters of the model it stands for: packed 4-bit weights hold two a byte, scales none.
+    `passing` says that a forward pass makes it anew, so that no gradient of an earlier one is there.
     """
 
-    __slots__ = ("accumulator", "count", "elements", "grad", "kind", "name", "part", "used")
+    __slots__ = ("accumulator", "count", "elements", "grad", "kind", "name", "part", "passing", "used")
 
     def __init__(self, name: str, shape: Shape, dtype: str, *, kind: str, trainable: bool) -> None:
         numel = product(shape)
@@ -141,7 +142,15 @@ class Parameter(Tensor):
         self.grad: Tensor | None = None
         self.accumulator: weakref.ref[Node] | None = None
         self.part: Part | None = None
+        self.passing = False
         self.used = False  # whether a gradient ever arrived
+
+    def copy(self) -> "Parameter":
+        """A parameter that has all that this one has."""
+        made = Parameter.__new__(Parameter)
+        for name in (*Tensor.__slots__, *Parameter.__slots__):
+            setattr(made, name, getattr(self, name))
+        return made
 
 
 class Tape:
@@ -315,6 +324,8 @@ def new_tensor(shape: Shape, dtype: str, strides: Shape | None = None) -> Tensor
 def _distinct_bytes(tensors: Sequence[Tensor]) -> Dim:
     if len(tensors) == 1:
         return tensors[0].nbytes
+    if len(tensors) == 2 and tensors[0] is not tensors[1]:
+        return tensors[0].nbytes + tensors[1].nbytes
     return sum([t.nbytes for t in dict.fromkeys(tensors)])
 
 
@@ -327,7 +338,7 @@ def record(
         tuple([t._spec or t.spec for t in inputs]),
         tuple([t._spec or t.spec for t in outputs]),
         0 if view else _distinct_bytes(inputs),
-        0 if view else sum([t.nbytes for t in outputs]),
+        0 if view else outputs[0].nbytes if len(outputs) == 1 else sum([t.nbytes for t in outputs]),
         view=view,
         attrs=attrs,
     )

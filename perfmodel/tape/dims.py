@@ -6,8 +6,8 @@ along the mask and records each part on its own (see `perfmodel.grid.over_grid`)
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache, reduce, wraps
-from operator import mul
+from functools import lru_cache, wraps
+from math import prod
 from typing import Any, TypeVar
 
 import numpy as np
@@ -152,7 +152,7 @@ def is_one(dim: Dim) -> bool:
 
 def product(dims: Sequence[Dim]) -> Dim:
     """Number of elements of a shape."""
-    return reduce(mul, dims, 1)
+    return prod(dims)
 
 
 def larger(a: Dim, b: Dim) -> Dim:

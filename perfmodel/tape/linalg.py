@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from .autograd import Grads, Node, differentiate
 from .core import Tensor, emit, tape
-from .dims import product, same
+from .dims import Shape, product, remembered, same
 from .pointwise import cast, reduce_dims
 from .shape import expand, reshape, t, transpose, view
 
@@ -43,9 +43,14 @@ def _column_major(x: Tensor) -> bool:
     return same(x.strides[0], 1) and same(x.strides[1], x.shape[0])
 
 
-def _copied(*operands: Tensor) -> tuple[str, ...]:
+def _copied(a: Tensor, b: Tensor) -> tuple[str, ...]:
     """Operands of which neither of the last two dims is contiguous: the call copies them before it asks cuBLAS."""
-    return tuple(f"copied:{i}" for i, x in enumerate(operands) if not any(same(s, 1) for s in x.strides[-2:]))
+    return _scattered(a.strides[-2:], b.strides[-2:])
+
+
+@remembered
+def _scattered(*strides: Shape) -> tuple[str, ...]:
+    return tuple(f"copied:{i}" for i, of_operand in enumerate(strides) if not any(same(s, 1) for s in of_operand))
 
 
 def _mm_backward(node: Node, grads: Sequence[Grad]) -> Grads:

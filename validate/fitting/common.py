@@ -4,7 +4,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -94,11 +94,21 @@ def hardware(slug: str) -> Hardware:
     return Hardware(**read_toml(DEVICES / f"{slug}.toml")["datasheet"])
 
 
-def table(folder: Path, name: str) -> pd.DataFrame:
-    """One file of measurements, CSV or Parquet."""
+def file(folder: Path, name: str) -> Path:
+    """The path of a file of measurements.
+
+    Raises:
+        UserError: it is not there.
+    """
     path = folder / name
     if not path.is_file():
         raise UserError(f"{folder} has no {name}: give the folder with the published measurements")
+    return path
+
+
+def table(folder: Path, name: str) -> pd.DataFrame:
+    """One file of measurements, CSV or Parquet."""
+    path = file(folder, name)
     return pd.read_csv(path, low_memory=False) if path.suffix == ".csv" else pd.read_parquet(path)
 
 
@@ -127,8 +137,24 @@ def column(rows: pd.DataFrame, name: str) -> Array:
     return np.asarray(rows[name], dtype=np.float64)
 
 
-def price(rows: pd.DataFrame, hw: Hardware, p: GemmParameters) -> Array:
-    """Seconds of GEMMs in forward layout, one a row of m, n, k, b, a_copies, b_copies and dtype."""
-    m, n, k, b, a_copies, b_copies = (column(rows, c) for c in ("m", "n", "k", "b", "a_copies", "b_copies"))
-    dtype = str(rows["dtype"].iloc[0])
-    return gemm_time(m, n, k, b, hardware=hw, parameters=p, dtype=dtype, a_copies=a_copies, b_copies=b_copies)
+class Shapes(NamedTuple):
+    """GEMMs in forward layout: the columns of a table of measurements as arrays, and the dtype of all."""
+
+    m: Array
+    n: Array
+    k: Array
+    b: Array
+    a_copies: Array
+    b_copies: Array
+    dtype: str
+
+    @classmethod
+    def of(cls, rows: pd.DataFrame) -> "Shapes":
+        """One shape a row of m, n, k, b, a_copies, b_copies and dtype."""
+        m, n, k, b, a_copies, b_copies = (column(rows, c) for c in ("m", "n", "k", "b", "a_copies", "b_copies"))
+        return cls(m, n, k, b, a_copies, b_copies, str(rows["dtype"].iloc[0]))
+
+    def price(self, hw: Hardware, p: GemmParameters) -> Array:
+        """Seconds of every shape."""
+        m, n, k, b, a_copies, b_copies, dtype = self
+        return gemm_time(m, n, k, b, hardware=hw, parameters=p, dtype=dtype, a_copies=a_copies, b_copies=b_copies)

@@ -120,7 +120,7 @@ def _gemm(telling: Sequence[Row], dtype: str, known: DeviceProfile, software: st
     d = d.assign(left_out=h % np.uint64(3) == 0, order=(h >> np.uint64(8)) % np.uint64(1 << 20))
     forward = _enough(d[d.layout == "tn"], f"{dtype} products in forward layout")
     begin = replace(known.gemm[dtype], nn_slowdown=1.0, nt_slowdown=1.0)
-    p = gemm.fit_rows([(forward[~forward.left_out], known.hardware, begin)], dtype, begin).parameters
+    p = gemm.fit_rows([gemm.Used(forward[~forward.left_out], known.hardware, begin)], dtype, begin).parameters
     nn, nt = (_slowdown(d[(d.layout == layout) & ~d.left_out], known, p) for layout in ("nn", "nt"))
     p = replace(p, nn_slowdown=nn, nt_slowdown=nt)
     out = d[d.left_out] if d.left_out.any() else d

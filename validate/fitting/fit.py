@@ -5,8 +5,10 @@ fixed third of its rows that the fit never saw; class defaults by leaving out on
 """
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import date as calendar
+from multiprocessing import get_context
 from os import PathLike
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from perfmodel.devices.profile import BLOCKS, CLASSES, DEVICES
 from perfmodel.errors import UserError, nearest
 
 from . import attention, gemm, layouts, pointwise, sgemm
-from .common import Errors, Fit, hardware
+from .common import Errors, Fit, file, hardware
 from .write import write_blocks
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what comes next or was done
@@ -67,6 +69,13 @@ GEMM_PAIRS = (
     ("fp32", "a100-40gb-pcie", "a100-80gb-pcie"),
     ("fp32", "a100-80gb-pcie", "a100-40gb-pcie"),
 )
+GEMMS = [*(("bf16", slug) for slug in gemm.BF16_FILES), *(("fp32", slug) for slug in sgemm.GPUS)]
+# (dtype, family): members, dtype, where the fit starts.
+GEMM_CLASSES = {
+    ("bf16", "sync_mma"): (gemm.SYNC, "bf16", gemm.SYNC_MMA),
+    ("bf16", "any"): (gemm.ASYNC, "bf16", gemm.ASYNC_MMA),
+    ("fp32", "any"): (gemm.AMPERE_SGEMM, "fp32", sgemm.limited(sgemm.AMPERE)),
+}
 BLACKWELL = ("b200", "b300", "gb200", "gb300")
 L40S_STREAM = 0.735e12  # B/s: weights read by bf16 GEMMs of one row in aiconfigurator's L40S measurements
 LAYOUT_NOTE = "Backward layouts by SimuMax (https://github.com/MooreThreads/SimuMax)."
@@ -160,16 +169,12 @@ def _folder(folder: str | PathLike[str]) -> Path:
 
 
 def _fit_all(folder: Path, progress: Progress | None) -> _Fitted:
-    gemms = [("bf16", slug) for slug in gemm.BF16_FILES] + [("fp32", slug) for slug in sgemm.GPUS]
-    steps = _Steps(progress, 2 * len(gemms) + 3 + 1 + 10)
+    for name in (*gemm.BF16_FILES.values(), sgemm.FILE):
+        file(folder, name)
+    steps = _Steps(progress, 2 * len(GEMMS) + len(GEMM_CLASSES) + 1 + 10)
     fitted = _Fitted()
-    for dtype, slug in gemms:
-        fitted.devices[f"gemm.{dtype}"][slug] = gemm.fit_device(folder, slug, dtype)
-        steps(f"GEMM {dtype} {slug}")
-    for dtype, slug in gemms:
-        fitted.left_out[f"gemm.{dtype}"][slug] = gemm.leave_out(folder, slug, dtype)
-        steps(f"GEMM {dtype}, {slug} left out")
-    _gemm_classes(folder, fitted, steps)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # fits of GEMMs do not need each other
+        _gemms(pool, folder, fitted, steps)
     _gemm_pairs(folder, fitted)
     _layouts(folder, fitted)
     _fp32_in_steps(fitted)
@@ -180,24 +185,40 @@ def _fit_all(folder: Path, progress: Progress | None) -> _Fitted:
     return fitted
 
 
-def _gemm_classes(folder: Path, fitted: _Fitted, steps: _Steps) -> None:
-    """bf16: sync_mma, half_rate (derived), any; fp32: any."""
+def _gemms(pool: Executor, folder: Path, fitted: _Fitted, steps: _Steps) -> None:
+    """Each device by itself, each left out, and the classes."""
+    own = {key: pool.submit(gemm.fit_device, folder, key[1], key[0]) for key in GEMMS}
+    left_out = {key: pool.submit(gemm.leave_out, folder, key[1], key[0]) for key in GEMMS}
+    classes = {key: pool.submit(gemm.fit_class, folder, *value) for key, value in GEMM_CLASSES.items()}
+    for (dtype, slug), job in own.items():
+        fitted.devices[f"gemm.{dtype}"][slug] = job.result()
+        steps(f"GEMM {dtype} {slug}")
+    for (dtype, slug), job_left in left_out.items():
+        fitted.left_out[f"gemm.{dtype}"][slug] = job_left.result()
+        steps(f"GEMM {dtype}, {slug} left out")
+    for (dtype, name), job_class in classes.items():
+        fitted.classes[f"gemm.{dtype}"][name] = _gemm_class(fitted, *GEMM_CLASSES[dtype, name][:2], *job_class.result())
+        steps(f"GEMM {dtype}, class {name}")
+    _derived_classes(fitted)
+
+
+def _derived_classes(fitted: _Fitted) -> None:
+    """bf16: cards of half rate; fp32: families of generated kernels, as on the H100."""
     bf16, fp32 = fitted.classes["gemm.bf16"], fitted.classes["gemm.fp32"]
-    for name, members, begin in (("sync_mma", gemm.SYNC, gemm.SYNC_MMA), ("any", gemm.ASYNC, gemm.ASYNC_MMA)):
-        bf16[name] = _gemm_class(folder, fitted, "bf16", members, begin)
-        steps(f"GEMM bf16, class {name}")
-    fp32["any"] = _gemm_class(folder, fitted, "fp32", gemm.BOARDS, sgemm.limited(sgemm.AMPERE))
-    steps("GEMM fp32, class any")
-    p = bf16["sync_mma"].parameters
+    p, h100 = bf16["sync_mma"].parameters, fitted.devices["gemm.fp32"]["h100-sxm"]
     assert isinstance(p, GemmParameters)
+    assert isinstance(h100.parameters, GemmParameters)
     half = replace(p, tile_balance=p.tile_balance / 2, math_efficiency=1.0)
     note = "Derived, not measured: loads like a full-rate card, at half the peak, which the power limit hardly lowers."
     note += " Residuals: those of sync_mma."
     bf16["half_rate"] = replace(bf16["sync_mma"], parameters=half, notes=note)
+    generated = gemm.in_steps(h100.parameters, gemm.LAUNCH_CLOCKS)
+    errors = fitted.left_out["gemm.fp32"]["h100-sxm"]
+    for family in ("wgmma", "tcgen05"):
+        fp32[family] = h100.sibling(generated, "h100-sxm", errors, "launch_clocks as in bf16.")
 
 
-def _gemm_class(folder: Path, fitted: _Fitted, dtype: str, members: tuple[str, ...], begin: GemmParameters) -> Fit:
-    p, used = gemm.fit_class(folder, members, dtype, begin)
+def _gemm_class(fitted: _Fitted, members: tuple[str, ...], dtype: str, p: GemmParameters, used: int) -> Fit:
     block = f"gemm.{dtype}"
     base = fitted.devices[block][members[0]]
     return Fit(

@@ -20,18 +20,21 @@ from perfmodel.devices.hardware import Hardware
 
 from . import sgemm
 from .campaigns import REACTION
-from .common import Array, Errors, Fit, column, hardware, price, shape_hash, strings, table
+from .common import Array, Errors, Fit, Shapes, column, hardware, shape_hash, strings, table
 
 FIT_ROWS = 12000  # rows that a fit uses at most: more change the third digit of the error
 FIT_ROWS_FP32 = 4000  # the same for one that several devices share in fp32, whose rows are priced at two clocks
 LOSS_SCALE = 0.02  # |log error| above which a row counts linearly, not quadratically: close to the mean |error|
 PRIOR = 0.003  # pull to the start per e-fold and sqrt(row): decides only what the data leaves open
+# The same of what fp32 devices share: DRAM streams reach four fifths of the datasheet, writes cost as much. One device
+# may need less, as kernels of few loads in flight do on an A100, but that does not carry over.
+PRIOR_DRAM = 0.2
 SAME_PATH = 2.0 / 3.0  # share of the only device with the same instructions among those that stand for one left out
 LAUNCH_CLOCKS = 4500.0  # of a device without bf16 measurements
 # Energy that the power limit sees of a product within a training step, over that of one run again and again: kernels
 # between the products wait for memory and leave power to them. Fitted to the one step of a 70 W board that is for
-# fitting (BERT-large, batch 8, on an L4); about 0.75 if products take 60 % of the time and the rest half the power.
-STEP_POWER = 0.72
+# fitting (BERT-large, batch 8, on an L4); 0.8 if products take 60 % of the time and the rest half the power.
+STEP_POWER = 0.82
 AICONFIGURATOR = "https://github.com/ai-dynamo/aiconfigurator"
 
 BF16_FILES = {
@@ -45,8 +48,11 @@ BF16_FILES = {
 }
 SYNC = ("a100-80gb-sxm", "l40s")  # mma.sync and cp.async
 ASYNC = ("h100-sxm", "b200", "b300", "gb200", "gb300")  # wgmma or tcgen05, TMA copies
-# fp32 class: all boards but the P4, which was measured with two libraries.
-BOARDS = ("p100", "v100-32gb-pcie", "t4", "a100-40gb-pcie", "a100-80gb-pcie", "l4", "h100-sxm")
+# fp32, by the kernels in the profiles. The class: boards of ampere_sgemm, as are devices without rows of their own. The
+# same stand for an H100, whose generated kernels (sm80_xmma, cutlass) are of that generation: an L4 runs some of them.
+AMPERE_SGEMM = ("a100-40gb-pcie", "a100-80gb-pcie", "l4")
+# Boards that stand for older ones (maxwell_sgemm, volta_sgemm); not the P4, which was measured with two libraries.
+SGEMM = ("p100", "v100-32gb-pcie", "t4", *AMPERE_SGEMM)
 
 SYNC_MMA = GemmParameters(k_step=32, k_latency=3.5, k_bubble=4.0, wave_tail=0.6)
 ASYNC_MMA = GemmParameters(k_step=64)
@@ -59,7 +65,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "split_traffic": (0.02, 20.0),
 }  # fmt: skip
 FP32_ONLY: dict[str, tuple[float, float]] = {
-    "memory_efficiency": (0.1, 1.1), "long_row": (0.001, 10.0), "page_reach": (4e3, 3e5),
+    "memory_efficiency": (0.1, 1.0), "long_row": (0.001, 10.0), "page_reach": (4e3, 3e5),
 }  # fmt: skip
 POWER: dict[str, tuple[float, float]] = {"power_share": (0.2, 1.5), "load_energy": (0.05, 20.0)}
 BENCH: dict[str, tuple[float, float]] = {"clock": (0.3, 1.2), "reaction": (0.02, 0.5)}  # of NeuSight's boards
@@ -103,6 +109,14 @@ def _load_bf16(folder: Path, slug: str) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+class Used(NamedTuple):
+    """What a fit uses of a device: rows, datasheet, and what its library has (tiles, k step) and where it starts."""
+
+    rows: pd.DataFrame
+    hardware: Hardware
+    own: GemmParameters
+
+
 class Found(NamedTuple):
     """What a fit found.
 
@@ -117,13 +131,13 @@ class Found(NamedTuple):
     reaction: float = REACTION
 
 
-def predict(rows: pd.DataFrame, hw: Hardware, found: Found, boost: Array | None = None) -> Array:
-    """Seconds of every row; fp32 ones at the clock that `boost` tells, or else a replay of what ran before."""
+def predict(rows: pd.DataFrame, hw: Hardware, found: Found) -> Array:
+    """Seconds of every row; fp32 ones at the clock that a replay of what ran before tells."""
     p, clock, reaction = found
     if rows["dtype"].iloc[0] == "bf16":
-        return price(rows, hw, p)
-    known = sgemm.Replay(rows, hw, p, clock).boosts(reaction) if boost is None else boost
-    return sgemm.predict(rows, hw, p, clock, known)
+        return Shapes.of(rows).price(hw, p)
+    board = sgemm.Board(rows, hw, p, clock)
+    return board.predict(hw, p, clock, board.boosts(reaction))
 
 
 def roofline(rows: pd.DataFrame, hw: Hardware) -> Array:
@@ -163,41 +177,57 @@ def fit(
 
     `shares` are the devices' parts of `FIT_ROWS`; equal ones if None.
     """
-    used = {}
+    used = []
     for slug, rows in rows_of.items():
         kept = rows[~rows.left_out].sort_values(["order", "group"], kind="stable")
         rows_in_all = FIT_ROWS_FP32 if dtype == "fp32" and len(rows_of) > 1 else FIT_ROWS
         count = int(rows_in_all * (shares[slug] if shares else 1.0 / len(rows_of)))
-        used[slug] = (kept.head(count).reset_index(drop=True), hardware(slug), start(slug, dtype))
-    return fit_rows(list(used.values()), dtype, begin)
+        used.append(Used(kept.head(count).reset_index(drop=True), hardware(slug), start(slug, dtype)))
+    return fit_rows(used, dtype, begin)
 
 
-def fit_rows(used: Sequence[tuple[pd.DataFrame, Hardware, GemmParameters]], dtype: str, begin: GemmParameters) -> Found:
-    """Parameters shared by some devices, each given as rows to fit, datasheet, and what its library has."""
+def fit_rows(used: Sequence[Used], dtype: str, begin: GemmParameters) -> Found:
+    """Parameters shared by some devices."""
     measured = np.concatenate([column(rows, "seconds") for rows, _, _ in used])
     limits = bounds(dtype, power=begin.power_share > 0.0)
     bench = BENCH if dtype == "fp32" else {}
     low, high = (np.log([b[i] for b in (*limits.values(), *bench.values())]) for i in (0, 1))
     first = np.log([*(getattr(begin, n) for n in limits), *(1.0, REACTION)[: len(bench)]])
-    pull = PRIOR * np.sqrt(len(measured))
-    replays = [sgemm.Replay(*x) if bench else None for x in used]
-    usual = [r.boosts(REACTION) if r else None for r in replays]
+    known = PRIOR_DRAM if dtype == "fp32" and len(used) > 1 else PRIOR
+    pull = np.array([known if n in ("memory_efficiency", "write_cost") else PRIOR for n in (*limits, *bench)])
+    pull *= np.sqrt(len(measured))
+    seconds = _seconds(used, dtype)
 
     def found(z: Array, own: GemmParameters) -> Found:
         values: list[Any] = np.exp(z).tolist()
         return Found(replace(own, **dict(zip(limits, values, strict=False))), *values[len(limits) :])
 
     def residuals(z: Array) -> Array:
-        parts = []
-        for (rows, hw, own), replay, boost in zip(used, replays, usual, strict=True):
-            x = found(z, own)
-            own_boost = replay.boosts(x.reaction) if replay and len(used) == 1 else boost  # several share the usual one
-            parts.append(predict(rows, hw, x, own_boost))
-        return np.concatenate([deviation(np.concatenate(parts), measured, dtype), pull * (z - first)])
+        predicted = seconds([found(z, own) for _, _, own in used])
+        return np.concatenate([deviation(predicted, measured, dtype), pull * (z - first)])
 
     # Two starts: the loss has kinks where the best tile changes.
     ends = [least(residuals, first + shift * np.resize([1, -1], len(first)), low, high) for shift in (0.0, 0.4)]
     return found(min(ends, key=lambda f: float(f.cost)).x, begin)
+
+
+def _seconds(used: Sequence[Used], dtype: str) -> Callable[[Sequence[Found]], Array]:
+    """Seconds of all rows, one device after the other, by what a fit tries for each."""
+    if dtype == "bf16":
+        shapes = [(Shapes.of(rows), hw) for rows, hw, _ in used]
+        return lambda tried: np.concatenate(
+            [x.price(hw, t.parameters) for (x, hw), t in zip(shapes, tried, strict=True)]
+        )
+    boards = [(sgemm.Board(*x), x.hardware) for x in used]
+    usual = [board.boosts(REACTION) for board, _ in boards]
+
+    def seconds(tried: Sequence[Found]) -> Array:
+        # The power control of one board can be fitted; several share the usual one.
+        known = [boards[0][0].boosts(tried[0].reaction)] if len(boards) == 1 else usual
+        each = zip(boards, tried, known, strict=True)
+        return np.concatenate([board.predict(hw, t.parameters, t.clock, boost) for (board, hw), t, boost in each])
+
+    return seconds
 
 
 def on_device(found: Found, slug: str, dtype: str) -> Found:
@@ -245,7 +275,7 @@ def _software(folder: Path, slug: str) -> str:
 def donors(slug: str, dtype: str) -> dict[str, float]:
     """Whose rows make the class default for a device that is left out, and their shares in it."""
     if dtype == "fp32":
-        others = [d for d in BOARDS if d != slug]
+        others = [d for d in (AMPERE_SGEMM if slug in (*AMPERE_SGEMM, "h100-sxm") else SGEMM) if d != slug]
         return dict.fromkeys(others, 1.0 / len(others))
     same = [d for d in (SYNC if slug in SYNC else ASYNC) if d != slug]
     if len(same) > 1:

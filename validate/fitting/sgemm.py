@@ -18,11 +18,12 @@ from perfmodel.devices.gemm import GemmParameters, Tiles, gemm_time
 from perfmodel.devices.hardware import Hardware
 
 from .campaigns import Campaign, boosts, campaign, entries
-from .common import Array, price, table
+from .common import Array, Shapes, table
 
 Index = NDArray[np.intp]
 
 NEUSIGHT = "https://github.com/sitar-lab/NeuSight"
+FILE = "kernels_fp32_neusight.parquet"
 GPUS = {
     "p4": "Tesla P4",
     "p100": "Tesla P100-PCIE-16GB",
@@ -46,16 +47,16 @@ HOPPER = replace(SIMT, math_efficiency=0.8, launch_clocks=4e4, tiles=((256, 128)
 
 def limited(p: GemmParameters) -> GemmParameters:
     """With the power limit fitted: of boards that may draw less than their chip could, and of what boards share."""
-    return replace(p, power_share=0.6, load_energy=6.0, derating=0.05)  # what is left beside the limit
+    return replace(p, power_share=0.5, load_energy=1.0, derating=0.05)  # what is left beside the limit
 
 
 STARTS = {
-    "p4": replace(PASCAL, tiles=((128, 128), (128, 64), (64, 128))),
+    "p4": limited(replace(PASCAL, tiles=((128, 128), (128, 64), (64, 128)))),
     "p100": limited(PASCAL),
-    "v100-32gb-pcie": VOLTA,
+    "v100-32gb-pcie": limited(VOLTA),
     "t4": limited(VOLTA),
-    "a100-40gb-pcie": AMPERE,
-    "a100-80gb-pcie": AMPERE,
+    "a100-40gb-pcie": limited(AMPERE),
+    "a100-80gb-pcie": limited(AMPERE),
     "l4": limited(replace(AMPERE, tiles=((256, 128), (128, 256), *SGEMM_TILES))),
     "h100-sxm": HOPPER,
 }
@@ -65,7 +66,7 @@ COLLECTED_TILES = {"p4": SMALL_TILES}  # where that campaign's library was anoth
 
 def load(folder: Path, slug: str) -> pd.DataFrame:
     """m, n, k, b, seconds, group, a_copies, b_copies, campaign, entry of it: one row a measurement."""
-    measured = table(folder, "kernels_fp32_neusight.parquet")
+    measured = table(folder, FILE)
     measured = measured[measured.op.isin(["linear", "bmm"]) & (measured.gpu == GPUS[slug])]
     rows = pd.DataFrame(
         {
@@ -93,63 +94,67 @@ def board(slug: str, name: str, hw: Hardware, p: GemmParameters, clock: float) -
     """
     if name != COLLECTED:
         return hw, p
-    power = None if hw.board_power is None else hw.board_power * clock
+    power = None if hw.board_power is None else hw.board_power - hw.working_power * (1.0 - clock)
     slower = replace(hw, clock_hz=hw.clock_hz * clock, fp32_flops=hw.fp32_flops * clock, board_power=power)
     return slower, replace(p, tiles=COLLECTED_TILES.get(slug, p.tiles))
 
 
-class Replay:
-    """The campaigns of a device's rows, with predicted times: how far the clock was from the sustained one.
+class Board:
+    """The rows of one board, campaign by campaign, and a replay of each: how far the clock was from the sustained one.
 
     Args:
         rows: measurements on one device.
         hw: its datasheet.
-        p: price parameters.
+        p: price parameters that the replay takes.
         clock: of the board in the collected rows, over that in the others.
     """
 
     def __init__(self, rows: pd.DataFrame, hw: Hardware, p: GemmParameters, clock: float = 1.0) -> None:
-        self.rows = rows
+        self.slug = str(rows["device"].iloc[0])
+        self.parts = [
+            (str(name), np.flatnonzero(rows.campaign == name), Shapes.of(part))
+            for name, part in rows.groupby("campaign")
+        ]
         self.runs: list[tuple[Campaign, Array, float, Index, Index]] = []
-        for name, part in rows.groupby("campaign"):
-            if part.entry.iloc[0] < 0:  # the order is not known
+        for name, chosen, _ in self.parts:
+            entry = np.asarray(rows.entry)[chosen]
+            if entry[0] < 0:  # the order is not known
                 continue
-            own, q = board(str(rows["device"].iloc[0]), str(name), hw, p, clock)
-            run = campaign(str(name), hw.memory_bytes, hw.memory_bandwidth)
+            own, q = board(self.slug, name, hw, p, clock)
+            run = campaign(name, hw.memory_bytes, hw.memory_bandwidth)
             at_limit, at_highest = (
                 gemm_time(run.m, run.n, run.k, run.batch, hardware=own, parameters=x, dtype="fp32", b_copies=1.0)
                 for x in (q, replace(q, power_share=0.0))
             )
             gain = float(np.median(np.log(at_limit / at_highest)))
-            self.runs.append((run, at_limit, gain, np.flatnonzero(rows.campaign == name), np.asarray(part.entry)))
+            self.runs.append((run, at_limit, gain, chosen, entry))
 
     def boosts(self, reaction: float) -> Array:
         """Of every row: 0 at the sustained clock, 1 at the highest."""
-        out = np.zeros(len(self.rows))
+        out = np.zeros(sum(len(chosen) for _, chosen, _ in self.parts))
         for run, seconds, gain, chosen, entry in self.runs:
             if gain > 0.0:
                 out[chosen] = boosts(run, seconds, gain, reaction)[entry]
         return out
 
+    def predict(self, hw: Hardware, p: GemmParameters, clock: float, boost: Array) -> Array:
+        """Seconds of every row.
 
-def predict(rows: pd.DataFrame, hw: Hardware, p: GemmParameters, clock: float, boost: Array) -> Array:
-    """Seconds of every row.
-
-    Args:
-        rows: measurements on one device.
-        hw: its datasheet.
-        p: price parameters.
-        clock: of the board in the collected rows, over that in the others.
-        boost: of every row, by its `Replay`.
-    """
-    slug, out = str(rows["device"].iloc[0]), np.empty(len(rows))
-    for name in rows.campaign.unique():
-        chosen = np.asarray(rows.campaign == name)
-        own, parameters = board(slug, name, hw, p, clock)
-        sustained = price(rows[chosen], own, parameters)
-        held = price(rows[chosen], own, replace(parameters, power_share=0.0))
-        out[chosen] = sustained * (held / sustained) ** boost[chosen]
-    return out
+        Args:
+            hw: datasheet of the device.
+            p: price parameters.
+            clock: of the board in the collected rows, over that in the others.
+            boost: of every row, from the replay.
+        """
+        out = np.empty(len(boost))
+        for name, chosen, shapes in self.parts:
+            own, q = board(self.slug, name, hw, p, clock)
+            seconds = shapes.price(own, q)
+            if boost[chosen].any():
+                highest = shapes.price(own, replace(q, power_share=0.0))
+                seconds = seconds * (highest / seconds) ** boost[chosen]
+            out[chosen] = seconds
+        return out
 
 
 def notes(rows: pd.DataFrame, clock: float) -> str:
