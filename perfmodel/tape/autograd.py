@@ -115,18 +115,25 @@ def _accumulate(node: Node, grads: Sequence[Tensor | None]) -> Grads:
     elif parameter.grad is None:
         settled = _settled(grad, parameter)
         parameter.grad = settled.alias()
-        current.alike &= settled is grad
-        if current.alike:
-            _add_to(parameter.grad, grad, parameter.kind, LATER)
-            if current.flow is None:
-                parameter.grad = grad.alias()
-                parameter.grad.storage = grad.storage.inherited()
+        if not parameter.passing:
+            _foresee(parameter, grad, settled)
         if parameter.part is not None:  # one of as many as there are identical layers
             parameter.grad.storage.copies = parameter.part.repeat
     else:
         current.alike = False  # more than one gradient in a micro-batch
         _add_to(parameter.grad, grad, parameter.kind)
     return ()
+
+
+def _foresee(parameter: Parameter, grad: Tensor, settled: Tensor) -> None:
+    """What a further micro-batch does with a gradient that stays here: adds it to this one, and lets it go."""
+    current = tape()
+    current.alike &= settled is grad
+    if current.alike:
+        assert parameter.grad is not None
+        _add_to(parameter.grad, grad, parameter.kind, LATER)
+        if current.flow is None:
+            parameter.grad.storage = grad.storage.inherited()
 
 
 def _add_to(sum: Tensor, grad: Tensor, kind: str, *attrs: str) -> None:
@@ -155,12 +162,6 @@ def copy(grad: Tensor) -> Tensor:
     record("new_empty_strided", (grad,), (made,))
     record("copy_", (made, grad), (made,))
     return made
-
-
-def _add_grads(a: Tensor, b: Tensor) -> Tensor:
-    from .pointwise import add
-
-    return add(a, b)
 
 
 def _validate(grads: list[Tensor | None], i: int, shape: Shape, dtype: str) -> None:
@@ -252,8 +253,10 @@ class Buffers:
             if current.owner == "adapter":
                 self.adapters_only.add(place)
             return
+        from .pointwise import add
+
         with current.belonging_to("adapter" if place in self.adapters_only else current.owner):
-            buffer[slot] = _add_grads(waiting, grad)
+            buffer[slot] = add(waiting, grad)
         if current.owner != "adapter":
             self.adapters_only.discard(place)
 

@@ -126,9 +126,10 @@ class Parameter(Tensor):
     """A weight; `count` identical layers hold one each. `kind`: weight, bias, norm, embedding, adapter or scale.
 
     `elements` is how many parameters of the model it stands for: packed 4-bit weights hold two a byte, scales none.
+    `passing` says that a forward pass makes it anew, so that no gradient of an earlier one is there.
     """
 
-    __slots__ = ("accumulator", "count", "elements", "grad", "kind", "name", "part", "used")
+    __slots__ = ("accumulator", "count", "elements", "grad", "kind", "name", "part", "passing", "used")
 
     def __init__(self, name: str, shape: Shape, dtype: str, *, kind: str, trainable: bool) -> None:
         numel = product(shape)
@@ -141,6 +142,7 @@ class Parameter(Tensor):
         self.grad: Tensor | None = None
         self.accumulator: weakref.ref[Node] | None = None
         self.part: Part | None = None
+        self.passing = False
         self.used = False  # whether a gradient ever arrived
 
     def copy(self) -> "Parameter":

@@ -26,7 +26,7 @@ def transposed_parameter(weight: Parameter, part: Part) -> Parameter:
     turned = t(weight)
     leaf = Parameter(weight.name + ".T", turned.shape, weight.dtype, kind=weight.kind, trainable=True)
     leaf.strides = turned.strides
-    leaf.part = part
+    leaf.part, leaf.passing = part, True
     return leaf
 
 
