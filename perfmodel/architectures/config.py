@@ -87,7 +87,8 @@ def bundled() -> tuple[str, ...]:
 def _hub_ids() -> dict[str, str]:
     """Hub id in lower case → bundled name, from the address of each config's source."""
     sources = {name: str(_read(MODELS / f"{name}.json", name).values.get("_source", "")) for name in bundled()}
-    return {"/".join(url.split("/")[3:5]).lower(): name for name, url in sources.items()}
+    on_hub = "https://huggingface.co/"
+    return {"/".join(url.split("/")[3:5]).lower(): name for name, url in sources.items() if url.startswith(on_hub)}
 
 
 def load(name_or_path: str) -> Config:
