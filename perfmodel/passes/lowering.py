@@ -82,7 +82,7 @@ def _accumulate(b: Builder) -> None:
 def _add_later(b: Builder) -> None:
     """A gradient that stays, and that a further pass adds to one that was there before."""
     _, new = b.reads()
-    b.graph.additions.append(Prim(b.op.name, "extern", [new], 0, b.index, True, b.op.owner, op=b.op))
+    b.graph.additions.append(Prim(b.op.name, "extern", [new], 0, b.index, True, b.op.owner, op=b.op.settled()))
 
 
 def _seed(b: Builder) -> None:

@@ -1,5 +1,6 @@
 """What a step is made of: an op, the tensors it sees, and the parts that ops run in. No tensor, no tape."""
 
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -85,6 +86,14 @@ class Op:
         """What decides its price; cannot be hashed where dims are arrays."""
         return self.name, self.inputs, self.outputs, self.bytes_read, self.bytes_written, self.attrs
 
+    def settled(self) -> "Op":
+        """This op in a micro-batch that does it: without the attribute `LATER`."""
+        if LATER not in self.attrs:
+            return self
+        op = copy(self)
+        op.attrs = tuple(a for a in self.attrs if a != LATER)
+        return op
+
     def __repr__(self) -> str:
         def text(specs: tuple[Spec, ...]) -> str:
             return " ".join(f"{s.dtype}{list(s.shape)}{f'x{s.copies}' if s.copies > 1 else ''}" for s in specs)
@@ -143,8 +152,8 @@ class Part:
 
     def further(self) -> "Part":
         """This part in a further micro-batch, which also does what the first leaves out (`LATER`)."""
-        later = self.later or self
-        return replace(self, delta=later.delta, highest=later.peak, later=None)
+        later, ops = self.later or self, [op.settled() for op in self.ops]
+        return replace(self, ops=ops, delta=later.delta, highest=later.peak, later=None)
 
     @property
     def peak(self) -> Dim:
