@@ -137,9 +137,9 @@ def _product(block: Any, own: dict[str, Any], where: str) -> Iterator[Cell]:
         if key not in FACTORS:
             raise UserError(f"{where}: unknown key {key!r} in [[cells]]: {nearest(key, FACTORS)}")
     setups = [_setup(values, where) for values in _list(block, "setups", where)]
-    for model in _list(block, "models", where):
+    for model in _texts(block, "models", where):
         config = Config(own[model], f"{where}: [models.{model}]", model) if model in own else architectures.load(model)
-        for method in _list(block, "methods", where):
+        for method in _texts(block, "methods", where):
             methods.parse(method).bind(architectures.from_config(config))  # complains about what does not fit
             for setup in setups:
                 yield Cell(config, method, setup)
@@ -149,6 +149,13 @@ def _setup(values: Any, where: str) -> Setup:
     if not isinstance(values, dict):
         raise UserError(f"{where}: a setup is a table such as {{batch = 2, seq = 128}}, got {values!r}")
     return with_options(None, values)
+
+
+def _texts(block: dict[str, Any], key: str, where: str) -> Sequence[str]:
+    for value in (found := _list(block, key, where)):
+        if not isinstance(value, str):
+            raise UserError(f"{where}: {key} of [[cells]] must be texts, got {value!r}")
+    return found
 
 
 def _list(block: dict[str, Any], key: str, where: str) -> Sequence[Any]:

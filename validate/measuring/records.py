@@ -6,7 +6,7 @@ that is killed at any moment leaves either the old file or the new one. Grids ar
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,11 @@ def _whole(record: Record, where: str) -> None:
         _holds(record, "ok", where)
         if not _times(record["seconds"]) or not isinstance(record["memory"].get("peak"), int):
             raise UserError(f"{where}: a visit that ended well holds seconds of steps and the peak of memory")
+        if not _by_phase(record.get("calls", {}), _whole_number):
+            raise UserError(f"{where}: calls must be numbers by phase and name")
+        profile = record.get("profile", {})
+        if not isinstance(profile, dict) or not _by_phase(profile.get("by_call", {}), _kernels):
+            raise UserError(f"{where}: by_call must be numbers and seconds of kernels by phase and name")
 
 
 def _holds(record: Record, kind: str, where: str) -> None:
@@ -74,6 +79,21 @@ def _times(seconds: Record) -> bool:
     rows = [seconds.get(name) for name in (*PHASES, "step")]
     numbers = all(isinstance(row, list) and row and all(_positive(s) for s in row) for row in rows)
     return numbers and len({len(row) for row in rows if isinstance(row, list)}) == 1
+
+
+def _by_phase(table: Any, good: Callable[[Any], bool]) -> bool:
+    """Whether a table has good values by phase and name."""
+    return isinstance(table, dict) and all(
+        isinstance(names, dict) and all(map(good, names.values())) for names in table.values()
+    )
+
+
+def _whole_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _kernels(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and _whole_number(value[0])
 
 
 def _positive(value: Any) -> bool:
