@@ -138,11 +138,19 @@ def _product(block: Any, own: dict[str, Any], where: str) -> Iterator[Cell]:
             raise UserError(f"{where}: unknown key {key!r} in [[cells]]: {nearest(key, FACTORS)}")
     setups = [_setup(values, where) for values in _list(block, "setups", where)]
     for model in _texts(block, "models", where):
-        config = Config(own[model], f"{where}: [models.{model}]", model) if model in own else architectures.load(model)
+        config = _config(own[model], f"{where}: [models.{model}]", model) if model in own else architectures.load(model)
         for method in _texts(block, "methods", where):
             methods.parse(method).bind(architectures.from_config(config))  # complains about what does not fit
             for setup in setups:
                 yield Cell(config, method, setup)
+
+
+def _config(values: Any, where: str, name: str) -> Config:
+    try:
+        json.dumps(values, allow_nan=False)  # as the records of its cells will hold it
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: a model holds numbers, texts, flags and lists of them") from None
+    return Config(values, where, name)
 
 
 def _setup(values: Any, where: str) -> Setup:
