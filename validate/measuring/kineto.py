@@ -100,6 +100,13 @@ class Profile:
         """Seconds in which at least one stream of the device works."""
         return union((w.start, w.start + w.seconds) for w in self.work)
 
+    @property
+    def span(self) -> float:
+        """Seconds from the start of the device's first work to the end of its last."""
+        return max((w.start + w.seconds for w in self.work), default=0.0) - min(
+            (w.start for w in self.work), default=0.0
+        )
+
 
 def parse(
     trace: dict[str, Any], phases: Sequence[str], *, transparent: Callable[[str], bool] = lambda name: False
@@ -242,11 +249,14 @@ class _Thread:
 
 
 def _memory_peak(events: list[Event]) -> int:
-    """Highest running sum of the allocator's events, which are bytes taken (positive) or given back."""
+    """Highest running sum of the allocator's events, which are bytes taken (positive) or given back; a GPU's if any."""
+    found = [e for e in events if e["name"] == "[memory]"]
+    device = max((e["args"].get("Device Type", 0) for e in found), default=0)  # 0 is the CPU
     live = peak = 0
-    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: float(e["ts"])):
-        live += int(event["args"]["Bytes"])
-        peak = max(peak, live)
+    for event in sorted(found, key=lambda e: float(e["ts"])):
+        if event["args"].get("Device Type", 0) == device:
+            live += int(event["args"]["Bytes"])
+            peak = max(peak, live)
     return peak
 
 

@@ -82,7 +82,7 @@ def summary(found: Profile, device: str, step_seconds: float) -> dict[str, Any]:
     else:
         rows = [(c.phase, c.name, 1, c.self_seconds) for c in found.calls]
         covered = sum(c.seconds for c in found.calls if c.outermost and c.phase != kineto.NO_PHASE)
-        share = max(0.0, 1.0 - covered / sum(found.phases.values()))
+        share = max(0.0, 1.0 - covered / (sum(found.phases.values()) or step_seconds))
     by_name = _table(rows)
     out: dict[str, Any] = {
         "kernels": {phase: sum(n for n, _ in names.values()) for phase, names in by_name.items()},
