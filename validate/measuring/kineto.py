@@ -4,12 +4,13 @@ A device event carries the correlation id of the runtime call that launched it. 
 that lies in a phase (a user annotation) and inside an ATen call, so both are known for every kernel however late it
 ran. Work whose launch is not in the trace was in flight when the trace began: its number is told, and no more.
 
-**Fills.** A `Memset` that an ATen call launches besides kernels is a part of those: a library's product clears a
-counter of 4 B (cuBLAS on Hopper: 168 of the 169 products of a Qwen1.5 forward; 0.9 us, and 1.8 us more of gaps, where
-the product took 32), a reduction its semaphores, a convolution its sum. Whether it does is the library's choice and
-not the program's. So it is no kernel, neither here nor in `perfmodel.costs.kernels`, but its time belongs to the
-call's, as in the prices: bf16 products were fitted to latencies of whole calls. A fill that is all that an ATen call
-does (the `zero_` inside `zeros`) is what the program asked for, and counts like a kernel.
+**Helpers.** A library's product is one kernel, whatever else the library launches for it: on Hopper cuBLAS clears a
+counter of 4 B first (168 of the 169 products of a Qwen1.5 forward; 0.9 us, and 1.8 us more of gaps, where the product
+took 32), and where it splits the inner dim a kernel adds the parts. So does a `Memset` that any ATen call launches
+besides kernels (a reduction's semaphores, a convolution's sum) belong to those. Whether it happens is the library's
+choice and not the program's: helpers are no kernels, neither here nor in `perfmodel.costs.kernels`, but their time is
+the call's, as in the prices, where bf16 products were fitted to latencies of whole calls. A fill that is all that an
+ATen call does (the `zero_` inside `zeros`) is what the program asked for, and counts like a kernel.
 
 Times in a trace are microseconds; everything returned is in seconds and bytes.
 """
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .names import generated, is_collective, is_operator
+from .names import adds_parts, generated, is_collective, is_operator
 
 Event = dict[str, Any]
 
@@ -36,11 +37,11 @@ class Work:
 
     Attributes:
         kind: kernel, memcpy or memset.
-        start, seconds: on the trace's clock.
+        start: since the first event of the trace.
         phase: the annotation in which it was launched.
         call: the ATen call or package's operator that launched it; empty if none did.
         nbytes: of a copy or fill.
-        helps: whether it is a fill for the kernels of the same call.
+        helps: whether it only helps a kernel of the same call.
     """
 
     kind: str
@@ -118,14 +119,14 @@ def parse(
         phases: names of the user annotations that mark phases.
         transparent: whether an operator only calls others (composite ops), so that kernels belong to those.
     """
-    events = [e for e in trace["traceEvents"] if e.get("ph") in ("X", "i")]
-    spans = sorted((float(e["ts"]), _end(e), e["name"]) for e in _of(events, "user_annotation") if e["name"] in phases)
+    events = _since_the_first(e for e in trace["traceEvents"] if e.get("ph") in ("X", "i"))
+    spans = sorted((e["ts"], _end(e), e["name"]) for e in _of(events, "user_annotation") if e["name"] in phases)
     profile = Profile()
     for start, stop, name in spans:
         profile.phases[name] = profile.phases.get(name, 0.0) + (stop - start) * MICRO
     stacks = _Stacks(e for e in _of(events, "cpu_op") if is_operator(e["name"]))
     profile.calls = [
-        Call(e["name"], _phase(float(e["ts"]), spans), e["ts"] * MICRO, e["dur"] * MICRO, own * MICRO, top)
+        Call(e["name"], _phase(e["ts"], spans), e["ts"] * MICRO, e["dur"] * MICRO, own * MICRO, top)
         for e, own, top in stacks.calls()
     ]
     runtime = [e for e in events if e.get("cat") in RUNTIME]
@@ -137,6 +138,13 @@ def parse(
     profile.work = _work(launched, spans, stacks, transparent)
     profile.memory_peak = _memory_peak(events)
     return profile
+
+
+def _since_the_first(events: Iterable[Event]) -> list[Event]:
+    """Events on a clock that starts with them: microseconds since 1970 leave a quarter of one to their digits."""
+    found = list(events)
+    origin = min((float(e["ts"]) for e in found), default=0.0)
+    return [{**e, "ts": float(e["ts"]) - origin} for e in found]
 
 
 def _launches(runtime: list[Event]) -> dict[str, tuple[int, float]]:
@@ -162,11 +170,11 @@ def _work(
     work = []
     for (event, launch), calls in zip(launched, around, strict=True):
         kind, args = DEVICE_WORK[event["cat"]], event["args"]
-        helps = kind == "memset" and bool(calls) and id(calls[0]) in with_kernels
+        fills = kind == "memset" and bool(calls) and id(calls[0]) in with_kernels
         work.append(Work(
-            kind, event["name"], int(args.get("stream", -1)), float(event["ts"]) * MICRO, float(event["dur"]) * MICRO,
-            _phase(float(launch["ts"]), spans), _owner(event["name"], [c["name"] for c in calls], transparent),
-            int(args.get("bytes", 0)), helps,
+            kind, event["name"], int(args.get("stream", -1)), event["ts"] * MICRO, float(event["dur"]) * MICRO,
+            _phase(launch["ts"], spans), _owner(event["name"], [c["name"] for c in calls], transparent),
+            int(args.get("bytes", 0)), fills or adds_parts(event["name"]),
         ))  # fmt: skip
     return work
 
@@ -203,7 +211,7 @@ class _Stacks:
 
     def __init__(self, calls: Iterable[Event]) -> None:
         self.threads: dict[Any, _Thread] = {}
-        for event in sorted(calls, key=lambda e: (float(e["ts"]), -float(e["dur"]))):
+        for event in sorted(calls, key=lambda e: (e["ts"], -float(e["dur"]))):
             self.threads.setdefault(event["tid"], _Thread()).add(event)
 
     def calls(self) -> Iterator[tuple[Event, float, bool]]:
@@ -214,7 +222,7 @@ class _Stacks:
     def around(self, launch: Event) -> list[Event]:
         """The calls in which a launch happens, innermost first."""
         thread = self.threads.get(launch["tid"])
-        return thread.around(float(launch["ts"])) if thread else []
+        return thread.around(launch["ts"]) if thread else []
 
 
 class _Thread:
@@ -228,7 +236,7 @@ class _Thread:
 
     def add(self, event: Event) -> None:
         """Append a call; it starts no earlier than those before, and before those inside it."""
-        start, parent = float(event["ts"]), len(self.events) - 1
+        start, parent = event["ts"], len(self.events) - 1
         while parent >= 0 and _end(self.events[parent]) <= start:
             parent = self.parents[parent]
         if parent >= 0:
@@ -253,7 +261,7 @@ def _memory_peak(events: list[Event]) -> int:
     found = [e for e in events if e["name"] == "[memory]"]
     device = max((e["args"].get("Device Type", 0) for e in found), default=0)  # 0 is the CPU
     live = peak = 0
-    for event in sorted(found, key=lambda e: float(e["ts"])):
+    for event in sorted(found, key=lambda e: e["ts"]):
         if event["args"].get("Device Type", 0) == device:
             live += int(event["args"]["Bytes"])
             peak = max(peak, live)

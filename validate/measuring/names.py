@@ -41,3 +41,8 @@ def generated(kernel: str) -> str:
     """The call that a kernel written by Inductor stands for, by its name; empty for any other kernel."""
     found = _GENERATED.match(kernel)
     return f"inductor::{_KINDS.get(found[1], found[1])}" if found else ""
+
+
+def adds_parts(kernel: str) -> bool:
+    """Whether a kernel adds up what cuBLAS computed of a product in parts of its inner dim."""
+    return "splitKreduce" in kernel

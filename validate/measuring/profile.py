@@ -71,7 +71,7 @@ def summary(found: Profile, device: str, step_seconds: float) -> dict[str, Any]:
         `kernels`: phase -> device kernels, fills and copies within the device (CUDA) or operators called (CPU);
         `kernel_seconds`: phase -> seconds in them, each call without those inside it; `by_name` and, on CUDA,
         `by_call`: phase -> name -> [number, seconds]; `copies`: number and bytes of copies between host and device;
-        `fills`: number and seconds of those that help a call's kernels, which are in the seconds but not in the
+        `helpers`: number and seconds of what only helps a call's kernel, which is in the seconds but not in the
         numbers (see `kineto`); `host_bound_share`: share of the step in which the device waits (CUDA: the unprofiled
         step less busy time; CPU: time outside of operators while profiled).
     """
@@ -92,10 +92,10 @@ def summary(found: Profile, device: str, step_seconds: float) -> dict[str, Any]:
         "profiled_seconds": {_plain(phase): seconds for phase, seconds in found.phases.items()},
     }
     if device == "cuda":
-        copies, fills = [w for w in found.work if w.crosses_bus], [w for w in found.work if w.helps]
+        copies, helpers = [w for w in found.work if w.crosses_bus], [w for w in found.work if w.helps]
         out["by_call"] = _table((w.phase, w.call, int(w.is_kernel), w.seconds) for w in inside)
         out["copies"] = {"number": len(copies), "bytes": sum(w.nbytes for w in copies)}
-        out["fills"] = {"number": len(fills), "seconds": sum(w.seconds for w in fills)}
+        out["helpers"] = {"number": len(helpers), "seconds": sum(w.seconds for w in helpers)}
         out["busy_seconds"], out["unlaunched"] = found.busy, found.unlaunched
     return out
 

@@ -62,10 +62,10 @@ def _chrome(trace: dict[str, Any], phases: Sequence[str], top: int) -> tuple[Fac
 
 
 def _device(found: Profile, facts: Facts) -> str:
-    fills, copies = facts["fills"], facts["copies"]
+    helpers, copies = facts["helpers"], facts["copies"]
     return (
         f"device busy {units.seconds(found.busy)} of {units.seconds(found.span)}; "
-        f"{fills['number']:,} fills inside calls ({units.seconds(fills['seconds'])}), "
+        f"{helpers['number']:,} helpers inside calls ({units.seconds(helpers['seconds'])}), "
         f"{copies['number']:,} copies over the bus ({units.nbytes(copies['bytes'])}), "
         f"{found.unlaunched:,} works without a launch"
     )
