@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from ..errors import UserError
+from .campaign import campaign
 from .options import extra, json_option, print_json
 
 RECORDS = Path("records.jsonl")  # what `measure` writes and `check` reads unless told otherwise
@@ -14,6 +15,9 @@ RECORDS = Path("records.jsonl")  # what `measure` writes and `check` reads unles
 @click.group()
 def validate() -> None:
     """Check the model against real programs and measurements."""
+
+
+validate.add_command(campaign)
 
 
 @validate.command()

@@ -1,0 +1,56 @@
+"""`perfmodel validate campaign` and `validate paper`: they need the validate extra."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import extra, json_option
+
+UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+LEAST = 5.0  # s
+
+
+class Budget(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
+    """A time: `25m`, `90s`, `1h`, or seconds."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)([smh]?)", str(value).strip(), re.ASCII)
+        if not found:
+            self.fail(f"{value!r} is not a time such as 25m, 90s, 1h or 600", param, ctx)
+        seconds = float(found[1]) * UNITS[found[2]]
+        if seconds < LEAST:
+            self.fail(f"{value!r} is too short: {LEAST:.0f}s is the least", param, ctx)
+        return seconds
+
+
+@click.command()
+@click.option("--device", type=click.Choice(("cuda", "cpu")), required=True, help="What to measure.")
+@click.option("--budget", type=Budget(), default="25m", show_default=True, help="Time to take: 25m, 90s, 1h.")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("campaign"),
+    show_default=True,
+    help="Folder of the records, the fitted files and the page; a campaign that is there goes on.",
+)
+@click.option("--plan", type=click.Path(dir_okay=False, path_type=Path), help="What to measure (TOML) [default: ours].")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads [default: PyTorch's choice].")
+@json_option
+def campaign(
+    device: str, budget: float, output: Path, plan: Path | None, threads: int | None, as_json: bool
+) -> None:
+    """Measure kernels, host and training steps within a budget.
+
+    What tells most comes first; then a device and a host are fitted and checked on the steps. Stopped or killed at any
+    moment it goes on where it was: `--budget 9m` three times is 27m once. In the folder: records.jsonl, device.toml,
+    host.toml, page.html, summary.json.
+    """
+    try:
+        from validate.campaign.show import show_campaign
+    except ImportError as error:
+        raise extra(error) from None
+    show_campaign(device, output, budget, plan=plan, threads=threads, as_json=as_json)
