@@ -40,9 +40,7 @@ class Budget(click.ParamType):  # type: ignore[type-arg]  # generic in newer rel
 @click.option("--plan", type=click.Path(dir_okay=False, path_type=Path), help="What to measure (TOML) [default: ours].")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads [default: PyTorch's choice].")
 @json_option
-def campaign(
-    device: str, budget: float, output: Path, plan: Path | None, threads: int | None, as_json: bool
-) -> None:
+def campaign(device: str, budget: float, output: Path, plan: Path | None, threads: int | None, as_json: bool) -> None:
     """Measure kernels, host and training steps within a budget.
 
     What tells most comes first; then a device and a host are fitted and checked on the steps. Stopped or killed at any

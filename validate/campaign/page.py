@@ -1,4 +1,4 @@
-"""The page of a campaign: that of `validate check --html`, and before it what ran, what is left, with which versions."""
+"""The page of a campaign: what ran, what is left, with which versions, and then the page of `validate check --html`."""
 
 from pathlib import Path
 from typing import Any

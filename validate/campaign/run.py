@@ -1,4 +1,4 @@
-"""Goes through a plan within a budget: resumes, skips what cannot run, bounds what hangs, and records every unit whole."""
+"""Goes through a plan within a budget: resumes, skips what cannot run, bounds what hangs, records every unit whole."""
 
 import time
 from collections import defaultdict, deque
@@ -16,6 +16,7 @@ from perfmodel.errors import UserError
 from ..checking.machine import name_of
 from ..measuring import environment, records
 from ..measuring.records import Record
+from ..measuring.run import load_modules
 from . import versions
 from .guide import expected, guide, memory_of
 from .ledger import Ledger
@@ -30,6 +31,7 @@ RESERVE, MOST_RESERVE = 0.15, 60.0  # of the budget, and seconds, that are kept 
 START = 120.0  # s: the longest that a worker may take to say where it runs
 QUICK = {"host": 1.5, "microbench": 0.4}  # s: what a unit takes before any was timed
 BUILDING = {"cuda": 12.0, "cpu": 2.0}  # s of a visit besides its steps: building, counting, profiling
+COMPILING = 90.0  # s that torch.compile takes
 PROFILED = 4.0  # steps that counting and profiling take
 SLOWEST, GRACE = 4.0, 20.0  # a unit may take so many times what was expected, and so many seconds more
 OVERTIME = 10.0  # s: a unit that was begun in time may take so much longer than the budget
@@ -90,6 +92,9 @@ def run(
             here = _here(worker, ledger, plan)
             on = guide(here)
             ran = Ran(here, plan.units(device, on), ledger)
+            if device == "cpu":  # so that no visit's process, each of them new, does it again; and off CUDA
+                worker.close()
+                load_modules([u.work.cell for u in ran.left if isinstance(u.work, Visit)])
             _Turn(ran, worker, settings, on, begin, end, progress).all()
         finally:
             worker.close()
@@ -218,7 +223,8 @@ class _Turn:
         if not isinstance(unit.work, Visit):
             return QUICK[_kind(unit)]
         steps = self.settings.warm_up + self.settings.steps + PROFILED
-        return BUILDING[self.settings.device] + steps * self._prediction(unit.work)[0]
+        compiling = COMPILING if unit.work.cell.setup.compile != "none" else 0.0
+        return BUILDING[self.settings.device] + compiling + steps * self._prediction(unit.work)[0]
 
     def _correction(self, unit: Unit) -> float:
         """How much longer the last units of its kind took than they should."""

@@ -76,4 +76,6 @@ def _print(ran: Ran, found: Finding, folder: Path) -> None:
         show("\nmean |relative error|", bold=True)
         show(table(tables.LINE_COLUMNS, list(map(tables.line_cells, found.report.lines))))
         show(f"\n{tables.verdict_line(found.report)}", bold=True)
-    show(f"\n{len(ran.units) - len(ran.left)} of {len(ran.units)} units done, in {units.seconds(ran.seconds)}: {folder}")
+    show(
+        f"\n{len(ran.units) - len(ran.left)} of {len(ran.units)} units done, in {units.seconds(ran.seconds)}: {folder}"
+    )

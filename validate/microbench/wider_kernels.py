@@ -45,7 +45,8 @@ def backends(case: Case, device: str) -> tuple[Call, int]:
 
     def forward(i: int) -> torch.Tensor:
         with sdpa_kernel(backend):
-            return scaled_dot_product_attention(*inputs[i % len(inputs)], is_causal=True)
+            q, k, v = inputs[i % len(inputs)]
+            return scaled_dot_product_attention(q, k, v, is_causal=True)
 
     if not case.backward:
         return forward, 1
