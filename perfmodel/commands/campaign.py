@@ -1,11 +1,13 @@
 """`perfmodel validate campaign` and `validate paper`: they need the validate extra."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ..errors import UserError
 from .options import extra, json_option
 
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -52,3 +54,38 @@ def campaign(device: str, budget: float, output: Path, plan: Path | None, thread
     except ImportError as error:
         raise extra(error) from None
     show_campaign(device, output, budget, plan=plan, threads=threads, as_json=as_json)
+
+
+@click.command()
+@click.option("--device", type=click.Choice(("cuda", "cpu")), help="What to measure: on a CPU, small models.")
+@click.option("--predict-only", metavar="DEVICE", help="Measure nothing: predict for this device.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("paper.jsonl"),
+    show_default=True,
+    help="File of records; a file that is there is continued.",
+)
+@click.option("--profile", help="Predict with this device profile [default: this machine's].")
+@click.option("--host", help="Predict with this host [default: the one calibrated with the device, else the default].")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads [default: PyTorch's choice].")
+@json_option
+def paper(
+    device: str | None, predict_only: str | None, output: Path, profile: str | None, host: str | None,
+    threads: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Is LoRA slower, as arXiv 2507.08833 says? Measured and predicted.
+
+    The time of LoRA over that of full fine-tuning, forward + backward, by architecture. The exit code is 1 if a verdict
+    is wrong where more than 10 % decide it.
+    """
+    if (device is None) == (predict_only is None):
+        raise UserError("paper needs either --device cuda or cpu (measure here), or --predict-only DEVICE")
+    try:
+        from validate.campaign.show_paper import show_paper
+    except ImportError as error:
+        raise extra(error) from None
+    holds = show_paper(
+        device, output, predict_only=predict_only, profile=profile, host=host, threads=threads, as_json=as_json
+    )  # fmt: skip
+    sys.exit(0 if holds else 1)

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from ..errors import UserError
-from .campaign import campaign
+from .campaign import campaign, paper
 from .options import extra, json_option, print_json
 
 RECORDS = Path("records.jsonl")  # what `measure` writes and `check` reads unless told otherwise
@@ -18,6 +18,7 @@ def validate() -> None:
 
 
 validate.add_command(campaign)
+validate.add_command(paper)
 
 
 @validate.command()
