@@ -9,7 +9,7 @@ from perfmodel.errors import UserError
 from ..measuring import records
 from ..measuring.records import Record
 
-HELD = 2.0  # s: records of quick units wait so long, so that not every one rewrites the file
+HELD = 1.0  # s: records of quick units wait so long, so that not every one rewrites the file
 OPEN = ("skipped", "missing")  # why a unit was not begun: it will be when the reason is gone
 
 
