@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from perfmodel.devices import profile
 from perfmodel.errors import UserError
 from perfmodel.setup import Setup
 from validate.campaign import guide, ledger, plan, run, tables, versions, work
-from validate.campaign.worker import Late, Worker
+from validate.campaign.worker import Late, Worker, attempted
 from validate.checking.check import check
 from validate.measuring import isolate, records
 from validate.measuring.cells import Cell
@@ -152,20 +153,31 @@ def assert_the_page_says_what_check_says(folder: Path, summary: dict[str, Any]) 
 
 
 class Fake:
-    """A campaign whose units take no device: `does` says what becomes of each."""
+    """A campaign on a clock of its own: `does` makes the record of a unit, which takes `seconds` and no device."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, does: Callable[[Any], dict[str, Any]]) -> None:
-        here = {**environment(), "packages": {}, "host": {"cpu": "a CPU", "threads": 1, "memory_bytes": 1e12}}
-        self.here = {**here, "id": "here"}
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, does: Callable[[Any], dict[str, Any]], seconds: float = 0.1
+    ) -> None:
+        fake, self.now = self, 0.0
+        host = {"cpu": "a CPU", "threads": 1, "memory_bytes": 1e12}
+        self.here = {**environment(), "packages": {}, "host": host}
+        self.takes = seconds
 
-        def worker_of(settings: work.Settings) -> Callable[[Any], dict[str, Any]]:
-            return lambda thing: self.here if thing == work.HERE else does(thing)
+        class Instant(Worker):
+            def __call__(self, thing: Any, seconds: float) -> dict[str, Any]:
+                if thing == work.HERE:
+                    return fake.here
+                fake.now += min(fake.takes, seconds)
+                if fake.takes > seconds:
+                    raise Late
+                return attempted(does, thing)
 
-        monkeypatch.setattr(run, "worker_of", worker_of)
+        monkeypatch.setattr(run, "Worker", Instant)
         monkeypatch.setattr(run, "load_modules", lambda cells: None)
         monkeypatch.setattr(run, "guide", lambda environment: CPU)
+        monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: self.now, time=lambda: self.now))
 
-    def run(self, planned: Path, folder: Path, seconds: float = 60.0) -> run.Ran:
+    def run(self, planned: Path, folder: Path, seconds: float = 600.0) -> run.Ran:
         return run.run(plan.load(planned, "cpu"), "cpu", folder, seconds, threads=1)
 
 
@@ -177,41 +189,46 @@ def measured(thing: Any) -> dict[str, Any]:
     return {"kind": kind, "program": {}, "case": {}, "seconds": {}}
 
 
-def test_a_second_call_goes_on_where_the_first_one_stopped(
-    tmp_path: Path, planned: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def done(ran: run.Ran) -> int:
+    return len(ran.units) - len(ran.left)
+
+
+def test_calls_go_on_where_the_last_one_stopped(tmp_path: Path, planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three times nine minutes must be worth 27: nothing is done twice, nothing that was left is forgotten."""
-
-    def slow(thing: Any) -> dict[str, Any]:
-        time.sleep(0.05)
-        return measured(thing)
-
-    fake = Fake(monkeypatch, slow)
-    first = fake.run(planned, tmp_path / "c", 6.0)
-    assert 20 < len(first.units) - len(first.left) < len(first.units) - 20
-    assert set(first.open.values()) == {run.NO_TIME}
-    kept = list(first.ledger.records)
-    second = fake.run(planned, tmp_path / "c", 60.0)
-    assert second.ledger.records[: len(kept)] == records.read(tmp_path / "c" / run.FILE)[: len(kept)]
-    assert [u.stage for u in second.left] == ["QLoRA"]
-    counts = Counter(r["unit"] for r in second.ledger.records if "unit" in r)
-    assert set(counts.values()) == {1}
+    fake = Fake(monkeypatch, measured)
+    calls = [fake.run(planned, tmp_path / "c", 7.0) for _ in range(3)]
+    once = Fake(monkeypatch, measured).run(planned, tmp_path / "d", 21.0)
+    assert 50 < done(calls[0]) < done(calls[1]) < done(calls[2]) < len(once.units)
+    assert abs(done(calls[2]) - done(once)) <= 3
+    found = records.read(tmp_path / "c" / run.FILE)
+    assert found == [{"schema": 1, **r} for r in calls[2].ledger.records]
+    assert set(Counter(r["unit"] for r in found if "unit" in r).values()) == {1}
+    assert set(calls[2].open.values()) == {run.NO_TIME}
+    assert [u.stage for u in fake.run(planned, tmp_path / "c").left] == ["QLoRA"]
 
 
+@pytest.mark.parametrize("seconds", [0.02, 0.3, 3.0])
 def test_a_budget_is_kept_by_what_units_took_before(
+    tmp_path: Path, planned: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """What would end after the budget is not begun, by the pace of this machine; what is there is used."""
+    fake = Fake(monkeypatch, measured, seconds)
+    ran = fake.run(planned, tmp_path / "c", 20.0)
+    end = 20.0 * (1 - run.RESERVE)
+    assert fake.now <= end + 1.5 * seconds
+    assert ran.left == [u for u in ran.units if u.stage == "QLoRA"] or fake.now > end - 5 * seconds
+
+
+def test_a_unit_that_hangs_is_bounded_and_not_begun_again(
     tmp_path: Path, planned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A unit that would end after the budget is not begun, by the pace of this machine rather than a guess."""
-    taken = 0.3
-
-    def slow(thing: Any) -> dict[str, Any]:
-        time.sleep(taken)
-        return measured(thing)
-
-    begin = time.perf_counter()
-    ran = Fake(monkeypatch, slow).run(planned, tmp_path / "c", 6.0)
-    assert time.perf_counter() - begin < 6.0
-    assert len(ran.units) - len(ran.left) >= 10
+    """It must cost its own limit once; one that the budget's end cut off has its turn in the next call."""
+    fake = Fake(monkeypatch, measured, 1e9)
+    ran = fake.run(planned, tmp_path / "c", 60.0)
+    assert [r["status"] for r in ran.ledger.records if r.get("status") != "missing" and "unit" in r] == ["late"] * 2
+    assert fake.now <= 60.0 * (1 - run.RESERVE) + run.OVERTIME
+    again = fake.run(planned, tmp_path / "c", 60.0)
+    assert len({r["unit"] for r in again.ledger.records if "unit" in r}) == done(again) > 2
 
 
 def test_units_that_fail_are_records_and_the_rest_goes_on(
@@ -222,7 +239,7 @@ def test_units_that_fail_are_records_and_the_rest_goes_on(
     def fails(thing: Any) -> dict[str, Any]:
         if isinstance(thing, plan.Visit):
             if thing.cell.method == "full":
-                os._exit(3)
+                return {"status": "error", "message": "ended with code 3"}
             raise ImportError("cannot import name 'LlamaModel'")
         if isinstance(thing, plan.HostProgram):
             raise RuntimeError("CUDA out of memory")

@@ -16,6 +16,7 @@ What a stage shares with an earlier one is done once.
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,11 @@ def load(name: Path | None, device: str) -> Plan:
     return plan
 
 
+@cache
+def _blocks(device: str) -> dict[str, list[Case]]:
+    return wider.campaign(device, DTYPES)
+
+
 def _check(stage: Any, device: str, where: str) -> None:
     if not isinstance(stage, dict) or not isinstance(stage.get("name"), str):
         raise UserError(f"{where}: every [[stages]] table has a name")
@@ -137,7 +143,7 @@ def _check(stage: Any, device: str, where: str) -> None:
     for key in ("cells", "around", "blocks", "needs"):
         if not isinstance(stage.get(key, []), list):
             raise UserError(f"{where}: {key} of stage {stage['name']!r} must be a list")
-    known = wider.campaign(device, DTYPES)
+    known = _blocks(device)
     for block in stage.get("blocks", []):
         if block not in known:
             raise UserError(f"{where}: unknown block of microbenchmarks {block!r}: {nearest(str(block), known)}")
@@ -146,7 +152,7 @@ def _check(stage: Any, device: str, where: str) -> None:
 def _of_stage(
     plan: Plan, stage: dict[str, Any], device: str, on: DeviceProfile
 ) -> Iterator[Case | Visit | HostProgram]:
-    known = wider.campaign(device, DTYPES)
+    known = _blocks(device)
     lists = [known[block][: stage.get("most")] for block in stage.get("blocks", [])]
     for turn in zip_longest(*lists):
         yield from (case for case in turn if case is not None)
