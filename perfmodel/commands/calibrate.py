@@ -1,11 +1,12 @@
 """`perfmodel calibrate`: needs the validate extra."""
 
+import sys
 from pathlib import Path
 
 import click
 
 from ..devices.own import CALIBRATED
-from .options import extra, json_option
+from .options import Finite, extra, json_option
 
 QUICK = 20.0  # s
 
@@ -14,7 +15,7 @@ QUICK = 20.0  # s
 @click.option("--device", type=click.Choice(("cuda", "cpu")), required=True, help="What to calibrate.")
 @click.option("--name", default=CALIBRATED, show_default=True, help="Of the files: `--device NAME` from then on.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads, as training will have [default: PyTorch's].")
-@click.option("--seconds", type=click.FloatRange(5), default=150.0, show_default=True, help="Time to take, roughly.")
+@click.option("--seconds", type=Finite(5), default=150.0, show_default=True, help="Time to take, roughly.")
 @click.option("--quick", is_flag=True, help=f"Take {QUICK:.0f} seconds: a rough profile.")
 @click.option(
     "--records", type=click.Path(dir_okay=False, path_type=Path), help="Keep the microbenchmarks (JSON lines)."
@@ -28,9 +29,14 @@ def calibrate(
     The files go to $PERFMODEL_HOME, or else to the user's folder for configuration (~/.config/perfmodel). A CPU's
     profile holds for training with as many threads, and for a malloc that keeps freed memory (jemalloc, tcmalloc, or
     glibc's with MALLOC_TRIM_THRESHOLD_=-1 MALLOC_MMAP_MAX_=0).
+
+    At the end the files predict the programs that they were made from, and steps that they have not seen: if they are
+    off by more than 50 % nothing is written, and the exit code is 1.
     """
     try:
         from validate.calibration.show_calibration import show
     except ImportError as error:
         raise extra(error) from None
-    show(device, name, threads=threads, seconds=QUICK if quick else seconds, output=records, as_json=as_json)
+    taking = QUICK if quick else seconds
+    written = show(device, name, threads=threads, seconds=taking, output=records, as_json=as_json)
+    sys.exit(0 if written else 1)

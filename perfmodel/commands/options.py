@@ -1,6 +1,7 @@
 """What several commands share: options, JSON, the missing extra."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,16 @@ class Axis(click.ParamType):  # type: ignore[type-arg]  # generic in newer relea
                 found.append(first)
                 first = first * by if geometric else first + by
         return tuple(found)
+
+
+class Finite(click.FloatRange):
+    """A number within bounds; neither nan, which no bound keeps out, nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = float(super().convert(value, param, ctx))
+        if not math.isfinite(found):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return found
 
 
 def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:

@@ -90,11 +90,8 @@ def load(name_or_path: str | PathLike[str]) -> DeviceProfile:
         UserError: unknown device; broken TOML; a key that is missing, unknown, mistyped or negative.
     """
     text = str(name_or_path).strip()
-    slug = text.lower()
-    if slug in names():
+    if slug := bundled(text):
         return _bundled(slug)
-    if slug in _aliases():
-        return _bundled(_aliases()[slug])
     if (mine := own.find(text)) is not None:
         return from_table(mine.stem, read_toml(mine), str(mine))
     path = Path(name_or_path)
@@ -105,6 +102,12 @@ def load(name_or_path: str | PathLike[str]) -> DeviceProfile:
         return from_table(path.stem, read_toml(path), str(path))
     hint = nearest(text, [*names(), *own.names()], also=_aliases())
     raise UserError(f"unknown device {text!r}: {hint} (or give the path of a .toml file)")
+
+
+def bundled(name: str) -> str:
+    """The bundled device that a name or alias (in any case) stands for; empty if for none."""
+    slug = name.strip().lower()
+    return slug if slug in names() else _aliases().get(slug, "")
 
 
 def by_makers_name(name: str) -> DeviceProfile | None:
@@ -119,8 +122,8 @@ def bundled_by_makers_name(name: str) -> DeviceProfile | None:
     """The bundled profile of a device that calls itself `NVIDIA H100 80GB HBM3` (h100-80gb-hbm3 is an alias)."""
     slug = "-".join(filter(None, re.split(r"[^a-z0-9]+", name.lower())))
     for known in (slug, slug.removeprefix("nvidia-")):
-        if known in names() or known in _aliases():
-            return load(known)
+        if found := bundled(known):
+            return load(found)
     return None
 
 

@@ -14,19 +14,21 @@ from typing import Any
 
 import torch
 
+from perfmodel.devices import host as host_files
 from perfmodel.devices import own, profile
 from perfmodel.devices.hardware import Hardware
 from perfmodel.devices.profile import DeviceProfile
 from perfmodel.errors import UserError
 from perfmodel.resources import write_text
 
+from ..accuracy import Errors
 from ..fitting import cpu as cpu_fit
 from ..fitting import cuda as cuda_fit
 from ..fitting.common import Fit
 from ..fitting.write import block_text
 from ..measuring import allocator, environment, records
 from ..microbench import designs, run, stopwatch
-from . import hosts
+from . import hosts, verify
 
 Progress = Callable[[float, str], None]  # share done, what comes next
 Record = dict[str, Any]
@@ -45,7 +47,9 @@ class Calibration:
     Attributes:
         device, host: the files.
         fits: blocks of the device file, with their errors on left-out rows.
-        host_error: mean |relative error| of the host's fit.
+        by: the host's fit.
+        checks: errors of predicting the timed programs and real steps (`verify`).
+        refusal: why nothing was written; empty if the files are there.
         seconds: how long it took.
     """
 
@@ -53,7 +57,9 @@ class Calibration:
     device: Path
     host: Path
     fits: Mapping[str, Fit]
-    host_error: float
+    by: hosts.HostFit
+    checks: Mapping[str, Errors]
+    refusal: str
     seconds: float
 
 
@@ -66,7 +72,7 @@ def calibrate(
     output: Path | None = None,
     progress: Progress = lambda share, label: None,
 ) -> Calibration:
-    """Measure this machine and write its device and host files.
+    """Measure this machine and write its device and host files, if what they predict is not far from what was timed.
 
     Args:
         device: cpu or cuda.
@@ -80,8 +86,11 @@ def calibrate(
     """
     begin = time.perf_counter()
     target, host_target = own.path(name), own.path(name, "hosts")
-    if name in profile.names():
-        raise UserError(f"{name!r} is a bundled device: give the calibration another --name")
+    if bundled := profile.bundled(name):
+        which = "" if bundled == name else f" ({bundled})"
+        raise UserError(f"{name!r} is a bundled device{which}: give the calibration another --name")
+    if name in host_files.names():
+        raise UserError(f"{name!r} is a bundled host: give the calibration another --name")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device is visible to PyTorch here: use --device cpu")
     threads = threads or torch.get_num_threads()
@@ -92,16 +101,23 @@ def calibrate(
     mine = parsed(text, name)
     _folder(target)
     _folder(host_target)
-    host, error, _ = hosts.calibrate(
+    on = mine if device == "cpu" else None
+    by = hosts.calibrate(
         lambda label: progress(1.0, f"host: {label}"),
-        on=mine if device == "cpu" else None,
+        on=on,
         least=host_floors(found),
         seconds=max(2.0, seconds - (time.perf_counter() - begin)),
     )
-    hosts.write(host, host_target)
-    write_text(target, text)
-    profile.forget()
-    return Calibration(mine, target, host_target, fits, error, time.perf_counter() - begin)
+    checks = verify.of_programs(by, on)
+    if on:
+        progress(1.0, "real steps")
+        checks[verify.STEPS] = verify.of_steps(on, by.host, threads)
+    refusal = verify.refusal({verify.TITLES[key]: errors.mean for key, errors in checks.items()})
+    if not refusal:
+        hosts.write(by.host, host_target, by.provenance(checks))
+        write_text(target, text)
+        profile.forget()
+    return Calibration(mine, target, host_target, fits, by, checks, refusal, time.perf_counter() - begin)
 
 
 def microbenchmarks(device: str, threads: int, seconds: float, progress: Progress) -> list[Record]:

@@ -26,7 +26,6 @@ from perfmodel import methods
 from perfmodel.architectures import Config, from_config
 from perfmodel.devices import host as hosts
 from perfmodel.devices.engine import COSTS
-from perfmodel.devices.host import Host
 from perfmodel.resources import DATA, write_text
 from perfmodel.setup import Setup
 from perfmodel.step import PHASES, Step, build
@@ -34,6 +33,7 @@ from perfmodel.step import PHASES, Step, build
 from ..measuring.environment import cpu_name
 from ..oracle.counts import SMALL
 from ..programs import models
+from .hosts import dispatched
 
 ENGINE = "deepspeed-zero3"
 OUTPUT = DATA / "engines" / f"{ENGINE}.toml"
@@ -193,15 +193,6 @@ def units(step: Step, phase: str) -> tuple[float, ...]:
         0.0 if updates else gradients,
         gradients if updates else 0.0,
     )
-
-
-def dispatched(step: Step, by: Host) -> Seconds:
-    """Seconds in which a host dispatches the phases, an engine's Python left out."""
-    seconds = dict.fromkeys(PHASES, 0.0)
-    for part, times in step.parts():
-        if part.ops:
-            seconds[part.phase] += times * float(by.dispatch(part, "cpu").sum())
-    return seconds
 
 
 def _trained(model: Any) -> list[torch.nn.Parameter]:

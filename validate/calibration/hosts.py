@@ -2,15 +2,16 @@
 
 Tiny models (width 64, 4 tokens) make kernels take next to no time, so a real training step on the CPU shows its host
 work: Python, dispatcher, autograd, hooks. Many such steps of different make-up and one non-negative least squares give
-the cost of each kind of work; what a calibrated CPU spends in the kernels is taken off first. The launch figures of a
-GPU cannot be seen from here and are kept from the default.
+the cost of each kind of work; what a calibrated CPU spends in the kernels is taken off first. What no timed step holds
+(launches on a GPU, compiled graphs, an engine's hooks) is kept from the default host, and the file says so. Every fifth
+program is left out of the fit, to judge it (`verify`).
 """
 
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -31,28 +32,54 @@ from perfmodel.resources import write_text
 from perfmodel.setup import Setup
 from perfmodel.step import PHASES, Step, build
 
+from ..accuracy import Errors
+from ..fitting.common import Doubts
 from ..measuring.environment import cpu_name
 from ..oracle.counts import NO_DROPOUT, SMALL
 from ..programs import models
 from ..programs.updates import make_optimizer
 
 LAYERS = 8
-KEPT = ("launch_call", "launch", "graph_launch", "compiled_kernel", "compiled_graph", "guard")  # not measured here
 METHODS = ("full", "lora:r=4,targets=all-linear", "lora:r=4")
 OPTIMIZERS = ("adamw-foreach", "adamw-loop")
 WARM_UP, STEPS = 4, 15
+LEFT_OUT = 5  # every so-manieth program is left out of the fit
 MOST_KERNELS = 0.2  # of a tiny step is host work at least, whatever the kernels' prices say
 NOTHING = 1e-9  # s: what takes less is nothing
 NEEDED = 10  # programs that are timed even if the time is over
+COSTS = tuple(f.name for f in fields(Host) if f.name not in ("name", "source"))
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One phase of one program: how much of each kind of host work it does, and the median seconds."""
+class Timed:
+    """One program, as the tape has it, and the seconds that its real step took by phase."""
 
     name: str
-    work: dict[str, float]
-    seconds: float
+    step: Step
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class HostFit:
+    """Host costs fitted to timed programs.
+
+    Attributes:
+        doubts: costs that no timed step holds any of, which are the default host's, and those that went as low as they
+            may, since their work was not told apart from other work.
+        fitted, left_out: the programs in the fit and those that it did not see.
+    """
+
+    host: Host
+    doubts: Doubts
+    fitted: list[Timed]
+    left_out: list[Timed]
+
+    def provenance(self, found: Mapping[str, Errors]) -> dict[str, Any]:
+        """What the host file says about the fit; `found` holds the errors of its check."""
+        return {
+            **{key: list(names) for key, names in asdict(self.doubts).items()},
+            **{f"{key}_{what}": getattr(e, what) for key, e in found.items() for what in ("number", "mean", "worst")},
+        }
 
 
 def programs() -> Iterator[tuple[Config, str, str, str]]:
@@ -69,7 +96,7 @@ def programs() -> Iterator[tuple[Config, str, str, str]]:
 
 def work_of(step: Step, phase: str) -> dict[str, float]:
     """Units of each kind of host work in one phase, named as the fields of `Host`."""
-    work = {f.name: 0.0 for f in fields(Host) if f.name not in (*KEPT, "name", "source")}
+    work = dict.fromkeys(COSTS, 0.0)
     for part, times in step.parts():
         if part.phase != phase:
             continue
@@ -102,10 +129,17 @@ def kernel_seconds(step: Step, on: DeviceProfile) -> dict[str, float]:
     return seconds
 
 
-def measure(
-    config: Config, method_text: str, checkpoint: str, optimizer: str, on: DeviceProfile | None
-) -> list[Sample]:
-    """Time a real step of one program, phase by phase, less the kernels' seconds `on` a calibrated CPU."""
+def dispatched(step: Step, by: Host) -> dict[str, float]:
+    """Seconds in which a host dispatches the phases, an engine's Python left out."""
+    seconds = dict.fromkeys(PHASES, 0.0)
+    for part, times in step.parts():
+        if part.ops:
+            seconds[part.phase] += times * float(by.dispatch(part, "cpu").sum())
+    return seconds
+
+
+def measure(config: Config, method_text: str, checkpoint: str, optimizer: str) -> Timed:
+    """Time a real step of one program, phase by phase."""
     architecture = from_config(config)
     setup = Setup(batch=1, seq=4, dtype="fp32", checkpoint=checkpoint, optimizer=optimizer)
     method = methods.parse(method_text).bind(architecture)
@@ -116,12 +150,7 @@ def measure(
         reentrant = checkpoint == "block-reentrant"
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
     times = _time_steps(model, make_optimizer([p for p in model.parameters() if p.requires_grad], step.optimizer))
-    name = f"{config.name} {method_text} {checkpoint} {optimizer}"
-    kernels = kernel_seconds(step, on) if on else dict.fromkeys(PHASES, 0.0)
-    return [
-        Sample(f"{name} {phase}", work_of(step, phase), max(t - kernels[phase], MOST_KERNELS * t))
-        for phase, t in zip(PHASES, times, strict=True)
-    ]
+    return Timed(f"{config.name} {method_text} {checkpoint} {optimizer}", step, dict(zip(PHASES, times, strict=True)))
 
 
 def _time_steps(model: Any, update: torch.optim.Optimizer) -> list[float]:
@@ -143,21 +172,39 @@ def _time_steps(model: Any, update: torch.optim.Optimizer) -> list[float]:
     return [float(x) for x in np.quantile(rows[WARM_UP:], 0.25, axis=0)]
 
 
-def fit(samples: list[Sample], least: Mapping[str, float] | None = None) -> tuple[dict[str, float], float]:
-    """Seconds per unit of work by bounded least squares on relative errors; the mean |relative error| with it.
+def fit(timed: Sequence[Timed], on: DeviceProfile | None = None, least: Mapping[str, float] | None = None) -> HostFit:
+    """Seconds per unit of work by bounded least squares on relative errors, on all programs but every fifth.
 
     Args:
+        on: this machine's calibrated CPU, whose kernels are taken off; without it they count as host work.
         least: seconds that a unit takes at least, where that was measured by itself.
     """
-    names = list(samples[0].work)
-    measured = np.array([s.seconds for s in samples])
-    work = np.array([[s.work[n] for n in names] for s in samples])
-    low = np.array([(least or {}).get(n, 0.0) for n in names])
-    scale = 1.0 / np.maximum(work.max(axis=0), 1.0)
-    found = lsq_linear(work * scale / measured[:, None], np.ones(len(samples)), bounds=(low / scale, np.inf))
+    left_out = list(timed[LEFT_OUT - 1 :: LEFT_OUT])
+    fitted = [t for i, t in enumerate(timed) if (i + 1) % LEFT_OUT]
+    rows = [(work_of(t.step, phase), seconds) for t in fitted for phase, seconds in _host_seconds(t, on).items()]
+    names = [name for name in COSTS if any(work[name] for work, _ in rows)]
+    measured = np.array([seconds for _, seconds in rows])
+    work = np.array([[work[name] for name in names] for work, _ in rows])
+    low = np.array([(least or {}).get(name, 0.0) for name in names])
+    scale = 1.0 / work.max(axis=0)
+    found = lsq_linear(work * scale / measured[:, None], np.ones(len(rows)), bounds=(low / scale, np.inf))
     solution = np.maximum(found.x * scale, low)
-    error = float(np.mean(np.abs(work @ solution / measured - 1)))
-    return {n: float(v) if v > NOTHING else 0.0 for n, v in zip(names, solution, strict=True)}, error
+    solution = np.where(solution > NOTHING, solution, 0.0)
+    kept = tuple(name for name in COSTS if name not in names)
+    spent = {name: getattr(hosts.load(), name) for name in kept} | dict(zip(names, map(float, solution), strict=True))
+    at_bound = tuple(name for name, x, floor in zip(names, solution, low, strict=True) if x <= floor + NOTHING)
+    software = f"PyTorch {version('torch')}, transformers {version('transformers')}, peft {version('peft')}"
+    source = f"measured {date.today()}, {software}, Python {python_version()}"
+    source += f"; not measured, the default host's: {', '.join(kept)}"
+    return HostFit(
+        Host(name=cpu_name() or "this machine", source=source, **spent), Doubts(kept, at_bound), fitted, left_out
+    )
+
+
+def _host_seconds(timed: Timed, on: DeviceProfile | None) -> dict[str, float]:
+    """Seconds of a program's phases less those of its kernels."""
+    kernels = kernel_seconds(timed.step, on) if on else dict.fromkeys(PHASES, 0.0)
+    return {phase: max(t - kernels[phase], MOST_KERNELS * t) for phase, t in timed.seconds.items()}
 
 
 def calibrate(
@@ -166,18 +213,17 @@ def calibrate(
     on: DeviceProfile | None = None,
     least: Mapping[str, float] | None = None,
     seconds: float = np.inf,
-) -> tuple[Host, float, int]:
-    """Measure this machine: its host file, the fit's mean |relative error|, and the number of phases timed.
+) -> HostFit:
+    """Time programs on this machine and fit its host costs to them.
 
     Args:
-        on: this machine's calibrated CPU, whose kernels are taken off; without it they count as host work.
-        least: see `fit`.
+        on, least: see `fit`.
         seconds: after which no further program is begun.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     end = time.perf_counter() + seconds
-    samples: list[Sample] = []
+    timed: list[Timed] = []
     todo = list(programs())
     random.Random(0).shuffle(todo)  # so that the first few are of every kind
     try:
@@ -185,16 +231,10 @@ def calibrate(
             if i >= NEEDED and time.perf_counter() > end:
                 break
             progress(f"{config.name} {method} {checkpoint}")
-            samples += measure(config, method, checkpoint, optimizer, on)
+            timed.append(measure(config, method, checkpoint, optimizer))
     finally:
         torch.set_num_threads(threads)
-    spent, error = fit(samples, least)
-    default = hosts.load()
-    spent |= {name: getattr(default, name) for name in KEPT}
-    software = f"PyTorch {version('torch')}, transformers {version('transformers')}, peft {version('peft')}"
-    kept = "launch and compile figures: the default host's"
-    source = f"measured {date.today()}, {software}, Python {python_version()}; {kept}"
-    return Host(name=cpu_name() or "this machine", source=source, **spent), error, len(samples)
+    return fit(timed, on, least)
 
 
 def write(host: Host, path: Path, fit: Mapping[str, Any] | None = None) -> None:

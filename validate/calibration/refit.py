@@ -7,7 +7,7 @@ those.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ from ..checking.check import Progress, check
 from ..checking.machine import Machine, name_of
 from ..checking.outcomes import Outcome, pairs
 from ..checking.summary import Line, line
+from ..fitting.common import Doubts
 
 FACTORS = {  # factor -> the host's costs that it scales: as many as the phases of a step can tell apart
     "forward": ("call", "view", "module", "adapter", "checkpoint"),
@@ -36,17 +37,25 @@ FACTORS = {  # factor -> the host's costs that it scales: as many as the phases 
 PRIOR = 0.5  # relative sigma of a host cost before the records are seen: hosts of one kind differ by about this
 NOISE = 0.05  # relative sigma of a measured phase
 LEFT_OUT = 3  # every so-manieth group is left out
+UNTOLD = 1e-4  # a factor whose doubling changes no phase by so much is not told by the cells
 LARGEST = np.log(5.0)  # factors stay within a fifth and five
 
 
 @dataclass(frozen=True)
 class Refit:
-    """A fit that was done; `before` and `after` are errors on the cells left out."""
+    """A fit that was done.
+
+    Attributes:
+        doubts: factors that no cell tells, which stay 1, and those that went as far as they may: then kernels are
+            mispriced, not the host.
+        before, after: errors on the cells left out.
+    """
 
     host: Host
     machine: Machine
     where: str
     factors: dict[str, float]
+    doubts: Doubts
     fitted: int
     left_out: int
     before: Line
@@ -68,12 +77,13 @@ def refit(
     fit, held = split(found.outcomes)
     if not fit or not held:
         raise UserError("a fit needs cells of at least two models or setups: one group is left out to judge it")
-    factors = fit_factors(fit, machine)
+    factors, doubts = fit_factors(fit, machine)
     by = scaled(machine.by, factors)
     after = [retimed(o, machine.on, by) for o in held]
     return Refit(
-        _named(by, name_of(found.environments[name]), len(fit)), machine, name_of(found.environments[name]), factors,
-        len(fit), len(held), line("left out", held, pairs(held)), line("left out", after, pairs(after)),
+        _named(by, name_of(found.environments[name]), len(fit)), machine, name_of(found.environments[name]),
+        factors, doubts, len(fit), len(held),
+        line("left out", held, pairs(held)), line("left out", after, pairs(after)),
     )  # fmt: skip
 
 
@@ -87,7 +97,7 @@ def split(outcomes: Sequence[Outcome]) -> tuple[list[Outcome], list[Outcome]]:
     )
 
 
-def fit_factors(outcomes: Sequence[Outcome], machine: Machine) -> dict[str, float]:
+def fit_factors(outcomes: Sequence[Outcome], machine: Machine) -> tuple[dict[str, float], Doubts]:
     """The factors with which the phases of some cells come out best, each held near 1 by its prior."""
     names = [name for name in FACTORS if name != "launch" or machine.on.kind == "cuda"]
     measured = np.log([[o.measured.median(phase) for phase in PHASES] for o in outcomes])
@@ -101,11 +111,14 @@ def fit_factors(outcomes: Sequence[Outcome], machine: Machine) -> dict[str, floa
     found = least_squares(
         residuals, np.zeros(len(names)), bounds=(-LARGEST, LARGEST), loss="soft_l1", diff_step=[1e-3] * len(names)
     )
-    return dict(zip(names, map(float, np.exp(found.x)), strict=True))
+    told = np.abs(np.asarray(found.jac)[: -len(names)]).max(axis=0) > UNTOLD / NOISE
+    factors = {name: float(np.exp(x)) if seen else 1.0 for name, x, seen in zip(names, found.x, told, strict=True)}
+    kept = tuple(name for name, seen in zip(names, told, strict=True) if not seen)
+    return factors, Doubts(kept, tuple(at_bound(factors)))
 
 
 def at_bound(factors: Mapping[str, float]) -> list[str]:
-    """The factors that went as far as they may: then kernels are mispriced, not the host."""
+    """The factors that went as far as they may."""
     return [name for name, factor in factors.items() if abs(np.log(factor)) > 0.99 * LARGEST]
 
 
@@ -136,6 +149,7 @@ def provenance(found: Refit) -> dict[str, Any]:
         "date": str(date.today()), "machine": found.where, "device": found.machine.on.slug,
         "base": found.machine.by.name, "cells_fitted": found.fitted, "cells_left_out": found.left_out,
         **{f"factor_{name}": factor for name, factor in found.factors.items()},
+        **{key: list(names) for key, names in asdict(found.doubts).items()},
         "step_mean": found.after.step.mean, "step_median": found.after.step.median, "step_p90": found.after.step.p90,
         **residuals,
     }  # fmt: skip

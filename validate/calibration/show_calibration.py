@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 from perfmodel.report.progress import progress
 from perfmodel.report.terminal import console, table
 
+from ..accuracy import Errors
+from ..fitting.common import Doubts
 from .calibrate import Calibration, calibrate
+from .verify import TITLES
 
 
-def show(device: str, name: str, *, threads: int | None, seconds: float, output: Path | None, as_json: bool) -> None:
-    """Calibrate with a progress bar, then print what came of it."""
+def show(device: str, name: str, *, threads: int | None, seconds: float, output: Path | None, as_json: bool) -> bool:
+    """Calibrate with a progress bar, then print what came of it; returns whether the files were written."""
     warnings.filterwarnings("ignore")
     with progress(counted=False, auto_refresh=False) as bar:
         task = bar.add_task("loading", total=1.0)
@@ -25,26 +29,49 @@ def show(device: str, name: str, *, threads: int | None, seconds: float, output:
         done = calibrate(device, name, threads=threads, seconds=seconds, output=output, progress=tick)
     if as_json:
         print(json.dumps(_plain(done), indent=1))
-        return
+        return not done.refusal
     rows = [
         (block, f.rows_fitted, f.rows_left_out, *(f"{100 * e:.1f} %" for e in (f.errors.mean, f.errors.roofline_mean)))
         for block, f in done.fits.items()
     ]
-    rows.append(("host", "", "", f"{100 * done.host_error:.1f} %", ""))
     console.print(table("", ("block", "fitted on", "left out", "mean error", "plain roofline"), rows, left=1))
+    show_checks(done.checks)
+    show_doubts({**{block: f.doubts for block, f in done.fits.items()}, "host": done.by.doubts})
+    if done.refusal:
+        console.print(f"[yellow]{done.refusal}[/]", soft_wrap=True)
+        return False
     console.print(f"\n{done.profile.name}, in {done.seconds:.0f} s:", markup=False)
     for path in (done.device, done.host):
         console.print(f"  {path}", markup=False, soft_wrap=True)
     console.print(f"use it with --device {name}")
+    return True
+
+
+def show_checks(checks: Mapping[str, Errors]) -> None:
+    """Print the errors of predicting what was timed, and what no fit has seen."""
+    rows = [
+        (TITLES[key], e.number, *(f"{100 * x:.1f} %" for x in (e.mean, e.median, e.worst))) for key, e in checks.items()
+    ]
+    console.print(table("", ("predicted", "number", "mean error", "median", "worst"), rows, left=1))
+
+
+def show_doubts(doubts: Mapping[str, Doubts]) -> None:
+    """Print, fit by fit, which figures were not measured and which went as far as they may."""
+    for what, found in doubts.items():
+        for title, names in (("not measured, so the default's", found.kept), ("at a bound", found.at_bound)):
+            if names:
+                console.print(f"{what}, {title}: {', '.join(names)}", markup=False)
 
 
 def _plain(done: Calibration) -> dict[str, Any]:
-    """The JSON of a calibration: its files, and the errors of each fitted block on the rows left out of it."""
+    """The JSON of a calibration: its files, the errors of its check and of each block on the rows left out of it."""
     return {
         "name": done.profile.name, "device": str(done.device), "host": str(done.host), "seconds": done.seconds,
-        "host_error": done.host_error,
+        "written": not done.refusal, "refusal": done.refusal,
+        "checks": {key: asdict(errors) for key, errors in done.checks.items()},
         "blocks": {
-            block: {**asdict(f.errors), "rows_fitted": f.rows_fitted, "rows": f.rows_left_out}
+            block: {**asdict(f.errors), "rows_fitted": f.rows_fitted, "rows": f.rows_left_out, **asdict(f.doubts)}
             for block, f in done.fits.items()
         },
+        "host_figures": asdict(done.by.doubts),
     }  # fmt: skip

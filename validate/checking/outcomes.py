@@ -31,6 +31,7 @@ class Measured:
         peak: highest live bytes on the device; 0 if no visit came to an end.
         calls: non-view ATen calls by phase and name; empty if no visit counted them.
         kernels: device kernels by phase and by the ATen call that launched them; empty on a CPU.
+        traced: calls and kernels of a trace of the installed program, where it may be another than the tape's.
         parallel: how several processes shared the step (ddp, fsdp2); empty for one.
     """
 
@@ -41,6 +42,7 @@ class Measured:
     peak: int = 0
     calls: Counts = field(default_factory=dict)
     kernels: Counts = field(default_factory=dict)
+    traced: dict[str, Counts] = field(default_factory=dict)
     parallel: str = ""
 
     def median(self, what: str) -> float:
@@ -69,7 +71,8 @@ def _together(environment: str, visits: list[Record]) -> Measured:
     calls: Counts = next((r["calls"] for r in good if "calls" in r), {})
     by_call: dict[str, Any] = next((r["profile"]["by_call"] for r in good if "by_call" in r.get("profile", {})), {})
     kernels = {phase: {name: n for name, (n, _) in table.items()} for phase, table in by_call.items()}
-    return Measured(cell, environment, "ok", seconds, peak, calls, kernels, parallel)
+    traced: dict[str, Counts] = next((r["traced"] for r in good if "traced" in r), {})
+    return Measured(cell, environment, "ok", seconds, peak, calls, kernels, traced, parallel)
 
 
 @dataclass(frozen=True)
@@ -131,12 +134,17 @@ def evaluate(measured: Measured, on: DeviceProfile, by: Host) -> Outcome:
     cell = measured.cell
     p = predict(cell.config, cell.method, cell.setup, on, host=by)
     assert p.step is not None  # a cell is one setup, not a grid
-    calls = differences(measured.calls, _calls(p.step), unified) if measured.calls else []
-    kernels = differences(measured.kernels, _kernels(p.step), short) if measured.kernels else []
-    return Outcome(measured, p, calls, kernels)
+    traced = measured.traced  # of the installed program, if the tape may have been written for another
+    calls, kernels = measured.calls, measured.kernels if cell.setup.compile == "none" else {}
+    return Outcome(
+        measured,
+        p,
+        differences(calls, traced.get("calls") or calls_of(p.step), unified) if calls else [],
+        differences(kernels, traced.get("kernels") or kernels_of(p.step), short) if kernels else [],
+    )
 
 
-def _calls(step: Step) -> Counts:
+def calls_of(step: Step) -> Counts:
     """Non-view ATen calls on the tape, by phase and name."""
     counts: dict[str, Counter[str]] = {phase: Counter() for phase in PHASES}
     for part, op, times in step.ops():
@@ -145,7 +153,7 @@ def _calls(step: Step) -> Counts:
     return {phase: dict(c) for phase, c in counts.items()}
 
 
-def _kernels(step: Step) -> Counts:
+def kernels_of(step: Step) -> Counts:
     """Device kernels that the tape's calls launch, by phase and name."""
     counts: dict[str, Counter[str]] = {phase: Counter() for phase in PHASES}
     for part, op, times in step.ops():

@@ -33,30 +33,39 @@ def write_page(found: Report, path: Path, command: str) -> None:
 def context(found: Report, command: str) -> dict[str, Any]:
     """What the template shows."""
     of_cells = [
-        (title, _table(tables.CELL_COLUMNS, rows)) for title, rows in tables.cell_tables(found.outcomes, found.pairs)
+        (title, table(tables.CELL_COLUMNS, rows)) for title, rows in tables.cell_tables(found.outcomes, found.pairs)
     ]
     unmeasured, different = tables.unmeasured_rows(found.cells), tables.numbered(found.outcomes)
     return {
-        "title": "Predicted against measured",
+        **bare(found.environments, command),
         "machines": [
             f"{name_of(found.environments[name])}, predicted with device {m.on.slug} and host {m.by.name}"
             for name, m in found.machines.items()
         ],
         "answer": tables.verdict_line(found),
-        "limits": _table(tables.LIMIT_COLUMNS, map(tables.limit_cells, found.limits), "left4"),
+        "limits": table(tables.LIMIT_COLUMNS, map(tables.limit_cells, found.limits), "left4"),
         "plots": _plots(found) if found.outcomes else [],
-        "lines": _table(tables.LINE_COLUMNS, map(tables.line_cells, found.lines)),
-        "phases": _table(tables.PHASE_COLUMNS, map(tables.phase_cells, found.lines)),
-        "cells": [{"title": title, "table": _table(tables.CELL_COLUMNS, rows)} for title, rows in of_cells],
-        "unmeasured": _table(("cell", ""), unmeasured, "left2") if unmeasured else None,
-        "different": _table(tables.DIFFERENCE_COLUMNS, different, "left2") if different else None,
-        "environments": [{"name": name, "facts": _facts(r)} for name, r in found.environments.items()],
+        "lines": table(tables.LINE_COLUMNS, map(tables.line_cells, found.lines)),
+        "phases": table(tables.PHASE_COLUMNS, map(tables.phase_cells, found.lines)),
+        "cells": [{"title": title, "table": table(tables.CELL_COLUMNS, rows)} for title, rows in of_cells],
+        "unmeasured": table(("cell", ""), unmeasured, "left2") if unmeasured else None,
+        "different": table(tables.DIFFERENCE_COLUMNS, different, "left2") if different else None,
+    }
+
+
+def bare(environments: dict[str, Any], command: str) -> dict[str, Any]:
+    """What the page shows of records that nothing was checked of."""
+    return {
+        "title": "Predicted against measured",
+        "machines": [name_of(r) for r in environments.values()],
+        "environments": [{"name": name, "facts": _facts(r)} for name, r in environments.items()],
         "signature": f"perfmodel {_version()}, {date.today().isoformat()}. Made by:",
         "command": command,
-    }  # fmt: skip
+    }
 
 
-def _table(heads: Any, rows: Any, table_style: str = "") -> dict[str, Any]:
+def table(heads: Any, rows: Any, table_style: str = "") -> dict[str, Any]:
+    """A table for the template."""
     return {"heads": list(heads), "rows": list(rows), "style": table_style}
 
 

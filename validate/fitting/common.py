@@ -63,6 +63,19 @@ class Errors:
 
 
 @dataclass(frozen=True)
+class Doubts:
+    """Which figures of a fit say less than they seem to.
+
+    Attributes:
+        kept: those that nothing measured tells: they are the default's, or go as a like one does.
+        at_bound: those that went as far as they may.
+    """
+
+    kept: tuple[str, ...] = ()
+    at_bound: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Fit:
     """One fitted block of one device: what goes into its file."""
 
@@ -74,6 +87,7 @@ class Fit:
     errors: Errors
     slices: dict[str, Errors] = field(default_factory=dict)
     notes: str = ""
+    doubts: Doubts = Doubts()
 
     def sibling(self, parameters: Parameters, whose: str, errors: Errors, notes: str = "") -> "Fit":
         """The block of a like device without measurements of its own."""

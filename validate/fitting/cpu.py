@@ -5,7 +5,7 @@ times towards their absolute value: a disturbed row counts little. A third of th
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from perfmodel.devices.cpu_work import KINDS, REGIMES
 from perfmodel.devices.hardware import ITEMSIZE, Hardware
 from perfmodel.errors import UserError
 
-from .common import Array, Errors, Fit, fold
+from .common import Array, Doubts, Errors, Fit, fold
 from .cpu_ops import passes
 
 PACKED_AS = {"nn_aliased": "nn_few"}  # regimes that differ in the rate of their products alone
@@ -89,15 +89,16 @@ def linear(columns: Sequence[Array], seconds: Array, low: Sequence[float], known
 
 
 def _fit(
-    parameters: Any, found: Sequence[Row], predict: Callable[[Row], float], plain: Callable[[Row], float], software: str
-) -> Fit:
+    parameters: Any, found: Sequence[Row], predict: Callable[[Row], float], plain: Callable[[Row], float],
+    software: str, doubts: Doubts,
+) -> Fit:  # fmt: skip
     out = [r for r in found if r.left_out] or list(found)
     errors = Errors.of(
         np.array([r.dispatch + predict(r) for r in out]),
         np.array([plain(r) for r in out]),
         np.array([r.seconds for r in out]),
     )
-    return Fit(parameters, SOURCE, software, len(found) - len(out), len(out), errors)
+    return Fit(parameters, SOURCE, software, len(found) - len(out), len(out), errors, doubts=doubts)
 
 
 def _enough(found: Sequence[Row], least: int, what: str) -> None:
@@ -149,7 +150,18 @@ def gemm(all_rows: Sequence[Row], dtype: str, hardware: Hardware, software: str)
         moved = ITEMSIZE[dtype] * (x * z + z * y + x * y) / hardware.memory_bandwidth
         return max(2.0 * x * y * z / hardware.peak(dtype), moved)
 
-    return _fit(p, found, predict, plain, software)
+    doubts = Doubts(tuple(name for name in REGIMES if name not in known), _zeros(p, "a_passes", "b_passes", "c_passes"))
+    return _fit(p, found, predict, plain, software, doubts)
+
+
+def _zeros(parameters: Any, *names: str) -> tuple[str, ...]:
+    """The parameters, or entries of tables of them, that went as low as they may."""
+    found: list[str] = []
+    for name in names:
+        value = getattr(parameters, name)
+        entries = {f"{name}.{key}": x for key, x in value.items()} if isinstance(value, Mapping) else {name: value}
+        found += [key for key, x in entries.items() if x == 0.0]
+    return tuple(found)
 
 
 def attention(all_rows: Sequence[Row], hardware: Hardware, software: str) -> Fit:
@@ -185,7 +197,8 @@ def attention(all_rows: Sequence[Row], hardware: Hardware, software: str) -> Fit
         sizes = (s["batch"], s["seq"], s["seq"], s["heads"], s["head_dim"])
         return float(attention_time(*sizes, hardware=hardware, parameters=p, causal=True, backward=backward))
 
-    return _fit(p, found, predict, lambda r: float(_attention_terms(r)[2] / hardware.fp32_flops), software)
+    doubts = Doubts(at_bound=_zeros(p, *(f.name for f in fields(p))))
+    return _fit(p, found, predict, lambda r: float(_attention_terms(r)[2] / hardware.fp32_flops), software, doubts)
 
 
 def _whole_pages(r: Row) -> bool:
@@ -205,9 +218,14 @@ def stream(all_rows: Sequence[Row], hardware: Hardware, software: str) -> Fit:
     used = [r for r in found if not r.left_out]
     p = _bandwidths([r for r in used if r.case["dtype"] == "fp32"], hardware)
     floors, clocks = _by_kind([r for r in used if r.case["dtype"] == "fp32"], hardware, p)
-    p = replace(p, floors={**p.floors, **floors}, clocks={**p.clocks, **clocks})
+    usual = CpuStreamParameters()
+    p = replace(p, floors={**usual.floors, **floors}, clocks={**usual.clocks, **clocks})
     _, clocks16 = _by_kind([r for r in used if r.case["dtype"] != "fp32"], hardware, p)
     p = replace(p, clocks16={**p.clocks, **clocks16})
+    kept = [f"floors.{k}" for k in KINDS if k not in floors] + [f"clocks.{k}" for k in KINDS if k not in clocks]
+    doubts = Doubts(
+        (*kept, *(f"clocks16.{k}" for k in KINDS if k not in clocks16)), _zeros(p, "floors", "clocks", "clocks16")
+    )
 
     def predict(r: Row) -> float:
         return sum(_seconds(kind, amounts, r, hardware, p) for kind, amounts in _passes(r))
@@ -216,7 +234,7 @@ def stream(all_rows: Sequence[Row], hardware: Hardware, software: str) -> Fit:
         return sum(amounts[0] for _, amounts in _passes(r)) / hardware.memory_bandwidth
 
     judged = [r for r in found if r.sizes["rows"] > 1]
-    return _fit(p, judged, predict, plain, software)
+    return _fit(p, judged, predict, plain, software, doubts)
 
 
 def _passes(r: Row) -> list[tuple[str, tuple[float, float, float]]]:

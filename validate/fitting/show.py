@@ -7,11 +7,11 @@ from perfmodel.report import units
 from perfmodel.report.progress import progress
 from perfmodel.report.terminal import console, table
 
+from . import fit
+
 
 def show_fit(folder: Any, *, leave_one_device_out: bool, write: bool, as_json: bool) -> None:
     """Fit device profiles and print the errors on left-out rows, a plain roofline beside them."""
-    from . import fit as module
-
     with progress() as bar:
         task = bar.add_task("reading", total=None)
 
@@ -19,9 +19,9 @@ def show_fit(folder: Any, *, leave_one_device_out: bool, write: bool, as_json: b
             bar.update(task, completed=done, total=total, description=label[:40])
 
         if leave_one_device_out:
-            rows = module.leave_one_device_out(folder, tick)
+            rows = fit.leave_one_device_out(folder, tick)
         else:
-            rows = module.fit_kernels(folder, progress=tick, write=write)
+            rows = fit.fit_kernels(folder, progress=tick, write=write)
     if as_json:
         print(json.dumps(rows, indent=1))
         return

@@ -4,7 +4,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from perfmodel.devices import profile
@@ -37,6 +37,7 @@ def block_text(name: str, fit: Fit, date: str) -> str:
         f"rows_left_out = {fit.rows_left_out}",
         f"notes = {_value(fit.notes)}",
     ]
+    lines += [f"{key} = {_value(names)}" for key, names in asdict(fit.doubts).items() if names]
     lines += ["", f"[{name}.parameters]"]
     for f in fields(fit.parameters):
         value = getattr(fit.parameters, f.name)

@@ -113,7 +113,7 @@ def parse(table: dict[str, Any], name: str, where: str) -> Grid:
     for key in table:
         if key not in (*COUNTS, "models", "cells"):
             raise UserError(f"{where}: unknown key {key!r}: {nearest(key, [*COUNTS, 'models', 'cells'])}")
-    counts = {key: _count(table.get(key, usual), key, where) for key, usual in COUNTS.items()}
+    counts = {key: count(table.get(key, usual), key, where) for key, usual in COUNTS.items()}
     own = table.get("models", {})
     blocks = table.get("cells")
     if not isinstance(own, dict) or not isinstance(blocks, list) or not blocks:
@@ -123,7 +123,12 @@ def parse(table: dict[str, Any], name: str, where: str) -> Grid:
     return Grid(name, tuple(unique.values()), **counts)
 
 
-def _count(value: Any, key: str, where: str) -> int:
+def count(value: Any, key: str, where: str) -> int:
+    """One of the counts of a grid.
+
+    Raises:
+        UserError: it is no whole number, or too small.
+    """
     low = 0 if key == "warm_up" else 1
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise UserError(f"{where}: {key} must be a whole number from {low}, got {value!r}")

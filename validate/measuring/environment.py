@@ -24,6 +24,8 @@ NVIDIA_SMI = (
     "power.limit", "power.max_limit", "temperature.gpu", "persistence_mode", "mig.mode.current",
 )  # fmt: skip
 
+PASSING = ("clocks.sm", "clocks.mem", "temperature.gpu")  # of a GPU, from one moment to the next
+
 
 def describe(device: str, threads: int) -> dict[str, Any]:
     """Everything that a reader of the records needs to judge them; what cannot be read is left out."""
@@ -49,8 +51,11 @@ def describe(device: str, threads: int) -> dict[str, Any]:
 
 
 def identity(found: dict[str, Any]) -> str:
-    """The id of an environment, the same whatever the load and the clock that it leaves."""
-    text = json.dumps({**found, "host": {**found["host"], "load": None, "clock_hz": None}}, sort_keys=True)
+    """The id of an environment, the same whatever load, clocks and temperature are at the moment."""
+    lasting = {**found, "host": {**found["host"], "load": None, "clock_hz": None}}
+    if "gpu" in found:
+        lasting["gpu"] = {k: v for k, v in found["gpu"].items() if k not in PASSING}
+    text = json.dumps(lasting, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

@@ -37,7 +37,7 @@ def run(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             raise
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
-        return _died(os.WTERMSIG(status))
+        return died(os.WTERMSIG(status))
     result: dict[str, Any] = json.loads(text) if text else {"status": "error", "message": "ended without a result"}
     return result
 
@@ -60,7 +60,8 @@ def _in_child(work: Callable[[], dict[str, Any]], reader: int, writer: int, pare
         os._exit(code)
 
 
-def _died(number: int) -> dict[str, Any]:
+def died(number: int) -> dict[str, Any]:
+    """The record of a process that a signal ended."""
     name = signal.Signals(number).name
     if number == signal.SIGKILL:
         return {"status": "oom", "message": f"killed ({name}), as the kernel does when memory runs out"}

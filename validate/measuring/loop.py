@@ -35,6 +35,8 @@ class Program:
         if self.setup.checkpoint != "none":
             options = {"use_reentrant": self.setup.checkpoint == "block-reentrant"}
             self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        if self.setup.compile != "none":
+            self.model.compile(mode="reduce-overhead" if self.setup.compile == "reduce-overhead" else "default")
         if team:
             self.model = wrap(self.model, team, architecture, device)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]

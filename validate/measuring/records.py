@@ -41,8 +41,10 @@ FORMS: dict[str, dict[str, type]] = {  # kind -> what such a record must hold
     "cell": {"model": str, "config": dict, "method": str, "setup": dict},
     "ok": {"seconds": dict, "memory": dict},
     "microbench": {"case": dict, "seconds": dict},
+    "host": {"program": dict, "seconds": dict},
+    "unmeasured": {"unit": str, "status": str, "message": str},
 }
-KINDS = ("environment", "visit", "microbench")
+KINDS = ("environment", "visit", "microbench", "host", "unmeasured")
 STOPPED = ("ok", "oom", "error")  # how a visit ends
 LONGEST = 1e6  # seconds: no step takes so long
 
@@ -61,7 +63,9 @@ def _whole(record: Record, where: str) -> None:
         _holds(record, "ok", where)
         if not _times(record["seconds"]) or not isinstance(record["memory"].get("peak"), int):
             raise UserError(f"{where}: a visit that ended well holds seconds of steps and the peak of memory")
-        if not _by_phase(record.get("calls", {}), _whole_number):
+        traced = record.get("traced", {})
+        tables = [record.get("calls", {}), *(traced.values() if isinstance(traced, dict) else [traced])]
+        if not all(_by_phase(table, _whole_number) for table in tables):
             raise UserError(f"{where}: calls must be numbers by phase and name")
         profile = record.get("profile", {})
         if not isinstance(profile, dict) or not _by_phase(profile.get("by_call", {}), _kernels):

@@ -85,7 +85,7 @@ def measure(
             torch.set_num_threads(plan.threads)
         here = _environment(plan, output, before) if todo else ""
         if alone:
-            _load_modules([cell for _, cell in todo])
+            load_modules([cell for _, cell in todo])
         if team:
             team.agree((todo, here))
         for i, (number, cell) in enumerate(todo):
@@ -144,7 +144,7 @@ def _visit(plan: Plan, cell: Cell, number: int, team: Team | None) -> dict[str, 
     )  # fmt: skip
 
 
-def _load_modules(cells: list[Cell]) -> None:
+def load_modules(cells: list[Cell]) -> None:
     """Import in this process whatever the cells' programs import on the way, so that no forked visit does it again."""
     from torch.profiler import profile as profiler
 

@@ -68,14 +68,14 @@ def gemms(dtype: str, *, wide: bool) -> list[Case]:
     thin = [s for s in shapes if min(s) < 64]
     full = [s for s in shapes if min(s) >= 64]
     mixed = [s for group in zip(thin, full[::2], full[1::2], strict=False) for s in group]
-    cases = [[_gemm(dtype, layout, *shape) for layout in LAYOUTS] for shape in mixed]
+    cases = [[of_linear(dtype, layout, *shape) for layout in LAYOUTS] for shape in mixed]
     if not wide:  # few rows have ways of their own (devices/cpu_work.py): one more of them with each triple
-        few = [_gemm(dtype, "nn", *s) for s in shapes if s[0] < 192 and min(s) >= 64]
+        few = [of_linear(dtype, "nn", *s) for s in shapes if s[0] < 192 and min(s) >= 64]
         cases = [[*triple, more] for triple, more in zip(cases, cycle(few), strict=False)]
     return [case for group in cases for case in group]
 
 
-def _gemm(dtype: str, layout: str, tokens: int, out_features: int, in_features: int) -> Case:
+def of_linear(dtype: str, layout: str, tokens: int, out_features: int, in_features: int) -> Case:
     """The product of that layout in a linear of `out_features` by `in_features`."""
     m, n, k = {
         "tn": (tokens, out_features, in_features),

@@ -26,7 +26,7 @@ MOST_COPIES = 64
 def build(case: Case, device: str) -> tuple[Call, int]:
     """The call of a case, and how many calls a repeat should have."""
     with torch.device(device):
-        call, inner = _BUILDERS[case.block](case, device)
+        call, inner = BUILDERS[case.block](case, device)
     return (call if case.block == "host" else _holding(call, device)), inner
 
 
@@ -51,7 +51,8 @@ class Ring:
         return self.copies[i % len(self.copies)]
 
 
-def _gemm(case: Case, device: str) -> tuple[Call, int]:
+def gemm(case: Case, device: str) -> tuple[Call, int]:
+    """A product in the layout of forward, input gradient or weight gradient."""
     m, n, k = case["m"], case["n"], case["k"]
     a = Ring(*((k, m) if case.layout == "nt" else (m, k)), dtype=case.dtype, device=device)
     b = Ring(*((n, k) if case.layout == "tn" else (k, n)), dtype=case.dtype, device=device)
@@ -213,6 +214,6 @@ def _host(case: Case, device: str) -> tuple[Call, int]:
     return calls[case.op], 50
 
 
-_BUILDERS: dict[str, Callable[[Case, str], tuple[Call, int]]] = {
-    "gemm": _gemm, "attention": _attention, "pointwise": _stream, "host": _host,
+BUILDERS: dict[str, Callable[[Case, str], tuple[Call, int]]] = {
+    "gemm": gemm, "attention": _attention, "pointwise": _stream, "host": _host,
 }  # fmt: skip

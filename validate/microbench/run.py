@@ -15,6 +15,7 @@ Progress = Callable[[float, str], None]  # share of the budget that is spent, wh
 WEIGHTS = {"gemm fp32": 4.0, "gemm bf16": 2.0, "pointwise fp32": 3.0, "pointwise bf16": 1.5, "attention": 2.0}
 REPEATS = 9
 CASE_SECONDS = 0.2  # most that the repeats of one case take
+CANNOT = ("not implemented", "No available kernel")  # what PyTorch says of a case that the device cannot run
 NEEDED = 60  # cases of a block that run even if the time is over, small ones first: no fit without them
 
 
@@ -43,20 +44,23 @@ def run(
         case = todo[name].pop()
         progress(min(1.0, elapsed / seconds), f"{case.op} {case.dtype} {' x '.join(str(v) for _, v in case.sizes)}")
         start = time.perf_counter()
-        record = _measured(case, device, watch)
+        record = attempt(case, device, watch)
         spent[name] += time.perf_counter() - start
         done[name] += 1
-        if record:
+        if record["kind"] == "microbench":
             records.append(record)
     return records
 
 
-def _measured(case: Case, device: str, watch: Stopwatch) -> dict[str, Any] | None:
+def attempt(case: Case, device: str, watch: Stopwatch) -> dict[str, Any]:
+    """A record of kind "microbench", or "unmeasured" where memory ran out or the device cannot run the case."""
     try:
         call, inner = build(case, device)
         timing = watch(call, inner, CASE_SECONDS, REPEATS)
     except (RuntimeError, NotImplementedError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "not implemented" in str(error) or "memory" in str(error):
-            return None
-        raise
+        text = " ".join(str(error).split())[:300]
+        oom = isinstance(error, torch.OutOfMemoryError) or "memory" in text
+        if not oom and not any(sign in text for sign in CANNOT):
+            raise
+        return {"kind": "unmeasured", "status": "oom" if oom else "error", "message": text}
     return {"kind": "microbench", "case": case.as_dict(), "clock": watch.kind, "seconds": asdict(timing)}

@@ -1,0 +1,58 @@
+"""What `perfmodel validate fit --records` prints."""
+
+import json
+from pathlib import Path
+
+from perfmodel.report import units
+from perfmodel.report.progress import progress
+from perfmodel.report.terminal import console, table
+from perfmodel.step import PHASES
+
+from . import hosts, refit, verify
+from .refit import Refit
+
+
+def show_refit(records: Path, *, device: str | None, host: str | None, output: Path | None, as_json: bool) -> bool:
+    """Refit a host to measured steps; print its factors and the errors on cells left out, before and after.
+
+    Returns whether the fit is one to keep; else no file is written.
+    """
+    with progress() as bar:
+        task = bar.add_task("predicting", total=None)
+
+        def tick(done: int, total: int, label: str) -> None:
+            bar.update(task, completed=done, total=total, description=label[:40])
+
+        found = refit.refit([records], device=device, host=host, progress=tick)
+    refusal = verify.refusal({"the cells left out of the fit": found.after.step.mean})
+    written = output is not None and not refusal
+    if output and written:
+        hosts.write(found.host, output, refit.provenance(found))
+    if as_json:
+        print(json.dumps({**refit.provenance(found), "refusal": refusal}, indent=1))
+        return not refusal
+    _print(found)
+    if refusal:
+        console.print(f"[yellow]{refusal}[/]", soft_wrap=True)
+    elif output:
+        console.print(f"\nwritten: {output} (use it with --host {output})")
+    return not refusal
+
+
+def _print(found: Refit) -> None:
+    factors = [[name, f"{factor:.2f}", ", ".join(refit.FACTORS[name])] for name, factor in found.factors.items()]
+    console.print(table(f"factors on host {found.machine.by.name}", ("", "factor", "of"), factors, text_last=True))
+    where = found.machine.on.slug
+    if bound := found.doubts.at_bound:
+        console.print(
+            f"[yellow]at their bounds: {', '.join(bound)}: it is rather the kernels of {where} that are off[/]"
+        )
+    if kept := found.doubts.kept:
+        console.print(f"not measured by these cells, so kept: {', '.join(kept)}", markup=False)
+    rows = [
+        [name, *(units.percent(e, 1) for e in (x.step.mean, x.step.median, x.step.p90, x.ratio.mean)),
+         *(units.percent(x.phases[phase].mean, 1) for phase in PHASES)]
+        for name, x in (("before", found.before), ("after", found.after))
+    ]  # fmt: skip
+    title = f"\n|relative error| on {found.left_out} cells left out of the fit ({found.fitted} in it)"
+    console.print(table(title, ("", "step", "median", "p90", "ratio", *PHASES), rows))

@@ -1,0 +1,102 @@
+"""What a campaign's records say: a device and a host fitted to its microbenchmarks, checked on its training steps.
+
+No training step enters the fit, so every one of them checks it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from perfmodel import architectures, methods
+from perfmodel.architectures import Config
+from perfmodel.errors import UserError
+from perfmodel.resources import write_text
+from perfmodel.setup import Setup
+from perfmodel.step import PHASES, build
+
+from ..accuracy import Errors
+from ..calibration import calibrate, hosts, verify
+from ..checking.check import Report, check
+from ..fitting.common import Fit
+from ..measuring.records import Record
+
+DEVICE, HOST = "device.toml", "host.toml"
+NAME = "campaign"  # of the profile in its file
+FEWEST = 10  # host programs
+
+
+@dataclass
+class Finding:
+    """What a campaign found so far.
+
+    Attributes:
+        fits: blocks of the device file, with their errors on left-out rows.
+        host: errors of predicting the tiny programs in the host's fit, and those left out of it.
+        report: the check of the training steps; None where something for it is missing.
+        missing: what there is too little of yet, or why a fit was not kept.
+    """
+
+    fits: Mapping[str, Fit] = field(default_factory=dict)
+    host: Mapping[str, Errors] = field(default_factory=dict)
+    report: Report | None = None
+    missing: list[str] = field(default_factory=list)
+
+
+def finish(records: Sequence[Record], environment: Record, path: Path) -> Finding:
+    """Fit the device and the host, write their files beside the records, and check the steps with them.
+
+    Args:
+        records: of the file at `path`.
+        environment: the one of this call.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    found = Finding()
+    try:
+        _fit(found, records, environment, path.parent)
+    except TooLittle as little:
+        found.missing.append(str(little))
+        return found
+    if not any(r["kind"] == "visit" for r in records):
+        found.missing.append("no training step was measured yet: give the campaign more time")
+        return found
+    found.report = check([path], device=str(path.parent / DEVICE), host=str(path.parent / HOST))
+    return found
+
+
+class TooLittle(Exception):
+    """A fit cannot be made or kept: why."""
+
+
+def _fit(found: Finding, records: Sequence[Record], environment: Record, folder: Path) -> None:
+    """Fit to microbenchmarks and tiny programs, and write both files, or none.
+
+    Raises:
+        TooLittle: there are too few of them, or what the fit predicts is far from what was timed.
+    """
+    benches = [environment, *(r for r in records if r["kind"] == "microbench")]
+    programs = [r for r in records if r["kind"] == "host"]
+    try:
+        text, found.fits = calibrate.device_file(benches, NAME)
+    except UserError as error:
+        raise TooLittle(str(error)) from None
+    if len(programs) < FEWEST:
+        raise TooLittle(f"only {len(programs)} programs of the host, too few to fit: give the campaign more time")
+    mine = calibrate.parsed(text, NAME)
+    on = mine if mine.kind == "cpu" else None
+    by = hosts.fit([_timed(r) for r in programs], on, calibrate.host_floors(benches))
+    found.host = verify.of_programs(by, on)
+    if refusal := verify.refusal({verify.TITLES[key]: errors.mean for key, errors in found.host.items()}):
+        raise TooLittle(refusal)
+    write_text(folder / DEVICE, text)
+    hosts.write(by.host, folder / HOST, by.provenance(found.host))
+
+
+def _timed(record: Record) -> hosts.Timed:
+    """A tiny program as it was timed, with its step as the tape has it."""
+    p = record["program"]
+    architecture = architectures.from_config(Config(p["config"], p["model"], p["model"]))
+    setup = Setup(batch=1, seq=4, dtype="fp32", checkpoint=p["checkpoint"], optimizer=p["optimizer"])
+    step = build(architecture, methods.parse(p["method"]).bind(architecture), setup, "cpu")
+    return hosts.Timed(record["unit"], step, {phase: float(record["seconds"][phase]) for phase in PHASES})

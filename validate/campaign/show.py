@@ -1,0 +1,81 @@
+"""What `perfmodel validate campaign` prints and writes: the page, and the summary for scripts."""
+
+import json
+import os
+import sys
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from perfmodel.report import units
+from perfmodel.report.plain import show, table
+from perfmodel.report.progress import progress
+from perfmodel.resources import write_text
+
+from ..checking import tables
+from . import plan as plans
+from .finish import Finding, finish
+from .page import write_page
+from .run import Ran, run
+from .tables import STAGE_COLUMNS, VERSION_COLUMNS, not_measured, stage_rows, stages, version_line, version_rows
+
+PAGE, SUMMARY = "page.html", "summary.json"
+
+
+def show_campaign(
+    device: str, folder: Path, seconds: float, *, plan: Path | None, threads: int | None, as_json: bool
+) -> None:
+    """Go on with a campaign for so many seconds, fit and check what there is, and tell of it."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # this process keeps off CUDA, so that it may fork
+    chosen = plans.load(plan, device)
+    with progress(counted=False, auto_refresh=False) as bar:
+        task = bar.add_task("loading", total=1.0)
+
+        def tick(share: float, label: str) -> None:
+            bar.update(task, completed=share, description=label[:60])
+            bar.refresh()
+
+        ran = run(chosen, device, folder, seconds, threads=threads, progress=tick)
+        tick(1.0, "fitting and checking")
+        found = finish(ran.ledger.records, ran.environment, ran.ledger.path)
+    summary = summarised(ran, found)
+    write_text(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    write_page(ran, found, folder / PAGE, command=f"perfmodel {' '.join(sys.argv[1:])}")
+    if as_json:
+        print(json.dumps(summary, indent=1))
+    else:
+        _print(ran, found, folder)
+
+
+def summarised(ran: Ran, found: Finding) -> dict[str, Any]:
+    """The campaign so far as plain values."""
+    return {
+        "device": ran.environment["device"],
+        "environment": ran.environment["id"],
+        "seconds": round(ran.seconds, 1),
+        "units": {"done": len(ran.units) - len(ran.left), "all": len(ran.units)},
+        "stages": [dict(zip(("stage", "done", "left", "failed", "seconds"), row, strict=True)) for row in stages(ran)],
+        "not_measured": [{"unit": name, "reason": reason} for name, reason in not_measured(ran)],
+        "versions": [dict(zip(VERSION_COLUMNS, row, strict=True)) for row in version_rows(ran.environment)],
+        "counts": version_line(ran),
+        "missing": found.missing,
+        "blocks": {name: asdict(fit.errors) for name, fit in found.fits.items()},
+        "host": {name: asdict(errors) for name, errors in found.host.items()},
+        "check": found.report.as_dict() if found.report else None,
+    }
+
+
+def _print(ran: Ran, found: Finding, folder: Path) -> None:
+    show(table(STAGE_COLUMNS, stage_rows(ran)))
+    show(f"\n{version_line(ran)}")
+    for line in found.missing:
+        show(f"missing: {line}")
+    if found.report:
+        show("\nmean |relative error|", bold=True)
+        show(table(tables.LINE_COLUMNS, list(map(tables.line_cells, found.report.lines))))
+        show(f"\n{tables.verdict_line(found.report)}", bold=True)
+    show(
+        f"\n{len(ran.units) - len(ran.left)} of {len(ran.units)} units done, in {units.seconds(ran.seconds)}: {folder}"
+    )

@@ -1,0 +1,46 @@
+"""What `perfmodel validate paper` prints."""
+
+import json
+import warnings
+from pathlib import Path
+
+from perfmodel.report.plain import show, table
+from perfmodel.report.progress import progress
+
+from . import paper
+from .paper import Row
+
+
+def show_paper(
+    kind: str | None, output: Path, *, predict_only: str | None, profile: str | None, host: str | None,
+    threads: int | None, as_json: bool,
+) -> bool:  # fmt: skip
+    """Measure and predict, or only predict; returns whether all verdicts that are decided are right."""
+    warnings.filterwarnings("ignore")
+    if predict_only:
+        rows = paper.predicted(predict_only, host)
+    else:
+        with progress(auto_refresh=False) as bar:  # without a thread: measuring forks
+            task = bar.add_task("loading", total=None)
+
+            def tick(done: int, total: int, label: str) -> None:
+                bar.update(task, completed=done, total=total, description=label[:60])
+                bar.refresh()
+
+            rows = paper.measured(
+                str(kind), output, device=profile, host=host, threads=threads, progress=tick
+            )  # fmt: skip
+    if as_json:
+        print(json.dumps({"rows": [r.as_dict() for r in rows], "answer": paper.answer(rows)}, indent=1))
+    else:
+        show("time of LoRA over that of full fine-tuning, forward + backward", bold=True)
+        show(
+            table(("", "measured", "predicted", "paper", "LoRA is", "predicted"), list(map(_row, rows)), left=(0, 4, 5))
+        )
+        show(f"\n{paper.answer(rows)}", bold=True)
+    return all(r.right for r in rows)
+
+
+def _row(r: Row) -> list[str]:
+    ratios = ["" if ratio is None else f"{ratio:.2f}" for ratio in r.ratios().values()]
+    return [r.cell.place, *ratios, paper.told(r.measured), paper.told(r.predicted)]

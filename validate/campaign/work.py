@@ -1,0 +1,119 @@
+"""One unit of a campaign, done in a worker: everything here may touch the device."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from perfmodel.errors import UserError
+
+from ..calibration import hosts
+from ..checking.outcomes import calls_of, kernels_of
+from ..measuring import allocator, environment
+from ..measuring.cells import Cell
+from ..measuring.records import Record
+from ..measuring.visit import visit
+from ..microbench import run
+from ..microbench.designs import Case
+from ..microbench.stopwatch import Stopwatch, stopwatch
+from .plan import HostProgram, Visit
+from .versions import told
+
+HERE = "environment"  # what to ask a worker for to learn where it runs
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How units run.
+
+    Attributes:
+        threads: of the CPU.
+        traced: whether the counts of a trace of the installed program go into the records.
+    """
+
+    device: str
+    threads: int
+    warm_up: int
+    steps: int
+    traced: bool
+
+
+def worker_of(settings: Settings) -> Callable[[Any], Record]:
+    """The function that a worker runs: the record of a unit's work."""
+
+    def work(thing: Any) -> Record:
+        torch.set_num_threads(settings.threads)
+        if settings.device == "cpu":
+            allocator.keep_freed_memory()
+        if thing == HERE:
+            return here(settings)
+        if isinstance(thing, Visit):
+            return step(thing, settings)
+        return host_program(thing) if isinstance(thing, HostProgram) else bench(thing, settings)
+
+    return work
+
+
+def here(settings: Settings) -> Record:
+    """The environment's record, packages that a campaign may use included."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device is visible to PyTorch here: use --device cpu")
+    found = environment.describe(settings.device, settings.threads)
+    found["packages"] = {name: have or "not installed" for name, have in told().items()}
+    return {"kind": "environment", "id": environment.identity(found), **found}
+
+
+def bench(case: Case, settings: Settings) -> Record:
+    """A microbenchmark's record."""
+    return run.attempt(case, settings.device, _watch(settings.device, settings.threads))
+
+
+@lru_cache
+def _watch(device: str, threads: int) -> Stopwatch:
+    return stopwatch(device, threads)
+
+
+def host_program(program: HostProgram) -> Record:
+    """Seconds by phase of a tiny program on one thread of the CPU."""
+    torch.set_num_threads(1)
+    config, method, checkpoint, optimizer = program.values
+    timed = hosts.measure(config, method, checkpoint, optimizer)
+    what = {"model": config.name, "config": config.values, "method": method}
+    return {
+        "kind": "host", "program": {**what, "checkpoint": checkpoint, "optimizer": optimizer},
+        "seconds": timed.seconds,
+    }  # fmt: skip
+
+
+def step(work: Visit, settings: Settings) -> Record:
+    """A visit's record; where the installed program may be another than the tape's, with the counts of its trace."""
+    first = work.round == 0
+    found = visit(
+        work.cell, settings.device, threads=settings.threads, warm_up=settings.warm_up, steps=settings.steps,
+        whole=first,
+    )  # fmt: skip
+    if first and settings.traced and found["status"] == "ok":
+        try:
+            found["traced"] = traced(work.cell, settings.device)
+        except UserError as error:
+            found["untraced"] = str(error)
+    return {**work.head(), **found}
+
+
+def traced(cell: Cell, device: str) -> dict[str, Any]:
+    """Calls, and on a GPU kernels, by phase and name, of a trace of the installed program.
+
+    Raises:
+        UserError: it cannot be traced.
+    """
+    from ..programs import adapt as adapters
+    from ..tracing import traced as tracing
+
+    known, adapt = adapters.of_method(cell.config, cell.method)
+    capability = "8.0"
+    if device == "cuda":
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    built, _ = tracing.build(cell.config, cell.setup, adapt, known, device, capability)
+    return {"calls": calls_of(built), **({"kernels": kernels_of(built)} if device == "cuda" else {})}
