@@ -1,6 +1,6 @@
 """A GPU that is not there: what `validate` does on CUDA runs over it in the tests, line by line.
 
-    with standin(profile.load("a100-80gb-sxm")) as gpu:
+    with standin(profile.load("a100-80gb-sxm"), "NVIDIA A100-SXM4-80GB") as gpu:
         ...  # torch.cuda.is_available() is true; device="cuda" works
 
 Tensors on it are fake (shape, strides, dtype, no data), so that large products cost nothing. Every ATen call on them is

@@ -40,12 +40,14 @@ class Gpu:
 
     Attributes:
         on: prices every call, and says how much memory there is.
+        name: as the driver tells it.
         by: what the host spends on a call, a view and a launch; modules, autograd nodes and the like cost nothing here.
         host_s, device_s: the clocks.
         live, peak: bytes of tensors, in the allocator's blocks.
         launches: of the profiler that runs, by number.
     """
 
+    name: str
     on: DeviceProfile
     by: Host
     memory_bytes: int

@@ -41,23 +41,24 @@ esac
 
 @contextmanager
 def standin(
-    on: DeviceProfile, *, by: Host | None = None, memory_bytes: int | None = None, folder: Path | None = None
+    on: DeviceProfile, name: str, *, by: Host | None = None, folder: Path | None = None
 ) -> Iterator[Gpu]:
-    """A GPU of that kind while the block runs.
+    """A GPU while the block runs.
 
     Args:
+        on: what its work takes.
+        name: what its driver calls it.
         by: the host that feeds it [default: the bundled one].
-        memory_bytes: how much it has [default: the datasheet's].
         folder: where an nvidia-smi is put; none without.
     """
-    gpu = Gpu(on, by or hosts.load(), int(memory_bytes or on.hardware.memory_bytes))
+    gpu = Gpu(name, on, by or hosts.load(), int(on.hardware.memory_bytes))
     device = Device(gpu)
     with ExitStack() as stack:
         _runtime(gpu, stack)
         _profiler(gpu, stack)
         _program(device, stack)
         if folder:
-            _nvidia_smi(on, folder, stack)
+            _nvidia_smi(gpu, folder, stack)
         placing = stack.enter_context(Placing(device, on.compute_capability))
         _autograd(placing, stack)
         yield gpu
@@ -153,8 +154,8 @@ def _profiler(gpu: Gpu, stack: ExitStack) -> None:
         stack.enter_context(patch.object(cls, name, function))
 
 
-def _nvidia_smi(on: DeviceProfile, folder: Path, stack: ExitStack) -> None:
+def _nvidia_smi(gpu: Gpu, folder: Path, stack: ExitStack) -> None:
     program = folder / "nvidia-smi"
-    program.write_text(SMI.format(name=on.name, clock=on.hardware.clock_hz / 1e6))
+    program.write_text(SMI.format(name=gpu.name, clock=gpu.on.hardware.clock_hz / 1e6))
     program.chmod(0o755)
     stack.enter_context(patch.dict(os.environ, PATH=f"{folder}{os.pathsep}{os.environ['PATH']}"))

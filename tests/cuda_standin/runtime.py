@@ -34,7 +34,7 @@ class Runtime:
             raise RuntimeError("CUDA error: invalid device ordinal")
 
     def get_device_name(self, device: Any = None) -> str:
-        return self.gpu.on.name
+        return self.gpu.name
 
     def get_device_capability(self, device: Any = None) -> tuple[int, int]:
         return self._capability()
@@ -42,7 +42,7 @@ class Runtime:
     def get_device_properties(self, device: Any = None) -> Any:
         hardware, (major, minor) = self.gpu.on.hardware, self._capability()
         return SimpleNamespace(
-            name=self.gpu.on.name, major=major, minor=minor, multi_processor_count=hardware.sm_count,
+            name=self.gpu.name, major=major, minor=minor, multi_processor_count=hardware.sm_count,
             total_memory=self.gpu.memory_bytes, L2_cache_size=int(hardware.l2_bytes),
         )  # fmt: skip
 

@@ -6,6 +6,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -13,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import record_function
 from torch.utils._pytree import tree_leaves, tree_map
 
+from validate.tracing import cuda_forms
 from validate.tracing.calls import op_of
-from validate.tracing.cuda_forms import cuda_forms
 
 from .gpu import Gpu
 
@@ -22,6 +23,10 @@ aten = torch.ops.aten
 MARK = "launch of the stand-in"  # spans of the trace in which the device is given its work
 CUDA = torch.device("cuda", 0)
 NAMES_ONLY = (torch.device, torch._C._nn._parse_to)  # read the name of a device, and make nothing there
+ENABLED = {
+    "flash": torch.backends.cuda.flash_sdp_enabled, "cudnn": torch.backends.cuda.cudnn_sdp_enabled,
+    "efficient": torch.backends.cuda.mem_efficient_sdp_enabled, "math": torch.backends.cuda.math_sdp_enabled,
+}  # fmt: skip
 MOVES_DATA_IN = ("copy_", "index", "index_put", "index_put_", "_index_put_impl_")  # may take operands of the CPU
 
 
@@ -64,7 +69,9 @@ class Device(FakeTensorMode):
             self.gpu.allocate(t.untyped_storage())
         if func is aten.any.default:
             self.no_infinity = id(out)
-        if func.namespace == "aten":
+        if direction := _across(func, args):
+            self.gpu.copy(direction, args[1].numel() * args[1].element_size())
+        elif func.namespace == "aten":
             inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
             written = [*outputs, *_written(func, args, kwargs)]
             op = op_of(func, inputs, list({id(t): t for t in written}.values()), (args, kwargs), cuda=True)
@@ -75,6 +82,13 @@ class Device(FakeTensorMode):
         """A value that the program asks for, as a dense batch without infinite values has it."""
         self.copy("DtoH", x)
         return 1 if x.dtype != torch.bool else id(x) != self.no_infinity
+
+
+def _across(func: Any, args: Any) -> str:
+    """The direction of a copy into a tensor that lies elsewhere; empty for any other call."""
+    if func is not aten.copy_.default or isinstance(args[0], FakeTensor) == isinstance(args[1], FakeTensor):
+        return ""
+    return "HtoD" if isinstance(args[0], FakeTensor) else "DtoH"
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
@@ -100,8 +114,8 @@ class Placing(TorchFunctionMode):
         self.device = device
         functional = torch.nn.functional
         plain = (functional.dropout, functional.scaled_dot_product_attention)
-        with cuda_forms(capability):  # which kernels the GPU takes
-            forms = (functional.dropout, functional.scaled_dot_product_attention)
+        with cuda_forms.cuda_forms(capability):  # which kernels the GPU takes
+            forms = (functional.dropout, _by_backend(functional.scaled_dot_product_attention))
         self.forms: dict[Any, Callable[..., Any]] = dict(zip(plain, forms, strict=True))
         self.asked: dict[Any, Callable[[Any], Any]] = {
             torch.Tensor.is_cuda.__get__: lambda t: isinstance(t, FakeTensor),  # type: ignore[attr-defined]
@@ -119,6 +133,8 @@ class Placing(TorchFunctionMode):
             return func(*args, **{**kwargs, **here})
         if func in self.asked:
             return self.asked[func](args[0])
+        if func is torch.Tensor.pin_memory:
+            return args[0]
         if func is torch.Tensor.cuda:
             return self._moved(args[0], torch.Tensor.to, (args[0], CUDA), {})
         if func in (torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist) and isinstance(args[0], FakeTensor):
@@ -148,6 +164,21 @@ class Placing(TorchFunctionMode):
     def _fetched(self, x: Any) -> torch.Tensor:
         self.device.copy("DtoH", x)
         return torch.ones(x.shape, dtype=x.dtype)
+
+
+def _by_backend(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """Attention by the kernel that is preferred, or by the one that `sdpa_kernel` leaves."""
+
+    def chosen(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        allowed = [name for name, enabled in ENABLED.items() if enabled()]
+        if len(allowed) == len(ENABLED):
+            return attention(query, *args, **kwargs)
+        if allowed != ["math"] and allowed != ["efficient"] and query.dtype not in (torch.bfloat16, torch.float16):
+            raise RuntimeError("No available kernel. Aborting execution.")
+        with patch.object(cuda_forms, "_choose", lambda *operands: allowed[0]):
+            return attention(query, *args, **kwargs)
+
+    return chosen
 
 
 def _device(x: Any) -> torch.device | None:
