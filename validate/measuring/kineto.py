@@ -104,9 +104,8 @@ class Profile:
     @property
     def span(self) -> float:
         """Seconds from the start of the device's first work to the end of its last."""
-        return max((w.start + w.seconds for w in self.work), default=0.0) - min(
-            (w.start for w in self.work), default=0.0
-        )
+        ends = [w.start + w.seconds for w in self.work]
+        return max(ends) - min(w.start for w in self.work) if ends else 0.0
 
 
 def parse(
