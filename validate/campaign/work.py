@@ -15,7 +15,7 @@ from ..measuring import allocator, environment
 from ..measuring.cells import Cell
 from ..measuring.records import Record
 from ..measuring.visit import visit
-from ..microbench import run
+from ..microbench import run, wider_kernels  # noqa: F401, the blocks that only a campaign has
 from ..microbench.designs import Case
 from ..microbench.stopwatch import Stopwatch, stopwatch
 from .plan import HostProgram, Visit
