@@ -92,9 +92,6 @@ def run(
             here = _here(worker, ledger, plan)
             on = guide(here)
             ran = Ran(here, plan.units(device, on), ledger)
-            if device == "cpu":  # so that no visit's process, each of them new, does it again; and off CUDA
-                worker.close()
-                load_modules([u.work.cell for u in ran.left if isinstance(u.work, Visit)])
             _Turn(ran, worker, settings, on, begin, end, progress).all()
         finally:
             worker.close()
@@ -137,6 +134,7 @@ class _Turn:
     begin: float
     end: float
     progress: Progress
+    loaded: set[str] = field(default_factory=set)
     predicted: dict[str, tuple[float, float]] = field(default_factory=dict)
     pace: dict[str, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=LATEST)))
 
@@ -162,6 +160,7 @@ class _Turn:
 
     def _begin(self, unit: Unit) -> None:
         """Do a unit if it is expected to fit into the time that is left."""
+        self._prepare(unit)
         expects = self._expects(unit)
         guess = expects * self._correction(unit)
         left = self.end - time.perf_counter()
@@ -179,6 +178,13 @@ class _Turn:
             found = {"status": "late", "message": f"ended after {allowed:.0f} s: expected {guess:.0f} s"}
         took = time.perf_counter() - start
         self._keep(unit, found, {"expected_s": round(expects, 3), "elapsed_s": round(took, 3)})
+
+    def _prepare(self, unit: Unit) -> None:
+        """Before the first visit of a stage on a CPU, load what its programs need: every visit has a new process."""
+        if isinstance(unit.work, Visit) and self.settings.device == "cpu" and unit.stage not in self.loaded:
+            self.loaded.add(unit.stage)
+            self.worker.close()
+            load_modules([u.work.cell for u in self.ran.units if u.stage == unit.stage and isinstance(u.work, Visit)])
 
     def _keep(self, unit: Unit, found: Record, times: Record) -> None:
         """Record a unit; a visit whose process died is one that failed."""

@@ -20,6 +20,7 @@ from perfmodel.methods.lisa import Lisa
 from perfmodel.methods.lora import Lora
 from perfmodel.methods.lora_fa import LoraFa
 from perfmodel.methods.paca import Paca
+from perfmodel.methods.qlora import QLora
 from perfmodel.setup import Setup
 
 from . import models, updates
@@ -242,6 +243,28 @@ def _run_lora(model: Any, method: runlora.RunLora, architecture: Architecture, s
 @program(LoraFa)
 def _lora_fa(model: Any, method: LoraFa, architecture: Architecture, setup: Setup) -> Any:
     return freeze(models.apply(model, as_lora(method), architecture), "lora_A")
+
+
+@program(QLora)
+def _qlora(model: Any, method: QLora, architecture: Architecture, setup: Setup) -> Any:
+    """bitsandbytes' 4-bit linears under peft's LoRA, as transformers makes them of a BitsAndBytesConfig."""
+    try:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+    except ImportError:
+        raise UserError("method qlora runs on bitsandbytes, which is not installed: pip install bitsandbytes") from None
+    import peft
+
+    options = {"quant_type": "nf4", "compress_statistics": method.double_quant}
+    compute = TORCH_DTYPES[method.compute_dtype or setup.dtype]
+    for name, base in [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear and not n.endswith("lm_head")]:
+        layer = Linear4bit(base.in_features, base.out_features, base.bias is not None, compute_dtype=compute, **options)
+        layer.weight = Params4bit(base.weight.data, requires_grad=False, **options)
+        layer.bias = base.bias
+        model.set_submodule(name, layer.to(base.weight.device))
+    model.is_loaded_in_4bit = True
+    if method.prepared:
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return models.apply(model, as_lora(method), architecture)
 
 
 @program(Lisa)
