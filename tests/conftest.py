@@ -1,9 +1,18 @@
 """What every test starts from."""
 
+from pathlib import Path
+
 import pytest
+from documented import install_wheel
 
 
 @pytest.fixture(autouse=True)
 def _no_calibration_of_this_machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """What somebody calibrated here is theirs: no test may see it or write beside it."""
     monkeypatch.setenv("PERFMODEL_HOME", str(tmp_path_factory.getbasetemp() / "home"))
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the project's wheel is installed, and nothing else."""
+    return install_wheel(tmp_path_factory.mktemp("wheel"))

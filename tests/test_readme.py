@@ -4,39 +4,36 @@ Every `console` block is a command after `$ ` and its output. `python tests/test
 into the README, for when a price or a sentence has changed on purpose.
 """
 
-import os
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from documented import ROOT, install_wheel, typed
 
-README = Path(__file__).parents[1] / "README.md"
+README = ROOT / "README.md"
 BLOCK = re.compile(
-    r"^```console\n\$ perfmodel (?P<command>(?:[^\n]*\\\n)*[^\n]*)\n(?P<output>(?:(?!```)[^\n]*\n)*)```$", re.MULTILINE
+    r"^```console\n\$ (?P<command>perfmodel (?:[^\n]*\\\n)*[^\n]*)\n(?P<output>(?:(?!```)[^\n]*\n)*)```$", re.MULTILINE
 )
-COLUMNS = "100"  # width of the terminal that the README shows
 
 
-def printed(command: str) -> str:
+def printed(command: str, site: Path, folder: Path) -> str:
     """What a command of the README prints, without the spaces that pad its lines."""
-    arguments = shlex.split(command.replace("\\\n", " "))
-    done = subprocess.run(
-        [sys.executable, "-m", "perfmodel.cli", *arguments], capture_output=True, text=True, check=False,
-        env={**os.environ, "COLUMNS": COLUMNS, "PYTHONPATH": str(README.parent)},
-    )  # fmt: skip
+    done = typed(command, site, folder)
     assert done.returncode == 0, done.stderr
     return "".join(line.rstrip() + "\n" for line in done.stdout.strip().splitlines())
 
 
-@pytest.mark.parametrize("block", BLOCK.finditer(README.read_text()), ids=lambda block: block["command"].split()[0])
-def test_an_example_prints_what_the_readme_shows(block: re.Match[str]) -> None:
+@pytest.mark.parametrize("block", BLOCK.finditer(README.read_text()), ids=lambda block: block["command"].split()[1])
+def test_an_example_prints_what_the_readme_shows(block: re.Match[str], site: Path, tmp_path: Path) -> None:
     """The first thing that a newcomer tries must look like the page it was copied from."""
-    assert block["output"] == printed(block["command"])
+    assert block["output"] == printed(block["command"], site, tmp_path)
 
 
 if __name__ == "__main__":
-    text = README.read_text()
-    README.write_text(BLOCK.sub(lambda m: f"```console\n$ perfmodel {m['command']}\n{printed(m['command'])}```", text))
+    with TemporaryDirectory() as name:
+        folder, text = Path(name), README.read_text()
+        site = install_wheel(folder)
+        README.write_text(
+            BLOCK.sub(lambda m: f"```console\n$ {m['command']}\n{printed(m['command'], site, folder)}```", text)
+        )

@@ -1,13 +1,11 @@
 """`perfmodel validate measure --parallel`: steps that two processes share, on a CPU with gloo."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from documented import typed
 
 pytest.importorskip("peft")
 
@@ -43,19 +41,15 @@ setups = [{ batch = 2, seq = 16, dtype = "fp32" }]
 
 
 @pytest.fixture(scope="module")
-def visits(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
+def visits(site: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
     """(way of sharing, method) -> its record; both ways write to one file."""
     folder = tmp_path_factory.mktemp("team")
-    grid, output = folder / "grid.toml", folder / "records.jsonl"
-    grid.write_text(GRID)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = ["-m", "perfmodel.cli", "validate", "measure", "--device", "cpu", "--grid", str(grid)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    output = folder / "records.jsonl"
+    (folder / "grid.toml").write_text(GRID)
+    measure = "perfmodel.cli validate measure --device cpu --grid grid.toml --parallel"
     for kind in team.KINDS:
-        done = subprocess.run(
-            [*start, *command, "--output", str(output), "--parallel", kind], capture_output=True, text=True,
-            check=False, env=environment, timeout=300,
-        )  # fmt: skip
+        torchrun = "OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2"
+        done = typed(f"{torchrun} -m {measure} {kind}", site, folder)
         assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in output.read_text().splitlines()]
     return {(r["parallel"]["kind"], r["cell"]["method"]): r for r in found if r["kind"] == "visit"}
