@@ -3,10 +3,11 @@
     pip install -e '.[mutation]' && python -m tests.mutation
 
 The places are those that cosmic-ray changes (operators, comparisons, numbers, conditions, loops, decorators), each as
-likely as any other, but for annotations: a change of theirs only breaks the import. One run of the suite notes which
-test enters which function. A mutant is killed when a test fails or takes ten times as long as it did. A survivor passed
-`--seconds` of the tests that enter its function, and as much of those that enter the modules that read its module: the
-share killed is a lower bound. Everything is kept in `--output`: what was stopped goes on where it was.
+likely as any other, but for annotations: a change of theirs only breaks the import. One run of the suite, with a few
+cases of each test, notes which test enters which function. A mutant is killed when a test fails or takes ten times as
+long as it did. A survivor passed `--seconds` of the tests that enter its function, and as much of those that enter the
+modules that read its module: the share killed is a lower bound. Everything is kept in `--output`: what was stopped goes
+on where it was.
 """
 
 import argparse
