@@ -1,9 +1,27 @@
 """What every test starts from."""
 
+from pathlib import Path
+
 import pytest
+
+KERNELS = Path(__file__).parent / "fixtures" / "kernels"
 
 
 @pytest.fixture(autouse=True)
 def _no_calibration_of_this_machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """What somebody calibrated here is theirs: no test may see it or write beside it."""
     monkeypatch.setenv("PERFMODEL_HOME", str(tmp_path_factory.getbasetemp() / "home"))
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few kernel times that others published (`fixtures/kernels`), as the folder of measurements that fits read."""
+    pd = pytest.importorskip("pandas")
+    folder = tmp_path_factory.mktemp("kernels")
+    for path in KERNELS.glob("*.csv"):
+        rows = pd.read_csv(path)
+        if path.stem == "kernels_liger":
+            rows.to_csv(folder / path.name, index=False)
+        else:
+            rows.to_parquet(folder / f"{path.stem}.parquet")
+    return folder
