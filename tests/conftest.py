@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from documented import install_wheel
 
+KERNELS = Path(__file__).parent / "fixtures" / "kernels"
+
 
 @pytest.fixture(autouse=True)
 def _no_calibration_of_this_machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,3 +18,17 @@ def _no_calibration_of_this_machine(tmp_path_factory: pytest.TempPathFactory, mo
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the project's wheel is installed, and nothing else."""
     return install_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few kernel times that others published (`fixtures/kernels`), as the folder of measurements that fits read."""
+    pd = pytest.importorskip("pandas")
+    folder = tmp_path_factory.mktemp("kernels")
+    for path in KERNELS.glob("*.csv"):
+        rows = pd.read_csv(path)
+        if path.stem == "kernels_liger":
+            rows.to_csv(folder / path.name, index=False)
+        else:
+            rows.to_parquet(folder / f"{path.stem}.parquet")
+    return folder

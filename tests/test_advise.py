@@ -3,6 +3,7 @@
 import json
 from importlib import import_module
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from perfmodel import advise, memory, predict
 from perfmodel.cli import main
 from perfmodel.commands.advise import BYTES, NUMBER, Quantity
+from perfmodel.devices import profile
 from perfmodel.errors import UserError
 from perfmodel.sharing import Shared
 
@@ -208,3 +210,35 @@ def test_what_a_search_shares_changes_no_figure(method: str, accum: int, compile
         alone = predict(MODEL, method, device=device, **changes)
         assert predict(MODEL, method, device=device, shared=shared, **changes).as_dict() == alone.as_dict()
     assert len(shared.micro_batches) == 1
+
+
+@given(points=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=12))
+def test_the_front_holds_what_nothing_beats_and_nothing_twice(points: list[tuple[int, int]]) -> None:
+    """A candidate as fast as one that needs no more memory is no answer: ties are where a front goes wrong."""
+    front = advise_module._front([SimpleNamespace(peak=peak, seconds=seconds) for peak, seconds in points])
+
+    def beaten(point: tuple[int, int]) -> bool:
+        return any(other != point and other[0] <= point[0] and other[1] <= point[1] for other in points)
+
+    assert [(c.peak, c.seconds) for c in front] == sorted({p for p in points if not beaten(p)})
+
+
+def test_no_limit_gives_more_memory_than_the_device_has() -> None:
+    """Whoever types 80GB for a card of 48 must not be told to run what cannot start there."""
+    asked = {"device": DEVICE, "batch": 64, "seq": 2048, "optimizer": "adamw-fused", "kernels": "liger"}
+    own, more = (advise("smollm2-1.7b", "full", memory_bytes=limit, **asked) for limit in (None, 1e15))  # type: ignore[arg-type]
+    assert not own.start.fits
+    assert own.limit == profile.load(DEVICE).hardware.memory_bytes
+    assert more.as_dict() == own.as_dict()
+
+
+def test_a_method_that_trains_exactly_what_has_to_train_is_an_answer() -> None:
+    """ "At least": the number that a user copies from the answer must give the same answer again."""
+    found = advise(MODEL, "lora:r=8", device=DEVICE, batch=1, seq=64)
+    again = advise(
+        MODEL, "lora:r=8", device=DEVICE, batch=1, seq=64, min_trainable=found.start.prediction.trainable_params
+    )
+    assert again.start.fits
+    assert not advise(
+        MODEL, "lora:r=8", device=DEVICE, batch=1, seq=64, min_trainable=found.start.prediction.trainable_params + 1
+    ).start.fits

@@ -134,6 +134,19 @@ def test_training_configs_name_it(tmp_path: Path, value: Any, runs: str, told: s
         assert "deepspeed" not in found.ignored
 
 
+@pytest.mark.parametrize("device", ["cpu", "nvme"])
+@pytest.mark.parametrize("section", ["offload_optimizer", "offload_param"])
+def test_whatever_is_offloaded_is_another_program(tmp_path: Path, section: str, device: str) -> None:
+    """States or weights that travel over PCIe in every step: a figure without the way would be far too good."""
+    config = {"zero_optimization": {**ZERO, section: {"device": device, "pin_memory": True}}}
+    (tmp_path / "z3.json").write_text(json.dumps(config))
+    for value in (config, str(tmp_path / "z3.json")):
+        (tmp_path / "trl.json").write_text(json.dumps({"per_device_train_batch_size": 1, "deepspeed": value}))
+        found = read(tmp_path / "trl.json")
+        assert found.setup["engine"] == "torch"
+        assert any("with offloading is not modelled" in note for note in found.notes)
+
+
 def test_a_comparison_does_not_give_one_methods_engine_to_all() -> None:
     """The line above the table describes every column."""
     alone = compare(PLACE["model"], [f"full:engine={ZERO3}", "lora:r=8"], Setup(seq=64), PLACE["device"])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import architecture_of, setup_of
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from perfmodel import UserError, compare, explain, predict, words
@@ -19,7 +19,7 @@ from perfmodel.anatomy import PARTS, Anatomy, Phase
 from perfmodel.crossover import Crossover
 from perfmodel.predict import Prediction
 from perfmodel.report.crossings import in_words
-from perfmodel.speedup import SpeedUp, verdict
+from perfmodel.speedup import SAME, SpeedUp, verdict
 
 BIG = {"model": "llama-3.2-3b", "device": "l40s", "batch": 4, "seq": 210}
 LORA = "lora:r=32,targets=q_proj+v_proj"
@@ -106,6 +106,27 @@ REASONS: dict[str, tuple[Anatomy, Anatomy, str, str]] = {
     "no change": (step_of(gemm_forward=0.1), step_of(gemm_forward=0.1), "same",
                   "because no part of the step changes much"),
 }  # fmt: skip
+
+
+OPPOSITE = {"faster": "slower", "slower": "faster", "same": "same"}
+
+
+@given(ratio=st.floats(0.5, 2.0) | st.floats(0.94, 0.96) | st.floats(1.04, 1.06))
+def test_who_asks_the_other_way_round_gets_the_opposite_verdict(ratio: float) -> None:
+    """5 % is 5 % of the faster step, whichever of the two is the baseline."""
+    assume(abs(ratio - 1 - SAME) > 1e-9)
+    assume(abs(1 / ratio - 1 - SAME) > 1e-9)
+    assert verdict(1 / ratio) == OPPOSITE[verdict(ratio)]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+def test_a_comparison_turned_round_is_the_same_comparison(batch: int) -> None:
+    """Ratio, interval and verdict of A against B and of B against A."""
+    methods = ["full", "lora:r=8,targets=all-linear"]
+    asked = {"device": "a100-80gb-sxm", "batch": batch, "seq": 128}
+    (there,), (back,) = (compare("smollm2-135m", m, **asked).speedups for m in (methods, methods[::-1]))  # type: ignore[arg-type]
+    assert back.verdict == OPPOSITE[there.verdict]
+    assert (1 / back.ratio, 1 / back.high, 1 / back.low) == pytest.approx((there.ratio, there.low, there.high))
 
 
 @pytest.mark.parametrize("case", REASONS)

@@ -4,6 +4,7 @@ Peak memory has no formula of its own: it follows from the lifetimes of tensors,
 checked without a reference program.
 """
 
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -12,7 +13,8 @@ from helpers import METHODS, NAMES, step_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from perfmodel import memory
+from perfmodel import memory, predict
+from perfmodel.devices import profile
 from perfmodel.memory import Segment
 from perfmodel.step import Step
 
@@ -141,3 +143,18 @@ def test_checkpointing_saves_memory_where_activations_dominate(name: str) -> Non
         memory.peak_bytes(step_of(name, "full", checkpoint=c, **setup)) for c in ("none", "block", "block-reentrant")
     )
     assert all(peak < plain for peak in checkpointed)
+
+
+@pytest.mark.parametrize(("device", "beside"), [("l40s", 0.5e9), ("cpu-xeon-2.5ghz-1t", 0.0)])
+def test_a_step_fits_if_its_peak_and_what_lies_beside_the_allocator_do(device: str, beside: float) -> None:
+    """A GPU that holds the allocator's bytes and not the CUDA context (0.4 to 0.6 GB by nvidia-smi) ends the run."""
+    on = profile.load(device)
+    need = predict("gpt2", device=on, batch=2, seq=64).memory.low
+
+    def fits(memory_bytes: float) -> bool:
+        smaller = replace(on, hardware=replace(on.hardware, memory_bytes=memory_bytes))
+        return bool(predict("gpt2", device=smaller, batch=2, seq=64).fits)
+
+    assert fits(need + 1.2 * beside)
+    assert not fits(need + 0.8 * beside - 1)
+    assert memory.fits(need - memory.bounds(0, on.kind)[0], need + 1.2 * beside, on.kind)

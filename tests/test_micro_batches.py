@@ -58,6 +58,16 @@ def test_a_parameter_of_one_forward_pass_has_no_gradient_to_add_to(
     check(monkeypatch, *THROWN_AWAY, {"device": "l40s", "batch": 2, "seq": 64, "grad_accum": 3, **setup})
 
 
+@pytest.mark.parametrize("compiled", ["none", "default"])
+@pytest.mark.parametrize("method", ["vblora:length=64", "adalora"])
+def test_a_parameter_that_gets_several_gradients_adds_them_in_every_micro_batch(
+    monkeypatch: pytest.MonkeyPatch, method: str, compiled: str
+) -> None:
+    """Under reentrant checkpoints every block is a backward pass by itself: what blocks share gets one from each."""
+    asked = {"device": "l40s", "batch": 2, "seq": 64, "grad_accum": 3, "checkpoint": "block-reentrant"}
+    check(monkeypatch, "smollm2-135m", method, {**asked, "compile": compiled})
+
+
 def check(monkeypatch: pytest.MonkeyPatch, model: str, method: str, asked: dict[str, Any]) -> None:
     """Derived and recorded micro-batches are the same."""
     derived = predict(model, method, **asked)

@@ -1,0 +1,121 @@
+"""Which tests reach a mutant: one run of the suite over a copy whose functions note when they are entered."""
+
+import ast
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from .sample import ROOT, sources
+
+PROBE = Path(__file__).with_name("probe.py")
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def functions(path: str, tree: ast.Module) -> list[tuple[str, Function]]:
+    """The functions of a file in the order of the walk, each with a name that no other has."""
+    return [(f"{path}:{f.lineno}", f) for f in ast.walk(tree) if isinstance(f, Function)]
+
+
+def parsed(path: str) -> ast.Module:
+    """A source file."""
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"))
+
+
+def probed(copy: Path) -> list[str]:
+    """Lay probes into a copy of the checkout; returns the functions' names by number."""
+    names: list[str] = []
+    for path in sources():
+        tree = parsed(path)
+        for name, function in functions(path, tree):
+            at = 1 if ast.get_docstring(function) is not None and len(function.body) > 1 else 0
+            function.body[at:at] = ast.parse(f"_reached({len(names)})").body
+            names.append(name)
+        start = 1 if ast.get_docstring(tree) is not None else 0
+        tree.body[start:start] = ast.parse("from probe import reached as _reached").body
+        (copy / path).write_text(ast.unparse(ast.fix_missing_locations(tree)), encoding="utf-8")
+    shutil.copy(PROBE, copy / "probe.py")
+    return names
+
+
+class Reach:
+    """Tests by the functions that they enter, with their seconds."""
+
+    def __init__(self, lines: Iterable[str], names: list[str]) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.tests: dict[str, set[str]] = defaultdict(set)
+        failed: set[str] = set()
+        for line in map(json.loads, lines):
+            if "reached" in line:
+                self.tests[names[line["reached"]]].add(line["test"])
+            else:
+                self.seconds[line["test"]] += line["seconds"]
+                failed |= set() if line["passed"] else {line["test"]}
+        for test in failed:
+            del self.seconds[test]
+
+    def direct(self, path: str, line: int) -> list[str]:
+        """Tests that enter the function of a line; where none has it, those that enter any function of the file."""
+        around = [(f.end_lineno or 0) - f.lineno for _, f in self._around(path, line)]
+        inner = [name for name, f in self._around(path, line) if (f.end_lineno or 0) - f.lineno == min(around)]
+        names = inner or [name for name, _ in functions(path, parsed(path))]
+        return self._ordered(set().union(*(self.tests[name] for name in names)) if names else set())
+
+    def readers(self, path: str) -> list[str]:
+        """Tests that enter a function of a module that imports this one."""
+        module = path.removesuffix("/__init__.py").removesuffix(".py").split("/")[-1]
+        found: set[str] = set()
+        for reader in sources():
+            tree = parsed(reader)
+            if reader != path and module in imported(tree):
+                found = found.union(*(self.tests[name] for name, _ in functions(reader, tree)))
+        return self._ordered(found)
+
+    def within(self, tests: list[str], budget: float) -> tuple[list[str], float]:
+        """As many tests as take `budget` seconds together, at least one, and their seconds."""
+        spent, chosen = 0.0, []
+        for test in tests:
+            if not chosen or spent + self.seconds[test] <= budget:
+                chosen.append(test)
+                spent += self.seconds[test]
+        return chosen, spent
+
+    def _around(self, path: str, line: int) -> list[tuple[str, Function]]:
+        """Functions whose body holds a line; decorators and defaults run on import, outside of it."""
+        return [
+            (name, f) for name, f in functions(path, parsed(path)) if f.body[0].lineno <= line <= (f.end_lineno or 0)
+        ]
+
+    def _ordered(self, tests: set[str]) -> list[str]:
+        """The quickest case of every test function first, then the rest, quick ones first."""
+        first: dict[str, str] = {}
+        quick = sorted(tests & set(self.seconds), key=lambda t: (self.seconds[t], t))
+        for test in quick:
+            first.setdefault(test.split("[")[0], test)
+        leading = set(first.values())
+        return [t for t in quick if t in leading] + [t for t in quick if t not in leading]
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Last names of the modules that a file imports, and of what it takes from them."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            found |= {(node.module or "").split(".")[-1], *(a.name for a in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[-1] for a in node.names}
+    return found
+
+
+def measured(file: Path, copy: Path, run: Callable[[list[str]], None], told: Callable[[str], None]) -> Reach:
+    """Run the suite over probes, one file of tests after another; what ran before is kept in `file`."""
+    names, done = probed(copy), file.with_suffix(".done")
+    ready = set(done.read_text().split()) if done.exists() else set()
+    for tests in sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "tests").glob("test_*.py")):
+        if tests not in ready:
+            told(f"which lines does {tests} reach?")
+            run([tests, "-p", "probe"])
+            with done.open("a") as log:
+                log.write(tests + "\n")
+    return Reach(file.read_text().splitlines(), names)

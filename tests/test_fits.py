@@ -1,0 +1,155 @@
+"""Fits to published kernel times: they find what made the times, judge themselves on rows they did not see, and read
+what each source means. The rows are few (`fixtures/kernels`); what a fit of so few finds is no price of a device.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from perfmodel.devices import profile
+from perfmodel.errors import UserError
+
+common = pytest.importorskip("validate.fitting.common", exc_type=ImportError)
+attention = pytest.importorskip("validate.fitting.attention", exc_type=ImportError)
+gemm = pytest.importorskip("validate.fitting.gemm", exc_type=ImportError)
+layouts = pytest.importorskip("validate.fitting.layouts", exc_type=ImportError)
+pointwise = pytest.importorskip("validate.fitting.pointwise", exc_type=ImportError)
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("h100-sxm", "bf16"), ("a100-80gb-pcie", "fp32")])
+def test_a_gemm_fit_finds_the_times_that_known_parameters_make(kernels: Path, device: str, dtype: str) -> None:
+    """Twenty rows cannot tell seventeen parameters apart, but their times must come out, and those of like shapes."""
+    rows, hw = gemm.load(kernels, device, dtype), common.hardware(device)
+    begin = replace(gemm.start(device, dtype), power_share=0.0, load_energy=0.0)
+    known = replace(begin, math_efficiency=0.6, memory_efficiency=0.7, launch_clocks=9e3)
+    made = rows.assign(seconds=gemm.predict(rows, hw, gemm.Found(known)))
+    found = gemm.fit({device: made}, dtype, begin)
+    seen, unseen = made[~made.left_out], made[made.left_out]
+    for some, off in ((seen, 0.02), (unseen, 0.08)):
+        some = some.reset_index(drop=True)
+        before, after = (gemm.predict(some, hw, f) / some.seconds - 1 for f in (gemm.Found(begin), found))
+        assert np.abs(after).mean() < off < np.abs(before).mean() / 2
+
+
+def test_a_gemm_fit_says_what_it_saw_and_judges_itself_on_the_rest(kernels: Path) -> None:
+    """What stands in a device file: source, software, rows, errors by slice."""
+    rows = gemm.load(kernels, "l40s", "bf16")
+    fit = gemm.fit_device(kernels, "l40s", "bf16")
+    assert (fit.rows_fitted, fit.rows_left_out) == (int((~rows.left_out).sum()), int(rows.left_out.sum()))
+    assert fit.errors.rows == fit.rows_left_out
+    assert {"m_from_64", "adapter_shapes", "sglang", "trtllm"} <= set(fit.slices)
+    assert fit.slices["sglang"].rows + fit.slices["trtllm"].rows == fit.errors.rows
+    assert fit.errors.mean < fit.errors.roofline_mean / 2
+    assert "aiconfigurator" in fit.source
+    assert fit.software == (
+        "sglang 0.5.10, sglang 0.5.12, sglang 0.5.14, sglang 0.5.9, trtllm 1.0.0, trtllm 1.3.0rc15, trtllm 1.3.0rc20; "
+        "short bursts in CUDA graphs"
+    )
+
+
+def test_a_row_is_the_median_of_versions_and_knows_what_lay_in_the_cache(kernels: Path) -> None:
+    """SGLang cycles through six copies, TensorRT-LLM keeps one A and as many B as fill L2, at most five."""
+    measured = pd.read_parquet(kernels / "gemm_bf16_h100_sxm.parquet")
+    rows = gemm.load(kernels, "h100-sxm", "bf16")
+    first = measured.iloc[0]
+    for group in ("sglang", "trtllm"):
+        seconds = np.median([v for name, v in first.items() if str(name).startswith(group)])
+        row = rows[(rows.group == group) & (rows.m == first.m) & (rows.n == first.n) & (rows.k == first.k)].iloc[0]
+        assert row.seconds == pytest.approx(seconds * 1e-3, rel=2e-3)
+    assert set(rows[rows.group == "sglang"].a_copies) == set(rows[rows.group == "sglang"].b_copies) == {6.0}
+    l2 = common.hardware("h100-sxm").l2_bytes
+    for row in rows[rows.group == "trtllm"].itertuples():
+        assert row.a_copies == 1.0
+        assert row.b_copies == min(5, max(1, -(-l2 // (2 * row.n * row.k))))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "shares"),
+    [
+        ("a100-80gb-sxm", "bf16", {"l40s": 2 / 3, "h100-sxm": 1 / 6, "b200": 1 / 6}),
+        ("l40s", "bf16", {"a100-80gb-sxm": 2 / 3, "h100-sxm": 1 / 6, "b200": 1 / 6}),
+        ("h100-sxm", "bf16", dict.fromkeys(("b200", "b300", "gb200", "gb300"), 1 / 4)),
+        ("l4", "fp32", dict.fromkeys(("a100-40gb-pcie", "a100-80gb-pcie"), 1 / 2)),
+        ("h100-sxm", "fp32", dict.fromkeys(("a100-40gb-pcie", "a100-80gb-pcie", "l4"), 1 / 3)),
+    ],
+)
+def test_whoever_stands_for_a_device_is_never_that_device(device: str, dtype: str, shares: dict[str, float]) -> None:
+    """A class default judged on a device that helped to make it would be judged on what it knows."""
+    assert gemm.donors(device, dtype) == pytest.approx(shares)
+
+
+def test_a_boards_slowdowns_come_out_of_its_layouts(tmp_path: Path) -> None:
+    """SimuMax's rows made with a known sustained rate and known slowdowns of both backward layouts."""
+    hw, base = common.hardware("b200"), profile.load("b200").gemm["bf16"]
+    known = replace(base, sustained=0.8, nn_slowdown=1.1, nt_slowdown=1.25)
+    sizes = [(m, n, k) for m in (512, 2048, 8192) for n in (1024, 4096) for k in (1024, 6144)]
+    rows = pd.DataFrame(
+        [
+            {"op": "matmul", "gpu": layouts.BOARDS["b200"], "m": m, "n": n, "k": k, "layout": layout,
+             "out_dtype": "fp32" if layout == "NT" else "bf16", "accumulate": layout == "NT"}
+            for m, n, k in sizes for layout in ("TN", "NN", "NT")
+        ]
+    )  # fmt: skip
+    rows.assign(implied_ms=layouts.predict(rows, hw, known) * 1e3).to_csv(tmp_path / "gemm_layouts_simumax.csv")
+    fit = layouts.fit_board(tmp_path, "b200", replace(base, sustained=1.0, nn_slowdown=1.0, nt_slowdown=1.0))
+    p = fit.parameters
+    assert (p.sustained, p.nn_slowdown, p.nt_slowdown) == pytest.approx((0.8, 1.1, 1.25), rel=0.01)
+    assert fit.errors.mean < 0.01 < fit.errors.roofline_mean
+    assert fit.rows_fitted + fit.rows_left_out == len(rows)
+    assert set(fit.slices) == {"tn", "nn", "nt"}
+
+
+def test_attention_fits_find_serving_times_and_borrow_what_has_no_rows(kernels: Path) -> None:
+    """A third of the rows judges; head sizes and backward passes without rows come from a like device."""
+    results = attention.fit_all(kernels)
+    assert set(results.fits) == {"a100-80gb-sxm", "l40s", "h100-sxm", "rtx-4090", "b200", "rtx-a5000"}
+    assert set(results.classes) == {"sync_mma", "half_rate", "wgmma", "tcgen05"}
+    for slug, fit in results.fits.items():
+        assert fit.errors.mean < fit.errors.roofline_mean, slug
+        assert fit.source.startswith("https://")
+    a100, hopper = (results.fits[slug].parameters for slug in ("a100-80gb-sxm", "h100-sxm"))
+    assert {size for size, _ in hopper.efficiency} <= {size for size, _ in a100.efficiency}
+    assert a100.backward_cta_overhead == hopper.backward_cta_overhead
+    assert results.classes["wgmma"].parameters == hopper
+    rows = attention.load(kernels, "l40s")
+    assert results.fits["l40s"].rows_left_out == int(rows.left_out.sum())
+    assert results.fits["l40s"].rows_fitted == int((~rows.left_out).sum())
+
+
+def test_pointwise_fits_find_the_times_that_known_parameters_make(kernels: Path) -> None:
+    """The streams of an A100 out of its rows, from a start that is a third off."""
+    rows = pointwise.load(kernels)
+    rows = rows[(rows.gpu == "a100-80gb-pcie") & ~rows.host_bound].reset_index(drop=True)
+    hw, known = common.hardware("a100-80gb-pcie"), profile.load("a100-80gb-pcie").pointwise
+    made = rows.assign(seconds=pointwise.Batch(rows).price(hw, known))
+    begin = replace(known, stream=0.65 * known.stream, norm_stream=0.65 * known.norm_stream)
+    found = pointwise.fit(made, hw, begin)
+    before, after = (pointwise.Batch(made).price(hw, p) / made.seconds - 1 for p in (begin, found))
+    assert np.abs(after).mean() < 0.02 < np.abs(before).mean() / 5
+    assert found.stream == pytest.approx(known.stream, rel=0.03)
+
+
+def test_pointwise_fits_fill_gaps_from_a_like_device(kernels: Path) -> None:
+    """Parameters that a device's rows say nothing about are the A100's on an A100, else the class's."""
+    told: list[str] = []
+    rows = pointwise.load(kernels)
+    results = pointwise.fit_all(kernels, told.append)
+    assert sorted(results.fits) == sorted({label.split()[1] for label in told}) == sorted(set(rows.gpu))
+    for slug, fit in results.fits.items():
+        own = rows[(rows.gpu == slug) & ~rows.host_bound]
+        assert fit.rows_fitted + fit.rows_left_out == len(own)
+        donor = results.fits["a100-80gb-sxm"].parameters if slug.startswith("a100") else results.default.parameters
+        for name in set(pointwise.BOUNDS) - set(pointwise.informed(own)):
+            assert getattr(fit.parameters, name) == getattr(donor, name), (slug, name)
+    assert len(results.pairs) == len(pointwise.PAIRS)
+    assert results.default.rows_fitted == sum(f.rows_fitted for f in results.fits.values())
+
+
+def test_a_fit_without_its_file_is_told_in_a_line(tmp_path: Path) -> None:
+    """Whoever gives the wrong folder reads which file is missing."""
+    with pytest.raises(UserError, match=r"has no gemm_bf16_l40s\.parquet") as caught:
+        gemm.load(tmp_path, "l40s", "bf16")
+    assert "\n" not in str(caught.value)
