@@ -30,7 +30,7 @@ def parity(points: Sequence[Point], path: Path, title: str) -> None:
     try:
         import matplotlib as mpl
     except ImportError:
-        raise UserError("plots need the validate extra (matplotlib): pip install 'perfmodel[validate]'") from None
+        raise UserError("plots need the report extra (matplotlib): pip install 'perfmodel[report]'") from None
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
