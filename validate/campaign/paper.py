@@ -85,7 +85,7 @@ def measured(
         seconds = [sum(o.measured.median(phase) for phase in PHASES) for o in (pair.other, pair.full)]
         ratio = _ratio(pair.other.predicted, pair.full.predicted)
         rows.append(Row(pair.other.measured.cell, seconds[0] / seconds[1], ratio, _published(pair.other.measured.cell)))
-    return rows
+    return sorted(rows, key=lambda r: (r.cell.config.name, r.cell.setup.tokens))
 
 
 def predicted(device: str, host: str | None = None) -> list[Row]:
