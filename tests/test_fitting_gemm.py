@@ -1,11 +1,16 @@
 """How GEMM measurements are read: what ran before them, and who stands for a device that is left out."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+
+from perfmodel.devices import profile
 
 campaigns = pytest.importorskip("validate.fitting.campaigns", exc_type=ImportError)
 sgemm = pytest.importorskip("validate.fitting.sgemm", exc_type=ImportError)
 gemm = pytest.importorskip("validate.fitting.gemm", exc_type=ImportError)
+designs = pytest.importorskip("validate.microbench.designs", exc_type=ImportError)
 
 T4_MEMORY, T4_BANDWIDTH = 16 * 2**30, 320e9
 
@@ -71,3 +76,30 @@ def test_rows_are_priced_between_the_two_clocks_of_a_board() -> None:
     assert (low <= high * (1 + 1e-12)).all()
     assert (low[m > 2000] < 0.9 * high[m > 2000]).any()
     assert ((low <= replayed * (1 + 1e-12)) & (replayed <= high * (1 + 1e-12))).all()
+
+
+@pytest.mark.parametrize("slug", ["a100-40gb-pcie", "a100-80gb-pcie", "h100-sxm"])
+def test_published_rows_stand_in_the_order_of_their_campaign(kernels: Path, slug: str) -> None:
+    """The program's own lists hold every shape that was published, in the file's order: the oracle of the replay."""
+    rows = sgemm.load(kernels, slug)
+    assert set(rows.campaign) == {"bmm", "linear"}
+    for name, part in rows.groupby("campaign"):
+        shapes = campaigns.order(name)
+        assert (part.entry >= 0).all()
+        assert part.entry.is_monotonic_increasing
+        assert [shapes[i] for i in part.entry] == list(zip(part.b, part.m, part.k, part.n, strict=True))
+
+
+@pytest.mark.parametrize("slug", sgemm.STARTS)
+def test_a_device_file_has_the_tiles_of_its_library(slug: str) -> None:
+    """Tiles are read off kernels' names, not fitted: another tile would be another library."""
+    fitted, library = profile.load(slug).gemm["fp32"], sgemm.STARTS[slug]
+    assert (fitted.tiles, fitted.batched_tiles, fitted.k_step) == (library.tiles, library.batched_tiles, library.k_step)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_designs_measure_what_models_have(device: str) -> None:
+    """Sides of whole vectors, as models have them (others run other kernels)."""
+    for cases in designs.design(device, ("fp32", "bf16")).values():
+        for case in cases:
+            assert all(size == 1 or size % 4 == 0 for _, size in case.sizes), case

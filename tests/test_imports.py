@@ -157,6 +157,32 @@ def test_an_optimizers_name_gives_the_program_that_it_runs(tmp_path: Path, name:
         assert read(tmp_path / file).setup["optimizer"] == PROGRAMS[name], file
 
 
+DEFAULTS: dict[str, tuple[dict[str, Any], str]] = {  # what a tool takes where the file says nothing, by its sources
+    "trl.json": ({"max_length": 64, "use_peft": True}, "lora:r=16,dropout=0.05"),  # trl/trainer/model_config.py
+    "axolotl.yml": (  # axolotl/utils/schemas/peft.py has none for lora_r, PEFT's is 8
+        {"base_model": "gpt2", "micro_batch_size": 1, "adapter": "lora", "lora_target_modules": ["c_attn"]},
+        "lora:r=8,targets=c_attn",
+    ),
+    "lora.yaml": (  # llamafactory/hparams/finetuning_args.py
+        {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "lora"}, "lora:r=8,targets=all-linear",
+    ),
+    "galore.yaml": (
+        {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "full", "use_galore": True}, "galore:r=16",
+    ),
+    "freeze.yaml": ({"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "freeze"}, "top_k:k=2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_what_a_file_leaves_out_is_the_tools_default(tmp_path: Path, name: str) -> None:
+    """Most files say little: a rank of another tool would be another method."""
+    values, method = DEFAULTS[name]
+    (tmp_path / name).write_text(json.dumps(values))
+    found = read(tmp_path / name).method
+    assert found is not None
+    assert methods.parse(found).spec() == methods.parse(method).spec()
+
+
 BASE = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 64\n"
 FACTORY = "model_name_or_path: gpt2\ncutoff_len: 64\n"
 
