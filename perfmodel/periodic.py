@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from . import optimizers
 from .errors import UserError
-from .tape.core import Parameter, record, tape
+from .tape.core import record, tape
 from .tape.dims import Dim, same_shape
 from .tape.op import Part
 from .tape.pointwise import fill
+from .tape.tensor import Parameter
 
 if TYPE_CHECKING:
     from .step import Group, Step

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 from .methods.base import Method
 from .setup import Setup
-from .tape.core import Parameter, Storage, Tape
+from .tape.core import Tape
 from .tape.dims import Dim
 from .tape.op import Part
+from .tape.tensor import Parameter, Storage
 
 Sums = dict[str, Dim]
 K = TypeVar("K")

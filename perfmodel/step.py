@@ -13,11 +13,12 @@ from .methods.base import Method
 from .periodic import Periodic, PeriodicOps
 from .setup import Setup
 from .sharing import MicroBatches, Shared
-from .tape import autograd
-from .tape.core import Flow, Parameter, Tape, Tensor, emit, new_tensor, recording, release
+from .tape.core import Tape, emit, new_tensor, recording, release
 from .tape.dims import Dim, larger
+from .tape.engine import run_backward
 from .tape.extra import div
 from .tape.op import LATER, Op, Part
+from .tape.tensor import Flow, Parameter, Tensor
 
 Kept = dict[Any, tuple[Tensor, Part]]  # attributes of modules (`Build.kept`)
 PHASES = ("forward", "backward", "optimizer")
@@ -264,7 +265,7 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     step.parameters = list(build.parameters.values())
     tape.part = _backward_start(tape)
     seed = emit("ones_like", (loss,), (), loss.dtype)
-    autograd.run_backward(loss, seed)
+    run_backward(loss, seed)
     if step.zero:
         zero.end_of_backward()
     for p in step.parameters:

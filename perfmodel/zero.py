@@ -23,9 +23,10 @@ from .optimizers import Update
 from .optimizers.ops import in_place, new, read
 from .optimizers.update import Parameters, existing, gradient, runs
 from .setup import Setup
-from .tape.core import Parameter, Tensor, record, tape
+from .tape.core import record, tape
 from .tape.dims import Dim, decide
 from .tape.op import Part
+from .tape.tensor import Parameter, Tensor
 
 if TYPE_CHECKING:
     from .step import Step

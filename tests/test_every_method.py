@@ -20,7 +20,7 @@ from perfmodel import explain, methods
 from perfmodel.errors import UserError
 from perfmodel.predict import Prediction, predict
 from perfmodel.step import Step
-from perfmodel.tape.core import Parameter
+from perfmodel.tape.tensor import Parameter
 
 NAMES = tuple(methods.registered())
 MODELS = ("llama", "gpt2")

@@ -6,12 +6,13 @@ from perfmodel import costs
 from perfmodel.devices import kernels, price, profile
 from perfmodel.predict import predict
 from perfmodel.setup import Setup
-from perfmodel.tape.core import Tape, Tensor, new_tensor, recording
+from perfmodel.tape.core import Tape, new_tensor, recording
 from perfmodel.tape.gather import top_values
 from perfmodel.tape.linalg import bmm
 from perfmodel.tape.op import Op, Spec
 from perfmodel.tape.shape import transpose
 from perfmodel.tape.spectrum import fft_of_real, inverse_fft2, inverse_fft_of_real
+from perfmodel.tape.tensor import Tensor
 
 L40S = profile.load("l40s")
 FLOOR = L40S.pointwise.launch_floor + L40S.pointwise.kernel_gap

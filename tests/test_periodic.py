@@ -12,7 +12,7 @@ from perfmodel import predict
 from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.periodic import Periodic
-from perfmodel.tape.core import Parameter
+from perfmodel.tape.tensor import Parameter
 from validate.programs.updates import make_optimizer
 
 SPECS = ("lisa:gamma=2,interval=7", "badam:interval=30")

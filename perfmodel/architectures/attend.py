@@ -1,7 +1,8 @@
 """Attention by the implementation that the setup names, as transformers' attention interface does."""
 
 from ..tape.attention import eager_attention, flash2_attention, sdpa_attention
-from ..tape.core import Tensor, tape
+from ..tape.core import tape
+from ..tape.tensor import Tensor
 
 
 def attend(

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ..errors import UserError, nearest
 from ..registry import Registry
-from ..tape import autograd, liger, linalg, nn, pointwise
-from ..tape.core import Parameter, Tensor, tape
+from ..tape import liger, linalg, nn, pointwise
+from ..tape.checkpoint import checkpoint
+from ..tape.core import tape
 from ..tape.dims import decide
 from ..tape.extra import add_in_place, add_to_view
 from ..tape.op import Part
+from ..tape.tensor import Parameter, Tensor
 from .config import Config
 
 if TYPE_CHECKING:
@@ -281,7 +283,7 @@ class Scope:
             if setup.checkpoint == "none":
                 x = block(scope, x, *shared)
             else:
-                x = autograd.checkpoint(
+                x = checkpoint(
                     lambda x, scope=scope: block(scope, x, *shared), x, reentrant=setup.checkpoint == "block-reentrant"
                 )
             count = run if x.requires_grad == needed_grad and index else 1

@@ -6,12 +6,13 @@ Source: transformers/models/bert/modeling_bert.py (`BertForMaskedLM`).
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..tape.core import Tensor, emit
+from ..tape.core import emit
 from ..tape.dims import product
 from ..tape.linalg import linear
 from ..tape.nn import cross_entropy
 from ..tape.pointwise import add, dropout, gelu
 from ..tape.shape import expand, reshape, transpose, view
+from ..tape.tensor import Tensor
 from . import masks
 from .attend import attend
 from .base import Architecture, Linear, Scope, architecture

@@ -6,10 +6,10 @@ Source: transformers/models/gpt2/modeling_gpt2.py, pytorch_utils.py (`Conv1D`).
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..tape.core import Tensor
 from ..tape.nn import causal_lm_loss
 from ..tape.pointwise import add, dropout, gelu_tanh
 from ..tape.shape import reshape, split, transpose, view
+from ..tape.tensor import Tensor
 from . import masks
 from .attend import attend
 from .base import Architecture, Scope, architecture

@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 
 from ..errors import UserError
 from ..tape.bus import scalar
-from ..tape.core import Tensor, tape
+from ..tape.core import tape
 from ..tape.linalg import matmul
 from ..tape.nn import causal_lm_loss, softmax
 from ..tape.pointwise import add, cast, dropout, gelu_tanh, masked
 from ..tape.shape import contiguous, transpose, view
+from ..tape.tensor import Tensor
 from . import masks
 from .base import Architecture, Scope, architecture
 from .config import Config

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import UserError
-from ..tape.core import Tensor, tape
+from ..tape.core import tape
 from ..tape.dims import product
 from ..tape.liger import linear_cross_entropy, rope, silu_mul
 from ..tape.nn import causal_lm_loss, shifted_labels
 from ..tape.pointwise import add, cat, mul, neg, silu
 from ..tape.shape import narrow, reshape, transpose, unsqueeze, view
+from ..tape.tensor import Tensor
 from . import masks
 from .attend import attend
 from .base import Architecture, Scope, architecture

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import UserError
-from ..tape.core import Tensor, emit
+from ..tape.core import emit
 from ..tape.dims import product, same
 from ..tape.nn import causal_lm_loss
 from ..tape.pointwise import add, cast, dropout, mul, relu, sub
 from ..tape.shape import narrow, reshape, transpose, view
+from ..tape.tensor import Tensor
 from . import masks
 from .attend import attend
 from .base import Architecture, Scope, architecture

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..optimizers import Update, importance
 from ..optimizers.update import runs
-from ..tape.core import Parameter, Tensor, emit, record, tape
+from ..tape.core import emit, record, tape
 from ..tape.extra import add_in_place, div
 from ..tape.inplace import add_to_output, frobenius_norm
 from ..tape.linalg import matmul
 from ..tape.pointwise import add, cast, dropout, mul, sub
 from ..tape.shape import t
+from ..tape.tensor import Parameter, Tensor
 from .base import Linear, Periodic, method, option
 from .checks import fraction, positive
 from .targeted import DEFAULT_TARGETS, Targeted

@@ -9,9 +9,9 @@ from ..optimizers import Update
 from ..optimizers.ops import in_place
 from ..optimizers.update import copy_in, gradient
 from ..periodic import fresh_states, layers_alike, trained
-from ..tape.core import Parameter
 from ..tape.pointwise import cast
 from ..tape.shape import clone
+from ..tape.tensor import Parameter
 from .base import Method, Periodic, method, option
 from .checks import positive
 

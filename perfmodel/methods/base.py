@@ -12,11 +12,11 @@ from ..optimizers import Update
 from ..periodic import Periodic
 from ..registry import Registry
 from ..setup import ENGINES
-from ..tape.core import Parameter, Tensor
 from ..tape.dims import Dim
 from ..tape.linalg import linear
 from ..tape.nn import embedding
 from ..tape.op import Part
+from ..tape.tensor import Parameter, Tensor
 from .checks import choice
 
 if TYPE_CHECKING:

@@ -4,12 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 from .. import optimizers
 from ..periodic import adapted_layers, layers_alike
-from ..tape.core import Parameter, Tensor, emit, new_tensor, record, tape
+from ..tape.core import emit, new_tensor, record, tape
 from ..tape.custom import index_buffer
 from ..tape.extra import div
 from ..tape.nn import softmax
 from ..tape.pointwise import add, mul
 from ..tape.shape import view
+from ..tape.tensor import Parameter, Tensor
 
 if TYPE_CHECKING:
     from ..step import Step

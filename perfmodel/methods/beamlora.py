@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from .. import optimizers
 from ..periodic import layers_alike, trained
-from ..tape.core import Tensor, record
+from ..tape.core import record
 from ..tape.dims import Dim
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, dropout, mul
+from ..tape.tensor import Tensor
 from .base import Linear, Periodic, method, option
 from .beam import expand_ranks, importance
 from .checks import positive

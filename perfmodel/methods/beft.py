@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..tape.core import Tensor
 from ..tape.pointwise import add, cast
 from ..tape.shape import view
+from ..tape.tensor import Tensor
 from .base import Linear, method
 from .targeted import DEFAULT_TARGETS, Targeted
 

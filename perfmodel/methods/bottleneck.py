@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import UserError
-from ..tape.core import Tensor
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, gelu, relu, silu
+from ..tape.tensor import Tensor
 from .base import Method, Scope, method, option
 from .checks import choice, float_dtype, positive
 

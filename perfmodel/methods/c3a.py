@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..tape.core import Tensor
 from ..tape.extra import div
 from ..tape.pointwise import cast
 from ..tape.spectrum import block_circular_convolution
+from ..tape.tensor import Tensor
 from .base import Linear, method, option
 from .checks import positive
 from .targeted import Targeted

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import UserError
-from ..tape.core import Storage, Tensor
 from ..tape.extra import index_put
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, fill, mul
 from ..tape.spectrum import inverse_fft2, real, to_complex
+from ..tape.tensor import Storage, Tensor
 from .base import Linear, method, option
 from .checks import positive
 from .targeted import DEFAULT_TARGETS, Targeted

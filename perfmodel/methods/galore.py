@@ -11,12 +11,13 @@ from ..optimizers.adam_loop import denominator
 from ..optimizers.ops import in_place, new
 from ..optimizers.update import existing, gradient, runs
 from ..periodic import layers_alike
-from ..tape.core import Parameter, Tensor, record
+from ..tape.core import record
 from ..tape.decompositions import smaller, svd
 from ..tape.dims import decide
 from ..tape.linalg import matmul
 from ..tape.pointwise import cast, mul
 from ..tape.shape import narrow, t
+from ..tape.tensor import Parameter, Tensor
 from .base import Method, Periodic, method, option
 from .checks import positive
 from .targeted import ALL_LINEAR, check_targets, named

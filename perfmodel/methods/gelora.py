@@ -8,7 +8,8 @@ from ..architectures.base import Build, Scope
 from ..architectures.masks import table
 from ..errors import UserError
 from ..periodic import layers_alike
-from ..tape.core import Tensor, new_tensor, tape
+from ..tape.core import new_tensor, tape
+from ..tape.tensor import Tensor
 from .base import Linear, Method, Periodic, method, option
 from .checks import fraction, positive
 from .lora import Lora

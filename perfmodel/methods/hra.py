@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..tape.core import Tensor
 from ..tape.custom import on_base
 from ..tape.dims import only
 from ..tape.extra import detach, eye
@@ -12,6 +11,7 @@ from ..tape.linalg import linear, matmul
 from ..tape.pieces import select
 from ..tape.pointwise import cast, mul, sub
 from ..tape.shape import t, view
+from ..tape.tensor import Tensor
 from .base import Linear, method, option
 from .checks import positive
 from .targeted import Targeted, base_bias, base_weight

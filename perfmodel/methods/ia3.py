@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import UserError
-from ..tape.core import Tensor
 from ..tape.pointwise import cast, mul
 from ..tape.shape import view
+from ..tape.tensor import Tensor
 from .base import Linear, method, option
 from .targeted import Targeted
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 from ..errors import UserError, nearest
-from ..tape.core import Parameter, Tensor
 from ..tape.linalg import linear
 from ..tape.lora_kernels import Adapted, lorafusion_linear, unsloth_linear, unsloth_mlp, unsloth_qkv
 from ..tape.pointwise import add, cast, dropout, mul
+from ..tape.tensor import Parameter, Tensor
 from .base import Linear, method, option
 from .checks import fraction, positive
 from .targeted import DEFAULT_TARGETS, Targeted, base_bias, base_weight, named

@@ -7,12 +7,12 @@ from ..optimizers import Update
 from ..optimizers.adam_loop import adam
 from ..optimizers.update import gradient
 from ..tape.bus import from_host
-from ..tape.core import Parameter
 from ..tape.custom import autocasting
 from ..tape.decompositions import pinv
 from ..tape.linalg import matmul
 from ..tape.pointwise import add, cast, mul
 from ..tape.shape import t
+from ..tape.tensor import Parameter
 from .base import Linear, method, option
 from .lora import Lora
 

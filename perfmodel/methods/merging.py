@@ -6,10 +6,11 @@ Source: peft/tuners/lora/layer.py (`get_delta_weight`, `merge`, `reset_lora_para
 from typing import TYPE_CHECKING
 
 from ..periodic import adapted_layers, fresh_states, layers_alike, trained
-from ..tape.core import Parameter, record, tape
+from ..tape.core import record, tape
 from ..tape.linalg import mm
 from ..tape.pointwise import cast, mul
 from ..tape.shape import t
+from ..tape.tensor import Parameter
 
 if TYPE_CHECKING:
     from ..step import Step

@@ -5,10 +5,10 @@ from typing import Any, ClassVar
 
 from ..errors import UserError
 from ..setup import one_of
-from ..tape.core import Tensor
 from ..tape.linalg import linear
 from ..tape.nn import embedding
 from ..tape.pointwise import relu
+from ..tape.tensor import Tensor
 from .base import Scope, method, option
 from .checks import positive
 from .virtual import SoftPrompt

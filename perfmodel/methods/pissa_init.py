@@ -6,12 +6,13 @@ Source: peft/tuners/lora/layer.py (`pissa_init`), torch/_lowrank.py (`svd_lowran
 from typing import TYPE_CHECKING
 
 from ..periodic import adapted_layers, layers_alike
-from ..tape.core import Parameter, Tensor, emit, new_tensor, record
+from ..tape.core import emit, new_tensor, record
 from ..tape.decompositions import smaller
 from ..tape.dims import Dim, decide
 from ..tape.linalg import mm
 from ..tape.pointwise import cast, mul, sub
 from ..tape.shape import t
+from ..tape.tensor import Parameter, Tensor
 from .merging import LORA
 
 if TYPE_CHECKING:

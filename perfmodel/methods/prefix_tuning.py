@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import UserError
-from ..tape.core import Tensor, tape
+from ..tape.core import tape
 from ..tape.extra import permute
 from ..tape.linalg import linear
 from ..tape.nn import embedding
 from ..tape.pointwise import cast, tanh
 from ..tape.prefix import first_in_cache, split_layers, unbind_pair
 from ..tape.shape import narrow, view
+from ..tape.tensor import Tensor
 from .base import Scope, method, option
 from .checks import positive
 from .virtual import VirtualTokens

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..tape.core import Tensor
 from ..tape.nn import embedding
+from ..tape.tensor import Tensor
 from .base import Scope, method
 from .virtual import SoftPrompt
 

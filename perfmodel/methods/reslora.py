@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from ..errors import UserError
-from ..tape.core import Tensor
+from ..tape.tensor import Tensor
 from .base import Linear, method, option
 from .checks import choice
 from .lora import Lora

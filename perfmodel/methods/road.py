@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import UserError
-from ..tape.core import Tensor
 from ..tape.dims import product
 from ..tape.extra import cos, sin
 from ..tape.pieces import repeat_rows, select, stack
 from ..tape.pointwise import add, cast, mul, neg
 from ..tape.shape import reshape, view
+from ..tape.tensor import Tensor
 from .base import Linear, method, option
 from .checks import choice, positive
 from .targeted import Targeted

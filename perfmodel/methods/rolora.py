@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..tape.core import Parameter
+from ..tape.tensor import Parameter
 from .base import Linear, method, option
 from .checks import choice
 from .lora import Lora

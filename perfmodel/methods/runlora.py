@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..tape.core import Tensor
 from ..tape.custom import BACKWARDS, FORWARDS, run_lora
 from ..tape.pointwise import mul
 from ..tape.shape import t
+from ..tape.tensor import Tensor
 from .base import Linear, Seconds, method, option
 from .checks import choice, float_dtype, positive
 from .runlora_orders import BACKWARD_FLOPS, FORWARD_FLOPS, Choice, LayerShape, cheapest, flops, times

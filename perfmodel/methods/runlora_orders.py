@@ -4,13 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..tape.autograd import run_backward
-from ..tape.core import Parameter, Tape, Tensor, recording
+from ..tape.core import Tape, recording
 from ..tape.custom import BACKWARDS, FORWARDS, run_lora
 from ..tape.dims import Dim, decide
+from ..tape.engine import run_backward
 from ..tape.op import Part
 from ..tape.pointwise import fill
 from ..tape.shape import t
+from ..tape.tensor import Parameter, Tensor
 from .base import Seconds
 
 Formula = Callable[[Dim, Dim, Dim, Dim], Dim]  # tokens T, inputs n, outputs m, rank r → FLOPs

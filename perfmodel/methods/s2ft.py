@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import UserError
-from ..tape.core import Storage, Tensor
 from ..tape.dims import contiguous_strides, product
 from ..tape.sliced import sliced_linear
+from ..tape.tensor import Storage, Tensor
 from .base import Linear, method, option
 from .targeted import Targeted, base_bias, matches
 

@@ -4,7 +4,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from ..tape.core import Parameter
+from ..tape.tensor import Parameter
 from .base import Linear
 from .targeted import Targeted
 

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 from ..architectures.masks import read_scalar
-from ..tape.core import Tensor, emit
+from ..tape.core import emit
 from ..tape.extra import add_in_place
 from ..tape.inplace import add_to_output
 from ..tape.linalg import matmul
 from ..tape.pointwise import add, dropout, fill, mul
 from ..tape.shape import transpose
+from ..tape.tensor import Tensor
 from .base import Linear
 
 Pair = tuple[Tensor, Tensor]  # A (r, n_in) and B (n_out, r)

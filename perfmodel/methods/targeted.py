@@ -8,7 +8,7 @@ import numpy as np
 
 from ..architectures.base import WORDS
 from ..errors import UserError, nearest
-from ..tape.core import Parameter, Tensor
+from ..tape.tensor import Parameter, Tensor
 from .base import Architecture, Linear, Method, option
 from .checks import float_dtype
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import UserError
-from ..tape.core import Tensor
+from ..tape.tensor import Tensor
 from .base import Linear, Method, method, option
 from .checks import choice, float_dtype, fraction, positive
 from .lora import Lora

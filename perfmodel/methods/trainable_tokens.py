@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import UserError
-from ..tape.core import Parameter, Storage, Tensor
 from ..tape.gather import replace_rows
 from ..tape.linalg import linear
 from ..tape.nn import embedding
 from ..tape.pointwise import cast
+from ..tape.tensor import Parameter, Storage, Tensor
 from .base import Method, Scope, method, option
 from .checks import positive
 

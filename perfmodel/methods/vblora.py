@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..tape.core import Tensor
 from ..tape.extra import sum_dim
 from ..tape.gather import any_infinite, rows_of, top_values
 from ..tape.linalg import linear
@@ -12,6 +11,7 @@ from ..tape.nn import softmax
 from ..tape.pieces import select
 from ..tape.pointwise import add, cast, dropout, mul
 from ..tape.shape import reshape, transpose, unsqueeze
+from ..tape.tensor import Tensor
 from .base import Linear, method, option
 from .checks import fraction, positive
 from .shared import SharedWeights

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..tape.core import Storage, Tensor
 from ..tape.dims import contiguous_strides, product
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, dropout, mul
+from ..tape.tensor import Storage, Tensor
 from .base import Linear, method, option
 from .checks import fraction, positive
 from .targeted import Targeted

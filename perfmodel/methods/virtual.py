@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 from ..errors import UserError
 from ..tape.bus import from_host
-from ..tape.core import Parameter, Storage, Tensor, emit, tape
+from ..tape.core import emit, tape
 from ..tape.pointwise import cast, cat
 from ..tape.prefix import repeat_batch
 from ..tape.shape import narrow
+from ..tape.tensor import Parameter, Storage, Tensor
 from .base import Method, Scope, option
 from .checks import positive
 

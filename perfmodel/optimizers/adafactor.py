@@ -4,9 +4,10 @@ A Python loop over single tensors, in fp32 whatever the weights are, so that a 1
 first. Source: transformers/optimization.py `Adafactor.step`, trainer_optimizer.py `_get_adafactor`.
 """
 
-from ..tape.core import Parameter, Tensor, emit
+from ..tape.core import emit
 from ..tape.pointwise import cast, mean_last
 from ..tape.shape import unsqueeze
+from ..tape.tensor import Parameter, Tensor
 from .ops import in_place, new
 from .update import Parameters, Update, gradient, optimizer
 

@@ -3,7 +3,7 @@
 The step counter is a Python number, and there is no weight decay by default.
 """
 
-from ..tape.core import Parameter, Tensor
+from ..tape.tensor import Parameter, Tensor
 from .ops import in_place, new
 from .update import Update
 

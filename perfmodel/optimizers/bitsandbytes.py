@@ -9,8 +9,9 @@ when the device is full.
 
 from functools import partial
 
-from ..tape.core import Parameter, Tensor, record
+from ..tape.core import record
 from ..tape.dims import decide
+from ..tape.tensor import Parameter, Tensor
 from .update import Parameters, Update, gradient, optimizer
 
 SMALLEST_8BIT = 4096  # elements (min_8bit_size)

@@ -3,11 +3,12 @@
 Source: peft/tuners/adalora/layer.py, `update_ipt` and `mask_to_budget`.
 """
 
-from ..tape.core import Parameter, Tensor, emit, new_tensor, record, tape
+from ..tape.core import emit, new_tensor, record, tape
 from ..tape.extra import sum_dim
 from ..tape.op import Op, Spec
 from ..tape.pointwise import cat, mean_last
 from ..tape.shape import view
+from ..tape.tensor import Parameter, Tensor
 from .ops import in_place, new, read
 from .update import Parameters, Update, existing, gradient
 

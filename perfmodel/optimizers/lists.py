@@ -5,9 +5,9 @@ A `Spec` with copies stands for the like parameters of identical layers, so the 
 
 from collections.abc import Callable, Sequence
 
-from ..tape.core import Parameter
 from ..tape.dims import Dim
 from ..tape.op import Op, Part, Spec
+from ..tape.tensor import Parameter
 
 Specs = list[Spec]
 

@@ -4,12 +4,13 @@ Every step but the first, line by line as its authors run it, their `s` the adap
 mrflogs/LoRA-Pro, `lorapro_full_adjustment` and `solve_sylvester` in its DeepSpeed.
 """
 
-from ..tape.core import Parameter, Tensor, emit
+from ..tape.core import emit
 from ..tape.decompositions import eig, inverse, pinv, solve
 from ..tape.extra import eye
 from ..tape.linalg import matmul
 from ..tape.pointwise import add, cast, mul, neg, sub
 from ..tape.shape import t, unsqueeze, view_as
+from ..tape.tensor import Parameter, Tensor
 from .ops import in_place, new, read
 from .update import Update, gradient, replace_gradient
 

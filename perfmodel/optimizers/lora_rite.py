@@ -7,12 +7,13 @@ the global norm of the unmagnified gradients is clipped. Source: gkevinyen5418/L
 
 from dataclasses import dataclass
 
-from ..tape.core import Parameter, Tensor, emit, new_tensor, record
+from ..tape.core import emit, new_tensor, record
 from ..tape.decompositions import eigh, pinv, qr
 from ..tape.extra import div, eye, sum_dim
 from ..tape.linalg import matmul
 from ..tape.pointwise import add, cast, mul, sub
 from ..tape.shape import t, unsqueeze
+from ..tape.tensor import Parameter, Tensor
 from .ops import in_place, new, read
 from .update import Update, existing, gradient
 

@@ -1,7 +1,8 @@
 """Ops as an optimizer's Python code calls them on single tensors: in place, into a new tensor, on the host."""
 
-from ..tape.core import Tensor, record
+from ..tape.core import record
 from ..tape.pointwise import _elementwise, _streams
+from ..tape.tensor import Tensor
 
 
 def in_place(name: str, x: Tensor, *others: Tensor) -> Tensor:

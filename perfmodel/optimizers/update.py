@@ -11,9 +11,10 @@ a loop as a function of one run, so that its local tensors die with the run that
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
-from ..tape.core import Parameter, Storage, Tape, Tensor, recording
+from ..tape.core import Tape, recording
 from ..tape.dims import Dim, Shape, contiguous_strides, product, same_shape
 from ..tape.op import Part, Spec
+from ..tape.tensor import Parameter, Storage, Tensor
 
 Parameters = Sequence[Parameter]
 Record = Callable[["Update", Parameters, bool], None]  # of (update, parameters, whether they decay)

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..step import Step
-from ..tape.core import Flow
 from ..tape.dims import largest, summed
 from ..tape.op import Op, Part, Spec
+from ..tape.tensor import Flow
 from .fusion import Kernel, fused
 from .graph import Graph, Numbering, Place, Prim, Value
 from .lowering import lowered

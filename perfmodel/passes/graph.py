@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..tape.core import Flow
 from ..tape.dims import Dim, decide, same
 from ..tape.dtypes import ITEMSIZE
 from ..tape.op import Op, Part, Use
+from ..tape.tensor import Flow
 
 
 class Value:

@@ -7,9 +7,9 @@ Sources: torch/_inductor/lowering.py, torch/_inductor/decomposition.py, torch/_d
 from collections.abc import Callable
 
 from ..step import Step
-from ..tape.core import Flow
 from ..tape.dims import Dim, decide, is_one, product
 from ..tape.op import LATER, Part, Spec
+from ..tape.tensor import Flow
 from .graph import Builder, Graph, Prim, Value
 
 # Calls that compute each element of the result from the operands' elements, by the name before the dot.

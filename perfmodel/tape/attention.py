@@ -10,13 +10,14 @@ transformers/integrations/sdpa_attention.py.
 
 from collections.abc import Sequence
 
-from .autograd import Grads, Node, differentiate
-from .core import Tensor, new_tensor, record, tape
+from .autograd import differentiate
+from .core import new_tensor, record, tape
 from .dims import Shape, is_one, strides_in_order
 from .linalg import autocast_operand, matmul
 from .nn import softmax
 from .pointwise import add, cast, dropout, fill, mul, scale, where
 from .shape import contiguous, expand, reshape, transpose, unsqueeze
+from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
 CUDNN_FIRST = ("9.0", "10.0")

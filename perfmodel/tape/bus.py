@@ -1,7 +1,8 @@
 """Tensors that Python makes on the host and moves to the model's device: blocking copies from pageable memory."""
 
-from .core import Storage, Tensor, emit, record, tape
+from .core import emit, record, tape
 from .dims import Shape, contiguous_strides, product
+from .tensor import Storage, Tensor
 
 
 def from_host(name: str, shape: Shape, dtype: str) -> Tensor:

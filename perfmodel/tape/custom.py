@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from .autograd import Backward, Grads, Node, differentiate
-from .core import Storage, Tensor, emit, record, tape
+from .autograd import differentiate
+from .core import emit, record, tape
 from .dims import Dim, product
 from .linalg import _column_major, _layout, addmm, autocast_operand, conv1d, linear, mm
 from .pointwise import add
 from .shape import contiguous, reshape, t, view
+from .tensor import Backward, Grads, Node, Storage, Tensor
 
 Grad = Tensor | None
 R = TypeVar("R")

@@ -4,8 +4,9 @@ On CUDA each is a call of cuSOLVER that launches kernels of its own and mostly w
 and `perfmodel.devices.solver` say what that costs. Factors come out column-major, as LAPACK writes them.
 """
 
-from .core import Tensor, emit, new_tensor, record
+from .core import emit, new_tensor, record
 from .dims import Dim, Shape, decide
+from .tensor import Tensor
 
 
 def smaller(a: Dim, b: Dim) -> Dim:

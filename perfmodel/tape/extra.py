@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
-from .autograd import Backward, Grads, Node, copy, differentiate
-from .core import Parameter, Storage, Tensor, emit, record, tape
+from .autograd import copy, differentiate
+from .core import emit, record, tape
 from .dims import Dim, product
 from .linalg import matmul
 from .op import Part
 from .pointwise import _elementwise, autocast_fp32, mul, scale
 from .shape import expand, reshape, t, unsqueeze, view, view_as
+from .tensor import Backward, Grads, Node, Parameter, Storage, Tensor
 
 Grad = Tensor | None
 

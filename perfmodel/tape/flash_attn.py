@@ -6,11 +6,12 @@ Source: flash-attn 2.3.3, flash_attn/ops/rms_norm.py, ops/layer_norm.py (`Dropou
 
 from collections.abc import Sequence
 
-from .autograd import Grads, Node, differentiate
-from .core import Tensor, emit, new_tensor, record, tape
+from .autograd import differentiate
+from .core import emit, new_tensor, record, tape
 from .custom import python_function
 from .dims import product
 from .shape import clone, contiguous, view
+from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
 

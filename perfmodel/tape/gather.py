@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from .autograd import Grads, Node, differentiate
-from .core import Tensor, emit, new_tensor, record
+from .autograd import differentiate
+from .core import emit, new_tensor, record
 from .pointwise import _elementwise, autocast_fp32, fill
 from .shape import unsqueeze
+from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
 

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .autograd import Grads, Node, differentiate
-from .core import Tensor, emit, new_tensor, record, tape
+from .autograd import differentiate
+from .core import emit, new_tensor, record, tape
 from .custom import autocasting, python_function
 from .dims import Dim, decide, product
 from .linalg import _column_major, _layout, matmul
 from .pointwise import cast
 from .shape import contiguous, t, transpose, view, view_as
+from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
 PROGRAMS = 132  # of a norm's backward, one an SM, each with its own part of the weight's gradient; H100's number

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-from .autograd import Grads, Node, differentiate
-from .core import Tensor, emit, tape
+from .autograd import differentiate
+from .core import emit, tape
 from .dims import Shape, product, remembered, same
 from .pointwise import cast, reduce_dims
 from .shape import expand, reshape, t, transpose, view
+from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
 

@@ -9,12 +9,12 @@ fast_lora.py, swiglu.py and utils.py (2025).
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .autograd import Grads, Node
-from .core import Parameter, Tensor, emit, new_tensor, record, tape
+from .core import emit, new_tensor, record, tape
 from .custom import addmm_, as_rows, in_place_of_base, on_base, python_function
 from .linalg import _column_major, _layout, mm
 from .pointwise import cast
 from .shape import t, view
+from .tensor import Grads, Node, Parameter, Tensor
 
 Grad = Tensor | None
 

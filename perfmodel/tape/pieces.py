@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from .autograd import Grads, Node, differentiate
-from .core import Tensor, emit
+from .autograd import differentiate
+from .core import emit
 from .shape import clone, expand, unsqueeze, view, view_as
+from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-from .autograd import Grads, Node, differentiate
-from .core import Storage, Tensor, append, emit, new_tensor, record
+from .autograd import differentiate
+from .core import append, emit, new_tensor, record
 from .dims import Dim, is_one, product
 from .op import Op, Spec
 from .shape import narrow, reshape
+from .tensor import Grads, Node, Storage, Tensor
 
 Grad = Tensor | None
 

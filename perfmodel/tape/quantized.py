@@ -8,11 +8,12 @@ Source: bitsandbytes 0.46-0.49, functional.py (`dequantize_4bit`), autograd/_fun
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .autograd import Grads, Node, differentiate
-from .core import Parameter, Tensor, emit, record, tape
+from .autograd import differentiate
+from .core import emit, record, tape
 from .linalg import linear, matmul
 from .pointwise import cast
 from .shape import t
+from .tensor import Grads, Node, Parameter, Tensor
 
 Grad = Tensor | None
 BLOCK = 64  # values that share a maximum (`bnb_4bit` block size)

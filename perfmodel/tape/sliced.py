@@ -6,13 +6,13 @@ efficiency/s2ft.py). Both multiply (batch, seq, width) tensors sample by sample 
 
 from collections.abc import Sequence
 
-from .autograd import Grads, Node
-from .core import Tensor, tape
+from .core import tape
 from .custom import in_place_of_base, on_base
 from .dims import same
 from .extra import add_in_place, sum_dim
 from .linalg import matmul
 from .shape import clone, expand, narrow, t, transpose, unsqueeze
+from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
 

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from .autograd import Grads, Node, differentiate
-from .core import Tensor, emit, tape
+from .autograd import differentiate
+from .core import emit, tape
 from .dims import Dim, product
 from .einsum import per_frequency, per_frequency_outer, per_frequency_transposed
 from .shape import reshape, view_as
+from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
 

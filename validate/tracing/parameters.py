@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from perfmodel.tape.core import Parameter
+from perfmodel.tape.tensor import Parameter
 
 from ..programs.dtypes import DTYPES
 
