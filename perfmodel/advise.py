@@ -20,9 +20,9 @@ from .errors import UserError
 from .knobs import Choice, Knob, knobs
 from .methods import Method
 from .predict import Model, Prediction, predict, resolve, with_options
+from .record import no_collector
 from .setup import Setup
 from .sharing import Shared
-from .step import no_collector
 
 EXHAUSTIVE = 96  # combinations of one method that are all tried; of more, one knob is turned at a time
 Progress = Callable[[int, int, str], None]  # methods done, methods in all, the next one

@@ -16,8 +16,8 @@ from .devices.host import Host
 from .devices.profile import DeviceProfile
 from .errors import UserError
 from .predict import Prediction
-from .step import PHASES
-from .tape.op import Op, Part
+from .tape.op import Op
+from .tape.part import PHASES, Part
 
 WAITING = "waiting"
 PARTS = {  # part -> what it is called

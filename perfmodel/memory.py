@@ -5,9 +5,10 @@ Two segments in sequence: (Δ₁+Δ₂, max(p₁, Δ₁+p₂)). A segment repeat
 
 from dataclasses import dataclass
 
-from .step import Group, Step
+from .record import held_bytes
+from .step import Step
 from .tape.dims import Dim, larger
-from .tape.op import Part
+from .tape.part import Group, Part
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ FRAGMENTATION = 0.12  # of the peak that the allocator reserves on top at the mo
 
 def peak_bytes(step: Step) -> Dim:
     """Highest live bytes of the step: weights, optimizer state, what the method keeps, and what the tape allocates."""
-    return step.weight_bytes + step.state_bytes + step.held_bytes + of_step(step).peak
+    return step.weight_bytes + step.state_bytes + held_bytes(step) + of_step(step).peak
 
 
 def bounds(peak: Dim, device: str) -> tuple[Dim, Dim]:

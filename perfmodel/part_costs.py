@@ -12,7 +12,8 @@ from .devices.profile import DeviceProfile
 from .sharing import Shared
 from .step import Step
 from .tape.dims import Dim, summed
-from .tape.op import Op, Part
+from .tape.op import Op
+from .tape.part import Part
 
 
 class Call(NamedTuple):

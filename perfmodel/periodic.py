@@ -7,18 +7,31 @@ step. The figures of the step stay without them.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from . import optimizers
+from .architectures.base import Architecture
 from .errors import UserError
+from .setup import Setup
 from .tape.core import record, tape
 from .tape.dims import Dim, same_shape
-from .tape.op import Part
+from .tape.part import Group, Part
 from .tape.pointwise import fill
 from .tape.tensor import Parameter
 
-if TYPE_CHECKING:
-    from .step import Group, Step
+
+class Recorded(Protocol):
+    """What a method may ask of a step that was recorded."""
+
+    architecture: Architecture
+    setup: Setup
+    device: str
+    parameters: list[Parameter]
+    state_bytes: Dim
+
+    @property
+    def optimizer(self) -> str:
+        """The optimizer form that runs."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class Periodic:
 
     what: str
     every: int | None
-    record: Callable[["Step"], None]
+    record: Callable[[Recorded], None]
 
     def __post_init__(self) -> None:
         if self.every is not None and not isinstance(self.every, int):
@@ -46,7 +59,7 @@ class PeriodicOps:
 
     what: str
     every: int | None
-    group: "Group"
+    group: Group
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,7 @@ def layers_alike(what: str, times: int = 1, phase: str = "optimizer") -> Iterato
     yield part
 
 
-def adapted_layers(step: "Step", *names: str) -> Iterator[tuple[Parameter, ...]]:
+def adapted_layers(step: Recorded, *names: str) -> Iterator[tuple[Parameter, ...]]:
     """Base weight and adapters (by their names inside the layer) of every adapted layer; alike layers come once."""
     by_name = {p.name: p for p in step.parameters}
     for full in list(by_name):
@@ -87,12 +100,12 @@ def adapted_layers(step: "Step", *names: str) -> Iterator[tuple[Parameter, ...]]
             yield (by_name[layer + ".weight"], *(by_name[f"{layer}.{name}"] for name in names))
 
 
-def trained(step: "Step") -> list[Parameter]:
+def trained(step: Recorded) -> list[Parameter]:
     """The parameters that train."""
     return [p for p in step.parameters if p.requires_grad]
 
 
-def fresh_states(step: "Step", parameters: Sequence[Parameter], dtype: str | None = None) -> None:
+def fresh_states(step: Recorded, parameters: Sequence[Parameter], dtype: str | None = None) -> None:
     """The optimizer's state begins anew: what it makes for a parameter (or its copy in a dtype) without a state.
 
     All fill their tensors with zeros, but SGD clones the gradient into its momentum. Source: torch/optim/adam.py

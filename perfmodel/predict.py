@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import architectures, costs, intervals, memory, methods, part_costs, passes, step, timeline, zero
+from . import architectures, costs, intervals, memory, methods, part_costs, passes, record, timeline, zero
 from .architectures import Architecture, Config
 from .devices import engine, profile
 from .devices import host as hosts
@@ -20,8 +20,9 @@ from .methods import Method
 from .periodic import PeriodicCost, PeriodicOps
 from .setup import Setup
 from .sharing import Shared, recalled
-from .step import PHASES, Step
+from .step import Step
 from .tape.dims import Dim
+from .tape.part import PHASES
 
 Model = str | PathLike[str] | Architecture | Config
 Phases = dict[str, Any]  # forward, backward, optimizer, total
@@ -208,7 +209,7 @@ def _predict(
 ) -> Prediction:
     method = method.priced(lambda parts: part_costs.seconds_of(parts, on, by))
     capability = on.compute_capability or "8.0"
-    return of_step(step.build(architecture, method, setup, on.kind, capability, shared=shared), on, by, shared)
+    return of_step(record.build(architecture, method, setup, on.kind, capability, shared=shared), on, by, shared)
 
 
 def of_step(built: Step, on: DeviceProfile, by: Host, shared: Shared | None = None) -> Prediction:

@@ -12,7 +12,7 @@ from .methods.base import Method
 from .setup import Setup
 from .tape.core import Tape
 from .tape.dims import Dim
-from .tape.op import Part
+from .tape.part import Part
 from .tape.tensor import Parameter, Storage
 
 Sums = dict[str, Dim]

@@ -11,7 +11,7 @@ Source: deepspeed 0.19.8, runtime/zero/stage3.py (`__add_grad_to_ipg_bucket`, `p
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,13 +23,11 @@ from .optimizers import Update
 from .optimizers.ops import in_place, new, read
 from .optimizers.update import Parameters, existing, gradient, runs
 from .setup import Setup
+from .step import Step
 from .tape.core import record, tape
 from .tape.dims import Dim, decide
-from .tape.op import Part
+from .tape.part import Part
 from .tape.tensor import Parameter, Tensor
-
-if TYPE_CHECKING:
-    from .step import Step
 
 NOTE = (
     "what the Python of DeepSpeed's ZeRO-3 costs was measured on a CPU (data/engines); few steps on GPUs were compared"
@@ -62,18 +60,18 @@ def running(setup: Setup, method: Method) -> tuple[Setup, Method]:
     return replace(setup, dtype=dtype, amp=None), method
 
 
-def bucket(step: "Step") -> Dim:
+def bucket(step: Step) -> Dim:
     """Elements of the bucket: transformers' `"reduce_bucket_size": "auto"` is the hidden size squared."""
     return step.architecture.hidden**2
 
 
-def held_bytes(step: "Step") -> Dim:
+def held_bytes(step: Step) -> Dim:
     """Bytes of the flat buffer of all gradients, and of the bucket."""
     trained = [p for p in step.parameters if p.used]
     return sum(p.nbytes * p.count for p in trained) + existing((bucket(step),), trained[0].dtype).nbytes
 
 
-def hook(step: "Step", *, first: bool) -> Callable[[Parameter, Tensor], None]:
+def hook(step: Step, *, first: bool) -> Callable[[Parameter, Tensor], None]:
     """What runs as soon as a parameter's gradient is complete; the first micro-batch's starts the sum."""
 
     def reduce(p: Parameter, grad: Tensor) -> None:
@@ -114,7 +112,7 @@ def end_of_backward() -> None:
     record("deepspeed::synchronize", (), (), ("host", "sync"))
 
 
-def record_update(step: "Step", optimizer: str) -> Update:
+def record_update(step: Step, optimizer: str) -> Update:
     """Record the optimizer step; returns it with what is kept between steps, masters included."""
     update = Update(tape(), optimizer, step.parameters)
     _norm(update.parameters)

@@ -7,9 +7,11 @@ from typing import Any
 from perfmodel import costs, methods
 from perfmodel.architectures import Architecture, Config, from_config
 from perfmodel.methods import Method
+from perfmodel.record import build
 from perfmodel.setup import Setup
-from perfmodel.step import PHASES, Step, build
+from perfmodel.step import Step
 from perfmodel.tape.op import Op
+from perfmodel.tape.part import PHASES
 from validate.oracle.counts import SMALL
 
 NAMES = tuple(SMALL)

@@ -6,7 +6,7 @@ from typing import Any
 from helpers import architecture_of, config_of, setup_of
 
 from perfmodel import methods
-from perfmodel.step import build
+from perfmodel.record import build
 from validate.oracle import counts
 from validate.oracle.counts import Case
 from validate.programs import models

@@ -12,7 +12,7 @@ import torch
 
 from perfmodel import methods
 from perfmodel.errors import UserError
-from perfmodel.step import build
+from perfmodel.record import build
 from validate.oracle import counts
 from validate.oracle.counts import Case
 from validate.programs import models

@@ -17,8 +17,9 @@ from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
 from perfmodel.methods.virtual import SoftPrompt
 from perfmodel.predict import Prediction, predict
-from perfmodel.step import PHASES, Step
+from perfmodel.step import Step
 from perfmodel.tape.op import Op
+from perfmodel.tape.part import PHASES
 
 SIZES = {"c3a": "block_size=8", "road": "group_size=32", "vblora": "length=16"}  # that divide the small models' widths
 METHODS = tuple(f"{name}:{SIZES[name]}" if name in SIZES else name for name in methods.registered())

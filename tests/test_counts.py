@@ -15,8 +15,9 @@ from helpers import NAMES, architecture_of, config_of, setup_of
 pytest.importorskip("peft")
 
 from perfmodel import methods
+from perfmodel.record import build
 from perfmodel.setup import Setup
-from perfmodel.step import Step, build
+from perfmodel.step import Step
 from perfmodel.tape.op import Spec
 from validate.oracle import counts
 from validate.oracle.counts import NO_DROPOUT, Case

@@ -16,8 +16,8 @@ from perfmodel import memory, methods, predict
 from perfmodel.architectures import from_config, load
 from perfmodel.errors import UserError
 from perfmodel.methods.lora import Lora
+from perfmodel.record import build
 from perfmodel.setup import Setup
-from perfmodel.step import build
 from validate.oracle import counts
 from validate.oracle.counts import Case
 from validate.programs import models

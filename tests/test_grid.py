@@ -22,8 +22,8 @@ from perfmodel.methods.lora import Lora
 from perfmodel.methods.top_k import TopK
 from perfmodel.predict import Prediction, predict
 from perfmodel.setup import Setup
-from perfmodel.step import PHASES
 from perfmodel.tape.dims import Axis
+from perfmodel.tape.part import PHASES
 
 few = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 names = st.sampled_from(NAMES)

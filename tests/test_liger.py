@@ -14,8 +14,8 @@ import torch
 from perfmodel import methods, predict
 from perfmodel.architectures import from_config, load
 from perfmodel.errors import UserError
+from perfmodel.record import build
 from perfmodel.setup import Setup
-from perfmodel.step import build
 from perfmodel.tape import liger
 from validate.oracle import counts
 from validate.oracle.counts import Case

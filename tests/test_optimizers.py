@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from perfmodel import costs, optimizers
 from perfmodel.tape.core import Tape, recording
-from perfmodel.tape.op import Op, Part, Spec
+from perfmodel.tape.op import Op, Spec
+from perfmodel.tape.part import Part
 from perfmodel.tape.tensor import Parameter
 
 # ATen/native/cuda/MultiTensorApply.cuh of PyTorch 2.13, built for CUDA 12 (CUDA 13 builds take seven times as many).

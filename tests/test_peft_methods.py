@@ -15,7 +15,7 @@ pytest.importorskip("peft")
 
 from perfmodel import costs, methods
 from perfmodel.errors import UserError
-from perfmodel.step import build
+from perfmodel.record import build
 from perfmodel.tape.op import Op
 from validate.oracle import counts
 from validate.oracle.counts import Case

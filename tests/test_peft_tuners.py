@@ -163,7 +163,7 @@ def test_a_grid_of_sizes_is_one_tape(method: str) -> None:
     from dataclasses import replace
 
     from perfmodel import memory
-    from perfmodel.step import build
+    from perfmodel.record import build
 
     sizes = np.array([4, 8, 16])
     parsed: Any = methods.parse(method.format(4))

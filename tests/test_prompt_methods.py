@@ -11,7 +11,7 @@ pytest.importorskip("peft")
 
 from perfmodel import costs, memory, methods
 from perfmodel.errors import UserError
-from perfmodel.step import build
+from perfmodel.record import build
 from validate.oracle import counts
 from validate.oracle.counts import Case
 

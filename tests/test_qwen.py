@@ -14,7 +14,7 @@ from perfmodel import methods
 from perfmodel.architectures import Config, from_config
 from perfmodel.errors import UserError
 from perfmodel.predict import predict
-from perfmodel.step import build
+from perfmodel.record import build
 from validate.oracle import counts
 from validate.oracle.counts import Case
 from validate.programs import models

@@ -18,8 +18,9 @@ import torch
 
 from perfmodel import methods
 from perfmodel.architectures import from_config
+from perfmodel.record import build
 from perfmodel.setup import Setup
-from perfmodel.step import PHASES, build
+from perfmodel.tape.part import PHASES
 from validate.oracle import counts
 from validate.programs import models
 from validate.programs.dtypes import TORCH_DTYPES

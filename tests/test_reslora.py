@@ -17,8 +17,9 @@ from test_real_step import real_steps, without_underscore
 
 from perfmodel import methods, predict
 from perfmodel.errors import UserError
+from perfmodel.record import build
 from perfmodel.setup import Setup
-from perfmodel.step import PHASES, build
+from perfmodel.tape.part import PHASES
 from validate.oracle import counts
 from validate.programs import models, references
 

@@ -20,8 +20,9 @@ from perfmodel.devices import host as hosts
 from perfmodel.devices import price, profile
 from perfmodel.devices.host import Host
 from perfmodel.predict import step_time
-from perfmodel.step import PHASES, Step
+from perfmodel.step import Step
 from perfmodel.tape.op import Op
+from perfmodel.tape.part import PHASES
 from perfmodel.timeline import IDENTITY, NEVER, SYNC, Clocks
 
 quick = settings(deadline=None, max_examples=200, derandomize=True)

@@ -1,24 +1,21 @@
 """What an architecture is, and the scopes in which its forward pass makes parameters and layers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from ..errors import UserError, nearest
 from ..registry import Registry
+from ..setup import Setup
 from ..tape import liger, linalg, nn, pointwise
 from ..tape.checkpoint import checkpoint
 from ..tape.core import tape
 from ..tape.dims import decide
 from ..tape.extra import add_in_place, add_to_view
-from ..tape.op import Part
+from ..tape.part import Part
 from ..tape.tensor import Parameter, Tensor
 from .config import Config
-
-if TYPE_CHECKING:
-    from ..methods.base import Method
-    from ..setup import Setup
 
 WORDS = ("embed_tokens", "wte", "word_embeddings")  # what transformers calls the embedding of the words
 _REGISTRY: Registry[type["Architecture"]] = Registry(__package__, Path(__file__).parent)
@@ -105,6 +102,32 @@ class Architecture:
         raise TypeError(f"{type(self).__name__} must define linear_names")
 
 
+class Rewrites(Protocol):
+    """What a forward pass asks of the fine-tuning method; `perfmodel.methods.base.Method` says what each is."""
+
+    def trains(self, name: str, kind: str, layer: int | None) -> bool: ...
+
+    def copies(self, name: str, kind: str) -> bool: ...
+
+    def layer_key(self, layer: int) -> Hashable: ...
+
+    def base_dtype(self, dtype: str) -> str: ...
+
+    def linear(self, layer: "Linear", x: Tensor) -> Tensor: ...
+
+    def qkv(self, layers: tuple["Linear", ...], x: Tensor) -> list[Tensor] | None: ...
+
+    def mlp(self, layers: tuple["Linear", ...], x: Tensor) -> Tensor | None: ...
+
+    def sublayer(self, layer: "Scope", name: str, x: Tensor, residual: Tensor, norm: str | None) -> Tensor: ...
+
+    def words(self, model: "Scope", weight: Parameter, ids: Tensor) -> Tensor: ...
+
+    def head(self, scope: "Scope", hidden: Tensor, weight: Parameter) -> Tensor: ...
+
+    def embedded(self, model: "Scope", x: Tensor) -> Tensor: ...
+
+
 @dataclass
 class Build:
     """One recording of a model: architecture, method, setup and all parameters made so far.
@@ -115,8 +138,8 @@ class Build:
     """
 
     architecture: Architecture
-    method: "Method"
-    setup: "Setup"
+    method: "Rewrites"
+    setup: Setup
     parameters: dict[str, Parameter]
     past: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     held: list[tuple[Tensor, Part | None]] = field(default_factory=list)

@@ -10,7 +10,8 @@ import numpy as np
 from ..costs import by_lists
 from ..errors import UserError, nearest
 from ..resources import DATA, is_file, mapping, read_toml
-from ..tape.op import Op, Part
+from ..tape.op import Op
+from ..tape.part import Part
 from . import own
 
 if TYPE_CHECKING:

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from ..optimizers import Update, importance
 from ..optimizers.update import runs
+from ..periodic import Recorded
 from ..tape.core import emit, record, tape
 from ..tape.extra import add_in_place, div
 from ..tape.inplace import add_to_output, frobenius_norm
@@ -16,9 +17,6 @@ from ..tape.tensor import Parameter, Tensor
 from .base import Linear, Periodic, method, option
 from .checks import fraction, positive
 from .targeted import DEFAULT_TARGETS, Targeted
-
-if TYPE_CHECKING:
-    from ..step import Step
 
 OPT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
@@ -86,7 +84,7 @@ class AdaLora(Targeted):
         return () if self.delta_t == 1 else (Periodic("allocation of ranks", self.delta_t, _allocate),)
 
 
-def _allocate(step: "Step") -> None:
+def _allocate(step: Recorded) -> None:
     importance.allocate(Update(tape(), step.optimizer, step.parameters))
 
 

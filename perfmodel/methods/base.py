@@ -4,23 +4,20 @@ import inspect
 from collections.abc import Callable, Hashable
 from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from ..architectures.base import Architecture, Linear, Scope
 from ..errors import UserError, nearest
 from ..optimizers import Update
-from ..periodic import Periodic
+from ..periodic import Periodic, Recorded
 from ..registry import Registry
 from ..setup import ENGINES
 from ..tape.dims import Dim
 from ..tape.linalg import linear
 from ..tape.nn import embedding
-from ..tape.op import Part
+from ..tape.part import Part
 from ..tape.tensor import Parameter, Tensor
 from .checks import choice
-
-if TYPE_CHECKING:
-    from ..step import Step
 
 Seconds = Callable[[list[Part]], Any]  # of parts in a row, on the device and host that a step is for
 _REGISTRY: Registry[type["Method"]] = Registry(__package__, Path(__file__).parent)
@@ -180,7 +177,7 @@ class Method:
         """This method with a way to ask what parts of a step take, for one that chooses its program by time."""
         return self
 
-    def choices(self, step: "Step") -> list[Any]:
+    def choices(self, step: Recorded) -> list[Any]:
         """What it chose for each kind of layer and why: a row of plain fields each, for tables and JSON."""
         return []
 
@@ -188,7 +185,7 @@ class Method:
         """What it does besides its steps: once per run, or every so many steps."""
         return ()
 
-    def held_bytes(self, step: "Step") -> Dim:
+    def held_bytes(self, step: Recorded) -> Dim:
         """Bytes that it keeps from step to step beside parameters and optimizer state."""
         return 0
 

@@ -1,9 +1,9 @@
 """BeamLoRA's replacement of weak ranks, as its authors write it (`analyze_rank_importance`, `inherit_param_ckpt`)."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import optimizers
-from ..periodic import adapted_layers, layers_alike
+from ..periodic import Recorded, adapted_layers, layers_alike
 from ..tape.core import emit, new_tensor, record, tape
 from ..tape.custom import index_buffer
 from ..tape.extra import div
@@ -11,9 +11,6 @@ from ..tape.nn import softmax
 from ..tape.pointwise import add, mul
 from ..tape.shape import view
 from ..tape.tensor import Parameter, Tensor
-
-if TYPE_CHECKING:
-    from ..step import Step
 
 TEMPERATURE = 0.05  # τ of the authors' code
 ADAPTERS = ("lora_gate", "lora_A.weight", "lora_B.weight")
@@ -24,7 +21,7 @@ def importance(gate: Tensor) -> Tensor:
     return mul(softmax(div(gate, TEMPERATURE)), 1.0)
 
 
-def expand_ranks(step: "Step") -> None:
+def expand_ranks(step: Recorded) -> None:
     """Rank importance over all layers, then in each layer strong ranks into the places of weak ones."""
     layers = [adapters for _, *adapters in adapted_layers(step, *ADAPTERS)]
     for gate, *_ in layers:

@@ -1,7 +1,7 @@
 """GaLore: full fine-tuning whose optimizer works on gradients projected to a low rank."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from ..optimizers import Update
 from ..optimizers.adam_loop import denominator
 from ..optimizers.ops import in_place, new
 from ..optimizers.update import existing, gradient, runs
-from ..periodic import layers_alike
+from ..periodic import Recorded, layers_alike
 from ..tape.core import record
 from ..tape.decompositions import smaller, svd
 from ..tape.dims import decide
@@ -21,9 +21,6 @@ from ..tape.tensor import Parameter, Tensor
 from .base import Method, Periodic, method, option
 from .checks import positive
 from .targeted import ALL_LINEAR, check_targets, named
-
-if TYPE_CHECKING:
-    from ..step import Step
 
 
 @method(
@@ -89,7 +86,7 @@ class GaLore(Method):
     def periodic(self) -> tuple[Periodic, ...]:
         return (Periodic("SVD of the projected gradients", self.update_proj_gap, self._decompose),)
 
-    def _decompose(self, step: "Step") -> None:
+    def _decompose(self, step: Recorded) -> None:
         for count, run in runs([p for p in step.parameters if self.projects(p)]):
             with layers_alike("SVD", count):
                 for p in run:
@@ -117,7 +114,7 @@ class FedGaLore(GaLore):
         return (*super().periodic(), Periodic("exchange of all weights with the host", self.local_steps, _exchange))
 
 
-def _exchange(step: "Step") -> None:
+def _exchange(step: Recorded) -> None:
     for count, run in runs([p for p in step.parameters if p.requires_grad]):
         with layers_alike("exchange", count):
             for p in run:

@@ -3,22 +3,17 @@
 Source: peft/tuners/lora/layer.py (`get_delta_weight`, `merge`, `reset_lora_parameters`).
 """
 
-from typing import TYPE_CHECKING
-
-from ..periodic import adapted_layers, fresh_states, layers_alike, trained
+from ..periodic import Recorded, adapted_layers, fresh_states, layers_alike, trained
 from ..tape.core import record, tape
 from ..tape.linalg import mm
 from ..tape.pointwise import cast, mul
 from ..tape.shape import t
 from ..tape.tensor import Parameter
 
-if TYPE_CHECKING:
-    from ..step import Step
-
 LORA = ("lora_A.weight", "lora_B.weight")
 
 
-def merge_and_restart(step: "Step") -> None:
+def merge_and_restart(step: Recorded) -> None:
     """W += (α/r)·BA in every adapted layer, A and B as at the start, and optimizer states of zeros."""
     layers = list(adapted_layers(step, *LORA))
     for weight, a, b in layers:

@@ -3,9 +3,7 @@
 Source: peft/tuners/lora/layer.py (`pissa_init`), torch/_lowrank.py (`svd_lowrank`).
 """
 
-from typing import TYPE_CHECKING
-
-from ..periodic import adapted_layers, layers_alike
+from ..periodic import Recorded, adapted_layers, layers_alike
 from ..tape.core import emit, new_tensor, record
 from ..tape.decompositions import smaller
 from ..tape.dims import Dim, decide
@@ -15,11 +13,8 @@ from ..tape.shape import t
 from ..tape.tensor import Parameter, Tensor
 from .merging import LORA
 
-if TYPE_CHECKING:
-    from ..step import Step
 
-
-def decompose(step: "Step", niter: int) -> None:
+def decompose(step: Recorded, niter: int) -> None:
     """In every adapted layer: a whole SVD, or a randomised one with `niter` power iterations if that is not 0."""
     for weight, a, b in adapted_layers(step, *LORA):
         with layers_alike("SVD", a.count):

@@ -5,9 +5,10 @@ shape, by FLOPs or by measuring (github.com/KamikaziZen/RunLoRA, runlora/runlora
 """
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import UserError
+from ..periodic import Recorded
 from ..tape.custom import BACKWARDS, FORWARDS, run_lora
 from ..tape.pointwise import mul
 from ..tape.shape import t
@@ -16,9 +17,6 @@ from .base import Linear, Seconds, method, option
 from .checks import choice, float_dtype, positive
 from .runlora_orders import BACKWARD_FLOPS, FORWARD_FLOPS, Choice, LayerShape, cheapest, flops, times
 from .targeted import Targeted, base_bias, base_weight
-
-if TYPE_CHECKING:
-    from ..step import Step
 
 
 @method(
@@ -86,7 +84,7 @@ class RunLora(Targeted):
         shape = LayerShape(tokens, layer.n_in, layer.n_out, self.r, dtype, layer.has_bias, layer.conv1d)
         return run_lora(x, w, mul(u, self.alpha), v, bias, *self.orders(shape))
 
-    def choices(self, step: "Step") -> list[Choice]:
+    def choices(self, step: Recorded) -> list[Choice]:
         names = {p.name: p for p in step.parameters}
         found: dict[str, Choice] = {}
         path = step.architecture.layer_path + "."

@@ -8,7 +8,7 @@ from ..tape.core import Tape, recording
 from ..tape.custom import BACKWARDS, FORWARDS, run_lora
 from ..tape.dims import Dim, decide
 from ..tape.engine import run_backward
-from ..tape.op import Part
+from ..tape.part import Part
 from ..tape.pointwise import fill
 from ..tape.shape import t
 from ..tape.tensor import Parameter, Tensor

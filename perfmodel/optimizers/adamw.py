@@ -1,6 +1,7 @@
 """`torch.optim.AdamW` with weight decay, in its three forms. Sources: torch/optim/adamw.py, adam.py."""
 
-from ..tape.op import Part, Spec
+from ..tape.op import Spec
+from ..tape.part import Part
 from ..tape.tensor import Parameter
 from .lists import Recorder, Specs, by_dtype, counters, each, specs_of
 from .ops import advance, in_place, new, read_counter

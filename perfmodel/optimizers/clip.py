@@ -1,6 +1,7 @@
 """`torch.nn.utils.clip_grad_norm_`. Source: torch/nn/utils/clip_grad.py."""
 
-from ..tape.op import Part, Spec
+from ..tape.op import Spec
+from ..tape.part import Part
 from .lists import Recorder, Specs, by_dtype
 
 

@@ -6,7 +6,8 @@ A `Spec` with copies stands for the like parameters of identical layers, so the 
 from collections.abc import Callable, Sequence
 
 from ..tape.dims import Dim
-from ..tape.op import Op, Part, Spec
+from ..tape.op import Op, Spec
+from ..tape.part import Part
 from ..tape.tensor import Parameter
 
 Specs = list[Spec]

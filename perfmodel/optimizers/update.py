@@ -13,7 +13,8 @@ from itertools import groupby
 
 from ..tape.core import Tape, recording
 from ..tape.dims import Dim, Shape, contiguous_strides, product, same_shape
-from ..tape.op import Part, Spec
+from ..tape.op import Spec
+from ..tape.part import Part
 from ..tape.tensor import Parameter, Storage, Tensor
 
 Parameters = Sequence[Parameter]

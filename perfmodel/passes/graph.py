@@ -12,7 +12,8 @@ import numpy as np
 
 from ..tape.dims import Dim, decide, same
 from ..tape.dtypes import ITEMSIZE
-from ..tape.op import Op, Part, Use
+from ..tape.op import Op, Use
+from ..tape.part import Part
 from ..tape.tensor import Flow
 
 

@@ -4,12 +4,12 @@ Composite calls (layer norm, softmax, losses, the embedding's gradient) fall int
 Sources: torch/_inductor/lowering.py, torch/_inductor/decomposition.py, torch/_decomp/decompositions.py (PyTorch 2.13).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from ..step import Step
 from ..tape.dims import Dim, decide, is_one, product
-from ..tape.op import LATER, Part, Spec
-from ..tape.tensor import Flow
+from ..tape.op import LATER, Spec
+from ..tape.part import Part
+from ..tape.tensor import Flow, Parameter
 from .graph import Builder, Graph, Prim, Value
 
 # Calls that compute each element of the result from the operands' elements, by the name before the dot.
@@ -37,10 +37,10 @@ Rule = Callable[[Builder], None]
 _RULES: dict[str, Rule] = {}
 
 
-def lowered(step: Step, parts: list[Part], flow: Flow) -> Graph:
+def lowered(parameters: Sequence[Parameter], parts: list[Part], flow: Flow) -> Graph:
     """The graph of a micro-batch's parts."""
-    parameters = {p.storage.number: p.part if p.part and p.part.repeat > 1 else None for p in step.parameters}
-    builder = Builder(parts, flow, parameters)
+    weights = {p.storage.number: p.part if p.part and p.part.repeat > 1 else None for p in parameters}
+    builder = Builder(parts, flow, weights)
     for op in builder.ops():
         name = op.name.partition(".")[0]
         if name in NOTHING:
@@ -57,7 +57,7 @@ def lowered(step: Step, parts: list[Part], flow: Flow) -> Graph:
             _plain(builder, name if name.startswith("_") else name.rstrip("_"))
     graph = builder.graph
     for (storage, _), value in builder.values.items():
-        if value.maker is not None and (storage in flow.live or storage in parameters):
+        if value.maker is not None and (storage in flow.live or storage in weights):
             graph.results.add(value)
     _without_dead_code(graph)
     return graph

@@ -8,7 +8,7 @@ from ..anatomy import Phase
 from ..compare import Comparison
 from ..predict import Prediction
 from ..setup import Setup
-from ..step import PHASES
+from ..tape.part import PHASES
 from . import units
 
 Figure = Callable[[Prediction], Any]

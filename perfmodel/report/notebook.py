@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..step import PHASES
+from ..tape.part import PHASES
 from . import units
 from .svg import typeset
 

@@ -11,7 +11,7 @@ from rich.text import Text
 from ..compare import Comparison
 from ..periodic import PeriodicCost
 from ..predict import Prediction
-from ..step import PHASES
+from ..tape.part import PHASES
 from ..words import in_words
 from . import units
 from .figures import Cell, figures, headline, mfu_of, setup_line

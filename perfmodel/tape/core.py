@@ -10,7 +10,8 @@ from typing import Any
 
 from .dims import Dim, Shape, contiguous_strides, product
 from .dtypes import ITEMSIZE
-from .op import Op, Part
+from .op import Op
+from .part import Part
 from .tensor import Flow, Node, Parameter, Storage, Tensor
 
 

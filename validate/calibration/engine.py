@@ -27,9 +27,11 @@ from perfmodel.architectures import Config, from_config
 from perfmodel.devices import host as hosts
 from perfmodel.devices.engine import COSTS
 from perfmodel.devices.host import Host
+from perfmodel.record import build
 from perfmodel.resources import DATA, write_text
 from perfmodel.setup import Setup
-from perfmodel.step import PHASES, Step, build
+from perfmodel.step import Step
+from perfmodel.tape.part import PHASES
 
 from ..measuring.environment import cpu_name
 from ..oracle.counts import SMALL

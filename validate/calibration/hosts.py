@@ -27,9 +27,11 @@ from perfmodel.devices import host as hosts
 from perfmodel.devices import price
 from perfmodel.devices.host import Host
 from perfmodel.devices.profile import DeviceProfile
+from perfmodel.record import build
 from perfmodel.resources import write_text
 from perfmodel.setup import Setup
-from perfmodel.step import PHASES, Step, build
+from perfmodel.step import Step
+from perfmodel.tape.part import PHASES
 
 from ..measuring.environment import cpu_name
 from ..oracle.counts import NO_DROPOUT, SMALL

@@ -20,7 +20,7 @@ from perfmodel.devices.host import Host
 from perfmodel.devices.profile import DeviceProfile
 from perfmodel.errors import UserError
 from perfmodel.predict import step_time
-from perfmodel.step import PHASES
+from perfmodel.tape.part import PHASES
 
 from ..checking.check import Progress, check
 from ..checking.machine import Machine, name_of

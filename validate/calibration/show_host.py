@@ -7,7 +7,7 @@ from typing import Any
 from perfmodel.report import units
 from perfmodel.report.progress import progress
 from perfmodel.report.terminal import console, table
-from perfmodel.step import PHASES
+from perfmodel.tape.part import PHASES
 
 
 def show_host(output: Any) -> None:

@@ -10,7 +10,8 @@ from perfmodel import costs
 from perfmodel.devices.host import Host
 from perfmodel.devices.profile import DeviceProfile
 from perfmodel.predict import Prediction, predict
-from perfmodel.step import PHASES, Step
+from perfmodel.step import Step
+from perfmodel.tape.part import PHASES
 
 from ..accuracy import Pair, paired
 from ..measuring.cells import Cell

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from perfmodel.report import units
-from perfmodel.step import PHASES
+from perfmodel.tape.part import PHASES
 
 from ..accuracy import Pair
 from .check import Report

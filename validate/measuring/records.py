@@ -13,7 +13,7 @@ from typing import Any
 
 from perfmodel.errors import UserError, nearest
 from perfmodel.resources import parsed, read_text
-from perfmodel.step import PHASES
+from perfmodel.tape.part import PHASES
 
 SCHEMA = 1
 Record = dict[str, Any]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from perfmodel.step import PHASES
+from perfmodel.tape.part import PHASES
 
 from ..tracing.trace import Recorder
 from . import profile

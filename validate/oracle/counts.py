@@ -11,8 +11,10 @@ import torch
 
 from perfmodel import costs, memory, methods
 from perfmodel.architectures import Config, from_config, load
+from perfmodel.record import build
 from perfmodel.setup import Setup
-from perfmodel.step import PHASES, Step, build
+from perfmodel.step import Step
+from perfmodel.tape.part import PHASES
 
 from ..programs import models, updates
 from ..tracing.trace import Signature, Trace, signature, trace_step

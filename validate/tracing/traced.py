@@ -22,10 +22,12 @@ from perfmodel.devices.profile import DeviceProfile
 from perfmodel.errors import UserError
 from perfmodel.methods import Method
 from perfmodel.predict import Prediction, of_step
+from perfmodel.record import record_update
 from perfmodel.setup import Setup
-from perfmodel.step import Group, Step, record_update
+from perfmodel.step import Step
 from perfmodel.tape.core import Tape, recording
-from perfmodel.tape.op import Op, Part
+from perfmodel.tape.op import Op
+from perfmodel.tape.part import Group, Part
 
 from .. import programs
 from ..programs import adapt as adapters
