@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from . import words
 from .anatomy import Anatomy, dissect
 from .devices import host as hosts
@@ -13,11 +15,13 @@ from .errors import UserError
 from .methods import Method
 from .predict import Model, Prediction, plain, predict, with_options
 from .setup import Setup
+from .shown import Shown, frame
 from .speedup import SpeedUp, speed_up
+from .tape.part import PHASES
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """Predictions of several methods; the first is the baseline."""
 
     predictions: list[Prediction]
@@ -40,10 +44,25 @@ class Comparison:
             ],
         }
 
-    def _repr_html_(self) -> str:
-        from .report import notebook
+    def to_frame(self) -> Any:
+        """One row a method, SI units: step time by phase, counts, memory, and its speed-up over the baseline.
 
-        return notebook.comparison(self)
+        Raises:
+            UserError: pandas is not installed, or the predictions are grids.
+        """
+        if any(np.ndim(p.time.phases["total"]) for p in self.predictions):
+            raise UserError("a comparison over a grid has no rows: use sweep(...).to_frame()")
+        speedups = [(1.0, "same"), *((s.ratio, s.verdict) for s in self.speedups)]
+        return frame({
+            "method": [p.method for p in self.predictions],
+            **{f"{phase}_s": [p.time.phases[phase] for p in self.predictions] for phase in (*PHASES, "total")},
+            **{name: [getattr(p, name)["total"] for p in self.predictions] for name in ("flops", "bytes", "kernels")},
+            "peak_bytes": [p.memory.peak for p in self.predictions],
+            "fits": [bool(p.fits) for p in self.predictions],
+            "trainable": [p.trainable_params for p in self.predictions],
+            "speedup": [ratio for ratio, _ in speedups],
+            "verdict": [verdict for _, verdict in speedups],
+        })  # fmt: skip
 
 
 def compare(

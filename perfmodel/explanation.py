@@ -15,6 +15,7 @@ from .methods import Method
 from .predict import Model, Prediction, predict, resolve, with_options
 from .roofline import Kernel, kernels
 from .setup import Setup
+from .shown import Shown
 from .speedup import SpeedUp
 from .words import in_words
 
@@ -42,7 +43,7 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Shown):
     """The way from a's step to b's.
 
     Attributes:
@@ -100,11 +101,6 @@ class Explanation:
             "kernels": {of: [k.as_dict() for k in self.kernels(of)[:KERNELS_IN_JSON]] for of in ("a", "b")},
             "crossovers": [c.as_dict() for c in self.crossovers],
         }  # fmt: skip
-
-    def _repr_html_(self) -> str:
-        from .report import notebook
-
-        return notebook.explanation(self)
 
 
 def explain(

@@ -20,6 +20,7 @@ from .methods import Method
 from .periodic import PeriodicCost, PeriodicOps
 from .setup import Setup
 from .sharing import Shared, recalled
+from .shown import Shown
 from .step import Step
 from .tape.dims import Dim
 from .tape.part import PHASES
@@ -67,7 +68,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(Shown):
     """What one training step costs; every number may be an array over the grid.
 
     Attributes:
@@ -121,11 +122,6 @@ class Prediction:
             "choices": plain(self.choices),
             "notes": self.notes,
         }  # fmt: skip
-
-    def _repr_html_(self) -> str:
-        from .report import notebook
-
-        return notebook.prediction(self)
 
 
 def plain(value: Any) -> Any:

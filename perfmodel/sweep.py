@@ -19,6 +19,7 @@ from .errors import UserError
 from .methods import Method
 from .predict import Model, Prediction, Time, architecture_of, predict, with_options
 from .setup import Setup, positive
+from .shown import Shown, frame
 from .speedup import verdict
 
 Columns = dict[str, np.ndarray]
@@ -26,7 +27,7 @@ BLOCK = 16_384  # rows that are predicted together
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Shown):
     """A planned sweep; nothing is predicted before its blocks are asked for.
 
     Attributes:
@@ -68,6 +69,14 @@ class Sweep:
         """All rows at once."""
         blocks = list(self.blocks())
         return {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
+
+    def to_frame(self) -> Any:
+        """All rows as a `pandas.DataFrame`.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        return frame(self.table())
 
     def _rows(self, method: Method) -> int:
         return len(self.batch) * len(self.seq) * len(self._ranks(method))
