@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from . import products
+from .registry import add_once
 from .tape.dims import Dim
 from .tape.op import Op, Spec
 
@@ -22,7 +23,7 @@ def flops_of(*names: str) -> Callable[[Callable[..., Dim]], Callable[..., Dim]]:
 
     def register(formula: Callable[..., Dim]) -> Callable[..., Dim]:
         for name in names:
-            _FLOPS[name] = formula
+            add_once(_FLOPS, name, formula)
         return formula
 
     return register

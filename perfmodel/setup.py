@@ -28,8 +28,8 @@ class Setup:
         seq: tokens per sample; the batch is dense. An int or an integer array.
         dtype: dtype of the base weights: bf16, fp16 or fp32.
         amp: 16-bit dtype of `torch.autocast`, or None; under DeepSpeed, of the model itself.
-        optimizer: adamw (PyTorch's default form for the device, under DeepSpeed its FusedAdam), adamw-foreach, -loop,
-            -fused, sgd, sgd-momentum.
+        optimizer: a name of `OPTIMIZERS`; adamw is PyTorch's default form on the device, or DeepSpeed's FusedAdam under
+            that engine.
         grad_accum: micro-batches per optimizer step.
         checkpoint: none, block (non-reentrant, per block) or block-reentrant.
         attention: sdpa, eager or flash2 (the flash-attn package).

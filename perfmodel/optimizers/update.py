@@ -1,7 +1,8 @@
 """One optimizer step in the making: what optimizers and methods record it with.
 
-An optimizer is a function of an `Update` and the parameters of one of its groups, registered under its name. A method
-that wants another update than the setup's optimizer on one group of all that trains overrides `Method.update`.
+An optimizer is a function of an `Update` and the parameters of one of its groups, registered under its name; its file
+is found by that name. A method that wants another update than the setup's optimizer on one group of all that trains
+overrides `Method.update`.
 
 A loop over parameters is recorded once per run of like layers, as the forward pass is: `runs` gives the parameters of
 one layer after another, and what is recorded for a run counts as often as there are such layers. Write the body of such
@@ -10,7 +11,9 @@ a loop as a function of one run, so that its local tensors die with the run that
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 
+from ..registry import Registry
 from ..tape.core import Tape, recording
 from ..tape.dims import Dim, Shape, contiguous_strides, product, same_shape
 from ..tape.op import Spec
@@ -19,14 +22,14 @@ from ..tape.tensor import Parameter, Storage, Tensor
 
 Parameters = Sequence[Parameter]
 Record = Callable[["Update", Parameters, bool], None]  # of (update, parameters, whether they decay)
-_REGISTRY: dict[str, Record] = {}
+_REGISTRY: Registry[Record] = Registry(__package__, Path(__file__).parent)
 
 
 def optimizer(name: str) -> Callable[[Record], Record]:
     """Register the program of an optimizer under a name."""
 
     def register(record: Record) -> Record:
-        _REGISTRY[name] = record
+        _REGISTRY.add(name, record)
         return record
 
     return register
@@ -34,7 +37,7 @@ def optimizer(name: str) -> Callable[[Record], Record]:
 
 def names() -> tuple[str, ...]:
     """The optimizers of a setup; "adamw" is the form that PyTorch picks on the device."""
-    return ("adamw", *_REGISTRY)
+    return ("adamw", *_REGISTRY.all())
 
 
 def resolve(name: str, device: str) -> str:
@@ -83,7 +86,9 @@ class Update:
             decay: whether the group's weights decay.
         """
         if parameters:
-            _REGISTRY[optimizer or self.optimizer](self, parameters, decay)
+            record = _REGISTRY.get(optimizer or self.optimizer)
+            assert record is not None, f"a setup knows no optimizer {self.optimizer!r}"
+            record(self, parameters, decay)
 
     def part(self, repeat: int = 1) -> Part:
         """Begin a part of the optimizer step that runs `repeat` times in a row."""

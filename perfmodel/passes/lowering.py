@@ -6,6 +6,7 @@ Sources: torch/_inductor/lowering.py, torch/_inductor/decomposition.py, torch/_d
 
 from collections.abc import Callable, Sequence
 
+from ..registry import add_once
 from ..tape.dims import Dim, decide, is_one, product
 from ..tape.op import LATER, Spec
 from ..tape.part import Part
@@ -159,7 +160,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
     def register(make: Rule) -> Rule:
         for name in names:
-            _RULES[name] = make
+            add_once(_RULES, name, make)
         return make
 
     return register
