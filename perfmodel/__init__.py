@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 from .shown import Shown
 
 if TYPE_CHECKING:
-    from .advise import Advice
-    from .compare import Comparison
     from .devices.host import Host
     from .devices.profile import DeviceProfile as Device
     from .errors import UserError
-    from .explanation import Explanation
     from .methods import Method
-    from .predict import Model, Prediction
+    from .prediction.predict import Model, Prediction
+    from .questions.advice import Advice
+    from .questions.comparison import Comparison
+    from .questions.explanation import Explanation
+    from .questions.speedup import SpeedUp
+    from .questions.sweeps import Sweep
     from .setup import Setup
-    from .speedup import SpeedUp
-    from .sweep import Sweep
 
 __all__ = [
     "Advice", "Comparison", "Device", "Explanation", "Prediction", "Setup", "SpeedUp", "Sweep", "UserError", "advise",
@@ -57,7 +57,7 @@ def predict(
     >>> round(predict("llama-3.2-3b", "lora:r=32", device="l40s", batch=4, seq=210).flops["total"] / 1e12)
     11
     """
-    from .predict import predict as answer
+    from .prediction.predict import predict as answer
 
     return answer(model, method, setup, device, host=host, **options)
 
@@ -78,7 +78,7 @@ def compare(
     >>> compare("tinyllama-1.1b", ["full", "lora:r=8"], device="a100", batch=4, seq=512).speedups[0].verdict
     'faster'
     """
-    from .compare import compare as answer
+    from .questions.comparison import compare as answer
 
     return answer(model, methods, setup, device, host=host, **options)
 
@@ -106,7 +106,7 @@ def explain(
     >>> e.waterfall[0].name
     'optimizer'
     """
-    from .explanation import explain as answer
+    from .questions.explanation import explain as answer
 
     return answer(model, a, b, setup, device, host=host, axes=axes, **options)
 
@@ -135,7 +135,7 @@ def advise(
     Raises:
         UserError: what `predict` refuses for the start, arrays in the setup, a limit that is not positive.
     """
-    from .advise import advise as answer
+    from .questions.advice import advise as answer
 
     return answer(
         model, method, setup, device, methods=methods, memory_bytes=memory_bytes, min_trainable=min_trainable,
@@ -171,7 +171,7 @@ def sweep(
     >>> len(grid)
     48
     """
-    from .sweep import sweep as answer
+    from .questions.sweeps import sweep as answer
 
     return answer(model, methods, setup, device, batch=batch, seq=seq, rank=rank, k=k, host=host, **options)
 
@@ -209,14 +209,14 @@ def predict_module(
         loss: makes the scalar loss of the module's output; default: the output's `.loss`, or the output itself.
         setup: optimizer, gradient accumulation, checkpoints (of transformers models) and clipping of the step; batch,
             seq and dtype only label it. Default: AdamW, batch and seq read off the first input.
-        device, host: as `perfmodel.predict` takes them.
+        device, host: as `perfmodel.prediction.predict` takes them.
         name: how the prediction calls the module; default: its class.
 
     Raises:
         UserError: no scalar loss, nothing trains, or the program needs data that a fake tensor does not have.
     """
     try:
-        from validate.tracing.modules import predict as answer
+        from .tracing.modules import predict as answer
     except ImportError as error:
         from .errors import UserError
 
@@ -236,8 +236,9 @@ def _draw(result: Any) -> str:
 Shown.draw = staticmethod(_draw)
 
 _TYPES = {  # name -> its module, imported on first use
-    "Advice": "advise", "Comparison": "compare", "Device": "devices.profile", "Explanation": "explanation",
-    "Prediction": "predict", "Setup": "setup", "SpeedUp": "speedup", "Sweep": "sweep", "UserError": "errors",
+    "Advice": "questions.advice", "Comparison": "questions.comparison", "Device": "devices.profile",
+    "Explanation": "questions.explanation", "Prediction": "prediction.predict", "Setup": "setup",
+    "SpeedUp": "questions.speedup", "Sweep": "questions.sweeps", "UserError": "errors",
 }  # fmt: skip
 
 

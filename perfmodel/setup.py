@@ -7,7 +7,7 @@ import numpy as np
 
 from . import optimizers
 from .errors import UserError, nearest
-from .tape.dims import Dim
+from .program.dims import Dim
 
 DTYPES = ("bf16", "fp16", "fp32")
 ATTENTION = ("sdpa", "eager", "flash2")
@@ -40,7 +40,7 @@ class Setup:
             and forward and backward are each a CUDA graph).
         padded: whether some samples of a batch are padded to `seq`: then sdpa gets an explicit mask, which costs it the
             flash kernel, copies of the grouped keys and values, and the causal saving.
-        engine: what runs the step: torch, or deepspeed-zero3 (`perfmodel.zero`); a method may name its own.
+        engine: what runs the step: torch, or deepspeed-zero3 (`perfmodel.recording.zero`); a method may name its own.
     """
 
     batch: Dim = 1

@@ -4,14 +4,15 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from perfmodel import costs, methods
+from perfmodel import methods
 from perfmodel.architectures import Architecture, Config, from_config
+from perfmodel.calls import costs
 from perfmodel.methods import Method
-from perfmodel.record import build
+from perfmodel.program.op import Op
+from perfmodel.program.part import PHASES
+from perfmodel.recording.record import build
+from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
-from perfmodel.step import Step
-from perfmodel.tape.op import Op
-from perfmodel.tape.part import PHASES
 from validate.oracle.counts import SMALL
 
 NAMES = tuple(SMALL)

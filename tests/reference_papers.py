@@ -18,8 +18,8 @@ from perfmodel.methods.rolora import RoLora
 from perfmodel.methods.s2ft import S2Ft
 from perfmodel.methods.xgblora import XgbLora
 from perfmodel.setup import Setup
-from validate.programs import models
-from validate.tracing.trace import Recorder, Signature, to_fake
+from perfmodel.tracing.programs import models
+from perfmodel.tracing.trace import Recorder, Signature, to_fake
 
 
 @program(RoLora)

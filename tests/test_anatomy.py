@@ -11,15 +11,16 @@ from helpers import architecture_of, op_bytes, setup_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perfmodel import UserError, costs, methods
-from perfmodel.anatomy import PARTS, WAITING, Anatomy, dissect, part_of
+from perfmodel import UserError, methods
+from perfmodel.calls import costs
 from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
-from perfmodel.methods.virtual import SoftPrompt
-from perfmodel.predict import Prediction, predict
-from perfmodel.step import Step
-from perfmodel.tape.op import Op
-from perfmodel.tape.part import PHASES
+from perfmodel.methods.parts.virtual import SoftPrompt
+from perfmodel.prediction.predict import Prediction, predict
+from perfmodel.program.op import Op
+from perfmodel.program.part import PHASES
+from perfmodel.questions.anatomy import PARTS, WAITING, Anatomy, dissect, part_of
+from perfmodel.recording.step import Step
 
 SIZES = {"c3a": "block_size=8", "road": "group_size=32", "vblora": "length=16"}  # that divide the small models' widths
 METHODS = tuple(f"{name}:{SIZES[name]}" if name in SIZES else name for name in methods.registered())

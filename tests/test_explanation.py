@@ -14,12 +14,15 @@ from helpers import architecture_of, setup_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perfmodel import UserError, compare, explain, predict, words
-from perfmodel.anatomy import PARTS, Anatomy, Phase
-from perfmodel.crossover import Crossover
-from perfmodel.predict import Prediction
+from perfmodel import UserError, explain
+from perfmodel.prediction import predict
+from perfmodel.prediction.predict import Prediction
+from perfmodel.questions import comparison as compare
+from perfmodel.questions import sentences as words
+from perfmodel.questions.anatomy import PARTS, Anatomy, Phase
+from perfmodel.questions.crossover import Crossover
+from perfmodel.questions.speedup import SpeedUp, verdict
 from perfmodel.report.crossings import in_words
-from perfmodel.speedup import SpeedUp, verdict
 
 BIG = {"model": "llama-3.2-3b", "device": "l40s", "batch": 4, "seq": 210}
 LORA = "lora:r=32,targets=q_proj+v_proj"

@@ -15,7 +15,7 @@ from perfmodel import Setup, methods
 from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.imports import read
-from perfmodel.predict import resolve
+from perfmodel.prediction.predict import resolve
 
 CONFIGS = Path(__file__).parent / "configs"
 AMP = {"dtype": "bf16", "amp": "bf16"}

@@ -2,14 +2,14 @@
 
 import pytest
 
-from perfmodel import costs
+from perfmodel.calls import costs
 from perfmodel.devices import kernels, price, profile
-from perfmodel.predict import predict
+from perfmodel.prediction.predict import predict
+from perfmodel.program.op import Op, Spec
 from perfmodel.setup import Setup
 from perfmodel.tape.core import Tape, new_tensor, recording
 from perfmodel.tape.gather import top_values
 from perfmodel.tape.linalg import bmm
-from perfmodel.tape.op import Op, Spec
 from perfmodel.tape.shape import transpose
 from perfmodel.tape.spectrum import fft_of_real, inverse_fft2, inverse_fft_of_real
 from perfmodel.tape.tensor import Tensor

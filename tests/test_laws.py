@@ -10,11 +10,11 @@ from helpers import FIGURES, METHODS, NAMES, architecture_of, by_phase, step_of,
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from perfmodel import costs
+from perfmodel.calls import costs
+from perfmodel.program.op import Op
 from perfmodel.tape.core import Tape, recording
 from perfmodel.tape.engine import run_backward
 from perfmodel.tape.linalg import linear
-from perfmodel.tape.op import Op
 from perfmodel.tape.pointwise import add, fill
 from perfmodel.tape.tensor import Parameter
 

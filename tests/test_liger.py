@@ -11,16 +11,17 @@ pytest.importorskip("transformers")
 import reference_liger as reference
 import torch
 
-from perfmodel import methods, predict
+from perfmodel import methods
 from perfmodel.architectures import from_config, load
 from perfmodel.errors import UserError
-from perfmodel.record import build
+from perfmodel.prediction import predict
+from perfmodel.recording.record import build
 from perfmodel.setup import Setup
-from perfmodel.tape import liger
+from perfmodel.tape.packages import liger
+from perfmodel.tracing.programs import models
+from perfmodel.tracing.trace import trace_step
 from validate.oracle import counts
 from validate.oracle.counts import Case
-from validate.programs import models
-from validate.tracing.trace import trace_step
 
 WIDE = architecture_of("llama", vocab_size=2048)
 

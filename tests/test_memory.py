@@ -12,9 +12,9 @@ from helpers import METHODS, NAMES, step_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from perfmodel import memory
-from perfmodel.memory import Segment
-from perfmodel.step import Step
+from perfmodel.prediction import memory
+from perfmodel.prediction.memory import Segment
+from perfmodel.recording.step import Step
 
 few = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 names = st.sampled_from(NAMES)

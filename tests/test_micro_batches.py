@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from perfmodel import predict
-from perfmodel.step import Step
+from perfmodel.prediction import predict
+from perfmodel.program.op import LATER
+from perfmodel.recording.step import Step
 from perfmodel.tape.core import Tape
-from perfmodel.tape.op import LATER
 
 METHODS = ("full", "lora:r=4", "lora:targets=all-linear,implementation=unsloth", "dora", "reslora", "prefix_tuning")
 SETUPS: tuple[dict[str, Any], ...] = (

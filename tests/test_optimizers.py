@@ -12,10 +12,11 @@ from helpers import calls_by_name, step_of, total
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from perfmodel import costs, optimizers
+from perfmodel import optimizers
+from perfmodel.calls import costs
+from perfmodel.program.op import Op, Spec
+from perfmodel.program.part import Part
 from perfmodel.tape.core import Tape, recording
-from perfmodel.tape.op import Op, Spec
-from perfmodel.tape.part import Part
 from perfmodel.tape.tensor import Parameter
 
 # ATen/native/cuda/MultiTensorApply.cuh of PyTorch 2.13, built for CUDA 12 (CUDA 13 builds take seven times as many).

@@ -15,13 +15,14 @@ import torch
 from reference import differences
 from test_real_step import real_steps, without_underscore
 
-from perfmodel import methods, predict
+from perfmodel import methods
 from perfmodel.errors import UserError
-from perfmodel.record import build
+from perfmodel.prediction import predict
+from perfmodel.program.part import PHASES
+from perfmodel.recording.record import build
 from perfmodel.setup import Setup
-from perfmodel.tape.part import PHASES
+from perfmodel.tracing.programs import models, references
 from validate.oracle import counts
-from validate.programs import models, references
 
 VARIANTS = ("shortcut=is", "shortcut=is,merge_flag=4", "shortcut=bs,pre_num=1", "shortcut=ms,pre_num=1")
 

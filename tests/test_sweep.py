@@ -10,9 +10,11 @@ from click.testing import CliRunner
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from perfmodel import compare, predict, sweep
 from perfmodel.cli import main
 from perfmodel.errors import UserError
+from perfmodel.prediction import predict
+from perfmodel.questions import comparison as compare
+from perfmodel.questions import sweeps as sweep
 from perfmodel.report.files import records, rows_to
 
 MODEL, DEVICE = "smollm2-135m", "l40s"
@@ -50,7 +52,7 @@ def test_block_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks bound memory; they must not show in the result."""
     import importlib
 
-    engine = importlib.import_module("perfmodel.sweep")
+    engine = importlib.import_module("perfmodel.questions.sweeps")
     grid = sweep(MODEL, ["full", "lora"], device=DEVICE, batch=range(1, 6), seq=range(16, 160, 16), rank=(2, 8))
     whole = grid.table()
     monkeypatch.setattr(engine, "BLOCK", 7)

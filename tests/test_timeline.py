@@ -15,15 +15,16 @@ from helpers import METHODS, NAMES, step_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from perfmodel import costs, timeline
+from perfmodel.calls import costs
 from perfmodel.devices import host as hosts
 from perfmodel.devices import price, profile
 from perfmodel.devices.host import Host
-from perfmodel.predict import step_time
-from perfmodel.step import Step
-from perfmodel.tape.op import Op
-from perfmodel.tape.part import PHASES
-from perfmodel.timeline import IDENTITY, NEVER, SYNC, Clocks
+from perfmodel.prediction import timeline
+from perfmodel.prediction.predict import step_time
+from perfmodel.prediction.timeline import IDENTITY, NEVER, SYNC, Clocks
+from perfmodel.program.op import Op
+from perfmodel.program.part import PHASES
+from perfmodel.recording.step import Step
 
 quick = settings(deadline=None, max_examples=200, derandomize=True)
 few = settings(

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from ..errors import UserError, nearest
+from ..program.dims import decide
+from ..program.part import Part
 from ..registry import Registry
 from ..setup import Setup
-from ..tape import liger, linalg, nn, pointwise
+from ..tape import linalg, nn, pointwise
 from ..tape.checkpoint import checkpoint
 from ..tape.core import tape
-from ..tape.dims import decide
 from ..tape.extra import add_in_place, add_to_view
-from ..tape.part import Part
+from ..tape.packages import liger
 from ..tape.tensor import Parameter, Tensor
 from .config import Config
 
@@ -103,7 +104,7 @@ class Architecture:
 
 
 class Rewrites(Protocol):
-    """What a forward pass asks of the fine-tuning method; `perfmodel.methods.base.Method` says what each is."""
+    """What a forward pass asks of the fine-tuning method; `perfmodel.methods.parts.base.Method` says what each is."""
 
     def trains(self, name: str, kind: str, layer: int | None) -> bool: ...
 

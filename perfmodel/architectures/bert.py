@@ -6,8 +6,8 @@ Source: transformers/models/bert/modeling_bert.py (`BertForMaskedLM`).
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..program.dims import product
 from ..tape.core import emit
-from ..tape.dims import product
 from ..tape.linalg import linear
 from ..tape.nn import cross_entropy
 from ..tape.pointwise import add, dropout, gelu

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import UserError
+from ..program.dims import product
 from ..tape.core import tape
-from ..tape.dims import product
-from ..tape.liger import linear_cross_entropy, rope, silu_mul
 from ..tape.nn import causal_lm_loss, shifted_labels
+from ..tape.packages.liger import linear_cross_entropy, rope, silu_mul
 from ..tape.pointwise import add, cat, mul, neg, silu
 from ..tape.shape import narrow, reshape, transpose, unsqueeze, view
 from ..tape.tensor import Tensor

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import UserError
+from ..program.dims import product, same
 from ..tape.core import emit
-from ..tape.dims import product, same
 from ..tape.nn import causal_lm_loss
 from ..tape.pointwise import add, cast, dropout, mul, relu, sub
 from ..tape.shape import narrow, reshape, transpose, view

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import UserError
-from ..tape import flash_attn as package
+from ..program.dims import decide
 from ..tape.attention import flash_attn, sdpa_attention
 from ..tape.core import emit, tape
-from ..tape.dims import decide
 from ..tape.nn import cross_entropy
+from ..tape.packages import flash_attn as package
 from ..tape.pointwise import add, cast, cat, fill, mul, neg, silu
 from ..tape.prefix import unbind_pair
 from ..tape.shape import contiguous, expand, narrow, split, squeeze, transpose, unsqueeze, view, view_as

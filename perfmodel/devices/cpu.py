@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..tape.op import Op
+from ..program.op import Op
 from .cpu_work import FEW_ROWS, KINDS, PAGE, REGIMES, sort
 from .hardware import ITEMSIZE, Hardware
 from .solver import solver_time

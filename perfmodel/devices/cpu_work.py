@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from .. import costs, products
-from ..tape.dims import product, same
-from ..tape.op import Op
+from ..calls import costs, products
+from ..program.dims import product, same
+from ..program.op import Op
 from .packages import gemm_shape
 from .tables import Tables
 

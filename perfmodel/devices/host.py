@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..costs import by_lists
+from ..calls.costs import by_lists
 from ..errors import UserError, nearest
+from ..program.op import Op
+from ..program.part import Part
 from ..resources import DATA, is_file, mapping, read_toml
-from ..tape.op import Op
-from ..tape.part import Part
 from . import own
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 Memory moves in sectors of 32 B (CUDA C++ Best Practices Guide, "Coalesced Access to Global Memory"): a kernel that
 touches single elements, far from one another, moves a sector for each of them. How many kernels a call launches says
-`perfmodel.costs.kernels`; the rules here divide its bytes among them.
+`perfmodel.calls.costs.kernels`; the rules here divide its bytes among them.
 """
 
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import costs
-from ..tape.dims import Dim, same
-from ..tape.dtypes import ITEMSIZE
-from ..tape.op import Op, Spec
+from ..calls import costs
+from ..program.dims import Dim, same
+from ..program.dtypes import ITEMSIZE
+from ..program.op import Op, Spec
 from . import packages
 
 SECTOR = 32  # B

@@ -7,7 +7,7 @@ Liger and have kinds of their own (`perfmodel.devices.pointwise.KINDS`); what on
 
 from typing import Any
 
-from ..tape.op import Op
+from ..program.op import Op
 
 ROWS = {
     "liger::rms_norm": "fused_norm",

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import costs, products
-from ..tape.dims import product
-from ..tape.op import Op
+from ..calls import costs, products
+from ..program.dims import product
+from ..program.op import Op
 from . import cpu, kernels
 from .attention import attention_backward_time, attention_forward_time
 from .gemm import LAYOUTS, gemm_time

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..optimizers import Update, importance
-from ..optimizers.update import runs
-from ..periodic import Recorded
+from ..optimizers import Update
+from ..optimizers.parts import importance
+from ..optimizers.parts.update import runs
 from ..tape.core import emit, record, tape
 from ..tape.extra import add_in_place, div
 from ..tape.inplace import add_to_output, frobenius_norm
@@ -14,9 +14,10 @@ from ..tape.linalg import matmul
 from ..tape.pointwise import add, cast, dropout, mul, sub
 from ..tape.shape import t
 from ..tape.tensor import Parameter, Tensor
-from .base import Linear, Periodic, method, option
-from .checks import fraction, positive
-from .targeted import DEFAULT_TARGETS, Targeted
+from .parts.base import Linear, Periodic, method, option
+from .parts.checks import fraction, positive
+from .parts.periodic import Recorded
+from .parts.targeted import DEFAULT_TARGETS, Targeted
 
 OPT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 

@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 
 from ..errors import UserError
 from ..optimizers import Update
-from ..optimizers.ops import in_place
-from ..optimizers.update import copy_in, gradient
-from ..periodic import Recorded, fresh_states, layers_alike, trained
+from ..optimizers.parts.ops import in_place
+from ..optimizers.parts.update import copy_in, gradient
 from ..tape.pointwise import cast
 from ..tape.shape import clone
 from ..tape.tensor import Parameter
-from .base import Method, Periodic, method, option
-from .checks import positive
+from .parts.base import Method, Periodic, method, option
+from .parts.checks import positive
+from .parts.periodic import Recorded, fresh_states, layers_alike, trained
 
 
 @method(

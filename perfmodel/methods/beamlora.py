@@ -6,16 +6,16 @@ Source: the authors' code (github.com/gccnlp/BeamLoRA: peft/tuners/lora, train.p
 from dataclasses import dataclass
 
 from .. import optimizers
-from ..periodic import Recorded, layers_alike, trained
+from ..program.dims import Dim
 from ..tape.core import record
-from ..tape.dims import Dim
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, dropout, mul
 from ..tape.tensor import Tensor
-from .base import Linear, Periodic, method, option
-from .beam import expand_ranks, importance
-from .checks import positive
 from .lora import Lora
+from .parts.base import Linear, Periodic, method, option
+from .parts.beam import expand_ranks, importance
+from .parts.checks import positive
+from .parts.periodic import Recorded, layers_alike, trained
 
 
 @method(

@@ -7,8 +7,8 @@ from typing import ClassVar
 from ..tape.pointwise import add, cast
 from ..tape.shape import view
 from ..tape.tensor import Tensor
-from .base import Linear, method
-from .targeted import DEFAULT_TARGETS, Targeted
+from .parts.base import Linear, method
+from .parts.targeted import DEFAULT_TARGETS, Targeted
 
 
 @method(

@@ -8,8 +8,8 @@ from ..errors import UserError
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, gelu, relu, silu
 from ..tape.tensor import Tensor
-from .base import Method, Scope, method, option
-from .checks import choice, float_dtype, positive
+from .parts.base import Method, Scope, method, option
+from .parts.checks import choice, float_dtype, positive
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": relu, "gelu": gelu, "silu": silu}
 

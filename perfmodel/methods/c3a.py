@@ -7,9 +7,9 @@ from ..tape.extra import div
 from ..tape.pointwise import cast
 from ..tape.spectrum import block_circular_convolution
 from ..tape.tensor import Tensor
-from .base import Linear, method, option
-from .checks import positive
-from .targeted import Targeted
+from .parts.base import Linear, method, option
+from .parts.checks import positive
+from .parts.targeted import Targeted
 
 
 @method(

@@ -8,9 +8,9 @@ from ..tape.gather import at_least, quotient, vector_norm, zeros_like
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, dropout, mul
 from ..tape.tensor import Storage, Tensor
-from .base import Linear, method, option
-from .checks import fraction, positive
-from .targeted import Targeted
+from .parts.base import Linear, method, option
+from .parts.checks import fraction, positive
+from .parts.targeted import Targeted
 
 
 @method(

@@ -8,9 +8,9 @@ from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, dropout, mul, sub
 from ..tape.shape import t, view
 from ..tape.tensor import Parameter, Tensor
-from .base import Linear, method
 from .lora import Lora
-from .targeted import base_bias, base_weight
+from .parts.base import Linear, method
+from .parts.targeted import base_bias, base_weight
 
 
 @method(

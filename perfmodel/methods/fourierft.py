@@ -12,9 +12,9 @@ from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, fill, mul
 from ..tape.spectrum import inverse_fft2, real, to_complex
 from ..tape.tensor import Storage, Tensor
-from .base import Linear, method, option
-from .checks import positive
-from .targeted import DEFAULT_TARGETS, Targeted
+from .parts.base import Linear, method, option
+from .parts.checks import positive
+from .parts.targeted import DEFAULT_TARGETS, Targeted
 
 
 @method(

@@ -7,20 +7,20 @@ import numpy as np
 
 from ..errors import UserError
 from ..optimizers import Update
-from ..optimizers.adam_loop import denominator
-from ..optimizers.ops import in_place, new
-from ..optimizers.update import existing, gradient, runs
-from ..periodic import Recorded, layers_alike
+from ..optimizers.parts.adam_loop import denominator
+from ..optimizers.parts.ops import in_place, new
+from ..optimizers.parts.update import existing, gradient, runs
+from ..program.dims import decide
 from ..tape.core import record
 from ..tape.decompositions import smaller, svd
-from ..tape.dims import decide
 from ..tape.linalg import matmul
 from ..tape.pointwise import cast, mul
 from ..tape.shape import narrow, t
 from ..tape.tensor import Parameter, Tensor
-from .base import Method, Periodic, method, option
-from .checks import positive
-from .targeted import ALL_LINEAR, check_targets, named
+from .parts.base import Method, Periodic, method, option
+from .parts.checks import positive
+from .parts.periodic import Recorded, layers_alike
+from .parts.targeted import ALL_LINEAR, check_targets, named
 
 
 @method(

@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 from ..architectures.base import Build, Scope
 from ..architectures.masks import table
 from ..errors import UserError
-from ..periodic import Recorded, layers_alike
 from ..tape.core import new_tensor, tape
 from ..tape.tensor import Tensor
-from .base import Linear, Method, Periodic, method, option
-from .checks import fraction, positive
 from .lora import Lora
-from .targeted import Targeted
+from .parts.base import Linear, Method, Periodic, method, option
+from .parts.checks import fraction, positive
+from .parts.periodic import Recorded, layers_alike
+from .parts.targeted import Targeted
 from .two_nn import intrinsic_dimension
 
 BATCH = 8  # samples that go through the model together in the pre-pass

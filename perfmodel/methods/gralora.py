@@ -12,9 +12,9 @@ from ..tape.linalg import linear
 from ..tape.pointwise import cast, dropout, mul
 from ..tape.shape import reshape, squeeze, unsqueeze, view
 from ..tape.tensor import Tensor
-from .base import Linear, method, option
-from .checks import fraction, not_negative, positive
-from .targeted import Targeted
+from .parts.base import Linear, method, option
+from .parts.checks import fraction, not_negative, positive
+from .parts.targeted import Targeted
 
 
 @method(

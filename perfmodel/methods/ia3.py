@@ -8,8 +8,8 @@ from ..errors import UserError
 from ..tape.pointwise import cast, mul
 from ..tape.shape import view
 from ..tape.tensor import Tensor
-from .base import Linear, method, option
-from .targeted import Targeted
+from .parts.base import Linear, method, option
+from .parts.targeted import Targeted
 
 # TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING and _FEEDFORWARD_ (peft/utils/constants.py)
 DEFAULT_TARGETS = {

@@ -4,9 +4,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from ..errors import UserError
-from ..periodic import Recorded, fresh_states, trained
-from .base import Method, Periodic, method, option
-from .checks import positive
+from .parts.base import Method, Periodic, method, option
+from .parts.checks import positive
+from .parts.periodic import Recorded, fresh_states, trained
 
 
 @method(

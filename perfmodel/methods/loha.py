@@ -8,9 +8,9 @@ from ..tape.linalg import linear
 from ..tape.pointwise import add, cast
 from ..tape.shape import reshape
 from ..tape.tensor import Tensor
-from .base import Linear, method, option
-from .checks import positive
-from .targeted import Targeted
+from .parts.base import Linear, method, option
+from .parts.checks import positive
+from .parts.targeted import Targeted
 
 
 @method(

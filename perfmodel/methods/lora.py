@@ -5,12 +5,12 @@ from typing import Any, ClassVar, TypeVar
 
 from ..errors import UserError, nearest
 from ..tape.linalg import linear
-from ..tape.lora_kernels import Adapted, lorafusion_linear, unsloth_linear, unsloth_mlp, unsloth_qkv
+from ..tape.packages.lora_kernels import Adapted, lorafusion_linear, unsloth_linear, unsloth_mlp, unsloth_qkv
 from ..tape.pointwise import add, cast, dropout, mul
 from ..tape.tensor import Parameter, Tensor
-from .base import Linear, method, option
-from .checks import fraction, positive
-from .targeted import DEFAULT_TARGETS, Targeted, base_bias, base_weight, named
+from .parts.base import Linear, method, option
+from .parts.checks import fraction, positive
+from .parts.targeted import DEFAULT_TARGETS, Targeted, base_bias, base_weight, named
 
 L = TypeVar("L", bound="Lora")
 HELP = "peft, unsloth (fused where q, k, v or the MLP are all targets, without dropout) or lorafusion"

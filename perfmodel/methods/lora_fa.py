@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..optimizers import Update
-from ..optimizers.adam_loop import adam
-from ..optimizers.update import gradient
+from ..optimizers.parts.adam_loop import adam
+from ..optimizers.parts.update import gradient
 from ..tape.bus import from_host
 from ..tape.custom import autocasting
 from ..tape.decompositions import pinv
@@ -13,8 +13,8 @@ from ..tape.linalg import matmul
 from ..tape.pointwise import add, cast, mul
 from ..tape.shape import t
 from ..tape.tensor import Parameter
-from .base import Linear, method, option
 from .lora import Lora
+from .parts.base import Linear, method, option
 
 
 @method(

@@ -9,9 +9,9 @@ from ..tape.linalg import autocast_operand, bmm
 from ..tape.pointwise import cast, fill, sub
 from ..tape.shape import reshape, transpose, view
 from ..tape.tensor import Storage, Tensor
-from .base import Linear, method, option
-from .checks import positive
-from .targeted import Targeted
+from .parts.base import Linear, method, option
+from .parts.checks import positive
+from .parts.targeted import Targeted
 
 
 @method(

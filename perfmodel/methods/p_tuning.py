@@ -9,9 +9,9 @@ from ..tape.linalg import linear
 from ..tape.nn import embedding
 from ..tape.pointwise import relu
 from ..tape.tensor import Tensor
-from .base import Scope, method, option
-from .checks import positive
-from .virtual import SoftPrompt
+from .parts.base import Scope, method, option
+from .parts.checks import positive
+from .parts.virtual import SoftPrompt
 
 
 @method(

@@ -14,9 +14,9 @@ from ..tape.core import tape
 from ..tape.custom import index_buffer, partial_linear, write_columns
 from ..tape.pointwise import cast, mul
 from ..tape.tensor import Tensor
-from .base import Linear, method, option
-from .checks import positive
-from .targeted import Targeted, base_bias, base_weight
+from .parts.base import Linear, method, option
+from .parts.checks import positive
+from .parts.targeted import Targeted, base_bias, base_weight
 
 
 @method(

@@ -12,9 +12,9 @@ from ..tape.pointwise import cast, tanh
 from ..tape.prefix import first_in_cache, split_layers, unbind_pair
 from ..tape.shape import narrow, view
 from ..tape.tensor import Tensor
-from .base import Scope, method, option
-from .checks import positive
-from .virtual import VirtualTokens
+from .parts.base import Scope, method, option
+from .parts.checks import positive
+from .parts.virtual import VirtualTokens
 
 
 @method(

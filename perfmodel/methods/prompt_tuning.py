@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from ..tape.nn import embedding
 from ..tape.tensor import Tensor
-from .base import Scope, method
-from .virtual import SoftPrompt
+from .parts.base import Scope, method
+from .parts.virtual import SoftPrompt
 
 
 @method(

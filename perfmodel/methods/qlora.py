@@ -9,13 +9,13 @@ from typing import ClassVar
 
 from ..tape.core import tape
 from ..tape.linalg import linear
+from ..tape.packages.quantized import BLOCK, NESTED_BLOCK, Packed, linear_4bit
 from ..tape.pointwise import add, cast, dropout, mul
-from ..tape.quantized import BLOCK, NESTED_BLOCK, Packed, linear_4bit
 from ..tape.shape import clone
 from ..tape.tensor import Parameter, Tensor
-from .base import Linear, method, option
-from .checks import float_dtype
 from .lora import Lora
+from .parts.base import Linear, method, option
+from .parts.checks import float_dtype
 
 
 @method(

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from ..tape.tensor import Parameter
-from .base import Linear, method, option
-from .checks import choice
 from .lora import Lora
+from .parts.base import Linear, method, option
+from .parts.checks import choice
 
 ROUNDS = ("A", "B")
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import UserError
-from ..periodic import Recorded
 from ..tape.custom import BACKWARDS, FORWARDS, run_lora
 from ..tape.pointwise import mul
 from ..tape.shape import t
 from ..tape.tensor import Tensor
-from .base import Linear, Seconds, method, option
-from .checks import choice, float_dtype, positive
-from .runlora_orders import BACKWARD_FLOPS, FORWARD_FLOPS, Choice, LayerShape, cheapest, flops, times
-from .targeted import Targeted, base_bias, base_weight
+from .parts.base import Linear, Seconds, method, option
+from .parts.checks import choice, float_dtype, positive
+from .parts.periodic import Recorded
+from .parts.runlora_orders import BACKWARD_FLOPS, FORWARD_FLOPS, Choice, LayerShape, cheapest, flops, times
+from .parts.targeted import Targeted, base_bias, base_weight
 
 
 @method(

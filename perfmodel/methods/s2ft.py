@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import UserError
-from ..tape.dims import contiguous_strides, product
-from ..tape.sliced import sliced_linear
+from ..program.dims import contiguous_strides, product
+from ..tape.packages.sliced import sliced_linear
 from ..tape.tensor import Storage, Tensor
-from .base import Linear, method, option
-from .targeted import Targeted, base_bias, matches
+from .parts.base import Linear, method, option
+from .parts.targeted import Targeted, base_bias, matches
 
 READERS = ("o_proj", "out_proj", "down_proj", "c_proj", "fc2", "output.dense")  # of heads and channels; others write
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from ..errors import UserError
 from ..tape.tensor import Tensor
-from .base import Linear, Method, method, option
-from .checks import choice, float_dtype, fraction, positive
 from .lora import Lora
+from .parts.base import Linear, Method, method, option
+from .parts.checks import choice, float_dtype, fraction, positive
 
 
 @method(

@@ -11,8 +11,8 @@ from ..tape.linalg import linear
 from ..tape.nn import embedding
 from ..tape.pointwise import cast
 from ..tape.tensor import Parameter, Storage, Tensor
-from .base import Method, Scope, method, option
-from .checks import positive
+from .parts.base import Method, Scope, method, option
+from .parts.checks import positive
 
 
 @method(

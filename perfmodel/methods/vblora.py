@@ -8,14 +8,14 @@ from ..tape.extra import sum_dim
 from ..tape.gather import any_infinite, rows_of, top_values
 from ..tape.linalg import linear
 from ..tape.nn import softmax
-from ..tape.pieces import select
 from ..tape.pointwise import add, cast, dropout, mul
 from ..tape.shape import reshape, transpose, unsqueeze
+from ..tape.split import select
 from ..tape.tensor import Tensor
-from .base import Linear, method, option
-from .checks import fraction, positive
-from .shared import SharedWeights
-from .targeted import DEFAULT_TARGETS
+from .parts.base import Linear, method, option
+from .parts.checks import fraction, positive
+from .parts.shared import SharedWeights
+from .parts.targeted import DEFAULT_TARGETS
 
 
 @method(

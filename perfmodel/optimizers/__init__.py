@@ -1,8 +1,8 @@
 """What clipping and the optimizer launch: one file a family, found by the names that it registers."""
 
-from .clip import clip_grad_norm
-from .lists import by_dtype, trainable
-from .update import Update, copy_in, moments, names, recorded, resolve, state_bytes
+from .parts.clip import clip_grad_norm
+from .parts.lists import by_dtype, trainable
+from .parts.update import Update, copy_in, moments, names, recorded, resolve, state_bytes
 
 __all__ = [
     "Update",

@@ -8,8 +8,8 @@ from ..tape.core import emit
 from ..tape.pointwise import cast, mean_last
 from ..tape.shape import unsqueeze
 from ..tape.tensor import Parameter, Tensor
-from .ops import in_place, new
-from .update import Parameters, Update, gradient, optimizer
+from .parts.ops import in_place, new
+from .parts.update import Parameters, Update, gradient, optimizer
 
 
 @optimizer("adafactor")

@@ -1,11 +1,11 @@
 """`torch.optim.AdamW` with weight decay, in its three forms. Sources: torch/optim/adamw.py, adam.py."""
 
-from ..tape.op import Spec
-from ..tape.part import Part
+from ..program.op import Spec
+from ..program.part import Part
 from ..tape.tensor import Parameter
-from .lists import Recorder, Specs, by_dtype, counters, each, specs_of
-from .ops import advance, in_place, new, read_counter
-from .update import Parameters, Update, gradient, optimizer
+from .parts.lists import Recorder, Specs, by_dtype, counters, each, specs_of
+from .parts.ops import advance, in_place, new, read_counter
+from .parts.update import Parameters, Update, gradient, optimizer
 
 
 def _keep_states(update: Update, parameters: Parameters, *, fused: bool = False) -> None:

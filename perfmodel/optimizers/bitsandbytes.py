@@ -9,10 +9,10 @@ when the device is full.
 
 from functools import partial
 
+from ..program.dims import decide
 from ..tape.core import record
-from ..tape.dims import decide
 from ..tape.tensor import Parameter, Tensor
-from .update import Parameters, Update, gradient, optimizer
+from .parts.update import Parameters, Update, gradient, optimizer
 
 SMALLEST_8BIT = 4096  # elements (min_8bit_size)
 SMALLEST_PAGED = 100_000  # elements (get_state_buffer)

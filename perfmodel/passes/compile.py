@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..program.dims import largest, summed
+from ..program.op import Op, Spec
+from ..program.part import Part
 from ..setup import Setup
-from ..tape.dims import largest, summed
-from ..tape.op import Op, Spec
-from ..tape.part import Part
 from ..tape.tensor import Flow, Parameter
 from .fusion import Kernel, fused
 from .graph import Graph, Numbering, Place, Prim, Value

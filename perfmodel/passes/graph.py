@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..tape.dims import Dim, decide, same
-from ..tape.dtypes import ITEMSIZE
-from ..tape.op import Op, Use
-from ..tape.part import Part
+from ..program.dims import Dim, decide, same
+from ..program.dtypes import ITEMSIZE
+from ..program.op import Op, Use
+from ..program.part import Part
 from ..tape.tensor import Flow
 
 

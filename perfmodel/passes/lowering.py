@@ -6,10 +6,10 @@ Sources: torch/_inductor/lowering.py, torch/_inductor/decomposition.py, torch/_d
 
 from collections.abc import Callable, Sequence
 
+from ..program.dims import Dim, decide, is_one, product
+from ..program.op import LATER, Spec
+from ..program.part import Part
 from ..registry import add_once
-from ..tape.dims import Dim, decide, is_one, product
-from ..tape.op import LATER, Spec
-from ..tape.part import Part
 from ..tape.tensor import Flow, Parameter
 from .graph import Builder, Graph, Prim, Value
 

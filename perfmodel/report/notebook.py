@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from ..compare import Comparison
-from ..explanation import Explanation
-from ..predict import Prediction
-from ..sweep import Sweep
-from ..tape.part import PHASES
-from . import units
+from .. import units
+from ..prediction.predict import Prediction
+from ..program.part import PHASES
+from ..questions.comparison import Comparison
+from ..questions.explanation import Explanation
+from ..questions.sweeps import Sweep
 from .figures import figures
 from .svg import typeset
 

@@ -6,15 +6,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..compare import compare
 from ..devices import host as hosts
 from ..devices import profile
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
 from ..errors import UserError
-from ..explanation import Explanation, of_predictions
 from ..methods import Method
-from ..predict import Model
+from ..prediction.predict import Model
+from ..questions.comparison import compare
+from ..questions.explanation import Explanation, of_predictions
 from ..setup import Setup
 from . import evidence, exhibits
 from .figures import figures, mfu_of, shared_setup

@@ -10,9 +10,9 @@ transformers/integrations/sdpa_attention.py.
 
 from collections.abc import Sequence
 
+from ..program.dims import Shape, is_one, strides_in_order
 from .autograd import differentiate
 from .core import new_tensor, record, tape
-from .dims import Shape, is_one, strides_in_order
 from .linalg import autocast_operand, matmul
 from .nn import softmax
 from .pointwise import add, cast, dropout, fill, mul, scale, where

@@ -9,9 +9,9 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+from ..program.dims import dense_order, is_one, same
+from ..program.op import LATER
 from .core import new_tensor, record, tape
-from .dims import dense_order, is_one, same
-from .op import LATER
 from .tensor import Backward, Edge, Grads, Node, Parameter, Tensor
 
 

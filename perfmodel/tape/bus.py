@@ -1,7 +1,7 @@
 """Tensors that Python makes on the host and moves to the model's device: blocking copies from pageable memory."""
 
+from ..program.dims import Shape, contiguous_strides, product
 from .core import emit, record, tape
-from .dims import Shape, contiguous_strides, product
 from .tensor import Storage, Tensor
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from .dims import Dim, Shape, contiguous_strides, product
-from .dtypes import ITEMSIZE
-from .op import Op
-from .part import Part
+from ..program.dims import Dim, Shape, contiguous_strides, product
+from ..program.dtypes import ITEMSIZE
+from ..program.op import Op
+from ..program.part import Part
 from .tensor import Flow, Node, Parameter, Storage, Tensor
 
 

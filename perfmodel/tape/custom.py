@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from ..program.dims import Dim, product
 from .autograd import differentiate
 from .core import emit, record, tape
-from .dims import Dim, product
 from .linalg import _column_major, _layout, addmm, autocast_operand, conv1d, linear, mm
 from .pointwise import add
 from .shape import contiguous, reshape, t, view

@@ -9,8 +9,8 @@ Sources: torch/csrc/autograd/engine.cpp, input_buffer.cpp.
 import heapq
 from itertools import count
 
+from ..program.dims import Shape, same_shape
 from .core import tape
-from .dims import Shape, same_shape
 from .pointwise import add, cast, sum_to
 from .tensor import Node, Tensor
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
+from ..program.dims import Dim, product
+from ..program.part import Part
 from .autograd import copy, differentiate
 from .core import emit, record, tape
-from .dims import Dim, product
 from .linalg import matmul
-from .part import Part
 from .pointwise import _elementwise, autocast_fp32, mul, scale
 from .shape import expand, reshape, t, unsqueeze, view, view_as
 from .tensor import Backward, Grads, Node, Parameter, Storage, Tensor

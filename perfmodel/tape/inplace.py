@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
+from ..program.dims import product
 from .autograd import differentiate
 from .core import emit, new_tensor, record
-from .dims import product
 from .extra import add_in_place
 from .shape import clone, view
 from .tensor import Grads, Node, Tensor

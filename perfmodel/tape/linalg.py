@@ -1,10 +1,10 @@
-"""Matrix products. FLOPs follow from the shapes (see `perfmodel.costs`); layouts decide copies and transposes."""
+"""Matrix products. FLOPs follow from the shapes (see `perfmodel.calls.costs`); layouts decide copies and transposes."""
 
 from collections.abc import Sequence
 
+from ..program.dims import Shape, product, remembered, same
 from .autograd import differentiate
 from .core import emit, tape
-from .dims import Shape, product, remembered, same
 from .pointwise import cast, reduce_dims
 from .shape import expand, reshape, t, transpose, view
 from .tensor import Grads, Node, Tensor

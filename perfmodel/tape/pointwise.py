@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from ..program.dims import Dim, Shape, dense_order, elementwise_strides, is_contiguous, is_one, remembered, same_shape
+from ..program.dtypes import promote
 from .autograd import differentiate
 from .core import emit, record, tape
-from .dims import Dim, Shape, dense_order, elementwise_strides, is_contiguous, is_one, remembered, same_shape
-from .dtypes import promote
 from .shape import view, view_as
 from .tensor import Grads, Node, Tensor
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from ..program.dims import Dim, is_one, product
+from ..program.op import Op, Spec
 from .autograd import differentiate
 from .core import append, emit, new_tensor, record
-from .dims import Dim, is_one, product
-from .op import Op, Spec
 from .shape import narrow, reshape
 from .tensor import Grads, Node, Storage, Tensor
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
+from ..program.dims import Dim, Shape, contiguous_strides, is_contiguous, product, same, same_shape, view_strides
 from .autograd import differentiate
 from .core import emit, record
-from .dims import Dim, Shape, contiguous_strides, is_contiguous, product, same, same_shape, view_strides
 from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from ..program.op import Op, Spec
 from .autograd import differentiate
 from .core import append, emit, new_tensor, record
 from .linalg import bmm
-from .op import Op, Spec
 from .pointwise import neg
 from .shape import expand, transpose
 from .tensor import Grads, Node, Tensor

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ..program.dims import Dim, product
 from .autograd import differentiate
 from .core import emit, tape
-from .dims import Dim, product
 from .einsum import per_frequency, per_frequency_outer, per_frequency_transposed
 from .shape import reshape, view_as
 from .tensor import Grads, Node, Tensor

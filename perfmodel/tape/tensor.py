@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Protocol
 
-from .dims import Dim, Shape, contiguous_strides, product
-from .dtypes import FLOATING, ITEMSIZE
-from .op import Spec, Use
-from .part import Part
+from ..program.dims import Dim, Shape, contiguous_strides, product
+from ..program.dtypes import FLOATING, ITEMSIZE
+from ..program.op import Spec, Use
+from ..program.part import Part
 
 Grads = tuple["Tensor | None", ...]
 Backward = Callable[["Node", Sequence["Tensor | None"]], Grads]

@@ -27,15 +27,15 @@ from perfmodel.architectures import Config, from_config
 from perfmodel.devices import host as hosts
 from perfmodel.devices.engine import COSTS
 from perfmodel.devices.host import Host
-from perfmodel.record import build
+from perfmodel.program.part import PHASES
+from perfmodel.recording.record import build
+from perfmodel.recording.step import Step
 from perfmodel.resources import DATA, write_text
 from perfmodel.setup import Setup
-from perfmodel.step import Step
-from perfmodel.tape.part import PHASES
+from perfmodel.tracing.programs import models
 
 from ..measuring.environment import cpu_name
 from ..oracle.counts import SMALL
-from ..programs import models
 
 ENGINE = "deepspeed-zero3"
 OUTPUT = DATA / "engines" / f"{ENGINE}.toml"

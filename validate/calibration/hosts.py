@@ -21,22 +21,23 @@ import numpy as np
 import torch
 from scipy.optimize import lsq_linear
 
-from perfmodel import costs, methods
+from perfmodel import methods
 from perfmodel.architectures import Config, from_config
+from perfmodel.calls import costs
 from perfmodel.devices import host as hosts
 from perfmodel.devices import price
 from perfmodel.devices.host import Host
 from perfmodel.devices.profile import DeviceProfile
-from perfmodel.record import build
+from perfmodel.program.part import PHASES
+from perfmodel.recording.record import build
+from perfmodel.recording.step import Step
 from perfmodel.resources import write_text
 from perfmodel.setup import Setup
-from perfmodel.step import Step
-from perfmodel.tape.part import PHASES
+from perfmodel.tracing.programs import models
+from perfmodel.tracing.programs.updates import make_optimizer
 
 from ..measuring.environment import cpu_name
 from ..oracle.counts import NO_DROPOUT, SMALL
-from ..programs import models
-from ..programs.updates import make_optimizer
 
 LAYERS = 8
 KEPT = ("launch_call", "launch", "graph_launch", "compiled_kernel", "compiled_graph", "guard")  # not measured here

@@ -4,10 +4,10 @@ import json
 import warnings
 from typing import Any
 
-from perfmodel.report import units
+from perfmodel import units
+from perfmodel.program.part import PHASES
 from perfmodel.report.progress import progress
 from perfmodel.report.terminal import console, table
-from perfmodel.tape.part import PHASES
 
 
 def show_host(output: Any) -> None:

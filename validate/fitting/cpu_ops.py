@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from perfmodel.devices.cpu_work import streams
-from perfmodel.tape.op import Op, Spec
+from perfmodel.program.op import Op, Spec
 
 Dims = tuple[int, ...]
 Shapes = tuple[list[Dims], list[Dims]]  # of inputs and outputs

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from perfmodel.tape.part import PHASES
+from perfmodel.program.part import PHASES
 
 from . import kineto
 from .kineto import Profile

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from perfmodel.tape.part import PHASES
+from perfmodel.program.part import PHASES
+from perfmodel.tracing.trace import Recorder
 
-from ..tracing.trace import Recorder
 from . import profile
 from .cells import Cell
 from .clocks import Clock, clock_for

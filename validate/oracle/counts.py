@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 
-from perfmodel import costs, memory, methods
+from perfmodel import methods
 from perfmodel.architectures import Config, from_config, load
-from perfmodel.record import build
+from perfmodel.calls import costs
+from perfmodel.prediction import memory
+from perfmodel.program.part import PHASES
+from perfmodel.recording.record import build
+from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
-from perfmodel.step import Step
-from perfmodel.tape.part import PHASES
-
-from ..programs import models, updates
-from ..tracing.trace import Signature, Trace, signature, trace_step
+from perfmodel.tracing.programs import models, updates
+from perfmodel.tracing.trace import Signature, Trace, signature, trace_step
 
 MIRRORED = {"transformers": "5.24", "peft": "0.21"}  # the minor versions whose programs the tape mirrors
 

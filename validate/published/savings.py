@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from perfmodel.devices import profile
 from perfmodel.devices.traffic import dram_bytes
+from perfmodel.program.dims import contiguous_strides, product
 from perfmodel.resources import DATA
 from perfmodel.tape import engine
 from perfmodel.tape.core import Tape, recording
-from perfmodel.tape.dims import contiguous_strides, product
 from perfmodel.tape.linalg import linear
-from perfmodel.tape.lora_kernels import lorafusion_linear
+from perfmodel.tape.packages.lora_kernels import lorafusion_linear
 from perfmodel.tape.pointwise import add, dropout, mul
 from perfmodel.tape.tensor import Parameter, Storage, Tensor
 
