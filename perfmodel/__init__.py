@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from .shown import Shown
 
 if TYPE_CHECKING:
+    from .devices.device import Device
     from .devices.host import Host
-    from .devices.profile import DeviceProfile as Device
     from .errors import UserError
     from .methods import Method
     from .prediction.predict import Model, Prediction
@@ -236,7 +236,7 @@ def _draw(result: Any) -> str:
 Shown.draw = staticmethod(_draw)
 
 _TYPES = {  # name -> its module, imported on first use
-    "Advice": "questions.advice", "Comparison": "questions.comparison", "Device": "devices.profile",
+    "Advice": "questions.advice", "Comparison": "questions.comparison", "Device": "devices.device",
     "Explanation": "questions.explanation", "Prediction": "prediction.predict", "Setup": "setup",
     "SpeedUp": "questions.speedup", "Sweep": "questions.sweeps", "UserError": "errors",
 }  # fmt: skip
@@ -247,6 +247,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    module = import_module(f".{_TYPES[name]}", __name__)
-    found = globals()[name] = getattr(module, "DeviceProfile" if name == "Device" else name)
+    found = globals()[name] = getattr(import_module(f".{_TYPES[name]}", __name__), name)
     return found

@@ -11,8 +11,9 @@ import numpy as np
 from .. import architectures, methods, passes
 from ..architectures import Architecture, Config
 from ..calls import costs
-from ..devices import engine, profile
+from ..devices import engine
 from ..devices import host as hosts
+from ..devices.device import Device, profile_of
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
 from ..errors import UserError, nearest
@@ -164,7 +165,7 @@ def predict(
     model: Model,
     method: str | Method = "full",
     setup: Setup | None = None,
-    device: str | DeviceProfile = "l40s",
+    device: str | DeviceProfile | Device = "l40s",
     *,
     host: str | Host = "default",
     shared: Shared | None = None,
@@ -189,7 +190,7 @@ def predict(
     """
     setup = with_options(setup, options)
     architecture, bound = resolve(model, method)
-    on = profile.load(device) if isinstance(device, str) else device
+    on = profile_of(device)
     by = hosts.resolve(host, on)
     return over_grid(lambda s, m: _predict(architecture, m, s, on, by, shared), setup, bound)
 

@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from ..devices import host as hosts
-from ..devices import profile
+from ..devices.device import Device, profile_of
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
 from ..errors import UserError
@@ -203,7 +203,7 @@ def advise(
     model: Model,
     method: str | Method = "lora",
     setup: Setup | None = None,
-    device: str | DeviceProfile = "l40s",
+    device: str | DeviceProfile | Device = "l40s",
     *,
     methods: Sequence[str | Method] = (),
     memory_bytes: float | None = None,
@@ -226,7 +226,7 @@ def advise(
     """
     setup = with_options(setup, options)
     architecture, start_method = resolve(model, method)
-    on = profile.load(device) if isinstance(device, str) else device
+    on = profile_of(device)
     by = hosts.resolve(host, on)
     if not isinstance(setup.batch, int) or not isinstance(setup.seq, int):
         raise UserError("advise takes one batch and one seq; for grids use sweep")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..devices import host as hosts
-from ..devices import profile
+from ..devices.device import Device, profile_of
 from ..devices.profile import DeviceProfile
 from ..errors import UserError
 from ..methods import Method
@@ -69,7 +69,7 @@ def compare(
     model: Model,
     methods: Sequence[str | Method] = ("full", "lora"),
     setup: Setup | None = None,
-    device: str | DeviceProfile = "l40s",
+    device: str | DeviceProfile | Device = "l40s",
     **options: Any,
 ) -> Comparison:
     """Predict several methods in one setup; the first is the baseline.
@@ -82,7 +82,7 @@ def compare(
     host = options.pop("host", "default")
     setup = with_options(setup, options)
     predictions = [predict(model, m, setup, device, host=host) for m in methods]
-    on = profile.load(device) if isinstance(device, str) else device
+    on = profile_of(device)
     by = hosts.resolve(host, on)
     base, *others = predictions
     if any(p.step is None for p in predictions):  # a grid has no one reason

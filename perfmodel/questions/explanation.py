@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..devices import host as hosts
-from ..devices import profile
+from ..devices.device import Device, profile_of
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
 from ..methods import Method
@@ -108,7 +108,7 @@ def explain(
     a: str | Method = "full",
     b: str | Method = "lora",
     setup: Setup | None = None,
-    device: str | DeviceProfile = "l40s",
+    device: str | DeviceProfile | Device = "l40s",
     *,
     host: str | Host = "default",
     axes: Sequence[str] = CHEAP_AXES,
@@ -129,7 +129,7 @@ def explain(
     setup = with_options(setup, options)
     architecture, one = resolve(model, a)
     _, two = resolve(architecture, b)
-    on = profile.load(device) if isinstance(device, str) else device
+    on = profile_of(device)
     by = hosts.resolve(host, on)
     first, second = (predict(architecture, m, setup, on, host=by) for m in (one, two))
     return of_predictions(first, second, on, by, axes)

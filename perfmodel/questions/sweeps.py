@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import methods
 from ..devices import host as hosts
-from ..devices import profile
+from ..devices.device import Device, profile_of
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
 from ..errors import UserError
@@ -119,7 +119,7 @@ def sweep(
     model: Model,
     methods: Sequence[str | Method] = ("full", "lora"),
     setup: Setup | None = None,
-    device: str | DeviceProfile | Sequence[str | DeviceProfile] = "l40s",
+    device: str | DeviceProfile | Device | Sequence[str | DeviceProfile | Device] = "l40s",
     *,
     batch: Any = 1,
     seq: Any = 512,
@@ -144,7 +144,7 @@ def sweep(
     48
     """
     architecture = architecture_of(model)
-    names = [device] if isinstance(device, (str, DeviceProfile)) else list(device)
+    names = [device] if isinstance(device, (str, DeviceProfile, Device)) else list(device)
     if not methods or not names:
         raise UserError("a sweep needs at least one method and one device")
     ks, ranks = _axis("k", k), _axis("rank", rank)
@@ -157,7 +157,7 @@ def sweep(
     return Sweep(
         model=architecture.name,
         methods=bound,
-        devices=_distinct([profile.load(d) if isinstance(d, str) else d for d in names]),
+        devices=_distinct([profile_of(d) for d in names]),
         setup=with_options(setup, options),
         host=hosts.load(host) if isinstance(host, str) and host != "default" else host,  # a device may have its own
         batch=_axis("batch", batch),

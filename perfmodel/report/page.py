@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..devices import host as hosts
-from ..devices import profile
+from ..devices.device import Device, profile_of
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
 from ..errors import UserError
@@ -28,7 +28,7 @@ def report(
     model: Model,
     methods: Sequence[str | Method] = ("full", "lora"),
     setup: Setup | None = None,
-    device: str | DeviceProfile = "l40s",
+    device: str | DeviceProfile | Device = "l40s",
     *,
     host: str | Host = "default",
     axes: Sequence[str] = ("batch", "seq", "size", "targets"),
@@ -43,7 +43,7 @@ def report(
 
     Other arguments and errors are those of `compare`; the setup must be a single one.
     """
-    on = profile.load(device) if isinstance(device, str) else device
+    on = profile_of(device)
     by = hosts.resolve(host, on)
     c = compare(model, methods, setup, on, host=by, **options)
     base, *others = c.predictions

@@ -1,7 +1,8 @@
 """Decompositions of matrices (`torch.linalg`), as optimizers use them: nothing here is differentiated.
 
 On CUDA each is a call of cuSOLVER that launches kernels of its own and mostly waits for its status;
-`perfmodel.calls.costs` and `perfmodel.devices.solver` say what that costs. Factors come out column-major, as LAPACK writes them.
+`perfmodel.calls.costs` and `perfmodel.devices.solver` say what that costs. Factors come out column-major, as LAPACK
+writes them.
 """
 
 from ..program.dims import Dim, Shape, decide

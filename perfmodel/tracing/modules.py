@@ -8,6 +8,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from ..devices import host as hosts
+from ..devices.device import Device
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
 from ..errors import UserError
@@ -27,7 +28,7 @@ def predict(
     *,
     loss: LossOf | None = None,
     setup: Setup | None = None,
-    device: str | DeviceProfile = "l40s",
+    device: str | DeviceProfile | Device = "l40s",
     host: str | Host = "default",
     name: str = "",
 ) -> Prediction:

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..architectures import Architecture, Config, load
 from ..calls import costs
 from ..devices import host as hosts
-from ..devices import profile
+from ..devices.device import Device, profile_of
 from ..devices.profile import DeviceProfile
 from ..errors import UserError
 from ..methods import Method
@@ -55,7 +55,7 @@ class TracedMethod(Method):
 def predict(
     model: str | Config,
     setup: Setup,
-    device: str | DeviceProfile,
+    device: str | DeviceProfile | Device,
     *,
     method: str | Method = "full",
     peft_config: Path | None = None,
@@ -112,9 +112,9 @@ def _dispatch(on: DeviceProfile | None) -> tuple[str, str]:
     return (on.kind, on.compute_capability or "8.0") if on else ("cuda", "8.0")
 
 
-def device_of(device: str | DeviceProfile) -> DeviceProfile:
+def device_of(device: str | DeviceProfile | Device) -> DeviceProfile:
     """A device by name, path or as it is."""
-    return profile.load(device) if isinstance(device, str) else device
+    return profile_of(device)
 
 
 def check_setup(setup: Setup, kind: str) -> None:
