@@ -11,11 +11,11 @@ from click.testing import CliRunner
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from perfmodel import advise, predict
 from perfmodel.cli import main
 from perfmodel.commands.advise import BYTES, NUMBER, Quantity
 from perfmodel.errors import UserError
-from perfmodel.prediction import memory, predict
-from perfmodel.questions import advice as advise
+from perfmodel.prediction import memory
 from perfmodel.recording.reuse import Shared
 
 MODEL, DEVICE, CPU = "smollm2-135m", "l40s", "cpu-xeon-2.5ghz-1t"

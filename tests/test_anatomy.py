@@ -62,7 +62,7 @@ def flops_of(step: Step, *parts: str) -> int:
 def ops_on_the_device(p: Prediction, phase: str) -> list[tuple[Op, int]]:
     """Ops of a phase but for those on host tensors (step counters)."""
     assert p.step is not None
-    return [(op, n) for part, op, n in p.step.ops() if part.phase == phase and "host" not in op.attrs]
+    return [(op, n) for part, op, n in p.step.ops() if part.phase == phase and not op.attrs.host]
 
 
 def owners(step: Step) -> set[str]:

@@ -6,13 +6,11 @@ from typing import Any
 
 import pytest
 
-from perfmodel import Setup
+from perfmodel import Setup, compare, predict
 from perfmodel.devices import engine, host
 from perfmodel.errors import UserError
 from perfmodel.imports import read
-from perfmodel.prediction import predict
 from perfmodel.prediction.predict import Prediction
-from perfmodel.questions import comparison as compare
 from perfmodel.report.figures import headline
 
 ZERO3 = "deepspeed-zero3"

@@ -14,11 +14,9 @@ from helpers import architecture_of, setup_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perfmodel import UserError, explain
-from perfmodel.prediction import predict
+from perfmodel import UserError, compare, explain, predict
 from perfmodel.prediction.predict import Prediction
-from perfmodel.questions import comparison as compare
-from perfmodel.questions import sentences as words
+from perfmodel.questions import sentences
 from perfmodel.questions.anatomy import PARTS, Anatomy, Phase
 from perfmodel.questions.crossover import Crossover
 from perfmodel.questions.speedup import SpeedUp, verdict
@@ -40,7 +38,7 @@ def small(method: str, **changes: Any) -> Prediction:
 
 def sentence(ratio: float, *, a_fits: bool = True, b_fits: bool = True) -> str:
     a, b = small("full", fits=a_fits), small("lora:r=4", fits=b_fits)
-    return words.answer(a, b, SpeedUp("b", ratio, ratio / 1.1, ratio * 1.1), "because of this", 48e9)
+    return sentences.answer(a, b, SpeedUp("b", ratio, ratio / 1.1, ratio * 1.1), "because of this", 48e9)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +113,7 @@ REASONS: dict[str, tuple[Anatomy, Anatomy, str, str]] = {
 def test_the_reason_is_the_largest_part_of_the_waterfall(case: str) -> None:
     """A verdict without its cause tells nobody what to change."""
     before, after, verdict_, said = REASONS[case]
-    assert words.why(before, after, verdict_, 840) == said
+    assert sentences.why(before, after, verdict_, 840) == said
 
 
 @settings(deadline=None, derandomize=True, max_examples=300)
@@ -128,7 +126,7 @@ def test_a_reason_never_contradicts_its_verdict(a: list[float], b: list[float]) 
     before, after = (step_of(**dict(zip(PARTS, seconds, strict=True))) for seconds in (a, b))
     if not sum(a) or not sum(b):
         return
-    said = words.why(before, after, verdict(before.total / after.total), 1000)
+    said = sentences.why(before, after, verdict(before.total / after.total), 1000)
     assert said.startswith("because ")
     change = [y - x for x, y in zip(a, b, strict=True)]
     down, up = -min(change), max(change)

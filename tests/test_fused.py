@@ -12,11 +12,11 @@ import reference_fused as reference
 import reference_lora
 import torch
 
-from perfmodel import methods
+from perfmodel import methods, predict
 from perfmodel.architectures import from_config, load
 from perfmodel.errors import UserError
 from perfmodel.methods.lora import Lora
-from perfmodel.prediction import memory, predict
+from perfmodel.prediction import memory
 from perfmodel.recording.record import build
 from perfmodel.setup import Setup
 from perfmodel.tracing.programs import models

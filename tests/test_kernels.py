@@ -5,7 +5,7 @@ import pytest
 from perfmodel.calls import costs
 from perfmodel.devices import kernels, price, profile
 from perfmodel.prediction.predict import predict
-from perfmodel.program.op import Op, Spec
+from perfmodel.program.op import Attrs, Op, Spec
 from perfmodel.setup import Setup
 from perfmodel.tape.core import Tape, new_tensor, recording
 from perfmodel.tape.gather import top_values
@@ -107,7 +107,7 @@ def test_selection_and_accumulation_are_chains_of_small_kernels() -> None:
     assert costs.kernels(top) == 2
     assert seconds(top) > 18 * L40S.pointwise.serial_latency
     zeros, indices, values = Spec("fp32", (256, 256)), Spec("i64", (48, 2)), Spec("fp32", (48, 2, 256))
-    put = Op("index_put", (zeros, indices, values), (zeros,), 0, 0, attrs=("accumulate",))
+    put = Op("index_put", (zeros, indices, values), (zeros,), 0, 0, attrs=Attrs(accumulate=True))
     assert costs.kernels(put) == 6
     assert seconds(put) > 6 * FLOOR
     assert costs.kernels(Op("index_put", (zeros, indices, values), (zeros,), 0, 0)) == 2
@@ -119,4 +119,4 @@ def test_the_tape_says_which_gradients_accumulate() -> None:
     assert step is not None
     puts = [op for _, op, _ in step.ops() if op.name == "index_put"]
     assert puts
-    assert all("accumulate" in op.attrs for op in puts)
+    assert all(op.attrs.accumulate for op in puts)

@@ -11,10 +11,9 @@ pytest.importorskip("transformers")
 import reference_liger as reference
 import torch
 
-from perfmodel import methods
+from perfmodel import methods, predict
 from perfmodel.architectures import from_config, load
 from perfmodel.errors import UserError
-from perfmodel.prediction import predict
 from perfmodel.recording.record import build
 from perfmodel.setup import Setup
 from perfmodel.tape.packages import liger

@@ -5,8 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from perfmodel.prediction import predict
-from perfmodel.program.op import LATER
+from perfmodel import predict
 from perfmodel.recording.step import Step
 from perfmodel.tape.core import Tape
 
@@ -67,4 +66,4 @@ def check(monkeypatch: pytest.MonkeyPatch, model: str, method: str, asked: dict[
     if derived.step is not None and recorded.step is not None:
         assert described(derived.step) == described(recorded.step)
         firsts = [op for part in derived.step.groups[0].parts for op in part.ops]
-        assert not any(LATER in op.attrs for op in firsts)
+        assert not any(op.attrs.later for op in firsts)

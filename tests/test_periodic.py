@@ -8,10 +8,10 @@ import torch
 from click.testing import CliRunner
 from helpers import SMALL, architecture_of, calls_by_name, step_of
 
+from perfmodel import predict
 from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.methods.parts.periodic import Periodic
-from perfmodel.prediction import predict
 from perfmodel.tape.tensor import Parameter
 from perfmodel.tracing.programs.updates import make_optimizer
 

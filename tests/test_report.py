@@ -17,12 +17,10 @@ import pytest
 from click.testing import CliRunner, Result
 from helpers import config_of
 
-from perfmodel import UserError, explain
+from perfmodel import UserError, compare, explain, predict
 from perfmodel.architectures import Config
 from perfmodel.cli import main
 from perfmodel.devices import profile
-from perfmodel.prediction import predict
-from perfmodel.questions import comparison as compare
 from perfmodel.questions.anatomy import PARTS
 from perfmodel.questions.roofline import kernels, roof
 from perfmodel.report.charts.roofline import GROUPS

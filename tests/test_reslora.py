@@ -15,9 +15,8 @@ import torch
 from reference import differences
 from test_real_step import real_steps, without_underscore
 
-from perfmodel import methods
+from perfmodel import methods, predict
 from perfmodel.errors import UserError
-from perfmodel.prediction import predict
 from perfmodel.program.part import PHASES
 from perfmodel.recording.record import build
 from perfmodel.setup import Setup

@@ -7,9 +7,9 @@ import pytest
 from click.testing import CliRunner
 from closed_forms import LAYERS, recorded
 
+from perfmodel import predict
 from perfmodel.cli import main
 from perfmodel.methods import runlora
-from perfmodel.prediction import predict
 from perfmodel.tape.custom import BACKWARDS, FORWARDS
 
 SETUP: dict[str, Any] = {"device": "l40s", "batch": 4, "seq": 512}

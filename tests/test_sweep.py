@@ -10,11 +10,9 @@ from click.testing import CliRunner
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from perfmodel import compare, predict, sweep
 from perfmodel.cli import main
 from perfmodel.errors import UserError
-from perfmodel.prediction import predict
-from perfmodel.questions import comparison as compare
-from perfmodel.questions import sweeps as sweep
 from perfmodel.report.files import records, rows_to
 
 MODEL, DEVICE = "smollm2-135m", "l40s"

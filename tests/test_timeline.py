@@ -142,7 +142,7 @@ def durations(ops: Iterable[Op], *_: Any) -> np.ndarray:
 
 
 def on_device(op: Op) -> bool:
-    return not op.view and "host" not in op.attrs
+    return not op.view and not op.attrs.host
 
 
 def unrolled(step: Step, host: Host) -> tuple[float, float]:

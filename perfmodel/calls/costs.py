@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..program.dims import Dim
-from ..program.op import Op, Spec
+from ..program.op import PLAIN, Op, Spec
 from ..registry import add_once
 from . import products
 
@@ -194,22 +194,23 @@ READS = ("_local_scalar_dense", "_linalg_check_errors")  # of a result, by the h
 def synchronises(op: Op) -> bool:
     """Whether the host waits for the device in a call: it reads a result, or copies between pageable memory and it."""
     if op.name in READS:
-        return "host" not in op.attrs
-    return SOLVERS.get(op.name, False) or (bool(op.attrs) and ("sync" in op.attrs or "bus" in op.attrs))
+        return not op.attrs.host
+    return SOLVERS.get(op.name, False) or op.attrs.sync or op.attrs.bus
 
 
 def kernels(op: Op) -> Dim:
     """CUDA kernels that one call launches; 0 for views, for work on host tensors and for copies over the bus."""
     if op.view:
         return 0
-    if op.attrs:
-        if "host" in op.attrs or "bus" in op.attrs:
+    attrs = op.attrs
+    if attrs is not PLAIN:
+        if attrs.host or attrs.bus:
             return 0
         if op.name in GEMMS:
-            return 1 + len(copied_operands(op))
+            return 1 + len(attrs.copied)
         if op.name.startswith("_fft"):
             return _fft_kernels(op)
-        if "accumulate" in op.attrs:
+        if attrs.accumulate:
             return _KERNELS_OF_ACCUMULATION
     if op.name in _LISTS:
         if op.launches is None:
@@ -226,25 +227,16 @@ def _kernels_on_lists(op: Op) -> Dim:
     return _launches(results, limits[_LISTS[op.name]])
 
 
-def copied_operands(op: Op) -> list[int]:
-    """Which inputs of a matrix product cuBLAS cannot read as they lie: attributes `copied:0`, `copied:1`."""
-    return [int(a.removeprefix("copied:")) for a in op.attrs if isinstance(a, str) and a.startswith("copied:")]
-
-
 def _fft_kernels(op: Op) -> Dim:
-    """Passes of a transform, one scaling if it is normalised, one that mirrors the half spectrum of a real input.
-
-    The attributes are over how many dims, from the last, and perhaps `scaled`, `half` (only half the spectrum is asked
-    for).
-    """
-    dims = op.outputs[0].shape[-op.attrs[0] :]
-    passes = sum(1 + np.greater(n, _FFT_ON_CHIP) for n in dims)
-    return passes + ("scaled" in op.attrs) + mirrors(op)
+    """Passes of a transform, one scaling if it is normalised, one that mirrors the half spectrum of a real input."""
+    out = op.outputs[0].shape
+    passes = sum(1 + np.greater(out[dim], _FFT_ON_CHIP) for dim in op.attrs.dims or range(len(out)))
+    return passes + op.attrs.scaled + mirrors(op)
 
 
 def mirrors(op: Op) -> bool:
     """Whether a transform of real numbers is asked for the whole spectrum."""
-    return op.name == "_fft_r2c" and "half" not in op.attrs
+    return op.name == "_fft_r2c" and not op.attrs.half
 
 
 LISTED = ("_foreach", "_fused", "bitsandbytes::optimizer")
@@ -293,7 +285,7 @@ def _packed(tensors: tuple[tuple[int, int], ...], limit: int) -> int:
 
 def kind(op: Op) -> str:
     """The class of kernel an op belongs to, for totals and prices."""
-    return _kind(op.name, "host" in op.attrs)
+    return _kind(op.name, op.attrs.host)
 
 
 @cache

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..errors import UserError, nearest
 from ..program.dtypes import ITEMSIZE
-from ..program.op import Op, Spec
+from ..program.op import PLAIN, Attrs, Op, Spec
 from . import gemm, price, profile
 from .profile import DeviceProfile
 
@@ -64,7 +64,7 @@ class Device:
 
         def call(m: Any, n: Any, k: Any, b: Any) -> Op:
             if np.all(np.equal(b, 1)):
-                return _call("mm", dtype, ((m, k), (k, n)), (m, n), (layout,))
+                return _call("mm", dtype, ((m, k), (k, n)), (m, n), Attrs(layout))
             return _call("bmm", dtype, ((b, m, k), (b, k, n)), (b, m, n))
 
         return self._over((m, n, k, batch), call)
@@ -90,7 +90,7 @@ class Device:
 
         def call(b: Any, s: Any, h: Any, d: Any, kv: Any) -> Op:
             q, k = (b, h, s, d), (b, kv, s, d)
-            return _call(name, dtype, (q, q, k, k) if backward else (q, k, k), q, (causal,))
+            return _call(name, dtype, (q, q, k, k) if backward else (q, k, k), q, Attrs(causal=causal))
 
         return self._over((batch, seq, heads, head_dim, heads if kv_heads is None else kv_heads), call)
 
@@ -138,7 +138,7 @@ def profile_of(device: "str | PathLike[str] | DeviceProfile | Device") -> Device
 
 
 def _call(
-    name: str, dtype: str, inputs: Sequence[tuple[Any, ...]], output: tuple[Any, ...], attrs: tuple[Any, ...] = ()
+    name: str, dtype: str, inputs: Sequence[tuple[Any, ...]], output: tuple[Any, ...], attrs: Attrs = PLAIN
 ) -> Op:
     read, out = [Spec(dtype, shape) for shape in inputs], Spec(dtype, output)
     return Op(name, tuple(read), (out,), sum(s.nbytes for s in read), out.nbytes, attrs=attrs)

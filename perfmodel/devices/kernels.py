@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..calls import costs
+from ..calls.sums import along_rows
 from ..program.dims import Dim, same
 from ..program.dtypes import ITEMSIZE
 from ..program.op import Op, Spec
@@ -73,7 +74,7 @@ def operand_copies(op: Op) -> list[Kernel]:
 
     A thread writes the next element of the copy and reads one far from its neighbour's.
     """
-    copied = [op.inputs[i] for i in costs.copied_operands(op)]
+    copied = [op.inputs[i] for i in op.attrs.copied]
     return [Kernel("strided", 1, x.nbytes, x.nbytes, x.numel, spread=(_sectors(x) + 1) / 2) for x in copied]
 
 
@@ -107,7 +108,7 @@ def _by_rows(kind: str, op: Op, spec: Spec) -> list[Kernel]:
 def _plain(op: Op) -> list[Kernel]:
     """What streams: pointwise calls, casts, copies, fills."""
     kind = {"_to_copy": "cast", "cat": "cat", "clone": "strided", "copy_": "pointwise"}.get(op.name, "pointwise")
-    if kind == "pointwise" and "strided" in op.attrs:
+    if kind == "pointwise" and op.attrs.strided:
         kind = "strided"
     return [Kernel(kind, costs.kernels(op), op.bytes_read, op.bytes_written, _out(op).numel)]
 
@@ -172,9 +173,7 @@ def _softmax_backward(op: Op) -> list[Kernel]:
 
 @of("sum.dim_IntList", "mean.dim")
 def _sum(op: Op) -> list[Kernel]:
-    shape = _out(op).shape
-    along_rows = not shape or (isinstance(shape[-1], int) and shape[-1] == 1)
-    return _by_rows("reduction" if along_rows else "column_reduction", op, op.inputs[0])
+    return _by_rows("reduction" if along_rows(op) else "column_reduction", op, op.inputs[0])
 
 
 @of("slice_backward", "select_backward")
@@ -209,7 +208,7 @@ def _taken(op: Op) -> list[Kernel]:
 @of("index_put_", "scatter.src", "index_copy", "index_put")
 def _placed(op: Op) -> list[Kernel]:
     """Values written behind indices, of a copy of the whole tensor unless the call works in place."""
-    if "accumulate" in op.attrs:
+    if op.attrs.accumulate:
         return _accumulated(op)
     values, out = op.inputs[-1], _out(op)
     moved = Kernel("strided", 1, values.nbytes, values.nbytes, values.numel, spread=_between(values, out))

@@ -11,6 +11,7 @@ from ..optimizers.parts.adam_loop import denominator
 from ..optimizers.parts.ops import in_place, new
 from ..optimizers.parts.update import existing, gradient, runs
 from ..program.dims import decide
+from ..program.op import OVER_BUS
 from ..tape.core import record
 from ..tape.decompositions import smaller, svd
 from ..tape.linalg import matmul
@@ -119,8 +120,8 @@ def _exchange(step: Recorded) -> None:
         with layers_alike("exchange", count):
             for p in run:
                 on_host = existing(p.shape, p.dtype)
-                record("_to_copy", (p,), (on_host,), ("bus",))
-                record("copy_", (p, on_host), (p,), ("bus",))
+                record("_to_copy", (p,), (on_host,), OVER_BUS)
+                record("copy_", (p, on_host), (p,), OVER_BUS)
 
 
 def _tall(p: Parameter) -> bool:

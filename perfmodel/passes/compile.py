@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..program.dims import largest, summed
-from ..program.op import Op, Spec
+from ..program.op import Attrs, Op, Spec
 from ..program.part import Part
 from ..setup import Setup
 from ..tape.tensor import Flow, Parameter
@@ -158,7 +158,7 @@ def _generated(kernel: Kernel) -> Op:
         tuple([Spec(value.dtype, (value.points,)) for value in kernel.writes]),
         summed(kernel.reads.values()),
         summed([value.nbytes for value in kernel.writes]),
-        attrs=((points, length), *(("exp",) if exponential else ())),
+        attrs=Attrs(loops=(points, length), exponential=exponential),
         owner=main.owner,
         recompute=main.recompute,
     )

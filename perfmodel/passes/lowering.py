@@ -6,8 +6,8 @@ Sources: torch/_inductor/lowering.py, torch/_inductor/decomposition.py, torch/_d
 
 from collections.abc import Callable, Sequence
 
-from ..program.dims import Dim, decide, is_one, product
-from ..program.op import LATER, Spec
+from ..calls.sums import along_rows
+from ..program.dims import Dim, decide, product
 from ..program.part import Part
 from ..registry import add_once
 from ..tape.tensor import Flow, Parameter
@@ -46,7 +46,7 @@ def lowered(parameters: Sequence[Parameter], parts: list[Part], flow: Flow) -> G
         name = op.name.partition(".")[0]
         if name in NOTHING:
             continue
-        if name == "add_" and LATER in op.attrs:
+        if name == "add_" and op.attrs.later:
             _add_later(builder)
         elif name == "add_" and op.writes and builder.existed(op.writes[0]):
             _accumulate(builder)
@@ -134,11 +134,7 @@ def _sum(b: Builder, name: str) -> None:
     """Along the last dims (rows), or down the leading ones (columns, in two kernels where there are many)."""
     x, out = b.op.inputs[0], b.op.outputs[0]
     length = x.numel // out.numel
-    b.write(b.op.writes[0], _reduced(b, name, b.reads(), out.numel, length, out.dtype, columns=_keeps_last(x, out)))
-
-
-def _keeps_last(x: Spec, out: Spec) -> bool:
-    return bool(out.shape) and not is_one(out.shape[-1]) and not is_one(x.shape[-1])
+    b.write(b.op.writes[0], _reduced(b, name, b.reads(), out.numel, length, out.dtype, columns=not along_rows(b.op)))
 
 
 def _reduced(

@@ -6,7 +6,46 @@ from typing import Any, NamedTuple
 from .dims import Dim, Shape, product
 from .dtypes import ITEMSIZE
 
-LATER = "later"  # attribute of what only further micro-batches do: they add gradients to those that are there
+
+class Attrs(NamedTuple):
+    """What decides the price of a call besides its shapes.
+
+    Attributes:
+        layout: of a matrix product, as BLAS names it: tn (forward), nn (input gradient), nt (weight gradient).
+        copied: operands of a product that cuBLAS cannot read as they lie.
+        causal: whether attention is masked causally.
+        strided: whether operands are broadcast, permuted or sliced.
+        dims: what a sum or a transform runs over, counted from the front; None: everything.
+        scaled, half: whether a Fourier transform normalises, and gives half the spectrum.
+        accumulate: whether values with the same index are added.
+        loops: of a kernel that a compiler wrote: results, and elements summed for each.
+        exponential: whether such a kernel sums exponentials.
+        host: whether it works on host tensors, and the device has nothing to do.
+        bus: whether it copies between host and device.
+        sync: whether the host waits for the device.
+        later: whether only further micro-batches do it: they add gradients to those that are there.
+        beside: whether it runs on a stream beside the others.
+    """
+
+    layout: str = ""
+    copied: tuple[int, ...] = ()
+    causal: bool = False
+    strided: bool = False
+    dims: tuple[int, ...] | None = None
+    scaled: bool = False
+    half: bool = False
+    accumulate: bool = False
+    loops: tuple[Dim, Dim] | None = None
+    exponential: bool = False
+    host: bool = False
+    bus: bool = False
+    sync: bool = False
+    later: bool = False
+    beside: bool = False
+
+
+PLAIN = Attrs()
+STRIDED, ON_HOST, OVER_BUS = Attrs(strided=True), Attrs(host=True), Attrs(bus=True)
 
 
 class Spec(NamedTuple):
@@ -62,7 +101,7 @@ class Op:
         bytes_written: Dim,
         *,
         view: bool = False,
-        attrs: tuple[Any, ...] = (),
+        attrs: Attrs = PLAIN,
         owner: str = "base",
         recompute: bool = False,
     ) -> None:
@@ -72,7 +111,7 @@ class Op:
         self.bytes_read = bytes_read
         self.bytes_written = bytes_written
         self.view = view
-        self.launched = not (view or "host" in attrs)
+        self.launched = not (view or attrs.host)
         self.attrs = attrs
         self.owner = owner
         self.recompute = recompute
@@ -86,11 +125,11 @@ class Op:
         return self.name, self.inputs, self.outputs, self.bytes_read, self.bytes_written, self.attrs
 
     def settled(self) -> "Op":
-        """This op in a micro-batch that does it: without the attribute `LATER`."""
-        if LATER not in self.attrs:
+        """This op in a micro-batch that does it: not as one of `Attrs.later`."""
+        if not self.attrs.later:
             return self
         op = copy(self)
-        op.attrs = tuple(a for a in self.attrs if a != LATER)
+        op.attrs = self.attrs._replace(later=False)
         return op
 
     def __repr__(self) -> str:

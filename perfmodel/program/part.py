@@ -58,7 +58,7 @@ class Part:
             self.later.free(nbytes)
 
     def further(self) -> "Part":
-        """This part in a further micro-batch, which also does what the first leaves out (`LATER`)."""
+        """This part in a further micro-batch, which also does what the first leaves out (`Attrs.later`)."""
         later, ops = self.later or self, [op.settled() for op in self.ops]
         return replace(self, ops=ops, delta=later.delta, highest=later.peak, later=None)
 

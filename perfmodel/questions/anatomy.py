@@ -54,7 +54,7 @@ def part_of(op: Op, part: Part) -> str:
     if op.owner == "attention" or kind == "attention":
         return "attention"
     if kind == "gemm":
-        if "nt" in op.attrs:  # the layout that weight gradients have, wherever they are formed
+        if op.attrs.layout == "nt":  # the layout that weight gradients have, wherever they are formed
             return "gemm_weight_grad"
         return "gemm_forward" if part.phase == "forward" else "gemm_input_grad"
     if kind == "embedding":
@@ -126,7 +126,7 @@ def timed_ops(p: Prediction) -> Iterator[tuple[Part, Op, float, int]]:
         raise UserError("only a single setup can be taken apart: give batch, seq and rank as integers")
     for (part, count), seconds in zip(p.step.parts(), p.durations, strict=True):
         for op, duration in zip(part.ops, seconds.tolist(), strict=True):
-            if not op.view and "host" not in op.attrs:
+            if not op.view and not op.attrs.host:
                 yield part, op, duration, count
 
 

@@ -12,7 +12,6 @@ from ..errors import UserError
 from ..methods.parts.base import Method
 from ..methods.parts.periodic import Periodic, PeriodicOps
 from ..program.dims import Dim, larger
-from ..program.op import LATER
 from ..program.part import Group, Part
 from ..setup import Setup
 from ..tape.core import Tape, emit, recording, release
@@ -101,7 +100,7 @@ def _micro_batches(step: Step, tape: Tape, programs: dict[Any, Any]) -> Callable
 
 def _first(part: Part) -> Part:
     """A part without what only further micro-batches do."""
-    part.ops = [op for op in part.ops if LATER not in op.attrs]
+    part.ops = [op for op in part.ops if not op.attrs.later]
     part.later = None
     return part
 

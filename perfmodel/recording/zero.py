@@ -23,6 +23,7 @@ from ..optimizers import Update
 from ..optimizers.parts.ops import in_place, new, read
 from ..optimizers.parts.update import Parameters, existing, gradient, runs
 from ..program.dims import Dim, decide
+from ..program.op import Attrs
 from ..program.part import Part
 from ..setup import Setup
 from ..tape.core import record, tape
@@ -33,7 +34,7 @@ NOTE = (
     "what the Python of DeepSpeed's ZeRO-3 costs was measured on a CPU (data/engines); few steps on GPUs were compared"
 )
 SUB_GROUP = 10**9  # elements that are updated together (`sub_group_size`)
-BESIDE = ("beside",)  # an op on the stream that reduces gradients (`overlap_comm`, on by default)
+BESIDE = Attrs(beside=True)  # an op on the stream that reduces gradients (`overlap_comm`, on by default)
 CHECKS = (  # calls on scalars that check and combine norms (`get_grad_norm_direct`, `combine_grad_norm_groups`)
     "stack", "pow.Tensor_Scalar", "sum", "pow.Tensor_Scalar", "abs", "ne.Scalar", "eq.Tensor", "mul.Tensor", "isnan",
     "logical_or", "lift_fresh", "where.self", "stack", "abs", "ne.Scalar", "eq.Tensor", "mul.Tensor", "bitwise_not",
@@ -94,7 +95,7 @@ def beside(part: Part, seconds: np.ndarray, on: DeviceProfile) -> np.ndarray:
     They move memory, and get the bandwidth that the others leave: all of it goes to kernels that only move memory too,
     a matrix product or attention needs it for its bytes alone. What finds no room comes on top.
     """
-    apart = np.array([BESIDE[0] in op.attrs for op in part.ops], dtype=bool)
+    apart = np.array([op.attrs.beside for op in part.ops], dtype=bool)
     if on.kind == "cpu" or not apart.any():
         return seconds
     free: Any = 0.0
@@ -109,7 +110,7 @@ def beside(part: Part, seconds: np.ndarray, on: DeviceProfile) -> np.ndarray:
 
 def end_of_backward() -> None:
     """The host waits for the stream that reduces gradients (`independent_gradient_partition_epilogue`)."""
-    record("deepspeed::synchronize", (), (), ("host", "sync"))
+    record("deepspeed::synchronize", (), (), Attrs(host=True, sync=True))
 
 
 def record_update(step: Step, optimizer: str) -> Update:

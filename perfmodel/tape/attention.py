@@ -11,6 +11,7 @@ transformers/integrations/sdpa_attention.py.
 from collections.abc import Sequence
 
 from ..program.dims import Shape, is_one, strides_in_order
+from ..program.op import Attrs
 from .autograd import differentiate
 from .core import new_tensor, record, tape
 from .linalg import autocast_operand, matmul
@@ -121,7 +122,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, *,
     inputs = (q, k, v) if mask is None else (q, k, v, mask)
     if node:
         node.save(q, k, v, mask)
-    record(_FLASH[kernel], inputs, (out, statistics), attrs=(causal,))
+    record(_FLASH[kernel], inputs, (out, statistics), attrs=Attrs(causal=causal))
     if node:
         node.save(out.alias(), statistics)
         node.produces(out)
@@ -140,7 +141,7 @@ def _fused_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     q, k, v, mask, out, statistics = node.unpack()
     grad_of = [new_tensor(x.shape, x.dtype, None if kernel == "flash2" else _seq_first(x.shape)) for x in (q, k, v)]
     inputs = [x for x in (g, q, k, v, out, statistics, mask) if x is not None]
-    record(_FLASH_BACKWARD[kernel], inputs, grad_of, attrs=(causal,))
+    record(_FLASH_BACKWARD[kernel], inputs, grad_of, attrs=Attrs(causal=causal))
     return tuple(x if need else None for x, need in zip(grad_of, node.needs, strict=True))
 
 

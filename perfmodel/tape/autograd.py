@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..program.dims import dense_order, is_one, same
-from ..program.op import LATER
+from ..program.op import PLAIN, Attrs
 from .core import new_tensor, record, tape
 from .tensor import Backward, Edge, Grads, Node, Parameter, Tensor
 
@@ -74,12 +74,12 @@ def _foresee(parameter: Parameter, grad: Tensor, settled: Tensor) -> None:
     current.alike &= settled is grad
     if current.alike:
         assert parameter.grad is not None
-        _add_to(parameter.grad, grad, parameter.kind, LATER)
+        _add_to(parameter.grad, grad, parameter.kind, Attrs(later=True))
         if current.flow is None:
             parameter.grad.storage = grad.storage.inherited()
 
 
-def _add_to(sum: Tensor, grad: Tensor, kind: str, *attrs: str) -> None:
+def _add_to(sum: Tensor, grad: Tensor, kind: str, attrs: Attrs = PLAIN) -> None:
     with tape().belonging_to("adapter" if kind == "adapter" else "accumulation"):
         record("add_.Tensor", (sum, grad), (sum,), attrs)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..program.dims import Dim, Shape, contiguous_strides, product
 from ..program.dtypes import ITEMSIZE
-from ..program.op import Op
+from ..program.op import PLAIN, Attrs, Op
 from ..program.part import Part
 from .tensor import Flow, Node, Parameter, Storage, Tensor
 
@@ -25,7 +25,7 @@ class Tape:
     takes every parameter's complete gradient away, as a hook that PyTorch runs after it is accumulated.
 
     `alike` says whether further micro-batches do the same as the one that is recorded, but for adding their gradients
-    to those that are there: then its parts also get the ops that do, with the attribute `LATER`, and where no `flow` is
+    to those that are there: then its parts also get the ops that do, marked `Attrs.later`, and where no `flow` is
     followed, the memory of further micro-batches.
     """
 
@@ -192,7 +192,7 @@ def _distinct_bytes(tensors: Sequence[Tensor]) -> Dim:
 
 
 def record(
-    name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], attrs: tuple[Any, ...] = (), *, view: bool = False
+    name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], attrs: Attrs = PLAIN, *, view: bool = False
 ) -> None:
     """Append an op to the current part."""
     op = Op(
@@ -225,7 +225,7 @@ def emit(
     *,
     strides: Shape | None = None,
     node: Node | None = None,
-    attrs: tuple[Any, ...] = (),
+    attrs: Attrs = PLAIN,
 ) -> Tensor:
     """Record an op with one new output, which `node` (if any) will differentiate."""
     out = new_tensor(shape, dtype, strides)

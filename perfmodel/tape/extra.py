@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from ..program.dims import Dim, product
+from ..program.op import ON_HOST, Attrs
 from ..program.part import Part
 from .autograd import copy, differentiate
 from .core import emit, record, tape
@@ -95,16 +96,16 @@ def _saving_input(name: str, x: Tensor, backward: Backward) -> Tensor:
 
 def row_norms(x: Tensor) -> Tensor:
     """`torch.linalg.norm(x, dim=1)` of a constant matrix."""
-    return emit("linalg_vector_norm", (x,), (x.shape[0],), x.dtype)
+    return emit("linalg_vector_norm", (x,), (x.shape[0],), x.dtype, attrs=Attrs(dims=(1,)))
 
 
 def coin() -> None:
     """`torch.rand(1) > p` as a condition: drawn and read on the host, where no device waits for it."""
     x = Tensor((1,), "fp32", (1,), 1, Storage(0, None))
     heads = Tensor((1,), "bool", (1,), 1, Storage(0, None))
-    record("rand", (), (x,), ("host",))
-    record("gt.Scalar", (x,), (heads,), ("host",))
-    record("_local_scalar_dense", (heads,), (), ("host",))
+    record("rand", (), (x,), ON_HOST)
+    record("gt.Scalar", (x,), (heads,), ON_HOST)
+    record("_local_scalar_dense", (heads,), (), ON_HOST)
 
 
 def hadamard_weight(w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor) -> Tensor:
@@ -144,7 +145,9 @@ def sum_dim(x: Tensor, dim: int) -> Tensor:
     x = autocast_fp32(x)
     dim = dim % len(x.shape)
     node = differentiate("SumBackward1", (x,), _sum_backward, (dim, x.shape))
-    return emit("sum.dim_IntList", (x,), (*x.shape[:dim], *x.shape[dim + 1 :]), x.dtype, node=node)
+    return emit(
+        "sum.dim_IntList", (x,), (*x.shape[:dim], *x.shape[dim + 1 :]), x.dtype, node=node, attrs=Attrs(dims=(dim,))
+    )
 
 
 def _sum_backward(node: Node, grads: Sequence[Grad]) -> Grads:

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 
-from ..program.op import Op, Spec
+from ..program.op import PLAIN, STRIDED, Attrs, Op, Spec
 from ..setup import Setup
 from .cuda_forms import cuda_forms
 from .programs.dtypes import DTYPES, TORCH_DTYPES
@@ -177,7 +177,7 @@ def op_of(func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor], ar
     """An ATen call as an op of the model; attention with the operands that the tape gives it."""
     name = call_name(func).removesuffix(".default")
     view = bool(func.is_view) or name in ("_unsafe_view", "detach")
-    attrs = () if view else _attrs(name, func, inputs, outputs, arguments)
+    attrs = PLAIN if view else _attrs(name, func, inputs, outputs, arguments)
     if "scaled_dot_product" in name and "_attention" in name:
         return _attention_op(name, func, outputs, arguments, attrs)
     read, written = [_spec(t) for t in inputs], [_spec(t) for t in outputs]
@@ -208,7 +208,7 @@ def _in_fp32(specs: list[Spec], places: tuple[int, ...]) -> None:
         specs[i] = specs[i]._replace(dtype="fp32")
 
 
-def _attention_op(name: str, func: Any, outputs: list[torch.Tensor], arguments: Any, attrs: tuple[Any, ...]) -> Op:
+def _attention_op(name: str, func: Any, outputs: list[torch.Tensor], arguments: Any, attrs: Attrs) -> Op:
     """Fused attention without seeds and lengths, the statistics one fp32 value a row."""
     given = _by_name(func, arguments)
     backward = name.endswith("_backward")
@@ -237,22 +237,33 @@ def _spec(t: Any) -> Spec:
     return Spec(DTYPES.get(t.dtype, "fp32"), tuple(t.shape))
 
 
-def _attrs(name: str, func: Any, inputs: Any, outputs: Any, arguments: Any) -> tuple[Any, ...]:
+SUMS = ("sum", "mean", "linalg_vector_norm", "amax", "argmax", "any", "all")  # calls that run over dims
+
+
+def _places(rank: int, dims: Any) -> tuple[int, ...] | None:
+    """Dims counted from the front; None for all."""
+    given = [dims] if isinstance(dims, int) else dims
+    return tuple(sorted(dim % rank for dim in given)) if given and rank else None
+
+
+def _attrs(name: str, func: Any, inputs: Any, outputs: Any, arguments: Any) -> Attrs:
     """What prices need to know besides shapes: a GEMM's layout, a causal flag, operands that do not stream."""
     if name in ("mm", "addmm", "bmm"):
         a, b = (t.stride(0) == 1 and t.stride(1) == t.shape[0] for t in inputs[-2:])
-        layout = () if name == "bmm" else ("nt" if a else "tn" if b else "nn",)
-        return (*layout, *(f"copied:{i}" for i, t in enumerate(inputs) if t.dim() > 1 and 1 not in t.stride()[-2:]))
+        copied = tuple(i for i, t in enumerate(inputs) if t.dim() > 1 and 1 not in t.stride()[-2:])
+        return Attrs("" if name == "bmm" else "nt" if a else "tn" if b else "nn", copied)
     if "scaled_dot_product" in name:
-        return (bool(_by_name(func, arguments).get("is_causal", False)),)
+        return Attrs(causal=bool(_by_name(func, arguments).get("is_causal", False)))
     if name.startswith("_fft"):
         given = _by_name(func, arguments)
-        flags = {"scaled": given["normalization"], "half": given.get("onesided")}
-        return (len(given["dim"]), *(flag for flag, value in flags.items() if value))
+        dims = _places(inputs[0].dim(), given["dim"])
+        return Attrs(dims=dims, scaled=bool(given["normalization"]), half=bool(given.get("onesided")))
     if name.startswith("index_put"):
-        return ("accumulate",) if _by_name(func, arguments).get("accumulate") else ()
+        return Attrs(accumulate=True) if _by_name(func, arguments).get("accumulate") else PLAIN
+    if name.startswith(SUMS):
+        return Attrs(dims=_places(inputs[0].dim(), _by_name(func, arguments).get("dim")))
     if name == "clone" or (torch.Tag.pointwise not in func.tags and name != "copy_"):
-        return ()
+        return PLAIN
     shape = outputs[0].shape if outputs else None
     streams = all(t.dim() == 0 or (t.shape == shape and t.is_contiguous()) for t in inputs)
-    return () if streams else ("strided",)
+    return PLAIN if streams else STRIDED

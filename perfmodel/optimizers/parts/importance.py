@@ -3,7 +3,7 @@
 Source: peft/tuners/adalora/layer.py, `update_ipt` and `mask_to_budget`.
 """
 
-from ...program.op import Op, Spec
+from ...program.op import OVER_BUS, Attrs, Op, Spec
 from ...tape.core import emit, new_tensor, record, tape
 from ...tape.extra import sum_dim
 from ...tape.pointwise import cat, mean_last
@@ -70,7 +70,8 @@ def _triplets(run: Parameters) -> Kept:
         if p.name.endswith("lora_A"):
             means.append(mean_last(entry_ipt))
         elif p.name.endswith("lora_B"):
-            means.append(view(emit("mean.dim", (entry_ipt,), (p.shape[1],), p.dtype), (p.shape[1], 1)))
+            mean = emit("mean.dim", (entry_ipt,), (p.shape[1],), p.dtype, attrs=Attrs(dims=(0,)))
+            means.append(view(mean, (p.shape[1], 1)))
         else:
             means.append(entry_ipt)
     return means
@@ -100,4 +101,4 @@ def _mask(e: Parameter, *, on_gpu: bool) -> None:
     del low
     pattern = view(new("bitwise_not", new("le.Scalar", e, dtype="bool"), dtype="bool"), (e.shape[0],))
     if on_gpu:
-        record("_to_copy", (pattern,), (existing(pattern.shape, "bool"),), ("bus",))
+        record("_to_copy", (pattern,), (existing(pattern.shape, "bool"),), OVER_BUS)

@@ -6,7 +6,7 @@ A `Spec` with copies stands for the like parameters of identical layers, so the 
 from collections.abc import Callable, Sequence
 
 from ...program.dims import Dim
-from ...program.op import Op, Spec
+from ...program.op import ON_HOST, PLAIN, Op, Spec
 from ...program.part import Part
 from ...tape.tensor import Parameter
 
@@ -48,11 +48,11 @@ class Recorder:
         self.part = part
 
     def __call__(
-        self, name: str, inputs: Specs, outputs: Specs, *, device: str = "device", distinct: Specs | None = None
+        self, name: str, inputs: Specs, outputs: Specs, *, host: bool = False, distinct: Specs | None = None
     ) -> None:
         """Record a call; `distinct` names the inputs where one tensor is passed twice."""
         read, written = nbytes(distinct or inputs), nbytes(outputs)
-        self.part.ops.append(Op(name, tuple(inputs), tuple(outputs), read, written, attrs=(device,)))
+        self.part.ops.append(Op(name, tuple(inputs), tuple(outputs), read, written, attrs=ON_HOST if host else PLAIN))
 
     def temporary(self, specs: Specs) -> Dim:
         """Allocate a list of new tensors; free what is returned."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...program.dims import Dim, decide, product
+from ...program.op import Attrs
 from ..autograd import differentiate
 from ..core import emit, new_tensor, record, tape
 from ..custom import autocasting, python_function
@@ -49,8 +50,8 @@ def _rms_norm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     g = _rows(contiguous(g))
     partial = new_tensor((PROGRAMS, shape[-1]), "fp32")
     record("liger::rms_norm_backward", (g, x, weight, rstd), (partial, g))
-    grad_weight = cast(emit("sum.dim_IntList", (partial,), (shape[-1],), "fp32"), weight.dtype)  # frozen or not
-    return (view(g, shape), grad_weight)
+    total = emit("sum.dim_IntList", (partial,), (shape[-1],), "fp32", attrs=Attrs(dims=(0,)))
+    return (view(g, shape), cast(total, weight.dtype))  # a frozen weight's too
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,7 +155,7 @@ def _loss_and_gradients(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple
         if grad_weight is not None:
             left = cast(t(logits), part.dtype)
             layout = _layout(_column_major(left), _column_major(part))
-            record("addmm.out", (grad_weight, left, part, grad_weight), (grad_weight,), attrs=(layout,))
+            record("addmm.out", (grad_weight, left, part, grad_weight), (grad_weight,), attrs=Attrs(layout))
     return emit("sum", (losses,), (), "fp32"), grad_hidden, grad_weight
 
 

@@ -9,6 +9,7 @@ fast_lora.py, swiglu.py and utils.py (2025).
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ...program.op import Attrs
 from ..core import emit, new_tensor, record, tape
 from ..custom import addmm_, as_rows, in_place_of_base, on_base, python_function
 from ..linalg import _column_major, _layout, mm
@@ -96,7 +97,7 @@ def _empty_like(x: Tensor) -> Tensor:
 
 def _product_into(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """`torch.matmul(a, b, out=out)`."""
-    record("mm.out", (a, b, out), (out,), attrs=(_layout(_column_major(a), _column_major(b)),))
+    record("mm.out", (a, b, out), (out,), attrs=Attrs(_layout(_column_major(a), _column_major(b))))
     return out
 
 
