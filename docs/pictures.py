@@ -30,7 +30,9 @@ def main() -> None:
         axes.text(start + wide / 2, 0.42 if i % 2 else -0.42, f"{name}\n{wide:.0f}", ha="center",
                   va="bottom" if i % 2 else "top", fontsize=9)  # fmt: skip
         start += wide
-    axes.set(xlim=(0, start), ylim=(-1.1, 1.1), yticks=[], xlabel="microseconds on an L40S, 840 tokens, 3072 x 3072, r = 32")
+    axes.set(
+        xlim=(0, start), ylim=(-1.1, 1.1), yticks=[], xlabel="microseconds on an L40S, 840 tokens, 3072 x 3072, r = 32"
+    )
     axes.spines[["left", "right", "top"]].set_visible(False)
     figure.savefig(Path(__file__).with_name("one-linear-layer.svg"), bbox_inches="tight", metadata={"Date": None})
 

@@ -73,7 +73,7 @@ def test_a_model_follows_exactly_from_a_few_of_its_blocks(name: str, monkeypatch
 
 
 def total(step: Step, count: str) -> int:
-    return sum(getattr(part, count) * times for part, times in step.parts())
+    return sum(getattr(part.host, count) * times for part, times in step.parts())
 
 
 def test_adapters_on_a_model_that_the_tape_does_not_know() -> None:

@@ -24,7 +24,7 @@ def described(step: Step) -> list[Any]:
     """All that later rooms read of the parts of further micro-batches."""
     return [
         (
-            part.name, part.phase, part.repeat, part.nodes, part.modules, part.adapters, part.hooks, part.weights,
+            part.name, part.phase, part.repeat, part.host,
             np.asarray(part.delta).tolist(), np.asarray(part.peak).tolist(),
             [(op.name, repr(op), op.owner, op.recompute) for op in part.ops],
         )

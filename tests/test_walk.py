@@ -62,5 +62,7 @@ def test_a_device_is_one_file(house: Path) -> None:
 
 
 def test_an_architecture_is_one_file(house: Path) -> None:
-    found = predicted(house, "--model", "data/models/walker-30m.json", "--seq", "64", "--method", "full", "--device", "l40s")
+    found = predicted(
+        house, "--model", "data/models/walker-30m.json", "--seq", "64", "--method", "full", "--device", "l40s"
+    )
     assert found["params"]["total"] == found["params"]["trainable"] > 1e6

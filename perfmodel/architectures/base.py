@@ -207,7 +207,7 @@ class Scope:
         trainable: bool | None = None,
     ) -> Parameter:
         """The parameter of that name, made on first use."""
-        tape().part.weights += kind != "scale"  # statistics of a packed weight are no parameters of their own
+        tape().part.host.weights += kind != "scale"  # statistics of a packed weight are no parameters of their own
         if name not in self.made:
             method = self.build.method
             if trainable is None:
@@ -228,7 +228,7 @@ class Scope:
     def linear(self, name: str, x: Tensor, n_out: int, *, bias: bool = False, conv1d: bool = False) -> Tensor:
         """A linear layer, as the method rewrites it; what it runs besides the base layer is the adapter's."""
         current = tape()
-        current.part.modules += 1
+        current.part.host.modules += 1
         layer = self.linear_layer(name, x.shape[-1], n_out, bias=bias, conv1d=conv1d)
         with current.belonging_to("adapter"):
             return self.build.method.linear(layer, x)
@@ -245,11 +245,11 @@ class Scope:
 
     def count_adapter(self) -> None:
         """One adapter's Python code runs here."""
-        tape().part.adapters += 1
+        tape().part.host.adapters += 1
 
     def rms_norm(self, name: str, x: Tensor) -> Tensor:
         """transformers' RMSNorm: statistics and scaling in fp32, the weight applied in x's dtype."""
-        tape().part.modules += 1
+        tape().part.host.modules += 1
         weight = self.parameter(f"{name}.weight", (x.shape[-1],), "norm")
         if self.build.setup.kernels == "liger":
             return liger.rms_norm(x, weight)
@@ -261,13 +261,13 @@ class Scope:
 
     def layer_norm(self, name: str, x: Tensor) -> Tensor:
         """`nn.LayerNorm`."""
-        tape().part.modules += 1
+        tape().part.host.modules += 1
         weight = self.parameter(f"{name}.weight", (x.shape[-1],), "norm")
         return nn.layer_norm(x, weight, self.parameter(f"{name}.bias", (x.shape[-1],), "norm"))
 
     def embedding(self, name: str, rows: int, width: int, ids: Tensor) -> Tensor:
         """`nn.Embedding`; that of the words as the fine-tuning method rewrites it."""
-        tape().part.modules += 1
+        tape().part.host.modules += 1
         weight = self.parameter(f"{name}.weight", (rows, width), "embedding")
         return self.build.method.words(self, weight, ids) if name.endswith(WORDS) else nn.embedding(weight, ids)
 
@@ -342,7 +342,7 @@ def _counted(block: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The block with its inner modules (itself, attention, MLP, activation) counted as Python calls."""
 
     def call(*args: Any) -> Tensor:
-        tape().part.modules += 4
+        tape().part.host.modules += 4
         return block(*args)
 
     return call

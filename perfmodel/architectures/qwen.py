@@ -126,7 +126,7 @@ def _norm(scope: Scope, name: str, x: Tensor) -> Tensor:
     """`RMSNorm`: flash-attn's kernel where it is there, else as transformers writes it out."""
     if scope.build.setup.attention != "flash2":
         return scope.rms_norm(name, x)
-    tape().part.modules += 1
+    tape().part.host.modules += 1
     return package.rms_norm(x, scope.parameter(f"{name}.weight", (x.shape[-1],), "norm"))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from ..calls.costs import by_lists
 from ..errors import UserError, nearest
 from ..program.op import Op
-from ..program.part import Part
+from ..program.part import HostWork, Part
 from ..resources import DATA, is_file, mapping, read_toml
 from . import own
 
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 HOSTS = DATA / "hosts"
 LONGEST = 1.0  # seconds: no call takes so long
+PYTHON = {  # cost -> what of a part's `HostWork` costs it, in forward and backward
+    "module": "modules", "adapter": "adapters", "node": "nodes", "checkpoint": "checkpoints", "hook": "hooks",
+}  # fmt: skip
+ENGINE = {"fetch": "weights", "release": "returns", "reduce": "gradients"}  # the same of a training engine
+EAGER = PYTHON | ENGINE
 
 
 @dataclass(frozen=True)
@@ -88,16 +93,19 @@ class Host:
             python = 0.0
         elif part.phase == "optimizer":  # a Python loop over tensors, without autograd
             seconds = [self.view if op.view else self.loop_call for op in part.ops]
-            python = self.settle * part.gradients
+            python = self.settle * part.host.gradients
         else:
             forward = part.phase == "forward"
             call, view = (self.call, self.view) if forward else (self.backward_call, self.backward_view)
             seconds = [view if op.view else call for op in part.ops]
-            python = self.module * part.modules + self.adapter * part.adapters + self.node * part.nodes
-            python += self.checkpoint * part.checkpoints + self.hook * part.hooks
-            python += self.fetch * part.weights + self.release * part.returns + self.reduce * part.gradients
+            python = self._python(part.host)
         launches = np.array([op.launched for op in part.ops])
         return np.array(seconds) + launch * launches + python / max(1, len(seconds))
+
+    def _python(self, work: HostWork) -> float:
+        """Seconds of a run of a part besides its calls."""
+        seconds: float = sum(getattr(self, cost) * getattr(work, count) for cost, count in EAGER.items())
+        return seconds
 
     def _compiled(self, part: Part, device: str) -> np.ndarray:
         """The same for compiled code: guards and wrappers first, then the calls one after another.
@@ -112,9 +120,9 @@ class Host:
             called = [self.compiled_kernel if _generated(op) else self.call for op in part.ops]
             seconds += np.array(called) + launch
         if part.phase == "forward":
-            seconds[0] += self.guard * part.modules
+            seconds[0] += self.guard * part.host.modules
         captured = self.graph_launch if part.captured and on_gpu else 0.0
-        seconds[0] += part.graphs * (self.compiled_graph + captured)
+        seconds[0] += part.host.graphs * (self.compiled_graph + captured)
         return seconds
 
 

@@ -97,12 +97,12 @@ class _Emission:
             if place.backward != backward:
                 continue
             part = Part(place.part.name, place.part.phase, place.repeat, compiled=True, captured=self.captured)
-            part.modules = place.part.modules
+            part.host.modules = place.part.host.modules
             for kernel in at.get(index, ()):
                 part.ops.append(_call(kernel))
                 self.schedule.append((part, place, kernel))
             if part.ops:
-                part.graphs, first = int(first), False
+                part.host.graphs, first = int(first), False
                 self.parts.append(part)
 
     def _accumulations(self) -> None:
@@ -111,7 +111,7 @@ class _Emission:
             for kernel in self.tail:
                 if kernel.place == index:
                     part.ops.append(_call(kernel))
-                    part.nodes += 1
+                    part.host.nodes += 1
                     self.schedule.append((part, place, kernel))
             if part.ops:
                 self.parts.append(part)

@@ -1,4 +1,4 @@
-"""What one run of a part takes: device seconds of its ops, clocks of host and device, counts."""
+"""What one run of a part takes: device seconds of its ops, clocks, counts."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,10 +12,11 @@ from ..devices.profile import DeviceProfile
 from ..program.dims import Dim, summed
 from ..program.op import Op
 from ..program.part import Part
-from ..recording import zero
+from ..program.streams import COMPUTE, HOST
 from ..recording.reuse import Shared
 from ..recording.step import Step
-from . import intervals, timeline
+from . import contention, intervals, timeline
+from .contention import Seconds
 
 
 class Call(NamedTuple):
@@ -65,7 +66,7 @@ def counts(part: Part, calls: Sequence[Call] | None = None) -> dict[str, Dim]:
     }
 
 
-def durations(built: Step, on: DeviceProfile, shared: Shared | None = None) -> list[np.ndarray]:
+def durations(built: Step, on: DeviceProfile, shared: Shared | None = None) -> list[Seconds]:
     """The device seconds of every part's ops; all that are not yet known are priced in one go.
 
     `shared` also receives the `Call`s of the parts.
@@ -76,7 +77,7 @@ def durations(built: Step, on: DeviceProfile, shared: Shared | None = None) -> l
     start = 0
     for part in new:
         rows = slice(start, start + len(part.ops))
-        shared.durations[part] = zero.beside(part, seconds[rows], on) if built.zero else seconds[rows]
+        shared.durations[part] = contention.of_part(part, seconds[rows], on)
         shared.calls[part] = calls[rows]
         start = rows.stop
     return [shared.durations[part] for part, _ in built.parts()]
@@ -103,7 +104,7 @@ FREE = 0.0, VIEW
 
 def clocks(
     part: Part,
-    duration: np.ndarray,
+    seconds: Seconds,
     on: DeviceProfile,
     by: Host,
     *,
@@ -113,28 +114,29 @@ def clocks(
     """The clock matrix of one run of a part, and its device-busy seconds by component.
 
     Args:
-        duration: device seconds of its ops, shape (ops, *grid).
+        seconds: of its ops.
+        graphs: whether a CUDA graph runs it.
         calls: of its ops, if they are known.
     """
-    if not len(duration):
+    if not len(seconds.alone):
         return timeline.IDENTITY, {}
     calls = calls or [Call.of(op) for op in part.ops]
-    work = _components(calls, duration)
+    work = _components(calls, seconds.added)
     if graphs and on.kind == "cuda":  # nothing to dispatch: the device runs through
-        return timeline.Clocks(0.0, timeline.NEVER, timeline.NEVER, duration.sum(axis=0)), work
+        return timeline.advance(COMPUTE, timeline.total(seconds.added)), work
     dispatch = by.dispatch(part, on.kind)
-    dispatch = dispatch.reshape(len(dispatch), *(1,) * (duration.ndim - 1))
-    launched = np.array([op.launched for op in part.ops])
-    pieces, start = [], 0
-    for stop in [*(i + 1 for i, call in enumerate(calls) if call.waits), len(calls)]:
-        rows = slice(start, stop)
-        pieces.append(timeline.of_ops(dispatch[rows], duration[rows], by.launch, launched[rows]))
-        start = stop
-    matrix = timeline.of_synced(pieces)
+    dispatch = dispatch.reshape(len(dispatch), *(1,) * (seconds.alone.ndim - 1))
     if on.kind == "cpu":  # one clock: the host does the work itself
-        both = dispatch.sum(axis=0) + duration.sum(axis=0)
-        matrix = timeline.Clocks(both, both, both, both)
-    return matrix, work
+        return timeline.advance(HOST, timeline.total(dispatch) + timeline.total(seconds.alone)), work
+    row = timeline.Row(
+        dispatch,
+        seconds.alone,
+        np.array([op.launched for op in part.ops]),
+        [i for i, call in enumerate(calls) if call.waits],
+        part.runs,
+        seconds.added,
+    )
+    return timeline.of_row(row, by.launch), work
 
 
 def _components(calls: Sequence[Call], duration: np.ndarray) -> dict[str, Any]:
@@ -150,8 +152,9 @@ def _components(calls: Sequence[Call], duration: np.ndarray) -> dict[str, Any]:
 
 
 def seconds_of(parts: list[Part], on: DeviceProfile, by: Host) -> Any:
-    """Seconds of parts that run in a row, from both clocks at 0."""
-    both = timeline.IDENTITY
+    """Seconds of parts that run in a row, from all clocks at 0."""
+    together = timeline.IDENTITY
     for part in parts:
-        both = both.then(clocks(part, price.durations(part.ops, on), on, by)[0].power(part.repeat))
-    return both.end
+        seconds = contention.of_part(part, price.durations(part.ops, on), on)
+        together = together.then(clocks(part, seconds, on, by)[0].power(part.repeat))
+    return together.end

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import partial, reduce
 from os import PathLike
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..recording.step import Step
 from ..setup import Setup
 from ..shown import Shown
 from . import intervals, memory, part_costs, timeline
+from .contention import Seconds
 from .grid import over_grid
 
 Model = str | PathLike[str] | Architecture | Config
@@ -99,7 +100,7 @@ class Prediction(Shown):
     periodic: list[PeriodicCost] = field(default_factory=list)
     choices: list[dict[str, Any]] = field(default_factory=list)
     step: Step | None = field(default=None, repr=False, compare=False)
-    durations: list[np.ndarray] | None = field(default=None, repr=False, compare=False)
+    durations: list[Seconds] | None = field(default=None, repr=False, compare=False)
 
     @property
     def tokens_per_second(self) -> Any:
@@ -317,10 +318,10 @@ def step_time(
     built: Step,
     on: DeviceProfile,
     by: Host,
-    durations: Sequence[np.ndarray] | None = None,
+    durations: Sequence[Seconds] | None = None,
     shared: Shared | None = None,
 ) -> Time:
-    """Compose the step's clocks part by part; a phase's time is what it adds to the later clock.
+    """Compose the step's clocks part by part; a phase's time is what it adds to the latest clock.
 
     Args:
         durations: device seconds of the ops of every part, if they are known already (`part_costs.durations`).
@@ -335,18 +336,19 @@ def step_time(
     priced = iter(part_costs.durations(built, on) if durations is None else durations)
     for group in built.groups:
         once: Phases = {}
-        round_trip = timeline.IDENTITY
+        blocks: list[timeline.Clocks] = []
         for part in group.parts:
             known: dict[str, Any] = {"graphs": built.setup.cuda_graphs, "calls": shared.calls.get(part)}
             make = partial(part_costs.clocks, part, next(priced), on, by, **known)
             matrix, work = recalled(shared.clocks, part, make)
             for name, seconds in work.items():
                 components[name] = components.get(name, 0.0) + seconds * part.repeat * group.repeat
-            block = matrix.power(part.repeat)
-            clocks, round_trip = clocks.then(block), round_trip.then(block)
+            blocks.append(matrix.power(part.repeat))
+            clocks = clocks.then(blocks[-1])
             once[part.phase] = once.get(part.phase, 0.0) + clocks.end - done
             done = clocks.end
-        clocks = clocks.then(round_trip.power(group.repeat - 1))
+        if group.repeat > 1:
+            clocks = clocks.then(reduce(timeline.Clocks.then, blocks).power(group.repeat - 1))
         scale = 1.0 + (clocks.end - done) / sum(once.values())  # further micro-batches split as the first one does
         for phase, seconds in once.items():
             phases[phase] = phases[phase] + seconds * scale

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from .dims import Dim, Shape, product
 from .dtypes import ITEMSIZE
+from .streams import MAIN, Run
 
 
 class Attrs(NamedTuple):
@@ -24,7 +25,6 @@ class Attrs(NamedTuple):
         bus: whether it copies between host and device.
         sync: whether the host waits for the device.
         later: whether only further micro-batches do it: they add gradients to those that are there.
-        beside: whether it runs on a stream beside the others.
     """
 
     layout: str = ""
@@ -41,7 +41,6 @@ class Attrs(NamedTuple):
     bus: bool = False
     sync: bool = False
     later: bool = False
-    beside: bool = False
 
 
 PLAIN = Attrs()
@@ -83,13 +82,13 @@ class Op:
     or the "accumulation" of gradients; backward follows its forward.
     `recompute` marks what a checkpoint runs again.
     `reads` and `writes` say which memory the op uses, where the tape follows the flow of data (`Tape.flow`).
-    `launched` says whether the device has something to do.
+    `launched` says whether the device has something to do, `runs` on which stream.
     `launches` keeps how many kernels a call on lists launches, once that is counted (`costs.kernels`).
     """
 
     __slots__ = (
         "attrs", "bytes_read", "bytes_written", "inputs", "launched", "launches", "name", "outputs", "owner", "reads",
-        "recompute", "view", "writes",
+        "recompute", "runs", "view", "writes",
     )  # fmt: skip
 
     def __init__(
@@ -104,6 +103,7 @@ class Op:
         attrs: Attrs = PLAIN,
         owner: str = "base",
         recompute: bool = False,
+        runs: Run = MAIN,
     ) -> None:
         self.name = name
         self.inputs = inputs
@@ -115,6 +115,7 @@ class Op:
         self.attrs = attrs
         self.owner = owner
         self.recompute = recompute
+        self.runs = runs
         self.launches: Dim | None = None
         self.reads: tuple[Use, ...] = ()
         self.writes: tuple[Use, ...] = ()

@@ -122,10 +122,10 @@ def timed_ops(p: Prediction) -> Iterator[tuple[Part, Op, float, int]]:
     Raises:
         UserError: the prediction is a grid, which has no single step.
     """
-    if p.step is None or p.durations is None or any(d.ndim != 1 for d in p.durations):
+    if p.step is None or p.durations is None or any(seconds.added.ndim != 1 for seconds in p.durations):
         raise UserError("only a single setup can be taken apart: give batch, seq and rank as integers")
     for (part, count), seconds in zip(p.step.parts(), p.durations, strict=True):
-        for op, duration in zip(part.ops, seconds.tolist(), strict=True):
+        for op, duration in zip(part.ops, seconds.added.tolist(), strict=True):
             if not op.view and not op.attrs.host:
                 yield part, op, duration, count
 

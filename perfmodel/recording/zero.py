@@ -13,10 +13,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from ..calls import costs
-from ..devices.profile import DeviceProfile
 from ..errors import UserError
 from ..methods.parts.base import Method
 from ..optimizers import Update
@@ -24,7 +20,7 @@ from ..optimizers.parts.ops import in_place, new, read
 from ..optimizers.parts.update import Parameters, existing, gradient, runs
 from ..program.dims import Dim, decide
 from ..program.op import Attrs
-from ..program.part import Part
+from ..program.streams import COMMUNICATION, COMPUTE, Run
 from ..setup import Setup
 from ..tape.core import record, tape
 from ..tape.tensor import Parameter, Tensor
@@ -34,7 +30,8 @@ NOTE = (
     "what the Python of DeepSpeed's ZeRO-3 costs was measured on a CPU (data/engines); few steps on GPUs were compared"
 )
 SUB_GROUP = 10**9  # elements that are updated together (`sub_group_size`)
-BESIDE = Attrs(beside=True)  # an op on the stream that reduces gradients (`overlap_comm`, on by default)
+BESIDE = Run(COMMUNICATION)  # the stream that reduces gradients (`overlap_comm`, on by default)
+READY = Run(COMMUNICATION, after=(COMPUTE,))  # it waits for the gradient (`__add_grad_to_ipg_bucket`)
 CHECKS = (  # calls on scalars that check and combine norms (`get_grad_norm_direct`, `combine_grad_norm_groups`)
     "stack", "pow.Tensor_Scalar", "sum", "pow.Tensor_Scalar", "abs", "ne.Scalar", "eq.Tensor", "mul.Tensor", "isnan",
     "logical_or", "lift_fresh", "where.self", "stack", "abs", "ne.Scalar", "eq.Tensor", "mul.Tensor", "bitwise_not",
@@ -76,41 +73,23 @@ def hook(step: Step, *, first: bool) -> Callable[[Parameter, Tensor], None]:
     """What runs as soon as a parameter's gradient is complete; the first micro-batch's starts the sum."""
 
     def reduce(p: Parameter, grad: Tensor) -> None:
-        tape().part.gradients += 1
+        tape().part.host.gradients += 1
         with tape().belonging_to("accumulation"):
-            if decide(p.numel <= bucket(step)):
+            fits = decide(p.numel <= bucket(step))
+            if fits:
                 in_bucket = existing(p.shape, grad.dtype)
-                record("copy_", (in_bucket, grad), (in_bucket,), BESIDE)
+                record("copy_", (in_bucket, grad), (in_bucket,), runs=READY)
                 grad = in_bucket
-            record("div_.Tensor", (grad,), (grad,), BESIDE)
+            record("div_.Tensor", (grad,), (grad,), runs=BESIDE if fits else READY)
             total = existing(p.shape, grad.dtype)
-            record("copy_" if first else "add_.Tensor", (total, grad), (total,), BESIDE)
+            record("copy_" if first else "add_.Tensor", (total, grad), (total,), runs=BESIDE)
 
     return reduce
 
 
-def beside(part: Part, seconds: np.ndarray, on: DeviceProfile) -> np.ndarray:
-    """Device seconds of a part's ops, shape (ops, *grid), when those `BESIDE` run at the same time as the others.
-
-    They move memory, and get the bandwidth that the others leave: all of it goes to kernels that only move memory too,
-    a matrix product or attention needs it for its bytes alone. What finds no room comes on top.
-    """
-    apart = np.array([op.attrs.beside for op in part.ops], dtype=bool)
-    if on.kind == "cpu" or not apart.any():
-        return seconds
-    free: Any = 0.0
-    for op, t in zip(part.ops, seconds, strict=True):
-        if costs.kind(op) in ("gemm", "attention"):
-            free = free + np.maximum(0.0, t - (op.bytes_read + op.bytes_written) / on.hardware.memory_bandwidth)
-    needed = seconds[apart].sum(axis=0)
-    found = seconds.copy()
-    found[apart] *= np.maximum(0.0, 1 - free / needed)
-    return found
-
-
 def end_of_backward() -> None:
     """The host waits for the stream that reduces gradients (`independent_gradient_partition_epilogue`)."""
-    record("deepspeed::synchronize", (), (), Attrs(host=True, sync=True))
+    record("deepspeed::synchronize", (), (), Attrs(host=True, sync=True), runs=BESIDE)
 
 
 def record_update(step: Step, optimizer: str) -> Update:
@@ -130,7 +109,7 @@ def _norm(parameters: Parameters) -> None:
     """The norm of each gradient in fp64, then of all; the host reads whether it is finite, clipping or not."""
     for count, run in runs(parameters):
         part = tape().begin("clip", "optimizer")
-        part.repeat, part.gradients = count, len(run)
+        part.repeat, part.host.gradients = count, len(run)
         for p in run:
             record("linalg_vector_norm", (new("_to_copy", gradient(p), dtype="fp64"),), (existing((), "fp64"),))
     tape().begin("clip", "optimizer")

@@ -30,14 +30,14 @@ class CheckpointFrame:
         """Forward: count a saved tensor and let it go."""
         holder = Holder(self, len(self.holders))
         self.holders.append(weakref.ref(holder))
-        tape().part.hooks += 1
+        tape().part.host.hooks += 1
         return holder
 
     def take(self, index: int) -> Tensor:
         """Backward: hand a recomputed tensor over."""
         if self.values is None:
             self.values = self._recompute()
-        tape().part.hooks += 1
+        tape().part.host.hooks += 1
         return self.values.pop(index)
 
     def _recompute(self) -> dict[int, Tensor]:
@@ -68,7 +68,7 @@ class _Recomputation:
         self.values: dict[int, Tensor] = {}
 
     def pack(self, t: Tensor) -> Tensor:
-        tape().part.hooks += 1
+        tape().part.host.hooks += 1
         if self.wanted[self.seen]:
             self.values[self.seen] = t.alias()
         self.seen += 1
@@ -88,7 +88,7 @@ def _detached(t: Tensor) -> Tensor:
 def checkpoint(function: Callable[..., Tensor], *inputs: Tensor, reentrant: bool = False) -> Tensor:
     """`torch.utils.checkpoint.checkpoint` of a function of tensors with one output."""
     current = tape()
-    current.part.checkpoints += 1
+    current.part.host.checkpoints += 1
     if reentrant:
         return _reentrant(function, inputs)
     frame = CheckpointFrame(function, inputs, autocast=current.autocast)

@@ -11,7 +11,8 @@ from typing import Any
 from ..program.dims import Dim, Shape, contiguous_strides, product
 from ..program.dtypes import ITEMSIZE
 from ..program.op import PLAIN, Attrs, Op
-from ..program.part import Part
+from ..program.part import HostWork, Part
+from ..program.streams import MAIN, Run
 from .tensor import Flow, Node, Parameter, Storage, Tensor
 
 
@@ -73,7 +74,7 @@ class Tape:
         twin = self.twins.get(id(part))
         if twin is None:
             later = self._later(part.name, "backward")
-            twin = Part(part.name, "backward", part.repeat, returns=part.weights, later=later)
+            twin = Part(part.name, "backward", part.repeat, host=HostWork(returns=part.host.weights), later=later)
             self.twins[id(part)] = twin
             self.parts.append(twin)
             if self.flow is not None:
@@ -192,7 +193,13 @@ def _distinct_bytes(tensors: Sequence[Tensor]) -> Dim:
 
 
 def record(
-    name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], attrs: Attrs = PLAIN, *, view: bool = False
+    name: str,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    attrs: Attrs = PLAIN,
+    *,
+    view: bool = False,
+    runs: Run = MAIN,
 ) -> None:
     """Append an op to the current part."""
     op = Op(
@@ -203,6 +210,7 @@ def record(
         0 if view else outputs[0].nbytes if len(outputs) == 1 else sum([t.nbytes for t in outputs]),
         view=view,
         attrs=attrs,
+        runs=runs,
     )
     append(op, inputs, outputs)
 

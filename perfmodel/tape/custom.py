@@ -34,7 +34,7 @@ def autocasting(dtype: str | None) -> Iterator[None]:
 
 def python_function() -> None:
     """The Python of a Function and of the kernels it launches costs the host what a module's call costs."""
-    tape().part.modules += 1
+    tape().part.host.modules += 1
 
 
 def on_base(call: Callable[..., R], *arguments: Any) -> R:

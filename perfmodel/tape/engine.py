@@ -54,7 +54,7 @@ def run_backward(root: Tensor, grad: Tensor) -> None:
             if node.name != "AccumulateGrad":  # runs where the last of its gradient arrives
                 current.backward_of(node.part)
             current.owner = node.owner
-            current.part.nodes += 1
+            current.part.host.nodes += 1
             outputs = _call(node, buffers.take(node))
             for i, edge in enumerate(node.edges):
                 if edge is None:

@@ -27,7 +27,7 @@ class Calls:
 
     Attributes:
         counts: how often each call was made in a phase of a micro-batch.
-        host: what costs host time besides calls, by place and by the name that a `Part` gives it.
+        host: what costs host time besides calls, by place and by the name that a `HostWork` gives it.
         activations: most bytes that were live above weights and buffers, up to the middle of a backward pass and after
             it: there saved activations prevail, here gradients.
         place: the micro-batch and phase that run now.

@@ -259,5 +259,5 @@ def _part(term: Term, calls: Calls, place: Place) -> Part:
     part.ops = spread(found)
     for (where, what), n in term.host.items():
         if where == place:
-            setattr(part, what, n)
+            setattr(part.host, what, n)
     return part

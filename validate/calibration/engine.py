@@ -187,11 +187,11 @@ def _at_depth(deepspeed: Any, method_text: str, checkpoint: str, layers: int) ->
 def units(step: Step, phase: str) -> tuple[float, ...]:
     """Of one phase, parameters that go forward and backward, gradients and updates, as `COSTS` names them."""
     parts = [(part, times) for part, times in step.parts() if part.phase == phase]
-    gradients = float(sum(times * part.gradients for part, times in parts))
+    gradients = float(sum(times * part.host.gradients for part, times in parts))
     updates = phase == "optimizer"
     return (
-        float(sum(times * part.weights for part, times in parts)),
-        float(sum(times * part.returns for part, times in parts)),
+        float(sum(times * part.host.weights for part, times in parts)),
+        float(sum(times * part.host.returns for part, times in parts)),
         0.0 if updates else gradients,
         gradients if updates else 0.0,
     )

@@ -89,11 +89,8 @@ def work_of(step: Step, phase: str) -> dict[str, float]:
         else:
             work["call" if phase == "forward" else "backward_call"] += calls
             work["view" if phase == "forward" else "backward_view"] += views
-        for field, count in (
-            ("module", part.modules), ("adapter", part.adapters), ("checkpoint", part.checkpoints),
-            ("hook", part.hooks), ("node", part.nodes),
-        ):  # fmt: skip
-            work[field] += times * count
+        for cost, count in hosts.PYTHON.items():
+            work[cost] += times * getattr(part.host, count)
     return work
 
 
