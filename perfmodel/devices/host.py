@@ -87,20 +87,21 @@ class Host:
         """Host seconds before each op of one run of a part, shape (ops,); Python's share is spread evenly."""
         if part.compiled:
             return self._compiled(part, device)
-        launch = self.launch_call if device == "cuda" else 0.0
-        if part.phase == "optimizer" and any(by_lists(op) for op in part.ops):
-            seconds = [self.optimizer_call + self.tensor * _tensors(op) for op in part.ops]
+        in_lists = part.phase == "optimizer" and any(by_lists(op) for op in part.ops)
+        if in_lists:
+            call = view = self.optimizer_call
             python = 0.0
         elif part.phase == "optimizer":  # a Python loop over tensors, without autograd
-            seconds = [self.view if op.view else self.loop_call for op in part.ops]
-            python = self.settle * part.host.gradients
+            call, view, python = self.loop_call, self.view, self.settle * part.host.gradients
         else:
             forward = part.phase == "forward"
             call, view = (self.call, self.view) if forward else (self.backward_call, self.backward_view)
-            seconds = [view if op.view else call for op in part.ops]
             python = self._python(part.host)
-        launches = np.array([op.launched for op in part.ops])
-        return np.array(seconds) + launch * launches + python / max(1, len(seconds))
+        launching = call + (self.launch_call if device == "cuda" else 0.0)
+        seconds = np.array([launching if op.launched else view if op.view else call for op in part.ops])
+        if in_lists:
+            seconds += self.tensor * np.array([_tensors(op) for op in part.ops])
+        return seconds + python / max(1, len(seconds))
 
     def _python(self, work: HostWork) -> float:
         """Seconds of a run of a part besides its calls."""

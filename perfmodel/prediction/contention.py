@@ -41,5 +41,5 @@ def of_part(part: Part, alone: np.ndarray, on: DeviceProfile) -> Seconds:
             free = free + np.maximum(0.0, seconds - moving)
     needed = alone[beside].sum(axis=0)
     added = alone.copy()
-    added[beside] *= np.maximum(0.0, 1 - free / needed)
+    added[beside] *= np.maximum(0.0, needed - free) / np.maximum(needed, np.finfo(float).tiny)
     return Seconds(alone, added)

@@ -44,6 +44,8 @@ class Clocks:
     def then(self, other: "Clocks") -> "Clocks":
         """This stretch of work followed by another (the max-plus product)."""
         before = self.ends
+        if not before:
+            return other
         ends = dict(before)
         for end, paths in other.ends.items():
             latest: dict[str, Seconds] = {}
@@ -115,16 +117,13 @@ class Row(NamedTuple):
 
     def pieces(self) -> Iterator[tuple[slice, Run, bool]]:
         """Stretches of one stream: its first op may wait; last whether the host waits at the end."""
+        runs, n = self.runs, len(self.launched)
         waits = {place + 1 for place in self.synchronised}
         starts = {0, *waits}
-        if self.runs is not None:
-            before = [None, *self.runs[:-1]]
-            starts |= {
-                i for i, (run, last) in enumerate(zip(self.runs, before, strict=True)) if run.after or run != last
-            }
-        cuts = sorted(starts | {len(self.launched)})
-        for start, stop in pairwise(cuts):
-            yield slice(start, stop), self.runs[start] if self.runs else MAIN, stop in waits
+        if runs is not None:
+            starts.update(i for i in range(1, n) if runs[i].after or runs[i] != runs[i - 1])
+        for start, stop in pairwise(sorted({*starts, n})):
+            yield slice(start, stop), MAIN if runs is None else runs[start], stop in waits
 
 
 def of_row(row: Row, launch: float) -> Clocks:
