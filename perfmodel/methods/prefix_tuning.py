@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..architectures.base import runs_of_layers
 from ..errors import UserError
 from ..tape.core import tape
 from ..tape.extra import permute
@@ -38,7 +39,7 @@ class PrefixTuning(VirtualTokens):
     def check(self) -> None:
         super().check()
         assert self.architecture is not None
-        if not self.architecture.reads_cache:
+        if not self.architecture.traits.reads_cache:
             raise UserError(
                 f"method {self.name}: the program of {self.architecture.name} takes no cache as PEFT fills it; "
                 "use prompt_tuning or lora"
@@ -59,7 +60,7 @@ class PrefixTuning(VirtualTokens):
         past = self._encode(model, self.indices(batch), arch.kv_heads * arch.head_dim)
         past = cast(past, model.dtype)
         past = view(past, (batch, self.tokens, 2 * arch.layers, arch.kv_heads, arch.head_dim))
-        runs = (1, arch.layers - 1) if arch.layers > 1 else (1,)  # the first block stands alone (`Scope.layers`)
+        runs = tuple(times for _, period, times in runs_of_layers(arch, self) for _ in range(period))
         layers = split_layers(permute(past, (2, 0, 3, 1, 4)), runs)
         for count, layer in zip(runs, layers, strict=True):
             tape().begin("prefix of blocks", "forward").repeat = count
