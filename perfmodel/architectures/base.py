@@ -115,6 +115,10 @@ class Architecture:
         """What a block is, where not all are of one kind: those of equal kinds run the same program."""
         return 0
 
+    def window_of(self, layer: int) -> int | None:
+        """The sliding window in tokens within which a block attends, None where it attends to all."""
+        return None
+
     def linear_names(self) -> list[str]:
         """Names of the linear layers inside a block, relative to it (`self_attn.q_proj`)."""
         raise TypeError(f"{type(self).__name__} must define linear_names")

@@ -29,6 +29,7 @@ class Gemma2(Llama):
         norms=(*Llama.traits.norms, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
         targets=TARGETS,
         attention=("eager", "flash2"),
+        cache="by layer",
     )
     defaults: ClassVar[dict[str, int]] = {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096}
 

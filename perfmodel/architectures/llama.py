@@ -114,6 +114,9 @@ class Llama(Architecture):
             return self.layer_types[layer]
         return SLIDING if self.window else FULL
 
+    def window_of(self, layer: int) -> int | None:
+        return self.window if self.layer_kind(layer) == SLIDING else None
+
     def linear_names(self) -> list[str]:
         attention = [f"self_attn.{n}_proj" for n in ("q", "k", "v", "o")]
         return attention + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
@@ -123,11 +126,8 @@ class Llama(Architecture):
         hidden = self._decoder(model, ids, attention)
         if model.build.setup.kernels == "liger":
             return self._liger_loss(model, hidden, labels)
-        return causal_lm_loss(self.logits(model, hidden), labels)
-
-    def logits(self, model: Scope, hidden: Tensor) -> Tensor:
-        """(batch, seq, vocab) from the last hidden states."""
-        return model.lm_head(hidden, "model.embed_tokens", self.vocab)
+        logits = model.lm_head(hidden, "model.embed_tokens", self.vocab)
+        return causal_lm_loss(logits, labels)
 
     def _liger_loss(self, model: Scope, hidden: Tensor, labels: Tensor) -> Tensor:
         """Liger's `lce_forward`: the head's weight goes into the loss, whatever wraps its module."""
@@ -141,13 +141,12 @@ class Llama(Architecture):
         embedded = model.build.method.embedded(model, self.embed(model, ids))
         seq, setup = embedded.shape[1], model.build.setup
         position_ids = masks.positions(seq)
-        kinds = (FULL, SLIDING) if self.layer_types else (self.layer_kind(0),)
         mask_of = {
             kind: masks.causal_mask(
                 attention, seq, setup.attention, embedded.dtype, self.window if kind == SLIDING else None,
                 padded=setup.explicit_mask,
             )
-            for kind in kinds
+            for kind in ((FULL, SLIDING) if self.layer_types else (self.layer_kind(0),))
         }  # fmt: skip
         rotary = masks.rotary_tables(position_ids, self.head_dim // 2, embedded.dtype)
         hidden = model.layers(self.block, embedded, mask_of, *rotary)

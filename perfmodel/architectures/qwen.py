@@ -49,7 +49,7 @@ class Qwen(Architecture):
 
     layer_path: ClassVar[str] = "transformer.h"
     traits: ClassVar[Traits] = Traits(
-        head="causal", norm=_norm, norms=("ln_1", "ln_2", "ln_f"), attention=("sdpa", "flash2"), reads_cache=False
+        head="causal", norm=_norm, norms=("ln_1", "ln_2", "ln_f"), attention=("sdpa", "flash2"), cache=None
     )
 
     @classmethod

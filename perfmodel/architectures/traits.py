@@ -41,7 +41,7 @@ class Traits:
         conv1d: whether the linear layers of its blocks are transformers' `Conv1D`, weights (n_in, n_out).
         attention: the implementations that its program has, of the setup's.
         fused: what else brings fused kernels that are modelled for it: liger, unsloth, lorafusion.
-        reads_cache: whether its attention takes keys and values from transformers' cache.
+        cache: how PEFT fills transformers' cache for it, "whole" or "by layer" (Gemma's); None: it takes no such cache.
     """
 
     head: str
@@ -51,7 +51,7 @@ class Traits:
     conv1d: bool = False
     attention: tuple[str, ...] = ("sdpa", "eager", "flash2")
     fused: tuple[str, ...] = ()
-    reads_cache: bool = True
+    cache: str | None = "whole"
 
     def __post_init__(self) -> None:
         if self.head not in ("causal", "masked"):
