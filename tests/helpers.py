@@ -40,10 +40,11 @@ def architecture_of(name: str, layers: int | None = None, **changes: Any) -> Arc
 
 
 def setup_of(name: str, **options: Any) -> Setup:
-    """A setup that a small model has: GPT-Neo knows eager attention and non-reentrant checkpoints only."""
+    """A setup that a small model has: Gemma 2 and GPT-Neo know no SDPA, GPT-Neo no reentrant checkpoints."""
     options = {"batch": 2, "seq": 17, **options}
-    if name == "gpt_neo":
+    if name in ("gemma2", "gpt_neo"):
         options["attention"] = "eager"
+    if name == "gpt_neo":
         options["checkpoint"] = "none" if options.get("checkpoint", "none") == "none" else "block"
     return Setup(**options)
 

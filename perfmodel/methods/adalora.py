@@ -1,6 +1,5 @@
 """AdaLoRA as PEFT runs it: LoRA as a singular value decomposition whose ranks are pruned by importance."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,9 +16,7 @@ from ..tape.tensor import Parameter, Tensor
 from .parts.base import Linear, Periodic, method, option
 from .parts.checks import fraction, positive
 from .parts.periodic import Recorded
-from .parts.targeted import DEFAULT_TARGETS, Targeted
-
-OPT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+from .parts.targeted import Targeted
 
 
 @method(
@@ -45,9 +42,7 @@ class AdaLora(Targeted):
     )
 
     aliases: ClassVar[dict[str, str]] = {**Targeted.aliases, "init_r": "r", "deltaT": "delta_t"}
-    default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        name: targets for name, targets in {**DEFAULT_TARGETS, "opt": OPT}.items() if name != "mistral"
-    }
+    family: ClassVar[str] = "adalora"
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         result = layer(x)

@@ -99,5 +99,5 @@ class Pfeiffer(Bottleneck):
     def adapted(self, layer: Scope, name: str, x: Tensor, residual: Tensor, norm: str | None) -> Tensor:
         h = add(x, residual)
         if norm is not None:
-            h = layer.layer_norm(norm, h)
+            h = layer.norm(norm, h)
         return add(x, self.bottleneck(layer, name, h))

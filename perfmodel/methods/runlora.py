@@ -94,7 +94,7 @@ class RunLora(Targeted):
                 name = layer.removeprefix(path).partition(".")[2] if layer.startswith(path) else layer
                 shape = LayerShape(
                     step.setup.batch * step.setup.seq, u.shape[0], names[layer + ".lora_V"].shape[1], self.r, u.dtype,
-                    layer + ".bias" in names, step.architecture.model_type == "gpt2",
+                    layer + ".bias" in names, step.architecture.traits.conv1d,
                 )  # fmt: skip
                 copies = u.count + (found[name].copies if name in found else 0)
                 seconds = self.costs(shape) if self.choose == "time" else (None, None)

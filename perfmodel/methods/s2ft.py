@@ -1,6 +1,5 @@
 """S2FT: whole heads and channels train in place, as slices of the weights that read or write them."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,10 +32,7 @@ class S2Ft(Targeted):
     heads: float = option(0.052, "share of the attention layers' width that trains (the authors' o_ratio, v_ratio)")
     channels: float = option(0.02, "share of the MLP layers' width that trains (the authors' d_ratio, u_ratio)")
 
-    default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        **dict.fromkeys(("llama", "mistral", "qwen2"), ("o_proj", "down_proj")),
-        "gpt_neo": ("out_proj", "mlp.c_proj"), "opt": ("out_proj",), "bert": ("output.dense",),
-    }  # fmt: skip
+    family: ClassVar[str] = "s2ft"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,8 +44,11 @@ class S2Ft(Targeted):
 
     def check(self) -> None:
         assert self.architecture is not None
-        if self.architecture.model_type == "gpt2":
-            raise UserError("method s2ft: the authors' layers replace nn.Linear, gpt2 has Conv1D; use paca or lora")
+        if self.architecture.traits.conv1d:
+            raise UserError(
+                f"method s2ft: the authors' layers replace nn.Linear, {self.architecture.name} has Conv1D; "
+                "use paca or lora"
+            )
         super().check()
 
     def dtype_beside(self, dtype: str) -> str:

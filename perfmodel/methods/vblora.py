@@ -1,6 +1,5 @@
 """VB-LoRA as PEFT runs it: the factors of all layers are mixed from one bank of vectors."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +14,6 @@ from ..tape.tensor import Tensor
 from .parts.base import Linear, method, option
 from .parts.checks import fraction, positive
 from .parts.shared import SharedWeights
-from .parts.targeted import DEFAULT_TARGETS
 
 
 @method(
@@ -38,10 +36,7 @@ class VbLora(SharedWeights):
     aliases: ClassVar[dict[str, str]] = {
         **SharedWeights.aliases, "num_vectors": "vectors", "vector_length": "length", "topk": "k"
     }  # fmt: skip
-    default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        **{name: targets for name, targets in DEFAULT_TARGETS.items() if name != "mistral"},
-        "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-    }
+    family: ClassVar[str] = "adalora"  # PEFT's table has the same entries
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         previous_dtype = x.dtype

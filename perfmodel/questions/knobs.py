@@ -32,7 +32,8 @@ Knob = tuple[Choice, ...]  # the first choice leaves everything as it is
 
 def knobs(architecture: Architecture, setup: Setup, method: Method) -> list[Knob]:
     """The knobs that a method has in a setup; a search turns the last first (`perfmodel.questions.advice`)."""
-    found = [_memory(setup), _optimizer(setup), _kernels(architecture, setup), _attention(setup), _compile(setup)]
+    found = [_memory(setup), _optimizer(setup), _kernels(architecture, setup), _attention(architecture, setup)]
+    found.append(_compile(setup))
     if getattr(method, "inner", "") != "full":  # full weights of some blocks: nothing of an adapter to choose
         found += [_adapter_dtype(setup, method), _implementation(method)]
     return [knob for knob in found if len(knob) > 1]
@@ -78,13 +79,15 @@ def _optimizer(setup: Setup) -> Knob:
 
 
 def _kernels(architecture: Architecture, setup: Setup) -> Knob:
-    if setup.kernels == "liger" or not architecture.has_liger:
+    if setup.kernels == "liger" or "liger" not in architecture.traits.fused:
         return (KEEP,)
     return (KEEP, Choice("Liger kernels", {"kernels": "liger"}))
 
 
-def _attention(setup: Setup) -> Knob:
-    return (KEEP, Choice("SDPA attention", {"attention": "sdpa"})) if setup.attention == "eager" else (KEEP,)
+def _attention(architecture: Architecture, setup: Setup) -> Knob:
+    if setup.attention != "eager" or "sdpa" not in architecture.traits.attention:
+        return (KEEP,)
+    return (KEEP, Choice("SDPA attention", {"attention": "sdpa"}))
 
 
 def _compile(setup: Setup) -> Knob:

@@ -151,11 +151,17 @@ def _besides(step: Step, work: Periodic, capability: str) -> PeriodicOps:
 
 
 def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
-    """Raise `UserError` where the setup's kernels do not fit the model."""
+    """Raise `UserError` where the setup's kernels or attention do not fit the model."""
     if setup.engine != "torch":
         zero.check(setup, method)
-    if setup.kernels == "liger" and not architecture.has_liger:
+    if setup.attention not in architecture.traits.attention:
+        has = " or ".join(architecture.traits.attention)
+        raise UserError(f"attention {setup.attention}: the program of {architecture.name} has {has} only; use {has}")
+    if setup.kernels == "liger" and "liger" not in architecture.traits.fused:
         raise UserError(f"kernels liger: Liger has none for {architecture.name}; use kernels torch")
+    if setup.attention not in architecture.traits.attention:
+        has = " or ".join(architecture.traits.attention)
+        raise UserError(f"attention {setup.attention}: the program of {architecture.name} has {has} only; use {has}")
     if setup.kernels == "liger" and "lm_head" in getattr(method, "targets", ()):
         raise UserError(f"method {method.name}: Liger's loss reads the head's own weight; leave lm_head out of targets")
 

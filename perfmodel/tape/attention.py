@@ -14,9 +14,10 @@ from ..program.dims import Shape, is_one, strides_in_order
 from ..program.op import Attrs
 from .autograd import differentiate
 from .core import new_tensor, record, tape
+from .extra import div
 from .linalg import autocast_operand, matmul
 from .nn import softmax
-from .pointwise import add, cast, dropout, fill, mul, scale, where
+from .pointwise import add, cast, dropout, fill, mul, scale, tanh, where
 from .shape import contiguous, expand, reshape, transpose, unsqueeze
 from .tensor import Grads, Node, Tensor
 
@@ -47,16 +48,19 @@ def repeat_heads(x: Tensor, groups: int) -> Tensor:
 
 
 def eager_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, form: str, p: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, form: str, p: float, capped: bool = False
 ) -> tuple[Tensor, Tensor]:
     """transformers' `eager_attention_forward`: q (b, h, s, d), k and v (b, kv, s, d) → (b, s, h, d) and the weights.
 
     Args:
         form: "upcast", softmax in fp32, then the query's dtype; "value", then the value's dtype; "plain", no cast.
+        capped: whether the scores have a soft cap.
     """
     groups = q.shape[1] // k.shape[1]
     k, v = repeat_heads(k, groups), repeat_heads(v, groups)
     weights = mul(matmul(q, transpose(k, 2, 3)), 1.0)
+    if capped:
+        weights = soft_capped(weights)
     if mask is not None:
         weights = add(weights, mask)
     weights = softmax(weights, "fp32" if form == "upcast" else None)
@@ -65,6 +69,13 @@ def eager_attention(
     weights = dropout(weights, p)
     out = matmul(weights, v)
     return contiguous(transpose(out, 1, 2)), weights
+
+
+def soft_capped(x: Tensor) -> Tensor:
+    """`tanh(x / cap) * cap`, written out."""
+    x = div(x, 1.0)
+    x = tanh(x)
+    return mul(x, 1.0)
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, p: float) -> Tensor:

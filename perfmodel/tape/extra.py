@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from ..program.dims import Dim, product
+from ..program.dims import Dim
 from ..program.op import ON_HOST, Attrs
 from ..program.part import Part
-from .autograd import copy, differentiate
+from .autograd import differentiate
 from .core import emit, record, tape
 from .linalg import matmul
 from .pointwise import _elementwise, autocast_fp32, mul, scale
-from .shape import expand, reshape, t, unsqueeze, view, view_as
+from .shape import expand, t, unsqueeze, view, view_as
 from .tensor import Backward, Grads, Node, Parameter, Storage, Tensor
 
 Grad = Tensor | None
@@ -212,29 +212,6 @@ def add_in_place(x: Tensor, other: Tensor, *, doubled: bool = False) -> Tensor:
     if node:
         node.produces(x)
     return x
-
-
-def add_to_view(x: Tensor, other: Tensor) -> Tensor:
-    """`x += other` where x (…, n) is a view of a matrix (…·n): autograd's CopySlices works on copies of the matrix."""
-    node = differentiate("CopySlices", (x, other), _copy_slices_backward)
-    record("add_.Tensor", (x, other), (x,))
-    x = x.alias()
-    if node:
-        node.produces(x)
-    return x
-
-
-def _copy_slices_backward(node: Node, grads: Sequence[Grad]) -> Grads:
-    (g,) = grads
-    assert g is not None
-    shape = g.shape
-    base = copy(reshape(g, (product(shape[:-1]), shape[-1])))
-    piece = emit("clone", (view(base, shape),), shape, g.dtype)
-    if not node.needs[0]:
-        return (None, piece)
-    whole = view(base, shape)
-    record("copy_", (whole, piece), (whole,))
-    return (whole, piece if node.needs[1] else None)
 
 
 def _add_in_place_backward(node: Node, grads: Sequence[Grad]) -> Grads:

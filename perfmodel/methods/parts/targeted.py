@@ -1,6 +1,6 @@
 """What adapters of PEFT share: which linear layers get one, and the dtype of its weights."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -16,17 +16,6 @@ ALL_LINEAR = "all-linear"
 SAVED = (*WORDS, "lm_head")  # what can be in modules_to_save
 T = TypeVar("T", bound="Targeted")
 
-# PEFT's TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING (peft/utils/constants.py)
-DEFAULT_TARGETS = {
-    "llama": ("q_proj", "v_proj"),
-    "mistral": ("q_proj", "v_proj"),
-    "qwen2": ("q_proj", "v_proj"),
-    "opt": ("q_proj", "v_proj"),
-    "gpt2": ("c_attn",),
-    "gpt_neo": ("q_proj", "v_proj"),
-    "bert": ("query", "value"),
-}
-
 
 @dataclass(frozen=True)
 class Targeted(Method):
@@ -40,14 +29,14 @@ class Targeted(Method):
     modules_to_save: tuple[str, ...] = option((), "modules of which a full copy trains, such as embed_tokens+lm_head")
 
     aliases: ClassVar[dict[str, str]] = {"rank": "r", "layers": "layers_to_transform", "target_modules": "targets"}
-    default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = DEFAULT_TARGETS
+    family: ClassVar[str] = "lora"  # whose default targets it takes (`architectures.traits.Targets`)
     told_by_where: ClassVar[tuple[str, ...]] = ("targets", "adapter_dtype", "modules_to_save")
     takes_conv1d: ClassVar[bool] = True  # whether PEFT has the adapter for GPT-2's Conv1D layers
     takes_layers: ClassVar[bool] = True  # whether its config has layers_to_transform
 
     def check(self) -> None:
         assert self.architecture is not None
-        if self.architecture.model_type == "gpt2" and not self.takes_conv1d:
+        if self.architecture.traits.conv1d and not self.takes_conv1d:
             raise UserError(
                 f"method {self.name}: PEFT has no {self.name} for the Conv1D layers of {self.architecture.name}; "
                 "use lora, dora, ia3 or vera"
@@ -88,13 +77,14 @@ class Targeted(Method):
         if self.targets:
             return self.targets
         assert self.architecture is not None
-        if self.architecture.model_type not in self.default_targets:
-            first = self.architecture.linear_names()[0].rsplit(".", 1)[-1]
+        found: tuple[str, ...] | None = getattr(self.architecture.traits.targets, self.family)
+        if found is None:
+            first = next(iter(self.architecture.linear_names()), "a layer").rsplit(".", 1)[-1]
             raise UserError(
                 f"method {self.name}: PEFT has no default targets for {self.architecture.name}; "
                 f"give targets={first} or all-linear"
             )
-        return self.default_targets[self.architecture.model_type]
+        return found
 
     def where(self) -> str:
         adapters = f" with {self.adapter_dtype} adapters" if self.adapter_dtype else ""

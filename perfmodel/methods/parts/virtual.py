@@ -30,7 +30,7 @@ class VirtualTokens(Method):
 
     def check(self) -> None:
         assert self.architecture is not None
-        if self.architecture.model_type == "bert":
+        if self.architecture.traits.head == "masked":
             raise UserError(
                 f"method {self.name}: PEFT has no prompt learning for masked language models such as "
                 f"{self.architecture.name}; use lora or ia3"

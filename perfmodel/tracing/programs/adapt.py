@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ import torch
 
 from ... import architectures, methods
 from ...architectures import Architecture, Config
+from ...architectures.traits import Targets, Traits
 from ...errors import UserError, nearest
 from ...methods import Method
-from ...methods.parts.targeted import Targeted
 from ...resources import read_json
+from ...setup import Setup
+from ...tape.tensor import Tensor
 from . import models
 from .stacks import stacks
 
@@ -29,6 +31,13 @@ class TracedArchitecture(Architecture):
 
     linears: tuple[str, ...] = ()
     path: str = ""
+    found: Traits | None = None
+
+    @property
+    def traits(self) -> Traits:  # type: ignore[override]
+        """What it is like, as its modules and peft's tables say."""
+        assert self.found is not None
+        return self.found
 
     @property
     def layer_path(self) -> str:  # type: ignore[override]
@@ -49,8 +58,33 @@ def architecture_of(model: Any, name: str) -> TracedArchitecture:
     return TracedArchitecture(
         name=name, model_type=config.model_type, layers=len(longest) if longest else 1, hidden=0, heads=0, kv_heads=0,
         head_dim=0, intermediate=0, vocab=0, max_positions=None, tied=tied,
-        linears=tuple(found), path=_container(model, longest),
+        linears=tuple(found), path=_container(model, longest), found=_traits(model),
     )  # fmt: skip
+
+
+def _traits(model: Any) -> Traits:
+    """The traits of a real model; default targets are peft's for its type."""
+    from peft.utils import constants
+
+    def default(table: str) -> tuple[str, ...] | None:
+        names = getattr(constants, f"TRANSFORMERS_MODELS_TO_{table}_MODULES_MAPPING").get(model.config.model_type)
+        return tuple(names) if isinstance(names, list) else None  # not a pattern that names must match
+
+    kinds = {name.rsplit(".", 1)[-1]: type(m).__name__ for name, m in model.named_modules()}
+    return Traits(
+        head="masked" if type(model).__name__.endswith("ForMaskedLM") else "causal",
+        norm=_its_own_norm,
+        norms=tuple(sorted(name for name, kind in kinds.items() if "norm" in kind.lower())),
+        targets=Targets(
+            lora=default("LORA_TARGET"), adalora=default("ADALORA_TARGET"), fourierft=default("FOURIERFT_TARGET"),
+            beft=default("BEFT_TARGET"), ia3=default("IA3_TARGET"), feedforward=default("IA3_FEEDFORWARD"),
+        ),
+        conv1d="Conv1D" in kinds.values(),
+    )  # fmt: skip
+
+
+def _its_own_norm(parameter: Any, x: Tensor, setup: Setup) -> Tensor:
+    raise TypeError("a traced model runs its own norms")
 
 
 def _container(model: Any, stack: Any) -> str:
@@ -73,7 +107,7 @@ def of_method(config: Config, method: str | Method) -> tuple[Method, Adapt]:
 
     def adapt(model: Any) -> Any:
         architecture = architecture_of(model, config.name)
-        bound = _with_targets(parsed, architecture.model_type).bind(architecture)
+        bound = parsed.bind(architecture)
         try:
             return models.apply(model, bound, architecture)
         except UserError:
@@ -90,17 +124,6 @@ def _known(config: Config) -> Architecture | None:
         return architectures.from_config(config)
     except UserError:
         return None
-
-
-def _with_targets(method: Method, model_type: str) -> Method:
-    """Default targets are peft's for the model type."""
-    if not isinstance(method, Targeted) or method.targets:
-        return method
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TABLE
-
-    if model_type not in TABLE:
-        raise UserError(f"method {method.name}: PEFT has no default targets for {model_type}; give targets=")
-    return replace(method, targets=tuple(TABLE[model_type]))
 
 
 def of_peft(peft_config: dict[str, Any]) -> Adapt:

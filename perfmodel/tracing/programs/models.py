@@ -32,14 +32,6 @@ from . import build
 from .dtypes import TORCH_DTYPES
 from .tuners_of_peft import CONFIGS
 
-NORMS = {
-    "llama": ["input_layernorm", "post_attention_layernorm", "norm"],
-    "gpt2": ["ln_1", "ln_2", "ln_f"],
-    "gpt_neo": ["ln_1", "ln_2", "ln_f"],
-    "opt": ["self_attn_layer_norm", "final_layer_norm"],
-    "bert": ["LayerNorm"],
-}
-
 __all__ = ["apply", "build"]
 
 Apply = Callable[..., Any]  # of (model, method, architecture): the model to train
@@ -88,8 +80,10 @@ def _bitfit(model: Any, method: BitFit, architecture: Architecture) -> Any:
 def _norm(model: Any, method: NormTuning, architecture: Architecture) -> Any:
     import peft
 
-    targets = NORMS.get(architecture.model_type, NORMS["llama"])
-    return peft.get_peft_model(model, peft.LNTuningConfig(target_modules=targets))
+    norms = list(architecture.traits.norms)
+    if not norms:
+        raise UserError(f"method {method.name}: {architecture.name} has no norms")
+    return peft.get_peft_model(model, peft.LNTuningConfig(target_modules=norms))
 
 
 @applies(TopK)
@@ -130,7 +124,7 @@ def _adalora(model: Any, method: AdaLora, architecture: Architecture) -> Any:
     options: dict[str, Any] = {"init_r": method.r, "lora_alpha": method.alpha, "lora_dropout": method.dropout}
     options |= {"target_r": 1, "total_step": 100}  # decide nothing but which entries are masked, and when
     # without a task type PeftModel passes AdaLoraModel.forward by, and with it the regulariser
-    options["task_type"] = "FEATURE_EXTRACTION" if architecture.model_type == "bert" else "CAUSAL_LM"
+    options["task_type"] = "FEATURE_EXTRACTION" if architecture.traits.head == "masked" else "CAUSAL_LM"
     return _adapt(model, "AdaLoraConfig", method, architecture, **options)
 
 
@@ -210,7 +204,7 @@ def _adapt(model: Any, config_name: str, method: Targeted, architecture: Archite
     options["target_modules"] = ALL_LINEAR if method.target_names == (ALL_LINEAR,) else list(method.target_names)
     known = config_class.__dataclass_fields__
     if "fan_in_fan_out" in known:
-        options["fan_in_fan_out"] = architecture.model_type == "gpt2"
+        options["fan_in_fan_out"] = architecture.traits.conv1d
     if method.layers_to_transform is not None:
         options["layers_to_transform"] = list(method.layers_to_transform)
     if method.modules_to_save:
