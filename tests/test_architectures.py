@@ -17,7 +17,7 @@ from perfmodel.architectures import Config, from_config, load
 from perfmodel.architectures.base import runs_of_layers
 from perfmodel.errors import UserError
 from perfmodel.methods import parse
-from perfmodel.methods.targeted import matches
+from perfmodel.methods.parts.targeted import matches
 
 # Parameters of the checkpoints, tied weights once. "published": that exact figure was seen in public code, presets or
 # hub listings; "built": `num_parameters()` of the transformers model of the same config (transformers 5.24). The
