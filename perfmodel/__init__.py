@@ -4,37 +4,248 @@
 >>> p = predict("llama-3.2-3b", "lora:r=32,targets=q_proj+v_proj", device="l40s", batch=4, seq=210)
 >>> p.trainable_params
 9175040
+
+The functions here are the package's face: each says what it takes and imports what it needs when it is called.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .compare import Comparison, compare
-from .errors import UserError
-from .predict import Prediction, predict
-from .setup import Setup
-from .speedup import SpeedUp
+from .shown import Shown
 
 if TYPE_CHECKING:
-    from .advise import Advice, advise
-    from .explanation import Explanation, explain
-    from .modules import predict_module
-    from .sweep import Sweep, sweep
-
-_LATER = {  # name -> its file, imported on first use
-    "Advice": "advise", "advise": "advise", "Explanation": "explanation", "explain": "explanation",
-    "Sweep": "sweep", "predict_module": "modules", "sweep": "sweep",
-}  # fmt: skip
+    from .devices.device import Device
+    from .devices.host import Host
+    from .errors import UserError
+    from .methods import Method
+    from .prediction.predict import Model, Prediction
+    from .questions.advice import Advice
+    from .questions.comparison import Comparison
+    from .questions.explanation import Explanation
+    from .questions.speedup import SpeedUp
+    from .questions.sweeps import Sweep
+    from .setup import Setup
 
 __all__ = [
-    "Advice", "Comparison", "Explanation", "Prediction", "Setup", "SpeedUp", "Sweep", "UserError", "advise", "compare",
-    "explain", "predict", "predict_module", "sweep",
+    "Advice", "Comparison", "Device", "Explanation", "Prediction", "Setup", "SpeedUp", "Sweep", "UserError", "advise",
+    "compare", "explain", "predict", "predict_module", "sweep",
 ]  # fmt: skip
 
 
+def predict(
+    model: "Model",
+    method: "str | Method" = "full",
+    setup: "Setup | None" = None,
+    device: "str | Device" = "l40s",
+    *,
+    host: "str | Host" = "default",
+    **options: Any,
+) -> "Prediction":
+    """Predict one training step.
+
+    Args:
+        model: bundled name, path to a config.json (or its folder), hub id, `Config` or `Architecture`.
+        method: `name[:key=value,…]` or a `Method`.
+        setup: a `Setup`; keyword options such as `batch=4, seq=210` make or change one. `batch`, `seq` (and a method's
+            rank) may be integer arrays that broadcast together: then every figure is an array over the grid.
+        device: slug, path of a TOML, or a `Device`.
+        host: slug, path of a TOML, or a `Host`.
+
+    Raises:
+        UserError: anything that cannot be satisfied, in one line.
+
+    >>> round(predict("llama-3.2-3b", "lora:r=32", device="l40s", batch=4, seq=210).flops["total"] / 1e12)
+    11
+    """
+    from .prediction.predict import predict as answer
+
+    return answer(model, method, setup, device, host=host, **options)
+
+
+def compare(
+    model: "Model",
+    methods: "Sequence[str | Method]" = ("full", "lora"),
+    setup: "Setup | None" = None,
+    device: "str | Device" = "l40s",
+    *,
+    host: "str | Host" = "default",
+    **options: Any,
+) -> "Comparison":
+    """Predict several methods in one setup, and how much faster each is than the first, and why.
+
+    Arguments and errors are those of `predict`; `methods` are two at least.
+
+    >>> compare("tinyllama-1.1b", ["full", "lora:r=8"], device="a100", batch=4, seq=512).speedups[0].verdict
+    'faster'
+    """
+    from .questions.comparison import compare as answer
+
+    return answer(model, methods, setup, device, host=host, **options)
+
+
+def explain(
+    model: "Model",
+    a: "str | Method" = "full",
+    b: "str | Method" = "lora",
+    setup: "Setup | None" = None,
+    device: "str | Device" = "l40s",
+    *,
+    host: "str | Host" = "default",
+    axes: Sequence[str] = ("batch", "seq"),
+    **options: Any,
+) -> "Explanation":
+    """Explain the step time of `b` against that of `a`.
+
+    Args:
+        axes: along which to look for a change of the verdict: batch, seq, size (rank, k), targets (one prediction
+            per target); empty to skip the search.
+
+    Other arguments and errors are those of `predict`; the setup must be a single one.
+
+    >>> e = explain("llama-3.2-3b", "full", "lora:r=32,targets=q_proj+v_proj", device="l40s", batch=4, seq=210, axes=())
+    >>> e.waterfall[0].name
+    'optimizer'
+    """
+    from .questions.explanation import explain as answer
+
+    return answer(model, a, b, setup, device, host=host, axes=axes, **options)
+
+
+def advise(
+    model: "Model",
+    method: "str | Method" = "lora",
+    setup: "Setup | None" = None,
+    device: "str | Device" = "l40s",
+    *,
+    methods: "Sequence[str | Method]" = (),
+    memory_bytes: float | None = None,
+    min_trainable: float | None = None,
+    host: "str | Host" = "default",
+    **options: Any,
+) -> "Advice":
+    """Search for the fastest way to train that fits.
+
+    Args:
+        method: where you are; its own knobs are always searched.
+        methods: further methods to consider, besides `method`.
+        memory_bytes: limit, B; the device's memory if None.
+        min_trainable: parameters that have to train at least; then every method of the catalogue is considered, sized
+            to reach them.
+
+    Raises:
+        UserError: what `predict` refuses for the start, arrays in the setup, a limit that is not positive.
+    """
+    from .questions.advice import advise as answer
+
+    return answer(
+        model, method, setup, device, methods=methods, memory_bytes=memory_bytes, min_trainable=min_trainable,
+        host=host, **options,
+    )  # fmt: skip
+
+
+def sweep(
+    model: "Model",
+    methods: "Sequence[str | Method]" = ("full", "lora"),
+    setup: "Setup | None" = None,
+    device: "str | Device | Sequence[str | Device]" = "l40s",
+    *,
+    batch: Any = 1,
+    seq: Any = 512,
+    rank: Any = (),
+    k: Any = (),
+    host: "str | Host" = "default",
+    **options: Any,
+) -> "Sweep":
+    """Plan a sweep: every device, method, rank, batch and sequence length with every other.
+
+    Args:
+        methods: the baseline first.
+        device: one or several.
+        batch, seq, rank, k: an int, or several (any sequence or array). Ranks are for methods that have `r`, `k` for
+            those that train the last K blocks; the others ignore them.
+
+    Raises:
+        UserError: an axis that no method has, values out of range, and what `predict` refuses.
+
+    >>> grid = sweep("llama-3.2-1b", ["full", "lora"], device="l40s", batch=[1, 2, 4], seq=range(128, 1025, 128))
+    >>> len(grid)
+    48
+    """
+    from .questions.sweeps import sweep as answer
+
+    return answer(model, methods, setup, device, batch=batch, seq=seq, rank=rank, k=k, host=host, **options)
+
+
+def predict_module(
+    module: Any,
+    inputs: Mapping[str, Any] | Sequence[Any] | Any,
+    *,
+    loss: Callable[[Any], Any] | None = None,
+    setup: "Setup | None" = None,
+    device: "str | Device" = "l40s",
+    host: "str | Host" = "default",
+    name: str = "",
+) -> "Prediction":
+    """Predict one training step of your own `nn.Module`, from a trace of its real forward and backward.
+
+        import torch
+        from perfmodel import predict_module
+
+        with torch.device("meta"):                      # or a module with weights: it is copied without them
+            model = torch.nn.Sequential(torch.nn.Linear(4096, 16384), torch.nn.GELU(), torch.nn.Linear(16384, 4096))
+        x = torch.empty(8, 512, 4096, device="meta")
+        p = predict_module(model.bfloat16(), x.bfloat16(), loss=lambda y: y.float().pow(2).mean(), device="h100-sxm")
+        p.time.phases["total"], p.memory.peak, p.flops["total"]
+
+    A transformers or peft model works the same way: `predict_module(model, {"input_ids": ids, "labels": ids})`. What
+    trains is what has `requires_grad`. Nothing is computed and the module stays as it is. Of a module with many blocks
+    alike, in a `ModuleList` or `Sequential`, a few are traced and the rest is extrapolated, which is checked call by
+    call; a note in the prediction says of how many.
+
+    Args:
+        module: an `nn.Module`, on any device, "meta" included.
+        inputs: example arguments of its forward: a mapping of names, a sequence, or one tensor. Only shapes and dtypes
+            count, so meta tensors will do.
+        loss: makes the scalar loss of the module's output; default: the output's `.loss`, or the output itself.
+        setup: optimizer, gradient accumulation, checkpoints (of transformers models) and clipping of the step; batch,
+            seq and dtype only label it. Default: AdamW, batch and seq read off the first input.
+        device, host: as `perfmodel.prediction.predict` takes them.
+        name: how the prediction calls the module; default: its class.
+
+    Raises:
+        UserError: no scalar loss, nothing trains, or the program needs data that a fake tensor does not have.
+    """
+    try:
+        from .tracing.modules import predict as answer
+    except ImportError as error:
+        from .errors import UserError
+
+        raise UserError(
+            f"predict_module needs the validate extra ({error.name} is missing): pip install 'perfmodel[validate]'"
+        ) from None
+    found: Prediction = answer(module, inputs, loss=loss, setup=setup, device=device, host=host, name=name)
+    return found
+
+
+def _draw(result: Any) -> str:
+    from .report import notebook
+
+    return notebook.html(result)
+
+
+Shown.draw = staticmethod(_draw)
+
+_TYPES = {  # name -> its module, imported on first use
+    "Advice": "questions.advice", "Comparison": "questions.comparison", "Device": "devices.device",
+    "Explanation": "questions.explanation", "Prediction": "prediction.predict", "Setup": "setup",
+    "SpeedUp": "questions.speedup", "Sweep": "questions.sweeps", "UserError": "errors",
+}  # fmt: skip
+
+
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name not in _TYPES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    found = globals()[name] = getattr(import_module(f".{_LATER[name]}", __name__), name)
+    found = globals()[name] = getattr(import_module(f".{_TYPES[name]}", __name__), name)
     return found

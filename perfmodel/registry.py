@@ -7,6 +7,22 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
+def add_once(table: dict[str, T], name: str, entry: T) -> None:
+    """Put an entry into a table by name.
+
+    Raises:
+        ValueError: another entry has that name; one that a module defines anew when it is loaded again may.
+    """
+    before = table.get(name)
+    if before is not None and (_home(before) != _home(entry)):
+        raise ValueError(f"duplicate registrations for {name!r}: {_home(before)} and {_home(entry)}")
+    table[name] = entry
+
+
+def _home(entry: object) -> str:
+    return f"{getattr(entry, '__module__', '')}.{getattr(entry, '__qualname__', repr(entry))}"
+
+
 class Registry(Generic[T]):
     """Entries by name, registered by the files of a package when these are imported.
 
@@ -22,8 +38,12 @@ class Registry(Generic[T]):
         self._complete = False
 
     def add(self, name: str, entry: T) -> None:
-        """Register an entry."""
-        self.entries[name] = entry
+        """Register an entry.
+
+        Raises:
+            ValueError: another one has that name.
+        """
+        add_once(self.entries, name, entry)
 
     def get(self, name: str) -> T | None:
         """The entry of that name, or None."""

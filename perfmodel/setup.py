@@ -7,7 +7,7 @@ import numpy as np
 
 from . import optimizers
 from .errors import UserError, nearest
-from .tape.dims import Dim
+from .program.dims import Dim
 
 DTYPES = ("bf16", "fp16", "fp32")
 ATTENTION = ("sdpa", "eager", "flash2")
@@ -28,8 +28,8 @@ class Setup:
         seq: tokens per sample; the batch is dense. An int or an integer array.
         dtype: dtype of the base weights: bf16, fp16 or fp32.
         amp: 16-bit dtype of `torch.autocast`, or None; under DeepSpeed, of the model itself.
-        optimizer: adamw (PyTorch's default form for the device, under DeepSpeed its FusedAdam), adamw-foreach, -loop,
-            -fused, sgd, sgd-momentum.
+        optimizer: a name of `OPTIMIZERS`; adamw is PyTorch's default form on the device, or DeepSpeed's FusedAdam under
+            that engine.
         grad_accum: micro-batches per optimizer step.
         checkpoint: none, block (non-reentrant, per block) or block-reentrant.
         attention: sdpa, eager or flash2 (the flash-attn package).
@@ -40,7 +40,7 @@ class Setup:
             and forward and backward are each a CUDA graph).
         padded: whether some samples of a batch are padded to `seq`: then sdpa gets an explicit mask, which costs it the
             flash kernel, copies of the grouped keys and values, and the causal saving.
-        engine: what runs the step: torch, or deepspeed-zero3 (`perfmodel.zero`); a method may name its own.
+        engine: what runs the step: torch, or deepspeed-zero3 (`perfmodel.recording.zero`); a method may name its own.
     """
 
     batch: Dim = 1

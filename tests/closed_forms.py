@@ -4,7 +4,7 @@ from typing import Any
 
 from helpers import by_phase, step_of
 
-from perfmodel.step import Step
+from perfmodel.recording.step import Step
 
 T, BATCH, SEQ, R = 34, 2, 17, 3
 LINEARS = {  # (inputs, outputs) of a block's linear layers; those before `first` read the block's normed input

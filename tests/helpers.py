@@ -4,12 +4,15 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from perfmodel import costs, methods
+from perfmodel import methods
 from perfmodel.architectures import Architecture, Config, from_config
+from perfmodel.calls import costs
 from perfmodel.methods import Method
+from perfmodel.program.op import Op
+from perfmodel.program.part import PHASES
+from perfmodel.recording.record import build
+from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
-from perfmodel.step import PHASES, Step, build
-from perfmodel.tape.op import Op
 from validate.oracle.counts import SMALL
 
 NAMES = tuple(SMALL)
@@ -37,10 +40,11 @@ def architecture_of(name: str, layers: int | None = None, **changes: Any) -> Arc
 
 
 def setup_of(name: str, **options: Any) -> Setup:
-    """A setup that a small model has: GPT-Neo knows eager attention and non-reentrant checkpoints only."""
+    """A setup that a small model has: Gemma 2 and GPT-Neo know no SDPA, GPT-Neo no reentrant checkpoints."""
     options = {"batch": 2, "seq": 17, **options}
-    if name == "gpt_neo":
+    if name in ("gemma2", "gpt_neo"):
         options["attention"] = "eager"
+    if name == "gpt_neo":
         options["checkpoint"] = "none" if options.get("checkpoint", "none") == "none" else "block"
     return Setup(**options)
 

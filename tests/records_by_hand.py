@@ -4,7 +4,7 @@ from typing import Any
 
 from perfmodel.architectures import Config
 from perfmodel.devices.host import Host
-from perfmodel.predict import predict
+from perfmodel.prediction.predict import predict
 from validate.measuring.cells import Cell
 
 TINY = Config(

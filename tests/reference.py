@@ -1,4 +1,4 @@
-"""The reference programs of `validate.programs.references`, and those that only tests need, against the tape."""
+"""The programs of `perfmodel.tracing.programs.references`, and those that only tests need, against the tape."""
 
 from functools import partial
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 from helpers import architecture_of, config_of, setup_of
 
 from perfmodel import methods
-from perfmodel.step import build
+from perfmodel.recording.record import build
+from perfmodel.tracing.programs import models
+from perfmodel.tracing.programs.references import apply, as_lora, freeze, make_update, program, sizes, updater, wrap
+from perfmodel.tracing.trace import trace_step
 from validate.oracle import counts
 from validate.oracle.counts import Case
-from validate.programs import models
-from validate.programs.references import apply, as_lora, freeze, make_update, program, sizes, updater, wrap
-from validate.tracing.trace import trace_step
 
 __all__ = ["as_lora", "differences", "freeze", "program", "sizes", "updater", "wrap"]
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from perfmodel.architectures import Architecture
 from perfmodel.methods.bottleneck import Bottleneck
-from validate.programs.dtypes import TORCH_DTYPES
+from perfmodel.tracing.programs.dtypes import TORCH_DTYPES
 
 ACTIVATIONS = {"relu": nn.functional.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}
 NORMS = ("norm", "LayerNorm", "ln_1", "ln_2", "ln_f")

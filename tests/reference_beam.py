@@ -10,7 +10,7 @@ from torch import nn
 from perfmodel.architectures import Architecture
 from perfmodel.methods.beamlora import BeamLora
 from perfmodel.setup import Setup
-from validate.programs.dtypes import TORCH_DTYPES
+from perfmodel.tracing.programs.dtypes import TORCH_DTYPES
 
 
 def importance(gate: Any) -> Any:

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from perfmodel.architectures import Architecture
 from perfmodel.methods.qlora import QLora
 from perfmodel.setup import Setup
-from validate.programs.dtypes import TORCH_DTYPES
+from perfmodel.tracing.programs.dtypes import TORCH_DTYPES
 
 # ---------------------------------------------------------------------------------------------- bitsandbytes, QLoRA
 

@@ -12,7 +12,7 @@ from reference import as_lora, program, updater
 from perfmodel.architectures import Architecture
 from perfmodel.methods.lora_pro import LoraPro
 from perfmodel.setup import Setup
-from validate.programs import models
+from perfmodel.tracing.programs import models
 
 BETA1, BETA2, EPS, DELTA = 0.9, 0.999, 1e-8, 1e-8
 

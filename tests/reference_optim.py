@@ -14,7 +14,7 @@ from perfmodel.architectures import Architecture
 from perfmodel.methods.badam import BAdam
 from perfmodel.methods.galore import FedGaLore, GaLore
 from perfmodel.setup import Setup
-from validate.programs import updates
+from perfmodel.tracing.programs import updates
 
 BETAS, EPS = (0.9, 0.999), 1e-6
 

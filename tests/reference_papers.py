@@ -18,8 +18,8 @@ from perfmodel.methods.rolora import RoLora
 from perfmodel.methods.s2ft import S2Ft
 from perfmodel.methods.xgblora import XgbLora
 from perfmodel.setup import Setup
-from validate.programs import models
-from validate.tracing.trace import Recorder, Signature, to_fake
+from perfmodel.tracing.programs import models
+from perfmodel.tracing.trace import Recorder, Signature, to_fake
 
 
 @program(RoLora)
@@ -46,7 +46,7 @@ def _gelora(model: Any, method: GeLora, architecture: Architecture, setup: Setup
         target_modules=list(method.target_names),
         rank_pattern={f"{architecture.layer_path}.{i}.*": r for i, r in enumerate(ranks)},
         lora_dropout=method.dropout,
-        fan_in_fan_out=architecture.model_type == "gpt2",
+        fan_in_fan_out=architecture.traits.conv1d,
     )
     return peft.get_peft_model(model, config)
 

@@ -12,11 +12,11 @@ import torch
 
 from perfmodel import methods
 from perfmodel.errors import UserError
-from perfmodel.step import build
+from perfmodel.recording.record import build
+from perfmodel.tracing.programs import models
+from perfmodel.tracing.trace import trace_step
 from validate.oracle import counts
 from validate.oracle.counts import Case
-from validate.programs import models
-from validate.tracing.trace import trace_step
 
 CELLS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("llama", "houlsby:r=8", {"batch": 4, "checkpoint": "block"}),

@@ -12,15 +12,16 @@ from click.testing import CliRunner
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from perfmodel import advise, memory, predict
+from perfmodel import advise, predict
 from perfmodel.cli import main
 from perfmodel.commands.advise import BYTES, NUMBER, Quantity
 from perfmodel.devices import profile
 from perfmodel.errors import UserError
-from perfmodel.sharing import Shared
+from perfmodel.prediction import memory
+from perfmodel.recording.reuse import Shared
 
 MODEL, DEVICE, CPU = "smollm2-135m", "l40s", "cpu-xeon-2.5ghz-1t"
-advise_module = import_module("perfmodel.advise")
+advise_module = import_module("perfmodel.questions.advice")
 NO_SHRINK = [Phase.explicit, Phase.reuse, Phase.generate]
 
 

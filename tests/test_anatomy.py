@@ -11,14 +11,16 @@ from helpers import architecture_of, op_bytes, setup_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perfmodel import UserError, costs, methods
-from perfmodel.anatomy import PARTS, WAITING, Anatomy, dissect, part_of
+from perfmodel import UserError, methods
+from perfmodel.calls import costs
 from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
-from perfmodel.methods.virtual import SoftPrompt
-from perfmodel.predict import Prediction, predict
-from perfmodel.step import PHASES, Step
-from perfmodel.tape.op import Op
+from perfmodel.methods.parts.virtual import SoftPrompt
+from perfmodel.prediction.predict import Prediction, predict
+from perfmodel.program.op import Op
+from perfmodel.program.part import PHASES
+from perfmodel.questions.anatomy import PARTS, WAITING, Anatomy, dissect, part_of
+from perfmodel.recording.step import Step
 
 SIZES = {"c3a": "block_size=8", "road": "group_size=32", "vblora": "length=16"}  # that divide the small models' widths
 METHODS = tuple(f"{name}:{SIZES[name]}" if name in SIZES else name for name in methods.registered())
@@ -60,7 +62,7 @@ def flops_of(step: Step, *parts: str) -> int:
 def ops_on_the_device(p: Prediction, phase: str) -> list[tuple[Op, int]]:
     """Ops of a phase but for those on host tensors (step counters)."""
     assert p.step is not None
-    return [(op, n) for part, op, n in p.step.ops() if part.phase == phase and "host" not in op.attrs]
+    return [(op, n) for part, op, n in p.step.ops() if part.phase == phase and not op.attrs.host]
 
 
 def owners(step: Step) -> set[str]:

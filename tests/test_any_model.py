@@ -16,13 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from perfmodel import UserError, cli, predict_module
 from perfmodel.architectures import Config
-from perfmodel.products import products
+from perfmodel.calls.products import products
+from perfmodel.program.op import Op, Spec
+from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
-from perfmodel.step import Step
-from perfmodel.tape.op import Op, Spec
+from perfmodel.tracing import growth, traced
+from perfmodel.tracing.programs import stacks
 from validate.oracle import coverage
-from validate.programs import stacks
-from validate.tracing import growth, traced
 
 SETUP = Setup(batch=2, seq=16)
 TEXT = {"hidden_size": 32, "num_attention_heads": 2, "vocab_size": 64, "pad_token_id": 0}
@@ -73,7 +73,7 @@ def test_a_model_follows_exactly_from_a_few_of_its_blocks(name: str, monkeypatch
 
 
 def total(step: Step, count: str) -> int:
-    return sum(getattr(part, count) * times for part, times in step.parts())
+    return sum(getattr(part.host, count) * times for part, times in step.parts())
 
 
 def test_adapters_on_a_model_that_the_tape_does_not_know() -> None:
@@ -90,7 +90,7 @@ def test_a_target_that_no_layer_has_is_refused() -> None:
 
 def test_layers_of_several_kinds_are_told_apart() -> None:
     """Gemma 3's sliding layers see another mask: cut to its first layers alone, the model would lose the full ones."""
-    from validate import programs
+    from perfmodel.tracing import programs
 
     model = programs.build(config_of("gemma3_text"), SETUP)
     (row,) = stacks.stacks(model)

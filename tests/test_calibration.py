@@ -21,7 +21,7 @@ from perfmodel.devices import cpu, host, own, profile
 from perfmodel.devices.cpu_work import KINDS, REGIMES
 from perfmodel.devices.hardware import Hardware
 from perfmodel.errors import UserError
-from perfmodel.predict import predict
+from perfmodel.prediction.predict import predict
 from validate.calibration import calibrate, hosts
 from validate.fitting import cpu as fit
 from validate.fitting.cpu_ops import passes

@@ -15,7 +15,7 @@ from perfmodel.devices.attention import attention_backward_time, attention_forwa
 from perfmodel.devices.gemm import gemm_time
 from perfmodel.devices.profile import DeviceProfile
 from perfmodel.errors import UserError
-from perfmodel.predict import predict
+from perfmodel.prediction.predict import predict
 from validate.calibration import calibrate
 from validate.fitting.cpu_ops import op
 from validate.microbench import designs

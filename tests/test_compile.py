@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_grid import check_every_point
 
-from perfmodel import advise, costs, explain, memory, methods, predict
+from perfmodel import advise, explain, methods, predict
+from perfmodel.calls import costs
 from perfmodel.devices import host as hosts
 from perfmodel.errors import UserError
 from perfmodel.imports import read
@@ -24,6 +25,7 @@ from perfmodel.passes import partition
 from perfmodel.passes.graph import Graph
 from perfmodel.passes.mincut import Network
 from perfmodel.passes.partition import Halves
+from perfmodel.prediction import memory
 from perfmodel.setup import Setup
 
 few = settings(

@@ -15,13 +15,14 @@ from helpers import NAMES, architecture_of, config_of, setup_of
 pytest.importorskip("peft")
 
 from perfmodel import methods
+from perfmodel.program.op import Spec
+from perfmodel.recording.record import build
+from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
-from perfmodel.step import Step, build
-from perfmodel.tape.op import Spec
+from perfmodel.tracing.programs import models
+from perfmodel.tracing.trace import Trace, trace_step
 from validate.oracle import counts
 from validate.oracle.counts import NO_DROPOUT, Case
-from validate.programs import models
-from validate.tracing.trace import Trace, trace_step
 
 LORA = "lora:r=4"
 WIDE = "lora:r=4,targets=all-linear,dropout=0.1"

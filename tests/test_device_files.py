@@ -106,7 +106,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
 def test_rewriting_keeps_what_the_author_wrote(tmp_path: Path) -> None:
     """The fit replaces [fitted…] only: comments, order and spacing of the datasheet stay byte for byte."""
-    common = pytest.importorskip("validate.fitting.common", exc_type=ImportError)
+    common = pytest.importorskip("validate.fitting.judging", exc_type=ImportError)
     write = pytest.importorskip("validate.fitting.write", exc_type=ImportError)
     path = tmp_path / "mine.toml"
     path.write_text("# a comment\n" + GOOD + "# differs: nothing\n")

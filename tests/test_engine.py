@@ -10,7 +10,7 @@ from perfmodel import Setup, compare, predict
 from perfmodel.devices import engine, host
 from perfmodel.errors import UserError
 from perfmodel.imports import read
-from perfmodel.predict import Prediction
+from perfmodel.prediction.predict import Prediction
 from perfmodel.report.figures import headline
 
 ZERO3 = "deepspeed-zero3"

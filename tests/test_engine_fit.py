@@ -13,8 +13,9 @@ from perfmodel import methods
 from perfmodel.architectures import Config, from_config
 from perfmodel.devices import engine as engines
 from perfmodel.devices import host
+from perfmodel.program.part import PHASES
+from perfmodel.recording.record import build
 from perfmodel.setup import Setup
-from perfmodel.step import PHASES, build
 from validate.calibration import engine
 from validate.oracle.counts import SMALL
 

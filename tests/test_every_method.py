@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from perfmodel import explain, methods
 from perfmodel.errors import UserError
-from perfmodel.predict import Prediction, predict
-from perfmodel.step import Step
-from perfmodel.tape.core import Parameter
+from perfmodel.prediction.predict import Prediction, predict
+from perfmodel.recording.step import Step
+from perfmodel.tape.tensor import Parameter
 
 NAMES = tuple(methods.registered())
 MODELS = ("llama", "gpt2")

@@ -14,10 +14,12 @@ from helpers import architecture_of, setup_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from perfmodel import UserError, compare, explain, predict, words
-from perfmodel.anatomy import PARTS, Anatomy, Phase
-from perfmodel.crossover import Crossover
-from perfmodel.predict import Prediction
+from perfmodel import UserError, compare, explain, predict
+from perfmodel.prediction.predict import Prediction
+from perfmodel.questions import sentences
+from perfmodel.questions.anatomy import PARTS, Anatomy, Phase
+from perfmodel.questions.crossover import Crossover
+from perfmodel.questions.speedup import SpeedUp, verdict
 from perfmodel.report.crossings import in_words
 from perfmodel.speedup import SAME, SpeedUp, verdict
 
@@ -37,7 +39,7 @@ def small(method: str, **changes: Any) -> Prediction:
 
 def sentence(ratio: float, *, a_fits: bool = True, b_fits: bool = True) -> str:
     a, b = small("full", fits=a_fits), small("lora:r=4", fits=b_fits)
-    return words.answer(a, b, SpeedUp("b", ratio, ratio / 1.1, ratio * 1.1), "because of this", 48e9)
+    return sentences.answer(a, b, SpeedUp("b", ratio, ratio / 1.1, ratio * 1.1), "because of this", 48e9)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,7 @@ def test_a_comparison_turned_round_is_the_same_comparison(batch: int) -> None:
 def test_the_reason_is_the_largest_part_of_the_waterfall(case: str) -> None:
     """A verdict without its cause tells nobody what to change."""
     before, after, verdict_, said = REASONS[case]
-    assert words.why(before, after, verdict_, 840) == said
+    assert sentences.why(before, after, verdict_, 840) == said
 
 
 @settings(deadline=None, derandomize=True, max_examples=300)
@@ -146,7 +148,7 @@ def test_a_reason_never_contradicts_its_verdict(a: list[float], b: list[float]) 
     before, after = (step_of(**dict(zip(PARTS, seconds, strict=True))) for seconds in (a, b))
     if not sum(a) or not sum(b):
         return
-    said = words.why(before, after, verdict(before.total / after.total), 1000)
+    said = sentences.why(before, after, verdict(before.total / after.total), 1000)
     assert said.startswith("because ")
     change = [y - x for x, y in zip(a, b, strict=True)]
     down, up = -min(change), max(change)

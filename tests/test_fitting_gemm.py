@@ -64,7 +64,7 @@ def test_a_device_never_stands_for_itself(dtype: str, slugs: dict[str, str]) -> 
 
 def test_rows_are_priced_between_the_two_clocks_of_a_board() -> None:
     """A row after a pause costs what the chip would at its highest clock, one amid load what the power leaves."""
-    common = pytest.importorskip("validate.fitting.common", exc_type=ImportError)
+    common = pytest.importorskip("validate.fitting.judging", exc_type=ImportError)
     pandas = pytest.importorskip("pandas")
     batch, m, k, n = np.array(campaigns.order("linear")[5:205]).T
     rows = pandas.DataFrame({"m": m, "n": n, "k": k, "b": 1.0, "a_copies": 1.0, "b_copies": 1.0, "dtype": "fp32"})

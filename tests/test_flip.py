@@ -13,7 +13,7 @@ from functools import cache
 import pytest
 
 from perfmodel import Setup, compare
-from perfmodel.compare import Comparison
+from perfmodel.questions.comparison import Comparison
 
 MEASURED = {256: (2.1, 1.0), 2048: (2.3, 1.7), 4096: (2.8, 3.3), 8192: (5.6, 6.8)}  # tokens: full, LoRA
 LORA = "lora:r=64,targets=all-linear,dropout=0.05"

@@ -12,16 +12,17 @@ import reference_fused as reference
 import reference_lora
 import torch
 
-from perfmodel import memory, methods, predict
+from perfmodel import methods, predict
 from perfmodel.architectures import from_config, load
 from perfmodel.errors import UserError
 from perfmodel.methods.lora import Lora
+from perfmodel.prediction import memory
+from perfmodel.recording.record import build
 from perfmodel.setup import Setup
-from perfmodel.step import build
+from perfmodel.tracing.programs import models
+from perfmodel.tracing.trace import trace_step
 from validate.oracle import counts
 from validate.oracle.counts import Case
-from validate.programs import models
-from validate.tracing.trace import trace_step
 
 
 def differences(name: str, spec: str, layers: int | None = None, **options: Any) -> list[str]:

@@ -13,17 +13,17 @@ from helpers import FIGURES, METHODS, NAMES, architecture_of, setup_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from perfmodel import costs
+from perfmodel.calls import costs
 from perfmodel.devices import profile
 from perfmodel.errors import UserError
 from perfmodel.methods import parse
-from perfmodel.methods.base import Method
 from perfmodel.methods.lora import Lora
+from perfmodel.methods.parts.base import Method
 from perfmodel.methods.top_k import TopK
-from perfmodel.predict import Prediction, predict
+from perfmodel.prediction.predict import Prediction, predict
+from perfmodel.program.dims import Axis
+from perfmodel.program.part import PHASES
 from perfmodel.setup import Setup
-from perfmodel.step import PHASES
-from perfmodel.tape.dims import Axis
 
 few = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 names = st.sampled_from(NAMES)

@@ -17,6 +17,7 @@ from perfmodel.errors import UserError
 from perfmodel.imports import read
 from perfmodel.imports.common import OPTIMIZERS
 from perfmodel.predict import resolve
+from perfmodel.prediction.predict import resolve
 
 CONFIGS = Path(__file__).parent / "configs"
 AMP = {"dtype": "bf16", "amp": "bf16"}

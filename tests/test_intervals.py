@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perfmodel import compare, intervals, predict
+from perfmodel import compare, predict
 from perfmodel.devices import profile
+from perfmodel.prediction import intervals
 
 shares = st.dictionaries(
     st.sampled_from(("gemm16", "gemm32", "attention", "memory", "optimizer", "host")),

@@ -2,16 +2,17 @@
 
 import pytest
 
-from perfmodel import costs
+from perfmodel.calls import costs
 from perfmodel.devices import kernels, price, profile
-from perfmodel.predict import predict
+from perfmodel.prediction.predict import predict
+from perfmodel.program.op import Attrs, Op, Spec
 from perfmodel.setup import Setup
-from perfmodel.tape.core import Tape, Tensor, new_tensor, recording
+from perfmodel.tape.core import Tape, new_tensor, recording
 from perfmodel.tape.gather import top_values
 from perfmodel.tape.linalg import bmm
-from perfmodel.tape.op import Op, Spec
 from perfmodel.tape.shape import transpose
 from perfmodel.tape.spectrum import fft_of_real, inverse_fft2, inverse_fft_of_real
+from perfmodel.tape.tensor import Tensor
 
 L40S = profile.load("l40s")
 FLOOR = L40S.pointwise.launch_floor + L40S.pointwise.kernel_gap
@@ -121,7 +122,7 @@ def test_selection_and_accumulation_are_chains_of_small_kernels() -> None:
     assert costs.kernels(top) == 2
     assert seconds(top) > 18 * L40S.pointwise.serial_latency
     zeros, indices, values = Spec("fp32", (256, 256)), Spec("i64", (48, 2)), Spec("fp32", (48, 2, 256))
-    put = Op("index_put", (zeros, indices, values), (zeros,), 0, 0, attrs=("accumulate",))
+    put = Op("index_put", (zeros, indices, values), (zeros,), 0, 0, attrs=Attrs(accumulate=True))
     assert costs.kernels(put) == 6
     assert seconds(put) > 6 * FLOOR
     assert costs.kernels(Op("index_put", (zeros, indices, values), (zeros,), 0, 0)) == 2
@@ -133,4 +134,4 @@ def test_the_tape_says_which_gradients_accumulate() -> None:
     assert step is not None
     puts = [op for _, op, _ in step.ops() if op.name == "index_put"]
     assert puts
-    assert all("accumulate" in op.attrs for op in puts)
+    assert all(op.attrs.accumulate for op in puts)

@@ -10,12 +10,13 @@ from helpers import FIGURES, METHODS, NAMES, architecture_of, by_phase, step_of,
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from perfmodel import costs
-from perfmodel.tape.autograd import run_backward
-from perfmodel.tape.core import Parameter, Tape, recording
+from perfmodel.calls import costs
+from perfmodel.program.op import Op
+from perfmodel.tape.core import Tape, recording
+from perfmodel.tape.engine import run_backward
 from perfmodel.tape.linalg import linear
-from perfmodel.tape.op import Op
 from perfmodel.tape.pointwise import add, fill
+from perfmodel.tape.tensor import Parameter
 
 names = st.sampled_from(NAMES)
 methods = st.sampled_from(METHODS)

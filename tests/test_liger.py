@@ -14,13 +14,13 @@ import torch
 from perfmodel import methods, predict
 from perfmodel.architectures import from_config, load
 from perfmodel.errors import UserError
+from perfmodel.recording.record import build
 from perfmodel.setup import Setup
-from perfmodel.step import build
-from perfmodel.tape import liger
+from perfmodel.tape.packages import liger
+from perfmodel.tracing.programs import models
+from perfmodel.tracing.trace import trace_step
 from validate.oracle import counts
 from validate.oracle.counts import Case
-from validate.programs import models
-from validate.tracing.trace import trace_step
 
 WIDE = architecture_of("llama", vocab_size=2048)
 

@@ -16,10 +16,10 @@ import pytest
 pytest.importorskip("peft")
 
 from perfmodel.errors import UserError
-from perfmodel.predict import predict
+from perfmodel.prediction.predict import predict
 from perfmodel.setup import Setup
+from perfmodel.tracing.programs import references
 from validate.measuring import cells, isolate, records, run, visit
-from validate.programs import references
 
 TINY = """
 rounds = 2

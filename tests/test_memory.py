@@ -17,6 +17,9 @@ from perfmodel import memory, predict
 from perfmodel.devices import profile
 from perfmodel.memory import Segment
 from perfmodel.step import Step
+from perfmodel.prediction import memory
+from perfmodel.prediction.memory import Segment
+from perfmodel.recording.step import Step
 
 few = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 names = st.sampled_from(NAMES)

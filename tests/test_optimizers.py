@@ -12,9 +12,12 @@ from helpers import calls_by_name, step_of, total
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from perfmodel import costs, optimizers
-from perfmodel.tape.core import Parameter, Tape, recording
-from perfmodel.tape.op import Op, Part, Spec
+from perfmodel import optimizers
+from perfmodel.calls import costs
+from perfmodel.program.op import Op, Spec
+from perfmodel.program.part import Part
+from perfmodel.tape.core import Tape, recording
+from perfmodel.tape.tensor import Parameter
 
 # ATen/native/cuda/MultiTensorApply.cuh of PyTorch 2.13, built for CUDA 12 (CUDA 13 builds take seven times as many).
 CHUNK = 65_536
@@ -163,7 +166,7 @@ def test_traffic_of_an_update_is_so_many_passes_over_the_parameters(optimizer: s
     """The sum by hand of the design page: foreach AdamW moves about 20 times the parameters."""
     group = specs([(1000, 3), (77, 1)], "fp32")
     size = sum(s.nbytes for s in group)
-    device = [(op, times) for op, times in updated(group, optimizer) if "host" not in op.attrs]
+    device = [(op, times) for op, times in updated(group, optimizer) if not op.attrs.host]
     counters = 4 * 4 if optimizer == "adamw-fused" else 0  # fp32 step counters, read twice, written once
     assert sum(times * op.bytes_read for op, times in device) == reads * size + 2 * counters
     assert sum(times * op.bytes_written for op, times in device) == writes * size + counters
@@ -191,7 +194,7 @@ def test_only_what_trains_has_state_and_is_updated(optimizer: str) -> None:
     step = step_of("llama", "lora:r=4", optimizer=optimizer)
     adapters = [p for p in step.parameters if p.kind == "adapter"]
     assert step.state_bytes == optimizers.state_bytes(adapters, optimizer)
-    lists = [op for part, op, _ in step.ops() if part.name == "optimizer" and "host" not in op.attrs]
+    lists = [op for part, op, _ in step.ops() if part.name == "optimizer" and not op.attrs.host]
     shapes = {s.shape for s in adapters} | {()}
     assert all(s.shape in shapes for op in lists for s in (*op.inputs, *op.outputs))
 

@@ -13,11 +13,12 @@ import reference_optim  # noqa: F401  # registers the optimizers
 import torch
 from reference import differences
 
-from perfmodel import memory, methods
+from perfmodel import methods
 from perfmodel.errors import UserError
 from perfmodel.methods import runlora
-from perfmodel.tape.dims import MixedStructure
-from validate.programs import references
+from perfmodel.prediction import memory
+from perfmodel.program.dims import MixedStructure
+from perfmodel.tracing.programs import references
 
 SPECS = ("paca:r=4", "lisa:gamma=2", "badam:block=1", "runlora:r=4", "lora_fa:r=4,projected=false", "galore:r=4")
 

@@ -16,14 +16,15 @@ import reference_papers
 import torch
 from reference import differences
 
-from perfmodel import costs, methods
+from perfmodel import methods
+from perfmodel.calls import costs
 from perfmodel.errors import UserError
+from perfmodel.methods.parts.periodic import PeriodicOps
 from perfmodel.methods.xgblora import XgbLora
-from perfmodel.periodic import PeriodicOps
-from perfmodel.step import Step
+from perfmodel.recording.step import Step
+from perfmodel.tracing.programs import models, references
+from perfmodel.tracing.trace import Signature, signature
 from validate.oracle import counts
-from validate.programs import models, references
-from validate.tracing.trace import Signature, signature
 
 SPECS = (
     "rolora:r=4,round=A",

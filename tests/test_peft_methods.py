@@ -13,10 +13,11 @@ from helpers import architecture_of, config_of, setup_of, step_of
 
 pytest.importorskip("peft")
 
-from perfmodel import costs, methods
+from perfmodel import methods
+from perfmodel.calls import costs
 from perfmodel.errors import UserError
-from perfmodel.step import build
-from perfmodel.tape.op import Op
+from perfmodel.program.op import Op
+from perfmodel.recording.record import build
 from validate.oracle import counts
 from validate.oracle.counts import Case
 

@@ -10,9 +10,9 @@ pytest.importorskip("peft")
 
 from perfmodel import methods
 from perfmodel.errors import UserError
+from perfmodel.tracing.programs.tuners_of_peft import CONFIGS
 from validate.oracle import counts
 from validate.oracle.counts import Case
-from validate.programs.tuners_of_peft import CONFIGS
 
 CONV1D = (  # PEFT has these for GPT-2's Conv1D too
     "gralora:r=4",
@@ -162,8 +162,8 @@ def test_a_grid_of_sizes_is_one_tape(method: str) -> None:
     """Dims may be arrays: a sweep over sizes equals the single runs."""
     from dataclasses import replace
 
-    from perfmodel import memory
-    from perfmodel.step import build
+    from perfmodel.prediction import memory
+    from perfmodel.recording.record import build
 
     sizes = np.array([4, 8, 16])
     parsed: Any = methods.parse(method.format(4))

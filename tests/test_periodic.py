@@ -11,9 +11,9 @@ from helpers import SMALL, architecture_of, calls_by_name, step_of
 from perfmodel import predict
 from perfmodel.cli import main
 from perfmodel.errors import UserError
-from perfmodel.periodic import Periodic
-from perfmodel.tape.core import Parameter
-from validate.programs.updates import make_optimizer
+from perfmodel.methods.parts.periodic import Periodic
+from perfmodel.tape.tensor import Parameter
+from perfmodel.tracing.programs.updates import make_optimizer
 
 SPECS = ("lisa:gamma=2,interval=7", "badam:interval=30")
 SETUP: dict[str, Any] = {"device": "l40s", "batch": 2, "seq": 17}

@@ -9,9 +9,11 @@ from helpers import architecture_of, by_phase, config_of, setup_of, step_of
 
 pytest.importorskip("peft")
 
-from perfmodel import costs, memory, methods
+from perfmodel import methods
+from perfmodel.calls import costs
 from perfmodel.errors import UserError
-from perfmodel.step import build
+from perfmodel.prediction import memory
+from perfmodel.recording.record import build
 from validate.oracle import counts
 from validate.oracle.counts import Case
 

@@ -13,13 +13,13 @@ import torch
 from perfmodel import methods
 from perfmodel.architectures import Config, from_config
 from perfmodel.errors import UserError
-from perfmodel.predict import predict
-from perfmodel.step import build
+from perfmodel.prediction.predict import predict
+from perfmodel.recording.record import build
+from perfmodel.tracing.programs import models
+from perfmodel.tracing.programs.dtypes import TORCH_DTYPES
+from perfmodel.tracing.trace import trace_step
 from validate.oracle import counts
 from validate.oracle.counts import Case
-from validate.programs import models
-from validate.programs.dtypes import TORCH_DTYPES
-from validate.tracing.trace import trace_step
 
 
 @pytest.mark.parametrize(

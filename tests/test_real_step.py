@@ -1,6 +1,6 @@
 """A training step with real numbers on the CPU: the oracle's fake tensors must not have changed the program.
 
-`validate.tracing.trace` records the program under FakeTensorMode. Here the same recorder watches tensors that hold
+`perfmodel.tracing.trace` records the program under FakeTensorMode. Here the same recorder watches tensors that hold
 data, and the loss goes down. The one difference that is known: the engine adds gradients in place where nobody else
 holds them (`add_` for `add`), which it does not do to fake tensors. So names are compared without the underscore.
 """
@@ -18,13 +18,14 @@ import torch
 
 from perfmodel import methods
 from perfmodel.architectures import from_config
+from perfmodel.program.part import PHASES
+from perfmodel.recording.record import build
 from perfmodel.setup import Setup
-from perfmodel.step import PHASES, build
+from perfmodel.tracing.programs import models
+from perfmodel.tracing.programs.dtypes import TORCH_DTYPES
+from perfmodel.tracing.programs.updates import make_optimizer
+from perfmodel.tracing.trace import Recorder
 from validate.oracle import counts
-from validate.programs import models
-from validate.programs.dtypes import TORCH_DTYPES
-from validate.programs.updates import make_optimizer
-from validate.tracing.trace import Recorder
 
 SETUPS = {
     "fp32": Setup(batch=2, seq=9, dtype="fp32"),

@@ -18,16 +18,16 @@ from click.testing import CliRunner, Result
 from helpers import config_of
 
 from perfmodel import UserError, compare, explain, predict
-from perfmodel.anatomy import PARTS
 from perfmodel.architectures import Config
 from perfmodel.cli import main
 from perfmodel.devices import profile
+from perfmodel.questions.anatomy import PARTS
+from perfmodel.questions.roofline import kernels, roof
 from perfmodel.report.charts.roofline import GROUPS
 from perfmodel.report.figures import figures
 from perfmodel.report.page import report
 from perfmodel.report.pictures import picture
 from perfmodel.report.svg import typeset
-from perfmodel.roofline import kernels, roof
 
 METHODS = ("full", "lora:r=8,targets=all-linear", "top_k:k=4")
 SETUP: dict[str, Any] = {"device": "a100-80gb-sxm", "batch": 4, "seq": 512}

@@ -17,10 +17,11 @@ from test_real_step import real_steps, without_underscore
 
 from perfmodel import methods, predict
 from perfmodel.errors import UserError
+from perfmodel.program.part import PHASES
+from perfmodel.recording.record import build
 from perfmodel.setup import Setup
-from perfmodel.step import PHASES, build
+from perfmodel.tracing.programs import models, references
 from validate.oracle import counts
-from validate.programs import models, references
 
 VARIANTS = ("shortcut=is", "shortcut=is,merge_flag=4", "shortcut=bs,pre_num=1", "shortcut=ms,pre_num=1")
 

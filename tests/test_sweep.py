@@ -50,7 +50,7 @@ def test_block_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks bound memory; they must not show in the result."""
     import importlib
 
-    engine = importlib.import_module("perfmodel.sweep")
+    engine = importlib.import_module("perfmodel.questions.sweeps")
     grid = sweep(MODEL, ["full", "lora"], device=DEVICE, batch=range(1, 6), seq=range(16, 160, 16), rank=(2, 8))
     whole = grid.table()
     monkeypatch.setattr(engine, "BLOCK", 7)

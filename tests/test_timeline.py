@@ -1,13 +1,14 @@
-"""The max-plus product against an op-by-op simulation of the two clocks.
+"""The max-plus product against an op-by-op simulation of the clocks.
 
 The closed forms (cumulative sums, powers by squaring) replace a loop over a hundred thousand ops; the loop is the
 definition, so it is the reference here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from functools import reduce
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,48 +16,113 @@ from helpers import METHODS, NAMES, step_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from perfmodel import costs, timeline
+from perfmodel.calls import costs
+from perfmodel.devices import engine, price, profile
 from perfmodel.devices import host as hosts
-from perfmodel.devices import price, profile
 from perfmodel.devices.host import Host
-from perfmodel.predict import step_time
-from perfmodel.step import PHASES, Step
-from perfmodel.tape.op import Op
-from perfmodel.timeline import IDENTITY, NEVER, SYNC, Clocks
+from perfmodel.prediction import contention, timeline
+from perfmodel.prediction.predict import step_time
+from perfmodel.prediction.timeline import IDENTITY, NEVER, Clocks, wait
+from perfmodel.program.op import Op
+from perfmodel.program.part import PHASES
+from perfmodel.program.streams import COMMUNICATION, COMPUTE, COPY, HOST, MAIN, Run
+from perfmodel.recording.step import Step
 
 quick = settings(deadline=None, max_examples=200, derandomize=True)
 few = settings(
     quick, max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
+CLOCKS = (HOST, COMPUTE, COMMUNICATION, COPY, "event")
 spans = st.integers(0, 1000).map(float)  # whole numbers: sums are exact in any order
-rows = st.lists(st.tuples(spans, spans), min_size=1, max_size=25)
 
 
-def clocks_of(row: list[tuple[float, float]], launch: float) -> Clocks:
-    dispatch, duration = (np.array(x) for x in zip(*row, strict=True))
-    return timeline.of_ops(dispatch, duration, launch)
+class Call(NamedTuple):
+    """One op of a program: seconds on the host and on its stream, what it takes from others, and where it runs."""
+
+    dispatch: float
+    duration: float
+    taken: float = 0.0
+    launched: bool = True
+    synchronises: bool = False
+    run: Run = MAIN
+
+
+def simulate(program: Iterable[Call], launch: float, start: dict[str, float] | None = None) -> dict[str, float]:
+    """The reference: a program op by op, every clock one number. Returns the clocks at its end."""
+    now = start or dict.fromkeys(CLOCKS, 0.0)
+    for call in program:
+        on = call.run.on
+        now[HOST] += call.dispatch
+        now[on] = max([now[on], *(now[other] for other in call.run.after)])
+        if call.launched:
+            now[on] = max(now[on], now[HOST] + launch) + call.duration
+            now[COMPUTE] += call.taken if on != COMPUTE else 0.0
+        if call.synchronises:
+            now[HOST] = max(now[HOST], now[on])
+    return now
+
+
+def clocks_of(program: Sequence[Call], launch: float) -> Clocks:
+    """The same as a matrix."""
+    column = {name: np.array([getattr(call, name) for call in program]) for name in Call._fields[:4]}
+    waits = [i for i, call in enumerate(program) if call.synchronises]
+    runs = [call.run for call in program]
+    row = timeline.Row(column["dispatch"], column["duration"], column["launched"], waits, runs, column["taken"])
+    return timeline.of_row(row, launch)
+
+
+def after(clocks: Clocks, start: dict[str, float]) -> dict[str, float]:
+    """The clocks at the end of a stretch that they began as `start`."""
+    return {end: max(start[x] + clocks.delay(x, end) for x in CLOCKS) for end in CLOCKS}
 
 
 @st.composite
-def matrices(draw: st.DrawFn) -> Clocks:
-    """Any matrix that ops and synchronisations can make."""
-    pieces = [clocks_of(row, draw(spans)) for row in draw(st.lists(rows, min_size=1, max_size=3))]
-    return timeline.of_synced(pieces) if draw(st.booleans()) else reduce(Clocks.then, pieces)
+def calls(draw: st.DrawFn) -> Call:
+    """Any op: views and host work launch nothing, take no time of a stream and nothing of others."""
+    run = Run(draw(st.sampled_from(CLOCKS[1:])), tuple(draw(st.lists(st.sampled_from(CLOCKS[1:]), max_size=2))))
+    rarely = st.sampled_from((False, False, False, True))
+    if draw(rarely):
+        return Call(draw(spans), 0.0, 0.0, False, draw(rarely), run)
+    return Call(draw(spans), draw(spans), draw(spans), True, draw(rarely), run)
+
+
+programs = st.lists(calls(), max_size=25)
+plain = st.lists(st.tuples(spans, spans).map(lambda seconds: Call(*seconds)), min_size=1, max_size=25)
+times = st.fixed_dictionaries(dict.fromkeys(CLOCKS, spans))
+matrices = st.builds(clocks_of, programs, spans)
 
 
 @quick
-@given(row=rows, launch=spans)
-def test_the_closed_form_equals_the_simulation(row: list[tuple[float, float]], launch: float) -> None:
-    """Every time that the tool prints rests on this identity."""
-    dispatch, duration = zip(*row, strict=True)
-    host, device = timeline.simulate(dispatch, duration, launch)
-    clocks = clocks_of(row, launch)
-    assert (clocks.hh, max(clocks.hd, clocks.dd)) == (host, device)
-    assert clocks.end == max(host, device)
+@given(program=programs, launch=spans, start=times)
+def test_the_closed_form_equals_the_simulation(program: list[Call], launch: float, start: dict[str, float]) -> None:
+    """Every time that the tool prints rests on this: any streams, waits and synchronisations, from any start."""
+    clocks = clocks_of(program, launch)
+    assert after(clocks, start) == simulate(program, launch, dict(start))
+    assert clocks.end == max(simulate(program, launch).values())
 
 
 @quick
-@given(a=matrices(), b=matrices(), c=matrices())
+@given(program=programs, launch=spans)
+def test_a_grid_holds_what_its_points_hold(program: list[Call], launch: float) -> None:
+    """A sweep is one product of arrays: each of its points equals the program of that point alone."""
+    other = [call._replace(duration=2 * call.duration, taken=call.taken + 1.0) for call in program]
+    points = [clocks_of(p, launch) for p in (program, other)]
+    row = timeline.Row(
+        np.array([[call.dispatch] for call in program]).reshape(-1, 1),
+        np.array([[a.duration, b.duration] for a, b in zip(program, other, strict=True)]).reshape(-1, 2),
+        np.array([call.launched for call in program], bool),
+        [i for i, call in enumerate(program) if call.synchronises],
+        [call.run for call in program],
+        np.array([[a.taken, b.taken] for a, b in zip(program, other, strict=True)]).reshape(-1, 2),
+    )
+    grid = timeline.of_row(row, launch).power(3)
+    for i, point in enumerate(points):
+        for x, y in product(CLOCKS, CLOCKS):
+            assert np.broadcast_to(grid.delay(x, y), (2,))[i] == point.power(3).delay(x, y)
+
+
+@quick
+@given(a=matrices, b=matrices, c=matrices)
 def test_the_product_is_associative_and_has_an_identity(a: Clocks, b: Clocks, c: Clocks) -> None:
     """Only therefore may a layer be composed first and raised to its power later."""
     assert a.then(b).then(c) == a.then(b.then(c))
@@ -64,74 +130,87 @@ def test_the_product_is_associative_and_has_an_identity(a: Clocks, b: Clocks, c:
 
 
 @quick
-@given(a=matrices(), n=st.integers(0, 40))
+@given(a=matrices, n=st.integers(0, 40))
 def test_a_power_equals_the_unrolled_product(a: Clocks, n: int) -> None:
     """80 layers are seven squarings; one wrong bit of the exponent would lose layers."""
     assert a.power(n) == reduce(Clocks.then, [a] * n, IDENTITY)
 
 
 @quick
-@given(row=rows, cut=st.integers(0, 25), launch=spans)
-def test_a_row_may_be_cut_anywhere(row: list[tuple[float, float]], cut: int, launch: float) -> None:
+@given(program=programs, cut=st.integers(0, 25), launch=spans)
+def test_a_row_may_be_cut_anywhere(program: list[Call], cut: int, launch: float) -> None:
     """Where one part of a step ends and the next begins must not matter."""
-    cut = min(cut, len(row))
-    parts = [clocks_of(r, launch) for r in (row[:cut], row[cut:]) if r]
-    assert reduce(Clocks.then, parts) == clocks_of(row, launch)
+    whole, parts = clocks_of(program, launch), [clocks_of(row, launch) for row in (program[:cut], program[cut:])]
+    for x, y in product(CLOCKS, CLOCKS):
+        assert parts[0].then(parts[1]).delay(x, y) == whole.delay(x, y)
 
 
 @quick
-@given(row=rows, launch=spans)
-def test_a_free_host_leaves_the_busy_time_and_one_launch(row: list[tuple[float, float]], launch: float) -> None:
+@given(row=plain, launch=spans)
+def test_a_free_host_leaves_the_busy_time_and_one_launch(row: list[Call], launch: float) -> None:
     """The device-bound limit: nothing but the sum of durations."""
-    clocks = clocks_of([(0.0, duration) for _, duration in row], launch)
-    assert clocks.end == launch + sum(duration for _, duration in row)
+    clocks = clocks_of([call._replace(dispatch=0.0) for call in row], launch)
+    assert clocks.end == launch + sum(call.duration for call in row)
 
 
 @quick
-@given(row=rows, launch=spans)
-def test_an_infinitely_fast_device_leaves_the_host_time(row: list[tuple[float, float]], launch: float) -> None:
+@given(row=plain, launch=spans)
+def test_an_infinitely_fast_device_leaves_the_host_time(row: list[Call], launch: float) -> None:
     """The launch-bound limit, in which small models and adapters live."""
-    clocks = clocks_of([(dispatch, 0.0) for dispatch, _ in row], launch)
-    assert clocks.hh == sum(dispatch for dispatch, _ in row)
-    assert clocks.end == clocks.hh + launch
+    clocks = clocks_of([call._replace(duration=0.0) for call in row], launch)
+    assert clocks.delay(HOST, HOST) == sum(call.dispatch for call in row)
+    assert clocks.end == clocks.delay(HOST, HOST) + launch
 
 
 @quick
-@given(row=rows, launch=spans, at=st.integers(0, 24), more=spans, which=st.sampled_from((0, 1)))
+@given(program=programs, launch=spans, at=st.integers(0, 24), more=spans, what=st.sampled_from(Call._fields[:3]))
 def test_time_never_falls_when_an_op_takes_longer(
-    row: list[tuple[float, float]], launch: float, at: int, more: float, which: int
+    program: list[Call], launch: float, at: int, more: float, what: str
 ) -> None:
-    """A slower kernel or a slower host never makes a step faster."""
-    at %= len(row)
-    op = list(row[at])
-    op[which] += more
-    slower = clocks_of([*row[:at], (op[0], op[1]), *row[at + 1 :]], launch)
-    assert slower.end >= clocks_of(row, launch).end
+    """A slower kernel or a slower host never makes a step faster, on no clock."""
+    slower = list(program)
+    for i in range(at, len(program), 25):
+        slower[i] = program[i]._replace(**{what: getattr(program[i], what) + more})
+    a, b = clocks_of(slower, launch), clocks_of(program, launch)
+    assert all(a.delay(x, y) >= b.delay(x, y) for x, y in product(CLOCKS, CLOCKS))
 
 
 @quick
-@given(a=matrices(), b=matrices(), host=spans, device=spans)
-def test_a_synchronisation_makes_both_clocks_the_later_one(a: Clocks, b: Clocks, host: float, device: float) -> None:
-    """After `loss.item()` the host cannot run ahead, and work after it starts from one instant."""
-    later = max(host, device)
-    assert np.maximum(host + SYNC.hh, device + SYNC.dh) == later
-    assert np.maximum(host + SYNC.hd, device + SYNC.dd) == later
-    assert a.then(SYNC).then(b).end == a.end + b.end
-    assert a.then(SYNC).then(b).end >= a.then(b).end
+@given(a=plain, b=plain, launch=spans, start=times, stream=st.sampled_from(CLOCKS[1:]))
+def test_after_a_synchronisation_work_starts_from_one_instant(
+    a: list[Call], b: list[Call], launch: float, start: dict[str, float], stream: str
+) -> None:
+    """After `loss.item()` the host cannot run ahead: what went before and what follows take what each takes alone."""
+    first, second = ([call._replace(run=Run(stream)) for call in row] for row in (a, b))
+    before, behind = clocks_of(first, launch), clocks_of(second, launch)
+    assert before.then(wait(HOST, stream)).then(behind).end == before.end + behind.end
+    assert before.then(behind).end <= before.end + behind.end
+    assert after(wait(HOST, stream), start)[HOST] == max(start[HOST], start[stream])
+
+
+@quick
+@given(compute=spans, gather=spans, launch=spans)
+def test_what_nobody_waits_for_runs_beside(compute: float, gather: float, launch: float) -> None:
+    """A second stream hides behind the first, until an op of the first needs what it made."""
+    beside = [Call(0.0, gather, run=Run(COMMUNICATION)), Call(0.0, compute)]
+    assert clocks_of(beside, launch).end == launch + max(gather, compute)
+    needed = [beside[0], beside[1]._replace(run=Run(after=(COMMUNICATION,)))]
+    assert clocks_of(needed, launch).end == launch + gather + compute
 
 
 def test_ops_that_launch_nothing_leave_the_device_alone() -> None:
-    """Views cost host time only."""
-    clocks = timeline.of_ops(np.ones(3), np.zeros(3), 5.0, np.zeros(3, bool))
-    assert (clocks.hh, clocks.hd, clocks.dd) == (3.0, NEVER, 0.0)
+    """Views cost host time only, and a clock that nothing touches costs nothing."""
+    clocks = clocks_of([Call(1.0, 0.0, launched=False)] * 3, 5.0)
+    assert clocks.ends == {HOST: {HOST: 3.0}}
+    assert (clocks.delay(HOST, COMPUTE), clocks.delay(COMPUTE, COMPUTE)) == (NEVER, 0.0)
 
 
 # whole steps
 
 CUDA = profile.load("l40s")
-HOST = hosts.load()
-COSTS = {f.name: getattr(HOST, f.name) for f in fields(Host) if isinstance(getattr(HOST, f.name), float)}
-FREE = replace(HOST, **dict.fromkeys(COSTS, 0.0))
+DEFAULT = hosts.load()
+COSTS = {f.name: getattr(DEFAULT, f.name) for f in fields(Host) if isinstance(getattr(DEFAULT, f.name), float)}
+FREE = replace(DEFAULT, **dict.fromkeys(COSTS, 0.0))
 
 
 def durations(ops: Iterable[Op], *_: Any) -> np.ndarray:
@@ -140,31 +219,30 @@ def durations(ops: Iterable[Op], *_: Any) -> np.ndarray:
 
 
 def on_device(op: Op) -> bool:
-    return not op.view and "host" not in op.attrs
+    return not op.view and not op.attrs.host
 
 
-def unrolled(step: Step, host: Host) -> tuple[float, float]:
-    """Host and device clocks at the end of a step, op by op, layer by layer, micro-batch by micro-batch."""
-    h = d = 0.0
+def unrolled(step: Step, host: Host) -> dict[str, float]:
+    """The clocks at the end of a step, op by op, layer by layer, micro-batch by micro-batch."""
+    now = dict.fromkeys(CLOCKS, 0.0)
+    by = engine.under(host, step.setup.engine)
     for group in step.groups:
         for part in [p for _ in range(group.repeat) for p in group.parts]:
+            alone, added = contention.of_part(part, durations(part.ops), CUDA)
+            program = [
+                Call(dispatch, alone[i], added[i], on_device(op), costs.synchronises(op), op.runs)
+                for i, (op, dispatch) in enumerate(zip(part.ops, by.dispatch(part, CUDA.kind), strict=True))
+            ]
             for _ in range(part.repeat):
-                for op, dispatch, duration in zip(
-                    part.ops, host.dispatch(part, CUDA.kind), durations(part.ops), strict=True
-                ):
-                    h += dispatch
-                    if on_device(op):
-                        d = max(d, h + host.launch) + duration
-                    if costs.synchronises(op):
-                        h = d = max(h, d)
-    return h, d
+                now = simulate(program, host.launch, now)
+    return now
 
 
 def check_against_simulation(monkeypatch: pytest.MonkeyPatch, speed: float, step: Step) -> None:
     monkeypatch.setattr(price, "durations", durations)
-    host = replace(HOST, **{name: cost * speed for name, cost in COSTS.items()})
+    host = replace(DEFAULT, **{name: cost * speed for name, cost in COSTS.items()})
     phases = step_time(step, CUDA, host).phases
-    assert phases["total"] == pytest.approx(max(unrolled(step, host)), rel=1e-9)
+    assert phases["total"] == pytest.approx(max(unrolled(step, host).values()), rel=1e-9)
     assert sum(phases[p] for p in PHASES) == pytest.approx(phases["total"])
 
 
@@ -194,6 +272,20 @@ def test_the_time_of_many_micro_batches_equals_their_simulation_op_by_op(
 
 
 @few
+@given(
+    name=st.sampled_from(NAMES), method=st.sampled_from(("full", "lora:r=4")), accum=st.integers(1, 3), speed=speeds,
+    checkpoint=st.sampled_from(("none", "block")),
+)  # fmt: skip
+def test_the_time_of_a_step_on_two_streams_equals_its_simulation_op_by_op(
+    monkeypatch: pytest.MonkeyPatch, name: str, method: str, accum: int, speed: float, checkpoint: str
+) -> None:
+    """ZeRO's reduction runs beside the backward pass, over layers and parts, until the host waits for it."""
+    step = step_of(name, method, grad_accum=accum, engine="deepspeed-zero3", checkpoint=checkpoint)
+    assert any(part.runs for part, _ in step.parts())
+    check_against_simulation(monkeypatch, speed, step)
+
+
+@few
 @given(name=st.sampled_from(NAMES), method=st.sampled_from(METHODS), accum=st.integers(1, 3))
 def test_a_step_on_a_free_host_takes_the_devices_busy_time(
     monkeypatch: pytest.MonkeyPatch, name: str, method: str, accum: int
@@ -213,7 +305,7 @@ def test_a_step_on_an_infinitely_fast_device_takes_the_hosts_time(
     """Then the whole step is launch-bound, and only dispatches count."""
     monkeypatch.setattr(price, "durations", lambda ops, on: np.zeros(len(ops)))
     step = step_of(name, method)
-    host = replace(HOST, launch=0.0)
+    host = replace(DEFAULT, launch=0.0)
     time = step_time(step, CUDA, host)
     assert time.phases["total"] == pytest.approx(sum(n * host.dispatch(p, CUDA.kind).sum() for p, n in step.parts()))
     assert time.launch_bound_share == pytest.approx(1.0)

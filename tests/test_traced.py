@@ -12,15 +12,17 @@ from helpers import config_of, setup_of
 
 pytest.importorskip("peft")
 
-from perfmodel import cli, costs, step
+from perfmodel import cli
 from perfmodel.architectures import load
+from perfmodel.calls import costs
 from perfmodel.devices import host, profile
 from perfmodel.errors import UserError
-from perfmodel.memory import peak_bytes
-from perfmodel.predict import of_step, predict, resolve
+from perfmodel.prediction.memory import peak_bytes
+from perfmodel.prediction.predict import of_step, predict, resolve
+from perfmodel.recording import step
+from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
-from perfmodel.step import Step
-from validate.tracing import traced
+from perfmodel.tracing import traced
 
 NAMES = ("llama", "gpt2", "opt", "gpt_neo", "bert")
 METHODS = ("full", "lora:r=4", "lora:r=4,targets=all-linear,dropout=0.1", "ia3")

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 pytest.importorskip("peft")
 
 from perfmodel import cli
-from perfmodel.predict import predict
+from perfmodel.prediction.predict import predict
 from validate.published import tuners
 from validate.published.tuners import Outcome, Row, evaluate, load, summary
 

@@ -7,7 +7,7 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-from perfmodel.speedup import verdict
+from perfmodel.questions.speedup import verdict
 
 BASELINE = "full"  # the method that speed-ups are over
 DECIDED = 1.1  # a measured difference of more than 10 % must come out on the right side

@@ -12,8 +12,8 @@ import numpy as np
 
 from perfmodel import architectures, methods
 from perfmodel.cli import COMMANDS
-from perfmodel.predict import predict
-from perfmodel.sweep import sweep
+from perfmodel.prediction.predict import predict
+from perfmodel.questions.sweeps import sweep
 
 MODEL, METHOD, DEVICE = "llama-3.2-3b", "lora:r=32,targets=q_proj+v_proj", "l40s"
 WHERE = ("--model", MODEL, "--device", DEVICE, "--batch", "4", "--seq", "210")

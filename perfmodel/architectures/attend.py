@@ -1,11 +1,21 @@
 """Attention by the implementation that the setup names, as transformers' attention interface does."""
 
 from ..tape.attention import eager_attention, flash2_attention, sdpa_attention
-from ..tape.core import Tensor, tape
+from ..tape.core import tape
+from ..tape.tensor import Tensor
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, implementation: str, *, causal: bool, form: str, p: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    implementation: str,
+    *,
+    causal: bool,
+    form: str,
+    p: float,
+    capped: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of q (b, h, s, d) over k, v (b, kv, s, d) → (b, s, h, d), and the weights if they exist (eager).
 
@@ -14,10 +24,11 @@ def attend(
     Args:
         form: how the eager form casts around its softmax (see `eager_attention`).
         p: dropout of the attention probabilities.
+        capped: whether the scores have a soft cap, which SDPA does not know and flash-attn has inside its kernel.
     """
     with tape().belonging_to("attention"):
         if implementation == "eager":
-            return eager_attention(q, k, v, mask, form=form, p=p)
+            return eager_attention(q, k, v, mask, form=form, p=p, capped=capped)
         if implementation == "flash2":
             return flash2_attention(q, k, v, causal=causal, p=p), None
         return sdpa_attention(q, k, v, mask, causal=causal, p=p), None

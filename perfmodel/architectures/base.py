@@ -1,23 +1,26 @@
 """What an architecture is, and the scopes in which its forward pass makes parameters and layers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from ..errors import UserError, nearest
+from ..program.dims import decide
+from ..program.part import Part
 from ..registry import Registry
-from ..tape import autograd, liger, linalg, nn, pointwise
-from ..tape.core import Parameter, Tensor, tape
-from ..tape.dims import decide
-from ..tape.extra import add_in_place, add_to_view
-from ..tape.op import Part
+from ..setup import Setup
+from ..tape import linalg, nn, pointwise
+from ..tape.attention import soft_capped
+from ..tape.checkpoint import checkpoint
+from ..tape.core import tape
+from ..tape.inplace import add_to_output
+from ..tape.tensor import Parameter, Tensor
 from .config import Config
+from .traits import Traits
 
-if TYPE_CHECKING:
-    from ..methods.base import Method
-    from ..setup import Setup
-
+INSIDE = ("block", "attention", "mlp", "activation")  # modules that run in a block beside its linear layers and norms
+LONGEST_PATTERN = 8  # layers until they come again alike (Jamba); a longer one is recorded layer by layer
 WORDS = ("embed_tokens", "wte", "word_embeddings")  # what transformers calls the embedding of the words
 _REGISTRY: Registry[type["Architecture"]] = Registry(__package__, Path(__file__).parent)
 A = TypeVar("A", bound="Architecture")
@@ -27,6 +30,9 @@ def architecture(*model_types: str) -> Callable[[type[A]], type[A]]:
     """Register an architecture under the `model_type` of its config.json."""
 
     def register(cls: type[A]) -> type[A]:
+        for trait in ("traits", "layer_path"):
+            if not hasattr(cls, trait):
+                raise TypeError(f"architecture {cls.__name__} must define {trait}")
         for model_type in model_types:
             _REGISTRY.add(model_type, cls)
         return cls
@@ -71,6 +77,7 @@ class Architecture:
         vocab: rows of the embedding.
         max_positions: rows of a learned position table, None where positions are rotary.
         tied: whether the output head shares the embedding's weight.
+        attention_cap, logit_cap: soft caps of attention scores and of logits, c·tanh(x/c); None where there is none.
     """
 
     name: str
@@ -84,23 +91,63 @@ class Architecture:
     vocab: int
     max_positions: int | None
     tied: bool
+    attention_cap: float | None = None
+    logit_cap: float | None = None
 
     layer_path: ClassVar[str]  # where blocks live in the transformers module tree
-    has_liger: ClassVar[bool] = False  # whether Liger brings kernels for it
-    reads_cache: ClassVar[bool] = True  # whether its attention takes keys and values from transformers' cache
+    traits: ClassVar[Traits]
 
     @classmethod
-    def from_config(cls, config: Config) -> "Architecture":
-        """Read the dims; see `perfmodel.architectures.from_config`."""
-        raise UserError(f"{config.origin}: {cls.__name__} cannot be read from a config")
+    def from_config(cls: type[A], config: Config) -> A:
+        """An architecture with the dims of a config; see `perfmodel.architectures.from_config`."""
+        return cls(name=config.name, model_type=config.text("model_type"), **cls.dims(config))
+
+    @classmethod
+    def dims(cls, config: Config) -> dict[str, Any]:
+        """All fields but name and model_type; a subclass extends what its base reads."""
+        raise TypeError(f"{cls.__name__} must define dims")
 
     def forward(self, model: "Scope", ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
         """Record the forward pass of (batch, seq) int64 `ids`; returns the scalar loss."""
         raise TypeError(f"{type(self).__name__} must define forward")
 
+    def layer_kind(self, layer: int) -> Hashable:
+        """What a block is, where not all are of one kind: those of equal kinds run the same program."""
+        return 0
+
+    def window_of(self, layer: int) -> int | None:
+        """The sliding window in tokens within which a block attends, None where it attends to all."""
+        return None
+
     def linear_names(self) -> list[str]:
         """Names of the linear layers inside a block, relative to it (`self_attn.q_proj`)."""
         raise TypeError(f"{type(self).__name__} must define linear_names")
+
+
+class Rewrites(Protocol):
+    """What a forward pass asks of the fine-tuning method; `perfmodel.methods.parts.base.Method` says what each is."""
+
+    def trains(self, name: str, kind: str, layer: int | None) -> bool: ...
+
+    def copies(self, name: str, kind: str) -> bool: ...
+
+    def layer_key(self, layer: int) -> Hashable: ...
+
+    def base_dtype(self, dtype: str) -> str: ...
+
+    def linear(self, layer: "Linear", x: Tensor) -> Tensor: ...
+
+    def qkv(self, layers: tuple["Linear", ...], x: Tensor) -> list[Tensor] | None: ...
+
+    def mlp(self, layers: tuple["Linear", ...], x: Tensor) -> Tensor | None: ...
+
+    def sublayer(self, layer: "Scope", name: str, x: Tensor, residual: Tensor, norm: str | None) -> Tensor: ...
+
+    def words(self, model: "Scope", weight: Parameter, ids: Tensor) -> Tensor: ...
+
+    def head(self, scope: "Scope", hidden: Tensor, weight: Parameter) -> Tensor: ...
+
+    def embedded(self, model: "Scope", x: Tensor) -> Tensor: ...
 
 
 @dataclass
@@ -113,8 +160,8 @@ class Build:
     """
 
     architecture: Architecture
-    method: "Method"
-    setup: "Setup"
+    method: "Rewrites"
+    setup: Setup
     parameters: dict[str, Parameter]
     past: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     held: list[tuple[Tensor, Part | None]] = field(default_factory=list)
@@ -149,7 +196,7 @@ class Linear:
 
     def add_to(self, result: Tensor, other: Tensor) -> Tensor:
         """`result += other` on this layer's output: a view of a matrix where the product has a bias."""
-        return add_to_view(result, other) if self.has_bias and len(result.shape) > 2 else add_in_place(result, other)
+        return add_to_output(result, other, viewed=self.has_bias)
 
     def adapter(self, name: str, shape: tuple[Any, ...], dtype: str, *, trainable: bool = True) -> Parameter:
         """A parameter that the method adds to this layer."""
@@ -167,6 +214,12 @@ class Scope:
         self.part: Part = tape().part
 
     @property
+    def index(self) -> int:
+        """The number of the block."""
+        assert self.layer is not None, "this scope is the whole model"
+        return self.layer
+
+    @property
     def dtype(self) -> str:
         """The dtype of the base weights."""
         return self.build.setup.dtype
@@ -181,7 +234,7 @@ class Scope:
         trainable: bool | None = None,
     ) -> Parameter:
         """The parameter of that name, made on first use."""
-        tape().part.weights += kind != "scale"  # statistics of a packed weight are no parameters of their own
+        tape().part.host.weights += kind != "scale"  # statistics of a packed weight are no parameters of their own
         if name not in self.made:
             method = self.build.method
             if trainable is None:
@@ -199,49 +252,44 @@ class Scope:
         parameters[path].part = self.part
         return parameters[path]
 
-    def linear(self, name: str, x: Tensor, n_out: int, *, bias: bool = False, conv1d: bool = False) -> Tensor:
+    def linear(self, name: str, x: Tensor, n_out: int, *, bias: bool = False) -> Tensor:
         """A linear layer, as the method rewrites it; what it runs besides the base layer is the adapter's."""
         current = tape()
-        current.part.modules += 1
-        layer = self.linear_layer(name, x.shape[-1], n_out, bias=bias, conv1d=conv1d)
+        current.part.host.modules += 1
+        layer = self.linear_layer(name, x.shape[-1], n_out, bias=bias)
         with current.belonging_to("adapter"):
             return self.build.method.linear(layer, x)
 
-    def linear_layer(self, name: str, n_in: int, n_out: int, *, bias: bool = False, conv1d: bool = False) -> Linear:
+    def linear_layer(self, name: str, n_in: int, n_out: int, *, bias: bool = False) -> Linear:
         """A linear layer as a method sees it, not run yet."""
+        conv1d = self.layer is not None and self.build.architecture.traits.conv1d
         return Linear(self, name, n_in, n_out, bias, conv1d)
 
     def lm_head(self, hidden: Tensor, embedding: str, vocab: int) -> Tensor:
         """Logits of a causal model: through the embedding's weight where it is tied, else an own linear layer."""
-        if not self.build.architecture.tied:
-            return self.linear("lm_head", hidden, vocab)
-        return self.build.method.head(self, hidden, self.parameter(f"{embedding}.weight", (), "embedding"))
+        if self.build.architecture.tied:
+            weight = self.parameter(f"{embedding}.weight", (), "embedding")
+            logits = self.build.method.head(self, hidden, weight)
+        else:
+            logits = self.linear("lm_head", hidden, vocab)
+        return soft_capped(logits) if self.build.architecture.logit_cap else logits
 
     def count_adapter(self) -> None:
         """One adapter's Python code runs here."""
-        tape().part.adapters += 1
+        tape().part.host.adapters += 1
 
-    def rms_norm(self, name: str, x: Tensor) -> Tensor:
-        """transformers' RMSNorm: statistics and scaling in fp32, the weight applied in x's dtype."""
-        tape().part.modules += 1
-        weight = self.parameter(f"{name}.weight", (x.shape[-1],), "norm")
-        if self.build.setup.kernels == "liger":
-            return liger.rms_norm(x, weight)
-        dtype = x.dtype
-        x = pointwise.cast(x, "fp32")
-        variance = pointwise.mean_last(pointwise.power(x))
-        x = pointwise.mul(x, pointwise.rsqrt(pointwise.add(variance, 1e-6)))
-        return pointwise.mul(weight, pointwise.cast(x, dtype))
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        """A norm over the last dim, in the architecture's form."""
+        tape().part.host.modules += 1
 
-    def layer_norm(self, name: str, x: Tensor) -> Tensor:
-        """`nn.LayerNorm`."""
-        tape().part.modules += 1
-        weight = self.parameter(f"{name}.weight", (x.shape[-1],), "norm")
-        return nn.layer_norm(x, weight, self.parameter(f"{name}.bias", (x.shape[-1],), "norm"))
+        def parameter(which: str) -> Parameter:
+            return self.parameter(f"{name}.{which}", (x.shape[-1],), "norm")
+
+        return self.build.architecture.traits.norm(parameter, x, self.build.setup)
 
     def embedding(self, name: str, rows: int, width: int, ids: Tensor) -> Tensor:
         """`nn.Embedding`; that of the words as the fine-tuning method rewrites it."""
-        tape().part.modules += 1
+        tape().part.host.modules += 1
         weight = self.parameter(f"{name}.weight", (rows, width), "embedding")
         return self.build.method.words(self, weight, ids) if name.endswith(WORDS) else nn.embedding(weight, ids)
 
@@ -263,36 +311,38 @@ class Scope:
     def layers(self, block: Callable[..., Tensor], x: Tensor, *shared: Any) -> Tensor:
         """Run all blocks: `block(scope, x, *shared)`, each run of identical layers recorded once.
 
-        Layers are identical when the method treats them alike and autograd does: the lowest layer that needs a
-        gradient differs from those above it, whose input needs one too. The first block stands alone in any case: what
-        all blocks share (its input, masks, rotary tables) is allocated before it and dies with its backward.
+        Layers are identical when they are of one kind, the method treats them alike and autograd does: the lowest layer
+        that needs a gradient differs from those above it, whose input needs one too. Kinds that alternate form runs of
+        patterns (`runs_of_layers`).
         """
-        arch, method, setup = self.build.architecture, self.build.method, self.build.setup
         current = tape()
-        block = _counted(block)
-        index = 0
-        while index < arch.layers:
-            run = 1
-            while index + run < arch.layers and method.layer_key(index + run) == method.layer_key(index):
-                run += 1
-            part = current.begin("blocks", "forward")
-            scope = Scope(self.build, f"{arch.layer_path}.{index}.", index)
-            needed_grad, before = x.requires_grad, x.storage.number
-            if setup.checkpoint == "none":
-                x = block(scope, x, *shared)
-            else:
-                x = autograd.checkpoint(
-                    lambda x, scope=scope: block(scope, x, *shared), x, reentrant=setup.checkpoint == "block-reentrant"
-                )
-            count = run if x.requires_grad == needed_grad and index else 1
-            part.repeat = count
-            if current.flow is not None:
-                current.flow.carried[id(part)] = before, x.storage.number
-            for p in self.build.parameters.values():
-                if p.part is part:
-                    p.count = count
-            index += count
+        for first, period, times in runs_of_layers(self.build.architecture, self.build.method):
+            end = first + period * times
+            while first < end:
+                part = current.begin("blocks", "forward")
+                needed_grad, before = x.requires_grad, x.storage.number
+                for layer in range(first, first + period):
+                    x = self._layer(layer, block, x, shared)
+                count = (end - first) // period if x.requires_grad == needed_grad else 1
+                part.repeat = count
+                if current.flow is not None:
+                    current.flow.carried[id(part)] = before, x.storage.number
+                for p in self.build.parameters.values():
+                    if p.part is part:
+                        p.count = count
+                first += period * count
         return x
+
+    def _layer(self, layer: int, block: Callable[..., Tensor], x: Tensor, shared: tuple[Any, ...]) -> Tensor:
+        """One block, checkpointed if the setup says so."""
+        scope = Scope(self.build, f"{self.build.architecture.layer_path}.{layer}.", layer)
+
+        def run(x: Tensor) -> Tensor:
+            tape().part.host.modules += len(INSIDE)
+            return block(scope, x, *shared)
+
+        how = self.build.setup.checkpoint
+        return run(x) if how == "none" else checkpoint(run, x, reentrant=how == "block-reentrant")
 
     def begin(self, name: str) -> None:
         """Start another part of the forward pass (embeddings, head)."""
@@ -312,14 +362,30 @@ class Scope:
             )
 
 
-def _counted(block: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The block with its inner modules (itself, attention, MLP, activation) counted as Python calls."""
+def runs_of_layers(architecture: Architecture, method: Rewrites) -> list[tuple[int, int, int]]:
+    """Layers that come again alike, in their order: (first layer, layers of a pattern, times that it comes in a row).
 
-    def call(*args: Any) -> Tensor:
-        tape().part.modules += 4
-        return block(*args)
+    The first block stands alone in any case: what all blocks share (its input, masks, rotary tables) is allocated
+    before it and dies with its backward.
+    """
+    keys = [(architecture.layer_kind(i), method.layer_key(i)) for i in range(architecture.layers)]
+    found = [(0, 1, 1)]
+    first = 1
+    while first < len(keys):
+        period, times = next(
+            ((p, n) for p in range(1, LONGEST_PATTERN + 1) if (n := _times(keys, first, p)) > 1), (1, 1)
+        )
+        found.append((first, period, times))
+        first += period * times
+    return found
 
-    return call
+
+def _times(keys: Sequence[Hashable], first: int, period: int) -> int:
+    """How often the pattern of `period` keys from `first` on comes in a row."""
+    pattern, times = keys[first : first + period], 1
+    while keys[first + times * period : first + (times + 1) * period] == pattern:
+        times += 1
+    return times
 
 
 def _largest(x: Any) -> int:

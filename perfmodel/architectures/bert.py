@@ -6,16 +6,19 @@ Source: transformers/models/bert/modeling_bert.py (`BertForMaskedLM`).
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..tape.core import Tensor, emit
-from ..tape.dims import product
+from ..program.dims import product
+from ..tape.core import emit
 from ..tape.linalg import linear
 from ..tape.nn import cross_entropy
 from ..tape.pointwise import add, dropout, gelu
 from ..tape.shape import expand, reshape, transpose, view
+from ..tape.tensor import Tensor
 from . import masks
 from .attend import attend
 from .base import Architecture, Linear, Scope, architecture
 from .config import Config
+from .norms import layer_norm
+from .traits import Targets, Traits
 
 
 @architecture("bert")
@@ -28,29 +31,36 @@ class Bert(Architecture):
     attention_dropout: float = 0.1
 
     layer_path: ClassVar[str] = "bert.encoder.layer"
+    traits: ClassVar[Traits] = Traits(
+        head="masked",
+        norm=layer_norm,
+        norms=("LayerNorm",),
+        targets=Targets(
+            lora=("query", "value"), adalora=("query", "value"), fourierft=("query", "value"), beft=("value",),
+            ia3=("key", "value", "output.dense"), feedforward=("output.dense",), s2ft=("output.dense",),
+        ),
+    )  # fmt: skip
 
     @classmethod
-    def from_config(cls, config: Config) -> "Bert":
+    def dims(cls, config: Config) -> dict[str, Any]:
         hidden, heads = config.count("hidden_size"), config.count("num_attention_heads")
         config.one_of("hidden_act", "gelu", ("gelu",))
         config.one_of("position_embedding_type", "absolute", ("absolute",))
         config.refuse(is_decoder=False, add_cross_attention=False, chunk_size_feed_forward=0)
-        return cls(
-            name=config.name,
-            model_type="bert",
-            layers=config.count("num_hidden_layers"),
-            hidden=hidden,
-            heads=heads,
-            kv_heads=heads,
-            head_dim=config.divide("hidden_size", "num_attention_heads", hidden, heads),
-            intermediate=config.count("intermediate_size"),
-            vocab=config.count("vocab_size"),
-            max_positions=config.count("max_position_embeddings"),
-            tied=config.flag("tie_word_embeddings", True),
-            token_types=config.count("type_vocab_size", default=2),
-            hidden_dropout=config.fraction("hidden_dropout_prob", 0.1),
-            attention_dropout=config.fraction("attention_probs_dropout_prob", 0.1),
-        )
+        return {
+            "layers": config.count("num_hidden_layers"),
+            "hidden": hidden,
+            "heads": heads,
+            "kv_heads": heads,
+            "head_dim": config.divide("hidden_size", "num_attention_heads", hidden, heads),
+            "intermediate": config.count("intermediate_size"),
+            "vocab": config.count("vocab_size"),
+            "max_positions": config.count("max_position_embeddings"),
+            "tied": config.flag("tie_word_embeddings", True),
+            "token_types": config.count("type_vocab_size", default=2),
+            "hidden_dropout": config.fraction("hidden_dropout_prob", 0.1),
+            "attention_dropout": config.fraction("attention_probs_dropout_prob", 0.1),
+        }
 
     def linear_names(self) -> list[str]:
         attention = [f"attention.self.{n}" for n in ("query", "key", "value")] + ["attention.output.dense"]
@@ -74,7 +84,7 @@ class Bert(Architecture):
     def _transform(self, model: Scope, hidden: Tensor) -> Tensor:
         hidden = model.linear("cls.predictions.transform.dense", hidden, self.hidden, bias=True)
         hidden = gelu(hidden)
-        return model.layer_norm("cls.predictions.transform.LayerNorm", hidden)
+        return model.norm("cls.predictions.transform.LayerNorm", hidden)
 
     def _encoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
         model.begin("embeddings")
@@ -97,7 +107,7 @@ class Bert(Architecture):
         kinds = model.embedding("bert.embeddings.token_type_embeddings", self.token_types, self.hidden, types)
         hidden = add(words, kinds)
         located = model.embedding("bert.embeddings.position_embeddings", self.max_positions, self.hidden, position_ids)
-        hidden = model.layer_norm("bert.embeddings.LayerNorm", add(hidden, located))
+        hidden = model.norm("bert.embeddings.LayerNorm", add(hidden, located))
         return dropout(hidden, self.hidden_dropout)
 
     def block(self, layer: Scope, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -117,7 +127,7 @@ class Bert(Architecture):
         x = dropout(x, self.hidden_dropout)
         norm = f"{name}.LayerNorm"
         x = layer.sublayer("mlp" if name == "output" else "attention", x, residual, norm)
-        return layer.layer_norm(norm, add(x, residual))
+        return layer.norm(norm, add(x, residual))
 
     def attention(self, layer: Scope, x: Tensor, mask: Tensor | None) -> Any:
         """Bidirectional multi-head attention with its output projection; also returns the weights, if any."""

@@ -1,5 +1,6 @@
 """A Hugging Face config.json, read with checks, from a bundled name, a file, a folder or the hub."""
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,17 @@ class Config:
         self.origin = origin
         self.name = name
 
-    def count(self, *keys: str, default: int | None = None) -> int:
-        """An int from 1 to `LARGEST` under the first of `keys` that is present."""
+    def count(self, *keys: str, default: int | None = None, least: int = 1) -> int:
+        """An int from `least` to `LARGEST` under the first of `keys` that is present."""
         for key in keys:
             value = self.values.get(key)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"{self.origin}: {key} must be a positive integer, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                kind = "a positive integer" if least == 1 else f"an integer from {least}"
+                raise UserError(f"{self.origin}: {key} must be {kind}, got {value!r}")
             if value > LARGEST:
-                raise UserError(f"{self.origin}: {key} must be from 1 to {LARGEST}, got {value}")
+                raise UserError(f"{self.origin}: {key} must be from {least} to {LARGEST}, got {value}")
             return value
         if default is None:
             raise UserError(f"{self.origin}: key {keys[0]!r} is missing; a Hugging Face config.json has it")
@@ -56,6 +58,22 @@ class Config:
         if not isinstance(value, str):
             raise UserError(f"{self.origin}: {key} must be a string, got {value!r}")
         return value
+
+    def number(self, key: str, default: float | None) -> float | None:
+        """A number above 0, or null."""
+        value = self.values.get(key, default)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
+            raise UserError(f"{self.origin}: {key} must be a number above 0 or null, got {value!r}")
+        return value
+
+    def each_of(self, key: str, default: Sequence[str], choices: tuple[str, ...]) -> tuple[str, ...]:
+        """As many strings as the default has, each out of those that the tape knows."""
+        values = self.values.get(key)
+        if values is None:
+            return tuple(default)
+        if not isinstance(values, list) or len(values) != len(default) or any(v not in choices for v in values):
+            raise UserError(f"{self.origin}: {key} must list {len(default)} of {', '.join(choices)}, got {values!r}")
+        return tuple(values)
 
     def one_of(self, key: str, default: str, choices: tuple[str, ...]) -> str:
         """A string out of those that the tape knows."""

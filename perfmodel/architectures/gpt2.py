@@ -6,14 +6,16 @@ Source: transformers/models/gpt2/modeling_gpt2.py, pytorch_utils.py (`Conv1D`).
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..tape.core import Tensor
 from ..tape.nn import causal_lm_loss
 from ..tape.pointwise import add, dropout, gelu_tanh
 from ..tape.shape import reshape, split, transpose, view
+from ..tape.tensor import Tensor
 from . import masks
 from .attend import attend
 from .base import Architecture, Scope, architecture
 from .config import Config
+from .norms import layer_norm
+from .traits import Targets, Traits
 
 
 @architecture("gpt2")
@@ -26,31 +28,39 @@ class Gpt2(Architecture):
     residual_dropout: float = 0.1
 
     layer_path: ClassVar[str] = "transformer.h"
+    traits: ClassVar[Traits] = Traits(
+        head="causal",
+        norm=layer_norm,
+        norms=("ln_1", "ln_2", "ln_f"),
+        targets=Targets(
+            lora=("c_attn",), adalora=("c_attn",), fourierft=("mlp.c_proj",), ia3=("c_attn", "mlp.c_proj"),
+            feedforward=("mlp.c_proj",),
+        ),
+        conv1d=True,
+    )  # fmt: skip
 
     @classmethod
-    def from_config(cls, config: Config) -> "Gpt2":
+    def dims(cls, config: Config) -> dict[str, Any]:
         hidden, heads = config.count("n_embd", "hidden_size"), config.count("n_head", "num_attention_heads")
         config.one_of("activation_function", "gelu_new", ("gelu_new",))
         config.refuse(
             scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False, add_cross_attention=False,
             scale_attn_weights=True,
         )  # fmt: skip
-        return cls(
-            name=config.name,
-            model_type="gpt2",
-            layers=config.count("n_layer", "num_hidden_layers"),
-            hidden=hidden,
-            heads=heads,
-            kv_heads=heads,
-            head_dim=config.divide("n_embd", "n_head", hidden, heads),
-            intermediate=config.count("n_inner", default=4 * hidden),
-            vocab=config.count("vocab_size"),
-            max_positions=config.count("n_positions", "max_position_embeddings"),
-            tied=config.flag("tie_word_embeddings", True),
-            embedding_dropout=config.fraction("embd_pdrop", 0.1),
-            attention_dropout=config.fraction("attn_pdrop", 0.1),
-            residual_dropout=config.fraction("resid_pdrop", 0.1),
-        )
+        return {
+            "layers": config.count("n_layer", "num_hidden_layers"),
+            "hidden": hidden,
+            "heads": heads,
+            "kv_heads": heads,
+            "head_dim": config.divide("n_embd", "n_head", hidden, heads),
+            "intermediate": config.count("n_inner", default=4 * hidden),
+            "vocab": config.count("vocab_size"),
+            "max_positions": config.count("n_positions", "max_position_embeddings"),
+            "tied": config.flag("tie_word_embeddings", True),
+            "embedding_dropout": config.fraction("embd_pdrop", 0.1),
+            "attention_dropout": config.fraction("attn_pdrop", 0.1),
+            "residual_dropout": config.fraction("resid_pdrop", 0.1),
+        }
 
     def linear_names(self) -> list[str]:
         return ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
@@ -72,24 +82,24 @@ class Gpt2(Architecture):
         mask = masks.causal_mask(attention, seq, setup.attention, embedded.dtype, None, padded=setup.explicit_mask)
         hidden = model.layers(self.block, dropout(add(embedded, located), self.embedding_dropout), mask)
         model.begin("head")
-        return model.layer_norm("transformer.ln_f", hidden)
+        return model.norm("transformer.ln_f", hidden)
 
     def block(self, layer: Scope, x: Tensor, mask: Tensor | None) -> Tensor:
         """One decoder layer: (batch, seq, hidden) → the same."""
         residual = x
-        x = layer.layer_norm("ln_1", x)
+        x = layer.norm("ln_1", x)
         attended, _ = self.attention(layer, x, mask)
         attended = layer.sublayer("attention", attended, residual)
         x = add(attended, residual)
         residual = x
-        x = layer.layer_norm("ln_2", x)
+        x = layer.norm("ln_2", x)
         x = layer.sublayer("mlp", self.mlp(layer, x), residual)
         return add(residual, x)
 
     def attention(self, layer: Scope, x: Tensor, mask: Tensor | None) -> Any:
         """Multi-head attention from one fused projection; also returns the weights, if any."""
         setup = layer.build.setup
-        fused = layer.linear("attn.c_attn", x, 3 * self.hidden, bias=True, conv1d=True)
+        fused = layer.linear("attn.c_attn", x, 3 * self.hidden, bias=True)
         q, k, v = (
             transpose(view(y, (*x.shape[:-1], self.heads, self.head_dim)), 1, 2)
             for y in split(fused, [self.hidden] * 3, 2)
@@ -98,12 +108,12 @@ class Gpt2(Architecture):
         k, v = layer.extended(k, v)
         out, weights = attend(q, k, v, mask, setup.attention, causal=True, form="value", p=self.attention_dropout)
         out = reshape(out, (*x.shape[:-1], self.hidden))
-        out = layer.linear("attn.c_proj", out, self.hidden, bias=True, conv1d=True)
+        out = layer.linear("attn.c_proj", out, self.hidden, bias=True)
         return dropout(out, self.residual_dropout), weights
 
     def mlp(self, layer: Scope, x: Tensor) -> Tensor:
         """Two linear layers with GELU between."""
-        x = layer.linear("mlp.c_fc", x, self.intermediate, bias=True, conv1d=True)
+        x = layer.linear("mlp.c_fc", x, self.intermediate, bias=True)
         x = gelu_tanh(x)
-        x = layer.linear("mlp.c_proj", x, self.hidden, bias=True, conv1d=True)
+        x = layer.linear("mlp.c_proj", x, self.hidden, bias=True)
         return dropout(x, self.residual_dropout)

@@ -10,14 +10,19 @@ from typing import Any, ClassVar
 
 from ..errors import UserError
 from ..tape.bus import scalar
-from ..tape.core import Tensor, tape
+from ..tape.core import tape
 from ..tape.linalg import matmul
 from ..tape.nn import causal_lm_loss, softmax
 from ..tape.pointwise import add, cast, dropout, gelu_tanh, masked
 from ..tape.shape import contiguous, transpose, view
+from ..tape.tensor import Tensor
 from . import masks
 from .base import Architecture, Scope, architecture
 from .config import Config
+from .norms import layer_norm
+from .traits import Targets, Traits
+
+QV = ("q_proj", "v_proj")
 
 
 @architecture("gpt_neo")
@@ -30,35 +35,41 @@ class GptNeo(Architecture):
     residual_dropout: float = 0.0
 
     layer_path: ClassVar[str] = "transformer.h"
+    traits: ClassVar[Traits] = Traits(
+        head="causal",
+        norm=layer_norm,
+        norms=("ln_1", "ln_2", "ln_f"),
+        targets=Targets(
+            lora=QV, adalora=QV, fourierft=QV, beft=("v_proj",), ia3=(*QV, "c_proj"), feedforward=("c_proj",),
+            s2ft=("out_proj", "mlp.c_proj"),
+        ),
+        attention=("eager",),
+    )  # fmt: skip
 
     @classmethod
-    def from_config(cls, config: Config) -> "GptNeo":
+    def dims(cls, config: Config) -> dict[str, Any]:
         hidden, heads = config.count("hidden_size"), config.count("num_heads", "num_attention_heads")
         config.one_of("activation_function", "gelu_new", ("gelu_new",))
-        return cls(
-            name=config.name,
-            model_type="gpt_neo",
-            layers=config.count("num_layers", "num_hidden_layers"),
-            hidden=hidden,
-            heads=heads,
-            kv_heads=heads,
-            head_dim=config.divide("hidden_size", "num_heads", hidden, heads),
-            intermediate=config.count("intermediate_size", default=4 * hidden),
-            vocab=config.count("vocab_size"),
-            max_positions=config.count("max_position_embeddings"),
-            tied=config.flag("tie_word_embeddings", True),
-            embedding_dropout=config.fraction("embed_dropout", 0.0),
-            attention_dropout=config.fraction("attention_dropout", 0.0),
-            residual_dropout=config.fraction("resid_dropout", 0.0),
-        )
+        return {
+            "layers": config.count("num_layers", "num_hidden_layers"),
+            "hidden": hidden,
+            "heads": heads,
+            "kv_heads": heads,
+            "head_dim": config.divide("hidden_size", "num_heads", hidden, heads),
+            "intermediate": config.count("intermediate_size", default=4 * hidden),
+            "vocab": config.count("vocab_size"),
+            "max_positions": config.count("max_position_embeddings"),
+            "tied": config.flag("tie_word_embeddings", True),
+            "embedding_dropout": config.fraction("embed_dropout", 0.0),
+            "attention_dropout": config.fraction("attention_dropout", 0.0),
+            "residual_dropout": config.fraction("resid_dropout", 0.0),
+        }
 
     def linear_names(self) -> list[str]:
         attention = [f"attn.attention.{n}" for n in ("k_proj", "v_proj", "q_proj", "out_proj")]
         return [*attention, "mlp.c_fc", "mlp.c_proj"]
 
     def forward(self, model: Scope, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
-        if model.build.setup.attention != "eager":
-            raise UserError(f"{self.name}: transformers has eager attention only for gpt_neo; use --attention eager")
         if model.build.setup.checkpoint == "block-reentrant":
             raise UserError(f"{self.name}: reentrant checkpoints of gpt_neo are not modelled; use --checkpoint block")
         model.begin("embeddings")
@@ -80,17 +91,17 @@ class GptNeo(Architecture):
             self.block, dropout(add(embedded, located), self.embedding_dropout), mask, allowed
         )  # fmt: skip
         model.begin("head")
-        return model.layer_norm("transformer.ln_f", hidden)
+        return model.norm("transformer.ln_f", hidden)
 
     def block(self, layer: Scope, x: Tensor, mask: Tensor, allowed: Tensor) -> Tensor:
         """One decoder layer: (batch, seq, hidden) → the same."""
         residual = x
-        x = layer.layer_norm("ln_1", x)
+        x = layer.norm("ln_1", x)
         attended, _ = self.attention(layer, x, mask, allowed)
         attended = layer.sublayer("attention", attended, residual)
         x = add(attended, residual)
         residual = x
-        x = layer.layer_norm("ln_2", x)
+        x = layer.norm("ln_2", x)
         x = layer.sublayer("mlp", self.mlp(layer, x), residual)
         return add(residual, x)
 

@@ -6,10 +6,11 @@ Source: transformers/masking_utils.py (`sdpa_mask`, `eager_mask`).
 
 from typing import Any
 
-from ..tape.core import Storage, Tensor, emit, record
-from ..tape.dims import Dim, contiguous_strides, decide, product, same
+from ..program.dims import Dim, contiguous_strides, decide, product, same
+from ..tape.core import emit, record
 from ..tape.pointwise import add, cast, cat, compare, fill, mul, sub, unary, where
 from ..tape.shape import expand, unsqueeze, view
+from ..tape.tensor import Storage, Tensor
 
 
 def positions(seq: Any) -> Tensor:

@@ -7,15 +7,20 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import UserError
-from ..tape.core import Tensor, emit
-from ..tape.dims import product, same
+from ..program.dims import product, same
+from ..tape.core import emit
 from ..tape.nn import causal_lm_loss
 from ..tape.pointwise import add, cast, dropout, mul, relu, sub
 from ..tape.shape import narrow, reshape, transpose, view
+from ..tape.tensor import Tensor
 from . import masks
 from .attend import attend
 from .base import Architecture, Scope, architecture
 from .config import Config
+from .norms import layer_norm
+from .traits import Targets, Traits
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 @architecture("opt")
@@ -27,9 +32,18 @@ class Opt(Architecture):
     attention_dropout: float = 0.0
 
     layer_path: ClassVar[str] = "model.decoder.layers"
+    traits: ClassVar[Traits] = Traits(
+        head="causal",
+        norm=layer_norm,
+        norms=("self_attn_layer_norm", "final_layer_norm"),
+        targets=Targets(
+            lora=("q_proj", "v_proj"), adalora=LINEAR, fourierft=("q_proj", "v_proj"), beft=("v_proj",),
+            ia3=("q_proj", "k_proj", "fc2"), feedforward=("fc2",), s2ft=("out_proj",),
+        ),
+    )  # fmt: skip
 
     @classmethod
-    def from_config(cls, config: Config) -> "Opt":
+    def dims(cls, config: Config) -> dict[str, Any]:
         hidden, heads = config.count("hidden_size"), config.count("num_attention_heads")
         if config.count("word_embed_proj_dim", default=hidden) != hidden:
             raise UserError(f"{config.origin}: word_embed_proj_dim other than hidden_size is not supported")
@@ -37,21 +51,19 @@ class Opt(Architecture):
             raise UserError(f"{config.origin}: do_layer_norm_before false is not supported")
         config.one_of("activation_function", "relu", ("relu",))
         config.refuse(enable_bias=True, layer_norm_elementwise_affine=True, layerdrop=0.0)
-        return cls(
-            name=config.name,
-            model_type="opt",
-            layers=config.count("num_hidden_layers"),
-            hidden=hidden,
-            heads=heads,
-            kv_heads=heads,
-            head_dim=config.divide("hidden_size", "num_attention_heads", hidden, heads),
-            intermediate=config.count("ffn_dim"),
-            vocab=config.count("vocab_size"),
-            max_positions=config.count("max_position_embeddings"),
-            tied=config.flag("tie_word_embeddings", True),
-            residual_dropout=config.fraction("dropout", 0.1),
-            attention_dropout=config.fraction("attention_dropout", 0.0),
-        )
+        return {
+            "layers": config.count("num_hidden_layers"),
+            "hidden": hidden,
+            "heads": heads,
+            "kv_heads": heads,
+            "head_dim": config.divide("hidden_size", "num_attention_heads", hidden, heads),
+            "intermediate": config.count("ffn_dim"),
+            "vocab": config.count("vocab_size"),
+            "max_positions": config.count("max_position_embeddings"),
+            "tied": config.flag("tie_word_embeddings", True),
+            "residual_dropout": config.fraction("dropout", 0.1),
+            "attention_dropout": config.fraction("attention_dropout", 0.0),
+        }
 
     def linear_names(self) -> list[str]:
         return [f"self_attn.{n}" for n in ("k_proj", "v_proj", "q_proj", "out_proj")] + ["fc1", "fc2"]
@@ -78,12 +90,12 @@ class Opt(Architecture):
         )
         hidden = model.layers(self.block, add(embedded, located), mask)
         model.begin("head")
-        return model.layer_norm("model.decoder.final_layer_norm", hidden)
+        return model.norm("model.decoder.final_layer_norm", hidden)
 
     def block(self, layer: Scope, x: Tensor, mask: Tensor | None) -> Tensor:
         """One decoder layer: (batch, seq, hidden) → the same."""
         residual = x
-        x = layer.layer_norm("self_attn_layer_norm", x)
+        x = layer.norm("self_attn_layer_norm", x)
         x, _ = self.attention(layer, x, mask)
         x = dropout(x, self.residual_dropout)
         x = layer.sublayer("attention", x, residual)
@@ -91,7 +103,7 @@ class Opt(Architecture):
         shape = x.shape
         x = reshape(x, (product(shape[:-1]), shape[-1]))
         residual = x
-        x = layer.layer_norm("final_layer_norm", x)
+        x = layer.norm("final_layer_norm", x)
         x = layer.linear("fc1", x, self.intermediate, bias=True)
         x = relu(x)
         x = layer.linear("fc2", x, self.hidden, bias=True)

@@ -9,21 +9,31 @@ Source: https://huggingface.co/Qwen/Qwen-7B/blob/main/modeling_qwen.py;
 https://github.com/QwenLM/Qwen/blob/6c467b507b/docker/Dockerfile.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..errors import UserError
-from ..tape import flash_attn as package
+from ..program.dims import decide
+from ..setup import Setup
 from ..tape.attention import flash_attn, sdpa_attention
-from ..tape.core import Tensor, emit, tape
-from ..tape.dims import decide
+from ..tape.core import emit, tape
 from ..tape.nn import cross_entropy
+from ..tape.packages import flash_attn as package
 from ..tape.pointwise import add, cast, cat, fill, mul, neg, silu
 from ..tape.prefix import unbind_pair
 from ..tape.shape import contiguous, expand, narrow, split, squeeze, transpose, unsqueeze, view, view_as
+from ..tape.tensor import Parameter, Tensor
 from . import masks
 from .base import Architecture, Scope, architecture
 from .config import Config
+from .norms import rms_norm
+from .traits import Traits
+
+
+def _norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> Tensor:
+    """`RMSNorm`: flash-attn's kernel where it is there, else as transformers writes it out."""
+    return package.rms_norm(x, parameter("weight")) if setup.attention == "flash2" else rms_norm(parameter, x, setup)
 
 
 @architecture("qwen")
@@ -38,10 +48,12 @@ class Qwen(Architecture):
     linear_bias: bool = False
 
     layer_path: ClassVar[str] = "transformer.h"
-    reads_cache: ClassVar[bool] = False
+    traits: ClassVar[Traits] = Traits(
+        head="causal", norm=_norm, norms=("ln_1", "ln_2", "ln_f"), attention=("sdpa", "flash2"), cache=None
+    )
 
     @classmethod
-    def from_config(cls, config: Config) -> "Qwen":
+    def dims(cls, config: Config) -> dict[str, Any]:
         hidden, heads = config.count("hidden_size"), config.count("num_attention_heads")
         head_dim = config.divide("hidden_size", "num_attention_heads", hidden, heads)
         config.refuse(
@@ -50,30 +62,24 @@ class Qwen(Architecture):
         )  # fmt: skip
         if head_dim % 2:
             raise UserError(f"{config.origin}: head_dim {head_dim} must be even for rotary positions")
-        return cls(
-            name=config.name,
-            model_type="qwen",
-            layers=config.count("num_hidden_layers"),
-            hidden=hidden,
-            heads=heads,
-            kv_heads=heads,
-            head_dim=head_dim,
-            intermediate=config.divide("intermediate_size", "2", config.count("intermediate_size"), 2),
-            vocab=config.count("vocab_size"),
-            max_positions=None,
-            tied=False,
-            linear_bias=not config.flag("no_bias", True),
-        )
+        return {
+            "layers": config.count("num_hidden_layers"),
+            "hidden": hidden,
+            "heads": heads,
+            "kv_heads": heads,
+            "head_dim": head_dim,
+            "intermediate": config.divide("intermediate_size", "2", config.count("intermediate_size"), 2),
+            "vocab": config.count("vocab_size"),
+            "max_positions": None,
+            "tied": False,
+            "linear_bias": not config.flag("no_bias", True),
+        }
 
     def linear_names(self) -> list[str]:
         return ["attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj"]
 
     def forward(self, model: Scope, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
         setup = model.build.setup
-        if setup.attention == "eager":
-            raise UserError(
-                f"attention eager: {self.name}'s program never takes it under PyTorch 2; use sdpa or flash2"
-            )
         if setup.attention == "flash2" and setup.dtype == "fp32":
             raise UserError(f"attention flash2: {self.name}'s program takes it with 16-bit weights only; use sdpa")
         model.begin("embeddings")
@@ -87,16 +93,16 @@ class Qwen(Architecture):
         tables = (masks.table((1, seq, 1, self.head_dim), "fp32") for _ in range(2))  # kept between steps
         hidden = model.layers(self.block, embedded, mask, *tables)
         model.begin("head")
-        hidden = _norm(model, "transformer.ln_f", hidden)
+        hidden = model.norm("transformer.ln_f", hidden)
         return _loss(model.lm_head(hidden, "transformer.wte", self.vocab), labels)
 
     def block(self, layer: Scope, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """One decoder layer: (batch, seq, hidden) → the same."""
         residual = x
-        x = self.attention(layer, _norm(layer, "ln_1", x), mask, cos, sin)
+        x = self.attention(layer, layer.norm("ln_1", x), mask, cos, sin)
         x = add(layer.sublayer("attention", x, residual), residual)
         residual = x
-        x = self.mlp(layer, _norm(layer, "ln_2", x))
+        x = self.mlp(layer, layer.norm("ln_2", x))
         return add(residual, layer.sublayer("mlp", x, residual))
 
     def attention(self, layer: Scope, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -119,14 +125,6 @@ class Qwen(Architecture):
         up = mul(up, gate)
         del gate
         return layer.linear("mlp.c_proj", up, self.hidden, bias=self.linear_bias)
-
-
-def _norm(scope: Scope, name: str, x: Tensor) -> Tensor:
-    """`RMSNorm`: flash-attn's kernel where it is there, else as transformers writes it out."""
-    if scope.build.setup.attention != "flash2":
-        return scope.rms_norm(name, x)
-    tape().part.modules += 1
-    return package.rms_norm(x, scope.parameter(f"{name}.weight", (x.shape[-1],), "norm"))
 
 
 def _additive_mask(attention: Tensor, dtype: str) -> Tensor:

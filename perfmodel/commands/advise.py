@@ -70,7 +70,7 @@ def advise(
     The samples of an optimizer step stay as given by --batch and --grad-accum.
     """
     gc.set_threshold(GARBAGE)
-    from ..advise import advise as run
+    from ..questions.advice import advise as run
     from ..report.advice import searching, show_advice
 
     with searching() as progress:

@@ -13,7 +13,7 @@ from .options import Lists, methods_option, print_json, setup_of, setup_options
 @setup_options
 def compare(methods: Sequence[str], as_json: bool, **options: Any) -> None:
     """Compare methods in one setup; the first is the baseline."""
-    from ..compare import compare as run
+    from ..questions.comparison import compare as run
 
     result = run(options["model"], methods, setup_of(options), options["device"], host=options["host"])
     if as_json:

@@ -17,8 +17,6 @@ def completion(shell: str) -> None:
     """
     from click.shell_completion import get_completion_class
 
-    from ..cli import main
-
     made = get_completion_class(shell)
     assert made is not None, shell
-    click.echo(made(main, {}, "perfmodel", VARIABLE).source())
+    click.echo(made(click.get_current_context().find_root().command, {}, "perfmodel", VARIABLE).source())

@@ -22,7 +22,7 @@ from .options import print_json, setup_of, setup_options
 @setup_options
 def explain(a: str, b: str, axes: str, plot: Path | None, as_json: bool, **options: Any) -> None:
     """Explain, part by part, why B is faster or slower than A."""
-    from ..explanation import explain as run
+    from ..questions.explanation import explain as run
 
     wanted = () if axes == "none" else tuple(axes.split("+"))
     host = options["host"]

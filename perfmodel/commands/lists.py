@@ -14,8 +14,8 @@ Formats = dict[str, Callable[[Any], str]]
 @json_option
 def models(as_json: bool) -> None:
     """List the bundled models."""
-    from .. import listing
-    from ..report import units
+    from .. import units
+    from ..questions import listing
 
     columns = ("model", "model_type", "layers", "hidden", "heads", "kv_heads", "intermediate", "vocab", "tied")
     formats: Formats = {"tied": lambda v: "yes" if v else "no", "vocab": units.count}
@@ -27,7 +27,7 @@ def models(as_json: bool) -> None:
 @json_option
 def methods(name: str | None, as_json: bool) -> None:
     """List the fine-tuning methods, or describe one and its options."""
-    from .. import listing
+    from ..questions import listing
 
     if name is None:
         columns = ("method", "trains", "adds", "source")
@@ -54,8 +54,8 @@ def _short(source: str) -> str:
 @json_option
 def devices(as_json: bool) -> None:
     """List the devices and what was measured on them."""
-    from .. import listing
-    from ..report import units
+    from .. import units
+    from ..questions import listing
 
     formats: Formats = {
         "memory_bytes": lambda v: f"{v / 2**30:.0f} GiB", "memory_bandwidth": lambda v: units.count(v, "B/s"),

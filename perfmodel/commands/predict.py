@@ -29,13 +29,13 @@ def predict(method: str, traced: bool, peft_config: Path | None, as_json: bool, 
         raise UserError("give --method or --peft-config, not both")
     if traced or peft_config:
         try:
-            from validate.tracing.traced import predict as trace
+            from ..tracing.traced import predict as trace
         except ImportError as error:
             raise extra(error) from None
         host = options["host"]
         result = trace(options["model"], setup, options["device"], method=method, peft_config=peft_config, host=host)
     else:
-        from ..predict import predict as run
+        from ..prediction.predict import predict as run
 
         result = run(options["model"], method, setup, options["device"], host=options["host"])
     if as_json:

@@ -36,7 +36,7 @@ def sweep(
 
     Axes take a number, a list 1+2+4, a range 128-8192:128 (from-to:step) or a doubling range 1-64*2.
     """
-    from ..sweep import sweep as plan
+    from ..questions.sweeps import sweep as plan
 
     axes = {name: options.pop(name) for name in ("batch", "seq", "device")}
     planned = plan(

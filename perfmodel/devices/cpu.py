@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..tape.op import Op
+from ..program.op import Op
 from .cpu_work import FEW_ROWS, KINDS, PAGE, REGIMES, sort
 from .hardware import ITEMSIZE, Hardware
 from .solver import solver_time
@@ -112,7 +112,7 @@ def durations(ops: Sequence[Op], hardware: Hardware, kernels: CpuKernels) -> np.
     """Seconds of the work of each op, shape (ops, *grid); 0 for views and for scalars that Python code keeps."""
     tables = Tables()
     for i, op in enumerate(ops):
-        if not op.view and "host" not in op.attrs:
+        if not op.view and not op.attrs.host:
             sort(i, op, tables)
 
     def gemm(dtype: str, layout: str, *sizes: Any) -> Array:

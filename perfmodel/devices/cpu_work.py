@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from .. import costs, products
-from ..tape.dims import product, same
-from ..tape.op import Op
+from ..calls import costs, products
+from ..calls.sums import along_rows
+from ..program.dims import product
+from ..program.op import Op
 from .packages import gemm_shape
 from .tables import Tables
 
@@ -70,7 +71,7 @@ def sort(i: int, op: Op, tables: Tables) -> None:
     elif "attention" in name or "flash_attn" in name:
         backward = name.endswith("_backward")
         q, k = op.inputs[1:3] if backward else op.inputs[:2]
-        causal = bool(op.attrs and op.attrs[0])
+        causal = op.attrs.causal
         tables.add("attention", (backward, causal), i, q.shape[0], q.shape[2], k.shape[2], q.shape[1], q.shape[3])
     elif name in products.NAMES:
         for layout, *shape in products.products(op):
@@ -145,8 +146,6 @@ def kind_of(op: Op) -> str:
     """The kind of a streaming op."""
     base = op.name.partition(".")[0]
     kind = KIND_OF.get(base) or KIND_OF.get(base.rstrip("_"), "stream")
-    if base in ("sum", "mean") and op.outputs:
-        out = op.outputs[0]
-        along_rows = not out.shape or (isinstance(out.shape[-1], int) and out.shape[-1] == 1)
-        return "reduction" if along_rows or not same(op.inputs[0].shape[-1], out.shape[-1]) else "column_reduction"
-    return "strided" if kind == "stream" and "strided" in op.attrs else kind
+    if kind == "reduction" and op.inputs and not along_rows(op):
+        return "column_reduction"
+    return "strided" if kind == "stream" and op.attrs.strided else kind

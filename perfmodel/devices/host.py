@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..costs import by_lists
+from ..calls.costs import by_lists
 from ..errors import UserError, nearest
+from ..program.op import Op
+from ..program.part import HostWork, Part
 from ..resources import DATA, is_file, mapping, read_toml
-from ..tape.op import Op, Part
 from . import own
 
 if TYPE_CHECKING:
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
 
 HOSTS = DATA / "hosts"
 LONGEST = 1.0  # seconds: no call takes so long
+PYTHON = {  # cost -> what of a part's `HostWork` costs it, in forward and backward
+    "module": "modules", "adapter": "adapters", "node": "nodes", "checkpoint": "checkpoints", "hook": "hooks",
+}  # fmt: skip
+ENGINE = {"fetch": "weights", "release": "returns", "reduce": "gradients"}  # the same of a training engine
+EAGER = PYTHON | ENGINE
 
 
 @dataclass(frozen=True)
@@ -81,22 +87,26 @@ class Host:
         """Host seconds before each op of one run of a part, shape (ops,); Python's share is spread evenly."""
         if part.compiled:
             return self._compiled(part, device)
-        launch = self.launch_call if device == "cuda" else 0.0
-        if part.phase == "optimizer" and any(by_lists(op) for op in part.ops):
-            seconds = [self.optimizer_call + self.tensor * _tensors(op) for op in part.ops]
+        in_lists = part.phase == "optimizer" and any(by_lists(op) for op in part.ops)
+        if in_lists:
+            call = view = self.optimizer_call
             python = 0.0
         elif part.phase == "optimizer":  # a Python loop over tensors, without autograd
-            seconds = [self.view if op.view else self.loop_call for op in part.ops]
-            python = self.settle * part.gradients
+            call, view, python = self.loop_call, self.view, self.settle * part.host.gradients
         else:
             forward = part.phase == "forward"
             call, view = (self.call, self.view) if forward else (self.backward_call, self.backward_view)
-            seconds = [view if op.view else call for op in part.ops]
-            python = self.module * part.modules + self.adapter * part.adapters + self.node * part.nodes
-            python += self.checkpoint * part.checkpoints + self.hook * part.hooks
-            python += self.fetch * part.weights + self.release * part.returns + self.reduce * part.gradients
-        launches = np.array([op.launched for op in part.ops])
-        return np.array(seconds) + launch * launches + python / max(1, len(seconds))
+            python = self._python(part.host)
+        launching = call + (self.launch_call if device == "cuda" else 0.0)
+        seconds = np.array([launching if op.launched else view if op.view else call for op in part.ops])
+        if in_lists:
+            seconds += self.tensor * np.array([_tensors(op) for op in part.ops])
+        return seconds + python / max(1, len(seconds))
+
+    def _python(self, work: HostWork) -> float:
+        """Seconds of a run of a part besides its calls."""
+        seconds: float = sum(getattr(self, cost) * getattr(work, count) for cost, count in EAGER.items())
+        return seconds
 
     def _compiled(self, part: Part, device: str) -> np.ndarray:
         """The same for compiled code: guards and wrappers first, then the calls one after another.
@@ -111,9 +121,9 @@ class Host:
             called = [self.compiled_kernel if _generated(op) else self.call for op in part.ops]
             seconds += np.array(called) + launch
         if part.phase == "forward":
-            seconds[0] += self.guard * part.modules
+            seconds[0] += self.guard * part.host.modules
         captured = self.graph_launch if part.captured and on_gpu else 0.0
-        seconds[0] += part.graphs * (self.compiled_graph + captured)
+        seconds[0] += part.host.graphs * (self.compiled_graph + captured)
         return seconds
 
 

@@ -2,7 +2,7 @@
 
 Memory moves in sectors of 32 B (CUDA C++ Best Practices Guide, "Coalesced Access to Global Memory"): a kernel that
 touches single elements, far from one another, moves a sector for each of them. How many kernels a call launches says
-`perfmodel.costs.kernels`; the rules here divide its bytes among them.
+`perfmodel.calls.costs.kernels`; the rules here divide its bytes among them.
 """
 
 from collections.abc import Callable
@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import costs
-from ..tape.dims import Dim, same
-from ..tape.dtypes import ITEMSIZE
-from ..tape.op import Op, Spec
+from ..calls import costs
+from ..calls.sums import along_rows
+from ..program.dims import Dim, same
+from ..program.dtypes import ITEMSIZE
+from ..program.op import Op, Spec
 from . import packages
 
 SECTOR = 32  # B
@@ -73,7 +74,7 @@ def operand_copies(op: Op) -> list[Kernel]:
 
     A thread writes the next element of the copy and reads one far from its neighbour's.
     """
-    copied = [op.inputs[i] for i in costs.copied_operands(op)]
+    copied = [op.inputs[i] for i in op.attrs.copied]
     return [Kernel("strided", 1, x.nbytes, x.nbytes, x.numel, spread=(_sectors(x) + 1) / 2) for x in copied]
 
 
@@ -107,7 +108,7 @@ def _by_rows(kind: str, op: Op, spec: Spec) -> list[Kernel]:
 def _plain(op: Op) -> list[Kernel]:
     """What streams: pointwise calls, casts, copies, fills."""
     kind = {"_to_copy": "cast", "cat": "cat", "clone": "strided", "copy_": "pointwise"}.get(op.name, "pointwise")
-    if kind == "pointwise" and "strided" in op.attrs:
+    if kind == "pointwise" and op.attrs.strided:
         kind = "strided"
     return [Kernel(kind, costs.kernels(op), op.bytes_read, op.bytes_written, _out(op).numel)]
 
@@ -185,9 +186,7 @@ def _by_row_sums(read: Dim, summed: Dim, op: Op) -> Kernel:
 
 @of("sum.dim_IntList", "mean.dim")
 def _sum(op: Op) -> list[Kernel]:
-    shape = _out(op).shape
-    along_rows = not shape or (isinstance(shape[-1], int) and shape[-1] == 1)
-    return _by_rows("reduction" if along_rows else "column_reduction", op, op.inputs[0])
+    return _by_rows("reduction" if along_rows(op) else "column_reduction", op, op.inputs[0])
 
 
 @of("slice_backward", "select_backward")
@@ -222,7 +221,7 @@ def _taken(op: Op) -> list[Kernel]:
 @of("index_put_", "scatter.src", "index_copy", "index_put")
 def _placed(op: Op) -> list[Kernel]:
     """Values written behind indices, of a copy of the whole tensor unless the call works in place."""
-    if "accumulate" in op.attrs:
+    if op.attrs.accumulate:
         return _accumulated(op)
     values, out = op.inputs[-1], _out(op)
     moved = Kernel("strided", 1, values.nbytes, values.nbytes, values.numel, spread=_between(values, out))

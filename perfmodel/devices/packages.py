@@ -7,7 +7,7 @@ Liger and have kinds of their own (`perfmodel.devices.pointwise.KINDS`); what on
 
 from typing import Any
 
-from ..tape.op import Op
+from ..program.op import Op
 
 ROWS = {
     "liger::rms_norm": "fused_norm",
@@ -43,9 +43,10 @@ def memory_bound(op: Op) -> Row:
 
 
 def _generated(op: Op) -> Row:
-    """A kernel that Inductor wrote: the shape of its loops is `op.attrs[0]`, (results, elements summed for each)."""
-    points, length = op.attrs[0]
-    kind = "cross_entropy" if "exp" in op.attrs else GENERATED[op.name]
+    """A kernel that Inductor wrote: the shape of its loops is `op.attrs.loops`."""
+    assert op.attrs.loops is not None
+    points, length = op.attrs.loops
+    kind = "cross_entropy" if op.attrs.exponential else GENERATED[op.name]
     return (kind, 1, op.bytes_read, op.bytes_written, points * length, points, length)
 
 
@@ -69,4 +70,4 @@ def gemm_shape(op: Op) -> tuple[Any, ...]:
         g, w, s = (spec.shape for spec in inputs[:3])
         return ("nn", g[0], w[1], g[1] + s[1], 1)
     a, b = (s.shape for s in (inputs[1:3] if name in OUT_FIRST else inputs[:2]))
-    return (op.attrs[0] if op.attrs else "tn", a[0], b[1], a[1], 1)
+    return (op.attrs.layout or "tn", a[0], b[1], a[1], 1)

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import costs, products
-from ..tape.dims import product
-from ..tape.op import Op
+from ..calls import costs, products
+from ..program.dims import product
+from ..program.op import Op
 from . import cpu, kernels
 from .attention import attention_backward_time, attention_forward_time
 from .gemm import LAYOUTS, gemm_time
@@ -44,7 +44,7 @@ def durations(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
         return cpu.durations(ops, profile.hardware, profile.cpu)
     tables = Tables()
     for i, op in enumerate(ops):
-        if not op.view and "host" not in op.attrs:
+        if not op.view and not op.attrs.host:
             _sort(i, op, tables)
     return tables.seconds(len(ops), {name: partial(model, profile) for name, model in MODELS.items()})
 
@@ -66,11 +66,11 @@ def _sort(i: int, op: Op, tables: Tables) -> None:
         seq = 3 - heads
         sizes = (q.shape[0], q.shape[seq], k.shape[seq], q.shape[heads], k.shape[heads], q.shape[3])
         mask = sum(ITEMSIZE[x.dtype] for x in inputs[6 if backward else 3 :])  # bytes of an element, if there is one
-        causal = bool(op.attrs and op.attrs[0])
+        causal = op.attrs.causal
         tables.add("attention", ("cudnn" in name, backward, causal, q.dtype), i, *sizes, mask)
     elif name in products.NAMES:
         _products(i, op, tables)
-    elif "bus" in op.attrs:
+    elif op.attrs.bus:
         tables.add("bus", (), i, op.outputs[0].nbytes)
     elif name in costs.SOLVERS:
         *batch, rows, columns = inputs[0].shape

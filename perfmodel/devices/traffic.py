@@ -12,9 +12,9 @@ within 7 % (tests/test_traffic.py).
 
 from math import ceil
 
-from ..costs import GEMMS
-from ..tape.dtypes import ITEMSIZE
-from ..tape.op import Op
+from ..calls.costs import GEMMS
+from ..program.dtypes import ITEMSIZE
+from ..program.op import Op
 from .hardware import Hardware
 from .packages import gemm_shape
 

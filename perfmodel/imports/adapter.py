@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import UserError, nearest
-from .common import flavour, spec
+from .fields import flavour, spec
 from .keys import Keys
 
 MARKS = ("peft_type",)

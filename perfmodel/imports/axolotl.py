@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..errors import UserError
-from .common import ONE_GPU, OPTIMIZERS, checkpoint, clips, compiled, engine, flavour, half, optimizer, spec
+from .fields import ONE_GPU, OPTIMIZERS, checkpoint, clips, compiled, engine, flavour, half, optimizer, spec
 from .keys import Keys
 
 MARKS = ("micro_batch_size", "sequence_len", "adapter", "lora_target_linear")

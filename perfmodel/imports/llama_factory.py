@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..errors import UserError
-from .common import ONE_GPU, clips, compiled, engine, flavour, half, optimizer, spec
+from .fields import ONE_GPU, clips, compiled, engine, flavour, half, optimizer, spec
 from .keys import Keys
 
 MARKS = ("finetuning_type", "cutoff_len", "lora_target", "stage", "template", "dataset_dir")

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..errors import UserError
-from .common import ATTENTION, ONE_GPU, checkpoint, clips, compiled, engine, flavour, half, optimizer, spec
+from .fields import ATTENTION, ONE_GPU, checkpoint, clips, compiled, engine, flavour, half, optimizer, spec
 from .keys import Keys
 
 MARKS = ("per_device_train_batch_size", "use_peft", "gradient_accumulation_steps", "optim", "max_length")

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from .. import units
 from ..devices import profile
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
-from ..predict import Prediction, predict
-from ..report import units
+from ..prediction.predict import Prediction, predict
 from ..report.figures import headline
 from ..report.plain import table
 from .program import Program

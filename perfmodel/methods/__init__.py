@@ -1,5 +1,5 @@
 """Fine-tuning methods, one file each; a file is imported when its method is asked for."""
 
-from .base import Method, method, option, options, parse, registered
+from .parts.base import Method, method, option, options, parse, registered
 
 __all__ = ["Method", "method", "option", "options", "parse", "registered"]

@@ -1,25 +1,22 @@
 """AdaLoRA as PEFT runs it: LoRA as a singular value decomposition whose ranks are pruned by importance."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from ..optimizers import Update, importance
-from ..optimizers.update import runs
-from ..tape.core import Parameter, Tensor, emit, record, tape
+from ..optimizers import Update
+from ..optimizers.parts import importance
+from ..optimizers.parts.update import runs
+from ..tape.core import emit, record, tape
 from ..tape.extra import add_in_place, div
 from ..tape.inplace import add_to_output, frobenius_norm
 from ..tape.linalg import matmul
 from ..tape.pointwise import add, cast, dropout, mul, sub
 from ..tape.shape import t
-from .base import Linear, Periodic, method, option
-from .checks import fraction, positive
-from .targeted import DEFAULT_TARGETS, Targeted
-
-if TYPE_CHECKING:
-    from ..step import Step
-
-OPT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+from ..tape.tensor import Parameter, Tensor
+from .parts.base import Linear, Periodic, method, option
+from .parts.checks import fraction, positive
+from .parts.periodic import Recorded
+from .parts.targeted import Targeted
 
 
 @method(
@@ -45,9 +42,7 @@ class AdaLora(Targeted):
     )
 
     aliases: ClassVar[dict[str, str]] = {**Targeted.aliases, "init_r": "r", "deltaT": "delta_t"}
-    default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        name: targets for name, targets in {**DEFAULT_TARGETS, "opt": OPT}.items() if name != "mistral"
-    }
+    family: ClassVar[str] = "adalora"
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         result = layer(x)
@@ -85,7 +80,7 @@ class AdaLora(Targeted):
         return () if self.delta_t == 1 else (Periodic("allocation of ranks", self.delta_t, _allocate),)
 
 
-def _allocate(step: "Step") -> None:
+def _allocate(step: Recorded) -> None:
     importance.allocate(Update(tape(), step.optimizer, step.parameters))
 
 

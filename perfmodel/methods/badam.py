@@ -2,21 +2,17 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..optimizers import Update
-from ..optimizers.ops import in_place
-from ..optimizers.update import copy_in, gradient
-from ..periodic import fresh_states, layers_alike, trained
-from ..tape.core import Parameter
+from ..optimizers.parts.ops import in_place
+from ..optimizers.parts.update import copy_in, gradient
 from ..tape.pointwise import cast
 from ..tape.shape import clone
-from .base import Method, Periodic, method, option
-from .checks import positive
-
-if TYPE_CHECKING:
-    from ..step import Step
+from ..tape.tensor import Parameter
+from .parts.base import Method, Periodic, method, option
+from .parts.checks import positive
+from .parts.periodic import Recorded, fresh_states, layers_alike, trained
 
 
 @method(
@@ -83,7 +79,7 @@ def _master(update: Update, p: Parameter) -> Parameter:
     return copy_in(p, "fp32")
 
 
-def _switch(step: "Step") -> None:
+def _switch(step: Recorded) -> None:
     """fp32 copies of the new block; the optimizer's state begins anew (badam/block_optim.py)."""
     for p in trained(step):
         with layers_alike("fp32 copy", p.count):

@@ -4,21 +4,18 @@ Source: the authors' code (github.com/gccnlp/BeamLoRA: peft/tuners/lora, train.p
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from .. import optimizers
-from ..periodic import layers_alike, trained
-from ..tape.core import Tensor, record
-from ..tape.dims import Dim
+from ..program.dims import Dim
+from ..tape.core import record
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, dropout, mul
-from .base import Linear, Periodic, method, option
-from .beam import expand_ranks, importance
-from .checks import positive
+from ..tape.tensor import Tensor
 from .lora import Lora
-
-if TYPE_CHECKING:
-    from ..step import Step
+from .parts.base import Linear, Periodic, method, option
+from .parts.beam import expand_ranks, importance
+from .parts.checks import positive
+from .parts.periodic import Recorded, layers_alike, trained
 
 
 @method(
@@ -55,11 +52,11 @@ class BeamLora(Lora):
             Periodic("replacement of weak ranks", self.interval, expand_ranks),
         )
 
-    def held_bytes(self, step: "Step") -> Dim:
+    def held_bytes(self, step: Recorded) -> Dim:
         return sum(p.nbytes * p.count for p in trained(step)) + step.state_bytes
 
 
-def _copy(step: "Step") -> None:
+def _copy(step: Recorded) -> None:
     """What the next replacement copies from: every adapter and its optimizer state."""
     for p in trained(step):
         with layers_alike("copy", p.count):

@@ -1,14 +1,13 @@
 """BEFT as PEFT runs it: a trained bias on the output of a linear layer."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..tape.core import Tensor
 from ..tape.pointwise import add, cast
 from ..tape.shape import view
-from .base import Linear, method
-from .targeted import DEFAULT_TARGETS, Targeted
+from ..tape.tensor import Tensor
+from .parts.base import Linear, method
+from .parts.targeted import Targeted
 
 
 @method(
@@ -24,9 +23,7 @@ class Beft(Targeted):
 
     takes_conv1d: ClassVar[bool] = False
     takes_layers: ClassVar[bool] = False
-    default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        **dict.fromkeys(DEFAULT_TARGETS, ("v_proj",)), "bert": ("value",)
-    }  # fmt: skip
+    family: ClassVar[str] = "beft"
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         bias = view(layer.adapter("beft_bias", (1, layer.n_out), dtype), (layer.n_out,))

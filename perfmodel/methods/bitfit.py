@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..errors import UserError
-from .base import Method, method
+from .parts.base import Method, method
 
 
 @method(

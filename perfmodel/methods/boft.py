@@ -3,17 +3,17 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..tape.core import Storage, Tensor
-from ..tape.dims import contiguous_strides, product
+from ..program.dims import contiguous_strides, product
 from ..tape.extra import eye, permute
 from ..tape.linalg import autocast_operand, bmm, matmul
-from ..tape.pieces import select
 from ..tape.pointwise import add, cast, fill, mul, sub
 from ..tape.shape import expand, squeeze, transpose, unsqueeze, view
 from ..tape.solve import block_diagonal, solve_right
-from .base import Linear, method, option
-from .checks import positive
-from .targeted import Targeted, base_bias
+from ..tape.split import select
+from ..tape.tensor import Storage, Tensor
+from .parts.base import Linear, method, option
+from .parts.checks import positive
+from .parts.targeted import Targeted, base_bias
 
 
 @method(

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import UserError
-from ..tape.core import Tensor
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, gelu, relu, silu
-from .base import Method, Scope, method, option
-from .checks import choice, float_dtype, positive
+from ..tape.tensor import Tensor
+from .parts.base import Method, Scope, method, option
+from .parts.checks import choice, float_dtype, positive
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": relu, "gelu": gelu, "silu": silu}
 
@@ -99,5 +99,5 @@ class Pfeiffer(Bottleneck):
     def adapted(self, layer: Scope, name: str, x: Tensor, residual: Tensor, norm: str | None) -> Tensor:
         h = add(x, residual)
         if norm is not None:
-            h = layer.layer_norm(norm, h)
+            h = layer.norm(norm, h)
         return add(x, self.bottleneck(layer, name, h))

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..tape.core import Tensor
 from ..tape.extra import div
 from ..tape.pointwise import cast
 from ..tape.spectrum import block_circular_convolution
-from .base import Linear, method, option
-from .checks import positive
-from .targeted import Targeted
+from ..tape.tensor import Tensor
+from .parts.base import Linear, method, option
+from .parts.checks import positive
+from .parts.targeted import Targeted
 
 
 @method(

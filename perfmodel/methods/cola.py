@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from .base import Periodic, method, option
-from .checks import positive
 from .lora import Lora
-from .merging import merge_and_restart
+from .parts.base import Periodic, method, option
+from .parts.checks import positive
+from .parts.merging import merge_and_restart
 
 
 @method(

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..tape.core import Storage, Tensor
 from ..tape.extra import add_in_place, div
 from ..tape.gather import at_least, quotient, vector_norm, zeros_like
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, dropout, mul
-from .base import Linear, method, option
-from .checks import fraction, positive
-from .targeted import Targeted
+from ..tape.tensor import Storage, Tensor
+from .parts.base import Linear, method, option
+from .parts.checks import fraction, positive
+from .parts.targeted import Targeted
 
 
 @method(

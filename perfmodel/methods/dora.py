@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..tape.core import Parameter, Tensor
 from ..tape.extra import detach, div, eye, row_norms, transposed_parameter
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, dropout, mul, sub
 from ..tape.shape import t, view
-from .base import Linear, method
+from ..tape.tensor import Parameter, Tensor
 from .lora import Lora
-from .targeted import base_bias, base_weight
+from .parts.base import Linear, method
+from .parts.targeted import base_bias, base_weight
 
 
 @method(

@@ -1,20 +1,19 @@
 """FourierFT as PEFT runs it: a few trained coefficients of the update's spectrum."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from ..errors import UserError
-from ..tape.core import Storage, Tensor
 from ..tape.extra import index_put
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, fill, mul
 from ..tape.spectrum import inverse_fft2, real, to_complex
-from .base import Linear, method, option
-from .checks import positive
-from .targeted import DEFAULT_TARGETS, Targeted
+from ..tape.tensor import Storage, Tensor
+from .parts.base import Linear, method, option
+from .parts.checks import positive
+from .parts.targeted import Targeted
 
 
 @method(
@@ -31,7 +30,7 @@ class FourierFt(Targeted):
     n: Any = option(1000, "trained coefficients of each layer's spectrum (n_frequency)", positive)
 
     aliases: ClassVar[dict[str, str]] = {**Targeted.aliases, "n_frequency": "n"}
-    default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {**DEFAULT_TARGETS, "gpt2": ("mlp.c_proj",)}
+    family: ClassVar[str] = "fourierft"
 
     def sizes(self) -> tuple[str, ...]:
         return ("n",)

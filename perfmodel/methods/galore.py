@@ -1,28 +1,27 @@
 """GaLore: full fine-tuning whose optimizer works on gradients projected to a low rank."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ..errors import UserError
 from ..optimizers import Update
-from ..optimizers.adam_loop import denominator
-from ..optimizers.ops import in_place, new
-from ..optimizers.update import existing, gradient, runs
-from ..periodic import layers_alike
-from ..tape.core import Parameter, Tensor, record
+from ..optimizers.parts.adam_loop import denominator
+from ..optimizers.parts.ops import in_place, new
+from ..optimizers.parts.update import existing, gradient, runs
+from ..program.dims import decide
+from ..program.op import OVER_BUS
+from ..tape.core import record
 from ..tape.decompositions import smaller, svd
-from ..tape.dims import decide
 from ..tape.linalg import matmul
 from ..tape.pointwise import cast, mul
 from ..tape.shape import narrow, t
-from .base import Method, Periodic, method, option
-from .checks import positive
-from .targeted import ALL_LINEAR, check_targets, named
-
-if TYPE_CHECKING:
-    from ..step import Step
+from ..tape.tensor import Parameter, Tensor
+from .parts.base import Method, Periodic, method, option
+from .parts.checks import positive
+from .parts.periodic import Recorded, layers_alike
+from .parts.targeted import ALL_LINEAR, check_targets, named
 
 
 @method(
@@ -88,7 +87,7 @@ class GaLore(Method):
     def periodic(self) -> tuple[Periodic, ...]:
         return (Periodic("SVD of the projected gradients", self.update_proj_gap, self._decompose),)
 
-    def _decompose(self, step: "Step") -> None:
+    def _decompose(self, step: Recorded) -> None:
         for count, run in runs([p for p in step.parameters if self.projects(p)]):
             with layers_alike("SVD", count):
                 for p in run:
@@ -116,13 +115,13 @@ class FedGaLore(GaLore):
         return (*super().periodic(), Periodic("exchange of all weights with the host", self.local_steps, _exchange))
 
 
-def _exchange(step: "Step") -> None:
+def _exchange(step: Recorded) -> None:
     for count, run in runs([p for p in step.parameters if p.requires_grad]):
         with layers_alike("exchange", count):
             for p in run:
                 on_host = existing(p.shape, p.dtype)
-                record("_to_copy", (p,), (on_host,), ("bus",))
-                record("copy_", (p, on_host), (p,), ("bus",))
+                record("_to_copy", (p,), (on_host,), OVER_BUS)
+                record("copy_", (p, on_host), (p,), OVER_BUS)
 
 
 def _tall(p: Parameter) -> bool:

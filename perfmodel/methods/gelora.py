@@ -2,21 +2,19 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from ..architectures.base import Build, Scope
 from ..architectures.masks import table
 from ..errors import UserError
-from ..periodic import layers_alike
-from ..tape.core import Tensor, new_tensor, tape
-from .base import Linear, Method, Periodic, method, option
-from .checks import fraction, positive
+from ..tape.core import new_tensor, tape
+from ..tape.tensor import Tensor
 from .lora import Lora
-from .targeted import Targeted
+from .parts.base import Linear, Method, Periodic, method, option
+from .parts.checks import fraction, positive
+from .parts.periodic import Recorded, layers_alike
+from .parts.targeted import Targeted
 from .two_nn import intrinsic_dimension
-
-if TYPE_CHECKING:
-    from ..step import Step
 
 BATCH = 8  # samples that go through the model together in the pre-pass
 
@@ -77,7 +75,7 @@ class GeLora(Targeted):
     def periodic(self) -> tuple[Periodic, ...]:
         return (Periodic("pre-pass for the ranks", None, self._pre_pass),)
 
-    def _pre_pass(self, step: "Step") -> None:
+    def _pre_pass(self, step: Recorded) -> None:
         """Forward passes of the frozen model, then the intrinsic dimension of every hidden state."""
         quiet: dict[str, Any] = {f.name: 0.0 for f in fields(step.architecture) if f.name.endswith("dropout")}
         architecture, setup = replace(step.architecture, **quiet), replace(step.setup, batch=BATCH, checkpoint="none")

@@ -6,15 +6,15 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import UserError
-from ..tape.core import Tensor
 from ..tape.einsum import grouped
 from ..tape.extra import permute
 from ..tape.linalg import linear
 from ..tape.pointwise import cast, dropout, mul
 from ..tape.shape import reshape, squeeze, unsqueeze, view
-from .base import Linear, method, option
-from .checks import fraction, not_negative, positive
-from .targeted import Targeted
+from ..tape.tensor import Tensor
+from .parts.base import Linear, method, option
+from .parts.checks import fraction, not_negative, positive
+from .parts.targeted import Targeted
 
 
 @method(

@@ -3,18 +3,18 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..tape.core import Tensor
+from ..program.dims import only
 from ..tape.custom import on_base
-from ..tape.dims import only
 from ..tape.extra import detach, eye
 from ..tape.gather import quotient, vector_norm
 from ..tape.linalg import linear, matmul
-from ..tape.pieces import select
 from ..tape.pointwise import cast, mul, sub
 from ..tape.shape import t, view
-from .base import Linear, method, option
-from .checks import positive
-from .targeted import Targeted, base_bias, base_weight
+from ..tape.split import select
+from ..tape.tensor import Tensor
+from .parts.base import Linear, method, option
+from .parts.checks import positive
+from .parts.targeted import Targeted, base_bias, base_weight
 
 
 @method(

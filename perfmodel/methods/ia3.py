@@ -1,35 +1,14 @@
 """(IA)³ as PEFT runs it: activations scaled by trained vectors."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import UserError
-from ..tape.core import Tensor
 from ..tape.pointwise import cast, mul
 from ..tape.shape import view
-from .base import Linear, method, option
-from .targeted import Targeted
-
-# TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING and _FEEDFORWARD_ (peft/utils/constants.py)
-DEFAULT_TARGETS = {
-    "llama": ("k_proj", "v_proj", "down_proj"),
-    "mistral": ("k_proj", "v_proj", "down_proj"),
-    "qwen2": ("q_proj", "v_proj", "down_proj"),
-    "opt": ("q_proj", "k_proj", "fc2"),
-    "gpt2": ("c_attn", "mlp.c_proj"),
-    "gpt_neo": ("q_proj", "v_proj", "c_proj"),
-    "bert": ("key", "value", "output.dense"),
-}
-DEFAULT_FEEDFORWARD = {
-    "llama": ("down_proj",),
-    "mistral": ("down_proj",),
-    "qwen2": ("down_proj",),
-    "opt": ("fc2",),
-    "gpt2": ("mlp.c_proj",),
-    "gpt_neo": ("c_proj",),
-    "bert": ("output.dense",),
-}
+from ..tape.tensor import Tensor
+from .parts.base import Linear, method, option
+from .parts.targeted import Targeted
 
 
 @method(
@@ -46,7 +25,7 @@ class Ia3(Targeted):
     feedforward: tuple[str, ...] = option((), "targets whose input is scaled instead; empty: PEFT's default")
 
     aliases: ClassVar[dict[str, str]] = {**Targeted.aliases, "feedforward_modules": "feedforward"}
-    default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = DEFAULT_TARGETS
+    family: ClassVar[str] = "ia3"
     takes_layers: ClassVar[bool] = False
 
     def check(self) -> None:
@@ -59,9 +38,9 @@ class Ia3(Targeted):
 
     @property
     def feedforward_names(self) -> tuple[str, ...]:
-        """The feed-forward targets, PEFT's default for the architecture filled in."""
+        """The feed-forward targets, PEFT's default filled in; none where it has no default and targets were named."""
         assert self.architecture is not None
-        return self.feedforward or DEFAULT_FEEDFORWARD.get(self.architecture.model_type, ())
+        return self.feedforward or self.architecture.traits.targets.feedforward or ()
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         scales_input = layer.name.endswith(self.feedforward_names)  # PEFT compares suffixes, not whole names

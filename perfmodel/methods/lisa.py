@@ -2,15 +2,11 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..periodic import fresh_states, trained
-from .base import Method, Periodic, method, option
-from .checks import positive
-
-if TYPE_CHECKING:
-    from ..step import Step
+from .parts.base import Method, Periodic, method, option
+from .parts.checks import positive
+from .parts.periodic import Recorded, fresh_states, trained
 
 
 @method(
@@ -52,7 +48,7 @@ class Lisa(Method):
         return layer >= self.layers - self.gamma
 
 
-def _switch(step: "Step") -> None:
+def _switch(step: Recorded) -> None:
     """The callback makes a new optimizer and carries over the state of what lies outside the blocks only."""
     inside = step.architecture.layer_path + "."
     fresh_states(step, [p for p in trained(step) if p.name.startswith(inside)])

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..tape.core import Tensor
 from ..tape.extra import coin, hadamard_weight
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast
 from ..tape.shape import reshape
-from .base import Linear, method, option
-from .checks import positive
-from .targeted import Targeted
+from ..tape.tensor import Tensor
+from .parts.base import Linear, method, option
+from .parts.checks import positive
+from .parts.targeted import Targeted
 
 
 @method(

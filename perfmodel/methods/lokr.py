@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import UserError
-from ..tape.core import Tensor
-from ..tape.dims import decide
+from ..program.dims import decide
 from ..tape.extra import coin, kron
 from ..tape.linalg import linear, matmul
 from ..tape.pointwise import add, cast, mul
-from .base import Linear, method, option
-from .checks import positive
-from .targeted import Targeted
+from ..tape.tensor import Tensor
+from .parts.base import Linear, method, option
+from .parts.checks import positive
+from .parts.targeted import Targeted
 
 
 @method(

@@ -4,17 +4,16 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 from ..errors import UserError, nearest
-from ..tape.core import Parameter, Tensor
 from ..tape.linalg import linear
-from ..tape.lora_kernels import Adapted, lorafusion_linear, unsloth_linear, unsloth_mlp, unsloth_qkv
+from ..tape.packages.lora_kernels import Adapted, lorafusion_linear, unsloth_linear, unsloth_mlp, unsloth_qkv
 from ..tape.pointwise import add, cast, dropout, mul
-from .base import Linear, method, option
-from .checks import fraction, positive
-from .targeted import DEFAULT_TARGETS, Targeted, base_bias, base_weight, named
+from ..tape.tensor import Parameter, Tensor
+from .parts.base import Linear, method, option
+from .parts.checks import fraction, positive
+from .parts.targeted import Targeted, base_bias, base_weight, named
 
 L = TypeVar("L", bound="Lora")
 HELP = "peft, unsloth (fused where q, k, v or the MLP are all targets, without dropout) or lorafusion"
-FUSED = ("llama", "mistral", "qwen2")  # what the fused implementations are written for
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj"), ("o_proj",))  # Unsloth's Functions
 
 
@@ -45,7 +44,7 @@ class Lora(Targeted):
     def check(self) -> None:
         super().check()
         assert self.architecture is not None
-        if self.implementation != "peft" and self.architecture.model_type not in FUSED:
+        if self.implementation not in ("peft", *self.architecture.traits.fused):
             raise UserError(
                 f"method {self.name}: {self.implementation} is not written for {self.architecture.name}; "
                 "use implementation=peft"
@@ -110,6 +109,3 @@ class Lora(Targeted):
             raise UserError(
                 f"method {self.name}: {self.implementation} needs 16-bit weights under autocast; use --dtype"
             )
-
-
-__all__ = ["DEFAULT_TARGETS", "Lora"]

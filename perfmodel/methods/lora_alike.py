@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from .base import Periodic, method, option
-from .checks import not_negative
 from .lora import Lora
-from .pissa_init import decompose
+from .parts.base import Periodic, method, option
+from .parts.checks import not_negative
+from .parts.pissa_init import decompose
 
 
 @method(

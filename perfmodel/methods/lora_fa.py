@@ -4,17 +4,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..optimizers import Update
-from ..optimizers.adam_loop import adam
-from ..optimizers.update import gradient
+from ..optimizers.parts.adam_loop import adam
+from ..optimizers.parts.update import gradient
 from ..tape.bus import from_host
-from ..tape.core import Parameter
 from ..tape.custom import autocasting
 from ..tape.decompositions import pinv
 from ..tape.linalg import matmul
 from ..tape.pointwise import add, cast, mul
 from ..tape.shape import t
-from .base import Linear, method, option
+from ..tape.tensor import Parameter
 from .lora import Lora
+from .parts.base import Linear, method, option
 
 
 @method(

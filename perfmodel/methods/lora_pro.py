@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from ..optimizers import Update, lora_pro
-from .base import method
+from ..optimizers import Update
+from ..optimizers.parts import lora_pro
 from .lora import Lora
+from .parts.base import method
 
 
 @method(

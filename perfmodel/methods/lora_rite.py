@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from ..optimizers import Update, lora_rite
-from .base import method
+from ..optimizers import Update
+from ..optimizers.parts import lora_rite
 from .lora import Lora
+from .parts.base import method
 
 
 @method(

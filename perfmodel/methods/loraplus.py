@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from ..optimizers import Update
-from .base import method, option
 from .lora import Lora
+from .parts.base import method, option
 
 
 @method(

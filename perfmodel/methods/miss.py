@@ -6,15 +6,15 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import UserError
-from ..tape.core import Tensor
-from ..tape.dims import decide
+from ..program.dims import decide
 from ..tape.extra import pad_last, sum_dim
 from ..tape.linalg import matmul
 from ..tape.pointwise import add, cast, dropout
 from ..tape.shape import reshape
-from .base import Linear, method, option
-from .checks import fraction, positive
-from .targeted import Targeted
+from ..tape.tensor import Tensor
+from .parts.base import Linear, method, option
+from .parts.checks import fraction, positive
+from .parts.targeted import Targeted
 
 
 @method(

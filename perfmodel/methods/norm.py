@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .base import Method, method
+from .parts.base import Method, method
 
 
 @method(

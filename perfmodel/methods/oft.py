@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import UserError
-from ..tape.core import Storage, Tensor
 from ..tape.extra import add_in_place, eye, index_put, permute, repeat
 from ..tape.linalg import autocast_operand, bmm
 from ..tape.pointwise import cast, fill, sub
 from ..tape.shape import reshape, transpose, view
-from .base import Linear, method, option
-from .checks import positive
-from .targeted import Targeted
+from ..tape.tensor import Storage, Tensor
+from .parts.base import Linear, method, option
+from .parts.checks import positive
+from .parts.targeted import Targeted
 
 
 @method(

@@ -5,13 +5,13 @@ from typing import Any, ClassVar
 
 from ..errors import UserError
 from ..setup import one_of
-from ..tape.core import Tensor
 from ..tape.linalg import linear
 from ..tape.nn import embedding
 from ..tape.pointwise import relu
-from .base import Scope, method, option
-from .checks import positive
-from .virtual import SoftPrompt
+from ..tape.tensor import Tensor
+from .parts.base import Scope, method, option
+from .parts.checks import positive
+from .parts.virtual import SoftPrompt
 
 
 @method(

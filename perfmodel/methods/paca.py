@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..tape.core import Tensor, tape
+from ..tape.core import tape
 from ..tape.custom import index_buffer, partial_linear, write_columns
 from ..tape.pointwise import cast, mul
-from .base import Linear, method, option
-from .checks import positive
-from .targeted import Targeted, base_bias, base_weight
+from ..tape.tensor import Tensor
+from .parts.base import Linear, method, option
+from .parts.checks import positive
+from .parts.targeted import Targeted, base_bias, base_weight
 
 
 @method(

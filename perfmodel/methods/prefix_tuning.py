@@ -3,17 +3,21 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+
+from ..architectures.base import runs_of_layers
 from ..errors import UserError
-from ..tape.core import Tensor, tape
+from ..tape.core import tape
 from ..tape.extra import permute
 from ..tape.linalg import linear
 from ..tape.nn import embedding
-from ..tape.pointwise import cast, tanh
+from ..tape.pointwise import cast, fill, tanh
 from ..tape.prefix import first_in_cache, split_layers, unbind_pair
 from ..tape.shape import narrow, view
-from .base import Scope, method, option
-from .checks import positive
-from .virtual import VirtualTokens
+from ..tape.tensor import Tensor
+from .parts.base import Scope, method, option
+from .parts.checks import positive
+from .parts.virtual import VirtualTokens
 
 
 @method(
@@ -37,10 +41,21 @@ class PrefixTuning(VirtualTokens):
     def check(self) -> None:
         super().check()
         assert self.architecture is not None
-        if not self.architecture.reads_cache:
+        if self.architecture.traits.cache is None:
             raise UserError(
                 f"method {self.name}: the program of {self.architecture.name} takes no cache as PEFT fills it; "
                 "use prompt_tuning or lora"
+            )
+
+        windows = [w for i in range(self.layers) if (w := self.architecture.window_of(i)) is not None]
+        if (
+            self.architecture.traits.cache == "by layer"
+            and windows
+            and np.any(np.greater_equal(self.tokens, min(windows)))
+        ):
+            raise UserError(
+                f"method {self.name}: tokens {np.max(self.tokens)} reach the sliding window {min(windows)} of "
+                f"{self.architecture.name}; use fewer"
             )
 
     def inputs(self, model: Scope, attention: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,16 +70,26 @@ class PrefixTuning(VirtualTokens):
         """`get_prompt`: embed, cut into layers, and copy into a cache, before the base model runs."""
         arch = self.architecture
         assert arch is not None
+        by_layer = arch.traits.cache == "by layer"
         past = self._encode(model, self.indices(batch), arch.kv_heads * arch.head_dim)
         past = cast(past, model.dtype)
         past = view(past, (batch, self.tokens, 2 * arch.layers, arch.kv_heads, arch.head_dim))
-        runs = (1, arch.layers - 1) if arch.layers > 1 else (1,)  # the first block stands alone (`Scope.layers`)
-        layers = split_layers(permute(past, (2, 0, 3, 1, 4)), runs)
-        for count, layer in zip(runs, layers, strict=True):
-            tape().begin("prefix of blocks", "forward").repeat = count
-            key, value = unbind_pair(narrow(layer, 0, 2))
-            model.build.past.append((first_in_cache(key), first_in_cache(value)))
+        runs = runs_of_layers(arch, self)
+        layers = [(first + i, times) for first, period, times in runs for i in range(period)]
+        parts = split_layers(permute(past, (2, 0, 3, 1, 4)), [times for _, times in layers])
+        if by_layer:
+            fill("arange", (self.tokens,), "i64")  # positions, which nothing reads
+        for (layer, times), part in zip(layers, parts, strict=True):
+            tape().begin("prefix of blocks", "forward").repeat = times
+            key, value = unbind_pair(part if by_layer else narrow(part, 0, 2))
+            window = arch.window_of(layer) if by_layer else None
+            model.build.past.append((self._cached(key, window), self._cached(value, window)))
         tape().begin("prefix", "forward")  # where the tensor that was cut dies, once
+
+    def _cached(self, x: Tensor, window: int | None) -> Tensor:
+        """`update` of a layer's empty cache; a sliding one keeps what its window reaches."""
+        x = first_in_cache(x)
+        return x if window is None else narrow(x, -2, self.tokens)
 
     def _encode(self, model: Scope, indices: Tensor, token_dim: int) -> Tensor:
         assert self.architecture is not None

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from ..tape.core import Tensor
 from ..tape.nn import embedding
-from .base import Scope, method
-from .virtual import SoftPrompt
+from ..tape.tensor import Tensor
+from .parts.base import Scope, method
+from .parts.virtual import SoftPrompt
 
 
 @method(

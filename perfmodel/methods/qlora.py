@@ -7,14 +7,15 @@ bitsandbytes/nn/modules.py (`Linear4bit`), peft/tuners/lora/bnb.py.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..tape.core import Parameter, Tensor, tape
+from ..tape.core import tape
 from ..tape.linalg import linear
+from ..tape.packages.quantized import BLOCK, NESTED_BLOCK, Packed, linear_4bit
 from ..tape.pointwise import add, cast, dropout, mul
-from ..tape.quantized import BLOCK, NESTED_BLOCK, Packed, linear_4bit
 from ..tape.shape import clone
-from .base import Linear, method, option
-from .checks import float_dtype
+from ..tape.tensor import Parameter, Tensor
 from .lora import Lora
+from .parts.base import Linear, method, option
+from .parts.checks import float_dtype
 
 
 @method(

@@ -4,16 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..tape.autograd import Grads, Node, differentiate
-from ..tape.core import Storage, Tensor, tape
-from ..tape.dims import contiguous_strides, product
+from ..program.dims import contiguous_strides, product
+from ..tape.autograd import differentiate
+from ..tape.core import tape
 from ..tape.extra import permute
 from ..tape.linalg import bmm, linear
 from ..tape.pointwise import add, cast, dropout, mul
 from ..tape.shape import unsqueeze, view
-from .base import Linear, method, option
-from .checks import fraction, positive
-from .targeted import Targeted
+from ..tape.tensor import Grads, Node, Storage, Tensor
+from .parts.base import Linear, method, option
+from .parts.checks import fraction, positive
+from .parts.targeted import Targeted
 
 
 @method(

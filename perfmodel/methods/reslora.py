@@ -7,11 +7,11 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from ..errors import UserError
-from ..tape.core import Tensor
-from .base import Linear, method, option
-from .checks import choice
+from ..tape.tensor import Tensor
 from .lora import Lora
-from .shortcuts import SHORTCUTS, Adapter
+from .parts.base import Linear, method, option
+from .parts.checks import choice
+from .parts.shortcuts import SHORTCUTS, Adapter
 
 
 @method(

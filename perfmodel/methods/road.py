@@ -4,15 +4,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import UserError
-from ..tape.core import Tensor
-from ..tape.dims import product
+from ..program.dims import product
 from ..tape.extra import cos, sin
-from ..tape.pieces import repeat_rows, select, stack
 from ..tape.pointwise import add, cast, mul, neg
 from ..tape.shape import reshape, view
-from .base import Linear, method, option
-from .checks import choice, positive
-from .targeted import Targeted
+from ..tape.split import repeat_rows, select, stack
+from ..tape.tensor import Tensor
+from .parts.base import Linear, method, option
+from .parts.checks import choice, positive
+from .parts.targeted import Targeted
 
 VARIANTS = ("road_1", "road_2", "road_4")
 

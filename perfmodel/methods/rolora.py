@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from ..tape.core import Parameter
-from .base import Linear, method, option
-from .checks import choice
+from ..tape.tensor import Parameter
 from .lora import Lora
+from .parts.base import Linear, method, option
+from .parts.checks import choice
 
 ROUNDS = ("A", "B")
 

@@ -5,20 +5,18 @@ shape, by FLOPs or by measuring (github.com/KamikaziZen/RunLoRA, runlora/runlora
 """
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import UserError
-from ..tape.core import Tensor
 from ..tape.custom import BACKWARDS, FORWARDS, run_lora
 from ..tape.pointwise import mul
 from ..tape.shape import t
-from .base import Linear, Seconds, method, option
-from .checks import choice, float_dtype, positive
-from .runlora_orders import BACKWARD_FLOPS, FORWARD_FLOPS, Choice, LayerShape, cheapest, flops, times
-from .targeted import Targeted, base_bias, base_weight
-
-if TYPE_CHECKING:
-    from ..step import Step
+from ..tape.tensor import Tensor
+from .parts.base import Linear, Seconds, method, option
+from .parts.checks import choice, float_dtype, positive
+from .parts.periodic import Recorded
+from .parts.runlora_orders import BACKWARD_FLOPS, FORWARD_FLOPS, Choice, LayerShape, cheapest, flops, times
+from .parts.targeted import Targeted, base_bias, base_weight
 
 
 @method(
@@ -86,7 +84,7 @@ class RunLora(Targeted):
         shape = LayerShape(tokens, layer.n_in, layer.n_out, self.r, dtype, layer.has_bias, layer.conv1d)
         return run_lora(x, w, mul(u, self.alpha), v, bias, *self.orders(shape))
 
-    def choices(self, step: "Step") -> list[Choice]:
+    def choices(self, step: Recorded) -> list[Choice]:
         names = {p.name: p for p in step.parameters}
         found: dict[str, Choice] = {}
         path = step.architecture.layer_path + "."
@@ -96,7 +94,7 @@ class RunLora(Targeted):
                 name = layer.removeprefix(path).partition(".")[2] if layer.startswith(path) else layer
                 shape = LayerShape(
                     step.setup.batch * step.setup.seq, u.shape[0], names[layer + ".lora_V"].shape[1], self.r, u.dtype,
-                    layer + ".bias" in names, step.architecture.model_type == "gpt2",
+                    layer + ".bias" in names, step.architecture.traits.conv1d,
                 )  # fmt: skip
                 copies = u.count + (found[name].copies if name in found else 0)
                 seconds = self.costs(shape) if self.choose == "time" else (None, None)

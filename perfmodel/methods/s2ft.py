@@ -1,15 +1,14 @@
 """S2FT: whole heads and channels train in place, as slices of the weights that read or write them."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import UserError
-from ..tape.core import Storage, Tensor
-from ..tape.dims import contiguous_strides, product
-from ..tape.sliced import sliced_linear
-from .base import Linear, method, option
-from .targeted import Targeted, base_bias, matches
+from ..program.dims import contiguous_strides, product
+from ..tape.packages.sliced import sliced_linear
+from ..tape.tensor import Storage, Tensor
+from .parts.base import Linear, method, option
+from .parts.targeted import Targeted, base_bias, matches
 
 READERS = ("o_proj", "out_proj", "down_proj", "c_proj", "fc2", "output.dense")  # of heads and channels; others write
 
@@ -33,10 +32,7 @@ class S2Ft(Targeted):
     heads: float = option(0.052, "share of the attention layers' width that trains (the authors' o_ratio, v_ratio)")
     channels: float = option(0.02, "share of the MLP layers' width that trains (the authors' d_ratio, u_ratio)")
 
-    default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        **dict.fromkeys(("llama", "mistral", "qwen2"), ("o_proj", "down_proj")),
-        "gpt_neo": ("out_proj", "mlp.c_proj"), "opt": ("out_proj",), "bert": ("output.dense",),
-    }  # fmt: skip
+    family: ClassVar[str] = "s2ft"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,8 +44,11 @@ class S2Ft(Targeted):
 
     def check(self) -> None:
         assert self.architecture is not None
-        if self.architecture.model_type == "gpt2":
-            raise UserError("method s2ft: the authors' layers replace nn.Linear, gpt2 has Conv1D; use paca or lora")
+        if self.architecture.traits.conv1d:
+            raise UserError(
+                f"method s2ft: the authors' layers replace nn.Linear, {self.architecture.name} has Conv1D; "
+                "use paca or lora"
+            )
         super().check()
 
     def dtype_beside(self, dtype: str) -> str:

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import UserError
-from ..tape.core import Tensor
-from .base import Linear, Method, method, option
-from .checks import choice, float_dtype, fraction, positive
+from ..tape.tensor import Tensor
 from .lora import Lora
+from .parts.base import Linear, Method, method, option
+from .parts.checks import choice, float_dtype, fraction, positive
 
 
 @method(

@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import UserError
-from ..tape.core import Parameter, Storage, Tensor
 from ..tape.gather import replace_rows
 from ..tape.linalg import linear
 from ..tape.nn import embedding
 from ..tape.pointwise import cast
-from .base import Method, Scope, method, option
-from .checks import positive
+from ..tape.tensor import Parameter, Storage, Tensor
+from .parts.base import Method, Scope, method, option
+from .parts.checks import positive
 
 
 @method(
@@ -38,7 +38,7 @@ class TrainableTokens(Method):
         assert arch is not None
         if np.any(np.greater(self.tokens, arch.vocab)):
             raise UserError(f"method {self.name}: tokens {np.max(self.tokens)} exceeds the vocabulary of {arch.name}")
-        if arch.model_type == "bert":
+        if arch.traits.head == "masked":
             raise UserError(f"method {self.name}: the tied head of {arch.name} is not modelled; use lora or bitfit")
 
     def words(self, model: Scope, weight: Parameter, ids: Tensor) -> Tensor:

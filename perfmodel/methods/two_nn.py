@@ -3,11 +3,12 @@
 Source: https://www.nature.com/articles/s41598-017-11873-y; the maximum-likelihood form, d = N / Σ log(r₂/r₁).
 """
 
-from ..tape.core import Tensor, emit, new_tensor, record
+from ..tape.core import emit, new_tensor, record
 from ..tape.extra import div, sum_dim
 from ..tape.linalg import mm
 from ..tape.pointwise import add, mul, power, sub, unary
 from ..tape.shape import t, unsqueeze, view_as
+from ..tape.tensor import Tensor
 
 NEAREST = 3  # the point itself and two neighbours
 

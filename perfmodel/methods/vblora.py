@@ -1,21 +1,19 @@
 """VB-LoRA as PEFT runs it: the factors of all layers are mixed from one bank of vectors."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..tape.core import Tensor
 from ..tape.extra import sum_dim
 from ..tape.gather import any_infinite, rows_of, top_values
 from ..tape.linalg import linear
 from ..tape.nn import softmax
-from ..tape.pieces import select
 from ..tape.pointwise import add, cast, dropout, mul
 from ..tape.shape import reshape, transpose, unsqueeze
-from .base import Linear, method, option
-from .checks import fraction, positive
-from .shared import SharedWeights
-from .targeted import DEFAULT_TARGETS
+from ..tape.split import select
+from ..tape.tensor import Tensor
+from .parts.base import Linear, method, option
+from .parts.checks import fraction, positive
+from .parts.shared import SharedWeights
 
 
 @method(
@@ -38,10 +36,7 @@ class VbLora(SharedWeights):
     aliases: ClassVar[dict[str, str]] = {
         **SharedWeights.aliases, "num_vectors": "vectors", "vector_length": "length", "topk": "k"
     }  # fmt: skip
-    default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        **{name: targets for name, targets in DEFAULT_TARGETS.items() if name != "mistral"},
-        "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-    }
+    family: ClassVar[str] = "adalora"  # PEFT's table has the same entries
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         previous_dtype = x.dtype

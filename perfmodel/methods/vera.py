@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..tape.core import Storage, Tensor
-from ..tape.dims import contiguous_strides, product
+from ..program.dims import contiguous_strides, product
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, dropout, mul
-from .base import Linear, method, option
-from .checks import fraction, positive
-from .targeted import Targeted
+from ..tape.tensor import Storage, Tensor
+from .parts.base import Linear, method, option
+from .parts.checks import fraction, positive
+from .parts.targeted import Targeted
 
 
 @method(

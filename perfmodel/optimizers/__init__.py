@@ -1,15 +1,11 @@
-"""What clipping and the optimizer launch: one file a family; importing this package registers them."""
+"""What clipping and the optimizer launch: one file a family, found by the names that it registers."""
 
-from . import adafactor, adamw, bitsandbytes, sgd
-from .clip import clip_grad_norm
-from .lists import by_dtype, trainable
-from .update import Update, copy_in, moments, names, recorded, resolve, state_bytes
+from .parts.clip import clip_grad_norm
+from .parts.lists import by_dtype, trainable
+from .parts.update import Update, copy_in, moments, names, recorded, resolve, state_bytes
 
 __all__ = [
     "Update",
-    "adafactor",
-    "adamw",
-    "bitsandbytes",
     "by_dtype",
     "clip_grad_norm",
     "copy_in",
@@ -17,7 +13,6 @@ __all__ = [
     "names",
     "recorded",
     "resolve",
-    "sgd",
     "state_bytes",
     "trainable",
 ]

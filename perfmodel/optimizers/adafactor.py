@@ -4,11 +4,13 @@ A Python loop over single tensors, in fp32 whatever the weights are, so that a 1
 first. Source: transformers/optimization.py `Adafactor.step`, trainer_optimizer.py `_get_adafactor`.
 """
 
-from ..tape.core import Parameter, Tensor, emit
+from ..program.op import Attrs
+from ..tape.core import emit
 from ..tape.pointwise import cast, mean_last
 from ..tape.shape import unsqueeze
-from .ops import in_place, new
-from .update import Parameters, Update, gradient, optimizer
+from ..tape.tensor import Parameter, Tensor
+from .parts.ops import in_place, new
+from .parts.update import Parameters, Update, gradient, optimizer
 
 
 @optimizer("adafactor")
@@ -44,8 +46,10 @@ def _factored(update: Update, p: Parameter, grad: Tensor, squares: Tensor) -> Te
     *rest, rows, columns = p.shape
     exp_avg_sq_row = update.state(p, (*rest, rows), "fp32")
     exp_avg_sq_col = update.state(p, (*rest, columns), "fp32")
-    for state in (exp_avg_sq_row, exp_avg_sq_col):
-        in_place("add_.Tensor", in_place("mul_.Tensor", state), emit("mean.dim", (squares,), state.shape, "fp32"))
+    for state, dim in ((exp_avg_sq_row, len(rest) + 1), (exp_avg_sq_col, len(rest))):
+        mean = emit("mean.dim", (squares,), state.shape, "fp32", attrs=Attrs(dims=(dim,)))
+        in_place("add_.Tensor", in_place("mul_.Tensor", state), mean)
+        del mean
     ratio = new("div.Tensor", exp_avg_sq_row, mean_last(exp_avg_sq_row))
     r_factor = unsqueeze(in_place("rsqrt_", ratio), -1)
     c_factor = new("rsqrt", unsqueeze(exp_avg_sq_col, -2))

@@ -1,10 +1,11 @@
 """`torch.optim.AdamW` with weight decay, in its three forms. Sources: torch/optim/adamw.py, adam.py."""
 
-from ..tape.core import Parameter
-from ..tape.op import Part, Spec
-from .lists import Recorder, Specs, by_dtype, counters, each, specs_of
-from .ops import advance, in_place, new, read_counter
-from .update import Parameters, Update, gradient, optimizer
+from ..program.op import Spec
+from ..program.part import Part
+from ..tape.tensor import Parameter
+from .parts.lists import Recorder, Specs, by_dtype, counters, each, specs_of
+from .parts.ops import advance, in_place, new, read_counter
+from .parts.update import Parameters, Update, gradient, optimizer
 
 
 def _keep_states(update: Update, parameters: Parameters, *, fused: bool = False) -> None:
@@ -28,14 +29,14 @@ def _foreach_group(part: Part, group: Specs, *, decay: bool) -> None:
     op = Recorder(part)
     steps = counters(group)
     params = grads = moments = group
-    op("_foreach_add_.Tensor", [*steps, Spec("fp32", ())], steps, device="host")
+    op("_foreach_add_.Tensor", [*steps, Spec("fp32", ())], steps, host=True)
     if decay:
         op("_foreach_mul_.Scalar", params, params)
     op("_foreach_lerp_.Scalar", moments + grads, moments)
     op("_foreach_mul_.Scalar", moments, moments)
     op("_foreach_addcmul_.Scalar", moments + grads + grads, moments, distinct=moments + grads)
-    each(op, steps, lambda one: op("_local_scalar_dense", [one], [], device="host"))
-    each(op, steps, lambda one: op("_local_scalar_dense", [one], [], device="host"))
+    each(op, steps, lambda one: op("_local_scalar_dense", [one], [], host=True))
+    each(op, steps, lambda one: op("_local_scalar_dense", [one], [], host=True))
     denominator = op.temporary(group)
     op("_foreach_sqrt", moments, group)
     op("_foreach_div_.ScalarList", group, group)

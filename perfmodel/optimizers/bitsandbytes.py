@@ -9,9 +9,11 @@ when the device is full.
 
 from functools import partial
 
-from ..tape.core import Parameter, Tensor, record
-from ..tape.dims import decide
-from .update import Parameters, Update, gradient, optimizer
+from ..program.dims import decide
+from ..program.op import ON_HOST, Attrs
+from ..tape.core import record
+from ..tape.tensor import Parameter, Tensor
+from .parts.update import Parameters, Update, gradient, optimizer
 
 SMALLEST_8BIT = 4096  # elements (min_8bit_size)
 SMALLEST_PAGED = 100_000  # elements (get_state_buffer)
@@ -40,14 +42,14 @@ def _update_tensor(update: Update, p: Parameter, states: int, maps: list[Tensor]
     moments = [update.state(p, dtype="u8" if quantised else "fp32", paged=on_pages) for _ in range(states)]
     if on_pages:
         for _ in moments:
-            record("bitsandbytes::cprefetch", (), (), ("host",))
+            record("bitsandbytes::cprefetch", (), (), ON_HOST)
     if quantised:
         scales = [update.state(p, (-(-p.numel // BLOCK),), "fp32") for _ in range(states)]
         tensors = (gradient(p), p, *moments, *maps, *scales)
-        record("bitsandbytes::optimizer_update_8bit_blockwise", tensors, tensors, ("sync",))
+        record("bitsandbytes::optimizer_update_8bit_blockwise", tensors, tensors, Attrs(sync=True))
     else:
         tensors = (gradient(p), p, *moments)
-        record("bitsandbytes::optimizer_update_32bit", tensors, tensors, ("sync",))
+        record("bitsandbytes::optimizer_update_32bit", tensors, tensors, Attrs(sync=True))
 
 
 for _name, (_states, _bits, _paged) in FORMS.items():

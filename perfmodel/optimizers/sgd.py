@@ -1,7 +1,7 @@
 """`torch.optim.SGD`, foreach, without weight decay. Source: torch/optim/sgd.py, `_multi_tensor_sgd`."""
 
-from .lists import Recorder, by_dtype, specs_of
-from .update import Parameters, Update, optimizer
+from .parts.lists import Recorder, by_dtype, specs_of
+from .parts.update import Parameters, Update, optimizer
 
 
 @optimizer("sgd")

@@ -10,13 +10,15 @@ run again, nor left out. Not modelled: kernels that autotuning would choose for 
 attention written out, and the second order of loops that lets row and column sums share a kernel.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..step import Step
-from ..tape.core import Flow
-from ..tape.dims import largest, summed
-from ..tape.op import Op, Part, Spec
+from ..program.dims import largest, summed
+from ..program.op import Attrs, Op, Spec
+from ..program.part import Part
+from ..setup import Setup
+from ..tape.tensor import Flow, Parameter
 from .fusion import Kernel, fused
 from .graph import Graph, Numbering, Place, Prim, Value
 from .lowering import lowered
@@ -36,28 +38,29 @@ Programs = dict[Any, Program]  # by what decides them
 
 
 def compiled(
-    step: Step, parts: list[Part], flow: Flow, known: Programs, *, alike: bool
+    setup: Setup, parameters: Sequence[Parameter], parts: list[Part], flow: Flow, known: Programs, *, alike: bool
 ) -> tuple[list[Part], list[Part]]:
     """The parts of a micro-batch as `torch.compile` runs them; if further ones are alike (`Tape.alike`), theirs too.
 
     Args:
+        parameters: of the model, as the parts use them.
         known: what was compiled before and receives what is compiled here: a program that only adds its gradients to
             others, or that another optimizer follows, is the same.
 
     Raises:
         MixedStructure: the points of a grid do not compile to one program.
     """
-    graph = lowered(step, parts, flow)
+    graph = lowered(parameters, parts, flow)
     numbering = Numbering(graph)
     outside = graph.outside
     signature = numbering.signature(outside)
     program = known.get(signature)
     if program is None:
-        halves = partitioned(graph, step.setup.batch * step.setup.seq)
+        halves = partitioned(graph, setup.batch * setup.seq)
         forward = fused(halves.forward, halves.saved | {v for v in outside if v.maker and not v.maker.backward})
         backward = fused(halves.backward, {v for v in outside if v.maker and v.maker.backward})
         program = known[signature] = Program(forward, backward, list(numbering.number))
-    captured = step.setup.compile == "reduce-overhead"
+    captured = setup.compile == "reduce-overhead"
 
     def emitted(g: Graph) -> list[Part]:
         return _Emission(numbering.renamed(g, program.values), program, captured=captured).run()
@@ -94,12 +97,12 @@ class _Emission:
             if place.backward != backward:
                 continue
             part = Part(place.part.name, place.part.phase, place.repeat, compiled=True, captured=self.captured)
-            part.modules = place.part.modules
+            part.host.modules = place.part.host.modules
             for kernel in at.get(index, ()):
                 part.ops.append(_call(kernel))
                 self.schedule.append((part, place, kernel))
             if part.ops:
-                part.graphs, first = int(first), False
+                part.host.graphs, first = int(first), False
                 self.parts.append(part)
 
     def _accumulations(self) -> None:
@@ -108,7 +111,7 @@ class _Emission:
             for kernel in self.tail:
                 if kernel.place == index:
                     part.ops.append(_call(kernel))
-                    part.nodes += 1
+                    part.host.nodes += 1
                     self.schedule.append((part, place, kernel))
             if part.ops:
                 self.parts.append(part)
@@ -155,7 +158,7 @@ def _generated(kernel: Kernel) -> Op:
         tuple([Spec(value.dtype, (value.points,)) for value in kernel.writes]),
         summed(kernel.reads.values()),
         summed([value.nbytes for value in kernel.writes]),
-        attrs=((points, length), *(("exp",) if exponential else ())),
+        attrs=Attrs(loops=(points, length), exponential=exponential),
         owner=main.owner,
         recompute=main.recompute,
     )

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from ..tape.dims import Dim, larger, largest, same
-from ..tape.op import Op
+from ..program.dims import Dim, larger, largest, same
+from ..program.op import Op
 from .graph import Prim, Value
 
 READS_ON_REUSE = 4  # config.realize_reads_threshold

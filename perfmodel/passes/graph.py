@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ..tape.core import Flow
-from ..tape.dims import Dim, decide, same
-from ..tape.dtypes import ITEMSIZE
-from ..tape.op import Op, Part, Use
+from ..program.dims import Dim, decide, same
+from ..program.dtypes import ITEMSIZE
+from ..program.op import Op, Use
+from ..program.part import Part
+from ..tape.tensor import Flow
 
 
 class Value:

@@ -4,12 +4,13 @@ Composite calls (layer norm, softmax, losses, the embedding's gradient) fall int
 Sources: torch/_inductor/lowering.py, torch/_inductor/decomposition.py, torch/_decomp/decompositions.py (PyTorch 2.13).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from ..step import Step
-from ..tape.core import Flow
-from ..tape.dims import Dim, decide, is_one, product
-from ..tape.op import LATER, Part, Spec
+from ..calls.sums import along_rows
+from ..program.dims import Dim, decide, product
+from ..program.part import Part
+from ..registry import add_once
+from ..tape.tensor import Flow, Parameter
 from .graph import Builder, Graph, Prim, Value
 
 # Calls that compute each element of the result from the operands' elements, by the name before the dot.
@@ -37,15 +38,15 @@ Rule = Callable[[Builder], None]
 _RULES: dict[str, Rule] = {}
 
 
-def lowered(step: Step, parts: list[Part], flow: Flow) -> Graph:
+def lowered(parameters: Sequence[Parameter], parts: list[Part], flow: Flow) -> Graph:
     """The graph of a micro-batch's parts."""
-    parameters = {p.storage.number: p.part if p.part and p.part.repeat > 1 else None for p in step.parameters}
-    builder = Builder(parts, flow, parameters)
+    weights = {p.storage.number: p.part if p.part and p.part.repeat > 1 else None for p in parameters}
+    builder = Builder(parts, flow, weights)
     for op in builder.ops():
         name = op.name.partition(".")[0]
         if name in NOTHING:
             continue
-        if name == "add_" and LATER in op.attrs:
+        if name == "add_" and op.attrs.later:
             _add_later(builder)
         elif name == "add_" and op.writes and builder.existed(op.writes[0]):
             _accumulate(builder)
@@ -57,7 +58,7 @@ def lowered(step: Step, parts: list[Part], flow: Flow) -> Graph:
             _plain(builder, name if name.startswith("_") else name.rstrip("_"))
     graph = builder.graph
     for (storage, _), value in builder.values.items():
-        if value.maker is not None and (storage in flow.live or storage in parameters):
+        if value.maker is not None and (storage in flow.live or storage in weights):
             graph.results.add(value)
     _without_dead_code(graph)
     return graph
@@ -133,11 +134,7 @@ def _sum(b: Builder, name: str) -> None:
     """Along the last dims (rows), or down the leading ones (columns, in two kernels where there are many)."""
     x, out = b.op.inputs[0], b.op.outputs[0]
     length = x.numel // out.numel
-    b.write(b.op.writes[0], _reduced(b, name, b.reads(), out.numel, length, out.dtype, columns=_keeps_last(x, out)))
-
-
-def _keeps_last(x: Spec, out: Spec) -> bool:
-    return bool(out.shape) and not is_one(out.shape[-1]) and not is_one(x.shape[-1])
+    b.write(b.op.writes[0], _reduced(b, name, b.reads(), out.numel, length, out.dtype, columns=not along_rows(b.op)))
 
 
 def _reduced(
@@ -159,7 +156,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
     def register(make: Rule) -> Rule:
         for name in names:
-            _RULES[name] = make
+            add_once(_RULES, name, make)
         return make
 
     return register

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ..tape.dims import Dim, MixedStructure
+from ..program.dims import Dim, MixedStructure
 from .graph import Graph, Prim, Value
 from .mincut import INFINITE, Network
 

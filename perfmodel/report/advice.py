@@ -4,9 +4,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..advise import Advice, Candidate, Change
-from ..advise import Progress as Report
-from . import units
+from .. import units
+from ..questions.advice import Advice, Candidate, Change
+from ..questions.advice import Progress as Report
 from .plain import paragraph, show, table
 
 SHOWN = 8  # changes and candidates in a table

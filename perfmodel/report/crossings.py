@@ -2,7 +2,7 @@
 
 from itertools import groupby
 
-from ..crossover import Crossover
+from ..questions.crossover import Crossover
 
 FLUTTER = 1.05  # a stretch between points closer than this is not told
 MOST_TOLD = 4  # stretches of one verdict; with more, only the first and the last are told

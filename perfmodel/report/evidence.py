@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-from .. import architectures
+from .. import architectures, units
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
-from ..predict import Model, Prediction
-from . import units
+from ..prediction.predict import Model, Prediction
 
 OPTIONS = {  # field of the setup -> what it is called
     "batch": "batch", "seq": "tokens per sample", "dtype": "base weights", "amp": "autocast", "optimizer": "optimizer",

@@ -4,14 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..anatomy import Anatomy
-from ..crossover import Crossover
+from .. import units
 from ..devices.profile import DeviceProfile
-from ..explanation import Explanation
-from ..predict import Prediction
-from ..roofline import Kernel, Roof, roof
+from ..prediction.predict import Prediction
+from ..questions.anatomy import Anatomy
+from ..questions.crossover import Crossover
+from ..questions.explanation import Explanation
+from ..questions.roofline import Kernel, Roof, roof
 from . import crossings as words
-from . import units
 from .charts import NARROW, WIDE
 from .charts.crossing import AXES, COLOURS, crossing
 from .charts.memory import PARTS, memory

@@ -1,8 +1,8 @@
 """An explanation in the terminal: the answer, the waterfall, what limits each phase, where the verdict turns."""
 
-from ..anatomy import Phase
-from ..explanation import Explanation
-from . import units
+from .. import units
+from ..questions.anatomy import Phase
+from ..questions.explanation import Explanation
 from .crossings import in_words
 from .figures import headline, phase_table
 from .plain import paragraph, show, table

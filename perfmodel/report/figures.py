@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..anatomy import Phase
-from ..compare import Comparison
-from ..predict import Prediction
+from .. import units
+from ..prediction.predict import Prediction
+from ..program.part import PHASES
+from ..questions.anatomy import Phase
+from ..questions.comparison import Comparison
 from ..setup import Setup
-from ..step import PHASES
-from . import units
 
 Figure = Callable[[Prediction], Any]
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..sweep import Columns, Sweep
+from ..questions.sweeps import Columns, Sweep
 from .sweeps import Key, plane
 
 MOST_PANELS, MOST_NUMBERS, MOST_TICKS = 12, 80, 8  # panels; cells with a number in them; ticks at every value

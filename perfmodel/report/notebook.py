@@ -1,19 +1,20 @@
 """What a notebook shows of a result: small tables in HTML, without a style sheet of their own."""
 
 from collections.abc import Iterable, Sequence
+from functools import singledispatch
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ..step import PHASES
-from . import units
+from .. import units
+from ..prediction.predict import Prediction
+from ..program.part import PHASES
+from ..questions.comparison import Comparison
+from ..questions.explanation import Explanation
+from ..questions.sweeps import Sweep
+from .figures import figures
 from .svg import typeset
-
-if TYPE_CHECKING:
-    from ..compare import Comparison
-    from ..explanation import Explanation
-    from ..predict import Prediction
 
 CELL = "text-align:right;padding:.15em .9em .15em 0;font-variant-numeric:tabular-nums;white-space:nowrap"
 NAME = "text-align:left;padding:.15em .9em .15em 0;white-space:nowrap"
@@ -21,7 +22,18 @@ SAVED, ADDED = "#0072b2", "#d55e00"
 WIDEST = 9.0  # em, the longest bar
 
 
-def prediction(p: "Prediction") -> str:
+@singledispatch
+def html(result: Any) -> str:
+    """The HTML of any result.
+
+    Raises:
+        TypeError: it is none.
+    """
+    raise TypeError(f"{type(result).__name__} is no result that a notebook shows")
+
+
+@html.register
+def _prediction(p: Prediction) -> str:
     """One method: its phases, memory and parameters; of a grid the range of each."""
     columns = (*PHASES, "total")
     rows = [
@@ -38,21 +50,21 @@ def prediction(p: "Prediction") -> str:
     return _block(f"{p.method} on {p.model}, {p.device}", _table(["", *columns], rows), [below, *p.notes])
 
 
-def comparison(c: "Comparison") -> str:
+@html.register
+def _comparison(c: Comparison) -> str:
     """The answers in words, and one column a method."""
     answers = [s.answer or f"{s.method}: speed-up {_range(s.ratio, lambda v: f'{v:.2f}')}" for s in c.speedups]
     if c.predictions[0].step is None:  # a grid
         rows = [[p.method, _range(p.time.phases["total"], units.seconds)] for p in c.predictions]
         return _block("<br/>".join(map(_text, answers)), _table(["", "step"], rows), [], escaped=True)
-    from .figures import figures
-
     rows = [[r.name.strip(), *(_bold(x.text) if x.best else x.text for x in r.cells)] for r in figures(c)]
     heads = ["", *(p.method for p in c.predictions)]
     told = ["Bold: best of those that fit", *dict.fromkeys(n for p in c.predictions for n in p.notes)]
     return _block("<br/>".join(map(_text, answers)), _table(heads, rows), told, escaped=True)
 
 
-def explanation(e: "Explanation") -> str:
+@html.register
+def _explanation(e: Explanation) -> str:
     """The answer and the waterfall, its bars to scale."""
     longest = max((abs(bar.difference) for bar in e.waterfall), default=0.0) or 1.0
     rows = [
@@ -63,6 +75,16 @@ def explanation(e: "Explanation") -> str:
     total = e.after.total - e.before.total
     rows.append(["step", *map(units.seconds, (e.before.total, e.after.total)), units.signed(total), ""])
     return _block(e.answer, _table(["", *e.labels, "change", ""], rows), e.a.notes)
+
+
+@html.register
+def _sweep(s: Sweep) -> str:
+    """What a sweep spans; nothing is predicted for it."""
+    axes = {"batch": s.batch, "seq": s.seq, "rank": s.rank}
+    rows = [["methods", ", ".join(m.spec() for m in s.methods)], ["devices", ", ".join(d.slug for d in s.devices)]]
+    rows += [[name, f"{_range(axis, str)} ({len(axis)})"] for name, axis in axes.items() if len(axis)]
+    below = [f"{len(s):,} setups; to_frame() predicts them, the speed-up over {s.methods[0].spec()} beside each"]
+    return _block(f"sweep over {s.model}", _table(["", ""], rows), below)
 
 
 def _range(value: Any, text: Any) -> str:

@@ -6,15 +6,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..compare import compare
 from ..devices import host as hosts
-from ..devices import profile
+from ..devices.device import Device, profile_of
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
 from ..errors import UserError
-from ..explanation import Explanation, of_predictions
 from ..methods import Method
-from ..predict import Model
+from ..prediction.predict import Model
+from ..questions.comparison import compare
+from ..questions.explanation import Explanation, of_predictions
 from ..setup import Setup
 from . import evidence, exhibits
 from .figures import figures, mfu_of, shared_setup
@@ -28,7 +28,7 @@ def report(
     model: Model,
     methods: Sequence[str | Method] = ("full", "lora"),
     setup: Setup | None = None,
-    device: str | DeviceProfile = "l40s",
+    device: str | DeviceProfile | Device = "l40s",
     *,
     host: str | Host = "default",
     axes: Sequence[str] = ("batch", "seq", "size", "targets"),
@@ -43,7 +43,7 @@ def report(
 
     Other arguments and errors are those of `compare`; the setup must be a single one.
     """
-    on = profile.load(device) if isinstance(device, str) else device
+    on = profile_of(device)
     by = hosts.resolve(host, on)
     c = compare(model, methods, setup, on, host=by, **options)
     base, *others = c.predictions

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from .. import units
 from ..errors import UserError
-from ..explanation import Explanation
+from ..questions.explanation import Explanation
+from ..questions.roofline import roof
 from ..resources import write_text
-from ..roofline import roof
-from . import units
 from .charts import WIDE
 from .charts.roofline import legend, roofline
 from .charts.waterfall import waterfall

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from rich.markup import escape
 
-from ..speedup import verdict
-from ..sweep import Columns, Sweep
-from . import units
+from .. import units
+from ..questions.speedup import verdict
+from ..questions.sweeps import Columns, Sweep
 from .files import records, rows_to
 from .progress import progress
 from .terminal import console, table

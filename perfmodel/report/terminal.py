@@ -8,12 +8,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ..compare import Comparison
-from ..periodic import PeriodicCost
-from ..predict import Prediction
-from ..step import PHASES
-from ..words import in_words
-from . import units
+from .. import units
+from ..methods.parts.periodic import PeriodicCost
+from ..prediction.predict import Prediction
+from ..program.part import PHASES
+from ..questions.comparison import Comparison
+from ..questions.sentences import in_words
 from .figures import Cell, figures, headline, mfu_of, setup_line
 
 console = Console(highlight=False)

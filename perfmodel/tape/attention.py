@@ -10,13 +10,16 @@ transformers/integrations/sdpa_attention.py.
 
 from collections.abc import Sequence
 
-from .autograd import Grads, Node, differentiate
-from .core import Tensor, new_tensor, record, tape
-from .dims import Shape, is_one, strides_in_order
+from ..program.dims import Shape, is_one, strides_in_order
+from ..program.op import Attrs
+from .autograd import differentiate
+from .core import new_tensor, record, tape
+from .extra import div
 from .linalg import autocast_operand, matmul
 from .nn import softmax
-from .pointwise import add, cast, dropout, fill, mul, scale, where
+from .pointwise import add, cast, dropout, fill, mul, scale, tanh, where
 from .shape import contiguous, expand, reshape, transpose, unsqueeze
+from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
 CUDNN_FIRST = ("9.0", "10.0")
@@ -45,16 +48,19 @@ def repeat_heads(x: Tensor, groups: int) -> Tensor:
 
 
 def eager_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, form: str, p: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, form: str, p: float, capped: bool = False
 ) -> tuple[Tensor, Tensor]:
     """transformers' `eager_attention_forward`: q (b, h, s, d), k and v (b, kv, s, d) → (b, s, h, d) and the weights.
 
     Args:
         form: "upcast", softmax in fp32, then the query's dtype; "value", then the value's dtype; "plain", no cast.
+        capped: whether the scores have a soft cap.
     """
     groups = q.shape[1] // k.shape[1]
     k, v = repeat_heads(k, groups), repeat_heads(v, groups)
     weights = mul(matmul(q, transpose(k, 2, 3)), 1.0)
+    if capped:
+        weights = soft_capped(weights)
     if mask is not None:
         weights = add(weights, mask)
     weights = softmax(weights, "fp32" if form == "upcast" else None)
@@ -63,6 +69,13 @@ def eager_attention(
     weights = dropout(weights, p)
     out = matmul(weights, v)
     return contiguous(transpose(out, 1, 2)), weights
+
+
+def soft_capped(x: Tensor) -> Tensor:
+    """`tanh(x / cap) * cap`, written out."""
+    x = div(x, 1.0)
+    x = tanh(x)
+    return mul(x, 1.0)
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, p: float) -> Tensor:
@@ -120,7 +133,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, *,
     inputs = (q, k, v) if mask is None else (q, k, v, mask)
     if node:
         node.save(q, k, v, mask)
-    record(_FLASH[kernel], inputs, (out, statistics), attrs=(causal,))
+    record(_FLASH[kernel], inputs, (out, statistics), attrs=Attrs(causal=causal))
     if node:
         node.save(out.alias(), statistics)
         node.produces(out)
@@ -139,7 +152,7 @@ def _fused_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     q, k, v, mask, out, statistics = node.unpack()
     grad_of = [new_tensor(x.shape, x.dtype, None if kernel == "flash2" else _seq_first(x.shape)) for x in (q, k, v)]
     inputs = [x for x in (g, q, k, v, out, statistics, mask) if x is not None]
-    record(_FLASH_BACKWARD[kernel], inputs, grad_of, attrs=(causal,))
+    record(_FLASH_BACKWARD[kernel], inputs, grad_of, attrs=Attrs(causal=causal))
     return tuple(x if need else None for x, need in zip(grad_of, node.needs, strict=True))
 
 

@@ -1,7 +1,9 @@
 """Tensors that Python makes on the host and moves to the model's device: blocking copies from pageable memory."""
 
-from .core import Storage, Tensor, emit, record, tape
-from .dims import Shape, contiguous_strides, product
+from ..program.dims import Shape, contiguous_strides, product
+from ..program.op import ON_HOST, OVER_BUS
+from .core import emit, record, tape
+from .tensor import Storage, Tensor
 
 
 def from_host(name: str, shape: Shape, dtype: str) -> Tensor:
@@ -9,11 +11,11 @@ def from_host(name: str, shape: Shape, dtype: str) -> Tensor:
     if tape().device == "cpu":
         return emit(name, (), shape, dtype)
     made = Tensor(shape, dtype, contiguous_strides(shape), product(shape), Storage(0, None))
-    record(name, (), (made,), ("host",))
-    return emit("_to_copy", (made,), shape, dtype, attrs=("bus",))
+    record(name, (), (made,), ON_HOST)
+    return emit("_to_copy", (made,), shape, dtype, attrs=OVER_BUS)
 
 
 def scalar(dtype: str) -> Tensor:
     """`torch.tensor(value, device=…)`: one number; making it is no call of its own."""
     made = Tensor((), dtype, (), 1, Storage(0, None))
-    return emit("_to_copy", (made,), (), dtype, attrs=("bus",)) if tape().device == "cuda" else made
+    return emit("_to_copy", (made,), (), dtype, attrs=OVER_BUS) if tape().device == "cuda" else made

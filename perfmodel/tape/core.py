@@ -1,156 +1,19 @@
-"""Tensors without data, the tape that records what is done with them, and the memory that they hold.
+"""The tape that records what is done with tensors, and the global state of PyTorch that it stands for.
 
-A tensor's memory lives exactly as long as the tensor does: a `Storage` that nobody refers to any more reports itself
-freed, just as PyTorch's reference counting returns a block to the allocator. Forward passes are written with the local
-variables of the original, so peak memory follows without any bookkeeping by hand.
+Forward passes are written with the local variables of the original: since memory dies with its last tensor, peak memory
+follows without any bookkeeping by hand.
 """
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .dims import Dim, Shape, contiguous_strides, product
-from .dtypes import FLOATING, ITEMSIZE
-from .op import Op, Part, Spec, Use
-
-if TYPE_CHECKING:
-    from .autograd import Node
-
-
-class Storage:
-    """A block of memory. `copies` > 1: the block stands for that many when it is freed outside its repeated part.
-
-    `heir` is the block that stays in its place; it dies in further micro-batches only (`Tape.alike`).
-    """
-
-    __slots__ = ("__weakref__", "copies", "heir", "nbytes", "number", "tape")
-
-    def __init__(self, nbytes: Dim, tape: "Tape | None") -> None:
-        self.nbytes = nbytes
-        self.tape = tape
-        self.copies = 1
-        self.heir: Storage | None = None
-        self.number = next(_numbers)
-
-    def inherited(self) -> "Storage":
-        """Its heir, made on first use."""
-        if self.heir is None:
-            self.heir = Storage(self.nbytes, self.tape)
-        return self.heir
-
-    def __del__(self) -> None:
-        if self.tape is not None:
-            part = self.tape.part if self.heir is None else self.tape.part.later
-            if part is not None:
-                part.free(self.nbytes * self.copies)
-            if self.tape.flow is not None:
-                self.tape.flow.live.discard(self.number)
-
-
-_numbers = count()
-
-
-@dataclass
-class Flow:
-    """What a tape remembers of a pass forward and back for passes that rewrite its ops.
-
-    Attributes:
-        live: blocks of memory that are in use.
-        carried: for each run of identical layers, by the id of its part, the blocks of its input and output.
-        twins: for each backward part, by its id, the forward part whose ops it differentiates.
-    """
-
-    live: set[int] = field(default_factory=set)
-    carried: dict[int, tuple[int, int]] = field(default_factory=dict)
-    twins: dict[int, Part] = field(default_factory=dict)
-
-
-class Tensor:
-    """Shape, strides (elements), dtype and autograd state; no data."""
-
-    __slots__ = (
-        "_spec",
-        "_use",
-        "dtype",
-        "nbytes",
-        "node",
-        "numel",
-        "requires_grad",
-        "shape",
-        "slot",
-        "storage",
-        "strides",
-    )
-
-    def __init__(self, shape: Shape, dtype: str, strides: Shape, numel: Dim, storage: Storage) -> None:
-        self.shape = shape
-        self.dtype = dtype
-        self.strides = strides
-        self.numel = numel
-        self.nbytes = numel * ITEMSIZE[dtype]  # of the elements
-        self.storage = storage
-        self.requires_grad = False
-        self.node: Node | None = None
-        self.slot = 0
-        self._spec: Spec | None = None
-        self._use: Use | None = None
-
-    @property
-    def spec(self) -> Spec:
-        """What an op sees of the tensor: made once, however many ops do."""
-        if self._spec is None:
-            self._spec = Spec(self.dtype, self.shape)
-        return self._spec
-
-    @property
-    def use(self) -> Use:
-        """How an op uses its memory, of which a tensor that ops have seen keeps its block."""
-        if self._use is None:
-            self._use = Use(self.storage.number, self.nbytes, self.shape, self.strides)
-        return self._use
-
-    @property
-    def is_floating(self) -> bool:
-        """Whether the dtype can carry gradients."""
-        return self.dtype in FLOATING
-
-    def alias(self) -> "Tensor":
-        """The same memory, cut off from the graph (`detach`, a saved output)."""
-        return Tensor(self.shape, self.dtype, self.strides, self.numel, self.storage)
-
-
-class Parameter(Tensor):
-    """A weight; `count` identical layers hold one each. `kind`: weight, bias, norm, embedding, adapter or scale.
-
-    `elements` is how many parameters of the model it stands for: packed 4-bit weights hold two a byte, scales none.
-    `passing` says that a forward pass makes it anew, so that no gradient of an earlier one is there.
-    """
-
-    __slots__ = ("accumulator", "count", "elements", "grad", "kind", "name", "part", "passing", "used")
-
-    def __init__(self, name: str, shape: Shape, dtype: str, *, kind: str, trainable: bool) -> None:
-        numel = product(shape)
-        super().__init__(shape, dtype, contiguous_strides(shape), numel, Storage(0, None))
-        self.name = name
-        self.kind = kind
-        self.requires_grad = trainable
-        self.elements = numel
-        self.count = 1
-        self.grad: Tensor | None = None
-        self.accumulator: weakref.ref[Node] | None = None
-        self.part: Part | None = None
-        self.passing = False
-        self.used = False  # whether a gradient ever arrived
-
-    def copy(self) -> "Parameter":
-        """A parameter that has all that this one has."""
-        made = Parameter.__new__(Parameter)
-        for name in (*Tensor.__slots__, *Parameter.__slots__):
-            setattr(made, name, getattr(self, name))
-        return made
+from ..program.dims import Dim, Shape, contiguous_strides, product
+from ..program.dtypes import ITEMSIZE
+from ..program.op import PLAIN, Attrs, Op
+from ..program.part import HostWork, Part
+from ..program.streams import MAIN, Run
+from .tensor import Flow, Node, Parameter, Storage, Tensor
 
 
 class Tape:
@@ -163,7 +26,7 @@ class Tape:
     takes every parameter's complete gradient away, as a hook that PyTorch runs after it is accumulated.
 
     `alike` says whether further micro-batches do the same as the one that is recorded, but for adding their gradients
-    to those that are there: then its parts also get the ops that do, with the attribute `LATER`, and where no `flow` is
+    to those that are there: then its parts also get the ops that do, marked `Attrs.later`, and where no `flow` is
     followed, the memory of further micro-batches.
     """
 
@@ -211,7 +74,7 @@ class Tape:
         twin = self.twins.get(id(part))
         if twin is None:
             later = self._later(part.name, "backward")
-            twin = Part(part.name, "backward", part.repeat, returns=part.weights, later=later)
+            twin = Part(part.name, "backward", part.repeat, host=HostWork(returns=part.host.weights), later=later)
             self.twins[id(part)] = twin
             self.parts.append(twin)
             if self.flow is not None:
@@ -330,7 +193,13 @@ def _distinct_bytes(tensors: Sequence[Tensor]) -> Dim:
 
 
 def record(
-    name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], attrs: tuple[Any, ...] = (), *, view: bool = False
+    name: str,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    attrs: Attrs = PLAIN,
+    *,
+    view: bool = False,
+    runs: Run = MAIN,
 ) -> None:
     """Append an op to the current part."""
     op = Op(
@@ -341,6 +210,7 @@ def record(
         0 if view else outputs[0].nbytes if len(outputs) == 1 else sum([t.nbytes for t in outputs]),
         view=view,
         attrs=attrs,
+        runs=runs,
     )
     append(op, inputs, outputs)
 
@@ -362,8 +232,8 @@ def emit(
     dtype: str,
     *,
     strides: Shape | None = None,
-    node: "Node | None" = None,
-    attrs: tuple[Any, ...] = (),
+    node: Node | None = None,
+    attrs: Attrs = PLAIN,
 ) -> Tensor:
     """Record an op with one new output, which `node` (if any) will differentiate."""
     out = new_tensor(shape, dtype, strides)

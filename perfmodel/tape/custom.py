@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from .autograd import Backward, Grads, Node, differentiate
-from .core import Storage, Tensor, emit, record, tape
-from .dims import Dim, product
+from ..program.dims import Dim, product
+from ..program.op import Attrs
+from .autograd import differentiate
+from .core import emit, record, tape
 from .linalg import _column_major, _layout, addmm, autocast_operand, conv1d, linear, mm
 from .pointwise import add
 from .shape import contiguous, reshape, t, view
+from .tensor import Backward, Grads, Node, Storage, Tensor
 
 Grad = Tensor | None
 R = TypeVar("R")
@@ -32,7 +34,7 @@ def autocasting(dtype: str | None) -> Iterator[None]:
 
 def python_function() -> None:
     """The Python of a Function and of the kernels it launches costs the host what a module's call costs."""
-    tape().part.modules += 1
+    tape().part.host.modules += 1
 
 
 def on_base(call: Callable[..., R], *arguments: Any) -> R:
@@ -115,7 +117,7 @@ def _partial_linear_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 def addmm_(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`y.addmm_(a, b)`: y += a·b in the GEMM's epilogue."""
-    record("addmm_", (y, a, b), (y,), attrs=(_layout(_column_major(a), _column_major(b)),))
+    record("addmm_", (y, a, b), (y,), attrs=Attrs(_layout(_column_major(a), _column_major(b))))
     return y
 
 

@@ -1,11 +1,13 @@
 """Decompositions of matrices (`torch.linalg`), as optimizers use them: nothing here is differentiated.
 
-On CUDA each is a call of cuSOLVER that launches kernels of its own and mostly waits for its status; `perfmodel.costs`
-and `perfmodel.devices.solver` say what that costs. Factors come out column-major, as LAPACK writes them.
+On CUDA each is a call of cuSOLVER that launches kernels of its own and mostly waits for its status;
+`perfmodel.calls.costs` and `perfmodel.devices.solver` say what that costs. Factors come out column-major, as LAPACK
+writes them.
 """
 
-from .core import Tensor, emit, new_tensor, record
-from .dims import Dim, Shape, decide
+from ..program.dims import Dim, Shape, decide
+from .core import emit, new_tensor, record
+from .tensor import Tensor
 
 
 def smaller(a: Dim, b: Dim) -> Dim:

@@ -1,9 +1,9 @@
 """Contractions of `torch.einsum` that adapters write, as ATen does them: permute, one bmm, permute back."""
 
-from .core import Tensor
 from .extra import permute
 from .linalg import autocast_operand, bmm
 from .shape import reshape, view
+from .tensor import Tensor
 
 
 def grouped(x: Tensor, w: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 
-from .autograd import Backward, Grads, Node, copy, differentiate
-from .core import Parameter, Storage, Tensor, emit, record, tape
-from .dims import Dim, product
+from ..program.dims import Dim
+from ..program.op import ON_HOST, Attrs
+from ..program.part import Part
+from .autograd import differentiate
+from .core import emit, record, tape
 from .linalg import matmul
-from .op import Part
 from .pointwise import _elementwise, autocast_fp32, mul, scale
-from .shape import expand, reshape, t, unsqueeze, view, view_as
+from .shape import expand, t, unsqueeze, view, view_as
+from .tensor import Backward, Grads, Node, Parameter, Storage, Tensor
 
 Grad = Tensor | None
 
@@ -94,16 +96,16 @@ def _saving_input(name: str, x: Tensor, backward: Backward) -> Tensor:
 
 def row_norms(x: Tensor) -> Tensor:
     """`torch.linalg.norm(x, dim=1)` of a constant matrix."""
-    return emit("linalg_vector_norm", (x,), (x.shape[0],), x.dtype)
+    return emit("linalg_vector_norm", (x,), (x.shape[0],), x.dtype, attrs=Attrs(dims=(1,)))
 
 
 def coin() -> None:
     """`torch.rand(1) > p` as a condition: drawn and read on the host, where no device waits for it."""
     x = Tensor((1,), "fp32", (1,), 1, Storage(0, None))
     heads = Tensor((1,), "bool", (1,), 1, Storage(0, None))
-    record("rand", (), (x,), ("host",))
-    record("gt.Scalar", (x,), (heads,), ("host",))
-    record("_local_scalar_dense", (heads,), (), ("host",))
+    record("rand", (), (x,), ON_HOST)
+    record("gt.Scalar", (x,), (heads,), ON_HOST)
+    record("_local_scalar_dense", (heads,), (), ON_HOST)
 
 
 def hadamard_weight(w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor) -> Tensor:
@@ -143,7 +145,9 @@ def sum_dim(x: Tensor, dim: int) -> Tensor:
     x = autocast_fp32(x)
     dim = dim % len(x.shape)
     node = differentiate("SumBackward1", (x,), _sum_backward, (dim, x.shape))
-    return emit("sum.dim_IntList", (x,), (*x.shape[:dim], *x.shape[dim + 1 :]), x.dtype, node=node)
+    return emit(
+        "sum.dim_IntList", (x,), (*x.shape[:dim], *x.shape[dim + 1 :]), x.dtype, node=node, attrs=Attrs(dims=(dim,))
+    )
 
 
 def _sum_backward(node: Node, grads: Sequence[Grad]) -> Grads:
@@ -208,29 +212,6 @@ def add_in_place(x: Tensor, other: Tensor, *, doubled: bool = False) -> Tensor:
     if node:
         node.produces(x)
     return x
-
-
-def add_to_view(x: Tensor, other: Tensor) -> Tensor:
-    """`x += other` where x (…, n) is a view of a matrix (…·n): autograd's CopySlices works on copies of the matrix."""
-    node = differentiate("CopySlices", (x, other), _copy_slices_backward)
-    record("add_.Tensor", (x, other), (x,))
-    x = x.alias()
-    if node:
-        node.produces(x)
-    return x
-
-
-def _copy_slices_backward(node: Node, grads: Sequence[Grad]) -> Grads:
-    (g,) = grads
-    assert g is not None
-    shape = g.shape
-    base = copy(reshape(g, (product(shape[:-1]), shape[-1])))
-    piece = emit("clone", (view(base, shape),), shape, g.dtype)
-    if not node.needs[0]:
-        return (None, piece)
-    whole = view(base, shape)
-    record("copy_", (whole, piece), (whole,))
-    return (whole, piece if node.needs[1] else None)
 
 
 def _add_in_place_backward(node: Node, grads: Sequence[Grad]) -> Grads:

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
-from .autograd import Grads, Node, differentiate
-from .core import Tensor, emit, new_tensor, record
+from ..program.op import Attrs
+from .autograd import differentiate
+from .core import emit, new_tensor, record
 from .pointwise import _elementwise, autocast_fp32, fill
 from .shape import unsqueeze
+from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
 
@@ -41,7 +43,7 @@ def _rows_of_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (indices,) = grads, node.unpack()
     assert g is not None
     zeros = emit("new_zeros", (g,), node.attrs[0], g.dtype)
-    return (emit("index_put", (zeros, indices, g), zeros.shape, g.dtype, attrs=("accumulate",)),)
+    return (emit("index_put", (zeros, indices, g), zeros.shape, g.dtype, attrs=Attrs(accumulate=True)),)
 
 
 def vector_norm(x: Tensor, dim: int) -> Tensor:
@@ -51,7 +53,9 @@ def vector_norm(x: Tensor, dim: int) -> Tensor:
     node = differentiate("LinalgVectorNormBackward0", (x,), _vector_norm_backward, (dim,))
     if node:
         node.save(x)
-    out = emit("linalg_vector_norm", (x,), (*x.shape[:dim], *x.shape[dim + 1 :]), x.dtype, node=node)
+    out = emit(
+        "linalg_vector_norm", (x,), (*x.shape[:dim], *x.shape[dim + 1 :]), x.dtype, node=node, attrs=Attrs(dims=(dim,))
+    )
     if node:
         node.save_output(out)
     return out

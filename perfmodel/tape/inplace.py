@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-from .autograd import Grads, Node, differentiate
-from .core import Tensor, emit, new_tensor, record
-from .dims import product
+from ..program.dims import product
+from .autograd import differentiate
+from .core import emit, new_tensor, record
 from .extra import add_in_place
 from .shape import clone, view
+from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
 

@@ -1,12 +1,14 @@
-"""Matrix products. FLOPs follow from the shapes (see `perfmodel.costs`); layouts decide copies and transposes."""
+"""Matrix products. FLOPs follow from the shapes (see `perfmodel.calls.costs`); layouts decide copies and transposes."""
 
 from collections.abc import Sequence
 
-from .autograd import Grads, Node, differentiate
-from .core import Tensor, emit, tape
-from .dims import Shape, product, remembered, same
+from ..program.dims import Shape, product, remembered, same
+from ..program.op import Attrs
+from .autograd import differentiate
+from .core import emit, tape
 from .pointwise import cast, reduce_dims
 from .shape import expand, reshape, t, transpose, view
+from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
 
@@ -30,7 +32,7 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     node = differentiate("MmBackward0", (a, b), _mm_backward, columns)
     if node:
         node.save(a if node.needs[1] else None, b if node.needs[0] else None)
-    attrs = (_layout(*columns), *_copied(a, b))
+    attrs = Attrs(_layout(*columns), _copied(a, b))
     return emit("mm", (a, b), (a.shape[0], b.shape[1]), a.dtype, node=node, attrs=attrs)
 
 
@@ -43,14 +45,14 @@ def _column_major(x: Tensor) -> bool:
     return same(x.strides[0], 1) and same(x.strides[1], x.shape[0])
 
 
-def _copied(a: Tensor, b: Tensor) -> tuple[str, ...]:
+def _copied(a: Tensor, b: Tensor) -> tuple[int, ...]:
     """Operands of which neither of the last two dims is contiguous: the call copies them before it asks cuBLAS."""
     return _scattered(a.strides[-2:], b.strides[-2:])
 
 
 @remembered
-def _scattered(*strides: Shape) -> tuple[str, ...]:
-    return tuple(f"copied:{i}" for i, of_operand in enumerate(strides) if not any(same(s, 1) for s in of_operand))
+def _scattered(*strides: Shape) -> tuple[int, ...]:
+    return tuple(i for i, of_operand in enumerate(strides) if not any(same(s, 1) for s in of_operand))
 
 
 def _mm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
@@ -77,7 +79,7 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
     node = differentiate("AddmmBackward0", (bias, a, b), _addmm_backward, columns)
     if node:
         node.save(a if node.needs[2] else None, b if node.needs[1] else None)
-    return emit("addmm", (bias, a, b), (a.shape[0], b.shape[1]), a.dtype, node=node, attrs=(_layout(*columns),))
+    return emit("addmm", (bias, a, b), (a.shape[0], b.shape[1]), a.dtype, node=node, attrs=Attrs(_layout(*columns)))
 
 
 def _addmm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
@@ -96,7 +98,7 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
     if node:
         node.save(a if node.needs[1] else None, b if node.needs[0] else None)
     shape = (a.shape[0], a.shape[1], b.shape[2])
-    return emit("bmm", (a, b), shape, a.dtype, node=node, attrs=_copied(a, b))
+    return emit("bmm", (a, b), shape, a.dtype, node=node, attrs=Attrs(copied=_copied(a, b)))
 
 
 def _bmm_backward(node: Node, grads: Sequence[Grad]) -> Grads:

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-from .autograd import Grads, Node, differentiate
-from .core import Tensor, emit, new_tensor, record, tape
-from .dims import contiguous_strides, product
+from ..program.dims import contiguous_strides, product
+from .autograd import differentiate
+from .core import emit, new_tensor, record, tape
 from .pointwise import autocast_fp32, cast
 from .shape import contiguous, view, view_as
+from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
-from .autograd import Grads, Node, differentiate
-from .core import Tensor, emit, record, tape
-from .dims import Dim, Shape, dense_order, elementwise_strides, is_contiguous, is_one, remembered, same_shape
-from .dtypes import promote
+from ..program.dims import Dim, Shape, dense_order, elementwise_strides, is_contiguous, is_one, remembered, same_shape
+from ..program.dtypes import promote
+from ..program.op import PLAIN, STRIDED, Attrs
+from .autograd import differentiate
+from .core import emit, record, tape
 from .shape import view, view_as
+from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
 
@@ -28,7 +30,6 @@ def _elementwise(
     node: Node | None = None,
     *,
     dtype: str | None = None,
-    attrs: tuple[object, ...] = (),
 ) -> Tensor:
     if dtype is None:
         with_dims = [t.dtype for t in inputs if t.shape] or [t.dtype for t in inputs]
@@ -36,9 +37,7 @@ def _elementwise(
         for other in with_dims[1:]:
             dtype = promote(dtype, other)
     shape, strides, streams = _walk(tuple([(t.shape, t.strides) for t in inputs]))
-    if not streams:
-        attrs = (*attrs, "strided")
-    return emit(name, inputs, shape, dtype, strides=strides, node=node, attrs=attrs)
+    return emit(name, inputs, shape, dtype, strides=strides, node=node, attrs=PLAIN if streams else STRIDED)
 
 
 @remembered
@@ -182,7 +181,7 @@ def _rsqrt_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 def mean_last(x: Tensor) -> Tensor:
     """`x.mean(-1, keepdim=True)`."""
     node = differentiate("MeanBackward1", (x,), _mean_backward, (x.shape,))
-    return emit("mean.dim", (x,), (*x.shape[:-1], 1), x.dtype, node=node)
+    return emit("mean.dim", (x,), (*x.shape[:-1], 1), x.dtype, node=node, attrs=Attrs(dims=(len(x.shape) - 1,)))
 
 
 def _mean_backward(node: Node, grads: Sequence[Grad]) -> Grads:
@@ -302,7 +301,7 @@ def _native_dropout_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 def reduce_dims(g: Tensor, dims: tuple[int, ...]) -> Tensor:
     """`g.sum(dims, keepdim=True)`."""
     shape = tuple(1 if i in dims else d for i, d in enumerate(g.shape))
-    return emit("sum.dim_IntList", (g,), shape, g.dtype)
+    return emit("sum.dim_IntList", (g,), shape, g.dtype, attrs=Attrs(dims=dims))
 
 
 def sum_to(g: Tensor, shape: Shape) -> Tensor:

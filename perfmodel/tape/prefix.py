@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-from .autograd import Grads, Node, differentiate
-from .core import Storage, Tensor, append, emit, new_tensor, record
-from .dims import Dim, is_one, product
-from .op import Op, Spec
+from ..program.dims import Dim, is_one, product
+from ..program.op import Attrs, Op, Spec
+from .autograd import differentiate
+from .core import append, emit, new_tensor, record
 from .shape import narrow, reshape
+from .tensor import Grads, Node, Storage, Tensor
 
 Grad = Tensor | None
 
@@ -23,7 +24,7 @@ def _repeat_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     if is_one(g.shape[0]):
         return (g,)
     g = reshape(g, (g.shape[0], *shape))
-    return (emit("sum.dim_IntList", (g,), shape, g.dtype),)
+    return (emit("sum.dim_IntList", (g,), shape, g.dtype, attrs=Attrs(dims=(0,))),)
 
 
 def split_layers(x: Tensor, counts: Sequence[int]) -> list[Tensor]:

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from .autograd import Grads, Node, differentiate
-from .core import Tensor, emit, record
-from .dims import Dim, Shape, contiguous_strides, is_contiguous, product, same, same_shape, view_strides
+from ..program.dims import Dim, Shape, contiguous_strides, is_contiguous, product, same, same_shape, view_strides
+from .autograd import differentiate
+from .core import emit, record
+from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
 

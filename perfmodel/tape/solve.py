@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 
-from .autograd import Grads, Node, differentiate
-from .core import Tensor, append, emit, new_tensor, record
+from ..program.op import Op, Spec
+from .autograd import differentiate
+from .core import append, emit, new_tensor, record
 from .linalg import bmm
-from .op import Op, Spec
 from .pointwise import neg
 from .shape import expand, transpose
+from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
 

@@ -1,13 +1,14 @@
 """Complex tensors and Fourier transforms (ATen/native/SpectralOps.cpp), with what their gradients run."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from .autograd import Grads, Node, differentiate
-from .core import Tensor, emit, tape
-from .dims import Dim, product
+from ..program.dims import Dim, product
+from ..program.op import Attrs
+from .autograd import differentiate
+from .core import emit, tape
 from .einsum import per_frequency, per_frequency_outer, per_frequency_transposed
 from .shape import reshape, view_as
+from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
 
@@ -26,34 +27,38 @@ def _real_part_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 def fft(x: Tensor) -> Tensor:
     """`torch.fft.fft` of a complex tensor."""
-    return _transform(x, (1,))
+    return _transform(x, Attrs(dims=_last(x, 1)))
 
 
 def inverse_fft2(x: Tensor) -> Tensor:
     """`torch.fft.ifft2` of a complex tensor: over the last two dims, the result scaled."""
-    return _transform(x, (2, "scaled"))
+    return _transform(x, Attrs(dims=_last(x, 2), scaled=True))
 
 
-def _transform(x: Tensor, attrs: tuple[Any, ...]) -> Tensor:
-    """One call, whatever the dims; backward is another that scales as this one does. `attrs`: see `costs`."""
-    node = differentiate("FftC2CBackward0", (x,), _transform_backward, attrs)
+def _last(x: Tensor, dims: int) -> tuple[int, ...]:
+    return tuple(range(len(x.shape) - dims, len(x.shape)))
+
+
+def _transform(x: Tensor, attrs: Attrs) -> Tensor:
+    """One call, whatever the dims; backward is another that scales as this one does."""
+    node = differentiate("FftC2CBackward0", (x,), _transform_backward, (attrs,))
     return emit("_fft_c2c", (x,), x.shape, "c64", node=node, attrs=attrs)
 
 
 def _transform_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,) = grads
     assert g is not None
-    return (emit("_fft_c2c", (g,), g.shape, "c64", attrs=node.attrs),)
+    return (emit("_fft_c2c", (g,), g.shape, "c64", attrs=node.attrs[0]),)
 
 
 def fft_of_real(x: Tensor) -> Tensor:
     """`torch.fft.fft` of a real tensor; nothing differentiates it."""
-    return emit("_fft_r2c", (x,), x.shape, "c64", attrs=(1,))
+    return emit("_fft_r2c", (x,), x.shape, "c64", attrs=Attrs(dims=_last(x, 1)))
 
 
 def inverse_fft_of_real(x: Tensor) -> Tensor:
     """`torch.fft.ifft` of a real tensor: the same transform scaled, conjugated lazily."""
-    return emit("_fft_r2c", (x,), x.shape, "c64", attrs=(1, "scaled"))
+    return emit("_fft_r2c", (x,), x.shape, "c64", attrs=Attrs(dims=_last(x, 1), scaled=True))
 
 
 def real(x: Tensor) -> Tensor:

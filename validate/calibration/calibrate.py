@@ -24,7 +24,7 @@ from perfmodel.resources import write_text
 from ..accuracy import Errors
 from ..fitting import cpu as cpu_fit
 from ..fitting import cuda as cuda_fit
-from ..fitting.common import Fit
+from ..fitting.judging import Fit
 from ..fitting.write import block_text
 from ..measuring import allocator, environment, records
 from ..microbench import designs, run, stopwatch

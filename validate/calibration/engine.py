@@ -26,9 +26,13 @@ from perfmodel import methods
 from perfmodel.architectures import Config, from_config
 from perfmodel.devices import host as hosts
 from perfmodel.devices.engine import COSTS
+from perfmodel.devices.host import Host
+from perfmodel.program.part import PHASES
+from perfmodel.recording.record import build
+from perfmodel.recording.step import Step
 from perfmodel.resources import DATA, write_text
 from perfmodel.setup import Setup
-from perfmodel.step import PHASES, Step, build
+from perfmodel.tracing.programs import models
 
 from ..measuring.environment import cpu_name
 from ..oracle.counts import SMALL
@@ -185,11 +189,11 @@ def _at_depth(deepspeed: Any, method_text: str, checkpoint: str, layers: int) ->
 def units(step: Step, phase: str) -> tuple[float, ...]:
     """Of one phase, parameters that go forward and backward, gradients and updates, as `COSTS` names them."""
     parts = [(part, times) for part, times in step.parts() if part.phase == phase]
-    gradients = float(sum(times * part.gradients for part, times in parts))
+    gradients = float(sum(times * part.host.gradients for part, times in parts))
     updates = phase == "optimizer"
     return (
-        float(sum(times * part.weights for part, times in parts)),
-        float(sum(times * part.returns for part, times in parts)),
+        float(sum(times * part.host.weights for part, times in parts)),
+        float(sum(times * part.host.returns for part, times in parts)),
         0.0 if updates else gradients,
         gradients if updates else 0.0,
     )

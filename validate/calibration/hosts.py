@@ -22,22 +22,25 @@ import numpy as np
 import torch
 from scipy.optimize import lsq_linear
 
-from perfmodel import costs, methods
+from perfmodel import methods
 from perfmodel.architectures import Config, from_config
+from perfmodel.calls import costs
 from perfmodel.devices import host as hosts
 from perfmodel.devices import price
 from perfmodel.devices.host import Host
 from perfmodel.devices.profile import DeviceProfile
+from perfmodel.program.part import PHASES
+from perfmodel.recording.record import build
+from perfmodel.recording.step import Step
 from perfmodel.resources import write_text
 from perfmodel.setup import Setup
-from perfmodel.step import PHASES, Step, build
+from perfmodel.tracing.programs import models
+from perfmodel.tracing.programs.updates import make_optimizer
 
 from ..accuracy import Errors
 from ..fitting.common import Doubts
 from ..measuring.environment import cpu_name
 from ..oracle.counts import NO_DROPOUT, SMALL
-from ..programs import models
-from ..programs.updates import make_optimizer
 
 LAYERS = 8
 METHODS = ("full", "lora:r=4,targets=all-linear", "lora:r=4")
@@ -113,11 +116,8 @@ def work_of(step: Step, phase: str) -> dict[str, float]:
         else:
             work["call" if phase == "forward" else "backward_call"] += calls
             work["view" if phase == "forward" else "backward_view"] += views
-        for field, count in (
-            ("module", part.modules), ("adapter", part.adapters), ("checkpoint", part.checkpoints),
-            ("hook", part.hooks), ("node", part.nodes),
-        ):  # fmt: skip
-            work[field] += times * count
+        for cost, count in hosts.PYTHON.items():
+            work[cost] += times * getattr(part.host, count)
     return work
 
 

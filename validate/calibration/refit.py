@@ -19,8 +19,8 @@ from scipy.optimize import least_squares
 from perfmodel.devices.host import Host
 from perfmodel.devices.profile import DeviceProfile
 from perfmodel.errors import UserError
-from perfmodel.predict import step_time
-from perfmodel.step import PHASES
+from perfmodel.prediction.predict import step_time
+from perfmodel.program.part import PHASES
 
 from ..checking.check import Progress, check
 from ..checking.machine import Machine, name_of

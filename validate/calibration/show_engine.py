@@ -3,8 +3,8 @@
 import warnings
 from pathlib import Path
 
+from perfmodel import units
 from perfmodel.errors import UserError
-from perfmodel.report import units
 from perfmodel.report.progress import progress
 from perfmodel.report.terminal import console, table
 

@@ -4,10 +4,10 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from perfmodel.report import units
+from perfmodel import units
+from perfmodel.program.part import PHASES
 from perfmodel.report.progress import progress
 from perfmodel.report.terminal import console, table
-
 from . import hosts, verify
 from .show_calibration import show_checks, show_doubts
 

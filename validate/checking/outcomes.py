@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from perfmodel import costs
+from perfmodel.calls import costs
 from perfmodel.devices.host import Host
 from perfmodel.devices.profile import DeviceProfile
-from perfmodel.predict import Prediction, predict
-from perfmodel.step import PHASES, Step
+from perfmodel.prediction.predict import Prediction, predict
+from perfmodel.program.part import PHASES
+from perfmodel.recording.step import Step
 
 from ..accuracy import Pair, paired
 from ..measuring.cells import Cell

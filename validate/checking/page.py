@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from perfmodel.report import units
+from perfmodel import units
 from perfmodel.report.charts.crossing import COLOURS
 from perfmodel.report.exhibits import picture
 from perfmodel.report.page import render

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from perfmodel.step import PHASES
+from perfmodel.program.part import PHASES
 
 from ..accuracy import BASELINE, Errors, Pair
 from .outcomes import Measured, Outcome, pairs

@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from perfmodel.report import units
-from perfmodel.step import PHASES
+from perfmodel import units
+from perfmodel.program.part import PHASES
 
 from ..accuracy import Pair
 from .check import Report

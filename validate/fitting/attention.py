@@ -24,7 +24,7 @@ from perfmodel.devices.attention import (
 from perfmodel.devices.hardware import Hardware
 
 from . import flash_papers
-from .common import Array, Errors, Fit, column, fold, hardware, table
+from .judging import Array, Errors, Fit, column, fold, hardware, table
 
 AICONFIGURATOR = "https://github.com/ai-dynamo/aiconfigurator"
 # device: name in the measurements, framework, version, kernel

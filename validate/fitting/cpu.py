@@ -29,6 +29,7 @@ from perfmodel.errors import UserError
 
 from .common import Array, Doubts, Errors, Fit, fold
 from .cpu_ops import passes
+from .judging import Array, Errors, Fit, fold
 
 PACKED_AS = {"nn_aliased": "nn_few"}  # regimes that differ in the rate of their products alone
 NEEDED_ROWS = 6  # of a regime's products, for four parameters

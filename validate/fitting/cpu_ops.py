@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from perfmodel.devices.cpu_work import streams
-from perfmodel.tape.op import Op, Spec
+from perfmodel.program.op import PLAIN, STRIDED, Attrs, Op, Spec
 
 Dims = tuple[int, ...]
 Shapes = tuple[list[Dims], list[Dims]]  # of inputs and outputs
@@ -14,39 +14,39 @@ def _like(inputs: int, outputs: int = 1) -> Callable[[int, int], Shapes]:
 
 
 # microbenchmark -> (ATen name, its attributes, shapes by rows and columns)
-CALLS: dict[str, tuple[str, tuple[str, ...], Callable[[int, int], Shapes]]] = {
-    "add": ("add.Tensor", (), _like(2)),
-    "mul": ("mul.Tensor", (), _like(2)),
-    "mul_": ("mul_.Tensor", (), _like(1)),
-    "lerp_": ("lerp_.Scalar", (), _like(2)),
-    "addcmul_": ("addcmul_", (), _like(2)),
-    "addcdiv_": ("addcdiv_", (), _like(3)),
-    "sqrt": ("sqrt", (), _like(1)),
-    "div": ("div.Tensor", (), _like(2)),
-    "silu": ("silu", (), _like(1)),
-    "silu_backward": ("silu_backward", (), _like(2)),
-    "gelu": ("gelu", (), _like(1)),
-    "gelu_backward": ("gelu_backward", (), _like(2)),
-    "tanh": ("tanh", (), _like(1)),
-    "exp": ("exp", (), _like(1)),
-    "cos": ("cos", (), _like(1)),
-    "mul_row": ("mul.Tensor", ("strided",), lambda r, c: ([(r, c), (c,)], [(r, c)])),
-    "mul_column": ("mul.Tensor", ("strided",), lambda r, c: ([(r, c), (r, 1)], [(r, c)])),
-    "transpose": ("clone", (), _like(1)),
-    "cat": ("cat", (), lambda r, c: ([(r, c - c // 2), (r, c // 2)], [(r, c)])),
-    "cast": ("_to_copy", (), _like(1)),
-    "mean_row": ("mean.dim", (), lambda r, c: ([(r, c)], [(r, 1)])),
-    "sum_columns": ("sum.dim_IntList", (), lambda r, c: ([(r, c)], [(1, c)])),
-    "norm": ("linalg_vector_norm", (), lambda r, c: ([(r, c)], [()])),
-    "log_softmax": ("_log_softmax", (), _like(1)),
-    "log_softmax_backward": ("_log_softmax_backward_data", (), _like(2)),
-    "layer_norm": ("native_layer_norm", (), lambda r, c: ([(r, c), (c,), (c,)], [(r, c), (r, 1), (r, 1)])),
+CALLS: dict[str, tuple[str, Attrs, Callable[[int, int], Shapes]]] = {
+    "add": ("add.Tensor", PLAIN, _like(2)),
+    "mul": ("mul.Tensor", PLAIN, _like(2)),
+    "mul_": ("mul_.Tensor", PLAIN, _like(1)),
+    "lerp_": ("lerp_.Scalar", PLAIN, _like(2)),
+    "addcmul_": ("addcmul_", PLAIN, _like(2)),
+    "addcdiv_": ("addcdiv_", PLAIN, _like(3)),
+    "sqrt": ("sqrt", PLAIN, _like(1)),
+    "div": ("div.Tensor", PLAIN, _like(2)),
+    "silu": ("silu", PLAIN, _like(1)),
+    "silu_backward": ("silu_backward", PLAIN, _like(2)),
+    "gelu": ("gelu", PLAIN, _like(1)),
+    "gelu_backward": ("gelu_backward", PLAIN, _like(2)),
+    "tanh": ("tanh", PLAIN, _like(1)),
+    "exp": ("exp", PLAIN, _like(1)),
+    "cos": ("cos", PLAIN, _like(1)),
+    "mul_row": ("mul.Tensor", STRIDED, lambda r, c: ([(r, c), (c,)], [(r, c)])),
+    "mul_column": ("mul.Tensor", STRIDED, lambda r, c: ([(r, c), (r, 1)], [(r, c)])),
+    "transpose": ("clone", PLAIN, _like(1)),
+    "cat": ("cat", PLAIN, lambda r, c: ([(r, c - c // 2), (r, c // 2)], [(r, c)])),
+    "cast": ("_to_copy", PLAIN, _like(1)),
+    "mean_row": ("mean.dim", Attrs(dims=(1,)), lambda r, c: ([(r, c)], [(r, 1)])),
+    "sum_columns": ("sum.dim_IntList", Attrs(dims=(0,)), lambda r, c: ([(r, c)], [(1, c)])),
+    "norm": ("linalg_vector_norm", PLAIN, lambda r, c: ([(r, c)], [()])),
+    "log_softmax": ("_log_softmax", PLAIN, _like(1)),
+    "log_softmax_backward": ("_log_softmax_backward_data", PLAIN, _like(2)),
+    "layer_norm": ("native_layer_norm", PLAIN, lambda r, c: ([(r, c), (c,), (c,)], [(r, c), (r, 1), (r, 1)])),
     "layer_norm_backward": (
-        "native_layer_norm_backward", (),
+        "native_layer_norm_backward", PLAIN,
         lambda r, c: ([(r, c), (r, c), (r, 1), (r, 1), (c,), (c,)], [(r, c), (c,), (c,)]),
     ),
-    "embedding": ("embedding", (), lambda r, c: ([(r, c), (r,)], [(r, c)])),
-    "fill": ("zeros_like", (), _like(1)),
+    "embedding": ("embedding", PLAIN, lambda r, c: ([(r, c), (r,)], [(r, c)])),
+    "fill": ("zeros_like", PLAIN, _like(1)),
 }  # fmt: skip
 
 

@@ -19,9 +19,9 @@ from perfmodel.devices.profile import DeviceProfile
 from perfmodel.errors import UserError
 
 from . import attention, gemm, pointwise
-from .common import Array, Errors, Fit, column, fold, shape_hash
 from .cpu import SOURCE, Row, rows
 from .cpu_ops import op
+from .judging import Array, Errors, Fit, column, fold, shape_hash
 from .sequences import Kernel
 
 Record = Mapping[str, Any]

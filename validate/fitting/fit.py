@@ -20,7 +20,7 @@ from perfmodel.devices.profile import BLOCKS, CLASSES, DEVICES
 from perfmodel.errors import UserError, nearest
 
 from . import attention, gemm, layouts, pointwise, sgemm
-from .common import Errors, Fit, file, hardware
+from .judging import Errors, Fit, file, hardware
 from .write import write_blocks
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what comes next or was done

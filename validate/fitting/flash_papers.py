@@ -14,7 +14,7 @@ The count is 4*b*h*s*s*d FLOPs, half if causal, 2.5 times that in backward. Sour
 
 import pandas as pd
 
-from .common import fold
+from .judging import fold
 
 A100_BACKWARD_EFFICIENCY = 0.63 / 0.73  # the FlashAttention-2 paper's peak shares on A100
 A100_BACKWARD = "63 % of peak against forward's 73 % (https://arxiv.org/abs/2307.08691)"

@@ -20,7 +20,7 @@ from perfmodel.devices.hardware import Hardware
 
 from . import sgemm
 from .campaigns import REACTION
-from .common import Array, Errors, Fit, Shapes, column, hardware, shape_hash, strings, table
+from .judging import Array, Errors, Fit, Shapes, column, hardware, shape_hash, strings, table
 
 FIT_ROWS = 12000  # rows that a fit uses at most: more change the third digit of the error
 FIT_ROWS_FP32 = 4000  # the same for one that several devices share in fp32, whose rows are priced at two clocks

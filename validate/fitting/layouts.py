@@ -14,8 +14,8 @@ import pandas as pd
 from perfmodel.devices.gemm import GemmParameters, Layout, gemm_time
 from perfmodel.devices.hardware import Hardware
 
-from .common import Array, Errors, Fit, column, hardware, shape_hash, table
 from .gemm import least
+from .judging import Array, Errors, Fit, column, hardware, shape_hash, table
 
 SIMUMAX = "https://github.com/MooreThreads/SimuMax"
 BOARDS = {"a100-80gb-pcie": "a100_pcie_bf16", "b200": "b200_bf16_ceperm"}

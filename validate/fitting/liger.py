@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from . import sequences as seq
-from .common import fold, table
+from .judging import fold, table
 from .sequences import Kernel, Kernels
 
 GPUS = {"NVIDIA A100-SXM4-80GB": "a100-80gb-sxm", "NVIDIA H100 80GB HBM3": "h100-sxm"}

@@ -16,7 +16,7 @@ from perfmodel.devices.hardware import Hardware
 from perfmodel.devices.pointwise import KINDS, PointwiseParameters, pointwise_time
 
 from . import liger
-from .common import Array, Errors, Fit, column, fold, hardware, table
+from .judging import Array, Errors, Fit, column, fold, hardware, table
 from .sequences import Kernel, Kernels
 
 NEUSIGHT = {

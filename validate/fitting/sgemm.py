@@ -19,7 +19,7 @@ from perfmodel.devices.gemm import GemmParameters, Tiles, gemm_time
 from perfmodel.devices.hardware import Hardware
 
 from .campaigns import Campaign, boosts, campaign, entries
-from .common import Array, Shapes, table
+from .judging import Array, Shapes, table
 
 Index = NDArray[np.intp]
 

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from perfmodel.report import units
+from perfmodel import units
 from perfmodel.report.progress import progress
 from perfmodel.report.terminal import console, table
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from perfmodel.devices import profile
 
-from .common import Fit
+from .judging import Fit
 
 
 def write_blocks(path: Path, blocks: Mapping[str, Fit], date: str) -> None:

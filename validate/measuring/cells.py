@@ -15,7 +15,7 @@ from typing import Any
 from perfmodel import architectures, methods
 from perfmodel.architectures import Config
 from perfmodel.errors import UserError, nearest
-from perfmodel.predict import with_options
+from perfmodel.prediction.predict import with_options
 from perfmodel.resources import DATA, is_file, read_toml
 from perfmodel.setup import Setup
 

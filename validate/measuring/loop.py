@@ -9,9 +9,9 @@ from torch.distributed.tensor import DTensor
 
 from perfmodel import methods, optimizers
 from perfmodel.architectures import from_config
+from perfmodel.tracing.programs import models, references, updates
+from perfmodel.tracing.programs.dtypes import TORCH_DTYPES
 
-from ..programs import models, references, updates
-from ..programs.dtypes import TORCH_DTYPES
 from .cells import Cell
 from .team import Team, wrap
 

@@ -13,7 +13,7 @@ import torch
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from perfmodel.step import PHASES
+from perfmodel.program.part import PHASES
 
 from . import kineto
 from .kineto import Profile

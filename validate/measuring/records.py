@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from perfmodel.errors import UserError, nearest
+from perfmodel.program.part import PHASES
 from perfmodel.resources import parsed, read_text
-from perfmodel.step import PHASES
 
 SCHEMA = 1
 Record = dict[str, Any]

@@ -12,9 +12,9 @@ import torch
 from perfmodel import architectures, methods
 from perfmodel.devices import own
 from perfmodel.errors import UserError
+from perfmodel.tracing.programs.references import apply_any, check_program
+from perfmodel.tracing.programs.updates import make_optimizer
 
-from ..programs.references import apply_any, check_program
-from ..programs.updates import make_optimizer
 from . import allocator, cells, environment, isolate, records
 from .cells import Cell, Grid
 from .team import Team
@@ -148,7 +148,7 @@ def load_modules(cells: list[Cell]) -> None:
     """Import in this process whatever the cells' programs import on the way, so that no forked visit does it again."""
     from torch.profiler import profile as profiler
 
-    from ..programs.models import build
+    from perfmodel.tracing.programs.models import build
 
     for cell in {(c.config.name, c.method): c for c in cells}.values():
         architecture = architectures.from_config(cell.config)

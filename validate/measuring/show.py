@@ -5,8 +5,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from perfmodel import units
 from perfmodel.errors import UserError
-from perfmodel.report import units
 from perfmodel.report.plain import show, table
 from perfmodel.report.progress import progress
 

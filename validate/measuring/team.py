@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from perfmodel.architectures import Architecture
 from perfmodel.errors import UserError
-from perfmodel.step import PHASES
+from perfmodel.program.part import PHASES
 
 KINDS = ("ddp", "fsdp2")
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # set by torchrun

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from perfmodel.step import PHASES
+from perfmodel.program.part import PHASES
+from perfmodel.tracing.trace import Recorder
 
 from ..programs.choose import out_of_memory
 from ..tracing.trace import Recorder

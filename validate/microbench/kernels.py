@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._pytree import tree_leaves
 
-from ..programs.dtypes import TORCH_DTYPES
+from perfmodel.tracing.programs.dtypes import TORCH_DTYPES
+
 from .designs import Case
 
 aten = torch.ops.aten

@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 
-from perfmodel import costs, memory, methods
+from perfmodel import methods
 from perfmodel.architectures import Config, from_config, load
+from perfmodel.calls import costs
+from perfmodel.prediction import memory
+from perfmodel.program.part import PHASES
+from perfmodel.recording.record import build
+from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
-from perfmodel.step import PHASES, Step, build
-
-from ..programs import models, updates
-from ..tracing.trace import Signature, Trace, signature, trace_step
+from perfmodel.tracing.programs import models, updates
+from perfmodel.tracing.trace import Signature, Trace, signature, trace_step
 
 MIRRORED = {"transformers": "5.24", "peft": "0.21"}  # the minor versions whose programs the tape mirrors
 
@@ -133,6 +136,14 @@ SMALL: dict[str, dict[str, Any]] = {
         "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "pad_token_id": 0,
         "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 128, "tie_word_embeddings": True,
     },
+    "qwen3": {
+        "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "pad_token_id": 0,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 24,
+    },
+    "gemma2": {
+        "model_type": "gemma2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5, "pad_token_id": 0,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 24, "sliding_window": 24,
+    },
     "gpt2": {"model_type": "gpt2", "n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 128, "n_positions": 64},
     "gpt_neo": {
         "model_type": "gpt_neo", "hidden_size": 64, "num_layers": 2, "attention_types": [[["global", "local"], 1]],
@@ -187,7 +198,7 @@ METHODS = (
     "prefix_tuning:tokens=6,projection=true",
 )
 REFUSED = {
-    "bitfit": ("llama", "mistral"),  # they have no biases
+    "bitfit": ("llama", "mistral", "qwen3", "gemma2"),  # they have no biases
     **dict.fromkeys(
         ("loha", "lokr", "miss", "oft", "delora", "road", "c3a", "hra", "boft", "beft"), ("gpt2",)
     ),  # peft has no form of them for its layers
@@ -264,9 +275,11 @@ def _product(all_configs: list[Config], base: Setup, optimizers: tuple[str, ...]
 
 
 def _cases(config: Config, names: tuple[str, ...], setup: Setup) -> Iterator[Case]:
-    if config.values["model_type"] == "gpt_neo":
-        checkpoint = "block" if setup.checkpoint != "none" else "none"
-        setup = replace(setup, attention="eager", checkpoint=checkpoint)  # the forms that it has
+    attention = from_config(config).traits.attention  # the forms that it has
+    if setup.attention not in attention:
+        setup = replace(setup, attention=attention[0])
+    if config.values["model_type"] == "gpt_neo" and setup.checkpoint != "none":
+        setup = replace(setup, checkpoint="block")
     for text in names:
         name = text.partition(":")[0]
         if config.values["model_type"] not in REFUSED.get(name, ()):

@@ -18,10 +18,8 @@ from perfmodel.architectures import Config
 from perfmodel.errors import UserError
 from perfmodel.resources import DATA, read_rows
 from perfmodel.setup import Setup
-
-from .. import programs
-from ..programs.tuners_of_peft import EXAMPLES
-from ..tracing import traced
+from perfmodel.tracing import programs, traced
+from perfmodel.tracing.programs.tuners_of_peft import EXAMPLES
 
 SETUP = Setup(batch=1, seq=64)
 TABLE = DATA / "coverage" / "transformers-5.24.csv"  # of a whole run: every type with the reason why not

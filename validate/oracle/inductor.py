@@ -26,10 +26,9 @@ from torch.utils._pytree import tree_map
 
 from perfmodel.architectures import Config, from_config
 from perfmodel.errors import UserError
-from perfmodel.predict import resolve
+from perfmodel.prediction.predict import resolve
 from perfmodel.setup import Setup
-
-from ..programs import models
+from perfmodel.tracing.programs import models
 
 GPU: dict[str, Any] = {  # an H100, as `torch.cuda.get_device_properties` describes it
     "type": "cuda", "index": 0, "multi_processor_count": 132, "cc": 90, "major": 9, "regs_per_multiprocessor": 65536,

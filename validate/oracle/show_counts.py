@@ -5,7 +5,7 @@ import warnings
 from collections import Counter
 from typing import Any
 
-from perfmodel.report import units
+from perfmodel import units
 from perfmodel.report.progress import progress
 from perfmodel.report.terminal import console, table
 

@@ -15,9 +15,10 @@ import numpy as np
 from perfmodel import methods
 from perfmodel.architectures import from_config, load
 from perfmodel.devices import price, profile
+from perfmodel.recording.record import build
+from perfmodel.recording.step import Step
 from perfmodel.resources import DATA, read_rows
 from perfmodel.setup import Setup
-from perfmodel.step import Step, build
 
 FILE = DATA / "published" / "lorafusion_layers.csv"
 METHOD = "lora:r=16,dropout=0.1,targets=all-linear,adapter_dtype=bf16"

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 from perfmodel.devices import profile
 from perfmodel.devices.traffic import dram_bytes
+from perfmodel.program.dims import contiguous_strides, product
 from perfmodel.resources import DATA
-from perfmodel.tape import autograd
-from perfmodel.tape.core import Parameter, Storage, Tape, Tensor, recording
-from perfmodel.tape.dims import contiguous_strides, product
+from perfmodel.tape import engine
+from perfmodel.tape.core import Tape, recording
 from perfmodel.tape.linalg import linear
-from perfmodel.tape.lora_kernels import lorafusion_linear
+from perfmodel.tape.packages.lora_kernels import lorafusion_linear
 from perfmodel.tape.pointwise import add, dropout, mul
+from perfmodel.tape.tensor import Parameter, Storage, Tensor
 
 FILE = DATA / "published" / "lorafusion_traffic.csv"
 POINTS_LIMIT = 0.03  # predicted against measured share that is saved
@@ -76,7 +77,7 @@ def _record(layer: Saving, fused: bool) -> Tape:
         else:
             y = add(linear(x, w), mul(linear(linear(dropout(x, DROPOUT), a), b), SCALE))
         tape.backward_of(tape.part)
-        autograd.run_backward(y, _leaf(y.shape, needs_grad=False))
+        engine.run_backward(y, _leaf(y.shape, needs_grad=False))
     return tape
 
 

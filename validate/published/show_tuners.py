@@ -4,7 +4,7 @@ import json
 import warnings
 from typing import Any
 
-from perfmodel.report import units
+from perfmodel import units
 from perfmodel.report.progress import progress
 from perfmodel.report.terminal import console, table
 

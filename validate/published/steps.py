@@ -14,7 +14,7 @@ import numpy as np
 from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
 from perfmodel.devices.host import Host
-from perfmodel.predict import predict
+from perfmodel.prediction.predict import predict
 from perfmodel.resources import DATA, read_rows
 from perfmodel.setup import Setup
 

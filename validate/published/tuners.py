@@ -17,11 +17,10 @@ from perfmodel.architectures import load as load_model
 from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
 from perfmodel.errors import UserError
-from perfmodel.predict import Prediction, of_step
+from perfmodel.prediction.predict import Prediction, of_step
 from perfmodel.resources import DATA, read_rows
 from perfmodel.setup import Setup
-
-from ..tracing import traced
+from perfmodel.tracing import traced
 
 TABLE = DATA / "published" / "peft_tuners.csv"
 MEAN_LIMIT = 0.12  # mean |relative error| of the step time

@@ -2,8 +2,8 @@
 
 from itertools import groupby
 
-from ...crossover import Crossover
-from ...speedup import SAME
+from ...questions.crossover import Crossover
+from ...questions.speedup import SAME
 from ..svg import Canvas, Scale, doublings, linear, log
 from . import WIDE
 

@@ -1,7 +1,7 @@
 """Peak memory of several methods against what the device has."""
 
-from ...predict import Prediction
-from .. import units
+from ... import units
+from ...prediction.predict import Prediction
 from ..svg import Canvas, linear, name_column
 from . import WIDE
 

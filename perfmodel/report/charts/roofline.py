@@ -2,8 +2,8 @@
 
 from math import sqrt
 
-from ...roofline import Kernel, Roof
-from .. import units
+from ... import units
+from ...questions.roofline import Kernel, Roof
 from ..svg import Canvas, Scale, decades, log
 from . import WIDE
 

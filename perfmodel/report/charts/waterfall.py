@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ...explanation import Bar, Explanation
-from .. import units
+from ... import units
+from ...questions.explanation import Bar, Explanation
 from ..svg import Canvas, linear, name_column, text_width, ticks
 from . import WIDE
 

@@ -1,0 +1,37 @@
+"""The forms of norms over the last dim: each a function of (what makes its weight or bias, x, setup)."""
+
+from collections.abc import Callable
+
+from ..setup import Setup
+from ..tape import nn
+from ..tape.packages import liger
+from ..tape.pointwise import add, cast, mean_last, mul, power, rsqrt
+from ..tape.tensor import Parameter, Tensor
+
+Norm = Callable[[Callable[[str], Parameter], Tensor, Setup], Tensor]
+
+
+def rms_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> Tensor:
+    """Llama's RMSNorm: statistics and scaling in fp32, the weight applied in x's dtype."""
+    weight = parameter("weight")
+    if setup.kernels == "liger":
+        return liger.rms_norm(x, weight)
+    dtype = x.dtype
+    x = cast(x, "fp32")
+    variance = mean_last(power(x))
+    x = mul(x, rsqrt(add(variance, 1e-6)))
+    return mul(weight, cast(x, dtype))
+
+
+def offset_rms_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> Tensor:
+    """Gemma's RMSNorm: the weight is an offset from 1, and all of it is computed in fp32."""
+    weight = parameter("weight")
+    wide = cast(x, "fp32")
+    out = mul(wide, rsqrt(add(mean_last(power(wide)), 1e-6)))
+    del wide
+    return cast(mul(out, add(cast(weight, "fp32"), 1.0)), x.dtype)
+
+
+def layer_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> Tensor:
+    """`nn.LayerNorm`."""
+    return nn.layer_norm(x, parameter("weight"), parameter("bias"))

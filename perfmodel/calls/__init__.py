@@ -1,0 +1,1 @@
+"""What an ATen call is: its products, its kind, what it launches."""

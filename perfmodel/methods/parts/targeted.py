@@ -1,0 +1,187 @@
+"""What adapters of PEFT share: which linear layers get one, and the dtype of its weights."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+
+from ...architectures.base import WORDS
+from ...errors import UserError, nearest
+from ...tape.tensor import Parameter, Tensor
+from .base import Architecture, Linear, Method, option
+from .checks import float_dtype
+
+ALL_LINEAR = "all-linear"
+SAVED = (*WORDS, "lm_head")  # what can be in modules_to_save
+T = TypeVar("T", bound="Targeted")
+
+
+@dataclass(frozen=True)
+class Targeted(Method):
+    """Adapters beside frozen linear layers; a subclass writes `adapted`, the forward pass of a targeted layer."""
+
+    targets: tuple[str, ...] = option((), "layer names joined by +, or all-linear; empty: PEFT's default")
+    layers_to_transform: tuple[int, ...] | None = option(None, "block numbers such as 0-7+12; default all")
+    adapter_dtype: str | None = option(
+        None, "bf16, fp16 or fp32; default PEFT's rule: fp32 beside a 16-bit base", float_dtype
+    )
+    modules_to_save: tuple[str, ...] = option((), "modules of which a full copy trains, such as embed_tokens+lm_head")
+
+    aliases: ClassVar[dict[str, str]] = {"rank": "r", "layers": "layers_to_transform", "target_modules": "targets"}
+    family: ClassVar[str] = "lora"  # whose default targets it takes (`architectures.traits.Targets`)
+    told_by_where: ClassVar[tuple[str, ...]] = ("targets", "adapter_dtype", "modules_to_save")
+    takes_conv1d: ClassVar[bool] = True  # whether PEFT has the adapter for GPT-2's Conv1D layers
+    takes_layers: ClassVar[bool] = True  # whether its config has layers_to_transform
+
+    def check(self) -> None:
+        assert self.architecture is not None
+        if self.architecture.traits.conv1d and not self.takes_conv1d:
+            raise UserError(
+                f"method {self.name}: PEFT has no {self.name} for the Conv1D layers of {self.architecture.name}; "
+                "use lora, dora, ia3 or vera"
+            )
+        if self.layers_to_transform is not None and not self.takes_layers:
+            raise UserError(f"method {self.name}: PEFT's {self.name} has no layers_to_transform; leave it out")
+        check_targets(self.name, self.targets, self.architecture)
+        self._check_saved()
+        if "lm_head" in self.targets and self.architecture.tied:
+            raise UserError(
+                f"method {self.name}: lm_head of {self.architecture.name} shares the embedding's weight; leave it out"
+            )
+        for layer in self.layers_to_transform or ():
+            if not 0 <= layer < self.layers:
+                raise UserError(
+                    f"method {self.name}: layer {layer} is outside 0-{self.layers - 1} of {self.architecture.name}"
+                )
+
+    def _check_saved(self) -> None:
+        assert self.architecture is not None
+        for module in self.modules_to_save:
+            if module not in SAVED:
+                raise UserError(f"method {self.name}: modules_to_save {module!r}: {nearest(module, SAVED)}")
+            if module in self.targets:
+                raise UserError(f"method {self.name}: {module} cannot be a target and in modules_to_save")
+            if self.architecture.tied:
+                raise UserError(
+                    f"method {self.name}: modules_to_save is not modelled where the head shares the embedding's weight "
+                    f"({self.architecture.name})"
+                )
+
+    def copies(self, name: str, kind: str) -> bool:
+        return any(matches(name.removesuffix(".weight"), module) for module in self.modules_to_save)
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """The targets, PEFT's default for the architecture filled in."""
+        if self.targets:
+            return self.targets
+        assert self.architecture is not None
+        found: tuple[str, ...] | None = getattr(self.architecture.traits.targets, self.family)
+        if found is None:
+            first = next(iter(self.architecture.linear_names()), "a layer").rsplit(".", 1)[-1]
+            raise UserError(
+                f"method {self.name}: PEFT has no default targets for {self.architecture.name}; "
+                f"give targets={first} or all-linear"
+            )
+        return found
+
+    def where(self) -> str:
+        adapters = f" with {self.adapter_dtype} adapters" if self.adapter_dtype else ""
+        known = self.targets or self.architecture
+        saved = f" and copies of {','.join(self.modules_to_save)}" if self.modules_to_save else ""
+        return adapters + (on_targets(self.target_names, self.architecture) if known else "") + saved
+
+    def targets_layer(self, name: str, layer: int | None) -> bool:
+        """Whether a linear layer gets an adapter."""
+        if layer is None:
+            return self.layers_to_transform is None and named(name, self.target_names)
+        if self.layers_to_transform is not None and layer not in self.layers_to_transform:
+            return False
+        return named(name, self.target_names)
+
+    def layer_key(self, layer: int) -> Hashable:
+        return self.layers_to_transform is None or layer in self.layers_to_transform
+
+    def dtype_beside(self, dtype: str) -> str:
+        """The adapter's dtype beside a base of `dtype` (PEFT's `autocast_adapter_dtype`)."""
+        return self.adapter_dtype or "fp32"
+
+    def dtype_of_base(self, dtype: str) -> str:
+        """`dtype_beside` of adapters that are computed together with the base, in its dtype."""
+        if self.adapter_dtype not in (None, dtype):
+            raise UserError(f"method {self.name}: adapter_dtype must be the base's, {dtype}; got {self.adapter_dtype}")
+        return dtype
+
+    def plain(self: T, dtype: str) -> T:
+        default = replace(self, adapter_dtype=None)
+        return default if self.adapter_dtype == default.dtype_beside(dtype) else self
+
+    def linear(self, layer: Linear, x: Tensor) -> Tensor:
+        if not self.targets_layer(layer.name, layer.scope.layer):
+            return layer(x)
+        layer.scope.count_adapter()
+        return self.adapted(layer, x, self.dtype_beside(layer.scope.dtype))
+
+    def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
+        """The forward pass of a targeted layer whose adapter has `dtype`."""
+        raise TypeError(f"{type(self).__name__} must define adapted")
+
+    def check_rank(self, layer: Linear, r: Any) -> None:
+        """Raise `UserError` where a rank exceeds what the layer's weight can have."""
+        width = min(layer.n_in, layer.n_out)
+        if np.any(np.greater(r, width)):
+            raise UserError(f"method {self.name}: rank {np.max(r)} exceeds the width {width} of {layer.name}")
+
+    def check_divides(self, layer: Linear, option: str, *sides: str) -> None:
+        """Raise `UserError` where a size does not divide a width of the layer: its "input", its "output" or both."""
+        size = getattr(self, option)
+        for side in sides:
+            width = layer.n_in if side == "input" else layer.n_out
+            if width % size:
+                below = next(d for d in range(size, 0, -1) if width % d == 0)
+                raise UserError(
+                    f"method {self.name}: {option} {size} does not divide the {side} width {width} of {layer.name}; "
+                    f"{below} does"
+                )
+
+
+def check_targets(method: str, targets: Sequence[str], architecture: Architecture) -> None:
+    """Raise `UserError` where a target matches no linear layer of the architecture."""
+    known = [*architecture.linear_names(), "lm_head"]
+    for target in targets:
+        if target != ALL_LINEAR and not any(matches(name, target) for name in known):
+            leaves = {name.rsplit(".", 1)[-1] for name in known}
+            raise UserError(
+                f"method {method}: target {target!r} matches no linear layer of {architecture.name}: "
+                f"{nearest(target, leaves)}"
+            )
+
+
+def on_targets(targets: tuple[str, ...], architecture: Architecture | None) -> str:
+    """Targets in words: " on q,v", " on all linear layers"."""
+    leaves = {name.rsplit(".", 1)[-1] for name in architecture.linear_names()} if architecture else set()
+    if ALL_LINEAR in targets or (leaves and leaves <= set(targets)):
+        return " on all linear layers"
+    return " on " + ",".join(target.rsplit(".", 1)[-1].removesuffix("_proj") for target in targets)
+
+
+def base_weight(layer: Linear) -> Parameter:
+    """The weight of the base layer, as it lies in memory."""
+    shape = (layer.n_in, layer.n_out) if layer.conv1d else (layer.n_out, layer.n_in)
+    return layer.scope.parameter(f"{layer.name}.weight", shape, "weight")
+
+
+def base_bias(layer: Linear) -> Parameter | None:
+    """The bias of the base layer, if it has one."""
+    return layer.scope.parameter(f"{layer.name}.bias", (layer.n_out,), "bias") if layer.has_bias else None
+
+
+def matches(name: str, target: str) -> bool:
+    """Whether a target names a layer, as PEFT compares them."""
+    return name == target or name.endswith("." + target)
+
+
+def named(name: str, targets: tuple[str, ...]) -> bool:
+    """Whether any target names a layer; all-linear names every layer of a block."""
+    return any(matches(name, target) or (target == ALL_LINEAR and name != "lm_head") for target in targets)

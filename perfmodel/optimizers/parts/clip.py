@@ -1,0 +1,28 @@
+"""`torch.nn.utils.clip_grad_norm_`. Source: torch/nn/utils/clip_grad.py."""
+
+from ...program.op import Spec
+from ...program.part import Part
+from .lists import Recorder, Specs, by_dtype
+
+
+def clip_grad_norm(part: Part, grads: Specs) -> None:
+    """Per-tensor norms, their norm, and a scaling of every gradient; lists on CUDA and CPU alike."""
+    op = Recorder(part)
+    dtype = _common([s.dtype for s in grads])
+    scalar = Spec(dtype, ())
+    count = sum(s.copies for s in grads)
+    groups = by_dtype(grads)
+    for group in groups:
+        norms = [Spec(s.dtype, (), s.copies) for s in group]
+        op("_foreach_norm.Scalar", group, norms)
+    norms = [Spec(s.dtype, (), s.copies) for s in grads]
+    op("stack", norms, [Spec(dtype, (count,))])
+    op("linalg_vector_norm", [Spec(dtype, (count,))], [scalar])
+    for name in ("add.Tensor", "reciprocal", "mul.Tensor", "clamp"):
+        op(name, [scalar], [scalar])
+    for group in groups:
+        op("_foreach_mul_.Tensor", [*group, scalar], group)
+
+
+def _common(dtypes: list[str]) -> str:
+    return dtypes[0] if len(set(dtypes)) == 1 else "fp32"

@@ -1,0 +1,108 @@
+"""A grid of setups as one prediction: array dims go through the tape once.
+
+Where the points of a grid do not share one program (a batch of 1 beside others, a window that binds only here and
+there), the grid is split along the tape's question and put back together afterwards.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ..errors import UserError
+from ..methods import Method
+from ..program.dims import Axis, MixedStructure
+from ..setup import Setup
+
+P = TypeVar("P")
+Compute = Callable[[Setup, Method], P]
+CHUNK = 16_384  # points that go through the tape together: bounds the memory of a large grid
+MERGED = (
+    "total_params", "trainable_params", "flops", "bytes", "kernels", "dispatches", "time", "memory", "fits", "mfu",
+    "periodic",
+)  # fmt: skip
+
+
+def over_grid(compute: Compute[P], setup: Setup, method: Method) -> P:
+    """Run a prediction over array dims, splitting the grid where its points do not share one program."""
+    arrays = _arrays(setup, method)
+    if not arrays:
+        return compute(setup, method)
+    _check_size(setup, method)
+    try:
+        shape = np.broadcast_shapes(*(a.shape for a in arrays.values()))
+    except ValueError:
+        shapes = ", ".join(f"{name} {a.shape}" for (_, name), a in arrays.items())
+        raise UserError(f"the arrays of a grid must broadcast together, got {shapes}") from None
+    flat = {k: np.broadcast_to(a, shape).reshape(-1) for k, a in arrays.items()}
+    points = np.arange(int(np.prod(shape)))
+    parts: list[tuple[np.ndarray, P]] = []
+    for start in range(0, len(points), CHUNK):
+        parts += _split(compute, setup, method, flat, points[start : start + CHUNK])
+    return _merge(parts, setup, shape)
+
+
+def _check_size(setup: Setup, method: Method) -> None:
+    """Refuse grids whose counts would not fit 64-bit integers: an upper bound of the FLOPs of their largest point."""
+    a = method.architecture
+    assert a is not None
+    batch, seq = int(np.max(setup.batch)), int(np.max(setup.seq))
+    weights = a.layers * (4 * a.hidden * max(a.hidden, a.heads * a.head_dim) + 3 * a.hidden * a.intermediate)
+    weights += 2 * a.vocab * a.hidden
+    per_token = 8 * 2 * weights + 24 * a.layers * a.heads * a.head_dim * seq
+    if per_token * batch * seq * setup.grad_accum > 2**62:
+        raise UserError(f"batch {batch} x seq {seq} is too large for a grid of {a.name}: counts exceed 64-bit integers")
+
+
+def _arrays(setup: Setup, method: Method) -> dict[tuple[str, str], np.ndarray]:
+    found = {}
+    for kind, source in (("setup", setup), ("method", method)):
+        for f in fields(source):
+            value = getattr(source, f.name)
+            if isinstance(value, np.ndarray):
+                found[kind, f.name] = value
+    return found
+
+
+def _split(
+    compute: Compute[P], setup: Setup, method: Method, flat: dict[tuple[str, str], np.ndarray], index: np.ndarray
+) -> Iterator[tuple[np.ndarray, P]]:
+    values = {k: _uniform(a[index]) for k, a in flat.items()}
+    here = replace(setup, **{name: v for (kind, name), v in values.items() if kind == "setup"})
+    with_rank = replace(method, **{name: v for (kind, name), v in values.items() if kind == "method"})
+    try:
+        yield index, compute(here, with_rank)
+    except MixedStructure as mixed:
+        mask = np.broadcast_to(mixed.mask, index.shape)
+        yield from _split(compute, setup, method, flat, index[mask])
+        yield from _split(compute, setup, method, flat, index[~mask])
+
+
+def _uniform(values: np.ndarray) -> Any:
+    return int(values[0]) if (values == values[0]).all() else values.view(Axis)
+
+
+def _merge(parts: list[tuple[np.ndarray, P]], setup: Setup, shape: tuple[int, ...]) -> P:
+    """Put the pieces of a grid back together, field by field."""
+
+    def merge(values: list[Any]) -> Any:
+        first = values[0]
+        if isinstance(first, dict):
+            return {k: merge([v[k] for v in values]) for k in first}
+        if isinstance(first, list):
+            return [merge(list(items)) for items in zip(*values, strict=True)]
+        if is_dataclass(first) and not isinstance(first, type):
+            figures = [f.name for f in fields(first) if not f.metadata.get("label")]
+            return replace(first, **{name: merge([getattr(v, name) for v in values]) for name in figures})
+        dtype = np.result_type(*(np.asarray(v).dtype for v in values))
+        out = np.empty(int(np.prod(shape)), dtype)
+        for (index, _), value in zip(parts, values, strict=True):
+            out[index] = value
+        return out.reshape(shape)
+
+    first: Any = parts[0][1]
+    merged = {name: merge([getattr(p, name) for _, p in parts]) for name in MERGED}
+    notes = list(dict.fromkeys(note for _, p in parts for note in getattr(p, "notes", ())))
+    result: P = replace(first, setup=setup, step=None, durations=None, notes=notes, choices=[], **merged)
+    return result

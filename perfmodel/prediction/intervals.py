@@ -1,0 +1,65 @@
+"""90 % intervals of times and ratios from the residuals of the price models.
+
+A step's time is a sum over components (GEMMs by precision, attention, memory-bound kernels, optimizer, waiting for the
+host), each priced by one model whose relative error on rows that no fit saw is known. Within a component the error is
+taken as common, between components as independent; one more term stands for what no component explains. In a ratio of
+two steps on one device a component's error cancels as far as both steps have the same share of it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..devices.profile import DeviceProfile
+
+Components = Mapping[str, Any]  # component -> seconds
+
+Z90 = 1.645  # two-sided 90 % of a normal distribution
+SIGMA_OF_MEAN = 1.2533  # standard deviation of a normal error whose mean absolute value is 1: sqrt(pi / 2)
+HOST = 0.25  # relative sigma of the host: its CPU is rarely known
+SOLVER = 0.5  # relative sigma of dense decompositions: a factor of two either way is rarely missed (devices/solver.py)
+UNEXPLAINED = 0.05  # relative sigma of a step beyond its components (clocks, allocator, data loading)
+UNEXPLAINED_RATIO = 0.02  # the same for the ratio of two steps measured on one machine
+
+# component -> block of a device profile whose residuals it has
+BLOCK = {
+    "gemm16": "gemm.bf16", "gemm32": "gemm.fp32", "attention": "attention", "memory": "pointwise",
+    "optimizer": "pointwise",
+}  # fmt: skip
+
+
+def sigma(component: str, profile: DeviceProfile) -> float:
+    """Relative standard deviation of one component on a device."""
+    if component == "host":
+        return HOST
+    if component == "solver":
+        return SOLVER
+    return SIGMA_OF_MEAN * profile.residuals[BLOCK[component]]["mean"]
+
+
+def step_sigma(components: Components, total: Any, profile: DeviceProfile) -> Any:
+    """Relative standard deviation of a step's time."""
+    variance = sum((sigma(c, profile) * t / total) ** 2 for c, t in components.items())
+    return np.sqrt(variance + UNEXPLAINED**2)
+
+
+def ratio_sigma(a: Components, a_total: Any, b: Components, b_total: Any, profile: DeviceProfile) -> Any:
+    """Relative standard deviation of the ratio of two steps on one device."""
+    names = {*a, *b}
+    shares = {c: a.get(c, 0.0) / a_total - b.get(c, 0.0) / b_total for c in names}
+    variance = sum((sigma(c, profile) * share) ** 2 for c, share in shares.items())
+    return np.sqrt(variance + UNEXPLAINED_RATIO**2)
+
+
+def bounds(center: Any, relative_sigma: Any) -> tuple[Any, Any]:
+    """The 90 % interval of a positive figure with a log-normal error."""
+    factor = np.exp(Z90 * relative_sigma)
+    return center / factor, center * factor
+
+
+def component(kind: str, dtype: str) -> str:
+    """The component of an op, from `costs.kind` and the dtype of its operands."""
+    if kind == "gemm":
+        return "gemm32" if dtype in ("fp32", "c64") else "gemm16"
+    return kind if kind in ("attention", "optimizer", "solver") else "memory"

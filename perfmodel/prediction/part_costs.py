@@ -1,0 +1,160 @@
+"""What one run of a part takes: device seconds of its ops, clocks, counts."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..calls import costs
+from ..devices import price
+from ..devices.host import Host
+from ..devices.profile import DeviceProfile
+from ..program.dims import Dim, summed
+from ..program.op import Op
+from ..program.part import Part
+from ..program.streams import COMPUTE, HOST
+from ..recording.reuse import Shared
+from ..recording.step import Step
+from . import contention, intervals, timeline
+from .contention import Seconds
+
+
+class Call(NamedTuple):
+    """What one op takes, whatever part it runs in.
+
+    Attributes:
+        read, written: bytes.
+        component: of `intervals`, what prices it; empty for a view.
+        waits: whether the host waits for the device.
+    """
+
+    flops: Dim = 0
+    read: Dim = 0
+    written: Dim = 0
+    kernels: Dim = 0
+    component: str = ""
+    waits: bool = False
+
+    @classmethod
+    def of(cls, op: Op) -> "Call":
+        """Work it out."""
+        if op.view:
+            return VIEW
+        dtype = op.inputs[-1].dtype if op.inputs else "fp32"
+        component = intervals.component(costs.kind(op), dtype)
+        waits = costs.synchronises(op)
+        return cls(costs.flops(op), op.bytes_read, op.bytes_written, costs.kernels(op), component, waits)
+
+
+VIEW = Call()
+
+
+def counts(part: Part, calls: Sequence[Call] | None = None) -> dict[str, Dim]:
+    """What one run of a part takes.
+
+    Args:
+        calls: of its ops, if they are known.
+    """
+    calls = calls or [Call.of(op) for op in part.ops]
+    own = [call for call in calls if call.component]
+    return {
+        "flops": summed([call.flops for call in own]),
+        "recomputed": summed([call.flops for op, call in zip(part.ops, calls, strict=True) if op.recompute]),
+        "bytes": summed([x for call in own for x in (call.read, call.written)]),
+        "kernels": summed([call.kernels for call in own]),
+        "dispatches": len(own),
+    }
+
+
+def durations(built: Step, on: DeviceProfile, shared: Shared | None = None) -> list[Seconds]:
+    """The device seconds of every part's ops; all that are not yet known are priced in one go.
+
+    `shared` also receives the `Call`s of the parts.
+    """
+    shared = shared or Shared()
+    new = [part for part, _ in built.parts() if part not in shared.durations]
+    seconds, calls = _priced([op for part in new for op in part.ops], on, shared)
+    start = 0
+    for part in new:
+        rows = slice(start, start + len(part.ops))
+        shared.durations[part] = contention.of_part(part, seconds[rows], on)
+        shared.calls[part] = calls[rows]
+        start = rows.stop
+    return [shared.durations[part] for part, _ in built.parts()]
+
+
+def _priced(ops: Sequence[Op], on: DeviceProfile, shared: Shared) -> tuple[np.ndarray, list[Call]]:
+    """Device seconds of each op, and what else it takes; equal ones are worked out once, where no dim is an array."""
+    prices = shared.prices
+    try:
+        known = [FREE if op.view else prices.get(op.call) for op in ops]
+    except TypeError:
+        return price.durations(ops, on), [Call.of(op) for op in ops]
+    new = {op.call: op for op, entry in zip(ops, known, strict=True) if entry is None}
+    if new:
+        distinct = list(new.values())
+        made = zip(price.durations(distinct, on).tolist(), map(Call.of, distinct), strict=True)
+        prices.update(zip(new, made, strict=True))
+    found = [entry or prices[op.call] for op, entry in zip(ops, known, strict=True)]
+    return np.array([seconds for seconds, _ in found]), [call for _, call in found]
+
+
+FREE = 0.0, VIEW
+
+
+def clocks(
+    part: Part,
+    seconds: Seconds,
+    on: DeviceProfile,
+    by: Host,
+    *,
+    graphs: bool = False,
+    calls: Sequence[Call] | None = None,
+) -> tuple[timeline.Clocks, dict[str, Any]]:
+    """The clock matrix of one run of a part, and its device-busy seconds by component.
+
+    Args:
+        seconds: of its ops.
+        graphs: whether a CUDA graph runs it.
+        calls: of its ops, if they are known.
+    """
+    if not len(seconds.alone):
+        return timeline.IDENTITY, {}
+    calls = calls or [Call.of(op) for op in part.ops]
+    work = _components(calls, seconds.added)
+    if graphs and on.kind == "cuda":  # nothing to dispatch: the device runs through
+        return timeline.advance(COMPUTE, timeline.total(seconds.added)), work
+    dispatch = by.dispatch(part, on.kind)
+    dispatch = dispatch.reshape(len(dispatch), *(1,) * (seconds.alone.ndim - 1))
+    if on.kind == "cpu":  # one clock: the host does the work itself
+        return timeline.advance(HOST, timeline.total(dispatch) + timeline.total(seconds.alone)), work
+    row = timeline.Row(
+        dispatch,
+        seconds.alone,
+        np.array([op.launched for op in part.ops]),
+        [i for i, call in enumerate(calls) if call.waits],
+        part.runs,
+        seconds.added,
+    )
+    return timeline.of_row(row, by.launch), work
+
+
+def _components(calls: Sequence[Call], duration: np.ndarray) -> dict[str, Any]:
+    busy: dict[str, Any] = {}
+    of_grid = duration.ndim > 1
+    for call, seconds in zip(calls, duration if of_grid else duration.tolist(), strict=True):
+        name = call.component
+        if name in busy:
+            busy[name] += seconds
+        elif name:
+            busy[name] = seconds.copy() if of_grid else seconds
+    return busy
+
+
+def seconds_of(parts: list[Part], on: DeviceProfile, by: Host) -> Any:
+    """Seconds of parts that run in a row, from all clocks at 0."""
+    together = timeline.IDENTITY
+    for part in parts:
+        seconds = contention.of_part(part, price.durations(part.ops, on), on)
+        together = together.then(clocks(part, seconds, on, by)[0].power(part.repeat))
+    return together.end

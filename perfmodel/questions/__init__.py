@@ -1,0 +1,1 @@
+"""What people ask of predictions: which is faster, why, what instead, over which grid."""

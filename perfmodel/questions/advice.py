@@ -1,0 +1,336 @@
+"""What to run instead: the fastest setup that fits, what each change buys, and time against memory.
+
+The samples of an optimizer step stay the same. Quality is outside the model: a choice of methods is the user's, by name
+or by the number of parameters that have to train.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
+from typing import Any
+
+from ..devices import host as hosts
+from ..devices.device import Device, profile_of
+from ..devices.host import Host
+from ..devices.profile import DeviceProfile
+from ..errors import UserError
+from ..methods import Method
+from ..prediction import memory
+from ..prediction.predict import Model, Prediction, predict, resolve, with_options
+from ..recording.record import no_collector
+from ..recording.reuse import Shared
+from ..setup import Setup
+from .catalogue import sized
+from .knobs import Choice, Knob, knobs
+
+EXHAUSTIVE = 96  # combinations of one method that are all tried; of more, one knob is turned at a time
+Progress = Callable[[int, int, str], None]  # methods done, methods in all, the next one
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setup of the search.
+
+    Attributes:
+        changes: labels of what differs from the start, in the order of the knobs.
+        fits: whether it runs within the memory limit and trains enough.
+    """
+
+    changes: tuple[str, ...]
+    prediction: Prediction
+    fits: bool
+
+    @property
+    def seconds(self) -> float:
+        """Step time, s."""
+        return float(self.prediction.time.phases["total"])
+
+    @property
+    def peak(self) -> int:
+        """Peak memory, B."""
+        return int(self.prediction.memory.peak)
+
+    def order(self) -> tuple[bool, float]:
+        """Sorts what fits first, by time; what does not, by memory."""
+        return (not self.fits, self.seconds if self.fits else float(self.peak))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values (SI)."""
+        p = self.prediction
+        return {
+            "method": p.method, "changes": list(self.changes), "setup": p.setup.as_dict(), "step_s": self.seconds,
+            "peak_bytes": self.peak, "trainable_params": int(p.trainable_params), "fits": self.fits,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one change does to the step before it.
+
+    Attributes:
+        seconds: change of the step time, s; negative is faster.
+        nbytes: change of the peak, B.
+    """
+
+    label: str
+    seconds: float
+    nbytes: int
+    after: Candidate
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values (SI)."""
+        return {"change": self.label, "step_s": self.seconds, "peak_bytes": self.nbytes, "fits": self.after.fits}
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The answer of `advise`.
+
+    Attributes:
+        start: where the user is.
+        best: the fastest that fits; None if nothing does.
+        path: from start to best, one change after another; their times sum to the whole difference.
+        alone: every change by itself, from the start.
+        front: candidates that nothing beats in both time and memory, by memory.
+        tried: setups that were predicted.
+        exhaustive: whether these were all combinations.
+        limit: memory limit, B.
+    """
+
+    start: Candidate
+    best: Candidate | None
+    path: list[Change]
+    alone: list[Change]
+    front: list[Candidate]
+    tried: int
+    exhaustive: bool
+    limit: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON of `advise`."""
+        return {
+            "start": self.start.as_dict(), "best": self.best.as_dict() if self.best else None,
+            "path": [c.as_dict() for c in self.path], "alone": [c.as_dict() for c in self.alone],
+            "front": [c.as_dict() for c in self.front], "tried": self.tried, "exhaustive": self.exhaustive,
+            "limit_bytes": self.limit,
+        }  # fmt: skip
+
+
+Positions = tuple[int, ...]  # of each knob of a method
+
+
+@dataclass
+class _Space:
+    """The setups of one method: memoised predictions, by the positions of its knobs."""
+
+    method: Method
+    setup: Setup
+    knobs: list[Knob]
+    evaluate: Callable[[Setup, Method, tuple[str, ...]], Candidate]
+    prefix: tuple[str, ...]  # the change of method itself, if any
+
+    def __post_init__(self) -> None:
+        self.known: dict[Positions, Candidate | None] = {}
+
+    def at(self, positions: Positions) -> Candidate | None:
+        """The candidate at some positions; None where the combination is refused."""
+        if positions not in self.known:
+            chosen = [knob[i] for knob, i in zip(self.knobs, positions, strict=True)]
+            labels = (*self.prefix, *(choice.label for choice in chosen if choice.label))
+            try:
+                setup, method = self.setup, self.method
+                for choice in chosen:
+                    setup, method = choice.applied(setup, method)
+                self.known[positions] = self.evaluate(setup, method, labels)
+            except UserError:  # a combination that the method or the model does not have
+                self.known[positions] = None
+        return self.known[positions]
+
+    @property
+    def origin(self) -> Positions:
+        """Every knob as the user has it."""
+        return (0,) * len(self.knobs)
+
+    @property
+    def size(self) -> int:
+        """All combinations."""
+        return prod(map(len, self.knobs))
+
+    def search(self) -> None:
+        """Try all combinations, or turn one knob at a time until no choice of any is better.
+
+        A round goes over the knobs from the last to the first and keeps the best choice of each: what makes a step
+        faster comes before what trades time for memory. So most knobs are settled when the dearest is turned, and after
+        the round that changes nothing every setup that is one choice away has been tried.
+        """
+        if self.size <= EXHAUSTIVE:
+            for positions in product(*(range(len(knob)) for knob in self.knobs)):
+                self.at(positions)
+            return
+        here = self.origin
+        if not self.prefix:  # what each change buys from where the user is
+            for positions in self.neighbours(here):
+                self.at(positions)
+        before = None
+        while here != before:
+            before = here
+            for k in reversed(range(len(self.knobs))):
+                here = min([here, *self.turned(here, k)], key=self._order)
+
+    def turned(self, here: Positions, k: int) -> Iterator[Positions]:
+        """The other choices of one knob."""
+        for i in range(len(self.knobs[k])):
+            if i != here[k]:
+                yield (*here[:k], i, *here[k + 1 :])
+
+    def neighbours(self, here: Positions) -> Iterator[Positions]:
+        """One knob turned."""
+        for k in range(len(self.knobs)):
+            yield from self.turned(here, k)
+
+    def _order(self, positions: Positions) -> tuple[bool, float]:
+        candidate = self.at(positions)
+        return candidate.order() if candidate else (True, float("inf"))
+
+    def best(self) -> Positions | None:
+        """The positions of the best candidate that fits."""
+        fitting = [p for p, c in self.known.items() if c and c.fits]
+        return min(fitting, key=self._order, default=None)
+
+
+def advise(
+    model: Model,
+    method: str | Method = "lora",
+    setup: Setup | None = None,
+    device: str | DeviceProfile | Device = "l40s",
+    *,
+    methods: Sequence[str | Method] = (),
+    memory_bytes: float | None = None,
+    min_trainable: float | None = None,
+    host: str | Host = "default",
+    progress: Progress | None = None,
+    **options: Any,
+) -> Advice:
+    """Search for the fastest way to train that fits.
+
+    Args:
+        method: where the user is; its own knobs are always searched.
+        methods: further methods to consider, besides `method`.
+        memory_bytes: limit, B; the device's memory if None.
+        min_trainable: parameters that have to train at least; then every method of the catalogue is considered, sized
+            to reach them.
+
+    Raises:
+        UserError: what `predict` refuses for the start, arrays in the setup, a limit that is not positive.
+    """
+    setup = with_options(setup, options)
+    architecture, start_method = resolve(model, method)
+    on = profile_of(device)
+    by = hosts.resolve(host, on)
+    if not isinstance(setup.batch, int) or not isinstance(setup.seq, int):
+        raise UserError("advise takes one batch and one seq; for grids use sweep")
+    limit = _limit(memory_bytes, on)
+
+    shared = Shared()
+
+    def evaluate(setup: Setup, method: Method, changes: tuple[str, ...]) -> Candidate:
+        p = predict(architecture, replace(method, architecture=None), setup, on, host=by, shared=shared)
+        fits = bool(memory.fits(p.memory.peak, limit, on.kind)) and p.trainable_params >= (min_trainable or 0)
+        return Candidate(changes, p, fits)
+
+    start = evaluate(setup, start_method, ())
+    others = [resolve(architecture, m)[1] for m in methods]
+    if min_trainable is not None:
+        others += sized(architecture, setup, on, min_trainable)
+    spaces = []
+    for m in _distinct([start_method, *others]):
+        prefix = () if m.spec() == start_method.spec() else (m.spec(),)
+        spaces.append(_Space(m, setup, knobs(architecture, setup, m), evaluate, prefix))
+    spaces[0].known[spaces[0].origin] = start
+    for i, space in enumerate(spaces):
+        if progress:
+            progress(i, len(spaces), space.method.spec())
+        with no_collector():  # most of what a search makes is kept
+            space.search()
+    return _answer(start, spaces, limit)
+
+
+def _limit(memory_bytes: float | None, on: DeviceProfile) -> float:
+    if memory_bytes is not None and not memory_bytes > 0:
+        raise UserError(f"memory must be positive, got {memory_bytes}")
+    return min(memory_bytes or on.hardware.memory_bytes, on.hardware.memory_bytes)
+
+
+def _distinct(found: list[Method]) -> list[Method]:
+    return list({m.spec(): m for m in found}.values())
+
+
+def _answer(start: Candidate, spaces: list[_Space], limit: float) -> Advice:
+    known = [c for space in spaces for c in space.known.values() if c]
+    placed = [(space, p) for space in spaces if (p := space.best()) is not None]
+    best = min(placed, key=lambda found: found[0]._order(found[1]), default=None)
+    return Advice(
+        start=start,
+        best=best[0].at(best[1]) if best else None,
+        path=_path(start, *best) if best else [],
+        alone=_alone(start, spaces),
+        front=_front([c for c in known if c.fits]),
+        tried=sum(len(space.known) for space in spaces),
+        exhaustive=all(len(space.known) == space.size for space in spaces),
+        limit=limit,
+    )
+
+
+def _path(start: Candidate, space: _Space, goal: Positions) -> list[Change]:
+    """From the start to the goal: the method first, then always the knob that gains most."""
+    here = space.origin
+    path: list[Change] = []
+    now = start
+    if space.prefix and (first := space.at(here)):
+        path.append(_change(space.prefix[0], now, first))
+        now = first
+    while here != goal:
+        steps = [(*here[:k], goal[k], *here[k + 1 :]) for k in range(len(goal)) if here[k] != goal[k]]
+        possible = [p for p in steps if space.at(p)] or [goal]
+        here_next = min(possible, key=lambda p: _seconds(space.at(p)))
+        after = space.at(here_next)
+        assert after is not None
+        turned = [knob[i].label for knob, i, old in zip(space.knobs, here_next, here, strict=True) if i != old]
+        path.append(_change(" + ".join(turned), now, after))
+        now, here = after, here_next
+    return path
+
+
+def _seconds(candidate: Candidate | None) -> float:
+    return candidate.seconds if candidate else float("inf")
+
+
+def _change(label: str, before: Candidate, after: Candidate) -> Change:
+    return Change(label, after.seconds - before.seconds, after.peak - before.peak, after)
+
+
+def _alone(start: Candidate, spaces: list[_Space]) -> list[Change]:
+    """Each change by itself, those that gain most time first."""
+    changes = []
+    for space in spaces:
+        if space.prefix:
+            found = [(space.prefix[0], space.at(space.origin))]
+        else:
+            found = [(_label(space, p), space.at(p)) for p in space.neighbours(space.origin)]
+        changes += [_change(label, start, after) for label, after in found if after]
+    return sorted(changes, key=lambda c: c.seconds)
+
+
+def _label(space: _Space, positions: Positions) -> str:
+    chosen: list[Choice] = [knob[i] for knob, i in zip(space.knobs, positions, strict=True) if i]
+    return " + ".join(c.label for c in chosen)
+
+
+def _front(candidates: list[Candidate]) -> list[Candidate]:
+    """Those that no other beats in both time and memory, by memory."""
+    front: list[Candidate] = []
+    for c in sorted(candidates, key=lambda c: (c.peak, c.seconds)):
+        if not front or c.seconds < front[-1].seconds:
+            front.append(c)
+    return front

@@ -1,0 +1,182 @@
+"""What a step's time consists of: seconds by physical part, and what limits each phase.
+
+Every op of a step belongs to one part, by whose account it runs on (`Op.owner`), its phase and its kind. The parts and
+the time in which the device waits for the host add up to the step.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..calls import costs
+from ..devices import engine
+from ..devices.host import Host
+from ..devices.profile import DeviceProfile
+from ..errors import UserError
+from ..prediction.predict import Prediction
+from ..program.op import Op
+from ..program.part import PHASES, Part
+
+WAITING = "waiting"
+PARTS = {  # part -> what it is called
+    "gemm_forward": "GEMMs of the forward pass",
+    "gemm_input_grad": "input-gradient GEMMs",
+    "gemm_weight_grad": "weight-gradient GEMMs",
+    "attention": "attention",
+    "embedding": "embedding and its gradient",
+    "pointwise": "norms, activations, residual adds",
+    "loss": "logits and loss",
+    "recompute": "recomputed forward",
+    "dequantisation": "dequantisation of the weights",
+    "accumulation": "accumulation of gradients",
+    "adapter_gemm": "adapter GEMMs",
+    "adapter_pointwise": "adapter casts and pointwise",
+    "clipping": "gradient clipping",
+    "optimizer": "optimizer",
+    WAITING: "waiting for the host",
+}
+LIMITS = ("compute", "memory", "launch")
+
+
+def part_of(op: Op, part: Part) -> str:
+    """The physical part that an op's time belongs to."""
+    if part.phase == "optimizer":
+        return "clipping" if part.name == "clip" else "optimizer"
+    kind = costs.kind(op)
+    if op.owner in ("dequantisation", "accumulation"):
+        return op.owner
+    if op.owner == "adapter":
+        return "adapter_gemm" if kind == "gemm" else "adapter_pointwise"
+    if op.recompute:
+        return "recompute"
+    if op.owner == "attention" or kind == "attention":
+        return "attention"
+    if kind == "gemm":
+        if op.attrs.layout == "nt":  # the layout that weight gradients have, wherever they are formed
+            return "gemm_weight_grad"
+        return "gemm_forward" if part.phase == "forward" else "gemm_input_grad"
+    if kind == "embedding":
+        return "embedding"
+    return "loss" if part.name == "head" else "pointwise"
+
+
+@dataclass
+class Phase:
+    """One phase of a step and the three floors under its time, in seconds.
+
+    Attributes:
+        seconds: its share of the step.
+        busy: seconds in which kernels run; `limited` splits them by what limits each kernel, compute or memory.
+        host: seconds that the host needs to dispatch it.
+        flops, bytes: its work; `at_peak` and `at_bandwidth` are the seconds of that work at the datasheet's figures.
+    """
+
+    seconds: float
+    busy: float = 0.0
+    host: float = 0.0
+    flops: float = 0.0
+    bytes: float = 0.0
+    at_peak: float = 0.0
+    at_bandwidth: float = 0.0
+    limited: dict[str, float] = field(default_factory=lambda: {"compute": 0.0, "memory": 0.0})
+
+    @property
+    def waiting(self) -> float:
+        """Seconds in which no kernel runs."""
+        return max(0.0, self.seconds - self.busy)
+
+    @property
+    def regime(self) -> str:
+        """What takes most of the phase: kernels limited by compute, kernels limited by memory, or launching them."""
+        shares = {**self.limited, "launch": self.waiting}
+        return max(LIMITS, key=shares.__getitem__)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON of a phase (SI units)."""
+        return {
+            "regime": self.regime, "seconds": self.seconds, "busy": self.busy, "waiting": self.waiting,
+            "compute_limited": self.limited["compute"], "memory_limited": self.limited["memory"], "host": self.host,
+            "flops": self.flops, "flops_at_peak": self.at_peak,
+            "bytes": self.bytes, "bytes_at_bandwidth": self.at_bandwidth,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A predicted step taken apart: seconds by part (their sum is the step), and its phases."""
+
+    parts: dict[str, float]
+    phases: dict[str, Phase]
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step."""
+        return sum(phase.seconds for phase in self.phases.values())
+
+
+def timed_ops(p: Prediction) -> Iterator[tuple[Part, Op, float, int]]:
+    """Every op that runs something, with its part, its device seconds and how often it runs.
+
+    Raises:
+        UserError: the prediction is a grid, which has no single step.
+    """
+    if p.step is None or p.durations is None or any(seconds.added.ndim != 1 for seconds in p.durations):
+        raise UserError("only a single setup can be taken apart: give batch, seq and rank as integers")
+    for (part, count), seconds in zip(p.step.parts(), p.durations, strict=True):
+        for op, duration in zip(part.ops, seconds.added.tolist(), strict=True):
+            if not op.view and not op.attrs.host:
+                yield part, op, duration, count
+
+
+def floors(op: Op, on: DeviceProfile) -> tuple[float, float]:
+    """Seconds of an op's FLOPs at the peak of its dtype, and of its bytes at the memory's bandwidth."""
+    moved = op.bytes_read + op.bytes_written
+    return costs.flops(op) / on.hardware.peak(operand_dtype(op)), moved / on.hardware.memory_bandwidth
+
+
+def operand_dtype(op: Op) -> str:
+    """The dtype that an op computes in: of attention its first operand's, the last of the others are statistics."""
+    if not op.inputs:
+        return op.outputs[0].dtype if op.outputs else "fp32"
+    return op.inputs[0 if costs.kind(op) == "attention" else -1].dtype
+
+
+def dissect(p: Prediction, on: DeviceProfile, by: Host) -> Anatomy:
+    """Take a predicted step apart.
+
+    Args:
+        on, by: the device and the host that the prediction was made for.
+
+    Raises:
+        UserError: the prediction is a grid.
+    """
+    ops = list(timed_ops(p))
+    parts = dict.fromkeys(PARTS, 0.0)
+    phases = {name: Phase(float(p.time.phases[name])) for name in PHASES}
+    for part, op, duration, count in ops:
+        seconds, phase = duration * count, phases[part.phase]
+        compute, memory = floors(op, on)
+        parts[part_of(op, part)] += seconds
+        phase.busy += seconds
+        phase.limited["compute" if compute > memory else "memory"] += seconds
+        phase.flops += count * costs.flops(op)
+        phase.bytes += count * (op.bytes_read + op.bytes_written)
+        phase.at_peak += count * compute
+        phase.at_bandwidth += count * memory
+    _host_seconds(p, on, by, phases)
+    parts[WAITING] = sum(phase.seconds for phase in phases.values()) - sum(parts.values())
+    return Anatomy(parts, phases)
+
+
+def _host_seconds(p: Prediction, on: DeviceProfile, by: Host, phases: dict[str, Phase]) -> None:
+    """What the host spends on dispatching each phase; a CUDA graph takes one launch, at the start of forward."""
+    assert p.step is not None
+    if p.setup.cuda_graphs and on.kind == "cuda":
+        phases["forward"].host = by.graph_launch
+        return
+    by = engine.under(by, p.step.setup.engine)
+    for part, count in p.step.parts():
+        if part.ops:
+            phases[part.phase].host += count * float(np.sum(by.dispatch(part, on.kind)))

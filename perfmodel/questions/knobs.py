@@ -1,0 +1,113 @@
+"""What a user can turn without changing what is learned: the choices that `advise` searches.
+
+Every knob keeps the samples of an optimizer step: a smaller micro-batch comes with more accumulation. Another optimizer
+form or fused kernels compute the same update up to rounding; adapters in 16 bit and 8-bit states round more.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from .. import optimizers
+from ..architectures import Architecture
+from ..methods import Method
+from ..setup import Setup
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One position of a knob: what it is called, and the fields of setup and method that it sets."""
+
+    label: str
+    setup: Mapping[str, Any] = field(default_factory=dict)
+    method: Mapping[str, Any] = field(default_factory=dict)
+
+    def applied(self, setup: Setup, method: Method) -> tuple[Setup, Method]:
+        """Setup and method with this choice."""
+        return replace(setup, **self.setup), replace(method, **self.method)
+
+
+Knob = tuple[Choice, ...]  # the first choice leaves everything as it is
+
+
+def knobs(architecture: Architecture, setup: Setup, method: Method) -> list[Knob]:
+    """The knobs that a method has in a setup; a search turns the last first (`perfmodel.questions.advice`)."""
+    found = [_memory(setup), _optimizer(setup), _kernels(architecture, setup), _attention(architecture, setup)]
+    found.append(_compile(setup))
+    if getattr(method, "inner", "") != "full":  # full weights of some blocks: nothing of an adapter to choose
+        found += [_adapter_dtype(setup, method), _implementation(method)]
+    return [knob for knob in found if len(knob) > 1]
+
+
+KEEP = Choice("")
+
+
+def _memory(setup: Setup) -> Knob:
+    """Checkpointing and micro-batch together: each pays for what the other needs."""
+    choices = []
+    for batch, accum in _micro_batches(setup):
+        for checkpoint in dict.fromkeys((setup.checkpoint, "none", "block")):
+            changes = {"batch": batch, "grad_accum": accum, "checkpoint": checkpoint}
+            changes = {name: value for name, value in changes.items() if value != getattr(setup, name)}
+            words = []
+            if "checkpoint" in changes:
+                words.append("no activation checkpointing" if checkpoint == "none" else "activation checkpointing")
+            if "batch" in changes:
+                words.append(f"micro-batches of {batch} x {accum} accumulated")
+            choices.append(Choice(", ".join(words), changes))
+    return tuple(choices)
+
+
+def _micro_batches(setup: Setup) -> Iterator[tuple[int, int]]:
+    """(batch, accumulation) with the same samples a step: as it is, and every power of two that divides them."""
+    yield setup.batch, setup.grad_accum
+    samples, batch = setup.batch * setup.grad_accum, 1
+    while batch <= samples:
+        if samples % batch == 0 and batch != setup.batch:
+            yield batch, samples // batch
+        batch *= 2
+    if samples != batch // 2 and samples != setup.batch:
+        yield samples, 1
+
+
+def _optimizer(setup: Setup) -> Knob:
+    if not setup.optimizer.startswith("adamw"):
+        return (KEEP,)
+    labels = {"adamw-fused": "fused AdamW", "adamw-8bit": "8-bit AdamW"}
+    names = [name for name in labels if name in optimizers.names() and name != setup.optimizer]
+    return (KEEP, *(Choice(labels[name], {"optimizer": name}) for name in names))
+
+
+def _kernels(architecture: Architecture, setup: Setup) -> Knob:
+    if setup.kernels == "liger" or "liger" not in architecture.traits.fused:
+        return (KEEP,)
+    return (KEEP, Choice("Liger kernels", {"kernels": "liger"}))
+
+
+def _attention(architecture: Architecture, setup: Setup) -> Knob:
+    if setup.attention != "eager" or "sdpa" not in architecture.traits.attention:
+        return (KEEP,)
+    return (KEEP, Choice("SDPA attention", {"attention": "sdpa"}))
+
+
+def _compile(setup: Setup) -> Knob:
+    return (KEEP, Choice("torch.compile", {"compile": "default"})) if setup.compile == "none" else (KEEP,)
+
+
+def _adapter_dtype(setup: Setup, method: Method) -> Knob:
+    """PEFT's default keeps adapters in fp32 beside a 16-bit base."""
+    if setup.dtype == "fp32" or not _has(method, "adapter_dtype") or getattr(method, "adapter_dtype", None):
+        return (KEEP,)
+    label = f"adapters in {setup.dtype} (autocast_adapter_dtype=False)"
+    return (KEEP, Choice(label, method={"adapter_dtype": setup.dtype}))
+
+
+def _implementation(method: Method) -> Knob:
+    labels = {"unsloth": "Unsloth's fused LoRA", "lorafusion": "LoRAFusion's kernels"}
+    present = getattr(method, "implementation", None)
+    names = [n for n in getattr(method, "implementations", ()) if n in labels and n != present]
+    return (KEEP, *(Choice(labels[name], method={"implementation": name}) for name in names))
+
+
+def _has(method: Method, name: str) -> bool:
+    return any(f.name == name for f in fields(method))

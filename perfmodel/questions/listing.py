@@ -1,0 +1,68 @@
+"""What can be asked for: bundled models, methods and devices, as rows of plain values."""
+
+import inspect
+from typing import Any
+
+from .. import architectures
+from ..devices import own, profile
+from ..errors import UserError, nearest
+from ..methods import options, registered
+
+Row = dict[str, Any]
+Rows = list[Row]
+
+
+def models() -> Rows:
+    """The bundled models that the tape knows, with their dims (elements) and the source of their config."""
+    rows = []
+    for name in architectures.bundled():
+        config = architectures.load(name)
+        if config.values["model_type"] not in architectures.supported():
+            continue
+        a = architectures.from_config(config)
+        rows.append(
+            {
+                "model": name, "model_type": a.model_type, "layers": a.layers, "hidden": a.hidden, "heads": a.heads,
+                "kv_heads": a.kv_heads, "intermediate": a.intermediate, "vocab": a.vocab, "tied": a.tied,
+                "source": config.values.get("_source"),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def methods() -> Rows:
+    """The fine-tuning methods: what trains, what they add to a step, where they come from, their options."""
+    return [
+        {
+            "method": name, "trains": cls.what_trains, "adds": cls.what_it_adds, "source": cls.source,
+            "what": cls.describe(), "description": inspect.getdoc(cls), "options": options(cls),
+        }
+        for name, cls in registered().items()
+    ]  # fmt: skip
+
+
+def method(name: str) -> Row:
+    """One of `methods`.
+
+    Raises:
+        UserError: no method of that name.
+    """
+    if name not in registered():
+        raise UserError(f"unknown method {name!r}: {nearest(name, registered())}")
+    return next(row for row in methods() if row["method"] == name)
+
+
+def devices() -> Rows:
+    """Own and bundled devices: datasheet figures (SI), what was measured on them, errors on left-out rows."""
+    rows = []
+    for name in [*own.names(), *profile.names()]:
+        p = profile.load(name)
+        rows.append(
+            {
+                "device": name, "memory_bytes": p.hardware.memory_bytes,
+                "memory_bandwidth": p.hardware.memory_bandwidth, "bf16_flops": p.hardware.peak("bf16"),
+                "fp32_flops": p.hardware.peak("fp32"), "name": p.name, "measured": dict(p.fitted),
+                "residuals": {block: dict(figures) for block, figures in p.residuals.items()},
+            }
+        )  # fmt: skip
+    return rows

@@ -1,0 +1,132 @@
+"""The answer in words: which method is faster, by how much, and because of what."""
+
+from .. import units
+from ..prediction.predict import Prediction
+from .anatomy import WAITING, Anatomy
+from .speedup import SpeedUp
+
+WORTH_SAYING = 0.2  # of the main part: a part below this against the trend is left out of the sentence
+MATTERS = 0.02  # of the step: parts that change by less changed nothing
+DOMINATES = 1 / 3  # of the step
+
+OF = {  # part -> how it follows an amount of time
+    "gemm_forward": "of forward GEMMs",
+    "gemm_input_grad": "of input-gradient GEMMs",
+    "gemm_weight_grad": "of weight-gradient GEMMs",
+    "attention": "of attention",
+    "embedding": "in the embedding and its gradient",
+    "pointwise": "of norms, activations and residual adds",
+    "loss": "in logits and loss",
+    "recompute": "of recomputed forward",
+    "dequantisation": "of dequantisation",
+    "accumulation": "of gradient accumulation",
+    "adapter_gemm": "of adapter GEMMs",
+    "adapter_pointwise": "of adapter casts and pointwise kernels",
+    "clipping": "of gradient clipping",
+    "optimizer": "in the optimizer",
+    WAITING: "of waiting for the host",
+}
+
+
+def in_words(p: Prediction) -> str:
+    """The method of a prediction in words."""
+    return p.step.method.in_words() if p.step is not None else p.method
+
+
+def answer(a: Prediction, b: Prediction, speedup: SpeedUp, reason: str, capacity: float) -> str:
+    """One sentence on `b` against `a`; `capacity` is the device's memory in bytes.
+
+    >>> from perfmodel import compare
+    >>> full, lora = "full", "lora:r=32,targets=q_proj+v_proj"
+    >>> compare("llama-3.2-3b", (full, lora), device="l40s", batch=4, seq=210).speedups[0].answer.split(",")[0]
+    'LoRA r=32 on q'
+    """
+    text = f"{_capital(in_words(b))} {_verdict(speedup, in_words(a))}" + (f", {reason}" if reason else "")
+    return f"{text}.{_room(a, b, capacity)}"
+
+
+def _verdict(s: SpeedUp, other: str) -> str:
+    if s.verdict == "slower":
+        factor, low, high = 1 / s.ratio, 1 / s.high, 1 / s.low
+    else:
+        factor, low, high = s.ratio, s.low, s.high
+    interval = f"[{low:.2f} - {high:.2f}]"
+    if s.verdict == "same":
+        return f"takes about as long as {other} here (speed-up {factor:.2f} {interval})"
+    return f"is {factor:.2f}x {s.verdict} than {other} here {interval}"
+
+
+def _room(a: Prediction, b: Prediction, capacity: float) -> str:
+    """A further sentence where one of the two does not fit."""
+    if a.fits and b.fits:
+        return ""
+    have = f"of {units.nbytes(capacity)}"
+    if not a.fits and not b.fits:
+        return f" Neither fits: they need {units.nbytes(a.memory.peak)} and {units.nbytes(b.memory.peak)} {have}."
+    fits, out = (b, a) if b.fits else (a, b)
+    return f" Only {in_words(fits)} fits: {in_words(out)} needs {units.nbytes(out.memory.peak)} {have}."
+
+
+def why(a: Anatomy, b: Anatomy, verdict: str, tokens: int) -> str:
+    """The reason for a verdict: the largest part of the waterfall in its direction, and the largest against it.
+
+    Args:
+        a, b: the baseline's step and the other one's.
+        verdict: faster, slower or same.
+        tokens: tokens of one step.
+    """
+    change = {name: b.parts[name] - a.parts[name] for name in a.parts}
+    saved, added = min(change, key=change.__getitem__), max(change, key=change.__getitem__)
+    down, up = -change[saved], change[added]
+    if verdict == "same":
+        return _balance(saved, down, added, up, MATTERS * a.total)
+    if verdict == "faster":
+        if up >= down:
+            return f"because all that it saves, mainly {_amount(saved, down)}, outweighs {_amount(added, up)}"
+        against = f", though it adds {_amount(added, up)}" if up > WORTH_SAYING * down else ""
+        return f"because {_saved(saved, a, b, tokens)}{against}"
+    if down >= up:
+        return f"because all that it adds, mainly {_amount(added, up)}, outweighs the saving of {_amount(saved, down)}"
+    more = f", more than it saves: {_amount(saved, down)}" if down > WORTH_SAYING * up else ""
+    return f"because {_added(added, a, b)}{more}"
+
+
+def _amount(part: str, seconds: float) -> str:
+    return f"{units.seconds(seconds)} {OF[part]}"
+
+
+def _saved(part: str, a: Anatomy, b: Anatomy, tokens: int) -> str:
+    before, after = a.parts[part], b.parts[part]
+    if part == WAITING:
+        return f"the device waits {units.seconds(before - after)} less for the host"
+    if part == "optimizer" and before > DOMINATES * a.total:
+        shrinks = f"{units.seconds(before)} of {units.seconds(a.total)}, now {units.seconds(after)}"
+        return f"the optimizer step dominates at {tokens:,} tokens a step: {shrinks}"
+    if after == 0.0:
+        return f"it does without {_amount(part, before)}"
+    return f"it saves {_amount(part, before - after)}"
+
+
+def _added(part: str, a: Anatomy, b: Anatomy) -> str:
+    more = b.parts[part] - a.parts[part]
+    if part == WAITING:
+        return f"the device waits {units.seconds(more)} longer for the host"
+    return f"it adds {_amount(part, more)}"
+
+
+def _balance(saved: str, down: float, added: str, up: float, matters: float) -> str:
+    if down > matters and up > matters:
+        return (
+            f"because what it adds, mainly {_amount(added, up)}, uses up what it saves, mainly {_amount(saved, down)}"
+        )
+    if down > matters:
+        return f"because all it saves is {_amount(saved, down)}"
+    if up > matters:
+        return f"because all it adds is {_amount(added, up)}"
+    return "because no part of the step changes much"
+
+
+def _capital(text: str) -> str:
+    """A capital at the start of a sentence, but not in names such as rsLoRA."""
+    first = text.split(" ", 1)[0]
+    return text[0].upper() + text[1:] if first.islower() else text

@@ -1,0 +1,1 @@
+"""A step is recorded: forward, backward, clipping, optimizer."""

@@ -1,0 +1,258 @@
+"""Forward, backward, clipping, optimizer: a Step is recorded."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from .. import optimizers
+from ..architectures.base import Architecture, Build, Scope
+from ..errors import UserError
+from ..methods.parts.base import Method
+from ..methods.parts.periodic import Periodic, PeriodicOps
+from ..program.dims import Dim, larger
+from ..program.part import Group, Part
+from ..setup import Setup
+from ..tape.core import Tape, emit, recording, release
+from ..tape.engine import run_backward
+from ..tape.extra import div
+from ..tape.tensor import Flow, Tensor
+from . import reuse as sharing
+from . import zero
+from .reuse import MicroBatches, Shared
+from .step import Step
+
+Kept = dict[Any, tuple[Tensor, Part]]  # attributes of modules (`Build.kept`)
+
+
+def build(
+    architecture: Architecture,
+    method: Method,
+    setup: Setup,
+    device: str = "cuda",
+    capability: str = "8.0",
+    *,
+    shared: Shared | None = None,
+) -> Step:
+    """Record a step.
+
+    Args:
+        method: bound to the architecture (`Method.bind`).
+        device: "cuda" or "cpu", whose dispatch to mirror.
+        capability: CUDA compute capability, which decides the attention kernel.
+        shared: what was recorded for the same architecture and device, and receives what is recorded here.
+
+    Raises:
+        UserError: setup and model do not fit (sequence too long, nothing trains, …).
+        MixedStructure: array dims do not share one program; split the grid.
+    """
+    setup = replace(setup, engine=method.engine or setup.engine)
+    _check(architecture, method, setup)
+    step = Step(architecture, method, setup, device, [])
+    tape = Tape(device, capability, autocast=running(step)[0].amp)
+    with no_collector(), recording(tape):
+        ending = _shared(step, tape, shared) if shared else _micro_batches(step, tape, {})
+        record_update(step, tape)
+        ending()
+        step.groups.append(Group(list(tape.parts)))
+    step.periodic = [_besides(step, work, capability) for work in method.periodic()]
+    return step
+
+
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """Without passes of the cycle collector: tapes free by reference count, and a pass would only cost time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _micro_batches(step: Step, tape: Tape, programs: dict[Any, Any]) -> Callable[[], None]:
+    """Record the micro-batches; returns what ends with the step, to be called then.
+
+    Args:
+        programs: what was compiled already (`passes.compile`).
+    """
+    kept: Kept = {}
+    further, ending = step.setup.grad_accum - 1, 0
+    tape.alike = further > 0 and not step.zero
+    first, later = _micro_batch(step, tape, kept, programs)
+    alike = tape.alike and not kept  # what modules keep dies in the next forward pass
+    if alike and not later:
+        later, ending = _further(tape, first)
+    tape.alike = False
+    step.groups.append(Group([_first(part) for part in first]))
+    if further:
+        step.groups.append(Group(later if alike else _micro_batch(step, tape, kept, programs)[0], further))
+
+    def end() -> None:
+        _forget(kept)
+        tape.loss = None
+        tape.part.free(ending)
+
+    return end
+
+
+def _first(part: Part) -> Part:
+    """A part without what only further micro-batches do."""
+    part.ops = [op for op in part.ops if not op.attrs.later]
+    part.later = None
+    return part
+
+
+def _further(tape: Tape, first: list[Part]) -> tuple[list[Part], Dim]:
+    """The parts of micro-batches after one that they are like (`Tape.alike`), and what its graph still holds.
+
+    The graph of a micro-batch dies when the next one has its loss.
+    """
+    tape.part = Part("end", "backward")
+    tape.loss = None
+    ending = -tape.part.delta
+    assert tape.renewed is not None
+    part, peak = tape.renewed
+    if part.later is not None:
+        part.later.highest = larger(peak, part.later.peak - ending)
+        part.later.delta = part.later.delta - ending
+    return [part.further() for part in first], ending
+
+
+def _shared(step: Step, tape: Tape, shared: Shared) -> Callable[[], None]:
+    """As `_micro_batches`, recorded only if no step before had the same."""
+    wanted = sharing.key(step.method, step.setup)
+    if wanted is None:
+        return _micro_batches(step, tape, shared.programs)
+    known = shared.micro_batches.get(wanted)
+    if known is not None:
+        step.groups = [Group(parts, repeat) for parts, repeat in known.groups]
+        step.parameters = sharing.with_gradients(known.parameters, tape)
+        return lambda: tape.part.free(known.ending)
+    end = _micro_batches(step, tape, shared.programs)
+    groups = [(group.parts, group.repeat) for group in step.groups]
+    parameters = sharing.with_gradients(step.parameters, None)
+
+    def end_and_note() -> None:
+        before = tape.part.delta
+        end()
+        shared.micro_batches[wanted] = MicroBatches(groups, parameters, before - tape.part.delta)
+
+    return end_and_note
+
+
+def _besides(step: Step, work: Periodic, capability: str) -> PeriodicOps:
+    """Record periodic work on a tape of its own."""
+    with recording(Tape(step.device, capability, autocast=step.setup.amp)) as tape, tape.no_grad():
+        work.record(step)
+        return PeriodicOps(work.what, work.every, Group(list(tape.parts)))
+
+
+def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
+    """Raise `UserError` where the setup's kernels or attention do not fit the model."""
+    if setup.engine != "torch":
+        zero.check(setup, method)
+    if setup.attention not in architecture.traits.attention:
+        has = " or ".join(architecture.traits.attention)
+        raise UserError(f"attention {setup.attention}: the program of {architecture.name} has {has} only; use {has}")
+    if setup.kernels == "liger" and "liger" not in architecture.traits.fused:
+        raise UserError(f"kernels liger: Liger has none for {architecture.name}; use kernels torch")
+    if setup.attention not in architecture.traits.attention:
+        has = " or ".join(architecture.traits.attention)
+        raise UserError(f"attention {setup.attention}: the program of {architecture.name} has {has} only; use {has}")
+    if setup.kernels == "liger" and "lm_head" in getattr(method, "targets", ()):
+        raise UserError(f"method {method.name}: Liger's loss reads the head's own weight; leave lm_head out of targets")
+
+
+def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -> tuple[list[Part], list[Part]]:
+    """Record forward and backward of a micro-batch; returns its parts, compiled if the setup says so.
+
+    Of a compiled one, those of further micro-batches that are alike (`Tape.alike`) follow; else none.
+    """
+    setup, method = running(step)
+    tape.flow = Flow() if setup.compile != "none" else None
+    tape.on_gradient = zero.hook(step, first=not step.parameters) if step.zero else None
+    shape = (setup.batch, setup.seq)
+    tape.begin("inputs", "forward")
+    build = Build(step.architecture, method, setup, {p.name: p for p in step.parameters}, kept=kept)
+    inputs = [_input(shape) for _ in range(3)]
+    with tape.autocasting():
+        ids, *others = inputs
+        scope = Scope(build)
+        with tape.belonging_to("adapter"):
+            extended = method.inputs(scope, *others)
+        loss = step.architecture.forward(scope, ids, *extended)
+        del extended
+        with tape.belonging_to("adapter"):
+            loss = method.loss(loss, list(build.parameters.values()))
+    release(build.held)
+    tape.renew(loss)
+    if setup.grad_accum > 1:
+        tape.loss = loss = div(loss, setup.grad_accum)
+    if not loss.requires_grad:
+        raise UserError(f"method {method.spec()}: nothing trains in {step.architecture.name}")
+    step.parameters = list(build.parameters.values())
+    tape.part = _backward_start(tape)
+    seed = emit("ones_like", (loss,), (), loss.dtype)
+    run_backward(loss, seed)
+    if step.zero:
+        zero.end_of_backward()
+    for p in step.parameters:
+        p.accumulator = None
+        if p.grad is not None:
+            p.grad.storage.copies = p.count
+    first, later = list(tape.parts), list[Part]()
+    if tape.flow is not None:
+        from ..passes.compile import compiled  # half of what a step needs: only where it is asked for
+
+        first, later = compiled(setup, step.parameters, first, tape.flow, programs, alike=tape.alike)
+        tape.flow = None
+    tape.parts.clear()
+    tape.twins.clear()
+    return first, later
+
+
+def _backward_start(tape: Tape) -> Part:
+    tape.backward_of(tape.part)
+    return tape.part
+
+
+def _input(shape: tuple[Dim, ...]) -> Tensor:
+    from ..architectures.masks import table
+
+    return table(shape)
+
+
+def record_update(step: Step, tape: Tape) -> None:
+    """Record clipping, the optimizer as the method wants it, and the end of the gradients; sets the step's state."""
+    with tape.no_grad():
+        if step.zero:
+            update = zero.record_update(step, step.optimizer)
+        else:
+            if step.setup.clip_grad:
+                optimizers.clip_grad_norm(tape.begin("clip", "optimizer"), optimizers.trainable(step.parameters))
+            update = optimizers.Update(tape, step.optimizer, step.parameters)
+            step.method.update(update)
+    tape.begin("zero_grad", "optimizer")
+    for p in step.parameters:
+        p.grad = None
+    step.state_bytes, step.paged_bytes = update.state_bytes, update.paged_bytes
+
+
+def _forget(kept: Kept) -> None:
+    """What modules kept goes at the end of the step: it was counted as live up to here."""
+    for tensor, part in kept.values():
+        tensor.storage.copies = part.repeat
+    kept.clear()
+
+
+def running(step: Step) -> tuple[Setup, Method]:
+    """Setup and method as the step's engine runs them."""
+    return zero.running(step.setup, step.method) if step.zero else (step.setup, step.method)
+
+
+def held_bytes(step: Step) -> Dim:
+    """Bytes that method and engine keep from step to step beside parameters and optimizer state."""
+    return step.method.held_bytes(step) + (zero.held_bytes(step) if step.zero else 0)

@@ -1,0 +1,86 @@
+"""What the predictions of one search share: a micro-batch does not depend on the optimizer that follows it.
+
+A search on one device records the micro-batches of setups once that differ in their optimizer, or in options that
+change nothing (`Method.plain`), and prices and counts their parts, and equal calls, once.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from ..methods.parts.base import Method
+from ..program.dims import Dim
+from ..program.part import Part
+from ..setup import Setup
+from ..tape.core import Tape
+from ..tape.tensor import Parameter, Storage
+
+Sums = dict[str, Dim]
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """Recorded forward and backward passes, and what they leave behind.
+
+    Attributes:
+        groups: (parts, repeats) as `Step.groups` has them.
+        parameters: with their gradients.
+        ending: bytes that die with the step: the loss and what modules kept.
+    """
+
+    groups: list[tuple[list[Part], int]]
+    parameters: list[Parameter]
+    ending: Dim
+
+
+def with_gradients(parameters: list[Parameter], tape: Tape | None) -> list[Parameter]:
+    """Copies of parameters, whose gradients lie in as many blocks of memory as before, on another tape or on none."""
+    blocks: dict[int, Storage] = {}
+    copies = []
+    for p in parameters:
+        q = p.copy()
+        if p.grad is not None:
+            old = p.grad.storage
+            if id(old) not in blocks:
+                blocks[id(old)] = Storage(old.nbytes, tape)
+                blocks[id(old)].copies = old.copies
+            q.grad = p.grad.alias()
+            q.grad.storage = blocks[id(old)]
+        copies.append(q)
+    return copies
+
+
+@dataclass
+class Shared:
+    """What predictions on one device have in common.
+
+    Attributes:
+        micro_batches: by all that decides them.
+        programs: what `torch.compile` makes, by what decides it (`passes.compile`).
+        counts, durations, clocks, calls: of parts; what one run of it takes (`part_costs`).
+        prices: device seconds of calls, and what else they take.
+    """
+
+    micro_batches: dict[Any, MicroBatches] = field(default_factory=dict)
+    programs: dict[Any, Any] = field(default_factory=dict)
+    counts: dict[Part, Sums] = field(default_factory=dict)
+    durations: dict[Part, Any] = field(default_factory=dict)
+    clocks: dict[Part, Any] = field(default_factory=dict)
+    calls: dict[Part, Any] = field(default_factory=dict)
+    prices: dict[Any, Any] = field(default_factory=dict)
+
+
+def recalled(known: dict[K, V], key: K, make: Callable[[], V]) -> V:
+    """What is known under a key, made if it is not."""
+    if key not in known:
+        known[key] = make()
+    return known[key]
+
+
+def key(method: Method, setup: Setup) -> Any:
+    """What decides the micro-batches of a model on a device; None where the optimizer has a say in them."""
+    if setup.engine != "torch":
+        return None
+    return method.plain(setup.dtype).spec(), replace(setup, optimizer="adamw", clip_grad=Setup.clip_grad)

@@ -1,0 +1,73 @@
+"""One optimizer step as a value: its parts of ops, the parameters it trains, and what it keeps."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from .. import optimizers
+from ..architectures.base import Architecture
+from ..methods.parts.base import Method
+from ..methods.parts.periodic import PeriodicOps
+from ..program.dims import Dim
+from ..program.op import Op
+from ..program.part import Group, Part
+from ..setup import Setup
+from ..tape.tensor import Parameter
+
+
+@dataclass
+class Step:
+    """One optimizer step as ordered parts of ops, with the parameters it trains.
+
+    `groups` holds the first micro-batch, the further ones (if any), and clipping with the optimizer. `state_bytes` is
+    what the optimizer keeps between steps, `paged_bytes` what it keeps in memory shared with the host. `periodic` is
+    what the method does besides steps, which counts in none of them.
+    """
+
+    architecture: Architecture
+    method: Method
+    setup: Setup
+    device: str
+    parameters: list[Parameter]
+    groups: list[Group] = field(default_factory=list)
+    state_bytes: Dim = 0
+    paged_bytes: Dim = 0
+    periodic: list[PeriodicOps] = field(default_factory=list)
+
+    def parts(self) -> Iterator[tuple[Part, int]]:
+        """Every part with how often it runs in the step."""
+        for group in self.groups:
+            for part in group.parts:
+                yield part, part.repeat * group.repeat
+
+    def ops(self) -> Iterator[tuple[Part, Op, int]]:
+        """Every op with its part and how often it runs."""
+        for part, count in self.parts():
+            for op in part.ops:
+                yield part, op, count
+
+    @property
+    def trainable(self) -> Dim:
+        """Elements that train."""
+        return sum(p.numel * p.count for p in self.parameters if p.requires_grad)
+
+    @property
+    def total(self) -> Dim:
+        """Parameters of the model."""
+        return sum(p.elements * p.count for p in self.parameters)
+
+    @property
+    def weight_bytes(self) -> Dim:
+        """Bytes of all parameters, scales of quantised ones included."""
+        return sum(p.nbytes * p.count for p in self.parameters)
+
+    @property
+    def optimizer(self) -> str:
+        """The optimizer form that runs."""
+        if self.zero and self.setup.optimizer == "adamw":
+            return "adamw-fused"  # DeepSpeed's FusedAdam: one pass over flat tensors
+        return optimizers.resolve(self.setup.optimizer, self.device)
+
+    @property
+    def zero(self) -> bool:
+        """Whether DeepSpeed's ZeRO-3 runs the step."""
+        return self.setup.engine == "deepspeed-zero3"

@@ -1,0 +1,137 @@
+"""DeepSpeed's ZeRO-3 on one GPU: what it does with every gradient, and its optimizer step.
+
+With one rank nothing is gathered (`NoGatherHandle`) and nothing is sent, but the rest of the program runs. Weights and
+adapters are 16-bit, without autocast; every gradient is copied into a bucket, divided by one, and copied or added into
+a flat buffer; the optimizer works on flat fp32 masters, one sub-group after another. Each gradient is taken as a bucket
+of its own: small ones share one, with a further copy.
+
+Source: deepspeed 0.19.8, runtime/zero/stage3.py (`__add_grad_to_ipg_bucket`, `partition_grads`, `get_grad_norm_direct`,
+`step`) and runtime/comm/coalesced_collectives.py. What its Python costs the host: `perfmodel.devices.engine`.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from ..errors import UserError
+from ..methods.parts.base import Method
+from ..optimizers import Update
+from ..optimizers.parts.ops import in_place, new, read
+from ..optimizers.parts.update import Parameters, existing, gradient, runs
+from ..program.dims import Dim, decide
+from ..program.op import Attrs
+from ..program.streams import COMMUNICATION, COMPUTE, Run
+from ..setup import Setup
+from ..tape.core import record, tape
+from ..tape.tensor import Parameter, Tensor
+from .step import Step
+
+NOTE = (
+    "what the Python of DeepSpeed's ZeRO-3 costs was measured on a CPU (data/engines); few steps on GPUs were compared"
+)
+SUB_GROUP = 10**9  # elements that are updated together (`sub_group_size`)
+BESIDE = Run(COMMUNICATION)  # the stream that reduces gradients (`overlap_comm`, on by default)
+READY = Run(COMMUNICATION, after=(COMPUTE,))  # it waits for the gradient (`__add_grad_to_ipg_bucket`)
+CHECKS = (  # calls on scalars that check and combine norms (`get_grad_norm_direct`, `combine_grad_norm_groups`)
+    "stack", "pow.Tensor_Scalar", "sum", "pow.Tensor_Scalar", "abs", "ne.Scalar", "eq.Tensor", "mul.Tensor", "isnan",
+    "logical_or", "lift_fresh", "where.self", "stack", "abs", "ne.Scalar", "eq.Tensor", "mul.Tensor", "bitwise_not",
+    "lt.Scalar", "bitwise_or.Tensor", "any", "linalg_vector_norm", "full_like", "where.self", "abs", "ne.Scalar",
+    "eq.Tensor", "mul.Tensor", "bitwise_not", "lt.Scalar", "bitwise_or.Tensor", "any",
+)  # fmt: skip
+CLIPPING = ("div.Tensor", "add.Tensor", "div.Tensor", "clamp", "mul.Tensor", "reciprocal", "mul.Tensor")
+
+
+def check(setup: Setup, method: Method) -> None:
+    """Raise `UserError` where setup or method are not modelled under the engine."""
+    if setup.compile != "none" or setup.cuda_graphs:
+        raise UserError(f"engine {setup.engine} is modelled in eager mode: leave out --compile and --cuda-graphs")
+    if type(method).update is not Method.update or method.periodic():
+        raise UserError(f"method {method.name} changes weights by itself: not modelled under {setup.engine}")
+
+
+def running(setup: Setup, method: Method) -> tuple[Setup, Method]:
+    """What DeepSpeed makes of setup and method: the whole module, adapters too, in one 16-bit dtype; no autocast."""
+    dtype = setup.amp or setup.dtype
+    if getattr(method, "adapter_dtype", dtype) is None:
+        changed: dict[str, Any] = {"adapter_dtype": dtype}
+        method = replace(method, **changed)
+    return replace(setup, dtype=dtype, amp=None), method
+
+
+def bucket(step: Step) -> Dim:
+    """Elements of the bucket: transformers' `"reduce_bucket_size": "auto"` is the hidden size squared."""
+    return step.architecture.hidden**2
+
+
+def held_bytes(step: Step) -> Dim:
+    """Bytes of the flat buffer of all gradients, and of the bucket."""
+    trained = [p for p in step.parameters if p.used]
+    return sum(p.nbytes * p.count for p in trained) + existing((bucket(step),), trained[0].dtype).nbytes
+
+
+def hook(step: Step, *, first: bool) -> Callable[[Parameter, Tensor], None]:
+    """What runs as soon as a parameter's gradient is complete; the first micro-batch's starts the sum."""
+
+    def reduce(p: Parameter, grad: Tensor) -> None:
+        tape().part.host.gradients += 1
+        with tape().belonging_to("accumulation"):
+            fits = decide(p.numel <= bucket(step))
+            if fits:
+                in_bucket = existing(p.shape, grad.dtype)
+                record("copy_", (in_bucket, grad), (in_bucket,), runs=READY)
+                grad = in_bucket
+            record("div_.Tensor", (grad,), (grad,), runs=BESIDE if fits else READY)
+            total = existing(p.shape, grad.dtype)
+            record("copy_" if first else "add_.Tensor", (total, grad), (total,), runs=BESIDE)
+
+    return reduce
+
+
+def end_of_backward() -> None:
+    """The host waits for the stream that reduces gradients (`independent_gradient_partition_epilogue`)."""
+    record("deepspeed::synchronize", (), (), Attrs(host=True, sync=True), runs=BESIDE)
+
+
+def record_update(step: Step, optimizer: str) -> Update:
+    """Record the optimizer step; returns it with what is kept between steps, masters included."""
+    update = Update(tape(), optimizer, step.parameters)
+    _norm(update.parameters)
+    left = sum(p.numel * p.count for p in update.parameters)
+    dtype = update.parameters[0].dtype
+    while decide(left > SUB_GROUP):
+        _sub_group(update, SUB_GROUP, dtype, clips=step.setup.clip_grad)
+        left = left - SUB_GROUP
+    _sub_group(update, left, dtype, clips=step.setup.clip_grad)
+    return update
+
+
+def _norm(parameters: Parameters) -> None:
+    """The norm of each gradient in fp64, then of all; the host reads whether it is finite, clipping or not."""
+    for count, run in runs(parameters):
+        part = tape().begin("clip", "optimizer")
+        part.repeat, part.host.gradients = count, len(run)
+        for p in run:
+            record("linalg_vector_norm", (new("_to_copy", gradient(p), dtype="fp64"),), (existing((), "fp64"),))
+    tape().begin("clip", "optimizer")
+    norm = existing((), "fp64")
+    for name in CHECKS:
+        in_place(name, norm)
+    read(norm)
+
+
+def _sub_group(update: Update, elements: Dim, dtype: str, *, clips: bool) -> None:
+    """`_prepare_sub_group` … `_release_sub_group`: gradients to fp32, scaled, the optimizer, masters to weights."""
+    update.part()
+    flat = Parameter("flat", (elements,), "fp32", kind="weight", trainable=True)
+    flat.used = True
+    master = update.state(flat)
+    together = new("cat", existing((elements,), dtype))
+    flat.grad = new("_to_copy", together, dtype="fp32")
+    del together
+    for name in CLIPPING if clips else ():
+        in_place(name, existing((), "fp64"))
+    in_place("mul_.Tensor", flat.grad)
+    update.group([flat])
+    update.part()
+    in_place("copy_", existing((elements,), dtype), master)
+    flat.grad = None

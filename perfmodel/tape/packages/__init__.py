@@ -1,0 +1,1 @@
+"""Fused kernels of other packages, recorded as they are called."""

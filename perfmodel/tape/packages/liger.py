@@ -1,0 +1,178 @@
+"""Liger's fused kernels for Llama-like models: RMSNorm, rotary positions, SwiGLU, and the head with its loss.
+
+Each is an autograd Function around a Triton kernel. Gradients are written over what they belong to: a norm's over the
+gradient that came in, SwiGLU's over its saved inputs, the loss's over its logits, of which only a chunk ever exists.
+Source: Liger-Kernel 0.5-0.6, src/liger_kernel/ops/ (rms_norm.py, rope.py, swiglu.py, fused_linear_cross_entropy.py).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ...program.dims import Dim, decide, product
+from ...program.op import Attrs
+from ..autograd import differentiate
+from ..core import emit, new_tensor, record, tape
+from ..custom import autocasting, python_function
+from ..linalg import _column_major, _layout, matmul
+from ..pointwise import cast
+from ..shape import contiguous, t, transpose, view, view_as
+from ..tensor import Grads, Node, Tensor
+
+Grad = Tensor | None
+PROGRAMS = 132  # of a norm's backward, one an SM, each with its own part of the weight's gradient; H100's number
+
+
+def _rows(x: Tensor) -> Tensor:
+    return view(x, (product(x.shape[:-1]), x.shape[-1]))
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """`LigerRMSNorm` with Llama's casts: one kernel, a row a program; keeps x and the rows' 1/rms in fp32."""
+    python_function()
+    node = differentiate("LigerRMSNormFunctionBackward", (x, weight), _rms_norm_backward)
+    with tape().no_grad():
+        rows = _rows(contiguous(x))
+        y, rstd = new_tensor(rows.shape, x.dtype), new_tensor((rows.shape[0],), "fp32")
+        record("liger::rms_norm", (rows, weight), (y, rstd))
+        out = view(y, x.shape)
+    if node:
+        node.save(rows, weight, rstd)
+        node.produces(out)
+    return out
+
+
+def _rms_norm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (x, weight, rstd) = grads, node.unpack()
+    assert g is not None
+    python_function()
+    shape = g.shape
+    g = _rows(contiguous(g))
+    partial = new_tensor((PROGRAMS, shape[-1]), "fp32")
+    record("liger::rms_norm_backward", (g, x, weight, rstd), (partial, g))
+    total = emit("sum.dim_IntList", (partial,), (shape[-1],), "fp32", attrs=Attrs(dims=(0,)))
+    return (view(g, shape), cast(total, weight.dtype))  # a frozen weight's too
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary positions of q and k, (batch, heads, seq, head_dim), in place, in one kernel; cos and sin (1, seq, d)."""
+    python_function()
+    node = differentiate("LigerRopeFunctionBackward", (q, k), _rope_backward)
+    with tape().no_grad():
+        q, k = _rotated("liger::rope", q, k, cos, sin)
+    if node:
+        node.save(cos, sin)
+        node.produces(q, k)
+    return q, k
+
+
+def _rotated(name: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    q, k = contiguous(transpose(q, 1, 2)), contiguous(transpose(k, 1, 2))
+    record(name, (q, k, cos, sin), (q, k))
+    return transpose(q, 1, 2), transpose(k, 1, 2)
+
+
+def _rope_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (dq, dk), (cos, sin) = grads, node.unpack()
+    assert dq is not None
+    assert dk is not None
+    python_function()
+    return _rotated("liger::rope_backward", dq, dk, cos, sin)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """SwiGLU's silu(gate)·up in one kernel; keeps both inputs, and backward puts their gradients in their place."""
+    python_function()
+    node = differentiate("LigerSiLUMulFunctionBackward", (gate, up), _silu_mul_backward)
+    with tape().no_grad():
+        a, b = _rows(contiguous(gate)), _rows(contiguous(up))
+        out = view(emit("liger::swiglu", (a, b), a.shape, a.dtype), gate.shape)
+    if node:
+        node.save(a, b)
+        node.produces(out)
+    return out
+
+
+def _silu_mul_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (a, b) = grads, node.unpack()
+    assert g is not None
+    python_function()
+    rows = _rows(contiguous(g))
+    record("liger::swiglu_backward", (rows, a, b), (a, b))
+    return (view(a, g.shape), view(b, g.shape))
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, *, scaled: bool) -> Tensor:
+    """Mean cross entropy of hidden·Wᵀ, (tokens, width) by (vocab, width): all gradients are formed in forward.
+
+    Logits exist for one chunk of tokens at a time, about as large as `hidden`.
+
+    Args:
+        scaled: whether the loss is divided afterwards, so that backward has to scale the gradients.
+    """
+    python_function()
+    current = tape()
+    attrs = (scaled, current.autocast)
+    node = differentiate("LigerFusedLinearCrossEntropyFunctionBackward", (hidden, weight), _loss_backward, attrs)
+    with current.no_grad():
+        loss, grad_hidden, grad_weight = _loss_and_gradients(hidden, weight, target)
+    if node:
+        node.save(grad_hidden, grad_weight)
+        node.produces(loss)
+    return loss
+
+
+def chunks(tokens: Dim, vocab: int, width: int) -> list[Dim]:
+    """Tokens of each chunk: a power of two, so that a chunk's logits are about as large as the hidden states.
+
+    Raises:
+        MixedStructure: the points of a grid need different numbers of chunks.
+    """
+    size = 2 ** np.ceil(np.log2(-(-tokens // -(-vocab // width)))).astype(np.int64)
+    number = -(-tokens // size)
+    first = int(np.ravel(number)[0])
+    decide(number == first)
+    size = size if isinstance(tokens, np.ndarray) else int(size)
+    return [size] * (first - 1) + [tokens - size * (first - 1)]
+
+
+def _loss_and_gradients(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Grad]:
+    tokens, width = hidden.shape
+    grad_weight = emit("zeros_like", (weight,), weight.shape, weight.dtype) if weight.requires_grad else None
+    grad_hidden = emit("zeros_like", (hidden,), hidden.shape, hidden.dtype)
+    losses = emit("zeros", (), (tokens,), "fp32")
+    counted = emit("ne.Scalar", (target,), target.shape, "bool")
+    record("_local_scalar_dense", (emit("sum", (counted,), (), "i64"),), ())
+    for size in chunks(tokens, weight.shape[0], width):
+        part, labels, loss = _slice(hidden, size), _slice(target, size), _slice(losses, size)
+        logits = matmul(part, t(weight))  # as the last chunk's still is, until this name is bound
+        record("liger::cross_entropy", (logits, labels, loss), (logits, loss))
+        record("copy_", (_slice(losses, size), loss), (_slice(losses, size),))
+        grad_logits = logits
+        rows = matmul(grad_logits, weight)
+        record("copy_", (_slice(grad_hidden, size), rows), (_slice(grad_hidden, size),))
+        del rows
+        if grad_weight is not None:
+            left = cast(t(logits), part.dtype)
+            layout = _layout(_column_major(left), _column_major(part))
+            record("addmm.out", (grad_weight, left, part, grad_weight), (grad_weight,), attrs=Attrs(layout))
+    return emit("sum", (losses,), (), "fp32"), grad_hidden, grad_weight
+
+
+def _slice(x: Tensor, size: Dim) -> Tensor:
+    return view_as("slice.Tensor", x, (size, *x.shape[1:]), x.strides)
+
+
+def _loss_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (grad_hidden, grad_weight) = grads, node.unpack()
+    assert g is not None
+    scaled, autocast = node.attrs
+    python_function()
+    with autocasting(autocast):
+        same = emit("all", (emit("eq.Scalar", (g,), (), "bool"),), (), "bool")  # "if the loss is the last layer"
+        record("_local_scalar_dense", (same,), ())
+        if scaled:
+            for grad in (grad_hidden, grad_weight):
+                if grad is not None:
+                    record("liger::element_mul", (grad, g), (grad,))
+    return (grad_hidden, grad_weight)

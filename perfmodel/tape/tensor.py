@@ -1,0 +1,243 @@
+"""Tensors without data, the memory that they hold, and the node of the graph that made them.
+
+A tensor's memory lives exactly as long as the tensor does: a `Storage` that nobody refers to any more reports itself
+freed, just as PyTorch's reference counting returns a block to the allocator.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Protocol
+
+from ..program.dims import Dim, Shape, contiguous_strides, product
+from ..program.dtypes import FLOATING, ITEMSIZE
+from ..program.op import Spec, Use
+from ..program.part import Part
+
+Grads = tuple["Tensor | None", ...]
+Backward = Callable[["Node", Sequence["Tensor | None"]], Grads]
+Edge = tuple["Node", int]  # where a gradient goes: a node, and which of its outputs the gradient is of
+
+
+class Recorder(Protocol):
+    """What memory and nodes need of the tape."""
+
+    part: Part
+    owner: str
+    frames: list[Any]
+    sequence: int
+    flow: "Flow | None"
+
+
+class Storage:
+    """A block of memory. `copies` > 1: the block stands for that many when it is freed outside its repeated part.
+
+    `heir` is the block that stays in its place; it dies in further micro-batches only (`Tape.alike`).
+    """
+
+    __slots__ = ("__weakref__", "copies", "heir", "nbytes", "number", "tape")
+
+    def __init__(self, nbytes: Dim, tape: "Recorder | None") -> None:
+        self.nbytes = nbytes
+        self.tape = tape
+        self.copies = 1
+        self.heir: Storage | None = None
+        self.number = next(_numbers)
+
+    def inherited(self) -> "Storage":
+        """Its heir, made on first use."""
+        if self.heir is None:
+            self.heir = Storage(self.nbytes, self.tape)
+        return self.heir
+
+    def __del__(self) -> None:
+        if self.tape is not None:
+            part = self.tape.part if self.heir is None else self.tape.part.later
+            if part is not None:
+                part.free(self.nbytes * self.copies)
+            if self.tape.flow is not None:
+                self.tape.flow.live.discard(self.number)
+
+
+_numbers = count()
+
+
+@dataclass
+class Flow:
+    """What a tape remembers of a pass forward and back for passes that rewrite its ops.
+
+    Attributes:
+        live: blocks of memory that are in use.
+        carried: for each run of identical layers, by the id of its part, the blocks of its input and output.
+        twins: for each backward part, by its id, the forward part whose ops it differentiates.
+    """
+
+    live: set[int] = field(default_factory=set)
+    carried: dict[int, tuple[int, int]] = field(default_factory=dict)
+    twins: dict[int, Part] = field(default_factory=dict)
+
+
+class Tensor:
+    """Shape, strides (elements), dtype and autograd state; no data."""
+
+    __slots__ = (
+        "_spec",
+        "_use",
+        "dtype",
+        "nbytes",
+        "node",
+        "numel",
+        "requires_grad",
+        "shape",
+        "slot",
+        "storage",
+        "strides",
+    )
+
+    def __init__(self, shape: Shape, dtype: str, strides: Shape, numel: Dim, storage: Storage) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self.strides = strides
+        self.numel = numel
+        self.nbytes = numel * ITEMSIZE[dtype]  # of the elements
+        self.storage = storage
+        self.requires_grad = False
+        self.node: Node | None = None
+        self.slot = 0
+        self._spec: Spec | None = None
+        self._use: Use | None = None
+
+    @property
+    def spec(self) -> Spec:
+        """What an op sees of the tensor: made once, however many ops do."""
+        if self._spec is None:
+            self._spec = Spec(self.dtype, self.shape)
+        return self._spec
+
+    @property
+    def use(self) -> Use:
+        """How an op uses its memory, of which a tensor that ops have seen keeps its block."""
+        if self._use is None:
+            self._use = Use(self.storage.number, self.nbytes, self.shape, self.strides)
+        return self._use
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether the dtype can carry gradients."""
+        return self.dtype in FLOATING
+
+    def alias(self) -> "Tensor":
+        """The same memory, cut off from the graph (`detach`, a saved output)."""
+        return Tensor(self.shape, self.dtype, self.strides, self.numel, self.storage)
+
+
+class Parameter(Tensor):
+    """A weight; `count` identical layers hold one each. `kind`: weight, bias, norm, embedding, adapter or scale.
+
+    `elements` is how many parameters of the model it stands for: packed 4-bit weights hold two a byte, scales none.
+    `passing` says that a forward pass makes it anew, so that no gradient of an earlier one is there.
+    """
+
+    __slots__ = ("accumulator", "count", "elements", "grad", "kind", "name", "part", "passing", "used")
+
+    def __init__(self, name: str, shape: Shape, dtype: str, *, kind: str, trainable: bool) -> None:
+        numel = product(shape)
+        super().__init__(shape, dtype, contiguous_strides(shape), numel, Storage(0, None))
+        self.name = name
+        self.kind = kind
+        self.requires_grad = trainable
+        self.elements = numel
+        self.count = 1
+        self.grad: Tensor | None = None
+        self.accumulator: weakref.ref[Node] | None = None
+        self.part: Part | None = None
+        self.passing = False
+        self.used = False  # whether a gradient ever arrived
+
+    def copy(self) -> "Parameter":
+        """A parameter that has all that this one has."""
+        made = Parameter.__new__(Parameter)
+        for name in (*Tensor.__slots__, *Parameter.__slots__):
+            setattr(made, name, getattr(self, name))
+        return made
+
+
+class Node:
+    """One step of the reverse pass: which inputs need a gradient, what was saved, and the rule.
+
+    Attributes:
+        needs: for every input of the forward op, whether it needs a gradient.
+        attrs: what the rule needs besides saved tensors (shapes, scalars).
+        edges: for every input that does, the node that its gradient goes to and which of its outputs it is.
+        owner: on whose account the forward op ran, and so the rule runs.
+        frames: the checkpoints around the op (`tape.checkpoint`), innermost last.
+    """
+
+    __slots__ = (
+        "__weakref__", "attrs", "backward", "edges", "frames", "name", "needs", "outputs", "owner", "part", "saved",
+        "sequence",
+    )  # fmt: skip
+
+    def __init__(
+        self, name: str, needs: tuple[bool, ...], edges: tuple["Edge | None", ...], backward: Backward,
+        attrs: tuple[Any, ...], tape: "Recorder",
+    ) -> None:  # fmt: skip
+        self.name = name
+        self.backward = backward
+        self.attrs = attrs
+        self.needs = needs
+        self.edges = edges
+        self.outputs: list[tuple[Shape, str]] = []
+        self.saved: list[Any] = []
+        self.part: Part = tape.part
+        self.owner = tape.owner
+        self.frames = tape.frames
+        tape.sequence += 1
+        self.sequence: float = tape.sequence
+
+    def save(self, *tensors: Tensor | None) -> None:
+        """Keep tensors for the rule; call before the op runs for its inputs, after for its outputs."""
+        frames = self.frames
+        for t in tensors:
+            if t is None:
+                self.saved.append(None)
+            elif frames:
+                self.saved.append(frames[-1].pack(t))
+            else:
+                self.saved.append(t)
+
+    def save_output(self, t: Tensor) -> None:
+        """Keep an output of this very node (without a reference cycle)."""
+        self.save(t.alias())
+
+    def unpack(self) -> list[Any]:
+        """The saved tensors, recomputed where a checkpoint dropped them."""
+        return [s.unpack() if isinstance(s, Holder) else s for s in self.saved]
+
+    def produces(self, *outputs: Tensor) -> None:
+        """Declare the forward op's outputs."""
+        for t in outputs:
+            t.node, t.slot, t.requires_grad = self, len(self.outputs), True
+            self.outputs.append((t.shape, t.dtype))
+
+
+class Holder:
+    """The place of a saved tensor that a checkpoint frame dropped."""
+
+    __slots__ = ("__weakref__", "frame", "index")
+
+    def __init__(self, frame: "Frame", index: int) -> None:
+        self.frame = frame
+        self.index = index
+
+    def unpack(self) -> Tensor:
+        """The recomputed tensor, given away once."""
+        return self.frame.take(self.index)
+
+
+class Frame(Protocol):
+    """A checkpoint that gives dropped tensors back."""
+
+    def take(self, index: int) -> Tensor:
+        """The recomputed tensor of that place."""

@@ -1,0 +1,88 @@
+"""The forms that a program takes on a GPU where the CPU's dispatch differs, for traces on fake CPU tensors.
+
+Dropout is one fused kernel with a bool mask, and scaled dot product attention one of CUDA's kernels, chosen as the tape
+chooses (`perfmodel.tape.attention`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..tape.attention import CUDNN_FIRST
+
+aten = torch.ops.aten
+functional = torch.nn.functional
+LARGEST_HEAD = 256  # of the flash and cuDNN kernels (sdp_utils.cpp)
+
+
+@contextmanager
+def cuda_forms(capability: str) -> Iterator[None]:
+    """Dispatch dropout and attention as CUDA does on a card of that compute capability."""
+    with (
+        patch.object(functional, "dropout", _dropout(functional.dropout)),
+        patch.object(functional, "scaled_dot_product_attention", _attention(capability)),
+    ):
+        yield
+
+
+def _dropout(original: Any) -> Any:
+    def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+        if p == 0 or not training:
+            return original(input, p, training, inplace)  # type: ignore[no-any-return]
+        return torch.native_dropout(input, p, True)[0]
+
+    return dropout
+
+
+def _attention(capability: str) -> Any:
+    original = functional.scaled_dot_product_attention
+
+    def attention(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        kernel = _choose(query, key, value, attn_mask, capability)
+        if kernel == "math":
+            with sdpa_kernel(SDPBackend.MATH):
+                return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        bias = _additive(attn_mask, query)
+        if kernel == "cudnn":
+            return aten._scaled_dot_product_cudnn_attention(  # type: ignore[no-any-return]
+                query, key, value, bias, True, dropout_p, is_causal, False, scale=scale
+            )[0]
+        if kernel == "flash":
+            return aten._scaled_dot_product_flash_attention(  # type: ignore[no-any-return]
+                query, key, value, dropout_p, is_causal, False, scale=scale
+            )[0]
+        return aten._scaled_dot_product_efficient_attention(  # type: ignore[no-any-return]
+            query, key, value, bias, True, dropout_p, is_causal, scale=scale
+        )[0]
+
+    return attention
+
+
+def _choose(q: Any, k: Any, v: Any, mask: Any, capability: str) -> str:
+    """The kernel for (b, h, s, d) operands; cuDNN first where it is preferred, flash takes no mask."""
+    if any(t.dim() != 4 for t in (q, k, v)):
+        return "math"
+    heads_fit = q.shape[-1] % 8 == 0 and max(q.shape[-1], v.shape[-1]) <= LARGEST_HEAD
+    if q.dtype in (torch.bfloat16, torch.float16) and heads_fit:
+        if capability in CUDNN_FIRST:
+            return "cudnn"
+        if mask is None and int(capability.split(".")[0]) >= 8 and q.shape[-1] == v.shape[-1]:
+            return "flash"
+    return "math" if q.shape[1] != k.shape[1] else "efficient"
+
+
+def _additive(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+    """A bool mask as 0 / -inf (`convert_boolean_attn_mask`), over all heads as the kernels read it."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        zero, low = (torch.scalar_tensor(x, dtype=query.dtype) for x in (0.0, float("-inf")))
+        mask = torch.where(mask, zero, low)
+    return mask

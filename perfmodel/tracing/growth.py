@@ -1,0 +1,175 @@
+"""A whole model's calls from traces of the model with few of its blocks.
+
+Blocks of one kind (see `stacks`) run the same program, so a model with more of them makes more of the same calls: its
+counts are linear in the number of blocks of each kind. The smallest model keeps the first block of every kind; one more
+block of a kind shows what it adds; and a model with two more of every kind, the second being the last that there is,
+must make, call for call, what the others say (that block has never run before, so work that a block does only once
+shows too). Where it does not, or where little would be saved, the whole model is traced.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from .calls import Calls, Key
+from .programs.stacks import Stack
+
+Record = Callable[[bool], Calls]  # of whether the program ran before
+Kept = dict[str, list[int]]  # blocks by the path of their stack
+
+
+@dataclass(frozen=True)
+class Term:
+    """`times` the calls of `counts`, with their host work."""
+
+    times: int
+    counts: Counter[Key]
+    host: Counter[Any]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The calls of a whole model.
+
+    Attributes:
+        terms: the smallest traced model, and what the further blocks of each kind add.
+        calls: a call of each key.
+        activations: most bytes that were live above weights and buffers.
+        traced, blocks: of how many blocks the largest trace was made, and how many the model has.
+    """
+
+    terms: list[Term]
+    calls: Calls
+    activations: int
+    traced: int
+    blocks: int
+
+    @property
+    def extrapolated(self) -> bool:
+        """Whether not all blocks were traced."""
+        return self.traced < self.blocks
+
+
+class NotLinear(Exception):
+    """The traces of the cut models do not add up."""
+
+
+def whole(stacks: Sequence[Stack], record: Record) -> Whole:
+    """Trace a model as cheaply as is exact.
+
+    Args:
+        record: traces the model as it stands.
+    """
+    blocks = sum(len(stack) for stack in stacks)
+    plan = _Plan(stacks)
+    if plan.cost < blocks:
+        try:
+            return _grown(plan, record, blocks)
+        except NotLinear:
+            pass
+        except Exception:  # a program that does not run with fewer blocks; whether it runs with all is seen next
+            pass
+    calls = record(False)
+    return Whole([Term(1, calls.counts, calls.host)], calls, max(calls.activations), blocks, blocks)
+
+
+class _Plan:
+    """Which blocks each of the traces keeps."""
+
+    def __init__(self, stacks: Sequence[Stack]) -> None:
+        self.stacks = stacks
+        self.of_kind: dict[Hashable, list[tuple[str, int]]] = {}
+        for stack in stacks:
+            for i, kind in enumerate(stack.kinds):
+                self.of_kind.setdefault((stack.path, len(stack), kind), []).append((_name(stack), i))
+        self.base = {places[0] for places in self.of_kind.values()}
+        # blocks that the smallest model lacks, by kind
+        self.spare = {kind: places[1:] for kind, places in self.of_kind.items() if len(places) > 1}
+
+    @property
+    def check(self) -> set[tuple[str, int]]:
+        """The blocks of the trace that the others must predict."""
+        return self.base | {place for places in self.spare.values() for place in (places[0], places[-1])}
+
+    @property
+    def cost(self) -> int:
+        """Blocks that all traces run together."""
+        more = len(self.spare)
+        return len(self.base) * (1 + more) + more + len(self.check)
+
+
+def _name(stack: Stack) -> str:
+    return f"{stack.path}[{len(stack)}]"
+
+
+def _grown(plan: _Plan, record: Record, blocks: int) -> Whole:
+    base = _traced(plan, plan.base, record, warm=False)
+    terms, traces = [Term(1, base.counts, base.host)], [base]
+    expected, expected_host = Counter(base.counts), Counter(base.host)
+    ops = Calls(ops=dict(base.ops))
+    for places in plan.spare.values():
+        more = _traced(plan, plan.base | {places[0]}, record)
+        ops.ops.update(more.ops)
+        adds, host = difference(more.counts, base.counts), difference(more.host, base.host)
+        terms.append(Term(len(places), adds, host))
+        traces.append(more)
+        for total, part in ((expected, adds), (expected_host, host)):
+            _add(total, part, min(2, len(places)))
+    check = _traced(plan, plan.check, record)
+    if difference(check.counts, expected) or difference(check.host, expected_host):
+        raise NotLinear
+    return Whole(_positive(terms), ops, _peak(check, traces, terms), len(plan.check), blocks)
+
+
+def _peak(check: Calls, traces: list[Calls], terms: list[Term]) -> int:
+    """Activations of the whole model: those of the check, and what each block beyond it holds.
+
+    What a block holds is taken from the larger model where the two differ: in a small one the peak may lie elsewhere.
+    """
+    ends = []
+    for i, checked in enumerate(check.activations):  # before and after the middle of the backward pass
+        least = traces[0].activations[i]
+        adds = [trace.activations[i] - least for trace in traces[1:]]
+        times = [term.times for term in terms[1:]]
+        grown = sum(min(2, n) * more for n, more in zip(times, adds, strict=True))
+        further = (checked - least - grown) / max(1, len(adds))
+        ends.append(checked + sum(max(0, n - 2) * (more + further) for n, more in zip(times, adds, strict=True)))
+    return int(max(ends))
+
+
+def _traced(plan: _Plan, keep: set[tuple[str, int]], record: Record, *, warm: bool = True) -> Calls:
+    with ExitStack() as cuts:
+        for stack in plan.stacks:
+            cuts.enter_context(stack.cut(sorted(i for name, i in keep if name == _name(stack))))
+        return record(warm)
+
+
+def _positive(terms: list[Term]) -> list[Term]:
+    """Calls that further blocks save (a gradient that need not be filled with zeros) leave the first term.
+
+    Raises:
+        NotLinear: the whole model would make some call less than no times.
+    """
+    first = Counter(terms[0].counts)
+    rest = []
+    for term in terms[1:]:
+        saved = Counter({key: n for key, n in term.counts.items() if n < 0})
+        _add(first, saved, term.times)
+        rest.append(Term(term.times, Counter({k: n for k, n in term.counts.items() if n > 0}), term.host))
+    if min(first.values(), default=0) < 0:
+        raise NotLinear
+    return [Term(1, first, terms[0].host), *rest]
+
+
+def _add(total: Counter[Any], part: Counter[Any], times: int) -> None:
+    for key, n in part.items():
+        total[key] += n * times
+
+
+def difference(a: Counter[Any], b: Counter[Any]) -> Counter[Any]:
+    """a - b, negative counts kept, zeros left out."""
+    found = Counter({key: n - b.get(key, 0) for key, n in a.items()})
+    found.update({key: -n for key, n in b.items() if key not in a})
+    return Counter({key: n for key, n in found.items() if n})

@@ -1,0 +1,109 @@
+"""The Step of a user's own `nn.Module`: `perfmodel.predict_module`."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from ..devices import host as hosts
+from ..devices.device import Device
+from ..devices.host import Host
+from ..devices.profile import DeviceProfile
+from ..errors import UserError
+from ..prediction.predict import Prediction, of_step
+from ..setup import Setup
+from .calls import Loss
+from .programs.dtypes import DTYPES
+from .traced import TracedMethod, assemble, check_setup, device_of, how, prepare, trace, with_notes
+
+Inputs = Mapping[str, Any] | Sequence[Any] | torch.Tensor
+LossOf = Callable[[Any], torch.Tensor]
+
+
+def predict(
+    module: torch.nn.Module,
+    inputs: Inputs,
+    *,
+    loss: LossOf | None = None,
+    setup: Setup | None = None,
+    device: str | DeviceProfile | Device = "l40s",
+    host: str | Host = "default",
+    name: str = "",
+) -> Prediction:
+    """See `perfmodel.predict_module`."""
+    on = device_of(device)
+    by = hosts.resolve(host, on)
+    called = name or type(module).__name__
+    setup = setup or _setup(module, inputs)
+    check_setup(setup, on.kind)
+    model = _without_data(module)
+    prepare(model, setup)
+
+    def make() -> Loss:
+        args, kwargs = _arguments(tree_map(_like, inputs))
+        return lambda: _loss(model(*args, **kwargs), loss)
+
+    made = trace(model, make, setup, (on.compute_capability or "8.0") if on.kind == "cuda" else None, called)
+    names = frozenset(key for key, _ in model.named_parameters())
+    frozen = any(not p.requires_grad for p in model.parameters())
+    method = TracedMethod(label="as it is" if frozen else "full")
+    built = assemble(called, model, names, method, setup, on.kind, made)
+    return with_notes(of_step(built, on, by), [how(made)])
+
+
+def _without_data(module: torch.nn.Module) -> Any:
+    """A copy whose parameters, buffers and other tensors are on the meta device; the original stays as it is."""
+    memo: dict[int, Any] = {}
+    for owner in module.modules():
+        for tensor in owner._parameters.values():
+            if tensor is not None:
+                memo[id(tensor)] = torch.nn.Parameter(tensor.detach().to("meta"), requires_grad=tensor.requires_grad)
+        for value in (*owner._buffers.values(), *owner.__dict__.values()):
+            if isinstance(value, torch.Tensor):
+                memo[id(value)] = value.detach().to("meta")
+    return copy.deepcopy(module, memo)
+
+
+def _like(value: Any) -> Any:
+    """A tensor of the same shape and dtype, under the caller's fake mode."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.zeros(tuple(value.shape), dtype=value.dtype, requires_grad=value.requires_grad)
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs), {}
+
+
+def _loss(output: Any, loss: LossOf | None) -> torch.Tensor:
+    """The scalar to differentiate: what `loss` makes of the output, its `.loss`, or the output itself.
+
+    Raises:
+        UserError: none of these is a scalar tensor.
+    """
+    value = loss(output) if loss else getattr(output, "loss", output)
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        raise UserError(
+            "the module's output has no scalar loss: give loss=, a function of the output (or labels among the inputs)"
+        )
+    return value
+
+
+def _setup(module: torch.nn.Module, inputs: Inputs) -> Setup:
+    """Batch and length of the first input, dtype of the first weight.
+
+    Raises:
+        UserError: no tensor among the inputs.
+    """
+    args, kwargs = _arguments(inputs)
+    first = next((t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)), None)
+    if first is None or first.dim() == 0:
+        raise UserError("the inputs hold no tensor with a batch dim: give example tensors, as the module takes them")
+    ids = first.dim() == 2 and not first.is_floating_point()
+    seq = first.shape[1] if ids or first.dim() == 3 else 1
+    dtypes = (DTYPES.get(p.dtype, "fp32") for p in module.parameters() if p.is_floating_point())
+    return Setup(batch=first.shape[0], seq=seq, dtype=next(dtypes, "fp32"))

@@ -1,0 +1,120 @@
+"""From a config.json to the model that it stands for, on the meta device."""
+
+from typing import Any
+
+import torch
+
+from ...architectures import Config
+from ...errors import UserError, nearest
+from ...setup import Setup
+from . import causal, masked, seq2seq, vision
+from .dtypes import TORCH_DTYPES
+from .family import Family
+
+# A type that several auto classes know belongs to the first of these: what it was pretrained for.
+FAMILIES = (seq2seq.FAMILY, vision.FAMILY, masked.FAMILY, causal.FAMILY)
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
+
+
+def types() -> dict[str, Family]:
+    """Every model type that some family knows, with its family."""
+    found: dict[str, Family] = {}
+    for family in FAMILIES:
+        for kind in family.classes:
+            found.setdefault(kind, family)
+    return found
+
+
+def family_of(config: Config) -> tuple[Family, str]:
+    """The family of a config and the class of transformers to build.
+
+    `architectures` decides where it names a class of a family, a decoder is causal, and else the order of `FAMILIES`.
+
+    Raises:
+        UserError: no model_type, one that the installed transformers does not know, or none of the families'.
+    """
+    kind = config.text("model_type")
+    able = [family for family in FAMILIES if kind in family.classes]
+    if not able:
+        raise UserError(f"{config.origin}: {_why_not(kind, config)}")
+    named = config.values.get("architectures")
+    for name in named if isinstance(named, list) else ():
+        for family in able:
+            if name in family.classes[kind]:
+                return family, name
+    if config.values.get("is_decoder") is True:
+        able.sort(key=lambda family: family is not causal.FAMILY)
+    return able[0], able[0].classes[kind][0]
+
+
+def _why_not(kind: str, config: Config) -> str:
+    from transformers import CONFIG_MAPPING
+
+    if kind in CONFIG_MAPPING:
+        return (
+            f"model_type {kind!r} is none of the families that can be traced "
+            f"({', '.join(family.name for family in FAMILIES)})"
+        )
+    if "auto_map" in config.values:
+        return f"model_type {kind!r} needs code from the hub (trust_remote_code), which is never run here"
+    return f"model_type {kind!r} is unknown to the installed transformers: {nearest(kind, types())}"
+
+
+def config_of(config: Config) -> Any:
+    """The transformers config of a config.json, as training has it.
+
+    Raises:
+        UserError: transformers refuses its values.
+    """
+    from transformers import AutoConfig
+
+    family, name = family_of(config)
+    values = {k: v for k, v in config.values.items() if not k.startswith("_")}
+    try:
+        found = AutoConfig.for_model(**values)
+    except Exception as error:  # each config checks its values in its own way
+        raise UserError(f"{config.origin}: transformers refuses it: {reason(error)}") from error
+    found.architectures = [name]
+    if family is seq2seq.FAMILY and getattr(found, "decoder_start_token_id", None) is None:
+        found.decoder_start_token_id = 0  # any token does
+    for part in (found, *(getattr(found, key, None) for key in getattr(found, "sub_configs", {}))):
+        if hasattr(part, "use_cache"):
+            part.use_cache = False  # as transformers.Trainer sets it
+    return found
+
+
+def build(config: Config, setup: Setup, *, device: str = "meta") -> Any:
+    """The transformers model of a config, base weights in the setup's dtype.
+
+    Raises:
+        UserError: transformers cannot build it.
+        torch.OutOfMemoryError, RuntimeError: the device has too little memory for it (`out_of_memory`).
+    """
+    import transformers
+
+    _, name = family_of(config)
+    found = config_of(config)
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise UserError(f"{config.origin}: the installed transformers has no {name}")
+    able = getattr(cls, "_supports_sdpa", False)
+    attention = setup.attention if able or setup.attention != "sdpa" else "eager"  # as transformers itself chooses
+    try:
+        with torch.device(device):
+            return cls._from_config(found, dtype=TORCH_DTYPES[setup.dtype], attn_implementation=attention)
+    except Exception as error:  # missing packages, attention that it lacks, dims that do not fit
+        if out_of_memory(error):
+            raise
+        raise UserError(f"{config.name}: transformers cannot build {name}: {reason(error)}") from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device, or the host, has no more memory."""
+    told = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return told or any(text in str(error).lower() for text in OUT_OF_MEMORY)
+
+
+def reason(error: BaseException) -> str:
+    """An exception in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines)[:200]}" if lines else type(error).__name__

@@ -1,0 +1,49 @@
+"""A family of models: those that one of transformers' auto classes builds and that train on the same kind of batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ...setup import Setup
+
+Inputs = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that train on the same kind of batch.
+
+    Attributes:
+        name: as the coverage lists it.
+        mapping: transformers' table of model type → class name(s), in `models.auto.modeling_auto`.
+        inputs: the keyword arguments of a dense batch, labels included, for (model, setup, device); the tensors are
+            made under the caller's fake mode.
+        note: what a reader of a prediction must know about the batch.
+    """
+
+    name: str
+    mapping: str
+    inputs: Callable[[Any, Setup, str], Inputs]
+    note: str = ""
+
+    @cached_property
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """Class names by model type."""
+        from transformers.models.auto import modeling_auto
+
+        table = getattr(modeling_auto, self.mapping)
+        return {kind: (names,) if isinstance(names, str) else tuple(names) for kind, names in table.items()}
+
+
+def tokens(setup: Setup, device: str) -> torch.Tensor:
+    """Token ids of a batch: (batch, seq) int64."""
+    return torch.zeros((int(setup.batch), int(setup.seq)), dtype=torch.long, device=device)
+
+
+def text(model: Any, setup: Setup, device: str) -> Inputs:
+    """Tokens, a mask that says which are real, and a label for each."""
+    ids, labels = tokens(setup, device), tokens(setup, device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}

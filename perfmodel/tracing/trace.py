@@ -1,0 +1,321 @@
+"""The oracle: the real transformers + peft program under FakeTensorMode, every ATen call recorded.
+
+What is real: the modules, their forward code, autograd, clipping and the optimizer of the installed packages. What is
+not: the data. Where a read of data steers the program ("is the attention mask all ones?"), it is answered as a dense
+batch answers it; of a list of flags that picks rows, every one is set.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
+
+from ..setup import Setup
+from .programs import updates
+from .programs.dtypes import DTYPES, TORCH_DTYPES
+
+aten = torch.ops.aten
+
+NAMESPACES = {  # of the calls that are recorded
+    "aten", "flash_attn", "dropout_layer_norm", "flash_rotary", "bitsandbytes", "liger", "lorafusion", "unsloth",
+}  # fmt: skip
+
+Signature = tuple[str, tuple[Any, ...], tuple[Any, ...]]
+
+
+@register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)
+def _cpu_attention_flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """FlopCounterMode counts the CPU's fused attention as 0; give it the formula of the CUDA kernels."""
+    return int(sdpa_flop_count(q, _grouped(q, k), _grouped(q, v)))  # type: ignore[no-untyped-call]
+
+
+@register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)
+def _cpu_attention_backward_flops(
+    g: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return int(sdpa_backward_flop_count(g, q, _grouped(q, k), _grouped(q, v)))  # type: ignore[no-untyped-call]
+
+
+def _grouped(q: Any, kv: Any) -> Any:
+    return (kv[0], q[1], *kv[2:])
+
+
+@dataclass
+class Trace:
+    """What one step dispatched: calls by phase, FLOPs, bytes, and the peak of live bytes."""
+
+    calls: dict[str, Counter[Signature]] = field(default_factory=dict)
+    views: dict[str, int] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+    flops: dict[str, int] = field(default_factory=dict)
+    peak: int = 0
+    nodes: int = 0
+    trainable: int = 0
+    total: int = 0
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records non-view ATen calls with shapes and dtypes, and replays storage lifetimes by weak reference."""
+
+    def __init__(self, *, dense: bool = True, keep: Callable[[str, Any, Any, Any, Any], None] | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keep = keep  # called with (phase, function, inputs, outputs, arguments) of every call, views included
+        self.trace = Trace()
+        self.phase = ""
+        self.live = 0
+        self.peaks: list[int] = []  # the most live bytes right after each call
+        self.storages: dict[int, int] = {}
+        self.recording = False
+        self.latest_any: weakref.ref[Any] | None = None  # it asks for infinite values, of which there are none
+        self.dense = dense
+
+    @contextmanager
+    def observe(self, phase: str) -> Iterator[None]:
+        """Count under a phase."""
+        self.phase = phase
+        for table in (self.trace.views, self.trace.bytes):
+            table.setdefault(phase, 0)
+        self.trace.calls.setdefault(phase, Counter())
+        with self:
+            yield
+
+    def hold(self, tensors: Any) -> None:
+        """Count tensors that were there before the step."""
+        for t in tensors:
+            self._watch(t)
+        self.trace.peak = max(self.trace.peak, self.live)
+
+    def _watch(self, t: torch.Tensor) -> None:
+        if t.layout != torch.strided:  # its indices and values are tensors of their own
+            return
+        storage = t.untyped_storage()
+        key = storage._cdata
+        if key in self.storages:
+            return
+        nbytes = storage.nbytes()
+        self.storages[key] = nbytes
+        self.live += nbytes
+        weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.live -= self.storages.pop(key, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default:
+            try:
+                out = func(*args, **kwargs)
+            except (
+                Exception
+            ):  # data of a fake tensor: is the attention mask all ones? does a random draw keep a module?
+                if args[0].dtype != torch.bool:
+                    out = 1
+                elif self.latest_any is not None and self.latest_any() is args[0]:
+                    out = False
+                else:
+                    out = self.dense if args[0].dim() == 0 else True
+        else:
+            out = _picking_all(func, args, kwargs)
+        if func is aten.any.default:
+            self.latest_any = weakref.ref(out)
+        if func.namespace not in NAMESPACES or not self.recording:
+            return out
+        if func.is_view or func._schema.name in ("aten::_unsafe_view", "aten::detach"):
+            self.trace.views[self.phase] += 1
+            if self.keep:
+                self.keep(self.phase, func, _tensors((args, kwargs)), _tensors(out), (args, kwargs))
+            return out
+        inputs = _tensors((args, kwargs))
+        outputs = _distinct([*_tensors(out), *_mutated(func, args, kwargs)])
+        name = call_name(func)
+        if self.keep:
+            self.keep(self.phase, func, inputs, outputs, (args, kwargs))
+        self.trace.calls[self.phase][signature(name, [_spec(t) for t in inputs], [_spec(t) for t in outputs])] += 1
+        self.trace.bytes[self.phase] += sum(_nbytes(t) for t in [*_distinct(inputs), *outputs])
+        for t in outputs:
+            self._watch(t)
+        self.trace.peak = max(self.trace.peak, self.live)
+        self.peaks.append(self.live)
+        return out
+
+
+def _picking_all(func: Any, args: Any, kwargs: Any) -> Any:
+    """The call, rows that a list of flags picks being all of them: the size of a result cannot hang on data."""
+    try:
+        return func(*args, **kwargs)
+    except DynamicOutputShapeException:
+        if func is aten.nonzero.default and args[0].dim() == 1:
+            return args[0].new_empty((args[0].numel(), 1), dtype=torch.long)
+        if not any(_is_flags(t) for t in tree_leaves(args)):
+            raise
+        return func(*tree_map(lambda t: torch.empty_like(t, dtype=torch.long) if _is_flags(t) else t, args), **kwargs)
+
+
+def _is_flags(t: Any) -> bool:
+    return isinstance(t, torch.Tensor) and t.dtype == torch.bool and t.dim() == 1
+
+
+def call_name(func: Any) -> str:
+    """An ATen function's name with its overload, as the tape writes it."""
+    name = str(func._schema.name.removeprefix("aten::"))
+    return f"{name}.{func._schema.overload_name}" if func._schema.overload_name else name
+
+
+def signature(name: str, inputs: list[Any], outputs: list[Any]) -> Signature:
+    """Name, input and output (dtype, shape)s; lists of a foreach op in any order."""
+    name = name.removesuffix(".default")
+    if name.startswith(("_foreach", "_fused", "stack")):
+        inputs, outputs = sorted(inputs), sorted(outputs)
+    return (name, tuple(inputs), tuple(outputs))
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+def _mutated(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    found = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found += _tensors(args[i] if i < len(args) else kwargs.get(argument.name))
+    return found
+
+
+def _distinct(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return list({id(t): t for t in tensors}.values())
+
+
+def _nbytes(t: torch.Tensor) -> int:
+    return t.numel() * t.element_size()
+
+
+def _spec(t: torch.Tensor) -> tuple[str, tuple[int, ...]]:
+    return (DTYPES.get(t.dtype, str(t.dtype)), tuple(t.shape))
+
+
+@contextmanager
+def eager_program() -> Iterator[None]:
+    """Keep transformers on its eager path: it takes a tracing path for fake tensors, which training never sees."""
+    import transformers.utils.import_utils as utils
+
+    original = utils.is_fake_tensor
+    utils.is_fake_tensor = lambda x: False
+    try:
+        yield
+    finally:
+        utils.is_fake_tensor = original
+
+
+def to_fake(model: torch.nn.Module, mode: FakeTensorMode, device: str) -> None:
+    """Swap every meta parameter and buffer for a fake tensor on a device, keeping ties."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, value in table.items():
+                if value is None:
+                    continue
+                if id(value) not in made:
+                    with mode:
+                        fake: Any = torch.empty(value.shape, dtype=value.dtype, device=device)
+                    if isinstance(value, torch.nn.Parameter):
+                        fake = torch.nn.Parameter(fake, requires_grad=value.requires_grad)
+                    made[id(value)] = fake
+                table[name] = made[id(value)]
+        for container in (module.__dict__, *(v for v in module.__dict__.values() if isinstance(v, dict))):
+            for name, value in container.items():
+                if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):  # no parameter, no buffer
+                    continue
+                at = device if value.device.type == "meta" else value.device
+                with mode:
+                    container[name] = torch.empty(value.shape, dtype=value.dtype, device=at)
+
+
+def trace_step(
+    model: Any,
+    setup: Setup,
+    optimizer: str,
+    *,
+    device: str = "cpu",
+    forward_only: bool = False,
+    keep: Callable[[str, Any, Any, Any, Any], None] | None = None,
+    make: Callable[[Any, str], Any] = updates.standard,
+) -> Trace:
+    """Trace one steady-state training step (the second) of a model built on the meta device.
+
+    Args:
+        optimizer: the resolved form (`perfmodel.optimizers.resolve`).
+        device: "cpu", or "cuda" with a CUDA build of torch (then only the forward pass can be traced).
+        keep: sees every call of the traced step (see `Recorder`).
+        make: the optimizer of the model in that form.
+    """
+    # some tuners of peft keep plain tensors (indices, token ids) beside their parameters
+    mode = FakeTensorMode(allow_non_fake_inputs=keep is not None)
+    to_fake(model, mode, device)
+    model.train()
+    if setup.checkpoint != "none":
+        reentrant = setup.checkpoint == "block-reentrant"
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with mode:
+        shape = (setup.batch, setup.seq)
+        ids, labels = (torch.zeros(shape, dtype=torch.long, device=device) for _ in range(2))
+        attention = torch.ones(shape, dtype=torch.long, device=device)
+        update = make(model, optimizer)
+    recorder = Recorder(dense=not setup.padded, keep=keep)
+    recorder.trace.trainable = sum(p.numel() for p in trained)
+    recorder.trace.total = sum(p.numel() for p in model.parameters())
+
+    def run(observe: Callable[[str], AbstractContextManager[Any]]) -> None:
+        for _ in range(setup.grad_accum):
+            amp = torch.autocast(device, TORCH_DTYPES[setup.amp]) if setup.amp else nullcontext()
+            with observe("forward"):
+                with amp:
+                    loss = model(input_ids=ids, attention_mask=attention, labels=labels).loss
+                if setup.grad_accum > 1:
+                    loss = loss / setup.grad_accum
+            if forward_only:
+                return
+            if recorder.recording:
+                recorder.trace.nodes += graph_nodes(loss.grad_fn)
+            with observe("backward"):
+                loss.backward()
+        with observe("optimizer"):
+            if setup.clip_grad:
+                # by default too, but a fake tensor is a subclass, for which torch would not choose lists
+                torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
+            update.step()
+            update.zero_grad(set_to_none=True)
+
+    with eager_program(), mode:
+        # The counter's module hooks keep recomputed graphs alive, so it has a step of its own.
+        run(lambda phase: _counting(phase, recorder))
+        recorder.hold([*model.parameters(), *updates.held(update)])
+        recorder.recording = True
+        run(recorder.observe)
+    return recorder.trace
+
+
+def graph_nodes(root: Any) -> int:
+    """Nodes of an autograd graph."""
+    seen, stack = {root}, [root]
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if node is not None and node not in seen:
+                seen.add(node)
+                stack.append(node)
+    return len(seen)
+
+
+@contextmanager
+def _counting(phase: str, recorder: Recorder) -> Iterator[None]:
+    with recorder, FlopCounterMode(display=False) as counter:
+        yield
+    recorder.trace.flops[phase] = recorder.trace.flops.get(phase, 0) + counter.get_total_flops()
