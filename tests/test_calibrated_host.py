@@ -21,9 +21,9 @@ from perfmodel import methods
 from perfmodel.architectures import from_config
 from perfmodel.cli import main
 from perfmodel.devices import host as host_files
-from perfmodel.predict import predict
+from perfmodel.prediction.predict import predict
+from perfmodel.recording.record import build
 from perfmodel.setup import Setup
-from perfmodel.step import build
 from validate.calibration import hosts, verify
 
 TRUTH = replace(host_files.load(), call=4e-6, node=5e-6, module=50e-6, hook=12e-6, loop_call=3e-6)

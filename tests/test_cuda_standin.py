@@ -22,11 +22,12 @@ from perfmodel.cli import main
 from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
 from perfmodel.devices.host import Host
-from validate.measuring import clocks, environment, profile as profiling, records
+from validate.campaign import work  # noqa: F401, registers its blocks
+from validate.measuring import clocks, environment, records
+from validate.measuring import profile as profiling
 from validate.measuring.cells import Cell
 from validate.measuring.loop import Program
 from validate.measuring.visit import visit
-from validate.campaign import work  # noqa: F401, registers its blocks
 from validate.microbench import run, stopwatch, wider
 from validate.microbench.designs import Case
 
@@ -92,7 +93,9 @@ def test_measured_steps_come_out_as_the_prices_that_drove_them(tmp_path: Path) -
     device took, launched and held what the model says, so `check` must find no error of time and no other count."""
     output, grid, slow = tmp_path / "records.jsonl", tmp_path / "grid.toml", tmp_path / "fast.toml"
     grid.write_text(GRID)
-    slow.write_text("[seconds]\n" + "".join(f"{f.name} = {getattr(FAST, f.name)}\n" for f in fields(Host)[1:] if f.name != "source"))
+    slow.write_text(
+        "[seconds]\n" + "".join(f"{f.name} = {getattr(FAST, f.name)}\n" for f in fields(Host)[1:] if f.name != "source")
+    )
     words = ["validate", "measure", "--device", "cuda", "--grid", grid, "--output", output]
     with standin(H100, NAMES[H100], by=FAST, folder=tmp_path):
         done = perfmodel(*words, "--rounds", "1")

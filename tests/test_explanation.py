@@ -19,9 +19,8 @@ from perfmodel.prediction.predict import Prediction
 from perfmodel.questions import sentences
 from perfmodel.questions.anatomy import PARTS, Anatomy, Phase
 from perfmodel.questions.crossover import Crossover
-from perfmodel.questions.speedup import SpeedUp, verdict
+from perfmodel.questions.speedup import SAME, SpeedUp, verdict
 from perfmodel.report.crossings import in_words
-from perfmodel.speedup import SAME, SpeedUp, verdict
 
 BIG = {"model": "llama-3.2-3b", "device": "l40s", "batch": 4, "seq": 210}
 LORA = "lora:r=32,targets=q_proj+v_proj"

@@ -12,7 +12,7 @@ import pytest
 from perfmodel.devices import profile
 from perfmodel.errors import UserError
 
-common = pytest.importorskip("validate.fitting.common", exc_type=ImportError)
+common = pytest.importorskip("validate.fitting.judging", exc_type=ImportError)
 attention = pytest.importorskip("validate.fitting.attention", exc_type=ImportError)
 gemm = pytest.importorskip("validate.fitting.gemm", exc_type=ImportError)
 layouts = pytest.importorskip("validate.fitting.layouts", exc_type=ImportError)

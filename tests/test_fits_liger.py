@@ -7,7 +7,8 @@ import pytest
 
 from perfmodel.architectures.llama import rotate
 from perfmodel.tape import nn, pointwise
-from perfmodel.tape.core import Parameter, Tape, Tensor, recording
+from perfmodel.tape.core import Tape, recording
+from perfmodel.tape.tensor import Parameter, Tensor
 
 liger = pytest.importorskip("validate.fitting.liger", exc_type=ImportError)
 sequences = pytest.importorskip("validate.fitting.sequences", exc_type=ImportError)

@@ -15,8 +15,7 @@ from perfmodel import Setup, methods
 from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.imports import read
-from perfmodel.imports.common import OPTIMIZERS
-from perfmodel.predict import resolve
+from perfmodel.imports.fields import OPTIMIZERS
 from perfmodel.prediction.predict import resolve
 
 CONFIGS = Path(__file__).parent / "configs"

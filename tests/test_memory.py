@@ -13,10 +13,8 @@ from helpers import METHODS, NAMES, step_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from perfmodel import memory, predict
+from perfmodel import predict
 from perfmodel.devices import profile
-from perfmodel.memory import Segment
-from perfmodel.step import Step
 from perfmodel.prediction import memory
 from perfmodel.prediction.memory import Segment
 from perfmodel.recording.step import Step

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from perfmodel.memory import bounds
+from perfmodel.prediction.memory import bounds
 from validate.published.show_steps import _print_published
 from validate.published.steps import Outcome, evaluate_all, load, pairs, summary
 

@@ -22,12 +22,12 @@ pytest.importorskip("torch")
 import torch
 from helpers import calls_by_name, step_of
 
-from perfmodel import costs
 from perfmodel.architectures import from_config
 from perfmodel.architectures.config import load
+from perfmodel.calls import costs
 from perfmodel.cli import main
 from perfmodel.errors import UserError
-from perfmodel.tape.op import Op, Spec
+from perfmodel.program.op import Op, Spec
 from validate.measuring import kineto, traces
 from validate.measuring.names import generated, is_operator, short
 from validate.measuring.profile import composite, summary

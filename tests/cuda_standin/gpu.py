@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from perfmodel import costs
+from perfmodel.calls import costs
 from perfmodel.devices import price
 from perfmodel.devices.host import Host
 from perfmodel.devices.profile import DeviceProfile
-from perfmodel.tape.op import Op
+from perfmodel.program.op import Op
 
 BLOCK = 512  # B: what the caching allocator hands out is a multiple of it
 RESERVED = 2 << 20  # B: what it reserves is

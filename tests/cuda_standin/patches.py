@@ -40,9 +40,7 @@ esac
 
 
 @contextmanager
-def standin(
-    on: DeviceProfile, name: str, *, by: Host | None = None, folder: Path | None = None
-) -> Iterator[Gpu]:
+def standin(on: DeviceProfile, name: str, *, by: Host | None = None, folder: Path | None = None) -> Iterator[Gpu]:
     """A GPU while the block runs.
 
     Args:
@@ -130,7 +128,7 @@ def _profiler(gpu: Gpu, stack: ExitStack) -> None:
     cls = torch.profiler.profile
     init, start, stop, export = cls.__init__, cls.start, cls.stop, cls.export_chrome_trace
 
-    def __init__(self: Any, *, activities: Any = None, **options: Any) -> None:  # noqa: N807
+    def __init__(self: Any, *, activities: Any = None, **options: Any) -> None:
         self.of_device = ProfilerActivity.CUDA in set(activities or ())
         init(self, activities=[a for a in activities or () if a != ProfilerActivity.CUDA] or None, **options)
 

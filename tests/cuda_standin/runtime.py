@@ -70,7 +70,7 @@ class Runtime:
     def manual_seed_all(self, seed: int) -> None:
         pass
 
-    def Event(self, enable_timing: bool = False) -> "Event":  # noqa: N802, the real name
+    def Event(self, enable_timing: bool = False) -> "Event":
         return Event(self.gpu, enable_timing)
 
     def _capability(self) -> tuple[int, int]:

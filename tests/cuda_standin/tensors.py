@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import record_function
 from torch.utils._pytree import tree_leaves, tree_map
 
-from validate.tracing import cuda_forms
-from validate.tracing.calls import op_of
+from perfmodel.tracing import cuda_forms
+from perfmodel.tracing.calls import op_of
 
 from .gpu import Gpu
 

@@ -26,7 +26,6 @@ from perfmodel import methods
 from perfmodel.architectures import Config, from_config
 from perfmodel.devices import host as hosts
 from perfmodel.devices.engine import COSTS
-from perfmodel.devices.host import Host
 from perfmodel.program.part import PHASES
 from perfmodel.recording.record import build
 from perfmodel.recording.step import Step
@@ -36,7 +35,6 @@ from perfmodel.tracing.programs import models
 
 from ..measuring.environment import cpu_name
 from ..oracle.counts import SMALL
-from ..programs import models
 from .hosts import dispatched
 
 ENGINE = "deepspeed-zero3"

@@ -38,7 +38,7 @@ from perfmodel.tracing.programs import models
 from perfmodel.tracing.programs.updates import make_optimizer
 
 from ..accuracy import Errors
-from ..fitting.common import Doubts
+from ..fitting.judging import Doubts
 from ..measuring.environment import cpu_name
 from ..oracle.counts import NO_DROPOUT, SMALL
 

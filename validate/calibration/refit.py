@@ -26,7 +26,7 @@ from ..checking.check import Progress, check
 from ..checking.machine import Machine, name_of
 from ..checking.outcomes import Outcome, pairs
 from ..checking.summary import Line, line
-from ..fitting.common import Doubts
+from ..fitting.judging import Doubts
 
 FACTORS = {  # factor -> the host's costs that it scales: as many as the phases of a step can tell apart
     "forward": ("call", "view", "module", "adapter", "checkpoint"),

@@ -11,7 +11,7 @@ from perfmodel.report.progress import progress
 from perfmodel.report.terminal import console, table
 
 from ..accuracy import Errors
-from ..fitting.common import Doubts
+from ..fitting.judging import Doubts
 from .calibrate import Calibration, calibrate
 from .verify import TITLES
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from perfmodel import units
-from perfmodel.program.part import PHASES
 from perfmodel.report.progress import progress
 from perfmodel.report.terminal import console, table
+
 from . import hosts, verify
 from .show_calibration import show_checks, show_doubts
 

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from perfmodel.report import units
+from perfmodel import units
+from perfmodel.program.part import PHASES
 from perfmodel.report.progress import progress
 from perfmodel.report.terminal import console, table
-from perfmodel.step import PHASES
 
 from . import hosts, refit, verify
 from .refit import Refit

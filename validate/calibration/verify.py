@@ -12,9 +12,9 @@ import torch
 from perfmodel.architectures import Config
 from perfmodel.devices.host import Host
 from perfmodel.devices.profile import DeviceProfile
-from perfmodel.predict import predict, step_time
+from perfmodel.prediction.predict import predict, step_time
+from perfmodel.program.part import PHASES
 from perfmodel.setup import Setup
-from perfmodel.step import PHASES
 
 from ..accuracy import Errors
 from ..measuring.cells import Cell

@@ -10,14 +10,15 @@ from pathlib import Path
 from perfmodel import architectures, methods
 from perfmodel.architectures import Config
 from perfmodel.errors import UserError
+from perfmodel.program.part import PHASES
+from perfmodel.recording.record import build
 from perfmodel.resources import write_text
 from perfmodel.setup import Setup
-from perfmodel.step import PHASES, build
 
 from ..accuracy import Errors
 from ..calibration import calibrate, hosts, verify
 from ..checking.check import Report, check
-from ..fitting.common import Fit
+from ..fitting.judging import Fit
 from ..measuring.records import Record
 
 DEVICE, HOST = "device.toml", "host.toml"

@@ -9,12 +9,12 @@ from math import exp, log
 from typing import Any
 
 from perfmodel import architectures, methods
-from perfmodel.crossover import Pair, crossovers
 from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
 from perfmodel.devices.profile import DeviceProfile
 from perfmodel.errors import UserError
-from perfmodel.predict import predict
+from perfmodel.prediction.predict import predict
+from perfmodel.questions.crossover import Pair, crossovers
 
 from ..accuracy import BASELINE
 from ..checking.machine import name_of

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from perfmodel.report.page import render
-from perfmodel.report.units import percent
 from perfmodel.resources import write_text
+from perfmodel.units import percent
 
 from ..checking import page as checking
 from .finish import Finding

@@ -12,8 +12,8 @@ from typing import Any
 
 from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
-from perfmodel.predict import Prediction, predict
-from perfmodel.speedup import verdict
+from perfmodel.prediction.predict import Prediction, predict
+from perfmodel.questions.speedup import verdict
 
 from ..accuracy import BASELINE, DECIDED
 from ..checking.check import check

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from perfmodel.report import units
+from perfmodel import units
 from perfmodel.report.plain import show, table
 from perfmodel.report.progress import progress
 from perfmodel.resources import write_text

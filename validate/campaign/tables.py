@@ -1,6 +1,6 @@
 """The tables of a campaign as rows of text, for the terminal and the page."""
 
-from perfmodel.report import units
+from perfmodel import units
 
 from ..measuring.records import Record
 from . import versions

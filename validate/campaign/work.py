@@ -108,8 +108,8 @@ def traced(cell: Cell, device: str) -> dict[str, Any]:
     Raises:
         UserError: it cannot be traced.
     """
-    from ..programs import adapt as adapters
-    from ..tracing import traced as tracing
+    from perfmodel.tracing import traced as tracing
+    from perfmodel.tracing.programs import adapt as adapters
 
     known, adapt = adapters.of_method(cell.config, cell.method)
     capability = "8.0"

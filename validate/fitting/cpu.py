@@ -27,9 +27,8 @@ from perfmodel.devices.cpu_work import KINDS, REGIMES
 from perfmodel.devices.hardware import ITEMSIZE, Hardware
 from perfmodel.errors import UserError
 
-from .common import Array, Doubts, Errors, Fit, fold
 from .cpu_ops import passes
-from .judging import Array, Errors, Fit, fold
+from .judging import Array, Doubts, Errors, Fit, fold
 
 PACKED_AS = {"nn_aliased": "nn_few"}  # regimes that differ in the rate of their products alone
 NEEDED_ROWS = 6  # of a regime's products, for four parameters

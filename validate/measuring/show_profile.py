@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from perfmodel import units
 from perfmodel.commands.options import print_json
 from perfmodel.errors import UserError
-from perfmodel.report import units
 from perfmodel.report.plain import show, table
 
 from . import kineto, traces

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from perfmodel.errors import UserError
+from perfmodel.program.part import PHASES
 from perfmodel.resources import mapping, parsed, read_rows
-from perfmodel.step import PHASES
 
 from .names import is_operator
 

@@ -4,8 +4,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..programs.dtypes import TORCH_DTYPES
-from ..programs.updates import make_optimizer
+from perfmodel.tracing.programs.dtypes import TORCH_DTYPES
+from perfmodel.tracing.programs.updates import make_optimizer
+
 from .designs import Case
 from .kernels import BUILDERS, Call, Ring, gemm
 

@@ -13,15 +13,6 @@ from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 from transformers.pytorch_utils import Conv1D
 
-from perfmodel.architectures import Architecture
-from perfmodel.errors import UserError
-from perfmodel.methods import Method, runlora
-from perfmodel.methods.lisa import Lisa
-from perfmodel.methods.lora import Lora
-from perfmodel.methods.lora_fa import LoraFa
-from perfmodel.methods.paca import Paca
-from perfmodel.methods.qlora import QLora
-from perfmodel.setup import Setup
 from ...architectures import Architecture
 from ...errors import UserError
 from ...methods import Method, runlora
@@ -29,6 +20,7 @@ from ...methods.lisa import Lisa
 from ...methods.lora import Lora
 from ...methods.lora_fa import LoraFa
 from ...methods.paca import Paca
+from ...methods.qlora import QLora
 from ...setup import Setup
 from . import models, updates
 from .dtypes import TORCH_DTYPES
