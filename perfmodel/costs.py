@@ -133,6 +133,7 @@ GEMMS = frozenset((
 ))  # fmt: skip
 
 # CUDA kernels per ATen call where it is not 1, with the reason. To be confirmed on a GPU by the validation harness.
+# A library's product is one, whatever else the library launches for it (validate/measuring/kineto.py).
 KERNELS: dict[str, tuple[int, str]] = {
     "_local_scalar_dense": (0, "a copy to the host and a synchronisation, no kernel"),
     "_linalg_check_errors": (0, "reads a status on the host"),
@@ -151,6 +152,7 @@ KERNELS: dict[str, tuple[int, str]] = {
     "constant_pad_nd": (2, "fills the padding, then copies the inner part"),
     "cumsum": (2, "scan in two passes (CUB)"),
     "embedding_dense_backward": (6, "sorts the indices (CUB radix sort), then segment offsets and sums"),
+    "_softmax_backward_data": (2, "product of gradient and result, then its sums and the result (SoftMax.cu)"),
     "nll_loss_backward": (2, "zero fill of the gradient, then the scatter"),
     "native_layer_norm_backward": (2, "input gradient; weight and bias gradients"),
     "_scaled_dot_product_flash_attention_backward": (3, "dO·O row sums, main kernel, dQ conversion"),

@@ -44,6 +44,21 @@ def test_the_bytes_of_a_call_are_divided_among_as_many_kernels_as_it_launches(me
         assert launched == costs.kernels(op), op
 
 
+@pytest.mark.parametrize(("length", "again"), [(1024, 0), (1025, 1)])
+def test_softmax_backward_multiplies_in_a_kernel_of_its_own(length: int, again: int) -> None:
+    """SoftMax.cu: the gradient times the result goes through memory; an RTX 2080 Ti's profile shows both kernels.
+
+    Rows of at most 1,024 elements are read once, longer ones again after their sum.
+    """
+    x = Spec("fp32", (8, length))
+    op = Op("_softmax_backward_data", (x, x), (x,), 2 * x.nbytes, x.nbytes)
+    assert costs.kernels(op) == 2
+    found = [(k.launches, k.read, k.written) for k in kernels.memory_bound(op)]
+    assert found == [(1, 2 * x.nbytes, x.nbytes), (1, (2 + again) * x.nbytes, x.nbytes)]
+    log = kernels.memory_bound(Op("_log_softmax_backward_data", (x, x), (x,), 2 * x.nbytes, x.nbytes))
+    assert [(k.launches, k.read, k.written) for k in log] == [(1, (2 + again) * x.nbytes, x.nbytes)]
+
+
 def test_a_transform_passes_over_its_array_once_a_dim_and_once_to_scale() -> None:
     """ifft2 of 3072 x 3072 complex numbers: three kernels that read and write 75.5 MB, too much for 96 MiB of L2.
 

@@ -239,6 +239,27 @@ def measure(
 
 
 @validate.command()
+@click.argument("path", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--phase", "phases", multiple=True, help="An annotation that marks a phase [default: the outermost].")
+@click.option(
+    "--top", type=click.IntRange(1), default=15, show_default=True, help="How many calls and kernels to list."
+)
+@json_option
+def profile(path: Path, phases: tuple[str, ...], top: int, as_json: bool) -> None:
+    """Read a FILE that a profiler of PyTorch wrote.
+
+    Of a Chrome trace (torch.profiler, .json or .json.gz): kernels by phase, ATen call and name, how long the device is
+    busy, launches, copies. Of an execution trace: the operators called. Of a table of key_averages (CSV with columns
+    name, calls, self_cpu_us, cpu_total_us, self_cuda_us, cuda_total_us): its rows.
+    """
+    try:
+        from validate.measuring.show_profile import show_profile
+    except ImportError as error:
+        raise extra(error) from None
+    show_profile(path, phases, top, as_json=as_json)
+
+
+@validate.command()
 @click.argument("paths", metavar="[RECORDS]...", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--device", help="Predict with this profile [default: this machine's, as the records name it].")
 @click.option("--host", help="Predict with this host [default: the one calibrated with the device, else the default].")

@@ -163,11 +163,24 @@ def _softmax(op: Op) -> list[Kernel]:
     return _by_rows("softmax", op, _out(op))
 
 
-@of("_softmax_backward_data", "_log_softmax_backward_data")
+@of("_softmax_backward_data")
 def _softmax_backward(op: Op) -> list[Kernel]:
-    first = op.inputs[0].nbytes * (1 if "log" in op.name else 2)  # summed over the row, then all is read again
-    longer = np.greater(_out(op).shape[-1], SOFTMAX_IN_REGISTERS)
-    return [Kernel("pointwise", 1, op.bytes_read + first * longer, op.bytes_written, _out(op).numel)]
+    """The gradient times the result goes through memory; its sums over the rows and the result make the gradient."""
+    out = _out(op)
+    multiplied = Kernel("pointwise", 1, op.bytes_read, out.nbytes, out.numel)
+    return [multiplied, _by_row_sums(2 * out.nbytes, out.nbytes, op)]
+
+
+@of("_log_softmax_backward_data")
+def _log_softmax_backward(op: Op) -> list[Kernel]:
+    return [_by_row_sums(op.bytes_read, op.inputs[0].nbytes, op)]
+
+
+def _by_row_sums(read: Dim, summed: Dim, op: Op) -> Kernel:
+    """A kernel that sums a part of what it reads over rows, and reads all again where they are too long to be kept."""
+    out = _out(op)
+    longer = np.greater(out.shape[-1], SOFTMAX_IN_REGISTERS)
+    return Kernel("pointwise", 1, read + summed * longer, out.nbytes, out.numel)
 
 
 @of("sum.dim_IntList", "mean.dim")

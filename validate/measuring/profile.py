@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # below it Kineto reports on std
 
 def trace_step(program: Program) -> Profile:
     """Run one step of a warm program under the profiler and parse its trace."""
-    activities = [ProfilerActivity.CPU]
-    if program.device == "cuda":
+    activities, on_gpu = [ProfilerActivity.CPU], program.device == "cuda"
+    if on_gpu:
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities, profile_memory=program.device == "cpu") as profiler:
+        torch.cuda.synchronize()  # or what the step before left in flight would be in the trace
+    with profile(activities=activities, profile_memory=not on_gpu) as profiler:
         program.step(lambda phase: record_function(MARK + phase))
-        if program.device == "cuda":
+        if on_gpu:
             torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
@@ -37,15 +39,25 @@ def trace_step(program: Program) -> Profile:
     return kineto.parse(trace, [MARK + phase for phase in PHASES], transparent=composite)
 
 
+@cache
 def composite(name: str) -> bool:
-    """Whether an ATen call has no kernel of its own: it is made of other calls (linear, matmul, reshape, …)."""
+    """Whether an operator has no kernel of its own: it is made of other calls (linear, matmul, reshape, …).
+
+    Overloads that only TorchScript knows have no place in the dispatcher; those that write into `out` are not asked,
+    as many are made of the others.
+    """
     space, _, base = name.partition("::")
-    if space != "aten" or not hasattr(torch.ops.aten, base):
+    packet = getattr(getattr(torch.ops, space, None), base, None)
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
         return False
-    packet = getattr(torch.ops.aten, base)
-    return any(
-        torch._C._dispatch_has_kernel_for_dispatch_key(getattr(packet, o)._name, "CompositeImplicitAutograd")
-        for o in packet.overloads()
+    overloads = packet.overloads()  # type: ignore[no-untyped-call]
+    schemas = [torch._C._get_schema(name, "" if o == "default" else o) for o in overloads]
+    names = [
+        f"{s.name}.{s.overload_name}".rstrip(".") for s in schemas if not any(a.is_out for a in s.arguments)
+    ]  # fmt: skip
+    known = [n for n in names if torch._C._dispatch_has_kernel(n)]
+    return bool(known) and all(
+        torch._C._dispatch_has_kernel_for_dispatch_key(n, "CompositeImplicitAutograd") for n in known
     )
 
 
@@ -56,20 +68,21 @@ def summary(found: Profile, device: str, step_seconds: float) -> dict[str, Any]:
         step_seconds: median of the steps that ran without the profiler.
 
     Returns:
-        `kernels`: phase -> device kernels, fills and copies within the device (CUDA) or ATen calls (CPU);
+        `kernels`: phase -> device kernels, fills and copies within the device (CUDA) or operators called (CPU);
         `kernel_seconds`: phase -> seconds in them, each call without those inside it; `by_name` and, on CUDA,
         `by_call`: phase -> name -> [number, seconds]; `copies`: number and bytes of copies between host and device;
-        `host_bound_share`: share of the step in which the device waits (CUDA: the unprofiled step less busy time; CPU:
-        time outside of ATen calls while profiled).
+        `helpers`: number and seconds of what only helps a call's kernel, which is in the seconds but not in the
+        numbers (see `kineto`); `host_bound_share`: share of the step in which the device waits (CUDA: the unprofiled
+        step less busy time; CPU: time outside of operators while profiled).
     """
     if device == "cuda":
-        kernels = [w for w in found.work if not w.crosses_bus]
-        rows = [(w.phase, w.name, w.seconds) for w in kernels]
+        inside = [w for w in found.work if not w.crosses_bus]
+        rows = [(w.phase, w.name, int(w.is_kernel), w.seconds) for w in inside]
         share = max(0.0, 1.0 - found.busy / step_seconds)
     else:
-        rows = [(c.phase, c.name, c.self_seconds) for c in found.calls]
-        inside = sum(c.seconds for c in found.calls if c.outermost and c.phase != kineto.NO_PHASE)
-        share = max(0.0, 1.0 - inside / sum(found.phases.values()))
+        rows = [(c.phase, c.name, 1, c.self_seconds) for c in found.calls]
+        covered = sum(c.seconds for c in found.calls if c.outermost and c.phase != kineto.NO_PHASE)
+        share = max(0.0, 1.0 - covered / (sum(found.phases.values()) or step_seconds))
     by_name = _table(rows)
     out: dict[str, Any] = {
         "kernels": {phase: sum(n for n, _ in names.values()) for phase, names in by_name.items()},
@@ -79,19 +92,20 @@ def summary(found: Profile, device: str, step_seconds: float) -> dict[str, Any]:
         "profiled_seconds": {_plain(phase): seconds for phase, seconds in found.phases.items()},
     }
     if device == "cuda":
-        out["by_call"] = _table((w.phase, w.call, w.seconds) for w in kernels)
-        copies = [w for w in found.work if w.crosses_bus]
+        copies, helpers = [w for w in found.work if w.crosses_bus], [w for w in found.work if w.helps]
+        out["by_call"] = _table((w.phase, w.call, int(w.is_kernel), w.seconds) for w in inside)
         out["copies"] = {"number": len(copies), "bytes": sum(w.nbytes for w in copies)}
+        out["helpers"] = {"number": len(helpers), "seconds": sum(w.seconds for w in helpers)}
         out["busy_seconds"], out["unlaunched"] = found.busy, found.unlaunched
     return out
 
 
-def _table(rows: Iterable[tuple[str, str, float]]) -> dict[str, dict[str, tuple[int, float]]]:
-    """(phase, name, seconds) rows as phase -> name -> (number, seconds)."""
+def _table(rows: Iterable[tuple[str, str, int, float]]) -> dict[str, dict[str, tuple[int, float]]]:
+    """(phase, name, number, seconds) rows as phase -> name -> (number, seconds)."""
     table: dict[str, dict[str, tuple[int, float]]] = defaultdict(dict)
-    for phase, name, seconds in rows:
-        number, before = table[_plain(phase)].get(name, (0, 0.0))
-        table[_plain(phase)][name] = (number + 1, before + seconds)
+    for phase, name, number, seconds in rows:
+        before, so_far = table[_plain(phase)].get(name, (0, 0.0))
+        table[_plain(phase)][name] = before + number, so_far + seconds
     return {phase: dict(names) for phase, names in table.items()}
 
 
