@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from perfmodel.step import PHASES
@@ -28,7 +29,8 @@ def trace_step(program: Program) -> Profile:
     if on_gpu:
         activities.append(ProfilerActivity.CUDA)
         torch.cuda.synchronize()  # or what the step before left in flight would be in the trace
-    with profile(activities=activities, profile_memory=not on_gpu) as profiler:
+    named = _ExperimentalConfig(capture_overload_names=on_gpu)
+    with profile(activities=activities, profile_memory=not on_gpu, experimental_config=named) as profiler:
         program.step(lambda phase: record_function(MARK + phase))
         if on_gpu:
             torch.cuda.synchronize()
@@ -43,22 +45,28 @@ def trace_step(program: Program) -> Profile:
 def composite(name: str) -> bool:
     """Whether an operator has no kernel of its own: it is made of other calls (linear, matmul, reshape, …).
 
+    With its overload a name is told apart from its like: `where.ScalarOther` is made of others, `where.self` is not.
     Overloads that only TorchScript knows have no place in the dispatcher; those that write into `out` are not asked,
     as many are made of the others.
     """
     space, _, base = name.partition("::")
+    base, _, overload = base.partition(".")
     packet = getattr(getattr(torch.ops, space, None), base, None)
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         return False
+    if overload:
+        return torch._C._dispatch_has_kernel(name) and _made_of_others(name)
     overloads = packet.overloads()  # type: ignore[no-untyped-call]
     schemas = [torch._C._get_schema(name, "" if o == "default" else o) for o in overloads]
     names = [
         f"{s.name}.{s.overload_name}".rstrip(".") for s in schemas if not any(a.is_out for a in s.arguments)
     ]  # fmt: skip
     known = [n for n in names if torch._C._dispatch_has_kernel(n)]
-    return bool(known) and all(
-        torch._C._dispatch_has_kernel_for_dispatch_key(n, "CompositeImplicitAutograd") for n in known
-    )
+    return bool(known) and all(map(_made_of_others, known))
+
+
+def _made_of_others(name: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
 
 
 def summary(found: Profile, device: str, step_seconds: float) -> dict[str, Any]:
