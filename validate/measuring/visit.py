@@ -11,6 +11,7 @@ import torch
 
 from perfmodel.step import PHASES
 
+from ..programs.choose import out_of_memory
 from ..tracing.trace import Recorder
 from . import profile
 from .cells import Cell
@@ -18,8 +19,6 @@ from .clocks import Clock, clock_for
 from .loop import Program
 from .names import unified
 from .team import Messages, Team
-
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
 def visit(
@@ -36,8 +35,7 @@ def visit(
         return {"status": "ok", **_measure(cell, device, threads, warm_up, steps, whole, team)}
     except (RuntimeError, MemoryError) as error:
         text = " ".join(str(error).split())[:300] or type(error).__name__
-        oom = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(s in text.lower() for s in OUT_OF_MEMORY)
-        return {"status": "oom" if oom else "error", "message": text}
+        return {"status": "oom" if out_of_memory(error) else "error", "message": text}
     finally:
         gc.collect()
         if device == "cuda":

@@ -14,6 +14,7 @@ from .family import Family
 
 # A type that several auto classes know belongs to the first of these: what it was pretrained for.
 FAMILIES = (seq2seq.FAMILY, vision.FAMILY, masked.FAMILY, causal.FAMILY)
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
 def types() -> dict[str, Family]:
@@ -88,6 +89,7 @@ def build(config: Config, setup: Setup, *, device: str = "meta") -> Any:
 
     Raises:
         UserError: transformers cannot build it.
+        torch.OutOfMemoryError, RuntimeError: the device has too little memory for it (`out_of_memory`).
     """
     import transformers
 
@@ -102,7 +104,15 @@ def build(config: Config, setup: Setup, *, device: str = "meta") -> Any:
         with torch.device(device):
             return cls._from_config(found, dtype=TORCH_DTYPES[setup.dtype], attn_implementation=attention)
     except Exception as error:  # missing packages, attention that it lacks, dims that do not fit
+        if out_of_memory(error):
+            raise
         raise UserError(f"{config.name}: transformers cannot build {name}: {reason(error)}") from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device, or the host, has no more memory."""
+    told = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return told or any(text in str(error).lower() for text in OUT_OF_MEMORY)
 
 
 def reason(error: BaseException) -> str:
