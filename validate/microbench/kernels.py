@@ -197,8 +197,9 @@ STREAM_CALLS: dict[str, Callable[..., Call]] = {
 
 
 def _host(case: Case, device: str) -> tuple[Call, int]:
-    one = torch.ones(1)
-    leaf = torch.ones(1, requires_grad=True)
+    """Work of the host is done on its own tensors: a call on a GPU's would be timed with its launch."""
+    one = torch.ones(1, device=device if case.op == "launch" else "cpu")
+    leaf = torch.ones(1, requires_grad=True, device="cpu")
     module = torch.nn.Identity()
     if case.op in ("foreach_mul_", "foreach_norm"):
         tensors = [torch.ones(16) for _ in range(case["tensors"])]
