@@ -31,7 +31,7 @@ from validate.measuring.visit import visit
 from validate.microbench import run, stopwatch, wider
 from validate.microbench.designs import Case
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 A100, H100 = profile.load("a100-80gb-sxm"), profile.load("h100-sxm")
 NAMES = {A100: "NVIDIA A100-SXM4-80GB", H100: "NVIDIA H100 80GB HBM3"}  # as their drivers call them
 DEFAULT = hosts.load()

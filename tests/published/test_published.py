@@ -32,7 +32,7 @@ def test_every_row_names_its_source_and_groups_are_never_split() -> None:
     assert all(len(found) == 1 for found in splits.values())
 
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 def test_step_times_ratios_verdicts_and_memory_are_what_the_readme_claims(check: list[Outcome]) -> None:

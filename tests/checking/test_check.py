@@ -22,7 +22,7 @@ from validate.measuring import records
 from validate.measuring.cells import Cell
 
 METHODS = ("full", "lora:r=4", "ia3")
-MEASURED = sorted((Path(__file__).parents[1] / "data" / "measured").glob("*.jsonl"))
+MEASURED = sorted((Path(__file__).parents[2] / "data" / "measured").glob("*.jsonl"))
 Change = Callable[[list[Record]], object]
 
 

@@ -19,7 +19,7 @@ from perfmodel.cli import main
 from perfmodel.devices import profile
 from perfmodel.setup import Setup
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = ["--model", "gpt2", "--device", "l40s", "--batch", "2", "--seq", "64"]
 PHASES = {"forward", "backward", "optimizer", "total"}
 PREDICTION = {

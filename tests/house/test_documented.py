@@ -94,8 +94,8 @@ SHORT = {
     "perfmodel validate engine": Short(  # with DeepSpeed it takes minutes
         patch="import sys; sys.modules['deepspeed'] = None", says="pip install 'perfmodel[engine]'", code=2
     ),
-    "FUZZ_TRIES=2000 pytest tests/test_fuzz.py": Short(
-        "cd $CHECKOUT/tests && test -f test_fuzz.py"
+    "FUZZ_TRIES=2000 pytest tests/commands/test_fuzz.py": Short(
+        "cd $CHECKOUT/tests && test -f commands/test_fuzz.py"
         " && FUZZ_TRIES=2000 python -c 'from fuzzing import tries; print(tries(1).max_examples)'",
         says="2000",
     ),
@@ -111,7 +111,7 @@ CHAIN = (  # one after another, in `test_from_calibration_to_check`
     "perfmodel validate measure --device cpu --grid standard --threads 1", "perfmodel validate check --html check.html",
     "perfmodel validate fit --records records.jsonl",
 )  # fmt: skip
-ELSEWHERE = {"torchrun": "test_team.py"}  # file of tests
+ELSEWHERE = {"torchrun": "measuring/test_team.py"}  # file of tests
 EXAMPLES = "perfmodel (compare|explain|advise) .*--model"  # with their output, in test_readme.py
 CI = {  # what installs and tests the checkout, and the line of .ci/run that does so
     "python3 -m venv .venv": "python3 -m venv", "python -m venv .venv": "python3 -m venv",
@@ -186,7 +186,7 @@ def test_every_documented_command_runs_somewhere() -> None:
     known = {*SHORT, *SAME, *CHAIN, *CI, *ELSEWHERE}
     found = set(all_commands())
     unknown = {c for c in found - known if not re.match(EXAMPLES, c) and not re.fullmatch(EXTRAS, c)}
-    assert not unknown, "say in tests/test_documented.py how these run in a short form"
+    assert not unknown, "say in tests/house/test_documented.py how these run in a short form"
     assert not known - found, "these are documented no longer"
     assert all(command in (ROOT / "tests" / file).read_text() for command, file in ELSEWHERE.items())
 

@@ -2,7 +2,7 @@
 
 What the reader finds is held against plain counts of the file's events, made here in another way, and against what the
 model says of the same calls. The whole files are read too where a folder has them:
-`PERFMODEL_TRACES=FOLDER pytest tests/test_real_traces.py`.
+`PERFMODEL_TRACES=FOLDER pytest tests/measuring/test_real_traces.py`.
 """
 
 import csv
@@ -33,7 +33,7 @@ from validate.measuring.names import generated, is_operator, short
 from validate.measuring.profile import composite, summary
 
 Trace = dict[str, Any]
-CUTS = Path(__file__).parent / "fixtures" / "traces"
+CUTS = Path(__file__).parents[1] / "fixtures" / "traces"
 WHOLE = Path(os.environ.get("PERFMODEL_TRACES", "/nowhere"))
 STEPS, SGD = ("## forward ##", "## backward ##", "## optimizer ##"), "Optimizer.{0}#SGD.{0}"
 PHASES = {  # file -> the annotations that mark its phases

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("perfmodel", "validate")
 # From the roof to the ground: what stands higher may know what stands lower, never the other way round.
 FLOORS = (

@@ -15,7 +15,7 @@ from perfmodel.cli import COMMANDS, main
 from perfmodel.commands.completion import VARIABLE
 from perfmodel.devices import profile
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def offered(*words: str) -> list[str]:

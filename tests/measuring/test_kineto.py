@@ -14,7 +14,7 @@ import pytest
 
 from validate.measuring import kineto
 
-FIXTURE = Path(__file__).parent / "fixtures" / "kineto_two_streams.json"
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "kineto_two_streams.json"
 COMPOSITE = {"aten::linear", "aten::t"}
 
 

@@ -114,7 +114,7 @@ def test_a_campaign_that_is_killed_at_any_moment_loses_doubles_and_tears_no_reco
     tmp_path: Path, planned: Path
 ) -> None:
     """Rented machines vanish; what was measured must be there, once, and the end as if nothing had happened."""
-    folder, times, root = tmp_path / "c", 6, Path(__file__).parents[1]
+    folder, times, root = tmp_path / "c", 6, Path(__file__).parents[2]
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
     begin = [sys.executable, "-c", KILLED, str(planned), str(folder), str(times)]
     end = [sys.executable, "-m", "perfmodel.cli", "validate", "campaign", "--device", "cpu", "--threads", "1"]

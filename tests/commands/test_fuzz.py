@@ -1,6 +1,6 @@
 """Whatever is typed and whatever a file holds: an answer, or one line and exit code 2, never a traceback.
 
-FUZZ_TRIES=2000 pytest tests/test_fuzz.py runs that many random tries of each test.
+FUZZ_TRIES=2000 pytest tests/commands/test_fuzz.py runs that many random tries of each test.
 """
 
 import json
@@ -23,7 +23,7 @@ from validate.measuring import cells
 from validate.published import layers, tuners
 from validate.published import steps as published
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 HOST = (DATA / "hosts" / "default.toml").read_text()
 SETUP = ["--batch", "2", "--seq", "16", "--device", "l40s"]
 

@@ -18,7 +18,7 @@ from perfmodel.imports import read
 from perfmodel.imports.fields import OPTIMIZERS
 from perfmodel.prediction.predict import resolve
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 AMP = {"dtype": "bf16", "amp": "bf16"}
 FP32_AMP = {"dtype": "fp32", "amp": "bf16"}
 
