@@ -1,7 +1,7 @@
 """The README's examples print what the README says they print.
 
-Every `console` block is a command after `$ ` and its output. `PYTHONPATH=tests python tests/house/test_readme.py` writes
-the present outputs into the README, for when a price or a sentence has changed on purpose.
+Every `console` block is a command after `$ ` and its output. `PYTHONPATH=tests python tests/house/test_readme.py`
+writes the present outputs into the README, for when a price or a sentence has changed on purpose.
 """
 
 import re

@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 A100, H100 = profile.load("a100-80gb-sxm"), profile.load("h100-sxm")
 NAMES = {A100: "NVIDIA A100-SXM4-80GB", H100: "NVIDIA H100 80GB HBM3"}  # as their drivers call them
 DEFAULT = hosts.load()
-# A host that costs next to nothing: modules and autograd nodes, whose costs the stand-in cannot see, weigh nothing either
+# A host that costs next to nothing: modules and autograd nodes, whose costs the stand-in cannot see, weigh nothing too
 FAST = replace(DEFAULT, **{f.name: 1e-9 for f in fields(Host) if f.type in (float, "float")})
 GRID = """
 rounds = 2
@@ -89,8 +89,8 @@ def perfmodel(*words: str | Path) -> Any:
 
 
 def test_measured_steps_come_out_as_the_prices_that_drove_them(tmp_path: Path) -> None:
-    """The whole way of a record: program, events, profiler, reader, file, prediction. What is lost on it shows here: the
-    device took, launched and held what the model says, so `check` must find no error of time and no other count."""
+    """The whole way of a record: program, events, profiler, reader, file, prediction. What is lost on it shows here:
+    the device took, launched and held what the model says, so `check` must find no error of time and no other count."""
     output, grid, slow = tmp_path / "records.jsonl", tmp_path / "grid.toml", tmp_path / "fast.toml"
     grid.write_text(GRID)
     slow.write_text(
