@@ -13,7 +13,7 @@ from perfmodel.program.part import PHASES
 from perfmodel.recording.record import build
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
-from validate.oracle.counts import SMALL
+from validate.oracle.cases import SMALL
 
 NAMES = tuple(SMALL)
 METHODS = ("full", "lora:r=4", "lora:r=4,targets=all-linear,dropout=0.1", "top_k:k=1", "top_k:k=1,inner=lora", "norm")

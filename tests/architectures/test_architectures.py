@@ -175,14 +175,14 @@ VARIANTS = [
 @pytest.mark.parametrize(("name", "change"), VARIANTS)
 def test_a_variant_that_runs_another_program_is_mirrored_or_refused(name: str, change: dict[str, Any]) -> None:
     """Found by reading the config classes of transformers: either the tape follows the key, or it says no."""
-    from validate.oracle import counts
+    from validate.oracle import cases, counts
 
     config = config_of(name, **change)
     try:
         from_config(config)
     except UserError:
         return
-    assert counts.compare(counts.Case(config, "full", setup_of(name, batch=2, seq=9))).differences == []
+    assert counts.compare(cases.Case(config, "full", setup_of(name, batch=2, seq=9))).differences == []
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,7 +19,7 @@ from perfmodel.tracing.programs import models
 from perfmodel.tracing.programs.dtypes import TORCH_DTYPES
 from perfmodel.tracing.trace import trace_step
 from validate.oracle import counts
-from validate.oracle.counts import Case
+from validate.oracle.cases import Case
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from perfmodel.program.part import PHASES
 from perfmodel.recording.record import build
 from perfmodel.setup import Setup
 from validate.calibration import engine
-from validate.oracle.counts import SMALL
+from validate.oracle.cases import SMALL
 
 COSTS = {"fetch": 4.0, "release": 1.5, "reduce": 6.0, "settle": 0.5}
 SLOWER = 3.0  # the host that is measured

@@ -36,7 +36,7 @@ class Short:
     code: int = 0
 
 
-COUNTS = "from itertools import islice; from validate.oracle import counts; g = counts.grid; "
+COUNTS = "from itertools import islice; from validate.oracle import cases; g = cases.grid; "
 TUNERS = (
     "from validate.published import tuners; found = tuners.load(); tuners.load = lambda: [r for r in found if r.id in "
 )
@@ -68,10 +68,10 @@ SHORT = {
     "perfmodel validate layers": Short(says="LoRAFusion"),
     "perfmodel validate tuners": Short(patch=f"{TUNERS}('lora-rank32', 'prompt_tuning-default')]", says="worst"),
     "perfmodel validate counts --grid quick": Short(
-        patch=f"{COUNTS} counts.grid = lambda which: islice(g(which), 0, 200, 70)", says=" 0 cases differ"
+        patch=f"{COUNTS} cases.grid = lambda which: islice(g(which), 0, 200, 70)", says=" 0 cases differ"
     ),
     "perfmodel validate counts --grid all": Short(
-        patch=f"{COUNTS} counts.grid = lambda which: islice(g(which), 7, 8)", says=" 0 cases differ"
+        patch=f"{COUNTS} cases.grid = lambda which: islice(g(which), 7, 8)", says=" 0 cases differ"
     ),
     "perfmodel validate coverage --output FILE": Short(
         "grep -v -e ,bert, -e ,IA3, $DATA/coverage/transformers-*.csv > FILE"

@@ -16,7 +16,7 @@ from perfmodel.recording.record import build
 from perfmodel.tracing.programs import models
 from perfmodel.tracing.trace import trace_step
 from validate.oracle import counts
-from validate.oracle.counts import Case
+from validate.oracle.cases import Case
 
 CELLS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("llama", "houlsby:r=8", {"batch": 4, "checkpoint": "block"}),

@@ -22,7 +22,7 @@ from perfmodel.setup import Setup
 from perfmodel.tracing.programs import models
 from perfmodel.tracing.trace import trace_step
 from validate.oracle import counts
-from validate.oracle.counts import Case
+from validate.oracle.cases import Case
 
 
 def differences(name: str, spec: str, layers: int | None = None, **options: Any) -> list[str]:

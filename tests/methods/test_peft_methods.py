@@ -19,7 +19,7 @@ from perfmodel.errors import UserError
 from perfmodel.program.op import Op
 from perfmodel.recording.record import build
 from validate.oracle import counts
-from validate.oracle.counts import Case
+from validate.oracle.cases import Case
 
 ANY_MODEL = (
     "dora:r=4",

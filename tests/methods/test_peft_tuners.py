@@ -12,7 +12,7 @@ from perfmodel import methods
 from perfmodel.errors import UserError
 from perfmodel.tracing.programs.tuners_of_peft import CONFIGS
 from validate.oracle import counts
-from validate.oracle.counts import Case
+from validate.oracle.cases import Case
 
 CONV1D = (  # PEFT has these for GPT-2's Conv1D too
     "gralora:r=4",

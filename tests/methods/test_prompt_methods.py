@@ -15,7 +15,7 @@ from perfmodel.errors import UserError
 from perfmodel.prediction import memory
 from perfmodel.recording.record import build
 from validate.oracle import counts
-from validate.oracle.counts import Case
+from validate.oracle.cases import Case
 
 CAUSAL = ("llama", "mistral", "qwen2", "gpt2", "opt", "gpt_neo")
 PROMPTS = ("prompt_tuning:tokens=6", "p_tuning:tokens=6,width=24")

@@ -22,7 +22,7 @@ from perfmodel.setup import Setup
 from perfmodel.tracing.programs import models
 from perfmodel.tracing.trace import Trace, trace_step
 from validate.oracle import counts
-from validate.oracle.counts import NO_DROPOUT, Case
+from validate.oracle.cases import NO_DROPOUT, Case
 
 LORA = "lora:r=4"
 WIDE = "lora:r=4,targets=all-linear,dropout=0.1"

@@ -11,7 +11,7 @@ from perfmodel.tracing.programs import models
 from perfmodel.tracing.programs.references import apply, as_lora, freeze, make_update, program, sizes, updater, wrap
 from perfmodel.tracing.trace import trace_step
 from validate.oracle import counts
-from validate.oracle.counts import Case
+from validate.oracle.cases import Case
 
 __all__ = ["as_lora", "differences", "freeze", "program", "sizes", "updater", "wrap"]
 

@@ -20,7 +20,7 @@ from perfmodel.tape.packages import liger
 from perfmodel.tracing.programs import models
 from perfmodel.tracing.trace import trace_step
 from validate.oracle import counts
-from validate.oracle.counts import Case
+from validate.oracle.cases import Case
 
 WIDE = architecture_of("llama", vocab_size=2048)
 
