@@ -5,12 +5,11 @@ A record is made from the prediction itself, so that a perfect model is known, a
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from records_by_hand import DEVICE, TINY, Record, environment, visit
+from records_by_hand import DEVICE, METHODS, TINY, Change, Record, visit, written
 
 from perfmodel.cli import main
 from perfmodel.devices import host as hosts
@@ -18,21 +17,9 @@ from perfmodel.devices import profile
 from perfmodel.errors import UserError
 from perfmodel.setup import Setup
 from validate.checking.check import Report, check
-from validate.measuring import records
 from validate.measuring.cells import Cell
 
-METHODS = ("full", "lora:r=4", "ia3")
 MEASURED = sorted((Path(__file__).parents[2] / "data" / "measured").glob("*.jsonl"))
-Change = Callable[[list[Record]], object]
-
-
-def written(path: Path, change: Change = lambda visits: None, device: str = "cpu") -> Path:
-    cells = [Cell(TINY, method, Setup(batch=2, seq=16, dtype="fp32")) for method in METHODS]
-    visits = [visit(cell, device) for cell in cells]
-    change(visits)
-    for record in (environment(device), *visits):
-        records.append(path, record)
-    return path
 
 
 def run(*words: str | Path) -> Result:

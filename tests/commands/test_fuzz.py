@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from fuzzing import QUICK, command_line, json_file, mangled, mutated, tries, write_folder
-from helpers import QWEN, SMALL
+from helpers import OWN_DEVICE, QWEN, SMALL
 from hypothesis import event, given
 from hypothesis import strategies as st
-from test_check import written
-from test_device_files import GOOD
+from records_by_hand import written
 
 from perfmodel.cli import main
 from perfmodel.errors import UserError
@@ -31,7 +30,7 @@ SETUP = ["--batch", "2", "--seq", "16", "--device", "l40s"]
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with small models and configs; the hub cannot be reached."""
-    write_folder(tmp_path, {**SMALL, "qwen": QWEN}, CONFIGS, GOOD)
+    write_folder(tmp_path, {**SMALL, "qwen": QWEN}, CONFIGS, OWN_DEVICE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -87,7 +86,7 @@ def test_any_model_config(content: bytes, name: str) -> None:
 
 @pytest.mark.usefixtures("folder")
 @tries(100)
-@given(mangled(GOOD))
+@given(mangled(OWN_DEVICE))
 def test_any_device_file(content: bytes) -> None:
     """A device's TOML with whatever figures, also extreme ones."""
     Path("device.toml").write_bytes(content)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers import OWN_DEVICE
 
 from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
@@ -11,29 +12,11 @@ from perfmodel.devices.gemm import gemm_time
 from perfmodel.devices.hardware import Hardware
 from perfmodel.errors import UserError
 
-GOOD = """
-name = "My GPU"
-kind = "cuda"
-architecture = "ampere"
-compute_capability = "8.6"
-
-[datasheet]
-sm_count = 28
-clock_hz = 1.78e9
-memory_bytes = 12884901888
-memory_bandwidth = 360e9
-l2_bytes = 2359296
-fp32_flops = 12.7e12
-tf32_flops = 12.7e12
-fp16_flops = 25.5e12
-bf16_flops = 25.5e12
-"""
-
 
 def test_an_own_device_file_works_from_its_datasheet(tmp_path: Path) -> None:
     """Class defaults make any GPU usable."""
     path = tmp_path / "mine.toml"
-    path.write_text(GOOD)
+    path.write_text(OWN_DEVICE)
     device = profile.load(path)
     assert device.slug == "mine"
     assert set(device.fitted.values()) == {"class"}
@@ -67,8 +50,8 @@ def test_an_own_device_file_works_from_its_datasheet(tmp_path: Path) -> None:
 def test_a_bad_device_file_ends_in_one_line(tmp_path: Path, old: str, new: str, message: str) -> None:
     """The line names the file, the key and what would be right."""
     path = tmp_path / "bad.toml"
-    assert old in GOOD
-    path.write_text(GOOD.replace(old, new))
+    assert old in OWN_DEVICE
+    path.write_text(OWN_DEVICE.replace(old, new))
     with pytest.raises(UserError, match=re.escape(message)) as error:
         profile.load(path)
     assert "bad.toml" in str(error.value)
@@ -109,7 +92,7 @@ def test_rewriting_keeps_what_the_author_wrote(tmp_path: Path) -> None:
     common = pytest.importorskip("validate.fitting.judging", exc_type=ImportError)
     write = pytest.importorskip("validate.fitting.write", exc_type=ImportError)
     path = tmp_path / "mine.toml"
-    path.write_text("# a comment\n" + GOOD + "# differs: nothing\n")
+    path.write_text("# a comment\n" + OWN_DEVICE + "# differs: nothing\n")
     attention = profile.load("a100").attention
     errors = common.Errors(10, 0.1, 0.08, 0.2, 0.5)
     fit = common.Fit(attention, 'a "quoted" source', "software", 20, 10, errors, {"short": errors, "m >= 64": errors})
@@ -117,7 +100,7 @@ def test_rewriting_keeps_what_the_author_wrote(tmp_path: Path) -> None:
     once = path.read_text()
     write.write_blocks(path, {"attention": fit}, "2026-01-01")
     assert path.read_text() == once
-    assert once.startswith("# a comment\n" + GOOD + "# differs: nothing\n")
+    assert once.startswith("# a comment\n" + OWN_DEVICE + "# differs: nothing\n")
     device = profile.load(path)
     assert device.attention == attention
     assert device.fitted["attention"] == "fitted"

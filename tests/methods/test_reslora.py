@@ -12,8 +12,8 @@ pytest.importorskip("peft")
 
 import reference_reslora
 import torch
+from real_steps import real_steps, without_underscore
 from reference import differences
-from test_real_step import real_steps, without_underscore
 
 from perfmodel import methods, predict
 from perfmodel.errors import UserError

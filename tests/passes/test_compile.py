@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from grids import check_every_point
 from helpers import NAMES, architecture_of, step_of
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from test_grid import check_every_point
 
 from perfmodel import advise, explain, methods, predict
 from perfmodel.calls import costs

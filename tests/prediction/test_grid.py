@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from grids import check_every_point
 from helpers import FIGURES, METHODS, NAMES, architecture_of, setup_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ from perfmodel.methods import parse
 from perfmodel.methods.lora import Lora
 from perfmodel.methods.parts.base import Method
 from perfmodel.methods.top_k import TopK
-from perfmodel.prediction.predict import Prediction, predict
+from perfmodel.prediction.predict import predict
 from perfmodel.program.dims import Axis
 from perfmodel.program.part import PHASES
 from perfmodel.setup import Setup
@@ -46,36 +47,6 @@ def test_dims_of_a_grid_calculate_as_arrays_do(a: list[int], b: list[int], n: in
     assert x * n is n * x
     with pytest.raises(ValueError, match="read-only"):
         (x * y)[0] = 0
-
-
-def figures(p: Prediction) -> dict[str, Any]:
-    """All numbers of a prediction under flat names."""
-    flat: dict[str, Any] = {}
-
-    def walk(path: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{path}.{key}", inner)
-        else:
-            flat[path] = value
-
-    for key, value in p.as_dict().items():
-        if key not in ("model", "device", "method", "setup", "notes", "periodic", "choices"):
-            walk(key, value)
-    return flat
-
-
-def check_every_point(model: Any, shape: tuple[int, ...], whole: Prediction, setups: Any) -> None:
-    grid = {name: np.asarray(value) for name, value in figures(whole).items()}
-    for at in np.ndindex(shape):
-        setup, method = setups(at)
-        alone = figures(predict(model, method, setup, whole.device))
-        for name, value in alone.items():
-            got = np.broadcast_to(grid[name], shape)[at]
-            if isinstance(value, float):
-                assert got == pytest.approx(value, rel=1e-9), (name, setup, method.spec())
-            else:
-                assert got == value, (name, setup, method.spec())
 
 
 @few
