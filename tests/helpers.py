@@ -13,7 +13,7 @@ from perfmodel.program.part import PHASES
 from perfmodel.recording.record import build
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
-from validate.oracle.counts import SMALL
+from validate.oracle.cases import SMALL
 
 NAMES = tuple(SMALL)
 METHODS = ("full", "lora:r=4", "lora:r=4,targets=all-linear,dropout=0.1", "top_k:k=1", "top_k:k=1,inner=lora", "norm")
@@ -21,6 +21,23 @@ QWEN = {  # no program of transformers', so not among those that are traced
     "model_type": "qwen", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
     "num_attention_heads": 4, "kv_channels": 16, "vocab_size": 128,
 }  # fmt: skip
+OWN_DEVICE = """
+name = "My GPU"
+kind = "cuda"
+architecture = "ampere"
+compute_capability = "8.6"
+
+[datasheet]
+sm_count = 28
+clock_hz = 1.78e9
+memory_bytes = 12884901888
+memory_bandwidth = 360e9
+l2_bytes = 2359296
+fp32_flops = 12.7e12
+tf32_flops = 12.7e12
+fp16_flops = 25.5e12
+bf16_flops = 25.5e12
+"""
 LAYERS_KEY = {"gpt2": "n_layer", "gpt_neo": "num_layers"}
 
 

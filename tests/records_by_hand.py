@@ -1,10 +1,14 @@
 """Records written by hand: each is made from a prediction, so that a perfect model is known."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from perfmodel.architectures import Config
 from perfmodel.devices.host import Host
 from perfmodel.prediction.predict import predict
+from perfmodel.setup import Setup
+from validate.measuring import records
 from validate.measuring.cells import Cell
 
 TINY = Config(
@@ -15,7 +19,9 @@ TINY = Config(
     "by hand", "tiny",
 )  # fmt: skip
 DEVICE = {"cpu": "cpu-epyc-genoa-2c", "cuda": "l4"}
+METHODS = ("full", "lora:r=4", "ia3")
 Record = dict[str, Any]
+Change = Callable[[list[Record]], object]
 
 
 def environment(device: str = "cpu") -> Record:
@@ -38,3 +44,13 @@ def visit(cell: Cell, device: str = "cpu", host: str | Host = "default") -> Reco
         "seconds": seconds, "memory": {"peak": int(p.memory.peak)}, "calls": calls,
     }  # fmt: skip
     return found
+
+
+def written(path: Path, change: Change = lambda visits: None, device: str = "cpu") -> Path:
+    """A file of records of tiny steps, changed by `change`."""
+    cells = [Cell(TINY, method, Setup(batch=2, seq=16, dtype="fp32")) for method in METHODS]
+    visits = [visit(cell, device) for cell in cells]
+    change(visits)
+    for record in (environment(device), *visits):
+        records.append(path, record)
+    return path

@@ -38,13 +38,13 @@ validate.add_command(paper)
 def counts(grid: str, cuda_forward: bool, as_json: bool) -> None:
     """Compare the tape with real programs, ATen call by ATen call."""
     try:
-        from validate.oracle import counts as module
+        from validate.oracle.counts import has_cuda_build
         from validate.oracle.show_counts import show_counts
     except ImportError as error:
         raise extra(error) from None
-    if cuda_forward and not module.has_cuda_build():
+    if cuda_forward and not has_cuda_build():
         raise UserError("--cuda-forward needs a CUDA build of torch (no GPU is needed): this one is built for the CPU")
-    failed = show_counts(module, grid, cuda_forward=cuda_forward, as_json=as_json)
+    failed = show_counts(grid, cuda_forward=cuda_forward, as_json=as_json)
     sys.exit(1 if failed else 0)
 
 

@@ -7,7 +7,7 @@ kernels take groups of eight rows of tiles (LoRAFusion's config.py, GROUP_SIZE_M
 choose best.
 
 Nothing is fitted here. Against the figures that LoRAFusion measured with Nsight Compute on an H100, totals come out
-within 7 % (tests/test_traffic.py).
+within 7 % (tests/published/test_traffic.py).
 """
 
 from math import ceil

@@ -112,7 +112,7 @@ def measured(file: Path, copy: Path, run: Callable[[list[str]], None], told: Cal
     """Run the suite over probes, one file of tests after another; what ran before is kept in `file`."""
     names, done = probed(copy), file.with_suffix(".done")
     ready = set(done.read_text().split()) if done.exists() else set()
-    for tests in sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "tests").glob("test_*.py")):
+    for tests in sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "tests").glob("*/test_*.py")):
         if tests not in ready:
             told(f"which lines does {tests} reach?")
             run([tests, "-p", "probe"])

@@ -34,7 +34,7 @@ from perfmodel.setup import Setup
 from perfmodel.tracing.programs import models
 
 from ..measuring.environment import cpu_name
-from ..oracle.counts import SMALL
+from ..oracle.cases import SMALL
 from .hosts import dispatched
 
 ENGINE = "deepspeed-zero3"

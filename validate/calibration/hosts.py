@@ -40,7 +40,7 @@ from perfmodel.tracing.programs.updates import make_optimizer
 from ..accuracy import Errors
 from ..fitting.judging import Doubts
 from ..measuring.environment import cpu_name
-from ..oracle.counts import NO_DROPOUT, SMALL
+from ..oracle.cases import NO_DROPOUT, SMALL
 
 LAYERS = 8
 METHODS = ("full", "lora:r=4,targets=all-linear", "lora:r=4")

@@ -9,19 +9,21 @@ from perfmodel import units
 from perfmodel.report.progress import progress
 from perfmodel.report.terminal import console, table
 
+from . import cases, counts
 
-def show_counts(module: Any, grid: str, *, cuda_forward: bool, as_json: bool) -> bool:
+
+def show_counts(grid: str, *, cuda_forward: bool, as_json: bool) -> bool:
     """Run the comparison over a grid and print it; returns whether anything differs."""
     warnings.filterwarnings("ignore")
-    for text in module.other_versions():
+    for text in counts.other_versions():
         console.print(f"[yellow]installed: {text}: differences may be theirs[/]")
-    cases = list(module.cuda_forward_grid() if cuda_forward else module.grid(grid))
+    chosen = list(cases.cuda_forward_grid() if cuda_forward else cases.grid(grid))
     results = []
     with progress() as bar:
-        task = bar.add_task("tracing", total=len(cases))
-        for case in cases:
+        task = bar.add_task("tracing", total=len(chosen))
+        for case in chosen:
             bar.update(task, description=f"{case.config.name} {case.method}")
-            results.append(module.compare(case, cuda_forward=cuda_forward))
+            results.append(counts.compare(case, cuda_forward=cuda_forward))
             bar.advance(task)
     if as_json:
         print(json.dumps([_row(r) for r in results], indent=1))

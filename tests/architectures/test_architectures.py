@@ -1,0 +1,307 @@
+"""Configs: the bundled ones have the published parameter counts, broken ones are refused in one line that helps.
+
+Also: that the tape of every bundled model can be recorded at all.
+"""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import NAMES, SMALL, architecture_of, config_of, setup_of, step_of
+
+from perfmodel import architectures
+from perfmodel.architectures import Config, from_config, load
+from perfmodel.architectures.base import runs_of_layers
+from perfmodel.errors import UserError
+from perfmodel.methods import parse
+from perfmodel.methods.parts.targeted import matches
+
+# Parameters of the checkpoints, tied weights once. "published": that exact figure was seen in public code, presets or
+# hub listings; "built": `num_parameters()` of the transformers model of the same config (transformers 5.24). The
+# sources of each are listed with the model files' own `_source` and were checked on 2026-11-24.
+PUBLISHED = {
+    "codellama-34b": 33_743_970_304,  # Together's catalogue
+    "gpt-neo-2.7b": 2_651_307_520,  # stored public code
+    "gpt2": 124_439_808,  # KerasHub presets
+    "gpt2-xl": 1_557_611_200,  # KerasHub presets
+    "llama-2-7b": 6_738_415_616,  # PEFT's "all params" line
+    "llama-2-13b": 13_015_864_320,  # stored public code
+    "llama-2-70b": 68_976_648_192,  # stored public code
+    "llama-3-8b": 8_030_261_248,  # stored public code
+    "llama-3.1-8b": 8_030_261_248,  # stored public code, keyed by meta-llama/Llama-3.1-8B
+    "llama-3.1-70b": 70_553_706_496,  # the hub's safetensors total
+    "llama-3.2-3b": 3_212_749_824,  # PEFT benchmark: num_total_params - num_trainable_params
+    "mistral-7b": 7_241_732_096,  # stored public code
+    "roberta-large": 355_412_057,  # the hub's listing of F32 tensors
+    "qwen2.5-3b": 3_085_938_688,  # stored public code
+    "qwen2.5-7b": 7_615_616_512,  # stored public code
+    "qwen2.5-14b": 14_770_033_664,  # stored public code
+    "qwen2.5-32b": 32_763_876_352,  # stored public code
+    "smollm2-135m": 134_515_008,  # stored public code
+    "smollm2-360m": 361_821_120,  # stored public code
+    "smollm2-1.7b": 1_711_376_384,  # stored public code
+    "tinyllama-1.1b": 1_100_048_384,  # the hub's safetensors total
+}
+BUILT = {
+    "bert-base": 109_514_298, "bert-large": 335_174_458, "gpt-neo-1.3b": 1_315_575_808,
+    "roberta-base": 124_697_433, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080,
+    "gpt3-xl": 2_879_554_560, "gpt3-2.7b": 2_651_553_280,
+    "llama-3.2-1b": 1_235_814_400, "mistral-7b-v0.3": 7_248_023_552, "opt-125m": 125_239_296,
+    "opt-1.3b": 1_315_758_080, "opt-2.7b": 2_651_596_800, "opt-6.7b": 6_658_473_984, "qwen1.5-1.8b": 1_836_828_672,
+    "qwen1.5-7b": 7_721_324_544, "qwen-1.8b": 1_836_828_672, "qwen-7b": 7_721_324_544,
+    "qwen2.5-0.5b": 494_032_768, "qwen2.5-1.5b": 1_543_714_304,
+}  # fmt: skip
+
+
+def known(name: str) -> bool:
+    return load(name).values["model_type"] in architectures.supported()
+
+
+@pytest.mark.parametrize(("name", "parameters"), [x for x in (*PUBLISHED.items(), *BUILT.items()) if known(x[0])])
+def test_bundled_models_have_their_published_parameter_count(name: str, parameters: int) -> None:
+    """The first figure a user compares; it also fixes every width of the model."""
+    attention = "sdpa" if load(name).values["model_type"] == "qwen" else "eager"
+    step = step_of(from_config(load(name)), batch=1, seq=8, attention=attention)
+    assert step.total == step.trainable == parameters
+
+
+def test_every_bundled_model_of_a_known_type_has_a_count_here() -> None:
+    """A new model file comes with a checked count."""
+    assert {name for name in architectures.bundled() if known(name)} <= set(PUBLISHED) | set(BUILT)
+
+
+def refusal(values: dict[str, Any]) -> str:
+    """The message with which a config is refused: one line."""
+    with pytest.raises(UserError) as caught:
+        from_config(Config(values, "my/config.json", "mine"))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("my/config.json: ")
+    return message
+
+
+REQUIRED = [
+    (name, key)
+    for name in NAMES
+    for key in SMALL[name]
+    if (key.endswith("size") and key != "window_size")
+    or key.startswith(("n_", "num_", "max_", "ffn"))
+    or key == "model_type"
+]
+
+
+@pytest.mark.parametrize(("name", "key"), [(n, k) for n, k in REQUIRED if k != "num_key_value_heads"])
+def test_a_missing_key_is_named(name: str, key: str) -> None:
+    """A default for a missing width would be a wrong answer that looks right."""
+    values = {k: v for k, v in SMALL[name].items() if k != key}
+    assert repr(key) in refusal(values)
+    assert "missing" in refusal(values)
+
+
+@pytest.mark.parametrize("bad", ["64", 64.0, 0, -64, True, [64], {"a": 1}])
+@pytest.mark.parametrize(("name", "key"), [(n, k) for n, k in REQUIRED if k != "model_type"])
+def test_a_mistyped_key_is_named_with_its_value(name: str, key: str, bad: Any) -> None:
+    """JSON knows no ints apart from floats, and people edit configs by hand."""
+    message = refusal({**SMALL[name], key: bad})
+    assert key in message
+    assert repr(bad) in message
+
+
+@pytest.mark.parametrize("bad", [7, ["llama"], True, {}])
+def test_a_model_type_that_is_no_string_is_refused(bad: Any) -> None:
+    """It is used as a key of a registry: a list there would be a traceback."""
+    assert "model_type" in refusal({**SMALL["llama"], "model_type": bad})
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "qwen3"])  # whose heads have a width of their own
+def test_heads_that_do_not_divide_the_width_are_refused(name: str) -> None:
+    """Rounding the head size down would lose a part of the model."""
+    key = {"gpt2": "n_head", "gpt_neo": "num_heads"}.get(name, "num_attention_heads")
+    message = refusal({**SMALL[name], key: 5, "num_key_value_heads": 5})
+    assert "64" in message
+    assert "5" in message
+    assert "divisible" in message
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
+def test_kv_heads_that_do_not_divide_the_heads_are_refused(name: str) -> None:
+    """Grouped-query attention needs whole groups."""
+    assert "num_key_value_heads 3" in refusal({**SMALL[name], "num_key_value_heads": 3})
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llama", {"hidden_act": "gelu"}), ("gemma2", {"hidden_activation": "gelu"}), ("llama", {"head_dim": 15}),
+        ("opt", {"do_layer_norm_before": False}), ("opt", {"word_embed_proj_dim": 32}),
+        ("opt", {"activation_function": "gelu"}), ("gpt2", {"activation_function": "relu"}),
+        ("bert", {"position_embedding_type": "relative_key"}), ("bert", {"hidden_act": "relu"}),
+        ("gpt2", {"resid_pdrop": 1.5}), ("bert", {"hidden_dropout_prob": "0.1"}), ("llama", {"attention_bias": 1}),
+        ("llama", {"tie_word_embeddings": "yes"}), ("qwen2", {"layer_types": ["sliding_attention"] * 3}),
+        ("qwen3", {"layer_types": ["full_attention"]}), ("gemma2", {"layer_types": ["chunked_attention"] * 5}),
+        ("gemma2", {"use_bidirectional_attention": True}), ("gemma2", {"attn_logit_softcapping": "50"}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": -1}),
+    ],
+)  # fmt: skip
+def test_what_the_tape_does_not_mirror_is_refused_by_name(name: str, change: dict[str, Any]) -> None:
+    """A variant that is silently treated as the usual one would be priced wrongly."""
+    assert list(change)[-1] in refusal({**SMALL[name], **change})
+
+
+# What `config.json` may hold besides, and which changes the program that transformers runs.
+VARIANTS = [
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    ("gpt2", {"reorder_and_upcast_attn": True}),
+    ("gpt2", {"add_cross_attention": True}),
+    ("gpt2", {"scale_attn_weights": False}),
+    ("bert", {"is_decoder": True}),
+    ("bert", {"chunk_size_feed_forward": 3}),
+    ("opt", {"enable_bias": False}),
+    ("opt", {"layer_norm_elementwise_affine": False}),
+    ("opt", {"layerdrop": 0.1}),
+    ("llama", {"pretraining_tp": 2}),
+    ("llama", {"quantization_config": {"load_in_4bit": True}}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 50, "max_window_layers": 2, "attention_bias": True}),
+    ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True}),
+    ("gemma2", {"layer_types": ["full_attention"] * 4 + ["sliding_attention"], "sliding_window": 5}),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), VARIANTS)
+def test_a_variant_that_runs_another_program_is_mirrored_or_refused(name: str, change: dict[str, Any]) -> None:
+    """Found by reading the config classes of transformers: either the tape follows the key, or it says no."""
+    from validate.oracle import cases, counts
+
+    config = config_of(name, **change)
+    try:
+        from_config(config)
+    except UserError:
+        return
+    assert counts.compare(cases.Case(config, "full", setup_of(name, batch=2, seq=9))).differences == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_traits_name_layers_and_norms_that_exist(name: str) -> None:
+    """A default target that matches nothing, or a norm that is forgotten, would be silently left out."""
+    architecture = architecture_of(name)
+    for targets in asdict(architecture.traits.targets).values():
+        for target in targets or ():
+            assert any(matches(layer, target) for layer in architecture.linear_names()), target
+    norms = [p.name.rsplit(".", 2)[-2] for p in step_of(architecture, "full").parameters if p.kind == "norm"]
+    assert set(norms) == set(architecture.traits.norms)
+
+
+def test_an_architecture_without_traits_is_no_architecture() -> None:
+    """Defaults would be somebody else's: GPT-2's layers, Llama's norms."""
+    with pytest.raises(TypeError, match="Toy must define traits"):
+
+        @architectures.architecture("toy")
+        class Toy(architectures.Architecture):
+            layer_path = "layers"
+
+
+def test_layers_that_alternate_are_recorded_as_a_pattern() -> None:
+    """26 layers of two kinds are two recordings beside the first and the last, not 26."""
+    architecture = architecture_of("gemma2", layers=26, layer_types=None)
+    method = parse("full").bind(architecture)
+    assert runs_of_layers(architecture, method) == [(0, 1, 1), (1, 2, 12), (25, 1, 1)]
+    assert runs_of_layers(architecture_of("llama", layers=26), method) == [(0, 1, 1), (1, 1, 25)]
+
+
+def test_an_unsupported_model_type_lists_the_supported_ones() -> None:
+    """The user learns at once what can be asked instead."""
+    message = refusal({**SMALL["llama"], "model_type": "lama"})
+    assert "did you mean 'llama'?" in message
+    assert all(name in message for name in architectures.supported())
+
+
+def message_of(path: Path | str) -> str:
+    with pytest.raises(UserError) as caught:
+        load(str(path))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "not valid JSON"), (b"{", "not valid JSON"), (b"not json", "not valid JSON"), (b"\xff\xfe", "read"),
+        (b"[1, 2]", "holds a list"), (b"null", "holds nothing"), (b"3", "holds a number"),
+        (b"[" * 100_000, "not valid JSON"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, content: bytes, expected: str) -> None:
+    """An interrupted download is the usual reason."""
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    for where in (path, tmp_path):
+        message = message_of(where)
+        assert str(path) in message
+        assert expected in message
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+    """A checkpoint folder of another format."""
+    assert f"{tmp_path} has no config.json" in message_of(tmp_path)
+
+
+def test_a_config_is_read_from_its_file_or_its_folder(tmp_path: Path) -> None:
+    """Both are what people have: the folder of a checkpoint, or the one file."""
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SMALL["llama"]))
+    (folder / "other.json").write_text(json.dumps(SMALL["gpt2"]))
+    assert [load(str(p)).name for p in (folder, folder / "config.json", folder / "other.json")] == [
+        "my-model", "my-model", "other",
+    ]  # fmt: skip
+    assert from_config(load(str(folder))).model_type == "llama"
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_refused(tmp_path: Path) -> None:
+    """One line, not a traceback."""
+    path = tmp_path / "config.json"
+    path.write_text("{}")
+    path.chmod(0)
+    assert "cannot be read" in message_of(path)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("lama-3.2-3b", "llama-3.2-3b"), ("gpt-2", "gpt2"), ("mistral7b", "mistral-7b"), ("bert_base", "bert-base")],
+)
+def test_an_unknown_name_gets_the_nearest_one(typed: str, meant: str) -> None:
+    """Most unknown names are typing errors."""
+    assert f"did you mean {meant!r}?" in message_of(typed)
+
+
+def test_names_are_found_in_any_case() -> None:
+    """Model cards write them with capitals."""
+    assert load("Llama-3.2-3B").name == "llama-3.2-3b"
+
+
+@pytest.mark.parametrize("name", ["", " ", "x" * 5000, "a\0b", "nowhere/config.json", "./nowhere", "/nowhere/at/all"])
+def test_nonsense_is_refused_in_one_line(name: str) -> None:
+    """Whatever a shell script puts there."""
+    assert len(message_of(name)) < 1000
+
+
+def test_a_hub_id_offline_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a cluster node without network the answer is: give the file."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    message = message_of("nobody/no-such-model-here")
+    assert "nobody/no-such-model-here" in message
+    assert "config.json" in message
+
+
+def test_the_hub_id_of_a_bundled_model_needs_no_network() -> None:
+    """People paste what their training script says."""
+    assert load("meta-llama/Llama-3.2-3B").values == load("llama-3.2-3b").values
+    assert load("openai-community/gpt2").name == "gpt2"

@@ -1,0 +1,66 @@
+"""`perfmodel validate engine`: the costs come back out of timings that were made with them."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("peft")
+
+from perfmodel import methods
+from perfmodel.architectures import Config, from_config
+from perfmodel.devices import engine as engines
+from perfmodel.devices import host
+from perfmodel.program.part import PHASES
+from perfmodel.recording.record import build
+from perfmodel.setup import Setup
+from validate.calibration import engine
+from validate.oracle.cases import SMALL
+
+COSTS = {"fetch": 4.0, "release": 1.5, "reduce": 6.0, "settle": 0.5}
+SLOWER = 3.0  # the host that is measured
+
+
+def rows() -> list[engine.Row]:
+    """What `measure` would give on a host three times as slow as the default one, with these costs."""
+    found, by = [], host.load()
+    architecture = from_config(Config({**SMALL["llama"], "num_hidden_layers": 4}, "llama", "llama"))
+    for method, checkpoint in engine.programs():
+        setup = Setup(batch=1, seq=4, dtype="fp32", checkpoint=checkpoint, optimizer="adamw-fused")
+        bound = methods.parse(method).bind(architecture)
+        plain, zero = (build(architecture, bound, replace(setup, engine=n), "cpu") for n in ("torch", engine.ENGINE))
+        expected, recorded = engine.dispatched(plain, by), engine.dispatched(zero, by)
+        for phase in PHASES:
+            units = engine.units(zero, phase)
+            python = by.module * sum(COSTS[name] * n for name, n in zip(engines.COSTS, units, strict=True))
+            found.append(
+                engine.Row(
+                    f"{method} {checkpoint} {phase}", SLOWER * expected[phase], SLOWER * (recorded[phase] + python),
+                    expected[phase], recorded[phase], units,
+                )
+            )  # fmt: skip
+    return found
+
+
+def test_costs_come_back_whatever_the_machine_is_like(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured on a slow CPU, they hold for a fast one: they are in modules of the host. The file is read back."""
+    made = rows()
+    found, error = engine.fit(made)
+    assert found == pytest.approx(COSTS, rel=1e-6)
+    assert error < 1e-6
+    assert engine.slowness(made) == pytest.approx(SLOWER)
+    monkeypatch.setattr(engine, "version", lambda name: "1.0")
+    engine.write(found, error, made, tmp_path / "mine.toml")
+    monkeypatch.setattr(engines, "FOLDER", tmp_path)
+    assert engines.ratios("mine") == pytest.approx(COSTS, rel=0.01)
+
+
+def test_without_deepspeed_it_says_what_to_install() -> None:
+    """DeepSpeed is needed by this command alone, so few have it."""
+    code = "import sys; sys.modules['deepspeed'] = None; from perfmodel.cli import main; main(['validate', 'engine'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "pip install 'perfmodel[engine]'" in result.stderr

@@ -1,0 +1,196 @@
+"""`perfmodel validate check`: predictions against records written by hand, with every kind of miss found.
+
+A record is made from the prediction itself, so that a perfect model is known, and then changed in one thing.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from records_by_hand import DEVICE, METHODS, TINY, Change, Record, visit, written
+
+from perfmodel.cli import main
+from perfmodel.devices import host as hosts
+from perfmodel.devices import profile
+from perfmodel.errors import UserError
+from perfmodel.setup import Setup
+from validate.checking.check import Report, check
+from validate.measuring.cells import Cell
+
+MEASURED = sorted((Path(__file__).parents[2] / "data" / "measured").glob("*.jsonl"))
+
+
+def run(*words: str | Path) -> Result:
+    return CliRunner().invoke(main, ["validate", "check", *map(str, words)])
+
+
+def checked(path: Path, change: Change = lambda visits: None) -> Report:
+    return check([written(path / "r.jsonl", change)], device=DEVICE["cpu"])
+
+
+def test_records_as_predicted_hold_every_limit(tmp_path: Path) -> None:
+    """A perfect model must pass, or a failure says nothing about the model."""
+    done = run(written(tmp_path / "r.jsonl"), "--device", DEVICE["cpu"], "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.output)
+    assert found["holds"]
+    assert all(abs(cell["error"]) < 1e-9 and abs(cell["memory_error"]) < 1e-9 for cell in found["cells"])
+    assert [line["cells"] for line in found["summary"]] == [*METHODS, "all"]
+
+
+def slower(factor: float, *which: int) -> Change:
+    """The step of some visits takes longer, in all its phases."""
+
+    def change(visits: list[Record]) -> None:
+        for i in which:
+            visits[i]["seconds"] = {k: [factor * s for s in v] for k, v in visits[i]["seconds"].items()}
+
+    return change
+
+
+def more_memory(visits: list[Record]) -> None:
+    visits[1]["memory"]["peak"] = int(visits[1]["memory"]["peak"] * 1.06)
+
+
+def one_call_more(visits: list[Record]) -> None:
+    visits[2]["calls"]["backward"]["mm"] += 1
+
+
+def failed(visits: list[Record]) -> None:
+    visits[1] = {**{k: v for k, v in visits[1].items() if k not in ("seconds", "memory")}, "status": "error"}
+
+
+@pytest.mark.parametrize(
+    ("change", "exceeded"),
+    [
+        (slower(1.25, 0, 1, 2), {"step time, mean error", "step time, median error"}),
+        (slower(1.12, 0, 1, 2), {"step time, median error"}),
+        (slower(1.4, 0), {"ratio to full, mean error"}),
+        (slower(4.0, 1), {"step time, mean error", "ratio to full, mean error",
+                          "wrong verdicts where the difference exceeds 10 %"}),
+        (more_memory, {"peak memory, worst error"}),
+        (one_call_more, {"cells whose ATen calls differ"}),
+        (failed, {"cells that failed"}),
+    ],
+)  # fmt: skip
+def test_a_limit_that_is_exceeded_is_named_and_ends_with_1(tmp_path: Path, change: Change, exceeded: set[str]) -> None:
+    """A check in a script must fail for each promise alone."""
+    found = checked(tmp_path, change)
+    assert {limit.name for limit in found.limits if not limit.holds} == exceeded
+    done = run(tmp_path / "r.jsonl", "--device", DEVICE["cpu"])
+    assert done.exit_code == 1
+    assert all(name in done.output for name in exceeded)
+
+
+def test_errors_are_those_of_the_sum_by_hand(tmp_path: Path) -> None:
+    """Errors are relative to the measured figure; a cell's time is the median of all its timed steps."""
+
+    def change(visits: list[Record]) -> None:
+        step = visits[0]["seconds"]["step"][0]
+        visits[0]["seconds"] = {k: [v[0]] * 3 for k, v in visits[0]["seconds"].items()}
+        visits[0]["seconds"]["step"] = [step / 1.1, 10 * step, step / 0.8]  # median: step / 0.8
+
+    found = checked(tmp_path, change)
+    total = found.lines[-1]
+    assert found.outcomes[0].error == pytest.approx(0.8 - 1)
+    assert total.step.mean == pytest.approx(0.2 / 3)
+    assert total.step.median == 0
+    assert total.ratio.mean == pytest.approx(0.2)  # both speed-ups have that step in them
+    assert total.ratio.number == 2
+
+
+def test_kernels_of_a_gpu_are_compared_call_by_call(tmp_path: Path) -> None:
+    """The table of kernels per ATen call is corrected from this list: it must name the call and both numbers."""
+
+    def change(visits: list[Record]) -> None:
+        visits[0]["profile"] = {"by_call": {"forward": {"aten::mm": [3, 1e-5], "aten::_softmax": [1, 1e-6]}}}
+
+    path = written(tmp_path / "r.jsonl", change, "cuda")
+    found = check([path])  # the GPU's own name leads to its profile
+    assert found.machines["here"].on.slug == "l4"
+    by_name = {(d.phase, d.name): (d.measured, d.predicted) for d in found.outcomes[0].kernels}
+    assert by_name["forward", "mm"] == (3, 15)  # seven linears a block and the head
+    assert by_name["forward", "_softmax"] == (1, 0)  # the head's own is _log_softmax
+    assert not found.outcomes[1].kernels  # not profiled: nothing to compare
+
+
+def test_out_of_memory_is_a_result_and_visits_are_taken_together(tmp_path: Path) -> None:
+    """A cell that does not fit must not fail the check; one that ran in another round was measured."""
+
+    def change(visits: list[Record]) -> None:
+        bare = {k: v for k, v in visits[1].items() if k not in ("seconds", "memory", "calls")} | {"status": "oom"}
+        visits.append({**bare, "round": 1})
+        visits[2] = {**bare, "id": visits[2]["id"], "cell": visits[2]["cell"]}
+
+    found = checked(tmp_path, change)
+    assert [c.status for c in found.cells] == ["ok", "ok", "oom"]
+    assert found.holds
+    assert "out of memory" in run(tmp_path / "r.jsonl", "--device", DEVICE["cpu"]).output
+
+
+def test_page_and_picture_are_written(tmp_path: Path) -> None:
+    """The page must open offline and hold every cell; the picture needs matplotlib."""
+    pytest.importorskip("jinja2")
+    pytest.importorskip("matplotlib")
+    page, plot = tmp_path / "c.html", tmp_path / "c.png"
+    path = written(tmp_path / "r.jsonl", slower(1.4, 0))
+    assert run(path, "--device", DEVICE["cpu"], "--html", page, "--plot", plot).exit_code == 1
+    text = page.read_text()
+    assert all(method in text for method in METHODS)
+    assert "ratio to full" in text
+    assert "http://" not in text.replace("http://www.w3.org", "")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"kind": "visit"}, "id is missing"),
+        ({"kind": "guess"}, "unknown kind of record 'guess'"),
+        ({**visit(Cell(TINY, "full", Setup(seq=16)), "cpu"), "seconds": {"step": [0.1]}}, "holds seconds of steps"),
+        ({**visit(Cell(TINY, "full", Setup(seq=16)), "cpu"), "status": "fine"}, "unknown status"),
+        ({**visit(Cell(TINY, "full", Setup(seq=16)), "cpu"), "environment": "there"}, "no record of environment"),
+    ],
+)  # fmt: skip
+def test_records_that_are_not_whole_are_refused_in_one_line(tmp_path: Path, line: Record, message: str) -> None:
+    """A file edited by hand, or of something else, must not end in a traceback."""
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps({"schema": 1, **line}) + "\n")
+    with pytest.raises(UserError, match=message):
+        check([path], device=DEVICE["cpu"])
+
+
+def test_a_machine_without_a_profile_is_told_how_to_get_one(tmp_path: Path) -> None:
+    """Another machine's profile would make every figure wrong; the way out is one command."""
+    path = written(tmp_path / "r.jsonl")
+    with pytest.raises(UserError, match="perfmodel calibrate --device cpu"):
+        check([path])
+    with pytest.raises(UserError, match="the records are of a cpu device, l4 is a cuda"):
+        check([path], device="l4")
+    assert run(tmp_path / "none.jsonl").exit_code == 2
+
+
+def test_the_calibration_of_the_machine_that_measured_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two commands are enough, and another machine's calibration of that name must not be used by mistake."""
+    monkeypatch.setenv("PERFMODEL_HOME", str(tmp_path))
+    for folder in ("devices", "hosts"):
+        (tmp_path / folder).mkdir()
+    bundled = (profile.DEVICES / f"{DEVICE['cpu']}.toml").read_text()
+    renamed = re.sub(r"(?m)^name = .*$", 'name = "a CPU"', bundled)
+    (tmp_path / "devices" / "mine.toml").write_text(re.sub(r"(?m)^aliases = .*$", "aliases = []", renamed))
+    (tmp_path / "hosts" / "mine.toml").write_text((hosts.HOSTS / "default.toml").read_text())
+    found = check([written(tmp_path / "r.jsonl")])
+    assert found.machines["here"].on.slug == "mine"
+    (tmp_path / "devices" / "mine.toml").write_text(renamed.replace('"a CPU"', '"another CPU"'))
+    with pytest.raises(UserError, match="no profile of 'a CPU'"):
+        check([tmp_path / "r.jsonl"])
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
+def test_measured_steps_in_the_project_are_predicted_within_every_limit(path: Path) -> None:
+    """Real steps, by the profile and host calibrated on that machine in the same hour: what the README states."""
+    report = check([path])
+    assert [limit.name for limit in report.limits if not limit.holds] == []
+    assert len(report.outcomes) >= 48

@@ -1,0 +1,174 @@
+"""Whatever is typed and whatever a file holds: an answer, or one line and exit code 2, never a traceback.
+
+FUZZ_TRIES=2000 pytest tests/commands/test_fuzz.py runs that many random tries of each test.
+"""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from fuzzing import QUICK, command_line, json_file, mangled, mutated, tries, write_folder
+from helpers import OWN_DEVICE, QWEN, SMALL
+from hypothesis import event, given
+from hypothesis import strategies as st
+from records_by_hand import written
+
+from perfmodel.cli import main
+from perfmodel.errors import UserError
+from perfmodel.resources import DATA
+from validate.measuring import cells
+from validate.published import layers, tuners
+from validate.published import steps as published
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+HOST = (DATA / "hosts" / "default.toml").read_text()
+SETUP = ["--batch", "2", "--seq", "16", "--device", "l40s"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with small models and configs; the hub cannot be reached."""
+    write_folder(tmp_path, {**SMALL, "qwen": QWEN}, CONFIGS, OWN_DEVICE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path
+
+
+def ends_well(args: list[str], also: tuple[int, ...] = ()) -> Result:
+    """Run a command line: exit code 0 (or one that it has `also`), or 2 with one line of complaint."""
+    result = CliRunner().invoke(main, args)
+    shown = f"{args}\n{result.output[-2000:]}"
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise AssertionError(shown) from result.exception
+    assert result.exit_code in (0, 2, *also), shown
+    if result.exit_code == 2:
+        complaints = [line for line in result.stderr.splitlines() if not line.startswith("note: ")]
+        assert len(complaints) == 1, shown
+        assert complaints[0].startswith("perfmodel: "), shown
+        assert len(complaints[0]) < 1000, shown
+    if result.exit_code == 0 and "--json" in args and "--help" not in args:
+        json.loads(result.stdout, parse_constant=refuse)
+    return result
+
+
+def refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is no JSON")
+
+
+SEARCHES = ("advise", "explain", "report")  # predict dozens of setups
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("command", QUICK)
+def test_any_command_line_ends_in_an_answer_or_one_line(command: str) -> None:
+    """Option values in any combination, in any order, with what typing errors make of them."""
+
+    @tries(8 if command in SEARCHES else 25)
+    @given(command_line(command))
+    def check(args: list[str]) -> None:
+        result = ends_well([command, *args])
+        event(f"exit code {result.exit_code}")
+
+    check()
+
+
+@pytest.mark.usefixtures("folder")
+@tries(100)
+@given(st.sampled_from([*SMALL.values(), QWEN]).flatmap(json_file), st.sampled_from(["full", "lora:r=2"]))
+def test_any_model_config(content: bytes, name: str) -> None:
+    """A config.json as it comes: keys missing, of another type, out of any range."""
+    Path("model.json").write_bytes(content)
+    ends_well(["predict", "--model", "model.json", "--method", name, *SETUP, "--json"])
+
+
+@pytest.mark.usefixtures("folder")
+@tries(100)
+@given(mangled(OWN_DEVICE))
+def test_any_device_file(content: bytes) -> None:
+    """A device's TOML with whatever figures, also extreme ones."""
+    Path("device.toml").write_bytes(content)
+    ends_well(["predict", "--model", "tiny", "--method", "lora", "--device", "device.toml", "--json"])
+
+
+@pytest.mark.usefixtures("folder")
+@tries(100)
+@given(mangled(HOST))
+def test_any_host_file(content: bytes) -> None:
+    """A host's TOML with whatever figures."""
+    Path("host.toml").write_bytes(content)
+    ends_well(["predict", "--model", "tiny", "--host", "host.toml", *SETUP, "--json"])
+
+
+def config_file(path: Path) -> st.SearchStrategy[tuple[str, bytes]]:
+    """A training config under its own name, mutated."""
+    text = path.read_text()
+    kind = json_file(json.loads(text)) if path.suffix == ".json" else mangled(text)
+    return kind.map(lambda content: (path.name, content))
+
+
+@pytest.mark.usefixtures("folder")
+@tries(60)
+@given(st.sampled_from(sorted(CONFIGS.glob("*/*.*"))).flatmap(config_file))
+def test_any_training_config(file: tuple[str, bytes]) -> None:
+    """Configs of PEFT, TRL, Axolotl and LLaMA-Factory as people edit them."""
+    name, content = file
+    Path(name).write_bytes(content)
+    ends_well(["predict", "--config", name, "--model", "tiny", *SETUP, "--json"])
+
+
+@tries(100)
+@given(mangled((DATA / "grids" / "cpu-small.toml").read_text()))
+def test_any_grid_file(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    """A grid of cells to measure."""
+    path = tmp_path_factory.getbasetemp() / "grid.toml"
+    path.write_bytes(content)
+    with suppress(UserError):
+        assert cells.load(str(path), "cpu").cells
+
+
+@pytest.fixture
+def records(folder: Path) -> list[str]:
+    """The lines of a file of records as it should be."""
+    return written(folder / "records.jsonl").read_text().splitlines()
+
+
+@st.composite
+def records_file(draw: st.DrawFn, lines: list[str]) -> bytes:
+    """Records of which one is edited, or which are cut off."""
+    which = draw(st.integers(0, len(lines) - 1))
+    line = json.dumps(draw(mutated(json.loads(lines[which]))))
+    return draw(mangled("\n".join([*lines[:which], line, *lines[which + 1 :]])))
+
+
+def test_any_records_file(records: list[str]) -> None:
+    """Records of a measurement, cut off or edited; a check that fails ends with 1."""
+
+    @tries(60)
+    @given(records_file(records))
+    def check(content: bytes) -> None:
+        Path("records.jsonl").write_bytes(content)
+        ends_well(["validate", "check", "--device", "cpu-epyc-genoa-2c", "--json"], also=(1,))
+
+    check()
+
+
+TABLES = {"steps": published.load, "peft_tuners": tuners.load, "lorafusion_layers": layers.rows}
+
+
+@tries(60)
+@given(st.sampled_from([*TABLES]).flatmap(lambda name: st.tuples(st.just(name), mangled(head_of(name)))))
+def test_any_table_of_published_figures(tmp_path_factory: pytest.TempPathFactory, file: tuple[str, bytes]) -> None:
+    """Whoever adds a row to a table of cited figures is told the line that is wrong."""
+    name, content = file
+    path = tmp_path_factory.getbasetemp() / "table.csv"
+    path.write_bytes(content)
+    with suppress(UserError):
+        TABLES[name](path)
+
+
+def head_of(name: str) -> str:
+    """The first lines of a table."""
+    return "\n".join((DATA / "published" / f"{name}.csv").read_text().splitlines()[:6])

@@ -1,0 +1,126 @@
+"""Device files: an own one works from its datasheet, bad ones end in one clear line, rewriting keeps the rest."""
+
+import re
+from pathlib import Path
+
+import pytest
+from helpers import OWN_DEVICE
+
+from perfmodel.devices import host as hosts
+from perfmodel.devices import profile
+from perfmodel.devices.gemm import gemm_time
+from perfmodel.devices.hardware import Hardware
+from perfmodel.errors import UserError
+
+
+def test_an_own_device_file_works_from_its_datasheet(tmp_path: Path) -> None:
+    """Class defaults make any GPU usable."""
+    path = tmp_path / "mine.toml"
+    path.write_text(OWN_DEVICE)
+    device = profile.load(path)
+    assert device.slug == "mine"
+    assert set(device.fitted.values()) == {"class"}
+    assert device.hardware == Hardware(28, 1.78e9, 12884901888, 360e9, 2359296, 12.7e12, 12.7e12, 25.5e12, 25.5e12)
+    assert gemm_time(4096, 4096, 4096, hardware=device.hardware, parameters=device.gemm["bf16"]) > 4096**3 * 2 / 25.5e12
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("sm_count = 28\n", "", "sm_count is missing"),
+        ("sm_count = 28", "sm_count = 28.5", "sm_count must be a whole number above 0, got 28.5"),
+        ("360e9", '"360 GB/s"', "memory_bandwidth must be a number above 0, got '360 GB/s'"),
+        ("1.78e9", "-1.78e9", "clock_hz must be a number above 0, got -1780000000.0"),
+        ("1.78e9", "nan", "clock_hz must be a number above 0"),
+        ("12.7e12\ntf32", "true\ntf32", "fp32_flops must be a number above 0, got True"),
+        ("l2_bytes", "l2_byte", "unknown key 'l2_byte': did you mean 'l2_bytes'"),
+        ('"cuda"', '"cudo"', "kind 'cudo' is unknown: did you mean 'cuda'"),
+        ('"ampere"\ncompute_capability = "8.6"', '"ampère"\ncompute_capability = "99"', "did you mean 'ampere'"),
+        ('name = "My GPU"', "", "name is missing"),
+        ("[datasheet]", "[datasheets]", "the table 'datasheet' is missing"),
+        ("sm_count = 28", "sm_count = = 28", "not valid TOML"),
+        ("bf16_flops = 25.5e12", "bf16_flops = 25.5e12\n[fitted]\nattention = 3", "must be a table"),
+        (
+            "bf16_flops = 25.5e12",
+            "bf16_flops = 25.5e12\n[fitted.attention.parameters]\nalone = 1.0",
+            "launch_floor is missing",
+        ),
+    ],
+)
+def test_a_bad_device_file_ends_in_one_line(tmp_path: Path, old: str, new: str, message: str) -> None:
+    """The line names the file, the key and what would be right."""
+    path = tmp_path / "bad.toml"
+    assert old in OWN_DEVICE
+    path.write_text(OWN_DEVICE.replace(old, new))
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        profile.load(path)
+    assert "bad.toml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("h100-sxn", "did you mean 'h100-sxm'"),
+        ("A100-SXN", "did you mean 'a100-sxm'"),
+        ("tpu", "unknown device 'tpu'"),
+        ("", "unknown device ''"),
+        ("missing/gpu.toml", "no such device file"),
+        ("classes", "unknown device 'classes'"),
+        ("x" * 5000, "unknown device"),
+    ],
+)
+def test_an_unknown_device_names_the_nearest(name: str, message: str) -> None:
+    """One line, and what the user probably meant."""
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        profile.load(name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    """Binary files and folders too."""
+    path = tmp_path / "binary.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot be read"):
+        profile.load(path)
+    with pytest.raises(UserError, match="unknown device"):
+        profile.load(tmp_path)
+
+
+def test_rewriting_keeps_what_the_author_wrote(tmp_path: Path) -> None:
+    """The fit replaces [fitted…] only: comments, order and spacing of the datasheet stay byte for byte."""
+    common = pytest.importorskip("validate.fitting.judging", exc_type=ImportError)
+    write = pytest.importorskip("validate.fitting.write", exc_type=ImportError)
+    path = tmp_path / "mine.toml"
+    path.write_text("# a comment\n" + OWN_DEVICE + "# differs: nothing\n")
+    attention = profile.load("a100").attention
+    errors = common.Errors(10, 0.1, 0.08, 0.2, 0.5)
+    fit = common.Fit(attention, 'a "quoted" source', "software", 20, 10, errors, {"short": errors, "m >= 64": errors})
+    write.write_blocks(path, {"attention": fit}, "2026-01-01")
+    once = path.read_text()
+    write.write_blocks(path, {"attention": fit}, "2026-01-01")
+    assert path.read_text() == once
+    assert once.startswith("# a comment\n" + OWN_DEVICE + "# differs: nothing\n")
+    device = profile.load(path)
+    assert device.attention == attention
+    assert device.fitted["attention"] == "fitted"
+    assert device.provenance["attention"]["source"] == 'a "quoted" source'
+    assert device.residuals["attention"] == {"mean": 0.1, "median": 0.08, "p90": 0.2}
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.toml"]
+
+
+def test_fitting_without_measurements_ends_in_one_line(tmp_path: Path) -> None:
+    """The measurements are the user's: a wrong folder is the commonest mistake."""
+    fit = pytest.importorskip("validate.fitting.fit", exc_type=ImportError)
+    with pytest.raises(UserError, match="no such folder"):
+        fit.run(tmp_path / "nowhere", leave_one_out=False, write=False)
+    with pytest.raises(UserError, match=r"has no gemm_bf16_a100_sxm\.parquet"):
+        fit.run(tmp_path, leave_one_out=False, write=False)
+    with pytest.raises(UserError, match="did you mean 'h100-sxm'"):
+        fit.fit_kernels(tmp_path, devices=["h100-sxn"], write=False)
+
+
+@pytest.mark.parametrize("name", hosts.names())
+def test_every_bundled_host_loads(name: str) -> None:
+    """A cost that is new has to be in each file, or `--host NAME` ends in a complaint about our own data."""
+    assert hosts.load(name).source

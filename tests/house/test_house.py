@@ -1,0 +1,129 @@
+"""The house stays one: few rooms a floor, small files, arrows that only go down, and a face that can be called."""
+
+import ast
+import importlib
+import inspect
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("perfmodel", "validate")
+# From the roof to the ground: what stands higher may know what stands lower, never the other way round.
+FLOORS = (
+    "cli", "commands", "integrations", "report", "questions", "imports", "tracing", "prediction", "recording", "passes",
+    "methods", "architectures", "setup", "optimizers", "tape", "devices", "calls", "program", "shown", "units",
+    "resources", "registry", "errors",
+)  # fmt: skip
+REGISTRIES = ("methods", "architectures", "optimizers")  # one file an entry: as many as there are entries
+ROOMS_AT_THE_TOP, FILES_IN_A_ROOM, LINES = 12, 22, 400
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the project by its dotted name."""
+    found = {}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+@cache
+def imports(name: str) -> frozenset[str]:
+    """Modules of the project that one imports, wherever in it: inside functions and for types alone too."""
+    path = modules()[name]
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{source}.{a.name}" if f"{source}.{a.name}" in modules() else source for a in node.names}
+    return frozenset(found & modules().keys() - {name})
+
+
+def floor(module: str) -> str:
+    return module.split(".")[1] if "." in module else "face"
+
+
+def test_no_import_runs_in_a_circle() -> None:
+    """A circle is two rooms that are one; a deferred import only hides it."""
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            for other in imports(name):
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in modules():
+        visit(name, ())
+
+
+@pytest.mark.parametrize("module", sorted(m for m in modules() if m.startswith("perfmodel.")))
+def test_arrows_go_down(module: str) -> None:
+    """A floor may know what is below it; `perfmodel` never needs `validate` but to run its commands."""
+    assert floor(module) in FLOORS, f"{module} stands on no floor"
+    level = FLOORS.index(floor(module))
+    for other in imports(module):
+        if other.startswith("validate"):
+            assert floor(module) == "commands", f"{module} needs {other}"
+        elif other != "perfmodel":
+            assert FLOORS.index(floor(other)) >= level, f"{module} knows {other}, which stands above it"
+
+
+def test_rooms_and_files_are_small() -> None:
+    """What needs minutes of scrolling wants splitting."""
+    top = list((ROOT / "perfmodel").glob("*.py"))
+    assert len(top) <= ROOMS_AT_THE_TOP, sorted(p.name for p in top)
+    for folder in {path.parent for path in modules().values()}:
+        files = [p for p in folder.glob("*.py") if p.name != "__init__.py"]
+        assert folder.name in REGISTRIES or len(files) <= FILES_IN_A_ROOM, f"{folder.relative_to(ROOT)}: {len(files)}"
+    tests = (ROOT / "tests").rglob("*.py")
+    for path in [*modules().values(), *tests]:
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= LINES, f"{path.relative_to(ROOT)}: {lines} lines"
+
+
+def public() -> Iterator[tuple[str, str]]:
+    for name, path in modules().items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+                yield from ((name, entry) for entry in ast.literal_eval(node.value))
+
+
+CALLS = {  # how the face's functions and values are called, as a newcomer would
+    "predict": lambda f: f("llama-3.2-1b", seq=16),
+    "compare": lambda f: f("llama-3.2-1b", seq=16),
+    "explain": lambda f: f("llama-3.2-1b", seq=16, axes=()),
+    "advise": lambda f: f("gpt2", seq=16, device="l40s", methods=[]),
+    "sweep": lambda f: len(f("llama-3.2-1b", seq=[16, 32])),
+    "Setup": lambda f: f(batch=2),
+    "Device": lambda f: f.load("l40s"),
+    "UserError": lambda f: f("wrong"),
+}
+
+
+def test_every_name_of_the_face_can_be_used_after_every_module_was_imported() -> None:
+    """Functions and modules shared names once: which of the two `from perfmodel import sweep` gave hung on luck."""
+    face = importlib.import_module("perfmodel")
+    for name in modules():
+        if name.startswith("perfmodel."):
+            importlib.import_module(name)
+    for name in face.__all__:
+        assert not inspect.ismodule(getattr(face, name)), name
+        if name in CALLS:
+            CALLS[name](getattr(face, name))
+
+
+@pytest.mark.parametrize(("module", "name"), sorted(public()))
+def test_every_public_name_is_there_and_is_no_module(module: str, name: str) -> None:
+    found = getattr(importlib.import_module(module), name)
+    assert not inspect.ismodule(found), f"{module}.{name}"

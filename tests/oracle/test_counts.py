@@ -1,0 +1,183 @@
+"""The reference is PyTorch itself: the tape equals the real transformers + peft program, call by call.
+
+About forty cells of the grid of `perfmodel validate counts`, chosen so that every architecture, method, precision,
+attention, checkpointing and optimizer occurs, and the rare corners at least once. The full grid is a command.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from helpers import NAMES, architecture_of, config_of, setup_of
+
+pytest.importorskip("peft")
+
+from perfmodel import methods
+from perfmodel.program.op import Spec
+from perfmodel.recording.record import build
+from perfmodel.recording.step import Step
+from perfmodel.setup import Setup
+from perfmodel.tracing.programs import models
+from perfmodel.tracing.trace import Trace, trace_step
+from validate.oracle import counts
+from validate.oracle.cases import NO_DROPOUT, Case
+
+LORA = "lora:r=4"
+WIDE = "lora:r=4,targets=all-linear,dropout=0.1"
+AMP = {"dtype": "fp32", "amp": "bf16"}
+
+
+def cell(name: str, method: str = "full", changes: dict[str, Any] | None = None, **setup: Any) -> Any:
+    """One case, named by what is special about it."""
+    label = [name, method, *(f"{k}={v}" for k, v in {**(changes or {}), **setup}.items())]
+    case = Case(config_of(name, **(changes or {})), method, setup_of(name, **{"batch": 4, **setup}))
+    return pytest.param(case, id=" ".join(label))
+
+
+def cells() -> Iterator[Any]:
+    for i, name in enumerate(NAMES):
+        tied = {"tie_word_embeddings": i % 2 == 0}
+        yield cell(name, "full", batch=1, seq=33, attention=("sdpa", "eager")[i % 2])
+        yield cell(name, LORA, tied, dtype=("bf16", "fp32")[i % 2], seq=17 + 2 * i)
+        yield cell(name, WIDE, NO_DROPOUT.get(name), checkpoint=("none", "block", "block-reentrant")[i % 3])
+        yield cell(name, "full", tied, **AMP, optimizer=("adamw-foreach", "adamw-fused", "sgd-momentum")[i % 3])
+        yield cell(name, ("top_k:k=1", "norm")[i % 2], dtype="fp32", optimizer="adamw-foreach")
+        yield cell(name, ("norm", "top_k:k=2,inner=lora")[i % 2], **(AMP if i % 3 else {}), padded=i in (0, 1, 5))
+    yield cell("llama", "full", checkpoint="block", seq=33, **AMP)
+    yield cell("gpt2", "full", checkpoint="block", **AMP)
+    yield cell("bert", "bitfit", checkpoint="block-reentrant", optimizer="sgd")
+    yield cell("qwen2", "bitfit", attention="eager")
+    yield cell("opt", "bitfit", {"attention_dropout": 0.1}, **AMP)
+    yield cell("llama", LORA, {"attention_dropout": 0.1}, grad_accum=3, clip_grad=False)
+    yield cell("gpt2", LORA, grad_accum=2, attention="eager", checkpoint="block")
+    yield cell("llama", LORA, {"head_dim": 8, "attention_bias": True, "mlp_bias": True}, batch=1, seq=1)
+    yield cell("mistral", LORA, {"sliding_window": 24}, seq=25, attention="eager")
+    yield cell("llama", LORA, amp="bf16")
+    yield cell("gpt2", LORA, padded=True, attention="eager")
+    yield cell("llama", "lora:r=4,layers_to_transform=1,adapter_dtype=bf16")
+    yield cell("opt", "lora:r=3,targets=fc1+out_proj+lm_head", {"tie_word_embeddings": False}, dtype="fp16")
+
+
+@pytest.mark.parametrize("case", cells())
+def test_the_tape_equals_the_real_program(case: Case) -> None:
+    """Zero tolerance: every call with its shapes and dtypes, FLOPs, bytes, parameters; peak memory within 2 %."""
+    result = counts.compare(case)
+    assert result.calls > 0
+    assert result.flops > 0
+    assert result.differences == []
+
+
+@pytest.mark.parametrize("method", [LORA, WIDE, "norm", "top_k:k=2,inner=lora", "lora:r=5,layers_to_transform=1"])
+@pytest.mark.parametrize("name", NAMES)
+def test_parameter_counts_equal_pefts(name: str, method: str) -> None:
+    """The line that every user of peft has seen (`print_trainable_parameters`) is the easiest check they can make."""
+    architecture, config = architecture_of(name), config_of(name)
+    bound = methods.parse(method).bind(architecture)
+    setup = setup_of(name, batch=1, seq=5)
+    step = build(architecture, bound, setup, "cpu")
+    model = models.apply(models.build(config, setup), bound, architecture)
+    assert (step.trainable, step.total) == tuple(model.get_nb_trainable_parameters())
+
+
+# the oracle itself
+
+
+@pytest.fixture(scope="module")
+def traced() -> tuple[Case, Step, Trace]:
+    """A case whose tape and trace agree."""
+    case = Case(config_of("llama", layers=2), LORA, Setup(batch=2, seq=9))
+    architecture = architecture_of("llama", layers=2)
+    method = methods.parse(case.method).bind(architecture)
+    step = build(architecture, method, case.setup, "cpu")
+    model = models.apply(models.build(case.config, case.setup), method, architecture)
+    trace = trace_step(model, case.setup, step.optimizer)
+    assert counts.judge(case, step, trace).differences == []
+    return case, step, trace
+
+
+def wrong(step: Step, phase: str, change: Any) -> Step:
+    """A copy of a step in which one op of a phase's largest part is changed (to None: dropped)."""
+    groups = copy.copy(step.groups)
+    for i, group in enumerate(groups):
+        parts = [p for p in group.parts if p.phase == phase and any(not op.view for op in p.ops)]
+        if not parts:
+            continue
+        part = max(parts, key=lambda p: len(p.ops))
+        ops = list(part.ops)
+        at = next(j for j, op in enumerate(ops) if not op.view and op.inputs)
+        changed = change(ops[at])
+        ops[at : at + 1] = [] if changed is None else [changed]
+        new = replace(part, ops=ops)
+        groups[i] = replace(group, parts=[new if p is part else p for p in group.parts])
+        return replace(step, groups=groups)
+    raise AssertionError(phase)
+
+
+def other_dtype(op: Any) -> Any:
+    changed = copy.copy(op)
+    first = op.inputs[0]
+    changed.inputs = (Spec("fp16", first.shape, first.copies), *op.inputs[1:])
+    return changed
+
+
+def other_shape(op: Any) -> Any:
+    changed = copy.copy(op)
+    first = op.outputs[0]
+    changed.outputs = (Spec(first.dtype, (*first.shape, 1), first.copies), *op.outputs[1:])
+    return changed
+
+
+def other_bytes(op: Any) -> Any:
+    changed = copy.copy(op)
+    changed.bytes_read = op.bytes_read + 1
+    return changed
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward", "optimizer"])
+@pytest.mark.parametrize("change", [lambda op: None, other_dtype, other_shape, other_bytes])
+def test_a_wrong_tape_is_reported(traced: tuple[Case, Step, Trace], phase: str, change: Any) -> None:
+    """An oracle that cannot fail proves nothing: one lost op, dtype, shape or byte must be seen, in its phase."""
+    case, step, trace = traced
+    differences = counts.judge(case, wrong(step, phase, change), trace).differences
+    assert differences
+    assert all(d.startswith(phase) for d in differences)
+
+
+def test_a_wrong_multiplicity_is_reported(traced: tuple[Case, Step, Trace]) -> None:
+    """Layers are recorded once; counting them once too often is the likeliest slip."""
+    case, step, trace = traced
+    first = step.groups[0]
+    parts = [replace(p, repeat=p.repeat + (p.name == "blocks" and p.phase == "forward")) for p in first.parts]
+    differences = counts.judge(
+        case, replace(step, groups=[replace(first, parts=parts), *step.groups[1:]]), trace
+    ).differences
+    assert any("FLOPs" in d for d in differences)
+    assert any("tape only" in d for d in differences)
+
+
+def test_a_wrong_parameter_count_is_reported(traced: tuple[Case, Step, Trace]) -> None:
+    """Memory of weights, gradients and states is computed from the table, not from ops."""
+    case, step, trace = traced
+    short = replace(step, parameters=step.parameters[:-1])
+    assert any(d.startswith("parameters") for d in counts.judge(case, short, trace).differences)
+
+
+def test_a_peak_three_percent_off_is_reported(traced: tuple[Case, Step, Trace]) -> None:
+    """The stated tolerance is 2 %."""
+    case, step, trace = traced
+    for factor, reported in ((1.03, True), (1.0, False), (0.97, True)):
+        off = replace(trace, peak=int(counts.memory.peak_bytes(step) * factor))
+        found = counts.judge(case, step, off).differences
+        assert any(d.startswith("peak") for d in found) == reported
+
+
+def test_other_versions_names_what_is_not_mirrored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another transformers installed, differences may be theirs: the user is told so first."""
+    installed = {"transformers": "5.24.3", "peft": "0.21.0"}
+    monkeypatch.setattr(counts, "version", installed.__getitem__)
+    assert counts.other_versions() == []
+    installed["transformers"] = "5.240.0"
+    (text,) = counts.other_versions()
+    assert text == "transformers 5.240.0 (mirrored: 5.24)"

@@ -1,0 +1,52 @@
+"""A training step with real numbers on the CPU: the oracle's fake tensors must not have changed the program.
+
+`perfmodel.tracing.trace` records the program under FakeTensorMode. Here the same recorder watches tensors that hold
+data, and the loss goes down. The one difference that is known: the engine adds gradients in place where nobody else
+holds them (`add_` for `add`), which it does not do to fake tensors. So names are compared without the underscore.
+"""
+
+import pytest
+from helpers import config_of
+
+pytest.importorskip("peft")
+
+import torch
+from real_steps import real_steps, without_underscore
+
+from perfmodel import methods
+from perfmodel.architectures import from_config
+from perfmodel.program.part import PHASES
+from perfmodel.recording.record import build
+from perfmodel.setup import Setup
+from perfmodel.tracing.programs import models
+from validate.oracle import counts
+
+SETUPS = {
+    "fp32": Setup(batch=2, seq=9, dtype="fp32"),
+    "bf16": Setup(batch=2, seq=9),
+    "amp": Setup(batch=2, seq=9, dtype="fp32", amp="bf16"),
+    "one sample, eager": Setup(batch=1, seq=9, dtype="fp32", attention="eager"),
+    "checkpointing": Setup(batch=2, seq=9, dtype="fp32", checkpoint="block", optimizer="adamw-foreach"),
+    "two micro-batches": Setup(batch=2, seq=9, dtype="fp32", grad_accum=2, optimizer="adamw-fused"),
+}
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize("method", ["full", "lora:r=4,targets=all-linear"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_real_step_makes_the_calls_of_the_tape(name: str, method: str, setup: str) -> None:
+    """If this fails while test_counts passes, the oracle traces a program that nobody runs."""
+    config, chosen = config_of(name, layers=2), SETUPS[setup]
+    architecture = from_config(config)
+    bound = methods.parse(method).bind(architecture)
+    step = build(architecture, bound, chosen, "cpu")
+    torch.manual_seed(0)
+    model = models.apply(models.build(config, chosen, device="cpu"), bound, architecture)
+    recorder, losses = real_steps(model, chosen, step.optimizer, 3)
+    assert losses[-1] < losses[0], "the real step does not train"
+    tape = counts.tape_calls(step)
+    for phase in PHASES:
+        expected, real = without_underscore(tape[phase]), without_underscore(recorder.trace.calls[phase])
+        assert dict(expected - real) == {}, f"{phase}: on the tape only"
+        assert dict(real - expected) == {}, f"{phase}: in the real step only"
+        assert sum(real.values()) == sum(n for part, op, n in step.ops() if part.phase == phase and not op.view)

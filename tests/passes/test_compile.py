@@ -1,0 +1,221 @@
+"""What the `torch.compile` pass promises: fewer kernels and bytes, the same mathematics, and Inductor's own counts."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from grids import check_every_point
+from helpers import NAMES, architecture_of, step_of
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from perfmodel import advise, explain, methods, predict
+from perfmodel.calls import costs
+from perfmodel.devices import host as hosts
+from perfmodel.errors import UserError
+from perfmodel.imports import read
+from perfmodel.passes import compile as compiling
+from perfmodel.passes import partition
+from perfmodel.passes.graph import Graph
+from perfmodel.passes.mincut import Network
+from perfmodel.passes.partition import Halves
+from perfmodel.prediction import memory
+from perfmodel.setup import Setup
+
+few = settings(
+    deadline=None, max_examples=4, suppress_health_check=[HealthCheck.too_slow], derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+)  # fmt: skip
+LLAMA = {
+    "model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 32000,
+}  # fmt: skip
+
+
+WIDE = {"llama": {"hidden_size": 512, "intermediate_size": 1024}}
+
+
+def free_host() -> Any:
+    """A host that takes no time."""
+    from dataclasses import fields, replace
+
+    default = hosts.load("default")
+    return replace(default, **{f.name: 0.0 for f in fields(default) if isinstance(getattr(default, f.name), float)})
+
+
+@pytest.mark.parametrize("method", tuple(methods.registered()))
+def test_a_compiled_step_does_the_same_with_less(method: str) -> None:
+    """FLOPs stay, kernels and bytes never grow, and on a host that takes no time no step gets slower.
+
+    C3A's own backward forms the gradient of the first layer's input, which nobody wants: a compiler leaves it out.
+    """
+    for name in ("llama", "gpt2"):
+        model = architecture_of(name, layers=5, **WIDE.get(name, {}))
+        try:
+            eager, compiled = (
+                predict(model, method, device="h100", batch=2, seq=64, host=free_host(), padded=True, compile=mode)
+                for mode in ("none", "default")
+            )
+        except UserError:
+            continue
+        assert compiled.flops == eager.flops or (method == "c3a" and compiled.flops["total"] < eager.flops["total"])
+        for phase in ("forward", "backward"):
+            assert compiled.kernels[phase] <= eager.kernels[phase]
+        assert compiled.kernels["optimizer"] == eager.kernels["optimizer"]
+        assert compiled.bytes["total"] <= eager.bytes["total"]
+        assert compiled.time.phases["total"] <= eager.time.phases["total"]
+        assert compiled.memory.gradients == eager.memory.gradients
+        return
+    pytest.fail(f"{method} was tried on no model")
+
+
+@pytest.mark.parametrize("checkpoint", ["block", "block-reentrant"])
+def test_checkpoints_stay(checkpoint: str) -> None:
+    """What a checkpoint drops is not saved by the compiler either, and what it runs again still runs."""
+    plain = step_of("llama", layers=6, seq=512, compile="default")
+    dropped = step_of("llama", layers=6, seq=512, compile="default", checkpoint=checkpoint)
+    assert memory.of_step(dropped).peak < memory.of_step(plain).peak
+    recomputed = [op for _, op, _ in dropped.ops() if op.recompute]
+    assert any(costs.kind(op) == "attention" for op in recomputed)
+    assert any(costs.kind(op) == "gemm" for op in recomputed)
+
+
+@few
+@given(name=st.sampled_from(NAMES), method=st.sampled_from(("full", "lora:r=4", "dora:r=4")), more=st.integers(1, 4))
+def test_each_further_layer_adds_the_same(name: str, method: str, more: int) -> None:
+    """Three copies stand for a run of layers: kernels, bytes and memory must grow by the same with each layer."""
+
+    def figures(layers: int) -> np.ndarray:
+        model = architecture_of(name, layers=layers)
+        p = predict(model, method, device="h100", batch=2, seq=64, compile="default", attention=attention)
+        return np.array([p.kernels["total"] - p.kernels["optimizer"], p.bytes["forward"], p.bytes["backward"]])
+
+    attention = "eager" if name == "gpt_neo" else "sdpa"
+    steps = [figures(7 + i * more) for i in range(3)]
+    assert (steps[2] - steps[1] == steps[1] - steps[0]).all()
+
+
+def test_what_is_allocated_is_freed() -> None:
+    """Over a step live bytes come back to where they were: no value is forgotten, none is freed twice."""
+    for accum in (1, 3):
+        step = step_of("llama", "lora:r=4", layers=6, compile="default", grad_accum=accum)
+        assert abs(memory.of_step(step).delta) <= 64
+
+
+@few
+@given(
+    batches=st.lists(st.integers(1, 32), min_size=1, max_size=3),
+    seqs=st.lists(st.integers(1, 300), min_size=1, max_size=3),
+    method=st.sampled_from(("full", "lora:r=4")), accum=st.integers(1, 2),
+)  # fmt: skip
+def test_a_grid_equals_its_points(batches: list[int], seqs: list[int], method: str, accum: int) -> None:
+    """What is fused and saved may differ between the points of a grid: then the grid is split."""
+    model = architecture_of("llama")
+
+    def setup(batch: Any, seq: Any) -> Setup:
+        return Setup(batch=batch, seq=seq, grad_accum=accum, compile="default")
+
+    whole = predict(model, method, setup(np.array(batches)[:, None], np.array(seqs)), "l40s")
+    check_every_point(
+        model, (len(batches), len(seqs)), whole, lambda at: (setup(batches[at[0]], seqs[at[1]]), methods.parse(method))
+    )
+
+
+def test_cuda_graphs_leave_one_launch_per_graph() -> None:
+    """A launch-bound step becomes device-bound, but guards are asked all the same."""
+    times = [
+        predict("smollm2-135m", "lora", device="h100", batch=1, seq=64, compile=mode).time.phases["forward"]
+        for mode in ("none", "default", "reduce-overhead")
+    ]
+    assert times[0] > times[1] > times[2]
+
+
+def test_the_waterfall_still_adds_up() -> None:
+    """Every fused kernel belongs to one part."""
+    e = explain("smollm2-135m", "full", "lora", device="l40s", batch=2, seq=256, axes=(), compile="default")
+    difference = e.b.time.phases["total"] - e.a.time.phases["total"]
+    assert sum(bar.difference for bar in e.waterfall) == pytest.approx(difference, rel=1e-12)
+
+
+def test_advise_says_what_compiling_buys() -> None:
+    """The knob is searched, and its gain alone is among the changes."""
+    found = advise("smollm2-135m", "lora", device="l40s", batch=1, seq=512)
+    alone = {change.label: change for change in found.alone}
+    assert alone["torch.compile"].seconds < 0
+    assert found.best is not None
+    assert "torch.compile" in found.best.changes
+
+
+@pytest.mark.parametrize(
+    ("asked", "compile_"),
+    [
+        ({"torch_compile": True}, "default"), ({"torch_compile": False}, "none"), ({}, "none"),
+        ({"torch_compile_backend": "inductor"}, "default"),
+        ({"torch_compile_mode": "reduce-overhead"}, "reduce-overhead"),
+    ],
+)  # fmt: skip
+def test_training_arguments_ask_for_it(asked: dict[str, Any], compile_: str, tmp_path: Path) -> None:
+    """A backend or a mode switches compiling on, as in transformers."""
+    file = tmp_path / "arguments.json"
+    file.write_text(json.dumps({"per_device_train_batch_size": 4, "bf16": True, **asked}))
+    assert read(file).setup["compile"] == compile_
+
+
+def test_the_cut_is_minimal() -> None:
+    """The network of a textbook: of two cuts the cheaper one."""
+    network = Network()
+    source, a, b, sink = (network.node() for _ in range(4))
+    for edge in ((source, a, 3), (source, b, 2), (a, b, 5), (a, sink, 2), (b, sink, 3)):
+        network.edge(*edge)
+    assert network.source_side(source, sink) in ({source}, {source, a, b})
+
+
+LAYERS = LLAMA["num_hidden_layers"]
+# Triton kernels of Inductor's backward beyond those of the pass: the rotary gradient of q is written once more in the
+# layout that the next product reads, a copy that the pass fuses.
+ORACLE = {"full": LAYERS, "lora": LAYERS}
+
+
+@pytest.mark.parametrize("method", ORACLE)
+def test_kernels_are_those_of_inductor(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's own scheduler, run for a GPU on the real model, makes as many kernels as the pass, of both kinds; and
+    AOTAutograd saves as many bytes for backward."""
+    pytest.importorskip("torch")
+    command = [
+        sys.executable,
+        "-m",
+        "validate.oracle.inductor",
+        "llama",
+        json.dumps(LLAMA),
+        method,
+        "batch=2",
+        "seq=512",
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr[-2000:]
+    real = json.loads(run.stdout.splitlines()[-1])
+    model = {key: value for key, value in LLAMA.items() if key != "model_type"}
+    saved: list[int] = []
+
+    def partitioned(graph: Graph, sizes: Any) -> Halves:
+        halves = partition.partitioned(graph, sizes)
+        read = {value for prim in halves.backward for value, _ in prim.reads}
+        saved.append(sum(value.nbytes for value in halves.saved & read))
+        return halves
+
+    monkeypatch.setattr(compiling, "partitioned", partitioned)
+    step = step_of(architecture_of("llama", **model), method, device="cpu", batch=2, seq=512, compile="default")
+    made: Counter[tuple[str, str]] = Counter()
+    for part, op, count in step.ops():
+        made["generated" if op.name.startswith("inductor::") else "extern", part.phase] += count
+    assert made["generated", "forward"] == real["generated"]["forward"]
+    assert made["generated", "backward"] == real["generated"]["backward"] - ORACLE[method]
+    assert made["extern", "forward"] == real["extern"]["forward"]
+    assert made["extern", "backward"] == real["extern"]["backward"] + 1  # the loss's own gradient, made outside
+    assert saved == [real["saved"]]

@@ -1,0 +1,178 @@
+"""Liger's kernels: the tape equals Liger's program, call by call, and its figures agree with Liger's measurements."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import architecture_of, config_of, setup_of, step_of
+
+pytest.importorskip("transformers")
+
+import reference_liger as reference
+import torch
+
+from perfmodel import methods, predict
+from perfmodel.architectures import from_config, load
+from perfmodel.errors import UserError
+from perfmodel.recording.record import build
+from perfmodel.setup import Setup
+from perfmodel.tape.packages import liger
+from perfmodel.tracing.programs import models
+from perfmodel.tracing.trace import trace_step
+from validate.oracle import counts
+from validate.oracle.cases import Case
+
+WIDE = architecture_of("llama", vocab_size=2048)
+
+
+def differences(name: str, spec: str, **options: Any) -> list[str]:
+    """What tape and reference program disagree about."""
+    config, architecture = config_of(name), architecture_of(name)
+    setup = setup_of(name, kernels="liger", **options)
+    method = methods.parse(spec).bind(architecture)
+    step = build(architecture, method, setup, "cpu")
+    model = models.apply(reference.patch(models.build(config, setup)), method, architecture)
+    with reference.patched(name, scaled=setup.grad_accum > 1):
+        trace = trace_step(model, setup, step.optimizer)
+    return counts.judge(Case(config, spec, setup), step, trace).differences
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "options"),
+    [
+        ("llama", "full", {"batch": 4}),
+        ("llama", "lora:r=4,targets=all-linear,dropout=0.1", {"batch": 1}),
+        ("llama", "lora:r=4", {"checkpoint": "block", "batch": 4}),
+        ("mistral", "full", {"grad_accum": 2, "checkpoint": "block-reentrant"}),
+        ("qwen2", "full", {"dtype": "fp32", "batch": 3}),
+        ("qwen2", "lora:r=4,adapter_dtype=bf16", {"attention": "eager"}),
+        ("llama", "lora:r=4", {"dtype": "fp32", "amp": "bf16"}),
+    ],
+)
+def test_the_tape_equals_ligers_program(name: str, spec: str, options: dict[str, Any]) -> None:
+    """Zero tolerance: calls with shapes and dtypes, FLOPs, bytes; peak memory within 2 %."""
+    assert differences(name, spec, **options) == []
+
+
+# the reference computes what the plain modules compute
+
+
+def gradients(function: Any, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """Outputs and input gradients for a fixed gradient of the outputs."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.manual_seed(1)
+    loss = sum((y * torch.randn_like(y)).sum() for y in outputs)
+    kept = [y.detach().clone() for y in outputs]
+    return [*kept, *torch.autograd.grad(loss, leaves)]
+
+
+def test_the_reference_norm_and_swiglu_are_their_plain_forms() -> None:
+    """Hand-written backward passes have to give the gradients that autograd gives."""
+    x, w, a, b = (torch.randn(s) for s in ((2, 3, 8), (8,), (2, 3, 8), (2, 3, 8)))
+    eager = lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))  # noqa: E731
+    for fused, plain, inputs in (
+        (reference.RMSNorm.apply, eager, (x, w)),
+        (lambda a, b: reference.SiLUMul.apply(a * 1.0, b * 1.0), lambda a, b: torch.nn.functional.silu(a) * b, (a, b)),
+    ):
+        for one, other in zip(gradients(fused, *inputs), gradients(plain, *inputs), strict=True):
+            assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_the_reference_rotation_is_transformers_rotation() -> None:
+    """In place and by halves, it is `apply_rotary_pos_emb`."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    q, k, angle = torch.randn(2, 5, 4 * 8), torch.randn(2, 5, 2 * 8), torch.randn(1, 5, 4)
+    cos, sin = (f(torch.cat((angle, angle), -1)) for f in (torch.cos, torch.sin))
+
+    def with_rotation(rotation: Any) -> Any:
+        def run(q: torch.Tensor, k: torch.Tensor) -> Any:
+            return rotation(*(2 * x.view(2, 5, -1, 8).transpose(1, 2) for x in (q, k)), cos, sin)
+
+        return run
+
+    both = (gradients(with_rotation(f), q, k) for f in (reference.Rope.apply, apply_rotary_pos_emb))
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(*both, strict=True))
+
+
+def test_the_reference_loss_is_the_loss_of_the_logits() -> None:
+    """Chunks and gradients in forward change nothing: 20 tokens, chunks of 4 by 40/8 = 5."""
+    x, w, target = torch.randn(20, 8), torch.randn(40, 8), torch.randint(40, (20,))
+    fused = gradients(lambda x, w: reference.FusedLinearCrossEntropy.apply(x, w, target), x, w)
+    plain = gradients(lambda x, w: torch.nn.functional.cross_entropy(x @ w.t(), target), x, w)
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(fused, plain, strict=True))
+
+
+# what Liger promises
+
+
+def test_no_logits_are_ever_stored() -> None:
+    """The point of the fused loss: nothing of tokens × vocabulary, in 16 or 32 bit."""
+
+    def largest(kernels: str) -> Any:
+        step = step_of(WIDE, "lora:r=4", batch=4, seq=64, kernels=kernels)
+        made = [s.numel for part, op, _ in step.ops() if part.name == "head" for s in op.outputs if not op.view]
+        return max(made)
+
+    assert largest("torch") == 256 * WIDE.vocab
+    assert largest("liger") < 256 * WIDE.vocab / 8
+
+
+def test_chunks_are_about_as_large_as_the_hidden_states() -> None:
+    """ceil(V/H) parts of the tokens, rounded up to a power of two; they cover all tokens."""
+    assert liger.chunks(16384, 128256, 4096) == [512] * 32
+    assert liger.chunks(4096 * 4, 32000, 4096) == [2048] * 8
+    assert liger.chunks(1000, 128256, 4096) == [32] * 31 + [8]
+    assert liger.chunks(3, 40, 8) == [1, 1, 1]
+    for tokens in range(1, 300, 7):
+        assert sum(liger.chunks(tokens, 1000, 64)) == tokens
+
+
+def test_memory_and_time_fall() -> None:
+    """Fewer passes and no logits: less memory, less traffic and less time than eager kernels, the same FLOPs."""
+    plain, fused = (
+        predict("llama-3-8b", "lora:r=8", device="h100-sxm", batch=4, seq=1024, kernels=k) for k in ("torch", "liger")
+    )
+    assert fused.memory.peak < 0.8 * plain.memory.peak
+    assert fused.bytes["total"] < 0.8 * plain.bytes["total"]
+    assert fused.time.phases["total"] < 0.9 * plain.time.phases["total"]
+    assert fused.flops["total"] == plain.flops["total"]
+
+
+def test_saved_activations_are_those_that_lorafusion_measured() -> None:
+    """Llama-3.1-8B, LoRA r=16 with dropout on all linears, Liger's norm, rotation and SwiGLU, flash attention.
+
+    106,676.5 elements of 16 bits a token and layer: CentML/lorafusion, simulator/configs/llama-3.1-8b-instruct.yaml.
+    """
+    method = "lora:r=16,dropout=0.1,targets=all-linear,adapter_dtype=bf16"
+    bound = methods.parse(method).bind(from_config(load("llama-3.1-8b")))
+    setup = Setup(batch=1, seq=512, attention="flash2", kernels="liger")
+    step = build(bound.architecture, bound, setup, "cuda", "9.0")
+    (layer,) = [p for p in step.groups[0].parts if p.name == "blocks" and p.phase == "forward" and p.repeat > 1]
+    assert layer.delta / 512 / 2 == pytest.approx(106_676.5, rel=0.02)
+
+
+def test_a_grid_gives_what_its_points_give() -> None:
+    """Points that need different numbers of chunks are split, and come back in their place."""
+    seq = np.array([64, 100, 512, 700])
+    grid = predict("qwen2.5-0.5b", "full", device="h100-sxm", batch=2, seq=seq, kernels="liger")
+    for i, s in enumerate(seq):
+        point = predict("qwen2.5-0.5b", "full", device="h100-sxm", batch=2, seq=int(s), kernels="liger")
+        assert grid.memory.peak[i] == point.memory.peak
+        assert grid.kernels["total"][i] == point.kernels["total"]
+        assert grid.time.phases["total"][i] == pytest.approx(point.time.phases["total"], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "message"),
+    [
+        ("gpt2", "full", "kernels liger: Liger has none for gpt2; use kernels torch"),
+        ("llama", "lora:r=2,targets=q_proj+lm_head", "leave lm_head out of targets"),
+    ],
+)
+def test_what_liger_cannot_do_is_refused(model: str, method: str, message: str) -> None:
+    """One line that says why."""
+    with pytest.raises(UserError, match=message):
+        step_of(model, method, kernels="liger")

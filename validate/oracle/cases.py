@@ -1,0 +1,180 @@
+"""What `perfmodel validate counts` compares: small models of every architecture, methods, setups. Needs no torch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from perfmodel.architectures import Config, from_config, load
+from perfmodel.setup import Setup
+
+SMALL: dict[str, dict[str, Any]] = {
+    "llama": {
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "pad_token_id": 0,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "tie_word_embeddings": False,
+    },
+    "mistral": {
+        "model_type": "mistral", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "pad_token_id": 0,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "sliding_window": 24,
+    },
+    "qwen2": {
+        "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "pad_token_id": 0,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 128, "tie_word_embeddings": True,
+    },
+    "qwen3": {
+        "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "pad_token_id": 0,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 24,
+    },
+    "gemma2": {
+        "model_type": "gemma2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5, "pad_token_id": 0,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 24, "sliding_window": 24,
+    },
+    "gpt2": {"model_type": "gpt2", "n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 128, "n_positions": 64},
+    "gpt_neo": {
+        "model_type": "gpt_neo", "hidden_size": 64, "num_layers": 2, "attention_types": [[["global", "local"], 1]],
+        "num_heads": 4, "vocab_size": 128, "max_position_embeddings": 64, "window_size": 8,
+    },
+    "opt": {
+        "model_type": "opt", "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "vocab_size": 128, "word_embed_proj_dim": 64, "max_position_embeddings": 64,
+    },
+    "bert": {
+        "model_type": "bert", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "vocab_size": 128, "max_position_embeddings": 64,
+    },
+}  # fmt: skip
+NO_DROPOUT = {
+    "gpt2": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
+    "gpt_neo": {"embed_dropout": 0.1, "attention_dropout": 0.1, "resid_dropout": 0.1},
+    "opt": {"dropout": 0.0},
+    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+}
+REAL = ("llama-3.2-1b", "mistral-7b", "qwen2.5-0.5b", "gpt2", "opt-1.3b", "bert-large")
+METHODS = (
+    "full",
+    "lora:r=4",
+    "lora:r=4,targets=all-linear,dropout=0.1",
+    "top_k:k=1",
+    "top_k:k=2,inner=lora",
+    "bitfit",
+    "norm",
+    "lora_fa:r=4",
+    "dora:r=4,dropout=0.1",
+    "ia3",
+    "vera:r=8,dropout=0.1",
+    "loha:r=4",
+    "lokr:r=4",
+    "miss:r=8",
+    "oft:block_size=8",
+    "gralora:r=4",
+    "delora:r=4",
+    "road:group_size=16",
+    "c3a:block_size=16",
+    "fourierft:n=10",
+    "vblora:r=2,vectors=8,length=16,targets=all-linear",
+    "randlora:r=6",
+    "hra:r=3",
+    "boft:block_size=16",
+    "beft:targets=all-linear",
+    "trainable_tokens:tokens=3",
+    "prompt_tuning:tokens=6",
+    "p_tuning:tokens=6,width=32",
+    "prefix_tuning:tokens=6",
+    "prefix_tuning:tokens=6,projection=true",
+)
+REFUSED = {
+    "bitfit": ("llama", "mistral", "qwen3", "gemma2"),  # they have no biases
+    **dict.fromkeys(
+        ("loha", "lokr", "miss", "oft", "delora", "road", "c3a", "hra", "boft", "beft"), ("gpt2",)
+    ),  # peft has no form of them for its layers
+    **dict.fromkeys(("prompt_tuning", "p_tuning", "prefix_tuning"), ("bert",)),  # nor for masked language models
+    "trainable_tokens": ("bert",),
+}
+PRECISIONS: tuple[dict[str, Any], ...] = ({"dtype": "bf16"}, {"dtype": "fp32"}, {"dtype": "fp32", "amp": "bf16"})
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the grid."""
+
+    config: Config
+    method: str
+    setup: Setup
+
+
+def configs(small: bool) -> Iterator[Config]:
+    """The six architectures: small dims with variations of head tying and dropout, or real dims."""
+    if not small:
+        for name in REAL:
+            yield load(name)
+        return
+    for name, values in SMALL.items():
+        tied = values.get("tie_word_embeddings", name in NO_DROPOUT)
+        yield Config(values, name, name)
+        variant = {**values, "tie_word_embeddings": not tied, **NO_DROPOUT.get(name, {})}
+        yield Config(variant, f"{name} variant", f"{name}-{'untied' if tied else 'tied'}")
+
+
+def grid(which: str) -> Iterator[Case]:
+    """Cases: "quick" (a representative part for every change), "standard", or "all" (every combination)."""
+    base = Setup(batch=4, seq=17)
+    optimizers = ("adamw-foreach", "adamw-loop", "adamw-fused")
+    if which == "all":
+        yield from _product(list(configs(small=True)), base, optimizers)
+        for config in configs(small=False):
+            yield from _cases(config, METHODS, replace(base, batch=1, seq=129))
+        return
+    for i, config in enumerate(configs(small=True)):
+        for j, method in enumerate(METHODS):
+            k = i + j
+            precision = PRECISIONS[k % 3]
+            yield from _cases(
+                config,
+                (method,),
+                replace(
+                    base, **precision, batch=(1, 4)[k % 2], seq=(17, 33)[(k // 2) % 2],
+                    attention=("sdpa", "eager")[(k // 3) % 2], optimizer=optimizers[k % 3],
+                    checkpoint=("none", "block", "none", "block-reentrant")[k % 4],
+                ),
+            )  # fmt: skip
+    if which == "standard":
+        for config in configs(small=False):
+            yield from _cases(config, ("full", "lora:r=16"), replace(base, batch=1, seq=65))
+
+
+def cuda_forward_grid() -> Iterator[Case]:
+    """What fake CUDA tensors can run without a GPU: forward passes with eager attention and without autocast.
+
+    Both scaled-dot-product attention and autocast ask for a real device before they choose a path.
+    """
+    for config in configs(small=True):
+        for dtype in ("bf16", "fp32"):
+            setup = Setup(batch=4, seq=17, dtype=dtype, attention="eager", optimizer="adamw-foreach")
+            yield from _cases(config, ("full", "lora:r=4,dropout=0.1"), setup)
+
+
+def _product(all_configs: list[Config], base: Setup, optimizers: tuple[str, ...]) -> Iterator[Case]:
+    for config in all_configs:
+        for precision in PRECISIONS:
+            for attention in ("sdpa", "eager"):
+                for checkpoint in ("none", "block", "block-reentrant"):
+                    for batch, seq in ((1, 33), (4, 17)):
+                        setup = replace(
+                            base, **precision, attention=attention, checkpoint=checkpoint, batch=batch, seq=seq
+                        )
+                        yield from _cases(config, METHODS, setup)
+        for optimizer in (*optimizers, "sgd", "sgd-momentum"):
+            yield from _cases(config, ("full", "lora:r=4"), replace(base, optimizer=optimizer))
+        yield from _cases(config, ("full", "lora:r=4"), replace(base, grad_accum=3, clip_grad=False))
+
+
+def _cases(config: Config, names: tuple[str, ...], setup: Setup) -> Iterator[Case]:
+    attention = from_config(config).traits.attention  # the forms that it has
+    if setup.attention not in attention:
+        setup = replace(setup, attention=attention[0])
+    if config.values["model_type"] == "gpt_neo" and setup.checkpoint != "none":
+        setup = replace(setup, checkpoint="block")
+    for text in names:
+        name = text.partition(":")[0]
+        if config.values["model_type"] not in REFUSED.get(name, ()):
+            without = name == "prefix_tuning"  # it does not work with checkpoints
+            yield Case(config, text, replace(setup, checkpoint="none") if without else setup)
