@@ -3,7 +3,6 @@
 import json
 import os
 import time
-from collections.abc import Iterator
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -66,19 +65,13 @@ def standin(on: DeviceProfile, name: str, *, by: Host | None = None, folder: Pat
 def _runtime(gpu: Gpu, stack: ExitStack) -> None:
     here = runtime.Runtime(gpu)
     for name in runtime.NAMES:
-<<<<<<< HEAD
-        stack.enter_context(patch.object(torch.cuda, name, getattr(here, name)))
-=======
         stack.enter_context(patch.object(torch.cuda, name, _noted(getattr(here, name), gpu)))
->>>>>>> standin
     stack.enter_context(patch.object(torch.version, "cuda", runtime.CUDA_VERSION))
     stack.enter_context(patch.object(torch.backends.cudnn, "version", lambda: runtime.CUDNN_VERSION))
     clock = SimpleNamespace(perf_counter=lambda: gpu.host_s, thread_time=time.thread_time)
     stack.enter_context(patch.object(clocks, "time", clock))
 
 
-<<<<<<< HEAD
-=======
 def _noted(function: Callable[..., Any], gpu: Gpu) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         gpu.asked = True
@@ -87,7 +80,6 @@ def _noted(function: Callable[..., Any], gpu: Gpu) -> Callable[..., Any]:
     return call
 
 
->>>>>>> standin
 def _program(device: Device, stack: ExitStack) -> None:
     """What PyTorch and transformers ask of a tensor that is fake, they ask here of one on a GPU."""
     of_fake: Any = FakeTensor.device

@@ -16,8 +16,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from perfmodel.tracing import cuda_forms
 from perfmodel.tracing.calls import op_of
-from validate.tracing import cuda_forms
-from validate.tracing.calls import op_of
 
 from .gpu import Gpu
 

@@ -5,9 +5,9 @@ import ast
 import inspect
 import json
 import re
+import tomllib
 from collections.abc import Iterator
 from dataclasses import fields, replace
-import tomllib
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,6 @@ from click.testing import CliRunner
 pytest.importorskip("peft")
 
 import torch
-<<<<<<< HEAD
-from cuda_standin import Gpu, runtime, standin
-
-from perfmodel.cli import main
-from perfmodel.devices import host as hosts
-from perfmodel.devices import profile
-from perfmodel.devices.host import Host
-from validate.campaign import work  # noqa: F401, registers its blocks
-from validate.measuring import clocks, environment, records
-=======
 import torch.distributed as dist
 from cuda_standin import Gpu, runtime, standin
 
@@ -37,37 +27,24 @@ from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
 from perfmodel.devices.gemm import gemm_time
 from perfmodel.devices.host import Host
-from perfmodel.predict import predict
+from perfmodel.prediction.predict import predict
 from perfmodel.setup import Setup
 from validate.calibration.hosts import write as write_host
-from validate.campaign import (
-    paper,
-    work,  # noqa: F401, registers its blocks
-)
+from validate.campaign import paper
 from validate.campaign import run as campaign
 from validate.measuring import clocks, environment, records, team
->>>>>>> standin
 from validate.measuring import profile as profiling
 from validate.measuring.cells import Cell
 from validate.measuring.loop import Program
 from validate.measuring.visit import visit
-from validate.microbench import run, stopwatch, wider
 from validate.microbench import kernels, run, stopwatch, wider
 from validate.microbench.designs import Case
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 A100, H100 = profile.load("a100-80gb-sxm"), profile.load("h100-sxm")
 NAMES = {A100: "NVIDIA A100-SXM4-80GB", H100: "NVIDIA H100 80GB HBM3"}  # as their drivers call them
 DEFAULT = hosts.load()
-<<<<<<< HEAD:tests/test_cuda_standin.py
-<<<<<<< HEAD
-# A host that costs next to nothing: modules and autograd nodes, whose costs the stand-in cannot see, weigh nothing either
-=======
 # A host that costs next to nothing: so do modules and autograd nodes, whose costs the stand-in cannot see
->>>>>>> standin
-=======
-# A host that costs next to nothing: modules and autograd nodes, whose costs the stand-in cannot see, weigh nothing too
->>>>>>> suite:tests/microbench/test_cuda_standin.py
 FAST = replace(DEFAULT, **{f.name: 1e-9 for f in fields(Host) if f.type in (float, "float")})
 GRID = """
 rounds = 2
@@ -121,35 +98,17 @@ def perfmodel(*words: str | Path) -> Any:
 
 
 def test_measured_steps_come_out_as_the_prices_that_drove_them(tmp_path: Path) -> None:
-<<<<<<< HEAD:tests/test_cuda_standin.py
-<<<<<<< HEAD
-    """The whole way of a record: program, events, profiler, reader, file, prediction. What is lost on it shows here: the
-    device took, launched and held what the model says, so `check` must find no error of time and no other count."""
-=======
-    """The whole way of a record: program, events, profiler, reader, file, prediction. What is lost on it shows here:
-    the device took, launched and held what the model says, so `check` must find no error of time and no other count."""
->>>>>>> suite:tests/microbench/test_cuda_standin.py
-    output, grid, slow = tmp_path / "records.jsonl", tmp_path / "grid.toml", tmp_path / "fast.toml"
-    grid.write_text(GRID)
-    slow.write_text(
-        "[seconds]\n" + "".join(f"{f.name} = {getattr(FAST, f.name)}\n" for f in fields(Host)[1:] if f.name != "source")
-    )
-=======
     """The whole way of a record: program, events, profiler, reader, file, prediction. What is lost on it shows here:
     the device took and launched what the model says, so `check` must find no error of time and no other count."""
     output, grid, slow = tmp_path / "records.jsonl", tmp_path / "grid.toml", tmp_path / "fast.toml"
     grid.write_text(GRID)
     write_host(FAST, slow)
->>>>>>> standin
     words = ["validate", "measure", "--device", "cuda", "--grid", grid, "--output", output]
     with standin(H100, NAMES[H100], by=FAST, folder=tmp_path):
         done = perfmodel(*words, "--rounds", "1")
         first = records.read(output)
         again = perfmodel(*words)
-<<<<<<< HEAD
-=======
         claim = paper.measured("cuda", output, grid=grid, host=str(slow))
->>>>>>> standin
     assert (done.exit_code, again.exit_code) == (0, 0), done.output + again.output
     found = records.read(output)
     assert found[: len(first)] == first  # resumed, not measured again
@@ -165,14 +124,11 @@ def test_measured_steps_come_out_as_the_prices_that_drove_them(tmp_path: Path) -
     assert [cell["differences"] for cell in summary["cells"]] == [[]] * 4
     assert all(abs(cell["error"]) < 1e-4 for cell in summary["cells"])
     assert summary["machines"][0]["device"] == "h100-sxm"
-<<<<<<< HEAD
-=======
     assert [row.cell.method for row in claim] == ["lora:r=4,targets=all-linear"]
     assert claim[0].measured == pytest.approx(claim[0].predicted, rel=1e-4)
     fitted = perfmodel("validate", "fit", "--records", output, "--host", slow, "--dry-run", "--json")
     assert fitted.exit_code == 0, fitted.output
     assert json.loads(fitted.output)["factor_launch"] == pytest.approx(1.0, abs=0.1)
->>>>>>> standin
 
 
 def test_the_environment_of_a_gpu_is_what_its_driver_tells(gpu: Gpu) -> None:
@@ -189,23 +145,14 @@ def representatives() -> list[Case]:
     """The smallest case of every kind that a calibration or a campaign has."""
     found: dict[Any, Case] = {}
     for cases in wider.campaign("cuda", ("fp32", "bf16")).values():
-<<<<<<< HEAD
-        for case in sorted(cases, key=lambda c: sum(n for _, n in c.sizes)):
-=======
         for case in sorted(cases, key=lambda c: prod(n for _, n in c.sizes)):
->>>>>>> standin
             found.setdefault((case.block, case.op, case.dtype, case.layout, case.backward), case)
     return list(found.values())
 
 
-<<<<<<< HEAD
-def test_every_kind_of_microbenchmark_runs(gpu: Gpu) -> None:
-    """A case that fails on the device leaves a hole that is only found when the machine has been given back."""
-=======
 def test_every_kind_of_microbenchmark_runs(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """A case that fails on the device leaves a hole that is only found when the machine has been given back."""
     shorten(monkeypatch)
->>>>>>> standin
     watch = stopwatch.stopwatch("cuda", 1)
     left_out = []
     for case in representatives():
@@ -214,36 +161,12 @@ def test_every_kind_of_microbenchmark_runs(gpu: Gpu, monkeypatch: pytest.MonkeyP
             left_out.append((case, record))
         else:
             assert record["clock"] == clocks.EVENTS
-<<<<<<< HEAD
-            assert record["seconds"]["least"] > 0 or case.op in ("view", "module_call")
-=======
             assert record["seconds"]["least"] > 0 or case.block == "host"  # whose clock is not the stand-in's
->>>>>>> standin
     assert left_out == []
     assert gpu.live == 0
 
 
 def test_a_benchmark_takes_what_its_kernel_takes(gpu: Gpu) -> None:
-<<<<<<< HEAD
-    """Between two events of the stream lies the device's time, not that of Python."""
-    case = Case("gemm", "mm", "bf16", (("m", 4096), ("n", 4096), ("k", 4096)), "tn")
-    timing = stopwatch.CudaStopwatch()(*_built(case), 0.05, 5)
-    from perfmodel.devices.gemm import gemm_time
-
-    expected = gemm_time(4096, 4096, 4096, hardware=A100.hardware, parameters=A100.gemm["bf16"], dtype="bf16")
-    assert timing.median == pytest.approx(float(expected), rel=1e-3)
-
-
-def _built(case: Case) -> Any:
-    from validate.microbench.kernels import build
-
-    return build(case, "cuda")
-
-
-def test_a_visit_that_runs_out_of_memory_gives_it_back(gpu: Gpu) -> None:
-    """The next cell must not fail for the memory of the one before."""
-    cell = Cell.from_dict(tiny(Setup_batch=2))
-=======
     """Between two events lies the device's time, not that of Python or of the first launch's way there."""
     gpu.by = DEFAULT
     case = Case("gemm", "mm", "bf16", (("m", 2048), ("n", 2048), ("k", 2048)), "tn")
@@ -255,23 +178,14 @@ def test_a_visit_that_runs_out_of_memory_gives_it_back(gpu: Gpu) -> None:
 def test_a_visit_that_runs_out_of_memory_gives_it_back(gpu: Gpu) -> None:
     """The next cell must not fail for the memory of the one before."""
     cell = Cell.from_dict(tiny())
->>>>>>> standin
     gpu.memory_bytes = 300_000
     found = visit(cell, "cuda", threads=1, warm_up=1, steps=1)
     assert found["status"] == "oom"
     assert gpu.live == 0
 
 
-<<<<<<< HEAD
-def tiny(**ignored: Any) -> dict[str, Any]:
-    import tomllib
-
-    from perfmodel.setup import Setup
-
-=======
 def tiny() -> dict[str, Any]:
     """The grid's first cell."""
->>>>>>> standin
     config = tomllib.loads(GRID)["models"]["tiny"]
     return {"model": "tiny", "config": config, "method": "full", "setup": Setup(batch=2, seq=64).as_dict()}
 
@@ -330,8 +244,6 @@ def used_of_cuda() -> set[str]:
 def test_nothing_of_torch_cuda_is_used_beside_the_stand_in() -> None:
     """What it does not stand for would be run on a GPU for the first time."""
     assert used_of_cuda() <= set(runtime.NAMES)
-<<<<<<< HEAD
-=======
 
 
 PLAN = """
@@ -434,4 +346,3 @@ def test_processes_that_share_a_gpu_box_join_by_nccl(gpu: Gpu, monkeypatch: pyte
         assert team.wrap(torch.nn.Linear(1, 1), together, from_config(Cell.from_dict(tiny()).config), "cuda") == [0]
     finally:
         team.leave()
->>>>>>> standin

@@ -12,9 +12,9 @@ from perfmodel.architectures import Config
 from perfmodel.errors import UserError
 from perfmodel.program.part import PHASES
 from perfmodel.recording.record import build
+from perfmodel.recording.step import Step
 from perfmodel.resources import write_text
 from perfmodel.setup import Setup
-from perfmodel.step import PHASES, Step, build
 
 from ..accuracy import Errors
 from ..calibration import calibrate, hosts, verify

@@ -13,8 +13,6 @@ from perfmodel.program.part import PHASES
 from perfmodel.tracing.programs.choose import out_of_memory
 from perfmodel.tracing.trace import Recorder
 
-from ..programs.choose import out_of_memory
-from ..tracing.trace import Recorder
 from . import profile
 from .cells import Cell
 from .clocks import Clock, clock_for
