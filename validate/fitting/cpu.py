@@ -45,7 +45,7 @@ SOURCE = "perfmodel calibrate on this machine"
 
 @dataclass(frozen=True)
 class Row:
-    """A microbenchmark: its case, seconds of a call, and those of its dispatch, which are the host's."""
+    """A microbenchmark: its case, median seconds of a call (steps are judged by theirs), and those of its dispatch."""
 
     case: Mapping[str, Any]
     seconds: float
@@ -72,7 +72,7 @@ def rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
     """
     found = [r for r in records if r.get("kind") == "microbench"]
     try:
-        timed = [(r["case"], float(r["seconds"]["quartile"])) for r in found]
+        timed = [(r["case"], float(r["seconds"]["median"])) for r in found]
         dispatch = min(float(r["seconds"]["least"]) for r in found if r["case"]["op"] == "dispatch")
     except (KeyError, TypeError, ValueError):
         raise UserError("these records hold no microbenchmarks of a calibration (kind, case, seconds)") from None
