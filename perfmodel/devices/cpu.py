@@ -23,8 +23,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..program.op import Op
-from .cpu_work import FEW_ROWS, KINDS, PAGE, REGIMES, sort
-from ..tape.op import Op
 from .cpu_work import FEW_ROWS, KINDS, PAGE, REGIMES, VECTOR, sort
 from .hardware import ITEMSIZE, Hardware
 from .solver import solver_time

@@ -47,10 +47,13 @@ LIKE = {
     "nt_aliased": "nt", "tn_narrow": "tn", "nn_narrow": "nn", "nn_few_narrow": "nn_few", "nt_narrow": "nt",
     "nt_aliased_narrow": "nt_narrow",
 }  # fmt: skip
+SAME = (
+    "divide", "root", "exponential", "sigmoid", "tanh", "cosine", "gelu", "cast", "reduction", "softmax",
+    "softmax_backward", "norm", "norm_backward",
+)  # fmt: skip
+MOVING = ("permute", "join", "part", "pad", "take", "put")
 KIND_OF = {  # work of `calls.table` -> kind; all others stream
-    **dict.fromkeys(("permute", "join", "part", "pad", "take", "put"), "strided"), "rows": "gather", "pick": "gather",
-    **{work: work for work in ("divide", "root", "exponential", "sigmoid", "tanh", "cosine", "gelu", "cast", "reduction",
-                               "softmax", "softmax_backward", "norm", "norm_backward")},
+    **{work: work for work in SAME}, **dict.fromkeys(MOVING, "strided"), "rows": "gather", "pick": "gather",
 }  # fmt: skip
 FOREACH = {  # calls on lists that do more than stream
     "_foreach_div": "divide", "_foreach_div_": "divide", "_foreach_sqrt": "root", "_foreach_addcdiv": "divide",

@@ -27,10 +27,8 @@ from perfmodel.devices.cpu_work import KINDS, LIKE, REGIMES
 from perfmodel.devices.hardware import ITEMSIZE, Hardware
 from perfmodel.errors import UserError
 
-from .cpu_ops import passes
-from .judging import Array, Doubts, Errors, Fit, fold
-from .common import Array, Doubts, Errors, Fit, fold
 from .cpu_ops import Amounts, passes
+from .judging import Array, Doubts, Errors, Fit, fold
 
 PACKED_AS = {  # regimes that differ in the rate of their products alone
     "nn_aliased": "nn_few", "tn_narrow": "tn", "nn_narrow": "nn", "nn_few_narrow": "nn_few", "nt_narrow": "nt",

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._pytree import tree_leaves
 
-from perfmodel.tracing.programs.dtypes import TORCH_DTYPES
 from perfmodel.devices.cpu_work import HOT, STATE
 from perfmodel.devices.hardware import ITEMSIZE
+from perfmodel.tracing.programs.dtypes import TORCH_DTYPES
+
 from ..measuring.environment import caches
-from ..programs.dtypes import TORCH_DTYPES
 from .designs import Case
 
 aten = torch.ops.aten
