@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 
 from perfmodel.devices.cpu_work import kind_of, streams
+from perfmodel.program.op import Op
 from perfmodel.tape import nn, pointwise, shape
 from perfmodel.tape.autograd import run_backward
-from perfmodel.tape.core import Parameter, Tape, Tensor, recording
-from perfmodel.tape.op import Op
+from perfmodel.tape.core import Tape, recording
 from perfmodel.tape.pointwise import fill
+from perfmodel.tape.tensor import Parameter, Tensor
 
 ROWS, WIDTH, TABLE = 32, 128, 512
 N = 4 * ROWS * WIDTH  # bytes of a tensor of rows, fp32
