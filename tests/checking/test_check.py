@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from records_by_hand import DEVICE, METHODS, TINY, Change, Record, visit, written
+from records_by_hand import DEVICE, METHODS, TINY, Change, Record, environment, visit, written
 
 from perfmodel.cli import main
 from perfmodel.devices import host as hosts

@@ -7,8 +7,8 @@ import pytest
 from perfmodel.devices.cpu_work import kind_of, streams
 from perfmodel.program.op import Op
 from perfmodel.tape import nn, pointwise, shape
-from perfmodel.tape.autograd import run_backward
 from perfmodel.tape.core import Tape, recording
+from perfmodel.tape.engine import run_backward
 from perfmodel.tape.pointwise import fill
 from perfmodel.tape.tensor import Parameter, Tensor
 
