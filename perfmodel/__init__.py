@@ -216,7 +216,7 @@ def predict_module(
         UserError: no scalar loss, nothing trains, or the program needs data that a fake tensor does not have.
     """
     try:
-        from .tracing.modules import predict as answer
+        from .tracing.modules import predict_module as answer
     except ImportError as error:
         from .errors import UserError
 

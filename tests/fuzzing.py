@@ -18,7 +18,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from perfmodel import methods
 from perfmodel.cli import COMMANDS, main
 from perfmodel.commands.advise import Quantity
-from perfmodel.commands.options import Axis
+from perfmodel.commands.options import GridAxis
 
 TRIES = int(os.environ.get("FUZZ_TRIES", "0"))
 
@@ -160,7 +160,7 @@ NAMES: dict[str, tuple[list[str], list[str]]] = {
     "plot": (["plot.svg"], ["plot.txt", "nowhere/plot.svg"]),
 }  # fmt: skip
 TYPES: dict[type, tuple[list[str], list[str]]] = {
-    Axis: (["1", "2", "1+2+4", "1-4", "16-64:16", "1-64*2"],
+    GridAxis: (["1", "2", "1+2+4", "1-4", "16-64:16", "1-64*2"],
            ["0", "-", "4-1", "1-2:0", "1*2", "+", "1--2", "1-99999999999999", "1-4:", "1-4*"]),
     Quantity: (["24G", "900M", "20M", "24 G", "100k"], ["0", "-1GB", "1e9", "GB", "9" * 400, "1TB", "24GB", "2B", "1"]),
 }  # fmt: skip

@@ -62,7 +62,7 @@ class Lists(click.Command):
         return super().shell_complete(ctx, incomplete)
 
 
-class Axis(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
+class GridAxis(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
     """Values of a grid's axis: `4`, `1+2+4`, `128-8192:128` (from - to : step) or `1-64*2` (doubling)."""
 
     name = "values"
@@ -133,7 +133,7 @@ config_option = click.option(
 
 def _where(*, grid: bool) -> tuple[Decorator, ...]:
     """Model, device, host and the size of a batch; on a grid several devices, and axes for the sizes."""
-    size = Axis() if grid else int
+    size = GridAxis() if grid else int
     return (
         config_option,
         click.option(

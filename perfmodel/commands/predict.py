@@ -29,7 +29,7 @@ def predict(method: str, traced: bool, peft_config: Path | None, as_json: bool, 
         raise UserError("give --method or --peft-config, not both")
     if traced or peft_config:
         try:
-            from ..tracing.traced import predict as trace
+            from ..tracing.traced import predict_traced as trace
         except ImportError as error:
             raise extra(error) from None
         host = options["host"]

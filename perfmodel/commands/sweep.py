@@ -7,15 +7,17 @@ from typing import Any
 import click
 
 from ..errors import UserError
-from .options import Axis, Lists, grid_options, methods_option, print_json, setup_of
+from .options import GridAxis, Lists, grid_options, methods_option, print_json, setup_of
 
 PRINTED = 100_000  # rows that go to the terminal as JSON; more belong in a file
 
 
 @click.command(cls=Lists)
 @methods_option
-@click.option("--rank", type=Axis(), default=(), help="Ranks for the methods that have one.")
-@click.option("--k", type=Axis(), default=(), help="Numbers of trained blocks for the methods that have one (top_k).")
+@click.option("--rank", type=GridAxis(), default=(), help="Ranks for the methods that have one.")
+@click.option(
+    "--k", type=GridAxis(), default=(), help="Numbers of trained blocks for the methods that have one (top_k)."
+)
 @click.option(
     "--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Write every row: .csv, .json or .parquet."
 )

@@ -13,7 +13,7 @@ from ..devices.profile import DeviceProfile
 from ..prediction.predict import Prediction, predict
 from ..report.figures import headline
 from ..report.plain import table
-from .program import Program
+from .program import TrainingRun
 from .watch import DATA, IN_STEP, OTHER, Watch
 
 SMALL = 0.01  # of the step: causes below it are not told
@@ -78,7 +78,7 @@ class Findings:
 
 
 def findings(
-    program: Program, watch: Watch, on: DeviceProfile, by: Host, *, peak: int | None, grown: int, named: str | None
+    program: TrainingRun, watch: Watch, on: DeviceProfile, by: Host, *, peak: int | None, grown: int, named: str | None
 ) -> Findings:
     """Compare a window with what was planned, and with the batches that came.
 
@@ -110,12 +110,12 @@ def findings(
     return Findings(planned, seen, step, causes, peak, watch.steps, notes)
 
 
-def _predict(program: Program, setup: Any, on: DeviceProfile, by: Host) -> Prediction:
+def _predict(program: TrainingRun, setup: Any, on: DeviceProfile, by: Host) -> Prediction:
     return predict(program.architecture, replace(program.method, architecture=None), setup, on, host=by)
 
 
 def _mean_step(
-    program: Program, setup: Any, shapes: list[tuple[int, int, float]], on: DeviceProfile, by: Host
+    program: TrainingRun, setup: Any, shapes: list[tuple[int, int, float]], on: DeviceProfile, by: Host
 ) -> float:
     """The predicted mean step over the micro-batches that came."""
     counts = Counter((batch, seq) for batch, seq, _ in shapes)
@@ -124,7 +124,7 @@ def _mean_step(
     return float(np.average(p.time.phases["total"], weights=list(counts.values())))
 
 
-def _batches(program: Program, planned_seq: int, shapes: list[tuple[int, int, float]], micro: int) -> str:
+def _batches(program: TrainingRun, planned_seq: int, shapes: list[tuple[int, int, float]], micro: int) -> str:
     """How the batches differ from those planned."""
     planned = program.setup.batch * planned_seq * program.setup.grad_accum
     real = micro * float(np.mean([batch * seq for batch, seq, _ in shapes]))

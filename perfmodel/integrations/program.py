@@ -21,7 +21,7 @@ CPU = "cpu-epyc-genoa-2c"  # the bundled CPU profile
 
 
 @dataclass(frozen=True)
-class Program:
+class TrainingRun:
     """A training run as `predict` takes it.
 
     Attributes:
@@ -35,7 +35,7 @@ class Program:
     length: int | None
 
 
-def program_of(model: Any, arguments: Any, method: str | None = None) -> Program:
+def program_of(model: Any, arguments: Any, method: str | None = None) -> TrainingRun:
     """Read a model (a PEFT model too) and the TrainingArguments of its Trainer.
 
     Args:
@@ -55,7 +55,7 @@ def program_of(model: Any, arguments: Any, method: str | None = None) -> Program
     _, _, fields, _ = trainer.read(Keys(found, "TrainingArguments"))
     length = fields.pop("seq", None)
     chosen = parse(method) if method else _method(model, weights)
-    return Program(architecture, chosen.bind(architecture), replace(Setup(), **fields), length)
+    return TrainingRun(architecture, chosen.bind(architecture), replace(Setup(), **fields), length)
 
 
 def _dtype(parameters: Iterator[Any]) -> str:

@@ -17,8 +17,8 @@ from ..devices import host as hosts
 from ..devices import profile
 from ..errors import UserError
 from .findings import Findings, findings
-from .program import Program, device_of, program_of
-from .watch import DATA, IN_STEP, OTHER, Clock, Watch
+from .program import TrainingRun, device_of, program_of
+from .watch import DATA, IN_STEP, OTHER, Stopwatch, Watch
 
 
 class StepPrediction:
@@ -108,7 +108,7 @@ class StepPrediction:
     def _begin(self) -> None:
         """Open the window: from now on shapes are seen and time is marked."""
         cuda = _cuda(self.model)
-        self.watch = Watch(Clock(cuda))
+        self.watch = Watch(Stopwatch(cuda))
         if cuda:
             cuda.reset_peak_memory_stats()
         self.hook = self.model.register_forward_pre_hook(self._forward, with_kwargs=True)
@@ -142,10 +142,10 @@ class StepPrediction:
     def _on(self, name: str | None) -> profile.DeviceProfile:
         return profile.load(self.device) if self.device else device_of(name)
 
-    def _as_planned(self, program: Program) -> Program:
+    def _as_planned(self, program: TrainingRun) -> TrainingRun:
         if self.seq is None:
             return program
-        return Program(program.architecture, program.method, program.setup, self.seq)
+        return TrainingRun(program.architecture, program.method, program.setup, self.seq)
 
 
 def _cuda(model: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 IN_STEP, DATA, OTHER = "step", "data", "other"  # what the time up to a mark went into
 
 
-class Clock:
+class Stopwatch:
     """Marks in time: on the device's stream where there is one, so that nothing waits for them."""
 
     def __init__(self, cuda: Any = None) -> None:
@@ -33,7 +33,7 @@ class Clock:
 class Watch:
     """One window of a run: time inside and between steps, and (samples, tokens, padded) of every micro-batch."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Stopwatch) -> None:
         self.clock = clock
         self.marks: list[tuple[str, Any]] = []
         self.batches: list[tuple[int, int, Any]] = []

@@ -15,7 +15,7 @@ from ..tape.tensor import Tensor
 from .parts.base import Linear, Seconds, method, option
 from .parts.checks import choice, float_dtype, positive
 from .parts.periodic import Recorded
-from .parts.runlora_orders import BACKWARD_FLOPS, FORWARD_FLOPS, Choice, LayerShape, cheapest, flops, times
+from .parts.runlora_orders import BACKWARD_FLOPS, FORWARD_FLOPS, LayerShape, OrderChoice, cheapest, flops, times
 from .parts.targeted import Targeted, base_bias, base_weight
 
 
@@ -84,9 +84,9 @@ class RunLora(Targeted):
         shape = LayerShape(tokens, layer.n_in, layer.n_out, self.r, dtype, layer.has_bias, layer.conv1d)
         return run_lora(x, w, mul(u, self.alpha), v, bias, *self.orders(shape))
 
-    def choices(self, step: Recorded) -> list[Choice]:
+    def choices(self, step: Recorded) -> list[OrderChoice]:
         names = {p.name: p for p in step.parameters}
-        found: dict[str, Choice] = {}
+        found: dict[str, OrderChoice] = {}
         path = step.architecture.layer_path + "."
         for full, u in names.items():
             if full.endswith(".lora_U"):
@@ -99,8 +99,8 @@ class RunLora(Targeted):
                 copies = u.count + (found[name].copies if name in found else 0)
                 seconds = self.costs(shape) if self.choose == "time" else (None, None)
                 sizes = (copies, shape.n, shape.m)
-                found[name] = Choice(name, *sizes, *self.orders(shape), *flops(shape), *seconds)
+                found[name] = OrderChoice(name, *sizes, *self.orders(shape), *flops(shape), *seconds)
         return list(found.values())
 
 
-__all__ = ["BACKWARD_FLOPS", "FORWARD_FLOPS", "Choice", "LayerShape", "RunLora"]
+__all__ = ["BACKWARD_FLOPS", "FORWARD_FLOPS", "LayerShape", "OrderChoice", "RunLora"]

@@ -3,7 +3,7 @@
 from ..program.op import Spec
 from ..program.part import Part
 from ..tape.tensor import Parameter
-from .parts.lists import Recorder, Specs, by_dtype, counters, each, specs_of
+from .parts.lists import ListRecorder, Specs, by_dtype, counters, each, specs_of
 from .parts.ops import advance, in_place, new, read_counter
 from .parts.update import Parameters, Update, gradient, optimizer
 
@@ -26,7 +26,7 @@ def foreach(update: Update, parameters: Parameters, decay: bool) -> None:
 
 def _foreach_group(part: Part, group: Specs, *, decay: bool) -> None:
     """The bias corrections are computed on the host, whose counters are read there."""
-    op = Recorder(part)
+    op = ListRecorder(part)
     steps = counters(group)
     params = grads = moments = group
     op("_foreach_add_.Tensor", [*steps, Spec("fp32", ())], steps, host=True)
@@ -74,7 +74,7 @@ def fused(update: Update, parameters: Parameters, decay: bool) -> None:
     Its schema names the gradients as written (they are, when it unscales them), so they count as outputs.
     """
     _keep_states(update, parameters, fused=True)
-    op = Recorder(update.part())
+    op = ListRecorder(update.part())
     for group in by_dtype(specs_of(parameters)):
         steps = counters(group)
         op("_foreach_add_.Scalar", steps, steps)

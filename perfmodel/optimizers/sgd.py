@@ -1,6 +1,6 @@
 """`torch.optim.SGD`, foreach, without weight decay. Source: torch/optim/sgd.py, `_multi_tensor_sgd`."""
 
-from .parts.lists import Recorder, by_dtype, specs_of
+from .parts.lists import ListRecorder, by_dtype, specs_of
 from .parts.update import Parameters, Update, optimizer
 
 
@@ -19,7 +19,7 @@ def momentum(update: Update, parameters: Parameters, decay: bool) -> None:
 
 
 def _foreach(update: Update, parameters: Parameters, *, momentum: bool) -> None:
-    op = Recorder(update.part())
+    op = ListRecorder(update.part())
     for group in by_dtype(specs_of(parameters)):
         if momentum:
             op("_foreach_mul_.Scalar", group, group)

@@ -19,22 +19,22 @@ from ..program.op import Attrs, Op, Spec
 from ..program.part import Part
 from ..setup import Setup
 from ..tape.tensor import Flow, Parameter
-from .fusion import Kernel, fused
+from .fusion import FusedKernel, fused
 from .graph import Graph, Numbering, Place, Prim, Value
 from .lowering import lowered
 from .partition import partitioned
 
 
 @dataclass(frozen=True)
-class Program:
+class CompiledProgram:
     """The kernels of forward and backward, and the values of the graph in the order of `Numbering`."""
 
-    forward: list[Kernel]
-    backward: list[Kernel]
+    forward: list[FusedKernel]
+    backward: list[FusedKernel]
     values: list[Value]
 
 
-Programs = dict[Any, Program]  # by what decides them
+Programs = dict[Any, CompiledProgram]  # by what decides them
 
 
 def compiled(
@@ -59,7 +59,7 @@ def compiled(
         halves = partitioned(graph, setup.batch * setup.seq)
         forward = fused(halves.forward, halves.saved | {v for v in outside if v.maker and not v.maker.backward})
         backward = fused(halves.backward, {v for v in outside if v.maker and v.maker.backward})
-        program = known[signature] = Program(forward, backward, list(numbering.number))
+        program = known[signature] = CompiledProgram(forward, backward, list(numbering.number))
     captured = setup.compile == "reduce-overhead"
 
     def emitted(g: Graph) -> list[Part]:
@@ -71,13 +71,13 @@ def compiled(
 class _Emission:
     """Writes kernels down as parts, with the memory that they take."""
 
-    def __init__(self, graph: Graph, program: Program, *, captured: bool) -> None:
+    def __init__(self, graph: Graph, program: CompiledProgram, *, captured: bool) -> None:
         self.graph = graph
         self.programs = ((program.forward, False), (program.backward, True))
         self.captured = captured
-        self.tail = [Kernel([prim], dict(prim.reads)) for prim in graph.tail]
+        self.tail = [FusedKernel([prim], dict(prim.reads)) for prim in graph.tail]
         self.parts: list[Part] = []
-        self.schedule: list[tuple[Part, Place, Kernel]] = []
+        self.schedule: list[tuple[Part, Place, FusedKernel]] = []
 
     def run(self) -> list[Part]:
         """Make the parts."""
@@ -87,10 +87,10 @@ class _Emission:
         self._memory()
         return self.parts
 
-    def _program(self, kernels: list[Kernel], *, backward: bool) -> None:
+    def _program(self, kernels: list[FusedKernel], *, backward: bool) -> None:
         """One graph: its kernels in the places where they were recorded."""
         first = True
-        at: dict[int, list[Kernel]] = {}
+        at: dict[int, list[FusedKernel]] = {}
         for kernel in kernels:
             at.setdefault(kernel.place, []).append(kernel)
         for index, place in enumerate(self.graph.places):
@@ -138,7 +138,7 @@ class _Emission:
         return made.repeat
 
 
-def _call(kernel: Kernel) -> Op:
+def _call(kernel: FusedKernel) -> Op:
     """The call of a kernel, as a device prices it."""
     if kernel.op is None:
         kernel.op = kernel.prims[0].op if kernel.extern else _generated(kernel)
@@ -146,7 +146,7 @@ def _call(kernel: Kernel) -> Op:
     return kernel.op
 
 
-def _generated(kernel: Kernel) -> Op:
+def _generated(kernel: FusedKernel) -> Op:
     kind, points, length = kernel.loops
     alike = len({(prim.owner, prim.recompute) for prim in kernel.prims}) == 1
     main = kernel.prims[0] if alike else max(kernel.prims, key=_weight)

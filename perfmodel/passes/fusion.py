@@ -31,7 +31,7 @@ ROUNDS = 10  # of fusion, at most (scheduler.fuse_nodes)
 
 
 @dataclass(eq=False, slots=True)
-class Kernel:
+class FusedKernel:
     """One kernel: fused loops, or a library's.
 
     Attributes:
@@ -58,7 +58,7 @@ class Kernel:
         return max([prim.place for prim in self.prims])
 
 
-def fused(prims: list[Prim], results: set[Value]) -> list[Kernel]:
+def fused(prims: list[Prim], results: set[Value]) -> list[FusedKernel]:
     """The kernels of one compiled program, in an order in which they can run.
 
     Args:
@@ -83,16 +83,16 @@ def _without_dead_code(prims: list[Prim], results: set[Value]) -> list[Prim]:
     return kept[::-1]
 
 
-def _nodes(prims: list[Prim], results: set[Value]) -> list[Kernel]:
+def _nodes(prims: list[Prim], results: set[Value]) -> list[FusedKernel]:
     """Operations whose results are in memory, with those that are computed where they are read."""
     uses: dict[Value, list[Prim]] = {}
     for prim in prims:
         for value in dict.fromkeys([value for value, _ in prim.reads]):
             uses.setdefault(value, []).append(prim)
-    inlined: dict[Value, Kernel] = {}
+    inlined: dict[Value, FusedKernel] = {}
     nodes = []
     for prim in prims:
-        node = Kernel([], {}, list(prim.outs), _loops(prim))
+        node = FusedKernel([], {}, list(prim.outs), _loops(prim))
         for value, nbytes in prim.reads:
             _take(node, value, nbytes, inlined)
         node.prims.append(prim)
@@ -103,7 +103,7 @@ def _nodes(prims: list[Prim], results: set[Value]) -> list[Kernel]:
     return nodes
 
 
-def _take(node: Kernel, value: Value, nbytes: Dim, inlined: dict[Value, Kernel]) -> None:
+def _take(node: FusedKernel, value: Value, nbytes: Dim, inlined: dict[Value, FusedKernel]) -> None:
     """Read a value, or compute it (of a slice, the part that is read)."""
     source = inlined.get(value)
     if source is None:
@@ -122,7 +122,7 @@ def _share(size: Dim, part: Dim, whole: Dim) -> Dim:
     return np.asarray(size * (part / whole)).astype(np.int64) if isinstance(part, np.ndarray) else size * part // whole
 
 
-def _in_memory(prim: Prim, node: Kernel, users: list[Prim], results: set[Value]) -> bool:
+def _in_memory(prim: Prim, node: FusedKernel, users: list[Prim], results: set[Value]) -> bool:
     value = prim.outs[0]
     if value in results:
         return True
@@ -158,7 +158,7 @@ def _agree(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...] | None:
 class _Round:
     """One pass over the pairs of nodes that share memory."""
 
-    def __init__(self, kernels: list[Kernel]) -> None:
+    def __init__(self, kernels: list[FusedKernel]) -> None:
         self.kernels = kernels
         self.maker = {value: kernel for kernel in kernels for value in kernel.writes}
         self.group = {kernel: kernel for kernel in kernels}
@@ -166,14 +166,14 @@ class _Round:
         self.position = {kernel: i for i, kernel in enumerate(kernels)}  # of its first node
         self.last = dict(self.position)  # of its last node
         self.bits = {kernel: 1 << i for i, kernel in enumerate(kernels)}  # of its nodes
-        self.above: dict[Kernel, int] = {}  # of each group, bits of all nodes that it needs, directly or not
+        self.above: dict[FusedKernel, int] = {}  # of each group, bits of all nodes that it needs, directly or not
         for kernel in kernels:
             above = 0
             for need in self._needs(kernel):
                 above |= self.bits[need] | self.above[need]
             self.above[kernel] = above
 
-    def run(self) -> list[Kernel]:
+    def run(self) -> list[FusedKernel]:
         """Fuse what may, the pairs with most shared bytes first; the new kernels in order."""
         for _, _, a, b in sorted(self._pairs(), key=itemgetter(0, 1)):
             first, second = self.group[a], self.group[b]
@@ -184,9 +184,9 @@ class _Round:
                 self._fuse(first, second, loops)
         return self._sorted()
 
-    def _pairs(self) -> Iterable[tuple[float, int, Kernel, Kernel]]:
+    def _pairs(self) -> Iterable[tuple[float, int, FusedKernel, FusedKernel]]:
         """(-shared bytes, distance) of the nodes that use the same memory."""
-        users: dict[Value, list[Kernel]] = {}
+        users: dict[Value, list[FusedKernel]] = {}
         for kernel in self.kernels:
             if not kernel.extern:
                 for value in (*kernel.writes, *kernel.reads):
@@ -199,20 +199,20 @@ class _Round:
         for (i, j), size in shared.items():
             yield -size, abs(i - j), self.kernels[i], self.kernels[j]
 
-    def _needs(self, kernel: Kernel) -> set[Kernel]:
+    def _needs(self, kernel: FusedKernel) -> set[FusedKernel]:
         maker, group = self.maker, self.group
         return {group[maker[value]] for value in kernel.reads if value in maker} - {kernel}
 
-    def _between(self, early: Kernel, late: Kernel) -> bool:
+    def _between(self, early: FusedKernel, late: FusedKernel) -> bool:
         """Whether `late` needs `early` by way of another kernel."""
         bits = self.bits[early]
         if not self.above[late] & bits:
             return False
         return any(self.above[need] & bits for need in self._needs(late) if need is not early)
 
-    def _fuse(self, a: Kernel, b: Kernel, loops: tuple[Any, ...]) -> None:
+    def _fuse(self, a: FusedKernel, b: FusedKernel, loops: tuple[Any, ...]) -> None:
         first, second = sorted((a, b), key=self.position.__getitem__)
-        made = Kernel(list(dict.fromkeys(first.prims + second.prims)), dict(first.reads))
+        made = FusedKernel(list(dict.fromkeys(first.prims + second.prims)), dict(first.reads))
         made.writes, made.loops = first.writes + second.writes, loops
         for value, nbytes in second.reads.items():
             made.reads[value] = larger(made.reads.get(value, 0), nbytes)
@@ -231,9 +231,9 @@ class _Round:
                 self.above[group] = needed | bits | above
         self.above[made] = above
 
-    def _sorted(self) -> list[Kernel]:
+    def _sorted(self) -> list[FusedKernel]:
         """The kernels by their last node, each after what it needs."""
-        order: dict[Kernel, None] = {}
+        order: dict[FusedKernel, None] = {}
         present = sorted(self.nodes, key=self.last.__getitem__)
         for kernel in present:
             waiting = [kernel]
@@ -248,7 +248,7 @@ class _Round:
         return list(order)
 
 
-def _drop_internal(kernels: list[Kernel], results: set[Value]) -> None:
+def _drop_internal(kernels: list[FusedKernel], results: set[Value]) -> None:
     """What only its own kernel reads never reaches memory."""
     read = {value for kernel in kernels for value in kernel.reads}
     for kernel in kernels:

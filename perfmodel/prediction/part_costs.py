@@ -19,7 +19,7 @@ from . import contention, intervals, timeline
 from .contention import Seconds
 
 
-class Call(NamedTuple):
+class CallCost(NamedTuple):
     """What one op takes, whatever part it runs in.
 
     Attributes:
@@ -36,7 +36,7 @@ class Call(NamedTuple):
     waits: bool = False
 
     @classmethod
-    def of(cls, op: Op) -> "Call":
+    def of(cls, op: Op) -> "CallCost":
         """Work it out."""
         if op.view:
             return VIEW
@@ -46,16 +46,16 @@ class Call(NamedTuple):
         return cls(costs.flops(op), op.bytes_read, op.bytes_written, costs.kernels(op), component, waits)
 
 
-VIEW = Call()
+VIEW = CallCost()
 
 
-def counts(part: Part, calls: Sequence[Call] | None = None) -> dict[str, Dim]:
+def counts(part: Part, calls: Sequence[CallCost] | None = None) -> dict[str, Dim]:
     """What one run of a part takes.
 
     Args:
         calls: of its ops, if they are known.
     """
-    calls = calls or [Call.of(op) for op in part.ops]
+    calls = calls or [CallCost.of(op) for op in part.ops]
     own = [call for call in calls if call.component]
     return {
         "flops": summed([call.flops for call in own]),
@@ -83,17 +83,17 @@ def durations(built: Step, on: DeviceProfile, shared: Shared | None = None) -> l
     return [shared.durations[part] for part, _ in built.parts()]
 
 
-def _priced(ops: Sequence[Op], on: DeviceProfile, shared: Shared) -> tuple[np.ndarray, list[Call]]:
+def _priced(ops: Sequence[Op], on: DeviceProfile, shared: Shared) -> tuple[np.ndarray, list[CallCost]]:
     """Device seconds of each op, and what else it takes; equal ones are worked out once, where no dim is an array."""
     prices = shared.prices
     try:
         known = [FREE if op.view else prices.get(op.call) for op in ops]
     except TypeError:
-        return price.durations(ops, on), [Call.of(op) for op in ops]
+        return price.durations(ops, on), [CallCost.of(op) for op in ops]
     new = {op.call: op for op, entry in zip(ops, known, strict=True) if entry is None}
     if new:
         distinct = list(new.values())
-        made = zip(price.durations(distinct, on).tolist(), map(Call.of, distinct), strict=True)
+        made = zip(price.durations(distinct, on).tolist(), map(CallCost.of, distinct), strict=True)
         prices.update(zip(new, made, strict=True))
     found = [entry or prices[op.call] for op, entry in zip(ops, known, strict=True)]
     return np.array([seconds for seconds, _ in found]), [call for _, call in found]
@@ -109,7 +109,7 @@ def clocks(
     by: Host,
     *,
     graphs: bool = False,
-    calls: Sequence[Call] | None = None,
+    calls: Sequence[CallCost] | None = None,
 ) -> tuple[timeline.Clocks, dict[str, Any]]:
     """The clock matrix of one run of a part, and its device-busy seconds by component.
 
@@ -120,7 +120,7 @@ def clocks(
     """
     if not len(seconds.alone):
         return timeline.IDENTITY, {}
-    calls = calls or [Call.of(op) for op in part.ops]
+    calls = calls or [CallCost.of(op) for op in part.ops]
     work = _components(calls, seconds.added)
     if graphs and on.kind == "cuda":  # nothing to dispatch: the device runs through
         return timeline.advance(COMPUTE, timeline.total(seconds.added)), work
@@ -139,7 +139,7 @@ def clocks(
     return timeline.of_row(row, by.launch), work
 
 
-def _components(calls: Sequence[Call], duration: np.ndarray) -> dict[str, Any]:
+def _components(calls: Sequence[CallCost], duration: np.ndarray) -> dict[str, Any]:
     busy: dict[str, Any] = {}
     of_grid = duration.ndim > 1
     for call, seconds in zip(calls, duration if of_grid else duration.tolist(), strict=True):

@@ -22,7 +22,7 @@ from ..recording.record import no_collector
 from ..recording.reuse import Shared
 from ..setup import Setup
 from .catalogue import sized
-from .knobs import Choice, Knob, knobs
+from .knobs import Knob, KnobPosition, knobs
 
 EXHAUSTIVE = 96  # combinations of one method that are all tried; of more, one knob is turned at a time
 Progress = Callable[[int, int, str], None]  # methods done, methods in all, the next one
@@ -323,7 +323,7 @@ def _alone(start: Candidate, spaces: list[_Space]) -> list[Change]:
 
 
 def _label(space: _Space, positions: Positions) -> str:
-    chosen: list[Choice] = [knob[i] for knob, i in zip(space.knobs, positions, strict=True) if i]
+    chosen: list[KnobPosition] = [knob[i] for knob, i in zip(space.knobs, positions, strict=True) if i]
     return " + ".join(c.label for c in chosen)
 
 

@@ -28,7 +28,7 @@ MOST_BATCH, MOST_SEQ, MOST_TOKENS, MOST_RANK = 512, 32_768, 2**20, 256
 
 
 @dataclass(frozen=True)
-class Change:
+class VerdictChange:
     """The verdict from a value on, and the one just below it."""
 
     value: int
@@ -61,10 +61,10 @@ class Crossover:
     exact: bool = True
 
     @property
-    def changes(self) -> list[Change]:
+    def changes(self) -> list[VerdictChange]:
         """Every change of the verdict along the axis."""
         pairs = pairwise(zip(self.values, self.verdict, strict=True))
-        return [Change(value, before, after) for (_, before), (value, after) in pairs if before != after]
+        return [VerdictChange(value, before, after) for (_, before), (value, after) in pairs if before != after]
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON of one axis."""
@@ -76,7 +76,7 @@ class Crossover:
 
 
 @dataclass(frozen=True)
-class Pair:
+class MethodPair:
     """Two bound methods in one setup: what is compared along the axes."""
 
     architecture: Architecture
@@ -108,7 +108,7 @@ class Pair:
         return _size(self.b) or _size(self.a)
 
 
-def crossovers(pair: Pair, axes: Sequence[str] = AXES) -> list[Crossover]:
+def crossovers(pair: MethodPair, axes: Sequence[str] = AXES) -> list[Crossover]:
     """The verdict along each axis that the pair has.
 
     Raises:
@@ -155,7 +155,7 @@ def _sizes(method: Method, name: str) -> list[int]:
 Points = dict[int, tuple[float, bool, bool]]  # value -> ratio, whether a fits, whether b fits
 
 
-def _on_grid(pair: Pair, axes: list[str]) -> list[Crossover]:
+def _on_grid(pair: MethodPair, axes: list[str]) -> list[Crossover]:
     """All gridded axes at once; gaps across which the verdict changes are filled until none is left."""
     here = {axis: int(getattr(pair.owner(axis), axis)) for axis in axes}
     wanted = {axis: _coarse(pair, axis, here[axis]) for axis in axes}
@@ -167,11 +167,11 @@ def _on_grid(pair: Pair, axes: list[str]) -> list[Crossover]:
     return [_crossover(axis, _spec_of(pair, axis), here[axis], known[axis]) for axis in axes]
 
 
-def _spec_of(pair: Pair, axis: str) -> str:
+def _spec_of(pair: MethodPair, axis: str) -> str:
     return "" if axis in ("batch", "seq") else str(pair.owner(axis).spec())
 
 
-def _coarse(pair: Pair, axis: str, here: int) -> list[int]:
+def _coarse(pair: MethodPair, axis: str, here: int) -> list[int]:
     """The first points of an axis, the value itself among them.
 
     A batch or a rank of 1 is another program than any other, so it is a point only where it is asked about.
@@ -194,7 +194,7 @@ def _narrowest(architecture: Architecture) -> int:
     return min(architecture.hidden, architecture.kv_heads * architecture.head_dim, architecture.intermediate)
 
 
-def _evaluate(pair: Pair, here: dict[str, int], wanted: dict[str, list[int]]) -> dict[str, Points]:
+def _evaluate(pair: MethodPair, here: dict[str, int], wanted: dict[str, list[int]]) -> dict[str, Points]:
     """Both methods at every wanted point of every axis, as one flat grid; a batch of 1 stays out of the others'."""
     rows = [(axis, value) for axis, values in wanted.items() for value in values]
     batches = [value if axis == "batch" else pair.setup.batch for axis, value in rows]
@@ -209,7 +209,7 @@ def _evaluate(pair: Pair, here: dict[str, int], wanted: dict[str, list[int]]) ->
     return found
 
 
-def _ratios(pair: Pair, here: dict[str, int], rows: list[tuple[str, int]]) -> Any:
+def _ratios(pair: MethodPair, here: dict[str, int], rows: list[tuple[str, int]]) -> Any:
     """Speed-up and fits of both methods at rows of (axis, value)."""
     columns = {
         name: np.array([value if axis == name else start for axis, value in rows])
@@ -242,7 +242,7 @@ def _crossover(axis: str, method: str, here: int, points: Points, **extra: Any) 
     return Crossover(axis, method, here, values, ratio, verdicts, fits_a, fits_b, **extra)  # type: ignore[arg-type]
 
 
-def _one_by_one(pair: Pair, option: str, points: list[tuple[int, Any]], here: int, **extra: Any) -> Crossover:
+def _one_by_one(pair: MethodPair, option: str, points: list[tuple[int, Any]], here: int, **extra: Any) -> Crossover:
     """An axis whose points are different programs; points that the method refuses are left out."""
     found: Points = {}
     for number, value in points:
@@ -254,12 +254,12 @@ def _one_by_one(pair: Pair, option: str, points: list[tuple[int, Any]], here: in
     return _crossover(option, _spec_of(pair, option), here, found, exact=False, **extra)
 
 
-def _rebound(pair: Pair, option: str, value: Any) -> tuple[Method, Method]:
+def _rebound(pair: MethodPair, option: str, value: Any) -> tuple[Method, Method]:
     a, b = pair.with_option(option, value)
     return a.bind(pair.architecture), b.bind(pair.architecture)
 
 
-def _targets(pair: Pair) -> Crossover:
+def _targets(pair: MethodPair) -> Crossover:
     """From one target to all: the method's own first, then the others in the order of the block."""
     method = pair.owner("targets")
     leaves = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in pair.architecture.linear_names()))

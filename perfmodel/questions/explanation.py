@@ -14,8 +14,8 @@ from ..setup import Setup
 from ..shown import Shown
 from .anatomy import PARTS, Anatomy, dissect
 from .comparison import with_reason
-from .crossover import Crossover, Pair, crossovers
-from .roofline import Kernel, kernels
+from .crossover import Crossover, MethodPair, crossovers
+from .roofline import RooflineKernel, kernels
 from .sentences import in_words
 from .speedup import SpeedUp
 
@@ -78,7 +78,7 @@ class Explanation(Shown):
         bars = [Bar(part, self.before.parts[part], self.after.parts[part]) for part in PARTS]
         return sorted((bar for bar in bars if bar.before or bar.after), key=lambda bar: -abs(bar.difference))
 
-    def kernels(self, of: str) -> list[Kernel]:
+    def kernels(self, of: str) -> list[RooflineKernel]:
         """The kernels of step "a" or "b" for the roofline."""
         return kernels(self.a if of == "a" else self.b)
 
@@ -146,5 +146,5 @@ def of_predictions(
     before, after = dissect(a, on, by), dissect(b, on, by)
     assert a.step is not None
     assert b.step is not None
-    pair = Pair(a.step.architecture, a.step.method, b.step.method, a.setup, on, by)
+    pair = MethodPair(a.step.architecture, a.step.method, b.step.method, a.setup, on, by)
     return Explanation(a, b, with_reason(a, b, before, after, on), before, after, crossovers(pair, axes), on)

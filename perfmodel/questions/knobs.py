@@ -15,7 +15,7 @@ from ..setup import Setup
 
 
 @dataclass(frozen=True)
-class Choice:
+class KnobPosition:
     """One position of a knob: what it is called, and the fields of setup and method that it sets."""
 
     label: str
@@ -27,7 +27,7 @@ class Choice:
         return replace(setup, **self.setup), replace(method, **self.method)
 
 
-Knob = tuple[Choice, ...]  # the first choice leaves everything as it is
+Knob = tuple[KnobPosition, ...]  # the first choice leaves everything as it is
 
 
 def knobs(architecture: Architecture, setup: Setup, method: Method) -> list[Knob]:
@@ -39,7 +39,7 @@ def knobs(architecture: Architecture, setup: Setup, method: Method) -> list[Knob
     return [knob for knob in found if len(knob) > 1]
 
 
-KEEP = Choice("")
+KEEP = KnobPosition("")
 
 
 def _memory(setup: Setup) -> Knob:
@@ -54,7 +54,7 @@ def _memory(setup: Setup) -> Knob:
                 words.append("no activation checkpointing" if checkpoint == "none" else "activation checkpointing")
             if "batch" in changes:
                 words.append(f"micro-batches of {batch} x {accum} accumulated")
-            choices.append(Choice(", ".join(words), changes))
+            choices.append(KnobPosition(", ".join(words), changes))
     return tuple(choices)
 
 
@@ -75,23 +75,23 @@ def _optimizer(setup: Setup) -> Knob:
         return (KEEP,)
     labels = {"adamw-fused": "fused AdamW", "adamw-8bit": "8-bit AdamW"}
     names = [name for name in labels if name in optimizers.names() and name != setup.optimizer]
-    return (KEEP, *(Choice(labels[name], {"optimizer": name}) for name in names))
+    return (KEEP, *(KnobPosition(labels[name], {"optimizer": name}) for name in names))
 
 
 def _kernels(architecture: Architecture, setup: Setup) -> Knob:
     if setup.kernels == "liger" or "liger" not in architecture.traits.fused:
         return (KEEP,)
-    return (KEEP, Choice("Liger kernels", {"kernels": "liger"}))
+    return (KEEP, KnobPosition("Liger kernels", {"kernels": "liger"}))
 
 
 def _attention(architecture: Architecture, setup: Setup) -> Knob:
     if setup.attention != "eager" or "sdpa" not in architecture.traits.attention:
         return (KEEP,)
-    return (KEEP, Choice("SDPA attention", {"attention": "sdpa"}))
+    return (KEEP, KnobPosition("SDPA attention", {"attention": "sdpa"}))
 
 
 def _compile(setup: Setup) -> Knob:
-    return (KEEP, Choice("torch.compile", {"compile": "default"})) if setup.compile == "none" else (KEEP,)
+    return (KEEP, KnobPosition("torch.compile", {"compile": "default"})) if setup.compile == "none" else (KEEP,)
 
 
 def _adapter_dtype(setup: Setup, method: Method) -> Knob:
@@ -99,14 +99,14 @@ def _adapter_dtype(setup: Setup, method: Method) -> Knob:
     if setup.dtype == "fp32" or not _has(method, "adapter_dtype") or getattr(method, "adapter_dtype", None):
         return (KEEP,)
     label = f"adapters in {setup.dtype} (autocast_adapter_dtype=False)"
-    return (KEEP, Choice(label, method={"adapter_dtype": setup.dtype}))
+    return (KEEP, KnobPosition(label, method={"adapter_dtype": setup.dtype}))
 
 
 def _implementation(method: Method) -> Knob:
     labels = {"unsloth": "Unsloth's fused LoRA", "lorafusion": "LoRAFusion's kernels"}
     present = getattr(method, "implementation", None)
     names = [n for n in getattr(method, "implementations", ()) if n in labels and n != present]
-    return (KEEP, *(Choice(labels[name], method={"implementation": name}) for name in names))
+    return (KEEP, *(KnobPosition(labels[name], method={"implementation": name}) for name in names))
 
 
 def _has(method: Method, name: str) -> bool:

@@ -11,7 +11,7 @@ from .anatomy import operand_dtype, part_of, timed_ops
 
 
 @dataclass(frozen=True)
-class Kernel:
+class RooflineKernel:
     """All calls of one ATen op on operands of one shape.
 
     Attributes:
@@ -63,14 +63,14 @@ class Roof:
         return self.peaks[dtype] / self.bandwidth
 
 
-def roof(on: DeviceProfile, kernels: list[Kernel]) -> Roof:
+def roof(on: DeviceProfile, kernels: list[RooflineKernel]) -> Roof:
     """The roof over some kernels: the peaks of the dtypes in which they multiply matrices."""
     used = dict.fromkeys(k.dtype for k in kernels if "gemm" in k.part or k.part == "attention")
     peaks = {dtype: on.hardware.peak(dtype) for dtype in used}
     return Roof(on.hardware.memory_bandwidth, dict(sorted(peaks.items(), key=lambda item: -item[1])))
 
 
-def kernels(p: Prediction) -> list[Kernel]:
+def kernels(p: Prediction) -> list[RooflineKernel]:
     """The step's kernels by time, longest first; calls of one op on equal shapes are one entry.
 
     Raises:
@@ -84,7 +84,7 @@ def kernels(p: Prediction) -> list[Kernel]:
         total = totals.setdefault((part_of(op, part), op.name, operand_dtype(op), _shapes(op)), [0, 0.0, 0.0, 0.0])
         for i, figure in enumerate((1, seconds, costs.flops(op) or _elements(op), moved)):
             total[i] += calls * figure
-    found = [Kernel(*key, int(calls), *figures) for key, (calls, *figures) in totals.items()]
+    found = [RooflineKernel(*key, int(calls), *figures) for key, (calls, *figures) in totals.items()]
     return sorted(found, key=lambda k: -k.seconds)
 
 

@@ -10,7 +10,7 @@ from ..prediction.predict import Prediction
 from ..questions.anatomy import Anatomy
 from ..questions.crossover import Crossover
 from ..questions.explanation import Explanation
-from ..questions.roofline import Kernel, Roof, roof
+from ..questions.roofline import Roof, RooflineKernel, roof
 from . import crossings as words
 from .charts import NARROW, WIDE
 from .charts.crossing import AXES, COLOURS, crossing
@@ -82,7 +82,7 @@ def _roofline(e: Explanation, of: str, label: str) -> dict[str, Any]:
     }
 
 
-def _longest(kernels: list[Kernel], over: Roof, total: float) -> dict[str, Any]:
+def _longest(kernels: list[RooflineKernel], over: Roof, total: float) -> dict[str, Any]:
     """The kernels that take the most time, with what they reach of their roof."""
     shown = kernels[:LONGEST]
     *seconds, unit = units.alike([k.seconds for k in shown])
@@ -94,11 +94,11 @@ def _longest(kernels: list[Kernel], over: Roof, total: float) -> dict[str, Any]:
     return {"heads": heads, "rows": rows, "style": "left3"}
 
 
-def _name(k: Kernel) -> str:
+def _name(k: RooflineKernel) -> str:
     return k.name.removeprefix("_").removesuffix(".Tensor").removesuffix(".Scalar").replace("scaled_dot_product_", "")
 
 
-def _reached(k: Kernel, over: Roof) -> str:
+def _reached(k: RooflineKernel, over: Roof) -> str:
     """Share of what bandwidth and peak allow at its intensity."""
     allowed = min(over.bandwidth * k.intensity, over.peaks.get(k.dtype, float("inf")))
     return units.percent(k.rate / allowed)

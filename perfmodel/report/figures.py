@@ -15,7 +15,7 @@ Figure = Callable[[Prediction], Any]
 
 
 @dataclass(frozen=True)
-class Cell:
+class FigureCell:
     """One method's figure."""
 
     text: str
@@ -23,14 +23,14 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class FigureRow:
     """One figure of every method."""
 
     name: str
-    cells: list[Cell]
+    cells: list[FigureCell]
 
 
-def figures(c: Comparison) -> list[Row]:
+def figures(c: Comparison) -> list[FigureRow]:
     """Time by phase, rates, work, memory and parameters of every method, the first the baseline.
 
     The best value is marked among the methods that fit (among all if none does), where they differ.
@@ -39,15 +39,17 @@ def figures(c: Comparison) -> list[Row]:
     fit = [bool(x.fits) for x in p]
     rated = fit if any(fit) else [True] * len(p)
 
-    def row(name: str, figure: Figure, text: Callable[[Any], str], better: Callable[..., Any] | None = None) -> Row:
+    def row(
+        name: str, figure: Figure, text: Callable[[Any], str], better: Callable[..., Any] | None = None
+    ) -> FigureRow:
         values = [figure(x) for x in p]
-        return Row(name, _marked(values, [text(v) for v in values], rated, better))
+        return FigureRow(name, _marked(values, [text(v) for v in values], rated, better))
 
     ratios = ["1.00", *(f"{s.ratio:.2f} {s.verdict}" for s in c.speedups)]
     return [
         row("step", lambda x: x.time.phases["total"], units.seconds, min),
         *(row(f"  {phase}", _phase(phase), units.seconds, min) for phase in PHASES),
-        Row("speed-up", [Cell(text) for text in ratios]),
+        FigureRow("speed-up", [FigureCell(text) for text in ratios]),
         row("launch-bound", lambda x: x.time.launch_bound_share, units.percent, min),
         row("tokens/s", lambda x: x.tokens_per_second, lambda v: f"{v:,.0f}", max),
         row("MFU", lambda x: x.mfu, lambda v: f"{100 * v:.1f} %", max),
@@ -66,14 +68,14 @@ def _phase(name: str) -> Figure:
 
 def _marked(
     values: Sequence[Any], texts: list[str], rated: list[bool], better: Callable[..., Any] | None
-) -> list[Cell]:
+) -> list[FigureCell]:
     """Cells with the best marked; figures that read alike are equally good, and no mark says that all are."""
     if better is None:
-        return [Cell(text) for text in texts]
+        return [FigureCell(text) for text in texts]
     best = better(v for v, counts in zip(values, rated, strict=True) if counts)
     shown = texts[list(values).index(best)]
     good = [counts and text == shown for text, counts in zip(texts, rated, strict=True)]
-    return [Cell(text, mark and sum(good) < sum(rated)) for text, mark in zip(texts, good, strict=True)]
+    return [FigureCell(text, mark and sum(good) < sum(rated)) for text, mark in zip(texts, good, strict=True)]
 
 
 def phase_table(phases: Sequence[Phase]) -> tuple[str, list[list[str]]]:

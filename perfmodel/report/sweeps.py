@@ -25,7 +25,7 @@ COLORS = {"faster": "green", "slower": "red", "same": "default"}
 
 
 @dataclass
-class Summary:
+class SweepSummary:
     """What one method does on one device over the whole grid."""
 
     rows: int = 0
@@ -56,11 +56,11 @@ class Summary:
 
 
 @dataclass
-class Outcome:
+class FinishedSweep:
     """A sweep that ran: the summary of each device and method, and what was kept of its rows."""
 
     baseline: str
-    summaries: dict[Key, Summary] = field(default_factory=dict)
+    summaries: dict[Key, SweepSummary] = field(default_factory=dict)
     speedups: dict[Key, list[Columns]] = field(default_factory=dict)
     kept: list[Columns] = field(default_factory=list)
     output: Path | None = None
@@ -74,7 +74,7 @@ class Outcome:
         return {"baseline": self.baseline, "summary": summary, "rows": rows}
 
 
-def run(planned: Sweep, *, output: Path | None, keep_rows: bool, keep_speedups: bool) -> Outcome:
+def run(planned: Sweep, *, output: Path | None, keep_rows: bool, keep_speedups: bool) -> FinishedSweep:
     """Predict every block: rows to a file, figures to the summary.
 
     Args:
@@ -84,7 +84,7 @@ def run(planned: Sweep, *, output: Path | None, keep_rows: bool, keep_speedups: 
     Raises:
         UserError: a file that cannot be written, or a setup that is refused.
     """
-    outcome = Outcome(planned.methods[0].spec(), output=output)
+    outcome = FinishedSweep(planned.methods[0].spec(), output=output)
     keep_speedups = keep_speedups or _fits_terminal(planned)
     with ExitStack() as stack:
         write = stack.enter_context(rows_to(output)) if output else None
@@ -104,12 +104,12 @@ def _fits_terminal(planned: Sweep) -> bool:
     return len(planned.batch) <= MATRIX[0] and len(planned.seq) <= MATRIX[1]
 
 
-def _summarise(outcome: Outcome, columns: Columns, *, keep_speedups: bool) -> None:
+def _summarise(outcome: FinishedSweep, columns: Columns, *, keep_speedups: bool) -> None:
     device = columns["device"][0].item()
     for method in dict.fromkeys(columns["method"].tolist()):
         chosen = columns["method"] == method
         part = {name: values[chosen] for name, values in columns.items()}
-        outcome.summaries.setdefault((device, method), Summary()).add(part)
+        outcome.summaries.setdefault((device, method), SweepSummary()).add(part)
         if keep_speedups:
             kept = {name: part[name] for name in ("batch", "seq", "speedup", "fits")}
             outcome.speedups.setdefault((device, method), []).append(kept)
@@ -120,7 +120,7 @@ def plane(planned: Sweep, blocks: list[Columns], name: str) -> np.ndarray:
     return np.concatenate([b[name] for b in blocks]).reshape(len(planned.batch), len(planned.seq))
 
 
-def show_summary(planned: Sweep, outcome: Outcome) -> None:
+def show_summary(planned: Sweep, outcome: FinishedSweep) -> None:
     """Where each method pays, the best setup of each, and the speed-ups themselves where the grid is small."""
     console.print(
         f"[bold]{escape(planned.model)}[/]: {len(planned):,} setups, {_span('batch', planned.batch)}, "
@@ -143,7 +143,7 @@ def show_summary(planned: Sweep, outcome: Outcome) -> None:
         console.print(f"{len(planned):,} rows in {escape(str(outcome.output))}")
 
 
-def _row(method: str, s: Summary, outcome: Outcome) -> list[str]:
+def _row(method: str, s: SweepSummary, outcome: FinishedSweep) -> list[str]:
     cells = ["", "", ""]
     if method != outcome.baseline:
         cells = [units.percent(s.verdicts[v] / s.rows) for v in ("faster", "slower")]

@@ -14,7 +14,7 @@ from ..prediction.predict import Prediction
 from ..program.part import PHASES
 from ..questions.comparison import Comparison
 from ..questions.sentences import in_words
-from .figures import Cell, figures, headline, mfu_of, setup_line
+from .figures import FigureCell, figures, headline, mfu_of, setup_line
 
 console = Console(highlight=False)
 COLUMNS = (*PHASES, "total")
@@ -149,5 +149,5 @@ def show_comparison(c: Comparison) -> None:
     notes(dict.fromkeys(note for p in c.predictions for note in p.notes))
 
 
-def _marked(cell: Cell) -> str:
+def _marked(cell: FigureCell) -> str:
     return f"{cell.text}{' *' if cell.best else '  '}"

@@ -20,7 +20,7 @@ Backward = Callable[["Node", Sequence["Tensor | None"]], Grads]
 Edge = tuple["Node", int]  # where a gradient goes: a node, and which of its outputs the gradient is of
 
 
-class Recorder(Protocol):
+class RecordingTape(Protocol):
     """What memory and nodes need of the tape."""
 
     part: Part
@@ -38,7 +38,7 @@ class Storage:
 
     __slots__ = ("__weakref__", "copies", "heir", "nbytes", "number", "tape")
 
-    def __init__(self, nbytes: Dim, tape: "Recorder | None") -> None:
+    def __init__(self, nbytes: Dim, tape: "RecordingTape | None") -> None:
         self.nbytes = nbytes
         self.tape = tape
         self.copies = 1
@@ -181,7 +181,7 @@ class Node:
 
     def __init__(
         self, name: str, needs: tuple[bool, ...], edges: tuple["Edge | None", ...], backward: Backward,
-        attrs: tuple[Any, ...], tape: "Recorder",
+        attrs: tuple[Any, ...], tape: "RecordingTape",
     ) -> None:  # fmt: skip
         self.name = name
         self.backward = backward

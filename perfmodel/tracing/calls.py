@@ -13,7 +13,7 @@ from ..program.op import PLAIN, STRIDED, Attrs, Op, Spec
 from ..setup import Setup
 from .cuda_forms import cuda_forms
 from .programs.dtypes import DTYPES, TORCH_DTYPES
-from .trace import Recorder, call_name, eager_program, graph_nodes
+from .trace import CallRecorder, call_name, eager_program, graph_nodes
 
 MODULES_OF_A_BLOCK = 4  # as `perfmodel.architectures.base` counts them
 Place = tuple[int, str]  # micro-batch (0 the first, 1 a further one) and phase
@@ -54,7 +54,7 @@ class Calls:
 
 
 @dataclass(frozen=True)
-class Program:
+class TracedProgram:
     """A module on fake tensors and how to run it.
 
     Attributes:
@@ -69,7 +69,7 @@ class Program:
     capability: str | None = None
 
 
-def record(program: Program, setup: Setup, *, warm: bool = False) -> Calls:
+def record(program: TracedProgram, setup: Setup, *, warm: bool = False) -> Calls:
     """Trace forward and backward of a module on fake tensors, under the caller's fake mode.
 
     A further micro-batch differs from the first in what it adds to gradients, so two of them stand for any number.
@@ -80,7 +80,7 @@ def record(program: Program, setup: Setup, *, warm: bool = False) -> Calls:
     """
     module, capability = program.module, program.capability
     calls = Calls(cuda=capability is not None)
-    recorder = Recorder(dense=not setup.padded, keep=calls.keep)
+    recorder = CallRecorder(dense=not setup.padded, keep=calls.keep)
     forms = cuda_forms(capability) if capability else nullcontext()
     with eager_program(), forms, _host_work(program, calls):
         if not warm:
@@ -96,12 +96,12 @@ def record(program: Program, setup: Setup, *, warm: bool = False) -> Calls:
     return calls
 
 
-def _warm_up(program: Program, recorder: Recorder) -> None:
+def _warm_up(program: TracedProgram, recorder: CallRecorder) -> None:
     with recorder.observe("forward"):
         program.loss()
 
 
-def _micro_batch(loss: Loss, setup: Setup, recorder: Recorder, calls: Calls, micro: int) -> tuple[int, int]:
+def _micro_batch(loss: Loss, setup: Setup, recorder: CallRecorder, calls: Calls, micro: int) -> tuple[int, int]:
     """Record a micro-batch; returns the most live bytes up to the middle of its backward pass, and after it."""
     amp = torch.autocast("cpu", TORCH_DTYPES[setup.amp]) if setup.amp else nullcontext()
     calls.place = (micro, "forward")
@@ -121,7 +121,7 @@ def _micro_batch(loss: Loss, setup: Setup, recorder: Recorder, calls: Calls, mic
 
 
 @contextmanager
-def _host_work(program: Program, calls: Calls) -> Iterator[None]:
+def _host_work(program: TracedProgram, calls: Calls) -> Iterator[None]:
     """Count Python's work: calls of modules, adapters and checkpoints, hooks on saved tensors, autograd nodes.
 
     Modules count as on the tape, whose host costs are fitted to that: those with parameters of their own, and of a

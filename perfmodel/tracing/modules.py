@@ -22,7 +22,7 @@ Inputs = Mapping[str, Any] | Sequence[Any] | torch.Tensor
 LossOf = Callable[[Any], torch.Tensor]
 
 
-def predict(
+def predict_module(
     module: torch.nn.Module,
     inputs: Inputs,
     *,

@@ -62,7 +62,7 @@ class Trace:
     total: int = 0
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records non-view ATen calls with shapes and dtypes, and replays storage lifetimes by weak reference."""
 
     def __init__(self, *, dense: bool = True, keep: Callable[[str, Any, Any, Any, Any], None] | None = None) -> None:
@@ -269,7 +269,7 @@ def trace_step(
         ids, labels = (torch.zeros(shape, dtype=torch.long, device=device) for _ in range(2))
         attention = torch.ones(shape, dtype=torch.long, device=device)
         update = make(model, optimizer)
-    recorder = Recorder(dense=not setup.padded, keep=keep)
+    recorder = CallRecorder(dense=not setup.padded, keep=keep)
     recorder.trace.trainable = sum(p.numel() for p in trained)
     recorder.trace.total = sum(p.numel() for p in model.parameters())
 
@@ -315,7 +315,7 @@ def graph_nodes(root: Any) -> int:
 
 
 @contextmanager
-def _counting(phase: str, recorder: Recorder) -> Iterator[None]:
+def _counting(phase: str, recorder: CallRecorder) -> Iterator[None]:
     with recorder, FlopCounterMode(display=False) as counter:
         yield
     recorder.trace.flops[phase] = recorder.trace.flops.get(phase, 0) + counter.get_total_flops()

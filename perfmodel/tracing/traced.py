@@ -29,7 +29,7 @@ from ..recording.step import Step
 from ..setup import Setup
 from ..tape.core import Tape, recording
 from . import programs
-from .calls import Calls, Loss, Place, Program, record
+from .calls import Calls, Loss, Place, TracedProgram, record
 from .growth import Term, Whole, whole
 from .parameters import parameters_of
 from .programs import adapt as adapters
@@ -52,7 +52,7 @@ class TracedMethod(Method):
         return self.label
 
 
-def predict(
+def predict_traced(
     model: str | Config,
     setup: Setup,
     device: str | DeviceProfile | Device,
@@ -212,7 +212,7 @@ def trace(model: Any, make: MakeLoss, setup: Setup, capability: str | None, name
     try:
         with mode:
             loss = make()
-            program = Program(model, loss, blocks, capability)
+            program = TracedProgram(model, loss, blocks, capability)
             return whole(rows, lambda warm: record(program, setup, warm=warm))
     except UserError:
         raise

@@ -58,7 +58,7 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
-def seconds_of(case: designs.Case) -> float:
+def seconds_of(case: designs.MicroCase) -> float:
     """What a case takes on the made-up box."""
     s = dict(case.sizes)
     if case.block == "gemm":
@@ -234,7 +234,7 @@ def test_no_gpu_is_one_line(home: Path) -> None:
 def test_every_case_runs_on_the_cpu() -> None:
     """A case that cannot run would fail a calibration after minutes, on somebody else's machine."""
     watch = stopwatch.stopwatch("cpu", 1)
-    smallest: dict[tuple[str, str, str, bool], designs.Case] = {}
+    smallest: dict[tuple[str, str, str, bool], designs.MicroCase] = {}
     for cases in designs.design("cpu", ("fp32", "bf16")).values():
         for case in cases:
             key = (case.op, case.dtype, case.layout, case.backward)

@@ -26,7 +26,7 @@ A100 = {
 }  # fmt: skip
 
 
-def seconds_of(case: designs.Case, on: DeviceProfile) -> float:
+def seconds_of(case: designs.MicroCase, on: DeviceProfile) -> float:
     """What a case takes on a card, by the price models."""
     s, hw = dict(case.sizes), on.hardware
     if case.block == "gemm":

@@ -23,7 +23,7 @@ COSTS = {"fetch": 4.0, "release": 1.5, "reduce": 6.0, "settle": 0.5}
 SLOWER = 3.0  # the host that is measured
 
 
-def rows() -> list[engine.Row]:
+def rows() -> list[engine.EngineRow]:
     """What `measure` would give on a host three times as slow as the default one, with these costs."""
     found, by = [], host.load()
     architecture = from_config(Config({**SMALL["llama"], "num_hidden_layers": 4}, "llama", "llama"))
@@ -36,7 +36,7 @@ def rows() -> list[engine.Row]:
             units = engine.units(zero, phase)
             python = by.module * sum(COSTS[name] * n for name, n in zip(engines.COSTS, units, strict=True))
             found.append(
-                engine.Row(
+                engine.EngineRow(
                     f"{method} {checkpoint} {phase}", SLOWER * expected[phase], SLOWER * (recorded[phase] + python),
                     expected[phase], recorded[phase], units,
                 )

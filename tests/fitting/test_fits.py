@@ -25,12 +25,12 @@ def test_a_gemm_fit_finds_the_times_that_known_parameters_make(kernels: Path, de
     rows, hw = gemm.load(kernels, device, dtype), common.hardware(device)
     begin = replace(gemm.start(device, dtype), power_share=0.0, load_energy=0.0)
     known = replace(begin, math_efficiency=0.6, memory_efficiency=0.7, launch_clocks=9e3)
-    made = rows.assign(seconds=gemm.predict(rows, hw, gemm.Found(known)))
+    made = rows.assign(seconds=gemm.priced_rows(rows, hw, gemm.Found(known)))
     found = gemm.fit({device: made}, dtype, begin)
     seen, unseen = made[~made.left_out], made[made.left_out]
     for some, off in ((seen, 0.02), (unseen, 0.08)):
         some = some.reset_index(drop=True)
-        before, after = (gemm.predict(some, hw, f) / some.seconds - 1 for f in (gemm.Found(begin), found))
+        before, after = (gemm.priced_rows(some, hw, f) / some.seconds - 1 for f in (gemm.Found(begin), found))
         assert np.abs(after).mean() < off < np.abs(before).mean() / 2
 
 
@@ -93,7 +93,7 @@ def test_a_boards_slowdowns_come_out_of_its_layouts(tmp_path: Path) -> None:
             for m, n, k in sizes for layout in ("TN", "NN", "NT")
         ]
     )  # fmt: skip
-    rows.assign(implied_ms=layouts.predict(rows, hw, known) * 1e3).to_csv(tmp_path / "gemm_layouts_simumax.csv")
+    rows.assign(implied_ms=layouts.priced_layouts(rows, hw, known) * 1e3).to_csv(tmp_path / "gemm_layouts_simumax.csv")
     fit = layouts.fit_board(tmp_path, "b200", replace(base, sustained=1.0, nn_slowdown=1.0, nt_slowdown=1.0))
     p = fit.parameters
     assert (p.sustained, p.nn_slowdown, p.nt_slowdown) == pytest.approx((0.8, 1.1, 1.25), rel=0.01)

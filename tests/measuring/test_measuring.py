@@ -140,7 +140,7 @@ def test_a_record_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch, tmp
     def refused() -> dict[str, Any]:
         import torch
 
-        monkeypatch.setattr(visit, "Program", lambda cell, device, team: torch.empty(2**60))
+        monkeypatch.setattr(visit, "TrainingLoop", lambda cell, device, team: torch.empty(2**60))
         plan = run.plan(str(grid), "cpu", threads=1)
         return visit.visit(plan.grid.cells[0], "cpu", threads=1, warm_up=0, steps=1)
 

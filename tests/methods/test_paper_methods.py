@@ -82,7 +82,7 @@ def test_all_orders_of_runlora_compute_the_same(bias: bool) -> None:
     grads = torch.autograd.grad(expected, trained, g)
     for forward in range(1, 5):
         for backward in range(1, 9):
-            y = references.RunLora.apply(x, w, u, v, b if bias else None, forward, backward)
+            y = references.RunLoraModule.apply(x, w, u, v, b if bias else None, forward, backward)
             assert torch.allclose(y, expected)
             found = torch.autograd.grad(y, trained, g)
             assert all(torch.allclose(one, other) for one, other in zip(found, grads, strict=True))

@@ -35,10 +35,10 @@ from validate.campaign import run as campaign
 from validate.measuring import clocks, environment, records, team
 from validate.measuring import profile as profiling
 from validate.measuring.cells import Cell
-from validate.measuring.loop import Program
+from validate.measuring.loop import TrainingLoop
 from validate.measuring.visit import visit
 from validate.microbench import kernels, run, stopwatch, wider
-from validate.microbench.designs import Case
+from validate.microbench.designs import MicroCase
 
 ROOT = Path(__file__).parents[1]
 A100, H100 = profile.load("a100-80gb-sxm"), profile.load("h100-sxm")
@@ -141,9 +141,9 @@ def test_the_environment_of_a_gpu_is_what_its_driver_tells(gpu: Gpu) -> None:
     assert environment.describe("cuda", 1)["gpu"] == found
 
 
-def representatives() -> list[Case]:
+def representatives() -> list[MicroCase]:
     """The smallest case of every kind that a calibration or a campaign has."""
-    found: dict[Any, Case] = {}
+    found: dict[Any, MicroCase] = {}
     for cases in wider.campaign("cuda", ("fp32", "bf16")).values():
         for case in sorted(cases, key=lambda c: prod(n for _, n in c.sizes)):
             found.setdefault((case.block, case.op, case.dtype, case.layout, case.backward), case)
@@ -169,7 +169,7 @@ def test_every_kind_of_microbenchmark_runs(gpu: Gpu, monkeypatch: pytest.MonkeyP
 def test_a_benchmark_takes_what_its_kernel_takes(gpu: Gpu) -> None:
     """Between two events lies the device's time, not that of Python or of the first launch's way there."""
     gpu.by = DEFAULT
-    case = Case("gemm", "mm", "bf16", (("m", 2048), ("n", 2048), ("k", 2048)), "tn")
+    case = MicroCase("gemm", "mm", "bf16", (("m", 2048), ("n", 2048), ("k", 2048)), "tn")
     timing = stopwatch.CudaStopwatch()(*kernels.build(case, "cuda"), 0.05, 5)
     expected = gemm_time(2048, 2048, 2048, hardware=A100.hardware, parameters=A100.gemm["bf16"], dtype="bf16")
     assert timing.median == pytest.approx(float(expected), rel=1e-3)
@@ -192,7 +192,7 @@ def tiny() -> dict[str, Any]:
 
 def test_work_of_the_step_before_is_not_profiled(gpu: Gpu) -> None:
     """A device runs behind its host: without a synchronisation the trace begins amid kernels that nobody launched."""
-    program = Program(Cell.from_dict(tiny()), "cuda")
+    program = TrainingLoop(Cell.from_dict(tiny()), "cuda")
     gpu.by = replace(FAST, call=0.0)
     program.step()
     assert gpu.device_s > gpu.host_s

@@ -8,16 +8,16 @@ from rich.console import Console
 
 from perfmodel.prediction.memory import bounds
 from validate.published.show_steps import _print_published
-from validate.published.steps import Outcome, evaluate_all, load, pairs, summary
+from validate.published.steps import StepOutcome, evaluate_all, load, pairs, summary
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> list[Outcome]:
+def outcomes() -> list[StepOutcome]:
     return evaluate_all(load())
 
 
 @pytest.fixture(scope="module")
-def check(outcomes: list[Outcome]) -> list[Outcome]:
+def check(outcomes: list[StepOutcome]) -> list[StepOutcome]:
     return [o for o in outcomes if o.row.split == "check"]
 
 
@@ -35,7 +35,7 @@ def test_every_row_names_its_source_and_groups_are_never_split() -> None:
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
-def test_step_times_ratios_verdicts_and_memory_are_what_the_readme_claims(check: list[Outcome]) -> None:
+def test_step_times_ratios_verdicts_and_memory_are_what_the_readme_claims(check: list[StepOutcome]) -> None:
     """The promise of the product, in one sentence: whoever makes a figure worse has to say so in front."""
     total = summary(check)[-1]
     step, ratio = (f"{100 * total[key]:.1f} %" for key in ("mean", "ratio_mean"))
@@ -51,7 +51,10 @@ def test_step_times_ratios_verdicts_and_memory_are_what_the_readme_claims(check:
 
 
 def test_the_readme_has_the_table_that_the_command_prints(
-    outcomes: list[Outcome], check: list[Outcome], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    outcomes: list[StepOutcome],
+    check: list[StepOutcome],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The figures have one home: a table copied once would outlive the model that it was of."""
     monkeypatch.setattr("validate.published.show_steps.console", Console(width=100))
@@ -60,7 +63,7 @@ def test_the_readme_has_the_table_that_the_command_prints(
     assert "".join(f"    {line.rstrip()}\n" for line in table.splitlines()) in README
 
 
-def test_what_the_allocator_may_need_holds_the_published_peaks_and_little_more(check: list[Outcome]) -> None:
+def test_what_the_allocator_may_need_holds_the_published_peaks_and_little_more(check: list[StepOutcome]) -> None:
     """Between the live bytes and what fragmentation adds: too narrow a promise ends in out of memory, too wide a one
     refuses what runs."""
     rows = [o for o in check if o.row.memory and o.row.memory_kind == "allocated"]
@@ -72,12 +75,12 @@ def test_what_the_allocator_may_need_holds_the_published_peaks_and_little_more(c
     assert added.max() <= 1.25 * excess.max()
 
 
-def test_intervals_hold_what_they_promise(check: list[Outcome]) -> None:
+def test_intervals_hold_what_they_promise(check: list[StepOutcome]) -> None:
     """A 90 % interval that holds 60 % misleads; one that holds everything says nothing."""
     assert 0.85 <= np.mean([o.inside for o in check]) <= 0.97
 
 
-def test_the_answer_that_people_start_from(outcomes: list[Outcome]) -> None:
+def test_the_answer_that_people_start_from(outcomes: list[StepOutcome]) -> None:
     """PEFT's L40S benchmark of 2026-07: full 362.6 ms, LoRA r32 on q and v 117.0 ms."""
     rows = {(o.row.method, round(o.seconds, 4)): o for o in outcomes if o.row.family == "peft"}
     full, lora = rows["full", 0.3626], rows["lora:r=32,targets=q_proj+v_proj", 0.1170]
@@ -86,14 +89,14 @@ def test_the_answer_that_people_start_from(outcomes: list[Outcome]) -> None:
     assert full.predicted_seconds / lora.predicted_seconds == pytest.approx(362.6 / 117.0, rel=0.08)
 
 
-def test_lora_is_slower_where_the_paper_measured_it_slower(outcomes: list[Outcome]) -> None:
+def test_lora_is_slower_where_the_paper_measured_it_slower(outcomes: list[StepOutcome]) -> None:
     """arXiv 2507.08833, forward and backward on an A100: the starting point of the project."""
     found = pairs([o for o in outcomes if o.row.family == "paper"])
     assert len(found) == 2
     assert all(p.measured < 1 and p.predicted < 1 for p in found)
 
 
-def test_fp32_steps_of_neusight(outcomes: list[Outcome]) -> None:
+def test_fp32_steps_of_neusight(outcomes: list[StepOutcome]) -> None:
     """Eager fp32 training on A100, V100 and L4: mean error at most 8 % (a plain roofline has 31.9 %)."""
     errors = [abs(o.error) for o in outcomes if o.row.family == "neusight"]
     assert np.mean(errors) <= 0.08

@@ -13,20 +13,20 @@ pytest.importorskip("peft")
 from perfmodel import cli
 from perfmodel.prediction.predict import predict
 from validate.published import tuners
-from validate.published.tuners import Outcome, Row, evaluate, load, summary
+from validate.published.tuners import TunerOutcome, TunerRow, evaluate, load, summary
 
 
 @pytest.fixture(scope="module")
-def rows() -> dict[str, Row]:
+def rows() -> dict[str, TunerRow]:
     return {row.id: row for row in load()}
 
 
-def outcome(row: Row, seconds: float, predicted: float) -> Outcome:
+def outcome(row: TunerRow, seconds: float, predicted: float) -> TunerOutcome:
     prediction: Any = SimpleNamespace(time=SimpleNamespace(phases={"total": predicted}))
-    return Outcome(replace(row, seconds=seconds), prediction)
+    return TunerOutcome(replace(row, seconds=seconds), prediction)
 
 
-def test_every_row_names_its_source_and_can_be_read(rows: dict[str, Row]) -> None:
+def test_every_row_names_its_source_and_can_be_read(rows: dict[str, TunerRow]) -> None:
     """A figure without a source cannot be checked; a figure outside its run's own spread was copied wrongly."""
     assert len(rows) == 44
     assert len({row.tuner for row in rows.values()}) >= 25
@@ -36,7 +36,7 @@ def test_every_row_names_its_source_and_can_be_read(rows: dict[str, Row]) -> Non
         assert row.trainable > 0
 
 
-def test_a_traced_row_is_the_tapes_prediction(rows: dict[str, Row]) -> None:
+def test_a_traced_row_is_the_tapes_prediction(rows: dict[str, TunerRow]) -> None:
     """The table's setup, read into a trace, is what one would write on the command line."""
     row = rows["lora-rank32"]
     found = evaluate(row)
@@ -46,17 +46,17 @@ def test_a_traced_row_is_the_tapes_prediction(rows: dict[str, Row]) -> None:
     assert found.prediction.trainable_params == row.trainable
 
 
-def test_a_tuner_that_cannot_be_traced_says_why(rows: dict[str, Row]) -> None:
+def test_a_tuner_that_cannot_be_traced_says_why(rows: dict[str, TunerRow]) -> None:
     """It must be listed with its reason, not fall out of the count silently."""
     broken = replace(rows["lora-rank32"], config={"peft_type": "LORA", "target_modules": ["nothing"]})
     assert "nothing" in evaluate(broken).reason
 
 
-def test_the_summary_is_what_one_computes_by_hand(rows: dict[str, Row]) -> None:
+def test_the_summary_is_what_one_computes_by_hand(rows: dict[str, TunerRow]) -> None:
     """Errors 10 %, 20 %, 0 % in size, two of four ranks swapped: Spearman 1 - 6·2/(4·15) = 0.8."""
     row = rows["lora-rank32"]
     found = [outcome(row, m, p) for m, p in ((1.0, 1.1), (2.0, 1.6), (1.5, 1.8), (4.0, 4.0))]
-    total = summary([*found, Outcome(row, None, "why")])
+    total = summary([*found, TunerOutcome(row, None, "why")])
     assert total.rows == 4
     assert total.mean == pytest.approx((0.1 + 0.2 + 0.2 + 0.0) / 4)
     assert total.spearman == pytest.approx(0.8)
@@ -66,7 +66,7 @@ def test_the_summary_is_what_one_computes_by_hand(rows: dict[str, Row]) -> None:
 
 @pytest.mark.parametrize(("factor", "code"), [(1.05, 0), (1.3, 1)])
 def test_the_command_ends_with_1_when_a_limit_is_missed(
-    rows: dict[str, Row], monkeypatch: pytest.MonkeyPatch, factor: float, code: int
+    rows: dict[str, TunerRow], monkeypatch: pytest.MonkeyPatch, factor: float, code: int
 ) -> None:
     """A harness that cannot fail checks nothing."""
     chosen = [rows["lora-rank32"], rows["prompt_tuning-default"]]

@@ -9,10 +9,10 @@ import torch
 from perfmodel.setup import Setup
 from perfmodel.tracing.programs.dtypes import TORCH_DTYPES
 from perfmodel.tracing.programs.updates import make_optimizer
-from perfmodel.tracing.trace import Recorder
+from perfmodel.tracing.trace import CallRecorder
 
 
-def real_steps(model: Any, setup: Setup, optimizer: str, steps: int) -> tuple[Recorder, list[float]]:
+def real_steps(model: Any, setup: Setup, optimizer: str, steps: int) -> tuple[CallRecorder, list[float]]:
     """Train for some steps, the last one recorded; returns the losses too."""
     model.train()
     if setup.checkpoint != "none":
@@ -23,7 +23,7 @@ def real_steps(model: Any, setup: Setup, optimizer: str, steps: int) -> tuple[Re
         group["lr"] = 1e-2
     ids = torch.arange(setup.batch * setup.seq).view(setup.batch, setup.seq) % 100
     attention = torch.ones_like(ids)
-    recorder, losses = Recorder(), []
+    recorder, losses = CallRecorder(), []
     for step in range(steps):
         recorder.recording = step == steps - 1
         total = 0.0

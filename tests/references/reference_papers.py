@@ -19,7 +19,7 @@ from perfmodel.methods.s2ft import S2Ft
 from perfmodel.methods.xgblora import XgbLora
 from perfmodel.setup import Setup
 from perfmodel.tracing.programs import models
-from perfmodel.tracing.trace import Recorder, Signature, to_fake
+from perfmodel.tracing.trace import CallRecorder, Signature, to_fake
 
 
 @program(RoLora)
@@ -77,7 +77,7 @@ def two_nn(x: Any) -> Any:
 
 def calls_of(model: Any, function: Callable[[], Any]) -> Counter[Signature]:
     """The ATen calls of a function on a model of fake tensors."""
-    mode, recorder = FakeTensorMode(), Recorder()
+    mode, recorder = FakeTensorMode(), CallRecorder()
     to_fake(model, mode, "cpu")
     recorder.recording = True
     with mode, torch.no_grad(), recorder.observe("once"):

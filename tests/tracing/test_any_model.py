@@ -241,13 +241,15 @@ def test_a_vision_model_from_the_command_line(tmp_path: Path) -> None:
 
 def test_coverage_goes_on_where_its_table_stops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A scan of all types takes an hour or two; one that was stopped must not begin again."""
-    table, told = tmp_path / "table.csv", coverage.Row("vision", "resnet", 1.5, "", 3, 16, 120)
+    table, told = tmp_path / "table.csv", coverage.CoverageRow("vision", "resnet", 1.5, "", 3, 16, 120)
     coverage.append(table, told)
     monkeypatch.setattr(coverage, "model_types", lambda *, quick: [("vision", "resnet"), ("vision", "none")])
     monkeypatch.setattr(coverage, "tuners", list)
-    monkeypatch.setattr(coverage, "cover_model", lambda family, name: coverage.Row(family, name, 0.0, "no such type"))
+    monkeypatch.setattr(
+        coverage, "cover_model", lambda family, name: coverage.CoverageRow(family, name, 0.0, "no such type")
+    )
     CliRunner().invoke(cli.main, ["validate", "coverage", "--output", str(table)])
-    assert coverage.load(table) == [told, coverage.Row("vision", "none", 0.0, "no such type")]
+    assert coverage.load(table) == [told, coverage.CoverageRow("vision", "none", 0.0, "no such type")]
 
 
 def test_a_type_that_takes_too_long_is_given_up() -> None:

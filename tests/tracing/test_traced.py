@@ -137,13 +137,13 @@ def test_a_peft_config_and_a_method_exclude_each_other(tmp_path: Path) -> None:
 
 def test_autocast_on_a_gpu_is_refused() -> None:
     with pytest.raises(UserError, match="--amp"):
-        traced.predict("gpt2", Setup(dtype="fp32", amp="bf16"), "l40s")
+        traced.predict_traced("gpt2", Setup(dtype="fp32", amp="bf16"), "l40s")
 
 
 def test_equal_ops_take_equal_time() -> None:
     """The device's seconds are the tape's: layouts and broadcasts, which prices look at, are seen in the trace too."""
     setup = Setup(batch=2, seq=256)
-    real = traced.predict("gpt2", setup, "a100-80gb-sxm", method="lora:r=8,dropout=0.1")
+    real = traced.predict_traced("gpt2", setup, "a100-80gb-sxm", method="lora:r=8,dropout=0.1")
     tape = predict("gpt2", "lora:r=8,dropout=0.1", setup, "a100-80gb-sxm")
     assert float(real.time.device_busy) == pytest.approx(float(tape.time.device_busy), rel=1e-3)
     assert real.kernels == tape.kernels

@@ -171,7 +171,7 @@ def host_floors(found: Sequence[Record]) -> dict[str, float]:
     return {field: timed[op] for field, op in fields.items() if op in timed}
 
 
-def cpu_datasheet(rows: Sequence[cpu_fit.Row], here: Record) -> dict[str, tuple[Any, str]]:
+def cpu_datasheet(rows: Sequence[cpu_fit.CpuRow], here: Record) -> dict[str, tuple[Any, str]]:
     """Figure -> (value, source) of a CPU with so many threads at work."""
     host = here["host"]
     threads = int(host["threads"])
@@ -193,11 +193,11 @@ def cpu_datasheet(rows: Sequence[cpu_fit.Row], here: Record) -> dict[str, tuple[
     }
 
 
-def _rate(r: cpu_fit.Row) -> float:
+def _rate(r: cpu_fit.CpuRow) -> float:
     return 2.0 * r.sizes["m"] * r.sizes["n"] * r.sizes["k"] / r.seconds
 
 
-def _bandwidth(r: cpu_fit.Row) -> float:
+def _bandwidth(r: cpu_fit.CpuRow) -> float:
     """Bytes read and written a second, of a call on cold operands that is too big for a core's cache."""
     from ..fitting.cpu_ops import op
 

@@ -68,7 +68,7 @@ Seconds = dict[str, float]  # by phase; forward and backward of one micro-batch
 
 
 @dataclass(frozen=True)
-class Row:
+class EngineRow:
     """What the layers between the two depths add to one phase of one program.
 
     Attributes:
@@ -134,7 +134,7 @@ def programs() -> Iterator[tuple[str, str]]:
     yield from product(METHODS, CHECKPOINTS)
 
 
-def measure(progress: Callable[[str], None] = lambda name: None) -> list[Row]:
+def measure(progress: Callable[[str], None] = lambda name: None) -> list[EngineRow]:
     """Time every program at both depths, with and without the engine."""
     deepspeed = start()
     threads = torch.get_num_threads()
@@ -152,15 +152,15 @@ def measure(progress: Callable[[str], None] = lambda name: None) -> list[Row]:
     return rows
 
 
-def _between(name: str, few: Row, many: Row) -> Row:
+def _between(name: str, few: EngineRow, many: EngineRow) -> EngineRow:
     units = tuple(b - a for a, b in zip(few.units, many.units, strict=True))
-    return Row(
+    return EngineRow(
         name, many.plain - few.plain, many.engine - few.engine, many.expected - few.expected,
         many.recorded - few.recorded, units,
     )  # fmt: skip
 
 
-def _at_depth(deepspeed: Any, method_text: str, checkpoint: str, layers: int) -> list[Row]:
+def _at_depth(deepspeed: Any, method_text: str, checkpoint: str, layers: int) -> list[EngineRow]:
     """One program, phase by phase."""
     config = Config({**SMALL["llama"], "num_hidden_layers": layers}, "llama", "llama")
     architecture = from_config(config)
@@ -179,7 +179,7 @@ def _at_depth(deepspeed: Any, method_text: str, checkpoint: str, layers: int) ->
     by = hosts.load()
     expected, recorded = (dispatched(step, by) for step in steps)
     return [
-        Row(phase, times[0][phase], times[1][phase], expected[phase], recorded[phase], units(steps[1], phase))
+        EngineRow(phase, times[0][phase], times[1][phase], expected[phase], recorded[phase], units(steps[1], phase))
         for phase in PHASES
     ]
 
@@ -231,13 +231,13 @@ def _in_turns(programs: list[Running]) -> list[Seconds]:
     return [{phase: float(np.quantile(t, 0.25)) for phase, t in seconds.items()} for seconds in taken]
 
 
-def slowness(rows: list[Row]) -> float:
+def slowness(rows: list[EngineRow]) -> float:
     """How many times as long this machine's host takes as the default one, forward and back, without the engine."""
     dispatched = [row for row in rows if not row.name.endswith("optimizer")]  # an update on a CPU is one kernel
     return sum(row.plain for row in dispatched) / sum(row.expected for row in dispatched)
 
 
-def fit(rows: list[Row]) -> tuple[dict[str, float], float]:
+def fit(rows: list[EngineRow]) -> tuple[dict[str, float], float]:
     """Each cost in modules of the host, and the mean |relative error| of the seconds with the engine."""
     scale = slowness(rows)
     beside = np.array([row.engine - row.plain - scale * (row.recorded - row.expected) for row in rows])
@@ -248,7 +248,7 @@ def fit(rows: list[Row]) -> tuple[dict[str, float], float]:
     return dict(zip(COSTS, map(float, found), strict=True)), error
 
 
-def write(costs: dict[str, float], error: float, rows: list[Row], path: Path = OUTPUT) -> None:
+def write(costs: dict[str, float], error: float, rows: list[EngineRow], path: Path = OUTPUT) -> None:
     """Write an engine's file, with the measured rows in it."""
     software = ", ".join(f"{name} {version(name)}" for name in ("deepspeed", "torch", "transformers", "peft"))
     lines = [

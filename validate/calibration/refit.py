@@ -24,7 +24,7 @@ from perfmodel.program.part import PHASES
 
 from ..checking.check import Progress, check
 from ..checking.machine import Machine, name_of
-from ..checking.outcomes import Outcome, pairs
+from ..checking.outcomes import CellOutcome, pairs
 from ..checking.summary import Line, line
 from ..fitting.judging import Doubts
 
@@ -87,7 +87,7 @@ def refit(
     )  # fmt: skip
 
 
-def split(outcomes: Sequence[Outcome]) -> tuple[list[Outcome], list[Outcome]]:
+def split(outcomes: Sequence[CellOutcome]) -> tuple[list[CellOutcome], list[CellOutcome]]:
     """(fit, left out) by whole groups; the same groups whatever the order of the records."""
     groups = sorted({o.measured.cell.group for o in outcomes}, key=lambda g: hashlib.sha256(g.encode()).digest())
     away = set(groups[::LEFT_OUT]) if len(groups) > 1 else set()
@@ -97,7 +97,7 @@ def split(outcomes: Sequence[Outcome]) -> tuple[list[Outcome], list[Outcome]]:
     )
 
 
-def fit_factors(outcomes: Sequence[Outcome], machine: Machine) -> tuple[dict[str, float], Doubts]:
+def fit_factors(outcomes: Sequence[CellOutcome], machine: Machine) -> tuple[dict[str, float], Doubts]:
     """The factors with which the phases of some cells come out best, each held near 1 by its prior."""
     names = [name for name in FACTORS if name != "launch" or machine.on.kind == "cuda"]
     measured = np.log([[o.measured.median(phase) for phase in PHASES] for o in outcomes])
@@ -127,12 +127,12 @@ def scaled(by: Host, factors: Mapping[str, float]) -> Host:
     return replace(by, **{cost: getattr(by, cost) * factors[name] for name in factors for cost in FACTORS[name]})
 
 
-def retimed(o: Outcome, on: DeviceProfile, by: Host) -> Outcome:
+def retimed(o: CellOutcome, on: DeviceProfile, by: Host) -> CellOutcome:
     """The same cell with another host: its kernels keep their prices."""
     return replace(o, predicted=replace(o.predicted, time=step_time(*_priced(o, on, by))))
 
 
-def _priced(o: Outcome, on: DeviceProfile, by: Host) -> tuple[Any, ...]:
+def _priced(o: CellOutcome, on: DeviceProfile, by: Host) -> tuple[Any, ...]:
     return o.predicted.step, on, by, o.predicted.durations
 
 

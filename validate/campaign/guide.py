@@ -14,7 +14,7 @@ from perfmodel.devices import profile
 from perfmodel.devices.profile import DeviceProfile
 from perfmodel.errors import UserError
 from perfmodel.prediction.predict import predict
-from perfmodel.questions.crossover import Pair, crossovers
+from perfmodel.questions.crossover import MethodPair, crossovers
 
 from ..accuracy import BASELINE
 from ..checking.machine import name_of
@@ -72,7 +72,7 @@ def lengths(cell: Cell, on: DeviceProfile, longest: int) -> list[int]:
     if cell.method == BASELINE:
         raise UserError(f"a stage around the break-even ends with another method than {BASELINE}")
     full, other = (methods.parse(text).bind(architecture) for text in (BASELINE, cell.method))
-    pair = Pair(architecture, full, other, replace(cell.setup, seq=longest), on, hosts.resolve("default", on))
+    pair = MethodPair(architecture, full, other, replace(cell.setup, seq=longest), on, hosts.resolve("default", on))
     found = crossovers(pair, ("seq",))[0]
     rows = zip(found.values, found.ratio, found.fits_a, found.fits_b, strict=True)
     points = [(log(v), log(r)) for v, r, *fit in rows if v <= longest and all(fit)]

@@ -29,7 +29,7 @@ from ..calibration import hosts
 from ..measuring import cells
 from ..measuring.cells import COUNTS, GRIDS, Cell
 from ..microbench import wider
-from ..microbench.designs import Case
+from ..microbench.designs import MicroCase
 from .guide import around
 
 KEYS = ("name", "blocks", "most", "programs", "cells", "around", "longest", "needs")
@@ -68,7 +68,7 @@ class Unit:
 
     id: str
     stage: str
-    work: Case | Visit | HostProgram
+    work: MicroCase | Visit | HostProgram
     needs: tuple[str, ...] = ()
 
 
@@ -128,7 +128,7 @@ def load(name: Path | None, device: str) -> Plan:
 
 
 @cache
-def _blocks(device: str) -> dict[str, list[Case]]:
+def _blocks(device: str) -> dict[str, list[MicroCase]]:
     return wider.campaign(device, DTYPES)
 
 
@@ -151,7 +151,7 @@ def _check(stage: Any, device: str, where: str) -> None:
 
 def _of_stage(
     plan: Plan, stage: dict[str, Any], device: str, on: DeviceProfile
-) -> Iterator[Case | Visit | HostProgram]:
+) -> Iterator[MicroCase | Visit | HostProgram]:
     known = _blocks(device)
     lists = [known[block][: stage.get("most")] for block in stage.get("blocks", [])]
     for turn in zip_longest(*lists):
@@ -169,7 +169,7 @@ def _cells(plan: Plan, blocks: list[Any]) -> tuple[Cell, ...]:
     return cells.parse({"models": plan.models, "cells": blocks}, plan.name, plan.where).cells if blocks else ()
 
 
-def _id(work: Case | Visit | HostProgram) -> str:
+def _id(work: MicroCase | Visit | HostProgram) -> str:
     if isinstance(work, Visit):
         return f"step {work.cell.id} round {work.round}"
     if isinstance(work, HostProgram):

@@ -16,7 +16,7 @@ from ..measuring.cells import Cell
 from ..measuring.records import Record
 from ..measuring.visit import visit
 from ..microbench import run, wider_kernels  # noqa: F401, the blocks that only a campaign has
-from ..microbench.designs import Case
+from ..microbench.designs import MicroCase
 from ..microbench.stopwatch import Stopwatch, stopwatch
 from .plan import HostProgram, Visit
 from .versions import told
@@ -65,7 +65,7 @@ def here(settings: Settings) -> Record:
     return {"kind": "environment", "id": environment.identity(found), **found}
 
 
-def bench(case: Case, settings: Settings) -> Record:
+def bench(case: MicroCase, settings: Settings) -> Record:
     """A microbenchmark's record."""
     return run.attempt(case, settings.device, _watch(settings.device, settings.threads))
 

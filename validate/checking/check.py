@@ -11,7 +11,7 @@ from ..accuracy import Pair
 from ..measuring import records
 from ..measuring.records import Record
 from .machine import Machine, machine_of
-from .outcomes import Measured, Outcome, cells_of, evaluate, pairs
+from .outcomes import CellOutcome, Measured, cells_of, evaluate, pairs
 from .summary import Limit, Line, limits, lines
 
 Progress = Callable[[int, int, str], None]
@@ -30,10 +30,10 @@ class Report:
     environments: dict[str, Record]
     machines: dict[str, Machine]
     cells: list[Measured]
-    outcomes: list[Outcome]
+    outcomes: list[CellOutcome]
 
     @property
-    def pairs(self) -> list[Pair[Outcome]]:
+    def pairs(self) -> list[Pair[CellOutcome]]:
         """All speed-ups over full fine-tuning."""
         return pairs(self.outcomes)
 
@@ -70,7 +70,7 @@ class Report:
         }  # fmt: skip
 
 
-def _cell(o: Outcome) -> dict[str, Any]:
+def _cell(o: CellOutcome) -> dict[str, Any]:
     return {
         "id": o.measured.cell.id, "environment": o.measured.environment, "measured_s": o.seconds,
         "predicted_s": o.predicted_seconds, "error": o.error, "in_interval": o.inside,

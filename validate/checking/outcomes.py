@@ -87,7 +87,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CellOutcome:
     """A measured cell with its prediction; errors are signed and relative to what was measured."""
 
     measured: Measured
@@ -130,14 +130,14 @@ class Outcome:
         return float(self.predicted.time.phases[phase]) / self.measured.median(phase) - 1
 
 
-def evaluate(measured: Measured, on: DeviceProfile, by: Host) -> Outcome:
+def evaluate(measured: Measured, on: DeviceProfile, by: Host) -> CellOutcome:
     """Predict a cell that was measured to its end."""
     cell = measured.cell
     p = predict(cell.config, cell.method, cell.setup, on, host=by)
     assert p.step is not None  # a cell is one setup, not a grid
     traced = measured.traced  # of the installed program, if the tape may have been written for another
     calls, kernels = measured.calls, measured.kernels if cell.setup.compile == "none" else {}
-    return Outcome(
+    return CellOutcome(
         measured,
         p,
         differences(calls, traced.get("calls") or calls_of(p.step), unified) if calls else [],
@@ -183,6 +183,6 @@ def _sums(counts: dict[str, int], by: Callable[[str], str]) -> Counter[str]:
     return sums
 
 
-def pairs(outcomes: Sequence[Outcome]) -> list[Pair[Outcome]]:
+def pairs(outcomes: Sequence[CellOutcome]) -> list[Pair[CellOutcome]]:
     """Every method with full fine-tuning of the same model in the same setup and environment."""
     return paired(outcomes, lambda o: (o.measured.environment, o.measured.cell.group), lambda o: o.measured.cell.method)

@@ -15,7 +15,7 @@ from ..accuracy import BASELINE
 from . import tables
 from .check import Report
 from .machine import name_of
-from .parity import Point, parity
+from .parity import ParityPoint, parity
 from .summary import RATIO_MEAN, STEP_MEAN
 
 TEMPLATE = Path(__file__).parent / "page.html.j2"
@@ -73,12 +73,12 @@ def _plots(found: Report) -> list[dict[str, Any]]:
     methods = list(dict.fromkeys(o.measured.cell.method for o in found.outcomes))
     colours = {method: COLOURS[i % len(COLOURS)] for i, method in enumerate(methods)}
     steps = [
-        Point(o.seconds, o.predicted_seconds, colours[o.measured.cell.method],
+        ParityPoint(o.seconds, o.predicted_seconds, colours[o.measured.cell.method],
               f"{o.measured.cell.name}: {units.seconds(o.seconds)}, predicted {units.seconds(o.predicted_seconds)}")
         for o in found.outcomes
     ]  # fmt: skip
     ratios = [
-        Point(p.measured, p.predicted, colours[p.other.measured.cell.method],
+        ParityPoint(p.measured, p.predicted, colours[p.other.measured.cell.method],
               f"{p.other.measured.cell.name}: {p.measured:.2f}x, predicted {p.predicted:.2f}x")
         for p in found.pairs
     ]  # fmt: skip
@@ -91,7 +91,7 @@ def _plots(found: Report) -> list[dict[str, Any]]:
 
 
 def _plot(
-    title: str, points: list[Point], what: str, told: Any, band: float, legend: list[dict[str, str]]
+    title: str, points: list[ParityPoint], what: str, told: Any, band: float, legend: list[dict[str, str]]
 ) -> dict[str, Any]:
     drawn = picture(lambda width: parity(points, title, what, told, band, width))
     caption = f"Each dot a cell. On the diagonal prediction and measurement agree; the thin lines are {band:.0%} off."

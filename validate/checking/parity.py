@@ -12,7 +12,7 @@ ROUND = ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,))  # t
 
 
 @dataclass(frozen=True)
-class Point:
+class ParityPoint:
     """A figure as measured and as predicted; `tip` is shown on hovering."""
 
     measured: float
@@ -22,7 +22,7 @@ class Point:
 
 
 def parity(
-    points: Sequence[Point], title: str, what: str, told: Callable[[float], str], band: float, width: int = WIDE
+    points: Sequence[ParityPoint], title: str, what: str, told: Callable[[float], str], band: float, width: int = WIDE
 ) -> Canvas:
     """A log-log plot with the diagonal and a band of `band` relative error around it.
 

@@ -7,7 +7,7 @@ from typing import Any
 from perfmodel.program.part import PHASES
 
 from ..accuracy import BASELINE, Errors, Pair
-from .outcomes import Measured, Outcome, pairs
+from .outcomes import CellOutcome, Measured, pairs
 
 STEP_MEAN, STEP_MEDIAN, RATIO_MEAN, MEMORY_WORST = 0.15, 0.10, 0.08, 0.05  # largest |relative errors| that pass
 
@@ -57,7 +57,7 @@ def _plain(errors: Errors) -> dict[str, Any] | None:
     return asdict(errors) if errors.number else None
 
 
-def line(name: str, outcomes: Sequence[Outcome], of_pairs: Sequence[Pair[Outcome]]) -> Line:
+def line(name: str, outcomes: Sequence[CellOutcome], of_pairs: Sequence[Pair[CellOutcome]]) -> Line:
     """The errors of some cells and of some speed-ups."""
     clear = [p for p in of_pairs if p.decided]
     return Line(
@@ -72,11 +72,11 @@ def line(name: str, outcomes: Sequence[Outcome], of_pairs: Sequence[Pair[Outcome
     )
 
 
-def lines(outcomes: Sequence[Outcome]) -> list[Line]:
+def lines(outcomes: Sequence[CellOutcome]) -> list[Line]:
     """By method, by model, by dtype where there are several, and all."""
     ratios = pairs(outcomes)
     found = []
-    keys: tuple[Callable[[Outcome], str], ...] = (_method, _model, _dtype)
+    keys: tuple[Callable[[CellOutcome], str], ...] = (_method, _model, _dtype)
     for key in keys:
         names = list(dict.fromkeys(map(key, outcomes)))
         for name in names if len(names) > 1 else []:
@@ -85,20 +85,20 @@ def lines(outcomes: Sequence[Outcome]) -> list[Line]:
     return [*found, line("all", outcomes, ratios)]
 
 
-def _method(o: Outcome) -> str:
+def _method(o: CellOutcome) -> str:
     return o.measured.cell.method
 
 
-def _model(o: Outcome) -> str:
+def _model(o: CellOutcome) -> str:
     return o.measured.cell.config.name
 
 
-def _dtype(o: Outcome) -> str:
+def _dtype(o: CellOutcome) -> str:
     setup = o.measured.cell.setup
     return f"autocast {setup.amp}" if setup.amp else setup.dtype
 
 
-def limits(cells: Sequence[Measured], outcomes: Sequence[Outcome]) -> list[Limit]:
+def limits(cells: Sequence[Measured], outcomes: Sequence[CellOutcome]) -> list[Limit]:
     """The promises, with what the records say of them."""
     found = [Limit("cells that failed", sum(c.status == "error" for c in cells), 0)]
     if not outcomes:

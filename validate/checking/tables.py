@@ -8,7 +8,7 @@ from perfmodel.program.part import PHASES
 
 from ..accuracy import Pair
 from .check import Report
-from .outcomes import Measured, Outcome
+from .outcomes import CellOutcome, Measured
 from .summary import Limit, Line
 
 CELL_COLUMNS = ("", "step", "predicted", "error", "speed-up", "predicted", "memory", "")
@@ -32,7 +32,7 @@ def unmeasured_rows(cells: Iterable[Measured]) -> Rows:
     return [[c.cell.name, told[c.status]] for c in cells if c.status != "ok"]
 
 
-def cell_tables(outcomes: Iterable[Outcome], pairs: Iterable[Pair[Outcome]]) -> list[tuple[str, Rows]]:
+def cell_tables(outcomes: Iterable[CellOutcome], pairs: Iterable[Pair[CellOutcome]]) -> list[tuple[str, Rows]]:
     """(title, rows) of every model in every setup; a row a method."""
     speedups = {id(p.other): p for p in pairs}
     tables: dict[str, Rows] = {}
@@ -41,7 +41,7 @@ def cell_tables(outcomes: Iterable[Outcome], pairs: Iterable[Pair[Outcome]]) -> 
     return list(tables.items())
 
 
-def _cell(o: Outcome, pair: Pair[Outcome] | None) -> list[str]:
+def _cell(o: CellOutcome, pair: Pair[CellOutcome] | None) -> list[str]:
     ratio = [f"{pair.measured:.2f}x", f"{pair.predicted:.2f}x"] if pair else ["", ""]
     remarks = ["wrong verdict"] if pair and pair.decided and not pair.right else []
     remarks += ["calls differ"] if o.calls or o.kernels else []
@@ -65,7 +65,7 @@ def phase_cells(line: Line) -> list[str]:
     return [line.name, *(units.percent(line.phases[p].mean, 1) for p in PHASES), units.percent(line.inside)]
 
 
-def numbered(outcomes: Iterable[Outcome]) -> Rows:
+def numbered(outcomes: Iterable[CellOutcome]) -> Rows:
     """Differences of counts, equal ones of several cells taken together."""
     same = Counter(
         (d.phase, d.name, d.measured - d.predicted) for o in outcomes for d in (*o.calls, *o.kernels)

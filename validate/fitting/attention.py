@@ -24,7 +24,7 @@ from perfmodel.devices.attention import (
 from perfmodel.devices.hardware import Hardware
 
 from . import flash_papers
-from .judging import Array, Errors, Fit, column, fold, hardware, table
+from .judging import Array, Fit, FitErrors, column, fold, hardware, table
 
 AICONFIGURATOR = "https://github.com/ai-dynamo/aiconfigurator"
 # device: name in the measurements, framework, version, kernel
@@ -65,7 +65,7 @@ def load(folder: Path, slug: str) -> pd.DataFrame:
     return d.assign(seconds=d.latency_ms * 1e-3, left_out=left_out)
 
 
-def predict(d: pd.DataFrame, hw: Hardware, served: Served) -> Array:
+def priced_rows(d: pd.DataFrame, hw: Hardware, served: Served) -> Array:
     """Seconds of serving rows, the cache copy included."""
     b, s, h, kv, dim = (column(d, c) for c in SHAPE)
     copied = 2.0 * b * s * kv * dim * 2.0  # bytes of k and v
@@ -74,14 +74,16 @@ def predict(d: pd.DataFrame, hw: Hardware, served: Served) -> Array:
     return kernel + served.append * copied * per_byte
 
 
-def errors(d: pd.DataFrame, hw: Hardware, served: Served) -> dict[str, Errors]:
+def errors(d: pd.DataFrame, hw: Hardware, served: Served) -> dict[str, FitErrors]:
     """Errors from 512 tokens up, and below."""
     b, s, h, kv, dim = (column(d, c) for c in SHAPE)
     plain = np.maximum(
         attention_flops(b, s, s, h, dim) / hw.peak("bf16"), 4.0 * b * s * dim * (h + kv) / hw.memory_bandwidth
     )
-    predicted, seconds = predict(d, hw, served), column(d, "seconds")
-    return {name: Errors.of(predicted[k], plain[k], seconds[k]) for name, k in (("long", s >= 512), ("short", s < 512))}
+    predicted, seconds = priced_rows(d, hw, served), column(d, "seconds")
+    return {
+        name: FitErrors.of(predicted[k], plain[k], seconds[k]) for name, k in (("long", s >= 512), ("short", s < 512))
+    }
 
 
 def fit_served(rows_of: dict[str, pd.DataFrame]) -> Served:
@@ -100,7 +102,7 @@ def fit_served(rows_of: dict[str, pd.DataFrame]) -> Served:
     def residuals(x: Array) -> Array:
         served = unpack(x)
         parts = [
-            w * scale * np.log(predict(d, hw, served) / column(d, "seconds"))
+            w * scale * np.log(priced_rows(d, hw, served) / column(d, "seconds"))
             for (d, hw), w in zip(used, weights, strict=True)
         ]
         return np.concatenate(parts)
@@ -120,13 +122,13 @@ def published_time(d: pd.DataFrame, hw: Hardware, p: AttentionParameters) -> Arr
     return out
 
 
-def published_errors(d: pd.DataFrame, hw: Hardware, p: AttentionParameters) -> Errors:
+def published_errors(d: pd.DataFrame, hw: Hardware, p: AttentionParameters) -> FitErrors:
     """Errors on published rows."""
     s, b, h, dim = (column(d, c) for c in ("seq", "batch", "heads", "head_dim"))
     flops = 4.0 * b * h * s * s * dim * np.where(d.causal, 0.5, 1.0) * np.where(d.direction == "backward", 2.5, 1.0)
     moved = b * s * h * dim * 2.0 * np.where(d.direction == "backward", 8.0, 4.0)
     plain = np.maximum(flops / hw.peak("bf16"), moved / hw.memory_bandwidth)
-    return Errors.of(published_time(d, hw, p), plain, column(d, "seconds"))
+    return FitErrors.of(published_time(d, hw, p), plain, column(d, "seconds"))
 
 
 def fit_published(d: pd.DataFrame, hw: Hardware, base: AttentionParameters) -> AttentionParameters:
@@ -194,7 +196,9 @@ def few_rows_fit(slug: str, hw: Hardware, base: AttentionParameters, p: Attentio
         others = d[(d.causal != causal) | (d.head_dim != size)]
         errors.append(published_errors(part, hw, fit_published(others, hw, base)))
     note = "Too few rows to leave a third out: residuals by leaving out one mask and head size at a time."
-    return Fit(p, flash_papers.SOURCES[slug], "FlashAttention-2, fp16", len(d), 0, Errors.average(errors), notes=note)
+    return Fit(
+        p, flash_papers.SOURCES[slug], "FlashAttention-2, fp16", len(d), 0, FitErrors.average(errors), notes=note
+    )
 
 
 def served_fit(slug: str, rows: pd.DataFrame, served: Served, p: AttentionParameters, note: str) -> Fit:
@@ -206,15 +210,15 @@ def served_fit(slug: str, rows: pd.DataFrame, served: Served, p: AttentionParame
 
 
 @dataclass(frozen=True)
-class Results:
+class AttentionResults:
     """Fits by device (rtx-a5000 among them), class defaults by family, errors of leaving a device out."""
 
     fits: dict[str, Fit]
     classes: dict[str, Fit]
-    left_out_device: dict[str, Errors]
+    left_out_device: dict[str, FitErrors]
 
 
-def fit_all(folder: Path) -> Results:
+def fit_all(folder: Path) -> AttentionResults:
     """Every device and class: they borrow from each other, and all takes seconds."""
     rows = {slug: load(folder, slug) for slug in SERVING}
     served = {slug: fit_served({slug: d}) for slug, d in rows.items()}
@@ -246,10 +250,10 @@ def fit_all(folder: Path) -> Results:
         "rtx-a5000": published_fit("rtx-a5000", RTX_A5000, a5000),
     }
     left_out = leave_out(rows, served, fits)
-    return Results(fits, class_defaults(rows, fits, left_out), left_out)
+    return AttentionResults(fits, class_defaults(rows, fits, left_out), left_out)
 
 
-def leave_out(rows: dict[str, pd.DataFrame], served: dict[str, Served], fits: dict[str, Fit]) -> dict[str, Errors]:
+def leave_out(rows: dict[str, pd.DataFrame], served: dict[str, Served], fits: dict[str, Fit]) -> dict[str, FitErrors]:
     """Each device priced with the parameters of the other one of its family."""
     found = {}
     for slug, other in (("a100-80gb-sxm", "l40s"), ("l40s", "a100-80gb-sxm")):
@@ -278,7 +282,9 @@ def _peak_per_clock(hw: Hardware) -> float:
     return hw.peak("bf16") / (hw.sm_count * hw.clock_hz)
 
 
-def class_defaults(rows: dict[str, pd.DataFrame], fits: dict[str, Fit], left_out: dict[str, Errors]) -> dict[str, Fit]:
+def class_defaults(
+    rows: dict[str, pd.DataFrame], fits: dict[str, Fit], left_out: dict[str, FitErrors]
+) -> dict[str, Fit]:
     """sync_mma from A100 and L40S together, wgmma from H100, tcgen05 from B200, half_rate from RTX 4090."""
     a100, hopper = fits["a100-80gb-sxm"].parameters, fits["h100-sxm"].parameters
     assert isinstance(a100, AttentionParameters)
@@ -288,8 +294,8 @@ def class_defaults(rows: dict[str, pd.DataFrame], fits: dict[str, Fit], left_out
         backward_efficiency=a100.backward_efficiency,
         backward_cta_overhead=a100.backward_cta_overhead,
     )
-    sync = Errors.average([left_out["a100-80gb-sxm"], left_out["l40s"]])
-    newer = Errors.average([left_out["h100-sxm"], left_out["b200"]])
+    sync = FitErrors.average([left_out["a100-80gb-sxm"], left_out["l40s"]])
+    newer = FitErrors.average([left_out["h100-sxm"], left_out["b200"]])
     sync_fit = Fit(
         parameters=joint,
         source=f"{AICONFIGURATOR} (A100 SXM, L40S)",

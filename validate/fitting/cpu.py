@@ -28,7 +28,7 @@ from perfmodel.devices.hardware import ITEMSIZE, Hardware
 from perfmodel.errors import UserError
 
 from .cpu_ops import Amounts, passes
-from .judging import Array, Doubts, Errors, Fit, fold
+from .judging import Array, Doubts, Fit, FitErrors, fold
 
 PACKED_AS = {  # regimes that differ in the rate of their products alone
     "nn_aliased": "nn_few", "tn_narrow": "tn", "nn_narrow": "nn", "nn_few_narrow": "nn_few", "nt_narrow": "nt",
@@ -44,7 +44,7 @@ SOURCE = "perfmodel calibrate on this machine"
 
 
 @dataclass(frozen=True)
-class Row:
+class CpuRow:
     """A microbenchmark: its case, median seconds of a call (steps are judged by theirs), and those of its dispatch."""
 
     case: Mapping[str, Any]
@@ -64,7 +64,7 @@ class Row:
         return self.sizes.get("rows") != 1 and fold(*first, *self.sizes.values()) == 0
 
 
-def rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
+def rows(records: Sequence[Mapping[str, Any]]) -> list[CpuRow]:
     """Rows of microbenchmark records.
 
     Raises:
@@ -76,7 +76,7 @@ def rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
         dispatch = min(float(r["seconds"]["least"]) for r in found if r["case"]["op"] == "dispatch")
     except (KeyError, TypeError, ValueError):
         raise UserError("these records hold no microbenchmarks of a calibration (kind, case, seconds)") from None
-    return [Row(case, max(s, 1e-9), dispatch) for case, s in timed]
+    return [CpuRow(case, max(s, 1e-9), dispatch) for case, s in timed]
 
 
 def linear(columns: Sequence[Array], seconds: Array, low: Sequence[float], known: Array | float = 0.0) -> Array:
@@ -95,11 +95,11 @@ def linear(columns: Sequence[Array], seconds: Array, low: Sequence[float], known
 
 
 def _fit(
-    parameters: Any, found: Sequence[Row], predict: Callable[[Row], float], plain: Callable[[Row], float],
+    parameters: Any, found: Sequence[CpuRow], predict: Callable[[CpuRow], float], plain: Callable[[CpuRow], float],
     software: str, doubts: Doubts,
 ) -> Fit:  # fmt: skip
     out = [r for r in found if r.left_out] or list(found)
-    errors = Errors.of(
+    errors = FitErrors.of(
         np.array([r.dispatch + predict(r) for r in out]),
         np.array([plain(r) for r in out]),
         np.array([r.seconds for r in out]),
@@ -107,17 +107,17 @@ def _fit(
     return Fit(parameters, SOURCE, software, len(found) - len(out), len(out), errors, doubts=doubts)
 
 
-def _enough(found: Sequence[Row], least: int, what: str) -> None:
+def _enough(found: Sequence[CpuRow], least: int, what: str) -> None:
     if len([r for r in found if not r.left_out]) < least:
         raise UserError(f"only {len(found)} microbenchmarks of {what}, too few to fit: give the calibration more time")
 
 
-def _seconds_of(found: Sequence[Row]) -> tuple[Array, Array]:
+def _seconds_of(found: Sequence[CpuRow]) -> tuple[Array, Array]:
     """Measured seconds, and those of them that are dispatch."""
     return np.array([r.seconds for r in found]), np.array([r.dispatch for r in found])
 
 
-def gemm(all_rows: Sequence[Row], dtype: str, hardware: Hardware, software: str) -> Fit:
+def gemm(all_rows: Sequence[CpuRow], dtype: str, hardware: Hardware, software: str) -> Fit:
     """Products of a dtype: a floor, and by regime the FLOPs and the passes over the three operands."""
     found = [r for r in all_rows if r.case["block"] == "gemm" and r.case["dtype"] == dtype]
     used = [r for r in found if not r.left_out]
@@ -141,12 +141,12 @@ def gemm(all_rows: Sequence[Row], dtype: str, hardware: Hardware, software: str)
         *({name: float(x[i] / pass_) for name, x in by_regime.items()} for i in (1, 2, 3)),
     )
 
-    def predict(r: Row) -> float:
+    def predict(r: CpuRow) -> float:
         s = r.sizes
         layout = r.case["layout"]
         return float(gemm_time(s["m"], s["n"], s["k"], hardware=hardware, parameters=p, dtype=dtype, layout=layout))
 
-    def plain(r: Row) -> float:
+    def plain(r: CpuRow) -> float:
         x, y, z = (r.sizes[d] for d in "mnk")
         moved = ITEMSIZE[dtype] * (x * z + z * y + x * y) / hardware.memory_bandwidth
         return max(2.0 * x * y * z / hardware.peak(dtype), moved)
@@ -175,7 +175,7 @@ def _zeros(parameters: Any, *names: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def attention(all_rows: Sequence[Row], hardware: Hardware, software: str) -> Fit:
+def attention(all_rows: Sequence[CpuRow], hardware: Hardware, software: str) -> Fit:
     """The flash kernel: a floor, blocks, scores and products, forward and backward."""
     found = [r for r in all_rows if r.case["block"] == "attention"]
     full = [r for r in found if r.case["dtype"] == "fp32"]
@@ -206,7 +206,7 @@ def attention(all_rows: Sequence[Row], hardware: Hardware, software: str) -> Fit
     times = _times_of_half([r for r in found if r.case["dtype"] != "fp32" and not r.left_out], hardware, p)
     p = replace(p, **times)
 
-    def predict(r: Row) -> float:
+    def predict(r: CpuRow) -> float:
         return _attention_seconds(r, hardware, p)
 
     kept = tuple(name for name in ("half", "backward_half") if name not in times)
@@ -214,7 +214,7 @@ def attention(all_rows: Sequence[Row], hardware: Hardware, software: str) -> Fit
     return _fit(p, found, predict, lambda r: float(_attention_terms(r)[2] / hardware.fp32_flops), software, doubts)
 
 
-def _times_of_half(used: Sequence[Row], hardware: Hardware, p: CpuAttentionParameters) -> dict[str, float]:
+def _times_of_half(used: Sequence[CpuRow], hardware: Hardware, p: CpuAttentionParameters) -> dict[str, float]:
     """How many times as long calls on 16-bit operands take, forward and backward, where enough were measured."""
     found = {}
     for name, backward in (("half", False), ("backward_half", True)):
@@ -225,24 +225,24 @@ def _times_of_half(used: Sequence[Row], hardware: Hardware, p: CpuAttentionParam
     return found
 
 
-def _attention_seconds(r: Row, hardware: Hardware, p: CpuAttentionParameters) -> float:
+def _attention_seconds(r: CpuRow, hardware: Hardware, p: CpuAttentionParameters) -> float:
     s = r.sizes
     sizes = (s["batch"], s["seq"], s["seq"], s["heads"], s["head_dim"])
     kind = {"causal": True, "backward": r.case["backward"], "half": r.case["dtype"] != "fp32"}
     return float(attention_time(*sizes, hardware=hardware, parameters=p, **kind))
 
 
-def _whole_pages(r: Row) -> bool:
+def _whole_pages(r: CpuRow) -> bool:
     return bool(aliased(r.sizes["heads"] * r.sizes["head_dim"] * ITEMSIZE["fp32"]))
 
 
-def _attention_terms(r: Row) -> tuple[float, float, float]:
+def _attention_terms(r: CpuRow) -> tuple[float, float, float]:
     s = r.sizes
     blocks, scores = attention_work(s["batch"], s["seq"], s["seq"], s["heads"], causal=True)
     return float(blocks), float(scores), float(2.0 * (5 if r.case["backward"] else 2) * scores * s["head_dim"])
 
 
-def stream(all_rows: Sequence[Row], hardware: Hardware, software: str) -> Fit:
+def stream(all_rows: Sequence[CpuRow], hardware: Hardware, software: str) -> Fit:
     """Bandwidths from calls that only stream, then a floor and clocks an element for every kind."""
     found = [r for r in all_rows if r.case["block"] == "pointwise"]
     _enough(found, 40, "pointwise calls")
@@ -258,26 +258,26 @@ def stream(all_rows: Sequence[Row], hardware: Hardware, software: str) -> Fit:
         (*kept, *(f"clocks16.{k}" for k in KINDS if k not in clocks16)), _zeros(p, "floors", "clocks", "clocks16")
     )
 
-    def predict(r: Row) -> float:
+    def predict(r: CpuRow) -> float:
         return sum(_seconds(kind, amounts, r, hardware, p) for kind, amounts in _passes(r))
 
-    def plain(r: Row) -> float:
+    def plain(r: CpuRow) -> float:
         return sum(amounts[0] for _, amounts in _passes(r)) / hardware.memory_bandwidth
 
     judged = [r for r in found if r.sizes["rows"] > 1]
     return _fit(p, judged, predict, plain, software, doubts)
 
 
-def _passes(r: Row) -> list[tuple[str, Amounts]]:
+def _passes(r: CpuRow) -> list[tuple[str, Amounts]]:
     return passes(r.case["op"], r.case["dtype"], r.sizes["rows"], r.sizes["columns"])
 
 
-def _seconds(kind: str, amounts: Amounts, r: Row, hardware: Hardware, p: CpuStreamParameters) -> float:
+def _seconds(kind: str, amounts: Amounts, r: CpuRow, hardware: Hardware, p: CpuStreamParameters) -> float:
     half = r.case["dtype"] != "fp32" or r.case["op"] == "cast"
     return float(stream_time(*amounts, hardware=hardware, parameters=p, kind=kind, half=half))
 
 
-def _bandwidths(used: Sequence[Row], hardware: Hardware) -> CpuStreamParameters:
+def _bandwidths(used: Sequence[CpuRow], hardware: Hardware) -> CpuStreamParameters:
     """Bandwidths and what the caches keep, with no clocks an element, from what only streams."""
     plain = [r for r in used if all(kind == "stream" for kind, _ in _passes(r))]
     zeros = dict.fromkeys(KINDS, 0.0)
@@ -304,7 +304,7 @@ def _bandwidths(used: Sequence[Row], hardware: Hardware) -> CpuStreamParameters:
 
 
 def _by_kind(
-    used: Sequence[Row], hardware: Hardware, p: CpuStreamParameters
+    used: Sequence[CpuRow], hardware: Hardware, p: CpuStreamParameters
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Floor and clocks an element of the kinds that the rows hold, the bandwidths given."""
     floors, clocks = {}, {}

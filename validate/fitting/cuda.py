@@ -19,10 +19,10 @@ from perfmodel.devices.profile import DeviceProfile
 from perfmodel.errors import UserError
 
 from . import attention, gemm, pointwise
-from .cpu import SOURCE, Row, rows
+from .cpu import SOURCE, CpuRow, rows
 from .cpu_ops import op
-from .judging import Array, Errors, Fit, column, fold, shape_hash
-from .sequences import Kernel
+from .judging import Array, Fit, FitErrors, column, fold, shape_hash
+from .sequences import TimedKernel
 
 Record = Mapping[str, Any]
 
@@ -53,7 +53,7 @@ def fit(found: Sequence[Record], here: Record) -> tuple[DeviceProfile, dict[str,
     return known, fits
 
 
-def beforehand(gpu: Record, telling: Sequence[Row]) -> DeviceProfile:
+def beforehand(gpu: Record, telling: Sequence[CpuRow]) -> DeviceProfile:
     """The bundled profile of the GPU, or one of its class on what the driver tells."""
     if bundled := profile.bundled_by_makers_name(str(gpu["name"])):
         return bundled
@@ -84,7 +84,7 @@ def datasheet(known: DeviceProfile, gpu: Record) -> dict[str, tuple[Any, str]]:
     return {k: (v, known.sources.get(k, here)) for k, v in figures.items() if v is not None}
 
 
-def _peak(telling: Sequence[Row], dtype: str) -> float:
+def _peak(telling: Sequence[CpuRow], dtype: str) -> float:
     rates = [
         2.0 * r.sizes["m"] * r.sizes["n"] * r.sizes["k"] / r.seconds
         for r in telling
@@ -95,7 +95,7 @@ def _peak(telling: Sequence[Row], dtype: str) -> float:
     return max(rates)
 
 
-def _bandwidth(telling: Sequence[Row]) -> float:
+def _bandwidth(telling: Sequence[CpuRow]) -> float:
     streamed = [r for r in telling if r.case["op"] in ("add", "mul")]
     calls = [(op(r.case["op"], r.case["dtype"], r.sizes["rows"], r.sizes["columns"]), r.seconds) for r in streamed]
     if not calls:
@@ -109,7 +109,7 @@ def _enough(d: pd.DataFrame, what: str) -> pd.DataFrame:
     return d
 
 
-def _gemm(telling: Sequence[Row], dtype: str, known: DeviceProfile, software: str) -> Fit:
+def _gemm(telling: Sequence[CpuRow], dtype: str, known: DeviceProfile, software: str) -> Fit:
     """The forward layout by the fit of published measurements, then how much slower the other two are."""
     mine = [r for r in telling if r.case["block"] == "gemm" and r.case["dtype"] == dtype]
     d = pd.DataFrame([{**r.sizes, "seconds": r.seconds, "layout": r.case["layout"]} for r in mine])
@@ -126,7 +126,7 @@ def _gemm(telling: Sequence[Row], dtype: str, known: DeviceProfile, software: st
     out = d[d.left_out] if d.left_out.any() else d
     out = out.sort_values("layout", kind="stable")
     predicted = np.concatenate([_predicted(out[out.layout == name], known, p, name) for name in sorted(LAYOUTS)])
-    errors = Errors.of(predicted, gemm.roofline(out, known.hardware), column(out, "seconds"))
+    errors = FitErrors.of(predicted, gemm.roofline(out, known.hardware), column(out, "seconds"))
     return Fit(p, SOURCE, software, int((~d.left_out).sum()), int(d.left_out.sum()), errors)
 
 
@@ -134,7 +134,7 @@ def _slowdown(part: pd.DataFrame, known: DeviceProfile, p: GemmParameters) -> fl
     """How much longer products of a layout take than the forward layout's, 1 at least."""
     if not len(part):
         return 1.0
-    return max(1.0, float(np.median(column(part, "seconds") / gemm.predict(part, known.hardware, gemm.Found(p)))))
+    return max(1.0, float(np.median(column(part, "seconds") / gemm.priced_rows(part, known.hardware, gemm.Found(p)))))
 
 
 def _predicted(part: pd.DataFrame, known: DeviceProfile, p: GemmParameters, layout: Layout) -> Array:
@@ -143,7 +143,7 @@ def _predicted(part: pd.DataFrame, known: DeviceProfile, p: GemmParameters, layo
     return gemm_time(m, n, k, hardware=known.hardware, parameters=p, dtype=dtype, layout=layout)
 
 
-def _attention(telling: Sequence[Row], known: DeviceProfile, software: str) -> Fit:
+def _attention(telling: Sequence[CpuRow], known: DeviceProfile, software: str) -> Fit:
     """Calls with as many key as query heads, as the published rows are."""
     mine = [r for r in telling if r.case["block"] == "attention" and r.sizes["heads"] == r.sizes["kv_heads"]]
     table = [
@@ -163,7 +163,7 @@ def _attention(telling: Sequence[Row], known: DeviceProfile, software: str) -> F
     return Fit(p, SOURCE, software, int((~d.left_out).sum()), int(d.left_out.sum()), errors)
 
 
-def _pointwise(telling: Sequence[Row], launch: float, known: DeviceProfile, software: str) -> Fit:
+def _pointwise(telling: Sequence[CpuRow], launch: float, known: DeviceProfile, software: str) -> Fit:
     """Calls as the kernels that they launch; a call in a burst includes the gaps between them."""
     begin, table = known.pointwise, []
     for r in [r for r in telling if r.case["block"] == "pointwise"]:
@@ -181,6 +181,6 @@ def _pointwise(telling: Sequence[Row], launch: float, known: DeviceProfile, soft
     return Fit(p, SOURCE, software, int((d.fold != 0).sum()), int((d.fold == 0).sum()), errors)
 
 
-def _kernel(k: kernels.Kernel) -> Kernel:
+def _kernel(k: kernels.Kernel) -> TimedKernel:
     rows, length = (float(k.rows), float(k.length)) if k.kind in ROW_WISE else (None, None)
-    return Kernel(float(k.read), float(k.written), k.kind, float(k.elements), rows, length)
+    return TimedKernel(float(k.read), float(k.written), k.kind, float(k.elements), rows, length)

@@ -20,7 +20,7 @@ from perfmodel.devices.profile import BLOCKS, CLASSES, DEVICES
 from perfmodel.errors import UserError, nearest
 
 from . import attention, gemm, layouts, pointwise, sgemm
-from .judging import Errors, Fit, file, hardware
+from .judging import Fit, FitErrors, file, hardware
 from .write import write_blocks
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what comes next or was done
@@ -101,8 +101,10 @@ class _Fitted:
 
     devices: dict[str, dict[str, Fit]] = field(default_factory=lambda: {b: {} for b in BLOCKS})
     classes: dict[str, dict[str, Fit]] = field(default_factory=lambda: {b: {} for b in BLOCKS})
-    left_out: dict[str, dict[str, Errors]] = field(default_factory=lambda: {b: {} for b in BLOCKS})
-    pairs: dict[str, list[Errors]] = field(default_factory=lambda: {b: [] for b in BLOCKS})  # errors of SIBLINGS' kind
+    left_out: dict[str, dict[str, FitErrors]] = field(default_factory=lambda: {b: {} for b in BLOCKS})
+    pairs: dict[str, list[FitErrors]] = field(
+        default_factory=lambda: {b: [] for b in BLOCKS}
+    )  # errors of SIBLINGS' kind
 
 
 def run(
@@ -227,7 +229,7 @@ def _gemm_class(fitted: _Fitted, members: tuple[str, ...], dtype: str, p: GemmPa
         software=base.software if dtype == "fp32" else "SGLang, TensorRT-LLM; short bursts in CUDA graphs",
         rows_fitted=used,
         rows_left_out=sum(fitted.devices[block][m].rows_left_out for m in members),
-        errors=Errors.average(fitted.left_out[block][m] for m in members),
+        errors=FitErrors.average(fitted.left_out[block][m] for m in members),
         notes="" if dtype == "bf16" else "launch_clocks as in bf16: the measured floors contain the host.",
     )
 
@@ -319,7 +321,7 @@ def _siblings(fitted: _Fitted) -> None:
                 assert isinstance(parameters, GemmParameters)
                 assert isinstance(bf16, GemmParameters)
                 parameters = replace(parameters, launch_clocks=bf16.launch_clocks)
-            errors = fits[donor].errors.worse(Errors.average(fitted.pairs[block]))
+            errors = fits[donor].errors.worse(FitErrors.average(fitted.pairs[block]))
             fits[slug] = fits[donor].sibling(parameters, donor, errors)
 
 
@@ -338,5 +340,5 @@ def _table(fitted: _Fitted, chosen: set[str]) -> list[Row]:
     return rows
 
 
-def _row(block: str, device: str, part: str, errors: Errors) -> Row:
+def _row(block: str, device: str, part: str, errors: FitErrors) -> Row:
     return {"block": block, "device": device, "slice": part, **errors.rounded()}

@@ -20,7 +20,7 @@ from perfmodel.devices.hardware import Hardware
 
 from . import sgemm
 from .campaigns import REACTION
-from .judging import Array, Errors, Fit, Shapes, column, hardware, shape_hash, strings, table
+from .judging import Array, Fit, FitErrors, Shapes, column, hardware, shape_hash, strings, table
 
 FIT_ROWS = 12000  # rows that a fit uses at most: more change the third digit of the error
 FIT_ROWS_FP32 = 4000  # the same for one that several devices share in fp32, whose rows are priced at two clocks
@@ -131,7 +131,7 @@ class Found(NamedTuple):
     reaction: float = REACTION
 
 
-def predict(rows: pd.DataFrame, hw: Hardware, found: Found) -> Array:
+def priced_rows(rows: pd.DataFrame, hw: Hardware, found: Found) -> Array:
     """Seconds of every row; fp32 ones at the clock that a replay of what ran before tells."""
     p, clock, reaction = found
     if rows["dtype"].iloc[0] == "bf16":
@@ -236,16 +236,16 @@ def on_device(found: Found, slug: str, dtype: str) -> Found:
     return found._replace(parameters=replace(start(slug, dtype), **shared))
 
 
-def judge(rows: pd.DataFrame, hw: Hardware, found: Found) -> dict[str, Errors]:
+def judge(rows: pd.DataFrame, hw: Hardware, found: Found) -> dict[str, FitErrors]:
     """Errors on the left-out rows: all, and by slice where a slice has 20 rows."""
     rows = rows[rows.left_out].reset_index(drop=True)
-    predicted, plain, seconds = predict(rows, hw, found), roofline(rows, hw), column(rows, "seconds")
+    predicted, plain, seconds = priced_rows(rows, hw, found), roofline(rows, hw), column(rows, "seconds")
     thin = ((rows.n <= 128) | (rows.k <= 128)) & (rows.m >= 512) & (rows.b == 1)
     cuts = {"all": rows.m > 0, "m_from_64": rows.m >= 64, "adapter_shapes": thin} | {
         str(g): rows.group == g for g in rows.group.unique()
     }
     kept = {name: np.asarray(cut) for name, cut in cuts.items()}
-    return {n: Errors.of(predicted[k], plain[k], seconds[k]) for n, k in kept.items() if k.sum() >= 20}
+    return {n: FitErrors.of(predicted[k], plain[k], seconds[k]) for n, k in kept.items() if k.sum() >= 20}
 
 
 def fit_device(folder: Path, slug: str, dtype: str) -> Fit:
@@ -284,7 +284,7 @@ def donors(slug: str, dtype: str) -> dict[str, float]:
     return {same[0]: SAME_PATH} | dict.fromkeys(far, (1.0 - SAME_PATH) / len(far))
 
 
-def leave_out(folder: Path, slug: str, dtype: str) -> Errors:
+def leave_out(folder: Path, slug: str, dtype: str) -> FitErrors:
     """Errors of a device priced from its datasheet and the others' rows."""
     shares = donors(slug, dtype)
     begin = sgemm.limited(start(slug, dtype)) if dtype == "fp32" else start(slug, dtype)

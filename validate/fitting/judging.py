@@ -25,7 +25,7 @@ Parameters = OfGpu | CpuGemmParameters | CpuAttentionParameters | CpuStreamParam
 
 
 @dataclass(frozen=True)
-class Errors:
+class FitErrors:
     """|predicted/measured - 1| over some rows, and the mean of a plain roofline on the same rows."""
 
     rows: int
@@ -35,19 +35,19 @@ class Errors:
     roofline_mean: float
 
     @classmethod
-    def of(cls, predicted: Array, roofline: Array, measured: Array) -> "Errors":
+    def of(cls, predicted: Array, roofline: Array, measured: Array) -> "FitErrors":
         """Errors of two predictions against measured seconds (at least one row)."""
         e, plain = np.abs(predicted / measured - 1.0), np.abs(roofline / measured - 1.0)
         return cls(len(e), float(e.mean()), float(np.median(e)), float(np.quantile(e, 0.9)), float(plain.mean()))
 
     @classmethod
-    def average(cls, several: Iterable["Errors"]) -> "Errors":
+    def average(cls, several: Iterable["FitErrors"]) -> "FitErrors":
         """Mean over devices, each weighted alike."""
         e = list(several)
         means = [float(np.mean([getattr(x, k) for x in e])) for k in ("mean", "median", "p90", "roofline_mean")]
         return cls(sum(x.rows for x in e), *means)
 
-    def worse(self, other: "Errors") -> "Errors":
+    def worse(self, other: "FitErrors") -> "FitErrors":
         """The larger of each figure: where two estimates of an error stand side by side."""
         return replace(
             self,
@@ -84,12 +84,12 @@ class Fit:
     software: str
     rows_fitted: int
     rows_left_out: int
-    errors: Errors
-    slices: dict[str, Errors] = field(default_factory=dict)
+    errors: FitErrors
+    slices: dict[str, FitErrors] = field(default_factory=dict)
     notes: str = ""
     doubts: Doubts = Doubts()
 
-    def sibling(self, parameters: Parameters, whose: str, errors: Errors, notes: str = "") -> "Fit":
+    def sibling(self, parameters: Parameters, whose: str, errors: FitErrors, notes: str = "") -> "Fit":
         """The block of a like device without measurements of its own."""
         return replace(
             self,

@@ -15,13 +15,13 @@ from perfmodel.devices.gemm import GemmParameters, Layout, gemm_time
 from perfmodel.devices.hardware import Hardware
 
 from .gemm import least
-from .judging import Array, Errors, Fit, column, hardware, shape_hash, table
+from .judging import Array, Fit, FitErrors, column, hardware, shape_hash, table
 
 SIMUMAX = "https://github.com/MooreThreads/SimuMax"
 BOARDS = {"a100-80gb-pcie": "a100_pcie_bf16", "b200": "b200_bf16_ceperm"}
 
 
-def predict(rows: pd.DataFrame, hw: Hardware, p: GemmParameters) -> Array:
+def priced_layouts(rows: pd.DataFrame, hw: Hardware, p: GemmParameters) -> Array:
     """Seconds of every row, in its layout."""
     out = np.empty(len(rows))
     for (layout, dtype, accumulate), part in rows.groupby(["layout", "out_dtype", "accumulate"]):
@@ -45,10 +45,10 @@ def fit_board(folder: Path, slug: str, base: GemmParameters) -> Fit:
         return replace(base, sustained=sustained, nn_slowdown=nn, nt_slowdown=nt)
 
     def residuals(z: Array) -> Array:
-        return np.asarray(np.log(predict(rows, hw, parameters(z)) / seconds)[~left_out])
+        return np.asarray(np.log(priced_layouts(rows, hw, parameters(z)) / seconds)[~left_out])
 
     p = parameters(least(residuals, np.zeros(3), np.log([0.4, 0.8, 0.8]), np.log([1.5, 1.5, 1.5])).x)
-    predicted = predict(rows, hw, p)
+    predicted = priced_layouts(rows, hw, p)
     m, n, k = (column(rows, c) for c in ("m", "n", "k"))
     plain = np.maximum(2 * m * n * k / hw.peak("bf16"), 2 * (m * k + k * n + m * n) / hw.memory_bandwidth)
     slices = {str(name).lower(): left_out & np.asarray(rows.layout == name) for name in ("TN", "NN", "NT")}
@@ -58,6 +58,6 @@ def fit_board(folder: Path, slug: str, base: GemmParameters) -> Fit:
         software="matmul in three layouts, versions not stated",
         rows_fitted=int((~left_out).sum()),
         rows_left_out=int(left_out.sum()),
-        errors=Errors.of(predicted[left_out], plain[left_out], seconds[left_out]),
-        slices={name: Errors.of(predicted[c], plain[c], seconds[c]) for name, c in slices.items()},
+        errors=FitErrors.of(predicted[left_out], plain[left_out], seconds[left_out]),
+        slices={name: FitErrors.of(predicted[c], plain[c], seconds[c]) for name, c in slices.items()},
     )

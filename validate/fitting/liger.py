@@ -12,7 +12,7 @@ import pandas as pd
 
 from . import sequences as seq
 from .judging import fold, table
-from .sequences import Kernel, Kernels
+from .sequences import Kernels, TimedKernel
 
 GPUS = {"NVIDIA A100-SXM4-80GB": "a100-80gb-sxm", "NVIDIA H100 80GB HBM3": "h100-sxm"}
 HOST_BOUND = 0.31  # ms that Liger's autograd functions need on the host in backward and full mode
@@ -20,7 +20,7 @@ EAGER_HOST_BOUND = {"megatron_rms_norm": 0.08, "llama4_rope": 0.14}  # ms, flat 
 NLL_THREADS = 32  # PyTorch of 2024
 
 
-class Row(NamedTuple):
+class LigerRow(NamedTuple):
     """What a benchmark row says."""
 
     eager: bool
@@ -43,68 +43,74 @@ class Row(NamedTuple):
 Family = tuple[str, Kernels] | None
 
 
-def _rms_norm(r: Row) -> Family:
+def _rms_norm(r: LigerRow) -> Family:
     """fp32 weight, bf16 x: the eager output is fp32, the bf16 gradient is cast."""
     rows, n, size = r.config["M"], r.config["M"] * r.x, r.size()
     if r.eager:
         backward = seq.rms_norm_backward(rows, r.x, size, 4, size)
         return "rms norm eager", r.either(seq.rms_norm_forward(rows, r.x, size, 4), backward)
-    fused = [Kernel(n * size, n * size, "fused_norm", n, rows)]
+    fused = [TimedKernel(n * size, n * size, "fused_norm", n, rows)]
     return "rms norm fused", r.either(fused, seq.fused_norm_backward(n, size, r.x))
 
 
-def _fused_add_rms_norm(r: Row) -> Family:
+def _fused_add_rms_norm(r: LigerRow) -> Family:
     rows, n, size = r.config["M"], r.config["M"] * r.x, r.size()
     if r.eager:
-        add, copy = Kernel(2 * n * size, n * size), Kernel(n * size, n * size)  # x and residual get the same gradient
+        add, copy = (
+            TimedKernel(2 * n * size, n * size),
+            TimedKernel(n * size, n * size),
+        )  # x and residual get the same gradient
         backward = [*seq.rms_norm_backward(rows, r.x, size, 4, max(size, 4)), add, copy]
         return "rms norm eager", r.either([add, *seq.rms_norm_forward(rows, r.x, size, 4)], backward)
     if r.provider != "liger_fused_add_rms_norm":
         return None
-    fused = [Kernel(2 * n * size, 2 * n * size, "fused_norm", n, rows)]
-    return "rms norm fused", r.either(fused, [Kernel(3 * n * size, n * size, "fused_norm_backward", n, None, r.x)])
+    fused = [TimedKernel(2 * n * size, 2 * n * size, "fused_norm", n, rows)]
+    return "rms norm fused", r.either(fused, [TimedKernel(3 * n * size, n * size, "fused_norm_backward", n, None, r.x)])
 
 
-def _megatron_rms_norm(r: Row) -> Family:
+def _megatron_rms_norm(r: LigerRow) -> Family:
     """torch.nn.RMSNorm in bf16; rows with a backward include forward and out.sum()."""
     rows = r.config["S"] * r.config["B"]
     n = rows * r.x
-    total = [Kernel(2 * n, 4.0, "reduction"), Kernel(0.0, 2 * n)] if r.backward else []
+    total = [TimedKernel(2 * n, 4.0, "reduction"), TimedKernel(0.0, 2 * n)] if r.backward else []
     added = seq.accumulate_grad(n) if r.forward and r.backward else []
     if r.eager:
-        grad = [Kernel(8 * n, 2 * n, "norm_backward", n, rows, r.x), Kernel(4 * n, 2 * r.x, "column_reduction")]
-        kernels = [Kernel(2 * n, 2 * n, "norm", n, rows, r.x), *total, *(grad if r.backward else []), *added]
+        grad = [
+            TimedKernel(8 * n, 2 * n, "norm_backward", n, rows, r.x),
+            TimedKernel(4 * n, 2 * r.x, "column_reduction"),
+        ]
+        kernels = [TimedKernel(2 * n, 2 * n, "norm", n, rows, r.x), *total, *(grad if r.backward else []), *added]
         return "rms norm torch native", kernels
     grad = seq.fused_norm_backward(n, 2, r.x) if r.backward else []
-    return "rms norm fused", [Kernel(2 * n, 2 * n, "fused_norm", n, rows), *total, *grad, *added]
+    return "rms norm fused", [TimedKernel(2 * n, 2 * n, "fused_norm", n, rows), *total, *grad, *added]
 
 
-def _layer_norm(r: Row) -> Family:
+def _layer_norm(r: LigerRow) -> Family:
     rows, n = r.config["M"], r.config["M"] * r.x
     if r.eager:
         return "layer norm eager", r.either(seq.layer_norm_forward(rows, r.x), seq.layer_norm_backward(rows, r.x))
-    fused = [Kernel(4 * n, 4 * n, "fused_norm", n, rows)]
+    fused = [TimedKernel(4 * n, 4 * n, "fused_norm", n, rows)]
     return "layer norm fused", r.either(fused, seq.fused_norm_backward(n, 4, r.x))
 
 
-def _query_key(r: Row) -> tuple[float, float]:
+def _query_key(r: LigerRow) -> tuple[float, float]:
     """Elements of q and of k."""
     hidden = r.x if r.x_name == "H" else float(r.config["hidden_size"])
     tokens = r.x if r.x_name == "T" else float(r.config["seq_len"])
     return tokens * hidden, tokens * hidden * r.config["num_kv_heads"] / r.config["num_q_heads"]
 
 
-def _rope(r: Row) -> Family:
+def _rope(r: LigerRow) -> Family:
     q, k = _query_key(r)
     if r.eager:
         return "rope eager", r.either(
             seq.rope_forward(q) + seq.rope_forward(k), seq.rope_backward(q) + seq.rope_backward(k)
         )
-    one = [Kernel(2 * (q + k), 2 * (q + k), "pointwise", q + k)]
+    one = [TimedKernel(2 * (q + k), 2 * (q + k), "pointwise", q + k)]
     return "rope fused", r.either(one, one)
 
 
-def _llama4_rope(r: Row) -> Family:
+def _llama4_rope(r: LigerRow) -> Family:
     """To fp32, complex product with broadcast angles, and back; the fused one copies first, as the bytes tell."""
     q, k = _query_key(r)
     if r.eager:
@@ -112,54 +118,54 @@ def _llama4_rope(r: Row) -> Family:
             kernel
             for m in (q, k)
             for kernel in (
-                Kernel(2 * m, 4 * m, "cast", m),
-                Kernel(4 * m, 4 * m, "strided", m / 2),
-                Kernel(4 * m, 2 * m, "cast", m),
+                TimedKernel(2 * m, 4 * m, "cast", m),
+                TimedKernel(4 * m, 4 * m, "strided", m / 2),
+                TimedKernel(4 * m, 2 * m, "cast", m),
             )
         ]
         return "llama4 rope eager", r.either(one, one)
-    fused = [Kernel(2 * (q + k), 2 * (q + k))] * 2
+    fused = [TimedKernel(2 * (q + k), 2 * (q + k))] * 2
     return "llama4 rope fused", r.either(fused, fused)
 
 
-def _cross_entropy(r: Row) -> Family:
+def _cross_entropy(r: LigerRow) -> Family:
     """fp32 logits; full mode accumulates into .grad; the fused gradient replaces the logits."""
     rows = r.config["B"] * r.config["T"]
     n = rows * r.x
     if r.eager:
         backward = seq.cross_entropy_backward(rows, r.x) + seq.accumulate_grad(n, 4)
         return "cross entropy eager", r.either(seq.cross_entropy_forward(rows, r.x, NLL_THREADS), backward)
-    fused = [Kernel(4 * n, 4 * n, "cross_entropy", n, rows)]
-    return "cross entropy fused", r.either(fused, [Kernel(4 * n, 4 * n)])
+    fused = [TimedKernel(4 * n, 4 * n, "cross_entropy", n, rows)]
+    return "cross entropy fused", r.either(fused, [TimedKernel(4 * n, 4 * n)])
 
 
-def _megatron_cross_entropy(r: Row) -> Family:
+def _megatron_cross_entropy(r: LigerRow) -> Family:
     if r.provider != "liger" or r.backward:
         return None
     rows = r.config["S"] * r.config["B"]
-    return "cross entropy fused", [Kernel(2 * rows * r.x, 2 * rows * r.x, "cross_entropy", rows * r.x, rows)]
+    return "cross entropy fused", [TimedKernel(2 * rows * r.x, 2 * rows * r.x, "cross_entropy", rows * r.x, rows)]
 
 
-def _embedding(r: Row) -> Family:
+def _embedding(r: LigerRow) -> Family:
     """Rows with a backward also make a random gradient and accumulate into weight.grad."""
     tokens, hidden = r.config["B"] * r.config["T"], r.config["D"]
     n, cells = tokens * hidden, r.x * hidden
     if not r.eager:
-        return None if r.backward else ("embedding fused", [Kernel(4 * min(n, cells), 4 * n)])
-    backward = [Kernel(0.0, 4 * n, "pointwise", n), *seq.embedding_backward(tokens, hidden, r.x, 4)]
+        return None if r.backward else ("embedding fused", [TimedKernel(4 * min(n, cells), 4 * n)])
+    backward = [TimedKernel(0.0, 4 * n, "pointwise", n), *seq.embedding_backward(tokens, hidden, r.x, 4)]
     backward += seq.accumulate_grad(cells, 4)
     return "embedding eager", r.either(seq.embedding_forward(tokens, hidden, r.x, 4), backward)
 
 
-def _relu_squared(r: Row) -> Family:
+def _relu_squared(r: LigerRow) -> Family:
     n = r.config["M"] * r.x
     if r.eager:
-        backward = [Kernel(2 * n, 2 * n)] * 2 + [Kernel(4 * n, 2 * n)] * 2
-        return "relu squared eager", r.either([Kernel(2 * n, 2 * n)] * 2, backward)
-    return "relu squared fused", r.either([Kernel(2 * n, 2 * n)], [Kernel(4 * n, 2 * n)])
+        backward = [TimedKernel(2 * n, 2 * n)] * 2 + [TimedKernel(4 * n, 2 * n)] * 2
+        return "relu squared eager", r.either([TimedKernel(2 * n, 2 * n)] * 2, backward)
+    return "relu squared fused", r.either([TimedKernel(2 * n, 2 * n)], [TimedKernel(4 * n, 2 * n)])
 
 
-FAMILIES: dict[str, Callable[[Row], Family]] = {
+FAMILIES: dict[str, Callable[[LigerRow], Family]] = {
     "rms_norm": _rms_norm,
     "fused_add_rms_norm": _fused_add_rms_norm,
     "megatron_rms_norm": _megatron_rms_norm,
@@ -190,7 +196,7 @@ def load(folder: Path) -> pd.DataFrame:
         eager = r["kernel_provider"] in ("huggingface", "torch", "megatron")
         x_value, text = r["x_value"], str(r["extra_benchmark_config_str"])
         forward, backward = mode in ("forward", "full"), mode in ("backward", "full")
-        row = Row(
+        row = LigerRow(
             eager, str(r["kernel_provider"]), forward, backward, str(r["x_name"]), float(x_value), json.loads(text)
         )
         made = FAMILIES[name](row)

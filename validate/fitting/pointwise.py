@@ -16,8 +16,8 @@ from perfmodel.devices.hardware import Hardware
 from perfmodel.devices.pointwise import KINDS, PointwiseParameters, pointwise_time
 
 from . import liger
-from .judging import Array, Errors, Fit, column, fold, hardware, table
-from .sequences import Kernel, Kernels
+from .judging import Array, Fit, FitErrors, column, fold, hardware, table
+from .sequences import Kernels, TimedKernel
 
 NEUSIGHT = {
     "NVIDIA A100 80GB PCIe": "a100-80gb-pcie",
@@ -74,8 +74,8 @@ def _neusight(folder: Path) -> pd.DataFrame:
 def _neusight_kernels(op: str, rows: float, hidden: float) -> Kernels:
     n = 4.0 * rows * hidden
     if op in ("ln", "softmax"):
-        return [Kernel(n, n, "norm" if op == "ln" else "softmax", None, rows, hidden)]
-    return [Kernel(2 * n if op in ("add", "mul", "div", "pow") else n, n)]
+        return [TimedKernel(n, n, "norm" if op == "ln" else "softmax", None, rows, hidden)]
+    return [TimedKernel(2 * n if op in ("add", "mul", "div", "pow") else n, n)]
 
 
 def _vidur(folder: Path) -> pd.DataFrame:
@@ -89,8 +89,8 @@ def _vidur(folder: Path) -> pd.DataFrame:
             tokens = float(r["num_tokens"])
             n = tokens * float(r["n_embd"])
             # phi-2 (not gated) adds twice a layer.
-            adds = [Kernel(4 * n, 2 * n)] * (1 if r["gated"] else 2)
-            kernels = adds if op == "add" else [Kernel(2 * n, 2 * n, "embedding", n, tokens)]
+            adds = [TimedKernel(4 * n, 2 * n)] * (1 if r["gated"] else 2)
+            kernels = adds if op == "add" else [TimedKernel(2 * n, 2 * n, "embedding", n, tokens)]
             shape = fold(op, *(r[k] for k in ("num_tokens", "tp", "n_embd", "n_ffn", "n_head", "n_kv_head")))
             out.append((VIDUR[str(r["gpu"])], op, kernels, shape, float(r[name]) * 1e-3))
     return pd.DataFrame(out, columns=["gpu", "family", "kernels", "fold", "seconds"])
@@ -162,7 +162,7 @@ def fit(rows: pd.DataFrame, hw: Hardware, begin: PointwiseParameters) -> Pointwi
     return make(least_squares(residuals, first, bounds=(low, high), loss="soft_l1", f_scale=0.1, max_nfev=60).x)
 
 
-def judge(rows: pd.DataFrame, hw: Hardware, p: PointwiseParameters) -> dict[str, Errors]:
+def judge(rows: pd.DataFrame, hw: Hardware, p: PointwiseParameters) -> dict[str, FitErrors]:
     """Errors by source and family, and their average, in which every family weighs alike."""
     rows = rows[(rows.source != "vidur") | (rows.seconds >= 1e-5)].reset_index(drop=True)
     batch = Batch(rows)
@@ -170,21 +170,21 @@ def judge(rows: pd.DataFrame, hw: Hardware, p: PointwiseParameters) -> dict[str,
     found = {}
     for (source, family), part in rows.groupby(["source", "family"]):
         i = np.asarray(part.index)
-        found[f"{source}_{family}".replace(" ", "_")] = Errors.of(predicted[i], plain[i], seconds[i])
-    return {"all": Errors.average(found.values()), **found}
+        found[f"{source}_{family}".replace(" ", "_")] = FitErrors.of(predicted[i], plain[i], seconds[i])
+    return {"all": FitErrors.average(found.values()), **found}
 
 
 @dataclass(frozen=True)
-class Results:
+class PointwiseResults:
     """Fits by device, the class default, errors of leaving a device out."""
 
     fits: dict[str, Fit]
     default: Fit
-    left_out_device: dict[str, Errors]
-    pairs: list[Errors]  # a device priced with a like device's parameters
+    left_out_device: dict[str, FitErrors]
+    pairs: list[FitErrors]  # a device priced with a like device's parameters
 
 
-def fit_all(folder: Path, step: Callable[[str], None]) -> Results:
+def fit_all(folder: Path, step: Callable[[str], None]) -> PointwiseResults:
     """Every device with rows; gaps are filled from the parent or the class."""
     rows = load(folder)
     rows = rows[~rows.host_bound]
@@ -210,7 +210,7 @@ def fit_all(folder: Path, step: Callable[[str], None]) -> Results:
         )
         for slug, donor in PAIRS
     ]
-    return Results(fits, _class_fit(fits, default, left_out), left_out, [errors["all"] for errors in pairs])
+    return PointwiseResults(fits, _class_fit(fits, default, left_out), left_out, [errors["all"] for errors in pairs])
 
 
 def _as_fit(rows: pd.DataFrame, hw: Hardware, p: PointwiseParameters) -> Fit:
@@ -238,12 +238,12 @@ def class_default(found: dict[str, PointwiseParameters], known: dict[str, list[s
     return replace(PointwiseParameters(), **values)
 
 
-def _class_fit(fits: dict[str, Fit], default: PointwiseParameters, left_out: dict[str, Errors]) -> Fit:
+def _class_fit(fits: dict[str, Fit], default: PointwiseParameters, left_out: dict[str, FitErrors]) -> Fit:
     return Fit(
         parameters=default,
         source="medians over " + ", ".join(sorted(fits)) + ": " + ", ".join(url for url, _ in SOURCES.values()),
         software="; ".join(software for _, software in SOURCES.values()),
         rows_fitted=sum(f.rows_fitted for f in fits.values()),
         rows_left_out=sum(f.rows_left_out for f in fits.values()),
-        errors=Errors.average(left_out.values()),
+        errors=FitErrors.average(left_out.values()),
     )

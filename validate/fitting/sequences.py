@@ -11,7 +11,7 @@ import numpy as np
 UNARY = 2.0 / 3.0  # a unary kernel computes two addresses an element, a binary one three
 
 
-class Kernel(NamedTuple):
+class TimedKernel(NamedTuple):
     """One launch: bytes read, bytes written, kind of `pointwise_time`, elements, rows, elements of a row."""
 
     read: float
@@ -22,15 +22,15 @@ class Kernel(NamedTuple):
     row_elements: float | None = None
 
 
-Kernels = list[Kernel]
+Kernels = list[TimedKernel]
 
 
-def _small(rows: float) -> Kernel:
-    return Kernel(4.0 * rows, 4.0 * rows)
+def _small(rows: float) -> TimedKernel:
+    return TimedKernel(4.0 * rows, 4.0 * rows)
 
 
 def _cast(n: float, source: int, target: int) -> Kernels:
-    return [] if source == target else [Kernel(n * source, n * target, "cast", n)]
+    return [] if source == target else [TimedKernel(n * source, n * target, "cast", n)]
 
 
 def rms_norm_forward(rows: float, hidden: float, size: int = 2, weight_size: int = 2) -> Kernels:
@@ -38,13 +38,13 @@ def rms_norm_forward(rows: float, hidden: float, size: int = 2, weight_size: int
     n, out = rows * hidden, max(size, weight_size)
     return [
         *_cast(n, size, 4),
-        Kernel(4 * n, 4 * n),
-        Kernel(4 * n, 4.0 * rows, "reduction"),
+        TimedKernel(4 * n, 4 * n),
+        TimedKernel(4 * n, 4.0 * rows, "reduction"),
         _small(rows),
         _small(rows),
-        Kernel(4 * n, 4 * n, "strided", n),
+        TimedKernel(4 * n, 4 * n, "strided", n),
         *_cast(n, 4, size),
-        Kernel(n * size, n * out, "strided", n),
+        TimedKernel(n * size, n * out, "strided", n),
     ]
 
 
@@ -53,19 +53,19 @@ def rms_norm_backward(rows: float, hidden: float, size: int, weight_size: int, g
     n, out = rows * hidden, max(size, weight_size)
     return [
         *_cast(n, grad_size, out),
-        Kernel(n * out, n * out, "strided", n),  # gradient of the normalised input: grad * weight
+        TimedKernel(n * out, n * out, "strided", n),  # gradient of the normalised input: grad * weight
         *_cast(n, out, size),
-        Kernel(n * (out + size), n * out, "strided" if out != size else "pointwise", n),  # grad * hidden
-        Kernel(n * out, 4.0 * hidden, "column_reduction"),  # summed over the rows
+        TimedKernel(n * (out + size), n * out, "strided" if out != size else "pointwise", n),  # grad * hidden
+        TimedKernel(n * out, 4.0 * hidden, "column_reduction"),  # summed over the rows
         *_cast(n, size, 4),
-        Kernel(4 * n, 4 * n, "strided", n),
-        Kernel(8 * n, 4 * n),
-        Kernel(4 * n, 4.0 * rows, "reduction"),
+        TimedKernel(4 * n, 4 * n, "strided", n),
+        TimedKernel(8 * n, 4 * n),
+        TimedKernel(4 * n, 4.0 * rows, "reduction"),
         *[_small(rows)] * 4,  # rsqrt: pow, mul, mul; mean: div
-        Kernel(4.0 * rows, 4 * n, "strided", n * UNARY),  # mean: expand and divide
-        *[Kernel(4 * n, 4 * n)] * 2,  # pow: x, 2x
-        Kernel(8 * n, 4 * n),  # times grad
-        Kernel(8 * n, 4 * n),  # the two uses of hidden
+        TimedKernel(4.0 * rows, 4 * n, "strided", n * UNARY),  # mean: expand and divide
+        *[TimedKernel(4 * n, 4 * n)] * 2,  # pow: x, 2x
+        TimedKernel(8 * n, 4 * n),  # times grad
+        TimedKernel(8 * n, 4 * n),  # the two uses of hidden
         *_cast(n, 4, size),
     ]
 
@@ -73,23 +73,23 @@ def rms_norm_backward(rows: float, hidden: float, size: int, weight_size: int, g
 def rope_forward(n: float, size: int = 2) -> Kernels:
     """apply_rotary_pos_emb on one tensor of n elements: q*cos + cat(-x2, x1)*sin."""
     return [
-        Kernel(n * size, n * size, "strided", n),
-        Kernel(n * size / 2, n * size / 2, "strided", n / 2 * UNARY),
-        Kernel(n * size, n * size, "cat", n * UNARY),
-        Kernel(n * size, n * size, "strided", n),
-        Kernel(2 * n * size, n * size, "strided", n),
+        TimedKernel(n * size, n * size, "strided", n),
+        TimedKernel(n * size / 2, n * size / 2, "strided", n / 2 * UNARY),
+        TimedKernel(n * size, n * size, "cat", n * UNARY),
+        TimedKernel(n * size, n * size, "strided", n),
+        TimedKernel(2 * n * size, n * size, "strided", n),
     ]
 
 
 def rope_backward(n: float, size: int = 2) -> Kernels:
     """Two products, neg, two slice backwards (zeros and copy), two sums of gradients."""
-    half, zeros = Kernel(n * size / 2, n * size / 2, "strided", n / 2 * UNARY), Kernel(0.0, n * size)
+    half, zeros = TimedKernel(n * size / 2, n * size / 2, "strided", n / 2 * UNARY), TimedKernel(0.0, n * size)
     return [
-        *[Kernel(n * size, n * size, "strided", n)] * 2,
+        *[TimedKernel(n * size, n * size, "strided", n)] * 2,
         half,
         *[zeros, half] * 2,
-        Kernel(2 * n * size, n * size),
-        Kernel(2 * n * size, n * size, "strided", n),
+        TimedKernel(2 * n * size, n * size),
+        TimedKernel(2 * n * size, n * size, "strided", n),
     ]
 
 
@@ -97,37 +97,42 @@ def cross_entropy_forward(rows: float, vocab: float, nll_threads: int) -> Kernel
     """fp32 log_softmax and nll_loss: one CTA of nll_threads (32 in PyTorch of 2024, up to 1024 since)."""
     n = rows * vocab
     steps = float(np.ceil(rows / nll_threads))
-    return [Kernel(4 * n, 4 * n, "softmax", n, rows, vocab), Kernel(8.0 * rows, 8.0, "serial", steps)]
+    return [TimedKernel(4 * n, 4 * n, "softmax", n, rows, vocab), TimedKernel(8.0 * rows, 8.0, "serial", steps)]
 
 
 def cross_entropy_backward(rows: float, vocab: float) -> Kernels:
     """nll backward into zeros, log_softmax backward (sum of grad, then exp(y) * sum)."""
     n = rows * vocab
-    return [Kernel(0.0, 4 * n), _small(rows), Kernel(4 * n, 4.0 * rows, "reduction"), Kernel(8 * n, 4 * n)]
+    return [
+        TimedKernel(0.0, 4 * n),
+        _small(rows),
+        TimedKernel(4 * n, 4.0 * rows, "reduction"),
+        TimedKernel(8 * n, 4 * n),
+    ]
 
 
 def accumulate_grad(n: float, size: int = 2) -> Kernels:
     """grad += new: what .backward() does when .grad exists."""
-    return [Kernel(2 * n * size, n * size)]
+    return [TimedKernel(2 * n * size, n * size)]
 
 
 def layer_norm_forward(rows: float, hidden: float, size: int = 4) -> Kernels:
     """One native kernel, a row a CTA, two passes."""
     n = rows * hidden
-    return [Kernel(n * size, n * size, "norm", n, rows, hidden)]
+    return [TimedKernel(n * size, n * size, "norm", n, rows, hidden)]
 
 
 def layer_norm_backward(rows: float, hidden: float, size: int = 4) -> Kernels:
     """Input gradient (two passes over dy and x), and the column sums for weight and bias."""
     n = rows * hidden
-    gradient = Kernel(4 * n * size, n * size, "norm_backward", n, rows, hidden)
-    return [gradient, Kernel(2 * n * size, 8.0 * hidden, "column_reduction")]
+    gradient = TimedKernel(4 * n * size, n * size, "norm_backward", n, rows, hidden)
+    return [gradient, TimedKernel(2 * n * size, 8.0 * hidden, "column_reduction")]
 
 
 def embedding_forward(tokens: float, hidden: float, vocab: float, size: int) -> Kernels:
     """index_select; rows that repeat are read once if the vocabulary is smaller than the batch."""
     n = tokens * hidden
-    return [Kernel(min(n, vocab * hidden) * size, n * size, "embedding", n, tokens)]
+    return [TimedKernel(min(n, vocab * hidden) * size, n * size, "embedding", n, tokens)]
 
 
 def embedding_backward(tokens: float, hidden: float, vocab: float, size: int) -> Kernels:
@@ -135,14 +140,14 @@ def embedding_backward(tokens: float, hidden: float, vocab: float, size: int) ->
     n, table = tokens * hidden, vocab * hidden
     distinct = table * -float(np.expm1(tokens * np.log1p(-1.0 / max(vocab, 2.0))))  # elements of distinct rows
     return [
-        Kernel(0.0, table * size),
-        *[Kernel(8.0 * tokens, 8.0 * tokens)] * 6,
-        Kernel(n * size, 4.0 * distinct, "strided", n),
-        Kernel(4.0 * distinct, 4.0 * distinct, "embedding", distinct),
-        Kernel(4.0 * distinct, size * distinct, "embedding", distinct),
+        TimedKernel(0.0, table * size),
+        *[TimedKernel(8.0 * tokens, 8.0 * tokens)] * 6,
+        TimedKernel(n * size, 4.0 * distinct, "strided", n),
+        TimedKernel(4.0 * distinct, 4.0 * distinct, "embedding", distinct),
+        TimedKernel(4.0 * distinct, size * distinct, "embedding", distinct),
     ]
 
 
 def fused_norm_backward(n: float, size: int, hidden: float) -> Kernels:
     """Liger's norm backward: one kernel, one CTA an SM."""
-    return [Kernel(2 * n * size, n * size, "fused_norm_backward", n, None, hidden)]
+    return [TimedKernel(2 * n * size, n * size, "fused_norm_backward", n, None, hidden)]

@@ -66,7 +66,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Call:
+class ProfiledCall:
     """An ATen call or package's operator on the host; `self_seconds` leaves out those inside it."""
 
     name: str
@@ -90,7 +90,7 @@ class Profile:
     """
 
     work: list[Work] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
+    calls: list[ProfiledCall] = field(default_factory=list)
     phases: dict[str, float] = field(default_factory=dict)
     launches: dict[str, tuple[int, float]] = field(default_factory=dict)
     memory_peak: int = 0
@@ -125,7 +125,7 @@ def parse(
         profile.phases[name] = profile.phases.get(name, 0.0) + (stop - start) * MICRO
     stacks = _Stacks(e for e in _of(events, "cpu_op") if is_operator(e["name"]))
     profile.calls = [
-        Call(e["name"], _phase(e["ts"], spans), e["ts"] * MICRO, e["dur"] * MICRO, own * MICRO, top)
+        ProfiledCall(e["name"], _phase(e["ts"], spans), e["ts"] * MICRO, e["dur"] * MICRO, own * MICRO, top)
         for e, own, top in stacks.calls()
     ]
     runtime = [e for e in events if e.get("cat") in RUNTIME]

@@ -18,7 +18,7 @@ from .team import Team, wrap
 Around = Callable[[str], AbstractContextManager[Any]]  # what surrounds the work of a phase
 
 
-class Program:
+class TrainingLoop:
     """A cell's model with random weights, its optimizer and one dense batch of random tokens, on a device.
 
     With a team, the share of it that this process trains.

@@ -17,13 +17,13 @@ from perfmodel.program.part import PHASES
 
 from . import kineto
 from .kineto import Profile
-from .loop import Program
+from .loop import TrainingLoop
 
 MARK = "perfmodel: "  # before the name of a phase in the trace
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # below it Kineto reports on stderr when it starts and stops
 
 
-def trace_step(program: Program) -> Profile:
+def trace_step(program: TrainingLoop) -> Profile:
     """Run one step of a warm program under the profiler and parse its trace."""
     activities, on_gpu = [ProfilerActivity.CPU], program.device == "cuda"
     if on_gpu:

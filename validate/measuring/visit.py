@@ -11,12 +11,12 @@ import torch
 
 from perfmodel.program.part import PHASES
 from perfmodel.tracing.programs.choose import out_of_memory
-from perfmodel.tracing.trace import Recorder
+from perfmodel.tracing.trace import CallRecorder
 
 from . import profile
 from .cells import Cell
 from .clocks import Clock, clock_for
-from .loop import Program
+from .loop import TrainingLoop
 from .names import unified
 from .team import Messages, Team
 
@@ -45,7 +45,7 @@ def visit(
 def _measure(
     cell: Cell, device: str, threads: int, warm_up: int, steps: int, whole: bool, team: Team | None
 ) -> dict[str, Any]:
-    program = Program(cell, device, team)
+    program = TrainingLoop(cell, device, team)
     clock = clock_for(device, alone=threads == 1 and team is None)
     for _ in range(warm_up):
         program.step()
@@ -83,7 +83,7 @@ def _measure(
     return record
 
 
-def _timed(program: Program, clock: Clock) -> dict[str, float]:
+def _timed(program: TrainingLoop, clock: Clock) -> dict[str, float]:
     @contextmanager
     def lap(phase: str) -> Iterator[None]:
         yield
@@ -99,16 +99,16 @@ def spread(values: list[float]) -> float:
     return (max(values) - min(values)) / median(values)
 
 
-def messages(program: Program) -> dict[str, dict[str, list[int]]]:
+def messages(program: TrainingLoop) -> dict[str, dict[str, list[int]]]:
     """Collectives of one step: phase -> name -> [number, bytes of their messages]."""
     counter = Messages()
     program.step(counter.observe)
     return counter.found
 
 
-def dispatches(program: Program) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+def dispatches(program: TrainingLoop) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
     """Non-view ATen calls of one real step: by phase, and by phase and name (see `names.unified`)."""
-    recorder = Recorder()
+    recorder = CallRecorder()
     recorder.recording = True
     program.step(recorder.observe)
     calls: dict[str, Counter[str]] = {phase: Counter() for phase in PHASES}

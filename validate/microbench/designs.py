@@ -14,7 +14,7 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class Case:
+class MicroCase:
     """One measurement.
 
     Attributes:
@@ -41,10 +41,10 @@ class Case:
         return dict(self.sizes)[name]
 
 
-def design(device: str, dtypes: tuple[str, ...]) -> dict[str, list[Case]]:
+def design(device: str, dtypes: tuple[str, ...]) -> dict[str, list[MicroCase]]:
     """The cases of a kind of device by block."""
     wide = device == "cuda"
-    blocks: dict[str, list[Case]] = {"host": host(device)}
+    blocks: dict[str, list[MicroCase]] = {"host": host(device)}
     for dtype in dtypes:
         blocks[f"gemm {dtype}"] = gemms(dtype, wide=wide)
         blocks[f"pointwise {dtype}"] = streams(dtype, wide=wide)
@@ -54,7 +54,7 @@ def design(device: str, dtypes: tuple[str, ...]) -> dict[str, list[Case]]:
     return blocks
 
 
-def gemms(dtype: str, *, wide: bool) -> list[Case]:
+def gemms(dtype: str, *, wide: bool) -> list[MicroCase]:
     """Products like those of training: tokens by features, some features a rank; the three layouts of each."""
     tokens = (64, 128, 256, 512, 1024, 2048, 4096, 8192) if wide else (64, 96, 128, 256, 384, 512, 1024)
     features = (1024, 1536, 2048, 3072, 4096, 8192, 11008) if wide else (192, 256, 384, 512, 768, 1024, 2048, 3072)
@@ -79,17 +79,17 @@ def gemms(dtype: str, *, wide: bool) -> list[Case]:
     return [case for group in cases for case in group]
 
 
-def of_linear(dtype: str, layout: str, tokens: int, out_features: int, in_features: int) -> Case:
+def of_linear(dtype: str, layout: str, tokens: int, out_features: int, in_features: int) -> MicroCase:
     """The product of that layout in a linear of `out_features` by `in_features`."""
     m, n, k = {
         "tn": (tokens, out_features, in_features),
         "nn": (tokens, in_features, out_features),
         "nt": (out_features, in_features, tokens),
     }[layout]
-    return Case("gemm", "mm", dtype, (("m", m), ("n", n), ("k", k)), layout)
+    return MicroCase("gemm", "mm", dtype, (("m", m), ("n", n), ("k", k)), layout)
 
 
-def attentions(dtype: str, *, wide: bool) -> list[Case]:
+def attentions(dtype: str, *, wide: bool) -> list[MicroCase]:
     """Causal attention, forward and backward, by sequence, heads and head size."""
     seqs = (128, 256, 512, 1024, 2048, 4096, 8192) if wide else (32, 48, 64, 128, 256, 384, 512)
     most = 16384 if wide else 1024  # tokens
@@ -97,7 +97,7 @@ def attentions(dtype: str, *, wide: bool) -> list[Case]:
     for seq, (heads, kv), dim, batch in product(seqs, ((4, 4), (12, 4), (16, 16), (32, 8)), (64, 128), (1, 4)):
         if batch * seq <= most and (wide or heads * batch <= 24):
             sizes = (("batch", batch), ("seq", seq), ("heads", heads), ("kv_heads", kv), ("head_dim", dim))
-            found += [Case("attention", "sdpa", dtype, sizes, backward=b) for b in (False, True)]
+            found += [MicroCase("attention", "sdpa", dtype, sizes, backward=b) for b in (False, True)]
     pairs = [found[i : i + 2] for i in range(0, len(found), 2)]
     random.Random(SEED).shuffle(pairs)
     return [case for pair in pairs for case in pair]
@@ -114,11 +114,13 @@ STREAMS = (
 PLAIN = ("add", "mul", "mul_", "lerp_", "addcmul_")  # these show the memory's bandwidth
 
 
-def streams(dtype: str, *, wide: bool) -> list[Case]:
+def streams(dtype: str, *, wide: bool) -> list[MicroCase]:
     """Pointwise calls, reductions, norms, softmax: in cache and out of it; floors and bandwidth come first."""
     largest = ((16384, 8192), (8192, 4096)) if wide else ((2048, 1024), (1024, 3072))
     shapes = [(1, 16), (64, 256), (96, 384), (256, 768), (512, 768), (512, 2048), *largest]
-    cases = [Case("pointwise", op, dtype, (("rows", r), ("columns", c))) for (r, c), op in product(shapes, STREAMS)]
+    cases = [
+        MicroCase("pointwise", op, dtype, (("rows", r), ("columns", c))) for (r, c), op in product(shapes, STREAMS)
+    ]
     big = (("rows", largest[0][0]), ("columns", largest[0][1]))
     first = [c for c in cases if c["rows"] == 1 or (c.sizes == big and c.op in PLAIN)]
     rest = [c for c in cases if c not in first]
@@ -126,8 +128,10 @@ def streams(dtype: str, *, wide: bool) -> list[Case]:
     return first + rest
 
 
-def host(device: str) -> list[Case]:
+def host(device: str) -> list[MicroCase]:
     """Costs that come with a call, whatever its size."""
     ops = ["dispatch", "view", "autograd_node", "module_call", *(["launch"] if device == "cuda" else [])]
-    lists = [Case("host", op, "fp32", (("tensors", n),)) for op in ("foreach_mul_", "foreach_norm") for n in (1, 64)]
-    return [Case("host", op, "fp32") for op in ops] + lists
+    lists = [
+        MicroCase("host", op, "fp32", (("tensors", n),)) for op in ("foreach_mul_", "foreach_norm") for n in (1, 64)
+    ]
+    return [MicroCase("host", op, "fp32") for op in ops] + lists

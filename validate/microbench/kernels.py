@@ -23,7 +23,7 @@ from perfmodel.devices.hardware import ITEMSIZE
 from perfmodel.tracing.programs.dtypes import TORCH_DTYPES
 
 from ..measuring.environment import caches
-from .designs import Case
+from .designs import MicroCase
 
 aten = torch.ops.aten
 Call = Callable[[int], object]
@@ -36,14 +36,14 @@ _kept: deque[tuple[object, int]] = deque()  # results of earlier cases, and thei
 _cursor: dict[int, int] = {}  # address of a pool -> element at which the next operand begins
 
 
-def build(case: Case, device: str) -> tuple[Call, int]:
+def build(case: MicroCase, device: str) -> tuple[Call, int]:
     """The call of a case, and how many calls a repeat should have."""
     with torch.device(device):
         call, inner = BUILDERS[case.block](case, device)
     return (call if case.block == "host" else _holding(case, call, device)), inner
 
 
-def _holding(case: Case, call: Call, device: str) -> Call:
+def _holding(case: MicroCase, call: Call, device: str) -> Call:
     """The call, its results held, and those of earlier cases until so many bytes of them are there."""
     _touched(RING[device], device)
     if case.op in HOT and device == "cpu":
@@ -91,7 +91,7 @@ class Ring:
         return self.copies[i % len(self.copies)]
 
 
-def gemm(case: Case, device: str) -> tuple[Call, int]:
+def gemm(case: MicroCase, device: str) -> tuple[Call, int]:
     """A product in the layout of forward, input gradient or weight gradient."""
     m, n, k = case["m"], case["n"], case["k"]
     a = Ring(*((k, m) if case.layout == "nt" else (m, k)), dtype=case.dtype, device=device, warm=True)
@@ -104,7 +104,7 @@ def gemm(case: Case, device: str) -> tuple[Call, int]:
     return calls[case.layout], 1
 
 
-def _attention(case: Case, device: str) -> tuple[Call, int]:
+def _attention(case: MicroCase, device: str) -> tuple[Call, int]:
     """As transformers lays heads out: (batch, seq, heads, head_dim), transposed."""
     b, s, d = case["batch"], case["seq"], case["head_dim"]
     heads = (case["heads"], case["kv_heads"], case["kv_heads"])
@@ -140,7 +140,7 @@ def _sdpa(parts: list[Tensor], grouped: bool) -> Tensor:
     return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 
-def _stream(case: Case, device: str) -> tuple[Call, int]:
+def _stream(case: MicroCase, device: str) -> tuple[Call, int]:
     rows, columns = case["rows"], case["columns"]
 
     def ring(*shape: int) -> Ring:
@@ -237,7 +237,7 @@ STREAM_CALLS: dict[str, Callable[..., Call]] = {
 }
 
 
-def _host(case: Case, device: str) -> tuple[Call, int]:
+def _host(case: MicroCase, device: str) -> tuple[Call, int]:
     """Work of the host is done on its own tensors: a call on a GPU's would be timed with its launch."""
     one = torch.ones(1, device=device if case.op == "launch" else "cpu")
     leaf = torch.ones(1, requires_grad=True, device="cpu")
@@ -257,6 +257,6 @@ def _host(case: Case, device: str) -> tuple[Call, int]:
     return calls[case.op], 50
 
 
-BUILDERS: dict[str, Callable[[Case, str], tuple[Call, int]]] = {
+BUILDERS: dict[str, Callable[[MicroCase, str], tuple[Call, int]]] = {
     "gemm": gemm, "attention": _attention, "pointwise": _stream, "host": _host,
 }  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .designs import Case
+from .designs import MicroCase
 from .kernels import build
 from .stopwatch import Stopwatch
 
@@ -20,7 +20,7 @@ NEEDED = 60  # cases of a block that run even if the time is over, small ones fi
 
 
 def run(
-    blocks: dict[str, list[Case]],
+    blocks: dict[str, list[MicroCase]],
     device: str,
     watch: Stopwatch,
     seconds: float,
@@ -52,7 +52,7 @@ def run(
     return records
 
 
-def attempt(case: Case, device: str, watch: Stopwatch) -> dict[str, Any]:
+def attempt(case: MicroCase, device: str, watch: Stopwatch) -> dict[str, Any]:
     """A record of kind "microbench", or "unmeasured" where memory ran out or the device cannot run the case."""
     try:
         call, inner = build(case, device)

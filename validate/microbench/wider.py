@@ -7,7 +7,7 @@ optimizers over lists of tensors.
 import random
 from itertools import product
 
-from .designs import LAYOUTS, SEED, Case, design, of_linear
+from .designs import LAYOUTS, SEED, MicroCase, design, of_linear
 
 UNALIGNED = (50257, 30522, 5185)  # vocabularies of GPT-2 and BERT, and a width that is odd
 BACKENDS = ("flash", "cudnn", "efficient", "math")
@@ -15,7 +15,7 @@ COPIES = ("to_device", "to_device_pinned", "to_host", "within")
 LISTS = ("adamw-foreach", "adamw-fused", "clip")
 
 
-def campaign(device: str, dtypes: tuple[str, ...]) -> dict[str, list[Case]]:
+def campaign(device: str, dtypes: tuple[str, ...]) -> dict[str, list[MicroCase]]:
     """All blocks of a kind of device: the calibration's and, on CUDA, the wider ones."""
     blocks = design(device, dtypes)
     if device != "cuda":
@@ -24,34 +24,36 @@ def campaign(device: str, dtypes: tuple[str, ...]) -> dict[str, list[Case]]:
     return {**blocks, **wider, **{f"gemm unaligned {dtype}": unaligned(dtype) for dtype in dtypes}}
 
 
-def copies() -> list[Case]:
+def copies() -> list[MicroCase]:
     """From one number, which shows the floor, to what shows the bandwidth."""
-    return [Case("copies", op, "fp32", (("elements", n),)) for n, op in product((1, 1 << 24, 1 << 12, 1 << 18), COPIES)]
+    return [
+        MicroCase("copies", op, "fp32", (("elements", n),)) for n, op in product((1, 1 << 24, 1 << 12, 1 << 18), COPIES)
+    ]
 
 
-def unaligned(dtype: str) -> list[Case]:
+def unaligned(dtype: str) -> list[MicroCase]:
     """A head of an odd vocabulary, in the three layouts."""
     shapes = list(product((512, 2048, 4096, 1000), UNALIGNED, (768, 1600, 2048)))
     random.Random(f"{SEED} {dtype}").shuffle(shapes)
     found = [of_linear(dtype, layout, *shape) for shape in shapes for layout in LAYOUTS]
-    return [Case("gemm unaligned", c.op, c.dtype, c.sizes, c.layout) for c in found]
+    return [MicroCase("gemm unaligned", c.op, c.dtype, c.sizes, c.layout) for c in found]
 
 
-def backends() -> list[Case]:
+def backends() -> list[MicroCase]:
     """Causal attention, forward and backward, by each backend; math only where its matrix of scores is small."""
     found = []
     for seq, (heads, dim), batch in product((512, 1024, 128, 2048, 4096), ((32, 64), (16, 128), (25, 64)), (4, 1)):
         sizes = (("batch", batch), ("seq", seq), ("heads", heads), ("kv_heads", heads), ("head_dim", dim))
         for op, backward in product(BACKENDS, (False, True)):
             if op != "math" or seq <= 1024:
-                found.append(Case("attention backends", op, "bf16", sizes, backward=backward))
+                found.append(MicroCase("attention backends", op, "bf16", sizes, backward=backward))
     return found
 
 
-def lists() -> list[Case]:
+def lists() -> list[MicroCase]:
     """Steps of AdamW and clipping over lists of equal tensors: many small ones (adapters), few large ones (weights)."""
     forms = ((448, 16384), (1, 16384), (200, 4194304), (64, 1 << 20), (1000, 64), (16, 1 << 25))
     return [
-        Case("optimizer lists", op, dtype, (("tensors", n), ("elements", size)))
+        MicroCase("optimizer lists", op, dtype, (("tensors", n), ("elements", size)))
         for (n, size), dtype, op in product(forms, ("bf16", "fp32"), LISTS)
     ]

@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from perfmodel.tracing.programs.dtypes import TORCH_DTYPES
 from perfmodel.tracing.programs.updates import make_optimizer
 
-from .designs import Case
+from .designs import MicroCase
 from .kernels import BUILDERS, Call, Ring, gemm
 
 BACKENDS = {
@@ -16,7 +16,7 @@ BACKENDS = {
 }  # fmt: skip
 
 
-def copies(case: Case, device: str) -> tuple[Call, int]:
+def copies(case: MicroCase, device: str) -> tuple[Call, int]:
     """Between host and device, or within the device."""
     n = case["elements"]
     there = torch.ones(n, device=device)
@@ -33,7 +33,7 @@ def copies(case: Case, device: str) -> tuple[Call, int]:
     return calls[case.op], 1
 
 
-def backends(case: Case, device: str) -> tuple[Call, int]:
+def backends(case: MicroCase, device: str) -> tuple[Call, int]:
     """One backend of scaled_dot_product_attention; the backward pass follows from the forward's.
 
     Raises:
@@ -64,7 +64,7 @@ def backends(case: Case, device: str) -> tuple[Call, int]:
     return backward, 1
 
 
-def lists(case: Case, device: str) -> tuple[Call, int]:
+def lists(case: MicroCase, device: str) -> tuple[Call, int]:
     """A step of an optimizer, or clipping, over a list of tensors that have gradients."""
     kind = TORCH_DTYPES[case.dtype]
     tensors = [torch.nn.Parameter(torch.ones(case["elements"], dtype=kind)) for _ in range(case["tensors"])]

@@ -61,7 +61,7 @@ QUICK = (
 
 
 @dataclass(frozen=True)
-class Row:
+class CoverageRow:
     """One model type or tuner.
 
     Attributes:
@@ -92,7 +92,7 @@ def model_types(*, quick: bool) -> list[tuple[str, str]]:
     return [(known[name].name, name) for name in names]
 
 
-def cover_model(family: str, name: str) -> Row:
+def cover_model(family: str, name: str) -> CoverageRow:
     """Trace full fine-tuning of one model type: with bf16 weights, or fp32 ones where its program cannot have them."""
     config = Config({"model_type": name, **NEEDED.get(name, {})}, name, name)
     setup = replace(SETUP, batch=2) if family == "vision" else SETUP  # LeViT normalises over the batch
@@ -101,7 +101,7 @@ def cover_model(family: str, name: str) -> Row:
     return first if first.ok else next((row for row in rows if row.ok), first)
 
 
-def _of_dtype(family: str, config: Config, setup: Setup) -> Row:
+def _of_dtype(family: str, config: Config, setup: Setup) -> CoverageRow:
     return _row(family, config.name, lambda: traced.of_method(config, "full", setup))
 
 
@@ -112,7 +112,7 @@ def tuners() -> list[str]:
     return sorted(str(getattr(kind, "value", kind)) for kind in peft.PEFT_TYPE_TO_CONFIG_MAPPING)
 
 
-def cover_tuner(name: str) -> Row:
+def cover_tuner(name: str) -> CoverageRow:
     """Trace one tuner on a Llama."""
     values = {"peft_type": name, "task_type": "CAUSAL_LM", **EXAMPLES.get(name, {})}
     with TemporaryDirectory() as folder:
@@ -130,18 +130,18 @@ def _saved_lora(folder: str) -> str:
     return folder
 
 
-def _row(kind: str, name: str, trace: Callable[[], Any]) -> Row:
+def _row(kind: str, name: str, trace: Callable[[], Any]) -> CoverageRow:
     start = time.perf_counter()
     try:
         with warnings.catch_warnings(), patience(PATIENCE):
             warnings.simplefilter("ignore")
             step, made = trace()
     except UserError as error:
-        return Row(kind, name, time.perf_counter() - start, reason=_without(str(error), name))
+        return CoverageRow(kind, name, time.perf_counter() - start, reason=_without(str(error), name))
     except TimeoutError as error:
-        return Row(kind, name, time.perf_counter() - start, reason=str(error))
+        return CoverageRow(kind, name, time.perf_counter() - start, reason=str(error))
     calls = sum(count * (not op.view) for part, op, count in step.ops() if part.phase != "optimizer")
-    return Row(kind, name, time.perf_counter() - start, "", made.traced, made.blocks, int(calls))
+    return CoverageRow(kind, name, time.perf_counter() - start, "", made.traced, made.blocks, int(calls))
 
 
 @contextmanager
@@ -163,23 +163,23 @@ def patience(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
-def load(path: Path = TABLE) -> list[Row]:
+def load(path: Path = TABLE) -> list[CoverageRow]:
     """The rows of a run that `append` wrote."""
-    return read_rows(path, lambda r: Row(**{f.name: f.type(r[f.name]) for f in fields(Row)}))  # type: ignore[operator]
+    return read_rows(path, lambda r: CoverageRow(**{f.name: f.type(r[f.name]) for f in fields(CoverageRow)}))  # type: ignore[operator]
 
 
-def append(path: Path, row: Row) -> None:
+def append(path: Path, row: CoverageRow) -> None:
     """Add a row to a table, which is made if it is not there."""
     fresh = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, [f.name for f in fields(CoverageRow)], lineterminator="\n")
         if fresh:
             writer.writeheader()
         writer.writerow({**asdict(row), "seconds": round(row.seconds, 1)})
 
 
-def enough(rows: Sequence[Row]) -> bool:
+def enough(rows: Sequence[CoverageRow]) -> bool:
     """Whether at least `LEAST_TYPES` model types and `LEAST_TUNERS` of the tuners can be traced."""
     by_tuner = [row.ok for row in rows if row.kind == "tuner"]
     by_type = [row.ok for row in rows if row.kind != "tuner"]
@@ -193,7 +193,9 @@ def _without(reason: str, name: str) -> str:
     return reason
 
 
-def cover(models: Sequence[tuple[str, str]], names: Sequence[str], progress: Callable[[str], None]) -> Iterator[Row]:
+def cover(
+    models: Sequence[tuple[str, str]], names: Sequence[str], progress: Callable[[str], None]
+) -> Iterator[CoverageRow]:
     """A row for each model type and each tuner."""
     for family, name in models:
         progress(name)

@@ -9,7 +9,7 @@ from perfmodel.report.progress import progress
 from perfmodel.report.terminal import console, table
 
 from . import coverage
-from .coverage import Row
+from .coverage import CoverageRow
 
 
 def show(*, quick: bool, output: Path | None, as_json: bool) -> bool:
@@ -35,7 +35,7 @@ def show(*, quick: bool, output: Path | None, as_json: bool) -> bool:
     return coverage.enough(rows)
 
 
-def _print(rows: Sequence[Row]) -> None:
+def _print(rows: Sequence[CoverageRow]) -> None:
     cells = ([row.kind, row.name, _how(row), f"{row.seconds:.1f} s"] for row in rows if row.ok)
     console.print(table("traced", ("", "type", "blocks traced", "took"), cells, left=2))
     refused = [row for row in rows if not row.ok]
@@ -48,5 +48,5 @@ def _print(rows: Sequence[Row]) -> None:
         console.print(f"{kind}: {sum(row.ok for row in of_kind)} of {len(of_kind)}")
 
 
-def _how(row: Row) -> str:
+def _how(row: CoverageRow) -> str:
     return f"{row.traced} of {row.blocks}" if row.traced < row.blocks else "all"

@@ -24,7 +24,7 @@ TABLE = DATA / "published" / "steps.csv"
 
 
 @dataclass(frozen=True)
-class Row:
+class PublishedStep:
     """One published figure and what it is of. `seconds` maps what was timed (step, forward, backward) to the figure."""
 
     id: str
@@ -46,10 +46,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepOutcome:
     """A row with its prediction."""
 
-    row: Row
+    row: PublishedStep
     predicted: dict[str, float]
     low: float
     high: float
@@ -82,12 +82,12 @@ class Outcome:
         return self.low - slack <= self.seconds <= self.high + slack
 
 
-def load(path: Path = TABLE) -> list[Row]:
+def load(path: Path = TABLE) -> list[PublishedStep]:
     """The table of published steps."""
     return read_rows(path, _row)
 
 
-def _row(r: dict[str, str]) -> Row:
+def _row(r: dict[str, str]) -> PublishedStep:
     amp = r["dtype"] if r["amp"] == "1" else None
     setup = Setup(
         batch=int(r["batch"]),
@@ -111,7 +111,7 @@ def _row(r: dict[str, str]) -> Row:
         seconds = {"forward+backward": float(r["step_time_s"])}
     else:
         seconds = {"step": float(r["step_time_s"])}
-    return Row(
+    return PublishedStep(
         id=r["id"],
         family=r["family"],
         model=r["model"],
@@ -131,7 +131,7 @@ def _row(r: dict[str, str]) -> Row:
     )
 
 
-def evaluate(row: Row, host: Host | None = None) -> Outcome:
+def evaluate(row: PublishedStep, host: Host | None = None) -> StepOutcome:
     """Predict what a row measured."""
     by = host or hosts.load()
     p = predict(row.model, row.method, row.setup, profile.load(row.device), host=by)
@@ -139,15 +139,15 @@ def evaluate(row: Row, host: Host | None = None) -> Outcome:
     parts = {"step": t["total"], "forward+backward": t["forward"] + t["backward"], **t}
     predicted = {what: float(parts[what]) for what in row.seconds}
     share = sum(predicted.values()) / float(t["total"])
-    return Outcome(
+    return StepOutcome(
         row, predicted, float(p.time.low) * share, float(p.time.high) * share,
         float(p.memory.peak),
     )  # fmt: skip
 
 
 def evaluate_all(
-    rows: Iterable[Row], host: Host | None = None, progress: Callable[[str], None] = lambda name: None
-) -> list[Outcome]:
+    rows: Iterable[PublishedStep], host: Host | None = None, progress: Callable[[str], None] = lambda name: None
+) -> list[StepOutcome]:
     """Predict all rows."""
     outcomes = []
     for row in rows:
@@ -156,12 +156,12 @@ def evaluate_all(
     return outcomes
 
 
-def pairs(outcomes: Sequence[Outcome]) -> list[Pair[Outcome]]:
+def pairs(outcomes: Sequence[StepOutcome]) -> list[Pair[StepOutcome]]:
     """Every method with full fine-tuning of its group, batch and length."""
     return paired(outcomes, lambda o: (o.row.group, o.row.setup.batch, o.row.setup.seq), lambda o: o.row.method)
 
 
-def summary(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+def summary(outcomes: Sequence[StepOutcome]) -> list[dict[str, Any]]:
     """One line per family, and one for all: errors, ratios, verdicts, memory, coverage."""
     lines = []
     families = sorted({o.row.family for o in outcomes})

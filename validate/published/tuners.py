@@ -29,7 +29,7 @@ WORST = 5
 
 
 @dataclass(frozen=True)
-class Row:
+class TunerRow:
     """One configuration of a tuner and the seconds that its step took.
 
     Attributes:
@@ -57,10 +57,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TunerOutcome:
     """A row with its prediction, or the reason why there is none."""
 
-    row: Row
+    row: TunerRow
     prediction: Prediction | None
     reason: str = ""
 
@@ -77,7 +77,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Summary:
+class TunerSummary:
     """What is reported of the rows that could be traced; errors are |relative error| of the step time."""
 
     rows: int
@@ -86,7 +86,7 @@ class Summary:
     median: float
     p90: float
     spearman: float
-    worst: tuple[Outcome, ...]
+    worst: tuple[TunerOutcome, ...]
 
     @property
     def holds(self) -> bool:
@@ -94,12 +94,12 @@ class Summary:
         return self.mean <= MEAN_LIMIT and self.spearman >= RANK_LIMIT
 
 
-def load(path: Path = TABLE) -> list[Row]:
+def load(path: Path = TABLE) -> list[TunerRow]:
     """The table of PEFT's benchmark."""
     return read_rows(path, _row)
 
 
-def _row(r: dict[str, str]) -> Row:
+def _row(r: dict[str, str]) -> TunerRow:
     setup = Setup(
         batch=int(r["batch"]),
         seq=int(r["seq"]),
@@ -108,7 +108,7 @@ def _row(r: dict[str, str]) -> Row:
         checkpoint=r["checkpoint"],
         padded=r["padded"] == "1",
     )
-    return Row(
+    return TunerRow(
         id=r["id"],
         source=r["source"],
         model=r["model"],
@@ -122,12 +122,14 @@ def _row(r: dict[str, str]) -> Row:
     )
 
 
-def evaluate(row: Row, host: str = "default") -> Outcome:
+def evaluate(row: TunerRow, host: str = "default") -> TunerOutcome:
     """Trace the tuner's program and price it."""
     try:
-        return Outcome(row, _predict(json.dumps(row.config, sort_keys=True), row.model, row.setup, row.device, host))
+        return TunerOutcome(
+            row, _predict(json.dumps(row.config, sort_keys=True), row.model, row.setup, row.device, host)
+        )
     except UserError as error:
-        return Outcome(row, None, str(error))
+        return TunerOutcome(row, None, str(error))
 
 
 @cache
@@ -140,8 +142,8 @@ def _predict(config: str, model: str, setup: Setup, device: str, host: str) -> P
 
 
 def evaluate_all(
-    rows: Sequence[Row], progress: Callable[[str], None] = lambda name: None, host: str = "default"
-) -> list[Outcome]:
+    rows: Sequence[TunerRow], progress: Callable[[str], None] = lambda name: None, host: str = "default"
+) -> list[TunerOutcome]:
     """Trace and price all rows."""
     outcomes = []
     for row in rows:
@@ -150,7 +152,7 @@ def evaluate_all(
     return outcomes
 
 
-def summary(outcomes: Sequence[Outcome]) -> Summary:
+def summary(outcomes: Sequence[TunerOutcome]) -> TunerSummary:
     """Errors and rank correlation over the rows that have a prediction (at least two).
 
     Raises:
@@ -164,7 +166,7 @@ def summary(outcomes: Sequence[Outcome]) -> Summary:
     errors = np.abs([o.error for o in found])
     ranks = spearmanr([o.predicted for o in found], [o.row.seconds for o in found])
     worst = sorted(found, key=lambda o: -abs(o.error))[:WORST]
-    return Summary(
+    return TunerSummary(
         rows=len(found),
         tuners=len({o.row.tuner for o in found}),
         mean=float(errors.mean()),

@@ -48,7 +48,7 @@ class LayerShape(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Choice:
+class OrderChoice:
     """The orders of a kind of layer, and what every order costs: FLOPs, and seconds where those decided."""
 
     layer: str

@@ -2,12 +2,12 @@
 
 from ...program.op import Spec
 from ...program.part import Part
-from .lists import Recorder, Specs, by_dtype
+from .lists import ListRecorder, Specs, by_dtype
 
 
 def clip_grad_norm(part: Part, grads: Specs) -> None:
     """Per-tensor norms, their norm, and a scaling of every gradient; lists on CUDA and CPU alike."""
-    op = Recorder(part)
+    op = ListRecorder(part)
     dtype = _common([s.dtype for s in grads])
     scalar = Spec(dtype, ())
     count = sum(s.copies for s in grads)

@@ -41,7 +41,7 @@ def counters(group: Specs) -> Specs:
     return [Spec("fp32", (), s.copies) for s in group]
 
 
-class Recorder:
+class ListRecorder:
     """Appends ops on lists of tensors to a part."""
 
     def __init__(self, part: Part) -> None:
@@ -61,7 +61,7 @@ class Recorder:
         return size
 
 
-def each(op: Recorder, specs: Specs, record: Callable[[Spec], None]) -> None:
+def each(op: ListRecorder, specs: Specs, record: Callable[[Spec], None]) -> None:
     """Record ops for one tensor after another, as often as it has copies."""
     for s in specs:
         start = len(op.part.ops)

@@ -3,7 +3,7 @@
 from math import sqrt
 
 from ... import units
-from ...questions.roofline import Kernel, Roof
+from ...questions.roofline import Roof, RooflineKernel
 from ..svg import Canvas, Scale, decades, log
 from . import WIDE
 
@@ -28,7 +28,7 @@ def group(part: str) -> tuple[str, str]:
     return GROUPS.get(part, OTHER)
 
 
-def roofline(kernels: list[Kernel], roof: Roof, title: str, width: int = WIDE) -> Canvas:
+def roofline(kernels: list[RooflineKernel], roof: Roof, title: str, width: int = WIDE) -> Canvas:
     """The picture of one step; log-log."""
     total = sum(k.seconds for k in kernels)
     shown = [k for k in kernels if k.seconds >= LEAST * total]
@@ -48,7 +48,7 @@ def roofline(kernels: list[Kernel], roof: Roof, title: str, width: int = WIDE) -
     return canvas
 
 
-def legend(kernels: list[Kernel]) -> list[tuple[str, str, float]]:
+def legend(kernels: list[RooflineKernel]) -> list[tuple[str, str, float]]:
     """(group, colour, seconds) of a step, the longest first."""
     totals: dict[tuple[str, str], float] = {}
     for k in kernels:
@@ -60,7 +60,7 @@ def _span(values: list[float], margin: float) -> tuple[float, float]:
     return min(values) / margin, max(values) * margin
 
 
-def _tip(k: Kernel, total: float) -> str:
+def _tip(k: RooflineKernel, total: float) -> str:
     share = units.percent(k.seconds / total)
     return (
         f"{k.name} {k.dtype} {k.shapes}: {k.calls:,} calls, {units.seconds(k.seconds)} ({share} of the kernels' time), "

@@ -82,7 +82,7 @@ def _addmm_flops(y: Any, a: Any, b: Any, out_shape: Any = None, **kwargs: Any) -
     return int(2 * a[0] * a[1] * b[1])
 
 
-class RunLora(torch.autograd.Function):
+class RunLoraModule(torch.autograd.Function):
     """Y = b + X·W + (X·U)·V, W frozen; every order as the authors list it."""
 
     @staticmethod
@@ -144,7 +144,7 @@ class RunLoraLinear(nn.Module):
     def forward(self, x: Any) -> Any:
         w = self.base.weight if isinstance(self.base, Conv1D) else self.base.weight.t()
         u = self.lora_U * self.scaling
-        return RunLora.apply(x, w, u, self.lora_V, self.base.bias, *self.orders)  # type: ignore[no-untyped-call]
+        return RunLoraModule.apply(x, w, u, self.lora_V, self.base.bias, *self.orders)  # type: ignore[no-untyped-call]
 
 
 def sizes(base: Any) -> tuple[int, int]:
