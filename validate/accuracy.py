@@ -38,7 +38,7 @@ def beyond(off: float, slack: float) -> float:
     return copysign(max(0.0, abs(off) - slack), off)
 
 
-class Timed(Protocol):
+class HasTime(Protocol):
     """What was measured, beside what the model predicts of it."""
 
     @property
@@ -54,7 +54,7 @@ class Timed(Protocol):
         """How much of the measured seconds may be rounding, relative."""
 
 
-T = TypeVar("T", bound=Timed)
+T = TypeVar("T", bound=HasTime)
 
 
 @dataclass(frozen=True)

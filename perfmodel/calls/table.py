@@ -61,7 +61,7 @@ WORKS = {  # what a call does to its elements
 }
 
 
-class Row(NamedTuple):
+class CallRow(NamedTuple):
     """What a call is.
 
     Attributes:
@@ -81,8 +81,8 @@ class Row(NamedTuple):
     flops: Callable[[Op], Dim] | None = None
 
 
-ROWS: dict[str, Row] = {}
-UNKNOWN = Row("unknown")
+ROWS: dict[str, CallRow] = {}
+UNKNOWN = CallRow("unknown")
 LISTED = ("_foreach", "_fused", "bitsandbytes::optimizer")  # how the names of calls on lists begin
 
 
@@ -92,7 +92,7 @@ def rows(
 ) -> None:  # fmt: skip
     """Add a row for each of some names."""
     for name in names.split():
-        add_once(ROWS, name, Row(work, launches, why, waits, products, flops))
+        add_once(ROWS, name, CallRow(work, launches, why, waits, products, flops))
 
 
 rows("product", "mm mm.out", products=mm)
@@ -179,12 +179,12 @@ rows("nothing", "_linalg_check_errors", 0, "reads a status on the host", waits=T
 
 
 @cache
-def row(name: str) -> Row:
+def row(name: str) -> CallRow:
     """The row of a call by its name; `UNKNOWN` if it has none."""
     base = name.partition(".")[0]
     for known in (name, base, base if base.startswith("_") else base.rstrip("_")):
         if known in ROWS:
             return ROWS[known]
     if name.startswith(LISTED):
-        return Row("list")
-    return Row("package") if "::" in name else UNKNOWN
+        return CallRow("list")
+    return CallRow("package") if "::" in name else UNKNOWN

@@ -128,7 +128,7 @@ def clocks(
     dispatch = dispatch.reshape(len(dispatch), *(1,) * (seconds.alone.ndim - 1))
     if on.kind == "cpu":  # one clock: the host does the work itself
         return timeline.advance(HOST, timeline.total(dispatch) + timeline.total(seconds.alone)), work
-    row = timeline.Row(
+    row = timeline.ClockRow(
         dispatch,
         seconds.alone,
         np.array([op.launched for op in part.ops]),

@@ -96,7 +96,7 @@ def launched(seconds: float) -> Clocks:
     return Clocks({HOST: {HOST: seconds}, COMPUTE: {HOST: seconds, COMPUTE: 0.0}})
 
 
-class Row(NamedTuple):
+class ClockRow(NamedTuple):
     """Ops that the host dispatches one after another.
 
     Attributes:
@@ -126,7 +126,7 @@ class Row(NamedTuple):
             yield slice(start, stop), MAIN if runs is None else runs[start], stop in waits
 
 
-def of_row(row: Row, launch: float) -> Clocks:
+def of_row(row: ClockRow, launch: float) -> Clocks:
     """The matrix of a row of ops.
 
     Args:

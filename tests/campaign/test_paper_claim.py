@@ -44,7 +44,7 @@ def test_a_verdict_that_is_wrong_ends_with_1(
         visits[0]["seconds"][phase] = [s * factor for s in visits[0]["seconds"][phase]]
     visits[1]["seconds"]["optimizer"] = [1e3]  # of no account
     visits[1]["seconds"] = {k: v[:1] for k, v in visits[1]["seconds"].items()}
-    plan = run.Plan(Grid("by hand", (), 1, 1, 1), "cpu", 1)
+    plan = run.MeasuringPlan(Grid("by hand", (), 1, 1, 1), "cpu", 1)
     monkeypatch.setattr(run, "plan", lambda *args, **options: plan)
     monkeypatch.setattr(run, "measure", lambda plan, output, progress: records.append(output, environment(), *visits))
     done = called("--device", "cpu", "--profile", DEVICE["cpu"], "--output", tmp_path / "r.jsonl", "--json")

@@ -127,3 +127,13 @@ def test_every_name_of_the_face_can_be_used_after_every_module_was_imported() ->
 def test_every_public_name_is_there_and_is_no_module(module: str, name: str) -> None:
     found = getattr(importlib.import_module(module), name)
     assert not inspect.ismodule(found), f"{module}.{name}"
+
+
+def test_no_two_public_classes_share_a_name() -> None:
+    """Who reads `Row` must not have to ask of what."""
+    homes: dict[str, list[str]] = {}
+    for name, path in modules().items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(name)
+    assert {name: where for name, where in homes.items() if len(where) > 1} == {}

@@ -55,7 +55,7 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def pretended_visit(plan: run.Plan, cell: cells.Cell, number: int, team: None) -> dict[str, Any]:
+def pretended_visit(plan: run.MeasuringPlan, cell: cells.Cell, number: int, team: None) -> dict[str, Any]:
     """A visit that takes a moment and leaves a record of many pages."""
     time.sleep(0.004)
     return {"status": "oom", "message": "x" * 50_000}

@@ -67,7 +67,7 @@ def clocks_of(program: Sequence[Call], launch: float) -> Clocks:
     column = {name: np.array([getattr(call, name) for call in program]) for name in Call._fields[:4]}
     waits = [i for i, call in enumerate(program) if call.synchronises]
     runs = [call.run for call in program]
-    row = timeline.Row(column["dispatch"], column["duration"], column["launched"], waits, runs, column["taken"])
+    row = timeline.ClockRow(column["dispatch"], column["duration"], column["launched"], waits, runs, column["taken"])
     return timeline.of_row(row, launch)
 
 
@@ -113,7 +113,7 @@ def test_a_grid_holds_what_its_points_hold(program: list[Call], launch: float) -
     """A sweep is one product of arrays: each of its points equals the program of that point alone."""
     other = [call._replace(duration=2 * call.duration, taken=call.taken + 1.0) for call in program]
     points = [clocks_of(p, launch) for p in (program, other)]
-    row = timeline.Row(
+    row = timeline.ClockRow(
         np.array([[call.dispatch] for call in program]).reshape(-1, 1),
         np.array([[a.duration, b.duration] for a, b in zip(program, other, strict=True)]).reshape(-1, 2),
         np.array([call.launched for call in program], bool),

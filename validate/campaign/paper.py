@@ -26,7 +26,7 @@ Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class Row:
+class PaperRow:
     """LoRA beside full fine-tuning of one architecture: seconds of forward + backward, LoRA's over the full ones.
 
     Attributes:
@@ -71,7 +71,7 @@ def grid_of(kind: str) -> Path:
 def measured(
     kind: str, output: Path, *, grid: Path | None = None, device: str | None = None, host: str | None = None,
     threads: int | None = None, progress: Progress = lambda done, total, label: None,
-) -> list[Row]:  # fmt: skip
+) -> list[PaperRow]:  # fmt: skip
     """Measure the steps that `output` has no record of yet, and compare.
 
     Raises:
@@ -84,11 +84,13 @@ def measured(
     for pair in found.pairs:
         seconds = [sum(o.measured.median(phase) for phase in PHASES) for o in (pair.other, pair.full)]
         ratio = _ratio(pair.other.predicted, pair.full.predicted)
-        rows.append(Row(pair.other.measured.cell, seconds[0] / seconds[1], ratio, _published(pair.other.measured.cell)))
+        rows.append(
+            PaperRow(pair.other.measured.cell, seconds[0] / seconds[1], ratio, _published(pair.other.measured.cell))
+        )
     return sorted(rows, key=lambda r: (r.cell.config.name, r.cell.setup.tokens))
 
 
-def predicted(device: str, host: str | None = None) -> list[Row]:
+def predicted(device: str, host: str | None = None) -> list[PaperRow]:
     """The same on a device that need not be here.
 
     Raises:
@@ -101,7 +103,7 @@ def predicted(device: str, host: str | None = None) -> list[Row]:
     rows = []
     for cell in (c for c in grid.cells if c.method != BASELINE):
         lora, base = (predict(c.config, c.method, c.setup, on, host=by) for c in (cell, full[cell.group]))
-        rows.append(Row(cell, None, _ratio(lora, base), _published(cell)))
+        rows.append(PaperRow(cell, None, _ratio(lora, base), _published(cell)))
     return rows
 
 
@@ -118,7 +120,7 @@ def _published(cell: Cell) -> float | None:
     return seconds[cell.method] / seconds[BASELINE] if {cell.method, BASELINE} <= set(seconds) else None
 
 
-def answer(rows: list[Row]) -> str:
+def answer(rows: list[PaperRow]) -> str:
     """The claim in one sentence."""
     parts = []
     for name in ("measured", "predicted"):

@@ -73,7 +73,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CampaignPlan:
     """Stages as they stand in the file, and the counts of a visit."""
 
     name: str
@@ -101,7 +101,7 @@ class Plan:
         return list(found.values())
 
 
-def load(name: Path | None, device: str) -> Plan:
+def load(name: Path | None, device: str) -> CampaignPlan:
     """The bundled plan of a kind of device, or one's own by path.
 
     Raises:
@@ -121,7 +121,7 @@ def load(name: Path | None, device: str) -> Plan:
         _check(stage, device, where)
     given = {"rounds": 1, **{key: value for key, value in table.items() if key in COUNTS}}
     counts = {key: cells.count(given.get(key, usual), key, where) for key, usual in COUNTS.items()}
-    plan = Plan(path.stem, where, tuple(stages), table.get("models", {}), **counts)
+    plan = CampaignPlan(path.stem, where, tuple(stages), table.get("models", {}), **counts)
     for stage in stages:
         _cells(plan, stage.get("cells", []))  # complains before anything runs
     return plan
@@ -150,7 +150,7 @@ def _check(stage: Any, device: str, where: str) -> None:
 
 
 def _of_stage(
-    plan: Plan, stage: dict[str, Any], device: str, on: DeviceProfile
+    plan: CampaignPlan, stage: dict[str, Any], device: str, on: DeviceProfile
 ) -> Iterator[MicroCase | Visit | HostProgram]:
     known = _blocks(device)
     lists = [known[block][: stage.get("most")] for block in stage.get("blocks", [])]
@@ -165,7 +165,7 @@ def _of_stage(
     yield from (Visit(cell, number) for number in range(plan.rounds) for cell in chosen)
 
 
-def _cells(plan: Plan, blocks: list[Any]) -> tuple[Cell, ...]:
+def _cells(plan: CampaignPlan, blocks: list[Any]) -> tuple[Cell, ...]:
     return cells.parse({"models": plan.models, "cells": blocks}, plan.name, plan.where).cells if blocks else ()
 
 

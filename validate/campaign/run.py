@@ -20,7 +20,7 @@ from ..measuring.run import load_modules
 from . import versions
 from .guide import expected, guide, memory_of
 from .ledger import Ledger
-from .plan import HostProgram, Plan, Unit, Visit
+from .plan import CampaignPlan, HostProgram, Unit, Visit
 from .work import HERE, Settings, worker_of
 from .worker import Late, Worker
 
@@ -65,7 +65,7 @@ class Ran:
 
 
 def run(
-    plan: Plan, device: str, folder: Path, seconds: float, *, threads: int | None = None,
+    plan: CampaignPlan, device: str, folder: Path, seconds: float, *, threads: int | None = None,
     progress: Progress = lambda share, label: None,
 ) -> Ran:  # fmt: skip
     """Measure for so many seconds, less what the fit will need, and record what came of it in `folder`.
@@ -100,7 +100,7 @@ def run(
     return ran
 
 
-def _here(worker: Worker, ledger: Ledger, plan: Plan) -> Record:
+def _here(worker: Worker, ledger: Ledger, plan: CampaignPlan) -> Record:
     """The environment's record, appended if the file does not hold the like yet.
 
     Raises:

@@ -8,7 +8,7 @@ from perfmodel.report.plain import show, table
 from perfmodel.report.progress import progress
 
 from . import paper
-from .paper import Row
+from .paper import PaperRow
 
 
 def show_paper(
@@ -41,6 +41,6 @@ def show_paper(
     return all(r.right for r in rows)
 
 
-def _row(r: Row) -> list[str]:
+def _row(r: PaperRow) -> list[str]:
     ratios = ["" if ratio is None else f"{ratio:.2f}" for ratio in r.ratios().values()]
     return [r.cell.place, *ratios, paper.told(r.measured), paper.told(r.predicted)]

@@ -24,7 +24,7 @@ Progress = Callable[[int, int, str], None]  # visits done, visits in all, what c
 
 
 @dataclass(frozen=True)
-class Plan:
+class MeasuringPlan:
     """What to measure and how.
 
     Attributes:
@@ -43,7 +43,9 @@ class Plan:
         return list(self.grid.visits(self.seed))
 
 
-def plan(grid: str, device: str, *, threads: int | None = None, rounds: int | None = None, seed: int = 0) -> Plan:
+def plan(
+    grid: str, device: str, *, threads: int | None = None, rounds: int | None = None, seed: int = 0
+) -> MeasuringPlan:
     """A plan for this machine; on a CPU without bf16 arithmetic the bf16 cells are left out.
 
     Raises:
@@ -59,11 +61,13 @@ def plan(grid: str, device: str, *, threads: int | None = None, rounds: int | No
         found = replace(found, cells=kept)
         if not kept:
             raise UserError(f"grid {grid}: all its cells are bf16, which this CPU does not compute natively")
-    return Plan(replace(found, rounds=rounds or found.rounds), device, threads or torch.get_num_threads(), seed)
+    return MeasuringPlan(
+        replace(found, rounds=rounds or found.rounds), device, threads or torch.get_num_threads(), seed
+    )
 
 
 def measure(
-    plan: Plan, output: Path, progress: Progress = lambda done, total, label: None, team: Team | None = None
+    plan: MeasuringPlan, output: Path, progress: Progress = lambda done, total, label: None, team: Team | None = None
 ) -> list[dict[str, Any]]:
     """Run the visits that have no record yet, append one record each, and return all records of the file.
 
@@ -103,7 +107,7 @@ class Abandoned(Exception):
     """One process of a team failed, and the others wait for it: the team must be started again."""
 
 
-def _follow(plan: Plan, output: Path, team: Team) -> list[dict[str, Any]]:
+def _follow(plan: MeasuringPlan, output: Path, team: Team) -> list[dict[str, Any]]:
     """Another process's part of `measure`: the visits that the first one chose."""
     torch.set_num_threads(plan.threads)
     chosen: tuple[list[tuple[int, Cell]], str] = team.agree(None)
@@ -134,7 +138,7 @@ def _keep(output: Path, head: dict[str, Any], found: dict[str, Any], team: Team 
         records.append(output, {**head, **found})
 
 
-def _visit(plan: Plan, cell: Cell, number: int, team: Team | None) -> dict[str, Any]:
+def _visit(plan: MeasuringPlan, cell: Cell, number: int, team: Team | None) -> dict[str, Any]:
     torch.set_num_threads(plan.threads)
     if plan.device == "cpu":
         allocator.keep_freed_memory()
@@ -162,7 +166,7 @@ def load_modules(cells: list[Cell]) -> None:
     update.zero_grad()
 
 
-def _environment(plan: Plan, output: Path, before: list[dict[str, Any]]) -> str:
+def _environment(plan: MeasuringPlan, output: Path, before: list[dict[str, Any]]) -> str:
     """The id of the environment's record, which is appended if the file does not hold the like yet."""
     found = environment.describe(plan.device, plan.threads)
     name = environment.identity(found)

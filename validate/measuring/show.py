@@ -47,7 +47,7 @@ def show_measure(
     return bool(failed)
 
 
-def _measure(plan: run.Plan, output: Path, together: team.Team | None) -> list[dict[str, Any]]:
+def _measure(plan: run.MeasuringPlan, output: Path, together: team.Team | None) -> list[dict[str, Any]]:
     if together and not together.first:
         return run.measure(plan, output, team=together)
     with progress(auto_refresh=False) as bar:  # without a thread: measuring forks
