@@ -1,6 +1,6 @@
-"""Matrix products inside calls that are more than one plain GEMM: convolutions, products by expert, biased batches.
+"""The matrix products of a call: one GEMM, several, a convolution, products by expert.
 
-Only traces of real programs hold them. A convolution is an implicit GEMM (cuDNN's too): rows are output pixels of the
+A convolution is an implicit GEMM (cuDNN's too): rows are output pixels of the
 batch, columns output channels, and what is summed over is a filter. Of products by expert (`_grouped_mm`) every expert
 gets its even share of the tokens.
 """
@@ -8,7 +8,7 @@ gets its even share of the tokens.
 from math import prod
 from typing import NamedTuple
 
-from ..program.dims import same_shape
+from ..program.dims import Dim, same_shape
 from ..program.op import Op, Spec
 
 
@@ -16,35 +16,75 @@ class Product(NamedTuple):
     """`batch` products (m, k)·(k, n); `layout` as that of a GEMM: nn, tn or nt."""
 
     layout: str
-    m: int
-    n: int
-    k: int
-    batch: int = 1
+    m: Dim
+    n: Dim
+    k: Dim
+    batch: Dim = 1
 
     @property
-    def flops(self) -> int:
+    def flops(self) -> Dim:
         """Multiply and add as two."""
         return 2 * self.m * self.n * self.k * self.batch
 
-    @property
-    def depthwise(self) -> bool:
-        """Whether every channel is filtered by itself: no matrix at all, and bound by memory."""
-        return self.batch > 1 and 1 in (self.m, self.n)
+    def depthwise(self, op: Op) -> bool:
+        """Whether a convolution filters every channel by itself: no matrix at all, and bound by memory."""
+        return op.name.startswith("convolution") and self.batch > 1 and 1 in (self.m, self.n)
 
 
-NAMES = ("convolution", "convolution_backward", "_grouped_mm", "baddbmm")
+def mm(op: Op) -> list[Product]:
+    """(m, k)·(k, n)."""
+    return [_plain(op, *op.inputs[:2])]
 
 
-def products(op: Op) -> list[Product]:
-    """The products of a call in `NAMES`."""
-    if op.name == "baddbmm":
-        a, b = (s.shape for s in op.inputs[1:3])
-        return [Product("tn", a[1], b[2], a[2], a[0])]
-    if op.name == "_grouped_mm":
-        return [_by_expert(*op.inputs[:2])]
-    if op.name == "convolution":
-        x, w = op.inputs[:2]
-        return [_convolution(w, x, op.outputs[0])]
+def addmm(op: Op) -> list[Product]:
+    """A bias, or what the product is added to, comes before the factors."""
+    return [_plain(op, *op.inputs[1:3])]
+
+
+def _plain(op: Op, a: Spec, b: Spec) -> Product:
+    return Product(op.attrs.layout or "tn", a.shape[0], b.shape[1], a.shape[1])
+
+
+def bmm(op: Op) -> list[Product]:
+    """(h, m, k)·(h, k, n)."""
+    return [_batched(*op.inputs[:2])]
+
+
+def baddbmm(op: Op) -> list[Product]:
+    """As `bmm`, added to a tensor that comes first."""
+    return [_batched(*op.inputs[1:3])]
+
+
+def _batched(a: Spec, b: Spec) -> Product:
+    return Product("tn", a.shape[1], b.shape[2], a.shape[2], a.shape[0])
+
+
+def rides_along(op: Op) -> list[Product]:
+    """LoRAFusion's kernels have the adapter's product ride along.
+
+    r more elements to sum over, or for the gradients of both factors, one pass over dy with twice r columns.
+    """
+    a, b, c = (spec.shape for spec in op.inputs[:3])
+    if op.name == "lorafusion::xw_sb":  # x·Wᵀ + s·Bᵀ: (T, n), (m, n), (T, r), (m, r)
+        return [Product("tn", a[0], b[0], a[1] + c[1])]
+    if op.name == "lorafusion::dys_dyb":  # gᵀ·s and g·B: (T, m), (m, r), (T, r)
+        return [Product("nn", a[0], 2 * c[1], a[1])]
+    return [Product("nn", a[0], b[1], a[1] + c[1])]  # g·W + ds·A: (T, m), (m, n), (T, r), (r, n)
+
+
+def by_expert(op: Op) -> list[Product]:
+    """`_grouped_mm`."""
+    return [_by_expert(*op.inputs[:2])]
+
+
+def convolution(op: Op) -> list[Product]:
+    """Of an input by filters."""
+    x, w = op.inputs[:2]
+    return [_convolution(w, x, op.outputs[0])]
+
+
+def convolution_backward(op: Op) -> list[Product]:
+    """The gradients of input and filters, those that are asked for."""
     grad, x, w = op.inputs[:3]
     found = []
     for out in op.outputs:

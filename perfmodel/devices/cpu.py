@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..program.op import Op
-from .cpu_work import FEW_ROWS, KINDS, PAGE, REGIMES, sort
+from .cpu_work import FEW_ROWS, KINDS, PAGE, REGIMES, VECTOR, sort
 from .hardware import ITEMSIZE, Hardware
 from .solver import solver_time
 from .tables import Tables
@@ -64,6 +64,7 @@ class CpuAttentionParameters:
         score, backward_score: clocks a score (a query and a key that it sees) and core, products excluded.
         efficiency, backward_efficiency: share of the fp32 peak in its products.
         aliasing, backward_aliasing: how much longer the products take where the rows of q are whole pages apart.
+        half, backward_half: how many times as long a call takes on 16-bit operands.
     """
 
     floor: float = 10e-6
@@ -76,6 +77,8 @@ class CpuAttentionParameters:
     backward_score: float = 16.0
     backward_efficiency: float = 0.7
     backward_aliasing: float = 1.5
+    half: float = 1.0
+    backward_half: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class CpuStreamParameters:
         stream: bandwidth beyond the private caches, of the datasheet's.
         cache_ratio: bandwidth inside them over `stream`.
         cache_usable: part of them that keeps a working set between two calls.
+        cold: what a byte that no cache holds costs beyond one of the shared cache, in such bytes.
+        shared_bytes: working set that the shared cache keeps between two calls; 0: not told apart from the memory.
         floors: seconds of a call beyond the cheapest one, by kind.
         clocks: clocks an element and core beyond a load and a store, by kind, on fp32.
         clocks16: the same on 16-bit operands, which are computed in fp32.
@@ -97,6 +102,8 @@ class CpuStreamParameters:
     floors: Mapping[str, float] = _each(KINDS, 1e-6)
     clocks: Mapping[str, float] = _each(KINDS, 0.5)
     clocks16: Mapping[str, float] = _each(KINDS, 1.0)
+    cold: float = 0.0
+    shared_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -148,10 +155,18 @@ def gemm_time(
         compute = 2.0 * m * n * k / (p.efficiency[regime] * hardware.peak(dtype))
         return np.asarray(compute + passes * itemsize / hardware.memory_bandwidth)
 
+    def widths(wide: str, narrow: str) -> Array:
+        return np.where(n >= VECTOR, one(wide), one(narrow))
+
     p, itemsize = parameters, ITEMSIZE[dtype]
-    seconds = one(layout)
     if layout == "nn":
-        seconds = np.where(m >= FEW_ROWS, seconds, np.where(aliased(n * itemsize), one("nn_aliased"), one("nn_few")))
+        few = np.where(aliased(n * itemsize), one("nn_aliased"), widths("nn_few", "nn_few_narrow"))
+        seconds = np.where(m >= FEW_ROWS, widths("nn", "nn_narrow"), few)
+    elif layout == "nt":
+        in_place = widths("nt_aliased", "nt_aliased_narrow")
+        seconds = np.where(aliased(m * itemsize), in_place, widths("nt", "nt_narrow"))
+    else:
+        seconds = widths("tn", "tn_narrow")
     return np.asarray(p.floor + batch * seconds)
 
 
@@ -162,9 +177,12 @@ def aliased(row_bytes: Any) -> Any:
 
 def regime(m: float, n: float, layout: str, dtype: str) -> str:
     """The regime of one product."""
-    if layout != "nn" or m >= FEW_ROWS:
-        return layout
-    return "nn_aliased" if aliased(n * ITEMSIZE[dtype]) else "nn_few"
+    name, rows = layout, {"nn": n, "nt": m}.get(layout, 1) * ITEMSIZE[dtype]
+    if layout == "nn" and m < FEW_ROWS:
+        name = "nn_aliased" if aliased(rows) else "nn_few"
+    elif layout == "nt" and aliased(rows):
+        name = "nt_aliased"
+    return f"{name}_narrow" if n < VECTOR else name
 
 
 def query_block(queries: Any) -> Any:
@@ -183,6 +201,7 @@ def attention_work(b: Any, queries: Any, keys: Any, heads: Any, *, causal: bool)
 def attention_time(
     b: Any, queries: Any, keys: Any, heads: Any, head_dim: Any,
     *, hardware: Hardware, parameters: CpuAttentionParameters, causal: bool, backward: bool = False,
+    half: bool = False,
 ) -> Array:  # fmt: skip
     """Seconds of scaled dot product attention: two products forward, five backward."""
     p, prefix = parameters, "backward_" if backward else ""
@@ -193,28 +212,39 @@ def attention_time(
     slower = np.where(aliased(heads * head_dim * ITEMSIZE["fp32"]), aliasing, 1.0)
     products = slower * 2.0 * (5 if backward else 2) * scores * head_dim / (efficiency * hardware.fp32_flops)
     per_core = (blocks * block + scores * score / hardware.clock_hz) / hardware.sm_count
-    return np.asarray(floor + products + per_core)
+    return np.asarray((floor + products + per_core) * (getattr(p, prefix + "half") if half else 1.0))
 
 
 def stream_time(
-    traffic: Any, elements: Any, calls: Any = 1,
+    traffic: Any, elements: Any, calls: Any = 1, cold: Any = 0.0,
     *, hardware: Hardware, parameters: CpuStreamParameters, kind: str, half: bool = False,
 ) -> Array:  # fmt: skip
-    """Seconds of a call that moves `traffic` bytes and computes on so many elements; `calls` pay a floor each."""
+    """Seconds of a call that moves `traffic` bytes and computes on so many elements; `calls` pay a floor each.
+
+    `cold` of the bytes are in no cache; the others are not either if they are more than the shared cache keeps.
+    """
     p = parameters
     cores = np.clip(np.ceil(np.asarray(elements, np.float64) / GRAIN), 1.0, hardware.sm_count)
     clocks = (p.clocks16 if half else p.clocks)[kind]
     usable = p.cache_usable * hardware.l2_bytes * cores / hardware.sm_count
-    hit = 1.0 / (1.0 + (traffic / usable) ** CACHE_SHARPNESS)
+    hit = _kept(traffic, usable)
     slowdown = (1.0 - hit) + hit / (p.cache_ratio * cores / hardware.sm_count)
-    memory = traffic * slowdown / (p.stream * hardware.memory_bandwidth)
+    if p.shared_bytes:
+        cold = cold + (traffic - cold) * (1.0 - _kept(traffic, p.shared_bytes))
+    memory = (traffic * slowdown + cold * p.cold) / (p.stream * hardware.memory_bandwidth)
     return np.asarray(calls * p.floors[kind] + memory + elements * clocks / (hardware.clock_hz * cores))
 
 
+def _kept(traffic: Any, usable: Any) -> Any:
+    """Share of a working set that a cache keeps."""
+    return 1.0 / (1.0 + (traffic / usable) ** CACHE_SHARPNESS)
+
+
 def _attention(
-    hardware: Hardware, parameters: CpuAttentionParameters, backward: bool, causal: bool, *sizes: Any
+    hardware: Hardware, parameters: CpuAttentionParameters, backward: bool, causal: bool, half: bool, *sizes: Any
 ) -> np.ndarray:
-    return attention_time(*sizes, hardware=hardware, parameters=parameters, causal=causal, backward=backward)
+    kind = {"causal": causal, "backward": backward, "half": half}
+    return attention_time(*sizes, hardware=hardware, parameters=parameters, **kind)
 
 
 def _solver(hardware: Hardware, name: str, *shape: Any) -> np.ndarray:

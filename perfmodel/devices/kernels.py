@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..calls import costs
-from ..calls.sums import along_rows
+from ..calls.table import WORKS, row
 from ..program.dims import Dim, same
 from ..program.dtypes import ITEMSIZE
 from ..program.op import Op, Spec
+from ..registry import add_once
 from . import packages
 
 SECTOR = 32  # B
@@ -45,15 +46,19 @@ class Kernel(NamedTuple):
     spread: Any = 1.0
 
 
+MOVING = {"cast": "cast", "join": "cat", "permute": "strided"}  # work -> kind of what only moves elements
+
 Rule = Callable[[Op], list[Kernel]]
 _RULES: dict[str, Rule] = {}
 
 
-def of(*names: str) -> Callable[[Rule], Rule]:
-    """Register the rule of some ATen calls."""
+def of(*works: str) -> Callable[[Rule], Rule]:
+    """Register the rule of some works of `calls.table`."""
 
     def register(rule: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(names, rule))
+        for work in works:
+            assert work in WORKS, work
+            add_once(_RULES, work, rule)
         return rule
 
     return register
@@ -64,9 +69,7 @@ def memory_bound(op: Op) -> list[Kernel]:
     launches = costs.kernels(op)
     if isinstance(launches, int) and launches == 0:
         return []
-    if "::" in op.name and not costs.by_lists(op):
-        return [Kernel(*packages.memory_bound(op))]
-    return _RULES.get(op.name, _by_lists if costs.by_lists(op) else _plain)(op)
+    return _RULES.get(row(op.name).work, _plain)(op)
 
 
 def operand_copies(op: Op) -> list[Kernel]:
@@ -107,12 +110,18 @@ def _by_rows(kind: str, op: Op, spec: Spec) -> list[Kernel]:
 
 def _plain(op: Op) -> list[Kernel]:
     """What streams: pointwise calls, casts, copies, fills."""
-    kind = {"_to_copy": "cast", "cat": "cat", "clone": "strided", "copy_": "pointwise"}.get(op.name, "pointwise")
+    kind = MOVING.get(row(op.name).work, "pointwise")
     if kind == "pointwise" and op.attrs.strided:
         kind = "strided"
     return [Kernel(kind, costs.kernels(op), op.bytes_read, op.bytes_written, _out(op).numel)]
 
 
+@of("package")
+def _of_package(op: Op) -> list[Kernel]:
+    return [Kernel(*packages.memory_bound(op))]
+
+
+@of("list")
 def _by_lists(op: Op) -> list[Kernel]:
     written = op.bytes_written
     if op.name == "_fused_adamw_":
@@ -122,19 +131,19 @@ def _by_lists(op: Op) -> list[Kernel]:
     return [Kernel("optimizer", costs.kernels(op), op.bytes_read, written, _out(op).numel)]
 
 
-@of("zeros_like", "new_zeros", "zero_", "uniform_", "normal_")
+@of("fill", "random")
 def _fill(op: Op) -> list[Kernel]:
     """Dispatched with a tensor that it does not read."""
     return [Kernel("pointwise", costs.kernels(op), 0, op.bytes_written, _out(op).numel)]
 
 
-@of("embedding")
+@of("rows")
 def _embedding(op: Op) -> list[Kernel]:
     out = _out(op)
     return [Kernel("embedding", 1, out.nbytes, out.nbytes, out.numel, _rows(out), out.shape[-1])]
 
 
-@of("embedding_dense_backward")
+@of("rows_backward")
 def _embedding_backward(op: Op) -> list[Kernel]:
     grad, out, launches = op.inputs[0], _out(op), costs.kernels(op)
     fill = Kernel("pointwise", 1, 0, out.nbytes, out.numel)
@@ -144,12 +153,12 @@ def _embedding_backward(op: Op) -> list[Kernel]:
     ]
 
 
-@of("native_layer_norm")
+@of("norm")
 def _norm(op: Op) -> list[Kernel]:
     return _by_rows("norm", op, _out(op))
 
 
-@of("native_layer_norm_backward")
+@of("norm_backward")
 def _norm_backward(op: Op) -> list[Kernel]:
     x, read = op.inputs[1], op.bytes_read
     rows, length = _rows(x), x.shape[-1]
@@ -159,22 +168,19 @@ def _norm_backward(op: Op) -> list[Kernel]:
     return both
 
 
-@of("_softmax", "_log_softmax")
+@of("softmax")
 def _softmax(op: Op) -> list[Kernel]:
     return _by_rows("softmax", op, _out(op))
 
 
-@of("_softmax_backward_data")
+@of("softmax_backward")
 def _softmax_backward(op: Op) -> list[Kernel]:
-    """The gradient times the result goes through memory; its sums over the rows and the result make the gradient."""
+    """The gradient times the result goes through memory, but for log softmax; then its sums over the rows, and all."""
     out = _out(op)
+    if "log" in op.name:
+        return [_by_row_sums(op.bytes_read, op.inputs[0].nbytes, op)]
     multiplied = Kernel("pointwise", 1, op.bytes_read, out.nbytes, out.numel)
     return [multiplied, _by_row_sums(2 * out.nbytes, out.nbytes, op)]
-
-
-@of("_log_softmax_backward_data")
-def _log_softmax_backward(op: Op) -> list[Kernel]:
-    return [_by_row_sums(op.bytes_read, op.inputs[0].nbytes, op)]
 
 
 def _by_row_sums(read: Dim, summed: Dim, op: Op) -> Kernel:
@@ -184,12 +190,14 @@ def _by_row_sums(read: Dim, summed: Dim, op: Op) -> Kernel:
     return Kernel("pointwise", 1, read + summed * longer, out.nbytes, out.numel)
 
 
-@of("sum.dim_IntList", "mean.dim")
+@of("reduction")
 def _sum(op: Op) -> list[Kernel]:
-    return _by_rows("reduction" if along_rows(op) else "column_reduction", op, op.inputs[0])
+    if op.attrs.dims is None:
+        return _plain(op)
+    return _by_rows("reduction" if costs.along_rows(op) else "column_reduction", op, op.inputs[0])
 
 
-@of("slice_backward", "select_backward")
+@of("part")
 def _part_of_zeros(op: Op) -> list[Kernel]:
     """Zeros, then a copy into a part of them: a slice's rows, or single elements where the last dim was selected."""
     part, out = op.inputs[0], _out(op)
@@ -199,18 +207,18 @@ def _part_of_zeros(op: Op) -> list[Kernel]:
     return [fill, Kernel("strided", 1, part.nbytes, part.nbytes, part.numel, spread=spread)]
 
 
-@of("nll_loss_forward")
+@of("loss")
 def _nll(op: Op) -> list[Kernel]:
     return [Kernel("pointwise", 1, 2 * op.inputs[1].nbytes, op.bytes_written, _out(op).numel)]
 
 
-@of("nll_loss_backward")
+@of("loss_backward")
 def _nll_backward(op: Op) -> list[Kernel]:
     """One logit a row is touched, and the whole gradient is filled with zeros."""
     return [Kernel("pointwise", costs.kernels(op), op.inputs[2].nbytes, op.bytes_written, _out(op).numel)]
 
 
-@of("index.Tensor", "gather", "index_select")
+@of("take", "pick")
 def _taken(op: Op) -> list[Kernel]:
     """Only what is indexed moves; single elements drag their sectors along."""
     out = _out(op)
@@ -218,7 +226,7 @@ def _taken(op: Op) -> list[Kernel]:
     return [Kernel("strided", costs.kernels(op), out.nbytes, out.nbytes, out.numel, spread=spread)]
 
 
-@of("index_put_", "scatter.src", "index_copy", "index_put")
+@of("put")
 def _placed(op: Op) -> list[Kernel]:
     """Values written behind indices, of a copy of the whole tensor unless the call works in place."""
     if op.attrs.accumulate:
@@ -237,7 +245,7 @@ def _accumulated(op: Op) -> list[Kernel]:
     return [arithmetic, sort, Kernel("strided", 1, values.nbytes + out.nbytes, out.nbytes, values.numel)]
 
 
-@of("topk")
+@of("select")
 def _topk(op: Op) -> list[Kernel]:
     """A thread block a row finds the k-th value digit by digit, collects what is above it, and a second kernel sorts.
 
@@ -252,7 +260,7 @@ def _topk(op: Op) -> list[Kernel]:
     ]
 
 
-@of("_fft_c2c", "_fft_r2c", "_fft_c2r")
+@of("transform")
 def _fft(op: Op) -> list[Kernel]:
     """A pass over the array a kernel; of a real input the half spectrum, mirrored to the whole by a last kernel.
 

@@ -20,8 +20,6 @@ GENERATED = {
 }  # fmt: skip
 BACKWARD_NORMS = ("liger::rms_norm_backward", "dropout_layer_norm::dropout_add_ln_bwd")
 
-OUT_FIRST = ("addmm", "addmm_", "addmm.out")  # the factors come second and third
-
 Row = tuple[Any, ...]  # kind, kernels, bytes read, bytes written, elements, rows, elements of a row
 
 
@@ -48,26 +46,3 @@ def _generated(op: Op) -> Row:
     points, length = op.attrs.loops
     kind = "cross_entropy" if op.attrs.exponential else GENERATED[op.name]
     return (kind, 1, op.bytes_read, op.bytes_written, points * length, points, length)
-
-
-def gemm_shape(op: Op) -> tuple[Any, ...]:
-    """Layout, rows and columns of C, elements summed over, and number of products of one GEMM.
-
-    LoRAFusion's kernels have the adapter's product ride along: r more elements to sum over, or for the gradients of
-    both factors, one pass over dy with twice r columns.
-    """
-    name, inputs = op.name, op.inputs
-    if name == "bmm":
-        a, b = (s.shape for s in inputs)
-        return ("tn", a[1], b[2], a[2], a[0])
-    if name == "lorafusion::xw_sb":
-        x, w, s = (spec.shape for spec in inputs[:3])
-        return ("tn", x[0], w[0], x[1] + s[1], 1)
-    if name == "lorafusion::dys_dyb":
-        g, _, s = (spec.shape for spec in inputs[:3])
-        return ("nn", g[0], 2 * s[1], g[1], 1)
-    if name == "lorafusion::dyw_dsa":
-        g, w, s = (spec.shape for spec in inputs[:3])
-        return ("nn", g[0], w[1], g[1] + s[1], 1)
-    a, b = (s.shape for s in (inputs[1:3] if name in OUT_FIRST else inputs[:2]))
-    return (op.attrs.layout or "tn", a[0], b[1], a[1], 1)

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from ..calls import costs, products
+from ..calls.costs import products
+from ..calls.table import row
 from ..program.dims import product
 from ..program.op import Op
 from . import cpu, kernels
 from .attention import attention_backward_time, attention_forward_time
 from .gemm import LAYOUTS, gemm_time
 from .hardware import ITEMSIZE
-from .packages import gemm_shape
 from .pointwise import pointwise_time
 from .profile import DeviceProfile
 from .solver import solver_time
@@ -28,6 +28,7 @@ BUS = (
     10e9  # B/s of copies between pageable host memory and the device: PCIe 4.0 x16 through the driver's staging buffer
 )
 
+HALF = ("bf16", "fp16")  # what tensor cores take as it is
 ROW_WISE = (
     "norm",
     "norm_backward",
@@ -52,14 +53,11 @@ def durations(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
 def _sort(i: int, op: Op, tables: Tables) -> None:
     """Put one op into the table of its model; an op of several kernels gets several rows."""
     name, inputs = op.name, op.inputs
-    if name in costs.GEMMS:
-        dtype = inputs[0].dtype
-        layout, m, n, k, batch = gemm_shape(op)
-        if dtype == "c64":  # four real products: [Re A, -Im A; Im A, Re A] by [Re B; Im B]
-            dtype, m, k = "fp32", 2 * m, 2 * k
-        _gemm_row(i, name, dtype, layout, (m, n, k, batch), tables)
+    work = row(name).work
+    if work == "product":
+        _products(i, op, tables)
         _launch(i, kernels.operand_copies(op), tables)
-    elif "attention" in name or "flash_attn" in name:
+    elif work == "attention":
         backward = name.endswith("_backward")
         q, k = inputs[1:3] if backward else inputs[:2]
         heads = 2 if "flash_attn" in name else 1  # the flash-attn package puts the sequence first
@@ -68,11 +66,9 @@ def _sort(i: int, op: Op, tables: Tables) -> None:
         mask = sum(ITEMSIZE[x.dtype] for x in inputs[6 if backward else 3 :])  # bytes of an element, if there is one
         causal = op.attrs.causal
         tables.add("attention", ("cudnn" in name, backward, causal, q.dtype), i, *sizes, mask)
-    elif name in products.NAMES:
-        _products(i, op, tables)
     elif op.attrs.bus:
         tables.add("bus", (), i, op.outputs[0].nbytes)
-    elif name in costs.SOLVERS:
+    elif work == "decomposition":
         *batch, rows, columns = inputs[0].shape
         tables.add("solver", (name,), i, product(tuple(batch)), rows, columns)
     else:
@@ -81,13 +77,15 @@ def _sort(i: int, op: Op, tables: Tables) -> None:
 
 def _products(i: int, op: Op, tables: Tables) -> None:
     """The GEMMs inside a call; what is filtered channel by channel streams."""
-    dtype = op.inputs[0].dtype if op.inputs[0].dtype in ("bf16", "fp16") else "fp32"
-    for product_of in products.products(op):
-        if product_of.depthwise:
+    dtype = op.inputs[0].dtype
+    for product_of in products(op):
+        layout, m, n, k, batch = product_of
+        if product_of.depthwise(op):
             _launch(i, kernels.memory_bound(op), tables)
+        elif dtype == "c64":  # four real products: [Re A, -Im A; Im A, Re A] by [Re B; Im B]
+            _gemm_row(i, op.name, "fp32", layout, (2 * m, n, 2 * k, batch), tables)
         else:
-            layout, *shape = product_of
-            _gemm_row(i, "mm", dtype, layout, tuple(shape), tables)
+            _gemm_row(i, op.name, dtype if dtype in HALF else "fp32", layout, (m, n, k, batch), tables)
 
 
 def _gemm_row(i: int, name: str, dtype: str, layout: Any, shape: tuple[Any, ...], tables: Tables) -> None:
@@ -98,8 +96,8 @@ def _gemm_row(i: int, name: str, dtype: str, layout: Any, shape: tuple[Any, ...]
 
 
 def _launch(i: int, launched: list[kernels.Kernel], tables: Tables) -> None:
-    for kind, *row in launched:
-        tables.add("memory", (kind,), i, *row)
+    for kind, *amounts in launched:
+        tables.add("memory", (kind,), i, *amounts)
 
 
 def _gemm(profile: DeviceProfile, dtype: str, batched: bool, *columns: Any) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from ..errors import UserError, nearest
 from .attention import AttentionParameters
 from .cpu import CpuAttentionParameters, CpuGemmParameters, CpuStreamParameters
+from .cpu_work import LIKE
 from .gemm import GemmParameters
 from .pointwise import PointwiseParameters
 
@@ -23,6 +24,7 @@ P = TypeVar(
     CpuStreamParameters,
 )
 
+_MAY_BE_MISSING = ("power_share", "load_energy", "cold", "shared_bytes", "half", "backward_half")  # newer than files
 _MAY_BE_ZERO = {
     "launch_clocks", "derating", "derating_time", "power_share", "load_energy", "k_latency", "k_bubble", "epilogue",
     "wave_tail", "write_cost", "overlap_loss",
@@ -30,7 +32,7 @@ _MAY_BE_ZERO = {
     "backward_cta_overhead", "backward_launch_floor", "kernel_gap", "row_latency", "serial_latency",
     "row_copy_latency", "norm_reread", "softmax_reread", "mean", "median", "p90", "rows_fitted", "rows_left_out",
     "floor", "block", "score", "backward_floor", "backward_block", "backward_score", "a_passes", "b_passes",
-    "c_passes", "floors", "clocks", "clocks16",
+    "c_passes", "floors", "clocks", "clocks16", "cold", "shared_bytes",
 }  # fmt: skip
 
 
@@ -43,7 +45,7 @@ def parameters(kind: type[P], table: Table, where: str) -> P:
         if name in ("tiles", "batched_tiles"):
             if name in table:
                 values[name] = pairs(table, name, where)
-        elif name in ("power_share", "load_energy") and name not in table:
+        elif name in _MAY_BE_MISSING and name not in table:
             continue
         elif name == "efficiency" and kind is AttentionParameters:
             values[name] = pairs(table, name, where)
@@ -90,10 +92,13 @@ def pairs(values: Table, key: str, where: str) -> tuple[tuple[int, Any], ...]:
 
 
 def figures(values: Table, key: str, names: Iterable[str], where: str) -> dict[str, float]:
-    """The table of numbers under a key, with exactly these names."""
+    """The table of numbers under a key, with exactly these names; a newer kind of a CPU's work may go as a like one."""
     found = table(values, key, where)
     inside = f"{where}: {key}"
     no_others(found, names, inside)
+    for kind, like in LIKE.items():
+        if kind in names and like in found:
+            found = {kind: found[like], **found}
     for name in names:
         if name not in found:
             raise UserError(f"{inside}: {name} is missing")

@@ -12,11 +12,10 @@ within 7 % (tests/published/test_traffic.py).
 
 from math import ceil
 
-from ..calls.costs import GEMMS
+from ..calls.costs import products
 from ..program.dtypes import ITEMSIZE
 from ..program.op import Op
 from .hardware import Hardware
-from .packages import gemm_shape
 
 TILE = (128, 256)  # rows and columns of C: cuBLAS's and LoRAFusion's large tile on Hopper
 TRITON_GROUP = 8
@@ -58,9 +57,10 @@ def _tile(i: int, rows: int, columns: int, group: int) -> tuple[int, int]:
 def dram_bytes(op: Op, hardware: Hardware) -> int:
     """Bytes of one call from and to DRAM; shapes must be integers."""
     moved = int(op.bytes_read + op.bytes_written)
-    if op.view or op.name not in GEMMS:
+    found = products(op)
+    if op.view or len(found) != 1:
         return 0 if op.view else moved
-    _, m, n, k, batch = gemm_shape(op)
+    _, m, n, k, batch = (found[0].layout, *map(int, found[0][1:]))
     itemsize = int(ITEMSIZE[op.inputs[0].dtype])
     groups = (TRITON_GROUP,) if op.name.startswith("lorafusion") else GROUPS
     again = gemm_reads(m, n, k, itemsize, hardware, groups) - (m + n) * k * itemsize

@@ -6,30 +6,21 @@ Sources: torch/_inductor/lowering.py, torch/_inductor/decomposition.py, torch/_d
 
 from collections.abc import Callable, Sequence
 
-from ..calls.sums import along_rows
+from ..calls.costs import along_rows
+from ..calls.table import row
 from ..program.dims import Dim, decide, product
 from ..program.part import Part
 from ..registry import add_once
 from ..tape.tensor import Flow, Parameter
 from .graph import Builder, Graph, Prim, Value
 
-# Calls that compute each element of the result from the operands' elements, by the name before the dot.
+# Works that compute each element of the result from the operands' elements.
 POINTWISE = frozenset((
-    "abs", "add", "sub", "mul", "div", "neg", "pow", "rsqrt", "sqrt", "reciprocal", "exp", "log", "cos", "sin",
-    "tanh", "tanh_backward", "silu", "silu_backward", "gelu", "gelu_backward", "relu", "threshold_backward",
-    "sigmoid", "sigmoid_backward", "_to_copy", "clone", "where", "eq", "ne", "gt", "ge", "le", "lt", "logical_not",
-    "bitwise_and", "bitwise_not", "bitwise_or", "clamp", "isinf", "masked_fill", "fill", "arange", "zeros", "ones",
-    "zeros_like", "ones_like", "new_ones", "new_zeros", "full", "full_like", "scalar_tensor", "tril", "zero",
-    "softplus", "addcmul", "lerp", "maximum", "minimum", "sign", "erf", "repeat", "stack",
-    "native_dropout_backward", "index", "gather",
+    "stream", "divide", "root", "exponential", "sigmoid", "tanh", "cosine", "gelu", "cast", "fill", "permute", "take",
 ))  # fmt: skip
 # The same for Inductor, but AOTAutograd's partitioner neither recomputes nor fuses them (`get_default_op_list`).
-ARRANGING = frozenset((
-    "slice_backward", "select_backward", "constant_pad_nd", "embedding", "index_select", "flip", "roll", "copy",
-    "diag_embed", "unfold_backward", "diagonal_backward",
-))  # fmt: skip
-SUMS = frozenset(("sum", "mean", "linalg_vector_norm", "amax", "max", "all", "any"))
-NOTHING = frozenset(("empty_like", "new_empty_strided", "_local_scalar_dense"))  # allocate only, or ask the device
+ARRANGING = frozenset(("part", "pad", "arrange", "rows", "pick"))
+PICKING = ("take", "rows", "pick")  # of the big operand they read what is asked for
 UNROLLED = 8  # sums of fewer elements are unrolled into pointwise code (config.unroll_reductions_threshold)
 CHUNK = 128  # rows that one program of a split column sum takes (choices.reduction_split_factor, at 64 to 4096 columns)
 
@@ -44,7 +35,7 @@ def lowered(parameters: Sequence[Parameter], parts: list[Part], flow: Flow) -> G
     builder = Builder(parts, flow, weights)
     for op in builder.ops():
         name = op.name.partition(".")[0]
-        if name in NOTHING:
+        if row(op.name).work == "nothing":
             continue
         if name == "add_" and op.attrs.later:
             _add_later(builder)
@@ -96,15 +87,15 @@ def _seed(b: Builder) -> None:
 
 
 def _plain(b: Builder, name: str) -> None:
-    op = b.op
-    if name in SUMS and len(op.outputs) == 1 and op.inputs:
+    op, work = b.op, row(b.op.name).work
+    if work == "reduction" and len(op.outputs) == 1 and op.inputs:
         _sum(b, name)
-    elif (name in POINTWISE or name in ARRANGING or name == "cat") and len(op.outputs) == 1:
+    elif (work in POINTWISE or work in ARRANGING or work == "join") and len(op.outputs) == 1:
         reads = b.reads()
-        allowed = name in POINTWISE or (name == "cat" and _repeats(reads))
+        allowed = work in POINTWISE or (work == "join" and _repeats(reads))
         if name == "copy":
             reads = reads[1:]
-        if name in ("index", "gather", "embedding", "index_select"):  # of the big operand, what is asked for
+        if work in PICKING:
             reads = [(reads[0][0], op.outputs[0].nbytes), *reads[1:]]
         out = op.outputs[0]
         more = {"recomputable": allowed, "fusible": allowed}

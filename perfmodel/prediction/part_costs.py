@@ -1,4 +1,4 @@
-"""What one run of a part takes: device seconds of its ops, clocks, counts."""
+"""What one run of a part takes: device seconds of its ops, its clock matrix, counts."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

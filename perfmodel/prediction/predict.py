@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import architectures, methods, passes
 from ..architectures import Architecture, Config
-from ..calls import costs
+from ..calls.table import row
 from ..devices import engine
 from ..devices import host as hosts
 from ..devices.device import Device, profile_of
@@ -31,6 +31,7 @@ from .contention import Seconds
 from .grid import over_grid
 
 Model = str | PathLike[str] | Architecture | Config
+MOST_NAMED = 6  # calls that a note names
 Phases = dict[str, Any]  # forward, backward, optimizer, total
 
 
@@ -262,6 +263,7 @@ def _notes(built: Step, on: DeviceProfile, time: Time) -> list[str]:
         )
     notes += [passes.NOTE] if built.setup.compile != "none" else []
     notes += _optimizer_notes(built, time)
+    notes += _unknown_notes(built)
     notes += [zero.NOTE] if built.zero else []
     if built.setup.checkpoint != "none" and not any(p.requires_grad for p in built.parameters if p.kind == "embedding"):
         notes.append(
@@ -271,6 +273,16 @@ def _notes(built: Step, on: DeviceProfile, time: Time) -> list[str]:
     return notes
 
 
+def _unknown_notes(built: Step) -> list[str]:
+    """Names the calls that no row of `calls.table` tells of."""
+    names = {op.name for part, _ in built.parts() for op in part.ops if not op.view}
+    unknown = sorted(name for name in names if row(name).work == "unknown")
+    if not unknown:
+        return []
+    more = f" and {len(unknown) - MOST_NAMED} more" if len(unknown) > MOST_NAMED else ""
+    return [f"unknown calls, priced as streaming in one kernel each: {', '.join(unknown[:MOST_NAMED])}{more}"]
+
+
 def _optimizer_notes(built: Step, time: Time) -> list[str]:
     notes = []
     own = built.method.own_optimizer
@@ -278,7 +290,7 @@ def _optimizer_notes(built: Step, time: Time) -> list[str]:
         notes.append(f"{built.method.name} brings {own}: the setup's optimizer {built.setup.optimizer} is not used")
     besides = (op.name for work in built.periodic for part in work.group.parts for op in part.ops)
     in_step = np.any(time.components.get("solver", 0.0) > 0.01 * time.phases["total"])
-    if in_step or any(name in costs.SOLVERS for name in besides):
+    if in_step or any(row(name).work == "decomposition" for name in besides):
         notes.append(
             "decompositions (SVD, QR, pseudo-inverse, …) are priced by a rough model of cuSOLVER, right within a "
             "factor of about two"

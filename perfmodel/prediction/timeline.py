@@ -121,7 +121,7 @@ class Row(NamedTuple):
         waits = {place + 1 for place in self.synchronised}
         starts = {0, *waits}
         if runs is not None:
-            starts.update(i for i in range(1, n) if runs[i].after or runs[i] != runs[i - 1])
+            starts.update(i for i in range(1, n) if runs[i].after or runs[i].on != runs[i - 1].on)
         for start, stop in pairwise(sorted({*starts, n})):
             yield slice(start, stop), MAIN if runs is None else runs[start], stop in waits
 

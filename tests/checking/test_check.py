@@ -6,10 +6,11 @@ A record is made from the prediction itself, so that a perfect model is known, a
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from records_by_hand import DEVICE, METHODS, TINY, Change, Record, visit, written
+from records_by_hand import DEVICE, METHODS, TINY, Change, Record, environment, visit, written
 
 from perfmodel.cli import main
 from perfmodel.devices import host as hosts
@@ -159,6 +160,21 @@ def test_records_that_are_not_whole_are_refused_in_one_line(tmp_path: Path, line
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps({"schema": 1, **line}) + "\n")
     with pytest.raises(UserError, match=message):
+        check([path], device=DEVICE["cpu"])
+
+
+@pytest.mark.parametrize("number", [True, -1, 1.5, "3", None])
+@pytest.mark.parametrize("place", ["calls", "kernels"])
+def test_a_count_is_a_whole_number(tmp_path: Path, place: str, number: Any) -> None:
+    """Python takes True for 1, and a count of -1 or 1.5 would be compared as if somebody had counted it."""
+    record = visit(Cell(TINY, "full", Setup(seq=16)), "cpu")
+    if place == "calls":
+        record["calls"] = {"forward": {"mm": number}}
+    else:
+        record["profile"] = {"by_call": {"forward": {"mm": [number, 1e-6]}}}
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(json.dumps({"schema": 1, **r}) + "\n" for r in (environment(), record)))
+    with pytest.raises(UserError, match="must be numbers"):
         check([path], device=DEVICE["cpu"])
 
 

@@ -45,6 +45,7 @@ class Gpu:
         host_s, device_s: the clocks.
         live, peak: bytes of tensors, in the allocator's blocks.
         launches: of the profiler that runs, by number.
+        asked: whether this process called anything of `torch.cuda`: then no child that it forks may.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Gpu:
     launches: list[Launch] = field(default_factory=list)
     in_flight_s: float = 0.0  # work that was still queued when the profiler began
     storages: dict[int, int] = field(default_factory=dict)
-    calls: set[str] = field(default_factory=set)  # names of the calls that ran so far
+    asked: bool = False
 
     def run(self, op: Op, *, backward: bool) -> None:
         """A call of PyTorch's: the host dispatches it, the device does what it launches."""
@@ -67,7 +68,6 @@ class Gpu:
             self.host_s += self.by.backward_view if backward else self.by.view
             return
         number, seconds = priced(op, self.on)
-        self.calls.add(op.name)
         self.host_s += (self.by.backward_call if backward else self.by.call) + self.by.launch_call * number
         if number:
             self._work(Launch(op.name, "kernel", number, seconds))

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,11 +65,19 @@ def standin(on: DeviceProfile, name: str, *, by: Host | None = None, folder: Pat
 def _runtime(gpu: Gpu, stack: ExitStack) -> None:
     here = runtime.Runtime(gpu)
     for name in runtime.NAMES:
-        stack.enter_context(patch.object(torch.cuda, name, getattr(here, name)))
+        stack.enter_context(patch.object(torch.cuda, name, _noted(getattr(here, name), gpu)))
     stack.enter_context(patch.object(torch.version, "cuda", runtime.CUDA_VERSION))
     stack.enter_context(patch.object(torch.backends.cudnn, "version", lambda: runtime.CUDNN_VERSION))
     clock = SimpleNamespace(perf_counter=lambda: gpu.host_s, thread_time=time.thread_time)
     stack.enter_context(patch.object(clocks, "time", clock))
+
+
+def _noted(function: Callable[..., Any], gpu: Gpu) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        gpu.asked = True
+        return function(*args, **kwargs)
+
+    return call
 
 
 def _program(device: Device, stack: ExitStack) -> None:

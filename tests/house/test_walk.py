@@ -39,7 +39,7 @@ def predicted(house: Path, *options: str) -> Any:
     return json.loads(run.stdout)
 
 
-USUAL = ("--model", "llama-3.2-1b", "--seq", "64")
+USUAL = ("--model", "llama-3.2-1b", "--seq", "32")
 
 
 def test_a_method_is_one_file(house: Path) -> None:

@@ -74,7 +74,7 @@ def test_killing_at_random_times_loses_at_most_the_running_cell(
 ) -> None:
     """A measurement of hours is killed now and then: records must stay whole, and none be made twice."""
     monkeypatch.setattr(run, "_visit", pretended_visit)
-    monkeypatch.setattr(run, "_load_modules", lambda cells: None)
+    monkeypatch.setattr(run, "load_modules", lambda cells: None)
     monkeypatch.setattr(run, "_environment", lambda plan, output, before: "here")
     plan, output = run.plan(str(grid), "cpu", threads=1, rounds=10), tmp_path / "records.jsonl"
     wanted = {(number, cell.id) for number, cell in plan.visits()}

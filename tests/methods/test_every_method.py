@@ -193,6 +193,21 @@ def test_sizes_of_zero_are_refused(name: str) -> None:
         assert "\n" not in str(caught.value)
 
 
+OTHERWISE = ("lora_fa:projected=false",)  # methods that can do without what they bring
+
+
+@pytest.mark.parametrize("name", [*NAMES, *OTHERWISE])
+def test_a_method_says_whether_it_brings_its_own_optimizer(name: str) -> None:
+    """Its step is the same with any optimizer of the setup then, and the answer says whose it is; else it is not."""
+    model = some_model(name.partition(":")[0])
+    kind = methods.registered()[name.partition(":")[0]]
+    spec = next(s for s in ([name] if ":" in name else specs(name)) if predicted_as(s, model))
+    one, other = (predicted_as(spec, model, optimizer=optimizer) for optimizer in ("adamw-loop", "sgd"))
+    if one is None or other is None:
+        pytest.skip(f"{kind.name} needs AdamW")
+    assert (step_of(one).method.own_optimizer is not None) == (one.kernels == other.kernels)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_spec_parses_back_to_itself(name: str) -> None:
     """The name in a result is what one types to get the same result."""

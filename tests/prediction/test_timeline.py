@@ -76,10 +76,16 @@ def after(clocks: Clocks, start: dict[str, float]) -> dict[str, float]:
     return {end: max(start[x] + clocks.delay(x, end) for x in CLOCKS) for end in CLOCKS}
 
 
+RUNS = (  # kernels, collectives of what they made, kernels that need those, copies, an event and what waits for it
+    MAIN, Run(COMMUNICATION), Run(COMMUNICATION, after=(COMPUTE,)), Run(after=(COMMUNICATION,)), Run(COPY),
+    Run(COPY, after=(COMPUTE, COMMUNICATION)), Run("event", after=(COMMUNICATION,)), Run(after=("event", COPY)),
+)  # fmt: skip
+
+
 @st.composite
 def calls(draw: st.DrawFn) -> Call:
     """Any op: views and host work launch nothing, take no time of a stream and nothing of others."""
-    run = Run(draw(st.sampled_from(CLOCKS[1:])), tuple(draw(st.lists(st.sampled_from(CLOCKS[1:]), max_size=2))))
+    run = draw(st.sampled_from(RUNS))
     rarely = st.sampled_from((False, False, False, True))
     if draw(rarely):
         return Call(draw(spans), 0.0, 0.0, False, draw(rarely), run)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from perfmodel import UserError, cli, predict_module
 from perfmodel.architectures import Config
-from perfmodel.calls.products import products
+from perfmodel.calls.costs import products
 from perfmodel.program.op import Op, Spec
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
@@ -167,8 +167,9 @@ def test_convolutions_count_as_the_products_that_they_are() -> None:
 def test_filters_by_channel_and_products_by_expert() -> None:
     """By hand: a depthwise filter of 3 x 3 over 2 x 4 x 8 x 8, and 12 tokens through one of 3 experts each."""
     x, w = Spec("bf16", (2, 4, 8, 8)), Spec("bf16", (4, 1, 3, 3))
-    (filtered,) = products(Op("convolution", (x, w), (x,), 0, 0))
-    assert filtered.depthwise
+    convolution = Op("convolution", (x, w), (x,), 0, 0)
+    (filtered,) = products(convolution)
+    assert filtered.depthwise(convolution)
     assert filtered.flops == 2 * 9 * (2 * 4 * 8 * 8)
     tokens, experts = Spec("bf16", (12, 16)), Spec("bf16", (3, 16, 32))
     (routed,) = products(Op("_grouped_mm", (tokens, experts), (Spec("bf16", (12, 32)),), 0, 0))

@@ -16,6 +16,7 @@ import torch
 
 from perfmodel.devices import host as host_files
 from perfmodel.devices import own, profile
+from perfmodel.devices.cpu_work import STATE
 from perfmodel.devices.hardware import Hardware
 from perfmodel.devices.profile import DeviceProfile
 from perfmodel.errors import UserError
@@ -176,7 +177,7 @@ def cpu_datasheet(rows: Sequence[cpu_fit.Row], here: Record) -> dict[str, tuple[
     threads = int(host["threads"])
     products = [r for r in rows if r.case["block"] == "gemm"]
     best = {d: max((_rate(r) for r in products if r.case["dtype"] == d), default=0.0) for d in DTYPES}
-    bandwidth = max((_bandwidth(r) for r in rows if r.case["op"] in designs.PLAIN), default=0.0)
+    bandwidth = max((_bandwidth(r) for r in rows if r.case["op"] in STATE), default=0.0)
     if not bandwidth or not all(best.values()):
         raise UserError("too few microbenchmarks to tell the peaks of this machine: give the calibration more time")
     caches = host["caches"]
@@ -197,7 +198,7 @@ def _rate(r: cpu_fit.Row) -> float:
 
 
 def _bandwidth(r: cpu_fit.Row) -> float:
-    """Bytes read and written a second, of a call that is too big for a core's cache."""
+    """Bytes read and written a second, of a call on cold operands that is too big for a core's cache."""
     from ..fitting.cpu_ops import op
 
     call = op(r.case["op"], r.case["dtype"], r.sizes["rows"], r.sizes["columns"])

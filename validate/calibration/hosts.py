@@ -169,7 +169,7 @@ def _time_steps(model: Any, update: torch.optim.Optimizer) -> list[float]:
         update.step()
         update.zero_grad()
         rows.append((forward - start, backward - forward, clock() - backward))
-    return [float(x) for x in np.quantile(rows[WARM_UP:], 0.25, axis=0)]
+    return [float(x) for x in np.median(rows[WARM_UP:], axis=0)]
 
 
 def fit(timed: Sequence[Timed], on: DeviceProfile | None = None, least: Mapping[str, float] | None = None) -> HostFit:

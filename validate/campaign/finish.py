@@ -12,6 +12,7 @@ from perfmodel.architectures import Config
 from perfmodel.errors import UserError
 from perfmodel.program.part import PHASES
 from perfmodel.recording.record import build
+from perfmodel.recording.step import Step
 from perfmodel.resources import write_text
 from perfmodel.setup import Setup
 
@@ -95,9 +96,14 @@ def _fit(found: Finding, records: Sequence[Record], environment: Record, folder:
 
 
 def _timed(record: Record) -> hosts.Timed:
-    """A tiny program as it was timed, with its step as the tape has it."""
+    """A tiny program as it was timed, with its step."""
     p = record["program"]
-    architecture = architectures.from_config(Config(p["config"], p["model"], p["model"]))
-    setup = Setup(batch=1, seq=4, dtype="fp32", checkpoint=p["checkpoint"], optimizer=p["optimizer"])
-    step = build(architecture, methods.parse(p["method"]).bind(architecture), setup, "cpu")
+    step = step_of(Config(p["config"], p["model"], p["model"]), p["method"], p["checkpoint"], p["optimizer"])
     return hosts.Timed(record["unit"], step, {phase: float(record["seconds"][phase]) for phase in PHASES})
+
+
+def step_of(config: Config, method: str, checkpoint: str, optimizer: str) -> Step:
+    """The step of a tiny program (an entry of `hosts.programs`) as the tape has it."""
+    architecture = architectures.from_config(config)
+    setup = Setup(batch=1, seq=4, dtype="fp32", checkpoint=checkpoint, optimizer=optimizer)
+    return build(architecture, methods.parse(method).bind(architecture), setup, "cpu")

@@ -23,23 +23,29 @@ from perfmodel.devices.cpu import (
     regime,
     stream_time,
 )
-from perfmodel.devices.cpu_work import KINDS, REGIMES
+from perfmodel.devices.cpu_work import KINDS, LIKE, REGIMES
 from perfmodel.devices.hardware import ITEMSIZE, Hardware
 from perfmodel.errors import UserError
 
-from .cpu_ops import passes
+from .cpu_ops import Amounts, passes
 from .judging import Array, Doubts, Errors, Fit, fold
 
-PACKED_AS = {"nn_aliased": "nn_few"}  # regimes that differ in the rate of their products alone
-NEEDED_ROWS = 6  # of a regime's products, for four parameters
+PACKED_AS = {  # regimes that differ in the rate of their products alone
+    "nn_aliased": "nn_few", "tn_narrow": "tn", "nn_narrow": "nn", "nn_few_narrow": "nn_few", "nt_narrow": "nt",
+    "nt_aliased_narrow": "nt_aliased",
+}  # fmt: skip
+NEEDED_ROWS = 6  # products that tell the parameters of a layout
+NEEDED_MORE = 3  # those that tell in what else a regime differs from it
+BEYOND = 1.3  # no product runs at so many times the best rate that was measured, packing included
 ROUNDS, SCALE = 20, 0.02  # reweighting: rounds, and the relative error below which it stays quadratic
+PULL = 2e-3  # of the squared logarithm from where a search begins: what the rows do not tell stays there
 NOTHING = 1e-4  # a term that never makes up more of a row is none
 SOURCE = "perfmodel calibrate on this machine"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A microbenchmark: its case, seconds of a call, and those of its dispatch, which are the host's."""
+    """A microbenchmark: its case, median seconds of a call (steps are judged by theirs), and those of its dispatch."""
 
     case: Mapping[str, Any]
     seconds: float
@@ -66,7 +72,7 @@ def rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
     """
     found = [r for r in records if r.get("kind") == "microbench"]
     try:
-        timed = [(r["case"], float(r["seconds"]["quartile"])) for r in found]
+        timed = [(r["case"], float(r["seconds"]["median"])) for r in found]
         dispatch = min(float(r["seconds"]["least"]) for r in found if r["case"]["op"] == "dispatch")
     except (KeyError, TypeError, ValueError):
         raise UserError("these records hold no microbenchmarks of a calibration (kind, case, seconds)") from None
@@ -119,20 +125,15 @@ def gemm(all_rows: Sequence[Row], dtype: str, hardware: Hardware, software: str)
     t, dispatch = _seconds_of(used)
     m, n, k = (np.array([r.sizes[d] for r in used], np.float64) for d in "mnk")
     regimes = [regime(r.sizes["m"], r.sizes["n"], r.case["layout"], dtype) for r in used]
-    known = [name for name in REGIMES if regimes.count(name) >= NEEDED_ROWS]
-    columns, low = [np.ones(len(t))], [0.0]
-    for name in known:
-        mine = np.array([r == name for r in regimes])
-        packed = np.array([PACKED_AS.get(r, r) == name for r in regimes])
-        columns += [mine * m * n * k, *(packed * x for x in (m * k, k * n, m * n))]
-        low += [2.0 / hardware.peak(dtype), 0.0, 0.0, 0.0]
-    floor, *terms = linear(columns, t, low, dispatch)
-    by_regime = dict(zip(known, np.reshape(terms, (len(known), 4)), strict=True))
-    for name, like in PACKED_AS.items():
-        if name in by_regime and like in by_regime:
-            by_regime[name] = np.array([by_regime[name][0], *by_regime[like][1:]])
-    for name in REGIMES:  # what was not measured goes as its layout does, or as any does
-        by_regime.setdefault(name, by_regime.get(name.partition("_")[0], next(iter(by_regime.values()))))
+    known = [name for name in REGIMES if regimes.count(name) >= (NEEDED_MORE if name in LIKE else NEEDED_ROWS)]
+    terms = {name: _terms(name, known) for name in REGIMES}
+    keys = sorted({(i, key) for name in known for i, key in enumerate(terms[name])})
+    sizes = m * n * k, m * k, k * n, m * n
+    columns = [sizes[i] * np.array([terms[r][i] == key for r in regimes]) for i, key in keys]
+    low = [0.0 if i else 2.0 / (BEYOND * hardware.peak(dtype)) for i, _ in keys]
+    floor, *found_terms = linear([np.ones(len(t)), *columns], t, [0.0, *low], dispatch)
+    value = dict(zip(keys, found_terms, strict=True))
+    by_regime = {name: [value[i, key] for i, key in enumerate(terms[name])] for name in REGIMES}
     pass_ = ITEMSIZE[dtype] / hardware.memory_bandwidth
     p = CpuGemmParameters(
         float(floor),
@@ -154,6 +155,16 @@ def gemm(all_rows: Sequence[Row], dtype: str, hardware: Hardware, software: str)
     return _fit(p, found, predict, plain, software, doubts)
 
 
+def _terms(name: str, known: Sequence[str]) -> tuple[str, str, str, str]:
+    """Whose FLOPs and passes over the three operands a regime has; what was not measured goes as the like one does."""
+    while name not in known:
+        name = LIKE.get(name, known[0])
+    a = PACKED_AS.get(name, name)
+    rest = "nt" if a == "nt_aliased" else a  # reading A is all that is slow there
+    rate = "nt" if name == "nt_aliased" else name
+    return rate, a, rest, rest
+
+
 def _zeros(parameters: Any, *names: str) -> tuple[str, ...]:
     """The parameters, or entries of tables of them, that went as low as they may."""
     found: list[str] = []
@@ -167,10 +178,11 @@ def _zeros(parameters: Any, *names: str) -> tuple[str, ...]:
 def attention(all_rows: Sequence[Row], hardware: Hardware, software: str) -> Fit:
     """The flash kernel: a floor, blocks, scores and products, forward and backward."""
     found = [r for r in all_rows if r.case["block"] == "attention"]
-    _enough(found, 12, "attention")
+    full = [r for r in found if r.case["dtype"] == "fp32"]
+    _enough(full, 12, "attention")
     values: dict[str, float] = {}
     for prefix, backward in (("", False), ("backward_", True)):
-        used = [r for r in found if not r.left_out and r.case["backward"] == backward]
+        used = [r for r in full if not r.left_out and r.case["backward"] == backward]
         blocks, scores, flops = np.array([_attention_terms(r) for r in used]).T
         whole_pages = np.array([_whole_pages(r) for r in used])
         seconds, dispatch = _seconds_of(used)
@@ -191,14 +203,33 @@ def attention(all_rows: Sequence[Row], hardware: Hardware, software: str) -> Fit
             f"{prefix}aliasing": float(1.0 + more / per_flop),
         }
     p = CpuAttentionParameters(**values)
+    times = _times_of_half([r for r in found if r.case["dtype"] != "fp32" and not r.left_out], hardware, p)
+    p = replace(p, **times)
 
     def predict(r: Row) -> float:
-        s, backward = r.sizes, r.case["backward"]
-        sizes = (s["batch"], s["seq"], s["seq"], s["heads"], s["head_dim"])
-        return float(attention_time(*sizes, hardware=hardware, parameters=p, causal=True, backward=backward))
+        return _attention_seconds(r, hardware, p)
 
-    doubts = Doubts(at_bound=_zeros(p, *(f.name for f in fields(p))))
+    kept = tuple(name for name in ("half", "backward_half") if name not in times)
+    doubts = Doubts(kept, _zeros(p, *(f.name for f in fields(p))))
     return _fit(p, found, predict, lambda r: float(_attention_terms(r)[2] / hardware.fp32_flops), software, doubts)
+
+
+def _times_of_half(used: Sequence[Row], hardware: Hardware, p: CpuAttentionParameters) -> dict[str, float]:
+    """How many times as long calls on 16-bit operands take, forward and backward, where enough were measured."""
+    found = {}
+    for name, backward in (("half", False), ("backward_half", True)):
+        mine = [r for r in used if r.case["backward"] == backward]
+        if len(mine) >= NEEDED_MORE:
+            work = [(r.seconds - r.dispatch) / _attention_seconds(r, hardware, p) for r in mine]
+            found[name] = float(np.median(work))
+    return found
+
+
+def _attention_seconds(r: Row, hardware: Hardware, p: CpuAttentionParameters) -> float:
+    s = r.sizes
+    sizes = (s["batch"], s["seq"], s["seq"], s["heads"], s["head_dim"])
+    kind = {"causal": True, "backward": r.case["backward"], "half": r.case["dtype"] != "fp32"}
+    return float(attention_time(*sizes, hardware=hardware, parameters=p, **kind))
 
 
 def _whole_pages(r: Row) -> bool:
@@ -237,44 +268,38 @@ def stream(all_rows: Sequence[Row], hardware: Hardware, software: str) -> Fit:
     return _fit(p, judged, predict, plain, software, doubts)
 
 
-def _passes(r: Row) -> list[tuple[str, tuple[float, float, float]]]:
+def _passes(r: Row) -> list[tuple[str, Amounts]]:
     return passes(r.case["op"], r.case["dtype"], r.sizes["rows"], r.sizes["columns"])
 
 
-def _seconds(
-    kind: str, amounts: tuple[float, float, float], r: Row, hardware: Hardware, p: CpuStreamParameters
-) -> float:
+def _seconds(kind: str, amounts: Amounts, r: Row, hardware: Hardware, p: CpuStreamParameters) -> float:
     half = r.case["dtype"] != "fp32" or r.case["op"] == "cast"
     return float(stream_time(*amounts, hardware=hardware, parameters=p, kind=kind, half=half))
 
 
 def _bandwidths(used: Sequence[Row], hardware: Hardware) -> CpuStreamParameters:
-    """`stream`, `cache_ratio` and `cache_usable`, with no clocks an element: what only streams."""
+    """Bandwidths and what the caches keep, with no clocks an element, from what only streams."""
     plain = [r for r in used if all(kind == "stream" for kind, _ in _passes(r))]
     zeros = dict.fromkeys(KINDS, 0.0)
     base = CpuStreamParameters(floors=zeros, clocks=zeros, clocks16=zeros)
     seconds, dispatch = _seconds_of(plain)
 
     def make(z: Array) -> CpuStreamParameters:
-        stream, ratio, usable, floor = np.exp(z)
+        stream, ratio, usable, cold, shared, floor = map(float, np.exp(z))
         return replace(
-            base,
-            stream=float(stream),
-            cache_ratio=float(1.0 + ratio),
-            cache_usable=float(usable),
-            floors={**zeros, "stream": float(floor)},
-        )
+            base, stream=stream, cache_ratio=1.0 + ratio, cache_usable=usable, cold=cold, shared_bytes=shared,
+            floors={**zeros, "stream": floor},
+        )  # fmt: skip
 
     def loss(z: Array) -> float:
         p = make(z)
         predicted = [sum(_seconds(kind, amounts, r, hardware, p) for kind, amounts in _passes(r)) for r in plain]
-        return float(np.mean(np.abs(np.log((dispatch + np.array(predicted)) / seconds)))) + 1e-3 * float(
-            np.sum((z - start) ** 2)
-        )
+        off = np.abs(np.log((dispatch + np.array(predicted)) / seconds))
+        return float(np.mean(off)) + PULL * float(np.sum((z - start) ** 2))
 
-    start = np.log([1.0, 1.0, 0.7, 5e-7])
+    start = np.log([2.0, 1.0, 0.7, 1.0, 8e6, 5e-7])
     simplex = np.vstack([start, start + 0.7 * np.eye(len(start))])
-    options: Any = {"maxiter": 400, "xatol": 1e-3, "fatol": 1e-5, "initial_simplex": simplex}
+    options: Any = {"maxiter": 600, "xatol": 1e-3, "fatol": 1e-5, "initial_simplex": simplex}
     return make(minimize(loss, start, method="Nelder-Mead", options=options).x)
 
 
@@ -287,7 +312,7 @@ def _by_kind(
     bare = replace(bare, clocks16=bare.clocks)
     for kind in KINDS:
         mine = [r for r in used if _passes(r)[-1][0] == kind and len(_passes(r)) == 1]
-        if len(mine) < 2:
+        if len({r.sizes["rows"] for r in mine}) < 2:  # sizes alike do not tell a floor from clocks an element
             continue
         seconds, dispatch = _seconds_of(mine)
         base = np.array([_seconds(kind, _passes(r)[0][1], r, hardware, bare) for r in mine])

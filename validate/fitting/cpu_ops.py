@@ -38,6 +38,7 @@ CALLS: dict[str, tuple[str, Attrs, Callable[[int, int], Shapes]]] = {
     "mean_row": ("mean.dim", Attrs(dims=(1,)), lambda r, c: ([(r, c)], [(r, 1)])),
     "sum_columns": ("sum.dim_IntList", Attrs(dims=(0,)), lambda r, c: ([(r, c)], [(1, c)])),
     "norm": ("linalg_vector_norm", PLAIN, lambda r, c: ([(r, c)], [()])),
+    "norm_row": ("linalg_vector_norm", Attrs(dims=(1,)), lambda r, c: ([(r, c)], [(r, 1)])),
     "log_softmax": ("_log_softmax", PLAIN, _like(1)),
     "log_softmax_backward": ("_log_softmax_backward_data", PLAIN, _like(2)),
     "layer_norm": ("native_layer_norm", PLAIN, lambda r, c: ([(r, c), (c,), (c,)], [(r, c), (r, 1), (r, 1)])),
@@ -61,6 +62,10 @@ def op(name: str, dtype: str, rows: int, columns: int) -> Op:
     )
 
 
-def passes(name: str, dtype: str, rows: int, columns: int) -> list[tuple[str, tuple[float, float, float]]]:
-    """(kind, (bytes of traffic, elements, calls)) of each pass of a microbenchmark's call."""
-    return [(kind, (float(t), float(n), float(c))) for kind, t, n, c in streams(op(name, dtype, rows, columns))]
+Amounts = tuple[float, float, float, float]
+
+
+def passes(name: str, dtype: str, rows: int, columns: int) -> list[tuple[str, Amounts]]:
+    """(kind, (bytes of traffic, elements, calls, cold bytes)) of each pass of a microbenchmark's call."""
+    found = streams(op(name, dtype, rows, columns))
+    return [(kind, (float(t), float(n), float(c), float(cold))) for kind, t, n, c, cold in found]

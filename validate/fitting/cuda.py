@@ -49,7 +49,7 @@ def fit(found: Sequence[Record], here: Record) -> tuple[DeviceProfile, dict[str,
     software = f"PyTorch {here['software'].get('torch')}, CUDA {here['gpu'].get('cuda')}"
     fits = {f"gemm.{d}": _gemm(telling, d, known, software) for d in ("bf16", "fp32")}
     block = "attention" if known.cudnn_attention == known.attention else "attention_cudnn"  # what PyTorch runs there
-    fits |= {block: _attention(telling, known, software), "pointwise": _pointwise(telling, known, software)}
+    fits |= {block: _attention(telling, known, software), "pointwise": _pointwise(telling, launch, known, software)}
     return known, fits
 
 
@@ -163,14 +163,14 @@ def _attention(telling: Sequence[Row], known: DeviceProfile, software: str) -> F
     return Fit(p, SOURCE, software, int((~d.left_out).sum()), int(d.left_out.sum()), errors)
 
 
-def _pointwise(telling: Sequence[Row], known: DeviceProfile, software: str) -> Fit:
+def _pointwise(telling: Sequence[Row], launch: float, known: DeviceProfile, software: str) -> Fit:
     """Calls as the kernels that they launch; a call in a burst includes the gaps between them."""
     begin, table = known.pointwise, []
     for r in [r for r in telling if r.case["block"] == "pointwise"]:
         case = r.case["op"], r.case["dtype"], r.sizes["rows"], r.sizes["columns"]
         launched = [_kernel(k) for k in kernels.memory_bound(op(*case))]
         seconds = r.seconds - len(launched) * begin.kernel_gap  # the fit is of kernels alone
-        if launched and seconds > 0:
+        if launched and seconds > 0 and r.seconds > HOST_BOUND * launch * len(launched):
             family = f"{r.case['dtype']} {launched[0].kind}"
             table.append(
                 {"source": "own", "family": family, "kernels": launched, "fold": fold(*case), "seconds": seconds}

@@ -9,8 +9,8 @@ counter of 4 B first (168 of the 169 products of a Qwen1.5 forward; 0.9 us, and 
 took 32), and where it splits the inner dim a kernel adds the parts. So does a `Memset` that any ATen call launches
 besides kernels (a reduction's semaphores, a convolution's sum) belong to those. Whether it happens is the library's
 choice and not the program's: helpers are no kernels, neither here nor in `perfmodel.calls.costs.kernels`, but their
-time is the call's, as in the prices, where bf16 products were fitted to latencies of whole calls. A fill that is all
-that an ATen call does (the `zero_` inside `zeros`) is what the program asked for, and counts like a kernel.
+time is the call's, as in the prices, where bf16 products were fitted to latencies of whole calls. A fill that is all an
+ATen call does (the `zero_` inside `zeros`) is what the program asked for, and counts like a kernel.
 
 Times in a trace are microseconds; everything returned is in seconds and bytes.
 """

@@ -49,6 +49,8 @@ def design(device: str, dtypes: tuple[str, ...]) -> dict[str, list[Case]]:
         blocks[f"gemm {dtype}"] = gemms(dtype, wide=wide)
         blocks[f"pointwise {dtype}"] = streams(dtype, wide=wide)
     blocks["attention"] = attentions("bf16" if wide else "fp32", wide=wide)
+    if not wide:
+        blocks["attention bf16"] = attentions("bf16", wide=wide)[::3]
     return blocks
 
 
@@ -69,9 +71,11 @@ def gemms(dtype: str, *, wide: bool) -> list[Case]:
     full = [s for s in shapes if min(s) >= 64]
     mixed = [s for group in zip(thin, full[::2], full[1::2], strict=False) for s in group]
     cases = [[of_linear(dtype, layout, *shape) for layout in LAYOUTS] for shape in mixed]
-    if not wide:  # few rows have ways of their own (devices/cpu_work.py): one more of them with each triple
+    if not wide:  # few rows and narrow results have ways of their own (devices/cpu_work.py): one of each more a triple
         few = [of_linear(dtype, "nn", *s) for s in shapes if s[0] < 192 and min(s) >= 64]
-        cases = [[*triple, more] for triple, more in zip(cases, cycle(few), strict=False)]
+        narrow = [of_linear(dtype, layout, *s) for s in thin for layout in LAYOUTS]
+        narrow = [case for case in narrow if case["n"] == min(ranks)]
+        cases = [[*triple, *more] for triple, *more in zip(cases, cycle(few), cycle(narrow), strict=False)]
     return [case for group in cases for case in group]
 
 
@@ -102,12 +106,12 @@ def attentions(dtype: str, *, wide: bool) -> list[Case]:
 STREAMS = (
     "add", "mul", "mul_", "lerp_", "addcmul_", "addcdiv_", "sqrt", "div", "silu", "silu_backward", "gelu",
     "gelu_backward", "tanh", "exp", "cos", "mul_row", "mul_column", "transpose", "cat", "cast", "mean_row",
-    "sum_columns", "norm", "log_softmax", "log_softmax_backward", "layer_norm", "layer_norm_backward", "embedding",
-    "fill",
+    "sum_columns", "norm", "norm_row", "log_softmax", "log_softmax_backward", "layer_norm", "layer_norm_backward",
+    "embedding", "fill",
 )  # fmt: skip
 
 
-PLAIN = ("add", "mul", "mul_")  # these show the memory's bandwidth
+PLAIN = ("add", "mul", "mul_", "lerp_", "addcmul_")  # these show the memory's bandwidth
 
 
 def streams(dtype: str, *, wide: bool) -> list[Case]:

@@ -1,52 +1,91 @@
-"""Makes a case run: a function of the repeat's number that makes one call on operands which the cache has forgotten.
+"""Makes a case run: a function of the repeat's number that makes one call on operands that lie where training's do.
 
-Every operand is a ring of copies of so many bytes in all, of which a repeat takes the next: in training too, weights
-and activations come from memory or a shared cache, not from a core's own. Results are held as long, so that a call
-writes to memory that was not touched just before.
+What a step made just before is warm: the repeats share two copies of it. Weights, what forward saved, the optimizer's
+state and the memory of a fresh result were last touched long ago: they are cold. Cold operands are cut from a pool that
+is several times as large as the caches, one after the other, over all cases; results are kept until so many bytes of
+them are there, so that a call writes to memory that was not touched just before. On a GPU everything is cold.
 """
 
 from collections import deque
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import cycle, islice
+from math import ceil, prod
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._pytree import tree_leaves
 
+from perfmodel.devices.cpu_work import HOT, STATE
+from perfmodel.devices.hardware import ITEMSIZE
 from perfmodel.tracing.programs.dtypes import TORCH_DTYPES
 
+from ..measuring.environment import caches
 from .designs import Case
 
 aten = torch.ops.aten
 Call = Callable[[int], object]
-RING = {"cpu": 12e6, "cuda": 256e6}  # bytes of the copies of one operand
+ROOM = 6.0  # times the largest cache
+RING = {"cpu": min(max(64e6, ROOM * max(caches().values(), default=0)), 512e6), "cuda": 256e6}  # bytes of a pool
 MOST_COPIES = 64
+FEW = 2  # copies of a warm operand
+LINE = 64  # bytes: operands begin at whole lines
+_kept: deque[tuple[object, int]] = deque()  # results of earlier cases, and their bytes
+_cursor: dict[int, int] = {}  # address of a pool -> element at which the next operand begins
 
 
 def build(case: Case, device: str) -> tuple[Call, int]:
     """The call of a case, and how many calls a repeat should have."""
     with torch.device(device):
         call, inner = BUILDERS[case.block](case, device)
-    return (call if case.block == "host" else _holding(call, device)), inner
+    return (call if case.block == "host" else _holding(case, call, device)), inner
 
 
-def _holding(call: Call, device: str) -> Call:
-    """The call, its results held until so many bytes of them are there."""
+def _holding(case: Case, call: Call, device: str) -> Call:
+    """The call, its results held, and those of earlier cases until so many bytes of them are there."""
+    _touched(RING[device], device)
+    if case.op in HOT and device == "cpu":
+        few: deque[object] = deque(maxlen=FEW)
+        return lambda i: few.append(call(i))
     nbytes = sum(t.nbytes for t in tree_leaves(call(0)) if isinstance(t, Tensor))
     held: deque[object] = deque(maxlen=max(1, min(MOST_COPIES, int(RING[device] / max(nbytes, 1)))))
+    _kept.append((held, nbytes * (held.maxlen or 1)))
+    while sum(size for _, size in _kept) > RING[device] and len(_kept) > 1:
+        _kept.popleft()
     return lambda i: held.append(call(i))
+
+
+@lru_cache(maxsize=4)
+def _touched(nbytes: float, device: str) -> None:
+    """Have the allocator own so many bytes beyond what is held: no call waits for the system to give it a page."""
+    torch.zeros(int(2 * nbytes), dtype=torch.uint8, device=device)
+
+
+@lru_cache(maxsize=8)
+def _pool(nbytes: float, dtype: str, device: str, positive: bool) -> Tensor:
+    some = torch.rand(1 << 20, device=device) + 0.5 if positive else torch.randn(1 << 20, device=device)
+    return some.to(TORCH_DTYPES[dtype]).repeat(max(1, int(nbytes / ITEMSIZE[dtype]) >> 20))
 
 
 class Ring:
     """Copies of an operand; `ring[i]` is the copy of repeat i."""
 
-    def __init__(self, *shape: int, dtype: str = "fp32", device: str, positive: bool = False) -> None:
-        kind = TORCH_DTYPES[dtype]
-        one = torch.rand(shape) + 0.5 if positive else torch.randn(shape)
-        one = one.to(kind)
-        copies = max(1, min(MOST_COPIES, int(RING[device] / max(one.nbytes, 1))))
-        self.copies = [one, *(one.clone() for _ in range(copies - 1))]
+    def __init__(
+        self, *shape: int, dtype: str = "fp32", device: str, positive: bool = False, warm: bool = False,
+        most: int = MOST_COPIES,
+    ) -> None:  # fmt: skip
+        numel, per_line = prod(shape), int(LINE // ITEMSIZE[dtype])
+        step = int(ceil(numel / per_line) * per_line)
+        pool = _pool(max(RING[device], 2.0 * step * ITEMSIZE[dtype]), dtype, device, positive)
+        most = min(most, FEW) if warm and device == "cpu" else most
+        copies = max(1, min(most, len(pool) // step))
+        begin = _cursor.get(pool.data_ptr(), 0)
+        if begin + copies * step > len(pool):
+            begin = 0
+        _cursor[pool.data_ptr()] = begin + copies * step
+        self.copies = [pool[o : o + numel].view(shape) for o in range(begin, begin + copies * step, step)]
 
     def __getitem__(self, i: int) -> Tensor:
         return self.copies[i % len(self.copies)]
@@ -55,7 +94,7 @@ class Ring:
 def gemm(case: Case, device: str) -> tuple[Call, int]:
     """A product in the layout of forward, input gradient or weight gradient."""
     m, n, k = case["m"], case["n"], case["k"]
-    a = Ring(*((k, m) if case.layout == "nt" else (m, k)), dtype=case.dtype, device=device)
+    a = Ring(*((k, m) if case.layout == "nt" else (m, k)), dtype=case.dtype, device=device, warm=True)
     b = Ring(*((n, k) if case.layout == "tn" else (k, n)), dtype=case.dtype, device=device)
     calls: dict[str, Call] = {
         "tn": lambda i: torch.mm(a[i], b[i].t()),
@@ -69,7 +108,8 @@ def _attention(case: Case, device: str) -> tuple[Call, int]:
     """As transformers lays heads out: (batch, seq, heads, head_dim), transposed."""
     b, s, d = case["batch"], case["seq"], case["head_dim"]
     heads = (case["heads"], case["kv_heads"], case["kv_heads"])
-    q, k, v = (Ring(b, s, h, d, dtype=case.dtype, device=device) for h in heads)
+    own: Any = {"dtype": case.dtype, "device": device, "warm": not case.backward, "most": 8}
+    q, k, v = (Ring(b, s, h, d, **own) for h in heads)
     inputs = [[x[i].transpose(1, 2) for x in (q, k, v)] for i in range(len(q.copies))]
     grad = torch.ones_like(inputs[0][0])
     if device == "cpu":  # the kernels themselves: their wrapper costs as much as small ones
@@ -104,9 +144,9 @@ def _stream(case: Case, device: str) -> tuple[Call, int]:
     rows, columns = case["rows"], case["columns"]
 
     def ring(*shape: int) -> Ring:
-        return Ring(*shape, dtype=case.dtype, device=device, positive=True)
+        return Ring(*shape, dtype=case.dtype, device=device, positive=True, warm=case.op in HOT)
 
-    x = ring(rows, columns)
+    x = Ring(rows, columns, dtype=case.dtype, device=device, positive=True, warm=case.op not in STATE)
     return STREAM_CALLS[case.op](x, ring, rows, columns), 10 if rows * columns < 4096 else 1
 
 
@@ -187,6 +227,7 @@ STREAM_CALLS: dict[str, Callable[..., Call]] = {
     "mean_row": _unary(lambda x: x.mean(-1, keepdim=True)),
     "sum_columns": _unary(lambda x: x.sum(0, keepdim=True)),
     "norm": _unary(torch.linalg.vector_norm),
+    "norm_row": _unary(lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True)),
     "log_softmax": _unary(lambda x: aten._log_softmax(x, -1, False)),
     "log_softmax_backward": _binary(lambda x, y: aten._log_softmax_backward_data(x, y, -1, x.dtype)),
     "layer_norm": _layer_norm,
@@ -197,8 +238,9 @@ STREAM_CALLS: dict[str, Callable[..., Call]] = {
 
 
 def _host(case: Case, device: str) -> tuple[Call, int]:
-    one = torch.ones(1)
-    leaf = torch.ones(1, requires_grad=True)
+    """Work of the host is done on its own tensors: a call on a GPU's would be timed with its launch."""
+    one = torch.ones(1, device=device if case.op == "launch" else "cpu")
+    leaf = torch.ones(1, requires_grad=True, device="cpu")
     module = torch.nn.Identity()
     if case.op in ("foreach_mul_", "foreach_norm"):
         tensors = [torch.ones(16) for _ in range(case["tensors"])]

@@ -1,0 +1,71 @@
+"""How much memory traffic a CPU has from each call: bytes by hand, write-allocates included."""
+
+from typing import Any
+
+import pytest
+
+from perfmodel.devices.cpu_work import kind_of, streams
+from perfmodel.program.op import Op
+from perfmodel.tape import nn, pointwise, shape
+from perfmodel.tape.core import Tape, recording
+from perfmodel.tape.engine import run_backward
+from perfmodel.tape.pointwise import fill
+from perfmodel.tape.tensor import Parameter, Tensor
+
+ROWS, WIDTH, TABLE = 32, 128, 512
+N = 4 * ROWS * WIDTH  # bytes of a tensor of rows, fp32
+
+
+def parameter(*dims: int, dtype: str = "fp32") -> Parameter:
+    return Parameter("x", dims, dtype, kind="weight", trainable=True)
+
+
+def embedding() -> Tensor:
+    return nn.embedding(parameter(TABLE, WIDTH), parameter(ROWS, dtype="i64"))
+
+
+def half() -> Tensor:
+    return shape.narrow(parameter(ROWS, 2 * WIDTH), 1, WIDTH)
+
+
+PROGRAMS = {
+    "embedding": embedding, "narrow": half, "silu": lambda: pointwise.silu(parameter(ROWS, WIDTH)),
+    "cast": lambda: pointwise.cast(parameter(ROWS, WIDTH, dtype="bf16"), "fp32"),
+}  # fmt: skip
+
+
+def recorded(program: str) -> list[Op]:
+    """Forward and backward of a program."""
+    with recording(Tape("cpu")) as tape:
+        tape.begin("x", "forward")
+        y = PROGRAMS[program]()
+        run_backward(y, fill("ones_like", y.shape, y.dtype))
+    return [op for part in tape.parts for op in part.ops if not op.view]
+
+
+# (program, op): passes as (kind, bytes, elements). A store to memory that is not in the cache reads it first.
+EXPECTED: dict[tuple[str, str], list[tuple[str, float, int]]] = {
+    ("embedding", "embedding"): [("gather", N + 2 * N, ROWS * WIDTH)],
+    ("embedding", "ones_like"): [("stream", 2 * N, ROWS * WIDTH)],
+    ("embedding", "embedding_dense_backward"): [
+        ("stream", 2 * 4 * TABLE * WIDTH, TABLE * WIDTH),  # a table of zeros
+        ("gather", 3 * N, ROWS * WIDTH),  # a row of it and of the gradient read, written in place
+    ],
+    ("narrow", "slice_backward"): [
+        ("stream", 2 * 2 * N, 2 * ROWS * WIDTH),  # zeros
+        ("strided", 2 * N, ROWS * WIDTH),  # the part copied into them
+    ],
+    ("silu", "silu"): [("exponential", N + 2 * N, ROWS * WIDTH)],
+    ("silu", "silu_backward"): [("exponential", 2 * N + 2 * N, ROWS * WIDTH)],
+    ("cast", "_to_copy"): [("cast", N / 2 + 2 * N, ROWS * WIDTH)],
+}
+
+
+@pytest.mark.parametrize(("program", "name"), EXPECTED)
+def test_a_call_moves_the_bytes_that_its_kernel_does(program: str, name: str) -> None:
+    """A CPU's small steps are made of these: a pass left out or counted twice goes straight into the time."""
+    op = next(op for op in recorded(program) if op.name == name)
+    found: list[Any] = [(kind, traffic, elements) for kind, traffic, elements, _ in streams(op)]
+    assert found == EXPECTED[program, name]
+    assert all(calls == 1 for *_, calls in streams(op))
+    assert kind_of(op) in {kind for kind, *_ in EXPECTED[program, name]} or len(found) > 1

@@ -1,0 +1,42 @@
+"""CPUs whose steps `validate measure` timed are predicted within the limits, from their calibration alone."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("scipy")
+
+from perfmodel.resources import DATA
+from validate.checking.check import Report, check
+
+MEASURED = {"cpu-xeon-2.5ghz": "cpu-xeon-2.5ghz-1t", "cpu-epyc-genoa": "cpu-epyc-genoa-1t"}
+# Measured 0.91 times as fast as full fine-tuning, predicted to be the same: this, and no other, is still wrong.
+KNOWN = {("cpu-epyc-genoa", "gpt2-256x6 lora:r=8,targets=all-linear batch=4 seq=128 dtype=bf16")}
+
+
+@pytest.fixture(scope="module", params=MEASURED)
+def found(request: pytest.FixtureRequest) -> tuple[str, Report]:
+    """The records of a CPU and their check."""
+    path: Path = DATA / "measured" / f"{request.param}.jsonl"
+    return request.param, check([path], device=MEASURED[request.param])
+
+
+def test_steps_and_speedups_keep_the_limits(found: tuple[str, Report]) -> None:
+    """Mean errors of the standard grid: 10 % of the step's time, 8 % of the ratio to full fine-tuning."""
+    line = found[1].lines[-1]
+    assert line.step.number in (48, 72)
+    assert line.step.mean <= 0.10
+    assert line.ratio.mean <= 0.08
+
+
+def test_calls_are_exact_and_memory_is_within_one_percent(found: tuple[str, Report]) -> None:
+    """What is counted does not depend on the machine."""
+    assert not any(o.calls or o.kernels for o in found[1].outcomes)
+    assert max(abs(o.memory_error) for o in found[1].outcomes) <= 0.01
+
+
+def test_verdicts_are_right_where_the_measurement_decides(found: tuple[str, Report]) -> None:
+    """Faster or slower by more than 10 % must be predicted as such; the known miss is named, so that another shows."""
+    name, report = found
+    wrong = {(name, p.other.measured.cell.name) for p in report.pairs if p.decided and not p.right}
+    assert wrong == {k for k in KNOWN if k[0] == name}
