@@ -7,8 +7,8 @@ from ..optimizers import Update
 from ..optimizers.parts import importance
 from ..optimizers.parts.update import runs
 from ..tape.core import emit, record, tape
-from ..tape.extra import add_in_place, div
-from ..tape.inplace import add_to_output, frobenius_norm
+from ..tape.elementary import div
+from ..tape.inplace import add_in_place, add_to_output, frobenius_norm
 from ..tape.linalg import matmul
 from ..tape.pointwise import add, cast, dropout, mul, sub
 from ..tape.shape import t

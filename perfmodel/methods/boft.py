@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..program.dims import contiguous_strides, product
-from ..tape.extra import eye, permute
+from ..tape.elementary import eye
 from ..tape.linalg import autocast_operand, bmm, matmul
 from ..tape.pointwise import add, cast, fill, mul, sub
-from ..tape.shape import expand, squeeze, transpose, unsqueeze, view
+from ..tape.shape import expand, permute, squeeze, transpose, unsqueeze, view
 from ..tape.solve import block_diagonal, solve_right
 from ..tape.split import select
 from ..tape.tensor import Storage, Tensor

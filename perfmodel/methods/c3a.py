@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..tape.extra import div
+from ..tape.elementary import div
 from ..tape.pointwise import cast
 from ..tape.spectrum import block_circular_convolution
 from ..tape.tensor import Tensor

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..tape.extra import add_in_place, div
+from ..tape.elementary import div
 from ..tape.gather import at_least, quotient, vector_norm, zeros_like
+from ..tape.inplace import add_in_place
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, dropout, mul
 from ..tape.tensor import Storage, Tensor

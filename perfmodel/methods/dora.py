@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..tape.extra import detach, div, eye, row_norms, transposed_parameter
+from ..tape.elementary import div, eye, row_norms
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, dropout, mul, sub
-from ..tape.shape import t, view
+from ..tape.shape import detach, t, transposed_parameter, view
 from ..tape.tensor import Parameter, Tensor
 from .lora import Lora
 from .parts.base import Linear, method

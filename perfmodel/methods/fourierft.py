@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import UserError
-from ..tape.extra import index_put
+from ..tape.gather import index_put
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, fill, mul
 from ..tape.spectrum import inverse_fft2, real, to_complex

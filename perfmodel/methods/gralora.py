@@ -7,10 +7,9 @@ import numpy as np
 
 from ..errors import UserError
 from ..tape.einsum import grouped
-from ..tape.extra import permute
 from ..tape.linalg import linear
 from ..tape.pointwise import cast, dropout, mul
-from ..tape.shape import reshape, squeeze, unsqueeze, view
+from ..tape.shape import permute, reshape, squeeze, unsqueeze, view
 from ..tape.tensor import Tensor
 from .parts.base import Linear, method, option
 from .parts.checks import fraction, not_negative, positive

@@ -5,11 +5,11 @@ from typing import ClassVar
 
 from ..program.dims import only
 from ..tape.custom import on_base
-from ..tape.extra import detach, eye
+from ..tape.elementary import eye
 from ..tape.gather import quotient, vector_norm
 from ..tape.linalg import linear, matmul
 from ..tape.pointwise import cast, mul, sub
-from ..tape.shape import t, view
+from ..tape.shape import detach, t, view
 from ..tape.split import select
 from ..tape.tensor import Tensor
 from .parts.base import Linear, method, option

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..tape.extra import coin, hadamard_weight
-from ..tape.linalg import linear
+from ..tape.bus import coin
+from ..tape.linalg import hadamard_weight, linear
 from ..tape.pointwise import add, cast
 from ..tape.shape import reshape
 from ..tape.tensor import Tensor

@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 
 from ..errors import UserError
 from ..program.dims import decide
-from ..tape.extra import coin, kron
-from ..tape.linalg import linear, matmul
+from ..tape.bus import coin
+from ..tape.linalg import kron, linear, matmul
 from ..tape.pointwise import add, cast, mul
 from ..tape.tensor import Tensor
 from .parts.base import Linear, method, option

@@ -7,10 +7,10 @@ import numpy as np
 
 from ..errors import UserError
 from ..program.dims import decide
-from ..tape.extra import pad_last, sum_dim
+from ..tape.elementary import sum_dim
 from ..tape.linalg import matmul
 from ..tape.pointwise import add, cast, dropout
-from ..tape.shape import reshape
+from ..tape.shape import pad_last, reshape
 from ..tape.tensor import Tensor
 from .parts.base import Linear, method, option
 from .parts.checks import fraction, positive

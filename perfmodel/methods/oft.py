@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import UserError
-from ..tape.extra import add_in_place, eye, index_put, permute, repeat
+from ..tape.elementary import eye
+from ..tape.gather import index_put
+from ..tape.inplace import add_in_place
 from ..tape.linalg import autocast_operand, bmm
 from ..tape.pointwise import cast, fill, sub
-from ..tape.shape import reshape, transpose, view
+from ..tape.shape import permute, repeat, reshape, transpose, view
 from ..tape.tensor import Storage, Tensor
 from .parts.base import Linear, method, option
 from .parts.checks import positive

@@ -8,12 +8,11 @@ import numpy as np
 from ..architectures.base import runs_of_layers
 from ..errors import UserError
 from ..tape.core import tape
-from ..tape.extra import permute
 from ..tape.linalg import linear
 from ..tape.nn import embedding
 from ..tape.pointwise import cast, fill, tanh
 from ..tape.prefix import first_in_cache, split_layers, unbind_pair
-from ..tape.shape import narrow, view
+from ..tape.shape import narrow, permute, view
 from ..tape.tensor import Tensor
 from .parts.base import Scope, method, option
 from .parts.checks import positive

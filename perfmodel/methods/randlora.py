@@ -7,10 +7,9 @@ from typing import ClassVar
 from ..program.dims import contiguous_strides, product
 from ..tape.autograd import differentiate
 from ..tape.core import tape
-from ..tape.extra import permute
 from ..tape.linalg import bmm, linear
 from ..tape.pointwise import add, cast, dropout, mul
-from ..tape.shape import unsqueeze, view
+from ..tape.shape import permute, unsqueeze, view
 from ..tape.tensor import Grads, Node, Storage, Tensor
 from .parts.base import Linear, method, option
 from .parts.checks import fraction, positive

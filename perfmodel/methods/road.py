@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from ..errors import UserError
 from ..program.dims import product
-from ..tape.extra import cos, sin
+from ..tape.elementary import cos, sin
 from ..tape.pointwise import add, cast, mul, neg
 from ..tape.shape import reshape, view
 from ..tape.split import repeat_rows, select, stack

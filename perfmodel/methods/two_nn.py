@@ -4,7 +4,7 @@ Source: https://www.nature.com/articles/s41598-017-11873-y; the maximum-likeliho
 """
 
 from ..tape.core import emit, new_tensor, record
-from ..tape.extra import div, sum_dim
+from ..tape.elementary import div, sum_dim
 from ..tape.linalg import mm
 from ..tape.pointwise import add, mul, power, sub, unary
 from ..tape.shape import t, unsqueeze, view_as

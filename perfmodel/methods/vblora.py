@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..tape.extra import sum_dim
+from ..tape.elementary import sum_dim
 from ..tape.gather import any_infinite, rows_of, top_values
 from ..tape.linalg import linear
 from ..tape.nn import softmax

@@ -15,8 +15,8 @@ from ..program.dims import Dim, larger
 from ..program.part import Group, Part
 from ..setup import Setup
 from ..tape.core import Tape, emit, recording, release
+from ..tape.elementary import div
 from ..tape.engine import run_backward
-from ..tape.extra import div
 from ..tape.tensor import Flow, Tensor
 from . import reuse as sharing
 from . import zero

@@ -14,7 +14,7 @@ from ..program.dims import Shape, is_one, strides_in_order
 from ..program.op import Attrs
 from .autograd import differentiate
 from .core import new_tensor, record, tape
-from .extra import div
+from .elementary import div
 from .linalg import autocast_operand, matmul
 from .nn import softmax
 from .pointwise import add, cast, dropout, fill, mul, scale, tanh, where

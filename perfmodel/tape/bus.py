@@ -19,3 +19,12 @@ def scalar(dtype: str) -> Tensor:
     """`torch.tensor(value, device=…)`: one number; making it is no call of its own."""
     made = Tensor((), dtype, (), 1, Storage(0, None))
     return emit("_to_copy", (made,), (), dtype, attrs=OVER_BUS) if tape().device == "cuda" else made
+
+
+def coin() -> None:
+    """`torch.rand(1) > p` as a condition: drawn and read on the host, where no device waits for it."""
+    x = Tensor((1,), "fp32", (1,), 1, Storage(0, None))
+    heads = Tensor((1,), "bool", (1,), 1, Storage(0, None))
+    record("rand", (), (x,), ON_HOST)
+    record("gt.Scalar", (x,), (heads,), ON_HOST)
+    record("_local_scalar_dense", (heads,), (), ON_HOST)

@@ -1,8 +1,7 @@
 """Contractions of `torch.einsum` that adapters write, as ATen does them: permute, one bmm, permute back."""
 
-from .extra import permute
 from .linalg import autocast_operand, bmm
-from .shape import reshape, view
+from .shape import permute, reshape, view
 from .tensor import Tensor
 
 

@@ -127,3 +127,20 @@ def _replace_rows_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (indices,) = grads, node.unpack()
     assert g is not None
     return (emit("index_select", (g, indices), (*indices.shape, g.shape[1]), g.dtype),)
+
+
+def index_put(matrix: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    """`matrix[..., rows, columns] = values` on a matrix that needs no gradient yet; returns it with its new graph."""
+    node = differentiate("IndexPutBackward0", (values,), _index_put_backward, (values.shape,))
+    record("index_put_", (matrix, rows, columns, values), (matrix,))
+    matrix = matrix.alias()
+    if node:
+        node.save(rows, columns)
+        node.produces(matrix)
+    return matrix
+
+
+def _index_put_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (rows, columns) = grads, node.unpack()
+    assert g is not None
+    return (emit("index.Tensor", (g, rows, columns), node.attrs[0], g.dtype),)

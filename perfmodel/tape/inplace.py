@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from ..program.dims import product
 from .autograd import differentiate
 from .core import emit, new_tensor, record
-from .extra import add_in_place
+from .pointwise import scale
 from .shape import clone, view
 from .tensor import Grads, Node, Tensor
 
@@ -93,3 +93,20 @@ def _norm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     zero = emit("eq.Scalar", (norm,), (), "bool")
     record("masked_fill_.Scalar", (direction, zero), (direction,))
     return (emit("mul.Tensor", (g, direction), x.shape, x.dtype),)
+
+
+def add_in_place(x: Tensor, other: Tensor, *, doubled: bool = False) -> Tensor:
+    """`x.add_(other, alpha=2 if doubled else 1)`; returns x with its new graph."""
+    node = differentiate("AddBackward0", (x, other), _add_in_place_backward, (doubled,))
+    record("add_.Tensor", (x, other), (x,))
+    x = x.alias()
+    if node:
+        node.produces(x)
+    return x
+
+
+def _add_in_place_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (doubled,) = grads, node.attrs
+    assert g is not None
+    other = (scale(g) if doubled else g) if node.needs[1] else None
+    return (g if node.needs[0] else None, other)

@@ -6,9 +6,9 @@ from ..program.dims import Shape, product, remembered, same
 from ..program.op import Attrs
 from .autograd import differentiate
 from .core import emit, tape
-from .pointwise import cast, reduce_dims
+from .pointwise import cast, mul, reduce_dims
 from .shape import expand, reshape, t, transpose, view
-from .tensor import Grads, Node, Tensor
+from .tensor import Grads, Node, Storage, Tensor
 
 Grad = Tensor | None
 
@@ -152,3 +152,35 @@ def _fold(x: Tensor, w: Tensor, bias: Tensor | None, unfold: str) -> Tensor:
         x = reshape(x, (product(shape[:-1]), shape[-1]))
     y = mm(x, w) if bias is None else addmm(bias, x, w)
     return view(y, (*shape[:-1], w.shape[1]), unfold) if len(shape) > 2 else y
+
+
+def hadamard_weight(w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor) -> Tensor:
+    """LoHa's `HadaWeight`: (w1a·w1b) ∘ (w2a·w2b) · scale; backward computes both products again."""
+    inputs = (w1a, w1b, w2a, w2b)
+    node = differentiate("HadaWeightBackward", inputs, _hadamard_backward)
+    scale = Tensor((), "fp32", (), 1, Storage(0, None))
+    with tape().no_grad():
+        out = mul(mul(matmul(w1a, w1b), matmul(w2a, w2b)), scale)
+    if node:
+        node.save(*inputs, scale)
+        node.produces(out)
+    return out
+
+
+def _hadamard_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (w1a, w1b, w2a, w2b, scale) = grads, node.unpack()
+    assert g is not None
+    g = mul(g, scale)
+    temp = mul(g, matmul(w2a, w2b))
+    grad_w1a = matmul(temp, t(w1b))
+    grad_w1b = matmul(t(w1a), temp)
+    temp = mul(g, matmul(w1a, w1b))
+    grad_w2a = matmul(temp, t(w2b))
+    return (grad_w1a, grad_w1b, grad_w2a, matmul(t(w2a), temp))
+
+
+def kron(a: Tensor, b: Tensor) -> Tensor:
+    """`torch.kron` of two matrices."""
+    (p, q), (r, s) = a.shape, b.shape
+    blocks = mul(view(a, (p, 1, q, 1)), view(b, (1, r, 1, s)))
+    return view(blocks, (p * r, q * s), "_unsafe_view")

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from ..program.dims import Dim, Shape, contiguous_strides, is_contiguous, product, same, same_shape, view_strides
+from ..program.part import Part
 from .autograd import differentiate
 from .core import emit, record
-from .tensor import Grads, Node, Tensor
+from .tensor import Grads, Node, Parameter, Tensor
 
 Grad = Tensor | None
 
@@ -165,3 +166,50 @@ def _split_backward(node: Node, grads: Sequence[Grad]) -> Grads:
         piece = (*shape[:dim], size, *shape[dim + 1 :])
         parts.append(emit("zeros", (), piece, like.dtype) if g is None else g)
     return (emit("cat", parts, shape, like.dtype, strides=contiguous_strides(shape)),)
+
+
+def detach(x: Tensor) -> Tensor:
+    """`x.detach()`: the same memory without the graph."""
+    return x.alias()
+
+
+def transposed_parameter(weight: Parameter, part: Part) -> Parameter:
+    """`nn.Parameter(weight.T)`: a new leaf on the weight's memory that needs a gradient, whatever the weight does.
+
+    Its gradient, which no optimizer knows, lives as long as the graph.
+    """
+    turned = t(weight)
+    leaf = Parameter(weight.name + ".T", turned.shape, weight.dtype, kind=weight.kind, trainable=True)
+    leaf.strides = turned.strides
+    leaf.part, leaf.passing = part, True
+    return leaf
+
+
+def permute(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    """`x.permute(order)`."""
+    shape, strides = tuple(x.shape[i] for i in order), tuple(x.strides[i] for i in order)
+    return view_as("permute", x, shape, strides, differentiate("PermuteBackward0", (x,), _permute_backward, (order,)))
+
+
+def _permute_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,) = grads
+    assert g is not None
+    (order,) = node.attrs
+    return (permute(g, tuple(order.index(i) for i in range(len(order)))),)
+
+
+def repeat(x: Tensor, times: Dim) -> Tensor:
+    """`x.repeat(times, 1, 1)` of a constant matrix."""
+    return emit("repeat", (x,), (times, *x.shape), x.dtype)
+
+
+def pad_last(x: Tensor, more: Dim) -> Tensor:
+    """`F.pad(x, (0, more))`."""
+    node = differentiate("ConstantPadNdBackward0", (x,), _pad_backward, (x.shape,))
+    return emit("constant_pad_nd", (x,), (*x.shape[:-1], x.shape[-1] + more), x.dtype, node=node)
+
+
+def _pad_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,) = grads
+    assert g is not None
+    return (emit("constant_pad_nd", (g,), node.attrs[0], g.dtype),)

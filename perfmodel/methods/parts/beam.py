@@ -5,7 +5,7 @@ from typing import Any
 from ... import optimizers
 from ...tape.core import emit, new_tensor, record, tape
 from ...tape.custom import index_buffer
-from ...tape.extra import div
+from ...tape.elementary import div
 from ...tape.nn import softmax
 from ...tape.pointwise import add, mul
 from ...tape.shape import view

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from ...architectures.masks import read_scalar
 from ...tape.core import emit
-from ...tape.extra import add_in_place
-from ...tape.inplace import add_to_output
+from ...tape.inplace import add_in_place, add_to_output
 from ...tape.linalg import matmul
 from ...tape.pointwise import add, dropout, fill, mul
 from ...tape.shape import transpose

@@ -5,7 +5,7 @@ Source: peft/tuners/adalora/layer.py, `update_ipt` and `mask_to_budget`.
 
 from ...program.op import OVER_BUS, Attrs, Op, Spec
 from ...tape.core import emit, new_tensor, record, tape
-from ...tape.extra import sum_dim
+from ...tape.elementary import sum_dim
 from ...tape.pointwise import cat, mean_last
 from ...tape.shape import view
 from ...tape.tensor import Parameter, Tensor

@@ -6,7 +6,7 @@ mrflogs/LoRA-Pro, `lorapro_full_adjustment` and `solve_sylvester` in its DeepSpe
 
 from ...tape.core import emit
 from ...tape.decompositions import eig, inverse, pinv, solve
-from ...tape.extra import eye
+from ...tape.elementary import eye
 from ...tape.linalg import matmul
 from ...tape.pointwise import add, cast, mul, neg, sub
 from ...tape.shape import t, unsqueeze, view_as

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ...tape.core import emit, new_tensor, record
 from ...tape.decompositions import eigh, pinv, qr
-from ...tape.extra import div, eye, sum_dim
+from ...tape.elementary import div, eye, sum_dim
 from ...tape.linalg import matmul
 from ...tape.pointwise import add, cast, mul, sub
 from ...tape.shape import t, unsqueeze

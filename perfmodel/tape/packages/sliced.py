@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from ...program.dims import same
 from ..core import tape
 from ..custom import in_place_of_base, on_base
-from ..extra import add_in_place, sum_dim
+from ..elementary import sum_dim
+from ..inplace import add_in_place
 from ..linalg import matmul
 from ..shape import clone, expand, narrow, t, transpose, unsqueeze
 from ..tensor import Grads, Node, Tensor

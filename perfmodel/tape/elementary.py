@@ -1,0 +1,97 @@
+"""Division, cosine and sine, sums and norms along a dim, each with its backward rule beneath it (derivatives.yaml)."""
+
+from collections.abc import Sequence
+
+from ..program.dims import Dim
+from ..program.op import Attrs
+from .autograd import differentiate
+from .core import emit
+from .pointwise import _elementwise, autocast_fp32
+from .shape import expand, unsqueeze
+from .tensor import Backward, Grads, Node, Tensor
+
+Grad = Tensor | None
+
+
+def eye(n: Dim, dtype: str) -> Tensor:
+    """`torch.eye(n)`."""
+    return emit("eye", (), (n, n), dtype)
+
+
+def div(a: Tensor, b: Tensor | float) -> Tensor:
+    """`a / b`."""
+    if not isinstance(b, Tensor):
+        return _elementwise("div.Tensor", (a,), differentiate("DivBackward0", (a,), _div_number_backward))
+    node = differentiate("DivBackward0", (a, b), _div_backward)
+    if node:
+        node.save(a if node.needs[1] else None, b)
+    return _elementwise("div.Tensor", (a, b), node)
+
+
+def _div_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (a, b) = grads, node.unpack()
+    assert g is not None
+    grad_b = None
+    grad_a = _elementwise("div.Tensor", (g, b)) if node.needs[0] else None
+    if node.needs[1]:
+        ratio = _elementwise("div.Tensor", (_elementwise("div.Tensor", (a, b)), b))
+        grad_b = _elementwise("mul.Tensor", (_elementwise("neg", (g,)), ratio))
+    return (grad_a, grad_b)
+
+
+def _div_number_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,) = grads
+    assert g is not None
+    return (_elementwise("div.Tensor", (g,)),)
+
+
+def cos(x: Tensor) -> Tensor:
+    """`x.cos()`."""
+    return _saving_input("cos", x, _cos_backward)
+
+
+def _cos_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (x,) = grads, node.unpack()
+    assert g is not None
+    slope = _elementwise("neg", (_elementwise("sin", (x,)),))
+    return (_elementwise("mul.Tensor", (g, slope)),)
+
+
+def sin(x: Tensor) -> Tensor:
+    """`x.sin()`."""
+    return _saving_input("sin", x, _sin_backward)
+
+
+def _sin_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (x,) = grads, node.unpack()
+    assert g is not None
+    return (_elementwise("mul.Tensor", (g, _elementwise("cos", (x,)))),)
+
+
+def _saving_input(name: str, x: Tensor, backward: Backward) -> Tensor:
+    node = differentiate(f"{name.capitalize()}Backward0", (x,), backward)
+    if node:
+        node.save(x)
+    return _elementwise(name, (x,), node)
+
+
+def row_norms(x: Tensor) -> Tensor:
+    """`torch.linalg.norm(x, dim=1)` of a constant matrix."""
+    return emit("linalg_vector_norm", (x,), (x.shape[0],), x.dtype, attrs=Attrs(dims=(1,)))
+
+
+def sum_dim(x: Tensor, dim: int) -> Tensor:
+    """`x.sum(dim)`."""
+    x = autocast_fp32(x)
+    dim = dim % len(x.shape)
+    node = differentiate("SumBackward1", (x,), _sum_backward, (dim, x.shape))
+    return emit(
+        "sum.dim_IntList", (x,), (*x.shape[:dim], *x.shape[dim + 1 :]), x.dtype, node=node, attrs=Attrs(dims=(dim,))
+    )
+
+
+def _sum_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,) = grads
+    assert g is not None
+    dim, shape = node.attrs
+    return (expand(unsqueeze(g, dim), shape),)
