@@ -8,6 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("peft")
+
 from click.testing import CliRunner, Result
 from fuzzing import QUICK, command_line, json_file, mangled, mutated, tries, write_folder
 from helpers import OWN_DEVICE, QWEN, SMALL

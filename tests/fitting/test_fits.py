@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from perfmodel.devices import profile
 from perfmodel.errors import UserError
 
+pd = pytest.importorskip("pandas")
 common = pytest.importorskip("validate.fitting.judging", exc_type=ImportError)
 attention = pytest.importorskip("validate.fitting.attention", exc_type=ImportError)
 gemm = pytest.importorskip("validate.fitting.gemm", exc_type=ImportError)

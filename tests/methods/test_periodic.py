@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 from helpers import SMALL, architecture_of, calls_by_name, step_of
 
@@ -13,7 +12,6 @@ from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.methods.parts.periodic import Periodic
 from perfmodel.tape.tensor import Parameter
-from perfmodel.tracing.programs.updates import make_optimizer
 
 SPECS = ("lisa:gamma=2,interval=7", "badam:interval=30")
 SETUP: dict[str, Any] = {"device": "l40s", "batch": 2, "seq": 17}
@@ -28,6 +26,9 @@ def elements(step: Any, name: str) -> int:
 @pytest.mark.parametrize("optimizer", ["adamw-foreach", "adamw-loop", "adamw-fused", "sgd", "sgd-momentum"])
 def test_a_fresh_state_is_what_torch_makes_at_a_first_step(optimizer: str) -> None:
     """A switch of blocks costs what the optimizer's first step has beyond a later one."""
+    torch = pytest.importorskip("torch")
+    from perfmodel.tracing.programs.updates import make_optimizer
+
     shapes, calls = [(4, 3), (5,)], []
     parameters = [torch.nn.Parameter(torch.ones(s)) for s in shapes]
     update = make_optimizer(parameters, optimizer)
