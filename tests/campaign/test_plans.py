@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_campaign import PLAN, command
+from test_campaign import CPU, PLAN, command
 
 pytest.importorskip("peft")
 
