@@ -22,7 +22,6 @@ from validate.measuring import records
 from validate.measuring.cells import Cell
 
 METHODS = ("full", "lora:r=4", "ia3")
-MEASURED = sorted((Path(__file__).parents[1] / "data" / "measured").glob("*.jsonl"))
 Change = Callable[[list[Record]], object]
 
 
@@ -199,11 +198,3 @@ def test_the_calibration_of_the_machine_that_measured_is_taken(tmp_path: Path, m
     (tmp_path / "devices" / "mine.toml").write_text(renamed.replace('"a CPU"', '"another CPU"'))
     with pytest.raises(UserError, match="no profile of 'a CPU'"):
         check([tmp_path / "r.jsonl"])
-
-
-@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
-def test_measured_steps_in_the_project_are_predicted_within_every_limit(path: Path) -> None:
-    """Real steps, by the profile and host calibrated on that machine in the same hour: what the README states."""
-    report = check([path])
-    assert [limit.name for limit in report.limits if not limit.holds] == []
-    assert len(report.outcomes) >= 48
