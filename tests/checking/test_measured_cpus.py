@@ -1,7 +1,5 @@
 """CPUs whose steps `validate measure` timed are predicted within the limits, from their calibration alone."""
 
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("scipy")
@@ -9,7 +7,8 @@ pytest.importorskip("scipy")
 from perfmodel.resources import DATA
 from validate.checking.check import Report, check
 
-MEASURED = {"cpu-xeon-2.5ghz": "cpu-xeon-2.5ghz-1t", "cpu-epyc-genoa": "cpu-epyc-genoa-1t"}
+MEASURED = {path.stem: path for path in sorted((DATA / "measured").glob("*.jsonl"))}
+DEVICE = {"cpu-epyc-genoa": "cpu-epyc-genoa-1t"}  # where a maker's name such as "AMD EPYC" does not tell it
 # Measured 0.91 times as fast as full fine-tuning, predicted to be the same: this, and no other, is still wrong.
 KNOWN = {("cpu-epyc-genoa", "gpt2-256x6 lora:r=8,targets=all-linear batch=4 seq=128 dtype=bf16")}
 
@@ -17,8 +16,7 @@ KNOWN = {("cpu-epyc-genoa", "gpt2-256x6 lora:r=8,targets=all-linear batch=4 seq=
 @pytest.fixture(scope="module", params=MEASURED)
 def found(request: pytest.FixtureRequest) -> tuple[str, Report]:
     """The records of a CPU and their check."""
-    path: Path = DATA / "measured" / f"{request.param}.jsonl"
-    return request.param, check([path], device=MEASURED[request.param])
+    return request.param, check([MEASURED[request.param]], device=DEVICE.get(request.param))
 
 
 def test_steps_and_speedups_keep_the_limits(found: tuple[str, Report]) -> None:
@@ -27,6 +25,8 @@ def test_steps_and_speedups_keep_the_limits(found: tuple[str, Report]) -> None:
     assert line.step.number in (48, 72)
     assert line.step.mean <= 0.10
     assert line.ratio.mean <= 0.08
+    missed = {limit.name for limit in found[1].limits if not limit.holds}
+    assert missed <= {"wrong verdicts where the difference exceeds 10 %"}, "which ones may be wrong is said below"
 
 
 def test_calls_are_exact_and_memory_is_within_one_percent(found: tuple[str, Report]) -> None:
