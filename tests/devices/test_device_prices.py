@@ -74,6 +74,23 @@ def test_no_product_draws_more_than_its_board_may(name: str) -> None:
     assert (seconds >= strong * (1 - 1e-12)).all()
 
 
+@pytest.mark.parametrize("name", ["t4", "l4", "a100-40gb-pcie"])
+def test_whether_a_board_can_reach_its_limit_changes_no_price(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The question saves a sum where the answer is no: a no too many would let a board draw more than it may."""
+    device = profile.load(name)
+    p, hw = device.gemm["fp32"], device.hardware
+    m, n, k = np.array([[64, 2048, 8192, 33], [4096, 4096, 8192, 128], [2048, 1024, 8192, 64]])
+    boards = [replace(hw, board_power=(hw.idle_power or 0.0) + watts) for watts in np.geomspace(20, 600, 40)]
+
+    def seconds() -> list[np.ndarray]:
+        return [gemm_time(m, n, k, hardware=board, parameters=p, dtype="fp32") for board in boards]
+
+    asked = seconds()
+    monkeypatch.setattr("perfmodel.devices.gemm._can_reach_the_limit", lambda *of: True)
+    for short, whole in zip(asked, seconds(), strict=True):
+        assert short == pytest.approx(whole, rel=1e-9)
+
+
 def test_a_wide_sm_loads_no_faster() -> None:
     """An SM of an L4 has twice the fp32 units of one of an A100; L2 feeds both with as many bytes a clock."""
     assert profile.load("a100-80gb-sxm").hardware.lanes == pytest.approx(1.0, rel=0.03)

@@ -119,6 +119,19 @@ def test_attention_fits_find_serving_times_and_borrow_what_has_no_rows(kernels: 
     assert results.fits["l40s"].rows_fitted == int((~rows.left_out).sum())
 
 
+def test_serving_times_are_the_kernel_and_a_copy_to_the_cache() -> None:
+    """Keys and values are copied at the rate that all four operands together have: in L2 or out of it."""
+    hw, p = common.hardware("a100-80gb-sxm"), profile.load("a100-80gb-sxm").attention
+    b, s, h, kv, dim = 3, 512, 16, 4, 128
+    rows = pd.DataFrame([dict(zip(attention.SHAPE, (b, s, h, kv, dim), strict=True))])
+    times = [float(attention.predict(rows, hw, attention.Served(p, append))[0]) for append in (0.0, 1.5)]
+    kernel = attention.attention_forward_time(b, s, s, h, kv, dim, hardware=hw, parameters=p)
+    assert times[0] == pytest.approx(float(kernel))
+    copied, others = 2 * b * s * kv * dim * 2, 2 * b * s * h * dim * 2
+    per_byte = attention.seconds_per_byte(np.array([float(copied + others)]), hw, p.l2_ratio)
+    assert times[1] - times[0] == pytest.approx(float(1.5 * copied * per_byte[0]))
+
+
 def test_pointwise_fits_find_the_times_that_known_parameters_make(kernels: Path) -> None:
     """The streams of an A100 out of its rows, from a start that is a third off."""
     rows = pointwise.load(kernels)

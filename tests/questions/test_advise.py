@@ -121,6 +121,11 @@ def test_the_command_answers_in_words_and_in_json() -> None:
     assert answer["best"]["step_s"] <= answer["start"]["step_s"]
     refused = CliRunner().invoke(main, [*command, "--memory", "lots"])
     assert refused.exit_code == 2
+    assert "such as 24GB" in refused.stderr
+    limited = json.loads(CliRunner().invoke(main, [*command, "--memory", "3GB", "--json"]).stdout)
+    assert limited["limit_bytes"] == 3e9
+    asked = json.loads(CliRunner().invoke(main, [*command, "--min-trainable", "1M", "--json"]).stdout)
+    assert asked["best"]["trainable_params"] >= 1e6 > asked["start"]["trainable_params"]
 
 
 def test_a_b_is_a_byte_of_memory_and_a_billion_parameters() -> None:
