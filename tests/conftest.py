@@ -1,5 +1,6 @@
 """What every test starts from."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,18 @@ def _no_calibration_of_this_machine(tmp_path_factory: pytest.TempPathFactory, mo
     monkeypatch.setenv("PERFMODEL_HOME", str(tmp_path_factory.getbasetemp() / "home"))
 
 
+@pytest.fixture
+def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model hub cannot be reached, and nothing of it is on this machine."""
+    if find_spec("huggingface_hub"):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the project's wheel is installed, and nothing else."""
+    pytest.importorskip("hatchling")
     return install_wheel(tmp_path_factory.mktemp("wheel"))
 
 

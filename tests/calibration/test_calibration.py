@@ -15,19 +15,19 @@ pytest.importorskip("scipy")
 pytest.importorskip("peft")
 
 import torch
+from made_up_box import ATTENTION, BOX, DISPATCH, ENVIRONMENT, GEMM, STREAM, seconds_of
 
 from perfmodel.cli import main
 from perfmodel.devices import cpu, host, own, profile
-from perfmodel.devices.cpu_work import KINDS, REGIMES
-from perfmodel.devices.hardware import Hardware
+from perfmodel.devices.cpu_work import REGIMES
 from perfmodel.errors import UserError
 from perfmodel.prediction.predict import predict
 from validate.calibration import calibrate, hosts
 from validate.fitting import cpu as fit
-from validate.fitting.cpu_ops import passes
 from validate.measuring import records
 from validate.microbench import designs, kernels, run, stopwatch
 
+<<<<<<< HEAD
 BOX = Hardware(2, 3e9, 64e9, 20e9, 2 << 20, 200e9, None, None, 100e9)
 DISPATCH = 2e-6
 GEMM = cpu.CpuGemmParameters(
@@ -83,6 +83,8 @@ def seconds_of(case: designs.MicroCase) -> float:
         )
     return 0.0
 
+=======
+>>>>>>> suite
 
 @pytest.fixture(scope="module")
 def measured() -> list[dict[str, Any]]:

@@ -13,14 +13,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 pytest.importorskip("peft")
 
 from records_by_hand import DEVICE, environment, visit
 from test_calibration import DISPATCH, ENVIRONMENT, seconds_of
-
 from perfmodel.cli import main
+from campaigns import CPU, PLAN, command
+from made_up_box import DISPATCH, ENVIRONMENT, seconds_of
+from records_by_hand import environment, visit
 from perfmodel.devices import host as host_files
 from perfmodel.devices import profile
 from perfmodel.errors import UserError
@@ -33,38 +34,6 @@ from validate.checking.check import check
 from validate.measuring import isolate, records
 from validate.microbench import designs
 
-CPU = profile.load(DEVICE["cpu"])
-PLAN = """
-warm_up = 1
-steps = 2
-[models.tiny]
-model_type = "llama"
-hidden_size = 64
-intermediate_size = 96
-num_hidden_layers = 2
-num_attention_heads = 4
-num_key_value_heads = 2
-vocab_size = 128
-pad_token_id = 0
-[[stages]]
-name = "floors"
-blocks = ["host", "pointwise fp32"]
-most = 34
-[[stages]]
-name = "kernels"
-blocks = ["gemm fp32", "gemm bf16", "pointwise fp32", "attention"]
-most = 48
-[[stages]]
-name = "host costs"
-programs = 10
-[[stages]]
-name = "steps"
-cells = [{ models = ["tiny"], methods = ["full", "lora:r=4"], setups = [{ batch = 2, seq = 16, dtype = "fp32" }] }]
-[[stages]]
-name = "QLoRA"
-needs = ["no_such_package"]
-cells = [{ models = ["tiny"], methods = ["ia3"], setups = [{ batch = 2, seq = 16, dtype = "fp32" }] }]
-"""
 # Loads everything once, then begins the campaign again and again in a child, which is killed at a random moment after
 # it wrote something.
 KILLED = """
@@ -103,10 +72,6 @@ def planned(tmp_path: Path) -> Path:
     path = tmp_path / "plan.toml"
     path.write_text(PLAN)
     return path
-
-
-def command(*words: str | Path) -> Any:
-    return CliRunner().invoke(main, ["validate", "campaign", "--device", "cpu", *map(str, words)])
 
 
 def whole_lines(text: bytes) -> list[dict[str, Any]]:

@@ -31,12 +31,10 @@ SETUP = ["--batch", "2", "--seq", "16", "--device", "l40s"]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(no_hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with small models and configs; the hub cannot be reached."""
     write_folder(tmp_path, {**SMALL, "qwen": QWEN}, CONFIGS, OWN_DEVICE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path
 
 

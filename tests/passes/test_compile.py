@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from grids import check_every_point
-from helpers import NAMES, architecture_of, step_of
+from helpers import NAMES, architecture_of, setup_of, step_of
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -93,10 +93,9 @@ def test_each_further_layer_adds_the_same(name: str, method: str, more: int) -> 
 
     def figures(layers: int) -> np.ndarray:
         model = architecture_of(name, layers=layers)
-        p = predict(model, method, device="h100", batch=2, seq=64, compile="default", attention=attention)
+        p = predict(model, method, setup_of(name, seq=64, compile="default"), "h100")
         return np.array([p.kernels["total"] - p.kernels["optimizer"], p.bytes["forward"], p.bytes["backward"]])
 
-    attention = "eager" if name == "gpt_neo" else "sdpa"
     steps = [figures(7 + i * more) for i in range(3)]
     assert (steps[2] - steps[1] == steps[1] - steps[0]).all()
 

@@ -46,6 +46,7 @@ PAGES: dict[str, dict[str, Any]] = {
 
 @cache
 def page(name: str) -> str:
+    pytest.importorskip("jinja2")
     return report(**PAGES[name])
 
 
@@ -152,6 +153,7 @@ def test_sections_without_content_are_left_out(name: str) -> None:
 
 def test_names_are_text_and_nothing_else() -> None:
     """A model's name comes from a file that somebody sent."""
+    pytest.importorskip("jinja2")
     evil = '<script>alert("1")</script>&amp;<img src=x>'
     model = Config(config_of("llama").values, "here", evil)
     html = report(model, ("full", "lora"), device="l40s", batch=2, seq=16, axes=(), command=evil)
@@ -238,6 +240,7 @@ def call(*args: str) -> Result:
 
 def test_the_command_writes_the_page(tmp_path: Path) -> None:
     """Whole or not at all, and a place that cannot be written is one line."""
+    pytest.importorskip("jinja2")
     target = tmp_path / "r.html"
     options = ("--model", "gpt2", "--device", "l40s", "--methods", "full", "lora", "--axes", "none")
     done = call("report", *options, "-o", str(target))
