@@ -16,12 +16,11 @@ import pytest
 
 pytest.importorskip("peft")
 
-from records_by_hand import DEVICE, environment, visit
-from test_calibration import DISPATCH, ENVIRONMENT, seconds_of
-from perfmodel.cli import main
 from campaigns import CPU, PLAN, command
 from made_up_box import DISPATCH, ENVIRONMENT, seconds_of
 from records_by_hand import environment, visit
+from test_calibration import DISPATCH, ENVIRONMENT, seconds_of
+
 from perfmodel.devices import host as host_files
 from perfmodel.devices import profile
 from perfmodel.errors import UserError
