@@ -37,7 +37,7 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
-def seconds_of(case: designs.Case) -> float:
+def seconds_of(case: designs.MicroCase) -> float:
     """What a case takes on the made-up box."""
     s = dict(case.sizes)
     if case.block == "gemm":

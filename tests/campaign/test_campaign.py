@@ -19,7 +19,6 @@ pytest.importorskip("peft")
 from campaigns import CPU, PLAN, command
 from made_up_box import DISPATCH, ENVIRONMENT, seconds_of
 from records_by_hand import environment, visit
-from test_calibration import DISPATCH, ENVIRONMENT, seconds_of
 
 from perfmodel.devices import host as host_files
 from perfmodel.devices import profile

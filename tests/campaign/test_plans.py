@@ -1,24 +1,13 @@
-<<<<<<< HEAD
-"""What a campaign plans and refuses, and how it compares programs of other versions."""
-=======
 """What a campaign measures: budgets and plans that are wrong are refused, bundled ones begin with what tells most."""
->>>>>>> suite
 
 from pathlib import Path
 from typing import Any
 
 import pytest
-<<<<<<< HEAD
-from test_campaign import CPU, PLAN, command
-
-pytest.importorskip("peft")
-
-=======
 
 pytest.importorskip("peft")
 
 from campaigns import CPU, PLAN, command
->>>>>>> suite
 from records_by_hand import DEVICE, TINY, environment, visit
 
 from perfmodel import architectures, compare

@@ -20,22 +20,6 @@ from perfmodel.setup import Setup
 from validate.checking.check import Report, check
 from validate.measuring.cells import Cell
 
-<<<<<<< HEAD:tests/checking/test_check.py
-MEASURED = sorted((Path(__file__).parents[2] / "data" / "measured").glob("*.jsonl"))
-=======
-METHODS = ("full", "lora:r=4", "ia3")
-Change = Callable[[list[Record]], object]
-
-
-def written(path: Path, change: Change = lambda visits: None, device: str = "cpu") -> Path:
-    cells = [Cell(TINY, method, Setup(batch=2, seq=16, dtype="fp32")) for method in METHODS]
-    visits = [visit(cell, device) for cell in cells]
-    change(visits)
-    for record in (environment(device), *visits):
-        records.append(path, record)
-    return path
->>>>>>> calibration:tests/test_check.py
-
 
 def run(*words: str | Path) -> Result:
     return CliRunner().invoke(main, ["validate", "check", *map(str, words)])
