@@ -124,7 +124,7 @@ def test_serving_times_are_the_kernel_and_a_copy_to_the_cache() -> None:
     hw, p = common.hardware("a100-80gb-sxm"), profile.load("a100-80gb-sxm").attention
     b, s, h, kv, dim = 3, 512, 16, 4, 128
     rows = pd.DataFrame([dict(zip(attention.SHAPE, (b, s, h, kv, dim), strict=True))])
-    times = [float(attention.predict(rows, hw, attention.Served(p, append))[0]) for append in (0.0, 1.5)]
+    times = [float(attention.priced_rows(rows, hw, attention.Served(p, append))[0]) for append in (0.0, 1.5)]
     kernel = attention.attention_forward_time(b, s, s, h, kv, dim, hardware=hw, parameters=p)
     assert times[0] == pytest.approx(float(kernel))
     copied, others = 2 * b * s * kv * dim * 2, 2 * b * s * h * dim * 2

@@ -49,7 +49,7 @@ def test_a_row_moves_what_its_kernels_read_and_write(
 ) -> None:
     """Bytes an element decide the fitted bandwidth: one forgotten operand would make a card a third faster."""
     eager, forward, backward = provider == "torch", mode != "backward", mode != "forward"
-    row = liger.Row(eager, provider, forward, backward, x_name, float(WIDTH), config)
+    row = liger.LigerRow(eager, provider, forward, backward, x_name, float(WIDTH), config)
     family, kernels = liger.FAMILIES[kernel](row)
     assert family.endswith("fused") == (not eager)
     moved = sum(k.read + k.written for k in kernels)
