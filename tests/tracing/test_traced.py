@@ -19,7 +19,7 @@ from perfmodel.devices import host, profile
 from perfmodel.errors import UserError
 from perfmodel.prediction.memory import peak_bytes
 from perfmodel.prediction.predict import of_step, predict, resolve
-from perfmodel.recording import step
+from perfmodel.recording import record
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
 from perfmodel.tracing import traced
@@ -34,7 +34,7 @@ def both(name: str, method: str, setup: Setup, device: str) -> tuple[Step, Step]
     architecture, bound = resolve(config, method)
     on = profile.load("a100-80gb-sxm" if device == "cuda" else "cpu-epyc-genoa-2c")
     built, _ = traced.of_method(config, method, setup, on)
-    return built, step.build(architecture, bound, setup, device, "8.0")
+    return built, record.build(architecture, bound, setup, device, "8.0")
 
 
 def ops(built: Step, phase: str) -> Counter[Any]:
