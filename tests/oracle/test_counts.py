@@ -44,7 +44,7 @@ def cells() -> Iterator[Any]:
         yield cell(name, WIDE, NO_DROPOUT.get(name), checkpoint=("none", "block", "block-reentrant")[i % 3])
         yield cell(name, "full", tied, **AMP, optimizer=("adamw-foreach", "adamw-fused", "sgd-momentum")[i % 3])
         yield cell(name, ("top_k:k=1", "norm")[i % 2], dtype="fp32", optimizer="adamw-foreach")
-        yield cell(name, ("norm", "top_k:k=2,inner=lora")[i % 2], **(AMP if i % 3 else {}), padded=i in (0, 1, 5))
+        yield cell(name, ("norm", "top_k:k=2,inner=lora")[i % 2], **(AMP if i % 3 else {}), padded=i in (0, 1, 5, 7, 8))
     yield cell("llama", "full", checkpoint="block", seq=33, **AMP)
     yield cell("gpt2", "full", checkpoint="block", **AMP)
     yield cell("bert", "bitfit", checkpoint="block-reentrant", optimizer="sgd")

@@ -20,14 +20,6 @@ SMALL: dict[str, dict[str, Any]] = {
         "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "pad_token_id": 0,
         "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 128, "tie_word_embeddings": True,
     },
-    "qwen3": {
-        "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "pad_token_id": 0,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 24,
-    },
-    "gemma2": {
-        "model_type": "gemma2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5, "pad_token_id": 0,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 24, "sliding_window": 24,
-    },
     "gpt2": {"model_type": "gpt2", "n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 128, "n_positions": 64},
     "gpt_neo": {
         "model_type": "gpt_neo", "hidden_size": 64, "num_layers": 2, "attention_types": [[["global", "local"], 1]],
@@ -40,6 +32,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "bert": {
         "model_type": "bert", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
         "num_attention_heads": 4, "vocab_size": 128, "max_position_embeddings": 64,
+    },
+    "qwen3": {
+        "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "pad_token_id": 0,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 24,
+    },
+    "gemma2": {
+        "model_type": "gemma2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5, "pad_token_id": 0,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 24, "sliding_window": 24,
     },
 }  # fmt: skip
 NO_DROPOUT = {
@@ -102,7 +102,7 @@ class Case:
 
 
 def configs(small: bool) -> Iterator[Config]:
-    """The six architectures: small dims with variations of head tying and dropout, or real dims."""
+    """The architectures: small dims with variations of head tying and dropout, or real dims."""
     if not small:
         for name in REAL:
             yield load(name)

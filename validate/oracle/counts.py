@@ -21,7 +21,7 @@ from perfmodel.tracing.trace import Signature, Trace, signature, trace_step
 from .cases import Case
 
 MIRRORED = {"transformers": "5.24", "peft": "0.21"}  # the minor versions whose programs the tape mirrors
-PEAK_TOLERANCE = 0.02  # stated in the README; local variables of Python code outlive their use now and then
+PEAK_TOLERANCE = 0.02  # local variables of Python code outlive their use now and then
 
 
 @dataclass
