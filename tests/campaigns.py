@@ -10,7 +10,7 @@ from perfmodel.cli import main
 from perfmodel.devices import profile
 
 CPU = profile.load(DEVICE["cpu"])
-PLAN = """
+TINY = """
 warm_up = 1
 steps = 2
 [models.tiny]
@@ -22,7 +22,10 @@ num_attention_heads = 4
 num_key_value_heads = 2
 vocab_size = 128
 pad_token_id = 0
-[[stages]]
+"""  # a model, and how it is measured: the head of a plan or a grid
+PLAN = (
+    TINY
+    + """[[stages]]
 name = "floors"
 blocks = ["host", "pointwise fp32"]
 most = 34
@@ -41,6 +44,7 @@ name = "QLoRA"
 needs = ["no_such_package"]
 cells = [{ models = ["tiny"], methods = ["ia3"], setups = [{ batch = 2, seq = 16, dtype = "fp32" }] }]
 """
+)
 
 
 def command(*words: str | Path) -> Any:

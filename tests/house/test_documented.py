@@ -12,6 +12,7 @@ from statistics import mean, median
 from typing import Any
 
 import pytest
+from campaigns import TINY
 from documented import DOCUMENTS, ROOT, commands, options, snippets, typed
 
 pytest.importorskip("peft")
@@ -40,6 +41,21 @@ COUNTS = "from itertools import islice; from validate.oracle import cases; g = c
 TUNERS = (
     "from validate.published import tuners; found = tuners.load(); tuners.load = lambda: [r for r in found if r.id in "
 )
+CELLS = """
+[[cells]]
+models = ["tiny"]
+methods = ["full", "lora:r=4"]
+setups = [{ batch = 2, seq = 16, dtype = "fp32" }]
+"""
+STAGES = """
+[[stages]]
+name = "floors"
+blocks = ["host"]
+most = 4
+[[stages]]
+name = "steps"
+cells = [{ models = ["tiny"], methods = ["full", "lora:r=4"], setups = [{ batch = 2, seq = 16, dtype = "fp32" }] }]
+"""
 SHORT = {
     "perfmodel predict": Short(f"perfmodel predict --method lora {WHERE}", says="step "),
     "perfmodel compare": Short(f"perfmodel compare {WHERE}", says="speed-up"),
@@ -94,6 +110,22 @@ SHORT = {
     "perfmodel validate engine": Short(  # with DeepSpeed it takes minutes
         patch="import sys; sys.modules['deepspeed'] = None", says="pip install 'perfmodel[engine]'", code=2
     ),
+    "perfmodel validate profile FILE": Short(
+        "cp $CHECKOUT/tests/fixtures/traces/h100_bert_forward.json.gz FILE && perfmodel validate profile FILE",
+        says="aten::addmm",
+    ),
+    "perfmodel validate campaign --device cuda --budget 25m --output campaign": Short(
+        f"echo '{TINY}{STAGES}' > plan.toml && perfmodel validate campaign --device cpu --threads 1 --budget 25m"
+        " --output campaign --plan plan.toml && test -s campaign/page.html",
+        says="6 of 6 units done",
+    ),
+    "perfmodel validate paper --device cuda": Short(  # that so few steps tell a verdict is no promise
+        f"echo '{TINY}{CELLS}' > tiny.toml && perfmodel validate paper --device cpu --threads 1"
+        " --profile cpu-epyc-genoa-2c || test $? = 1",
+        patch="from validate.campaign import paper; paper.grid_of = lambda kind: 'tiny.toml'",
+        says="LoRA is",
+    ),
+    "python -m tests.mutation": Short("cd $CHECKOUT && python -m tests.mutation --help", says="--sample"),
     "FUZZ_TRIES=2000 pytest tests/commands/test_fuzz.py": Short(
         "cd $CHECKOUT/tests && test -f commands/test_fuzz.py"
         " && FUZZ_TRIES=2000 python -c 'from fuzzing import tries; print(tries(1).max_examples)'",
@@ -108,8 +140,8 @@ SAME = {  # as printed without an option, and with it
 }
 CHAIN = (  # one after another, in `test_from_calibration_to_check`
     "perfmodel calibrate", "perfmodel calibrate --device cpu --threads 1",
-    "perfmodel validate measure --device cpu --grid standard --threads 1", "perfmodel validate check --html check.html",
-    "perfmodel validate fit --records records.jsonl",
+    "perfmodel validate measure --device cpu --grid standard --rounds 3 --threads 1",
+    "perfmodel validate check --html check.html", "perfmodel validate fit --records records.jsonl",
 )  # fmt: skip
 ELSEWHERE = {"torchrun": "measuring/test_team.py"}  # file of tests
 EXAMPLES = "perfmodel (compare|explain|advise) .*--model"  # with their output, in test_readme.py
@@ -117,12 +149,13 @@ CI = {  # what installs and tests the checkout, and the line of .ci/run that doe
     "python3 -m venv .venv": "python3 -m venv", "python -m venv .venv": "python3 -m venv",
     ". .venv/bin/activate": '. "$scratch/dev/bin/activate"',
     "pip install -q .": "pip install --quiet .",
+    "pip install . pytest pytest-xdist hypothesis": "pip install --quiet pytest pytest-xdist hypothesis",
     "pip install -q -e '.[dev]'": "pip install --quiet --editable '.[dev]'",
     "pip install -e '.[dev]'": "pip install --quiet --editable '.[dev]'",
-    "pytest -n auto": "pytest -n auto", "pytest": "pytest -n auto", "ruff check": "ruff check .",
+    "pytest -n auto": "pytest -n auto", "ruff check": "ruff check .",
     "ruff format --check": "ruff format --check .", "mypy": "mypy", ".ci/run": "",
 }  # fmt: skip
-EXTRAS = r"pip install '(?:\.|perfmodel)\[(\w+)\]'"
+EXTRAS = r"pip install (?:-e )?'(?:\.|perfmodel)\[(\w+)\]'"
 BEFORE = {  # what the README's Python takes for granted
     "trainer": """
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -223,7 +256,7 @@ def test_documented_python_works(snippet: str, site: Path, tmp_path: Path) -> No
 def test_every_documented_option_is_known(site: Path, tmp_path: Path) -> None:
     """A text that names an option which was renamed leads nowhere."""
     (tmp_path / "help.py").write_text(HELP)
-    known = typed("python help.py", site, tmp_path).stdout
+    known = typed("python help.py; cd $CHECKOUT; python -m tests.mutation --help", site, tmp_path).stdout
     mentioned = set().union(*map(options, DOCUMENTS)) - {"--check"}  # ruff's
     assert not {o for o in mentioned if not re.search(rf"{o}\b", known)}
 
@@ -245,7 +278,7 @@ def test_from_calibration_to_check(site: Path, tmp_path: Path) -> None:
     done = typed(f"{calibrate} --quick", site, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "use it with --device mine" in done.stdout
-    done = typed(measure.replace("standard", "tiny.toml"), site, tmp_path)
+    done = typed(measure.replace("standard --rounds 3", "tiny.toml"), site, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     checked = typed(check, site, tmp_path)
     found = json.loads(typed("perfmodel validate check --json || test $? = 1", site, tmp_path).stdout)

@@ -9,10 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cosmic_ray.ast import ast_nodes, get_ast_from_path
-from cosmic_ray.mutating import mutate_code
-from cosmic_ray.plugins import get_operator, operator_names
-
 ROOT = Path(__file__).resolve().parents[2]
 MUTATED = ("perfmodel", "validate")
 
@@ -29,6 +25,9 @@ class Mutant:
 
     def text(self) -> str:
         """Its file with the change."""
+        from cosmic_ray.mutating import mutate_code
+        from cosmic_ray.plugins import get_operator
+
         text = (ROOT / self.path).read_text(encoding="utf-8")
         return str(mutate_code(text, get_operator(self.operator)(), self.occurrence))
 
@@ -48,6 +47,9 @@ def sampled(count: int, seed: int) -> list[Mutant]:
 
 def places(path: str) -> Iterator[list[Mutant]]:
     """The places of a file, each with its variants (`+` as `-`, as `*`, …)."""
+    from cosmic_ray.ast import ast_nodes, get_ast_from_path
+    from cosmic_ray.plugins import get_operator, operator_names
+
     nodes, skipped = list(ast_nodes(get_ast_from_path(ROOT / path))), annotations(ROOT / path)
     found: dict[tuple[str, Any], list[Mutant]] = defaultdict(list)
     for name in operator_names():
