@@ -84,13 +84,21 @@ def test_rooms_and_files_are_small() -> None:
     """What needs minutes of scrolling wants splitting."""
     top = list((ROOT / "perfmodel").glob("*.py"))
     assert len(top) <= ROOMS_AT_THE_TOP, sorted(p.name for p in top)
-    for folder in {path.parent for path in modules().values()}:
+    tests = list((ROOT / "tests").rglob("*.py"))
+    for folder in {path.parent for path in [*modules().values(), *tests]}:
         files = [p for p in folder.glob("*.py") if p.name != "__init__.py"]
         assert folder.name in REGISTRIES or len(files) <= FILES_IN_A_ROOM, f"{folder.relative_to(ROOT)}: {len(files)}"
-    tests = (ROOT / "tests").rglob("*.py")
     for path in [*modules().values(), *tests]:
         lines = len(path.read_text(encoding="utf-8").splitlines())
         assert lines <= LINES, f"{path.relative_to(ROOT)}: {lines} lines"
+
+
+def test_tests_stand_in_the_rooms_that_they_test() -> None:
+    """Where a test of something is, or has to go, is known from where the thing is."""
+    rooms = {path.parent.name for path in modules().values() if path.name == "__init__.py"} | {"house"}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        assert path.parent.parent == ROOT / "tests", path
+        assert path.parent.name in rooms, path
 
 
 def imported(name: str) -> ModuleType:
