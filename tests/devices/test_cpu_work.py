@@ -1,9 +1,12 @@
 """How much memory traffic a CPU has from each call: bytes by hand, write-allocates included."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from perfmodel.devices import profile
+from perfmodel.devices.cpu import GRAIN, CpuStreamParameters, stream_time
 from perfmodel.devices.cpu_work import kind_of, streams
 from perfmodel.program.op import Op
 from perfmodel.tape import nn, pointwise, shape
@@ -69,3 +72,17 @@ def test_a_call_moves_the_bytes_that_its_kernel_does(program: str, name: str) ->
     assert found == EXPECTED[program, name]
     assert all(calls == 1 for *_, calls in streams(op))
     assert kind_of(op) in {kind for kind, *_ in EXPECTED[program, name]} or len(found) > 1
+
+
+@pytest.mark.parametrize(("elements", "cores"), [(100, 1), (3 * GRAIN, 3), (1e9, 4)])
+def test_a_stream_by_hand(elements: float, cores: int) -> None:
+    """As many cores as have a grain of work each; their part of the cache; halfway where it is just full."""
+    hw = replace(profile.load("cpu-xeon-2.5ghz-1t").hardware, sm_count=4, l2_bytes=4 * 2**20, memory_bandwidth=40e9)
+    p = CpuStreamParameters(stream=0.9, cache_ratio=3.0, cache_usable=0.5)
+    floor, compute = p.floors["stream"], elements * p.clocks["stream"] / (hw.clock_hz * cores)
+    full = 0.5 * 2**20 * cores
+    for traffic, slowdown in (
+        (full / 100, 4 / (3.0 * cores)), (full, 0.5 + 0.5 * 4 / (3.0 * cores)), (1000 * full, 1.0)
+    ):  # fmt: skip
+        seconds = stream_time(traffic, elements, 2, hardware=hw, parameters=p, kind="stream")
+        assert float(seconds) == pytest.approx(2 * floor + compute + traffic * slowdown / (0.9 * 40e9), rel=1e-5)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from perfmodel.devices import profile
@@ -103,3 +104,13 @@ def test_designs_measure_what_models_have(device: str) -> None:
     for cases in designs.design(device, ("fp32", "bf16")).values():
         for case in cases:
             assert all(size == 1 or size % 4 == 0 for _, size in case.sizes), case
+
+
+def test_a_roofline_by_hand() -> None:
+    """What every fit is compared with: FLOPs at the peak or bytes at the bandwidth, whichever is longer."""
+    hw = profile.load("a100-80gb-sxm").hardware
+    rows = pd.DataFrame({"m": [8192, 1], "n": [8192, 4096], "k": [8192, 4096], "b": [1.0, 3.0], "dtype": "bf16"})
+    math, moved = 2 * 8192**3 / 312e12, 2 * 3 * (4096 + 4096**2 + 4096) / hw.memory_bandwidth
+    assert gemm.roofline(rows, hw) == pytest.approx([math, moved])
+    moved_fp32 = gemm.roofline(rows.assign(dtype="fp32"), hw)[1]
+    assert moved_fp32 == pytest.approx(2 * moved)

@@ -107,3 +107,10 @@ def test_parameters_of_small_models_have_the_names_that_recorders_look_for() -> 
     for name in SMALL:
         path = architecture_of(name).layer_path + "."
         assert any(p.name.startswith(path) and isinstance(p, Parameter) for p in step_of(name).parameters)
+
+
+@pytest.mark.parametrize(("every", "beside"), [(1, []), (2, [2]), (10, [10])])
+def test_what_is_done_in_every_step_is_part_of_the_step(every: int, beside: list[int]) -> None:
+    """AdaLoRA's allocation with deltaT=1 would otherwise be counted twice, or never."""
+    p = predict(architecture_of("llama"), f"adalora:delta_t={every}", device="l40s", seq=16)
+    assert [x["every"] for x in p.as_dict()["periodic"]] == beside

@@ -238,3 +238,28 @@ def test_clipping_adds_three_passes_over_the_gradients() -> None:
     passes = total(with_clip, gradient_bytes) - total(without, gradient_bytes)
     stacked = 2 * 2 * sum(p.count for p in with_clip.parameters)  # the norms, written and read as one bf16 tensor
     assert passes == 3 * with_clip.weight_bytes + stacked
+
+
+@pytest.mark.parametrize(
+    ("name", "states", "bits", "paged"),
+    [
+        ("adamw-8bit", 2, 8, False), ("paged-adamw-8bit", 2, 8, True), ("paged-adamw", 2, 32, True),
+        ("lion", 1, 32, False), ("lion-8bit", 1, 8, False),
+    ],
+)  # fmt: skip
+def test_bitsandbytes_states_byte_by_byte(name: str, states: int, bits: int, paged: bool) -> None:
+    """Two moments of AdamW, one of Lion; a byte an element, a scale for 256; what is small or embeds in fp32."""
+    shapes = {"weight": (300, 400), "adapter": (16, 400), "norm": (400,), "embedding": (900, 400)}
+    parameters = [Parameter(kind, shape, "bf16", kind=kind, trainable=True) for kind, shape in shapes.items()]
+    for p in parameters:
+        p.used = True
+    known = optimizers.update.recorded(parameters, name)
+    kept = {"on the device": 0, "paged": 0}
+    for kind, shape in shapes.items():
+        n = int(np.prod(shape))
+        quantised = bits == 8 and kind != "embedding" and n >= 4096
+        kept["paged" if paged and n >= 100_000 else "on the device"] += states * n * (1 if quantised else 4)
+        kept["on the device"] += states * 4 * -(-n // 256) * quantised
+    kept["on the device"] += states * 256 * 4 * (bits == 8)  # the maps of codes
+    assert known.state_bytes == kept["on the device"]
+    assert known.paged_bytes == kept["paged"]

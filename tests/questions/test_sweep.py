@@ -128,7 +128,15 @@ def test_the_command_writes_table_and_picture(tmp_path: Path) -> None:
     assert "32 setups" in result.output
     assert sorted(tmp_path.iterdir()) == sorted([files[1], files[0]])
     printed = CliRunner().invoke(main, [*command, "--json"])
-    assert len(json.loads(printed.stdout)["rows"]) == 8
+    answer = json.loads(printed.stdout)
+    assert len(answer["rows"]) == 8
+    for told in answer["summary"]:
+        rows = [r for r in answer["rows"] if r["method"] == told["method"]]
+        assert {w: told[w] for w in ("faster", "same", "slower")} == {
+            w: sum(r["verdict"] == w for r in rows) for w in ("faster", "same", "slower")
+        }
+        assert told["fits"] == sum(r["fits"] for r in rows)
+        assert told["rows"] == len(rows)
 
 
 def test_only_cells_that_do_not_fit_are_hatched() -> None:
