@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from perfmodel.prediction.memory import bounds
 from validate.published.show_steps import _print_published
@@ -57,7 +56,7 @@ def test_the_readme_has_the_table_that_the_command_prints(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The figures have one home: a table copied once would outlive the model that it was of."""
-    monkeypatch.setattr("validate.published.show_steps.console", Console(width=100))
+    monkeypatch.setenv("COLUMNS", "100")
     _print_published(outcomes, check, summary(check), all_rows=False)
     table = capsys.readouterr().out.split("ratio, memory:")[0]
     assert "".join(f"    {line.rstrip()}\n" for line in table.splitlines()) in README

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from perfmodel import units
 from perfmodel.errors import UserError
+from perfmodel.report.plain import show, table
 from perfmodel.report.progress import progress
-from perfmodel.report.terminal import console, table
 
 from . import engine
 
 
-def show(output: Path) -> None:
+def show_engine(output: Path) -> None:
     """Measure an engine's costs, print them beside what they were fitted to, and write its file."""
     warnings.filterwarnings("ignore")
     try:
@@ -26,6 +26,7 @@ def show(output: Path) -> None:
     costs, error = engine.fit(rows)
     engine.write(costs, error, rows, output)
     told = [(row.name, units.seconds(row.plain), units.seconds(row.engine)) for row in rows]
-    console.print(table("four more layers", ("", "without", "with"), told))
-    console.print(table("costs", ("", "modules of the host"), [(name, f"{cost:.2f}") for name, cost in costs.items()]))
-    console.print(f"mean |relative error| {100 * error:.1f} %; written: {output}")
+    show(table(("", "without", "with"), told, title="four more layers"))
+    figures = [(name, f"{cost:.2f}") for name, cost in costs.items()]
+    show(table(("", "modules of the host"), figures, title="costs"))
+    show(f"mean |relative error| {100 * error:.1f} %; written: {output}")

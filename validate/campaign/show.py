@@ -73,8 +73,8 @@ def _print(ran: Ran, found: Finding, folder: Path) -> None:
     for line in found.missing:
         show(f"missing: {line}")
     if found.report:
-        show("\nmean |relative error|", bold=True)
-        show(table(tables.LINE_COLUMNS, list(map(tables.line_cells, found.report.lines))))
+        lines = map(tables.line_cells, found.report.lines)
+        show("\n" + table(tables.LINE_COLUMNS, lines, title="mean |relative error|"))
         show(f"\n{tables.verdict_line(found.report)}", bold=True)
     show(
         f"\n{len(ran.units) - len(ran.left)} of {len(ran.units)} units done, in {units.seconds(ran.seconds)}: {folder}"

@@ -71,5 +71,4 @@ def _print(found: Report) -> None:
 
 
 def _section(title: str, heads: Sequence[str], rows: tables.Rows, left: Sequence[int] = (0,)) -> None:
-    show(f"\n{title}", bold=True)
-    show(table(heads, rows, left=left))
+    show("\n" + table(heads, rows, left=left, title=title))
