@@ -8,13 +8,13 @@ from typing import Any
 import click
 
 GAP = 2  # between columns
-WHOLE = 16  # characters of a text column in which words may be broken where nothing else helps
+LEAST = 16  # characters that a column of text keeps where its words have to be broken
 
 
 def table(heads: Sequence[str], rows: Iterable[Iterable[Any]], *, left: Sequence[int] = (0,), title: str = "") -> str:
     """Columns two spaces apart, numbers to the right.
 
-    Where the terminal is narrow, the widest heads and columns of text go on in further lines; numbers never do.
+    Where the terminal is narrow, heads and then columns of text go on in further lines; numbers never do.
 
     Args:
         rows: cells, shown as `str` has them; a cell may be styled (`click.style`).
@@ -38,21 +38,24 @@ def table(heads: Sequence[str], rows: Iterable[Iterable[Any]], *, left: Sequence
 
 
 def _widths(heads: Sequence[str], lines: list[list[str]], left: Sequence[int]) -> list[int]:
-    """Width of each column: the longest of its cells, or less where the terminal ends."""
-    columns = [[line[i] for line in lines] for i in range(len(heads))]
-    longest = [max(map(_length, column), default=0) for column in columns]
-    widths = [max(pair) for pair in zip(map(_length, heads), longest, strict=True)]
-    words = [
-        max((_length(word) for text in (head, *(column if i in left else ())) for word in text.split()), default=0)
-        for i, (head, column) in enumerate(zip(heads, columns, strict=True))
-    ]
-    whole = [words[i] if i in left else max(words[i], longest[i]) for i in range(len(heads))]
-    broken = [min(whole[i], WHOLE) if i in left else longest[i] for i in range(len(heads))]
+    """Width of each column: what it would take, or less where the terminal ends."""
+    wanted = [_widths_of(head, [line[i] for line in lines], i in left) for i, head in enumerate(heads)]
+    widths, *less = map(list, zip(*wanted, strict=True))
     room = get_terminal_size().columns - GAP * (len(heads) - 1)
-    for least in (whole, broken):
+    for least in less:
         while sum(widths) > room and (loose := [i for i, width in enumerate(widths) if width > least[i]]):
             widths[max(loose, key=widths.__getitem__)] -= 1
     return widths
+
+
+def _widths_of(head: str, column: list[str], is_text: bool) -> tuple[int, int, int, int]:
+    """Width of a column whole, with heads of numbers in several lines, with text in several, with long words broken."""
+    longest = max(map(_length, column), default=0)
+    word = max((_length(word) for text in (head, *(column if is_text else ())) for word in text.split()), default=0)
+    whole = max(_length(head), longest)
+    if is_text:
+        return whole, whole, word, min(word, LEAST)
+    return whole, max(word, longest), max(word, longest), longest
 
 
 def _length(text: str) -> int:

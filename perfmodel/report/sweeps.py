@@ -159,6 +159,6 @@ def _matrix(planned: Sweep, blocks: list[Columns]) -> str:
     for i, batch in enumerate(planned.batch):
         cells = []
         for ratio, fit in zip(ratios[i], fits[i], strict=True):
-            cells.append(style(f"{ratio:.2f}{' ' if fit else '*'}", fg=COLORS[verdict(ratio)]))
+            cells.append(style(f"{ratio:.2f}", fg=COLORS[verdict(ratio)]) + (" " if fit else "*"))
         rows.append([str(batch), *cells])
     return table(("batch \\ seq", *map(str, planned.seq)), rows)
