@@ -52,11 +52,11 @@ def counts(grid: str, cuda_forward: bool, as_json: bool) -> None:
 @json_option
 def speed(as_json: bool) -> None:
     """Measure the speed promises: cold start, warm prediction, grids."""
-    from validate.speed import measure
+    from validate.speed import measure_promises
 
     from ..report.plain import show, table
 
-    columns, rows = ("what", "measured", "limit", "holds"), measure()
+    columns, rows = ("what", "measured", "limit", "holds"), measure_promises()
     if as_json:
         print_json([dict(zip(columns, row, strict=True)) for row in rows])
     else:

@@ -74,7 +74,7 @@ class FinishedSweep:
         return {"baseline": self.baseline, "summary": summary, "rows": rows}
 
 
-def run(planned: Sweep, *, output: Path | None, keep_rows: bool, keep_speedups: bool) -> FinishedSweep:
+def run_sweep(planned: Sweep, *, output: Path | None, keep_rows: bool, keep_speedups: bool) -> FinishedSweep:
     """Predict every block: rows to a file, figures to the summary.
 
     Args:

@@ -7,12 +7,12 @@ import pytest
 
 from perfmodel.prediction.memory import bounds
 from validate.published.show_steps import _print_published
-from validate.published.steps import StepOutcome, evaluate_all, load, pairs, summary
+from validate.published.steps import StepOutcome, evaluate_all, pairs, published_steps, summary
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> list[StepOutcome]:
-    return evaluate_all(load())
+    return evaluate_all(published_steps())
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def check(outcomes: list[StepOutcome]) -> list[StepOutcome]:
 
 def test_every_row_names_its_source_and_groups_are_never_split() -> None:
     """A figure without a source cannot be checked, and half a group in the fit would leak into the other half."""
-    rows = load()
+    rows = published_steps()
     assert all(row.source.startswith("http") for row in rows)
     assert len({row.id for row in rows}) == len(rows)
     splits: dict[str, set[str]] = {}

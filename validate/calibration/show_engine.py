@@ -15,15 +15,15 @@ def show_engine(output: Path) -> None:
     """Measure an engine's costs, print them beside what they were fitted to, and write its file."""
     warnings.filterwarnings("ignore")
     try:
-        engine.start()
+        engine.start_deepspeed()
     except ImportError as missing:
         raise UserError(
             f"this command needs DeepSpeed ({missing.name} is missing): pip install 'perfmodel[engine]'"
         ) from None
     with progress() as bar:
         task = bar.add_task("timing", total=len(list(engine.programs())))
-        rows = engine.measure(lambda name: bar.update(task, advance=1, description=name))
-    costs, error = engine.fit(rows)
+        rows = engine.time_programs(lambda name: bar.update(task, advance=1, description=name))
+    costs, error = engine.fit_engine(rows)
     engine.write(costs, error, rows, output)
     told = [(row.name, units.seconds(row.plain), units.seconds(row.engine)) for row in rows]
     show(table(("", "without", "with"), told, title="four more layers"))

@@ -25,7 +25,7 @@ def show_counts(grid: str, *, cuda_forward: bool, as_json: bool) -> bool:
         task = bar.add_task("tracing", total=len(chosen))
         for case in chosen:
             bar.update(task, description=f"{case.config.name} {case.method}")
-            results.append(counts.compare(case, cuda_forward=cuda_forward))
+            results.append(counts.compare_case(case, cuda_forward=cuda_forward))
             bar.advance(task)
     if as_json:
         print(json.dumps([_row(r) for r in results], indent=1))

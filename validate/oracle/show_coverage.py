@@ -17,7 +17,7 @@ def show_coverage(*, quick: bool, output: Path | None, as_json: bool) -> bool:
 
     With `output` every row goes into that table at once, and what stands in it already is not traced again.
     """
-    rows = coverage.load(output) if output and output.exists() else []
+    rows = coverage.read_coverage(output) if output and output.exists() else []
     known = {(row.kind, row.name) for row in rows}
     models = [model for model in coverage.model_types(quick=quick) if model not in known]
     names = [name for name in coverage.tuners() if ("tuner", name) not in known]

@@ -19,7 +19,7 @@ def show_published(*, plot: Any, all_rows: bool, as_json: bool) -> None:
     """Predict every published row; print errors by source on the rows held out of the fit."""
     from . import steps as module
 
-    rows = module.load()
+    rows = module.published_steps()
     with progress() as bar:
         task = bar.add_task("predicting", total=len(rows))
         outcomes = module.evaluate_all(rows, progress=lambda name: bar.update(task, advance=1, description=name[:40]))

@@ -16,7 +16,7 @@ from .reasons import FAR, reason, reasons
 def show_tuners(module: Any, *, host: str, all_rows: bool, as_json: bool) -> bool:
     """Trace every tuner of PEFT's benchmark; print errors and rank correlation; returns whether the limits hold."""
     warnings.filterwarnings("ignore")
-    rows = module.load()
+    rows = module.published_tuners()
     with progress() as bar:
         task = bar.add_task("tracing", total=len(rows))
         outcomes = module.evaluate_all(rows, lambda name: bar.update(task, advance=1, description=name[:40]), host)
