@@ -94,7 +94,7 @@ def test_rewriting_keeps_what_the_author_wrote(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text("# a comment\n" + OWN_DEVICE + "# differs: nothing\n")
     attention = profile.load("a100").attention
-    errors = common.Errors(10, 0.1, 0.08, 0.2, 0.5)
+    errors = common.FitErrors(10, 0.1, 0.08, 0.2, 0.5)
     fit = common.Fit(attention, 'a "quoted" source', "software", 20, 10, errors, {"short": errors, "m >= 64": errors})
     write.write_blocks(path, {"attention": fit}, "2026-01-01")
     once = path.read_text()

@@ -70,5 +70,5 @@ def _summary(results: list[Any]) -> None:
                 f"{max(abs(r.peak_ratio - 1) for r in members) * 100:.2f} %", sum(len(r.differences) for r in members),
             ]
         )  # fmt: skip
-    columns = ("model", "method", "setup", "ATen calls", "FLOPs", "bytes", "peak off by", "differences")
+    columns = ("model", "method", "setup", "ATen calls", "FLOPs", "bytes", "peak off by", "differ")
     show(table(columns, rows, left=(0, 1, 2)))
