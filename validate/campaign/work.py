@@ -79,7 +79,7 @@ def host_program(program: HostProgram) -> Record:
     """Seconds by phase of a tiny program on one thread of the CPU."""
     torch.set_num_threads(1)
     config, method, checkpoint, optimizer = program.values
-    timed = hosts.measure(config, method, checkpoint, optimizer)
+    timed = hosts.time_program(config, method, checkpoint, optimizer)
     what = {"model": config.name, "config": config.values, "method": method}
     return {
         "kind": "host", "program": {**what, "checkpoint": checkpoint, "optimizer": optimizer},
@@ -115,5 +115,5 @@ def traced(cell: Cell, device: str) -> dict[str, Any]:
     capability = "8.0"
     if device == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    built, _ = tracing.build(cell.config, cell.setup, adapt, known, device, capability)
+    built, _ = tracing.build_traced(cell.config, cell.setup, adapt, known, device, capability)
     return {"calls": calls_of(built), **({"kernels": kernels_of(built)} if device == "cuda" else {})}

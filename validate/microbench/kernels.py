@@ -36,7 +36,7 @@ _kept: deque[tuple[object, int]] = deque()  # results of earlier cases, and thei
 _cursor: dict[int, int] = {}  # address of a pool -> element at which the next operand begins
 
 
-def build(case: MicroCase, device: str) -> tuple[Call, int]:
+def build_call(case: MicroCase, device: str) -> tuple[Call, int]:
     """The call of a case, and how many calls a repeat should have."""
     with torch.device(device):
         call, inner = BUILDERS[case.block](case, device)
