@@ -17,6 +17,7 @@ from ..measuring.records import Record
 from ..measuring.visit import visit
 from ..microbench import run, wider_kernels  # noqa: F401, the blocks that only a campaign has
 from ..microbench.designs import MicroCase
+from ..microbench.kernels import forget
 from ..microbench.stopwatch import Stopwatch, stopwatch
 from .plan import HostProgram, Visit
 from .versions import told
@@ -90,6 +91,7 @@ def host_program(program: HostProgram) -> Record:
 def step(work: Visit, settings: Settings) -> Record:
     """A visit's record; where the installed program may be another than the tape's, with the counts of its trace."""
     first = work.round == 0
+    forget(settings.device)  # what microbenchmarks before it held
     found = visit(
         work.cell, settings.device, threads=settings.threads, warm_up=settings.warm_up, steps=settings.steps,
         whole=first,

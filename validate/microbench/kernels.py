@@ -69,6 +69,16 @@ def _pool(nbytes: float, dtype: str, device: str, positive: bool) -> Tensor:
     return some.to(TORCH_DTYPES[dtype]).repeat(max(1, int(nbytes / ITEMSIZE[dtype]) >> 20))
 
 
+def forget(device: str) -> None:
+    """Give back pools and results: what is measured next needs the memory, and must not find it held."""
+    _kept.clear()
+    _cursor.clear()
+    _touched.cache_clear()
+    _pool.cache_clear()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
 class Ring:
     """Copies of an operand; `ring[i]` is the copy of repeat i."""
 
