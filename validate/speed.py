@@ -67,7 +67,7 @@ def _timed(run: Callable[[], object], runs: int) -> float:
     return min(times)
 
 
-def measure() -> list[tuple[str, str, str, bool]]:
+def measure_promises() -> list[tuple[str, str, str, bool]]:
     """(what, measured, limit, met) of every promise."""
     cold = {command: _cold(arguments) for command, (arguments, _) in COLD.items()}
     architecture = architectures.from_config(architectures.load(MODEL))

@@ -99,8 +99,8 @@ class Bert(Architecture):
         batch, seq = ids.shape
         model.check_positions(seq)
         assert self.max_positions is not None
-        table = masks.table((1, self.max_positions))
-        position_ids = masks.table((1, seq))
+        table = masks.model_buffer((1, self.max_positions))
+        position_ids = masks.model_buffer((1, seq))
         types = expand(emit("gather", (table, position_ids), (1, seq), "i64"), (batch, seq))
         words = model.embedding("bert.embeddings.word_embeddings", self.vocab, self.hidden, ids)
         words = model.build.method.embedded(model, words)

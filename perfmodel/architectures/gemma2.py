@@ -65,7 +65,7 @@ class Gemma2(Llama):
         }
 
     def embed(self, model: Scope, ids: Tensor) -> Tensor:
-        return mul(super().embed(model, ids), masks.table((), model.dtype))
+        return mul(super().embed(model, ids), masks.model_buffer((), model.dtype))
 
     def activation(self, x: Tensor) -> Tensor:
         return gelu(x)  # its tanh form, one op of PyTorch as well

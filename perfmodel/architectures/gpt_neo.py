@@ -86,7 +86,7 @@ class GptNeo(Architecture):
         position_ids = masks.positions(seq)
         mask = masks.causal_mask(attention, seq, "eager", embedded.dtype, None, padded=setup.explicit_mask)
         located = model.embedding("transformer.wpe", self.max_positions, self.hidden, position_ids)
-        allowed = masks.table((1, 1, seq, attention.shape[1]), "bool")
+        allowed = masks.model_buffer((1, 1, seq, attention.shape[1]), "bool")
         hidden = model.layers(
             self.block, dropout(add(embedded, located), self.embedding_dropout), mask, allowed
         )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..program.dims import Dim, contiguous_strides, decide, product, same
 from ..tape.core import emit, record
-from ..tape.pointwise import add, cast, cat, compare, fill, mul, sub, unary, where
+from ..tape.pointwise import add, binary_bool, cast, cat, fill, mul, sub, unary, where
 from ..tape.shape import expand, unsqueeze, view
 from ..tape.tensor import Storage, Tensor
 
@@ -52,15 +52,17 @@ def causal_mask(
     keys = view(add(fill("arange", (length,), "i64"), 0), (1, 1, 1, length))
     mask: Tensor
     if window is None:
-        mask = compare("bitwise_and.Tensor", fill("new_ones", (), "bool", queries), compare("le.Tensor", keys, queries))
+        mask = binary_bool(
+            "bitwise_and.Tensor", fill("new_ones", (), "bool", queries), binary_bool("le.Tensor", keys, queries)
+        )
     else:
         outer, inner = (fill("new_ones", (), "bool", queries) for _ in range(2))
-        inside = compare("gt.Tensor", keys, sub(queries, window))
-        inside = compare("bitwise_and.Tensor", inner, inside)
-        inside = compare("bitwise_and.Tensor", inside, compare("le.Tensor", keys, queries))
-        mask = compare("bitwise_and.Tensor", outer, inside)
+        inside = binary_bool("gt.Tensor", keys, sub(queries, window))
+        inside = binary_bool("bitwise_and.Tensor", inner, inside)
+        inside = binary_bool("bitwise_and.Tensor", inside, binary_bool("le.Tensor", keys, queries))
+        mask = binary_bool("bitwise_and.Tensor", outer, inside)
     padding = emit("index.Tensor", (allowed, rows, keys), (batch, 1, 1, length), "bool")
-    mask = compare("bitwise_and.Tensor", mask, padding)
+    mask = binary_bool("bitwise_and.Tensor", mask, padding)
     mask = expand(mask, (batch, 1, seq, length))
     if implementation == "eager":
         mask = where(mask, fill("zeros", (), dtype), fill("scalar_tensor", (), dtype))
@@ -85,8 +87,8 @@ def bidirectional_mask(attention: Tensor, implementation: str, dtype: str, *, pa
     keys = view(add(fill("arange", (seq,), "i64"), 0), (1, 1, 1, seq))
     padding = emit("index.Tensor", (allowed, rows, keys), (batch, 1, 1, seq), "bool")
     every = fill("new_ones", (), "bool", queries)
-    mask = compare("bitwise_and.Tensor", every, emit("ge.Scalar", (queries,), queries.shape, "bool"))
-    mask = compare("bitwise_and.Tensor", mask, padding)
+    mask = binary_bool("bitwise_and.Tensor", every, emit("ge.Scalar", (queries,), queries.shape, "bool"))
+    mask = binary_bool("bitwise_and.Tensor", mask, padding)
     mask = expand(mask, (batch, 1, seq, seq))
     if implementation == "eager":
         mask = where(mask, fill("zeros", (), dtype), fill("scalar_tensor", (), dtype))
@@ -95,7 +97,7 @@ def bidirectional_mask(attention: Tensor, implementation: str, dtype: str, *, pa
 
 def rotary_tables(position_ids: Tensor, half: int, dtype: str) -> tuple[Tensor, Tensor]:
     """cos and sin of (1, seq, 2·half), computed in fp32."""
-    frequencies = table((half,), "fp32")
+    frequencies = model_buffer((half,), "fp32")
     at = cast(unsqueeze(position_ids, 2), "fp32")
     angles = mul(at, frequencies)
     angles = cat((angles, angles), -1)
@@ -103,6 +105,6 @@ def rotary_tables(position_ids: Tensor, half: int, dtype: str) -> tuple[Tensor, 
     return cast(cos, dtype), cast(sin, dtype)
 
 
-def table(shape: tuple[Any, ...], dtype: str = "i64") -> Tensor:
+def model_buffer(shape: tuple[Any, ...], dtype: str = "i64") -> Tensor:
     """A buffer of the model (position ids, frequencies): it is there before the step begins."""
     return Tensor(shape, dtype, contiguous_strides(shape), product(shape), Storage(0, None))

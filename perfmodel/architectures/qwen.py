@@ -90,7 +90,7 @@ class Qwen(Architecture):
             raise UserError(f"seq 1: {self.name} learns each token from the one before; use --seq 2 or more")
         fill("arange.start", (seq,), "i64")  # position ids, which nothing reads
         mask = _additive_mask(attention, setup.dtype)
-        tables = (masks.table((1, seq, 1, self.head_dim), "fp32") for _ in range(2))  # kept between steps
+        tables = (masks.model_buffer((1, seq, 1, self.head_dim), "fp32") for _ in range(2))  # kept between steps
         hidden = model.layers(self.block, embedded, mask, *tables)
         model.begin("head")
         hidden = model.norm("transformer.ln_f", hidden)

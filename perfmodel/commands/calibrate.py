@@ -34,9 +34,9 @@ def calibrate(
     off by more than 50 % nothing is written, and the exit code is 1.
     """
     try:
-        from validate.calibration.show_calibration import show
+        from validate.calibration.show_calibration import show_calibration
     except ImportError as error:
         raise extra(error) from None
     taking = QUICK if quick else seconds
-    written = show(device, name, threads=threads, seconds=taking, output=records, as_json=as_json)
+    written = show_calibration(device, name, threads=threads, seconds=taking, output=records, as_json=as_json)
     sys.exit(0 if written else 1)

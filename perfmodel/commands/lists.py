@@ -8,6 +8,7 @@ import click
 from .options import json_option, print_json
 
 Formats = dict[str, Callable[[Any], str]]
+HEADS = {"memory_bytes": "memory", "intermediate": "MLP"}  # where the names of the JSON would be too wide
 
 
 @click.command()
@@ -19,7 +20,7 @@ def models(as_json: bool) -> None:
 
     columns = ("model", "model_type", "layers", "hidden", "heads", "kv_heads", "intermediate", "vocab", "tied")
     formats: Formats = {"tied": lambda v: "yes" if v else "no", "vocab": units.count}
-    _list(listing.models(), columns, as_json, formats, left=2)
+    _list(listing.models(), columns, as_json, formats, left=(0, 1))
 
 
 @click.command()
@@ -31,7 +32,7 @@ def methods(name: str | None, as_json: bool) -> None:
 
     if name is None:
         columns = ("method", "trains", "adds", "source")
-        _list(listing.methods(), columns, as_json, {"source": _short}, left=4)
+        _list(listing.methods(), columns, as_json, {"source": _short}, left=range(4))
         if not as_json:
             click.echo("\nperfmodel methods NAME describes one and its options; numbers are arXiv's")
         return
@@ -63,7 +64,7 @@ def devices(as_json: bool) -> None:
         "measured": _measured,
     }  # fmt: skip
     columns = ("device", "memory_bytes", "memory_bandwidth", "bf16_flops", "fp32_flops", "measured")
-    _list(listing.devices(), columns, as_json, formats, left=1, text_last=True)
+    _list(listing.devices(), columns, as_json, formats, left=(0, 5))
 
 
 def _measured(origins: dict[str, str]) -> str:
@@ -73,20 +74,12 @@ def _measured(origins: dict[str, str]) -> str:
 
 
 def _list(
-    rows: list[dict[str, Any]],
-    columns: Sequence[str],
-    as_json: bool,
-    formats: Formats,
-    *,
-    left: int,
-    text_last: bool = False,
+    rows: list[dict[str, Any]], columns: Sequence[str], as_json: bool, formats: Formats, *, left: Sequence[int]
 ) -> None:
     if as_json:
         print_json(rows)
         return
-    from ..report.terminal import console, table
+    from ..report.plain import show, table
 
     cells = ([formats.get(c, str)(row[c]) for c in columns] for row in rows)
-    console.print(
-        table("", [c.removesuffix("_bytes").replace("_", " ") for c in columns], cells, left=left, text_last=text_last)
-    )
+    show(table([HEADS.get(c, c.replace("_", " ")) for c in columns], cells, left=left))

@@ -48,11 +48,11 @@ def sweep(
     if as_json and not output and len(planned) > PRINTED:
         raise UserError(f"{len(planned):,} rows are too many to print: give --output FILE")
     from ..report import heatmap
-    from ..report.sweeps import run, show_summary
+    from ..report.sweeps import run_sweep, show_summary
 
     if plot:
-        heatmap.check(planned, plot)
-    result = run(planned, output=output, keep_rows=as_json and output is None, keep_speedups=plot is not None)
+        heatmap.check_drawable(planned, plot)
+    result = run_sweep(planned, output=output, keep_rows=as_json and output is None, keep_speedups=plot is not None)
     if plot:
         heatmap.draw(planned, result.speedups, plot)
     if as_json:

@@ -52,15 +52,15 @@ def counts(grid: str, cuda_forward: bool, as_json: bool) -> None:
 @json_option
 def speed(as_json: bool) -> None:
     """Measure the speed promises: cold start, warm prediction, grids."""
-    from validate.speed import measure
+    from validate.speed import measure_promises
 
-    from ..report.terminal import console, table
+    from ..report.plain import show, table
 
-    columns, rows = ("what", "measured", "limit", "holds"), measure()
+    columns, rows = ("what", "measured", "limit", "holds"), measure_promises()
     if as_json:
         print_json([dict(zip(columns, row, strict=True)) for row in rows])
     else:
-        console.print(table("", (*columns[:3], ""), ((*r[:3], "ok" if r[3] else "missed") for r in rows)))
+        show(table((*columns[:3], ""), ((*r[:3], "ok" if r[3] else "missed") for r in rows), left=(0, 3)))
     sys.exit(0 if all(r[3] for r in rows) else 1)
 
 
@@ -90,10 +90,10 @@ def coverage(quick: bool, output: Path | None, as_json: bool) -> None:
     own default config; the tuners are put on a small Llama.
     """
     try:
-        from validate.oracle.show_coverage import show
+        from validate.oracle.show_coverage import show_coverage
     except ImportError as error:
         raise extra(error) from None
-    sys.exit(0 if show(quick=quick, output=output, as_json=as_json) else 1)
+    sys.exit(0 if show_coverage(quick=quick, output=output, as_json=as_json) else 1)
 
 
 @validate.command()
@@ -199,10 +199,10 @@ def engine(output: Path) -> None:
     The bundled figures are data/engines/deepspeed-zero3.toml.
     """
     try:
-        from validate.calibration.show_engine import show
+        from validate.calibration.show_engine import show_engine
     except ImportError as error:
         raise extra(error) from None
-    show(output)
+    show_engine(output)
 
 
 @validate.command()

@@ -162,7 +162,7 @@ def from_table(slug: str, table: Table, where: str) -> DeviceProfile:
         provenance={b: x.provenance for b, x in blocks.items()},
         residuals={b: x.residuals for b, x in blocks.items()},
         fitted={b: x.origin for b, x in blocks.items()},
-        sources={k: str(v) for k, v in toml.table(table, "source", where).items()} if "source" in table else {},
+        sources={k: str(v) for k, v in toml.subtable(table, "source", where).items()} if "source" in table else {},
         host=toml.text(table, "host", where) if "host" in table else "default",
         cpu=_cpu_kernels(blocks) if on_cpu else None,
     )
@@ -188,7 +188,7 @@ def _identity(table: Table, where: str) -> tuple[str, str, str, Hardware, str]:
     capability = toml.text(table, "compute_capability", where) if kind == "cuda" else ""
     if kind == "cuda" and not (capability.isascii() and capability.replace(".", "", 1).isdigit()):
         raise UserError(f"{where}: compute_capability must be a version such as '8.6', got {capability!r}")
-    hardware = _hardware(toml.table(table, "datasheet", where), f"{where}: [datasheet]")
+    hardware = _hardware(toml.subtable(table, "datasheet", where), f"{where}: [datasheet]")
     return kind, architecture, capability, hardware, _family(kind, architecture, capability, hardware, where)
 
 
@@ -223,8 +223,8 @@ def _find(tables: Any, path: str) -> Any:
 def _parse(kind: type[P], table: Any, where: str) -> _Block[P]:
     if not isinstance(table, dict):
         raise UserError(f"{where} must be a table")
-    parameters = toml.parameters(kind, toml.table(table, "parameters", where), f"{where} parameters")
-    residual = toml.table(table, "residuals", where)
+    parameters = toml.parameters(kind, toml.subtable(table, "parameters", where), f"{where} parameters")
+    residual = toml.subtable(table, "residuals", where)
     rows = toml.number(table, "rows_fitted", where, whole=True)
     for key in ("source", "date"):
         toml.text(table, key, where)

@@ -56,7 +56,7 @@ def parameters(kind: type[P], table: Table, where: str) -> P:
     return kind(**values)
 
 
-def table(values: Table, key: str, where: str) -> Table:
+def subtable(values: Table, key: str, where: str) -> Table:
     """The table under a key."""
     found = values.get(key)
     if not isinstance(found, dict):
@@ -93,7 +93,7 @@ def pairs(values: Table, key: str, where: str) -> tuple[tuple[int, Any], ...]:
 
 def figures(values: Table, key: str, names: Iterable[str], where: str) -> dict[str, float]:
     """The table of numbers under a key, with exactly these names; a newer kind of a CPU's work may go as a like one."""
-    found = table(values, key, where)
+    found = subtable(values, key, where)
     inside = f"{where}: {key}"
     no_others(found, names, inside)
     for kind, like in LIKE.items():

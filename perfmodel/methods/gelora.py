@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from ..architectures.base import Build, Scope
-from ..architectures.masks import table
+from ..architectures.masks import model_buffer
 from ..errors import UserError
 from ..tape.core import new_tensor, tape
 from ..tape.tensor import Tensor
@@ -82,7 +82,7 @@ class GeLora(Targeted):
         build = Build(architecture, Method(architecture=architecture), setup, {})
         tape().begin("inputs", "forward")
         with tape().autocasting():
-            architecture.forward(Scope(build), *(table((BATCH, setup.seq)) for _ in range(3)))
+            architecture.forward(Scope(build), *(model_buffer((BATCH, setup.seq)) for _ in range(3)))
         for part in tape().parts:
             part.repeat *= -(-self.samples // BATCH)
         with layers_alike("intrinsic dimension", architecture.layers + 1):

@@ -153,7 +153,7 @@ def _besides(step: Step, work: Periodic, capability: str) -> PeriodicOps:
 def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
     """Raise `UserError` where the setup's kernels or attention do not fit the model."""
     if setup.engine != "torch":
-        zero.check(setup, method)
+        zero.check_zero3(setup, method)
     if setup.attention not in architecture.traits.attention:
         has = " or ".join(architecture.traits.attention)
         raise UserError(f"attention {setup.attention}: the program of {architecture.name} has {has} only; use {has}")
@@ -220,9 +220,9 @@ def _backward_start(tape: Tape) -> Part:
 
 
 def _input(shape: tuple[Dim, ...]) -> Tensor:
-    from ..architectures.masks import table
+    from ..architectures.masks import model_buffer
 
-    return table(shape)
+    return model_buffer(shape)
 
 
 def record_update(step: Step, tape: Tape) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import UserError
 from ..methods.parts.base import Method
 from ..optimizers import Update
-from ..optimizers.parts.ops import in_place, new, read
+from ..optimizers.parts.ops import in_place, new, read_item
 from ..optimizers.parts.update import Parameters, existing, gradient, runs
 from ..program.dims import Dim, decide
 from ..program.op import Attrs
@@ -41,7 +41,7 @@ CHECKS = (  # calls on scalars that check and combine norms (`get_grad_norm_dire
 CLIPPING = ("div.Tensor", "add.Tensor", "div.Tensor", "clamp", "mul.Tensor", "reciprocal", "mul.Tensor")
 
 
-def check(setup: Setup, method: Method) -> None:
+def check_zero3(setup: Setup, method: Method) -> None:
     """Raise `UserError` where setup or method are not modelled under the engine."""
     if setup.compile != "none" or setup.cuda_graphs:
         raise UserError(f"engine {setup.engine} is modelled in eager mode: leave out --compile and --cuda-graphs")
@@ -116,7 +116,7 @@ def _norm(parameters: Parameters) -> None:
     norm = existing((), "fp64")
     for name in CHECKS:
         in_place(name, norm)
-    read(norm)
+    read_item(norm)
 
 
 def _sub_group(update: Update, elements: Dim, dtype: str, *, clips: bool) -> None:

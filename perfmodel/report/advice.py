@@ -42,7 +42,7 @@ def show_advice(a: Advice) -> None:
         show("\n" + table(("each by itself", *COLUMNS), [_after(c) for c in gains]))
     if len(a.front) > 1:
         heads = ("step", "peak", "trains", "time against memory")
-        show("\n" + table(heads, [_candidate(c) for c in a.front[:SHOWN]], left=(3,), long_last=True))
+        show("\n" + table(heads, [_candidate(c) for c in a.front[:SHOWN]], left=(3,)))
     if any(not c.after.fits for c in [*a.path, *gains]):
         show("* does not fit", dim=True)
     kind = "all combinations" if a.exhaustive else "one knob turned at a time from where you are"

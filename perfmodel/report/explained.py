@@ -5,7 +5,7 @@ from ..questions.anatomy import Phase
 from ..questions.explanation import Explanation
 from .crossings import in_words
 from .figures import headline, phase_table
-from .plain import paragraph, show, table
+from .plain import notes, paragraph, show, table
 
 BAR = 12  # characters of the longest bar
 SMALL = 0.002  # of the longer step: parts that change by less are summed up
@@ -26,8 +26,7 @@ def show_explanation(e: Explanation) -> None:
         show("\nwhere the verdict turns (5 % either way is the same)")
     for crossover in e.crossovers:
         show(paragraph(f"  {in_words(crossover, e.labels)}", indent="    "))
-    for note in dict.fromkeys([*e.a.notes, *e.b.notes]):
-        show(paragraph(f"note: {note}"), dim=True)
+    notes(dict.fromkeys([*e.a.notes, *e.b.notes]))
 
 
 def _waterfall(e: Explanation) -> str:

@@ -13,7 +13,7 @@ MOST_PANELS, MOST_NUMBERS, MOST_TICKS = 12, 80, 8  # panels; cells with a number
 FORMATS = (".png", ".svg", ".pdf")
 
 
-def check(planned: Sweep, path: Path) -> None:
+def check_drawable(planned: Sweep, path: Path) -> None:
     """Whether a picture can be drawn at all, before anything is computed for it.
 
     Raises:

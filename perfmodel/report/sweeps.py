@@ -6,22 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
+from click import style
 
 from .. import units
 from ..questions.speedup import verdict
 from ..questions.sweeps import Columns, Sweep
 from .files import records, rows_to
+from .plain import paragraph, show, table
 from .progress import progress
-from .terminal import console, table
 
 Key = tuple[str, str]  # device, method as one gives it to predict
 MATRIX = (16, 7)  # batches and lengths that fit a terminal of 80 columns
 COLUMNS_EXPLAINED = (
-    "[dim]faster, slower, fits: share of the setups; speed-up: lowest to highest; tok/s: the most of those that fit, "
-    "and its batch x seq[/]\n"
+    "faster, slower, fits: share of the setups; speed-up: lowest to highest; tok/s: the most of those that fit, "
+    "and its batch x seq"
 )
-COLORS = {"faster": "green", "slower": "red", "same": "default"}
+COLORS = {"faster": "green", "slower": "red", "same": None}
 
 
 @dataclass
@@ -74,7 +74,7 @@ class FinishedSweep:
         return {"baseline": self.baseline, "summary": summary, "rows": rows}
 
 
-def run(planned: Sweep, *, output: Path | None, keep_rows: bool, keep_speedups: bool) -> FinishedSweep:
+def run_sweep(planned: Sweep, *, output: Path | None, keep_rows: bool, keep_speedups: bool) -> FinishedSweep:
     """Predict every block: rows to a file, figures to the summary.
 
     Args:
@@ -122,25 +122,20 @@ def plane(planned: Sweep, blocks: list[Columns], name: str) -> np.ndarray:
 
 def show_summary(planned: Sweep, outcome: FinishedSweep) -> None:
     """Where each method pays, the best setup of each, and the speed-ups themselves where the grid is small."""
-    console.print(
-        f"[bold]{escape(planned.model)}[/]: {len(planned):,} setups, {_span('batch', planned.batch)}, "
-        f"{_span('seq', planned.seq)}; speed-up over {escape(outcome.baseline)}\n"
-    )
+    grid = f"{len(planned):,} setups, {_span('batch', planned.batch)}, {_span('seq', planned.seq)}"
+    show(paragraph(f"{style(planned.model, bold=True)}: {grid}; speed-up over {outcome.baseline}") + "\n")
     columns = ("", "faster", "slower", "speed-up", "fits", "tok/s", "at best")
     for on in planned.devices:
         rows = [_row(m, s, outcome) for (d, m), s in outcome.summaries.items() if d == on.slug]
-        console.print(f"on [bold]{escape(on.slug)}[/]")
-        console.print(table("", columns, rows))
-        console.print()
-    console.print(COLUMNS_EXPLAINED)
+        show(f"on {style(on.slug, bold=True)}\n{table(columns, rows)}\n")
+    show(paragraph(COLUMNS_EXPLAINED) + "\n", dim=True)
     if _fits_terminal(planned):
         for (device, method), blocks in outcome.speedups.items():
             if method != outcome.baseline:
-                console.print(f"[bold]{escape(method)}[/] on [bold]{escape(device)}[/]: speed-up (* does not fit)")
-                console.print(_matrix(planned, blocks))
-                console.print()
+                where = f"{style(method, bold=True)} on {style(device, bold=True)}"
+                show(f"{where}: speed-up (* does not fit)\n{_matrix(planned, blocks)}\n")
     if outcome.output:
-        console.print(f"{len(planned):,} rows in {escape(str(outcome.output))}")
+        show(f"{len(planned):,} rows in {outcome.output}")
 
 
 def _row(method: str, s: SweepSummary, outcome: FinishedSweep) -> list[str]:
@@ -158,13 +153,12 @@ def _span(name: str, values: np.ndarray) -> str:
     return f"{name} {values[0]}" + (f"-{values[-1]}" if len(values) > 1 else "")
 
 
-def _matrix(planned: Sweep, blocks: list[Columns]) -> Any:
+def _matrix(planned: Sweep, blocks: list[Columns]) -> str:
     ratios, fits = plane(planned, blocks, "speedup"), plane(planned, blocks, "fits")
     rows = []
     for i, batch in enumerate(planned.batch):
         cells = []
         for ratio, fit in zip(ratios[i], fits[i], strict=True):
-            color = COLORS[verdict(ratio)]
-            cells.append(f"[{color}]{ratio:.2f}{' ' if fit else '*'}[/]")
+            cells.append(style(f"{ratio:.2f}", fg=COLORS[verdict(ratio)]) + (" " if fit else "*"))
         rows.append([str(batch), *cells])
-    return table("", ("batch \\ seq", *map(str, planned.seq)), rows)
+    return table(("batch \\ seq", *map(str, planned.seq)), rows)

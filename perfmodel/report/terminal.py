@@ -1,12 +1,9 @@
-"""Tables for the terminal (Rich)."""
+"""What `predict`, `compare` and `methods NAME` show in the terminal."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
+from click import style
 
 from .. import units
 from ..methods.parts.periodic import PeriodicCost
@@ -15,44 +12,17 @@ from ..program.part import PHASES
 from ..questions.comparison import Comparison
 from ..questions.sentences import in_words
 from .figures import FigureCell, figures, headline, mfu_of, setup_line
+from .plain import notes, paragraph, show, table
 
-console = Console(highlight=False)
 COLUMNS = (*PHASES, "total")
 PER_TABLE = 4  # methods side by side in a terminal of 80 columns
 
 
-def table(
-    title: str, columns: Sequence[str], rows: Iterable[Iterable[Any]], *, left: int = 1, text_last: bool = False
-) -> Table:
-    """A plain table; the first `left` columns are text, the others numbers, the last long text if it is `text_last`.
-
-    Where the terminal is narrow, text and heads wrap; numbers and the first of several columns of text do not.
-    """
-    lines = [[str(cell) for cell in row] for row in rows]
-    made = Table(
-        title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
-    )
-    for i, name in enumerate(columns):
-        is_text = i < left or (text_last and i == len(columns) - 1)
-        longest = max((Text.from_markup(line[i]).cell_len for line in lines), default=0)
-        made.add_column(
-            name,
-            justify="left" if is_text else "right",
-            overflow="fold",
-            no_wrap=i == 0 and is_text and (left > 1 or text_last),
-            min_width=None if is_text else longest,
-        )
-    for line in lines:
-        made.add_row(*line)
-    return made
-
-
 def show_prediction(p: Prediction) -> None:
     """One prediction: phases, then memory, then notes."""
-    console.print(
-        f"[bold]{escape(p.method)}[/] on [bold]{escape(p.model)}[/], {escape(p.device)}: {setup_line(p.setup)}"
-    )
-    console.print(
+    method, model = style(p.method, bold=True), style(p.model, bold=True)
+    show(paragraph(f"{method} on {model}, {p.device}: {setup_line(p.setup)}"))
+    show(
         f"{units.count(p.trainable_params)} of {units.count(p.total_params)} parameters train "
         f"({100 * p.trainable_params / p.total_params:.2f} %)\n"
     )
@@ -63,23 +33,28 @@ def show_prediction(p: Prediction) -> None:
         ["kernels", *(f"{p.kernels[c]:,}" for c in COLUMNS)],
         ["ATen calls", *(f"{p.dispatches[c]:,}" for c in COLUMNS)],
     ]
-    console.print(table("", ("", *COLUMNS), rows))
+    show(table(("", *COLUMNS), rows))
     t = p.time
-    console.print(
-        f"\nstep {units.seconds(t.phases['total'])} [{units.seconds(t.low)} - {units.seconds(t.high)}], device busy "
-        f"{units.seconds(t.device_busy)}, waiting for the host {units.percent(t.launch_bound_share)} of the time"
+    show(
+        "\n"
+        + paragraph(
+            f"step {units.seconds(t.phases['total'])} [{units.seconds(t.low)} - {units.seconds(t.high)}], device busy "
+            f"{units.seconds(t.device_busy)}, waiting for the host {units.percent(t.launch_bound_share)} of the time"
+        )
     )
     m = p.memory
-    console.print(
-        f"peak memory [bold]{units.nbytes(m.peak)}[/] = weights {units.nbytes(m.weights)} + gradients "
-        f"{units.nbytes(m.gradients)} + optimizer {units.nbytes(m.optimizer)} + activations and temporaries "
-        f"{units.nbytes(m.activations)}; {'fits' if p.fits else '[red]does not fit[/]'}"
+    fits = "fits" if p.fits else style("does not fit", fg="red")
+    show(
+        paragraph(
+            f"peak memory {style(units.nbytes(m.peak), bold=True)} = weights {units.nbytes(m.weights)} + gradients "
+            f"{units.nbytes(m.gradients)} + optimizer {units.nbytes(m.optimizer)} + activations and temporaries "
+            f"{units.nbytes(m.activations)}; {fits}"
+        )
     )
     for cost in p.periodic:
-        console.print(periodic_line(cost))
+        show(paragraph(periodic_line(cost)))
     if p.choices:
-        console.print()
-        console.print(choices_table(p.choices))
+        show("\n" + choices_table(p.choices))
     notes(p.notes)
 
 
@@ -92,7 +67,7 @@ def periodic_line(cost: PeriodicCost) -> str:
     return f"every {cost.every} steps: {work} ({traffic}), {units.seconds(cost.seconds_per_step)} a step on average"
 
 
-def choices_table(choices: Sequence[dict[str, Any]]) -> Table:
+def choices_table(choices: Sequence[dict[str, Any]]) -> str:
     """Orders that a method chose for its layers: the cost of each, and the best order of another cost."""
     timed = choices[0]["forward_seconds"] is not None
     rows = []
@@ -102,7 +77,7 @@ def choices_table(choices: Sequence[dict[str, Any]]) -> Table:
             costs = c[f"{phase}_{'seconds' if timed else 'flops'}"]
             rows[-1] += _why(c[phase], costs, units.seconds if timed else units.count)
     title = f"orders of the products, chosen by {'predicted time' if timed else 'FLOPs'}"
-    return table(title, ("layer", "copies", "n x m", "forward", "next", "backward", "next"), rows)
+    return table(("layer", "copies", "n x m", "forward", "next", "backward", "next"), rows, title=title)
 
 
 def _why(chosen: int, costs: dict[int, float], show: Callable[[float], str]) -> list[str]:
@@ -114,38 +89,29 @@ def _why(chosen: int, costs: dict[int, float], show: Callable[[float], str]) -> 
 
 def show_method(row: dict[str, Any]) -> None:
     """One method: what it is, where it comes from, and its options."""
-    console.print(f"[bold]{row['method']}[/]: trains {row['trains']}; adds {row['adds']}\n")
-    for paragraph in row["description"].split("\n\n"):
-        console.print(escape(" ".join(paragraph.split())) + "\n")
-    console.print(f"[dim]{row['source']}[/]")
+    show(paragraph(f"{style(row['method'], bold=True)}: trains {row['trains']}; adds {row['adds']}") + "\n")
+    for part in row["description"].split("\n\n"):
+        show(paragraph(" ".join(part.split())) + "\n")
+    show(row["source"], dim=True)
     if row["options"]:
-        console.print()
-        console.print(table("", ("option", ""), ((o, escape(text)) for o, text in row["options"].items()), left=2))
-
-
-def notes(told: Iterable[str]) -> None:
-    """Notes below a result."""
-    for note in told:
-        console.print(f"[dim]note: {escape(note)}[/]")
+        show("\n" + table(("option", ""), row["options"].items(), left=(0, 1)))
 
 
 def show_comparison(c: Comparison) -> None:
     """The answer in words, then a column a method; the best value of a row is marked."""
     for speedup in c.speedups:
-        console.print(f"[bold]{escape(speedup.answer)}[/]")
-    console.print(f"{escape(headline(c.predictions[0]))}\n")
+        show(paragraph(speedup.answer), bold=True)
+    show(paragraph(headline(c.predictions[0])) + "\n")
     rows = figures(c)
     for start in range(0, len(c.predictions), PER_TABLE):
         which = slice(start, start + PER_TABLE)
         shown = [[row.name, *(_marked(cell) for cell in row.cells[which])] for row in rows]
-        console.print(table("", ("", *(escape(in_words(p)) for p in c.predictions[which])), shown))
+        show(table(("", *(in_words(p) for p in c.predictions[which])), shown))
     for p in c.predictions:
         for cost in p.periodic:
-            console.print(f"{escape(p.method)}, {periodic_line(cost)}")
-    console.print(
-        "[dim]in brackets the 90 % interval; * best of those that fit; launch-bound: share of the step that waits for "
-        f"the host; {mfu_of(c.predictions[0])}[/]"
-    )
+            show(paragraph(f"{p.method}, {periodic_line(cost)}"))
+    told = "in brackets the 90 % interval; * best of those that fit; launch-bound: share of the step that waits for "
+    show(paragraph(f"{told}the host; {mfu_of(c.predictions[0])}"), dim=True)
     notes(dict.fromkeys(note for p in c.predictions for note in p.notes))
 
 

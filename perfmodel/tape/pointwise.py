@@ -242,7 +242,7 @@ def unary(name: str, x: Tensor) -> Tensor:
     return _elementwise(name, (x,))
 
 
-def compare(name: str, a: Tensor, b: Tensor) -> Tensor:
+def binary_bool(name: str, a: Tensor, b: Tensor) -> Tensor:
     """An elementwise comparison or boolean op."""
     return _elementwise(name, (a, b), dtype="bool")
 

@@ -97,7 +97,7 @@ def of_method(
         UserError: anything that cannot be satisfied, in one line.
     """
     known, adapt = adapters.of_method(config, method)
-    return build(config, setup, adapt, known, *_dispatch(on))
+    return build_traced(config, setup, adapt, known, *_dispatch(on))
 
 
 def of_peft(
@@ -105,7 +105,7 @@ def of_peft(
 ) -> tuple[Step, Whole]:
     """As `of_method`, of the values of an adapter_config.json."""
     label = str(values["peft_type"]).lower()
-    return build(config, setup, adapters.of_peft(values), TracedMethod(label=label), *_dispatch(on))
+    return build_traced(config, setup, adapters.of_peft(values), TracedMethod(label=label), *_dispatch(on))
 
 
 def _dispatch(on: DeviceProfile | None) -> tuple[str, str]:
@@ -151,7 +151,7 @@ def how(made: Whole) -> str:
     )
 
 
-def build(
+def build_traced(
     config: Config, setup: Setup, adapt: Adapt, method: Method, kind: str, capability: str = "8.0"
 ) -> tuple[Step, Whole]:
     """The Step of the real program of a config, and how it was traced.
@@ -166,7 +166,7 @@ def build(
     family, _ = programs.family_of(config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's and transformers' remarks on random weights
-        base = programs.build(config, setup)
+        base = programs.build_model(config, setup)
         names = frozenset(name for name, _ in base.named_parameters())
         model = adapt(base)
         prepare(model, setup)

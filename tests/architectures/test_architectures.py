@@ -185,7 +185,7 @@ def test_a_variant_that_runs_another_program_is_mirrored_or_refused(name: str, c
         from_config(config)
     except UserError:
         return
-    assert counts.compare(cases.Case(config, "full", setup_of(name, batch=2, seq=9))).differences == []
+    assert counts.compare_case(cases.Case(config, "full", setup_of(name, batch=2, seq=9))).differences == []
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -45,7 +45,7 @@ def timed() -> tuple[hosts.Timed, ...]:
 
 def test_what_no_program_holds_stays_the_defaults_and_is_named(tmp_path: Path) -> None:
     """Hooks of an engine once came out as 0.1 s each, so that a small step was predicted to take a minute."""
-    found, default = hosts.fit(timed()), host_files.load()
+    found, default = hosts.fit_host(timed()), host_files.load()
     unmeasured = {"launch_call", "launch", "graph_launch", "compiled_kernel", "compiled_graph", "guard"}
     assert set(found.doubts.kept) == unmeasured | {"fetch", "release", "reduce", "settle"}
     assert all(getattr(found.host, name) == getattr(default, name) for name in found.doubts.kept)
@@ -62,14 +62,14 @@ def test_what_no_program_holds_stays_the_defaults_and_is_named(tmp_path: Path) -
 
 def test_a_cost_that_goes_to_its_bound_is_named() -> None:
     """A floor that the microbenchmarks give must not pass for a measurement of real steps."""
-    found = hosts.fit(timed(), least={"module": 80e-6})
+    found = hosts.fit_host(timed(), least={"module": 80e-6})
     assert "module" in found.doubts.at_bound
     assert found.host.module == pytest.approx(80e-6)
 
 
 def test_programs_left_out_judge_the_fit() -> None:
     """An error on what was fitted alone says little: every fifth program is predicted without having been seen."""
-    found = hosts.fit(timed())
+    found = hosts.fit_host(timed())
     assert (len(found.fitted), len(found.left_out)) == (29, 7)
     assert not {t.name for t in found.fitted} & {t.name for t in found.left_out}
     errors = verify.of_programs(found)
@@ -96,7 +96,7 @@ def test_a_fit_that_predicts_nothing_is_not_written(
         monkeypatch.setattr(verify, "of_steps", lambda *arguments: verify.Errors.of([0.1]))
         monkeypatch.setattr(hosts, "kernel_seconds", lambda step, on: dict.fromkeys(hosts.PHASES, 0.0))
     ready: Any = iter(timed())
-    monkeypatch.setattr(hosts, "measure", lambda *program: next(ready))
+    monkeypatch.setattr(hosts, "time_program", lambda *program: next(ready))
     monkeypatch.setattr(hosts, "lsq_linear", lambda a, b, bounds: SimpleNamespace(x=0.1 * np.ones(a.shape[1])))
     monkeypatch.setenv("PERFMODEL_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)

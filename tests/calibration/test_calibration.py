@@ -51,7 +51,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_the_fit_of_products_finds_what_made_the_timings(measured: list[dict[str, Any]]) -> None:
     """Shares of the peak and packing must be told apart, in every regime, or other shapes are priced wrongly."""
-    found = fit.gemm(fit.rows(measured), "fp32", BOX, "")
+    found = fit.gemm(fit.cpu_rows(measured), "fp32", BOX, "")
     p = found.parameters
     assert isinstance(p, cpu.CpuGemmParameters)
     assert dict(p.efficiency) == pytest.approx(dict(GEMM.efficiency), rel=0.15)
@@ -61,7 +61,7 @@ def test_the_fit_of_products_finds_what_made_the_timings(measured: list[dict[str
 
 def test_the_fit_of_attention_finds_what_made_the_timings(measured: list[dict[str, Any]]) -> None:
     """A score's exponential and its products grow alike but for the head size."""
-    found = fit.attention(fit.rows(measured), BOX, "")
+    found = fit.attention(fit.cpu_rows(measured), BOX, "")
     p = found.parameters
     assert isinstance(p, cpu.CpuAttentionParameters)
     names = (
@@ -81,7 +81,7 @@ def test_the_fit_of_attention_finds_what_made_the_timings(measured: list[dict[st
 
 def test_the_fit_of_streams_finds_what_made_the_timings(measured: list[dict[str, Any]]) -> None:
     """Bandwidth, floors and clocks of each kind decide every step that is not all products."""
-    found = fit.stream(fit.rows(measured), BOX, "")
+    found = fit.stream(fit.cpu_rows(measured), BOX, "")
     p = found.parameters
     assert isinstance(p, cpu.CpuStreamParameters)
     assert p.stream == pytest.approx(STREAM.stream, rel=0.1)
@@ -96,7 +96,7 @@ def test_one_disturbed_row_does_not_move_a_fit(measured: list[dict[str, Any]]) -
     disturbed = json.loads(json.dumps(measured))
     for r in [r for r in disturbed if r["kind"] == "microbench" and r["case"]["block"] == "gemm"][::17]:
         r["seconds"]["median"] *= 10
-    p = fit.gemm(fit.rows(disturbed), "fp32", BOX, "").parameters
+    p = fit.gemm(fit.cpu_rows(disturbed), "fp32", BOX, "").parameters
     assert isinstance(p, cpu.CpuGemmParameters)
     assert p.efficiency["tn"] == pytest.approx(GEMM.efficiency["tn"], rel=0.05)
 
@@ -183,7 +183,7 @@ def test_every_case_runs_on_the_cpu() -> None:
         for case in cases:
             key = (case.op, case.dtype, case.layout, case.backward)
             smallest[key] = min(smallest.get(key, case), case, key=lambda c: int(np.prod([v for _, v in c.sizes] or 1)))
-    found = run.run({"all": list(smallest.values())}, "cpu", watch, 60.0)
+    found = run.run_blocks({"all": list(smallest.values())}, "cpu", watch, 60.0)
     assert len(found) == len(smallest)
     assert all(r["seconds"]["least"] > 0 for r in found if r["case"]["op"] != "dispatch")
 
@@ -203,7 +203,7 @@ def test_a_short_calibration_makes_a_device(home: Path, monkeypatch: pytest.Monk
     arguments = ["calibrate", "--device", "cpu", "--threads", "1", "--seconds", "5", "--records", str(kept)]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    assert {r["kind"] for r in records.read(kept)} == {"environment", "microbench"}
+    assert {r["kind"] for r in records.read_records(kept)} == {"environment", "microbench"}
     step = predict("gpt2", "full", device="mine", batch=1, seq=32, dtype="fp32")
     assert 0.01 < step.time.phases["total"] < 60
     assert not list(home.rglob("*.part"))

@@ -24,7 +24,7 @@ SLOWER = 3.0  # the host that is measured
 
 
 def rows() -> list[engine.EngineRow]:
-    """What `measure` would give on a host three times as slow as the default one, with these costs."""
+    """What `time_programs` would give on a host three times as slow as the default one, with these costs."""
     found, by = [], host.load()
     architecture = from_config(Config({**SMALL["llama"], "num_hidden_layers": 4}, "llama", "llama"))
     for method, checkpoint in engine.programs():
@@ -47,7 +47,7 @@ def rows() -> list[engine.EngineRow]:
 def test_costs_come_back_whatever_the_machine_is_like(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured on a slow CPU, they hold for a fast one: they are in modules of the host. The file is read back."""
     made = rows()
-    found, error = engine.fit(made)
+    found, error = engine.fit_engine(made)
     assert found == pytest.approx(COSTS, rel=1e-6)
     assert error < 1e-6
     assert engine.slowness(made) == pytest.approx(SLOWER)

@@ -50,7 +50,7 @@ def test_known_host_costs_come_back_and_errors_are_on_groups_left_out(tmp_path: 
 
 def test_groups_are_never_split(tmp_path: Path) -> None:
     """A group shares its base products: half of it in the fit would flatter the half that is left out."""
-    found = refit.check([written(tmp_path / "r.jsonl")], device=DEVICE["cpu"]).outcomes
+    found = refit.check_records([written(tmp_path / "r.jsonl")], device=DEVICE["cpu"]).outcomes
     fit, held = (
         {o.measured.cell.group for o in part} for part in refit.split(found)
     )  # fmt: skip

@@ -28,7 +28,7 @@ from validate.calibration import calibrate, hosts
 from validate.campaign import finish, ledger, plan, run, tables, work
 from validate.campaign.worker import Late, Worker, attempted
 from validate.checking import tables as checked
-from validate.checking.check import check
+from validate.checking.check import check_records
 from validate.measuring import isolate, records
 from validate.microbench import designs
 
@@ -43,7 +43,7 @@ from validate.campaign import plan, run
 from validate.measuring.run import load_modules
 
 torch.set_num_threads(1)
-chosen, records = plan.load(Path(sys.argv[1]), "cpu"), Path(sys.argv[2]) / "records.jsonl"
+chosen, records = plan.load_plan(Path(sys.argv[1]), "cpu"), Path(sys.argv[2]) / "records.jsonl"
 units = chosen.units("cpu", profile.load("cpu-epyc-genoa-2c"))
 load_modules([u.work.cell for u in units if isinstance(u.work, plan.Visit)])
 moments = random.Random(0)
@@ -54,7 +54,7 @@ def text():
 for number in range(int(sys.argv[3])):
     before, child = text(), os.fork()
     if child == 0:
-        run.run(chosen, "cpu", records.parent, 600.0, threads=1)
+        run.run_campaign(chosen, "cpu", records.parent, 600.0, threads=1)
         os._exit(0)
     while text() == before and os.waitpid(child, os.WNOHANG) == (0, 0):
         time.sleep(0.01)
@@ -96,7 +96,7 @@ def test_a_campaign_that_is_killed_at_any_moment_loses_doubles_and_tears_no_reco
     found = whole_lines(text)
     units = Counter(r["unit"] for r in found if "unit" in r)
     assert set(units.values()) == {1}
-    expected = {u.id for u in plan.load(planned, "cpu").units("cpu", CPU)}
+    expected = {u.id for u in plan.load_plan(planned, "cpu").units("cpu", CPU)}
     assert set(units) == expected
     summary = json.loads(done.stdout)
     assert summary["units"] == {"done": len(expected) - 1, "all": len(expected)}  # the package is still missing
@@ -130,7 +130,7 @@ class Fake:
         monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: self.now, time=lambda: self.now))
 
     def run(self, planned: Path, folder: Path, seconds: float = 600.0) -> run.Ran:
-        return run.run(plan.load(planned, "cpu"), "cpu", folder, seconds, threads=1)
+        return run.run_campaign(plan.load_plan(planned, "cpu"), "cpu", folder, seconds, threads=1)
 
 
 @cache
@@ -152,7 +152,7 @@ def measured(thing: Any) -> dict[str, Any]:
         dispatched, kernels = hosts.dispatched(step, host_files.load()), hosts.kernel_seconds(step, box())
         return {"kind": "host", "program": program, "seconds": {p: dispatched[p] + kernels[p] for p in kernels}}
     took = DISPATCH + seconds_of(thing)
-    return {"kind": "microbench", "case": thing.as_dict(), "seconds": {"least": took, "quartile": took}}
+    return {"kind": "microbench", "case": thing.as_dict(), "seconds": {"least": took, "quartile": took, "median": took}}
 
 
 def test_the_page_and_the_summary_say_what_check_says(
@@ -169,7 +169,7 @@ def test_the_page_and_the_summary_say_what_check_says(
     assert summary == json.loads((folder / "summary.json").read_text())
     assert summary["missing"] == []
     fitted = {"device": str(folder / "device.toml"), "host": str(folder / "host.toml")}
-    report = check([folder / "records.jsonl"], **fitted)
+    report = check_records([folder / "records.jsonl"], **fitted)
     assert summary["check"] == json.loads(json.dumps(report.as_dict()))
     assert len(report.outcomes) == 2
     page = (folder / "page.html").read_text()
@@ -204,7 +204,7 @@ def test_calls_go_on_where_the_last_one_stopped(tmp_path: Path, planned: Path, m
     once = Fake(monkeypatch, measured).run(planned, tmp_path / "d", 21.0)
     assert 50 < done(calls[0]) < done(calls[1]) < done(calls[2]) < len(once.units)
     assert abs(done(calls[2]) - done(once)) <= 3
-    found = records.read(tmp_path / "c" / run.FILE)
+    found = records.read_records(tmp_path / "c" / run.FILE)
     assert found == [{"schema": 1, **r} for r in calls[2].ledger.records]
     assert set(Counter(r["unit"] for r in found if "unit" in r).values()) == {1}
     assert run.NO_TIME in calls[2].open.values()
@@ -251,7 +251,7 @@ def test_units_that_fail_are_records_and_the_rest_goes_on(
         return measured(thing)
 
     ran = Fake(monkeypatch, fails).run(planned, tmp_path / "c")
-    found = records.read(tmp_path / "c" / run.FILE)
+    found = records.read_records(tmp_path / "c" / run.FILE)
     told = {r["unit"]: (r["kind"], r["status"], r["message"]) for r in found if "status" in r}
     full, lora = (told[u.id] for u in ran.units if u.stage == "steps")
     assert full[:2] == lora[:2] == ("visit", "error")

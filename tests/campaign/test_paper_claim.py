@@ -46,7 +46,9 @@ def test_a_verdict_that_is_wrong_ends_with_1(
     visits[1]["seconds"] = {k: v[:1] for k, v in visits[1]["seconds"].items()}
     plan = run.MeasuringPlan(Grid("by hand", (), 1, 1, 1), "cpu", 1)
     monkeypatch.setattr(run, "plan", lambda *args, **options: plan)
-    monkeypatch.setattr(run, "measure", lambda plan, output, progress: records.append(output, environment(), *visits))
+    monkeypatch.setattr(
+        run, "measure_cells", lambda plan, output, progress: records.append(output, environment(), *visits)
+    )
     done = called("--device", "cpu", "--profile", DEVICE["cpu"], "--output", tmp_path / "r.jsonl", "--json")
     assert done.exit_code == code, done.output
     (row,) = json.loads(done.output)["rows"]

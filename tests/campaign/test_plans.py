@@ -14,7 +14,7 @@ from perfmodel import architectures, compare
 from perfmodel.devices import profile
 from perfmodel.setup import Setup
 from validate.campaign import guide, plan, versions, work
-from validate.checking.check import check
+from validate.checking.check import check_records
 from validate.measuring import records
 from validate.measuring.cells import Cell
 
@@ -53,7 +53,7 @@ def test_a_plan_that_is_wrong_is_refused_in_one_line(tmp_path: Path, change: tup
 def test_bundled_plans_begin_with_what_tells_most() -> None:
     """Any prefix must be worth having: floors and kernels before steps, the paper's steps before rare options."""
     on = profile.load("h100-sxm")
-    units = plan.load(None, "cuda").units("cuda", on)
+    units = plan.load_plan(None, "cuda").units("cuda", on)
     first = {stage: i for i, u in reversed(list(enumerate(units))) for stage in (u.stage,)}
     order = ["floors", "kernels, a first part", "the paper's own: 4 x 512 tokens", "around the break-even", "QLoRA"]
     assert sorted(order, key=first.__getitem__) == order
@@ -64,7 +64,7 @@ def test_bundled_plans_begin_with_what_tells_most() -> None:
     assert {c.setup.compile for c in visits} == {"none", "default"}
     assert {c.setup.grad_accum for c in visits} == {1, 4}
     assert len({u.id for u in units}) == len(units)
-    assert plan.load(None, "cpu").units("cpu", CPU)[0].stage == "floors"
+    assert plan.load_plan(None, "cpu").units("cpu", CPU)[0].stage == "floors"
 
 
 def test_steps_lie_around_the_predicted_break_even() -> None:
@@ -98,7 +98,7 @@ def test_counts_of_another_version_are_compared_with_its_trace(tmp_path: Path, m
 
 def check_calls(path: Path, record: dict[str, Any]) -> list[Any]:
     records.append(path, environment(), record)
-    return list(check([path], device=DEVICE["cpu"]).outcomes[0].calls)
+    return list(check_records([path], device=DEVICE["cpu"]).outcomes[0].calls)
 
 
 def test_qlora_runs_on_bitsandbytes_where_it_is_installed() -> None:

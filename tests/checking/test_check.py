@@ -17,7 +17,7 @@ from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
 from perfmodel.errors import UserError
 from perfmodel.setup import Setup
-from validate.checking.check import Report, check
+from validate.checking.check import Report, check_records
 from validate.measuring.cells import Cell
 
 
@@ -26,7 +26,7 @@ def run(*words: str | Path) -> Result:
 
 
 def checked(path: Path, change: Change = lambda visits: None) -> Report:
-    return check([written(path / "r.jsonl", change)], device=DEVICE["cpu"])
+    return check_records([written(path / "r.jsonl", change)], device=DEVICE["cpu"])
 
 
 def test_records_as_predicted_hold_every_limit(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_kernels_of_a_gpu_are_compared_call_by_call(tmp_path: Path) -> None:
         visits[0]["profile"] = {"by_call": {"forward": {"aten::mm": [3, 1e-5], "aten::_softmax": [1, 1e-6]}}}
 
     path = written(tmp_path / "r.jsonl", change, "cuda")
-    found = check([path])  # the GPU's own name leads to its profile
+    found = check_records([path])  # the GPU's own name leads to its profile
     assert found.machines["here"].on.slug == "l4"
     by_name = {(d.phase, d.name): (d.measured, d.predicted) for d in found.outcomes[0].kernels}
     assert by_name["forward", "mm"] == (3, 15)  # seven linears a block and the head
@@ -158,7 +158,7 @@ def test_records_that_are_not_whole_are_refused_in_one_line(tmp_path: Path, line
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps({"schema": 1, **line}) + "\n")
     with pytest.raises(UserError, match=message):
-        check([path], device=DEVICE["cpu"])
+        check_records([path], device=DEVICE["cpu"])
 
 
 @pytest.mark.parametrize("number", [True, -1, 1.5, "3", None])
@@ -173,16 +173,16 @@ def test_a_count_is_a_whole_number(tmp_path: Path, place: str, number: Any) -> N
     path = tmp_path / "r.jsonl"
     path.write_text("".join(json.dumps({"schema": 1, **r}) + "\n" for r in (environment(), record)))
     with pytest.raises(UserError, match="must be numbers"):
-        check([path], device=DEVICE["cpu"])
+        check_records([path], device=DEVICE["cpu"])
 
 
 def test_a_machine_without_a_profile_is_told_how_to_get_one(tmp_path: Path) -> None:
     """Another machine's profile would make every figure wrong; the way out is one command."""
     path = written(tmp_path / "r.jsonl")
     with pytest.raises(UserError, match="perfmodel calibrate --device cpu"):
-        check([path])
+        check_records([path])
     with pytest.raises(UserError, match="the records are of a cpu device, l4 is a cuda"):
-        check([path], device="l4")
+        check_records([path], device="l4")
     assert run(tmp_path / "none.jsonl").exit_code == 2
 
 
@@ -195,8 +195,8 @@ def test_the_calibration_of_the_machine_that_measured_is_taken(tmp_path: Path, m
     renamed = re.sub(r"(?m)^name = .*$", 'name = "a CPU"', bundled)
     (tmp_path / "devices" / "mine.toml").write_text(re.sub(r"(?m)^aliases = .*$", "aliases = []", renamed))
     (tmp_path / "hosts" / "mine.toml").write_text((hosts.HOSTS / "default.toml").read_text())
-    found = check([written(tmp_path / "r.jsonl")])
+    found = check_records([written(tmp_path / "r.jsonl")])
     assert found.machines["here"].on.slug == "mine"
     (tmp_path / "devices" / "mine.toml").write_text(renamed.replace('"a CPU"', '"another CPU"'))
     with pytest.raises(UserError, match="no profile of 'a CPU'"):
-        check([tmp_path / "r.jsonl"])
+        check_records([tmp_path / "r.jsonl"])

@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("scipy")
 
 from perfmodel.resources import DATA
-from validate.checking.check import Report, check
+from validate.checking.check import Report, check_records
 
 MEASURED = {path.stem: path for path in sorted((DATA / "measured").glob("*.jsonl"))}
 DEVICE = {"cpu-epyc-genoa": "cpu-epyc-genoa-1t"}  # where a maker's name such as "AMD EPYC" does not tell it
@@ -16,7 +16,7 @@ KNOWN = {("cpu-epyc-genoa", "gpt2-256x6 lora:r=8,targets=all-linear batch=4 seq=
 @pytest.fixture(scope="module", params=MEASURED)
 def found(request: pytest.FixtureRequest) -> tuple[str, Report]:
     """The records of a CPU and their check."""
-    return request.param, check([MEASURED[request.param]], device=DEVICE.get(request.param))
+    return request.param, check_records([MEASURED[request.param]], device=DEVICE.get(request.param))
 
 
 def test_steps_and_speedups_keep_the_limits(found: tuple[str, Report]) -> None:

@@ -127,7 +127,7 @@ def test_any_grid_file(tmp_path_factory: pytest.TempPathFactory, content: bytes)
     path = tmp_path_factory.getbasetemp() / "grid.toml"
     path.write_bytes(content)
     with suppress(UserError):
-        assert cells.load(str(path), "cpu").cells
+        assert cells.load_grid(str(path), "cpu").cells
 
 
 @pytest.fixture
@@ -156,7 +156,11 @@ def test_any_records_file(records: list[str]) -> None:
     check()
 
 
-TABLES = {"steps": published.load, "peft_tuners": tuners.load, "lorafusion_layers": layers.rows}
+TABLES = {
+    "steps": published.published_steps,
+    "peft_tuners": tuners.published_tuners,
+    "lorafusion_layers": layers.published_layers,
+}
 
 
 @tries(60)

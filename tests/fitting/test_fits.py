@@ -22,11 +22,11 @@ pointwise = pytest.importorskip("validate.fitting.pointwise", exc_type=ImportErr
 @pytest.mark.parametrize(("device", "dtype"), [("h100-sxm", "bf16"), ("a100-80gb-pcie", "fp32")])
 def test_a_gemm_fit_finds_the_times_that_known_parameters_make(kernels: Path, device: str, dtype: str) -> None:
     """Twenty rows cannot tell seventeen parameters apart, but their times must come out, and those of like shapes."""
-    rows, hw = gemm.load(kernels, device, dtype), common.hardware(device)
-    begin = replace(gemm.start(device, dtype), power_share=0.0, load_energy=0.0)
+    rows, hw = gemm.gemm_rows(kernels, device, dtype), common.hardware(device)
+    begin = replace(gemm.starting_point(device, dtype), power_share=0.0, load_energy=0.0)
     known = replace(begin, math_efficiency=0.6, memory_efficiency=0.7, launch_clocks=9e3)
     made = rows.assign(seconds=gemm.priced_rows(rows, hw, gemm.Found(known)))
-    found = gemm.fit({device: made}, dtype, begin)
+    found = gemm.fit_gemm({device: made}, dtype, begin)
     seen, unseen = made[~made.left_out], made[made.left_out]
     for some, off in ((seen, 0.02), (unseen, 0.08)):
         some = some.reset_index(drop=True)
@@ -36,7 +36,7 @@ def test_a_gemm_fit_finds_the_times_that_known_parameters_make(kernels: Path, de
 
 def test_a_gemm_fit_says_what_it_saw_and_judges_itself_on_the_rest(kernels: Path) -> None:
     """What stands in a device file: source, software, rows, errors by slice."""
-    rows = gemm.load(kernels, "l40s", "bf16")
+    rows = gemm.gemm_rows(kernels, "l40s", "bf16")
     fit = gemm.fit_device(kernels, "l40s", "bf16")
     assert (fit.rows_fitted, fit.rows_left_out) == (int((~rows.left_out).sum()), int(rows.left_out.sum()))
     assert fit.errors.rows == fit.rows_left_out
@@ -53,7 +53,7 @@ def test_a_gemm_fit_says_what_it_saw_and_judges_itself_on_the_rest(kernels: Path
 def test_a_row_is_the_median_of_versions_and_knows_what_lay_in_the_cache(kernels: Path) -> None:
     """SGLang cycles through six copies, TensorRT-LLM keeps one A and as many B as fill L2, at most five."""
     measured = pd.read_parquet(kernels / "gemm_bf16_h100_sxm.parquet")
-    rows = gemm.load(kernels, "h100-sxm", "bf16")
+    rows = gemm.gemm_rows(kernels, "h100-sxm", "bf16")
     first = measured.iloc[0]
     for group in ("sglang", "trtllm"):
         seconds = np.median([v for name, v in first.items() if str(name).startswith(group)])
@@ -114,7 +114,7 @@ def test_attention_fits_find_serving_times_and_borrow_what_has_no_rows(kernels: 
     assert {size for size, _ in hopper.efficiency} <= {size for size, _ in a100.efficiency}
     assert a100.backward_cta_overhead == hopper.backward_cta_overhead
     assert results.classes["wgmma"].parameters == hopper
-    rows = attention.load(kernels, "l40s")
+    rows = attention.attention_rows(kernels, "l40s")
     assert results.fits["l40s"].rows_left_out == int(rows.left_out.sum())
     assert results.fits["l40s"].rows_fitted == int((~rows.left_out).sum())
 
@@ -134,12 +134,12 @@ def test_serving_times_are_the_kernel_and_a_copy_to_the_cache() -> None:
 
 def test_pointwise_fits_find_the_times_that_known_parameters_make(kernels: Path) -> None:
     """The streams of an A100 out of its rows, from a start that is a third off."""
-    rows = pointwise.load(kernels)
+    rows = pointwise.pointwise_rows(kernels)
     rows = rows[(rows.gpu == "a100-80gb-pcie") & ~rows.host_bound].reset_index(drop=True)
     hw, known = common.hardware("a100-80gb-pcie"), profile.load("a100-80gb-pcie").pointwise
     made = rows.assign(seconds=pointwise.Batch(rows).price(hw, known))
     begin = replace(known, stream=0.65 * known.stream, norm_stream=0.65 * known.norm_stream)
-    found = pointwise.fit(made, hw, begin)
+    found = pointwise.fit_pointwise(made, hw, begin)
     before, after = (pointwise.Batch(made).price(hw, p) / made.seconds - 1 for p in (begin, found))
     assert np.abs(after).mean() < 0.02 < np.abs(before).mean() / 5
     assert found.stream == pytest.approx(known.stream, rel=0.03)
@@ -148,7 +148,7 @@ def test_pointwise_fits_find_the_times_that_known_parameters_make(kernels: Path)
 def test_pointwise_fits_fill_gaps_from_a_like_device(kernels: Path) -> None:
     """Parameters that a device's rows say nothing about are the A100's on an A100, else the class's."""
     told: list[str] = []
-    rows = pointwise.load(kernels)
+    rows = pointwise.pointwise_rows(kernels)
     results = pointwise.fit_all(kernels, told.append)
     assert sorted(results.fits) == sorted({label.split()[1] for label in told}) == sorted(set(rows.gpu))
     for slug, fit in results.fits.items():
@@ -164,5 +164,5 @@ def test_pointwise_fits_fill_gaps_from_a_like_device(kernels: Path) -> None:
 def test_a_fit_without_its_file_is_told_in_a_line(tmp_path: Path) -> None:
     """Whoever gives the wrong folder reads which file is missing."""
     with pytest.raises(UserError, match=r"has no gemm_bf16_l40s\.parquet") as caught:
-        gemm.load(tmp_path, "l40s", "bf16")
+        gemm.gemm_rows(tmp_path, "l40s", "bf16")
     assert "\n" not in str(caught.value)

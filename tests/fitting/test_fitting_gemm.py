@@ -82,7 +82,7 @@ def test_rows_are_priced_between_the_two_clocks_of_a_board() -> None:
 @pytest.mark.parametrize("slug", ["a100-40gb-pcie", "a100-80gb-pcie", "h100-sxm"])
 def test_published_rows_stand_in_the_order_of_their_campaign(kernels: Path, slug: str) -> None:
     """The program's own lists hold every shape that was published, in the file's order: the oracle of the replay."""
-    rows = sgemm.load(kernels, slug)
+    rows = sgemm.sgemm_rows(kernels, slug)
     assert set(rows.campaign) == {"bmm", "linear"}
     for name, part in rows.groupby("campaign"):
         shapes = campaigns.order(name)

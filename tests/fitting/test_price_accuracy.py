@@ -53,7 +53,7 @@ def test_bf16_gemms_are_priced_as_promised(device: str, limit: float) -> None:
 @pytest.mark.parametrize(("device", "limit"), BF16)
 def test_published_bf16_gemms_are_priced_as_promised(kernels: Path, device: str, limit: float) -> None:
     """The device file at work: shapes of training steps and of adapters, in short bursts that no board throttles."""
-    on, rows = profile.load(device), gemm.load(kernels, device, "bf16")
+    on, rows = profile.load(device), gemm.gemm_rows(kernels, device, "bf16")
     thin = ((rows.n <= 128) | (rows.k <= 128)) & (rows.m >= 512)
     for chosen, promised in ((rows.left_out & (rows.m >= 64), limit), (rows.left_out & thin, 0.10)):
         some = rows[chosen]
@@ -64,7 +64,7 @@ def test_published_bf16_gemms_are_priced_as_promised(kernels: Path, device: str,
 @pytest.mark.parametrize("device", ["v100-32gb-pcie", "a100-40gb-pcie", "a100-80gb-pcie", "h100-sxm"])
 def test_published_fp32_gemms_are_priced_as_promised(kernels: Path, device: str) -> None:
     """Boards that need not slow down; what those of 70 W ran before decides how fast they run a product alone."""
-    on, rows = profile.load(device), gemm.load(kernels, device, "fp32")
+    on, rows = profile.load(device), gemm.gemm_rows(kernels, device, "fp32")
     some = rows[rows.left_out]
     seconds = common.Shapes.of(some).price(on.hardware, on.gemm["fp32"])
     keeps(seconds, gemm.roofline(some, on.hardware), common.column(some, "seconds"), 0.10)
@@ -73,7 +73,7 @@ def test_published_fp32_gemms_are_priced_as_promised(kernels: Path, device: str)
 @pytest.mark.parametrize("device", ["a100-80gb-sxm", "l40s"])
 def test_published_attention_is_priced_as_promised(kernels: Path, device: str) -> None:
     """Serving measured it, with a copy of keys and values to a cache beside it, so the kernel alone is quicker."""
-    on, rows = profile.load(device), attention.load(kernels, device)
+    on, rows = profile.load(device), attention.attention_rows(kernels, device)
     some = rows[rows.left_out & (rows.isl >= 512)]
     b, s, h, kv, dim = (common.column(some, c) for c in attention.SHAPE)
     seconds = attention.attention_forward_time(b, s, s, h, kv, dim, hardware=on.hardware, parameters=on.attention)
@@ -83,7 +83,7 @@ def test_published_attention_is_priced_as_promised(kernels: Path, device: str) -
 
 def test_flash_attention_of_its_papers_is_priced_as_promised() -> None:
     """Forward and backward on an H100: the points of the figures that the fit left out."""
-    on, rows = profile.load("h100-sxm"), flash_papers.rows("h100-sxm")
+    on, rows = profile.load("h100-sxm"), flash_papers.flash_rows("h100-sxm")
     assert set(rows.batch * rows.seq) == {16384}
     assert set(rows.heads * rows.head_dim) == {2048}
     assert attention.published_errors(rows[rows.left_out], on.hardware, on.attention).mean <= 0.05
@@ -92,7 +92,7 @@ def test_flash_attention_of_its_papers_is_priced_as_promised() -> None:
 @pytest.mark.parametrize("device", ["a100-40gb-pcie", "a100-80gb-pcie", "a100-80gb-sxm", "h100-sxm"])
 def test_published_memory_bound_kernels_are_priced_as_promised(kernels: Path, device: str) -> None:
     """Norms, softmax, element-wise kernels and embeddings that no fit saw, of three sources."""
-    on, rows = profile.load(device), pointwise.load(kernels)
+    on, rows = profile.load(device), pointwise.pointwise_rows(kernels)
     some = rows[(rows.gpu == device) & (rows.fold == 0) & ~rows.host_bound].reset_index(drop=True)
     batch = pointwise.Batch(some)
     errors = np.abs(batch.price(on.hardware, on.pointwise) / common.column(some, "seconds") - 1.0)

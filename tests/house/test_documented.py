@@ -39,7 +39,8 @@ class Short:
 
 COUNTS = "from itertools import islice; from validate.oracle import cases; g = cases.grid; "
 TUNERS = (
-    "from validate.published import tuners; found = tuners.load(); tuners.load = lambda: [r for r in found if r.id in "
+    "from validate.published import tuners; found = tuners.published_tuners(); "
+    "tuners.published_tuners = lambda: [r for r in found if r.id in "
 )
 CELLS = """
 [[cells]]

@@ -155,3 +155,22 @@ def test_no_two_public_classes_share_a_name() -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes.setdefault(node.name, []).append(name)
     assert {name: where for name, where in homes.items() if len(where) > 1} == {}
+
+
+VERBS = ("build", "check", "compare", "count", "fit", "load", "measure", "rows", "run", "table")
+FOUND_BY_NAME = {"perfmodel.architectures.config", "perfmodel.devices.host", "perfmodel.devices.profile"}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_alone_stands_for_one_matter(verb: str) -> None:
+    """Fourteen functions were called `load`: a line with one said what it does only with its imports in view.
+
+    A command has the name of what it runs, and what people name (models, devices, hosts) is loaded alike.
+    """
+    homes = {
+        name
+        for name, path in modules().items()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name == verb and floor(name) not in ("face", "commands")
+    }
+    assert len(homes) <= 1 or (verb == "load" and homes == FOUND_BY_NAME), sorted(homes)

@@ -56,9 +56,9 @@ def test_streams_copies_and_missing_launches(profile: kineto.Profile) -> None:
 def test_kernels_are_counted_by_the_call_that_launched_them(profile: kineto.Profile) -> None:
     """A fill is what some calls launch instead of a kernel, so it counts; a copy from the host does not."""
     pytest.importorskip("torch")
-    from validate.measuring.profile import summary
+    from validate.measuring.profile import plain_profile
 
-    found = summary(profile, "cuda", step_seconds=1e-3)
+    found = plain_profile(profile, "cuda", step_seconds=1e-3)
     calls = {phase: {name: n for name, (n, _) in table.items()} for phase, table in found["by_call"].items()}
     assert calls["forward"] == {"aten::mm": 1}
     assert calls["backward"] == {"aten::embedding_dense_backward": 3}

@@ -83,7 +83,7 @@ def test_killing_at_random_times_loses_at_most_the_running_cell(
         child = os.fork()
         if child == 0:
             try:
-                run.measure(plan, output)
+                run.measure_cells(plan, output)
             finally:
                 os._exit(0)
         wait_for(output, len(before) + dice.choice((0, 1, 1, 2)))
@@ -93,7 +93,7 @@ def test_killing_at_random_times_loses_at_most_the_running_cell(
         found = whole_lines(output)
         assert found[: len(before)] == before, "a record that was there is gone or changed"
         before, kills = found, kills + 1
-    run.measure(plan, output)
+    run.measure_cells(plan, output)
     visits = [(r["round"], r["id"]) for r in whole_lines(output)]
     assert kills >= 5
     assert sorted(visits) == sorted(wanted), "a visit is missing or was made twice"
@@ -150,8 +150,8 @@ def test_a_record_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch, tmp
 
     assert refused()["status"] == "oom"
     if isolate.possible():
-        assert isolate.run(killed)["status"] == "oom"
-        assert isolate.run(lambda: {"status": "ok"}) == {"status": "ok"}
+        assert isolate.run_forked(killed)["status"] == "oom"
+        assert isolate.run_forked(lambda: {"status": "ok"}) == {"status": "ok"}
 
 
 def test_rounds_are_shuffled_alike_for_a_seed() -> None:
@@ -182,7 +182,7 @@ def test_a_grid_that_is_wrong_is_refused_in_one_line(tmp_path: Path, change: str
     text = TINY.replace("rounds = 2", change) if change.startswith(("rounds", "round ")) else TINY + change
     path.write_text(text)
     with pytest.raises(UserError) as error:
-        cells.load(str(path), "cpu")
+        cells.load_grid(str(path), "cpu")
     assert message in str(error.value)
 
 
@@ -212,7 +212,7 @@ def test_references_run_as_predicted_where_peft_has_no_program(method: str) -> N
 
 def test_bundled_grids_hold_what_they_promise() -> None:
     """At least 48 cells on a CPU, bf16 or not; on a GPU both adapter dtypes, checkpointing on and off."""
-    cpu, cuda = cells.load("standard", "cpu").cells, cells.load("standard", "cuda").cells
+    cpu, cuda = cells.load_grid("standard", "cpu").cells, cells.load_grid("standard", "cuda").cells
     assert len([c for c in cpu if c.setup.dtype == "fp32"]) >= 48
     assert len({c.config.name for c in cpu}) >= 4
     assert {c.method.partition(":")[0] for c in cpu} == {"full", "lora", "dora", "ia3", "top_k"}
@@ -232,19 +232,19 @@ def test_a_file_of_records_has_one_writer_and_known_lines(tmp_path: Path) -> Non
     records.append(path, {"kind": "environment", "id": "a", "device": "cpu", "host": {}})
     if isolate.possible():
         with records.only_writer(path):
-            refused = isolate.run(lambda: measured_twice(path))
+            refused = isolate.run_forked(lambda: measured_twice(path))
         assert "another measurement is writing" in refused["message"]
     path.write_text(path.read_text() + '{"half')
     with pytest.raises(UserError, match="line 2: not valid JSON"):
-        records.read(path)
+        records.read_records(path)
     path.write_text('{"schema": 99}\n')
     with pytest.raises(UserError, match="not a record of schema 1"):
-        records.read(path)
+        records.read_records(path)
 
 
 def test_cell_ids_tell_programs_apart() -> None:
     """Resuming goes by the id: two programs with one id would lose one of them."""
-    grid = cells.load("small", "cpu")
+    grid = cells.load_grid("small", "cpu")
     first = grid.cells[0]
     others = [
         cells.Cell(first.config, first.method, Setup(batch=2, seq=64, dtype="fp32", checkpoint="block")),

@@ -32,7 +32,7 @@ from perfmodel.errors import UserError
 from perfmodel.program.op import Op, Spec
 from validate.measuring import kineto, traces
 from validate.measuring.names import generated, is_operator, short
-from validate.measuring.profile import composite, summary
+from validate.measuring.profile import composite, plain_profile
 
 Trace = dict[str, Any]
 CUTS = Path(__file__).parents[1] / "fixtures" / "traces"
@@ -134,7 +134,7 @@ def test_the_whole_files_hold_what_their_readme_says(name: str) -> None:
 @pytest.mark.parametrize("name", PHASES)
 def test_all_work_belongs_to_an_operator(name: str) -> None:
     """Autograd's nodes and annotations own no kernel: the comparison by call would fail in every cell."""
-    by_call = summary(profile_of(name), "cuda", 1.0)["by_call"]
+    by_call = plain_profile(profile_of(name), "cuda", 1.0)["by_call"]
     owners = {call for table in by_call.values() for call in table}
     assert owners
     assert all(is_operator(call) for call in owners), owners
@@ -193,7 +193,7 @@ def test_a_product_is_one_kernel_whatever_its_library_launches_for_it() -> None:
     assert Counter((w.kind, w.call, w.nbytes) for w in helpers) == {
         ("memset", "aten::mm", 4): 6, ("memset", "aten::addmm", 4): 6
     }  # fmt: skip
-    told = summary(found, "cuda", 1.0)
+    told = plain_profile(found, "cuda", 1.0)
     products = [w for w in found.work if w.call == "aten::mm"]
     assert told["by_call"]["outside"]["aten::mm"] == (6, pytest.approx(sum(w.seconds for w in products)))
     assert told["helpers"] == {"number": 12, "seconds": pytest.approx(sum(w.seconds for w in helpers))}
@@ -324,7 +324,7 @@ def test_files_that_are_no_traces_are_refused_in_one_line(tmp_path: Path) -> Non
         path = tmp_path / f"{number}.json"
         path.write_bytes(content)
         with pytest.raises(UserError, match=f"{number}.json"):
-            traces.load(path)
+            traces.read_trace(path)
 
 
 def told(*arguments: str | Path) -> Any:

@@ -30,7 +30,7 @@ def differences(name: str, spec: str, layers: int | None = None, **options: Any)
     config, architecture, setup = config_of(name, layers), architecture_of(name, layers), setup_of(name, **options)
     method = methods.parse(spec).bind(architecture)
     step = build(architecture, method, setup, "cpu")
-    model = reference.quantise(models.build(config, setup), method, architecture, setup)
+    model = reference.quantise(models.build_model(config, setup), method, architecture, setup)
     total = reference.elements(model)
     trace = trace_step(model, setup, step.optimizer)
     trace.total = total
@@ -45,7 +45,9 @@ def fused_differences(name: str, spec: str, **options: Any) -> list[str]:
     setup, method = setup_of(name, **options), methods.parse(spec).bind(architecture)
     assert isinstance(method, Lora)
     step = build(architecture, method, setup, "cpu")
-    model = reference_lora.patch(models.apply(models.build(config, setup), method, architecture), method.implementation)
+    model = reference_lora.patch(
+        models.apply(models.build_model(config, setup), method, architecture), method.implementation
+    )
     return counts.judge(Case(config, spec, setup), step, trace_step(model, setup, step.optimizer)).differences
 
 

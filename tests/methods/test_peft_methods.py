@@ -1,7 +1,7 @@
 """PEFT's other adapters: the tape equals the real program, and what no adapter may do.
 
 Cells are chosen so that every method meets every precision, both attentions, checkpointing and both batch sizes. The
-full product is `validate.oracle.counts.compare` over the same lists.
+full product is `validate.oracle.counts.compare_case` over the same lists.
 """
 
 from dataclasses import replace
@@ -72,7 +72,7 @@ def cells() -> Any:
 @pytest.mark.parametrize(("name", "method", "setup"), cells())
 def test_the_tape_equals_the_real_program(name: str, method: str, setup: dict[str, Any]) -> None:
     """Zero tolerance: calls, FLOPs, bytes, trainable and total parameters; peak memory within 2 %."""
-    result = counts.compare(Case(config_of(name), method, setup_of(name, **setup)))
+    result = counts.compare_case(Case(config_of(name), method, setup_of(name, **setup)))
     assert result.calls > 0
     assert result.differences == []
 

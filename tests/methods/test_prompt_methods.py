@@ -45,7 +45,7 @@ def cells() -> Any:
 @pytest.mark.parametrize(("name", "method", "setup"), cells())
 def test_the_tape_equals_the_real_program(name: str, method: str, setup: dict[str, Any]) -> None:
     """Zero tolerance: calls, FLOPs, bytes, trainable and total parameters; peak memory within 2 %."""
-    result = counts.compare(Case(config_of(name), method, setup_of(name, **setup)))
+    result = counts.compare_case(Case(config_of(name), method, setup_of(name, **setup)))
     assert result.calls > 0
     assert result.differences == []
 
@@ -53,7 +53,7 @@ def test_the_tape_equals_the_real_program(name: str, method: str, setup: dict[st
 def test_a_cache_of_one_or_many_layers_is_cut_and_joined_alike() -> None:
     """The prefix's gradient is one concatenation over all layers, however few ops the tape records."""
     for layers in (1, 2, 9):
-        result = counts.compare(Case(config_of("llama", layers=layers), PREFIXES[0], setup_of("llama", batch=3)))
+        result = counts.compare_case(Case(config_of("llama", layers=layers), PREFIXES[0], setup_of("llama", batch=3)))
         assert result.differences == []
         assert result.peak_ratio == pytest.approx(1, abs=0.005)
 

@@ -63,7 +63,7 @@ def cells() -> Iterator[Any]:
 @pytest.mark.parametrize("case", cells())
 def test_the_tape_equals_the_real_program(case: Case) -> None:
     """Zero tolerance: every call with its shapes and dtypes, FLOPs, bytes, parameters; peak memory within 2 %."""
-    result = counts.compare(case)
+    result = counts.compare_case(case)
     assert result.calls > 0
     assert result.flops > 0
     assert result.differences == []
@@ -77,7 +77,7 @@ def test_parameter_counts_equal_pefts(name: str, method: str) -> None:
     bound = methods.parse(method).bind(architecture)
     setup = setup_of(name, batch=1, seq=5)
     step = build(architecture, bound, setup, "cpu")
-    model = models.apply(models.build(config, setup), bound, architecture)
+    model = models.apply(models.build_model(config, setup), bound, architecture)
     assert (step.trainable, step.total) == tuple(model.get_nb_trainable_parameters())
 
 
@@ -91,7 +91,7 @@ def traced() -> tuple[Case, Step, Trace]:
     architecture = architecture_of("llama", layers=2)
     method = methods.parse(case.method).bind(architecture)
     step = build(architecture, method, case.setup, "cpu")
-    model = models.apply(models.build(case.config, case.setup), method, architecture)
+    model = models.apply(models.build_model(case.config, case.setup), method, architecture)
     trace = trace_step(model, case.setup, step.optimizer)
     assert counts.judge(case, step, trace).differences == []
     return case, step, trace

@@ -4,16 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from perfmodel.prediction.memory import bounds
 from validate.published.show_steps import _print_published
-from validate.published.steps import StepOutcome, evaluate_all, load, pairs, summary
+from validate.published.steps import StepOutcome, evaluate_all, pairs, published_steps, summary
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> list[StepOutcome]:
-    return evaluate_all(load())
+    return evaluate_all(published_steps())
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +22,7 @@ def check(outcomes: list[StepOutcome]) -> list[StepOutcome]:
 
 def test_every_row_names_its_source_and_groups_are_never_split() -> None:
     """A figure without a source cannot be checked, and half a group in the fit would leak into the other half."""
-    rows = load()
+    rows = published_steps()
     assert all(row.source.startswith("http") for row in rows)
     assert len({row.id for row in rows}) == len(rows)
     splits: dict[str, set[str]] = {}
@@ -57,7 +56,7 @@ def test_the_readme_has_the_table_that_the_command_prints(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The figures have one home: a table copied once would outlive the model that it was of."""
-    monkeypatch.setattr("validate.published.show_steps.console", Console(width=100))
+    monkeypatch.setenv("COLUMNS", "100")
     _print_published(outcomes, check, summary(check), all_rows=False)
     table = capsys.readouterr().out.split("ratio, memory:")[0]
     assert "".join(f"    {line.rstrip()}\n" for line in table.splitlines()) in README

@@ -10,8 +10,8 @@ from validate.published import steps as published
 from validate.published.reasons import FILE, reason
 
 ROWS = {
-    "steps": {row.id for row in published.load()},
-    "lorafusion_layers": {row.id for row in layers.rows()},
+    "steps": {row.id for row in published.published_steps()},
+    "lorafusion_layers": {row.id for row in layers.published_layers()},
 }
 
 
@@ -21,7 +21,7 @@ def known(table: str) -> set[str]:
     pytest.importorskip("peft")
     from validate.published import tuners
 
-    return {row.id for row in tuners.load()}
+    return {row.id for row in tuners.published_tuners()}
 
 
 def test_every_reason_belongs_to_a_row_and_says_how_it_was_found() -> None:

@@ -16,7 +16,7 @@ from validate.published.savings import Saving
 H100 = profile.load("h100-sxm").hardware
 
 
-@pytest.mark.parametrize("layer", savings.rows(), ids=lambda layer: str(layer.width))
+@pytest.mark.parametrize("layer", savings.published_savings(), ids=lambda layer: str(layer.width))
 def test_savings_in_dram_traffic_are_lorafusions(layer: Saving) -> None:
     """37, 34 and 24 %: within 3 points; the totals that they are the ratio of, within 7 %."""
     assert layer.share == pytest.approx({4096: 0.37, 5120: 0.34, 8192: 0.24}[layer.width], abs=0.005)
@@ -36,7 +36,7 @@ def test_a_product_that_fits_the_cache_is_read_once() -> None:
 
 def test_layer_times_are_lorafusions() -> None:
     """60 figures of Llama-3.1-8B and -70B layers and heads on an H100: mean |error| at most 12 %."""
-    published = layers.rows()
+    published = layers.published_layers()
     assert len(published) == 60
     found = layers.summary(published)
     assert found["all"] <= 0.12
@@ -49,8 +49,8 @@ def test_the_command_ends_with_1_when_a_limit_is_missed(
     monkeypatch: pytest.MonkeyPatch, factor: float, code: int
 ) -> None:
     """A harness that cannot fail checks nothing: savings that are measured 4 points apart exceed the limit."""
-    rows = savings.rows()
-    monkeypatch.setattr(savings, "rows", lambda: [replace(row, fused=factor * row.fused) for row in rows])
+    rows = savings.published_savings()
+    monkeypatch.setattr(savings, "published_savings", lambda: [replace(row, fused=factor * row.fused) for row in rows])
     result = CliRunner().invoke(cli.main, ["validate", "layers", "--json"])
     assert result.exit_code == code, result.output
     found = json.loads(result.stdout)

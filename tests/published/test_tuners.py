@@ -13,12 +13,12 @@ pytest.importorskip("peft")
 from perfmodel import cli
 from perfmodel.prediction.predict import predict
 from validate.published import tuners
-from validate.published.tuners import TunerOutcome, TunerRow, evaluate, load, summary
+from validate.published.tuners import TunerOutcome, TunerRow, evaluate, published_tuners, summary
 
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, TunerRow]:
-    return {row.id: row for row in load()}
+    return {row.id: row for row in published_tuners()}
 
 
 def outcome(row: TunerRow, seconds: float, predicted: float) -> TunerOutcome:
@@ -70,7 +70,7 @@ def test_the_command_ends_with_1_when_a_limit_is_missed(
 ) -> None:
     """A harness that cannot fail checks nothing."""
     chosen = [rows["lora-rank32"], rows["prompt_tuning-default"]]
-    monkeypatch.setattr(tuners, "load", lambda: chosen)
+    monkeypatch.setattr(tuners, "published_tuners", lambda: chosen)
     monkeypatch.setattr(tuners, "evaluate", lambda row, host: outcome(row, row.seconds, factor * row.seconds))
     result = CliRunner().invoke(cli.main, ["validate", "tuners", "--json"])
     assert result.exit_code == code, result.output

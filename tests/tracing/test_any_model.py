@@ -92,7 +92,7 @@ def test_layers_of_several_kinds_are_told_apart() -> None:
     """Gemma 3's sliding layers see another mask: cut to its first layers alone, the model would lose the full ones."""
     from perfmodel.tracing import programs
 
-    model = programs.build(config_of("gemma3_text"), SETUP)
+    model = programs.build_model(config_of("gemma3_text"), SETUP)
     (row,) = stacks.stacks(model)
     kinds = Counter(row.kinds)
     assert sorted(kinds.values()) == [3, 15]
@@ -249,7 +249,7 @@ def test_coverage_goes_on_where_its_table_stops(monkeypatch: pytest.MonkeyPatch,
         coverage, "cover_model", lambda family, name: coverage.CoverageRow(family, name, 0.0, "no such type")
     )
     CliRunner().invoke(cli.main, ["validate", "coverage", "--output", str(table)])
-    assert coverage.load(table) == [told, coverage.CoverageRow("vision", "none", 0.0, "no such type")]
+    assert coverage.read_coverage(table) == [told, coverage.CoverageRow("vision", "none", 0.0, "no such type")]
 
 
 def test_a_type_that_takes_too_long_is_given_up() -> None:
@@ -260,7 +260,7 @@ def test_a_type_that_takes_too_long_is_given_up() -> None:
 
 def test_the_list_of_all_types_names_what_cannot_be_traced_and_why() -> None:
     """The committed scan: whoever wants to know about a type need not trace it."""
-    rows = coverage.load()
+    rows = coverage.read_coverage()
     assert len({(row.kind, row.name) for row in rows}) == len(rows)
     assert all(row.reason or row.calls for row in rows)
     assert set(coverage.QUICK) <= {row.name for row in rows if row.ok}

@@ -131,7 +131,7 @@ def microbenchmarks(device: str, threads: int, seconds: float, progress: Progres
         here = environment.describe(device, threads)
         head = {"kind": "environment", "id": environment.identity(here), "started": time.time(), **here}
         watch = stopwatch.stopwatch(device, threads)
-        measured = run.run(designs.design(device, DTYPES), device, watch, seconds, progress)
+        measured = run.run_blocks(designs.design(device, DTYPES), device, watch, seconds, progress)
     finally:
         torch.set_num_threads(before)
     return [head, *({**r, "environment": head["id"]} for r in measured)]
@@ -147,12 +147,12 @@ def device_file(found: Sequence[Record], name: str) -> tuple[str, dict[str, Fit]
     if here is None:
         raise UserError("these records hold no environment of a calibration")
     if here["device"] == "cuda":
-        known, fits = cuda_fit.fit(found, here)
+        known, fits = cuda_fit.fit_gpu(found, here)
         title = str(here["gpu"]["name"])
         datasheet = cuda_fit.datasheet(known, here["gpu"])
         capability = known.compute_capability
         return file_text(name, title, "cuda", known.architecture, datasheet, fits, capability), fits
-    rows = cpu_fit.rows(found)
+    rows = cpu_fit.cpu_rows(found)
     datasheet = cpu_datasheet(rows, here)
     hardware = Hardware(**{k: v for k, (v, _) in datasheet.items()})
     host, software = here["host"], f"PyTorch {here['software'].get('torch')}, {here['host']['threads']} threads"

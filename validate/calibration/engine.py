@@ -112,7 +112,7 @@ class Running:
                 yield "optimizer", end - back
 
 
-def start() -> Any:
+def start_deepspeed() -> Any:
     """DeepSpeed on this CPU, in a process group of one.
 
     Raises:
@@ -134,9 +134,9 @@ def programs() -> Iterator[tuple[str, str]]:
     yield from product(METHODS, CHECKPOINTS)
 
 
-def measure(progress: Callable[[str], None] = lambda name: None) -> list[EngineRow]:
+def time_programs(progress: Callable[[str], None] = lambda name: None) -> list[EngineRow]:
     """Time every program at both depths, with and without the engine."""
-    deepspeed = start()
+    deepspeed = start_deepspeed()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rows = []
@@ -169,7 +169,7 @@ def _at_depth(deepspeed: Any, method_text: str, checkpoint: str, layers: int) ->
     steps = [build(architecture, method, replace(setup, engine=name), "cpu") for name in ("torch", ENGINE)]
     running = []
     for wrap in (_plain, lambda model: _engine(deepspeed, model)):
-        model = models.apply(models.build(config, setup, device="cpu"), method, architecture)
+        model = models.apply(models.build_model(config, setup, device="cpu"), method, architecture)
         model.train()
         if checkpoint != "none":
             model.enable_input_require_grads()
@@ -237,7 +237,7 @@ def slowness(rows: list[EngineRow]) -> float:
     return sum(row.plain for row in dispatched) / sum(row.expected for row in dispatched)
 
 
-def fit(rows: list[EngineRow]) -> tuple[dict[str, float], float]:
+def fit_engine(rows: list[EngineRow]) -> tuple[dict[str, float], float]:
     """Each cost in modules of the host, and the mean |relative error| of the seconds with the engine."""
     scale = slowness(rows)
     beside = np.array([row.engine - row.plain - scale * (row.recorded - row.expected) for row in rows])

@@ -138,13 +138,13 @@ def dispatched(step: Step, by: Host) -> dict[str, float]:
     return seconds
 
 
-def measure(config: Config, method_text: str, checkpoint: str, optimizer: str) -> Timed:
+def time_program(config: Config, method_text: str, checkpoint: str, optimizer: str) -> Timed:
     """Time a real step of one program, phase by phase."""
     architecture = from_config(config)
     setup = Setup(batch=1, seq=4, dtype="fp32", checkpoint=checkpoint, optimizer=optimizer)
     method = methods.parse(method_text).bind(architecture)
     step = build(architecture, method, setup, "cpu")
-    model = models.apply(models.build(config, setup, device="cpu"), method, architecture)
+    model = models.apply(models.build_model(config, setup, device="cpu"), method, architecture)
     model.train()
     if checkpoint != "none":
         reentrant = checkpoint == "block-reentrant"
@@ -172,7 +172,9 @@ def _time_steps(model: Any, update: torch.optim.Optimizer) -> list[float]:
     return [float(x) for x in np.median(rows[WARM_UP:], axis=0)]
 
 
-def fit(timed: Sequence[Timed], on: DeviceProfile | None = None, least: Mapping[str, float] | None = None) -> HostFit:
+def fit_host(
+    timed: Sequence[Timed], on: DeviceProfile | None = None, least: Mapping[str, float] | None = None
+) -> HostFit:
     """Seconds per unit of work by bounded least squares on relative errors, on all programs but every fifth.
 
     Args:
@@ -231,10 +233,10 @@ def calibrate(
             if i >= NEEDED and time.perf_counter() > end:
                 break
             progress(f"{config.name} {method} {checkpoint}")
-            timed.append(measure(config, method, checkpoint, optimizer))
+            timed.append(time_program(config, method, checkpoint, optimizer))
     finally:
         torch.set_num_threads(threads)
-    return fit(timed, on, least)
+    return fit_host(timed, on, least)
 
 
 def write(host: Host, path: Path, fit: Mapping[str, Any] | None = None) -> None:

@@ -22,7 +22,7 @@ from perfmodel.errors import UserError
 from perfmodel.prediction.predict import step_time
 from perfmodel.program.part import PHASES
 
-from ..checking.check import Progress, check
+from ..checking.check import Progress, check_records
 from ..checking.machine import Machine, name_of
 from ..checking.outcomes import CellOutcome, pairs
 from ..checking.summary import Line, line
@@ -70,7 +70,7 @@ def refit(
     Raises:
         UserError: records of several machines, or too few groups to leave some out.
     """
-    found = check(paths, device=device, host=host, progress=progress)
+    found = check_records(paths, device=device, host=host, progress=progress)
     if len(found.machines) > 1:
         raise UserError(f"the records are of {len(found.machines)} environments: a host belongs to one machine")
     (name, machine), *_ = found.machines.items()

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from perfmodel.report.plain import paragraph, show, table
 from perfmodel.report.progress import progress
-from perfmodel.report.terminal import console, table
 
 from ..accuracy import Errors
 from ..fitting.judging import Doubts
@@ -16,7 +16,9 @@ from .calibrate import Calibration, calibrate
 from .verify import TITLES
 
 
-def show(device: str, name: str, *, threads: int | None, seconds: float, output: Path | None, as_json: bool) -> bool:
+def show_calibration(
+    device: str, name: str, *, threads: int | None, seconds: float, output: Path | None, as_json: bool
+) -> bool:
     """Calibrate with a progress bar, then print what came of it; returns whether the files were written."""
     warnings.filterwarnings("ignore")
     with progress(counted=False, auto_refresh=False) as bar:
@@ -34,16 +36,16 @@ def show(device: str, name: str, *, threads: int | None, seconds: float, output:
         (block, f.rows_fitted, f.rows_left_out, *(f"{100 * e:.1f} %" for e in (f.errors.mean, f.errors.roofline_mean)))
         for block, f in done.fits.items()
     ]
-    console.print(table("", ("block", "fitted on", "left out", "mean error", "plain roofline"), rows, left=1))
+    show(table(("block", "fitted on", "left out", "mean error", "plain roofline"), rows))
     show_checks(done.checks)
     show_doubts({**{block: f.doubts for block, f in done.fits.items()}, "host": done.by.doubts})
     if done.refusal:
-        console.print(f"[yellow]{done.refusal}[/]", soft_wrap=True)
+        show(done.refusal, colour="yellow")
         return False
-    console.print(f"\n{done.profile.name}, in {done.seconds:.0f} s:", markup=False)
+    show(f"\n{done.profile.name}, in {done.seconds:.0f} s:")
     for path in (done.device, done.host):
-        console.print(f"  {path}", markup=False, soft_wrap=True)
-    console.print(f"use it with --device {name}")
+        show(f"  {path}")
+    show(f"use it with --device {name}")
     return True
 
 
@@ -52,7 +54,7 @@ def show_checks(checks: Mapping[str, Errors]) -> None:
     rows = [
         (TITLES[key], e.number, *(f"{100 * x:.1f} %" for x in (e.mean, e.median, e.worst))) for key, e in checks.items()
     ]
-    console.print(table("", ("predicted", "number", "mean error", "median", "worst"), rows, left=1))
+    show(table(("predicted", "number", "mean error", "median", "worst"), rows))
 
 
 def show_doubts(doubts: Mapping[str, Doubts]) -> None:
@@ -60,7 +62,7 @@ def show_doubts(doubts: Mapping[str, Doubts]) -> None:
     for what, found in doubts.items():
         for title, names in (("not measured, so the default's", found.kept), ("at a bound", found.at_bound)):
             if names:
-                console.print(f"{what}, {title}: {', '.join(names)}", markup=False)
+                show(paragraph(f"{what}, {title}: {', '.join(names)}"))
 
 
 def _plain(done: Calibration) -> dict[str, Any]:

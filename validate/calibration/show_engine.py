@@ -5,27 +5,28 @@ from pathlib import Path
 
 from perfmodel import units
 from perfmodel.errors import UserError
+from perfmodel.report.plain import show, table
 from perfmodel.report.progress import progress
-from perfmodel.report.terminal import console, table
 
 from . import engine
 
 
-def show(output: Path) -> None:
+def show_engine(output: Path) -> None:
     """Measure an engine's costs, print them beside what they were fitted to, and write its file."""
     warnings.filterwarnings("ignore")
     try:
-        engine.start()
+        engine.start_deepspeed()
     except ImportError as missing:
         raise UserError(
             f"this command needs DeepSpeed ({missing.name} is missing): pip install 'perfmodel[engine]'"
         ) from None
     with progress() as bar:
         task = bar.add_task("timing", total=len(list(engine.programs())))
-        rows = engine.measure(lambda name: bar.update(task, advance=1, description=name))
-    costs, error = engine.fit(rows)
+        rows = engine.time_programs(lambda name: bar.update(task, advance=1, description=name))
+    costs, error = engine.fit_engine(rows)
     engine.write(costs, error, rows, output)
     told = [(row.name, units.seconds(row.plain), units.seconds(row.engine)) for row in rows]
-    console.print(table("four more layers", ("", "without", "with"), told))
-    console.print(table("costs", ("", "modules of the host"), [(name, f"{cost:.2f}") for name, cost in costs.items()]))
-    console.print(f"mean |relative error| {100 * error:.1f} %; written: {output}")
+    show(table(("", "without", "with"), told, title="four more layers"))
+    figures = [(name, f"{cost:.2f}") for name, cost in costs.items()]
+    show(table(("", "modules of the host"), figures, title="costs"))
+    show(f"mean |relative error| {100 * error:.1f} %; written: {output}")

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from perfmodel import units
+from perfmodel.report.plain import show, table
 from perfmodel.report.progress import progress
-from perfmodel.report.terminal import console, table
 
 from . import hosts, verify
 from .show_calibration import show_checks, show_doubts
@@ -24,12 +24,12 @@ def show_host(output: Path) -> bool:
         [name, units.seconds(getattr(found.host, name)), "the default host's" if name in kept else ""]
         for name in hosts.COSTS
     ]
-    console.print(table("host costs", ("", "seconds", "not measured"), rows, text_last=True))
+    show(table(("", "seconds", "not measured"), rows, left=(0, 2), title="host costs"))
     show_checks(checks)
     show_doubts({"host": replace(found.doubts, kept=())})
     if refusal := verify.refusal({verify.TITLES[key]: errors.mean for key, errors in checks.items()}):
-        console.print(f"[yellow]{refusal}[/]", soft_wrap=True)
+        show(refusal, colour="yellow")
         return False
     hosts.write(found.host, output, found.provenance(checks))
-    console.print(f"written: {output}", markup=False, soft_wrap=True)
+    show(f"written: {output}")
     return True

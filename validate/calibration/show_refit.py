@@ -5,8 +5,8 @@ from pathlib import Path
 
 from perfmodel import units
 from perfmodel.program.part import PHASES
+from perfmodel.report.plain import paragraph, show, table
 from perfmodel.report.progress import progress
-from perfmodel.report.terminal import console, table
 
 from . import hosts, refit, verify
 from .refit import Refit
@@ -33,26 +33,25 @@ def show_refit(records: Path, *, device: str | None, host: str | None, output: P
         return not refusal
     _print(found)
     if refusal:
-        console.print(f"[yellow]{refusal}[/]", soft_wrap=True)
+        show(refusal, colour="yellow")
     elif output:
-        console.print(f"\nwritten: {output} (use it with --host {output})")
+        show(f"\nwritten: {output} (use it with --host {output})")
     return not refusal
 
 
 def _print(found: Refit) -> None:
     factors = [[name, f"{factor:.2f}", ", ".join(refit.FACTORS[name])] for name, factor in found.factors.items()]
-    console.print(table(f"factors on host {found.machine.by.name}", ("", "factor", "of"), factors, text_last=True))
+    show(table(("", "factor", "of"), factors, left=(0, 2), title=f"factors on host {found.machine.by.name}"))
     where = found.machine.on.slug
     if bound := found.doubts.at_bound:
-        console.print(
-            f"[yellow]at their bounds: {', '.join(bound)}: it is rather the kernels of {where} that are off[/]"
-        )
+        told = f"at their bounds: {', '.join(bound)}: it is rather the kernels of {where} that are off"
+        show(paragraph(told), colour="yellow")
     if kept := found.doubts.kept:
-        console.print(f"not measured by these cells, so kept: {', '.join(kept)}", markup=False)
+        show(paragraph(f"not measured by these cells, so kept: {', '.join(kept)}"))
     rows = [
         [name, *(units.percent(e, 1) for e in (x.step.mean, x.step.median, x.step.p90, x.ratio.mean)),
          *(units.percent(x.phases[phase].mean, 1) for phase in PHASES)]
         for name, x in (("before", found.before), ("after", found.after))
     ]  # fmt: skip
-    title = f"\n|relative error| on {found.left_out} cells left out of the fit ({found.fitted} in it)"
-    console.print(table(title, ("", "step", "median", "p90", "ratio", *PHASES), rows))
+    title = f"|relative error| on {found.left_out} cells left out of the fit ({found.fitted} in it)"
+    show("\n" + table(("", "step", "median", "p90", "ratio", *PHASES), rows, title=title))

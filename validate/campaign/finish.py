@@ -18,7 +18,7 @@ from perfmodel.setup import Setup
 
 from ..accuracy import Errors
 from ..calibration import calibrate, hosts, verify
-from ..checking.check import Report, check
+from ..checking.check import Report, check_records
 from ..fitting.judging import Fit
 from ..measuring.records import Record
 
@@ -63,7 +63,7 @@ def finish(records: Sequence[Record], environment: Record, path: Path) -> Findin
     if not any(r["kind"] == "visit" for r in records):
         found.missing.append("no training step was measured yet: give the campaign more time")
         return found
-    found.report = check([path], device=str(path.parent / DEVICE), host=str(path.parent / HOST))
+    found.report = check_records([path], device=str(path.parent / DEVICE), host=str(path.parent / HOST))
     return found
 
 
@@ -87,7 +87,7 @@ def _fit(found: Finding, records: Sequence[Record], environment: Record, folder:
         raise TooLittle(f"only {len(programs)} programs of the host, too few to fit: give the campaign more time")
     mine = calibrate.parsed(text, NAME)
     on = mine if mine.kind == "cpu" else None
-    by = hosts.fit([_timed(r) for r in programs], on, calibrate.host_floors(benches))
+    by = hosts.fit_host([_timed(r) for r in programs], on, calibrate.host_floors(benches))
     found.host = verify.of_programs(by, on)
     if refusal := verify.refusal({verify.TITLES[key]: errors.mean for key, errors in found.host.items()}):
         raise TooLittle(refusal)

@@ -19,7 +19,7 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         mend(path)
-        self.records: list[Record] = records.read(path) if path.exists() else []
+        self.records: list[Record] = records.read_records(path) if path.exists() else []
         self.waiting: list[Record] = []
         self.since = time.perf_counter()
 

@@ -36,10 +36,10 @@ def context(ran: Ran, found: Finding, command: str) -> dict[str, Any]:
         "title": "Campaign",
         "checked": found.report is not None,
         "missing": found.missing,
-        "stages": checking.table(STAGE_COLUMNS, stage_rows(ran)),
-        "failed": checking.table(("unit", ""), failed, "left2") if failed else None,
-        "fits": checking.table(("fit", "rows", "mean error"), errors) if errors else None,
-        "versions": checking.table(VERSION_COLUMNS, version_rows(here), "left2"),
+        "stages": checking.page_table(STAGE_COLUMNS, stage_rows(ran)),
+        "failed": checking.page_table(("unit", ""), failed, "left2") if failed else None,
+        "fits": checking.page_table(("fit", "rows", "mean error"), errors) if errors else None,
+        "versions": checking.page_table(VERSION_COLUMNS, version_rows(here), "left2"),
         "version_line": version_line(ran),
     }
 

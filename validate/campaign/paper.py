@@ -16,7 +16,7 @@ from perfmodel.prediction.predict import Prediction, predict
 from perfmodel.questions.speedup import verdict
 
 from ..accuracy import BASELINE, DECIDED
-from ..checking.check import check
+from ..checking.check import check_records
 from ..measuring import cells, run
 from ..measuring.cells import GRIDS, Cell, Grid
 from ..published import steps
@@ -78,8 +78,8 @@ def measured(
         UserError: no such device here, or no profile of it (`perfmodel calibrate` makes one).
     """
     plan = run.plan(str(grid or grid_of(kind)), kind, threads=threads)
-    run.measure(plan, output, progress)
-    found = check([output], device=device, host=host)
+    run.measure_cells(plan, output, progress)
+    found = check_records([output], device=device, host=host)
     rows = []
     for pair in found.pairs:
         seconds = [sum(o.measured.median(phase) for phase in PHASES) for o in (pair.other, pair.full)]
@@ -98,7 +98,7 @@ def predicted(device: str, host: str | None = None) -> list[PaperRow]:
     """
     on = profile.load(device)
     by = hosts.resolve(host or "default", on)
-    grid: Grid = cells.load(str(grid_of(on.kind)), on.kind)
+    grid: Grid = cells.load_grid(str(grid_of(on.kind)), on.kind)
     full = {c.group: c for c in grid.cells if c.method == BASELINE}
     rows = []
     for cell in (c for c in grid.cells if c.method != BASELINE):
@@ -114,7 +114,7 @@ def _ratio(lora: Prediction, full: Prediction) -> float:
 
 def _published(cell: Cell) -> float | None:
     """The paper's ratio for a model and a size of batch."""
-    rows = [r for r in steps.load() if r.family == "paper" and r.model == cell.config.name]
+    rows = [r for r in steps.published_steps() if r.family == "paper" and r.model == cell.config.name]
     same = [r for r in rows if (r.setup.batch, r.setup.seq) == (cell.setup.batch, cell.setup.seq)]
     seconds = {r.method: sum(r.seconds.values()) for r in same}
     return seconds[cell.method] / seconds[BASELINE] if {cell.method, BASELINE} <= set(seconds) else None

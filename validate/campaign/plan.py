@@ -101,7 +101,7 @@ class CampaignPlan:
         return list(found.values())
 
 
-def load(name: Path | None, device: str) -> CampaignPlan:
+def load_plan(name: Path | None, device: str) -> CampaignPlan:
     """The bundled plan of a kind of device, or one's own by path.
 
     Raises:
@@ -120,7 +120,7 @@ def load(name: Path | None, device: str) -> CampaignPlan:
     for stage in stages:
         _check(stage, device, where)
     given = {"rounds": 1, **{key: value for key, value in table.items() if key in COUNTS}}
-    counts = {key: cells.count(given.get(key, usual), key, where) for key, usual in COUNTS.items()}
+    counts = {key: cells.grid_count(given.get(key, usual), key, where) for key, usual in COUNTS.items()}
     plan = CampaignPlan(path.stem, where, tuple(stages), table.get("models", {}), **counts)
     for stage in stages:
         _cells(plan, stage.get("cells", []))  # complains before anything runs
@@ -139,7 +139,7 @@ def _check(stage: Any, device: str, where: str) -> None:
         if key not in KEYS:
             raise UserError(f"{where}: unknown key {key!r} in [[stages]]: {nearest(key, KEYS)}")
     for key in ("most", "programs", "longest"):
-        cells.count(stage.get(key, 1), key, where)
+        cells.grid_count(stage.get(key, 1), key, where)
     for key in ("cells", "around", "blocks", "needs"):
         if not isinstance(stage.get(key, []), list):
             raise UserError(f"{where}: {key} of stage {stage['name']!r} must be a list")

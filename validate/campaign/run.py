@@ -64,7 +64,7 @@ class Ran:
         return [u for u in self.units if u.id not in done]
 
 
-def run(
+def run_campaign(
     plan: CampaignPlan, device: str, folder: Path, seconds: float, *, threads: int | None = None,
     progress: Progress = lambda share, label: None,
 ) -> Ran:  # fmt: skip

@@ -17,7 +17,7 @@ from ..checking import tables
 from . import plan as plans
 from .finish import Finding, finish
 from .page import write_page
-from .run import Ran, run
+from .run import Ran, run_campaign
 from .tables import STAGE_COLUMNS, VERSION_COLUMNS, not_measured, stage_rows, stages, version_line, version_rows
 
 PAGE, SUMMARY = "page.html", "summary.json"
@@ -29,7 +29,7 @@ def show_campaign(
     """Go on with a campaign for so many seconds, fit and check what there is, and tell of it."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # this process keeps off CUDA, so that it may fork
-    chosen = plans.load(plan, device)
+    chosen = plans.load_plan(plan, device)
     with progress(counted=False, auto_refresh=False) as bar:
         task = bar.add_task("loading", total=1.0)
 
@@ -37,7 +37,7 @@ def show_campaign(
             bar.update(task, completed=share, description=label[:60])
             bar.refresh()
 
-        ran = run(chosen, device, folder, seconds, threads=threads, progress=tick)
+        ran = run_campaign(chosen, device, folder, seconds, threads=threads, progress=tick)
         tick(1.0, "fitting and checking")
         found = finish(ran.ledger.records, ran.environment, ran.ledger.path)
     summary = summarised(ran, found)
@@ -73,8 +73,8 @@ def _print(ran: Ran, found: Finding, folder: Path) -> None:
     for line in found.missing:
         show(f"missing: {line}")
     if found.report:
-        show("\nmean |relative error|", bold=True)
-        show(table(tables.LINE_COLUMNS, list(map(tables.line_cells, found.report.lines))))
+        lines = map(tables.line_cells, found.report.lines)
+        show("\n" + table(tables.LINE_COLUMNS, lines, title="mean |relative error|"))
         show(f"\n{tables.verdict_line(found.report)}", bold=True)
     show(
         f"\n{len(ran.units) - len(ran.left)} of {len(ran.units)} units done, in {units.seconds(ran.seconds)}: {folder}"

@@ -33,10 +33,9 @@ def show_paper(
     if as_json:
         print(json.dumps({"rows": [r.as_dict() for r in rows], "answer": paper.answer(rows)}, indent=1))
     else:
-        show("time of LoRA over that of full fine-tuning, forward + backward", bold=True)
-        show(
-            table(("", "measured", "predicted", "paper", "LoRA is", "predicted"), list(map(_row, rows)), left=(0, 4, 5))
-        )
+        title = "time of LoRA over that of full fine-tuning, forward + backward"
+        heads = ("", "measured", "predicted", "paper", "LoRA is", "predicted")
+        show(table(heads, map(_row, rows), left=(0, 4, 5), title=title))
         show(f"\n{paper.answer(rows)}", bold=True)
     return all(r.right for r in rows)
 

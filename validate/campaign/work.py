@@ -17,6 +17,7 @@ from ..measuring.records import Record
 from ..measuring.visit import visit
 from ..microbench import run, wider_kernels  # noqa: F401, the blocks that only a campaign has
 from ..microbench.designs import MicroCase
+from ..microbench.kernels import forget
 from ..microbench.stopwatch import Stopwatch, stopwatch
 from .plan import HostProgram, Visit
 from .versions import told
@@ -79,7 +80,7 @@ def host_program(program: HostProgram) -> Record:
     """Seconds by phase of a tiny program on one thread of the CPU."""
     torch.set_num_threads(1)
     config, method, checkpoint, optimizer = program.values
-    timed = hosts.measure(config, method, checkpoint, optimizer)
+    timed = hosts.time_program(config, method, checkpoint, optimizer)
     what = {"model": config.name, "config": config.values, "method": method}
     return {
         "kind": "host", "program": {**what, "checkpoint": checkpoint, "optimizer": optimizer},
@@ -90,6 +91,7 @@ def host_program(program: HostProgram) -> Record:
 def step(work: Visit, settings: Settings) -> Record:
     """A visit's record; where the installed program may be another than the tape's, with the counts of its trace."""
     first = work.round == 0
+    forget(settings.device)  # what microbenchmarks before it held
     found = visit(
         work.cell, settings.device, threads=settings.threads, warm_up=settings.warm_up, steps=settings.steps,
         whole=first,
@@ -115,5 +117,5 @@ def traced(cell: Cell, device: str) -> dict[str, Any]:
     capability = "8.0"
     if device == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    built, _ = tracing.build(cell.config, cell.setup, adapt, known, device, capability)
+    built, _ = tracing.build_traced(cell.config, cell.setup, adapt, known, device, capability)
     return {"calls": calls_of(built), **({"kernels": kernels_of(built)} if device == "cuda" else {})}

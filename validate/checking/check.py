@@ -81,7 +81,7 @@ def _cell(o: CellOutcome) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def check(
+def check_records(
     paths: Sequence[Path],
     *,
     device: str | None = None,
@@ -96,7 +96,7 @@ def check(
     Raises:
         UserError: a file that cannot be read or holds no visits; no profile for the machine that measured.
     """
-    found = [r for path in paths for r in records.read(path)]
+    found = [r for path in paths for r in records.read_records(path)]
     environments = {r["id"]: r for r in found if r["kind"] == "environment"}
     cells = [c for c in cells_of(found) if not c.parallel]
     if not cells:

@@ -33,7 +33,8 @@ def write_page(found: Report, path: Path, command: str) -> None:
 def context(found: Report, command: str) -> dict[str, Any]:
     """What the template shows."""
     of_cells = [
-        (title, table(tables.CELL_COLUMNS, rows)) for title, rows in tables.cell_tables(found.outcomes, found.pairs)
+        (title, page_table(tables.CELL_COLUMNS, rows))
+        for title, rows in tables.cell_tables(found.outcomes, found.pairs)
     ]
     unmeasured, different = tables.unmeasured_rows(found.cells), tables.numbered(found.outcomes)
     return {
@@ -43,13 +44,13 @@ def context(found: Report, command: str) -> dict[str, Any]:
             for name, m in found.machines.items()
         ],
         "answer": tables.verdict_line(found),
-        "limits": table(tables.LIMIT_COLUMNS, map(tables.limit_cells, found.limits), "left4"),
+        "limits": page_table(tables.LIMIT_COLUMNS, map(tables.limit_cells, found.limits), "left4"),
         "plots": _plots(found) if found.outcomes else [],
-        "lines": table(tables.LINE_COLUMNS, map(tables.line_cells, found.lines)),
-        "phases": table(tables.PHASE_COLUMNS, map(tables.phase_cells, found.lines)),
-        "cells": [{"title": title, "table": table(tables.CELL_COLUMNS, rows)} for title, rows in of_cells],
-        "unmeasured": table(("cell", ""), unmeasured, "left2") if unmeasured else None,
-        "different": table(tables.DIFFERENCE_COLUMNS, different, "left2") if different else None,
+        "lines": page_table(tables.LINE_COLUMNS, map(tables.line_cells, found.lines)),
+        "phases": page_table(tables.PHASE_COLUMNS, map(tables.phase_cells, found.lines)),
+        "cells": [{"title": title, "table": page_table(tables.CELL_COLUMNS, rows)} for title, rows in of_cells],
+        "unmeasured": page_table(("cell", ""), unmeasured, "left2") if unmeasured else None,
+        "different": page_table(tables.DIFFERENCE_COLUMNS, different, "left2") if different else None,
     }
 
 
@@ -64,7 +65,7 @@ def bare(environments: dict[str, Any], command: str) -> dict[str, Any]:
     }
 
 
-def table(heads: Any, rows: Any, table_style: str = "") -> dict[str, Any]:
+def page_table(heads: Any, rows: Any, table_style: str = "") -> dict[str, Any]:
     """A table for the template."""
     return {"heads": list(heads), "rows": list(rows), "style": table_style}
 

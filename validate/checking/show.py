@@ -9,7 +9,7 @@ from perfmodel.report.plain import show, table
 from perfmodel.report.progress import progress
 
 from . import tables
-from .check import Report, check
+from .check import Report, check_records
 from .machine import name_of
 
 MOST_DIFFERENCES = 30  # listed; --json has all
@@ -25,7 +25,7 @@ def show_check(
         def tick(done: int, total: int, label: str) -> None:
             bar.update(task, completed=done, total=total, description=label[:60])
 
-        found = check(paths, device=device, host=host, progress=tick)
+        found = check_records(paths, device=device, host=host, progress=tick)
     if html:
         from .page import write_page
 
@@ -71,5 +71,4 @@ def _print(found: Report) -> None:
 
 
 def _section(title: str, heads: Sequence[str], rows: tables.Rows, left: Sequence[int] = (0,)) -> None:
-    show(f"\n{title}", bold=True)
-    show(table(heads, rows, left=left))
+    show("\n" + table(heads, rows, left=left, title=title))

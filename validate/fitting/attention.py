@@ -24,7 +24,7 @@ from perfmodel.devices.attention import (
 from perfmodel.devices.hardware import Hardware
 
 from . import flash_papers
-from .judging import Array, Fit, FitErrors, column, fold, hardware, table
+from .judging import Array, Fit, FitErrors, column, fold, hardware, measured_table
 
 AICONFIGURATOR = "https://github.com/ai-dynamo/aiconfigurator"
 # device: name in the measurements, framework, version, kernel
@@ -54,9 +54,9 @@ class Served:
         return replace(self.parameters, launch_floor=LAUNCH_FLOOR)
 
 
-def load(folder: Path, slug: str) -> pd.DataFrame:
+def attention_rows(folder: Path, slug: str) -> pd.DataFrame:
     """Full-causal rows of a device's FA2 kernel (no window), the median of repeated shapes."""
-    d = table(folder, "attention_forward_bf16.parquet")
+    d = measured_table(folder, "attention_forward_bf16.parquet")
     gpu, framework, version, kernel = SERVING[slug]
     d = d[(d.gpu == gpu) & (d.framework == framework) & (d.version == version) & (d.kernel_source == kernel)]
     d = d[d.window_size.isna() | (d.window_size == 0)]
@@ -180,7 +180,7 @@ def filled(p: AttentionParameters, shape: AttentionParameters) -> AttentionParam
 
 def published_fit(slug: str, hw: Hardware, p: AttentionParameters) -> Fit:
     """A device whose rows are published figures alone, enough of them to leave some out."""
-    d = flash_papers.rows(slug)
+    d = flash_papers.flash_rows(slug)
     out = d[d.left_out]
     slices = {str(name): published_errors(part, hw, p) for name, part in out.groupby("direction")}
     software = "FlashAttention-2, fp16"
@@ -190,7 +190,7 @@ def published_fit(slug: str, hw: Hardware, p: AttentionParameters) -> Fit:
 
 def few_rows_fit(slug: str, hw: Hardware, base: AttentionParameters, p: AttentionParameters) -> Fit:
     """A device with too few rows to leave a third out: errors by leaving out one mask and head size at a time."""
-    d = flash_papers.rows(slug)
+    d = flash_papers.flash_rows(slug)
     errors = []
     for (causal, size), part in d.groupby(["causal", "head_dim"]):
         others = d[(d.causal != causal) | (d.head_dim != size)]
@@ -220,10 +220,10 @@ class AttentionResults:
 
 def fit_all(folder: Path) -> AttentionResults:
     """Every device and class: they borrow from each other, and all takes seconds."""
-    rows = {slug: load(folder, slug) for slug in SERVING}
+    rows = {slug: attention_rows(folder, slug) for slug in SERVING}
     served = {slug: fit_served({slug: d}) for slug, d in rows.items()}
     ampere_base, ada_base = served["a100-80gb-sxm"].training(), served["l40s"].training()
-    points = {slug: flash_papers.rows(slug) for slug in flash_papers.SOURCES}
+    points = {slug: flash_papers.flash_rows(slug) for slug in flash_papers.SOURCES}
     hopper = fit_published(points["h100-sxm"], hardware("h100-sxm"), ampere_base)
     ada = fit_published(points["rtx-4090"], hardware("rtx-4090"), ada_base)
     b200 = filled(fit_published(points["b200"], hardware("b200"), ampere_base), hopper)
@@ -265,7 +265,7 @@ def leave_out(rows: dict[str, pd.DataFrame], served: dict[str, Served], fits: di
         p = fits[other].parameters
         assert isinstance(p, AttentionParameters)
         moved = carried(p, hardware(other), hardware(slug))
-        found[slug] = published_errors(flash_papers.rows(slug), hardware(slug), moved)
+        found[slug] = published_errors(flash_papers.flash_rows(slug), hardware(slug), moved)
     return found
 
 

@@ -64,7 +64,7 @@ class CpuRow:
         return self.sizes.get("rows") != 1 and fold(*first, *self.sizes.values()) == 0
 
 
-def rows(records: Sequence[Mapping[str, Any]]) -> list[CpuRow]:
+def cpu_rows(records: Sequence[Mapping[str, Any]]) -> list[CpuRow]:
     """Rows of microbenchmark records.
 
     Raises:

@@ -19,7 +19,7 @@ from perfmodel.devices.profile import DeviceProfile
 from perfmodel.errors import UserError
 
 from . import attention, gemm, pointwise
-from .cpu import SOURCE, CpuRow, rows
+from .cpu import SOURCE, CpuRow, cpu_rows
 from .cpu_ops import op
 from .judging import Array, Fit, FitErrors, column, fold, shape_hash
 from .sequences import TimedKernel
@@ -36,13 +36,13 @@ HOST_BOUND = 1.5  # calls that take less than so many launches show the host, no
 FEWEST = 24  # rows of a block
 
 
-def fit(found: Sequence[Record], here: Record) -> tuple[DeviceProfile, dict[str, Fit]]:
+def fit_gpu(found: Sequence[Record], here: Record) -> tuple[DeviceProfile, dict[str, Fit]]:
     """What is known of the GPU beforehand, and its fitted blocks.
 
     Raises:
         UserError: too few rows, or a GPU of no known family.
     """
-    every = rows(found)
+    every = cpu_rows(found)
     launch = min((r.seconds for r in every if r.case["op"] == "launch"), default=0.0)
     telling = [r for r in every if r.seconds > HOST_BOUND * launch]
     known = beforehand(here["gpu"], telling)
@@ -176,7 +176,7 @@ def _pointwise(telling: Sequence[CpuRow], launch: float, known: DeviceProfile, s
                 {"source": "own", "family": family, "kernels": launched, "fold": fold(*case), "seconds": seconds}
             )
     d = _enough(pd.DataFrame(table), "pointwise calls")
-    p = pointwise.fit(d[d.fold != 0].reset_index(drop=True), known.hardware, begin)
+    p = pointwise.fit_pointwise(d[d.fold != 0].reset_index(drop=True), known.hardware, begin)
     errors = pointwise.judge(d[d.fold == 0] if (d.fold == 0).any() else d, known.hardware, p)["all"]
     return Fit(p, SOURCE, software, int((d.fold != 0).sum()), int((d.fold == 0).sum()), errors)
 

@@ -107,7 +107,7 @@ class _Fitted:
     )  # errors of SIBLINGS' kind
 
 
-def run(
+def fit_everything(
     folder: str | PathLike[str], *, leave_one_out: bool, write: bool, progress: Progress | None = None
 ) -> list[Row]:
     """Fit everything and return the table of errors; with `write`, rewrite the device files.
@@ -240,7 +240,7 @@ def _gemm_pairs(folder: Path, fitted: _Fitted) -> None:
         p = fitted.devices[f"gemm.{dtype}"][donor].parameters
         assert isinstance(p, GemmParameters)
         fitted.pairs[f"gemm.{dtype}"].append(
-            gemm.judge(gemm.load(folder, slug, dtype), hardware(slug), gemm.Found(p))["all"]
+            gemm.judge(gemm.gemm_rows(folder, slug, dtype), hardware(slug), gemm.Found(p))["all"]
         )
 
 

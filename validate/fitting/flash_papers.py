@@ -50,7 +50,7 @@ RTX_4090 = (
 )
 
 
-def rows(device: str) -> pd.DataFrame:
+def flash_rows(device: str) -> pd.DataFrame:
     """causal, head_dim, direction, batch, seq, heads, seconds, left_out: one row a published point."""
     points = [
         (causal, head_dim, direction, seq, speed)

@@ -20,7 +20,7 @@ from perfmodel.devices.hardware import Hardware
 
 from . import sgemm
 from .campaigns import REACTION
-from .judging import Array, Fit, FitErrors, Shapes, column, hardware, shape_hash, strings, table
+from .judging import Array, Fit, FitErrors, Shapes, column, hardware, measured_table, shape_hash, strings
 
 FIT_ROWS = 12000  # rows that a fit uses at most: more change the third digit of the error
 FIT_ROWS_FP32 = 4000  # the same for one that several devices share in fp32, whose rows are priced at two clocks
@@ -71,7 +71,7 @@ POWER: dict[str, tuple[float, float]] = {"power_share": (0.2, 1.5), "load_energy
 BENCH: dict[str, tuple[float, float]] = {"clock": (0.3, 1.2), "reaction": (0.02, 0.5)}  # of NeuSight's boards
 
 
-def start(slug: str, dtype: str) -> GemmParameters:
+def starting_point(slug: str, dtype: str) -> GemmParameters:
     """What the library has on a device (tiles, k step), and where its fit starts."""
     if dtype == "fp32":
         return sgemm.STARTS[slug]
@@ -85,16 +85,16 @@ def bounds(dtype: str, *, power: bool = True) -> dict[str, tuple[float, float]]:
     return BOUNDS | FP32_ONLY | (POWER if power else {})
 
 
-def load(folder: Path, slug: str, dtype: str) -> pd.DataFrame:
+def gemm_rows(folder: Path, slug: str, dtype: str) -> pd.DataFrame:
     """m, n, k, b, seconds, group, a_copies, b_copies, left_out, an order by hash: one row a measurement."""
-    rows = _load_bf16(folder, slug) if dtype == "bf16" else sgemm.load(folder, slug)
+    rows = _load_bf16(folder, slug) if dtype == "bf16" else sgemm.sgemm_rows(folder, slug)
     h = shape_hash(rows.b, rows.m, rows.n, rows.k)
     order = (h >> np.uint64(8)) % np.uint64(1 << 20)
     return rows.assign(left_out=h % np.uint64(3) == 0, order=order, dtype=dtype, device=slug)
 
 
 def _load_bf16(folder: Path, slug: str) -> pd.DataFrame:
-    measured = table(folder, BF16_FILES[slug])
+    measured = measured_table(folder, BF16_FILES[slug])
     l2_bytes = hardware(slug).l2_bytes
     parts = []
     for framework in ("sglang", "trtllm", "vllm"):
@@ -170,7 +170,7 @@ def deviation(predicted: Array, measured: Array, dtype: str) -> Array:
     return np.asarray(np.log(ratio) if dtype == "bf16" else ratio - 1.0)
 
 
-def fit(
+def fit_gemm(
     rows_of: Mapping[str, pd.DataFrame], dtype: str, begin: GemmParameters, shares: Mapping[str, float] | None = None
 ) -> Found:
     """Parameters shared by the devices of `rows_of`, from their rows that are not left out.
@@ -182,7 +182,7 @@ def fit(
         kept = rows[~rows.left_out].sort_values(["order", "group"], kind="stable")
         rows_in_all = FIT_ROWS_FP32 if dtype == "fp32" and len(rows_of) > 1 else FIT_ROWS
         count = int(rows_in_all * (shares[slug] if shares else 1.0 / len(rows_of)))
-        used.append(Used(kept.head(count).reset_index(drop=True), hardware(slug), start(slug, dtype)))
+        used.append(Used(kept.head(count).reset_index(drop=True), hardware(slug), starting_point(slug, dtype)))
     return fit_rows(used, dtype, begin)
 
 
@@ -233,7 +233,7 @@ def _seconds(used: Sequence[Used], dtype: str) -> Callable[[Sequence[Found]], Ar
 def on_device(found: Found, slug: str, dtype: str) -> Found:
     """Class parameters with the tiles and k step that the library has on the device."""
     shared: dict[str, Any] = {n: getattr(found.parameters, n) for n in bounds(dtype)}
-    return found._replace(parameters=replace(start(slug, dtype), **shared))
+    return found._replace(parameters=replace(starting_point(slug, dtype), **shared))
 
 
 def judge(rows: pd.DataFrame, hw: Hardware, found: Found) -> dict[str, FitErrors]:
@@ -250,8 +250,8 @@ def judge(rows: pd.DataFrame, hw: Hardware, found: Found) -> dict[str, FitErrors
 
 def fit_device(folder: Path, slug: str, dtype: str) -> Fit:
     """One device from its own rows."""
-    rows = load(folder, slug, dtype)
-    found = fit({slug: rows}, dtype, start(slug, dtype))
+    rows = gemm_rows(folder, slug, dtype)
+    found = fit_gemm({slug: rows}, dtype, starting_point(slug, dtype))
     errors = judge(rows, hardware(slug), found)
     return Fit(
         parameters=found.parameters,
@@ -267,7 +267,9 @@ def fit_device(folder: Path, slug: str, dtype: str) -> Fit:
 
 def _software(folder: Path, slug: str) -> str:
     columns = [
-        c.removesuffix("_ms").replace("_", " ") for c in strings(table(folder, BF16_FILES[slug])) if c.endswith("_ms")
+        c.removesuffix("_ms").replace("_", " ")
+        for c in strings(measured_table(folder, BF16_FILES[slug]))
+        if c.endswith("_ms")
     ]
     return ", ".join(columns) + "; short bursts in CUDA graphs"
 
@@ -287,17 +289,17 @@ def donors(slug: str, dtype: str) -> dict[str, float]:
 def leave_out(folder: Path, slug: str, dtype: str) -> FitErrors:
     """Errors of a device priced from its datasheet and the others' rows."""
     shares = donors(slug, dtype)
-    begin = sgemm.limited(start(slug, dtype)) if dtype == "fp32" else start(slug, dtype)
-    found = fit({d: load(folder, d, dtype) for d in shares}, dtype, begin, shares)
-    return judge(load(folder, slug, dtype), hardware(slug), on_device(found, slug, dtype))["all"]
+    begin = sgemm.limited(starting_point(slug, dtype)) if dtype == "fp32" else starting_point(slug, dtype)
+    found = fit_gemm({d: gemm_rows(folder, d, dtype) for d in shares}, dtype, begin, shares)
+    return judge(gemm_rows(folder, slug, dtype), hardware(slug), on_device(found, slug, dtype))["all"]
 
 
 def fit_class(folder: Path, members: tuple[str, ...], dtype: str, begin: GemmParameters) -> tuple[GemmParameters, int]:
     """Shared parameters of a class, and how many rows made them."""
-    rows_of = {d: load(folder, d, dtype) for d in members}
+    rows_of = {d: gemm_rows(folder, d, dtype) for d in members}
     each = (FIT_ROWS_FP32 if dtype == "fp32" else FIT_ROWS) // len(members)
     used = sum(min(each, int((~r.left_out).sum())) for r in rows_of.values())
-    return fit(rows_of, dtype, begin).parameters, used
+    return fit_gemm(rows_of, dtype, begin).parameters, used
 
 
 def in_steps(p: GemmParameters, launch_clocks: float) -> GemmParameters:

@@ -120,7 +120,7 @@ def file(folder: Path, name: str) -> Path:
     return path
 
 
-def table(folder: Path, name: str) -> pd.DataFrame:
+def measured_table(folder: Path, name: str) -> pd.DataFrame:
     """One file of measurements, CSV or Parquet."""
     path = file(folder, name)
     return pd.read_csv(path, low_memory=False) if path.suffix == ".csv" else pd.read_parquet(path)

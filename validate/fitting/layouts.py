@@ -15,7 +15,7 @@ from perfmodel.devices.gemm import GemmParameters, Layout, gemm_time
 from perfmodel.devices.hardware import Hardware
 
 from .gemm import least
-from .judging import Array, Fit, FitErrors, column, hardware, shape_hash, table
+from .judging import Array, Fit, FitErrors, column, hardware, measured_table, shape_hash
 
 SIMUMAX = "https://github.com/MooreThreads/SimuMax"
 BOARDS = {"a100-80gb-pcie": "a100_pcie_bf16", "b200": "b200_bf16_ceperm"}
@@ -35,7 +35,7 @@ def priced_layouts(rows: pd.DataFrame, hw: Hardware, p: GemmParameters) -> Array
 
 def fit_board(folder: Path, slug: str, base: GemmParameters) -> Fit:
     """`sustained`, `nn_slowdown` and `nt_slowdown` of a board on top of burst parameters of its chip."""
-    measured = table(folder, "gemm_layouts_simumax.csv")
+    measured = measured_table(folder, "gemm_layouts_simumax.csv")
     rows = measured[(measured.op == "matmul") & (measured.gpu == BOARDS[slug])].reset_index(drop=True)
     hw, seconds = hardware(slug), column(rows, "implied_ms") * 1e-3
     left_out = shape_hash(np.ones(len(rows)), rows.m, rows.n, rows.k) % np.uint64(3) == 0

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from . import sequences as seq
-from .judging import fold, table
+from .judging import fold, measured_table
 from .sequences import Kernels, TimedKernel
 
 GPUS = {"NVIDIA A100-SXM4-80GB": "a100-80gb-sxm", "NVIDIA H100 80GB HBM3": "h100-sxm"}
@@ -186,9 +186,9 @@ def _host_bound(name: str, eager: bool, mode: str, ms: float) -> bool:
     return mode != "forward" and ms < (EAGER_HOST_BOUND.get(name, 0.0) if eager else HOST_BOUND)
 
 
-def load(folder: Path) -> pd.DataFrame:
+def liger_rows(folder: Path) -> pd.DataFrame:
     """gpu, family, kernels, fold, seconds, host_bound."""
-    d = table(folder, "kernels_liger.csv")
+    d = measured_table(folder, "kernels_liger.csv")
     d = d[(d.metric_name == "speed") & d.gpu_name.isin(list(GPUS)) & d.kernel_name.isin(list(FAMILIES))]
     out = []
     for r in d.to_dict("records"):

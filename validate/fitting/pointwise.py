@@ -16,7 +16,7 @@ from perfmodel.devices.hardware import Hardware
 from perfmodel.devices.pointwise import KINDS, PointwiseParameters, pointwise_time
 
 from . import liger
-from .judging import Array, Fit, FitErrors, column, fold, hardware, table
+from .judging import Array, Fit, FitErrors, column, fold, hardware, measured_table
 from .sequences import Kernels, TimedKernel
 
 NEUSIGHT = {
@@ -52,16 +52,16 @@ PRIOR = 0.15  # residual of a factor e away from the start (data rows weigh up t
 LIGER_EVENTS = 3.5e-6  # s that do_bench's events add to the first kernel
 
 
-def load(folder: Path) -> pd.DataFrame:
+def pointwise_rows(folder: Path) -> pd.DataFrame:
     """gpu, source, family, kernels, fold, seconds, host_bound: one row a measurement."""
-    parts = {"neusight": _neusight(folder), "vidur": _vidur(folder), "liger": liger.load(folder)}
+    parts = {"neusight": _neusight(folder), "vidur": _vidur(folder), "liger": liger.liger_rows(folder)}
     rows = pd.concat([d.assign(source=source) for source, d in parts.items()], ignore_index=True)
     host = np.array([h is True or (isinstance(h, np.bool_) and bool(h)) for h in rows.host_bound])
     return rows.assign(host_bound=host)
 
 
 def _neusight(folder: Path) -> pd.DataFrame:
-    d = table(folder, "kernels_fp32_neusight.parquet")
+    d = measured_table(folder, "kernels_fp32_neusight.parquet")
     d = d[~d.op.isin(["linear", "bmm"]) & d.gpu.isin(list(NEUSIGHT))]
     family = d.op.map({"ln": "layer norm", "softmax": "softmax"}).fillna("pointwise")
     ops = list(zip(d.op, d.B, d.H, strict=True))
@@ -80,7 +80,7 @@ def _neusight_kernels(op: str, rows: float, hidden: float) -> Kernels:
 
 def _vidur(folder: Path) -> pd.DataFrame:
     """The residual add and the embedding; the other columns time vLLM's own kernels."""
-    d = table(folder, "kernels_vidur.parquet")
+    d = measured_table(folder, "kernels_vidur.parquet")
     keys = ["gpu", "model", "num_tokens", "tp", "n_head", "n_kv_head", "n_embd", "n_ffn", "vocab", "gated"]
     d = d.groupby(keys, as_index=False).median(numeric_only=True)
     out = []
@@ -144,7 +144,7 @@ def informed(rows: pd.DataFrame) -> list[str]:
     return [f for f in BOUNDS if f in found]
 
 
-def fit(rows: pd.DataFrame, hw: Hardware, begin: PointwiseParameters) -> PointwiseParameters:
+def fit_pointwise(rows: pd.DataFrame, hw: Hardware, begin: PointwiseParameters) -> PointwiseParameters:
     """Every source and family weighs alike; a weak prior holds what data do not."""
     names, batch, measured = informed(rows), Batch(rows), column(rows, "seconds")
     sizes = np.asarray(rows.groupby(["source", "family"]).seconds.transform("size"))
@@ -186,12 +186,12 @@ class PointwiseResults:
 
 def fit_all(folder: Path, step: Callable[[str], None]) -> PointwiseResults:
     """Every device with rows; gaps are filled from the parent or the class."""
-    rows = load(folder)
+    rows = pointwise_rows(folder)
     rows = rows[~rows.host_bound]
     found: dict[str, PointwiseParameters] = {}
     for slug in sorted(rows.gpu.unique(), key=lambda g: (list(PARENTS).index(g) + 1 if g in PARENTS else 0, g)):
         own = rows[(rows.gpu == slug) & (rows.fold != 0)]
-        found[slug] = fit(own, hardware(slug), found.get(PARENTS.get(slug, ""), PointwiseParameters()))
+        found[slug] = fit_pointwise(own, hardware(slug), found.get(PARENTS.get(slug, ""), PointwiseParameters()))
         step(f"pointwise {slug}")
     known = {slug: informed(rows[rows.gpu == slug]) for slug in found}
     default = class_default(found, known)

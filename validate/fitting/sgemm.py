@@ -19,7 +19,7 @@ from perfmodel.devices.gemm import GemmParameters, Tiles, gemm_time
 from perfmodel.devices.hardware import Hardware
 
 from .campaigns import Campaign, boosts, campaign, entries
-from .judging import Array, Shapes, table
+from .judging import Array, Shapes, measured_table
 
 Index = NDArray[np.intp]
 
@@ -65,9 +65,9 @@ COLLECTED = "collected"
 COLLECTED_TILES = {"p4": SMALL_TILES}  # where that campaign's library was another one
 
 
-def load(folder: Path, slug: str) -> pd.DataFrame:
+def sgemm_rows(folder: Path, slug: str) -> pd.DataFrame:
     """m, n, k, b, seconds, group, a_copies, b_copies, campaign, entry of it: one row a measurement."""
-    measured = table(folder, FILE)
+    measured = measured_table(folder, FILE)
     measured = measured[measured.op.isin(["linear", "bmm"]) & (measured.gpu == GPUS[slug])]
     rows = pd.DataFrame(
         {

@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 from perfmodel import units
+from perfmodel.report.plain import show, table
 from perfmodel.report.progress import progress
-from perfmodel.report.terminal import console, table
 
 from . import fit
 
@@ -31,7 +31,7 @@ def show_fit(folder: Any, *, leave_one_device_out: bool, write: bool, as_json: b
         for r in rows
     )  # fmt: skip
     columns = ("block", "device", "rows of", "rows", "mean", "median", "p90", "plain roofline")
-    console.print(table("|relative error| on rows that the fit did not see", columns, cells, left=3))
+    show(table(columns, cells, left=(0, 1, 2), title="|relative error| on rows that the fit did not see"))
 
 
 def _number(value: Any) -> float | None:

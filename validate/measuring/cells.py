@@ -96,7 +96,7 @@ class Grid:
                 yield number, cell
 
 
-def load(grid: str, device: str) -> Grid:
+def load_grid(grid: str, device: str) -> Grid:
     """A bundled grid by name (small, standard) for a kind of device, or one's own by path.
 
     Raises:
@@ -113,7 +113,7 @@ def parse(table: dict[str, Any], name: str, where: str) -> Grid:
     for key in table:
         if key not in (*COUNTS, "models", "cells"):
             raise UserError(f"{where}: unknown key {key!r}: {nearest(key, [*COUNTS, 'models', 'cells'])}")
-    counts = {key: count(table.get(key, usual), key, where) for key, usual in COUNTS.items()}
+    counts = {key: grid_count(table.get(key, usual), key, where) for key, usual in COUNTS.items()}
     own = table.get("models", {})
     blocks = table.get("cells")
     if not isinstance(own, dict) or not isinstance(blocks, list) or not blocks:
@@ -123,7 +123,7 @@ def parse(table: dict[str, Any], name: str, where: str) -> Grid:
     return Grid(name, tuple(unique.values()), **counts)
 
 
-def count(value: Any, key: str, where: str) -> int:
+def grid_count(value: Any, key: str, where: str) -> int:
     """One of the counts of a grid.
 
     Raises:

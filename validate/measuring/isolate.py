@@ -20,7 +20,7 @@ def possible() -> bool:
     return sys.platform == "linux"
 
 
-def run(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def run_forked(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result of `work`, done in a forked child; a record with status oom or error if the child dies."""
     reader, writer = os.pipe()
     parent = os.getpid()

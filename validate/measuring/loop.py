@@ -29,7 +29,7 @@ class TrainingLoop:
         architecture = from_config(cell.config)
         method = methods.parse(cell.method).bind(architecture)
         torch.manual_seed(0)
-        base = models.build(cell.config, cell.setup, device=device)
+        base = models.build_model(cell.config, cell.setup, device=device)
         self.model: Any = references.apply_any(base, method, architecture, cell.setup)
         self.model.train()
         if self.setup.checkpoint != "none":

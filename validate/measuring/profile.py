@@ -69,7 +69,7 @@ def _made_of_others(name: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
 
 
-def summary(found: Profile, device: str, step_seconds: float) -> dict[str, Any]:
+def plain_profile(found: Profile, device: str, step_seconds: float) -> dict[str, Any]:
     """The profile as plain values.
 
     Args:

@@ -19,7 +19,7 @@ SCHEMA = 1
 Record = dict[str, Any]
 
 
-def read(path: Path) -> list[Record]:
+def read_records(path: Path) -> list[Record]:
     """All records of a file.
 
     Raises:

@@ -49,11 +49,11 @@ def plan(
     """A plan for this machine; on a CPU without bf16 arithmetic the bf16 cells are left out.
 
     Raises:
-        UserError: no such device here, a grid that `cells.load` refuses, or a method that has no program to run.
+        UserError: no such device here, a grid that `cells.load_grid` refuses, or a method that has no program to run.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device is visible to PyTorch here: use --device cpu")
-    found = cells.load(grid, device)
+    found = cells.load_grid(grid, device)
     for text in dict.fromkeys(cell.method for cell in found.cells):
         check_program(methods.parse(text))
     if device == "cpu" and not environment.native_bf16():
@@ -66,7 +66,7 @@ def plan(
     )
 
 
-def measure(
+def measure_cells(
     plan: MeasuringPlan, output: Path, progress: Progress = lambda done, total, label: None, team: Team | None = None
 ) -> list[dict[str, Any]]:
     """Run the visits that have no record yet, append one record each, and return all records of the file.
@@ -81,7 +81,7 @@ def measure(
     if team and not team.first:
         return _follow(plan, output, team)
     with records.only_writer(output):
-        before = records.read(output) if output.exists() else []
+        before = records.read_records(output) if output.exists() else []
         known, named = records.done(before), team.name if team else str
         todo = [v for v in plan.visits() if (v[0], named(v[1].id)) not in known]
         alone = plan.device == "cpu" and team is None and isolate.possible()
@@ -96,11 +96,11 @@ def measure(
             progress(i, len(todo), cell.id)
             started = time.time()
             work = partial(_visit, plan, cell, number, team)
-            found = isolate.run(work) if alone else work()
+            found = isolate.run_forked(work) if alone else work()
             took = {"started": round(started, 1), "elapsed_s": round(time.time() - started, 2)}
             _keep(output, {**_head(cell, number, here, team), **took}, found, team)
         progress(len(todo), len(todo), "done")
-        return records.read(output)
+        return records.read_records(output)
 
 
 class Abandoned(Exception):
@@ -152,12 +152,12 @@ def load_modules(cells: list[Cell]) -> None:
     """Import in this process whatever the cells' programs import on the way, so that no forked visit does it again."""
     from torch.profiler import profile as profiler
 
-    from perfmodel.tracing.programs.models import build
+    from perfmodel.tracing.programs.models import build_model
 
     for cell in {(c.config.name, c.method): c for c in cells}.values():
         architecture = architectures.from_config(cell.config)
         method = methods.parse(cell.method).bind(architecture)
-        apply_any(build(cell.config, cell.setup), method, architecture, cell.setup)
+        apply_any(build_model(cell.config, cell.setup), method, architecture, cell.setup)
     weight = torch.nn.Parameter(torch.ones(1))  # a step of one element starts no threads
     update = make_optimizer([weight], "adamw-loop")
     with profiler():

@@ -49,7 +49,7 @@ def show_measure(
 
 def _measure(plan: run.MeasuringPlan, output: Path, together: team.Team | None) -> list[dict[str, Any]]:
     if together and not together.first:
-        return run.measure(plan, output, team=together)
+        return run.measure_cells(plan, output, team=together)
     with progress(auto_refresh=False) as bar:  # without a thread: measuring forks
         task = bar.add_task("loading", total=len(plan.visits()))
 
@@ -57,7 +57,7 @@ def _measure(plan: run.MeasuringPlan, output: Path, together: team.Team | None) 
             bar.update(task, completed=done, total=total, description=label[:60])
             bar.refresh()
 
-        return run.measure(plan, output, tick, together)
+        return run.measure_cells(plan, output, tick, together)
 
 
 def _row(r: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from perfmodel.report.plain import show, table
 
 from . import kineto, traces
 from .kineto import Profile
-from .profile import composite, summary
+from .profile import composite, plain_profile
 
 BROKEN = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 Facts = Any
@@ -31,7 +31,7 @@ def show_profile(path: Path, phases: Sequence[str], top: int, *, as_json: bool) 
     if path.suffix == ".csv":
         facts, text = _averages(traces.averages(path), top)
     else:
-        trace = traces.load(path)
+        trace = traces.read_trace(path)
         if not {"nodes", "traceEvents"} & set(trace):
             raise UserError(f"{path}: neither a Chrome trace (traceEvents) nor an execution trace (nodes)")
         try:
@@ -45,7 +45,7 @@ def _chrome(trace: dict[str, Any], phases: Sequence[str], top: int) -> tuple[Fac
     found = kineto.parse(trace, phases or traces.annotations(trace), transparent=composite)
     device = "cuda" if found.work else "cpu"
     seconds = found.span if found.work else sum(c.seconds for c in found.calls if c.outermost)
-    facts = summary(found, device, seconds or 1.0)
+    facts = plain_profile(found, device, seconds or 1.0)
     facts["launches"] = found.launches
     rows = [
         [phase, units.seconds(facts["profiled_seconds"].get(phase, 0.0)), f"{n:,}", units.seconds(s)]

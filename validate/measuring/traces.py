@@ -20,7 +20,7 @@ GZIP = b"\x1f\x8b"
 FORWARD, BACKWARD, OPTIMIZER = PHASES
 
 
-def load(path: Path) -> dict[str, Any]:
+def read_trace(path: Path) -> dict[str, Any]:
     """The object in a JSON file, compressed by gzip or not.
 
     Raises:

@@ -79,7 +79,7 @@ def _measure(
             held = program.held_bytes()
             record["memory"] = {"peak": held + found.memory_peak, "held": held}
         if whole:
-            record["profile"] = profile.summary(found, device, record["median_s"]["step"])
+            record["profile"] = profile.plain_profile(found, device, record["median_s"]["step"])
     return record
 
 

@@ -36,7 +36,7 @@ _kept: deque[tuple[object, int]] = deque()  # results of earlier cases, and thei
 _cursor: dict[int, int] = {}  # address of a pool -> element at which the next operand begins
 
 
-def build(case: MicroCase, device: str) -> tuple[Call, int]:
+def build_call(case: MicroCase, device: str) -> tuple[Call, int]:
     """The call of a case, and how many calls a repeat should have."""
     with torch.device(device):
         call, inner = BUILDERS[case.block](case, device)
@@ -67,6 +67,16 @@ def _touched(nbytes: float, device: str) -> None:
 def _pool(nbytes: float, dtype: str, device: str, positive: bool) -> Tensor:
     some = torch.rand(1 << 20, device=device) + 0.5 if positive else torch.randn(1 << 20, device=device)
     return some.to(TORCH_DTYPES[dtype]).repeat(max(1, int(nbytes / ITEMSIZE[dtype]) >> 20))
+
+
+def forget(device: str) -> None:
+    """Give back pools and results: what is measured next needs the memory, and must not find it held."""
+    _kept.clear()
+    _cursor.clear()
+    _touched.cache_clear()
+    _pool.cache_clear()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 class Ring:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .designs import MicroCase
-from .kernels import build
+from .kernels import build_call, forget
 from .stopwatch import Stopwatch
 
 Progress = Callable[[float, str], None]  # share of the budget that is spent, what comes next
@@ -19,7 +19,7 @@ CANNOT = ("not implemented", "No available kernel")  # what PyTorch says of a ca
 NEEDED = 60  # cases of a block that run even if the time is over, small ones first: no fit without them
 
 
-def run(
+def run_blocks(
     blocks: dict[str, list[MicroCase]],
     device: str,
     watch: Stopwatch,
@@ -49,13 +49,14 @@ def run(
         done[name] += 1
         if record["kind"] == "microbench":
             records.append(record)
+    forget(device)
     return records
 
 
 def attempt(case: MicroCase, device: str, watch: Stopwatch) -> dict[str, Any]:
     """A record of kind "microbench", or "unmeasured" where memory ran out or the device cannot run the case."""
     try:
-        call, inner = build(case, device)
+        call, inner = build_call(case, device)
         timing = watch(call, inner, CASE_SECONDS, REPEATS)
     except (RuntimeError, NotImplementedError) as error:
         text = " ".join(str(error).split())[:300]

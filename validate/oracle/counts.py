@@ -64,7 +64,7 @@ def _expand(specs: Any) -> list[Any]:
     return [(s.dtype, tuple(s.shape)) for s in specs for _ in range(s.copies)]
 
 
-def compare(case: Case, *, cuda_forward: bool = False) -> Result:
+def compare_case(case: Case, *, cuda_forward: bool = False) -> Result:
     """Trace the real program of a case and compare calls, FLOPs, bytes, parameters and peak memory.
 
     `cuda_forward` compares the CUDA form of the forward instead, on fake CUDA tensors; it needs a CUDA build of torch.
@@ -73,7 +73,7 @@ def compare(case: Case, *, cuda_forward: bool = False) -> Result:
     architecture = from_config(case.config)
     method = methods.parse(case.method).bind(architecture)
     step = build(architecture, method, case.setup, device)
-    model = models.apply(models.build(case.config, case.setup), method, architecture)
+    model = models.apply(models.build_model(case.config, case.setup), method, architecture)
     make = partial(updates.make, method=method)
     trace = trace_step(model, case.setup, step.optimizer, device=device, forward_only=cuda_forward, make=make)
     return judge(case, step, trace, ("forward",) if cuda_forward else PHASES)

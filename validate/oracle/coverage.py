@@ -125,7 +125,7 @@ def _saved_lora(folder: str) -> str:
     """A LoRA on disk, as X-LoRA mixes them."""
     import peft
 
-    model = programs.build(LLAMA, SETUP, device="cpu")
+    model = programs.build_model(LLAMA, SETUP, device="cpu")
     peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM")).save_pretrained(folder)
     return folder
 
@@ -163,7 +163,7 @@ def patience(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
-def load(path: Path = TABLE) -> list[CoverageRow]:
+def read_coverage(path: Path = TABLE) -> list[CoverageRow]:
     """The rows of a run that `append` wrote."""
     return read_rows(path, lambda r: CoverageRow(**{f.name: f.type(r[f.name]) for f in fields(CoverageRow)}))  # type: ignore[operator]
 

@@ -143,12 +143,12 @@ def _prepare() -> None:
         setattr(owner, name, value)
 
 
-def count(config: Config, method: str, setup: Setup) -> Kernels:
+def count_kernels(config: Config, method: str, setup: Setup) -> Kernels:
     """Compile forward and backward of a model and count its kernels."""
     _prepare()
     found = Kernels()
     architecture, bound = resolve(config, method)
-    model = models.apply(models.build(config, setup, device="cpu"), bound, architecture).train()
+    model = models.apply(models.build_model(config, setup, device="cpu"), bound, architecture).train()
 
     def inner(gm: Any, inputs: Any, **options: Any) -> Any:
         _read(copy.deepcopy(gm), inputs, options, found)
@@ -209,7 +209,7 @@ def main(arguments: list[str]) -> None:
     config = Config({"model_type": kind, **json.loads(values)}, kind, kind)
     from_config(config)
     options: Any = {name: int(value) for name, value in (size.split("=") for size in sizes)}
-    print(json.dumps(asdict(count(config, method, Setup(**options)))))
+    print(json.dumps(asdict(count_kernels(config, method, Setup(**options)))))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ import warnings
 from collections import Counter
 from typing import Any
 
+from click import style
+
 from perfmodel import units
+from perfmodel.report.plain import show, table
 from perfmodel.report.progress import progress
-from perfmodel.report.terminal import console, table
 
 from . import cases, counts
 
@@ -16,14 +18,14 @@ def show_counts(grid: str, *, cuda_forward: bool, as_json: bool) -> bool:
     """Run the comparison over a grid and print it; returns whether anything differs."""
     warnings.filterwarnings("ignore")
     for text in counts.other_versions():
-        console.print(f"[yellow]installed: {text}: differences may be theirs[/]")
+        show(f"installed: {text}: differences may be theirs", colour="yellow")
     chosen = list(cases.cuda_forward_grid() if cuda_forward else cases.grid(grid))
     results = []
     with progress() as bar:
         task = bar.add_task("tracing", total=len(chosen))
         for case in chosen:
             bar.update(task, description=f"{case.config.name} {case.method}")
-            results.append(counts.compare(case, cuda_forward=cuda_forward))
+            results.append(counts.compare_case(case, cuda_forward=cuda_forward))
             bar.advance(task)
     if as_json:
         print(json.dumps([_row(r) for r in results], indent=1))
@@ -31,13 +33,11 @@ def show_counts(grid: str, *, cuda_forward: bool, as_json: bool) -> bool:
     _summary(results)
     bad = [r for r in results if r.differences]
     for r in bad[:20]:
-        console.print(f"\n[red]{r.case.config.name} {r.case.method}[/] {_changed(r)}")
+        show("\n" + style(f"{r.case.config.name} {r.case.method}", fg="red") + f" {_changed(r)}")
         for line in r.differences[:8]:
-            console.print(f"  {line}", markup=False, soft_wrap=True)
-    console.print(
-        f"\n{len(results)} cases, {sum(r.calls for r in results):,} ATen calls compared, "
-        f"{'[red]' if bad else '[green]'}{len(bad)} cases differ[/]"
-    )
+            show(f"  {line}")
+    differ = style(f"{len(bad)} cases differ", fg="red" if bad else "green")
+    show(f"\n{len(results)} cases, {sum(r.calls for r in results):,} ATen calls compared, {differ}")
     return bool(bad)
 
 
@@ -70,5 +70,5 @@ def _summary(results: list[Any]) -> None:
                 f"{max(abs(r.peak_ratio - 1) for r in members) * 100:.2f} %", sum(len(r.differences) for r in members),
             ]
         )  # fmt: skip
-    columns = ("model", "method", "setup", "ATen calls", "FLOPs", "bytes", "peak off by", "differences")
-    console.print(table("", columns, rows, left=3))
+    columns = ("model", "method", "setup", "ATen calls", "FLOPs", "bytes", "peak off by", "differ")
+    show(table(columns, rows, left=(0, 1, 2)))

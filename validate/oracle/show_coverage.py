@@ -5,19 +5,19 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from perfmodel.report.plain import show, table
 from perfmodel.report.progress import progress
-from perfmodel.report.terminal import console, table
 
 from . import coverage
 from .coverage import CoverageRow
 
 
-def show(*, quick: bool, output: Path | None, as_json: bool) -> bool:
+def show_coverage(*, quick: bool, output: Path | None, as_json: bool) -> bool:
     """Trace model types and tuners, print which can be traced and why others cannot; returns whether enough can.
 
     With `output` every row goes into that table at once, and what stands in it already is not traced again.
     """
-    rows = coverage.load(output) if output and output.exists() else []
+    rows = coverage.read_coverage(output) if output and output.exists() else []
     known = {(row.kind, row.name) for row in rows}
     models = [model for model in coverage.model_types(quick=quick) if model not in known]
     names = [name for name in coverage.tuners() if ("tuner", name) not in known]
@@ -37,15 +37,15 @@ def show(*, quick: bool, output: Path | None, as_json: bool) -> bool:
 
 def _print(rows: Sequence[CoverageRow]) -> None:
     cells = ([row.kind, row.name, _how(row), f"{row.seconds:.1f} s"] for row in rows if row.ok)
-    console.print(table("traced", ("", "type", "blocks traced", "took"), cells, left=2))
+    show(table(("", "type", "blocks traced", "took"), cells, left=(0, 1), title="traced"))
     refused = [row for row in rows if not row.ok]
     if refused:
-        console.print("\n[bold]not traced[/]")
+        show("\nnot traced", bold=True)
     for row in refused:
-        console.print(f"  {row.kind} {row.name}: {row.reason}", markup=False, highlight=False)
+        show(f"  {row.kind} {row.name}: {row.reason}")
     for kind in dict.fromkeys(row.kind for row in rows):
         of_kind = [row for row in rows if row.kind == kind]
-        console.print(f"{kind}: {sum(row.ok for row in of_kind)} of {len(of_kind)}")
+        show(f"{kind}: {sum(row.ok for row in of_kind)} of {len(of_kind)}")
 
 
 def _how(row: CoverageRow) -> str:

@@ -49,7 +49,7 @@ class Layer:
         return predicted(self.device, self.model, self.batch, self.seq)[self.component] / self.seconds - 1
 
 
-def rows(path: Path = FILE) -> list[Layer]:
+def published_layers(path: Path = FILE) -> list[Layer]:
     """All published figures."""
     return read_rows(path, _row)
 

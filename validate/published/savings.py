@@ -52,7 +52,7 @@ class Saving:
         return 1 - self.predicted(fused=True) / self.predicted(fused=False)
 
 
-def rows() -> list[Saving]:
+def published_savings() -> list[Saving]:
     """All published figures."""
     with FILE.open(encoding="utf-8", newline="") as file:
         return [

@@ -3,8 +3,10 @@
 import json
 from typing import Any
 
+from click import style
+
 from perfmodel import units
-from perfmodel.report.terminal import console, table
+from perfmodel.report.plain import show, table
 
 from . import layers, savings
 from .reasons import FAR, reason
@@ -12,7 +14,7 @@ from .reasons import FAR, reason
 
 def show_layers(*, as_json: bool) -> bool:
     """Print errors of layer times and savings of DRAM traffic; returns whether the limits hold."""
-    times, saved = layers.rows(), savings.rows()
+    times, saved = layers.published_layers(), savings.published_savings()
     found = layers.summary(times)
     holds = found["all"] <= layers.MEAN_LIMIT and all(
         abs(s.predicted_share - s.share) <= savings.POINTS_LIMIT for s in saved
@@ -20,35 +22,26 @@ def show_layers(*, as_json: bool) -> bool:
     if as_json:
         print(json.dumps({"holds": holds, "mean": found, "savings": [_saving(s) for s in saved]}, indent=1))
         return holds
-    console.print("times of LoRA layers under a CUDA graph on an H100, mean |relative error|")
-    console.print(
-        table(
-            "",
-            ("what", "rows", "error"),
-            ([name, sum(name in ("all", t.component) for t in times), f"{100 * e:.1f} %"] for name, e in found.items()),
-        )
-    )
+    errors = ([name, sum(name in ("all", t.component) for t in times), f"{100 * e:.1f} %"] for name, e in found.items())
+    title = "times of LoRA layers under a CUDA graph on an H100, mean |relative error|"
+    show(table(("what", "rows", "error"), errors, title=title))
     for far in (t for t in times if abs(t.error) > FAR):
-        console.print(f"{far.id}: {100 * far.error:+.0f} %: {reason(layers.FILE.stem, far.id)}", soft_wrap=True)
-    console.print("\nDRAM traffic of a linear layer with LoRA, forward and backward, saved by LoRAFusion's kernels")
-    console.print(
-        table(
-            "",
-            ("tokens x width", "torch", "predicted", "fused", "predicted", "saved", "predicted"),
-            (
-                [
-                    f"{s.tokens} x {s.width}", units.nbytes(s.torch), units.nbytes(s.predicted(fused=False)),
-                    units.nbytes(s.fused), units.nbytes(s.predicted(fused=True)), f"{100 * s.share:.0f} %",
-                    f"{100 * s.predicted_share:.0f} %",
-                ]
-                for s in saved
-            ),
-        )
+        show(f"{far.id}: {100 * far.error:+.0f} %: {reason(layers.FILE.stem, far.id)}")
+    traffic = (
+        [
+            f"{s.tokens} x {s.width}", units.nbytes(s.torch), units.nbytes(s.predicted(fused=False)),
+            units.nbytes(s.fused), units.nbytes(s.predicted(fused=True)), f"{100 * s.share:.0f} %",
+            f"{100 * s.predicted_share:.0f} %",
+        ]
+        for s in saved
     )  # fmt: skip
+    heads = ("tokens x width", "torch", "predicted", "fused", "predicted", "saved", "predicted")
+    title = "DRAM traffic of a linear layer with LoRA, forward and backward, saved by LoRAFusion's kernels"
+    show("\n" + table(heads, traffic, title=title))
     limits = (
         f"{100 * layers.MEAN_LIMIT:g} % in the mean of all times, {100 * savings.POINTS_LIMIT:g} points of a saving"
     )
-    console.print(f"\nlimits ({limits}): " + ("[green]kept[/]" if holds else "[red]exceeded[/]"))
+    show(f"\nlimits ({limits}): " + (style("kept", fg="green") if holds else style("exceeded", fg="red")))
     return holds
 
 

@@ -4,17 +4,22 @@ import json
 from typing import Any
 
 from perfmodel import units
+from perfmodel.report.plain import paragraph, show, table
 from perfmodel.report.progress import progress
-from perfmodel.report.terminal import console, table
 
 from .reasons import FAR, reason
+
+COLUMNS_EXPLAINED = (
+    "ratio, memory: mean errors of the speed-up over full fine-tuning and of the peak, %; right: verdicts "
+    "where the measured difference exceeds 10 %; inside: % of the rows in their 90 % interval"
+)
 
 
 def show_published(*, plot: Any, all_rows: bool, as_json: bool) -> None:
     """Predict every published row; print errors by source on the rows held out of the fit."""
     from . import steps as module
 
-    rows = module.load()
+    rows = module.published_steps()
     with progress() as bar:
         task = bar.add_task("predicting", total=len(rows))
         outcomes = module.evaluate_all(rows, progress=lambda name: bar.update(task, advance=1, description=name[:40]))
@@ -32,7 +37,7 @@ def show_published(*, plot: Any, all_rows: bool, as_json: bool) -> None:
         ]
         parity(points, plot, "Published training steps (filled: held out, open: fit; dashed: ±25 %)")
         if not as_json:
-            console.print(f"\ndrawn: {plot}")
+            show(f"\ndrawn: {plot}")
 
 
 def _print_published(outcomes: list[Any], check: list[Any], lines: list[dict[str, Any]], *, all_rows: bool) -> None:
@@ -45,11 +50,8 @@ def _print_published(outcomes: list[Any], check: list[Any], lines: list[dict[str
         for line in lines
     ]  # fmt: skip
     columns = ("check rows of", "rows", "mean", "median", "p90", "worst", "ratio", "right", "memory", "inside")
-    console.print(table("step time, |relative error| in % on rows that no fit saw", columns, shown))
-    console.print(
-        "[dim]ratio, memory: mean errors of the speed-up over full fine-tuning and of the peak, %; right: verdicts "
-        "where the measured difference exceeds 10 %; inside: % of the rows in their 90 % interval[/]"
-    )
+    show(table(columns, shown, title="step time, |relative error| in % on rows that no fit saw"))
+    show(paragraph(COLUMNS_EXPLAINED), dim=True)
     listed = outcomes if all_rows else [o for o in outcomes if abs(o.error) > FAR]
     if listed:
         titles = ("row", "split", "measured", "predicted", "error")
@@ -58,15 +60,14 @@ def _print_published(outcomes: list[Any], check: list[Any], lines: list[dict[str
              f"{100 * o.error:+.1f} %"]
             for o in listed
         )  # fmt: skip
-        console.print(table("\nall rows" if all_rows else "\nrows that miss by more than 25 %", titles, cells, left=2))
+        title = "all rows" if all_rows else "rows that miss by more than 25 %"
+        show("\n" + table(titles, cells, left=(0, 1), title=title))
     for o in listed:
         if abs(o.error) > FAR:
-            console.print(f"{o.row.id}: {reason('steps', o.row.id)}", markup=False, soft_wrap=True)
+            show(f"{o.row.id}: {reason('steps', o.row.id)}")
     doubtful = sum(o.row.doubt for o in outcomes)
     if doubtful:
-        console.print(
-            f"\n{doubtful} rows count with their backward only: their forward is out of line (see the notes)."
-        )
+        show(f"\n{doubtful} rows count with their backward only: their forward is out of line (see the notes).")
 
 
 def _hundredths(value: float | None) -> str:

@@ -4,9 +4,11 @@ import json
 import warnings
 from typing import Any
 
+from click import style
+
 from perfmodel import units
+from perfmodel.report.plain import paragraph, show, table
 from perfmodel.report.progress import progress
-from perfmodel.report.terminal import console, table
 
 from .reasons import FAR, reason, reasons
 
@@ -14,7 +16,7 @@ from .reasons import FAR, reason, reasons
 def show_tuners(module: Any, *, host: str, all_rows: bool, as_json: bool) -> bool:
     """Trace every tuner of PEFT's benchmark; print errors and rank correlation; returns whether the limits hold."""
     warnings.filterwarnings("ignore")
-    rows = module.load()
+    rows = module.published_tuners()
     with progress() as bar:
         task = bar.add_task("tracing", total=len(rows))
         outcomes = module.evaluate_all(rows, lambda name: bar.update(task, advance=1, description=name[:40]), host)
@@ -35,21 +37,22 @@ def _print_tuners(module: Any, outcomes: list[Any], total: Any, *, all_rows: boo
         for o in (traced if all_rows else total.worst)
     )
     title = "every configuration" if all_rows else "the worst configurations"
-    console.print(table(title, ("", "measured", "predicted", "error"), cells))
+    show(table(("", "measured", "predicted", "error"), cells, title=title))
     for o in sorted(traced, key=lambda o: -abs(o.error)):
         if o in total.worst or abs(o.error) > FAR:
             why = reason("peft_tuners", o.row.id)
-            console.print(f"{o.row.id}, {100 * o.error:+.0f} %: {why}", markup=False, soft_wrap=True)
+            show(f"{o.row.id}, {100 * o.error:+.0f} %: {why}")
     for o in outcomes:
         if o.prediction is None:
-            console.print(f"not traced: {o.row.id}: {o.reason}", markup=False, soft_wrap=True)
+            show(f"not traced: {o.row.id}: {o.reason}")
     colour = "green" if total.holds else "red"
-    console.print(
-        f"\n{total.rows} configurations of {total.tuners} tuners: step time off by "
-        f"[{colour}]{units.percent(total.mean, 1)}[/] in the mean (limit {units.percent(module.MEAN_LIMIT, 1)}), "
-        f"median {units.percent(total.median, 1)}, p90 {units.percent(total.p90, 1)}; Spearman rank correlation "
-        f"[{colour}]{total.spearman:.2f}[/] (limit {module.RANK_LIMIT:g})"
+    mean, rank = (style(text, fg=colour) for text in (units.percent(total.mean, 1), f"{total.spearman:.2f}"))
+    told = (
+        f"{total.rows} configurations of {total.tuners} tuners: step time off by {mean} in the mean "
+        f"(limit {units.percent(module.MEAN_LIMIT, 1)}), median {units.percent(total.median, 1)}, "
+        f"p90 {units.percent(total.p90, 1)}; Spearman rank correlation {rank} (limit {module.RANK_LIMIT:g})"
     )
+    show("\n" + paragraph(told))
 
 
 def _tuner_row(o: Any) -> dict[str, Any]:

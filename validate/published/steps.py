@@ -82,7 +82,7 @@ class StepOutcome:
         return self.low - slack <= self.seconds <= self.high + slack
 
 
-def load(path: Path = TABLE) -> list[PublishedStep]:
+def published_steps(path: Path = TABLE) -> list[PublishedStep]:
     """The table of published steps."""
     return read_rows(path, _row)
 

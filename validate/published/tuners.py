@@ -94,7 +94,7 @@ class TunerSummary:
         return self.mean <= MEAN_LIMIT and self.spearman >= RANK_LIMIT
 
 
-def load(path: Path = TABLE) -> list[TunerRow]:
+def published_tuners(path: Path = TABLE) -> list[TunerRow]:
     """The table of PEFT's benchmark."""
     return read_rows(path, _row)
 

@@ -9,7 +9,7 @@ from ...tape.elementary import sum_dim
 from ...tape.pointwise import cat, mean_last
 from ...tape.shape import view
 from ...tape.tensor import Parameter, Tensor
-from .ops import in_place, new, read
+from .ops import in_place, new, read_item
 from .update import Parameters, Update, existing, gradient
 
 Kept = list[Tensor]
@@ -91,7 +91,7 @@ def _read_threshold(scores: list[Spec]) -> None:
     tape().part.ops.append(Op("cat", tuple(scores), (Spec(dtype, (total,)),), nbytes, nbytes))
     threshold, index = new_tensor((), dtype), new_tensor((), "i64")
     record("kthvalue", (together,), (threshold, index))
-    read(threshold)
+    read_item(threshold)
 
 
 def _mask(e: Parameter, *, on_gpu: bool) -> None:

@@ -11,7 +11,7 @@ from ...tape.linalg import matmul
 from ...tape.pointwise import add, cast, mul, neg, sub
 from ...tape.shape import t, unsqueeze, view_as
 from ...tape.tensor import Parameter, Tensor
-from .ops import in_place, new, read
+from .ops import in_place, new, read_item
 from .update import Update, gradient, replace_gradient
 
 
@@ -66,7 +66,7 @@ def _sylvester(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     y = new("div.Tensor", f, w)
     x = matmul(matmul(u, y), inverse(v))
     for real in (a, b, c):  # `torch.isreal` of their first elements
-        read(emit("ones_like", (Tensor((), real.dtype, (), 1, real.storage),), (), "bool"))
+        read_item(emit("ones_like", (Tensor((), real.dtype, (), 1, real.storage),), (), "bool"))
     return view_as("real", Tensor(x.shape, "fp32", (2 * x.strides[0], 2), x.numel, x.storage), x.shape, (2, 2))
 
 

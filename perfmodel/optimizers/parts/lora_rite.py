@@ -14,7 +14,7 @@ from ...tape.linalg import matmul
 from ...tape.pointwise import add, cast, mul, sub
 from ...tape.shape import t, unsqueeze
 from ...tape.tensor import Parameter, Tensor
-from .ops import in_place, new, read
+from .ops import in_place, new, read_item
 from .update import Update, existing, gradient
 
 
@@ -59,7 +59,7 @@ def step(update: Update) -> None:
 
 
 def _move(update: Update, of_a: Factor, of_b: Factor, norm: Tensor) -> None:
-    read(new("gt.Scalar", norm, dtype="bool"))  # is it to be clipped?
+    read_item(new("gt.Scalar", norm, dtype="bool"))  # is it to be clipped?
     _precondition(update, of_a, of_b, norm)
     _precondition(update, of_b, of_a, norm)
     update.renew(of_a.basis)
@@ -82,7 +82,7 @@ def _unmagnify(update: Update, a: Parameter, b: Parameter, norm: Norm) -> tuple[
     )
     for f in factors:
         mean = emit("mean", (new("pow.Tensor_Scalar", f.grad),), (), "fp32")
-        read(new("gt.Scalar", new("nan_to_num", new("sqrt", mean)), dtype="bool"))  # is it to be skipped?
+        read_item(new("gt.Scalar", new("nan_to_num", new("sqrt", mean)), dtype="bool"))  # is it to be skipped?
     for f in factors:
         norm.include(f.grad)
         for kept in (f.basis, f.rotation, f.grad):

@@ -18,7 +18,7 @@ def new(name: str, *operands: Tensor, dtype: str | None = None) -> Tensor:
     return _elementwise(name, operands, dtype=dtype)
 
 
-def read(x: Tensor) -> None:
+def read_item(x: Tensor) -> None:
     """`x.item()`: the host waits for the device."""
     record("_local_scalar_dense", (x,), ())
 

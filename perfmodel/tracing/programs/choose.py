@@ -83,7 +83,7 @@ def config_of(config: Config) -> Any:
     return found
 
 
-def build(config: Config, setup: Setup, *, device: str = "meta") -> Any:
+def build_model(config: Config, setup: Setup, *, device: str = "meta") -> Any:
     """The transformers model of a config, base weights in the setup's dtype.
 
     Raises:

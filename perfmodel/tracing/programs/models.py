@@ -28,11 +28,11 @@ from ...methods.prompt_tuning import PromptTuning
 from ...methods.top_k import TopK
 from ...methods.trainable_tokens import TrainableTokens
 from ...methods.vera import Vera
-from . import build
+from . import build_model
 from .dtypes import TORCH_DTYPES
 from .tuners_of_peft import CONFIGS
 
-__all__ = ["apply", "build"]
+__all__ = ["apply", "build_model"]
 
 Apply = Callable[..., Any]  # of (model, method, architecture): the model to train
 F = TypeVar("F", bound=Apply)
