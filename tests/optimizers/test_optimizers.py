@@ -253,7 +253,7 @@ def test_bitsandbytes_states_byte_by_byte(name: str, states: int, bits: int, pag
     parameters = [Parameter(kind, shape, "bf16", kind=kind, trainable=True) for kind, shape in shapes.items()]
     for p in parameters:
         p.used = True
-    known = optimizers.parts.update.recorded(parameters, name)
+    known = optimizers.recorded(parameters, name)
     kept = {"on the device": 0, "paged": 0}
     for kind, shape in shapes.items():
         n = int(np.prod(shape))
