@@ -29,7 +29,7 @@ KINDS = (
     "tanh",
     "cosine",
     "gelu",  # an error function an element
-    "mixed",  # operands of two dtypes, each element cast on its own: no vector instructions
+    "mixed",  # operands of two dtypes, cast on the way
     "broadcast",  # a row or a column for every row or column
     "strided",  # permuted or sliced operands
     "cast",

@@ -9,8 +9,6 @@ from validate.checking.check import Report, check_records
 
 MEASURED = {path.stem: path for path in sorted((DATA / "measured").glob("*.jsonl"))}
 DEVICE = {"cpu-epyc-genoa": "cpu-epyc-genoa-1t"}  # where a maker's name such as "AMD EPYC" does not tell it
-# Measured 0.91 times as fast as full fine-tuning, predicted to be the same: this, and no other, is still wrong.
-KNOWN = {("cpu-epyc-genoa", "gpt2-256x6 lora:r=8,targets=all-linear batch=4 seq=128 dtype=bf16")}
 
 
 @pytest.fixture(scope="module", params=MEASURED)
@@ -25,8 +23,7 @@ def test_steps_and_speedups_keep_the_limits(found: tuple[str, Report]) -> None:
     assert line.step.number in (48, 72)
     assert line.step.mean <= 0.10
     assert line.ratio.mean <= 0.08
-    missed = {limit.name for limit in found[1].limits if not limit.holds}
-    assert missed <= {"wrong verdicts where the difference exceeds 10 %"}, "which ones may be wrong is said below"
+    assert [limit.name for limit in found[1].limits if not limit.holds] == []
 
 
 def test_calls_are_exact_and_memory_is_within_one_percent(found: tuple[str, Report]) -> None:
@@ -36,7 +33,5 @@ def test_calls_are_exact_and_memory_is_within_one_percent(found: tuple[str, Repo
 
 
 def test_verdicts_are_right_where_the_measurement_decides(found: tuple[str, Report]) -> None:
-    """Faster or slower by more than 10 % must be predicted as such; the known miss is named, so that another shows."""
-    name, report = found
-    wrong = {(name, p.other.measured.cell.name) for p in report.pairs if p.decided and not p.right}
-    assert wrong == {k for k in KNOWN if k[0] == name}
+    """Faster or slower by more than 10 % must be predicted as such."""
+    assert [p.other.measured.cell.name for p in found[1].pairs if p.decided and not p.right] == []
