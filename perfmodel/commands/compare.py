@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from .options import Lists, methods_option, print_json, setup_of, setup_options
+from ..report.plain import print_json
+from .options import Lists, methods_option, setup_of, setup_options
 
 
 @click.command(cls=Lists)

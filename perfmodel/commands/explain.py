@@ -5,8 +5,9 @@ from typing import Any
 
 import click
 
+from ..report.plain import print_json
 from . import names
-from .options import print_json, setup_of, setup_options
+from .options import setup_of, setup_options
 
 
 @click.command()

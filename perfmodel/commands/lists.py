@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from .options import json_option, print_json
+from ..report.plain import print_json
+from .options import json_option
 
 Formats = dict[str, Callable[[Any], str]]
 HEADS = {"memory_bytes": "memory", "intermediate": "MLP"}  # where the names of the JSON would be too wide

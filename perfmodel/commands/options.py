@@ -1,8 +1,6 @@
 """What several commands share: options, JSON, the missing extra."""
 
-import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,12 +207,6 @@ def setup_of(options: dict[str, Any]) -> Any:
     from ..setup import Setup
 
     return Setup(**{f.name: options[f.name] for f in fields(Setup) if f.name in options})
-
-
-def print_json(value: Any) -> None:
-    """Write a value to standard output."""
-    json.dump(value, sys.stdout, indent=1)
-    sys.stdout.write("\n")
 
 
 def extra(error: ImportError) -> UserError:

@@ -6,8 +6,9 @@ from typing import Any
 import click
 
 from ..errors import UserError
+from ..report.plain import print_json
 from . import names
-from .options import extra, print_json, setup_of, setup_options
+from .options import extra, setup_of, setup_options
 
 
 @click.command()

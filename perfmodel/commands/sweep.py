@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from ..errors import UserError
-from .options import GridAxis, Lists, grid_options, methods_option, print_json, setup_of
+from ..report.plain import print_json
+from .options import GridAxis, Lists, grid_options, methods_option, setup_of
 
 PRINTED = 100_000  # rows that go to the terminal as JSON; more belong in a file
 

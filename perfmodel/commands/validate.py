@@ -6,8 +6,9 @@ from pathlib import Path
 import click
 
 from ..errors import UserError
+from ..report.plain import print_json
 from .campaign import campaign, paper
-from .options import extra, json_option, print_json
+from .options import extra, json_option
 
 RECORDS = Path("records.jsonl")  # what `measure` writes and `check` reads unless told otherwise
 

@@ -1,6 +1,8 @@
 """Text for the terminal: tables, paragraphs, lines. Without Rich, whose loading would double a cold start."""
 
+import json
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from shutil import get_terminal_size
 from typing import Any
@@ -98,3 +100,9 @@ def notes(told: Iterable[str]) -> None:
     """Notes below a result."""
     for note in told:
         show(paragraph(f"note: {note}"), dim=True)
+
+
+def print_json(value: Any) -> None:
+    """Write a value to standard output."""
+    json.dump(value, sys.stdout, indent=1)
+    sys.stdout.write("\n")

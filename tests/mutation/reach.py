@@ -3,7 +3,7 @@
 import ast
 import json
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -45,10 +45,12 @@ class Reach:
     def __init__(self, lines: Iterable[str], names: list[str]) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.tests: dict[str, set[str]] = defaultdict(set)
+        self.entered: Counter[str] = Counter()  # functions, by test
         failed: set[str] = set()
         for line in map(json.loads, lines):
             if "reached" in line:
                 self.tests[names[line["reached"]]].add(line["test"])
+                self.entered[line["test"]] += 1
             else:
                 self.seconds[line["test"]] += line["seconds"]
                 failed |= set() if line["passed"] else {line["test"]}
@@ -88,13 +90,13 @@ class Reach:
         ]
 
     def _ordered(self, tests: set[str]) -> list[str]:
-        """The quickest case of every test function first, then the rest, quick ones first."""
+        """Tests that enter few functions first, as they look most closely; one case of each before all others."""
         first: dict[str, str] = {}
-        quick = sorted(tests & set(self.seconds), key=lambda t: (self.seconds[t], t))
-        for test in quick:
+        narrow = sorted(tests & set(self.seconds), key=lambda t: (self.entered[t], self.seconds[t], t))
+        for test in narrow:
             first.setdefault(test.split("[")[0], test)
         leading = set(first.values())
-        return [t for t in quick if t in leading] + [t for t in quick if t not in leading]
+        return [t for t in narrow if t in leading] + [t for t in narrow if t not in leading]
 
 
 def imported(tree: ast.Module) -> set[str]:

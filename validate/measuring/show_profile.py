@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from perfmodel import units
-from perfmodel.commands.options import print_json
 from perfmodel.errors import UserError
-from perfmodel.report.plain import show, table
+from perfmodel.report.plain import print_json, show, table
 
 from . import kineto, traces
 from .kineto import Profile
