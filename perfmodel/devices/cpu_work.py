@@ -5,6 +5,7 @@ from typing import Any
 from ..calls import costs
 from ..calls.table import row
 from ..program.dims import product
+from ..program.dtypes import FLOATING
 from ..program.op import Op
 from .tables import Tables
 
@@ -28,6 +29,7 @@ KINDS = (
     "tanh",
     "cosine",
     "gelu",  # an error function an element
+    "mixed",  # operands of two dtypes, each element cast on its own: no vector instructions
     "broadcast",  # a row or a column for every row or column
     "strided",  # permuted or sliced operands
     "cast",
@@ -42,7 +44,8 @@ KINDS = (
 )
 # A kind of work, or regime of products, that was not measured costs what the like one does.
 LIKE = {
-    "root": "divide", "sigmoid": "exponential", "tanh": "exponential", "cosine": "exponential", "broadcast": "strided",
+    "mixed": "stream", "root": "divide",
+    "sigmoid": "exponential", "tanh": "exponential", "cosine": "exponential", "broadcast": "strided",
     "row_norm": "reduction",
     "nt_aliased": "nt", "tn_narrow": "tn", "nn_narrow": "nn", "nn_few_narrow": "nn_few", "nt_narrow": "nt",
     "nt_aliased_narrow": "nt_narrow",
@@ -163,4 +166,6 @@ def kind_of(op: Op) -> str:
         return "column_reduction"
     if kind == "reduction" and "norm" in op.name and op.attrs.dims is not None:
         return "row_norm"
+    if kind == "stream" and len({s.dtype for s in op.inputs if s.shape and s.dtype in FLOATING}) > 1:
+        return "mixed"
     return "broadcast" if kind == "stream" and op.attrs.strided else kind

@@ -273,7 +273,7 @@ def _passes(r: CpuRow) -> list[tuple[str, Amounts]]:
 
 
 def _seconds(kind: str, amounts: Amounts, r: CpuRow, hardware: Hardware, p: CpuStreamParameters) -> float:
-    half = r.case["dtype"] != "fp32" or r.case["op"] == "cast"
+    half = r.case["dtype"] != "fp32" or r.case["op"] in ("cast", "add_mixed")
     return float(stream_time(*amounts, hardware=hardware, parameters=p, kind=kind, half=half))
 
 

@@ -35,6 +35,7 @@ CALLS: dict[str, tuple[str, Attrs, Callable[[int, int], Shapes]]] = {
     "transpose": ("clone", PLAIN, _like(1)),
     "cat": ("cat", PLAIN, lambda r, c: ([(r, c - c // 2), (r, c // 2)], [(r, c)])),
     "cast": ("_to_copy", PLAIN, _like(1)),
+    "add_mixed": ("add.Tensor", PLAIN, _like(2)),
     "mean_row": ("mean.dim", Attrs(dims=(1,)), lambda r, c: ([(r, c)], [(r, 1)])),
     "sum_columns": ("sum.dim_IntList", Attrs(dims=(0,)), lambda r, c: ([(r, c)], [(1, c)])),
     "norm": ("linalg_vector_norm", PLAIN, lambda r, c: ([(r, c)], [()])),
@@ -55,8 +56,10 @@ def op(name: str, dtype: str, rows: int, columns: int) -> Op:
     """The call of a microbenchmark on so many rows and columns."""
     aten, attrs, shapes = CALLS[name]
     inputs, outputs = shapes(rows, columns)
-    other = {"fp32": "bf16", "bf16": "fp32"}[dtype] if name == "cast" else dtype
-    read, written = [Spec(dtype, s) for s in inputs], [Spec(other, s) for s in outputs]
+    other = {"fp32": "bf16", "bf16": "fp32"}[dtype]
+    kinds = {"cast": ([dtype], other), "add_mixed": ([dtype, other], "fp32")}.get(name, ([dtype] * len(inputs), dtype))
+    read = [Spec(kind, s) for kind, s in zip(kinds[0], inputs, strict=True)]
+    written = [Spec(kinds[1], s) for s in outputs]
     return Op(
         aten, tuple(read), tuple(written), sum(s.nbytes for s in read), sum(s.nbytes for s in written), attrs=attrs
     )

@@ -105,7 +105,7 @@ def attentions(dtype: str, *, wide: bool) -> list[MicroCase]:
 
 STREAMS = (
     "add", "mul", "mul_", "lerp_", "addcmul_", "addcdiv_", "sqrt", "div", "silu", "silu_backward", "gelu",
-    "gelu_backward", "tanh", "exp", "cos", "mul_row", "mul_column", "transpose", "cat", "cast", "mean_row",
+    "gelu_backward", "tanh", "exp", "cos", "mul_row", "mul_column", "transpose", "cat", "cast", "add_mixed", "mean_row",
     "sum_columns", "norm", "norm_row", "log_softmax", "log_softmax_backward", "layer_norm", "layer_norm_backward",
     "embedding", "fill",
 )  # fmt: skip

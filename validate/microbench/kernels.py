@@ -209,6 +209,13 @@ def _embedding(x: Ring, ring: Callable[..., Ring], rows: int, columns: int) -> C
     return lambda i: torch.embedding(x[i], indices)
 
 
+def _add_mixed(x: Ring, ring: Callable[..., Ring], rows: int, columns: int) -> Call:
+    """As PEFT adds an fp32 adapter to the output of a 16-bit layer."""
+    y, other = ring(rows, columns), torch.bfloat16 if x[0].dtype == torch.float32 else torch.float32
+    cast = [part.to(other) for part in y.copies[:FEW]]
+    return lambda i: x[i] + cast[i % FEW]
+
+
 def _cast(x: Ring, ring: Callable[..., Ring], rows: int, columns: int) -> Call:
     target = torch.bfloat16 if x[0].dtype == torch.float32 else torch.float32
     return lambda i: x[i].to(target)
@@ -235,6 +242,7 @@ STREAM_CALLS: dict[str, Callable[..., Call]] = {
     "transpose": _unary(lambda x: x.view(x.shape[0], -1, 16).transpose(0, 1).contiguous()),
     "cat": _unary(lambda x: torch.cat((x[:, x.shape[1] // 2 :], x[:, : x.shape[1] // 2]), -1)),
     "cast": _cast,
+    "add_mixed": _add_mixed,
     "mean_row": _unary(lambda x: x.mean(-1, keepdim=True)),
     "sum_columns": _unary(lambda x: x.sum(0, keepdim=True)),
     "norm": _unary(torch.linalg.vector_norm),
