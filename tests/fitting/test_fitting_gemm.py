@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from perfmodel.devices import profile
 
+pd = pytest.importorskip("pandas")
 campaigns = pytest.importorskip("validate.fitting.campaigns", exc_type=ImportError)
 sgemm = pytest.importorskip("validate.fitting.sgemm", exc_type=ImportError)
 gemm = pytest.importorskip("validate.fitting.gemm", exc_type=ImportError)
