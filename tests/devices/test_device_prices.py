@@ -8,7 +8,10 @@ import pytest
 from perfmodel.devices import profile
 from perfmodel.devices.attention import attention_backward_time, attention_flops, attention_forward_time
 from perfmodel.devices.gemm import GemmParameters, gemm_time
+from perfmodel.devices.kernels import memory_bound
 from perfmodel.devices.pointwise import pointwise_time
+from perfmodel.devices.solver import ROUTINES
+from perfmodel.tape.op import Op, Spec
 
 
 def test_a_big_square_gemm_by_hand() -> None:
@@ -144,3 +147,19 @@ def test_an_addition_by_hand() -> None:
     seconds = pointwise_time(2 * 2 * 2**28, 2 * 2**28, hardware=hw, parameters=p)
     assert float(seconds) == pytest.approx(expected, rel=0.01)
     assert 0.7 < p.stream < 1.0
+
+
+@pytest.mark.parametrize(("name", "flops"), [("linalg_qr", 8 / 3), ("_linalg_svd", 22), ("linalg_inv_ex", 8 / 3)])
+def test_flops_of_decompositions_of_a_square_matrix(name: str, flops: float) -> None:
+    """Golub & Van Loan's counts: QR with its Q 4mn^2 - 4/3 n^3, an SVD 14mn^2 + 8n^3, an inverse 8/3 n^3."""
+    assert ROUTINES[name].flops(300, 300) == pytest.approx(flops * 300**3)
+
+
+def test_a_sum_along_rows_is_another_kernel_than_one_down_columns() -> None:
+    """Down columns a GPU reads as it lies in memory only with a kernel of its own, whose bandwidth was fitted apart."""
+    x = Spec("fp32", (512, 1024))
+    kinds = []
+    for out in (Spec("fp32", (512, 1)), Spec("fp32", (1, 1024))):
+        (kernel,) = memory_bound(Op("sum.dim_IntList", (x,), (out,), x.nbytes, out.nbytes))
+        kinds.append(kernel.kind)
+    assert kinds == ["reduction", "column_reduction"]

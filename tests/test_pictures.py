@@ -1,0 +1,80 @@
+"""Pictures say what the figures say: axes with few round marks, every curve and point inside its frame."""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perfmodel.crossover import Crossover
+from perfmodel.report import svg
+from perfmodel.report.charts.crossing import crossing
+from validate.checking.parity import Point, parity
+
+bounds = st.tuples(st.floats(1e-9, 1e9), st.floats(1.01, 1e9)).map(lambda b: (b[0], b[0] * b[1]))
+
+
+@given(bounds=bounds, most=st.integers(2, 9))
+def test_an_axis_has_few_round_marks_inside_its_bounds(bounds: tuple[float, float], most: int) -> None:
+    """More would run into each other, none would leave an axis without a scale."""
+    low, high = bounds
+    tens = svg.decades(low, high, most)
+    assert len(tens) <= most
+    assert all(low * (1 - 1e-6) <= x <= high * (1 + 1e-6) for x in tens)
+    assert tens or high < 10.0001 * low
+    twos = svg.doublings(low, high, most)
+    assert len(twos) <= most
+    assert all(low <= x <= high for x in twos)
+    straight = svg.ticks(low, high, most)
+    assert len(straight) <= most + 1
+    assert all(low - 1e-6 * high <= x <= high * (1 + 1e-6) for x in straight)
+
+
+def test_few_decades_are_all_marked() -> None:
+    """Thinning begins where there are too many."""
+    assert svg.decades(1.0, 1e5, 6) == pytest.approx([1.0, 10.0, 1e2, 1e3, 1e4, 1e5])
+    assert svg.decades(1.0, 1e6, 6) == pytest.approx([1.0, 1e2, 1e4, 1e6])
+    assert svg.doublings(1, 100, 8) == [1, 2, 4, 8, 16, 32, 64]
+
+
+def attributes(canvas: svg.Canvas, tag: str, *names: str) -> list[tuple[str, ...]]:
+    """Attributes of every element of a kind."""
+    shapes = [shape for shape in canvas.shapes if shape.startswith(f"<{tag} ")]
+    return [tuple(re.findall(rf' {name}="([^"]*)"', shape)[0] for name in names) for shape in shapes]
+
+
+def inside(canvas: svg.Canvas) -> bool:
+    """Whether every curve lies in the picture."""
+    drawn = [re.findall(r"[ML](\S+) (\S+)", d) for (d,) in attributes(canvas, "path", "d")]
+    points = [(float(x), float(y)) for path in drawn for x, y in path]
+    return bool(points) and all(0 <= x <= canvas.width and 0 <= y <= canvas.height for x, y in points)
+
+
+def test_a_crossing_marks_the_values_that_were_tried() -> None:
+    """A vertical line and its number for each of a few; the curve does not leave the picture."""
+    values, ratio = [1, 2, 4, 8, 16], [2.0, 1.4, 1.0, 0.8, 0.7]
+    told = ["faster", "faster", "same", "slower", "slower"]
+    canvas = crossing([Crossover("batch", "", 4, values, ratio, told, [True] * 5, [True] * 4 + [False])], ["LoRA"])
+    upright = [x1 for x1, x2 in attributes(canvas, "line", "x1", "x2") if x1 == x2]
+    assert len(upright) == len(values)
+    steps = np.diff([float(x) for x in upright])
+    assert steps == pytest.approx(steps[0], rel=0.01)  # doublings are equally far apart
+    numbers = [re.sub("<.*?>", "", shape) for shape in canvas.shapes if shape.startswith("<text")]
+    assert {str(v) for v in values} <= set(numbers)
+    assert inside(canvas)
+
+
+def test_a_parity_plot_has_its_diagonal_band_and_points_in_the_frame() -> None:
+    """The band says at a glance which figures are off by more; drawn elsewhere it would flatter or accuse."""
+    points = [Point(m, p, "blue", f"{m}") for m, p in ((1.0, 1.1), (10.0, 8.0), (100.0, 100.0))]
+    canvas = parity(points, "title", "seconds", str, 0.25)
+    assert inside(canvas)
+    ends = [re.findall(r"[ML](\S+) (\S+)", d) for (d,) in attributes(canvas, "path", "d")]
+    lengths = [np.hypot(float(b[0]) - float(a[0]), float(b[1]) - float(a[1])) for a, b in ends]
+    assert len(lengths) == 3
+    assert lengths[0] == pytest.approx(lengths[1], rel=0.01)  # the band's two sides
+    assert lengths[0] < lengths[2] < 1.2 * lengths[0]
+    centres = [(float(x), float(y)) for x, y in attributes(canvas, "circle", "cx", "cy")]
+    assert len(centres) == len(points)
+    assert all(0 < x < canvas.width and 0 < y < canvas.height for x, y in centres)
