@@ -11,7 +11,7 @@ from perfmodel.devices.gemm import GemmParameters, gemm_time
 from perfmodel.devices.kernels import memory_bound
 from perfmodel.devices.pointwise import pointwise_time
 from perfmodel.devices.solver import ROUTINES
-from perfmodel.tape.op import Op, Spec
+from perfmodel.program.op import Op, Spec
 
 
 def test_a_big_square_gemm_by_hand() -> None:

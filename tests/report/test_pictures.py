@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perfmodel.crossover import Crossover
+from perfmodel.questions.crossover import Crossover
 from perfmodel.report import svg
 from perfmodel.report.charts.crossing import crossing
 from validate.checking.parity import Point, parity
