@@ -122,6 +122,19 @@ def test_backward_stops_at_the_lowest_trainable_block(name: str, layers: int, k:
     assert not any(part.ops for part, _ in step.parts() if part.phase == "backward" and part.name == "embeddings")
 
 
+@few
+@given(name=names, layers=st.integers(3, 6), k=st.integers(1, 5))
+def test_one_more_trained_block_costs_as_much_as_one_of_full_fine_tuning(name: str, layers: int, k: int) -> None:
+    """Only the lowest trained block saves the gradient of its input: taken for all of them a third would be missing.
+
+    (Under checkpoints the input of all blocks gets a gradient, so that there is something to recompute for.)
+    """
+    k = min(k, layers - 2)
+    fewer, more = (by_phase(step_of(name, f"top_k:k={k + i}", layers=layers))["backward"] for i in range(2))
+    shallow, deep = (by_phase(step_of(name, "full", layers=layers + i))["backward"] for i in range(2))
+    assert more - fewer == deep - shallow
+
+
 TOKENS = 2 * 17  # no dim of the small models is 34, so a product over 34 terms is a weight gradient
 
 
