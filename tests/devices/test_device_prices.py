@@ -11,7 +11,7 @@ from perfmodel.devices.gemm import GemmParameters, gemm_time
 from perfmodel.devices.kernels import memory_bound
 from perfmodel.devices.pointwise import pointwise_time
 from perfmodel.devices.solver import ROUTINES
-from perfmodel.program.op import Op, Spec
+from perfmodel.program.op import Attrs, Op, Spec
 
 
 def test_a_big_square_gemm_by_hand() -> None:
@@ -159,7 +159,7 @@ def test_a_sum_along_rows_is_another_kernel_than_one_down_columns() -> None:
     """Down columns a GPU reads as it lies in memory only with a kernel of its own, whose bandwidth was fitted apart."""
     x = Spec("fp32", (512, 1024))
     kinds = []
-    for out in (Spec("fp32", (512, 1)), Spec("fp32", (1, 1024))):
-        (kernel,) = memory_bound(Op("sum.dim_IntList", (x,), (out,), x.nbytes, out.nbytes))
+    for out, dim in ((Spec("fp32", (512, 1)), 1), (Spec("fp32", (1, 1024)), 0)):
+        (kernel,) = memory_bound(Op("sum.dim_IntList", (x,), (out,), x.nbytes, out.nbytes, attrs=Attrs(dims=(dim,))))
         kinds.append(kernel.kind)
     assert kinds == ["reduction", "column_reduction"]
