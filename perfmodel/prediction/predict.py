@@ -173,22 +173,10 @@ def predict(
     shared: Shared | None = None,
     **options: Any,
 ) -> Prediction:
-    """Predict one training step.
+    """Predict one training step; `perfmodel.predict` says what it takes and raises.
 
     Args:
-        model: bundled name, path to a config.json (or its folder), hub id, `Config` or `Architecture`.
-        method: `name[:key=value,…]` or a `Method`.
-        setup: a `Setup`; keyword options such as `batch=4, seq=210` make or change one. `batch`, `seq` (and a method's
-            rank) may be integer arrays that broadcast together: then every figure is an array over the grid.
-        device: slug, path of a TOML, or a `DeviceProfile`.
-        host: slug, path of a TOML, or a `Host`.
         shared: what earlier predictions of one setup each, with the same model, device and host, have in common.
-
-    Raises:
-        UserError: anything that cannot be satisfied, in one line.
-
-    >>> predict("llama-3.2-3b", "lora:r=32,targets=q_proj+v_proj", device="l40s", batch=4, seq=210).trainable_params
-    9175040
     """
     setup = with_options(setup, options)
     architecture, bound = resolve(model, method)

@@ -212,17 +212,10 @@ def advise(
     progress: Progress | None = None,
     **options: Any,
 ) -> Advice:
-    """Search for the fastest way to train that fits.
+    """Search for the fastest way to train that fits; `perfmodel.advise` says what it takes and raises.
 
     Args:
-        method: where the user is; its own knobs are always searched.
-        methods: further methods to consider, besides `method`.
-        memory_bytes: limit, B; the device's memory if None.
-        min_trainable: parameters that have to train at least; then every method of the catalogue is considered, sized
-            to reach them.
-
-    Raises:
-        UserError: what `predict` refuses for the start, arrays in the setup, a limit that is not positive.
+        progress: called before each method is searched.
     """
     setup = with_options(setup, options)
     architecture, start_method = resolve(model, method)

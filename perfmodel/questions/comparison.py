@@ -72,11 +72,7 @@ def compare(
     device: str | DeviceProfile | Device = "l40s",
     **options: Any,
 ) -> Comparison:
-    """Predict several methods in one setup; the first is the baseline.
-
-    Raises:
-        UserError: fewer than two methods, or anything that `predict` refuses.
-    """
+    """Predict several methods in one setup, the first the baseline; see `perfmodel.compare`."""
     if len(methods) < 2:
         raise UserError("compare needs at least two methods, e.g. --methods full lora:r=16")
     host = options.pop("host", "default")

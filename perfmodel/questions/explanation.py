@@ -114,18 +114,7 @@ def explain(
     axes: Sequence[str] = CHEAP_AXES,
     **options: Any,
 ) -> Explanation:
-    """Explain the step time of `b` against that of `a`.
-
-    Args:
-        axes: along which to look for a change of the verdict: batch, seq, size (rank, k), targets (one prediction
-            per target); empty to skip the search.
-
-    Other arguments and errors are those of `predict`; the setup must be a single one.
-
-    >>> e = explain("llama-3.2-3b", "full", "lora:r=32,targets=q_proj+v_proj", device="l40s", batch=4, seq=210, axes=())
-    >>> e.waterfall[0].name
-    'optimizer'
-    """
+    """Explain the step time of `b` against that of `a`; `perfmodel.explain` says what it takes and raises."""
     setup = with_options(setup, options)
     architecture, one = resolve(model, a)
     _, two = resolve(architecture, b)

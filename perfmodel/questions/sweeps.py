@@ -128,21 +128,7 @@ def sweep(
     host: str | Host = "default",
     **options: Any,
 ) -> Sweep:
-    """Plan a sweep: every device, method, rank, batch and sequence length with every other.
-
-    Args:
-        methods: the baseline first.
-        device: one or several.
-        batch, seq, rank, k: an int, or several (any sequence or array). Ranks are for methods that have `r`, `k` for
-            those that train the last K blocks; the others ignore them.
-
-    Raises:
-        UserError: an axis that no method has, values out of range, and what `predict` refuses.
-
-    >>> grid = sweep("llama-3.2-1b", ["full", "lora"], device="l40s", batch=[1, 2, 4], seq=range(128, 1025, 128))
-    >>> len(grid)
-    48
-    """
+    """Plan a sweep; `perfmodel.sweep` says what it takes and raises."""
     architecture = architecture_of(model)
     names = [device] if isinstance(device, (str, DeviceProfile, Device)) else list(device)
     if not methods or not names:

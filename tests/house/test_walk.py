@@ -47,6 +47,8 @@ def test_a_method_is_one_file(house: Path) -> None:
     outputs = 16 * (2048 + 512 + 512 + 2048 + 8192 + 8192 + 2048)  # of the linear layers of 16 blocks
     assert found["params"]["trainable"] == outputs
     assert found["flops"]["backward"] < found["flops"]["forward"]
+    fewer = predicted(house, *USUAL, "--method", "gain:every=4", "--device", "l40s")
+    assert fewer["params"]["trainable"] == outputs / 4
 
 
 def test_an_optimizer_is_one_file(house: Path) -> None:
