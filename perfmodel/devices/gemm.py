@@ -196,7 +196,7 @@ def gemm_time(
 
     >>> h100 = Hardware(132, 1.83e9, 80e9, 3.35e12, 50e6, 66.9e12, 494.7e12, 989e12, 989e12)
     >>> f"{gemm_time(4096, 4096, 4096, hardware=h100, parameters=GemmParameters()) * 1e6:.0f} us"
-    '180 us'
+    '181 us'
     """
     rates = _Rates.of(hardware, parameters, dtype, output_itemsize)
     slowdown = parameters.slowdown(layout) if isinstance(layout, str) else layout

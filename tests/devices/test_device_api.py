@@ -1,19 +1,12 @@
 """Prices as an API: what `Device` answers is what predictions are made of."""
 
-import doctest
-
 import numpy as np
 import pytest
 
 from perfmodel import Device, UserError, predict
-from perfmodel.devices import device as module
 from perfmodel.devices import price
 
 DEVICES = ("h100-sxm", "l40s", "cpu-xeon-2.5ghz-1t")
-
-
-def test_the_example_of_its_docstring_holds() -> None:
-    assert doctest.testmod(module).failed == 0
 
 
 @pytest.mark.parametrize("name", DEVICES)

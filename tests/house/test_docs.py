@@ -1,6 +1,7 @@
 """Pages of prose that recompute what they say."""
 
 import doctest
+import importlib
 from pathlib import Path
 
 import pytest
@@ -14,3 +15,15 @@ def test_every_number_of_a_page_is_what_its_code_prints(page: str) -> None:
     outcome = doctest.testfile(str(DOCS / page), module_relative=False)
     assert outcome.attempted > 10
     assert outcome.failed == 0
+
+
+def with_examples() -> list[str]:
+    root = DOCS.parent
+    files = [p for p in (root / "perfmodel").rglob("*.py") if ">>> " in p.read_text(encoding="utf-8")]
+    return sorted(".".join(p.relative_to(root).with_suffix("").parts).removesuffix(".__init__") for p in files)
+
+
+@pytest.mark.parametrize("module", with_examples())
+def test_every_example_of_a_docstring_is_what_its_code_prints(module: str) -> None:
+    """An example that nobody runs shows a figure of long ago."""
+    assert doctest.testmod(importlib.import_module(module)).failed == 0
