@@ -1,4 +1,4 @@
-"""Peak memory: segments compose as (Δ, peak), the algebra of design idea 5.
+"""Peak memory: segments compose as (Δ, peak), Δ what one leaves behind, peak the most it holds at once.
 
 Two segments in sequence: (Δ₁+Δ₂, max(p₁, Δ₁+p₂)). A segment repeated n times: (n·Δ, p + (n-1)·max(Δ, 0)).
 """

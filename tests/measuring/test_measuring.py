@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from campaigns import TINY
 
 pytest.importorskip("peft")
 
@@ -21,30 +22,21 @@ from perfmodel.setup import Setup
 from perfmodel.tracing.programs import references
 from validate.measuring import cells, isolate, records, run, visit
 
-TINY = """
-rounds = 2
-warm_up = 1
-steps = 2
-[models.tiny]
-model_type = "llama"
-hidden_size = 64
-intermediate_size = 96
-num_hidden_layers = 2
-num_attention_heads = 4
-num_key_value_heads = 2
-vocab_size = 128
-pad_token_id = 0
-[[cells]]
+GRID = (
+    "rounds = 2"
+    + TINY
+    + """[[cells]]
 models = ["tiny"]
 methods = ["full", "lora:r=4,targets=all-linear"]
 setups = [{ batch = 2, seq = 16, dtype = "fp32" }]
 """
+)
 
 
 @pytest.fixture
 def grid(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.toml"
-    path.write_text(TINY)
+    path.write_text(GRID)
     return path
 
 
@@ -179,7 +171,7 @@ def test_rounds_are_shuffled_alike_for_a_seed() -> None:
 def test_a_grid_that_is_wrong_is_refused_in_one_line(tmp_path: Path, change: str, message: str) -> None:
     """A typing error must not cost an hour of measuring the wrong thing."""
     path = tmp_path / "grid.toml"
-    text = TINY.replace("rounds = 2", change) if change.startswith(("rounds", "round ")) else TINY + change
+    text = GRID.replace("rounds = 2", change) if change.startswith(("rounds", "round ")) else GRID + change
     path.write_text(text)
     with pytest.raises(UserError) as error:
         cells.load_grid(str(path), "cpu")
@@ -191,7 +183,7 @@ def test_a_method_without_a_program_is_refused_before_anything_runs(
 ) -> None:
     """An hour later its cell would fail, after all the others."""
     path = tmp_path / "grid.toml"
-    path.write_text(TINY.replace('methods = ["full",', 'methods = ["full", "paca:r=4",'))
+    path.write_text(GRID.replace('methods = ["full",', 'methods = ["full", "paca:r=4",'))
     assert any(c.method == "paca:r=4" for c in run.plan(str(path), "cpu").grid.cells)
     monkeypatch.setattr(references, "PROGRAMS", {})
     with pytest.raises(UserError, match="method paca: neither peft"):
@@ -201,7 +193,7 @@ def test_a_method_without_a_program_is_refused_before_anything_runs(
 @pytest.mark.parametrize("method", ["paca:r=4", "runlora:r=4,targets=all-linear", "lisa:gamma=1"])
 def test_references_run_as_predicted_where_peft_has_no_program(method: str) -> None:
     """The remedies of the literature must be measurable like LoRA: same calls, same memory, on real data."""
-    config = cells.parse(tomllib.loads(TINY), "tiny", "tiny").cells[0].config
+    config = cells.parse(tomllib.loads(GRID), "tiny", "tiny").cells[0].config
     cell = cells.Cell(config, method, Setup(batch=2, seq=16, dtype="fp32"))
     found = visit.visit(cell, "cpu", threads=1, warm_up=1, steps=1)
     assert found["status"] == "ok", found

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from campaigns import TINY
 from documented import typed
 
 pytest.importorskip("peft")
@@ -19,25 +20,16 @@ if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
 FP32 = 4  # bytes
-GRID = """
-rounds = 1
-warm_up = 1
-steps = 2
-[models.tiny]
-model_type = "llama"
-hidden_size = 64
-intermediate_size = 96
-num_hidden_layers = 2
-num_attention_heads = 4
-num_key_value_heads = 2
-vocab_size = 128
-pad_token_id = 0
-tie_word_embeddings = false
+GRID = (
+    "rounds = 1"
+    + TINY
+    + """tie_word_embeddings = false
 [[cells]]
 models = ["tiny"]
 methods = ["full", "lora:r=4"]
 setups = [{ batch = 2, seq = 16, dtype = "fp32" }]
 """
+)
 
 
 @pytest.fixture(scope="module")

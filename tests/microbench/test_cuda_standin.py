@@ -19,6 +19,7 @@ pytest.importorskip("peft")
 
 import torch
 import torch.distributed as dist
+from campaigns import TINY
 from cuda_standin import Gpu, runtime, standin
 
 from perfmodel.architectures import from_config
@@ -46,20 +47,11 @@ NAMES = {A100: "NVIDIA A100-SXM4-80GB", H100: "NVIDIA H100 80GB HBM3"}  # as the
 DEFAULT = hosts.load()
 # A host that costs next to nothing: so do modules and autograd nodes, whose costs the stand-in cannot see
 FAST = replace(DEFAULT, **{f.name: 1e-9 for f in fields(Host) if f.type in (float, "float")})
-GRID = """
-rounds = 2
-warm_up = 1
-steps = 2
-[models.tiny]
-model_type = "llama"
-hidden_size = 64
-intermediate_size = 96
-num_hidden_layers = 1
-num_attention_heads = 4
-num_key_value_heads = 2
-vocab_size = 128
-pad_token_id = 0
-[models.huge]
+ONE_BLOCK = TINY.replace("num_hidden_layers = 2", "num_hidden_layers = 1")
+GRID = (
+    "rounds = 2"
+    + ONE_BLOCK
+    + """[models.huge]
 model_type = "llama"
 hidden_size = 65536
 intermediate_size = 262144
@@ -85,6 +77,7 @@ models = ["huge"]
 methods = ["full"]
 setups = [{ batch = 1, seq = 16 }]
 """
+)
 
 
 @pytest.fixture
@@ -247,19 +240,9 @@ def test_nothing_of_torch_cuda_is_used_beside_the_stand_in() -> None:
     assert used_of_cuda() <= set(runtime.NAMES)
 
 
-PLAN = """
-warm_up = 1
-steps = 2
-[models.tiny]
-model_type = "llama"
-hidden_size = 64
-intermediate_size = 96
-num_hidden_layers = 1
-num_attention_heads = 4
-num_key_value_heads = 2
-vocab_size = 128
-pad_token_id = 0
-[[stages]]
+PLAN = (
+    ONE_BLOCK
+    + """[[stages]]
 name = "floors"
 blocks = ["host", "copies", "attention backends", "gemm unaligned bf16"]
 most = 4
@@ -282,6 +265,7 @@ name = "QLoRA"
 needs = ["no_such_package"]
 cells = [{ models = ["tiny"], methods = ["ia3"], setups = [{ batch = 2, seq = 16 }] }]
 """
+)
 
 
 def test_a_calibration_finds_the_card_that_it_ran_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
