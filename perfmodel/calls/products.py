@@ -59,6 +59,12 @@ def _batched(a: Spec, b: Spec) -> Product:
     return Product("tn", a.shape[1], b.shape[2], a.shape[2], a.shape[0])
 
 
+def of_rows(op: Op) -> list[Product]:
+    """(m, k) by the rows of (n, k), as bitsandbytes hands over its 8-bit operands."""
+    a, b = (spec.shape for spec in op.inputs)
+    return [Product("tn", a[0], b[0], a[1])]
+
+
 def rides_along(op: Op) -> list[Product]:
     """LoRAFusion's kernels have the adapter's product ride along.
 

@@ -16,7 +16,18 @@ from ..program.dims import Dim
 from ..program.op import Op
 from ..registry import add_once
 from . import attention
-from .products import Product, addmm, baddbmm, bmm, by_expert, convolution, convolution_backward, mm, rides_along
+from .products import (
+    Product,
+    addmm,
+    baddbmm,
+    bmm,
+    by_expert,
+    convolution,
+    convolution_backward,
+    mm,
+    of_rows,
+    rides_along,
+)
 
 WORKS = {  # what a call does to its elements
     "product": "matrix products",
@@ -102,6 +113,7 @@ rows("product", "baddbmm", products=baddbmm)
 rows("product", "_grouped_mm", products=by_expert)
 rows("product", "convolution", products=convolution)
 rows("product", "convolution_backward", products=convolution_backward)
+rows("product", "bitsandbytes::int8_linear_matmul", products=of_rows)
 rows("product", "lorafusion::xw_sb lorafusion::dys_dyb lorafusion::dyw_dsa", products=rides_along)
 
 FORWARD = "_scaled_dot_product_{}_attention"
@@ -173,6 +185,8 @@ rows("rows_backward", "embedding_dense_backward", 6,
      "sorts the indices (CUB radix sort), then segment offsets and sums")  # fmt: skip
 rows("select", "topk", 2, "radix selection, then a sort of what was found (TensorTopK.cu)")
 rows("transform", "_fft_c2c _fft_r2c _fft_c2r")
+rows("sequence", "bitsandbytes::outlier_columns", 4, "nonzero: counts them, the host waits, selects, writes indices",
+     waits=True)  # fmt: skip
 rows("nothing", "empty_like new_empty_strided", 0, "allocates only")
 rows("nothing", "_local_scalar_dense", 0, "a copy to the host and a synchronisation, no kernel", waits=True)
 rows("nothing", "_linalg_check_errors", 0, "reads a status on the host", waits=True)

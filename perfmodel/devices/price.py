@@ -84,6 +84,8 @@ def _products(i: int, op: Op, tables: Tables) -> None:
             _launch(i, kernels.memory_bound(op), tables)
         elif dtype == "c64":  # four real products: [Re A, -Im A; Im A, Re A] by [Re B; Im B]
             _gemm_row(i, op.name, "fp32", layout, (2 * m, n, 2 * k, batch), tables)
+        elif dtype == "i8":  # tensor cores take 8-bit integers in pairs: the bytes and the steps of half the depth
+            _gemm_row(i, op.name, "fp16", layout, (m, n, -(-k // 2), batch), tables)
         else:
             _gemm_row(i, op.name, dtype if dtype in HALF else "fp32", layout, (m, n, k, batch), tables)
 

@@ -1,6 +1,6 @@
 """Element types by their short names, their sizes in bytes, and type promotion."""
 
-ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "c64": 8, "i64": 8, "i32": 4, "u8": 1, "bool": 1}
+ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "c64": 8, "i64": 8, "i32": 4, "u8": 1, "i8": 1, "bool": 1}
 FLOATING = ("fp32", "bf16", "fp16")
 
 

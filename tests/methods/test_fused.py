@@ -9,6 +9,7 @@ from helpers import architecture_of, by_phase, calls_by_name, config_of, setup_o
 pytest.importorskip("transformers")
 
 import reference_fused as reference
+import reference_int8
 import reference_lora
 import torch
 
@@ -16,6 +17,7 @@ from perfmodel import methods, predict
 from perfmodel.architectures import from_config, load
 from perfmodel.errors import UserError
 from perfmodel.methods.lora import Lora
+from perfmodel.methods.lora_8bit import Lora8bit
 from perfmodel.prediction import memory
 from perfmodel.recording.record import build
 from perfmodel.setup import Setup
@@ -30,7 +32,11 @@ def differences(name: str, spec: str, layers: int | None = None, **options: Any)
     config, architecture, setup = config_of(name, layers), architecture_of(name, layers), setup_of(name, **options)
     method = methods.parse(spec).bind(architecture)
     step = build(architecture, method, setup, "cpu")
-    model = reference.quantise(models.build_model(config, setup), method, architecture, setup)
+    model = models.build_model(config, setup)
+    if isinstance(method, Lora8bit):
+        model = reference_int8.quantise(model, method, architecture)
+    else:
+        model = reference.quantise(model, method, architecture, setup)
     total = reference.elements(model)
     trace = trace_step(model, setup, step.optimizer)
     trace.total = total
@@ -85,6 +91,23 @@ def test_fused_lora_equals_its_program(name: str, spec: str, options: dict[str, 
 )
 def test_qlora_equals_the_reference(name: str, spec: str, options: dict[str, Any]) -> None:
     """Zero tolerance: calls, FLOPs, bytes, parameters; peft's own 4-bit layer runs, on stand-ins of bitsandbytes."""
+    assert differences(name, spec, **options) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "options"),
+    [
+        ("llama", "lora_8bit:r=4", {"batch": 4}),
+        ("llama", "lora_8bit:r=4,outliers=0,dropout=0.1", {"checkpoint": "block"}),
+        ("llama", "lora_8bit:r=4,prepared=true", {"dtype": "bf16", "amp": "bf16", "checkpoint": "block-reentrant"}),
+        ("qwen2", "lora_8bit:r=4,targets=all-linear,adapter_dtype=bf16", {"batch": 1}),
+        ("gpt2", "lora_8bit:r=4", {"grad_accum": 2, "dtype": "fp16"}),
+        ("opt", "lora_8bit:r=4,targets=all-linear,layers_to_transform=1,prepared=true", {"checkpoint": "block"}),
+        ("bert", "lora_8bit:r=4", {"dtype": "fp32", "batch": 4}),
+    ],
+)
+def test_lora_on_an_8_bit_base_equals_the_reference(name: str, spec: str, options: dict[str, Any]) -> None:
+    """One in ten of the configs that people share loads their base in 8 bit, where forward is dozens of small calls."""
     assert differences(name, spec, **options) == []
 
 

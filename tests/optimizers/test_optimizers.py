@@ -3,6 +3,9 @@
 For small models the optimizer is a good part of the step, and its launches are all of its time.
 """
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -263,3 +266,26 @@ def test_bitsandbytes_states_byte_by_byte(name: str, states: int, bits: int, pag
     kept["on the device"] += states * 256 * 4 * (bits == 8)  # the maps of codes
     assert known.state_bytes == kept["on the device"]
     assert known.paged_bytes == kept["paged"]
+
+
+@pytest.mark.parametrize(
+    ("form", "name"), [("ao-adamw-8bit", "AdamW8bit"), ("ao-adamw-4bit", "AdamW4bit"), ("ao-adamw-fp8", "AdamWFp8")]
+)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((256, 512), "bf16"), ((64, 96), "fp32"), ((48,), "bf16"), ((2048, 2048), "bf16")]
+)
+def test_torchaos_updates_are_what_inductor_schedules(form: str, name: str, shape: tuple[int, ...], dtype: str) -> None:
+    """Its kernels move three times the bytes of bitsandbytes' one, and nobody would guess which they are."""
+    pytest.importorskip("torchao")
+    full = {"bf16": "bfloat16", "fp32": "float32"}[dtype]
+    command = [sys.executable, "-m", "validate.oracle.inductor", name, "x".join(map(str, shape)), full]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    parameter = Parameter("w", shape, dtype, kind="weight", trainable=True)
+    parameter.used = True
+    kernels = [
+        [op.name.removeprefix("inductor::"), op.bytes_read, op.bytes_written]
+        for part in optimizers.recorded([parameter], form).tape.parts
+        for op in part.ops
+        if op.launched
+    ]
+    assert sorted(kernels) == sorted(json.loads(done.stdout.splitlines()[-1]))

@@ -6,6 +6,7 @@ plain torch. The Python code around them is written from the packages' public so
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from perfmodel.architectures import Architecture
+from perfmodel.methods.lora import Lora
 from perfmodel.methods.qlora import QLora
 from perfmodel.setup import Setup
 from perfmodel.tracing.programs.dtypes import TORCH_DTYPES
@@ -128,11 +130,11 @@ class Linear4bit(nn.Module):
 
 
 @cache
-def peft_linear_4bit() -> Any:
-    """peft's own LoRA layer for `bitsandbytes.nn.Linear4bit`: its module, loaded with stand-ins of bitsandbytes."""
+def peft_layer(kind: type) -> Any:
+    """peft's own LoRA layer for a layer of `bitsandbytes.nn`: its module, loaded with stand-ins of bitsandbytes."""
     stub = ModuleType("bitsandbytes")
     stub.nn = ModuleType("bitsandbytes.nn")  # type: ignore[attr-defined]
-    stub.nn.Linear4bit = Linear4bit  # type: ignore[attr-defined]
+    setattr(stub.nn, kind.__name__, kind)
     source = Path(peft_lora.__file__).with_name("bnb.py")
     spec = importlib.util.spec_from_file_location(f"{peft_lora.__name__}.bnb_with_stand_ins", source)
     assert spec is not None
@@ -140,11 +142,11 @@ def peft_linear_4bit() -> Any:
     module = importlib.util.module_from_spec(spec)
     with (
         mock.patch.dict(sys.modules, {"bitsandbytes": stub}),
-        mock.patch.object(peft.import_utils, "is_bnb_available", return_value=False),
+        mock.patch.object(peft.import_utils, "is_bnb_available", return_value=True),
         mock.patch.object(peft.import_utils, "is_bnb_4bit_available", return_value=True),
     ):
         spec.loader.exec_module(module)
-    return module.Linear4bit
+    return getattr(module, kind.__name__)
 
 
 def quantise(model: Any, method: QLora, architecture: Architecture, setup: Setup) -> Any:
@@ -157,16 +159,21 @@ def quantise(model: Any, method: QLora, architecture: Architecture, setup: Setup
     model = wrap(model, architecture, lambda name, layer: name != "lm_head", make)
     if method.prepared:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return replace(model, Linear4bit, architecture, method, adapted(peft_layer(Linear4bit), method))
+
+
+def adapted(layer: Any, method: Lora) -> Callable[[Any], Any]:
+    """Makes peft's LoRA layer of a quantised one."""
     config = peft.LoraConfig(r=method.r, lora_alpha=method.alpha, lora_dropout=method.dropout)
 
-    def adapt(base: Any) -> Any:
-        adapted = peft_linear_4bit()(base, "default", config=config, r=method.r, lora_alpha=method.alpha)
-        adapted.train()
-        for parameter in (p for name, p in adapted.named_parameters() if "lora_" in name):
+    def make(base: Any) -> Any:
+        made = layer(base, "default", config=config, r=method.r, lora_alpha=method.alpha)
+        made.train()
+        for parameter in (p for name, p in made.named_parameters() if "lora_" in name):
             parameter.data = parameter.data.to(TORCH_DTYPES[method.adapter_dtype or "fp32"])
-        return adapted
+        return made
 
-    return replace(model, Linear4bit, architecture, method, adapt)
+    return make
 
 
 def replace(model: Any, kind: type, architecture: Architecture, method: Any, make: Any) -> Any:
@@ -183,7 +190,7 @@ def replace(model: Any, kind: type, architecture: Architecture, method: Any, mak
 
 def elements(model: Any) -> int:
     """Parameters of the model: a packed weight holds two a byte, scales are none."""
-    scales = {"absmax", "nested_absmax", "nested_quant_map", "offset"}
+    scales = {"absmax", "nested_absmax", "nested_quant_map", "offset", "SCB"}
     return sum(
         p.numel() * (2 if isinstance(p, Params4bit) else 1)
         for name, p in model.named_parameters()

@@ -6,22 +6,30 @@ written, the kernels are read off and the graph is run as it is. Of the CPU rema
 keys and values, as on the tape of a CPU.
 
     python -m validate.oracle.inductor llama '{"hidden_size": 256, …}' lora batch=2 seq=512
+    python -m validate.oracle.inductor AdamW8bit 256x512 bfloat16
 
-prints the counts as JSON. Inductor's modules are changed for good: run it in a process of its own.
+print as JSON the counts of a model, and the kernels of an update of one tensor by an optimizer of torchao. Inductor's
+modules are changed for good: run it in a process of its own.
 """
 
 import copy
 import json
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch._inductor import compile_fx, graph, scheduler
+from torch._inductor.dependencies import MemoryDep
 from torch._inductor.runtime import hints
+from torch._inductor.virtualized import V
 from torch.utils._pytree import tree_map
 
 from perfmodel.architectures import Config, from_config
@@ -54,6 +62,14 @@ class Kernels:
     generated: dict[str, int] = field(default_factory=lambda: {"forward": 0, "backward": 0})
     extern: dict[str, int] = field(default_factory=lambda: {"forward": 0, "backward": 0})
     saved: int = 0
+
+
+class Generated(NamedTuple):
+    """A kernel that Inductor generates: rows (with a sum or a maximum) or pointwise, bytes read and written."""
+
+    kind: str
+    read: int
+    written: int
 
 
 class _Read(Exception):
@@ -150,8 +166,20 @@ def count_kernels(config: Config, method: str, setup: Setup) -> Kernels:
     architecture, bound = resolve(config, method)
     model = models.apply(models.build_model(config, setup, device="cpu"), bound, architecture).train()
 
+    compiled: Any = torch.compile(
+        model, backend=_backend(lambda gm, inputs, options: _read(gm, inputs, options, found))
+    )
+    ids = torch.zeros(int(setup.batch), int(setup.seq), dtype=torch.int64)
+    loss = compiled(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+    loss.backward()
+    return found
+
+
+def _backend(read: Callable[[Any, Any, dict[str, Any]], None]) -> Any:
+    """A backend of `torch.compile` that shows each graph, as Inductor gets it, and runs it as it is."""
+
     def inner(gm: Any, inputs: Any, **options: Any) -> Any:
-        _read(copy.deepcopy(gm), inputs, options, found)
+        read(copy.deepcopy(gm), inputs, options)
 
         def run(args: list[Any]) -> Any:
             out = gm.forward(*args)
@@ -161,13 +189,41 @@ def count_kernels(config: Config, method: str, setup: Setup) -> Kernels:
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
 
-    compiled: Any = torch.compile(
-        model, backend=lambda gm, inputs: compile_fx.compile_fx(gm, inputs, inner_compile=inner)
-    )
-    ids = torch.zeros(int(setup.batch), int(setup.seq), dtype=torch.int64)
-    loss = compiled(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
-    loss.backward()
+    return lambda gm, inputs: compile_fx.compile_fx(gm, inputs, inner_compile=inner)
+
+
+def update_kernels(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Generated]:
+    """The kernels of an update of one parameter by one of torchao's optimizers."""
+    _prepare()
+    found: list[Generated] = []
+    plain: Any = torch.compile
+    backend = _backend(lambda gm, inputs, options: _schedule(gm, inputs, options, lambda s: found.extend(_kernels(s))))
+    parameter = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer = getattr(import_module("torchao.optim"), name)(
+        [parameter], lr=1e-4, block_size=256
+    )  # transformers' default
+    with patch.object(torch, "compile", lambda function, **options: plain(function, backend=backend, **options)):
+        optimizer.step()
     return found
+
+
+def _kernels(schedule: scheduler.Scheduler) -> list[Generated]:
+    """What each kernel is, and the bytes of the buffers that it shares with others or with the caller."""
+    made = [{dep.name for dep in node.read_writes.writes} for node in schedule.nodes]
+    used = [{dep.name for dep in node.read_writes.reads if isinstance(dep, MemoryDep)} for node in schedule.nodes]
+    read = [names - own for names, own in zip(used, made, strict=True)]
+    kept = set().union(*read) | set(schedule.mutation_real_name)
+    return [
+        Generated("rows" if node.is_reduction() else "pointwise", *map(_buffer_bytes, (inputs, outputs & kept)))
+        for node, inputs, outputs in zip(schedule.nodes, read, made, strict=True)
+    ]
+
+
+def _buffer_bytes(names: set[str]) -> int:
+    """Bytes of Inductor's buffers; numbers of the host, which become arguments of a kernel, are none."""
+    layouts = [V.graph.get_buffer(name).get_layout() for name in names]
+    return sum(math.prod(map(int, x.size)) * x.dtype.itemsize for x in layouts if x.device.type == "cuda" and x.size)
 
 
 def _read(gm: Any, inputs: Any, options: dict[str, Any], found: Kernels) -> None:
@@ -175,19 +231,28 @@ def _read(gm: Any, inputs: Any, options: dict[str, Any], found: Kernels) -> None
     backward = bool(options.get("is_backward"))
     phase = "backward" if backward else "forward"
 
-    def decided(self: scheduler.Scheduler) -> None:
-        for node in self.nodes:
+    def counted(schedule: scheduler.Scheduler) -> None:
+        for node in schedule.nodes:
             kind = type(node).__name__
             if kind == "ExternKernelSchedulerNode":
                 found.extern[phase] += not type(node.node).__name__.startswith("MultiOutput")
             elif kind != "NopKernelSchedulerNode":
                 found.generated[phase] += 1
-        raise _Read
 
     if backward:
         kept = [n for n in gm.graph.find_nodes(op="placeholder") if not n.name.startswith(("primals", "tangents"))]
         found.saved += sum(n.meta["val"].nbytes for n in kept if isinstance(n.meta["val"], torch.Tensor))
-    scheduler.Scheduler.codegen = decided  # type: ignore[method-assign]
+    _schedule(gm, inputs, options, counted)
+
+
+def _schedule(gm: Any, inputs: Any, options: dict[str, Any], decided: Callable[[scheduler.Scheduler], None]) -> None:
+    """Let Inductor schedule a graph, show what it decided, and stop it there."""
+
+    def stop(self: scheduler.Scheduler) -> None:
+        decided(self)
+        raise _Read
+
+    scheduler.Scheduler.codegen = stop  # type: ignore[method-assign]
     try:
         compile_fx.compile_fx_inner(gm, inputs, **options)
     except Exception as error:
@@ -204,7 +269,11 @@ def _is_read(error: BaseException | None) -> bool:
 
 
 def main(arguments: list[str]) -> None:
-    """Count for a config and a method given on the command line."""
+    """Count for a config and a method given on the command line, or read the kernels of an update."""
+    if len(arguments) == 3 and arguments[0].startswith("Adam"):
+        name, shape, dtype = arguments
+        print(json.dumps(update_kernels(name, tuple(map(int, shape.split("x"))), getattr(torch, dtype))))
+        return
     kind, values, method, *sizes = arguments
     config = Config({"model_type": kind, **json.loads(values)}, kind, kind)
     from_config(config)

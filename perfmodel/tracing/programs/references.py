@@ -6,6 +6,7 @@ Each is written from its paper and its authors' description, not from the tape, 
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from ...errors import UserError
 from ...methods import Method, runlora
 from ...methods.lisa import Lisa
 from ...methods.lora import Lora
+from ...methods.lora_8bit import Lora8bit
 from ...methods.lora_fa import LoraFa
 from ...methods.paca import Paca
+from ...methods.parts.quantised import QuantisedLora
 from ...methods.qlora import QLora
 from ...setup import Setup
 from . import models, updates
@@ -247,20 +250,55 @@ def _lora_fa(model: Any, method: LoraFa, architecture: Architecture, setup: Setu
 @program(QLora)
 def _qlora(model: Any, method: QLora, architecture: Architecture, setup: Setup) -> Any:
     """bitsandbytes' 4-bit linears under peft's LoRA, as transformers makes them of a BitsAndBytesConfig."""
-    try:
-        from bitsandbytes.nn import Linear4bit, Params4bit
-    except ImportError:
-        raise UserError("method qlora runs on bitsandbytes, which is not installed: pip install bitsandbytes") from None
-    import peft
-
+    nn_of = _bitsandbytes(method.name)
     options = {"quant_type": "nf4", "compress_statistics": method.double_quant}
     compute = TORCH_DTYPES[method.compute_dtype or setup.dtype]
+
+    def make(base: Any) -> Any:
+        layer = nn_of.Linear4bit(
+            base.in_features, base.out_features, base.bias is not None, compute_dtype=compute, **options
+        )
+        layer.weight = nn_of.Params4bit(base.weight.data, requires_grad=False, **options)
+        return layer
+
+    return _on_quantised(model, method, architecture, make, "is_loaded_in_4bit")
+
+
+@program(Lora8bit)
+def _lora_8bit(model: Any, method: Lora8bit, architecture: Architecture, setup: Setup) -> Any:
+    """bitsandbytes' LLM.int8() linears under peft's LoRA; how many outliers there are is up to the data."""
+    nn_of = _bitsandbytes(method.name)
+
+    def make(base: Any) -> Any:
+        layer = nn_of.Linear8bitLt(
+            base.in_features, base.out_features, base.bias is not None, has_fp16_weights=False, threshold=6.0
+        )
+        layer.weight = nn_of.Int8Params(base.weight.data, requires_grad=False, has_fp16_weights=False)
+        return layer
+
+    return _on_quantised(model, method, architecture, make, "is_loaded_in_8bit")
+
+
+def _bitsandbytes(method: str) -> Any:
+    try:
+        return import_module("bitsandbytes.nn")
+    except ImportError:
+        raise UserError(
+            f"method {method} runs on bitsandbytes, which is not installed: pip install bitsandbytes"
+        ) from None
+
+
+def _on_quantised(
+    model: Any, method: QuantisedLora, architecture: Architecture, make: Callable[[Any], Any], flag: str
+) -> Any:
+    """Quantised layers in the place of all linear ones but the head, and peft's LoRA on the targets."""
+    import peft
+
     for name, base in [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear and not n.endswith("lm_head")]:
-        layer = Linear4bit(base.in_features, base.out_features, base.bias is not None, compute_dtype=compute, **options)
-        layer.weight = Params4bit(base.weight.data, requires_grad=False, **options)
+        layer = make(base)
         layer.bias = base.bias
         model.set_submodule(name, layer.to(base.weight.device))
-    model.is_loaded_in_4bit = True
+    setattr(model, flag, True)
     if method.prepared:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return models.apply(model, as_lora(method), architecture)
