@@ -163,6 +163,8 @@ def recorded_lists(group: list[Spec]) -> list[Op]:
         ("adamw-fused", 4, 4),  # p, g, m, v; the gradients are declared as written
         ("sgd", 2, 1),
         ("sgd-momentum", 1 + 2 + 2, 3),
+        # mul v; addcmul v,g; div v -> d; sqrt d; add d; div g,d; add g,y; lerp y,z; add y,g; sub z,g
+        ("schedule-free-adamw", 1 + 2 + 1 + 1 + 1 + 2 + 2 + 2 + 2 + 2, 10),
     ],
 )
 def test_traffic_of_an_update_is_so_many_passes_over_the_parameters(optimizer: str, reads: int, writes: int) -> None:
@@ -179,7 +181,7 @@ def test_traffic_of_an_update_is_so_many_passes_over_the_parameters(optimizer: s
     ("optimizer", "tensors", "counters"),
     [
         ("adamw", 2, 4), ("adamw-foreach", 2, 4), ("adamw-loop", 2, 4), ("adamw-fused", 2, 4), ("sgd", 0, 0),
-        ("sgd-momentum", 1, 0),
+        ("sgd-momentum", 1, 0), ("schedule-free-adamw", 2, 0),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize(("dtype", "itemsize"), [("bf16", 2), ("fp32", 4)])

@@ -56,6 +56,9 @@ def cells() -> Iterator[Any]:
     yield cell("mistral", LORA, {"sliding_window": 24}, seq=25, attention="eager")
     yield cell("llama", LORA, amp="bf16")
     yield cell("gpt2", LORA, padded=True, attention="eager")
+    for name, method, dtype in (("llama", "full", "fp32"), ("gpt2", "full", "bf16"), ("bert", LORA, "bf16")):
+        yield cell(name, method, dtype=dtype, optimizer="muon")
+        yield cell(name, method, dtype=dtype, optimizer="schedule-free-adamw")
     yield cell("llama", "lora:r=4,layers_to_transform=1,adapter_dtype=bf16")
     yield cell("opt", "lora:r=3,targets=fc1+out_proj+lm_head", {"tie_word_embeddings": False}, dtype="fp16")
 

@@ -1,5 +1,6 @@
 """The optimizer of a real program: torch's, transformers', peft's, and what a method does after its step."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -40,6 +41,8 @@ def make(model: Any, form: str, method: Method) -> Any:
 def standard(model: Any, form: str) -> torch.optim.Optimizer:
     """The optimizer of that form on all that trains, as transformers' Trainer makes it."""
     trained = [p for p in model.parameters() if p.requires_grad]
+    if form == "muon":
+        return _muon(model, trained)
     return _bitsandbytes(model, trained, form) if form in FORMS else make_optimizer(trained, form)
 
 
@@ -67,10 +70,37 @@ def _bitsandbytes(model: Any, parameters: list[Any], form: str) -> torch.optim.O
     return optimizer
 
 
+class MuonBesideAdamW(torch.optim.Optimizer):
+    """torch's Muon on the matrices of the blocks, its AdamW on what is left."""
+
+    def __init__(self, hidden: list[Any], rest: list[Any]) -> None:
+        super().__init__([*hidden, *rest], {})
+        self.both: list[torch.optim.Optimizer] = [torch.optim.Muon(hidden)] if hidden else []
+        self.both += [torch.optim.AdamW(rest)] if rest else []
+        self.state = {p: state for one in self.both for p, state in one.state.items()}  # type: ignore[assignment]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One after the other."""
+        for one in self.both:
+            one.step()
+            self.state.update(one.state)
+
+
+def _muon(model: Any, trained: list[Any]) -> MuonBesideAdamW:
+    inside = {id(p) for name, p in model.named_parameters() if p.ndim == 2 and re.search(r"\.\d+\.", name)}
+    return MuonBesideAdamW([p for p in trained if id(p) in inside], [p for p in trained if id(p) not in inside])
+
+
 def make_optimizer(parameters: list[Any], form: str) -> torch.optim.Optimizer:
-    """The torch optimizer of that form."""
+    """The torch optimizer of that form.
+
+    Raises:
+        UserError: its package is not installed, or its program is a graph that `torch.compile` makes.
+    """
     cls, options = torch_class(form)
     optimizer: torch.optim.Optimizer = cls(parameters, lr=1e-4, **options)
+    if hasattr(optimizer, "train"):  # schedule-free ones step on other weights than they are evaluated with
+        optimizer.train()
     return optimizer
 
 
@@ -80,6 +110,13 @@ def torch_class(form: str) -> tuple[Any, dict[str, Any]]:
         from transformers.optimization import Adafactor
 
         return Adafactor, {"scale_parameter": False, "relative_step": False}
+    if form.startswith("ao-"):
+        raise UserError(f"optimizer {form}: torchao compiles its update, which no trace shows")
+    if form == "schedule-free-adamw":
+        try:
+            return import_module("schedulefree").AdamWScheduleFree, {"weight_decay": 0.01}
+        except ImportError:
+            raise UserError(f"optimizer {form}: its program needs the schedulefree package") from None
     if form.startswith("adamw"):
         return torch.optim.AdamW, {"foreach": form == "adamw-foreach", "fused": form == "adamw-fused"}
     return torch.optim.SGD, {"momentum": 0.9 if form == "sgd-momentum" else 0.0, "foreach": True}
