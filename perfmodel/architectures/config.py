@@ -16,7 +16,7 @@ HUB = "https://huggingface.co/"
 class Config:
     """A config.json with typed access; every complaint names the file and the key.
 
-    `note` is what an answer has to say of it: that a repository's name was taken for a bundled config.
+    `note` is what an answer has to say of it: that a repository's name was taken for a bundled config, or its `_note`.
     """
 
     def __init__(self, values: dict[str, Any], origin: str, name: str, note: str = "") -> None:
@@ -131,19 +131,20 @@ def load(name_or_path: str) -> Config:
 
 
 def _read(path: Path, name: str) -> Config:
-    return Config(read_json(path), str(path.name if path.parent == MODELS else path), name)
+    values = read_json(path)
+    return Config(values, str(path.name if path.parent == MODELS else path), name, str(values.get("_note", "")))
 
 
-def _named(repository: str, found: names.Meant) -> Config:
+def _named(repository: str, meant: names.Meant) -> Config:
     """The bundled config that a repository's name stands for, and what to say of it."""
-    config = _read(MODELS / f"{found.name}.json", found.name)
+    config = _read(MODELS / f"{meant.name}.json", meant.name)
     if str(config.values.get("_source", "")).lower().startswith(f"{HUB}{repository}/".lower()):
         return config
-    config.note = f"{repository} is taken for {found.name}, by its name; if its config.json differs, give its path"
-    if found.packed:
-        config.note += (
-            f"; its {'-'.join(found.packed)} weights are not: the base is in --dtype, or in 4 bit with --method qlora"
-        )
+    said = [f"{repository} is taken for {meant.name}, by its name; if its config.json differs, give its path"]
+    if meant.packed:
+        packed = "-".join(meant.packed)
+        said.append(f"its {packed} weights are not: the base is in --dtype, or in 4 bit with --method qlora")
+    config.note = "; ".join([*said, config.note] if config.note else said)
     return config
 
 
