@@ -21,8 +21,8 @@ def models(as_json: bool) -> None:
     from ..architectures.names import order
     from ..questions import listing
 
-    columns = ("model", "model_type", "layers", "hidden", "heads", "kv_heads", "intermediate", "vocab", "tied")
-    formats: Formats = {"tied": lambda v: "yes" if v else "no", "vocab": units.count}
+    columns = ("model", "model_type", "layers", "hidden", "heads", "kv_heads", "intermediate", "vocab")
+    formats: Formats = {"vocab": units.count}
     _list(listing.models(), columns, as_json, formats, left=(0, 1), group=lambda row: order(row["model"])[0])
 
 

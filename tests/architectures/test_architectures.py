@@ -48,7 +48,7 @@ PUBLISHED = {
     "deepseek-coder-1.3b": 1_346_471_936,
     "deepseek-coder-6.7b": 6_740_512_768,
     "deepseek-llm-7b": 6_910_365_696,
-    "deepseek-r1-distill-qwen-1.5b": 1_777_088_000,
+    "deepseek-r1-qwen-1.5b": 1_777_088_000,
     "distilgpt2": 81_912_576,
     "gemma-2-27b": 27_227_128_320,
     "llama-3.1-405b": 405_853_388_800,

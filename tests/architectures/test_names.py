@@ -1,11 +1,12 @@
 """Names of repositories: each stands for the bundled config of its family, version and size, or for none."""
 
+import json
 import tomllib
 
 import pytest
 
 from perfmodel import architectures, predict
-from perfmodel.architectures import load, names
+from perfmodel.architectures import config, load, names
 from perfmodel.architectures.names import resolve
 from perfmodel.errors import UserError
 
@@ -27,7 +28,7 @@ from perfmodel.errors import UserError
         ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "tinyllama-1.1b"), ("google-bert/bert-base-uncased", "bert-base"),
         ("BlackSamorez/TinyLlama-1_1B-Chat-v1_0-AQLM-2Bit-1x16-hf", "tinyllama-1.1b"), ("gpt-2", "gpt2"),
         ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "qwen2.5-7b"), ("mistral7b", "mistral-7b"),
-        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "deepseek-r1-distill-qwen-1.5b"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "deepseek-r1-qwen-1.5b"),
         ("deepseek-ai/deepseek-coder-7b-instruct-v1.5", "deepseek-llm-7b"), ("bert_base", "bert-base"),
     ],
 )  # fmt: skip
@@ -47,7 +48,10 @@ def test_a_mirror_or_a_tuned_copy_is_the_bundled_model(repository: str, bundled:
         "Qwen/Qwen3.5-27B", "Qwen/Qwen3-VL-8B-Instruct", "mistralai/Mistral-Small-3.1-24B-Base-2503",
         "mistralai/Ministral-3-8B-Base-2512", "Skywork/Skywork-Reward-V2-Qwen3-8B", "Salesforce/blip2-opt-2.7b",
         "neuralmagic/Sparse-Llama-3.1-8B-2of4", "models/llama3-8b-pro", "HuggingFaceM4/Idefics3-8B-Llama3",
-        "hfl/chinese-llama-2-7b", "HuggingFaceH4/zephyr-7b-gemma-sft-v0.1", "deepcogito/cogito-v1-preview-llama-3B",
+        "hfl/chinese-llama-2-7b", "microsoft/Phi-3-mini-128k-instruct", "microsoft/Phi-3.5-MoE-instruct",
+        "tiiuae/Falcon-H1-7B-Base", "deepseek-ai/DeepSeek-V2.5", "zai-org/glm-4-9b-chat",
+        "tiiuae/falcon-mamba-7b",
+        "HuggingFaceH4/zephyr-7b-gemma-sft-v0.1", "deepcogito/cogito-v1-preview-llama-3B",
         "somebody/a-tuned-qwen-7b", "somebody/Llama-3-8B-and-Qwen3-8B", "somebody/mistral-7b-v0.9",
         "google-bert/bert-base-multilingual-cased", "peft-internal-testing/gpt2-lora-random",
         "axolotl-ai-co/gemma-2-33M",
@@ -81,6 +85,15 @@ def test_the_answer_says_which_config_it_took() -> None:
     assert "bnb-4bit weights are not" in tuned.notes[0]
     for own in ("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B"):
         assert not any("taken for" in note for note in predict(own, device="l40s", batch=1, seq=16).notes)
+
+
+def test_finding_a_name_reads_one_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cold command line would wait for a hundred files."""
+    read: list[str] = []
+    monkeypatch.setattr(config, "read_json", lambda path: read.append(path.name) or json.loads(path.read_text()))
+    load("NousResearch/Llama-3.2-1B")
+    load("llama-3.2-1b")
+    assert read == ["llama-3.2-1b.json"] * 2
 
 
 def message_of(name: str) -> str:
