@@ -7,11 +7,12 @@ class UserError(ValueError):
     """Bad input: the message says what is wrong and how to put it right; the command line exits with 2."""
 
 
-def nearest(name: str, choices: Iterable[str], also: Iterable[str] = ()) -> str:
+def nearest(name: str, choices: Iterable[str], also: Iterable[str] = (), otherwise: str = "") -> str:
     """A clause that names the closest valid choice, or else lists the choices.
 
     Args:
         also: valid too, but not listed: other names of the choices.
+        otherwise: said where none is close, instead of a list that would be long.
     """
     import difflib
 
@@ -20,4 +21,4 @@ def nearest(name: str, choices: Iterable[str], also: Iterable[str] = ()) -> str:
     close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
     if close:
         return f"did you mean {by_lower[close[0]]!r}?"
-    return "choose one of: " + ", ".join(options)
+    return otherwise or "choose one of: " + ", ".join(options)

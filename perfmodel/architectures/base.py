@@ -54,9 +54,11 @@ def from_config(config: Config) -> "Architecture":
     model_type = config.text("model_type")
     found = _REGISTRY.get(model_type)
     if found is None:
+        close = nearest(model_type, supported())
+        did_you_mean = f" ({close})" if close.startswith("did") else ""
         raise UserError(
-            f"{config.origin}: model_type {model_type!r} is not supported ({nearest(model_type, supported())}); "
-            f"supported: {', '.join(supported())}"
+            f"{config.origin}: model_type {model_type!r} has no built-in form{did_you_mean}: add --traced, or use "
+            f"one of {', '.join(supported())}"
         )
     if config.values.get("quantization_config") is not None:
         raise UserError(
@@ -78,6 +80,7 @@ class Architecture:
         max_positions: rows of a learned position table, None where positions are rotary.
         tied: whether the output head shares the embedding's weight.
         attention_cap, logit_cap: soft caps of attention scores and of logits, c·tanh(x/c); None where there is none.
+        note: what an answer has to say of the config (`Config.note`).
     """
 
     name: str
@@ -93,6 +96,7 @@ class Architecture:
     tied: bool
     attention_cap: float | None = None
     logit_cap: float | None = None
+    note: str = ""
 
     layer_path: ClassVar[str]  # where blocks live in the transformers module tree
     traits: ClassVar[Traits]
@@ -100,11 +104,11 @@ class Architecture:
     @classmethod
     def from_config(cls: type[A], config: Config) -> A:
         """An architecture with the dims of a config; see `perfmodel.architectures.from_config`."""
-        return cls(name=config.name, model_type=config.text("model_type"), **cls.dims(config))
+        return cls(name=config.name, model_type=config.text("model_type"), note=config.note, **cls.dims(config))
 
     @classmethod
     def dims(cls, config: Config) -> dict[str, Any]:
-        """All fields but name and model_type; a subclass extends what its base reads."""
+        """All fields but name, model_type and note; a subclass extends what its base reads."""
         raise TypeError(f"{cls.__name__} must define dims")
 
     def forward(self, model: "Scope", ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:

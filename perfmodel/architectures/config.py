@@ -1,24 +1,29 @@
 """A Hugging Face config.json, read with checks, from a bundled name, a file, a folder or the hub."""
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, nearest
-from ..resources import DATA, read_json
+from ..resources import read_json
 from ..setup import LARGEST
+from . import names
+from .names import MODELS, bundled
 
-MODELS = DATA / "models"
+HUB = "https://huggingface.co/"
 
 
 class Config:
-    """A config.json with typed access; every complaint names the file and the key."""
+    """A config.json with typed access; every complaint names the file and the key.
 
-    def __init__(self, values: dict[str, Any], origin: str, name: str) -> None:
+    `note` is what an answer has to say of it: that a repository's name was taken for a bundled config, or its `_note`.
+    """
+
+    def __init__(self, values: dict[str, Any], origin: str, name: str, note: str = "") -> None:
         self.values = values
         self.origin = origin
         self.name = name
+        self.note = note
 
     def count(self, *keys: str, default: int | None = None, least: int = 1) -> int:
         """An int from `least` to `LARGEST` under the first of `keys` that is present."""
@@ -95,23 +100,10 @@ class Config:
         return a // b
 
 
-@cache
-def bundled() -> tuple[str, ...]:
-    """Names of the bundled models."""
-    return tuple(sorted(p.stem for p in MODELS.glob("*.json")))
-
-
-@cache
-def _hub_ids() -> dict[str, str]:
-    """Hub id in lower case → bundled name, from the address of each config's source."""
-    sources = {name: str(_read(MODELS / f"{name}.json", name).values.get("_source", "")) for name in bundled()}
-    on_hub = "https://huggingface.co/"
-    return {"/".join(url.split("/")[3:5]).lower(): name for name, url in sources.items() if url.startswith(on_hub)}
-
-
 def load(name_or_path: str) -> Config:
-    """Read a config by bundled name, path to a config.json or its folder, or hub id (`org/name`; those of the bundled
-    models need no network).
+    """Read a config by bundled name, path to a config.json or its folder, or hub id (`org/name`).
+
+    A hub id whose name says the family and size of a bundled model needs no network (`names.resolve`).
 
     Raises:
         UserError: nothing found, or the file is not a JSON object.
@@ -130,14 +122,39 @@ def load(name_or_path: str) -> Config:
         return _read(path / "config.json", path.resolve().name)
     if is_file:
         return _read(path, path.stem if path.name != "config.json" else path.resolve().parent.name)
-    if name_or_path.count("/") == 1 and not name_or_path.startswith((".", "/")) and path.suffix != ".json":
-        known = _hub_ids().get(name_or_path.lower())
-        return load(known) if known else _read_hub(name_or_path)
-    raise UserError(f"unknown model {name_or_path!r}: {nearest(name_or_path, bundled())} (or give a path or a hub id)")
+    if name_or_path.count("/") <= 1 and not name_or_path.startswith((".", "/")) and path.suffix != ".json":
+        if found := names.resolve(name_or_path):
+            return _named(name_or_path, found)
+        if "/" in name_or_path:
+            return _read_hub(name_or_path)
+    raise UserError(f"unknown model {name_or_path!r}: {_hint(name_or_path)} (or give a path or a hub id)")
 
 
 def _read(path: Path, name: str) -> Config:
-    return Config(read_json(path), str(path.name if path.parent == MODELS else path), name)
+    values = read_json(path)
+    return Config(values, str(path.name if path.parent == MODELS else path), name, str(values.get("_note", "")))
+
+
+def _named(repository: str, meant: names.Meant) -> Config:
+    """The bundled config that a repository's name stands for, and what to say of it."""
+    config = _read(MODELS / f"{meant.name}.json", meant.name)
+    if str(config.values.get("_source", "")).lower().startswith(f"{HUB}{repository}/".lower()):
+        return config
+    said = [f"{repository} is taken for {meant.name}, by its name; if its config.json differs, give its path"]
+    if meant.packed:
+        packed = "-".join(meant.packed)
+        said.append(f"its {packed} weights are not: the base is in --dtype, or in 4 bit with --method qlora")
+    config.note = "; ".join([*said, config.note] if config.note else said)
+    return config
+
+
+def _hint(name: str) -> str:
+    """The nearest bundled model of the same family and size, else all of the family."""
+    alike = names.family(name)
+    if not alike:
+        return "perfmodel models lists those that are bundled"
+    sized = [known for known in alike if names.size(known) == names.size(name)]
+    return nearest(name, sized) if sized else f"bundled of its family: {', '.join(alike)}"
 
 
 def _read_hub(hub_id: str) -> Config:
@@ -146,7 +163,7 @@ def _read_hub(hub_id: str) -> Config:
         from huggingface_hub.utils import logging
     except ImportError:
         raise UserError(
-            f"model {hub_id!r} is not bundled, and reading the hub needs huggingface_hub: "
+            f"model {hub_id!r} is not bundled ({_hint(hub_id)}), and reading the hub needs huggingface_hub: "
             "pip install 'perfmodel[hub]', or give the path of a config.json"
         ) from None
     logging.set_verbosity_error()  # its warnings about retries would bury the one line that counts

@@ -1,6 +1,7 @@
 """`perfmodel models`, `methods` and `devices`."""
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import click
@@ -17,11 +18,12 @@ HEADS = {"memory_bytes": "memory", "intermediate": "MLP"}  # where the names of 
 def models(as_json: bool) -> None:
     """List the bundled models."""
     from .. import units
+    from ..architectures.names import order
     from ..questions import listing
 
-    columns = ("model", "model_type", "layers", "hidden", "heads", "kv_heads", "intermediate", "vocab", "tied")
-    formats: Formats = {"tied": lambda v: "yes" if v else "no", "vocab": units.count}
-    _list(listing.models(), columns, as_json, formats, left=(0, 1))
+    columns = ("model", "model_type", "layers", "hidden", "heads", "kv_heads", "intermediate", "vocab")
+    formats: Formats = {"vocab": units.count}
+    _list(listing.models(), columns, as_json, formats, left=(0, 1), group=lambda row: order(row["model"])[0])
 
 
 @click.command()
@@ -65,7 +67,7 @@ def devices(as_json: bool) -> None:
         "measured": _measured,
     }  # fmt: skip
     columns = ("device", "memory_bytes", "memory_bandwidth", "bf16_flops", "fp32_flops", "measured")
-    _list(listing.devices(), columns, as_json, formats, left=(0, 5))
+    _list(listing.devices(), columns, as_json, formats, left=(0, 5), group=lambda row: row["architecture"])
 
 
 def _measured(origins: dict[str, str]) -> str:
@@ -75,12 +77,22 @@ def _measured(origins: dict[str, str]) -> str:
 
 
 def _list(
-    rows: list[dict[str, Any]], columns: Sequence[str], as_json: bool, formats: Formats, *, left: Sequence[int]
+    rows: list[dict[str, Any]],
+    columns: Sequence[str],
+    as_json: bool,
+    formats: Formats,
+    *,
+    left: Sequence[int],
+    group: Callable[[dict[str, Any]], Any] = lambda row: None,
 ) -> None:
+    """A table with an empty line between groups, or JSON."""
     if as_json:
         print_json(rows)
         return
     from ..report.plain import show, table
 
-    cells = ([formats.get(c, str)(row[c]) for c in columns] for row in rows)
+    cells: list[list[str]] = []
+    for _, members in groupby(rows, group):
+        cells += [[""] * len(columns)] * bool(cells)
+        cells += [[formats.get(c, str)(row[c]) for c in columns] for row in members]
     show(table([HEADS.get(c, c.replace("_", " ")) for c in columns], cells, left=left))

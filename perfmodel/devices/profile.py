@@ -33,6 +33,15 @@ CUDNN = ("wgmma", "tcgen05")  # families on which PyTorch prefers cuDNN's attent
 KINDS = ("cuda", "cpu")
 PROVENANCE = ("source", "date", "software", "rows_fitted", "rows_left_out", "notes")
 RESIDUALS = ("mean", "median", "p90")
+NOT_MODELLED = {  # kinds of devices without a profile, and how their names begin
+    "AMD cards": r"amd|instinct|radeon|mi\d|rx-?\d|gfx\d",
+    "Intel GPUs": r"arc-|gaudi|intel-(r-)?(arc|data-center-gpu)",
+    "Apple chips": r"apple|m\d(-|$)|mps$",
+    "TPUs": r"tpu|google-tpu|v\d[ep]?$",
+    "GeForce GTX cards": r"gtx",
+    "Laptop GPUs": r".*(laptop|mobile|max-q)",
+    "MIG slices": r".*-mig-",
+}
 
 Origin = Literal["fitted", "sibling", "class"]
 
@@ -100,14 +109,36 @@ def load(name_or_path: str | PathLike[str]) -> DeviceProfile:
         if not exists:
             raise UserError(f"no such device file: {path}")
         return from_table(path.stem, read_toml(path), str(path))
-    hint = nearest(text, [*names(), *own.names()], also=_aliases())
-    raise UserError(f"unknown device {text!r}: {hint} (or give the path of a .toml file)")
+    raise UserError(f"unknown device {text!r}: {_hint(text)} (or give the path of a .toml file)")
+
+
+def _hint(name: str) -> str:
+    """That cards of the kind are not modelled, or the nearest device."""
+    plain = _written(name)[-1]
+    for kind, pattern in NOT_MODELLED.items():
+        if re.match(pattern, plain):
+            return f"{kind} are not modelled; perfmodel devices lists what is"
+    known = [*names(), *own.names()]
+    return nearest(plain, known, also=_aliases(), otherwise="perfmodel devices lists those that are known")
 
 
 def bundled(name: str) -> str:
-    """The bundled device that a name or alias (in any case) stands for; empty if for none."""
-    slug = name.strip().lower()
-    return slug if slug in names() else _aliases().get(slug, "")
+    """The bundled device that a name or alias stands for, as people, torch or nvidia-smi write it; empty if for none.
+
+    `RTX 4090`, `NVIDIA GeForce RTX 4090` and `rtx-4090` are one; so are `H100 80GB HBM3` and `h100-80gb-hbm3`.
+    """
+    for known in _written(name):
+        if known in names():
+            return known
+        if known in _aliases():
+            return _aliases()[known]
+    return ""
+
+
+def _written(name: str) -> tuple[str, str, str]:
+    """A name in lower case: as it is, its words joined by hyphens, and those without maker and brand."""
+    slug = "-".join(re.findall(r"[a-z0-9]+", re.sub(r"\brtx(?=\d)", "rtx-", name.lower())))
+    return name.strip().lower(), slug, re.sub(r"^(nvidia-)?((geforce|tesla|quadro)-)?", "", slug)
 
 
 def by_makers_name(name: str) -> DeviceProfile | None:
@@ -120,11 +151,8 @@ def by_makers_name(name: str) -> DeviceProfile | None:
 
 def bundled_by_makers_name(name: str) -> DeviceProfile | None:
     """The bundled profile of a device that calls itself `NVIDIA H100 80GB HBM3` (h100-80gb-hbm3 is an alias)."""
-    slug = "-".join(filter(None, re.split(r"[^a-z0-9]+", name.lower())))
-    for known in (slug, slug.removeprefix("nvidia-")):
-        if found := bundled(known):
-            return load(found)
-    return None
+    found = bundled(name)
+    return load(found) if found else None
 
 
 def forget() -> None:

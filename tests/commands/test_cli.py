@@ -56,7 +56,7 @@ BROKEN = "broken/config.json"  # made by `folder`
 LLAMA = "llama-3.2-1b"
 MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown model": (predict_with(model="gtp2"), "did you mean 'gpt2'?"),
-    "unknown device": (predict_with(device="l40"), "did you mean 'l40s'?"),
+    "unknown device": (predict_with(device="l4os"), "did you mean 'l40s'?"),
     "unknown host": (predict_with("--host", "defualt"), "did you mean 'default'?"),
     "unknown method": (predict_with("--method", "lara"), "did you mean 'lora'?"),
     "unknown method option": (predict_with("--method", "lora:rnk=4"), "rnk"),

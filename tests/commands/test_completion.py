@@ -72,4 +72,4 @@ def test_a_real_process_answers_a_shell() -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
-    assert done.stdout.split() == ["plain,l40s"]
+    assert done.stdout.split() == ["plain,l40", "plain,l40s"]

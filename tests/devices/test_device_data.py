@@ -15,7 +15,7 @@ CUDA = [n for n in NAMES if profile.load(n).kind == "cuda"]
 FLOPS_PER_CLOCK: dict[str, tuple[int, int | None]] = {
     "6.0": (128, None), "6.1": (256, None), "7.0": (128, 1024), "7.5": (128, 1024), "8.0": (128, 2048),
     "8.6": (256, 1024), "8.9": (256, 1024), "9.0": (256, 4096), "10.0": (256, 8192), "10.3": (256, 8192),
-    "12.0": (256, 1024),
+    "12.0": (256, 1024), "12.1": (256, 1024),
 }  # fmt: skip
 
 
@@ -58,6 +58,28 @@ def test_names_and_aliases_are_unique_and_resolve_in_any_case() -> None:
     assert len(seen) == len(set(seen))
     assert "classes" not in NAMES
     assert profile.load("h100") is profile.load("H100-SXM")
+
+
+@pytest.mark.parametrize(
+    ("typed", "slug"),
+    [
+        ("RTX 4090", "rtx-4090"), ("rtx4090", "rtx-4090"), ("4090", "rtx-4090"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("a6000", "rtx-a6000"), ("NVIDIA RTX A6000", "rtx-a6000"), ("RTX 6000 Ada", "rtx-6000-ada"),
+        ("NVIDIA RTX 6000 Ada Generation", "rtx-6000-ada"), ("3080 Ti", "rtx-3080-ti"), ("RTX 3080Ti", "rtx-3080-ti"),
+        ("H100 80GB HBM3", "h100-sxm"), ("NVIDIA H100 80GB HBM3", "h100-sxm"), ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb-sxm"), ("NVIDIA A100 80GB PCIe", "a100-80gb-pcie"),
+        ("a800", "a100-80gb-sxm"),
+        ("NVIDIA A10", "a10"), ("NVIDIA A10G", "a10g"), ("Tesla T4", "t4"), ("Tesla V100-SXM2-16GB", "v100"),
+        ("NVIDIA GH200 480GB", "gh200"), ("DGX Spark", "gb10"), ("Quadro RTX 8000", "quadro-rtx-8000"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "rtx-pro-6000-server"),
+        ("Intel(R) Xeon(R) Processor @ 2.50GHz", "cpu-xeon-2.5ghz-1t"),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", ""), ("RTX 4090 D", ""), ("RTX", ""), ("NVIDIA", ""),
+    ],
+)  # fmt: skip
+def test_a_device_is_found_by_what_people_and_drivers_call_it(typed: str, slug: str) -> None:
+    """Shop names, torch's and nvidia-smi's are one device; a slice or another edition is none of them."""
+    assert profile.bundled(typed) == slug
 
 
 @pytest.mark.parametrize("name", NAMES)

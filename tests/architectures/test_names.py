@@ -1,0 +1,127 @@
+"""Names of repositories: each stands for the bundled config of its family, version and size, or for none."""
+
+import json
+import tomllib
+
+import pytest
+
+from perfmodel import architectures, predict
+from perfmodel.architectures import config, load, names
+from perfmodel.architectures.names import resolve
+from perfmodel.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("repository", "bundled"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", "qwen2.5-7b"), ("Qwen/Qwen2.5-Coder-32B", "qwen2.5-32b"),
+        ("Qwen/Qwen3-4B-Instruct-2507", "qwen3-4b"), ("Qwen/Qwen2.5-7B-Instruct-1M", "qwen2.5-7b"),
+        ("NousResearch/Llama-3.2-1B", "llama-3.2-1b"), ("NousResearch/Meta-Llama-3-8B", "llama-3-8b"),
+        ("meta-llama/Meta-Llama-3.1-8B-Instruct", "llama-3.1-8b"), ("unsloth/llama-3-8b-bnb-4bit", "llama-3-8b"),
+        ("shenzhi-wang/Llama3.1-70B-Chinese-Chat", "llama-3.1-70b"), ("llama3.2-1B", "llama-3.2-1b"),
+        ("mistralai/Mistral-7B-v0.1", "mistral-7b"), ("mistralai/Mistral-7B-Instruct-v0.3", "mistral-7b-v0.3"),
+        ("alpindale/Mistral-7B-v0.2-hf", "mistral-7b-v0.2"), ("teknium/OpenHermes-2.5-Mistral-7B", "mistral-7b"),
+        ("mistralai/Mistral-Nemo-Instruct-2407", "mistral-nemo-12b"),
+        ("mistralai/Mistral-Small-24B-Base-2501", "mistral-small-24b"), ("HuggingFaceH4/zephyr-7b-beta", "mistral-7b"),
+        ("mistralai/Mistral-Small-Instruct-2409", "mistral-small-22b"),
+        ("HuggingFaceTB/SmolLM2-1.7B-Instruct", "smollm2-1.7b"), ("openlm-research/open_llama_3b_v2", "open-llama-3b"),
+        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "tinyllama-1.1b"), ("google-bert/bert-base-uncased", "bert-base"),
+        ("BlackSamorez/TinyLlama-1_1B-Chat-v1_0-AQLM-2Bit-1x16-hf", "tinyllama-1.1b"), ("gpt-2", "gpt2"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "qwen2.5-7b"), ("mistral7b", "mistral-7b"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "deepseek-r1-qwen-1.5b"),
+        ("deepseek-ai/deepseek-coder-7b-instruct-v1.5", "deepseek-llm-7b"), ("bert_base", "bert-base"),
+    ],
+)  # fmt: skip
+def test_a_mirror_or_a_tuned_copy_is_the_bundled_model(repository: str, bundled: str) -> None:
+    """Training scripts name mirrors and instruct variants; who mirrors or tunes a model does not change its dims."""
+    found = resolve(repository)
+    assert found is not None
+    assert found.name == bundled
+
+
+@pytest.mark.parametrize(
+    "repository",
+    [
+        "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2-Audio-7B", "Qwen/Qwen2.5-Omni-7B",
+        "llava-hf/llava-v1.6-mistral-7b-hf", "Qwen/Qwen1.5-MoE-A2.7B", "Qwen/Qwen2-57B-A14B",
+        "google/paligemma2-3b-pt-224", "google/medgemma-4b-it", "google/gemma-3n-E2B-it", "mistralai/Pixtral-12B-2409",
+        "Qwen/Qwen3.5-27B", "Qwen/Qwen3-VL-8B-Instruct", "mistralai/Mistral-Small-3.1-24B-Base-2503",
+        "mistralai/Ministral-3-8B-Base-2512", "Skywork/Skywork-Reward-V2-Qwen3-8B", "Salesforce/blip2-opt-2.7b",
+        "neuralmagic/Sparse-Llama-3.1-8B-2of4", "models/llama3-8b-pro", "HuggingFaceM4/Idefics3-8B-Llama3",
+        "hfl/chinese-llama-2-7b", "microsoft/Phi-3-mini-128k-instruct", "microsoft/Phi-3.5-MoE-instruct",
+        "tiiuae/Falcon-H1-7B-Base", "deepseek-ai/DeepSeek-V2.5", "zai-org/glm-4-9b-chat",
+        "tiiuae/falcon-mamba-7b",
+        "HuggingFaceH4/zephyr-7b-gemma-sft-v0.1", "deepcogito/cogito-v1-preview-llama-3B",
+        "somebody/a-tuned-qwen-7b", "somebody/Llama-3-8B-and-Qwen3-8B", "somebody/mistral-7b-v0.9",
+        "google-bert/bert-base-multilingual-cased", "peft-internal-testing/gpt2-lora-random",
+        "axolotl-ai-co/gemma-2-33M",
+        "nvidia/Mistral-NeMo-Minitron-8B-Base", "meta-llama/Llama-3.2-11B-Vision", "Qwen/Qwen3-Embedding-8B",
+        "trl-internal-testing/tiny-Qwen2ForCausalLM-2.5", "", "/", "x" * 5000, "7b", "-",
+    ],
+)  # fmt: skip
+def test_another_program_or_an_unclear_name_is_none_of_them(repository: str) -> None:
+    """A wrong model would be a wrong answer that looks right: family, version and size agree, or it is refused."""
+    assert resolve(repository) is None
+
+
+def test_every_bundled_model_is_found_by_the_repository_it_comes_from() -> None:
+    """A word or alias that is added for one family must not take another's name away."""
+    for name in architectures.bundled():
+        url = str(load(name).values["_source"])
+        repository = "/".join(url.split("/")[3:5])
+        if "huggingface.co" in url:
+            found = resolve(repository)
+            assert found is not None, repository
+            assert found.name == name
+    aliases = tomllib.loads((names.MODELS / "names.toml").read_text())["aliases"]
+    assert set(aliases.values()) <= set(architectures.bundled())
+
+
+def test_the_answer_says_which_config_it_took() -> None:
+    """The reader must see that the dims are not those of his repository's own file, and that its packing is not in."""
+    tuned = predict("unsloth/Qwen2.5-0.5B-Instruct-bnb-4bit", device="l40s", batch=1, seq=16)
+    assert tuned.model == "qwen2.5-0.5b"
+    assert "unsloth/Qwen2.5-0.5B-Instruct-bnb-4bit is taken for qwen2.5-0.5b" in tuned.notes[0]
+    assert "bnb-4bit weights are not" in tuned.notes[0]
+    for own in ("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B"):
+        assert not any("taken for" in note for note in predict(own, device="l40s", batch=1, seq=16).notes)
+
+
+def test_finding_a_name_reads_one_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cold command line would wait for a hundred files."""
+    read: list[str] = []
+    monkeypatch.setattr(config, "read_json", lambda path: read.append(path.name) or json.loads(path.read_text()))
+    load("NousResearch/Llama-3.2-1B")
+    load("llama-3.2-1b")
+    assert read == ["llama-3.2-1b.json"] * 2
+
+
+def message_of(name: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load(name)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("lama-3.2-3b", "did you mean 'llama-3.2-3b'?"), ("codelama-34b", "did you mean 'codellama-34b'?"),
+        ("mistral-nemmo-12b", "did you mean 'mistral-nemo-12b'?"), ("gpt-neo-3b", "gpt-neo-125m, gpt-neo-1.3b, "),
+        ("bloom-7b1", "perfmodel models lists"),
+    ],
+)  # fmt: skip
+def test_an_unknown_name_gets_the_nearest_of_its_kind(typed: str, meant: str) -> None:
+    """Most unknown names are typing errors; another family's model of a like name is no help."""
+    assert meant in message_of(typed)
+
+
+def test_names_are_found_in_any_case() -> None:
+    """Model cards write them with capitals."""
+    assert load("Llama-3.2-3B").name == "llama-3.2-3b"
+
+
+def test_the_hub_id_of_a_bundled_model_needs_no_network() -> None:
+    """People paste what their training script says."""
+    assert load("meta-llama/Llama-3.2-3B").values == load("llama-3.2-3b").values
+    assert load("openai-community/gpt2").name == "gpt2"
