@@ -145,6 +145,12 @@ def adapter_of_config() -> Path | None:
     return found.adapter if found is not None else None
 
 
+def difference_from_config() -> str:
+    """How the step differs from that of the training config that was given, if it does."""
+    found = click.get_current_context().meta.get(CONFIG)
+    return found.first_line if found is not None else ""
+
+
 def answer_json(value: dict[str, Any]) -> None:
     """Print an answer as JSON, with how its step differs from a training config's."""
     from ..report.plain import print_json

@@ -220,7 +220,7 @@ def _kernels(keys: Keys) -> str:
             keys.differ(f"without the plugin {name}", "plugins")
         elif (said := PLUGINS[name]) is not None and keys.get("cut_cross_entropy") is not False:
             keys.differ(said, "plugins")
-    on = [key for key in LIGER if keys.flag(key)]
+    on = [key for key in LIGER if keys.flag(key) or (key == "liger_glu_activation" and keys.flag("liger_swiglu"))]
     keys.used.update(("liger_layer_norm", "liger_rms_norm_gated", "liger_cross_entropy", "liger_use_token_scaling"))
     if "LigerPlugin" not in names or not on:
         return "torch"

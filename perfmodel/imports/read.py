@@ -141,7 +141,8 @@ def _of_experiment(path: Path, keys: Keys) -> Imported:
     if method is None and why is None:
         why = f"{keys.origin}: optimizer_type {keys.text('optimizer_type')!r} has no built-in form"
     said = [] if method or keys.flag("autocast_adapter_dtype", True) else [peft_benchmark.IN_FP32]
-    return Imported(tool, model, method, setup, made.ignored, notes, said, adapted, why)
+    of_trace = None if method else adapted  # a method that is known has its training's optimizer and dtypes in it
+    return Imported(tool, model, method, setup, made.ignored, notes, said, of_trace, why)
 
 
 # Files that lie beside training configs: keys that only they have, and what they are.

@@ -91,3 +91,6 @@ def test_the_first_line_begins_the_answer(tmp_path: Path) -> None:
     said = "one GPU (tensor_parallel_size)"
     assert CliRunner().invoke(main, command).stdout.startswith(f"{DIFFERS}{said}\n\nfull on gpt2")
     assert json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)["differs_from_config"] == [said]
+    page = tmp_path / "report.html"
+    CliRunner().invoke(main, ["report", *command[1:], "--axes", "none", "-o", str(page)])
+    assert said in page.read_text()

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import re
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -65,6 +66,7 @@ def files(folder: Path) -> list[Path]:
 
 def try_all(folder: Path, device: str, *, model: str | None, traced: bool) -> Iterator[ConfigRow]:
     """A row for each file, asked from the root of its checkout, as the tools are."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # what is answered must not hang on a network
     root = Path(_git(folder, "rev-parse", "--show-toplevel") or folder).resolve()
     repository = re.sub(r"^.*github\.com[/:]|\.git$", "", _git(root, "config", "remote.origin.url")) or root.name
     commit = _git(root, "rev-parse", "HEAD")[:12]
