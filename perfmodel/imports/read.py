@@ -162,7 +162,7 @@ def _refuse_others(path: Path, values: dict[str, Any]) -> None:
         UserError: it is such a file.
     """
     for marks, what in OTHERS:
-        if any(values.get(mark) not in (None, "") for mark in marks):
+        if any(values.get(mark) not in (None, "") for mark in marks) and not values.get("do_train"):
             raise UserError(f"{path}: {NO_TRAINING}: {what}")
 
 

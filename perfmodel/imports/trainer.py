@@ -3,7 +3,20 @@
 from typing import Any
 
 from ..errors import UserError
-from .fields import ATTENTION, attention, checkpoint, clips, compiled, engine, flavour, fsdp, half, optimizer, spec
+from .fields import (
+    ATTENTION,
+    attention,
+    checkpoint,
+    clips,
+    compiled,
+    engine,
+    flavour,
+    fsdp,
+    half,
+    no_sft,
+    optimizer,
+    spec,
+)
 from .keys import Keys
 from .targets import as_targets
 
@@ -42,12 +55,31 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     length = keys.get("max_length") or keys.get("max_seq_length")
     if length is not None or is_trl:
         setup["seq"] = keys.count("max_length", keys.count("max_seq_length", 1024))
+    _loss(keys, is_trl and setup["kernels"] == "torch")
     if keys.get("tf32") and amp is None and dtype == "fp32":
         keys.differ("fp32 products without TF32", "tf32")
     notes = []
     if is_trl and not keys.flag("packing"):
         notes.append("without packing most batches are shorter than max_length: give --seq the mean length")
     return keys.text("model_name_or_path"), _method(keys, is_trl), setup, notes
+
+
+def _loss(keys: Keys, chunked: bool) -> None:
+    """Say what the loss of SFTTrainer is, where it is not transformers' cross entropy.
+
+    Args:
+        chunked: whether TRL's default may be the chunked one of sft_config.py; with `max_seq_length` it was not yet.
+
+    Raises:
+        UserError: the loss of another objective.
+    """
+    word = keys.text("loss_type")
+    if word == "dft":
+        keys.differ("cross entropy, without DFT's weights", "loss_type")
+    elif word == "chunked_nll" or (word is None and chunked and "max_seq_length" not in keys.values):
+        keys.differ("the logits in memory, without TRL's chunked loss", *(["loss_type"] if word else []))
+    elif word not in (None, "nll"):
+        raise no_sft(keys, f"loss_type {word!r}", "remove loss_type")
 
 
 def _checkpoint(keys: Keys, default: bool) -> str:
