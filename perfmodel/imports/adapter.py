@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import UserError, nearest
+from ..errors import UserError
 from .fields import flavour, spec
 from .keys import Keys
 from .targets import as_targets
@@ -74,7 +74,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     """
     name = str(keys.get("peft_type")).upper()
     if name not in KINDS:
-        raise NoBuiltIn(f"{keys.origin}: peft_type {name!r} ({nearest(name, KINDS)}) has")
+        raise NoBuiltIn(f"{keys.origin}: peft_type {name!r} has")
     bias = keys.text("bias", "none")
     if bias != "none":
         raise NoBuiltIn(f"{keys.origin}: bias {bias!r} has")

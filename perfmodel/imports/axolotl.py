@@ -4,6 +4,7 @@ from typing import Any
 
 from ..errors import UserError
 from .fields import (
+    ACROSS_SAMPLES,
     FLASH,
     FLASH_2_FOR_3,
     OPTIMIZERS,
@@ -81,7 +82,9 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     if _keeps_fp32(keys, adapter, dtype):
         keys.differ("embeddings and norms in the dtype of the rest, not in fp32")
     notes = []
-    if keys.get("sample_packing") in NOT_PACKED and not keys.flag("pad_to_sequence_len"):
+    if keys.get("sample_packing") not in NOT_PACKED:
+        keys.differ(ACROSS_SAMPLES, "sample_packing")
+    elif not keys.flag("pad_to_sequence_len"):
         notes.append("without sample_packing most batches are shorter than sequence_len: give --seq the mean length")
     return keys.text("base_model"), method, setup, notes
 

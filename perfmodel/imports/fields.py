@@ -39,6 +39,7 @@ COMPILE = {
     "max-autotune": "reduce-overhead",
 }  # fmt: skip
 OFFLOADS = ("offload_optimizer", "offload_param")
+ACROSS_SAMPLES = "attention across packed samples"
 FLASH_2_FOR_3 = "flash-attn 2, not 3"
 
 

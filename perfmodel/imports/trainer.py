@@ -4,6 +4,7 @@ from typing import Any
 
 from ..errors import UserError
 from .fields import (
+    ACROSS_SAMPLES,
     ATTENTION,
     attention,
     checkpoint,
@@ -59,7 +60,9 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     if keys.get("tf32") and amp is None and dtype == "fp32":
         keys.differ("fp32 products without TF32", "tf32")
     notes = []
-    if is_trl and not keys.flag("packing"):
+    if keys.flag("packing") and keys.get("packing_strategy") != "wrapped":
+        keys.differ(ACROSS_SAMPLES, "packing")
+    elif is_trl and not keys.flag("packing"):
         notes.append("without packing most batches are shorter than max_length: give --seq the mean length")
     return keys.text("model_name_or_path"), _method(keys, is_trl), setup, notes
 

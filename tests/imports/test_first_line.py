@@ -30,6 +30,8 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "fp8: true": ("axolotl", "products in bf16, not in fp8 (fp8)"),
     "qat: {weight_dtype: int8}": ("axolotl", "without fake quantisation (qat)"),
     "use_dft_loss: true": ("factory", "cross entropy, without DFT's weights (use_dft_loss)"),
+    "sample_packing: true": ("axolotl", "attention across packed samples (sample_packing)"),
+    "neat_packing: true": ("factory", "attention across packed samples (neat_packing)"),
     "unheard_of: 3": ("axolotl", "keys that are unknown here (unheard_of)"),
     "tf32: true": ("axolotl", "fp32 products without TF32 (tf32)"),
     "use_unsloth_gc: true": ("factory", "checkpoints stay on the GPU (use_unsloth_gc)"),

@@ -58,6 +58,15 @@ def test_every_file_has_its_outcome(checkout: Path) -> None:
     assert rows["examples/two.yml"].said.endswith("one GPU, without FSDP (fsdp)")
 
 
+def test_the_table_of_a_whole_run_holds_no_traceback() -> None:
+    """The evidence in the repository: five repositories, each at one commit, every refusal with its reason."""
+    rows = configs.read_table()
+    assert len({row.repository for row in rows}) == len({row.commit for row in rows}) == 5
+    assert {row.outcome for row in rows} <= {"answered", "traced", "refused", "no training"}
+    assert all(bool(row.reason) == (row.outcome == "refused") for row in rows)
+    assert all(row.method for row in rows if row.outcome == "answered")
+
+
 def test_a_known_model_is_typed_beside_an_unknown_one(checkout: Path) -> None:
     """So that the readers can be measured apart from the models that are bundled."""
     rows = {row.file: row for row in configs.try_all(checkout / "examples", "l40s", model="gpt2", traced=False)}

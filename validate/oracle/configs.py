@@ -12,7 +12,9 @@ from pathlib import Path
 
 from perfmodel.cli import main
 from perfmodel.imports import DIFFERS, NO_TRAINING
+from perfmodel.resources import DATA, read_rows
 
+TABLE = DATA / "coverage" / "configs.csv"  # of a whole run, made by this command
 NAMES = ("*.yml", "*.yaml", "adapter_config.json", "training_params.json")
 ANSWERED, TRACED, REFUSED, TRACEBACK, OTHER = "answered", "traced", "refused", "traceback", "no training"
 BUILT_IN = "has no built-in form"  # what is refused in these words is asked again with --traced
@@ -121,6 +123,15 @@ def reason(complaint: str) -> str:
 
 def _line(text: str) -> str:
     return " ".join(text.split())[:LONGEST]
+
+
+def read_table(path: Path = TABLE) -> list[ConfigRow]:
+    """The rows of a table.
+
+    Raises:
+        UserError: it cannot be read, or is no such table.
+    """
+    return read_rows(path, lambda record: ConfigRow(**record))
 
 
 def write(path: Path, rows: Sequence[ConfigRow]) -> None:
