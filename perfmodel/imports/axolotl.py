@@ -48,18 +48,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     """Model, method, setup and notes of an Axolotl file."""
     if "base_model" not in keys:
         raise UserError(f"{keys.origin}: base_model is missing; an Axolotl config names it")
-    _supervised(keys)
-    keys.exclude("load_in_4bit", "load_in_8bit")
     adapter = keys.text("adapter")
-    keys.refuse(
-        "load_in_8bit",
-        "8-bit base weights are not modelled; use load_in_4bit with adapter: qlora, or neither"
-        if adapter else "quantised weights cannot be trained without an adapter",
-    )  # fmt: skip
-    dequantised = keys.get("model_quantization_config_kwargs") or {}
-    if not (isinstance(dequantised, dict) and dequantised.get("dequantize")):
-        keys.refuse("model_quantization_config", "quantised base weights of this kind are not modelled")
-    keys.used.add("model_quantization_config")
+    _check(keys, adapter)
     dtype = _dtype(keys)
     pure = keys.get("bf16") == "full"
     if keys.get("tf32") and (dtype is None or pure):
@@ -71,7 +61,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "seq": keys.count("sequence_len", 512),
         "grad_accum": _accumulated(keys),
         "dtype": dtype or "fp32",
-        "amp": None if pure or keys.flag("bfloat16") or keys.flag("float16") else dtype,
+        "amp": None if pure or (dtype == "fp16" and not keys.flag("fp16")) else dtype,
         "optimizer": optimizer(keys, "optimizer", OPTIMIZERS["adamw_torch_fused"]),
         "checkpoint": _checkpoint(keys, checkpoints=fsdp(keys)),
         "attention": _attention(keys),
@@ -89,10 +79,19 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     return keys.text("base_model"), method, setup, notes
 
 
-def _supervised(keys: Keys) -> None:
+def _check(keys: Keys, adapter: str | None) -> None:
+    """Raise `UserError` where the objective or the form of the base weights is not modelled."""
     word = keys.text("rl")
     if word is not None:
         raise no_sft(keys, f"rl {word!r}", "remove rl")
+    keys.exclude("load_in_4bit", "load_in_8bit")
+    eight_bit = "8-bit base weights are not modelled; use load_in_4bit with adapter: qlora, or neither"
+    keys.refuse("load_in_8bit", eight_bit if adapter else "quantised weights cannot be trained without an adapter")
+    options = keys.get("model_quantization_config_kwargs")
+    if isinstance(options, dict) and options.get("dequantize"):
+        keys.used.add("model_quantization_config")  # a 16-bit model then
+    else:
+        keys.refuse("model_quantization_config", "quantised base weights of this kind are not modelled")
 
 
 def _keeps_fp32(keys: Keys, adapter: str | None, dtype: str | None) -> bool:
@@ -104,7 +103,7 @@ def _keeps_fp32(keys: Keys, adapter: str | None, dtype: str | None) -> bool:
 
 
 def _dtype(keys: Keys) -> str | None:
-    """The 16-bit dtype of the weights (`torch_dtype`); bfloat16 and float16 ask for it without autocast."""
+    """The 16-bit dtype of the weights (`torch_dtype`); float16 asks for it without autocast."""
     if keys.get("bf16") == "auto" and keys.flag("fp16"):
         return "fp16"
     plain = "bf16" if keys.flag("bfloat16") else "fp16" if keys.flag("float16") else None
