@@ -139,6 +139,10 @@ class Rewrites(Protocol):
 
     def base_dtype(self, dtype: str) -> str: ...
 
+    def dtype_of_trained(self, dtype: str) -> str: ...
+
+    def checkpoints(self, layer: int) -> bool: ...
+
     def linear(self, layer: "Linear", x: Tensor) -> Tensor: ...
 
     def qkv(self, layers: tuple["Linear", ...], x: Tensor) -> list[Tensor] | None: ...
@@ -243,7 +247,8 @@ class Scope:
             method = self.build.method
             if trainable is None:
                 trainable = method.trains(name, kind, self.layer)
-            made = self._make(self.path + name, shape, dtype or method.base_dtype(self.dtype), kind, trainable)
+            of_base = method.dtype_of_trained if trainable else method.base_dtype
+            made = self._make(self.path + name, shape, dtype or of_base(self.dtype), kind, trainable)
             if kind != "adapter" and method.copies(name, kind):
                 made = self._make(f"{made.name} (trained copy)", shape, made.dtype, "adapter", True)
             self.made[name] = made
@@ -346,7 +351,10 @@ class Scope:
             return block(scope, x, *shared)
 
         how = self.build.setup.checkpoint
-        return run(x) if how == "none" else checkpoint(run, x, reentrant=how == "block-reentrant")
+        if how == "none" or not self.build.method.checkpoints(layer):
+            return run(x)
+        x.requires_grad = True  # of the lowest one where blocks below are not; of others it is so already
+        return checkpoint(run, x, reentrant=how == "block-reentrant")
 
     def begin(self, name: str) -> None:
         """Start another part of the forward pass (embeddings, head)."""

@@ -7,9 +7,8 @@ from typing import Any
 
 import click
 
-from ..report.plain import print_json
 from . import names
-from .options import Lists, setup_of, setup_options
+from .options import Lists, answer_json, setup_of, setup_options
 
 GARBAGE = 1_000_000  # objects between passes of the cycle collector: nearly all that a search makes is kept to its end
 PREFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "KI": 2.0**10, "MI": 2.0**20, "GI": 2.0**30}
@@ -80,6 +79,6 @@ def advise(
             min_trainable=min_trainable, host=options["host"], progress=progress,
         )  # fmt: skip
     if as_json:
-        print_json(advice.as_dict())
+        answer_json(advice.as_dict())
     else:
         show_advice(advice)

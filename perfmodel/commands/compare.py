@@ -5,8 +5,7 @@ from typing import Any
 
 import click
 
-from ..report.plain import print_json
-from .options import Lists, methods_option, setup_of, setup_options
+from .options import Lists, answer_json, methods_option, setup_of, setup_options
 
 
 @click.command(cls=Lists)
@@ -18,7 +17,7 @@ def compare(methods: Sequence[str], as_json: bool, **options: Any) -> None:
 
     result = run(options["model"], methods, setup_of(options), options["device"], host=options["host"])
     if as_json:
-        print_json(result.as_dict())
+        answer_json(result.as_dict())
         return
     from ..report.terminal import show_comparison
 

@@ -5,9 +5,8 @@ from typing import Any
 
 import click
 
-from ..report.plain import print_json
 from . import names
-from .options import setup_of, setup_options
+from .options import answer_json, setup_of, setup_options
 
 
 @click.command()
@@ -33,7 +32,7 @@ def explain(a: str, b: str, axes: str, plot: Path | None, as_json: bool, **optio
 
         draw(result, plot)
     if as_json:
-        print_json(result.as_dict())
+        answer_json(result.as_dict())
         return
     from ..report.explained import show_explanation
 

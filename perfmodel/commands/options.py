@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from ..errors import UserError
@@ -99,6 +100,9 @@ class Finite(click.FloatRange):
         return found
 
 
+CONFIG = f"{__name__}.config"  # what a training config says, for the command that was given one
+
+
 def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
     """Take a training config's values as the defaults of the command; what is typed wins."""
     if path is None:
@@ -112,10 +116,47 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
     if found.method:
         defaults |= {"method": found.method, "methods": ("full", found.method)}
     ctx.default_map = defaults
+    ctx.meta[CONFIG] = found
     said = [f"{path.name} ({found.tool}): {found.method or 'no method'}"]
     said += [f"ignored, as of no weight here: {', '.join(found.ignored)}"] if found.ignored else []
     for line in [*said, *found.notes]:
         click.echo(f"note: {line}", err=True)
+
+
+def _check_config(ctx: click.Context) -> None:
+    """Begin the answer with how its step differs from a training config's.
+
+    Raises:
+        UserError: the config's method can only be traced, and neither that nor another method is asked for.
+    """
+    found = ctx.meta.get(CONFIG)
+    if found is None:
+        return
+    typed = [ctx.get_parameter_source(name) for name in ("method", "methods", "a") if name in ctx.params]
+    if found.why_traced and not ctx.params.get("traced") and ParameterSource.COMMANDLINE not in typed:
+        raise UserError(found.why_traced)
+    if found.first_line and not ctx.params.get("as_json"):
+        click.echo(found.first_line + "\n")
+
+
+def adapter_of_config() -> Path | None:
+    """The adapter_config.json that --config names, or lies beside what it names: what a trace takes."""
+    found = click.get_current_context().meta.get(CONFIG)
+    return found.adapter if found is not None else None
+
+
+def difference_from_config() -> str:
+    """How the step differs from that of the training config that was given, if it does."""
+    found = click.get_current_context().meta.get(CONFIG)
+    return found.first_line if found is not None else ""
+
+
+def answer_json(value: dict[str, Any]) -> None:
+    """Print an answer as JSON, with how its step differs from a training config's."""
+    from ..report.plain import print_json
+
+    found = click.get_current_context().meta.get(CONFIG)
+    print_json(value if found is None else {"differs_from_config": found.differences, **value})
 
 
 config_option = click.option(
@@ -206,6 +247,7 @@ def setup_of(options: dict[str, Any]) -> Any:
 
     from ..setup import Setup
 
+    _check_config(click.get_current_context())
     return Setup(**{f.name: options[f.name] for f in fields(Setup) if f.name in options})
 
 

@@ -6,9 +6,8 @@ from typing import Any
 import click
 
 from ..errors import UserError
-from ..report.plain import print_json
 from . import names
-from .options import extra, setup_of, setup_options
+from .options import adapter_of_config, answer_json, extra, setup_of, setup_options
 
 
 @click.command()
@@ -26,8 +25,10 @@ def predict(method: str, traced: bool, peft_config: Path | None, as_json: bool, 
     """Predict a step: FLOPs, traffic, kernels, time, memory."""
     setup = setup_of(options)
     given = click.get_current_context().get_parameter_source("method")
-    if peft_config and given is not click.core.ParameterSource.DEFAULT:
+    if peft_config and given is click.core.ParameterSource.COMMANDLINE:
         raise UserError("give --method or --peft-config, not both")
+    if traced and peft_config is None and given is not click.core.ParameterSource.COMMANDLINE:
+        peft_config = adapter_of_config()
     if traced or peft_config:
         try:
             from ..tracing.traced import predict_traced as trace
@@ -40,7 +41,7 @@ def predict(method: str, traced: bool, peft_config: Path | None, as_json: bool, 
 
         result = run(options["model"], method, setup, options["device"], host=options["host"])
     if as_json:
-        print_json(result.as_dict())
+        answer_json(result.as_dict())
         return
     from ..report.terminal import show_prediction
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..report.plain import print_json
-from .options import Lists, methods_option, setup_of, setup_options
+from .options import Lists, difference_from_config, methods_option, setup_of, setup_options
 
 
 @click.command(cls=Lists)
@@ -47,6 +47,7 @@ def report(methods: Sequence[str], output: Path, axes: str, as_json: bool, **opt
         host=options["host"],
         axes=wanted,
         command=again,
+        differs=difference_from_config(),
     )
     write_text(output, html)
     if as_json:

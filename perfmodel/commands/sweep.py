@@ -7,8 +7,7 @@ from typing import Any
 import click
 
 from ..errors import UserError
-from ..report.plain import print_json
-from .options import GridAxis, Lists, grid_options, methods_option, setup_of
+from .options import GridAxis, Lists, answer_json, grid_options, methods_option, setup_of
 
 PRINTED = 100_000  # rows that go to the terminal as JSON; more belong in a file
 
@@ -57,6 +56,6 @@ def sweep(
     if plot:
         heatmap.draw(planned, result.speedups, plot)
     if as_json:
-        print_json(result.as_dict())
+        answer_json(result.as_dict())
     else:
         show_summary(planned, result)

@@ -98,6 +98,27 @@ def coverage(quick: bool, output: Path | None, as_json: bool) -> None:
 
 
 @validate.command()
+@click.argument("folders", metavar="FOLDER...", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--device", default="h100-sxm", show_default=True, help="What every step is asked for.")
+@click.option("--model", help="A known model, typed beside each file whose own is unknown here.")
+@click.option("--traced", is_flag=True, help="Trace what has no built-in form (needs the validate extra; minutes).")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Table (CSV) of the rows.")
+@json_option
+def configs(
+    folders: tuple[Path, ...], device: str, model: str | None, traced: bool, output: Path | None, as_json: bool
+) -> None:
+    """Give every training config below the FOLDERs to predict --config.
+
+    Of checkouts of Axolotl, LLaMA-Factory, PEFT, TRL and the alignment-handbook: how many are answered, and why others
+    are not. The exit code is 1 if one ends in a traceback.
+    """
+    from validate.oracle.show_configs import show_configs
+
+    ok = show_configs(folders, device, model=model, traced=traced, output=output, as_json=as_json)
+    sys.exit(0 if ok else 1)
+
+
+@validate.command()
 @click.option("--host", default="default", show_default=True, help="Host that dispatches, by name or path.")
 @click.option("--all-rows", is_flag=True, help="List every row, not only the worst.")
 @json_option

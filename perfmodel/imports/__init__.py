@@ -1,5 +1,6 @@
 """Training configs of PEFT, Transformers, TRL, Axolotl and LLaMA-Factory as what `predict` takes."""
 
-from .read import Imported, read
+from .keys import NO_TRAINING
+from .read import DIFFERS, Imported, read
 
-__all__ = ["Imported", "read"]
+__all__ = ["DIFFERS", "NO_TRAINING", "Imported", "read"]

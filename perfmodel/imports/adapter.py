@@ -1,36 +1,107 @@
-"""PEFT's adapter_config.json."""
+"""PEFT's adapter_config.json, for the tuners that have a built-in form; a trace takes the file as it is."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import UserError, nearest
+from ..errors import UserError
 from .fields import flavour, spec
 from .keys import Keys
+from .targets import as_targets
 
 MARKS = ("peft_type",)
 
 
+class NoBuiltIn(UserError):
+    """The file asks for what only a trace can answer; the message ends before "no built-in form"."""
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """A tuner as a built-in method.
+
+    Attributes:
+        options: option of the method -> key of the file; an absent key leaves the method's default.
+        targeted: whether it has targets, layers and modules_to_save.
+    """
+
+    method: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    targeted: bool = True
+
+
+KINDS = {
+    "LORA": Tuner("lora", {"r": "r", "dropout": "lora_dropout"}),
+    "ADALORA": Tuner("adalora", {"r": "init_r", "dropout": "lora_dropout"}),
+    "BEFT": Tuner("beft"),
+    "BOFT": Tuner("boft", {"block_size": "boft_block_size"}),
+    "C3A": Tuner("c3a", {"block_size": "block_size"}),
+    "DELORA": Tuner("delora", {"r": "r", "dropout": "module_dropout"}),
+    "FOURIERFT": Tuner("fourierft", {"n": "n_frequency"}),
+    "GRALORA": Tuner("gralora", {"r": "r", "k": "gralora_k", "hybrid": "hybrid_r", "dropout": "gralora_dropout"}),
+    "HRA": Tuner("hra", {"r": "r"}),
+    "IA3": Tuner("ia3", {"feedforward": "feedforward_modules"}),
+    "LN_TUNING": Tuner("norm", targeted=False),
+    "LOHA": Tuner("loha", {"r": "r"}),
+    "LOKR": Tuner("lokr", {"r": "r", "factor": "decompose_factor", "decompose_both": "decompose_both"}),
+    "MISS": Tuner("miss", {"r": "r", "dropout": "miss_dropout"}),
+    "OFT": Tuner("oft", {"block_size": "oft_block_size"}),
+    "PREFIX_TUNING": Tuner(
+        "prefix_tuning",
+        {"tokens": "num_virtual_tokens", "projection": "prefix_projection", "width": "encoder_hidden_size"},
+        targeted=False,
+    ),
+    "PROMPT_TUNING": Tuner("prompt_tuning", {"tokens": "num_virtual_tokens"}, targeted=False),
+    "P_TUNING": Tuner("p_tuning", {"tokens": "num_virtual_tokens", "width": "encoder_hidden_size"}, targeted=False),
+    "RANDLORA": Tuner("randlora", {"r": "r", "dropout": "randlora_dropout"}),
+    "ROAD": Tuner("road", {"variant": "variant", "group_size": "group_size"}),
+    "TRAINABLE_TOKENS": Tuner("trainable_tokens", targeted=False),
+    "VBLORA": Tuner(
+        "vblora",
+        {"r": "r", "vectors": "num_vectors", "length": "vector_length", "k": "topk", "dropout": "vblora_dropout"},
+    ),
+    "VERA": Tuner("vera", {"r": "r", "dropout": "vera_dropout"}),
+}
+PLAIN_STARTS = (True, False, "gaussian", "loftq", "eva", "olora", "corda", "orthogonal", "lora_ga")  # of LoRA's weights
+
+
 def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
-    """Model, method and notes; an adapter_config.json says nothing of the setup."""
-    kind = str(keys.get("peft_type")).upper()
-    if kind not in KINDS:
-        raise UserError(
-            f"{keys.origin}: peft_type {kind!r} has no built-in form: {nearest(kind, KINDS)} "
-            "(predict --peft-config FILE traces any of them)"
-        )
-    for key in ("rank_pattern", "alpha_pattern", "target_parameters", "trainable_token_indices"):
-        keys.refuse(key, "not modelled from a config; predict --peft-config FILE traces it") if keys.get(key) else None
+    """Model, method and notes; an adapter_config.json says nothing of the setup.
+
+    Raises:
+        NoBuiltIn: a tuner, or an option of one, that only a trace knows.
+        UserError: a value of the wrong type.
+    """
+    name = str(keys.get("peft_type")).upper()
+    if name not in KINDS:
+        raise NoBuiltIn(f"{keys.origin}: peft_type {name!r} has")
     bias = keys.text("bias", "none")
     if bias != "none":
-        raise UserError(f"{keys.origin}: bias {bias!r}: trained biases are not modelled with adapters; use none")
-    return keys.text("base_model_name_or_path"), KINDS[kind](keys), {}, []
+        raise NoBuiltIn(f"{keys.origin}: bias {bias!r} has")
+    return keys.text("base_model_name_or_path"), _method(keys, name, KINDS[name]), {}, []
 
 
-def _targets(keys: Keys) -> tuple[str, ...]:
-    value = keys.get("target_modules")
-    if isinstance(value, str) and value != "all-linear":
-        raise UserError(f"{keys.origin}: target_modules {value!r} is a pattern; give a list of names or all-linear")
-    return ("all-linear",) if value == "all-linear" else keys.names("target_modules")
+def _method(keys: Keys, name: str, kind: Tuner) -> str:
+    method, options = kind.method, {option: _value(keys, key) for option, key in kind.options.items()}
+    if kind.targeted:
+        options |= {"targets": as_targets(keys, "target_modules"), "layers": _layers(keys)}
+        options["modules_to_save"] = keys.names("modules_to_save")
+    if name == "LORA":
+        method = _lora(keys)
+    elif name == "OFT" and not (options["block_size"] and keys.flag("use_cayley_neumann", True)):
+        raise NoBuiltIn(f"{keys.origin}: {'use_cayley_neumann' if options['block_size'] else 'r'} has")
+    elif name == "MISS" and keys.get("init_weights") not in (None, True, False):
+        raise NoBuiltIn(f"{keys.origin}: init_weights {keys.get('init_weights')!r} has")
+    elif name == "TRAINABLE_TOKENS":
+        options["tokens"] = _tokens(keys)
+        if keys.get("target_modules") not in (None, "embed_tokens", ["embed_tokens"]):
+            raise NoBuiltIn(f"{keys.origin}: target_modules has")
+    return spec(method, **options)
+
+
+def _value(keys: Keys, key: str) -> Any:
+    value = keys.get(key)
+    return keys.names(key) if isinstance(value, list) else value
 
 
 def _layers(keys: Keys) -> tuple[str, ...]:
@@ -38,58 +109,18 @@ def _layers(keys: Keys) -> tuple[str, ...]:
     return () if value is None else tuple(map(str, value if isinstance(value, list) else [value]))
 
 
+def _tokens(keys: Keys) -> int:
+    value = keys.get("token_indices")
+    if not isinstance(value, list) or not value:
+        raise keys.wrong("token_indices", "a list of tokens")
+    return len(value)
+
+
 def _lora(keys: Keys) -> str:
-    pissa = str(keys.get("init_lora_weights") or "").startswith("pissa")
-    name = flavour(
+    start = keys.get("init_lora_weights")
+    pissa = str(start).startswith("pissa")
+    if not pissa and start is not None and start not in PLAIN_STARTS:
+        raise NoBuiltIn(f"{keys.origin}: init_lora_weights {start!r} has")
+    return flavour(
         keys, four_bit=False, dora=keys.flag("use_dora"), rslora=keys.flag("use_rslora"), pissa=pissa, plus=False
     )
-    return spec(
-        name, r=keys.count("r", 8), targets=_targets(keys), dropout=keys.number("lora_dropout"), layers=_layers(keys),
-        modules_to_save=keys.names("modules_to_save"),
-    )  # fmt: skip
-
-
-def _ranked(name: str, rank: str = "r", dropout: str | None = None) -> Callable[[Keys], str]:
-    def read(keys: Keys) -> str:
-        p = keys.number(dropout) if dropout else None
-        saved = keys.names("modules_to_save")
-        return spec(
-            name, r=keys.get(rank), targets=_targets(keys), dropout=p, layers=_layers(keys), modules_to_save=saved
-        )
-
-    return read
-
-
-def _virtual(name: str) -> Callable[[Keys], str]:
-    return lambda keys: spec(name, tokens=keys.count("num_virtual_tokens", 20))
-
-
-def _oft(keys: Keys) -> str:
-    size = keys.get("oft_block_size")
-    return spec(
-        "oft", block_size=size or None, r=None if size else keys.get("r"), targets=_targets(keys),
-        modules_to_save=keys.names("modules_to_save"),
-    )  # fmt: skip
-
-
-def _ia3(keys: Keys) -> str:
-    return spec(
-        "ia3", targets=_targets(keys), feedforward=keys.names("feedforward_modules"),
-        modules_to_save=keys.names("modules_to_save"),
-    )  # fmt: skip
-
-
-KINDS: dict[str, Callable[[Keys], str]] = {
-    "LORA": _lora,
-    "ADALORA": _ranked("adalora", "init_r", "lora_dropout"),
-    "VERA": _ranked("vera", "r", "vera_dropout"),
-    "LOHA": _ranked("loha", "r"),
-    "LOKR": _ranked("lokr", "r"),
-    "MISS": _ranked("miss", "r", "miss_dropout"),
-    "OFT": _oft,
-    "IA3": _ia3,
-    "PROMPT_TUNING": _virtual("prompt_tuning"),
-    "P_TUNING": _virtual("p_tuning"),
-    "PREFIX_TUNING": _virtual("prefix_tuning"),
-    "LN_TUNING": lambda keys: "norm",
-}

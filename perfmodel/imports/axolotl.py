@@ -1,58 +1,142 @@
-"""Axolotl's YAML (docs.axolotl.ai, config reference)."""
+"""Axolotl's YAML (docs.axolotl.ai, config reference; axolotl/utils/schemas, loaders, core/builders at 067b021)."""
 
 from typing import Any
 
 from ..errors import UserError
-from .fields import ONE_GPU, OPTIMIZERS, checkpoint, clips, compiled, engine, flavour, half, optimizer, spec
+from .fields import (
+    ACROSS_SAMPLES,
+    FLASH,
+    FLASH_2_FOR_3,
+    OPTIMIZERS,
+    checkpoint,
+    clips,
+    compiled,
+    engine,
+    flavour,
+    fsdp,
+    half,
+    no_sft,
+    optimizer,
+    spec,
+)
 from .keys import Keys
+from .targets import as_targets
 
 MARKS = ("micro_batch_size", "sequence_len", "adapter", "lora_target_linear")
 FUSED = (
-    "lora_mlp_kernel",
-    "lora_qkv_kernel",
-    "lora_o_kernel",
-    "unsloth_lora_mlp",
-    "unsloth_lora_qkv",
-    "unsloth_lora_o",
+    ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"),
+    ("unsloth_lora_mlp", "unsloth_lora_qkv", "unsloth_lora_o"),
 )
+FUSES = ("lora", "rslora", "loraplus", "pissa")  # methods that have Unsloth's kernels here
+LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy")
+NOT_PACKED = (None, False)
+ATTENTION = {"eager": "eager", "sdpa": "sdpa", "fp8": None, "sage": None, **FLASH}
+ATTENTION_INSTEAD = {"xformers": "attention of PyTorch, not xformers'", "flex_attention": "sdpa, not flex attention"}
+SWITCHES = {  # older switches and the implementation that each stands for (LEGACY_ATTN_FLAG_TO_IMPL)
+    "xformers_attention": "xformers", "sage_attention": "sage", "flex_attention": "flex_attention",
+    "flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager",
+}  # fmt: skip
+PLUGINS = {  # a plugin's class, and what is answered instead of a step with it; None: its own keys say it
+    "CutCrossEntropyPlugin": "the logits in memory, without cut cross entropy", "LigerPlugin": None,
+    "SwanLabPlugin": None, "LMEvalPlugin": None, "KernelsPlugin": None, "ExpertParallelPlugin": None,
+    "LLMCompressorPlugin": None, "DiffusionPlugin": None, "KDPlugin": None, "GrokfastPlugin": None,
+    "NemoGymPlugin": None, "DenseMixerPlugin": None, "HatcheryPlugin": None, "MoraPlugin": None,
+}  # fmt: skip
 
 
 def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     """Model, method, setup and notes of an Axolotl file."""
     if "base_model" not in keys:
         raise UserError(f"{keys.origin}: base_model is missing; an Axolotl config names it")
-    keys.exclude("load_in_4bit", "load_in_8bit")
-    if keys.get("adapter"):
-        keys.refuse(
-            "load_in_8bit", "8-bit base weights are not modelled; use load_in_4bit with adapter: qlora, or neither"
-        )
-    dtype = half(keys)
-    runs, said = engine(keys)
+    adapter = keys.text("adapter")
+    _check(keys, adapter)
+    dtype = _dtype(keys)
+    pure = keys.get("bf16") == "full"
+    if keys.get("tf32") and (dtype is None or pure):
+        keys.differ("fp32 products without TF32", "tf32")
+    method = _method(keys, adapter, dtype or "fp32")
     setup: dict[str, Any] = {
-        "engine": runs,
+        "engine": engine(keys),
         "batch": keys.count("micro_batch_size", 1),
         "seq": keys.count("sequence_len", 512),
-        "grad_accum": keys.count("gradient_accumulation_steps", 1),
+        "grad_accum": _accumulated(keys),
         "dtype": dtype or "fp32",
-        "amp": dtype,
+        "amp": None if pure or (dtype == "fp16" and not keys.flag("fp16")) else dtype,
         "optimizer": optimizer(keys, "optimizer", OPTIMIZERS["adamw_torch_fused"]),
-        "checkpoint": checkpoint(keys, keys.get("gradient_checkpointing") not in (None, False)),
+        "checkpoint": _checkpoint(keys, checkpoints=fsdp(keys)),
         "attention": _attention(keys),
         "compile": compiled(keys),
         "clip_grad": clips(keys, "max_grad_norm", keys.number("gradient_clipping", 1.0)),
-        "kernels": "liger" if _liger(keys) else "torch",
+        "kernels": _kernels(keys),
     }
-    notes = [*said, *(f"{key}: one GPU is modelled" for key in ONE_GPU if keys.get(key))]
-    if keys.get("sample_packing") in NOT_PACKED and not keys.flag("pad_to_sequence_len"):
+    if _keeps_fp32(keys, adapter, dtype):
+        keys.differ("embeddings and norms in the dtype of the rest, not in fp32")
+    notes = []
+    if keys.get("sample_packing") not in NOT_PACKED:
+        keys.differ(ACROSS_SAMPLES, "sample_packing")
+    elif not keys.flag("pad_to_sequence_len"):
         notes.append("without sample_packing most batches are shorter than sequence_len: give --seq the mean length")
-    return keys.text("base_model"), _method(keys), setup, notes
+    return keys.text("base_model"), method, setup, notes
 
 
-NOT_PACKED = (None, False)
+def _check(keys: Keys, adapter: str | None) -> None:
+    """Raise `UserError` where the objective or the form of the base weights is not modelled."""
+    word = keys.text("rl")
+    if word is not None:
+        raise no_sft(keys, f"rl {word!r}", "remove rl")
+    keys.exclude("load_in_4bit", "load_in_8bit")
+    eight_bit = "8-bit base weights are not modelled; use load_in_4bit with adapter: qlora, or neither"
+    keys.refuse("load_in_8bit", eight_bit if adapter else "quantised weights cannot be trained without an adapter")
+    options = keys.get("model_quantization_config_kwargs")
+    if isinstance(options, dict) and options.get("dequantize"):
+        keys.used.add("model_quantization_config")  # a 16-bit model then
+    else:
+        keys.refuse("model_quantization_config", "quantised base weights of this kind are not modelled")
 
 
-def _method(keys: Keys) -> str:
-    adapter = keys.text("adapter")
+def _keeps_fp32(keys: Keys, adapter: str | None, dtype: str | None) -> bool:
+    """Whether embeddings and norms of a 16-bit model are upcast and stay so (`_configure_embedding_dtypes`)."""
+    plain = _asked_attention(keys) in (None, "eager", "sdpa")
+    back = ("fsdp", "fsdp_config", "cut_cross_entropy")  # what casts them back, beside adapters and other attentions
+    cast_back = adapter is not None or not plain or any(keys.values.get(key) for key in back)
+    return dtype is not None and not cast_back
+
+
+def _dtype(keys: Keys) -> str | None:
+    """The 16-bit dtype of the weights (`torch_dtype`); float16 asks for it without autocast."""
+    if keys.get("bf16") == "auto" and keys.flag("fp16"):
+        return "fp16"
+    plain = "bf16" if keys.flag("bfloat16") else "fp16" if keys.flag("float16") else None
+    keys.flag("float32")
+    return half(keys) or plain
+
+
+def _accumulated(keys: Keys) -> int:
+    """Micro-batches of a step: given, or by the older `batch_size`, samples of a step (`normalize_config`)."""
+    given = keys.count("gradient_accumulation_steps", 1)
+    samples = keys.get("batch_size")
+    if samples is None or "gradient_accumulation_steps" in keys:
+        return given
+    return max(1, keys.count("batch_size", 1) // keys.count("micro_batch_size", 1))
+
+
+def _checkpoint(keys: Keys, *, checkpoints: bool) -> str:
+    """Kind of checkpointing: reentrant unless something is said of it (`normalize_config`).
+
+    Args:
+        checkpoints: whether FSDP does it.
+    """
+    asked = keys.get("gradient_checkpointing")
+    if isinstance(asked, str):
+        keys.differ("activations stay on the GPU", "gradient_checkpointing")  # the older form of activation_offloading
+    if asked in (None, False):
+        return "block" if checkpoints else "none"
+    if keys.get("gradient_checkpointing_kwargs") is None and not keys.values.get("unfrozen_parameters"):
+        return "block-reentrant"
+    return checkpoint(keys, on=True)
+
+
+def _method(keys: Keys, adapter: str | None, dtype: str) -> str:
     if adapter is None:
         return _full(keys)
     if adapter not in ("lora", "qlora"):
@@ -64,14 +148,40 @@ def _method(keys: Keys) -> str:
         keys, four_bit=four_bit, dora=keys.flag("peft_use_dora"), rslora=keys.flag("peft_use_rslora"),
         pissa="pissa" in str(keys.get("peft_init_lora_weights") or ""), plus=keys.get("loraplus_lr_ratio") is not None,
     )  # fmt: skip
-    targets = ("all-linear",) if keys.flag("lora_target_linear") else keys.names("lora_target_modules")
-    fused = any(keys.flag(key) for key in FUSED)
+    keys.used.add("unfrozen_parameters")  # PEFT freezes all but the adapters after it
+    linear = keys.flag("lora_target_linear")  # joined by the named ones, which are linear layers too
+    targets = as_targets(keys, "lora_target_modules")
     layers = keys.get("peft_layers_to_transform") or ()
     return spec(
-        name, r=keys.count("lora_r", 8), targets=targets, dropout=keys.number("lora_dropout"),
-        layers=tuple(layers) if isinstance(layers, list) else layers, implementation="unsloth" if fused else None,
-        modules_to_save=keys.names("lora_modules_to_save"),
+        name, r=keys.count("lora_r", 8), targets=("all-linear",) if linear else targets,
+        dropout=keys.number("lora_dropout"), layers=tuple(layers) if isinstance(layers, list) else layers,
+        adapter_dtype=None if keys.flag("peft_autocast_adapter_dtype", True) else dtype,
+        implementation="unsloth" if _fused(keys, name) else None, modules_to_save=keys.names("lora_modules_to_save"),
+        double_quant=_double_quant(keys) if name == "qlora" else None,
     )  # fmt: skip
+
+
+def _double_quant(keys: Keys) -> str | None:
+    """Whether the scales are quantised too: so by default (`set_quantization_config`)."""
+    options = keys.get("bnb_config_kwargs") or {}
+    if not isinstance(options, dict):
+        raise keys.wrong("bnb_config_kwargs", "a mapping")
+    if set(options) - {"bnb_4bit_use_double_quant"}:
+        keys.differ("a 4-bit base in Axolotl's usual form", "bnb_config_kwargs")
+    return None if options.get("bnb_4bit_use_double_quant", True) else "false"
+
+
+def _fused(keys: Keys, method: str) -> bool:
+    """Whether adapters run in fused kernels; Axolotl has Unsloth's."""
+    for kind in FUSED:
+        on = [key for key in kind if keys.flag(key)]
+        if on and method not in FUSES:
+            keys.differ("without fused kernels for adapters", *on)
+        elif on:
+            if len(on) < len(kind):
+                keys.differ("fused kernels for all adapters", *on)
+            return True
+    return False
 
 
 def _full(keys: Keys) -> str:
@@ -81,15 +191,42 @@ def _full(keys: Keys) -> str:
     return "full"
 
 
+def _asked_attention(keys: Keys) -> str | None:
+    """The implementation of attention by its newer name."""
+    asked = [implementation for key, implementation in SWITCHES.items() if keys.flag(key)]
+    return keys.text("attn_implementation") or (asked[0] if asked else None)
+
+
 def _attention(keys: Keys) -> str:
     keys.exclude("flash_attention", "eager_attention")
-    implementation = keys.text("attn_implementation")
-    if keys.flag("flash_attention") or implementation in ("flash_attention_2", "flash_attention_3"):
-        return "flash2"
-    return "eager" if keys.flag("eager_attention") or implementation == "eager" else "sdpa"
+    word = _asked_attention(keys)
+    key = "attn_implementation" if "attn_implementation" in keys else next((k for k in SWITCHES if k in keys), "")
+    if word in ATTENTION_INSTEAD:
+        keys.differ(ATTENTION_INSTEAD[word], key)
+        return "sdpa"
+    if word is None:
+        return "sdpa"
+    found = ATTENTION.get(word)
+    if found is None:
+        raise UserError(f"{keys.origin}: {key} {word!r} is not modelled; use flash_attention_2, sdpa or eager")
+    if found == "flash2" and "3" in word:
+        keys.differ(FLASH_2_FOR_3, key)
+    return found
 
 
-def _liger(keys: Keys) -> bool:
-    plugins = keys.names("plugins")
-    switches = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy")
-    return any("liger" in p.lower() for p in plugins) and any(keys.flag(s) for s in switches)
+def _kernels(keys: Keys) -> str:
+    """Liger's kernels where its plugin is on; what else plugins change is said."""
+    names = {plugin.rsplit(".", 1)[-1] for plugin in keys.names("plugins")}
+    for name in sorted(names):
+        if name not in PLUGINS:
+            keys.differ(f"without the plugin {name}", "plugins")
+        elif (said := PLUGINS[name]) is not None and keys.get("cut_cross_entropy") is not False:
+            keys.differ(said, "plugins")
+    on = [key for key in LIGER if keys.flag(key) or (key == "liger_glu_activation" and keys.flag("liger_swiglu"))]
+    keys.used.update(("liger_layer_norm", "liger_rms_norm_gated", "liger_cross_entropy", "liger_use_token_scaling"))
+    if "LigerPlugin" not in names or not on:
+        return "torch"
+    if len(on) < len(LIGER):
+        missing = [key for key in LIGER if key not in on]
+        keys.differ(f"all of Liger's kernels ({', '.join(missing)} too)")
+    return "liger"

@@ -1,13 +1,14 @@
 """What the tools share: Transformers' names of optimizers and attentions, and LoRA's flavours as methods."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .. import optimizers
 from ..errors import UserError
 from ..resources import is_file, read_json
-from .keys import Keys
+from .keys import NOTHING, Keys
 
 # transformers/training_args.py, OptimizerNames; bitsandbytes' names with and without "bnb" mean the same
 OPTIMIZERS = {
@@ -16,27 +17,41 @@ OPTIMIZERS = {
     "paged_adamw_8bit": "paged-adamw-8bit", "paged_adamw_32bit": "paged-adamw", "paged_adamw": "paged-adamw",
     "adafactor": "adafactor", "lion_32bit": "lion", "lion_8bit": "lion-8bit", "sgd": "sgd",
 }  # fmt: skip
-ATTENTION = {
-    "eager": "eager", "sdpa": "sdpa", "flash_attention_2": "flash2", "kernels-community/flash-attn2": "flash2",
-    "kernels-community/flash-attn": "flash2",
+# Names of transformers' and Axolotl's whose program is not modelled (training_args.py; axolotl/utils/schemas/enums.py)
+OTHER_OPTIMIZERS = frozenset((
+    "adamw_torch_npu_fused", "adamw_torch_xla", "adamw_torch_4bit", "adamw_torch_8bit", "ademamix",
+    "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit",
+    "adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "galore_adamw",
+    "galore_adamw_8bit", "galore_adafactor", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise",
+    "galore_adafactor_layerwise", "lomo", "adalomo", "grokadamw", "schedule_free_radam", "schedule_free_adamw",
+    "schedule_free_sgd", "apollo_adamw", "apollo_adamw_layerwise", "stable_adamw", "optimi_adamw",
+    "ao_adamw_4bit", "ao_adamw_8bit", "ao_adamw_fp8", "adopt_adamw", "came_pytorch", "muon", "dion", "sinkgd",
+    "flash_adamw", "flash_adam", "flash_sgd", "flash_sgdw", "flash_lion", "q_galore_adamw8bit",
+))  # fmt: skip
+FLASH = {
+    "flash_attention_2": "flash2", "flash_attention_3": "flash2", "kernels-community/flash-attn2": "flash2",
+    "kernels-community/flash-attn": "flash2", "kernels-community/flash-attn3": "flash2",
+    "kernels-community/vllm-flash-attn3": "flash2",
 }  # fmt: skip
+ATTENTION = {"eager": "eager", "sdpa": "sdpa", **FLASH}
 COMPILE = {
     "default": "default", "reduce-overhead": "reduce-overhead", "max-autotune-no-cudagraphs": "default",
     "max-autotune": "reduce-overhead",
 }  # fmt: skip
 OFFLOADS = ("offload_optimizer", "offload_param")
-ONE_GPU = ("fsdp", "fsdp_config", "tensor_parallel_size", "context_parallel_size", "ddp_timeout")
+ACROSS_SAMPLES = "attention across packed samples"
+FLASH_2_FOR_3 = "flash-attn 2, not 3"
 
 
-def engine(keys: Keys) -> tuple[str, list[str]]:
-    """The setup's engine that `deepspeed` asks for, and what to say about it.
+def engine(keys: Keys) -> str:
+    """The setup's engine that `deepspeed` asks for.
 
     The key holds DeepSpeed's config, or the path of one; of a file that is not here the name says the stage, as in
     DeepSpeed's and the tools' examples (zero3.json, ds_z3_offload_config.json).
     """
     value = keys.get("deepspeed")
     if value is None:
-        return "torch", []
+        return "torch"
     if isinstance(value, str) and is_file(value):
         value = read_json(Path(value))
     if isinstance(value, dict):
@@ -50,9 +65,27 @@ def engine(keys: Keys) -> tuple[str, list[str]]:
     else:
         raise keys.wrong("deepspeed", "a path or a mapping")
     if stage == 3 and not offloads:
-        return "deepspeed-zero3", ["deepspeed: ZeRO-3 on one GPU is modelled"]
-    what = "its config" if stage is None else f"ZeRO-{stage}{' with offloading' if offloads else ''}"
-    return "torch", [f"deepspeed: {what} is not modelled, only ZeRO-3 without offloading: a step without an engine"]
+        keys.differ("one GPU under ZeRO-3", "deepspeed")
+        return "deepspeed-zero3"
+    what = "DeepSpeed" if stage is None else f"ZeRO-{stage}{' with offloading' if offloads else ''}"
+    keys.differ(f"one GPU, without {what}", "deepspeed")
+    return "torch"
+
+
+def fsdp(keys: Keys) -> bool:
+    """Say that FSDP is left out, where a file asks for it; returns whether it checkpoints blocks by itself."""
+    asked = [key for key in ("fsdp", "fsdp_config") if keys.get(key) not in NOTHING]
+    options = keys.get("fsdp_config")
+    options = options if isinstance(options, dict) else {}
+    offloads = any(options.get(key) for key in ("offload_params", "fsdp_offload_params"))
+    if asked:
+        keys.differ(f"one GPU, without FSDP{' and its offloading' if offloads else ''}", *asked)
+    return any(options.get(key) for key in ("activation_checkpointing", "fsdp_activation_checkpointing"))
+
+
+def no_sft(keys: Keys, asked: str, instead: str) -> UserError:
+    """The complaint about an objective that is not modelled."""
+    return UserError(f"{keys.origin}: {asked} is not modelled: it is no SFT step; for its SFT part {instead}")
 
 
 def _offloads(section: Any) -> bool:
@@ -65,10 +98,19 @@ def optimizer(keys: Keys, key: str, default: str) -> str:
     Raises:
         UserError: an optimizer that is not modelled.
     """
-    name: str = keys.one_of(key, OPTIMIZERS, default)
+    word = keys.text(key)
+    name: str | None = None if word in OTHER_OPTIMIZERS else keys.one_of(key, OPTIMIZERS, default)
     if name not in optimizers.names():
-        raise UserError(f"{keys.origin}: {key} {keys.get(key)!r} is not modelled; use {key}: adamw_torch")
+        raise UserError(f"{keys.origin}: {key} {word!r} is not modelled; use {key}: adamw_torch")
     return name
+
+
+def attention(keys: Keys, key: str, choices: Mapping[str, str], default: str = "sdpa") -> str:
+    """The setup's name of an implementation of attention; flash-attn 3 is answered as 2."""
+    found: str = keys.one_of(key, choices, default)
+    if found == "flash2" and "3" in str(keys.get(key)):
+        keys.differ(FLASH_2_FOR_3, key)
+    return found
 
 
 def clips(keys: Keys, key: str = "max_grad_norm", default: float = 1.0) -> bool:
@@ -76,11 +118,11 @@ def clips(keys: Keys, key: str = "max_grad_norm", default: float = 1.0) -> bool:
     return keys.number(key, default) > 0
 
 
-def checkpoint(keys: Keys, on: bool) -> str:
+def checkpoint(keys: Keys, on: bool, options: str = "gradient_checkpointing_kwargs") -> str:
     """The kind of activation checkpointing, where it is on: Transformers' default is not reentrant any more."""
-    kwargs = keys.get("gradient_checkpointing_kwargs") or {}
+    kwargs = keys.get(options) or {}
     if not isinstance(kwargs, dict):
-        raise keys.wrong("gradient_checkpointing_kwargs", "a mapping")
+        raise keys.wrong(options, "a mapping")
     return ("block-reentrant" if kwargs.get("use_reentrant", False) else "block") if on else "none"
 
 
@@ -99,6 +141,8 @@ def compiled(keys: Keys) -> str:
 def half(keys: Keys) -> str | None:
     """The 16-bit dtype that `bf16` and `fp16` ask for."""
     keys.exclude("bf16", "fp16")
+    if keys.values.get("fp8") is True and "bf16" not in keys.values:
+        return "bf16"  # what is answered instead: what fp8 products leave is computed in bf16
     on = {key: keys.get(key) in (True, "auto", "full", "true") for key in ("bf16", "fp16")}
     return "bf16" if on["bf16"] else "fp16" if on["fp16"] else None
 

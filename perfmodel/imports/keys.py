@@ -1,23 +1,28 @@
-"""A config file's keys with typed access; what nobody asks for is told as ignored."""
+"""A config file's keys with typed access, and what is to be said of the answer."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UserError, nearest
 
-NOTHING = (None, "", False)
+NO_TRAINING = "no training config"  # of files that lie beside training configs
+NOTHING: tuple[Any, ...] = (None, "", False, [], {})
 
 
 class Keys:
     """The keys of one file.
 
     Every complaint names the file and the key. A key that is empty or null counts as absent, as these tools treat it.
+
+    Attributes:
+        differences: how the step that is answered differs from the file's, each with the keys that ask for it.
     """
 
     def __init__(self, values: Mapping[str, Any], origin: str) -> None:
         self.values = values
         self.origin = origin
         self.used: set[str] = set()
+        self.differences: dict[str, list[str]] = {}
 
     def __contains__(self, key: str) -> bool:
         self.used.add(key)
@@ -99,9 +104,14 @@ class Keys:
         if self.get(a) not in NOTHING and self.get(b) not in NOTHING:
             raise UserError(f"{self.origin}: {a} and {b} exclude each other: leave one of them out")
 
-    def ignored(self) -> list[str]:
+    def differ(self, answered: str, *keys: str) -> None:
+        """Say what is answered instead of what keys ask for; it stands in the first line."""
+        self.used.update(keys)
+        self.differences.setdefault(answered, []).extend(keys)
+
+    def unread(self) -> list[str]:
         """Keys that are set and that no one asked for."""
-        return sorted(str(k) for k, v in self.values.items() if k not in self.used and v not in (None, "", [], {}))
+        return sorted(str(k) for k, v in self.values.items() if k not in self.used and v not in NOTHING)
 
     def wrong(self, key: str, expected: str) -> UserError:
         """The complaint about a value of the wrong type."""

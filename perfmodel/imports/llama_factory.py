@@ -1,45 +1,52 @@
-"""LLaMA-Factory's YAML (hparams/*_args.py of the project)."""
+"""LLaMA-Factory's YAML (hparams/*_args.py, model/loader.py, model/adapter.py of the project, at ff6d4d1)."""
 
 from typing import Any
 
 from ..errors import UserError
-from .fields import ONE_GPU, clips, compiled, engine, flavour, half, optimizer, spec
-from .keys import Keys
+from .fields import attention, clips, compiled, engine, flavour, fsdp, half, no_sft, optimizer, spec
+from .keys import NO_TRAINING, Keys
 
 MARKS = ("finetuning_type", "cutoff_len", "lora_target", "stage", "template", "dataset_dir")
 ATTENTION = {"auto": "sdpa", "sdpa": "sdpa", "fa2": "flash2", "fa3": "flash2", "disabled": "eager"}
+CHECKPOINT_DTYPE = "bf16"  # of a checkpoint that no key speaks of
 
 
 def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     """Model, method, setup and notes of a LLaMA-Factory file."""
     if "model_name_or_path" not in keys:
         raise UserError(f"{keys.origin}: model_name_or_path is missing; a LLaMA-Factory config names it")
+    if keys.flag("do_predict") and not keys.flag("do_train"):
+        raise UserError(f"{keys.origin}: {NO_TRAINING}: do_predict without do_train")
     stage = keys.text("stage", "sft")
     if stage not in ("sft", "pt"):
-        raise UserError(f"{keys.origin}: stage {stage!r} is not modelled: use sft or pt")
+        raise no_sft(keys, f"stage {stage!r}", "use stage: sft or pt")
     name, options = _method(keys)
     keys.exclude("pure_bf16", "bf16")
     keys.exclude("pure_bf16", "fp16")
     pure = keys.flag("pure_bf16")
-    dtype = half(keys)
+    amp = half(keys)
     # trainable weights are upcast to fp32 unless pure_bf16 (or BAdam) asks not to (model/adapter.py)
-    upcast = not pure and name in ("full", "top_k")
-    runs, said = engine(keys)
+    upcast = not pure and name == "full"
+    fsdp(keys)
+    notes = []
+    if amp is None and not pure:
+        notes.append("neither bf16 nor fp16: no autocast, and frozen weights in bf16 as in most checkpoints")
     setup: dict[str, Any] = {
-        "engine": runs,
+        "engine": engine(keys),
         "batch": keys.count("per_device_train_batch_size", 8),
         "seq": keys.count("cutoff_len", 2048),
         "grad_accum": keys.count("gradient_accumulation_steps", 1),
-        "dtype": "bf16" if pure else "fp32" if upcast or dtype is None else dtype,
-        "amp": None if pure else dtype,
+        "dtype": "fp32" if upcast else "bf16" if pure else amp or CHECKPOINT_DTYPE,
+        "amp": None if pure else amp,
         "optimizer": optimizer(keys, "optim", "adamw-fused"),
         "checkpoint": _checkpoint(keys),
-        "attention": keys.one_of("flash_attn", ATTENTION, "sdpa"),
+        "attention": attention(keys, "flash_attn", ATTENTION),
         "compile": compiled(keys),
         "clip_grad": clips(keys),
         "kernels": "liger" if keys.flag("enable_liger_kernel") else "torch",
     }
-    notes = [*said, *(f"{key}: one GPU is modelled" for key in ONE_GPU if keys.get(key))]
+    if keys.get("tf32") and setup["amp"] is None and not pure:
+        keys.differ("fp32 products without TF32", "tf32")
     if not keys.flag("packing") and stage == "sft":
         notes.append("without packing most batches are shorter than cutoff_len: give --seq the mean length")
     return keys.text("model_name_or_path"), spec(name, **options), setup, notes
@@ -47,6 +54,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
 
 def _checkpoint(keys: Keys) -> str:
     """On by default, and reentrant by default."""
+    keys.used.update(("gradient_checkpointing", "gradient_checkpointing_kwargs"))  # its own keys decide
     if keys.flag("disable_gradient_checkpointing"):
         return "none"
     return "block-reentrant" if keys.flag("use_reentrant_gc", True) else "block"
@@ -56,21 +64,18 @@ def _method(keys: Keys) -> tuple[str, dict[str, Any]]:
     kind = keys.text("finetuning_type", "lora")
     bits = keys.get("quantization_bit")
     if bits is not None and str(bits) != "4":
-        raise UserError(f"{keys.origin}: quantization_bit {bits!r} is not modelled: use 4, or leave it out")
+        base = "8-bit base weights are" if str(bits) == "8" else f"quantization_bit {bits!r} is"
+        raise UserError(f"{keys.origin}: {base} not modelled: use 4, or leave it out")
+    if bits and keys.text("quantization_method", "bnb") not in ("bnb", "bitsandbytes"):
+        raise UserError(f"{keys.origin}: quantization_method: quantised base weights of this kind are not modelled")
     if kind == "full":
         if bits:
             raise UserError(f"{keys.origin}: finetuning_type full and quantization_bit exclude each other")
         return _full(keys)
     if kind == "freeze":
-        layers = keys.get("freeze_trainable_layers")
-        k = 2 if layers is None else layers
-        if not isinstance(k, int) or k < 1:
-            raise UserError(
-                f"{keys.origin}: freeze_trainable_layers must be a positive number of last layers, got {k!r}"
-            )
-        return "top_k", {"k": k}
+        return _freeze(keys, quantised=bool(bits))
     if kind == "oft":
-        return "oft", {"targets": _targets(keys, "oft_target")}
+        return _oft(keys, quantised=bool(bits))
     if kind != "lora":
         raise UserError(f"{keys.origin}: finetuning_type {kind!r} is unknown: use lora, full, freeze or oft")
     name = flavour(
@@ -82,14 +87,44 @@ def _method(keys: Keys) -> tuple[str, dict[str, Any]]:
         "dropout": keys.number("lora_dropout"), "modules_to_save": keys.names("additional_target"),
         "implementation": "unsloth" if keys.flag("use_unsloth") else None,
     }  # fmt: skip
+    if bits:
+        keys.one_of("quantization_type", {"nf4": True, "fp4": True}, True)
+        options["double_quant"] = None if keys.flag("double_quantization", True) else "false"
     return name, options
+
+
+def _freeze(keys: Keys, *, quantised: bool) -> tuple[str, dict[str, Any]]:
+    if quantised:
+        raise UserError(f"{keys.origin}: finetuning_type freeze and quantization_bit exclude each other")
+    layers = keys.get("freeze_trainable_layers")
+    k = 2 if layers is None else layers
+    if not isinstance(k, int) or k < 1:
+        raise UserError(f"{keys.origin}: freeze_trainable_layers must be a positive number of last layers, got {k!r}")
+    # only blocks that train are checkpointed (model/model_utils/checkpointing.py), and only they are upcast
+    trained = None if keys.flag("pure_bf16") else "fp32"
+    return "top_k", {"k": k, "trained_dtype": trained, "checkpoint_frozen": "false"}
+
+
+def _oft(keys: Keys, *, quantised: bool) -> tuple[str, dict[str, Any]]:
+    if quantised:
+        raise UserError(f"{keys.origin}: OFT on a 4-bit base is not modelled; remove quantization_bit")
+    keys.refuse("oft_rank", "a number of blocks is not modelled from a config; give oft_block_size")
+    options = {
+        "block_size": keys.count("oft_block_size", 32), "targets": _targets(keys, "oft_target"),
+        "modules_to_save": keys.names("additional_target"),
+    }  # fmt: skip
+    return "oft", options
 
 
 def _full(keys: Keys) -> tuple[str, dict[str, Any]]:
     keys.exclude("use_galore", "use_badam")
     if keys.flag("use_galore"):
-        return "galore", {"r": keys.count("galore_rank", 16)}
-    return ("badam", {}) if keys.flag("use_badam") else ("full", {})
+        named = _targets(keys, "galore_target")
+        every = named == ("all-linear",) or {"mlp", "self_attn"} <= set(named)  # parts of paths, not whole names
+        return "galore", {"r": keys.count("galore_rank", 16), "targets": () if every else named}
+    if keys.flag("use_badam"):
+        return "badam", {"interval": keys.count("badam_switch_interval", 50), "checkpoint_frozen": "false"}
+    return "full", {}
 
 
 def _targets(keys: Keys, key: str) -> tuple[str, ...]:

@@ -1,14 +1,17 @@
 """Which tool a config file belongs to, and what it says as model, method and setup."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..resources import mapping, parsed, read_json, read_text
-from . import adapter, axolotl, llama_factory, trainer
-from .keys import Keys
+from . import adapter, axolotl, llama_factory, llama_factory_v1, meanings, peft_benchmark, trainer
+from .keys import NO_TRAINING, Keys
+from .meanings import Meanings
+
+DIFFERS = "not the file's step as it is: "
 
 
 @dataclass(frozen=True)
@@ -18,10 +21,13 @@ class Imported:
     Attributes:
         tool: PEFT, Axolotl, LLaMA-Factory or Transformers/TRL.
         model: hub id or path, None if the file names none.
-        method: as `predict` takes it, None if the file names none.
+        method: as `predict` takes it, None if the file names none, or one without built-in form.
         setup: fields of `Setup`.
-        ignored: keys that matter neither for time nor for memory here.
+        ignored: keys that are known to matter neither for time nor for memory.
         notes: what a reader should know.
+        differences: how the step that is answered differs from the file's.
+        adapter: PEFT's adapter_config.json, where the file is one: what a trace takes.
+        why_traced: why only a trace can answer, where the method has no built-in form.
     """
 
     tool: str
@@ -30,14 +36,39 @@ class Imported:
     setup: dict[str, Any]
     ignored: list[str]
     notes: list[str]
+    differences: list[str] = field(default_factory=list)
+    adapter: Path | None = None
+    why_traced: str | None = None
+
+    @property
+    def first_line(self) -> str:
+        """What must stand in the first line of an answer; empty where it is for the file's own step."""
+        return DIFFERS + "; ".join(self.differences) if self.differences else ""
 
 
 Reader = Callable[[Keys], tuple[str | None, str | None, dict[str, Any], list[str]]]
-TOOLS: tuple[tuple[str, Sequence[str], Reader], ...] = (
-    ("PEFT", adapter.MARKS, adapter.read),
-    ("Axolotl", axolotl.MARKS, axolotl.read),
-    ("LLaMA-Factory", llama_factory.MARKS, llama_factory.read),
-    ("Transformers/TRL", trainer.MARKS, trainer.read),
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool: what it is called, keys that only its files have, its reader, and its tables in data/configs/."""
+
+    name: str
+    marks: tuple[str, ...]
+    reader: Reader
+    tables: tuple[str, ...]
+
+    def owns(self, values: dict[str, Any]) -> bool:
+        """Whether a file belongs to it."""
+        return any(mark in values for mark in self.marks)
+
+
+TOOLS = (
+    Tool("PEFT", adapter.MARKS, adapter.read, ("peft",)),
+    Tool("LLaMA-Factory v1", llama_factory_v1.MARKS, llama_factory_v1.read, ("llama_factory_v1",)),
+    Tool("Axolotl", axolotl.MARKS, axolotl.read, ("axolotl",)),
+    Tool("LLaMA-Factory", llama_factory.MARKS, llama_factory.read, ("llama_factory", "transformers")),
+    Tool("Transformers/TRL", trainer.MARKS, trainer.read, ("transformers",)),
 )
 
 
@@ -48,15 +79,91 @@ def read(path: str | Path) -> Imported:
         UserError: a file that is none of these, a value of the wrong type, contradictory keys, what is not modelled.
     """
     path = Path(path)
+    if (experiment := peft_benchmark.parameters(path)) is not None:
+        return _of_experiment(path, experiment)
     values = _load(path)
-    for tool, marks, reader in TOOLS:
-        if any(mark in values for mark in marks):
-            keys = Keys(values, path.name)
-            model, method, setup, notes = reader(keys)
-            return Imported(tool, model, method, setup, keys.ignored(), notes)
-    raise UserError(
-        f"{path}: not a config of PEFT, Axolotl, LLaMA-Factory, TRL or Transformers: it has none of the keys they need"
-    )
+    _refuse_others(path, values)
+    found = next((tool for tool in TOOLS if tool.owns(values)), None)
+    if found is None:
+        raise UserError(
+            f"{path}: not a config of PEFT, Axolotl, LLaMA-Factory, TRL or Transformers: it has none of the keys they "
+            "need"
+        )
+    keys, table = Keys(values, path.name), meanings.of(*found.tables)
+    if found.name == "PEFT":
+        return _of_adapter(found.name, path, keys, table)
+    for key, why in table.refused.items():
+        if table.has_effect(key, values.get(key)):
+            raise UserError(f"{keys.origin}: {key}: {why}")
+    model, method, setup, notes = found.reader(keys)
+    ignored = _judge(keys, table)
+    said = [f"{answered} ({', '.join(asked)})" if asked else answered for answered, asked in keys.differences.items()]
+    return Imported(found.name, model, method, setup, ignored, notes, said)
+
+
+def _judge(keys: Keys, table: Meanings) -> list[str]:
+    """Say what the keys that nobody read change; returns those without weight."""
+    rest = [key for key in keys.unread() if table.has_effect(key, keys.values[key])]
+    for key in rest:
+        if key in table.differs:
+            keys.differ(table.differs[key], key)
+    rest = [key for key in rest if key not in table.differs]
+    unknown = [key for key in rest if not table.without_weight(key)]
+    if unknown:
+        keys.differ("keys that are unknown here", *unknown)
+    return [key for key in rest if key not in unknown]
+
+
+def _of_adapter(tool: str, path: Path, keys: Keys, table: Meanings) -> Imported:
+    """PEFT's own file: what the built-in form cannot say, a trace can."""
+    try:
+        model, method, setup, notes = adapter.read(keys)
+        rest = [key for key in keys.unread() if table.has_effect(key, keys.values[key])]
+        asked = [key for key in rest if not table.without_weight(key)]
+        if asked:
+            raise adapter.NoBuiltIn(f"{keys.origin}: {', '.join(asked)} {'has' if len(asked) == 1 else 'have'}")
+    except adapter.NoBuiltIn as error:
+        why = f"{error} no built-in form: add --traced"
+        return Imported(tool, keys.text("base_model_name_or_path"), None, {}, [], [], adapter=path, why_traced=why)
+    return Imported(tool, model, method, setup, rest, notes, adapter=path)
+
+
+def _of_experiment(path: Path, keys: Keys) -> Imported:
+    """An experiment of PEFT's method comparison: setup and model from its training, the method from the adapter."""
+    setup = peft_benchmark.setup_of(keys)
+    adapted = path.with_name(peft_benchmark.ADAPTER)
+    tool, model, notes = "PEFT's method comparison", keys.text("model_id"), [peft_benchmark.LENGTHS]
+    if not adapted.is_file():
+        return Imported(tool, model, "full", setup, [], notes)
+    made = _of_adapter(tool, adapted, Keys(read_json(adapted), adapted.name), meanings.of("peft"))
+    method = peft_benchmark.method_of(keys, made.method) if made.method else None
+    why = made.why_traced
+    if method is None and why is None:
+        why = f"{keys.origin}: optimizer_type {keys.text('optimizer_type')!r} has no built-in form"
+    said = [] if method or keys.flag("autocast_adapter_dtype", True) else [peft_benchmark.IN_FP32]
+    of_trace = None if method else adapted  # a method that is known has its training's optimizer and dtypes in it
+    return Imported(tool, model, method, setup, made.ignored, notes, said, of_trace, why)
+
+
+# Files that lie beside training configs: keys that only they have, and what they are.
+OTHERS = (
+    (("distributed_type", "compute_environment"), "accelerate's own config"),
+    (("zero_optimization",), "DeepSpeed's own config; the training config that names it is read with it"),
+    (("export_dir",), "an export"),
+    (("infer_backend",), "a config of inference"),
+    (("provider", "dockerfile_commands", "gpu_count"), "a cloud job"),
+)
+
+
+def _refuse_others(path: Path, values: dict[str, Any]) -> None:
+    """Say what a file is that lies beside training configs and describes no training.
+
+    Raises:
+        UserError: it is such a file.
+    """
+    for marks, what in OTHERS:
+        if any(values.get(mark) not in (None, "") for mark in marks) and not values.get("do_train"):
+            raise UserError(f"{path}: {NO_TRAINING}: {what}")
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -3,10 +3,29 @@
 from typing import Any
 
 from ..errors import UserError
-from .fields import ATTENTION, ONE_GPU, checkpoint, clips, compiled, engine, flavour, half, optimizer, spec
+from .fields import (
+    ACROSS_SAMPLES,
+    ATTENTION,
+    attention,
+    checkpoint,
+    clips,
+    compiled,
+    engine,
+    flavour,
+    fsdp,
+    half,
+    no_sft,
+    optimizer,
+    spec,
+)
 from .keys import Keys
+from .targets import as_targets
 
-MARKS = ("per_device_train_batch_size", "use_peft", "gradient_accumulation_steps", "optim", "max_length")
+MARKS = (
+    "per_device_train_batch_size", "use_peft", "gradient_accumulation_steps", "optim", "max_length", "dataset_name",
+    "dataset_mixture",
+)  # fmt: skip
+OF_TRL = ("use_peft", "max_length", "max_seq_length", "packing", "dataset_name", "dataset_mixture")
 DTYPES = {
     "float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "auto": "bf16",
     "torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16",
@@ -15,22 +34,21 @@ DTYPES = {
 
 def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]:
     """Model, method, setup and notes; TrainingArguments alone name neither model nor method."""
-    is_trl = any(keys.get(key) is not None for key in ("use_peft", "max_length", "max_seq_length", "packing"))
+    is_trl = any(keys.get(key) is not None for key in OF_TRL)
     amp = half(keys)
     if amp is None and is_trl and keys.get("bf16") is None and keys.get("fp16") is None:
         amp = "bf16"  # SFTConfig's own default
     dtype = keys.one_of("dtype", DTYPES, None) or keys.one_of("torch_dtype", DTYPES, "fp32")
     keys.refuse("load_in_8bit", "8-bit base weights are not modelled; use load_in_4bit, or neither")
-    runs, said = engine(keys)
     setup: dict[str, Any] = {
-        "engine": runs,
+        "engine": engine(keys),
         "batch": keys.count("per_device_train_batch_size", 8),
         "grad_accum": keys.count("gradient_accumulation_steps", 1),
         "dtype": dtype,
         "amp": amp if dtype in ("fp32", amp) else None,
         "optimizer": optimizer(keys, "optim", "adamw-fused"),
-        "checkpoint": checkpoint(keys, keys.flag("gradient_checkpointing", is_trl)),
-        "attention": keys.one_of("attn_implementation", ATTENTION, "sdpa"),
+        "checkpoint": _checkpoint(keys, fsdp(keys) or is_trl),
+        "attention": attention(keys, "attn_implementation", ATTENTION),
         "compile": compiled(keys),
         "clip_grad": clips(keys),
         "kernels": "liger" if keys.flag("use_liger_kernel") else "torch",
@@ -38,10 +56,43 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     length = keys.get("max_length") or keys.get("max_seq_length")
     if length is not None or is_trl:
         setup["seq"] = keys.count("max_length", keys.count("max_seq_length", 1024))
-    notes = [*said, *(f"{key}: one GPU is modelled" for key in ONE_GPU if keys.get(key))]
-    if is_trl and not keys.flag("packing"):
+    _loss(keys, is_trl and setup["kernels"] == "torch")
+    if keys.get("tf32") and amp is None and dtype == "fp32":
+        keys.differ("fp32 products without TF32", "tf32")
+    notes = []
+    if keys.flag("packing") and keys.get("packing_strategy") != "wrapped":
+        keys.differ(ACROSS_SAMPLES, "packing")
+    elif is_trl and not keys.flag("packing"):
         notes.append("without packing most batches are shorter than max_length: give --seq the mean length")
     return keys.text("model_name_or_path"), _method(keys, is_trl), setup, notes
+
+
+def _loss(keys: Keys, chunked: bool) -> None:
+    """Say what the loss of SFTTrainer is, where it is not transformers' cross entropy.
+
+    Args:
+        chunked: whether TRL's default may be the chunked one of sft_config.py; with `max_seq_length` it was not yet.
+
+    Raises:
+        UserError: the loss of another objective.
+    """
+    word = keys.text("loss_type")
+    if word == "dft":
+        keys.differ("cross entropy, without DFT's weights", "loss_type")
+    elif word == "chunked_nll" or (word is None and chunked and "max_seq_length" not in keys.values):
+        keys.differ("the logits in memory, without TRL's chunked loss", *(["loss_type"] if word else []))
+    elif word not in (None, "nll"):
+        raise no_sft(keys, f"loss_type {word!r}", "remove loss_type")
+
+
+def _checkpoint(keys: Keys, default: bool) -> str:
+    """The newer `activation_checkpointing` and the older name of the same."""
+    kind = "activation" if "activation_checkpointing" in keys else "gradient"
+    options = keys.get(f"{kind}_checkpointing_kwargs")
+    for key in ("every_n_layers", "offload"):
+        if isinstance(options, dict) and options.get(key) not in (None, False, 1):
+            keys.differ("every block checkpointed, on the GPU", f"{kind}_checkpointing_kwargs")
+    return checkpoint(keys, keys.flag(f"{kind}_checkpointing", default), f"{kind}_checkpointing_kwargs")
 
 
 def _method(keys: Keys, is_trl: bool) -> str | None:
@@ -54,7 +105,7 @@ def _method(keys: Keys, is_trl: bool) -> str | None:
         pissa=False, plus=False,
     )  # fmt: skip
     return spec(
-        name, r=keys.count("lora_r", 16), targets=keys.names("lora_target_modules"),
+        name, r=keys.count("lora_r", 16), targets=as_targets(keys, "lora_target_modules"),
         dropout=keys.number("lora_dropout", 0.05), modules_to_save=keys.names("lora_modules_to_save"),
         double_quant=None if name != "qlora" else _double(keys),
     )  # fmt: skip

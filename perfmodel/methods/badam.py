@@ -33,6 +33,7 @@ class BAdam(Method):
 
     block: int | None = option(None, "the active block, 0 next to the embedding; default the middle one, near the mean")
     interval: int = option(50, "steps between two switches; changes no cost of a step", positive)
+    checkpoint_frozen: bool = option(True, "whether --checkpoint covers frozen blocks too; LLaMA-Factory's does not")
 
     def check(self) -> None:
         assert self.architecture is not None
@@ -68,6 +69,9 @@ class BAdam(Method):
 
     def trains(self, name: str, kind: str, layer: int | None) -> bool:
         return layer == self.active
+
+    def checkpoints(self, layer: int) -> bool:
+        return self.checkpoint_frozen or layer == self.active
 
     def layer_key(self, layer: int) -> Hashable:
         return layer == self.active

@@ -30,7 +30,7 @@ class Ia3(Targeted):
 
     def check(self) -> None:
         super().check()
-        stray = sorted(set(self.feedforward) - set(self.target_names))
+        stray = sorted(set(self.feedforward) - set(self.target_names)) if self.pattern is None else []
         if stray:
             raise UserError(
                 f"method ia3: feedforward {stray[0]!r} is not among the targets {'+'.join(self.target_names)}"

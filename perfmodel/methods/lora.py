@@ -10,7 +10,7 @@ from ..tape.pointwise import add, cast, dropout, mul
 from ..tape.tensor import Parameter, Tensor
 from .parts.base import Linear, method, option
 from .parts.checks import fraction, positive
-from .parts.targeted import Targeted, base_bias, base_weight, named
+from .parts.targeted import Targeted, base_bias, base_weight
 
 L = TypeVar("L", bound="Lora")
 HELP = "peft, unsloth (fused where q, k, v or the MLP are all targets, without dropout) or lorafusion"
@@ -56,10 +56,10 @@ class Lora(Targeted):
         return replace(method, implementation="peft") if useless else method
 
     def _targets_all(self, leaves: tuple[str, ...]) -> bool:
-        """Whether every layer of a block with one of these names is a target."""
+        """Whether in some block every layer with one of these names is a target."""
         assert self.architecture is not None
         names = [name for name in self.architecture.linear_names() if name.rsplit(".", 1)[-1] in leaves]
-        return all(named(name, self.target_names) for name in names)
+        return any(all(self.targets_layer(name, layer) for name in names) for layer in range(self.layers))
 
     def dtype_beside(self, dtype: str) -> str:
         return self.dtype_of_base(dtype) if self.implementation == "lorafusion" else super().dtype_beside(dtype)

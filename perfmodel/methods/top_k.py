@@ -28,6 +28,8 @@ class TopK(Method):
     targets: tuple[str, ...] = option((), "targets (inner=lora)")
     dropout: float = option(0.0, "adapter dropout (inner=lora)", fraction)
     adapter_dtype: str | None = option(None, "adapter dtype (inner=lora)", float_dtype)
+    trained_dtype: str | None = option(None, "dtype of what trains (inner=full); default the base's", float_dtype)
+    checkpoint_frozen: bool = option(True, "whether --checkpoint covers frozen blocks too; LLaMA-Factory's does not")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,6 +51,8 @@ class TopK(Method):
             raise UserError(f"method top_k: k {self.k} exceeds the {self.layers} blocks of {self.architecture.name}")
         if self.inner == "lora":
             self.inside.check()
+            if self.trained_dtype:
+                raise UserError("method top_k: trained_dtype goes with inner=full; use adapter_dtype")
 
     @property
     def inside(self) -> Lora:
@@ -58,6 +62,12 @@ class TopK(Method):
 
     def trains(self, name: str, kind: str, layer: int | None) -> bool:
         return self.inner == "full" and layer is not None and layer >= self.layers - self.k
+
+    def dtype_of_trained(self, dtype: str) -> str:
+        return self.trained_dtype or dtype
+
+    def checkpoints(self, layer: int) -> bool:
+        return self.checkpoint_frozen or layer >= self.layers - self.k
 
     def layer_key(self, layer: int) -> Hashable:
         return layer >= self.layers - self.k

@@ -253,7 +253,8 @@ def _notes(built: Step, on: DeviceProfile, time: Time) -> list[str]:
     notes += _optimizer_notes(built, time)
     notes += _unknown_notes(built)
     notes += [zero.NOTE] if built.zero else []
-    if built.setup.checkpoint != "none" and not any(p.requires_grad for p in built.parameters if p.kind == "embedding"):
+    reaches_embedding = built.setup.checkpoint != "none" and built.method.checkpoints(0)
+    if reaches_embedding and not any(p.requires_grad for p in built.parameters if p.kind == "embedding"):
         notes.append(
             "with checkpointing transformers makes the embedding's output need a gradient: backward runs through every "
             "block, also below the lowest trainable one"

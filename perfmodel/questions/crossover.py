@@ -125,7 +125,7 @@ def crossovers(pair: MethodPair, axes: Sequence[str] = AXES) -> list[Crossover]:
     found = _on_grid(pair, gridded)
     if size and size not in gridded:
         found.append(_one_by_one(pair, size, [(n, n) for n in _sizes(sized, size)], getattr(sized, size)))
-    if "targets" in axes and hasattr(pair.owner("targets"), "target_names"):
+    if "targets" in axes and getattr(pair.owner("targets"), "pattern", ()) is None:  # a regex has no order to follow
         found.append(_targets(pair))
     return found
 

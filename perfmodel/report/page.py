@@ -33,6 +33,7 @@ def report(
     host: str | Host = "default",
     axes: Sequence[str] = ("batch", "seq", "size", "targets"),
     command: str = "",
+    differs: str = "",
     **options: Any,
 ) -> str:
     """The page as HTML; the first method is the baseline.
@@ -40,6 +41,7 @@ def report(
     Args:
         axes: along which to look for a change of the verdict (see `explain`).
         command: what to print as the way to make the page again.
+        differs: how the step differs from that of a training config; it stands before the answer.
 
     Other arguments and errors are those of `compare`; the setup must be a single one.
     """
@@ -52,6 +54,7 @@ def report(
     context = {
         "title": f"{base.model} on {on.name}",
         "setup_line": shared_setup(base),
+        "differs": differs,
         "answers": [e.answer for e in explained],
         "labels": labels,
         "figures": [{"name": r.name.strip(), "sub": r.name != r.name.strip(), "cells": r.cells} for r in figures(c)],

@@ -25,7 +25,7 @@ FP32_AMP = {"dtype": "fp32", "amp": "bf16"}
 EXPECTED: dict[str, tuple[str | None, dict[str, Any]]] = {
     "axolotl/lora-1b.yml": (
         "lora:r=16,targets=gate_proj+down_proj+up_proj+q_proj+v_proj+k_proj+o_proj,dropout=0.05",
-        {**AMP, "batch": 2, "seq": 2048, "grad_accum": 2, "checkpoint": "block", "attention": "flash2",
+        {**AMP, "batch": 2, "seq": 2048, "grad_accum": 2, "checkpoint": "block-reentrant", "attention": "flash2",
          "optimizer": "adamw-fused"},
     ),
     "axolotl/lora-all-linear.yml": (
@@ -35,11 +35,12 @@ EXPECTED: dict[str, tuple[str | None, dict[str, Any]]] = {
     ),
     "axolotl/qlora-8b.yml": (
         "qlora:r=64,targets=all-linear,dropout=0.05,modules_to_save=embed_tokens+lm_head",
-        {**AMP, "batch": 1, "seq": 4096, "grad_accum": 4, "optimizer": "paged-adamw-8bit", "checkpoint": "block"},
+        {**AMP, "batch": 1, "seq": 4096, "grad_accum": 4, "optimizer": "paged-adamw-8bit",
+         "checkpoint": "block-reentrant"},  # Axolotl's default (utils/config/__init__.py, normalize_config)
     ),
     "axolotl/full-3b.yml": ("full", {**AMP, "seq": 8192, "kernels": "liger", "clip_grad": True, "grad_accum": 8}),
     "axolotl/dora.yml": ("dora:r=8,targets=q_proj+v_proj", {**AMP, "batch": 4, "checkpoint": "none", "seq": 1024}),
-    "axolotl/rslora.yml": ("rslora:r=128,targets=all-linear", {**AMP, "checkpoint": "block"}),
+    "axolotl/rslora.yml": ("rslora:r=128,targets=all-linear", {**AMP, "checkpoint": "block-reentrant"}),
     "axolotl/loraplus.yml": ("loraplus:r=16,targets=q_proj+k_proj+v_proj+o_proj", {"batch": 8, "checkpoint": "none"}),
     "axolotl/kernels.yml": ("lora:r=16,targets=all-linear,implementation=unsloth", {"batch": 4, "grad_accum": 2}),
     "axolotl/fp16-t4.yml": (
@@ -62,7 +63,9 @@ EXPECTED: dict[str, tuple[str | None, dict[str, Any]]] = {
     "llama_factory/full-pure-bf16.yaml": (
         "full", {"dtype": "bf16", "amp": None, "optimizer": "adafactor", "kernels": "liger", "seq": 4096},
     ),
-    "llama_factory/freeze.yaml": ("top_k:k=8", {**FP32_AMP, "checkpoint": "block-reentrant"}),
+    "llama_factory/freeze.yaml": (
+        "top_k:k=8,trained_dtype=fp32,checkpoint_frozen=false", {**AMP, "checkpoint": "block-reentrant"},
+    ),
     "llama_factory/qlora-bnb.yaml": ("qlora:r=8,targets=all-linear", {**AMP, "grad_accum": 8}),
     "llama_factory/dora.yaml": ("dora:r=16,targets=all-linear", {"checkpoint": "none", "batch": 4}),
     "llama_factory/pissa.yaml": ("pissa:r=8,targets=all-linear", AMP),
@@ -169,7 +172,15 @@ DEFAULTS: dict[str, tuple[dict[str, Any], str]] = {  # what a tool takes where t
     "galore.yaml": (
         {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "full", "use_galore": True}, "galore:r=16",
     ),
-    "freeze.yaml": ({"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "freeze"}, "top_k:k=2"),
+    "freeze.yaml": (
+        {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "freeze"},
+        "top_k:k=2,trained_dtype=fp32,checkpoint_frozen=false",
+    ),
+    "oft.yaml": ({"model_name_or_path": "gpt2", "finetuning_type": "oft"}, "oft:block_size=32,targets=all-linear"),
+    "v1.yaml": (  # llamafactory/v1/plugins/model_plugins/peft.py
+        {"model": "gpt2", "model_class": "llm", "peft_config": {"name": "lora"}},
+        "lora:r=8,targets=all-linear,dropout=0.05",
+    ),
 }  # fmt: skip
 
 
@@ -206,9 +217,21 @@ FACTORY = "model_name_or_path: gpt2\ncutoff_len: 64\n"
         ("yaml", FACTORY + "stage: ppo", "'ppo' is not modelled"),
         ("yaml", FACTORY + "finetuning_type: lora\nuse_dora: true\npissa_init: true", "together are not modelled"),
         ("yaml", FACTORY + "flash_attn: fa9", "is unknown"),
-        ("json", '{"peft_type": "LORAX"}', "has no built-in form: did you mean 'LORA'"),
-        ("json", '{"peft_type": "LORA", "bias": "all"}', "trained biases"),
-        ("json", '{"peft_type": "LORA", "target_modules": ".*q_proj"}', "is a pattern"),
+        ("yml", BASE + "rl: dpo", "rl 'dpo' is not modelled: it is no SFT step"),
+        ("yml", BASE + "optimizer: muon", "optimizer 'muon' is not modelled; use optimizer: adamw_torch"),
+        ("yml", BASE + "attn_implementation: sage", "attn_implementation 'sage' is not modelled"),
+        ("yml", BASE + "adapter: lora\nlora_target_modules: [layers.1.*]", "a regex stands alone, not in a list"),
+        ("yaml", FACTORY + "use_apollo: true", "APOLLO is not modelled"),
+        ("yaml", FACTORY + "mixture_of_depths: convert", "mixture of depths is not modelled"),
+        ("yaml", FACTORY + "quantization_bit: 8", "8-bit base weights are not modelled"),
+        ("yaml", FACTORY + "finetuning_type: oft\nquantization_bit: 4", "OFT on a 4-bit base is not modelled"),
+        ("yaml", "model: m\nmodel_class: cls", "model_class 'cls' is unknown"),
+        ("yaml", "model: m\nmodel_class: llm\noptim_config: {name: muon}", "optimizer plugins are not modelled"),
+        ("yaml", "model_name_or_path: m\nmax_length: 8\nbeta: 0.1", "a preference step is not modelled"),
+        ("yaml", "compute_environment: LOCAL_MACHINE", "no training config: accelerate's own config"),
+        ("yaml", FACTORY + "infer_backend: vllm", "no training config: a config of inference"),
+        ("json", '{"zero_optimization": {"stage": 3}}', "no training config: DeepSpeed's own config"),
+        ("json", '{"peft_type": "LORA", "target_modules": "a/b"}', "neither a list of names nor a regex"),
         ("json", '{"per_device_train_batch_size": 0}', "must be a positive integer"),
         ("json", '{"use_peft": false, "load_in_4bit": true}', "needs use_peft"),
         ("json", "{", "not valid JSON"),

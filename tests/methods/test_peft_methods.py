@@ -34,6 +34,7 @@ LINEAR_ONLY = (  # PEFT has these for nn.Linear, not for GPT-2's Conv1D
     "miss:r=24,dropout=0.1",
     "oft:block_size=8",
 )
+MIXED = {"dtype": "bf16", "amp": "bf16"}
 PRECISIONS: tuple[dict[str, Any], ...] = ({"dtype": "bf16"}, {"dtype": "fp32"}, {"dtype": "fp32", "amp": "bf16"})
 
 
@@ -62,6 +63,11 @@ def cells() -> Any:
         ("gpt2", "dora:r=4,dropout=0.1,adapter_dtype=bf16,targets=all-linear", {}),
         ("qwen2", "oft:block_size=20,targets=all-linear", {"grad_accum": 2}),
         ("gpt2", "dora:r=4,dropout=0.1", {"dtype": "fp32", "amp": "bf16"}),
+        ("llama", r"lora:r=4,targets=/model\.layers\.[1-9]\..*(q|up)_proj/", {"checkpoint": "block"}),
+        ("qwen2", r"vera:r=4,targets=/.*\.0\.mlp\.(up|down)_proj/", {}),
+        ("llama", "top_k:k=1,trained_dtype=fp32,checkpoint_frozen=false", {**MIXED, "checkpoint": "block-reentrant"}),
+        ("qwen2", "top_k:k=2,trained_dtype=fp32,checkpoint_frozen=false", {**MIXED, "checkpoint": "block"}),
+        ("llama", "top_k:k=2,trained_dtype=fp32", {**MIXED, "grad_accum": 2}),
         # the gradients of PEFT's throw-away parameters live as long as the loop's `loss`
         ("gpt2", "dora:r=4,dropout=0.1", {"dtype": "fp32", "grad_accum": 3}),
     )

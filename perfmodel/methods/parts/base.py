@@ -1,6 +1,7 @@
 """What a fine-tuning method is: which parameters train, and how it rewrites a linear layer."""
 
 import inspect
+import re
 from collections.abc import Callable, Hashable
 from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from ...tape.tensor import Parameter, Tensor
 from .checks import choice
 from .periodic import Periodic, Recorded
 
+ITEMS = re.compile(r"(?:=/[^/]*/|[^,])+")  # of a method's options: a regex between slashes may hold commas
 Seconds = Callable[[list[Part]], Any]  # of parts in a row, on the device and host that a step is for
 _REGISTRY: Registry[type["Method"]] = Registry("perfmodel.methods", Path(__file__).parents[1])
 M = TypeVar("M", bound="Method")
@@ -118,6 +120,14 @@ class Method:
         """The dtype of base weights where the setup asks for `dtype`."""
         return dtype
 
+    def dtype_of_trained(self, dtype: str) -> str:
+        """The dtype of base weights that train where the setup asks for `dtype`."""
+        return self.base_dtype(dtype)
+
+    def checkpoints(self, layer: int) -> bool:
+        """Whether a block is checkpointed where the setup asks for checkpointing."""
+        return True
+
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """A linear layer's forward pass."""
         return layer(x)
@@ -156,7 +166,7 @@ class Method:
         With checkpointing transformers makes it a leaf that needs a gradient (`enable_input_require_grads`), so
         backward then reaches the first block whatever the method trains.
         """
-        if model.build.setup.checkpoint != "none" and not x.requires_grad:
+        if model.build.setup.checkpoint != "none" and self.checkpoints(0) and not x.requires_grad:
             x.requires_grad = True
         return x
 
@@ -267,7 +277,7 @@ def parse(text: str) -> Method:
     hints = get_type_hints(cls)
     known = {f.name for f in _options(cls)}
     values: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in tail.split(","))):
+    for item in filter(None, (part.strip() for part in ITEMS.findall(tail))):
         key, equals, value = item.partition("=")
         key = cls.aliases.get(key, key) if hasattr(cls, "aliases") else key
         if key not in known:
@@ -289,7 +299,7 @@ def _convert(where: str, text: str, hint: Any) -> Any:
     if "int" in str(hint) and "tuple" in str(hint):
         return _indices(where, text)
     if "tuple" in str(hint):
-        return tuple(filter(None, text.split("+")))
+        return (text,) if text.startswith("/") else tuple(filter(None, text.split("+")))
     try:
         if hint is float:
             return float(text)

@@ -15,7 +15,7 @@ class SharedWeights(Targeted):
 
     def layer_key(self, layer: int) -> Hashable:
         """The top block stands alone: its gradient is the first, the others' are added to it."""
-        top = self.layers - 1 if self.layers_to_transform is None else max(self.layers_to_transform)
+        top = max((i for i in range(self.layers) if Targeted.layer_key(self, i)), default=None)
         return super().layer_key(layer), layer == top
 
     def shared(self, layer: Linear, name: str, shape: tuple[Any, ...], dtype: str) -> Parameter:

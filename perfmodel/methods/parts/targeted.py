@@ -1,7 +1,9 @@
 """What adapters of PEFT share: which linear layers get one, and the dtype of its weights."""
 
+import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -21,7 +23,9 @@ T = TypeVar("T", bound="Targeted")
 class Targeted(Method):
     """Adapters beside frozen linear layers; a subclass writes `adapted`, the forward pass of a targeted layer."""
 
-    targets: tuple[str, ...] = option((), "layer names joined by +, or all-linear; empty: PEFT's default")
+    targets: tuple[str, ...] = option(
+        (), "layer names joined by +, all-linear, or a /regex/ of whole paths; empty: PEFT's default"
+    )
     layers_to_transform: tuple[int, ...] | None = option(None, "block numbers such as 0-7+12; default all")
     adapter_dtype: str | None = option(
         None, "bf16, fp16 or fp32; default PEFT's rule: fp32 beside a 16-bit base", float_dtype
@@ -43,7 +47,10 @@ class Targeted(Method):
             )
         if self.layers_to_transform is not None and not self.takes_layers:
             raise UserError(f"method {self.name}: PEFT's {self.name} has no layers_to_transform; leave it out")
-        check_targets(self.name, self.targets, self.architecture)
+        if self.pattern is None:
+            check_targets(self.name, self.targets, self.architecture)
+        else:
+            self._check_pattern()
         self._check_saved()
         if "lm_head" in self.targets and self.architecture.tied:
             raise UserError(
@@ -54,6 +61,31 @@ class Targeted(Method):
                 raise UserError(
                     f"method {self.name}: layer {layer} is outside 0-{self.layers - 1} of {self.architecture.name}"
                 )
+
+    @property
+    def pattern(self) -> re.Pattern[str] | None:
+        """The regex that whole paths of layers must match, where the targets are one between slashes.
+
+        Raises:
+            UserError: it is no regex.
+        """
+        return _pattern(self.name, self.targets[0]) if len(self.targets) == 1 and is_pattern(self.targets[0]) else None
+
+    def _check_pattern(self) -> None:
+        assert self.architecture is not None
+        if self.layers_to_transform is not None:
+            raise UserError(f"method {self.name}: layers_to_transform goes with names of targets, not with a regex")
+        if not any(self._matched(layer) for layer in range(self.layers)) and not self.targets_layer("lm_head", None):
+            path = f"{self.architecture.layer_path}.0.{self.architecture.linear_names()[0]}"
+            raise UserError(
+                f"method {self.name}: target {self.targets[0]} matches no linear layer of {self.architecture.name}, "
+                f"whose paths are like {path}"
+            )
+
+    def _matched(self, layer: int) -> tuple[str, ...]:
+        """The linear layers of a block that the targets match."""
+        assert self.architecture is not None
+        return tuple(name for name in self.architecture.linear_names() if self.targets_layer(name, layer))
 
     def _check_saved(self) -> None:
         assert self.architecture is not None
@@ -90,10 +122,21 @@ class Targeted(Method):
         adapters = f" with {self.adapter_dtype} adapters" if self.adapter_dtype else ""
         known = self.targets or self.architecture
         saved = f" and copies of {','.join(self.modules_to_save)}" if self.modules_to_save else ""
-        return adapters + (on_targets(self.target_names, self.architecture) if known else "") + saved
+        return adapters + (on_targets(self._told(), self.architecture) if known else "") + saved
+
+    def _told(self) -> tuple[str, ...]:
+        """The targets as words: what a regex matches in any block, once the architecture is known."""
+        if self.pattern is None or self.architecture is None:
+            return self.target_names
+        found = (name.rsplit(".", 1)[-1] for layer in range(self.layers) for name in self._matched(layer))
+        return tuple(dict.fromkeys(found))
 
     def targets_layer(self, name: str, layer: int | None) -> bool:
         """Whether a linear layer gets an adapter."""
+        if self.pattern is not None:
+            assert self.architecture is not None
+            path = name if layer is None else f"{self.architecture.layer_path}.{layer}.{name}"
+            return self.pattern.fullmatch(path) is not None
         if layer is None:
             return self.layers_to_transform is None and named(name, self.target_names)
         if self.layers_to_transform is not None and layer not in self.layers_to_transform:
@@ -101,6 +144,8 @@ class Targeted(Method):
         return named(name, self.target_names)
 
     def layer_key(self, layer: int) -> Hashable:
+        if self.pattern is not None:
+            return self._matched(layer)
         return self.layers_to_transform is None or layer in self.layers_to_transform
 
     def dtype_beside(self, dtype: str) -> str:
@@ -144,6 +189,19 @@ class Targeted(Method):
                     f"method {self.name}: {option} {size} does not divide the {side} width {width} of {layer.name}; "
                     f"{below} does"
                 )
+
+
+def is_pattern(target: str) -> bool:
+    """Whether a target is a regex: it stands between slashes."""
+    return len(target) > 2 and target.startswith("/") and target.endswith("/")
+
+
+@cache
+def _pattern(method: str, target: str) -> re.Pattern[str]:
+    try:
+        return re.compile(target[1:-1])
+    except re.error as error:
+        raise UserError(f"method {method}: target {target} is no regex ({error})") from None
 
 
 def check_targets(method: str, targets: Sequence[str], architecture: Architecture) -> None:

@@ -96,7 +96,28 @@ def _top_k(model: Any, method: TopK, architecture: Architecture) -> Any:
         parameter.requires_grad = (
             inside and int(name.removeprefix(architecture.layer_path + ".").split(".")[0]) >= first
         )
+        if parameter.requires_grad and method.trained_dtype:
+            parameter.data = parameter.data.to(TORCH_DTYPES[method.trained_dtype])
+    if not method.checkpoint_frozen:
+        _checkpoint_trained(model)
     return model
+
+
+def _checkpoint_trained(model: Any) -> None:
+    """Let a model checkpoint only blocks that train, as LLaMA-Factory does (model/model_utils/checkpointing.py)."""
+    from torch.utils.checkpoint import checkpoint
+
+    def enable(activation_checkpointing_kwargs: dict[str, Any]) -> None:
+        def run(function: Any, hidden: Any, *others: Any, **named: Any) -> Any:
+            module = function.args[0]  # of `partial(forward, self)`
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                return function(hidden, *others, **named)
+            hidden.requires_grad_(True)
+            return checkpoint(function, hidden, *others, **activation_checkpointing_kwargs, **named)
+
+        model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=run)
+
+    model.activation_checkpointing_enable = enable
 
 
 @applies(Lora, LoraPlus, Pissa)  # PiSSA's decomposition of the weights comes before the first step
@@ -202,6 +223,8 @@ def _adapt(model: Any, config_name: str, method: Targeted, architecture: Archite
 
     config_class = getattr(peft, config_name)
     options["target_modules"] = ALL_LINEAR if method.target_names == (ALL_LINEAR,) else list(method.target_names)
+    if method.pattern is not None:
+        options["target_modules"] = method.pattern.pattern
     known = config_class.__dataclass_fields__
     if "fan_in_fan_out" in known:
         options["fan_in_fan_out"] = architecture.traits.conv1d

@@ -1,0 +1,86 @@
+"""LLaMA-Factory v1's YAML (v1/config/*_args.py, core/base_trainer.py, plugins/ of the project, at ff6d4d1).
+
+The model is loaded in the dtype of its checkpoint and trained without autocast, by PyTorch's AdamW.
+"""
+
+from typing import Any
+
+from ..errors import UserError
+from .fields import FLASH, attention, spec
+from .keys import NO_TRAINING, Keys
+from .targets import as_targets
+
+MARKS = ("model_class", "dist_config", "batching_strategy", "kernel_config", "peft_config", "quant_config")
+ATTENTION = {"eager": "eager", "sdpa": "sdpa", **FLASH}
+CHECKPOINT_DTYPE = "bf16"  # of nearly every checkpoint
+TOKEN_BUDGETS = ("dynamic_batching", "dynamic_padding_free")  # strategies that fill micro-batches by tokens
+
+
+def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
+    """Model, method, setup and notes of a file of LLaMA-Factory v1."""
+    keys.one_of("model_class", {"llm": True}, True)
+    method = _method(keys)
+    kernels = _section(keys, "kernel_config").get("name")
+    if kernels not in (None, "auto", "liger_kernel"):
+        keys.differ("without further kernels", "kernel_config")
+    micro = keys.count("micro_batch_size", 1)
+    if keys.text("batching_strategy") in TOKEN_BUDGETS:
+        keys.differ("micro-batches of equal length", "batching_strategy")
+    if not keys.flag("bf16", True):  # FSDP's precision of the weights
+        keys.differ("weights in the dtype of the checkpoint", "bf16")
+    if "trained_dtype" in method:
+        keys.differ("autocast where fp32 blocks meet bf16 ones, in the place of FSDP's casts")
+    setup: dict[str, Any] = {
+        "batch": micro,
+        "seq": keys.count("cutoff_len", 2048),
+        "grad_accum": max(1, keys.count("global_batch_size", micro) // micro),
+        "dtype": CHECKPOINT_DTYPE,
+        "amp": CHECKPOINT_DTYPE if "trained_dtype" in method else None,
+        "optimizer": "adamw",
+        "checkpoint": "block" if keys.flag("enable_activation_checkpointing", True) else "none",
+        "attention": attention(keys, "flash_attn", ATTENTION),
+        "clip_grad": True,
+        "kernels": "liger" if kernels == "liger_kernel" else "torch",
+    }
+    keys.number("max_grad_norm", 1.0)
+    keys.differ("an SFT step: the file does not say whether `sft` or `dpo` reads it")
+    notes = ["most batches are shorter than cutoff_len: give --seq the mean length"]
+    return keys.text("model", "Qwen/Qwen3-4B-Instruct-2507"), method, setup, notes
+
+
+def _section(keys: Keys, key: str) -> dict[str, Any]:
+    value = keys.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise keys.wrong(key, "a mapping")
+    return value or {}
+
+
+def _method(keys: Keys) -> str:
+    quantised = _section(keys, "quant_config")
+    if quantised and (quantised.get("name") not in ("auto", "bnb") or quantised.get("quantization_bit", 4) != 4):
+        raise UserError(
+            f"{keys.origin}: quant_config: quantised base weights of this kind are not modelled; use 4 bits"
+        )
+    options = Keys(_section(keys, "peft_config"), f"{keys.origin}: peft_config")
+    kind = options.text("name")
+    if quantised and kind != "lora":
+        raise UserError(f"{keys.origin}: quant_config needs peft_config of the name lora")
+    if "export_dir" in options:
+        raise UserError(f"{keys.origin}: {NO_TRAINING}: an export")
+    if kind is None:
+        return "full"
+    if kind == "freeze":
+        for key in ("freeze_extra_modules", "freeze_trainable_modules"):
+            if options.get(key) not in (None, "all", []):
+                raise UserError(f"{keys.origin}: {key} is not modelled, only all of the last blocks")
+        upcast = "fp32" if options.flag("cast_trainable_params_to_fp32", True) else None
+        k = options.count("freeze_trainable_layers", 2)
+        return spec("top_k", k=k, trained_dtype=upcast, checkpoint_frozen="false")
+    if kind != "lora":
+        raise UserError(f"{keys.origin}: peft_config {kind!r} is not modelled: use lora or freeze")
+    name = "qlora" if quantised else "dora" if options.flag("use_dora") else "lora"
+    every = options.get("target_modules") in (None, "all")
+    return spec(
+        name, r=options.count("r", 8), targets=("all-linear",) if every else as_targets(options, "target_modules"),
+        dropout=options.number("lora_dropout", 0.05), modules_to_save=options.names("modules_to_save"),
+    )  # fmt: skip

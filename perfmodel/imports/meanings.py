@@ -1,0 +1,46 @@
+"""What the keys of a tool's files mean that its reader does not read: tables in data/configs/."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any
+
+from ..resources import DATA, read_toml
+from .keys import NOTHING
+
+
+@dataclass(frozen=True)
+class Meanings:
+    """One table.
+
+    Attributes:
+        no_weight: keys that change neither speed nor memory; a name may end in `*`.
+        refused: keys that ask for a step of another kind, and the complaint.
+        differs: keys that ask for what is not modelled, and what is answered instead.
+        off: values that leave a key without effect, beside nothing, false and the like.
+    """
+
+    no_weight: tuple[str, ...]
+    refused: dict[str, str]
+    differs: dict[str, str]
+    off: dict[str, list[Any]]
+
+    def has_effect(self, key: str, value: Any) -> bool:
+        """Whether a key is set to something."""
+        off = [other for other in self.off.get(key, ()) if isinstance(other, bool) == isinstance(value, bool)]
+        return value not in NOTHING and value not in off
+
+    def without_weight(self, key: str) -> bool:
+        """Whether a key is known to change neither speed nor memory."""
+        return any(fnmatchcase(key, pattern) for pattern in self.no_weight)
+
+
+@cache
+def of(*names: str) -> Meanings:
+    """The tables of these names as one; where two speak of a key, the first one counts."""
+    tables = [read_toml(DATA / "configs" / f"{name}.toml") for name in reversed(names)]
+    merged: dict[str, dict[str, Any]] = {"refused": {}, "differs": {}, "off": {}}
+    for table in tables:
+        for part, entries in merged.items():
+            entries.update(table.get(part, {}))
+    return Meanings(tuple(name for table in tables for name in table["no_weight"]), **merged)

@@ -1,0 +1,69 @@
+"""An experiment of PEFT's method comparison: an adapter's config, and parameters of its training over default ones.
+
+`experiments/KIND/NAME/{adapter_config,training_params}.json` below `default_training_params.json`
+(method_comparison/MetaMathQA/run.py and utils.py of peft at 5d602fd).
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..resources import read_json
+from .fields import ATTENTION, attention
+from .keys import Keys
+
+DEFAULTS, OWN, ADAPTER = "default_training_params.json", "training_params.json", "adapter_config.json"
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+METHODS = {
+    "lora-fa": ("lora", "lora_fa"),
+    "lora+": ("lora", "loraplus"),
+}  # by optimizer: from, to
+LENGTHS = "most batches are shorter than max_seq_length: give --seq the mean length"
+IN_FP32 = "adapters in fp32 (autocast_adapter_dtype)"
+
+
+def parameters(path: Path) -> Keys | None:
+    """The parameters of the training that a file of an experiment belongs to; None if it belongs to none."""
+    parents = path.resolve().parents
+    if path.name not in (OWN, ADAPTER) or len(parents) < 4 or not (parents[3] / DEFAULTS).is_file():
+        return None
+    own = path.with_name(OWN)
+    return Keys({**read_json(parents[3] / DEFAULTS), **(read_json(own) if own.is_file() else {})}, path.name)
+
+
+def setup_of(keys: Keys) -> dict[str, Any]:
+    """The setup of an experiment.
+
+    Raises:
+        UserError: a value of the wrong type, or what is not modelled.
+    """
+    if keys.get("resolution") is not None:
+        raise UserError(f"{keys.origin}: batches with images or sound are not modelled")
+    dtype = keys.text("dtype", "bfloat16")
+    if dtype not in DTYPES:
+        raise UserError(f"{keys.origin}: dtype {dtype!r}: quantised base weights are not modelled; use bfloat16")
+    kind = keys.text("optimizer_type", "AdamW")
+    if kind not in ("AdamW", *METHODS):
+        raise UserError(f"{keys.origin}: optimizer_type {kind!r} is not modelled; use AdamW")
+    return {
+        "batch": keys.count("batch_size", 4),
+        "seq": keys.count("max_seq_length", 768),
+        "dtype": DTYPES[dtype],
+        "amp": DTYPES[dtype] if keys.flag("use_amp") and dtype != "float32" else None,
+        "optimizer": "adamw",
+        "checkpoint": "block" if keys.flag("use_gc") else "none",
+        "attention": attention(keys, "attn_implementation", ATTENTION),
+        "compile": "default" if keys.flag("compile") else "none",
+        "clip_grad": keys.number("grad_norm_clip", 1.0) > 0,
+    }
+
+
+def method_of(keys: Keys, method: str) -> str | None:
+    """The method with what its training makes of it; None if no built-in form has that."""
+    name, _, options = method.partition(":")
+    needed, made = METHODS.get(keys.text("optimizer_type", "AdamW") or "", (name, name))
+    if name != needed:
+        return None
+    if not keys.flag("autocast_adapter_dtype", True) and method != "full":
+        options = ",".join(filter(None, (options, f"adapter_dtype={DTYPES[keys.text('dtype') or 'bfloat16']}")))
+    return made + (f":{options}" if options else "")

@@ -1,0 +1,87 @@
+"""Adapters as configs have them: regex targets, tuners that only a trace knows, PEFT's own experiments."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from perfmodel import methods, predict
+from perfmodel.cli import main
+from perfmodel.errors import UserError
+from perfmodel.imports import read
+from perfmodel.prediction.predict import resolve
+
+REGEXES = {  # Axolotl's examples write targets so: a regex, and the layers of Llama's blocks that it means
+    r"model.layers.[\d]+.(mlp|self_attn).(up|down|q)_proj": ({"mlp.up_proj", "mlp.down_proj", "self_attn.q_proj"}, 16),
+    r"model\.layers\.(2|3)\.self_attn\.v_proj": ({"self_attn.v_proj"}, 2),
+    r".*\.layers\.\d{1,1}\..*gate_proj": ({"mlp.gate_proj"}, 10),
+}
+
+
+@pytest.mark.parametrize("regex", REGEXES)
+def test_targets_may_be_a_regex_of_whole_paths(tmp_path: Path, regex: str) -> None:
+    """PEFT compares it with a layer's whole path, its block's number included."""
+    names, blocks = REGEXES[regex]
+    text = "base_model: llama-3.2-1b\nmicro_batch_size: 1\nadapter: lora\nlora_r: 4\n"
+    (tmp_path / "config.yml").write_text(text + f"lora_target_modules: '{regex}'")
+    found = read(tmp_path / "config.yml")
+    assert found.method is not None
+    p = predict("llama-3.2-1b", found.method, seq=16)
+    assert methods.parse(p.method).spec() == p.method
+    assert p.step is not None
+    adapted = [q.name for q in p.step.parameters if q.requires_grad for _ in range(q.count)]
+    assert len(adapted) == 2 * len(names) * blocks
+    assert {re.sub(r"^model\.layers\.\d+\.|\.lora_[AB]\.weight$", "", name) for name in adapted} == names
+
+
+def test_a_regex_that_matches_nothing_is_refused() -> None:
+    """PEFT does so too, and the complaint shows how paths look."""
+    with pytest.raises(UserError, match=r"matches no linear layer of .*, whose paths are like"):
+        resolve("llama-3.2-1b", "lora:targets=/q_proj/")
+    with pytest.raises(UserError, match="is no regex"):
+        resolve("llama-3.2-1b", "lora:targets=/(q_proj/")
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"peft_type": "WAVEFT"}, "peft_type 'WAVEFT' has no built-in form: add --traced"),
+        ({"peft_type": "LORA", "bias": "all"}, "bias 'all' has no built-in form"),
+        ({"peft_type": "LORA", "kasa_config": {"beta": 1}}, "kasa_config has no built-in form"),
+        ({"peft_type": "LORA", "use_bdlora": {"nblocks": 2}}, "use_bdlora has no built-in form"),
+        ({"peft_type": "LORA", "rank_pattern": {"q": 2}}, "rank_pattern has no built-in form"),
+        ({"peft_type": "LORA", "init_lora_weights": "mica"}, "init_lora_weights 'mica' has no built-in form"),
+        ({"peft_type": "OFT", "oft_block_size": 32, "use_cayley_neumann": False}, "use_cayley_neumann has no"),
+        ({"peft_type": "MISS", "init_weights": "bat"}, "init_weights 'bat' has no built-in form"),
+    ],
+)
+def test_an_adapter_without_built_in_form_is_left_to_a_trace(tmp_path: Path, values: dict[str, Any], why: str) -> None:
+    """Never the nearest built-in method; the complaint names the way that works."""
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**values, "base_model_name_or_path": "gpt2"}))
+    found = read(path)
+    assert (found.method, found.adapter) == (None, path)
+    assert found.why_traced is not None
+    assert re.search(why, found.why_traced)
+    command = ["--config", str(path), "--device", "l40s"]
+    for asked in (["predict"], ["compare"]):
+        assert re.search(why, CliRunner().invoke(main, [*asked, *command]).stderr)
+    assert CliRunner().invoke(main, ["predict", *command, "--method", "lora:r=2", "--seq", "16"]).exit_code == 0
+
+
+def test_an_experiment_of_pefts_comparison_is_read_with_its_training(tmp_path: Path) -> None:
+    """Its adapter names no model: the parameters above it do, and what lies beside it wins over them."""
+    folder = tmp_path / "experiments" / "lora" / "mine"
+    folder.mkdir(parents=True)
+    defaults = {"model_id": "gpt2", "batch_size": 4, "max_seq_length": 768, "dtype": "bfloat16", "use_gc": False}
+    (tmp_path / "default_training_params.json").write_text(json.dumps(defaults))
+    (folder / "training_params.json").write_text('{"optimizer_type": "lora-fa", "autocast_adapter_dtype": false}')
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["c_attn"]}')
+    found = read(folder / "adapter_config.json")
+    assert (found.model, found.method) == ("gpt2", "lora_fa:r=2,targets=c_attn,adapter_dtype=bf16")
+    assert (found.setup["batch"], found.setup["seq"], found.setup["dtype"]) == (4, 768, "bf16")
+    (folder / "adapter_config.json").unlink()
+    assert read(folder / "training_params.json").method == "full"

@@ -1,0 +1,98 @@
+"""An answer for another step than a config's says so in its first line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from perfmodel.cli import main
+from perfmodel.imports import DIFFERS, meanings, read
+from perfmodel.resources import DATA
+
+BASE = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 64\n"
+FACTORY = "model_name_or_path: gpt2\ncutoff_len: 64\n"
+
+DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line says
+    "deepspeed: zero2.json": ("axolotl", "one GPU, without ZeRO-2 (deepspeed)"),
+    "deepspeed: z3_offload.json": ("axolotl", "one GPU, without ZeRO-3 with offloading (deepspeed)"),
+    "fsdp: [full_shard]\nfsdp_config: {a: b}": ("axolotl", "one GPU, without FSDP (fsdp, fsdp_config)"),
+    "tensor_parallel_size: 2": ("axolotl", "one GPU (tensor_parallel_size)"),
+    "activation_offloading: true": ("axolotl", "activations stay on the GPU (activation_offloading)"),
+    "attn_implementation: flash_attention_3": ("axolotl", "flash-attn 2, not 3 (attn_implementation)"),
+    "attn_implementation: flex_attention": ("axolotl", "sdpa, not flex attention (attn_implementation)"),
+    "plugins: [a.CutCrossEntropyPlugin]": ("axolotl", "the logits in memory, without cut cross entropy (plugins)"),
+    "plugins: [a.MinePlugin]": ("axolotl", "without the plugin MinePlugin (plugins)"),
+    "lora_mlp_kernel: true\nadapter: lora": ("axolotl", "fused kernels for all adapters (lora_mlp_kernel)"),
+    "relora: true\nadapter: lora": ("axolotl", "without ReLoRA's restarts (relora)"),
+    "processor_type: AutoProcessor": ("axolotl", "batches of text, without images or sound (processor_type)"),
+    "fp8: true": ("axolotl", "products in bf16, not in fp8 (fp8)"),
+    "qat: {weight_dtype: int8}": ("axolotl", "without fake quantisation (qat)"),
+    "use_dft_loss: true": ("factory", "cross entropy, without DFT's weights (use_dft_loss)"),
+    "sample_packing: true": ("axolotl", "attention across packed samples (sample_packing)"),
+    "neat_packing: true": ("factory", "attention across packed samples (neat_packing)"),
+    "unheard_of: 3": ("axolotl", "keys that are unknown here (unheard_of)"),
+    "tf32: true": ("axolotl", "fp32 products without TF32 (tf32)"),
+    "use_unsloth_gc: true": ("factory", "checkpoints stay on the GPU (use_unsloth_gc)"),
+    "neftune_noise_alpha: 5": ("factory", "without NEFTune's noise (neftune_noise_alpha)"),
+}
+
+
+@pytest.mark.parametrize("text", DIFFERENT)
+def test_what_is_not_modelled_stands_in_the_first_line(tmp_path: Path, text: str) -> None:
+    """A key that changes speed or memory is never told as ignored, nor passed over."""
+    tool, said = DIFFERENT[text]
+    path = tmp_path / "config.yml"
+    path.write_text({"axolotl": BASE, "factory": FACTORY}[tool] + text)
+    found = read(path)
+    assert said in found.differences
+    assert found.first_line.startswith(DIFFERS)
+    assert not set(yaml.safe_load(text)) & set(found.ignored)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tensor_parallel_size: 1",
+        "fsdp: []",
+        "tf32: true\nbf16: true\nflash_attention: true",
+        "activation_offloading: false",
+        "seed: 1",
+    ],
+)
+def test_what_changes_nothing_is_not_in_the_first_line(tmp_path: Path, text: str) -> None:
+    """A first line on every file would be read on none."""
+    (tmp_path / "config.yml").write_text(BASE + text)
+    assert read(tmp_path / "config.yml").first_line == ""
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (DATA / "configs").glob("*.toml")))
+def test_a_key_has_one_meaning(name: str) -> None:
+    """A table that says two things of a key would be read by the order of its lines."""
+    table = meanings.of(name)
+    refused, differs = set(table.refused), set(table.differs)
+    assert not refused & differs
+    assert not [key for key in refused | differs if table.without_weight(key)]
+
+
+@pytest.mark.parametrize("base", [BASE, FACTORY])
+def test_fp8_becomes_bf16(tmp_path: Path, base: str) -> None:
+    """It became fp32 once, as if nothing were asked."""
+    (tmp_path / "config.yml").write_text(base + "fp8: true")
+    found = read(tmp_path / "config.yml")
+    assert found.setup["amp"] == "bf16"
+    assert "products in bf16, not in fp8 (fp8)" in found.differences
+
+
+def test_the_first_line_begins_the_answer(tmp_path: Path) -> None:
+    """What a user reads first is how the step differs, and a program finds it in the JSON."""
+    path = tmp_path / "config.yml"
+    path.write_text(BASE + "tensor_parallel_size: 2")
+    command = ["predict", "--config", str(path), "--device", "l40s"]
+    said = "one GPU (tensor_parallel_size)"
+    assert CliRunner().invoke(main, command).stdout.startswith(f"{DIFFERS}{said}\n\nfull on gpt2")
+    assert json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)["differs_from_config"] == [said]
+    page = tmp_path / "report.html"
+    CliRunner().invoke(main, ["report", *command[1:], "--axes", "none", "-o", str(page)])
+    assert said in page.read_text()
