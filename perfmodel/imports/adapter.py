@@ -121,6 +121,4 @@ def _lora(keys: Keys) -> str:
     pissa = str(start).startswith("pissa")
     if not pissa and start is not None and start not in PLAIN_STARTS:
         raise NoBuiltIn(f"{keys.origin}: init_lora_weights {start!r} has")
-    return flavour(
-        keys, four_bit=False, dora=keys.flag("use_dora"), rslora=keys.flag("use_rslora"), pissa=pissa, plus=False
-    )
+    return flavour(keys, bits=None, dora=keys.flag("use_dora"), rslora=keys.flag("use_rslora"), pissa=pissa, plus=False)

@@ -15,6 +15,7 @@ from .fields import (
     flavour,
     fsdp,
     half,
+    low_bits,
     no_sft,
     optimizer,
     spec,
@@ -85,8 +86,8 @@ def _check(keys: Keys, adapter: str | None) -> None:
     if word is not None:
         raise no_sft(keys, f"rl {word!r}", "remove rl")
     keys.exclude("load_in_4bit", "load_in_8bit")
-    eight_bit = "8-bit base weights are not modelled; use load_in_4bit with adapter: qlora, or neither"
-    keys.refuse("load_in_8bit", eight_bit if adapter else "quantised weights cannot be trained without an adapter")
+    if not adapter:
+        keys.refuse("load_in_8bit", "quantised weights cannot be trained without an adapter")
     options = keys.get("model_quantization_config_kwargs")
     if isinstance(options, dict) and options.get("dequantize"):
         keys.used.add("model_quantization_config")  # a 16-bit model then
@@ -141,11 +142,11 @@ def _method(keys: Keys, adapter: str | None, dtype: str) -> str:
         return _full(keys)
     if adapter not in ("lora", "qlora"):
         raise UserError(f"{keys.origin}: adapter {adapter!r} is unknown: use lora or qlora, or leave it empty")
-    four_bit = keys.flag("load_in_4bit")
-    if adapter == "qlora" and not four_bit:
+    bits = low_bits(keys)
+    if adapter == "qlora" and bits != 4:
         raise UserError(f"{keys.origin}: adapter qlora needs load_in_4bit: true")
     name = flavour(
-        keys, four_bit=four_bit, dora=keys.flag("peft_use_dora"), rslora=keys.flag("peft_use_rslora"),
+        keys, bits=bits, dora=keys.flag("peft_use_dora"), rslora=keys.flag("peft_use_rslora"),
         pissa="pissa" in str(keys.get("peft_init_lora_weights") or ""), plus=keys.get("loraplus_lr_ratio") is not None,
     )  # fmt: skip
     keys.used.add("unfrozen_parameters")  # PEFT freezes all but the adapters after it

@@ -16,17 +16,18 @@ OPTIMIZERS = {
     "adamw_apex_fused": "adamw-fused", "adamw_bnb_8bit": "adamw-8bit", "adamw_8bit": "adamw-8bit",
     "paged_adamw_8bit": "paged-adamw-8bit", "paged_adamw_32bit": "paged-adamw", "paged_adamw": "paged-adamw",
     "adafactor": "adafactor", "lion_32bit": "lion", "lion_8bit": "lion-8bit", "sgd": "sgd",
+    "adamw_torch_8bit": "ao-adamw-8bit", "ao_adamw_8bit": "ao-adamw-8bit", "adamw_torch_4bit": "ao-adamw-4bit",
+    "ao_adamw_fp8": "ao-adamw-fp8", "schedule_free_adamw": "schedule-free-adamw", "muon": "muon",
 }  # fmt: skip
 # Names of transformers' and Axolotl's whose program is not modelled (training_args.py; axolotl/utils/schemas/enums.py)
 OTHER_OPTIMIZERS = frozenset((
-    "adamw_torch_npu_fused", "adamw_torch_xla", "adamw_torch_4bit", "adamw_torch_8bit", "ademamix",
-    "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit",
-    "adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "galore_adamw",
-    "galore_adamw_8bit", "galore_adafactor", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise",
-    "galore_adafactor_layerwise", "lomo", "adalomo", "grokadamw", "schedule_free_radam", "schedule_free_adamw",
-    "schedule_free_sgd", "apollo_adamw", "apollo_adamw_layerwise", "stable_adamw", "optimi_adamw",
-    "ao_adamw_4bit", "ao_adamw_8bit", "ao_adamw_fp8", "adopt_adamw", "came_pytorch", "muon", "dion", "sinkgd",
-    "flash_adamw", "flash_adam", "flash_sgd", "flash_sgdw", "flash_lion", "q_galore_adamw8bit",
+    "adamw_torch_npu_fused", "adamw_torch_xla", "ademamix", "ademamix_8bit", "paged_ademamix_32bit",
+    "paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit", "adagrad", "rmsprop", "rmsprop_bnb",
+    "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "galore_adamw", "galore_adamw_8bit", "galore_adafactor",
+    "galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise", "lomo", "adalomo",
+    "grokadamw", "schedule_free_radam", "schedule_free_sgd", "apollo_adamw", "apollo_adamw_layerwise", "stable_adamw",
+    "optimi_adamw", "ao_adamw_4bit", "adopt_adamw", "came_pytorch", "dion", "sinkgd", "flash_adamw", "flash_adam",
+    "flash_sgd", "flash_sgdw", "flash_lion", "q_galore_adamw8bit",
 ))  # fmt: skip
 FLASH = {
     "flash_attention_2": "flash2", "flash_attention_3": "flash2", "kernels-community/flash-attn2": "flash2",
@@ -102,7 +103,16 @@ def optimizer(keys: Keys, key: str, default: str) -> str:
     name: str | None = None if word in OTHER_OPTIMIZERS else keys.one_of(key, OPTIMIZERS, default)
     if name not in optimizers.names():
         raise UserError(f"{keys.origin}: {key} {word!r} is not modelled; use {key}: adamw_torch")
+    if name == "muon":
+        keys.differ("PyTorch's Muon, with AdamW for what is no matrix of a block", key)
     return name
+
+
+def low_bits(keys: Keys) -> int | None:
+    """Bits of bitsandbytes' base weights that `load_in_4bit` or `load_in_8bit` asks for, None if neither does."""
+    keys.exclude("load_in_4bit", "load_in_8bit")
+    eight = keys.flag("load_in_8bit")
+    return 4 if keys.flag("load_in_4bit") else 8 if eight else None
 
 
 def attention(keys: Keys, key: str, choices: Mapping[str, str], default: str = "sdpa") -> str:
@@ -158,17 +168,17 @@ def spec(name: str, **options: Any) -> str:
     return name + (":" + ",".join(parts) if parts else "")
 
 
-def flavour(keys: Keys, *, four_bit: bool, dora: bool, rslora: bool, pissa: bool, plus: bool) -> str:
-    """The method that LoRA's flags make of it.
+def flavour(keys: Keys, *, bits: int | None, dora: bool, rslora: bool, pissa: bool, plus: bool) -> str:
+    """The method that LoRA's flags make of it, on base weights of 4 or 8 bits or on plain ones.
 
     Raises:
         UserError: flags that are not modelled together.
     """
     on = [name for name, flag in (("dora", dora), ("rslora", rslora), ("pissa", pissa), ("loraplus", plus)) if flag]
-    if four_bit:
+    if bits is not None:
         if set(on) - {"rslora", "pissa"}:
-            raise UserError(f"{keys.origin}: a 4-bit base with {on[0]} is not modelled; leave one of them out")
-        return "qlora"
+            raise UserError(f"{keys.origin}: a {bits}-bit base with {on[0]} is not modelled; leave one of them out")
+        return {4: "qlora", 8: "lora_8bit"}[bits]
     if len(on) > 1 and set(on) != {"rslora", "pissa"}:
         raise UserError(f"{keys.origin}: {' and '.join(on)} together are not modelled; choose one")
     return on[0] if on else "lora"

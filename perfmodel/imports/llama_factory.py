@@ -63,9 +63,8 @@ def _checkpoint(keys: Keys) -> str:
 def _method(keys: Keys) -> tuple[str, dict[str, Any]]:
     kind = keys.text("finetuning_type", "lora")
     bits = keys.get("quantization_bit")
-    if bits is not None and str(bits) != "4":
-        base = "8-bit base weights are" if str(bits) == "8" else f"quantization_bit {bits!r} is"
-        raise UserError(f"{keys.origin}: {base} not modelled: use 4, or leave it out")
+    if bits is not None and str(bits) not in ("4", "8"):
+        raise UserError(f"{keys.origin}: quantization_bit {bits!r} is not modelled: use 4 or 8, or leave it out")
     if bits and keys.text("quantization_method", "bnb") not in ("bnb", "bitsandbytes"):
         raise UserError(f"{keys.origin}: quantization_method: quantised base weights of this kind are not modelled")
     if kind == "full":
@@ -79,7 +78,7 @@ def _method(keys: Keys) -> tuple[str, dict[str, Any]]:
     if kind != "lora":
         raise UserError(f"{keys.origin}: finetuning_type {kind!r} is unknown: use lora, full, freeze or oft")
     name = flavour(
-        keys, four_bit=bool(bits), dora=keys.flag("use_dora"), rslora=keys.flag("use_rslora"),
+        keys, bits=int(bits) if bits else None, dora=keys.flag("use_dora"), rslora=keys.flag("use_rslora"),
         pissa=keys.flag("pissa_init"), plus=keys.get("loraplus_lr_ratio") is not None,
     )  # fmt: skip
     options = {
@@ -87,7 +86,7 @@ def _method(keys: Keys) -> tuple[str, dict[str, Any]]:
         "dropout": keys.number("lora_dropout"), "modules_to_save": keys.names("additional_target"),
         "implementation": "unsloth" if keys.flag("use_unsloth") else None,
     }  # fmt: skip
-    if bits:
+    if name == "qlora":
         keys.one_of("quantization_type", {"nf4": True, "fp4": True}, True)
         options["double_quant"] = None if keys.flag("double_quantization", True) else "false"
     return name, options
@@ -107,7 +106,7 @@ def _freeze(keys: Keys, *, quantised: bool) -> tuple[str, dict[str, Any]]:
 
 def _oft(keys: Keys, *, quantised: bool) -> tuple[str, dict[str, Any]]:
     if quantised:
-        raise UserError(f"{keys.origin}: OFT on a 4-bit base is not modelled; remove quantization_bit")
+        raise UserError(f"{keys.origin}: OFT on a quantised base is not modelled; remove quantization_bit")
     keys.refuse("oft_rank", "a number of blocks is not modelled from a config; give oft_block_size")
     options = {
         "block_size": keys.count("oft_block_size", 32), "targets": _targets(keys, "oft_target"),

@@ -14,6 +14,7 @@ from .fields import (
     flavour,
     fsdp,
     half,
+    low_bits,
     no_sft,
     optimizer,
     spec,
@@ -39,7 +40,6 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     if amp is None and is_trl and keys.get("bf16") is None and keys.get("fp16") is None:
         amp = "bf16"  # SFTConfig's own default
     dtype = keys.one_of("dtype", DTYPES, None) or keys.one_of("torch_dtype", DTYPES, "fp32")
-    keys.refuse("load_in_8bit", "8-bit base weights are not modelled; use load_in_4bit, or neither")
     setup: dict[str, Any] = {
         "engine": engine(keys),
         "batch": keys.count("per_device_train_batch_size", 8),
@@ -97,11 +97,11 @@ def _checkpoint(keys: Keys, default: bool) -> str:
 
 def _method(keys: Keys, is_trl: bool) -> str | None:
     if not keys.flag("use_peft"):
-        if keys.flag("load_in_4bit"):
-            raise UserError(f"{keys.origin}: load_in_4bit needs use_peft: true")
+        if bits := low_bits(keys):
+            raise UserError(f"{keys.origin}: load_in_{bits}bit needs use_peft: true")
         return "full" if is_trl else None
     name = flavour(
-        keys, four_bit=keys.flag("load_in_4bit"), dora=keys.flag("use_dora"), rslora=keys.flag("use_rslora"),
+        keys, bits=low_bits(keys), dora=keys.flag("use_dora"), rslora=keys.flag("use_rslora"),
         pissa=False, plus=False,
     )  # fmt: skip
     return spec(

@@ -16,9 +16,9 @@ FILES = {  # file: what it holds, and what must become of it
     "examples/dpo.yml": ("base_model: gpt2\nmicro_batch_size: 1\nrl: dpo\n", "refused", "objective"),
     "examples/mine.yml": ("base_model: no-such-model\nmicro_batch_size: 1\n", "refused", "model unknown"),
     "examples/eight.yml": (
-        "base_model: gpt2\nmicro_batch_size: 1\nadapter: lora\nload_in_8bit: true\n", "refused", "8-bit base",
+        "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 16\nadapter: lora\nload_in_8bit: true\n", "answered", "",
     ),
-    "examples/muon.yml": ("base_model: gpt2\nmicro_batch_size: 1\noptimizer: muon\n", "refused", "optimizer"),
+    "examples/lomo.yml": ("base_model: gpt2\nmicro_batch_size: 1\noptimizer: lomo\n", "refused", "optimizer"),
     "examples/accelerate.yaml": ("distributed_type: FSDP\n", "no training", ""),
     "examples/other.yaml": ("x: 1\n", "refused", "file not recognised"),
     "peft/adapter_config.json": (

@@ -26,7 +26,6 @@ REASONS = (
     ("cannot be traced", r"cannot be traced|peft cannot apply"),
     ("objective", r"step is not modelled|is no SFT step|loss .*not modelled"),
     ("images or sound", r"images or sound"),
-    ("8-bit base", r"8-bit base"),
     ("other quantised base", r"(GPTQ|quantised|4-bit) .*not modelled"),
     ("optimizer", r"optim\w*[ :].*is not modelled"),
     ("tuner without built-in form", BUILT_IN),
