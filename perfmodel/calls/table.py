@@ -174,6 +174,7 @@ rows("rows_backward", "embedding_dense_backward", 6,
 rows("select", "topk", 2, "radix selection, then a sort of what was found (TensorTopK.cu)")
 rows("transform", "_fft_c2c _fft_r2c _fft_c2r")
 rows("nothing", "empty_like new_empty_strided", 0, "allocates only")
+rows("nothing", "set_", 0, "points at other memory")
 rows("nothing", "_local_scalar_dense", 0, "a copy to the host and a synchronisation, no kernel", waits=True)
 rows("nothing", "_linalg_check_errors", 0, "reads a status on the host", waits=True)
 

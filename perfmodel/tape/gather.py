@@ -32,11 +32,11 @@ def _top_values_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 
 def rows_of(bank: Tensor, indices: Tensor) -> Tensor:
-    """`bank[indices]` of a matrix; the gradient adds up what each row received."""
+    """`bank[indices]` of rows (or of the elements of a vector); the gradient adds up what each row received."""
     node = differentiate("IndexBackward0", (bank,), _rows_of_backward, (bank.shape,))
     if node:
         node.save(indices)
-    return emit("index.Tensor", (bank, indices), (*indices.shape, bank.shape[1]), bank.dtype, node=node)
+    return emit("index.Tensor", (bank, indices), (*indices.shape, *bank.shape[1:]), bank.dtype, node=node)
 
 
 def _rows_of_backward(node: Node, grads: Sequence[Grad]) -> Grads:

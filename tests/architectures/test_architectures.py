@@ -14,7 +14,7 @@ from helpers import NAMES, SMALL, architecture_of, config_of, setup_of, step_of
 
 from perfmodel import architectures
 from perfmodel.architectures import Config, from_config, load
-from perfmodel.architectures.base import runs_of_layers
+from perfmodel.architectures.runs import runs_of_layers
 from perfmodel.errors import UserError
 from perfmodel.methods import parse
 from perfmodel.methods.parts.targeted import matches

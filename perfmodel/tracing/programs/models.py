@@ -101,7 +101,8 @@ def _top_k(model: Any, method: TopK, architecture: Architecture) -> Any:
 
 @applies(Lora, LoraPlus, Pissa)  # PiSSA's decomposition of the weights comes before the first step
 def _lora(model: Any, method: Lora, architecture: Architecture, **variant: Any) -> Any:
-    options = {"r": method.r, "lora_alpha": method.alpha, "lora_dropout": method.dropout}
+    options: dict[str, Any] = {"r": method.r, "lora_alpha": method.alpha, "lora_dropout": method.dropout}
+    options["target_parameters"] = list(method.target_parameters) or None
     return _adapt(model, "LoraConfig", method, architecture, **options, **variant)
 
 

@@ -1,0 +1,119 @@
+"""Mixtures of experts: the tape against the real programs, FLOPs against the loop over experts, laws of loads."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perfmodel import UserError, methods
+from perfmodel.architectures import Config, from_config
+from perfmodel.calls import costs
+from perfmodel.program.routing import Routing
+from perfmodel.recording.record import build
+from perfmodel.setup import Setup
+from validate.oracle.cases import MIXTURES, Case
+
+ATTENTION = {"deepseek_v2": "kv_a_proj_with_mqa", "deepseek_v3": "kv_a_proj_with_mqa"}
+DIFFERENT = {"mixtral": {"sliding_window": 9}, "qwen3_moe": {"norm_topk_prob": False, "decoder_sparse_step": 2}}
+AMP = {"dtype": "fp32", "amp": "bf16"}
+
+
+def config(name: str, **changes: Any) -> Config:
+    return Config({**MIXTURES[name], **changes}, name, name)
+
+
+def flops(name: str, method: str, setup: Setup, **changes: Any) -> int:
+    architecture = from_config(config(name, **changes))
+    step = build(architecture, methods.parse(method).bind(architecture), setup, "cpu")
+    return sum(count * costs.flops(op) for _, op, count in step.ops())
+
+
+def cells() -> Iterator[Any]:
+    """Each architecture with each way to train it, over precisions, checkpoints and attention."""
+    for i, name in enumerate(MIXTURES):
+        target = ATTENTION.get(name, "q_proj")
+        parameters = f"lora:r=4,targets={target},target_parameters=mlp.experts.gate_up_proj+mlp.experts.down_proj"
+        yield name, "full", {"batch": 1, "seq": 33, "attention": "eager"}, DIFFERENT.get(name, {})
+        yield name, f"lora:r=4,targets={target}", {"dtype": "fp32", "grad_accum": 2}, {}
+        yield name, "lora:r=4,targets=all-linear", {"checkpoint": ("block", "block-reentrant")[i % 2]}, {}
+        yield name, parameters, AMP, {}
+        yield name, "top_k:k=1", {"optimizer": "adamw-fused"}, {}
+
+
+@pytest.mark.parametrize(("name", "method", "setup", "changes"), cells())
+def test_the_tape_equals_the_real_program(name: str, method: str, setup: Any, changes: Any) -> None:
+    """Zero tolerance, as for every other architecture; adapters on experts included."""
+    pytest.importorskip("peft")
+    from validate.oracle import counts
+
+    result = counts.compare_case(Case(config(name, **changes), method, Setup(**{"batch": 4, "seq": 9, **setup})))
+    assert result.calls > 0
+    assert result.differences == []
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_flops_are_those_of_the_loop_over_experts(name: str) -> None:
+    """FlopCounterMode counts `_grouped_mm` as nothing, but each product of the loop, whose router needs real data."""
+    torch = pytest.importorskip("torch")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from perfmodel.tracing.programs import models
+
+    setup = Setup(batch=2, seq=9, dtype="fp32", attention="eager")
+    model = models.build_model(config(name), setup).to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            torch.nn.init.uniform_(tensor.data, -0.1, 0.1)
+    model.set_experts_implementation("eager")
+    ids = torch.zeros((2, 9), dtype=torch.long).random_(0, 100)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert flops(name, "full", setup) == counter.get_total_flops()
+
+
+@given(
+    experts=st.integers(1, 300), data=st.data(), tokens=st.integers(1, 100_000),
+    exponent=st.one_of(st.just(0.0), st.floats(0.05, 4.0)),
+)  # fmt: skip
+def test_every_token_goes_to_top_k_experts(experts: int, data: Any, tokens: int, exponent: float) -> None:
+    """No row is lost or invented by rounding, and no expert gets a token twice."""
+    top_k = data.draw(st.integers(1, experts))
+    routing = Routing(experts, top_k, exponent)
+    counts = routing.counts(tokens * top_k)
+    assert counts.sum() == tokens * top_k
+    assert counts.min() >= 0
+    assert counts.max() <= tokens
+    assert (np.diff(counts) <= 0).all()
+    groups = routing.groups(tokens * top_k)
+    assert sorted(counts[counts > 0].tolist()) == sorted(n for n, times in groups for _ in range(times))
+
+
+@pytest.mark.parametrize("routing", ["balanced", "zipf:1.2"])
+def test_loads_change_no_flops(routing: str) -> None:
+    """Who computes a row changes nothing in what is computed."""
+    setup = Setup(batch=3, seq=7, routing=routing)
+    assert flops("qwen3_moe", "full", setup) == flops("qwen3_moe", "full", Setup(batch=3, seq=7))
+
+
+@pytest.mark.parametrize("routing", ["zipf", "zipf:", "zipf:-1", "zipf:nan", "even", ""])
+def test_a_routing_that_says_nothing_is_refused(routing: str) -> None:
+    with pytest.raises(UserError, match="balanced"):
+        Setup(routing=routing)
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("lora:targets=all-linear,dropout=0.1", "without dropout"),
+        ("dora:targets=all-linear", "no linear layer"),
+        ("lora:targets=q_proj+up_proj", "gate_proj and up_proj"),
+        ("lora:targets=q_proj,target_parameters=w1", "gate_up_proj"),
+    ],
+)
+def test_adapters_that_peft_lacks_for_experts_are_refused(method: str, said: str) -> None:
+    """A LoRA that leaves the experts out in silence would be another program than the user's."""
+    with pytest.raises(UserError, match=said):
+        flops("qwen3_moe", method, Setup())
