@@ -51,6 +51,7 @@ class Llama(Architecture):
     layer_types: tuple[str, ...] = ()
     attention_dropout: float = 0.0
 
+    rotary_halves: ClassVar[int] = 2  # how often the rotary tables have each angle
     layer_path: ClassVar[str] = "model.layers"
     traits: ClassVar[Traits] = Traits(
         head="causal",
@@ -153,7 +154,7 @@ class Llama(Architecture):
             )
             for kind in ((FULL, SLIDING) if self.layer_types else (self.sees(0),))
         }  # fmt: skip
-        rotary = masks.rotary_tables(position_ids, self.head_dim // 2, embedded.dtype)
+        rotary = masks.rotary_tables(position_ids, self.head_dim // 2, embedded.dtype, self.rotary_halves)
         hidden = model.layers(self.block, embedded, mask_of, *rotary)
         model.begin("head")
         return model.norm("model.norm", hidden)

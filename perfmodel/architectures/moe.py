@@ -46,6 +46,7 @@ class Mixture(Llama):
     top_k: int = 0
     expert_width: int = 0
 
+    router: ClassVar[str] = "mlp.gate"  # its name in a block
     counted_as: ClassVar[tuple[str, str]] = ("num_local_experts", "num_experts_per_tok")  # keys of a config
 
     @classmethod
@@ -66,7 +67,7 @@ class Mixture(Llama):
         return [name for name in super().linear_names() if dense or not name.startswith("mlp.")]
 
     def stacked_names(self) -> list[str]:
-        return ["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        return [f"{self.router}.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
     def is_mixture(self, layer: int) -> bool:
         """Whether a block's MLP is a mixture."""
@@ -91,7 +92,7 @@ class Mixture(Llama):
     def route(self, layer: Scope, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and int64 numbers, both (tokens, top_k), of the experts that every token (tokens, hidden) goes to."""
         tape().part.host.modules += 1
-        logits = linear(x, layer.stacked("mlp.gate.weight", (self.experts, self.hidden)))
+        logits = linear(x, layer.stacked(f"{self.router}.weight", (self.experts, self.hidden)))
         probabilities = softmax(logits, "fp32")
         top, chosen = top_values(probabilities, self.top_k)
         return self.scaled(top, logits.dtype), chosen

@@ -9,15 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perfmodel import UserError, methods
-from perfmodel.architectures import Config, from_config
+from perfmodel.architectures import Config, from_config, load
 from perfmodel.calls import costs
-from perfmodel.program.routing import Routing
+from perfmodel.devices import profile
+from perfmodel.devices.grouped import grouped_time
+from perfmodel.program.routing import Routing, exponent_of
 from perfmodel.recording.record import build
 from perfmodel.setup import Setup
 from validate.oracle.cases import MIXTURES, Case
 
 ATTENTION = {"deepseek_v2": "kv_a_proj_with_mqa", "deepseek_v3": "kv_a_proj_with_mqa"}
-DIFFERENT = {"mixtral": {"sliding_window": 9}, "qwen3_moe": {"norm_topk_prob": False, "decoder_sparse_step": 2}}
+DIFFERENT: dict[str, Any] = {
+    "mixtral": {"sliding_window": 9},
+    "qwen3_moe": {"norm_topk_prob": False, "decoder_sparse_step": 2},
+}
+BUNDLED = ("mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b")
 AMP = {"dtype": "fp32", "amp": "bf16"}
 
 
@@ -36,11 +42,12 @@ def cells() -> Iterator[Any]:
     for i, name in enumerate(MIXTURES):
         target = ATTENTION.get(name, "q_proj")
         parameters = f"lora:r=4,targets={target},target_parameters=mlp.experts.gate_up_proj+mlp.experts.down_proj"
+        usual = {"attention": from_config(config(name)).traits.attention[0]}
         yield name, "full", {"batch": 1, "seq": 33, "attention": "eager"}, DIFFERENT.get(name, {})
-        yield name, f"lora:r=4,targets={target}", {"dtype": "fp32", "grad_accum": 2}, {}
-        yield name, "lora:r=4,targets=all-linear", {"checkpoint": ("block", "block-reentrant")[i % 2]}, {}
-        yield name, parameters, AMP, {}
-        yield name, "top_k:k=1", {"optimizer": "adamw-fused"}, {}
+        yield name, f"lora:r=4,targets={target}", {**usual, "dtype": "fp32", "grad_accum": 2}, {}
+        yield name, "lora:r=4,targets=all-linear", {**usual, "checkpoint": ("block", "block-reentrant")[i % 2]}, {}
+        yield name, parameters, {**usual, **AMP}, {}
+        yield name, "top_k:k=1", {**usual, "optimizer": "adamw-fused"}, {}
 
 
 @pytest.mark.parametrize(("name", "method", "setup", "changes"), cells())
@@ -52,6 +59,20 @@ def test_the_tape_equals_the_real_program(name: str, method: str, setup: Any, ch
     result = counts.compare_case(Case(config(name, **changes), method, Setup(**{"batch": 4, "seq": 9, **setup})))
     assert result.calls > 0
     assert result.differences == []
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_mixtures_equal_the_real_program(name: str) -> None:
+    """Real widths, two or four blocks of each (all blocks alike differ in nothing): calls, FLOPs, bytes, parameters."""
+    pytest.importorskip("peft")
+    from validate.oracle import counts
+
+    values = load(name).values
+    few = {**values, "num_hidden_layers": 4 if "first_k_dense_replace" in values else 2}
+    if "layer_types" in few:
+        few["layer_types"] = few["layer_types"][:2]
+    setup = Setup(batch=1, seq=128, attention="eager", optimizer="adamw-foreach")
+    assert counts.compare_case(Case(Config(few, name, name), "full", setup)).differences == []
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -96,6 +117,35 @@ def test_loads_change_no_flops(routing: str) -> None:
     """Who computes a row changes nothing in what is computed."""
     setup = Setup(batch=3, seq=7, routing=routing)
     assert flops("qwen3_moe", "full", setup) == flops("qwen3_moe", "full", Setup(batch=3, seq=7))
+
+
+def seconds(device: str, routing: str, experts: int = 64, tokens: int = 4096) -> float:
+    """One product by expert of (tokens · 4, 1024) by (experts, 1024, 2048)."""
+    on = profile.load(device)
+    one_kernel = on.compute_capability == "9.0"
+    shared = "tn", Routing(experts, 4, exponent_of(routing)), not one_kernel, tokens * 4, 1024, 2048
+    return float(grouped_time(on, "bf16", *shared))
+
+
+@pytest.mark.parametrize("device", ["h100-sxm", "a100-80gb-sxm"])
+def test_uneven_loads_cost_what_small_products_waste(device: str) -> None:
+    """Never faster than one product over all rows; where each expert has a kernel, many experts cost their launches."""
+    even, skewed = seconds(device, "balanced"), seconds(device, "zipf:1.2")
+    assert even > seconds(device, "balanced", experts=4)
+    assert 0.3 < skewed / even < 3
+    assert seconds(device, "balanced", experts=4, tokens=8192) > seconds(device, "balanced", experts=4)
+
+
+def test_a_kernel_an_expert_is_counted_as_such() -> None:
+    """An A100 has no grouped kernel: ATen reads the loads on the host and calls a product for every expert."""
+    architecture = from_config(config("qwen3_moe"))
+    method = methods.parse("full").bind(architecture)
+    for capability, launches, waits in (("9.0", 1, False), ("8.0", 6, True)):
+        step = build(architecture, method, Setup(batch=4, seq=32), "cuda", capability)
+        grouped = [op for _, op, _ in step.ops() if op.name == "_grouped_mm"]
+        assert grouped
+        assert {int(costs.kernels(op)) for op in grouped} == {launches}
+        assert {costs.synchronises(op) for op in grouped} == {waits}
 
 
 @pytest.mark.parametrize("routing", ["zipf", "zipf:", "zipf:-1", "zipf:nan", "even", ""])

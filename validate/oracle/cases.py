@@ -56,6 +56,11 @@ MIXTURES: dict[str, dict[str, Any]] = {  # of experts
         "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True,
         "mlp_only_layers": [1],
     },
+    "gpt_oss": {
+        "model_type": "gpt_oss", "hidden_size": 64, "intermediate_size": 40, "num_hidden_layers": 5, "pad_token_id": 0,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 16, "sliding_window": 8,
+        "num_local_experts": 6, "num_experts_per_tok": 3,
+    },
 }  # fmt: skip
 NO_DROPOUT = {
     "gpt2": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
