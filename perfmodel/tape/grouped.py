@@ -5,6 +5,7 @@ Source: ATen/native/GroupedMMUtils.h, derivatives.yaml.
 
 from collections.abc import Sequence
 
+from ..errors import UserError
 from ..program.dims import same
 from ..program.op import Attrs
 from ..program.routing import Routing
@@ -49,8 +50,12 @@ def _grouped_mm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 def _attrs(layout: str, dtype: str, routing: Routing) -> Attrs:
     """Where there is no kernel for all experts, ATen reads the offsets on the host and calls a product for each."""
-    one_kernel = tape().capability.split(".")[0] in ONE_KERNEL and dtype == "bf16"
-    return Attrs(layout, routing=routing, sync=tape().device == "cuda" and not one_kernel)
+    cuda, major = tape().device == "cuda", tape().capability.split(".")[0]
+    if cuda and int(major) < 8:
+        raise UserError(
+            "mixtures of experts need compute capability 8.0: transformers' own loop before it is not modelled"
+        )
+    return Attrs(layout, routing=routing, sync=cuda and not (major in ONE_KERNEL and dtype == "bf16"))
 
 
 def sort(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -167,3 +167,32 @@ def test_adapters_that_peft_lacks_for_experts_are_refused(method: str, said: str
     """A LoRA that leaves the experts out in silence would be another program than the user's."""
     with pytest.raises(UserError, match=said):
         flops("qwen3_moe", method, Setup())
+
+
+@pytest.mark.parametrize(("setup", "capability"), [({"compile": "default"}, "9.0"), ({"dtype": "fp16"}, "7.5")])
+def test_programs_that_are_not_mirrored_are_refused(setup: Any, capability: str) -> None:
+    """Compiled experts, and transformers' own loop on cards before Ampere, are other programs."""
+    architecture = from_config(config("mixtral"))
+    with pytest.raises(UserError, match="experts"):
+        build(architecture, methods.parse("full").bind(architecture), Setup(**setup), "cuda", capability)
+
+
+# (tokens, hidden, width of an expert, top-k, experts) -> seconds, on an H100 SXM: moe_perf of ai-dynamo/aiconfigurator
+# (Apache-2.0), TensorRT-LLM 1.3.0rc20, moe_torch_flow_cutlass, balanced load: two grouped products, the gate between
+# them, the sum after them. Inference kernels of CUTLASS, as torch's are. Drawn at random from 131 rows.
+MEASURED = (
+    ((80, 5120, 2048, 1, 16), 346e-6), ((256, 6144, 384, 4, 128), 652e-6), ((1024, 6144, 640, 8, 160), 1510e-6),
+    ((1536, 5120, 2048, 1, 128), 2641e-6), ((2048, 5120, 8192, 1, 16), 1525e-6), ((6144, 2048, 64, 8, 256), 502e-6),
+    ((8192, 2048, 768, 8, 128), 1466e-6),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "measured"), MEASURED)
+def test_grouped_products_take_what_was_measured(shape: tuple[int, ...], measured: float) -> None:
+    """Nothing is fitted to them: the price is that of single products, whose tiles fill the SMs together."""
+    tokens, hidden, width, top_k, experts = shape
+    h100, rows, routing = profile.load("h100-sxm"), tokens * top_k, Routing(experts, top_k)
+    products = ((hidden, 2 * width), (width, hidden))
+    seconds = sum(float(grouped_time(h100, "bf16", "tn", routing, False, rows, *sizes)) for sizes in products)
+    between = rows * (6 * width + 4 * hidden) / (h100.hardware.memory_bandwidth * 0.9)  # bytes of gate and sum
+    assert seconds + between == pytest.approx(measured, rel=0.3)
