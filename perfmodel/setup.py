@@ -8,6 +8,7 @@ import numpy as np
 from . import optimizers
 from .errors import UserError, nearest
 from .program.dims import Dim
+from .program.routing import exponent_of
 
 DTYPES = ("bf16", "fp16", "fp32")
 ATTENTION = ("sdpa", "eager", "flash2")
@@ -40,6 +41,8 @@ class Setup:
             and forward and backward are each a CUDA graph).
         padded: whether some samples of a batch are padded to `seq`: then sdpa gets an explicit mask, which costs it the
             flash kernel, copies of the grouped keys and values, and the causal saving.
+        routing: how evenly the routers of a mixture of experts load them: balanced, or zipf:EXPONENT, by which the
+            share of an expert falls with its rank.
         engine: what runs the step: torch, or deepspeed-zero3 (`perfmodel.recording.zero`); a method may name its own.
     """
 
@@ -57,6 +60,7 @@ class Setup:
     kernels: str = "torch"
     compile: str = "none"
     engine: str = "torch"
+    routing: str = "balanced"
 
     def __post_init__(self) -> None:
         for name in ("batch", "seq"):
@@ -73,6 +77,7 @@ class Setup:
             one_of("amp", self.amp, ("bf16", "fp16"))
             if self.dtype not in ("fp32", self.amp):
                 raise UserError(f"amp {self.amp} goes with fp32 or {self.amp} weights, got dtype {self.dtype}")
+        exponent_of(self.routing)
         if self.attention == "flash2" and self.dtype == "fp32" and self.amp is None:
             raise UserError("attention flash2 needs a 16-bit dtype; use sdpa with fp32")
         if self.attention == "flash2" and self.padded:

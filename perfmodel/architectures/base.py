@@ -1,6 +1,6 @@
 """What an architecture is, and the scopes in which its forward pass makes parameters and layers."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -17,10 +17,10 @@ from ..tape.core import tape
 from ..tape.inplace import add_to_output
 from ..tape.tensor import Parameter, Tensor
 from .config import Config
+from .runs import runs_of_layers
 from .traits import Traits
 
 INSIDE = ("block", "attention", "mlp", "activation")  # modules that run in a block beside its linear layers and norms
-LONGEST_PATTERN = 8  # layers until they come again alike (Jamba); a longer one is recorded layer by layer
 WORDS = ("embed_tokens", "wte", "word_embeddings")  # what transformers calls the embedding of the words
 _REGISTRY: Registry[type["Architecture"]] = Registry(__package__, Path(__file__).parent)
 A = TypeVar("A", bound="Architecture")
@@ -123,9 +123,17 @@ class Architecture:
         """The sliding window in tokens within which a block attends, None where it attends to all."""
         return None
 
+    def active_share(self, name: str) -> tuple[int, int]:
+        """The share of a parameter that a token meets, as a fraction: below 1 where it goes to some experts only."""
+        return 1, 1
+
     def linear_names(self) -> list[str]:
         """Names of the linear layers inside a block, relative to it (`self_attn.q_proj`)."""
         raise TypeError(f"{type(self).__name__} must define linear_names")
+
+    def stacked_names(self) -> list[str]:
+        """Names of a block's weights that are no linear layer's: those of all its experts, and its router's."""
+        return []
 
 
 class Rewrites(Protocol):
@@ -150,6 +158,8 @@ class Rewrites(Protocol):
     def mlp(self, layers: tuple["Linear", ...], x: Tensor) -> Tensor | None: ...
 
     def sublayer(self, layer: "Scope", name: str, x: Tensor, residual: Tensor, norm: str | None) -> Tensor: ...
+
+    def stacked(self, layer: "Scope", name: str, weight: Parameter, *, flipped: bool) -> Tensor: ...
 
     def words(self, model: "Scope", weight: Parameter, ids: Tensor) -> Tensor: ...
 
@@ -302,6 +312,15 @@ class Scope:
         weight = self.parameter(f"{name}.weight", (rows, width), "embedding")
         return self.build.method.words(self, weight, ids) if name.endswith(WORDS) else nn.embedding(weight, ids)
 
+    def stacked(self, name: str, shape: tuple[Any, ...], *, flipped: bool = False) -> Tensor:
+        """A weight that is no linear layer's (of all experts, or a router) as the fine-tuning method rewrites it.
+
+        It is (…, out, in), or (…, in, out) if `flipped`.
+        """
+        weight = self.parameter(name, shape, "weight")
+        with tape().belonging_to("adapter"):
+            return self.build.method.stacked(self, name, weight, flipped=flipped)
+
     def sublayer(self, name: str, x: Tensor, residual: Tensor, norm: str | None = None) -> Tensor:
         """The output of "attention" or "mlp" as the fine-tuning method rewrites it, before it joins the residual."""
         with tape().belonging_to("adapter"):
@@ -372,32 +391,6 @@ class Scope:
                 f"{self.build.architecture.name}: seq {_largest(seq)}{also} exceeds its {limit} learned positions; "
                 f"use --seq {limit - virtual} or less"
             )
-
-
-def runs_of_layers(architecture: Architecture, method: Rewrites) -> list[tuple[int, int, int]]:
-    """Layers that come again alike, in their order: (first layer, layers of a pattern, times that it comes in a row).
-
-    The first block stands alone in any case: what all blocks share (its input, masks, rotary tables) is allocated
-    before it and dies with its backward.
-    """
-    keys = [(architecture.layer_kind(i), method.layer_key(i)) for i in range(architecture.layers)]
-    found = [(0, 1, 1)]
-    first = 1
-    while first < len(keys):
-        period, times = next(
-            ((p, n) for p in range(1, LONGEST_PATTERN + 1) if (n := _times(keys, first, p)) > 1), (1, 1)
-        )
-        found.append((first, period, times))
-        first += period * times
-    return found
-
-
-def _times(keys: Sequence[Hashable], first: int, period: int) -> int:
-    """How often the pattern of `period` keys from `first` on comes in a row."""
-    pattern, times = keys[first : first + period], 1
-    while keys[first + times * period : first + (times + 1) * period] == pattern:
-        times += 1
-    return times
 
 
 def _largest(x: Any) -> int:

@@ -3,6 +3,7 @@
 Source: transformers/models/llama/modeling_llama.py.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -50,6 +51,7 @@ class Llama(Architecture):
     layer_types: tuple[str, ...] = ()
     attention_dropout: float = 0.0
 
+    rotary_halves: ClassVar[int] = 2  # how often the rotary tables have each angle
     layer_path: ClassVar[str] = "model.layers"
     traits: ClassVar[Traits] = Traits(
         head="causal",
@@ -109,13 +111,17 @@ class Llama(Architecture):
         """Which layers see a sliding window only, and how wide it is."""
         return {}
 
-    def layer_kind(self, layer: int) -> str:
+    def layer_kind(self, layer: int) -> Hashable:
+        return self.sees(layer)
+
+    def sees(self, layer: int) -> str:
+        """Which tokens a block attends to: all before, or those in its window."""
         if self.layer_types:
             return self.layer_types[layer]
         return SLIDING if self.window else FULL
 
     def window_of(self, layer: int) -> int | None:
-        return self.window if self.layer_kind(layer) == SLIDING else None
+        return self.window if self.sees(layer) == SLIDING else None
 
     def linear_names(self) -> list[str]:
         attention = [f"self_attn.{n}_proj" for n in ("q", "k", "v", "o")]
@@ -146,9 +152,9 @@ class Llama(Architecture):
                 attention, seq, setup.attention, embedded.dtype, self.window if kind == SLIDING else None,
                 padded=setup.explicit_mask,
             )
-            for kind in ((FULL, SLIDING) if self.layer_types else (self.layer_kind(0),))
+            for kind in ((FULL, SLIDING) if self.layer_types else (self.sees(0),))
         }  # fmt: skip
-        rotary = masks.rotary_tables(position_ids, self.head_dim // 2, embedded.dtype)
+        rotary = masks.rotary_tables(position_ids, self.head_dim // 2, embedded.dtype, self.rotary_halves)
         hidden = model.layers(self.block, embedded, mask_of, *rotary)
         model.begin("head")
         return model.norm("model.norm", hidden)
@@ -176,7 +182,7 @@ class Llama(Architecture):
         setup = layer.build.setup
         q, k = rope(q, k, cos, sin) if setup.kernels == "liger" else rotate(q, k, cos, sin)
         k, v = layer.extended(k, v)
-        mask, p, capped = mask_of[self.layer_kind(layer.index)], self.attention_dropout, self.attention_cap is not None
+        mask, p, capped = mask_of[self.sees(layer.index)], self.attention_dropout, self.attention_cap is not None
         out, weights = attend(q, k, v, mask, setup.attention, causal=True, form="upcast", p=p, capped=capped)
         out = reshape(out, (*x.shape[:-1], self.heads * self.head_dim))
         out = layer.linear("self_attn.o_proj", out, self.hidden, bias=self.output_bias)

@@ -95,12 +95,13 @@ def bidirectional_mask(attention: Tensor, implementation: str, dtype: str, *, pa
     return mask
 
 
-def rotary_tables(position_ids: Tensor, half: int, dtype: str) -> tuple[Tensor, Tensor]:
-    """cos and sin of (1, seq, 2·half), computed in fp32."""
+def rotary_tables(position_ids: Tensor, half: int, dtype: str, halves: int = 2) -> tuple[Tensor, Tensor]:
+    """cos and sin of (1, seq, halves·half), computed in fp32."""
     frequencies = model_buffer((half,), "fp32")
     at = cast(unsqueeze(position_ids, 2), "fp32")
     angles = mul(at, frequencies)
-    angles = cat((angles, angles), -1)
+    if halves == 2:
+        angles = cat((angles, angles), -1)
     cos, sin = mul(unary("cos", angles), 1.0), mul(unary("sin", angles), 1.0)
     return cast(cos, dtype), cast(sin, dtype)
 

@@ -23,6 +23,16 @@ def rms_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> 
     return mul(weight, cast(x, dtype))
 
 
+def wide_rms_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> Tensor:
+    """gpt-oss's RMSNorm: the weight applied in fp32, too."""
+    weight = parameter("weight")
+    dtype = x.dtype
+    x = cast(x, "fp32")
+    variance = mean_last(power(x))
+    x = mul(x, rsqrt(add(variance, 1e-6)))
+    return cast(mul(weight, x), dtype)
+
+
 def offset_rms_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> Tensor:
     """Gemma's RMSNorm: the weight is an offset from 1, and all of it is computed in fp32."""
     weight = parameter("weight")

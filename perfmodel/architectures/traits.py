@@ -41,6 +41,8 @@ class Traits:
         conv1d: whether the linear layers of its blocks are transformers' `Conv1D`, weights (n_in, n_out).
         attention: the implementations that its program has, of the setup's.
         fused: what else brings fused kernels that are modelled for it: liger, unsloth, lorafusion.
+        stacked: pairs of a layer of transformers 4 and the parameter of experts or router that it is in transformers 5:
+            where the layer is a target, PEFT's LoRA adapts the parameter.
         cache: how PEFT fills transformers' cache for it, "whole" or "by layer" (Gemma's); None: it takes no such cache.
     """
 
@@ -51,6 +53,7 @@ class Traits:
     conv1d: bool = False
     attention: tuple[str, ...] = ("sdpa", "eager", "flash2")
     fused: tuple[str, ...] = ()
+    stacked: tuple[tuple[str, str], ...] = ()
     cache: str | None = "whole"
 
     def __post_init__(self) -> None:

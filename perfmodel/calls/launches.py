@@ -39,6 +39,8 @@ def kernels(op: Op) -> Dim:
     if attrs is not PLAIN:
         if attrs.host or attrs.bus:
             return 0
+        if attrs.routing is not None and attrs.sync:  # a product for each expert that is hit
+            return sum(product.batch for product in known.products(op)) if known.products else 1
         if known.work == "product":
             return 1 + len(attrs.copied)
         if known.work == "transform":

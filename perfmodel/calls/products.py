@@ -2,7 +2,7 @@
 
 A convolution is an implicit GEMM (cuDNN's too): rows are output pixels of the
 batch, columns output channels, and what is summed over is a filter. Of products by expert (`_grouped_mm`) every expert
-gets its even share of the tokens.
+gets the rows that the op's routing gives it: an even share, if it says nothing.
 """
 
 from math import prod
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ..program.dims import Dim, same_shape
 from ..program.op import Op, Spec
+from ..program.routing import Routing
 
 
 class Product(NamedTuple):
@@ -79,8 +80,19 @@ def rides_along(op: Op) -> list[Product]:
 
 
 def by_expert(op: Op) -> list[Product]:
-    """`_grouped_mm`."""
-    return [_by_expert(*op.inputs[:2])]
+    """`_grouped_mm`: (rows, k) by (experts, k, n), or for the weights' gradient (m, rows) by (rows, n), cut by expert.
+
+    Experts that get as many rows as others are one batch of products; those without any have none.
+    """
+    a, b = op.inputs[:2]
+    if len(a.shape) == len(b.shape) == 3:
+        return [_batched(a, b)]
+    forward = len(b.shape) == 3
+    rows, experts = (a.shape[0], b.shape[0]) if forward else (b.shape[0], op.outputs[0].shape[0])
+    groups = (op.attrs.routing or Routing(experts)).groups(rows)
+    if forward:
+        return [Product(op.attrs.layout or "tn", m, b.shape[2], b.shape[1], batch) for m, batch in groups]
+    return [Product("nt", a.shape[0], b.shape[1], k, batch) for k, batch in groups]
 
 
 def convolution(op: Op) -> list[Product]:
@@ -114,12 +126,3 @@ def _convolution(w: Spec, x: Spec, out: Spec) -> Product:
         return Product("tn", _pixels(out), w.shape[0] // groups, prod(w.shape[1:]), groups)
     groups = out.shape[1] // w.shape[1]
     return Product("tn", _pixels(x), prod(w.shape[1:]), w.shape[0] // groups, groups)
-
-
-def _by_expert(a: Spec, b: Spec) -> Product:
-    """(T, k) by (experts, k, n); or for the weights' gradient (m, T) by (T, n), T cut among as many experts."""
-    if len(b.shape) == 3:
-        experts, k, n = b.shape
-        tokens = a.shape[-2] if len(a.shape) == 2 else a.shape[0] * a.shape[1]
-        return Product("tn", max(1, tokens // experts), n, k, experts)
-    return Product("nt", a.shape[0], b.shape[1], a.shape[1])

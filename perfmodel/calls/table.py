@@ -134,12 +134,16 @@ rows("attention", "flash_attn::_flash_attn_backward", 3, THREE, flops=attention.
 rows("decomposition", "linalg_qr _linalg_solve_ex linalg_inv_ex")
 rows("decomposition", "_linalg_svd linalg_pinv.atol_rtol_tensor _linalg_eigh linalg_eig", waits=True)
 
-rows("stream", "abs add sub rsub mul neg pow where eq ne gt ge le lt logical_not logical_or logical_and isnan")
+rows(
+    "stream",
+    "abs add sub rsub mul neg pow where eq ne gt ge le lt logical_not logical_or logical_and isnan floor_divide",
+)
 rows("stream", "bitwise_and bitwise_not bitwise_or clamp masked_fill addcmul lerp maximum minimum sign relu")
 rows("stream", "threshold_backward tanh_backward native_dropout_backward nan_to_num round floor")
 rows("stream", "stack repeat lift_fresh")
 rows("random", "bernoulli_ rand uniform_ normal_")
 rows("sequence", "trace kthvalue sort linalg_lu_solve")
+rows("put", "histc", 2, "fills zeros, then counts (SummaryOps.cu)")
 rows("stream", "isinf", 2, "absolute values, then a comparison")
 rows("sequence", "cumsum", 2, "scan in two passes (CUB)")
 rows("divide", "div reciprocal addcdiv")
@@ -188,6 +192,7 @@ rows("transform", "_fft_c2c _fft_r2c _fft_c2r")
 rows("sequence", "bitsandbytes::outlier_columns", 4, "nonzero: counts them, the host waits, selects, writes indices",
      waits=True)  # fmt: skip
 rows("nothing", "empty_like new_empty_strided", 0, "allocates only")
+rows("nothing", "set_", 0, "points at other memory")
 rows("nothing", "_local_scalar_dense", 0, "a copy to the host and a synchronisation, no kernel", waits=True)
 rows("nothing", "_linalg_check_errors", 0, "reads a status on the host", waits=True)
 

@@ -216,6 +216,8 @@ def _how() -> tuple[Decorator, ...]:
                      help="liger: fused norms, rotary positions, SwiGLU and linear cross entropy."),
         click.option("--compile", type=click.Choice(COMPILE), default="none", show_default=True,
                      help="torch.compile of the model; reduce-overhead adds CUDA graphs."),
+        click.option("--routing", default="balanced", show_default=True,
+                     help="Load of a mixture's experts: balanced, or zipf:1.1 (a share falls with its rank)."),
         click.option("--engine", type=click.Choice(ENGINES), default="torch", show_default=True,
                      help="What runs the step; `METHOD:engine=NAME` for one method alone."),
         click.option("--clip-grad/--no-clip-grad", default=True, show_default=True, help="Clip the gradient norm."),

@@ -18,6 +18,7 @@ from ..program.op import Op
 from . import cpu, kernels
 from .attention import attention_backward_time, attention_forward_time
 from .gemm import LAYOUTS, gemm_time
+from .grouped import grouped_time
 from .hardware import ITEMSIZE
 from .pointwise import pointwise_time
 from .profile import DeviceProfile
@@ -78,6 +79,12 @@ def _sort(i: int, op: Op, tables: Tables) -> None:
 def _products(i: int, op: Op, tables: Tables) -> None:
     """The GEMMs inside a call; what is filtered channel by channel streams."""
     dtype = op.inputs[0].dtype
+    if op.attrs.routing is not None:
+        (a, b), nt = (x.shape for x in op.inputs[:2]), op.attrs.layout == "nt"
+        sizes = (b[0], a[0], b[1]) if nt else (a[0], b[1], b[2])
+        key = dtype if dtype in HALF else "fp32", op.attrs.layout, op.attrs.routing, op.attrs.sync
+        tables.add("grouped", key, i, *sizes)
+        return
     for product_of in products(op):
         layout, m, n, k, batch = product_of
         if product_of.depthwise(op):
@@ -155,5 +162,5 @@ def _memory(profile: DeviceProfile, kind: str, *columns: Any) -> np.ndarray:
 
 
 MODELS: dict[str, Model] = {
-    "gemm": _gemm, "attention": _attention, "solver": _solver, "bus": _bus, "memory": _memory,
+    "gemm": _gemm, "grouped": grouped_time, "attention": _attention, "solver": _solver, "bus": _bus, "memory": _memory,
 }  # fmt: skip

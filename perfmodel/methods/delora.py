@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..tape.elementary import div
-from ..tape.gather import at_least, quotient, vector_norm, zeros_like
+from ..tape.gather import clamp, quotient, vector_norm, zeros_like
 from ..tape.inplace import add_in_place
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, dropout, mul
@@ -42,7 +42,7 @@ class Delora(Targeted):
         weight_norm = Tensor((layer.n_in,), dtype, (1,), layer.n_in, Storage(0, None))  # a buffer
         x_d = dropout(x, self.dropout)
         h = linear(mul(x_d, weight_norm), a)
-        a_norm, b_norm = at_least(vector_norm(a, 1)), at_least(vector_norm(b, 0))
+        a_norm, b_norm = clamp(vector_norm(a, 1), low=True), clamp(vector_norm(b, 0), low=True)
         scaling = quotient(div(strength, self.r), mul(a_norm, b_norm))
         h = mul(h, scaling)
         h = linear(h, b)

@@ -3,16 +3,21 @@
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
+
 from ..errors import UserError, nearest
+from ..program.dims import decide
 from ..tape.linalg import linear
 from ..tape.packages.lora_kernels import Adapted, lorafusion_linear, unsloth_linear, unsloth_mlp, unsloth_qkv
 from ..tape.pointwise import add, cast, dropout, mul
 from ..tape.tensor import Parameter, Tensor
-from .parts.base import Linear, method, option
+from .parts.base import Linear, Scope, method, option
 from .parts.checks import fraction, positive
-from .parts.targeted import Targeted, base_bias, base_weight
+from .parts.stacked import folded
+from .parts.targeted import Targeted, base_bias, base_weight, matches, named
 
 L = TypeVar("L", bound="Lora")
+ON_PARAMETERS = ("lora", "rslora", "loraplus", "qlora")  # those of PEFT's `ParamWrapper`
 HELP = "peft, unsloth (fused where q, k, v or the MLP are all targets, without dropout) or lorafusion"
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj"), ("o_proj",))  # Unsloth's Functions
 
@@ -32,6 +37,7 @@ class Lora(Targeted):
     alpha: float = option(8.0, "scale numerator; changes no cost")
     dropout: float = option(0.0, "dropout on the adapter's input", fraction)
     implementation: str = option("peft", HELP)
+    target_parameters: tuple[str, ...] = option((), "weights of experts joined by +: gate_up_proj+down_proj")
 
     implementations: ClassVar[tuple[str, ...]] = ("peft", "unsloth", "lorafusion")
 
@@ -49,6 +55,13 @@ class Lora(Targeted):
                 f"method {self.name}: {self.implementation} is not written for {self.architecture.name}; "
                 "use implementation=peft"
             )
+        for target in self.target_parameters:
+            known = self.architecture.stacked_names()
+            if not any(matches(name, target) for name in known):
+                hint = nearest(target, known) if known else f"{self.architecture.name} has no experts"
+                raise UserError(
+                    f"method {self.name}: target_parameters {target!r} matches no weight of experts: {hint}"
+                )
 
     def plain(self: L, dtype: str) -> L:
         method = super().plain(dtype)
@@ -60,6 +73,46 @@ class Lora(Targeted):
         assert self.architecture is not None
         names = [name for name in self.architecture.linear_names() if name.rsplit(".", 1)[-1] in leaves]
         return any(all(self.targets_layer(name, layer) for name in names) for layer in range(self.layers))
+
+    def targets_layer(self, name: str, layer: int | None) -> bool:
+        return super().targets_layer(name, layer) and not any(matches(name, old) for old, _ in self._stacked_of_traits)
+
+    @property
+    def _stacked_of_traits(self) -> tuple[tuple[str, str], ...]:
+        assert self.architecture is not None
+        return self.architecture.traits.stacked
+
+    def rank_of_parameter(self, name: str) -> Any:
+        """The rank of the adapter on a weight that is no linear layer's, 0 if it has none; of all blocks alike.
+
+        A parameter that layers of transformers 4 were fused into has the ranks of all.
+        """
+        fused = [old for old, new in self._stacked_of_traits if matches(name, new)]
+        present = [old for old in fused if named(old, self.target_names)]
+        if present and len(present) < len(fused):
+            raise UserError(
+                f"method {self.name}: {' and '.join(fused)} are one weight now, so PEFT adapts both or none; "
+                f"target both"
+            )
+        explicit = any(matches(name, target) for target in self.target_parameters)
+        return self.r * len(present) if present else self.r if explicit else 0
+
+    def stacked(self, layer: Scope, name: str, weight: Parameter, *, flipped: bool) -> Tensor:
+        r = self.rank_of_parameter(name)
+        if not np.any(r):
+            return weight
+        if self.dropout or self.name not in ON_PARAMETERS:
+            raise UserError(
+                f"method {self.name}: PEFT's adapters of {name}, a weight that is no linear layer's, are those of "
+                f"{' or '.join(ON_PARAMETERS)} without dropout; leave it out of the targets"
+            )
+        layer.count_adapter()
+        dtype = self.dtype_beside(layer.dtype)
+        return folded(layer, name, weight, dtype, r, scaled=self.scales(), flipped=flipped)
+
+    def scales(self) -> bool:
+        """Whether α/r is another number than 1, which C++ leaves out."""
+        return decide(self.r != self.alpha)
 
     def dtype_beside(self, dtype: str) -> str:
         return self.dtype_of_base(dtype) if self.implementation == "lorafusion" else super().dtype_beside(dtype)

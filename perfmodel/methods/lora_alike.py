@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..program.dims import decide
 from .lora import Lora
 from .parts.base import Periodic, method, option
 from .parts.checks import not_negative
@@ -18,6 +19,9 @@ from .parts.pissa_init import decompose
 @dataclass(frozen=True)
 class RsLora(Lora):
     """LoRA scaled by α/√r instead of α/r: another number, the cost of LoRA."""
+
+    def scales(self) -> bool:
+        return decide(self.r != self.alpha**2)
 
 
 @method(

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..architectures.base import runs_of_layers
+from ..architectures.runs import runs_of_layers
 from ..errors import UserError
 from ..tape.core import tape
 from ..tape.linalg import linear

@@ -19,8 +19,8 @@ P = TypeVar("P")
 Compute = Callable[[Setup, Method], P]
 CHUNK = 16_384  # points that go through the tape together: bounds the memory of a large grid
 MERGED = (
-    "total_params", "trainable_params", "flops", "bytes", "kernels", "dispatches", "time", "memory", "fits", "mfu",
-    "periodic",
+    "total_params", "trainable_params", "active_params", "flops", "bytes", "kernels", "dispatches", "time", "memory",
+    "fits", "mfu", "periodic",
 )  # fmt: skip
 
 

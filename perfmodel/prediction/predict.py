@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import architectures, methods, passes
+from .. import architectures, methods, passes, units
 from ..architectures import Architecture, Config
 from ..calls.table import row
 from ..devices import engine
@@ -89,6 +89,7 @@ class Prediction(Shown):
     setup: Setup
     total_params: Dim
     trainable_params: Dim
+    active_params: Dim
     flops: Phases
     bytes: Phases
     kernels: Phases
@@ -116,7 +117,8 @@ class Prediction(Shown):
             "device": self.device,
             "method": self.method,
             "setup": {k: plain(v) for k, v in self.setup.as_dict().items()},
-            "params": {"total": plain(self.total_params), "trainable": plain(self.trainable_params)},
+            "params": {"total": plain(self.total_params), "trainable": plain(self.trainable_params),
+                       "active": plain(self.active_params)},
             **{k: plain(getattr(self, k)) for k in ("flops", "bytes", "kernels", "dispatches")},
             "time_s": {
                 **plain(t.phases), "low": plain(t.low), "high": plain(t.high),
@@ -218,6 +220,7 @@ def of_step(built: Step, on: DeviceProfile, by: Host, shared: Shared | None = No
         setup=built.setup,
         total_params=built.total,
         trainable_params=built.trainable,
+        active_params=built.active,
         flops=counted["flops"],
         bytes=counted["bytes"],
         kernels=counted["kernels"],
@@ -253,6 +256,7 @@ def _notes(built: Step, on: DeviceProfile, time: Time) -> list[str]:
     notes += _optimizer_notes(built, time)
     notes += _unknown_notes(built)
     notes += [zero.NOTE] if built.zero else []
+    notes += _mixture_notes(built)
     reaches_embedding = built.setup.checkpoint != "none" and built.method.checkpoints(0)
     if reaches_embedding and not any(p.requires_grad for p in built.parameters if p.kind == "embedding"):
         notes.append(
@@ -260,6 +264,17 @@ def _notes(built: Step, on: DeviceProfile, time: Time) -> list[str]:
             "block, also below the lowest trainable one"
         )
     return notes
+
+
+def _mixture_notes(built: Step) -> list[str]:
+    """What is assumed of a mixture of experts, whose loads data decides."""
+    if np.all(built.active == built.total):
+        return []
+    active, total = (units.count(int(np.max(n))) for n in (built.active, built.total))
+    return [
+        f"mixture of experts: {active} of {total} parameters are active for a token; load of the experts: "
+        f"{built.setup.routing} (--routing)"
+    ]
 
 
 def _unknown_notes(built: Step) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from .dims import Dim, Shape, product
 from .dtypes import ITEMSIZE
+from .routing import Routing
 from .streams import MAIN, Run
 
 
@@ -24,6 +25,7 @@ class Attrs(NamedTuple):
         host: whether it works on host tensors, and the device has nothing to do.
         bus: whether it copies between host and device.
         sync: whether the host waits for the device.
+        routing: how many rows each expert of a grouped product gets; without `sync` one kernel serves them all.
         later: whether only further micro-batches do it: they add gradients to those that are there.
     """
 
@@ -40,6 +42,7 @@ class Attrs(NamedTuple):
     host: bool = False
     bus: bool = False
     sync: bool = False
+    routing: Routing | None = None
     later: bool = False
 
 

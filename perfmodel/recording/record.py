@@ -162,6 +162,8 @@ def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
     if setup.attention not in architecture.traits.attention:
         has = " or ".join(architecture.traits.attention)
         raise UserError(f"attention {setup.attention}: the program of {architecture.name} has {has} only; use {has}")
+    if setup.compile != "none" and architecture.stacked_names():
+        raise UserError(f"compile {setup.compile}: compiled mixtures of experts ({architecture.name}) are not modelled")
     if setup.kernels == "liger" and "lm_head" in getattr(method, "targets", ()):
         raise UserError(f"method {method.name}: Liger's loss reads the head's own weight; leave lm_head out of targets")
 

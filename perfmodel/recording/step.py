@@ -56,6 +56,12 @@ class Step:
         return sum(p.elements * p.count for p in self.parameters)
 
     @property
+    def active(self) -> Dim:
+        """Parameters that a token meets: of a mixture's experts those that it goes to."""
+        shares = ((p, *self.architecture.active_share(p.name)) for p in self.parameters)
+        return sum(p.elements * p.count * part // whole for p, part, whole in shares)
+
+    @property
     def weight_bytes(self) -> Dim:
         """Bytes of all parameters, scales of quantised ones included."""
         return sum(p.nbytes * p.count for p in self.parameters)

@@ -15,10 +15,11 @@ from ..program.op import Attrs
 from .autograd import differentiate
 from .core import new_tensor, record, tape
 from .elementary import div
+from .gather import largest_last
 from .linalg import autocast_operand, matmul
 from .nn import softmax
-from .pointwise import add, cast, dropout, fill, mul, scale, tanh, where
-from .shape import contiguous, expand, reshape, transpose, unsqueeze
+from .pointwise import add, cast, cat, dropout, fill, mul, scale, sub, tanh, where
+from .shape import contiguous, expand, narrow, reshape, transpose, unsqueeze, view
 from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
@@ -67,6 +68,25 @@ def eager_attention(
     if form != "plain":
         weights = cast(weights, q.dtype if form == "upcast" else v.dtype)
     weights = dropout(weights, p)
+    out = matmul(weights, v)
+    return contiguous(transpose(out, 1, 2)), weights
+
+
+def sink_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor, *, p: float
+) -> tuple[Tensor, Tensor]:
+    """gpt-oss's `eager_attention_forward`: as `eager_attention`, with a score of each head for nothing, (h,)."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = repeat_heads(k, groups), repeat_heads(v, groups)
+    weights = mul(matmul(q, transpose(k, 2, 3)), 1.0)
+    if mask is not None:
+        weights = add(weights, mask)
+    sinks = expand(view(sinks, (1, q.shape[1], 1, 1)), (*weights.shape[:3], 1))
+    combined = cat((weights, sinks), -1)
+    combined = sub(combined, largest_last(combined))
+    probabilities = softmax(combined, combined.dtype)
+    scores = narrow(probabilities, -1, k.shape[2])
+    weights = cast(dropout(scores, p), v.dtype)
     out = matmul(weights, v)
     return contiguous(transpose(out, 1, 2)), weights
 

@@ -22,13 +22,14 @@ def div(a: Tensor, b: Tensor | float) -> Tensor:
     """`a / b`."""
     if not isinstance(b, Tensor):
         return _elementwise("div.Tensor", (a,), differentiate("DivBackward0", (a,), _div_number_backward))
-    node = differentiate("DivBackward0", (a, b), _div_backward)
+    node = differentiate("DivBackward0", (a, b), div_backward)
     if node:
         node.save(a if node.needs[1] else None, b)
     return _elementwise("div.Tensor", (a, b), node)
 
 
-def _div_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+def div_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    """The gradients of a quotient, in place or not."""
     (g,), (a, b) = grads, node.unpack()
     assert g is not None
     grad_b = None
@@ -80,18 +81,17 @@ def row_norms(x: Tensor) -> Tensor:
     return emit("linalg_vector_norm", (x,), (x.shape[0],), x.dtype, attrs=Attrs(dims=(1,)))
 
 
-def sum_dim(x: Tensor, dim: int) -> Tensor:
-    """`x.sum(dim)`."""
+def sum_dim(x: Tensor, dim: int, *, keep: bool = False) -> Tensor:
+    """`x.sum(dim, keepdim=keep)`."""
     x = autocast_fp32(x)
     dim = dim % len(x.shape)
-    node = differentiate("SumBackward1", (x,), _sum_backward, (dim, x.shape))
-    return emit(
-        "sum.dim_IntList", (x,), (*x.shape[:dim], *x.shape[dim + 1 :]), x.dtype, node=node, attrs=Attrs(dims=(dim,))
-    )
+    node = differentiate("SumBackward1", (x,), _sum_backward, (dim, x.shape, keep))
+    shape = (*x.shape[:dim], *((1,) if keep else ()), *x.shape[dim + 1 :])
+    return emit("sum.dim_IntList", (x,), shape, x.dtype, node=node, attrs=Attrs(dims=(dim,)))
 
 
 def _sum_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,) = grads
     assert g is not None
-    dim, shape = node.attrs
-    return (expand(unsqueeze(g, dim), shape),)
+    dim, shape, kept = node.attrs
+    return (expand(g if kept else unsqueeze(g, dim), shape),)

@@ -32,11 +32,11 @@ def _top_values_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 
 def rows_of(bank: Tensor, indices: Tensor) -> Tensor:
-    """`bank[indices]` of a matrix; the gradient adds up what each row received."""
+    """`bank[indices]` of rows (or of the elements of a vector); the gradient adds up what each row received."""
     node = differentiate("IndexBackward0", (bank,), _rows_of_backward, (bank.shape,))
     if node:
         node.save(indices)
-    return emit("index.Tensor", (bank, indices), (*indices.shape, bank.shape[1]), bank.dtype, node=node)
+    return emit("index.Tensor", (bank, indices), (*indices.shape, *bank.shape[1:]), bank.dtype, node=node)
 
 
 def _rows_of_backward(node: Node, grads: Sequence[Grad]) -> Grads:
@@ -71,18 +71,33 @@ def _vector_norm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     return (_elementwise("mul.Tensor", (g, direction)),)
 
 
-def at_least(x: Tensor) -> Tensor:
-    """`torch.clamp(x, min=number)`."""
-    node = differentiate("ClampBackward1", (x,), _at_least_backward)
+def largest_last(x: Tensor) -> Tensor:
+    """`x.max(dim=-1, keepdim=True).values`; the gradient is scattered into zeros."""
+    node = differentiate("MaxBackward0", (x,), _top_values_backward, (x.shape,))
+    shape = (*x.shape[:-1], 1)
+    values, indices = new_tensor(shape, x.dtype), new_tensor(shape, "i64")
+    record("max.dim", (x,), (values, indices), Attrs(dims=(len(x.shape) - 1,)))
+    if node:
+        node.save(indices)
+        node.produces(values)
+    return values
+
+
+def clamp(x: Tensor, *, low: bool = False, high: bool = False) -> Tensor:
+    """`torch.clamp(x, min=number, max=number)`, with those bounds that there are."""
+    node = differentiate("ClampBackward1", (x,), _clamp_backward, (low, high))
     if node:
         node.save(x)
     return _elementwise("clamp", (x,), node)
 
 
-def _at_least_backward(node: Node, grads: Sequence[Grad]) -> Grads:
-    (g,), (x,) = grads, node.unpack()
+def _clamp_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (x,), (low, high) = grads, node.unpack(), node.attrs
     assert g is not None
-    zero, inside = fill("scalar_tensor", (), g.dtype), _elementwise("ge.Scalar", (x,), dtype="bool")
+    zero = fill("scalar_tensor", (), g.dtype)
+    inside, *others = (_elementwise(name, (x,), dtype="bool") for name in ["ge.Scalar"] * low + ["le.Scalar"] * high)
+    for other in others:
+        record("logical_and_", (inside, other), (inside,))
     return (_elementwise("where.self", (inside, g, zero), dtype=g.dtype),)
 
 

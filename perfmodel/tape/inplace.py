@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from ..program.dims import product
 from .autograd import differentiate
 from .core import emit, new_tensor, record
+from .elementary import div_backward
 from .pointwise import scale
 from .shape import clone, view
 from .tensor import Grads, Node, Tensor
@@ -110,3 +111,16 @@ def _add_in_place_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     assert g is not None
     other = (scale(g) if doubled else g) if node.needs[1] else None
     return (g if node.needs[0] else None, other)
+
+
+def divide_in_place(x: Tensor, other: Tensor) -> Tensor:
+    """`x /= other`; returns x with its new graph, for which x is copied before if `other` needs a gradient."""
+    node = differentiate("DivBackward0", (x, other), div_backward)
+    if node:
+        before = emit("clone", (x,), x.shape, x.dtype) if node.needs[1] else None
+        node.save(before, other)
+    record("div_.Tensor", (x, other), (x,))
+    x = x.alias()
+    if node:
+        node.produces(x)
+    return x

@@ -6,7 +6,7 @@ from ..program.dims import Shape, product, remembered, same
 from ..program.op import Attrs
 from .autograd import differentiate
 from .core import emit, tape
-from .pointwise import cast, mul, reduce_dims
+from .pointwise import cast, mul, reduce_dims, scale
 from .shape import expand, reshape, t, transpose, view
 from .tensor import Grads, Node, Storage, Tensor
 
@@ -106,6 +106,23 @@ def _bmm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     assert g is not None
     grad_b = bmm(transpose(a, 1, 2), g) if node.needs[1] else None
     return (bmm(g, transpose(b, 1, 2)) if node.needs[0] else None, grad_b)
+
+
+def baddbmm(base: Tensor, a: Tensor, b: Tensor, *, scaled: bool) -> Tensor:
+    """base + s·a·b of (h, p, t), (h, p, q), (h, q, t), whatever autocast says; `scaled`: s is another number than 1."""
+    node = differentiate("BaddbmmBackward0", (base, a, b), _baddbmm_backward, (scaled,))
+    if node:
+        node.save(a if node.needs[2] else None, b if node.needs[1] else None)
+    return emit("baddbmm", (base, a, b), base.shape, base.dtype, node=node)
+
+
+def _baddbmm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (a, b), (scaled,) = grads, node.unpack(), node.attrs
+    assert g is not None
+    grad_a = bmm(g, transpose(b, 1, 2)) if node.needs[1] else None
+    grad_a = scale(grad_a) if grad_a is not None and scaled else grad_a
+    grad_b = bmm(transpose(a, 1, 2), g) if node.needs[2] else None
+    return (g if node.needs[0] else None, grad_a, scale(grad_b) if grad_b is not None and scaled else grad_b)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

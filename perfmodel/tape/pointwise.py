@@ -213,6 +213,11 @@ def tanh(x: Tensor) -> Tensor:
     return _output_activation("tanh", "TanhBackward0", "tanh_backward", x)
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    """The logistic function; saves its output."""
+    return _output_activation("sigmoid", "SigmoidBackward0", "sigmoid_backward", x)
+
+
 def relu(x: Tensor) -> Tensor:
     """ReLU; saves its output."""
     return _output_activation("relu", "ReluBackward0", "threshold_backward", x)

@@ -138,6 +138,12 @@ def narrow(x: Tensor, dim: int, size: Dim) -> Tensor:
     return view_as("slice.Tensor", x, shape, x.strides, node)
 
 
+def every_other(x: Tensor) -> Tensor:
+    """`x[..., ::2]` or `x[..., 1::2]` of an even last dim."""
+    node = differentiate("SliceBackward0", (x,), _slice_backward, (x.shape,))
+    return view_as("slice.Tensor", x, (*x.shape[:-1], x.shape[-1] // 2), (*x.strides[:-1], 2 * x.strides[-1]), node)
+
+
 def _slice_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,) = grads
     assert g is not None

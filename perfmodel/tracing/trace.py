@@ -44,6 +44,13 @@ def _cpu_attention_backward_flops(
     return int(sdpa_backward_flop_count(g, q, _grouped(q, k), _grouped(q, v)))  # type: ignore[no-untyped-call]
 
 
+@register_flop_formula(aten._grouped_mm)
+def _grouped_mm_flops(a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """FlopCounterMode counts products by expert as 0; whatever expert a row goes to, it is a row of one product."""
+    rows, other = (a[0], a[1]) if len(b) == 3 else (b[0], a[0])
+    return int(2 * rows * other * b[-1])
+
+
 def _grouped(q: Any, kv: Any) -> Any:
     return (kv[0], q[1], *kv[2:])
 
@@ -149,6 +156,8 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _picking_all(func: Any, args: Any, kwargs: Any) -> Any:
     """The call, rows that a list of flags picks being all of them: the size of a result cannot hang on data."""
+    if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+        return _grouped_mm(func, *args, **kwargs)
     try:
         return func(*args, **kwargs)
     except DynamicOutputShapeException:
@@ -157,6 +166,11 @@ def _picking_all(func: Any, args: Any, kwargs: Any) -> Any:
         if not any(_is_flags(t) for t in tree_leaves(args)):
             raise
         return func(*tree_map(lambda t: torch.empty_like(t, dtype=torch.long) if _is_flags(t) else t, args), **kwargs)
+
+
+def _grouped_mm(func: Any, a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Fake tensors know products by expert in bf16 only, the kernels fp32 and fp16 as well (GroupedMMUtils.h)."""
+    return func(a.bfloat16(), b.bfloat16(), *args, **kwargs).to(a.dtype)  # type: ignore[no-any-return]
 
 
 def _is_flags(t: Any) -> bool:

@@ -14,7 +14,7 @@ from helpers import NAMES, SMALL, architecture_of, config_of, setup_of, step_of
 
 from perfmodel import architectures
 from perfmodel.architectures import Config, from_config, load
-from perfmodel.architectures.base import runs_of_layers
+from perfmodel.architectures.runs import runs_of_layers
 from perfmodel.errors import UserError
 from perfmodel.methods import parse
 from perfmodel.methods.parts.targeted import matches
@@ -87,6 +87,8 @@ BUILT = {
     "qwen1.5-72b": 72_287_920_128, "qwen1.5-110b": 111_209_914_368, "qwen2-0.5b": 494_032_768,
     "qwen2-1.5b": 1_543_714_304, "qwen2-7b": 7_615_616_512, "smollm-135m": 134_515_008, "smollm-360m": 361_821_120,
     "smollm-1.7b": 1_711_376_384, "yi-34b": 34_388_917_248, "yi-1.5-6b": 6_061_035_520, "yi-1.5-9b": 8_829_407_232,
+    "mixtral-8x7b": 46_702_792_704, "qwen3-30b-a3b": 30_532_122_624,
+    "gpt-oss-20b": 20_914_757_184,
 }  # fmt: skip
 
 

@@ -5,6 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from perfmodel.architectures import Config, from_config, load
+from perfmodel.methods import parse
+from perfmodel.methods.parts.targeted import Targeted
+from perfmodel.methods.top_k import TopK
 from perfmodel.setup import Setup
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -40,6 +43,23 @@ SMALL: dict[str, dict[str, Any]] = {
     "gemma2": {
         "model_type": "gemma2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5, "pad_token_id": 0,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 24, "sliding_window": 24,
+    },
+}  # fmt: skip
+MIXTURES: dict[str, dict[str, Any]] = {  # of experts
+    "mixtral": {
+        "model_type": "mixtral", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "pad_token_id": 0,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "num_local_experts": 6,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+        "pad_token_id": 0, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 24,
+        "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss", "hidden_size": 64, "intermediate_size": 40, "num_hidden_layers": 5, "pad_token_id": 0,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 16, "sliding_window": 8,
+        "num_local_experts": 6, "num_experts_per_tok": 3,
     },
 }  # fmt: skip
 NO_DROPOUT = {
@@ -80,9 +100,11 @@ METHODS = (
     "p_tuning:tokens=6,width=32",
     "prefix_tuning:tokens=6",
     "prefix_tuning:tokens=6,projection=true",
+    "lora:r=4,targets=all-linear",
 )
 REFUSED = {
-    "bitfit": ("llama", "mistral", "qwen3", "gemma2"),  # they have no biases
+    "bitfit": ("llama", "mistral", "qwen3", "gemma2", "mixtral", "qwen3_moe"),  # they have no biases
+    "lora:r=4,targets=all-linear,dropout=0.1": tuple(MIXTURES),  # no adapter of experts has dropout
     **dict.fromkeys(
         ("loha", "lokr", "miss", "oft", "delora", "road", "c3a", "hra", "boft", "beft"), ("gpt2",)
     ),  # peft has no form of them for its layers
@@ -107,7 +129,7 @@ def configs(small: bool) -> Iterator[Config]:
         for name in REAL:
             yield load(name)
         return
-    for name, values in SMALL.items():
+    for name, values in {**SMALL, **MIXTURES}.items():
         tied = values.get("tie_word_embeddings", name in NO_DROPOUT)
         yield Config(values, name, name)
         variant = {**values, "tie_word_embeddings": not tied, **NO_DROPOUT.get(name, {})}
@@ -144,9 +166,11 @@ def grid(which: str) -> Iterator[Case]:
 def cuda_forward_grid() -> Iterator[Case]:
     """What fake CUDA tensors can run without a GPU: forward passes with eager attention and without autocast.
 
-    Both scaled-dot-product attention and autocast ask for a real device before they choose a path.
+    Scaled-dot-product attention, autocast and products by expert ask for a real device before they choose a path.
     """
     for config in configs(small=True):
+        if config.values["model_type"] in MIXTURES:
+            continue
         for dtype in ("bf16", "fp32"):
             setup = Setup(batch=4, seq=17, dtype=dtype, attention="eager", optimizer="adamw-foreach")
             yield from _cases(config, ("full", "lora:r=4,dropout=0.1"), setup)
@@ -175,6 +199,16 @@ def _cases(config: Config, names: tuple[str, ...], setup: Setup) -> Iterator[Cas
         setup = replace(setup, checkpoint="block")
     for text in names:
         name = text.partition(":")[0]
-        if config.values["model_type"] not in REFUSED.get(name, ()):
+        if config.values["model_type"] not in (*REFUSED.get(name, ()), *REFUSED.get(text, ())):
             without = name == "prefix_tuning"  # it does not work with checkpoints
-            yield Case(config, text, replace(setup, checkpoint="none") if without else setup)
+            yield Case(config, _targeted(text, config), replace(setup, checkpoint="none") if without else setup)
+
+
+def _targeted(text: str, config: Config) -> str:
+    """A method with targets, where PEFT has no default ones for the model."""
+    method, architecture = parse(text), from_config(config)
+    adapter = method._lora() if isinstance(method, TopK) and method.inner == "lora" else method
+    if not isinstance(adapter, Targeted) or adapter.targets or getattr(architecture.traits.targets, adapter.family):
+        return text
+    names = "+".join(name.rpartition(".")[2] for name in architecture.linear_names()[:2])
+    return f"{text}{',' if ':' in text else ':'}targets={names}"

@@ -144,6 +144,10 @@ class Method:
         """What a block's "attention" or "mlp" adds to the residual; a post-norm model has the layer `norm` after it."""
         return x
 
+    def stacked(self, layer: Scope, name: str, weight: Parameter, *, flipped: bool) -> Tensor:
+        """The weights of all experts of a block, or of its router: (…, out, in), or (…, in, out) if `flipped`."""
+        return weight
+
     def words(self, model: Scope, weight: Parameter, ids: Tensor) -> Tensor:
         """The embedding of the words, (batch, seq) → (batch, seq, hidden)."""
         return embedding(weight, ids)

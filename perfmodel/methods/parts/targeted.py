@@ -206,7 +206,7 @@ def _pattern(method: str, target: str) -> re.Pattern[str]:
 
 def check_targets(method: str, targets: Sequence[str], architecture: Architecture) -> None:
     """Raise `UserError` where a target matches no linear layer of the architecture."""
-    known = [*architecture.linear_names(), "lm_head"]
+    known = [*architecture.linear_names(), "lm_head", *(old for old, _ in architecture.traits.stacked)]
     for target in targets:
         if target != ALL_LINEAR and not any(matches(name, target) for name in known):
             leaves = {name.rsplit(".", 1)[-1] for name in known}

@@ -122,7 +122,8 @@ def _checkpoint_trained(model: Any) -> None:
 
 @applies(Lora, LoraPlus, Pissa)  # PiSSA's decomposition of the weights comes before the first step
 def _lora(model: Any, method: Lora, architecture: Architecture, **variant: Any) -> Any:
-    options = {"r": method.r, "lora_alpha": method.alpha, "lora_dropout": method.dropout}
+    options: dict[str, Any] = {"r": method.r, "lora_alpha": method.alpha, "lora_dropout": method.dropout}
+    options["target_parameters"] = list(method.target_parameters) or None
     return _adapt(model, "LoraConfig", method, architecture, **options, **variant)
 
 

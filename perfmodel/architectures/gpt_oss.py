@@ -1,0 +1,91 @@
+"""gpt-oss: mixtures of experts with biases and interleaved gates; attention with sinks, in a window every other layer.
+
+Checkpoints hold the experts in MXFP4; what is trained is dequantised (`Mxfp4Config(dequantize=True)`), as all is here.
+Source: transformers/models/gpt_oss/modeling_gpt_oss.py.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..tape.attention import sink_attention
+from ..tape.core import tape
+from ..tape.gather import clamp, rows_of, top_values
+from ..tape.grouped import grouped_mm
+from ..tape.inplace import add_in_place
+from ..tape.linalg import linear
+from ..tape.nn import softmax
+from ..tape.pointwise import add, cat, mul, sigmoid, sub
+from ..tape.shape import every_other, reshape, split, unsqueeze
+from ..tape.tensor import Tensor
+from .base import Scope, architecture
+from .config import Config
+from .llama import FULL, SLIDING, Llama, Masks
+from .moe import Mixture
+from .norms import wide_rms_norm
+from .traits import Traits
+
+
+@architecture("gpt_oss")
+@dataclass(frozen=True)
+class GptOss(Mixture):
+    """Dims of a gpt-oss."""
+
+    traits: ClassVar[Traits] = Traits(
+        head="causal", norm=wide_rms_norm, norms=Llama.traits.norms, attention=("eager",), cache="by layer"
+    )
+    defaults: ClassVar[dict[str, int]] = {
+        "num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128, "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+    }  # fmt: skip
+    router: ClassVar[str] = "mlp.router"
+    rotary_halves: ClassVar[int] = 1
+
+    @classmethod
+    def biases(cls, config: Config) -> dict[str, Any]:
+        bias = config.flag("attention_bias", True)
+        return {"qkv_bias": bias, "output_bias": bias}
+
+    @classmethod
+    def windows(cls, config: Config) -> dict[str, Any]:
+        alternating = [FULL if i % 2 else SLIDING for i in range(config.count("num_hidden_layers"))]
+        return {
+            "window": cls.count(config, "sliding_window", 128),
+            "layer_types": config.each_of("layer_types", alternating, (FULL, SLIDING)),
+        }
+
+    def attention(self, layer: Scope, x: Tensor, mask_of: Masks, cos: Tensor, sin: Tensor) -> Any:
+        q, k, v = self._projected(layer, x)
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        k, v = layer.extended(k, v)
+        sinks = layer.parameter("self_attn.sinks", (self.heads,), "weight")
+        with tape().belonging_to("attention"):
+            out, weights = sink_attention(q, k, v, mask_of[self.sees(layer.index)], sinks, p=self.attention_dropout)
+        out = reshape(out, (*x.shape[:-1], self.heads * self.head_dim))
+        return layer.linear("self_attn.o_proj", out, self.hidden, bias=self.output_bias), weights
+
+    def route(self, layer: Scope, x: Tensor) -> tuple[Tensor, Tensor]:
+        tape().part.host.modules += 1
+        weight = layer.stacked(f"{self.router}.weight", (self.experts, self.hidden))
+        logits = linear(x, weight, layer.parameter(f"{self.router}.bias", (self.experts,), "bias"))
+        top, chosen = top_values(logits, self.top_k)
+        return softmax(top, top.dtype), chosen
+
+    def expert_linear(self, layer: Scope, name: str, x: Tensor, n_out: int, chosen: Tensor, ends: Tensor) -> Tensor:
+        weight = layer.stacked(f"mlp.experts.{name}", (self.experts, x.shape[1], n_out), flipped=True)
+        bias = rows_of(layer.parameter(f"mlp.experts.{name}_bias", (self.experts, n_out), "bias"), chosen)
+        return add_in_place(grouped_mm(x, weight, ends, self.routing(layer)), bias)
+
+    def gated(self, x: Tensor) -> Tensor:
+        gate, up = every_other(x), every_other(x)
+        gate = clamp(gate, high=True)
+        up = clamp(up, low=True, high=True)
+        glu = mul(gate, sigmoid(mul(gate, 1.702)))
+        return mul(add(up, 1.0), glu)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding whose tables have half the width of a head."""
+    cos, sin = unsqueeze(cos, 1), unsqueeze(sin, 1)
+    first, second = split(x, (x.shape[-1] // 2,) * 2, -1)
+    turned = sub(mul(first, cos), mul(second, sin))
+    return cat((turned, add(mul(second, cos), mul(first, sin))), -1)

@@ -1,0 +1,198 @@
+"""Mixtures of experts: the tape against the real programs, FLOPs against the loop over experts, laws of loads."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perfmodel import UserError, methods
+from perfmodel.architectures import Config, from_config, load
+from perfmodel.calls import costs
+from perfmodel.devices import profile
+from perfmodel.devices.grouped import grouped_time
+from perfmodel.program.routing import Routing, exponent_of
+from perfmodel.recording.record import build
+from perfmodel.setup import Setup
+from validate.oracle.cases import MIXTURES, Case
+
+ATTENTION = {"deepseek_v2": "kv_a_proj_with_mqa", "deepseek_v3": "kv_a_proj_with_mqa"}
+DIFFERENT: dict[str, Any] = {
+    "mixtral": {"sliding_window": 9},
+    "qwen3_moe": {"norm_topk_prob": False, "decoder_sparse_step": 2},
+}
+BUNDLED = ("mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b")
+AMP = {"dtype": "fp32", "amp": "bf16"}
+
+
+def config(name: str, **changes: Any) -> Config:
+    return Config({**MIXTURES[name], **changes}, name, name)
+
+
+def flops(name: str, method: str, setup: Setup, **changes: Any) -> int:
+    architecture = from_config(config(name, **changes))
+    step = build(architecture, methods.parse(method).bind(architecture), setup, "cpu")
+    return sum(count * costs.flops(op) for _, op, count in step.ops())
+
+
+def cells() -> Iterator[Any]:
+    """Each architecture with each way to train it, over precisions, checkpoints and attention."""
+    for i, name in enumerate(MIXTURES):
+        target = ATTENTION.get(name, "q_proj")
+        parameters = f"lora:r=4,targets={target},target_parameters=mlp.experts.gate_up_proj+mlp.experts.down_proj"
+        usual = {"attention": from_config(config(name)).traits.attention[0]}
+        yield name, "full", {"batch": 1, "seq": 33, "attention": "eager"}, DIFFERENT.get(name, {})
+        yield name, f"lora:r=4,targets={target}", {**usual, "dtype": "fp32", "grad_accum": 2}, {}
+        yield name, "lora:r=4,targets=all-linear", {**usual, "checkpoint": ("block", "block-reentrant")[i % 2]}, {}
+        yield name, parameters, {**usual, **AMP}, {}
+        yield name, "top_k:k=1", {**usual, "optimizer": "adamw-fused"}, {}
+
+
+@pytest.mark.parametrize(("name", "method", "setup", "changes"), cells())
+def test_the_tape_equals_the_real_program(name: str, method: str, setup: Any, changes: Any) -> None:
+    """Zero tolerance, as for every other architecture; adapters on experts included."""
+    pytest.importorskip("peft")
+    from validate.oracle import counts
+
+    result = counts.compare_case(Case(config(name, **changes), method, Setup(**{"batch": 4, "seq": 9, **setup})))
+    assert result.calls > 0
+    assert result.differences == []
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_mixtures_equal_the_real_program(name: str) -> None:
+    """Real widths, two or four blocks of each (all blocks alike differ in nothing): calls, FLOPs, bytes, parameters."""
+    pytest.importorskip("peft")
+    from validate.oracle import counts
+
+    values = load(name).values
+    few = {**values, "num_hidden_layers": 4 if "first_k_dense_replace" in values else 2}
+    if "layer_types" in few:
+        few["layer_types"] = few["layer_types"][:2]
+    setup = Setup(batch=1, seq=128, attention="eager", optimizer="adamw-foreach")
+    assert counts.compare_case(Case(Config(few, name, name), "full", setup)).differences == []
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_flops_are_those_of_the_loop_over_experts(name: str) -> None:
+    """FlopCounterMode counts `_grouped_mm` as nothing, but each product of the loop, whose router needs real data."""
+    torch = pytest.importorskip("torch")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from perfmodel.tracing.programs import models
+
+    setup = Setup(batch=2, seq=9, dtype="fp32", attention="eager")
+    model = models.build_model(config(name), setup).to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            torch.nn.init.uniform_(tensor.data, -0.1, 0.1)
+    model.set_experts_implementation("eager")
+    ids = torch.zeros((2, 9), dtype=torch.long).random_(0, 100)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert flops(name, "full", setup) == counter.get_total_flops()
+
+
+@given(
+    experts=st.integers(1, 300), data=st.data(), tokens=st.integers(1, 100_000),
+    exponent=st.one_of(st.just(0.0), st.floats(0.05, 4.0)),
+)  # fmt: skip
+def test_every_token_goes_to_top_k_experts(experts: int, data: Any, tokens: int, exponent: float) -> None:
+    """No row is lost or invented by rounding, and no expert gets a token twice."""
+    top_k = data.draw(st.integers(1, experts))
+    routing = Routing(experts, top_k, exponent)
+    counts = routing.counts(tokens * top_k)
+    assert counts.sum() == tokens * top_k
+    assert counts.min() >= 0
+    assert counts.max() <= tokens
+    assert (np.diff(counts) <= 0).all()
+    groups = routing.groups(tokens * top_k)
+    assert sorted(counts[counts > 0].tolist()) == sorted(n for n, times in groups for _ in range(times))
+
+
+@pytest.mark.parametrize("routing", ["balanced", "zipf:1.2"])
+def test_loads_change_no_flops(routing: str) -> None:
+    """Who computes a row changes nothing in what is computed."""
+    setup = Setup(batch=3, seq=7, routing=routing)
+    assert flops("qwen3_moe", "full", setup) == flops("qwen3_moe", "full", Setup(batch=3, seq=7))
+
+
+def seconds(device: str, routing: str, experts: int = 64, tokens: int = 4096) -> float:
+    """One product by expert of (tokens · 4, 1024) by (experts, 1024, 2048)."""
+    on = profile.load(device)
+    one_kernel = on.compute_capability == "9.0"
+    shared = "tn", Routing(experts, 4, exponent_of(routing)), not one_kernel, tokens * 4, 1024, 2048
+    return float(grouped_time(on, "bf16", *shared))
+
+
+@pytest.mark.parametrize("device", ["h100-sxm", "a100-80gb-sxm"])
+def test_uneven_loads_cost_what_small_products_waste(device: str) -> None:
+    """Never faster than one product over all rows; where each expert has a kernel, many experts cost their launches."""
+    even, skewed = seconds(device, "balanced"), seconds(device, "zipf:1.2")
+    assert even > seconds(device, "balanced", experts=4)
+    assert 0.3 < skewed / even < 3
+    assert seconds(device, "balanced", experts=4, tokens=8192) > seconds(device, "balanced", experts=4)
+
+
+def test_a_kernel_an_expert_is_counted_as_such() -> None:
+    """An A100 has no grouped kernel: ATen reads the loads on the host and calls a product for every expert."""
+    architecture = from_config(config("qwen3_moe"))
+    method = methods.parse("full").bind(architecture)
+    for capability, launches, waits in (("9.0", 1, False), ("8.0", 6, True)):
+        step = build(architecture, method, Setup(batch=4, seq=32), "cuda", capability)
+        grouped = [op for _, op, _ in step.ops() if op.name == "_grouped_mm"]
+        assert grouped
+        assert {int(costs.kernels(op)) for op in grouped} == {launches}
+        assert {costs.synchronises(op) for op in grouped} == {waits}
+
+
+@pytest.mark.parametrize("routing", ["zipf", "zipf:", "zipf:-1", "zipf:nan", "even", ""])
+def test_a_routing_that_says_nothing_is_refused(routing: str) -> None:
+    with pytest.raises(UserError, match="balanced"):
+        Setup(routing=routing)
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("lora:targets=all-linear,dropout=0.1", "without dropout"),
+        ("dora:targets=all-linear", "no linear layer"),
+        ("lora:targets=q_proj+up_proj", "gate_proj and up_proj"),
+        ("lora:targets=q_proj,target_parameters=w1", "gate_up_proj"),
+    ],
+)
+def test_adapters_that_peft_lacks_for_experts_are_refused(method: str, said: str) -> None:
+    """A LoRA that leaves the experts out in silence would be another program than the user's."""
+    with pytest.raises(UserError, match=said):
+        flops("qwen3_moe", method, Setup())
+
+
+@pytest.mark.parametrize(("setup", "capability"), [({"compile": "default"}, "9.0"), ({"dtype": "fp16"}, "7.5")])
+def test_programs_that_are_not_mirrored_are_refused(setup: Any, capability: str) -> None:
+    """Compiled experts, and transformers' own loop on cards before Ampere, are other programs."""
+    architecture = from_config(config("mixtral"))
+    with pytest.raises(UserError, match="experts"):
+        build(architecture, methods.parse("full").bind(architecture), Setup(**setup), "cuda", capability)
+
+
+# (tokens, hidden, width of an expert, top-k, experts) -> seconds, on an H100 SXM: moe_perf of ai-dynamo/aiconfigurator
+# (Apache-2.0), TensorRT-LLM 1.3.0rc20, moe_torch_flow_cutlass, balanced load: two grouped products, the gate between
+# them, the sum after them. Inference kernels of CUTLASS, as torch's are. Drawn at random from 131 rows.
+MEASURED = (
+    ((80, 5120, 2048, 1, 16), 346e-6), ((256, 6144, 384, 4, 128), 652e-6), ((1024, 6144, 640, 8, 160), 1510e-6),
+    ((1536, 5120, 2048, 1, 128), 2641e-6), ((2048, 5120, 8192, 1, 16), 1525e-6), ((6144, 2048, 64, 8, 256), 502e-6),
+    ((8192, 2048, 768, 8, 128), 1466e-6),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "measured"), MEASURED)
+def test_grouped_products_take_what_was_measured(shape: tuple[int, ...], measured: float) -> None:
+    """Nothing is fitted to them: the price is that of single products, whose tiles fill the SMs together."""
+    tokens, hidden, width, top_k, experts = shape
+    h100, rows, routing = profile.load("h100-sxm"), tokens * top_k, Routing(experts, top_k)
+    products = ((hidden, 2 * width), (width, hidden))
+    seconds = sum(float(grouped_time(h100, "bf16", "tn", routing, False, rows, *sizes)) for sizes in products)
+    between = rows * (6 * width + 4 * hidden) / (h100.hardware.memory_bandwidth * 0.9)  # bytes of gate and sum
+    assert seconds + between == pytest.approx(measured, rel=0.3)
