@@ -96,6 +96,7 @@ class Architecture:
 
     layer_path: ClassVar[str]  # where blocks live in the transformers module tree
     traits: ClassVar[Traits]
+    note: ClassVar[str] = ""  # what a reader of every prediction should know
 
     @classmethod
     def from_config(cls: type[A], config: Config) -> A:

@@ -236,7 +236,7 @@ def of_step(built: Step, on: DeviceProfile, by: Host, shared: Shared | None = No
 
 def _notes(built: Step, on: DeviceProfile, time: Time) -> list[str]:
     """What a reader should know about this prediction."""
-    notes = []
+    notes = [built.architecture.note] if built.architecture.note else []
     parts = time.components
     used = {b for c, b in intervals.BLOCK.items() if np.any(parts.get(c, 0.0) > 0.01 * time.phases["total"])}
     defaults = [block for block, origin in on.fitted.items() if origin == "class" and block in used]
