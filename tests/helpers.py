@@ -13,7 +13,7 @@ from perfmodel.program.part import PHASES
 from perfmodel.recording.record import build
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
-from validate.oracle.cases import SMALL
+from validate.oracle.cases import SMALL, with_targets
 
 NAMES = tuple(SMALL)
 METHODS = ("full", "lora:r=4", "lora:r=4,targets=all-linear,dropout=0.1", "top_k:k=1", "top_k:k=1,inner=lora", "norm")
@@ -72,7 +72,7 @@ def step_of(
 ) -> Step:  # fmt: skip
     """A recorded step of a small model; `setup` holds fields of `Setup`."""
     architecture = architecture_of(model, layers) if isinstance(model, str) else model
-    parsed = methods.parse(method) if isinstance(method, str) else method
+    parsed = methods.parse(with_targets(method, architecture)) if isinstance(method, str) else method
     return build(architecture, parsed.bind(architecture), setup_of(architecture.name, **setup), device)
 
 

@@ -80,7 +80,7 @@ class Architecture:
         max_positions: rows of a learned position table, None where positions are rotary.
         tied: whether the output head shares the embedding's weight.
         attention_cap, logit_cap: soft caps of attention scores and of logits, c·tanh(x/c); None where there is none.
-        note: what an answer has to say of the config (`Config.note`).
+        note: what an answer has to say of the config (`Config.note`) and of the model type.
     """
 
     name: str
@@ -100,11 +100,13 @@ class Architecture:
 
     layer_path: ClassVar[str]  # where blocks live in the transformers module tree
     traits: ClassVar[Traits]
+    caveat: ClassVar[str] = ""  # what every answer has to say of the model type
 
     @classmethod
     def from_config(cls: type[A], config: Config) -> A:
         """An architecture with the dims of a config; see `perfmodel.architectures.from_config`."""
-        return cls(name=config.name, model_type=config.text("model_type"), note=config.note, **cls.dims(config))
+        note = "; ".join(filter(None, (cls.caveat, config.note)))
+        return cls(name=config.name, model_type=config.text("model_type"), note=note, **cls.dims(config))
 
     @classmethod
     def dims(cls, config: Config) -> dict[str, Any]:

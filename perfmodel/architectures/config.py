@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import UserError, nearest
 from ..resources import read_json
@@ -11,6 +11,7 @@ from . import names
 from .names import MODELS, bundled
 
 HUB = "https://huggingface.co/"
+T = TypeVar("T")
 
 
 class Config:
@@ -64,6 +65,13 @@ class Config:
             raise UserError(f"{self.origin}: {key} must be a string, got {value!r}")
         return value
 
+    def table(self, *keys: str) -> dict[str, Any]:
+        """An object under the first of `keys` that is present and not null, else an empty one."""
+        value: Any = next((self.values[key] for key in keys if self.values.get(key) is not None), {})
+        if not isinstance(value, dict):
+            raise UserError(f"{self.origin}: {' or '.join(keys)} must be an object, got {value!r}")
+        return value
+
     def number(self, key: str, default: float | None) -> float | None:
         """A number above 0, or null."""
         value = self.values.get(key, default)
@@ -71,13 +79,14 @@ class Config:
             raise UserError(f"{self.origin}: {key} must be a number above 0 or null, got {value!r}")
         return value
 
-    def each_of(self, key: str, default: Sequence[str], choices: tuple[str, ...]) -> tuple[str, ...]:
-        """As many strings as the default has, each out of those that the tape knows."""
+    def each_of(self, key: str, default: Sequence[T], choices: tuple[T, ...]) -> tuple[T, ...]:
+        """As many values as the default has, each out of those that the tape knows."""
         values = self.values.get(key)
         if values is None:
             return tuple(default)
         if not isinstance(values, list) or len(values) != len(default) or any(v not in choices for v in values):
-            raise UserError(f"{self.origin}: {key} must list {len(default)} of {', '.join(choices)}, got {values!r}")
+            known = ", ".join(map(str, choices))
+            raise UserError(f"{self.origin}: {key} must list {len(default)} of {known}, got {values!r}")
         return tuple(values)
 
     def one_of(self, key: str, default: str, choices: tuple[str, ...]) -> str:

@@ -17,6 +17,7 @@ from ..tape.nn import softmax
 from ..tape.pointwise import add, cat, mul, sigmoid, sub
 from ..tape.shape import every_other, reshape, split, unsqueeze
 from ..tape.tensor import Tensor
+from . import masks
 from .base import Scope, architecture
 from .config import Config
 from .llama import FULL, SLIDING, Llama, Masks
@@ -38,7 +39,9 @@ class GptOss(Mixture):
         "num_experts_per_tok": 4,
     }  # fmt: skip
     router: ClassVar[str] = "mlp.router"
-    rotary_halves: ClassVar[int] = 1
+
+    def rotary_tables(self, position_ids: Tensor, dtype: str) -> tuple[Tensor, ...]:
+        return masks.rotary_tables(position_ids, self.head_dim // 2, dtype, layout="once")
 
     @classmethod
     def biases(cls, config: Config) -> dict[str, Any]:
@@ -54,12 +57,12 @@ class GptOss(Mixture):
         }
 
     def attention(self, layer: Scope, x: Tensor, mask_of: Masks, cos: Tensor, sin: Tensor) -> Any:
-        q, k, v = self._projected(layer, x)
+        q, k, v = self.projected(layer, x)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         k, v = layer.extended(k, v)
         sinks = layer.parameter("self_attn.sinks", (self.heads,), "weight")
         with tape().belonging_to("attention"):
-            out, weights = sink_attention(q, k, v, mask_of[self.sees(layer.index)], sinks, p=self.attention_dropout)
+            out, weights = sink_attention(q, k, v, mask_of[self.reach(layer.index)], sinks, p=self.attention_dropout)
         out = reshape(out, (*x.shape[:-1], self.heads * self.head_dim))
         return layer.linear("self_attn.o_proj", out, self.hidden, bias=self.output_bias), weights
 

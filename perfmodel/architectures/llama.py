@@ -12,14 +12,15 @@ from ..program.dims import product
 from ..tape.core import tape
 from ..tape.nn import causal_lm_loss, shifted_labels
 from ..tape.packages.liger import linear_cross_entropy, rope, silu_mul
-from ..tape.pointwise import add, cat, mul, neg, silu
-from ..tape.shape import narrow, reshape, transpose, unsqueeze, view
+from ..tape.pointwise import add, mul, silu
+from ..tape.shape import reshape, transpose, view
 from ..tape.tensor import Tensor
 from . import masks
 from .attend import attend
 from .base import Architecture, Scope, architecture
 from .config import Config
 from .norms import rms_norm
+from .rotary import rotate, rotate_half
 from .traits import Targets, Traits
 
 Masks = dict[str, Tensor | None]  # the attention mask for each kind of layer
@@ -42,6 +43,8 @@ class Llama(Architecture):
         qkv_bias, output_bias, mlp_bias: which linear layers have a bias.
         window: sliding attention window in tokens, None for full attention.
         layer_types: how each layer attends, where some slide and others do not; else empty.
+        rotary: dims of a head that turn with the position, the others pass; None: all.
+        longrope: whether every forward pass chooses between two sets of rotary frequencies (LongRoPE).
     """
 
     qkv_bias: bool = False
@@ -49,9 +52,10 @@ class Llama(Architecture):
     mlp_bias: bool = False
     window: int | None = None
     layer_types: tuple[str, ...] = ()
+    rotary: int | None = None
+    longrope: bool = False
     attention_dropout: float = 0.0
 
-    rotary_halves: ClassVar[int] = 2  # how often the rotary tables have each angle
     layer_path: ClassVar[str] = "model.layers"
     traits: ClassVar[Traits] = Traits(
         head="causal",
@@ -60,12 +64,13 @@ class Llama(Architecture):
         targets=replace(TARGETS, ia3=("k_proj", "v_proj", "down_proj")),
         fused=("liger", "unsloth", "lorafusion"),
     )
+    around: ClassVar[tuple[str | None, ...]] = ("input_layernorm", None, "post_attention_layernorm", None)
     defaults: ClassVar[dict[str, int]] = {}  # what the model type's config class has for a missing key
 
     @classmethod
     def dims(cls, config: Config) -> dict[str, Any]:
         cls.check(config)
-        return {**cls.widths(config), **cls.biases(config), **cls.windows(config)}
+        return {**cls.widths(config), **cls.biases(config), **cls.windows(config), **cls.positions(config)}
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -111,17 +116,35 @@ class Llama(Architecture):
         """Which layers see a sliding window only, and how wide it is."""
         return {}
 
-    def layer_kind(self, layer: int) -> Hashable:
-        return self.sees(layer)
+    @classmethod
+    def positions(cls, config: Config) -> dict[str, Any]:
+        """What is unusual about rotary positions."""
+        return {"longrope": rope_table(config)["rope_type"] == "longrope"}
 
-    def sees(self, layer: int) -> str:
-        """Which tokens a block attends to: all before, or those in its window."""
+    @classmethod
+    def partial(cls, config: Config, default: float) -> int:
+        """Dims of a head that turn with the position (`partial_rotary_factor`)."""
+        factor = rope_table(config).get("partial_rotary_factor", config.values.get("partial_rotary_factor", default))
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor <= 1:
+            raise UserError(f"{config.origin}: partial_rotary_factor must be above 0 and at most 1, got {factor!r}")
+        dims = int(cls.widths(config)["head_dim"] * factor)
+        if not dims or dims % 2:
+            raise UserError(
+                f"{config.origin}: partial_rotary_factor {factor} leaves {dims} rotary dims, not an even number"
+            )
+        return dims
+
+    def layer_kind(self, layer: int) -> Hashable:
+        return self.reach(layer)
+
+    def reach(self, layer: int) -> str:
+        """How far a layer attends, as `layer_types` says it."""
         if self.layer_types:
             return self.layer_types[layer]
         return SLIDING if self.window else FULL
 
     def window_of(self, layer: int) -> int | None:
-        return self.window if self.sees(layer) == SLIDING else None
+        return self.window if self.reach(layer) == SLIDING else None
 
     def linear_names(self) -> list[str]:
         attention = [f"self_attn.{n}_proj" for n in ("q", "k", "v", "o")]
@@ -132,7 +155,7 @@ class Llama(Architecture):
         hidden = self._decoder(model, ids, attention)
         if model.build.setup.kernels == "liger":
             return self._liger_loss(model, hidden, labels)
-        logits = model.lm_head(hidden, "model.embed_tokens", self.vocab)
+        logits = self.scaled_logits(model.lm_head(hidden, "model.embed_tokens", self.vocab))
         return causal_lm_loss(logits, labels)
 
     def _liger_loss(self, model: Scope, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -144,7 +167,7 @@ class Llama(Architecture):
         return linear_cross_entropy(hidden, weight, target, scaled=model.build.setup.grad_accum > 1)
 
     def _decoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
-        embedded = model.build.method.embedded(model, self.embed(model, ids))
+        embedded = self.scaled_words(model.build.method.embedded(model, self.embed(model, ids)))
         seq, setup = embedded.shape[1], model.build.setup
         position_ids = masks.positions(seq)
         mask_of = {
@@ -152,10 +175,9 @@ class Llama(Architecture):
                 attention, seq, setup.attention, embedded.dtype, self.window if kind == SLIDING else None,
                 padded=setup.explicit_mask,
             )
-            for kind in ((FULL, SLIDING) if self.layer_types else (self.sees(0),))
+            for kind in ((FULL, SLIDING) if self.layer_types else (self.reach(0),))
         }  # fmt: skip
-        rotary = masks.rotary_tables(position_ids, self.head_dim // 2, embedded.dtype, self.rotary_halves)
-        hidden = model.layers(self.block, embedded, mask_of, *rotary)
+        hidden = model.layers(self.block, embedded, mask_of, *self.rotary_tables(position_ids, embedded.dtype))
         model.begin("head")
         return model.norm("model.norm", hidden)
 
@@ -163,32 +185,53 @@ class Llama(Architecture):
         """The embedding of the words."""
         return model.embedding("model.embed_tokens", self.vocab, self.hidden, ids)
 
+    def rotary_tables(self, position_ids: Tensor, dtype: str) -> tuple[Tensor, ...]:
+        """What blocks turn queries and keys by: cos and sin of (1, seq, rotary dims)."""
+        return masks.rotary_tables(position_ids, (self.rotary or self.head_dim) // 2, dtype, longrope=self.longrope)
+
+    def scaled_words(self, x: Tensor) -> Tensor:
+        """What becomes of the embedded words, virtual tokens among them, before the first block."""
+        return x
+
+    def scaled_logits(self, logits: Tensor) -> Tensor:
+        """What becomes of the head's logits before the loss."""
+        return logits
+
     def block(self, layer: Scope, x: Tensor, mask_of: Masks, cos: Tensor, sin: Tensor) -> Tensor:
-        """One decoder layer: (batch, seq, hidden) → the same."""
+        """One decoder layer, with norms before or after attention and MLP: (batch, seq, hidden) → the same."""
+        before_attention, after_attention, before_mlp, after_mlp = self.around
         residual = x
-        x = layer.norm("input_layernorm", x)
+        x = _normed(layer, before_attention, x)
         x, _ = self.attention(layer, x, mask_of, cos, sin)
-        x = layer.sublayer("attention", x, residual)
-        x = add(residual, x)
+        x = _normed(layer, after_attention, layer.sublayer("attention", x, residual))
+        x = self.joined(residual, x)
         residual = x
-        x = layer.norm("post_attention_layernorm", x)
+        x = _normed(layer, before_mlp, x)
         x = self.mlp(layer, x)
-        x = layer.sublayer("mlp", x, residual)
+        x = _normed(layer, after_mlp, layer.sublayer("mlp", x, residual))
+        return self.joined(residual, x)
+
+    def joined(self, residual: Tensor, x: Tensor) -> Tensor:
+        """The residual stream with the output of attention or MLP."""
         return add(residual, x)
 
     def attention(self, layer: Scope, x: Tensor, mask_of: Masks, cos: Tensor, sin: Tensor) -> Any:
         """Grouped-query attention with rotary positions; also returns the weights, if any."""
-        q, k, v = self._projected(layer, x)
+        q, k, v = self.projected(layer, x)
         setup = layer.build.setup
-        q, k = rope(q, k, cos, sin) if setup.kernels == "liger" else rotate(q, k, cos, sin)
+        q, k = self.rotated(layer, q, k, cos, sin)
         k, v = layer.extended(k, v)
-        mask, p, capped = mask_of[self.sees(layer.index)], self.attention_dropout, self.attention_cap is not None
+        mask, p, capped = mask_of[self.reach(layer.index)], self.attention_dropout, self.attention_cap is not None
         out, weights = attend(q, k, v, mask, setup.attention, causal=True, form="upcast", p=p, capped=capped)
         out = reshape(out, (*x.shape[:-1], self.heads * self.head_dim))
         out = layer.linear("self_attn.o_proj", out, self.hidden, bias=self.output_bias)
         return out, weights
 
-    def _projected(self, layer: Scope, x: Tensor) -> list[Tensor]:
+    def rotated(self, layer: Scope, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (batch, heads, seq, head_dim), turned by their positions."""
+        return rope(q, k, cos, sin) if layer.build.setup.kernels == "liger" else rotate(q, k, cos, sin, rotate_half)
+
+    def projected(self, layer: Scope, x: Tensor) -> list[Tensor]:
         """q, k and v, (batch, heads, seq, head_dim)."""
         heads = {"q_proj": self.heads, "k_proj": self.kv_heads, "v_proj": self.kv_heads}
         sizes = {f"self_attn.{name}": n * self.head_dim for name, n in heads.items()}
@@ -196,18 +239,16 @@ class Llama(Architecture):
         with tape().belonging_to("adapter"):
             fused = layer.build.method.qkv(layers, x)
         if fused is not None:
-            return [self._split(layer, name, y, n) for y, (name, n) in zip(fused, heads.items(), strict=True)]
-        return [
-            self._split(layer, name, layer.linear(f"self_attn.{name}", x, n * self.head_dim, bias=self.qkv_bias), n)
-            for name, n in heads.items()
-        ]
+            return [self.split_heads(layer, name, y, n) for y, (name, n) in zip(fused, heads.items(), strict=True)]
+        made = []
+        for name, n in heads.items():
+            y = layer.linear(f"self_attn.{name}", x, n * self.head_dim, bias=self.qkv_bias)
+            made.append(self.split_heads(layer, name, y, n))
+        return made
 
-    def _split(self, layer: Scope, name: str, y: Tensor, heads: int) -> Tensor:
-        return transpose(self.split_heads(layer, name, view(y, (*y.shape[:-1], heads, self.head_dim))), 1, 2)
-
-    def split_heads(self, layer: Scope, name: str, y: Tensor) -> Tensor:
-        """What becomes of a projection (q_proj, k_proj, v_proj) that is split into heads, (batch, seq, heads, d)."""
-        return y
+    def split_heads(self, layer: Scope, name: str, y: Tensor, heads: int) -> Tensor:
+        """A projection (q_proj, k_proj, v_proj) of (batch, seq, heads · d) as (batch, heads, seq, d)."""
+        return transpose(view(y, (*y.shape[:-1], heads, self.head_dim)), 1, 2)
 
     def activation(self, x: Tensor) -> Tensor:
         """What the MLP's gate passes through."""
@@ -233,14 +274,11 @@ class Llama(Architecture):
         return layer.linear("mlp.down_proj", gate, self.hidden, bias=self.mlp_bias)
 
 
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary position embedding of q and k, (batch, heads, seq, head_dim)."""
-    cos, sin = unsqueeze(cos, 1), unsqueeze(sin, 1)
-    q = add(mul(q, cos), mul(_rotate_half(q), sin))
-    return q, add(mul(k, cos), mul(_rotate_half(k), sin))
+def _normed(layer: Scope, name: str | None, x: Tensor) -> Tensor:
+    return x if name is None else layer.norm(name, x)
 
 
-def _rotate_half(x: Tensor) -> Tensor:
-    half: Any = x.shape[-1] // 2
-    first, second = narrow(x, -1, half), narrow(x, -1, half)
-    return cat((neg(second), first), -1)
+def rope_table(config: Config) -> dict[str, Any]:
+    """What a config says of its rotary positions, in the old form or the new; "type" was "rope_type" once."""
+    table = config.table("rope_parameters", "rope_scaling")
+    return {**table, "rope_type": table.get("rope_type", table.get("type", "default"))}

@@ -9,7 +9,7 @@ from typing import Any
 from ..program.dims import Dim, contiguous_strides, decide, product, same
 from ..tape.core import emit, record
 from ..tape.pointwise import add, binary_bool, cast, cat, fill, mul, sub, unary, where
-from ..tape.shape import expand, unsqueeze, view
+from ..tape.shape import clone, expand, unsqueeze, view
 from ..tape.tensor import Storage, Tensor
 
 
@@ -95,15 +95,33 @@ def bidirectional_mask(attention: Tensor, implementation: str, dtype: str, *, pa
     return mask
 
 
-def rotary_tables(position_ids: Tensor, half: int, dtype: str, halves: int = 2) -> tuple[Tensor, Tensor]:
-    """cos and sin of (1, seq, halves·half), computed in fp32."""
+def rotary_tables(
+    position_ids: Tensor, half: int, dtype: str, *, longrope: bool = False, layout: str = "halves"
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of (1, seq, 2·half), computed in fp32.
+
+    Args:
+        longrope: whether the frequencies are chosen by the largest position (`longrope_frequency_update`).
+        layout: of the dims that turn together: "halves", half a head apart; "interleaved", neighbours; "once", as
+            halves, but the tables have each angle once, (1, seq, half).
+    """
     frequencies = model_buffer((half,), "fp32")
+    if longrope:
+        choice = emit("gt.Scalar", (add(emit("max", (position_ids,), (), "i64"), 1),), (), "bool")
+        chosen = where(choice, *(model_buffer((half,), "fp32") for _ in range(2)))
+        record("copy_", (frequencies, chosen), (frequencies,))
     at = cast(unsqueeze(position_ids, 2), "fp32")
     angles = mul(at, frequencies)
-    if halves == 2:
-        angles = cat((angles, angles), -1)
+    if layout != "once":
+        angles = repeat_last(angles) if layout == "interleaved" else cat((angles, angles), -1)
     cos, sin = mul(unary("cos", angles), 1.0), mul(unary("sin", angles), 1.0)
     return cast(cos, dtype), cast(sin, dtype)
+
+
+def repeat_last(x: Tensor) -> Tensor:
+    """`x.repeat_interleave(2, dim=-1)` of what needs no gradient."""
+    copies = clone(expand(unsqueeze(x, -1), (*x.shape, 2)))
+    return view(copies, (*x.shape[:-1], 2 * x.shape[-1]))
 
 
 def model_buffer(shape: tuple[Any, ...], dtype: str = "i64") -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from ..setup import Setup
 from ..tape import nn
 from ..tape.packages import liger
-from ..tape.pointwise import add, cast, mean_last, mul, power, rsqrt
+from ..tape.pointwise import add, cast, mean_last, mul, power, rsqrt, sub
 from ..tape.tensor import Parameter, Tensor
 
 Norm = Callable[[Callable[[str], Parameter], Tensor, Setup], Tensor]
@@ -24,7 +24,7 @@ def rms_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> 
 
 
 def wide_rms_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> Tensor:
-    """gpt-oss's RMSNorm: the weight applied in fp32, too."""
+    """OLMo 2's and gpt-oss's RMSNorm: the weight applied in fp32 too."""
     weight = parameter("weight")
     dtype = x.dtype
     x = cast(x, "fp32")
@@ -40,6 +40,18 @@ def offset_rms_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Set
     out = mul(wide, rsqrt(add(mean_last(power(wide)), 1e-6)))
     del wide
     return cast(mul(out, add(cast(weight, "fp32"), 1.0)), x.dtype)
+
+
+def centred_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> Tensor:
+    """Cohere's LayerNorm: written out in fp32, without a bias."""
+    weight = parameter("weight")
+    dtype = x.dtype
+    x = cast(x, "fp32")
+    mean = mean_last(x)
+    variance = mean_last(power(sub(x, mean)))
+    x = mul(sub(x, mean), rsqrt(add(variance, 1e-5)))
+    x = mul(cast(weight, "fp32"), x)
+    return cast(x, dtype)
 
 
 def layer_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> Tensor:

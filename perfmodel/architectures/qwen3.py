@@ -6,6 +6,7 @@ Source: transformers/models/qwen3/modeling_qwen3.py.
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from ..tape.shape import transpose, view
 from ..tape.tensor import Tensor
 from .base import Scope, architecture
 from .config import Config
@@ -26,5 +27,6 @@ class Qwen3(Qwen2):
         bias = config.flag("attention_bias", False)
         return {"qkv_bias": bias, "output_bias": bias}
 
-    def split_heads(self, layer: Scope, name: str, y: Tensor) -> Tensor:
-        return y if name == "v_proj" else layer.norm(f"self_attn.{name[0]}_norm", y)
+    def split_heads(self, layer: Scope, name: str, y: Tensor, heads: int) -> Tensor:
+        y = view(y, (*y.shape[:-1], heads, self.head_dim))
+        return transpose(y if name == "v_proj" else layer.norm(f"self_attn.{name[0]}_norm", y), 1, 2)

@@ -5,12 +5,12 @@ Hopper and data-centre Blackwell (capability 9.0 and 10.0, since PyTorch 2.10), 
 which takes no mask. What is left, masks, fp32 and older cards, goes to the memory-efficient kernel, which knows no GQA:
 grouped heads without a mask then take the math path.
 Source: ATen/native/transformers/attention.cpp, cuda/sdp_utils.cpp (`check_prefer_cudnn_attention`);
-transformers/integrations/sdpa_attention.py.
+transformers/integrations/sdpa_attention.py. How outputs lie in memory: torch/_meta_registrations.py.
 """
 
 from collections.abc import Sequence
 
-from ..program.dims import Shape, is_one, strides_in_order
+from ..program.dims import Shape, elementwise_strides, is_one, strides_in_order
 from ..program.op import Attrs
 from .autograd import differentiate
 from .core import new_tensor, record, tape
@@ -148,7 +148,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, *,
     node = differentiate("ScaledDotProductAttentionBackward0", (q, k, v), _fused_backward, (kernel, causal))
     seq_first = kernel == "flash2"
     heads, seq = (q.shape[2], q.shape[1]) if seq_first else (q.shape[1], q.shape[2])
-    out = new_tensor(q.shape, q.dtype, None if seq_first else _seq_first(q.shape))
+    out = new_tensor(q.shape, q.dtype, _seq_first(q.shape) if kernel == "efficient" else _empty_like(q))
     statistics = new_tensor((q.shape[0], heads, seq), "fp32")
     inputs = (q, k, v) if mask is None else (q, k, v, mask)
     if node:
@@ -161,8 +161,13 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, *,
 
 
 def _seq_first(shape: Shape) -> Shape:
-    """Strides of a (b, h, s, d) tensor that lies in memory as (b, s, h, d)."""
+    """Strides of a (b, h, s, d) tensor that lies in memory as (b, s, h, d), as some kernels write theirs."""
     return strides_in_order(shape, (0, 2, 1, 3))
+
+
+def _empty_like(x: Tensor) -> Shape:
+    """Strides of `torch.empty_like(x)`: x's order of dims, densely."""
+    return elementwise_strides(x.shape, ((x.shape, x.strides),))
 
 
 def _fused_backward(node: Node, grads: Sequence[Grad]) -> Grads:
@@ -170,7 +175,8 @@ def _fused_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     assert g is not None
     kernel, causal = node.attrs
     q, k, v, mask, out, statistics = node.unpack()
-    grad_of = [new_tensor(x.shape, x.dtype, None if kernel == "flash2" else _seq_first(x.shape)) for x in (q, k, v)]
+    own_order = kernel in ("cpu", "efficient")
+    grad_of = [new_tensor(x.shape, x.dtype, _seq_first(x.shape) if own_order else _empty_like(x)) for x in (q, k, v)]
     inputs = [x for x in (g, q, k, v, out, statistics, mask) if x is not None]
     record(_FLASH_BACKWARD[kernel], inputs, grad_of, attrs=Attrs(causal=causal))
     return tuple(x if need else None for x, need in zip(grad_of, node.needs, strict=True))

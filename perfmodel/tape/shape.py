@@ -130,12 +130,13 @@ def expand(x: Tensor, shape: Shape) -> Tensor:
     return view_as("expand", x, shape, strides, differentiate("ExpandBackward0", (x,), _identity_backward))
 
 
-def narrow(x: Tensor, dim: int, size: Dim) -> Tensor:
-    """`x[..., a:a+size, ...]` along one dim; the gradient is written into zeros of the full shape."""
+def narrow(x: Tensor, dim: int, size: Dim, step: int = 1) -> Tensor:
+    """`x[..., a:a+size·step:step, ...]` along one dim; the gradient is written into zeros of the full shape."""
     dim = dim % len(x.shape)
     shape = (*x.shape[:dim], size, *x.shape[dim + 1 :])
+    strides = (*x.strides[:dim], x.strides[dim] * step, *x.strides[dim + 1 :])
     node = differentiate("SliceBackward0", (x,), _slice_backward, (x.shape,))
-    return view_as("slice.Tensor", x, shape, x.strides, node)
+    return view_as("slice.Tensor", x, shape, strides, node)
 
 
 def every_other(x: Tensor) -> Tensor:
@@ -148,6 +149,11 @@ def _slice_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,) = grads
     assert g is not None
     return (emit("slice_backward", (g,), node.attrs[0], g.dtype),)
+
+
+def whole(x: Tensor) -> Tensor:
+    """`x[..., :size]` where that is all of it."""
+    return view_as("alias", x, x.shape, x.strides, differentiate("AliasBackward0", (x,), _identity_backward))
 
 
 def split(x: Tensor, sizes: Sequence[Dim], dim: int) -> list[Tensor]:

@@ -18,6 +18,7 @@ from perfmodel.architectures.runs import runs_of_layers
 from perfmodel.errors import UserError
 from perfmodel.methods import parse
 from perfmodel.methods.parts.targeted import matches
+from perfmodel.prediction.predict import predict
 
 # Parameters of the checkpoints, tied weights once. "published": that exact figure was seen in public code, presets or
 # hub listings; "built": `num_parameters()` of the transformers model of the same config (transformers 5.24). The
@@ -74,7 +75,6 @@ BUILT = {
     "qwen1.5-7b": 7_721_324_544, "qwen-1.8b": 1_836_828_672, "qwen-7b": 7_721_324_544,
     "qwen2.5-0.5b": 494_032_768, "qwen2.5-1.5b": 1_543_714_304, "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976,
     "qwen3-4b": 4_022_468_096, "qwen3-8b": 8_190_735_360, "qwen3-14b": 14_768_307_200, "qwen3-32b": 32_762_123_264,
-    "gemma-2-2b": 2_614_341_888, "gemma-2-9b": 9_241_705_984,
     "bert-base-cased": 108_340_804, "bert-large-cased": 333_610_308, "codellama-7b": 6_738_546_688,
     "codellama-13b": 13_016_028_160, "codellama-70b": 68_976_910_336, "codestral-22b": 22_247_282_688,
     "deepseek-coder-33b": 33_342_991_360, "falcon3-1b": 1_669_408_768, "falcon3-3b": 3_227_655_168,
@@ -89,6 +89,10 @@ BUILT = {
     "smollm-1.7b": 1_711_376_384, "yi-34b": 34_388_917_248, "yi-1.5-6b": 6_061_035_520, "yi-1.5-9b": 8_829_407_232,
     "mixtral-8x7b": 46_702_792_704, "qwen3-30b-a3b": 30_532_122_624,
     "gpt-oss-20b": 20_914_757_184,
+    "gemma-2-2b": 2_614_341_888, "gemma-2-9b": 9_241_705_984, "gemma-2b": 2_506_172_416, "gemma-3-1b": 999_885_952,
+    "phi-4": 14_659_507_200, "phi-4-mini": 3_836_021_760, "olmo-2-7b": 7_298_617_344, "olmo-3-7b": 7_298_011_136,
+    "aya-23-8b": 8_028_033_024, "starcoder2-7b": 7_173_923_840, "stablelm-2-1.6b": 1_644_515_328,
+    "smollm3-3b": 3_075_098_624, "glm-4-9b": 9_399_951_360,
 }  # fmt: skip
 
 
@@ -146,13 +150,16 @@ def test_a_mistyped_key_is_named_with_its_value(name: str, key: str, bad: Any) -
     assert repr(bad) in message
 
 
+OWN_HEAD_DIM = ("qwen3", "gemma", "glm", "glm4", "ministral", "ministral3", "seed_oss")  # that of heads is not derived
+
+
 @pytest.mark.parametrize("bad", [7, ["llama"], True, {}])
 def test_a_model_type_that_is_no_string_is_refused(bad: Any) -> None:
     """It is used as a key of a registry: a list there would be a traceback."""
     assert "model_type" in refusal({**SMALL["llama"], "model_type": bad})
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "qwen3"])  # whose heads have a width of their own
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in OWN_HEAD_DIM])
 def test_heads_that_do_not_divide_the_width_are_refused(name: str) -> None:
     """Rounding the head size down would lose a part of the model."""
     key = {"gpt2": "n_head", "gpt_neo": "num_heads"}.get(name, "num_attention_heads")
@@ -179,13 +186,22 @@ def test_kv_heads_that_do_not_divide_the_heads_are_refused(name: str) -> None:
         ("llama", {"tie_word_embeddings": "yes"}), ("qwen2", {"layer_types": ["sliding_attention"] * 3}),
         ("qwen3", {"layer_types": ["full_attention"]}), ("gemma2", {"layer_types": ["chunked_attention"] * 5}),
         ("gemma2", {"use_bidirectional_attention": True}), ("gemma2", {"attn_logit_softcapping": "50"}),
-        ("qwen2", {"use_sliding_window": True, "max_window_layers": -1}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": -1}), ("gemma", {"hidden_act": "relu"}),
+        ("gemma3_text", {"use_bidirectional_attention": True}), ("cohere", {"use_qk_norm": True}),
+        ("smollm3", {"no_rope_layers": [1, 0]}), ("smollm3", {"no_rope_layers": [1, 1, 1, 1, 2]}),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 5, "sliding_window": 0}),
+        ("phi3", {"rope_scaling": "longrope"}), ("phi3", {"partial_rotary_factor": "half"}),
+        ("glm", {"partial_rotary_factor": 0.03}), ("stablelm", {"qk_layernorm": True}),
+        ("stablelm", {"use_parallel_residual": True}), ("starcoder2", {"hidden_act": "silu"}),
+        ("exaone4", {"sliding_window_pattern": "LLLG"}),
     ],
 )  # fmt: skip
 def test_what_the_tape_does_not_mirror_is_refused_by_name(name: str, change: dict[str, Any]) -> None:
     """A variant that is silently treated as the usual one would be priced wrongly."""
     assert list(change)[-1] in refusal({**SMALL[name], **change})
 
+
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 6, "long_factor": [1.5] * 6}
 
 # What `config.json` may hold besides, and which changes the program that transformers runs.
 VARIANTS = [
@@ -205,6 +221,27 @@ VARIANTS = [
     ("qwen3", {"use_sliding_window": True, "sliding_window": 50, "max_window_layers": 2, "attention_bias": True}),
     ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True}),
     ("gemma2", {"layer_types": ["full_attention"] * 4 + ["sliding_attention"], "sliding_window": 5}),
+    ("gemma", {"attention_bias": True, "hidden_act": "gelu", "rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ("gemma3_text", {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0, "sliding_window": 5}),
+    ("gemma3_text", {"layer_types": ["full_attention"] * 5}),
+    ("phi3", {"sliding_window": 5, "attention_dropout": 0.1}),
+    ("phi3", {"partial_rotary_factor": 0.75, "rope_scaling": LONGROPE}),
+    ("olmo2", {"attention_bias": True, "num_key_value_heads": None}),
+    ("granite", {"attention_bias": True, "mlp_bias": True, "attention_dropout": 0.1}),
+    ("smollm3", {"use_sliding_window": True, "sliding_window": 5, "no_rope_layers": [0, 1, 1, 0, 1]}),
+    ("smollm3", {"attention_bias": True, "mlp_bias": True}),
+    ("cohere", {"attention_bias": True}),
+    ("cohere2", {"sliding_window": 5, "layer_types": ["full_attention"] + ["sliding_attention"] * 4}),
+    ("glm", {"partial_rotary_factor": 1.0}),
+    ("glm4", {"attention_bias": True}),
+    ("olmo3", {"sliding_window": 5}),
+    ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 5}),
+    ("exaone4", {"sliding_window": 5}),
+    ("ministral", {"layer_types": ["full_attention"] + ["sliding_attention"] * 2, "sliding_window": 5}),
+    ("ministral3", {"sliding_window": 5, "tie_word_embeddings": True}),
+    ("seed_oss", {"attention_out_bias": True, "mlp_bias": True, "head_dim": None}),
+    ("stablelm", {"use_qkv_bias": False, "partial_rotary_factor": 0.5}),
+    ("starcoder2", {"sliding_window": 5, "use_bias": False}),
 ]
 
 
@@ -240,6 +277,16 @@ def test_an_architecture_without_traits_is_no_architecture() -> None:
         @architectures.architecture("toy")
         class Toy(architectures.Architecture):
             layer_path = "layers"
+
+
+def test_a_gemma_that_sees_images_is_answered_by_its_text_model_and_says_so() -> None:
+    """Most Gemma 3s on the hub are such files; an answer that kept silent about the vision tower would be misread."""
+    text = {key: value for key, value in SMALL["gemma3_text"].items() if key not in ("model_type", "vocab_size")}
+    config = Config({"model_type": "gemma3", "text_config": text, "vision_config": {}}, "gemma3", "gemma3")
+    alone = architecture_of("gemma3_text", vocab_size=262_208)
+    assert asdict(from_config(config)) | {"note": ""} == {**asdict(alone), "name": "gemma3", "model_type": "gemma3"}
+    assert any("only the text model" in note for note in predict(from_config(config), "lora", device="l40s").notes)
+    assert "text_config" in refusal({"model_type": "gemma3"})
 
 
 def test_layers_that_alternate_are_recorded_as_a_pattern() -> None:

@@ -49,7 +49,7 @@ def test_a_mirror_or_a_tuned_copy_is_the_bundled_model(repository: str, bundled:
         "mistralai/Ministral-3-8B-Base-2512", "Skywork/Skywork-Reward-V2-Qwen3-8B", "Salesforce/blip2-opt-2.7b",
         "neuralmagic/Sparse-Llama-3.1-8B-2of4", "models/llama3-8b-pro", "HuggingFaceM4/Idefics3-8B-Llama3",
         "hfl/chinese-llama-2-7b", "microsoft/Phi-3-mini-128k-instruct", "microsoft/Phi-3.5-MoE-instruct",
-        "tiiuae/Falcon-H1-7B-Base", "deepseek-ai/DeepSeek-V2.5", "zai-org/glm-4-9b-chat",
+        "tiiuae/Falcon-H1-7B-Base", "deepseek-ai/DeepSeek-V2.5",
         "tiiuae/falcon-mamba-7b",
         "HuggingFaceH4/zephyr-7b-gemma-sft-v0.1", "deepcogito/cogito-v1-preview-llama-3B",
         "somebody/a-tuned-qwen-7b", "somebody/Llama-3-8B-and-Qwen3-8B", "somebody/mistral-7b-v0.9",

@@ -15,6 +15,7 @@ from helpers import NAMES, architecture_of, config_of, setup_of
 pytest.importorskip("peft")
 
 from perfmodel import methods
+from perfmodel.architectures import from_config
 from perfmodel.program.op import Spec
 from perfmodel.recording.record import build
 from perfmodel.recording.step import Step
@@ -22,7 +23,7 @@ from perfmodel.setup import Setup
 from perfmodel.tracing.programs import models
 from perfmodel.tracing.trace import Trace, trace_step
 from validate.oracle import counts
-from validate.oracle.cases import NO_DROPOUT, Case
+from validate.oracle.cases import NO_DROPOUT, Case, with_targets
 
 LORA = "lora:r=4"
 WIDE = "lora:r=4,targets=all-linear,dropout=0.1"
@@ -32,7 +33,8 @@ AMP = {"dtype": "fp32", "amp": "bf16"}
 def cell(name: str, method: str = "full", changes: dict[str, Any] | None = None, **setup: Any) -> Any:
     """One case, named by what is special about it."""
     label = [name, method, *(f"{k}={v}" for k, v in {**(changes or {}), **setup}.items())]
-    case = Case(config_of(name, **(changes or {})), method, setup_of(name, **{"batch": 4, **setup}))
+    config = config_of(name, **(changes or {}))
+    case = Case(config, with_targets(method, from_config(config)), setup_of(name, **{"batch": 4, **setup}))
     return pytest.param(case, id=" ".join(label))
 
 
@@ -77,7 +79,7 @@ def test_the_tape_equals_the_real_program(case: Case) -> None:
 def test_parameter_counts_equal_pefts(name: str, method: str) -> None:
     """The line that every user of peft has seen (`print_trainable_parameters`) is the easiest check they can make."""
     architecture, config = architecture_of(name), config_of(name)
-    bound = methods.parse(method).bind(architecture)
+    bound = methods.parse(with_targets(method, architecture)).bind(architecture)
     setup = setup_of(name, batch=1, seq=5)
     step = build(architecture, bound, setup, "cpu")
     model = models.apply(models.build_model(config, setup), bound, architecture)

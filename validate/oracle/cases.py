@@ -4,11 +4,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from perfmodel.architectures import Config, from_config, load
-from perfmodel.methods import parse
-from perfmodel.methods.parts.targeted import Targeted
-from perfmodel.methods.top_k import TopK
+from perfmodel import methods
+from perfmodel.architectures import Architecture, Config, from_config, load
 from perfmodel.setup import Setup
+
+
+def _kin(model_type: str, layers: int = 3, **more: Any) -> dict[str, Any]:
+    """Small dims of an architecture of Llama's kind."""
+    return {
+        "model_type": model_type, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "pad_token_id": 0, **more,
+    }  # fmt: skip
+
 
 SMALL: dict[str, dict[str, Any]] = {
     "llama": {
@@ -44,6 +51,25 @@ SMALL: dict[str, dict[str, Any]] = {
         "model_type": "gemma2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5, "pad_token_id": 0,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 24, "sliding_window": 24,
     },
+    "gemma": _kin("gemma", num_key_value_heads=1, head_dim=32, tie_word_embeddings=True),
+    "gemma3_text": _kin(
+        "gemma3_text", 5, head_dim=24, sliding_window=24, sliding_window_pattern=3, tie_word_embeddings=True
+    ),
+    "phi3": _kin("phi3", resid_pdrop=0.1),
+    "olmo2": _kin("olmo2"),
+    "granite": _kin("granite", embedding_multiplier=12.0, logits_scaling=16.0, residual_multiplier=0.22),
+    "smollm3": _kin("smollm3", 5, no_rope_layer_interval=2, tie_word_embeddings=True),
+    "cohere": _kin("cohere", tie_word_embeddings=True),
+    "cohere2": _kin("cohere2", 5, sliding_window=24, sliding_window_pattern=2, tie_word_embeddings=True),
+    "glm": _kin("glm", head_dim=16),
+    "glm4": _kin("glm4", head_dim=16, attention_bias=False),
+    "olmo3": _kin("olmo3", 5, sliding_window=24),
+    "exaone4": _kin("exaone4", 5, sliding_window=24, sliding_window_pattern=2),
+    "ministral": _kin("ministral", head_dim=24, sliding_window=24),
+    "ministral3": _kin("ministral3", head_dim=24),
+    "seed_oss": _kin("seed_oss", head_dim=24),
+    "stablelm": _kin("stablelm", num_key_value_heads=4, use_qkv_bias=True),
+    "starcoder2": _kin("starcoder2", residual_dropout=0.1, embedding_dropout=0.1, tie_word_embeddings=True),
 }  # fmt: skip
 MIXTURES: dict[str, dict[str, Any]] = {  # of experts
     "mixtral": {
@@ -103,14 +129,17 @@ METHODS = (
     "lora:r=4,targets=all-linear",
 )
 REFUSED = {
-    "bitfit": ("llama", "mistral", "qwen3", "gemma2", "mixtral", "qwen3_moe"),  # they have no biases
+    "bitfit": (  # they have no biases
+        "llama", "mistral", "qwen3", "gemma2", "gemma", "gemma3_text", "phi3", "olmo2", "granite", "smollm3", "cohere",
+        "cohere2", "glm4", "olmo3", "exaone4", "ministral", "ministral3", "mixtral", "qwen3_moe",
+    ),
     "lora:r=4,targets=all-linear,dropout=0.1": tuple(MIXTURES),  # no adapter of experts has dropout
     **dict.fromkeys(
         ("loha", "lokr", "miss", "oft", "delora", "road", "c3a", "hra", "boft", "beft"), ("gpt2",)
     ),  # peft has no form of them for its layers
     **dict.fromkeys(("prompt_tuning", "p_tuning", "prefix_tuning"), ("bert",)),  # nor for masked language models
     "trainable_tokens": ("bert",),
-}
+}  # fmt: skip
 PRECISIONS: tuple[dict[str, Any], ...] = ({"dtype": "bf16"}, {"dtype": "fp32"}, {"dtype": "fp32", "amp": "bf16"})
 
 
@@ -121,6 +150,16 @@ class Case:
     config: Config
     method: str
     setup: Setup
+
+
+def with_targets(method: str, architecture: Architecture) -> str:
+    """A method's spec; targets are named in it where PEFT has no default for the model type."""
+    parsed = methods.parse(method)
+    takes = getattr(parsed, "targets", None) == () and getattr(parsed, "inner", "lora") == "lora"
+    if not takes or getattr(architecture.traits.targets, getattr(parsed, "family", "lora")) is not None:
+        return method
+    names = [name.rpartition(".")[2] for name in architecture.linear_names()]
+    return f"{method}{',' if ':' in method else ':'}targets={names[0]}+{names[2]}"
 
 
 def configs(small: bool) -> Iterator[Config]:
@@ -192,7 +231,8 @@ def _product(all_configs: list[Config], base: Setup, optimizers: tuple[str, ...]
 
 
 def _cases(config: Config, names: tuple[str, ...], setup: Setup) -> Iterator[Case]:
-    attention = from_config(config).traits.attention  # the forms that it has
+    architecture = from_config(config)
+    attention = architecture.traits.attention  # the forms that it has
     if setup.attention not in attention:
         setup = replace(setup, attention=attention[0])
     if config.values["model_type"] == "gpt_neo" and setup.checkpoint != "none":
@@ -201,14 +241,5 @@ def _cases(config: Config, names: tuple[str, ...], setup: Setup) -> Iterator[Cas
         name = text.partition(":")[0]
         if config.values["model_type"] not in (*REFUSED.get(name, ()), *REFUSED.get(text, ())):
             without = name == "prefix_tuning"  # it does not work with checkpoints
-            yield Case(config, _targeted(text, config), replace(setup, checkpoint="none") if without else setup)
-
-
-def _targeted(text: str, config: Config) -> str:
-    """A method with targets, where PEFT has no default ones for the model."""
-    method, architecture = parse(text), from_config(config)
-    adapter = method._lora() if isinstance(method, TopK) and method.inner == "lora" else method
-    if not isinstance(adapter, Targeted) or adapter.targets or getattr(architecture.traits.targets, adapter.family):
-        return text
-    names = "+".join(name.rpartition(".")[2] for name in architecture.linear_names()[:2])
-    return f"{text}{',' if ':' in text else ':'}targets={names}"
+            fitting = replace(setup, checkpoint="none") if without else setup
+            yield Case(config, with_targets(text, architecture), fitting)
