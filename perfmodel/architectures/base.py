@@ -1,7 +1,7 @@
 """What an architecture is, and the scopes in which its forward pass makes parameters and layers."""
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -17,11 +17,12 @@ from ..tape.core import tape
 from ..tape.inplace import add_to_output
 from ..tape.tensor import Parameter, Tensor
 from .config import Config
+from .patterns import runs_of
+from .tasks import Classifier, classifier_of
 from .traits import Traits
 
 INSIDE = ("block", "attention", "mlp", "activation")  # modules that run in a block beside its linear layers and norms
-LONGEST_PATTERN = 8  # layers until they come again alike (Jamba); a longer one is recorded layer by layer
-WORDS = ("embed_tokens", "wte", "word_embeddings")  # what transformers calls the embedding of the words
+WORDS = ("embed_tokens", "embed_in", "wte", "word_embeddings")  # what transformers calls the embedding of the words
 _REGISTRY: Registry[type["Architecture"]] = Registry(__package__, Path(__file__).parent)
 A = TypeVar("A", bound="Architecture")
 
@@ -56,13 +57,14 @@ def from_config(config: Config) -> "Architecture":
     if found is None:
         raise UserError(
             f"{config.origin}: model_type {model_type!r} is not supported ({nearest(model_type, supported())}); "
-            f"supported: {', '.join(supported())}"
+            f"supported: {', '.join(supported())}; --traced takes other programs from transformers itself"
         )
     if config.values.get("quantization_config") is not None:
         raise UserError(
             f"{config.origin}: quantization_config is not supported; quantised base weights are not modelled"
         )
-    return found.from_config(config)
+    made = found.from_config(config)
+    return replace(made, classifier=classifier_of(config, made.traits))
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Architecture:
         max_positions: rows of a learned position table, None where positions are rotary.
         tied: whether the output head shares the embedding's weight.
         attention_cap, logit_cap: soft caps of attention scores and of logits, c·tanh(x/c); None where there is none.
+        classifier: the head that is there in the place of a language model's.
     """
 
     name: str
@@ -93,6 +96,7 @@ class Architecture:
     tied: bool
     attention_cap: float | None = None
     logit_cap: float | None = None
+    classifier: Classifier | None = None
 
     layer_path: ClassVar[str]  # where blocks live in the transformers module tree
     traits: ClassVar[Traits]
@@ -145,7 +149,7 @@ class Rewrites(Protocol):
 
     def words(self, model: "Scope", weight: Parameter, ids: Tensor) -> Tensor: ...
 
-    def head(self, scope: "Scope", hidden: Tensor, weight: Parameter) -> Tensor: ...
+    def head(self, scope: "Scope", hidden: Tensor, weight: Parameter, bias: Parameter | None) -> Tensor: ...
 
     def embedded(self, model: "Scope", x: Tensor) -> Tensor: ...
 
@@ -174,7 +178,10 @@ class Build:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer as a method sees it. Weight (n_out, n_in), or (n_in, n_out) for GPT-2's Conv1D."""
+    """A linear layer as a method sees it. Weight (n_out, n_in), or (n_in, n_out) for GPT-2's Conv1D.
+
+    `by_matmul`: it multiplies by the transposed weight in Python (Falcon's), without a bias.
+    """
 
     scope: "Scope"
     name: str
@@ -182,6 +189,7 @@ class Linear:
     n_out: int
     has_bias: bool
     conv1d: bool = False
+    by_matmul: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """The base layer: y = x·Wᵀ (+ b)."""
@@ -192,6 +200,8 @@ class Linear:
             if self.conv1d:
                 assert bias is not None
                 return linalg.conv1d(x, weight, bias)
+            if self.by_matmul:
+                return linalg.matmul_linear(x, weight)
             return linalg.linear(x, weight, bias)
 
     def add_to(self, result: Tensor, other: Tensor) -> Tensor:
@@ -262,16 +272,17 @@ class Scope:
 
     def linear_layer(self, name: str, n_in: int, n_out: int, *, bias: bool = False) -> Linear:
         """A linear layer as a method sees it, not run yet."""
-        conv1d = self.layer is not None and self.build.architecture.traits.conv1d
-        return Linear(self, name, n_in, n_out, bias, conv1d)
+        traits, inside = self.build.architecture.traits, self.layer is not None
+        return Linear(self, name, n_in, n_out, bias, inside and traits.conv1d, inside and traits.by_matmul)
 
-    def lm_head(self, hidden: Tensor, embedding: str, vocab: int) -> Tensor:
+    def lm_head(self, hidden: Tensor, embedding: str, vocab: int, *, bias: bool = False) -> Tensor:
         """Logits of a causal model: through the embedding's weight where it is tied, else an own linear layer."""
         if self.build.architecture.tied:
             weight = self.parameter(f"{embedding}.weight", (), "embedding")
-            logits = self.build.method.head(self, hidden, weight)
+            own = self.parameter("lm_head.bias", (vocab,), "bias") if bias else None
+            logits = self.build.method.head(self, hidden, weight, own)
         else:
-            logits = self.linear("lm_head", hidden, vocab)
+            logits = self.linear("lm_head", hidden, vocab, bias=bias)
         return soft_capped(logits) if self.build.architecture.logit_cap else logits
 
     def count_adapter(self) -> None:
@@ -363,29 +374,8 @@ class Scope:
 
 
 def runs_of_layers(architecture: Architecture, method: Rewrites) -> list[tuple[int, int, int]]:
-    """Layers that come again alike, in their order: (first layer, layers of a pattern, times that it comes in a row).
-
-    The first block stands alone in any case: what all blocks share (its input, masks, rotary tables) is allocated
-    before it and dies with its backward.
-    """
-    keys = [(architecture.layer_kind(i), method.layer_key(i)) for i in range(architecture.layers)]
-    found = [(0, 1, 1)]
-    first = 1
-    while first < len(keys):
-        period, times = next(
-            ((p, n) for p in range(1, LONGEST_PATTERN + 1) if (n := _times(keys, first, p)) > 1), (1, 1)
-        )
-        found.append((first, period, times))
-        first += period * times
-    return found
-
-
-def _times(keys: Sequence[Hashable], first: int, period: int) -> int:
-    """How often the pattern of `period` keys from `first` on comes in a row."""
-    pattern, times = keys[first : first + period], 1
-    while keys[first + times * period : first + (times + 1) * period] == pattern:
-        times += 1
-    return times
+    """The runs of layers (`patterns.runs_of`) that are of one kind and that the method treats alike."""
+    return runs_of([(architecture.layer_kind(i), method.layer_key(i)) for i in range(architecture.layers)])
 
 
 def _largest(x: Any) -> int:

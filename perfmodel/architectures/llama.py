@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ..errors import UserError
 from ..program.dims import product
 from ..tape.core import tape
-from ..tape.nn import causal_lm_loss, shifted_labels
+from ..tape.nn import shifted_labels
 from ..tape.packages.liger import linear_cross_entropy, rope, silu_mul
 from ..tape.pointwise import add, cat, mul, neg, silu
 from ..tape.shape import narrow, reshape, transpose, unsqueeze, view
@@ -18,6 +18,7 @@ from . import masks
 from .attend import attend
 from .base import Architecture, Scope, architecture
 from .config import Config
+from .heads import decoder_loss
 from .norms import rms_norm
 from .traits import Targets, Traits
 
@@ -57,6 +58,7 @@ class Llama(Architecture):
         norms=("input_layernorm", "post_attention_layernorm", "norm"),
         targets=replace(TARGETS, ia3=("k_proj", "v_proj", "down_proj")),
         fused=("liger", "unsloth", "lorafusion"),
+        heads=("sequence", "token"),
     )
     defaults: ClassVar[dict[str, int]] = {}  # what the model type's config class has for a missing key
 
@@ -124,10 +126,9 @@ class Llama(Architecture):
     def forward(self, model: Scope, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
         model.begin("embeddings")
         hidden = self._decoder(model, ids, attention)
-        if model.build.setup.kernels == "liger":
+        if model.build.setup.kernels == "liger" and self.classifier is None:
             return self._liger_loss(model, hidden, labels)
-        logits = model.lm_head(hidden, "model.embed_tokens", self.vocab)
-        return causal_lm_loss(logits, labels)
+        return decoder_loss(model, hidden, ids, labels, "model.embed_tokens")
 
     def _liger_loss(self, model: Scope, hidden: Tensor, labels: Tensor) -> Tensor:
         """Liger's `lce_forward`: the head's weight goes into the loss, whatever wraps its module."""

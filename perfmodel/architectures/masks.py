@@ -24,7 +24,7 @@ def read_scalar(x: Tensor) -> None:
 
 
 def causal_mask(
-    attention: Tensor, seq: Dim, implementation: str, dtype: str, window: int | None, *, padded: bool
+    attention: Tensor, seq: Dim, implementation: str, dtype: str, window: int | None, *, padded: bool, skip: bool = True
 ) -> Tensor | None:
     """The mask for a causal model, or None where the kernel's own causal flag does.
 
@@ -33,13 +33,14 @@ def causal_mask(
         seq: queries; fewer than there are keys where a cache holds the first of them.
         window: sliding window in tokens; a fused kernel's mask is skipped where the window does not bind.
         padded: whether the mask has zeros, so that it cannot be dropped.
+        skip: whether the model lets a mask be dropped (`allow_is_causal_skip`).
     """
     allowed = cast(attention, "bool")
     if implementation == "flash2":
         read_scalar(emit("all", (allowed,), (), "bool"))
         return None
     batch, length = attention.shape
-    skippable = same(seq, length) and not (window is not None and decide(seq >= window))
+    skippable = skip and same(seq, length) and not (window is not None and decide(seq >= window))
     if implementation == "sdpa" and skippable:
         read_scalar(unary_bool(emit("sum", (allowed,), (), "i64")))
         if not padded:

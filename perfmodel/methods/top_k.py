@@ -59,6 +59,9 @@ class TopK(Method):
     def trains(self, name: str, kind: str, layer: int | None) -> bool:
         return self.inner == "full" and layer is not None and layer >= self.layers - self.k
 
+    def copies(self, name: str, kind: str) -> bool:
+        return self.inner == "lora" and self.inside.copies(name, kind)
+
     def layer_key(self, layer: int) -> Hashable:
         return layer >= self.layers - self.k
 

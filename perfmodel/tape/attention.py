@@ -10,7 +10,7 @@ transformers/integrations/sdpa_attention.py.
 
 from collections.abc import Sequence
 
-from ..program.dims import Shape, is_one, strides_in_order
+from ..program.dims import elementwise_strides, is_one, strides_in_order
 from ..program.op import Attrs
 from .autograd import differentiate
 from .core import new_tensor, record, tape
@@ -18,7 +18,7 @@ from .elementary import div
 from .linalg import autocast_operand, matmul
 from .nn import softmax
 from .pointwise import add, cast, dropout, fill, mul, scale, tanh, where
-from .shape import contiguous, expand, reshape, transpose, unsqueeze
+from .shape import clone, contiguous, expand, reshape, transpose, unsqueeze, view
 from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
@@ -45,6 +45,14 @@ def repeat_heads(x: Tensor, groups: int) -> Tensor:
         return x
     b, heads, s, d = x.shape
     return reshape(expand(unsqueeze(x, 2), (b, heads, groups, s, d)), (b, heads * groups, s, d))
+
+
+def _interleaved(x: Tensor, groups: int) -> Tensor:
+    """`x.repeat_interleave(groups, 1)`: as `repeat_heads`, but a copy of a single head too."""
+    if groups == 1:
+        return x
+    b, heads, s, d = x.shape
+    return view(clone(expand(unsqueeze(x, 2), (b, heads, groups, s, d))), (b, heads * groups, s, d))
 
 
 def eager_attention(
@@ -78,17 +86,27 @@ def soft_capped(x: Tensor) -> Tensor:
     return mul(x, 1.0)
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, p: float) -> Tensor:
-    """`F.scaled_dot_product_attention` as transformers calls it; same shapes as `eager_attention`."""
+def sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, p: float, broadcast: bool = False
+) -> Tensor:
+    """`F.scaled_dot_product_attention` as transformers calls it; same shapes as `eager_attention`.
+
+    Args:
+        broadcast: whether the one head of k and v is left to PyTorch's broadcasting (Falcon), which only the math path
+            does.
+    """
     groups = q.shape[1] // k.shape[1]
-    if mask is not None:
+    if mask is not None and not broadcast:
         k, v = repeat_heads(k, groups), repeat_heads(v, groups)
     q, k, v = autocast_operand(q), autocast_operand(k), autocast_operand(v)
-    kernel = _choose(q, k, mask, p)
+    kernel = "math" if broadcast and groups > 1 else _choose(q, k, mask, p)
     causal = causal and mask is None and not is_one(q.shape[2])
     if mask is not None and kernel != "math":
         mask = additive_mask(mask, q.dtype)
-    out = _math(q, k, v, mask, causal=causal, p=p) if kernel == "math" else _fused(q, k, v, mask, kernel, causal=causal)
+    if kernel == "math":
+        out = _math(q, k, v, mask, causal=causal, p=p, broadcast=broadcast)
+    else:
+        out = _fused(q, k, v, mask, kernel, causal=causal)
     return contiguous(transpose(out, 1, 2))
 
 
@@ -128,7 +146,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, *,
     node = differentiate("ScaledDotProductAttentionBackward0", (q, k, v), _fused_backward, (kernel, causal))
     seq_first = kernel == "flash2"
     heads, seq = (q.shape[2], q.shape[1]) if seq_first else (q.shape[1], q.shape[2])
-    out = new_tensor(q.shape, q.dtype, None if seq_first else _seq_first(q.shape))
+    out = _like(q, "forward", kernel)
     statistics = new_tensor((q.shape[0], heads, seq), "fp32")
     inputs = (q, k, v) if mask is None else (q, k, v, mask)
     if node:
@@ -140,9 +158,16 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, *,
     return out
 
 
-def _seq_first(shape: Shape) -> Shape:
-    """Strides of a (b, h, s, d) tensor that lies in memory as (b, s, h, d)."""
-    return strides_in_order(shape, (0, 2, 1, 3))
+def _like(x: Tensor, phase: str, kernel: str) -> Tensor:
+    """What a kernel makes for x (b, h, s, d): dims lie in memory as in x, or as (b, s, h, d) for some.
+
+    Source: torch/_meta_registrations.py (`meta__scaled_dot_product_…`).
+    """
+    if kernel == "flash2":
+        return new_tensor(x.shape, x.dtype)
+    if kernel == "efficient" or (kernel == "cpu" and phase == "backward"):
+        return new_tensor(x.shape, x.dtype, strides_in_order(x.shape, (0, 2, 1, 3)))
+    return new_tensor(x.shape, x.dtype, elementwise_strides(x.shape, ((x.shape, x.strides),)))
 
 
 def _fused_backward(node: Node, grads: Sequence[Grad]) -> Grads:
@@ -150,21 +175,22 @@ def _fused_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     assert g is not None
     kernel, causal = node.attrs
     q, k, v, mask, out, statistics = node.unpack()
-    grad_of = [new_tensor(x.shape, x.dtype, None if kernel == "flash2" else _seq_first(x.shape)) for x in (q, k, v)]
+    grad_of = [_like(x, "backward", kernel) for x in (q, k, v)]
     inputs = [x for x in (g, q, k, v, out, statistics, mask) if x is not None]
     record(_FLASH_BACKWARD[kernel], inputs, grad_of, attrs=Attrs(causal=causal))
     return tuple(x if need else None for x, need in zip(grad_of, node.needs, strict=True))
 
 
-def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, p: float) -> Tensor:
+def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, p: float, broadcast: bool) -> Tensor:
     """`_scaled_dot_product_attention_math`: 16-bit inputs are computed in fp32, the scale split over both operands."""
     dtype = q.dtype
     current = tape()
     autocast, current.autocast = current.autocast, None
     try:
         q32, k, v = cast(q, "fp32"), cast(k, "fp32"), cast(v, "fp32")  # C++ holds the unscaled query to the end
-        groups = q.shape[1] // k.shape[1]
-        k, v = repeat_heads(k, groups), repeat_heads(v, groups)
+        if not broadcast:
+            groups = q.shape[1] // k.shape[1]
+            k, v = _interleaved(k, groups), _interleaved(v, groups)
         q = scale(q32)
         if causal:
             s = q.shape[2]

@@ -35,6 +35,7 @@ PUBLISHED = {
     "llama-3.1-70b": 70_553_706_496,  # the hub's safetensors total
     "llama-3.2-3b": 3_212_749_824,  # PEFT benchmark: num_total_params - num_trainable_params
     "mistral-7b": 7_241_732_096,  # stored public code
+    "pythia-1.4b": 1_414_647_808,  # the model card's table of Pythia
     "roberta-large": 355_412_057,  # the hub's listing of F32 tensors
     "qwen2.5-3b": 3_085_938_688,  # stored public code
     "qwen2.5-7b": 7_615_616_512,  # stored public code
@@ -54,7 +55,8 @@ BUILT = {
     "qwen1.5-7b": 7_721_324_544, "qwen-1.8b": 1_836_828_672, "qwen-7b": 7_721_324_544,
     "qwen2.5-0.5b": 494_032_768, "qwen2.5-1.5b": 1_543_714_304, "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976,
     "qwen3-4b": 4_022_468_096, "qwen3-8b": 8_190_735_360, "qwen3-14b": 14_768_307_200, "qwen3-32b": 32_762_123_264,
-    "gemma-2-2b": 2_614_341_888, "gemma-2-9b": 9_241_705_984,
+    "gemma-2-2b": 2_614_341_888, "gemma-2-9b": 9_241_705_984, "phi-2": 2_779_683_840, "falcon-7b": 6_921_720_704,
+    "starcoderbase-1b": 1_137_207_296, "distilbert-base": 66_985_530, "t5-base": 222_903_552,
 }  # fmt: skip
 
 
@@ -121,7 +123,7 @@ def test_a_model_type_that_is_no_string_is_refused(bad: Any) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "qwen3"])  # whose heads have a width of their own
 def test_heads_that_do_not_divide_the_width_are_refused(name: str) -> None:
     """Rounding the head size down would lose a part of the model."""
-    key = {"gpt2": "n_head", "gpt_neo": "num_heads"}.get(name, "num_attention_heads")
+    key = {"gpt2": "n_head", "gpt_bigcode": "n_head", "gpt_neo": "num_heads"}.get(name, "num_attention_heads")
     message = refusal({**SMALL[name], key: 5, "num_key_value_heads": 5})
     assert "64" in message
     assert "5" in message
@@ -146,6 +148,14 @@ def test_kv_heads_that_do_not_divide_the_heads_are_refused(name: str) -> None:
         ("qwen3", {"layer_types": ["full_attention"]}), ("gemma2", {"layer_types": ["chunked_attention"] * 5}),
         ("gemma2", {"use_bidirectional_attention": True}), ("gemma2", {"attn_logit_softcapping": "50"}),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": -1}),
+        ("gpt_neox", {"rotary_pct": 0.1}), ("gpt_neox", {"hidden_act": "sigmoid"}), ("phi", {"qk_layernorm": True}),
+        ("phi", {"partial_rotary_factor": 1.5}), ("falcon", {"alibi": True}), ("falcon", {"parallel_attn": False}),
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 3}), ("phi", {"num_key_value_heads": 3}),
+        ("gpt_bigcode", {"scale_attn_weights": False}),
+        ("roberta", {"position_embedding_type": "relative_key"}), ("roberta", {"max_position_embeddings": 2}),
+        ("bert", {"architectures": ["BertForQuestionAnswering"]}), ("bert", {"architectures": ["BertLMHeadModel"]}),
+        ("falcon", {"architectures": ["FalconForTokenClassification"]}), ("llama", {"architectures": ["LlamaModel"]}),
+        ("llama", {"num_labels": 1, "architectures": ["LlamaForSequenceClassification"]}),
     ],
 )  # fmt: skip
 def test_what_the_tape_does_not_mirror_is_refused_by_name(name: str, change: dict[str, Any]) -> None:
@@ -171,6 +181,8 @@ VARIANTS = [
     ("qwen3", {"use_sliding_window": True, "sliding_window": 50, "max_window_layers": 2, "attention_bias": True}),
     ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True}),
     ("gemma2", {"layer_types": ["full_attention"] * 4 + ["sliding_attention"], "sliding_window": 5}),
+    ("phi", {"num_key_value_heads": 2, "resid_pdrop": 0.1, "hidden_act": "gelu"}),
+    ("gpt_neox", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}}),
 ]
 
 
