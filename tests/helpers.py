@@ -13,7 +13,7 @@ from perfmodel.program.part import PHASES
 from perfmodel.recording.record import build
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
-from validate.oracle.cases import SMALL, with_targets
+from validate.oracle.cases import SMALL, fitting, with_targets
 
 NAMES = tuple(SMALL)
 METHODS = ("full", "lora:r=4", "lora:r=4,targets=all-linear,dropout=0.1", "top_k:k=1", "top_k:k=1,inner=lora", "norm")
@@ -38,7 +38,7 @@ tf32_flops = 12.7e12
 fp16_flops = 25.5e12
 bf16_flops = 25.5e12
 """
-LAYERS_KEY = {"gpt2": "n_layer", "gpt_neo": "num_layers"}
+LAYERS_KEY = {"gpt2": "n_layer", "gpt_bigcode": "n_layer", "gpt_neo": "num_layers"}
 
 
 def config_of(name: str, layers: int | None = None, **changes: Any) -> Config:
@@ -58,12 +58,8 @@ def architecture_of(name: str, layers: int | None = None, **changes: Any) -> Arc
 
 def setup_of(name: str, **options: Any) -> Setup:
     """A setup that a small model has: Gemma 2 and GPT-Neo know no SDPA, GPT-Neo no reentrant checkpoints."""
-    options = {"batch": 2, "seq": 17, **options}
-    if name in ("gemma2", "gpt_neo"):
-        options["attention"] = "eager"
-    if name == "gpt_neo":
-        options["checkpoint"] = "none" if options.get("checkpoint", "none") == "none" else "block"
-    return Setup(**options)
+    setup = Setup(**{"batch": 2, "seq": 17, **options})
+    return fitting(setup, architecture_of(name).traits) if name in SMALL else setup
 
 
 def step_of(

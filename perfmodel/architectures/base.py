@@ -1,12 +1,11 @@
 """What an architecture is, and the scopes in which its forward pass makes parameters and layers."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from ..errors import UserError, nearest
-from ..program.dims import decide
 from ..program.part import Part
 from ..registry import Registry
 from ..setup import Setup
@@ -18,10 +17,11 @@ from ..tape.inplace import add_to_output
 from ..tape.tensor import Parameter, Tensor
 from .config import Config
 from .runs import runs_of_layers
+from .tasks import Classifier, classifier_of
 from .traits import Traits
 
 INSIDE = ("block", "attention", "mlp", "activation")  # modules that run in a block beside its linear layers and norms
-WORDS = ("embed_tokens", "wte", "word_embeddings")  # what transformers calls the embedding of the words
+WORDS = ("embed_tokens", "embed_in", "wte", "word_embeddings")  # what transformers calls the embedding of the words
 _REGISTRY: Registry[type["Architecture"]] = Registry(__package__, Path(__file__).parent)
 A = TypeVar("A", bound="Architecture")
 
@@ -64,7 +64,8 @@ def from_config(config: Config) -> "Architecture":
         raise UserError(
             f"{config.origin}: quantization_config is not supported; quantised base weights are not modelled"
         )
-    return found.from_config(config)
+    made = found.from_config(config)
+    return replace(made, classifier=classifier_of(config, made.traits))
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Architecture:
         tied: whether the output head shares the embedding's weight.
         attention_cap, logit_cap: soft caps of attention scores and of logits, c·tanh(x/c); None where there is none.
         note: what an answer has to say of the config (`Config.note`) and of the model type.
+        classifier: the head that is there in the place of a language model's.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Architecture:
     attention_cap: float | None = None
     logit_cap: float | None = None
     note: str = ""
+    classifier: Classifier | None = None
 
     layer_path: ClassVar[str]  # where blocks live in the transformers module tree
     traits: ClassVar[Traits]
@@ -165,7 +168,7 @@ class Rewrites(Protocol):
 
     def words(self, model: "Scope", weight: Parameter, ids: Tensor) -> Tensor: ...
 
-    def head(self, scope: "Scope", hidden: Tensor, weight: Parameter) -> Tensor: ...
+    def head(self, scope: "Scope", hidden: Tensor, weight: Parameter, bias: Parameter | None) -> Tensor: ...
 
     def embedded(self, model: "Scope", x: Tensor) -> Tensor: ...
 
@@ -194,7 +197,10 @@ class Build:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer as a method sees it. Weight (n_out, n_in), or (n_in, n_out) for GPT-2's Conv1D."""
+    """A linear layer as a method sees it. Weight (n_out, n_in), or (n_in, n_out) for GPT-2's Conv1D.
+
+    `by_matmul`: it multiplies by the transposed weight in Python (Falcon's), without a bias.
+    """
 
     scope: "Scope"
     name: str
@@ -202,6 +208,7 @@ class Linear:
     n_out: int
     has_bias: bool
     conv1d: bool = False
+    by_matmul: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """The base layer: y = x·Wᵀ (+ b)."""
@@ -212,6 +219,8 @@ class Linear:
             if self.conv1d:
                 assert bias is not None
                 return linalg.conv1d(x, weight, bias)
+            if self.by_matmul:
+                return linalg.matmul_linear(x, weight)
             return linalg.linear(x, weight, bias)
 
     def add_to(self, result: Tensor, other: Tensor) -> Tensor:
@@ -283,16 +292,17 @@ class Scope:
 
     def linear_layer(self, name: str, n_in: int, n_out: int, *, bias: bool = False) -> Linear:
         """A linear layer as a method sees it, not run yet."""
-        conv1d = self.layer is not None and self.build.architecture.traits.conv1d
-        return Linear(self, name, n_in, n_out, bias, conv1d)
+        traits, inside = self.build.architecture.traits, self.layer is not None
+        return Linear(self, name, n_in, n_out, bias, inside and traits.conv1d, inside and traits.by_matmul)
 
-    def lm_head(self, hidden: Tensor, embedding: str, vocab: int) -> Tensor:
+    def lm_head(self, hidden: Tensor, embedding: str, vocab: int, *, bias: bool = False) -> Tensor:
         """Logits of a causal model: through the embedding's weight where it is tied, else an own linear layer."""
         if self.build.architecture.tied:
             weight = self.parameter(f"{embedding}.weight", (), "embedding")
-            logits = self.build.method.head(self, hidden, weight)
+            own = self.parameter("lm_head.bias", (vocab,), "bias") if bias else None
+            logits = self.build.method.head(self, hidden, weight, own)
         else:
-            logits = self.linear("lm_head", hidden, vocab)
+            logits = self.linear("lm_head", hidden, vocab, bias=bias)
         return soft_capped(logits) if self.build.architecture.logit_cap else logits
 
     def count_adapter(self) -> None:
@@ -380,20 +390,3 @@ class Scope:
     def begin(self, name: str) -> None:
         """Start another part of the forward pass (embeddings, head)."""
         self.part = tape().begin(name, "forward")
-
-    def check_positions(self, seq: Any) -> None:
-        """Raise `UserError` where the sequence is longer than a learned position table."""
-        limit = self.build.architecture.max_positions
-        if limit is None:
-            return
-        if decide(seq > limit):
-            virtual = _largest(seq) - _largest(self.build.setup.seq)
-            also = f" with {virtual} virtual tokens" if virtual else ""
-            raise UserError(
-                f"{self.build.architecture.name}: seq {_largest(seq)}{also} exceeds its {limit} learned positions; "
-                f"use --seq {limit - virtual} or less"
-            )
-
-
-def _largest(x: Any) -> int:
-    return int(x if isinstance(x, int) else x.max())

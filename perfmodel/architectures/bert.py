@@ -6,12 +6,12 @@ Source: transformers/models/bert/modeling_bert.py (`BertForMaskedLM`).
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..program.dims import product
 from ..tape.core import emit
 from ..tape.linalg import linear
-from ..tape.nn import cross_entropy
-from ..tape.pointwise import add, dropout, gelu
+from ..tape.nn import masked_lm_loss
+from ..tape.pointwise import add, dropout, gelu, tanh
 from ..tape.shape import expand, reshape, transpose, view
+from ..tape.split import select
 from ..tape.tensor import Tensor
 from . import masks
 from .attend import attend
@@ -31,8 +31,14 @@ class Bert(Architecture):
     attention_dropout: float = 0.1
 
     layer_path: ClassVar[str] = "bert.encoder.layer"
+    root: ClassVar[str] = "bert.embeddings"
+    lm_head: ClassVar[tuple[str, ...]] = (  # its dense layer, norm, bias, and the decoder where it is not tied
+        "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias",
+        "cls.predictions.decoder",
+    )  # fmt: skip
     traits: ClassVar[Traits] = Traits(
         head="masked",
+        heads=("sequence", "token"),
         norm=layer_norm,
         norms=("LayerNorm",),
         targets=Targets(
@@ -68,23 +74,33 @@ class Bert(Architecture):
 
     def forward(self, model: Scope, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
         hidden = self._encoder(model, ids, attention)
-        logits = self._predictions(model, hidden)
-        return cross_entropy(
-            view(logits, (product(logits.shape[:-1]), self.vocab)), view(labels, (product(labels.shape),))
-        )
+        head = self._predictions if self.classifier is None else self.classes
+        return masked_lm_loss(head(model, hidden), labels)
 
     def _predictions(self, model: Scope, hidden: Tensor) -> Tensor:
-        hidden = self._transform(model, hidden)
-        bias = model.parameter("cls.predictions.bias", (self.vocab,), "bias")
-        if self.tied:
-            return linear(hidden, model.parameter("bert.embeddings.word_embeddings.weight", (), "embedding"), bias)
-        # untied, the decoder brings its own bias, and `bias` stays unused
-        return Linear(model, "cls.predictions.decoder", self.hidden, self.vocab, True)(hidden)
-
-    def _transform(self, model: Scope, hidden: Tensor) -> Tensor:
-        hidden = model.linear("cls.predictions.transform.dense", hidden, self.hidden, bias=True)
+        dense, norm, own_bias, decoder = self.lm_head
+        hidden = model.linear(dense, hidden, self.hidden, bias=True)
         hidden = gelu(hidden)
-        return model.norm("cls.predictions.transform.LayerNorm", hidden)
+        hidden = model.norm(norm, hidden)
+        bias = model.parameter(own_bias, (self.vocab,), "bias")
+        if self.tied:
+            return linear(hidden, model.parameter(f"{self.root}.word_embeddings.weight", (), "embedding"), bias)
+        # untied, the decoder brings its own bias, and `bias` stays unused
+        return Linear(model, decoder, self.hidden, self.vocab, True)(hidden)
+
+    def classes(self, model: Scope, hidden: Tensor) -> Tensor:
+        """Logits of the classes of each token or, from the first token, of each sequence."""
+        classifier = self.classifier
+        assert classifier is not None
+        p = self.hidden_dropout if classifier.dropout is None else classifier.dropout
+        if classifier.of == "sequence":
+            return self.classes_of_sequence(model, select(hidden, 1), p, classifier.labels)
+        return model.linear("classifier", dropout(hidden, p), classifier.labels, bias=True)
+
+    def classes_of_sequence(self, model: Scope, first: Tensor, p: float, labels: int) -> Tensor:
+        """Logits of a sequence from the (batch, hidden) of its first token: a pooler, dropout p, and the classifier."""
+        pooled = tanh(model.linear("bert.pooler.dense", first, self.hidden, bias=True))
+        return model.linear("classifier", dropout(pooled, p), labels, bias=True)
 
     def _encoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
         model.begin("embeddings")
@@ -96,19 +112,28 @@ class Bert(Architecture):
         return hidden
 
     def _embeddings(self, model: Scope, ids: Tensor) -> Tensor:
-        batch, seq = ids.shape
-        model.check_positions(seq)
-        assert self.max_positions is not None
-        table = masks.model_buffer((1, self.max_positions))
-        position_ids = masks.model_buffer((1, seq))
-        types = expand(emit("gather", (table, position_ids), (1, seq), "i64"), (batch, seq))
-        words = model.embedding("bert.embeddings.word_embeddings", self.vocab, self.hidden, ids)
+        masks.check_positions(model, ids.shape[1])
+        position_ids, types = self.places(ids)
+        words = model.embedding(f"{self.root}.word_embeddings", self.vocab, self.hidden, ids)
         words = model.build.method.embedded(model, words)
-        kinds = model.embedding("bert.embeddings.token_type_embeddings", self.token_types, self.hidden, types)
+        kinds = model.embedding(f"{self.root}.token_type_embeddings", self.token_types, self.hidden, types)
         hidden = add(words, kinds)
-        located = model.embedding("bert.embeddings.position_embeddings", self.max_positions, self.hidden, position_ids)
-        hidden = model.norm("bert.embeddings.LayerNorm", add(hidden, located))
+        located = model.embedding(f"{self.root}.position_embeddings", self.table, self.hidden, position_ids)
+        hidden = model.norm(f"{self.root}.LayerNorm", add(hidden, located))
         return dropout(hidden, self.hidden_dropout)
+
+    def places(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions (1 or batch, seq) and token types (batch, seq)."""
+        batch, seq = ids.shape
+        table = masks.model_buffer((1, self.table))
+        position_ids = masks.model_buffer((1, seq))
+        return position_ids, expand(emit("gather", (table, position_ids), (1, seq), "i64"), (batch, seq))
+
+    @property
+    def table(self) -> int:
+        """Rows of the position table."""
+        assert self.max_positions is not None
+        return self.max_positions
 
     def block(self, layer: Scope, x: Tensor, mask: Tensor | None) -> Tensor:
         """One encoder layer: (batch, seq, hidden) → the same."""

@@ -6,7 +6,6 @@ Source: transformers/models/gpt2/modeling_gpt2.py, pytorch_utils.py (`Conv1D`).
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..tape.nn import causal_lm_loss
 from ..tape.pointwise import add, dropout, gelu_tanh
 from ..tape.shape import reshape, split, transpose, view
 from ..tape.tensor import Tensor
@@ -14,6 +13,7 @@ from . import masks
 from .attend import attend
 from .base import Architecture, Scope, architecture
 from .config import Config
+from .heads import decoder_loss
 from .norms import layer_norm
 from .traits import Targets, Traits
 
@@ -27,9 +27,12 @@ class Gpt2(Architecture):
     attention_dropout: float = 0.1
     residual_dropout: float = 0.1
 
+    softmax_form: ClassVar[str] = "value"  # of eager attention (`eager_attention`)
     layer_path: ClassVar[str] = "transformer.h"
     traits: ClassVar[Traits] = Traits(
         head="causal",
+        heads=("sequence", "token"),
+        token_head=("classifier", False),
         norm=layer_norm,
         norms=("ln_1", "ln_2", "ln_f"),
         targets=Targets(
@@ -41,12 +44,17 @@ class Gpt2(Architecture):
 
     @classmethod
     def dims(cls, config: Config) -> dict[str, Any]:
-        hidden, heads = config.count("n_embd", "hidden_size"), config.count("n_head", "num_attention_heads")
         config.one_of("activation_function", "gelu_new", ("gelu_new",))
         config.refuse(
             scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False, add_cross_attention=False,
             scale_attn_weights=True,
         )  # fmt: skip
+        return cls.widths(config)
+
+    @classmethod
+    def widths(cls, config: Config) -> dict[str, Any]:
+        """Numbers of layers and heads, widths, dropout."""
+        hidden, heads = config.count("n_embd", "hidden_size"), config.count("n_head", "num_attention_heads")
         return {
             "layers": config.count("n_layer", "num_hidden_layers"),
             "hidden": hidden,
@@ -68,12 +76,11 @@ class Gpt2(Architecture):
     def forward(self, model: Scope, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
         model.begin("embeddings")
         hidden = self._decoder(model, ids, attention)
-        logits = model.lm_head(hidden, "transformer.wte", self.vocab)
-        return causal_lm_loss(logits, labels)
+        return decoder_loss(model, hidden, ids, labels, "transformer.wte")
 
     def _decoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
         setup = model.build.setup
-        model.check_positions(attention.shape[1])
+        masks.check_positions(model, attention.shape[1])
         assert self.max_positions is not None
         embedded = model.build.method.embedded(model, model.embedding("transformer.wte", self.vocab, self.hidden, ids))
         seq = embedded.shape[1]
@@ -99,21 +106,29 @@ class Gpt2(Architecture):
     def attention(self, layer: Scope, x: Tensor, mask: Tensor | None) -> Any:
         """Multi-head attention from one fused projection; also returns the weights, if any."""
         setup = layer.build.setup
-        fused = layer.linear("attn.c_attn", x, 3 * self.hidden, bias=True)
-        q, k, v = (
-            transpose(view(y, (*x.shape[:-1], self.heads, self.head_dim)), 1, 2)
-            for y in split(fused, [self.hidden] * 3, 2)
-        )
-        del fused
+        q, k, v = self.heads_of(layer, x)
         k, v = layer.extended(k, v)
-        out, weights = attend(q, k, v, mask, setup.attention, causal=True, form="value", p=self.attention_dropout)
+        form, p = self.softmax_form, self.attention_dropout
+        out, weights = attend(q, k, v, mask, setup.attention, causal=True, form=form, p=p)
         out = reshape(out, (*x.shape[:-1], self.hidden))
         out = layer.linear("attn.c_proj", out, self.hidden, bias=True)
         return dropout(out, self.residual_dropout), weights
 
+    def heads_of(self, layer: Scope, x: Tensor) -> list[Tensor]:
+        """q, k and v, (batch, heads, seq, head_dim)."""
+        fused = layer.linear("attn.c_attn", x, 3 * self.hidden, bias=True)
+        return [
+            transpose(view(y, (*x.shape[:-1], self.heads, self.head_dim)), 1, 2)
+            for y in split(fused, [self.hidden] * 3, 2)
+        ]
+
+    def activated(self, x: Tensor) -> Tensor:
+        """What is between the linear layers of the MLP."""
+        return gelu_tanh(x)
+
     def mlp(self, layer: Scope, x: Tensor) -> Tensor:
         """Two linear layers with GELU between."""
         x = layer.linear("mlp.c_fc", x, self.intermediate, bias=True)
-        x = gelu_tanh(x)
+        x = self.activated(x)
         x = layer.linear("mlp.c_proj", x, self.hidden, bias=True)
         return dropout(x, self.residual_dropout)

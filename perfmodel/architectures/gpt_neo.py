@@ -8,17 +8,17 @@ Source: transformers/models/gpt_neo/modeling_gpt_neo.py.
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..errors import UserError
 from ..tape.bus import scalar
 from ..tape.core import tape
 from ..tape.linalg import matmul
-from ..tape.nn import causal_lm_loss, softmax
+from ..tape.nn import softmax
 from ..tape.pointwise import add, cast, dropout, gelu_tanh, masked
 from ..tape.shape import contiguous, transpose, view
 from ..tape.tensor import Tensor
 from . import masks
 from .base import Architecture, Scope, architecture
 from .config import Config
+from .heads import decoder_loss
 from .norms import layer_norm
 from .traits import Targets, Traits
 
@@ -37,6 +37,8 @@ class GptNeo(Architecture):
     layer_path: ClassVar[str] = "transformer.h"
     traits: ClassVar[Traits] = Traits(
         head="causal",
+        heads=("sequence", "token"),
+        token_head=("classifier", False),
         norm=layer_norm,
         norms=("ln_1", "ln_2", "ln_f"),
         targets=Targets(
@@ -44,6 +46,7 @@ class GptNeo(Architecture):
             s2ft=("out_proj", "mlp.c_proj"),
         ),
         attention=("eager",),
+        reentrant=(),
     )  # fmt: skip
 
     @classmethod
@@ -70,16 +73,13 @@ class GptNeo(Architecture):
         return [*attention, "mlp.c_fc", "mlp.c_proj"]
 
     def forward(self, model: Scope, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
-        if model.build.setup.checkpoint == "block-reentrant":
-            raise UserError(f"{self.name}: reentrant checkpoints of gpt_neo are not modelled; use --checkpoint block")
         model.begin("embeddings")
         hidden = self._decoder(model, ids, attention)
-        logits = model.lm_head(hidden, "transformer.wte", self.vocab)
-        return causal_lm_loss(logits, labels)
+        return decoder_loss(model, hidden, ids, labels, "transformer.wte")
 
     def _decoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
         setup = model.build.setup
-        model.check_positions(attention.shape[1])
+        masks.check_positions(model, attention.shape[1])
         assert self.max_positions is not None
         embedded = model.build.method.embedded(model, model.embedding("transformer.wte", self.vocab, self.hidden, ids))
         seq = embedded.shape[1]

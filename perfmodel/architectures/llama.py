@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from ..errors import UserError
 from ..program.dims import product
 from ..tape.core import tape
-from ..tape.nn import causal_lm_loss, shifted_labels
+from ..tape.nn import shifted_labels
 from ..tape.packages.liger import linear_cross_entropy, rope, silu_mul
 from ..tape.pointwise import add, mul, silu
 from ..tape.shape import reshape, transpose, view
@@ -19,6 +19,7 @@ from . import masks
 from .attend import attend
 from .base import Architecture, Scope, architecture
 from .config import Config
+from .heads import decoder_loss
 from .norms import rms_norm
 from .rotary import rotate, rotate_half
 from .traits import Targets, Traits
@@ -63,6 +64,7 @@ class Llama(Architecture):
         norms=("input_layernorm", "post_attention_layernorm", "norm"),
         targets=replace(TARGETS, ia3=("k_proj", "v_proj", "down_proj")),
         fused=("liger", "unsloth", "lorafusion"),
+        heads=("sequence", "token"),
     )
     around: ClassVar[tuple[str | None, ...]] = ("input_layernorm", None, "post_attention_layernorm", None)
     defaults: ClassVar[dict[str, int]] = {}  # what the model type's config class has for a missing key
@@ -153,10 +155,9 @@ class Llama(Architecture):
     def forward(self, model: Scope, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
         model.begin("embeddings")
         hidden = self._decoder(model, ids, attention)
-        if model.build.setup.kernels == "liger":
+        if model.build.setup.kernels == "liger" and self.classifier is None:
             return self._liger_loss(model, hidden, labels)
-        logits = self.scaled_logits(model.lm_head(hidden, "model.embed_tokens", self.vocab))
-        return causal_lm_loss(logits, labels)
+        return decoder_loss(model, hidden, ids, labels, "model.embed_tokens", scaled=self.scaled_logits)
 
     def _liger_loss(self, model: Scope, hidden: Tensor, labels: Tensor) -> Tensor:
         """Liger's `lce_forward`: the head's weight goes into the loss, whatever wraps its module."""

@@ -6,11 +6,13 @@ Source: transformers/masking_utils.py (`sdpa_mask`, `eager_mask`).
 
 from typing import Any
 
+from ..errors import UserError
 from ..program.dims import Dim, contiguous_strides, decide, product, same
 from ..tape.core import emit, record
 from ..tape.pointwise import add, binary_bool, cast, cat, fill, mul, sub, unary, where
 from ..tape.shape import clone, expand, unsqueeze, view
 from ..tape.tensor import Storage, Tensor
+from .base import Scope
 
 
 def positions(seq: Any) -> Tensor:
@@ -24,7 +26,7 @@ def read_scalar(x: Tensor) -> None:
 
 
 def causal_mask(
-    attention: Tensor, seq: Dim, implementation: str, dtype: str, window: int | None, *, padded: bool
+    attention: Tensor, seq: Dim, implementation: str, dtype: str, window: int | None, *, padded: bool, skip: bool = True
 ) -> Tensor | None:
     """The mask for a causal model, or None where the kernel's own causal flag does.
 
@@ -33,13 +35,14 @@ def causal_mask(
         seq: queries; fewer than there are keys where a cache holds the first of them.
         window: sliding window in tokens; a fused kernel's mask is skipped where the window does not bind.
         padded: whether the mask has zeros, so that it cannot be dropped.
+        skip: whether the model lets a mask be dropped (`allow_is_causal_skip`).
     """
     allowed = cast(attention, "bool")
     if implementation == "flash2":
         read_scalar(emit("all", (allowed,), (), "bool"))
         return None
     batch, length = attention.shape
-    skippable = same(seq, length) and not (window is not None and decide(seq >= window))
+    skippable = skip and same(seq, length) and not (window is not None and decide(seq >= window))
     if implementation == "sdpa" and skippable:
         read_scalar(unary_bool(emit("sum", (allowed,), (), "i64")))
         if not padded:
@@ -127,3 +130,20 @@ def repeat_last(x: Tensor) -> Tensor:
 def model_buffer(shape: tuple[Any, ...], dtype: str = "i64") -> Tensor:
     """A buffer of the model (position ids, frequencies): it is there before the step begins."""
     return Tensor(shape, dtype, contiguous_strides(shape), product(shape), Storage(0, None))
+
+
+def check_positions(model: Scope, seq: Any) -> None:
+    """Raise `UserError` where the sequence is longer than a learned position table."""
+    architecture = model.build.architecture
+    limit = architecture.max_positions
+    if limit is not None and decide(seq > limit):
+        virtual = _largest(seq) - _largest(model.build.setup.seq)
+        also = f" with {virtual} virtual tokens" if virtual else ""
+        raise UserError(
+            f"{architecture.name}: seq {_largest(seq)}{also} exceeds its {limit} learned positions; "
+            f"use --seq {limit - virtual} or less"
+        )
+
+
+def _largest(x: Any) -> int:
+    return int(x if isinstance(x, int) else x.max())

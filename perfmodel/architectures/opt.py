@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 from ..errors import UserError
 from ..program.dims import product, same
 from ..tape.core import emit
-from ..tape.nn import causal_lm_loss
 from ..tape.pointwise import add, cast, dropout, mul, relu, sub
 from ..tape.shape import narrow, reshape, transpose, view
 from ..tape.tensor import Tensor
@@ -17,6 +16,7 @@ from . import masks
 from .attend import attend
 from .base import Architecture, Scope, architecture
 from .config import Config
+from .heads import decoder_loss
 from .norms import layer_norm
 from .traits import Targets, Traits
 
@@ -34,6 +34,7 @@ class Opt(Architecture):
     layer_path: ClassVar[str] = "model.decoder.layers"
     traits: ClassVar[Traits] = Traits(
         head="causal",
+        heads=("sequence",),
         norm=layer_norm,
         norms=("self_attn_layer_norm", "final_layer_norm"),
         targets=Targets(
@@ -71,12 +72,11 @@ class Opt(Architecture):
     def forward(self, model: Scope, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
         model.begin("embeddings")
         hidden = self._decoder(model, ids, attention)
-        logits = model.lm_head(hidden, "model.decoder.embed_tokens", self.vocab)
-        return causal_lm_loss(logits, labels)
+        return decoder_loss(model, hidden, ids, labels, "model.decoder.embed_tokens")
 
     def _decoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
         setup = model.build.setup
-        model.check_positions(attention.shape[1])
+        masks.check_positions(model, attention.shape[1])
         assert self.max_positions is not None
         embedded = model.embedding("model.decoder.embed_tokens", self.vocab, self.hidden, ids)
         embedded = model.build.method.embedded(model, embedded)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from .norms import Norm
 
+LIKE = {"vera": "lora", "c3a": "lora", "vblora": "adalora"}  # tables that are mostly copies of another one
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -13,7 +15,9 @@ class Targets:
 
     Attributes:
         lora: …_LORA_…, of which most methods' tables are copies.
-        adalora: …_ADALORA_…, and …_VBLORA_…, which has the same entries.
+        vera, c3a: …_VERA_… and …_C3A_…, where they differ from it.
+        adalora: …_ADALORA_….
+        vblora: …_VBLORA_…, where it differs from that.
         fourierft: …_FOURIERFT_….
         beft: …_BEFT_….
         ia3, feedforward: …_IA3_…, and …_IA3_FEEDFORWARD_MODULES_…, whose inputs are scaled.
@@ -21,12 +25,20 @@ class Targets:
     """
 
     lora: tuple[str, ...] | None = None
+    vera: tuple[str, ...] | None = None
+    c3a: tuple[str, ...] | None = None
+    vblora: tuple[str, ...] | None = None
     adalora: tuple[str, ...] | None = None
     fourierft: tuple[str, ...] | None = None
     beft: tuple[str, ...] | None = None
     ia3: tuple[str, ...] | None = None
     feedforward: tuple[str, ...] | None = None
     s2ft: tuple[str, ...] | None = None
+
+    def of(self, family: str) -> tuple[str, ...] | None:
+        """The targets of a family of methods."""
+        found: tuple[str, ...] | None = getattr(self, family)
+        return getattr(self, LIKE[family]) if found is None and family in LIKE else found
 
 
 @dataclass(frozen=True)
@@ -39,10 +51,14 @@ class Traits:
         norms: the names of its norms in the module tree, each without the path before it.
         targets: default targets by family of methods.
         conv1d: whether the linear layers of its blocks are transformers' `Conv1D`, weights (n_in, n_out).
+        by_matmul: whether they are modules of its own that run `x @ W.T` (Falcon's).
         attention: the implementations that its program has, of the setup's.
+        reentrant: those of them with which reentrant checkpoints are modelled.
         fused: what else brings fused kernels that are modelled for it: liger, unsloth, lorafusion.
         stacked: pairs of a layer of transformers 4 and the parameter of experts or router that it is in transformers 5:
             where the layer is a target, PEFT's LoRA adapts the parameter.
+        heads: the classifiers that may be in the place of its language model's head: "sequence", "token".
+        token_head: of a causal model's classifier of tokens, its name and whether its logits are cast to fp32.
         cache: how PEFT fills transformers' cache for it, "whole" or "by layer" (Gemma's); None: it takes no such cache.
     """
 
@@ -51,9 +67,13 @@ class Traits:
     norms: tuple[str, ...]
     targets: Targets = Targets()
     conv1d: bool = False
+    by_matmul: bool = False
     attention: tuple[str, ...] = ("sdpa", "eager", "flash2")
+    reentrant: tuple[str, ...] = ("sdpa", "eager", "flash2")
     fused: tuple[str, ...] = ()
     stacked: tuple[tuple[str, str], ...] = ()
+    heads: tuple[str, ...] = ()
+    token_head: tuple[str, bool] = ("score", True)
     cache: str | None = "whole"
 
     def __post_init__(self) -> None:

@@ -46,7 +46,8 @@ class Boft(Targeted):
         boft_scale = fill("ones", (n_out, 1), previous_dtype)
         weight = layer.adapter("boft_R", (1, n_in // size, size, size), dtype)
         scale = layer.adapter("boft_s", (n_out, 1), dtype)
-        boft_rotation = matmul(self._butterfly(weight, n_in, x), boft_rotation)
+        butterfly, _ = self._butterfly(weight, n_in, x)
+        boft_rotation = matmul(butterfly, boft_rotation)
         boft_scale = mul(scale, boft_scale)
         boft_rotation = cast(boft_rotation, previous_dtype)
         x_rotated = matmul(x, boft_rotation)
@@ -59,8 +60,11 @@ class Boft(Targeted):
             result = add(result, bias)
         return cast(result, previous_dtype)
 
-    def _butterfly(self, weight: Tensor, n_in: int, x: Tensor) -> Tensor:
-        """The rotation (n_in, n_in); of one factor the permutation P is an identity, and multiplied by all the same."""
+    def _butterfly(self, weight: Tensor, n_in: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The rotation (n_in, n_in), and its block diagonal, another local variable of PEFT's `forward` to its end.
+
+        Of one factor the permutation P is an identity, and multiplied by all the same.
+        """
         size = self.block_size
         blocks = view(weight, (n_in // size, size, size))
         rotation = squeeze(view(_cayley(blocks), (1, n_in // size, size, size)), 0)
@@ -69,7 +73,7 @@ class Boft(Targeted):
         permutation = cast(Tensor(shape, "fp32", contiguous_strides(shape), product(shape), Storage(0, None)), x.dtype)
         diagonal = cast(diagonal, x.dtype)
         batch = _product(diagonal, permute(permutation, (0, 2, 1)))
-        return select(_product(permutation, batch), 0)
+        return select(_product(permutation, batch), 0), diagonal
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ class C3a(Targeted):
     block_size: int = option(256, "features of a block; divides the widths of the layer", positive)
 
     takes_conv1d: ClassVar[bool] = False
+    family: ClassVar[str] = "c3a"
 
     def sizes(self) -> tuple[str, ...]:
         return ("block_size",)

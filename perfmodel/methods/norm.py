@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from .parts.base import Method, method
+from .parts.targeted import saved_whole
 
 
 @method(
@@ -17,4 +18,4 @@ class NormTuning(Method):
     """Only the normalisation layers train; PEFT trains a copy and keeps the frozen original."""
 
     def copies(self, name: str, kind: str) -> bool:
-        return kind == "norm"
+        return kind == "norm" or saved_whole(name, (), self.architecture)

@@ -69,6 +69,9 @@ class TopK(Method):
     def checkpoints(self, layer: int) -> bool:
         return self.checkpoint_frozen or layer >= self.layers - self.k
 
+    def copies(self, name: str, kind: str) -> bool:
+        return self.inner == "lora" and self.inside.copies(name, kind)
+
     def layer_key(self, layer: int) -> Hashable:
         return layer >= self.layers - self.k
 

@@ -44,8 +44,8 @@ class TrainableTokens(Method):
     def words(self, model: Scope, weight: Parameter, ids: Tensor) -> Tensor:
         return embedding(self._merged(model, weight), ids)
 
-    def head(self, scope: Scope, hidden: Tensor, weight: Parameter) -> Tensor:
-        return linear(hidden, self._merged(scope, weight))
+    def head(self, scope: Scope, hidden: Tensor, weight: Parameter, bias: Parameter | None) -> Tensor:
+        return linear(hidden, self._merged(scope, weight))  # PEFT's layer around a tied head leaves its bias out
 
     def _merged(self, model: Scope, weight: Parameter) -> Tensor:
         """`get_merged_weights`: the table with the trained rows in it."""

@@ -36,7 +36,7 @@ class VbLora(SharedWeights):
     aliases: ClassVar[dict[str, str]] = {
         **SharedWeights.aliases, "num_vectors": "vectors", "vector_length": "length", "topk": "k"
     }  # fmt: skip
-    family: ClassVar[str] = "adalora"  # PEFT's table has the same entries
+    family: ClassVar[str] = "vblora"
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         previous_dtype = x.dtype

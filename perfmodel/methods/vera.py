@@ -1,7 +1,7 @@
 """VeRA as PEFT runs it: two random matrices shared by all layers, trained vectors around them."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..program.dims import contiguous_strides, product
 from ..tape.linalg import linear
@@ -25,6 +25,8 @@ class Vera(Targeted):
 
     r: Any = option(256, "rank of the shared matrices", positive)
     dropout: float = option(0.0, "dropout on the adapter's input", fraction)
+
+    family: ClassVar[str] = "vera"
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         previous_dtype = x.dtype

@@ -253,6 +253,10 @@ def _notes(built: Step, on: DeviceProfile, time: Time) -> list[str]:
             "MALLOC_TRIM_THRESHOLD_=-1 MALLOC_MMAP_MAX_=0): page faults of glibc's default add up to a quarter"
         )
     notes += [passes.NOTE] if built.setup.compile != "none" else []
+    head = built.architecture.classifier
+    notes += (
+        [f"its head classifies {head.of}s ({head.labels} labels), as architectures in its config says"] if head else []
+    )
     notes += _optimizer_notes(built, time)
     notes += _unknown_notes(built)
     notes += [zero.NOTE] if built.zero else []

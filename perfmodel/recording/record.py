@@ -157,11 +157,13 @@ def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
     if setup.attention not in architecture.traits.attention:
         has = " or ".join(architecture.traits.attention)
         raise UserError(f"attention {setup.attention}: the program of {architecture.name} has {has} only; use {has}")
+    if setup.checkpoint == "block-reentrant" and setup.attention not in architecture.traits.reentrant:
+        raise UserError(
+            f"{architecture.name}: reentrant checkpoints of {architecture.model_type} with attention {setup.attention} "
+            "are not modelled; use --checkpoint block"
+        )
     if setup.kernels == "liger" and "liger" not in architecture.traits.fused:
         raise UserError(f"kernels liger: Liger has none for {architecture.name}; use kernels torch")
-    if setup.attention not in architecture.traits.attention:
-        has = " or ".join(architecture.traits.attention)
-        raise UserError(f"attention {setup.attention}: the program of {architecture.name} has {has} only; use {has}")
     if setup.compile != "none" and architecture.stacked_names():
         raise UserError(f"compile {setup.compile}: compiled mixtures of experts ({architecture.name}) are not modelled")
     if setup.kernels == "liger" and "lm_head" in getattr(method, "targets", ()):
@@ -179,7 +181,9 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     shape = (setup.batch, setup.seq)
     tape.begin("inputs", "forward")
     build = Build(step.architecture, method, setup, {p.name: p for p in step.parameters}, kept=kept)
-    inputs = [_input(shape) for _ in range(3)]
+    classifier = step.architecture.classifier
+    labels = shape[:1] if classifier is not None and classifier.of == "sequence" else shape
+    inputs = [_input(of) for of in (shape, shape, labels)]
     with tape.autocasting():
         ids, *others = inputs
         scope = Scope(build)

@@ -19,7 +19,7 @@ from .gather import largest_last
 from .linalg import autocast_operand, matmul
 from .nn import softmax
 from .pointwise import add, cast, cat, dropout, fill, mul, scale, sub, tanh, where
-from .shape import contiguous, expand, narrow, reshape, transpose, unsqueeze, view
+from .shape import clone, contiguous, expand, narrow, reshape, transpose, unsqueeze, view
 from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
@@ -46,6 +46,14 @@ def repeat_heads(x: Tensor, groups: int) -> Tensor:
         return x
     b, heads, s, d = x.shape
     return reshape(expand(unsqueeze(x, 2), (b, heads, groups, s, d)), (b, heads * groups, s, d))
+
+
+def _interleaved(x: Tensor, groups: int) -> Tensor:
+    """`x.repeat_interleave(groups, 1)`: as `repeat_heads`, but a copy of a single head too."""
+    if groups == 1:
+        return x
+    b, heads, s, d = x.shape
+    return view(clone(expand(unsqueeze(x, 2), (b, heads, groups, s, d))), (b, heads * groups, s, d))
 
 
 def eager_attention(
@@ -98,17 +106,27 @@ def soft_capped(x: Tensor) -> Tensor:
     return mul(x, 1.0)
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, p: float) -> Tensor:
-    """`F.scaled_dot_product_attention` as transformers calls it; same shapes as `eager_attention`."""
+def sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, p: float, broadcast: bool = False
+) -> Tensor:
+    """`F.scaled_dot_product_attention` as transformers calls it; same shapes as `eager_attention`.
+
+    Args:
+        broadcast: whether the one head of k and v is left to PyTorch's broadcasting (Falcon), which only the math path
+            does.
+    """
     groups = q.shape[1] // k.shape[1]
-    if mask is not None:
+    if mask is not None and not broadcast:
         k, v = repeat_heads(k, groups), repeat_heads(v, groups)
     q, k, v = autocast_operand(q), autocast_operand(k), autocast_operand(v)
-    kernel = _choose(q, k, mask, p)
+    kernel = "math" if broadcast and groups > 1 else _choose(q, k, mask, p)
     causal = causal and mask is None and not is_one(q.shape[2])
     if mask is not None and kernel != "math":
         mask = additive_mask(mask, q.dtype)
-    out = _math(q, k, v, mask, causal=causal, p=p) if kernel == "math" else _fused(q, k, v, mask, kernel, causal=causal)
+    if kernel == "math":
+        out = _math(q, k, v, mask, causal=causal, p=p, broadcast=broadcast)
+    else:
+        out = _fused(q, k, v, mask, kernel, causal=causal)
     return contiguous(transpose(out, 1, 2))
 
 
@@ -182,15 +200,16 @@ def _fused_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     return tuple(x if need else None for x, need in zip(grad_of, node.needs, strict=True))
 
 
-def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, p: float) -> Tensor:
+def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, p: float, broadcast: bool) -> Tensor:
     """`_scaled_dot_product_attention_math`: 16-bit inputs are computed in fp32, the scale split over both operands."""
     dtype = q.dtype
     current = tape()
     autocast, current.autocast = current.autocast, None
     try:
         q32, k, v = cast(q, "fp32"), cast(k, "fp32"), cast(v, "fp32")  # C++ holds the unscaled query to the end
-        groups = q.shape[1] // k.shape[1]
-        k, v = repeat_heads(k, groups), repeat_heads(v, groups)
+        if not broadcast:
+            groups = q.shape[1] // k.shape[1]
+            k, v = _interleaved(k, groups), _interleaved(v, groups)
         q = scale(q32)
         if causal:
             s = q.shape[2]

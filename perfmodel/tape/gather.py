@@ -7,7 +7,7 @@ from .autograd import differentiate
 from .core import emit, new_tensor, record
 from .pointwise import _elementwise, autocast_fp32, fill
 from .shape import unsqueeze
-from .tensor import Grads, Node, Tensor
+from .tensor import Grads, Node, Storage, Tensor
 
 Grad = Tensor | None
 
@@ -33,17 +33,35 @@ def _top_values_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 def rows_of(bank: Tensor, indices: Tensor) -> Tensor:
     """`bank[indices]` of rows (or of the elements of a vector); the gradient adds up what each row received."""
-    node = differentiate("IndexBackward0", (bank,), _rows_of_backward, (bank.shape,))
+    node = differentiate("IndexBackward0", (bank,), _picked_backward, (bank.shape,))
     if node:
         node.save(indices)
     return emit("index.Tensor", (bank, indices), (*indices.shape, *bank.shape[1:]), bank.dtype, node=node)
 
 
-def _rows_of_backward(node: Node, grads: Sequence[Grad]) -> Grads:
-    (g,), (indices,) = grads, node.unpack()
+def picked(x: Tensor, *indices: Tensor) -> Tensor:
+    """`x[i, …]` by int64 vectors for the first dims; the gradient is added to zeros of the whole."""
+    node = differentiate("IndexBackward0", (x,), _picked_backward, (x.shape,))
+    if node:
+        node.save(*indices)
+    return emit("index.Tensor", (x, *indices), (*indices[0].shape, *x.shape[len(indices) :]), x.dtype, node=node)
+
+
+def _picked_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), indices = grads, node.unpack()
     assert g is not None
     zeros = emit("new_zeros", (g,), node.attrs[0], g.dtype)
-    return (emit("index_put", (zeros, indices, g), zeros.shape, g.dtype, attrs=Attrs(accumulate=True)),)
+    return (emit("index_put", (zeros, *indices, g), zeros.shape, g.dtype, attrs=Attrs(accumulate=True)),)
+
+
+def take_one(x: Tensor, dim: int) -> Tensor:
+    """`x[…, [i], …]`: a copy of one slice; the gradient adds it to zeros of the whole."""
+    dim = dim % len(x.shape)
+    index = Tensor((1,), "i64", (1,), 1, Storage(0, None))
+    node = differentiate("IndexBackward0", (x,), _picked_backward, (x.shape,))
+    if node:
+        node.save(index)
+    return emit("index.Tensor", (x, index), (*x.shape[:dim], 1, *x.shape[dim + 1 :]), x.dtype, node=node)
 
 
 def vector_norm(x: Tensor, dim: int) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from ..program.dims import product
 from .autograd import differentiate
 from .core import emit, new_tensor, record
-from .elementary import div_backward
+from .elementary import div, div_backward
 from .pointwise import scale
 from .shape import clone, view
 from .tensor import Grads, Node, Tensor
@@ -124,3 +124,19 @@ def divide_in_place(x: Tensor, other: Tensor) -> Tensor:
     if node:
         node.produces(x)
     return x
+
+
+def div_in_place(x: Tensor) -> Tensor:
+    """`x /= number` of a tensor that is no view; returns x with its new graph."""
+    node = differentiate("DivBackward0", (x,), _div_in_place_backward)
+    record("div_.Tensor", (x,), (x,))
+    x = x.alias()
+    if node:
+        node.produces(x)
+    return x
+
+
+def _div_in_place_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,) = grads
+    assert g is not None
+    return (div(g, 1.0),)

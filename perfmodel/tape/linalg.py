@@ -6,7 +6,7 @@ from ..program.dims import Shape, product, remembered, same
 from ..program.op import Attrs
 from .autograd import differentiate
 from .core import emit, tape
-from .pointwise import cast, mul, reduce_dims, scale
+from .pointwise import broadcast, cast, mul, reduce_dims, scale
 from .shape import expand, reshape, t, transpose, view
 from .tensor import Grads, Node, Storage, Tensor
 
@@ -126,17 +126,17 @@ def _baddbmm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` of tensors with equal leading dims, which ATen folds into bmm, or by a matrix b, into mm if it can."""
+    """`a @ b` with leading dims broadcast, which ATen folds into bmm, or by a matrix b, into mm if it can."""
     a, b = autocast_operand(a), autocast_operand(b)
     if len(b.shape) == 2:
         if _folds(a, b):
             return _fold(a, b, None, "_unsafe_view")
         b = expand(b, (*a.shape[:-2], *b.shape))
-    batch = product(a.shape[:-2])
-    left = reshape(expand(a, a.shape), (batch, *a.shape[-2:]))
-    right = reshape(expand(b, b.shape), (batch, *b.shape[-2:]))
+    lead = broadcast(a.shape[:-2], b.shape[:-2])
+    left = reshape(expand(a, (*lead, *a.shape[-2:])), (product(lead), *a.shape[-2:]))
+    right = reshape(expand(b, (*lead, *b.shape[-2:])), (product(lead), *b.shape[-2:]))
     out = bmm(left, right)
-    return view(out, (*a.shape[:-1], b.shape[-1]), "_unsafe_view")
+    return view(out, (*lead, a.shape[-2], b.shape[-1]), "_unsafe_view")
 
 
 def _folds(a: Tensor, b: Tensor) -> bool:
@@ -151,6 +151,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias = autocast_operand(bias)
     weight, x = autocast_operand(weight), autocast_operand(x)
     return _fold(x, t(weight), bias, "_unsafe_view" if bias is None else "view")
+
+
+def matmul_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Falcon's `FalconLinear`: y = x @ Wᵀ; what autocast casts is a view of W, which it does not keep."""
+    return matmul(x, t(weight))
 
 
 def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

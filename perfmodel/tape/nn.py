@@ -110,6 +110,11 @@ def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(flat, target)
 
 
+def masked_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of (batch, seq, classes) logits with a label for each token, in the logits' dtype."""
+    return cross_entropy(view(logits, (product(logits.shape[:-1]), logits.shape[-1])), view(labels, (labels.numel,)))
+
+
 def shifted_labels(labels: Tensor) -> Tensor:
     """(batch, seq) labels moved by one token, as (batch·seq,)."""
     batch, seq = labels.shape

@@ -280,7 +280,9 @@ def trace_step(
     trained = [p for p in model.parameters() if p.requires_grad]
     with mode:
         shape = (setup.batch, setup.seq)
-        ids, labels = (torch.zeros(shape, dtype=torch.long, device=device) for _ in range(2))
+        one_each = str((getattr(model.config, "architectures", None) or [""])[0]).endswith("ForSequenceClassification")
+        ids = torch.zeros(shape, dtype=torch.long, device=device)
+        labels = torch.zeros(shape[:1] if one_each else shape, dtype=torch.long, device=device)
         attention = torch.ones(shape, dtype=torch.long, device=device)
         update = make(model, optimizer)
     recorder = CallRecorder(dense=not setup.padded, keep=keep)

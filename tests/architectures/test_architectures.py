@@ -36,6 +36,7 @@ PUBLISHED = {
     "llama-3.1-70b": 70_553_706_496,  # the hub's safetensors total
     "llama-3.2-3b": 3_212_749_824,  # PEFT benchmark: num_total_params - num_trainable_params
     "mistral-7b": 7_241_732_096,  # stored public code
+    "pythia-1.4b": 1_414_647_808,  # the model card's table of Pythia
     "roberta-large": 355_412_057,  # the hub's listing of F32 tensors
     "qwen2.5-3b": 3_085_938_688,  # stored public code
     "qwen2.5-7b": 7_615_616_512,  # stored public code
@@ -93,6 +94,8 @@ BUILT = {
     "phi-4": 14_659_507_200, "phi-4-mini": 3_836_021_760, "olmo-2-7b": 7_298_617_344, "olmo-3-7b": 7_298_011_136,
     "aya-23-8b": 8_028_033_024, "starcoder2-7b": 7_173_923_840, "stablelm-2-1.6b": 1_644_515_328,
     "smollm3-3b": 3_075_098_624, "glm-4-9b": 9_399_951_360,
+    "phi-2": 2_779_683_840, "falcon-7b": 6_921_720_704,
+    "starcoderbase-1b": 1_137_207_296, "distilbert-base": 66_985_530, "t5-base": 222_903_552,
 }  # fmt: skip
 
 
@@ -162,7 +165,7 @@ def test_a_model_type_that_is_no_string_is_refused(bad: Any) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in OWN_HEAD_DIM])
 def test_heads_that_do_not_divide_the_width_are_refused(name: str) -> None:
     """Rounding the head size down would lose a part of the model."""
-    key = {"gpt2": "n_head", "gpt_neo": "num_heads"}.get(name, "num_attention_heads")
+    key = {"gpt2": "n_head", "gpt_bigcode": "n_head", "gpt_neo": "num_heads"}.get(name, "num_attention_heads")
     message = refusal({**SMALL[name], key: 5, "num_key_value_heads": 5})
     assert "64" in message
     assert "5" in message
@@ -194,6 +197,14 @@ def test_kv_heads_that_do_not_divide_the_heads_are_refused(name: str) -> None:
         ("glm", {"partial_rotary_factor": 0.03}), ("stablelm", {"qk_layernorm": True}),
         ("stablelm", {"use_parallel_residual": True}), ("starcoder2", {"hidden_act": "silu"}),
         ("exaone4", {"sliding_window_pattern": "LLLG"}),
+        ("gpt_neox", {"rotary_pct": 0.1}), ("gpt_neox", {"hidden_act": "sigmoid"}), ("phi", {"qk_layernorm": True}),
+        ("phi", {"partial_rotary_factor": 1.5}), ("falcon", {"alibi": True}), ("falcon", {"parallel_attn": False}),
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 3}), ("phi", {"num_key_value_heads": 3}),
+        ("gpt_bigcode", {"scale_attn_weights": False}),
+        ("roberta", {"position_embedding_type": "relative_key"}), ("roberta", {"max_position_embeddings": 2}),
+        ("bert", {"architectures": ["BertForQuestionAnswering"]}), ("bert", {"architectures": ["BertLMHeadModel"]}),
+        ("falcon", {"architectures": ["FalconForTokenClassification"]}), ("llama", {"architectures": ["LlamaModel"]}),
+        ("llama", {"num_labels": 1, "architectures": ["LlamaForSequenceClassification"]}),
     ],
 )  # fmt: skip
 def test_what_the_tape_does_not_mirror_is_refused_by_name(name: str, change: dict[str, Any]) -> None:
@@ -242,6 +253,8 @@ VARIANTS = [
     ("seed_oss", {"attention_out_bias": True, "mlp_bias": True, "head_dim": None}),
     ("stablelm", {"use_qkv_bias": False, "partial_rotary_factor": 0.5}),
     ("starcoder2", {"sliding_window": 5, "use_bias": False}),
+    ("phi", {"num_key_value_heads": 2, "resid_pdrop": 0.1, "hidden_act": "gelu"}),
+    ("gpt_neox", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}}),
 ]
 
 

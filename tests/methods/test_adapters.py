@@ -34,6 +34,10 @@ CELLS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("gpt_neo", "pfeiffer:r=8", {"dtype": "fp32"}),
     ("opt", "houlsby:r=8", {}),
     ("opt", "pfeiffer:r=8", {"checkpoint": "block"}),
+    ("gpt_neox", "houlsby:r=8", {"checkpoint": "block"}),
+    ("gpt_neox", "pfeiffer:r=8", {"dtype": "fp32"}),
+    ("gpt_bigcode", "pfeiffer:r=8", {}),
+    ("falcon", "houlsby:r=8", {}),
 )
 
 

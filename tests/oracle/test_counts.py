@@ -23,7 +23,7 @@ from perfmodel.setup import Setup
 from perfmodel.tracing.programs import models
 from perfmodel.tracing.trace import Trace, trace_step
 from validate.oracle import counts
-from validate.oracle.cases import NO_DROPOUT, Case, with_targets
+from validate.oracle.cases import NO_DROPOUT, Case, fitting, further, with_targets
 
 LORA = "lora:r=4"
 WIDE = "lora:r=4,targets=all-linear,dropout=0.1"
@@ -47,6 +47,10 @@ def cells() -> Iterator[Any]:
         yield cell(name, "full", tied, **AMP, optimizer=("adamw-foreach", "adamw-fused", "sgd-momentum")[i % 3])
         yield cell(name, ("top_k:k=1", "norm")[i % 2], dtype="fp32", optimizer="adamw-foreach")
         yield cell(name, ("norm", "top_k:k=2,inner=lora")[i % 2], **(AMP if i % 3 else {}), padded=i in (0, 1, 5, 7, 8))
+    for i, (config, names) in enumerate(further()):  # other heads, other blocks
+        method, precision = names[i % len(names)], ({"dtype": "bf16"}, {"dtype": "fp32"}, AMP)[i % 3]
+        setup = fitting(Setup(4, 17, **precision, checkpoint=("none", "block")[i % 2]), from_config(config).traits)
+        yield pytest.param(Case(config, method, setup), id=f"{i} {config.name} {method}")
     yield cell("llama", "full", checkpoint="block", seq=33, **AMP)
     yield cell("gpt2", "full", checkpoint="block", **AMP)
     yield cell("bert", "bitfit", checkpoint="block-reentrant", optimizer="sgd")

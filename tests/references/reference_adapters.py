@@ -23,6 +23,9 @@ SUBLAYERS = {  # the last module of each sublayer, and the block's norm before t
     "gpt_neo": ("attn.attention.resid_dropout", "mlp.dropout", "ln_2"),
     "opt": ("self_attn.out_proj", "fc2", "final_layer_norm"),
     "bert": ("attention.output.dropout", "output.dropout", None),
+    "gpt_neox": ("post_attention_dropout", "post_mlp_dropout", "post_attention_layernorm"),
+    "gpt_bigcode": ("attn.resid_dropout", "mlp.dropout", "ln_2"),
+    "falcon": ("self_attention.dense", "mlp.dense_4h_to_h", "input_layernorm"),
 }
 
 

@@ -208,6 +208,8 @@ def test_a_module_that_cannot_be_run_is_refused_in_one_line(inputs: Any, loss: A
         ({"model_type": "wav2vec2"}, "none of the families"),
         ({"model_type": "gpt_neox", "hidden_size": 30, "num_attention_heads": 7}, "transformers"),
         ({"hidden_size": 30}, "model_type"),
+        ({"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}, "cannot be traced"),
+        ({"model_type": "bert", "architectures": ["BertForQuestionAnswering"]}, "cannot be traced"),
     ],
 )
 def test_a_config_that_cannot_be_built_ends_in_one_line(tmp_path: Path, values: dict[str, Any], says: str) -> None:

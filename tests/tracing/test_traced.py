@@ -24,13 +24,13 @@ from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
 from perfmodel.tracing import traced
 
-NAMES = ("llama", "gpt2", "opt", "gpt_neo", "bert")
+NAMES = ("llama", "gpt2", "opt", "gpt_neo", "bert", "gpt_neox")
 METHODS = ("full", "lora:r=4", "lora:r=4,targets=all-linear,dropout=0.1", "ia3")
 
 
-def both(name: str, method: str, setup: Setup, device: str) -> tuple[Step, Step]:
+def both(name: str, method: str, setup: Setup, device: str, **changes: Any) -> tuple[Step, Step]:
     """The traced and the taped Step of a model with seven layers."""
-    config = config_of(name, layers=7)
+    config = config_of(name, layers=7, **changes)
     architecture, bound = resolve(config, method)
     on = profile.load("a100-80gb-sxm" if device == "cuda" else "cpu-epyc-genoa-2c")
     built, _ = traced.of_method(config, method, setup, on)
@@ -66,6 +66,22 @@ def test_forward_and_backward_hold_the_tapes_ops(name: str, method: str, checkpo
         assert ops(real, phase) == ops(tape, phase)
     assert real.total == tape.total
     assert real.trainable == tape.trainable
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("bert", "BertForSequenceClassification"),
+        ("llama", "LlamaForTokenClassification"),
+        ("falcon", "FalconForCausalLM"),
+    ],
+)
+def test_the_head_that_a_config_names_is_traced(name: str, head: str) -> None:
+    """A classifier that is traced as a language model would be another program, with another adapter of PEFT's."""
+    real, tape = both(name, "lora:r=4", setup_of(name, batch=2, seq=16), "cuda", architectures=[head])
+    for phase in ("forward", "backward"):
+        assert ops(real, phase) == ops(tape, phase)
+    assert (real.total, real.trainable) == (tape.total, tape.trainable)
 
 
 def test_the_update_follows_from_the_list_of_parameters() -> None:

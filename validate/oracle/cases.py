@@ -6,6 +6,7 @@ from typing import Any
 
 from perfmodel import methods
 from perfmodel.architectures import Architecture, Config, from_config, load
+from perfmodel.architectures.traits import Traits
 from perfmodel.setup import Setup
 
 
@@ -70,6 +71,24 @@ SMALL: dict[str, dict[str, Any]] = {
     "seed_oss": _kin("seed_oss", head_dim=24),
     "stablelm": _kin("stablelm", num_key_value_heads=4, use_qkv_bias=True),
     "starcoder2": _kin("starcoder2", residual_dropout=0.1, embedding_dropout=0.1, tie_word_embeddings=True),
+    "gpt_neox": {
+        "model_type": "gpt_neox", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "vocab_size": 128,
+    },
+    "phi": {
+        "model_type": "phi", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "vocab_size": 128,
+    },
+    "falcon": {
+        "model_type": "falcon", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 128,
+    },
+    "gpt_bigcode": {
+        "model_type": "gpt_bigcode", "n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 128, "n_positions": 64,
+    },
+    "roberta": {
+        "model_type": "roberta", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "vocab_size": 128, "max_position_embeddings": 64,
+    },
 }  # fmt: skip
 MIXTURES: dict[str, dict[str, Any]] = {  # of experts
     "mixtral": {
@@ -90,10 +109,13 @@ MIXTURES: dict[str, dict[str, Any]] = {  # of experts
 }  # fmt: skip
 NO_DROPOUT = {
     "gpt2": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
+    "gpt_bigcode": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
     "gpt_neo": {"embed_dropout": 0.1, "attention_dropout": 0.1, "resid_dropout": 0.1},
     "opt": {"dropout": 0.0},
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "roberta": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
 }
+TIED = (*NO_DROPOUT, "falcon")  # whose embedding is the head's weight where nothing else is said
 REAL = ("llama-3.2-1b", "mistral-7b", "qwen2.5-0.5b", "gpt2", "opt-1.3b", "bert-large")
 METHODS = (
     "full",
@@ -128,18 +150,82 @@ METHODS = (
     "prefix_tuning:tokens=6,projection=true",
     "lora:r=4,targets=all-linear",
 )
+CLASSIFYING = ("full", "lora:r=4", "norm", "ia3", "top_k:k=2,inner=lora", "lora:r=4,targets=all-linear")
+OF_TOKENS = (*CLASSIFYING[:-1], "dora:r=4")  # PEFT cannot adapt all linear layers of a classifier of tokens
+FURTHER: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (  # what the model types above can be besides
+    (
+        "gpt_neox",
+        {"use_parallel_residual": False, "hidden_act": "gelu_fast", "rotary_pct": 1.0, "attention_bias": False},
+        ("full", "lora:r=4", "top_k:k=1"),
+    ),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, ("full", "lora:r=4", "norm", "dora:r=4")),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}, ("lora:r=4",)),
+    ("gpt_bigcode", {"multi_query": False}, ("full", "lora:r=4", "ia3")),
+    ("roberta", {"model_type": "xlm-roberta"}, ("full", "lora:r=4")),
+    ("roberta", {"architectures": ["RobertaForSequenceClassification"]}, CLASSIFYING),
+    ("roberta", {"architectures": ["RobertaForTokenClassification"], "num_labels": 5}, OF_TOKENS),
+    ("bert", {"architectures": ["BertForSequenceClassification"], "classifier_dropout": 0.0}, CLASSIFYING),
+    ("bert", {"architectures": ["BertForTokenClassification"], "num_labels": 5}, OF_TOKENS),
+    ("llama", {"architectures": ["LlamaForSequenceClassification"], "num_labels": 3}, CLASSIFYING),
+    ("llama", {"architectures": ["LlamaForTokenClassification"], "num_labels": 5}, OF_TOKENS),
+    ("qwen2", {"architectures": ["Qwen2ForSequenceClassification"]}, CLASSIFYING),
+    ("gpt2", {"architectures": ["GPT2ForSequenceClassification"], "pad_token_id": 0}, CLASSIFYING),
+    ("gpt2", {"architectures": ["GPT2ForTokenClassification"]}, OF_TOKENS[:2]),
+    ("gpt_neo", {"architectures": ["GPTNeoForTokenClassification"]}, OF_TOKENS[:2]),
+    ("gpt_neox", {"architectures": ["GPTNeoXForTokenClassification"]}, OF_TOKENS[:2]),
+    ("gpt_bigcode", {"architectures": ["GPTBigCodeForTokenClassification"]}, OF_TOKENS[:2]),
+    ("gpt_neo", {"architectures": ["GPTNeoForSequenceClassification"], "pad_token_id": 0}, CLASSIFYING[:2]),
+    ("opt", {"architectures": ["OPTForSequenceClassification"], "pad_token_id": 0}, CLASSIFYING[:2]),
+    ("gpt_neox", {"architectures": ["GPTNeoXForSequenceClassification"], "pad_token_id": 0}, CLASSIFYING[:2]),
+    ("phi", {"architectures": ["PhiForTokenClassification"]}, OF_TOKENS[:2]),
+    ("falcon", {"architectures": ["FalconForSequenceClassification"], "pad_token_id": 0}, CLASSIFYING[:2]),
+    ("gpt_bigcode", {"architectures": ["GPTBigCodeForSequenceClassification"], "pad_token_id": 0}, CLASSIFYING[:2]),
+)
+DISTILBERT = {  # PEFT has no default targets for it
+    "model_type": "distilbert", "dim": 64, "hidden_dim": 96, "n_layers": 3, "n_heads": 4, "vocab_size": 128,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+Q_V = "targets=q_lin+v_lin"
+DISTILBERTS: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
+    ({}, ("full", f"lora:r=4,{Q_V}", "lora:r=4,targets=all-linear,dropout=0.1", "norm", "bitfit", f"dora:r=4,{Q_V}")),
+    (
+        {"tie_word_embeddings": False, "dropout": 0.0},
+        ("full", f"top_k:k=1,inner=lora,{Q_V}", f"oft:block_size=8,{Q_V}"),
+    ),
+    ({"architectures": ["DistilBertForSequenceClassification"]}, ("full", f"lora:r=4,{Q_V}", "norm")),
+    ({"architectures": ["DistilBertForTokenClassification"]}, ("full", f"lora:r=4,{Q_V}", "top_k:k=1")),
+)
 REFUSED = {
     "bitfit": (  # they have no biases
-        "llama", "mistral", "qwen3", "gemma2", "gemma", "gemma3_text", "phi3", "olmo2", "granite", "smollm3", "cohere",
-        "cohere2", "glm4", "olmo3", "exaone4", "ministral", "ministral3", "mixtral", "qwen3_moe",
+        "llama",
+        "mistral",
+        "qwen3",
+        "gemma2",
+        "gemma",
+        "gemma3_text",
+        "phi3",
+        "olmo2",
+        "granite",
+        "smollm3",
+        "cohere",
+        "cohere2",
+        "glm4",
+        "olmo3",
+        "exaone4",
+        "ministral",
+        "ministral3",
+        "mixtral",
+        "qwen3_moe",
     ),
     "lora:r=4,targets=all-linear,dropout=0.1": tuple(MIXTURES),  # no adapter of experts has dropout
     **dict.fromkeys(
         ("loha", "lokr", "miss", "oft", "delora", "road", "c3a", "hra", "boft", "beft"), ("gpt2",)
     ),  # peft has no form of them for its layers
-    **dict.fromkeys(("prompt_tuning", "p_tuning", "prefix_tuning"), ("bert",)),  # nor for masked language models
-    "trainable_tokens": ("bert",),
-}  # fmt: skip
+    **dict.fromkeys(  # nor for masked language models
+        ("prompt_tuning", "p_tuning", "prefix_tuning", "trainable_tokens"), ("bert", "roberta")
+    ),
+    "prefix_tuning": ("bert", "roberta", "falcon"),  # whose cache PEFT fills with heads that it has not
+}
 PRECISIONS: tuple[dict[str, Any], ...] = ({"dtype": "bf16"}, {"dtype": "fp32"}, {"dtype": "fp32", "amp": "bf16"})
 
 
@@ -169,10 +255,18 @@ def configs(small: bool) -> Iterator[Config]:
             yield load(name)
         return
     for name, values in {**SMALL, **MIXTURES}.items():
-        tied = values.get("tie_word_embeddings", name in NO_DROPOUT)
+        tied = values.get("tie_word_embeddings", name in TIED)
         yield Config(values, name, name)
         variant = {**values, "tie_word_embeddings": not tied, **NO_DROPOUT.get(name, {})}
         yield Config(variant, f"{name} variant", f"{name}-{'untied' if tied else 'tied'}")
+
+
+def further() -> Iterator[tuple[Config, tuple[str, ...]]]:
+    """Small models with other heads or other blocks than `configs` has, and the methods to try them with."""
+    for name, change, tried in FURTHER:
+        yield Config({**SMALL[name], **change}, name, name), tried
+    for change, tried in DISTILBERTS:
+        yield Config({**DISTILBERT, **change}, "distilbert", "distilbert"), tried
 
 
 def grid(which: str) -> Iterator[Case]:
@@ -184,22 +278,22 @@ def grid(which: str) -> Iterator[Case]:
         for config in configs(small=False):
             yield from _cases(config, METHODS, replace(base, batch=1, seq=129))
         return
-    for i, config in enumerate(configs(small=True)):
-        for j, method in enumerate(METHODS):
-            k = i + j
-            precision = PRECISIONS[k % 3]
-            yield from _cases(
-                config,
-                (method,),
-                replace(
-                    base, **precision, batch=(1, 4)[k % 2], seq=(17, 33)[(k // 2) % 2],
-                    attention=("sdpa", "eager")[(k // 3) % 2], optimizer=optimizers[k % 3],
-                    checkpoint=("none", "block", "none", "block-reentrant")[k % 4],
-                ),
-            )  # fmt: skip
+    rows = [(config, METHODS) for config in configs(small=True)]
+    for i, (config, names) in enumerate((*rows, *further())):
+        for j, method in enumerate(names):
+            yield from _cases(config, (method,), _varied(base, i + j, optimizers))
     if which == "standard":
         for config in configs(small=False):
             yield from _cases(config, ("full", "lora:r=16"), replace(base, batch=1, seq=65))
+
+
+def _varied(base: Setup, k: int, optimizers: tuple[str, ...]) -> Setup:
+    """The k-th setup of those that go through all options in turn."""
+    return replace(
+        base, **PRECISIONS[k % 3], batch=(1, 4)[k % 2], seq=(17, 33)[(k // 2) % 2],
+        attention=("sdpa", "eager")[(k // 3) % 2], optimizer=optimizers[k % 3],
+        checkpoint=("none", "block", "none", "block-reentrant")[k % 4],
+    )  # fmt: skip
 
 
 def cuda_forward_grid() -> Iterator[Case]:
@@ -230,16 +324,21 @@ def _product(all_configs: list[Config], base: Setup, optimizers: tuple[str, ...]
         yield from _cases(config, ("full", "lora:r=4"), replace(base, grad_accum=3, clip_grad=False))
 
 
+def fitting(setup: Setup, traits: Traits) -> Setup:
+    """The setup with attention and checkpoints that a model type's program has, if it lacks those named."""
+    if setup.attention not in traits.attention:
+        setup = replace(setup, attention=traits.attention[0])
+    if setup.checkpoint == "block-reentrant" and setup.attention not in traits.reentrant:
+        setup = replace(setup, checkpoint="block")
+    return setup
+
+
 def _cases(config: Config, names: tuple[str, ...], setup: Setup) -> Iterator[Case]:
     architecture = from_config(config)
-    attention = architecture.traits.attention  # the forms that it has
-    if setup.attention not in attention:
-        setup = replace(setup, attention=attention[0])
-    if config.values["model_type"] == "gpt_neo" and setup.checkpoint != "none":
-        setup = replace(setup, checkpoint="block")
+    setup = fitting(setup, architecture.traits)
     for text in names:
         name = text.partition(":")[0]
         if config.values["model_type"] not in (*REFUSED.get(name, ()), *REFUSED.get(text, ())):
             without = name == "prefix_tuning"  # it does not work with checkpoints
-            fitting = replace(setup, checkpoint="none") if without else setup
-            yield Case(config, with_targets(text, architecture), fitting)
+            asked = replace(setup, checkpoint="none") if without else setup
+            yield Case(config, with_targets(text, architecture), asked)

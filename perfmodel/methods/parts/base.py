@@ -152,9 +152,9 @@ class Method:
         """The embedding of the words, (batch, seq) → (batch, seq, hidden)."""
         return embedding(weight, ids)
 
-    def head(self, scope: Scope, hidden: Tensor, weight: Parameter) -> Tensor:
+    def head(self, scope: Scope, hidden: Tensor, weight: Parameter, bias: Parameter | None) -> Tensor:
         """The output head where it shares the embedding's weight."""
-        return linear(hidden, weight)
+        return linear(hidden, weight, bias)
 
     def loss(self, loss: Tensor, parameters: list[Parameter]) -> Tensor:
         """The loss with what the method adds to the model's: a regulariser on parameters, in order of appearance."""

@@ -16,6 +16,7 @@ from .checks import float_dtype
 
 ALL_LINEAR = "all-linear"
 SAVED = (*WORDS, "lm_head")  # what can be in modules_to_save
+CLASSIFIERS = ("classifier", "score")
 T = TypeVar("T", bound="Targeted")
 
 
@@ -101,7 +102,7 @@ class Targeted(Method):
                 )
 
     def copies(self, name: str, kind: str) -> bool:
-        return any(matches(name.removesuffix(".weight"), module) for module in self.modules_to_save)
+        return saved_whole(name, self.modules_to_save, self.architecture)
 
     @property
     def target_names(self) -> tuple[str, ...]:
@@ -109,7 +110,7 @@ class Targeted(Method):
         if self.targets:
             return self.targets
         assert self.architecture is not None
-        found: tuple[str, ...] | None = getattr(self.architecture.traits.targets, self.family)
+        found = self.architecture.traits.targets.of(self.family)
         if found is None:
             first = next(iter(self.architecture.linear_names()), "a layer").rsplit(".", 1)[-1]
             raise UserError(
@@ -138,10 +139,30 @@ class Targeted(Method):
             path = name if layer is None else f"{self.architecture.layer_path}.{layer}.{name}"
             return self.pattern.fullmatch(path) is not None
         if layer is None:
-            return self.layers_to_transform is None and named(name, self.target_names)
+            wanted = self.layers_to_transform is None and named(name, self.target_names)
+            return wanted and not self._spared(name)
         if self.layers_to_transform is not None and layer not in self.layers_to_transform:
             return False
         return named(name, self.target_names)
+
+    def _spared(self, name: str) -> bool:
+        """Whether a target that trains as a whole is left without adapter.
+
+        Raises:
+            UserError: PEFT adapts it and then cannot copy it. It spares modules by their whole names, but copies them
+                by how their paths end, and knows the classifier of tokens too late.
+        """
+        if not saved_whole(f"{name}.weight", self.modules_to_save, self.architecture):
+            return False
+        assert self.architecture is not None
+        classifier = self.architecture.classifier
+        known = CLASSIFIERS if classifier is not None and classifier.of == "sequence" else ()
+        if not any(module in name.split(".") for module in (*self.modules_to_save, *known)):
+            raise UserError(
+                f"method {self.name}: PEFT cannot adapt {name}, which it also trains whole; "
+                "name the targets instead of all-linear"
+            )
+        return True
 
     def layer_key(self, layer: int) -> Hashable:
         if self.pattern is not None:
@@ -202,6 +223,18 @@ def _pattern(method: str, target: str) -> re.Pattern[str]:
         return re.compile(target[1:-1])
     except re.error as error:
         raise UserError(f"method {method}: target {target} is no regex ({error})") from None
+
+
+def saved_whole(name: str, modules: Sequence[str], architecture: Architecture | None) -> bool:
+    """Whether a parameter is inside one of `modules_to_save`, to which PEFT adds every classifier.
+
+    It compares the ends of paths, so that DistilBERT's `pre_classifier` is one too.
+    Source: peft/peft_model.py (`PeftModelForSequenceClassification`), utils/other.py (`_set_trainable`).
+    """
+    if architecture is not None and architecture.classifier is not None:
+        modules = (*modules, *CLASSIFIERS)
+    path = name.split(".")[:-1]
+    return any(".".join(path[: i + 1]).endswith(tuple(modules)) for i in range(len(path)))
 
 
 def check_targets(method: str, targets: Sequence[str], architecture: Architecture) -> None:

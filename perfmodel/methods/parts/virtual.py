@@ -35,6 +35,10 @@ class VirtualTokens(Method):
                 f"method {self.name}: PEFT has no prompt learning for masked language models such as "
                 f"{self.architecture.name}; use lora or ia3"
             )
+        if self.architecture.classifier is not None:
+            raise UserError(
+                f"method {self.name}: prompts of classifiers ({self.architecture.name}) are not modelled; use lora"
+            )
 
     def inputs(self, model: Scope, attention: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         ones = from_host("ones", (attention.shape[0], self.tokens), "fp32")

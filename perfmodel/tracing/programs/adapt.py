@@ -12,6 +12,7 @@ import torch
 
 from ... import architectures, methods
 from ...architectures import Architecture, Config
+from ...architectures.tasks import CLASSIFIERS, Classifier
 from ...architectures.traits import Targets, Traits
 from ...errors import UserError, nearest
 from ...methods import Method
@@ -58,8 +59,14 @@ def architecture_of(model: Any, name: str) -> TracedArchitecture:
     return TracedArchitecture(
         name=name, model_type=config.model_type, layers=len(longest) if longest else 1, hidden=0, heads=0, kv_heads=0,
         head_dim=0, intermediate=0, vocab=0, max_positions=None, tied=tied,
-        linears=tuple(found), path=_container(model, longest), found=_traits(model),
+        linears=tuple(found), path=_container(model, longest), found=_traits(model), classifier=_classifier(model),
     )  # fmt: skip
+
+
+def _classifier(model: Any) -> Classifier | None:
+    of = next((of for end, of in CLASSIFIERS.items() if type(model).__name__.endswith(end)), None)
+    padded = getattr(model.config, "pad_token_id", None) is not None
+    return Classifier(of, model.config.num_labels, padded, None) if of else None
 
 
 def _traits(model: Any) -> Traits:
@@ -76,7 +83,8 @@ def _traits(model: Any) -> Traits:
         norm=_its_own_norm,
         norms=tuple(sorted(name for name, kind in kinds.items() if "norm" in kind.lower())),
         targets=Targets(
-            lora=default("LORA_TARGET"), adalora=default("ADALORA_TARGET"), fourierft=default("FOURIERFT_TARGET"),
+            lora=default("LORA_TARGET"), vera=default("VERA_TARGET"), c3a=default("C3A_TARGET"),
+            adalora=default("ADALORA_TARGET"), vblora=default("VBLORA_TARGET"), fourierft=default("FOURIERFT_TARGET"),
             beft=default("BEFT_TARGET"), ia3=default("IA3_TARGET"), feedforward=default("IA3_FEEDFORWARD"),
         ),
         conv1d="Conv1D" in kinds.values(),

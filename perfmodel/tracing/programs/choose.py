@@ -7,12 +7,13 @@ import torch
 from ...architectures import Config
 from ...errors import UserError, nearest
 from ...setup import Setup
-from . import causal, masked, seq2seq, vision
+from . import causal, classifiers, masked, seq2seq, vision
 from .dtypes import TORCH_DTYPES
 from .family import Family
 
 # A type that several auto classes know belongs to the first of these: what it was pretrained for.
 FAMILIES = (seq2seq.FAMILY, vision.FAMILY, masked.FAMILY, causal.FAMILY)
+NAMED = (classifiers.SEQUENCES, classifiers.TOKENS)  # never what a type was pretrained for: `architectures` names them
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
@@ -31,7 +32,8 @@ def family_of(config: Config) -> tuple[Family, str]:
     `architectures` decides where it names a class of a family, a decoder is causal, and else the order of `FAMILIES`.
 
     Raises:
-        UserError: no model_type, one that the installed transformers does not know, or none of the families'.
+        UserError: no model_type, one that the installed transformers does not know, or none of the families'; or
+            `architectures` names a class of no family.
     """
     kind = config.text("model_type")
     able = [family for family in FAMILIES if kind in family.classes]
@@ -39,9 +41,15 @@ def family_of(config: Config) -> tuple[Family, str]:
         raise UserError(f"{config.origin}: {_why_not(kind, config)}")
     named = config.values.get("architectures")
     for name in named if isinstance(named, list) else ():
-        for family in able:
-            if name in family.classes[kind]:
+        for family in (*able, *NAMED):
+            if name in family.classes.get(kind, ()):
                 return family, name
+    if isinstance(named, list) and named:
+        known = [name for family in (*able, *NAMED) for name in family.classes.get(kind, ())]
+        raise UserError(
+            f"{config.origin}: architectures names {named[0]!r}, which cannot be traced; of {kind} there are "
+            f"{', '.join(dict.fromkeys(known))}"
+        )
     if config.values.get("is_decoder") is True:
         able.sort(key=lambda family: family is not causal.FAMILY)
     return able[0], able[0].classes[kind][0]

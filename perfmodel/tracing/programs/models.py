@@ -83,7 +83,7 @@ def _norm(model: Any, method: NormTuning, architecture: Architecture) -> Any:
     norms = list(architecture.traits.norms)
     if not norms:
         raise UserError(f"method {method.name}: {architecture.name} has no norms")
-    return peft.get_peft_model(model, peft.LNTuningConfig(target_modules=norms))
+    return peft.get_peft_model(model, peft.LNTuningConfig(target_modules=norms, task_type=_task(architecture)))
 
 
 @applies(TopK)
@@ -218,11 +218,19 @@ def _prompt(model: Any, config_name: str, method: VirtualTokens, **options: Any)
     return peft.get_peft_model(model, config)
 
 
+def _task(architecture: Architecture) -> str | None:
+    """The task type of peft's configs that makes it train the classifier, too; None for a language model."""
+    classifier = architecture.classifier
+    return None if classifier is None else "SEQ_CLS" if classifier.of == "sequence" else "TOKEN_CLS"
+
+
 def _adapt(model: Any, config_name: str, method: Targeted, architecture: Architecture, **options: Any) -> Any:
     """The model with an adapter of peft's; `options` are those of its config that the methods do not share."""
     import peft
 
     config_class = getattr(peft, config_name)
+    if architecture.classifier is not None:
+        options["task_type"] = _task(architecture)
     options["target_modules"] = ALL_LINEAR if method.target_names == (ALL_LINEAR,) else list(method.target_names)
     if method.pattern is not None:
         options["target_modules"] = method.pattern.pattern

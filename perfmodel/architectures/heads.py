@@ -1,0 +1,57 @@
+"""What a decoder's last hidden states go through until there is a loss.
+
+Source: transformers/modeling_layers.py (`GenericForSequenceClassification`, `GenericForTokenClassification`),
+loss/loss_utils.py.
+"""
+
+from collections.abc import Callable
+
+from ..errors import UserError
+from ..program.dims import decide, product
+from ..tape.core import emit
+from ..tape.gather import picked
+from ..tape.nn import causal_lm_loss, cross_entropy
+from ..tape.pointwise import cast, dropout, fill, mul
+from ..tape.shape import view
+from ..tape.split import select
+from ..tape.tensor import Tensor
+from .base import Scope
+
+
+def decoder_loss(
+    model: Scope, hidden: Tensor, ids: Tensor, labels: Tensor, words: str, *, bias: bool = False,
+    scaled: Callable[[Tensor], Tensor] = lambda logits: logits,
+) -> Tensor:  # fmt: skip
+    """The loss of a causal model with the head that its config names, from (batch, seq, hidden).
+
+    Args:
+        words: path of the embedding that a language model's head may share.
+        bias: whether the language model's head has one.
+        scaled: what becomes of its logits before the loss.
+    """
+    architecture = model.build.architecture
+    classifier = architecture.classifier
+    if classifier is None:
+        logits = model.lm_head(hidden, words, architecture.vocab, bias=bias)
+        return causal_lm_loss(scaled(logits), labels)
+    if classifier.of == "token":
+        hidden = dropout(hidden, 0.1 if classifier.dropout is None else classifier.dropout)
+        name, upcast = architecture.traits.token_head
+        logits = model.linear(name, hidden, classifier.labels, bias=True)
+        flat = view(logits, (product(logits.shape[:-1]), classifier.labels))
+        return cross_entropy(cast(flat, "fp32") if upcast else flat, view(labels, (labels.numel,)))
+    logits = model.linear("score", hidden, classifier.labels)
+    pooled = _last(logits, ids, padded=classifier.padded, name=architecture.name)
+    return cross_entropy(pooled, labels)
+
+
+def _last(logits: Tensor, ids: Tensor, *, padded: bool, name: str) -> Tensor:
+    """The logits of each sample's last token that is no padding: (batch, seq, n) → (batch, n)."""
+    batch, seq = ids.shape
+    if not padded:
+        if decide(batch > 1):
+            raise UserError(f"{name}: to classify sequences in batches its config needs a pad_token_id; use --batch 1")
+        return picked(select(logits, 1), fill("arange", (batch,), "i64"))
+    real = cast(emit("ne.Scalar", (ids,), ids.shape, "bool"), "i32")
+    last = emit("argmax", (mul(fill("arange", (seq,), "i32"), real),), (batch,), "i64")
+    return picked(logits, fill("arange", (batch,), "i64"), last)
