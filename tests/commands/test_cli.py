@@ -151,7 +151,7 @@ def test_a_mistake_is_one_line_in_a_real_process_too(mistake: str) -> None:
 
 def check_prediction(value: dict[str, Any]) -> None:
     assert set(value) == PREDICTION
-    assert set(value["params"]) == {"total", "trainable"}
+    assert set(value["params"]) == {"total", "trainable", "active"}
     for figure in ("flops", "bytes", "kernels", "dispatches"):
         assert set(value[figure]) == PHASES
         assert all(isinstance(n, int) for n in value[figure].values())
