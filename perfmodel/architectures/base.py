@@ -94,6 +94,7 @@ class Architecture:
     attention_cap: float | None = None
     logit_cap: float | None = None
 
+    recorded: ClassVar[bool] = False  # whether its programs come from elsewhere (`recording.program`)
     layer_path: ClassVar[str]  # where blocks live in the transformers module tree
     traits: ClassVar[Traits]
 
