@@ -164,12 +164,14 @@ class RecordedModel(Architecture):
         linears: its linear layers, by their whole paths.
         path: where its longest row of blocks lies in the module tree.
         found: what it is like.
+        limits: lengths from which on its program may be another, ascending.
         recorder: gives the program of a method in a setup; batch and seq may be arrays.
     """
 
     linears: tuple[str, ...] = ()
     path: str = ""
     found: Traits | None = None
+    limits: tuple[int, ...] = ()
     recorder: Recorder | None = field(default=None, repr=False, compare=False)
 
     recorded: ClassVar[bool] = True

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
@@ -35,7 +36,7 @@ from ..recording.program import Program, RecordedModel, its_own_norm
 from ..resources import is_file
 from ..setup import Setup
 from ..tape.attention import CUDNN_FIRST
-from .regions import Region, bounds, region_of
+from .regions import Region, region_of
 from .setups import check_setup
 
 PACKAGES = ("torch", "transformers", "peft")
@@ -51,7 +52,7 @@ def traced(model: str | PathLike[str] | Config, folder: Path | None = None) -> R
     """
     config = model if isinstance(model, Config) else load(str(model))
     store = Store(config, folder or own.home() / "programs")
-    return replace(store.facts(), name=config.name, recorder=store.program)
+    return replace(store.facts, name=config.name, recorder=store.program)
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,9 @@ def keep(
     on = profile_of(device)
     config = model if isinstance(model, Config) else load(str(model))
     store = Store(config, folder or own.home() / "programs")
-    facts, kept = store.facts(), []
+    kept = []
     for method in chosen:
-        bound = method_of(method).bind(facts)
+        bound = method_of(method).bind(store.facts)
         program = store.program(bound, setup, on.kind, on.compute_capability or "8.0")
         path = store.path(next(name for name, found in store.known.items() if found is program))
         if not is_file(path):
@@ -108,6 +109,7 @@ class Store:
         called = re.sub(r"[^a-z0-9.]+", "-", self.config.name.lower())[:32]
         self.start = f"{called}-{_digest(config)}"
 
+    @cached_property
     def facts(self) -> RecordedModel:
         """What methods must know of the model."""
         for path in self._files("model"):
@@ -138,7 +140,7 @@ class Store:
         check_setup(setup, kind)
         single: dict[str, Any] = {f.name: only(v) for f in fields(method) if _is_array(v := getattr(method, f.name))}
         method = replace(method, **single)
-        region = region_of(setup, bounds(self.config.values))
+        region = region_of(setup, self.facts.limits)
         entry = {"region": str(region), **self._inputs(method, setup, kind, capability)}
         found = self._read(entry)
         if found is not None and found.at is None:

@@ -28,7 +28,7 @@ from perfmodel.recording.program import RecordedModel
 from perfmodel.recording.record import build
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
-from perfmodel.tracing import recorded, traced
+from perfmodel.tracing import recorded, regions, traced
 
 CASES: dict[str, tuple[Callable[[], Config], str, dict[str, Any]]] = {
     "full": (lambda: config_of("llama", layers=5), "full", {}),
@@ -91,7 +91,7 @@ SIZES = ((4, 24), (2, 30), (9, 200))
 
 def test_a_file_gives_back_what_was_stored() -> None:
     """store ∘ load is the identity, for numbers that follow the size and for those that do not."""
-    for region in (recorded.Region(single=False, low=2, high=None), None):
+    for region in (regions.Region(single=False, low=2, high=None), None):
         method = predict_method("lora:r=4", recorded.traced(config_of("llama")))
         _, _, program = traced.trace_model(
             config_of("llama"), replace(method, architecture=None), Setup(batch=4, seq=24, grad_accum=2), "cuda", "8.0",
@@ -150,9 +150,7 @@ def test_an_answer_does_not_need_a_folder_to_write_to(tmp_path: Path) -> None:
 
 def test_the_second_question_needs_no_torch(tmp_path: Path) -> None:
     """On a machine without torch, with the folder of another."""
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(config_of("llama").values))
-    arguments = ["compare", "--model", str(config), "--device", "l40s", "--traced", "--seq", "32", "--json"]
+    arguments = ["compare", "--model", config_file(tmp_path), "--device", "l40s", "--traced", "--seq", "32", "--json"]
     first = CliRunner().invoke(cli.main, arguments)
     assert first.exit_code == 0, first.output
     blocked = (
@@ -179,10 +177,75 @@ def test_what_does_not_follow_from_other_sizes_is_traced_at_its_own(tmp_path: Pa
 
 def test_a_window_ends_a_region() -> None:
     """From the length of a sliding window on, sdpa gets a mask and runs another kernel."""
-    limits = recorded.bounds({"sliding_window": 4096, "text_config": {"max_position_embeddings": 8192}})
-    region = recorded.region_of(Setup(batch=2, seq=512), limits)
+    limits = regions.bounds({"sliding_window": 4096, "text_config": {"max_position_embeddings": 8192}})
+    region = regions.region_of(Setup(batch=2, seq=512), limits)
     assert (region.low, region.high) == (2, 4096)
-    assert recorded.region_of(Setup(batch=1, seq=4096), limits) == recorded.Region(single=True, low=4096, high=8193)
+    assert regions.region_of(Setup(batch=1, seq=4096), limits) == regions.Region(single=True, low=4096, high=8193)
+
+
+def config_file(folder: Path) -> str:
+    file = folder / "config.json"
+    file.write_text(json.dumps(config_of("llama").values))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("compare", ()),
+        ("explain", ("full", "lora:r=4")),
+        ("advise", ("--methods", "full")),
+        ("sweep", ("--batch", "2-8*2")),
+        ("report", ("--methods", "full", "lora:r=4", "-o", "page.html")),
+        ("record", ("--methods", "full", "lora:r=4")),
+    ],
+)
+def test_every_command_takes_a_traced_model(
+    command: str, options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a config.json to the answer, with a tuner that the tape does not know where a method is left open."""
+    if command == "report":
+        pytest.importorskip("jinja2")
+    monkeypatch.setenv("PERFMODEL_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    Path("adapter.json").write_text(json.dumps({"peft_type": "RANDLORA", "r": 4, "target_modules": ["q_proj"]}))
+    tuner = () if command == "explain" else ("--peft-config", "adapter.json")
+    arguments = [command, *options, "--model", config_file(tmp_path), "--device", "l40s", "--seq", "16", "--traced"]
+    result = CliRunner().invoke(cli.main, [*arguments, *tuner, "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)
+    assert len(list((tmp_path / "home" / "programs").iterdir())) >= 2
+
+
+def test_a_second_method_may_be_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`explain full --peft-config FILE`; of none, or of three, one line."""
+    monkeypatch.chdir(tmp_path)
+    Path("adapter.json").write_text(json.dumps({"peft_type": "IA3"}))
+    given = ["--model", config_file(tmp_path), "--device", "l40s", "--seq", "16", "--axes", "none"]
+    result = CliRunner().invoke(cli.main, ["explain", "full", *given, "--peft-config", "adapter.json", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["b"]["method"] == "ia3"
+    for wrong in (["full"], ["full", "lora", "--peft-config", "adapter.json"]):
+        result = CliRunner().invoke(cli.main, ["explain", *wrong, *given])
+        assert result.exit_code == 2
+        assert "two methods" in result.stderr
+
+
+def test_a_record_that_cannot_be_kept_is_a_complaint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks for a file wants to know that there is none; a question has its answer all the same."""
+    (tmp_path / "home").write_text("in the way")
+    monkeypatch.setenv("PERFMODEL_HOME", str(tmp_path / "home"))
+    given = ["--model", config_file(tmp_path), "--device", "l40s", "--seq", "16", "--traced"]
+    result = CliRunner().invoke(cli.main, ["record", *given])
+    assert result.exit_code == 2
+    assert "cannot be written" in result.stderr
+    assert CliRunner().invoke(cli.main, ["predict", *given]).exit_code == 0
+
+
+def test_limits_come_from_defaults_too() -> None:
+    """A config.json leaves out what transformers fills in: Mistral's window of 4,096 tokens."""
+    values = {key: value for key, value in config_of("mistral").values.items() if key != "sliding_window"}
+    assert 4096 in recorded.traced(Config(values, "mistral", "mistral")).limits
 
 
 def test_adapter_configs_are_methods_like_others(tmp_path: Path) -> None:
@@ -190,10 +253,9 @@ def test_adapter_configs_are_methods_like_others(tmp_path: Path) -> None:
     for name, r in (("small", 4), ("wide", 8)):
         values = {"peft_type": "RANDLORA", "r": r, "target_modules": ["q_proj"]}
         (tmp_path / f"{name}.json").write_text(json.dumps(values))
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(config_of("llama").values))
+    config = config_file(tmp_path)
     paths = [str(tmp_path / f"{name}.json") for name in ("small", "wide")]
-    given = ["compare", "--model", str(config), "--device", "l40s", "--seq", "16", "--json"]
+    given = ["compare", "--model", config, "--device", "l40s", "--seq", "16", "--json"]
     result = CliRunner().invoke(cli.main, [*given, "--traced", "--methods", "full", *paths])
     assert result.exit_code == 0, result.output
     assert [p["method"] for p in json.loads(result.stdout)["predictions"]] == ["full", *paths]

@@ -31,8 +31,8 @@ class PeftAdapter(Method):
     label: str = "peft"
     text: str = "{}"
 
-    name = "peft"
-    title = "peft"
+    name, title, source = "peft", "peft", "https://github.com/huggingface/peft"
+    what_trains, what_it_adds = "what its config says", "what peft makes of it"
 
     @classmethod
     def of(cls, values: Mapping[str, Any], label: str | None = None) -> "PeftAdapter":

@@ -12,6 +12,7 @@ from ...errors import UserError, nearest
 from ...methods import Method
 from ...methods.parts.peft_adapter import AUTOCAST, PeftAdapter
 from ...recording.program import RecordedModel, its_own_norm
+from ..regions import bounds
 from . import models
 from .stacks import stacks
 
@@ -35,6 +36,7 @@ def architecture_of(model: Any, name: str) -> RecordedModel:
         intermediate=said("intermediate_size", "ffn_dim", "n_inner"), vocab=said("vocab_size"), max_positions=None,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
         linears=tuple(found), path=path, found=_traits(model),
+        limits=bounds(model.config.to_dict()),
     )  # fmt: skip
 
 
