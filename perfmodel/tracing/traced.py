@@ -101,7 +101,7 @@ def trace_model(
         sizes = region.sizes(lengths=family.reads_length) if region else None
         here = capability if kind == "cuda" else None
         program = trace(model, make, setup, here, config.name, bare=base, names=names, sizes=sizes)
-    return facts, bound, replace(program, notes=(family.note,) if family.note else ())
+    return facts, bound, replace(program, notes=programs.notes_of(config))
 
 
 def prepare(model: Any, setup: Setup) -> None:

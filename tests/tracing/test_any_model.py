@@ -117,6 +117,15 @@ def test_speech_is_traced_with_its_encoder() -> None:
     assert convolutions[0].inputs[0].shape == (SETUP.batch, 16, 100)
 
 
+def test_a_model_of_images_and_text_says_that_it_was_asked_for_text() -> None:
+    """Gemma 3 from 4B on has a vision tower, which a step on text alone does not run."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    values = {"text_config": {**TINY, "head_dim": 16}, "vision_config": {**vision, "image_size": 28, "patch_size": 14}}
+    head = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
+    step, _ = traced.of_method(Config({**head, **values}, "gemma3", "gemma3"), "full", SETUP)
+    assert any("text alone: no vision input" in note for note in step.notes)
+
+
 @pytest.mark.parametrize(
     ("values", "head", "says"),
     [

@@ -10,7 +10,7 @@ from ...errors import UserError, nearest
 from ...setup import Setup
 from . import causal, classifiers, masked, seq2seq, speech, vision
 from .dtypes import TORCH_DTYPES
-from .family import Family
+from .family import Family, text
 
 # A type that several auto classes know belongs to the first of these: what it was pretrained for.
 FAMILIES = (
@@ -57,6 +57,14 @@ def family_of(config: Config) -> tuple[Family, str]:
     if config.values.get("is_decoder") is True:
         able.sort(key=lambda family: family is not causal.FAMILY)
     return able[0], able[0].classes[kind][0]
+
+
+def notes_of(config: Config) -> tuple[str, ...]:
+    """What a reader of a prediction must know about the batch of a config's model."""
+    family, name = family_of(config)
+    others = [key.removesuffix("_config") for key in ("vision_config", "audio_config") if key in config.values]
+    alone = f"{name} is traced with text alone: no {' and no '.join(others)} input" if others else ""
+    return tuple(note for note in (family.note, alone if family.inputs is text else "") if note)
 
 
 def _classes(kind: str) -> list[str]:
