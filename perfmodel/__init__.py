@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 from .shown import Shown
 
 if TYPE_CHECKING:
+    from os import PathLike
+
+    from .architectures import Config
     from .devices.device import Device
     from .devices.host import Host
     from .errors import UserError
@@ -24,11 +27,12 @@ if TYPE_CHECKING:
     from .questions.explanation import Explanation
     from .questions.speedup import SpeedUp
     from .questions.sweeps import Sweep
+    from .recording.program import RecordedModel
     from .setup import Setup
 
 __all__ = [
     "Advice", "Comparison", "Device", "Explanation", "Prediction", "Setup", "SpeedUp", "Sweep", "UserError", "advise",
-    "compare", "explain", "predict", "predict_module", "sweep",
+    "compare", "explain", "predict", "predict_module", "sweep", "traced",
 ]  # fmt: skip
 
 
@@ -44,8 +48,9 @@ def predict(
     """Predict one training step.
 
     Args:
-        model: bundled name, path to a config.json (or its folder), hub id, `Config` or `Architecture`.
-        method: `name[:key=value,…]` or a `Method`.
+        model: bundled name, path to a config.json (or its folder), hub id, `Config` or `Architecture`; or what
+            `traced` makes of these.
+        method: `name[:key=value,…]` or a `Method`; of a `traced` model also the path of an adapter_config.json.
         setup: a `Setup`; keyword options such as `batch=4, seq=210` make or change one. `batch`, `seq` (and a method's
             rank) may be integer arrays that broadcast together: then every figure is an array over the grid.
         device: slug, path of a TOML, or a `Device`.
@@ -174,6 +179,31 @@ def sweep(
     from .questions.sweeps import sweep as answer
 
     return answer(model, methods, setup, device, batch=batch, seq=seq, rank=rank, k=k, host=host, **options)
+
+
+def traced(model: "str | PathLike[str] | Config") -> "RecordedModel":
+    """A model whose steps come from traces of its real program: any model of transformers, any tuner of peft.
+
+    It goes where any function here takes a `model`, and beside it a method may also be the path of an
+    adapter_config.json:
+
+        from perfmodel import compare, traced
+
+        compare(traced("google/gemma-3-4b-it"), ["full", "lora:r=16", "mine/adapter_config.json"], device="h100-sxm")
+
+    A program is traced once, which takes seconds and the validate extra, at a few sizes of which all others follow; it
+    is kept in $PERFMODEL_HOME/programs, so that the next question, of any batch, length, optimizer or device, needs
+    neither. Where the sizes do not follow from each other, each is traced when it is asked for.
+
+    Args:
+        model: bundled name, path to a config.json (or its folder), hub id, or `Config`.
+
+    Raises:
+        UserError: a model that cannot be built; later, a method or setup that cannot be traced.
+    """
+    from .tracing.recorded import traced as answer
+
+    return answer(model)
 
 
 def predict_module(

@@ -17,6 +17,7 @@ COMMANDS = {  # command -> its file in `commands/`
     "advise": "advise",
     "sweep": "sweep",
     "report": "report",
+    "record": "record",
     "models": "lists",
     "methods": "lists",
     "devices": "lists",

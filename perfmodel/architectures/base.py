@@ -101,6 +101,7 @@ class Architecture:
     note: str = ""
     classifier: Classifier | None = None
 
+    recorded: ClassVar[bool] = False  # whether its programs come from elsewhere (`recording.program`)
     layer_path: ClassVar[str]  # where blocks live in the transformers module tree
     traits: ClassVar[Traits]
     caveat: ClassVar[str] = ""  # what every answer has to say of the model type

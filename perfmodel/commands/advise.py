@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from . import names
-from .options import Lists, answer_json, setup_of, setup_options
+from .options import Lists, answer_json, methods_of, model_of, setup_of, setup_options
 
 GARBAGE = 1_000_000  # objects between passes of the cycle collector: nearly all that a search makes is kept to its end
 PREFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "KI": 2.0**10, "MI": 2.0**20, "GI": 2.0**30}
@@ -73,10 +73,11 @@ def advise(
     from ..questions.advice import advise as run
     from ..report.advice import searching, show_advice
 
+    chosen, *more = methods_of([method], options, "method", least=0)
     with searching() as progress:
         advice = run(
-            options["model"], method, setup_of(options), options["device"], methods=methods, memory_bytes=memory,
-            min_trainable=min_trainable, host=options["host"], progress=progress,
+            model_of(options), chosen, setup_of(options), options["device"], methods=[*more, *methods],
+            memory_bytes=memory, min_trainable=min_trainable, host=options["host"], progress=progress,
         )  # fmt: skip
     if as_json:
         answer_json(advice.as_dict())

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from .options import Lists, answer_json, methods_option, setup_of, setup_options
+from .options import Lists, answer_json, methods_of, methods_option, model_of, setup_of, setup_options
 
 
 @click.command(cls=Lists)
@@ -15,7 +15,8 @@ def compare(methods: Sequence[str], as_json: bool, **options: Any) -> None:
     """Compare methods in one setup; the first is the baseline."""
     from ..questions.comparison import compare as run
 
-    result = run(options["model"], methods, setup_of(options), options["device"], host=options["host"])
+    chosen = methods_of(methods, options)
+    result = run(model_of(options), chosen, setup_of(options), options["device"], host=options["host"])
     if as_json:
         answer_json(result.as_dict())
         return

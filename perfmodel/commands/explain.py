@@ -5,28 +5,33 @@ from typing import Any
 
 import click
 
+from ..errors import UserError
 from . import names
-from .options import answer_json, setup_of, setup_options
+from .options import answer_json, axes_of, methods_of, model_of, setup_of, setup_options
 
 
 @click.command()
 @click.argument("a", shell_complete=names.methods)
-@click.argument("b", shell_complete=names.methods)
+@click.argument("b", shell_complete=names.methods, required=False)
 @click.option(
     "--axes",
-    default="batch+seq+size",
-    show_default=True,
-    help="Where to look for a change of the verdict: batch, seq, size (rank, k), targets, joined by +; or none.",
+    help="Where to look for a change of the verdict: batch, seq, size (rank, k), targets, joined by +; or none.  "
+    "[default: batch+seq+size; traced, where every size is another trace, batch+seq]",
 )
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw waterfall and rooflines (SVG).")
 @setup_options
-def explain(a: str, b: str, axes: str, plot: Path | None, as_json: bool, **options: Any) -> None:
+def explain(a: str, b: str | None, axes: str | None, plot: Path | None, as_json: bool, **options: Any) -> None:
     """Explain, part by part, why B is faster or slower than A."""
     from ..questions.explanation import explain as run
 
-    wanted = () if axes == "none" else tuple(axes.split("+"))
-    host = options["host"]
-    result = run(options["model"], a, b, setup_of(options), options["device"], host=host, axes=wanted)
+    one, *two = methods_of([a, *([b] if b else [])], options, "a")
+    if len(two) != 1:
+        raise UserError(
+            "explain takes two methods, the second of which may be --peft-config, e.g. explain full lora:r=8"
+        )
+    model, host = model_of(options), options["host"]
+    wanted = axes_of(axes, model, ("batch", "seq", "size"))
+    result = run(model, one, two[0], setup_of(options), options["device"], host=host, axes=wanted)
     if plot:
         from ..report.pictures import draw
 

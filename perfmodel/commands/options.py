@@ -1,7 +1,7 @@
 """What several commands share: options, JSON, the missing extra."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +223,11 @@ def _how() -> tuple[Decorator, ...]:
         click.option("--clip-grad/--no-clip-grad", default=True, show_default=True, help="Clip the gradient norm."),
         click.option("--cuda-graphs", is_flag=True, help="One launch dispatches the whole step."),
         click.option("--padded", is_flag=True, help="Some samples are padded: sdpa gets an explicit mask."),
+        click.option("--traced", is_flag=True,
+                     help="Take the steps from the real transformers + peft program: any model, any tuner. A first "
+                     "trace needs the validate extra; it is kept for the next question."),
+        click.option("--peft-config", type=click.Path(path_type=Path),
+                     help="An adapter_config.json in the place of a method (the last of several); implies --traced."),
         json_option,
     )  # fmt: skip
 
@@ -251,6 +256,41 @@ def setup_of(options: dict[str, Any]) -> Any:
 
     _check_config(click.get_current_context())
     return Setup(**{f.name: options[f.name] for f in fields(Setup) if f.name in options})
+
+
+def model_of(options: dict[str, Any]) -> Any:
+    """The model of a command's options: by its name, or traced."""
+    if not options["traced"] and not options["peft_config"]:
+        return options["model"]
+    from ..tracing.recorded import traced
+
+    return traced(options["model"])
+
+
+def methods_of(methods: Sequence[str], options: dict[str, Any], name: str = "methods", least: int = 1) -> list[Any]:
+    """The methods of a command's options, that of `--peft-config` after what was typed, or as the last default.
+
+    Args:
+        name: of the command's option.
+        least: methods that stay where none was typed.
+    """
+    source = click.get_current_context().get_parameter_source(name)
+    path = options["peft_config"]
+    if not path and options["traced"] and source is not click.core.ParameterSource.COMMANDLINE:
+        path = adapter_of_config()
+    if not path:
+        return list(methods)
+    from ..methods.parts.peft_adapter import PeftAdapter
+
+    typed = source is not click.core.ParameterSource.DEFAULT
+    return [*(methods if typed else methods[:least]), PeftAdapter.read(path)]
+
+
+def axes_of(axes: str | None, model: Any, default: tuple[str, ...]) -> tuple[str, ...]:
+    """The axes of `--axes`; by default those of a traced model along which nothing has to be traced."""
+    if axes is None:
+        return default if isinstance(model, str) else tuple(axis for axis in default if axis in ("batch", "seq"))
+    return () if axes == "none" else tuple(axes.split("+"))
 
 
 def extra(error: ImportError) -> UserError:

@@ -9,7 +9,16 @@ from typing import Any
 import click
 
 from ..report.plain import print_json
-from .options import Lists, difference_from_config, methods_option, setup_of, setup_options
+from .options import (
+    Lists,
+    axes_of,
+    difference_from_config,
+    methods_of,
+    methods_option,
+    model_of,
+    setup_of,
+    setup_options,
+)
 
 
 @click.command(cls=Lists)
@@ -24,12 +33,11 @@ from .options import Lists, difference_from_config, methods_option, setup_of, se
 )
 @click.option(
     "--axes",
-    default="batch+seq+size+targets",
-    show_default=True,
-    help="Where to look for a change of the verdict, joined by +; or none.",
+    help="Where to look for a change of the verdict, joined by +; or none.  "
+    "[default: batch+seq+size+targets; traced, where others are further traces, batch+seq]",
 )
 @setup_options
-def report(methods: Sequence[str], output: Path, axes: str, as_json: bool, **options: Any) -> None:
+def report(methods: Sequence[str], output: Path, axes: str | None, as_json: bool, **options: Any) -> None:
     """Write a comparison as one self-contained HTML page.
 
     Answer, pictures, assumptions, accuracy, and the sources of the device's figures.
@@ -37,15 +45,15 @@ def report(methods: Sequence[str], output: Path, axes: str, as_json: bool, **opt
     from ..report.page import report as page
     from ..resources import write_text
 
-    wanted = () if axes == "none" else tuple(axes.split("+"))
+    model = model_of(options)
     again = shlex.join(["perfmodel", *sys.argv[1:]])
     html = page(
-        options["model"],
-        methods,
+        model,
+        methods_of(methods, options),
         setup_of(options),
         options["device"],
         host=options["host"],
-        axes=wanted,
+        axes=axes_of(axes, model, ("batch", "seq", "size", "targets")),
         command=again,
         differs=difference_from_config(),
     )

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ..errors import UserError
-from .options import GridAxis, Lists, answer_json, grid_options, methods_option, setup_of
+from .options import GridAxis, Lists, answer_json, grid_options, methods_of, methods_option, model_of, setup_of
 
 PRINTED = 100_000  # rows that go to the terminal as JSON; more belong in a file
 
@@ -42,8 +42,8 @@ def sweep(
 
     axes = {name: options.pop(name) for name in ("batch", "seq", "device")}
     planned = plan(
-        options["model"], methods, setup_of(options), axes["device"], host=options["host"], batch=axes["batch"],
-        seq=axes["seq"], rank=rank, k=k,
+        model_of(options), methods_of(methods, options), setup_of(options), axes["device"], host=options["host"],
+        batch=axes["batch"], seq=axes["seq"], rank=rank, k=k,
     )  # fmt: skip
     if as_json and not output and len(planned) > PRINTED:
         raise UserError(f"{len(planned):,} rows are too many to print: give --output FILE")

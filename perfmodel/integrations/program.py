@@ -14,7 +14,10 @@ from ..errors import UserError
 from ..imports import adapter, trainer
 from ..imports.keys import Keys
 from ..methods import Method, parse
+from ..methods.parts.peft_adapter import AUTOCAST, PeftAdapter
+from ..prediction.predict import method_of
 from ..setup import Setup
+from ..tracing.recorded import traced
 
 HALF = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
 CPU = "cpu-epyc-genoa-2c"  # the bundled CPU profile
@@ -35,18 +38,20 @@ class TrainingRun:
     length: int | None
 
 
-def program_of(model: Any, arguments: Any, method: str | None = None) -> TrainingRun:
+def program_of(model: Any, arguments: Any, method: str | None = None, *, from_trace: bool = False) -> TrainingRun:
     """Read a model (a PEFT model too) and the TrainingArguments of its Trainer.
 
     Args:
         method: as `predict` takes it; read from the model if None.
+        from_trace: whether steps come from traces of the real program (`perfmodel.traced`).
 
     Raises:
         UserError: an architecture, adapter or option that is not modelled, or weights of which only some train.
     """
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     values = base.config.to_dict()
-    architecture = from_config(Config(values, type(base).__name__, type(base).__name__))
+    config = Config(values, type(base).__name__, type(base).__name__)
+    architecture = traced(config) if from_trace else from_config(config)
     weights = _dtype(p for p in base.parameters() if not p.requires_grad or base is model)
     found = arguments.to_dict() | {
         "dtype": f"torch.{weights}",
@@ -54,7 +59,7 @@ def program_of(model: Any, arguments: Any, method: str | None = None) -> Trainin
     }
     _, _, fields, _ = trainer.read(Keys(found, "TrainingArguments"))
     length = fields.pop("seq", None)
-    chosen = parse(method) if method else _method(model, weights)
+    chosen = method_of(method) if method else _method(model, weights, from_trace=from_trace)
     return TrainingRun(architecture, chosen.bind(architecture), replace(Setup(), **fields), length)
 
 
@@ -63,7 +68,7 @@ def _dtype(parameters: Iterator[Any]) -> str:
     return next((str(p.dtype).removeprefix("torch.") for p in parameters if p.dim() > 1), "float32")
 
 
-def _method(model: Any, weights: str) -> Method:
+def _method(model: Any, weights: str, *, from_trace: bool) -> Method:
     """What the model trains."""
     if not hasattr(model, "peft_config"):
         frozen = sum(not p.requires_grad for p in model.parameters())
@@ -73,8 +78,10 @@ def _method(model: Any, weights: str) -> Method:
     values = model.peft_config[model.active_adapter].to_dict()
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
     plain["peft_type"] = getattr(values["peft_type"], "value", values["peft_type"])
-    _, spec, _, _ = adapter.read(Keys(plain, "peft_config"))
     adapters = _dtype(p for p in model.parameters() if p.requires_grad)
+    if from_trace:
+        return PeftAdapter.of({**plain, AUTOCAST: adapters != weights})
+    _, spec, _, _ = adapter.read(Keys(plain, "peft_config"))
     if adapters == weights and f"torch.{weights}" in HALF:  # peft keeps adapters in fp32 unless told otherwise
         spec += f"{',' if ':' in spec else ':'}adapter_dtype={HALF[f'torch.{weights}']}"
     return parse(spec)

@@ -30,6 +30,8 @@ class StepPrediction:
         device: what to predict for, a name or the path of a TOML; the device that the Trainer runs on if None.
         host: name or path of a TOML.
         method: as `perfmodel predict --method` takes it; read from the model if None.
+        traced: whether to predict from a trace of the real program (`perfmodel.traced`): for models and tuners without
+            a built-in form.
         seq: tokens of a sample that you planned with; the configuration's max_length, or the longest seen, if None.
         warm_up: steps that are not watched.
         steps: steps that are watched.
@@ -46,6 +48,7 @@ class StepPrediction:
         *,
         host: str = "default",
         method: str | None = None,
+        traced: bool = False,
         seq: int | None = None,
         warm_up: int = 5,
         steps: int = 20,
@@ -54,6 +57,7 @@ class StepPrediction:
         if warm_up < 0 or steps < 1:
             raise UserError(f"warm_up must be from 0 and steps from 1, got {warm_up} and {steps}")
         self.device, self.host, self.method, self.seq = device, host, method, seq
+        self.traced = traced
         self.warm_up, self.steps, self.show = warm_up, steps, show
         self.found: Findings | None = None
         self.own_seconds = 0.0
@@ -127,7 +131,7 @@ class StepPrediction:
         assert watch is not None
         cuda = _cuda(self.model)
         try:
-            program = program_of(self.model, self.arguments, self.method)
+            program = program_of(self.model, self.arguments, self.method, from_trace=self.traced)
             name = cuda.get_device_name() if cuda else None
             self.found = findings(
                 self._as_planned(program), watch, self._on(name), hosts.load(self.host),

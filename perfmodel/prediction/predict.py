@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial, reduce
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -150,8 +151,22 @@ def resolve(model: Model, method: str | Method) -> tuple[Architecture, Method]:
         UserError: unknown names, configs that cannot be read, options that do not fit the model.
     """
     architecture = architecture_of(model)
-    parsed = methods.parse(method) if isinstance(method, str) else method
-    return architecture, parsed.bind(architecture)
+    return architecture, method_of(method).bind(architecture)
+
+
+def method_of(method: str | Method) -> Method:
+    """A method by its spec, or by the path of an adapter_config.json, for models whose program is traced.
+
+    Raises:
+        UserError: an unknown name or option, or a file that holds no adapter's config.
+    """
+    if isinstance(method, Method):
+        return method
+    if method.endswith(".json"):
+        from ..methods.parts.peft_adapter import PeftAdapter
+
+        return PeftAdapter.read(Path(method), label=method)
+    return methods.parse(method)
 
 
 def architecture_of(model: Model) -> Architecture:
@@ -267,7 +282,7 @@ def _notes(built: Step, on: DeviceProfile, time: Time) -> list[str]:
             "with checkpointing transformers makes the embedding's output need a gradient: backward runs through every "
             "block, also below the lowest trainable one"
         )
-    return notes
+    return [*notes, *built.notes]
 
 
 def _mixture_notes(built: Step) -> list[str]:

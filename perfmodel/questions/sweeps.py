@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from .. import methods
 from ..devices import host as hosts
 from ..devices.device import Device, profile_of
 from ..devices.host import Host
@@ -18,7 +17,7 @@ from ..devices.profile import DeviceProfile
 from ..errors import UserError
 from ..methods import Method
 from ..prediction import intervals
-from ..prediction.predict import Model, Prediction, Time, architecture_of, predict, with_options
+from ..prediction.predict import Model, Prediction, Time, architecture_of, method_of, predict, with_options
 from ..setup import Setup, positive
 from ..shown import Shown, frame
 from .speedup import verdict
@@ -164,7 +163,7 @@ def with_rank(method: Method, r: Any) -> Method:
 
 
 def _variants(text: str | Method, ks: np.ndarray) -> list[Method]:
-    method = methods.parse(text) if isinstance(text, str) else text
+    method = method_of(text)
     if not len(ks) or not any(f.name == "k" for f in fields(method)):
         return [method]
     changes: list[dict[str, Any]] = [{"k": int(k)} for k in ks]

@@ -20,6 +20,7 @@ from ..tape.engine import run_backward
 from ..tape.tensor import Flow, Tensor
 from . import reuse as sharing
 from . import zero
+from .program import RecordedModel
 from .reuse import MicroBatches, Shared
 from .step import Step
 
@@ -78,6 +79,8 @@ def _micro_batches(step: Step, tape: Tape, programs: dict[Any, Any]) -> Callable
     Args:
         programs: what was compiled already (`passes.compile`).
     """
+    if isinstance(step.architecture, RecordedModel):
+        return _replayed(step, step.architecture, tape.capability)
     kept: Kept = {}
     further, ending = step.setup.grad_accum - 1, 0
     tape.alike = further > 0 and not step.zero
@@ -96,6 +99,16 @@ def _micro_batches(step: Step, tape: Tape, programs: dict[Any, Any]) -> Callable
         tape.part.free(ending)
 
     return end
+
+
+def _replayed(step: Step, model: RecordedModel, capability: str) -> Callable[[], None]:
+    """The micro-batches of a recorded program."""
+    setup = step.setup
+    program = model.program(step.method, setup, step.device, capability)
+    made = program.micro_batches(setup.batch, setup.seq, setup.grad_accum)
+    step.groups = [Group(parts, repeat) for parts, repeat in made.groups]
+    step.parameters, step.notes = made.parameters, made.notes
+    return lambda: None
 
 
 def _first(part: Part) -> Part:
@@ -129,7 +142,7 @@ def _shared(step: Step, tape: Tape, shared: Shared) -> Callable[[], None]:
     known = shared.micro_batches.get(wanted)
     if known is not None:
         step.groups = [Group(parts, repeat) for parts, repeat in known.groups]
-        step.parameters = sharing.with_gradients(known.parameters, tape)
+        step.parameters, step.notes = sharing.with_gradients(known.parameters, tape), known.notes
         return lambda: tape.part.free(known.ending)
     end = _micro_batches(step, tape, shared.programs)
     groups = [(group.parts, group.repeat) for group in step.groups]
@@ -138,7 +151,7 @@ def _shared(step: Step, tape: Tape, shared: Shared) -> Callable[[], None]:
     def end_and_note() -> None:
         before = tape.part.delta
         end()
-        shared.micro_batches[wanted] = MicroBatches(groups, parameters, before - tape.part.delta)
+        shared.micro_batches[wanted] = MicroBatches(groups, parameters, before - tape.part.delta, step.notes)
 
     return end_and_note
 
@@ -151,7 +164,9 @@ def _besides(step: Step, work: Periodic, capability: str) -> PeriodicOps:
 
 
 def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
-    """Raise `UserError` where the setup's kernels or attention do not fit the model."""
+    """Raise `UserError` where the setup's kernels or attention do not fit the model; a recorded one says so itself."""
+    if isinstance(architecture, RecordedModel):
+        return
     if setup.engine != "torch":
         zero.check_zero3(setup, method)
     if setup.attention not in architecture.traits.attention:

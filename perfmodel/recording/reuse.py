@@ -28,11 +28,13 @@ class MicroBatches:
         groups: (parts, repeats) as `Step.groups` has them.
         parameters: with their gradients.
         ending: bytes that die with the step: the loss and what modules kept.
+        notes: how a recorded program was made.
     """
 
     groups: list[tuple[list[Part], int]]
     parameters: list[Parameter]
     ending: Dim
+    notes: list[str] = field(default_factory=list)
 
 
 def with_gradients(parameters: list[Parameter], tape: Tape | None) -> list[Parameter]:

@@ -20,7 +20,7 @@ class Step:
 
     `groups` holds the first micro-batch, the further ones (if any), and clipping with the optimizer. `state_bytes` is
     what the optimizer keeps between steps, `paged_bytes` what it keeps in memory shared with the host. `periodic` is
-    what the method does besides steps, which counts in none of them.
+    what the method does besides steps, which counts in none of them. `notes` say how a recorded program was made.
     """
 
     architecture: Architecture
@@ -32,6 +32,7 @@ class Step:
     state_bytes: Dim = 0
     paged_bytes: Dim = 0
     periodic: list[PeriodicOps] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def parts(self) -> Iterator[tuple[Part, int]]:
         """Every part with how often it runs in the step."""

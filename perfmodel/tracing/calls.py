@@ -12,6 +12,7 @@ import torch
 from ..program.op import PLAIN, STRIDED, Attrs, Op, Spec
 from ..setup import Setup
 from .cuda_forms import cuda_forms
+from .owners import Owners
 from .programs.dtypes import DTYPES, TORCH_DTYPES
 from .trace import CallRecorder, call_name, eager_program, graph_nodes
 
@@ -28,23 +29,33 @@ class Calls:
     Attributes:
         counts: how often each call was made in a phase of a micro-batch.
         host: what costs host time besides calls, by place and by the name that a `HostWork` gives it.
-        activations: most bytes that were live above weights and buffers, up to the middle of a backward pass and after
-            it: there saved activations prevail, here gradients.
+        order: the calls of forward and backward, one after another.
+        live: bytes that were live above weights and buffers after each call, up to the middle of a backward pass and
+            after it: there saved activations prevail, here gradients.
         place: the micro-batch and phase that run now.
         cuda: whether the calls stand for those on a GPU.
+        owners: tells whose they are.
     """
 
     cuda: bool = False
+    owners: Owners | None = None
     counts: Counter[Key] = field(default_factory=Counter)
     ops: dict[Key, Op] = field(default_factory=dict)
     host: Counter[tuple[Place, str]] = field(default_factory=Counter)
-    activations: tuple[int, int] = (0, 0)
+    order: list[Key] = field(default_factory=list)
+    live: tuple[list[Any], list[Any]] = field(default_factory=lambda: ([], []))
     place: Place = (0, "forward")
 
     def keep(self, phase: str, func: Any, inputs: Any, outputs: Any, arguments: Any) -> None:
         """Note one call."""
         op = op_of(func, inputs, outputs, arguments, cuda=self.cuda)
-        key = (*self.place, (op.name, op.inputs, op.outputs, op.attrs, op.view))
+        if self.owners is not None:
+            op.owner, op.recompute = self.owners.of(phase, op.name, inputs, outputs)
+        self.add(key_of(self.place, op), op)
+
+    def add(self, key: Key, op: Op) -> None:
+        """Note one more call of a key."""
+        self.order.append(key)
         self.counts[key] += 1
         self.ops.setdefault(key, op)
 
@@ -53,17 +64,24 @@ class Calls:
         self.host[self.place, what] += n
 
 
+def key_of(place: Place, op: Op) -> Key:
+    """What tells a call from others: all but the bytes that it moves."""
+    return (*place, (op.name, op.inputs, op.outputs, op.attrs, op.view, op.owner, op.recompute))
+
+
 @dataclass(frozen=True)
 class TracedProgram:
     """A module on fake tensors and how to run it.
 
     Attributes:
+        bare: the module without what peft puts around it.
         loss: runs the forward pass.
         blocks: the identities of its repeated blocks.
         capability: CUDA compute capability whose forms of calls to dispatch; None for the CPU's.
     """
 
     module: torch.nn.Module
+    bare: torch.nn.Module
     loss: Loss
     blocks: frozenset[int] = frozenset()
     capability: str | None = None
@@ -79,20 +97,22 @@ def record(program: TracedProgram, setup: Setup, *, warm: bool = False) -> Calls
             (tables of positions).
     """
     module, capability = program.module, program.capability
-    calls = Calls(cuda=capability is not None)
+    owners = Owners(module, program.bare)
+    calls = Calls(cuda=capability is not None, owners=owners)
     recorder = CallRecorder(dense=not setup.padded, keep=calls.keep)
     forms = cuda_forms(capability) if capability else nullcontext()
-    with eager_program(), forms, _host_work(program, calls):
+    with eager_program(), forms, owners.followed(), _host_work(program, calls):
         if not warm:
             _warm_up(program, recorder)
         recorder.recording = True
         recorder.hold([*module.parameters(), *module.buffers()])
         held = recorder.live
         calls.host.clear()
-        peaks = [_micro_batch(program.loss, setup, recorder, calls, i) for i in range(min(setup.grad_accum, 2))]
+        for micro in range(min(setup.grad_accum, 2)):
+            halves = _micro_batch(program.loss, setup, recorder, calls, micro)
+            for live, half in zip(calls.live, halves, strict=True):
+                live += [nbytes - held for nbytes in half]
         module.zero_grad(set_to_none=True)
-    early, late = (max(0, max(column) - held) for column in zip(*peaks, strict=True))
-    calls.activations = (early, late)
     return calls
 
 
@@ -101,8 +121,10 @@ def _warm_up(program: TracedProgram, recorder: CallRecorder) -> None:
         program.loss()
 
 
-def _micro_batch(loss: Loss, setup: Setup, recorder: CallRecorder, calls: Calls, micro: int) -> tuple[int, int]:
-    """Record a micro-batch; returns the most live bytes up to the middle of its backward pass, and after it."""
+def _micro_batch(
+    loss: Loss, setup: Setup, recorder: CallRecorder, calls: Calls, micro: int
+) -> tuple[list[int], list[int]]:
+    """Record a micro-batch; returns the live bytes after each call, up to the middle of its backward pass and after."""
     amp = torch.autocast("cpu", TORCH_DTYPES[setup.amp]) if setup.amp else nullcontext()
     calls.place = (micro, "forward")
     with recorder.observe("forward"):
@@ -111,12 +133,12 @@ def _micro_batch(loss: Loss, setup: Setup, recorder: CallRecorder, calls: Calls,
         if setup.grad_accum > 1:
             value = value / setup.grad_accum
     calls.place = (micro, "backward")
-    first = len(recorder.peaks)
+    first = len(recorder.live_after)
     with recorder.observe("backward"):
         value.backward()  # type: ignore[no-untyped-call]
-    middle = (first + len(recorder.peaks)) // 2
-    early, late = max(recorder.peaks[:middle], default=0), max(recorder.peaks[middle:], default=0)
-    recorder.peaks.clear()
+    middle = (first + len(recorder.live_after)) // 2
+    early, late = recorder.live_after[:middle], recorder.live_after[middle:]
+    recorder.live_after.clear()
     return early, late
 
 

@@ -13,6 +13,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from ..program.polynomials import NoPolynomial, highest
+from ..recording.program import LiveBytes, Numbers
 from .calls import Calls, Key
 from .programs.stacks import Stack
 
@@ -22,11 +24,12 @@ Kept = dict[str, list[int]]  # blocks by the path of their stack
 
 @dataclass(frozen=True)
 class Term:
-    """`times` the calls of `counts`, with their host work."""
+    """`times` the calls of `counts`, with their host work; `order` has them as they ran, None if that is not known."""
 
     times: int
     counts: Counter[Key]
     host: Counter[Any]
+    order: Sequence[Key] | None = None
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,13 @@ class Whole:
     Attributes:
         terms: the smallest traced model, and what the further blocks of each kind add.
         calls: a call of each key.
-        activations: most bytes that were live above weights and buffers.
+        live: most bytes that are live above weights and buffers.
         traced, blocks: of how many blocks the largest trace was made, and how many the model has.
     """
 
     terms: list[Term]
     calls: Calls
-    activations: int
+    live: LiveBytes
     traced: int
     blocks: int
 
@@ -69,10 +72,12 @@ def whole(stacks: Sequence[Stack], record: Record) -> Whole:
             return _grown(plan, record, blocks)
         except NotLinear:
             pass
+        except NoPolynomial:
+            raise
         except Exception:  # a program that does not run with fewer blocks; whether it runs with all is seen next
             pass
     calls = record(False)
-    return Whole([Term(1, calls.counts, calls.host)], calls, max(calls.activations), blocks, blocks)
+    return Whole([Term(1, calls.counts, calls.host, calls.order)], calls, LiveBytes(_highest(calls)), blocks, blocks)
 
 
 class _Plan:
@@ -106,37 +111,41 @@ def _name(stack: Stack) -> str:
 
 def _grown(plan: _Plan, record: Record, blocks: int) -> Whole:
     base = _traced(plan, plan.base, record, warm=False)
-    terms, traces = [Term(1, base.counts, base.host)], [base]
+    terms, traces = [Term(1, base.counts, base.host, base.order)], [base]
     expected, expected_host = Counter(base.counts), Counter(base.host)
     ops = Calls(ops=dict(base.ops))
     for places in plan.spare.values():
         more = _traced(plan, plan.base | {places[0]}, record)
         ops.ops.update(more.ops)
         adds, host = difference(more.counts, base.counts), difference(more.host, base.host)
-        terms.append(Term(len(places), adds, host))
+        terms.append(Term(len(places), adds, host, _inserted(more.order, base.order, adds)))
         traces.append(more)
         for total, part in ((expected, adds), (expected_host, host)):
             _add(total, part, min(2, len(places)))
     check = _traced(plan, plan.check, record)
     if difference(check.counts, expected) or difference(check.host, expected_host):
         raise NotLinear
-    return Whole(_positive(terms), ops, _peak(check, traces, terms), len(plan.check), blocks)
+    return Whole(_positive(terms), ops, _live(check, traces, terms), len(plan.check), blocks)
 
 
-def _peak(check: Calls, traces: list[Calls], terms: list[Term]) -> int:
-    """Activations of the whole model: those of the check, and what each block beyond it holds.
+def _inserted(more: Sequence[Key], base: Sequence[Key], adds: Counter[Key]) -> list[Key] | None:
+    """The calls of a further block in their order: in each phase they stand in one place among the others."""
+    found: list[Key] = []
+    for place in dict.fromkeys(key[:2] for key in more):
+        all_of, others = ([key for key in keys if key[:2] == place] for keys in (more, base))
+        start = next((i for i, (a, b) in enumerate(zip(all_of, others, strict=False)) if a != b), len(others))
+        found += all_of[start : start + len(all_of) - len(others)]
+    return found if Counter(found) == adds else None
 
-    What a block holds is taken from the larger model where the two differ: in a small one the peak may lie elsewhere.
-    """
-    ends = []
-    for i, checked in enumerate(check.activations):  # before and after the middle of the backward pass
-        least = traces[0].activations[i]
-        adds = [trace.activations[i] - least for trace in traces[1:]]
-        times = [term.times for term in terms[1:]]
-        grown = sum(min(2, n) * more for n, more in zip(times, adds, strict=True))
-        further = (checked - least - grown) / max(1, len(adds))
-        ends.append(checked + sum(max(0, n - 2) * (more + further) for n, more in zip(times, adds, strict=True)))
-    return int(max(ends))
+
+def _live(check: Calls, traces: list[Calls], terms: list[Term]) -> LiveBytes:
+    least, *more = map(_highest, traces)
+    return LiveBytes(_highest(check), least, tuple(more), tuple(term.times for term in terms[1:]))
+
+
+def _highest(calls: Calls) -> tuple[Numbers, Numbers]:
+    early, late = (tuple(highest([0, *half])) for half in calls.live)
+    return early, late
 
 
 def _traced(plan: _Plan, keep: set[tuple[str, int]], record: Record, *, warm: bool = True) -> Calls:
@@ -157,10 +166,11 @@ def _positive(terms: list[Term]) -> list[Term]:
     for term in terms[1:]:
         saved = Counter({key: n for key, n in term.counts.items() if n < 0})
         _add(first, saved, term.times)
-        rest.append(Term(term.times, Counter({k: n for k, n in term.counts.items() if n > 0}), term.host))
+        counts = Counter({k: n for k, n in term.counts.items() if n > 0})
+        rest.append(Term(term.times, counts, term.host, term.order))
     if min(first.values(), default=0) < 0:
         raise NotLinear
-    return [Term(1, first, terms[0].host), *rest]
+    return [Term(1, first, terms[0].host, terms[0].order if first == terms[0].counts else None), *rest]
 
 
 def _add(total: Counter[Any], part: Counter[Any], times: int) -> None:

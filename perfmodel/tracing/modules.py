@@ -8,15 +8,19 @@ import torch
 from torch.utils._pytree import tree_map
 
 from ..devices import host as hosts
-from ..devices.device import Device
+from ..devices.device import Device, profile_of
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
 from ..errors import UserError
+from ..methods.parts.peft_adapter import PeftAdapter
 from ..prediction.predict import Prediction, of_step
+from ..recording.program import recorded_module
 from ..setup import Setup
 from .calls import Loss
 from .programs.dtypes import DTYPES
-from .traced import TracedMethod, assemble, check_setup, device_of, how, prepare, trace, with_notes
+from .setups import check_setup
+from .trace import with_hooks_of
+from .traced import prepare, step_of, trace
 
 Inputs = Mapping[str, Any] | Sequence[Any] | torch.Tensor
 LossOf = Callable[[Any], torch.Tensor]
@@ -33,7 +37,7 @@ def predict_module(
     name: str = "",
 ) -> Prediction:
     """See `perfmodel.predict_module`."""
-    on = device_of(device)
+    on = profile_of(device)
     by = hosts.resolve(host, on)
     called = name or type(module).__name__
     setup = setup or _setup(module, inputs)
@@ -41,16 +45,16 @@ def predict_module(
     model = _without_data(module)
     prepare(model, setup)
 
-    def make() -> Loss:
+    def make(here: Setup) -> Loss:
         args, kwargs = _arguments(tree_map(_like, inputs))
         return lambda: _loss(model(*args, **kwargs), loss)
 
-    made = trace(model, make, setup, (on.compute_capability or "8.0") if on.kind == "cuda" else None, called)
     names = frozenset(key for key, _ in model.named_parameters())
+    capability = (on.compute_capability or "8.0") if on.kind == "cuda" else None
+    program = trace(model, make, setup, capability, called, bare=model, names=names)
     frozen = any(not p.requires_grad for p in model.parameters())
-    method = TracedMethod(label="as it is" if frozen else "full")
-    built = assemble(called, model, names, method, setup, on.kind, made)
-    return with_notes(of_step(built, on, by), [how(made)])
+    method = PeftAdapter(label="as it is" if frozen else "full")
+    return of_step(step_of(recorded_module(called), method, setup, on.kind, program), on, by)
 
 
 def _without_data(module: torch.nn.Module) -> Any:
@@ -59,7 +63,9 @@ def _without_data(module: torch.nn.Module) -> Any:
     for owner in module.modules():
         for tensor in owner._parameters.values():
             if tensor is not None:
-                memo[id(tensor)] = torch.nn.Parameter(tensor.detach().to("meta"), requires_grad=tensor.requires_grad)
+                made = torch.nn.Parameter(tensor.detach().to("meta"), requires_grad=tensor.requires_grad)
+                with_hooks_of(tensor, made)
+                memo[id(tensor)] = made
         for value in (*owner._buffers.values(), *owner.__dict__.values()):
             if isinstance(value, torch.Tensor):
                 memo[id(value)] = value.detach().to("meta")

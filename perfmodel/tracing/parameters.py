@@ -9,7 +9,7 @@ import torch
 from ..tape.tensor import Parameter
 from .programs.dtypes import DTYPES
 
-_WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer(?=\.)|\.default(\.weight)?$")
+_WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer(?=\.)|\.default(?=\.weight$|$)")
 
 
 def parameters_of(model: Any, base: Set[str]) -> list[Parameter]:

@@ -5,6 +5,8 @@ not: the data. Where a read of data steers the program ("is the attention mask a
 batch answers it; of a list of flags that picks rows, every one is set.
 """
 
+import logging
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -78,7 +80,7 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self.phase = ""
         self.live = 0
-        self.peaks: list[int] = []  # the most live bytes right after each call
+        self.live_after: list[int] = []  # live bytes right after each call
         self.storages: dict[int, int] = {}
         self.recording = False
         self.latest_any: weakref.ref[Any] | None = None  # it asks for infinite values, of which there are none
@@ -150,14 +152,14 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for t in outputs:
             self._watch(t)
         self.trace.peak = max(self.trace.peak, self.live)
-        self.peaks.append(self.live)
+        self.live_after.append(self.live)
         return out
 
 
 def _picking_all(func: Any, args: Any, kwargs: Any) -> Any:
     """The call, rows that a list of flags picks being all of them: the size of a result cannot hang on data."""
     if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
-        return _grouped_mm(func, *args, **kwargs)
+        return _products_by_group(func, args, kwargs)
     try:
         return func(*args, **kwargs)
     except DynamicOutputShapeException:
@@ -168,9 +170,10 @@ def _picking_all(func: Any, args: Any, kwargs: Any) -> Any:
         return func(*tree_map(lambda t: torch.empty_like(t, dtype=torch.long) if _is_flags(t) else t, args), **kwargs)
 
 
-def _grouped_mm(func: Any, a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Fake tensors know products by expert in bf16 only, the kernels fp32 and fp16 as well (GroupedMMUtils.h)."""
-    return func(a.bfloat16(), b.bfloat16(), *args, **kwargs).to(a.dtype)  # type: ignore[no-any-return]
+def _products_by_group(func: Any, args: Any, kwargs: Any) -> Any:
+    """Products by group in any dtype: the real kernels take all, the rule for fake tensors bf16 alone."""
+    *operands, dtype = (*(t.to(torch.bfloat16) for t in args[:2]), args[0].dtype)
+    return func(*operands, *args[2:], **kwargs).to(dtype)
 
 
 def _is_flags(t: Any) -> bool:
@@ -216,6 +219,22 @@ def _spec(t: torch.Tensor) -> tuple[str, tuple[int, ...]]:
 
 
 @contextmanager
+def without_remarks() -> Iterator[None]:
+    """Without what peft, transformers and the loggers of torch say of random weights and of programs that fail."""
+    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "transformers")]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
 def eager_program() -> Iterator[None]:
     """Keep transformers on its eager path: it takes a tracing path for fake tensors, which training never sees."""
     import transformers.utils.import_utils as utils
@@ -228,8 +247,14 @@ def eager_program() -> Iterator[None]:
         utils.is_fake_tensor = original
 
 
+def with_hooks_of(parameter: torch.Tensor, other: torch.Tensor) -> None:
+    """Give a parameter the hooks that run on the gradient of another."""
+    for hook in (parameter._backward_hooks or {}).values():
+        other.register_hook(hook)  # type: ignore[no-untyped-call]
+
+
 def to_fake(model: torch.nn.Module, mode: FakeTensorMode, device: str) -> None:
-    """Swap every meta parameter and buffer for a fake tensor on a device, keeping ties."""
+    """Swap every meta parameter and buffer for a fake tensor on a device, keeping ties and hooks on gradients."""
     made: dict[int, Any] = {}
     for module in model.modules():
         for table in (module._parameters, module._buffers):
@@ -241,6 +266,7 @@ def to_fake(model: torch.nn.Module, mode: FakeTensorMode, device: str) -> None:
                         fake: Any = torch.empty(value.shape, dtype=value.dtype, device=device)
                     if isinstance(value, torch.nn.Parameter):
                         fake = torch.nn.Parameter(fake, requires_grad=value.requires_grad)
+                        with_hooks_of(value, fake)
                     made[id(value)] = fake
                 table[name] = made[id(value)]
         for container in (module.__dict__, *(v for v in module.__dict__.values() if isinstance(v, dict))):

@@ -1,94 +1,51 @@
-"""`perfmodel predict --traced`: the Step of a real program, for what the tape does not know.
+"""Programs from real models: what `--traced` takes its steps from, for what the tape does not know.
 
 The model is built on the meta device, its method applied by peft, and forward and backward are traced on fake tensors:
-of the whole model, or of the model with few of its blocks where the rest follows exactly (`growth`). Clipping and
-optimizer follow from the list of trainable parameters. The ops are those of the CPU's dispatch; for a GPU, dropout and
-attention take CUDA's forms (`cuda_forms`). What the CPU's dispatch does not show is a copy between host and GPU.
+of the whole model, or of the model with few of its blocks where the rest follows exactly (`growth`); at one size, or at
+a few from which all others of a region follow (`sizes`). Clipping and optimizer follow from the list of trainable
+parameters. The ops are those of the CPU's dispatch; for a GPU, dropout and attention take CUDA's forms (`cuda_forms`).
+What the CPU's dispatch does not show is a copy between host and GPU.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..architectures import Architecture, Config, load
+from ..architectures import Config
 from ..calls import costs
-from ..devices import host as hosts
-from ..devices.device import Device, profile_of
 from ..devices.profile import DeviceProfile
 from ..errors import UserError
-from ..methods import Method
-from ..prediction.predict import Prediction, of_step
+from ..methods import Method, parse
+from ..methods.parts.peft_adapter import PeftAdapter
 from ..program.op import Op
-from ..program.part import Group, Part
-from ..recording.record import record_update
+from ..program.part import Part
+from ..program.polynomials import NoPolynomial, Size
+from ..recording import record as recording
+from ..recording.program import Program, RecordedModel
 from ..recording.step import Step
 from ..setup import Setup
-from ..tape.core import Tape, recording
 from . import programs
 from .calls import Calls, Loss, Place, TracedProgram, record
 from .growth import Term, Whole, whole
 from .parameters import parameters_of
 from .programs import adapt as adapters
-from .programs.adapt import Adapt
 from .programs.choose import reason
 from .programs.stacks import stacks
-from .trace import to_fake
+from .regions import Region
+from .setups import check_setup
+from .sizes import check_alike, check_at, solved
+from .trace import to_fake, without_remarks
 
-MakeLoss = Callable[[], Loss]  # makes the inputs, under the fake mode, and what runs the forward pass on them
-
-
-@dataclass(frozen=True)
-class TracedMethod(Method):
-    """A method known only by the program that peft makes of it."""
-
-    label: str = "traced"
-
-    def spec(self) -> str:
-        """The name of what was traced."""
-        return self.label
-
-
-def predict_traced(
-    model: str | Config,
-    setup: Setup,
-    device: str | DeviceProfile | Device,
-    *,
-    method: str | Method = "full",
-    peft_config: Path | None = None,
-    host: str = "default",
-) -> Prediction:
-    """Predict one training step of the real program of a config.
-
-    Args:
-        model: as `perfmodel.prediction.predict` takes it: of any family in `programs`.
-        method: any that peft or transformers has a program of, ignored where `peft_config`, an adapter_config.json, is
-            given.
-
-    Raises:
-        UserError: anything that cannot be satisfied, in one line.
-    """
-    if setup.compile != "none":
-        raise UserError("traced steps are eager: leave out --compile, or the trace")
-    on = device_of(device)
-    by = hosts.resolve(host, on)
-    config = load(model) if isinstance(model, str) else model
-    if peft_config is None:
-        built, made = of_method(config, method, setup, on)
-    else:
-        built, made = of_peft(config, adapters.read_peft_config(peft_config), setup, on)
-    family, _ = programs.family_of(config)
-    notes = [note for note in (config.note, family.note) if note]
-    return with_notes(of_step(built, on, by), [*notes, how(made)])
+MakeLoss = Callable[[Setup], Loss]  # makes the inputs, under the fake mode, and what runs the forward pass on them
 
 
 def of_method(
     config: Config, method: str | Method, setup: Setup, on: DeviceProfile | None = None
-) -> tuple[Step, Whole]:
-    """The Step of a method of the tape on the real model of a config, and how it was traced.
+) -> tuple[Step, Program]:
+    """The Step of a method on the real model of a config, traced at this one size, and its program.
 
     Args:
         on: the device whose dispatch to follow; None for a GPU of class 8.0.
@@ -96,87 +53,55 @@ def of_method(
     Raises:
         UserError: anything that cannot be satisfied, in one line.
     """
-    known, adapt = adapters.of_method(config, method)
-    return build_traced(config, setup, adapt, known, *_dispatch(on))
+    parsed = parse(method) if isinstance(method, str) else method
+    kind, capability = (on.kind, on.compute_capability or "8.0") if on else ("cuda", "8.0")
+    model, bound, program = trace_model(config, parsed, setup, kind, capability)
+    return step_of(model, bound, setup, kind, program), program
 
 
 def of_peft(
     config: Config, values: dict[str, Any], setup: Setup, on: DeviceProfile | None = None
-) -> tuple[Step, Whole]:
+) -> tuple[Step, Program]:
     """As `of_method`, of the values of an adapter_config.json."""
-    label = str(values["peft_type"]).lower()
-    return build_traced(config, setup, adapters.of_peft(values), TracedMethod(label=label), *_dispatch(on))
+    return of_method(config, PeftAdapter.of(values), setup, on)
 
 
-def _dispatch(on: DeviceProfile | None) -> tuple[str, str]:
-    return (on.kind, on.compute_capability or "8.0") if on else ("cuda", "8.0")
+def step_of(model: RecordedModel, method: Method, setup: Setup, kind: str, program: Program) -> Step:
+    """The Step of a program: its micro-batches, then clipping and the optimizer as the method wants it."""
+    return recording.build(replace(model, recorder=lambda *_: program), method, setup, kind)
 
 
-def device_of(device: str | DeviceProfile | Device) -> DeviceProfile:
-    """A device by name, path or as it is."""
-    return profile_of(device)
-
-
-def check_setup(setup: Setup, kind: str) -> None:
-    """Raise `UserError` where a setup asks for what a trace on the CPU cannot follow."""
-    if setup.amp and kind == "cuda":
-        raise UserError(
-            "--traced cannot follow --amp on a GPU: the trace runs on the CPU, whose autocast casts other ops"
-        )
-    if setup.attention == "flash2":
-        raise UserError(
-            "--traced cannot follow --attention flash2: the flash-attn package runs on a GPU only; use sdpa"
-        )
-    if setup.engine != "torch":
-        raise UserError(f"--traced cannot follow --engine {setup.engine}: it traces the program without an engine")
-    if setup.kernels != "torch":
-        raise UserError(f"--traced cannot follow --kernels {setup.kernels}; use kernels torch")
-    compiled = getattr(setup, "compile", None)
-    if compiled not in (None, False, "none"):
-        raise UserError("--traced cannot follow --compile: it traces the eager program")
-
-
-def with_notes(prediction: Prediction, notes: list[str]) -> Prediction:
-    """A prediction with more notes."""
-    return replace(prediction, notes=[*prediction.notes, *notes])
-
-
-def how(made: Whole) -> str:
-    """In words, of how much of a model a trace was made."""
-    if not made.extrapolated:
-        return "traced whole"
-    return (
-        f"traced with up to {made.traced} of its {made.blocks} blocks; that the others add the same was checked call "
-        "by call"
-    )
-
-
-def build_traced(
-    config: Config, setup: Setup, adapt: Adapt, method: Method, kind: str, capability: str = "8.0"
-) -> tuple[Step, Whole]:
-    """The Step of the real program of a config, and how it was traced.
+def trace_model(
+    config: Config, method: Method, setup: Setup, kind: str, capability: str, region: Region | None = None
+) -> tuple[RecordedModel, Method, Program]:
+    """The program of a method on the real model of a config, with what methods must know of the model.
 
     Args:
+        method: not bound yet.
         kind: "cuda" or "cpu", whose dispatch to follow; on CUDA that of cards of the compute `capability`.
+        region: the sizes that the program shall hold for, that of the setup among them; None: for that alone.
 
     Raises:
         UserError: peft or transformers cannot build it, or it cannot be traced.
+        NoPolynomial: its program at other sizes of the region does not follow from a few.
     """
     check_setup(setup, kind)
     family, _ = programs.family_of(config)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's and transformers' remarks on random weights
+    with without_remarks():
         base = programs.build_model(config, setup)
         names = frozenset(name for name, _ in base.named_parameters())
-        model = adapt(base)
+        facts = adapters.architecture_of(base, config.name)
+        model, bound = adapters.adapted(base, method, facts)
         prepare(model, setup)
 
-        def make() -> Loss:
-            inputs = {**family.inputs(base, setup, "cpu"), **adapters.inputs_of(model, int(setup.batch))}
+        def make(here: Setup) -> Loss:
+            inputs = {**family.inputs(base, here, "cpu"), **adapters.inputs_of(model, int(here.batch))}
             return lambda: model(**inputs).loss
 
-        made = trace(model, make, setup, capability if kind == "cuda" else None, config.name)
-    return assemble(config.name, model, names, method, setup, kind, made), made
+        sizes = region.sizes(lengths=family.reads_length) if region else None
+        here = capability if kind == "cuda" else None
+        program = trace(model, make, setup, here, config.name, bare=base, names=names, sizes=sizes)
+    return facts, bound, replace(program, notes=programs.notes_of(config))
 
 
 def prepare(model: Any, setup: Setup) -> None:
@@ -196,11 +121,27 @@ def prepare(model: Any, setup: Setup) -> None:
         raise UserError(f"--checkpoint {setup.checkpoint}: {reason(error)}; use none") from error
 
 
-def trace(model: Any, make: MakeLoss, setup: Setup, capability: str | None, name: str) -> Whole:
+def trace(
+    model: Any,
+    make: MakeLoss,
+    setup: Setup,
+    capability: str | None,
+    name: str,
+    *,
+    bare: Any,
+    names: frozenset[str],
+    sizes: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+) -> Program:
     """Trace a model on the meta device; its tensors are fake ones afterwards.
+
+    Args:
+        bare: the model without what peft puts around it.
+        names: of the bare model's parameters; what else there is belongs to an adapter.
+        sizes: batches and lengths to solve other sizes from; None: for the setup's size alone.
 
     Raises:
         UserError: nothing trains, or the program needs data that a fake tensor does not have.
+        NoPolynomial: the program at other sizes does not follow from those.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"nothing trains in {name}")
@@ -211,35 +152,71 @@ def trace(model: Any, make: MakeLoss, setup: Setup, capability: str | None, name
     model.train()
     try:
         with mode:
-            loss = make()
-            program = TracedProgram(model, loss, blocks, capability)
-            return whole(rows, lambda warm: record(program, setup, warm=warm))
-    except UserError:
+            at = _At(model, bare, make, setup, blocks, capability)
+            made = whole(rows, partial(at.several, *sizes) if sizes else at.once)
+    except (UserError, NoPolynomial):
         raise
     except Exception as error:  # whatever a foreign program raises on fake tensors
         raise UserError(f"{name} cannot be traced: {reason(error)}") from error
+    size = None if sizes else (int(setup.batch), int(setup.seq))
+    return program_of(made, parameters_of(model, names), min(setup.grad_accum, 2), size)
 
 
-def assemble(name: str, model: Any, base: frozenset[str], method: Method, setup: Setup, kind: str, made: Whole) -> Step:
-    """The Step of traced calls: micro-batches, then clipping and the optimizer as the method wants it."""
-    architecture = Architecture(
-        name=name, model_type="traced", layers=1, hidden=0, heads=0, kv_heads=0, head_dim=0, intermediate=0, vocab=0,
-        max_positions=None, tied=False,
+@dataclass
+class _At:
+    """A program at one size or several, under the caller's fake mode."""
+
+    model: Any
+    bare: Any
+    make: MakeLoss
+    setup: Setup
+    blocks: frozenset[int]
+    capability: str | None
+
+    def __post_init__(self) -> None:
+        self.losses: dict[Size, Loss] = {}
+        self.asked: Size = int(self.setup.batch), int(self.setup.seq)
+
+    def once(self, warm: bool) -> Calls:
+        """Its calls at the size that was asked for."""
+        return self._calls(self.asked, warm)
+
+    def several(self, batches: tuple[int, ...], lengths: tuple[int, ...], warm: bool) -> Calls:
+        """Its calls as polynomials, solved from some sizes and checked at the one that was asked for.
+
+        The smallest comes first: a program that goes over the sample token by token is known before it gets long.
+        """
+        tried = [(b, s) for b in batches for s in lengths or (self.asked[1],)]
+        asked = self._calls(self.asked, warm)
+        traces = [self._calls(tried[0], warm)]
+        check_alike((asked, traces[0]))
+        traces += [self._calls(size, warm) for size in tried[1:]]
+        made = solved(traces, batches, lengths or (self.asked[1],))
+        check_at(made, self.asked, asked)
+        return made
+
+    def _calls(self, size: Size, warm: bool) -> Calls:
+        setup = replace(self.setup, batch=size[0], seq=size[1])
+        if size not in self.losses:
+            self.losses[size] = self.make(setup)
+        return record(
+            TracedProgram(self.model, self.bare, self.losses[size], self.blocks, self.capability), setup, warm=warm
+        )
+
+
+def program_of(made: Whole, parameters: list[Any], micro_batches: int, size: Size | None) -> Program:
+    """The traced calls as parts: of each micro-batch forward, and backward in the opposite order."""
+    first, *later = (
+        (
+            *(_part(term, made.calls, (micro, "forward")) for term in made.terms),
+            *(_part(term, made.calls, (micro, "backward")) for term in reversed(made.terms)),
+        )
+        for micro in range(micro_batches)
+    )
+    return Program(
+        first=first, later=later[0] if later else (), parameters=tuple(parameters), live=made.live, traced=made.traced,
+        blocks=made.blocks, at=size,
     )  # fmt: skip
-    step = Step(architecture, method, setup, kind, parameters_of(model, base))
-    gradients = sum(p.nbytes * p.count for p in step.parameters if p.used)
-    for micro in range(min(setup.grad_accum, 2)):
-        parts = [_part(term, made.calls, (micro, "forward")) for term in made.terms]
-        parts += [_part(term, made.calls, (micro, "backward")) for term in reversed(made.terms)]
-        if micro == 0:
-            parts[0].highest = made.activations
-            parts[-1].allocate(gradients)  # they wait for the update
-        step.groups.append(Group(parts, 1 if micro == 0 else setup.grad_accum - 1))
-    tape = Tape(kind)
-    with recording(tape):
-        record_update(step, tape)
-    step.groups.append(Group(list(tape.parts)))
-    return step
 
 
 def spread(ops: list[Op]) -> list[Op]:
@@ -255,8 +232,10 @@ def spread(ops: list[Op]) -> list[Op]:
 def _part(term: Term, calls: Calls, place: Place) -> Part:
     """The ops of one phase of a term, as one part that repeats."""
     part = Part("traced", place[1], term.times)
-    found = [op for key, n in term.counts.items() if key[:2] == place for op in [calls.ops[key]] * n]
-    part.ops = spread(found)
+    if term.order is None:
+        part.ops = spread([op for key, n in term.counts.items() if key[:2] == place for op in [calls.ops[key]] * n])
+    else:
+        part.ops = [calls.ops[key] for key in term.order if key[:2] == place]
     for (where, what), n in term.host.items():
         if where == place:
             setattr(part.host, what, n)

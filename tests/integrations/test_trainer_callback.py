@@ -77,6 +77,19 @@ def test_a_real_run_is_predicted_from_the_trainer_alone(tmp_path: Path, lora: bo
     assert "measured" in text
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_run_is_predicted_from_a_trace_too(tmp_path: Path, lora: bool) -> None:
+    """Models and tuners without a built-in form; where there is one, the counts are the same."""
+    counted = []
+    for traced in (True, False):
+        callback = StepPrediction(warm_up=1, steps=3, traced=traced)
+        (text,) = train(tmp_path, callback, Samples(), lora=lora, steps=5)
+        assert "measured" in text
+        p = found(callback).planned
+        counted.append((p.flops, p.kernels, p.total_params, p.trainable_params))
+    assert counted[0] == counted[1]
+
+
 def test_it_costs_less_than_one_percent(tmp_path: Path) -> None:
     """What watches must not be what is seen."""
     callback = StepPrediction(warm_up=2, steps=10)

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,19 @@ from test_traced import ops
 pytest.importorskip("peft")
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from perfmodel import UserError, cli, predict_module
 from perfmodel.architectures import Config
 from perfmodel.calls.costs import products
+from perfmodel.devices import profile
 from perfmodel.program.op import Op, Spec
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
-from perfmodel.tracing import growth, traced
+from perfmodel.tracing import growth, programs, traced
 from perfmodel.tracing.programs import stacks
+from perfmodel.tracing.trace import call_name
 from validate.oracle import coverage
 
 SETUP = Setup(batch=2, seq=16)
@@ -90,12 +94,88 @@ def test_a_target_that_no_layer_has_is_refused() -> None:
 
 def test_layers_of_several_kinds_are_told_apart() -> None:
     """Gemma 3's sliding layers see another mask: cut to its first layers alone, the model would lose the full ones."""
-    from perfmodel.tracing import programs
-
     model = programs.build_model(config_of("gemma3_text"), SETUP)
     (row,) = stacks.stacks(model)
     kinds = Counter(row.kinds)
     assert sorted(kinds.values()) == [3, 15]
+
+
+WHISPER = {
+    "model_type": "whisper", "d_model": 32, "encoder_layers": 4, "decoder_layers": 4, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 64, "num_mel_bins": 16,
+    "max_source_positions": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3,
+}  # fmt: skip
+TINY = {**TEXT, "intermediate_size": 48, "num_hidden_layers": 2, "num_key_value_heads": 2}
+MOE = {**TINY, "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
+
+def test_speech_is_traced_with_its_encoder() -> None:
+    """Whisper stands among the decoders too: traced as one it had half of its program."""
+    step, _ = traced.of_method(Config(WHISPER, "whisper", "whisper"), "full", SETUP)
+    convolutions = [op for part, op, _ in step.ops() if op.name == "convolution" and part.phase == "forward"]
+    assert len(convolutions) == 2
+    assert convolutions[0].inputs[0].shape == (SETUP.batch, 16, 100)
+
+
+def test_a_model_of_images_and_text_says_that_it_was_asked_for_text() -> None:
+    """Gemma 3 from 4B on has a vision tower, which a step on text alone does not run."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    values = {"text_config": {**TINY, "head_dim": 16}, "vision_config": {**vision, "image_size": 28, "patch_size": 14}}
+    head = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
+    step, _ = traced.of_method(Config({**head, **values}, "gemma3", "gemma3"), "full", SETUP)
+    assert any("text alone: no vision input" in note for note in step.notes)
+
+
+@pytest.mark.parametrize(
+    ("values", "head", "says"),
+    [
+        (WHISPER, "WhisperModel", "WhisperForConditionalGeneration"),
+        ({**TINY, "model_type": "bert"}, "BertForQuestionAnswering", "BertForMaskedLM"),
+    ],
+)
+def test_a_head_that_is_not_known_is_never_replaced_by_another(values: dict[str, Any], head: str, says: str) -> None:
+    with pytest.raises(UserError, match=head) as caught:
+        traced.of_method(Config({**values, "architectures": [head]}, "x", "x"), "full", SETUP)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "outputs"),
+    [
+        ("llama", "LlamaForSequenceClassification", (2, 2)),
+        ("bert", "BertForTokenClassification", (2 * 16, 2)),
+    ],
+)
+def test_classifiers_have_the_head_that_they_name(kind: str, head: str, outputs: tuple[int, ...]) -> None:
+    """Two classes a sample, or a token: a language model's head is thousands of times as wide."""
+    config = Config({**TINY, "model_type": kind, "architectures": [head]}, kind, kind)
+    step, _ = traced.of_method(config, "full", SETUP)
+    losses = [op for part, op, _ in step.ops() if op.name == "_log_softmax" and part.phase == "forward"]
+    assert [op.inputs[0].shape for op in losses] == [outputs]
+
+
+def test_experts_in_fp32_are_those_of_the_real_program() -> None:
+    """The rule for fake tensors knows grouped products in bf16 alone; a run on real ones makes the same calls."""
+    config, setup = Config(MOE, "moe", "moe"), Setup(batch=2, seq=16, dtype="fp32")
+    model = programs.build_model(config, setup, device="cpu")
+    called: Counter[str] = Counter()
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called[call_name(func).removesuffix(".default")] += 1
+            return func(*args, **(kwargs or {}))
+
+    ids = torch.zeros((2, 16), dtype=torch.long)
+    with Names():
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+    step, _ = traced.of_method(config, "full", setup, profile.load("cpu-epyc-genoa-2c"))
+    found: Counter[str] = Counter()
+    for part, op, times in step.ops():
+        if part.phase != "optimizer":
+            found[op.name] += times
+    products = ("_grouped_mm", "mm", "topk", "index.Tensor", "_scaled_dot_product_flash_attention_for_cpu")
+    assert {name: found[name] for name in products} == {name: called[name] for name in products}
+    assert found["_grouped_mm"] > 0
 
 
 class Block(torch.nn.Module):
@@ -184,6 +264,27 @@ def test_a_module_with_frozen_parts_and_named_inputs() -> None:
     p = predict_module(module, {"x": torch.empty(5, 16, device="meta")}, loss=squared)
     assert p.flops["backward"] < p.flops["forward"]
     assert p.trainable_params == 2 * 16 * 64 + 64 + 16 + 51
+
+
+def test_hooks_on_gradients_are_part_of_the_step() -> None:
+    """OSF projects gradients in hooks on its parameters: swapped for fake ones they had lost them."""
+    module, (plain, hooked) = Net(3), ({}, {})
+    for found in (plain, hooked):
+        p = predict_module(module, torch.ones(5, 16), loss=squared)
+        found.update({"dispatches": p.dispatches["backward"], "flops": p.flops["backward"]})
+        weight = module.head.weight
+        weight.register_hook(lambda g: g @ g.T @ g)
+    assert hooked["dispatches"] == plain["dispatches"] + 2
+    assert hooked["flops"] == plain["flops"] + 2 * (2 * 3 * 3 * 16)
+    values = {"peft_type": "OSF", "target_modules": ["q_proj"]}
+    steps = [
+        traced.of_peft(Config({**TINY, "model_type": "llama"}, "llama", "llama"), values, replace(SETUP, dtype=dtype))[
+            0
+        ]
+        for dtype in ("fp32", "bf16")  # where peft casts its parameters it loses their hooks, in real runs too
+    ]
+    products = [sum(n for part, op, n in step.ops() if part.phase == "backward" and op.name == "mm") for step in steps]
+    assert products[0] - products[1] == 2 * 2 * 2  # two products for either factor of two layers
 
 
 @pytest.mark.parametrize(

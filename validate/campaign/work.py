@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from perfmodel.errors import UserError
+from perfmodel.methods import parse
 
 from ..calibration import hosts
 from ..checking.outcomes import calls_of, kernels_of
@@ -111,11 +112,10 @@ def traced(cell: Cell, device: str) -> dict[str, Any]:
         UserError: it cannot be traced.
     """
     from perfmodel.tracing import traced as tracing
-    from perfmodel.tracing.programs import adapt as adapters
 
-    known, adapt = adapters.of_method(cell.config, cell.method)
     capability = "8.0"
     if device == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    built, _ = tracing.build_traced(cell.config, cell.setup, adapt, known, device, capability)
+    model, method, program = tracing.trace_model(cell.config, parse(cell.method), cell.setup, device, capability)
+    built = tracing.step_of(model, method, cell.setup, device, program)
     return {"calls": calls_of(built), **({"kernels": kernels_of(built)} if device == "cuda" else {})}

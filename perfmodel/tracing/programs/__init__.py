@@ -6,7 +6,7 @@ peft, `references` does in plain torch what peft lacks, `adapt` takes any model 
 the blocks that run alike, `updates` is the optimizer.
 """
 
-from .choose import build_model, config_of, family_of, types
+from .choose import build_model, config_of, family_of, notes_of, types
 from .family import Family
 
-__all__ = ["Family", "build_model", "config_of", "family_of", "types"]
+__all__ = ["Family", "build_model", "config_of", "family_of", "notes_of", "types"]

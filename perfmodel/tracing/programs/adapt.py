@@ -1,65 +1,43 @@
 """What fine-tuning makes of a real model: an adapter_config.json, or a method of the tape on any architecture."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
-from ... import architectures, methods
-from ...architectures import Architecture, Config
 from ...architectures.tasks import CLASSIFIERS, Classifier
 from ...architectures.traits import Targets, Traits
 from ...errors import UserError, nearest
 from ...methods import Method
-from ...resources import read_json
-from ...setup import Setup
-from ...tape.tensor import Tensor
+from ...methods.parts.peft_adapter import AUTOCAST, PeftAdapter
+from ...recording.program import RecordedModel, its_own_norm
+from ..regions import bounds
 from . import models
 from .stacks import stacks
 
-Adapt = Callable[[Any], Any]  # the model to train from the bare one
 _STARTS = ("pissa", "olora", "orthogonal", "corda", "loftq", "mica")  # need real weights and change no op of a step
 
 
-@dataclass(frozen=True)
-class TracedArchitecture(Architecture):
-    """What methods must know of a model that the tape does not know, read off the real one."""
-
-    linears: tuple[str, ...] = ()
-    path: str = ""
-    found: Traits | None = None
-
-    @property
-    def traits(self) -> Traits:  # type: ignore[override]
-        """What it is like, as its modules and peft's tables say."""
-        assert self.found is not None
-        return self.found
-
-    @property
-    def layer_path(self) -> str:  # type: ignore[override]
-        """Where its longest row of blocks lies in the module tree."""
-        return self.path
-
-    def linear_names(self) -> list[str]:
-        """Its linear layers, by their whole paths."""
-        return list(self.linears)
-
-
-def architecture_of(model: Any, name: str) -> TracedArchitecture:
-    """The blocks and linear layers of a real model."""
-    config = model.config
-    tied = bool(getattr(config, "tie_word_embeddings", False))
-    longest = max(stacks(model), key=len, default=None)
+def architecture_of(model: Any, name: str) -> RecordedModel:
+    """What methods must know of a real model: its sizes, blocks and linear layers."""
+    config = model.config.get_text_config()
     found = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"]
-    return TracedArchitecture(
-        name=name, model_type=config.model_type, layers=len(longest) if longest else 1, hidden=0, heads=0, kv_heads=0,
-        head_dim=0, intermediate=0, vocab=0, max_positions=None, tied=tied,
-        linears=tuple(found), path=_container(model, longest), found=_traits(model), classifier=_classifier(model),
+
+    def said(*keys: str) -> int:
+        return next((n for key in keys if isinstance(n := getattr(config, key, None), int)), 0)
+
+    heads = said("num_attention_heads")
+    path, blocks = _row_of_blocks(model, said("num_hidden_layers"))
+    return RecordedModel(
+        name=name, model_type=model.config.model_type, layers=blocks,
+        hidden=said("hidden_size"), heads=heads, kv_heads=said("num_key_value_heads") or heads,
+        head_dim=said("head_dim") or said("hidden_size") // max(1, heads),
+        intermediate=said("intermediate_size", "ffn_dim", "n_inner"), vocab=said("vocab_size"), max_positions=None,
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
+        linears=tuple(found), path=path, found=_traits(model),
+        classifier=_classifier(model), limits=bounds(model.config.to_dict()),
     )  # fmt: skip
 
 
@@ -80,7 +58,7 @@ def _traits(model: Any) -> Traits:
     kinds = {name.rsplit(".", 1)[-1]: type(m).__name__ for name, m in model.named_modules()}
     return Traits(
         head="masked" if type(model).__name__.endswith("ForMaskedLM") else "causal",
-        norm=_its_own_norm,
+        norm=its_own_norm,
         norms=tuple(sorted(name for name, kind in kinds.items() if "norm" in kind.lower())),
         targets=Targets(
             lora=default("LORA_TARGET"), vera=default("VERA_TARGET"), c3a=default("C3A_TARGET"),
@@ -91,51 +69,38 @@ def _traits(model: Any) -> Traits:
     )  # fmt: skip
 
 
-def _its_own_norm(parameter: Any, x: Tensor, setup: Setup) -> Tensor:
-    raise TypeError("a traced model runs its own norms")
+def _row_of_blocks(model: Any, layers: int) -> tuple[str, int]:
+    """Where the longest row of blocks lies in the module tree, and how many there are; of a short one by its length."""
+    rows = stacks(model)
+    longest = max(rows, key=len).containers[0] if rows else None
+    for name, module in model.named_modules():
+        if not isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential)):
+            continue
+        if module is longest or (longest is None and len(module) == layers):
+            return name, len(module)
+    return "", layers or 1
 
 
-def _container(model: Any, stack: Any) -> str:
-    if stack is None:
-        return ""
-    return next((name for name, module in model.named_modules() if module is stack.containers[0]), "")
-
-
-def of_method(config: Config, method: str | Method) -> tuple[Method, Adapt]:
-    """A method of the tape, and what applies it to the real model; bound where the tape knows the architecture.
+def adapted(model: Any, method: Method, architecture: RecordedModel) -> tuple[Any, Method]:
+    """A real model with a method on it, and the method bound to it.
 
     Raises:
-        UserError: an unknown method, or options that do not fit the model.
+        UserError: neither peft nor transformers has the method, or it does not fit the model.
     """
-    parsed = methods.parse(method) if isinstance(method, str) else method
-    architecture = _known(config)
-    if architecture:
-        bound = parsed.bind(architecture)
-        return bound, partial(models.apply, method=bound, architecture=architecture)
-
-    def adapt(model: Any) -> Any:
-        architecture = architecture_of(model, config.name)
-        bound = parsed.bind(architecture)
-        try:
-            return models.apply(model, bound, architecture)
-        except UserError:
-            raise
-        except Exception as error:  # each tuner checks its config in its own way
-            raise UserError(f"peft cannot apply {parsed.name} to this model: {' '.join(str(error).split())}") from error
-
-    return parsed, adapt
-
-
-def _known(config: Config) -> Architecture | None:
-    """The architecture that the tape makes of a config, if it does."""
+    bound = method.bind(architecture)
     try:
-        return architectures.from_config(config)
+        if isinstance(method, PeftAdapter):
+            return _of_peft(model, method.values), bound
+        return models.apply(model, bound, architecture), bound
     except UserError:
-        return None
+        raise
+    except Exception as error:  # each tuner checks its config in its own way
+        called = method.values["peft_type"] if isinstance(method, PeftAdapter) else method.name
+        raise UserError(f"peft cannot apply {called} to this model: {' '.join(str(error).split())}") from error
 
 
-def of_peft(peft_config: dict[str, Any]) -> Adapt:
-    """What peft makes of an adapter_config.json's values.
+def _of_peft(model: Any, peft_config: dict[str, Any]) -> Any:
+    """What peft makes of a model and an adapter_config.json's values.
 
     Raises:
         UserError: the installed peft does not know its `peft_type`.
@@ -143,7 +108,7 @@ def of_peft(peft_config: dict[str, Any]) -> Adapt:
     import peft
 
     values = {k: v for k, v in peft_config.items() if v is not None}
-    kind = str(values.pop("peft_type", "")).upper()
+    kind, autocast = str(values.pop("peft_type", "")).upper(), bool(values.pop(AUTOCAST, True))
     if kind not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
         known = [str(getattr(t, "value", t)) for t in peft.PEFT_TYPE_TO_CONFIG_MAPPING]
         raise UserError(f"peft_type {kind!r} is unknown to the installed peft: {nearest(kind, known)}")
@@ -151,15 +116,8 @@ def of_peft(peft_config: dict[str, Any]) -> Adapt:
     options = {k: v for k, v in values.items() if k in cls.__dataclass_fields__}
     if str(options.get("init_lora_weights")).startswith(_STARTS):
         options["init_lora_weights"] = True
-
-    def adapt(model: Any) -> Any:
-        try:
-            with _drawn_places(options):
-                return peft.get_peft_model(model, cls(**options))
-        except Exception as error:  # each tuner checks its config in its own way
-            raise UserError(f"peft cannot apply {kind} to this model: {' '.join(str(error).split())}") from error
-
-    return adapt
+    with _drawn_places(options):
+        return peft.get_peft_model(model, cls(**options), autocast_adapter_dtype=autocast)
 
 
 @contextmanager
@@ -183,15 +141,3 @@ def inputs_of(model: Any, batch: int) -> dict[str, torch.Tensor]:
     if kinds & {"POLY", "MULTITASK_PROMPT_TUNING"}:
         return {"task_ids": torch.zeros((batch,), dtype=torch.long)}
     return {}
-
-
-def read_peft_config(path: Path) -> dict[str, Any]:
-    """A PEFT adapter_config.json.
-
-    Raises:
-        UserError: it cannot be read or holds no `peft_type`.
-    """
-    values = read_json(path)
-    if not isinstance(values.get("peft_type"), str):
-        raise UserError(f"{path}: an adapter_config.json holds an object with a peft_type")
-    return values

@@ -1,5 +1,6 @@
 """From a config.json to the model that it stands for, on the meta device."""
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -7,20 +8,22 @@ import torch
 from ...architectures import Config
 from ...errors import UserError, nearest
 from ...setup import Setup
-from . import causal, classifiers, masked, seq2seq, vision
+from . import causal, classifiers, masked, seq2seq, speech, vision
 from .dtypes import TORCH_DTYPES
-from .family import Family
+from .family import Family, text
 
 # A type that several auto classes know belongs to the first of these: what it was pretrained for.
-FAMILIES = (seq2seq.FAMILY, vision.FAMILY, masked.FAMILY, causal.FAMILY)
-NAMED = (classifiers.SEQUENCES, classifiers.TOKENS)  # never what a type was pretrained for: `architectures` names them
+FAMILIES = (
+    seq2seq.FAMILY, speech.FAMILY, vision.FAMILY, masked.FAMILY, causal.FAMILY, classifiers.OF_SAMPLES,
+    classifiers.OF_TOKENS,
+)  # fmt: skip
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
 def types() -> dict[str, Family]:
-    """Every model type that some family knows, with its family."""
+    """Every model type that some family knows, with its family: that which a config without `architectures` is of."""
     found: dict[str, Family] = {}
-    for family in FAMILIES:
+    for family in (family for family in FAMILIES if not family.only_named):
         for kind in family.classes:
             found.setdefault(kind, family)
     return found
@@ -29,30 +32,43 @@ def types() -> dict[str, Family]:
 def family_of(config: Config) -> tuple[Family, str]:
     """The family of a config and the class of transformers to build.
 
-    `architectures` decides where it names a class of a family, a decoder is causal, and else the order of `FAMILIES`.
+    `architectures` decides where there is one; else a decoder is causal, or it is the order of `FAMILIES`.
 
     Raises:
-        UserError: no model_type, one that the installed transformers does not know, or none of the families'; or
-            `architectures` names a class of no family.
+        UserError: no model_type, one that the installed transformers does not know, or none of the families'; or a
+            class that none of them has.
     """
     kind = config.text("model_type")
     able = [family for family in FAMILIES if kind in family.classes]
     if not able:
         raise UserError(f"{config.origin}: {_why_not(kind, config)}")
     named = config.values.get("architectures")
-    for name in named if isinstance(named, list) else ():
-        for family in (*able, *NAMED):
-            if name in family.classes.get(kind, ()):
+    names = [str(name) for name in named] if isinstance(named, list) else []
+    for name in names:
+        for family in able:
+            if name in family.classes[kind]:
                 return family, name
-    if isinstance(named, list) and named:
-        known = [name for family in (*able, *NAMED) for name in family.classes.get(kind, ())]
+    able = [family for family in able if not family.only_named]
+    if names or not able:
         raise UserError(
-            f"{config.origin}: architectures names {named[0]!r}, which cannot be traced; of {kind} there are "
-            f"{', '.join(dict.fromkeys(known))}"
+            f"{config.origin}: architectures names {' and '.join(names) or 'nothing'}, which is no class that can be "
+            f"traced: of {kind} that is {', '.join(_classes(kind))}"
         )
     if config.values.get("is_decoder") is True:
         able.sort(key=lambda family: family is not causal.FAMILY)
     return able[0], able[0].classes[kind][0]
+
+
+def notes_of(config: Config) -> tuple[str, ...]:
+    """What a reader of a prediction must know about the batch of a config's model."""
+    family, name = family_of(config)
+    others = [key.removesuffix("_config") for key in ("vision_config", "audio_config") if key in config.values]
+    alone = f"{name} is traced with text alone: no {' and no '.join(others)} input" if others else ""
+    return tuple(note for note in (family.note, alone if family.inputs is text else "") if note)
+
+
+def _classes(kind: str) -> list[str]:
+    return [name for family in FAMILIES for name in family.classes.get(kind, ())]
 
 
 def _why_not(kind: str, config: Config) -> str:
@@ -77,13 +93,15 @@ def config_of(config: Config) -> Any:
     from transformers import AutoConfig
 
     family, name = family_of(config)
-    values = {k: v for k, v in config.values.items() if not k.startswith("_")}
+    values = deepcopy({k: v for k, v in config.values.items() if not k.startswith("_")})  # transformers edits parts
     try:
         found = AutoConfig.for_model(**values)
     except Exception as error:  # each config checks its values in its own way
         raise UserError(f"{config.origin}: transformers refuses it: {reason(error)}") from error
     found.architectures = [name]
-    if family is seq2seq.FAMILY and getattr(found, "decoder_start_token_id", None) is None:
+    if family is classifiers.OF_SAMPLES and getattr(found, "pad_token_id", None) is None:
+        found.pad_token_id = 0  # a decoder looks for the last token that is none
+    if family in (seq2seq.FAMILY, speech.FAMILY) and getattr(found, "decoder_start_token_id", None) is None:
         found.decoder_start_token_id = 0  # any token does
     for part in (found, *(getattr(found, key, None) for key in getattr(found, "sub_configs", {}))):
         if hasattr(part, "use_cache"):

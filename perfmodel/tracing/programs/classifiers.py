@@ -1,4 +1,4 @@
-"""Classifiers of sequences and of tokens (`AutoModelForSequenceClassification`, …): a label for each."""
+"""Classifiers of text: a class a sample (`AutoModelForSequenceClassification`), or one a token."""
 
 from typing import Any
 
@@ -8,11 +8,10 @@ from ...setup import Setup
 from .family import Family, Inputs, text
 
 
-def a_label_each(model: Any, setup: Setup, device: str) -> Inputs:
-    """Tokens, a mask that says which are real, and one label a sample."""
-    labels = torch.zeros((int(setup.batch),), dtype=torch.long, device=device)
-    return {**text(model, setup, device), "labels": labels}
+def classes(model: Any, setup: Setup, device: str) -> Inputs:
+    """Tokens, a mask that says which are real, and a class for each sample."""
+    return {**text(model, setup, device), "labels": torch.zeros((int(setup.batch),), dtype=torch.long, device=device)}
 
 
-SEQUENCES = Family("sequence classification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", a_label_each)
-TOKENS = Family("token classification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", text)
+OF_SAMPLES = Family("classifier", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", classes, only_named=True)
+OF_TOKENS = Family("token classifier", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", text, only_named=True)

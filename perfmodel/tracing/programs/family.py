@@ -21,6 +21,8 @@ class Family:
         mapping: transformers' table of model type → class name(s), in `models.auto.modeling_auto`.
         inputs: the keyword arguments of a dense batch, labels included, for (model, setup, device); the tensors are
             made under the caller's fake mode.
+        only_named: whether a config stands for it only where its `architectures` says so.
+        reads_length: whether a sample is as long as the setup says.
         note: what a reader of a prediction must know about the batch.
     """
 
@@ -28,6 +30,8 @@ class Family:
     mapping: str
     inputs: Callable[[Any, Setup, str], Inputs]
     note: str = ""
+    only_named: bool = False
+    reads_length: bool = True
 
     @cached_property
     def classes(self) -> dict[str, tuple[str, ...]]:

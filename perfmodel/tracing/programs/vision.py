@@ -54,4 +54,5 @@ FAMILY = Family(
     "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
     pixels,
     note="the images have the size that the config names (224 pixels a side where it names none); seq is not used",
+    reads_length=False,
 )

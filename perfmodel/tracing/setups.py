@@ -1,0 +1,22 @@
+"""What of a setup a trace can follow; needs no torch."""
+
+from ..errors import UserError
+from ..setup import Setup
+
+
+def check_setup(setup: Setup, kind: str) -> None:
+    """Raise `UserError` where a setup asks for what a trace on the CPU cannot follow."""
+    if setup.amp and kind == "cuda":
+        raise UserError(
+            "--traced cannot follow --amp on a GPU: the trace runs on the CPU, whose autocast casts other ops"
+        )
+    if setup.attention == "flash2":
+        raise UserError(
+            "--traced cannot follow --attention flash2: the flash-attn package runs on a GPU only; use sdpa"
+        )
+    if setup.engine != "torch":
+        raise UserError(f"--traced cannot follow --engine {setup.engine}: it traces the program without an engine")
+    if setup.kernels != "torch":
+        raise UserError(f"--traced cannot follow --kernels {setup.kernels}; use kernels torch")
+    if setup.compile != "none":
+        raise UserError("--traced cannot follow --compile: it traces the eager program")
