@@ -51,8 +51,8 @@ def family_of(config: Config) -> tuple[Family, str]:
     able = [family for family in able if not family.only_named]
     if names or not able:
         raise UserError(
-            f"{config.origin}: architectures names {' and '.join(names) or 'nothing'}, which is no class that can be "
-            f"traced: of {kind} that is {', '.join(_classes(kind))}"
+            f"{config.origin}: architectures names {' and '.join(names) or 'nothing'}, which cannot be traced; "
+            f"of {kind} can {', '.join(_classes(kind))}"
         )
     if config.values.get("is_decoder") is True:
         able.sort(key=lambda family: family is not causal.FAMILY)
