@@ -33,9 +33,9 @@ def explain(a: str, b: str | None, axes: str | None, plot: Path | None, as_json:
     wanted = axes_of(axes, model, ("batch", "seq", "size"))
     result = run(model, one, two[0], setup_of(options), options["device"], host=host, axes=wanted)
     if plot:
-        from ..report.pictures import draw
+        from ..report.pictures import draw_picture
 
-        draw(result, plot)
+        draw_picture(result, plot)
     if as_json:
         answer_json(result.as_dict())
         return

@@ -118,7 +118,7 @@ def _hint(name: str) -> str:
     for kind, pattern in NOT_MODELLED.items():
         if re.match(pattern, plain):
             return f"{kind} are not modelled; perfmodel devices lists what is"
-    known = [*names(), *own.names()]
+    known = [*names(), *own.calibrated()]
     return nearest(plain, known, also=_aliases(), otherwise="perfmodel devices lists those that are known")
 
 
@@ -143,7 +143,7 @@ def _written(name: str) -> tuple[str, str, str]:
 
 def by_makers_name(name: str) -> DeviceProfile | None:
     """The profile of a device that calls itself `NVIDIA H100 80GB HBM3`: an own one, else a bundled one."""
-    for mine in own.names():
+    for mine in own.calibrated():
         if (found := load(mine)).name == name:
             return found
     return bundled_by_makers_name(name)

@@ -8,7 +8,7 @@ from .fields import (
     FLASH,
     FLASH_2_FOR_3,
     OPTIMIZERS,
-    checkpoint,
+    checkpoint_kind,
     clips,
     compiled,
     engine,
@@ -17,7 +17,7 @@ from .fields import (
     half,
     low_bits,
     no_sft,
-    optimizer,
+    optimizer_name,
     spec,
 )
 from .keys import Keys
@@ -63,7 +63,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "grad_accum": _accumulated(keys),
         "dtype": dtype or "fp32",
         "amp": None if pure or (dtype == "fp16" and not keys.flag("fp16")) else dtype,
-        "optimizer": optimizer(keys, "optimizer", OPTIMIZERS["adamw_torch_fused"]),
+        "optimizer": optimizer_name(keys, "optimizer", OPTIMIZERS["adamw_torch_fused"]),
         "checkpoint": _checkpoint(keys, checkpoints=fsdp(keys)),
         "attention": _attention(keys),
         "compile": compiled(keys),
@@ -134,7 +134,7 @@ def _checkpoint(keys: Keys, *, checkpoints: bool) -> str:
         return "block" if checkpoints else "none"
     if keys.get("gradient_checkpointing_kwargs") is None and not keys.values.get("unfrozen_parameters"):
         return "block-reentrant"
-    return checkpoint(keys, on=True)
+    return checkpoint_kind(keys, on=True)
 
 
 def _method(keys: Keys, adapter: str | None, dtype: str) -> str:

@@ -93,7 +93,7 @@ def _offloads(section: Any) -> bool:
     return isinstance(section, dict) and section.get("device", "none") != "none"
 
 
-def optimizer(keys: Keys, key: str, default: str) -> str:
+def optimizer_name(keys: Keys, key: str, default: str) -> str:
     """The setup's name of a Transformers optimizer.
 
     Raises:
@@ -101,7 +101,7 @@ def optimizer(keys: Keys, key: str, default: str) -> str:
     """
     word = keys.text(key)
     name: str | None = None if word in OTHER_OPTIMIZERS else keys.one_of(key, OPTIMIZERS, default)
-    if name not in optimizers.names():
+    if name not in optimizers.optimizer_names():
         raise UserError(f"{keys.origin}: {key} {word!r} is not modelled; use {key}: adamw_torch")
     if name == "muon":
         keys.differ("PyTorch's Muon, with AdamW for what is no matrix of a block", key)
@@ -128,7 +128,7 @@ def clips(keys: Keys, key: str = "max_grad_norm", default: float = 1.0) -> bool:
     return keys.number(key, default) > 0
 
 
-def checkpoint(keys: Keys, on: bool, options: str = "gradient_checkpointing_kwargs") -> str:
+def checkpoint_kind(keys: Keys, on: bool, options: str = "gradient_checkpointing_kwargs") -> str:
     """The kind of activation checkpointing, where it is on: Transformers' default is not reentrant any more."""
     kwargs = keys.get(options) or {}
     if not isinstance(kwargs, dict):

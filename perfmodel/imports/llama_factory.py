@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..errors import UserError
-from .fields import attention, clips, compiled, engine, flavour, fsdp, half, no_sft, optimizer, spec
+from .fields import attention, clips, compiled, engine, flavour, fsdp, half, no_sft, optimizer_name, spec
 from .keys import NO_TRAINING, Keys
 
 MARKS = ("finetuning_type", "cutoff_len", "lora_target", "stage", "template", "dataset_dir")
@@ -38,7 +38,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "grad_accum": keys.count("gradient_accumulation_steps", 1),
         "dtype": "fp32" if upcast else "bf16" if pure else amp or CHECKPOINT_DTYPE,
         "amp": None if pure else amp,
-        "optimizer": optimizer(keys, "optim", "adamw-fused"),
+        "optimizer": optimizer_name(keys, "optim", "adamw-fused"),
         "checkpoint": _checkpoint(keys),
         "attention": attention(keys, "flash_attn", ATTENTION),
         "compile": compiled(keys),

@@ -7,7 +7,7 @@ from .fields import (
     ACROSS_SAMPLES,
     ATTENTION,
     attention,
-    checkpoint,
+    checkpoint_kind,
     clips,
     compiled,
     engine,
@@ -16,7 +16,7 @@ from .fields import (
     half,
     low_bits,
     no_sft,
-    optimizer,
+    optimizer_name,
     spec,
 )
 from .keys import Keys
@@ -46,7 +46,7 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
         "grad_accum": keys.count("gradient_accumulation_steps", 1),
         "dtype": dtype,
         "amp": amp if dtype in ("fp32", amp) else None,
-        "optimizer": optimizer(keys, "optim", "adamw-fused"),
+        "optimizer": optimizer_name(keys, "optim", "adamw-fused"),
         "checkpoint": _checkpoint(keys, fsdp(keys) or is_trl),
         "attention": attention(keys, "attn_implementation", ATTENTION),
         "compile": compiled(keys),
@@ -92,7 +92,7 @@ def _checkpoint(keys: Keys, default: bool) -> str:
     for key in ("every_n_layers", "offload"):
         if isinstance(options, dict) and options.get(key) not in (None, False, 1):
             keys.differ("every block checkpointed, on the GPU", f"{kind}_checkpointing_kwargs")
-    return checkpoint(keys, keys.flag(f"{kind}_checkpointing", default), f"{kind}_checkpointing_kwargs")
+    return checkpoint_kind(keys, keys.flag(f"{kind}_checkpointing", default), f"{kind}_checkpointing_kwargs")
 
 
 def _method(keys: Keys, is_trl: bool) -> str | None:

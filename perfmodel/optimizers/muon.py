@@ -10,7 +10,7 @@ from ..tape.pointwise import cast
 from ..tape.shape import t
 from ..tape.tensor import Parameter, Tensor
 from .parts.ops import in_place, new
-from .parts.update import Parameters, Update, gradient, optimizer, resolve
+from .parts.update import Parameters, Update, gradient, optimizer, picked_form
 
 STEPS = 5  # of Newton-Schulz (DEFAULT_NS_STEPS)
 
@@ -27,7 +27,7 @@ def muon(update: Update, parameters: Parameters, decay: bool) -> None:
         for p in run:
             _update(update, p)
     rest = [p for p in parameters if not is_hidden(p)]
-    update.group(rest, decay=decay, optimizer=resolve("adamw", update.tape.device))
+    update.group(rest, decay=decay, optimizer=picked_form("adamw", update.tape.device))
 
 
 def _update(update: Update, p: Parameter) -> None:

@@ -16,7 +16,7 @@ from ..program.dims import Dim, decide
 from ..program.op import Attrs
 from ..tape.core import new_tensor, record
 from ..tape.tensor import Parameter, Tensor
-from .parts.ops import advance
+from .parts.ops import advance_counter
 from .parts.update import Parameters, Update, gradient, optimizer
 
 SMALLEST = 4096  # elements (`_new_buffer`)
@@ -49,7 +49,7 @@ def _step(update: Update, parameters: Parameters, decay: bool, *, form: Form) ->
 
 
 def _tensor(update: Update, p: Parameter, form: Form) -> None:
-    advance(update.host_counter(p))
+    advance_counter(update.host_counter(p))
     if decide(p.numel >= SMALLEST) and decide(p.numel % form.block == 0):
         _quantised(update, p, form)
     else:

@@ -42,7 +42,7 @@ def methods() -> Rows:
     ]  # fmt: skip
 
 
-def method(name: str) -> Row:
+def method_named(name: str) -> Row:
     """One of `methods`.
 
     Raises:
@@ -63,5 +63,5 @@ def devices() -> Rows:
             "fp32_flops": p.hardware.peak("fp32"), "name": p.name, "measured": dict(p.fitted),
             "residuals": {block: dict(figures) for block, figures in p.residuals.items()},
         }
-        for p in [*map(profile.load, own.names()), *bundled]
+        for p in [*map(profile.load, own.calibrated()), *bundled]
     ]  # fmt: skip

@@ -122,11 +122,11 @@ class Store:
     def _built(self) -> RecordedModel:
         with _torch():
             from .programs import build_model
-            from .programs.adapt import architecture_of
+            from .programs.adapt import layers_of
             from .trace import without_remarks
 
         with without_remarks():
-            found = architecture_of(build_model(self.config, Setup()), self.config.name)
+            found = layers_of(build_model(self.config, Setup()), self.config.name)
         self._keep("model", _plain_facts(found))
         return found
 

@@ -28,11 +28,11 @@ from ..recording.program import Program, RecordedModel
 from ..recording.step import Step
 from ..setup import Setup
 from . import programs
-from .calls import Calls, Loss, Place, TracedProgram, record
+from .calls import Calls, Loss, Place, TracedProgram, record_calls
 from .growth import Term, Whole, whole
 from .parameters import parameters_of
 from .programs import adapt as adapters
-from .programs.choose import reason
+from .programs.choose import in_one_line
 from .programs.stacks import stacks
 from .regions import Region
 from .setups import check_setup
@@ -90,7 +90,7 @@ def trace_model(
     with without_remarks():
         base = programs.build_model(config, setup)
         names = frozenset(name for name, _ in base.named_parameters())
-        facts = adapters.architecture_of(base, config.name)
+        facts = adapters.layers_of(base, config.name)
         model, bound = adapters.adapted(base, method, facts)
         prepare(model, setup)
 
@@ -118,7 +118,7 @@ def prepare(model: Any, setup: Setup) -> None:
     try:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
     except ValueError as error:  # the class does not support it
-        raise UserError(f"--checkpoint {setup.checkpoint}: {reason(error)}; use none") from error
+        raise UserError(f"--checkpoint {setup.checkpoint}: {in_one_line(error)}; use none") from error
 
 
 def trace(
@@ -157,7 +157,7 @@ def trace(
     except (UserError, NoPolynomial):
         raise
     except Exception as error:  # whatever a foreign program raises on fake tensors
-        raise UserError(f"{name} cannot be traced: {reason(error)}") from error
+        raise UserError(f"{name} cannot be traced: {in_one_line(error)}") from error
     size = None if sizes else (int(setup.batch), int(setup.seq))
     return program_of(made, parameters_of(model, names), min(setup.grad_accum, 2), size)
 
@@ -199,7 +199,7 @@ class _At:
         setup = replace(self.setup, batch=size[0], seq=size[1])
         if size not in self.losses:
             self.losses[size] = self.make(setup)
-        return record(
+        return record_calls(
             TracedProgram(self.model, self.bare, self.losses[size], self.blocks, self.capability), setup, warm=warm
         )
 

@@ -164,7 +164,7 @@ def count_kernels(config: Config, method: str, setup: Setup) -> Kernels:
     _prepare()
     found = Kernels()
     architecture, bound = resolve(config, method)
-    model = models.apply(models.build_model(config, setup, device="cpu"), bound, architecture).train()
+    model = models.apply_method(models.build_model(config, setup, device="cpu"), bound, architecture).train()
 
     compiled: Any = torch.compile(
         model, backend=_backend(lambda gm, inputs, options: _read(gm, inputs, options, found))

@@ -20,7 +20,7 @@ from .stacks import stacks
 _STARTS = ("pissa", "olora", "orthogonal", "corda", "loftq", "mica")  # need real weights and change no op of a step
 
 
-def architecture_of(model: Any, name: str) -> RecordedModel:
+def layers_of(model: Any, name: str) -> RecordedModel:
     """What methods must know of a real model: its sizes, blocks and linear layers."""
     config = model.config.get_text_config()
     found = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"]
@@ -91,7 +91,7 @@ def adapted(model: Any, method: Method, architecture: RecordedModel) -> tuple[An
     try:
         if isinstance(method, PeftAdapter):
             return _of_peft(model, method.values), bound
-        return models.apply(model, bound, architecture), bound
+        return models.apply_method(model, bound, architecture), bound
     except UserError:
         raise
     except Exception as error:  # each tuner checks its config in its own way

@@ -10,7 +10,7 @@ from ...errors import UserError, nearest
 from ...setup import Setup
 from . import causal, classifiers, masked, seq2seq, speech, vision
 from .dtypes import TORCH_DTYPES
-from .family import Family, text
+from .family import Family, text_inputs
 
 # A type that several auto classes know belongs to the first of these: what it was pretrained for.
 FAMILIES = (
@@ -64,7 +64,7 @@ def notes_of(config: Config) -> tuple[str, ...]:
     family, name = family_of(config)
     others = [key.removesuffix("_config") for key in ("vision_config", "audio_config") if key in config.values]
     alone = f"{name} is traced with text alone: no {' and no '.join(others)} input" if others else ""
-    return tuple(note for note in (family.note, alone if family.inputs is text else "") if note)
+    return tuple(note for note in (family.note, alone if family.inputs is text_inputs else "") if note)
 
 
 def _classes(kind: str) -> list[str]:
@@ -97,7 +97,7 @@ def config_of(config: Config) -> Any:
     try:
         found = AutoConfig.for_model(**values)
     except Exception as error:  # each config checks its values in its own way
-        raise UserError(f"{config.origin}: transformers refuses it: {reason(error)}") from error
+        raise UserError(f"{config.origin}: transformers refuses it: {in_one_line(error)}") from error
     found.architectures = [name]
     if family is classifiers.OF_SAMPLES and getattr(found, "pad_token_id", None) is None:
         found.pad_token_id = 0  # a decoder looks for the last token that is none
@@ -131,7 +131,7 @@ def build_model(config: Config, setup: Setup, *, device: str = "meta") -> Any:
     except Exception as error:  # missing packages, attention that it lacks, dims that do not fit
         if out_of_memory(error):
             raise
-        raise UserError(f"{config.name}: transformers cannot build {name}: {reason(error)}") from error
+        raise UserError(f"{config.name}: transformers cannot build {name}: {in_one_line(error)}") from error
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -140,7 +140,7 @@ def out_of_memory(error: BaseException) -> bool:
     return told or any(text in str(error).lower() for text in OUT_OF_MEMORY)
 
 
-def reason(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
     """An exception in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines)[:200]}" if lines else type(error).__name__
