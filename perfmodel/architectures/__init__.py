@@ -1,8 +1,17 @@
 """Transformer architectures: dims from a Hugging Face config.json, and the forward pass of each."""
 
 from .base import Architecture, Build, Linear, Scope, architecture, from_config, supported
-from .config import Config, bundled, load
+from .config import Config, load, model_names
 
 __all__ = [
-    "Architecture", "Build", "Config", "Linear", "Scope", "architecture", "bundled", "from_config", "load", "supported",
+    "Architecture",
+    "Build",
+    "Config",
+    "Linear",
+    "Scope",
+    "architecture",
+    "from_config",
+    "load",
+    "model_names",
+    "supported",
 ]  # fmt: skip

@@ -42,6 +42,6 @@ def find(name: str, kind: str = "devices") -> Path | None:
     return found if is_file(found) else None
 
 
-def names(kind: str = "devices") -> list[str]:
+def calibrated(kind: str = "devices") -> list[str]:
     """The user's own devices or hosts."""
     return sorted(p.stem for p in (home() / kind).glob("*.toml"))

@@ -8,7 +8,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from ..devices import host as hosts
-from ..devices.device import Device
+from ..devices.device import Device, profile_of
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
 from ..errors import UserError
@@ -16,7 +16,7 @@ from ..prediction.predict import Prediction, of_step
 from ..setup import Setup
 from .calls import Loss
 from .programs.dtypes import DTYPES
-from .traced import TracedMethod, assemble, check_setup, device_of, how, prepare, trace, with_notes
+from .traced import TracedMethod, assemble, check_setup, how, prepare, trace, with_notes
 
 Inputs = Mapping[str, Any] | Sequence[Any] | torch.Tensor
 LossOf = Callable[[Any], torch.Tensor]
@@ -33,8 +33,8 @@ def predict_module(
     name: str = "",
 ) -> Prediction:
     """See `perfmodel.predict_module`."""
-    on = device_of(device)
-    by = hosts.resolve(host, on)
+    on = profile_of(device)
+    by = hosts.host_of(host, on)
     called = name or type(module).__name__
     setup = setup or _setup(module, inputs)
     check_setup(setup, on.kind)

@@ -251,7 +251,7 @@ def trace_step(
     """Trace one steady-state training step (the second) of a model built on the meta device.
 
     Args:
-        optimizer: the resolved form (`perfmodel.optimizers.resolve`).
+        optimizer: the resolved form (`perfmodel.optimizers.picked_form`).
         device: "cpu", or "cuda" with a CUDA build of torch (then only the forward pass can be traced).
         keep: sees every call of the traced step (see `Recorder`).
         make: the optimizer of the model in that form.

@@ -97,7 +97,7 @@ def test_counts_of_another_version_are_compared_with_its_trace(tmp_path: Path, m
 
 
 def check_calls(path: Path, record: dict[str, Any]) -> list[Any]:
-    records.append(path, environment(), record)
+    records.append_records(path, environment(), record)
     return list(check_records([path], device=DEVICE["cpu"]).outcomes[0].calls)
 
 

@@ -42,7 +42,7 @@ def test_a_gemm_fit_names_what_it_cannot_reach_and_what_it_does_not_search(kerne
     """Products at a twentieth of the peak, where a fifth is the least that a fit may find."""
     rows, hw, begin = gemm.gemm_rows(kernels, H100, "bf16"), judging.hardware(H100), gemm.starting_point(H100, "bf16")
     slow = replace(begin, math_efficiency=0.05)
-    made = rows.assign(seconds=gemm.priced_rows(rows, hw, gemm.Found(slow)))
+    made = rows.assign(seconds=gemm.priced_products(rows, hw, gemm.Found(slow)))
     found = gemm.fit_gemm({H100: made}, "bf16", begin)
     assert "math_efficiency" in found.doubts.at_bound
     assert found.parameters.math_efficiency == pytest.approx(gemm.BOUNDS["math_efficiency"][0], rel=0.01)

@@ -234,7 +234,7 @@ def unrolled(step: Step, host: Host) -> dict[str, float]:
     by = engine.under(host, step.setup.engine)
     for group in step.groups:
         for part in [p for _ in range(group.repeat) for p in group.parts]:
-            alone, added = contention.of_part(part, durations(part.ops), CUDA)
+            alone, added = contention.beside_streams(part, durations(part.ops), CUDA)
             program = [
                 Call(dispatch, alone[i], added[i], on_device(op), costs.synchronises(op), op.runs)
                 for i, (op, dispatch) in enumerate(zip(part.ops, by.dispatch(part, CUDA.kind), strict=True))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from perfmodel.questions.crossover import Crossover
 from perfmodel.report import svg
 from perfmodel.report.charts.crossing import crossing
-from validate.checking.parity import ParityPoint, parity
+from validate.checking.parity import ParityPoint, parity_svg
 
 bounds = st.tuples(st.floats(1e-9, 1e9), st.floats(1.01, 1e9)).map(lambda b: (b[0], b[0] * b[1]))
 
@@ -68,7 +68,7 @@ def test_a_crossing_marks_the_values_that_were_tried() -> None:
 def test_a_parity_plot_has_its_diagonal_band_and_points_in_the_frame() -> None:
     """The band says at a glance which figures are off by more; drawn elsewhere it would flatter or accuse."""
     points = [ParityPoint(m, p, "blue", f"{m}") for m, p in ((1.0, 1.1), (10.0, 8.0), (100.0, 100.0))]
-    canvas = parity(points, "title", "seconds", str, 0.25)
+    canvas = parity_svg(points, "title", "seconds", str, 0.25)
     assert inside(canvas)
     ends = [re.findall(r"[ML](\S+) (\S+)", d) for (d,) in attributes(canvas, "path", "d")]
     lengths = [np.hypot(float(b[0]) - float(a[0]), float(b[1]) - float(a[1])) for a, b in ends]

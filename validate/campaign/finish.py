@@ -85,14 +85,14 @@ def _fit(found: Finding, records: Sequence[Record], environment: Record, folder:
         raise TooLittle(str(error)) from None
     if len(programs) < FEWEST:
         raise TooLittle(f"only {len(programs)} programs of the host, too few to fit: give the campaign more time")
-    mine = calibrate.parsed(text, NAME)
+    mine = calibrate.profile_of_text(text, NAME)
     on = mine if mine.kind == "cpu" else None
     by = hosts.fit_host([_timed(r) for r in programs], on, calibrate.host_floors(benches))
     found.host = verify.of_programs(by, on)
     if refusal := verify.refusal({verify.TITLES[key]: errors.mean for key, errors in found.host.items()}):
         raise TooLittle(refusal)
     write_text(folder / DEVICE, text)
-    hosts.write(by.host, folder / HOST, by.provenance(found.host))
+    hosts.write_host(by.host, folder / HOST, by.provenance(found.host))
 
 
 def _timed(record: Record) -> hosts.Timed:
@@ -103,7 +103,7 @@ def _timed(record: Record) -> hosts.Timed:
 
 
 def step_of(config: Config, method: str, checkpoint: str, optimizer: str) -> Step:
-    """The step of a tiny program (an entry of `hosts.programs`) as the tape has it."""
+    """The step of a tiny program (an entry of `hosts.host_programs`) as the tape has it."""
     architecture = architectures.from_config(config)
     setup = Setup(batch=1, seq=4, dtype="fp32", checkpoint=checkpoint, optimizer=optimizer)
     return build(architecture, methods.parse(method).bind(architecture), setup, "cpu")

@@ -182,7 +182,7 @@ def fit_pointwise(rows: pd.DataFrame, hw: Hardware, begin: PointwiseParameters) 
     return Told(p, doubts.but_kept(unsearched(p, names)))
 
 
-def judge(rows: pd.DataFrame, hw: Hardware, p: PointwiseParameters) -> dict[str, FitErrors]:
+def judge_families(rows: pd.DataFrame, hw: Hardware, p: PointwiseParameters) -> dict[str, FitErrors]:
     """Errors by source and family, and their average, in which every family weighs alike."""
     rows = rows[(rows.source != "vidur") | (rows.seconds >= 1e-5)].reset_index(drop=True)
     batch = Batch(rows)
@@ -204,7 +204,7 @@ class PointwiseResults:
     pairs: list[FitErrors]  # a device priced with a like device's parameters
 
 
-def fit_all(folder: Path, step: Callable[[str], None]) -> PointwiseResults:
+def fit_pointwise_blocks(folder: Path, step: Callable[[str], None]) -> PointwiseResults:
     """Every device with rows; gaps are filled from the parent or the class."""
     rows = pointwise_rows(folder)
     rows = rows[~rows.host_bound]
@@ -223,9 +223,9 @@ def fit_all(folder: Path, step: Callable[[str], None]) -> PointwiseResults:
         whole = replace(donor, **{f: getattr(p, f) for f in known[slug]})
         fits[slug] = _as_fit(rows[rows.gpu == slug], hardware(slug), Told(whole, told[slug].doubts))
         others = class_default({k: v for k, v in found.items() if k != slug}, known)
-        left_out[slug] = judge(rows[rows.gpu == slug], hardware(slug), others)["all"]
+        left_out[slug] = judge_families(rows[rows.gpu == slug], hardware(slug), others)["all"]
     pairs = [
-        judge(
+        judge_families(
             rows[rows.gpu == slug],
             hardware(slug),
             replace(default, **{f: getattr(found[donor], f) for f in known[slug]}),
@@ -238,7 +238,7 @@ def fit_all(folder: Path, step: Callable[[str], None]) -> PointwiseResults:
 
 
 def _as_fit(rows: pd.DataFrame, hw: Hardware, told: Told[PointwiseParameters]) -> Fit:
-    errors = judge(rows[rows.fold == 0], hw, told.parameters)
+    errors = judge_families(rows[rows.fold == 0], hw, told.parameters)
     sources = [SOURCES[s] for s in SOURCES if s in set(rows.source)]
     return Fit(
         parameters=told.parameters,

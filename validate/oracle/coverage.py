@@ -164,11 +164,11 @@ def patience(seconds: int) -> Iterator[None]:
 
 
 def read_coverage(path: Path = TABLE) -> list[CoverageRow]:
-    """The rows of a run that `append` wrote."""
+    """The rows of a run that `append_row` wrote."""
     return read_rows(path, lambda r: CoverageRow(**{f.name: f.type(r[f.name]) for f in fields(CoverageRow)}))  # type: ignore[operator]
 
 
-def append(path: Path, row: CoverageRow) -> None:
+def append_row(path: Path, row: CoverageRow) -> None:
     """Add a row to a table, which is made if it is not there."""
     fresh = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
