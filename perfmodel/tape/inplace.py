@@ -45,9 +45,11 @@ def _add_to_view(x: Tensor, other: Tensor) -> Tensor:
 
 
 def _as_strided_backward(node: Node, grads: Sequence[Grad]) -> Grads:
-    """The gradient is written into zeros of the matrix's memory."""
+    """The gradient, without dims of one element, is written into zeros of the matrix's memory."""
     (g,), (base_shape,) = grads, node.attrs
     assert g is not None
+    wide = tuple(d for d in g.shape if not (isinstance(d, int) and d == 1))
+    g = view(g, wide) if len(wide) < len(g.shape) else g
     flat = new_tensor((g.numel,), g.dtype)
     record("new_zeros", (g,), (flat,))
     written = view(flat, g.shape)
