@@ -62,6 +62,7 @@ def cells() -> Any:
         ("gpt2", "dora:r=4,dropout=0.1,adapter_dtype=bf16,targets=all-linear", {}),
         ("qwen2", "oft:block_size=20,targets=all-linear", {"grad_accum": 2}),
         ("gpt2", "dora:r=4,dropout=0.1", {"dtype": "fp32", "amp": "bf16"}),
+        ("llama", "lora:r=4,targets=all-linear,layers=1", {}),  # which peft takes by names only
         # OPT's MLP gets all tokens as one dim
         ("opt", "c3a:block_size=16,targets=fc1", {}),
         ("opt", "oft:block_size=8,targets=fc1+fc2", {"dtype": "fp32", "amp": "bf16"}),
