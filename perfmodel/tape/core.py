@@ -24,7 +24,8 @@ class Tape:
     (grad mode, autocast's weight cache, checkpoint frames) lives here, and the training loop's variable `loss`, whose
     graph lives until the next forward pass has made another. `owner` and `recomputing` go onto every op. `on_gradient`
     takes every parameter's complete gradient away, as a hook that PyTorch runs after it is accumulated. `view_replay`
-    is how autograd treats a view that is changed in place: as for tensor subclasses (fake tensors), or plain tensors.
+    is how autograd treats a view that is changed in place: as for tensor subclasses (fake tensors), or plain tensors;
+    fake ones also have a layer norm's statistics in another dtype.
 
     `alike` says whether further micro-batches do the same as the one that is recorded, but for adding their gradients
     to those that are there: then its parts also get the ops that do, marked `Attrs.later`, and where no `flow` is
