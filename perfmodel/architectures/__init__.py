@@ -2,8 +2,17 @@
 
 from .base import Architecture, Build, Linear, Scope, architecture, from_config, supported
 from .config import Config, load
-from .names import bundled
+from .names import model_names
 
 __all__ = [
-    "Architecture", "Build", "Config", "Linear", "Scope", "architecture", "bundled", "from_config", "load", "supported",
+    "Architecture",
+    "Build",
+    "Config",
+    "Linear",
+    "Scope",
+    "architecture",
+    "from_config",
+    "load",
+    "model_names",
+    "supported",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from ..errors import UserError, nearest
 from ..resources import read_json
 from ..setup import LARGEST
 from . import names
-from .names import MODELS, bundled
+from .names import MODELS, model_names
 
 HUB = "https://huggingface.co/"
 T = TypeVar("T")
@@ -117,7 +117,7 @@ def load(name_or_path: str) -> Config:
     Raises:
         UserError: nothing found, or the file is not a JSON object.
     """
-    if name_or_path.lower() in bundled():
+    if name_or_path.lower() in model_names():
         return _read(MODELS / f"{name_or_path.lower()}.json", name_or_path.lower())
     path = Path(name_or_path)
     try:

@@ -30,7 +30,7 @@ class Meant(NamedTuple):
 
 
 @cache
-def bundled() -> Words:
+def model_names() -> Words:
     """Names of the bundled models."""
     return tuple(sorted(p.stem for p in MODELS.glob("*.json")))
 
@@ -52,7 +52,7 @@ def family(name: str) -> list[str]:
 
     words = _words(name)
     held = [w for w in words if w in _families()] or difflib.get_close_matches("".join(words[:1]), _families(), n=1)
-    return sorted((n for n in bundled() if _words(n)[0] in held[:1]), key=order)
+    return sorted((n for n in model_names() if _words(n)[0] in held[:1]), key=order)
 
 
 def size(name: str) -> str:
@@ -121,7 +121,7 @@ def _split(name: str) -> Iterator[str]:
 def _known() -> dict[Words, str]:
     """Words of each bundled name and alias → bundled name."""
     aliases: dict[str, str] = _data()["aliases"]
-    return {_words(name): name for name in bundled()} | {_words(alias): name for alias, name in aliases.items()}
+    return {_words(name): name for name in model_names()} | {_words(alias): name for alias, name in aliases.items()}
 
 
 @cache

@@ -29,6 +29,8 @@ _LISTS = {
     "_foreach_div.Scalar": 2, "_foreach_sqrt_": 1, "_foreach_div_.List": 2, "_foreach_sub_.List": 2,
     "_foreach_addcmul_.Scalar": 3, "_foreach_addcdiv_.ScalarList": 3, "_fused_adamw_": 4,
 }  # fmt: skip
+# Shape.cu: inputs of one launch; half as many where they are not contiguous, which takes their strides along.
+_JOINED = {"cat": 128, "stack": 128}
 
 
 def kernels(op: Op) -> Dim:
@@ -51,6 +53,10 @@ def kernels(op: Op) -> Dim:
         if op.launches is None:
             op.launches = _kernels_on_lists(op)
         return op.launches
+    if op.name in _JOINED:
+        return -(-sum(s.copies for s in op.inputs) // (_JOINED[op.name] // (2 if attrs.strided else 1)))
+    if op.name == "block_diag":  # zeros, then block by block
+        return 1 + sum(s.copies for s in op.inputs)
     return known.launches
 
 

@@ -128,11 +128,10 @@ def tuners(host: str, all_rows: bool, as_json: bool) -> None:
     Llama-3.2-3B on an L40S; every configuration is traced, which takes minutes.
     """
     try:
-        from validate.published import tuners as module
         from validate.published.show_tuners import show_tuners
     except ImportError as error:
         raise extra(error) from None
-    sys.exit(0 if show_tuners(module, host=host, all_rows=all_rows, as_json=as_json) else 1)
+    sys.exit(0 if show_tuners(host=host, all_rows=all_rows, as_json=as_json) else 1)
 
 
 @validate.command()

@@ -30,8 +30,9 @@ from .parts.targeted import Targeted
 class AdaLora(Targeted):
     """y = xWᵀ + (α/ranknum)·x(A∘E)ᵀBᵀ, an orthogonality loss on A and B, importance scores after every step.
 
-    PEFT 0.21 trains `ranknum`, too, which the paper keeps constant: five more passes over every adapted output in
-    backward. A step is one of the budgeting phase (`AdaLoraModel.update_and_allocate`, called after the optimizer).
+    PEFT 0.21 trains `ranknum`, too, which the paper keeps constant, where it moves it to a GPU or casts it to the
+    base's dtype (there it becomes a new parameter): five more passes over every adapted output in backward. A step is
+    one of the budgeting phase (`AdaLoraModel.update_and_allocate`, called after the optimizer).
     """
 
     r: Any = option(12, "initial rank of every layer (PEFT's init_r)", positive)
@@ -50,7 +51,8 @@ class AdaLora(Targeted):
         lora_a = layer.adapter("lora_A", (self.r, layer.n_in), dtype)
         lora_b = layer.adapter("lora_B", (layer.n_out, self.r), dtype)
         lora_e = layer.adapter("lora_E", (self.r, 1), dtype)
-        ranknum = add(layer.adapter("ranknum", (1,), dtype), 1e-5)
+        moved = tape().device == "cuda" or layer.scope.dtype != "fp32"
+        ranknum = add(layer.adapter("ranknum", (1,), dtype, trainable=moved), 1e-5)
         x = cast(x, dtype)
         delta = div(
             mul(matmul(matmul(dropout(x, self.dropout), t(mul(lora_a, lora_e))), t(lora_b)), self.alpha), ranknum

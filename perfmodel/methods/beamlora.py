@@ -13,7 +13,7 @@ from ..tape.pointwise import add, cast, dropout, mul
 from ..tape.tensor import Tensor
 from .lora import Lora
 from .parts.base import Linear, Periodic, method, option
-from .parts.beam import expand_ranks, importance
+from .parts.beam import expand_ranks, share
 from .parts.checks import positive
 from .parts.periodic import Recorded, layers_alike, trained
 
@@ -42,7 +42,7 @@ class BeamLora(Lora):
         gate = layer.adapter("lora_gate", (1, self.r), dtype)
         result_dtype = result.dtype
         x = cast(x, dtype)
-        weighed = mul(linear(dropout(x, self.dropout), a), importance(gate))
+        weighed = mul(mul(linear(dropout(x, self.dropout), a), share(gate)), 1.0)  # in the authors' order
         result = add(result, mul(linear(weighed, b), self.alpha))
         return cast(result, result_dtype)
 

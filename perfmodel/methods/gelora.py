@@ -56,8 +56,6 @@ class GeLora(Targeted):
             raise UserError(
                 f"method gelora: ranks names {len(self.ranks)} blocks, {self.architecture.name} has {self.layers}"
             )
-        if "lm_head" in self.target_names:
-            raise UserError("method gelora: ranks belong to blocks; leave out lm_head")
 
     def rank(self, layer: int) -> int:
         """The rank in a block."""
@@ -67,7 +65,8 @@ class GeLora(Targeted):
         return super().layer_key(layer), self.rank(layer)
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
-        assert layer.scope.layer is not None
+        if layer.scope.layer is None:
+            raise UserError(f"method gelora: ranks belong to blocks, and {layer.name} is in none: name other targets")
         rank = self.rank(layer.scope.layer)
         self.check_rank(layer, rank)
         return Lora(r=rank, alpha=self.alpha, dropout=self.dropout).adapted(layer, x, dtype)

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import UserError
+from ..tape.einsum import grouped
 from ..tape.elementary import eye
 from ..tape.gather import index_put
 from ..tape.inplace import add_in_place
 from ..tape.linalg import autocast_operand, bmm
 from ..tape.pointwise import cast, fill, sub
-from ..tape.shape import permute, repeat, reshape, transpose, view
+from ..tape.shape import repeat, reshape, transpose
 from ..tape.tensor import Storage, Tensor
 from .parts.base import Linear, method, option
 from .parts.checks import positive
@@ -56,7 +57,7 @@ def _rotate(x: Tensor, weight: Tensor, block: int) -> Tensor:
     orth_rotate = _cayley(weight, block)
     blocks = weight.shape[0]
     x_reshaped = reshape(x, (*x.shape[:-1], blocks, block))
-    x_rotated_reshaped = _blockwise(x_reshaped, orth_rotate)
+    x_rotated_reshaped = grouped(x_reshaped, orth_rotate)
     x_rotated = reshape(x_rotated_reshaped, x.shape)
     return cast(x_rotated, required_dtype)
 
@@ -91,13 +92,6 @@ def _indices(n: Any) -> Tensor:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     return bmm(autocast_operand(a), autocast_operand(b))
-
-
-def _blockwise(x: Tensor, rotation: Tensor) -> Tensor:
-    """`einsum("...rk,rkc->...rc")` as ATen does it: the blocks become the batch of a bmm."""
-    batch, seq, blocks, block = x.shape
-    flat = reshape(permute(x, (2, 0, 1, 3)), (blocks, batch * seq, block))
-    return permute(view(_product(flat, rotation), (blocks, batch, seq, block)), (1, 2, 0, 3))
 
 
 def nearest_divisor(width: int, wanted: int) -> int:

@@ -2,7 +2,7 @@
 
 from .parts.clip import clip_grad_norm
 from .parts.lists import by_dtype, trainable
-from .parts.update import Update, copy_in, moments, optimizer_names, recorded, picked_form, state_bytes
+from .parts.update import Update, copy_in, moments, optimizer_names, picked_form, recorded, state_bytes
 
 __all__ = [
     "Update",
@@ -11,8 +11,8 @@ __all__ = [
     "copy_in",
     "moments",
     "optimizer_names",
-    "recorded",
     "picked_form",
+    "recorded",
     "state_bytes",
     "trainable",
 ]

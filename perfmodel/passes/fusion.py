@@ -7,7 +7,7 @@ loops agree and no third node stands between them:
 
 - pointwise with pointwise over as many elements;
 - sums along rows with sums along the same rows, and with pointwise over the rows' elements or over the rows;
-- sums down columns with sums down the same columns.
+- sums down columns with sums down the same columns, and with pointwise over the sums.
 
 Source: torch/_inductor/ir.py (`should_realize_on_reuse`), scheduler.py (`fuse_nodes`, `score_fusion_memory`),
 codegen/simd.py (`SIMDScheduling.can_fuse`), PyTorch 2.13.
@@ -149,6 +149,9 @@ def _agree(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...] | None:
     kinds = {"pointwise" if loops[0] == "scatter" else loops[0] for loops in (a, b)}
     if kinds == {"pointwise"} or len(kinds) == 1:
         return a if same(a[1], b[1]) and same(a[2], b[2]) else None
+    if kinds == {"columns", "pointwise"}:
+        columns, points = (a, b) if a[0] == "columns" else (b, a)
+        return columns if same(points[1], columns[1]) else None
     if kinds != {"rows", "pointwise"}:
         return None
     rows, points = (a, b) if a[0] == "rows" else (b, a)

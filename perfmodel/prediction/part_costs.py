@@ -1,7 +1,7 @@
 """What one run of a part takes: device seconds of its ops, its clock matrix, counts."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,16 @@ from ..recording.reuse import Shared
 from ..recording.step import Step
 from . import contention, intervals, timeline
 from .contention import Seconds
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+def recalled(known: dict[K, V], key: K, make: Callable[[], V]) -> V:
+    """What is known under a key (of `Shared`), made if it is not."""
+    if key not in known:
+        known[key] = make()
+    return known[key]
 
 
 class CallCost(NamedTuple):

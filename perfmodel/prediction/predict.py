@@ -23,7 +23,7 @@ from ..methods.parts.periodic import PeriodicCost, PeriodicOps
 from ..program.dims import Dim
 from ..program.part import PHASES
 from ..recording import record, zero
-from ..recording.reuse import Shared, recalled
+from ..recording.reuse import Shared
 from ..recording.step import Step
 from ..setup import Setup
 from ..shown import Shown
@@ -331,7 +331,7 @@ def _counted(built: Step, shared: Shared) -> dict[str, Phases]:
     """Sums over the step by phase, for each thing that `part_costs.counts` counts."""
     sums: dict[str, Phases] = {}
     for part, times in built.parts():
-        for name, of_part in recalled(
+        for name, of_part in part_costs.recalled(
             shared.counts, part, partial(part_costs.counts, part, shared.calls.get(part))
         ).items():
             phases = sums.setdefault(name, dict.fromkeys(PHASES, 0))
@@ -359,7 +359,7 @@ def step_time(
     """Compose the step's clocks part by part; a phase's time is what it adds to the latest clock.
 
     Args:
-        durations: device seconds of the ops of every part, if they are known already (`part_costs.durations`).
+        durations: device seconds of the ops of every part, if they are known already (`part_costs.part_durations`).
         shared: with the clocks of parts that are known already.
     """
     shared = shared or Shared()
@@ -375,7 +375,7 @@ def step_time(
         for part in group.parts:
             known: dict[str, Any] = {"graphs": built.setup.cuda_graphs, "calls": shared.calls.get(part)}
             make = partial(part_costs.clocks, part, next(priced), on, by, **known)
-            matrix, work = recalled(shared.clocks, part, make)
+            matrix, work = part_costs.recalled(shared.clocks, part, make)
             for name, seconds in work.items():
                 components[name] = components.get(name, 0.0) + seconds * part.repeat * group.repeat
             blocks.append(matrix.power(part.repeat))

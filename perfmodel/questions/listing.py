@@ -16,7 +16,7 @@ Rows = list[Row]
 def models() -> Rows:
     """The bundled models that the tape knows, by family and size: dims (elements) and the source of their config."""
     rows = []
-    for name in sorted(architectures.bundled(), key=order):
+    for name in sorted(architectures.model_names(), key=order):
         config = architectures.load(name)
         if config.values["model_type"] not in architectures.supported():
             continue

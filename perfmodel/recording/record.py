@@ -35,6 +35,7 @@ def build(
     capability: str = "8.0",
     *,
     shared: Shared | None = None,
+    view_replay: bool = False,
 ) -> Step:
     """Record a step.
 
@@ -43,6 +44,7 @@ def build(
         device: "cuda" or "cpu", whose dispatch to mirror.
         capability: CUDA compute capability, which decides the attention kernel.
         shared: what was recorded for the same architecture and device, and receives what is recorded here.
+        view_replay: as on fake tensors (`Tape`), for comparisons with a trace of them.
 
     Raises:
         UserError: setup and model do not fit (sequence too long, nothing trains, …).
@@ -51,7 +53,7 @@ def build(
     setup = replace(setup, engine=method.engine or setup.engine)
     _check(architecture, method, setup)
     step = Step(architecture, method, setup, device, [])
-    tape = Tape(device, capability, autocast=running(step)[0].amp)
+    tape = Tape(device, capability, autocast=running(step)[0].amp, view_replay=view_replay)
     with no_collector(), recording(tape):
         ending = _shared(step, tape, shared) if shared else _micro_batches(step, tape, {})
         record_update(step, tape)

@@ -4,9 +4,8 @@ A search on one device records the micro-batches of setups once that differ in t
 change nothing (`Method.plain`), and prices and counts their parts, and equal calls, once.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from ..methods.parts.base import Method
 from ..program.dims import Dim
@@ -16,8 +15,6 @@ from ..tape.core import Tape
 from ..tape.tensor import Parameter, Storage
 
 Sums = dict[str, Dim]
-K = TypeVar("K")
-V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -72,13 +69,6 @@ class Shared:
     clocks: dict[Part, Any] = field(default_factory=dict)
     calls: dict[Part, Any] = field(default_factory=dict)
     prices: dict[Any, Any] = field(default_factory=dict)
-
-
-def recalled(known: dict[K, V], key: K, make: Callable[[], V]) -> V:
-    """What is known under a key, made if it is not."""
-    if key not in known:
-        known[key] = make()
-    return known[key]
 
 
 def key(method: Method, setup: Setup) -> Any:

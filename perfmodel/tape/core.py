@@ -23,14 +23,19 @@ class Tape:
     `autocast` is the 16-bit dtype inside `torch.autocast`, or None. Everything that follows PyTorch's global state
     (grad mode, autocast's weight cache, checkpoint frames) lives here, and the training loop's variable `loss`, whose
     graph lives until the next forward pass has made another. `owner` and `recomputing` go onto every op. `on_gradient`
-    takes every parameter's complete gradient away, as a hook that PyTorch runs after it is accumulated.
+    takes every parameter's complete gradient away, as a hook that PyTorch runs after it is accumulated. `view_replay`
+    is how autograd treats a view that is changed in place: as for tensor subclasses (fake tensors), or plain tensors;
+    fake ones also have a layer norm's statistics in another dtype.
 
     `alike` says whether further micro-batches do the same as the one that is recorded, but for adding their gradients
     to those that are there: then its parts also get the ops that do, marked `Attrs.later`, and where no `flow` is
     followed, the memory of further micro-batches.
     """
 
-    def __init__(self, device: str = "cuda", capability: str = "8.0", *, autocast: str | None = None) -> None:
+    def __init__(
+        self, device: str = "cuda", capability: str = "8.0", *, autocast: str | None = None, view_replay: bool = False
+    ) -> None:
+        self.view_replay = view_replay
         self.device = device
         self.capability = capability
         self.autocast_dtype = autocast

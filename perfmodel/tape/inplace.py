@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ..program.dims import product
 from .autograd import differentiate
-from .core import emit, new_tensor, record
+from .core import emit, new_tensor, record, tape
 from .elementary import div, div_backward
 from .pointwise import scale
 from .shape import clone, view
@@ -13,19 +13,17 @@ from .tensor import Grads, Node, Tensor
 Grad = Tensor | None
 
 
-def add_to_output(x: Tensor, other: Tensor, *, viewed: bool, strided: bool = False) -> Tensor:
-    """`x += other` for a layer's output x; `viewed` where x is a view of its matrix (a bias, or a Conv1D).
-
-    `strided`: the view's gradient passes through zeros of the matrix's memory (AsStridedBackward0), as PyTorch does it
-    for plain tensors. For tensor subclasses, the oracle's fake tensors among them, it replays the view instead.
-    """
-    return _add_to_view(x, other, strided=strided) if viewed and len(x.shape) > 2 else add_in_place(x, other)
+def add_to_output(x: Tensor, other: Tensor, *, viewed: bool) -> Tensor:
+    """`x += other` for a layer's output x; `viewed` where x is a view of its matrix (a bias, or a Conv1D)."""
+    return _add_to_view(x, other) if viewed and len(x.shape) > 2 else add_in_place(x, other)
 
 
-def _add_to_view(x: Tensor, other: Tensor, *, strided: bool) -> Tensor:
+def _add_to_view(x: Tensor, other: Tensor) -> Tensor:
     """The matrix gets a new history (`CopySlices`), and x is viewed from it again.
 
-    Source: torch/csrc/autograd/variable.cpp, `VariableHooks::grad_fn`.
+    The view's gradient passes through zeros of the matrix's memory (AsStridedBackward0). For tensor subclasses, the
+    oracle's fake tensors among them, PyTorch replays the view instead (`Tape.view_replay`). Source:
+    torch/csrc/autograd/variable.cpp, `VariableHooks::grad_fn`.
     """
     shape = x.shape
     record("add_.Tensor", (x, other), (x,))
@@ -38,7 +36,7 @@ def _add_to_view(x: Tensor, other: Tensor, *, strided: bool) -> Tensor:
     base = base.alias()
     if node:
         node.produces(base)
-    if not strided:
+    if tape().view_replay:
         return view(base, shape)
     x = x.alias()
     again = differentiate("AsStridedBackward0", (base,), _as_strided_backward, (base.shape,))
@@ -48,9 +46,11 @@ def _add_to_view(x: Tensor, other: Tensor, *, strided: bool) -> Tensor:
 
 
 def _as_strided_backward(node: Node, grads: Sequence[Grad]) -> Grads:
-    """The gradient is written into zeros of the matrix's memory."""
+    """The gradient, without dims of one element, is written into zeros of the matrix's memory."""
     (g,), (base_shape,) = grads, node.attrs
     assert g is not None
+    wide = tuple(d for d in g.shape if not (isinstance(d, int) and d == 1))
+    g = view(g, wide) if len(wide) < len(g.shape) else g
     flat = new_tensor((g.numel,), g.dtype)
     record("new_zeros", (g,), (flat,))
     written = view(flat, g.shape)

@@ -27,11 +27,15 @@ def _embedding_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """LayerNorm over the last dim; statistics in x's dtype on the CPU, in fp32 on CUDA."""
+    """LayerNorm over the last dim; statistics in fp32 on CUDA, on the CPU in the weight's dtype.
+
+    Fake tensors have them in x's dtype there (`Tape.view_replay`).
+    """
     if tape().device == "cuda":
         x, weight, bias = autocast_fp32(x), autocast_fp32(weight), autocast_fp32(bias)
     node = differentiate("NativeLayerNormBackward0", (x, weight, bias), _layer_norm_backward)
-    statistics = x.dtype if tape().device == "cpu" else "fp32"
+    on_cpu = x.dtype if tape().view_replay else weight.dtype
+    statistics = on_cpu if tape().device == "cpu" else "fp32"
     out = new_tensor(x.shape, x.dtype)
     mean, rstd = (new_tensor((*x.shape[:-1], 1), statistics) for _ in range(2))
     if node:

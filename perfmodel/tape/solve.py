@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..program.op import Op, Spec
+from ..program.op import STRIDED, Op, Spec
 from .autograd import differentiate
 from .core import append_op, emit, new_tensor, record
 from .linalg import bmm
@@ -58,5 +58,5 @@ def _block_diagonal_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     n, k, _ = shape
     out = new_tensor(shape, g.dtype)
     pieces = (Spec(g.dtype, (k, k), n),)
-    append_op(Op("stack", pieces, (out.spec,), out.nbytes, out.nbytes), (g,), (out,))
+    append_op(Op("stack", pieces, (out.spec,), out.nbytes, out.nbytes, attrs=STRIDED), (g,), (out,))
     return (out,)

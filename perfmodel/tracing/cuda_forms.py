@@ -66,12 +66,15 @@ def _attention(capability: str) -> Any:
 
 
 def _choose(q: Any, k: Any, v: Any, mask: Any, capability: str) -> str:
-    """The kernel for (b, h, s, d) operands; cuDNN first where it is preferred, flash takes no mask."""
+    """The kernel for (b, h, s, d) operands; cuDNN first where it is preferred, flash takes no mask.
+
+    cuDNN gives a mask no gradient (T5's bias is trained): then another is chosen (sdp_utils: `check_attn_mask_shape`).
+    """
     if any(t.dim() != 4 for t in (q, k, v)):
         return "math"
     heads_fit = q.shape[-1] % 8 == 0 and max(q.shape[-1], v.shape[-1]) <= LARGEST_HEAD
     if q.dtype in (torch.bfloat16, torch.float16) and heads_fit:
-        if capability in CUDNN_FIRST:
+        if capability in CUDNN_FIRST and not (mask is not None and mask.requires_grad):
             return "cudnn"
         if mask is None and int(capability.split(".")[0]) >= 8 and q.shape[-1] == v.shape[-1]:
             return "flash"

@@ -287,18 +287,24 @@ def trace_step(
     forward_only: bool = False,
     keep: Callable[[str, Any, Any, Any, Any], None] | None = None,
     make: Callable[[Any, str], Any] = updates.standard,
+    real: bool = False,
 ) -> Trace:
-    """Trace one steady-state training step (the second) of a model built on the meta device.
+    """Trace one steady-state training step (the second) of a model built on the meta device, or of a `real` one.
+
+    A real step differs from one on fake tensors in two things: the engine adds gradients in place where nobody else
+    holds them (`add_` for `add`), and a view that was changed in place is viewed anew by its strides (`Tape`).
 
     Args:
-        optimizer: the resolved form (`perfmodel.optimizers.resolve`).
+        real: the model has data; so has the step.
+        optimizer: the resolved form (`perfmodel.optimizers.picked_form`).
         device: "cpu", or "cuda" with a CUDA build of torch (then only the forward pass can be traced).
         keep: sees every call of the traced step (see `Recorder`).
         make: the optimizer of the model in that form.
     """
     # some tuners of peft keep plain tensors (indices, token ids) beside their parameters
-    mode = FakeTensorMode(allow_non_fake_inputs=keep is not None)
-    to_fake(model, mode, device)
+    mode: Any = nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=keep is not None)
+    if not real:
+        to_fake(model, mode, device)
     model.train()
     if setup.checkpoint != "none":
         reentrant = setup.checkpoint == "block-reentrant"

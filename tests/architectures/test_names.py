@@ -66,7 +66,7 @@ def test_another_program_or_an_unclear_name_is_none_of_them(repository: str) -> 
 
 def test_every_bundled_model_is_found_by_the_repository_it_comes_from() -> None:
     """A word or alias that is added for one family must not take another's name away."""
-    for name in architectures.bundled():
+    for name in architectures.model_names():
         url = str(load(name).values["_source"])
         repository = "/".join(url.split("/")[3:5])
         if "huggingface.co" in url:
@@ -74,7 +74,7 @@ def test_every_bundled_model_is_found_by_the_repository_it_comes_from() -> None:
             assert found is not None, repository
             assert found.name == name
     aliases = tomllib.loads((names.MODELS / "names.toml").read_text())["aliases"]
-    assert set(aliases.values()) <= set(architectures.bundled())
+    assert set(aliases.values()) <= set(architectures.model_names())
 
 
 def test_the_answer_says_which_config_it_took() -> None:

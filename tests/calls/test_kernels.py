@@ -1,11 +1,13 @@
 """The kernels behind one call: how many, how many bytes each moves, and what that costs, recomputed by hand."""
 
+from typing import Any
+
 import pytest
 
 from perfmodel.calls import costs
 from perfmodel.devices import kernels, price, profile
 from perfmodel.prediction.predict import predict
-from perfmodel.program.op import Attrs, Op, Spec
+from perfmodel.program.op import STRIDED, Attrs, Op, Spec
 from perfmodel.setup import Setup
 from perfmodel.tape.core import Tape, new_tensor, recording
 from perfmodel.tape.gather import top_values
@@ -114,6 +116,19 @@ def test_single_elements_drag_sectors_and_rows_do_not() -> None:
     assert kernels.memory_bound(rows)[0].spread == 1
     assert kernels.memory_bound(elements)[0].spread == (8 + 1) / 2
     assert kernels.memory_bound(small)[0].spread == 1  # all of it lies in cache
+
+
+def test_calls_on_many_tensors_launch_as_often_as_they_have_to() -> None:
+    """`cat` takes 128 contiguous tensors into a launch and 64 others; `block_diag` copies block by block."""
+    number, matrix = Spec("fp32", ()), Spec("fp32", (8, 8))
+
+    def launched(name: str, one: Spec, count: int, **options: Any) -> Any:
+        return costs.kernels(Op(name, (one._replace(copies=count),), (Spec("fp32", (1,)),), 0, 0, **options))
+
+    assert [launched("stack", number, n) for n in (1, 128, 129, 300)] == [1, 1, 2, 3]
+    assert [launched("cat", matrix, n, attrs=STRIDED) for n in (64, 65)] == [1, 2]
+    assert launched("block_diag", matrix, 12) == 13
+    assert costs.kernels(Op("cat", (number, number), (Spec("fp32", (2,)),), 0, 0)) == 1
 
 
 def test_selection_and_accumulation_are_chains_of_small_kernels() -> None:

@@ -139,7 +139,7 @@ def test_pointwise_fits_find_the_times_that_known_parameters_make(kernels: Path)
     hw, known = common.hardware("a100-80gb-pcie"), profile.load("a100-80gb-pcie").pointwise
     made = rows.assign(seconds=pointwise.Batch(rows).price(hw, known))
     begin = replace(known, stream=0.65 * known.stream, norm_stream=0.65 * known.norm_stream)
-    found = pointwise.fit_pointwise(made, hw, begin)
+    found = pointwise.fit_pointwise(made, hw, begin).parameters
     before, after = (pointwise.Batch(made).price(hw, p) / made.seconds - 1 for p in (begin, found))
     assert np.abs(after).mean() < 0.02 < np.abs(before).mean() / 5
     assert found.stream == pytest.approx(known.stream, rel=0.03)

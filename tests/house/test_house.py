@@ -3,12 +3,16 @@
 import ast
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+
+import perfmodel
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("perfmodel", "validate")
@@ -117,28 +121,49 @@ def public() -> Iterator[tuple[str, str]]:
                 yield from ((name, entry) for entry in ast.literal_eval(node.value))
 
 
-CALLS = {  # how the face's functions and values are called, as a newcomer would
-    "predict": lambda f: f("llama-3.2-1b", seq=16),
-    "compare": lambda f: f("llama-3.2-1b", seq=16),
-    "explain": lambda f: f("llama-3.2-1b", seq=16, axes=()),
+QUESTION: dict[str, Any] = {"model": "llama-3.2-1b", "seq": 16}
+
+
+def module_predicted(predict_module: Callable[..., Any]) -> Any:
+    """One layer of a user's own, where torch is installed."""
+    torch = pytest.importorskip("torch")
+    return predict_module(torch.nn.Linear(4, 4), (torch.ones(2, 4),), loss=lambda y: y.sum(), device="l40s")
+
+
+# How a newcomer uses every name of the face; what a class makes is an instance of it, built anew from its own fields.
+USES: dict[str, Callable[[Any], Any]] = {
+    "predict": lambda f: f(**QUESTION),
+    "compare": lambda f: f(**QUESTION),
+    "explain": lambda f: f(**QUESTION, axes=()),
     "advise": lambda f: f("gpt2", seq=16, device="l40s", methods=[]),
-    "sweep": lambda f: len(f("llama-3.2-1b", seq=[16, 32])),
+    "sweep": lambda f: f("llama-3.2-1b", seq=[16, 32]),
+    "predict_module": module_predicted,
     "Setup": lambda f: f(batch=2),
-    "Device": lambda f: f.load("l40s"),
+    "Device": lambda f: f(f.load("l40s").profile),
     "UserError": lambda f: f("wrong"),
+    "Prediction": lambda f: replace(perfmodel.predict(**QUESTION)),
+    "Comparison": lambda f: replace(perfmodel.compare(**QUESTION)),
+    "SpeedUp": lambda f: replace(perfmodel.compare(**QUESTION).speedups[0]),
+    "Explanation": lambda f: replace(perfmodel.explain(**QUESTION, axes=())),
+    "Advice": lambda f: replace(perfmodel.advise("gpt2", seq=16, device="l40s", methods=[])),
+    "Sweep": lambda f: replace(perfmodel.sweep("llama-3.2-1b", seq=[16, 32])),
 }
 
 
 def test_every_name_of_the_face_can_be_used_after_every_module_was_imported() -> None:
     """Functions and modules shared names once: which of the two `from perfmodel import sweep` gave hung on luck."""
-    face = importlib.import_module("perfmodel")
     for name in modules():
         if name.startswith("perfmodel."):
             imported(name)
-    for name in face.__all__:
-        assert not inspect.ismodule(getattr(face, name)), name
-        if name in CALLS:
-            CALLS[name](getattr(face, name))
+    assert set(perfmodel.__all__) == USES.keys()
+
+
+@pytest.mark.parametrize("name", USES)
+def test_every_name_of_the_face_is_called_or_instantiated(name: str) -> None:
+    """A name that is there but cannot be used is a broken promise."""
+    found = getattr(perfmodel, name)
+    made = USES[name](found)
+    assert type(made) is found if inspect.isclass(found) else made is not None
 
 
 @pytest.mark.parametrize(("module", "name"), sorted(public()))
@@ -147,30 +172,47 @@ def test_every_public_name_is_there_and_is_no_module(module: str, name: str) -> 
     assert not inspect.ismodule(found), f"{module}.{name}"
 
 
+def homes(kind: type[ast.ClassDef | ast.FunctionDef]) -> dict[str, set[str]]:
+    """Public name -> modules that define it at their top. What has the name of what it stands for does not count: the
+    functions of the face, a command and what completes it."""
+    found: dict[str, set[str]] = {}
+    for name, path in modules().items():
+        if kind is ast.FunctionDef and floor(name) in ("face", "cli", "commands"):
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, kind) and not node.name.startswith("_"):
+                found.setdefault(node.name, set()).add(name)
+    return found
+
+
 def test_no_two_public_classes_share_a_name() -> None:
     """Who reads `Row` must not have to ask of what."""
-    homes: dict[str, list[str]] = {}
-    for name, path in modules().items():
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                homes.setdefault(node.name, []).append(name)
-    assert {name: where for name, where in homes.items() if len(where) > 1} == {}
+    assert {name: where for name, where in homes(ast.ClassDef).items() if len(where) > 1} == {}
 
 
-VERBS = ("build", "check", "compare", "count", "fit", "load", "measure", "rows", "run", "table")
-FOUND_BY_NAME = {"perfmodel.architectures.config", "perfmodel.devices.host", "perfmodel.devices.profile"}
+# Functions that may share a name, because it is one matter in each of these modules:
+IDIOMS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "what people name (models, devices, hosts) is loaded and listed alike": (
+        "load names", ("perfmodel.architectures.config", "perfmodel.devices.host", "perfmodel.devices.profile")
+    ),
+    "the config of another tool is read by its module, and by the one that finds out which tool's it is": (
+        "read", ("perfmodel.imports",)
+    ),
+    "a call's products, what records it and a package's form of it have PyTorch's name for it": (
+        "mm addmm bmm layer_norm rms_norm", ("perfmodel.calls", "perfmodel.tape", "perfmodel.architectures.norms")
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_a_verb_alone_stands_for_one_matter(verb: str) -> None:
-    """Fourteen functions were called `load`: a line with one said what it does only with its imports in view.
+def test_no_two_public_functions_share_a_name() -> None:
+    """Fourteen functions were called `load`: a line with one said what it does only with its imports in view."""
 
-    A command has the name of what it runs, and what people name (models, devices, hosts) is loaded alike.
-    """
-    homes = {
-        name
-        for name, path in modules().items()
-        for node in ast.parse(path.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.FunctionDef) and node.name == verb and floor(name) not in ("face", "commands")
-    }
-    assert len(homes) <= 1 or (verb == "load" and homes == FOUND_BY_NAME), sorted(homes)
+    def idiom(name: str, where: set[str]) -> bool:
+        return any(
+            name in names.split() and all(f"{module}.".startswith(tuple(f"{p}." for p in places)) for module in where)
+            for names, places in IDIOMS.values()
+        )
+
+    shared = {name: where for name, where in homes(ast.FunctionDef).items() if len(where) > 1}
+    assert {name: sorted(where) for name, where in shared.items() if not idiom(name, where)} == {}
+    assert {name for names, _ in IDIOMS.values() for name in names.split()} <= shared.keys(), "nobody follows an idiom"

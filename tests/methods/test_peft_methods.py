@@ -68,6 +68,10 @@ def cells() -> Any:
         ("llama", "top_k:k=1,trained_dtype=fp32,checkpoint_frozen=false", {**MIXED, "checkpoint": "block-reentrant"}),
         ("qwen2", "top_k:k=2,trained_dtype=fp32,checkpoint_frozen=false", {**MIXED, "checkpoint": "block"}),
         ("llama", "top_k:k=2,trained_dtype=fp32", {**MIXED, "grad_accum": 2}),
+        ("llama", "lora:r=4,targets=all-linear,layers=1", {}),  # which peft takes by names only
+        # OPT's MLP gets all tokens as one dim
+        ("opt", "c3a:block_size=16,targets=fc1", {}),
+        ("opt", "oft:block_size=8,targets=fc1+fc2", {"dtype": "fp32", "amp": "bf16"}),
         # the gradients of PEFT's throw-away parameters live as long as the loop's `loss`
         ("gpt2", "dora:r=4,dropout=0.1", {"dtype": "fp32", "grad_accum": 3}),
     )

@@ -12,7 +12,7 @@ pytest.importorskip("peft")
 
 import reference_reslora
 import torch
-from real_steps import real_steps, without_underscore
+from real_steps import real_steps
 from reference import differences
 
 from perfmodel import methods, predict
@@ -64,7 +64,7 @@ def test_a_real_step_makes_the_calls_of_the_tape(name: str, variant: str) -> Non
     assert losses[-1] < losses[0], "the real step does not train"
     tape = counts.tape_calls(step)
     for phase in PHASES:
-        assert without_underscore(tape[phase]) == Counter(without_underscore(recorder.trace.calls[phase]))
+        assert counts.without_underscore(tape[phase]) == Counter(counts.without_underscore(recorder.trace.calls[phase]))
 
 
 def test_shortcuts_compute_what_the_paper_says() -> None:

@@ -11,7 +11,7 @@ from helpers import config_of
 pytest.importorskip("peft")
 
 import torch
-from real_steps import real_steps, without_underscore
+from real_steps import real_steps
 
 from perfmodel import methods
 from perfmodel.architectures import from_config
@@ -46,7 +46,7 @@ def test_a_real_step_makes_the_calls_of_the_tape(name: str, method: str, setup: 
     assert losses[-1] < losses[0], "the real step does not train"
     tape = counts.tape_calls(step)
     for phase in PHASES:
-        expected, real = without_underscore(tape[phase]), without_underscore(recorder.trace.calls[phase])
+        expected, real = counts.without_underscore(tape[phase]), counts.without_underscore(recorder.trace.calls[phase])
         assert dict(expected - real) == {}, f"{phase}: on the tape only"
         assert dict(real - expected) == {}, f"{phase}: in the real step only"
         assert sum(real.values()) == sum(n for part, op, n in step.ops() if part.phase == phase and not op.view)

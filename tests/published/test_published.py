@@ -7,7 +7,7 @@ import pytest
 
 from perfmodel.prediction.memory import reserved_bounds
 from validate.published.show_steps import _print_published
-from validate.published.steps import StepOutcome, evaluate_rows, row_pairs, published_steps, summarise_rows
+from validate.published.steps import StepOutcome, evaluate_rows, published_steps, row_pairs, summarise_rows
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Training steps with real numbers on the CPU, watched by the recorder that otherwise sees fake tensors."""
 
-from collections import Counter
 from contextlib import nullcontext
 from typing import Any
 
@@ -43,11 +42,3 @@ def real_steps(model: Any, setup: Setup, optimizer: str, steps: int) -> tuple[Ca
             update.zero_grad(set_to_none=True)
         losses.append(total)
     return recorder, losses
-
-
-def without_underscore(calls: Counter[Any]) -> Counter[Any]:
-    """Calls with in-place additions counted as additions."""
-    merged: Counter[Any] = Counter()
-    for (name, inputs, outputs), n in calls.items():
-        merged["add.Tensor" if name == "add_.Tensor" else name, inputs, outputs] += n
-    return merged

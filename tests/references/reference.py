@@ -29,7 +29,7 @@ def differences(name: str, spec: str, layers: int | None = None, **options: Any)
     """What tape and reference program disagree about."""
     config, architecture, setup = config_of(name, layers), architecture_of(name, layers), setup_of(name, **options)
     method = methods.parse(spec).bind(architecture)
-    step = build(architecture, method, setup, "cpu")
+    step = build(architecture, method, setup, "cpu", view_replay=True)
     model = apply_reference(models.build_model(config, setup), method, architecture, setup)
     trace = trace_step(model, setup, step.optimizer, make=partial(make_update, method=method))
     trace.peak += getattr(model, "kept_bytes", 0)

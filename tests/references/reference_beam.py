@@ -13,9 +13,14 @@ from perfmodel.setup import Setup
 from perfmodel.tracing.programs.dtypes import TORCH_DTYPES
 
 
+def share(gate: Any) -> Any:
+    """softmax(g/τ) over the ranks, (1, r)."""
+    return torch.softmax(gate / 0.05, dim=-1)
+
+
 def importance(gate: Any) -> Any:
-    """softmax(g/τ)·r over the ranks, (1, r)."""
-    return torch.softmax(gate / 0.05, dim=-1) * gate.shape[1]
+    """softmax(g/τ)·r, (1, r)."""
+    return share(gate) * gate.shape[1]
 
 
 class BeamLinear(nn.Module):
@@ -38,7 +43,7 @@ class BeamLinear(nn.Module):
         result = self.base(x)
         dtype = result.dtype
         x = x.to(self.lora_A.weight.dtype)
-        low = self.lora_A(self.lora_dropout(x)) * importance(self.lora_gate)
+        low = self.lora_A(self.lora_dropout(x)) * share(self.lora_gate) * self.lora_gate.shape[1]
         result = result + self.lora_B(low) * self.scaling
         return result.to(dtype)
 

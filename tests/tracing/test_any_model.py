@@ -13,6 +13,7 @@ from test_traced import ops
 pytest.importorskip("peft")
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,6 +25,7 @@ from perfmodel.program.op import Op, Spec
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
 from perfmodel.tracing import growth, programs, traced
+from perfmodel.tracing.cuda_forms import cuda_forms
 from perfmodel.tracing.programs import stacks
 from perfmodel.tracing.trace import call_name
 from validate.oracle import coverage
@@ -386,3 +388,20 @@ def test_the_fixed_list_of_types_spans_the_families() -> None:
     found = Counter(family for family, _ in coverage.model_types(quick=True))
     assert set(found) == {"causal", "masked", "seq2seq", "vision"}
     assert sum(found.values()) >= coverage.LEAST_TYPES
+
+
+@pytest.mark.parametrize(("trained", "name"), [(False, "cudnn"), (True, "efficient")])
+def test_a_bias_that_trains_gets_a_kernel_that_gives_it_a_gradient(trained: bool, name: str) -> None:
+    """T5's position bias on an H100: cuDNN, which is first there, would leave the bias without a gradient."""
+    bias = torch.zeros(1, 2, 8, 8, dtype=torch.bfloat16, requires_grad=trained)
+    q, k, v = (torch.ones(1, 2, 8, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    called = []
+
+    class Names(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(allow_non_fake_inputs=True), Names(), cuda_forms("9.0"):
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, bias)
+    assert f"aten::_scaled_dot_product_{name}_attention" in called

@@ -26,7 +26,7 @@ from ..checking.check import Progress, check_records
 from ..checking.machine import Machine, name_of
 from ..checking.outcomes import CellOutcome, cell_pairs
 from ..checking.summary import Line, line
-from ..fitting.judging import Doubts
+from ..fitting.judging import Doubts, settled
 
 FACTORS = {  # factor -> the host's costs that it scales: as many as the phases of a step can tell apart
     "forward": ("call", "view", "module", "adapter", "checkpoint"),
@@ -37,7 +37,6 @@ FACTORS = {  # factor -> the host's costs that it scales: as many as the phases 
 PRIOR = 0.5  # relative sigma of a host cost before the records are seen: hosts of one kind differ by about this
 NOISE = 0.05  # relative sigma of a measured phase
 LEFT_OUT = 3  # every so-manieth group is left out
-UNTOLD = 1e-4  # a factor whose doubling changes no phase by so much is not told by the cells
 LARGEST = np.log(5.0)  # factors stay within a fifth and five
 
 
@@ -102,24 +101,19 @@ def fit_factors(outcomes: Sequence[CellOutcome], machine: Machine) -> tuple[dict
     names = [name for name in FACTORS if name != "launch" or machine.on.kind == "cuda"]
     measured = np.log([[o.measured.median(phase) for phase in PHASES] for o in outcomes])
 
-    def residuals(x: np.ndarray) -> np.ndarray:
+    def price(x: np.ndarray) -> np.ndarray:
         by = scaled(machine.by, dict(zip(names, np.exp(x), strict=True)))
         rows = [step_time(*_priced(o, machine.on, by)).phases for o in outcomes]
-        predicted = np.log([[float(phases[phase]) for phase in PHASES] for phases in rows])
-        return np.concatenate([(predicted - measured).ravel() / NOISE, x / PRIOR])
+        return np.array([[float(phases[phase]) for phase in PHASES] for phases in rows])
 
-    found = least_squares(
-        residuals, np.zeros(len(names)), bounds=(-LARGEST, LARGEST), loss="soft_l1", diff_step=[1e-3] * len(names)
-    )
-    told = np.abs(np.asarray(found.jac)[: -len(names)]).max(axis=0) > UNTOLD / NOISE
-    factors = {name: float(np.exp(x)) if seen else 1.0 for name, x, seen in zip(names, found.x, told, strict=True)}
-    kept = tuple(name for name, seen in zip(names, told, strict=True) if not seen)
-    return factors, Doubts(kept, tuple(at_bound(factors)))
+    def residuals(x: np.ndarray) -> np.ndarray:
+        return np.concatenate([(np.log(price(x)) - measured).ravel() / NOISE, x / PRIOR])
 
-
-def at_bound(factors: Mapping[str, float]) -> list[str]:
-    """The factors that went as far as they may."""
-    return [name for name, factor in factors.items() if abs(np.log(factor)) > 0.99 * LARGEST]
+    usual = np.zeros(len(names))
+    limits = usual - LARGEST, usual + LARGEST
+    end = least_squares(residuals, usual, bounds=limits, loss="soft_l1", diff_step=[1e-3] * len(names)).x
+    x, doubts = settled(names, end, usual, limits, price)
+    return dict(zip(names, map(float, np.exp(x)), strict=True)), doubts
 
 
 def scaled(by: Host, factors: Mapping[str, float]) -> Host:

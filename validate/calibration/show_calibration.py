@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from perfmodel.report.plain import paragraph, show, table
+from perfmodel.report.plain import show, table
 from perfmodel.report.progress import progress
 
 from ..accuracy import Errors
-from ..fitting.judging import Doubts
+from ..fitting.show import show_doubts
 from .calibrate import Calibration, calibrate
 from .verify import TITLES
 
@@ -55,14 +55,6 @@ def show_checks(checks: Mapping[str, Errors]) -> None:
         (TITLES[key], e.number, *(f"{100 * x:.1f} %" for x in (e.mean, e.median, e.worst))) for key, e in checks.items()
     ]
     show(table(("predicted", "number", "mean error", "median", "worst"), rows))
-
-
-def show_doubts(doubts: Mapping[str, Doubts]) -> None:
-    """Print, fit by fit, which figures were not measured and which went as far as they may."""
-    for what, found in doubts.items():
-        for title, names in (("not measured, so the default's", found.kept), ("at a bound", found.at_bound)):
-            if names:
-                show(paragraph(f"{what}, {title}: {', '.join(names)}"))
 
 
 def _plain(done: Calibration) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from perfmodel import units
 from perfmodel.report.plain import show, table
 from perfmodel.report.progress import progress
 
+from ..fitting.show import show_doubts
 from . import hosts, verify
-from .show_calibration import show_checks, show_doubts
+from .show_calibration import show_checks
 
 
 def show_host(output: Path) -> bool:

@@ -103,7 +103,7 @@ def _timed(record: Record) -> hosts.Timed:
 
 
 def step_of(config: Config, method: str, checkpoint: str, optimizer: str) -> Step:
-    """The step of a tiny program (an entry of `hosts.programs`) as the tape has it."""
+    """The step of a tiny program (an entry of `hosts.host_programs`) as the tape has it."""
     architecture = architectures.from_config(config)
     setup = Setup(batch=1, seq=4, dtype="fp32", checkpoint=checkpoint, optimizer=optimizer)
     return build(architecture, methods.parse(method).bind(architecture), setup, "cpu")

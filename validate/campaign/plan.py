@@ -52,7 +52,7 @@ class Visit:
 
 @dataclass(frozen=True)
 class HostProgram:
-    """A tiny program whose steps show the host's costs: an entry of `hosts.programs`."""
+    """A tiny program whose steps show the host's costs: an entry of `hosts.host_programs`."""
 
     values: tuple[Any, ...]
 

@@ -11,8 +11,8 @@ from ..accuracy import Pair
 from ..measuring import records
 from ..measuring.records import Record
 from .machine import Machine, machine_of
-from .outcomes import CellOutcome, Measured, cells_of, evaluate_cell, cell_pairs
-from .summary import Limit, Line, promises, lines
+from .outcomes import CellOutcome, Measured, cell_pairs, cells_of, evaluate_cell
+from .summary import Limit, Line, lines, promises
 
 Progress = Callable[[int, int, str], None]
 

@@ -6,8 +6,8 @@ copy k and v into a paged cache beside the kernel; `append` (bytes moved per byt
 and is left out of the profile. Backward has published rows only.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,19 @@ from perfmodel.devices.attention import (
 from perfmodel.devices.hardware import Hardware
 
 from . import flash_papers
-from .judging import Array, Fit, FitErrors, column, fold, hardware, measured_table
+from .judging import (
+    Array,
+    Doubts,
+    Fit,
+    FitErrors,
+    Told,
+    column,
+    fold,
+    hardware,
+    measured_table,
+    settled,
+    unsearched,
+)
 
 AICONFIGURATOR = "https://github.com/ai-dynamo/aiconfigurator"
 # device: name in the measurements, framework, version, kernel
@@ -48,10 +60,11 @@ class Served:
 
     parameters: AttentionParameters
     append: float
+    doubts: Doubts = field(default_factory=Doubts)
 
-    def training(self) -> AttentionParameters:
+    def training(self) -> Told[AttentionParameters]:
         """The kernel alone."""
-        return replace(self.parameters, launch_floor=LAUNCH_FLOOR)
+        return Told(self.parameters, self.doubts).borrowed(launch_floor=LAUNCH_FLOOR)
 
 
 def attention_rows(folder: Path, slug: str) -> pd.DataFrame:
@@ -99,17 +112,28 @@ def fit_served(rows_of: dict[str, pd.DataFrame]) -> Served:
         append = v.pop("append")
         return Served(AttentionParameters(**v, efficiency=efficiency), append)
 
-    def residuals(x: Array) -> Array:
+    measured = np.concatenate([column(d, "seconds") for d, _ in used])
+    weight = np.concatenate([np.full(len(d), w * scale) for (d, _), w in zip(used, weights, strict=True)])
+
+    def price(x: Array) -> Array:
         served = unpack(x)
-        parts = [
-            w * scale * np.log(priced_serving(d, hw, served) / column(d, "seconds"))
-            for (d, hw), w in zip(used, weights, strict=True)
-        ]
-        return np.concatenate(parts)
+        return np.concatenate([priced_serving(d, hw, served) for d, hw in used])
+
+    def residuals(x: Array) -> Array:
+        return np.asarray(weight * np.log(price(x) / measured))
 
     first = np.log([*START, *[0.55] * len(sizes)])
     limits = (np.log([*LOW, *[0.03] * len(sizes)]), np.log([*HIGH, *[1.2] * len(sizes)]))
-    return unpack(least_squares(residuals, first, bounds=limits, loss="soft_l1", f_scale=0.1, max_nfev=100).x)
+    end = least_squares(residuals, first, bounds=limits, loss="soft_l1", f_scale=0.1, max_nfev=100).x
+    x, doubts = settled((*SCALARS, *_shares(sizes)), end, first, limits, price)
+    served = unpack(x)
+    doubts = doubts.but(("append",), Doubts()).but_kept(unsearched(served.parameters, SCALARS))
+    return replace(served, doubts=doubts)
+
+
+def _shares(sizes: Iterable[int]) -> tuple[str, ...]:
+    """The efficiencies of some head sizes by name."""
+    return tuple(f"efficiency.{size}" for size in sizes)
 
 
 def published_time(d: pd.DataFrame, hw: Hardware, p: AttentionParameters) -> Array:
@@ -131,7 +155,7 @@ def published_errors(d: pd.DataFrame, hw: Hardware, p: AttentionParameters) -> F
     return FitErrors.of(published_time(d, hw, p), plain, column(d, "seconds"))
 
 
-def fit_published(d: pd.DataFrame, hw: Hardware, base: AttentionParameters) -> AttentionParameters:
+def fit_published(d: pd.DataFrame, hw: Hardware, base: AttentionParameters) -> Told[AttentionParameters]:
     """Efficiencies and overheads of forward, then of backward, from the few published rows; the rest from `base`."""
     train = d[~d.left_out]
     forward, backward = train[train.direction == "forward"], train[train.direction == "backward"]
@@ -139,74 +163,85 @@ def fit_published(d: pd.DataFrame, hw: Hardware, base: AttentionParameters) -> A
     clock = hw.clock_hz
 
     def with_forward(x: Array) -> AttentionParameters:
-        efficiency = tuple((s, float(e)) for s, e in zip(sizes, np.exp(x[2:]), strict=True))
+        efficiency = tuple((s, float(e)) for s, e in zip(sizes, np.exp(x[2:]), strict=True)) or base.efficiency
         overhead, exposed = float(np.exp(x[0])) * clock, float(np.exp(x[1]))
         return replace(base, cta_overhead=overhead, exposed_memory=exposed, efficiency=efficiency)
 
     first = np.log([1e-6, 0.3] + [0.4] * len(sizes))
     low, high = np.log([1e-8, 0.01] + [0.03] * len(sizes)), np.log([3e-5, 2.0] + [1.3] * len(sizes))
-    p = with_forward(_solve(with_forward, forward, hw, first, low, high, prior=2))
+    names = ("cta_overhead", "exposed_memory", *_shares(sizes))
+    usual = np.log([base.cta_overhead / clock, base.exposed_memory, *base.efficiency_at(sizes)])
+    seen = _solve(names, with_forward, usual, forward, hw, first, (low, high))
+    p = seen.parameters
 
     def with_backward(x: Array) -> AttentionParameters:
         return replace(p, backward_efficiency=float(np.exp(x[0])), backward_cta_overhead=float(np.exp(x[1])) * clock)
 
     first, low, high = np.log([0.8, 6e-6]), np.log([0.2, 1e-8]), np.log([1.3, 1e-4])
-    return with_backward(_solve(with_backward, backward, hw, first, low, high, prior=2))
+    of_backward = ("backward_efficiency", "backward_cta_overhead")
+    usual = np.log([base.backward_efficiency, base.backward_cta_overhead / clock])
+    found = _solve(of_backward, with_backward, usual, backward, hw, first, (low, high))
+    doubts = seen.doubts.but(of_backward, found.doubts)
+    return Told(found.parameters, doubts.but_kept(unsearched(p, (*names, *of_backward))))
 
 
 def _solve(
-    make: Callable[[Array], AttentionParameters], d: pd.DataFrame, hw: Hardware, first: Array, low: Array, high: Array,
-    *, prior: int,
-) -> Array:  # fmt: skip
-    """Least squares; a weak pull holds the first `prior` values, which few points determine badly."""
+    names: Sequence[str], make: Callable[[Array], AttentionParameters], usual: Array, d: pd.DataFrame, hw: Hardware,
+    first: Array, limits: tuple[Array, Array],
+) -> Told[AttentionParameters]:  # fmt: skip
+    """Least squares; a weak pull holds the first two values, which few points determine badly."""
+
+    def price(x: Array) -> Array:
+        return published_time(d, hw, make(x))
 
     def residuals(x: Array) -> Array:
-        errors = np.log(published_time(d, hw, make(x)) / column(d, "seconds"))
-        return np.append(errors, 0.02 * (x - first)[:prior])
+        return np.append(np.log(price(x) / column(d, "seconds")), 0.02 * (x - first)[:2])
 
-    return np.asarray(least_squares(residuals, first, bounds=(low, high)).x)
+    x, doubts = settled(names, least_squares(residuals, first, bounds=limits).x, usual, limits, price)
+    return Told(make(x), doubts)
 
 
-def filled(p: AttentionParameters, shape: AttentionParameters) -> AttentionParameters:
+def filled(told: Told[AttentionParameters], shape: AttentionParameters) -> Told[AttentionParameters]:
     """Efficiencies for the head sizes that only `shape` knows, by its ratio to the nearest known size."""
-    known, other = dict(p.efficiency), dict(shape.efficiency)
-    for size in other:
-        if size not in dict(p.efficiency):
-            near = min(dict(p.efficiency), key=lambda k, size=size: abs(np.log(k / size)))  # type: ignore[misc]
-            if near in other:
-                known[size] = known[near] * other[size] / other[near]
-    return replace(p, efficiency=tuple(sorted(known.items())))
+    own, other = dict(told.parameters.efficiency), dict(shape.efficiency)
+    more = {}
+    for size in other.keys() - own:
+        near = min(own, key=lambda k, size=size: abs(np.log(k / size)))  # type: ignore[misc]
+        if near in other:
+            more[size] = own[near] * other[size] / other[near]
+    p = replace(told.parameters, efficiency=tuple(sorted({**own, **more}.items())))
+    return Told(p, told.doubts.but_kept(_shares(sorted(more))))
 
 
-def published_fit(slug: str, hw: Hardware, p: AttentionParameters) -> Fit:
+def published_fit(slug: str, hw: Hardware, told: Told[AttentionParameters]) -> Fit:
     """A device whose rows are published figures alone, enough of them to leave some out."""
-    d = flash_papers.flash_rows(slug)
+    d, p = flash_papers.flash_rows(slug), told.parameters
     out = d[d.left_out]
     slices = {str(name): published_errors(part, hw, p) for name, part in out.groupby("direction")}
     software = "FlashAttention-2, fp16"
     return Fit(p, flash_papers.SOURCES[slug], software, int((~d.left_out).sum()), int(d.left_out.sum()),
-               published_errors(out, hw, p), slices)  # fmt: skip
+               published_errors(out, hw, p), slices, doubts=told.doubts)  # fmt: skip
 
 
-def few_rows_fit(slug: str, hw: Hardware, base: AttentionParameters, p: AttentionParameters) -> Fit:
+def few_rows_fit(slug: str, hw: Hardware, base: AttentionParameters, told: Told[AttentionParameters]) -> Fit:
     """A device with too few rows to leave a third out: errors by leaving out one mask and head size at a time."""
     d = flash_papers.flash_rows(slug)
     errors = []
     for (causal, size), part in d.groupby(["causal", "head_dim"]):
         others = d[(d.causal != causal) | (d.head_dim != size)]
-        errors.append(published_errors(part, hw, fit_published(others, hw, base)))
+        errors.append(published_errors(part, hw, fit_published(others, hw, base).parameters))
     note = "Too few rows to leave a third out: residuals by leaving out one mask and head size at a time."
-    return Fit(
-        p, flash_papers.SOURCES[slug], "FlashAttention-2, fp16", len(d), 0, FitErrors.average(errors), notes=note
-    )
+    return Fit(told.parameters, flash_papers.SOURCES[slug], "FlashAttention-2, fp16", len(d), 0,
+               FitErrors.average(errors), notes=note, doubts=told.doubts)  # fmt: skip
 
 
-def served_fit(slug: str, rows: pd.DataFrame, served: Served, p: AttentionParameters, note: str) -> Fit:
+def served_fit(slug: str, rows: pd.DataFrame, served: Served, told: Told[AttentionParameters], note: str) -> Fit:
     """A device with serving rows; its backward is borrowed."""
     found = errors(rows[rows.left_out], hardware(slug), served)
     _, framework, version, kernel = SERVING[slug]
-    return Fit(p, AICONFIGURATOR, f"{framework} {version} {kernel}, causal prefill", int((~rows.left_out).sum()),
-               int(rows.left_out.sum()), found["long"], {"below_512_tokens": found["short"]}, note)  # fmt: skip
+    software, short = f"{framework} {version} {kernel}, causal prefill", {"below_512_tokens": found["short"]}
+    return Fit(told.parameters, AICONFIGURATOR, software, int((~rows.left_out).sum()), int(rows.left_out.sum()),
+               found["long"], short, note, told.doubts)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -224,17 +259,16 @@ def fit_attention(folder: Path) -> AttentionResults:
     served = {slug: fit_served({slug: d}) for slug, d in rows.items()}
     ampere_base, ada_base = served["a100-80gb-sxm"].training(), served["l40s"].training()
     points = {slug: flash_papers.flash_rows(slug) for slug in flash_papers.SOURCES}
-    hopper = fit_published(points["h100-sxm"], hardware("h100-sxm"), ampere_base)
-    ada = fit_published(points["rtx-4090"], hardware("rtx-4090"), ada_base)
-    b200 = filled(fit_published(points["b200"], hardware("b200"), ampere_base), hopper)
-    a5000 = filled(fit_published(points["rtx-a5000"], RTX_A5000, ampere_base), hopper)
-    a100 = replace(
-        filled(ampere_base, hopper),
-        backward_efficiency=flash_papers.A100_BACKWARD_EFFICIENCY,
-        backward_cta_overhead=hopper.backward_cta_overhead,
+    hopper = fit_published(points["h100-sxm"], hardware("h100-sxm"), ampere_base.parameters)
+    ada = fit_published(points["rtx-4090"], hardware("rtx-4090"), ada_base.parameters)
+    h100, rtx = hopper.parameters, ada.parameters
+    b200 = filled(fit_published(points["b200"], hardware("b200"), ampere_base.parameters), h100)
+    a5000 = filled(fit_published(points["rtx-a5000"], RTX_A5000, ampere_base.parameters), h100)
+    a100 = filled(ampere_base, h100).borrowed(
+        backward_efficiency=flash_papers.A100_BACKWARD_EFFICIENCY, backward_cta_overhead=h100.backward_cta_overhead
     )
-    l40s = replace(
-        ada_base, backward_efficiency=ada.backward_efficiency, backward_cta_overhead=ada.backward_cta_overhead
+    l40s = ada_base.borrowed(
+        backward_efficiency=rtx.backward_efficiency, backward_cta_overhead=rtx.backward_cta_overhead
     )
     a100_note = (
         f"Backward: {flash_papers.A100_BACKWARD} and the H100's overhead in clocks; no row of its own."
@@ -245,7 +279,7 @@ def fit_attention(folder: Path) -> AttentionResults:
         "a100-80gb-sxm": served_fit("a100-80gb-sxm", rows["a100-80gb-sxm"], served["a100-80gb-sxm"], a100, a100_note),
         "l40s": served_fit("l40s", rows["l40s"], served["l40s"], l40s, l40s_note),
         "h100-sxm": published_fit("h100-sxm", hardware("h100-sxm"), hopper),
-        "rtx-4090": few_rows_fit("rtx-4090", hardware("rtx-4090"), ada_base, ada),
+        "rtx-4090": few_rows_fit("rtx-4090", hardware("rtx-4090"), ada_base.parameters, ada),
         "b200": published_fit("b200", hardware("b200"), b200),
         "rtx-a5000": published_fit("rtx-a5000", RTX_A5000, a5000),
     }
@@ -291,15 +325,14 @@ def class_defaults(
     a100, hopper = fits["a100-80gb-sxm"].parameters, fits["h100-sxm"].parameters
     assert isinstance(a100, AttentionParameters)
     assert isinstance(hopper, AttentionParameters)
-    joint = replace(
-        filled(fit_served(rows).training(), hopper),
-        backward_efficiency=a100.backward_efficiency,
-        backward_cta_overhead=a100.backward_cta_overhead,
+    joint = filled(fit_served(rows).training(), hopper).borrowed(
+        backward_efficiency=a100.backward_efficiency, backward_cta_overhead=a100.backward_cta_overhead
     )
     sync = FitErrors.average([left_out["a100-80gb-sxm"], left_out["l40s"]])
     newer = FitErrors.average([left_out["h100-sxm"], left_out["b200"]])
     sync_fit = Fit(
-        parameters=joint,
+        parameters=joint.parameters,
+        doubts=joint.doubts,
         source=f"{AICONFIGURATOR} (A100 SXM, L40S)",
         software="SGLang 0.5.10 and vLLM 0.24, FlashAttention-2",
         rows_fitted=sum(fits[slug].rows_fitted for slug in SERVING),

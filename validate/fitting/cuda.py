@@ -21,7 +21,7 @@ from perfmodel.errors import UserError
 from . import attention, gemm, pointwise
 from .cpu import SOURCE, CpuRow, cpu_rows
 from .cpu_ops import op
-from .judging import Array, Fit, FitErrors, column, fold, shape_hash
+from .judging import Array, Doubts, Fit, FitErrors, column, fold, shape_hash
 from .sequences import TimedKernel
 
 Record = Mapping[str, Any]
@@ -120,20 +120,24 @@ def _gemm(telling: Sequence[CpuRow], dtype: str, known: DeviceProfile, software:
     d = d.assign(left_out=h % np.uint64(3) == 0, order=(h >> np.uint64(8)) % np.uint64(1 << 20))
     forward = _enough(d[d.layout == "tn"], f"{dtype} products in forward layout")
     begin = replace(known.gemm[dtype], nn_slowdown=1.0, nt_slowdown=1.0)
-    p = gemm.fit_rows([gemm.Used(forward[~forward.left_out], known.hardware, begin)], dtype, begin).parameters
-    nn, nt = (_slowdown(d[(d.layout == layout) & ~d.left_out], known, p) for layout in ("nn", "nt"))
-    p = replace(p, nn_slowdown=nn, nt_slowdown=nt)
+    told = gemm.fit_rows([gemm.Used(forward[~forward.left_out], known.hardware, begin)], dtype, begin)
+    slower = {f"{x}_slowdown": _slowdown(d[(d.layout == x) & ~d.left_out], known, told.parameters) for x in LAYOUTS[1:]}
+    seen: dict[str, Any] = {name: factor for name, factor in slower.items() if factor is not None}
+    kept = tuple(name for name in slower if name not in seen)
+    p = replace(told.parameters, **seen, **{name: getattr(known.gemm[dtype], name) for name in kept})
+    doubts = told.doubts.but(slower, Doubts(kept, tuple(name for name, factor in seen.items() if factor == 1.0)))
     out = d[d.left_out] if d.left_out.any() else d
     out = out.sort_values("layout", kind="stable")
-    predicted = np.concatenate([_predicted(out[out.layout == name], known, p, name) for name in sorted(LAYOUTS)])
+    judged = [name for name in sorted(LAYOUTS) if (out.layout == name).any()]
+    predicted = np.concatenate([_predicted(out[out.layout == name], known, p, name) for name in judged])
     errors = FitErrors.of(predicted, gemm.roofline_seconds(out, known.hardware), column(out, "seconds"))
-    return Fit(p, SOURCE, software, int((~d.left_out).sum()), int(d.left_out.sum()), errors)
+    return Fit(p, SOURCE, software, int((~d.left_out).sum()), int(d.left_out.sum()), errors, doubts=doubts)
 
 
-def _slowdown(part: pd.DataFrame, known: DeviceProfile, p: GemmParameters) -> float:
-    """How much longer products of a layout take than the forward layout's, 1 at least."""
+def _slowdown(part: pd.DataFrame, known: DeviceProfile, p: GemmParameters) -> float | None:
+    """How much longer products of a layout take than the forward layout's, 1 at least; None without products."""
     if not len(part):
-        return 1.0
+        return None
     return max(
         1.0, float(np.median(column(part, "seconds") / gemm.priced_products(part, known.hardware, gemm.Found(p))))
     )
@@ -141,7 +145,7 @@ def _slowdown(part: pd.DataFrame, known: DeviceProfile, p: GemmParameters) -> fl
 
 def _predicted(part: pd.DataFrame, known: DeviceProfile, p: GemmParameters, layout: Layout) -> Array:
     m, n, k = (column(part, c) for c in ("m", "n", "k"))
-    dtype = str(part["dtype"].iloc[0]) if len(part) else "fp32"
+    dtype = str(part["dtype"].iloc[0])
     return gemm_time(m, n, k, hardware=known.hardware, parameters=p, dtype=dtype, layout=layout)
 
 
@@ -159,10 +163,12 @@ def _attention(telling: Sequence[CpuRow], known: DeviceProfile, software: str) -
         for r in mine
     ]
     d = _enough(pd.DataFrame(table), "attention")
-    p = attention.filled(attention.fit_published(d, known.hardware, known.cudnn_attention), known.cudnn_attention)
+    usual = known.cudnn_attention
+    told = attention.filled(attention.fit_published(d, known.hardware, usual), usual)
     out = d[d.left_out] if d.left_out.any() else d
-    errors = attention.published_errors(out, known.hardware, p)
-    return Fit(p, SOURCE, software, int((~d.left_out).sum()), int(d.left_out.sum()), errors)
+    errors = attention.published_errors(out, known.hardware, told.parameters)
+    rows = int((~d.left_out).sum()), int(d.left_out.sum())
+    return Fit(told.parameters, SOURCE, software, *rows, errors, doubts=told.doubts)
 
 
 def _pointwise(telling: Sequence[CpuRow], launch: float, known: DeviceProfile, software: str) -> Fit:
@@ -178,9 +184,12 @@ def _pointwise(telling: Sequence[CpuRow], launch: float, known: DeviceProfile, s
                 {"source": "own", "family": family, "kernels": launched, "fold": fold(*case), "seconds": seconds}
             )
     d = _enough(pd.DataFrame(table), "pointwise calls")
-    p = pointwise.fit_pointwise(d[d.fold != 0].reset_index(drop=True), known.hardware, begin)
-    errors = pointwise.judge_families(d[d.fold == 0] if (d.fold == 0).any() else d, known.hardware, p)["all"]
-    return Fit(p, SOURCE, software, int((d.fold != 0).sum()), int((d.fold == 0).sum()), errors)
+    told = pointwise.fit_pointwise(d[d.fold != 0].reset_index(drop=True), known.hardware, begin)
+    errors = pointwise.judge_families(d[d.fold == 0] if (d.fold == 0).any() else d, known.hardware, told.parameters)[
+        "all"
+    ]
+    rows = int((d.fold != 0).sum()), int((d.fold == 0).sum())
+    return Fit(told.parameters, SOURCE, software, *rows, errors, doubts=told.doubts)
 
 
 def _kernel(k: kernels.Kernel) -> TimedKernel:

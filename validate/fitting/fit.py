@@ -6,11 +6,12 @@ fixed third of its rows that the fit never saw; class defaults by leaving out on
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date as calendar
 from multiprocessing import get_context
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from perfmodel.devices import profile
 from perfmodel.devices.attention import AttentionParameters
@@ -24,7 +25,7 @@ from .judging import Fit, FitErrors, file, hardware
 from .write import write_blocks
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what comes next or was done
-Row = dict[str, str | int | float]
+Row = dict[str, Any]
 
 A100 = "a100-80gb-sxm"
 # Devices without measurements of their own for a block: whose ratios they take.
@@ -119,7 +120,8 @@ def fit_everything(
         progress: called as progress(steps done, steps in all, label).
 
     Returns:
-        One row a block, device and slice: block, device, slice, rows, mean, median, p90, roofline_mean.
+        One row a block, device and slice: block, device, slice, rows, mean, median, p90, roofline_mean; in that of all
+        left-out rows `kept` and `at_bound` too, the parameters in doubt (`Doubts`).
     """
     rows = fit_kernels(folder, progress=progress, write=write)
     return rows if leave_one_out else [r for r in rows if r["slice"] != "device left out"]
@@ -213,18 +215,20 @@ def _derived_classes(fitted: _Fitted) -> None:
     half = replace(p, tile_balance=p.tile_balance / 2, math_efficiency=1.0)
     note = "Derived, not measured: loads like a full-rate card, at half the peak, which the power limit hardly lowers."
     note += " Residuals: those of sync_mma."
-    bf16["half_rate"] = replace(bf16["sync_mma"], parameters=half, notes=note)
+    derived = bf16["sync_mma"].doubts.but_kept(("tile_balance", "math_efficiency"))
+    bf16["half_rate"] = replace(bf16["sync_mma"], parameters=half, notes=note, doubts=derived)
     generated = gemm.in_steps(h100.parameters, gemm.LAUNCH_CLOCKS)
     errors = fitted.left_out["gemm.fp32"]["h100-sxm"]
     for family in ("wgmma", "tcgen05"):
         fp32[family] = h100.sibling(generated, "h100-sxm", errors, "launch_clocks as in bf16.")
 
 
-def _gemm_class(fitted: _Fitted, members: tuple[str, ...], dtype: str, p: GemmParameters, used: int) -> Fit:
-    block = f"gemm.{dtype}"
+def _gemm_class(fitted: _Fitted, members: tuple[str, ...], dtype: str, found: gemm.Found, used: int) -> Fit:
+    block, p = f"gemm.{dtype}", found.parameters
     base = fitted.devices[block][members[0]]
     return Fit(
         parameters=p if dtype == "bf16" else gemm.in_steps(p, gemm.LAUNCH_CLOCKS),
+        doubts=found.doubts if dtype == "bf16" else found.doubts.but_kept(("launch_clocks",)),
         source=f"{base.source}: {', '.join(members)}",
         software=base.software if dtype == "fp32" else "SGLang, TensorRT-LLM; short bursts in CUDA graphs",
         rows_fitted=used,
@@ -268,7 +272,10 @@ def _layouts(folder: Path, fitted: _Fitted) -> None:
         if slug == "b200":
             mean = f"{measured.errors.mean:.1%} mean error on {measured.errors.rows} left-out rows"
             note = f"{LAYOUT_NOTE} So is `sustained` ({mean}); the residuals here are those of bursts, without it."
-        bf16[slug] = replace(bf16[slug], parameters=p, notes=note)
+        doubts = bf16[slug].doubts
+        if slug == "b200":  # the others' layouts are a like device's
+            doubts = doubts.but(layouts.OF_A_BOARD, measured.doubts)
+        bf16[slug] = replace(bf16[slug], parameters=p, notes=note, doubts=doubts)
 
 
 def _fp32_in_steps(fitted: _Fitted) -> None:
@@ -281,7 +288,8 @@ def _fp32_in_steps(fitted: _Fitted) -> None:
         floor = fit.parameters.launch_clocks / hardware(slug).clock_hz
         note = f"launch_clocks as in bf16: the measured floor of {floor * 1e6:.0f} us contains the host. {fit.notes}"
         p = gemm.in_steps(fit.parameters, clocks)
-        fitted.devices["gemm.fp32"][slug] = replace(fit, parameters=p, notes=note.strip())
+        doubts = fit.doubts.but_kept(("launch_clocks",))
+        fitted.devices["gemm.fp32"][slug] = replace(fit, parameters=p, notes=note.strip(), doubts=doubts)
 
 
 def _attention(folder: Path, fitted: _Fitted) -> None:
@@ -332,7 +340,7 @@ def _table(fitted: _Fitted, chosen: set[str]) -> list[Row]:
         for slug, fit in fitted.devices[block].items():
             if slug not in chosen or not fit.rows_fitted:
                 continue
-            rows.append(_row(block, slug, "left-out rows", fit.errors))
+            rows.append({**_row(block, slug, "left-out rows", fit.errors), **asdict(fit.doubts)})
             rows += [_row(block, slug, name, e) for name, e in fit.slices.items()]
         for slug, errors in fitted.left_out[block].items():
             if slug in chosen:

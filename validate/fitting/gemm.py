@@ -20,7 +20,20 @@ from perfmodel.devices.hardware import Hardware
 
 from . import sgemm
 from .campaigns import REACTION
-from .judging import Array, Fit, FitErrors, Shapes, column, hardware, measured_table, shape_hash, strings
+from .judging import (
+    Array,
+    Doubts,
+    Fit,
+    FitErrors,
+    Shapes,
+    column,
+    hardware,
+    measured_table,
+    settled,
+    shape_hash,
+    strings,
+    unsearched,
+)
 
 FIT_ROWS = 12000  # rows that a fit uses at most: more change the third digit of the error
 FIT_ROWS_FP32 = 4000  # the same for one that several devices share in fp32, whose rows are priced at two clocks
@@ -124,16 +137,18 @@ class Found(NamedTuple):
         parameters: of the price model.
         clock: of the board while the collected rows were measured, over that of the other rows.
         reaction: of the board's power control, in seconds (`campaigns.boosts`).
+        doubts: parameters that the rows do not tell, and those at a bound.
     """
 
     parameters: GemmParameters
     clock: float = 1.0
     reaction: float = REACTION
+    doubts: Doubts = Doubts()
 
 
 def priced_products(rows: pd.DataFrame, hw: Hardware, found: Found) -> Array:
     """Seconds of every row; fp32 ones at the clock that a replay of what ran before tells."""
-    p, clock, reaction = found
+    p, clock, reaction, _ = found
     if rows["dtype"].iloc[0] == "bf16":
         return Shapes.of(rows).price(hw, p)
     board = sgemm.Board(rows, hw, p, clock)
@@ -202,13 +217,17 @@ def fit_rows(used: Sequence[Used], dtype: str, begin: GemmParameters) -> Found:
         values: list[Any] = np.exp(z).tolist()
         return Found(replace(own, **dict(zip(limits, values, strict=False))), *values[len(limits) :])
 
+    def price(z: Array) -> Array:
+        return seconds([found(z, own) for _, _, own in used])
+
     def residuals(z: Array) -> Array:
-        predicted = seconds([found(z, own) for _, _, own in used])
-        return np.concatenate([deviation(predicted, measured, dtype), pull * (z - first)])
+        return np.concatenate([deviation(price(z), measured, dtype), pull * (z - first)])
 
     # Two starts: the loss has kinks where the best tile changes.
     ends = [least(residuals, first + shift * np.resize([1, -1], len(first)), low, high) for shift in (0.0, 0.4)]
-    return found(min(ends, key=lambda f: float(f.cost)).x, begin)
+    end = min(ends, key=lambda f: float(f.cost)).x
+    z, doubts = settled((*limits, *bench), end, first, (low, high), price)
+    return found(z, begin)._replace(doubts=doubts.but(bench, Doubts()).but_kept(unsearched(begin, limits)))
 
 
 def _seconds(used: Sequence[Used], dtype: str) -> Callable[[Sequence[Found]], Array]:
@@ -262,6 +281,7 @@ def fit_device(folder: Path, slug: str, dtype: str) -> Fit:
         errors=errors["all"],
         slices={k: v for k, v in errors.items() if k != "all"},
         notes=sgemm.replay_notes(rows, found.clock) if dtype == "fp32" else "",
+        doubts=found.doubts,
     )
 
 
@@ -294,12 +314,12 @@ def leave_out(folder: Path, slug: str, dtype: str) -> FitErrors:
     return judge_gemms(gemm_rows(folder, slug, dtype), hardware(slug), on_device(found, slug, dtype))["all"]
 
 
-def fit_class(folder: Path, members: tuple[str, ...], dtype: str, begin: GemmParameters) -> tuple[GemmParameters, int]:
-    """Shared parameters of a class, and how many rows made them."""
+def fit_class(folder: Path, members: tuple[str, ...], dtype: str, begin: GemmParameters) -> tuple[Found, int]:
+    """What the devices of a class share, and how many rows made it."""
     rows_of = {d: gemm_rows(folder, d, dtype) for d in members}
     each = (FIT_ROWS_FP32 if dtype == "fp32" else FIT_ROWS) // len(members)
     used = sum(min(each, int((~r.left_out).sum())) for r in rows_of.values())
-    return fit_gemm(rows_of, dtype, begin).parameters, used
+    return fit_gemm(rows_of, dtype, begin), used
 
 
 def in_steps(p: GemmParameters, launch_clocks: float) -> GemmParameters:

@@ -1,10 +1,10 @@
 """What the fits share: which rows are left out, errors, and the result that goes into a device file."""
 
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,10 @@ from perfmodel.resources import read_toml
 Array = NDArray[np.float64]
 OfGpu = GemmParameters | AttentionParameters | PointwiseParameters
 Parameters = OfGpu | CpuGemmParameters | CpuAttentionParameters | CpuStreamParameters
+G = TypeVar("G", GemmParameters, AttentionParameters, PointwiseParameters)
+
+UNTOLD = 1e-4  # a figure that changes no measured row by so much, wherever it is put, is not told by the rows
+AT_END = 0.005  # of a search's range of logarithms: so close to its end a figure is at a bound
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,68 @@ class Doubts:
     kept: tuple[str, ...] = ()
     at_bound: tuple[str, ...] = ()
 
+    def but(self, names: Collection[str], said: "Doubts") -> "Doubts":
+        """The same, but of `names` what another fit says."""
+        kept, at_bound = (
+            (*(n for n in mine if n not in names), *(n for n in other if n in names))
+            for mine, other in ((self.kept, said.kept), (self.at_bound, said.at_bound))
+        )
+        return Doubts(kept, at_bound)
+
+    def but_kept(self, names: Collection[str]) -> "Doubts":
+        """The same, but `names` are not from this fit's rows."""
+        return self.but(names, Doubts(kept=tuple(names)))
+
+
+@dataclass(frozen=True)
+class Told(Generic[G]):
+    """Parameters as some rows tell them, and which of them say less than they seem to."""
+
+    parameters: G
+    doubts: Doubts
+
+    def borrowed(self, **figures: Any) -> "Told[G]":
+        """With figures that other rows tell, or none."""
+        return Told(replace(self.parameters, **figures), self.doubts.but_kept(figures))
+
+
+def settled(
+    names: Sequence[str], end: Array, usual: Array, limits: tuple[Array, Array], price: Callable[[Array], Array]
+) -> tuple[Array, Doubts]:
+    """What a search over logarithms of figures has found: where it ended, but the usual value where no row tells.
+
+    Args:
+        names: of the figures.
+        end: where the search ended.
+        usual: the figures that hold without any row.
+        limits: the lowest and the highest that the search may reach.
+        price: what the rows measure, predicted from the figures' logarithms.
+    """
+    found, kept = end.copy(), []
+    for i, name in enumerate(names):
+        tried = [found.copy() for _ in range(3)]
+        for z, value in zip(tried, usual[i] + np.array([0.0, -1.0, 1.0]), strict=True):
+            z[i] = value
+        here = price(found)
+        if all(np.abs(np.log(price(z) / here)).max(initial=0.0) < UNTOLD for z in tried):
+            kept.append(name)
+            found = tried[0]
+    at_bound = tuple(name for name in at_ends(names, found, limits) if name not in kept)
+    return found, Doubts(tuple(kept), at_bound)
+
+
+def at_ends(names: Sequence[str], found: Array, limits: tuple[Array, Array]) -> list[str]:
+    """The figures that went as far as they may; logarithms."""
+    low, high = limits
+    near = AT_END * (high - low)
+    reached = (found - low < near) | (high - found < near)
+    return [name for name, is_there in zip(names, reached, strict=True) if is_there]
+
+
+def unsearched(parameters: OfGpu, names: Collection[str]) -> tuple[str, ...]:
+    """The figures of a block that a search for `names` leaves as they were."""
+    return tuple(f.name for f in fields(parameters) if isinstance(f.default, float) and f.name not in names)
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -99,6 +165,7 @@ class Fit:
             rows_left_out=0,
             errors=errors,
             slices={},
+            doubts=Doubts(),  # every figure is the other's, as the source says
             notes=f"{notes} Residuals: the like device's, or those of pricing one with another's ratios.".strip(),
         )
 

@@ -6,7 +6,7 @@ aiconfigurator's bursts do not throttle; SimuMax's boards ran long enough to. Bo
 
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -15,10 +15,11 @@ from perfmodel.devices.gemm import GemmParameters, Layout, gemm_time
 from perfmodel.devices.hardware import Hardware
 
 from .gemm import least
-from .judging import Array, Fit, FitErrors, column, hardware, measured_table, shape_hash
+from .judging import Array, Fit, FitErrors, column, hardware, measured_table, settled, shape_hash, unsearched
 
 SIMUMAX = "https://github.com/MooreThreads/SimuMax"
 BOARDS = {"a100-80gb-pcie": "a100_pcie_bf16", "b200": "b200_bf16_ceperm"}
+OF_A_BOARD = {"sustained": (0.4, 1.5), "nn_slowdown": (0.8, 1.5), "nt_slowdown": (0.8, 1.5)}  # fitted here, and limits
 
 
 def priced_layouts(rows: pd.DataFrame, hw: Hardware, p: GemmParameters) -> Array:
@@ -34,20 +35,24 @@ def priced_layouts(rows: pd.DataFrame, hw: Hardware, p: GemmParameters) -> Array
 
 
 def fit_board(folder: Path, slug: str, base: GemmParameters) -> Fit:
-    """`sustained`, `nn_slowdown` and `nt_slowdown` of a board on top of burst parameters of its chip."""
+    """The parameters `OF_A_BOARD` on top of burst parameters of its chip."""
     measured = measured_table(folder, "gemm_layouts_simumax.csv")
     rows = measured[(measured.op == "matmul") & (measured.gpu == BOARDS[slug])].reset_index(drop=True)
     hw, seconds = hardware(slug), column(rows, "implied_ms") * 1e-3
     left_out = shape_hash(np.ones(len(rows)), rows.m, rows.n, rows.k) % np.uint64(3) == 0
 
     def parameters(z: Array) -> GemmParameters:
-        sustained, nn, nt = map(float, np.exp(z))
-        return replace(base, sustained=sustained, nn_slowdown=nn, nt_slowdown=nt)
+        values: dict[str, Any] = dict(zip(OF_A_BOARD, map(float, np.exp(z)), strict=True))
+        return replace(base, **values)
 
-    def residuals(z: Array) -> Array:
-        return np.asarray(np.log(priced_layouts(rows, hw, parameters(z)) / seconds)[~left_out])
+    def price(z: Array) -> Array:
+        return np.asarray(priced_layouts(rows, hw, parameters(z))[~left_out])
 
-    p = parameters(least(residuals, np.zeros(3), np.log([0.4, 0.8, 0.8]), np.log([1.5, 1.5, 1.5])).x)
+    usual = np.log([getattr(base, name) for name in OF_A_BOARD])
+    low, high = np.log(np.array(list(OF_A_BOARD.values()))).T
+    end = least(lambda z: np.asarray(np.log(price(z) / seconds[~left_out])), np.zeros(3), low, high).x
+    z, doubts = settled(tuple(OF_A_BOARD), end, usual, (low, high), price)
+    p = parameters(z)
     predicted = priced_layouts(rows, hw, p)
     m, n, k = (column(rows, c) for c in ("m", "n", "k"))
     plain = np.maximum(2 * m * n * k / hw.peak("bf16"), 2 * (m * k + k * n + m * n) / hw.memory_bandwidth)
@@ -60,4 +65,5 @@ def fit_board(folder: Path, slug: str, base: GemmParameters) -> Fit:
         rows_left_out=int(left_out.sum()),
         errors=FitErrors.of(predicted[left_out], plain[left_out], seconds[left_out]),
         slices={name: FitErrors.of(predicted[c], plain[c], seconds[c]) for name, c in slices.items()},
+        doubts=doubts.but_kept(unsearched(p, OF_A_BOARD)),
     )

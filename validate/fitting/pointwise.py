@@ -16,7 +16,20 @@ from perfmodel.devices.hardware import Hardware
 from perfmodel.devices.pointwise import KINDS, PointwiseParameters, pointwise_time
 
 from . import liger
-from .judging import Array, Fit, FitErrors, column, fold, hardware, measured_table
+from .judging import (
+    Array,
+    Doubts,
+    Fit,
+    FitErrors,
+    Told,
+    at_ends,
+    column,
+    fold,
+    hardware,
+    measured_table,
+    settled,
+    unsearched,
+)
 from .sequences import Kernels, TimedKernel
 
 NEUSIGHT = {
@@ -144,22 +157,29 @@ def informed(rows: pd.DataFrame) -> list[str]:
     return [f for f in BOUNDS if f in found]
 
 
-def fit_pointwise(rows: pd.DataFrame, hw: Hardware, begin: PointwiseParameters) -> PointwiseParameters:
+def fit_pointwise(rows: pd.DataFrame, hw: Hardware, begin: PointwiseParameters) -> Told[PointwiseParameters]:
     """Every source and family weighs alike; a weak prior holds what data do not."""
     names, batch, measured = informed(rows), Batch(rows), column(rows, "seconds")
     sizes = np.asarray(rows.groupby(["source", "family"]).seconds.transform("size"))
     noise = 1.0 / (1.0 + np.where(rows.source == "vidur", 0.5e-6, 0.0) / measured / 0.05)
     weight = noise * np.sqrt(100.0 / sizes)
     low, high = (np.log([BOUNDS[f][i] for f in names]) for i in (0, 1))
-    first = np.clip(np.log([getattr(begin, f) for f in names]), low + 1e-6, high - 1e-6)
+    usual = np.log([getattr(begin, f) for f in names])
+    first = np.clip(usual, low + 1e-6, high - 1e-6)
 
     def make(x: Array) -> PointwiseParameters:
         return replace(begin, **dict(zip(names, map(float, np.exp(x)), strict=True)))
 
-    def residuals(x: Array) -> Array:
-        return np.concatenate([weight * np.log(batch.price(hw, make(x)) / measured), PRIOR * (x - first)])
+    def price(x: Array) -> Array:
+        return batch.price(hw, make(x))
 
-    return make(least_squares(residuals, first, bounds=(low, high), loss="soft_l1", f_scale=0.1, max_nfev=60).x)
+    def residuals(x: Array) -> Array:
+        return np.concatenate([weight * np.log(price(x) / measured), PRIOR * (x - first)])
+
+    end = least_squares(residuals, first, bounds=(low, high), loss="soft_l1", f_scale=0.1, max_nfev=60).x
+    x, doubts = settled(names, end, usual, (low, high), price)
+    p = make(x)
+    return Told(p, doubts.but_kept(unsearched(p, names)))
 
 
 def judge_families(rows: pd.DataFrame, hw: Hardware, p: PointwiseParameters) -> dict[str, FitErrors]:
@@ -188,18 +208,20 @@ def fit_pointwise_blocks(folder: Path, step: Callable[[str], None]) -> Pointwise
     """Every device with rows; gaps are filled from the parent or the class."""
     rows = pointwise_rows(folder)
     rows = rows[~rows.host_bound]
-    found: dict[str, PointwiseParameters] = {}
+    told: dict[str, Told[PointwiseParameters]] = {}
     for slug in sorted(rows.gpu.unique(), key=lambda g: (list(PARENTS).index(g) + 1 if g in PARENTS else 0, g)):
         own = rows[(rows.gpu == slug) & (rows.fold != 0)]
-        found[slug] = fit_pointwise(own, hardware(slug), found.get(PARENTS.get(slug, ""), PointwiseParameters()))
+        parent = told.get(PARENTS.get(slug, ""))
+        told[slug] = fit_pointwise(own, hardware(slug), parent.parameters if parent else PointwiseParameters())
         step(f"pointwise {slug}")
+    found = {slug: t.parameters for slug, t in told.items()}
     known = {slug: informed(rows[rows.gpu == slug]) for slug in found}
     default = class_default(found, known)
     fits, left_out = {}, {}
     for slug, p in found.items():
         donor = found["a100-80gb-sxm"] if slug.startswith("a100") else default
         whole = replace(donor, **{f: getattr(p, f) for f in known[slug]})
-        fits[slug] = _as_fit(rows[rows.gpu == slug], hardware(slug), whole)
+        fits[slug] = _as_fit(rows[rows.gpu == slug], hardware(slug), Told(whole, told[slug].doubts))
         others = class_default({k: v for k, v in found.items() if k != slug}, known)
         left_out[slug] = judge_families(rows[rows.gpu == slug], hardware(slug), others)["all"]
     pairs = [
@@ -210,14 +232,17 @@ def fit_pointwise_blocks(folder: Path, step: Callable[[str], None]) -> Pointwise
         )
         for slug, donor in PAIRS
     ]
-    return PointwiseResults(fits, _class_fit(fits, default, left_out), left_out, [errors["all"] for errors in pairs])
+    told_of_class = Told(default, _class_doubts(default, known))
+    of_class = _class_fit(fits, told_of_class, left_out)
+    return PointwiseResults(fits, of_class, left_out, [errors["all"] for errors in pairs])
 
 
-def _as_fit(rows: pd.DataFrame, hw: Hardware, p: PointwiseParameters) -> Fit:
-    errors = judge_families(rows[rows.fold == 0], hw, p)
+def _as_fit(rows: pd.DataFrame, hw: Hardware, told: Told[PointwiseParameters]) -> Fit:
+    errors = judge_families(rows[rows.fold == 0], hw, told.parameters)
     sources = [SOURCES[s] for s in SOURCES if s in set(rows.source)]
     return Fit(
-        parameters=p,
+        parameters=told.parameters,
+        doubts=told.doubts,
         source=", ".join(url for url, _ in sources),
         software="; ".join(software for _, software in sources),
         rows_fitted=int((rows.fold != 0).sum()),
@@ -238,9 +263,18 @@ def class_default(found: dict[str, PointwiseParameters], known: dict[str, list[s
     return replace(PointwiseParameters(), **values)
 
 
-def _class_fit(fits: dict[str, Fit], default: PointwiseParameters, left_out: dict[str, FitErrors]) -> Fit:
+def _class_doubts(default: PointwiseParameters, known: dict[str, list[str]]) -> Doubts:
+    """What no device's rows speak about, and medians at a bound."""
+    seen = [name for name in BOUNDS if any(name in names for names in known.values())]
+    low, high = np.log([BOUNDS[name] for name in seen]).T
+    ends = at_ends(seen, np.log([getattr(default, name) for name in seen]), (low, high))
+    return Doubts(unsearched(default, seen), tuple(ends))
+
+
+def _class_fit(fits: dict[str, Fit], default: Told[PointwiseParameters], left_out: dict[str, FitErrors]) -> Fit:
     return Fit(
-        parameters=default,
+        parameters=default.parameters,
+        doubts=default.doubts,
         source="medians over " + ", ".join(sorted(fits)) + ": " + ", ".join(url for url, _ in SOURCES.values()),
         software="; ".join(software for _, software in SOURCES.values()),
         rows_fitted=sum(f.rows_fitted for f in fits.values()),

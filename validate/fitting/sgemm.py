@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from perfmodel.devices.gemm import GemmParameters, Tiles, gemm_time
 from perfmodel.devices.hardware import Hardware
 
-from .campaigns import Campaign, boosts, board_campaign, entries
+from .campaigns import Campaign, board_campaign, boosts, entries
 from .judging import Array, Shapes, measured_table
 
 Index = NDArray[np.intp]

@@ -1,13 +1,15 @@
 """What `perfmodel validate fit --kernels` prints."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from perfmodel import units
-from perfmodel.report.plain import show, table
+from perfmodel.report.plain import paragraph, show, table
 from perfmodel.report.progress import progress
 
 from . import fit
+from .judging import Doubts
 
 
 def show_fit(folder: Any, *, leave_one_device_out: bool, write: bool, as_json: bool) -> None:
@@ -32,6 +34,15 @@ def show_fit(folder: Any, *, leave_one_device_out: bool, write: bool, as_json: b
     )  # fmt: skip
     columns = ("block", "device", "rows of", "rows", "mean", "median", "p90", "plain roofline")
     show(table(columns, cells, left=(0, 1, 2), title="|relative error| on rows that the fit did not see"))
+    show_doubts({f"{r['block']} {r['device']}": Doubts(r["kept"], r["at_bound"]) for r in rows if "kept" in r})
+
+
+def show_doubts(doubts: Mapping[str, Doubts]) -> None:
+    """Print, fit by fit, which figures were not measured and which went as far as they may."""
+    for what, found in doubts.items():
+        for title, names in (("not measured, so the default's", found.kept), ("at a bound", found.at_bound)):
+            if names:
+                show(paragraph(f"{what}, {title}: {', '.join(names)}"))
 
 
 def _number(value: Any) -> float | None:

@@ -164,7 +164,7 @@ def patience(seconds: int) -> Iterator[None]:
 
 
 def read_coverage(path: Path = TABLE) -> list[CoverageRow]:
-    """The rows of a run that `append` wrote."""
+    """The rows of a run that `append_row` wrote."""
     return read_rows(path, lambda r: CoverageRow(**{f.name: f.type(r[f.name]) for f in fields(CoverageRow)}))  # type: ignore[operator]
 
 

@@ -10,27 +10,28 @@ from perfmodel import units
 from perfmodel.report.plain import paragraph, show, table
 from perfmodel.report.progress import progress
 
+from . import tuners
 from .reasons import FAR, reason, reasons
 
 
-def show_tuners(module: Any, *, host: str, all_rows: bool, as_json: bool) -> bool:
+def show_tuners(*, host: str, all_rows: bool, as_json: bool) -> bool:
     """Trace every tuner of PEFT's benchmark; print errors and rank correlation; returns whether the limits hold."""
     warnings.filterwarnings("ignore")
-    rows = module.published_tuners()
+    rows = tuners.published_tuners()
     with progress() as bar:
         task = bar.add_task("tracing", total=len(rows))
-        outcomes = module.evaluate_all(rows, lambda name: bar.update(task, advance=1, description=name[:40]), host)
-    total = module.summary(outcomes)
+        outcomes = tuners.evaluate_tuners(rows, lambda name: bar.update(task, advance=1, description=name[:40]), host)
+    total = tuners.summarise_tuners(outcomes)
     if as_json:
         figures = {k: v for k, v in vars(total).items() if k != "worst"}
         known = {"summary": {**figures, "holds": total.holds}, "rows": [_tuner_row(o) for o in outcomes]}
         print(json.dumps(known, indent=1))
     else:
-        _print_tuners(module, outcomes, total, all_rows=all_rows)
+        _print_tuners(outcomes, total, all_rows=all_rows)
     return bool(total.holds)
 
 
-def _print_tuners(module: Any, outcomes: list[Any], total: Any, *, all_rows: bool) -> None:
+def _print_tuners(outcomes: list[Any], total: Any, *, all_rows: bool) -> None:
     traced = [o for o in outcomes if o.prediction]
     cells = (
         [o.row.id, units.seconds(o.row.seconds), units.seconds(o.predicted), f"{100 * o.error:+.1f} %"]
@@ -49,8 +50,8 @@ def _print_tuners(module: Any, outcomes: list[Any], total: Any, *, all_rows: boo
     mean, rank = (style(text, fg=colour) for text in (units.percent(total.mean, 1), f"{total.spearman:.2f}"))
     told = (
         f"{total.rows} configurations of {total.tuners} tuners: step time off by {mean} in the mean "
-        f"(limit {units.percent(module.MEAN_LIMIT, 1)}), median {units.percent(total.median, 1)}, "
-        f"p90 {units.percent(total.p90, 1)}; Spearman rank correlation {rank} (limit {module.RANK_LIMIT:g})"
+        f"(limit {units.percent(tuners.MEAN_LIMIT, 1)}), median {units.percent(total.median, 1)}, "
+        f"p90 {units.percent(total.p90, 1)}; Spearman rank correlation {rank} (limit {tuners.RANK_LIMIT:g})"
     )
     show("\n" + paragraph(told))
 

@@ -16,9 +16,14 @@ TEMPERATURE = 0.05  # τ of the authors' code
 ADAPTERS = ("lora_gate", "lora_A.weight", "lora_B.weight")
 
 
+def share(gate: Tensor) -> Tensor:
+    """softmax(g/τ): what part each rank has."""
+    return softmax(div(gate, TEMPERATURE))
+
+
 def importance(gate: Tensor) -> Tensor:
     """r·softmax(g/τ): the weight of each rank."""
-    return mul(softmax(div(gate, TEMPERATURE)), 1.0)
+    return mul(share(gate), 1.0)
 
 
 def expand_ranks(step: Recorded) -> None:

@@ -31,7 +31,7 @@ class Adapter:
     def add(self, result: Tensor, middle: Tensor, weights: Pair) -> Tensor:
         """`result += (α/r)·middle·Bᵀ`; a layer with a bias returns a view of its product."""
         delta = mul(matmul(middle, transpose(weights[1], 0, 1)), 1.0)
-        return add_to_output(result, delta, viewed=self.layer.has_bias, strided=True)
+        return add_to_output(result, delta, viewed=self.layer.has_bias)
 
     def keep(self, what: str, value: Tensor) -> None:
         """`self.what = value`."""

@@ -52,7 +52,7 @@ class Update:
 
     Attributes:
         tape: records the ops.
-        optimizer: the setup's optimizer, as `resolve` returns it.
+        optimizer: the setup's optimizer, as `picked_form` returns it.
         everything: all parameters of the model, frozen ones included.
         parameters: those that received a gradient.
         states: tensors that are kept between steps on the device, as they are named.

@@ -224,6 +224,15 @@ def _task(architecture: Architecture) -> str | None:
     return None if classifier is None else "SEQ_CLS" if classifier.of == "sequence" else "TOKEN_CLS"
 
 
+def _targets(method: Targeted, architecture: Architecture) -> str | list[str]:
+    """As peft's config takes them: the word for all layers goes with no choice of blocks, so they are named then."""
+    if method.pattern is not None:
+        return method.pattern.pattern
+    if method.target_names != (ALL_LINEAR,):
+        return list(method.target_names)
+    return ALL_LINEAR if method.layers_to_transform is None else architecture.linear_names()
+
+
 def _adapt(model: Any, config_name: str, method: Targeted, architecture: Architecture, **options: Any) -> Any:
     """The model with an adapter of peft's; `options` are those of its config that the methods do not share."""
     import peft
@@ -231,9 +240,7 @@ def _adapt(model: Any, config_name: str, method: Targeted, architecture: Archite
     config_class = getattr(peft, config_name)
     if architecture.classifier is not None:
         options["task_type"] = _task(architecture)
-    options["target_modules"] = ALL_LINEAR if method.target_names == (ALL_LINEAR,) else list(method.target_names)
-    if method.pattern is not None:
-        options["target_modules"] = method.pattern.pattern
+    options["target_modules"] = _targets(method, architecture)
     known = config_class.__dataclass_fields__
     if "fan_in_fan_out" in known:
         options["fan_in_fan_out"] = architecture.traits.conv1d

@@ -33,7 +33,7 @@ def updates(*classes: type[Method]) -> Callable[[F], F]:
 
 
 def make(model: Any, form: str, method: Method) -> Any:
-    """The optimizer of a model with a method on it; `form` as `perfmodel.optimizers.resolve` returns it."""
+    """The optimizer of a model with a method on it; `form` as `perfmodel.optimizers.picked_form` returns it."""
     own = _MAKE.get(type(method))
     return own(model, form, method) if own else standard(model, form)
 
