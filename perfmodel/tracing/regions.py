@@ -48,7 +48,7 @@ def _bounds(config: dict[str, Any]) -> Iterator[int]:
     for key, entry in config.items():
         if isinstance(entry, dict):
             yield from _bounds(entry)
-        elif isinstance(entry, int) and not isinstance(entry, bool) and entry > 1:
+        elif isinstance(entry, int) and not isinstance(entry, bool) and entry > 1 and "layer" not in key:
             if WINDOWS.search(key):
                 yield entry
             elif TABLES.search(key):
