@@ -65,6 +65,17 @@ def test_a_crossing_marks_the_values_that_were_tried() -> None:
     assert inside(canvas)
 
 
+@pytest.mark.parametrize(("count", "all_marked"), [(2, True), (12, True), (13, False), (40, False)])
+def test_up_to_a_dozen_values_are_all_marked(count: int, all_marked: bool) -> None:
+    """Numbers of many points would run into each other; of few, none should be left to guess."""
+    values = list(range(8, 8 + count))
+    ratio, told = list(np.linspace(2.0, 0.5, count)), ["same"] * count
+    canvas = crossing([Crossover("k", "", 9, values, ratio, told, [True] * count, [True] * count)], ["top-K"])
+    numbers = {re.sub("<.*?>", "", shape) for shape in canvas.shapes if shape.startswith("<text")}
+    assert ({str(v) for v in values} <= numbers) == all_marked
+    assert len({str(v) for v in values} & numbers) <= 12
+
+
 def test_a_parity_plot_has_its_diagonal_band_and_points_in_the_frame() -> None:
     """The band says at a glance which figures are off by more; drawn elsewhere it would flatter or accuse."""
     points = [ParityPoint(m, p, "blue", f"{m}") for m, p in ((1.0, 1.1), (10.0, 8.0), (100.0, 100.0))]
