@@ -1,16 +1,21 @@
 """Pictures say what the figures say: axes with few round marks, every curve and point inside its frame."""
 
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from perfmodel import compare, explain
 from perfmodel.questions.crossover import Crossover
 from perfmodel.report import svg
+from perfmodel.report.charts import WIDE
 from perfmodel.report.charts.crossing import crossing
-from validate.checking.parity import ParityPoint, parity
+from perfmodel.report.charts.memory import memory
+from perfmodel.report.charts.waterfall import waterfall
+from validate.checking.parity import ParityPoint, marks, parity
 
 bounds = st.tuples(st.floats(1e-9, 1e9), st.floats(1.01, 1e9)).map(lambda b: (b[0], b[0] * b[1]))
 
@@ -89,3 +94,41 @@ def test_a_parity_plot_has_its_diagonal_band_and_points_in_the_frame() -> None:
     centres = [(float(x), float(y)) for x, y in attributes(canvas, "circle", "cx", "cy")]
     assert len(centres) == len(points)
     assert all(0 < x < canvas.width and 0 < y < canvas.height for x, y in centres)
+
+
+def texts(canvas: svg.Canvas) -> list[tuple[str, float]]:
+    """What is written, and how high its baseline lies."""
+    found = [shape for shape in canvas.shapes if shape.startswith("<text ")]
+    return [(re.sub("<.*?>", "", t), float(re.findall(r' y="([^"]*)"', t)[0])) for t in found]
+
+
+@pytest.mark.parametrize("width", [WIDE, 320])
+def test_bars_stand_one_below_the_other_each_beside_its_name(width: int) -> None:
+    """On a narrow page a name stands above its bar; nothing is written over another line or beside the picture."""
+    labels = ["full fine-tuning", "LoRA of rank sixteen", "IA3"]
+    c = compare("gpt2", ["full", "lora", "ia3"], device="l40s", batch=2, seq=64)
+    changes = explain("gpt2", "full", "lora", device="l40s", batch=2, seq=64)
+    for canvas, names in ((memory(c.predictions, labels, 48e9, width), labels), (waterfall(changes, width), None)):
+        bars = [(float(y), float(h)) for y, h in attributes(canvas, "rect", "y", "height")]
+        assert all(0 <= y and y + h <= canvas.height for y, h in bars)
+        assert all(0 <= y <= canvas.height for _, y in texts(canvas))
+        rows = sorted({y for y, _ in bars})
+        assert all(low + bars[0][1] <= high for low, high in pairwise(rows))
+        heights = dict(texts(canvas))
+        for name, top in zip(names or (), rows, strict=names is not None):
+            assert top - 16 <= heights[name] <= top + bars[0][1]
+
+
+@given(bounds=bounds, most=st.integers(4, 9))
+def test_marks_of_a_parity_plot_differ_and_lie_inside(bounds: tuple[float, float], most: int) -> None:
+    """A mark drawn twice is one that is missing elsewhere."""
+    found = marks(*bounds, most)
+    assert all(a < b for a, b in pairwise(found))
+    assert all(bounds[0] <= x <= bounds[1] for x in found)
+
+
+def test_a_decade_is_marked_evenly() -> None:
+    """On a logarithmic axis no two neighbours are further apart than a factor of two."""
+    found = marks(1.0, 9.9, 8)
+    assert len(found) == 8
+    assert all(high <= 2 * low for low, high in pairwise(found))
