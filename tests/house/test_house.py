@@ -4,11 +4,22 @@ import ast
 import importlib
 import inspect
 from collections.abc import Iterator
+from dataclasses import FrozenInstanceError, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+
+import perfmodel
+from perfmodel.architectures import from_config, load
+from perfmodel.architectures.traits import Traits
+from perfmodel.devices import host as hosts
+from perfmodel.devices import profile
+from perfmodel.devices.profile import DeviceProfile
+from perfmodel.recording.step import Step
+from perfmodel.report.figures import FigureCell, FigureRow, figures
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("perfmodel", "validate")
@@ -174,3 +185,26 @@ def test_a_verb_alone_stands_for_one_matter(verb: str) -> None:
         if isinstance(node, ast.FunctionDef) and node.name == verb and floor(name) not in ("face", "commands")
     }
     assert len(homes) <= 1 or (verb == "load" and homes == FOUND_BY_NAME), sorted(homes)
+
+
+def values(x: Any) -> Iterator[Any]:
+    """The instances of the project's dataclasses in an answer, but for recorded steps, which are built up."""
+    if isinstance(x, dict):
+        x = list(x.values())
+    if isinstance(x, (list, tuple)):
+        for part in x:
+            yield from values(part)
+    elif is_dataclass(x) and not isinstance(x, (type, Step)):
+        yield x
+        yield from values([getattr(x, f.name) for f in fields(x)])
+
+
+def test_answers_and_what_they_share_cannot_be_changed() -> None:
+    """Devices, hosts and traits are loaded once for everybody: who changed one would change all later answers."""
+    found = perfmodel.compare("gpt2", ["full", "lora"], device="l40s", batch=2, seq=16)
+    shared = (profile.load("l40s"), hosts.load(), from_config(load("gpt2")).traits, perfmodel.Setup())
+    met = {type(x): x for x in values([found, figures(found), *shared])}
+    assert {DeviceProfile, Traits, FigureRow, FigureCell, perfmodel.Setup} <= met.keys()
+    for x in met.values():
+        with pytest.raises(FrozenInstanceError):
+            setattr(x, fields(x)[0].name, None)

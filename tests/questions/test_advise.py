@@ -132,6 +132,12 @@ def test_a_b_is_a_byte_of_memory_and_a_billion_parameters() -> None:
     """Models are said to have 1.5B parameters, cards 80GB."""
     assert Quantity(BYTES, "")("80GiB") == 80 * 2**30
     assert Quantity(NUMBER, "")("1.5B") == 1.5e9
+    for power, prefix in enumerate("KMG", 1):
+        for unit in (prefix, f"{prefix}b", f"{prefix.lower()}B"):
+            assert Quantity(BYTES, "")(f"3 {unit}") == 3 * 1000**power
+        for unit in (f"{prefix}i", f"{prefix}iB"):
+            assert Quantity(BYTES, "")(f"3{unit}") == 3 * 1024**power
+        assert Quantity(NUMBER, "")(f"3{prefix}") == 3 * 1000**power
 
 
 @pytest.mark.parametrize(("method", "batch"), [("full", 2), ("top_k:k=2", 3), ("norm", 2)])

@@ -110,7 +110,7 @@ def test_bars_stand_one_below_the_other_each_beside_its_name(width: int) -> None
     changes = explain("gpt2", "full", "lora", device="l40s", batch=2, seq=64)
     for canvas, names in ((memory(c.predictions, labels, 48e9, width), labels), (waterfall(changes, width), None)):
         bars = [(float(y), float(h)) for y, h in attributes(canvas, "rect", "y", "height")]
-        assert all(0 <= y and y + h <= canvas.height for y, h in bars)
+        assert all(y >= 0 and y + h <= canvas.height for y, h in bars)
         assert all(0 <= y <= canvas.height for _, y in texts(canvas))
         rows = sorted({y for y, _ in bars})
         assert all(low + bars[0][1] <= high for low, high in pairwise(rows))
