@@ -67,7 +67,7 @@ def graph(loss: torch.Tensor) -> Counter[str]:
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "opt"])
 def test_the_engine_works_off_as_many_nodes_as_pytorchs(name: str) -> None:
-    """The host pays for each, which decides small steps. Aliases, which a reshape without a copy makes, are left out."""
+    """The host pays for each, which decides small steps. Aliases (reshapes that copy nothing) are left out."""
     config, setup = config_of(name, layers=3), Setup(batch=2, seq=17)
     architecture = from_config(config)
     step = build(architecture, methods.parse("full").bind(architecture), setup, "cpu")
