@@ -2,19 +2,21 @@
 
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perfmodel import compare, explain
+from perfmodel import UserError, compare, explain
 from perfmodel.questions.crossover import Crossover
 from perfmodel.report import svg
 from perfmodel.report.charts import WIDE
 from perfmodel.report.charts.crossing import crossing
 from perfmodel.report.charts.memory import memory
 from perfmodel.report.charts.waterfall import waterfall
+from validate import plots
 from validate.checking.parity import ParityPoint, marks, parity
 
 bounds = st.tuples(st.floats(1e-9, 1e9), st.floats(1.01, 1e9)).map(lambda b: (b[0], b[0] * b[1]))
@@ -132,3 +134,12 @@ def test_a_decade_is_marked_evenly() -> None:
     found = marks(1.0, 9.9, 8)
     assert len(found) == 8
     assert all(high <= 2 * low for low, high in pairwise(found))
+
+
+@pytest.mark.parametrize("name", ["missing/steps.png", "steps.odd"])
+def test_a_plot_that_cannot_be_drawn_is_one_line_and_leaves_nothing(tmp_path: Path, name: str) -> None:
+    """A wrong folder or ending is told; half a picture would be taken for a whole one."""
+    pytest.importorskip("matplotlib")
+    with pytest.raises(UserError, match="cannot be drawn"):
+        plots.parity([plots.Point("a", 1.0, 1.1, 0.9, 1.3, True)], tmp_path / name, "steps")
+    assert not list(tmp_path.iterdir())
