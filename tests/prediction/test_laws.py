@@ -219,8 +219,11 @@ def test_every_kind_of_op_that_counts_flops_is_a_gemm_or_attention(name: str) ->
 
 @pytest.mark.parametrize(
     ("method", "checkpoint", "told"),
-    [("full", "block", False), ("lora", "none", False), ("lora", "block", True), ("top_k:k=1", "block-reentrant", True)],
-)
+    [
+        ("full", "block", False), ("lora", "none", False), ("lora", "block", True),
+        ("top_k:k=1", "block-reentrant", True),
+    ],
+)  # fmt: skip
 def test_a_note_says_where_checkpoints_make_the_backward_longer(method: str, checkpoint: str, told: bool) -> None:
     """Below the lowest trained block nothing would run without them: a time that surprises needs its reason."""
     p = predict("gpt2", method, device="l40s", batch=2, seq=16, checkpoint=checkpoint)
