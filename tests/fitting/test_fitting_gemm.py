@@ -131,5 +131,6 @@ def test_a_roofline_by_hand() -> None:
     rows = pd.DataFrame({"m": [8192, 1], "n": [8192, 4096], "k": [8192, 4096], "b": [1.0, 3.0], "dtype": "bf16"})
     math, moved = 2 * 8192**3 / 312e12, 2 * 3 * (4096 + 4096**2 + 4096) / hw.memory_bandwidth
     assert gemm.roofline(rows, hw) == pytest.approx([math, moved])
+    assert gemm.roofline(rows[:1], hw) == pytest.approx([math])
     moved_fp32 = gemm.roofline(rows.assign(dtype="fp32"), hw)[1]
     assert moved_fp32 == pytest.approx(2 * moved)
