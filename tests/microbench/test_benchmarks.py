@@ -100,3 +100,12 @@ def test_floors_and_bandwidth_are_measured_first(wide: bool) -> None:
     big = [c for c in first if c["rows"] > 1]
     assert {c.op for c in big} == set(designs.PLAIN)
     assert all(prod(n for _, n in c.sizes) >= largest / 2 for c in big)
+
+
+@pytest.mark.parametrize(("device", "given_back"), [("cuda", 1), ("cpu", 0)])
+def test_only_a_gpu_is_asked_for_its_memory_back(monkeypatch: pytest.MonkeyPatch, device: str, given_back: int) -> None:
+    """A training step that follows must not find it held; a CPU has no such cache, and may have no driver either."""
+    asked: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append(1))
+    kernels.forget(device)
+    assert len(asked) == given_back
