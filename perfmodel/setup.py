@@ -11,7 +11,7 @@ from .program.dims import Dim
 
 DTYPES = ("bf16", "fp16", "fp32")
 ATTENTION = ("sdpa", "eager", "flash2")
-OPTIMIZERS = optimizers.names()
+OPTIMIZERS = optimizers.optimizer_names()
 CHECKPOINT = ("none", "block", "block-reentrant")
 KERNELS = ("torch", "liger")
 COMPILE = ("none", "default", "reduce-overhead")

@@ -42,14 +42,14 @@ def seconds_of(case: designs.MicroCase) -> float:
     s = dict(case.sizes)
     if case.block == "gemm":
         return float(
-            cpu.gemm_time(
+            cpu.cpu_gemm_time(
                 s["m"], s["n"], s["k"], hardware=BOX, parameters=GEMM, dtype=case.dtype, layout=case.layout
             )
         )  # fmt: skip
     if case.block == "attention":
         sizes = (s["batch"], s["seq"], s["seq"], s["heads"], s["head_dim"])
         return float(
-            cpu.attention_time(
+            cpu.cpu_attention_time(
                 *sizes, hardware=BOX, parameters=ATTENTION, causal=True, backward=case.backward,
                 half=case.dtype != "fp32",
             )

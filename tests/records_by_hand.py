@@ -52,5 +52,5 @@ def written(path: Path, change: Change = lambda visits: None, device: str = "cpu
     visits = [visit(cell, device) for cell in cells]
     change(visits)
     for record in (environment(device), *visits):
-        records.append(path, record)
+        records.append_records(path, record)
     return path

@@ -21,7 +21,7 @@ class Point:
     filled: bool = True
 
 
-def parity(points: Sequence[Point], path: Path, title: str) -> None:
+def plot_parity(points: Sequence[Point], path: Path, title: str) -> None:
     """Predicted against measured step time, log-log, one colour a series.
 
     Raises:

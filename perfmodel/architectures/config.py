@@ -96,7 +96,7 @@ class Config:
 
 
 @cache
-def bundled() -> tuple[str, ...]:
+def model_names() -> tuple[str, ...]:
     """Names of the bundled models."""
     return tuple(sorted(p.stem for p in MODELS.glob("*.json")))
 
@@ -104,7 +104,7 @@ def bundled() -> tuple[str, ...]:
 @cache
 def _hub_ids() -> dict[str, str]:
     """Hub id in lower case → bundled name, from the address of each config's source."""
-    sources = {name: str(_read(MODELS / f"{name}.json", name).values.get("_source", "")) for name in bundled()}
+    sources = {name: str(_read(MODELS / f"{name}.json", name).values.get("_source", "")) for name in model_names()}
     on_hub = "https://huggingface.co/"
     return {"/".join(url.split("/")[3:5]).lower(): name for name, url in sources.items() if url.startswith(on_hub)}
 
@@ -116,7 +116,7 @@ def load(name_or_path: str) -> Config:
     Raises:
         UserError: nothing found, or the file is not a JSON object.
     """
-    if name_or_path.lower() in bundled():
+    if name_or_path.lower() in model_names():
         return _read(MODELS / f"{name_or_path.lower()}.json", name_or_path.lower())
     path = Path(name_or_path)
     try:
@@ -133,7 +133,9 @@ def load(name_or_path: str) -> Config:
     if name_or_path.count("/") == 1 and not name_or_path.startswith((".", "/")) and path.suffix != ".json":
         known = _hub_ids().get(name_or_path.lower())
         return load(known) if known else _read_hub(name_or_path)
-    raise UserError(f"unknown model {name_or_path!r}: {nearest(name_or_path, bundled())} (or give a path or a hub id)")
+    raise UserError(
+        f"unknown model {name_or_path!r}: {nearest(name_or_path, model_names())} (or give a path or a hub id)"
+    )
 
 
 def _read(path: Path, name: str) -> Config:

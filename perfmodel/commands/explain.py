@@ -29,9 +29,9 @@ def explain(a: str, b: str, axes: str, plot: Path | None, as_json: bool, **optio
     host = options["host"]
     result = run(options["model"], a, b, setup_of(options), options["device"], host=host, axes=wanted)
     if plot:
-        from ..report.pictures import draw
+        from ..report.pictures import draw_picture
 
-        draw(result, plot)
+        draw_picture(result, plot)
     if as_json:
         print_json(result.as_dict())
         return

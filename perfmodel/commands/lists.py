@@ -37,7 +37,7 @@ def methods(name: str | None, as_json: bool) -> None:
         if not as_json:
             click.echo("\nperfmodel methods NAME describes one and its options; numbers are arXiv's")
         return
-    row = listing.method(name)
+    row = listing.method_named(name)
     if as_json:
         print_json(row)
         return

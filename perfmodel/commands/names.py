@@ -10,9 +10,9 @@ Items = list[CompletionItem]
 
 def models(ctx: click.Context, param: click.Parameter, incomplete: str) -> Items:
     """Bundled models, or paths."""
-    from ..architectures import bundled
+    from ..architectures import model_names
 
-    return _names_or_files(bundled(), incomplete)
+    return _names_or_files(model_names(), incomplete)
 
 
 def devices(ctx: click.Context, param: click.Parameter, incomplete: str) -> Items:

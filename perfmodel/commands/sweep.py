@@ -55,7 +55,7 @@ def sweep(
         heatmap.check_drawable(planned, plot)
     result = run_sweep(planned, output=output, keep_rows=as_json and output is None, keep_speedups=plot is not None)
     if plot:
-        heatmap.draw(planned, result.speedups, plot)
+        heatmap.draw_heatmap(planned, result.speedups, plot)
     if as_json:
         print_json(result.as_dict())
     else:

@@ -115,7 +115,7 @@ class CpuKernels:
     stream: CpuStreamParameters
 
 
-def durations(ops: Sequence[Op], hardware: Hardware, kernels: CpuKernels) -> np.ndarray:
+def cpu_durations(ops: Sequence[Op], hardware: Hardware, kernels: CpuKernels) -> np.ndarray:
     """Seconds of the work of each op, shape (ops, *grid); 0 for views and for scalars that Python code keeps."""
     tables = Tables()
     for i, op in enumerate(ops):
@@ -123,7 +123,7 @@ def durations(ops: Sequence[Op], hardware: Hardware, kernels: CpuKernels) -> np.
             sort(i, op, tables)
 
     def gemm(dtype: str, layout: str, *sizes: Any) -> Array:
-        return gemm_time(*sizes, hardware=hardware, parameters=kernels.gemm[dtype], dtype=dtype, layout=layout)
+        return cpu_gemm_time(*sizes, hardware=hardware, parameters=kernels.gemm[dtype], dtype=dtype, layout=layout)
 
     return tables.seconds(
         len(ops),
@@ -136,7 +136,7 @@ def durations(ops: Sequence[Op], hardware: Hardware, kernels: CpuKernels) -> np.
     )
 
 
-def gemm_time(
+def cpu_gemm_time(
     m: Any,
     n: Any,
     k: Any,
@@ -198,7 +198,7 @@ def attention_work(b: Any, queries: Any, keys: Any, heads: Any, *, causal: bool)
     return b * heads * blocks, b * heads * queries * seen
 
 
-def attention_time(
+def cpu_attention_time(
     b: Any, queries: Any, keys: Any, heads: Any, head_dim: Any,
     *, hardware: Hardware, parameters: CpuAttentionParameters, causal: bool, backward: bool = False,
     half: bool = False,
@@ -244,7 +244,7 @@ def _attention(
     hardware: Hardware, parameters: CpuAttentionParameters, backward: bool, causal: bool, half: bool, *sizes: Any
 ) -> np.ndarray:
     kind = {"causal": causal, "backward": backward, "half": half}
-    return attention_time(*sizes, hardware=hardware, parameters=parameters, **kind)
+    return cpu_attention_time(*sizes, hardware=hardware, parameters=parameters, **kind)
 
 
 def _solver(hardware: Hardware, name: str, *shape: Any) -> np.ndarray:

@@ -152,7 +152,7 @@ def load(name_or_path: str = "default") -> Host:
         return _bundled(name_or_path)
     mine = own.find(name_or_path, "hosts")
     if mine is None and not is_file(name_or_path):
-        known = [*names(), *own.names("hosts")]
+        known = [*names(), *own.calibrated("hosts")]
         raise UserError(f"unknown host {name_or_path!r}: {nearest(name_or_path, known)} (or give a path)")
     return _read(mine or Path(name_or_path))
 
@@ -176,7 +176,7 @@ def _read(path: Path) -> Host:
     return Host(name=str(values.get("name", path.stem)), source=str(values.get("source", "")), **costs)
 
 
-def resolve(host: str | Host, on: "DeviceProfile") -> Host:
+def host_of(host: str | Host, on: "DeviceProfile") -> Host:
     """The host that a name, path or `Host` stands for; "default" is the one that goes with the device, if it is here.
 
     Raises:

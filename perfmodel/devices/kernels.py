@@ -118,7 +118,7 @@ def _plain(op: Op) -> list[Kernel]:
 
 @of("package")
 def _of_package(op: Op) -> list[Kernel]:
-    return [Kernel(*packages.memory_bound(op))]
+    return [Kernel(*packages.package_kernels(op))]
 
 
 @of("list")

@@ -23,7 +23,7 @@ BACKWARD_NORMS = ("liger::rms_norm_backward", "dropout_layer_norm::dropout_add_l
 Row = tuple[Any, ...]  # kind, kernels, bytes read, bytes written, elements, rows, elements of a row
 
 
-def memory_bound(op: Op) -> Row:
+def package_kernels(op: Op) -> Row:
     """The row of one memory-bound kernel of a package.
 
     An op that writes over an input reads it too; what such an op only writes (partial sums) is not read.

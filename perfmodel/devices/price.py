@@ -42,7 +42,7 @@ ROW_WISE = (
 def durations(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
     """Device seconds of each op, shape (ops, *grid); 0 for views and for work on host tensors."""
     if profile.cpu is not None:
-        return cpu.durations(ops, profile.hardware, profile.cpu)
+        return cpu.cpu_durations(ops, profile.hardware, profile.cpu)
     tables = Tables()
     for i, op in enumerate(ops):
         if not op.view and not op.attrs.host:

@@ -100,7 +100,7 @@ def load(name_or_path: str | PathLike[str]) -> DeviceProfile:
         if not exists:
             raise UserError(f"no such device file: {path}")
         return from_table(path.stem, read_toml(path), str(path))
-    hint = nearest(text, [*names(), *own.names()], also=_aliases())
+    hint = nearest(text, [*names(), *own.calibrated()], also=_aliases())
     raise UserError(f"unknown device {text!r}: {hint} (or give the path of a .toml file)")
 
 
@@ -112,7 +112,7 @@ def bundled(name: str) -> str:
 
 def by_makers_name(name: str) -> DeviceProfile | None:
     """The profile of a device that calls itself `NVIDIA H100 80GB HBM3`: an own one, else a bundled one."""
-    for mine in own.names():
+    for mine in own.calibrated():
         if (found := load(mine)).name == name:
             return found
     return bundled_by_makers_name(name)

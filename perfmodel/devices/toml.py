@@ -44,13 +44,13 @@ def parameters(kind: type[P], table: Table, where: str) -> P:
     for name, field in known.items():
         if name in ("tiles", "batched_tiles"):
             if name in table:
-                values[name] = pairs(table, name, where)
+                values[name] = number_pairs(table, name, where)
         elif name in _MAY_BE_MISSING and name not in table:
             continue
         elif name == "efficiency" and kind is AttentionParameters:
-            values[name] = pairs(table, name, where)
+            values[name] = number_pairs(table, name, where)
         elif field.default_factory is not MISSING:
-            values[name] = figures(table, name, field.default_factory(), where)
+            values[name] = named_numbers(table, name, field.default_factory(), where)
         else:
             values[name] = number(table, name, where, whole=isinstance(field.default, int))
     return kind(**values)
@@ -79,7 +79,7 @@ def number(values: Table, key: str, where: str, *, whole: bool = False) -> Any:
     return _checked(values[key], key, where, whole=whole)
 
 
-def pairs(values: Table, key: str, where: str) -> tuple[tuple[int, Any], ...]:
+def number_pairs(values: Table, key: str, where: str) -> tuple[tuple[int, Any], ...]:
     """[[a, b], …] under a key: tiles, or head sizes in ascending order with their efficiency."""
     found = values.get(key)
     if not isinstance(found, list) or not found or not all(isinstance(x, list) and len(x) == 2 for x in found):
@@ -91,7 +91,7 @@ def pairs(values: Table, key: str, where: str) -> tuple[tuple[int, Any], ...]:
     return out
 
 
-def figures(values: Table, key: str, names: Iterable[str], where: str) -> dict[str, float]:
+def named_numbers(values: Table, key: str, names: Iterable[str], where: str) -> dict[str, float]:
     """The table of numbers under a key, with exactly these names; a newer kind of a CPU's work may go as a like one."""
     found = subtable(values, key, where)
     inside = f"{where}: {key}"

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..errors import UserError
-from .fields import ONE_GPU, OPTIMIZERS, checkpoint, clips, compiled, engine, flavour, half, optimizer, spec
+from .fields import ONE_GPU, OPTIMIZERS, checkpoint_kind, clips, compiled, engine, flavour, half, optimizer_name, spec
 from .keys import Keys
 
 MARKS = ("micro_batch_size", "sequence_len", "adapter", "lora_target_linear")
@@ -35,8 +35,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "grad_accum": keys.count("gradient_accumulation_steps", 1),
         "dtype": dtype or "fp32",
         "amp": dtype,
-        "optimizer": optimizer(keys, "optimizer", OPTIMIZERS["adamw_torch_fused"]),
-        "checkpoint": checkpoint(keys, keys.get("gradient_checkpointing") not in (None, False)),
+        "optimizer": optimizer_name(keys, "optimizer", OPTIMIZERS["adamw_torch_fused"]),
+        "checkpoint": checkpoint_kind(keys, keys.get("gradient_checkpointing") not in (None, False)),
         "attention": _attention(keys),
         "compile": compiled(keys),
         "clip_grad": clips(keys, "max_grad_norm", keys.number("gradient_clipping", 1.0)),

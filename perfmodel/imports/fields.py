@@ -59,14 +59,14 @@ def _offloads(section: Any) -> bool:
     return isinstance(section, dict) and section.get("device", "none") != "none"
 
 
-def optimizer(keys: Keys, key: str, default: str) -> str:
+def optimizer_name(keys: Keys, key: str, default: str) -> str:
     """The setup's name of a Transformers optimizer.
 
     Raises:
         UserError: an optimizer that is not modelled.
     """
     name: str = keys.one_of(key, OPTIMIZERS, default)
-    if name not in optimizers.names():
+    if name not in optimizers.optimizer_names():
         raise UserError(f"{keys.origin}: {key} {keys.get(key)!r} is not modelled; use {key}: adamw_torch")
     return name
 
@@ -76,7 +76,7 @@ def clips(keys: Keys, key: str = "max_grad_norm", default: float = 1.0) -> bool:
     return keys.number(key, default) > 0
 
 
-def checkpoint(keys: Keys, on: bool) -> str:
+def checkpoint_kind(keys: Keys, on: bool) -> str:
     """The kind of activation checkpointing, where it is on: Transformers' default is not reentrant any more."""
     kwargs = keys.get("gradient_checkpointing_kwargs") or {}
     if not isinstance(kwargs, dict):

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..errors import UserError
-from .fields import ONE_GPU, clips, compiled, engine, flavour, half, optimizer, spec
+from .fields import ONE_GPU, clips, compiled, engine, flavour, half, optimizer_name, spec
 from .keys import Keys
 
 MARKS = ("finetuning_type", "cutoff_len", "lora_target", "stage", "template", "dataset_dir")
@@ -32,7 +32,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "grad_accum": keys.count("gradient_accumulation_steps", 1),
         "dtype": "bf16" if pure else "fp32" if upcast or dtype is None else dtype,
         "amp": None if pure else dtype,
-        "optimizer": optimizer(keys, "optim", "adamw-fused"),
+        "optimizer": optimizer_name(keys, "optim", "adamw-fused"),
         "checkpoint": _checkpoint(keys),
         "attention": keys.one_of("flash_attn", ATTENTION, "sdpa"),
         "compile": compiled(keys),

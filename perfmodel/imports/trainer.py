@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..errors import UserError
-from .fields import ATTENTION, ONE_GPU, checkpoint, clips, compiled, engine, flavour, half, optimizer, spec
+from .fields import ATTENTION, ONE_GPU, checkpoint_kind, clips, compiled, engine, flavour, half, optimizer_name, spec
 from .keys import Keys
 
 MARKS = ("per_device_train_batch_size", "use_peft", "gradient_accumulation_steps", "optim", "max_length")
@@ -28,8 +28,8 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
         "grad_accum": keys.count("gradient_accumulation_steps", 1),
         "dtype": dtype,
         "amp": amp if dtype in ("fp32", amp) else None,
-        "optimizer": optimizer(keys, "optim", "adamw-fused"),
-        "checkpoint": checkpoint(keys, keys.flag("gradient_checkpointing", is_trl)),
+        "optimizer": optimizer_name(keys, "optim", "adamw-fused"),
+        "checkpoint": checkpoint_kind(keys, keys.flag("gradient_checkpointing", is_trl)),
         "attention": keys.one_of("attn_implementation", ATTENTION, "sdpa"),
         "compile": compiled(keys),
         "clip_grad": clips(keys),

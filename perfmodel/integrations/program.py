@@ -80,7 +80,7 @@ def _method(model: Any, weights: str) -> Method:
     return parse(spec)
 
 
-def device_of(name: str | None) -> DeviceProfile:
+def device_here(name: str | None) -> DeviceProfile:
     """The profile of a GPU by its maker's name; of a CPU (None) the bundled one.
 
     Raises:

@@ -17,7 +17,7 @@ from ..devices import host as hosts
 from ..devices import profile
 from ..errors import UserError
 from .findings import Findings, findings
-from .program import TrainingRun, device_of, program_of
+from .program import TrainingRun, device_here, program_of
 from .watch import DATA, IN_STEP, OTHER, Stopwatch, Watch
 
 
@@ -140,7 +140,7 @@ class StepPrediction:
         self.show(self.found.text())
 
     def _on(self, name: str | None) -> profile.DeviceProfile:
-        return profile.load(self.device) if self.device else device_of(name)
+        return profile.load(self.device) if self.device else device_here(name)
 
     def _as_planned(self, program: TrainingRun) -> TrainingRun:
         if self.seq is None:

@@ -27,4 +27,4 @@ class LoraRite(Lora):
         return "the authors' LoRARite"
 
     def update(self, update: Update) -> None:
-        lora_rite.step(update)
+        lora_rite.lora_rite_step(update)

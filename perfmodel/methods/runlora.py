@@ -15,7 +15,7 @@ from ..tape.tensor import Tensor
 from .parts.base import Linear, Seconds, method, option
 from .parts.checks import choice, float_dtype, positive
 from .parts.periodic import Recorded
-from .parts.runlora_orders import BACKWARD_FLOPS, FORWARD_FLOPS, LayerShape, OrderChoice, cheapest, flops, times
+from .parts.runlora_orders import BACKWARD_FLOPS, FORWARD_FLOPS, LayerShape, OrderChoice, cheapest, order_flops, times
 from .parts.targeted import Targeted, base_bias, base_weight
 
 
@@ -58,7 +58,7 @@ class RunLora(Targeted):
     def costs(self, shape: LayerShape) -> tuple[dict[int, Any], dict[int, Any]]:
         """What the choice goes by, for every forward and backward order: FLOPs or seconds."""
         if self.choose == "flops":
-            return flops(shape)
+            return order_flops(shape)
         if self.seconds is None:
             raise UserError("method runlora: choose=time needs a device to predict times for")
         key = shape._replace(tokens=0, r=0)  # which are the same in all layers of a step
@@ -99,7 +99,7 @@ class RunLora(Targeted):
                 copies = u.count + (found[name].copies if name in found else 0)
                 seconds = self.costs(shape) if self.choose == "time" else (None, None)
                 sizes = (copies, shape.n, shape.m)
-                found[name] = OrderChoice(name, *sizes, *self.orders(shape), *flops(shape), *seconds)
+                found[name] = OrderChoice(name, *sizes, *self.orders(shape), *order_flops(shape), *seconds)
         return list(found.values())
 
 

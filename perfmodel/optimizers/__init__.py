@@ -2,7 +2,7 @@
 
 from .parts.clip import clip_grad_norm
 from .parts.lists import by_dtype, trainable
-from .parts.update import Update, copy_in, moments, names, recorded, resolve, state_bytes
+from .parts.update import Update, copy_in, moments, optimizer_names, recorded, picked_form, state_bytes
 
 __all__ = [
     "Update",
@@ -10,9 +10,9 @@ __all__ = [
     "clip_grad_norm",
     "copy_in",
     "moments",
-    "names",
+    "optimizer_names",
     "recorded",
-    "resolve",
+    "picked_form",
     "state_bytes",
     "trainable",
 ]

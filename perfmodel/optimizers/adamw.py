@@ -4,7 +4,7 @@ from ..program.op import Spec
 from ..program.part import Part
 from ..tape.tensor import Parameter
 from .parts.lists import ListRecorder, Specs, by_dtype, counters, each, specs_of
-from .parts.ops import advance, in_place, new, read_counter
+from .parts.ops import advance_counter, in_place, new, read_counter
 from .parts.update import Parameters, Update, gradient, optimizer
 
 
@@ -56,7 +56,7 @@ def _single_tensor(update: Update, run: list[Parameter], *, decay: bool) -> None
     denom = None
     for p in run:
         grad, exp_avg, exp_avg_sq = gradient(p), update.state(p), update.state(p)
-        step = advance(update.host_counter(p))
+        step = advance_counter(update.host_counter(p))
         if decay:
             in_place("mul_.Tensor", p)
         in_place("lerp_.Scalar", exp_avg, grad)

@@ -5,7 +5,7 @@ from .parts.update import Parameters, Update, optimizer
 
 
 @optimizer("sgd")
-def plain(update: Update, parameters: Parameters, decay: bool) -> None:
+def sgd(update: Update, parameters: Parameters, decay: bool) -> None:
     """One pass: p -= lr·g."""
     _foreach(update, parameters, momentum=False)
 

@@ -19,7 +19,7 @@ from ..program.op import Attrs, Op, Spec
 from ..program.part import Part
 from ..setup import Setup
 from ..tape.tensor import Flow, Parameter
-from .fusion import FusedKernel, fused
+from .fusion import FusedKernel, fused_kernels
 from .graph import Graph, Numbering, Place, Prim, Value
 from .lowering import lowered
 from .partition import partitioned
@@ -37,7 +37,7 @@ class CompiledProgram:
 Programs = dict[Any, CompiledProgram]  # by what decides them
 
 
-def compiled(
+def compiled_parts(
     setup: Setup, parameters: Sequence[Parameter], parts: list[Part], flow: Flow, known: Programs, *, alike: bool
 ) -> tuple[list[Part], list[Part]]:
     """The parts of a micro-batch as `torch.compile` runs them; if further ones are alike (`Tape.alike`), theirs too.
@@ -57,8 +57,8 @@ def compiled(
     program = known.get(signature)
     if program is None:
         halves = partitioned(graph, setup.batch * setup.seq)
-        forward = fused(halves.forward, halves.saved | {v for v in outside if v.maker and not v.maker.backward})
-        backward = fused(halves.backward, {v for v in outside if v.maker and v.maker.backward})
+        forward = fused_kernels(halves.forward, halves.saved | {v for v in outside if v.maker and not v.maker.backward})
+        backward = fused_kernels(halves.backward, {v for v in outside if v.maker and v.maker.backward})
         program = known[signature] = CompiledProgram(forward, backward, list(numbering.number))
     captured = setup.compile == "reduce-overhead"
 
@@ -169,4 +169,4 @@ def _weight(prim: Prim) -> float:
     return largest(summed([*[nbytes for _, nbytes in prim.reads], *[out.nbytes for out in prim.outs]]))
 
 
-__all__ = ["compiled"]
+__all__ = ["compiled_parts"]

@@ -58,7 +58,7 @@ class FusedKernel:
         return max([prim.place for prim in self.prims])
 
 
-def fused(prims: list[Prim], results: set[Value]) -> list[FusedKernel]:
+def fused_kernels(prims: list[Prim], results: set[Value]) -> list[FusedKernel]:
     """The kernels of one compiled program, in an order in which they can run.
 
     Args:

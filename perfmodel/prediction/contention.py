@@ -22,7 +22,7 @@ class Seconds(NamedTuple):
     added: np.ndarray
 
 
-def of_part(part: Part, alone: np.ndarray, on: DeviceProfile) -> Seconds:
+def beside_streams(part: Part, alone: np.ndarray, on: DeviceProfile) -> Seconds:
     """What a part's ops take when those of other streams run beside those of the compute stream.
 
     The former move memory, and get the bandwidth that the latter leave: all of it goes to kernels that only move memory

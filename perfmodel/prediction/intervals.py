@@ -52,7 +52,7 @@ def ratio_sigma(a: Components, a_total: Any, b: Components, b_total: Any, profil
     return np.sqrt(variance + UNEXPLAINED_RATIO**2)
 
 
-def bounds(center: Any, relative_sigma: Any) -> tuple[Any, Any]:
+def interval_bounds(center: Any, relative_sigma: Any) -> tuple[Any, Any]:
     """The 90 % interval of a positive figure with a log-normal error."""
     factor = np.exp(Z90 * relative_sigma)
     return center / factor, center * factor

@@ -27,7 +27,7 @@ class Segment:
         return Segment(self.delta * n, self.peak + larger(self.delta, 0) * (n - 1)) if n else Segment()
 
 
-def of_part(part: Part) -> Segment:
+def part_segment(part: Part) -> Segment:
     """A part with its repeats."""
     return Segment(part.delta, part.peak).repeated(part.repeat)
 
@@ -36,11 +36,11 @@ def of_group(group: Group) -> Segment:
     """A group with its repeats."""
     total = Segment()
     for part in group.parts:
-        total = total.then(of_part(part))
+        total = total.then(part_segment(part))
     return total.repeated(group.repeat)
 
 
-def of_step(step: Step) -> Segment:
+def step_segment(step: Step) -> Segment:
     """A whole step, from an empty set of activations and gradients."""
     total = Segment()
     for group in step.groups:
@@ -57,10 +57,10 @@ FRAGMENTATION = 0.12
 
 def peak_bytes(step: Step) -> Dim:
     """Highest live bytes of the step: weights, optimizer state, what the method keeps, and what the tape allocates."""
-    return step.weight_bytes + step.state_bytes + held_bytes(step) + of_step(step).peak
+    return step.weight_bytes + step.state_bytes + held_bytes(step) + step_segment(step).peak
 
 
-def bounds(peak: Dim, device: str) -> tuple[Dim, Dim]:
+def reserved_bounds(peak: Dim, device: str) -> tuple[Dim, Dim]:
     """What the allocator reserves for a peak of live bytes, between no and much fragmentation."""
     workspace = WORKSPACE if device == "cuda" else 0
     return peak + workspace, peak * (1 + FRAGMENTATION) + workspace
@@ -69,4 +69,4 @@ def bounds(peak: Dim, device: str) -> tuple[Dim, Dim]:
 def fits(peak: Dim, capacity: float, device: str) -> Dim:
     """Whether the step runs in a device memory of `capacity` bytes, with the context and a tight allocator."""
     context = CONTEXT if device == "cuda" else 0.0
-    return bounds(peak, device)[0] + context <= capacity
+    return reserved_bounds(peak, device)[0] + context <= capacity

@@ -66,7 +66,7 @@ def counts(part: Part, calls: Sequence[CallCost] | None = None) -> dict[str, Dim
     }
 
 
-def durations(built: Step, on: DeviceProfile, shared: Shared | None = None) -> list[Seconds]:
+def part_durations(built: Step, on: DeviceProfile, shared: Shared | None = None) -> list[Seconds]:
     """The device seconds of every part's ops; all that are not yet known are priced in one go.
 
     `shared` also receives the `Call`s of the parts.
@@ -77,7 +77,7 @@ def durations(built: Step, on: DeviceProfile, shared: Shared | None = None) -> l
     start = 0
     for part in new:
         rows = slice(start, start + len(part.ops))
-        shared.durations[part] = contention.of_part(part, seconds[rows], on)
+        shared.durations[part] = contention.beside_streams(part, seconds[rows], on)
         shared.calls[part] = calls[rows]
         start = rows.stop
     return [shared.durations[part] for part, _ in built.parts()]
@@ -123,11 +123,11 @@ def clocks(
     calls = calls or [CallCost.of(op) for op in part.ops]
     work = _components(calls, seconds.added)
     if graphs and on.kind == "cuda":  # nothing to dispatch: the device runs through
-        return timeline.advance(COMPUTE, timeline.total(seconds.added)), work
+        return timeline.advance_clock(COMPUTE, timeline.total(seconds.added)), work
     dispatch = by.dispatch(part, on.kind)
     dispatch = dispatch.reshape(len(dispatch), *(1,) * (seconds.alone.ndim - 1))
     if on.kind == "cpu":  # one clock: the host does the work itself
-        return timeline.advance(HOST, timeline.total(dispatch) + timeline.total(seconds.alone)), work
+        return timeline.advance_clock(HOST, timeline.total(dispatch) + timeline.total(seconds.alone)), work
     row = timeline.ClockRow(
         dispatch,
         seconds.alone,
@@ -155,6 +155,6 @@ def seconds_of(parts: list[Part], on: DeviceProfile, by: Host) -> Any:
     """Seconds of parts that run in a row, from all clocks at 0."""
     together = timeline.IDENTITY
     for part in parts:
-        seconds = contention.of_part(part, price.durations(part.ops, on), on)
+        seconds = contention.beside_streams(part, price.durations(part.ops, on), on)
         together = together.then(clocks(part, seconds, on, by)[0].power(part.repeat))
     return together.end

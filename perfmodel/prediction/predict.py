@@ -181,7 +181,7 @@ def predict(
     setup = with_options(setup, options)
     architecture, bound = resolve(model, method)
     on = profile_of(device)
-    by = hosts.resolve(host, on)
+    by = hosts.host_of(host, on)
     return over_grid(lambda s, m: _predict(architecture, m, s, on, by, shared), setup, bound)
 
 
@@ -205,7 +205,7 @@ def _predict(
 def of_step(built: Step, on: DeviceProfile, by: Host, shared: Shared | None = None) -> Prediction:
     """Count, price and compose a step, wherever its ops come from."""
     shared = shared or Shared()
-    durations = part_costs.durations(built, on, shared)
+    durations = part_costs.part_durations(built, on, shared)
     time = step_time(built, on, by, durations, shared)
     held = _memory(built)
     counted = _counted(built, shared)
@@ -333,7 +333,7 @@ def step_time(
     phases: Phases = dict.fromkeys(PHASES, 0.0)
     components: dict[str, Any] = {}
     done: Any = 0.0
-    priced = iter(part_costs.durations(built, on) if durations is None else durations)
+    priced = iter(part_costs.part_durations(built, on) if durations is None else durations)
     for group in built.groups:
         once: Phases = {}
         blocks: list[timeline.Clocks] = []
@@ -356,13 +356,13 @@ def step_time(
     phases["total"] = total = sum(phases[p] for p in PHASES)
     busy = sum(components.values())
     components["host"] = np.maximum(0.0, total - busy)
-    low, high = intervals.bounds(total, intervals.step_sigma(components, total, on))
+    low, high = intervals.interval_bounds(total, intervals.step_sigma(components, total, on))
     return Time(phases, low, high, busy, components["host"] / total, components)
 
 
 def _memory(built: Step) -> Memory:
     peak = memory.peak_bytes(built)
-    low, high = memory.bounds(peak, built.device)
+    low, high = memory.reserved_bounds(peak, built.device)
     gradients = sum(p.nbytes * p.count for p in built.parameters if p.used)
     rest = built.weight_bytes + gradients + built.state_bytes
     activations = np.maximum(peak - rest, 0) if isinstance(peak, np.ndarray) else max(peak - rest, 0)

@@ -81,7 +81,7 @@ class Clocks:
 IDENTITY = Clocks()
 
 
-def advance(clock: str, seconds: Seconds) -> Clocks:
+def advance_clock(clock: str, seconds: Seconds) -> Clocks:
     """A clock works on by itself."""
     return Clocks({clock: {clock: seconds}})
 
@@ -138,7 +138,7 @@ def of_row(row: ClockRow, launch: float) -> Clocks:
             result = result.then(wait(run.on, *run.after))
         result = result.then(of_ops(row.dispatch[rows], row.duration[rows], launch, row.launched[rows], run.on))
         if run.on != COMPUTE and row.taken is not None:
-            result = result.then(advance(COMPUTE, total(row.taken[rows])))
+            result = result.then(advance_clock(COMPUTE, total(row.taken[rows])))
         if synchronises:
             result = result.then(wait(HOST, run.on))
     return result
@@ -162,7 +162,7 @@ def of_ops(
     end = host[-1] if host.ndim > 1 else host[-1].item()
     host, duration = host[launched], duration[launched]
     if not len(host):
-        return advance(HOST, end)
+        return advance_clock(HOST, end)
     if duration.ndim > 1:
         latest, busy = _of_grid(host, duration)
     else:

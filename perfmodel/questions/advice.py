@@ -220,7 +220,7 @@ def advise(
     setup = with_options(setup, options)
     architecture, start_method = resolve(model, method)
     on = profile_of(device)
-    by = hosts.resolve(host, on)
+    by = hosts.host_of(host, on)
     if not isinstance(setup.batch, int) or not isinstance(setup.seq, int):
         raise UserError("advise takes one batch and one seq; for grids use sweep")
     limit = _limit(memory_bytes, on)

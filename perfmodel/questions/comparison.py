@@ -79,7 +79,7 @@ def compare(
     setup = with_options(setup, options)
     predictions = [predict(model, m, setup, device, host=host) for m in methods]
     on = profile_of(device)
-    by = hosts.resolve(host, on)
+    by = hosts.host_of(host, on)
     base, *others = predictions
     if any(p.step is None for p in predictions):  # a grid has no one reason
         return Comparison(predictions, [speed_up(base, p, on) for p in others])

@@ -15,7 +15,7 @@ from ..shown import Shown
 from .anatomy import PARTS, Anatomy, dissect
 from .comparison import with_reason
 from .crossover import Crossover, MethodPair, crossovers
-from .roofline import RooflineKernel, kernels
+from .roofline import RooflineKernel, longest_kernels
 from .sentences import in_words
 from .speedup import SpeedUp
 
@@ -80,7 +80,7 @@ class Explanation(Shown):
 
     def kernels(self, of: str) -> list[RooflineKernel]:
         """The kernels of step "a" or "b" for the roofline."""
-        return kernels(self.a if of == "a" else self.b)
+        return longest_kernels(self.a if of == "a" else self.b)
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON of `explain` (SI units, bytes)."""
@@ -119,7 +119,7 @@ def explain(
     architecture, one = resolve(model, a)
     _, two = resolve(architecture, b)
     on = profile_of(device)
-    by = hosts.resolve(host, on)
+    by = hosts.host_of(host, on)
     first, second = (predict(architecture, m, setup, on, host=by) for m in (one, two))
     return of_predictions(first, second, on, by, axes)
 

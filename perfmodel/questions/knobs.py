@@ -74,7 +74,7 @@ def _optimizer(setup: Setup) -> Knob:
     if not setup.optimizer.startswith("adamw"):
         return (KEEP,)
     labels = {"adamw-fused": "fused AdamW", "adamw-8bit": "8-bit AdamW"}
-    names = [name for name in labels if name in optimizers.names() and name != setup.optimizer]
+    names = [name for name in labels if name in optimizers.optimizer_names() and name != setup.optimizer]
     return (KEEP, *(KnobPosition(labels[name], {"optimizer": name}) for name in names))
 
 

@@ -15,7 +15,7 @@ Rows = list[Row]
 def models() -> Rows:
     """The bundled models that the tape knows, with their dims (elements) and the source of their config."""
     rows = []
-    for name in architectures.bundled():
+    for name in architectures.model_names():
         config = architectures.load(name)
         if config.values["model_type"] not in architectures.supported():
             continue
@@ -41,7 +41,7 @@ def methods() -> Rows:
     ]  # fmt: skip
 
 
-def method(name: str) -> Row:
+def method_named(name: str) -> Row:
     """One of `methods`.
 
     Raises:
@@ -55,7 +55,7 @@ def method(name: str) -> Row:
 def devices() -> Rows:
     """Own and bundled devices: datasheet figures (SI), what was measured on them, errors on left-out rows."""
     rows = []
-    for name in [*own.names(), *profile.names()]:
+    for name in [*own.calibrated(), *profile.names()]:
         p = profile.load(name)
         rows.append(
             {

@@ -70,7 +70,7 @@ def roof(on: DeviceProfile, kernels: list[RooflineKernel]) -> Roof:
     return Roof(on.hardware.memory_bandwidth, dict(sorted(peaks.items(), key=lambda item: -item[1])))
 
 
-def kernels(p: Prediction) -> list[RooflineKernel]:
+def longest_kernels(p: Prediction) -> list[RooflineKernel]:
     """The step's kernels by time, longest first; calls of one op on equal shapes are one entry.
 
     Raises:

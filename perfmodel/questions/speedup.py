@@ -50,4 +50,4 @@ def speed_up(base: Prediction, other: Prediction, on: DeviceProfile) -> SpeedUp:
     a, b = base.time, other.time
     ratio = a.phases["total"] / b.phases["total"]
     spread = intervals.ratio_sigma(a.components, a.phases["total"], b.components, b.phases["total"], on)
-    return SpeedUp(other.method, ratio, *intervals.bounds(ratio, spread))
+    return SpeedUp(other.method, ratio, *intervals.interval_bounds(ratio, spread))

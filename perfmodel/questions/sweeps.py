@@ -215,7 +215,7 @@ def _speed_up(base: Time | None, here: np.ndarray, time: Time, on: DeviceProfile
     components = {name: seconds[here] for name, seconds in base.components.items()}
     ratio = total / time.phases["total"]
     spread = intervals.ratio_sigma(components, total, time.components, time.phases["total"], on)
-    return ratio, *intervals.bounds(ratio, spread)
+    return ratio, *intervals.interval_bounds(ratio, spread)
 
 
 def _joined(times: list[Time]) -> Time:

@@ -205,9 +205,9 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
             p.grad.storage.copies = p.count
     first, later = list(tape.parts), list[Part]()
     if tape.flow is not None:
-        from ..passes.compile import compiled  # half of what a step needs: only where it is asked for
+        from ..passes.compile import compiled_parts  # half of what a step needs: only where it is asked for
 
-        first, later = compiled(setup, step.parameters, first, tape.flow, programs, alike=tape.alike)
+        first, later = compiled_parts(setup, step.parameters, first, tape.flow, programs, alike=tape.alike)
         tape.flow = None
     tape.parts.clear()
     tape.twins.clear()
@@ -229,7 +229,7 @@ def record_update(step: Step, tape: Tape) -> None:
     """Record clipping, the optimizer as the method wants it, and the end of the gradients; sets the step's state."""
     with tape.no_grad():
         if step.zero:
-            update = zero.record_update(step, step.optimizer)
+            update = zero.record_zero_update(step, step.optimizer)
         else:
             if step.setup.clip_grad:
                 optimizers.clip_grad_norm(tape.begin("clip", "optimizer"), optimizers.trainable(step.parameters))
@@ -250,9 +250,9 @@ def _forget(kept: Kept) -> None:
 
 def running(step: Step) -> tuple[Setup, Method]:
     """Setup and method as the step's engine runs them."""
-    return zero.running(step.setup, step.method) if step.zero else (step.setup, step.method)
+    return zero.under_zero(step.setup, step.method) if step.zero else (step.setup, step.method)
 
 
 def held_bytes(step: Step) -> Dim:
     """Bytes that method and engine keep from step to step beside parameters and optimizer state."""
-    return step.method.held_bytes(step) + (zero.held_bytes(step) if step.zero else 0)
+    return step.method.held_bytes(step) + (zero.flat_bytes(step) if step.zero else 0)

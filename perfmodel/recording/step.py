@@ -65,7 +65,7 @@ class Step:
         """The optimizer form that runs."""
         if self.zero and self.setup.optimizer == "adamw":
             return "adamw-fused"  # DeepSpeed's FusedAdam: one pass over flat tensors
-        return optimizers.resolve(self.setup.optimizer, self.device)
+        return optimizers.picked_form(self.setup.optimizer, self.device)
 
     @property
     def zero(self) -> bool:

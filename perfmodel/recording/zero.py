@@ -49,7 +49,7 @@ def check_zero3(setup: Setup, method: Method) -> None:
         raise UserError(f"method {method.name} changes weights by itself: not modelled under {setup.engine}")
 
 
-def running(setup: Setup, method: Method) -> tuple[Setup, Method]:
+def under_zero(setup: Setup, method: Method) -> tuple[Setup, Method]:
     """What DeepSpeed makes of setup and method: the whole module, adapters too, in one 16-bit dtype; no autocast."""
     dtype = setup.amp or setup.dtype
     if getattr(method, "adapter_dtype", dtype) is None:
@@ -63,7 +63,7 @@ def bucket(step: Step) -> Dim:
     return step.architecture.hidden**2
 
 
-def held_bytes(step: Step) -> Dim:
+def flat_bytes(step: Step) -> Dim:
     """Bytes of the flat buffer of all gradients, and of the bucket."""
     trained = [p for p in step.parameters if p.used]
     return sum(p.nbytes * p.count for p in trained) + existing((bucket(step),), trained[0].dtype).nbytes
@@ -92,7 +92,7 @@ def end_of_backward() -> None:
     record("deepspeed::synchronize", (), (), Attrs(host=True, sync=True), runs=BESIDE)
 
 
-def record_update(step: Step, optimizer: str) -> Update:
+def record_zero_update(step: Step, optimizer: str) -> Update:
     """Record the optimizer step; returns it with what is kept between steps, masters included."""
     update = Update(tape(), optimizer, step.parameters)
     _norm(update.parameters)

@@ -8,7 +8,7 @@ FLUTTER = 1.05  # a stretch between points closer than this is not told
 MOST_TOLD = 4  # stretches of one verdict; with more, only the first and the last are told
 
 
-def in_words(c: Crossover, labels: tuple[str, str]) -> str:
+def crossing_in_words(c: Crossover, labels: tuple[str, str]) -> str:
     """One axis in a line; `labels` are the two methods in words."""
     if not c.values:
         return f"{c.axis}: {verdicts(c, labels)}"

@@ -31,7 +31,7 @@ class Picture:
     narrow: str
 
 
-def picture(draw: Callable[[int], Canvas]) -> Picture:
+def both_forms(draw: Callable[[int], Canvas]) -> Picture:
     """Both forms of a picture that draws itself for a width."""
     return Picture(draw(WIDE).svg(), draw(NARROW).svg())
 
@@ -40,13 +40,13 @@ def waterfalls(explained: list[Explanation]) -> dict[str, Any]:
     """One waterfall a method."""
     return {
         "falls": [
-            {"label": e.labels[1], "picture": picture(lambda width, e=e: waterfall(e, width))}  # type: ignore[misc]
+            {"label": e.labels[1], "picture": both_forms(lambda width, e=e: waterfall(e, width))}  # type: ignore[misc]
             for e in explained
         ]
     }
 
 
-def limits(explained: list[Explanation], chosen: Explanation) -> dict[str, Any]:
+def limit_exhibits(explained: list[Explanation], chosen: Explanation) -> dict[str, Any]:
     """The phases of every method, and the rooflines of the baseline and of a chosen method."""
     steps = [(explained[0].labels[0], explained[0].before), *((e.labels[1], e.after) for e in explained)]
     roofs = [_roofline(chosen, "a", chosen.labels[0]), _roofline(chosen, "b", chosen.labels[1])]
@@ -71,7 +71,7 @@ def _roofline(e: Explanation, of: str, label: str) -> dict[str, Any]:
     total = sum(k.seconds for k in kernels)
     return {
         "label": label,
-        "picture": picture(lambda width: roofline(kernels, over, f"Roofline of {label}", width)),
+        "picture": both_forms(lambda width: roofline(kernels, over, f"Roofline of {label}", width)),
         "legend": [{"name": n, "colour": c, "told": units.seconds(s)} for n, c, s in legend(kernels)],
         "caption": (
             "Area: time. Matrix products and attention are placed by their FLOPs, all other kernels by one operation "
@@ -116,7 +116,7 @@ def memories(predictions: list[Prediction], labels: list[str], on: DeviceProfile
     ]  # fmt: skip
     heads = ["", *(name for name, _ in PARTS), "peak", "reserved", "fits"]
     return {
-        "memory": {"picture": picture(lambda width: memory(predictions, labels, capacity, width))},
+        "memory": {"picture": both_forms(lambda width: memory(predictions, labels, capacity, width))},
         "memory_legend": [
             {"name": "activations and temporaries" if name == "activations" else name, "colour": colour, "told": ""}
             for name, colour in PARTS
@@ -141,7 +141,7 @@ def _axis(axis: str, lines: list[tuple[Explanation, Crossover]]) -> dict[str, An
     keys = [{"name": label, "colour": COLOURS[i % len(COLOURS)], "told": ""} for i, label in enumerate(labels)]
     return {
         "name": AXES.get(axis, axis),
-        "picture": picture(lambda width: crossing(drawn, labels, width)),
+        "picture": both_forms(lambda width: crossing(drawn, labels, width)),
         "legend": keys if len(lines) > 1 else [],
         "told": told,
     }

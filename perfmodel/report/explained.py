@@ -3,7 +3,7 @@
 from .. import units
 from ..questions.anatomy import Phase
 from ..questions.explanation import Explanation
-from .crossings import in_words
+from .crossings import crossing_in_words
 from .figures import headline, phase_table
 from .plain import notes, paragraph, show, table
 
@@ -25,7 +25,7 @@ def show_explanation(e: Explanation) -> None:
     if e.crossovers:
         show("\nwhere the verdict turns (5 % either way is the same)")
     for crossover in e.crossovers:
-        show(paragraph(f"  {in_words(crossover, e.labels)}", indent="    "))
+        show(paragraph(f"  {crossing_in_words(crossover, e.labels)}", indent="    "))
     notes(dict.fromkeys([*e.a.notes, *e.b.notes]))
 
 

@@ -29,7 +29,7 @@ def check_drawable(planned: Sweep, path: Path) -> None:
         raise UserError("a heat map needs several batches and several lengths, e.g. --batch 1-64*2 --seq 128-8192*2")
 
 
-def draw(planned: Sweep, speedups: dict[Key, list[Columns]], path: Path) -> None:
+def draw_heatmap(planned: Sweep, speedups: dict[Key, list[Columns]], path: Path) -> None:
     """One panel per device and method beside the baseline: batch against sequence, blue where it pays.
 
     Raises:

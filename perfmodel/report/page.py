@@ -44,7 +44,7 @@ def report(
     Other arguments and errors are those of `compare`; the setup must be a single one.
     """
     on = profile_of(device)
-    by = hosts.resolve(host, on)
+    by = hosts.host_of(host, on)
     c = compare(model, methods, setup, on, host=by, **options)
     base, *others = c.predictions
     explained = [of_predictions(base, p, on, by, axes) for p in others]
@@ -59,7 +59,7 @@ def report(
         "command": command,
         "signature": f"perfmodel {_version()}, {date.today().isoformat()}. Made by:",
         **exhibits.waterfalls(explained),
-        **exhibits.limits(explained, fastest(explained)),
+        **exhibits.limit_exhibits(explained, fastest(explained)),
         **exhibits.memories(c.predictions, labels, on),
         **exhibits.crossings(explained),
         **evidence.assumptions(c.predictions, by),

@@ -17,7 +17,7 @@ from .theme import charts_on_light_ground
 MARGIN, GAP, LINE = 28.0, 26.0, 20.0  # px
 
 
-def draw(e: Explanation, path: Path) -> None:
+def draw_picture(e: Explanation, path: Path) -> None:
     """Write the picture.
 
     Raises:
@@ -25,10 +25,10 @@ def draw(e: Explanation, path: Path) -> None:
     """
     if path.suffix.lower() != ".svg":
         raise UserError(f"{path}: pictures are SVG; name the file {path.with_suffix('.svg').name}")
-    write_text(path, picture(e))
+    write_text(path, draw_explanation(e))
 
 
-def picture(e: Explanation) -> str:
+def draw_explanation(e: Explanation) -> str:
     """The answer, the waterfall, and the roofline of either step."""
     page = Canvas(WIDE + 2 * MARGIN, e.answer)
     at = MARGIN + 4

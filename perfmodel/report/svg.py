@@ -104,7 +104,7 @@ def wrapped(text: str, width: float, size: float = TEXT) -> list[str]:
     return wrap(text, int(width / (GLYPH * size)))
 
 
-def linear(low: float, high: float, start: float, end: float) -> Scale:
+def linear_scale(low: float, high: float, start: float, end: float) -> Scale:
     """A linear scale from [low, high] to px."""
     return lambda value: start + (value - low) / (high - low) * (end - start)
 

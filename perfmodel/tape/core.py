@@ -212,10 +212,10 @@ def record(
         attrs=attrs,
         runs=runs,
     )
-    append(op, inputs, outputs)
+    append_op(op, inputs, outputs)
 
 
-def append(op: Op, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+def append_op(op: Op, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
     """Append an op that was made by hand (its specs stand for several tensors) to the current part."""
     current = _current[-1]
     op.owner, op.recompute = current.owner, current.recomputing

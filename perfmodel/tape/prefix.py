@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from ..program.dims import Dim, is_one, product
 from ..program.op import Attrs, Op, Spec
 from .autograd import differentiate
-from .core import append, emit, new_tensor, record
+from .core import append_op, emit, new_tensor, record
 from .shape import narrow, reshape
 from .tensor import Grads, Node, Storage, Tensor
 
@@ -52,7 +52,7 @@ def _split_layers_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     out = new_tensor(shape, made[0].dtype)
     inputs = tuple(Spec(g.dtype, g.shape, count) for g, count in zip(made, counts, strict=True))
     outputs = (out.spec,)
-    append(Op("cat", inputs, outputs, sum(s.nbytes for s in inputs), out.nbytes), made, (out,))
+    append_op(Op("cat", inputs, outputs, sum(s.nbytes for s in inputs), out.nbytes), made, (out,))
     return (out,)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ..program.op import Op, Spec
 from .autograd import differentiate
-from .core import append, emit, new_tensor, record
+from .core import append_op, emit, new_tensor, record
 from .linalg import bmm
 from .pointwise import neg
 from .shape import expand, transpose
@@ -46,7 +46,7 @@ def block_diagonal(x: Tensor) -> Tensor:
     node = differentiate("BlockDiagBackward0", (x,), _block_diagonal_backward, (x.shape,))
     out = new_tensor((n * k, n * k), x.dtype)
     blocks = (Spec(x.dtype, (k, k), n),)
-    append(Op("block_diag", blocks, (out.spec,), x.nbytes, out.nbytes), (x,), (out,))
+    append_op(Op("block_diag", blocks, (out.spec,), x.nbytes, out.nbytes), (x,), (out,))
     if node:
         node.produces(out)
     return out
@@ -58,5 +58,5 @@ def _block_diagonal_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     n, k, _ = shape
     out = new_tensor(shape, g.dtype)
     pieces = (Spec(g.dtype, (k, k), n),)
-    append(Op("stack", pieces, (out.spec,), out.nbytes, out.nbytes), (g,), (out,))
+    append_op(Op("stack", pieces, (out.spec,), out.nbytes, out.nbytes), (g,), (out,))
     return (out,)

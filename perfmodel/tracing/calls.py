@@ -69,7 +69,7 @@ class TracedProgram:
     capability: str | None = None
 
 
-def record(program: TracedProgram, setup: Setup, *, warm: bool = False) -> Calls:
+def record_calls(program: TracedProgram, setup: Setup, *, warm: bool = False) -> Calls:
     """Trace forward and backward of a module on fake tensors, under the caller's fake mode.
 
     A further micro-batch differs from the first in what it adds to gradients, so two of them stand for any number.

@@ -34,7 +34,7 @@ def predict_module(
 ) -> Prediction:
     """See `perfmodel.predict_module`."""
     on = device_of(device)
-    by = hosts.resolve(host, on)
+    by = hosts.host_of(host, on)
     called = name or type(module).__name__
     setup = setup or _setup(module, inputs)
     check_setup(setup, on.kind)

@@ -29,12 +29,12 @@ from ..recording.step import Step
 from ..setup import Setup
 from ..tape.core import Tape, recording
 from . import programs
-from .calls import Calls, Loss, Place, TracedProgram, record
+from .calls import Calls, Loss, Place, TracedProgram, record_calls
 from .growth import Term, Whole, whole
 from .parameters import parameters_of
 from .programs import adapt as adapters
 from .programs.adapt import Adapt
-from .programs.choose import reason
+from .programs.choose import in_one_line
 from .programs.stacks import stacks
 from .trace import to_fake
 
@@ -74,7 +74,7 @@ def predict_traced(
     if setup.compile != "none":
         raise UserError("traced steps are eager: leave out --compile, or the trace")
     on = device_of(device)
-    by = hosts.resolve(host, on)
+    by = hosts.host_of(host, on)
     config = load(model) if isinstance(model, str) else model
     if peft_config is None:
         built, made = of_method(config, method, setup, on)
@@ -96,7 +96,7 @@ def of_method(
     Raises:
         UserError: anything that cannot be satisfied, in one line.
     """
-    known, adapt = adapters.of_method(config, method)
+    known, adapt = adapters.adapter_of_method(config, method)
     return build_traced(config, setup, adapt, known, *_dispatch(on))
 
 
@@ -105,7 +105,7 @@ def of_peft(
 ) -> tuple[Step, Whole]:
     """As `of_method`, of the values of an adapter_config.json."""
     label = str(values["peft_type"]).lower()
-    return build_traced(config, setup, adapters.of_peft(values), TracedMethod(label=label), *_dispatch(on))
+    return build_traced(config, setup, adapters.adapter_of_peft(values), TracedMethod(label=label), *_dispatch(on))
 
 
 def _dispatch(on: DeviceProfile | None) -> tuple[str, str]:
@@ -193,7 +193,7 @@ def prepare(model: Any, setup: Setup) -> None:
     try:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
     except ValueError as error:  # the class does not support it
-        raise UserError(f"--checkpoint {setup.checkpoint}: {reason(error)}; use none") from error
+        raise UserError(f"--checkpoint {setup.checkpoint}: {in_one_line(error)}; use none") from error
 
 
 def trace(model: Any, make: MakeLoss, setup: Setup, capability: str | None, name: str) -> Whole:
@@ -213,11 +213,11 @@ def trace(model: Any, make: MakeLoss, setup: Setup, capability: str | None, name
         with mode:
             loss = make()
             program = TracedProgram(model, loss, blocks, capability)
-            return whole(rows, lambda warm: record(program, setup, warm=warm))
+            return whole(rows, lambda warm: record_calls(program, setup, warm=warm))
     except UserError:
         raise
     except Exception as error:  # whatever a foreign program raises on fake tensors
-        raise UserError(f"{name} cannot be traced: {reason(error)}") from error
+        raise UserError(f"{name} cannot be traced: {in_one_line(error)}") from error
 
 
 def assemble(name: str, model: Any, base: frozenset[str], method: Method, setup: Setup, kind: str, made: Whole) -> Step:

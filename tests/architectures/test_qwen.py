@@ -43,8 +43,8 @@ def test_the_tape_equals_its_program(spec: str, options: dict[str, Any]) -> None
     step = build(architecture, method, setup, "cpu")
     fused = setup.attention == "flash2"
     model = reference.make(QWEN, TORCH_DTYPES[setup.dtype], 2 * setup.seq, fused=fused)
-    trace = trace_step(models.apply(model, method, architecture), setup, step.optimizer)
-    assert counts.judge(Case(config, spec, setup), step, trace).differences == []
+    trace = trace_step(models.apply_method(model, method, architecture), setup, step.optimizer)
+    assert counts.judge_step(Case(config, spec, setup), step, trace).differences == []
 
 
 def outcome(function: Any, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

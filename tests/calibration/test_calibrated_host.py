@@ -34,7 +34,7 @@ def timed() -> tuple[hosts.Timed, ...]:
     """The programs of a calibration as a host of known costs dispatches them, with 2 % of noise."""
     noise = np.random.default_rng(0)
     found = []
-    for config, method, checkpoint, optimizer in hosts.programs():
+    for config, method, checkpoint, optimizer in hosts.host_programs():
         architecture = from_config(config)
         setup = Setup(batch=1, seq=4, dtype="fp32", checkpoint=checkpoint, optimizer=optimizer)
         step = build(architecture, methods.parse(method).bind(architecture), setup, "cpu")
@@ -52,7 +52,7 @@ def test_what_no_program_holds_stays_the_defaults_and_is_named(tmp_path: Path) -
     for cost in ("call", "module", "hook", "loop_call"):
         assert getattr(found.host, cost) == pytest.approx(getattr(TRUTH, cost), rel=0.2), cost
     path = tmp_path / "host.toml"
-    hosts.write(found.host, path, found.provenance(verify.of_programs(found)))
+    hosts.write_host(found.host, path, found.provenance(verify.of_programs(found)))
     table = tomllib.loads(path.read_text())
     assert table["fit"]["kept"] == list(found.doubts.kept)
     assert "fetch" in table["source"]
@@ -91,7 +91,7 @@ def test_a_fit_that_predicts_nothing_is_not_written(
 
         monkeypatch.setattr(module, "microbenchmarks", lambda *arguments: [])
         monkeypatch.setattr(module, "device_file", lambda *arguments: ("", {}))
-        monkeypatch.setattr(module, "parsed", lambda *arguments: SimpleNamespace(name="A box", kind="cpu"))
+        monkeypatch.setattr(module, "profile_of_text", lambda *arguments: SimpleNamespace(name="A box", kind="cpu"))
         monkeypatch.setattr(verify, "of_programs", lambda found, on: {"left_out": verify.Errors.of([0.6])})
         monkeypatch.setattr(verify, "of_steps", lambda *arguments: verify.Errors.of([0.1]))
         monkeypatch.setattr(hosts, "kernel_seconds", lambda step, on: dict.fromkeys(hosts.PHASES, 0.0))

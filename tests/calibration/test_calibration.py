@@ -51,7 +51,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_the_fit_of_products_finds_what_made_the_timings(measured: list[dict[str, Any]]) -> None:
     """Shares of the peak and packing must be told apart, in every regime, or other shapes are priced wrongly."""
-    found = fit.gemm(fit.cpu_rows(measured), "fp32", BOX, "")
+    found = fit.fit_gemms(fit.cpu_rows(measured), "fp32", BOX, "")
     p = found.parameters
     assert isinstance(p, cpu.CpuGemmParameters)
     assert dict(p.efficiency) == pytest.approx(dict(GEMM.efficiency), rel=0.15)
@@ -73,7 +73,7 @@ def test_a_layout_of_too_few_products_goes_as_the_forward_one(
                 continue
         rows.append(row)
     assert nn >= 20
-    found = fit.gemm(rows, "fp32", BOX, "")
+    found = fit.fit_gemms(rows, "fp32", BOX, "")
     p = found.parameters
     assert ("nn" in found.doubts.kept) == kept
     assert (p.efficiency["nn"] == p.efficiency["tn"]) == kept
@@ -82,7 +82,7 @@ def test_a_layout_of_too_few_products_goes_as_the_forward_one(
 
 def test_the_fit_of_attention_finds_what_made_the_timings(measured: list[dict[str, Any]]) -> None:
     """A score's exponential and its products grow alike but for the head size."""
-    found = fit.attention(fit.cpu_rows(measured), BOX, "")
+    found = fit.fit_attention_kernel(fit.cpu_rows(measured), BOX, "")
     p = found.parameters
     assert isinstance(p, cpu.CpuAttentionParameters)
     names = (
@@ -102,7 +102,7 @@ def test_the_fit_of_attention_finds_what_made_the_timings(measured: list[dict[st
 
 def test_the_fit_of_streams_finds_what_made_the_timings(measured: list[dict[str, Any]]) -> None:
     """Bandwidth, floors and clocks of each kind decide every step that is not all products."""
-    found = fit.stream(fit.cpu_rows(measured), BOX, "")
+    found = fit.fit_streams(fit.cpu_rows(measured), BOX, "")
     p = found.parameters
     assert isinstance(p, cpu.CpuStreamParameters)
     assert p.stream == pytest.approx(STREAM.stream, rel=0.1)
@@ -117,7 +117,7 @@ def test_one_disturbed_row_does_not_move_a_fit(measured: list[dict[str, Any]]) -
     disturbed = json.loads(json.dumps(measured))
     for r in [r for r in disturbed if r["kind"] == "microbench" and r["case"]["block"] == "gemm"][::17]:
         r["seconds"]["median"] *= 10
-    p = fit.gemm(fit.cpu_rows(disturbed), "fp32", BOX, "").parameters
+    p = fit.fit_gemms(fit.cpu_rows(disturbed), "fp32", BOX, "").parameters
     assert isinstance(p, cpu.CpuGemmParameters)
     assert p.efficiency["tn"] == pytest.approx(GEMM.efficiency["tn"], rel=0.05)
 
@@ -145,7 +145,7 @@ def test_a_device_brings_its_own_host(measured: list[dict[str, Any]], home: Path
     own.path("mine").write_text(text)
     default = host.load()
     slow = host.Host(**{**vars(default), "name": "slow", "module": 1e-3})
-    hosts.write(slow, own.path("mine", "hosts"))
+    hosts.write_host(slow, own.path("mine", "hosts"))
     options: dict[str, Any] = {"device": "mine", "batch": 1, "seq": 32, "dtype": "fp32"}
     mine, usual = predict("gpt2", "full", **options), predict("gpt2", "full", host=default, **options)
     assert mine.time.phases["forward"] > usual.time.phases["forward"] + 0.05

@@ -61,7 +61,7 @@ def test_a_slower_card_of_a_known_kind_is_found_slower() -> None:
     capped = {d: replace(p, math_efficiency=0.6 * p.math_efficiency) for d, p in known.gemm.items()}
     text, fits = calibrate.device_file(made_up(replace(known, gemm=capped), A100), "mine")
     assert {block: f.errors.mean < 0.1 for block, f in fits.items()} == dict.fromkeys(fits, True)
-    mine = calibrate.parsed(text, "mine")
+    mine = calibrate.profile_of_text(text, "mine")
     step = [predict("llama-3.2-1b", "full", device=d, batch=8, seq=1024, host="default") for d in (mine, known)]
     assert step[0].time.phases["forward"] > 1.1 * step[1].time.phases["forward"]
 
@@ -70,7 +70,7 @@ def test_a_card_that_is_not_bundled_takes_the_drivers_figures() -> None:
     """New cards come out faster than data files."""
     gpu = {**A100, "name": "NVIDIA A123"}
     text, _ = calibrate.device_file(made_up(profile.load("a100-80gb-sxm"), gpu), "mine")
-    mine = calibrate.parsed(text, "mine")
+    mine = calibrate.profile_of_text(text, "mine")
     assert (mine.name, mine.architecture, mine.hardware.sm_count) == ("NVIDIA A123", "ampere", 108)
     assert 150e12 < mine.hardware.peak("bf16") < 350e12
     assert 1e12 < mine.hardware.memory_bandwidth < 3e12

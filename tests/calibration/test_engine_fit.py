@@ -27,7 +27,7 @@ def rows() -> list[engine.EngineRow]:
     """What `time_programs` would give on a host three times as slow as the default one, with these costs."""
     found, by = [], host.load()
     architecture = from_config(Config({**SMALL["llama"], "num_hidden_layers": 4}, "llama", "llama"))
-    for method, checkpoint in engine.programs():
+    for method, checkpoint in engine.engine_programs():
         setup = Setup(batch=1, seq=4, dtype="fp32", checkpoint=checkpoint, optimizer="adamw-fused")
         bound = methods.parse(method).bind(architecture)
         plain, zero = (build(architecture, bound, replace(setup, engine=n), "cpu") for n in ("torch", engine.ENGINE))
@@ -52,7 +52,7 @@ def test_costs_come_back_whatever_the_machine_is_like(tmp_path: Path, monkeypatc
     assert error < 1e-6
     assert engine.slowness(made) == pytest.approx(SLOWER)
     monkeypatch.setattr(engine, "version", lambda name: "1.0")
-    engine.write(found, error, made, tmp_path / "mine.toml")
+    engine.write_engine(found, error, made, tmp_path / "mine.toml")
     monkeypatch.setattr(engines, "FOLDER", tmp_path)
     assert engines.ratios("mine") == pytest.approx(COSTS, rel=0.01)
 

@@ -26,10 +26,12 @@ SIZES = ((1, 8), (2, 16), (4, 8))
 def written(path: Path, sizes: tuple[tuple[int, int], ...] = SIZES) -> Path:
     """Steps of a machine whose host costs are known multiples of the default host's."""
     slow = refit.scaled(hosts.load(), TRUTH)
-    records.append(path, environment())
+    records.append_records(path, environment())
     for batch, seq in sizes:
         for method in ("full", "lora:r=4,targets=all-linear", "ia3"):
-            records.append(path, visit(Cell(TINY, method, Setup(batch=batch, seq=seq, dtype="fp32")), host=slow))
+            records.append_records(
+                path, visit(Cell(TINY, method, Setup(batch=batch, seq=seq, dtype="fp32")), host=slow)
+            )
     return path
 
 
@@ -52,9 +54,9 @@ def test_groups_are_never_split(tmp_path: Path) -> None:
     """A group shares its base products: half of it in the fit would flatter the half that is left out."""
     found = refit.check_records([written(tmp_path / "r.jsonl")], device=DEVICE["cpu"]).outcomes
     fit, held = (
-        {o.measured.cell.group for o in part} for part in refit.split(found)
+        {o.measured.cell.group for o in part} for part in refit.split_by_groups(found)
     )  # fmt: skip
-    assert (fit, held) == tuple({o.measured.cell.group for o in part} for part in refit.split(found[::-1]))
+    assert (fit, held) == tuple({o.measured.cell.group for o in part} for part in refit.split_by_groups(found[::-1]))
     assert len(fit) == 2
     assert len(held) == 1
     assert not fit & held

@@ -75,6 +75,6 @@ def test_a_call_without_a_row_is_named_in_the_notes() -> None:
     x = Spec("bf16", (64, 64))
     part.ops.append(Op("brand_new_call", (x,), (x,), x.nbytes, x.nbytes))
     on = profile.load("l40s")
-    again = of_step(p.step, on, hosts.resolve("default", on))
+    again = of_step(p.step, on, hosts.host_of("default", on))
     assert [note for note in again.notes if "brand_new_call" in note]
     assert again.kernels["total"] == p.kernels["total"] + 1

@@ -137,7 +137,7 @@ class Fake:
 def box() -> profile.DeviceProfile:
     """The CPU whose kernels take what `measured` says."""
     cases = [case for block in designs.design("cpu", ("fp32", "bf16")).values() for case in block[:150]]
-    return calibrate.parsed(calibrate.device_file([ENVIRONMENT, *map(measured, cases)], "box")[0], "box")
+    return calibrate.profile_of_text(calibrate.device_file([ENVIRONMENT, *map(measured, cases)], "box")[0], "box")
 
 
 def measured(thing: Any) -> dict[str, Any]:
@@ -291,7 +291,7 @@ def test_another_machines_campaign_is_not_continued(
         fake.run(planned, tmp_path / "c")
 
 
-@pytest.mark.skipif(not isolate.possible(), reason="processes cannot be forked here")
+@pytest.mark.skipif(not isolate.can_fork(), reason="processes cannot be forked here")
 def test_a_worker_that_hangs_or_dies_is_ended_and_made_anew() -> None:
     """A kernel that never returns must cost its own time, not the campaign's."""
 
@@ -317,7 +317,7 @@ def test_a_worker_that_hangs_or_dies_is_ended_and_made_anew() -> None:
 def test_a_torn_last_line_is_cut_and_its_unit_done_again(tmp_path: Path) -> None:
     """A file that was copied while it grew ends anywhere; what is whole in it counts."""
     path = tmp_path / "records.jsonl"
-    records.append(path, {"kind": "unmeasured", "unit": "a", "status": "late", "message": ""})
+    records.append_records(path, {"kind": "unmeasured", "unit": "a", "status": "late", "message": ""})
     whole = path.read_bytes()
     path.write_bytes(whole + whole[: len(whole) // 2])
     book = ledger.Ledger(path)

@@ -26,11 +26,11 @@ def called(*words: str | Path) -> Any:
 
 def test_the_papers_figures_stand_beside_the_prediction() -> None:
     """Its ratios are those of the published seconds, of the same size of batch only."""
-    rows = {(r.cell.config.name, r.cell.setup.seq): r for r in paper.predicted("a100-80gb-sxm")}
+    rows = {(r.cell.config.name, r.cell.setup.seq): r for r in paper.predicted_claim("a100-80gb-sxm")}
     assert rows["gpt2-xl", 512].published == pytest.approx(0.22207 / 0.17681)
     assert rows["tinyllama-1.1b", 512].published == pytest.approx(0.14196 / 0.10403)
     assert rows["gpt2-xl", 1024].published is None
-    assert all(paper.told(r.predicted) == "slower" for r in rows.values())
+    assert all(paper.verdict_of_ratio(r.predicted) == "slower" for r in rows.values())
 
 
 @pytest.mark.parametrize(("factor", "code"), [(1.0, 0), (3.0, 1)])
@@ -47,7 +47,7 @@ def test_a_verdict_that_is_wrong_ends_with_1(
     plan = run.MeasuringPlan(Grid("by hand", (), 1, 1, 1), "cpu", 1)
     monkeypatch.setattr(run, "plan", lambda *args, **options: plan)
     monkeypatch.setattr(
-        run, "measure_cells", lambda plan, output, progress: records.append(output, environment(), *visits)
+        run, "measure_cells", lambda plan, output, progress: records.append_records(output, environment(), *visits)
     )
     done = called("--device", "cpu", "--profile", DEVICE["cpu"], "--output", tmp_path / "r.jsonl", "--json")
     assert done.exit_code == code, done.output

@@ -107,13 +107,13 @@ def test_only_a_first_visit_that_succeeds_is_traced(
     monkeypatch.setattr(work, "visit", lambda *of, **options: {"status": status})
     monkeypatch.setattr(work, "traced", lambda cell, device: {"calls": {}})
     cell = Cell(TINY, "full", Setup(batch=2, seq=16))
-    found = work.step(plan.Visit(cell, turn), work.Settings("cpu", 1, 1, 1, wanted))
+    found = work.visit_record(plan.Visit(cell, turn), work.Settings("cpu", 1, 1, 1, wanted))
     assert ("traced" in found) == expected
     assert found["status"] == status
 
 
 def check_calls(path: Path, record: dict[str, Any]) -> list[Any]:
-    records.append(path, environment(), record)
+    records.append_records(path, environment(), record)
     return list(check_records([path], device=DEVICE["cpu"]).outcomes[0].calls)
 
 

@@ -254,7 +254,7 @@ def test_predict_and_compare_also_speak_to_people() -> None:
 @pytest.mark.parametrize(
     ("command", "key", "names"),
     [
-        ("models", "model", {n for n in architectures.bundled()
+        ("models", "model", {n for n in architectures.model_names()
                              if architectures.load(n).values["model_type"] in architectures.supported()}),
         ("methods", "method", set(methods.registered())),
         ("devices", "device", set(profile.names())),

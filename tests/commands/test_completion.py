@@ -35,7 +35,9 @@ def test_commands_and_options_are_offered() -> None:
 @pytest.mark.parametrize("command", ["predict", "compare", "advise", "sweep", "report"])
 def test_names_are_offered(command: str) -> None:
     """Nobody remembers the names of thirty devices."""
-    assert offered(command, "--model", "llama-3.2") == [m for m in architectures.bundled() if m.startswith("llama-3.2")]
+    assert offered(command, "--model", "llama-3.2") == [
+        m for m in architectures.model_names() if m.startswith("llama-3.2")
+    ]
     assert offered(command, "--device", "h") == [d for d in profile.names() if d.startswith("h")]
     assert "default" in offered(command, "--host", "")
     assert offered(command, "--dtype", "b") == ["bf16"]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from perfmodel.devices import profile
-from perfmodel.devices.cpu import GRAIN, CpuGemmParameters, CpuStreamParameters, gemm_time, regime, stream_time
+from perfmodel.devices.cpu import GRAIN, CpuGemmParameters, CpuStreamParameters, cpu_gemm_time, regime, stream_time
 from perfmodel.devices.cpu_work import FEW_ROWS, REGIMES, VECTOR, kind_of, streams
 from perfmodel.program.op import Op
 from perfmodel.tape import nn, pointwise, shape
@@ -99,6 +99,8 @@ def test_a_product_costs_by_the_regime_that_a_fit_files_it_under(dtype: str, lay
     plain = CpuGemmParameters()
     for name in REGIMES:
         slow = replace(plain, efficiency={**plain.efficiency, name: 0.1}, a_passes={**plain.a_passes, name: 50.0})
-        was, now = (gemm_time(m, n, 256, hardware=hw, parameters=p, dtype=dtype, layout=layout) for p in (plain, slow))
+        was, now = (
+            cpu_gemm_time(m, n, 256, hardware=hw, parameters=p, dtype=dtype, layout=layout) for p in (plain, slow)
+        )
         assert (now > 2 * was) == (name == regime(m, n, layout, dtype)), name
         assert now >= was

@@ -25,12 +25,12 @@ def test_a_gemm_fit_finds_the_times_that_known_parameters_make(kernels: Path, de
     rows, hw = gemm.gemm_rows(kernels, device, dtype), common.hardware(device)
     begin = replace(gemm.starting_point(device, dtype), power_share=0.0, load_energy=0.0)
     known = replace(begin, math_efficiency=0.6, memory_efficiency=0.7, launch_clocks=9e3)
-    made = rows.assign(seconds=gemm.priced_rows(rows, hw, gemm.Found(known)))
+    made = rows.assign(seconds=gemm.priced_products(rows, hw, gemm.Found(known)))
     found = gemm.fit_gemm({device: made}, dtype, begin)
     seen, unseen = made[~made.left_out], made[made.left_out]
     for some, off in ((seen, 0.02), (unseen, 0.08)):
         some = some.reset_index(drop=True)
-        before, after = (gemm.priced_rows(some, hw, f) / some.seconds - 1 for f in (gemm.Found(begin), found))
+        before, after = (gemm.priced_products(some, hw, f) / some.seconds - 1 for f in (gemm.Found(begin), found))
         assert np.abs(after).mean() < off < np.abs(before).mean() / 2
 
 
@@ -104,7 +104,7 @@ def test_a_boards_slowdowns_come_out_of_its_layouts(tmp_path: Path) -> None:
 
 def test_attention_fits_find_serving_times_and_borrow_what_has_no_rows(kernels: Path) -> None:
     """A third of the rows judges; head sizes and backward passes without rows come from a like device."""
-    results = attention.fit_all(kernels)
+    results = attention.fit_attention(kernels)
     assert set(results.fits) == {"a100-80gb-sxm", "l40s", "h100-sxm", "rtx-4090", "b200", "rtx-a5000"}
     assert set(results.classes) == {"sync_mma", "half_rate", "wgmma", "tcgen05"}
     for slug, fit in results.fits.items():
@@ -124,7 +124,7 @@ def test_serving_times_are_the_kernel_and_a_copy_to_the_cache() -> None:
     hw, p = common.hardware("a100-80gb-sxm"), profile.load("a100-80gb-sxm").attention
     b, s, h, kv, dim = 3, 512, 16, 4, 128
     rows = pd.DataFrame([dict(zip(attention.SHAPE, (b, s, h, kv, dim), strict=True))])
-    times = [float(attention.priced_rows(rows, hw, attention.Served(p, append))[0]) for append in (0.0, 1.5)]
+    times = [float(attention.priced_serving(rows, hw, attention.Served(p, append))[0]) for append in (0.0, 1.5)]
     kernel = attention.attention_forward_time(b, s, s, h, kv, dim, hardware=hw, parameters=p)
     assert times[0] == pytest.approx(float(kernel))
     copied, others = 2 * b * s * kv * dim * 2, 2 * b * s * h * dim * 2
@@ -149,7 +149,7 @@ def test_pointwise_fits_fill_gaps_from_a_like_device(kernels: Path) -> None:
     """Parameters that a device's rows say nothing about are the A100's on an A100, else the class's."""
     told: list[str] = []
     rows = pointwise.pointwise_rows(kernels)
-    results = pointwise.fit_all(kernels, told.append)
+    results = pointwise.fit_pointwise_blocks(kernels, told.append)
     assert sorted(results.fits) == sorted({label.split()[1] for label in told}) == sorted(set(rows.gpu))
     for slug, fit in results.fits.items():
         own = rows[(rows.gpu == slug) & ~rows.host_bound]
@@ -180,7 +180,7 @@ def test_what_dram_gives_one_board_does_not_carry_over(kernels: Path, boards: in
     for slug in slugs:
         begin = replace(gemm.starting_point(slug, "fp32"), power_share=0.0, load_energy=0.0)
         rows, known = gemm.gemm_rows(kernels, slug, "fp32"), gemm.Found(replace(begin, memory_efficiency=0.4))
-        made[slug] = rows.assign(seconds=gemm.priced_rows(rows, common.hardware(slug), known))
+        made[slug] = rows.assign(seconds=gemm.priced_products(rows, common.hardware(slug), known))
     assert low < gemm.fit_gemm(made, "fp32", begin).parameters.memory_efficiency < high
 
 

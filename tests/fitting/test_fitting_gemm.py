@@ -35,7 +35,7 @@ def test_rows_of_another_order_are_not_replayed() -> None:
 
 def test_what_does_not_fit_gives_the_board_a_pause() -> None:
     """344 GB of products fail on 16 GB, and leave the clock high for what follows; seconds of load leave it low."""
-    run = campaigns.campaign("bmm", T4_MEMORY, T4_BANDWIDTH)
+    run = campaigns.board_campaign("bmm", T4_MEMORY, T4_BANDWIDTH)
     assert run.fails[:4].all()
     assert not run.fails[4:7].any()
     rested = campaigns.boosts(run, np.full(len(run.m), 1e-4), 0.6, 0.1)
@@ -47,7 +47,7 @@ def test_what_does_not_fit_gives_the_board_a_pause() -> None:
 
 def test_a_slow_control_leaves_the_clock_high_for_longer() -> None:
     """The five fastest of 25 runs are the first ones while the clock falls."""
-    run = campaigns.campaign("bmm", T4_MEMORY, T4_BANDWIDTH)
+    run = campaigns.board_campaign("bmm", T4_MEMORY, T4_BANDWIDTH)
     seconds = np.full(len(run.m), 5e-3)
     fast, slow = (campaigns.boosts(run, seconds, 0.6, reaction) for reaction in (0.05, 0.5))
     assert (fast >= 0.0).all()
@@ -99,7 +99,7 @@ def test_published_rows_stand_in_the_order_of_their_campaign(kernels: Path, slug
 def test_what_no_fit_moves_is_in_a_device_file_as_its_library_has_it(slug: str, dtype: str) -> None:
     """Tiles are read off kernels' names; with another tile or another way to split k it would be another library."""
     device, library = profile.load(slug), gemm.starting_point(slug, dtype)
-    found = {*gemm.bounds(dtype), *gemm.POWER, "sustained", "nn_slowdown", "nt_slowdown"}
+    found = {*gemm.searched_bounds(dtype), *gemm.POWER, "sustained", "nn_slowdown", "nt_slowdown"}
     for f in fields(library):
         if f.name not in found:
             known = getattr(library, f.name)
@@ -130,7 +130,7 @@ def test_a_roofline_by_hand() -> None:
     hw = profile.load("a100-80gb-sxm").hardware
     rows = pd.DataFrame({"m": [8192, 1], "n": [8192, 4096], "k": [8192, 4096], "b": [1.0, 3.0], "dtype": "bf16"})
     math, moved = 2 * 8192**3 / 312e12, 2 * 3 * (4096 + 4096**2 + 4096) / hw.memory_bandwidth
-    assert gemm.roofline(rows, hw) == pytest.approx([math, moved])
-    assert gemm.roofline(rows[:1], hw) == pytest.approx([math])
-    moved_fp32 = gemm.roofline(rows.assign(dtype="fp32"), hw)[1]
+    assert gemm.roofline_seconds(rows, hw) == pytest.approx([math, moved])
+    assert gemm.roofline_seconds(rows[:1], hw) == pytest.approx([math])
+    moved_fp32 = gemm.roofline_seconds(rows.assign(dtype="fp32"), hw)[1]
     assert moved_fp32 == pytest.approx(2 * moved)

@@ -58,7 +58,7 @@ def test_published_bf16_gemms_are_priced_as_promised(kernels: Path, device: str,
     for chosen, promised in ((rows.left_out & (rows.m >= 64), limit), (rows.left_out & thin, 0.10)):
         some = rows[chosen]
         seconds = common.Shapes.of(some).price(on.hardware, replace(on.gemm["bf16"], sustained=1.0))
-        keeps(seconds, gemm.roofline(some, on.hardware), common.column(some, "seconds"), promised)
+        keeps(seconds, gemm.roofline_seconds(some, on.hardware), common.column(some, "seconds"), promised)
 
 
 @pytest.mark.parametrize("device", ["v100-32gb-pcie", "a100-40gb-pcie", "a100-80gb-pcie", "h100-sxm"])
@@ -67,7 +67,7 @@ def test_published_fp32_gemms_are_priced_as_promised(kernels: Path, device: str)
     on, rows = profile.load(device), gemm.gemm_rows(kernels, device, "fp32")
     some = rows[rows.left_out]
     seconds = common.Shapes.of(some).price(on.hardware, on.gemm["fp32"])
-    keeps(seconds, gemm.roofline(some, on.hardware), common.column(some, "seconds"), 0.10)
+    keeps(seconds, gemm.roofline_seconds(some, on.hardware), common.column(some, "seconds"), 0.10)
 
 
 @pytest.mark.parametrize("device", ["a100-80gb-sxm", "l40s"])

@@ -26,7 +26,7 @@ def trace() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def profile(trace: dict[str, Any]) -> kineto.Profile:
-    return kineto.parse(trace, ["forward", "backward"], transparent=COMPOSITE.__contains__)
+    return kineto.parse_trace(trace, ["forward", "backward"], transparent=COMPOSITE.__contains__)
 
 
 def test_a_kernel_belongs_to_the_phase_that_launched_it(profile: kineto.Profile) -> None:
@@ -90,7 +90,7 @@ def test_the_order_of_events_in_the_file_does_not_matter(trace: dict[str, Any], 
     """Kineto sorts its events by nothing that one could rely on."""
     shuffled = list(trace["traceEvents"])
     random.Random(1).shuffle(shuffled)
-    again = kineto.parse({"traceEvents": shuffled}, ["forward", "backward"], transparent=COMPOSITE.__contains__)
+    again = kineto.parse_trace({"traceEvents": shuffled}, ["forward", "backward"], transparent=COMPOSITE.__contains__)
     by_start = sorted(profile.work, key=lambda w: w.start)
     assert sorted(again.work, key=lambda w: w.start) == by_start
     assert (again.busy, again.memory_peak, again.phases) == (profile.busy, profile.memory_peak, profile.phases)
@@ -107,7 +107,7 @@ def test_nodes_of_autograd_and_annotations_own_nothing(trace: dict[str, Any], pr
         {"ph": "X", "cat": "cpu_op", "name": name, "pid": 100, "tid": 101, "ts": 1490.0 + i, "dur": 300.0 - 2 * i}
         for i, name in enumerate(names)
     ]
-    again = kineto.parse(
+    again = kineto.parse_trace(
         {"traceEvents": [*trace["traceEvents"], *nodes]}, ["forward", "backward"], transparent=COMPOSITE.__contains__
     )
     assert (again.work, again.calls) == (profile.work, profile.calls)
@@ -117,10 +117,10 @@ def test_generated_kernels_and_collectives_have_owners(trace: dict[str, Any]) ->
     """Compiled code launches its kernels from no operator; NCCL's are inside the collective's, which owns no others."""
     renamed = {"gemm_128x128": "triton_poi_fused_add_0", "aten::linear": "CompiledFunction", "aten::mm": "Call Triton"}
     events = [{**e, "name": renamed.get(e["name"], e["name"])} for e in trace["traceEvents"]]
-    assert "inductor::pointwise" in {w.call for w in kineto.parse({"traceEvents": events}, []).work}
+    assert "inductor::pointwise" in {w.call for w in kineto.parse_trace({"traceEvents": events}, []).work}
     renamed = {"aten::linear": "c10d::allreduce_", "aten::mm": "record_param_comms", "aten::zeros": "c10d::barrier"}
     events = [{**e, "name": renamed.get(e["name"], e["name"])} for e in trace["traceEvents"]]
-    found = kineto.parse({"traceEvents": events}, []).work
+    found = kineto.parse_trace({"traceEvents": events}, []).work
     assert {w.name: w.call for w in found if w.kind == "kernel"}["gemm_128x128"] == "c10d::allreduce_"
 
 
@@ -128,7 +128,7 @@ def test_a_fill_beside_kernels_of_the_same_call_only_helps_them(trace: dict[str,
     """cuBLAS clears a counter before a product; the `zero_` inside an embedding's backward is asked for."""
     assert [w.helps for w in profile.work if w.kind == "memset"] == [False]
     direct = [e for e in trace["traceEvents"] if e["name"] not in ("aten::zeros", "aten::zero_")]
-    found = kineto.parse({"traceEvents": direct}, ["forward", "backward"], transparent=COMPOSITE.__contains__)
+    found = kineto.parse_trace({"traceEvents": direct}, ["forward", "backward"], transparent=COMPOSITE.__contains__)
     assert [(w.helps, w.is_kernel) for w in found.work if w.kind == "memset"] == [(True, False)]
     assert sum(w.is_kernel for w in found.work) == sum(w.is_kernel for w in profile.work) - 1
 
@@ -136,7 +136,7 @@ def test_a_fill_beside_kernels_of_the_same_call_only_helps_them(trace: dict[str,
 def test_times_since_1970_keep_their_digits(trace: dict[str, Any], profile: kineto.Profile) -> None:
     """Older traces count from there: in seconds, a double would tell them to a quarter of a microsecond."""
     late = [{**e, "ts": e["ts"] + 1_689_180_448_554_878} for e in trace["traceEvents"] if "ts" in e]
-    again = kineto.parse({"traceEvents": late}, ["forward", "backward"], transparent=COMPOSITE.__contains__)
+    again = kineto.parse_trace({"traceEvents": late}, ["forward", "backward"], transparent=COMPOSITE.__contains__)
     assert again.busy == pytest.approx(profile.busy, rel=1e-6)
 
 
@@ -164,7 +164,7 @@ def test_a_step_is_traced_from_an_idle_device(trace: dict[str, Any], monkeypatch
     program = SimpleNamespace(device="cuda", step=lambda around: done.append("step"))
     monkeypatch.setattr(module, "profile", Profiler)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronize"))
-    found = module.trace_step(program)  # type: ignore[arg-type]
+    found = module.profile_step(program)  # type: ignore[arg-type]
     assert done == ["synchronize", "start", "step", "synchronize", "stop"]
     assert len(found.work) == 5
 

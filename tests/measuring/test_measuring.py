@@ -62,7 +62,7 @@ def wait_for(path: Path, number: int, limit: float = 20.0) -> None:
         time.sleep(0.001)
 
 
-@pytest.mark.skipif(not isolate.possible(), reason="no fork")
+@pytest.mark.skipif(not isolate.can_fork(), reason="no fork")
 def test_killing_at_random_times_loses_at_most_the_running_cell(
     tmp_path: Path, grid: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,7 +143,7 @@ def test_a_record_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch, tmp
         return {}
 
     assert refused()["status"] == "oom"
-    if isolate.possible():
+    if isolate.can_fork():
         assert isolate.run_forked(killed)["status"] == "oom"
         assert isolate.run_forked(lambda: {"status": "ok"}) == {"status": "ok"}
 
@@ -205,7 +205,7 @@ def test_a_method_without_a_program_is_refused_before_anything_runs(
 @pytest.mark.parametrize("method", ["paca:r=4", "runlora:r=4,targets=all-linear", "lisa:gamma=1"])
 def test_references_run_as_predicted_where_peft_has_no_program(method: str) -> None:
     """The remedies of the literature must be measurable like LoRA: same calls, same memory, on real data."""
-    config = cells.parse(tomllib.loads(GRID), "tiny", "tiny").cells[0].config
+    config = cells.parse_grid(tomllib.loads(GRID), "tiny", "tiny").cells[0].config
     cell = cells.Cell(config, method, Setup(batch=2, seq=16, dtype="fp32"))
     found = visit.visit(cell, "cpu", threads=1, warm_up=1, steps=1)
     assert found["status"] == "ok", found
@@ -233,8 +233,8 @@ def measured_twice(path: Path) -> dict[str, Any]:
 def test_a_file_of_records_has_one_writer_and_known_lines(tmp_path: Path) -> None:
     """Two measurements into one file, or a file of something else, must be refused before hours are lost."""
     path = tmp_path / "records.jsonl"
-    records.append(path, {"kind": "environment", "id": "a", "device": "cpu", "host": {}})
-    if isolate.possible():
+    records.append_records(path, {"kind": "environment", "id": "a", "device": "cpu", "host": {}})
+    if isolate.can_fork():
         with records.only_writer(path):
             refused = isolate.run_forked(lambda: measured_twice(path))
         assert "another measurement is writing" in refused["message"]

@@ -76,7 +76,7 @@ def trace_of(name: str) -> Trace:
 
 @cache
 def profile_of(name: str) -> kineto.Profile:
-    return kineto.parse(trace_of(name), PHASES[name], transparent=composite)
+    return kineto.parse_trace(trace_of(name), PHASES[name], transparent=composite)
 
 
 def of(trace: Trace, *categories: str) -> list[dict[str, Any]]:

@@ -76,7 +76,7 @@ def test_fsdp2_holds_half_of_what_ddp_holds(visits: dict[tuple[str, str], dict[s
 
 def test_alone_it_is_refused_in_one_line() -> None:
     """Without torchrun the process would wait for others that never come."""
-    if team.launched():
+    if team.under_torchrun():
         pytest.skip("the tests themselves run under torchrun")
     with pytest.raises(UserError, match="torchrun --nproc-per-node 2"):
         team.join("ddp", "cpu")

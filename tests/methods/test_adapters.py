@@ -45,7 +45,7 @@ def test_the_tape_equals_the_reference(name: str, spec: str, options: dict[str, 
     setup, method = setup_of(name, **options), methods.parse(spec).bind(architecture)
     step = build(architecture, method, setup, "cpu")
     model = reference.apply(models.build_model(config, setup), method, architecture)
-    result = counts.judge(Case(config, spec, setup), step, trace_step(model, setup, step.optimizer))
+    result = counts.judge_step(Case(config, spec, setup), step, trace_step(model, setup, step.optimizer))
     assert result.flops > 0
     assert result.differences == []
 

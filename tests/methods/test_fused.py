@@ -34,7 +34,7 @@ def differences(name: str, spec: str, layers: int | None = None, **options: Any)
     total = reference.elements(model)
     trace = trace_step(model, setup, step.optimizer)
     trace.total = total
-    result = counts.judge(Case(config, spec, setup), step, trace)
+    result = counts.judge_step(Case(config, spec, setup), step, trace)
     assert result.flops > 0
     return result.differences
 
@@ -46,9 +46,9 @@ def fused_differences(name: str, spec: str, **options: Any) -> list[str]:
     assert isinstance(method, Lora)
     step = build(architecture, method, setup, "cpu")
     model = reference_lora.patch(
-        models.apply(models.build_model(config, setup), method, architecture), method.implementation
+        models.apply_method(models.build_model(config, setup), method, architecture), method.implementation
     )
-    return counts.judge(Case(config, spec, setup), step, trace_step(model, setup, step.optimizer)).differences
+    return counts.judge_step(Case(config, spec, setup), step, trace_step(model, setup, step.optimizer)).differences
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_merge_and_restart_are_those_of_peft(name: str, spec: str, dtype: str) -
     """Chain of LoRA and XGBLoRA go on from merged weights: peft's own merge and start, call by call."""
     architecture, setup = architecture_of(name), setup_of(name, dtype=dtype)
     method = methods.parse(spec).bind(architecture)
-    model = references.apply(models.build_model(config_of(name), setup), method, architecture, setup)
+    model = references.apply_reference(models.build_model(config_of(name), setup), method, architecture, setup)
     real = reference_papers.calls_of(model, lambda: reference_papers.merge_and_restart(model))
     (work,) = step_of(name, spec, device="cpu", dtype=dtype).periodic
     assert periodic_calls(work, without=("optimizer state",)) == real
@@ -123,7 +123,7 @@ def test_the_start_of_pissa_is_that_of_peft(name: str, dtype: str, niter: int) -
     """Call by call: a whole SVD of every target, or a few power iterations; it comes once, and in no step."""
     architecture, setup = architecture_of(name), setup_of(name, dtype=dtype)
     method = methods.parse(f"pissa:r=4,niter={niter},targets=all-linear").bind(architecture)
-    model = models.apply(models.build_model(config_of(name), setup), method, architecture)
+    model = models.apply_method(models.build_model(config_of(name), setup), method, architecture)
     start = f"pissa_niter_{niter}" if niter else "pissa"
     real = reference_papers.calls_of(model, lambda: reference_papers.decompose(model, start))
     step = step_of(name, method, device="cpu", dtype=dtype)
@@ -159,7 +159,7 @@ def test_the_replacement_of_ranks_equals_the_reference() -> None:
     """Every layer's gate is scored, all scores are sorted, and half of the ranks move with their moments."""
     architecture, setup = architecture_of("llama"), setup_of("llama")
     method = methods.parse("beamlora:r=5").bind(architecture)
-    model = references.apply(models.build_model(config_of("llama"), setup), method, architecture, setup)
+    model = references.apply_reference(models.build_model(config_of("llama"), setup), method, architecture, setup)
     real = reference_papers.calls_of(model, lambda: reference_beam.replace_ranks(model))
     real = Counter({call: n for call, n in real.items() if not call[0].startswith("empty")})
     copy, replacement = step_of("llama", "beamlora:r=5", device="cpu").periodic

@@ -56,7 +56,7 @@ def test_a_real_step_makes_the_calls_of_the_tape(name: str, variant: str) -> Non
     method = methods.parse(f"reslora:r=4,{variant},targets=all-linear").bind(architecture)
     step = build(architecture, method, setup, "cpu")
     torch.manual_seed(0)
-    model = references.apply(models.build_model(config, setup, device="cpu"), method, architecture, setup)
+    model = references.apply_reference(models.build_model(config, setup, device="cpu"), method, architecture, setup)
     for module in model.modules():
         if isinstance(module, reference_reslora.ResLinear):
             torch.nn.init.normal_(module.lora_A)

@@ -92,7 +92,7 @@ def test_a_repeat_makes_as_many_calls_as_it_is_divided_by(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("wide", [False, True])
 def test_floors_and_bandwidth_are_measured_first(wide: bool) -> None:
     """Whatever a calibration that is cut short has not measured, its floors and the memory's bandwidth it has."""
-    cases = designs.streams("fp32", wide=wide)
+    cases = designs.stream_cases("fp32", wide=wide)
     operations = len({c.op for c in cases})
     largest = max(prod(n for _, n in c.sizes) for c in cases)
     first = cases[: operations + len(designs.PLAIN)]
@@ -107,5 +107,5 @@ def test_only_a_gpu_is_asked_for_its_memory_back(monkeypatch: pytest.MonkeyPatch
     """A training step that follows must not find it held; a CPU has no such cache, and may have no driver either."""
     asked: list[int] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append(1))
-    kernels.forget(device)
+    kernels.release_pools(device)
     assert len(asked) == given_back

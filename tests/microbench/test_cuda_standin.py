@@ -30,7 +30,7 @@ from perfmodel.devices.gemm import gemm_time
 from perfmodel.devices.host import Host
 from perfmodel.prediction.predict import predict
 from perfmodel.setup import Setup
-from validate.calibration.hosts import write as write_host
+from validate.calibration.hosts import write_host as write_host
 from validate.campaign import paper
 from validate.campaign import run as campaign
 from validate.measuring import clocks, environment, records, team
@@ -137,7 +137,7 @@ def test_the_environment_of_a_gpu_is_what_its_driver_tells(gpu: Gpu) -> None:
 def representatives() -> list[MicroCase]:
     """The smallest case of every kind that a calibration or a campaign has."""
     found: dict[Any, MicroCase] = {}
-    for cases in wider.campaign("cuda", ("fp32", "bf16")).values():
+    for cases in wider.campaign_blocks("cuda", ("fp32", "bf16")).values():
         for case in sorted(cases, key=lambda c: prod(n for _, n in c.sizes)):
             found.setdefault((case.block, case.op, case.dtype, case.layout, case.backward), case)
     return list(found.values())
@@ -156,7 +156,7 @@ def test_every_kind_of_microbenchmark_runs(gpu: Gpu, monkeypatch: pytest.MonkeyP
             assert record["clock"] == clocks.EVENTS
             assert record["seconds"]["least"] > 0 or case.block == "host"  # whose clock is not the stand-in's
     assert left_out == []
-    kernels.forget("cuda")
+    kernels.release_pools("cuda")
     assert gpu.live == 0, "a training step that follows needs the memory"
 
 
@@ -190,7 +190,7 @@ def test_work_of_the_step_before_is_not_profiled(gpu: Gpu) -> None:
     gpu.by = replace(FAST, call=0.0)
     program.step()
     assert gpu.device_s > gpu.host_s
-    found = profiling.trace_step(program)
+    found = profiling.profile_step(program)
     assert found.unlaunched == 0
 
 
@@ -328,6 +328,8 @@ def test_processes_that_share_a_gpu_box_join_by_nccl(gpu: Gpu, monkeypatch: pyte
     try:
         together = team.join("ddp", "cuda")
         assert (asked, together.backend, together.first) == ([0, "nccl"], "nccl", True)
-        assert team.wrap(torch.nn.Linear(1, 1), together, from_config(Cell.from_dict(tiny()).config), "cuda") == [0]
+        assert team.wrap_for_team(
+            torch.nn.Linear(1, 1), together, from_config(Cell.from_dict(tiny()).config), "cuda"
+        ) == [0]
     finally:
         team.leave()

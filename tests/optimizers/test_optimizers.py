@@ -217,7 +217,7 @@ def test_lists_are_grouped_by_dtype_in_order_of_appearance() -> None:
 )  # fmt: skip
 def test_the_default_form_is_the_one_pytorch_picks_on_the_device(optimizer: str, device: str, form: str) -> None:
     """`torch.optim.AdamW` is not the same program on both: foreach on CUDA, a loop on the CPU."""
-    assert optimizers.resolve(optimizer, device) == form
+    assert optimizers.picked_form(optimizer, device) == form
 
 
 def test_the_loop_launches_for_every_tensor_and_the_lists_do_not() -> None:

@@ -77,7 +77,7 @@ def test_parameter_counts_equal_pefts(name: str, method: str) -> None:
     bound = methods.parse(method).bind(architecture)
     setup = setup_of(name, batch=1, seq=5)
     step = build(architecture, bound, setup, "cpu")
-    model = models.apply(models.build_model(config, setup), bound, architecture)
+    model = models.apply_method(models.build_model(config, setup), bound, architecture)
     assert (step.trainable, step.total) == tuple(model.get_nb_trainable_parameters())
 
 
@@ -91,9 +91,9 @@ def traced() -> tuple[Case, Step, Trace]:
     architecture = architecture_of("llama", layers=2)
     method = methods.parse(case.method).bind(architecture)
     step = build(architecture, method, case.setup, "cpu")
-    model = models.apply(models.build_model(case.config, case.setup), method, architecture)
+    model = models.apply_method(models.build_model(case.config, case.setup), method, architecture)
     trace = trace_step(model, case.setup, step.optimizer)
-    assert counts.judge(case, step, trace).differences == []
+    assert counts.judge_step(case, step, trace).differences == []
     return case, step, trace
 
 
@@ -140,7 +140,7 @@ def other_bytes(op: Any) -> Any:
 def test_a_wrong_tape_is_reported(traced: tuple[Case, Step, Trace], phase: str, change: Any) -> None:
     """An oracle that cannot fail proves nothing: one lost op, dtype, shape or byte must be seen, in its phase."""
     case, step, trace = traced
-    differences = counts.judge(case, wrong(step, phase, change), trace).differences
+    differences = counts.judge_step(case, wrong(step, phase, change), trace).differences
     assert differences
     assert all(d.startswith(phase) for d in differences)
 
@@ -150,7 +150,7 @@ def test_a_wrong_multiplicity_is_reported(traced: tuple[Case, Step, Trace]) -> N
     case, step, trace = traced
     first = step.groups[0]
     parts = [replace(p, repeat=p.repeat + (p.name == "blocks" and p.phase == "forward")) for p in first.parts]
-    differences = counts.judge(
+    differences = counts.judge_step(
         case, replace(step, groups=[replace(first, parts=parts), *step.groups[1:]]), trace
     ).differences
     assert any("FLOPs" in d for d in differences)
@@ -161,7 +161,7 @@ def test_a_wrong_parameter_count_is_reported(traced: tuple[Case, Step, Trace]) -
     """Memory of weights, gradients and states is computed from the table, not from ops."""
     case, step, trace = traced
     short = replace(step, parameters=step.parameters[:-1])
-    assert any(d.startswith("parameters") for d in counts.judge(case, short, trace).differences)
+    assert any(d.startswith("parameters") for d in counts.judge_step(case, short, trace).differences)
 
 
 def test_a_peak_three_percent_off_is_reported(traced: tuple[Case, Step, Trace]) -> None:
@@ -169,7 +169,7 @@ def test_a_peak_three_percent_off_is_reported(traced: tuple[Case, Step, Trace]) 
     case, step, trace = traced
     for factor, reported in ((1.03, True), (1.0, False), (0.97, True)):
         off = replace(trace, peak=int(counts.memory.peak_bytes(step) * factor))
-        found = counts.judge(case, step, off).differences
+        found = counts.judge_step(case, step, off).differences
         assert any(d.startswith("peak") for d in found) == reported
 
 

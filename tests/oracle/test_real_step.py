@@ -43,7 +43,7 @@ def test_a_real_step_makes_the_calls_of_the_tape(name: str, method: str, setup: 
     bound = methods.parse(method).bind(architecture)
     step = build(architecture, bound, chosen, "cpu")
     torch.manual_seed(0)
-    model = models.apply(models.build_model(config, chosen, device="cpu"), bound, architecture)
+    model = models.apply_method(models.build_model(config, chosen, device="cpu"), bound, architecture)
     recorder, losses = real_steps(model, chosen, step.optimizer, 3)
     assert losses[-1] < losses[0], "the real step does not train"
     tape = counts.tape_calls(step)

@@ -80,7 +80,7 @@ def test_checkpoints_stay(checkpoint: str) -> None:
     """What a checkpoint drops is not saved by the compiler either, and what it runs again still runs."""
     plain = step_of("llama", layers=6, seq=512, compile="default")
     dropped = step_of("llama", layers=6, seq=512, compile="default", checkpoint=checkpoint)
-    assert memory.of_step(dropped).peak < memory.of_step(plain).peak
+    assert memory.step_segment(dropped).peak < memory.step_segment(plain).peak
     recomputed = [op for _, op, _ in dropped.ops() if op.recompute]
     assert any(costs.kind(op) == "attention" for op in recomputed)
     assert any(costs.kind(op) == "gemm" for op in recomputed)
@@ -104,7 +104,7 @@ def test_what_is_allocated_is_freed() -> None:
     """Over a step live bytes come back to where they were: no value is forgotten, none is freed twice."""
     for accum in (1, 3):
         step = step_of("llama", "lora:r=4", layers=6, compile="default", grad_accum=accum)
-        assert abs(memory.of_step(step).delta) <= 64
+        assert abs(memory.step_segment(step).delta) <= 64
 
 
 @few

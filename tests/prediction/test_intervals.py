@@ -20,7 +20,7 @@ shares = st.dictionaries(
 @given(center=st.floats(1e-6, 1e3), spread=st.floats(0, 2))
 def test_an_interval_contains_its_centre(center: float, spread: float) -> None:
     """Whatever else is wrong, the stated value must lie between the stated bounds."""
-    low, high = intervals.bounds(center, spread)
+    low, high = intervals.interval_bounds(center, spread)
     assert low <= center <= high
 
 

@@ -64,7 +64,7 @@ def test_a_row_of_allocations_composes_to_its_running_maximum(changes: list[int]
 
 
 def leftover(step: Step) -> Any:
-    return memory.of_step(step).delta
+    return memory.step_segment(step).delta
 
 
 @few
@@ -158,4 +158,4 @@ def test_a_step_fits_if_its_peak_and_what_lies_beside_the_allocator_do(device: s
 
     assert fits(need + 1.2 * beside)
     assert not fits(need + 0.8 * beside - 1)
-    assert memory.fits(need - memory.bounds(0, on.kind)[0], need + 1.2 * beside, on.kind)
+    assert memory.fits(need - memory.reserved_bounds(0, on.kind)[0], need + 1.2 * beside, on.kind)

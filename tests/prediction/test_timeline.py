@@ -234,7 +234,7 @@ def unrolled(step: Step, host: Host) -> dict[str, float]:
     by = engine.under(host, step.setup.engine)
     for group in step.groups:
         for part in [p for _ in range(group.repeat) for p in group.parts]:
-            alone, added = contention.of_part(part, durations(part.ops), CUDA)
+            alone, added = contention.beside_streams(part, durations(part.ops), CUDA)
             program = [
                 Call(dispatch, alone[i], added[i], on_device(op), costs.synchronises(op), op.runs)
                 for i, (op, dispatch) in enumerate(zip(part.ops, by.dispatch(part, CUDA.kind), strict=True))
@@ -304,7 +304,7 @@ def test_what_runs_beside_products_gets_the_bandwidth_that_they_leave(times: flo
     alone = np.array([3 * b if p else 0.0 for b, p in zip(bytes_alone, product, strict=True)])
     free = 2 / 3 * alone.sum()
     alone[apart] = times * free / sum(apart)
-    found = contention.of_part(part, alone, CUDA)
+    found = contention.beside_streams(part, alone, CUDA)
     assert found.added[apart] == pytest.approx(left * alone[apart])
     assert (found.added[~np.array(apart)] == alone[~np.array(apart)]).all()
 

@@ -8,15 +8,15 @@ import pytest
 from click.testing import CliRunner
 
 from perfmodel.cli import main
-from perfmodel.prediction.memory import bounds
+from perfmodel.prediction.memory import reserved_bounds
 from validate.published import steps
 from validate.published.show_steps import _print_published
-from validate.published.steps import StepOutcome, evaluate_all, pairs, published_steps, summary
+from validate.published.steps import StepOutcome, evaluate_rows, row_pairs, published_steps, summarise_rows
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> list[StepOutcome]:
-    return evaluate_all(published_steps())
+    return evaluate_rows(published_steps())
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 def test_step_times_ratios_verdicts_and_memory_are_what_the_readme_claims(check: list[StepOutcome]) -> None:
     """The promise of the product, in one sentence: whoever makes a figure worse has to say so in front."""
-    total = summary(check)[-1]
+    total = summarise_rows(check)[-1]
     step, ratio = (f"{100 * total[key]:.1f} %" for key in ("mean", "ratio_mean"))
     right, decided = map(int, total["verdicts"].split("/"))
     assert right == decided
@@ -61,7 +61,7 @@ def test_the_readme_has_the_table_that_the_command_prints(
 ) -> None:
     """The figures have one home: a table copied once would outlive the model that it was of."""
     monkeypatch.setenv("COLUMNS", "100")
-    _print_published(outcomes, check, summary(check), all_rows=False)
+    _print_published(outcomes, check, summarise_rows(check), all_rows=False)
     table = capsys.readouterr().out.split("ratio, memory:")[0]
     assert "".join(f"    {line.rstrip()}\n" for line in table.splitlines()) in README
 
@@ -70,10 +70,10 @@ def test_the_command_judges_by_the_rows_that_no_fit_saw(
     outcomes: list[StepOutcome], check: list[StepOutcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of the fit flatter; a script that reads the errors must not get theirs."""
-    monkeypatch.setattr(steps, "evaluate_all", lambda rows, progress: outcomes)
+    monkeypatch.setattr(steps, "evaluate_rows", lambda rows, progress: outcomes)
     answer = json.loads(CliRunner().invoke(main, ["validate", "published", "--json"]).stdout)
     assert len(answer["rows"]) == len(outcomes) > len(check)
-    assert answer["check"] == json.loads(json.dumps(summary(check)))
+    assert answer["check"] == json.loads(json.dumps(summarise_rows(check)))
 
 
 def test_what_the_allocator_may_need_holds_the_published_peaks_and_little_more(check: list[StepOutcome]) -> None:
@@ -81,7 +81,7 @@ def test_what_the_allocator_may_need_holds_the_published_peaks_and_little_more(c
     refuses what runs."""
     rows = [o for o in check if o.row.memory and o.row.memory_kind == "allocated"]
     excess = np.array([(o.row.memory or 0.0) / o.memory - 1 for o in rows])
-    added = np.array([bounds(o.memory, "cuda")[1] / o.memory - 1 for o in rows])
+    added = np.array([reserved_bounds(o.memory, "cuda")[1] / o.memory - 1 for o in rows])
     assert len(excess) >= 50
     assert (excess <= added).all()
     assert (excess >= -0.03).all()
@@ -104,7 +104,7 @@ def test_the_answer_that_people_start_from(outcomes: list[StepOutcome]) -> None:
 
 def test_lora_is_slower_where_the_paper_measured_it_slower(outcomes: list[StepOutcome]) -> None:
     """arXiv 2507.08833, forward and backward on an A100: the starting point of the project."""
-    found = pairs([o for o in outcomes if o.row.family == "paper"])
+    found = row_pairs([o for o in outcomes if o.row.family == "paper"])
     assert len(found) == 2
     assert all(p.measured < 1 and p.predicted < 1 for p in found)
 

@@ -38,7 +38,7 @@ def test_layer_times_are_lorafusions() -> None:
     """60 figures of Llama-3.1-8B and -70B layers and heads on an H100: mean |error| at most 12 %."""
     published = layers.published_layers()
     assert len(published) == 60
-    found = layers.summary(published)
+    found = layers.summarise_layers(published)
     assert found["all"] <= 0.12
     assert found["layer_fwd_bwd"] <= 0.08
     assert {row.id for row in published if abs(row.error) > FAR} <= set(reasons("lorafusion_layers"))

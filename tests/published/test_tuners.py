@@ -13,7 +13,7 @@ pytest.importorskip("peft")
 from perfmodel import cli
 from perfmodel.prediction.predict import predict
 from validate.published import tuners
-from validate.published.tuners import TunerOutcome, TunerRow, evaluate, published_tuners, summary
+from validate.published.tuners import TunerOutcome, TunerRow, evaluate_tuner, published_tuners, summarise_tuners
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_every_row_names_its_source_and_can_be_read(rows: dict[str, TunerRow]) -
 def test_a_traced_row_is_the_tapes_prediction(rows: dict[str, TunerRow]) -> None:
     """The table's setup, read into a trace, is what one would write on the command line."""
     row = rows["lora-rank32"]
-    found = evaluate(row)
+    found = evaluate_tuner(row)
     tape = predict(row.model, "lora:r=32,targets=q_proj+v_proj", row.setup, row.device)
     assert found.predicted == pytest.approx(float(tape.time.phases["total"]), rel=0.02)
     assert found.prediction is not None
@@ -49,14 +49,14 @@ def test_a_traced_row_is_the_tapes_prediction(rows: dict[str, TunerRow]) -> None
 def test_a_tuner_that_cannot_be_traced_says_why(rows: dict[str, TunerRow]) -> None:
     """It must be listed with its reason, not fall out of the count silently."""
     broken = replace(rows["lora-rank32"], config={"peft_type": "LORA", "target_modules": ["nothing"]})
-    assert "nothing" in evaluate(broken).reason
+    assert "nothing" in evaluate_tuner(broken).reason
 
 
 def test_the_summary_is_what_one_computes_by_hand(rows: dict[str, TunerRow]) -> None:
     """Errors 10 %, 20 %, 0 % in size, two of four ranks swapped: Spearman 1 - 6·2/(4·15) = 0.8."""
     row = rows["lora-rank32"]
     found = [outcome(row, m, p) for m, p in ((1.0, 1.1), (2.0, 1.6), (1.5, 1.8), (4.0, 4.0))]
-    total = summary([*found, TunerOutcome(row, None, "why")])
+    total = summarise_tuners([*found, TunerOutcome(row, None, "why")])
     assert total.rows == 4
     assert total.mean == pytest.approx((0.1 + 0.2 + 0.2 + 0.0) / 4)
     assert total.spearman == pytest.approx(0.8)
@@ -71,7 +71,7 @@ def test_the_command_ends_with_1_when_a_limit_is_missed(
     """A harness that cannot fail checks nothing."""
     chosen = [rows["lora-rank32"], rows["prompt_tuning-default"]]
     monkeypatch.setattr(tuners, "published_tuners", lambda: chosen)
-    monkeypatch.setattr(tuners, "evaluate", lambda row, host: outcome(row, row.seconds, factor * row.seconds))
+    monkeypatch.setattr(tuners, "evaluate_tuner", lambda row, host: outcome(row, row.seconds, factor * row.seconds))
     result = CliRunner().invoke(cli.main, ["validate", "tuners", "--json"])
     assert result.exit_code == code, result.output
     answer = json.loads(result.stdout)

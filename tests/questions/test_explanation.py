@@ -20,7 +20,7 @@ from perfmodel.questions import sentences
 from perfmodel.questions.anatomy import PARTS, Anatomy, Phase
 from perfmodel.questions.crossover import Crossover
 from perfmodel.questions.speedup import SAME, SpeedUp, verdict
-from perfmodel.report.crossings import in_words
+from perfmodel.report.crossings import crossing_in_words
 
 BIG = {"model": "llama-3.2-3b", "device": "l40s", "batch": 4, "seq": 210}
 LORA = "lora:r=32,targets=q_proj+v_proj"
@@ -275,14 +275,14 @@ def axis(verdicts: str, **extra: Any) -> Crossover:
 )
 def test_crossovers_in_words(verdicts: str, said: str) -> None:
     """Where the advice ends must be readable at a glance, also where the verdict flickers."""
-    assert in_words(axis(verdicts), ("A", "B")) == said
+    assert crossing_in_words(axis(verdicts), ("A", "B")) == said
 
 
 def test_crossovers_say_where_memory_ends() -> None:
     """A verdict beyond the memory is no advice."""
-    told = in_words(axis("fff", fits_a=[True, False, False], fits_b=[True, True, False]), ("A", "B"))
+    told = crossing_in_words(axis("fff", fits_a=[True, False, False], fits_b=[True, True, False]), ("A", "B"))
     assert told.endswith("; in memory: A up to 1, B up to 2 (of the values tried)")
-    assert in_words(axis("f", fits_a=[False]), ("A", "B")).endswith(
+    assert crossing_in_words(axis("f", fits_a=[False]), ("A", "B")).endswith(
         "; in memory: A nowhere, B up to 1 (of the values tried)"
     )
 
@@ -290,5 +290,5 @@ def test_crossovers_say_where_memory_ends() -> None:
 def test_flutter_at_the_edge_of_a_verdict_is_not_told() -> None:
     """ "The same at 375 to 376, faster at 377" is noise of the tile sizes, not a place where anything turns."""
     turning = replace(axis("ff==f=="), values=[64, 374, 375, 376, 377, 378, 512])
-    told = in_words(turning, ("A", "B"))
+    told = crossing_in_words(turning, ("A", "B"))
     assert told == "batch 64 to 512: faster up to 374, the same from 378 on"

@@ -168,7 +168,7 @@ def test_axes_are_named_once_and_hatching_moves_no_border(monkeypatch: pytest.Mo
     figures = []
     monkeypatch.setattr(heatmap, "_save", lambda figure, path: figures.append(figure))
     result = run_sweep(grid, output=None, keep_rows=False, keep_speedups=True)
-    heatmap.draw(grid, result.speedups, tmp_path / "heat.svg")
+    heatmap.draw_heatmap(grid, result.speedups, tmp_path / "heat.svg")
     panels = [axes for axes in figures[0].axes if axes.get_title()]
     assert [axes.get_title() for axes in panels] == [f"{m}\non {d}" for d in devices for m in ("lora:r=8", "ia3")]
     assert [axes.get_xlabel() for axes in panels] == ["", "", *["tokens per sample"] * 2]

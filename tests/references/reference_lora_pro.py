@@ -92,7 +92,7 @@ class LoraProUpdate:
 
 @program(LoraPro)
 def _lora_pro(model: Any, method: LoraPro, architecture: Architecture, setup: Setup) -> Any:
-    return models.apply(model, as_lora(method), architecture)
+    return models.apply_method(model, as_lora(method), architecture)
 
 
 @updater(LoraPro)

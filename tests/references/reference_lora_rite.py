@@ -128,7 +128,7 @@ def inverse_sqrt(x: Any) -> Any:
 
 @program(LoraRite)
 def _lora_rite(model: Any, method: LoraRite, architecture: Architecture, setup: Setup) -> Any:
-    return models.apply(model, as_lora(method), architecture)
+    return models.apply_method(model, as_lora(method), architecture)
 
 
 @updater(LoraRite)

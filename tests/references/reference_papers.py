@@ -25,17 +25,17 @@ from perfmodel.tracing.trace import CallRecorder, Signature, to_fake
 @program(RoLora)
 def _rolora(model: Any, method: RoLora, architecture: Architecture, setup: Setup) -> Any:
     frozen = {"A": "lora_B", "B": "lora_A"}[method.round]
-    return freeze(models.apply(model, as_lora(method), architecture), frozen)
+    return freeze(models.apply_method(model, as_lora(method), architecture), frozen)
 
 
 @program(Cola)
 def _cola(model: Any, method: Cola, architecture: Architecture, setup: Setup) -> Any:
-    return models.apply(model, as_lora(method), architecture)
+    return models.apply_method(model, as_lora(method), architecture)
 
 
 @program(XgbLora)
 def _xgblora(model: Any, method: XgbLora, architecture: Architecture, setup: Setup) -> Any:
-    return models.apply(model, as_lora(method, layers_to_transform=method.drawn), architecture)
+    return models.apply_method(model, as_lora(method, layers_to_transform=method.drawn), architecture)
 
 
 @program(GeLora)

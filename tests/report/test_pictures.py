@@ -17,7 +17,7 @@ from perfmodel.report.charts.crossing import crossing
 from perfmodel.report.charts.memory import memory
 from perfmodel.report.charts.waterfall import waterfall
 from validate import plots
-from validate.checking.parity import ParityPoint, marks, parity
+from validate.checking.parity import ParityPoint, marks, parity_svg
 
 bounds = st.tuples(st.floats(1e-9, 1e9), st.floats(1.01, 1e9)).map(lambda b: (b[0], b[0] * b[1]))
 
@@ -86,7 +86,7 @@ def test_up_to_a_dozen_values_are_all_marked(count: int, all_marked: bool) -> No
 def test_a_parity_plot_has_its_diagonal_band_and_points_in_the_frame() -> None:
     """The band says at a glance which figures are off by more; drawn elsewhere it would flatter or accuse."""
     points = [ParityPoint(m, p, "blue", f"{m}") for m, p in ((1.0, 1.1), (10.0, 8.0), (100.0, 100.0))]
-    canvas = parity(points, "title", "seconds", str, 0.25)
+    canvas = parity_svg(points, "title", "seconds", str, 0.25)
     assert inside(canvas)
     ends = [re.findall(r"[ML](\S+) (\S+)", d) for (d,) in attributes(canvas, "path", "d")]
     lengths = [np.hypot(float(b[0]) - float(a[0]), float(b[1]) - float(a[1])) for a, b in ends]
@@ -141,5 +141,5 @@ def test_a_plot_that_cannot_be_drawn_is_one_line_and_leaves_nothing(tmp_path: Pa
     """A wrong folder or ending is told; half a picture would be taken for a whole one."""
     pytest.importorskip("matplotlib")
     with pytest.raises(UserError, match="cannot be drawn"):
-        plots.parity([plots.Point("a", 1.0, 1.1, 0.9, 1.3, True)], tmp_path / name, "steps")
+        plots.plot_parity([plots.Point("a", 1.0, 1.1, 0.9, 1.3, True)], tmp_path / name, "steps")
     assert not list(tmp_path.iterdir())

@@ -22,11 +22,11 @@ from perfmodel.architectures import Config
 from perfmodel.cli import main
 from perfmodel.devices import profile
 from perfmodel.questions.anatomy import PARTS
-from perfmodel.questions.roofline import kernels, roof
+from perfmodel.questions.roofline import longest_kernels, roof
 from perfmodel.report.charts.roofline import GROUPS
 from perfmodel.report.figures import figures
 from perfmodel.report.page import report
-from perfmodel.report.pictures import picture
+from perfmodel.report.pictures import draw_explanation
 from perfmodel.report.svg import typeset
 
 METHODS = ("full", "lora:r=8,targets=all-linear", "top_k:k=4")
@@ -161,7 +161,7 @@ def test_names_are_text_and_nothing_else() -> None:
     assert evil in text_of(parsed(html))
     assert evil in text_of(ET.fromstring(predict(model, device="l40s", seq=16)._repr_html_()))
     e = explain(model, "full", "lora", device="l40s", batch=2, seq=16, axes=())
-    assert references(picture(e)).fetched == []
+    assert references(draw_explanation(e)).fetched == []
 
 
 def test_a_grid_makes_no_page() -> None:
@@ -204,7 +204,7 @@ def test_the_bars_of_the_waterfall_join_up(pair: tuple[str, str]) -> None:
 def test_the_roofline_holds_all_kernels() -> None:
     """The kernels' times are the parts' times, each kernel lies where its work and its time put it."""
     e = explain(MODEL, "full", "lora:targets=all-linear", axes=(), **SETUP)
-    found = kernels(e.b)
+    found = longest_kernels(e.b)
     assert set(GROUPS) <= set(PARTS)
     for part, seconds in e.after.parts.items():
         if part != "waiting":

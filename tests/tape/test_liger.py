@@ -31,10 +31,10 @@ def differences(name: str, spec: str, **options: Any) -> list[str]:
     setup = setup_of(name, kernels="liger", **options)
     method = methods.parse(spec).bind(architecture)
     step = build(architecture, method, setup, "cpu")
-    model = models.apply(reference.patch(models.build_model(config, setup)), method, architecture)
+    model = models.apply_method(reference.patch(models.build_model(config, setup)), method, architecture)
     with reference.patched(name, scaled=setup.grad_accum > 1):
         trace = trace_step(model, setup, step.optimizer)
-    return counts.judge(Case(config, spec, setup), step, trace).differences
+    return counts.judge_step(Case(config, spec, setup), step, trace).differences
 
 
 @pytest.mark.parametrize(

@@ -243,7 +243,7 @@ def test_a_vision_model_from_the_command_line(tmp_path: Path) -> None:
 def test_coverage_goes_on_where_its_table_stops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A scan of all types takes an hour or two; one that was stopped must not begin again."""
     table, told = tmp_path / "table.csv", coverage.CoverageRow("vision", "resnet", 1.5, "", 3, 16, 120)
-    coverage.append(table, told)
+    coverage.append_row(table, told)
     monkeypatch.setattr(coverage, "model_types", lambda *, quick: [("vision", "resnet"), ("vision", "none")])
     monkeypatch.setattr(coverage, "tuners", list)
     monkeypatch.setattr(

@@ -97,13 +97,13 @@ def calibrate(
     threads = threads or torch.get_num_threads()
     found = microbenchmarks(device, threads, seconds * (1.0 - HOST_SHARE), progress)
     if output is not None:
-        records.append(output, *found)
+        records.append_records(output, *found)
     text, fits = device_file(found, name)
-    mine = parsed(text, name)
+    mine = profile_of_text(text, name)
     _folder(target)
     _folder(host_target)
     on = mine if device == "cpu" else None
-    by = hosts.calibrate(
+    by = hosts.calibrate_host(
         lambda label: progress(1.0, f"host: {label}"),
         on=on,
         least=host_floors(found),
@@ -115,7 +115,7 @@ def calibrate(
         checks[verify.STEPS] = verify.of_steps(on, by.host, threads)
     refusal = verify.refusal({verify.TITLES[key]: errors.mean for key, errors in checks.items()})
     if not refusal:
-        hosts.write(by.host, host_target, by.provenance(checks))
+        hosts.write_host(by.host, host_target, by.provenance(checks))
         write_text(target, text)
         profile.forget()
     return Calibration(mine, target, host_target, fits, by, checks, refusal, time.perf_counter() - begin)
@@ -156,10 +156,10 @@ def device_file(found: Sequence[Record], name: str) -> tuple[str, dict[str, Fit]
     datasheet = cpu_datasheet(rows, here)
     hardware = Hardware(**{k: v for k, (v, _) in datasheet.items()})
     host, software = here["host"], f"PyTorch {here['software'].get('torch')}, {here['host']['threads']} threads"
-    fits = {f"gemm.{d}": cpu_fit.gemm(rows, d, hardware, software) for d in ("bf16", "fp32")}
+    fits = {f"gemm.{d}": cpu_fit.fit_gemms(rows, d, hardware, software) for d in ("bf16", "fp32")}
     fits |= {
-        "attention": cpu_fit.attention(rows, hardware, software),
-        "pointwise": cpu_fit.stream(rows, hardware, software),
+        "attention": cpu_fit.fit_attention_kernel(rows, hardware, software),
+        "pointwise": cpu_fit.fit_streams(rows, hardware, software),
     }
     return file_text(name, host["cpu"], "cpu", "cpu", datasheet, fits), fits
 
@@ -233,7 +233,7 @@ def file_text(
     return "\n".join([*head, *(block_text(f"fitted.{block}", fit, today) for block, fit in fits.items())])
 
 
-def parsed(text: str, name: str) -> DeviceProfile:
+def profile_of_text(text: str, name: str) -> DeviceProfile:
     """The profile of a device file's text."""
     import tomllib
 

@@ -129,7 +129,7 @@ def start_deepspeed() -> Any:
     return deepspeed
 
 
-def programs() -> Iterator[tuple[str, str]]:
+def engine_programs() -> Iterator[tuple[str, str]]:
     """(method, checkpointing) of the models that are timed."""
     yield from product(METHODS, CHECKPOINTS)
 
@@ -141,7 +141,7 @@ def time_programs(progress: Callable[[str], None] = lambda name: None) -> list[E
     torch.set_num_threads(1)
     rows = []
     try:
-        for method, checkpoint in programs():
+        for method, checkpoint in engine_programs():
             progress(f"{method} {checkpoint}")
             few, many = (_at_depth(deepspeed, method, checkpoint, layers) for layers in LAYERS)
             rows += [
@@ -169,7 +169,7 @@ def _at_depth(deepspeed: Any, method_text: str, checkpoint: str, layers: int) ->
     steps = [build(architecture, method, replace(setup, engine=name), "cpu") for name in ("torch", ENGINE)]
     running = []
     for wrap in (_plain, lambda model: _engine(deepspeed, model)):
-        model = models.apply(models.build_model(config, setup, device="cpu"), method, architecture)
+        model = models.apply_method(models.build_model(config, setup, device="cpu"), method, architecture)
         model.train()
         if checkpoint != "none":
             model.enable_input_require_grads()
@@ -248,7 +248,7 @@ def fit_engine(rows: list[EngineRow]) -> tuple[dict[str, float], float]:
     return dict(zip(COSTS, map(float, found), strict=True)), error
 
 
-def write(costs: dict[str, float], error: float, rows: list[EngineRow], path: Path = OUTPUT) -> None:
+def write_engine(costs: dict[str, float], error: float, rows: list[EngineRow], path: Path = OUTPUT) -> None:
     """Write an engine's file, with the measured rows in it."""
     software = ", ".join(f"{name} {version(name)}" for name in ("deepspeed", "torch", "transformers", "peft"))
     lines = [

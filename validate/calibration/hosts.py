@@ -85,7 +85,7 @@ class HostFit:
         }
 
 
-def programs() -> Iterator[tuple[Config, str, str, str]]:
+def host_programs() -> Iterator[tuple[Config, str, str, str]]:
     """The programs that are timed: (config, method, checkpointing, optimizer)."""
     number = 0
     for name in ("llama", "gpt2", "bert", "opt"):
@@ -144,7 +144,7 @@ def time_program(config: Config, method_text: str, checkpoint: str, optimizer: s
     setup = Setup(batch=1, seq=4, dtype="fp32", checkpoint=checkpoint, optimizer=optimizer)
     method = methods.parse(method_text).bind(architecture)
     step = build(architecture, method, setup, "cpu")
-    model = models.apply(models.build_model(config, setup, device="cpu"), method, architecture)
+    model = models.apply_method(models.build_model(config, setup, device="cpu"), method, architecture)
     model.train()
     if checkpoint != "none":
         reentrant = checkpoint == "block-reentrant"
@@ -209,7 +209,7 @@ def _host_seconds(timed: Timed, on: DeviceProfile | None) -> dict[str, float]:
     return {phase: max(t - kernels[phase], MOST_KERNELS * t) for phase, t in timed.seconds.items()}
 
 
-def calibrate(
+def calibrate_host(
     progress: Callable[[str], None] = lambda name: None,
     *,
     on: DeviceProfile | None = None,
@@ -226,7 +226,7 @@ def calibrate(
     torch.set_num_threads(1)
     end = time.perf_counter() + seconds
     timed: list[Timed] = []
-    todo = list(programs())
+    todo = list(host_programs())
     random.Random(0).shuffle(todo)  # so that the first few are of every kind
     try:
         for i, (config, method, checkpoint, optimizer) in enumerate(todo):
@@ -239,7 +239,7 @@ def calibrate(
     return fit_host(timed, on, least)
 
 
-def write(host: Host, path: Path, fit: Mapping[str, Any] | None = None) -> None:
+def write_host(host: Host, path: Path, fit: Mapping[str, Any] | None = None) -> None:
     """Write a host file, whole or not at all; `fit` is the table that says how it came about."""
     lines = [f'name = "{host.name}"', f'source = "{host.source}"', "", "[seconds]"]
     lines += [f"{f.name} = {getattr(host, f.name):.3g}" for f in fields(Host) if f.name not in ("name", "source")]

@@ -24,7 +24,7 @@ from perfmodel.program.part import PHASES
 
 from ..checking.check import Progress, check_records
 from ..checking.machine import Machine, name_of
-from ..checking.outcomes import CellOutcome, pairs
+from ..checking.outcomes import CellOutcome, cell_pairs
 from ..checking.summary import Line, line
 from ..fitting.judging import Doubts
 
@@ -74,7 +74,7 @@ def refit(
     if len(found.machines) > 1:
         raise UserError(f"the records are of {len(found.machines)} environments: a host belongs to one machine")
     (name, machine), *_ = found.machines.items()
-    fit, held = split(found.outcomes)
+    fit, held = split_by_groups(found.outcomes)
     if not fit or not held:
         raise UserError("a fit needs cells of at least two models or setups: one group is left out to judge it")
     factors, doubts = fit_factors(fit, machine)
@@ -83,11 +83,11 @@ def refit(
     return Refit(
         _named(by, name_of(found.environments[name]), len(fit)), machine, name_of(found.environments[name]),
         factors, doubts, len(fit), len(held),
-        line("left out", held, pairs(held)), line("left out", after, pairs(after)),
+        line("left out", held, cell_pairs(held)), line("left out", after, cell_pairs(after)),
     )  # fmt: skip
 
 
-def split(outcomes: Sequence[CellOutcome]) -> tuple[list[CellOutcome], list[CellOutcome]]:
+def split_by_groups(outcomes: Sequence[CellOutcome]) -> tuple[list[CellOutcome], list[CellOutcome]]:
     """(fit, left out) by whole groups; the same groups whatever the order of the records."""
     groups = sorted({o.measured.cell.group for o in outcomes}, key=lambda g: hashlib.sha256(g.encode()).digest())
     away = set(groups[::LEFT_OUT]) if len(groups) > 1 else set()
@@ -142,7 +142,7 @@ def _named(by: Host, where: str, cells: int) -> Host:
     return replace(by, name=f"{by.name}, refitted", source=source)
 
 
-def provenance(found: Refit) -> dict[str, Any]:
+def refit_provenance(found: Refit) -> dict[str, Any]:
     """What the host file says about the fit."""
     residuals = {f"{phase}_mean": found.after.phases[phase].mean for phase in PHASES}
     return {

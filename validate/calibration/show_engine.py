@@ -21,10 +21,10 @@ def show_engine(output: Path) -> None:
             f"this command needs DeepSpeed ({missing.name} is missing): pip install 'perfmodel[engine]'"
         ) from None
     with progress() as bar:
-        task = bar.add_task("timing", total=len(list(engine.programs())))
+        task = bar.add_task("timing", total=len(list(engine.engine_programs())))
         rows = engine.time_programs(lambda name: bar.update(task, advance=1, description=name))
     costs, error = engine.fit_engine(rows)
-    engine.write(costs, error, rows, output)
+    engine.write_engine(costs, error, rows, output)
     told = [(row.name, units.seconds(row.plain), units.seconds(row.engine)) for row in rows]
     show(table(("", "without", "with"), told, title="four more layers"))
     figures = [(name, f"{cost:.2f}") for name, cost in costs.items()]

@@ -16,8 +16,8 @@ def show_host(output: Path) -> bool:
     """Calibrate the host and write its file; returns whether it was written."""
     warnings.filterwarnings("ignore")
     with progress() as bar:
-        task = bar.add_task("timing", total=len(list(hosts.programs())))
-        found = hosts.calibrate(lambda name: bar.update(task, advance=1, description=name))
+        task = bar.add_task("timing", total=len(list(hosts.host_programs())))
+        found = hosts.calibrate_host(lambda name: bar.update(task, advance=1, description=name))
     checks = verify.of_programs(found)
     kept = found.doubts.kept
     rows = [
@@ -30,6 +30,6 @@ def show_host(output: Path) -> bool:
     if refusal := verify.refusal({verify.TITLES[key]: errors.mean for key, errors in checks.items()}):
         show(refusal, colour="yellow")
         return False
-    hosts.write(found.host, output, found.provenance(checks))
+    hosts.write_host(found.host, output, found.provenance(checks))
     show(f"written: {output}")
     return True

@@ -27,9 +27,9 @@ def show_refit(records: Path, *, device: str | None, host: str | None, output: P
     refusal = verify.refusal({"the cells left out of the fit": found.after.step.mean})
     written = output is not None and not refusal
     if output and written:
-        hosts.write(found.host, output, refit.provenance(found))
+        hosts.write_host(found.host, output, refit.refit_provenance(found))
     if as_json:
-        print(json.dumps({**refit.provenance(found), "refusal": refusal}, indent=1))
+        print(json.dumps({**refit.refit_provenance(found), "refusal": refusal}, indent=1))
         return not refusal
     _print(found)
     if refusal:

@@ -85,14 +85,14 @@ def _fit(found: Finding, records: Sequence[Record], environment: Record, folder:
         raise TooLittle(str(error)) from None
     if len(programs) < FEWEST:
         raise TooLittle(f"only {len(programs)} programs of the host, too few to fit: give the campaign more time")
-    mine = calibrate.parsed(text, NAME)
+    mine = calibrate.profile_of_text(text, NAME)
     on = mine if mine.kind == "cpu" else None
     by = hosts.fit_host([_timed(r) for r in programs], on, calibrate.host_floors(benches))
     found.host = verify.of_programs(by, on)
     if refusal := verify.refusal({verify.TITLES[key]: errors.mean for key, errors in found.host.items()}):
         raise TooLittle(refusal)
     write_text(folder / DEVICE, text)
-    hosts.write(by.host, folder / HOST, by.provenance(found.host))
+    hosts.write_host(by.host, folder / HOST, by.provenance(found.host))
 
 
 def _timed(record: Record) -> hosts.Timed:

@@ -45,7 +45,7 @@ def expected(cell: Cell, on: DeviceProfile) -> tuple[float, float]:
     Raises:
         UserError: the tape has no such program.
     """
-    p = predict(cell.config, cell.method, cell.setup, on, host=hosts.resolve("default", on))
+    p = predict(cell.config, cell.method, cell.setup, on, host=hosts.host_of("default", on))
     return float(p.time.phases["total"]), float(p.memory.peak)
 
 
@@ -72,7 +72,7 @@ def lengths(cell: Cell, on: DeviceProfile, longest: int) -> list[int]:
     if cell.method == BASELINE:
         raise UserError(f"a stage around the break-even ends with another method than {BASELINE}")
     full, other = (methods.parse(text).bind(architecture) for text in (BASELINE, cell.method))
-    pair = MethodPair(architecture, full, other, replace(cell.setup, seq=longest), on, hosts.resolve("default", on))
+    pair = MethodPair(architecture, full, other, replace(cell.setup, seq=longest), on, hosts.host_of("default", on))
     found = crossovers(pair, ("seq",))[0]
     rows = zip(found.values, found.ratio, found.fits_a, found.fits_b, strict=True)
     points = [(log(v), log(r)) for v, r, *fit in rows if v <= longest and all(fit)]

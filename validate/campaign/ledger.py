@@ -44,7 +44,7 @@ class Ledger:
     def flush(self) -> None:
         """Bring what waits to disk."""
         if self.waiting:
-            records.append(self.path, *self.waiting)
+            records.append_records(self.path, *self.waiting)
         self.waiting = []
         self.since = time.perf_counter()
 

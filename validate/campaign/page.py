@@ -15,19 +15,21 @@ from .tables import STAGE_COLUMNS, VERSION_COLUMNS, not_measured, stage_rows, ve
 TEMPLATE = checking.TEMPLATE.with_name("campaign.html.j2")
 
 
-def write_page(ran: Ran, found: Finding, path: Path, command: str) -> None:
+def write_campaign_page(ran: Ran, found: Finding, path: Path, command: str) -> None:
     """Write the page.
 
     Raises:
         UserError: it cannot be written, or Jinja2 is not installed.
     """
-    write_text(path, render(context(ran, found, command), TEMPLATE))
+    write_text(path, render(campaign_context(ran, found, command), TEMPLATE))
 
 
-def context(ran: Ran, found: Finding, command: str) -> dict[str, Any]:
+def campaign_context(ran: Ran, found: Finding, command: str) -> dict[str, Any]:
     """What the template shows."""
     here = ran.environment
-    about = checking.context(found.report, command) if found.report else checking.bare({here["id"]: here}, command)
+    about = (
+        checking.check_context(found.report, command) if found.report else checking.bare({here["id"]: here}, command)
+    )
     failed = not_measured(ran)
     errors = [[f"{name}, left-out rows", str(f.rows_left_out), percent(f.errors.mean, 1)] for name, f in _fits(found)]
     errors += [[f"host, {name.replace('_', ' ')}", str(e.number), percent(e.mean, 1)] for name, e in found.host.items()]

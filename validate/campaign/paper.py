@@ -36,7 +36,7 @@ class PaperRow:
 
     cell: Cell
     measured: float | None
-    predicted: float
+    predicted_claim: float
     published: float | None
 
     @property
@@ -50,7 +50,7 @@ class PaperRow:
         """Plain values; verdicts are LoRA's."""
         return {
             "model": self.cell.config.name, "method": self.cell.method, "setup": self.cell.setup.as_dict(),
-            **{name: {"ratio": r, "verdict": told(r)} for name, r in self.ratios().items()},
+            **{name: {"ratio": r, "verdict": verdict_of_ratio(r)} for name, r in self.ratios().items()},
         }  # fmt: skip
 
     def ratios(self) -> dict[str, float | None]:
@@ -58,7 +58,7 @@ class PaperRow:
         return {"measured": self.measured, "predicted": self.predicted, "paper": self.published}
 
 
-def told(ratio: float | None) -> str:
+def verdict_of_ratio(ratio: float | None) -> str:
     """LoRA is faster, slower, or the same (within 5 %), by the ratio of its time to full fine-tuning's."""
     return "" if ratio is None else str(verdict(1 / ratio))
 
@@ -90,14 +90,14 @@ def measured(
     return sorted(rows, key=lambda r: (r.cell.config.name, r.cell.setup.tokens))
 
 
-def predicted(device: str, host: str | None = None) -> list[PaperRow]:
+def predicted_claim(device: str, host: str | None = None) -> list[PaperRow]:
     """The same on a device that need not be here.
 
     Raises:
         UserError: an unknown device or host.
     """
     on = profile.load(device)
-    by = hosts.resolve(host or "default", on)
+    by = hosts.host_of(host or "default", on)
     grid: Grid = cells.load_grid(str(grid_of(on.kind)), on.kind)
     full = {c.group: c for c in grid.cells if c.method == BASELINE}
     rows = []
@@ -120,12 +120,12 @@ def _published(cell: Cell) -> float | None:
     return seconds[cell.method] / seconds[BASELINE] if {cell.method, BASELINE} <= set(seconds) else None
 
 
-def answer(rows: list[PaperRow]) -> str:
+def claim_answer(rows: list[PaperRow]) -> str:
     """The claim in one sentence."""
     parts = []
     for name in ("measured", "predicted"):
         ratios = [r for row in rows if (r := row.ratios()[name]) is not None]
         if ratios:
-            slower = sum(told(r) == "slower" for r in ratios)
+            slower = sum(verdict_of_ratio(r) == "slower" for r in ratios)
             parts.append(f"{name} slower in {slower} of {len(ratios)}, {min(ratios):.2f} to {max(ratios):.2f} times")
     return f"forward + backward of LoRA against full fine-tuning: {'; '.join(parts)}"

@@ -129,7 +129,7 @@ def load_plan(name: Path | None, device: str) -> CampaignPlan:
 
 @cache
 def _blocks(device: str) -> dict[str, list[MicroCase]]:
-    return wider.campaign(device, DTYPES)
+    return wider.campaign_blocks(device, DTYPES)
 
 
 def _check(stage: Any, device: str, where: str) -> None:
@@ -156,7 +156,7 @@ def _of_stage(
     lists = [known[block][: stage.get("most")] for block in stage.get("blocks", [])]
     for turn in zip_longest(*lists):
         yield from (case for case in turn if case is not None)
-    programs = list(hosts.programs())
+    programs = list(hosts.host_programs())
     random.Random(SEED).shuffle(programs)  # so that the first few are of every kind
     yield from (HostProgram(values) for values in programs[: stage.get("programs", 0)])
     chosen = list(_cells(plan, stage.get("cells", [])))
@@ -166,7 +166,7 @@ def _of_stage(
 
 
 def _cells(plan: CampaignPlan, blocks: list[Any]) -> tuple[Cell, ...]:
-    return cells.parse({"models": plan.models, "cells": blocks}, plan.name, plan.where).cells if blocks else ()
+    return cells.parse_grid({"models": plan.models, "cells": blocks}, plan.name, plan.where).cells if blocks else ()
 
 
 def _id(work: MicroCase | Visit | HostProgram) -> str:

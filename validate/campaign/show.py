@@ -16,7 +16,7 @@ from perfmodel.resources import write_text
 from ..checking import tables
 from . import plan as plans
 from .finish import Finding, finish
-from .page import write_page
+from .page import write_campaign_page
 from .run import Ran, run_campaign
 from .tables import STAGE_COLUMNS, VERSION_COLUMNS, not_measured, stage_rows, stages, version_line, version_rows
 
@@ -42,7 +42,7 @@ def show_campaign(
         found = finish(ran.ledger.records, ran.environment, ran.ledger.path)
     summary = summarised(ran, found)
     write_text(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
-    write_page(ran, found, folder / PAGE, command=f"perfmodel {' '.join(sys.argv[1:])}")
+    write_campaign_page(ran, found, folder / PAGE, command=f"perfmodel {' '.join(sys.argv[1:])}")
     if as_json:
         print(json.dumps(summary, indent=1))
     else:

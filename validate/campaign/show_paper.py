@@ -18,7 +18,7 @@ def show_paper(
     """Measure and predict, or only predict; returns whether all verdicts that are decided are right."""
     warnings.filterwarnings("ignore")
     if predict_only:
-        rows = paper.predicted(predict_only, host)
+        rows = paper.predicted_claim(predict_only, host)
     else:
         with progress(auto_refresh=False) as bar:  # without a thread: measuring forks
             task = bar.add_task("loading", total=None)
@@ -31,15 +31,15 @@ def show_paper(
                 str(kind), output, device=profile, host=host, threads=threads, progress=tick
             )  # fmt: skip
     if as_json:
-        print(json.dumps({"rows": [r.as_dict() for r in rows], "answer": paper.answer(rows)}, indent=1))
+        print(json.dumps({"rows": [r.as_dict() for r in rows], "answer": paper.claim_answer(rows)}, indent=1))
     else:
         title = "time of LoRA over that of full fine-tuning, forward + backward"
         heads = ("", "measured", "predicted", "paper", "LoRA is", "predicted")
         show(table(heads, map(_row, rows), left=(0, 4, 5), title=title))
-        show(f"\n{paper.answer(rows)}", bold=True)
+        show(f"\n{paper.claim_answer(rows)}", bold=True)
     return all(r.right for r in rows)
 
 
 def _row(r: PaperRow) -> list[str]:
     ratios = ["" if ratio is None else f"{ratio:.2f}" for ratio in r.ratios().values()]
-    return [r.cell.place, *ratios, paper.told(r.measured), paper.told(r.predicted)]
+    return [r.cell.place, *ratios, paper.verdict_of_ratio(r.measured), paper.verdict_of_ratio(r.predicted)]

@@ -47,6 +47,6 @@ def _fits(have: str, wanted: str) -> bool:
     return bool(Requirement(f"x{wanted}").specifier.contains(plain, prereleases=True))
 
 
-def told() -> dict[str, Any]:
+def installed_versions() -> dict[str, Any]:
     """Package -> version or None, of all that a campaign may use."""
     return {name: installed(name) for name in SHOWN}

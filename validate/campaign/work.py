@@ -17,10 +17,10 @@ from ..measuring.records import Record
 from ..measuring.visit import visit
 from ..microbench import run, wider_kernels  # noqa: F401, the blocks that only a campaign has
 from ..microbench.designs import MicroCase
-from ..microbench.kernels import forget
+from ..microbench.kernels import release_pools
 from ..microbench.stopwatch import Stopwatch, stopwatch
 from .plan import HostProgram, Visit
-from .versions import told
+from .versions import installed_versions
 
 HERE = "environment"  # what to ask a worker for to learn where it runs
 
@@ -51,7 +51,7 @@ def worker_of(settings: Settings) -> Callable[[Any], Record]:
         if thing == HERE:
             return here(settings)
         if isinstance(thing, Visit):
-            return step(thing, settings)
+            return visit_record(thing, settings)
         return host_program(thing) if isinstance(thing, HostProgram) else bench(thing, settings)
 
     return work
@@ -62,7 +62,7 @@ def here(settings: Settings) -> Record:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device is visible to PyTorch here: use --device cpu")
     found = environment.describe(settings.device, settings.threads)
-    found["packages"] = {name: have or "not installed" for name, have in told().items()}
+    found["packages"] = {name: have or "not installed" for name, have in installed_versions().items()}
     return {"kind": "environment", "id": environment.identity(found), **found}
 
 
@@ -88,10 +88,10 @@ def host_program(program: HostProgram) -> Record:
     }  # fmt: skip
 
 
-def step(work: Visit, settings: Settings) -> Record:
+def visit_record(work: Visit, settings: Settings) -> Record:
     """A visit's record; where the installed program may be another than the tape's, with the counts of its trace."""
     first = work.round == 0
-    forget(settings.device)  # what microbenchmarks before it held
+    release_pools(settings.device)  # what microbenchmarks before it held
     found = visit(
         work.cell, settings.device, threads=settings.threads, warm_up=settings.warm_up, steps=settings.steps,
         whole=first,
@@ -113,7 +113,7 @@ def traced(cell: Cell, device: str) -> dict[str, Any]:
     from perfmodel.tracing import traced as tracing
     from perfmodel.tracing.programs import adapt as adapters
 
-    known, adapt = adapters.of_method(cell.config, cell.method)
+    known, adapt = adapters.adapter_of_method(cell.config, cell.method)
     capability = "8.0"
     if device == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability()))

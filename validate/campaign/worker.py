@@ -36,7 +36,7 @@ class Worker:
         Raises:
             Late: it was not done after so many seconds.
         """
-        if not isolate.possible():
+        if not isolate.can_fork():
             return attempted(self.work, thing)
         if self.process is None:
             self._start()

@@ -11,8 +11,8 @@ from ..accuracy import Pair
 from ..measuring import records
 from ..measuring.records import Record
 from .machine import Machine, machine_of
-from .outcomes import CellOutcome, Measured, cells_of, evaluate, pairs
-from .summary import Limit, Line, limits, lines
+from .outcomes import CellOutcome, Measured, cells_of, evaluate_cell, cell_pairs
+from .summary import Limit, Line, promises, lines
 
 Progress = Callable[[int, int, str], None]
 
@@ -35,7 +35,7 @@ class Report:
     @property
     def pairs(self) -> list[Pair[CellOutcome]]:
         """All speed-ups over full fine-tuning."""
-        return pairs(self.outcomes)
+        return cell_pairs(self.outcomes)
 
     @property
     def lines(self) -> list[Line]:
@@ -45,7 +45,7 @@ class Report:
     @property
     def limits(self) -> list[Limit]:
         """The promises."""
-        return limits(self.cells, self.outcomes)
+        return promises(self.cells, self.outcomes)
 
     @property
     def holds(self) -> bool:
@@ -111,6 +111,6 @@ def check_records(
     for i, cell in enumerate(done):
         progress(i, len(done), cell.cell.id)
         machine = machines[cell.environment]
-        outcomes.append(evaluate(cell, machine.on, machine.by))
+        outcomes.append(evaluate_cell(cell, machine.on, machine.by))
     progress(len(done), len(done), "done")
     return Report({name: environments[name] for name in machines}, machines, cells, outcomes)

@@ -130,7 +130,7 @@ class CellOutcome:
         return float(self.predicted.time.phases[phase]) / self.measured.median(phase) - 1
 
 
-def evaluate(measured: Measured, on: DeviceProfile, by: Host) -> CellOutcome:
+def evaluate_cell(measured: Measured, on: DeviceProfile, by: Host) -> CellOutcome:
     """Predict a cell that was measured to its end."""
     cell = measured.cell
     p = predict(cell.config, cell.method, cell.setup, on, host=by)
@@ -183,6 +183,6 @@ def _sums(counts: dict[str, int], by: Callable[[str], str]) -> Counter[str]:
     return sums
 
 
-def pairs(outcomes: Sequence[CellOutcome]) -> list[Pair[CellOutcome]]:
+def cell_pairs(outcomes: Sequence[CellOutcome]) -> list[Pair[CellOutcome]]:
     """Every method with full fine-tuning of the same model in the same setup and environment."""
     return paired(outcomes, lambda o: (o.measured.environment, o.measured.cell.group), lambda o: o.measured.cell.method)

@@ -7,7 +7,7 @@ from typing import Any
 
 from perfmodel import units
 from perfmodel.report.charts.crossing import COLOURS
-from perfmodel.report.exhibits import picture
+from perfmodel.report.exhibits import both_forms
 from perfmodel.report.page import render
 from perfmodel.resources import write_text
 
@@ -15,22 +15,22 @@ from ..accuracy import BASELINE
 from . import tables
 from .check import Report
 from .machine import name_of
-from .parity import ParityPoint, parity
+from .parity import ParityPoint, parity_svg
 from .summary import RATIO_MEAN, STEP_MEAN
 
 TEMPLATE = Path(__file__).parent / "page.html.j2"
 
 
-def write_page(found: Report, path: Path, command: str) -> None:
+def write_check_page(found: Report, path: Path, command: str) -> None:
     """Write the page.
 
     Raises:
         UserError: it cannot be written, or Jinja2 is not installed.
     """
-    write_text(path, render(context(found, command), TEMPLATE))
+    write_text(path, render(check_context(found, command), TEMPLATE))
 
 
-def context(found: Report, command: str) -> dict[str, Any]:
+def check_context(found: Report, command: str) -> dict[str, Any]:
     """What the template shows."""
     of_cells = [
         (title, page_table(tables.CELL_COLUMNS, rows))
@@ -94,7 +94,7 @@ def _plots(found: Report) -> list[dict[str, Any]]:
 def _plot(
     title: str, points: list[ParityPoint], what: str, told: Any, band: float, legend: list[dict[str, str]]
 ) -> dict[str, Any]:
-    drawn = picture(lambda width: parity(points, title, what, told, band, width))
+    drawn = both_forms(lambda width: parity_svg(points, title, what, told, band, width))
     caption = f"Each dot a cell. On the diagonal prediction and measurement agree; the thin lines are {band:.0%} off."
     return {"title": title, "picture": drawn, "legend": legend, "caption": caption.replace("%", " %")}
 

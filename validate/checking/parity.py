@@ -21,7 +21,7 @@ class ParityPoint:
     tip: str
 
 
-def parity(
+def parity_svg(
     points: Sequence[ParityPoint], title: str, what: str, told: Callable[[float], str], band: float, width: int = WIDE
 ) -> Canvas:
     """A log-log plot with the diagonal and a band of `band` relative error around it.

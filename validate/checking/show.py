@@ -27,17 +27,17 @@ def show_check(
 
         found = check_records(paths, device=device, host=host, progress=tick)
     if html:
-        from .page import write_page
+        from .page import write_check_page
 
-        write_page(found, html, command=f"perfmodel {' '.join(sys.argv[1:])}")
+        write_check_page(found, html, command=f"perfmodel {' '.join(sys.argv[1:])}")
     if plot:
-        from ..plots import Point, parity
+        from ..plots import Point, plot_parity
 
         points = [
             Point(o.measured.cell.method, o.seconds, o.predicted_seconds, o.predicted.time.low, o.predicted.time.high)
             for o in found.outcomes
         ]
-        parity(points, plot, f"{len(points)} measured cells (dashed: ±25 %)")
+        plot_parity(points, plot, f"{len(points)} measured cells (dashed: ±25 %)")
     if as_json:
         json.dump(found.as_dict(), sys.stdout, indent=1)
         sys.stdout.write("\n")

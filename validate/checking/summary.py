@@ -7,7 +7,7 @@ from typing import Any
 from perfmodel.program.part import PHASES
 
 from ..accuracy import BASELINE, Errors, Pair
-from .outcomes import CellOutcome, Measured, pairs
+from .outcomes import CellOutcome, Measured, cell_pairs
 
 STEP_MEAN, STEP_MEDIAN, RATIO_MEAN, MEMORY_WORST = 0.15, 0.10, 0.08, 0.05  # largest |relative errors| that pass
 
@@ -74,7 +74,7 @@ def line(name: str, outcomes: Sequence[CellOutcome], of_pairs: Sequence[Pair[Cel
 
 def lines(outcomes: Sequence[CellOutcome]) -> list[Line]:
     """By method, by model, by dtype where there are several, and all."""
-    ratios = pairs(outcomes)
+    ratios = cell_pairs(outcomes)
     found = []
     keys: tuple[Callable[[CellOutcome], str], ...] = (_method, _model, _dtype)
     for key in keys:
@@ -98,12 +98,12 @@ def _dtype(o: CellOutcome) -> str:
     return f"autocast {setup.amp}" if setup.amp else setup.dtype
 
 
-def limits(cells: Sequence[Measured], outcomes: Sequence[CellOutcome]) -> list[Limit]:
+def promises(cells: Sequence[Measured], outcomes: Sequence[CellOutcome]) -> list[Limit]:
     """The promises, with what the records say of them."""
     found = [Limit("cells that failed", sum(c.status == "error" for c in cells), 0)]
     if not outcomes:
         return found
-    total = line("all", outcomes, pairs(outcomes))
+    total = line("all", outcomes, cell_pairs(outcomes))
     found.append(Limit("cells whose ATen calls differ", sum(bool(o.calls) for o in outcomes), 0))
     if any(o.measured.kernels for o in outcomes):
         found.append(Limit("cells whose kernels differ", sum(bool(o.kernels) for o in outcomes), 0))

@@ -45,8 +45,8 @@ def _cell(o: CellOutcome, pair: Pair[CellOutcome] | None) -> list[str]:
     ratio = [f"{pair.measured:.2f}x", f"{pair.predicted:.2f}x"] if pair else ["", ""]
     remarks = ["wrong verdict"] if pair and pair.decided and not pair.right else []
     remarks += ["calls differ"] if o.calls or o.kernels else []
-    times = [units.seconds(o.seconds), units.seconds(o.predicted_seconds), signed(o.error)]
-    return [o.measured.cell.method, *times, *ratio, signed(o.memory_error, 2), ", ".join(remarks)]
+    times = [units.seconds(o.seconds), units.seconds(o.predicted_seconds), signed_percent(o.error)]
+    return [o.measured.cell.method, *times, *ratio, signed_percent(o.memory_error, 2), ", ".join(remarks)]
 
 
 def line_cells(line: Line) -> list[str]:
@@ -79,6 +79,6 @@ def limit_cells(limit: Limit) -> list[str]:
     return [limit.name, *told, "ok" if limit.holds else "exceeded"]
 
 
-def signed(share: float, digits: int = 1) -> str:
+def signed_percent(share: float, digits: int = 1) -> str:
     """A signed error as text."""
     return f"{100 * share:+.{digits}f} %"

@@ -65,7 +65,7 @@ def attention_rows(folder: Path, slug: str) -> pd.DataFrame:
     return d.assign(seconds=d.latency_ms * 1e-3, left_out=left_out)
 
 
-def priced_rows(d: pd.DataFrame, hw: Hardware, served: Served) -> Array:
+def priced_serving(d: pd.DataFrame, hw: Hardware, served: Served) -> Array:
     """Seconds of serving rows, the cache copy included."""
     b, s, h, kv, dim = (column(d, c) for c in SHAPE)
     copied = 2.0 * b * s * kv * dim * 2.0  # bytes of k and v
@@ -80,7 +80,7 @@ def errors(d: pd.DataFrame, hw: Hardware, served: Served) -> dict[str, FitErrors
     plain = np.maximum(
         attention_flops(b, s, s, h, dim) / hw.peak("bf16"), 4.0 * b * s * dim * (h + kv) / hw.memory_bandwidth
     )
-    predicted, seconds = priced_rows(d, hw, served), column(d, "seconds")
+    predicted, seconds = priced_serving(d, hw, served), column(d, "seconds")
     return {
         name: FitErrors.of(predicted[k], plain[k], seconds[k]) for name, k in (("long", s >= 512), ("short", s < 512))
     }
@@ -102,7 +102,7 @@ def fit_served(rows_of: dict[str, pd.DataFrame]) -> Served:
     def residuals(x: Array) -> Array:
         served = unpack(x)
         parts = [
-            w * scale * np.log(priced_rows(d, hw, served) / column(d, "seconds"))
+            w * scale * np.log(priced_serving(d, hw, served) / column(d, "seconds"))
             for (d, hw), w in zip(used, weights, strict=True)
         ]
         return np.concatenate(parts)
@@ -218,7 +218,7 @@ class AttentionResults:
     left_out_device: dict[str, FitErrors]
 
 
-def fit_all(folder: Path) -> AttentionResults:
+def fit_attention(folder: Path) -> AttentionResults:
     """Every device and class: they borrow from each other, and all takes seconds."""
     rows = {slug: attention_rows(folder, slug) for slug in SERVING}
     served = {slug: fit_served({slug: d}) for slug, d in rows.items()}
@@ -249,11 +249,13 @@ def fit_all(folder: Path) -> AttentionResults:
         "b200": published_fit("b200", hardware("b200"), b200),
         "rtx-a5000": published_fit("rtx-a5000", RTX_A5000, a5000),
     }
-    left_out = leave_out(rows, served, fits)
+    left_out = leave_out_each(rows, served, fits)
     return AttentionResults(fits, class_defaults(rows, fits, left_out), left_out)
 
 
-def leave_out(rows: dict[str, pd.DataFrame], served: dict[str, Served], fits: dict[str, Fit]) -> dict[str, FitErrors]:
+def leave_out_each(
+    rows: dict[str, pd.DataFrame], served: dict[str, Served], fits: dict[str, Fit]
+) -> dict[str, FitErrors]:
     """Each device priced with the parameters of the other one of its family."""
     found = {}
     for slug, other in (("a100-80gb-sxm", "l40s"), ("l40s", "a100-80gb-sxm")):

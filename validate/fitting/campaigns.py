@@ -50,7 +50,7 @@ class Campaign:
 
 
 @lru_cache(maxsize=64)
-def campaign(name: str, memory_bytes: float, memory_bandwidth: float) -> Campaign:
+def board_campaign(name: str, memory_bytes: float, memory_bandwidth: float) -> Campaign:
     """What a board ran in the campaign `bmm`, `linear` or `collected`."""
     batch, m, k, n = np.array(order(name), dtype=np.float64).T
     a, c = 4.0 * batch * m * k, 4.0 * batch * m * n

@@ -17,9 +17,9 @@ from perfmodel.devices.cpu import (
     CpuGemmParameters,
     CpuStreamParameters,
     aliased,
-    attention_time,
+    cpu_attention_time,
     attention_work,
-    gemm_time,
+    cpu_gemm_time,
     regime,
     stream_time,
 )
@@ -79,7 +79,7 @@ def cpu_rows(records: Sequence[Mapping[str, Any]]) -> list[CpuRow]:
     return [CpuRow(case, max(s, 1e-9), dispatch) for case, s in timed]
 
 
-def linear(columns: Sequence[Array], seconds: Array, low: Sequence[float], known: Array | float = 0.0) -> Array:
+def least_relative(columns: Sequence[Array], seconds: Array, low: Sequence[float], known: Array | float = 0.0) -> Array:
     """Coefficients from `low` up that price the rows, `known` seconds of each included, with least relative error."""
     x = np.stack(columns, axis=1) / seconds[:, None]
     target = 1.0 - known / seconds
@@ -117,7 +117,7 @@ def _seconds_of(found: Sequence[CpuRow]) -> tuple[Array, Array]:
     return np.array([r.seconds for r in found]), np.array([r.dispatch for r in found])
 
 
-def gemm(all_rows: Sequence[CpuRow], dtype: str, hardware: Hardware, software: str) -> Fit:
+def fit_gemms(all_rows: Sequence[CpuRow], dtype: str, hardware: Hardware, software: str) -> Fit:
     """Products of a dtype: a floor, and by regime the FLOPs and the passes over the three operands."""
     found = [r for r in all_rows if r.case["block"] == "gemm" and r.case["dtype"] == dtype]
     used = [r for r in found if not r.left_out]
@@ -131,7 +131,7 @@ def gemm(all_rows: Sequence[CpuRow], dtype: str, hardware: Hardware, software: s
     sizes = m * n * k, m * k, k * n, m * n
     columns = [sizes[i] * np.array([terms[r][i] == key for r in regimes]) for i, key in keys]
     low = [0.0 if i else 2.0 / (BEYOND * hardware.peak(dtype)) for i, _ in keys]
-    floor, *found_terms = linear([np.ones(len(t)), *columns], t, [0.0, *low], dispatch)
+    floor, *found_terms = least_relative([np.ones(len(t)), *columns], t, [0.0, *low], dispatch)
     value = dict(zip(keys, found_terms, strict=True))
     by_regime = {name: [value[i, key] for i, key in enumerate(terms[name])] for name in REGIMES}
     pass_ = ITEMSIZE[dtype] / hardware.memory_bandwidth
@@ -144,7 +144,7 @@ def gemm(all_rows: Sequence[CpuRow], dtype: str, hardware: Hardware, software: s
     def predict(r: CpuRow) -> float:
         s = r.sizes
         layout = r.case["layout"]
-        return float(gemm_time(s["m"], s["n"], s["k"], hardware=hardware, parameters=p, dtype=dtype, layout=layout))
+        return float(cpu_gemm_time(s["m"], s["n"], s["k"], hardware=hardware, parameters=p, dtype=dtype, layout=layout))
 
     def plain(r: CpuRow) -> float:
         x, y, z = (r.sizes[d] for d in "mnk")
@@ -175,7 +175,7 @@ def _zeros(parameters: Any, *names: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def attention(all_rows: Sequence[CpuRow], hardware: Hardware, software: str) -> Fit:
+def fit_attention_kernel(all_rows: Sequence[CpuRow], hardware: Hardware, software: str) -> Fit:
     """The flash kernel: a floor, blocks, scores and products, forward and backward."""
     found = [r for r in all_rows if r.case["block"] == "attention"]
     full = [r for r in found if r.case["dtype"] == "fp32"]
@@ -194,7 +194,7 @@ def attention(all_rows: Sequence[CpuRow], hardware: Hardware, software: str) -> 
             flops * whole_pages,
         ]
         low = [0.0, 0.0, 0.0, 1.0 / hardware.fp32_flops, 0.0]
-        floor, block, score, per_flop, more = linear(columns, seconds, low, dispatch)
+        floor, block, score, per_flop, more = least_relative(columns, seconds, low, dispatch)
         values |= {
             f"{prefix}floor": float(floor),
             f"{prefix}block": float(block),
@@ -229,7 +229,7 @@ def _attention_seconds(r: CpuRow, hardware: Hardware, p: CpuAttentionParameters)
     s = r.sizes
     sizes = (s["batch"], s["seq"], s["seq"], s["heads"], s["head_dim"])
     kind = {"causal": True, "backward": r.case["backward"], "half": r.case["dtype"] != "fp32"}
-    return float(attention_time(*sizes, hardware=hardware, parameters=p, **kind))
+    return float(cpu_attention_time(*sizes, hardware=hardware, parameters=p, **kind))
 
 
 def _whole_pages(r: CpuRow) -> bool:
@@ -242,7 +242,7 @@ def _attention_terms(r: CpuRow) -> tuple[float, float, float]:
     return float(blocks), float(scores), float(2.0 * (5 if r.case["backward"] else 2) * scores * s["head_dim"])
 
 
-def stream(all_rows: Sequence[CpuRow], hardware: Hardware, software: str) -> Fit:
+def fit_streams(all_rows: Sequence[CpuRow], hardware: Hardware, software: str) -> Fit:
     """Bandwidths from calls that only stream, then a floor and clocks an element for every kind."""
     found = [r for r in all_rows if r.case["block"] == "pointwise"]
     _enough(found, 40, "pointwise calls")
@@ -318,6 +318,8 @@ def _by_kind(
         base = np.array([_seconds(kind, _passes(r)[0][1], r, hardware, bare) for r in mine])
         elements = np.array([_passes(r)[0][1][1] for r in mine])
         cores = np.clip(np.ceil(elements / GRAIN), 1.0, hardware.sm_count)
-        floor, per_element = linear([np.ones(len(mine)), elements / cores], seconds, [0.0, 0.0], dispatch + base)
+        floor, per_element = least_relative(
+            [np.ones(len(mine)), elements / cores], seconds, [0.0, 0.0], dispatch + base
+        )
         floors[kind], clocks[kind] = float(floor), float(per_element * hardware.clock_hz)
     return floors, clocks

@@ -126,7 +126,7 @@ def _gemm(telling: Sequence[CpuRow], dtype: str, known: DeviceProfile, software:
     out = d[d.left_out] if d.left_out.any() else d
     out = out.sort_values("layout", kind="stable")
     predicted = np.concatenate([_predicted(out[out.layout == name], known, p, name) for name in sorted(LAYOUTS)])
-    errors = FitErrors.of(predicted, gemm.roofline(out, known.hardware), column(out, "seconds"))
+    errors = FitErrors.of(predicted, gemm.roofline_seconds(out, known.hardware), column(out, "seconds"))
     return Fit(p, SOURCE, software, int((~d.left_out).sum()), int(d.left_out.sum()), errors)
 
 
@@ -134,7 +134,9 @@ def _slowdown(part: pd.DataFrame, known: DeviceProfile, p: GemmParameters) -> fl
     """How much longer products of a layout take than the forward layout's, 1 at least."""
     if not len(part):
         return 1.0
-    return max(1.0, float(np.median(column(part, "seconds") / gemm.priced_rows(part, known.hardware, gemm.Found(p)))))
+    return max(
+        1.0, float(np.median(column(part, "seconds") / gemm.priced_products(part, known.hardware, gemm.Found(p))))
+    )
 
 
 def _predicted(part: pd.DataFrame, known: DeviceProfile, p: GemmParameters, layout: Layout) -> Array:
@@ -177,7 +179,7 @@ def _pointwise(telling: Sequence[CpuRow], launch: float, known: DeviceProfile, s
             )
     d = _enough(pd.DataFrame(table), "pointwise calls")
     p = pointwise.fit_pointwise(d[d.fold != 0].reset_index(drop=True), known.hardware, begin)
-    errors = pointwise.judge(d[d.fold == 0] if (d.fold == 0).any() else d, known.hardware, p)["all"]
+    errors = pointwise.judge_families(d[d.fold == 0] if (d.fold == 0).any() else d, known.hardware, p)["all"]
     return Fit(p, SOURCE, software, int((d.fold != 0).sum()), int((d.fold == 0).sum()), errors)
 
 

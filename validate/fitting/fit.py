@@ -240,7 +240,7 @@ def _gemm_pairs(folder: Path, fitted: _Fitted) -> None:
         p = fitted.devices[f"gemm.{dtype}"][donor].parameters
         assert isinstance(p, GemmParameters)
         fitted.pairs[f"gemm.{dtype}"].append(
-            gemm.judge(gemm.gemm_rows(folder, slug, dtype), hardware(slug), gemm.Found(p))["all"]
+            gemm.judge_gemms(gemm.gemm_rows(folder, slug, dtype), hardware(slug), gemm.Found(p))["all"]
         )
 
 
@@ -285,7 +285,7 @@ def _fp32_in_steps(fitted: _Fitted) -> None:
 
 
 def _attention(folder: Path, fitted: _Fitted) -> None:
-    found = attention.fit_all(folder)
+    found = attention.fit_attention(folder)
     fitted.devices["attention"] = dict(found.fits)
     fitted.classes["attention"] = found.classes
     fitted.left_out["attention"] = found.left_out_device
@@ -293,7 +293,7 @@ def _attention(folder: Path, fitted: _Fitted) -> None:
 
 
 def _pointwise(folder: Path, fitted: _Fitted, steps: _Steps) -> None:
-    found = pointwise.fit_all(folder, steps)
+    found = pointwise.fit_pointwise_blocks(folder, steps)
     fitted.devices["pointwise"] = dict(found.fits)
     fitted.classes["pointwise"] = {"any": found.default}
     fitted.left_out["pointwise"] = found.left_out_device

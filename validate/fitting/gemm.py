@@ -78,7 +78,7 @@ def starting_point(slug: str, dtype: str) -> GemmParameters:
     return SYNC_MMA if slug in SYNC else ASYNC_MMA
 
 
-def bounds(dtype: str, *, power: bool = True) -> dict[str, tuple[float, float]]:
+def searched_bounds(dtype: str, *, power: bool = True) -> dict[str, tuple[float, float]]:
     """The fitted parameters and their limits; in fp32 with or without those of the power limit."""
     if dtype == "bf16":
         return BOUNDS
@@ -131,7 +131,7 @@ class Found(NamedTuple):
     reaction: float = REACTION
 
 
-def priced_rows(rows: pd.DataFrame, hw: Hardware, found: Found) -> Array:
+def priced_products(rows: pd.DataFrame, hw: Hardware, found: Found) -> Array:
     """Seconds of every row; fp32 ones at the clock that a replay of what ran before tells."""
     p, clock, reaction = found
     if rows["dtype"].iloc[0] == "bf16":
@@ -140,7 +140,7 @@ def priced_rows(rows: pd.DataFrame, hw: Hardware, found: Found) -> Array:
     return board.predict(hw, p, clock, board.boosts(reaction))
 
 
-def roofline(rows: pd.DataFrame, hw: Hardware) -> Array:
+def roofline_seconds(rows: pd.DataFrame, hw: Hardware) -> Array:
     """max(FLOPs / peak, bytes / bandwidth), no fitted figure."""
     m, n, k, b = (column(rows, c) for c in ("m", "n", "k", "b"))
     dtype = str(rows["dtype"].iloc[0])
@@ -189,7 +189,7 @@ def fit_gemm(
 def fit_rows(used: Sequence[Used], dtype: str, begin: GemmParameters) -> Found:
     """Parameters shared by some devices."""
     measured = np.concatenate([column(rows, "seconds") for rows, _, _ in used])
-    limits = bounds(dtype, power=begin.power_share > 0.0)
+    limits = searched_bounds(dtype, power=begin.power_share > 0.0)
     bench = BENCH if dtype == "fp32" else {}
     low, high = (np.log([b[i] for b in (*limits.values(), *bench.values())]) for i in (0, 1))
     first = np.log([*(getattr(begin, n) for n in limits), *(1.0, REACTION)[: len(bench)]])
@@ -232,14 +232,14 @@ def _seconds(used: Sequence[Used], dtype: str) -> Callable[[Sequence[Found]], Ar
 
 def on_device(found: Found, slug: str, dtype: str) -> Found:
     """Class parameters with the tiles and k step that the library has on the device."""
-    shared: dict[str, Any] = {n: getattr(found.parameters, n) for n in bounds(dtype)}
+    shared: dict[str, Any] = {n: getattr(found.parameters, n) for n in searched_bounds(dtype)}
     return found._replace(parameters=replace(starting_point(slug, dtype), **shared))
 
 
-def judge(rows: pd.DataFrame, hw: Hardware, found: Found) -> dict[str, FitErrors]:
+def judge_gemms(rows: pd.DataFrame, hw: Hardware, found: Found) -> dict[str, FitErrors]:
     """Errors on the left-out rows: all, and by slice where a slice has 20 rows."""
     rows = rows[rows.left_out].reset_index(drop=True)
-    predicted, plain, seconds = priced_rows(rows, hw, found), roofline(rows, hw), column(rows, "seconds")
+    predicted, plain, seconds = priced_products(rows, hw, found), roofline_seconds(rows, hw), column(rows, "seconds")
     thin = ((rows.n <= 128) | (rows.k <= 128)) & (rows.m >= 512) & (rows.b == 1)
     cuts = {"all": rows.m > 0, "m_from_64": rows.m >= 64, "adapter_shapes": thin} | {
         str(g): rows.group == g for g in rows.group.unique()
@@ -252,7 +252,7 @@ def fit_device(folder: Path, slug: str, dtype: str) -> Fit:
     """One device from its own rows."""
     rows = gemm_rows(folder, slug, dtype)
     found = fit_gemm({slug: rows}, dtype, starting_point(slug, dtype))
-    errors = judge(rows, hardware(slug), found)
+    errors = judge_gemms(rows, hardware(slug), found)
     return Fit(
         parameters=found.parameters,
         source=AICONFIGURATOR if dtype == "bf16" else sgemm.NEUSIGHT,
@@ -261,7 +261,7 @@ def fit_device(folder: Path, slug: str, dtype: str) -> Fit:
         rows_left_out=int(rows.left_out.sum()),
         errors=errors["all"],
         slices={k: v for k, v in errors.items() if k != "all"},
-        notes=sgemm.notes(rows, found.clock) if dtype == "fp32" else "",
+        notes=sgemm.replay_notes(rows, found.clock) if dtype == "fp32" else "",
     )
 
 
@@ -291,7 +291,7 @@ def leave_out(folder: Path, slug: str, dtype: str) -> FitErrors:
     shares = donors(slug, dtype)
     begin = sgemm.limited(starting_point(slug, dtype)) if dtype == "fp32" else starting_point(slug, dtype)
     found = fit_gemm({d: gemm_rows(folder, d, dtype) for d in shares}, dtype, begin, shares)
-    return judge(gemm_rows(folder, slug, dtype), hardware(slug), on_device(found, slug, dtype))["all"]
+    return judge_gemms(gemm_rows(folder, slug, dtype), hardware(slug), on_device(found, slug, dtype))["all"]
 
 
 def fit_class(folder: Path, members: tuple[str, ...], dtype: str, begin: GemmParameters) -> tuple[GemmParameters, int]:

@@ -162,7 +162,7 @@ def fit_pointwise(rows: pd.DataFrame, hw: Hardware, begin: PointwiseParameters) 
     return make(least_squares(residuals, first, bounds=(low, high), loss="soft_l1", f_scale=0.1, max_nfev=60).x)
 
 
-def judge(rows: pd.DataFrame, hw: Hardware, p: PointwiseParameters) -> dict[str, FitErrors]:
+def judge_families(rows: pd.DataFrame, hw: Hardware, p: PointwiseParameters) -> dict[str, FitErrors]:
     """Errors by source and family, and their average, in which every family weighs alike."""
     rows = rows[(rows.source != "vidur") | (rows.seconds >= 1e-5)].reset_index(drop=True)
     batch = Batch(rows)
@@ -184,7 +184,7 @@ class PointwiseResults:
     pairs: list[FitErrors]  # a device priced with a like device's parameters
 
 
-def fit_all(folder: Path, step: Callable[[str], None]) -> PointwiseResults:
+def fit_pointwise_blocks(folder: Path, step: Callable[[str], None]) -> PointwiseResults:
     """Every device with rows; gaps are filled from the parent or the class."""
     rows = pointwise_rows(folder)
     rows = rows[~rows.host_bound]
@@ -201,9 +201,9 @@ def fit_all(folder: Path, step: Callable[[str], None]) -> PointwiseResults:
         whole = replace(donor, **{f: getattr(p, f) for f in known[slug]})
         fits[slug] = _as_fit(rows[rows.gpu == slug], hardware(slug), whole)
         others = class_default({k: v for k, v in found.items() if k != slug}, known)
-        left_out[slug] = judge(rows[rows.gpu == slug], hardware(slug), others)["all"]
+        left_out[slug] = judge_families(rows[rows.gpu == slug], hardware(slug), others)["all"]
     pairs = [
-        judge(
+        judge_families(
             rows[rows.gpu == slug],
             hardware(slug),
             replace(default, **{f: getattr(found[donor], f) for f in known[slug]}),
@@ -214,7 +214,7 @@ def fit_all(folder: Path, step: Callable[[str], None]) -> PointwiseResults:
 
 
 def _as_fit(rows: pd.DataFrame, hw: Hardware, p: PointwiseParameters) -> Fit:
-    errors = judge(rows[rows.fold == 0], hw, p)
+    errors = judge_families(rows[rows.fold == 0], hw, p)
     sources = [SOURCES[s] for s in SOURCES if s in set(rows.source)]
     return Fit(
         parameters=p,

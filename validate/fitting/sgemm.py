@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from perfmodel.devices.gemm import GemmParameters, Tiles, gemm_time
 from perfmodel.devices.hardware import Hardware
 
-from .campaigns import Campaign, boosts, campaign, entries
+from .campaigns import Campaign, boosts, board_campaign, entries
 from .judging import Array, Shapes, measured_table
 
 Index = NDArray[np.intp]
@@ -122,7 +122,7 @@ class Board:
             if entry[0] < 0:  # the order is not known
                 continue
             own, q = board(self.slug, name, hw, p, clock)
-            run = campaign(name, hw.memory_bytes, hw.memory_bandwidth)
+            run = board_campaign(name, hw.memory_bytes, hw.memory_bandwidth)
             at_limit, at_highest = (
                 gemm_time(run.m, run.n, run.k, run.batch, hardware=own, parameters=x, dtype="fp32", b_copies=1.0)
                 for x in (q, replace(q, power_share=0.0))
@@ -158,7 +158,7 @@ class Board:
         return out
 
 
-def notes(rows: pd.DataFrame, clock: float) -> str:
+def replay_notes(rows: pd.DataFrame, clock: float) -> str:
     """What the rows are judged with besides the price."""
     replay = "power_share lowered to that of products in a step; residuals: of products alone, each at the clock that "
     replay += "what ran before it had left."

@@ -13,14 +13,14 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 KEPT = "freed memory is kept (M_TRIM_THRESHOLD=-1, M_MMAP_MAX=0)"
 
 
-def possible() -> bool:
+def on_glibc() -> bool:
     """Whether this process runs on glibc's malloc."""
     return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt")
 
 
 def keep_freed_memory() -> None:
     """From here on no block comes from mmap and none goes back to the system; nothing where there is no glibc."""
-    if possible():
+    if on_glibc():
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
         libc.mallopt(_M_MMAP_MAX, 0)

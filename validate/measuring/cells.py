@@ -105,10 +105,10 @@ def load_grid(grid: str, device: str) -> Grid:
     path = GRIDS / f"{device}-{grid}.toml" if grid in SIZES else Path(grid)
     if not is_file(path):
         raise UserError(f"unknown grid {grid!r}: {nearest(grid, SIZES)} (or give the path of a TOML file)")
-    return parse(read_toml(path), path.stem, str(path))
+    return parse_grid(read_toml(path), path.stem, str(path))
 
 
-def parse(table: dict[str, Any], name: str, where: str) -> Grid:
+def parse_grid(table: dict[str, Any], name: str, where: str) -> Grid:
     """A grid from its parsed TOML; `where` names the file in complaints."""
     for key in table:
         if key not in (*COUNTS, "models", "cells"):

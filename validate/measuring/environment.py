@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .allocator import KEPT, possible
+from .allocator import KEPT, on_glibc
 
 SOFTWARE = ("torch", "transformers", "peft", "numpy", "perfmodel")
 VARIABLES = (  # beginnings of the names of environment variables that change how steps run
@@ -36,7 +36,7 @@ def describe(device: str, threads: int) -> dict[str, Any]:
             "caches": caches(), "isa": isa(),
             "memory_bytes": memory_bytes(), "system": platform.platform(), "python": platform.python_version(),
             "libc": " ".join(platform.libc_ver()), "huge_pages": _read(HUGE_PAGES), "load": _load(),
-            "malloc": KEPT if device == "cpu" and possible() else "as it is",
+            "malloc": KEPT if device == "cpu" and on_glibc() else "as it is",
             "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)},
         },
         "software": {name: v for name in SOFTWARE if (v := _version(name))},

@@ -15,7 +15,7 @@ from typing import Any
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def possible() -> bool:
+def can_fork() -> bool:
     """Whether processes can be forked here without trouble."""
     return sys.platform == "linux"
 

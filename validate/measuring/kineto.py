@@ -108,7 +108,7 @@ class Profile:
         return max(ends) - min(w.start for w in self.work) if ends else 0.0
 
 
-def parse(
+def parse_trace(
     trace: dict[str, Any], phases: Sequence[str], *, transparent: Callable[[str], bool] = lambda name: False
 ) -> Profile:
     """Read a Chrome trace.

@@ -13,7 +13,7 @@ from perfmodel.tracing.programs import models, references, updates
 from perfmodel.tracing.programs.dtypes import TORCH_DTYPES
 
 from .cells import Cell
-from .team import Team, wrap
+from .team import Team, wrap_for_team
 
 Around = Callable[[str], AbstractContextManager[Any]]  # what surrounds the work of a phase
 
@@ -38,9 +38,9 @@ class TrainingLoop:
         if self.setup.compile != "none":
             self.model.compile(mode="reduce-overhead" if self.setup.compile == "reduce-overhead" else "default")
         if team:
-            self.model = wrap(self.model, team, architecture, device)
+            self.model = wrap_for_team(self.model, team, architecture, device)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        form = optimizers.resolve(self.setup.optimizer, device)
+        form = optimizers.picked_form(self.setup.optimizer, device)
         self.update = references.make_update(self.model, form, method)
         shape = (int(self.setup.batch), int(self.setup.seq))
         self.ids = torch.randint(architecture.vocab, shape, device=device)

@@ -23,7 +23,7 @@ MARK = "perfmodel: "  # before the name of a phase in the trace
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # below it Kineto reports on stderr when it starts and stops
 
 
-def trace_step(program: TrainingLoop) -> Profile:
+def profile_step(program: TrainingLoop) -> Profile:
     """Run one step of a warm program under the profiler and parse its trace."""
     activities, on_gpu = [ProfilerActivity.CPU], program.device == "cuda"
     if on_gpu:
@@ -38,7 +38,7 @@ def trace_step(program: TrainingLoop) -> Profile:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         trace = json.loads(path.read_text(encoding="utf-8"))
-    return kineto.parse(trace, [MARK + phase for phase in PHASES], transparent=composite)
+    return kineto.parse_trace(trace, [MARK + phase for phase in PHASES], transparent=composite)
 
 
 @cache

@@ -104,7 +104,7 @@ def _positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < LONGEST
 
 
-def append(path: Path, *records: Record) -> None:
+def append_records(path: Path, *records: Record) -> None:
     """Add records, all or none; on return they are on disk.
 
     Raises:

@@ -84,7 +84,7 @@ def measure_cells(
         before = records.read_records(output) if output.exists() else []
         known, named = records.done(before), team.name if team else str
         todo = [v for v in plan.visits() if (v[0], named(v[1].id)) not in known]
-        alone = plan.device == "cpu" and team is None and isolate.possible()
+        alone = plan.device == "cpu" and team is None and isolate.can_fork()
         if not alone:
             torch.set_num_threads(plan.threads)
         here = _environment(plan, output, before) if todo else ""
@@ -129,13 +129,13 @@ def _keep(output: Path, head: dict[str, Any], found: dict[str, Any], team: Team 
     """Append the record of a visit; of a team the first process does so, or the first that fails."""
     if team and found["status"] != "ok":
         if team.first_to(f"record {head['round']} {head['id']}"):
-            records.append(output, {**head, **found, "rank": team.rank})
+            records.append_records(output, {**head, **found, "rank": team.rank})
         raise Abandoned(f"{head['id']} on process {team.rank}: {found['message']}")
     if team:
         steps = team.gather(found["median_s"]["step"])
         found = {**found, "step_of_each": steps}
     if team is None or team.first:
-        records.append(output, {**head, **found})
+        records.append_records(output, {**head, **found})
 
 
 def _visit(plan: MeasuringPlan, cell: Cell, number: int, team: Team | None) -> dict[str, Any]:
@@ -174,5 +174,5 @@ def _environment(plan: MeasuringPlan, output: Path, before: list[dict[str, Any]]
         head = {"kind": "environment", "id": name, "grid": plan.grid.name, "seed": plan.seed, "started": time.time()}
         if own.find(own.CALIBRATED):
             found["calibration"] = own.CALIBRATED
-        records.append(output, {**head, **found})
+        records.append_records(output, {**head, **found})
     return name

@@ -23,7 +23,7 @@ def show_measure(
         parallel: how the processes of torchrun share a step; the first of them prints.
     """
     warnings.filterwarnings("ignore")
-    if parallel is None and team.launched():
+    if parallel is None and team.under_torchrun():
         raise UserError(
             f"started by torchrun: say how the processes share a step, --parallel {' or '.join(team.KINDS)}"
         )

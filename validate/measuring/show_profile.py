@@ -41,7 +41,7 @@ def show_profile(path: Path, phases: Sequence[str], top: int, *, as_json: bool) 
 
 
 def _chrome(trace: dict[str, Any], phases: Sequence[str], top: int) -> tuple[Facts, str]:
-    found = kineto.parse(trace, phases or traces.annotations(trace), transparent=composite)
+    found = kineto.parse_trace(trace, phases or traces.annotations(trace), transparent=composite)
     device = "cuda" if found.work else "cpu"
     seconds = found.span if found.work else sum(c.seconds for c in found.calls if c.outermost)
     facts = plain_profile(found, device, seconds or 1.0)

@@ -71,7 +71,7 @@ def join(kind: str, device: str) -> Team:
     Raises:
         UserError: not started by torchrun.
     """
-    if not launched():
+    if not under_torchrun():
         started = f"torchrun --nproc-per-node 2 -m perfmodel.cli validate measure --parallel {kind} ..."
         raise UserError(f"--parallel {kind} needs several processes: {started}")
     backend = "nccl" if device == "cuda" else "gloo"
@@ -87,12 +87,12 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def launched() -> bool:
+def under_torchrun() -> bool:
     """Whether torchrun started this process."""
     return all(name in os.environ for name in LAUNCHED)
 
 
-def wrap(model: Any, team: Team, architecture: Architecture, device: str) -> Any:
+def wrap_for_team(model: Any, team: Team, architecture: Architecture, device: str) -> Any:
     """The model as the team trains it: copies kept alike (DDP), or parameters spread, block by block (FSDP2)."""
     if team.kind == "ddp":
         where = [torch.cuda.current_device()] if device == "cuda" else None

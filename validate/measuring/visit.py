@@ -57,7 +57,7 @@ def _measure(
         "clock": clock.kind,
         "seconds": seconds,
         "median_s": {name: median(values) for name, values in seconds.items()},
-        "spread": spread(seconds["step"]),
+        "spread": relative_range(seconds["step"]),
         "params": {
             "total": sum(p.numel() for p in program.model.parameters()),
             "trainable": sum(p.numel() for p in program.trained),
@@ -74,7 +74,7 @@ def _measure(
     elif whole and cell.setup.compile == "none":  # a mode that sees every call would turn the compiled program off
         record["dispatches"], record["calls"] = dispatches(program)
     if whole or device == "cpu":
-        found = profile.trace_step(program)
+        found = profile.profile_step(program)
         if device == "cpu":
             held = program.held_bytes()
             record["memory"] = {"peak": held + found.memory_peak, "held": held}
@@ -94,7 +94,7 @@ def _timed(program: TrainingLoop, clock: Clock) -> dict[str, float]:
     return clock.finish()
 
 
-def spread(values: list[float]) -> float:
+def relative_range(values: list[float]) -> float:
     """Highest less lowest over the median."""
     return (max(values) - min(values)) / median(values)
 

@@ -47,7 +47,7 @@ def design(device: str, dtypes: tuple[str, ...]) -> dict[str, list[MicroCase]]:
     blocks: dict[str, list[MicroCase]] = {"host": host(device)}
     for dtype in dtypes:
         blocks[f"gemm {dtype}"] = gemms(dtype, wide=wide)
-        blocks[f"pointwise {dtype}"] = streams(dtype, wide=wide)
+        blocks[f"pointwise {dtype}"] = stream_cases(dtype, wide=wide)
     blocks["attention"] = attentions("bf16" if wide else "fp32", wide=wide)
     if not wide:
         blocks["attention bf16"] = attentions("bf16", wide=wide)[::3]
@@ -114,7 +114,7 @@ STREAMS = (
 PLAIN = ("add", "mul", "mul_", "lerp_", "addcmul_")  # these show the memory's bandwidth
 
 
-def streams(dtype: str, *, wide: bool) -> list[MicroCase]:
+def stream_cases(dtype: str, *, wide: bool) -> list[MicroCase]:
     """Pointwise calls, reductions, norms, softmax: in cache and out of it; floors and bandwidth come first."""
     largest = ((16384, 8192), (8192, 4096)) if wide else ((2048, 1024), (1024, 3072))
     shapes = [(1, 16), (64, 256), (96, 384), (256, 768), (512, 768), (512, 2048), *largest]

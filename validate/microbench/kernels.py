@@ -69,7 +69,7 @@ def _pool(nbytes: float, dtype: str, device: str, positive: bool) -> Tensor:
     return some.to(TORCH_DTYPES[dtype]).repeat(max(1, int(nbytes / ITEMSIZE[dtype]) >> 20))
 
 
-def forget(device: str) -> None:
+def release_pools(device: str) -> None:
     """Give back pools and results: what is measured next needs the memory, and must not find it held."""
     _kept.clear()
     _cursor.clear()

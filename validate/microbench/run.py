@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .designs import MicroCase
-from .kernels import build_call, forget
+from .kernels import build_call, release_pools
 from .stopwatch import Stopwatch
 
 Progress = Callable[[float, str], None]  # share of the budget that is spent, what comes next
@@ -49,7 +49,7 @@ def run_blocks(
         done[name] += 1
         if record["kind"] == "microbench":
             records.append(record)
-    forget(device)
+    release_pools(device)
     return records
 
 

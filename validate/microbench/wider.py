@@ -15,16 +15,16 @@ COPIES = ("to_device", "to_device_pinned", "to_host", "within")
 LISTS = ("adamw-foreach", "adamw-fused", "clip")
 
 
-def campaign(device: str, dtypes: tuple[str, ...]) -> dict[str, list[MicroCase]]:
+def campaign_blocks(device: str, dtypes: tuple[str, ...]) -> dict[str, list[MicroCase]]:
     """All blocks of a kind of device: the calibration's and, on CUDA, the wider ones."""
     blocks = design(device, dtypes)
     if device != "cuda":
         return blocks
-    wider = {"copies": copies(), "attention backends": backends(), "optimizer lists": lists()}
+    wider = {"copies": copy_cases(), "attention backends": backend_cases(), "optimizer lists": list_cases()}
     return {**blocks, **wider, **{f"gemm unaligned {dtype}": unaligned(dtype) for dtype in dtypes}}
 
 
-def copies() -> list[MicroCase]:
+def copy_cases() -> list[MicroCase]:
     """From one number, which shows the floor, to what shows the bandwidth."""
     return [
         MicroCase("copies", op, "fp32", (("elements", n),)) for n, op in product((1, 1 << 24, 1 << 12, 1 << 18), COPIES)
@@ -39,7 +39,7 @@ def unaligned(dtype: str) -> list[MicroCase]:
     return [MicroCase("gemm unaligned", c.op, c.dtype, c.sizes, c.layout) for c in found]
 
 
-def backends() -> list[MicroCase]:
+def backend_cases() -> list[MicroCase]:
     """Causal attention, forward and backward, by each backend; math only where its matrix of scores is small."""
     found = []
     for seq, (heads, dim), batch in product((512, 1024, 128, 2048, 4096), ((32, 64), (16, 128), (25, 64)), (4, 1)):
@@ -50,7 +50,7 @@ def backends() -> list[MicroCase]:
     return found
 
 
-def lists() -> list[MicroCase]:
+def list_cases() -> list[MicroCase]:
     """Steps of AdamW and clipping over lists of equal tensors: many small ones (adapters), few large ones (weights)."""
     forms = ((448, 16384), (1, 16384), (200, 4194304), (64, 1 << 20), (1000, 64), (16, 1 << 25))
     return [

@@ -73,13 +73,13 @@ def compare_case(case: Case, *, cuda_forward: bool = False) -> Result:
     architecture = from_config(case.config)
     method = methods.parse(case.method).bind(architecture)
     step = build(architecture, method, case.setup, device)
-    model = models.apply(models.build_model(case.config, case.setup), method, architecture)
+    model = models.apply_method(models.build_model(case.config, case.setup), method, architecture)
     make = partial(updates.make, method=method)
     trace = trace_step(model, case.setup, step.optimizer, device=device, forward_only=cuda_forward, make=make)
-    return judge(case, step, trace, ("forward",) if cuda_forward else PHASES)
+    return judge_step(case, step, trace, ("forward",) if cuda_forward else PHASES)
 
 
-def judge(case: Case, step: Step, trace: Trace, phases: tuple[str, ...] = PHASES) -> Result:
+def judge_step(case: Case, step: Step, trace: Trace, phases: tuple[str, ...] = PHASES) -> Result:
     """Compare a step with a trace, phase by phase."""
     tape = tape_calls(step)
     flops, nbytes = dict.fromkeys(PHASES, 0), dict.fromkeys(PHASES, 0)

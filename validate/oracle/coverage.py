@@ -168,7 +168,7 @@ def read_coverage(path: Path = TABLE) -> list[CoverageRow]:
     return read_rows(path, lambda r: CoverageRow(**{f.name: f.type(r[f.name]) for f in fields(CoverageRow)}))  # type: ignore[operator]
 
 
-def append(path: Path, row: CoverageRow) -> None:
+def append_row(path: Path, row: CoverageRow) -> None:
     """Add a row to a table, which is made if it is not there."""
     fresh = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)

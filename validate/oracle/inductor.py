@@ -148,7 +148,7 @@ def count_kernels(config: Config, method: str, setup: Setup) -> Kernels:
     _prepare()
     found = Kernels()
     architecture, bound = resolve(config, method)
-    model = models.apply(models.build_model(config, setup, device="cpu"), bound, architecture).train()
+    model = models.apply_method(models.build_model(config, setup, device="cpu"), bound, architecture).train()
 
     def inner(gm: Any, inputs: Any, **options: Any) -> Any:
         _read(copy.deepcopy(gm), inputs, options, found)

@@ -26,7 +26,7 @@ def show_coverage(*, quick: bool, output: Path | None, as_json: bool) -> bool:
         for row in coverage.cover(models, names, lambda name: bar.update(task, description=name)):
             rows.append(row)
             if output:
-                coverage.append(output, row)
+                coverage.append_row(output, row)
             bar.advance(task)
     if as_json:
         print(json.dumps([{**asdict(row), "ok": row.ok} for row in rows], indent=1))

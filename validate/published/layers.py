@@ -46,7 +46,7 @@ class Layer:
     @property
     def error(self) -> float:
         """Predicted over measured, minus 1."""
-        return predicted(self.device, self.model, self.batch, self.seq)[self.component] / self.seconds - 1
+        return component_seconds(self.device, self.model, self.batch, self.seq)[self.component] / self.seconds - 1
 
 
 def published_layers(path: Path = FILE) -> list[Layer]:
@@ -60,7 +60,7 @@ def _row(r: dict[str, str]) -> Layer:
 
 
 @cache
-def predicted(device: str, model: str, batch: int, seq: int) -> dict[str, float]:
+def component_seconds(device: str, model: str, batch: int, seq: int) -> dict[str, float]:
     """Seconds by component; the device's clock alone, as under a CUDA graph."""
     inside = _seconds(_step(device, model, batch, seq, "liger"), device)
     around = _seconds(_step(device, model, batch, seq, "torch"), device)  # the loss is PyTorch's
@@ -87,7 +87,7 @@ def _seconds(step: Step, device: str) -> dict[tuple[str, str], float]:
     return seconds
 
 
-def summary(layers: list[Layer]) -> dict[str, float]:
+def summarise_layers(layers: list[Layer]) -> dict[str, float]:
     """Mean |relative error| by component, and of all."""
     by: dict[str, list[float]] = {}
     for layer in layers:

@@ -15,7 +15,7 @@ from .reasons import FAR, reason
 def show_layers(*, as_json: bool) -> bool:
     """Print errors of layer times and savings of DRAM traffic; returns whether the limits hold."""
     times, saved = layers.published_layers(), savings.published_savings()
-    found = layers.summary(times)
+    found = layers.summarise_layers(times)
     holds = found["all"] <= layers.MEAN_LIMIT and all(
         abs(s.predicted_share - s.share) <= savings.POINTS_LIMIT for s in saved
     )

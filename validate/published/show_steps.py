@@ -22,20 +22,20 @@ def show_published(*, plot: Any, all_rows: bool, as_json: bool) -> None:
     rows = module.published_steps()
     with progress() as bar:
         task = bar.add_task("predicting", total=len(rows))
-        outcomes = module.evaluate_all(rows, progress=lambda name: bar.update(task, advance=1, description=name[:40]))
+        outcomes = module.evaluate_rows(rows, progress=lambda name: bar.update(task, advance=1, description=name[:40]))
     check = [o for o in outcomes if o.row.split == "check"]
-    lines = module.summary(check)
+    lines = module.summarise_rows(check)
     if as_json:
         print(json.dumps({"check": lines, "rows": [_published_row(o) for o in outcomes]}, indent=1))
     else:
         _print_published(outcomes, check, lines, all_rows=all_rows)
     if plot is not None:
-        from ..plots import Point, parity
+        from ..plots import Point, plot_parity
 
         points = [
             Point(o.row.family, o.seconds, o.predicted_seconds, o.low, o.high, o.row.split == "check") for o in outcomes
         ]
-        parity(points, plot, "Published training steps (filled: held out, open: fit; dashed: ±25 %)")
+        plot_parity(points, plot, "Published training steps (filled: held out, open: fit; dashed: ±25 %)")
         if not as_json:
             show(f"\ndrawn: {plot}")
 

@@ -131,7 +131,7 @@ def _row(r: dict[str, str]) -> PublishedStep:
     )
 
 
-def evaluate(row: PublishedStep, host: Host | None = None) -> StepOutcome:
+def evaluate_row(row: PublishedStep, host: Host | None = None) -> StepOutcome:
     """Predict what a row measured."""
     by = host or hosts.load()
     p = predict(row.model, row.method, row.setup, profile.load(row.device), host=by)
@@ -145,30 +145,30 @@ def evaluate(row: PublishedStep, host: Host | None = None) -> StepOutcome:
     )  # fmt: skip
 
 
-def evaluate_all(
+def evaluate_rows(
     rows: Iterable[PublishedStep], host: Host | None = None, progress: Callable[[str], None] = lambda name: None
 ) -> list[StepOutcome]:
     """Predict all rows."""
     outcomes = []
     for row in rows:
-        outcomes.append(evaluate(row, host))
+        outcomes.append(evaluate_row(row, host))
         progress(row.id)
     return outcomes
 
 
-def pairs(outcomes: Sequence[StepOutcome]) -> list[Pair[StepOutcome]]:
+def row_pairs(outcomes: Sequence[StepOutcome]) -> list[Pair[StepOutcome]]:
     """Every method with full fine-tuning of its group, batch and length."""
     return paired(outcomes, lambda o: (o.row.group, o.row.setup.batch, o.row.setup.seq), lambda o: o.row.method)
 
 
-def summary(outcomes: Sequence[StepOutcome]) -> list[dict[str, Any]]:
+def summarise_rows(outcomes: Sequence[StepOutcome]) -> list[dict[str, Any]]:
     """One line per family, and one for all: errors, ratios, verdicts, memory, coverage."""
     lines = []
     families = sorted({o.row.family for o in outcomes})
     for family in [*families, "all"]:
         members = [o for o in outcomes if family in ("all", o.row.family)]
         errors = Errors.of(o.error for o in members)
-        ratio = pairs(members)
+        ratio = row_pairs(members)
         clear = [p for p in ratio if p.decided]
         memory = [o.memory / o.row.memory - 1 for o in members if o.row.memory and o.row.memory_kind == "allocated"]
         lines.append(

@@ -122,7 +122,7 @@ def _row(r: dict[str, str]) -> TunerRow:
     )
 
 
-def evaluate(row: TunerRow, host: str = "default") -> TunerOutcome:
+def evaluate_tuner(row: TunerRow, host: str = "default") -> TunerOutcome:
     """Trace the tuner's program and price it."""
     try:
         return TunerOutcome(
@@ -138,21 +138,21 @@ def _predict(config: str, model: str, setup: Setup, device: str, host: str) -> P
     values = json.loads(config)
     on = profile.load(device)
     built, _ = traced.of_peft(load_model(model), values, setup, on)
-    return of_step(built, on, hosts.resolve(host, on))
+    return of_step(built, on, hosts.host_of(host, on))
 
 
-def evaluate_all(
+def evaluate_tuners(
     rows: Sequence[TunerRow], progress: Callable[[str], None] = lambda name: None, host: str = "default"
 ) -> list[TunerOutcome]:
     """Trace and price all rows."""
     outcomes = []
     for row in rows:
-        outcomes.append(evaluate(row, host))
+        outcomes.append(evaluate_tuner(row, host))
         progress(row.id)
     return outcomes
 
 
-def summary(outcomes: Sequence[TunerOutcome]) -> TunerSummary:
+def summarise_tuners(outcomes: Sequence[TunerOutcome]) -> TunerSummary:
     """Errors and rank correlation over the rows that have a prediction (at least two).
 
     Raises:

@@ -63,7 +63,7 @@ class OrderChoice:
     backward_seconds: dict[int, Any] | None = None
 
 
-def flops(shape: LayerShape) -> tuple[dict[int, Any], dict[int, Any]]:
+def order_flops(shape: LayerShape) -> tuple[dict[int, Any], dict[int, Any]]:
     """FLOPs of every forward and every backward order; gradients of x, U and V are assumed, as the authors do."""
     forward, backward = (
         {order: formula(*shape[:4]) for order, formula in table.items()} for table in (FORWARD_FLOPS, BACKWARD_FLOPS)

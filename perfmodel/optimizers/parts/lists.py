@@ -31,7 +31,7 @@ def by_dtype(specs: Specs) -> list[Specs]:
     return list(groups.values())
 
 
-def nbytes(specs: Specs) -> Dim:
+def list_bytes(specs: Specs) -> Dim:
     """Bytes of all tensors."""
     return sum(s.nbytes for s in specs)
 
@@ -51,12 +51,12 @@ class ListRecorder:
         self, name: str, inputs: Specs, outputs: Specs, *, host: bool = False, distinct: Specs | None = None
     ) -> None:
         """Record a call; `distinct` names the inputs where one tensor is passed twice."""
-        read, written = nbytes(distinct or inputs), nbytes(outputs)
+        read, written = list_bytes(distinct or inputs), list_bytes(outputs)
         self.part.ops.append(Op(name, tuple(inputs), tuple(outputs), read, written, attrs=ON_HOST if host else PLAIN))
 
     def temporary(self, specs: Specs) -> Dim:
         """Allocate a list of new tensors; free what is returned."""
-        size = nbytes(specs)
+        size = list_bytes(specs)
         self.part.allocate(size)
         return size
 

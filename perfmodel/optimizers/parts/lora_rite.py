@@ -43,7 +43,7 @@ class Norm:
             in_place("add_.Tensor", self.total, square)
 
 
-def step(update: Update) -> None:
+def lora_rite_step(update: Update) -> None:
     """One step on all pairs of parameters in their order."""
     norm, pairs = Norm(), []
     for run in update.runs(update.parameters):

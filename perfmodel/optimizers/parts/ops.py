@@ -23,7 +23,7 @@ def read_item(x: Tensor) -> None:
     record("_local_scalar_dense", (x,), ())
 
 
-def advance(counter: Tensor) -> Tensor:
+def advance_counter(counter: Tensor) -> Tensor:
     """`step_t += 1` on a counter that lives on the host; returns it."""
     record("add_.Tensor", (counter,), (counter,), ON_HOST)
     return counter

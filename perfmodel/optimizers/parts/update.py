@@ -35,12 +35,12 @@ def optimizer(name: str) -> Callable[[Record], Record]:
     return register
 
 
-def names() -> tuple[str, ...]:
+def optimizer_names() -> tuple[str, ...]:
     """The optimizers of a setup; "adamw" is the form that PyTorch picks on the device."""
     return ("adamw", *_REGISTRY.all())
 
 
-def resolve(name: str, device: str) -> str:
+def picked_form(name: str, device: str) -> str:
     """The form that PyTorch picks: foreach on CUDA, the loop on the CPU."""
     if name == "adamw":
         return "adamw-foreach" if device == "cuda" else "adamw-loop"
@@ -154,7 +154,7 @@ def gradient(p: Parameter) -> Tensor:
 def recorded(parameters: Parameters, name: str, device: str = "cuda") -> Update:
     """A step of an optimizer on the trainable ones of some parameters, recorded for what it keeps of them."""
     tape = Tape(device)
-    update = Update(tape, resolve(name, device), parameters)
+    update = Update(tape, picked_form(name, device), parameters)
     with recording(tape), tape.no_grad():
         update.group(update.parameters)
     return update

@@ -4,7 +4,7 @@ from itertools import groupby
 
 from ...questions.crossover import Crossover
 from ...questions.speedup import SAME
-from ..svg import Canvas, Scale, doublings, linear, log
+from ..svg import Canvas, Scale, doublings, linear_scale, log
 from . import WIDE
 
 COLOURS = ("blue", "red", "green", "purple", "orange", "sky", "grey")
@@ -26,7 +26,7 @@ def crossing(lines: list[Crossover], labels: list[str], width: int = WIDE) -> Ca
     ratios = [r for line in lines for r in line.ratio]
     xs = (min(values), max(values) if max(values) > min(values) else min(values) + 1)
     ys = (min(*ratios, 1.0) / 1.12, max(*ratios, 1.0) * 1.12)
-    x = linear(*xs, 44, width - 14) if len(set(values)) <= FEW and axis == "targets" else log(*xs, 44, width - 14)
+    x = linear_scale(*xs, 44, width - 14) if len(set(values)) <= FEW and axis == "targets" else log(*xs, 44, width - 14)
     y = log(*ys, height - 40, 8)
     marks = sorted(set(values)) if len(set(values)) <= FEW else doublings(*xs, 6 if narrow else 10)
     _ground(canvas, x, y, xs, ys, AXES.get(axis, axis), marks)

@@ -2,7 +2,7 @@
 
 from ... import units
 from ...prediction.predict import Prediction
-from ..svg import Canvas, linear, name_column
+from ..svg import Canvas, linear_scale, name_column
 from . import WIDE
 
 PARTS = (("weights", "blue"), ("gradients", "sky"), ("optimizer", "purple"), ("activations", "orange"))
@@ -15,7 +15,7 @@ def memory(predictions: list[Prediction], labels: list[str], capacity: float, wi
     height = ROW if left else ROW + 16
     canvas = Canvas(width, "Peak memory by method", len(predictions) * height + 30)
     most = max(capacity, *(p.memory.peak for p in predictions))
-    x = linear(0.0, most, left, width - 62)
+    x = linear_scale(0.0, most, left, width - 62)
     for i, (p, label) in enumerate(zip(predictions, labels, strict=True)):
         middle = i * height + height - ROW / 2
         canvas.text(0, middle + 4.5 if left else i * height + 13, label)

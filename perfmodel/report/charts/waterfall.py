@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ... import units
 from ...questions.explanation import Bar, Explanation
-from ..svg import Canvas, linear, name_column, text_width, ticks
+from ..svg import Canvas, linear_scale, name_column, text_width, ticks
 from . import WIDE
 
 ROW, BAR = 28, 16  # px
@@ -53,7 +53,7 @@ def waterfall(e: Explanation, width: int = WIDE) -> Canvas:
     height = ROW if left else ROW + 16
     canvas = Canvas(width, f"Waterfall from {e.labels[0]} to {e.labels[1]}", len(rows) * height + 26)
     longest = max(max(row.start, row.end) for row in rows)
-    x = linear(0.0, longest, left, width - max(text_width(row.told) for row in rows) - 18)
+    x = linear_scale(0.0, longest, left, width - max(text_width(row.told) for row in rows) - 18)
     _axis(canvas, x, longest, len(rows) * height, 5 if width >= WIDE else 3)
     for i, row in enumerate(rows[:-1]):
         below = (i + 1) * height - ROW / 2 + BAR / 2

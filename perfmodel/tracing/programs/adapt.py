@@ -49,7 +49,7 @@ class TracedArchitecture(Architecture):
         return list(self.linears)
 
 
-def architecture_of(model: Any, name: str) -> TracedArchitecture:
+def layers_of(model: Any, name: str) -> TracedArchitecture:
     """The blocks and linear layers of a real model."""
     config = model.config
     tied = bool(getattr(config, "tie_word_embeddings", False))
@@ -93,7 +93,7 @@ def _container(model: Any, stack: Any) -> str:
     return next((name for name, module in model.named_modules() if module is stack.containers[0]), "")
 
 
-def of_method(config: Config, method: str | Method) -> tuple[Method, Adapt]:
+def adapter_of_method(config: Config, method: str | Method) -> tuple[Method, Adapt]:
     """A method of the tape, and what applies it to the real model; bound where the tape knows the architecture.
 
     Raises:
@@ -103,13 +103,13 @@ def of_method(config: Config, method: str | Method) -> tuple[Method, Adapt]:
     architecture = _known(config)
     if architecture:
         bound = parsed.bind(architecture)
-        return bound, partial(models.apply, method=bound, architecture=architecture)
+        return bound, partial(models.apply_method, method=bound, architecture=architecture)
 
     def adapt(model: Any) -> Any:
-        architecture = architecture_of(model, config.name)
+        architecture = layers_of(model, config.name)
         bound = parsed.bind(architecture)
         try:
-            return models.apply(model, bound, architecture)
+            return models.apply_method(model, bound, architecture)
         except UserError:
             raise
         except Exception as error:  # each tuner checks its config in its own way
@@ -126,7 +126,7 @@ def _known(config: Config) -> Architecture | None:
         return None
 
 
-def of_peft(peft_config: dict[str, Any]) -> Adapt:
+def adapter_of_peft(peft_config: dict[str, Any]) -> Adapt:
     """What peft makes of an adapter_config.json's values.
 
     Raises:

@@ -73,7 +73,7 @@ def config_of(config: Config) -> Any:
     try:
         found = AutoConfig.for_model(**values)
     except Exception as error:  # each config checks its values in its own way
-        raise UserError(f"{config.origin}: transformers refuses it: {reason(error)}") from error
+        raise UserError(f"{config.origin}: transformers refuses it: {in_one_line(error)}") from error
     found.architectures = [name]
     if family is seq2seq.FAMILY and getattr(found, "decoder_start_token_id", None) is None:
         found.decoder_start_token_id = 0  # any token does
@@ -105,7 +105,7 @@ def build_model(config: Config, setup: Setup, *, device: str = "meta") -> Any:
     except Exception as error:  # missing packages, attention that it lacks, dims that do not fit
         if out_of_memory(error):
             raise
-        raise UserError(f"{config.name}: transformers cannot build {name}: {reason(error)}") from error
+        raise UserError(f"{config.name}: transformers cannot build {name}: {in_one_line(error)}") from error
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -114,7 +114,7 @@ def out_of_memory(error: BaseException) -> bool:
     return told or any(text in str(error).lower() for text in OUT_OF_MEMORY)
 
 
-def reason(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
     """An exception in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines)[:200]}" if lines else type(error).__name__

@@ -43,7 +43,7 @@ def tokens(setup: Setup, device: str) -> torch.Tensor:
     return torch.zeros((int(setup.batch), int(setup.seq)), dtype=torch.long, device=device)
 
 
-def text(model: Any, setup: Setup, device: str) -> Inputs:
+def text_inputs(model: Any, setup: Setup, device: str) -> Inputs:
     """Tokens, a mask that says which are real, and a label for each."""
     ids, labels = tokens(setup, device), tokens(setup, device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}

@@ -32,7 +32,7 @@ from . import build_model
 from .dtypes import TORCH_DTYPES
 from .tuners_of_peft import CONFIGS
 
-__all__ = ["apply", "build_model"]
+__all__ = ["apply_method", "build_model"]
 
 Apply = Callable[..., Any]  # of (model, method, architecture): the model to train
 F = TypeVar("F", bound=Apply)
@@ -44,7 +44,7 @@ def has_program(method: Method) -> bool:
     return type(method) in _APPLY or type(method) in CONFIGS
 
 
-def apply(model: Any, method: Method, architecture: Architecture) -> Any:
+def apply_method(model: Any, method: Method, architecture: Architecture) -> Any:
     """The model with the fine-tuning method on it, through peft where peft has it."""
     if not has_program(method):
         raise UserError(f"method {method.name}: neither peft nor transformers has a program of it to trace")
@@ -89,7 +89,7 @@ def _norm(model: Any, method: NormTuning, architecture: Architecture) -> Any:
 @applies(TopK)
 def _top_k(model: Any, method: TopK, architecture: Architecture) -> Any:
     if method.inner == "lora":
-        return apply(model, method.inside, architecture)
+        return apply_method(model, method.inside, architecture)
     first = method.layers - method.k
     for name, parameter in model.named_parameters():
         inside = name.startswith(architecture.layer_path + ".")

@@ -186,7 +186,7 @@ def program(*classes: type[Method]) -> Callable[[Apply], Apply]:
     return register
 
 
-def apply(model: Any, method: Method, architecture: Architecture, setup: Setup) -> Any:
+def apply_reference(model: Any, method: Method, architecture: Architecture, setup: Setup) -> Any:
     """The reference program of a method on a transformers model."""
     if type(method) not in PROGRAMS:
         raise TypeError(f"no reference program for method {method.name}")
@@ -196,8 +196,8 @@ def apply(model: Any, method: Method, architecture: Architecture, setup: Setup) 
 def apply_any(model: Any, method: Method, architecture: Architecture, setup: Setup) -> Any:
     """The model with the method on it: peft's or transformers' program, or the reference where they have none."""
     if models.has_program(method):
-        return models.apply(model, method, architecture)
-    return apply(model, method, architecture, setup)
+        return models.apply_method(model, method, architecture)
+    return apply_reference(model, method, architecture, setup)
 
 
 def check_program(method: Method) -> None:
@@ -241,7 +241,7 @@ def _run_lora(model: Any, method: runlora.RunLora, architecture: Architecture, s
 
 @program(LoraFa)
 def _lora_fa(model: Any, method: LoraFa, architecture: Architecture, setup: Setup) -> Any:
-    return freeze(models.apply(model, as_lora(method), architecture), "lora_A")
+    return freeze(models.apply_method(model, as_lora(method), architecture), "lora_A")
 
 
 @program(QLora)
@@ -263,7 +263,7 @@ def _qlora(model: Any, method: QLora, architecture: Architecture, setup: Setup) 
     model.is_loaded_in_4bit = True
     if method.prepared:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return models.apply(model, as_lora(method), architecture)
+    return models.apply_method(model, as_lora(method), architecture)
 
 
 @program(Lisa)
