@@ -90,7 +90,7 @@ def sort(i: int, op: Op, tables: Tables) -> None:
 
 
 def _gemm_key(op: Op, layout: str) -> tuple[str, str]:
-    dtype = op.inputs[-1].dtype
+    dtype = op.inputs[0].dtype
     return ("bf16" if dtype in ("bf16", "fp16") else "fp32", "nn" if op.name == "bmm" else layout)
 
 

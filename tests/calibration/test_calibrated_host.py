@@ -106,6 +106,24 @@ def test_a_fit_that_predicts_nothing_is_not_written(
     assert not list(tmp_path.rglob("*.toml*"))
 
 
+def test_costs_are_shown_one_below_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds end where their head ends, remarks begin where theirs begins: what is small is seen at a glance."""
+    ready: Any = iter(timed())
+    monkeypatch.setattr(hosts, "time_program", lambda *program: next(ready))
+    monkeypatch.setenv("COLUMNS", "100")
+    done = CliRunner().invoke(main, ["validate", "host", "--output", str(tmp_path / "host.toml")])
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    head = next(line for line in lines if line.rstrip().endswith("not measured"))
+    rows = [line for line in lines if line.split(" ")[0] in hosts.COSTS]
+    assert len(rows) == len(hosts.COSTS)
+    end, remarks = head.index("seconds") + len("seconds"), head.index("not measured")
+    for row in rows:
+        assert row[:end].rstrip() == row[:end]
+        assert row[end:].strip() in ("", "the default host's")
+        assert not row[end:].strip() or row.index("the default") == remarks
+
+
 def test_real_steps_are_measured_and_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last judge of a calibration is a step that has nothing to do with its microbenchmarks."""
     monkeypatch.setattr(verify, "MODELS", {"llama": {**verify.MODELS["llama"], "num_hidden_layers": 1}})

@@ -59,6 +59,27 @@ def test_the_fit_of_products_finds_what_made_the_timings(measured: list[dict[str
     assert found.errors.mean < 0.03 < found.errors.roofline_mean
 
 
+@pytest.mark.parametrize(("products", "kept"), [(0, True), (5, True), (6, False), (20, False)])
+def test_a_layout_of_too_few_products_goes_as_the_forward_one(
+    measured: list[dict[str, Any]], products: int, kept: bool
+) -> None:
+    """Six products tell four figures of a layout; fewer would be fitted to their own noise, and are named."""
+    rows, nn = [], 0
+    for row in fit.cpu_rows(measured):
+        gemm = row.case["block"] == "gemm" and row.case["dtype"] == "fp32" and not row.left_out
+        if gemm and cpu.regime(row.sizes["m"], row.sizes["n"], row.case["layout"], "fp32") == "nn":
+            nn += 1
+            if nn > products:
+                continue
+        rows.append(row)
+    assert nn >= 20
+    found = fit.fit_gemms(rows, "fp32", BOX, "")
+    p = found.parameters
+    assert ("nn" in found.doubts.kept) == kept
+    assert (p.efficiency["nn"] == p.efficiency["tn"]) == kept
+    assert not kept or p.a_passes["nn"] == p.a_passes["tn"]
+
+
 def test_the_fit_of_attention_finds_what_made_the_timings(measured: list[dict[str, Any]]) -> None:
     """A score's exponential and its products grow alike but for the head size."""
     found = fit.fit_attention_kernel(fit.cpu_rows(measured), BOX, "")

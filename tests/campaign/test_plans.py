@@ -96,6 +96,22 @@ def test_counts_of_another_version_are_compared_with_its_trace(tmp_path: Path, m
     assert check_calls(tmp_path / "c", {**record, "traced": {"calls": plain}}) == []
 
 
+@pytest.mark.parametrize(
+    ("turn", "status", "wanted", "expected"),
+    [(0, "ok", True, True), (1, "ok", True, False), (0, "oom", True, False), (0, "ok", False, False)],
+)
+def test_only_a_first_visit_that_succeeds_is_traced(
+    monkeypatch: pytest.MonkeyPatch, turn: int, status: str, wanted: bool, expected: bool
+) -> None:
+    """A trace takes seconds of a rented hour: once a program, and where its counts are compared with it."""
+    monkeypatch.setattr(work, "visit", lambda *of, **options: {"status": status})
+    monkeypatch.setattr(work, "traced", lambda cell, device: {"calls": {}})
+    cell = Cell(TINY, "full", Setup(batch=2, seq=16))
+    found = work.visit_record(plan.Visit(cell, turn), work.Settings("cpu", 1, 1, 1, wanted))
+    assert ("traced" in found) == expected
+    assert found["status"] == status
+
+
 def check_calls(path: Path, record: dict[str, Any]) -> list[Any]:
     records.append_records(path, environment(), record)
     return list(check_records([path], device=DEVICE["cpu"]).outcomes[0].calls)

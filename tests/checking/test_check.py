@@ -100,6 +100,21 @@ def test_errors_are_those_of_the_sum_by_hand(tmp_path: Path) -> None:
     assert total.ratio.number == 2
 
 
+@pytest.mark.parametrize(("edge", "factor", "inside"), [("low", 1.001, 1.0), ("low", 0.999, 2 / 3),
+                                                         ("high", 0.999, 1.0), ("high", 1.001, 2 / 3)])  # fmt: skip
+def test_a_time_is_inside_between_both_ends_of_its_interval(
+    tmp_path: Path, edge: str, factor: float, inside: float
+) -> None:
+    """The share inside tells whether predictions are as sure as they should be."""
+    (tmp_path / "plain").mkdir()
+    time = checked(tmp_path / "plain").outcomes[0].predicted.time
+
+    def change(visits: list[Record]) -> None:
+        visits[0]["seconds"]["step"] = [factor * getattr(time, edge)] * 2
+
+    assert checked(tmp_path, change).lines[-1].inside == pytest.approx(inside)
+
+
 def test_kernels_of_a_gpu_are_compared_call_by_call(tmp_path: Path) -> None:
     """The table of kernels per ATen call is corrected from this list: it must name the call and both numbers."""
 

@@ -332,3 +332,14 @@ def test_help_exits_with_0(args: tuple[str, ...]) -> None:
     result = call(*args)
     assert result.exit_code == 0, result.output
     assert result.stdout
+
+
+@pytest.mark.parametrize("command", ["predict", "compare", "sweep", "explain", "advise"])
+@pytest.mark.parametrize(("given", "missing"), [("--model gpt2", "--device"), ("--device l40s", "--model")])
+def test_what_every_question_needs_is_asked_for(command: str, given: str, missing: str) -> None:
+    """Whoever leaves out the device or the model reads which, and what it may be, in one line."""
+    words = ["full", "lora"] if command == "explain" else []
+    done = CliRunner().invoke(main, [command, *words, *given.split()])
+    assert done.exit_code == 2
+    assert f"Missing option '{missing}'" in done.stderr
+    assert done.stderr.count("\n") == 1

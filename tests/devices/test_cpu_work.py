@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from perfmodel.devices import profile
-from perfmodel.devices.cpu import GRAIN, CpuStreamParameters, stream_time
-from perfmodel.devices.cpu_work import kind_of, streams
+from perfmodel.devices.cpu import GRAIN, CpuGemmParameters, CpuStreamParameters, cpu_gemm_time, regime, stream_time
+from perfmodel.devices.cpu_work import FEW_ROWS, REGIMES, VECTOR, kind_of, streams
 from perfmodel.program.op import Op
 from perfmodel.tape import nn, pointwise, shape
 from perfmodel.tape.core import Tape, recording
@@ -87,3 +87,20 @@ def test_a_stream_by_hand(elements: float, cores: int) -> None:
     ):  # fmt: skip
         seconds = stream_time(traffic, elements, 2, hardware=hw, parameters=p, kind="stream")
         assert float(seconds) == pytest.approx(2 * floor + compute + traffic * slowdown / (0.9 * 40e9), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", ["tn", "nn", "nt"])
+@pytest.mark.parametrize("m", [8, FEW_ROWS - 1, FEW_ROWS, 2048])
+@pytest.mark.parametrize("n", [8, VECTOR - 1, VECTOR, 100, 2048])
+def test_a_product_costs_by_the_regime_that_a_fit_files_it_under(dtype: str, layout: str, m: int, n: int) -> None:
+    """Otherwise a calibration would measure one kernel and predict with the figures of another."""
+    hw = profile.load("cpu-xeon-2.5ghz-1t").hardware
+    plain = CpuGemmParameters()
+    for name in REGIMES:
+        slow = replace(plain, efficiency={**plain.efficiency, name: 0.1}, a_passes={**plain.a_passes, name: 50.0})
+        was, now = (
+            cpu_gemm_time(m, n, 256, hardware=hw, parameters=p, dtype=dtype, layout=layout) for p in (plain, slow)
+        )
+        assert (now > 2 * was) == (name == regime(m, n, layout, dtype)), name
+        assert now >= was

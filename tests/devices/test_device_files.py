@@ -1,6 +1,7 @@
 """Device files: an own one works from its datasheet, bad ones end in one clear line, rewriting keeps the rest."""
 
 import re
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,33 @@ def test_fitting_without_measurements_ends_in_one_line(tmp_path: Path) -> None:
 def test_every_bundled_host_loads(name: str) -> None:
     """A cost that is new has to be in each file, or `--host NAME` ends in a complaint about our own data."""
     assert hosts.load(name).source
+
+
+@pytest.mark.parametrize(
+    "line", ["call = 1", "call = 1.0", "call = 3e3", "call = -1e-9", "call = true", 'call = "fast"', ""]
+)
+def test_a_bad_host_file_ends_in_one_line(tmp_path: Path, line: str) -> None:
+    """A cost in milliseconds or microseconds, taken for seconds, would make every step a matter of hours."""
+    path = tmp_path / "mine.toml"
+    path.write_text(own_host().replace("\ncall = 1e-6", f"\n{line}"))
+    with pytest.raises(UserError, match=r"\] call must be a number of seconds from 0 to below 1") as error:
+        hosts.load(str(path))
+    assert "mine.toml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_host_file_leaves_out_costs_nothing_or_what_was_measured_elsewhere(tmp_path: Path) -> None:
+    """Older files know no costs of an engine or a compiled program: they must stay usable, without whole seconds."""
+    path = tmp_path / "mine.toml"
+    path.write_text(own_host())
+    found = hosts.load(str(path))
+    assert found.call == 1e-6
+    optional = [f.name for f in fields(found) if f.default is not MISSING and f.type in (float, "float")]
+    assert {"fetch", "release", "reduce", "settle"} <= set(optional)
+    assert all(getattr(found, name) < 1e-4 for name in optional)
+
+
+def own_host() -> str:
+    """A host file with the costs that every one has to name."""
+    needed = [f.name for f in fields(hosts.Host) if f.default is MISSING and f.type in (float, "float")]
+    return 'name = "mine"\n[seconds]\n' + "".join(f"{name} = 1e-6\n" for name in needed)

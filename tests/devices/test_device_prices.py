@@ -9,8 +9,9 @@ from perfmodel.devices import profile
 from perfmodel.devices.attention import attention_backward_time, attention_flops, attention_forward_time
 from perfmodel.devices.gemm import GemmParameters, gemm_time
 from perfmodel.devices.kernels import memory_bound
-from perfmodel.devices.pointwise import pointwise_time
-from perfmodel.devices.solver import ROUTINES
+from perfmodel.devices.pointwise import KINDS, pointwise_time
+from perfmodel.devices.price import durations
+from perfmodel.devices.solver import ROUTINES, solver_time
 from perfmodel.program.op import Attrs, Op, Spec
 
 
@@ -149,10 +150,91 @@ def test_an_addition_by_hand() -> None:
     assert 0.7 < p.stream < 1.0
 
 
+def test_an_addition_in_l2_by_hand() -> None:
+    """Half of it comes from L2 where its operands just fill it, all of it where they are small."""
+    a100 = profile.load("a100-80gb-sxm")
+    p, hw = a100.pointwise, a100.hardware
+    full = p.l2_usable * hw.l2_bytes
+    for moved, from_l2 in ((full / 100, 1.0), (full, 0.5), (100 * full, 0.0)):
+        stream = moved / hw.memory_bandwidth * ((1 - from_l2) / p.stream + from_l2 / p.l2_ratio)
+        seconds = pointwise_time(2 / 3 * moved, moved / 3, hardware=hw, parameters=p)
+        assert float(seconds) == pytest.approx(p.launch_floor + p.kernel_gap + stream, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.rate])
+def test_a_kernel_of_many_instructions_by_hand(kind: str) -> None:
+    """Elements at so many a clock and SM, where that takes longer than their bytes; the larger side has 4 B each."""
+    a100 = profile.load("a100-80gb-sxm")
+    slow, n = replace(a100.pointwise, **{str(KINDS[kind].rate): 0.01}), 2.0**20
+    busy = n / (0.01 * a100.hardware.sm_count * a100.hardware.clock_hz)
+    for sizes, told in (((4 * n, n), {}), ((n, 4 * n), {}), ((n, n), {"elements": n})):
+        seconds = pointwise_time(*sizes, hardware=a100.hardware, parameters=slow, kind=kind, **told)
+        assert float(seconds) == pytest.approx(slow.launch_floor + slow.kernel_gap + busy, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", [name for name in KINDS if name != "softmax"])
+@pytest.mark.parametrize(("length", "idle"), [(512, 1.0), (768, 4 / 3), (1600, 2048 / 1600), (64, 4.0)])
+def test_idle_lanes_slow_a_norm_and_nothing_else(kind: str, length: int, idle: float) -> None:
+    """A layer norm takes 512 elements a step: of a row of 768 the second step is half empty, yet moves as slowly."""
+    a100 = profile.load("a100-80gb-sxm")
+    rows, p = 2**16, replace(a100.pointwise, norm_reread=0.0)
+    known = {"kind": kind, "rows": rows, "elements": rows, "hardware": a100.hardware, "parameters": p}
+    floors = float(pointwise_time(0.0, 0.0, **known))
+    plain, seen = (float(pointwise_time(2**30, 2**30, **known, row_elements=x)) - floors for x in (None, length))
+    assert seen / plain == pytest.approx(idle if kind == "norm" else 1.0)
+
+
 @pytest.mark.parametrize(("name", "flops"), [("linalg_qr", 8 / 3), ("_linalg_svd", 22), ("linalg_inv_ex", 8 / 3)])
 def test_flops_of_decompositions_of_a_square_matrix(name: str, flops: float) -> None:
     """Golub & Van Loan's counts: QR with its Q 4mn^2 - 4/3 n^3, an SVD 14mn^2 + 8n^3, an inverse 8/3 n^3."""
     assert ROUTINES[name].flops(300, 300) == pytest.approx(flops * 300**3)
+
+
+MEASURED = {  # ms of fp32 matrices (rows, columns) on server cards; sources at the top of `devices/solver.py`
+    "linalg_qr": {
+        (8, 8): 0.055, (64, 64): 0.21, (256, 256): 0.76, (512, 512): 1.8, (1024, 1024): 4.5, (4096, 4096): 32,
+        (8192, 8): 0.11, (16, 4): 0.053, (16, 16): 0.060, (128, 32): 0.19,
+    },
+    "_linalg_svd": {
+        (8, 8): 0.14, (16, 16): 0.21, (32, 32): 0.26, (64, 64): 1.1, (256, 256): 6.6, (1024, 1024): 54,
+        (2048, 2048): 184, (4096, 4096): 1090,
+    },
+    "linalg_pinv.atol_rtol_tensor": {(4, 4): 0.18, (8, 8): 0.21},
+    "_linalg_eigh": {(16, 16): 0.18, (32, 32): 0.43, (64, 64): 0.83},
+    "linalg_inv_ex": {(32, 16): 0.13, (128, 64): 0.39, (256, 256): 0.65},
+    "linalg_eig": {(3, 3): 0.35},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_decompositions_take_what_was_measured_within_a_factor_of_two(name: str) -> None:
+    """As the model says of itself; an optimizer's periodic decompositions rest on nothing else."""
+    hw = profile.load("h100-sxm").hardware
+    for (rows, columns), ms in MEASURED[name].items():
+        assert 0.5 < float(solver_time(name, 1, rows, columns, hardware=hw)) * 1e3 / ms < 2.0, (rows, columns)
+
+
+@pytest.mark.parametrize("device", ["h100-sxm", "cpu-xeon-2.5ghz-1t"])
+def test_a_complex_product_is_priced_as_four_real_ones(device: str) -> None:
+    """[Re A, -Im A; Im A, Re A] by [Re B; Im B]: twice the rows of C, twice the elements to sum over."""
+    m, n, k = 192, 320, 96
+    found = []
+    for dtype, times in (("c64", 1), ("fp32", 2)):
+        a, b = Spec(dtype, (4, times * m, times * k)), Spec(dtype, (4, times * k, n))
+        found.append(Op("bmm", (a, b), (Spec(dtype, (4, times * m, n)),), a.nbytes + b.nbytes, 0))
+    complex_seconds, real_seconds = durations(found, profile.load(device))
+    assert complex_seconds == pytest.approx(real_seconds)
+
+
+@pytest.mark.parametrize("device", ["h100-sxm", "cpu-xeon-2.5ghz-1t"])
+def test_a_mask_beside_a_product_does_not_decide_on_which_units_it_runs(device: str) -> None:
+    """LoRAFusion's backward takes dropout's mask as its last operand: the product stays one of 16-bit operands."""
+    tokens, m, n, r = 1024, 2048, 4096, 16
+    operands = [Spec("bf16", shape) for shape in ((tokens, m), (m, n), (tokens, r), (r, n))]
+    masked = [*operands, Spec("bool", (tokens, n))]
+    ops = [Op("lorafusion::dyw_dsa", tuple(x), (Spec("bf16", (tokens, n)),), 0, 0) for x in (operands, masked)]
+    without, beside = durations(ops, profile.load(device))
+    assert beside == without
 
 
 def test_a_sum_along_rows_is_another_kernel_than_one_down_columns() -> None:

@@ -157,8 +157,31 @@ def test_pointwise_fits_fill_gaps_from_a_like_device(kernels: Path) -> None:
         donor = results.fits["a100-80gb-sxm"].parameters if slug.startswith("a100") else results.default.parameters
         for name in set(pointwise.BOUNDS) - set(pointwise.informed(own)):
             assert getattr(fit.parameters, name) == getattr(donor, name), (slug, name)
-    assert len(results.pairs) == len(pointwise.PAIRS)
+    timed = rows[~rows.host_bound]  # a device that borrows everything is judged on all its own rows, and no others
+    assert [pair.rows for pair in results.pairs] == [sum(timed.gpu == slug) for slug, _ in pointwise.PAIRS]
     assert results.default.rows_fitted == sum(f.rows_fitted for f in results.fits.values())
+
+
+def test_rows_of_serving_move_what_their_layers_do(kernels: Path) -> None:
+    """Vidur times the residual additions of a layer (two where it is not gated) and the embedding, in 16 bits."""
+    rows = pointwise.pointwise_rows(kernels)
+    vidur = rows[rows.source == "vidur"]
+    assert set(vidur.family) == {"add", "embedding"}
+    for family, of_row in zip(vidur.family, vidur.kernels, strict=True):
+        assert len(of_row) in ((1, 2) if family == "add" else (1,))
+        assert all(k.read == (2 if family == "add" else 1) * k.written for k in of_row)
+
+
+@pytest.mark.parametrize(("boards", "low", "high"), [(1, 0.3, 0.5), (2, 0.7, 0.9)])
+def test_what_dram_gives_one_board_does_not_carry_over(kernels: Path, boards: int, low: float, high: float) -> None:
+    """Of rows made with two fifths of the datasheet's bandwidth: one board's fit finds it, a shared one does not."""
+    slugs = ("a100-80gb-pcie", "a100-40gb-pcie")[:boards]
+    made = {}
+    for slug in slugs:
+        begin = replace(gemm.starting_point(slug, "fp32"), power_share=0.0, load_energy=0.0)
+        rows, known = gemm.gemm_rows(kernels, slug, "fp32"), gemm.Found(replace(begin, memory_efficiency=0.4))
+        made[slug] = rows.assign(seconds=gemm.priced_products(rows, common.hardware(slug), known))
+    assert low < gemm.fit_gemm(made, "fp32", begin).parameters.memory_efficiency < high
 
 
 def test_a_fit_without_its_file_is_told_in_a_line(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """How GEMM measurements are read: what ran before them, and who stands for a device that is left out."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from perfmodel.devices import profile
+from perfmodel.devices.pointwise import PointwiseParameters
 
 pd = pytest.importorskip("pandas")
 campaigns = pytest.importorskip("validate.fitting.campaigns", exc_type=ImportError)
@@ -91,11 +93,28 @@ def test_published_rows_stand_in_the_order_of_their_campaign(kernels: Path, slug
         assert [shapes[i] for i in part.entry] == list(zip(part.b, part.m, part.k, part.n, strict=True))
 
 
-@pytest.mark.parametrize("slug", sgemm.STARTS)
-def test_a_device_file_has_the_tiles_of_its_library(slug: str) -> None:
-    """Tiles are read off kernels' names, not fitted: another tile would be another library."""
-    fitted, library = profile.load(slug).gemm["fp32"], sgemm.STARTS[slug]
-    assert (fitted.tiles, fitted.batched_tiles, fitted.k_step) == (library.tiles, library.batched_tiles, library.k_step)
+@pytest.mark.parametrize(
+    ("slug", "dtype"), [*((s, "fp32") for s in sgemm.STARTS), *((s, "bf16") for s in gemm.BF16_FILES)]
+)
+def test_what_no_fit_moves_is_in_a_device_file_as_its_library_has_it(slug: str, dtype: str) -> None:
+    """Tiles are read off kernels' names; with another tile or another way to split k it would be another library."""
+    device, library = profile.load(slug), gemm.starting_point(slug, dtype)
+    found = {*gemm.searched_bounds(dtype), *gemm.POWER, "sustained", "nn_slowdown", "nt_slowdown"}
+    for f in fields(library):
+        if f.name not in found:
+            known = getattr(library, f.name)
+            expected = pytest.approx(known, rel=1e-3) if isinstance(known, float) else known  # files have four digits
+            assert getattr(device.gemm[dtype], f.name) == expected, f.name
+
+
+def test_defaults_lie_where_cards_were_found() -> None:
+    """A default stands for what no card's rows tell, and a fit begins there: beside all cards it would be a guess."""
+    pointwise = pytest.importorskip("validate.fitting.pointwise", exc_type=ImportError)
+    cards = [profile.load(name) for name in profile.names()]
+    fitted = [d.pointwise for d in cards if d.kind == "cuda" and d.fitted["pointwise"] == "fitted"]
+    for name in pointwise.BOUNDS:
+        seen, default = [getattr(p, name) for p in fitted], getattr(PointwiseParameters(), name)
+        assert min(seen) / 1.6 <= default <= 1.6 * max(seen), name
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -112,5 +131,6 @@ def test_a_roofline_by_hand() -> None:
     rows = pd.DataFrame({"m": [8192, 1], "n": [8192, 4096], "k": [8192, 4096], "b": [1.0, 3.0], "dtype": "bf16"})
     math, moved = 2 * 8192**3 / 312e12, 2 * 3 * (4096 + 4096**2 + 4096) / hw.memory_bandwidth
     assert gemm.roofline_seconds(rows, hw) == pytest.approx([math, moved])
+    assert gemm.roofline_seconds(rows[:1], hw) == pytest.approx([math])
     moved_fp32 = gemm.roofline_seconds(rows.assign(dtype="fp32"), hw)[1]
     assert moved_fp32 == pytest.approx(2 * moved)

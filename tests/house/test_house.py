@@ -4,7 +4,7 @@ import ast
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +13,13 @@ from typing import Any
 import pytest
 
 import perfmodel
+from perfmodel.architectures import from_config, load
+from perfmodel.architectures.traits import Traits
+from perfmodel.devices import host as hosts
+from perfmodel.devices import profile
+from perfmodel.devices.profile import DeviceProfile
+from perfmodel.recording.step import Step
+from perfmodel.report.figures import FigureCell, FigureRow, figures
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("perfmodel", "validate")
@@ -216,3 +223,26 @@ def test_no_two_public_functions_share_a_name() -> None:
     shared = {name: where for name, where in homes(ast.FunctionDef).items() if len(where) > 1}
     assert {name: sorted(where) for name, where in shared.items() if not idiom(name, where)} == {}
     assert {name for names, _ in IDIOMS.values() for name in names.split()} <= shared.keys(), "nobody follows an idiom"
+
+
+def values(x: Any) -> Iterator[Any]:
+    """The instances of the project's dataclasses in an answer, but for recorded steps, which are built up."""
+    if isinstance(x, dict):
+        x = list(x.values())
+    if isinstance(x, (list, tuple)):
+        for part in x:
+            yield from values(part)
+    elif is_dataclass(x) and not isinstance(x, (type, Step)):
+        yield x
+        yield from values([getattr(x, f.name) for f in fields(x)])
+
+
+def test_answers_and_what_they_share_cannot_be_changed() -> None:
+    """Devices, hosts and traits are loaded once for everybody: who changed one would change all later answers."""
+    found = perfmodel.compare("gpt2", ["full", "lora"], device="l40s", batch=2, seq=16)
+    shared = (profile.load("l40s"), hosts.load(), from_config(load("gpt2")).traits, perfmodel.Setup())
+    met = {type(x): x for x in values([found, figures(found), *shared])}
+    assert {DeviceProfile, Traits, FigureRow, FigureCell, perfmodel.Setup} <= met.keys()
+    for x in met.values():
+        with pytest.raises(FrozenInstanceError):
+            setattr(x, fields(x)[0].name, None)

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 from campaigns import TINY
+from click.testing import CliRunner
 
 pytest.importorskip("peft")
 
+from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.prediction.predict import predict
 from perfmodel.setup import Setup
@@ -144,6 +146,16 @@ def test_a_record_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch, tmp
     if isolate.can_fork():
         assert isolate.run_forked(killed)["status"] == "oom"
         assert isolate.run_forked(lambda: {"status": "ok"}) == {"status": "ok"}
+
+
+@pytest.mark.parametrize(("failed", "code"), [(0, 0), (1, 1), (300, 1)])
+def test_the_exit_code_of_measure_says_whether_cells_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failed: int, code: int
+) -> None:
+    """A script that goes on to fit must not do so with half a file of records."""
+    monkeypatch.setattr("validate.measuring.show.show_measure", lambda *of, **options: failed)
+    done = CliRunner().invoke(main, ["validate", "measure", "--device", "cpu", "--output", str(tmp_path / "r.jsonl")])
+    assert done.exit_code == code, done.output
 
 
 def test_rounds_are_shuffled_alike_for_a_seed() -> None:

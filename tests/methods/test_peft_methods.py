@@ -54,6 +54,8 @@ def cells() -> Any:
         ("llama", "lokr:r=1,factor=4,decompose_both=true", {}),
         ("opt", "miss:r=8", {"dtype": "fp32"}),
         ("llama", "rslora:r=4", {}),
+        ("llama", "adalora:r=4", {"dtype": "fp32", "amp": "bf16"}),
+        ("qwen2", "adalora:r=4,delta_t=1", {"checkpoint": "block"}),  # ranks are allocated in every step
         ("gpt2", "pissa:r=4,dropout=0.1", {}),
         ("llama", "dora:r=4,targets=q_proj+down_proj,layers_to_transform=1", {}),
         ("bert", "ia3", {"dtype": "fp32"}),

@@ -58,11 +58,19 @@ class Reach:
             del self.seconds[test]
 
     def direct(self, path: str, line: int) -> list[str]:
-        """Tests that enter the function of a line; where none has it, those that enter any function of the file."""
+        """Tests that enter the function of a line; where none has it, those that enter or import its file."""
         around = [(f.end_lineno or 0) - f.lineno for _, f in self._around(path, line)]
         inner = [name for name, f in self._around(path, line) if (f.end_lineno or 0) - f.lineno == min(around)]
         names = inner or [name for name, _ in functions(path, parsed(path))]
-        return self._ordered(set().union(*(self.tests[name] for name in names)) if names else set())
+        found = set().union(*(self.tests[name] for name in names)) if names else set()
+        return self._ordered(found if inner else found | self._importing(path))
+
+    def _importing(self, path: str) -> set[str]:
+        """Tests of files that import a module: they may read its constants and enter nothing."""
+        module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        files = {p.relative_to(ROOT).as_posix() for p in (ROOT / "tests").glob("*/test_*.py")}
+        asking = {file for file in files if module in imported(parsed(file))}
+        return {test for test in self.seconds if test.split("::")[0] in asking}
 
     def readers(self, path: str) -> list[str]:
         """Tests that enter a function of a module that imports this one."""
@@ -70,7 +78,7 @@ class Reach:
         found: set[str] = set()
         for reader in sources():
             tree = parsed(reader)
-            if reader != path and module in imported(tree):
+            if reader != path and module in {name.split(".")[-1] for name in imported(tree)}:
                 found = found.union(*(self.tests[name] for name, _ in functions(reader, tree)))
         return self._ordered(found)
 
@@ -100,13 +108,13 @@ class Reach:
 
 
 def imported(tree: ast.Module) -> set[str]:
-    """Last names of the modules that a file imports, and of what it takes from them."""
+    """Names of the modules that a file imports, as it writes them, and of what it takes from them."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
-            found |= {(node.module or "").split(".")[-1], *(a.name for a in node.names)}
+            found |= {node.module or "", *(f"{node.module or ''}.{a.name}" for a in node.names)}
         elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[-1] for a in node.names}
+            found |= {a.name for a in node.names}
     return found
 
 

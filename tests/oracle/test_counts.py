@@ -23,7 +23,7 @@ from perfmodel.setup import Setup
 from perfmodel.tracing.programs import models
 from perfmodel.tracing.trace import Trace, trace_step
 from validate.oracle import counts
-from validate.oracle.cases import NO_DROPOUT, Case, fitting, further, with_targets
+from validate.oracle.cases import NO_DROPOUT, Case, fitting, further, grid, with_targets
 
 LORA = "lora:r=4"
 WIDE = "lora:r=4,targets=all-linear,dropout=0.1"
@@ -190,3 +190,11 @@ def test_other_versions_names_what_is_not_mirrored(monkeypatch: pytest.MonkeyPat
     installed["transformers"] = "5.240.0"
     (text,) = counts.other_versions()
     assert text == "transformers 5.240.0 (mirrored: 5.24)"
+
+
+@pytest.mark.parametrize("which", ["quick", "standard"])
+def test_lengths_of_the_grid_are_odd(which: str) -> None:
+    """No block or vector divides them: what only multiples hide (padding, copies, alignment) shows."""
+    lengths = {case.setup.seq for case in grid(which)}
+    assert len(lengths) > 1
+    assert all(seq % 2 for seq in lengths)

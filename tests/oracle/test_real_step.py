@@ -5,6 +5,8 @@ data, and the loss goes down. The one difference that is known: the engine adds 
 holds them (`add_` for `add`), which it does not do to fake tensors. So names are compared without the underscore.
 """
 
+from collections import Counter
+
 import pytest
 from helpers import config_of
 
@@ -50,3 +52,28 @@ def test_a_real_step_makes_the_calls_of_the_tape(name: str, method: str, setup: 
         assert dict(expected - real) == {}, f"{phase}: on the tape only"
         assert dict(real - expected) == {}, f"{phase}: in the real step only"
         assert sum(real.values()) == sum(n for part, op, n in step.ops() if part.phase == phase and not op.view)
+
+
+def graph(loss: torch.Tensor) -> Counter[str]:
+    """Nodes of PyTorch's graph by name."""
+    assert loss.grad_fn is not None
+    seen, waiting = {loss.grad_fn}, [loss.grad_fn]
+    while waiting:
+        new = {node for node, _ in waiting.pop().next_functions if node is not None} - seen
+        seen |= new
+        waiting += new
+    return Counter(node.name() for node in seen)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "opt"])
+def test_the_engine_works_off_as_many_nodes_as_pytorchs(name: str) -> None:
+    """The host pays for each, which decides small steps. Aliases (reshapes that copy nothing) are left out."""
+    config, setup = config_of(name, layers=3), Setup(batch=2, seq=17)
+    architecture = from_config(config)
+    step = build(architecture, methods.parse("full").bind(architecture), setup, "cpu")
+    model = models.build_model(config, setup, device="cpu")
+    ids = torch.zeros(2, 17, dtype=torch.long)
+    found = graph(model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss)
+    aliases = sum(n for name, n in found.items() if "Alias" in name)
+    assert aliases <= 3 + 1
+    assert sum(part.host.nodes * times for part, times in step.parts()) == sum(found.values()) - aliases

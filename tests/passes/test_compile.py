@@ -126,6 +126,18 @@ def test_a_grid_equals_its_points(batches: list[int], seqs: list[int], method: s
     )
 
 
+@pytest.mark.parametrize("layers", [2, 3, 7])
+@pytest.mark.parametrize("method", ["full", "lora:r=4,targets=all-linear"])
+def test_every_gradient_is_added_once_a_further_micro_batch(method: str, layers: int) -> None:
+    """Outside the compiled code, by autograd's own nodes: the first micro-batch has nothing to add to."""
+    step = step_of("llama", method, layers=layers, compile="default", grad_accum=3)
+    added = [
+        sum(p.repeat * len(p.ops) for p in group.parts if p.name == "accumulation") for group in step.groups[:2]
+    ]  # fmt: skip
+    assert added == [0, sum(p.count for p in step.parameters if p.requires_grad)]
+    assert all(p.host.nodes == len(p.ops) for p in step.groups[1].parts if p.name == "accumulation")
+
+
 def test_cuda_graphs_leave_one_launch_per_graph() -> None:
     """A launch-bound step becomes device-bound, but guards are asked all the same."""
     times = [

@@ -11,6 +11,7 @@ from helpers import FIGURES, METHODS, NAMES, architecture_of, by_phase, calls_by
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from perfmodel import predict
 from perfmodel.calls import costs
 from perfmodel.program.op import Op
 from perfmodel.tape.core import Tape, recording
@@ -214,3 +215,16 @@ def test_every_kind_of_op_that_counts_flops_is_a_gemm_or_attention(name: str) ->
     for _, op, _ in step_of(name).ops():
         if costs.flops(op):
             assert costs.kind(op) in ("gemm", "attention"), op
+
+
+@pytest.mark.parametrize(
+    ("method", "checkpoint", "told"),
+    [
+        ("full", "block", False), ("lora", "none", False), ("lora", "block", True),
+        ("top_k:k=1", "block-reentrant", True),
+    ],
+)  # fmt: skip
+def test_a_note_says_where_checkpoints_make_the_backward_longer(method: str, checkpoint: str, told: bool) -> None:
+    """Below the lowest trained block nothing would run without them: a time that surprises needs its reason."""
+    p = predict("gpt2", method, device="l40s", batch=2, seq=16, checkpoint=checkpoint)
+    assert any("the embedding's output need a gradient" in note for note in p.notes) == told

@@ -291,6 +291,24 @@ def test_the_time_of_a_step_on_two_streams_equals_its_simulation_op_by_op(
     check_against_simulation(monkeypatch, speed, step)
 
 
+@pytest.mark.parametrize(("times", "left"), [(0.5, 0.0), (1.0, 0.0), (2.0, 0.5), (10.0, 0.9)])
+def test_what_runs_beside_products_gets_the_bandwidth_that_they_leave(times: float, left: float) -> None:
+    """By hand: products take three times what their bytes need, so two thirds of their time is free for a reduction."""
+    step = step_of("llama", "full", engine="deepspeed-zero3")
+    part = next(p for p, _ in step.parts() if p.runs is not None and p.phase == "backward")
+    bytes_alone = [(op.bytes_read + op.bytes_written) / CUDA.hardware.memory_bandwidth for op in part.ops]
+    apart = [op.launched and op.runs.on != COMPUTE for op in part.ops]
+    product = [costs.kind(op) in ("gemm", "attention") for op in part.ops]
+    assert any(apart)
+    assert any(product)
+    alone = np.array([3 * b if p else 0.0 for b, p in zip(bytes_alone, product, strict=True)])
+    free = 2 / 3 * alone.sum()
+    alone[apart] = times * free / sum(apart)
+    found = contention.beside_streams(part, alone, CUDA)
+    assert found.added[apart] == pytest.approx(left * alone[apart])
+    assert (found.added[~np.array(apart)] == alone[~np.array(apart)]).all()
+
+
 @few
 @given(name=st.sampled_from(NAMES), method=st.sampled_from(METHODS), accum=st.integers(1, 3))
 def test_a_step_on_a_free_host_takes_the_devices_busy_time(

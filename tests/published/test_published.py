@@ -1,11 +1,15 @@
 """Predictions against published training steps: the accuracy that the README states, on rows that no fit saw."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from perfmodel.cli import main
 from perfmodel.prediction.memory import reserved_bounds
+from validate.published import steps
 from validate.published.show_steps import _print_published
 from validate.published.steps import StepOutcome, evaluate_rows, published_steps, row_pairs, summarise_rows
 
@@ -60,6 +64,16 @@ def test_the_readme_has_the_table_that_the_command_prints(
     _print_published(outcomes, check, summarise_rows(check), all_rows=False)
     table = capsys.readouterr().out.split("ratio, memory:")[0]
     assert "".join(f"    {line.rstrip()}\n" for line in table.splitlines()) in README
+
+
+def test_the_command_judges_by_the_rows_that_no_fit_saw(
+    outcomes: list[StepOutcome], check: list[StepOutcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of the fit flatter; a script that reads the errors must not get theirs."""
+    monkeypatch.setattr(steps, "evaluate_rows", lambda rows, progress: outcomes)
+    answer = json.loads(CliRunner().invoke(main, ["validate", "published", "--json"]).stdout)
+    assert len(answer["rows"]) == len(outcomes) > len(check)
+    assert answer["check"] == json.loads(json.dumps(summarise_rows(check)))
 
 
 def test_what_the_allocator_may_need_holds_the_published_peaks_and_little_more(check: list[StepOutcome]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from helpers import architecture_of, setup_of
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from perfmodel.commands.advise import BYTES, NUMBER, Quantity
 from perfmodel.devices import profile
 from perfmodel.errors import UserError
 from perfmodel.prediction import memory
+from perfmodel.questions import knobs
 from perfmodel.recording.reuse import Shared
 
 MODEL, DEVICE, CPU = "smollm2-135m", "l40s", "cpu-xeon-2.5ghz-1t"
@@ -132,6 +134,12 @@ def test_a_b_is_a_byte_of_memory_and_a_billion_parameters() -> None:
     """Models are said to have 1.5B parameters, cards 80GB."""
     assert Quantity(BYTES, "")("80GiB") == 80 * 2**30
     assert Quantity(NUMBER, "")("1.5B") == 1.5e9
+    for power, prefix in enumerate("KMG", 1):
+        for unit in (prefix, f"{prefix}b", f"{prefix.lower()}B"):
+            assert Quantity(BYTES, "")(f"3 {unit}") == 3 * 1000**power
+        for unit in (f"{prefix}i", f"{prefix}iB"):
+            assert Quantity(BYTES, "")(f"3{unit}") == 3 * 1024**power
+        assert Quantity(NUMBER, "")(f"3{prefix}") == 3 * 1000**power
 
 
 @pytest.mark.parametrize(("method", "batch"), [("full", 2), ("top_k:k=2", 3), ("norm", 2)])
@@ -248,3 +256,12 @@ def test_a_method_that_trains_exactly_what_has_to_train_is_an_answer() -> None:
     assert not advise(
         MODEL, "lora:r=8", device=DEVICE, batch=1, seq=64, min_trainable=found.start.prediction.trainable_params + 1
     ).start.fits
+
+
+@pytest.mark.parametrize(
+    ("model", "kernels", "offered"), [("llama", "torch", 1), ("llama", "liger", 0), ("gpt2", "torch", 0)]
+)
+def test_liger_is_offered_where_it_exists_and_is_not_used(model: str, kernels: str, offered: int) -> None:
+    """A change that is none, or that no program has, would be advice for nothing."""
+    choices = knobs._kernels(architecture_of(model), setup_of(model, kernels=kernels))
+    assert len(choices) == 1 + offered

@@ -246,6 +246,16 @@ def test_an_unknown_axis_is_a_mistake() -> None:
         explain("gpt2", axes=("rank",))
 
 
+@pytest.mark.parametrize(("axis", "setup"), [("seq", {"batch": 2, "seq": 300}), ("batch", {"batch": 3, "seq": 128})])
+def test_no_stretch_of_an_axis_is_passed_over(axis: str, setup: dict[str, int]) -> None:
+    """A verdict that turns twice between two points would be missed: each is at most a quarter above the one before."""
+    (found,) = explain("gpt2", "full", "lora", device=A100, axes=(axis,), **setup).crossovers
+    assert setup[axis] in found.values
+    assert max(found.values) >= 2 * setup[axis]
+    for low, high in pairwise(found.values):
+        assert high <= max(low + 1, 1.27 * low)  # a quarter, rounded
+
+
 def axis(verdicts: str, **extra: Any) -> Crossover:
     """An axis 1, 2, 3, … with verdicts by their first letters."""
     full = [{"f": "faster", "s": "slower", "=": "same"}[v] for v in verdicts]

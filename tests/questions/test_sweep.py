@@ -155,3 +155,25 @@ def test_only_cells_that_do_not_fit_are_hatched() -> None:
     cells = [path.get_extents() for path in hatched.get_paths()]
     inside = [any(cell.contains(seq, batch) for cell in cells) for batch in grid.batch for seq in grid.seq]
     assert inside == [not fit for fit in fits.flat]
+
+
+def test_axes_are_named_once_and_hatching_moves_no_border(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two devices below each other: lengths are named at the bottom, batches at the left, for all panels."""
+    pytest.importorskip("matplotlib")
+    from perfmodel.report import heatmap
+    from perfmodel.report.sweeps import run_sweep
+
+    devices = (DEVICE, "l4")
+    grid = sweep(MODEL, ["full", "lora:r=8", "ia3"], device=devices, batch=(1, 2, 512), seq=(128, 256, 512))
+    figures = []
+    monkeypatch.setattr(heatmap, "_save", lambda figure, path: figures.append(figure))
+    result = run_sweep(grid, output=None, keep_rows=False, keep_speedups=True)
+    heatmap.draw_heatmap(grid, result.speedups, tmp_path / "heat.svg")
+    panels = [axes for axes in figures[0].axes if axes.get_title()]
+    assert [axes.get_title() for axes in panels] == [f"{m}\non {d}" for d in devices for m in ("lora:r=8", "ia3")]
+    assert [axes.get_xlabel() for axes in panels] == ["", "", *["tokens per sample"] * 2]
+    assert [axes.get_ylabel() for axes in panels] == ["batch", ""] * 2
+    for axes in panels:
+        mesh = axes.collections[0].get_coordinates()
+        assert axes.get_xlim() == pytest.approx((mesh[..., 0].min(), mesh[..., 0].max()))
+        assert axes.get_ylim() == pytest.approx((mesh[..., 1].min(), mesh[..., 1].max()))

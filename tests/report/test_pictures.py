@@ -1,16 +1,23 @@
 """Pictures say what the figures say: axes with few round marks, every curve and point inside its frame."""
 
 import re
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from perfmodel import UserError, compare, explain
 from perfmodel.questions.crossover import Crossover
 from perfmodel.report import svg
+from perfmodel.report.charts import WIDE
 from perfmodel.report.charts.crossing import crossing
-from validate.checking.parity import ParityPoint, parity_svg
+from perfmodel.report.charts.memory import memory
+from perfmodel.report.charts.waterfall import waterfall
+from validate import plots
+from validate.checking.parity import ParityPoint, marks, parity_svg
 
 bounds = st.tuples(st.floats(1e-9, 1e9), st.floats(1.01, 1e9)).map(lambda b: (b[0], b[0] * b[1]))
 
@@ -65,6 +72,17 @@ def test_a_crossing_marks_the_values_that_were_tried() -> None:
     assert inside(canvas)
 
 
+@pytest.mark.parametrize(("count", "all_marked"), [(2, True), (12, True), (13, False), (40, False)])
+def test_up_to_a_dozen_values_are_all_marked(count: int, all_marked: bool) -> None:
+    """Numbers of many points would run into each other; of few, none should be left to guess."""
+    values = list(range(8, 8 + count))
+    ratio, told = list(np.linspace(2.0, 0.5, count)), ["same"] * count
+    canvas = crossing([Crossover("k", "", 9, values, ratio, told, [True] * count, [True] * count)], ["top-K"])
+    numbers = {re.sub("<.*?>", "", shape) for shape in canvas.shapes if shape.startswith("<text")}
+    assert ({str(v) for v in values} <= numbers) == all_marked
+    assert len({str(v) for v in values} & numbers) <= 12
+
+
 def test_a_parity_plot_has_its_diagonal_band_and_points_in_the_frame() -> None:
     """The band says at a glance which figures are off by more; drawn elsewhere it would flatter or accuse."""
     points = [ParityPoint(m, p, "blue", f"{m}") for m, p in ((1.0, 1.1), (10.0, 8.0), (100.0, 100.0))]
@@ -78,3 +96,50 @@ def test_a_parity_plot_has_its_diagonal_band_and_points_in_the_frame() -> None:
     centres = [(float(x), float(y)) for x, y in attributes(canvas, "circle", "cx", "cy")]
     assert len(centres) == len(points)
     assert all(0 < x < canvas.width and 0 < y < canvas.height for x, y in centres)
+
+
+def texts(canvas: svg.Canvas) -> list[tuple[str, float]]:
+    """What is written, and how high its baseline lies."""
+    found = [shape for shape in canvas.shapes if shape.startswith("<text ")]
+    return [(re.sub("<.*?>", "", t), float(re.findall(r' y="([^"]*)"', t)[0])) for t in found]
+
+
+@pytest.mark.parametrize("width", [WIDE, 320])
+def test_bars_stand_one_below_the_other_each_beside_its_name(width: int) -> None:
+    """On a narrow page a name stands above its bar; nothing is written over another line or beside the picture."""
+    labels = ["full fine-tuning", "LoRA of rank sixteen", "IA3"]
+    c = compare("gpt2", ["full", "lora", "ia3"], device="l40s", batch=2, seq=64)
+    changes = explain("gpt2", "full", "lora", device="l40s", batch=2, seq=64)
+    for canvas, names in ((memory(c.predictions, labels, 48e9, width), labels), (waterfall(changes, width), None)):
+        bars = [(float(y), float(h)) for y, h in attributes(canvas, "rect", "y", "height")]
+        assert all(y >= 0 and y + h <= canvas.height for y, h in bars)
+        assert all(0 <= y <= canvas.height for _, y in texts(canvas))
+        rows = sorted({y for y, _ in bars})
+        assert all(low + bars[0][1] <= high for low, high in pairwise(rows))
+        heights = dict(texts(canvas))
+        for name, top in zip(names or (), rows, strict=names is not None):
+            assert top - 16 <= heights[name] <= top + bars[0][1]
+
+
+@given(bounds=bounds, most=st.integers(4, 9))
+def test_marks_of_a_parity_plot_differ_and_lie_inside(bounds: tuple[float, float], most: int) -> None:
+    """A mark drawn twice is one that is missing elsewhere."""
+    found = marks(*bounds, most)
+    assert all(a < b for a, b in pairwise(found))
+    assert all(bounds[0] <= x <= bounds[1] for x in found)
+
+
+def test_a_decade_is_marked_evenly() -> None:
+    """On a logarithmic axis no two neighbours are further apart than a factor of two."""
+    found = marks(1.0, 9.9, 8)
+    assert len(found) == 8
+    assert all(high <= 2 * low for low, high in pairwise(found))
+
+
+@pytest.mark.parametrize("name", ["missing/steps.png", "steps.odd"])
+def test_a_plot_that_cannot_be_drawn_is_one_line_and_leaves_nothing(tmp_path: Path, name: str) -> None:
+    """A wrong folder or ending is told; half a picture would be taken for a whole one."""
+    pytest.importorskip("matplotlib")
+    with pytest.raises(UserError, match="cannot be drawn"):
+        plots.plot_parity([plots.Point("a", 1.0, 1.1, 0.9, 1.3, True)], tmp_path / name, "steps")
+    assert not list(tmp_path.iterdir())

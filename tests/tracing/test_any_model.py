@@ -247,15 +247,16 @@ def test_convolutions_count_as_the_products_that_they_are() -> None:
 
 
 def test_filters_by_channel_and_products_by_expert() -> None:
-    """By hand: a depthwise filter of 3 x 3 over 2 x 4 x 8 x 8, and 12 tokens through one of 3 experts each."""
+    """By hand: a depthwise filter of 3 x 3 over 2 x 4 x 8 x 8, and tokens through one of 3 experts each."""
     x, w = Spec("bf16", (2, 4, 8, 8)), Spec("bf16", (4, 1, 3, 3))
     convolution = Op("convolution", (x, w), (x,), 0, 0)
     (filtered,) = products(convolution)
     assert filtered.depthwise(convolution)
     assert filtered.flops == 2 * 9 * (2 * 4 * 8 * 8)
-    tokens, experts = Spec("bf16", (12, 16)), Spec("bf16", (3, 16, 32))
-    (routed,) = products(Op("_grouped_mm", (tokens, experts), (Spec("bf16", (12, 32)),), 0, 0))
-    assert routed.flops == 2 * 12 * 16 * 32
+    for tokens in (12, 3):
+        x, experts = Spec("bf16", (tokens, 16)), Spec("bf16", (3, 16, 32))
+        (routed,) = products(Op("_grouped_mm", (x, experts), (Spec("bf16", (tokens, 32)),), 0, 0))
+        assert routed.flops == 2 * tokens * 16 * 32
 
 
 def test_a_module_with_frozen_parts_and_named_inputs() -> None:

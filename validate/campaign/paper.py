@@ -36,7 +36,7 @@ class PaperRow:
 
     cell: Cell
     measured: float | None
-    predicted: float
+    predicted_claim: float
     published: float | None
 
     @property

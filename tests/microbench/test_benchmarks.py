@@ -1,0 +1,111 @@
+"""Microbenchmarks time what they say: as many calls as they divide by, and the calls that fits believe them to be."""
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+import pytest
+
+pytest.importorskip("peft")
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from perfmodel.tracing.programs.dtypes import DTYPES
+from validate.fitting import cpu_ops
+from validate.microbench import designs, kernels, stopwatch
+from validate.microbench.designs import MicroCase
+
+
+class Dispatched(TorchDispatchMode):
+    """Every call with the shapes and dtypes of its tensors and of what it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, list[Any], list[Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = str(func).removeprefix("aten.").removesuffix(".default")
+        self.calls.append((name, *([(DTYPES[t.dtype], tuple(t.shape)) for t in flat(x)] for x in (args, out))))
+        return out
+
+
+def flat(x: Any) -> Iterator[torch.Tensor]:
+    """The tensors of nested lists."""
+    if isinstance(x, torch.Tensor):
+        yield x
+    elif isinstance(x, (list, tuple)):
+        for part in x:
+            yield from flat(part)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", sorted(kernels.STREAM_CALLS))
+def test_a_benchmark_calls_what_its_fit_counts(name: str, dtype: str) -> None:
+    """A row timed as one call and priced as another would put an error into every step of the machine."""
+    rows, columns = 96, 160
+    case = MicroCase("pointwise", name, dtype, (("rows", rows), ("columns", columns)))
+    call, _ = kernels.build_call(case, "cpu")
+    with Dispatched() as seen:
+        call(0)
+    told = cpu_ops.op(name, dtype, rows, columns)
+    found = [c for c in seen.calls if c[0].partition(".")[0] == told.name.partition(".")[0]]
+    assert len(found) == 1, seen.calls
+    _, inputs, outputs = found[0]
+    assert [dtype for dtype, _ in outputs] == [s.dtype for s in told.outputs]
+    assert [prod(shape) for _, shape in outputs] == [s.numel for s in told.outputs]
+    if told.attrs.dims is not None:  # what runs over rows and what down columns
+        assert [shape for _, shape in outputs] == [s.shape for s in told.outputs]
+    read = sorted((dtype, prod(shape)) for dtype, shape in set(inputs) if dtype != "i64")
+    assert read == sorted({(s.dtype, s.numel) for s in told.inputs if s.shape != (rows,) or name != "embedding"})
+
+
+@pytest.mark.parametrize(("heads", "shared"), [(4, 4), (4, 2)])
+def test_only_heads_that_share_keys_ask_for_it(monkeypatch: pytest.MonkeyPatch, heads: int, shared: int) -> None:
+    """Memory-efficient attention takes no call that asks: without need, an old card would time another kernel."""
+    asked = []
+
+    def attention(q: Any, k: Any, v: Any, *, is_causal: bool, enable_gqa: bool) -> Any:
+        asked.append(enable_gqa)
+        return q
+
+    monkeypatch.setattr(kernels, "scaled_dot_product_attention", attention)
+    monkeypatch.setitem(kernels.RING, "meta", 1e5)
+    sizes = (("batch", 1), ("seq", 16), ("heads", heads), ("kv_heads", shared), ("head_dim", 8))
+    call, _ = kernels._attention(MicroCase("attention", "sdpa", "fp32", sizes), "meta")
+    call(0)
+    assert asked == [heads != shared]
+
+
+def test_a_repeat_makes_as_many_calls_as_it_is_divided_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with a number of its own, so that none finds in a cache what the one before has read."""
+    watch, calls = stopwatch.CpuStopwatch(1), list[int]()
+    monkeypatch.setattr(watch, "cost", 0.0)
+    monkeypatch.setattr(watch.clock, "now", lambda: float(len(calls)))  # a second a call
+    timing = watch(calls.append, 7, 0.0, 100)
+    assert (timing.least, timing.median, timing.repeats) == (1.0, 1.0, 3)
+    timed = calls[stopwatch.WARM_UP :]
+    assert timed == list(range(7 * 3))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_floors_and_bandwidth_are_measured_first(wide: bool) -> None:
+    """Whatever a calibration that is cut short has not measured, its floors and the memory's bandwidth it has."""
+    cases = designs.stream_cases("fp32", wide=wide)
+    operations = len({c.op for c in cases})
+    largest = max(prod(n for _, n in c.sizes) for c in cases)
+    first = cases[: operations + len(designs.PLAIN)]
+    assert {c.op for c in first if c["rows"] == 1} == {c.op for c in cases}
+    big = [c for c in first if c["rows"] > 1]
+    assert {c.op for c in big} == set(designs.PLAIN)
+    assert all(prod(n for _, n in c.sizes) >= largest / 2 for c in big)
+
+
+@pytest.mark.parametrize(("device", "given_back"), [("cuda", 1), ("cpu", 0)])
+def test_only_a_gpu_is_asked_for_its_memory_back(monkeypatch: pytest.MonkeyPatch, device: str, given_back: int) -> None:
+    """A training step that follows must not find it held; a CPU has no such cache, and may have no driver either."""
+    asked: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append(1))
+    kernels.release_pools(device)
+    assert len(asked) == given_back
