@@ -36,7 +36,7 @@ class PaperRow:
 
     cell: Cell
     measured: float | None
-    predicted_claim: float
+    predicted: float
     published: float | None
 
     @property
