@@ -30,6 +30,11 @@ from perfmodel.errors import UserError
         ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "qwen2.5-7b"), ("mistral7b", "mistral-7b"),
         ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "deepseek-r1-qwen-1.5b"),
         ("deepseek-ai/deepseek-coder-7b-instruct-v1.5", "deepseek-llm-7b"), ("bert_base", "bert-base"),
+        ("mistralai/Devstral-Small-2507", "mistral-small-24b"),
+        ("Qwen/Qwen3-30B-A3B-Instruct-2507", "qwen3-30b-a3b"), ("google/gemma-2b-it", "gemma-2b"),
+        ("mistralai/Mixtral-8x7B-Instruct-v0.1", "mixtral-8x7b"), ("microsoft/phi-1_5", "phi-1.5"),
+        ("EleutherAI/pythia-1b-deduped", "pythia-1b"), ("deepseek-ai/DeepSeek-R1-0528", "deepseek-v3"),
+        ("google/codegemma-1.1-7b-it", "gemma-7b"), ("allenai/OLMo-2-1124-7B-Instruct", "olmo-2-7b"),
     ],
 )  # fmt: skip
 def test_a_mirror_or_a_tuned_copy_is_the_bundled_model(repository: str, bundled: str) -> None:
@@ -45,6 +50,7 @@ def test_a_mirror_or_a_tuned_copy_is_the_bundled_model(repository: str, bundled:
         "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2-Audio-7B", "Qwen/Qwen2.5-Omni-7B",
         "llava-hf/llava-v1.6-mistral-7b-hf", "Qwen/Qwen1.5-MoE-A2.7B", "Qwen/Qwen2-57B-A14B",
         "google/paligemma2-3b-pt-224", "google/medgemma-4b-it", "google/gemma-3n-E2B-it", "mistralai/Pixtral-12B-2409",
+        "mistralai/Magistral-Small-2509",
         "Qwen/Qwen3.5-27B", "Qwen/Qwen3-VL-8B-Instruct", "mistralai/Mistral-Small-3.1-24B-Base-2503",
         "mistralai/Ministral-3-8B-Base-2512", "Skywork/Skywork-Reward-V2-Qwen3-8B", "Salesforce/blip2-opt-2.7b",
         "neuralmagic/Sparse-Llama-3.1-8B-2of4", "models/llama3-8b-pro", "HuggingFaceM4/Idefics3-8B-Llama3",
@@ -94,6 +100,14 @@ def test_finding_a_name_reads_one_config(monkeypatch: pytest.MonkeyPatch) -> Non
     load("NousResearch/Llama-3.2-1B")
     load("llama-3.2-1b")
     assert read == ["llama-3.2-1b.json"] * 2
+
+
+def test_what_a_bundled_config_notes_is_said() -> None:
+    """The text decoder of a vision-language model is not the whole of it."""
+    tuned = load("google/gemma-3-4b-it")
+    assert "is taken for gemma-3-4b" in tuned.note
+    assert tuned.note.endswith(load("gemma-3-4b").note)
+    assert "no vision tower" in load("gemma-3-4b").note
 
 
 def message_of(name: str) -> str:
