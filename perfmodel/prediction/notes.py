@@ -1,0 +1,89 @@
+"""What an answer says beside its figures: what it rests on, and what it assumes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .. import passes, units
+from ..calls.table import row
+from ..devices.profile import DeviceProfile
+from ..recording import zero
+from ..recording.step import Step
+from . import intervals
+
+MOST_NAMED = 6  # calls that a note names
+
+
+def notes_on(built: Step, on: DeviceProfile, seconds: Mapping[str, Any], total: Any) -> list[str]:
+    """What a reader should know about a prediction, of its seconds by class of kernel and in total."""
+    notes = [built.architecture.note] if built.architecture.note else []
+    used = {b for c, b in intervals.BLOCK.items() if np.any(seconds.get(c, 0.0) > 0.01 * total)}
+    defaults = [block for block, origin in on.fitted.items() if origin == "class" and block in used]
+    if defaults:
+        missing = f"no measurements of {', '.join(defaults)} on {on.slug}: defaults of its class, wider interval"
+        hint = "; perfmodel calibrate --device cpu measures this machine" if on.kind == "cpu" else ""
+        notes.append(missing + hint)
+    if on.kind == "cpu":
+        notes.append(
+            "the step time is that of a malloc that keeps freed memory (jemalloc, tcmalloc, or glibc's with "
+            "MALLOC_TRIM_THRESHOLD_=-1 MALLOC_MMAP_MAX_=0): page faults of glibc's default add up to a quarter"
+        )
+    notes += [passes.NOTE] if built.setup.compile != "none" else []
+    head = built.architecture.classifier
+    notes += (
+        [f"its head classifies {head.of}s ({head.labels} labels), as architectures in its config says"] if head else []
+    )
+    notes += _optimizer_notes(built, seconds, total)
+    notes += _unknown_notes(built)
+    notes += [zero.NOTE] if built.zero else []
+    notes += _mixture_notes(built)
+    reaches_embedding = built.setup.checkpoint != "none" and built.method.checkpoints(0)
+    if reaches_embedding and not any(p.requires_grad for p in built.parameters if p.kind == "embedding"):
+        notes.append(
+            "with checkpointing transformers makes the embedding's output need a gradient: backward runs through every "
+            "block, also below the lowest trainable one"
+        )
+    return [*notes, *built.notes]
+
+
+def _mixture_notes(built: Step) -> list[str]:
+    """What is assumed of a mixture of experts, whose loads data decides."""
+    if np.all(built.active == built.total):
+        return []
+    active, total = (units.count(int(np.max(n))) for n in (built.active, built.total))
+    return [
+        f"mixture of experts: {active} of {total} parameters are active for a token; load of the experts: "
+        f"{built.setup.routing} (--routing)"
+    ]
+
+
+def _unknown_notes(built: Step) -> list[str]:
+    """Names the calls that no row of `calls.table` tells of."""
+    names = {op.name for part, _ in built.parts() for op in part.ops if not op.view}
+    unknown = sorted(name for name in names if row(name).work == "unknown")
+    if not unknown:
+        return []
+    more = f" and {len(unknown) - MOST_NAMED} more" if len(unknown) > MOST_NAMED else ""
+    return [f"unknown calls, priced as streaming in one kernel each: {', '.join(unknown[:MOST_NAMED])}{more}"]
+
+
+def _optimizer_notes(built: Step, seconds: Mapping[str, Any], total: Any) -> list[str]:
+    notes = []
+    own = built.method.own_optimizer
+    if own and built.setup.optimizer != "adamw":
+        notes.append(f"{built.method.name} brings {own}: the setup's optimizer {built.setup.optimizer} is not used")
+    besides = (op.name for work in built.periodic for part in work.group.parts for op in part.ops)
+    in_step = np.any(seconds.get("solver", 0.0) > 0.01 * total)
+    if in_step or any(row(name).work == "decomposition" for name in besides):
+        notes.append(
+            "decompositions (SVD, QR, pseudo-inverse, …) are priced by a rough model of cuSOLVER, right within a "
+            "factor of about two"
+        )
+    if np.any(built.paged_bytes):
+        gigabytes = np.max(built.paged_bytes) / 1e9
+        notes.append(
+            f"{gigabytes:.1f} GB of optimizer state are paged, outside the peak: what finds no room beside it crosses "
+            "the bus twice a step, which the step time leaves out"
+        )
+    return notes
