@@ -1,8 +1,11 @@
 """The list of model types that can be traced, and why the others cannot."""
 
+import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 pytest.importorskip("peft")
 
