@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 pytest.importorskip("peft")
 
+from perfmodel import cli
 from validate.oracle import coverage
 
 
