@@ -56,6 +56,13 @@ def architecture_of(name: str, layers: int | None = None, **changes: Any) -> Arc
     return from_config(config_of(name, layers, **changes))
 
 
+def period_of(name: str) -> int:
+    """After how many layers a small model's layers come again alike."""
+    architecture = architecture_of(name, layers=24)
+    kinds = [architecture.layer_kind(i) for i in range(24)]
+    return next(p for p in range(1, 24) if kinds[p:] == kinds[:-p])
+
+
 def setup_of(name: str, **options: Any) -> Setup:
     """A setup that a small model has: Gemma 2 and GPT-Neo know no SDPA, GPT-Neo no reentrant checkpoints."""
     setup = Setup(**{"batch": 2, "seq": 17, **options})

@@ -178,7 +178,8 @@ class Llama(Architecture):
             )
             for kind in ((FULL, SLIDING) if self.layer_types else (self.reach(0),))
         }  # fmt: skip
-        hidden = model.layers(self.block, embedded, mask_of, *self.rotary_tables(position_ids, embedded.dtype))
+        rotary = self.rotary_tables(position_ids, embedded.dtype)  # a local: blocks may make tables of their own of it
+        hidden = model.layers(self.block, embedded, mask_of, *rotary)
         model.begin("head")
         return model.norm("model.norm", hidden)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from grids import check_every_point
-from helpers import NAMES, architecture_of, setup_of, step_of
+from helpers import NAMES, architecture_of, period_of, setup_of, step_of
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +27,7 @@ from perfmodel.passes.mincut import Network
 from perfmodel.passes.partition import Halves
 from perfmodel.prediction import memory
 from perfmodel.setup import Setup
+from validate.oracle.cases import with_targets
 
 few = settings(
     deadline=None, max_examples=4, suppress_health_check=[HealthCheck.too_slow], derandomize=True,
@@ -93,10 +94,10 @@ def test_each_further_layer_adds_the_same(name: str, method: str, more: int) -> 
 
     def figures(layers: int) -> np.ndarray:
         model = architecture_of(name, layers=layers)
-        p = predict(model, method, setup_of(name, seq=64, compile="default"), "h100")
+        p = predict(model, with_targets(method, model), setup_of(name, seq=64, compile="default"), "h100")
         return np.array([p.kernels["total"] - p.kernels["optimizer"], p.bytes["forward"], p.bytes["backward"]])
 
-    steps = [figures(7 + i * more) for i in range(3)]
+    steps = [figures((7 + i * more) * period_of(name)) for i in range(3)]
     assert (steps[2] - steps[1] == steps[1] - steps[0]).all()
 
 

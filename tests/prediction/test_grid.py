@@ -25,6 +25,7 @@ from perfmodel.prediction.predict import predict
 from perfmodel.program.dims import Axis
 from perfmodel.program.part import PHASES
 from perfmodel.setup import Setup
+from validate.oracle.cases import with_targets
 
 few = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 names = st.sampled_from(NAMES)
@@ -63,6 +64,7 @@ def test_a_grid_of_batch_and_seq_equals_its_points(
 ) -> None:  # fmt: skip
     """Batch 1 and seq 1 run other programs than their neighbours, so they are where a grid goes wrong."""
     model = architecture_of(name)
+    method = with_targets(method, model)
     fixed: Any = {
         "attention": attention, "checkpoint": checkpoint, "optimizer": optimizer, "grad_accum": accum,
         "padded": padded, **precision,
@@ -86,11 +88,15 @@ def test_a_grid_of_rank_and_batch_equals_its_points(
 ) -> None:
     """The rank changes parameters and optimizer launches too, not only GEMMs; rank 1 is the odd one."""
 
-    def method(r: Any) -> Method:
-        return TopK(k=2, inner="lora", r=r) if top else Lora(r=r)
-
     fixed: Any = {"dtype": dtype, "optimizer": optimizer}
     model = architecture_of(name)
+    spec = with_targets("top_k:k=2,inner=lora" if top else "lora", model)
+
+    def method(r: Any) -> Method:
+        parsed = parse(spec)
+        assert isinstance(parsed, (Lora, TopK))
+        return replace(parsed, r=r)
+
     setup = setup_of(name, batch=np.array(batches), seq=9, **fixed)
     whole = predict(model, method(np.array(ranks)[:, None]), setup, device)
     check_every_point(
@@ -123,9 +129,8 @@ def test_totals_are_the_sum_of_their_parts_by_phase_kind_and_part(
     name: str, method: str, accum: int, checkpoint: str
 ) -> None:
     """Explanations cut the total in these ways; a remainder would be time or traffic that nothing explains."""
-    p = predict(
-        architecture_of(name), method, setup_of(name, batch=2, seq=9, grad_accum=accum, checkpoint=checkpoint), "l40s"
-    )
+    model, setup = architecture_of(name), setup_of(name, batch=2, seq=9, grad_accum=accum, checkpoint=checkpoint)
+    p = predict(model, with_targets(method, model), setup, "l40s")
     assert p.step is not None
     for figure, of_op in FIGURES.items():
         reported = getattr(p, figure)
@@ -144,7 +149,8 @@ def test_totals_are_the_sum_of_their_parts_by_phase_kind_and_part(
 @given(name=names, method=st.sampled_from(METHODS), device=st.sampled_from(DEVICES))
 def test_memory_and_time_of_a_prediction_are_consistent(name: str, method: str, device: str) -> None:
     """The figures of one prediction are shown side by side, so they must add up there too."""
-    p = predict(architecture_of(name), method, setup_of(name, batch=2, seq=9), device)
+    model = architecture_of(name)
+    p = predict(model, with_targets(method, model), setup_of(name, batch=2, seq=9), device)
     m, t = p.memory, p.time
     assert m.peak == m.weights + m.gradients + m.optimizer + m.activations
     assert m.peak <= m.low <= m.high  # bounds of what the allocator reserves for the peak of live bytes

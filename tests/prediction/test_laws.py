@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from helpers import FIGURES, METHODS, NAMES, architecture_of, by_phase, calls_by_name, step_of, total
+from helpers import FIGURES, METHODS, NAMES, architecture_of, by_phase, calls_by_name, period_of, step_of, total
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -74,7 +74,9 @@ def test_one_more_layer_always_costs_the_same(
 ) -> None:
     """Identical layers are recorded once with a multiplicity: a wrong count would show at depth 80, not at depth 3."""
     setup = {"checkpoint": checkpoint, "attention": attention, **precision}
-    steps = [step_of(name, method, device=device, layers=layers + i, **setup) for i in range(3)]
+    period = period_of(name)
+    depths = [layers - 1 + i * period for i in (1, 2, 3)]  # from where every kind of layer is there
+    steps = [step_of(name, method, device=device, layers=depth, **setup) for depth in depths]
     for figure, of_op in FIGURES.items():
         first, second, third = (by_phase(s, of_op) for s in steps)
         for phase in ("forward", "backward"):
