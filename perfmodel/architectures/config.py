@@ -112,7 +112,7 @@ class Config:
 def load(name_or_path: str) -> Config:
     """Read a config by bundled name, path to a config.json or its folder, or hub id (`org/name`).
 
-    A hub id whose name says the family and size of a bundled model needs no network (`names.resolve`).
+    A hub id whose name says the family and size of a bundled model needs no network (`names.bundled_for`).
 
     Raises:
         UserError: nothing found, or the file is not a JSON object.
@@ -132,7 +132,7 @@ def load(name_or_path: str) -> Config:
     if is_file:
         return _read(path, path.stem if path.name != "config.json" else path.resolve().parent.name)
     if name_or_path.count("/") <= 1 and not name_or_path.startswith((".", "/")) and path.suffix != ".json":
-        if found := names.resolve(name_or_path):
+        if found := names.bundled_for(name_or_path):
             return _named(name_or_path, found)
         if "/" in name_or_path:
             return _read_hub(name_or_path)

@@ -32,8 +32,8 @@ def decoder_loss(
     architecture = model.build.architecture
     classifier = architecture.classifier
     if classifier is None:
-        logits = model.lm_head(hidden, words, architecture.vocab, bias=bias)
-        return causal_lm_loss(scaled(logits), labels)
+        logits = scaled(model.lm_head(hidden, words, architecture.vocab, bias=bias))
+        return causal_lm_loss(logits, labels)
     if classifier.of == "token":
         hidden = dropout(hidden, 0.1 if classifier.dropout is None else classifier.dropout)
         name, upcast = architecture.traits.token_head

@@ -15,7 +15,7 @@ from ..program.routing import Routing, exponent_of
 from ..tape.core import emit, tape
 from ..tape.elementary import sum_dim
 from ..tape.gather import rows_of, top_values
-from ..tape.grouped import ends_of_groups, grouped_mm, inverse_order, sort
+from ..tape.grouped import ends_of_groups, grouped_mm, inverse_order, sort_values
 from ..tape.inplace import divide_in_place
 from ..tape.linalg import linear
 from ..tape.nn import softmax
@@ -106,7 +106,7 @@ class Mixture(Llama):
         tape().part.host.modules += 1
         rows: Any = x.shape[0] * self.top_k
         weights, chosen = view(weights, (rows,)), view(chosen, (rows,))
-        chosen, order = sort(chosen)
+        chosen, order = sort_values(chosen)
         selected = rows_of(x, emit("floor_divide", (order,), (rows,), "i64"))
         weights = rows_of(weights, order)
         ends = ends_of_groups(chosen, self.experts)

@@ -35,7 +35,7 @@ def model_names() -> Words:
     return tuple(sorted(p.stem for p in MODELS.glob("*.json")))
 
 
-def resolve(name: str) -> Meant | None:
+def bundled_for(name: str) -> Meant | None:
     """The bundled config of a repository's name (`owner/name`, or the name alone), None where it is not certain."""
     words = _words(name)
     matches = [(used, known) for known in _known() if (used := _places(words, known))]
@@ -52,7 +52,7 @@ def family(name: str) -> list[str]:
 
     words = _words(name)
     held = [w for w in words if w in _families()] or difflib.get_close_matches("".join(words[:1]), _families(), n=1)
-    return sorted((n for n in model_names() if _words(n)[0] in held[:1]), key=order)
+    return sorted((n for n in model_names() if _words(n)[0] in held[:1]), key=name_order)
 
 
 def size(name: str) -> str:
@@ -60,7 +60,7 @@ def size(name: str) -> str:
     return next((w for w in _words(name) if SIZE.fullmatch(w)), "")
 
 
-def order(name: str) -> tuple[tuple[float, str], ...]:
+def name_order(name: str) -> tuple[tuple[float, str], ...]:
     """A key that sorts names by family, then version and size as numbers."""
     return tuple((_number(word), word) for word in _words(name))
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from ..tape.pointwise import add, cat, mul, neg
-from ..tape.shape import narrow, unsqueeze, view, whole
+from ..tape.shape import narrow, unsqueeze, view, whole_slice
 from ..tape.split import stack
 from ..tape.tensor import Tensor
 
@@ -26,7 +26,7 @@ def rotate_part(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> t
 
 
 def _first(x: Tensor, dims: int) -> Tensor:
-    return whole(x) if dims == x.shape[-1] else narrow(x, -1, dims)
+    return whole_slice(x) if dims == x.shape[-1] else narrow(x, -1, dims)
 
 
 def rotate_half(x: Tensor) -> Tensor:

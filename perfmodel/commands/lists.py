@@ -18,12 +18,12 @@ HEADS = {"memory_bytes": "memory", "intermediate": "MLP"}  # where the names of 
 def models(as_json: bool) -> None:
     """List the bundled models."""
     from .. import units
-    from ..architectures.names import order
+    from ..architectures.names import name_order
     from ..questions import listing
 
     columns = ("model", "model_type", "layers", "hidden", "heads", "kv_heads", "intermediate", "vocab")
     formats: Formats = {"vocab": units.count}
-    _list(listing.models(), columns, as_json, formats, left=(0, 1), group=lambda row: order(row["model"])[0])
+    _list(listing.models(), columns, as_json, formats, left=(0, 1), group=lambda row: name_order(row["model"])[0])
 
 
 @click.command()

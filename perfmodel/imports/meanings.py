@@ -36,7 +36,7 @@ class Meanings:
 
 
 @cache
-def of(*names: str) -> Meanings:
+def meanings_of(*names: str) -> Meanings:
     """The tables of these names as one; where two speak of a key, the first one counts."""
     tables = [read_toml(DATA / "configs" / f"{name}.toml") for name in reversed(names)]
     merged: dict[str, dict[str, Any]] = {"refused": {}, "differs": {}, "off": {}}

@@ -22,7 +22,7 @@ LENGTHS = "most batches are shorter than max_seq_length: give --seq the mean len
 IN_FP32 = "adapters in fp32 (autocast_adapter_dtype)"
 
 
-def parameters(path: Path) -> Keys | None:
+def experiment_parameters(path: Path) -> Keys | None:
     """The parameters of the training that a file of an experiment belongs to; None if it belongs to none."""
     parents = path.resolve().parents
     if path.name not in (OWN, ADAPTER) or len(parents) < 4 or not (parents[3] / DEFAULTS).is_file():
@@ -58,7 +58,7 @@ def setup_of(keys: Keys) -> dict[str, Any]:
     }
 
 
-def method_of(keys: Keys, method: str) -> str | None:
+def experiment_method(keys: Keys, method: str) -> str | None:
     """The method with what its training makes of it; None if no built-in form has that."""
     name, _, options = method.partition(":")
     needed, made = METHODS.get(keys.text("optimizer_type", "AdamW") or "", (name, name))

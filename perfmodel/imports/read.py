@@ -79,7 +79,7 @@ def read(path: str | Path) -> Imported:
         UserError: a file that is none of these, a value of the wrong type, contradictory keys, what is not modelled.
     """
     path = Path(path)
-    if (experiment := peft_benchmark.parameters(path)) is not None:
+    if (experiment := peft_benchmark.experiment_parameters(path)) is not None:
         return _of_experiment(path, experiment)
     values = _load(path)
     _refuse_others(path, values)
@@ -89,7 +89,7 @@ def read(path: str | Path) -> Imported:
             f"{path}: not a config of PEFT, Axolotl, LLaMA-Factory, TRL or Transformers: it has none of the keys they "
             "need"
         )
-    keys, table = Keys(values, path.name), meanings.of(*found.tables)
+    keys, table = Keys(values, path.name), meanings.meanings_of(*found.tables)
     if found.name == "PEFT":
         return _of_adapter(found.name, path, keys, table)
     for key, why in table.refused.items():
@@ -135,8 +135,8 @@ def _of_experiment(path: Path, keys: Keys) -> Imported:
     tool, model, notes = "PEFT's method comparison", keys.text("model_id"), [peft_benchmark.LENGTHS]
     if not adapted.is_file():
         return Imported(tool, model, "full", setup, [], notes)
-    made = _of_adapter(tool, adapted, Keys(read_json(adapted), adapted.name), meanings.of("peft"))
-    method = peft_benchmark.method_of(keys, made.method) if made.method else None
+    made = _of_adapter(tool, adapted, Keys(read_json(adapted), adapted.name), meanings.meanings_of("peft"))
+    method = peft_benchmark.experiment_method(keys, made.method) if made.method else None
     why = made.why_traced
     if method is None and why is None:
         why = f"{keys.origin}: optimizer_type {keys.text('optimizer_type')!r} has no built-in form"

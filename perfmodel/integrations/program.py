@@ -38,7 +38,7 @@ class TrainingRun:
     length: int | None
 
 
-def program_of(model: Any, arguments: Any, method: str | None = None, *, from_trace: bool = False) -> TrainingRun:
+def trainer_program(model: Any, arguments: Any, method: str | None = None, *, from_trace: bool = False) -> TrainingRun:
     """Read a model (a PEFT model too) and the TrainingArguments of its Trainer.
 
     Args:

@@ -17,7 +17,7 @@ from ..devices import host as hosts
 from ..devices import profile
 from ..errors import UserError
 from .findings import Findings, findings
-from .program import TrainingRun, device_here, program_of
+from .program import TrainingRun, device_here, trainer_program
 from .watch import DATA, IN_STEP, OTHER, Stopwatch, Watch
 
 
@@ -131,7 +131,7 @@ class StepPrediction:
         assert watch is not None
         cuda = _cuda(self.model)
         try:
-            program = program_of(self.model, self.arguments, self.method, from_trace=self.traced)
+            program = trainer_program(self.model, self.arguments, self.method, from_trace=self.traced)
             name = cuda.get_device_name() if cuda else None
             self.found = findings(
                 self._as_planned(program), watch, self._on(name), hosts.load(self.host),

@@ -20,7 +20,7 @@ from .parts.quantised import QuantisedLora, bias_of, stored
     title="LoRA on an 8-bit base",
     source="https://arxiv.org/abs/2208.07339; peft/tuners/lora/bnb.py",
     trains="A, B",
-    adds="lora + rounding, outliers",
+    adds="lora + rounding",
 )
 @dataclass(frozen=True)
 class Lora8bit(QuantisedLora):

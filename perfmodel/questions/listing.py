@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 from .. import architectures
-from ..architectures.names import order
+from ..architectures.names import name_order
 from ..devices import own, profile
 from ..errors import UserError, nearest
 from ..methods import options, registered
@@ -16,7 +16,7 @@ Rows = list[Row]
 def models() -> Rows:
     """The bundled models that the tape knows, by family and size: dims (elements) and the source of their config."""
     rows = []
-    for name in sorted(architectures.model_names(), key=order):
+    for name in sorted(architectures.model_names(), key=name_order):
         config = architectures.load(name)
         if config.values["model_type"] not in architectures.supported():
             continue
@@ -55,7 +55,7 @@ def method_named(name: str) -> Row:
 
 def devices() -> Rows:
     """Own and bundled devices by architecture: datasheet (SI), what was measured on them, errors on left-out rows."""
-    bundled = sorted(map(profile.load, profile.names()), key=lambda p: (p.kind, p.architecture, order(p.slug)))
+    bundled = sorted(map(profile.load, profile.names()), key=lambda p: (p.kind, p.architecture, name_order(p.slug)))
     return [
         {
             "device": p.slug, "architecture": p.architecture, "memory_bytes": p.hardware.memory_bytes,

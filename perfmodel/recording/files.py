@@ -33,19 +33,19 @@ class NotAProgram(ValueError):
     """A file that holds no recorded program of this form."""
 
 
-def read(path: Path) -> Program:
+def read_program(path: Path) -> Program:
     """The program of a file.
 
     Raises:
         NotAProgram: it is not there, cannot be read, or holds something else.
     """
     try:
-        return decoded(read_object(path))
+        return decoded_value(read_object(path))
     except FAULTS as error:
         raise NotAProgram(f"{path}: {error}") from None
 
 
-def write(path: Path, program: Program) -> None:
+def write_program(path: Path, program: Program) -> None:
     """Write the file of a program whole or not at all; a folder that is not there is made.
 
     Raises:
@@ -163,7 +163,7 @@ def _plain(number: Any) -> Any:
     return list(number.coefficients) if isinstance(number, Polynomial) else number
 
 
-def decoded(values: dict[str, Any]) -> Program:
+def decoded_value(values: dict[str, Any]) -> Program:
     """The program that `encoded` made plain values of.
 
     Raises:

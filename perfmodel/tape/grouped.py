@@ -58,7 +58,7 @@ def _attrs(layout: str, dtype: str, routing: Routing) -> Attrs:
     return Attrs(layout, routing=routing, sync=cuda and not (major in ONE_KERNEL and dtype == "bf16"))
 
 
-def sort(x: Tensor) -> tuple[Tensor, Tensor]:
+def sort_values(x: Tensor) -> tuple[Tensor, Tensor]:
     """`torch.sort` of a vector of integers: values and int64 places."""
     values, places = new_tensor(x.shape, x.dtype), new_tensor(x.shape, "i64")
     record("sort", (x,), (values, places))

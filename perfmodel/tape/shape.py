@@ -151,7 +151,7 @@ def _slice_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     return (emit("slice_backward", (g,), node.attrs[0], g.dtype),)
 
 
-def whole(x: Tensor) -> Tensor:
+def whole_slice(x: Tensor) -> Tensor:
     """`x[..., :size]` where that is all of it."""
     return view_as("alias", x, x.shape, x.strides, differentiate("AliasBackward0", (x,), _identity_backward))
 

@@ -196,7 +196,7 @@ class Store:
         if name not in self.known:
             for path in self._files(name):
                 try:
-                    self.known[name] = files.read(path)
+                    self.known[name] = files.read_program(path)
                     break
                 except files.NotAProgram:
                     continue

@@ -33,7 +33,7 @@ def config(name: str, **changes: Any) -> Config:
 
 def flops(name: str, method: str, setup: Setup, **changes: Any) -> int:
     architecture = from_config(config(name, **changes))
-    step = build(architecture, methods.parse(method).bind(architecture), setup, "cpu")
+    step = build(architecture, methods.parse(method).bind(architecture), setup, "cpu", view_replay=True)
     return sum(count * costs.flops(op) for _, op, count in step.ops())
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from perfmodel import architectures, predict
 from perfmodel.architectures import config, load, names
-from perfmodel.architectures.names import resolve
+from perfmodel.architectures.names import bundled_for
 from perfmodel.errors import UserError
 
 
@@ -39,7 +39,7 @@ from perfmodel.errors import UserError
 )  # fmt: skip
 def test_a_mirror_or_a_tuned_copy_is_the_bundled_model(repository: str, bundled: str) -> None:
     """Training scripts name mirrors and instruct variants; who mirrors or tunes a model does not change its dims."""
-    found = resolve(repository)
+    found = bundled_for(repository)
     assert found is not None
     assert found.name == bundled
 
@@ -67,7 +67,7 @@ def test_a_mirror_or_a_tuned_copy_is_the_bundled_model(repository: str, bundled:
 )  # fmt: skip
 def test_another_program_or_an_unclear_name_is_none_of_them(repository: str) -> None:
     """A wrong model would be a wrong answer that looks right: family, version and size agree, or it is refused."""
-    assert resolve(repository) is None
+    assert bundled_for(repository) is None
 
 
 def test_every_bundled_model_is_found_by_the_repository_it_comes_from() -> None:
@@ -76,7 +76,7 @@ def test_every_bundled_model_is_found_by_the_repository_it_comes_from() -> None:
         url = str(load(name).values["_source"])
         repository = "/".join(url.split("/")[3:5])
         if "huggingface.co" in url:
-            found = resolve(repository)
+            found = bundled_for(repository)
             assert found is not None, repository
             assert found.name == name
     aliases = tomllib.loads((names.MODELS / "names.toml").read_text())["aliases"]

@@ -40,7 +40,7 @@ def test_the_tape_equals_its_program(spec: str, options: dict[str, Any]) -> None
     config = Config(QWEN, "qwen", "qwen")
     architecture, setup = from_config(config), setup_of("qwen", **options)
     method = methods.parse(spec).bind(architecture)
-    step = build(architecture, method, setup, "cpu")
+    step = build(architecture, method, setup, "cpu", view_replay=True)
     fused = setup.attention == "flash2"
     model = reference.make(QWEN, TORCH_DTYPES[setup.dtype], 2 * setup.seq, fused=fused)
     trace = trace_step(models.apply_method(model, method, architecture), setup, step.optimizer)

@@ -148,7 +148,7 @@ def measured(thing: Any) -> dict[str, Any]:
         config, method, checkpoint, optimizer = thing.values
         program = {"model": config.name, "config": config.values, "method": method}
         program |= {"checkpoint": checkpoint, "optimizer": optimizer}
-        step = finish.step_of(*thing.values)
+        step = finish.campaign_step(*thing.values)
         dispatched, kernels = hosts.dispatched(step, host_files.load()), hosts.kernel_seconds(step, box())
         return {"kind": "host", "program": program, "seconds": {p: dispatched[p] + kernels[p] for p in kernels}}
     took = DISPATCH + seconds_of(thing)

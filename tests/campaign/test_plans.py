@@ -88,7 +88,7 @@ def test_counts_of_another_version_are_compared_with_its_trace(tmp_path: Path, m
     assert "transformers" in versions.other()
     cell = Cell(TINY, "full", Setup(batch=2, seq=16, dtype="fp32"))
     record = visit(cell)
-    plain = work.traced(cell, "cpu")["calls"]
+    plain = work.traced_cell(cell, "cpu")["calls"]
     assert check_calls(tmp_path / "a", {**record, "traced": {"calls": plain}}) == []  # the trace is the tape's program
     record["calls"]["forward"]["mm"] = record["calls"]["forward"].get("mm", 0) + 1
     assert check_calls(tmp_path / "b", record) != []
@@ -105,7 +105,7 @@ def test_only_a_first_visit_that_succeeds_is_traced(
 ) -> None:
     """A trace takes seconds of a rented hour: once a program, and where its counts are compared with it."""
     monkeypatch.setattr(work, "visit", lambda *of, **options: {"status": status})
-    monkeypatch.setattr(work, "traced", lambda cell, device: {"calls": {}})
+    monkeypatch.setattr(work, "traced_cell", lambda cell, device: {"calls": {}})
     cell = Cell(TINY, "full", Setup(batch=2, seq=16))
     found = work.visit_record(plan.Visit(cell, turn), work.Settings("cpu", 1, 1, 1, wanted))
     assert ("traced" in found) == expected

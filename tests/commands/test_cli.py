@@ -98,7 +98,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "no model": (("predict", "--device", "l40s"), "Missing option '--model'. Bundled name (see `perfmodel models`)"),
     "memory without a unit": (("advise", *MODEL, "--memory", "24"), "such as 24GB"),
     "no records": (("validate", "check"), "perfmodel validate measure"),
-    "one method to explain": (("explain", "full", *MODEL), "Missing argument 'B'"),
+    "one method to explain": (("explain", "full", *MODEL), "explain takes two methods"),
     "a picture that is no SVG": (("explain", "full", "lora", *MODEL, "--plot", "why.png"), "why.svg"),
     "a page of one method": (("report", "--methods", "full", *MODEL), "at least two methods"),
     "broken config": (predict_with(model=BROKEN), "not valid JSON"),

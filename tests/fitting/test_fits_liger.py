@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from perfmodel.architectures.llama import rotate
+from perfmodel.architectures.rotary import rotate, rotate_half
 from perfmodel.tape import nn, pointwise
 from perfmodel.tape.core import Tape, recording
 from perfmodel.tape.tensor import Parameter, Tensor
@@ -82,7 +82,7 @@ def norm() -> Tensor:
 
 def rotated() -> Tensor:
     q, k, cos, sin = (parameter(1, heads, ROWS, 64) for heads in (64, 64, 1, 1))
-    return rotate(q, k, cos, sin)[0]
+    return rotate(q, k, cos, sin, rotate_half)[0]
 
 
 FORWARDS: dict[str, tuple[Callable[[], Tensor], Callable[[], Any]]] = {

@@ -67,6 +67,7 @@ SHORT = {
         f"perfmodel sweep {WHERE} --batch '1-64*2' --seq '128-1024*2' --plot map.png && test -s map.png", says="batch"
     ),
     "perfmodel report": Short(f"perfmodel report {WHERE} --axes none && test -s report.html", says="report.html"),
+    "perfmodel record": Short(f"perfmodel record {WHERE} --methods full", says="any batch and length"),
     "perfmodel models": Short(says="tinyllama-1.1b"),
     "perfmodel methods": Short(says="galore"),
     "perfmodel methods lora": Short(says="targets"),
@@ -94,6 +95,11 @@ SHORT = {
         "grep -v -e ,bert, -e ,IA3, $DATA/coverage/transformers-*.csv > FILE"
         " && perfmodel validate coverage --output FILE && tail -n 2 FILE",
         says="masked,bert",
+    ),
+    "perfmodel validate configs FOLDER": Short(
+        "mkdir FOLDER && printf 'base_model: gpt2\\nmicro_batch_size: 1\\nsequence_len: 16\\nadapter: lora\\n'"
+        " > FOLDER/a.yml && perfmodel validate configs FOLDER",
+        says="100 %",
     ),
     "perfmodel validate fit": Short(says="needs either --kernels FOLDER", code=2),
     "perfmodel validate fit --kernels FOLDER": Short(  # the measurements are not part of the project

@@ -137,6 +137,12 @@ def module_predicted(predict_module: Callable[..., Any]) -> Any:
     return predict_module(torch.nn.Linear(4, 4), (torch.ones(2, 4),), loss=lambda y: y.sum(), device="l40s")
 
 
+def model_traced(traced: Callable[..., Any]) -> Any:
+    """A model that the tape knows, traced, where torch is installed."""
+    pytest.importorskip("peft")
+    return traced("gpt2")
+
+
 # How a newcomer uses every name of the face; what a class makes is an instance of it, built anew from its own fields.
 USES: dict[str, Callable[[Any], Any]] = {
     "predict": lambda f: f(**QUESTION),
@@ -144,6 +150,7 @@ USES: dict[str, Callable[[Any], Any]] = {
     "explain": lambda f: f(**QUESTION, axes=()),
     "advise": lambda f: f("gpt2", seq=16, device="l40s", methods=[]),
     "sweep": lambda f: f("llama-3.2-1b", seq=[16, 32]),
+    "traced": model_traced,
     "predict_module": module_predicted,
     "Setup": lambda f: f(batch=2),
     "Device": lambda f: f(f.load("l40s").profile),
@@ -206,7 +213,8 @@ IDIOMS: dict[str, tuple[str, tuple[str, ...]]] = {
         "read", ("perfmodel.imports",)
     ),
     "a call's products, what records it and a package's form of it have PyTorch's name for it": (
-        "mm addmm bmm layer_norm rms_norm", ("perfmodel.calls", "perfmodel.tape", "perfmodel.architectures.norms")
+        "mm addmm bmm baddbmm layer_norm rms_norm",
+        ("perfmodel.calls", "perfmodel.tape", "perfmodel.architectures.norms"),
     ),
 }  # fmt: skip
 

@@ -70,7 +70,7 @@ def test_what_changes_nothing_is_not_in_the_first_line(tmp_path: Path, text: str
 @pytest.mark.parametrize("name", sorted(p.stem for p in (DATA / "configs").glob("*.toml")))
 def test_a_key_has_one_meaning(name: str) -> None:
     """A table that says two things of a key would be read by the order of its lines."""
-    table = meanings.of(name)
+    table = meanings.meanings_of(name)
     refused, differs = set(table.refused), set(table.differs)
     assert not refused & differs
     assert not [key for key in refused | differs if table.without_weight(key)]

@@ -47,7 +47,7 @@ def test_the_tape_equals_the_reference(name: str, spec: str, options: dict[str, 
     changes = {"dropout": 0.0} if name == "opt" else {}  # transformers drops out between OPT's modules
     config, architecture = config_of(name, **changes), architecture_of(name, **changes)
     setup, method = setup_of(name, **options), methods.parse(spec).bind(architecture)
-    step = build(architecture, method, setup, "cpu")
+    step = build(architecture, method, setup, "cpu", view_replay=True)
     model = reference.apply(models.build_model(config, setup), method, architecture)
     result = counts.judge_step(Case(config, spec, setup), step, trace_step(model, setup, step.optimizer))
     assert result.flops > 0

@@ -31,7 +31,7 @@ def differences(name: str, spec: str, layers: int | None = None, **options: Any)
     """What tape and reference program disagree about."""
     config, architecture, setup = config_of(name, layers), architecture_of(name, layers), setup_of(name, **options)
     method = methods.parse(spec).bind(architecture)
-    step = build(architecture, method, setup, "cpu")
+    step = build(architecture, method, setup, "cpu", view_replay=True)
     model = models.build_model(config, setup)
     if isinstance(method, Lora8bit):
         model = reference_int8.quantise(model, method, architecture)
@@ -50,7 +50,7 @@ def fused_differences(name: str, spec: str, **options: Any) -> list[str]:
     config, architecture = config_of(name), architecture_of(name)
     setup, method = setup_of(name, **options), methods.parse(spec).bind(architecture)
     assert isinstance(method, Lora)
-    step = build(architecture, method, setup, "cpu")
+    step = build(architecture, method, setup, "cpu", view_replay=True)
     model = reference_lora.patch(
         models.apply_method(models.build_model(config, setup), method, architecture), method.implementation
     )

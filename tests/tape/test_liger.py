@@ -30,7 +30,7 @@ def differences(name: str, spec: str, **options: Any) -> list[str]:
     config, architecture = config_of(name), architecture_of(name)
     setup = setup_of(name, kernels="liger", **options)
     method = methods.parse(spec).bind(architecture)
-    step = build(architecture, method, setup, "cpu")
+    step = build(architecture, method, setup, "cpu", view_replay=True)
     model = models.apply_method(reference.patch(models.build_model(config, setup)), method, architecture)
     with reference.patched(name, scaled=setup.grad_accum > 1):
         trace = trace_step(model, setup, step.optimizer)

@@ -98,11 +98,11 @@ def _fit(found: Finding, records: Sequence[Record], environment: Record, folder:
 def _timed(record: Record) -> hosts.Timed:
     """A tiny program as it was timed, with its step."""
     p = record["program"]
-    step = step_of(Config(p["config"], p["model"], p["model"]), p["method"], p["checkpoint"], p["optimizer"])
+    step = campaign_step(Config(p["config"], p["model"], p["model"]), p["method"], p["checkpoint"], p["optimizer"])
     return hosts.Timed(record["unit"], step, {phase: float(record["seconds"][phase]) for phase in PHASES})
 
 
-def step_of(config: Config, method: str, checkpoint: str, optimizer: str) -> Step:
+def campaign_step(config: Config, method: str, checkpoint: str, optimizer: str) -> Step:
     """The step of a tiny program (an entry of `hosts.host_programs`) as the tape has it."""
     architecture = architectures.from_config(config)
     setup = Setup(batch=1, seq=4, dtype="fp32", checkpoint=checkpoint, optimizer=optimizer)

@@ -99,13 +99,13 @@ def visit_record(work: Visit, settings: Settings) -> Record:
     )  # fmt: skip
     if first and settings.traced and found["status"] == "ok":
         try:
-            found["traced"] = traced(work.cell, settings.device)
+            found["traced"] = traced_cell(work.cell, settings.device)
         except UserError as error:
             found["untraced"] = str(error)
     return {**work.head(), **found}
 
 
-def traced(cell: Cell, device: str) -> dict[str, Any]:
+def traced_cell(cell: Cell, device: str) -> dict[str, Any]:
     """Calls, and on a GPU kernels, by phase and name, of a trace of the installed program.
 
     Raises:

@@ -84,7 +84,7 @@ def _git(folder: Path, *words: str) -> str:
 
 def _row(repository: str, commit: str, file: str, options: list[str], *, model: str | None, traced: bool) -> ConfigRow:
     outcome, out, told = _asked(options)
-    typed = ["--model", model] if model and reason(told) == REASONS[0][0] else []
+    typed = ["--model", model] if model and refusal_reason(told) == REASONS[0][0] else []
     if typed:
         outcome, out, told = _asked([*options, *typed])
     if traced and BUILT_IN in told:
@@ -98,7 +98,7 @@ def _row(repository: str, commit: str, file: str, options: list[str], *, model: 
     complaint = _line(told.rstrip().rsplit("\n", 1)[-1].removeprefix("perfmodel: "))
     if outcome == REFUSED and NO_TRAINING in complaint:
         return ConfigRow(repository, commit, file, tool, method, OTHER, "", complaint)
-    return ConfigRow(repository, commit, file, tool, method, outcome, reason(complaint), complaint)
+    return ConfigRow(repository, commit, file, tool, method, outcome, refusal_reason(complaint), complaint)
 
 
 def _asked(options: list[str]) -> tuple[str, str, str]:
@@ -114,7 +114,7 @@ def _asked(options: list[str]) -> tuple[str, str, str]:
     return ANSWERED, out.getvalue(), told.getvalue()
 
 
-def reason(complaint: str) -> str:
+def refusal_reason(complaint: str) -> str:
     """The kind of a refusal."""
     found = (name for name, pattern in REASONS if re.search(pattern, complaint))
     return next(found, "another")
@@ -133,7 +133,7 @@ def read_table(path: Path = TABLE) -> list[ConfigRow]:
     return read_rows(path, lambda record: ConfigRow(**record))
 
 
-def write(path: Path, rows: Sequence[ConfigRow]) -> None:
+def write_configs(path: Path, rows: Sequence[ConfigRow]) -> None:
     """Write the table as CSV."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(ConfigRow)], lineterminator="\n")

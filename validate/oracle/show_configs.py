@@ -25,7 +25,7 @@ def show_configs(
                 rows.append(row)
                 bar.advance(task)
     if output:
-        configs.write(output, rows)
+        configs.write_configs(output, rows)
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
     else:

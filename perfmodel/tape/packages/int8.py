@@ -51,7 +51,8 @@ def linear_8bit(x: Tensor, weight: Rounded, bias: Tensor | None) -> Tensor:
             of_outliers = (gather(rows, columns), t(picked))
         out = _integer_product(codes, scales, weight, bias, x.dtype)
         if of_outliers is not None:
-            out = addmm(*map(autocast_operand, (out, *of_outliers)))
+            with tape().belonging_to("dequantisation"):
+                out = addmm(*map(autocast_operand, (out, *of_outliers)))
         out = view(out, (*x.shape[:-1], out.shape[-1]))
     if node:
         node.produces(out)
