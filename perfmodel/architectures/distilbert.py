@@ -84,15 +84,18 @@ class DistilBert(Architecture):
         weight = model.parameter("distilbert.embeddings.word_embeddings.weight", (), "embedding")
         return linear(hidden, weight, model.parameter("vocab_projector.bias", (self.vocab,), "bias"))
 
-    def _encoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
-        model.begin("embeddings")
+    def _embedded(self, model: Scope, ids: Tensor) -> Tensor:
         masks.check_positions(model, ids.shape[1])
         assert self.max_positions is not None
         words = model.embedding("distilbert.embeddings.word_embeddings", self.vocab, self.hidden, ids)
         words = model.build.method.embedded(model, words)
         at = masks.model_buffer((1, ids.shape[1]))
         located = model.embedding("distilbert.embeddings.position_embeddings", self.max_positions, self.hidden, at)
-        hidden = dropout(model.norm("distilbert.embeddings.LayerNorm", add(words, located)), self.hidden_dropout)
+        return dropout(model.norm("distilbert.embeddings.LayerNorm", add(words, located)), self.hidden_dropout)
+
+    def _encoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
+        model.begin("embeddings")
+        hidden = self._embedded(model, ids)
         setup = model.build.setup
         mask = masks.bidirectional_mask(attention, setup.attention, hidden.dtype, padded=setup.explicit_mask)
         hidden = model.layers(self.block, hidden, mask)

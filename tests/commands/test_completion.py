@@ -48,7 +48,7 @@ def test_methods_and_their_options_are_offered() -> None:
     assert offered("compare", "--methods", "full", "dor") == ["dora"]
     assert offered("compare", "--model", "gpt2", "--methods", "full", "lora", "") == list(methods.registered())
     assert offered("explain", "full", "lora_f") == ["lora_fa"]
-    assert offered("predict", "--method", "lora:r=8,ta") == ["lora:r=8,target_parameters=", "lora:r=8,targets="]
+    assert offered("predict", "--method", "lora:r=8,ta") == ["lora:r=8,targets=", "lora:r=8,target_parameters="]
     assert "--model" in offered("compare", "--methods", "full", "--m")
 
 

@@ -54,7 +54,7 @@ def test_a_real_step_makes_the_calls_of_the_tape(name: str, variant: str) -> Non
     config, setup, layers = config_of(name, layers=5), Setup(batch=2, seq=9, dtype="fp32"), 5
     architecture = architecture_of(name, layers)
     method = methods.parse(f"reslora:r=4,{variant},targets=all-linear").bind(architecture)
-    step = build(architecture, method, setup, "cpu", view_replay=True)
+    step = build(architecture, method, setup, "cpu")
     torch.manual_seed(0)
     model = references.apply_reference(models.build_model(config, setup, device="cpu"), method, architecture, setup)
     for module in model.modules():
