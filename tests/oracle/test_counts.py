@@ -23,7 +23,7 @@ from perfmodel.setup import Setup
 from perfmodel.tracing.programs import models
 from perfmodel.tracing.trace import Trace, trace_step
 from validate.oracle import counts
-from validate.oracle.cases import NO_DROPOUT, Case, fitting, further, grid, with_targets
+from validate.oracle.cases import NO_DROPOUT, WHOLE, Case, fitting, further, grid, with_targets
 
 LORA = "lora:r=4"
 WIDE = "lora:r=4,targets=all-linear,dropout=0.1"
@@ -36,9 +36,6 @@ def cell(name: str, method: str = "full", changes: dict[str, Any] | None = None,
     config = config_of(name, **(changes or {}))
     case = Case(config, with_targets(method, from_config(config)), setup_of(name, **{"batch": 4, **setup}))
     return pytest.param(case, id=" ".join(label))
-
-
-WHOLE = 9  # of the first so many architectures all six cells, of the others, which share most of their code, three
 
 
 def cells() -> Iterator[Any]:
@@ -54,7 +51,7 @@ def cells() -> Iterator[Any]:
                 name, ("norm", "top_k:k=2,inner=lora")[i % 2], **(AMP if i % 3 else {}), padded=i in (0, 1, 5, 7, 8)
             ),
         ]  # fmt: skip
-        yield from six if i < WHOLE else six[i % 2 :: 2]
+        yield from six if i < WHOLE else six[i % 3 :: 3]
     for i, (config, names) in enumerate(further()):  # other heads, other blocks
         method, precision = names[i % len(names)], ({"dtype": "bf16"}, {"dtype": "fp32"}, AMP)[i % 3]
         setup = fitting(Setup(4, 17, **precision, checkpoint=("none", "block")[i % 2]), from_config(config).traits)
