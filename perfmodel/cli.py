@@ -1,6 +1,5 @@
 """The command line. A command's file is loaded when the command is asked for."""
 
-import gc
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -82,15 +81,3 @@ def _line(message: str) -> str:
 @click.version_option(package_name="perfmodel")
 def main() -> None:
     """Will LoRA make my training step faster, by how much, why, and what should I run instead?"""
-
-
-def run() -> None:
-    """The command line as a process: what it has made goes with it, unsearched for garbage."""
-    try:
-        main()
-    finally:
-        gc.freeze()
-
-
-if __name__ == "__main__":
-    run()

@@ -17,7 +17,7 @@ INDENTED = re.compile(r"(?:^ {4}.*\n)+", re.MULTILINE)
 SPAN = re.compile(r"`([^`]+)`")
 TABLE_OF_COMMANDS = re.compile(r"^\| command \|.*\n(?:\|.*\n)+", re.MULTILINE)
 OPTION = re.compile(r"(?<!\S)--[a-z][a-z-]*")
-PATCHED = 'perfmodel() { python -c "$PATCH\nfrom perfmodel.cli import run\nrun()" "$@"; }\n'  # the command, changed
+PATCHED = 'perfmodel() { python -c "$PATCH\nfrom perfmodel.__main__ import run\nrun()" "$@"; }\n'  # changed
 
 
 def code(document: str) -> tuple[list[str], list[str]]:

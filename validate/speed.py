@@ -49,7 +49,7 @@ def _once(command: list[str]) -> float:
 
 def _cold(arguments: Sequence[str], runs: int = 5) -> float:
     """A cold command over importing numpy, the median of pairs that ran in turn."""
-    call = [sys.executable, "-m", "perfmodel.cli", *arguments]
+    call = [sys.executable, "-m", "perfmodel", *arguments]
     numpy = [sys.executable, "-c", "import numpy"]
     _once(call)
     pairs = [(_once(call), _once(numpy)) for _ in range(runs)]

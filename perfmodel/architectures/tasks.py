@@ -1,7 +1,6 @@
 """The head that a config's `architectures` names: a language model, or a classifier of sequences or tokens."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import UserError
 from .config import Config
@@ -11,8 +10,7 @@ LANGUAGE = {"causal": ("ForCausalLM", "LMHeadModel"), "masked": ("ForMaskedLM",)
 CLASSIFIERS = {"ForSequenceClassification": "sequence", "ForTokenClassification": "token"}
 
 
-@dataclass(frozen=True)
-class Classifier:
+class Classifier(NamedTuple):
     """A head that tells classes apart.
 
     Attributes:

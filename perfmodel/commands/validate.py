@@ -242,7 +242,7 @@ def engine(output: Path) -> None:
 @click.option(
     "--parallel",
     type=click.Choice(("ddp", "fsdp2")),
-    help="Several processes share a step: torchrun --nproc-per-node N -m perfmodel.cli validate measure ...",
+    help="Several processes share a step: torchrun --nproc-per-node N -m perfmodel validate measure ...",
 )
 def measure(
     device: str, grid: str, output: Path, threads: int | None, rounds: int | None, seed: int, parallel: str | None

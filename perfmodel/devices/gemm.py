@@ -114,8 +114,7 @@ class GemmParameters:
         return factors[layout]
 
 
-@dataclass(frozen=True)
-class _Rates:
+class _Rates(NamedTuple):
     """Hardware and parameters combined for one dtype, in SI units."""
 
     p: GemmParameters

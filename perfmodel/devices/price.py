@@ -15,7 +15,7 @@ from ..calls.costs import products
 from ..calls.table import row
 from ..program.dims import product
 from ..program.op import Op
-from . import cpu, kernels
+from . import kernels
 from .attention import attention_backward_time, attention_forward_time
 from .gemm import LAYOUTS, gemm_time
 from .grouped import grouped_time
@@ -43,7 +43,9 @@ ROW_WISE = (
 def durations(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
     """Device seconds of each op, shape (ops, *grid); 0 for views and for work on host tensors."""
     if profile.cpu is not None:
-        return cpu.cpu_durations(ops, profile.hardware, profile.cpu)
+        from .cpu import cpu_durations
+
+        return cpu_durations(ops, profile.hardware, profile.cpu)
     tables = Tables()
     for i, op in enumerate(ops):
         if not op.view and not op.attrs.host:

@@ -14,17 +14,19 @@ from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from os import PathLike
 from pathlib import Path
-from typing import Any, Generic, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple
 
 from ..errors import UserError, nearest
-from ..resources import DATA, is_file, read_toml
+from ..resources import DATA, is_file, parsed, read_text, read_toml
 from . import own, toml
 from .attention import AttentionParameters
-from .cpu import CpuAttentionParameters, CpuGemmParameters, CpuKernels, CpuStreamParameters
 from .gemm import GemmParameters
 from .hardware import Hardware
 from .pointwise import PointwiseParameters
 from .toml import P, Table
+
+if TYPE_CHECKING:
+    from .cpu import CpuKernels
 
 DEVICES = DATA / "devices"
 CLASSES = "classes"  # the file of class defaults, no device
@@ -84,7 +86,7 @@ class DeviceProfile:
     fitted: Mapping[str, Origin]
     sources: Mapping[str, str] = field(default_factory=dict)
     host: str = "default"
-    cpu: CpuKernels | None = None
+    cpu: "CpuKernels | None" = None
 
 
 def names() -> list[str]:
@@ -157,7 +159,7 @@ def bundled_by_makers_name(name: str) -> DeviceProfile | None:
 
 def forget() -> None:
     """Drop what was cached: for after a file was rewritten."""
-    for cached in (_names, _bundled, _aliases, _classes):
+    for cached in (_names, _bundled, _aliases, _class_tables):
         cached.cache_clear()
 
 
@@ -198,11 +200,15 @@ def from_table(slug: str, table: Table, where: str) -> DeviceProfile:
 
 def _cpu_blocks(fitted: Any, where: str) -> dict[str, "_Block[Any]"]:
     """The blocks of a CPU, under the names that those of a GPU have."""
+    from .cpu import CpuAttentionParameters, CpuGemmParameters, CpuStreamParameters
+
     kinds = (CpuGemmParameters, CpuGemmParameters, CpuAttentionParameters, CpuStreamParameters)
     return {name: _block(name, kind, fitted, "cpu", where) for name, kind in zip(BLOCKS, kinds, strict=True)}
 
 
-def _cpu_kernels(blocks: dict[str, "_Block[Any]"]) -> CpuKernels:
+def _cpu_kernels(blocks: dict[str, "_Block[Any]"]) -> "CpuKernels":
+    from .cpu import CpuKernels
+
     bf16, fp32, attention, stream = (blocks[name].parameters for name in BLOCKS)
     return CpuKernels({"bf16": bf16, "fp32": fp32}, attention, stream)
 
@@ -220,8 +226,7 @@ def _identity(table: Table, where: str) -> tuple[str, str, str, Hardware, str]:
     return kind, architecture, capability, hardware, _family(kind, architecture, capability, hardware, where)
 
 
-@dataclass(frozen=True)
-class _Block(Generic[P]):
+class _Block(NamedTuple, Generic[P]):
     parameters: P
     provenance: Table
     residuals: dict[str, float]
@@ -234,10 +239,11 @@ def _block(block: str, kind: type[P], fitted: Any, family: str, where: str) -> _
     if own is not None:
         return _parse(kind, own, f"{where}: [fitted.{block}]")
     for name in (family, "any"):
-        for section in ("fitted", "assumed"):
-            found = _find(_classes().get(section, {}), f"{block}.{name}")
+        for section in ("assumed", "fitted"):
+            path = f"{section}.{block}.{name}"
+            found = _find(_classes(path), path)
             if found is not None:
-                return replace(_parse(kind, found, f"{CLASSES}.toml: [{section}.{block}.{name}]"), origin="class")
+                return _parse(kind, found, f"{CLASSES}.toml: [{section}.{block}.{name}]")._replace(origin="class")
     raise UserError(f"{where}: no [fitted.{block}], and {CLASSES}.toml has none for {family!r}")
 
 
@@ -288,7 +294,7 @@ def _family(kind: str, architecture: str, capability: str, hardware: Hardware, w
     """Whose class defaults a device takes: by compute capability, else by architecture."""
     if kind == "cpu":
         return "cpu"
-    families: Table = _classes()["family"]
+    families: Table = _classes("family")["family"]
     family = families.get(capability, families.get(architecture))
     if family is None:
         hint = nearest(architecture, [f for f in families if f[0].isalpha()])
@@ -318,9 +324,16 @@ def _bundled(slug: str) -> DeviceProfile:
     return from_table(slug, read_toml(path), path.name)
 
 
+def _classes(wanted: str) -> Table:
+    """The tables whose names begin with `wanted`; the rest of that long file is left unparsed."""
+    path = DEVICES / f"{CLASSES}.toml"
+    tables = "\n".join(f"[{table}" for table in _class_tables() if table.startswith(wanted))
+    return parsed(tables, tomllib.loads, "TOML", str(path))
+
+
 @lru_cache(maxsize=1)
-def _classes() -> Table:
-    return read_toml(DEVICES / f"{CLASSES}.toml")
+def _class_tables() -> list[str]:
+    return read_text(DEVICES / f"{CLASSES}.toml").split("\n[")[1:]
 
 
 @lru_cache(maxsize=1)

@@ -19,8 +19,7 @@ few per cent of the fp32 peak. The coefficients follow published latencies of `t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,8 +29,7 @@ from .hardware import Hardware
 Flops = Callable[[Any, Any], Any]  # of the longer and the shorter side
 
 
-@dataclass(frozen=True)
-class Routine:
+class Routine(NamedTuple):
     """Coefficients of one decomposition.
 
     Attributes:

@@ -3,26 +3,18 @@
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import UserError, nearest
 from .attention import AttentionParameters
-from .cpu import CpuAttentionParameters, CpuGemmParameters, CpuStreamParameters
 from .cpu_work import LIKE
-from .gemm import GemmParameters
-from .pointwise import PointwiseParameters
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Table = dict[str, Any]
 SMALLEST, LARGEST = 1e-20, 1e20  # no figure of a device, in SI units, comes near them
-P = TypeVar(
-    "P",
-    GemmParameters,
-    AttentionParameters,
-    PointwiseParameters,
-    CpuGemmParameters,
-    CpuAttentionParameters,
-    CpuStreamParameters,
-)
+P = TypeVar("P", bound="DataclassInstance")
 
 _MAY_BE_MISSING = ("power_share", "load_energy", "cold", "shared_bytes", "half", "backward_half")  # newer than files
 _MAY_BE_ZERO = {

@@ -3,7 +3,7 @@
 Two segments in sequence: (Δ₁+Δ₂, max(p₁, Δ₁+p₂)). A segment repeated n times: (n·Δ, p + (n-1)·max(Δ, 0)).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..program.dims import Dim, larger
 from ..program.part import Group, Part
@@ -11,8 +11,7 @@ from ..recording.record import held_bytes
 from ..recording.step import Step
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """Net change of live bytes, and the highest point above the start."""
 
     delta: Dim = 0

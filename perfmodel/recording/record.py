@@ -4,7 +4,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .. import optimizers
 from ..architectures.base import Architecture, Build, Scope
@@ -20,9 +20,11 @@ from ..tape.engine import run_backward
 from ..tape.tensor import Flow, Tensor
 from . import reuse as sharing
 from . import zero
-from .program import RecordedModel
 from .reuse import MicroBatches, Shared
 from .step import Step
+
+if TYPE_CHECKING:
+    from .program import RecordedModel
 
 Kept = dict[Any, tuple[Tensor, Part]]  # attributes of modules (`Build.kept`)
 
@@ -81,8 +83,8 @@ def _micro_batches(step: Step, tape: Tape, programs: dict[Any, Any]) -> Callable
     Args:
         programs: what was compiled already (`passes.compile`).
     """
-    if isinstance(step.architecture, RecordedModel):
-        return _replayed(step, step.architecture, tape.capability)
+    if step.architecture.recorded:
+        return _replayed(step, tape.capability)
     kept: Kept = {}
     further, ending = step.setup.grad_accum - 1, 0
     tape.alike = further > 0 and not step.zero
@@ -103,9 +105,9 @@ def _micro_batches(step: Step, tape: Tape, programs: dict[Any, Any]) -> Callable
     return end
 
 
-def _replayed(step: Step, model: RecordedModel, capability: str) -> Callable[[], None]:
+def _replayed(step: Step, capability: str) -> Callable[[], None]:
     """The micro-batches of a recorded program."""
-    setup = step.setup
+    setup, model = step.setup, cast("RecordedModel", step.architecture)
     program = model.program(step.method, setup, step.device, capability)
     made = program.micro_batches(setup.batch, setup.seq, setup.grad_accum)
     step.groups = [Group(parts, repeat) for parts, repeat in made.groups]
@@ -167,7 +169,7 @@ def _besides(step: Step, work: Periodic, capability: str) -> PeriodicOps:
 
 def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
     """Raise `UserError` where the setup's kernels or attention do not fit the model; a recorded one says so itself."""
-    if isinstance(architecture, RecordedModel):
+    if architecture.recorded:
         return
     if setup.engine != "torch":
         zero.check_zero3(setup, method)

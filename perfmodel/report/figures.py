@@ -1,8 +1,8 @@
 """The rows of a comparison, for whatever shows them: text of each method's figure, and which one is best."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from .. import units
 from ..prediction.predict import Prediction
@@ -14,16 +14,14 @@ from ..setup import Setup
 Figure = Callable[[Prediction], Any]
 
 
-@dataclass(frozen=True)
-class FigureCell:
+class FigureCell(NamedTuple):
     """One method's figure."""
 
     text: str
     best: bool = False
 
 
-@dataclass(frozen=True)
-class FigureRow:
+class FigureRow(NamedTuple):
     """One figure of every method."""
 
     name: str

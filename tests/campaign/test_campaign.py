@@ -84,7 +84,7 @@ def test_a_campaign_that_is_killed_at_any_moment_loses_doubles_and_tears_no_reco
     folder, times, root = tmp_path / "c", 6, Path(__file__).parents[2]
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
     begin = [sys.executable, "-c", KILLED, str(planned), str(folder), str(times)]
-    end = [sys.executable, "-m", "perfmodel.cli", "validate", "campaign", "--device", "cpu", "--threads", "1"]
+    end = [sys.executable, "-m", "perfmodel", "validate", "campaign", "--device", "cpu", "--threads", "1"]
     end += ["--budget", "5m", "--plan", str(planned), "--output", str(folder), "--json"]
     for words in (begin, end):
         done = subprocess.run(words, env=variables, capture_output=True, text=True, check=False, cwd=root)

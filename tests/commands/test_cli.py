@@ -142,7 +142,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(mistake: str) -> None:
 def test_a_mistake_is_one_line_in_a_real_process_too(mistake: str) -> None:
     """The runner catches exceptions that a shell would show."""
     args, expected = MISTAKES[mistake]
-    done = process("-m", "perfmodel.cli", *args)
+    done = process("-m", "perfmodel", *args)
     assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr

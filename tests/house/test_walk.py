@@ -32,7 +32,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def predicted(house: Path, *options: str) -> Any:
     environment = os.environ | {"PYTHONPATH": str(house)}
     run = subprocess.run(
-        [sys.executable, "-m", "perfmodel.cli", "predict", *options, "--json"],
+        [sys.executable, "-m", "perfmodel", "predict", *options, "--json"],
         cwd=house, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr

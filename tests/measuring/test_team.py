@@ -38,7 +38,7 @@ def visits(site: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[s
     folder = tmp_path_factory.mktemp("team")
     output = folder / "records.jsonl"
     (folder / "grid.toml").write_text(GRID)
-    measure = "perfmodel.cli validate measure --device cpu --grid grid.toml --parallel"
+    measure = "perfmodel validate measure --device cpu --grid grid.toml --parallel"
     for kind in team.KINDS:
         torchrun = "OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2"
         done = typed(f"{torchrun} -m {measure} {kind}", site, folder)

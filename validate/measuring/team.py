@@ -1,6 +1,6 @@
 """Steps that several processes share: DDP or FSDP2 under torchrun (NCCL between GPUs, gloo between CPU processes).
 
-    torchrun --nproc-per-node 2 -m perfmodel.cli validate measure --device cuda --parallel fsdp2 ...
+    torchrun --nproc-per-node 2 -m perfmodel validate measure --device cuda --parallel fsdp2 ...
 
 Every process trains on a batch of its own, of the cell's size.
 """
@@ -72,7 +72,7 @@ def join(kind: str, device: str) -> Team:
         UserError: not started by torchrun.
     """
     if not under_torchrun():
-        started = f"torchrun --nproc-per-node 2 -m perfmodel.cli validate measure --parallel {kind} ..."
+        started = f"torchrun --nproc-per-node 2 -m perfmodel validate measure --parallel {kind} ..."
         raise UserError(f"--parallel {kind} needs several processes: {started}")
     backend = "nccl" if device == "cuda" else "gloo"
     if device == "cuda":

@@ -7,7 +7,7 @@ step. The figures of the step stay without them.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ... import optimizers
 from ...architectures.base import Architecture
@@ -53,8 +53,7 @@ class Periodic:
             raise UserError(f"{self.what}: the steps between two of it must be one integer, got {self.every!r}")
 
 
-@dataclass(frozen=True)
-class PeriodicOps:
+class PeriodicOps(NamedTuple):
     """Recorded periodic work: its parts, one after another."""
 
     what: str
