@@ -86,7 +86,7 @@ SHORT = {
     "perfmodel validate layers": Short(says="LoRAFusion"),
     "perfmodel validate tuners": Short(patch=f"{TUNERS}('lora-rank32', 'prompt_tuning-default')]", says="worst"),
     "perfmodel validate counts --grid quick": Short(
-        patch=f"{COUNTS} cases.grid = lambda which: islice(g(which), 0, 200, 70)", says=" 0 cases differ"
+        patch=f"{COUNTS} cases.grid = lambda which: islice(g(which), 0, 140, 70)", says=" 0 cases differ"
     ),
     "perfmodel validate counts --grid all": Short(
         patch=f"{COUNTS} cases.grid = lambda which: islice(g(which), 7, 8)", says=" 0 cases differ"

@@ -34,7 +34,7 @@ few = settings(
     phases=[Phase.explicit, Phase.generate],
 )  # fmt: skip
 LLAMA = {
-    "model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
+    "model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 32000,
 }  # fmt: skip
 
