@@ -1,11 +1,13 @@
 """What every test starts from."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from documented import install_wheel
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # there are as many workers as cores: threads of theirs wait in turn
 KERNELS = Path(__file__).parent / "fixtures" / "kernels"
 
 
