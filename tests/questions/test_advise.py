@@ -20,7 +20,9 @@ from perfmodel.devices import profile
 from perfmodel.errors import UserError
 from perfmodel.prediction import memory
 from perfmodel.questions import knobs
+from perfmodel.questions.advice import Advice, Candidate, Change
 from perfmodel.recording.reuse import Shared
+from perfmodel.report.advice import _answer
 
 MODEL, DEVICE, CPU = "smollm2-135m", "l40s", "cpu-xeon-2.5ghz-1t"
 advise_module = import_module("perfmodel.questions.advice")
@@ -265,3 +267,11 @@ def test_liger_is_offered_where_it_exists_and_is_not_used(model: str, kernels: s
     """A change that is none, or that no program has, would be advice for nothing."""
     choices = knobs._kernels(architecture_of(model), setup_of(model, kernels=kernels))
     assert len(choices) == 1 + offered
+
+
+@pytest.mark.parametrize(("changes", "told"), [(("a",), "a"), (("a", "b"), "a and b"), (("a", "b", "c"), "a, b and c")])
+def test_changes_are_listed_as_people_do(changes: tuple[str, ...], told: str) -> None:
+    """The sentence that most readers stop at."""
+    start, best = (Candidate(names, predict("gpt2", "full", device="l40s", seq=16), True) for names in ((), changes))
+    path = [Change("x", 0.0, 0, best)]
+    assert _answer(Advice(start, best, path, path, [], 2, True, 1e9)).endswith(f"with {told}")

@@ -11,6 +11,7 @@ from perfmodel.devices import engine, host
 from perfmodel.errors import UserError
 from perfmodel.imports import read
 from perfmodel.prediction.predict import Prediction
+from perfmodel.recording import zero
 from perfmodel.report.figures import headline
 
 ZERO3 = "deepspeed-zero3"
@@ -153,3 +154,8 @@ def test_a_comparison_does_not_give_one_methods_engine_to_all() -> None:
     shared = compare(PLACE["model"], ["full", "lora:r=8"], Setup(seq=64, engine=ZERO3), PLACE["device"])
     assert ZERO3 not in headline(alone.predictions[0])
     assert ZERO3 in headline(shared.predictions[0])
+
+
+def test_what_was_measured_elsewhere_is_said_of_deepspeed_alone() -> None:
+    """A note on every answer is a note that nobody reads."""
+    assert [zero.NOTE in step(engine=name).notes for name in ("torch", ZERO3)] == [False, True]
