@@ -47,7 +47,6 @@ class Mixture(Llama):
     expert_width: int = 0
 
     router: ClassVar[str] = "mlp.gate"  # its name in a block
-    counted_as: ClassVar[tuple[str, str]] = ("num_local_experts", "num_experts_per_tok")  # keys of a config
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -56,9 +55,10 @@ class Mixture(Llama):
 
     @classmethod
     def widths(cls, config: Config) -> dict[str, Any]:
-        experts, top_k = (cls.count(config, key, 0) for key in cls.counted_as)
+        written = "num_experts" if "num_experts" in config.values else "num_local_experts"  # one to transformers
+        experts, top_k = (cls.count(config, key, 0) for key in (written, "num_experts_per_tok"))
         if not 0 < top_k <= experts:
-            raise UserError(f"{config.origin}: {cls.counted_as[1]} {top_k} must be from 1 to the {experts} experts")
+            raise UserError(f"{config.origin}: num_experts_per_tok {top_k} must be from 1 to the {experts} experts")
         found = super().widths(config)
         return {**found, "experts": experts, "top_k": top_k, "expert_width": found["intermediate"]}
 

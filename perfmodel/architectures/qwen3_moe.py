@@ -31,10 +31,9 @@ class Qwen3Moe(Mixture, Qwen3):
 
     traits: ClassVar[Traits] = replace(Qwen3.traits, targets=Targets(), stacked=STACKED)
     defaults: ClassVar[dict[str, int]] = {
-        "num_key_value_heads": 4, "sliding_window": 4096, "num_experts": 128, "num_experts_per_tok": 8,
+        "num_key_value_heads": 4, "sliding_window": 4096, "num_local_experts": 128, "num_experts_per_tok": 8,
         "moe_intermediate_size": 768,
     }  # fmt: skip
-    counted_as: ClassVar[tuple[str, str]] = ("num_experts", "num_experts_per_tok")
 
     @classmethod
     def widths(cls, config: Config) -> dict[str, Any]:
