@@ -23,7 +23,7 @@ from perfmodel.setup import Setup
 from perfmodel.tracing.programs import models
 from perfmodel.tracing.trace import Trace, trace_step
 from validate.oracle import counts
-from validate.oracle.cases import NO_DROPOUT, WHOLE, Case, fitting, further, grid, with_targets
+from validate.oracle.cases import NO_DROPOUT, REAL, WHOLE, Case, fitting, further, grid, with_targets
 
 LORA = "lora:r=4"
 WIDE = "lora:r=4,targets=all-linear,dropout=0.1"
@@ -203,3 +203,13 @@ def test_lengths_of_the_grid_are_odd(which: str) -> None:
     lengths = {case.setup.seq for case in grid(which)}
     assert len(lengths) > 1
     assert all(seq % 2 for seq in lengths)
+
+
+def test_the_grids_hold_what_they_promise() -> None:
+    """A grid that leaves something out finds no difference in it."""
+    names = {case.config.name for case in grid("standard")}
+    assert {name for name in REAL if name not in names} == set()
+    quick = list(grid("quick"))
+    assert {case.setup.checkpoint for case in quick} == {"none", "block", "block-reentrant"}
+    prefixes = {case.setup.checkpoint for case in quick if case.method.startswith("prefix_tuning")}
+    assert prefixes == {"none"}  # they do not work with checkpoints
