@@ -7,8 +7,8 @@ from .autograd import differentiate
 from .core import emit, new_tensor, record, tape
 from .elementary import div, div_backward
 from .pointwise import scale
-from .shape import clone, view
-from .tensor import Grads, Node, Tensor
+from .shape import clone, squeeze, view
+from .tensor import Grads, Node, Storage, Tensor
 
 Grad = Tensor | None
 
@@ -73,6 +73,47 @@ def _copy_slices_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     if node.needs[0]:
         record("copy_", (grad_slice, grad), (grad_slice,))
     return (result if node.needs[0] else None, grad)
+
+
+def zero_in_view(x: Tensor, flags: Tensor) -> Tensor:
+    """`x[flags] = 0.0` on a view x that lacks the last dim, of size 1, of another tensor; returns x with its new graph.
+
+    As `_add_to_view`, but that the gradient is put to zero where the flags are.
+    """
+    number = Tensor((), x.dtype, (), 1, Storage(0, None))
+    record("index_put_", (x, flags, number), (x,))
+    if x.node is None:
+        return x
+    (edge,) = x.node.edges
+    assert edge is not None
+    base = Tensor((*x.shape, 1), x.dtype, (*x.strides, 1), x.numel, x.storage)
+    (base.node, base.slot), base.requires_grad = edge, True
+    node = differentiate("CopySlices", (base,), _zeroed_backward)
+    assert node is not None
+    node.save(flags)
+    base = base.alias()
+    node.produces(base)
+    if tape().view_replay:
+        return squeeze(base, -1)
+    x = x.alias()
+    again = differentiate("AsStridedBackward0", (base,), _as_strided_backward, (base.shape,))
+    assert again is not None
+    again.produces(x)
+    return x
+
+
+def _zeroed_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (flags,) = grads, node.unpack()
+    assert g is not None
+    result = new_tensor(g.shape, g.dtype)
+    record("new_empty_strided", (g,), (result,))
+    record("copy_", (result, g), (result,))
+    grad_slice = squeeze(result, -1)
+    grad = clone(grad_slice)
+    zeros = emit("new_zeros", (grad,), (), grad.dtype)
+    put = emit("index_put", (grad, flags, zeros), grad.shape, grad.dtype)
+    record("copy_", (grad_slice, put), (grad_slice,))
+    return (result,)
 
 
 def frobenius_norm(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import logging
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -288,6 +288,8 @@ def trace_step(
     keep: Callable[[str, Any, Any, Any, Any], None] | None = None,
     make: Callable[[Any, str], Any] = updates.standard,
     real: bool = False,
+    loss_of: Callable[[], torch.Tensor] | None = None,
+    beside: Sequence[torch.Tensor] = (),
 ) -> Trace:
     """Trace one steady-state training step (the second) of a model built on the meta device, or of a `real` one.
 
@@ -300,6 +302,8 @@ def trace_step(
         device: "cpu", or "cuda" with a CUDA build of torch (then only the forward pass can be traced).
         keep: sees every call of the traced step (see `Recorder`).
         make: the optimizer of the model in that form.
+        loss_of: makes the loss, and enters autocast by itself; None: the model's own is taken.
+        beside: tensors that are there besides the model's and the optimizer's.
     """
     # some tuners of peft keep plain tensors (indices, token ids) beside their parameters
     mode: Any = nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=keep is not None)
@@ -325,8 +329,11 @@ def trace_step(
         for _ in range(setup.grad_accum):
             amp = torch.autocast(device, TORCH_DTYPES[setup.amp]) if setup.amp else nullcontext()
             with observe("forward"):
-                with amp:
-                    loss = model(input_ids=ids, attention_mask=attention, labels=labels).loss
+                if loss_of is not None:
+                    loss: Any = loss_of()
+                else:
+                    with amp:
+                        loss = model(input_ids=ids, attention_mask=attention, labels=labels).loss
                 if setup.grad_accum > 1:
                     loss = loss / setup.grad_accum
             if forward_only:
@@ -345,7 +352,7 @@ def trace_step(
     with eager_program(), mode:
         # The counter's module hooks keep recomputed graphs alive, so it has a step of its own.
         run(lambda phase: _counting(phase, recorder))
-        recorder.hold([*model.parameters(), *updates.held(update)])
+        recorder.hold([*model.parameters(), *beside, *updates.held(update)])
         recorder.recording = True
         run(recorder.observe)
     return recorder.trace
