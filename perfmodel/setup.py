@@ -17,7 +17,8 @@ CHECKPOINT = ("none", "block", "block-reentrant")
 KERNELS = ("torch", "liger")
 COMPILE = ("none", "default", "reduce-overhead")
 ENGINES = ("torch", "deepspeed-zero3")
-OBJECTIVES = ("sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "prm")  # one file each in `perfmodel/objectives/`
+# each in a file of `perfmodel/objectives/`
+OBJECTIVES = ("sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "prm", "grpo")
 PAIRS = ("dpo", "orpo", "cpo", "simpo", "reward")  # those whose sample is a chosen and a rejected sequence
 REFERENCES = ("auto", "model", "adapter-off", "precomputed")
 LARGEST = 2**24  # tokens of a sequence, samples of a batch: beyond this it is a typing error
@@ -48,9 +49,10 @@ class Setup:
         routing: how evenly the routers of a mixture of experts load them: balanced, or zipf:EXPONENT, by which the
             share of an expert falls with its rank.
         objective: what is trained for (`OBJECTIVES`): sft, or a loss of TRL's trainers.
-        reference: where the log-probabilities of the reference come from that dpo and kto compare with: a frozen model,
-            the model without its adapters, or a table made before training; auto: without adapters where there are
-            adapters, else a frozen model.
+        prompt: tokens of a sequence that are its prompt, None for half of them; GRPO has no logits of them.
+        reference: where the log-probabilities of the reference come from that dpo, kto and grpo compare with: a frozen
+            model, the model without its adapters, or a table made before; auto: without adapters where there are
+            adapters, else a frozen model; for grpo none.
         engine: what runs the step: torch, or deepspeed-zero3 (`perfmodel.recording.zero`); a method may name its own.
     """
 
@@ -70,6 +72,7 @@ class Setup:
     engine: str = "torch"
     routing: str = "balanced"
     objective: str = "sft"
+    prompt: int | None = None
     reference: str = "auto"
 
     def __post_init__(self) -> None:
@@ -88,6 +91,8 @@ class Setup:
             one_of("amp", self.amp, ("bf16", "fp16"))
             if self.dtype not in ("fp32", self.amp):
                 raise UserError(f"amp {self.amp} goes with fp32 or {self.amp} weights, got dtype {self.dtype}")
+        if self.prompt is not None and (positive("prompt", self.prompt) >= np.min(self.seq)):
+            raise UserError(f"prompt {self.prompt} leaves nothing of seq {np.min(self.seq)} to a completion")
         exponent_of(self.routing)
         if self.attention == "flash2" and self.dtype == "fp32" and self.amp is None:
             raise UserError("attention flash2 needs a 16-bit dtype; use sdpa with fp32")
@@ -103,6 +108,11 @@ class Setup:
     def tokens(self) -> Dim:
         """Tokens of one optimizer step."""
         return self.sequences * self.seq * self.grad_accum
+
+    @property
+    def prompt_tokens(self) -> Dim:
+        """Tokens of a sequence that are its prompt."""
+        return (self.seq + 1) // 2 if self.prompt is None else self.prompt
 
     @property
     def explicit_mask(self) -> bool:

@@ -7,12 +7,12 @@ loss/loss_utils.py.
 from collections.abc import Callable
 
 from ..errors import UserError
-from ..program.dims import decide, product
+from ..program.dims import decide, product, same
 from ..tape.core import emit
 from ..tape.gather import picked
 from ..tape.nn import causal_lm_loss, cross_entropy
 from ..tape.pointwise import cast, dropout, fill, mul
-from ..tape.shape import view
+from ..tape.shape import narrow, view
 from ..tape.split import select
 from ..tape.tensor import Tensor
 from .base import Scope
@@ -34,6 +34,8 @@ def decoder_loss(
     architecture = model.build.architecture
     classifier = architecture.classifier
     if classifier is None:
+        kept = model.build.logits_to_keep
+        hidden = hidden if kept is None or same(kept, hidden.shape[1]) else narrow(hidden, 1, kept)
         logits = scaled(model.lm_head(hidden, words, architecture.vocab, bias=bias))
         return causal_lm_loss(logits, labels) if model.build.labelled else logits
     if classifier.of == "token":

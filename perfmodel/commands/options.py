@@ -220,9 +220,11 @@ def _how() -> tuple[Decorator, ...]:
                      help="Load of a mixture's experts: balanced, or zipf:1.1 (a share falls with its rank)."),
         click.option("--objective", type=click.Choice(OBJECTIVES), default="sft", show_default=True,
                      help="What is trained for. Of dpo, orpo, cpo, simpo and reward a sample is a pair of sequences."),
+        click.option("--prompt", type=int,
+                     help="Tokens of a sequence that are its prompt, of which grpo has no logits; default half."),
         click.option("--reference", type=click.Choice(REFERENCES), default="auto", show_default=True,
-                     help="What dpo and kto compare with: auto is the model without its adapters, where it has some, "
-                     "else a second, frozen model."),
+                     help="What dpo, kto and grpo compare with: auto is the model without its adapters, where it has "
+                     "some, else a second, frozen model; for grpo nothing."),
         click.option("--engine", type=click.Choice(ENGINES), default="torch", show_default=True,
                      help="What runs the step; `METHOD:engine=NAME` for one method alone."),
         click.option("--clip-grad/--no-clip-grad", default=True, show_default=True, help="Clip the gradient norm."),

@@ -58,7 +58,6 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         keys.differ("fp32 products without TF32", "tf32")
     method = _method(keys, adapter, dtype or "fp32")
     setup: dict[str, Any] = {
-        **objective,
         "engine": engine(keys, zero3=not objective),
         "batch": keys.count("micro_batch_size", 1),
         "seq": keys.count("sequence_len", 512),
@@ -72,6 +71,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "clip_grad": clips(keys, "max_grad_norm", keys.number("gradient_clipping", 1.0)),
         "kernels": _kernels(keys),
     }
+    setup |= objective
     if _keeps_fp32(keys, adapter, dtype):
         keys.differ("embeddings and norms in the dtype of the rest, not in fp32")
     notes = []

@@ -14,6 +14,8 @@ DPO_LOSSES = (
 OF_KTO = ("desirable_weight", "undesirable_weight")
 OF_CPO = ("cpo_alpha", "simpo_gamma")
 OF_REWARD = ("center_rewards_coefficient",)
+OF_GRPO = ("num_generations", "max_completion_length", "use_vllm", "scale_rewards", "epsilon", "reward_funcs")
+OUTSIDE = "the training step alone, without generation and rewards"
 OF_PREFERENCES = (
     "beta", "max_prompt_length", "precompute_ref_log_probs", "precompute_ref_batch_size", "ref_model", "loss_weights",
     "label_smoothing", "f_divergence_type", "use_weighting", "sync_ref_model", "ld_alpha", "rpo_alpha",
@@ -42,6 +44,8 @@ def of_trl(keys: Keys) -> dict[str, Any]:
         return preference(keys, "simpo" if "simpo" in losses else "cpo")
     if any(_has(keys, key) for key in OF_REWARD):
         return preference(keys, "reward")
+    if any(key in keys.values for key in OF_GRPO):
+        return grpo(keys, keys, keys.count("max_prompt_length", 512), adapters=keys.flag("use_peft"))
     if not asked and not set(losses) & set(DPO_LOSSES):
         return {}
     name = folder or "dpo"
@@ -65,6 +69,24 @@ def preference(keys: Keys, name: str) -> dict[str, Any]:
     return found
 
 
+def grpo(keys: Keys, options: Keys, prompt: int, *, adapters: bool) -> dict[str, Any]:
+    """GRPO's training step; with a weight of the divergence there is a reference.
+
+    Args:
+        options: the keys of GRPOConfig.
+        prompt: tokens of a prompt.
+    """
+    keys.used.update((*OF_GRPO, *OF_PREFERENCES))
+    keys.differ(OUTSIDE, *[key for key in OF_GRPO if key in keys.values][:1])
+    if options.get("loss_type") not in (None, "dapo"):
+        keys.differ("GRPO's loss as dapo has it", "loss_type")
+    completion = options.count("max_completion_length", 256)
+    found: dict[str, Any] = {"objective": "grpo", "prompt": prompt, "seq": prompt + completion}
+    if options.number("beta"):
+        found["reference"] = "adapter-off" if adapters else "model"
+    return found
+
+
 def of_axolotl(keys: Keys) -> dict[str, Any]:
     """Objective and reference of an Axolotl file (core/builders/rl.py); empty for SFT.
 
@@ -80,6 +102,12 @@ def of_axolotl(keys: Keys) -> dict[str, Any]:
         return {}
     if word == "ipo":
         keys.differ("DPO's sigmoid loss", "rl")
+    if word in ("grpo", "gdpo"):
+        section = keys.get("trl") or {}
+        if not isinstance(section, dict):
+            raise keys.wrong("trl", "a mapping")
+        adapted = keys.text("adapter") is not None
+        return grpo(keys, Keys(section, f"{keys.origin}: trl"), keys.count("sequence_len", 512), adapters=adapted)
     name = {"ipo": "dpo"}.get(word, word)
     if name not in ("dpo", "kto", "orpo", "simpo"):
         raise no_sft(keys, f"rl {word!r}", "remove rl")

@@ -43,7 +43,6 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     dtype = keys.one_of("dtype", DTYPES, None) or keys.one_of("torch_dtype", DTYPES, "fp32")
     objective = of_trl(keys)
     setup: dict[str, Any] = {
-        **objective,
         "engine": engine(keys, zero3=not objective),
         "batch": keys.count("per_device_train_batch_size", 8),
         "grad_accum": keys.count("gradient_accumulation_steps", 1),
@@ -59,6 +58,7 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     length = keys.get("max_length") or keys.get("max_seq_length")
     if length is not None or is_trl:
         setup["seq"] = keys.count("max_length", keys.count("max_seq_length", 1024))
+    setup |= objective
     if not objective:
         _loss(keys, is_trl and setup["kernels"] == "torch")
     elif setup["kernels"] == "liger":

@@ -32,7 +32,7 @@ from .parts.logps import (
 class Dpo(Objective):
     """Direct preference optimisation: chosen above rejected sequences, as against a reference."""
 
-    compares = True
+    compares = "always"
 
     def loss(self, passes: Passes) -> Tensor:
         input_ids, attention_mask, completion_mask = (passes.tensor() for _ in range(3))

@@ -11,21 +11,20 @@ from collections.abc import Callable
 from ..architectures.masks import read_scalar
 from ..program.dims import Dim, decide
 from ..tape.core import emit, tape
-from ..tape.elementary import div
 from ..tape.pointwise import cat, mul, sigmoid, sub
-from ..tape.scores import complement, mean_all, nan_sum, numbers, samples_at, sum_all
+from ..tape.scores import complement, mean_all, nan_sum, samples_at
 from ..tape.shape import detach
 from ..tape.tensor import Tensor
 from .dpo import logps_of
 from .parts.base import Objective, Passes, objective
-from .parts.logps import log_entropy, log_sum, log_tokens, without_first, without_last
+from .parts.logps import log_entropy, log_sum, log_tokens, nan_mean, without_first, without_last
 
 
 @objective("kto", title="KTO", source="trl/trainer/kto_trainer.py (1.8)")
 class Kto(Objective):
     """Kahneman-Tversky optimisation: desirable sequences up, others down, as against a reference."""
 
-    compares = True
+    compares = "always"
 
     def loss(self, passes: Passes) -> Tensor:
         samples = passes.setup.batch
@@ -61,7 +60,7 @@ class Kto(Objective):
         for each in zip(rewards, kinds_of_logps, kinds_of_logits, strict=True):
             for value in each:
                 read_scalar(nan_sum(nan_sum(value)))
-        return _nan_mean(losses)
+        return nan_mean(losses)
 
 
 def _kinds(samples: Dim) -> list[Dim]:
@@ -76,9 +75,3 @@ def _logps(
     """Logits, and log-probabilities of completions."""
     logits = logits_of(input_ids, attention_mask)
     return logits, logps_of(without_last(logits), without_first(input_ids), without_first(completion_mask))
-
-
-def _nan_mean(losses: Tensor) -> Tensor:
-    """`losses.nanmean()`."""
-    real = sum_all(numbers(detach(losses)))
-    return div(nan_sum(losses), real)

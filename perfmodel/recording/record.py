@@ -203,7 +203,7 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     tape.begin("inputs", "forward")
     parameters, loss = _forward(step, setup, method, kept)
     tape.renew(loss)
-    if setup.grad_accum > 1:
+    if setup.grad_accum > 1 and objectives.found(setup.objective).scaled:
         tape.loss = loss = div(loss, setup.grad_accum)
     if not loss.requires_grad:
         raise UserError(f"method {method.spec()}: nothing trains in {step.architecture.name}")

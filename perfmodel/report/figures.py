@@ -105,7 +105,7 @@ def setup_line(s: Setup) -> str:
     usual = Setup()
     batch = f"batch {s.batch}{' pairs' if s.objective in PAIRS else ''}"
     told = [f"{batch} x {s.seq} tokens", f"{s.dtype}{f' amp {s.amp}' if s.amp else ''}", s.optimizer]
-    told += [s.objective] if s.objective != usual.objective else []
+    told += [f"{s.objective}{' without generation' if s.objective == 'grpo' else ''}"] if s.objective != "sft" else []
     told += [f"reference {s.reference}"] if s.reference != usual.reference else []
     told += [f"{s.grad_accum} micro-batches"] if s.grad_accum > 1 else []
     told += [f"checkpoint {s.checkpoint}"] if s.checkpoint != usual.checkpoint else []

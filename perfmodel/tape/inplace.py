@@ -1,6 +1,6 @@
 """In-place addition to what a linear layer returned, and how autograd differentiates it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..program.dims import product
 from .autograd import differentiate
@@ -114,6 +114,49 @@ def _zeroed_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     put = emit("index_put", (grad, flags, zeros), grad.shape, grad.dtype)
     record("copy_", (grad_slice, put), (grad_slice,))
     return (result,)
+
+
+def divide_view(x: Tensor, part_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """`part /= number` on a part of x, a view of other sizes; returns the part with its new graph."""
+    with tape().no_grad():
+        part = part_of(x)
+    record("div_.Tensor", (part,), (part,))
+    node = differentiate("CopySlices", (x,), _divide_view_backward, (part_of,))
+    if node is None:
+        return part
+    base = x.alias()
+    node.produces(base)
+    if tape().view_replay:
+        return part_of(base)
+    again = differentiate("AsStridedBackward0", (base,), _part_backward, (part_of, x.shape))
+    assert again is not None
+    part = part.alias()
+    again.produces(part)
+    return part
+
+
+def _divide_view_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (part_of,) = grads, node.attrs
+    assert g is not None
+    result = new_tensor(g.shape, g.dtype)
+    record("new_empty_strided", (g,), (result,))
+    record("copy_", (result, g), (result,))
+    grad_slice = part_of(result)
+    divided = div(emit("clone", (grad_slice,), grad_slice.shape, g.dtype), 1.0)
+    record("copy_", (grad_slice, divided), (grad_slice,))
+    return (result,)
+
+
+def _part_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    """The gradient is written into zeros of the whole."""
+    (g,), (part_of, shape) = grads, node.attrs
+    assert g is not None
+    flat = new_tensor((product(shape),), g.dtype)
+    record("new_zeros", (g,), (flat,))
+    written = view(flat, shape)
+    part = part_of(written)
+    record("copy_", (part, g), (part,))
+    return (written,)
 
 
 def frobenius_norm(x: Tensor) -> Tensor:

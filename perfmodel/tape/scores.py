@@ -102,8 +102,37 @@ def _mean_all_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 
 def sum_all(x: Tensor) -> Tensor:
-    """`x.sum()` of what needs no gradient; flags are counted."""
-    return emit("sum", (x,), (), "i64" if x.dtype == "bool" else x.dtype)
+    """`x.sum()`; flags are counted."""
+    node = differentiate("SumBackward0", (x,), _sum_all_backward, (x.shape,))
+    return emit("sum", (x,), (), "i64" if x.dtype == "bool" else x.dtype, node=node)
+
+
+def _sum_all_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (shape,) = grads, node.attrs
+    assert g is not None
+    return (view_as("expand", g, shape, (0,) * len(shape)),)
+
+
+def lesser(a: Tensor, b: Tensor) -> Tensor:
+    """`torch.min(a, b)`, the gradient halved where they are equal."""
+    node = differentiate("MinimumBackward0", (a, b), _lesser_backward)
+    if node:
+        node.save(a, b)
+    return _elementwise("minimum", (a, b), node)
+
+
+def _lesser_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (a, b) = grads, node.unpack()
+    assert g is not None
+
+    def part(other: str) -> Tensor:
+        equal, halved = _elementwise("eq.Tensor", (a, b), dtype="bool"), _elementwise("div.Tensor", (g,))
+        grad = _elementwise("where.self", (equal, halved, g), dtype=g.dtype)
+        beyond = _elementwise(other, (a, b), dtype="bool")
+        record("masked_fill_.Scalar", (grad, beyond), (grad,))
+        return grad
+
+    return (part("gt.Tensor") if node.needs[0] else None, part("lt.Tensor") if node.needs[1] else None)
 
 
 def natural_exp(x: Tensor) -> Tensor:

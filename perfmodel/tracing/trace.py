@@ -302,7 +302,7 @@ def trace_step(
         device: "cpu", or "cuda" with a CUDA build of torch (then only the forward pass can be traced).
         keep: sees every call of the traced step (see `Recorder`).
         make: the optimizer of the model in that form.
-        loss_of: makes the loss, and enters autocast by itself; None: the model's own is taken.
+        loss_of: makes the loss that is differentiated; None: the model's own is taken, under autocast.
         beside: tensors that are there besides the model's and the optimizer's.
     """
     # some tuners of peft keep plain tensors (indices, token ids) beside their parameters
@@ -334,8 +334,8 @@ def trace_step(
                 else:
                     with amp:
                         loss = model(input_ids=ids, attention_mask=attention, labels=labels).loss
-                if setup.grad_accum > 1:
-                    loss = loss / setup.grad_accum
+                    if setup.grad_accum > 1:
+                        loss = loss / setup.grad_accum
             if forward_only:
                 return
             if recorder.recording:

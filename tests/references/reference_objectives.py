@@ -35,9 +35,18 @@ class Run:
     reference: Any
     setup: Setup
 
-    def ids(self, sequences: int | None = None) -> torch.Tensor:
-        shape = (sequences or self.setup.sequences, self.setup.seq)
-        return torch.arange(shape[0] * shape[1]).view(shape) % 100
+    def __post_init__(self) -> None:
+        """What a data loader brings: made before anything is recorded."""
+        samples = self.setup.batch
+        self.ids, self.half = (
+            torch.arange(n * self.setup.seq).view(n, self.setup.seq) % 100 for n in (self.setup.sequences, samples)
+        )
+        self.ones, self.half_ones = torch.ones_like(self.ids), torch.ones_like(self.half)
+        prompt = self.setup.prompt_tokens
+        self.prompts, self.completions = self.ids[:, :prompt].clone(), self.ids[:, prompt:].clone()
+        self.prompt_ones, self.completion_ones = torch.ones_like(self.prompts), torch.ones_like(self.completions)
+        self.advantages, self.tokens = torch.ones(samples), torch.tensor(self.completions.numel())
+        self.table = torch.zeros(samples)  # log-probabilities that were made before
 
     @contextmanager
     def without_gradient(self) -> Any:
@@ -74,27 +83,29 @@ def of_sequences(logits: torch.Tensor, ids: torch.Tensor, completions: torch.Ten
     return each.sum(1)
 
 
-def log_entropy(logits: torch.Tensor, mask: torch.Tensor) -> None:
+def entropy_of(logits: torch.Tensor) -> torch.Tensor:
     flat = logits.reshape(-1, logits.shape[-1])
     entropies = []
     for chunk in flat.split(128, dim=0):
         logs = F.log_softmax(chunk, -1)
         entropy = -(torch.exp(logs) * logs).sum(-1)
         entropies.append(entropy)
-    each = torch.cat(entropies).reshape(logits.shape[:-1])
-    del flat, chunk, logs, entropy, entropies
+    return torch.cat(entropies).reshape(logits.shape[:-1])
+
+
+def log_entropy(logits: torch.Tensor, mask: torch.Tensor) -> None:
+    each = entropy_of(logits)
     part, whole = (each * mask).sum().sum(), mask.sum().sum()
     assert not whole > 0 or (part / whole).item() is not None
 
 
 def dpo(run: Run) -> torch.Tensor:
-    ids = run.ids()
-    ones = torch.ones_like(ids)
+    ids, ones = run.ids, run.ones
     outputs = run.model(input_ids=ids, attention_mask=ones, use_cache=False)
     logits, mask = outputs.logits[:, :-1], ones[:, 1:]
     chosen, rejected = of_sequences(logits, ids, ones).chunk(2)
     if run.setup.reference == "precomputed":
-        reference_chosen, reference_rejected = torch.zeros(2, run.setup.batch).unbind()
+        reference_chosen = reference_rejected = run.table
     else:
         with run.without_gradient() as model:
             reference_outputs = model(input_ids=ids, attention_mask=ones, use_cache=False)
@@ -131,8 +142,7 @@ def log_means(*values: torch.Tensor) -> None:
 
 
 def reward(run: Run) -> torch.Tensor:
-    ids = run.ids()
-    ones = torch.ones_like(ids)
+    ids, ones = run.ids, run.ones
     outputs = run.model(input_ids=ids, attention_mask=ones, use_cache=False)
     chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
     loss = -F.logsigmoid(chosen - rejected).mean()
@@ -146,9 +156,9 @@ def reward(run: Run) -> torch.Tensor:
 
 def in_two(run: Run) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Ids, mask and labels of chosen above rejected sequences."""
-    half = run.ids(run.setup.batch)
-    one = torch.ones_like(half)
-    return torch.cat((half, half)), torch.cat((one, one)), torch.cat((half, half))
+    each = ((x, x) for x in (run.half, run.half_ones, run.half))
+    ids, ones, labels = (torch.cat(pair) for pair in each)
+    return ids, ones, labels
 
 
 def likelihood_of_chosen(logits: torch.Tensor, labels: torch.Tensor, pairs: int) -> torch.Tensor:
@@ -209,8 +219,96 @@ def cpo(run: Run, *, average: bool = False) -> torch.Tensor:
     return loss
 
 
+def kto(run: Run) -> torch.Tensor:
+    ids, ones, samples = run.ids, run.ones, run.setup.batch
+    flags = torch.tensor([2 * i < samples for i in range(samples)])
+    many = flags.sum()
+    few = samples - many
+    with torch.no_grad():
+        others = run.model(input_ids=ids, attention_mask=ones).logits
+    far = of_sequences(others[:, :-1], ids, ones)
+    del others
+    logits = run.model(input_ids=ids, attention_mask=ones).logits
+    each = of_sequences(logits[:, :-1], ids, ones)
+    kinds = [torch.nonzero(flags).view(-1), torch.nonzero(~flags).view(-1)]
+    own, own_logits = ([x.index_select(0, kind) for kind in kinds] for x in (each, logits))
+    if run.setup.reference == "precomputed":
+        reference_far = reference = run.table
+    else:
+        with run.without_gradient() as model:
+            reference_others = model(input_ids=ids, attention_mask=ones).logits
+            reference_far = of_sequences(reference_others[:, :-1], ids, ones)
+            del reference_others
+            reference_logits = model(input_ids=ids, attention_mask=ones).logits
+        reference = of_sequences(reference_logits[:, :-1], ids, ones)
+    references = [reference.index_select(0, kind) for kind in kinds]
+    apart = (far - reference_far).mean().detach().mean().clamp(min=0)
+    losses, rewards = [], []
+    for kind, (value, base) in enumerate(zip(own, references, strict=True)):
+        ratios = value - base
+        losses.append(1 - F.sigmoid(BETA * (apart - ratios if kind else ratios - apart)))
+        rewards.append(BETA * ratios.detach())
+    every = torch.cat([1.0 * loss for loss in losses])
+    apart.item()
+    log_entropy(logits[:, :-1].detach(), ones[:, 1:])
+    ones.sum().sum().item()
+    for number in (many, few):
+        number.sum().item()
+    for values in zip(rewards, own, own_logits, strict=True):
+        for value in values:
+            value.nansum().nansum().item()
+    return every.nanmean()
+
+
+def of_completions(run: Run, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of completions, and their logits."""
+    ids = torch.cat((run.prompts, run.completions), 1)
+    ones = torch.cat((run.prompt_ones, run.completion_ones), 1)
+    length = run.completions.shape[1]
+    logits = model(input_ids=ids, attention_mask=ones, logits_to_keep=length + 1, use_cache=False).logits
+    logits = logits[:, :-1, :]
+    logits = logits[:, -length:, :]
+    logits.div_(1.0)
+    return torch.cat([picked_log_probabilities(logits, ids[:, -length:])]), logits
+
+
+def grpo(run: Run) -> torch.Tensor:
+    mask, named = run.completion_ones, run.setup.reference != "auto"
+    if named:
+        with run.without_gradient() as model:
+            reference = of_completions(run, model)[0]
+    each, logits = of_completions(run, run.model)
+    with torch.no_grad():
+        entropies = torch.cat([entropy_of(logits)])
+    del logits
+    advantages = run.advantages.unsqueeze(1)
+    ratio = torch.exp(each - each.detach())
+    if named:
+        apart = torch.exp(reference - each) - (reference - each) - 1
+    clipped = torch.clamp(ratio, 0.8, 1.2)
+    loss = -torch.min(ratio * advantages, clipped * advantages)
+    if named:
+        loss = loss + BETA * apart
+    total = (loss * mask).sum() / (run.tokens / 1)
+    count = mask.sum().clamp(min=1.0)
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        return (x * mask).sum() / count
+
+    for value in [apart, entropies] if named else [entropies]:
+        mean(value).nanmean().item()
+    low, high = (ratio < 0.8) & (advantages < 0), (ratio > 1.2) & (advantages > 0)
+    shares = [mean(x.float()) for x in (low, high, low | high)]
+    for share, extreme in zip(shares, (torch.min, torch.max, None), strict=True):
+        share.nanmean().item()
+        if extreme is not None and not torch.isnan(share).all():
+            extreme(share[~torch.isnan(share)]).item()
+    return total
+
+
 LOSSES: dict[str, Loss] = {
-    "dpo": dpo, "reward": reward, "orpo": orpo, "cpo": cpo, "simpo": partial(cpo, average=True),
+    "dpo": dpo, "kto": kto, "reward": reward, "orpo": orpo, "cpo": cpo, "simpo": partial(cpo, average=True),
+    "grpo": grpo,
 }  # fmt: skip
 
 
@@ -229,15 +327,19 @@ def judged(name: str, spec: str, losses: dict[str, Loss], **options: Any) -> cou
     torch.manual_seed(0)
     model = models.apply_method(models.build_model(config, setup, device="cpu"), quiet, headed)
     reference = None
-    if objective.compares and (setup.reference == "model" or not isinstance(method, Targeted)):
+    compares = objective.compares == "always" or (objective.compares and setup.reference != "auto")
+    if compares and (setup.reference == "model" or not isinstance(method, Targeted)):
         reference = models.build_model(config, setup, device="cpu").requires_grad_(False).eval()
     for m in (model, reference):
         if m is not None and setup.amp:  # as accelerate prepares a model
             m.forward = convert_outputs_to_fp32(torch.autocast("cpu", TORCH_DTYPES[setup.amp])(m.forward))
     run = Run(model, reference, setup)
+
+    def loss() -> torch.Tensor:
+        made = losses[setup.objective](run)
+        return made / setup.grad_accum if setup.grad_accum > 1 and objective.scaled else made
+
     beside = [] if reference is None else list(reference.parameters())
-    trace = trace_step(
-        model, setup, step.optimizer, make=partial(updates.make, method=method), real=True,
-        loss_of=lambda: losses[setup.objective](run), beside=beside,
-    )  # fmt: skip
+    make = partial(updates.make, method=method)
+    trace = trace_step(model, setup, step.optimizer, make=make, real=True, loss_of=loss, beside=beside)
     return counts.judge_step(Case(config, spec, setup), step, trace, real=True)

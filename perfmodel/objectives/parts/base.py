@@ -58,16 +58,20 @@ class Objective:
     """Base: a loss on log-probabilities of a causal language model.
 
     Attributes:
-        compares: whether it needs the log-probabilities of a reference.
+        compares: whether it needs the log-probabilities of a reference: "" never, "always", or "if named" in the setup.
+        scaled: whether the loss is divided by the number of micro-batches.
         of: what it trains, where that is no language model.
+        beside: what its trainer does besides the step.
     """
 
     name: str
     title: str
     source: str
     quiet: bool
-    compares: ClassVar[bool] = False
+    compares: ClassVar[str] = ""
+    scaled: ClassVar[bool] = True
     of: ClassVar[str] = ""
+    beside: ClassVar[str] = ""
 
     def on(self, architecture: Architecture) -> Architecture:
         """The model with the head that the objective trains.
@@ -87,8 +91,9 @@ class Objective:
         """What an answer has to say."""
         what = f"{self.title} as {self.source} runs it on a full batch"
         what += f", a head of {self.of}" if self.of else ""
+        what += f"; {self.beside}" if self.beside else ""
         what += ", a sample is a pair of sequences" if setup.objective in PAIRS else ""
-        if not self.compares:
+        if not self.compares or (self.compares == "if named" and setup.reference == "auto"):
             return what
         off = isinstance(method, Targeted) and setup.reference != "model"
         reference = "the model without its adapters" if off else "a second, frozen model in memory"
@@ -97,6 +102,10 @@ class Objective:
 
     def check(self, architecture: Architecture, method: Method, setup: Setup) -> None:
         """Raise `UserError` for what is not modelled together with the objective."""
+        if setup.reference != "auto" and not self.compares:
+            raise UserError(f"reference {setup.reference}: {self.name} compares with none; leave it out")
+        if setup.prompt is not None and self.name != "grpo":
+            raise UserError(f"prompt {setup.prompt}: {self.name} has logits of prompts too; leave it out")
         if self.name == "sft":
             return
         for name, usual in (("compile", "none"), ("engine", "torch"), ("cuda_graphs", False)):
@@ -137,11 +146,16 @@ class Passes:
         """Whether the log-probabilities of the reference come with the batch."""
         return self.setup.reference == "precomputed"
 
-    def logits(self, ids: Tensor, attention: Tensor) -> Tensor:
-        """Logits of the model, in fp32 under autocast (accelerate's `convert_outputs_to_fp32`)."""
+    def scalar(self) -> Tensor:
+        """An integer that comes with the batch."""
+        return model_buffer(())
+
+    def logits(self, ids: Tensor, attention: Tensor, keep: Dim | None = None) -> Tensor:
+        """Logits of the model, of the last `keep` tokens, in fp32 under autocast (accelerate converts them so)."""
+        self.model.build.logits_to_keep = keep
         return _logits(self.model, ids, attention)
 
-    def reference_logits(self, ids: Tensor, attention: Tensor) -> Tensor:
+    def reference_logits(self, ids: Tensor, attention: Tensor, keep: Dim | None = None) -> Tensor:
         """The same of the reference, without a graph and without checkpoints."""
         of, setup = self.model.build, replace(self.setup, checkpoint="none")
         how: Rewrites
@@ -150,7 +164,8 @@ class Passes:
         else:
             how, parameters = Frozen(architecture=of.architecture), self.frozen
         with tape().no_grad():
-            return _logits(Scope(Build(of.architecture, how, setup, parameters, labelled=False)), ids, attention)
+            build = Build(of.architecture, how, setup, parameters, labelled=False, logits_to_keep=keep)
+            return _logits(Scope(build), ids, attention)
 
 
 def _logits(model: Scope, ids: Tensor, attention: Tensor) -> Tensor:

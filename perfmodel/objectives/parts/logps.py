@@ -13,7 +13,7 @@ from ...tape.core import append_op, emit, new_tensor, tape
 from ...tape.elementary import div, sum_dim
 from ...tape.nn import log_softmax
 from ...tape.pointwise import mul, neg, sub, unary
-from ...tape.scores import gather_last, logsumexp, mean_all, sum_all, unbound
+from ...tape.scores import gather_last, logsumexp, mean_all, nan_sum, numbers, sum_all, unbound
 from ...tape.shape import detach, narrow, reshape, squeeze, unsqueeze
 from ...tape.split import stack
 from ...tape.tensor import Tensor
@@ -71,6 +71,12 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
 def _entropy(chunk: Tensor) -> Tensor:
     logps = log_softmax(chunk)
     return neg(sum_dim(mul(unary("exp", logps), logps), -1))
+
+
+def nan_mean(x: Tensor) -> Tensor:
+    """`x.nanmean()`."""
+    real = sum_all(numbers(detach(x)))
+    return div(nan_sum(x), real)
 
 
 def log_mean(x: Tensor) -> None:
