@@ -52,10 +52,8 @@ def build(
         MixedStructure: array dims do not share one program; split the grid.
     """
     setup = replace(setup, engine=method.engine or setup.engine)
-    objective = objectives.found(setup.objective)
-    objective.check(architecture, method, setup)
-    if (headed := objective.on(architecture)) is not architecture:
-        architecture, method = headed, method.bind(headed)
+    if not architecture.recorded:
+        architecture, method = _trained_for(architecture, method, setup)
     _check(architecture, method, setup)
     step = Step(architecture, method, setup, device, [])
     tape = Tape(device, capability, autocast=running(step)[0].amp, view_replay=view_replay)
@@ -66,6 +64,14 @@ def build(
         step.groups.append(Group(list(tape.parts)))
     step.periodic = [_besides(step, work, capability) for work in method.periodic()]
     return step
+
+
+def _trained_for(architecture: Architecture, method: Method, setup: Setup) -> tuple[Architecture, Method]:
+    """The model with the head of its objective, and the method on it."""
+    objective = objectives.found(setup.objective)
+    objective.check(method, setup)
+    headed = objective.on(architecture)
+    return headed, method if headed is architecture else method.bind(headed)
 
 
 @contextmanager

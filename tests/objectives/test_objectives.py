@@ -1,6 +1,7 @@
 """What objectives add to a step, in sums that hold for any model."""
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from helpers import by_phase, step_of, total
 from perfmodel import UserError, advise, compare, objectives, predict, sweep
 from perfmodel.prediction import memory
 from perfmodel.setup import OBJECTIVES, PAIRS, Setup
+from perfmodel.tracing.setups import check_setup
 
 LORA = "lora:r=4"
 ON_PAIRS = {"batch": 2, "seq": 33}
@@ -92,18 +94,21 @@ def test_a_grid_gives_what_its_points_give(objective: str) -> None:
         assert found.dispatches["total"][i] == one.dispatches["total"]
 
 
-REFUSED: tuple[tuple[str, dict[str, str], str], ...] = (
+REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
     (LORA, {"objective": "dpo", "compile": "default"}, "objective dpo with compile default is not modelled"),
     ("full", {"objective": "kto", "engine": "deepspeed-zero3"}, "objective kto with engine deepspeed-zero3"),
     ("prompt_tuning:tokens=4", {"objective": "dpo"}, "objective dpo with virtual tokens (prompt_tuning)"),
     ("full", {"objective": "dpo", "reference": "adapter-off"}, "reference adapter-off: full has no adapters"),
+    ("full", {"objective": "orpo", "reference": "model"}, "reference model: orpo compares with none"),
+    ("full", {"objective": "dpo", "prompt": 32}, "prompt 32: dpo has logits of prompts too"),
+    ("full", {"objective": "grpo", "prompt": 64}, "prompt 64 leaves nothing of seq 64 to a completion"),
     ("full", {"objective": "dop"}, "objective 'dop' is unknown: did you mean 'dpo'"),
     ("full", {"objective": "dpo", "reference": "none"}, "reference 'none' is unknown"),
 )
 
 
 @pytest.mark.parametrize(("method", "setup", "said"), REFUSED)
-def test_what_does_not_go_together_is_refused_in_a_line(method: str, setup: dict[str, str], said: str) -> None:
+def test_what_does_not_go_together_is_refused_in_a_line(method: str, setup: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
         predict("llama-3.2-1b", method, device="l40s", seq=64, **setup)
 
@@ -112,6 +117,11 @@ def test_what_does_not_go_together_is_refused_in_a_line(method: str, setup: dict
 def test_an_encoder_has_no_such_objective(objective: str) -> None:
     with pytest.raises(UserError, match=f"objective {objective}"):
         predict("bert-large", "full", device="l40s", seq=64, objective=objective)
+
+
+def test_a_trace_knows_the_models_own_loss_only() -> None:
+    with pytest.raises(UserError, match="--traced cannot follow --objective dpo"):
+        check_setup(Setup(objective="dpo"), "cuda")
 
 
 def test_every_question_takes_an_objective() -> None:

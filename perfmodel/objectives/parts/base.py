@@ -100,7 +100,7 @@ class Objective:
         reference = "log-probabilities made before" if setup.reference == "precomputed" else reference
         return f"{what}; reference: {reference}"
 
-    def check(self, architecture: Architecture, method: Method, setup: Setup) -> None:
+    def check(self, method: Method, setup: Setup) -> None:
         """Raise `UserError` for what is not modelled together with the objective."""
         if setup.reference != "auto" and not self.compares:
             raise UserError(f"reference {setup.reference}: {self.name} compares with none; leave it out")
@@ -113,8 +113,6 @@ class Objective:
                 raise UserError(
                     f"objective {self.name} with {name} {getattr(setup, name)} is not modelled; leave it out"
                 )
-        if architecture.recorded:
-            raise UserError(f"objective {self.name} is not traced; leave --traced out")
         if type(method).inputs is not Method.inputs:
             raise UserError(f"objective {self.name} with virtual tokens ({method.name}) is not modelled; use lora")
         if setup.reference == "adapter-off" and not isinstance(method, Targeted):
