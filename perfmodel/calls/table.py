@@ -143,6 +143,7 @@ rows("stream", "threshold_backward tanh_backward native_dropout_backward nan_to_
 rows("stream", "stack repeat lift_fresh")
 rows("random", "bernoulli_ rand uniform_ normal_")
 rows("sequence", "trace kthvalue sort linalg_lu_solve")
+rows("put", "nonzero", 4, "counts them, the host waits, selects, writes indices", waits=True)
 rows("put", "histc", 2, "fills zeros, then counts (SummaryOps.cu)")
 rows("stream", "isinf", 2, "absolute values, then a comparison")
 rows("sequence", "cumsum", 2, "scan in two passes (CUB)")

@@ -27,7 +27,7 @@ class Cpo(Objective):
         input_ids, attention_mask, concatenated_labels = (concatenated(passes) for _ in range(3))
         all_logits = passes.logits(input_ids, attention_mask)
         policy_nll_loss = loss_of_chosen(all_logits, clone(concatenated_labels), pairs)
-        all_logps = batch_logps(all_logits, concatenated_labels, average=self.averaged)
+        all_logps = batch_logps(all_logits, concatenated_labels, average=self.averaged, in_place=True)
         policy_chosen_logps, policy_rejected_logps = half(all_logps, pairs), half(all_logps, pairs)
         tape().begin("loss", "forward")
         logits = sub(policy_chosen_logps, policy_rejected_logps)

@@ -7,16 +7,16 @@ Source: https://arxiv.org/abs/2402.03300; trl/trainer/grpo_trainer.py (1.8), los
 """
 
 from ..architectures.masks import read_scalar
-from ..tape.core import emit, tape
+from ..tape.core import emit, record, tape
 from ..tape.elementary import div
 from ..tape.gather import clamp
 from ..tape.inplace import divide_view
-from ..tape.pointwise import add, binary_bool, cast, cat, mul, neg, sub
-from ..tape.scores import lesser, natural_exp, sum_all
+from ..tape.pointwise import add, binary_bool, cast, cat, fill, mul, neg, sub
+from ..tape.scores import lesser, nan_mean, natural_exp, sum_all
 from ..tape.shape import detach, narrow, unsqueeze
 from ..tape.tensor import Tensor
 from .parts.base import Objective, Passes, objective
-from .parts.logps import entropy_from_logits, nan_mean, selective_log_softmax, without_last
+from .parts.logps import entropy_from_logits, selective_log_softmax, without_last
 
 Pair = tuple[Tensor, Tensor]  # of prompts and of completions
 
@@ -108,5 +108,7 @@ def _log(mask: Tensor, per_token_kl: Tensor | None, entropies: Tensor, coef_1: T
 def _nan_extreme(name: str, x: Tensor) -> Tensor:
     """The least or the greatest number among numbers, after a look whether there is any."""
     read_scalar(emit("all", (emit("isnan", (x,), (), "bool"),), (), "bool"))
-    numbers = emit("bitwise_not", (emit("isnan", (x,), (), "bool"),), (), "bool")
-    return emit(name, (emit("index.Tensor", (x, numbers), (1,), x.dtype),), (), x.dtype)
+    read_scalar(emit("bitwise_not", (emit("isnan", (x,), (), "bool"),), (), "bool"))
+    index = fill("empty.memory_format", (1,), "i64")  # one flag picks by the index that it makes
+    record("fill_.Scalar", (index,), (index,))
+    return emit(name, (emit("index.Tensor", (unsqueeze(x, 0), index), (1,), x.dtype),), (), x.dtype)

@@ -26,7 +26,7 @@ class Orpo(Objective):
         real = emit("eq.Scalar", (attention_mask,), attention_mask.shape, "bool")
         labels = where(real, labels, fill("scalar_tensor", (), "i64"))
         policy_nll_loss = loss_of_chosen(all_logits, labels, pairs)
-        all_logps = batch_logps(all_logits, concatenated_labels, average=True)
+        all_logps = batch_logps(all_logits, concatenated_labels, average=True, in_place=False)
         policy_chosen_logps, policy_rejected_logps = half(all_logps, pairs), half(all_logps, pairs)
         tape().begin("loss", "forward")
         chosen, rejected = cast(policy_chosen_logps, "fp32"), cast(policy_rejected_logps, "fp32")

@@ -33,7 +33,7 @@ class Reward(Objective):
         outputs = passes.logits(input_ids, attention_mask)
         tape().begin("loss", "forward")
         rewards_chosen, rewards_rejected = split(squeeze(outputs, -1), (pairs, pairs), 0)
-        loss = mean_all(neg(log_sigmoid(sub(rewards_chosen, rewards_rejected))))
+        loss = neg(mean_all(log_sigmoid(sub(rewards_chosen, rewards_rejected))))
         log_tokens(attention_mask)
         all_rewards = detach(outputs)
         for name in ("min", "mean", "max"):

@@ -49,8 +49,7 @@ def _as_strided_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     """The gradient, without dims of one element, is written into zeros of the matrix's memory."""
     (g,), (base_shape,) = grads, node.attrs
     assert g is not None
-    wide = tuple(d for d in g.shape if not (isinstance(d, int) and d == 1))
-    g = view(g, wide) if len(wide) < len(g.shape) else g
+    g = _without_ones(g)
     flat = new_tensor((g.numel,), g.dtype)
     record("new_zeros", (g,), (flat,))
     written = view(flat, g.shape)
@@ -110,7 +109,7 @@ def _zeroed_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     record("copy_", (result, g), (result,))
     grad_slice = squeeze(result, -1)
     grad = clone(grad_slice)
-    zeros = emit("new_zeros", (grad,), (), grad.dtype)
+    zeros = emit("zeros", (), (), grad.dtype)
     put = emit("index_put", (grad, flags, zeros), grad.shape, grad.dtype)
     record("copy_", (grad_slice, put), (grad_slice,))
     return (result,)
@@ -151,12 +150,19 @@ def _part_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     """The gradient is written into zeros of the whole."""
     (g,), (part_of, shape) = grads, node.attrs
     assert g is not None
+    g = _without_ones(g)
     flat = new_tensor((product(shape),), g.dtype)
     record("new_zeros", (g,), (flat,))
     written = view(flat, shape)
-    part = part_of(written)
+    part = _without_ones(part_of(written))
     record("copy_", (part, g), (part,))
     return (written,)
+
+
+def _without_ones(x: Tensor) -> Tensor:
+    """x without its dims of one element."""
+    wide = tuple(d for d in x.shape if not (isinstance(d, int) and d == 1))
+    return view(x, wide) if len(wide) < len(x.shape) else x
 
 
 def frobenius_norm(x: Tensor) -> Tensor:

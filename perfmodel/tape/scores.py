@@ -6,6 +6,7 @@ from ..program.dims import only
 from ..program.op import Attrs
 from .autograd import differentiate
 from .core import emit, new_tensor, record, tape
+from .elementary import div
 from .pointwise import _elementwise, fill
 from .shape import unsqueeze, view_as
 from .split import stack
@@ -64,8 +65,6 @@ def _gather_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (index,) = grads, node.unpack()
     assert g is not None
     zeros = emit("new_zeros", (g,), node.attrs[0], g.dtype)
-    if tape().view_replay:  # tensor subclasses get a tensor of their own
-        return (emit("scatter_add", (zeros, index, g), zeros.shape, g.dtype),)
     record("scatter_add_", (zeros, index, g), (zeros,))
     return (zeros,)
 
@@ -126,7 +125,7 @@ def _lesser_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     assert g is not None
 
     def part(other: str) -> Tensor:
-        equal, halved = _elementwise("eq.Tensor", (a, b), dtype="bool"), _elementwise("div.Tensor", (g,))
+        equal, halved = _elementwise("eq.Tensor", (a, b), dtype="bool"), _elementwise("div.Scalar", (g,))
         grad = _elementwise("where.self", (equal, halved, g), dtype=g.dtype)
         beyond = _elementwise(other, (a, b), dtype="bool")
         record("masked_fill_.Scalar", (grad, beyond), (grad,))
@@ -154,7 +153,7 @@ def exp_less_one(x: Tensor) -> Tensor:
 def _exp_less_one_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (y,) = grads, node.unpack()
     assert g is not None
-    return (_elementwise("mul.Tensor", (g, _elementwise("add.Tensor", (y,)))),)
+    return (_elementwise("mul.Tensor", (g, _elementwise("add.Scalar", (y,)))),)
 
 
 def _saving_output(name: str, node_name: str, x: Tensor, backward: Backward) -> Tensor:
@@ -190,7 +189,7 @@ def log_of_more(x: Tensor) -> Tensor:
 def _log_of_more_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (x,) = grads, node.unpack()
     assert g is not None
-    return (_elementwise("div.Tensor", (g, _elementwise("add.Tensor", (x,)))),)
+    return (_elementwise("div.Tensor", (g, _elementwise("add.Scalar", (x,)))),)
 
 
 def either(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -224,8 +223,6 @@ def _samples_at_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (indices,) = grads, node.unpack()
     assert g is not None
     zeros = emit("new_zeros", (g,), node.attrs[0], g.dtype)
-    if tape().view_replay:
-        return (emit("index_add", (zeros, indices, g), zeros.shape, g.dtype),)
     record("index_add_", (zeros, indices, g), (zeros,))
     return (zeros,)
 
@@ -253,9 +250,13 @@ def _nan_sum_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (x,) = grads, node.unpack()
     assert g is not None
     spread = view_as("expand", g, x.shape, (0,) * len(x.shape))
-    return (_elementwise("mul.Tensor", (spread, numbers(x))),)
+    real = _elementwise("logical_not", (_elementwise("isnan", (x,), dtype="bool"),), dtype="bool")
+    return (_elementwise("mul.Tensor", (spread, real)),)
 
 
-def numbers(x: Tensor) -> Tensor:
-    """`x.isnan().logical_not()`."""
-    return _elementwise("logical_not", (_elementwise("isnan", (x,), dtype="bool"),), dtype="bool")
+def nan_mean(x: Tensor) -> Tensor:
+    """`x.nanmean()`."""
+    real = _elementwise("ne.Tensor", (x, x), dtype="bool")
+    record("logical_not_", (real,), (real,))
+    count = emit("sum.dim_IntList", (real,), (), "i64")
+    return div(nan_sum(x), count)

@@ -74,7 +74,7 @@ def _trainer(kind: Any, run: Run, **known: Any) -> Any:
         "_metrics": defaultdict(lambda: defaultdict(list)), "_total_train_tokens": 0, "aux_loss_enabled": False,
         "precompute_ref_logps": run.setup.reference == "precomputed", "ld_alpha": None, "is_encoder_decoder": False,
         "f_divergence_type": "reverse_kl", "loss_types": ["sigmoid"], "loss_weights": [1.0], "use_weighting": False,
-        "padding_value": 0, "label_smoothing": 0.0, **known,
+        "padding_value": 0, "pad_token_id": 0, "label_smoothing": 0.0, **known,
     }  # fmt: skip
     return trainer
 
@@ -110,8 +110,8 @@ def _reward(run: Run) -> Any:
 
 
 def _in_two(kind: Any, run: Run, **known: Any) -> Any:
-    of_each = {"input_ids": run.half, "attention_mask": run.half_ones, "labels": run.half}
-    batch = {f"{side}_{key}": value for side in ("chosen", "rejected") for key, value in of_each.items()}
+    keys, sides = ("input_ids", "attention_mask", "labels"), {"chosen": run.chosen, "rejected": run.rejected}
+    batch = {f"{side}_{key}": x for side, tensors in sides.items() for key, x in zip(keys, tensors, strict=True)}
     return _trainer(kind, run, **known).get_batch_loss_metrics(run.model, batch)[0]
 
 

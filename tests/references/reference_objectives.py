@@ -17,7 +17,7 @@ from helpers import architecture_of, config_of
 from perfmodel import methods, objectives
 from perfmodel.methods.parts.targeted import Targeted
 from perfmodel.recording.record import build
-from perfmodel.setup import Setup
+from perfmodel.setup import PAIRS, Setup
 from perfmodel.tracing.programs import models, updates
 from perfmodel.tracing.programs.dtypes import TORCH_DTYPES
 from perfmodel.tracing.trace import trace_step
@@ -38,14 +38,16 @@ class Run:
     def __post_init__(self) -> None:
         """What a data loader brings: made before anything is recorded."""
         samples = self.setup.batch
-        self.ids, self.half = (
-            torch.arange(n * self.setup.seq).view(n, self.setup.seq) % 100 for n in (self.setup.sequences, samples)
-        )
-        self.ones, self.half_ones = torch.ones_like(self.ids), torch.ones_like(self.half)
+        sequences = self.setup.sequences
+        self.ids = torch.arange(sequences * self.setup.seq).view(sequences, self.setup.seq) % 100
+        self.ones = torch.ones_like(self.ids)
         prompt = self.setup.prompt_tokens
         self.prompts, self.completions = self.ids[:, :prompt].clone(), self.ids[:, prompt:].clone()
         self.prompt_ones, self.completion_ones = torch.ones_like(self.prompts), torch.ones_like(self.completions)
         self.advantages, self.tokens = torch.ones(samples), torch.tensor(self.completions.numel())
+        if self.setup.objective in PAIRS:
+            self.chosen, self.rejected = ((half, torch.ones_like(half), half.clone()) for half in self.ids.chunk(2))
+        self.nothing = torch.zeros(0)
         self.table = torch.zeros(samples)  # log-probabilities that were made before
 
     @contextmanager
@@ -156,8 +158,7 @@ def reward(run: Run) -> torch.Tensor:
 
 def in_two(run: Run) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Ids, mask and labels of chosen above rejected sequences."""
-    each = ((x, x) for x in (run.half, run.half_ones, run.half))
-    ids, ones, labels = (torch.cat(pair) for pair in each)
+    ids, ones, labels = (torch.cat(both) for both in zip(run.chosen, run.rejected, strict=True))
     return ids, ones, labels
 
 
@@ -166,10 +167,13 @@ def likelihood_of_chosen(logits: torch.Tensor, labels: torch.Tensor, pairs: int)
     return F.cross_entropy(kept.view(-1, kept.shape[-1]), target.view(-1))
 
 
-def of_labels(logits: torch.Tensor, labels: torch.Tensor, *, average: bool) -> torch.Tensor:
+def of_labels(logits: torch.Tensor, labels: torch.Tensor, *, average: bool, in_place: bool) -> torch.Tensor:
     labels = labels[:, 1:].clone()
     flags = labels != -100
-    labels = torch.where(labels == -100, 0, labels)
+    if in_place:
+        labels[labels == -100] = 0
+    else:
+        labels = torch.where(labels == -100, 0, labels)
     each = picked_log_probabilities(logits[:, :-1], labels)
     return (each * flags).sum(-1) / flags.sum(-1) if average else (each * flags).sum(-1)
 
@@ -180,7 +184,7 @@ def orpo(run: Run) -> torch.Tensor:
     logits = run.model(ids, attention_mask=ones, use_cache=False).logits
     all_labels = torch.where(ones == 1, ids.clone(), -100)
     likely = likelihood_of_chosen(logits, all_labels, pairs)
-    each = of_labels(logits, labels, average=True)
+    each = of_labels(logits, labels, average=True, in_place=False)
     chosen_logps, rejected_logps = each[:pairs], each[pairs:]
     chosen, rejected = chosen_logps.float(), rejected_logps.float()
     odds = (chosen - rejected) - (log_of_rest(chosen) - log_of_rest(rejected))
@@ -208,7 +212,7 @@ def cpo(run: Run, *, average: bool = False) -> torch.Tensor:
     pairs = run.setup.batch
     logits = run.model(ids, attention_mask=ones, use_cache=False).logits
     likely = likelihood_of_chosen(logits, labels.clone(), pairs)
-    each = of_labels(logits, labels, average=average)
+    each = of_labels(logits, labels, average=average, in_place=True)
     chosen, rejected = each[:pairs], each[pairs:]
     margin = chosen - rejected - 0.5 if average else chosen - rejected
     losses = -F.logsigmoid(BETA * margin) * 1.0 - F.logsigmoid(-BETA * margin) * 0.0
@@ -245,6 +249,9 @@ def kto(run: Run) -> torch.Tensor:
     apart = (far - reference_far).mean().detach().mean().clamp(min=0)
     losses, rewards = [], []
     for kind, (value, base) in enumerate(zip(own, references, strict=True)):
+        if not len(value):
+            losses.append(run.nothing)
+            continue
         ratios = value - base
         losses.append(1 - F.sigmoid(BETA * (apart - ratios if kind else ratios - apart)))
         rewards.append(BETA * ratios.detach())
@@ -254,7 +261,7 @@ def kto(run: Run) -> torch.Tensor:
     ones.sum().sum().item()
     for number in (many, few):
         number.sum().item()
-    for values in zip(rewards, own, own_logits, strict=True):
+    for values in zip(rewards, own, own_logits, strict=False):
         for value in values:
             value.nansum().nansum().item()
     return every.nanmean()
@@ -323,7 +330,7 @@ def judged(name: str, spec: str, losses: dict[str, Loss], **options: Any) -> cou
         config = config_of(name, architectures=[f"{name.title()}For{classes}"], num_labels=headed.classifier.labels)
     method = methods.parse(spec).bind(headed)
     step = build(architecture, methods.parse(spec).bind(architecture), setup, "cpu")
-    quiet = objectives.without_dropout(method)
+    quiet = objectives.without_dropout(method) if objective.quiet else method
     torch.manual_seed(0)
     model = models.apply_method(models.build_model(config, setup, device="cpu"), quiet, headed)
     reference = None

@@ -10,10 +10,10 @@ from ...architectures.masks import read_scalar
 from ...program.dims import only
 from ...program.op import Op, Spec
 from ...tape.core import append_op, emit, new_tensor, tape
-from ...tape.elementary import div, sum_dim
+from ...tape.elementary import sum_dim
 from ...tape.nn import log_softmax
 from ...tape.pointwise import mul, neg, sub, unary
-from ...tape.scores import gather_last, logsumexp, mean_all, nan_sum, numbers, sum_all, unbound
+from ...tape.scores import gather_last, logsumexp, mean_all, sum_all, unbound
 from ...tape.shape import detach, narrow, reshape, squeeze, unsqueeze
 from ...tape.split import stack
 from ...tape.tensor import Tensor
@@ -73,12 +73,6 @@ def _entropy(chunk: Tensor) -> Tensor:
     return neg(sum_dim(mul(unary("exp", logps), logps), -1))
 
 
-def nan_mean(x: Tensor) -> Tensor:
-    """`x.nanmean()`."""
-    real = sum_all(numbers(detach(x)))
-    return div(nan_sum(x), real)
-
-
 def log_mean(x: Tensor) -> None:
     """`gather(x).mean().item()`."""
     read_scalar(mean_all(x))
@@ -92,7 +86,7 @@ def log_sum(x: Tensor) -> None:
 def log_ratio(part: Tensor, whole: Tensor) -> None:
     """`(part / whole).item() if whole > 0 else 0.0` of two numbers."""
     read_scalar(emit("gt.Scalar", (whole,), (), "bool"))
-    read_scalar(div(part, whole))
+    read_scalar(emit("div.Tensor", (part, whole), (), part.dtype if part.is_floating else "fp32"))
 
 
 def log_entropy(shift_logits: Tensor, mask: Tensor) -> None:

@@ -7,6 +7,7 @@ from ...program.dims import Dim, product
 from ...program.op import Attrs
 from ...tape.core import emit
 from ...tape.elementary import div, sum_dim
+from ...tape.inplace import zero_in_view
 from ...tape.nn import cross_entropy
 from ...tape.pointwise import binary_bool, cast, cat, fill, mul, where
 from ...tape.shape import clone, contiguous, detach, narrow, view
@@ -34,12 +35,19 @@ def loss_of_chosen(all_logits: Tensor, labels: Tensor, pairs: Dim) -> Tensor:
     return cross_entropy(logits, view(labels, (labels.numel,)))
 
 
-def batch_logps(all_logits: Tensor, labels: Tensor, *, average: bool) -> Tensor:
-    """Log-probabilities of sequences, (sequences,), summed over their tokens or averaged."""
+def batch_logps(all_logits: Tensor, labels: Tensor, *, average: bool, in_place: bool) -> Tensor:
+    """Log-probabilities of sequences, (sequences,), summed over their tokens or averaged.
+
+    Args:
+        in_place: whether labels that are ignored are overwritten.
+    """
     labels, logits = clone(without_first(labels)), without_last(all_logits)
     loss_mask = emit("ne.Scalar", (labels,), labels.shape, "bool")
     ignored = emit("eq.Scalar", (labels,), labels.shape, "bool")
-    labels = where(ignored, fill("scalar_tensor", (), "i64"), labels)
+    if in_place:
+        labels = zero_in_view(labels, ignored)
+    else:
+        labels = where(ignored, fill("scalar_tensor", (), "i64"), labels)
     per_token_logps = selective_log_softmax(logits, labels)
     logps = sum_dim(mul(per_token_logps, loss_mask), -1)
     if not average:
