@@ -75,7 +75,7 @@ def _copy_slices_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 
 def zero_in_view(x: Tensor, flags: Tensor) -> Tensor:
-    """`x[flags] = 0.0` on a view x that lacks the last dim, of size 1, of another tensor; returns x with its new graph.
+    """`x[flags] = 0` on a view that squeezed the last dim, or on what needs no gradient; returns x with its new graph.
 
     As `_add_to_view`, but that the gradient is put to zero where the flags are.
     """

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from ..program.dims import only
-from ..program.op import Attrs
+from ..program.dims import decide, only
+from ..program.op import ON_HOST, PLAIN, Attrs
 from .autograd import differentiate
 from .core import emit, new_tensor, record, tape
 from .elementary import div
@@ -216,7 +216,8 @@ def samples_at(x: Tensor, indices: Tensor) -> Tensor:
     node = differentiate("IndexSelectBackward0", (x,), _samples_at_backward, (x.shape,))
     if node:
         node.save(indices)
-    return emit("index_select", (x, indices), (*indices.shape, *x.shape[1:]), x.dtype, node=node)
+    attrs = PLAIN if decide(indices.numel > 0) else ON_HOST  # of nothing there is nothing to copy
+    return emit("index_select", (x, indices), (*indices.shape, *x.shape[1:]), x.dtype, node=node, attrs=attrs)
 
 
 def _samples_at_backward(node: Node, grads: Sequence[Grad]) -> Grads:

@@ -44,10 +44,7 @@ def batch_logps(all_logits: Tensor, labels: Tensor, *, average: bool, in_place: 
     labels, logits = clone(without_first(labels)), without_last(all_logits)
     loss_mask = emit("ne.Scalar", (labels,), labels.shape, "bool")
     ignored = emit("eq.Scalar", (labels,), labels.shape, "bool")
-    if in_place:
-        labels = zero_in_view(labels, ignored)
-    else:
-        labels = where(ignored, fill("scalar_tensor", (), "i64"), labels)
+    labels = zero_in_view(labels, ignored) if in_place else where(ignored, fill("scalar_tensor", (), "i64"), labels)
     per_token_logps = selective_log_softmax(logits, labels)
     logps = sum_dim(mul(per_token_logps, loss_mask), -1)
     if not average:
