@@ -17,6 +17,10 @@ CHECKPOINT = ("none", "block", "block-reentrant")
 KERNELS = ("torch", "liger")
 COMPILE = ("none", "default", "reduce-overhead")
 ENGINES = ("torch", "deepspeed-zero3")
+# each in a file of `perfmodel/objectives/`
+OBJECTIVES = ("sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "prm", "grpo")
+PAIRS = ("dpo", "orpo", "cpo", "simpo", "reward")  # those whose sample is a chosen and a rejected sequence
+REFERENCES = ("auto", "model", "adapter-off", "precomputed")
 LARGEST = 2**24  # tokens of a sequence, samples of a batch: beyond this it is a typing error
 
 
@@ -25,8 +29,9 @@ class Setup:
     """One optimizer step of a training loop.
 
     Attributes:
-        batch: samples of a micro-batch; an int or an integer array (a grid).
-        seq: tokens per sample; the batch is dense. An int or an integer array.
+        batch: samples of a micro-batch; an int or an integer array (a grid). Of an objective on pairs a sample is
+            one: two sequences.
+        seq: tokens per sequence; the batch is dense. An int or an integer array.
         dtype: dtype of the base weights: bf16, fp16 or fp32.
         amp: 16-bit dtype of `torch.autocast`, or None; under DeepSpeed, of the model itself.
         optimizer: a name of `OPTIMIZERS`; adamw is PyTorch's default form on the device, or DeepSpeed's FusedAdam under
@@ -43,6 +48,11 @@ class Setup:
             flash kernel, copies of the grouped keys and values, and the causal saving.
         routing: how evenly the routers of a mixture of experts load them: balanced, or zipf:EXPONENT, by which the
             share of an expert falls with its rank.
+        objective: what is trained for (`OBJECTIVES`): sft, or a loss of TRL's trainers.
+        prompt: tokens of a sequence that are its prompt, None for half of them; GRPO has no logits of them.
+        reference: where the log-probabilities of the reference come from that dpo, kto and grpo compare with: a frozen
+            model, the model without its adapters, or a table made before; auto: without adapters where there are
+            adapters, else a frozen model; for grpo none.
         engine: what runs the step: torch, or deepspeed-zero3 (`perfmodel.recording.zero`); a method may name its own.
     """
 
@@ -61,6 +71,9 @@ class Setup:
     compile: str = "none"
     engine: str = "torch"
     routing: str = "balanced"
+    objective: str = "sft"
+    prompt: int | None = None
+    reference: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("batch", "seq"):
@@ -70,13 +83,16 @@ class Setup:
             raise UserError("grad_accum must be one integer")
         for name, choices in (
             ("dtype", DTYPES), ("optimizer", OPTIMIZERS), ("checkpoint", CHECKPOINT), ("attention", ATTENTION),
-            ("kernels", KERNELS), ("compile", COMPILE), ("engine", ENGINES),
+            ("kernels", KERNELS), ("compile", COMPILE), ("engine", ENGINES), ("objective", OBJECTIVES),
+            ("reference", REFERENCES),
         ):  # fmt: skip
             one_of(name, getattr(self, name), choices)
         if self.amp is not None:
             one_of("amp", self.amp, ("bf16", "fp16"))
             if self.dtype not in ("fp32", self.amp):
                 raise UserError(f"amp {self.amp} goes with fp32 or {self.amp} weights, got dtype {self.dtype}")
+        if self.prompt is not None and (positive("prompt", self.prompt) >= np.min(self.seq)):
+            raise UserError(f"prompt {self.prompt} leaves nothing of seq {np.min(self.seq)} to a completion")
         exponent_of(self.routing)
         if self.attention == "flash2" and self.dtype == "fp32" and self.amp is None:
             raise UserError("attention flash2 needs a 16-bit dtype; use sdpa with fp32")
@@ -84,9 +100,19 @@ class Setup:
             raise UserError("padded batches with attention flash2 (unpadding) are not modelled; use sdpa")
 
     @property
+    def sequences(self) -> Dim:
+        """Sequences of a micro-batch."""
+        return self.batch * 2 if self.objective in PAIRS else self.batch
+
+    @property
     def tokens(self) -> Dim:
         """Tokens of one optimizer step."""
-        return self.batch * self.seq * self.grad_accum
+        return self.sequences * self.seq * self.grad_accum
+
+    @property
+    def prompt_tokens(self) -> Dim:
+        """Tokens of a sequence that are its prompt."""
+        return (self.seq + 1) // 2 if self.prompt is None else self.prompt
 
     @property
     def explicit_mask(self) -> bool:

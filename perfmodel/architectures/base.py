@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from ..errors import UserError, nearest
+from ..program.dims import Dim
 from ..program.part import Part
 from ..registry import Registry
 from ..setup import Setup
@@ -118,7 +119,7 @@ class Architecture:
         raise TypeError(f"{cls.__name__} must define dims")
 
     def forward(self, model: "Scope", ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
-        """Record the forward pass of (batch, seq) int64 `ids`; returns the scalar loss."""
+        """Record the forward pass of (batch, seq) int64 `ids`; returns the loss, or logits (`Build.labelled`)."""
         raise TypeError(f"{type(self).__name__} must define forward")
 
     def layer_kind(self, layer: int) -> Hashable:
@@ -178,6 +179,8 @@ class Rewrites(Protocol):
 class Build:
     """One recording of a model: architecture, method, setup and all parameters made so far.
 
+    `labelled` says whether the model gets labels: without them its forward pass returns logits, as in transformers, of
+    the last `logits_to_keep` tokens if that is given.
     `past` are the keys and values that a method puts before those of a block, for every run of blocks to come; `held`
     is what Python holds on to until the forward pass returns, with the part of the run of blocks that made it; `kept`
     what modules keep as attributes until their next forward pass, with the part that it was made in.
@@ -187,6 +190,8 @@ class Build:
     method: "Rewrites"
     setup: Setup
     parameters: dict[str, Parameter]
+    labelled: bool = True
+    logits_to_keep: Dim | None = None
     past: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     held: list[tuple[Tensor, Part | None]] = field(default_factory=list)
     kept: dict[Any, tuple[Tensor, Part]] = field(default_factory=dict)

@@ -21,7 +21,10 @@ class Gemma3Text(TwoTables, Gemma2):
     """Dims of a Gemma 3."""
 
     traits: ClassVar[Traits] = replace(
-        Gemma2.traits, norms=(*Gemma2.traits.norms, "q_norm", "k_norm"), attention=Llama.traits.attention
+        Gemma2.traits,
+        norms=(*Gemma2.traits.norms, "q_norm", "k_norm"),
+        attention=Llama.traits.attention,
+        heads=("sequence",),
     )
 
     @classmethod

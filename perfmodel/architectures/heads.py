@@ -7,12 +7,12 @@ loss/loss_utils.py.
 from collections.abc import Callable
 
 from ..errors import UserError
-from ..program.dims import decide, product
+from ..program.dims import decide, product, same
 from ..tape.core import emit
 from ..tape.gather import picked
 from ..tape.nn import causal_lm_loss, cross_entropy
 from ..tape.pointwise import cast, dropout, fill, mul
-from ..tape.shape import view
+from ..tape.shape import narrow, view
 from ..tape.split import select
 from ..tape.tensor import Tensor
 from .base import Scope
@@ -24,6 +24,8 @@ def decoder_loss(
 ) -> Tensor:  # fmt: skip
     """The loss of a causal model with the head that its config names, from (batch, seq, hidden).
 
+    Without labels (`Build.labelled`) the logits: (batch, seq, vocab), or (batch, n) of a classifier of sequences.
+
     Args:
         words: path of the embedding that a language model's head may share.
         bias: whether the language model's head has one.
@@ -32,8 +34,10 @@ def decoder_loss(
     architecture = model.build.architecture
     classifier = architecture.classifier
     if classifier is None:
+        kept = model.build.logits_to_keep
+        hidden = hidden if kept is None or same(kept, hidden.shape[1]) else narrow(hidden, 1, kept)
         logits = scaled(model.lm_head(hidden, words, architecture.vocab, bias=bias))
-        return causal_lm_loss(logits, labels)
+        return causal_lm_loss(logits, labels) if model.build.labelled else logits
     if classifier.of == "token":
         hidden = dropout(hidden, 0.1 if classifier.dropout is None else classifier.dropout)
         name, upcast = architecture.traits.token_head
@@ -42,7 +46,7 @@ def decoder_loss(
         return cross_entropy(cast(flat, "fp32") if upcast else flat, view(labels, (labels.numel,)))
     logits = model.linear("score", hidden, classifier.labels)
     pooled = _last(logits, ids, padded=classifier.padded, name=architecture.name)
-    return cross_entropy(pooled, labels)
+    return cross_entropy(pooled, labels) if model.build.labelled else pooled
 
 
 def _last(logits: Tensor, ids: Tensor, *, padded: bool, name: str) -> Tensor:

@@ -155,7 +155,7 @@ class Llama(Architecture):
     def forward(self, model: Scope, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
         model.begin("embeddings")
         hidden = self._decoder(model, ids, attention)
-        if model.build.setup.kernels == "liger" and self.classifier is None:
+        if model.build.setup.kernels == "liger" and self.classifier is None and model.build.labelled:
             return self._liger_loss(model, hidden, labels)
         return decoder_loss(model, hidden, ids, labels, "model.embed_tokens", scaled=self.scaled_logits)
 

@@ -94,7 +94,8 @@ class Qwen(Architecture):
         hidden = model.layers(self.block, embedded, mask, *tables)
         model.begin("head")
         hidden = model.norm("transformer.ln_f", hidden)
-        return _loss(model.lm_head(hidden, "transformer.wte", self.vocab), labels)
+        logits = model.lm_head(hidden, "transformer.wte", self.vocab)
+        return _loss(logits, labels) if model.build.labelled else logits
 
     def block(self, layer: Scope, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """One decoder layer: (batch, seq, hidden) → the same."""

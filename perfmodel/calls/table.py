@@ -143,13 +143,15 @@ rows("stream", "threshold_backward tanh_backward native_dropout_backward nan_to_
 rows("stream", "stack repeat lift_fresh")
 rows("random", "bernoulli_ rand uniform_ normal_")
 rows("sequence", "trace kthvalue sort linalg_lu_solve")
+rows("put", "nonzero", 4, "counts them, the host waits, selects, writes indices", waits=True)
 rows("put", "histc", 2, "fills zeros, then counts (SummaryOps.cu)")
 rows("stream", "isinf", 2, "absolute values, then a comparison")
 rows("sequence", "cumsum", 2, "scan in two passes (CUB)")
 rows("divide", "div reciprocal addcdiv")
 rows("root", "sqrt rsqrt")
-rows("exponential", "exp log erf")
-rows("sigmoid", "sigmoid sigmoid_backward silu silu_backward softplus logsigmoid_forward")
+rows("exponential", "exp log erf log1p expm1")
+rows("sigmoid", "sigmoid sigmoid_backward silu silu_backward softplus")
+rows("sigmoid", "log_sigmoid_forward log_sigmoid_backward")
 rows("tanh", "tanh")
 rows("cosine", "cos sin")
 rows("gelu", "gelu gelu_backward")
@@ -168,9 +170,12 @@ rows("rows", "embedding")
 rows("pick", "index_select")
 rows("put", "index_put_ scatter_")
 rows("put", "index_put", 2, "copies the tensor, then puts the values")
-rows("put", "scatter", 2, "copies the tensor, then scatters")
+rows("put", "scatter scatter_add", 2, "copies the tensor, then scatters")
+rows("put", "scatter_add_")
+rows("put", "index_add_")
+rows("put", "index_add", 2, "copies the tensor, then adds the rows")
 rows("put", "index_copy", 2, "copies the tensor, then the rows")
-rows("reduction", "sum mean linalg_vector_norm amax argmax max any all")
+rows("reduction", "sum mean linalg_vector_norm amax argmax max min any all nansum")
 rows("softmax", "_softmax _log_softmax _safe_softmax")
 rows(
     "softmax_backward",
@@ -178,6 +183,8 @@ rows(
     2,
     "product of gradient and result, then its sums and the result (SoftMax.cu)",
 )
+rows("softmax", "logsumexp", 9, "largest of each row, its infinite ones, differences, exponentials, sums, logarithms "
+     "and their sums (ReduceOps.cpp)")  # fmt: skip
 rows("softmax_backward", "_log_softmax_backward_data")
 rows("norm", "native_layer_norm _fused_rms_norm")
 rows("norm_backward", "native_layer_norm_backward", 2, "input gradient; weight and bias gradients")

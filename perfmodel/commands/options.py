@@ -10,7 +10,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from ..errors import UserError
-from ..setup import ATTENTION, CHECKPOINT, COMPILE, DTYPES, ENGINES, KERNELS, OPTIMIZERS
+from ..setup import ATTENTION, CHECKPOINT, COMPILE, DTYPES, ENGINES, KERNELS, OBJECTIVES, OPTIMIZERS, REFERENCES
 from . import names
 
 Command = Callable[..., Any]
@@ -196,7 +196,7 @@ def _where(*, grid: bool) -> tuple[Decorator, ...]:
             help="What dispatches: name of a host or path of a TOML.",
         ),
         click.option("--batch", type=size, default="1", show_default=True, help="Samples of a micro-batch."),
-        click.option("--seq", type=size, default="512", show_default=True, help="Tokens per sample."),
+        click.option("--seq", type=size, default="512", show_default=True, help="Tokens per sequence."),
     )
 
 
@@ -218,6 +218,13 @@ def _how() -> tuple[Decorator, ...]:
                      help="torch.compile of the model; reduce-overhead adds CUDA graphs."),
         click.option("--routing", default="balanced", show_default=True,
                      help="Load of a mixture's experts: balanced, or zipf:1.1 (a share falls with its rank)."),
+        click.option("--objective", type=click.Choice(OBJECTIVES), default="sft", show_default=True,
+                     help="What is trained for. Of dpo, orpo, cpo, simpo and reward a sample is a pair of sequences."),
+        click.option("--prompt", type=int,
+                     help="Tokens of a sequence that are its prompt, of which grpo has no logits; default half."),
+        click.option("--reference", type=click.Choice(REFERENCES), default="auto", show_default=True,
+                     help="What dpo, kto and grpo compare with: auto is the model without its adapters, where it has "
+                     "some, else a second, frozen model; for grpo nothing."),
         click.option("--engine", type=click.Choice(ENGINES), default="torch", show_default=True,
                      help="What runs the step; `METHOD:engine=NAME` for one method alone."),
         click.option("--clip-grad/--no-clip-grad", default=True, show_default=True, help="Clip the gradient norm."),

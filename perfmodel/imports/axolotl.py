@@ -16,12 +16,12 @@ from .fields import (
     fsdp,
     half,
     low_bits,
-    no_sft,
     optimizer_name,
     spec,
 )
 from .keys import Keys
 from .targets import as_targets
+from .trained_for import of_axolotl
 
 MARKS = ("micro_batch_size", "sequence_len", "adapter", "lora_target_linear")
 FUSED = (
@@ -50,6 +50,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     if "base_model" not in keys:
         raise UserError(f"{keys.origin}: base_model is missing; an Axolotl config names it")
     adapter = keys.text("adapter")
+    objective = of_axolotl(keys)
     _check(keys, adapter)
     dtype = _dtype(keys)
     pure = keys.get("bf16") == "full"
@@ -57,7 +58,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         keys.differ("fp32 products without TF32", "tf32")
     method = _method(keys, adapter, dtype or "fp32")
     setup: dict[str, Any] = {
-        "engine": engine(keys),
+        "engine": engine(keys, zero3=not objective),
         "batch": keys.count("micro_batch_size", 1),
         "seq": keys.count("sequence_len", 512),
         "grad_accum": _accumulated(keys),
@@ -70,6 +71,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "clip_grad": clips(keys, "max_grad_norm", keys.number("gradient_clipping", 1.0)),
         "kernels": _kernels(keys),
     }
+    setup |= objective
     if _keeps_fp32(keys, adapter, dtype):
         keys.differ("embeddings and norms in the dtype of the rest, not in fp32")
     notes = []
@@ -81,10 +83,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
 
 
 def _check(keys: Keys, adapter: str | None) -> None:
-    """Raise `UserError` where the objective or the form of the base weights is not modelled."""
-    word = keys.text("rl")
-    if word is not None:
-        raise no_sft(keys, f"rl {word!r}", "remove rl")
+    """Raise `UserError` where the form of the base weights is not modelled."""
     keys.exclude("load_in_4bit", "load_in_8bit")
     if not adapter:
         keys.refuse("load_in_8bit", "quantised weights cannot be trained without an adapter")

@@ -44,8 +44,8 @@ ACROSS_SAMPLES = "attention across packed samples"
 FLASH_2_FOR_3 = "flash-attn 2, not 3"
 
 
-def engine(keys: Keys) -> str:
-    """The setup's engine that `deepspeed` asks for.
+def engine(keys: Keys, *, zero3: bool = True) -> str:
+    """The setup's engine that `deepspeed` asks for; PyTorch in its place if not `zero3`.
 
     The key holds DeepSpeed's config, or the path of one; of a file that is not here the name says the stage, as in
     DeepSpeed's and the tools' examples (zero3.json, ds_z3_offload_config.json).
@@ -65,7 +65,7 @@ def engine(keys: Keys) -> str:
         stage, offloads = int(found[1]) if found else None, "offload" in name
     else:
         raise keys.wrong("deepspeed", "a path or a mapping")
-    if stage == 3 and not offloads:
+    if stage == 3 and not offloads and zero3:
         keys.differ("one GPU under ZeRO-3", "deepspeed")
         return "deepspeed-zero3"
     what = "DeepSpeed" if stage is None else f"ZeRO-{stage}{' with offloading' if offloads else ''}"

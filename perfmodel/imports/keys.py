@@ -15,12 +15,14 @@ class Keys:
     Every complaint names the file and the key. A key that is empty or null counts as absent, as these tools treat it.
 
     Attributes:
+        place: the parts of the file's path.
         differences: how the step that is answered differs from the file's, each with the keys that ask for it.
     """
 
-    def __init__(self, values: Mapping[str, Any], origin: str) -> None:
+    def __init__(self, values: Mapping[str, Any], origin: str, place: tuple[str, ...] = ()) -> None:
         self.values = values
         self.origin = origin
+        self.place = place
         self.used: set[str] = set()
         self.differences: dict[str, list[str]] = {}
 

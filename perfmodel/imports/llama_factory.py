@@ -3,8 +3,9 @@
 from typing import Any
 
 from ..errors import UserError
-from .fields import attention, clips, compiled, engine, flavour, fsdp, half, no_sft, optimizer_name, spec
+from .fields import attention, clips, compiled, engine, flavour, fsdp, half, optimizer_name, spec
 from .keys import NO_TRAINING, Keys
+from .trained_for import of_llama_factory
 
 MARKS = ("finetuning_type", "cutoff_len", "lora_target", "stage", "template", "dataset_dir")
 ATTENTION = {"auto": "sdpa", "sdpa": "sdpa", "fa2": "flash2", "fa3": "flash2", "disabled": "eager"}
@@ -17,9 +18,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         raise UserError(f"{keys.origin}: model_name_or_path is missing; a LLaMA-Factory config names it")
     if keys.flag("do_predict") and not keys.flag("do_train"):
         raise UserError(f"{keys.origin}: {NO_TRAINING}: do_predict without do_train")
-    stage = keys.text("stage", "sft")
-    if stage not in ("sft", "pt"):
-        raise no_sft(keys, f"stage {stage!r}", "use stage: sft or pt")
+    objective = of_llama_factory(keys)
     name, options = _method(keys)
     keys.exclude("pure_bf16", "bf16")
     keys.exclude("pure_bf16", "fp16")
@@ -32,7 +31,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     if amp is None and not pure:
         notes.append("neither bf16 nor fp16: no autocast, and frozen weights in bf16 as in most checkpoints")
     setup: dict[str, Any] = {
-        "engine": engine(keys),
+        **objective,
+        "engine": engine(keys, zero3=not objective),
         "batch": keys.count("per_device_train_batch_size", 8),
         "seq": keys.count("cutoff_len", 2048),
         "grad_accum": keys.count("gradient_accumulation_steps", 1),
@@ -47,7 +47,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     }
     if keys.get("tf32") and setup["amp"] is None and not pure:
         keys.differ("fp32 products without TF32", "tf32")
-    if not keys.flag("packing") and stage == "sft":
+    if not keys.flag("packing") and keys.text("stage", "sft") == "sft":
         notes.append("without packing most batches are shorter than cutoff_len: give --seq the mean length")
     return keys.text("model_name_or_path"), spec(name, **options), setup, notes
 

@@ -89,7 +89,7 @@ def read(path: str | Path) -> Imported:
             f"{path}: not a config of PEFT, Axolotl, LLaMA-Factory, TRL or Transformers: it has none of the keys they "
             "need"
         )
-    keys, table = Keys(values, path.name), meanings.meanings_of(*found.tables)
+    keys, table = Keys(values, path.name, path.parts), meanings.meanings_of(*found.tables)
     if found.name == "PEFT":
         return _of_adapter(found.name, path, keys, table)
     for key, why in table.refused.items():

@@ -21,6 +21,7 @@ from .fields import (
 )
 from .keys import Keys
 from .targets import as_targets
+from .trained_for import of_trl
 
 MARKS = (
     "per_device_train_batch_size", "use_peft", "gradient_accumulation_steps", "optim", "max_length", "dataset_name",
@@ -40,8 +41,9 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     if amp is None and is_trl and keys.get("bf16") is None and keys.get("fp16") is None:
         amp = "bf16"  # SFTConfig's own default
     dtype = keys.one_of("dtype", DTYPES, None) or keys.one_of("torch_dtype", DTYPES, "fp32")
+    objective = of_trl(keys)
     setup: dict[str, Any] = {
-        "engine": engine(keys),
+        "engine": engine(keys, zero3=not objective),
         "batch": keys.count("per_device_train_batch_size", 8),
         "grad_accum": keys.count("gradient_accumulation_steps", 1),
         "dtype": dtype,
@@ -56,7 +58,11 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     length = keys.get("max_length") or keys.get("max_seq_length")
     if length is not None or is_trl:
         setup["seq"] = keys.count("max_length", keys.count("max_seq_length", 1024))
-    _loss(keys, is_trl and setup["kernels"] == "torch")
+    setup |= objective
+    if not objective:
+        _loss(keys, is_trl and setup["kernels"] == "torch")
+    elif setup["kernels"] == "liger":
+        keys.differ("the logits in memory, without Liger's fused loss", "use_liger_kernel")
     if keys.get("tf32") and amp is None and dtype == "fp32":
         keys.differ("fp32 products without TF32", "tf32")
     notes = []

@@ -58,6 +58,8 @@ def trainer_program(model: Any, arguments: Any, method: str | None = None, *, fr
         "attn_implementation": getattr(base.config, "_attn_implementation", None),
     }
     _, _, fields, _ = trainer.read(Keys(found, "TrainingArguments"))
+    if (objective := fields.get("objective", "sft")) != "sft":  # its trainer runs more forward passes than batches
+        raise UserError(f"runs of {objective} are not compared step by step; ask predict --objective {objective}")
     length = fields.pop("seq", None)
     chosen = method_of(method) if method else _method(model, weights, from_trace=from_trace)
     return TrainingRun(architecture, chosen.bind(architecture), replace(Setup(), **fields), length)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import passes, units
+from .. import objectives, passes, units
 from ..calls.table import row
 from ..devices.profile import DeviceProfile
 from ..recording import zero
@@ -30,10 +30,7 @@ def notes_on(built: Step, on: DeviceProfile, seconds: Mapping[str, Any], total: 
             "MALLOC_TRIM_THRESHOLD_=-1 MALLOC_MMAP_MAX_=0): page faults of glibc's default add up to a quarter"
         )
     notes += [passes.NOTE] if built.setup.compile != "none" else []
-    head = built.architecture.classifier
-    notes += (
-        [f"its head classifies {head.of}s ({head.labels} labels), as architectures in its config says"] if head else []
-    )
+    notes += _head_notes(built)
     notes += _optimizer_notes(built, seconds, total)
     notes += _unknown_notes(built)
     notes += [zero.NOTE] if built.zero else []
@@ -45,6 +42,16 @@ def notes_on(built: Step, on: DeviceProfile, seconds: Mapping[str, Any], total: 
             "block, also below the lowest trainable one"
         )
     return [*notes, *built.notes]
+
+
+def _head_notes(built: Step) -> list[str]:
+    """What the model ends in and what it is trained for, where that is not a language model's own loss."""
+    setup, head = built.setup, built.architecture.classifier
+    if setup.objective == "sft":
+        said = "as architectures in its config says"
+        return [f"its head classifies {head.of}s ({head.labels} labels), {said}"] if head else []
+    objective = objectives.found(setup.objective)
+    return [objective.told(built.method, setup)]
 
 
 def _mixture_notes(built: Step) -> list[str]:

@@ -59,7 +59,7 @@ def part_of(op: Op, part: Part) -> str:
         return "gemm_forward" if part.phase == "forward" else "gemm_input_grad"
     if kind == "embedding":
         return "embedding"
-    return "loss" if part.name == "head" else "pointwise"
+    return "loss" if part.name in ("head", "entropy", "loss") else "pointwise"
 
 
 @dataclass

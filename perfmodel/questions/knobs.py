@@ -91,7 +91,7 @@ def _attention(architecture: Architecture, setup: Setup) -> Knob:
 
 
 def _compile(architecture: Architecture, setup: Setup) -> Knob:
-    if setup.compile != "none" or architecture.stacked_names():
+    if setup.compile != "none" or setup.objective != "sft" or architecture.stacked_names():
         return (KEEP,)
     return (KEEP, KnobPosition("torch.compile", {"compile": "default"}))
 

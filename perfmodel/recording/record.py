@@ -6,18 +6,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from .. import optimizers
+from .. import objectives, optimizers
 from ..architectures.base import Architecture, Build, Scope
 from ..errors import UserError
 from ..methods.parts.base import Method
 from ..methods.parts.periodic import Periodic, PeriodicOps
+from ..objectives.parts.base import OF_REFERENCE
 from ..program.dims import Dim, larger
 from ..program.part import Group, Part
 from ..setup import Setup
-from ..tape.core import Tape, emit, recording, release
+from ..tape.core import Tape, emit, recording
 from ..tape.elementary import div
 from ..tape.engine import run_backward
-from ..tape.tensor import Flow, Tensor
+from ..tape.tensor import Flow, Parameter, Tensor
 from . import reuse as sharing
 from . import zero
 from .reuse import MicroBatches, Shared
@@ -53,6 +54,8 @@ def build(
         MixedStructure: array dims do not share one program; split the grid.
     """
     setup = replace(setup, engine=method.engine or setup.engine)
+    if not architecture.recorded:
+        architecture, method = _trained_for(architecture, method, setup)
     _check(architecture, method, setup)
     step = Step(architecture, method, setup, device, [])
     tape = Tape(device, capability, autocast=running(step)[0].amp, view_replay=view_replay)
@@ -63,6 +66,14 @@ def build(
         step.groups.append(Group(list(tape.parts)))
     step.periodic = [_besides(step, work, capability) for work in method.periodic()]
     return step
+
+
+def _trained_for(architecture: Architecture, method: Method, setup: Setup) -> tuple[Architecture, Method]:
+    """The model with the head of its objective, and the method on it."""
+    objective = objectives.found(setup.objective)
+    objective.check(method, setup)
+    headed = objective.on(architecture)
+    return headed, method if headed is architecture else method.bind(headed)
 
 
 @contextmanager
@@ -197,28 +208,14 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     setup, method = running(step)
     tape.flow = Flow() if setup.compile != "none" else None
     tape.on_gradient = zero.hook(step, first=not step.parameters) if step.zero else None
-    shape = (setup.batch, setup.seq)
     tape.begin("inputs", "forward")
-    build = Build(step.architecture, method, setup, {p.name: p for p in step.parameters}, kept=kept)
-    classifier = step.architecture.classifier
-    labels = shape[:1] if classifier is not None and classifier.of == "sequence" else shape
-    inputs = [_input(of) for of in (shape, shape, labels)]
-    with tape.autocasting():
-        ids, *others = inputs
-        scope = Scope(build)
-        with tape.belonging_to("adapter"):
-            extended = method.inputs(scope, *others)
-        loss = step.architecture.forward(scope, ids, *extended)
-        del extended
-        with tape.belonging_to("adapter"):
-            loss = method.loss(loss, list(build.parameters.values()))
-    release(build.held)
+    parameters, loss = _forward(step, setup, method, kept)
     tape.renew(loss)
-    if setup.grad_accum > 1:
+    if setup.grad_accum > 1 and objectives.found(setup.objective).scaled:
         tape.loss = loss = div(loss, setup.grad_accum)
     if not loss.requires_grad:
         raise UserError(f"method {method.spec()}: nothing trains in {step.architecture.name}")
-    step.parameters = list(build.parameters.values())
+    step.parameters = parameters
     tape.part = _backward_start(tape)
     seed = emit("ones_like", (loss,), (), loss.dtype)
     run_backward(loss, seed)
@@ -239,15 +236,24 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     return first, later
 
 
+def _forward(step: Step, setup: Setup, method: Method, kept: Kept) -> tuple[list[Parameter], Tensor]:
+    """Record the passes of the objective; returns all parameters, those of a frozen reference last, and the loss."""
+    objective, architecture = objectives.found(setup.objective), step.architecture
+    if objective.quiet:
+        architecture, method = objectives.without_dropout(architecture), objectives.without_dropout(method)
+    known = {p.name: p for p in step.parameters}
+    frozen = {name.removeprefix(OF_REFERENCE): known.pop(name) for name in list(known) if name.startswith(OF_REFERENCE)}
+    build = Build(architecture, method, setup, known, labelled=setup.objective == "sft", kept=kept)
+    passes = objectives.Passes(Scope(build), method, setup, frozen)
+    loss = objective.loss(passes)
+    for p in frozen.values():
+        p.name, p.elements = OF_REFERENCE + p.name.removeprefix(OF_REFERENCE), 0
+    return [*build.parameters.values(), *frozen.values()], loss
+
+
 def _backward_start(tape: Tape) -> Part:
     tape.backward_of(tape.part)
     return tape.part
-
-
-def _input(shape: tuple[Dim, ...]) -> Tensor:
-    from ..architectures.masks import model_buffer
-
-    return model_buffer(shape)
 
 
 def record_update(step: Step, tape: Tape) -> None:

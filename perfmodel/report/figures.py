@@ -9,7 +9,7 @@ from ..prediction.predict import Prediction
 from ..program.part import PHASES
 from ..questions.anatomy import Phase
 from ..questions.comparison import Comparison
-from ..setup import Setup
+from ..setup import PAIRS, Setup
 
 Figure = Callable[[Prediction], Any]
 
@@ -101,7 +101,10 @@ def shared_setup(p: Prediction) -> str:
 def setup_line(s: Setup) -> str:
     """The setup in a line: its size, precision and optimizer, then whatever is not as usual."""
     usual = Setup()
-    told = [f"batch {s.batch} x {s.seq} tokens", f"{s.dtype}{f' amp {s.amp}' if s.amp else ''}", s.optimizer]
+    batch = f"batch {s.batch}{' pairs' if s.objective in PAIRS else ''}"
+    told = [f"{batch} x {s.seq} tokens", f"{s.dtype}{f' amp {s.amp}' if s.amp else ''}", s.optimizer]
+    told += [f"{s.objective}{' without generation' if s.objective == 'grpo' else ''}"] if s.objective != "sft" else []
+    told += [f"reference {s.reference}"] if s.reference != usual.reference else []
     told += [f"{s.grad_accum} micro-batches"] if s.grad_accum > 1 else []
     told += [f"checkpoint {s.checkpoint}"] if s.checkpoint != usual.checkpoint else []
     told += [f"{s.attention} attention"] if s.attention != usual.attention else []

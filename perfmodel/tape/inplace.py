@@ -1,14 +1,14 @@
 """In-place addition to what a linear layer returned, and how autograd differentiates it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..program.dims import product
 from .autograd import differentiate
 from .core import emit, new_tensor, record, tape
 from .elementary import div, div_backward
 from .pointwise import scale
-from .shape import clone, view
-from .tensor import Grads, Node, Tensor
+from .shape import clone, squeeze, view
+from .tensor import Grads, Node, Storage, Tensor
 
 Grad = Tensor | None
 
@@ -49,8 +49,7 @@ def _as_strided_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     """The gradient, without dims of one element, is written into zeros of the matrix's memory."""
     (g,), (base_shape,) = grads, node.attrs
     assert g is not None
-    wide = tuple(d for d in g.shape if not (isinstance(d, int) and d == 1))
-    g = view(g, wide) if len(wide) < len(g.shape) else g
+    g = _without_ones(g)
     flat = new_tensor((g.numel,), g.dtype)
     record("new_zeros", (g,), (flat,))
     written = view(flat, g.shape)
@@ -73,6 +72,97 @@ def _copy_slices_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     if node.needs[0]:
         record("copy_", (grad_slice, grad), (grad_slice,))
     return (result if node.needs[0] else None, grad)
+
+
+def zero_in_view(x: Tensor, flags: Tensor) -> Tensor:
+    """`x[flags] = 0` on a view that squeezed the last dim, or on what needs no gradient; returns x with its new graph.
+
+    As `_add_to_view`, but that the gradient is put to zero where the flags are.
+    """
+    number = Tensor((), x.dtype, (), 1, Storage(0, None))
+    record("index_put_", (x, flags, number), (x,))
+    if x.node is None:
+        return x
+    (edge,) = x.node.edges
+    assert edge is not None
+    base = Tensor((*x.shape, 1), x.dtype, (*x.strides, 1), x.numel, x.storage)
+    (base.node, base.slot), base.requires_grad = edge, True
+    node = differentiate("CopySlices", (base,), _zeroed_backward)
+    assert node is not None
+    node.save(flags)
+    base = base.alias()
+    node.produces(base)
+    if tape().view_replay:
+        return squeeze(base, -1)
+    x = x.alias()
+    again = differentiate("AsStridedBackward0", (base,), _as_strided_backward, (base.shape,))
+    assert again is not None
+    again.produces(x)
+    return x
+
+
+def _zeroed_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (flags,) = grads, node.unpack()
+    assert g is not None
+    result = new_tensor(g.shape, g.dtype)
+    record("new_empty_strided", (g,), (result,))
+    record("copy_", (result, g), (result,))
+    grad_slice = squeeze(result, -1)
+    grad = clone(grad_slice)
+    zeros = emit("zeros", (), (), grad.dtype)
+    put = emit("index_put", (grad, flags, zeros), grad.shape, grad.dtype)
+    record("copy_", (grad_slice, put), (grad_slice,))
+    return (result,)
+
+
+def divide_view(x: Tensor, part_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """`part /= number` on a part of x, a view of other sizes; returns the part with its new graph."""
+    with tape().no_grad():
+        part = part_of(x)
+    record("div_.Tensor", (part,), (part,))
+    node = differentiate("CopySlices", (x,), _divide_view_backward, (part_of,))
+    if node is None:
+        return part
+    base = x.alias()
+    node.produces(base)
+    if tape().view_replay:
+        return part_of(base)
+    again = differentiate("AsStridedBackward0", (base,), _part_backward, (part_of, x.shape))
+    assert again is not None
+    part = part.alias()
+    again.produces(part)
+    return part
+
+
+def _divide_view_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (part_of,) = grads, node.attrs
+    assert g is not None
+    result = new_tensor(g.shape, g.dtype)
+    record("new_empty_strided", (g,), (result,))
+    record("copy_", (result, g), (result,))
+    grad_slice = part_of(result)
+    divided = div(emit("clone", (grad_slice,), grad_slice.shape, g.dtype), 1.0)
+    record("copy_", (grad_slice, divided), (grad_slice,))
+    return (result,)
+
+
+def _part_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    """The gradient is written into zeros of the whole."""
+    (g,), (part_of, shape) = grads, node.attrs
+    assert g is not None
+    g = _without_ones(g)
+    flat = new_tensor((product(shape),), g.dtype)
+    record("new_zeros", (g,), (flat,))
+    written = view(flat, shape)
+    part = _without_ones(part_of(written))
+    record("copy_", (part, g), (part,))
+    return (written,)
+
+
+def _without_ones(x: Tensor) -> Tensor:
+    """x without its dims of one element."""
+    wide = tuple(d for d in x.shape if not (isinstance(d, int) and d == 1))
+    return view(x, wide) if len(wide) < len(x.shape) else x
 
 
 def frobenius_norm(x: Tensor) -> Tensor:

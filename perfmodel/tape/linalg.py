@@ -150,7 +150,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None:
         bias = autocast_operand(bias)
     weight, x = autocast_operand(weight), autocast_operand(x)
-    return _fold(x, t(weight), bias, "_unsafe_view" if bias is None else "view")
+    return matmul(x, t(weight)) if bias is None else _fold(x, t(weight), bias, "view")
 
 
 def matmul_linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -78,10 +78,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross entropy of (tokens, vocab) logits: log-softmax, then negative log-likelihood."""
     if tape().autocast:
         logits = cast(logits, "fp32")
-    node = differentiate("LogSoftmaxBackward0", (logits,), _log_softmax_backward)
-    log_probs = emit("_log_softmax", (logits,), logits.shape, logits.dtype, node=node)
-    if node:
-        node.save_output(log_probs)
+    log_probs = log_softmax(logits)
     node = differentiate("NllLossBackward0", (log_probs,), _nll_backward)
     if node:
         node.save(log_probs, labels)
@@ -91,6 +88,15 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         node.save(weight)
         node.produces(loss)
     return loss
+
+
+def log_softmax(x: Tensor) -> Tensor:
+    """`F.log_softmax(x, dim=-1)`; saves its output."""
+    node = differentiate("LogSoftmaxBackward0", (x,), _log_softmax_backward)
+    out = emit("_log_softmax", (x,), x.shape, x.dtype, node=node)
+    if node:
+        node.save_output(out)
+    return out
 
 
 def _log_softmax_backward(node: Node, grads: Sequence[Grad]) -> Grads:

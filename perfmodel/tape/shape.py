@@ -101,6 +101,7 @@ def unsqueeze(x: Tensor, dim: int) -> Tensor:
 
 def squeeze(x: Tensor, dim: int) -> Tensor:
     """Drop a dim of size 1."""
+    dim = dim % len(x.shape)
     shape, strides = (*x.shape[:dim], *x.shape[dim + 1 :]), (*x.strides[:dim], *x.strides[dim + 1 :])
     return view_as(
         "squeeze.dim", x, shape, strides, differentiate("SqueezeBackward1", (x,), _unsqueeze_backward, (dim,))

@@ -9,7 +9,7 @@ import logging
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -289,6 +289,8 @@ def trace_step(
     make: Callable[[Any, str], Any] = updates.standard,
     real: bool = False,
     flops: bool = True,
+    loss_of: Callable[[], torch.Tensor] | None = None,
+    beside: Sequence[torch.Tensor] = (),
 ) -> Trace:
     """Trace one steady-state training step (the second) of a model built on the meta device, or of a `real` one.
 
@@ -302,6 +304,8 @@ def trace_step(
         keep: sees every call of the traced step (see `Recorder`).
         make: the optimizer of the model in that form.
         flops: count them, with PyTorch's own counter, which takes a third as long as the rest.
+        loss_of: makes the loss that is differentiated; None: the model's own is taken, under autocast.
+        beside: tensors that are there besides the model's and the optimizer's.
     """
     # some tuners of peft keep plain tensors (indices, token ids) beside their parameters
     mode: Any = nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=keep is not None)
@@ -327,10 +331,13 @@ def trace_step(
         for _ in range(setup.grad_accum):
             amp = torch.autocast(device, TORCH_DTYPES[setup.amp]) if setup.amp else nullcontext()
             with observe("forward"):
-                with amp:
-                    loss = model(input_ids=ids, attention_mask=attention, labels=labels).loss
-                if setup.grad_accum > 1:
-                    loss = loss / setup.grad_accum
+                if loss_of is not None:
+                    loss: Any = loss_of()
+                else:
+                    with amp:
+                        loss = model(input_ids=ids, attention_mask=attention, labels=labels).loss
+                    if setup.grad_accum > 1:
+                        loss = loss / setup.grad_accum
             if forward_only:
                 return
             if recorder.recording:
@@ -347,7 +354,7 @@ def trace_step(
     with eager_program(), mode:
         # The counter's module hooks keep recomputed graphs alive, so it has a step of its own.
         run(lambda phase: _counting(phase, recorder) if flops else recorder)
-        recorder.hold([*model.parameters(), *updates.held(update)])
+        recorder.hold([*model.parameters(), *beside, *updates.held(update)])
         recorder.recording = True
         run(recorder.observe)
     return recorder.trace

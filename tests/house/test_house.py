@@ -26,10 +26,10 @@ PACKAGES = ("perfmodel", "validate")
 # From the roof to the ground: what stands higher may know what stands lower, never the other way round.
 FLOORS = (
     "__main__", "cli", "commands", "integrations", "report", "questions", "imports", "tracing", "prediction",
-    "recording", "passes", "methods", "architectures", "setup", "optimizers", "tape", "devices", "calls", "program",
-    "shown", "units", "resources", "registry", "errors",
+    "recording", "passes", "objectives", "methods", "architectures", "setup", "optimizers", "tape", "devices", "calls",
+    "program", "shown", "units", "resources", "registry", "errors",
 )  # fmt: skip
-REGISTRIES = ("methods", "architectures", "optimizers")  # one file an entry: as many as there are entries
+REGISTRIES = ("methods", "architectures", "optimizers", "objectives")  # one file an entry: as many as there are entries
 ROOMS_AT_THE_TOP, FILES_IN_A_ROOM, LINES = 12, 22, 400
 
 

@@ -178,6 +178,8 @@ FURTHER: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (  # what the
     ("opt", {"architectures": ["OPTForSequenceClassification"], "pad_token_id": 0}, CLASSIFYING[:2]),
     ("gpt_neox", {"architectures": ["GPTNeoXForSequenceClassification"], "pad_token_id": 0}, CLASSIFYING[:2]),
     ("phi", {"architectures": ["PhiForTokenClassification"]}, OF_TOKENS[:2]),
+    ("gemma2", {"architectures": ["Gemma2ForSequenceClassification"]}, CLASSIFYING[:2]),
+    ("gemma", {"architectures": ["GemmaForTokenClassification"]}, OF_TOKENS[:2]),
     ("falcon", {"architectures": ["FalconForSequenceClassification"], "pad_token_id": 0}, CLASSIFYING[:2]),
     ("gpt_bigcode", {"architectures": ["GPTBigCodeForSequenceClassification"], "pad_token_id": 0}, CLASSIFYING[:2]),
 )

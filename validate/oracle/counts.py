@@ -22,6 +22,7 @@ from .cases import Case
 
 MIRRORED = {"transformers": "5.24", "peft": "0.21"}  # the minor versions whose programs the tape mirrors
 TINY = 3_000_000  # parameters of a model that takes a step on real tensors beside the fake ones
+IN_PLACE = {"add_.Tensor": "add.Tensor", "scatter_add_": "scatter_add", "index_add_": "index_add"}
 PEAK_TOLERANCE = 0.02  # local variables of Python code outlive their use now and then
 
 
@@ -106,10 +107,14 @@ def _unmoved(model: Any) -> None:
 
 
 def without_underscore(calls: Counter[Signature]) -> Counter[Signature]:
-    """Calls with in-place additions counted as additions: the engine adds real gradients in place where it may."""
+    """Calls with in-place additions counted as additions.
+
+    The engine adds real gradients in place where it may; those of `gather` and `index_select` are added to zeros in
+    place, but not while a recorder watches (`areAnyTensorSubclassLike`).
+    """
     merged: Counter[Signature] = Counter()
     for (name, inputs, outputs), n in calls.items():
-        merged["add.Tensor" if name == "add_.Tensor" else name, inputs, outputs] += n
+        merged[IN_PLACE.get(name, name), inputs, outputs] += n
     return merged
 
 

@@ -189,6 +189,10 @@ class Targeted(Method):
         layer.scope.count_adapter()
         return self.adapted(layer, x, self.dtype_beside(layer.scope.dtype))
 
+    def base(self, layer: Linear, x: Tensor) -> Tensor:
+        """What a linear layer of a block computes without adapters."""
+        return layer(x)
+
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         """The forward pass of a targeted layer whose adapter has `dtype`."""
         raise TypeError(f"{type(self).__name__} must define adapted")

@@ -1,0 +1,179 @@
+"""What an objective is: a loss made of passes through the model, and through a reference that does not train."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from ...architectures.base import Architecture, Build, Rewrites, Scope
+from ...architectures.masks import model_buffer
+from ...errors import UserError
+from ...methods.parts.base import Method
+from ...methods.parts.targeted import Targeted
+from ...program.dims import Dim
+from ...registry import Registry
+from ...setup import PAIRS, Setup
+from ...tape.core import release, tape
+from ...tape.pointwise import cast
+from ...tape.tensor import Parameter, Tensor
+from .reference import AdaptersOff, Frozen
+
+_REGISTRY: Registry["Objective"] = Registry("perfmodel.objectives", Path(__file__).parents[1])
+OF_REFERENCE = "reference "  # how the names of its parameters begin
+C = TypeVar("C", bound="type[Objective]")
+B = TypeVar("B")
+
+
+def objective(name: str, *, title: str, source: str, quiet: bool = True) -> Callable[[C], C]:
+    """Register an objective under a name of `perfmodel.setup.OBJECTIVES`.
+
+    Args:
+        title: how one writes it.
+        source: the code that runs it.
+        quiet: whether its trainer switches dropout off.
+    """
+
+    def register(cls: C) -> C:
+        made = cls()
+        made.name, made.title, made.source, made.quiet = name, title, source, quiet
+        _REGISTRY.add(name, made)
+        return cls
+
+    return register
+
+
+def found(name: str) -> "Objective":
+    """The objective of a name."""
+    known = _REGISTRY.get(name)
+    assert known is not None, name
+    return known
+
+
+def registered() -> dict[str, "Objective"]:
+    """All objectives by name."""
+    return _REGISTRY.all()
+
+
+class Objective:
+    """Base: a loss on log-probabilities of a causal language model.
+
+    Attributes:
+        compares: whether it needs the log-probabilities of a reference: "" never, "always", or "if named" in the setup.
+        scaled: whether the loss is divided by the number of micro-batches.
+        of: what it trains, where that is no language model.
+        beside: what its trainer does besides the step.
+    """
+
+    name: str
+    title: str
+    source: str
+    quiet: bool
+    compares: ClassVar[str] = ""
+    scaled: ClassVar[bool] = True
+    of: ClassVar[str] = ""
+    beside: ClassVar[str] = ""
+
+    def on(self, architecture: Architecture) -> Architecture:
+        """The model with the head that the objective trains.
+
+        Raises:
+            UserError: it has no such head.
+        """
+        if architecture.traits.head != "causal" or architecture.classifier is not None:
+            raise UserError(f"objective {self.name} trains a causal language model, which {architecture.name} is not")
+        return architecture
+
+    def loss(self, passes: "Passes") -> Tensor:
+        """Record the passes of a micro-batch; returns the loss, a scalar."""
+        raise TypeError(f"{type(self).__name__} must define loss")
+
+    def told(self, method: Method, setup: Setup) -> str:
+        """What an answer has to say."""
+        what = f"{self.title} as {self.source} runs it on a full batch"
+        what += f", a head of {self.of}" if self.of else ""
+        what += f"; {self.beside}" if self.beside else ""
+        what += ", a sample is a pair of sequences" if setup.objective in PAIRS else ""
+        if not self.compares or (self.compares == "if named" and setup.reference == "auto"):
+            return what
+        off = isinstance(method, Targeted) and setup.reference != "model"
+        reference = "the model without its adapters" if off else "a second, frozen model in memory"
+        reference = "log-probabilities made before" if setup.reference == "precomputed" else reference
+        return f"{what}; reference: {reference}"
+
+    def check(self, method: Method, setup: Setup) -> None:
+        """Raise `UserError` for what is not modelled together with the objective."""
+        if setup.reference != "auto" and not self.compares:
+            raise UserError(f"reference {setup.reference}: {self.name} compares with none; leave it out")
+        if setup.prompt is not None and self.name != "grpo":
+            raise UserError(f"prompt {setup.prompt}: {self.name} has logits of prompts too; leave it out")
+        if self.name == "sft":
+            return
+        for name, usual in (("compile", "none"), ("engine", "torch"), ("cuda_graphs", False)):
+            if getattr(setup, name) != usual:
+                raise UserError(
+                    f"objective {self.name} with {name} {getattr(setup, name)} is not modelled; leave it out"
+                )
+        if type(method).inputs is not Method.inputs:
+            raise UserError(f"objective {self.name} with virtual tokens ({method.name}) is not modelled; use lora")
+        if setup.reference == "adapter-off" and not isinstance(method, Targeted):
+            raise UserError(f"reference adapter-off: {method.name} has no adapters; use --reference model")
+
+
+@dataclass
+class Passes:
+    """A micro-batch as an objective sees it: inputs, and ways through the model and its reference.
+
+    Attributes:
+        model: the scope of the model that trains.
+        method: its method, with dropout as its trainer has it.
+        setup: of the step.
+        frozen: parameters of the reference by name, where it is a model of its own.
+    """
+
+    model: Scope
+    method: Method
+    setup: Setup
+    frozen: dict[str, Parameter] = field(default_factory=dict)
+
+    def tensor(self, *shape: Dim, dtype: str = "i64") -> Tensor:
+        """An input of the step; (sequences, seq) if no shape is given."""
+        return model_buffer(shape or (self.setup.sequences, self.setup.seq), dtype)
+
+    @property
+    def precomputed(self) -> bool:
+        """Whether the log-probabilities of the reference come with the batch."""
+        return self.setup.reference == "precomputed"
+
+    def scalar(self) -> Tensor:
+        """An integer that comes with the batch."""
+        return model_buffer(())
+
+    def logits(self, ids: Tensor, attention: Tensor, keep: Dim | None = None) -> Tensor:
+        """Logits of the model, of the last `keep` tokens, in fp32 under autocast (accelerate converts them so)."""
+        self.model.build.logits_to_keep = keep
+        return _logits(self.model, ids, attention)
+
+    def reference_logits(self, ids: Tensor, attention: Tensor, keep: Dim | None = None) -> Tensor:
+        """The same of the reference, without a graph and without checkpoints."""
+        of, setup = self.model.build, replace(self.setup, checkpoint="none")
+        how: Rewrites
+        if isinstance(self.method, Targeted) and self.setup.reference != "model":
+            how, parameters = AdaptersOff(inner=self.method, architecture=of.architecture), dict[str, Parameter]()
+        else:
+            how, parameters = Frozen(architecture=of.architecture), self.frozen
+        with tape().no_grad():
+            build = Build(of.architecture, how, setup, parameters, labelled=False, logits_to_keep=keep)
+            return _logits(Scope(build), ids, attention)
+
+
+def _logits(model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
+    with tape().autocasting():
+        logits = model.build.architecture.forward(model, ids, attention, ids)
+    release(model.build.held)
+    return cast(logits, "fp32") if model.build.setup.amp else logits
+
+
+def without_dropout(value: B) -> B:
+    """A method or an architecture with every dropout at 0 (TRL's `disable_dropout_in_model`)."""
+    off: dict[str, Any] = {f.name: 0.0 for f in fields(value) if f.name.endswith("dropout")}  # type: ignore[arg-type]
+    return replace(value, **off)  # type: ignore[type-var]

@@ -1,0 +1,108 @@
+"""What configs train for, as their tools' trainers understand them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from perfmodel import UserError
+from perfmodel.imports import DIFFERS, read
+from perfmodel.setup import Setup
+
+AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64}
+FACTORY = {"model_name_or_path": "gpt2", "cutoff_len": 64}
+TRL = {"model_name_or_path": "gpt2", "max_length": 64}
+OPEN = "a DPO step: the file does not say whether DPO, KTO, ORPO or CPO reads it (beta)"
+OWN = "step as TRL's trainer runs it, not LLaMA-Factory's own form of it (stage)"
+
+# keys of a file -> objective, reference, and what stands in the first line
+SAID: tuple[tuple[dict[str, Any], str, str, list[str]], ...] = (
+    (AXOLOTL | {"rl": "dpo"}, "dpo", "auto", []),
+    (AXOLOTL | {"rl": "ipo"}, "dpo", "auto", ["DPO's sigmoid loss (rl)"]),
+    (AXOLOTL | {"rl": "kto", "kto_desirable_weight": 0.2}, "kto", "auto", []),
+    (AXOLOTL | {"rl": "orpo", "orpo_alpha": 0.1}, "orpo", "auto", []),
+    (AXOLOTL | {"rl": "simpo", "simpo_gamma": 0.5}, "simpo", "auto", []),
+    (AXOLOTL | {"rl": "dpo", "adapter": "lora", "rl_adapter_ref_model": True}, "dpo", "model", []),
+    (AXOLOTL | {"rl": "dpo", "precompute_ref_log_probs": True}, "dpo", "precomputed", []),
+    (AXOLOTL | {"rl": "dpo", "dpo_use_weighting": True}, "dpo", "auto", ["without WPO's weights (dpo_use_weighting)"]),
+    (AXOLOTL | {"reward_model": True, "num_labels": 1}, "reward", "auto", []),
+    (AXOLOTL | {"process_reward_model": True, "num_labels": 2}, "prm", "auto", []),
+    (AXOLOTL | {"rl": "dpo", "deepspeed": "zero3.json"}, "dpo", "auto", ["one GPU, without ZeRO-3 (deepspeed)"]),
+    (FACTORY | {"stage": "dpo"}, "dpo", "auto", [f"dpo's {OWN}"]),
+    (FACTORY | {"stage": "dpo", "pref_loss": "orpo"}, "orpo", "auto", [f"orpo's {OWN}"]),
+    (FACTORY | {"stage": "dpo", "pref_loss": "simpo"}, "simpo", "auto", [f"simpo's {OWN}"]),
+    (FACTORY | {"stage": "dpo", "ref_model": "gpt2"}, "dpo", "model", [f"dpo's {OWN}"]),
+    (FACTORY | {"stage": "kto"}, "kto", "auto", [f"kto's {OWN}"]),
+    (FACTORY | {"stage": "rm"}, "reward", "auto", [f"reward's {OWN}"]),
+    (TRL | {"beta": 0.1}, "dpo", "auto", [OPEN]),
+    (TRL | {"beta": 0.1, "loss_type": "sigmoid"}, "dpo", "auto", []),
+    (TRL | {"loss_type": ["apo_zero"]}, "dpo", "auto", ["DPO's sigmoid loss (loss_type)"]),
+    (TRL | {"loss_type": "sigmoid", "precompute_ref_log_probs": True}, "dpo", "precomputed", []),
+    (TRL | {"beta": 0.1, "desirable_weight": 1.3}, "kto", "auto", []),
+    (TRL | {"beta": 0.1, "cpo_alpha": 1.0}, "cpo", "auto", []),
+    (TRL | {"beta": 0.1, "loss_type": "simpo", "simpo_gamma": 0.5}, "simpo", "auto", []),
+    (TRL | {"center_rewards_coefficient": 0.01}, "reward", "auto", []),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "objective", "reference", "differs"), SAID)
+def test_a_config_trains_for_what_it_says(
+    tmp_path: Path, values: dict[str, Any], objective: str, reference: str, differs: list[str]
+) -> None:
+    """They were all answered as SFT once: a DPO step takes two or three times as long."""
+    path = tmp_path / "config.yml"
+    path.write_text(yaml.safe_dump(values))
+    found = read(path)
+    assert (found.setup["objective"], found.setup.get("reference", "auto")) == (objective, reference)
+    said = [line for line in found.differences if "chunked loss" not in line]
+    assert [line for line in said if "fp32" not in line] == differs
+    assert found.setup["engine"] == "torch"
+
+
+GRPO: tuple[tuple[dict[str, Any], str], ...] = (
+    (AXOLOTL | {"rl": "grpo", "trl": {"max_completion_length": 32}}, "auto"),
+    (AXOLOTL | {"rl": "gdpo", "trl": {"max_completion_length": 32, "beta": 0.01}}, "model"),
+    (AXOLOTL | {"rl": "grpo", "adapter": "lora", "trl": {"max_completion_length": 32, "beta": 0.01}}, "adapter-off"),
+    (TRL | {"num_generations": 8, "max_prompt_length": 64, "max_completion_length": 32}, "auto"),
+    (TRL | {"max_prompt_length": 64, "max_completion_length": 32, "beta": 0.04, "use_peft": True}, "adapter-off"),
+)
+
+
+@pytest.mark.parametrize(("values", "reference"), GRPO)
+def test_grpos_training_step_has_prompts_and_completions(
+    tmp_path: Path, values: dict[str, Any], reference: str
+) -> None:
+    """Only completions have logits, and generation is most of the run: both have to be said."""
+    path = tmp_path / "config.yml"
+    path.write_text(yaml.safe_dump(values))
+    found = read(path)
+    assert found.first_line.startswith(f"{DIFFERS}the training step alone, without generation and rewards")
+    setup = Setup(**found.setup)
+    assert (setup.objective, setup.seq, setup.prompt, setup.reference) == ("grpo", 96, 64, reference)
+
+
+def test_the_folder_of_an_example_says_what_its_keys_leave_open(tmp_path: Path) -> None:
+    """alignment-handbook keeps ORPO's recipes in a folder of that name; their keys are DPO's."""
+    folder = tmp_path / "orpo"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(TRL | {"beta": 0.1, "max_prompt_length": 32}))
+    found = read(folder / "config.yaml")
+    assert (found.setup["objective"], found.first_line) == ("orpo", "")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (AXOLOTL | {"rl": "ebft"}, "rl 'ebft' is not modelled"),
+        (FACTORY | {"stage": "ppo"}, "stage 'ppo' is not modelled"),
+        (TRL | {"reward_model_path": "gpt2"}, "reward_model_path: an RL step is not modelled"),
+    ],
+)
+def test_other_objectives_are_refused_by_name(tmp_path: Path, values: dict[str, Any], said: str) -> None:
+    """A step of another kind is not answered as one that is known."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=said):
+        read(path)
