@@ -22,7 +22,9 @@ from .traits import Traits
 class Gemma(Llama):
     """Dims of a Gemma."""
 
-    traits: ClassVar[Traits] = Traits(head="causal", norm=offset_rms_norm, norms=Llama.traits.norms, targets=TARGETS)
+    traits: ClassVar[Traits] = Traits(
+        head="causal", norm=offset_rms_norm, norms=Llama.traits.norms, targets=TARGETS, packs=True
+    )
     defaults: ClassVar[dict[str, int]] = {"num_key_value_heads": 16, "head_dim": 256}
 
     @classmethod

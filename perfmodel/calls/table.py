@@ -128,6 +128,8 @@ rows("attention", "_scaled_dot_product_efficient_attention_backward", 2, "dO·O 
 rows("attention", "_scaled_dot_product_flash_attention_for_cpu_backward", flops=attention.backward)
 rows("attention", "flash_attn::_flash_attn_forward", flops=attention.forward_heads_last)
 rows("attention", "flash_attn::_flash_attn_backward", 3, THREE, flops=attention.backward_heads_last)
+rows("attention", "flash_attn::_flash_attn_varlen_forward", flops=attention.forward_documents)
+rows("attention", "flash_attn::_flash_attn_varlen_backward", 3, THREE, flops=attention.backward_documents)
 
 # Of cuSOLVER; PyTorch reads the status of some at once (BatchLinearAlgebra.cpp). What the library launches is not
 # counted: a call counts as one kernel.
@@ -170,7 +172,7 @@ rows("put", "index_put_ scatter_")
 rows("put", "index_put", 2, "copies the tensor, then puts the values")
 rows("put", "scatter", 2, "copies the tensor, then scatters")
 rows("put", "index_copy", 2, "copies the tensor, then the rows")
-rows("reduction", "sum mean linalg_vector_norm amax argmax max any all")
+rows("reduction", "sum mean linalg_vector_norm amax argmax max min any all")
 rows("softmax", "_softmax _log_softmax _safe_softmax")
 rows(
     "softmax_backward",
@@ -190,6 +192,8 @@ rows("rows_backward", "embedding_dense_backward", 6,
 rows("select", "topk", 2, "radix selection, then a sort of what was found (TensorTopK.cu)")
 rows("transform", "_fft_c2c _fft_r2c _fft_c2r")
 rows("sequence", "bitsandbytes::outlier_columns", 4, "nonzero: counts them, the host waits, selects, writes indices",
+     waits=True)  # fmt: skip
+rows("sequence", "nonzero", 4, "counts them in two kernels, the host waits, then selects and writes them (Nonzero.cu)",
      waits=True)  # fmt: skip
 rows("nothing", "empty_like new_empty_strided", 0, "allocates only")
 rows("nothing", "set_", 0, "points at other memory")

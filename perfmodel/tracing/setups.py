@@ -18,5 +18,7 @@ def check_setup(setup: Setup, kind: str) -> None:
         raise UserError(f"--traced cannot follow --engine {setup.engine}: it traces the program without an engine")
     if setup.kernels != "torch":
         raise UserError(f"--traced cannot follow --kernels {setup.kernels}; use kernels torch")
+    if setup.within_documents:
+        raise UserError(f"--traced cannot follow --packing {setup.packing}; use packing dense")
     if setup.compile != "none":
         raise UserError("--traced cannot follow --compile: it traces the eager program")
