@@ -72,7 +72,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     if _keeps_fp32(keys, adapter, dtype):
         keys.differ("embeddings and norms in the dtype of the rest, not in fp32")
     notes = []
-    notes += packing.packed_by_axolotl(keys, setup, _asked_attention(keys))
+    packing.packed_by_axolotl(keys, setup, _asked_attention(keys))
     padded = keys.flag("pad_to_sequence_len")
     if setup.get("packing", "none") == "none":
         setup["group_by_length"] = keys.flag("group_by_length")

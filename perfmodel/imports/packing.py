@@ -11,6 +11,7 @@ from .fields import ACROSS_SAMPLES
 from .keys import Keys
 
 UNKNOWN = "documents as long as a row (--lengths says how long they are)"
+APART = "packed rows apart, each under its mask, not all in one row"
 FLATTENING = "auto"  # Axolotl's `batch_flattening` where it can
 MASK = "the mask of packed documents is made on the device; LLaMA-Factory's collator makes it on the host"
 TELL_LENGTHS = "give --lengths (or --seq the mean length)"
@@ -21,14 +22,13 @@ def shorter(key: str) -> str:
     return f"without packing most batches are shorter than {key}: {TELL_LENGTHS}"
 
 
-def packed_by_axolotl(keys: Keys, setup: dict[str, Any], asked_attention: str | None) -> list[str]:
+def packed_by_axolotl(keys: Keys, setup: dict[str, Any], asked_attention: str | None) -> None:
     """`sample_packing` and `batch_flattening` (core/trainers/base.py, core/builders/causal.py, utils/schemas).
 
     Attention that knows documents gets all rows of a micro-batch as one, unless real batches are asked for; SDPA and
     eager attention, where they are named, get rows without a mask; where none is named the mask stays, and documents
-    see each other. Returns notes, as the other functions do.
+    see each other.
     """
-    notes: list[str] = []
     knows = asked_attention not in (None, "sdpa", "eager", "fp8")
     real = keys.flag("multipack_real_batches", not knows)
     flattening = keys.get("batch_flattening")
@@ -38,11 +38,9 @@ def packed_by_axolotl(keys: Keys, setup: dict[str, Any], asked_attention: str | 
         elif setup["attention"] == "flash2":
             _within(keys, setup, "dense" if real and setup["batch"] > 1 else "varlen", "sample_packing")
         else:
-            notes = [] if real else _one_row(setup)
-            _within(keys, setup, "varlen", "sample_packing")
+            _within(keys, setup, "varlen", "sample_packing", one_row=not real)
     elif flattening not in (None, False) and knows and (flattening != FLATTENING or setup["batch"] > 1):
         packed_flat(keys, setup, "batch_flattening")
-    return notes
 
 
 def packed_by_llama_factory(keys: Keys, setup: dict[str, Any], *, pretraining: bool) -> list[str]:
@@ -59,7 +57,7 @@ def packed_by_llama_factory(keys: Keys, setup: dict[str, Any], *, pretraining: b
     return [MASK] if neat and setup["attention"] != "flash2" else []
 
 
-def packed_by_trl(keys: Keys, setup: dict[str, Any]) -> list[str]:
+def packed_by_trl(keys: Keys, setup: dict[str, Any]) -> None:
     """`packing`, `packing_strategy` and `padding_free` (trainer/sft_trainer.py): all rows of a micro-batch as one.
 
     `wrapped` rows are plain ones; so were all packed rows when the length was still called `max_seq_length`.
@@ -72,10 +70,7 @@ def packed_by_trl(keys: Keys, setup: dict[str, Any]) -> list[str]:
     elif strategy == "wrapped" and not free:
         setup["packing"] = "dense"
     else:
-        notes = [] if setup["attention"] == "flash2" else _one_row(setup)
-        _within(keys, setup, "varlen", "packing")
-        return notes
-    return []
+        _within(keys, setup, "varlen", "packing", one_row=True)
 
 
 def packed_flat(keys: Keys, setup: dict[str, Any], key: str) -> None:
@@ -83,15 +78,14 @@ def packed_flat(keys: Keys, setup: dict[str, Any], key: str) -> None:
     _within(keys, setup, "flat", key)
 
 
-def _one_row(setup: dict[str, Any]) -> list[str]:
-    """Make all rows of a micro-batch one row, and say so."""
-    batch, seq = setup["batch"], setup["seq"]
-    setup.update(seq=batch * seq, batch=1)
-    return [f"a micro-batch of {batch} packed rows of {seq} tokens is one row of {batch * seq}"] if batch > 1 else []
+def _within(keys: Keys, setup: dict[str, Any], packing: str, key: str, *, one_row: bool = False) -> None:
+    """Set the packing, if it can be, and say what is assumed of the documents' lengths.
 
-
-def _within(keys: Keys, setup: dict[str, Any], packing: str, key: str) -> None:
-    """Set the packing, if it can be, and say what is assumed of the documents' lengths."""
+    Args:
+        one_row: whether the tool makes all rows of a micro-batch one, which here flash-attn alone gets.
+    """
+    if one_row and setup["attention"] != "flash2" and setup["batch"] > 1:
+        keys.differ(APART, key)
     if setup.get("compile", "none") != "none" and packing != "dense":
         packing = "dense"
         keys.differ(ACROSS_SAMPLES, key)

@@ -61,7 +61,8 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     if keys.get("tf32") and amp is None and dtype == "fp32":
         keys.differ("fp32 products without TF32", "tf32")
     notes = []
-    notes += packing.packed_by_trl(keys, setup) if "seq" in setup else []
+    if "seq" in setup:
+        packing.packed_by_trl(keys, setup)
     if setup.get("packing", "none") == "none":
         setup["group_by_length"] = by_length(keys)
         notes += [packing.shorter("max_length")] if is_trl else []

@@ -16,13 +16,13 @@ ONE = FACTORY.replace("size: 2", "size: 1")
 TRL = "model_name_or_path: tinyllama-1.1b\nmax_length: 256\nper_device_train_batch_size: 2\nuse_peft: true\n"
 OLDER = TRL.replace("max_length", "max_seq_length")
 FLASH = "attn_implementation: flash_attention_2\n"
-ONE_ROW = {"packing": "varlen", "batch": 1, "seq": 512}
+APART = {"packing": "varlen", "batch": 2, "seq": 256}
 
 EXPECTED: dict[str, tuple[dict[str, Any], bool]] = {  # file -> fields of the setup, whether lengths are assumed
     AXOLOTL: ({}, False),
     AXOLOTL + "sample_packing: true": ({"packing": "dense"}, False),
     AXOLOTL + "sample_packing: true\nsdp_attention: true": ({"packing": "varlen"}, False),
-    AXOLOTL + "sample_packing: true\nsdp_attention: true\nmultipack_real_batches: false": (ONE_ROW, False),
+    AXOLOTL + "sample_packing: true\nsdp_attention: true\nmultipack_real_batches: false": (APART, False),
     AXOLOTL + "sample_packing: true\nflash_attention: true": ({"packing": "varlen", "batch": 2}, True),
     AXOLOTL + "sample_packing: true\nflash_attention: true\nmultipack_real_batches: true": (
         {"packing": "dense"}, False,
@@ -41,7 +41,7 @@ EXPECTED: dict[str, tuple[dict[str, Any], bool]] = {  # file -> fields of the se
     "model: tinyllama-1.1b\nbatching_strategy: padding_free\nflash_attn: flash_attention_2": (
         {"packing": "flat"}, True,
     ),
-    TRL + "packing: true": (ONE_ROW, False),
+    TRL + "packing: true": (APART, False),
     TRL + "packing: true\n" + FLASH: ({"packing": "varlen", "batch": 2}, True),
     TRL + "packing: true\npacking_strategy: wrapped\n" + FLASH: ({"packing": "dense"}, False),
     OLDER + "packing: true\n" + FLASH: ({"packing": "dense"}, False),
