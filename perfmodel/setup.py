@@ -8,6 +8,7 @@ import numpy as np
 from . import optimizers
 from .errors import UserError, nearest
 from .program.dims import Dim
+from .program.lengths import Lengths, lengths_of
 from .program.routing import exponent_of
 
 DTYPES = ("bf16", "fp16", "fp32")
@@ -21,6 +22,8 @@ ENGINES = ("torch", "deepspeed-zero3")
 OBJECTIVES = ("sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "prm", "grpo")
 PAIRS = ("dpo", "orpo", "cpo", "simpo", "reward")  # those whose sample is a chosen and a rejected sequence
 REFERENCES = ("auto", "model", "adapter-off", "precomputed")
+PACKING = ("none", "dense", "varlen", "flat")
+WITHIN = ("varlen", "flat")  # those whose documents attend within themselves
 LARGEST = 2**24  # tokens of a sequence, samples of a batch: beyond this it is a typing error
 
 
@@ -54,6 +57,13 @@ class Setup:
             model, the model without its adapters, or a table made before; auto: without adapters where there are
             adapters, else a frozen model; for grpo none.
         engine: what runs the step: torch, or deepspeed-zero3 (`perfmodel.recording.zero`); a method may name its own.
+        packing: what lies in a row of `seq` tokens: none, one sample; dense, documents behind one another under one
+            causal mask; varlen, documents that attend within themselves (position ids restart and there is no mask);
+            flat, the samples of a micro-batch behind one another in one row, as many tokens as they have.
+        lengths: how long documents are (`program.lengths`): MEAN:P95, a file, or integers; `seq` is what they are cut
+            to. None: all have `seq` tokens. Without packing a micro-batch is padded to its longest sample, and the
+            answer is the mean over micro-batches.
+        group_by_length: whether samples of similar length come together in a micro-batch.
     """
 
     batch: Dim = 1
@@ -74,6 +84,9 @@ class Setup:
     objective: str = "sft"
     prompt: int | None = None
     reference: str = "auto"
+    packing: str = "none"
+    lengths: Lengths | None = None
+    group_by_length: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch", "seq"):
@@ -84,7 +97,7 @@ class Setup:
         for name, choices in (
             ("dtype", DTYPES), ("optimizer", OPTIMIZERS), ("checkpoint", CHECKPOINT), ("attention", ATTENTION),
             ("kernels", KERNELS), ("compile", COMPILE), ("engine", ENGINES), ("objective", OBJECTIVES),
-            ("reference", REFERENCES),
+            ("reference", REFERENCES), ("packing", PACKING),
         ):  # fmt: skip
             one_of(name, getattr(self, name), choices)
         if self.amp is not None:
@@ -96,8 +109,44 @@ class Setup:
         exponent_of(self.routing)
         if self.attention == "flash2" and self.dtype == "fp32" and self.amp is None:
             raise UserError("attention flash2 needs a 16-bit dtype; use sdpa with fp32")
-        if self.attention == "flash2" and self.padded:
-            raise UserError("padded batches with attention flash2 (unpadding) are not modelled; use sdpa")
+        object.__setattr__(self, "lengths", lengths_of(self.lengths))
+        self._check_packing()
+
+    def _check_packing(self) -> None:
+        if self.unpads and self.compile != "none":
+            raise UserError("padded batches with attention flash2 (unpadding) are not modelled with compile; use sdpa")
+        if self.packing == "none":
+            return
+        if self.objective != "sft":
+            raise UserError(f"packing {self.packing}: sequences of {self.objective} are not packed; use packing none")
+        if self.padded or self.group_by_length:
+            other = "padded" if self.padded else "group_by_length"
+            raise UserError(f"packing {self.packing} leaves no padding: give one of packing and {other}")
+        if self.within_documents and self.compile != "none":
+            raise UserError(f"packing {self.packing} with compile {self.compile} is not modelled; use packing dense")
+
+    @property
+    def within_documents(self) -> bool:
+        """Whether tokens of packed documents see their own document only."""
+        return self.packing in WITHIN
+
+    @property
+    def unpads(self) -> bool:
+        """Whether attention is over the tokens that are no padding: flash-attn takes no mask."""
+        return self.padded and self.attention == "flash2"
+
+    @property
+    def shape(self) -> tuple[Dim, Dim]:
+        """Rows and tokens of a row that the model gets: one row of all where documents are found in one row only.
+
+        So flash-attn gets them (`_is_packed_sequence` of transformers/modeling_flash_attention_utils.py), and so
+        `DataCollatorWithFlattening` lays out a micro-batch.
+        """
+        if self.packing == "flat":
+            return 1, self.tokens // self.grad_accum
+        if self.packing == "varlen" and self.attention == "flash2":
+            return 1, self.batch * self.seq
+        return self.sequences, self.seq
 
     @property
     def sequences(self) -> Dim:
@@ -106,8 +155,11 @@ class Setup:
 
     @property
     def tokens(self) -> Dim:
-        """Tokens of one optimizer step."""
-        return self.sequences * self.seq * self.grad_accum
+        """Tokens of one optimizer step that are no padding."""
+        if self.lengths is None or self.packing in ("dense", "varlen"):
+            return self.sequences * self.seq * self.grad_accum
+        counted = np.rint(self.sequences * self.lengths.mean(self.seq)).astype(np.int64) * self.grad_accum
+        return counted if counted.ndim else int(counted)
 
     @property
     def prompt_tokens(self) -> Dim:
@@ -121,7 +173,8 @@ class Setup:
 
     def as_dict(self) -> dict[str, Any]:
         """The setup as plain values."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**plain, "lengths": self.lengths.spec if self.lengths else None}
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ from ..tape.attention import soft_capped
 from ..tape.checkpoint import checkpoint
 from ..tape.core import tape
 from ..tape.inplace import add_to_output
+from ..tape.packages.varlen import Packed
 from ..tape.tensor import Parameter, Tensor
 from .config import Config
 from .runs import runs_of_layers
@@ -183,7 +184,8 @@ class Build:
     the last `logits_to_keep` tokens if that is given.
     `past` are the keys and values that a method puts before those of a block, for every run of blocks to come; `held`
     is what Python holds on to until the forward pass returns, with the part of the run of blocks that made it; `kept`
-    what modules keep as attributes until their next forward pass, with the part that it was made in.
+    what modules keep as attributes until their next forward pass, with the part that it was made in; `packed` what
+    attention must know of packed documents.
     """
 
     architecture: Architecture
@@ -195,6 +197,7 @@ class Build:
     past: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     held: list[tuple[Tensor, Part | None]] = field(default_factory=list)
     kept: dict[Any, tuple[Tensor, Part]] = field(default_factory=dict)
+    packed: Packed | None = None
 
     def keep(self, key: Any, value: Tensor) -> None:
         """`self.key = value` of a module."""

@@ -22,7 +22,7 @@ from .traits import Traits
 class Cohere(Llama):
     """Dims of a Command R."""
 
-    traits: ClassVar[Traits] = Traits(head="causal", norm=centred_norm, norms=("input_layernorm", "norm"))
+    traits: ClassVar[Traits] = Traits(head="causal", norm=centred_norm, norms=("input_layernorm", "norm"), packs=True)
 
     @classmethod
     def check(cls, config: Config) -> None:

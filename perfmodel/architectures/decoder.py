@@ -48,10 +48,11 @@ def decoded(
     embedded = model.embedding(words, architecture.vocab, architecture.hidden, ids)
     embedded = model.build.method.embedded(model, embedded)
     seq = embedded.shape[1]
-    position_ids = masks.positions(seq)
+    position_ids = masks.positions_of(model, ids, seq)
     mask = masks.causal_mask(
-        attention, seq, setup.attention, embedded.dtype, None, padded=setup.explicit_mask, skip=skip
-    )
+        attention, seq, setup.attention, embedded.dtype, None, padded=setup.explicit_mask, skip=skip,
+        packed=model.build.packed,
+    )  # fmt: skip
     hidden = dropout(embedded, p)
     rotary = masks.rotary_tables(position_ids, width // 2, hidden.dtype)
     hidden = model.layers(block, hidden, mask, *rotary)

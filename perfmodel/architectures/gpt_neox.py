@@ -43,6 +43,7 @@ class GptNeox(Architecture):
     traits: ClassVar[Traits] = Traits(
         head="causal",
         heads=("sequence", "token"),
+        packs=True,
         token_head=("classifier", True),
         norm=layer_norm,
         norms=("input_layernorm", "post_attention_layernorm", "final_layer_norm"),
@@ -108,6 +109,7 @@ class GptNeox(Architecture):
         q, k = rotate_partly(q, k, cos, sin)
         k, v = layer.extended(k, v)
         setup = layer.build.setup
-        out, weights = attend(q, k, v, mask, setup.attention, causal=True, form="upcast", p=self.attention_dropout)
+        p, packed = self.attention_dropout, layer.build.packed
+        out, weights = attend(q, k, v, mask, setup.attention, causal=True, form="upcast", p=p, packed=packed)
         out = reshape(out, (*x.shape[:-1], self.hidden))
         return layer.linear("attention.dense", out, self.hidden, bias=self.attention_bias), weights

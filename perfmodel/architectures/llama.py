@@ -65,6 +65,7 @@ class Llama(Architecture):
         targets=replace(TARGETS, ia3=("k_proj", "v_proj", "down_proj")),
         fused=("liger", "unsloth", "lorafusion"),
         heads=("sequence", "token"),
+        packs=True,
     )
     around: ClassVar[tuple[str | None, ...]] = ("input_layernorm", None, "post_attention_layernorm", None)
     defaults: ClassVar[dict[str, int]] = {}  # what the model type's config class has for a missing key
@@ -170,11 +171,11 @@ class Llama(Architecture):
     def _decoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
         embedded = self.scaled_words(model.build.method.embedded(model, self.embed(model, ids)))
         seq, setup = embedded.shape[1], model.build.setup
-        position_ids = masks.positions(seq)
+        position_ids = masks.positions_of(model, ids, seq)
         mask_of = {
             kind: masks.causal_mask(
                 attention, seq, setup.attention, embedded.dtype, self.window if kind == SLIDING else None,
-                padded=setup.explicit_mask,
+                padded=setup.explicit_mask, packed=model.build.packed,
             )
             for kind in ((FULL, SLIDING) if self.layer_types else (self.reach(0),))
         }  # fmt: skip
@@ -224,7 +225,9 @@ class Llama(Architecture):
         q, k = self.rotated(layer, q, k, cos, sin)
         k, v = layer.extended(k, v)
         mask, p, capped = mask_of[self.reach(layer.index)], self.attention_dropout, self.attention_cap is not None
-        out, weights = attend(q, k, v, mask, setup.attention, causal=True, form="upcast", p=p, capped=capped)
+        out, weights = attend(
+            q, k, v, mask, setup.attention, causal=True, form="upcast", p=p, capped=capped, packed=layer.build.packed
+        )
         out = reshape(out, (*x.shape[:-1], self.heads * self.head_dim))
         out = layer.linear("self_attn.o_proj", out, self.hidden, bias=self.output_bias)
         return out, weights

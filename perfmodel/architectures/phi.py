@@ -35,6 +35,7 @@ class Phi(Architecture):
     traits: ClassVar[Traits] = Traits(
         head="causal",
         heads=("sequence", "token"),
+        packs=True,
         norm=layer_norm,
         norms=("input_layernorm", "final_layernorm"),
         targets=Targets(
@@ -97,7 +98,8 @@ class Phi(Architecture):
         q, k = rotate_partly(q, k, cos, sin)
         k, v = layer.extended(k, v)
         setup = layer.build.setup
-        out, weights = attend(q, k, v, mask, setup.attention, causal=True, form="upcast", p=self.attention_dropout)
+        p, packed = self.attention_dropout, layer.build.packed
+        out, weights = attend(q, k, v, mask, setup.attention, causal=True, form="upcast", p=p, packed=packed)
         out = reshape(out, (*x.shape[:-1], self.hidden))
         return layer.linear("self_attn.dense", out, self.hidden, bias=True), weights
 

@@ -59,6 +59,7 @@ class Traits:
             where the layer is a target, PEFT's LoRA adapts the parameter.
         heads: the classifiers that may be in the place of its language model's head: "sequence", "token".
         token_head: of a causal model's classifier of tokens, its name and whether its logits are cast to fp32.
+        packs: whether documents packed into a row, which attend within themselves, are modelled for it.
         cache: how PEFT fills transformers' cache for it, "whole" or "by layer" (Gemma's); None: it takes no such cache.
     """
 
@@ -74,6 +75,7 @@ class Traits:
     stacked: tuple[tuple[str, str], ...] = ()
     heads: tuple[str, ...] = ()
     token_head: tuple[str, bool] = ("score", True)
+    packs: bool = False
     cache: str | None = "whole"
 
     def __post_init__(self) -> None:

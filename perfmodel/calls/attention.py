@@ -1,7 +1,7 @@
 """FLOPs of fused attention, a causal mask not deducted, as `torch.utils.flop_counter` counts them."""
 
 from ..program.dims import Dim, Shape
-from ..program.op import Op
+from ..program.op import Op, Spec
 
 
 def one_product(q: Shape, k: Shape) -> Dim:
@@ -31,6 +31,22 @@ def backward_heads_last(op: Op) -> Dim:
     """As `backward`, of (b, s, h, d)."""
     q, k = (_heads_first(spec.shape) for spec in op.inputs[1:3])
     return 5 * one_product(q, k)
+
+
+def forward_documents(op: Op) -> Dim:
+    """As `forward`, of documents behind one another, (tokens, h, d): each attends within itself."""
+    return 2 * _within_documents(op, *op.inputs[:1])
+
+
+def backward_documents(op: Op) -> Dim:
+    """As `backward`, of documents behind one another."""
+    return 5 * _within_documents(op, *op.inputs[1:2])
+
+
+def _within_documents(op: Op, q: Spec) -> Dim:
+    assert op.attrs.documents is not None
+    tokens, heads, head_dim = q.shape
+    return 2 * heads * op.attrs.documents.pairs(tokens) * head_dim
 
 
 def _heads_first(x: Shape) -> Shape:

@@ -128,6 +128,8 @@ rows("attention", "_scaled_dot_product_efficient_attention_backward", 2, "dO·O 
 rows("attention", "_scaled_dot_product_flash_attention_for_cpu_backward", flops=attention.backward)
 rows("attention", "flash_attn::_flash_attn_forward", flops=attention.forward_heads_last)
 rows("attention", "flash_attn::_flash_attn_backward", 3, THREE, flops=attention.backward_heads_last)
+rows("attention", "flash_attn::_flash_attn_varlen_forward", flops=attention.forward_documents)
+rows("attention", "flash_attn::_flash_attn_varlen_backward", 3, THREE, flops=attention.backward_documents)
 
 # Of cuSOLVER; PyTorch reads the status of some at once (BatchLinearAlgebra.cpp). What the library launches is not
 # counted: a call counts as one kernel.
@@ -143,7 +145,6 @@ rows("stream", "threshold_backward tanh_backward native_dropout_backward nan_to_
 rows("stream", "stack repeat lift_fresh")
 rows("random", "bernoulli_ rand uniform_ normal_")
 rows("sequence", "trace kthvalue sort linalg_lu_solve")
-rows("put", "nonzero", 4, "counts them, the host waits, selects, writes indices", waits=True)
 rows("put", "histc", 2, "fills zeros, then counts (SummaryOps.cu)")
 rows("stream", "isinf", 2, "absolute values, then a comparison")
 rows("sequence", "cumsum", 2, "scan in two passes (CUB)")
@@ -197,6 +198,8 @@ rows("rows_backward", "embedding_dense_backward", 6,
 rows("select", "topk", 2, "radix selection, then a sort of what was found (TensorTopK.cu)")
 rows("transform", "_fft_c2c _fft_r2c _fft_c2r")
 rows("sequence", "bitsandbytes::outlier_columns", 4, "nonzero: counts them, the host waits, selects, writes indices",
+     waits=True)  # fmt: skip
+rows("sequence", "nonzero", 4, "counts them in two kernels, the host waits, then selects and writes them (Nonzero.cu)",
      waits=True)  # fmt: skip
 rows("nothing", "empty_like new_empty_strided", 0, "allocates only")
 rows("nothing", "set_", 0, "points at other memory")

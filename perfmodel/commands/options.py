@@ -10,7 +10,19 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from ..errors import UserError
-from ..setup import ATTENTION, CHECKPOINT, COMPILE, DTYPES, ENGINES, KERNELS, OBJECTIVES, OPTIMIZERS, REFERENCES
+from ..setup import (
+    ATTENTION,
+    CHECKPOINT,
+    COMPILE,
+    DTYPES,
+    ENGINES,
+    KERNELS,
+    OBJECTIVES,
+    OPTIMIZERS,
+    PACKING,
+    REFERENCES,
+    WITHIN,
+)
 from . import names
 
 Command = Callable[..., Any]
@@ -123,8 +135,8 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
         click.echo(f"note: {line}", err=True)
 
 
-def _check_config(ctx: click.Context) -> None:
-    """Begin the answer with how its step differs from a training config's.
+def _check_config(ctx: click.Context, options: dict[str, Any]) -> None:
+    """Begin the answer with how its step differs from a training config's, whose packing may have to be another.
 
     Raises:
         UserError: the config's method can only be traced, and neither that nor another method is asked for.
@@ -135,8 +147,25 @@ def _check_config(ctx: click.Context) -> None:
     typed = [ctx.get_parameter_source(name) for name in ("method", "methods", "a") if name in ctx.params]
     if found.why_traced and not ctx.params.get("traced") and ParameterSource.COMMANDLINE not in typed:
         raise UserError(found.why_traced)
+    if options["lengths"] or ctx.get_parameter_source("packing") == ParameterSource.COMMANDLINE:
+        found = ctx.meta[CONFIG] = found.with_lengths()
+    if _packs_otherwise(ctx, options):
+        found = ctx.meta[CONFIG] = found.across_samples(options["packing"])
+        options["packing"] = "dense"
     if found.first_line and not ctx.params.get("as_json"):
         click.echo(found.first_line + "\n")
+
+
+def _packs_otherwise(ctx: click.Context, options: dict[str, Any]) -> bool:
+    """Whether a training config asks for attention within packed documents where that is not modelled."""
+    if options["packing"] not in WITHIN or ctx.get_parameter_source("packing") != ParameterSource.DEFAULT_MAP:
+        return False
+    if options["traced"] or options["peft_config"]:
+        return True
+    from ..prediction.predict import architecture_of
+
+    model = architecture_of(options["model"])
+    return not model.traits.packs or model.classifier is not None
 
 
 def adapter_of_config() -> Path | None:
@@ -230,6 +259,17 @@ def _how() -> tuple[Decorator, ...]:
         click.option("--clip-grad/--no-clip-grad", default=True, show_default=True, help="Clip the gradient norm."),
         click.option("--cuda-graphs", is_flag=True, help="One launch dispatches the whole step."),
         click.option("--padded", is_flag=True, help="Some samples are padded: sdpa gets an explicit mask."),
+        click.option("--packing", type=click.Choice(PACKING), default="none", show_default=True,
+                     help="Documents in a row of --seq tokens. dense: under one causal mask; varlen: attention within "
+                     "each (flash2 finds them by position ids, sdpa and eager take a mask of all the "
+                     "row); flat: the samples of a micro-batch in one row, without padding."),
+        click.option("--lengths",
+                     help="How long documents are, cut to --seq: MEAN:P95 in tokens (log-normal, such as 400:1200), or "
+                     "a file: a length a line, JSON lines, or a CSV with a column `length`. Without packing a "
+                     "micro-batch is padded to its longest, and the answer is the mean over micro-batches. That the "
+                     "loss may count completions only changes labels, neither time nor memory."),
+        click.option("--group-by-length/--no-group-by-length", default=False, show_default=True,
+                     help="Samples of similar length share a micro-batch."),
         click.option("--traced", is_flag=True,
                      help="Take the steps from the real transformers + peft program: any model, any tuner. A first "
                      "trace needs the validate extra; it is kept for the next question."),
@@ -261,7 +301,7 @@ def setup_of(options: dict[str, Any]) -> Any:
 
     from ..setup import Setup
 
-    _check_config(click.get_current_context())
+    _check_config(click.get_current_context(), options)
     return Setup(**{f.name: options[f.name] for f in fields(Setup) if f.name in options})
 
 

@@ -14,6 +14,9 @@ rows may see. With S = sm_count and P = peak FLOP/s:
 
 `exposed_memory` is the part of the traffic that the compute does not hide.
 
+Documents behind one another that attend within themselves (varlen): the CTAs of all of them, each over the keys of its
+own document; the longest document's last CTA is the longest.
+
 Backward (FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithm 2): 5 GEMMs where forward has 2, so
 10 * head_dim FLOPs a cell, at `backward_efficiency` times the forward rate; CTAs own key blocks; q, k, v, o, do are
 read, dq, dk, dv written, dq is accumulated in fp32; three launches (row sums of do*o, main kernel, dq conversion).
@@ -27,6 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 from .hardware import ITEMSIZE, Hardware
 
 Array = NDArray[np.float64]
+Kinds = tuple[Array, Array]  # lengths of documents, and how many of each there are, both (kinds, *grid)
 
 ROWS = 128.0  # query rows of a CTA (FlashAttention 2 and 3 use 128 for head sizes 64 to 256)
 KEYS = 64.0  # granularity of the key loop
@@ -105,11 +109,13 @@ def attention_forward_time(
     parameters: AttentionParameters,
     causal: bool = True,
     dtype: str = "bf16",
+    documents: Kinds | None = None,
 ) -> Array:
     """Seconds of one fused attention forward, floor included.
 
     Args:
         mask_item: bytes of a mask's element, which every head reads for each of its pairs; 0 without a mask.
+        documents: of which the sequence of the queries, and of the keys, consists.
 
     >>> a100 = Hardware(108, 1.41e9, 80e9, 2.039e12, 40e6, 19.5e12, 156e12, 312e12, 312e12)
     >>> seconds = attention_forward_time(4, 4096, 4096, 32, 8, 128, hardware=a100, parameters=AttentionParameters())
@@ -117,10 +123,10 @@ def attention_forward_time(
     '3.2 ms'
     """
     b, sq, skv, h, hkv, d, item = _floats(batch, seq_q, seq_kv, heads, kv_heads, head_dim, mask_item)
-    cells, blocks, longest = _cells(sq, skv, causal)
+    cells, blocks, longest = _tiles(b, sq, skv, causal, documents)
     cell = _cell_time(4.0, d, hardware, parameters, dtype)
     overhead = parameters.cta_overhead / hardware.clock_hz
-    compute = _schedule(b * h, cells, blocks, longest, cell, overhead, hardware, parameters)
+    compute = _schedule(h, cells, blocks, longest, cell, overhead, hardware, parameters)
     moved = 2.0 * b * d * ITEMSIZE[dtype] * (sq * h + skv * hkv)  # q and o, k and v
     memory = moved * seconds_per_byte(moved, hardware, parameters.l2_ratio)
     memory = memory + _mask_time(b, h, sq * skv * item, hardware, parameters)
@@ -140,16 +146,15 @@ def attention_backward_time(
     parameters: AttentionParameters,
     causal: bool = True,
     dtype: str = "bf16",
+    documents: Kinds | None = None,
 ) -> Array:
     """Seconds of the attention backward (dq, dk, dv), its three launches included."""
     b, sq, skv, h, hkv, d = _floats(batch, seq_q, seq_kv, heads, kv_heads, head_dim)
     item = ITEMSIZE[dtype]
-    cells, _, _ = _cells(sq, skv, causal)
-    blocks = np.ceil(skv / ROWS)  # CTAs own key blocks
-    longest = np.ceil(sq / KEYS) * KEYS
+    cells, blocks, longest = _key_tiles(b, sq, skv, causal, documents)
     cell = _cell_time(10.0 / parameters.backward_efficiency, d, hardware, parameters, dtype)
     overhead = parameters.backward_cta_overhead / hardware.clock_hz
-    compute = _schedule(b * h, cells, blocks, longest, cell, overhead, hardware, parameters)
+    compute = _schedule(h, cells, blocks, longest, cell, overhead, hardware, parameters)
     q = b * sq * h * d * item  # one of q, o, do, dq
     kv = b * skv * hkv * d * item  # one of k, v, dk, dv
     accumulator = 4.0 * b * sq * h * d  # dq in fp32: cleared, then read for the conversion
@@ -194,8 +199,30 @@ def _cells(seq_own: Array, seq_other: Array, causal: bool) -> tuple[Array, Array
     return np.minimum(triangle, blocks * ROWS * full), blocks, full
 
 
+def _tiles(
+    batch: Array, seq_own: Array, seq_other: Array, causal: bool, documents: Kinds | None
+) -> tuple[Array, Array, Array]:
+    """(cells of one head of all samples or documents, its row blocks, the longest row of a block)."""
+    if documents is None:
+        cells, blocks, longest = _cells(seq_own, seq_other, causal)
+        return batch * cells, batch * blocks, longest
+    lengths, times = documents
+    cells, blocks, longest = _cells(lengths, lengths, causal)
+    return (times * cells).sum(axis=0), (times * blocks).sum(axis=0), longest.max(axis=0)
+
+
+def _key_tiles(
+    batch: Array, seq_q: Array, seq_kv: Array, causal: bool, documents: Kinds | None
+) -> tuple[Array, Array, Array]:
+    """As `_tiles`, of a backward pass, whose CTAs own blocks of keys."""
+    cells, blocks, longest = _tiles(batch, seq_q, seq_kv, causal, documents)
+    if documents is not None:
+        return cells, blocks, longest
+    return cells, batch * np.ceil(seq_kv / ROWS), np.ceil(seq_q / KEYS) * KEYS
+
+
 def _schedule(
-    ctas: Array,
+    heads: Array,
     cells: Array,
     blocks: Array,
     longest: Array,
@@ -204,8 +231,8 @@ def _schedule(
     hw: Hardware,
     p: AttentionParameters,
 ) -> Array:
-    """Seconds that `ctas` heads of `cells` cells need on all SMs, each CTA paying `overhead` seconds."""
-    work = ctas * (cells * cell + blocks * overhead) / hw.sm_count
+    """Seconds that heads of `cells` cells need on all SMs, each of a head's `blocks` CTAs paying `overhead` seconds."""
+    work = heads * (cells * cell + blocks * overhead) / hw.sm_count
     last = p.alone * (ROWS * longest * cell + overhead)
     top = np.maximum(work, last)
     low = np.minimum(work, last) / top

@@ -4,6 +4,7 @@ from typing import Any
 
 from ..calls import costs
 from ..calls.table import row
+from ..errors import UserError
 from ..program.dims import product
 from ..program.dtypes import FLOATING
 from ..program.op import Op
@@ -76,6 +77,8 @@ def sort(i: int, op: Op, tables: Tables) -> None:
         for layout, *sizes in costs.products(op):
             tables.add("gemm", _gemm_key(op, layout), i, *_real(op, *sizes))
     elif work == "attention":
+        if op.attrs.documents is not None:
+            raise UserError("packed documents with attention flash2: flash-attn runs on a GPU only; use sdpa")
         backward = name.endswith("_backward")
         q, k = op.inputs[1:3] if backward else op.inputs[:2]
         causal, half = op.attrs.causal, q.dtype in ("bf16", "fp16")

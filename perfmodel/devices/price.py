@@ -14,6 +14,7 @@ import numpy as np
 from ..calls.costs import products
 from ..calls.table import row
 from ..program.dims import product
+from ..program.lengths import Documents
 from ..program.op import Op
 from . import kernels
 from .attention import attention_backward_time, attention_forward_time
@@ -61,14 +62,7 @@ def _sort(i: int, op: Op, tables: Tables) -> None:
         _products(i, op, tables)
         _launch(i, kernels.operand_copies(op), tables)
     elif work == "attention":
-        backward = name.endswith("_backward")
-        q, k = inputs[1:3] if backward else inputs[:2]
-        heads = 2 if "flash_attn" in name else 1  # the flash-attn package puts the sequence first
-        seq = 3 - heads
-        sizes = (q.shape[0], q.shape[seq], k.shape[seq], q.shape[heads], k.shape[heads], q.shape[3])
-        mask = sum(ITEMSIZE[x.dtype] for x in inputs[6 if backward else 3 :])  # bytes of an element, if there is one
-        causal = op.attrs.causal
-        tables.add("attention", ("cudnn" in name, backward, causal, q.dtype), i, *sizes, mask)
+        _attention_row(i, op, tables)
     elif op.attrs.bus:
         tables.add("bus", (), i, op.outputs[0].nbytes)
     elif work == "decomposition":
@@ -76,6 +70,24 @@ def _sort(i: int, op: Op, tables: Tables) -> None:
         tables.add("solver", (name,), i, product(tuple(batch)), rows, columns)
     else:
         _launch(i, kernels.memory_bound(op), tables)
+
+
+def _attention_row(i: int, op: Op, tables: Tables) -> None:
+    """Sizes (b, queries, keys, heads, kv heads, head size), bytes of a mask's element, and the longest document."""
+    name, inputs, documents = op.name, op.inputs, op.attrs.documents
+    backward = name.endswith("_backward")
+    q, k = inputs[1:3] if backward else inputs[:2]
+    mask: float = 0
+    if documents is not None:  # all behind one another, (tokens, h, d)
+        sizes = (1, q.shape[0], k.shape[0], q.shape[1], k.shape[1], q.shape[2])
+    else:
+        heads = 2 if "flash_attn" in name else 1  # the flash-attn package puts the sequence first
+        seq = 3 - heads
+        sizes = (q.shape[0], q.shape[seq], k.shape[seq], q.shape[heads], k.shape[heads], q.shape[3])
+        mask = sum(ITEMSIZE[x.dtype] for x in inputs[6 if backward else 3 :])
+    packed = None if documents is None else documents._replace(longest=0)
+    key = ("cudnn" in name, backward, op.attrs.causal, q.dtype, packed)
+    tables.add("attention", key, i, *sizes, mask, 0 if documents is None else documents.longest)
 
 
 def _products(i: int, op: Op, tables: Tables) -> None:
@@ -132,11 +144,15 @@ def _gemm(profile: DeviceProfile, dtype: str, batched: bool, *columns: Any) -> n
 
 
 def _attention(
-    profile: DeviceProfile, cudnn: bool, backward: bool, causal: bool, dtype: str, *shape: Any
-) -> np.ndarray:
+    profile: DeviceProfile, cudnn: bool, backward: bool, causal: bool, dtype: str, packed: Documents | None,
+    *columns: Any,
+) -> np.ndarray:  # fmt: skip
+    *shape, longest = columns
     model = attention_backward_time if backward else attention_forward_time
     parameters = profile.cudnn_attention if cudnn else profile.attention
-    return np.asarray(model(*shape, hardware=profile.hardware, parameters=parameters, causal=causal, dtype=dtype))
+    kinds = None if packed is None else packed.groups(shape[1], longest)
+    price = partial(model, hardware=profile.hardware, parameters=parameters, causal=causal, dtype=dtype)
+    return np.asarray(price(*shape, documents=kinds))
 
 
 def _bus(profile: DeviceProfile, nbytes: Any) -> np.ndarray:

@@ -3,8 +3,8 @@
 from typing import Any
 
 from ..errors import UserError
+from . import packing
 from .fields import (
-    ACROSS_SAMPLES,
     FLASH,
     FLASH_2_FOR_3,
     OPTIMIZERS,
@@ -30,7 +30,6 @@ FUSED = (
 )
 FUSES = ("lora", "rslora", "loraplus", "pissa")  # methods that have Unsloth's kernels here
 LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy")
-NOT_PACKED = (None, False)
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", "fp8": None, "sage": None, **FLASH}
 ATTENTION_INSTEAD = {"xformers": "attention of PyTorch, not xformers'", "flex_attention": "sdpa, not flex attention"}
 SWITCHES = {  # older switches and the implementation that each stands for (LEGACY_ATTN_FLAG_TO_IMPL)
@@ -75,10 +74,12 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     if _keeps_fp32(keys, adapter, dtype):
         keys.differ("embeddings and norms in the dtype of the rest, not in fp32")
     notes = []
-    if keys.get("sample_packing") not in NOT_PACKED:
-        keys.differ(ACROSS_SAMPLES, "sample_packing")
-    elif not keys.flag("pad_to_sequence_len"):
-        notes.append("without sample_packing most batches are shorter than sequence_len: give --seq the mean length")
+    packing.packed_by_axolotl(keys, setup, _asked_attention(keys))
+    padded = keys.flag("pad_to_sequence_len")
+    if setup.get("packing", "none") == "none":
+        setup["group_by_length"] = keys.flag("group_by_length")
+        setup["padded"] = padded and setup["attention"] != "flash2"  # which would take out what no config tells of
+        notes += [] if padded else [packing.shorter("sequence_len")]
     return keys.text("base_model"), method, setup, notes
 
 

@@ -123,6 +123,11 @@ def attention(keys: Keys, key: str, choices: Mapping[str, str], default: str = "
     return found
 
 
+def by_length(keys: Keys) -> bool:
+    """Whether samples of similar length share a micro-batch: transformers' sampler, by its newer name or the older."""
+    return keys.get("train_sampling_strategy") == "group_by_length" or keys.flag("group_by_length")
+
+
 def clips(keys: Keys, key: str = "max_grad_norm", default: float = 1.0) -> bool:
     """Whether gradients are clipped: Transformers' norm is 1.0 unless it is 0."""
     return keys.number(key, default) > 0

@@ -3,7 +3,8 @@
 from typing import Any
 
 from ..errors import UserError
-from .fields import attention, clips, compiled, engine, flavour, fsdp, half, optimizer_name, spec
+from . import packing
+from .fields import attention, by_length, clips, compiled, engine, flavour, fsdp, half, optimizer_name, spec
 from .keys import NO_TRAINING, Keys
 from .trained_for import of_llama_factory
 
@@ -47,8 +48,11 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     }
     if keys.get("tf32") and setup["amp"] is None and not pure:
         keys.differ("fp32 products without TF32", "tf32")
-    if not keys.flag("packing") and keys.text("stage", "sft") == "sft":
-        notes.append("without packing most batches are shorter than cutoff_len: give --seq the mean length")
+    if (stage := keys.text("stage", "sft")) in ("sft", "pt"):
+        notes += packing.packed_by_llama_factory(keys, setup, pretraining=stage == "pt")
+    if setup.get("packing", "none") == "none" and stage == "sft":
+        setup["group_by_length"] = by_length(keys)
+        notes.append(packing.shorter("cutoff_len"))
     return keys.text("model_name_or_path"), spec(name, **options), setup, notes
 
 

@@ -6,6 +6,7 @@ The model is loaded in the dtype of its checkpoint and trained without autocast,
 from typing import Any
 
 from ..errors import UserError
+from . import packing
 from .fields import FLASH, attention, spec
 from .keys import NO_TRAINING, Keys
 from .targets import as_targets
@@ -24,7 +25,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     if kernels not in (None, "auto", "liger_kernel"):
         keys.differ("without further kernels", "kernel_config")
     micro = keys.count("micro_batch_size", 1)
-    if keys.text("batching_strategy") in TOKEN_BUDGETS:
+    strategy = keys.text("batching_strategy")
+    if strategy in TOKEN_BUDGETS:
         keys.differ("micro-batches of equal length", "batching_strategy")
     if not keys.flag("bf16", True):  # FSDP's precision of the weights
         keys.differ("weights in the dtype of the checkpoint", "bf16")
@@ -42,9 +44,11 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "clip_grad": True,
         "kernels": "liger" if kernels == "liger_kernel" else "torch",
     }
+    if strategy == "padding_free":
+        packing.packed_flat(keys, setup, "batching_strategy")
     keys.number("max_grad_norm", 1.0)
     keys.differ("an SFT step: the file does not say whether `sft` or `dpo` reads it")
-    notes = ["most batches are shorter than cutoff_len: give --seq the mean length"]
+    notes = [] if "packing" in setup else [packing.shorter("cutoff_len")]
     return keys.text("model", "Qwen/Qwen3-4B-Instruct-2507"), method, setup, notes
 
 

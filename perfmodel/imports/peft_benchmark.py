@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..resources import read_json
 from .fields import ATTENTION, attention
 from .keys import Keys
+from .packing import shorter
 
 DEFAULTS, OWN, ADAPTER = "default_training_params.json", "training_params.json", "adapter_config.json"
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -18,7 +19,7 @@ METHODS = {
     "lora-fa": ("lora", "lora_fa"),
     "lora+": ("lora", "loraplus"),
 }  # by optimizer: from, to
-LENGTHS = "most batches are shorter than max_seq_length: give --seq the mean length"
+LENGTHS = shorter("max_seq_length")
 IN_FP32 = "adapters in fp32 (autocast_adapter_dtype)"
 
 

@@ -1,15 +1,17 @@
 """Which tool a config file belongs to, and what it says as model, method and setup."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..resources import mapping, parsed, read_json, read_text
 from . import adapter, axolotl, llama_factory, llama_factory_v1, meanings, peft_benchmark, trainer
+from .fields import ACROSS_SAMPLES
 from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
+from .packing import UNKNOWN
 
 DIFFERS = "not the file's step as it is: "
 
@@ -39,6 +41,15 @@ class Imported:
     differences: list[str] = field(default_factory=list)
     adapter: Path | None = None
     why_traced: str | None = None
+
+    def with_lengths(self) -> "Imported":
+        """What it says where the lengths of documents are given."""
+        return replace(self, differences=[d for d in self.differences if not d.startswith(UNKNOWN)])
+
+    def across_samples(self, packing: str) -> "Imported":
+        """What it says where attention within packed documents is not modelled, but across them."""
+        said = f"{ACROSS_SAMPLES} (packing {packing})"
+        return replace(self, differences=[*self.with_lengths().differences, said])
 
     @property
     def first_line(self) -> str:

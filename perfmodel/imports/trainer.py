@@ -3,10 +3,11 @@
 from typing import Any
 
 from ..errors import UserError
+from . import packing
 from .fields import (
-    ACROSS_SAMPLES,
     ATTENTION,
     attention,
+    by_length,
     checkpoint_kind,
     clips,
     compiled,
@@ -66,10 +67,11 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     if keys.get("tf32") and amp is None and dtype == "fp32":
         keys.differ("fp32 products without TF32", "tf32")
     notes = []
-    if keys.flag("packing") and keys.get("packing_strategy") != "wrapped":
-        keys.differ(ACROSS_SAMPLES, "packing")
-    elif is_trl and not keys.flag("packing"):
-        notes.append("without packing most batches are shorter than max_length: give --seq the mean length")
+    if "seq" in setup:
+        packing.packed_by_trl(keys, setup)
+    if setup.get("packing", "none") == "none":
+        setup["group_by_length"] = by_length(keys)
+        notes += [packing.shorter("max_length")] if is_trl else []
     return keys.text("model_name_or_path"), _method(keys, is_trl), setup, notes
 
 

@@ -20,7 +20,7 @@ Compute = Callable[[Setup, Method], P]
 CHUNK = 16_384  # points that go through the tape together: bounds the memory of a large grid
 MERGED = (
     "total_params", "trainable_params", "active_params", "flops", "bytes", "kernels", "dispatches", "time", "memory",
-    "fits", "mfu", "periodic",
+    "fits", "mfu", "periodic", "padding",
 )  # fmt: skip
 
 
@@ -30,17 +30,27 @@ def over_grid(compute: Compute[P], setup: Setup, method: Method) -> P:
     if not arrays:
         return compute(setup, method)
     _check_size(setup, method)
-    try:
-        shape = np.broadcast_shapes(*(a.shape for a in arrays.values()))
-    except ValueError:
-        shapes = ", ".join(f"{name} {a.shape}" for (_, name), a in arrays.items())
-        raise UserError(f"the arrays of a grid must broadcast together, got {shapes}") from None
+    shape = grid_shape(setup, method)
     flat = {k: np.broadcast_to(a, shape).reshape(-1) for k, a in arrays.items()}
     points = np.arange(int(np.prod(shape)))
     parts: list[tuple[np.ndarray, P]] = []
     for start in range(0, len(points), CHUNK):
         parts += _split(compute, setup, method, flat, points[start : start + CHUNK])
     return _merge(parts, setup, shape)
+
+
+def grid_shape(setup: Setup, method: Method) -> tuple[int, ...]:
+    """The shape of a grid, () for a single setup.
+
+    Raises:
+        UserError: its arrays do not broadcast together.
+    """
+    arrays = _arrays(setup, method)
+    try:
+        return np.broadcast_shapes(*(a.shape for a in arrays.values()))
+    except ValueError:
+        shapes = ", ".join(f"{name} {a.shape}" for (_, name), a in arrays.items())
+        raise UserError(f"the arrays of a grid must broadcast together, got {shapes}") from None
 
 
 def _check_size(setup: Setup, method: Method) -> None:

@@ -28,8 +28,9 @@ from ..setup import Setup
 from ..shown import Shown
 from . import intervals, memory, part_costs, timeline
 from .contention import Seconds
-from .grid import over_grid
+from .grid import grid_shape, over_grid
 from .notes import notes_on
+from .over_lengths import lengths_notes, over_lengths
 
 Model = str | PathLike[str] | Architecture | Config
 Phases = dict[str, Any]  # forward, backward, optimizer, total
@@ -80,7 +81,9 @@ class Prediction(Shown):
     Attributes:
         mfu: model FLOPs utilisation: FLOPs of the step as FlopCounterMode counts them, without what a checkpoint
             recomputes, over step time and the datasheet's peak of the dtype that the base GEMMs run in.
-        step, durations: the step, and for each of its parts the device seconds of its ops; None for a grid.
+        padding: share of the tokens that are padding, where lengths of samples are given.
+        step, durations: the step, and for each of its parts the device seconds of its ops; None for a grid. Where
+            samples differ in length, those of the longest micro-batches.
     """
 
     model: str
@@ -101,12 +104,13 @@ class Prediction(Shown):
     notes: list[str] = field(default_factory=list)
     periodic: list[PeriodicCost] = field(default_factory=list)
     choices: list[dict[str, Any]] = field(default_factory=list)
+    padding: Any = 0.0
     step: Step | None = field(default=None, repr=False, compare=False)
     durations: list[Seconds] | None = field(default=None, repr=False, compare=False)
 
     @property
     def tokens_per_second(self) -> Any:
-        """Tokens that the step trains on per second, padding included."""
+        """Tokens that the step trains on per second; padding counts where nothing is known of it (no lengths)."""
         return self.setup.tokens / self.time.phases["total"]
 
     def as_dict(self) -> dict[str, Any]:
@@ -126,6 +130,7 @@ class Prediction(Shown):
             },
             "memory_bytes": {f.name: plain(getattr(m, f.name)) for f in fields(m)},
             "fits": plain(self.fits),
+            "padding_share": plain(self.padding),
             "periodic": [plain(cost.as_dict()) for cost in self.periodic],
             "choices": plain(self.choices),
             "notes": self.notes,
@@ -198,7 +203,9 @@ def predict(
     architecture, bound = resolve(model, method)
     on = profile_of(device)
     by = hosts.host_of(host, on)
-    return over_grid(lambda s, m: _predict(architecture, m, s, on, by, shared), setup, bound)
+    compute = partial(predict_alike, architecture, on=on, by=by, shared=shared)
+    p: Prediction = over_grid(partial(over_lengths, compute), setup, bound)
+    return replace(p, notes=[*p.notes, *lengths_notes(setup, p.padding)])
 
 
 def with_options(setup: Setup | None, options: dict[str, Any]) -> Setup:
@@ -210,9 +217,12 @@ def with_options(setup: Setup | None, options: dict[str, Any]) -> Setup:
     return replace(setup or Setup(), **options)
 
 
-def _predict(
-    architecture: Architecture, method: Method, setup: Setup, on: DeviceProfile, by: Host, shared: Shared | None
-) -> Prediction:
+def predict_alike(
+    architecture: Architecture, setup: Setup, method: Method, *, on: DeviceProfile, by: Host,
+    shared: Shared | None = None,
+) -> Prediction:  # fmt: skip
+    """Predict a step whose micro-batches are all of one shape, that of the setup."""
+    shared = None if grid_shape(setup, method) else shared
     method = method.priced(lambda parts: part_costs.seconds_of(parts, on, by))
     capability = on.compute_capability or "8.0"
     return of_step(record.build(architecture, method, setup, on.kind, capability, shared=shared), on, by, shared)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from .dims import Dim, Shape, product
 from .dtypes import ITEMSIZE
+from .lengths import Documents
 from .routing import Routing
 from .streams import MAIN, Run
 
@@ -26,6 +27,7 @@ class Attrs(NamedTuple):
         bus: whether it copies between host and device.
         sync: whether the host waits for the device.
         routing: how many rows each expert of a grouped product gets; without `sync` one kernel serves them all.
+        documents: of attention of documents behind one another: how long they are.
         later: whether only further micro-batches do it: they add gradients to those that are there.
     """
 
@@ -43,6 +45,7 @@ class Attrs(NamedTuple):
     bus: bool = False
     sync: bool = False
     routing: Routing | None = None
+    documents: Documents | None = None
     later: bool = False
 
 

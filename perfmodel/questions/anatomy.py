@@ -5,7 +5,7 @@ the time in which the device waits for the host add up to the step.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,11 @@ from ..devices import engine
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
 from ..errors import UserError
-from ..prediction.predict import Prediction
+from ..prediction.over_lengths import drawn
+from ..prediction.predict import Prediction, predict_alike
 from ..program.op import Op
 from ..program.part import PHASES, Part
+from ..setup import Setup
 
 WAITING = "waiting"
 PARTS = {  # part -> what it is called
@@ -93,6 +95,13 @@ class Phase:
         shares = {**self.limited, "launch": self.waiting}
         return max(LIMITS, key=shares.__getitem__)
 
+    def add(self, other: "Phase", share: float) -> None:
+        """Add a share of another step's phase."""
+        for f in fields(self):
+            if f.name != "limited":
+                setattr(self, f.name, getattr(self, f.name) + share * getattr(other, f.name))
+        self.limited = {limit: seconds + share * other.limited[limit] for limit, seconds in self.limited.items()}
+
     def as_dict(self) -> dict[str, Any]:
         """The JSON of a phase (SI units)."""
         return {
@@ -152,6 +161,12 @@ def dissect(p: Prediction, on: DeviceProfile, by: Host) -> Anatomy:
     Raises:
         UserError: the prediction is a grid.
     """
+    kinds = [] if p.step is None else drawn(p.setup)
+    return _mean_over(kinds, p, on, by) if len(kinds) > 1 else _apart(p, on, by)
+
+
+def _apart(p: Prediction, on: DeviceProfile, by: Host) -> Anatomy:
+    """Take the step of micro-batches of one shape apart."""
     ops = list(timed_ops(p))
     parts = dict.fromkeys(PARTS, 0.0)
     phases = {name: Phase(float(p.time.phases[name])) for name in PHASES}
@@ -167,6 +182,20 @@ def dissect(p: Prediction, on: DeviceProfile, by: Host) -> Anatomy:
         phase.at_bandwidth += count * memory
     _host_seconds(p, on, by, phases)
     parts[WAITING] = sum(phase.seconds for phase in phases.values()) - sum(parts.values())
+    return Anatomy(parts, phases)
+
+
+def _mean_over(kinds: list[tuple[float, Setup]], p: Prediction, on: DeviceProfile, by: Host) -> Anatomy:
+    """The mean of the steps of several kinds of micro-batches, each with its share."""
+    assert p.step is not None
+    parts = dict.fromkeys(PARTS, 0.0)
+    phases = {name: Phase(0.0) for name in PHASES}
+    for share, setup in kinds:
+        one = _apart(predict_alike(p.step.architecture, setup, p.step.method, on=on, by=by), on, by)
+        for name, seconds in one.parts.items():
+            parts[name] += share * seconds
+        for name, phase in one.phases.items():
+            phases[name].add(phase, share)
     return Anatomy(parts, phases)
 
 

@@ -11,6 +11,7 @@ from ..architectures.base import Architecture, Build, Scope
 from ..errors import UserError
 from ..methods.parts.base import Method
 from ..methods.parts.periodic import Periodic, PeriodicOps
+from ..methods.parts.virtual import VirtualTokens
 from ..objectives.parts.base import OF_REFERENCE
 from ..program.dims import Dim, larger
 from ..program.part import Group, Part
@@ -194,10 +195,26 @@ def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
         )
     if setup.kernels == "liger" and "liger" not in architecture.traits.fused:
         raise UserError(f"kernels liger: Liger has none for {architecture.name}; use kernels torch")
+    if setup.within_documents or setup.unpads:
+        _check_documents(architecture, method, setup)
     if setup.compile != "none" and architecture.stacked_names():
         raise UserError(f"compile {setup.compile}: compiled mixtures of experts ({architecture.name}) are not modelled")
     if setup.kernels == "liger" and "lm_head" in getattr(method, "targets", ()):
         raise UserError(f"method {method.name}: Liger's loss reads the head's own weight; leave lm_head out of targets")
+
+
+def _check_documents(architecture: Architecture, method: Method, setup: Setup) -> None:
+    """Raise `UserError` where attention within documents, packed or padded, is not modelled."""
+    what = "padded batches with attention flash2 (unpadding)" if setup.unpads else f"packing {setup.packing}"
+    instead = "use sdpa" if setup.unpads else "use packing dense"
+    if not architecture.traits.packs:
+        raise UserError(f"{what}: not modelled for {architecture.name}; {instead}")
+    if isinstance(method, VirtualTokens):
+        raise UserError(f"{what}: the positions of virtual tokens ({method.name}) are not modelled; {instead}")
+    if setup.within_documents and architecture.classifier is not None:
+        raise UserError(
+            f"packing {setup.packing}: a classifier ({architecture.name}) has one label a row; leave it out"
+        )
 
 
 def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -> tuple[list[Part], list[Part]]:

@@ -112,6 +112,9 @@ def setup_line(s: Setup) -> str:
     told += [{"default": "torch.compile"}.get(s.compile, f"torch.compile {s.compile}")] if s.compile != "none" else []
     told += [s.engine] if s.engine != usual.engine else []
     told += ["padded"] if s.padded else []
+    told += [f"packing {s.packing}"] if s.packing != usual.packing else []
+    told += [f"lengths {s.lengths.spec}"] if s.lengths else []
+    told += ["grouped by length"] if s.group_by_length else []
     told += ["no clipping"] if not s.clip_grad else []
     return ", ".join([*told, *(["CUDA graphs"] if s.cuda_graphs else [])])
 

@@ -42,6 +42,9 @@ def show_prediction(p: Prediction) -> None:
             f"{units.seconds(t.device_busy)}, waiting for the host {units.percent(t.launch_bound_share)} of the time"
         )
     )
+    if p.setup.lengths:
+        shares = f"{units.percent(p.padding, 1)} of the tokens are padding, " if p.setup.packing == "none" else ""
+        show(paragraph(f"{shares}{p.tokens_per_second:,.0f} tokens/s count"))
     m = p.memory
     fits = "fits" if p.fits else style("does not fit", fg="red")
     show(

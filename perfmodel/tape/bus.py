@@ -15,10 +15,10 @@ def from_host(name: str, shape: Shape, dtype: str) -> Tensor:
     return emit("_to_copy", (made,), shape, dtype, attrs=OVER_BUS)
 
 
-def scalar(dtype: str) -> Tensor:
-    """`torch.tensor(value, device=…)`: one number; making it is no call of its own."""
-    made = Tensor((), dtype, (), 1, Storage(0, None))
-    return emit("_to_copy", (made,), (), dtype, attrs=OVER_BUS) if tape().device == "cuda" else made
+def scalar(dtype: str, shape: Shape = ()) -> Tensor:
+    """`torch.tensor(value, device=…)`: one number (or a list of them); making it is no call of its own."""
+    made = Tensor(shape, dtype, contiguous_strides(shape), product(shape), Storage(0, None))
+    return emit("_to_copy", (made,), shape, dtype, attrs=OVER_BUS) if tape().device == "cuda" else made
 
 
 def coin() -> None:

@@ -20,5 +20,7 @@ def check_setup(setup: Setup, kind: str) -> None:
         raise UserError(f"--traced cannot follow --kernels {setup.kernels}; use kernels torch")
     if setup.objective != "sft":
         raise UserError(f"--traced cannot follow --objective {setup.objective}: it traces the model's own loss")
+    if setup.within_documents:
+        raise UserError(f"--traced cannot follow --packing {setup.packing}; use packing dense")
     if setup.compile != "none":
         raise UserError("--traced cannot follow --compile: it traces the eager program")

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from perfmodel.cli import main
 from perfmodel.imports import DIFFERS, meanings, read
+from perfmodel.imports.packing import UNKNOWN
 from perfmodel.resources import DATA
 
 BASE = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 64\n"
@@ -30,13 +31,17 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "fp8: true": ("axolotl", "products in bf16, not in fp8 (fp8)"),
     "qat: {weight_dtype: int8}": ("axolotl", "without fake quantisation (qat)"),
     "use_dft_loss: true": ("factory", "cross entropy, without DFT's weights (use_dft_loss)"),
-    "sample_packing: true": ("axolotl", "attention across packed samples (sample_packing)"),
-    "neat_packing: true": ("factory", "attention across packed samples (neat_packing)"),
+    "sample_packing: true\nflash_attention: true": ("axolotl", f"{UNKNOWN} (sample_packing)"),
+    "sample_packing: true\nflash_attention: true\ntorch_compile: true": (
+        "axolotl", "attention across packed samples (sample_packing)",
+    ),
+    "batch_flattening: true\nflash_attention: true": ("axolotl", f"{UNKNOWN} (batch_flattening)"),
+    "neat_packing: true\nflash_attn: fa2": ("factory", f"{UNKNOWN} (neat_packing)"),
     "unheard_of: 3": ("axolotl", "keys that are unknown here (unheard_of)"),
     "tf32: true": ("axolotl", "fp32 products without TF32 (tf32)"),
     "use_unsloth_gc: true": ("factory", "checkpoints stay on the GPU (use_unsloth_gc)"),
     "neftune_noise_alpha: 5": ("factory", "without NEFTune's noise (neftune_noise_alpha)"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("text", DIFFERENT)
@@ -59,6 +64,8 @@ def test_what_is_not_modelled_stands_in_the_first_line(tmp_path: Path, text: str
         "tf32: true\nbf16: true\nflash_attention: true",
         "activation_offloading: false",
         "seed: 1",
+        "sample_packing: true",
+        "sample_packing: true\nsdp_attention: true",
     ],
 )
 def test_what_changes_nothing_is_not_in_the_first_line(tmp_path: Path, text: str) -> None:

@@ -136,8 +136,8 @@ class Passes:
     frozen: dict[str, Parameter] = field(default_factory=dict)
 
     def tensor(self, *shape: Dim, dtype: str = "i64") -> Tensor:
-        """An input of the step; (sequences, seq) if no shape is given."""
-        return model_buffer(shape or (self.setup.sequences, self.setup.seq), dtype)
+        """An input of the step; rows and tokens of a row if no shape is given."""
+        return model_buffer(shape or self.setup.shape, dtype)
 
     @property
     def precomputed(self) -> bool:

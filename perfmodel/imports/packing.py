@@ -1,0 +1,94 @@
+"""How each tool packs documents into rows, as the setup's `packing`; what is assumed where lengths have a say.
+
+transformers finds the documents of a row where there are position ids and no mask; flash-attn in a micro-batch of one
+row only (modeling_flash_attention_utils.py, `_is_packed_sequence`). No config says how long the documents are: where
+attention within them depends on it, the first line says what is assumed.
+"""
+
+from typing import Any
+
+from .fields import ACROSS_SAMPLES
+from .keys import Keys
+
+UNKNOWN = "documents as long as a row (--lengths says how long they are)"
+APART = "packed rows apart, each under its mask, not all in one row"
+FLATTENING = "auto"  # Axolotl's `batch_flattening` where it can
+MASK = "the mask of packed documents is made on the device; LLaMA-Factory's collator makes it on the host"
+TELL_LENGTHS = "give --lengths (or --seq the mean length)"
+
+
+def shorter(key: str) -> str:
+    """What is to be said where samples are padded to the longest of a micro-batch only."""
+    return f"without packing most batches are shorter than {key}: {TELL_LENGTHS}"
+
+
+def packed_by_axolotl(keys: Keys, setup: dict[str, Any], asked_attention: str | None) -> None:
+    """`sample_packing` and `batch_flattening` (core/trainers/base.py, core/builders/causal.py, utils/schemas).
+
+    Attention that knows documents gets all rows of a micro-batch as one, unless real batches are asked for; SDPA and
+    eager attention, where they are named, get rows without a mask; where none is named the mask stays, and documents
+    see each other.
+    """
+    knows = asked_attention not in (None, "sdpa", "eager", "fp8")
+    real = keys.flag("multipack_real_batches", not knows)
+    flattening = keys.get("batch_flattening")
+    if keys.get("sample_packing") not in (None, False):
+        if asked_attention is None:
+            setup["packing"] = "dense"
+        elif setup["attention"] == "flash2":
+            _within(keys, setup, "dense" if real and setup["batch"] > 1 else "varlen", "sample_packing")
+        else:
+            _within(keys, setup, "varlen", "sample_packing", one_row=not real)
+    elif flattening not in (None, False) and knows and (flattening != FLATTENING or setup["batch"] > 1):
+        packed_flat(keys, setup, "batch_flattening")
+
+
+def packed_by_llama_factory(keys: Keys, setup: dict[str, Any], *, pretraining: bool) -> list[str]:
+    """`packing` and `neat_packing` (data/collator.py, data/processor/): rows with position ids, neat ones within them.
+
+    Packed rows of either kind have position ids and, but for masks that neat packing makes, ones as their mask: with
+    flash-attn and one row transformers takes them for documents of their own.
+    """
+    neat = keys.flag("neat_packing")
+    if neat or (keys.flag("packing") and setup["attention"] == "flash2" and setup["batch"] == 1):
+        _within(keys, setup, "varlen", "neat_packing" if neat else "packing")
+    elif keys.flag("packing", pretraining):
+        setup["packing"] = "dense"
+    return [MASK] if neat and setup["attention"] != "flash2" else []
+
+
+def packed_by_trl(keys: Keys, setup: dict[str, Any]) -> None:
+    """`packing`, `packing_strategy` and `padding_free` (trainer/sft_trainer.py): all rows of a micro-batch as one.
+
+    `wrapped` rows are plain ones; so were all packed rows when the length was still called `max_seq_length`.
+    """
+    strategy = keys.text("packing_strategy", "wrapped" if "max_seq_length" in keys.values else "bfd")
+    free = keys.flag("padding_free")
+    if not keys.flag("packing"):
+        if free:
+            packed_flat(keys, setup, "padding_free")
+    elif strategy == "wrapped" and not free:
+        setup["packing"] = "dense"
+    else:
+        _within(keys, setup, "varlen", "packing", one_row=True)
+
+
+def packed_flat(keys: Keys, setup: dict[str, Any], key: str) -> None:
+    """The samples of a micro-batch behind one another in one row."""
+    _within(keys, setup, "flat", key)
+
+
+def _within(keys: Keys, setup: dict[str, Any], packing: str, key: str, *, one_row: bool = False) -> None:
+    """Set the packing, if it can be, and say what is assumed of the documents' lengths.
+
+    Args:
+        one_row: whether the tool makes all rows of a micro-batch one, which here flash-attn alone gets.
+    """
+    if one_row and setup["attention"] != "flash2" and setup["batch"] > 1:
+        keys.differ(APART, key)
+    if setup.get("compile", "none") != "none" and packing != "dense":
+        packing = "dense"
+        keys.differ(ACROSS_SAMPLES, key)
+    elif packing == "flat" or (packing == "varlen" and setup["attention"] == "flash2"):
+        keys.differ(UNKNOWN, key)
+    setup["packing"] = packing

@@ -1,0 +1,88 @@
+"""How other tools pack documents, as their configs ask for it: the setup, and what is said of lengths."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from perfmodel.cli import main
+from perfmodel.imports import read
+from perfmodel.imports.packing import UNKNOWN
+
+AXOLOTL = "base_model: tinyllama-1.1b\nsequence_len: 256\nmicro_batch_size: 2\n"
+FACTORY = "model_name_or_path: tinyllama-1.1b\ncutoff_len: 256\nper_device_train_batch_size: 2\n"
+ONE = FACTORY.replace("size: 2", "size: 1")
+TRL = "model_name_or_path: tinyllama-1.1b\nmax_length: 256\nper_device_train_batch_size: 2\nuse_peft: true\n"
+OLDER = TRL.replace("max_length", "max_seq_length")
+FLASH = "attn_implementation: flash_attention_2\n"
+APART = {"packing": "varlen", "batch": 2, "seq": 256}
+
+EXPECTED: dict[str, tuple[dict[str, Any], bool]] = {  # file -> fields of the setup, whether lengths are assumed
+    AXOLOTL: ({}, False),
+    AXOLOTL + "sample_packing: true": ({"packing": "dense"}, False),
+    AXOLOTL + "sample_packing: true\nsdp_attention: true": ({"packing": "varlen"}, False),
+    AXOLOTL + "sample_packing: true\nsdp_attention: true\nmultipack_real_batches: false": (APART, False),
+    AXOLOTL + "sample_packing: true\nflash_attention: true": ({"packing": "varlen", "batch": 2}, True),
+    AXOLOTL + "sample_packing: true\nflash_attention: true\nmultipack_real_batches: true": (
+        {"packing": "dense"}, False,
+    ),
+    AXOLOTL + "batch_flattening: auto\nflash_attention: true": ({"packing": "flat"}, True),
+    AXOLOTL + "batch_flattening: auto": ({}, False),
+    AXOLOTL + "group_by_length: true": ({"group_by_length": True}, False),
+    AXOLOTL + "pad_to_sequence_len: true": ({"padded": True}, False),
+    FACTORY + "neat_packing: true": ({"packing": "varlen", "batch": 2}, False),
+    FACTORY + "neat_packing: true\nflash_attn: fa2": ({"packing": "varlen"}, True),
+    FACTORY + "packing: true": ({"packing": "dense"}, False),
+    FACTORY + "packing: true\nflash_attn: fa2": ({"packing": "dense"}, False),
+    FACTORY + "stage: pt": ({"packing": "dense"}, False),
+    ONE + "packing: true\nflash_attn: fa2": ({"packing": "varlen"}, True),
+    FACTORY + "group_by_length: true": ({"group_by_length": True}, False),
+    "model: tinyllama-1.1b\nbatching_strategy: padding_free\nflash_attn: flash_attention_2": (
+        {"packing": "flat"}, True,
+    ),
+    TRL + "packing: true": (APART, False),
+    TRL + "packing: true\n" + FLASH: ({"packing": "varlen", "batch": 2}, True),
+    TRL + "packing: true\npacking_strategy: wrapped\n" + FLASH: ({"packing": "dense"}, False),
+    OLDER + "packing: true\n" + FLASH: ({"packing": "dense"}, False),
+    TRL + "padding_free: true\n" + FLASH: ({"packing": "flat"}, True),
+    TRL + "train_sampling_strategy: group_by_length": ({"group_by_length": True}, False),
+}  # fmt: skip
+
+
+def config(folder: Path, text: str) -> Path:
+    """A file that holds it."""
+    path = folder / "config.yml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("text", EXPECTED)
+def test_what_each_tool_packs(tmp_path: Path, text: str) -> None:
+    """Each packs in its own way, which decides the attention of the step."""
+    fields, assumed = EXPECTED[text]
+    found = read(config(tmp_path, text))
+    usual = {"packing": "none", "group_by_length": False, "padded": False}
+    assert {name: found.setup.get(name, usual.get(name)) for name in (*usual, *fields)} == {**usual, **fields}
+    assert any(said.startswith(UNKNOWN) for said in found.differences) == assumed
+    assert not any(said.startswith(UNKNOWN) for said in found.with_lengths().differences)
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "first"),
+    [
+        ("tinyllama-1.1b", (), UNKNOWN),
+        ("tinyllama-1.1b", ("--lengths", "40:90"), "lora"),
+        ("tinyllama-1.1b", ("--packing", "dense"), "lora"),
+        ("gpt2", (), "attention across packed samples (packing varlen)"),
+    ],
+)
+def test_the_first_line_says_what_is_assumed_of_lengths(
+    tmp_path: Path, model: str, more: tuple[str, ...], first: str
+) -> None:
+    """What no config says is assumed in sight, and what is not modelled is answered as the nearest that is."""
+    path = config(tmp_path, AXOLOTL + "sample_packing: true\nflash_attention: true\nadapter: lora\nbf16: true\n")
+    words = ["predict", "--config", str(path), "--model", model, "--device", "a100", *more]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0
+    assert first in result.stdout.splitlines()[0]

@@ -1,0 +1,117 @@
+"""Stand-ins for the flash-attn package under transformers' own code: its operators, on fake tensors of a CPU.
+
+Source: flash-attn 2.8, flash_attn/flash_attn_interface.py (`FlashAttnVarlenFunc`), bert_padding.py.
+"""
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+T = torch.Tensor
+FORWARD, BACKWARD = 2, 5  # products of the size of the attention
+DOCUMENT = {"tokens": 1}  # of each, for FLOPs
+
+
+@torch.library.custom_op("flash_attn::_flash_attn_varlen_forward", mutates_args=())
+def varlen_forward(q: T, k: T, v: T, ends_q: T, ends_k: T, longest_q: int, longest_k: int) -> tuple[T, T]:
+    """Attention of (tokens, heads, head_dim) within documents, and the log-sum-exp of every row."""
+    raise NotImplementedError("traced only")
+
+
+@varlen_forward.register_fake
+def _(q: T, k: T, v: T, ends_q: T, ends_k: T, longest_q: int, longest_k: int) -> tuple[T, T]:
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("flash_attn::_flash_attn_varlen_backward", mutates_args=())
+def varlen_backward(
+    do: T, q: T, k: T, v: T, out: T, lse: T, ends_q: T, ends_k: T, longest_q: int, longest_k: int
+) -> tuple[T, T, T]:
+    """Gradients of q, k and v."""
+    raise NotImplementedError("traced only")
+
+
+@varlen_backward.register_fake
+def _(do: T, q: T, k: T, v: T, out: T, lse: T, ends_q: T, ends_k: T, longest_q: int, longest_k: int) -> tuple[T, T, T]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _within_documents(products: int, q: Any) -> int:
+    tokens, heads, head_dim = q
+    return int(products * 2 * heads * tokens * DOCUMENT["tokens"] * head_dim)
+
+
+@register_flop_formula(torch.ops.flash_attn._flash_attn_varlen_forward)
+def _flops(q: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return _within_documents(FORWARD, q)
+
+
+@register_flop_formula(torch.ops.flash_attn._flash_attn_varlen_backward)
+def _backward_flops(do: Any, q: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return _within_documents(BACKWARD, q)
+
+
+class FlashAttnVarlenFunc(torch.autograd.Function):
+    """As the package's, without dropout, windows and ALiBi."""
+
+    @staticmethod
+    def forward(ctx: Any, q: T, k: T, v: T, ends_q: T, ends_k: T, longest_q: Any, longest_k: Any) -> T:
+        out, lse = torch.ops.flash_attn._flash_attn_varlen_forward(q, k, v, ends_q, ends_k, longest_q, longest_k)
+        ctx.save_for_backward(q, k, v, out, lse, ends_q, ends_k)
+        ctx.longest_q, ctx.longest_k = longest_q, longest_k
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, do: T) -> Any:
+        backward = torch.ops.flash_attn._flash_attn_varlen_backward
+        return (*backward(do, *ctx.saved_tensors, ctx.longest_q, ctx.longest_k), None, None, None, None)
+
+
+def flash_attn_varlen_func(
+    q: T, k: T, v: T, cu_seqlens_q: T, cu_seqlens_k: T, max_seqlen_q: Any, max_seqlen_k: Any, dropout_p: float = 0.0,
+    softmax_scale: float | None = None, causal: bool = False, window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0, deterministic: bool = False,
+) -> T:  # fmt: skip
+    """The package's function, for what transformers passes."""
+    return FlashAttnVarlenFunc.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+
+
+class IndexPutFirstAxis(torch.autograd.Function):
+    """Rows at their places among zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, values: T, indices: T, first: int) -> T:
+        ctx.save_for_backward(indices)
+        output = torch.zeros(first, *values.shape[1:], device=values.device, dtype=values.dtype)
+        output[indices] = values
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: T) -> Any:
+        (indices,) = ctx.saved_tensors
+        return grad[indices], None, None
+
+
+def pad_input(hidden_states: T, indices: T, batch: int, seqlen: int) -> T:
+    """The package's function."""
+    output = IndexPutFirstAxis.apply(hidden_states, indices, batch * seqlen)
+    return output.view(batch, seqlen, *hidden_states.shape[1:])
+
+
+def install(monkeypatch: Any, tokens: int) -> None:
+    """Let transformers take these for the package; every document has so many tokens."""
+    import transformers.modeling_flash_attention_utils as utils
+
+    functions = (None, flash_attn_varlen_func, None, pad_input, None)
+    process = utils._lazy_define_process_function(flash_attn_varlen_func)
+    monkeypatch.setattr(utils, "lazy_import_flash_attention", lambda *args, **kwargs: (functions, (process, dict)))
+    monkeypatch.setitem(DOCUMENT, "tokens", tokens)
+    asked = utils._is_packed_sequence
+
+    def packed(position_ids: T, batch_size: int) -> bool:
+        """What it computes and reads, and the answer that fake data cannot give."""
+        bool(asked(position_ids, batch_size))
+        return position_ids is not None and batch_size == 1
+
+    monkeypatch.setattr(utils, "_is_packed_sequence", packed)
