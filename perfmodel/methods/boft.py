@@ -5,10 +5,9 @@ from typing import ClassVar
 
 from ..program.dims import contiguous_strides, product
 from ..tape.elementary import eye
-from ..tape.linalg import autocast_operand, bmm, matmul
+from ..tape.linalg import autocast_operand, block_diagonal, bmm, matmul, solve_right
 from ..tape.pointwise import add, cast, fill, mul, sub
 from ..tape.shape import expand, permute, squeeze, transpose, unsqueeze, view
-from ..tape.solve import block_diagonal, solve_right
 from ..tape.split import select
 from ..tape.tensor import Storage, Tensor
 from .parts.base import Linear, method, option

@@ -13,7 +13,7 @@ from ..tape.shape import clone, detach
 from ..tape.tensor import Tensor
 from .parts.base import Objective, Passes, objective
 from .parts.logps import log_mean
-from .parts.pairs import accuracies, batch_logps, concatenated, half, loss_of_chosen, rewards_of
+from .parts.pairs import accuracies, batch_logps, concatenated, loss_of_chosen, one_half, rewards_of
 
 
 @objective("cpo", title="CPO", source="trl/experimental/cpo/cpo_trainer.py (1.8)")
@@ -28,7 +28,7 @@ class Cpo(Objective):
         all_logits = passes.logits(input_ids, attention_mask)
         policy_nll_loss = loss_of_chosen(all_logits, clone(concatenated_labels), pairs)
         all_logps = batch_logps(all_logits, concatenated_labels, average=self.averaged, in_place=True)
-        policy_chosen_logps, policy_rejected_logps = half(all_logps, pairs), half(all_logps, pairs)
+        policy_chosen_logps, policy_rejected_logps = one_half(all_logps, pairs), one_half(all_logps, pairs)
         tape().begin("loss", "forward")
         logits = sub(policy_chosen_logps, policy_rejected_logps)
         if self.averaged:
@@ -45,7 +45,7 @@ class Cpo(Objective):
         log_mean(detach(policy_rejected_logps))
         log_mean(detach(policy_chosen_logps))
         for _ in range(2):
-            log_mean(mean_all(detach(half(all_logits, pairs))))
+            log_mean(mean_all(detach(one_half(all_logits, pairs))))
         log_mean(detach(policy_nll_loss))
         return loss
 

@@ -11,7 +11,7 @@ from ..tape.shape import clone, detach
 from ..tape.tensor import Tensor
 from .parts.base import Objective, Passes, objective
 from .parts.logps import without_last
-from .parts.pairs import accuracies, batch_logps, concatenated, half, loss_of_chosen, rewards_of
+from .parts.pairs import accuracies, batch_logps, concatenated, loss_of_chosen, one_half, rewards_of
 
 
 @objective("orpo", title="ORPO", source="trl/experimental/orpo/orpo_trainer.py (1.8)")
@@ -27,7 +27,7 @@ class Orpo(Objective):
         labels = where(real, labels, fill("scalar_tensor", (), "i64"))
         policy_nll_loss = loss_of_chosen(all_logits, labels, pairs)
         all_logps = batch_logps(all_logits, concatenated_labels, average=True, in_place=False)
-        policy_chosen_logps, policy_rejected_logps = half(all_logps, pairs), half(all_logps, pairs)
+        policy_chosen_logps, policy_rejected_logps = one_half(all_logps, pairs), one_half(all_logps, pairs)
         tape().begin("loss", "forward")
         chosen, rejected = cast(policy_chosen_logps, "fp32"), cast(policy_rejected_logps, "fp32")
         log_odds = sub(sub(chosen, rejected), sub(log1mexp(chosen), log1mexp(rejected)))
@@ -40,7 +40,7 @@ class Orpo(Objective):
         rest = (chosen_rewards, rejected_rewards, reward_accuracies, sub(chosen_rewards, rejected_rewards))
         metrics = [mean_all(x) for x in (*rest, detach(policy_rejected_logps), detach(policy_chosen_logps))]
         for _ in range(2):
-            logits = without_last(half(all_logits, pairs))
+            logits = without_last(one_half(all_logits, pairs))
             metrics.append(mean_all(mean_all(detach(logits))))
         metrics += [mean_all(detach(x)) for x in (policy_nll_loss, *means)]
         for metric in metrics:

@@ -67,5 +67,5 @@ def test_a_rank_passes_each_room_once() -> None:
         sys.setprofile(None)
     assert done.exit_code == 0, done.output
     assert {way for way in ways if len(set(way)) < len(way)} == set()
-    recorded = ("cli", "commands", "prediction", "recording", "architectures", "methods", "tape")
+    recorded = ("cli", "commands", "prediction", "recording", "objectives", "architectures", "methods", "tape")
     assert {("cli", "commands"), recorded, ("cli", "commands", "prediction", "devices", "calls")} <= ways

@@ -49,7 +49,7 @@ def found(name: str) -> "Objective":
     return known
 
 
-def registered() -> dict[str, "Objective"]:
+def known_objectives() -> dict[str, "Objective"]:
     """All objectives by name."""
     return _REGISTRY.all()
 

@@ -22,15 +22,15 @@ def concatenated(passes: Passes) -> Tensor:
     return cat((passes.tensor(*shape), passes.tensor(*shape)), 0)
 
 
-def half(x: Tensor, pairs: Dim) -> Tensor:
+def one_half(x: Tensor, pairs: Dim) -> Tensor:
     """`x[:pairs]` or `x[pairs:]`."""
     return narrow(x, 0, pairs)
 
 
 def loss_of_chosen(all_logits: Tensor, labels: Tensor, pairs: Dim) -> Tensor:
     """Cross entropy of the chosen sequences, prompt and all."""
-    logits = contiguous(without_last(half(all_logits, pairs)))
-    labels = contiguous(without_first(half(labels, pairs)))
+    logits = contiguous(without_last(one_half(all_logits, pairs)))
+    labels = contiguous(without_first(one_half(labels, pairs)))
     logits = view(logits, (product(logits.shape[:-1]), logits.shape[-1]))
     return cross_entropy(logits, view(labels, (labels.numel,)))
 
