@@ -132,4 +132,5 @@ def test_every_question_takes_an_objective() -> None:
     assert any("a second, frozen model" in note for note in full.notes)
     assert any("the model without its adapters" in note for note in lora.notes)
     assert advise("llama-3.2-1b", "lora", methods=[], **asked).best.prediction.setup.objective == "dpo"
-    assert len(sweep("llama-3.2-1b", ["lora"], device="l40s", seq=[32, 64], objective="dpo").rows) == 2
+    (block,) = sweep("llama-3.2-1b", ["lora"], device="l40s", seq=[32, 64], objective="dpo").blocks()
+    assert len(block["seq"]) == 2
