@@ -93,7 +93,8 @@ class Sweep(Shown):
         r, here = ranks[points // plane], points % plane
         batch, seq = self.batch[here // len(self.seq)], self.seq[here % len(self.seq)]
         swept = with_rank(method, r) if ranks[0] else method
-        p = predict(self.architecture, swept, replace(self.setup, batch=batch, seq=seq), device, host=self.host)
+        setup = replace(self.setup, batch=batch, seq=seq)
+        p = predict(self.architecture, swept, setup, device, host=self.host)
         rows = len(points)
         columns: Columns = {
             "model": np.full(rows, self.model),
@@ -102,7 +103,7 @@ class Sweep(Shown):
             "batch": batch,
             "seq": seq,
             "rank": r if ranks[0] else np.full(rows, getattr(method, "r", 0) or 0),
-            **_figures(p, batch * seq * self.setup.grad_accum, rows),
+            **_figures(p, setup.tokens, rows),
         }
         ratio, low, high = _speed_up(base, here, p.time, device, rows)
         compared = {"speedup": ratio, "speedup_low": low, "speedup_high": high, "verdict": verdict(ratio)}
