@@ -102,6 +102,7 @@ REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("full", {"objective": "orpo", "reference": "model"}, "reference model: orpo compares with none"),
     ("full", {"objective": "dpo", "prompt": 32}, "prompt 32: dpo has logits of prompts too"),
     ("full", {"objective": "grpo", "prompt": 64}, "prompt 64 leaves nothing of seq 64 to a completion"),
+    ("full", {"objective": "dpo", "seq": 1}, "no token of seq 1 is predicted by another"),
     ("full", {"objective": "dop"}, "objective 'dop' is unknown: did you mean 'dpo'"),
     ("full", {"objective": "dpo", "reference": "none"}, "reference 'none' is unknown"),
 )
@@ -110,7 +111,7 @@ REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
 @pytest.mark.parametrize(("method", "setup", "said"), REFUSED)
 def test_what_does_not_go_together_is_refused_in_a_line(method: str, setup: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
-        predict("llama-3.2-1b", method, device="l40s", seq=64, **setup)
+        predict("llama-3.2-1b", method, device="l40s", **{"seq": 64, **setup})
 
 
 @pytest.mark.parametrize("objective", ["dpo", "reward", "prm"])
