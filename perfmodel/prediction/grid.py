@@ -54,14 +54,17 @@ def grid_shape(setup: Setup, method: Method) -> tuple[int, ...]:
 
 
 def _check_size(setup: Setup, method: Method) -> None:
-    """Refuse grids whose counts would not fit 64-bit integers: an upper bound of the FLOPs of their largest point."""
+    """Refuse grids whose counts would not fit 64-bit integers: an upper bound of the FLOPs of their largest point.
+
+    What a reference adds is less than is left to 2^63.
+    """
     a = method.architecture
     assert a is not None
     batch, seq = int(np.max(setup.batch)), int(np.max(setup.seq))
     weights = a.layers * (4 * a.hidden * max(a.hidden, a.heads * a.head_dim) + 3 * a.hidden * a.intermediate)
     weights += 2 * a.vocab * a.hidden
     per_token = 8 * 2 * weights + 24 * a.layers * a.heads * a.head_dim * seq
-    if per_token * batch * seq * setup.grad_accum > 2**62:
+    if per_token * int(np.max(setup.sequences)) * seq * setup.grad_accum > 2**62:
         raise UserError(f"batch {batch} x seq {seq} is too large for a grid of {a.name}: counts exceed 64-bit integers")
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from .. import units
 from ..questions.advice import Advice, Candidate, Change
 from ..questions.advice import Progress as Report
+from ..setup import PAIRS
 from .plain import notes, paragraph, show, table
 
 SHOWN = 8  # changes and candidates in a table
@@ -31,7 +32,8 @@ def show_advice(a: Advice) -> None:
     """The answer in a sentence, the way there, each change by itself, and time against memory."""
     s, p = a.start, a.start.prediction
     n = p.setup.batch * p.setup.grad_accum
-    where = f"{p.method} on {p.model}, {p.device}, {n} sample{'' if n == 1 else 's'} of {p.setup.seq} tokens a step"
+    what = ("pair" if p.setup.objective in PAIRS else "sample") + ("" if n == 1 else "s")
+    where = f"{p.method} on {p.model}, {p.device}, {n} {what} of {p.setup.seq} tokens a step"
     fits = "" if s.fits else ", which does not fit"
     show(paragraph(f"{where}: {units.seconds(s.seconds)}, {units.nbytes(s.peak)}{fits}"))
     show(paragraph(_answer(a)), bold=True)

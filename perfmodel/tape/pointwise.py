@@ -347,4 +347,8 @@ def _cat_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,) = grads
     assert g is not None
     dim, sizes = node.attrs
+    if len(g.shape) == 1:
+        for size in sizes:
+            if isinstance(size, int) and not size:
+                fill("zeros", (0,), g.dtype)  # an empty vector is left out, but gets a gradient of its own
     return tuple(narrow(g, dim, size) if needed else None for size, needed in zip(sizes, node.needs, strict=True))

@@ -229,7 +229,7 @@ FACTORY = "model_name_or_path: gpt2\ncutoff_len: 64\n"
         ("yaml", FACTORY + "finetuning_type: oft\nquantization_bit: 4", "OFT on a quantised base is not modelled"),
         ("yaml", "model: m\nmodel_class: cls", "model_class 'cls' is unknown"),
         ("yaml", "model: m\nmodel_class: llm\noptim_config: {name: muon}", "optimizer plugins are not modelled"),
-        ("yaml", "model_name_or_path: m\nmax_length: 8\nbeta: 0.1", "a preference step is not modelled"),
+        ("yaml", "model_name_or_path: m\nmax_length: 8\nreward_model_path: m", "an RL step is not modelled"),
         ("yaml", "compute_environment: LOCAL_MACHINE", "no training config: accelerate's own config"),
         ("yaml", FACTORY + "infer_backend: vllm", "no training config: a config of inference"),
         ("json", '{"zero_optimization": {"stage": 3}}', "no training config: DeepSpeed's own config"),

@@ -18,8 +18,8 @@ ON_PAIRS = {"batch": 2, "seq": 33}
 
 def test_every_objective_has_a_file_and_a_name() -> None:
     """A choice of `--objective` without a program would end in a traceback."""
-    assert set(objectives.registered()) == set(OBJECTIVES)
-    for name, found in objectives.registered().items():
+    assert set(objectives.known_objectives()) == set(OBJECTIVES)
+    for name, found in objectives.known_objectives().items():
         assert found.name == name
         assert found.title
         assert found.source
@@ -102,6 +102,7 @@ REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("full", {"objective": "orpo", "reference": "model"}, "reference model: orpo compares with none"),
     ("full", {"objective": "dpo", "prompt": 32}, "prompt 32: dpo has logits of prompts too"),
     ("full", {"objective": "grpo", "prompt": 64}, "prompt 64 leaves nothing of seq 64 to a completion"),
+    ("full", {"objective": "dpo", "seq": 1}, "no token of seq 1 is predicted by another"),
     ("full", {"objective": "dop"}, "objective 'dop' is unknown: did you mean 'dpo'"),
     ("full", {"objective": "dpo", "reference": "none"}, "reference 'none' is unknown"),
 )
@@ -110,7 +111,7 @@ REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
 @pytest.mark.parametrize(("method", "setup", "said"), REFUSED)
 def test_what_does_not_go_together_is_refused_in_a_line(method: str, setup: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
-        predict("llama-3.2-1b", method, device="l40s", seq=64, **setup)
+        predict("llama-3.2-1b", method, device="l40s", **{"seq": 64, **setup})
 
 
 @pytest.mark.parametrize("objective", ["dpo", "reward", "prm"])
@@ -132,5 +133,5 @@ def test_every_question_takes_an_objective() -> None:
     assert any("a second, frozen model" in note for note in full.notes)
     assert any("the model without its adapters" in note for note in lora.notes)
     assert advise("llama-3.2-1b", "lora", methods=[], **asked).best.prediction.setup.objective == "dpo"
-    swept = sweep("llama-3.2-1b", ["lora"], device="l40s", seq=[32, 64], objective="dpo")
-    assert len(swept.table()["step_s"]) == 2
+    (block,) = sweep("llama-3.2-1b", ["lora"], device="l40s", seq=[32, 64], objective="dpo").blocks()
+    assert len(block["seq"]) == 2

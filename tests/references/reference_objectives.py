@@ -330,15 +330,19 @@ def judged(name: str, spec: str, losses: dict[str, Loss], **options: Any) -> cou
         config = config_of(name, architectures=[f"{name.title()}For{classes}"], num_labels=headed.classifier.labels)
     method = methods.parse(spec).bind(headed)
     step = build(architecture, methods.parse(spec).bind(architecture), setup, "cpu")
-    quiet = objectives.without_dropout(method) if objective.quiet else method
     torch.manual_seed(0)
-    model = models.apply_method(models.build_model(config, setup, device="cpu"), quiet, headed)
+    model = models.apply_method(models.build_model(config, setup, device="cpu"), method, headed)
     reference = None
     compares = objective.compares == "always" or (objective.compares and setup.reference != "auto")
-    if compares and (setup.reference == "model" or not isinstance(method, Targeted)):
+    own = setup.reference == "model" or not isinstance(method, Targeted)
+    if compares and own and setup.reference != "precomputed":
         reference = models.build_model(config, setup, device="cpu").requires_grad_(False).eval()
-    for m in (model, reference):
-        if m is not None and setup.amp:  # as accelerate prepares a model
+    for m in filter(None, (model, reference)):
+        if objective.quiet:  # as TRL's `disable_dropout_in_model`
+            for module in m.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+        if setup.amp:  # as accelerate prepares a model
             m.forward = convert_outputs_to_fp32(torch.autocast("cpu", TORCH_DTYPES[setup.amp])(m.forward))
     run = Run(model, reference, setup)
 

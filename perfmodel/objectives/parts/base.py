@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
+
 from ...architectures.base import Architecture, Build, Rewrites, Scope
 from ...architectures.masks import model_buffer
 from ...errors import UserError
@@ -108,6 +110,8 @@ class Objective:
             raise UserError(f"prompt {setup.prompt}: {self.name} has logits of prompts too; leave it out")
         if self.name == "sft":
             return
+        if np.min(setup.seq) < 2:
+            raise UserError(f"objective {self.name}: no token of seq 1 is predicted by another; use --seq 2 or more")
         for name, usual in (("compile", "none"), ("engine", "torch"), ("cuda_graphs", False)):
             if getattr(setup, name) != usual:
                 raise UserError(
