@@ -23,6 +23,7 @@ class Gemma(Llama):
     """Dims of a Gemma."""
 
     traits: ClassVar[Traits] = Traits(head="causal", norm=offset_rms_norm, norms=Llama.traits.norms, targets=TARGETS)
+    gate: ClassVar[str] = "geglu"
     defaults: ClassVar[dict[str, int]] = {"num_key_value_heads": 16, "head_dim": 256}
 
     @classmethod
