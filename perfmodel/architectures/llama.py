@@ -162,8 +162,10 @@ class Llama(Architecture):
 
     def _liger_loss(self, model: Scope, hidden: Tensor, labels: Tensor) -> Tensor:
         """Liger's `lce_forward`: the head's weight goes into the loss, whatever wraps its module."""
-        name, kind = ("model.embed_tokens", "embedding") if self.tied else ("lm_head", "weight")
-        weight = model.parameter(f"{name}.weight", (self.vocab, self.hidden), kind)
+        if self.tied:
+            weight = model.tied_weight("model.embed_tokens")
+        else:
+            weight = model.parameter("lm_head.weight", (self.vocab, self.hidden), "weight")
         target = shifted_labels(labels)
         hidden = view(hidden, (product(hidden.shape[:-1]), self.hidden))
         return linear_cross_entropy(hidden, weight, target, scaled=model.build.setup.grad_accum > 1)
