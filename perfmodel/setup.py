@@ -16,6 +16,7 @@ OPTIMIZERS = optimizers.optimizer_names()
 CHECKPOINT = ("none", "block", "block-reentrant")
 KERNELS = ("torch", "liger")
 COMPILE = ("none", "default", "reduce-overhead")
+CUDA = (12, 13)
 ENGINES = ("torch", "deepspeed-zero3")
 LARGEST = 2**24  # tokens of a sequence, samples of a batch: beyond this it is a typing error
 
@@ -43,6 +44,9 @@ class Setup:
             flash kernel, copies of the grouped keys and values, and the causal saving.
         routing: how evenly the routers of a mixture of experts load them: balanced, or zipf:EXPONENT, by which the
             share of an expert falls with its rank.
+        cuda: the CUDA that PyTorch is built for, 12 or 13: how much of a list of tensors one launch takes.
+        in_backward: whether a weight is updated as soon as its gradient is complete, which is freed then: without
+            clipping, one micro-batch a step.
         engine: what runs the step: torch, or deepspeed-zero3 (`perfmodel.recording.zero`); a method may name its own.
     """
 
@@ -61,6 +65,8 @@ class Setup:
     compile: str = "none"
     engine: str = "torch"
     routing: str = "balanced"
+    cuda: int = 12
+    in_backward: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch", "seq"):
@@ -78,6 +84,11 @@ class Setup:
             if self.dtype not in ("fp32", self.amp):
                 raise UserError(f"amp {self.amp} goes with fp32 or {self.amp} weights, got dtype {self.dtype}")
         exponent_of(self.routing)
+        if self.in_backward and (self.clip_grad or self.grad_accum > 1 or self.compile != "none"):
+            what = "clipping" if self.clip_grad else "accumulation" if self.grad_accum > 1 else "torch.compile"
+            raise UserError(f"in_backward: no {what} where each gradient is gone before the next one is there")
+        if self.cuda not in CUDA:
+            raise UserError(f"cuda {self.cuda!r} is unknown: PyTorch is built for CUDA 12 or 13")
         if self.attention == "flash2" and self.dtype == "fp32" and self.amp is None:
             raise UserError("attention flash2 needs a 16-bit dtype; use sdpa with fp32")
         if self.attention == "flash2" and self.padded:

@@ -14,7 +14,7 @@ OPTIONS = {  # field of the setup -> what it is called
     "batch": "batch", "seq": "tokens per sample", "dtype": "base weights", "amp": "autocast", "optimizer": "optimizer",
     "grad_accum": "micro-batches per step", "checkpoint": "activation checkpointing", "attention": "attention",
     "clip_grad": "gradient clipping", "cuda_graphs": "CUDA graphs", "compile": "torch.compile",
-    "padded": "padded batch",
+    "padded": "padded batch", "cuda": "CUDA of PyTorch",
 }  # fmt: skip
 ORIGINS = {
     "fitted": "measured on this device", "sibling": "measured on a like device", "class": "defaults of its class",

@@ -112,6 +112,8 @@ def setup_line(s: Setup) -> str:
     told += [s.engine] if s.engine != usual.engine else []
     told += ["padded"] if s.padded else []
     told += ["no clipping"] if not s.clip_grad else []
+    told += ["optimizer in backward"] if s.in_backward else []
+    told += ["CUDA 13 build"] if s.cuda == 13 else []
     return ", ".join([*told, *(["CUDA graphs"] if s.cuda_graphs else [])])
 
 
