@@ -17,6 +17,7 @@ OPTIMIZERS = optimizers.optimizer_names()
 CHECKPOINT = ("none", "block", "block-reentrant")
 KERNELS = ("torch", "liger")
 COMPILE = ("none", "default", "reduce-overhead")
+CUDA = (12, 13)
 ENGINES = ("torch", "deepspeed-zero3")
 # each in a file of `perfmodel/objectives/`
 OBJECTIVES = ("sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "prm", "grpo")
@@ -56,6 +57,9 @@ class Setup:
         reference: where the log-probabilities of the reference come from that dpo, kto and grpo compare with: a frozen
             model, the model without its adapters, or a table made before; auto: without adapters where there are
             adapters, else a frozen model; for grpo none.
+        cuda: the CUDA that PyTorch is built for, 12 or 13: how much of a list of tensors one launch takes.
+        in_backward: whether a weight is updated as soon as its gradient is complete, which is freed then: without
+            clipping, one micro-batch a step.
         engine: what runs the step: torch, or deepspeed-zero3 (`perfmodel.recording.zero`); a method may name its own.
         packing: what lies in a row of `seq` tokens: none, one sample; dense, documents behind one another under one
             causal mask; varlen, documents that attend within themselves (position ids restart and there is no mask);
@@ -87,6 +91,8 @@ class Setup:
     packing: str = "none"
     lengths: Lengths | None = None
     group_by_length: bool = False
+    cuda: int = 12
+    in_backward: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch", "seq"):
@@ -107,6 +113,11 @@ class Setup:
         if self.prompt is not None and (positive("prompt", self.prompt) >= np.min(self.seq)):
             raise UserError(f"prompt {self.prompt} leaves nothing of seq {np.min(self.seq)} to a completion")
         exponent_of(self.routing)
+        if self.in_backward and (self.clip_grad or self.grad_accum > 1 or self.compile != "none"):
+            what = "clipping" if self.clip_grad else "accumulation" if self.grad_accum > 1 else "torch.compile"
+            raise UserError(f"in_backward: no {what} where each gradient is gone before the next one is there")
+        if self.cuda not in CUDA:
+            raise UserError(f"cuda {self.cuda!r} is unknown: PyTorch is built for CUDA 12 or 13")
         if self.attention == "flash2" and self.dtype == "fp32" and self.amp is None:
             raise UserError("attention flash2 needs a 16-bit dtype; use sdpa with fp32")
         object.__setattr__(self, "lengths", lengths_of(self.lengths))

@@ -107,6 +107,7 @@ class Architecture:
     layer_path: ClassVar[str]  # where blocks live in the transformers module tree
     traits: ClassVar[Traits]
     caveat: ClassVar[str] = ""  # what every answer has to say of the model type
+    text_path: ClassVar[str] = ""  # where the text model lives in the whole one, of which it is answered alone
 
     @classmethod
     def from_config(cls: type[A], config: Config) -> A:
@@ -148,31 +149,19 @@ class Rewrites(Protocol):
     """What a forward pass asks of the fine-tuning method; `perfmodel.methods.parts.base.Method` says what each is."""
 
     def trains(self, name: str, kind: str, layer: int | None) -> bool: ...
-
     def copies(self, name: str, kind: str) -> bool: ...
-
     def layer_key(self, layer: int) -> Hashable: ...
-
     def base_dtype(self, dtype: str) -> str: ...
-
     def dtype_of_trained(self, dtype: str) -> str: ...
-
     def checkpoints(self, layer: int) -> bool: ...
-
     def linear(self, layer: "Linear", x: Tensor) -> Tensor: ...
-
     def qkv(self, layers: tuple["Linear", ...], x: Tensor) -> list[Tensor] | None: ...
-
     def mlp(self, layers: tuple["Linear", ...], x: Tensor) -> Tensor | None: ...
-
     def sublayer(self, layer: "Scope", name: str, x: Tensor, residual: Tensor, norm: str | None) -> Tensor: ...
-
-    def stacked(self, layer: "Scope", name: str, weight: Parameter, *, flipped: bool) -> Tensor: ...
-
+    def stacked_weight(self, layer: "Scope", name: str, shape: tuple[Any, ...]) -> Tensor: ...
+    def stacked(self, layer: "Scope", name: str, weight: Tensor, *, flipped: bool) -> Tensor: ...
     def words(self, model: "Scope", weight: Parameter, ids: Tensor) -> Tensor: ...
-
     def head(self, scope: "Scope", hidden: Tensor, weight: Parameter, bias: Parameter | None) -> Tensor: ...
-
     def embedded(self, model: "Scope", x: Tensor) -> Tensor: ...
 
 
@@ -249,6 +238,7 @@ class Scope:
         self.path = path
         self.layer = layer
         self.made: dict[str, Parameter] = {}
+        self.cached: list[Tensor] = []  # what a module holds until its forward pass returns
         self.part: Part = tape().part
 
     @property
@@ -307,12 +297,18 @@ class Scope:
     def lm_head(self, hidden: Tensor, embedding: str, vocab: int, *, bias: bool = False) -> Tensor:
         """Logits of a causal model: through the embedding's weight where it is tied, else an own linear layer."""
         if self.build.architecture.tied:
-            weight = self.parameter(f"{embedding}.weight", (), "embedding")
             own = self.parameter("lm_head.bias", (vocab,), "bias") if bias else None
-            logits = self.build.method.head(self, hidden, weight, own)
+            logits = self.build.method.head(self, hidden, self.tied_weight(embedding), own)
         else:
             logits = self.linear("lm_head", hidden, vocab, bias=bias)
         return soft_capped(logits) if self.build.architecture.logit_cap else logits
+
+    def tied_weight(self, embedding: str) -> Parameter:
+        """The weight of a head that shares the embedding's: PEFT's copies of either module share nothing any more."""
+        weight, copies = self.parameter(f"{embedding}.weight", (), "embedding"), self.build.method.copies
+        if copies("lm_head.weight", "weight"):
+            return self._make("lm_head.weight (trained copy)", weight.shape, weight.dtype, "adapter", True)
+        return self.build.parameters[f"{embedding}.weight"]
 
     def count_adapter(self) -> None:
         """One adapter's Python code runs here."""
@@ -338,9 +334,9 @@ class Scope:
 
         It is (…, out, in), or (…, in, out) if `flipped`.
         """
-        weight = self.parameter(name, shape, "weight")
+        method = self.build.method
         with tape().belonging_to("adapter"):
-            return self.build.method.stacked(self, name, weight, flipped=flipped)
+            return method.stacked(self, name, method.stacked_weight(self, name, shape), flipped=flipped)
 
     def sublayer(self, name: str, x: Tensor, residual: Tensor, norm: str | None = None) -> Tensor:
         """The output of "attention" or "mlp" as the fine-tuning method rewrites it, before it joins the residual."""

@@ -30,6 +30,7 @@ class Gemma(Llama):
         heads=("sequence", "token"),
         packs=True,
     )
+    gate: ClassVar[str] = "geglu"
     defaults: ClassVar[dict[str, int]] = {"num_key_value_heads": 16, "head_dim": 256}
 
     @classmethod

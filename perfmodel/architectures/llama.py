@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..program.dims import product
 from ..tape.core import tape
 from ..tape.nn import shifted_labels
-from ..tape.packages.liger import linear_cross_entropy, rope, silu_mul
+from ..tape.packages.liger import gated, linear_cross_entropy, rope
 from ..tape.pointwise import add, mul, silu
 from ..tape.shape import reshape, transpose, view
 from ..tape.tensor import Tensor
@@ -68,6 +68,7 @@ class Llama(Architecture):
         packs=True,
     )
     around: ClassVar[tuple[str | None, ...]] = ("input_layernorm", None, "post_attention_layernorm", None)
+    gate: ClassVar[str] = "swiglu"  # Liger's name of the MLP's gate
     defaults: ClassVar[dict[str, int]] = {}  # what the model type's config class has for a missing key
 
     @classmethod
@@ -162,8 +163,10 @@ class Llama(Architecture):
 
     def _liger_loss(self, model: Scope, hidden: Tensor, labels: Tensor) -> Tensor:
         """Liger's `lce_forward`: the head's weight goes into the loss, whatever wraps its module."""
-        name, kind = ("model.embed_tokens", "embedding") if self.tied else ("lm_head", "weight")
-        weight = model.parameter(f"{name}.weight", (self.vocab, self.hidden), kind)
+        if self.tied:
+            weight = model.tied_weight("model.embed_tokens")
+        else:
+            weight = model.parameter("lm_head.weight", (self.vocab, self.hidden), "weight")
         target = shifted_labels(labels)
         hidden = view(hidden, (product(hidden.shape[:-1]), self.hidden))
         return linear_cross_entropy(hidden, weight, target, scaled=model.build.setup.grad_accum > 1)
@@ -270,7 +273,7 @@ class Llama(Architecture):
             return fused
         if layer.build.setup.kernels == "liger":
             gate = layer.linear("mlp.gate_proj", x, self.intermediate, bias=self.mlp_bias)
-            gate = silu_mul(gate, layer.linear("mlp.up_proj", x, self.intermediate, bias=self.mlp_bias))
+            gate = gated(self.gate, gate, layer.linear("mlp.up_proj", x, self.intermediate, bias=self.mlp_bias))
             return layer.linear("mlp.down_proj", gate, self.hidden, bias=self.mlp_bias)
         gate = self.activation(layer.linear("mlp.gate_proj", x, self.intermediate, bias=self.mlp_bias))
         up = layer.linear("mlp.up_proj", x, self.intermediate, bias=self.mlp_bias)

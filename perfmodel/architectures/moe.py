@@ -115,7 +115,9 @@ class Mixture(Llama):
         out = self.expert_linear(layer, "down_proj", out, self.hidden, chosen, ends)
         weighted = mul(out, unsqueeze(weights, -1))
         weighted = rows_of(weighted, inverse_order(order))
-        return cast(sum_dim(view(weighted, (x.shape[0], self.top_k, self.hidden)), 1), x.dtype)
+        out = cast(sum_dim(view(weighted, (x.shape[0], self.top_k, self.hidden)), 1), x.dtype)
+        layer.cached.clear()
+        return out
 
     def expert_linear(self, layer: Scope, name: str, x: Tensor, n_out: int, chosen: Tensor, ends: Tensor) -> Tensor:
         """Rows (rows, n_in) through the linear layers of the experts that they were sorted by."""

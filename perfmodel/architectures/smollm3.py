@@ -26,7 +26,7 @@ class SmolLM3(Llama):
 
     rope: tuple[int, ...] = ()
 
-    traits: ClassVar[Traits] = replace(Llama.traits, targets=Targets(), fused=())
+    traits: ClassVar[Traits] = replace(Llama.traits, targets=Targets(), fused=("liger",))
     defaults: ClassVar[dict[str, int]] = {"num_key_value_heads": 4}
 
     @classmethod

@@ -17,11 +17,13 @@ _KERNELS_OF_ACCUMULATION = 6
 # longer one is factored into two passes (VkFFT, https://doi.org/10.1109/ACCESS.2023.3242240, section on memory layout).
 _FFT_ON_CHIP = 4096
 
-# MultiTensorApply.cuh, CUDA 12: tensors and 65,536-element chunks that fit one launch, by number of tensor lists.
+# MultiTensorApply.cuh: tensors and 65,536-element chunks that fit one launch, by number of tensor lists; arguments of
+# 4 KiB, or in a build for CUDA 13 of 32 KiB, which hold seven times as many.
 _TENSORS_PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36}
 _TENSORS_PER_SCALAR_LIST = {1: 96, 3: 48}
 _BLOCKS_PER_LAUNCH = 320
 _CHUNK = 65_536
+_IN_LONG_ARGUMENTS = {12: 1, 13: 7}
 _NORMS_PER_CLEANUP = 400  # ForeachReduceOp.cu
 _LISTS = {
     "_foreach_mul_.Scalar": 1, "_foreach_mul_.Tensor": 1, "_foreach_add_.Scalar": 1, "_foreach_div_.ScalarList": 1,
@@ -60,12 +62,18 @@ def kernels(op: Op) -> Dim:
     return known.launches
 
 
-def _kernels_on_lists(op: Op) -> Dim:
+def launch_for(op: Op, cuda: int) -> None:
+    """Let a call on lists launch as PyTorch does that is built for CUDA 12, as it does by itself, or 13."""
+    if op.name in _LISTS:
+        op.launches = _kernels_on_lists(op, _IN_LONG_ARGUMENTS[cuda])
+
+
+def _kernels_on_lists(op: Op, room: int = 1) -> Dim:
     limits = _TENSORS_PER_SCALAR_LIST if op.name.endswith("ScalarList") else _TENSORS_PER_LAUNCH
     if op.name == "_foreach_norm.Scalar":  # partial norms of chunks, then a cleanup
-        return _launches(op.inputs, limits[1]) + -(-sum(s.copies for s in op.inputs) // _NORMS_PER_CLEANUP)
+        return _launches(op.inputs, limits[1], room) + -(-sum(s.copies for s in op.inputs) // _NORMS_PER_CLEANUP)
     results = op.outputs[: len(op.outputs) // 4] if op.name == "_fused_adamw_" else op.outputs
-    return _launches(results, limits[_LISTS[op.name]])
+    return _launches(results, limits[_LISTS[op.name]], room)
 
 
 def _fft_kernels(op: Op) -> Dim:
@@ -80,16 +88,16 @@ def mirrors(op: Op) -> bool:
     return op.name == "_fft_r2c" and not op.attrs.half
 
 
-def _launches(tensors: tuple[Spec, ...], limit: int) -> Dim:
-    """Launches of `multi_tensor_apply`: a launch is full at `limit` tensors or so many chunks."""
+def _launches(tensors: tuple[Spec, ...], limit: int, room: int) -> Dim:
+    """Launches of `multi_tensor_apply`: a launch is full at `limit` tensors or so many chunks, `room` times over."""
     chunks = [-(-s.numel // _CHUNK) for s in tensors]
     copies = [s.copies for s in tensors]
     if not any(isinstance(n, np.ndarray) for n in chunks):
-        return _packed(tuple(zip(chunks, copies, strict=True)), limit)
+        return _packed(tuple(zip(chunks, copies, strict=True)), limit, room)
     points, where = _distinct({id(n): n for n in chunks if isinstance(n, np.ndarray)}.values())
     columns = np.broadcast_arrays(*(n.reshape(-1)[points] if isinstance(n, np.ndarray) else [n] for n in chunks))
-    packed = [_packed(tuple(zip(column, copies, strict=True)), limit) for column in np.stack(columns, axis=1).tolist()]
-    return np.array(packed)[where]
+    points_of = np.stack(columns, axis=1).tolist()
+    return np.array([_packed(tuple(zip(point, copies, strict=True)), limit, room) for point in points_of])[where]
 
 
 def _distinct(arrays: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -102,15 +110,15 @@ def _distinct(arrays: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @lru_cache(maxsize=4096)
-def _packed(tensors: tuple[tuple[int, int], ...], limit: int) -> int:
+def _packed(tensors: tuple[tuple[int, int], ...], limit: int, room: int) -> int:
     """Launches for tensors given as (chunks, copies): the lists of one step are packed again and again."""
     launches = slots = blocks = 0
     for chunks, copies in tensors:
         for _ in range(copies):
-            filled, blocks = divmod(blocks + chunks, _BLOCKS_PER_LAUNCH)
+            filled, blocks = divmod(blocks + chunks, _BLOCKS_PER_LAUNCH * room)
             launches += filled
             # after a launch the tensor in progress keeps a slot, if chunks of it remain
             slots = int(blocks > 0) if filled else slots + 1
-            if slots == limit:
+            if slots == limit * room:
                 launches, slots, blocks = launches + 1, 0, 0
     return launches + (blocks > 0)

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +170,37 @@ def _packs_otherwise(ctx: click.Context, options: dict[str, Any]) -> bool:
     return not model.traits.packs or model.classifier is not None
 
 
+def _on_its_model(command: Command) -> Command:
+    """The command with a training config's step in the form that it has on the model; what is typed stays."""
+
+    @wraps(command)
+    def run(**options: Any) -> Any:
+        ctx = click.get_current_context()
+        found = ctx.meta.get(CONFIG)
+        if found is not None and not options["traced"] and not options["peft_config"]:
+            taken, from_config = [], click.core.ParameterSource.DEFAULT_MAP
+            for fallback in _fallbacks(found, options["model"]):
+                for name in (fallback.option, "methods") if fallback.option == "method" else (fallback.option,):
+                    if ctx.get_parameter_source(name) is from_config:
+                        options[name] = ("full", fallback.value) if name == "methods" else fallback.value
+                        taken += [fallback.said] if fallback.said else []
+            ctx.meta[CONFIG] = replace(found, differences=[*found.differences, *taken])
+        return command(**options)
+
+    return run
+
+
+def _fallbacks(found: Any, model: str) -> list[Any]:
+    """None for a model that is not known: the command says so itself."""
+    from ..architectures import from_config, load
+    from ..imports.fallbacks import fallbacks
+
+    try:
+        return list(fallbacks(found, from_config(load(model))))
+    except UserError:
+        return []
+
+
 def adapter_of_config() -> Path | None:
     """The adapter_config.json that --config names, or lies beside what it names: what a trace takes."""
     found = click.get_current_context().meta.get(CONFIG)
@@ -254,9 +287,13 @@ def _how() -> tuple[Decorator, ...]:
         click.option("--reference", type=click.Choice(REFERENCES), default="auto", show_default=True,
                      help="What dpo, kto and grpo compare with: auto is the model without its adapters, where it has "
                      "some, else a second, frozen model; for grpo nothing."),
+        click.option("--cuda", type=int, default=12, show_default=True,
+                     help="The CUDA that PyTorch is built for, 12 or 13: an optimizer's kernels a list of tensors."),
         click.option("--engine", type=click.Choice(ENGINES), default="torch", show_default=True,
                      help="What runs the step; `METHOD:engine=NAME` for one method alone."),
         click.option("--clip-grad/--no-clip-grad", default=True, show_default=True, help="Clip the gradient norm."),
+        click.option("--in-backward", is_flag=True,
+                     help="Each weight is updated inside backward, and its gradient freed; with --no-clip-grad."),
         click.option("--cuda-graphs", is_flag=True, help="One launch dispatches the whole step."),
         click.option("--padded", is_flag=True, help="Some samples are padded: sdpa gets an explicit mask."),
         click.option("--packing", type=click.Choice(PACKING), default="none", show_default=True,
@@ -290,6 +327,7 @@ def grid_options(command: Command) -> Command:
 
 
 def _decorated(command: Command, where: tuple[Decorator, ...]) -> Command:
+    command = _on_its_model(command)
     for decorate in reversed((*where, *_how())):
         command = decorate(command)
     return command

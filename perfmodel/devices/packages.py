@@ -19,7 +19,10 @@ GENERATED = {
     "inductor::pointwise": "pointwise", "inductor::scatter": "strided", "inductor::rows": "fused_norm",
     "inductor::columns": "column_reduction",
 }  # fmt: skip
-BACKWARD_NORMS = ("liger::rms_norm_backward", "dropout_layer_norm::dropout_add_ln_bwd")
+BACKWARD_NORMS = {  # how many inputs are read; None: all
+    "liger::rms_norm_backward": None, "liger::rms_norm_backward_apart": 4,
+    "dropout_layer_norm::dropout_add_ln_bwd": None,
+}  # fmt: skip
 
 Row = tuple[Any, ...]  # kind, kernels, bytes read, bytes written, elements, rows, elements of a row
 
@@ -36,7 +39,8 @@ def package_kernels(op: Op) -> Row:
     length = x.shape[-1] if x.shape else 1
     written = op.bytes_written
     if op.name in BACKWARD_NORMS:
-        return ("fused_norm_backward", 1, op.bytes_read, x.nbytes, x.numel, rows, length)
+        read = sum(s.nbytes for s in op.inputs[: BACKWARD_NORMS[op.name]])
+        return ("fused_norm_backward", 1, read, x.nbytes, x.numel, rows, length)
     elements = max(op.outputs, key=lambda s: len(s.shape)).numel
     return (ROWS.get(op.name, "pointwise"), 1, op.bytes_read, written, elements, rows, length)
 

@@ -20,7 +20,7 @@ from .fields import (
     spec,
 )
 from .keys import Keys
-from .targets import as_targets
+from .targets import as_targets, unfrozen
 from .trained_for import of_axolotl
 
 MARKS = ("micro_batch_size", "sequence_len", "adapter", "lora_target_linear")
@@ -87,6 +87,7 @@ def _check(keys: Keys, adapter: str | None) -> None:
     """Raise `UserError` where the form of the base weights is not modelled."""
     keys.exclude("load_in_4bit", "load_in_8bit")
     if not adapter:
+        keys.refuse("gptq", "quantised weights cannot be trained without an adapter")
         keys.refuse("load_in_8bit", "quantised weights cannot be trained without an adapter")
     options = keys.get("model_quantization_config_kwargs")
     if isinstance(options, dict) and options.get("dequantize"):
@@ -143,6 +144,11 @@ def _method(keys: Keys, adapter: str | None, dtype: str) -> str:
     if adapter not in ("lora", "qlora"):
         raise UserError(f"{keys.origin}: adapter {adapter!r} is unknown: use lora or qlora, or leave it empty")
     bits = low_bits(keys)
+    if keys.flag("gptq"):
+        bits = 4
+        keys.differ("a 4-bit base of bitsandbytes, not GPTQ's", "gptq")
+    if keys.flag("quantize_moe_experts") and bits is None:
+        raise UserError(f"{keys.origin}: quantize_moe_experts needs load_in_4bit or load_in_8bit")
     if adapter == "qlora" and bits != 4:
         raise UserError(f"{keys.origin}: adapter qlora needs load_in_4bit: true")
     name = flavour(
@@ -159,11 +165,14 @@ def _method(keys: Keys, adapter: str | None, dtype: str) -> str:
         adapter_dtype=None if keys.flag("peft_autocast_adapter_dtype", True) else dtype,
         implementation="unsloth" if _fused(keys, name) else None, modules_to_save=keys.names("lora_modules_to_save"),
         double_quant=_double_quant(keys) if name == "qlora" else None,
+        target_parameters=keys.names("lora_target_parameters"), experts=keys.flag("quantize_moe_experts"),
     )  # fmt: skip
 
 
 def _double_quant(keys: Keys) -> str | None:
     """Whether the scales are quantised too: so by default (`set_quantization_config`)."""
+    if keys.flag("gptq"):
+        return "false"  # it has no second level of scales
     options = keys.get("bnb_config_kwargs") or {}
     if not isinstance(options, dict):
         raise keys.wrong("bnb_config_kwargs", "a mapping")
@@ -188,8 +197,8 @@ def _fused(keys: Keys, method: str) -> bool:
 def _full(keys: Keys) -> str:
     if keys.get("lisa_n_layers"):
         return spec("lisa", gamma=keys.count("lisa_n_layers", 1), interval=keys.get("lisa_step_interval"))
-    keys.refuse("unfrozen_parameters", "partly frozen models are not modelled from a config; use top_k, norm or bitfit")
-    return "full"
+    patterns = keys.names("unfrozen_parameters")
+    return spec("selected", parameters=unfrozen(keys, patterns)) if patterns else "full"
 
 
 def _asked_attention(keys: Keys) -> str | None:

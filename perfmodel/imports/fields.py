@@ -42,6 +42,7 @@ COMPILE = {
 OFFLOADS = ("offload_optimizer", "offload_param")
 ACROSS_SAMPLES = "attention across packed samples"
 FLASH_2_FOR_3 = "flash-attn 2, not 3"
+TORCHS_MUON = "PyTorch's Muon, with AdamW for what is no matrix of a block"
 
 
 def engine(keys: Keys, *, zero3: bool = True) -> str:
@@ -104,7 +105,7 @@ def optimizer_name(keys: Keys, key: str, default: str) -> str:
     if name not in optimizers.optimizer_names():
         raise UserError(f"{keys.origin}: {key} {word!r} is not modelled; use {key}: adamw_torch")
     if name == "muon":
-        keys.differ("PyTorch's Muon, with AdamW for what is no matrix of a block", key)
+        keys.differ(TORCHS_MUON, key)
     return name
 
 

@@ -4,12 +4,25 @@ from typing import Any
 
 from ..errors import UserError
 from . import packing
-from .fields import attention, by_length, clips, compiled, engine, flavour, fsdp, half, optimizer_name, spec
+from .fields import (
+    TORCHS_MUON,
+    attention,
+    by_length,
+    clips,
+    compiled,
+    engine,
+    flavour,
+    fsdp,
+    half,
+    optimizer_name,
+    spec,
+)
 from .keys import NO_TRAINING, Keys
 from .trained_for import of_llama_factory
 
 MARKS = ("finetuning_type", "cutoff_len", "lora_target", "stage", "template", "dataset_dir")
 ATTENTION = {"auto": "sdpa", "sdpa": "sdpa", "fa2": "flash2", "fa3": "flash2", "disabled": "eager"}
+PROJECTING = ("galore", "apollo")  # methods whose optimizers project gradients
 CHECKPOINT_DTYPE = "bf16"  # of a checkpoint that no key speaks of
 
 
@@ -39,11 +52,11 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "grad_accum": keys.count("gradient_accumulation_steps", 1),
         "dtype": "fp32" if upcast else "bf16" if pure else amp or CHECKPOINT_DTYPE,
         "amp": None if pure else amp,
-        "optimizer": optimizer_name(keys, "optim", "adamw-fused"),
+        "optimizer": _optimizer(keys),
         "checkpoint": _checkpoint(keys),
         "attention": attention(keys, "flash_attn", ATTENTION),
         "compile": compiled(keys),
-        "clip_grad": clips(keys),
+        **_update(keys),
         "kernels": "liger" if keys.flag("enable_liger_kernel") else "torch",
     }
     if keys.get("tf32") and setup["amp"] is None and not pure:
@@ -54,6 +67,22 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         setup["group_by_length"] = by_length(keys)
         notes.append(packing.shorter("cutoff_len"))
     return keys.text("model_name_or_path"), spec(name, **options), setup, notes
+
+
+def _optimizer(keys: Keys) -> str:
+    """The optimizer that a switch asks for (`create_custom_optimizer`), or that of Transformers' name."""
+    name = optimizer_name(keys, "optim", "adamw-fused")
+    if keys.flag("use_muon"):
+        keys.differ(TORCHS_MUON, "use_muon")
+        return "muon"
+    return "adam-mini" if keys.flag("use_adam_mini") else name
+
+
+def _update(keys: Keys) -> dict[str, bool]:
+    """Whether a layerwise optimizer steps inside backward, after which nothing is left to clip."""
+    layerwise = [name for name in PROJECTING if keys.flag(f"{name}_layerwise") and keys.flag(f"use_{name}")]
+    clipped = clips(keys)
+    return {"clip_grad": clipped and not layerwise, "in_backward": bool(layerwise)}
 
 
 def _checkpoint(keys: Keys) -> str:
@@ -78,7 +107,7 @@ def _method(keys: Keys) -> tuple[str, dict[str, Any]]:
     if kind == "freeze":
         return _freeze(keys, quantised=bool(bits))
     if kind == "oft":
-        return _oft(keys, quantised=bool(bits))
+        return _oft(keys, int(bits or 16))
     if kind != "lora":
         raise UserError(f"{keys.origin}: finetuning_type {kind!r} is unknown: use lora, full, freeze or oft")
     name = flavour(
@@ -108,23 +137,29 @@ def _freeze(keys: Keys, *, quantised: bool) -> tuple[str, dict[str, Any]]:
     return "top_k", {"k": k, "trained_dtype": trained, "checkpoint_frozen": "false"}
 
 
-def _oft(keys: Keys, *, quantised: bool) -> tuple[str, dict[str, Any]]:
-    if quantised:
-        raise UserError(f"{keys.origin}: OFT on a quantised base is not modelled; remove quantization_bit")
+def _oft(keys: Keys, bits: int) -> tuple[str, dict[str, Any]]:
+    if bits == 8:
+        raise UserError(f"{keys.origin}: OFT on an 8-bit base is not modelled; use quantization_bit: 4")
     keys.refuse("oft_rank", "a number of blocks is not modelled from a config; give oft_block_size")
     options = {
         "block_size": keys.count("oft_block_size", 32), "targets": _targets(keys, "oft_target"),
         "modules_to_save": keys.names("additional_target"),
     }  # fmt: skip
+    if bits == 4:
+        return "qoft", {**options, "double_quant": None if keys.flag("double_quantization", True) else "false"}
     return "oft", options
 
 
 def _full(keys: Keys) -> tuple[str, dict[str, Any]]:
-    keys.exclude("use_galore", "use_badam")
-    if keys.flag("use_galore"):
-        named = _targets(keys, "galore_target")
-        every = named == ("all-linear",) or {"mlp", "self_attn"} <= set(named)  # parts of paths, not whole names
-        return "galore", {"r": keys.count("galore_rank", 16), "targets": () if every else named}
+    for a, b in (("use_galore", "use_badam"), ("use_galore", "use_apollo"), ("use_apollo", "use_badam")):
+        keys.exclude(a, b)
+    for name in PROJECTING:
+        if keys.flag(f"use_{name}"):
+            named = _targets(keys, f"{name}_target")
+            every = named == ("all-linear",) or {"mlp", "self_attn"} <= set(named)  # parts of paths, not whole names
+            factors = keys.text("apollo_scale_type") if name == "apollo" else None
+            options = {"r": keys.count(f"{name}_rank", 16), "targets": () if every else named}
+            return name, {**options, "scale_type": factors}
     if keys.flag("use_badam"):
         return "badam", {"interval": keys.count("badam_switch_interval", 50), "checkpoint_frozen": "false"}
     return "full", {}

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import UserError
 from . import packing
-from .fields import FLASH, attention, spec
+from .fields import FLASH, TORCHS_MUON, attention, spec
 from .keys import NO_TRAINING, Keys
 from .targets import as_targets
 
@@ -38,7 +38,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "grad_accum": max(1, keys.count("global_batch_size", micro) // micro),
         "dtype": CHECKPOINT_DTYPE,
         "amp": CHECKPOINT_DTYPE if "trained_dtype" in method else None,
-        "optimizer": "adamw",
+        "optimizer": _optimizer(keys),
         "checkpoint": "block" if keys.flag("enable_activation_checkpointing", True) else "none",
         "attention": attention(keys, "flash_attn", ATTENTION),
         "clip_grad": True,
@@ -57,6 +57,17 @@ def _section(keys: Keys, key: str) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise keys.wrong(key, "a mapping")
     return value or {}
+
+
+def _optimizer(keys: Keys) -> str:
+    """AdamW, or what a plugin brings (v1/plugins/trainer_plugins/optimizers/optimizer.py)."""
+    name = _section(keys, "optim_config").get("name")
+    if name is None:
+        return "adamw"
+    if name != "muon":
+        raise UserError(f"{keys.origin}: optim_config {name!r} is not modelled; remove optim_config for AdamW's step")
+    keys.differ(TORCHS_MUON, "optim_config")
+    return "muon"
 
 
 def _method(keys: Keys) -> str:

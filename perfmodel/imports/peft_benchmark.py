@@ -18,6 +18,7 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 METHODS = {
     "lora-fa": ("lora", "lora_fa"),
     "lora+": ("lora", "loraplus"),
+    "riemannian": ("lora", "riemannian_lora"),
 }  # by optimizer: from, to
 LENGTHS = shorter("max_seq_length")
 IN_FP32 = "adapters in fp32 (autocast_adapter_dtype)"

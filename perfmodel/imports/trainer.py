@@ -116,6 +116,7 @@ def _method(keys: Keys, is_trl: bool) -> str | None:
         name, r=keys.count("lora_r", 16), targets=as_targets(keys, "lora_target_modules"),
         dropout=keys.number("lora_dropout", 0.05), modules_to_save=keys.names("lora_modules_to_save"),
         double_quant=None if name != "qlora" else _double(keys),
+        target_parameters=keys.names("lora_target_parameters"),
     )  # fmt: skip
 
 

@@ -82,16 +82,33 @@ class GaLore(Method):
                 _plain_update(update, p)
         for run in update.runs(projected):
             for p in run:
-                _projected_update(update, p, self.r)
+                self.projected_update(update, p)
+
+    def projected_update(self, update: Update, p: Parameter) -> None:
+        """A tall gradient (m, n) is projected to (m, r) by rows of Vᴴ, a wide one to (r, n) by columns of U."""
+        ortho_matrix, k = ortho_matrix_of(p, self.r), smaller(*p.shape)
+        update.state(p, (k, k) if p.dtype == "fp32" else ortho_matrix.shape)  # an fp32 one is a view of a whole factor
+        grad = matmul(gradient(p), t(ortho_matrix)) if tall(p) else matmul(t(ortho_matrix), gradient(p))
+        exp_avg, exp_avg_sq = update.state(p, grad.shape), update.state(p, grad.shape)
+        denom = denominator(exp_avg, exp_avg_sq, grad)
+        norm_grad = new("div.Tensor", exp_avg, denom)
+        norm_grad = mul(matmul(norm_grad, ortho_matrix) if tall(p) else matmul(ortho_matrix, norm_grad), 1.0)
+        in_place("add_.Tensor", p, norm_grad)
 
     def periodic(self) -> tuple[Periodic, ...]:
-        return (Periodic("SVD of the projected gradients", self.update_proj_gap, self._decompose),)
+        return (Periodic("SVD of the projected gradients", self.update_proj_gap, self.renew_projections),)
 
-    def _decompose(self, step: Recorded) -> None:
+    def renew_projections(self, step: Recorded) -> None:
+        """Record what makes new projections for all targets."""
         for count, run in runs([p for p in step.parameters if self.projects(p)]):
-            with layers_alike("SVD", count):
+            with layers_alike("projections", count):
                 for p in run:
-                    _new_projection(p, self.r)
+                    self.new_projection(p)
+
+    def new_projection(self, p: Parameter) -> Tensor:
+        """The projection of a target's gradient."""
+        u, _, vh = svd(cast(gradient(p), "fp32"))
+        return cast(narrow(vh, 0, self.r) if tall(p) else narrow(u, 1, self.r), p.dtype)
 
 
 @method(
@@ -124,29 +141,18 @@ def _exchange(step: Recorded) -> None:
                 record("copy_", (p, on_host), (p,), OVER_BUS)
 
 
-def _tall(p: Parameter) -> bool:
+def tall(p: Parameter) -> bool:
+    """Whether a weight has at least as many rows as columns."""
     return decide(np.greater_equal(p.shape[0], p.shape[1]))
+
+
+def ortho_matrix_of(p: Parameter, r: Any) -> Tensor:
+    """The projection that a target's gradient is multiplied by."""
+    m, n = p.shape
+    return existing((r, n) if tall(p) else (m, r), p.dtype)
 
 
 def _plain_update(update: Update, p: Parameter) -> None:
     exp_avg, exp_avg_sq = update.state(p), update.state(p)
     norm_grad = new("div.Tensor", exp_avg, denominator(exp_avg, exp_avg_sq, gradient(p)))
     in_place("add_.Tensor", p, norm_grad)
-
-
-def _projected_update(update: Update, p: Parameter, r: Any) -> None:
-    """A tall gradient (m, n) is projected to (m, r) by rows of Vᴴ, a wide one to (r, n) by columns of U."""
-    (m, n), k = p.shape, smaller(*p.shape)
-    ortho_matrix = existing((r, n) if _tall(p) else (m, r), p.dtype)
-    update.state(p, (k, k) if p.dtype == "fp32" else ortho_matrix.shape)  # an fp32 one is a view of the whole factor
-    grad = matmul(gradient(p), t(ortho_matrix)) if _tall(p) else matmul(t(ortho_matrix), gradient(p))
-    exp_avg, exp_avg_sq = update.state(p, grad.shape), update.state(p, grad.shape)
-    denom = denominator(exp_avg, exp_avg_sq, grad)
-    norm_grad = new("div.Tensor", exp_avg, denom)
-    norm_grad = mul(matmul(norm_grad, ortho_matrix) if _tall(p) else matmul(ortho_matrix, norm_grad), 1.0)
-    in_place("add_.Tensor", p, norm_grad)
-
-
-def _new_projection(p: Parameter, r: Any) -> Tensor:
-    u, _, vh = svd(cast(gradient(p), "fp32"))
-    return cast(narrow(vh, 0, r) if _tall(p) else narrow(u, 1, r), p.dtype)

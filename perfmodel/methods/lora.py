@@ -97,7 +97,7 @@ class Lora(Targeted):
         explicit = any(matches(name, target) for target in self.target_parameters)
         return self.r * len(present) if present else self.r if explicit else 0
 
-    def stacked(self, layer: Scope, name: str, weight: Parameter, *, flipped: bool) -> Tensor:
+    def stacked(self, layer: Scope, name: str, weight: Tensor, *, flipped: bool) -> Tensor:
         r = self.rank_of_parameter(name)
         if not np.any(r):
             return weight

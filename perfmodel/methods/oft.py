@@ -47,8 +47,12 @@ class Oft(Targeted):
         weight = layer.adapter("oft_R.weight", (layer.n_in // block, block * (block - 1) // 2), dtype)
         x = cast(x, dtype)
         x = _rotate(x, weight, block)
-        result = layer(cast(x, previous_dtype))
+        result = self.rotated(layer, cast(x, previous_dtype))
         return cast(result, previous_dtype)
+
+    def rotated(self, layer: Linear, x: Tensor) -> Tensor:
+        """The base layer on its rotated input."""
+        return layer(x)
 
 
 def _rotate(x: Tensor, weight: Tensor, block: int) -> Tensor:

@@ -318,7 +318,8 @@ def step_time(
             done = clocks.end
         if group.repeat > 1:
             clocks = clocks.then(reduce(timeline.Clocks.then, blocks).power(group.repeat - 1))
-        scale = 1.0 + (clocks.end - done) / sum(once.values())  # further micro-batches split as the first one does
+        # further micro-batches split as the first one does
+        scale = 1.0 + (clocks.end - done) / sum(once.values()) if group.repeat > 1 else 1.0
         for phase, seconds in once.items():
             phases[phase] = phases[phase] + seconds * scale
         done = clocks.end
@@ -332,7 +333,8 @@ def step_time(
 def _memory(built: Step) -> Memory:
     peak = memory.peak_bytes(built)
     low, high = memory.reserved_bounds(peak, built.device)
-    gradients = sum(p.nbytes * p.count for p in built.parameters if p.used)
+    kept = () if built.setup.in_backward else built.parameters
+    gradients = sum(p.nbytes * p.count for p in kept if p.used)
     rest = built.weight_bytes + gradients + built.state_bytes
     activations = np.maximum(peak - rest, 0) if isinstance(peak, np.ndarray) else max(peak - rest, 0)
     return Memory(built.weight_bytes, gradients, built.state_bytes, activations, peak, low, high)

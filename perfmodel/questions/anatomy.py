@@ -47,8 +47,10 @@ def part_of(op: Op, part: Part) -> str:
     if part.phase == "optimizer":
         return "clipping" if part.name == "clip" else "optimizer"
     kind = costs.kind(op)
-    if op.owner in ("dequantisation", "accumulation"):
+    if op.owner in ("dequantisation", "accumulation", "optimizer"):
         return op.owner
+    if kind == "optimizer":
+        return kind
     if op.owner == "adapter":
         return "adapter_gemm" if kind == "gemm" else "adapter_pointwise"
     if op.recompute:

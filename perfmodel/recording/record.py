@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from .. import objectives, optimizers
 from ..architectures.base import Architecture, Build, Scope
+from ..calls.launches import launch_for
 from ..errors import UserError
 from ..methods.parts.base import Method
 from ..methods.parts.periodic import Periodic, PeriodicOps
@@ -20,8 +21,8 @@ from ..tape.core import Tape, emit, recording
 from ..tape.elementary import div
 from ..tape.engine import run_backward
 from ..tape.tensor import Flow, Parameter, Tensor
+from . import inside, zero
 from . import reuse as sharing
-from . import zero
 from .reuse import MicroBatches, Shared
 from .step import Step
 
@@ -60,9 +61,10 @@ def build(
     _check(architecture, method, setup)
     step = Step(architecture, method, setup, device, [])
     tape = Tape(device, capability, autocast=running(step)[0].amp, view_replay=view_replay)
+    inner = inside.begin(step, tape) if setup.in_backward else None
     with no_collector(), recording(tape):
         ending = _shared(step, tape, shared) if shared else _micro_batches(step, tape, {})
-        record_update(step, tape)
+        record_update(step, tape, inner)
         ending()
         step.groups.append(Group(list(tape.parts)))
     step.periodic = [_besides(step, work, capability) for work in method.periodic()]
@@ -224,7 +226,8 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     """
     setup, method = running(step)
     tape.flow = Flow() if setup.compile != "none" else None
-    tape.on_gradient = zero.hook(step, first=not step.parameters) if step.zero else None
+    if step.zero:
+        tape.on_gradient = zero.hook(step, first=not step.parameters)
     tape.begin("inputs", "forward")
     parameters, loss = _forward(step, setup, method, kept)
     tape.renew(loss)
@@ -273,20 +276,30 @@ def _backward_start(tape: Tape) -> Part:
     return tape.part
 
 
-def record_update(step: Step, tape: Tape) -> None:
-    """Record clipping, the optimizer as the method wants it, and the end of the gradients; sets the step's state."""
+def record_update(step: Step, tape: Tape, inner: optimizers.Update | None = None) -> None:
+    """Record clipping, the optimizer as the method wants it, and the end of the gradients; sets the step's state.
+
+    Args:
+        inner: the update that was recorded inside backward.
+    """
     with tape.no_grad():
-        if step.zero:
+        if inner is not None:
+            update = inner
+        elif step.zero:
             update = zero.record_zero_update(step, step.optimizer)
         else:
             if step.setup.clip_grad:
                 optimizers.clip_grad_norm(tape.begin("clip", "optimizer"), optimizers.trainable(step.parameters))
-            update = optimizers.Update(tape, step.optimizer, step.parameters)
+            update = optimizers.Update(tape, step.optimizer, step.parameters, step.head)
             step.method.update(update)
     tape.begin("zero_grad", "optimizer")
     for p in step.parameters:
         p.grad = None
     step.state_bytes, step.paged_bytes = update.state_bytes, update.paged_bytes
+    if step.setup.cuda != Setup().cuda:
+        for part in (*tape.parts, *(part for part, _ in step.parts())):
+            for op in part.ops:
+                launch_for(op, step.setup.cuda)
 
 
 def _forget(kept: Kept) -> None:

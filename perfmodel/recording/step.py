@@ -75,6 +75,11 @@ class Step:
         return optimizers.picked_form(self.setup.optimizer, self.device)
 
     @property
+    def head(self) -> int:
+        """Weights of one head of an attention layer."""
+        return self.architecture.hidden**2 // max(1, self.architecture.heads)
+
+    @property
     def zero(self) -> bool:
         """Whether DeepSpeed's ZeRO-3 runs the step."""
         return self.setup.engine == "deepspeed-zero3"

@@ -15,6 +15,7 @@ OPTIONS = {  # field of the setup -> what it is called
     "grad_accum": "micro-batches per step", "checkpoint": "activation checkpointing", "attention": "attention",
     "clip_grad": "gradient clipping", "cuda_graphs": "CUDA graphs", "compile": "torch.compile",
     "padded": "padded batch", "objective": "objective", "reference": "reference model", "prompt": "tokens of prompts",
+    "cuda": "CUDA of PyTorch",
 }  # fmt: skip
 ORIGINS = {
     "fitted": "measured on this device", "sibling": "measured on a like device", "class": "defaults of its class",

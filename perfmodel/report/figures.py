@@ -116,6 +116,8 @@ def setup_line(s: Setup) -> str:
     told += [f"lengths {s.lengths.spec}"] if s.lengths else []
     told += ["grouped by length"] if s.group_by_length else []
     told += ["no clipping"] if not s.clip_grad else []
+    told += ["optimizer in backward"] if s.in_backward else []
+    told += ["CUDA 13 build"] if s.cuda == 13 else []
     return ", ".join([*told, *(["CUDA graphs"] if s.cuda_graphs else [])])
 
 

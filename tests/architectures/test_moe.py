@@ -48,6 +48,7 @@ def cells() -> Iterator[Any]:
         yield name, "lora:r=4,targets=all-linear", {**usual, "checkpoint": ("block", "block-reentrant")[i % 2]}, {}
         yield name, parameters, {**usual, **AMP}, {}
         yield name, "top_k:k=1", {**usual, "optimizer": "adamw-fused"}, {}
+        yield name, r"selected:parameters=/.*\.[1-9]\.mlp\.(gate|experts)\..*/", {**usual, "grad_accum": 2}, {}
 
 
 @pytest.mark.parametrize(("name", "method", "setup", "changes"), cells())

@@ -69,7 +69,9 @@ EXPECTED: dict[str, tuple[str | None, dict[str, Any]]] = {
     "llama_factory/qlora-bnb.yaml": ("qlora:r=8,targets=all-linear", {**AMP, "grad_accum": 8}),
     "llama_factory/dora.yaml": ("dora:r=16,targets=all-linear", {"checkpoint": "none", "batch": 4}),
     "llama_factory/pissa.yaml": ("pissa:r=8,targets=all-linear", AMP),
-    "llama_factory/galore.yaml": ("galore:r=128", {"dtype": "bf16", "amp": None}),
+    "llama_factory/galore.yaml": (
+        "galore:r=128", {"dtype": "bf16", "amp": None, "in_backward": True, "clip_grad": False},
+    ),
     "llama_factory/unsloth.yaml": (
         "lora:r=16,targets=all-linear,implementation=unsloth",
         {"checkpoint": "block", "clip_grad": False, "batch": 2, "grad_accum": 4},
@@ -174,11 +176,17 @@ DEFAULTS: dict[str, tuple[dict[str, Any], str]] = {  # what a tool takes where t
     "galore.yaml": (
         {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "full", "use_galore": True}, "galore:r=16",
     ),
+    "apollo.yaml": (
+        {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "full", "use_apollo": True}, "apollo:r=16",
+    ),
     "freeze.yaml": (
         {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "freeze"},
         "top_k:k=2,trained_dtype=fp32,checkpoint_frozen=false",
     ),
     "oft.yaml": ({"model_name_or_path": "gpt2", "finetuning_type": "oft"}, "oft:block_size=32,targets=all-linear"),
+    "qoft.yaml": (
+        {"model_name_or_path": "gpt2", "finetuning_type": "oft", "quantization_bit": 4}, "qoft:targets=all-linear",
+    ),
     "v1.yaml": (  # llamafactory/v1/plugins/model_plugins/peft.py
         {"model": "gpt2", "model_class": "llm", "peft_config": {"name": "lora"}},
         "lora:r=8,targets=all-linear,dropout=0.05",
@@ -223,12 +231,14 @@ FACTORY = "model_name_or_path: gpt2\ncutoff_len: 64\n"
         ("yml", BASE + "optimizer: lomo", "optimizer 'lomo' is not modelled; use optimizer: adamw_torch"),
         ("yml", BASE + "attn_implementation: sage", "attn_implementation 'sage' is not modelled"),
         ("yml", BASE + "adapter: lora\nlora_target_modules: [layers.1.*]", "a regex stands alone, not in a list"),
-        ("yaml", FACTORY + "use_apollo: true", "APOLLO is not modelled"),
+        ("yaml", FACTORY + "use_apollo: true\napollo_proj: svd", "only APOLLO's random projections are modelled"),
+        ("yml", BASE + "unfrozen_parameters: ['^model.embed_tokens.weight$[:320]']", "some rows of a weight"),
+        ("yml", BASE + "adapter: lora\nquantize_moe_experts: true", "needs load_in_4bit or load_in_8bit"),
         ("yaml", FACTORY + "mixture_of_depths: convert", "mixture of depths is not modelled"),
         ("yaml", FACTORY + "quantization_bit: 3", "quantization_bit 3 is not modelled: use 4 or 8"),
-        ("yaml", FACTORY + "finetuning_type: oft\nquantization_bit: 4", "OFT on a quantised base is not modelled"),
+        ("yaml", FACTORY + "finetuning_type: oft\nquantization_bit: 8", "OFT on an 8-bit base is not modelled"),
         ("yaml", "model: m\nmodel_class: cls", "model_class 'cls' is unknown"),
-        ("yaml", "model: m\nmodel_class: llm\noptim_config: {name: muon}", "optimizer plugins are not modelled"),
+        ("yaml", "model: m\nmodel_class: llm\noptim_config: {name: lion}", "optim_config 'lion' is not modelled"),
         ("yaml", "model_name_or_path: m\nmax_length: 8\nreward_model_path: m", "an RL step is not modelled"),
         ("yaml", "compute_environment: LOCAL_MACHINE", "no training config: accelerate's own config"),
         ("yaml", FACTORY + "infer_backend: vllm", "no training config: a config of inference"),

@@ -55,6 +55,13 @@ def test_galore_is_full_fine_tuning_with_two_projections(method: str, name: str)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_apollo_projects_gradients_but_nothing_back(name: str) -> None:
+    """2nmr in the update: the whole gradient is scaled, not rebuilt."""
+    assert flops_of(recorded(name, spec("apollo"))) == flops_of(recorded(name, "full"))
+    assert update_flops("apollo", name) == sum(2 * n * m * R for n, m, _ in products(name))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_update_of_lora_pro_grows_with_the_weight(name: str) -> None:
     """8nmr for the dense gradient and back, 8m²r for the projector on the outputs, the rest in r² and r³."""
     flops = sum(8 * m * n * R + 8 * m * m * R + 14 * R**2 * (n + m) + 6 * R**3 for n, m, _ in products(name))

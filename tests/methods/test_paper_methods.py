@@ -1,15 +1,17 @@
 """Methods that peft does not have: the tape equals a reference program written from the paper, call by call."""
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from closed_forms import ATTENTION, HEAD, LAYERS, LINEARS, R, T, adapted_flops, flops_of, recorded
-from helpers import architecture_of
+from helpers import architecture_of, config_of, setup_of
 
 pytest.importorskip("transformers")
 
-import reference_optim  # noqa: F401  # registers the optimizers
+import reference_optim
 import torch
 from reference import differences
 
@@ -19,8 +21,11 @@ from perfmodel.methods import runlora
 from perfmodel.prediction import memory
 from perfmodel.program.dims import MixedStructure
 from perfmodel.tracing.programs import references
+from validate.oracle import counts
+from validate.oracle.cases import Case
 
-SPECS = ("paca:r=4", "lisa:gamma=2", "badam:block=1", "runlora:r=4", "lora_fa:r=4,projected=false", "galore:r=4")
+PROJECTED = ("galore:r=4", "apollo:r=4")
+SPECS = ("paca:r=4", "lisa:gamma=2", "badam:block=1", "runlora:r=4", "lora_fa:r=4,projected=false", *PROJECTED)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -39,11 +44,20 @@ def test_the_tape_equals_the_reference(name: str, spec: str, dtype: str, batch: 
         ("gpt2", "paca:r=3,targets=all-linear", {"dtype": "fp32", "amp": "bf16"}),
         ("opt", "runlora:r=3,targets=all-linear", {"grad_accum": 2}),
         ("llama", "lisa:gamma=1", {"checkpoint": "block-reentrant"}),
+        ("llama", "apollo:r=1,scale_type=tensor", {"dtype": "fp32", "amp": "bf16"}),
     ],
 )
 def test_the_tape_equals_the_reference_in_the_corners(name: str, spec: str, options: dict[str, Any]) -> None:
     """Recomputed forwards write the columns again; autocast follows a custom Function into its backward."""
     assert differences(name, spec, **options) == []
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("llama", "bf16"), ("qwen2", "fp32"), ("gpt2", "bf16"), ("qwen3", "bf16")])
+def test_adam_mini_equals_the_reference(monkeypatch: pytest.MonkeyPatch, name: str, dtype: str) -> None:
+    """Names decide which weights share a second moment; biases are Adam's."""
+    monkeypatch.setitem(sys.modules, "adam_mini", SimpleNamespace(Adam_mini=reference_optim.AdamMini))
+    setup = setup_of(name, dtype=dtype, optimizer="adam-mini")
+    assert counts.compare_case(Case(config_of(name), "full", setup)).differences == []
 
 
 @pytest.mark.parametrize("order", range(1, 9))

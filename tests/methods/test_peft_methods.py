@@ -51,6 +51,9 @@ def cells() -> Any:
         ("llama", "lora:r=4,modules_to_save=embed_tokens+lm_head", {"checkpoint": "block"}),
         ("mistral", "lora:r=4,dropout=0.1,modules_to_save=lm_head", {"dtype": "fp32", "amp": "bf16"}),
         ("llama", "dora:r=4,modules_to_save=embed_tokens,adapter_dtype=bf16", {"grad_accum": 2}),
+        ("smollm3", "lora:r=4,targets=q_proj,modules_to_save=embed_tokens+lm_head", {"checkpoint": "block-reentrant"}),
+        ("smollm3", "lora:r=4,targets=q_proj,modules_to_save=embed_tokens", {"grad_accum": 2}),
+        ("gpt2", "lora:r=4,modules_to_save=lm_head", {"dtype": "fp32", "amp": "bf16"}),
         ("llama", "lokr:r=1,factor=4,decompose_both=true", {}),
         ("opt", "miss:r=8", {"dtype": "fp32"}),
         ("llama", "rslora:r=4", {}),
@@ -71,6 +74,11 @@ def cells() -> Any:
         ("qwen2", "top_k:k=2,trained_dtype=fp32,checkpoint_frozen=false", {**MIXED, "checkpoint": "block"}),
         ("llama", "top_k:k=2,trained_dtype=fp32", {**MIXED, "grad_accum": 2}),
         ("llama", "lora:r=4,targets=all-linear,layers=1", {}),  # which peft takes by names only
+        ("llama", "riemannian_lora:r=4", {"grad_accum": 2}),
+        ("gpt2", "riemannian_lora:r=3,adapter_dtype=bf16,targets=all-linear", {"optimizer": "adamw-fused"}),
+        ("mistral", r"selected:parameters=/.*\.[12]\.mlp\..*|lm_head.*/", {"checkpoint": "block"}),
+        ("gemma3_text", "selected:parameters=/.*q_norm.*|.*embed_tokens.*/", {"grad_accum": 2}),
+        ("opt", "selected:parameters=/.*bias/", {"dtype": "fp32", "amp": "bf16"}),
         # OPT's MLP gets all tokens as one dim
         ("opt", "c3a:block_size=16,targets=fc1", {}),
         ("opt", "oft:block_size=8,targets=fc1+fc2", {"dtype": "fp32", "amp": "bf16"}),

@@ -116,12 +116,14 @@ def test_what_is_done_in_every_step_is_part_of_the_step(every: int, beside: list
     assert [x["every"] for x in p.as_dict()["periodic"]] == beside
 
 
-@pytest.mark.parametrize("method", ["galore:r=4", "fedgalore:r=4"])
+@pytest.mark.parametrize("method", ["galore:r=4", "fedgalore:r=4", "apollo:r=4"])
 def test_a_new_projection_replaces_the_one_in_use(method: str) -> None:
-    """GaLore's SVD gives what the next steps project by: rows of Vᴴ of a tall gradient, columns of U of a wide one."""
+    """GaLore's SVD gives what the next steps project by, rows of Vᴴ of a tall gradient, columns of U of a wide one;
+    APOLLO draws it.
+    """
     step = step_of("llama", method, dtype="bf16")
     weights = [p.shape for p in step.parameters if ".layers." in p.name and len(p.shape) == 2]
     expected = {(4, n) if m >= n else (m, 4) for m, n in weights}
-    svd = next(work for work in step.periodic if work.what.startswith("SVD"))
+    svd = next(work for work in step.periodic if "project" in work.what)
     made = [op.outputs[0] for part in svd.group.parts for op in part.ops if op.name == "_to_copy"]
     assert {x.shape for x in made if x.dtype == "bf16"} == expected

@@ -15,14 +15,16 @@ from helpers import calls_by_name, step_of, total
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from perfmodel import optimizers
+from perfmodel import UserError, optimizers, predict
 from perfmodel.calls import costs
+from perfmodel.calls.launches import launch_for
 from perfmodel.program.op import Op, Spec
 from perfmodel.program.part import Part
+from perfmodel.report.figures import setup_line
 from perfmodel.tape.core import Tape, recording
 from perfmodel.tape.tensor import Parameter
 
-# ATen/native/cuda/MultiTensorApply.cuh of PyTorch 2.13, built for CUDA 12 (CUDA 13 builds take seven times as many).
+# ATen/native/cuda/MultiTensorApply.cuh of PyTorch 2.13, built for CUDA 12; for CUDA 13 all of it seven times over.
 CHUNK = 65_536
 BLOCKS = 320
 TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
@@ -30,7 +32,7 @@ TENSORS_WITH_SCALARS = {1: 96, 2: 64, 3: 48, 4: 36, 5: 30}
 many = settings(deadline=None, max_examples=100, derandomize=True)
 
 
-def launches(sizes: Iterable[int], limit: int) -> int:
+def launches(sizes: Iterable[int], limit: int, most: int = BLOCKS) -> int:
     """`multi_tensor_apply`, loop by loop."""
     count = blocks = tensors = 0
     for numel in sizes:
@@ -39,7 +41,7 @@ def launches(sizes: Iterable[int], limit: int) -> int:
         for chunk in range(chunks):
             blocks += 1
             last = chunk == chunks - 1
-            if (tensors == limit and last) or blocks == BLOCKS:
+            if (tensors == limit and last) or blocks == most:
                 count += 1
                 blocks = 0
                 tensors = 0 if last else 1
@@ -105,6 +107,7 @@ def recorded(group: list[Spec], optimizer: str) -> list[Op]:
 @example(tensors=[(1, 36)])
 @example(tensors=[(BLOCKS * CHUNK, 1), (1, 110)])
 @example(tensors=[(BLOCKS * CHUNK + 1, 1), (1, 109)])
+@example(tensors=[(7 * BLOCKS * CHUNK, 2), (1, 770)])
 def test_launches_of_list_ops_equal_a_simulation_of_multi_tensor_apply(
     name: str, tensors: list[tuple[int, int]]
 ) -> None:
@@ -114,6 +117,8 @@ def test_launches_of_list_ops_equal_a_simulation_of_multi_tensor_apply(
     assert found
     for op in found:
         assert costs.kernels(op) == launches(sizes_of(tensors), limit)
+        launch_for(op, cuda=13)
+        assert costs.kernels(op) == launches(sizes_of(tensors), 7 * limit, 7 * BLOCKS)
 
 
 @settings(many, max_examples=30)
@@ -223,6 +228,15 @@ def test_lists_are_grouped_by_dtype_in_order_of_appearance() -> None:
 def test_the_default_form_is_the_one_pytorch_picks_on_the_device(optimizer: str, device: str, form: str) -> None:
     """`torch.optim.AdamW` is not the same program on both: foreach on CUDA, a loop on the CPU."""
     assert optimizers.picked_form(optimizer, device) == form
+
+
+def test_a_build_for_cuda_13_launches_less() -> None:
+    """A seventh of the launches of an 8B model's fused update; the answer says which build it is for."""
+    older, newer = (predict("llama-3-8b", "full", optimizer="adamw-fused", cuda=cuda) for cuda in (12, 13))
+    assert newer.kernels["optimizer"] < older.kernels["optimizer"] / 5
+    assert "CUDA 13 build" in setup_line(newer.setup)
+    with pytest.raises(UserError, match="CUDA 12 or 13"):
+        predict("gpt2", "full", cuda=11)
 
 
 def test_the_loop_launches_for_every_tensor_and_the_lists_do_not() -> None:

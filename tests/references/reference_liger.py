@@ -1,10 +1,11 @@
 """Liger's patch of Llama-like models: its modules around stand-ins of its Triton kernels.
 
 The stand-ins are custom ops that take, allocate and overwrite what the kernels do and compute the same in plain torch.
-Written from Liger-Kernel 0.5-0.6 (ops/, transformers/model/llama.py), not from the tape.
+Written from Liger-Kernel 0.5-0.8 (ops/, transformers/model/llama.py), not from the tape.
 """
 
 import importlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -26,14 +27,15 @@ def rms(x: T) -> T:
 
 
 @torch.library.custom_op("liger::rms_norm", mutates_args=())
-def rms_norm(x: T, weight: T) -> tuple[T, T]:
-    """Normed rows and their 1/rms."""
+def rms_norm(x: T, weight: T, offset: float) -> tuple[T, T]:
+    """Normed rows and their 1/rms, with Llama's casts, or with Gemma's where there is an offset."""
     rstd = rms(x)
-    return (x.float() * rstd[:, None]).to(x.dtype) * weight, rstd
+    normed = x.float() * rstd[:, None]
+    return ((normed * (offset + weight.float())).to(x.dtype) if offset else normed.to(x.dtype) * weight), rstd
 
 
 @rms_norm.register_fake
-def _(x: T, weight: T) -> tuple[T, T]:
+def _(x: T, weight: T, offset: float) -> tuple[T, T]:
     return torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
@@ -52,15 +54,32 @@ def _(dy: T, x: T, weight: T, rstd: T) -> T:
     return x.new_empty(SM_COUNT, x.shape[-1], dtype=torch.float32)
 
 
+@torch.library.custom_op("liger::rms_norm_backward_apart", mutates_args=("dx",))
+def rms_norm_backward_apart(dy: T, x: T, weight: T, rstd: T, dx: T) -> T:
+    """dX into a tensor of its own."""
+    normed = x.float() * rstd[:, None]
+    g = dy.float() * (1.0 + weight.float())
+    partial = torch.zeros(SM_COUNT, x.shape[-1])
+    partial[0] = (dy.float() * normed).sum(0)
+    dx.copy_(rstd[:, None] * (g - normed * (g * normed).mean(-1, keepdim=True)))
+    return partial
+
+
+@rms_norm_backward_apart.register_fake
+def _(dy: T, x: T, weight: T, rstd: T, dx: T) -> T:
+    return x.new_empty(SM_COUNT, x.shape[-1], dtype=torch.float32)
+
+
 class RMSNorm(torch.autograd.Function):
-    """Saves X, W and 1/rms."""
+    """Saves X, W and 1/rms; `offset` is added to W, and Gemma's dX is apart from dY."""
 
     @staticmethod
-    def forward(ctx: Any, x: T, weight: T) -> T:
+    def forward(ctx: Any, x: T, weight: T, offset: float = 0.0) -> T:
         shape = x.shape
         x = x.contiguous().view(-1, shape[-1])
-        y, rstd = rms_norm(x, weight)
+        y, rstd = rms_norm(x, weight, offset)
         ctx.save_for_backward(x, weight, rstd)
+        ctx.offset = offset
         return y.view(shape)
 
     @staticmethod
@@ -68,19 +87,24 @@ class RMSNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         shape = dy.shape
         dy = dy.contiguous().view(-1, shape[-1])
-        partial = rms_norm_backward(dy, x, weight, rstd)
-        return dy.view(shape), partial.sum(dim=0).to(weight.dtype)
+        if ctx.offset:
+            dx = torch.zeros_like(dy)
+            partial = rms_norm_backward_apart(dy, x, weight, rstd, dx)
+        else:
+            dx, partial = dy, rms_norm_backward(dy, x, weight, rstd)
+        return dx.view(shape), partial.sum(dim=0).to(weight.dtype), None
 
 
 class LigerRMSNorm(nn.Module):
-    """In the place of LlamaRMSNorm."""
+    """In the place of LlamaRMSNorm, or of Gemma 2's and 3's."""
 
     def __init__(self, original: Any) -> None:
         super().__init__()
         self.weight = original.weight
+        self.offset = 1.0 if type(original).__name__.startswith("Gemma") else 0.0
 
     def forward(self, x: T) -> T:
-        return RMSNorm.apply(x, self.weight)
+        return RMSNorm.apply(x, self.weight, self.offset)
 
 
 def rotate(q: T, k: T, cos: T, sin: T, sign: int) -> None:
@@ -132,6 +156,38 @@ class Rope(torch.autograd.Function):
         return dq.transpose(1, 2), dk.transpose(1, 2), None, None
 
 
+def gelu(x: T) -> T:
+    """Its tanh form."""
+    return F.gelu(x, approximate="tanh")
+
+
+@torch.library.custom_op("liger::geglu", mutates_args=())
+def geglu(a: T, b: T) -> T:
+    """gelu(a)·b."""
+    return gelu(a) * b
+
+
+@torch.library.custom_op("liger::geglu_backward", mutates_args=("a", "b"))
+def geglu_backward(dc: T, a: T, b: T) -> None:
+    """Gradients over the inputs."""
+    root, cube = math.sqrt(2 / math.pi), 0.044715
+    tanh = torch.tanh(root * (a + cube * a**3))
+    slope = 0.5 * (1 + tanh) + 0.5 * a * (1 - tanh**2) * root * (1 + 3 * cube * a**2)
+    da, db = dc * b * slope, dc * gelu(a)
+    a.copy_(da)
+    b.copy_(db)
+
+
+@geglu.register_fake
+def _(a: T, b: T) -> T:
+    return torch.empty_like(a)
+
+
+@geglu_backward.register_fake
+def _(dc: T, a: T, b: T) -> None:
+    return None
+
+
 @torch.library.custom_op("liger::swiglu", mutates_args=())
 def swiglu(a: T, b: T) -> T:
     """silu(a)·b."""
@@ -160,19 +216,27 @@ def _(dc: T, a: T, b: T) -> None:
 class SiLUMul(torch.autograd.Function):
     """Saves both inputs."""
 
-    @staticmethod
-    def forward(ctx: Any, a: T, b: T) -> T:
+    kernels = swiglu, swiglu_backward
+
+    @classmethod
+    def forward(cls, ctx: Any, a: T, b: T) -> T:
         shape = a.shape
         a, b = (x.contiguous().view(-1, shape[-1]) for x in (a, b))
-        c = swiglu(a, b)
+        c = cls.kernels[0](a, b)
         ctx.save_for_backward(a, b)
         return c.view(shape)
 
-    @staticmethod
-    def backward(ctx: Any, dc: T) -> Any:
+    @classmethod
+    def backward(cls, ctx: Any, dc: T) -> Any:
         a, b = ctx.saved_tensors
-        swiglu_backward(dc.contiguous().view(-1, dc.shape[-1]), a, b)
+        cls.kernels[1](dc.contiguous().view(-1, dc.shape[-1]), a, b)
         return a.view(dc.shape), b.view(dc.shape)
+
+
+class GELUMul(SiLUMul):
+    """The same with GELU."""
+
+    kernels = geglu, geglu_backward
 
 
 @torch.library.custom_op("liger::cross_entropy", mutates_args=("logits", "loss"))
@@ -252,8 +316,9 @@ def lce_forward(self: Any, input_ids: T, attention_mask: T, labels: T) -> Causal
 
 
 def mlp_forward(self: Any, x: T) -> T:
-    """`LigerSwiGLUMLP`."""
-    return self.down_proj(SiLUMul.apply(self.gate_proj(x), self.up_proj(x)))
+    """`LigerSwiGLUMLP` and `LigerGEGLUMLP`."""
+    gated = GELUMul if type(self).__name__.startswith("Gemma") else SiLUMul
+    return self.down_proj(gated.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 def patch(model: Any) -> Any:
@@ -271,7 +336,8 @@ def patch(model: Any) -> Any:
 @contextmanager
 def patched(model_type: str, *, scaled: bool) -> Iterator[None]:
     """Rotary positions of Liger in transformers' modeling file; `scaled`: the loss is divided before backward."""
-    modeling = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    folder = model_type.removesuffix("_text")
+    modeling = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
     with (
         mock.patch.object(modeling, "apply_rotary_pos_emb", Rope.apply),
         mock.patch.object(FusedLinearCrossEntropy, "scaled", scaled, create=True),

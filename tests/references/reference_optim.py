@@ -11,6 +11,7 @@ from reference import program, updater
 from torch.optim import Optimizer
 
 from perfmodel.architectures import Architecture
+from perfmodel.methods.apollo import Apollo
 from perfmodel.methods.badam import BAdam
 from perfmodel.methods.galore import FedGaLore, GaLore
 from perfmodel.setup import Setup
@@ -76,13 +77,20 @@ def unproject(change: Any, vectors: Any, shape: Any) -> Any:
     return change @ vectors if shape[0] >= shape[1] else vectors @ change
 
 
-@program(GaLore, FedGaLore)
+@program(GaLore, FedGaLore, Apollo)
 def _galore(model: Any, method: GaLore, architecture: Architecture, setup: Setup) -> Any:
     return model
 
 
 @updater(GaLore, FedGaLore)
 def _galore_update(model: Any, form: str, method: GaLore) -> Any:
+    groups = _groups(model, method)
+    groups[1]["rank"] = method.r
+    return GaLoreAdamW(groups)
+
+
+def _groups(model: Any, method: GaLore) -> list[dict[str, Any]]:
+    """What is not projected, and what is."""
     assert method.architecture is not None
     targets, rest = [], []
     for name, p in model.named_parameters():
@@ -90,7 +98,102 @@ def _galore_update(model: Any, form: str, method: GaLore) -> Any:
         inside = path.startswith(method.architecture.layer_path + ".") and p.dim() == 2
         chosen = method.targets == ("all-linear",) or path.endswith(method.targets)
         (targets if inside and chosen else rest).append(p)
-    return GaLoreAdamW([{"params": rest}, {"params": targets, "rank": method.r}])
+    return [{"params": rest}, {"params": targets}]
+
+
+class ApolloAdamW(GaLoreAdamW):
+    """The whole gradient, scaled as AdamW scales its random projection; a norm that grows past 1 % would be limited."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One update of every parameter."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                state, grad, rank = self.state[p], p.grad, group["rank"]
+                if rank and state.get("step", 0) % group["gap"] == 0:
+                    state["projection"] = random_projection(grad, rank)
+                grad = project(grad, state["projection"]) if rank else grad
+                state["step"] = state.get("step", 0) + 1
+                change = adam_direction(state, grad)
+                if rank:
+                    change = self.scaled(p.grad, grad, change, group["scale_type"])
+                    norm = change.norm()
+                    if "norm" in state:
+                        bool(norm / (state["norm"] + 1e-8) < 1.01)
+                        change, norm = change / 1.0, norm / 1.0
+                    state["norm"] = norm
+                    change *= math.sqrt(group["scale"])
+                p.add_(change, alpha=-group["lr"] * bias_correction(state["step"]))
+
+    @staticmethod
+    def scaled(grad: Any, low: Any, change: Any, kind: str) -> Any:
+        """The gradient times |change| / |low|, of each channel or of all."""
+        dim = (0 if grad.shape[0] < grad.shape[1] else 1) if kind == "channel" else None
+        factor = change.norm(dim=dim) / (low.norm(dim=dim) + 1e-8)
+        return grad * (factor.unsqueeze(1) if dim == 1 else factor)
+
+
+def random_projection(grad: Any, rank: int) -> Any:
+    """r random directions of the shorter side, of variance 1/r."""
+    rows, columns = grad.shape
+    shape = (rank, columns) if rows >= columns else (rows, rank)
+    return (torch.randn(shape, device=grad.device) / math.sqrt(rank)).to(grad.dtype)
+
+
+@updater(Apollo)
+def _apollo_update(model: Any, form: str, method: Apollo) -> Any:
+    groups = _groups(model, method)
+    groups[1] |= {"rank": method.r, "scale_type": method.scale_type}
+    return ApolloAdamW(groups)
+
+
+class AdamMini(Optimizer):
+    """Adam whose second moments are means over a head, a row, or a whole vector; of biases, Adam's own."""
+
+    heads = ("q_proj", "k_proj", "query", "key")
+    rows = ("embed", "wte", "lm_head", "v_proj", "o_proj", "mlp", "attn.proj")
+
+    def __init__(self, named_parameters: Any, lr: float, *, dim: int, n_heads: int, n_kv_heads: int | None) -> None:
+        super().__init__([{"params": p, "name": n.lower()} for n, p in named_parameters if p.requires_grad], {"lr": lr})
+        self.head = dim * dim // n_heads
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One update of every parameter."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                grad, kind = p.grad, self.kind(group["name"])
+                if kind == "head":
+                    grad = grad.view(-1, self.head)
+                state = self.state[p]
+                if not state:
+                    m = torch.zeros_like(grad)
+                    v = m if kind == "bias" else m.sum() if kind == "all" else m[:, :1]
+                    state.update(m=m, v=torch.zeros_like(v), step=0)
+                state["step"] += 1
+                if kind == "bias":
+                    state["v"].mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
+                elif kind == "all":
+                    mean = (grad * grad).sum() / grad.numel()
+                else:
+                    mean = (grad * grad).mean(1, keepdim=True)
+                if kind != "bias":
+                    state["v"].mul_(BETAS[1]).add_(mean, alpha=1 - BETAS[1])
+                state["m"].lerp_(grad, 1 - BETAS[0])
+                h = (state["v"].sqrt() / math.sqrt(1 - BETAS[1] ** state["step"])).add_(EPS)
+                correction = 1 / (1 - BETAS[0] ** state["step"])
+                if kind == "bias":
+                    p.addcdiv_(state["m"], h, value=-group["lr"] * correction)
+                    continue
+                change = (state["m"] * (correction / h)).view(p.shape)
+                change.mul_(group["lr"])
+                p.add_(-change)
+
+    def kind(self, name: str) -> str:
+        """What shares a second moment."""
+        if "bias" in name:
+            return "bias"
+        return next((k for k in ("head", "row") if any(w in name for w in getattr(self, f"{k}s"))), "all")
 
 
 class BlockAdam:

@@ -47,6 +47,13 @@ def differences(name: str, spec: str, **options: Any) -> list[str]:
         ("qwen2", "full", {"dtype": "fp32", "batch": 3}),
         ("qwen2", "lora:r=4,adapter_dtype=bf16", {"attention": "eager"}),
         ("llama", "lora:r=4", {"dtype": "fp32", "amp": "bf16"}),
+        ("qwen3", "full", {"batch": 3, "checkpoint": "block"}),
+        ("qwen3", "lora:r=4,targets=all-linear", {"dtype": "fp32", "amp": "bf16"}),
+        ("smollm3", "full", {"batch": 2, "grad_accum": 2}),
+        ("smollm3", "lora:r=4,targets=q_proj+v_proj", {}),
+        ("gemma2", "lora:r=4", {"attention": "eager", "checkpoint": "block-reentrant"}),
+        ("gemma3_text", "full", {"batch": 2}),
+        ("gemma3_text", "lora:r=4", {"dtype": "fp32", "amp": "bf16", "checkpoint": "block"}),
     ],
 )
 def test_the_tape_equals_ligers_program(name: str, spec: str, options: dict[str, Any]) -> None:
@@ -74,6 +81,8 @@ def test_the_reference_norm_and_swiglu_are_their_plain_forms() -> None:
     eager = lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))  # noqa: E731
     for fused, plain, inputs in (
         (reference.RMSNorm.apply, eager, (x, w)),
+        (lambda x, w: reference.RMSNorm.apply(x, w, 1.0), lambda x, w: eager(x, 1 + w), (x, w)),
+        (lambda a, b: reference.GELUMul.apply(a * 1.0, b * 1.0), lambda a, b: reference.gelu(a) * b, (a, b)),
         (lambda a, b: reference.SiLUMul.apply(a * 1.0, b * 1.0), lambda a, b: torch.nn.functional.silu(a) * b, (a, b)),
     ):
         for one, other in zip(gradients(fused, *inputs), gradients(plain, *inputs), strict=True):

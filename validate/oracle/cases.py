@@ -51,6 +51,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "gemma2": {
         "model_type": "gemma2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5, "pad_token_id": 0,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 24, "sliding_window": 24,
+        "tie_word_embeddings": True,
     },
     "gemma": _kin("gemma", num_key_value_heads=1, head_dim=32, tie_word_embeddings=True),
     "gemma3_text": _kin(

@@ -144,7 +144,11 @@ class Method:
         """What a block's "attention" or "mlp" adds to the residual; a post-norm model has the layer `norm` after it."""
         return x
 
-    def stacked(self, layer: Scope, name: str, weight: Parameter, *, flipped: bool) -> Tensor:
+    def stacked_weight(self, layer: Scope, name: str, shape: tuple[Any, ...]) -> Tensor:
+        """The weights of all experts of a block, or of its router, as they come out of memory."""
+        return layer.parameter(name, shape, "weight")
+
+    def stacked(self, layer: Scope, name: str, weight: Tensor, *, flipped: bool) -> Tensor:
         """The weights of all experts of a block, or of its router: (…, out, in), or (…, in, out) if `flipped`."""
         return weight
 

@@ -1,15 +1,20 @@
 """LoRA beside base layers that bitsandbytes keeps in few bits, as peft's layers for them run it."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
+
+from ...errors import UserError
 from ...tape.core import tape
 from ...tape.linalg import linear
 from ...tape.pointwise import add, cast, dropout, mul
 from ...tape.shape import clone
 from ...tape.tensor import Parameter, Tensor
 from ..lora import Lora
-from .base import Linear, option
+from .base import Linear, Scope, option
+
+OF_EXPERTS = ".experts."  # in the names of weights
 
 
 @dataclass(frozen=True)
@@ -17,6 +22,7 @@ class QuantisedLora(Lora):
     """A subclass writes `base`, what a quantised layer computes; the output head stays as it is."""
 
     prepared: bool = option(False, "peft's prepare_model_for_kbit_training: norms, embeddings and head in fp32")
+    experts: bool = option(False, "whether weights of experts are in few bits too (Axolotl's quantize_moe_experts)")
 
     implementations: ClassVar[tuple[str, ...]] = ("peft",)
     clones: ClassVar[bool]  # whether peft copies the base layer's result before it adds to it
@@ -27,6 +33,29 @@ class QuantisedLora(Lora):
     def base(self, layer: Linear, x: Tensor) -> Tensor:
         """y of a quantised base layer."""
         raise TypeError(f"{type(self).__name__} must define base")
+
+    def expert_weight(self, layer: Scope, name: str, shape: tuple[Any, ...]) -> Tensor:
+        """The quantised weights of all experts, dequantised."""
+        raise TypeError(f"{type(self).__name__} must define expert_weight")
+
+    def check(self) -> None:
+        super().check()
+        assert self.architecture is not None
+        of_experts = [name for name in self.architecture.stacked_names() if OF_EXPERTS in name]
+        if self.experts and not of_experts and not self.architecture.recorded:
+            raise UserError(f"method {self.name}: {self.architecture.name} has no experts to quantise")
+        if self.experts and any(np.any(self.rank_of_parameter(name)) for name in of_experts):
+            raise UserError(
+                f"method {self.name}: adapters of quantised experts are not modelled; leave out experts=true"
+            )
+
+    def stacked_weight(self, layer: Scope, name: str, shape: tuple[Any, ...]) -> Tensor:
+        if not (self.experts and OF_EXPERTS in name):
+            return super().stacked_weight(layer, name, shape)
+        tape().part.host.modules += 2  # a parametrisation, and the list that it is in
+        with tape().no_grad():
+            layer.cached.append(self.expert_weight(layer, name, shape))
+        return layer.cached[-1]
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         if layer.name == "lm_head":
@@ -51,9 +80,9 @@ class QuantisedLora(Lora):
         return add(result, output)
 
 
-def stored(layer: Linear, name: str, shape: tuple[int, ...], dtype: str, elements: int = 0) -> Parameter:
-    """A tensor that the base layer keeps; `elements` of the model's parameters lie in it, none in scales."""
-    made = layer.scope.parameter(f"{layer.name}.{name}", shape, "weight" if elements else "scale", dtype=dtype)
+def stored(scope: Scope, name: str, shape: tuple[int, ...], dtype: str, elements: int = 0) -> Parameter:
+    """A tensor that a base layer keeps; `elements` of the model's parameters lie in it, none in scales."""
+    made = scope.parameter(name, shape, "weight" if elements else "scale", dtype=dtype)
     made.elements = elements
     return made
 

@@ -11,11 +11,11 @@ from ...tape.core import record
 from ...tape.linalg import baddbmm, matmul
 from ...tape.pointwise import add, cast, mul
 from ...tape.shape import permute, reshape, transpose
-from ...tape.tensor import Parameter, Tensor
+from ...tape.tensor import Tensor
 from .base import Scope
 
 
-def folded(layer: Scope, name: str, weight: Parameter, dtype: str, r: Any, *, scaled: bool, flipped: bool) -> Tensor:
+def folded(layer: Scope, name: str, weight: Tensor, dtype: str, r: Any, *, scaled: bool, flipped: bool) -> Tensor:
     """W + s·BA of a weight (experts, out, in), or (experts, in, out) if `flipped`, or a plain (out, in).
 
     A is (r·experts, in), B (out, r·experts), in `dtype`. `scaled` says whether s is another number than 1.
@@ -38,6 +38,6 @@ def folded(layer: Scope, name: str, weight: Parameter, dtype: str, r: Any, *, sc
     return baddbmm(weight, left, right, scaled=scaled)
 
 
-def _register(weight: Parameter) -> None:
+def _register(weight: Tensor) -> None:
     """`register_parametrization`: the original weight becomes a parameter of another module, which runs once."""
     record("set_.source_Tensor", (weight, weight), (weight,))

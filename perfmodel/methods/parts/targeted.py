@@ -70,7 +70,8 @@ class Targeted(Method):
         Raises:
             UserError: it is no regex.
         """
-        return _pattern(self.name, self.targets[0]) if len(self.targets) == 1 and is_pattern(self.targets[0]) else None
+        alone = len(self.targets) == 1 and is_pattern(self.targets[0])
+        return pattern_of(self.name, self.targets[0]) if alone else None
 
     def _check_pattern(self) -> None:
         assert self.architecture is not None
@@ -95,10 +96,10 @@ class Targeted(Method):
                 raise UserError(f"method {self.name}: modules_to_save {module!r}: {nearest(module, SAVED)}")
             if module in self.targets:
                 raise UserError(f"method {self.name}: {module} cannot be a target and in modules_to_save")
-            if self.architecture.tied:
+            if self.architecture.tied and self.architecture.traits.head != "causal":
                 raise UserError(
-                    f"method {self.name}: modules_to_save is not modelled where the head shares the embedding's weight "
-                    f"({self.architecture.name})"
+                    f"method {self.name}: modules_to_save is not modelled where a masked model's head shares the "
+                    f"embedding's weight ({self.architecture.name})"
                 )
 
     def copies(self, name: str, kind: str) -> bool:
@@ -136,8 +137,7 @@ class Targeted(Method):
         """Whether a linear layer gets an adapter."""
         if self.pattern is not None:
             assert self.architecture is not None
-            path = name if layer is None else f"{self.architecture.layer_path}.{layer}.{name}"
-            return self.pattern.fullmatch(path) is not None
+            return fits(self.pattern, self.architecture, name, layer)
         if layer is None:
             wanted = self.layers_to_transform is None and named(name, self.target_names)
             return wanted and not self._spared(name)
@@ -222,11 +222,28 @@ def is_pattern(target: str) -> bool:
 
 
 @cache
-def _pattern(method: str, target: str) -> re.Pattern[str]:
+def pattern_of(method: str, target: str) -> re.Pattern[str]:
+    """The regex between slashes.
+
+    Raises:
+        UserError: it is none.
+    """
     try:
         return re.compile(target[1:-1])
     except re.error as error:
         raise UserError(f"method {method}: target {target} is no regex ({error})") from None
+
+
+def fits(pattern: re.Pattern[str], architecture: Architecture, name: str, layer: int | None) -> bool:
+    """Whether the whole path of a module or parameter matches a regex, in the model or in the larger one that it is of.
+
+    Args:
+        name: relative to its block, if it is in one.
+    """
+    path = name if layer is None else f"{architecture.layer_path}.{layer}.{name}"
+    inside = architecture.text_path and path.startswith("model.")
+    paths = (path, architecture.text_path + path.removeprefix("model")) if inside else (path,)
+    return any(map(pattern.fullmatch, paths))
 
 
 def saved_whole(name: str, modules: Sequence[str], architecture: Architecture | None) -> bool:

@@ -54,16 +54,18 @@ class Update:
         tape: records the ops.
         optimizer: the setup's optimizer, as `picked_form` returns it.
         everything: all parameters of the model, frozen ones included.
+        head: weights of one head of an attention layer, hidden² / heads; None: not known.
         parameters: those that received a gradient.
         states: tensors that are kept between steps on the device, as they are named.
         host_states: those on the host (step counters).
         paged_states: those in memory that host and device share, which no allocator of PyTorch holds.
     """
 
-    def __init__(self, tape: Tape, optimizer: str, everything: Parameters) -> None:
+    def __init__(self, tape: Tape, optimizer: str, everything: Parameters, head: int | None = None) -> None:
         self.tape = tape
         self.optimizer = optimizer
         self.everything = list(everything)
+        self.head = head
         self.parameters = [p for p in everything if p.used]
         self.states: list[Spec] = []
         self.host_states: list[Spec] = []

@@ -59,6 +59,14 @@ def linear_8bit(x: Tensor, weight: Rounded, bias: Tensor | None) -> Tensor:
     return out
 
 
+def whole_rows(values: Parameter, scales: Parameter) -> Tensor:
+    """Weights (…, n_in) in fp32, whatever they were: each row times its scale (`int8_vectorwise_dequant`)."""
+    with tape().belonging_to("dequantisation"):
+        rows = view(values, (scales.numel, values.shape[-1]))
+        rows = _elementwise("mul.Tensor", (rows, unsqueeze(scales, -1)), dtype="fp32")
+        return view(_elementwise("mul.Tensor", (rows,)), values.shape)
+
+
 def _round(x: Tensor, outliers: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes and scales of the rows, and which columns hold outliers: the host waits for both answers."""
     beyond = _elementwise("ge.Scalar", (_elementwise("abs", (x,)),), dtype="bool")

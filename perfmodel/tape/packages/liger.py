@@ -1,8 +1,10 @@
-"""Liger's fused kernels for Llama-like models: RMSNorm, rotary positions, SwiGLU, and the head with its loss.
+"""Liger's fused kernels for Llama-like models: RMSNorm, rotary positions, gated MLPs, and the head with its loss.
 
 Each is an autograd Function around a Triton kernel. Gradients are written over what they belong to: a norm's over the
-gradient that came in, SwiGLU's over its saved inputs, the loss's over its logits, of which only a chunk ever exists.
-Source: Liger-Kernel 0.5-0.6, src/liger_kernel/ops/ (rms_norm.py, rope.py, swiglu.py, fused_linear_cross_entropy.py).
+gradient that came in (not Gemma 2's and 3's, whose residual still needs it), a gate's over its saved inputs, the loss's
+over its logits, of which only a chunk ever exists. Models are patched before they are made, so that norms of heads are
+Liger's, too. Source: Liger-Kernel 0.5-0.8, src/liger_kernel/ops/ (rms_norm.py, rope.py, swiglu.py, geglu.py,
+fused_linear_cross_entropy.py), transformers/monkey_patch.py.
 """
 
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ from ..shape import contiguous, t, transpose, view, view_as
 from ..tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
+GATED = {"swiglu": "LigerSiLUMulFunctionBackward", "geglu": "LigerGELUMulFunctionBackward"}
 PROGRAMS = 132  # of a norm's backward, one an SM, each with its own part of the weight's gradient; H100's number
 
 
@@ -27,10 +30,14 @@ def _rows(x: Tensor) -> Tensor:
     return view(x, (product(x.shape[:-1]), x.shape[-1]))
 
 
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """`LigerRMSNorm` with Llama's casts: one kernel, a row a program; keeps x and the rows' 1/rms in fp32."""
+def rms_norm(x: Tensor, weight: Tensor, *, in_place: bool = True) -> Tensor:
+    """`LigerRMSNorm` with Llama's or Gemma's casts: one kernel, a row a program; keeps x and the rows' 1/rms in fp32.
+
+    Args:
+        in_place: whether the gradient of x is written over that of the result.
+    """
     python_function()
-    node = differentiate("LigerRMSNormFunctionBackward", (x, weight), _rms_norm_backward)
+    node = differentiate("LigerRMSNormFunctionBackward", (x, weight), _rms_norm_backward, (in_place,))
     with tape().no_grad():
         rows = _rows(contiguous(x))
         y, rstd = new_tensor(rows.shape, x.dtype), new_tensor((rows.shape[0],), "fp32")
@@ -43,15 +50,19 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _rms_norm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
-    (g,), (x, weight, rstd) = grads, node.unpack()
+    (g,), (x, weight, rstd), (in_place,) = grads, node.unpack(), node.attrs
     assert g is not None
     python_function()
     shape = g.shape
     g = _rows(contiguous(g))
     partial = new_tensor((PROGRAMS, shape[-1]), "fp32")
-    record("liger::rms_norm_backward", (g, x, weight, rstd), (partial, g))
+    grad_x = g if in_place else emit("zeros_like", (g,), g.shape, g.dtype)
+    if in_place:
+        record("liger::rms_norm_backward", (g, x, weight, rstd), (partial, g))
+    else:
+        record("liger::rms_norm_backward_apart", (g, x, weight, rstd, grad_x), (partial, grad_x))
     total = emit("sum.dim_IntList", (partial,), (shape[-1],), "fp32", attrs=Attrs(dims=(0,)))
-    return (view(g, shape), cast(total, weight.dtype))  # a frozen weight's too
+    return (view(grad_x, shape), cast(total, weight.dtype))  # a frozen weight's too
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,25 +91,29 @@ def _rope_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     return _rotated("liger::rope_backward", dq, dk, cos, sin)
 
 
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """SwiGLU's silu(gate)·up in one kernel; keeps both inputs, and backward puts their gradients in their place."""
+def gated(kind: str, gate: Tensor, up: Tensor) -> Tensor:
+    """act(gate)·up in one kernel; keeps both inputs, and backward puts their gradients in their place.
+
+    Args:
+        kind: swiglu, or geglu with the tanh form of GELU.
+    """
     python_function()
-    node = differentiate("LigerSiLUMulFunctionBackward", (gate, up), _silu_mul_backward)
+    node = differentiate(GATED[kind], (gate, up), _gated_backward, (kind,))
     with tape().no_grad():
         a, b = _rows(contiguous(gate)), _rows(contiguous(up))
-        out = view(emit("liger::swiglu", (a, b), a.shape, a.dtype), gate.shape)
+        out = view(emit(f"liger::{kind}", (a, b), a.shape, a.dtype), gate.shape)
     if node:
         node.save(a, b)
         node.produces(out)
     return out
 
 
-def _silu_mul_backward(node: Node, grads: Sequence[Grad]) -> Grads:
-    (g,), (a, b) = grads, node.unpack()
+def _gated_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (a, b), (kind,) = grads, node.unpack(), node.attrs
     assert g is not None
     python_function()
     rows = _rows(contiguous(g))
-    record("liger::swiglu_backward", (rows, a, b), (a, b))
+    record(f"liger::{kind}_backward", (rows, a, b), (a, b))
     return (view(a, g.shape), view(b, g.shape))
 
 

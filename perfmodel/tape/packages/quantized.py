@@ -22,10 +22,10 @@ NESTED_BLOCK = 256  # maxima that share a second one
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantised weight (n_out, n_in).
+    """A quantised weight (n_out, n_in), or (experts, n_out, n_in).
 
     Attributes:
-        values: uint8, (n_out·n_in / 2, 1).
+        values: uint8, (elements / 2, 1).
         absmax: per block of 64 values; fp32, or uint8 with double quantisation.
         nested: double quantisation's second maxima, table and offset; None without it.
         dtype: what it dequantises to, the dtype that the weight had.
@@ -34,26 +34,26 @@ class Packed:
     values: Parameter
     absmax: Parameter
     nested: tuple[Parameter, Parameter, Parameter] | None
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: str
 
 
-def dequantize(weight: Packed) -> Tensor:
-    """The weight in 16 or 32 bit: a custom op, and with double quantisation two more for the maxima."""
+def dequantize(weight: Packed, values: Tensor) -> Tensor:
+    """The weight in 16 or 32 bit from its values: a custom op, and with double quantisation two more for the maxima."""
     with tape().belonging_to("dequantisation"):
         absmax: Tensor = weight.absmax
         if weight.nested is not None:
             second, code, offset = weight.nested
             absmax = emit("bitsandbytes::dequantize_blockwise", (absmax, second, code), absmax.shape, "fp32")
             record("add_.Tensor", (absmax, offset), (absmax,))
-        return emit("bitsandbytes::dequantize_4bit", (t(weight.values), absmax), weight.shape, weight.dtype)
+        return emit("bitsandbytes::dequantize_4bit", (values, absmax), weight.shape, weight.dtype)
 
 
 def linear_4bit(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     """y = x·Wᵀ + b; keeps nothing but the packed weight, which the gradient of x dequantises again."""
     node = differentiate("MatMul4BitBackward", (x,), _linear_4bit_backward, (weight,))
     with tape().no_grad():
-        out = linear(x, t(cast(t(dequantize(weight)), x.dtype)), bias)
+        out = linear(x, t(cast(t(dequantize(weight, t(weight.values))), x.dtype)), bias)
     if node:
         node.produces(out)
     return out
@@ -62,4 +62,4 @@ def linear_4bit(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
 def _linear_4bit_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (weight,) = grads, node.attrs
     assert g is not None
-    return (matmul(g, t(cast(t(dequantize(weight)), g.dtype))),)
+    return (matmul(g, t(cast(t(dequantize(weight, t(weight.values))), g.dtype))),)

@@ -25,6 +25,8 @@ from ...methods.parts.targeted import ALL_LINEAR, Targeted
 from ...methods.parts.virtual import VirtualTokens
 from ...methods.prefix_tuning import PrefixTuning
 from ...methods.prompt_tuning import PromptTuning
+from ...methods.riemannian_lora import RiemannianLora
+from ...methods.selected import Selected
 from ...methods.top_k import TopK
 from ...methods.trainable_tokens import TrainableTokens
 from ...methods.vera import Vera
@@ -66,6 +68,13 @@ def applies(*classes: type[Method]) -> Callable[[F], F]:
 
 @applies(Full)
 def _full(model: Any, method: Full, architecture: Architecture) -> Any:
+    return model
+
+
+@applies(Selected)
+def _selected(model: Any, method: Selected, architecture: Architecture) -> Any:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = method.pattern.fullmatch(name) is not None
     return model
 
 
@@ -120,7 +129,7 @@ def _checkpoint_trained(model: Any) -> None:
     model.activation_checkpointing_enable = enable
 
 
-@applies(Lora, LoraPlus, Pissa)  # PiSSA's decomposition of the weights comes before the first step
+@applies(Lora, LoraPlus, Pissa, RiemannianLora)  # PiSSA's decomposition of the weights comes before the first step
 def _lora(model: Any, method: Lora, architecture: Architecture, **variant: Any) -> Any:
     options: dict[str, Any] = {"r": method.r, "lora_alpha": method.alpha, "lora_dropout": method.dropout}
     options["target_parameters"] = list(method.target_parameters) or None

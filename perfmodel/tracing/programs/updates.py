@@ -15,6 +15,7 @@ from ...methods import Method
 from ...methods.adalora import AdaLora
 from ...methods.lora_fa import LoraFa
 from ...methods.loraplus import LoraPlus
+from ...methods.riemannian_lora import RiemannianLora
 from ...optimizers.bitsandbytes import CODES, FORMS
 
 Make = Callable[..., Any]  # of (model, form, method): the optimizer to run
@@ -43,6 +44,8 @@ def standard(model: Any, form: str) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     if form == "muon":
         return _muon(model, trained)
+    if form == "adam-mini":
+        return _adam_mini(model)
     return _bitsandbytes(model, trained, form) if form in FORMS else make_optimizer(trained, form)
 
 
@@ -68,6 +71,24 @@ def _bitsandbytes(model: Any, parameters: list[Any], form: str) -> torch.optim.O
     with patch.object(bnb.functional, "create_dynamic_map", lambda signed: torch.empty(CODES)):
         optimizer: torch.optim.Optimizer = cls(parameters, lr=1e-4, optim_bits=bits)
     return optimizer
+
+
+def _adam_mini(model: Any) -> torch.optim.Optimizer:
+    """The authors' Adam-mini, as LLaMA-Factory makes it.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    try:
+        cls = import_module("adam_mini").Adam_mini
+    except ImportError:
+        raise UserError("optimizer adam-mini: its program needs the adam_mini package") from None
+    config = model.config.get_text_config()
+    made: torch.optim.Optimizer = cls(
+        model.named_parameters(), lr=1e-4, dim=config.hidden_size, n_heads=config.num_attention_heads,
+        n_kv_heads=getattr(config, "num_key_value_heads", None),
+    )  # fmt: skip
+    return made
 
 
 class MuonBesideAdamW(torch.optim.Optimizer):
@@ -167,6 +188,14 @@ def _loraplus(model: Any, form: str, method: LoraPlus) -> Any:
 
     cls, options = torch_class(form)
     return create_loraplus_optimizer(model, cls, lr=1e-4, loraplus_lr_ratio=method.ratio, **options)
+
+
+@updates(RiemannianLora)
+def _riemannian(model: Any, form: str, method: RiemannianLora) -> Any:
+    from peft.optimizers import create_riemannian_optimizer
+
+    cls, options = torch_class(form)
+    return create_riemannian_optimizer(model, cls, lr=1e-4, **options)
 
 
 @updates(LoraFa)

@@ -1,0 +1,60 @@
+"""What becomes of a config's step on its model: what the model has no program of, and names that only it explains."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .. import methods
+from ..architectures.base import Architecture
+from ..architectures.names import bundled_for
+from ..methods.lora import Lora
+from ..methods.parts.quantised import QuantisedLora
+from ..methods.parts.targeted import ALL_LINEAR
+from .read import Imported
+
+BY_MODULE = ("Axolotl", "LLaMA-Factory", "LLaMA-Factory v1")  # they name every `nn.Linear` (`find_all_linear_names`, …)
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A value in the place of what a config asks for.
+
+    Attributes:
+        option: of a command.
+        said: what the first line says of it; empty where it is what the tool itself runs.
+    """
+
+    option: str
+    value: Any
+    said: str = ""
+
+
+def fallbacks(found: Imported, architecture: Architecture) -> Iterator[Fallback]:
+    """Where the step of a config has another form on its model."""
+    traits, asked = architecture.traits, found.setup.get("attention")
+    if asked not in (None, *traits.attention):
+        instead = traits.attention[0]
+        yield Fallback("attention", instead, f"{instead} attention, not {asked}, which is not modelled for the model")
+    if found.setup.get("kernels") == "liger" and "liger" not in traits.fused:
+        yield Fallback("kernels", "torch", "PyTorch's kernels, not Liger's, which are not modelled for the model")
+    if found.method is not None:
+        yield from _of_method(found, methods.parse(found.method), architecture)
+
+
+def _of_method(found: Imported, method: methods.Method, architecture: Architecture) -> Iterator[Fallback]:
+    meant = bundled_for(found.model or "")
+    if meant and meant.packed and not isinstance(method, QuantisedLora):
+        yield Fallback("model", found.model, f"weights in {found.setup.get('dtype')}, not {'-'.join(meant.packed)}")
+    if not isinstance(method, Lora):
+        return
+    changes: dict[str, Any] = {}
+    said = ""
+    if method.implementation not in ("peft", *architecture.traits.fused):
+        changes["implementation"] = "peft"
+        said = f"peft's adapters, not {method.implementation}'s, which are not modelled for the model"
+    if isinstance(method, QuantisedLora) and method.experts and not architecture.stacked_names():
+        changes["experts"] = False
+    if method.targets == (ALL_LINEAR,) and architecture.traits.stacked and found.tool in BY_MODULE:
+        changes["targets"] = tuple(dict.fromkeys(name.rpartition(".")[2] for name in architecture.linear_names()))
+    if changes:
+        yield Fallback("method", replace(method, **changes).spec(), said)

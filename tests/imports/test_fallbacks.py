@@ -1,0 +1,87 @@
+"""A config on its model: what the model has no program of is answered otherwise, and the first line says so."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from perfmodel.cli import main
+from perfmodel.imports import DIFFERS, read
+
+LORA = "micro_batch_size: 1\nsequence_len: 64\nbf16: true\nadapter: lora\nlora_r: 4\n"
+FLASH = "attn_implementation: flash_attention_2\n"
+LINEAR = "lora_target_linear: true\n"
+LIGER = "plugins: [LigerPlugin]\nliger_rope: true\nliger_rms_norm: true\nliger_glu_activation: true\n"
+LIGER += "liger_fused_linear_cross_entropy: true\n"
+FUSED = "lora_mlp_kernel: true\nlora_qkv_kernel: true\nlora_o_kernel: true\n"
+
+
+def asked(folder: Path, text: str, *options: str) -> str:
+    path = folder / "config.yml"
+    path.write_text(text)
+    result = CliRunner().invoke(main, ["predict", "--config", str(path), "--device", "h100-sxm", *options])
+    assert result.exit_code == 0, result.stderr
+    return " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "differs", "answered"),
+    [
+        (f"base_model: openai/gpt-oss-20b\n{LORA}{LINEAR}{FLASH}", "eager attention, not flash2", "eager attention"),
+        (f"base_model: THUDM/glm-4-9b-hf\n{LORA}{LINEAR}{LIGER}", "PyTorch's kernels, not Liger's", "on glm-4-9b"),
+        (f"base_model: Qwen/Qwen3-8B\n{LORA}{LINEAR}{FUSED}", "peft's adapters, not unsloth's", "linear on qwen3-8b"),
+        (f"base_model: TheBloke/Llama-2-7B-AWQ\n{LORA}{LINEAR}", "weights in bf16, not awq", "on llama-2-7b"),
+    ],
+)
+def test_what_a_model_has_no_program_of_is_answered_otherwise(
+    tmp_path: Path, text: str, differs: str, answered: str
+) -> None:
+    """A refusal would leave the user without an answer, an answer without the first line with a wrong one."""
+    out = asked(tmp_path, text)
+    assert out.startswith(DIFFERS)
+    assert differs in out
+    assert answered in out
+
+
+def test_what_is_typed_is_not_touched(tmp_path: Path) -> None:
+    """Then the file asks for nothing that is answered otherwise."""
+    text = f"base_model: openai/gpt-oss-20b\n{LORA}{LINEAR}{FLASH}"
+    assert DIFFERS not in asked(tmp_path, text, "--attention", "eager")
+    assert DIFFERS not in asked(tmp_path, text, "--model", "llama-3.2-1b")
+
+
+def test_all_linear_layers_of_a_mixture_are_its_attention(tmp_path: Path) -> None:
+    """Axolotl names modules: experts and routers are none any more. PEFT's own word means them, too."""
+    text = f"base_model: mistralai/Mixtral-8x7B-v0.1\n{LORA}{LINEAR}lora_dropout: 0.05\n"
+    out = asked(tmp_path, text)
+    assert out.startswith("lora:r=4,targets=q_proj+k_proj+v_proj+o_proj,dropout=0.05 on mixtral-8x7b")
+
+
+def test_experts_in_4_bit_hold_a_quarter(tmp_path: Path) -> None:
+    """Nearly all weights of a mixture are its experts'; on a dense model the key means nothing."""
+    text = LORA.replace("lora\n", "qlora\n", 1) + LINEAR + "load_in_4bit: true\n"
+    more = "quantize_moe_experts: true\n"
+    mixture, dense = "base_model: Qwen/Qwen3-30B-A3B\n", "base_model: meta-llama/Llama-3.2-1B\n"
+    assert "experts=True on qwen3-30b-a3b" in asked(tmp_path, mixture + text + more)
+    assert asked(tmp_path, dense + text + more) == asked(tmp_path, dense + text)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "method"),
+    [
+        (
+            ["^lm_head.weight$", "model.layers.1[0-3]+.mlp"],
+            r"/(?:^lm_head\.weight$).*|(?:model\.layers\.1[0-3]+\.mlp).*/",
+        ),
+        (["model.layers.[0-7].block_sparse_moe.gate"], r"/(?:model\.layers\.[0-7]\.mlp\.gate).*/"),
+    ],
+)
+def test_unfrozen_parameters_are_one_regex(tmp_path: Path, patterns: list[str], method: Any) -> None:
+    """Points stand for themselves, and a path has to match from its start, as Axolotl has it."""
+    path = tmp_path / "config.yml"
+    path.write_text(f"base_model: mixtral-8x7b\nmicro_batch_size: 1\nunfrozen_parameters: {patterns}\n")
+    found = read(path)
+    assert found.method == f"selected:parameters={method}"
+    renamed = any("block_sparse_moe" in pattern for pattern in patterns)
+    assert any("block_sparse_moe as mlp" in said for said in found.differences) == renamed
