@@ -53,7 +53,7 @@ def from_config(config: Config) -> "Architecture":
     Raises:
         UserError: unknown model_type, missing or mistyped keys, dims that do not fit together.
     """
-    model_type = config.text("model_type")
+    model_type = config.kind
     found = _REGISTRY.get(model_type)
     if found is None:
         close = nearest(model_type, supported())

@@ -11,6 +11,7 @@ from . import names
 from .names import MODELS, model_names
 
 HUB = "https://huggingface.co/"
+CLASS = "_class_name"  # what a config of diffusers has in the place of a model_type
 T = TypeVar("T")
 
 
@@ -25,6 +26,16 @@ class Config:
         self.origin = origin
         self.name = name
         self.note = note
+
+    @property
+    def of_diffusers(self) -> bool:
+        """Whether it is a config of diffusers."""
+        return CLASS in self.values and "model_type" not in self.values
+
+    @property
+    def kind(self) -> str:
+        """The `model_type`; of a config of diffusers the class that it names."""
+        return self.text(CLASS if self.of_diffusers else "model_type")
 
     def count(self, *keys: str, default: int | None = None, least: int = 1) -> int:
         """An int from `least` to `LARGEST` under the first of `keys` that is present."""

@@ -119,19 +119,20 @@ def configs(
 
 
 @validate.command()
+@click.option("--images", is_flag=True, help="The benchmark of an image model (needs the diffusion extra).")
 @click.option("--host", default="default", show_default=True, help="Host that dispatches, by name or path.")
 @click.option("--all-rows", is_flag=True, help="List every row, not only the worst.")
 @json_option
-def tuners(host: str, all_rows: bool, as_json: bool) -> None:
-    """Compare with PEFT's own benchmark of its tuners.
+def tuners(images: bool, host: str, all_rows: bool, as_json: bool) -> None:
+    """Compare with PEFT's own benchmarks of its tuners.
 
-    Llama-3.2-3B on an L40S; every configuration is traced, which takes minutes.
+    Llama-3.2-3B on an L40S, or FLUX.2-klein-4B (--images); every configuration is traced, which takes minutes.
     """
     try:
         from validate.published.show_tuners import show_tuners
     except ImportError as error:
         raise extra(error) from None
-    sys.exit(0 if show_tuners(host=host, all_rows=all_rows, as_json=as_json) else 1)
+    sys.exit(0 if show_tuners(images=images, host=host, all_rows=all_rows, as_json=as_json) else 1)
 
 
 @validate.command()

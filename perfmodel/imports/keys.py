@@ -111,6 +111,10 @@ class Keys:
         self.used.update(keys)
         self.differences.setdefault(answered, []).extend(keys)
 
+    def told_differences(self) -> list[str]:
+        """What is answered instead, with the keys that ask for something else."""
+        return [f"{answered} ({', '.join(keys)})" if keys else answered for answered, keys in self.differences.items()]
+
     def unread(self) -> list[str]:
         """Keys that are set and that no one asked for."""
         return sorted(str(k) for k, v in self.values.items() if k not in self.used and v not in NOTHING)

@@ -1,7 +1,7 @@
 """An experiment of PEFT's method comparison: an adapter's config, and parameters of its training over default ones.
 
 `experiments/KIND/NAME/{adapter_config,training_params}.json` below `default_training_params.json`
-(method_comparison/MetaMathQA/run.py and utils.py of peft at 5d602fd).
+(method_comparison/MetaMathQA/run.py and image-gen/run.py of peft at 5d602fd, each with its utils.py).
 """
 
 from pathlib import Path
@@ -22,6 +22,7 @@ METHODS = {
 }  # by optimizer: from, to
 LENGTHS = shorter("max_seq_length")
 IN_FP32 = "adapters in fp32 (autocast_adapter_dtype)"
+PIXELS, TEXT = 16, 512  # a token of an image stands for 16 x 16 pixels; what `tracing.programs.diffusion` takes as text
 
 
 def experiment_parameters(path: Path) -> Keys | None:
@@ -39,8 +40,6 @@ def setup_of(keys: Keys) -> dict[str, Any]:
     Raises:
         UserError: a value of the wrong type, or what is not modelled.
     """
-    if keys.get("resolution") is not None:
-        raise UserError(f"{keys.origin}: batches with images or sound are not modelled")
     dtype = keys.text("dtype", "bfloat16")
     if dtype not in DTYPES:
         raise UserError(f"{keys.origin}: dtype {dtype!r}: quantised base weights are not modelled; use bfloat16")
@@ -49,7 +48,7 @@ def setup_of(keys: Keys) -> dict[str, Any]:
         raise UserError(f"{keys.origin}: optimizer_type {kind!r} is not modelled; use AdamW")
     return {
         "batch": keys.count("batch_size", 4),
-        "seq": keys.count("max_seq_length", 768),
+        "seq": _image_and_text(keys) if of_images(keys) else keys.count("max_seq_length", 768),
         "dtype": DTYPES[dtype],
         "amp": DTYPES[dtype] if keys.flag("use_amp") and dtype != "float32" else None,
         "optimizer": "adamw",
@@ -58,6 +57,36 @@ def setup_of(keys: Keys) -> dict[str, Any]:
         "compile": "default" if keys.flag("compile") else "none",
         "clip_grad": keys.number("grad_norm_clip", 1.0) > 0,
     }
+
+
+def of_images(keys: Keys) -> bool:
+    """Whether it trains an image model: only a trace of its program can answer."""
+    return keys.get("resolution") is not None
+
+
+def notes_of(keys: Keys) -> list[str]:
+    """What a reader should know about the batches."""
+    return [] if of_images(keys) else [LENGTHS]
+
+
+def _image_and_text(keys: Keys) -> int:
+    """Tokens of a sample: those of its text, and one for every 16 x 16 pixels (8 of the image encoder, 2 of a patch).
+
+    Raises:
+        UserError: a value of the wrong type.
+    """
+    text = keys.count("max_sequence_length", TEXT)
+    if text != TEXT:
+        keys.differ(f"{TEXT} tokens of text, the others of the image", "max_sequence_length")
+    return (keys.count("resolution", 512) // PIXELS) ** 2 + text
+
+
+def differ_in_a_trace(keys: Keys) -> None:
+    """Say what of the training a trace of the adapter does not follow."""
+    if not keys.flag("autocast_adapter_dtype", True):
+        keys.differ("adapters in fp32", "autocast_adapter_dtype")
+    if keys.text("optimizer_type", "AdamW") in METHODS:
+        keys.differ("AdamW", "optimizer_type")
 
 
 def experiment_method(keys: Keys, method: str) -> str | None:

@@ -108,8 +108,7 @@ def read(path: str | Path) -> Imported:
             raise UserError(f"{keys.origin}: {key}: {why}")
     model, method, setup, notes = found.reader(keys)
     ignored = _judge(keys, table)
-    said = [f"{answered} ({', '.join(asked)})" if asked else answered for answered, asked in keys.differences.items()]
-    return Imported(found.name, model, method, setup, ignored, notes, said)
+    return Imported(found.name, model, method, setup, ignored, notes, keys.told_differences())
 
 
 def _judge(keys: Keys, table: Meanings) -> list[str]:
@@ -143,17 +142,21 @@ def _of_experiment(path: Path, keys: Keys) -> Imported:
     """An experiment of PEFT's method comparison: setup and model from its training, the method from the adapter."""
     setup = peft_benchmark.setup_of(keys)
     adapted = path.with_name(peft_benchmark.ADAPTER)
-    tool, model, notes = "PEFT's method comparison", keys.text("model_id"), [peft_benchmark.LENGTHS]
+    tool, model, notes = "PEFT's method comparison", keys.text("model_id"), peft_benchmark.notes_of(keys)
+    images = f"{keys.origin}: a model of images has no built-in form: add --traced"
+    only_traced = images if peft_benchmark.of_images(keys) else None
     if not adapted.is_file():
-        return Imported(tool, model, "full", setup, [], notes)
+        return Imported(tool, model, "full", setup, [], notes, keys.told_differences(), why_traced=only_traced)
     made = _of_adapter(tool, adapted, Keys(read_json(adapted), adapted.name), meanings.meanings_of("peft"))
-    method = peft_benchmark.experiment_method(keys, made.method) if made.method else None
-    why = made.why_traced
+    known = made.method if only_traced is None else None
+    method = peft_benchmark.experiment_method(keys, known) if known else None
+    why = only_traced or made.why_traced
     if method is None and why is None:
         why = f"{keys.origin}: optimizer_type {keys.text('optimizer_type')!r} has no built-in form"
-    said = [] if method or keys.flag("autocast_adapter_dtype", True) else [peft_benchmark.IN_FP32]
+    if method is None:
+        peft_benchmark.differ_in_a_trace(keys)
     of_trace = None if method else adapted  # a method that is known has its training's optimizer and dtypes in it
-    return Imported(tool, model, method, setup, made.ignored, notes, said, of_trace, why)
+    return Imported(tool, model, method, setup, made.ignored, notes, keys.told_differences(), of_trace, why)
 
 
 # Files that lie beside training configs: keys that only they have, and what they are.

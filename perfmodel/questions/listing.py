@@ -18,7 +18,7 @@ def models() -> Rows:
     rows = []
     for name in sorted(architectures.model_names(), key=name_order):
         config = architectures.load(name)
-        if config.values["model_type"] not in architectures.supported():
+        if config.kind not in architectures.supported():
             continue
         a = architectures.from_config(config)
         rows.append(

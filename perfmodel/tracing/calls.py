@@ -13,6 +13,7 @@ from ..program.op import PLAIN, STRIDED, Attrs, Op, Spec
 from ..setup import Setup
 from .cuda_forms import cuda_forms
 from .owners import Owners
+from .programs.diffusion import of_diffusers
 from .programs.dtypes import DTYPES, TORCH_DTYPES
 from .trace import CallRecorder, call_name, eager_program, graph_nodes
 
@@ -155,6 +156,7 @@ def _host_work(program: TracedProgram, calls: Calls) -> Iterator[None]:
 
     module = program.module
     adapters = {id(m) for m in module.modules() if isinstance(m, BaseTunerLayer)}
+    checkpointed = of_diffusers(program.bare) and getattr(program.bare, "gradient_checkpointing", False)
     inner = {id(m) for a in module.modules() if id(a) in adapters for m in a.modules() if id(m) not in adapters}
 
     def called(m: torch.nn.Module, *_: Any) -> None:
@@ -162,7 +164,9 @@ def _host_work(program: TracedProgram, calls: Calls) -> Iterator[None]:
             adapted = id(m) in adapters
             calls.count("modules", int(adapted or bool(m._parameters)) + MODULES_OF_A_BLOCK * (id(m) in program.blocks))
             calls.count("adapters", int(adapted))
-            if isinstance(m, GradientCheckpointingLayer) and calls.place[1] == "forward":
+            if checkpointed and id(m) in program.blocks and calls.place[1] == "forward":
+                calls.count("checkpoints")  # of diffusers: its recompute calls the block as a module once more
+            elif isinstance(m, GradientCheckpointingLayer) and calls.place[1] == "forward":
                 calls.count("checkpoints", int(m.gradient_checkpointing))
                 calls.host[(calls.place[0], "backward"), "modules"] += MODULES_OF_A_BLOCK * m.gradient_checkpointing
 

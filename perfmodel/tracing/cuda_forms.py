@@ -1,7 +1,7 @@
 """The forms that a program takes on a GPU where the CPU's dispatch differs, for traces on fake CPU tensors.
 
-Dropout is one fused kernel with a bool mask, and scaled dot product attention one of CUDA's kernels, chosen as the tape
-chooses (`perfmodel.tape.attention`).
+Dropout is one fused kernel with a bool mask, an RMS norm of torch one kernel, and scaled dot product attention one of
+CUDA's kernels, chosen as the tape chooses (`perfmodel.tape.attention`).
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..tape.attention import CUDNN_FIRST
+from . import fused_norm
 
 aten = torch.ops.aten
 functional = torch.nn.functional
@@ -21,9 +22,10 @@ LARGEST_HEAD = 256  # of the flash and cuDNN kernels (sdp_utils.cpp)
 
 @contextmanager
 def cuda_forms(capability: str) -> Iterator[None]:
-    """Dispatch dropout and attention as CUDA does on a card of that compute capability."""
+    """Dispatch dropout, RMS norms and attention as CUDA does on a card of that compute capability."""
     with (
         patch.object(functional, "dropout", _dropout(functional.dropout)),
+        patch.object(functional, "rms_norm", fused_norm.instead_of(functional.rms_norm)),
         patch.object(functional, "scaled_dot_product_attention", _attention(capability)),
     ):
         yield

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..architectures import Config, load
+from ..architectures.config import CLASS
 from ..architectures.traits import Targets, Traits
 from ..devices import own
 from ..devices.device import profile_of
@@ -105,9 +106,14 @@ class Store:
     known: dict[str, Program] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        config = {k: v for k, v in self.config.values.items() if not k.startswith("_")}
+        config = {k: v for k, v in self.config.values.items() if k == CLASS or not k.startswith("_")}
         called = re.sub(r"[^a-z0-9.]+", "-", self.config.name.lower())[:32]
         self.start = f"{called}-{_digest(config)}"
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """The packages whose programs they are."""
+        return (*PACKAGES, "diffusers") if self.config.of_diffusers else PACKAGES
 
     @cached_property
     def facts(self) -> RecordedModel:
@@ -177,7 +183,7 @@ class Store:
             _, _, program = trace_model(self.config, unbound, one, kind, capability, region)
         except NoPolynomial:
             _, _, program = trace_model(self.config, unbound, one, kind, capability)
-        program = replace(program, made_with={name: found for name in PACKAGES if (found := _version(name))})
+        program = replace(program, made_with={name: found for name in self.packages if (found := _version(name))})
         for name in {_digest(entry), _digest({**entry, "size": list(program.at)} if program.at else entry)}:
             self.known[name] = program
             self._keep(name, files.encoded(program))
@@ -209,11 +215,11 @@ class Store:
 
     def path(self, name: str) -> Path:
         """The file of what is called so."""
-        return self.folder / f"{self.start}-{name}-{_versions()}.json.gz"
+        return self.folder / f"{self.start}-{name}-{_versions(self.packages)}.json.gz"
 
     def _files(self, name: str) -> Iterator[Path]:
         """Files that hold what is called so: that of the installed packages, of others where there are none."""
-        if all(map(_version, PACKAGES)):
+        if all(map(_version, self.packages)):
             yield self.path(name)
         else:
             yield from sorted(self.folder.glob(f"{self.start}-{name}-*.json.gz"), key=_changed, reverse=True)
@@ -248,8 +254,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _versions() -> str:
-    return _digest([version("perfmodel") if _version("perfmodel") else "", *map(_version, PACKAGES)])[:8]
+def _versions(packages: Sequence[str]) -> str:
+    return _digest([version("perfmodel") if _version("perfmodel") else "", *map(_version, packages)])[:8]
 
 
 def _changed(path: Path) -> float:

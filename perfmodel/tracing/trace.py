@@ -27,7 +27,8 @@ from .programs.dtypes import DTYPES, TORCH_DTYPES
 aten = torch.ops.aten
 
 NAMESPACES = {  # of the calls that are recorded
-    "aten", "flash_attn", "dropout_layer_norm", "flash_rotary", "bitsandbytes", "liger", "lorafusion", "unsloth",
+    "aten", "cuda_forms", "flash_attn", "dropout_layer_norm", "flash_rotary", "bitsandbytes", "liger", "lorafusion",
+    "unsloth",
 }  # fmt: skip
 
 Signature = tuple[str, tuple[Any, ...], tuple[Any, ...]]
@@ -182,7 +183,7 @@ def _is_flags(t: Any) -> bool:
 
 def call_name(func: Any) -> str:
     """An ATen function's name with its overload, as the tape writes it."""
-    name = str(func._schema.name.removeprefix("aten::"))
+    name = str(func._schema.name.removeprefix("aten::").removeprefix("cuda_forms::"))
     return f"{name}.{func._schema.overload_name}" if func._schema.overload_name else name
 
 
@@ -220,8 +221,8 @@ def _spec(t: torch.Tensor) -> tuple[str, tuple[int, ...]]:
 
 @contextmanager
 def without_remarks() -> Iterator[None]:
-    """Without what peft, transformers and the loggers of torch say of random weights and of programs that fail."""
-    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "transformers")]
+    """Without what the packages and the loggers of torch say of random weights and of programs that fail."""
+    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "transformers", "diffusers")]
     before = [logger.level for logger in loggers]
     try:
         for logger in loggers:

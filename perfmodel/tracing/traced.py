@@ -32,6 +32,7 @@ from .calls import Calls, Loss, Place, TracedProgram, record_calls
 from .growth import Term, Whole, whole
 from .parameters import parameters_of
 from .programs import adapt as adapters
+from .programs import diffusion
 from .programs.choose import in_one_line
 from .programs.stacks import stacks
 from .regions import Region
@@ -96,7 +97,7 @@ def trace_model(
 
         def make(here: Setup) -> Loss:
             inputs = {**family.inputs(base, here, "cpu"), **adapters.inputs_of(model, int(here.batch))}
-            return lambda: model(**inputs).loss
+            return lambda: family.loss(model, inputs)
 
         sizes = region.sizes(lengths=family.reads_length) if region else None
         here = capability if kind == "cuda" else None
@@ -105,13 +106,15 @@ def trace_model(
 
 
 def prepare(model: Any, setup: Setup) -> None:
-    """Turn on transformers' activation checkpointing, if the setup asks for it.
+    """Turn on activation checkpointing, as transformers or diffusers has it, if the setup asks for it.
 
     Raises:
         UserError: the model has none.
     """
     if setup.checkpoint == "none":
         return
+    if diffusion.of_diffusers(model):
+        return diffusion.turn_on_checkpoints(model, setup)
     if not hasattr(model, "activation_checkpointing_enable"):
         raise UserError("this model has no activation checkpointing of transformers; use --checkpoint none")
     reentrant = setup.checkpoint == "block-reentrant"

@@ -23,7 +23,7 @@ from perfmodel.prediction.predict import predict
 
 
 def known(name: str) -> bool:
-    return load(name).values["model_type"] in architectures.supported()
+    return load(name).kind in architectures.supported()
 
 
 @pytest.mark.parametrize(("name", "parameters"), [x for x in (*PUBLISHED.items(), *BUILT.items()) if known(x[0])])

@@ -255,7 +255,7 @@ def test_predict_and_compare_also_speak_to_people() -> None:
     ("command", "key", "names"),
     [
         ("models", "model", {n for n in architectures.model_names()
-                             if architectures.load(n).values["model_type"] in architectures.supported()}),
+                             if architectures.load(n).kind in architectures.supported()}),
         ("methods", "method", set(methods.registered())),
         ("devices", "device", set(profile.names())),
     ],

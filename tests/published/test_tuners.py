@@ -70,7 +70,7 @@ def test_the_command_ends_with_1_when_a_limit_is_missed(
 ) -> None:
     """A harness that cannot fail checks nothing."""
     chosen = [rows["lora-rank32"], rows["prompt_tuning-default"]]
-    monkeypatch.setattr(tuners, "published_tuners", lambda: chosen)
+    monkeypatch.setattr(tuners, "published_tuners", lambda source: chosen)
     monkeypatch.setattr(tuners, "evaluate_tuner", lambda row, host: outcome(row, row.seconds, factor * row.seconds))
     result = CliRunner().invoke(cli.main, ["validate", "tuners", "--json"])
     assert result.exit_code == code, result.output

@@ -25,7 +25,7 @@ REASONS = (
     ("model unknown", r"unknown model|not be fetched|not bundled|model_type .* is not supported|option '--model"),
     ("cannot be traced", r"cannot be traced|peft cannot apply"),
     ("objective", r"step is not modelled|is no SFT step|loss .*not modelled"),
-    ("images or sound", r"images or sound"),
+    ("extra not installed", r"needs the \w+ extra"),
     ("other quantised base", r"(GPTQ|quantised|4-bit) .*not modelled"),
     ("optimizer", r"optim\w*[ :].*is not modelled"),
     ("tuner without built-in form", BUILT_IN),

@@ -14,24 +14,29 @@ from . import tuners
 from .reasons import FAR, reason, reasons
 
 
-def show_tuners(*, host: str, all_rows: bool, as_json: bool) -> bool:
-    """Trace every tuner of PEFT's benchmark; print errors and rank correlation; returns whether the limits hold."""
+def show_tuners(*, images: bool, host: str, all_rows: bool, as_json: bool) -> bool:
+    """Trace every tuner of a benchmark of PEFT's; print errors and rank correlation; returns whether the limits hold.
+
+    Args:
+        images: of an image model, in the place of a language model.
+    """
     warnings.filterwarnings("ignore")
-    rows = tuners.published_tuners()
+    source = tuners.IMAGES if images else tuners.TABLE
+    rows = tuners.published_tuners(source)
     with progress() as bar:
         task = bar.add_task("tracing", total=len(rows))
         outcomes = tuners.evaluate_tuners(rows, lambda name: bar.update(task, advance=1, description=name[:40]), host)
     total = tuners.summarise_tuners(outcomes)
     if as_json:
         figures = {k: v for k, v in vars(total).items() if k != "worst"}
-        known = {"summary": {**figures, "holds": total.holds}, "rows": [_tuner_row(o) for o in outcomes]}
+        known = {"summary": {**figures, "holds": total.holds}, "rows": [_tuner_row(o, source.stem) for o in outcomes]}
         print(json.dumps(known, indent=1))
     else:
-        _print_tuners(outcomes, total, all_rows=all_rows)
+        _print_tuners(outcomes, total, source.stem, all_rows=all_rows)
     return bool(total.holds)
 
 
-def _print_tuners(outcomes: list[Any], total: Any, *, all_rows: bool) -> None:
+def _print_tuners(outcomes: list[Any], total: Any, source: str, *, all_rows: bool) -> None:
     traced = [o for o in outcomes if o.prediction]
     cells = (
         [o.row.id, units.seconds(o.row.seconds), units.seconds(o.predicted), f"{100 * o.error:+.1f} %"]
@@ -41,7 +46,7 @@ def _print_tuners(outcomes: list[Any], total: Any, *, all_rows: bool) -> None:
     show(table(("", "measured", "predicted", "error"), cells, title=title))
     for o in sorted(traced, key=lambda o: -abs(o.error)):
         if o in total.worst or abs(o.error) > FAR:
-            why = reason("peft_tuners", o.row.id)
+            why = reason(source, o.row.id)
             show(f"{o.row.id}, {100 * o.error:+.0f} %: {why}")
     for o in outcomes:
         if o.prediction is None:
@@ -56,9 +61,9 @@ def _print_tuners(outcomes: list[Any], total: Any, *, all_rows: bool) -> None:
     show("\n" + paragraph(told))
 
 
-def _tuner_row(o: Any) -> dict[str, Any]:
+def _tuner_row(o: Any, source: str) -> dict[str, Any]:
     known = {"id": o.row.id, "tuner": o.row.tuner, "measured_s": o.row.seconds, "source": o.row.source}
     if o.prediction is None:
         return {**known, "reason": o.reason}
-    why = reasons("peft_tuners").get(o.row.id)
+    why = reasons(source).get(o.row.id)
     return {**known, "predicted_s": o.predicted, "error": o.error, **({"reason": why} if why else {})}

@@ -1,7 +1,8 @@
-"""`perfmodel validate tuners`: PEFT's own benchmark, every tuner traced as `predict --traced` does it.
+"""`perfmodel validate tuners`: PEFT's own benchmarks, every tuner traced as `predict --traced` does it.
 
 data/published/peft_tuners.csv holds the step times that PEFT's method_comparison/MetaMathQA measured, one row a
-configuration of a tuner, with its adapter_config.json as text. No row was looked at to fit a price.
+configuration of a tuner, with its adapter_config.json as text; peft_image_tuners.csv those of
+method_comparison/image-gen, full fine-tuning (without a config) among them. No row was looked at to fit a price.
 """
 
 import json
@@ -17,12 +18,14 @@ from perfmodel.architectures import load as load_model
 from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
 from perfmodel.errors import UserError
+from perfmodel.methods.parts.peft_adapter import PeftAdapter
 from perfmodel.prediction.predict import Prediction, of_step
 from perfmodel.resources import DATA, read_rows
 from perfmodel.setup import Setup
 from perfmodel.tracing import traced
 
 TABLE = DATA / "published" / "peft_tuners.csv"
+IMAGES = DATA / "published" / "peft_image_tuners.csv"
 MEAN_LIMIT = 0.12  # mean |relative error| of the step time
 RANK_LIMIT = 0.9  # Spearman's correlation of predicted and measured step times
 WORST = 5
@@ -36,7 +39,7 @@ class TunerRow:
         spread: seconds between the fastest and the slowest segment of the run.
         trainable: parameters that train, as PEFT counted them.
         memory: most bytes that the allocator had reserved, over all batch shapes of the run.
-        config: the values of its adapter_config.json.
+        config: the values of its adapter_config.json; none for full fine-tuning.
     """
 
     id: str
@@ -53,7 +56,7 @@ class TunerRow:
     @property
     def tuner(self) -> str:
         """PEFT's name of the tuner."""
-        return str(self.config["peft_type"])
+        return str(self.config.get("peft_type", "full"))
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class TunerSummary:
 
 
 def published_tuners(path: Path = TABLE) -> list[TunerRow]:
-    """The table of PEFT's benchmark."""
+    """A table of PEFT's benchmarks."""
     return read_rows(path, _row)
 
 
@@ -137,7 +140,8 @@ def _predict(config: str, model: str, setup: Setup, device: str, host: str) -> P
     """Some rows differ in what changes no op (learning rate, random start), so a program is traced once."""
     values = json.loads(config)
     on = profile.load(device)
-    built, _ = traced.of_peft(load_model(model), values, setup, on)
+    method = PeftAdapter.of(values) if values else "full"
+    built, _ = traced.of_method(load_model(model), method, setup, on)
     return of_step(built, on, hosts.host_of(host, on))
 
 

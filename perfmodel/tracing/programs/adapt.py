@@ -15,6 +15,7 @@ from ...methods.parts.peft_adapter import AUTOCAST, PeftAdapter
 from ...recording.program import RecordedModel, its_own_norm
 from ..regions import bounds
 from . import models
+from .diffusion import TEXT, of_diffusers
 from .stacks import stacks
 
 _STARTS = ("pissa", "olora", "orthogonal", "corda", "loftq", "mica")  # need real weights and change no op of a step
@@ -22,23 +23,35 @@ _STARTS = ("pissa", "olora", "orthogonal", "corda", "loftq", "mica")  # need rea
 
 def layers_of(model: Any, name: str) -> RecordedModel:
     """What methods must know of a real model: its sizes, blocks and linear layers."""
-    config = model.config.get_text_config()
+    config = model.config if of_diffusers(model) else model.config.get_text_config()
     found = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"]
 
     def said(*keys: str) -> int:
         return next((n for key in keys if isinstance(n := getattr(config, key, None), int)), 0)
 
     heads = said("num_attention_heads")
+    head_dim = said("head_dim", "attention_head_dim")
+    hidden = said("hidden_size") or heads * head_dim
     path, blocks = _row_of_blocks(model, said("num_hidden_layers"))
     return RecordedModel(
-        name=name, model_type=model.config.model_type, layers=blocks,
-        hidden=said("hidden_size"), heads=heads, kv_heads=said("num_key_value_heads") or heads,
-        head_dim=said("head_dim") or said("hidden_size") // max(1, heads),
+        name=name, model_type=_model_type(model), layers=blocks,
+        hidden=hidden, heads=heads, kv_heads=said("num_key_value_heads") or heads,
+        head_dim=head_dim or hidden // max(1, heads),
         intermediate=said("intermediate_size", "ffn_dim", "n_inner"), vocab=said("vocab_size"), max_positions=None,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
         linears=tuple(found), path=path, found=_traits(model),
-        classifier=_classifier(model), limits=bounds(model.config.to_dict()),
+        classifier=_classifier(model), limits=_limits(model),
     )  # fmt: skip
+
+
+def _model_type(model: Any) -> str:
+    """As peft's tables of default targets have it; of diffusers the class."""
+    return str(getattr(model.config, "model_type", type(model).__name__))
+
+
+def _limits(model: Any) -> tuple[int, ...]:
+    """Lengths at which the program may change; a diffusion transformer has none without tokens for its image."""
+    return (1, TEXT + 1) if of_diffusers(model) else bounds(model.config.to_dict())
 
 
 def _classifier(model: Any) -> Classifier | None:
@@ -52,7 +65,7 @@ def _traits(model: Any) -> Traits:
     from peft.utils import constants
 
     def default(table: str) -> tuple[str, ...] | None:
-        names = getattr(constants, f"TRANSFORMERS_MODELS_TO_{table}_MODULES_MAPPING").get(model.config.model_type)
+        names = getattr(constants, f"TRANSFORMERS_MODELS_TO_{table}_MODULES_MAPPING").get(_model_type(model))
         return tuple(names) if isinstance(names, list) else None  # not a pattern that names must match
 
     kinds = {name.rsplit(".", 1)[-1]: type(m).__name__ for name, m in model.named_modules()}

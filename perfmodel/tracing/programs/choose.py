@@ -8,7 +8,7 @@ import torch
 from ...architectures import Config
 from ...errors import UserError, nearest
 from ...setup import Setup
-from . import causal, classifiers, masked, seq2seq, speech, vision
+from . import causal, classifiers, diffusion, masked, seq2seq, speech, vision
 from .dtypes import TORCH_DTYPES
 from .family import Family, text_inputs
 
@@ -38,6 +38,8 @@ def family_of(config: Config) -> tuple[Family, str]:
         UserError: no model_type, one that the installed transformers does not know, or none of the families'; or a
             class that none of them has.
     """
+    if config.of_diffusers:
+        return diffusion.FAMILY, diffusion.class_of(config)
     kind = config.text("model_type")
     able = [family for family in FAMILIES if kind in family.classes]
     if not able:
@@ -110,15 +112,17 @@ def config_of(config: Config) -> Any:
 
 
 def build_model(config: Config, setup: Setup, *, device: str = "meta") -> Any:
-    """The transformers model of a config, base weights in the setup's dtype.
+    """The model of transformers or diffusers that a config stands for, base weights in the setup's dtype.
 
     Raises:
-        UserError: transformers cannot build it.
+        UserError: the package cannot build it.
         torch.OutOfMemoryError, RuntimeError: the device has too little memory for it (`out_of_memory`).
     """
     import transformers
 
-    _, name = family_of(config)
+    family, name = family_of(config)
+    if family is diffusion.FAMILY:
+        return diffusion.build(config, setup, device)
     found = config_of(config)
     cls = getattr(transformers, name, None)
     if cls is None:

@@ -12,6 +12,12 @@ from ...setup import Setup
 Inputs = dict[str, torch.Tensor]
 
 
+def of_labels(model: Any, inputs: Inputs) -> torch.Tensor:
+    """The loss that a model makes of the labels among its inputs."""
+    loss: torch.Tensor = model(**inputs).loss
+    return loss
+
+
 @dataclass(frozen=True)
 class Family:
     """Models that train on the same kind of batch.
@@ -23,12 +29,14 @@ class Family:
             made under the caller's fake mode.
         only_named: whether a config stands for it only where its `architectures` says so.
         reads_length: whether a sample is as long as the setup says.
+        loss: runs the forward pass on these inputs.
         note: what a reader of a prediction must know about the batch.
     """
 
     name: str
     mapping: str
     inputs: Callable[[Any, Setup, str], Inputs]
+    loss: Callable[[Any, Inputs], torch.Tensor] = of_labels
     note: str = ""
     only_named: bool = False
     reads_length: bool = True

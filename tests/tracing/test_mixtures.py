@@ -1,0 +1,61 @@
+"""FLOPs of traced mixtures of experts: those of PyTorch's counter, on bundled dims, and of the loop over experts."""
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("peft")
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from perfmodel.architectures import Config, load
+from perfmodel.calls import costs
+from perfmodel.setup import Setup
+from perfmodel.tracing import traced
+from perfmodel.tracing.programs import build_model
+from perfmodel.tracing.trace import trace_step
+
+BLOCKS = {"qwen3-30b-a3b": 2, "gpt-oss-20b": 2, "mixtral-8x7b": 2, "deepseek-v3": 5}  # three of DeepSeek's are dense
+DEEPSEEK = {
+    "model_type": "deepseek_v3", "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 40,
+    "num_hidden_layers": 3, "first_k_dense_replace": 1, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "vocab_size": 128, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 3, "n_group": 2,
+    "topk_group": 1, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}  # fmt: skip
+
+
+def flops(config: Config, setup: Setup) -> dict[str, int]:
+    """Of full fine-tuning, traced as `--traced` does it."""
+    step, _ = traced.of_method(config, "full", setup)
+    found = {"forward": 0, "backward": 0}
+    for part, op, times in step.ops():
+        if part.phase in found:
+            found[part.phase] += costs.flops(op) * times
+    return found
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_bundled_mixtures_have_the_flops_of_the_real_program(name: str) -> None:
+    """Real widths, all kinds of blocks, a few of each: the others add the same."""
+    values = {**load(name).values, "num_hidden_layers": BLOCKS[name]}
+    if "layer_types" in values:
+        values["layer_types"] = values["layer_types"][: BLOCKS[name]]
+    config, setup = Config(values, name, name), Setup(batch=1, seq=64, attention="eager")
+    real = trace_step(build_model(config, setup), setup, "adamw-foreach")
+    assert flops(config, setup) == {phase: real.flops[phase] for phase in ("forward", "backward")}
+
+
+def test_deepseeks_experts_are_those_of_the_loop() -> None:
+    """PyTorch's counter has no formula for products by expert; what ours says is the sum of the loop's products."""
+    config, setup = Config(DEEPSEEK, "deepseek", "deepseek"), Setup(batch=2, seq=9, dtype="fp32", attention="eager")
+    model: Any = build_model(config, setup).to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            torch.nn.init.uniform_(tensor.data, -0.1, 0.1)
+    model.set_experts_implementation("eager")
+    ids = torch.zeros((2, 9), dtype=torch.long).random_(0, 100)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert sum(flops(config, setup).values()) == counter.get_total_flops()
