@@ -43,6 +43,8 @@ class Setup:
             flash kernel, copies of the grouped keys and values, and the causal saving.
         routing: how evenly the routers of a mixture of experts load them: balanced, or zipf:EXPONENT, by which the
             share of an expert falls with its rank.
+        images: images of a sample (`perfmodel.tracing` alone has them); their tokens are among its `seq`.
+        image_size: height and width of an image in pixels, before the model's processor resizes it.
         engine: what runs the step: torch, or deepspeed-zero3 (`perfmodel.recording.zero`); a method may name its own.
     """
 
@@ -61,6 +63,8 @@ class Setup:
     compile: str = "none"
     engine: str = "torch"
     routing: str = "balanced"
+    images: int = 0
+    image_size: tuple[int, int] = (448, 448)
 
     def __post_init__(self) -> None:
         for name in ("batch", "seq"):
@@ -78,6 +82,9 @@ class Setup:
             if self.dtype not in ("fp32", self.amp):
                 raise UserError(f"amp {self.amp} goes with fp32 or {self.amp} weights, got dtype {self.dtype}")
         exponent_of(self.routing)
+        object.__setattr__(self, "image_size", tuple(self.image_size))  # a list where it comes from JSON
+        if self.images < 0 or min(self.image_size) < 1:
+            raise UserError(f"images are counted from 0, their pixels from 1: got {self.images} of {self.image_size}")
         if self.attention == "flash2" and self.dtype == "fp32" and self.amp is None:
             raise UserError("attention flash2 needs a 16-bit dtype; use sdpa with fp32")
         if self.attention == "flash2" and self.padded:
