@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from click.shell_completion import CompletionItem
 
 from ..errors import UserError
 from ..setup import ATTENTION, CHECKPOINT, COMPILE, DTYPES, ENGINES, KERNELS, OPTIMIZERS
-from . import names
+from . import names, traces
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -90,6 +91,18 @@ class GridAxis(click.ParamType):  # type: ignore[type-arg]  # generic in newer r
         return tuple(found)
 
 
+class ImageSize(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
+    """Height and width in pixels: `448x672`."""
+
+    name = "HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        sides = value if isinstance(value, tuple) else tuple(value.lower().split("x"))
+        if len(sides) != 2 or not all(str(side).isdecimal() and 0 < int(side) <= 2**14 for side in sides):
+            self.fail(f"{value!r} is no size in pixels, such as 448x672", param, ctx)
+        return int(sides[0]), int(sides[1])
+
+
 class Finite(click.FloatRange):
     """A number within bounds; neither nan, which no bound keeps out, nor infinite."""
 
@@ -100,6 +113,7 @@ class Finite(click.FloatRange):
         return found
 
 
+TEXT_ALONE = "batches of text"  # how data/configs/ says that images are left out
 CONFIG = f"{__name__}.config"  # what a training config says, for the command that was given one
 
 
@@ -123,8 +137,8 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
         click.echo(f"note: {line}", err=True)
 
 
-def _check_config(ctx: click.Context) -> None:
-    """Begin the answer with how its step differs from a training config's.
+def _check_config(ctx: click.Context, traced_type: str) -> None:
+    """Begin the answer with how its step differs from a training config's, and what it was traced for.
 
     Raises:
         UserError: the config's method can only be traced, and neither that nor another method is asked for.
@@ -135,8 +149,10 @@ def _check_config(ctx: click.Context) -> None:
     typed = [ctx.get_parameter_source(name) for name in ("method", "methods", "a") if name in ctx.params]
     if found.why_traced and not ctx.params.get("traced") and ParameterSource.COMMANDLINE not in typed:
         raise UserError(found.why_traced)
-    if found.first_line and not ctx.params.get("as_json"):
-        click.echo(found.first_line + "\n")
+    by_trace = f"{traces.TRACED}: {traced_type} has no built-in form" if traced_type else ""
+    first_line = "; ".join(filter(None, (found.first_line, by_trace)))
+    if first_line and not ctx.params.get("as_json"):
+        click.echo(first_line + "\n")
 
 
 def adapter_of_config() -> Path | None:
@@ -223,6 +239,10 @@ def _how() -> tuple[Decorator, ...]:
         click.option("--clip-grad/--no-clip-grad", default=True, show_default=True, help="Clip the gradient norm."),
         click.option("--cuda-graphs", is_flag=True, help="One launch dispatches the whole step."),
         click.option("--padded", is_flag=True, help="Some samples are padded: sdpa gets an explicit mask."),
+        click.option("--images", type=click.IntRange(0, 1000), default=0, show_default=True,
+                     help="Images of a sample, for models of images and text; traced."),
+        click.option("--image-size", type=ImageSize(), default="448x448", show_default=True,
+                     help="Height and width of an image, pixels."),
         click.option("--traced", is_flag=True,
                      help="Take the steps from the real transformers + peft program: any model, any tuner. A first "
                      "trace needs the validate extra; it is kept for the next question."),
@@ -249,22 +269,47 @@ def _decorated(command: Command, where: tuple[Decorator, ...]) -> Command:
 
 
 def setup_of(options: dict[str, Any]) -> Any:
-    """The `Setup` of a command's options."""
+    """The `Setup` of a command's options; of a training config's, as a trace can follow it where only that answers."""
     from dataclasses import fields
 
     from ..setup import Setup
 
-    _check_config(click.get_current_context())
+    ctx = click.get_current_context()
+    if CONFIG in ctx.meta and options["images"]:
+        found = ctx.meta[CONFIG]
+        ctx.meta[CONFIG] = replace(found, differences=[d for d in found.differences if not d.startswith(TEXT_ALONE)])
+    if CONFIG in ctx.meta and _traces(options):
+        options, said = traces.followed(options, {name for name in options if _of_config(name)})
+        _differ([*said, *traces.slower(options["model"])])
+    _check_config(ctx, traces.traced_type(options["model"]))
     return Setup(**{f.name: options[f.name] for f in fields(Setup) if f.name in options})
 
 
 def model_of(options: dict[str, Any]) -> Any:
-    """The model of a command's options: by its name, or traced."""
-    if not options["traced"] and not options["peft_config"]:
+    """The model of a command's options: by its name, or traced, where that is asked for or nothing else can answer."""
+    if not _traces(options):
         return options["model"]
     from ..tracing.recorded import traced
 
     return traced(options["model"])
+
+
+def _traces(options: dict[str, Any]) -> bool:
+    """Whether the steps of a command come from a trace."""
+    asked = options["traced"] or options["peft_config"] or options["images"]
+    return bool(asked or traces.traced_type(options["model"]))
+
+
+def _of_config(name: str) -> bool:
+    """Whether an option has its value from a training config."""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.DEFAULT_MAP
+
+
+def _differ(said: list[str]) -> None:
+    """Note how the step that is answered differs from the training config's."""
+    ctx = click.get_current_context()
+    found = ctx.meta[CONFIG]
+    ctx.meta[CONFIG] = replace(found, differences=[*found.differences, *said])
 
 
 def methods_of(methods: Sequence[str], options: dict[str, Any], name: str = "methods", least: int = 1) -> list[Any]:
@@ -275,6 +320,10 @@ def methods_of(methods: Sequence[str], options: dict[str, Any], name: str = "met
         least: methods that stay where none was typed.
     """
     source = click.get_current_context().get_parameter_source(name)
+    if source is ParameterSource.DEFAULT_MAP and _traces(options):
+        plain = [traces.peft_alone(method) for method in methods]
+        methods = [method for method, _ in plain]
+        _differ(list(dict.fromkeys(words for _, said in plain for words in said)))
     path = options["peft_config"]
     if not path and options["traced"] and source is not click.core.ParameterSource.COMMANDLINE:
         path = adapter_of_config()
