@@ -50,7 +50,7 @@ class Gpt2(Architecture):
             scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False, add_cross_attention=False,
             scale_attn_weights=True,
         )  # fmt: skip
-        activation = config.one_of("activation_function", "gelu_new", tuple(ACTIVATIONS))
+        activation = config.one_of("activation_function", "gelu_new", ("gelu_new", "gelu"))
         return {**cls.widths(config), "activation": activation}
 
     @classmethod

@@ -62,7 +62,7 @@ def note(out: Any, made: Any) -> None:
             setattr(fake, VALUE, real)
 
 
-def forget(tensors: list[torch.Tensor]) -> None:
+def drop_values(tensors: list[torch.Tensor]) -> None:
     """Tensors that were written with what is not known."""
     for t in tensors:
         if hasattr(t, VALUE):

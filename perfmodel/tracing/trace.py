@@ -141,7 +141,7 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             out = _picking_all(func, known.with_places(func, args) if self.knows else args, kwargs)
         if self.knows and value is None:
-            known.forget(_mutated(func, args, kwargs))
+            known.drop_values(_mutated(func, args, kwargs))
         if func is aten.any.default:
             self.latest_any = weakref.ref(out)
         if func.namespace not in NAMESPACES or not self.recording:

@@ -94,6 +94,12 @@ def test_the_head_that_a_config_names_is_traced(name: str, head: str) -> None:
     assert (real.total, real.trainable) == (tape.total, tape.trainable)
 
 
+def test_cerebras_gpt_is_a_gpt2_whose_gelu_is_one_op() -> None:
+    real, tape = both("gpt2", "lora:r=4", setup_of("gpt2", batch=2, seq=16), "cuda", activation_function="gelu")
+    for phase in ("forward", "backward"):
+        assert ops(real, phase) == ops(tape, phase)
+
+
 def test_the_update_follows_from_the_list_of_parameters() -> None:
     real, tape = both("llama", "lora:r=4", setup_of("llama", batch=2, seq=16), "cpu")
     for count in (costs.flops, costs.kernels, lambda op: op.bytes_read + op.bytes_written):
