@@ -60,6 +60,8 @@ class Setup:
         cuda: the CUDA that PyTorch is built for, 12 or 13: how much of a list of tensors one launch takes.
         in_backward: whether a weight is updated as soon as its gradient is complete, which is freed then: without
             clipping, one micro-batch a step.
+        images: images of a sample (`perfmodel.tracing` alone has them); their tokens are among its `seq`.
+        image_size: height and width of an image in pixels, before the model's processor resizes it.
         engine: what runs the step: torch, or deepspeed-zero3 (`perfmodel.recording.zero`); a method may name its own.
         packing: what lies in a row of `seq` tokens: none, one sample; dense, documents behind one another under one
             causal mask; varlen, documents that attend within themselves (position ids restart and there is no mask);
@@ -93,6 +95,8 @@ class Setup:
     group_by_length: bool = False
     cuda: int = 12
     in_backward: bool = False
+    images: int = 0
+    image_size: tuple[int, int] = (448, 448)
 
     def __post_init__(self) -> None:
         for name in ("batch", "seq"):
@@ -118,6 +122,9 @@ class Setup:
             raise UserError(f"in_backward: no {what} where each gradient is gone before the next one is there")
         if self.cuda not in CUDA:
             raise UserError(f"cuda {self.cuda!r} is unknown: PyTorch is built for CUDA 12 or 13")
+        object.__setattr__(self, "image_size", tuple(self.image_size))  # a list where it comes from JSON
+        if self.images < 0 or min(self.image_size) < 1:
+            raise UserError(f"images are counted from 0, their pixels from 1: got {self.images} of {self.image_size}")
         if self.attention == "flash2" and self.dtype == "fp32" and self.amp is None:
             raise UserError("attention flash2 needs a 16-bit dtype; use sdpa with fp32")
         object.__setattr__(self, "lengths", lengths_of(self.lengths))

@@ -1,6 +1,6 @@
 """Transformer architectures: dims from a Hugging Face config.json, and the forward pass of each."""
 
-from .base import Architecture, Build, Linear, Scope, architecture, from_config, supported
+from .base import Architecture, Build, Linear, Scope, architecture, from_config, has_form, supported
 from .config import Config, load
 from .names import model_names
 
@@ -12,6 +12,7 @@ __all__ = [
     "Scope",
     "architecture",
     "from_config",
+    "has_form",
     "load",
     "model_names",
     "supported",

@@ -47,6 +47,11 @@ def supported() -> list[str]:
     return list(_REGISTRY.all())
 
 
+def has_form(model_type: str) -> bool:
+    """Whether the tape knows a model type."""
+    return _REGISTRY.get(model_type) is not None
+
+
 def from_config(config: Config) -> "Architecture":
     """The architecture of a config.json.
 

@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, pre-LayerNorm, fused qkv as Conv1D, GELU written out in tanh form.
+"""GPT-2: learned positions, pre-LayerNorm, fused qkv as Conv1D, GELU written out in tanh form (Cerebras-GPT: one op).
 
 Source: transformers/models/gpt2/modeling_gpt2.py, pytorch_utils.py (`Conv1D`).
 """
@@ -6,10 +6,11 @@ Source: transformers/models/gpt2/modeling_gpt2.py, pytorch_utils.py (`Conv1D`).
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..tape.pointwise import add, dropout, gelu_tanh
+from ..tape.pointwise import add, dropout
 from ..tape.shape import reshape, split, transpose, view
 from ..tape.tensor import Tensor
 from . import masks
+from .activations import ACTIVATIONS
 from .attend import attend
 from .base import Architecture, Scope, architecture
 from .config import Config
@@ -26,6 +27,7 @@ class Gpt2(Architecture):
     embedding_dropout: float = 0.1
     attention_dropout: float = 0.1
     residual_dropout: float = 0.1
+    activation: str = "gelu_new"
 
     softmax_form: ClassVar[str] = "value"  # of eager attention (`eager_attention`)
     layer_path: ClassVar[str] = "transformer.h"
@@ -44,12 +46,12 @@ class Gpt2(Architecture):
 
     @classmethod
     def dims(cls, config: Config) -> dict[str, Any]:
-        config.one_of("activation_function", "gelu_new", ("gelu_new",))
         config.refuse(
             scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False, add_cross_attention=False,
             scale_attn_weights=True,
         )  # fmt: skip
-        return cls.widths(config)
+        activation = config.one_of("activation_function", "gelu_new", ("gelu_new", "gelu"))
+        return {**cls.widths(config), "activation": activation}
 
     @classmethod
     def widths(cls, config: Config) -> dict[str, Any]:
@@ -124,7 +126,7 @@ class Gpt2(Architecture):
 
     def activated(self, x: Tensor) -> Tensor:
         """What is between the linear layers of the MLP."""
-        return gelu_tanh(x)
+        return ACTIVATIONS[self.activation](x)
 
     def mlp(self, layer: Scope, x: Tensor) -> Tensor:
         """Two linear layers with GELU between."""

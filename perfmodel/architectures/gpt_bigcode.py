@@ -45,6 +45,3 @@ class GptBigCode(Gpt2):
         fused = unsqueeze(layer.linear("attn.c_attn", x, self.hidden + 2 * self.head_dim, bias=True), 1)
         q, k, v = split(fused, [self.hidden, self.head_dim, self.head_dim], 3)
         return [transpose(view(q, (*x.shape[:-1], self.heads, self.head_dim)), 1, 2), k, v]
-
-    def activated(self, x: Tensor) -> Tensor:
-        return ACTIVATIONS[self.activation](x)

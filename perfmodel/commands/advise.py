@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from . import names
-from .options import Lists, answer_json, methods_of, model_of, setup_of, setup_options
+from .given_config import answer_json
+from .options import Lists, methods_of, model_of, setup_of, setup_options
 
 GARBAGE = 1_000_000  # objects between passes of the cycle collector: nearly all that a search makes is kept to its end
 PREFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "KI": 2.0**10, "MI": 2.0**20, "GI": 2.0**30}

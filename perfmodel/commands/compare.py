@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from .options import Lists, answer_json, methods_of, methods_option, model_of, setup_of, setup_options
+from .given_config import answer_json
+from .options import Lists, methods_of, methods_option, model_of, setup_of, setup_options
 
 
 @click.command(cls=Lists)

@@ -2,8 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,9 @@ from ..setup import (
     OPTIMIZERS,
     PACKING,
     REFERENCES,
-    WITHIN,
 )
-from . import names
+from . import names, traces
+from .given_config import adapter_of_config, config_option, differ, is_traced, on_its_model, settled
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -104,6 +102,18 @@ class GridAxis(click.ParamType):  # type: ignore[type-arg]  # generic in newer r
         return tuple(found)
 
 
+class ImageSize(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
+    """Height and width in pixels: `448x672`."""
+
+    name = "HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        sides = value if isinstance(value, tuple) else tuple(value.lower().split("x"))
+        if len(sides) != 2 or not all(str(side).isdecimal() and 0 < int(side) <= 2**14 for side in sides):
+            self.fail(f"{value!r} is no size in pixels, such as 448x672", param, ctx)
+        return int(sides[0]), int(sides[1])
+
+
 class Finite(click.FloatRange):
     """A number within bounds; neither nan, which no bound keeps out, nor infinite."""
 
@@ -112,124 +122,6 @@ class Finite(click.FloatRange):
         if not math.isfinite(found):
             self.fail(f"{value!r} is not a finite number", param, ctx)
         return found
-
-
-CONFIG = f"{__name__}.config"  # what a training config says, for the command that was given one
-
-
-def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
-    """Take a training config's values as the defaults of the command; what is typed wins."""
-    if path is None:
-        return
-    from ..imports import read
-
-    found = read(path)
-    defaults: dict[str, Any] = {name: value for name, value in found.setup.items() if value is not None}
-    if found.model:
-        defaults["model"] = found.model
-    if found.method:
-        defaults |= {"method": found.method, "methods": ("full", found.method)}
-    ctx.default_map = defaults
-    ctx.meta[CONFIG] = found
-    said = [f"{path.name} ({found.tool}): {found.method or 'no method'}"]
-    said += [f"ignored, as of no weight here: {', '.join(found.ignored)}"] if found.ignored else []
-    for line in [*said, *found.notes]:
-        click.echo(f"note: {line}", err=True)
-
-
-def _check_config(ctx: click.Context, options: dict[str, Any]) -> None:
-    """Begin the answer with how its step differs from a training config's, whose packing may have to be another.
-
-    Raises:
-        UserError: the config's method can only be traced, and neither that nor another method is asked for.
-    """
-    found = ctx.meta.get(CONFIG)
-    if found is None:
-        return
-    typed = [ctx.get_parameter_source(name) for name in ("method", "methods", "a") if name in ctx.params]
-    if found.why_traced and not ctx.params.get("traced") and ParameterSource.COMMANDLINE not in typed:
-        raise UserError(found.why_traced)
-    if options["lengths"] or ctx.get_parameter_source("packing") == ParameterSource.COMMANDLINE:
-        found = ctx.meta[CONFIG] = found.with_lengths()
-    if _packs_otherwise(ctx, options):
-        found = ctx.meta[CONFIG] = found.across_samples(options["packing"])
-        options["packing"] = "dense"
-    if found.first_line and not ctx.params.get("as_json"):
-        click.echo(found.first_line + "\n")
-
-
-def _packs_otherwise(ctx: click.Context, options: dict[str, Any]) -> bool:
-    """Whether a training config asks for attention within packed documents where that is not modelled."""
-    if options["packing"] not in WITHIN or ctx.get_parameter_source("packing") != ParameterSource.DEFAULT_MAP:
-        return False
-    if options["traced"] or options["peft_config"]:
-        return True
-    from ..prediction.predict import architecture_of
-
-    model = architecture_of(options["model"])
-    return not model.traits.packs or model.classifier is not None
-
-
-def _on_its_model(command: Command) -> Command:
-    """The command with a training config's step in the form that it has on the model; what is typed stays."""
-
-    @wraps(command)
-    def run(**options: Any) -> Any:
-        ctx = click.get_current_context()
-        found = ctx.meta.get(CONFIG)
-        if found is not None and not options["traced"] and not options["peft_config"]:
-            taken, from_config = [], click.core.ParameterSource.DEFAULT_MAP
-            for fallback in _fallbacks(found, options["model"]):
-                for name in (fallback.option, "methods") if fallback.option == "method" else (fallback.option,):
-                    if ctx.get_parameter_source(name) is from_config:
-                        options[name] = ("full", fallback.value) if name == "methods" else fallback.value
-                        taken += [fallback.said] if fallback.said else []
-            ctx.meta[CONFIG] = replace(found, differences=[*found.differences, *taken])
-        return command(**options)
-
-    return run
-
-
-def _fallbacks(found: Any, model: str) -> list[Any]:
-    """None for a model that is not known: the command says so itself."""
-    from ..architectures import from_config, load
-    from ..imports.fallbacks import fallbacks
-
-    try:
-        return list(fallbacks(found, from_config(load(model))))
-    except UserError:
-        return []
-
-
-def adapter_of_config() -> Path | None:
-    """The adapter_config.json that --config names, or lies beside what it names: what a trace takes."""
-    found = click.get_current_context().meta.get(CONFIG)
-    return found.adapter if found is not None else None
-
-
-def difference_from_config() -> str:
-    """How the step differs from that of the training config that was given, if it does."""
-    found = click.get_current_context().meta.get(CONFIG)
-    return found.first_line if found is not None else ""
-
-
-def answer_json(value: dict[str, Any]) -> None:
-    """Print an answer as JSON, with how its step differs from a training config's."""
-    from ..report.plain import print_json
-
-    found = click.get_current_context().meta.get(CONFIG)
-    print_json(value if found is None else {"differs_from_config": found.differences, **value})
-
-
-config_option = click.option(
-    "--config",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    is_eager=True,
-    expose_value=False,
-    callback=_read_config,
-    help="Take model, method and setup from a PEFT, TRL, Transformers, Axolotl or LLaMA-Factory file; "
-    "what is typed beside it wins.",
-)
 
 
 def _where(*, grid: bool) -> tuple[Decorator, ...]:
@@ -307,6 +199,10 @@ def _how() -> tuple[Decorator, ...]:
                      "loss may count completions only changes labels, neither time nor memory."),
         click.option("--group-by-length/--no-group-by-length", default=False, show_default=True,
                      help="Samples of similar length share a micro-batch."),
+        click.option("--images", type=click.IntRange(0, 1000), default=0, show_default=True,
+                     help="Images of a sample, for models of images and text; traced."),
+        click.option("--image-size", type=ImageSize(), default="448x448", show_default=True,
+                     help="Height and width of an image, pixels."),
         click.option("--traced", is_flag=True,
                      help="Take the steps from the real transformers + peft program: any model, any tuner. A first "
                      "trace needs the validate extra; it is kept for the next question."),
@@ -327,25 +223,25 @@ def grid_options(command: Command) -> Command:
 
 
 def _decorated(command: Command, where: tuple[Decorator, ...]) -> Command:
-    command = _on_its_model(command)
+    command = on_its_model(command)
     for decorate in reversed((*where, *_how())):
         command = decorate(command)
     return command
 
 
 def setup_of(options: dict[str, Any]) -> Any:
-    """The `Setup` of a command's options."""
+    """The `Setup` of a command's options; of a training config's, as a trace can follow it where only that answers."""
     from dataclasses import fields
 
     from ..setup import Setup
 
-    _check_config(click.get_current_context(), options)
+    options = settled(options)
     return Setup(**{f.name: options[f.name] for f in fields(Setup) if f.name in options})
 
 
 def model_of(options: dict[str, Any]) -> Any:
-    """The model of a command's options: by its name, or traced."""
-    if not options["traced"] and not options["peft_config"]:
+    """The model of a command's options: by its name, or traced, where that is asked for or nothing else can answer."""
+    if not is_traced(options):
         return options["model"]
     from ..tracing.recorded import traced
 
@@ -360,6 +256,10 @@ def methods_of(methods: Sequence[str], options: dict[str, Any], name: str = "met
         least: methods that stay where none was typed.
     """
     source = click.get_current_context().get_parameter_source(name)
+    if source is ParameterSource.DEFAULT_MAP and is_traced(options):
+        plain = [traces.peft_alone(method) for method in methods]
+        methods = [method for method, _ in plain]
+        differ(list(dict.fromkeys(words for _, said in plain for words in said)))
     path = options["peft_config"]
     if not path and options["traced"] and source is not click.core.ParameterSource.COMMANDLINE:
         path = adapter_of_config()

@@ -6,7 +6,8 @@ import click
 
 from ..errors import UserError
 from . import names
-from .options import answer_json, methods_of, model_of, setup_of, setup_options
+from .given_config import answer_json
+from .options import methods_of, model_of, setup_of, setup_options
 
 
 @click.command()

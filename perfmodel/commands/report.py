@@ -9,10 +9,10 @@ from typing import Any
 import click
 
 from ..report.plain import print_json
+from .given_config import difference_from_config
 from .options import (
     Lists,
     axes_of,
-    difference_from_config,
     methods_of,
     methods_option,
     model_of,

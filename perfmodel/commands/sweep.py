@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from ..errors import UserError
-from .options import GridAxis, Lists, answer_json, grid_options, methods_of, methods_option, model_of, setup_of
+from .given_config import answer_json
+from .options import GridAxis, Lists, grid_options, methods_of, methods_option, model_of, setup_of
 
 PRINTED = 100_000  # rows that go to the terminal as JSON; more belong in a file
 

@@ -24,7 +24,7 @@ from ..program.streams import MAIN, Run
 from ..tape.tensor import Parameter
 from .program import LiveBytes, Numbers, Program
 
-FORM = "perfmodel recorded program 1"
+FORM = "perfmodel recorded program 2"
 FAULTS = (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError)
 UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError)
 
@@ -97,7 +97,8 @@ def encoded(program: Program) -> dict[str, Any]:
         "ops": tables.ops,
         "specs": tables.specs,
         "parameters": [
-            [p.name, list(p.shape), p.dtype, p.kind, p.requires_grad, p.used, p.count] for p in program.parameters
+            [p.name, list(p.shape), p.dtype, p.kind, p.requires_grad, p.used, p.count, p.elements]
+            for p in program.parameters
         ],
         "live": {
             "checked": _halves(program.live.checked),
@@ -215,9 +216,11 @@ def _op(entry: dict[str, Any], specs: list[Spec]) -> Op:
     )
 
 
-def _parameter(name: str, shape: list[int], dtype: str, kind: str, trains: bool, used: bool, count: int) -> Parameter:
+def _parameter(
+    name: str, shape: list[int], dtype: str, kind: str, trains: bool, used: bool, count: int, elements: int
+) -> Parameter:
     p = Parameter(str(name), tuple(map(int, shape)), _dtype(dtype), kind=str(kind), trainable=bool(trains))
-    p.used, p.count = bool(used), int(count)
+    p.used, p.count, p.elements = bool(used), int(count), int(elements)
     return p
 
 

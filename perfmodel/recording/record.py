@@ -185,6 +185,8 @@ def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
     """Raise `UserError` where the setup's kernels or attention do not fit the model; a recorded one says so itself."""
     if architecture.recorded:
         return
+    if setup.images:
+        raise UserError(f"images: the tape has {architecture.name} with text alone: add --traced")
     if setup.engine != "torch":
         zero.check_zero3(setup, method)
     if setup.attention not in architecture.traits.attention:

@@ -1,5 +1,6 @@
 """The calls of one traced step, as `Op`s that can be counted and priced."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +19,7 @@ from .programs.dtypes import DTYPES, TORCH_DTYPES
 from .trace import CallRecorder, call_name, eager_program, graph_nodes
 
 MODULES_OF_A_BLOCK = 4  # as `perfmodel.architectures.base` counts them
+_NUMBER = re.compile(r"\.\d+(?=\.)")
 Place = tuple[int, str]  # micro-batch (0 the first, 1 a further one) and phase
 Key = tuple[int, str, Any]
 Loss = Callable[[], torch.Tensor]
@@ -36,6 +38,7 @@ class Calls:
         place: the micro-batch and phase that run now.
         cuda: whether the calls stand for those on a GPU.
         owners: tells whose they are.
+        reached: parameters that got a gradient, by their names without the numbers of blocks (`unnumbered`).
     """
 
     cuda: bool = False
@@ -46,6 +49,7 @@ class Calls:
     order: list[Key] = field(default_factory=list)
     live: tuple[list[Any], list[Any]] = field(default_factory=lambda: ([], []))
     place: Place = (0, "forward")
+    reached: set[str] = field(default_factory=set)
 
     def keep(self, phase: str, func: Any, inputs: Any, outputs: Any, arguments: Any) -> None:
         """Note one call."""
@@ -100,7 +104,7 @@ def record_calls(program: TracedProgram, setup: Setup, *, warm: bool = False) ->
     module, capability = program.module, program.capability
     owners = Owners(module, program.bare)
     calls = Calls(cuda=capability is not None, owners=owners)
-    recorder = CallRecorder(dense=not setup.padded, keep=calls.keep)
+    recorder = CallRecorder(dense=not setup.padded, keep=calls.keep, knows=setup.images > 0)
     forms = cuda_forms(capability) if capability else nullcontext()
     with eager_program(), forms, owners.followed(), _host_work(program, calls):
         if not warm:
@@ -113,8 +117,14 @@ def record_calls(program: TracedProgram, setup: Setup, *, warm: bool = False) ->
             halves = _micro_batch(program.loss, setup, recorder, calls, micro)
             for live, half in zip(calls.live, halves, strict=True):
                 live += [nbytes - held for nbytes in half]
+        calls.reached |= {unnumbered(name) for name, p in module.named_parameters() if p.grad is not None}
         module.zero_grad(set_to_none=True)
     return calls
+
+
+def unnumbered(name: str) -> str:
+    """A parameter's name without the numbers of blocks: what holds for those that are traced holds for the others."""
+    return _NUMBER.sub("", name)
 
 
 def _warm_up(program: TracedProgram, recorder: CallRecorder) -> None:

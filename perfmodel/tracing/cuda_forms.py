@@ -1,7 +1,7 @@
 """The forms that a program takes on a GPU where the CPU's dispatch differs, for traces on fake CPU tensors.
 
-Dropout is one fused kernel with a bool mask, an RMS norm of torch one kernel, and scaled dot product attention one of
-CUDA's kernels, chosen as the tape chooses (`perfmodel.tape.attention`).
+Dropout is one fused kernel with a bool mask, an RMS norm of torch one kernel, scaled dot product attention one of
+CUDA's kernels, chosen as the tape chooses (`perfmodel.tape.attention`), and autocast casts more (`autocast`).
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..tape.attention import CUDNN_FIRST
 from . import fused_norm
+from .autocast import autocast_operands, cuda_autocast
 
 aten = torch.ops.aten
 functional = torch.nn.functional
@@ -22,8 +23,9 @@ LARGEST_HEAD = 256  # of the flash and cuDNN kernels (sdp_utils.cpp)
 
 @contextmanager
 def cuda_forms(capability: str) -> Iterator[None]:
-    """Dispatch dropout, RMS norms and attention as CUDA does on a card of that compute capability."""
+    """Dispatch dropout, RMS norms, attention and autocast as CUDA does on a card of that compute capability."""
     with (
+        cuda_autocast(),
         patch.object(functional, "dropout", _dropout(functional.dropout)),
         patch.object(functional, "rms_norm", fused_norm.instead_of(functional.rms_norm)),
         patch.object(functional, "scaled_dot_product_attention", _attention(capability)),
@@ -47,6 +49,7 @@ def _attention(capability: str) -> Any:
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
         dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> torch.Tensor:  # fmt: skip
+        query, key, value, attn_mask = autocast_operands(query, key, value, attn_mask)
         kernel = _choose(query, key, value, attn_mask, capability)
         if kernel == "math":
             with sdpa_kernel(SDPBackend.MATH):

@@ -41,7 +41,7 @@ def predict_module(
     by = hosts.host_of(host, on)
     called = name or type(module).__name__
     setup = setup or _setup(module, inputs)
-    check_setup(setup, on.kind)
+    check_setup(setup)
     model = _without_data(module)
     prepare(model, setup)
 

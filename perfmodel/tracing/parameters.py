@@ -7,27 +7,38 @@ from typing import Any
 import torch
 
 from ..tape.tensor import Parameter
+from .calls import unnumbered
 from .programs.dtypes import DTYPES
 
 _WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer(?=\.)|\.default(?=\.weight$|$)")
 
 
-def parameters_of(model: Any, base: Set[str]) -> list[Parameter]:
+def parameters_of(model: Any, base: Set[str], reached: Set[str]) -> list[Parameter]:
     """Every parameter once, in the model's order, by the name that it has without peft's wrappers.
 
     Args:
         base: names of the bare model's parameters; what else there is belongs to an adapter.
+        reached: which got a gradient (`Calls.reached`).
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    packed = stood_for(model)
     made = []
     for name, tensor in model.named_parameters():
         short = name if name in base else _WRAPPERS.sub("", name)
         kind = "embedding" if id(tensor) in embeddings else _kind(short, tensor, base)
+        kind = "scale" if packed.get(id(tensor)) == 0 else kind
         dtype = DTYPES.get(tensor.dtype, "fp32")
         parameter = Parameter(short, tuple(tensor.shape), dtype, kind=kind, trainable=tensor.requires_grad)
-        parameter.used = tensor.requires_grad
+        parameter.used = tensor.requires_grad and unnumbered(name) in reached
+        parameter.elements = packed.get(id(tensor), parameter.elements)
         made.append(parameter)
     return made
+
+
+def stood_for(model: Any) -> dict[int, int]:
+    """How many parameters of the model the tensors of quantised layers stand for, by their identities."""
+    layers = [m for m in model.modules() if hasattr(m, "stands_for")]
+    return {id(getattr(m, name)): n for m in layers for name, n in m.stands_for.items()}
 
 
 def _kind(name: str, tensor: torch.Tensor, base: Set[str]) -> str:

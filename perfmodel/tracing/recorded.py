@@ -41,7 +41,8 @@ from .regions import Region, region_of
 from .setups import check_setup
 
 PACKAGES = ("torch", "transformers", "peft")
-OF_PROGRAM = ("dtype", "amp", "checkpoint", "attention", "padded")  # fields of a setup that change what is traced
+# fields of a setup that change what is traced
+OF_PROGRAM = ("dtype", "amp", "checkpoint", "attention", "padded", "images", "image_size")
 MOST_TRACED = 4  # sizes of a grid that are traced one by one where they do not follow from each other
 
 
@@ -143,7 +144,7 @@ class Store:
             UserError: it cannot be recorded, or a grid has many sizes whose programs do not follow from each other.
             MixedStructure: the sizes of a grid do not share one program.
         """
-        check_setup(setup, kind)
+        check_setup(setup)
         single: dict[str, Any] = {f.name: only(v) for f in fields(method) if _is_array(v := getattr(method, f.name))}
         method = replace(method, **single)
         region = region_of(setup, self.facts.limits)

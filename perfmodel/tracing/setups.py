@@ -4,12 +4,8 @@ from ..errors import UserError
 from ..setup import Setup
 
 
-def check_setup(setup: Setup, kind: str) -> None:
+def check_setup(setup: Setup) -> None:
     """Raise `UserError` where a setup asks for what a trace on the CPU cannot follow."""
-    if setup.amp and kind == "cuda":
-        raise UserError(
-            "--traced cannot follow --amp on a GPU: the trace runs on the CPU, whose autocast casts other ops"
-        )
     if setup.attention == "flash2":
         raise UserError(
             "--traced cannot follow --attention flash2: the flash-attn package runs on a GPU only; use sdpa"

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..setup import Setup
+from . import known
 from .programs import updates
 from .programs.dtypes import DTYPES, TORCH_DTYPES
 
@@ -75,8 +76,11 @@ class Trace:
 class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records non-view ATen calls with shapes and dtypes, and replays storage lifetimes by weak reference."""
 
-    def __init__(self, *, dense: bool = True, keep: Callable[[str, Any, Any, Any, Any], None] | None = None) -> None:
+    def __init__(
+        self, *, dense: bool = True, keep: Callable[[str, Any, Any, Any, Any], None] | None = None, knows: bool = False
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.knows = knows  # whether values of small tensors are followed (`known`)
         self.keep = keep  # called with (phase, function, inputs, outputs, arguments) of every call, views included
         self.trace = Trace()
         self.phase = ""
@@ -94,7 +98,7 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for table in (self.trace.views, self.trace.bytes):
             table.setdefault(phase, 0)
         self.trace.calls.setdefault(phase, Counter())
-        with self:
+        with self, known.read_by_factories() if self.knows else nullcontext():
             yield
 
     def hold(self, tensors: Any) -> None:
@@ -120,7 +124,10 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is aten._local_scalar_dense.default:
+        value = known.result_of(func, args, kwargs) if self.knows else None
+        if value is not None:
+            out = value if func is aten._local_scalar_dense.default else self._with_value(func, args, kwargs, value)
+        elif func is aten._local_scalar_dense.default:
             try:
                 out = func(*args, **kwargs)
             except (
@@ -133,7 +140,9 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 else:
                     out = self.dense if args[0].dim() == 0 else True
         else:
-            out = _picking_all(func, args, kwargs)
+            out = _picking_all(func, known.with_places(func, args) if self.knows else args, kwargs)
+        if self.knows and value is None:
+            known.drop_values(_mutated(func, args, kwargs))
         if func is aten.any.default:
             self.latest_any = weakref.ref(out)
         if func.namespace not in NAMESPACES or not self.recording:
@@ -154,6 +163,14 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._watch(t)
         self.trace.peak = max(self.trace.peak, self.live)
         self.live_after.append(self.live)
+        return out
+
+    def _with_value(self, func: Any, args: Any, kwargs: Any, value: Any) -> Any:
+        try:
+            out = func(*args, **kwargs)
+        except DynamicOutputShapeException:
+            out = known.like(value)
+        known.note(out, value)
         return out
 
 

@@ -30,6 +30,7 @@ from ..setup import Setup
 from . import programs
 from .calls import Calls, Loss, Place, TracedProgram, record_calls
 from .growth import Term, Whole, whole
+from .kernels import check_scan
 from .parameters import parameters_of
 from .programs import adapt as adapters
 from .programs import diffusion
@@ -86,13 +87,16 @@ def trace_model(
         UserError: peft or transformers cannot build it, or it cannot be traced.
         NoPolynomial: its program at other sizes of the region does not follow from a few.
     """
-    check_setup(setup, kind)
-    family, _ = programs.family_of(config)
+    check_setup(setup)
+    check_scan(config.name, config.text("model_type"), int(setup.seq))
+    family, name = programs.family_of(config)
+    if setup.images and not family.takes_images:
+        raise UserError(f"--images: {name} takes no images")
     with without_remarks():
         base = programs.build_model(config, setup)
         names = frozenset(name for name, _ in base.named_parameters())
         facts = adapters.layers_of(base, config.name)
-        model, bound = adapters.adapted(base, method, facts)
+        model, bound = adapters.adapted(base, method, facts, setup)
         prepare(model, setup)
 
         def make(here: Setup) -> Loss:
@@ -102,7 +106,7 @@ def trace_model(
         sizes = region.sizes(lengths=family.reads_length) if region else None
         here = capability if kind == "cuda" else None
         program = trace(model, make, setup, here, config.name, bare=base, names=names, sizes=sizes)
-    return facts, bound, replace(program, notes=programs.notes_of(config))
+    return facts, bound, replace(program, notes=programs.notes_of(config, setup))
 
 
 def prepare(model: Any, setup: Setup) -> None:
@@ -162,7 +166,7 @@ def trace(
     except Exception as error:  # whatever a foreign program raises on fake tensors
         raise UserError(f"{name} cannot be traced: {in_one_line(error)}") from error
     size = None if sizes else (int(setup.batch), int(setup.seq))
-    return program_of(made, parameters_of(model, names), min(setup.grad_accum, 2), size)
+    return program_of(made, parameters_of(model, names, at.reached), min(setup.grad_accum, 2), size)
 
 
 @dataclass
@@ -178,6 +182,7 @@ class _At:
 
     def __post_init__(self) -> None:
         self.losses: dict[Size, Loss] = {}
+        self.reached: set[str] = set()  # parameters that got a gradient (`Calls.reached`)
         self.asked: Size = int(self.setup.batch), int(self.setup.seq)
 
     def once(self, warm: bool) -> Calls:
@@ -202,9 +207,10 @@ class _At:
         setup = replace(self.setup, batch=size[0], seq=size[1])
         if size not in self.losses:
             self.losses[size] = self.make(setup)
-        return record_calls(
-            TracedProgram(self.model, self.bare, self.losses[size], self.blocks, self.capability), setup, warm=warm
-        )
+        traced = TracedProgram(self.model, self.bare, self.losses[size], self.blocks, self.capability)
+        calls = record_calls(traced, setup, warm=warm)
+        self.reached |= calls.reached
+        return calls
 
 
 def program_of(made: Whole, parameters: list[Any], micro_batches: int, size: Size | None) -> Program:

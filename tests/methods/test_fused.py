@@ -9,7 +9,6 @@ from helpers import architecture_of, by_phase, calls_by_name, config_of, setup_o
 pytest.importorskip("transformers")
 
 import reference_fused as reference
-import reference_int8
 import reference_lora
 import torch
 
@@ -17,11 +16,11 @@ from perfmodel import methods, predict
 from perfmodel.architectures import from_config, load
 from perfmodel.errors import UserError
 from perfmodel.methods.lora import Lora
-from perfmodel.methods.lora_8bit import Lora8bit
+from perfmodel.methods.parts.quantised import QuantisedLora
 from perfmodel.prediction import memory
 from perfmodel.recording.record import build
 from perfmodel.setup import Setup
-from perfmodel.tracing.programs import models
+from perfmodel.tracing.programs import low_bit, models
 from perfmodel.tracing.trace import trace_step
 from validate.oracle import counts
 from validate.oracle.cases import Case
@@ -33,10 +32,8 @@ def differences(name: str, spec: str, layers: int | None = None, **options: Any)
     method = methods.parse(spec).bind(architecture)
     step = build(architecture, method, setup, "cpu", view_replay=True)
     model = models.build_model(config, setup)
-    if isinstance(method, Lora8bit):
-        model = reference_int8.quantise(model, method, architecture)
-    else:
-        model = reference.quantise(model, method, architecture, setup)
+    assert isinstance(method, QuantisedLora)
+    model = reference.quantise(model, method, architecture, setup)
     total = reference.elements(model)
     trace = trace_step(model, setup, step.optimizer)
     trace.total = total
@@ -114,13 +111,13 @@ def test_lora_on_an_8_bit_base_equals_the_reference(name: str, spec: str, option
 def test_the_reference_of_qlora_computes_with_the_dequantised_weight() -> None:
     """The hand-written backward of the 4-bit layer gives what autograd gives on the dequantised weight."""
     base = torch.nn.Linear(128, 64)
-    layer = reference.Linear4bit(base, torch.float32, double_quant=True)
+    layer = low_bit.Linear4bit(base, torch.float32, double_quant=True)
     layer.weight.data = torch.randint(0, 256, layer.weight.shape, dtype=torch.uint8)
     layer.absmax.data = torch.randint(0, 256, layer.absmax.shape, dtype=torch.uint8)
     for scale in (layer.nested_absmax, layer.nested_quant_map, layer.offset):
         torch.nn.init.uniform_(scale, 0.5, 1.0)
     x = torch.randn(2, 3, 128, requires_grad=True)
-    weight = reference.dequantized(layer.weight, layer.quant_state)
+    weight = low_bit.dequantized(layer.weight, layer.quant_state)
     assert weight.shape == base.weight.shape
     y, expected = layer(x), torch.nn.functional.linear(x, weight, base.bias)
     assert torch.allclose(y, expected)

@@ -16,7 +16,6 @@ from perfmodel import cli
 from perfmodel.architectures import load
 from perfmodel.calls import costs
 from perfmodel.devices import host, profile
-from perfmodel.errors import UserError
 from perfmodel.prediction.memory import peak_bytes
 from perfmodel.prediction.predict import of_step, predict, resolve
 from perfmodel.recording import record
@@ -95,6 +94,12 @@ def test_the_head_that_a_config_names_is_traced(name: str, head: str) -> None:
     assert (real.total, real.trainable) == (tape.total, tape.trainable)
 
 
+def test_cerebras_gpt_is_a_gpt2_whose_gelu_is_one_op() -> None:
+    real, tape = both("gpt2", "lora:r=4", setup_of("gpt2", batch=2, seq=16), "cuda", activation_function="gelu")
+    for phase in ("forward", "backward"):
+        assert ops(real, phase) == ops(tape, phase)
+
+
 def test_the_update_follows_from_the_list_of_parameters() -> None:
     real, tape = both("llama", "lora:r=4", setup_of("llama", batch=2, seq=16), "cpu")
     for count in (costs.flops, costs.kernels, lambda op: op.bytes_read + op.bytes_written):
@@ -163,9 +168,39 @@ def test_a_peft_config_and_a_method_exclude_each_other(tmp_path: Path) -> None:
     assert CliRunner().invoke(cli.main, arguments).exit_code == 2
 
 
-def test_autocast_on_a_gpu_is_refused() -> None:
-    with pytest.raises(UserError, match="--amp"):
-        predict(recorded.traced("gpt2"), "full", Setup(dtype="fp32", amp="bf16"), "l40s")
+@pytest.mark.parametrize(
+    ("name", "method", "options"),
+    [
+        ("llama", "lora:r=4", {"dtype": "bf16"}),
+        ("llama", "lora:r=4,targets=all-linear,dropout=0.1", {"dtype": "fp32", "checkpoint": "block"}),
+        ("qwen2", "full", {"dtype": "fp32", "attention": "eager"}),
+        ("gpt2", "lora:r=4", {"dtype": "fp32", "grad_accum": 2}),
+        ("bert", "full", {"dtype": "fp32"}),
+    ],
+)
+def test_autocast_casts_what_it_casts_on_a_gpu(name: str, method: str, options: dict[str, Any]) -> None:
+    """Most training configs ask for it; on a GPU it widens norms, softmax and powers, which the CPU's leaves as is."""
+    real, tape = both(name, method, setup_of(name, batch=2, seq=16, amp="bf16", **options), "cuda")
+    for phase in ("forward", "backward"):
+        assert ops(real, phase) == ops(tape, phase)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "options"),
+    [
+        ("llama", "qlora:r=4", {"dtype": "bf16"}),
+        ("llama", "qlora:r=4,targets=all-linear,dropout=0.1", {"dtype": "bf16", "amp": "bf16"}),
+        ("qwen2", "qlora:r=4,double_quant=false", {"dtype": "bf16", "checkpoint": "block"}),
+        ("llama", "lora_8bit:r=4,targets=all-linear", {"dtype": "bf16"}),
+    ],
+)
+def test_quantised_bases_are_those_of_the_tape(name: str, method: str, options: dict[str, Any]) -> None:
+    """Half of the configs that only a trace can answer have a 4-bit base; bitsandbytes need not be installed for it."""
+    real, tape = both(name, method, setup_of(name, batch=2, seq=16, **options), "cuda")
+    for phase in ("forward", "backward"):
+        assert ops(real, phase) == ops(tape, phase)
+    assert (real.total, real.trainable) == (tape.total, tape.trainable)
+    assert int(peak_bytes(real)) == pytest.approx(int(peak_bytes(tape)), rel=0.01)
 
 
 def test_equal_ops_take_equal_time() -> None:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from perfmodel.cli import main
+from perfmodel.commands import traces
 from perfmodel.imports import DIFFERS, NO_TRAINING
 from perfmodel.resources import DATA, read_rows
 
@@ -93,7 +94,9 @@ def _row(repository: str, commit: str, file: str, options: list[str], *, model: 
     read = re.search(r"^note: \S+ \(([^)]+)\): (\S+)", told, re.MULTILINE)
     tool, method = read.groups() if read else ("", "")
     if outcome in (ANSWERED, TRACED):
-        first = out.partition("\n\n")[0] if out.startswith(DIFFERS) else ""
+        begin = out.partition("\n\n")[0]
+        outcome = TRACED if traces.TRACED in begin else outcome
+        first = begin if begin.startswith((DIFFERS, traces.TRACED)) else ""
         return ConfigRow(repository, commit, file, tool, method, outcome, "", _line(first))
     complaint = _line(told.rstrip().rsplit("\n", 1)[-1].removeprefix("perfmodel: "))
     if outcome == REFUSED and NO_TRAINING in complaint:

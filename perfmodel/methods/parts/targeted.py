@@ -85,9 +85,10 @@ class Targeted(Method):
             )
 
     def _matched(self, layer: int) -> tuple[str, ...]:
-        """The linear layers of a block that the targets match."""
+        """The linear layers of a block that the targets match; a recorded model names all of its own by whole paths."""
         assert self.architecture is not None
-        return tuple(name for name in self.architecture.linear_names() if self.targets_layer(name, layer))
+        block = None if self.architecture.recorded else layer
+        return tuple(name for name in self.architecture.linear_names() if self.targets_layer(name, block))
 
     def _check_saved(self) -> None:
         assert self.architecture is not None

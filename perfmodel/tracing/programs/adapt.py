@@ -12,7 +12,9 @@ from ...architectures.traits import Targets, Traits
 from ...errors import UserError, nearest
 from ...methods import Method
 from ...methods.parts.peft_adapter import AUTOCAST, PeftAdapter
+from ...methods.parts.quantised import QuantisedLora
 from ...recording.program import RecordedModel, its_own_norm
+from ...setup import Setup
 from ..regions import bounds
 from . import models
 from .diffusion import TEXT, of_diffusers
@@ -94,7 +96,7 @@ def _row_of_blocks(model: Any, layers: int) -> tuple[str, int]:
     return "", layers or 1
 
 
-def adapted(model: Any, method: Method, architecture: RecordedModel) -> tuple[Any, Method]:
+def adapted(model: Any, method: Method, architecture: RecordedModel, setup: Setup) -> tuple[Any, Method]:
     """A real model with a method on it, and the method bound to it.
 
     Raises:
@@ -104,6 +106,10 @@ def adapted(model: Any, method: Method, architecture: RecordedModel) -> tuple[An
     try:
         if isinstance(method, PeftAdapter):
             return _of_peft(model, method.values), bound
+        if isinstance(bound, QuantisedLora):
+            from .low_bit import apply_low_bit  # its ops have the names of bitsandbytes', which may be loaded here
+
+            return apply_low_bit(model, bound, architecture, setup), bound
         return models.apply_method(model, bound, architecture), bound
     except UserError:
         raise

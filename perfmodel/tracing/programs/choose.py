@@ -8,14 +8,15 @@ import torch
 from ...architectures import Config
 from ...errors import UserError, nearest
 from ...setup import Setup
-from . import causal, classifiers, diffusion, masked, seq2seq, speech, vision
+from ..kernels import without_kernels
+from . import causal, classifiers, diffusion, image_text, masked, seq2seq, speech, vision
 from .dtypes import TORCH_DTYPES
 from .family import Family, text_inputs
 
 # A type that several auto classes know belongs to the first of these: what it was pretrained for.
 FAMILIES = (
     seq2seq.FAMILY, speech.FAMILY, vision.FAMILY, masked.FAMILY, causal.FAMILY, classifiers.OF_SAMPLES,
-    classifiers.OF_TOKENS,
+    classifiers.OF_TOKENS, image_text.FAMILY,
 )  # fmt: skip
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
@@ -61,12 +62,22 @@ def family_of(config: Config) -> tuple[Family, str]:
     return able[0], able[0].classes[kind][0]
 
 
-def notes_of(config: Config) -> tuple[str, ...]:
-    """What a reader of a prediction must know about the batch of a config's model."""
+def notes_of(config: Config, setup: Setup) -> tuple[str, ...]:
+    """What a reader of a prediction must know about the batch and the program of a config's model."""
+    plain = without_kernels(config.text("model_type"))
+    return (*_of_batch(config, setup), *([plain] if plain else []))
+
+
+def _of_batch(config: Config, setup: Setup) -> tuple[str, ...]:
     family, name = family_of(config)
+    if setup.images:
+        height, width = setup.image_size
+        return (f"{setup.images} image(s) of {height} x {width} pixels a sample, their tokens among its own",)
     others = [key.removesuffix("_config") for key in ("vision_config", "audio_config") if key in config.values]
     alone = f"{name} is traced with text alone: no {' and no '.join(others)} input" if others else ""
-    return tuple(note for note in (family.note, alone if family.inputs is text_inputs else "") if note)
+    if alone and (family.takes_images or family.inputs is text_inputs):
+        return (alone,)  # a language model, in whatever family transformers lists it
+    return (family.note,) if family.note else ()
 
 
 def _classes(kind: str) -> list[str]:

@@ -28,6 +28,7 @@ class Family:
         inputs: the keyword arguments of a dense batch, labels included, for (model, setup, device); the tensors are
             made under the caller's fake mode.
         only_named: whether a config stands for it only where its `architectures` says so.
+        takes_images: whether there may be images in the text.
         reads_length: whether a sample is as long as the setup says.
         loss: runs the forward pass on these inputs.
         note: what a reader of a prediction must know about the batch.
@@ -40,6 +41,7 @@ class Family:
     note: str = ""
     only_named: bool = False
     reads_length: bool = True
+    takes_images: bool = False
 
     @cached_property
     def classes(self) -> dict[str, tuple[str, ...]]:

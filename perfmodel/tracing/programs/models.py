@@ -130,7 +130,8 @@ def _checkpoint_trained(model: Any) -> None:
 
 
 @applies(Lora, LoraPlus, Pissa, RiemannianLora)  # PiSSA's decomposition of the weights comes before the first step
-def _lora(model: Any, method: Lora, architecture: Architecture, **variant: Any) -> Any:
+def lora(model: Any, method: Lora, architecture: Architecture, **variant: Any) -> Any:
+    """The model with peft's LoRA on it; `variant` are further options of its config, or of `_adapt`."""
     options: dict[str, Any] = {"r": method.r, "lora_alpha": method.alpha, "lora_dropout": method.dropout}
     options["target_parameters"] = list(method.target_parameters) or None
     return _adapt(model, "LoraConfig", method, architecture, **options, **variant)
@@ -138,12 +139,12 @@ def _lora(model: Any, method: Lora, architecture: Architecture, **variant: Any) 
 
 @applies(RsLora)
 def _rslora(model: Any, method: RsLora, architecture: Architecture) -> Any:
-    return _lora(model, method, architecture, use_rslora=True)
+    return lora(model, method, architecture, use_rslora=True)
 
 
 @applies(LoraFa)
 def _lora_fa(model: Any, method: LoraFa, architecture: Architecture) -> Any:
-    adapted = _lora(model, method, architecture)
+    adapted = lora(model, method, architecture)
     for name, parameter in adapted.named_parameters():
         if "lora_A" in name:
             parameter.requires_grad = False
@@ -161,7 +162,7 @@ def _adalora(model: Any, method: AdaLora, architecture: Architecture) -> Any:
 
 @applies(Dora)
 def _dora(model: Any, method: Dora, architecture: Architecture) -> Any:
-    return _lora(model, method, architecture, use_dora=True)
+    return lora(model, method, architecture, use_dora=True)
 
 
 @applies(Loha)
@@ -171,7 +172,7 @@ def _loha(model: Any, method: Loha, architecture: Architecture) -> Any:
 
 @applies(Lokr)
 def _lokr(model: Any, method: Lokr, architecture: Architecture) -> Any:
-    options = {"decompose_factor": method.factor, "decompose_both": method.decompose_both}
+    options: dict[str, Any] = {"decompose_factor": method.factor, "decompose_both": method.decompose_both}
     return _adapt(model, "LoKrConfig", method, architecture, r=method.r, alpha=method.alpha, **options)
 
 
@@ -242,8 +243,15 @@ def _targets(method: Targeted, architecture: Architecture) -> str | list[str]:
     return ALL_LINEAR if method.layers_to_transform is None else architecture.linear_names()
 
 
-def _adapt(model: Any, config_name: str, method: Targeted, architecture: Architecture, **options: Any) -> Any:
-    """The model with an adapter of peft's; `options` are those of its config that the methods do not share."""
+def _adapt(
+    model: Any, config_name: str, method: Targeted, architecture: Architecture,
+    layers: dict[type, type] | None = None, **options: Any,
+) -> Any:  # fmt: skip
+    """The model with an adapter of peft's; `options` are those of its config that the methods do not share.
+
+    Args:
+        layers: peft's layers for modules of classes that it does not know.
+    """
     import peft
 
     config_class = getattr(peft, config_name)
@@ -257,7 +265,10 @@ def _adapt(model: Any, config_name: str, method: Targeted, architecture: Archite
         options["layers_to_transform"] = list(method.layers_to_transform)
     if method.modules_to_save:
         options["modules_to_save"] = list(method.modules_to_save)
-    adapted = peft.get_peft_model(model, config_class(**options), autocast_adapter_dtype=method.adapter_dtype != "bf16")
+    config = config_class(**options)
+    if layers:
+        config._register_custom_module(layers)
+    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=method.adapter_dtype != "bf16")
     if method.adapter_dtype is not None:
         shared = [b for name, b in adapted.named_buffers() if "vera_" in name]
         trained = [p for n, p in adapted.named_parameters() if p.requires_grad and ".modules_to_save." not in n]

@@ -1,0 +1,74 @@
+"""Models that only a trace can answer for: a command traces them by itself, and says so first."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+pytest.importorskip("peft")
+
+from perfmodel import cli
+from perfmodel.commands import traces
+
+APERTUS = {
+    "model_type": "apertus", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 64,
+    "num_attention_heads": 2, "num_key_value_heads": 1,
+}  # fmt: skip
+FILE = """
+base_model: {model}
+adapter: qlora
+load_in_4bit: true
+lora_r: 4
+lora_target_modules: 'model.layers.[\\d]+.(mlp|self_attn).(up|down|q|k|v|o)_proj'
+micro_batch_size: 1
+sequence_len: 32
+bf16: auto
+flash_attention: true
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(APERTUS))
+    return path
+
+
+def test_a_model_without_built_in_form_is_traced_by_itself(model: Path) -> None:
+    """Who names his model should not have to know which models the tape has."""
+    result = CliRunner().invoke(cli.main, ["predict", "--model", str(model), "--device", "l40s", "--json"])
+    assert result.exit_code == 0, result.output
+    assert any("traced" in note for note in json.loads(result.stdout)["notes"])
+
+
+def test_the_first_line_says_that_a_file_is_answered_by_a_trace(model: Path, tmp_path: Path) -> None:
+    """What a trace cannot follow is answered otherwise, and stands there too."""
+    file = tmp_path / "train.yml"
+    file.write_text(FILE.format(model=model))
+    result = CliRunner().invoke(cli.main, ["predict", "--config", str(file), "--device", "l40s"])
+    assert result.exit_code == 0, result.output
+    first = result.stdout.partition("\n\n")[0]
+    assert "PyTorch's attention, not flash-attn" in first
+    assert f"{traces.TRACED}: apertus has no built-in form" in first
+
+
+def test_what_is_typed_is_not_changed(model: Path) -> None:
+    arguments = ["predict", "--model", str(model), "--device", "l40s", "--attention", "flash2"]
+    result = CliRunner().invoke(cli.main, arguments)
+    assert result.exit_code == 2
+    assert "--attention flash2" in result.stderr
+
+
+@pytest.mark.parametrize("size", ["448", "0x448", "ax448", "448x448x3"])
+def test_a_size_that_is_none_is_refused(size: str) -> None:
+    result = CliRunner().invoke(cli.main, ["predict", "--model", "gpt2", "--device", "l40s", "--image-size", size])
+    assert result.exit_code == 2
+    assert "no size in pixels" in result.stderr
+
+
+def test_the_tape_has_no_images() -> None:
+    from perfmodel import UserError, predict
+
+    with pytest.raises(UserError, match="add --traced"):
+        predict("gpt2", device="l40s", images=1)
