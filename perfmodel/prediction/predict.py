@@ -130,7 +130,7 @@ class Prediction(Shown):
             },
             "memory_bytes": {f.name: plain(getattr(m, f.name)) for f in fields(m)},
             "fits": plain(self.fits),
-            "padding_share": plain(self.padding),
+            **({"padding_share": plain(self.padding)} if self.setup.lengths else {}),
             "periodic": [plain(cost.as_dict()) for cost in self.periodic],
             "choices": plain(self.choices),
             "notes": self.notes,

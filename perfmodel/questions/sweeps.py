@@ -201,10 +201,10 @@ def _figures(p: Prediction, tokens: np.ndarray, rows: int) -> Columns:
         "step_s": t.phases["total"], "step_low_s": t.low, "step_high_s": t.high, "forward_s": t.phases["forward"],
         "backward_s": t.phases["backward"], "optimizer_s": t.phases["optimizer"],
         "launch_bound_share": t.launch_bound_share, "tokens_per_s": tokens / t.phases["total"],
-        "padding_share": p.padding,
         "flops": p.flops["total"], "bytes": p.bytes["total"], "kernels": p.kernels["total"], "peak_bytes": m.peak,
         "fits": p.fits, "trainable_params": p.trainable_params,
     }  # fmt: skip
+    figures |= {"padding_share": p.padding} if p.setup.lengths else {}
     return {name: np.broadcast_to(np.asarray(value), (rows,)) for name, value in figures.items()}
 
 

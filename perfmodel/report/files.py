@@ -63,7 +63,8 @@ def _short(column: np.ndarray) -> np.ndarray:
         return column
     with np.errstate(divide="ignore"):
         digits = 10.0 ** (5 - np.floor(np.log10(np.abs(column))))
-    return np.where(np.isfinite(digits), np.round(column * digits) / np.where(np.isfinite(digits), digits, 1), column)
+    digits = np.where(np.isfinite(digits), digits, 0.0)  # of zeros, and of what is not finite
+    return np.where(digits, np.round(column * digits) / np.where(digits, digits, 1), column)
 
 
 @contextmanager
