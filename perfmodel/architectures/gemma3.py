@@ -20,7 +20,6 @@ DEFAULTS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
 class Gemma3(Gemma3Text):
     """Dims of a Gemma 3's text model."""
 
-    text_path: ClassVar[str] = "model.language_model"
     caveat: ClassVar[str] = (
         "only the text model of this Gemma 3 is answered: no image tokens, and neither memory nor adapters of the "
         "vision tower"

@@ -20,6 +20,7 @@ from .windows import TwoTables, alternating
 class Gemma3Text(TwoTables, Gemma2):
     """Dims of a Gemma 3."""
 
+    text_path: ClassVar[str] = "model.language_model"  # in the models of 4B, 12B and 27B, which see images too
     traits: ClassVar[Traits] = replace(
         Gemma2.traits,
         norms=(*Gemma2.traits.norms, "q_norm", "k_norm"),

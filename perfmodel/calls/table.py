@@ -143,7 +143,7 @@ rows(
 rows("stream", "bitwise_and bitwise_not bitwise_or clamp masked_fill addcmul lerp maximum minimum sign relu")
 rows("stream", "threshold_backward tanh_backward native_dropout_backward nan_to_num round floor")
 rows("stream", "stack repeat lift_fresh")
-rows("random", "bernoulli_ rand uniform_ normal_")
+rows("random", "bernoulli_ rand randn uniform_ normal_")
 rows("sequence", "trace kthvalue sort linalg_lu_solve")
 rows("put", "histc", 2, "fills zeros, then counts (SummaryOps.cu)")
 rows("stream", "isinf", 2, "absolute values, then a comparison")
@@ -203,6 +203,7 @@ rows("sequence", "nonzero", 4, "counts them in two kernels, the host waits, then
      waits=True)  # fmt: skip
 rows("nothing", "empty_like new_empty_strided", 0, "allocates only")
 rows("nothing", "set_", 0, "points at other memory")
+rows("nothing", "promote_types", 0, "asks for a dtype")
 rows("nothing", "_local_scalar_dense", 0, "a copy to the host and a synchronisation, no kernel", waits=True)
 rows("nothing", "_linalg_check_errors", 0, "reads a status on the host", waits=True)
 

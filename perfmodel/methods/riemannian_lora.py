@@ -6,6 +6,7 @@ from typing import ClassVar
 from ..optimizers import Update
 from ..optimizers.parts.ops import in_place
 from ..optimizers.parts.update import gradient
+from ..tape.core import record
 from ..tape.decompositions import pinv
 from ..tape.elementary import eye
 from ..tape.linalg import matmul
@@ -38,6 +39,7 @@ class RiemannianLora(Lora):
 
 
 def _precondition(p_a: Parameter, p_b: Parameter) -> None:
+    record("promote_types", (), ())
     a, b = cast(p_a, "fp32"), cast(p_b, "fp32")
     grad = matmul(_damped_inverse(matmul(t(b), b)), cast(gradient(p_a), "fp32"))
     in_place("copy_", gradient(p_a), cast(grad, p_a.dtype))
