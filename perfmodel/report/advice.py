@@ -31,7 +31,9 @@ def show_advice(a: Advice) -> None:
     """The answer in a sentence, the way there, each change by itself, and time against memory."""
     s, p = a.start, a.start.prediction
     n = p.setup.batch * p.setup.grad_accum
-    where = f"{p.method} on {p.model}, {p.device}, {n} sample{'' if n == 1 else 's'} of {p.setup.seq} tokens a step"
+    of = f"{'up to ' if p.setup.lengths else ''}{p.setup.seq} tokens a step"
+    where = f"{p.method} on {p.model}, {p.device}, {n} sample{'' if n == 1 else 's'} of {of}"
+    where += f", {units.percent(p.padding, 1)} of the tokens are padding" if p.setup.lengths else ""
     fits = "" if s.fits else ", which does not fit"
     show(paragraph(f"{where}: {units.seconds(s.seconds)}, {units.nbytes(s.peak)}{fits}"))
     show(paragraph(_answer(a)), bold=True)
