@@ -2,7 +2,7 @@
 
 from ..tape.attention import eager_attention, flash2_attention, sdpa_attention
 from ..tape.core import tape
-from ..tape.packages.varlen import Packed, packed_attention, unpadded_attention
+from ..tape.packages.varlen import PackedRows, packed_attention, unpadded_attention
 from ..tape.tensor import Tensor
 
 
@@ -17,7 +17,7 @@ def attend(
     form: str,
     p: float,
     capped: bool = False,
-    packed: Packed | None = None,
+    packed: PackedRows | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of q (b, h, s, d) over k, v (b, kv, s, d) → (b, s, h, d), and the weights if they exist (eager).
 

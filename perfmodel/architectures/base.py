@@ -14,7 +14,7 @@ from ..tape.attention import soft_capped
 from ..tape.checkpoint import checkpoint
 from ..tape.core import tape
 from ..tape.inplace import add_to_output
-from ..tape.packages.varlen import Packed
+from ..tape.packages.varlen import PackedRows
 from ..tape.tensor import Parameter, Tensor
 from .config import Config
 from .runs import runs_of_layers
@@ -192,7 +192,7 @@ class Build:
     past: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     held: list[tuple[Tensor, Part | None]] = field(default_factory=list)
     kept: dict[Any, tuple[Tensor, Part]] = field(default_factory=dict)
-    packed: Packed | None = None
+    packed: PackedRows | None = None
 
     def keep(self, key: Any, value: Tensor) -> None:
         """`self.key = value` of a module."""

@@ -1,6 +1,6 @@
 """The index arithmetic that transformers does before the first block: positions, attention masks, rotary tables.
 
-In a dense batch the attention mask is all ones, which transformers finds out by reading one value back. Packed
+In a dense batch the attention mask is all ones, which transformers finds out by reading one value back. PackedRows
 documents come without one: their positions restart, which it finds out likewise.
 Source: transformers/masking_utils.py (`sdpa_mask`, `eager_mask`).
 """
@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..program.dims import Dim, Shape, contiguous_strides, decide, product, same
 from ..program.lengths import Documents
 from ..tape.core import emit, record
-from ..tape.packages.varlen import Packed
+from ..tape.packages.varlen import PackedRows
 from ..tape.pointwise import add, binary_bool, cast, cat, fill, mul, sub, unary, where
 from ..tape.shape import clone, expand, narrow, unsqueeze, view, view_as
 from ..tape.tensor import Storage, Tensor
@@ -28,7 +28,7 @@ def positions_of(model: Scope, ids: Tensor, seq: Any) -> Tensor:
     setup = model.build.setup
     packed = model_buffer(ids.shape) if setup.within_documents else None
     if packed is not None or setup.unpads:
-        model.build.packed = Packed(packed, Documents(setup.lengths, setup.seq))
+        model.build.packed = PackedRows(packed, Documents(setup.lengths, setup.seq))
     return positions(seq) if packed is None else packed
 
 
@@ -39,7 +39,7 @@ def read_scalar(x: Tensor) -> None:
 
 def causal_mask(
     attention: Tensor, seq: Dim, implementation: str, dtype: str, window: int | None, *, padded: bool,
-    skip: bool = True, packed: Packed | None = None,
+    skip: bool = True, packed: PackedRows | None = None,
 ) -> Tensor | None:  # fmt: skip
     """The mask for a causal model, or None where the kernel's own causal flag does.
 

@@ -26,7 +26,7 @@ FORWARD, BACKWARD = "flash_attn::_flash_attn_varlen_forward", "flash_attn::_flas
 LONGEST_TWICE = 2  # of the queries and of the keys
 
 
-class Packed(NamedTuple):
+class PackedRows(NamedTuple):
     """Documents packed into rows, or each padded to a row.
 
     Attributes:
@@ -37,7 +37,7 @@ class Packed(NamedTuple):
     documents: Documents
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, *, causal: bool) -> Tensor:
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed: PackedRows, *, causal: bool) -> Tensor:
     """Attention of q (1, h, s, d) over k, v (1, kv, s, d) within documents → (1, s, h, d), as transformers calls it."""
     q, k, v = (transpose(x, 1, 2) for x in (q, k, v))
     if tape().autocast:
@@ -50,7 +50,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, *, causal:
     return view(_varlen(q, k, v, ends, longest, Attrs(causal=causal, documents=packed.documents)), shape)
 
 
-def unpadded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, packed: Packed, *, causal: bool) -> Tensor:
+def unpadded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, packed: PackedRows, *, causal: bool) -> Tensor:
     """As `packed_attention`, of rows (b, h, s, d) with padding, which the mask (b, s) tells of → (b, s, h, d)."""
     q, k, v = (transpose(x, 1, 2) for x in (q, k, v))
     if tape().autocast:
