@@ -1,6 +1,6 @@
 """The index arithmetic that transformers does before the first block: positions, attention masks, rotary tables.
 
-In a dense batch the attention mask is all ones, which transformers finds out by reading one value back. Packed
+In a dense batch the attention mask is all ones, which transformers finds out by reading one value back. PackedRows
 documents come without one: their positions restart, which it finds out likewise.
 Source: transformers/masking_utils.py (`sdpa_mask`, `eager_mask`).
 """

@@ -6,14 +6,12 @@ m = exp(μ + σ²/2) and p = exp(μ + zσ), so σ = z - √(z² - 2 ln(p/m)); th
 m·Φ(Φ⁻¹(u) - σ) (Aitchison and Brown, The Lognormal Distribution, 1957, chapter 2).
 """
 
-import csv
 import json
 import re
 from dataclasses import dataclass
 from functools import cache
 from math import exp, log, sqrt
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,8 +28,7 @@ BATCHES = 16  # kinds of micro-batches that stand for all of them
 MOST_SORTED = 256  # samples of a micro-batch, from where on its size hardly changes what sorting leaves
 MEGA_BATCHES = 50  # of which a sampler by length sorts the samples (transformers' `get_length_grouped_indices`)
 COLUMNS = ("length", "lengths", "num_tokens", "n_tokens", "tokens", "input_ids")  # of a file, the first that it has
-NORMAL = NormalDist()
-P95 = NORMAL.inv_cdf(0.95)
+P95 = 1.6448536269514722  # 95th percentile of the standard normal distribution
 WIDEST = exp(P95**2 / 2)  # most that the 95th percentile of a log-normal distribution is above its mean
 
 
@@ -113,10 +110,13 @@ def _log_normal(mean: float, p95: float) -> Lengths:
         raise UserError(
             f"lengths {spec}: the 95th percentile of a log-normal distribution is 1 to {WIDEST:.2f} times its mean"
         )
+    from statistics import NormalDist  # slow to load
+
+    normal = NormalDist()
     sigma = P95 - sqrt(max(0.0, P95**2 - 2 * log(p95 / mean)))
     if sigma == 0:
         return Lengths(spec, (mean,), round(mean))
-    inner = [mean * NORMAL.cdf(NORMAL.inv_cdf(i / SLICES) - sigma) for i in range(1, SLICES)]
+    inner = [mean * normal.cdf(normal.inv_cdf(i / SLICES) - sigma) for i in range(1, SLICES)]
     below = np.array([0.0, *inner, mean])
     return Lengths(spec, tuple(np.maximum(1.0, np.diff(below) * SLICES).tolist()), None)
 
@@ -146,6 +146,8 @@ def _in_file(path: Path) -> list[Any]:
         return [_of_record(x, path) if isinstance(x, dict) else x for x in found]
     if re.fullmatch(r"[-+.\d]+", lines[0]):
         return [_integer(line) for line in lines]
+    import csv
+
     rows = parsed("\n".join(lines), lambda text: list(csv.DictReader(text.splitlines())), "CSV", str(path), csv.Error)
     return [_integer(_of_record(row, path)) for row in rows]
 

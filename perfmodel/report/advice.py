@@ -33,7 +33,9 @@ def show_advice(a: Advice) -> None:
     s, p = a.start, a.start.prediction
     n = p.setup.batch * p.setup.grad_accum
     what = ("pair" if p.setup.objective in PAIRS else "sample") + ("" if n == 1 else "s")
-    where = f"{p.method} on {p.model}, {p.device}, {n} {what} of {p.setup.seq} tokens a step"
+    of = f"{'up to ' if p.setup.lengths else ''}{p.setup.seq} tokens a step"
+    where = f"{p.method} on {p.model}, {p.device}, {n} {what} of {of}"
+    where += f", {units.percent(p.padding, 1)} of the tokens are padding" if p.setup.lengths else ""
     fits = "" if s.fits else ", which does not fit"
     show(paragraph(f"{where}: {units.seconds(s.seconds)}, {units.nbytes(s.peak)}{fits}"))
     show(paragraph(_answer(a)), bold=True)

@@ -24,7 +24,7 @@ def test_every_question_says_what_share_is_padding(command: str) -> None:
     """The line that sends a user to packing stands in every answer; the words are the same."""
     more = ("full", "lora", "--axes", "batch") if command == "explain" else ()
     text = told(command, *more, *PADDED)
-    assert "of the tokens are padding" in text or command == "advise"
+    assert "of the tokens are padding" in text
 
 
 def test_predict_tells_tokens_that_count() -> None:

@@ -8,7 +8,6 @@ pytest.importorskip("peft")
 
 import peft
 import reference_fused as reference
-import reference_int8
 from helpers import architecture_of, config_of, setup_of
 from peft.tuners.oft.layer import Linear as OftLinear
 from reference import wrap
@@ -16,6 +15,7 @@ from reference import wrap
 from perfmodel import methods, predict
 from perfmodel.architectures import Config, from_config
 from perfmodel.errors import UserError
+from perfmodel.methods.parts.quantised import QuantisedLora
 from perfmodel.methods.qlora import QLora
 from perfmodel.methods.qoft import QOft
 from perfmodel.recording.record import build
@@ -26,10 +26,6 @@ from perfmodel.tracing.programs.experts import quantise_experts
 from perfmodel.tracing.trace import trace_step
 from validate.oracle import counts
 from validate.oracle.cases import MIXTURES, Case
-
-
-def quantise_8bit(model: Any, method: Any, architecture: Any, setup: Setup) -> Any:
-    return reference_int8.quantise(model, method, architecture)
 
 
 @pytest.mark.parametrize(
@@ -51,8 +47,8 @@ def test_the_tape_equals_axolotls_program(name: str, spec: str, options: dict[st
     method = methods.parse(spec).bind(architecture)
     setup = Setup(**{"batch": 2, "seq": 9, "attention": "eager", **options})
     step = build(architecture, method, setup, "cpu", view_replay=True)
-    quantise = reference.quantise if isinstance(method, QLora) else quantise_8bit
-    model = quantise(models.build_model(config, setup), method, architecture, setup)
+    assert isinstance(method, QuantisedLora)
+    model = reference.quantise(models.build_model(config, setup), method, architecture, setup)
     bits = 4 if isinstance(method, QLora) else 8
     quantise_experts(model, bits=bits, double_quant=getattr(method, "double_quant", True))
     trace = trace_step(model, setup, step.optimizer)

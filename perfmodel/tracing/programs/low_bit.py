@@ -28,6 +28,7 @@ from ...methods.parts.targeted import ALL_LINEAR
 from ...methods.qlora import QLora
 from ...setup import Setup
 from .dtypes import TORCH_DTYPES
+from .experts import quantise_experts
 from .models import lora
 from .references import as_lora
 
@@ -280,6 +281,9 @@ def apply_low_bit(model: Any, method: QuantisedLora, architecture: Architecture,
     found = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     for name in found:
         model.set_submodule(name, make(model.get_submodule(name)))
+    if method.experts:
+        bits = 4 if isinstance(method, QLora) else 8
+        quantise_experts(model, bits=bits, double_quant=getattr(method, "double_quant", True))
     if method.prepared:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     targets = tuple(found) if method.target_names == (ALL_LINEAR,) else method.targets
