@@ -280,7 +280,8 @@ def setup_of(options: dict[str, Any]) -> Any:
         ctx.meta[CONFIG] = replace(found, differences=[d for d in found.differences if not d.startswith(TEXT_ALONE)])
     if CONFIG in ctx.meta and _traces(options):
         options, said = traces.followed(options, {name for name in options if _of_config(name)})
-        _differ([*said, *traces.slower(options["model"])])
+        found = ctx.meta[CONFIG]
+        _differ([*said, *traces.otherwise(options["model"], found.tool, [found.method or ""])])
     _check_config(ctx, traces.traced_type(options["model"]))
     return Setup(**{f.name: options[f.name] for f in fields(Setup) if f.name in options})
 
