@@ -50,7 +50,8 @@ def settled(options: dict[str, Any]) -> dict[str, Any]:
         ctx.meta[CONFIG] = replace(found, differences=[d for d in found.differences if not d.startswith(TEXT_ALONE)])
     if CONFIG in ctx.meta and is_traced(options):
         options, said = traces.followed(options, {name for name in options if _of_config(name)})
-        differ([*said, *traces.slower(options["model"])])
+        found = ctx.meta[CONFIG]
+        differ([*said, *traces.otherwise(options["model"], found.tool, [found.method or ""])])
     _check(ctx, options, traces.traced_type(options["model"]))
     return options
 

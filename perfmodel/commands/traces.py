@@ -1,6 +1,7 @@
 """What only a trace can answer: models whose type the tape does not know, in the setups that a trace can follow."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 TRACED = "by a trace of the real program"  # what the first line of such an answer says
@@ -28,11 +29,15 @@ def traced_type(model: str) -> str:
     return "" if not isinstance(kind, str) or has_form(kind) else kind
 
 
-def slower(model: str) -> list[str]:
-    """How the traced program of a model differs from the one that trains where all its packages are installed."""
+def otherwise(model: str, tool: str, methods: Sequence[str]) -> list[str]:
+    """How the traced program of a model differs from that of a training config's tool, all packages installed."""
+    from ..architectures import load
     from ..tracing.kernels import without_kernels
 
-    return [words for words in [without_kernels(traced_type(model))] if words]
+    sees = "vision_config" in load(model).values and tool.startswith("LLaMA-Factory")
+    # LLaMA-Factory leaves the frozen tower out of `all` (model_utils/misc.py, `find_all_linear_modules`)
+    adapted = "adapters on the vision tower too" if sees and any("all-linear" in text for text in methods) else ""
+    return [words for words in (without_kernels(traced_type(model)), adapted) if words]
 
 
 def followed(options: dict[str, Any], of_config: set[str]) -> tuple[dict[str, Any], list[str]]:

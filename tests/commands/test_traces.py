@@ -53,6 +53,15 @@ def test_the_first_line_says_that_a_file_is_answered_by_a_trace(model: Path, tmp
     assert f"{traces.TRACED}: apertus has no built-in form" in first
 
 
+def test_what_a_tool_does_otherwise_is_said() -> None:
+    """LLaMA-Factory's `all` stops before a frozen vision tower; kernels of packages are not in a trace."""
+    said = traces.otherwise("qwen3.5-4b", "LLaMA-Factory", ["lora:targets=all-linear"])
+    assert "flash-linear-attention" in said[0]
+    assert "vision tower" in said[1]
+    assert traces.otherwise("apertus-8b", "LLaMA-Factory", ["lora:targets=all-linear"]) == []
+    assert traces.peft_alone("lora:r=8,implementation=unsloth,dropout=0.1")[0] == "lora:r=8,dropout=0.1"
+
+
 def test_what_is_typed_is_not_changed(model: Path) -> None:
     arguments = ["predict", "--model", str(model), "--device", "l40s", "--attention", "flash2"]
     result = CliRunner().invoke(cli.main, arguments)
