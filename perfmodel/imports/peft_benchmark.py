@@ -64,7 +64,7 @@ def of_images(keys: Keys) -> bool:
     return keys.get("resolution") is not None
 
 
-def notes_of(keys: Keys) -> list[str]:
+def notes_of_batches(keys: Keys) -> list[str]:
     """What a reader should know about the batches."""
     return [] if of_images(keys) else [LENGTHS]
 

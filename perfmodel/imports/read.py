@@ -142,7 +142,7 @@ def _of_experiment(path: Path, keys: Keys) -> Imported:
     """An experiment of PEFT's method comparison: setup and model from its training, the method from the adapter."""
     setup = peft_benchmark.setup_of(keys)
     adapted = path.with_name(peft_benchmark.ADAPTER)
-    tool, model, notes = "PEFT's method comparison", keys.text("model_id"), peft_benchmark.notes_of(keys)
+    tool, model, notes = "PEFT's method comparison", keys.text("model_id"), peft_benchmark.notes_of_batches(keys)
     images = f"{keys.origin}: a model of images has no built-in form: add --traced"
     only_traced = images if peft_benchmark.of_images(keys) else None
     if not adapted.is_file():

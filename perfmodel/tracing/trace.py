@@ -238,8 +238,8 @@ def _spec(t: torch.Tensor) -> tuple[str, tuple[int, ...]]:
 
 @contextmanager
 def without_remarks() -> Iterator[None]:
-    """Without what the packages and the loggers of torch say of random weights and of programs that fail."""
-    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "transformers", "diffusers")]
+    """Without what peft, transformers and the loggers of torch say of random weights and of programs that fail."""
+    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "transformers")]
     before = [logger.level for logger in loggers]
     try:
         for logger in loggers:

@@ -11,17 +11,18 @@ from validate.published.reasons import FILE, reason
 
 ROWS = {
     "steps": {row.id for row in published.published_steps()},
+    "families": {row.id for row in published.published_steps(published.FAMILIES)},
     "lorafusion_layers": {row.id for row in layers.published_layers()},
 }
 
 
 def known(table: str) -> set[str]:
-    if table != "peft_tuners":
+    if table in ROWS:
         return ROWS[table]
     pytest.importorskip("peft")
     from validate.published import tuners
 
-    return {row.id for row in tuners.published_tuners()}
+    return {row.id for row in tuners.published_tuners(DATA / "published" / f"{table}.csv")}
 
 
 def test_every_reason_belongs_to_a_row_and_says_how_it_was_found() -> None:

@@ -19,16 +19,23 @@ def show_published(*, plot: Any, all_rows: bool, as_json: bool) -> None:
     """Predict every published row; print errors by source on the rows held out of the fit."""
     from . import steps as module
 
-    rows = module.published_steps()
+    rows, later = module.published_steps(), module.published_steps(module.FAMILIES)
     with progress() as bar:
-        task = bar.add_task("predicting", total=len(rows))
-        outcomes = module.evaluate_rows(rows, progress=lambda name: bar.update(task, advance=1, description=name[:40]))
-    check = [o for o in outcomes if o.row.split == "check"]
-    lines = module.summarise_rows(check)
+        task = bar.add_task("predicting", total=len(rows) + len(later))
+        outcomes, others = (
+            module.evaluate_rows(some, progress=lambda name: bar.update(task, advance=1, description=name[:40]))
+            for some in (rows, later)
+        )
+    check, other = ([o for o in some if o.row.split == "check"] for some in (outcomes, others))
+    lines, other_lines = module.summarise_rows(check), module.summarise_rows(other)
     if as_json:
-        print(json.dumps({"check": lines, "rows": [_published_row(o) for o in outcomes]}, indent=1))
+        families = {"check": other_lines, "rows": [_published_row(o, "families") for o in others]}
+        figures = {"check": lines, "rows": [_published_row(o) for o in outcomes], "families": families}
+        print(json.dumps(figures, indent=1))
     else:
         _print_published(outcomes, check, lines, all_rows=all_rows)
+        show("\n" + _table(other_lines, "families that joined later: step time, |relative error| in %"))
+        _print_rows(others, "families", all_rows=all_rows)
     if plot is not None:
         from ..plots import Point, plot_parity
 
@@ -41,6 +48,15 @@ def show_published(*, plot: Any, all_rows: bool, as_json: bool) -> None:
 
 
 def _print_published(outcomes: list[Any], check: list[Any], lines: list[dict[str, Any]], *, all_rows: bool) -> None:
+    show(_table(lines, "step time, |relative error| in % on rows that no fit saw"))
+    show(paragraph(COLUMNS_EXPLAINED), dim=True)
+    _print_rows(outcomes, "steps", all_rows=all_rows)
+    doubtful = sum(o.row.doubt for o in outcomes)
+    if doubtful:
+        show(f"\n{doubtful} rows count with their backward only: their forward is out of line (see the notes).")
+
+
+def _table(lines: list[dict[str, Any]], title: str) -> Any:
     shown = [
         [
             line["source"], line["rows"], *(_hundredths(line[k]) for k in ("mean", "median", "p90", "worst")),
@@ -50,8 +66,11 @@ def _print_published(outcomes: list[Any], check: list[Any], lines: list[dict[str
         for line in lines
     ]  # fmt: skip
     columns = ("check rows of", "rows", "mean", "median", "p90", "worst", "ratio", "right", "memory", "inside")
-    show(table(columns, shown, title="step time, |relative error| in % on rows that no fit saw"))
-    show(paragraph(COLUMNS_EXPLAINED), dim=True)
+    return table(columns, shown, title=title)
+
+
+def _print_rows(outcomes: list[Any], source: str, *, all_rows: bool) -> None:
+    """Rows that miss by much, with the reason; `source` is their table."""
     listed = outcomes if all_rows else [o for o in outcomes if abs(o.error) > FAR]
     if listed:
         titles = ("row", "split", "measured", "predicted", "error")
@@ -64,10 +83,7 @@ def _print_published(outcomes: list[Any], check: list[Any], lines: list[dict[str
         show("\n" + table(titles, cells, left=(0, 1), title=title))
     for o in listed:
         if abs(o.error) > FAR:
-            show(f"{o.row.id}: {reason('steps', o.row.id)}")
-    doubtful = sum(o.row.doubt for o in outcomes)
-    if doubtful:
-        show(f"\n{doubtful} rows count with their backward only: their forward is out of line (see the notes).")
+            show(f"{o.row.id}: {reason(source, o.row.id)}")
 
 
 def _hundredths(value: float | None) -> str:
@@ -75,8 +91,8 @@ def _hundredths(value: float | None) -> str:
     return units.percent(value, 1).removesuffix(" %")
 
 
-def _published_row(o: Any) -> dict[str, Any]:
-    why = {"reason": reason("steps", o.row.id)} if abs(o.error) > FAR else {}
+def _published_row(o: Any, source: str = "steps") -> dict[str, Any]:
+    why = {"reason": reason(source, o.row.id)} if abs(o.error) > FAR else {}
     return {
         "id": o.row.id, "split": o.row.split, "doubt": o.row.doubt, "measured_s": o.seconds,
         "predicted_s": o.predicted_seconds, "error": o.error, "inside": o.inside, "source": o.row.source,

@@ -2,6 +2,7 @@
 
 data/published/steps.csv holds the cited figures, a source on every row. Rows are split by whole groups (settings
 measured together) into `fit`, which was looked at while the model was built, and `check`, on which errors are reported.
+data/published/families.csv holds steps of model families that joined later, split by whole sources.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from perfmodel.architectures import Config, load
 from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
 from perfmodel.devices.host import Host
@@ -21,15 +23,22 @@ from perfmodel.setup import Setup
 from ..accuracy import Errors, Pair, beyond, paired
 
 TABLE = DATA / "published" / "steps.csv"
+FAMILIES = DATA / "published" / "families.csv"
 
 
 @dataclass(frozen=True)
 class PublishedStep:
-    """One published figure and what it is of. `seconds` maps what was timed (step, forward, backward) to the figure."""
+    """One published figure and what it is of.
+
+    Attributes:
+        head: the class of transformers that was trained, where it is not the bundled config's.
+        seconds: what was timed (step, forward, backward) with its figure.
+    """
 
     id: str
     family: str
     model: str
+    head: str
     device: str
     method: str
     setup: Setup
@@ -115,6 +124,7 @@ def _row(r: dict[str, str]) -> PublishedStep:
         id=r["id"],
         family=r["family"],
         model=r["model"],
+        head=r.get("head", ""),
         device=r["device"],
         method=r["method"],
         setup=setup,
@@ -131,10 +141,17 @@ def _row(r: dict[str, str]) -> PublishedStep:
     )
 
 
+def _model_of(row: PublishedStep) -> str | Config:
+    if not row.head:
+        return row.model
+    config = load(row.model)
+    return Config({**config.values, "architectures": [row.head]}, config.origin, config.name)
+
+
 def evaluate_row(row: PublishedStep, host: Host | None = None) -> StepOutcome:
     """Predict what a row measured."""
     by = host or hosts.load()
-    p = predict(row.model, row.method, row.setup, profile.load(row.device), host=by)
+    p = predict(_model_of(row), row.method, row.setup, profile.load(row.device), host=by)
     t = p.time.phases
     parts = {"step": t["total"], "forward+backward": t["forward"] + t["backward"], **t}
     predicted = {what: float(parts[what]) for what in row.seconds}

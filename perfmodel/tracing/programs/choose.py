@@ -133,7 +133,7 @@ def build_model(config: Config, setup: Setup, *, device: str = "meta") -> Any:
 
     family, name = family_of(config)
     if family is diffusion.FAMILY:
-        return diffusion.build(config, setup, device)
+        return diffusion.build_transformer(config, setup, device)
     found = config_of(config)
     cls = getattr(transformers, name, None)
     if cls is None:

@@ -33,7 +33,7 @@ def class_of(config: Config) -> str:
     return config.kind
 
 
-def build(config: Config, setup: Setup, device: str) -> Any:
+def build_transformer(config: Config, setup: Setup, device: str) -> Any:
     """The transformer of a config, weights in the setup's dtype.
 
     Raises:
@@ -50,9 +50,10 @@ def build(config: Config, setup: Setup, device: str) -> Any:
     values = {key: value for key, value in config.values.items() if not key.startswith("_")}
     try:
         with torch.device(device):
-            return getattr(diffusers, name)(**values).to(TORCH_DTYPES[setup.dtype])
+            model = getattr(diffusers, name)(**values)
     except (TypeError, ValueError, AttributeError) as error:  # keys that the class lacks, dims that do not fit
         raise UserError(f"{config.origin}: diffusers cannot build {name}: {error}") from error
+    return torch.nn.Module.to(model, TORCH_DTYPES[setup.dtype])  # diffusers' own warns of no modules to keep in fp32
 
 
 def of_diffusers(model: Any) -> bool:

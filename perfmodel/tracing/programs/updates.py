@@ -46,6 +46,8 @@ def standard(model: Any, form: str) -> torch.optim.Optimizer:
         return _muon(model, trained)
     if form == "adam-mini":
         return _adam_mini(model)
+    if form == "adamw-masters":
+        return AdamWOnMasters(trained)
     return _bitsandbytes(model, trained, form) if form in FORMS else make_optimizer(trained, form)
 
 
@@ -105,6 +107,29 @@ class MuonBesideAdamW(torch.optim.Optimizer):
         for one in self.both:
             one.step()
             self.state.update(one.state)
+
+
+class AdamWOnMasters(torch.optim.Optimizer):
+    """torch's fused AdamW on fp32 copies of the 16-bit weights."""
+
+    def __init__(self, trained: list[Any]) -> None:
+        super().__init__(trained, {})
+        self.weights = [p for p in trained if p.dtype != torch.float32]
+        self.masters = [p.detach().float().requires_grad_() for p in self.weights]
+        for master in self.masters:
+            master.grad = torch.empty_like(master)
+        self.inner = torch.optim.AdamW([*self.masters, *(p for p in trained if p.dtype == torch.float32)], fused=True)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Gradients to the masters, their update, weights back."""
+        with torch.no_grad():
+            if self.masters:
+                torch._foreach_copy_([m.grad for m in self.masters], [p.grad for p in self.weights])
+            self.inner.step()
+            if self.masters:
+                torch._foreach_copy_(self.weights, self.masters)
+        kept: dict[Any, Any] = {i: {"master": m, "gradient": m.grad} for i, m in enumerate(self.masters)}
+        self.state = kept | self.inner.state
 
 
 def _muon(model: Any, trained: list[Any]) -> MuonBesideAdamW:
