@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..errors import UserError
 from .parts.base import Method, method, option
-from .parts.targeted import fits, is_pattern, pattern_of
+from .parts.targeted import is_pattern, matches_path, pattern_of
 
 
 @method(
@@ -41,7 +41,7 @@ class Selected(Method):
 
     def trains(self, name: str, kind: str, layer: int | None) -> bool:
         assert self.architecture is not None
-        return fits(self.pattern, self.architecture, name, layer)
+        return matches_path(self.pattern, self.architecture, name, layer)
 
     def layer_key(self, layer: int) -> Hashable:
         return tuple(self.trains(name, "", layer) for name in self._names())

@@ -138,7 +138,7 @@ class Targeted(Method):
         """Whether a linear layer gets an adapter."""
         if self.pattern is not None:
             assert self.architecture is not None
-            return fits(self.pattern, self.architecture, name, layer)
+            return matches_path(self.pattern, self.architecture, name, layer)
         if layer is None:
             wanted = self.layers_to_transform is None and named(name, self.target_names)
             return wanted and not self._spared(name)
@@ -235,7 +235,7 @@ def pattern_of(method: str, target: str) -> re.Pattern[str]:
         raise UserError(f"method {method}: target {target} is no regex ({error})") from None
 
 
-def fits(pattern: re.Pattern[str], architecture: Architecture, name: str, layer: int | None) -> bool:
+def matches_path(pattern: re.Pattern[str], architecture: Architecture, name: str, layer: int | None) -> bool:
     """Whether the whole path of a module or parameter matches a regex, in the model or in the larger one that it is of.
 
     Args:
