@@ -24,7 +24,7 @@ MODEL = ["--model", "gpt2", "--device", "l40s", "--batch", "2", "--seq", "64"]
 PHASES = {"forward", "backward", "optimizer", "total"}
 PREDICTION = {
     "model", "device", "method", "setup", "params", "flops", "bytes", "kernels", "dispatches", "time_s",
-    "memory_bytes", "fits", "padding_share", "periodic", "choices", "notes",
+    "memory_bytes", "fits", "periodic", "choices", "notes",
 }  # fmt: skip
 
 
