@@ -28,7 +28,7 @@ def layers_of(model: Any, name: str) -> RecordedModel:
     found = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"]
 
     def said(*keys: str) -> int:
-        return next((n for key in keys if isinstance(n := getattr(config, key, None), int)), 0)
+        return next((n for key in keys if isinstance(n := _setting(config, key), int)), 0)
 
     heads = said("num_attention_heads")
     path, blocks = _row_of_blocks(model, said("num_hidden_layers"))
@@ -41,6 +41,14 @@ def layers_of(model: Any, name: str) -> RecordedModel:
         linears=tuple(found), path=path, found=_traits(model),
         classifier=_classifier(model), limits=bounds(model.config.to_dict()),
     )  # fmt: skip
+
+
+def _setting(config: Any, key: str) -> Any:
+    """A setting of a transformers config; None where it has none, or one that differs from layer to layer."""
+    try:
+        return getattr(config, key, None)
+    except Exception:  # Gemma 4's refuses to give the sizes of heads as one, with an error of its own
+        return None
 
 
 def _classifier(model: Any) -> Classifier | None:
