@@ -29,7 +29,7 @@ def layers_of(model: Any, name: str) -> RecordedModel:
     found = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"]
 
     def said(*keys: str) -> int:
-        return next((n for key in keys if isinstance(n := getattr(config, key, None), int)), 0)
+        return next((n for key in keys if isinstance(n := _setting(config, key), int)), 0)
 
     heads = said("num_attention_heads")
     head_dim = said("head_dim", "attention_head_dim")
@@ -54,6 +54,14 @@ def _model_type(model: Any) -> str:
 def _limits(model: Any) -> tuple[int, ...]:
     """Lengths at which the program may change; a diffusion transformer has none without tokens for its image."""
     return (1, TEXT + 1) if of_diffusers(model) else bounds(model.config.to_dict())
+
+
+def _setting(config: Any, key: str) -> Any:
+    """A setting of a transformers config; None where it has none, or one that differs from layer to layer."""
+    try:
+        return getattr(config, key, None)
+    except Exception:  # Gemma 4's refuses to give the sizes of heads as one, with an error of its own
+        return None
 
 
 def _classifier(model: Any) -> Classifier | None:
