@@ -101,8 +101,8 @@ def shared_setup(p: Prediction) -> str:
 def setup_line(s: Setup) -> str:
     """The setup in a line: its size, precision and optimizer, then whatever is not as usual."""
     usual = Setup()
-    batch = f"batch {s.batch}{' pairs' if s.objective in PAIRS else ''}"
-    told = [f"{batch} x {s.seq} tokens", f"{s.dtype}{f' amp {s.amp}' if s.amp else ''}", s.optimizer]
+    of = (" pair" if s.batch == 1 else " pairs") if s.objective in PAIRS else ""
+    told = [f"batch {s.batch}{of} x {s.seq} tokens", f"{s.dtype}{f' amp {s.amp}' if s.amp else ''}", s.optimizer]
     told += [f"{s.objective}{' without generation' if s.objective == 'grpo' else ''}"] if s.objective != "sft" else []
     told += [f"reference {s.reference}"] if s.reference != usual.reference else []
     told += [f"{s.grad_accum} micro-batches"] if s.grad_accum > 1 else []
@@ -114,6 +114,7 @@ def setup_line(s: Setup) -> str:
     told += ["padded"] if s.padded else []
     told += [f"packing {s.packing}"] if s.packing != usual.packing else []
     told += [f"lengths {s.lengths.spec}"] if s.lengths else []
+    told += [f"images {s.images} of {s.image_size[0]} x {s.image_size[1]} pixels"] if s.images else []
     told += ["grouped by length"] if s.group_by_length else []
     told += ["no clipping"] if not s.clip_grad else []
     told += ["optimizer in backward"] if s.in_backward else []
