@@ -92,9 +92,7 @@ class _Cut:
 
     def _banned(self, prim: Prim) -> bool:
         """Whether an operation must not run again in backward."""
-        if not prim.recomputable:
-            return True
-        if prim.kind == "extern":
+        if not prim.recomputable:  # no call of a library is
             return True
         (out,) = prim.outs
         for user in self.users.get(out, ()):

@@ -13,6 +13,7 @@ from perfmodel.architectures import Config, from_config
 from validate.oracle.cases import MIXTURES, SMALL
 
 KNOWN = {name: values for name, values in {**SMALL, **MIXTURES}.items() if values["model_type"] != "qwen"}  # own code
+KNOWN |= {f"{name} in windows": {**KNOWN[name], "use_sliding_window": True} for name in ("qwen2", "qwen3", "qwen3_moe")}
 NO_MODEL = {("gpt_neo", "attention_types")}  # transformers' default lists 24 blocks
 
 

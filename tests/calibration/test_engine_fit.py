@@ -45,14 +45,18 @@ def rows() -> list[engine.EngineRow]:
 
 
 def test_costs_come_back_whatever_the_machine_is_like(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measured on a slow CPU, they hold for a fast one: they are in modules of the host. The file is read back."""
+    """Measured on a slow CPU, they hold for a fast one: they are in modules of the host. The file is
+    read back, and names the CPU where that is known."""
     made = rows()
     found, error = engine.fit_engine(made)
     assert found == pytest.approx(COSTS, rel=1e-6)
     assert error < 1e-6
     assert engine.slowness(made) == pytest.approx(SLOWER)
     monkeypatch.setattr(engine, "version", lambda name: "1.0")
-    engine.write_engine(found, error, made, tmp_path / "mine.toml")
+    for told, named in ((None, "a CPU"), ("EPYC 9R14", "EPYC 9R14")):
+        monkeypatch.setattr(engine, "cpu_name", lambda told=told: told)
+        engine.write_engine(found, error, made, tmp_path / "mine.toml")
+        assert f"measured on {named}, deepspeed 1.0" in (tmp_path / "mine.toml").read_text()
     monkeypatch.setattr(engines, "FOLDER", tmp_path)
     assert engines.ratios("mine") == pytest.approx(COSTS, rel=0.01)
 

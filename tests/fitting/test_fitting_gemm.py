@@ -1,6 +1,6 @@
 """How GEMM measurements are read: what ran before them, and who stands for a device that is left out."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +105,17 @@ def test_what_no_fit_moves_is_in_a_device_file_as_its_library_has_it(slug: str, 
             known = getattr(library, f.name)
             expected = pytest.approx(known, rel=1e-3) if isinstance(known, float) else known  # files have four digits
             assert getattr(device.gemm[dtype], f.name) == expected, f.name
+
+
+@pytest.mark.parametrize(("lender", "slug", "dtype"), [("t4", "l4", "fp32"), ("a100-80gb-sxm", "h100-sxm", "bf16")])
+def test_what_a_device_borrows_is_what_the_fit_found(lender: str, slug: str, dtype: str) -> None:
+    """The power limit too, which a fit leaves out that starts without one: the tiles stay those of its library."""
+    start, library = gemm.starting_point(lender, dtype), gemm.starting_point(slug, dtype)
+    limits = gemm.BOUNDS if dtype == "bf16" else gemm.BOUNDS | gemm.FP32_ONLY | gemm.POWER
+    lent = replace(start, **{name: 1.25 * getattr(start, name) for name in limits})
+    parameters = gemm.on_device(gemm.Found(lent), slug, dtype).parameters
+    for f in fields(library):
+        assert getattr(parameters, f.name) == getattr(lent if f.name in limits else library, f.name), f.name
 
 
 def test_defaults_lie_where_cards_were_found() -> None:

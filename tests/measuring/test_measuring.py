@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,12 +19,13 @@ from click.testing import CliRunner
 
 pytest.importorskip("peft")
 
+from perfmodel.architectures import Config
 from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.prediction.predict import predict
 from perfmodel.setup import Setup
 from perfmodel.tracing.programs import references
-from validate.measuring import cells, isolate, records, run, visit
+from validate.measuring import allocator, cells, isolate, records, run, visit
 
 GRID = (
     "rounds = 2"
@@ -256,3 +259,39 @@ def test_cell_ids_tell_programs_apart() -> None:
         cells.Cell(first.config, "ia3", first.setup),
     ]
     assert len({c.id for c in (first, *others)}) == 4
+
+
+def test_a_group_does_not_hang_on_the_order_of_a_config() -> None:
+    """Records keep a config in its file's order: written anew, it would lose the baseline of its speed-ups."""
+    cell = cells.load_grid("small", "cpu").cells[0]
+    config = Config(dict(reversed(cell.config.values.items())), cell.config.name, cell.config.origin)
+    assert [*config.values] != [*cell.config.values]
+    assert cells.Cell(config, cell.method, cell.setup).group == cell.group
+
+
+@pytest.mark.skipif(not allocator.on_glibc(), reason="only glibc's malloc gives memory back")
+@pytest.mark.parametrize("kept", [False, True])
+def test_freed_memory_stays_where_it_is_kept(kept: bool) -> None:
+    """Else each step of a measurement pays for its pages anew, and its record says that it did not."""
+    code = (
+        "import ctypes; from validate.measuring.allocator import keep_freed_memory; libc = ctypes.CDLL(None)\n"
+        "libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p; libc.free.argtypes = [ctypes.c_void_p]\n"
+        f"{'keep_freed_memory()' if kept else ''}\n"
+        "before = libc.sbrk(0); libc.free(libc.malloc(64 << 20)); print(libc.sbrk(0) - before)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (int(run.stdout) > 32 << 20) == kept
+
+
+HEADER = Path("/usr/include/malloc.h")
+
+
+@pytest.mark.skipif(not (allocator.on_glibc() and HEADER.exists()), reason="no header of glibc's malloc")
+def test_malloc_is_asked_for_what_records_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The options' numbers stand in glibc's header alone: with another, malloc would take no notice, or another's."""
+    names = {int(number): name for name, number in re.findall(r"#define (M_\w+)\s+(-\d+)", HEADER.read_text())}
+    asked: list[tuple[int, int]] = []
+    libc = SimpleNamespace(mallopt=lambda *options: asked.append(options))
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: libc)
+    allocator.keep_freed_memory()
+    assert ", ".join(f"{names[option]}={value}" for option, value in asked) in allocator.KEPT

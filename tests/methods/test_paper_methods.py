@@ -244,3 +244,16 @@ def test_runlora_refuses_autocast() -> None:
     """Its in-place products mix dtypes there: the real operator would fail."""
     with pytest.raises(UserError, match="autocast"):
         recorded("llama", "runlora:r=2", dtype="fp32", amp="bf16")
+
+
+def test_galore_without_options_is_that_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`optim="galore_adamw"` without `optim_args`: with another rank it would be the price of another program."""
+    made: Any = pytest.importorskip("transformers.trainer_optimizer")
+    package = SimpleNamespace(GaLoreAdafactor=None, GaLoreAdamW=None, GaLoreAdamW8bit=None)
+    monkeypatch.setitem(sys.modules, "galore_torch", package)
+    monkeypatch.setattr(made, "is_galore_torch_available", lambda: True)
+    monkeypatch.setattr(made, "_setup_low_rank_optimizer", lambda *given: (None, given[4]))
+    run = SimpleNamespace(optim="galore_adamw")
+    _, theirs = made._get_galore_optimizer(SimpleNamespace(args=run, model=None, optim_args={}, optimizer_kwargs={}))
+    ours: Any = methods.parse("galore")
+    assert (theirs["rank"], theirs["update_proj_gap"]) == (ours.r, ours.update_proj_gap)

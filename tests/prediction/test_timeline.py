@@ -309,6 +309,16 @@ def test_what_runs_beside_products_gets_the_bandwidth_that_they_leave(times: flo
     assert (found.added[~np.array(apart)] == alone[~np.array(apart)]).all()
 
 
+def test_on_a_cpu_nothing_runs_beside() -> None:
+    """It has no streams: the reduction that a GPU hides behind its products takes its own time there."""
+    step = step_of("llama", "full", engine="deepspeed-zero3")
+    part = next(p for p, _ in step.parts() if p.runs is not None and p.phase == "backward")
+    alone = durations(part.ops)
+    on_gpu, on_cpu = (contention.beside_streams(part, alone, on) for on in (CUDA, profile.load("cpu-epyc-genoa-2c")))
+    assert on_gpu.added.sum() < alone.sum()
+    assert (on_cpu.added == alone).all()
+
+
 @few
 @given(name=st.sampled_from(NAMES), method=st.sampled_from(METHODS), accum=st.integers(1, 3))
 def test_a_step_on_a_free_host_takes_the_devices_busy_time(

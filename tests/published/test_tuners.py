@@ -77,3 +77,16 @@ def test_the_command_ends_with_1_when_a_limit_is_missed(
     answer = json.loads(result.stdout)
     assert answer["summary"]["mean"] == pytest.approx(factor - 1)
     assert result.stdout == json.dumps(answer, indent=1) + "\n"  # a value a line: two runs can be compared
+
+
+@pytest.mark.parametrize(("factor", "all_told"), [(1.05, False), (1.3, True)])
+def test_a_reason_stands_with_the_worst_rows_and_with_all_that_are_far(
+    rows: dict[str, TunerRow], monkeypatch: pytest.MonkeyPatch, factor: float, all_told: bool
+) -> None:
+    """A far row beside the table of the worst ones would be an error that nobody has to explain."""
+    chosen = list(rows.values())[: tuners.WORST + 2]
+    monkeypatch.setattr(tuners, "published_tuners", lambda source: chosen)
+    monkeypatch.setattr(tuners, "evaluate_tuner", lambda row, host: outcome(row, row.seconds, factor * row.seconds))
+    lines = CliRunner().invoke(cli.main, ["validate", "tuners"]).output.splitlines()
+    told = [row for row in chosen if any(line.startswith(f"{row.id}, +") for line in lines)]
+    assert len(told) == (len(chosen) if all_told else tuners.WORST)

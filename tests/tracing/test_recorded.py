@@ -23,12 +23,16 @@ from test_traced import ops
 from perfmodel import UserError, cli, compare, explain, predict, sweep
 from perfmodel.architectures import Config
 from perfmodel.prediction.memory import peak_bytes
+from perfmodel.program.op import Op, Spec
+from perfmodel.program.polynomials import NoPolynomial
 from perfmodel.recording import files
 from perfmodel.recording.program import RecordedModel
 from perfmodel.recording.record import build
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
 from perfmodel.tracing import recorded, regions, traced
+from perfmodel.tracing.calls import Calls, key_of
+from perfmodel.tracing.sizes import check_at, solved
 
 CASES: dict[str, tuple[Callable[[], Config], str, dict[str, Any]]] = {
     "full": (lambda: config_of("llama", layers=4), "full", {}),
@@ -168,14 +172,21 @@ def test_the_second_question_needs_no_torch(tmp_path: Path) -> None:
     assert json.loads(second.stdout)["speedup"] == json.loads(first.stdout)["speedup"]
 
 
-def test_what_does_not_follow_from_other_sizes_is_traced_at_its_own(tmp_path: Path) -> None:
-    """Longformer pads to a multiple of its window: no polynomial, so single sizes work and large grids are refused."""
+def test_what_does_not_follow_from_other_sizes_is_traced_at_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longformer pads to a multiple of its window: no polynomial, so single sizes work, from a file the second time,
+    and large grids are refused."""
     values = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "num_hidden_layers": 3}
     values |= {"attention_window": [8] * 3, "vocab_size": 64, "max_position_embeddings": 514}
     config = Config({"model_type": "longformer", **values}, "longformer", "longformer")
     model, setup = recorded.traced(config, tmp_path), Setup(batch=2, seq=20)
     real, _ = traced.of_method(config, "full", setup)
     assert ops(step_at(model, "full", setup), "forward") == ops(real, "forward")
+    with monkeypatch.context() as later:
+        fresh(later, tmp_path)
+        again = step_at(recorded.traced(config, tmp_path), "full", setup)
+    assert ops(again, "forward") == ops(real, "forward")
     with pytest.raises(UserError, match="does not follow from others"):
         predict(model, "full", device="l40s", batch=2, seq=np.arange(20, 60))
 
@@ -277,3 +288,21 @@ def test_the_scores_of_adalora_are_part_of_its_step(tmp_path: Path) -> None:
     by_config, _ = traced.of_peft(config, values, setup)
     for phase in ("forward", "backward", "optimizer"):
         assert ops(by_config, phase) == ops(by_name, phase)
+
+
+def test_a_dim_that_only_seemed_to_follow_is_found_at_one_more_size() -> None:
+    """Rounded up to 8 as all recorded sizes are: read off the line between them, other sizes would be wrong."""
+
+    def trace(batch: int, seq: int) -> Calls:
+        n = -(-batch * seq // 8) * 8
+        op, calls = Op("add.Tensor", (Spec("fp32", (n,)),), (Spec("fp32", (n,)),), 4 * n, 4 * n), Calls()
+        calls.add(key_of((0, "forward"), op), op)
+        calls.live[0].append(4 * n)
+        calls.live[1].append(4 * n)
+        return calls
+
+    batches, lengths = (2, 3), (8, 16, 32)
+    found = solved([trace(b, s) for b in batches for s in lengths], batches, lengths)
+    check_at(found, (5, 24), trace(5, 24))
+    with pytest.raises(NoPolynomial, match=r"add.Tensor does not follow at \(3, 7\)"):
+        check_at(found, (3, 7), trace(3, 7))
