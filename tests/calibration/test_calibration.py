@@ -130,6 +130,9 @@ def test_the_file_of_a_calibration_is_a_device(measured: list[dict[str, Any]], h
     found = profile.load("My-Box")
     assert (found.kind, found.name, found.hardware.sm_count) == ("cpu", "A box", 2)
     assert set(found.fitted.values()) == {"fitted"}
+    for dtype in ("fp32", "bf16"):  # the fastest product runs at this share of the box's peak
+        reached = max(GEMM.efficiency.values()) * BOX.peak(dtype)
+        assert found.hardware.peak(dtype) == pytest.approx(reached, rel=0.1)
     assert found.residuals["gemm.fp32"]["mean"] < 0.03
     listed = CliRunner().invoke(main, ["devices", "--json"])
     assert "my-box" in [row["device"] for row in json.loads(listed.output)]

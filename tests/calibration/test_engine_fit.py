@@ -61,6 +61,22 @@ def test_costs_come_back_whatever_the_machine_is_like(tmp_path: Path, monkeypatc
     assert engines.ratios("mine") == pytest.approx(COSTS, rel=0.01)
 
 
+@pytest.mark.parametrize("checkpoint", engine.CHECKPOINTS)
+def test_what_is_timed_recomputes_as_what_is_recorded(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the seconds leave over beside the recorded calls are the costs: both have to be of one program."""
+    timed: list[engine.Running] = []
+
+    def in_turns(programs: list[engine.Running]) -> list[engine.Seconds]:
+        timed.extend(programs)
+        return [dict.fromkeys(PHASES, 1.0) for _ in programs]
+
+    monkeypatch.setattr(engine, "_in_turns", in_turns)
+    monkeypatch.setattr(engine, "_engine", lambda deepspeed, model: engine._plain(model))
+    made = engine._at_depth(None, "lora:r=4", checkpoint, 2)
+    assert [row.name for row in made] == list(PHASES)
+    assert [program.model.is_gradient_checkpointing for program in timed] == [checkpoint != "none"] * 2
+
+
 def test_without_deepspeed_it_says_what_to_install() -> None:
     """DeepSpeed is needed by this command alone, so few have it."""
     code = "import sys; sys.modules['deepspeed'] = None; from perfmodel.cli import main; main(['validate', 'engine'])"

@@ -1,7 +1,7 @@
 """Device files: an own one works from its datasheet, bad ones end in one clear line, rewriting keeps the rest."""
 
 import re
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +9,7 @@ from helpers import OWN_DEVICE
 
 from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
-from perfmodel.devices.gemm import gemm_time
+from perfmodel.devices.gemm import TENSOR_CORE_TILES, Tiles, gemm_time
 from perfmodel.devices.hardware import Hardware
 from perfmodel.errors import UserError
 
@@ -113,6 +113,20 @@ def test_rewriting_keeps_what_the_author_wrote(tmp_path: Path) -> None:
     assert device.provenance["attention"]["source"] == 'a "quoted" source'
     assert device.residuals["attention"] == {"mean": 0.1, "median": 0.08, "p90": 0.2}
     assert [p.name for p in tmp_path.iterdir()] == ["mine.toml"]
+
+
+@pytest.mark.parametrize("tiles", [((32, 32),), ((256, 256), (128, 64)), TENSOR_CORE_TILES])
+def test_a_library_of_other_tiles_is_written_down(tmp_path: Path, tiles: Tiles) -> None:
+    """Read back without them, its products would be priced by tiles that it does not have; the usual ones go unsaid."""
+    common = pytest.importorskip("validate.fitting.judging", exc_type=ImportError)
+    write = pytest.importorskip("validate.fitting.write", exc_type=ImportError)
+    path = tmp_path / "mine.toml"
+    path.write_text(OWN_DEVICE)
+    fitted = replace(profile.load("a100").gemm["bf16"], tiles=tiles)
+    errors = common.FitErrors(10, 0.1, 0.08, 0.2, 0.5)
+    write.write_blocks(path, {"gemm.bf16": common.Fit(fitted, "s", "s", 20, 10, errors, {})}, "2026-01-01")
+    assert profile.load(path).gemm["bf16"].tiles == tiles
+    assert ("tiles" in path.read_text()) == (tiles != TENSOR_CORE_TILES)
 
 
 def test_fitting_without_measurements_ends_in_one_line(tmp_path: Path) -> None:

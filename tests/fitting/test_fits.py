@@ -2,8 +2,12 @@
 what each source means. The rows are few (`fixtures/kernels`); what a fit of so few finds is no price of a device.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -189,3 +193,25 @@ def test_a_fit_without_its_file_is_told_in_a_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no gemm_bf16_l40s\.parquet") as caught:
         gemm.gemm_rows(tmp_path, "l40s", "bf16")
     assert "\n" not in str(caught.value)
+
+
+def test_every_device_gets_the_fit_of_its_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run for minutes in other processes: one that is asked for wrongly ends all of them, or is another's."""
+    fit = pytest.importorskip("validate.fitting.fit", exc_type=ImportError)
+
+    class Pool:
+        def submit(self, function: Callable[..., Any], *arguments: Any) -> SimpleNamespace:
+            bound = signature(function).bind(*arguments).arguments
+            return SimpleNamespace(result=lambda: (function.__name__, bound))
+
+    fitted = fit._Fitted()
+    monkeypatch.setattr(fit, "_gemm_class", lambda fitted, members, dtype, name, bound: (name, bound))
+    monkeypatch.setattr(fit, "_derived_classes", lambda fitted: None)
+    fit._gemms(Pool(), tmp_path, fitted, fit._Steps(None, 0))
+    for dtype, slug in fit.GEMMS:
+        asked = {"folder": tmp_path, "slug": slug, "dtype": dtype}
+        assert fitted.devices[f"gemm.{dtype}"][slug] == ("fit_device", asked)
+        assert fitted.left_out[f"gemm.{dtype}"][slug] == ("leave_out", asked)
+    for (dtype, family), (members, _, begin) in fit.GEMM_CLASSES.items():
+        asked = {"folder": tmp_path, "members": members, "dtype": dtype, "begin": begin}
+        assert fitted.classes[f"gemm.{dtype}"][family] == ("fit_class", asked)

@@ -89,6 +89,14 @@ def test_flash_attention_of_its_papers_is_priced_as_promised() -> None:
     assert attention.published_errors(rows[rows.left_out], on.hardware, on.attention).mean <= 0.05
 
 
+@pytest.mark.parametrize("device", flash_papers.SOURCES)
+def test_no_figure_of_flash_attention_stands_for_two_shapes(device: str) -> None:
+    """One filed under another mask would give the fit two times for one kernel, a factor of two apart."""
+    rows = flash_papers.flash_rows(device)
+    assert len(rows)
+    assert not rows.duplicated(["causal", "head_dim", "direction", "seq"]).any()
+
+
 @pytest.mark.parametrize("device", ["a100-40gb-pcie", "a100-80gb-pcie", "a100-80gb-sxm", "h100-sxm"])
 def test_published_memory_bound_kernels_are_priced_as_promised(kernels: Path, device: str) -> None:
     """Norms, softmax, element-wise kernels and embeddings that no fit saw, of three sources."""

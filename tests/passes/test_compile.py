@@ -22,7 +22,8 @@ from perfmodel.errors import UserError
 from perfmodel.imports import read
 from perfmodel.passes import compile as compiling
 from perfmodel.passes import partition
-from perfmodel.passes.graph import Graph
+from perfmodel.passes.fusion import fused_kernels
+from perfmodel.passes.graph import Graph, Prim, Value
 from perfmodel.passes.mincut import Network
 from perfmodel.passes.partition import Halves
 from perfmodel.prediction import memory
@@ -186,6 +187,22 @@ def test_the_cut_is_minimal() -> None:
     for edge in ((source, a, 3), (source, b, 2), (a, b, 5), (a, sink, 2), (b, sink, 3)):
         network.edge(*edge)
     assert network.source_side(source, sink) in ({source}, {source, a, b})
+
+
+def test_what_only_its_own_kernel_reads_stays_on_the_chip() -> None:
+    """A row's sum that the same kernel divides by is never written; a library's kernel writes all that it makes."""
+    x, total, share, product, statistics = (Value("fp32", n) for n in (64, 8, 64, 64, 8))
+
+    def prim(kind: str, reads: tuple[Value, ...], outs: tuple[Value, ...], length: int = 1) -> Prim:
+        return Prim(kind, kind, [(v, v.nbytes) for v in reads], outs[0].points, 0, False, "base", length, [*outs])
+
+    prims = [
+        prim("rows", (x,), (total,), 8), prim("pointwise", (x, total), (share,)),
+        prim("extern", (share,), (product, statistics)),
+    ]  # fmt: skip
+    own, library = fused_kernels(prims, {product})
+    assert (own.writes, list(own.reads)) == ([share], [x])
+    assert library.writes == [product, statistics]
 
 
 def test_a_sum_down_columns_takes_along_what_reads_its_result() -> None:

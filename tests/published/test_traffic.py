@@ -8,7 +8,8 @@ from click.testing import CliRunner
 
 from perfmodel import cli
 from perfmodel.devices import profile
-from perfmodel.devices.traffic import gemm_reads
+from perfmodel.devices.traffic import dram_bytes, gemm_reads
+from perfmodel.program.op import Op, Spec
 from validate.published import layers, savings
 from validate.published.reasons import FAR, reasons
 from validate.published.savings import Saving
@@ -32,6 +33,21 @@ def test_a_product_that_fits_the_cache_is_read_once() -> None:
     for m, n, k in ((512, 65536, 4096), (8192, 8192, 8192), (16384, 2048, 8192)):
         once = (m + n) * k * 2
         assert once <= gemm_reads(m, n, k, 2, H100) <= gemm_reads(m, n, k, 2, H100, groups=(8,))
+
+
+def test_only_a_call_of_one_product_reads_its_operands_again() -> None:
+    """Of several, say both gradients of a convolution, nobody knows the walk: their bytes are those of the tensors."""
+    x, filters = Spec("bf16", (64, 1024, 32, 32)), Spec("bf16", (1024, 1024, 1, 1))
+    calls = {
+        name: Op(name, read, written, sum(s.nbytes for s in read), sum(s.nbytes for s in written))
+        for name, read, written in (
+            ("convolution", (x, filters), (x,)), ("convolution_backward", (x, x, filters), (x, filters)),
+        )
+    }  # fmt: skip
+    own = {name: op.bytes_read + op.bytes_written for name, op in calls.items()}
+    moved = {name: dram_bytes(op, H100) for name, op in calls.items()}
+    assert moved["convolution"] > own["convolution"]
+    assert moved["convolution_backward"] == own["convolution_backward"]
 
 
 def test_layer_times_are_lorafusions() -> None:

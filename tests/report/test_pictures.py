@@ -9,12 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perfmodel import UserError, compare, explain
+from perfmodel import UserError, compare, explain, predict
+from perfmodel.devices import profile
 from perfmodel.questions.crossover import Crossover
+from perfmodel.questions.roofline import longest_kernels, roof
 from perfmodel.report import svg
-from perfmodel.report.charts import WIDE
+from perfmodel.report.charts import NARROW, WIDE
 from perfmodel.report.charts.crossing import crossing
 from perfmodel.report.charts.memory import memory
+from perfmodel.report.charts.roofline import roofline
 from perfmodel.report.charts.waterfall import waterfall
 from validate import plots
 from validate.checking.parity import ParityPoint, marks, parity_svg
@@ -102,6 +105,18 @@ def texts(canvas: svg.Canvas) -> list[tuple[str, float]]:
     """What is written, and how high its baseline lies."""
     found = [shape for shape in canvas.shapes if shape.startswith("<text ")]
     return [(re.sub("<.*?>", "", t), float(re.findall(r' y="([^"]*)"', t)[0])) for t in found]
+
+
+def test_a_wide_roofline_is_low_a_narrow_one_high() -> None:
+    """A page has room to the side, a telephone below: as high a picture on both would hide the kernels of one."""
+    p = predict("gpt2", "lora", device="l40s", batch=2, seq=64)
+    kernels = longest_kernels(p)
+    wide, narrow = (roofline(kernels, roof(profile.load("l40s"), kernels), "step", width) for width in (WIDE, NARROW))
+    assert wide.height / wide.width < 0.75 * narrow.height / narrow.width
+    largest = [max(float(r) for (r,) in attributes(canvas, "circle", "r")) for canvas in (wide, narrow)]
+    assert largest[1] < largest[0]
+    assert inside(wide)
+    assert inside(narrow)
 
 
 @pytest.mark.parametrize("width", [WIDE, 320])

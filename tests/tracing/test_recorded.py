@@ -228,6 +228,8 @@ def test_every_command_takes_a_traced_model(tmp_path: Path, monkeypatch: pytest.
         result = CliRunner().invoke(cli.main, [command, *options, *given, *tuner, "--json"])
         assert result.exit_code == 0, result.output
         assert json.loads(result.stdout)
+        told = Path("page.html").read_text(encoding="utf-8") if command == "report" else result.stdout
+        assert ("randlora" in told.lower()) == bool(tuner)
         assert len(list((tmp_path / "home" / "programs").iterdir())) >= 2
 
 
