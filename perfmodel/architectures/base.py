@@ -174,12 +174,10 @@ class Rewrites(Protocol):
 class Build:
     """One recording of a model: architecture, method, setup and all parameters made so far.
 
-    `labelled` says whether the model gets labels: without them its forward pass returns logits, as in transformers, of
-    the last `logits_to_keep` tokens if that is given.
-    `past` are the keys and values that a method puts before those of a block, for every run of blocks to come; `held`
-    is what Python holds on to until the forward pass returns, with the part of the run of blocks that made it; `kept`
-    what modules keep as attributes until their next forward pass, with the part that it was made in; `packed` what
-    attention must know of packed documents.
+    Without labels (`labelled`) the forward pass returns logits, of the last `logits_to_keep` tokens if that is given.
+    `past` are keys and values that a method puts before a block's; `held` is what Python holds on to until the forward
+    pass returns, `kept` what modules keep until their next one, each with the part that made it; `packed` what attention
+    must know of packed documents.
     """
 
     architecture: Architecture
