@@ -176,8 +176,8 @@ class Build:
 
     Without labels (`labelled`) the forward pass returns logits, of the last `logits_to_keep` tokens if that is given.
     `past` are keys and values that a method puts before a block's; `held` is what Python holds on to until the forward
-    pass returns, `kept` what modules keep until their next one, each with the part that made it; `packed` what attention
-    must know of packed documents.
+    pass returns, `kept` what modules keep until their next one, each with the part that made it; `packed` what
+    attention must know of packed documents.
     """
 
     architecture: Architecture
