@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from perfmodel import UserError, compare, explain
 from perfmodel.questions.crossover import Crossover
 from perfmodel.report import svg
-from perfmodel.report.charts import WIDE
+from perfmodel.report.charts import NARROW, WIDE
 from perfmodel.report.charts.crossing import crossing
 from perfmodel.report.charts.memory import memory
 from perfmodel.report.charts.waterfall import waterfall
@@ -119,6 +119,22 @@ def test_bars_stand_one_below_the_other_each_beside_its_name(width: int) -> None
         heights = dict(texts(canvas))
         for name, top in zip(names or (), rows, strict=names is not None):
             assert top - 16 <= heights[name] <= top + bars[0][1]
+
+
+def test_times_below_a_waterfall_fit_the_width_of_the_page() -> None:
+    """On a phone they must not run into each other; a wide page has room for more, to read a bar's length by."""
+    marked = dict.fromkeys((WIDE, NARROW, 320), 0)
+    for batch in (1, 2, 4, 8):
+        changes = explain("gpt2", "full", "lora", device="l40s", batch=batch, seq=128, axes=())
+        for width in marked:
+            canvas = waterfall(changes, width)
+            below = [shape for shape in canvas.shapes if shape.startswith("<text ") and "muted" in shape]
+            centres = [float(re.findall(r' x="([^"]*)"', text)[0]) for text in below]
+            halves = [svg.text_width(re.sub("<.*?>", "", text)) / 2 for text in below]
+            centred = list(zip(centres, halves, strict=True))[1:]  # the first begins at 0
+            assert all(a + b <= c - d for (a, b), (c, d) in pairwise(centred))
+            marked[width] += len(below)
+    assert marked[WIDE] > marked[NARROW]
 
 
 @given(bounds=bounds, most=st.integers(4, 9))
