@@ -7,7 +7,7 @@ import pytest
 
 from perfmodel.devices import profile
 from perfmodel.devices.cpu import GRAIN, CpuGemmParameters, CpuStreamParameters, cpu_gemm_time, regime, stream_time
-from perfmodel.devices.cpu_work import FEW_ROWS, REGIMES, VECTOR, kind_of, streams
+from perfmodel.devices.cpu_work import FEW_ROWS, KINDS, REGIMES, VECTOR, kind_of, streams
 from perfmodel.program.op import Op
 from perfmodel.tape import nn, pointwise, shape
 from perfmodel.tape.core import Tape, recording
@@ -87,6 +87,17 @@ def test_a_stream_by_hand(elements: float, cores: int) -> None:
     ):  # fmt: skip
         seconds = stream_time(traffic, elements, 2, hardware=hw, parameters=p, kind="stream")
         assert float(seconds) == pytest.approx(2 * floor + compute + traffic * slowdown / (0.9 * 40e9), rel=1e-5)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_no_fit_has_measured_takes_time_too(kind: str, half: bool) -> None:
+    """A fit leaves the usual figures where it had no rows: more to compute on as many bytes must take longer."""
+    hw = profile.load("cpu-xeon-2.5ghz-1t").hardware
+    few, many = (
+        stream_time(1e6, n, hardware=hw, parameters=CpuStreamParameters(), kind=kind, half=half) for n in (1e6, 2e6)
+    )
+    assert many > few > 0
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

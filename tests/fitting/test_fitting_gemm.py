@@ -65,6 +65,15 @@ def test_a_device_never_stands_for_itself(dtype: str, slugs: dict[str, str]) -> 
     assert gemm.donors("l40s", "bf16")["a100-80gb-sxm"] > 0.5  # the same instructions, mma.sync and cp.async
 
 
+@pytest.mark.parametrize("slug", sgemm.STARTS)
+def test_a_fit_starts_from_tiles_that_a_kernel_can_have(slug: str) -> None:
+    """Threads come in warps of 32 and tiles in powers of two; no fit moves a tile, so the bundled file has them too."""
+    start = sgemm.STARTS[slug]
+    sides = {side for tile in (*start.tiles, *(start.batched_tiles or ())) for side in tile}
+    assert all(side >= 32 and side & (side - 1) == 0 for side in sides)
+    assert profile.load(slug).gemm["fp32"].tiles == start.tiles
+
+
 def test_rows_are_priced_between_the_two_clocks_of_a_board() -> None:
     """A row after a pause costs what the chip would at its highest clock, one amid load what the power leaves."""
     common = pytest.importorskip("validate.fitting.judging", exc_type=ImportError)

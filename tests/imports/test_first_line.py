@@ -13,6 +13,7 @@ from perfmodel.imports.packing import UNKNOWN
 from perfmodel.resources import DATA
 
 BASE = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 64\n"
+TRL = {"model_name_or_path": "gpt2", "max_length": 64, "dtype": "float32", "packing": False}
 FACTORY = "model_name_or_path: gpt2\ncutoff_len: 64\n"
 
 DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line says
@@ -72,6 +73,23 @@ def test_what_changes_nothing_is_not_in_the_first_line(tmp_path: Path, text: str
     """A first line on every file would be read on none."""
     (tmp_path / "config.yml").write_text(BASE + text)
     assert read(tmp_path / "config.yml").first_line == ""
+
+
+@pytest.mark.parametrize(
+    ("keys", "differs"),
+    [
+        ({"tf32": True, "bf16": False}, True),
+        ({"tf32": True, "bf16": True}, False),
+        ({"tf32": True}, False),
+        ({"bf16": False}, False),
+    ],
+)
+def test_tf32_matters_to_trl_only_where_products_are_in_fp32(
+    tmp_path: Path, keys: dict[str, bool], differs: bool
+) -> None:
+    """Its own default is mixed precision, whose products are in bf16: a note on TF32 would cast doubt for nothing."""
+    (tmp_path / "sft.json").write_text(json.dumps({**TRL, **keys}))
+    assert any("tf32" in said for said in read(tmp_path / "sft.json").differences) == differs
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (DATA / "configs").glob("*.toml")))

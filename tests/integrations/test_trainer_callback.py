@@ -1,5 +1,6 @@
 """The Trainer callback in real runs of tiny models: it predicts, explains and costs next to nothing."""
 
+import mmap
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from perfmodel.integrations.findings import Findings
-from perfmodel.integrations.trainer import StepPrediction
+from perfmodel.integrations.trainer import StepPrediction, resident_bytes
 
 CONFIG = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 512,
@@ -95,6 +96,16 @@ def test_it_costs_less_than_one_percent(tmp_path: Path) -> None:
     callback = StepPrediction(warm_up=2, steps=10)
     train(tmp_path, callback, Samples(), steps=14)
     assert callback.own_seconds / 10 < 0.01 * found(callback).step
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_memory_that_was_given_back_is_in_the_peak_alone() -> None:
+    """A step on a CPU is judged by how far the peak rose over what the process held before: the two must differ."""
+    size = 64 * 2**20
+    with mmap.mmap(-1, size) as block:
+        for page in range(0, size, mmap.PAGESIZE):
+            block[page] = 1
+    assert resident_bytes(peak=True) - resident_bytes() > size / 2
 
 
 def test_slow_data_is_told_apart_from_the_step(tmp_path: Path) -> None:

@@ -102,6 +102,15 @@ def test_floors_and_bandwidth_are_measured_first(wide: bool) -> None:
     assert all(prod(n for _, n in c.sizes) >= largest / 2 for c in big)
 
 
+def test_a_third_of_the_products_is_skinny_and_none_is_timed_twice() -> None:
+    """Adapters are made of skinny products; a product timed twice is rented time that tells nothing new."""
+    cases = designs.gemms("bf16", wide=True)
+    assert len(set(cases)) == len(cases)
+    shapes = cases[:: len(designs.LAYOUTS)]  # each in all layouts
+    skinny = [min(n for _, n in case.sizes) < 64 for case in shapes]
+    assert skinny == [i % 3 == 0 for i in range(len(shapes))]
+
+
 @pytest.mark.parametrize(("device", "given_back"), [("cuda", 1), ("cpu", 0)])
 def test_only_a_gpu_is_asked_for_its_memory_back(monkeypatch: pytest.MonkeyPatch, device: str, given_back: int) -> None:
     """A training step that follows must not find it held; a CPU has no such cache, and may have no driver either."""

@@ -23,6 +23,7 @@ from perfmodel.questions import knobs
 from perfmodel.questions.advice import Advice, Candidate, Change
 from perfmodel.recording.reuse import Shared
 from perfmodel.report.advice import _answer
+from perfmodel.setup import Setup
 
 MODEL, DEVICE, CPU = "smollm2-135m", "l40s", "cpu-xeon-2.5ghz-1t"
 advise_module = import_module("perfmodel.questions.advice")
@@ -267,6 +268,21 @@ def test_liger_is_offered_where_it_exists_and_is_not_used(model: str, kernels: s
     """A change that is none, or that no program has, would be advice for nothing."""
     choices = knobs._kernels(architecture_of(model), setup_of(model, kernels=kernels))
     assert len(choices) == 1 + offered
+
+
+@pytest.mark.parametrize(
+    ("batch", "accum", "others"),
+    [
+        (1, 1, []),
+        (4, 1, [(1, 4), (2, 2)]),
+        (2, 8, [(1, 16), (4, 4), (8, 2), (16, 1)]),
+        (3, 4, [(1, 12), (2, 6), (4, 3), (12, 1)]),
+    ],
+)
+def test_a_step_is_split_by_powers_of_two_or_not_at_all(batch: int, accum: int, others: list[tuple[int, int]]) -> None:
+    """As many samples a step whatever the split: advice changes what a step costs, never what it learns."""
+    found = list(knobs._micro_batches(Setup(batch=batch, grad_accum=accum)))
+    assert found == [(batch, accum), *others]
 
 
 @pytest.mark.parametrize(("changes", "told"), [(("a",), "a"), (("a", "b"), "a and b"), (("a", "b", "c"), "a, b and c")])

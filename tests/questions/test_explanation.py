@@ -278,6 +278,12 @@ def test_crossovers_in_words(verdicts: str, said: str) -> None:
     assert crossing_in_words(axis(verdicts), ("A", "B")) == said
 
 
+def test_a_verdict_that_never_turns_is_told_with_the_speed_up_at_both_ends() -> None:
+    """Whether it grows or fades along the axis is all that is left to say."""
+    fading = replace(axis("fff"), ratio=[2.5, 1.8, 1.3])
+    assert crossing_in_words(fading, ("A", "B")) == "batch 1 to 3: faster throughout, speed-up 2.50 to 1.30"
+
+
 def test_crossovers_say_where_memory_ends() -> None:
     """A verdict beyond the memory is no advice."""
     told = crossing_in_words(axis("fff", fits_a=[True, False, False], fits_b=[True, True, False]), ("A", "B"))

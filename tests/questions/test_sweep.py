@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from perfmodel import compare, predict, sweep
+from perfmodel import Setup, compare, predict, sweep
 from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.report.files import records, rows_to
@@ -44,6 +44,12 @@ def test_every_row_equals_its_own_prediction(
         if row["method"] != "full":
             assert (row["speedup"], row["speedup_low"]) == pytest.approx((both.ratio, both.low), rel=1e-9)
             assert row["verdict"] == both.verdict
+
+
+def test_a_sweep_without_axes_is_the_usual_step() -> None:
+    """One cell, the one that `predict` answers without a setup."""
+    grid, usual = sweep(MODEL, ["full"], device=DEVICE), Setup()
+    assert (list(grid.batch), list(grid.seq)) == ([usual.batch], [usual.seq])
 
 
 def test_block_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +161,21 @@ def test_only_cells_that_do_not_fit_are_hatched() -> None:
     cells = [path.get_extents() for path in hatched.get_paths()]
     inside = [any(cell.contains(seq, batch) for cell in cells) for batch in grid.batch for seq in grid.seq]
     assert inside == [not fit for fit in fits.flat]
+
+
+@pytest.mark.parametrize(("low", "high", "crosses"), [(0.8, 1.2, True), (1.1, 1.4, False), (0.6, 0.9, False)])
+def test_a_line_is_drawn_where_the_verdict_turns_and_nowhere_else(low: float, high: float, crosses: bool) -> None:
+    """It is what the picture is looked at for; matplotlib warns of a contour that is not there."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.contour import ContourSet
+    from matplotlib.figure import Figure
+
+    from perfmodel.report import heatmap
+
+    grid = sweep(MODEL, ["full", "lora"], device=DEVICE, batch=(1, 2), seq=(128, 256, 512))
+    axes = Figure().subplots()
+    heatmap._panel(axes, grid, np.linspace(low, high, 6).reshape(2, 3), np.ones((2, 3)))
+    assert any(isinstance(drawn, ContourSet) for drawn in axes.get_children()) == crosses
 
 
 def test_axes_are_named_once_and_hatching_moves_no_border(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -136,6 +136,22 @@ def test_bars_stand_one_below_the_other_each_beside_its_name(width: int) -> None
             assert top - 16 <= heights[name] <= top + bars[0][1]
 
 
+def test_times_below_a_waterfall_fit_the_width_of_the_page() -> None:
+    """On a phone they must not run into each other; a wide page has room for more, to read a bar's length by."""
+    marked = dict.fromkeys((WIDE, NARROW, 320), 0)
+    for batch in (1, 2, 4, 8):
+        changes = explain("gpt2", "full", "lora", device="l40s", batch=batch, seq=128, axes=())
+        for width in marked:
+            canvas = waterfall(changes, width)
+            below = [shape for shape in canvas.shapes if shape.startswith("<text ") and "muted" in shape]
+            centres = [float(re.findall(r' x="([^"]*)"', text)[0]) for text in below]
+            halves = [svg.text_width(re.sub("<.*?>", "", text)) / 2 for text in below]
+            centred = list(zip(centres, halves, strict=True))[1:]  # the first begins at 0
+            assert all(a + b <= c - d for (a, b), (c, d) in pairwise(centred))
+            marked[width] += len(below)
+    assert marked[WIDE] > marked[NARROW]
+
+
 @given(bounds=bounds, most=st.integers(4, 9))
 def test_marks_of_a_parity_plot_differ_and_lie_inside(bounds: tuple[float, float], most: int) -> None:
     """A mark drawn twice is one that is missing elsewhere."""
