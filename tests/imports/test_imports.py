@@ -303,3 +303,28 @@ def test_a_base_in_8_bit_is_llm_int8(suffix: str, text: str, tmp_path: Path) -> 
     path = tmp_path / f"config.{suffix}"
     path.write_text(text)
     assert str(read(path).method).startswith("lora_8bit:r=4")
+
+
+V1 = "model: gpt2\nmodel_class: llm\n"
+FSDP = "dist_config: {name: fsdp2}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "precision"),
+    [
+        ("", ("fp32", None)),
+        ("bf16: false\n", ("fp32", None)),
+        (FSDP, ("fp32", "bf16")),
+        (f"{FSDP}bf16: false\n", ("fp32", None)),
+        ("dist_config: {name: fsdpturbo}\n", ("bf16", None)),
+        ("dist_config: {name: deepspeed, config_file: not_here.json}\n", ("fp32", "bf16")),
+        (f"{FSDP}peft_config: {{name: lora}}\n", ("bf16", None)),
+    ],
+)
+def test_full_tuning_of_v1_holds_fp32(tmp_path: Path, text: str, precision: tuple[str, str | None]) -> None:
+    """Read as bf16, weights and optimizer states would need half of the memory that they have."""
+    (tmp_path / "v1.yaml").write_text(V1 + text)
+    found = read(tmp_path / "v1.yaml")
+    assert (found.setup["dtype"], found.setup["amp"]) == precision
+    assert any("autocast" in said for said in found.differences) == (precision == ("fp32", "bf16"))
+    assert any("own log-probabilities" in said for said in found.differences)
