@@ -46,14 +46,14 @@ def test_what_a_model_has_no_program_of_is_answered_otherwise(
 
 def test_what_is_typed_is_not_touched(tmp_path: Path) -> None:
     """Then the file asks for nothing that is answered otherwise."""
-    text = f"base_model: openai/gpt-oss-20b\n{LORA}{LINEAR}{FLASH}"
+    text = f"base_model: openai/gpt-oss-20b\n{LORA}{LINEAR}{FLASH}lora_o_kernel: false\n"
     assert DIFFERS not in asked(tmp_path, text, "--attention", "eager")
     assert DIFFERS not in asked(tmp_path, text, "--model", "llama-3.2-1b")
 
 
 def test_all_linear_layers_of_a_mixture_are_its_attention(tmp_path: Path) -> None:
     """Axolotl names modules: experts and routers are none any more. PEFT's own word means them, too."""
-    text = f"base_model: mistralai/Mixtral-8x7B-v0.1\n{LORA}{LINEAR}lora_dropout: 0.05\n"
+    text = f"base_model: mistralai/Mixtral-8x7B-v0.1\n{LORA}{LINEAR}lora_dropout: 0.05\nlora_o_kernel: false\n"
     out = asked(tmp_path, text)
     assert out.startswith("lora:r=4,targets=q_proj+k_proj+v_proj+o_proj,dropout=0.05 on mixtral-8x7b")
 

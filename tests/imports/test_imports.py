@@ -29,7 +29,7 @@ EXPECTED: dict[str, tuple[str | None, dict[str, Any]]] = {
          "optimizer": "adamw-fused"},
     ),
     "axolotl/lora-all-linear.yml": (
-        "lora:r=32,targets=all-linear",
+        "lora:r=32,targets=all-linear,implementation=unsloth",
         {**AMP, "batch": 2, "seq": 4096, "grad_accum": 4, "checkpoint": "block-reentrant", "attention": "sdpa",
          "optimizer": "adamw"},
     ),
@@ -40,8 +40,12 @@ EXPECTED: dict[str, tuple[str | None, dict[str, Any]]] = {
     ),
     "axolotl/full-3b.yml": ("full", {**AMP, "seq": 8192, "kernels": "liger", "clip_grad": True, "grad_accum": 8}),
     "axolotl/dora.yml": ("dora:r=8,targets=q_proj+v_proj", {**AMP, "batch": 4, "checkpoint": "none", "seq": 1024}),
-    "axolotl/rslora.yml": ("rslora:r=128,targets=all-linear", {**AMP, "checkpoint": "block-reentrant"}),
-    "axolotl/loraplus.yml": ("loraplus:r=16,targets=q_proj+k_proj+v_proj+o_proj", {"batch": 8, "checkpoint": "none"}),
+    "axolotl/rslora.yml": (
+        "rslora:r=128,targets=all-linear,implementation=unsloth", {**AMP, "checkpoint": "block-reentrant"},
+    ),
+    "axolotl/loraplus.yml": (
+        "loraplus:r=16,targets=q_proj+k_proj+v_proj+o_proj,implementation=unsloth", {"batch": 8, "checkpoint": "none"},
+    ),
     "axolotl/kernels.yml": ("lora:r=16,targets=all-linear,implementation=unsloth", {"batch": 4, "grad_accum": 2}),
     "axolotl/fp16-t4.yml": (
         "lora:r=8,targets=q_proj+v_proj",
@@ -285,7 +289,7 @@ def test_the_command_line_wins_over_the_file() -> None:
     assert result.exit_code == 0, result.stderr
     answer = json.loads(result.stdout)
     assert (answer["setup"]["batch"], answer["setup"]["seq"], answer["setup"]["grad_accum"]) == (1, 512, 4)
-    assert answer["method"] == "lora:r=32,targets=all-linear"
+    assert answer["method"] == "lora:r=32,targets=all-linear,implementation=unsloth"
     assert "ignored" in result.stderr
     assert "learning_rate" in result.stderr
 
