@@ -18,6 +18,7 @@ MARKS = ("model_class", "dist_config", "batching_strategy", "kernel_config", "pe
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", **FLASH}
 CHECKPOINT_DTYPE = "bf16"  # of nearly every checkpoint
 OWN_LOSS = "transformers' loss once, without v1's own log-probabilities beside it"  # `compute_log_probs`
+FUSED_LOSS = "Liger's fused loss, in the place of the logits and of v1's own log-probabilities"  # `require_logits`
 TOKEN_BUDGETS = ("dynamic_batching", "dynamic_padding_free")  # strategies that fill micro-batches by tokens
 
 
@@ -47,7 +48,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         packing.packed_flat(keys, setup, "batching_strategy")
     keys.number("max_grad_norm", 1.0)
     keys.differ("an SFT step: the file does not say whether `sft` or `dpo` reads it")
-    keys.differ(OWN_LOSS)
+    keys.differ(FUSED_LOSS if setup["kernels"] == "liger" else OWN_LOSS)
     notes = [] if "packing" in setup else [packing.shorter("cutoff_len")]
     return keys.text("model", "Qwen/Qwen3-4B-Instruct-2507"), method, setup, notes
 
@@ -66,7 +67,8 @@ def _precision(keys: Keys, method: str) -> dict[str, str | None]:
         keys.differ("autocast where fp32 blocks meet bf16 ones, in the place of FSDP's casts")
         return {"dtype": CHECKPOINT_DTYPE, "amp": CHECKPOINT_DTYPE}
     dist = keys.values.get("dist_config")  # left unread: data/configs/ says that nothing is sharded
-    name = dist.get("name") if isinstance(dist, dict) else None
+    dist = dist if isinstance(dist, dict) else {}
+    name = dist.get("name")
     if name == "fsdpturbo" and half:
         return {"dtype": "bf16", "amp": None}
     if (name == "fsdp2" and half) or (name == "deepspeed" and _in_bf16(dist.get("config_file"))):

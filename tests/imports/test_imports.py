@@ -239,6 +239,7 @@ FACTORY = "model_name_or_path: gpt2\ncutoff_len: 64\n"
         ("yml", BASE + "unfrozen_parameters: ['^model.embed_tokens.weight$[:320]']", "some rows of a weight"),
         ("yml", BASE + "adapter: lora\nquantize_moe_experts: true", "needs load_in_4bit or load_in_8bit"),
         ("yaml", FACTORY + "mixture_of_depths: convert", "mixture of depths is not modelled"),
+        ("yaml", FACTORY + "freeze_language_model: true", "the vision tower alone is not modelled"),
         ("yaml", FACTORY + "quantization_bit: 3", "quantization_bit 3 is not modelled: use 4 or 8"),
         ("yaml", FACTORY + "finetuning_type: oft\nquantization_bit: 8", "OFT on an 8-bit base is not modelled"),
         ("yaml", "model: m\nmodel_class: cls", "model_class 'cls' is unknown"),
