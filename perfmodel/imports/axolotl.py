@@ -33,6 +33,7 @@ FUSED = (
 )
 PLAIN_ADAPTERS = ("rl", "nvfp4_merge_aware", "trust_remote_code")  # keys beside which no kernels come by themselves
 FUSES = ("lora", "rslora", "loraplus", "pissa")  # methods that have Unsloth's kernels here
+RECOMPUTED = "blocks recomputed, in the place of offloaded activations"  # beside adapters offloading stands alone
 LISA_STATES = "a new optimizer at each switch of blocks; Axolotl keeps the states of all blocks drawn so far"
 LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy")
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", "fp8": None, "sage": None, **FLASH}
@@ -138,9 +139,13 @@ def _checkpoint(keys: Keys, *, checkpoints: bool) -> str:
         keys.differ("activations stay on the GPU", "gradient_checkpointing")  # the older form of activation_offloading
     if asked in (None, False):
         return "block" if checkpoints else "none"
-    offloading = isinstance(asked, str) or keys.values.get("activation_offloading") not in (*NOTHING, "none")
-    if offloading and not keys.values.get("adapter"):
-        return "block"  # torch's wrapper of blocks, in the place of transformers' (`_apply_activation_checkpointing`)
+    offloading = keys.values.get("activation_offloading")
+    if offloading == "hidden_states":
+        return checkpoint_kind(keys, on=True)
+    if isinstance(asked, str) or offloading not in (*NOTHING, "none"):
+        if not keys.values.get("adapter"):
+            return "block"  # torch's wrapper of blocks (`_apply_activation_checkpointing`)
+        keys.differ(RECOMPUTED, "activation_offloading" if offloading else "gradient_checkpointing")
     plain = not keys.values.get("unfrozen_parameters") and not keys.values.get("rl")
     if keys.get("gradient_checkpointing_kwargs") is None and plain:
         return "block-reentrant"

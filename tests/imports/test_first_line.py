@@ -22,6 +22,9 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "fsdp: [full_shard]\nfsdp_config: {a: b}": ("axolotl", "one GPU, without FSDP (fsdp, fsdp_config)"),
     "tensor_parallel_size: 2": ("axolotl", "one GPU (tensor_parallel_size)"),
     "activation_offloading: true": ("axolotl", "activations stay on the GPU (activation_offloading)"),
+    "activation_offloading: true\nadapter: lora\ngradient_checkpointing: true": (
+        "axolotl", "blocks recomputed, in the place of offloaded activations (activation_offloading)",
+    ),
     "attn_implementation: flash_attention_3": ("axolotl", "flash-attn 2, not 3 (attn_implementation)"),
     "attn_implementation: flex_attention": ("axolotl", "sdpa, not flex attention (attn_implementation)"),
     "plugins: [a.CutCrossEntropyPlugin]": ("axolotl", "the logits in memory, without cut cross entropy (plugins)"),
