@@ -50,8 +50,8 @@ def settled(options: dict[str, Any]) -> dict[str, Any]:
         ctx.meta[CONFIG] = replace(found, differences=[d for d in found.differences if not d.startswith(TEXT_ALONE)])
     if CONFIG in ctx.meta and is_traced(options):
         options, said = traces.followed(options, {name for name in options if _of_config(name)})
-        found = ctx.meta[CONFIG]
-        differ([*said, *traces.otherwise(options["model"], found.tool, [found.method or ""])])
+        found = ctx.meta[CONFIG] = ctx.meta[CONFIG].replaced(said)
+        differ(traces.otherwise(options["model"], found))
     _check(ctx, options, traces.traced_type(options["model"]))
     return options
 
@@ -105,8 +105,8 @@ def on_its_model(command: Command) -> Command:
                 for name in (fallback.option, "methods") if fallback.option == "method" else (fallback.option,):
                     if ctx.get_parameter_source(name) is from_config:
                         options[name] = ("full", fallback.value) if name == "methods" else fallback.value
-                        taken += [fallback.said] if fallback.said else []
-            ctx.meta[CONFIG] = replace(found, differences=[*found.differences, *taken])
+                        taken.append((fallback.option, fallback.said))
+            ctx.meta[CONFIG] = found.replaced(taken)
         return command(**options)
 
     return run

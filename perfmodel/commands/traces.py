@@ -2,7 +2,10 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..imports import Imported
 
 TRACED = "by a trace of the real program"  # what the first line of such an answer says
 
@@ -14,6 +17,8 @@ INSTEAD = (
     ("compile", "reduce-overhead", "none", "without torch.compile"),
     ("engine", "deepspeed-zero3", "torch", "one GPU, without ZeRO-3"),
 )
+FULL = ("full", "galore", "apollo", "badam")  # methods that train every weight
+TOWER = "vision tower"
 FUSED = re.compile(r"implementation=\w+,?")
 
 
@@ -29,19 +34,26 @@ def traced_type(model: str) -> str:
     return "" if not isinstance(kind, str) or has_form(kind) else kind
 
 
-def otherwise(model: str, tool: str, methods: Sequence[str]) -> list[str]:
+def otherwise(model: str, found: "Imported") -> list[str]:
     """How the traced program of a model differs from that of a training config's tool, all packages installed."""
     from ..architectures import load
     from ..tracing.kernels import without_kernels
 
-    sees = "vision_config" in load(model).values and tool.startswith("LLaMA-Factory")
+    frozen = found.frozen if "vision_config" in load(model).values else ()
+    return [words for words in (without_kernels(traced_type(model)), _thawed(found, frozen)) if words]
+
+
+def _thawed(found: "Imported", frozen: Sequence[str]) -> str:
+    """What a trace does to the parts of a model that a tool leaves frozen."""
+    method = found.method or ""
+    if method.partition(":")[0] in FULL and frozen:
+        return f"the {' and the '.join(frozen)} trained too, in {found.setup['dtype']}"
     # LLaMA-Factory leaves the frozen tower out of `all` (model_utils/misc.py, `find_all_linear_modules`)
-    adapted = "adapters on the vision tower too" if sees and any("all-linear" in text for text in methods) else ""
-    return [words for words in (without_kernels(traced_type(model)), adapted) if words]
+    return "adapters on the vision tower too" if "all-linear" in method and TOWER in frozen else ""
 
 
-def followed(options: dict[str, Any], of_config: set[str]) -> tuple[dict[str, Any], list[str]]:
-    """The options as a trace can follow them, and how they differ from those of a training config.
+def followed(options: dict[str, Any], of_config: set[str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The options as a trace can follow them, and how those of a training config do that differ.
 
     Args:
         of_config: those that the config gave; what is typed stays, and is refused.
@@ -50,7 +62,7 @@ def followed(options: dict[str, Any], of_config: set[str]) -> tuple[dict[str, An
     for name, asked, instead, words in INSTEAD:
         if name in of_config and made.get(name) == asked:
             made[name] = instead
-            said.append(words)
+            said.append((name, words))
     return made, said
 
 

@@ -1,8 +1,11 @@
 """Axolotl's YAML (docs.axolotl.ai, config reference; axolotl/utils/schemas, loaders, core/builders at 067b021)."""
 
+import re
 from typing import Any
 
 from ..errors import UserError
+from ..methods.lora import TOGETHER
+from ..methods.parts.targeted import ALL_LINEAR, is_pattern
 from . import packing
 from .fields import (
     FLASH,
@@ -19,7 +22,7 @@ from .fields import (
     optimizer_name,
     spec,
 )
-from .keys import Keys
+from .keys import NOTHING, Keys
 from .targets import as_targets, unfrozen
 from .trained_for import of_axolotl
 
@@ -28,7 +31,10 @@ FUSED = (
     ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"),
     ("unsloth_lora_mlp", "unsloth_lora_qkv", "unsloth_lora_o"),
 )
+PLAIN_ADAPTERS = ("rl", "nvfp4_merge_aware", "trust_remote_code")  # keys beside which no kernels come by themselves
 FUSES = ("lora", "rslora", "loraplus", "pissa")  # methods that have Unsloth's kernels here
+RECOMPUTED = "blocks recomputed, in the place of offloaded activations"  # beside adapters offloading stands alone
+LISA_STATES = "a new optimizer at each switch of blocks; Axolotl keeps the states of all blocks drawn so far"
 LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy")
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", "fp8": None, "sage": None, **FLASH}
 ATTENTION_INSTEAD = {"xformers": "attention of PyTorch, not xformers'", "flex_attention": "sdpa, not flex attention"}
@@ -133,7 +139,15 @@ def _checkpoint(keys: Keys, *, checkpoints: bool) -> str:
         keys.differ("activations stay on the GPU", "gradient_checkpointing")  # the older form of activation_offloading
     if asked in (None, False):
         return "block" if checkpoints else "none"
-    if keys.get("gradient_checkpointing_kwargs") is None and not keys.values.get("unfrozen_parameters"):
+    offloading = keys.values.get("activation_offloading")
+    if offloading == "hidden_states":
+        return checkpoint_kind(keys, on=True)
+    if isinstance(asked, str) or offloading not in (*NOTHING, "none"):
+        if not keys.values.get("adapter"):
+            return "block"  # torch's wrapper of blocks (`_apply_activation_checkpointing`)
+        keys.differ(RECOMPUTED, "activation_offloading" if offloading else "gradient_checkpointing")
+    plain = not keys.values.get("unfrozen_parameters") and not keys.values.get("rl")
+    if keys.get("gradient_checkpointing_kwargs") is None and plain:
         return "block-reentrant"
     return checkpoint_kind(keys, on=True)
 
@@ -155,15 +169,19 @@ def _method(keys: Keys, adapter: str | None, dtype: str) -> str:
         keys, bits=bits, dora=keys.flag("peft_use_dora"), rslora=keys.flag("peft_use_rslora"),
         pissa="pissa" in str(keys.get("peft_init_lora_weights") or ""), plus=keys.get("loraplus_lr_ratio") is not None,
     )  # fmt: skip
+    if name in ("qlora", "lora_8bit") and re.search(r"falcon-?h1", str(keys.get("base_model")), re.IGNORECASE):
+        keys.differ("every linear layer of a block quantised, out_proj too")
     keys.used.add("unfrozen_parameters")  # PEFT freezes all but the adapters after it
     linear = keys.flag("lora_target_linear")  # joined by the named ones, which are linear layers too
-    targets = as_targets(keys, "lora_target_modules")
+    named = as_targets(keys, "lora_target_modules")
+    targets = (ALL_LINEAR,) if linear else named
     layers = keys.get("peft_layers_to_transform") or ()
     return spec(
-        name, r=keys.count("lora_r", 8), targets=("all-linear",) if linear else targets,
+        name, r=keys.count("lora_r", 8), targets=targets,
         dropout=keys.number("lora_dropout"), layers=tuple(layers) if isinstance(layers, list) else layers,
         adapter_dtype=None if keys.flag("peft_autocast_adapter_dtype", True) else dtype,
-        implementation="unsloth" if _fused(keys, name) else None, modules_to_save=keys.names("lora_modules_to_save"),
+        implementation="unsloth" if _fused(keys, name, targets) else None,
+        modules_to_save=keys.names("lora_modules_to_save"),
         double_quant=_double_quant(keys) if name == "qlora" else None,
         target_parameters=keys.names("lora_target_parameters"), experts=keys.flag("quantize_moe_experts"),
     )  # fmt: skip
@@ -181,21 +199,38 @@ def _double_quant(keys: Keys) -> str | None:
     return None if options.get("bnb_4bit_use_double_quant", True) else "false"
 
 
-def _fused(keys: Keys, method: str) -> bool:
-    """Whether adapters run in fused kernels; Axolotl has Unsloth's."""
-    for kind in FUSED:
-        on = [key for key in kind if keys.flag(key)]
-        if on and method not in FUSES:
-            keys.differ("without fused kernels for adapters", *on)
-        elif on:
-            if len(on) < len(kind):
-                keys.differ("fused kernels for all adapters", *on)
-            return True
-    return False
+def _fused(keys: Keys, method: str, targets: tuple[str, ...]) -> bool:
+    """Whether adapters run in fused kernels: Axolotl has Unsloth's, that here take no dropout and no 4-bit base."""
+    asked = [[key for key in kind if keys.flag(key)] for kind in FUSED]
+    on = next((found for found in asked if found), [])
+    if not on and not (_fuses_by_default(keys) and _fusible(targets)):
+        return False
+    if method not in FUSES or keys.number("lora_dropout") > 0:
+        keys.differ("without fused kernels for adapters" + ("" if on else ", Axolotl's default"), *on)
+        return False
+    if on and len(on) < len(FUSED[0]):
+        keys.differ("fused kernels for all adapters", *on)
+    return True
+
+
+def _fusible(targets: tuple[str, ...]) -> bool:
+    """Whether some layers that a kernel fuses may all have adapters (`apply_lora_kernel_patches`)."""
+    alone = targets[:1] == (ALL_LINEAR,) or any(map(is_pattern, targets))
+    return alone or any(set(layers) <= set(targets) for layers in TOGETHER)
+
+
+def _fuses_by_default(keys: Keys) -> bool:
+    """Whether Axolotl switches its kernels on by itself (utils/schemas/config.py, `check_auto_enable_lora_kernels`)."""
+    values = keys.values
+    said = any(values.get(key) is not None for key in (*FUSED[0], "lora_embedding_kernel"))
+    eight = values.get("adapter") == "lora" and values.get("load_in_8bit")
+    fsdp_1 = values.get("fsdp_config") is not None and str(values.get("fsdp_version")) != "2"
+    return not (said or eight or fsdp_1 or any(values.get(key) for key in PLAIN_ADAPTERS))
 
 
 def _full(keys: Keys) -> str:
     if keys.get("lisa_n_layers"):
+        keys.differ(LISA_STATES, "lisa_n_layers")
         return spec("lisa", gamma=keys.count("lisa_n_layers", 1), interval=keys.get("lisa_step_interval"))
     patterns = keys.names("unfrozen_parameters")
     return spec("selected", parameters=unfrozen(keys, patterns)) if patterns else "full"

@@ -14,6 +14,8 @@ from .read import Imported
 
 BY_MODULE = ("Axolotl", "LLaMA-Factory", "LLaMA-Factory v1")  # they name every `nn.Linear` (`find_all_linear_names`, …)
 
+TEXT_ALONE = "the text decoder alone of a vision-language model"  # as data/models/ notes it
+
 
 @dataclass(frozen=True)
 class Fallback:
@@ -37,6 +39,8 @@ def fallbacks(found: Imported, architecture: Architecture) -> Iterator[Fallback]
         yield Fallback("attention", instead, f"{instead} attention, not {asked}, which is not modelled for the model")
     if found.setup.get("kernels") == "liger" and "liger" not in traits.fused:
         yield Fallback("kernels", "torch", "PyTorch's kernels, not Liger's, which are not modelled for the model")
+    if TEXT_ALONE in architecture.note:
+        yield Fallback("model", found.model, TEXT_ALONE)
     if found.method is not None:
         yield from _of_method(found, methods.parse(found.method), architecture)
 

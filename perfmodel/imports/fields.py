@@ -42,6 +42,7 @@ COMPILE = {
 OFFLOADS = ("offload_optimizer", "offload_param")
 ACROSS_SAMPLES = "attention across packed samples"
 FLASH_2_FOR_3 = "flash-attn 2, not 3"
+UNDER_ZERO_3 = "one GPU under ZeRO-3"
 TORCHS_MUON = "PyTorch's Muon, with AdamW for what is no matrix of a block"
 
 
@@ -67,7 +68,7 @@ def engine(keys: Keys, *, zero3: bool = True) -> str:
     else:
         raise keys.wrong("deepspeed", "a path or a mapping")
     if stage == 3 and not offloads and zero3:
-        keys.differ("one GPU under ZeRO-3", "deepspeed")
+        keys.differ(UNDER_ZERO_3, "deepspeed")
         return "deepspeed-zero3"
     what = "DeepSpeed" if stage is None else f"ZeRO-{stage}{' with offloading' if offloads else ''}"
     keys.differ(f"one GPU, without {what}", "deepspeed")

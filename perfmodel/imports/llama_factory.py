@@ -23,6 +23,7 @@ from .trained_for import of_llama_factory
 MARKS = ("finetuning_type", "cutoff_len", "lora_target", "stage", "template", "dataset_dir")
 ATTENTION = {"auto": "sdpa", "sdpa": "sdpa", "fa2": "flash2", "fa3": "flash2", "disabled": "eager"}
 PROJECTING = ("galore", "apollo")  # methods whose optimizers project gradients
+TOWER = {"vision tower": "freeze_vision_tower", "projector": "freeze_multi_modal_projector"}
 CHECKPOINT_DTYPE = "bf16"  # of a checkpoint that no key speaks of
 
 
@@ -163,6 +164,11 @@ def _full(keys: Keys) -> tuple[str, dict[str, Any]]:
     if keys.flag("use_badam"):
         return "badam", {"interval": keys.count("badam_switch_interval", 50), "checkpoint_frozen": "false"}
     return "full", {}
+
+
+def frozen(keys: Keys) -> tuple[str, ...]:
+    """The parts of a vision-language model that do not train: both, by default (model_utils/visual.py)."""
+    return tuple(part for part, key in TOWER.items() if keys.flag(key, True))
 
 
 def _targets(keys: Keys, key: str) -> tuple[str, ...]:

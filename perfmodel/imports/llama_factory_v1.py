@@ -1,11 +1,14 @@
 """LLaMA-Factory v1's YAML (v1/config/*_args.py, core/base_trainer.py, plugins/ of the project, at ff6d4d1).
 
-The model is loaded in the dtype of its checkpoint and trained without autocast, by PyTorch's AdamW.
+The model is loaded in the dtype of its checkpoint, put in fp32 for full tuning, and trained without autocast by
+PyTorch's AdamW; FSDP casts what it gathers to bf16.
 """
 
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..resources import is_file, read_json
 from . import packing
 from .fields import FLASH, TORCHS_MUON, attention, spec
 from .keys import NO_TRAINING, Keys
@@ -14,6 +17,8 @@ from .targets import as_targets
 MARKS = ("model_class", "dist_config", "batching_strategy", "kernel_config", "peft_config", "quant_config")
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", **FLASH}
 CHECKPOINT_DTYPE = "bf16"  # of nearly every checkpoint
+OWN_LOSS = "transformers' loss once, without v1's own log-probabilities beside it"  # `compute_log_probs`
+FUSED_LOSS = "Liger's fused loss, in the place of the logits and of v1's own log-probabilities"  # `require_logits`
 TOKEN_BUDGETS = ("dynamic_batching", "dynamic_padding_free")  # strategies that fill micro-batches by tokens
 
 
@@ -28,16 +33,11 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     strategy = keys.text("batching_strategy")
     if strategy in TOKEN_BUDGETS:
         keys.differ("micro-batches of equal length", "batching_strategy")
-    if not keys.flag("bf16", True):  # FSDP's precision of the weights
-        keys.differ("weights in the dtype of the checkpoint", "bf16")
-    if "trained_dtype" in method:
-        keys.differ("autocast where fp32 blocks meet bf16 ones, in the place of FSDP's casts")
     setup: dict[str, Any] = {
         "batch": micro,
         "seq": keys.count("cutoff_len", 2048),
         "grad_accum": max(1, keys.count("global_batch_size", micro) // micro),
-        "dtype": CHECKPOINT_DTYPE,
-        "amp": CHECKPOINT_DTYPE if "trained_dtype" in method else None,
+        **_precision(keys, method),
         "optimizer": _optimizer(keys),
         "checkpoint": "block" if keys.flag("enable_activation_checkpointing", True) else "none",
         "attention": attention(keys, "flash_attn", ATTENTION),
@@ -48,8 +48,40 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         packing.packed_flat(keys, setup, "batching_strategy")
     keys.number("max_grad_norm", 1.0)
     keys.differ("an SFT step: the file does not say whether `sft` or `dpo` reads it")
+    keys.differ(FUSED_LOSS if setup["kernels"] == "liger" else OWN_LOSS)
     notes = [] if "packing" in setup else [packing.shorter("cutoff_len")]
     return keys.text("model", "Qwen/Qwen3-4B-Instruct-2507"), method, setup, notes
+
+
+def _precision(keys: Keys, method: str) -> dict[str, str | None]:
+    """The dtype of the weights, and autocast in the place of casts (v1/core/model_engine.py, `_init_model`).
+
+    `bf16` is FSDP's dtype of computation alone, and FSDPTurbo's of the weights; DeepSpeed's own config has its dtype.
+    """
+    half = keys.flag("bf16", True)
+    if method != "full":
+        if not half:
+            keys.differ("weights in the dtype of the checkpoint", "bf16")
+        if "trained_dtype" not in method:
+            return {"dtype": CHECKPOINT_DTYPE, "amp": None}
+        keys.differ("autocast where fp32 blocks meet bf16 ones, in the place of FSDP's casts")
+        return {"dtype": CHECKPOINT_DTYPE, "amp": CHECKPOINT_DTYPE}
+    dist = keys.values.get("dist_config")  # left unread: data/configs/ says that nothing is sharded
+    dist = dist if isinstance(dist, dict) else {}
+    name = dist.get("name")
+    if name == "fsdpturbo" and half:
+        return {"dtype": "bf16", "amp": None}
+    if (name == "fsdp2" and half) or (name == "deepspeed" and _in_bf16(dist.get("config_file"))):
+        keys.differ(f"autocast, in the place of {'FSDP' if name == 'fsdp2' else 'DeepSpeed'}'s casts")
+        return {"dtype": "fp32", "amp": "bf16"}
+    return {"dtype": "fp32", "amp": None}
+
+
+def _in_bf16(config_file: Any) -> bool:
+    """Whether DeepSpeed's config computes in bf16; so without a word of it (`infer_deepspeed_mixed_precision`)."""
+    values = read_json(Path(config_file)) if isinstance(config_file, str) and is_file(config_file) else {}
+    bf16, fp16 = (_section(Keys(values, str(config_file)), key).get("enabled", "auto") for key in ("bf16", "fp16"))
+    return bf16 is True or (bf16 is not False and fp16 is not False)
 
 
 def _section(keys: Keys, key: str) -> dict[str, Any]:

@@ -56,6 +56,7 @@ def setup_of(keys: Keys) -> dict[str, Any]:
         "attention": attention(keys, "attn_implementation", ATTENTION),
         "compile": "default" if keys.flag("compile") else "none",
         "clip_grad": keys.number("grad_norm_clip", 1.0) > 0,
+        "group_by_length": not of_images(keys),  # `BucketIterator` of MetaMathQA/utils.py
     }
 
 

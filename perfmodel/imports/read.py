@@ -1,6 +1,6 @@
 """Which tool a config file belongs to, and what it says as model, method and setup."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,12 @@ from typing import Any
 from ..errors import UserError
 from ..resources import mapping, parsed, read_json, read_text
 from . import adapter, axolotl, llama_factory, llama_factory_v1, meanings, peft_benchmark, trainer
-from .fields import ACROSS_SAMPLES
+from .fields import ACROSS_SAMPLES, FLASH_2_FOR_3, UNDER_ZERO_3
 from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
 from .packing import UNKNOWN
 
+SAID_OF = {"attention": FLASH_2_FOR_3, "engine": UNDER_ZERO_3}  # what is said of a setup's field that holds no more
 DIFFERS = "not the file's step as it is: "
 
 
@@ -30,6 +31,7 @@ class Imported:
         differences: how the step that is answered differs from the file's.
         adapter: PEFT's adapter_config.json, where the file is one: what a trace takes.
         why_traced: why only a trace can answer, where the method has no built-in form.
+        frozen: parts of a vision-language model that the tool leaves as they are.
     """
 
     tool: str
@@ -41,6 +43,7 @@ class Imported:
     differences: list[str] = field(default_factory=list)
     adapter: Path | None = None
     why_traced: str | None = None
+    frozen: tuple[str, ...] = ()
 
     def with_lengths(self) -> "Imported":
         """What it says where the lengths of documents are given."""
@@ -50,6 +53,16 @@ class Imported:
         """What it says where attention within packed documents is not modelled, but across them."""
         said = f"{ACROSS_SAMPLES} (packing {packing})"
         return replace(self, differences=[*self.with_lengths().differences, said])
+
+    def replaced(self, said: Sequence[tuple[str, str]]) -> "Imported":
+        """What it says where fields of its setup have other values.
+
+        Args:
+            said: each such field, and what is said in the place of what was said of it; may be empty.
+        """
+        gone = tuple(SAID_OF[name] for name, _ in said if name in SAID_OF)
+        kept = [d for d in self.differences if not d.startswith(gone)]
+        return replace(self, differences=[*kept, *(words for _, words in said if words)])
 
     @property
     def first_line(self) -> str:
@@ -108,7 +121,8 @@ def read(path: str | Path) -> Imported:
             raise UserError(f"{keys.origin}: {key}: {why}")
     model, method, setup, notes = found.reader(keys)
     ignored = _judge(keys, table)
-    return Imported(found.name, model, method, setup, ignored, notes, keys.told_differences())
+    frozen = llama_factory.frozen(keys) if found.name == "LLaMA-Factory" else ()
+    return Imported(found.name, model, method, setup, ignored, notes, keys.told_differences(), frozen=frozen)
 
 
 def _judge(keys: Keys, table: Meanings) -> list[str]:

@@ -1,6 +1,7 @@
 """Models that only a trace can answer for: a command traces them by itself, and says so first."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ pytest.importorskip("peft")
 
 from perfmodel import cli
 from perfmodel.commands import traces
+from perfmodel.imports import Imported
 
 APERTUS = {
     "model_type": "apertus", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 64,
@@ -53,12 +55,28 @@ def test_the_first_line_says_that_a_file_is_answered_by_a_trace(model: Path, tmp
     assert f"{traces.TRACED}: apertus has no built-in form" in first
 
 
+def test_the_engine_of_a_trace_is_said_once(model: Path, tmp_path: Path) -> None:
+    """That of the config stood beside it, and contradicted it."""
+    file = tmp_path / "train.yml"
+    file.write_text(FILE.format(model=model) + "deepspeed: zero3.json\n")
+    result = CliRunner().invoke(cli.main, ["predict", "--config", str(file), "--device", "l40s"])
+    assert result.exit_code == 0, result.output
+    first = result.stdout.partition("\n\n")[0]
+    assert "one GPU, without ZeRO-3" in first
+    assert "one GPU under ZeRO-3" not in first
+
+
 def test_what_a_tool_does_otherwise_is_said() -> None:
     """LLaMA-Factory's `all` stops before a frozen vision tower; kernels of packages are not in a trace."""
-    said = traces.otherwise("qwen3.5-4b", "LLaMA-Factory", ["lora:targets=all-linear"])
+    both = ("vision tower", "projector")
+    adapted = Imported("LLaMA-Factory", None, "lora:targets=all-linear", {}, [], [], frozen=both)
+    said = traces.otherwise("qwen3.5-4b", adapted)
     assert "flash-linear-attention" in said[0]
-    assert "vision tower" in said[1]
-    assert traces.otherwise("apertus-8b", "LLaMA-Factory", ["lora:targets=all-linear"]) == []
+    assert said[1] == "adapters on the vision tower too"
+    full = replace(adapted, method="full", setup={"dtype": "fp32"})
+    assert traces.otherwise("qwen3.5-4b", full)[1] == "the vision tower and the projector trained too, in fp32"
+    assert traces.otherwise("qwen3.5-4b", replace(full, frozen=())) == said[:1]
+    assert traces.otherwise("apertus-8b", adapted) == []
     assert traces.peft_alone("lora:r=8,implementation=unsloth,dropout=0.1")[0] == "lora:r=8,dropout=0.1"
 
 

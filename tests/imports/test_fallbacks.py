@@ -31,6 +31,7 @@ def asked(folder: Path, text: str, *options: str) -> str:
         (f"base_model: openai/gpt-oss-20b\n{LORA}{LINEAR}{FLASH}", "eager attention, not flash2", "eager attention"),
         (f"base_model: THUDM/glm-4-9b-hf\n{LORA}{LINEAR}{LIGER}", "PyTorch's kernels, not Liger's", "on glm-4-9b"),
         (f"base_model: Qwen/Qwen3-8B\n{LORA}{LINEAR}{FUSED}", "peft's adapters, not unsloth's", "linear on qwen3-8b"),
+        (f"base_model: google/gemma-3-4b-it\n{LORA}{LINEAR}", "the text decoder alone of a", "on gemma-3-4b"),
         (f"base_model: TheBloke/Llama-2-7B-AWQ\n{LORA}{LINEAR}", "weights in bf16, not awq", "on llama-2-7b"),
     ],
 )
@@ -46,14 +47,14 @@ def test_what_a_model_has_no_program_of_is_answered_otherwise(
 
 def test_what_is_typed_is_not_touched(tmp_path: Path) -> None:
     """Then the file asks for nothing that is answered otherwise."""
-    text = f"base_model: openai/gpt-oss-20b\n{LORA}{LINEAR}{FLASH}"
+    text = f"base_model: openai/gpt-oss-20b\n{LORA}{LINEAR}{FLASH}lora_o_kernel: false\n"
     assert DIFFERS not in asked(tmp_path, text, "--attention", "eager")
     assert DIFFERS not in asked(tmp_path, text, "--model", "llama-3.2-1b")
 
 
 def test_all_linear_layers_of_a_mixture_are_its_attention(tmp_path: Path) -> None:
     """Axolotl names modules: experts and routers are none any more. PEFT's own word means them, too."""
-    text = f"base_model: mistralai/Mixtral-8x7B-v0.1\n{LORA}{LINEAR}lora_dropout: 0.05\n"
+    text = f"base_model: mistralai/Mixtral-8x7B-v0.1\n{LORA}{LINEAR}lora_dropout: 0.05\nlora_o_kernel: false\n"
     out = asked(tmp_path, text)
     assert out.startswith("lora:r=4,targets=q_proj+k_proj+v_proj+o_proj,dropout=0.05 on mixtral-8x7b")
 
@@ -85,3 +86,11 @@ def test_unfrozen_parameters_are_one_regex(tmp_path: Path, patterns: list[str], 
     assert found.method == f"selected:parameters={method}"
     renamed = any("block_sparse_moe" in pattern for pattern in patterns)
     assert any("block_sparse_moe as mlp" in said for said in found.differences) == renamed
+
+
+def test_what_is_answered_is_said_once(tmp_path: Path) -> None:
+    """Two answers in the place of one key contradict each other."""
+    text = f"base_model: openai/gpt-oss-20b\n{LORA}{LINEAR}attn_implementation: flash_attention_3\n"
+    out = asked(tmp_path, text)
+    assert "eager attention, not flash2" in out
+    assert "flash-attn 2, not 3" not in out

@@ -14,6 +14,7 @@ from perfmodel.resources import DATA
 
 BASE = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 64\n"
 TRL = {"model_name_or_path": "gpt2", "max_length": 64, "dtype": "float32", "packing": False}
+UNFUSED = "without fused kernels for adapters, Axolotl's default"
 FACTORY = "model_name_or_path: gpt2\ncutoff_len: 64\n"
 
 DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line says
@@ -22,12 +23,27 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "fsdp: [full_shard]\nfsdp_config: {a: b}": ("axolotl", "one GPU, without FSDP (fsdp, fsdp_config)"),
     "tensor_parallel_size: 2": ("axolotl", "one GPU (tensor_parallel_size)"),
     "activation_offloading: true": ("axolotl", "activations stay on the GPU (activation_offloading)"),
+    "activation_offloading: true\nadapter: lora\ngradient_checkpointing: true": (
+        "axolotl", "blocks recomputed, in the place of offloaded activations (activation_offloading)",
+    ),
     "attn_implementation: flash_attention_3": ("axolotl", "flash-attn 2, not 3 (attn_implementation)"),
     "attn_implementation: flex_attention": ("axolotl", "sdpa, not flex attention (attn_implementation)"),
     "plugins: [a.CutCrossEntropyPlugin]": ("axolotl", "the logits in memory, without cut cross entropy (plugins)"),
     "plugins: [a.MinePlugin]": ("axolotl", "without the plugin MinePlugin (plugins)"),
     "lora_mlp_kernel: true\nadapter: lora": ("axolotl", "fused kernels for all adapters (lora_mlp_kernel)"),
     "relora: true\nadapter: lora": ("axolotl", "without ReLoRA's restarts (relora)"),
+    "adapter: qlora\nload_in_4bit: true\nlora_target_linear: true": ("axolotl", UNFUSED),
+    "adapter: lora\nlora_dropout: 0.05\nlora_target_modules: [o_proj]": ("axolotl", UNFUSED),
+    "adapter: lora\nlora_dropout: 0.05\nlora_mlp_kernel: true": (
+        "axolotl", "without fused kernels for adapters (lora_mlp_kernel)",
+    ),
+    "lisa_n_layers: 2": (
+        "axolotl", "a new optimizer at each switch of blocks; Axolotl keeps the states of all blocks drawn so far "
+        "(lisa_n_layers)",
+    ),
+    "adapter: lora\nload_in_8bit: true\nbase_model: tiiuae/Falcon-H1-0.5B-Base": (
+        "axolotl", "every linear layer of a block quantised, out_proj too",
+    ),
     "processor_type: AutoProcessor": ("axolotl", "batches of text, without images or sound (processor_type)"),
     "fp8: true": ("axolotl", "products in bf16, not in fp8 (fp8)"),
     "qat: {weight_dtype: int8}": ("axolotl", "without fake quantisation (qat)"),

@@ -29,7 +29,7 @@ EXPECTED: dict[str, tuple[str | None, dict[str, Any]]] = {
          "optimizer": "adamw-fused"},
     ),
     "axolotl/lora-all-linear.yml": (
-        "lora:r=32,targets=all-linear",
+        "lora:r=32,targets=all-linear,implementation=unsloth",
         {**AMP, "batch": 2, "seq": 4096, "grad_accum": 4, "checkpoint": "block-reentrant", "attention": "sdpa",
          "optimizer": "adamw"},
     ),
@@ -40,8 +40,12 @@ EXPECTED: dict[str, tuple[str | None, dict[str, Any]]] = {
     ),
     "axolotl/full-3b.yml": ("full", {**AMP, "seq": 8192, "kernels": "liger", "clip_grad": True, "grad_accum": 8}),
     "axolotl/dora.yml": ("dora:r=8,targets=q_proj+v_proj", {**AMP, "batch": 4, "checkpoint": "none", "seq": 1024}),
-    "axolotl/rslora.yml": ("rslora:r=128,targets=all-linear", {**AMP, "checkpoint": "block-reentrant"}),
-    "axolotl/loraplus.yml": ("loraplus:r=16,targets=q_proj+k_proj+v_proj+o_proj", {"batch": 8, "checkpoint": "none"}),
+    "axolotl/rslora.yml": (
+        "rslora:r=128,targets=all-linear,implementation=unsloth", {**AMP, "checkpoint": "block-reentrant"},
+    ),
+    "axolotl/loraplus.yml": (
+        "loraplus:r=16,targets=q_proj+k_proj+v_proj+o_proj,implementation=unsloth", {"batch": 8, "checkpoint": "none"},
+    ),
     "axolotl/kernels.yml": ("lora:r=16,targets=all-linear,implementation=unsloth", {"batch": 4, "grad_accum": 2}),
     "axolotl/fp16-t4.yml": (
         "lora:r=8,targets=q_proj+v_proj",
@@ -235,6 +239,7 @@ FACTORY = "model_name_or_path: gpt2\ncutoff_len: 64\n"
         ("yml", BASE + "unfrozen_parameters: ['^model.embed_tokens.weight$[:320]']", "some rows of a weight"),
         ("yml", BASE + "adapter: lora\nquantize_moe_experts: true", "needs load_in_4bit or load_in_8bit"),
         ("yaml", FACTORY + "mixture_of_depths: convert", "mixture of depths is not modelled"),
+        ("yaml", FACTORY + "freeze_language_model: true", "the vision tower alone is not modelled"),
         ("yaml", FACTORY + "quantization_bit: 3", "quantization_bit 3 is not modelled: use 4 or 8"),
         ("yaml", FACTORY + "finetuning_type: oft\nquantization_bit: 8", "OFT on an 8-bit base is not modelled"),
         ("yaml", "model: m\nmodel_class: cls", "model_class 'cls' is unknown"),
@@ -285,7 +290,7 @@ def test_the_command_line_wins_over_the_file() -> None:
     assert result.exit_code == 0, result.stderr
     answer = json.loads(result.stdout)
     assert (answer["setup"]["batch"], answer["setup"]["seq"], answer["setup"]["grad_accum"]) == (1, 512, 4)
-    assert answer["method"] == "lora:r=32,targets=all-linear"
+    assert answer["method"] == "lora:r=32,targets=all-linear,implementation=unsloth"
     assert "ignored" in result.stderr
     assert "learning_rate" in result.stderr
 
@@ -303,3 +308,28 @@ def test_a_base_in_8_bit_is_llm_int8(suffix: str, text: str, tmp_path: Path) -> 
     path = tmp_path / f"config.{suffix}"
     path.write_text(text)
     assert str(read(path).method).startswith("lora_8bit:r=4")
+
+
+V1 = "model: gpt2\nmodel_class: llm\n"
+FSDP = "dist_config: {name: fsdp2}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "precision"),
+    [
+        ("", ("fp32", None)),
+        ("bf16: false\n", ("fp32", None)),
+        (FSDP, ("fp32", "bf16")),
+        (f"{FSDP}bf16: false\n", ("fp32", None)),
+        ("dist_config: {name: fsdpturbo}\n", ("bf16", None)),
+        ("dist_config: {name: deepspeed, config_file: not_here.json}\n", ("fp32", "bf16")),
+        (f"{FSDP}peft_config: {{name: lora}}\n", ("bf16", None)),
+    ],
+)
+def test_full_tuning_of_v1_holds_fp32(tmp_path: Path, text: str, precision: tuple[str, str | None]) -> None:
+    """Read as bf16, weights and optimizer states would need half of the memory that they have."""
+    (tmp_path / "v1.yaml").write_text(V1 + text)
+    found = read(tmp_path / "v1.yaml")
+    assert (found.setup["dtype"], found.setup["amp"]) == precision
+    assert any("autocast" in said for said in found.differences) == (precision == ("fp32", "bf16"))
+    assert any("own log-probabilities" in said for said in found.differences)

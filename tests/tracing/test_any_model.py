@@ -91,6 +91,8 @@ def test_adapters_on_a_model_that_the_tape_does_not_know() -> None:
 def test_a_target_that_no_layer_has_is_refused() -> None:
     with pytest.raises(UserError, match="matches no linear layer"):
         traced.of_method(config_of("t5"), "lora:targets=q_porj", SETUP)
+    with pytest.raises(UserError, match=r"paths are like encoder\.block\.0\.layer\.0\.SelfAttention\.q$"):
+        traced.of_method(config_of("t5"), "lora:targets=/q_porj/", SETUP)
 
 
 def test_layers_of_several_kinds_are_told_apart() -> None:

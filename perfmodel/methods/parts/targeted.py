@@ -78,7 +78,8 @@ class Targeted(Method):
         if self.layers_to_transform is not None:
             raise UserError(f"method {self.name}: layers_to_transform goes with names of targets, not with a regex")
         if not any(self._matched(layer) for layer in range(self.layers)) and not self.targets_layer("lm_head", None):
-            path = f"{self.architecture.layer_path}.0.{self.architecture.linear_names()[0]}"
+            name = self.architecture.linear_names()[0]
+            path = name if self.architecture.recorded else f"{self.architecture.layer_path}.0.{name}"
             raise UserError(
                 f"method {self.name}: target {self.targets[0]} matches no linear layer of {self.architecture.name}, "
                 f"whose paths are like {path}"

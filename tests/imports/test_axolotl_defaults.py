@@ -1,0 +1,52 @@
+"""What Axolotl switches on by itself, by its sources."""
+
+from pathlib import Path
+
+import pytest
+
+from perfmodel.imports import read
+
+BASE = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 64\n"
+LORA = BASE + "adapter: lora\nlora_target_linear: true\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "fused"),
+    [
+        ("", True),
+        ("lora_target_linear: false\nlora_target_modules: [q_proj, v_proj]", False),
+        ("deepspeed: zero3.json", True),
+        ("fsdp_config: {a: b}\nfsdp_version: 2", True),
+        ("fsdp_config: {a: b}", False),
+        ("lora_o_kernel: false", False),
+        ("lora_embedding_kernel: true", False),
+        ("rl: dpo", False),
+        ("trust_remote_code: true", False),
+        ("load_in_8bit: true", False),
+        ("lora_dropout: 0.05", False),
+    ],
+)
+def test_kernels_for_adapters_come_by_themselves(tmp_path: Path, text: str, fused: bool) -> None:
+    """Most configs name no kernels and run with them: PEFT's own adapters need more time and memory."""
+    (tmp_path / "config.yml").write_text(LORA + text)
+    found = read(tmp_path / "config.yml")
+    assert ("implementation=unsloth" in str(found.method)) == fused
+    told = any("without fused kernels for adapters" in said for said in found.differences)
+    assert told == ("dropout" in text)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("gradient_checkpointing: true", "block-reentrant"),
+        ("gradient_checkpointing: true\nrl: dpo", "block"),
+        ("gradient_checkpointing: true\nactivation_offloading: true", "block"),
+        ("gradient_checkpointing: true\nactivation_offloading: hidden_states\nadapter: lora", "block"),
+        ("gradient_checkpointing: offload", "block"),
+        ("gradient_checkpointing: true\nactivation_offloading: true\nadapter: lora", "block-reentrant"),
+    ],
+)
+def test_checkpoints_are_those_that_axolotl_runs(tmp_path: Path, text: str, kind: str) -> None:
+    """Reentrant ones save the inputs of blocks alone, the others run through saved-tensor hooks."""
+    (tmp_path / "config.yml").write_text(BASE + text)
+    assert read(tmp_path / "config.yml").setup["checkpoint"] == kind
