@@ -22,7 +22,7 @@ from .parts.base import method
     title="Riemannian LoRA",
     source="https://arxiv.org/abs/2402.02347; peft/optimizers/riemannian.py",
     trains="A, B",
-    adds="as lora; two pseudo-inverses a pair",
+    adds="lora + solves a pair",
 )
 @dataclass(frozen=True)
 class RiemannianLora(Lora):

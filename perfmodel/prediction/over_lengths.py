@@ -31,8 +31,8 @@ def over_lengths(compute: Compute[Any], setup: Setup, method: Method) -> Any:
     """
     lengths = setup.lengths
     if lengths is None or setup.packing == "dense":
-        plain = replace(setup, lengths=None, group_by_length=False)
-        return replace(compute(plain, method), setup=setup)
+        found = compute(replace(setup, lengths=None, group_by_length=False), method)
+        return replace(found, setup=_asked(setup, found))
     if setup.packing == "flat":
         longest = compute(replace(setup, seq=lengths.most(setup.seq), lengths=None), method)
         return replace(compute(setup, method), memory=longest.memory, fits=longest.fits)
@@ -73,7 +73,13 @@ def _mean(compute: Compute[Any], setup: Setup, method: Method, lengths: Lengths)
     padding = np.maximum(0.0, 1 - lengths.mean(setup.seq) / mean(padded)) * decide(pads)  # rounded lengths are none
     counts = {name: mean(getattr(over, name)) for name in COUNTS}
     mfu = mean(over.mfu, by_time)
-    return replace(longest, setup=setup, time=time, mfu=mfu, padding=padding if shape else float(padding), **counts)
+    asked = _asked(setup, longest)
+    return replace(longest, setup=asked, time=time, mfu=mfu, padding=padding if shape else float(padding), **counts)
+
+
+def _asked(setup: Setup, found: Any) -> Setup:
+    """The setup that was asked for, run by the engine that the method brought."""
+    return replace(setup, engine=found.setup.engine)
 
 
 def _one_length(setup: Setup, *, pads: bool) -> Setup:

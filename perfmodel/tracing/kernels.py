@@ -4,6 +4,7 @@ transformers falls back to its own PyTorch code where a package is missing (`is_
 models' files): that code is what a trace sees. It makes many more calls than the kernels.
 """
 
+from ..architectures import Config
 from ..errors import UserError
 
 PACKAGES = {  # by the type of a model
@@ -18,16 +19,17 @@ BY_TOKEN = ("mamba", "falcon_mamba", "jamba")  # their PyTorch code scans a samp
 LONGEST_SCAN = 512  # tokens: a few blocks of that length take a minute to trace
 
 
-def check_scan(name: str, model_type: str, seq: int) -> None:
+def check_scan(config: Config, seq: int) -> None:
     """Raise `UserError` where a program has too many calls to be traced, which no other program would be like."""
-    if model_type in BY_TOKEN and seq > LONGEST_SCAN:
+    kind = config.values.get("model_type")  # none of diffusers' models has one
+    if kind in BY_TOKEN and seq > LONGEST_SCAN:
         raise UserError(
-            f"{name} cannot be traced at {seq} tokens: without the kernels of {PACKAGES[model_type]} its program goes "
+            f"{config.name} cannot be traced at {seq} tokens: without the kernels of {PACKAGES[kind]} its program goes "
             f"over a sample token by token; up to {LONGEST_SCAN} can"
         )
 
 
-def without_kernels(model_type: str) -> str:
+def without_kernels(model_type: str | None) -> str:
     """What is to be said of a trace of a model of that type, empty if its program needs no such package."""
-    package = PACKAGES.get(model_type)
+    package = PACKAGES.get(model_type or "")
     return f"transformers' own PyTorch code, without the kernels of {package}" if package else ""

@@ -88,7 +88,7 @@ def trace_model(
         NoPolynomial: its program at other sizes of the region does not follow from a few.
     """
     check_setup(setup)
-    check_scan(config.name, config.text("model_type"), int(setup.seq))
+    check_scan(config, int(setup.seq))
     family, name = programs.family_of(config)
     if setup.images and not family.takes_images:
         raise UserError(f"--images: {name} takes no images")

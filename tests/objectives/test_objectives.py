@@ -122,7 +122,7 @@ def test_an_encoder_has_no_such_objective(objective: str) -> None:
 
 def test_a_trace_knows_the_models_own_loss_only() -> None:
     with pytest.raises(UserError, match="--traced cannot follow --objective dpo"):
-        check_setup(Setup(objective="dpo"), "cuda")
+        check_setup(Setup(objective="dpo"))
 
 
 def test_every_question_takes_an_objective() -> None:

@@ -64,7 +64,7 @@ def family_of(config: Config) -> tuple[Family, str]:
 
 def notes_of(config: Config, setup: Setup) -> tuple[str, ...]:
     """What a reader of a prediction must know about the batch and the program of a config's model."""
-    plain = without_kernels(config.text("model_type"))
+    plain = without_kernels(config.values.get("model_type"))
     return (*_of_batch(config, setup), *([plain] if plain else []))
 
 
