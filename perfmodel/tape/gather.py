@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from ..program.op import Attrs
 from .autograd import differentiate
+from .bus import scalar
 from .core import emit, new_tensor, record
 from .pointwise import _elementwise, autocast_fp32, fill
 from .shape import unsqueeze
-from .tensor import Grads, Node, Storage, Tensor
+from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
 
@@ -55,9 +56,9 @@ def _picked_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 
 def take_one(x: Tensor, dim: int) -> Tensor:
-    """`x[…, [i], …]`: a copy of one slice; the gradient adds it to zeros of the whole."""
+    """`x[…, [i], …]`: a copy of one slice, whose place goes to the device; the gradient joins zeros of the whole."""
     dim = dim % len(x.shape)
-    index = Tensor((1,), "i64", (1,), 1, Storage(0, None))
+    index = scalar("i64", (1,))  # a list of Python's
     node = differentiate("IndexBackward0", (x,), _picked_backward, (x.shape,))
     if node:
         node.save(index)

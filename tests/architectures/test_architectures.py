@@ -305,3 +305,12 @@ def test_a_hub_id_offline_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch
     message = message_of("nobody/no-such-model-here")
     assert "nobody/no-such-model-here" in message
     assert "config.json" in message
+
+
+@pytest.mark.parametrize(("device", "copies"), [("cpu", 0), ("cuda", 2)])
+def test_falcon_sends_the_places_of_key_and_value_to_the_gpu(device: str, copies: int) -> None:
+    """`fused[:, :, :, [-2]]`: the list becomes a tensor on the host, and the host waits for each copy of it."""
+    architecture = architecture_of("falcon")
+    step = step_of(architecture, "full", device=device, batch=2, seq=9, attention="eager")
+    sent = sum(n for _, op, n in step.ops() if op.name == "_to_copy" and op.inputs[0].shape == (1,) and op.attrs.bus)
+    assert sent == copies * architecture.layers
