@@ -39,11 +39,13 @@ def show_measure(
     finally:
         team.leave()
     if together and not together.first:
-        return False
+        team.end(failed=False)
     visits = [r for r in found if r["kind"] == "visit"]
     show(table(("cell", "round", "step", "spread", "peak memory", ""), [_row(r) for r in visits], left=(0, 5)))
     failed = [r for r in visits if r["status"] == "error"]
     show(f"\n{len(visits)} visits of {len({r['id'] for r in visits})} cells, {len(failed)} failed: {output}")
+    if together:
+        team.end(bool(failed))
     return bool(failed)
 
 
