@@ -7,10 +7,11 @@ likely as any other, but for annotations: a change of theirs only breaks the imp
 cases of each test, notes which test enters which function. A mutant is killed when a test fails or takes ten times as
 long as it did. A survivor passed `--seconds` of the tests that enter its function, and as much of those that enter the
 modules that read its module: the share killed is a lower bound. Everything is kept in `--output`: what was stopped goes
-on where it was.
+on where it was, and `--again` judges survivors over the tests and the time that there are now.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -77,13 +78,12 @@ def _pytest(arguments: list[str], place: Path) -> None:
 
 def reach(output: Path, told: Callable[[str], None]) -> Reach:
     """Which tests enter which function, measured unless it was."""
-    file, copy = output / "reach.jsonl", copied(output / "probed")
-    os.environ["REACH_FILE"] = str(file)
+    copy = copied(output / "probed")
 
     def run(arguments: list[str]) -> None:
         in_a_fork(arguments, copy, 3600.0)
 
-    return measured(file, copy, run, told)
+    return measured(output / "reach", copy, run, told)
 
 
 def judged(mutant: Mutant, known: Reach, place: Path, budget: float) -> dict[str, Any]:
@@ -105,7 +105,20 @@ def judged(mutant: Mutant, known: Reach, place: Path, budget: float) -> dict[str
             verdict = "survived" if chosen else verdict
     finally:
         target.write_text(original, encoding="utf-8")
-    return {**asdict(mutant), **shown, "verdict": verdict, "tests": len(direct)}
+    return {**asdict(mutant), **shown, "sha": digest(target), "verdict": verdict, "tests": len(direct)}
+
+
+def kept(file: Path, sample: list[Mutant]) -> dict[Mutant, dict[str, Any]]:
+    """The last verdict on each mutant of the sample whose file is as it was then."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    texts = {(k["path"], k["sha"], k["operator"], k["occurrence"]): k for k in lines}
+    found = ((m, texts.get((m.path, digest(ROOT / m.path), m.operator, m.occurrence))) for m in sample)
+    return {m: k for m, k in found if k}
+
+
+def digest(path: Path) -> str:
+    """Of a file's text."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def report(known: list[dict[str, Any]]) -> None:
@@ -127,6 +140,7 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="stop then; the next run goes on from there"
     )
+    parser.add_argument("--again", action="store_true", help="judge what survived before, too")
     parser.add_argument("--output", type=Path, default=ROOT / ".mutation", help="where everything is kept (.mutation)")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -139,17 +153,18 @@ def main() -> None:
 
     for name in HEAVY:
         __import__(name)
-    results = options.output / f"sample-{options.seed}-{options.sample}.jsonl"
-    known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    reached = reach(options.output, told)
-    sample, place = sampled(options.sample, options.seed), copied(options.output / "copy")
-    for i, mutant in enumerate(sample[len(known) :], len(known) + 1):
+    results = options.output / f"sample-{options.seed}.jsonl"
+    reached, sample = reach(options.output, told), sampled(options.sample, options.seed)
+    known, place = kept(results, sample), copied(options.output / "copy")
+    for i, mutant in enumerate(sample, 1):
+        if mutant in known and (known[mutant]["verdict"].startswith("killed") or not options.again):
+            continue
         told(f"{i}/{len(sample)} {mutant.path}:{mutant.line}")
-        known.append(judged(mutant, reached, place, options.seconds))
+        known[mutant] = judged(mutant, reached, place, options.seconds)
         with results.open("a") as file:
-            file.write(json.dumps(known[-1]) + "\n")
-        print(f"  {known[-1]['verdict']}", flush=True)
-    report(known)
+            file.write(json.dumps(known[mutant]) + "\n")
+        print(f"  {known[mutant]['verdict']}", flush=True)
+    report([known[mutant] for mutant in sample])
 
 
 if __name__ == "__main__":

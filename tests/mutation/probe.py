@@ -1,4 +1,4 @@
-"""Notes which test reaches which function. Laid into a copy of the checkout whose functions begin with `reached(n)`.
+"""Notes which test reaches which function. Laid into a copy of the checkout whose functions begin with `reached(name)`.
 
 A plugin of pytest, and a module of the processes that tests start: those learn the test's name from the environment.
 """
@@ -9,16 +9,16 @@ from typing import Any
 
 CASES = 6  # of a test with more, so many, spread evenly
 FILE = os.environ.get("REACH_FILE", os.devnull)
-seen: set[int] = set()
+seen: set[str] = set()
 test = os.environ.get("PYTEST_CURRENT_TEST", "")  # "tests/test_x.py::test_y[case] (call)", as pytest writes it
 
 
-def reached(n: int) -> None:
-    """Note function n for the test that runs, once."""
-    if n not in seen:
-        seen.add(n)
+def reached(function: str) -> None:
+    """Note a function for the test that runs, once."""
+    if function not in seen:
+        seen.add(function)
         if test:
-            write({"test": test.rsplit(" (", 1)[0], "reached": n})
+            write({"test": test.rsplit(" (", 1)[0], "reached": function})
 
 
 def write(line: dict[str, Any]) -> None:

@@ -1,10 +1,12 @@
 """Which tests reach a mutant: one run of the suite over a copy whose functions note when they are entered."""
 
 import ast
+import hashlib
 import json
+import os
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from .sample import ROOT, sources
@@ -13,9 +15,13 @@ PROBE = Path(__file__).with_name("probe.py")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def functions(path: str, tree: ast.Module) -> list[tuple[str, Function]]:
-    """The functions of a file in the order of the walk, each with a name that no other has."""
-    return [(f"{path}:{f.lineno}", f) for f in ast.walk(tree) if isinstance(f, Function)]
+def functions(path: str, node: ast.AST, within: str = "") -> Iterator[tuple[str, Function]]:
+    """The functions of a file, each with the names of what it stands in: they outlast an edit, where lines do not."""
+    for child in ast.iter_child_nodes(node):
+        name = f"{within}.{child.name}" if isinstance(child, Function | ast.ClassDef) else within
+        if isinstance(child, Function):
+            yield path + name, child
+        yield from functions(path, child, name)
 
 
 def parsed(path: str) -> ast.Module:
@@ -23,33 +29,30 @@ def parsed(path: str) -> ast.Module:
     return ast.parse((ROOT / path).read_text(encoding="utf-8"))
 
 
-def probed(copy: Path) -> list[str]:
-    """Lay probes into a copy of the checkout; returns the functions' names by number."""
-    names: list[str] = []
+def probed(copy: Path) -> None:
+    """Lay probes into a copy of the checkout."""
     for path in sources():
         tree = parsed(path)
-        for name, function in functions(path, tree):
+        for name, function in list(functions(path, tree)):
             at = 1 if ast.get_docstring(function) is not None and len(function.body) > 1 else 0
-            function.body[at:at] = ast.parse(f"_reached({len(names)})").body
-            names.append(name)
+            function.body[at:at] = ast.parse(f"_reached({name!r})").body
         start = 1 if ast.get_docstring(tree) is not None else 0
         tree.body[start:start] = ast.parse("from probe import reached as _reached").body
         (copy / path).write_text(ast.unparse(ast.fix_missing_locations(tree)), encoding="utf-8")
     shutil.copy(PROBE, copy / "probe.py")
-    return names
 
 
 class Reach:
     """Tests by the functions that they enter, with their seconds."""
 
-    def __init__(self, lines: Iterable[str], names: list[str]) -> None:
+    def __init__(self, lines: Iterable[str]) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.tests: dict[str, set[str]] = defaultdict(set)
         self.entered: Counter[str] = Counter()  # functions, by test
         failed: set[str] = set()
         for line in map(json.loads, lines):
             if "reached" in line:
-                self.tests[names[line["reached"]]].add(line["test"])
+                self.tests[line["reached"]].add(line["test"])
                 self.entered[line["test"]] += 1
             else:
                 self.seconds[line["test"]] += line["seconds"]
@@ -118,14 +121,20 @@ def imported(tree: ast.Module) -> set[str]:
     return found
 
 
-def measured(file: Path, copy: Path, run: Callable[[list[str]], None], told: Callable[[str], None]) -> Reach:
-    """Run the suite over probes, one file of tests after another; what ran before is kept in `file`."""
-    names, done = probed(copy), file.with_suffix(".done")
-    ready = set(done.read_text().split()) if done.exists() else set()
+def measured(folder: Path, copy: Path, run: Callable[[list[str]], None], told: Callable[[str], None]) -> Reach:
+    """Run the suite over probes, one file of tests after another; what ran before, and is as it was, stays."""
+    probed(copy)
+    folder.mkdir(exist_ok=True)
+    lines: list[str] = []
     for tests in sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "tests").glob("*/test_*.py")):
-        if tests not in ready:
-            told(f"which lines does {tests} reach?")
+        digest = hashlib.sha256((ROOT / tests).read_bytes()).hexdigest()[:12]
+        file = folder / f"{tests.replace('/', '.').removesuffix('.py')}-{digest}.jsonl"
+        if not file.exists():
+            told(f"which functions does {tests} reach?")
+            begun = file.with_suffix(".begun")
+            begun.write_text("")
+            os.environ["REACH_FILE"] = str(begun)
             run([tests, "-p", "probe"])
-            with done.open("a") as log:
-                log.write(tests + "\n")
-    return Reach(file.read_text().splitlines(), names)
+            begun.rename(file)
+        lines += file.read_text().splitlines()
+    return Reach(lines)

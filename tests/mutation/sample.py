@@ -1,8 +1,8 @@
 """The mutants: places of the code at random, and what cosmic-ray makes of each."""
 
 import ast
-import random
-from collections import defaultdict
+import hashlib
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -38,11 +38,21 @@ def sources() -> list[str]:
 
 
 def sampled(count: int, seed: int) -> list[Mutant]:
-    """A random sample of places, with a random variant of each; what is no Python (`*,` as `/,`) is no mutant."""
-    rng = random.Random(seed)
-    everywhere = [rng.choice(variants) for path in sources() for variants in places(path)]
-    rng.shuffle(everywhere)
-    return list(islice((m for m in everywhere if compiles(m.text())), count))
+    """A random sample of places, with a random variant of each; what is no Python (`*,` as `/,`) is no mutant.
+
+    A place is drawn by its file, its line's text and what changes it: while other lines change, it stays drawn.
+    """
+    drawn: dict[str, Mutant] = {}
+    for path in sources():
+        lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+        twins: Counter[str] = Counter()
+        for variants in places(path):
+            m = variants[0]
+            named = f"{seed} {path} {lines[m.line - 1].strip()} {m.operator.split('_')[0]}"
+            twins[named] += 1
+            rank = hashlib.sha256(f"{named} {twins[named]}".encode()).hexdigest()
+            drawn[rank] = variants[int(rank[-8:], 16) % len(variants)]
+    return list(islice((m for _, m in sorted(drawn.items()) if compiles(m.text())), count))
 
 
 def places(path: str) -> Iterator[list[Mutant]]:
