@@ -208,7 +208,7 @@ def is_contiguous(shape: Shape, strides: Shape) -> bool:
 @remembered
 def dense_order(shape: Shape, strides: Shape) -> tuple[int, ...] | None:
     """Dims from outermost to innermost if the tensor is non-overlapping and dense, else None."""
-    order = _by_stride(shape, [strides])
+    order = by_stride(shape, [strides])
     step: Dim = 1
     for i in reversed(order):
         if is_one(shape[i]):
@@ -229,7 +229,7 @@ def strides_in_order(shape: Shape, order: Sequence[int]) -> Shape:
     return tuple(strides)
 
 
-def _by_stride(shape: Shape, operands: Sequence[Shape]) -> tuple[int, ...]:
+def by_stride(shape: Shape, operands: Sequence[Shape]) -> tuple[int, ...]:
     """TensorIterator's dim order, outermost first: the insertion sort of `reorder_dimensions`; stride 0 broadcasts."""
     order = list(range(len(shape) - 1, -1, -1))  # innermost first
 
@@ -277,7 +277,7 @@ def elementwise_strides(shape: Shape, operands: tuple[tuple[Shape, Shape], ...])
             0 if type(d) is int and d == 1 and not is_one(shape[lead + i]) else t[i] for i, d in enumerate(s)
         )
         aligned.append(padded)
-    return strides_in_order(shape, _by_stride(shape, aligned))
+    return strides_in_order(shape, by_stride(shape, aligned))
 
 
 @remembered

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..program.dims import Dim, product
+from ..program.dims import Dim, by_stride, product, strides_in_order
 from ..program.op import Attrs
 from .autograd import differentiate
 from .core import emit, tape
@@ -42,23 +42,30 @@ def _last(x: Tensor, dims: int) -> tuple[int, ...]:
 def _transform(x: Tensor, attrs: Attrs) -> Tensor:
     """One call, whatever the dims; backward is another that scales as this one does."""
     node = differentiate("FftC2CBackward0", (x,), _transform_backward, (attrs,))
-    return emit("_fft_c2c", (x,), x.shape, "c64", node=node, attrs=attrs)
+    return _transformed("_fft_c2c", x, attrs, node)
+
+
+def _transformed(name: str, x: Tensor, attrs: Attrs, node: Node | None = None) -> Tensor:
+    """The call: what is transformed lies innermost, the other dims as in the input (SpectralOps.cpp, `_exec_fft`)."""
+    ordered, inner = by_stride(x.shape, [x.strides]), attrs.dims or ()
+    order = [i for i in ordered if i not in inner] + [i for i in ordered if i in inner]
+    return emit(name, (x,), x.shape, "c64", strides=strides_in_order(x.shape, order), node=node, attrs=attrs)
 
 
 def _transform_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,) = grads
     assert g is not None
-    return (emit("_fft_c2c", (g,), g.shape, "c64", attrs=node.attrs[0]),)
+    return (_transformed("_fft_c2c", g, node.attrs[0]),)
 
 
 def fft_of_real(x: Tensor) -> Tensor:
     """`torch.fft.fft` of a real tensor; nothing differentiates it."""
-    return emit("_fft_r2c", (x,), x.shape, "c64", attrs=Attrs(dims=_last(x, 1)))
+    return _transformed("_fft_r2c", x, Attrs(dims=_last(x, 1)))
 
 
 def inverse_fft_of_real(x: Tensor) -> Tensor:
     """`torch.fft.ifft` of a real tensor: the same transform scaled, conjugated lazily."""
-    return emit("_fft_r2c", (x,), x.shape, "c64", attrs=Attrs(dims=_last(x, 1), scaled=True))
+    return _transformed("_fft_r2c", x, Attrs(dims=_last(x, 1), scaled=True))
 
 
 def real(x: Tensor) -> Tensor:

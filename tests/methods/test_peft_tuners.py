@@ -47,6 +47,7 @@ def cells() -> Any:
         ("llama", "delora:r=4,dropout=0.1,adapter_dtype=bf16", {}),
         ("bert", "road:group_size=16,variant=road_4", {}),
         ("qwen2", "c3a:block_size=8,layers=0+2", {"dtype": "fp32", "amp": "bf16"}),
+        ("gpt_neo", "c3a:block_size=16,targets=k_proj+q_proj", {"attention": "eager"}),  # a key's gradient lies across
         ("gpt2", "vblora:r=2,vectors=8,length=16,layers=0-1,dropout=0.1", {"checkpoint": "block-reentrant"}),
         ("qwen2", "randlora:r=4,dropout=0.1,targets=all-linear", {}),
         ("bert", "boft:block_size=8", {"dtype": "fp32", "amp": "bf16"}),
