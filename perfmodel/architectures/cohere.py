@@ -56,5 +56,5 @@ class Cohere(Llama):
         x = layer.norm("input_layernorm", x)
         attended, _ = self.attention(layer, x, mask_of, cos, sin)
         attended = layer.sublayer("attention", attended, residual)
-        x = layer.sublayer("mlp", self.mlp(layer, x), residual)
-        return add(add(residual, attended), x)
+        out = layer.sublayer("mlp", self.mlp(layer, x), residual)
+        return add(add(residual, attended), out)  # what the norm gave lives until then, as transformers' variable does

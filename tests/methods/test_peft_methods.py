@@ -73,6 +73,11 @@ def cells() -> Any:
         ("llama", "top_k:k=1,trained_dtype=fp32,checkpoint_frozen=false", {**MIXED, "checkpoint": "block-reentrant"}),
         ("qwen2", "top_k:k=2,trained_dtype=fp32,checkpoint_frozen=false", {**MIXED, "checkpoint": "block"}),
         ("llama", "top_k:k=2,trained_dtype=fp32", {**MIXED, "grad_accum": 2}),
+        (
+            "cohere",
+            "loha:r=4,targets=q_proj+v_proj",
+            {"dtype": "fp32", "amp": "bf16", "seq": 33, "attention": "eager", "checkpoint": "block-reentrant"},
+        ),
         ("llama", "lora:r=4,targets=all-linear,layers=1", {}),  # which peft takes by names only
         ("llama", "riemannian_lora:r=4", {"grad_accum": 2}),
         ("gpt2", "riemannian_lora:r=3,adapter_dtype=bf16,targets=all-linear", {"optimizer": "adamw-fused"}),
