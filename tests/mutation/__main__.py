@@ -20,7 +20,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from .sample import ROOT, Mutant, sampled
 
 HEAVY = ("numpy", "scipy.optimize", "pandas", "torch", "transformers", "peft", "hypothesis", "click.testing", "rich")
 START = 60.0  # s that imports and collection may take at the most
+settled: list[Reach] = []  # what a process that judges knows
 VERDICTS = ("killed", "killed by time", "survived", "reached by no test")
 
 
@@ -86,8 +89,15 @@ def reach(output: Path, told: Callable[[str], None]) -> Reach:
     return measured(output / "reach", copy, run, told)
 
 
-def judged(mutant: Mutant, known: Reach, place: Path, budget: float) -> dict[str, Any]:
-    """Apply a mutant in the copy, run its tests, and put the file back."""
+def settle(output: Path, reached: Reach) -> None:
+    """A process that judges mutants has a copy of its own, and works there."""
+    os.chdir(copied(output / f"copy-{os.getpid()}"))
+    settled.append(reached)
+
+
+def judged(mutant: Mutant, budget: float) -> dict[str, Any]:
+    """Apply a mutant in this process's copy, run its tests, and put the file back."""
+    place, (known,) = Path.cwd(), settled
     target, changed = place / mutant.path, mutant.text()
     original = target.read_text(encoding="utf-8")
     pairs = zip(original.splitlines(), changed.splitlines(), strict=False)
@@ -140,6 +150,7 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="stop then; the next run goes on from there"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="mutants at a time (1)")
     parser.add_argument("--again", action="store_true", help="judge what survived before, too")
     parser.add_argument("--output", type=Path, default=ROOT / ".mutation", help="where everything is kept (.mutation)")
     options = parser.parse_args()
@@ -155,15 +166,21 @@ def main() -> None:
         __import__(name)
     results = options.output / f"sample-{options.seed}.jsonl"
     reached, sample = reach(options.output, told), sampled(options.sample, options.seed)
-    known, place = kept(results, sample), copied(options.output / "copy")
-    for i, mutant in enumerate(sample, 1):
-        if mutant in known and (known[mutant]["verdict"].startswith("killed") or not options.again):
-            continue
-        told(f"{i}/{len(sample)} {mutant.path}:{mutant.line}")
-        known[mutant] = judged(mutant, reached, place, options.seconds)
-        with results.open("a") as file:
-            file.write(json.dumps(known[mutant]) + "\n")
-        print(f"  {known[mutant]['verdict']}", flush=True)
+    known = kept(results, sample)
+    left = [m for m in sample if m not in known or (options.again and not known[m]["verdict"].startswith("killed"))]
+    pool = ProcessPoolExecutor(options.jobs, get_context("fork"), settle, (options.output, reached))
+    try:
+        judging = {pool.submit(judged, mutant, options.seconds): mutant for mutant in left}
+        for i, done in enumerate(as_completed(judging), 1):
+            mutant = judging[done]
+            known[mutant] = done.result()
+            with results.open("a") as file:
+                file.write(json.dumps(known[mutant]) + "\n")
+            told(f"{i}/{len(left)} {mutant.path}:{mutant.line} {known[mutant]['verdict']}")
+    finally:
+        pool.shutdown(cancel_futures=True)
+        for copy in options.output.glob("copy-*"):
+            shutil.rmtree(copy)
     report([known[mutant] for mutant in sample])
 
 
