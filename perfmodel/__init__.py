@@ -154,8 +154,8 @@ def sweep(
     setup: "Setup | None" = None,
     device: "str | Device | Sequence[str | Device]" = "l40s",
     *,
-    batch: Any = 1,
-    seq: Any = 512,
+    batch: Any = None,
+    seq: Any = None,
     rank: Any = (),
     k: Any = (),
     host: "str | Host" = "default",
@@ -166,8 +166,9 @@ def sweep(
     Args:
         methods: the baseline first.
         device: one or several.
-        batch, seq, rank, k: an int, or several (any sequence or array). Ranks are for methods that have `r`, `k` for
-            those that train the last K blocks; the others ignore them.
+        batch, seq, rank, k: an int, or several (any sequence or array). Batch and seq that are not
+            given are the setup's. Ranks are for methods that have `r`, `k` for those that train the last K blocks; the
+            others ignore them.
 
     Raises:
         UserError: an axis that no method has, values out of range, and what `predict` refuses.

@@ -121,8 +121,8 @@ def sweep(
     setup: Setup | None = None,
     device: str | DeviceProfile | Device | Sequence[str | DeviceProfile | Device] = "l40s",
     *,
-    batch: Any = 1,
-    seq: Any = 512,
+    batch: Any = None,
+    seq: Any = None,
     rank: Any = (),
     k: Any = (),
     host: str | Host = "default",
@@ -140,14 +140,15 @@ def sweep(
     for m in bound:
         if len(ranks) and has_rank(m):
             with_rank(m, ranks).bind(architecture)
+    base = with_options(setup, options)
     return Sweep(
         model=architecture.name,
         methods=bound,
         devices=_distinct([profile_of(d) for d in names]),
-        setup=with_options(setup, options),
+        setup=base,
         host=hosts.load(host) if isinstance(host, str) and host != "default" else host,  # a device may have its own
-        batch=_axis("batch", batch),
-        seq=_axis("seq", seq),
+        batch=_axis("batch", base.batch if batch is None else batch),
+        seq=_axis("seq", base.seq if seq is None else seq),
         rank=ranks,
     )
 

@@ -52,6 +52,13 @@ def test_a_sweep_without_axes_is_the_usual_step() -> None:
     assert (list(grid.batch), list(grid.seq)) == ([usual.batch], [usual.seq])
 
 
+def test_an_axis_that_is_not_given_is_the_setups() -> None:
+    """A setup of batch 8 that were swept at batch 1 would answer another question in silence."""
+    rows = list(records(sweep(MODEL, setup=Setup(batch=8, seq=128)).table()))
+    assert {(row["batch"], row["seq"]) for row in rows} == {(8, 128)}
+    assert {row["seq"] for row in records(sweep(MODEL, setup=Setup(batch=8), seq=[64, 96]).table())} == {64, 96}
+
+
 def test_block_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks bound memory; they must not show in the result."""
     import importlib
