@@ -97,8 +97,8 @@ def _checkpoint(keys: Keys, default: bool) -> str:
     """The newer `activation_checkpointing` and the older name of the same."""
     kind = "activation" if "activation_checkpointing" in keys else "gradient"
     options = keys.get(f"{kind}_checkpointing_kwargs")
-    for key in ("every_n_layers", "offload"):
-        if isinstance(options, dict) and options.get(key) not in (None, False, 1):
+    for key, usual in (("every_n_layers", 1), ("offload", False)):
+        if isinstance(options, dict) and options.get(key) not in (None, usual):
             keys.differ("every block checkpointed, on the GPU", f"{kind}_checkpointing_kwargs")
     return checkpoint_kind(keys, keys.flag(f"{kind}_checkpointing", default), f"{kind}_checkpointing_kwargs")
 

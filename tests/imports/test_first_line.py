@@ -57,6 +57,12 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "unheard_of: 3": ("axolotl", "keys that are unknown here (unheard_of)"),
     "tf32: true": ("axolotl", "fp32 products without TF32 (tf32)"),
     "use_unsloth_gc: true": ("factory", "checkpoints stay on the GPU (use_unsloth_gc)"),
+    "gradient_checkpointing: true\ngradient_checkpointing_kwargs: {every_n_layers: 2}": (
+        "trl", "every block checkpointed, on the GPU (gradient_checkpointing_kwargs)",
+    ),
+    "activation_checkpointing: true\nactivation_checkpointing_kwargs: {offload: true}": (
+        "trl", "every block checkpointed, on the GPU (activation_checkpointing_kwargs)",
+    ),
     "neftune_noise_alpha: 5": ("factory", "without NEFTune's noise (neftune_noise_alpha)"),
 }  # fmt: skip
 
@@ -66,7 +72,7 @@ def test_what_is_not_modelled_stands_in_the_first_line(tmp_path: Path, text: str
     """A key that changes speed or memory is never told as ignored, nor passed over."""
     tool, said = DIFFERENT[text]
     path = tmp_path / "config.yml"
-    path.write_text({"axolotl": BASE, "factory": FACTORY}[tool] + text)
+    path.write_text({"axolotl": BASE, "factory": FACTORY, "trl": yaml.safe_dump(TRL)}[tool] + text)
     found = read(path)
     assert said in found.differences
     assert found.first_line.startswith(DIFFERS)

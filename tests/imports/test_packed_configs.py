@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from perfmodel.cli import main
 from perfmodel.imports import read
-from perfmodel.imports.packing import UNKNOWN
+from perfmodel.imports.packing import MASK, UNKNOWN
 
 AXOLOTL = "base_model: tinyllama-1.1b\nsequence_len: 256\nmicro_batch_size: 2\n"
 FACTORY = "model_name_or_path: tinyllama-1.1b\ncutoff_len: 256\nper_device_train_batch_size: 2\n"
@@ -65,6 +65,7 @@ def test_what_each_tool_packs(tmp_path: Path, text: str) -> None:
     usual = {"packing": "none", "group_by_length": False, "padded": False}
     assert {name: found.setup.get(name, usual.get(name)) for name in (*usual, *fields)} == {**usual, **fields}
     assert any(said.startswith(UNKNOWN) for said in found.differences) == assumed
+    assert (MASK in found.notes) == ("neat_packing" in text and "fa2" not in text)
     assert not any(said.startswith(UNKNOWN) for said in found.with_lengths().differences)
 
 

@@ -180,6 +180,10 @@ def test_rounds_are_shuffled_alike_for_a_seed() -> None:
         ('[[cells]]\nmodels = ["tiny"]\nmethods = ["full"]\nsetups = [{ bach = 1 }]', "batch"),
         ('[[cells]]\nmodels = ["tiny"]\nmethods = ["full"]\nsetups = 3', "setups of [[cells]] must be a list"),
         ('[[cells]]\nmodel = ["tiny"]', "did you mean 'models'"),
+        (
+            '[[cells]]\nmodels = ["tiny"]\nmethods = ["full"]\nsetups = [{ batch = 1 }]\nround = 3',
+            "unknown key 'round' in [[cells]]",
+        ),
         ("rounds = [", "not valid TOML"),
     ],
 )

@@ -30,7 +30,7 @@ from perfmodel.calls import costs
 from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.program.op import Op, Spec
-from validate.measuring import kineto, traces
+from validate.measuring import kineto, show_profile, traces
 from validate.measuring.names import generated, is_operator, short
 from validate.measuring.profile import composite, plain_profile
 
@@ -345,6 +345,14 @@ def test_the_command_tells_what_a_trace_holds(tmp_path: Path) -> None:
     )
     assert json.loads(told(table, "--json").output)[0]["device_self"] == pytest.approx(90e-6)
     assert "aten::mm" in told(table).output
+
+
+def test_a_name_that_stands_in_two_phases_is_one_row() -> None:
+    """Numbers and times of both are added; the longest comes first."""
+    found = {"forward": {"aten::mm": (3, 2e-6), "aten::add": (1, 5e-6)}, "backward": {"aten::mm": (3, 6e-6)}}
+    assert show_profile._rows(found, 5) == [
+        ["aten::mm", "6", "8.00 us", "61.5 %"], ["aten::add", "1", "5.00 us", "38.5 %"]
+    ]  # fmt: skip
 
 
 def test_the_command_reads_a_trace_of_this_machine(tmp_path: Path) -> None:

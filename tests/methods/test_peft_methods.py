@@ -166,7 +166,7 @@ def test_bad_options_are_refused_in_one_line(text: str, needs: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("method", ["loha", "lokr", "miss", "oft"])
+@pytest.mark.parametrize("method", [*LINEAR_ONLY, "loha", "c3a:block_size=16"])
 def test_what_peft_lacks_for_conv1d_is_refused(method: str) -> None:
     """PEFT stops at GPT-2's Conv1D with these; so does the model, and names what works."""
     with pytest.raises(UserError, match="Conv1D"):

@@ -8,6 +8,7 @@ from click import style, unstyle
 from hypothesis import given
 from hypothesis import strategies as st
 
+from perfmodel import units
 from perfmodel.report.plain import paragraph, show, table
 
 WORDS = st.text("abcdefg", min_size=1, max_size=12)
@@ -32,6 +33,13 @@ def test_a_table_fits_the_terminal_and_keeps_every_number_whole(rows: list[tuple
     told = sorted(word for row in rows for cell in row for word in cell.split())
     head = ["what", "it", "is", "measured", "here", "elsewhere", "remarks"]
     assert sorted(word for line in lines for word in line.split()) == sorted([*told, *head])
+
+
+@pytest.mark.parametrize("power", range(1, 6))
+def test_a_prefix_begins_at_its_power_of_a_thousand(power: int) -> None:
+    """1,000 MB would be another number than 1 GB to whoever reads a column."""
+    assert units.nbytes(1000.0**power) == f"1.00 {' kMGTP'[power]}B"
+    assert units.nbytes(0.99 * 1000**power) == f"990 {' kMGTP'[power - 1]}B".replace("  ", " ")
 
 
 def test_columns_line_up() -> None:

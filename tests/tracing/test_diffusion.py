@@ -169,6 +169,7 @@ def test_what_an_experiment_asks_for_otherwise_stands_in_the_first_line(tmp_path
     from perfmodel.imports import read
 
     path = experiment(tmp_path, autocast_adapter_dtype=False, optimizer_type="lora+", max_sequence_length=256)
-    line = read(path).first_line
+    usual, line = read(experiment(tmp_path / "usual")).first_line, read(path).first_line
+    assert "max_sequence_length" not in usual
     for key in ("autocast_adapter_dtype", "optimizer_type", "max_sequence_length"):
         assert key in line
