@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from helpers import OWN_DEVICE
 
+from perfmodel.devices import engine, profile
 from perfmodel.devices import host as hosts
-from perfmodel.devices import profile
 from perfmodel.devices.gemm import TENSOR_CORE_TILES, Tiles, gemm_time
 from perfmodel.devices.hardware import Hardware
 from perfmodel.errors import UserError
@@ -144,6 +144,31 @@ def test_fitting_without_measurements_ends_in_one_line(tmp_path: Path) -> None:
 def test_every_bundled_host_loads(name: str) -> None:
     """A cost that is new has to be in each file, or `--host NAME` ends in a complaint about our own data."""
     assert hosts.load(name).source
+
+
+@pytest.mark.parametrize("value", ["-0.1", "1e9", "inf", "true", '"3"'])
+def test_a_cost_of_an_engine_that_is_no_number_of_modules_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    """An engine file in seconds or of a typing error would add hours to every step."""
+    text = (engine.FOLDER / "deepspeed-zero3.toml").read_text()
+    key = engine.COSTS[0]
+    (tmp_path / "mine.toml").write_text(re.sub(rf"^{key} = .*$", f"{key} = {value}", text, flags=re.MULTILINE))
+    monkeypatch.setattr(engine, "FOLDER", tmp_path)
+    engine.ratios.cache_clear()
+    with pytest.raises(UserError, match=f"{key} must be a number of modules"):
+        engine.ratios("mine")
+
+
+@pytest.mark.parametrize("key", ["source", "date"])
+def test_fitted_figures_say_where_they_came_from_in_words(tmp_path: Path, key: str) -> None:
+    """A source that is a number tells nobody anything."""
+    text = (profile.DEVICES / "l40s.toml").read_text()
+    path = tmp_path / "mine.toml"
+    path.write_text(re.sub(rf'^{key} = ".*"$', f"{key} = 3", text, count=1, flags=re.MULTILINE))
+    assert path.read_text() != text
+    with pytest.raises(UserError, match=key):
+        profile.load(path)
 
 
 @pytest.mark.parametrize(
