@@ -42,10 +42,11 @@ def visits(
     output = folder / "records.jsonl"
     (folder / "grid.toml").write_text(GRID)
     torchrun = "OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2"
-    loaded = shlex.join([*ready, "-c", "from perfmodel.__main__ import run; run()"])
-    for kind, perfmodel in zip(team.KINDS, ("-m perfmodel", f"--no-python {loaded}"), strict=True):
-        measure = f"validate measure --device cpu --grid grid.toml --parallel {kind}"
-        done = typed(f"{torchrun} {perfmodel} {measure}", site, folder)
+    as_module = "import runpy; runpy.run_module('perfmodel', run_name='__main__', alter_sys=True)"
+    perfmodel = shlex.join([*ready, "-c", as_module])  # what `-m perfmodel` runs, with PyTorch loaded
+    measure = "validate measure --device cpu --grid grid.toml --parallel"
+    for kind in team.KINDS:
+        done = typed(f"{torchrun} --no-python {perfmodel} {measure} {kind}", site, folder)
         assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in output.read_text().splitlines()]
     return {(r["parallel"]["kind"], r["cell"]["method"]): r for r in found if r["kind"] == "visit"}
