@@ -1,5 +1,6 @@
 """What every test starts from."""
 
+import gc
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -25,6 +26,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _no_calibration_of_this_machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """What somebody calibrated here is theirs: no test may see it or write beside it."""
     monkeypatch.setenv("PERFMODEL_HOME", str(tmp_path_factory.getbasetemp() / "home"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_there_stays() -> None:
+    """No search for garbage walks what imports, collection and earlier files left: half a second and more each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -32,8 +32,12 @@ def ready_python() -> Iterator[list[str]]:
         listener.listen()
         files = [listener.fileno()]
         server = [sys.executable, __file__, *map(str, files)]
-        with subprocess.Popen(server, env=environment, cwd=folder, stdin=subprocess.PIPE, pass_fds=files):
-            yield [sys.executable, "-S", __file__, address]  # and its end closes the server's stdin, which ends it
+        with subprocess.Popen(server, env=environment, cwd=folder, stdin=subprocess.PIPE, pass_fds=files) as loading:
+            listener.close()  # whoever asks a server that has died is refused
+            try:
+                yield [sys.executable, "-S", __file__, address]
+            finally:
+                loading.terminate()
 
 
 def ask(address: str, words: list[str]) -> int:
@@ -47,7 +51,7 @@ def ask(address: str, words: list[str]) -> int:
 
 
 def serve(listener: socket.socket) -> str:
-    """Fork for whoever asks, as long as stdin is open; in a child returns its program, and all is as it was asked."""
+    """Fork for whoever asks, as long as stdin is open (the tests run); in a child returns its program, all as asked."""
     for name in LOADED:
         __import__(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
