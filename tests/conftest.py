@@ -1,20 +1,38 @@
 """What every test starts from."""
 
+import gc
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from documented import install_wheel
+from ready import ready_python
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # there are as many workers as cores: threads of theirs wait in turn
-KERNELS = Path(__file__).parent / "fixtures" / "kernels"
+TESTS = Path(__file__).parent
+KERNELS = TESTS / "fixtures" / "kernels"
+# Long ones, many of them beside a process that has PyTorch loaded (`ready`)
+FIRST = ("house/test_documented", "measuring/", "campaign/", "microbench/", "calibration/", "passes/", "tracing/test_r")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests begin first: one that began last would run alone, and every worker would make what they share."""
+    items.sort(key=lambda item: not item.path.relative_to(TESTS).as_posix().startswith(FIRST))
 
 
 @pytest.fixture(autouse=True)
 def _no_calibration_of_this_machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """What somebody calibrated here is theirs: no test may see it or write beside it."""
     monkeypatch.setenv("PERFMODEL_HOME", str(tmp_path_factory.getbasetemp() / "home"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_there_stays() -> None:
+    """No search for garbage walks what imports, collection and earlier files left: half a second and more each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -30,6 +48,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the project's wheel is installed, and nothing else."""
     pytest.importorskip("hatchling")
     return install_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def ready() -> Iterator[list[str]]:
+    """A Python for other processes that has PyTorch loaded."""
+    with ready_python() as python:
+        yield python
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,10 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,7 +18,7 @@ INDENTED = re.compile(r"(?:^ {4}.*\n)+", re.MULTILINE)
 SPAN = re.compile(r"`([^`]+)`")
 TABLE_OF_COMMANDS = re.compile(r"^\| command \|.*\n(?:\|.*\n)+", re.MULTILINE)
 OPTION = re.compile(r"(?<!\S)--[a-z][a-z-]*")
-PATCHED = 'perfmodel() { python -c "$PATCH\nfrom perfmodel.__main__ import run\nrun()" "$@"; }\n'  # changed
+PATCHED = 'perfmodel() { PYTHON -c "$PATCH\nfrom perfmodel.__main__ import run\nrun()" "$@"; }\n'  # changed, or loaded
 
 
 def code(document: str) -> tuple[list[str], list[str]]:
@@ -71,11 +72,14 @@ def install_wheel(folder: Path) -> Path:
     return site
 
 
-def typed(script: str, site: Path, folder: Path, patch: str = "") -> subprocess.CompletedProcess[str]:
+def typed(
+    script: str, site: Path, folder: Path, patch: str = "", python: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     """What becomes of commands that are typed in a folder where only the wheel is installed.
 
     Args:
         patch: Python that runs before each `perfmodel`, to make its tables shorter.
+        python: runs each `perfmodel`, in place of the installed script (`ready`).
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     path = os.pathsep.join([str(site / "bin"), str(Path(sys.executable).parent), environment["PATH"]])
@@ -84,5 +88,6 @@ def typed(script: str, site: Path, folder: Path, patch: str = "") -> subprocess.
         "CHECKOUT": str(ROOT), "DATA": str(site / "perfmodel" / "data"), "PATCH": patch, "COLUMNS": "100",
         "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
-    bash = ["bash", "-euc", f"{PATCHED if patch else ''}{script}"]
+    changed = PATCHED.replace("PYTHON", shlex.join(python or ["python"])) if patch or python else ""
+    bash = ["bash", "-euc", changed + script]
     return subprocess.run(bash, cwd=folder, env=environment, capture_output=True, text=True, check=False)

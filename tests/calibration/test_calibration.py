@@ -22,7 +22,7 @@ from perfmodel.devices import cpu, host, own, profile
 from perfmodel.devices.cpu_work import REGIMES
 from perfmodel.errors import UserError
 from perfmodel.prediction.predict import predict
-from validate.calibration import calibrate, hosts
+from validate.calibration import calibrate, hosts, verify
 from validate.fitting import cpu as fit
 from validate.measuring import records
 from validate.microbench import designs, kernels, run, stopwatch
@@ -218,11 +218,14 @@ def test_a_short_calibration_makes_a_device(home: Path, monkeypatch: pytest.Monk
     own = SimpleNamespace(**{**vars(time), "perf_counter": time.process_time})
     for module in (run, hosts):
         monkeypatch.setattr(module, "time", own)
-    monkeypatch.setattr(run, "NEEDED", 40)
+    monkeypatch.setattr(run, "NEEDED", 30)
     monkeypatch.setitem(kernels.RING, "cpu", 2e5)
     monkeypatch.setattr(run, "REPEATS", 3)
     monkeypatch.setattr(run, "CASE_SECONDS", 0.01)
     monkeypatch.setattr(hosts, "NEEDED", 2)
+    monkeypatch.setattr(hosts, "LAYERS", 4)
+    monkeypatch.setattr(verify, "cells", lambda dtypes, cells=verify.cells: list(cells(dtypes))[:2])
+    monkeypatch.setattr(verify, "TIMED", 2)
     kept = home / "micro.jsonl"
     arguments = ["calibrate", "--device", "cpu", "--threads", "1", "--seconds", "5", "--records", str(kept)]
     result = CliRunner().invoke(main, arguments)

@@ -3,7 +3,7 @@
 (On a build without CUDA autograd cannot run back through tensors that really are of that device.)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest.mock import patch
@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.profiler import record_function
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from perfmodel.tracing import cuda_forms
 from perfmodel.tracing.calls import op_of
@@ -28,6 +28,15 @@ ENABLED = {
     "efficient": torch.backends.cuda.mem_efficient_sdp_enabled, "math": torch.backends.cuda.math_sdp_enabled,
 }  # fmt: skip
 MOVES_DATA_IN = ("copy_", "index", "index_put", "index_put_", "_index_put_impl_")  # may take operands of the CPU
+
+
+def tensors_in(x: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a call's arguments or results; PyTorch's own walk is slow, and this runs at every call."""
+    if isinstance(x, torch.Tensor):
+        yield x
+    elif isinstance(x, (list, tuple, dict)):
+        for part in x.values() if isinstance(x, dict) else x:
+            yield from tensors_in(part)
 
 
 class Device(FakeTensorMode):
@@ -64,7 +73,7 @@ class Device(FakeTensorMode):
 
     def _run(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        outputs = [t for t in tree_leaves(out) if isinstance(t, FakeTensor)]
+        outputs = [t for t in tensors_in(out) if isinstance(t, FakeTensor)]
         for t in outputs:
             self.gpu.allocate(t.untyped_storage())
         if func is aten.any.default:
@@ -72,7 +81,7 @@ class Device(FakeTensorMode):
         if direction := _across(func, args):
             self.gpu.copy(direction, args[1].numel() * args[1].element_size())
         elif func.namespace == "aten":
-            inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            inputs = list(tensors_in((args, kwargs)))
             written = [*outputs, *_written(func, args, kwargs)]
             op = op_of(func, inputs, list({id(t): t for t in written}.values()), (args, kwargs), cuda=True)
             self.gpu.run(op, backward=torch._C._current_graph_task_id() != -1)
@@ -95,12 +104,12 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
     """The operands that a call writes into."""
     names = enumerate(func._schema.arguments)
     writes = [args[i] if i < len(args) else kwargs.get(a.name) for i, a in names if a.is_write]
-    return [t for t in tree_leaves(writes) if isinstance(t, torch.Tensor)]
+    return list(tensors_in(writes))
 
 
 def _same_device(func: Any, args: Any, kwargs: Any) -> None:
     """Refuse what a GPU refuses: an operand with dims that lies on the CPU."""
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    tensors = list(tensors_in((args, kwargs)))
     elsewhere = [t for t in tensors if t.dim() and not isinstance(t, FakeTensor)]
     base = func._schema.name.removeprefix("aten::")
     if elsewhere and len(elsewhere) < len(tensors) and base not in MOVES_DATA_IN:
@@ -142,7 +151,7 @@ class Placing(TorchFunctionMode):
         named = [d for d in (_device(x) for x in (*args, kwargs.get("device"))) if d is not None]
         if named:
             return self._moved(args[0] if args else None, func, args, kwargs, named[0].type)
-        if any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs))):
+        if any(isinstance(x, FakeTensor) for x in tensors_in((args, kwargs))):
             with self.device:  # for what a call makes on its way
                 return self.forms.get(func, func)(*args, **kwargs)
         return func(*args, **kwargs)

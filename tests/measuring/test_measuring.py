@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,13 +97,13 @@ def test_killing_at_random_times_loses_at_most_the_running_cell(
     assert sorted(visits) == sorted(wanted), "a visit is missing or was made twice"
 
 
-def command(grid: Path, output: Path) -> list[str]:
+def command(grid: Path, output: Path, python: Sequence[str] = (sys.executable,)) -> list[str]:
     code = "from perfmodel.cli import main; main()"
     words = ["validate", "measure", "--device", "cpu", "--grid", str(grid), "--output", str(output), "--threads", "1"]
-    return [sys.executable, "-c", code, *words]
+    return [*python, "-c", code, *words]
 
 
-def test_a_killed_run_of_real_steps_resumes_to_the_same_cells(tmp_path: Path, grid: Path) -> None:
+def test_a_killed_run_of_real_steps_resumes_to_the_same_cells(tmp_path: Path, grid: Path, ready: list[str]) -> None:
     """The whole path on real programs: their calls are those of the tape, their peak memory that of the prediction."""
     output = tmp_path / "records.jsonl"
     first = subprocess.Popen(command(grid, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -111,7 +112,7 @@ def test_a_killed_run_of_real_steps_resumes_to_the_same_cells(tmp_path: Path, gr
     first.kill()
     first.wait()
     kept = whole_lines(output)
-    done = subprocess.run(command(grid, output), capture_output=True, text=True, check=False)
+    done = subprocess.run(command(grid, output, ready), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = whole_lines(output)
     assert found[: len(kept)] == kept

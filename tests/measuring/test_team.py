@@ -1,6 +1,7 @@
 """`perfmodel validate measure --parallel`: steps that two processes share, on a CPU with gloo."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,19 @@ setups = [{ batch = 2, seq = 16, dtype = "fp32" }]
 
 
 @pytest.fixture(scope="module")
-def visits(site: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
+def visits(
+    site: Path, ready: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], dict[str, Any]]:
     """(way of sharing, method) -> its record; both ways write to one file."""
     folder = tmp_path_factory.mktemp("team")
     output = folder / "records.jsonl"
     (folder / "grid.toml").write_text(GRID)
-    measure = "perfmodel validate measure --device cpu --grid grid.toml --parallel"
+    torchrun = "OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2"
+    as_module = "import runpy; runpy.run_module('perfmodel', run_name='__main__', alter_sys=True)"
+    perfmodel = shlex.join([*ready, "-c", as_module])  # what `-m perfmodel` runs, with PyTorch loaded
+    measure = "validate measure --device cpu --grid grid.toml --parallel"
     for kind in team.KINDS:
-        torchrun = "OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2"
-        done = typed(f"{torchrun} -m {measure} {kind}", site, folder)
+        done = typed(f"{torchrun} --no-python {perfmodel} {measure} {kind}", site, folder)
         assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in output.read_text().splitlines()]
     return {(r["parallel"]["kind"], r["cell"]["method"]): r for r in found if r["kind"] == "visit"}

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -224,20 +223,12 @@ ORACLE = {"full": LAYERS, "lora": LAYERS}
 
 
 @pytest.mark.parametrize("method", ORACLE)
-def test_kernels_are_those_of_inductor(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_those_of_inductor(method: str, ready: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor's own scheduler, run for a GPU on the real model, makes as many kernels as the pass, of both kinds; and
     AOTAutograd saves as many bytes for backward."""
     pytest.importorskip("torch")
-    command = [
-        sys.executable,
-        "-m",
-        "validate.oracle.inductor",
-        "llama",
-        json.dumps(LLAMA),
-        method,
-        "batch=2",
-        "seq=512",
-    ]
+    program = "import sys; from validate.oracle.inductor import main; main(sys.argv[1:])"
+    command = [*ready, "-c", program, "llama", json.dumps(LLAMA), method, "batch=2", "seq=512"]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr[-2000:]
     real = json.loads(run.stdout.splitlines()[-1])

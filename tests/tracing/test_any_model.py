@@ -50,8 +50,8 @@ SMALL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def config_of(name: str) -> Config:
-    return Config({"model_type": name, **SMALL[name]}, name, name)
+def config_of(name: str, **changes: Any) -> Config:
+    return Config({"model_type": name, **SMALL[name], **changes}, name, name)
 
 
 def whole_step(config: Config, method: str, monkeypatch: pytest.MonkeyPatch) -> Step:
