@@ -9,7 +9,7 @@ from ..architectures.base import Architecture
 from ..architectures.names import bundled_for
 from ..methods.lora import Lora
 from ..methods.parts.quantised import QuantisedLora
-from ..methods.parts.targeted import ALL_LINEAR
+from ..methods.parts.targeted import ALL_LINEAR, unmatched
 from .read import Imported
 
 BY_MODULE = ("Axolotl", "LLaMA-Factory", "LLaMA-Factory v1")  # they name every `nn.Linear` (`find_all_linear_names`, …)
@@ -58,6 +58,9 @@ def _of_method(found: Imported, method: methods.Method, architecture: Architectu
         said = f"peft's adapters, not {method.implementation}'s, which are not modelled for the model"
     if isinstance(method, QuantisedLora) and method.experts and not architecture.stacked_names():
         changes["experts"] = False
+    found_none = unmatched(method.targets, architecture)  # of several names PEFT leaves such out
+    if 0 < len(found_none) < len(method.targets):
+        changes["targets"] = tuple(name for name in method.targets if name not in found_none)
     if method.targets == (ALL_LINEAR,) and architecture.traits.stacked and found.tool in BY_MODULE:
         changes["targets"] = tuple(dict.fromkeys(name.rpartition(".")[2] for name in architecture.linear_names()))
     if changes:
