@@ -45,10 +45,19 @@ def fallbacks(found: Imported, architecture: Architecture) -> Iterator[Fallback]
         yield from _of_method(found, methods.parse(found.method), architecture)
 
 
+def unpacked(model: str, found: Imported) -> str:
+    """What is said of a base that a repository's name calls packed and that a config's method does not pack again."""
+    meant = bundled_for(model)
+    if meant is None or not meant.packed:
+        return ""
+    if found.method is not None and isinstance(methods.parse(found.method), QuantisedLora):
+        return ""
+    return f"weights in {found.setup.get('dtype')}, not {'-'.join(meant.packed)}"
+
+
 def _of_method(found: Imported, method: methods.Method, architecture: Architecture) -> Iterator[Fallback]:
-    meant = bundled_for(found.model or "")
-    if meant and meant.packed and not isinstance(method, QuantisedLora):
-        yield Fallback("model", found.model, f"weights in {found.setup.get('dtype')}, not {'-'.join(meant.packed)}")
+    if in_place := unpacked(found.model or "", found):
+        yield Fallback("model", found.model, in_place)
     if not isinstance(method, Lora):
         return
     changes: dict[str, Any] = {}

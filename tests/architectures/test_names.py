@@ -49,7 +49,7 @@ from perfmodel.errors import UserError
         ("axolotl-quants/DeepSeek-V2.5-bnb-nf4-bf16", "deepseek-v2.5"), ("Mapika/GLM-5.2-NVFP4", "glm-5.2"),
         ("nvidia/Qwen3-Next-80B-A3B-Instruct-NVFP4", "qwen3-next-80b-a3b"), ("MiniMaxAI/MiniMax-M2.5", "minimax-m2"),
         ("nvidia/Gemma-4-26B-A4B-NVFP4", "gemma-4-26b-a4b"), ("zai-org/GLM-Z1-32B-0414", "glm-4-32b-0414"),
-        ("nvidia/DeepSeek-V4-Flash-NVFP4", "deepseek-v4-flash"),
+        ("nvidia/DeepSeek-V4-Flash-NVFP4", "deepseek-v4-flash"), ("google/gemma-3n-E2B-it", "gemma-3n-e2b"),
         ("llava-hf/llava-1.5-7b-hf", "llava-1.5-7b"), ("mistralai/Pixtral-12B-2409", "pixtral-12b"),
     ],
 )  # fmt: skip
@@ -65,7 +65,7 @@ def test_a_mirror_or_a_tuned_copy_is_the_bundled_model(repository: str, bundled:
     [
         "Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2-Audio-7B", "Qwen/Qwen2.5-Omni-7B",
         "llava-hf/llava-v1.6-mistral-7b-hf", "Qwen/Qwen2-57B-A14B",
-        "google/paligemma2-3b-pt-224", "google/medgemma-4b-it", "google/gemma-3n-E2B-it",
+        "google/paligemma2-3b-pt-224", "google/medgemma-4b-it", "google/gemma-3n-E4B-it",
         "Qwen/Qwen3.5-397B-A17B", "Qwen/Qwen3-VL-8B-Instruct", "zai-org/GLM-4.5", "zai-org/GLM-4.6V", "zai-org/GLM-4.7",
         "mistralai/Ministral-3-8B-Base-2512", "Skywork/Skywork-Reward-V2-Llama-3.1-8B", "Salesforce/blip2-opt-2.7b",
         "models/llama3-8b-pro", "HuggingFaceM4/Idefics3-8B-Llama3",
