@@ -15,7 +15,7 @@ class Classifier(NamedTuple):
 
     Attributes:
         of: "sequence" or "token".
-        labels: classes.
+        labels: classes; one of a reward model.
         padded: whether the config has a padding token, so that the last token has to be searched for.
         dropout: in front of it, where the config says so.
     """
@@ -47,10 +47,10 @@ def classifier_of(config: Config, traits: Traits) -> Classifier | None:
         )
     assert of is not None
     labels = _labels(config)
-    if labels < 2 or config.values.get("problem_type") not in (None, "single_label_classification"):
+    if config.values.get("problem_type") not in (None, "single_label_classification"):
         raise UserError(
-            f"{config.origin}: architectures names {name!r} with a loss other than cross entropy (one label, or "
-            "problem_type), which is not supported"
+            f"{config.origin}: architectures names {name!r} with a loss other than cross entropy (problem_type), which "
+            "is not supported"
         )
     dropout = (
         config.fraction("classifier_dropout", 0.0) if config.values.get("classifier_dropout") is not None else None

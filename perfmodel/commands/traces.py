@@ -37,10 +37,14 @@ def traced_type(model: str) -> str:
 def otherwise(model: str, found: "Imported") -> list[str]:
     """How the traced program of a model differs from that of a training config's tool, all packages installed."""
     from ..architectures import load
+    from ..imports.fallbacks import TEXT_ALONE, unpacked
     from ..tracing.kernels import without_kernels
 
-    frozen = found.frozen if "vision_config" in load(model).values else ()
-    return [words for words in (without_kernels(traced_type(model)), _thawed(found, frozen)) if words]
+    config = load(model)
+    frozen = found.frozen if "vision_config" in config.values else ()
+    alone = TEXT_ALONE if TEXT_ALONE in config.note else ""
+    told = (without_kernels(traced_type(model)), _thawed(found, frozen), alone, unpacked(model, found))
+    return [words for words in told if words]
 
 
 def _thawed(found: "Imported", frozen: Sequence[str]) -> str:

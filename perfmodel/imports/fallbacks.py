@@ -9,7 +9,7 @@ from ..architectures.base import Architecture
 from ..architectures.names import bundled_for
 from ..methods.lora import Lora
 from ..methods.parts.quantised import QuantisedLora
-from ..methods.parts.targeted import ALL_LINEAR
+from ..methods.parts.targeted import ALL_LINEAR, unmatched
 from .read import Imported
 
 BY_MODULE = ("Axolotl", "LLaMA-Factory", "LLaMA-Factory v1")  # they name every `nn.Linear` (`find_all_linear_names`, …)
@@ -45,10 +45,19 @@ def fallbacks(found: Imported, architecture: Architecture) -> Iterator[Fallback]
         yield from _of_method(found, methods.parse(found.method), architecture)
 
 
+def unpacked(model: str, found: Imported) -> str:
+    """What is said of a base that a repository's name calls packed and that a config's method does not pack again."""
+    meant = bundled_for(model)
+    if meant is None or not meant.packed:
+        return ""
+    if found.method is not None and isinstance(methods.parse(found.method), QuantisedLora):
+        return ""
+    return f"weights in {found.setup.get('dtype')}, not {'-'.join(meant.packed)}"
+
+
 def _of_method(found: Imported, method: methods.Method, architecture: Architecture) -> Iterator[Fallback]:
-    meant = bundled_for(found.model or "")
-    if meant and meant.packed and not isinstance(method, QuantisedLora):
-        yield Fallback("model", found.model, f"weights in {found.setup.get('dtype')}, not {'-'.join(meant.packed)}")
+    if in_place := unpacked(found.model or "", found):
+        yield Fallback("model", found.model, in_place)
     if not isinstance(method, Lora):
         return
     changes: dict[str, Any] = {}
@@ -58,6 +67,9 @@ def _of_method(found: Imported, method: methods.Method, architecture: Architectu
         said = f"peft's adapters, not {method.implementation}'s, which are not modelled for the model"
     if isinstance(method, QuantisedLora) and method.experts and not architecture.stacked_names():
         changes["experts"] = False
+    found_none = unmatched(method.targets, architecture)  # of several names PEFT leaves such out
+    if 0 < len(found_none) < len(method.targets):
+        changes["targets"] = tuple(name for name in method.targets if name not in found_none)
     if method.targets == (ALL_LINEAR,) and architecture.traits.stacked and found.tool in BY_MODULE:
         changes["targets"] = tuple(dict.fromkeys(name.rpartition(".")[2] for name in architecture.linear_names()))
     if changes:

@@ -13,6 +13,7 @@ from .fields import ATTENTION, attention
 from .keys import Keys
 from .packing import shorter
 
+GENERATION = "default_benchmark_params.json"  # of method_comparison/text_generation_benchmark/run.py
 DEFAULTS, OWN, ADAPTER = "default_training_params.json", "training_params.json", "adapter_config.json"
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 METHODS = {
@@ -22,6 +23,7 @@ METHODS = {
 }  # by optimizer: from, to
 LENGTHS = shorter("max_seq_length")
 IN_FP32 = "adapters in fp32 (autocast_adapter_dtype)"
+ONLY_GENERATES = f"a training step: the benchmark that the adapter belongs to only generates ({GENERATION})"
 PIXELS, TEXT = 16, 512  # a token of an image stands for 16 x 16 pixels; what `tracing.programs.diffusion` takes as text
 
 
@@ -32,6 +34,19 @@ def experiment_parameters(path: Path) -> Keys | None:
         return None
     own = path.with_name(OWN)
     return Keys({**read_json(parents[3] / DEFAULTS), **(read_json(own) if own.is_file() else {})}, path.name)
+
+
+def generation_of(path: Path) -> tuple[str | None, dict[str, Any]] | None:
+    """Model and setup of the benchmark of generation that an adapter's config belongs to; None if it belongs to none.
+
+    Raises:
+        UserError: a value of the wrong type.
+    """
+    parents = path.resolve().parents
+    if len(parents) < 4 or not (parents[3] / GENERATION).is_file():
+        return None
+    keys = Keys(read_json(parents[3] / GENERATION), GENERATION)
+    return keys.text("model_id"), {"dtype": DTYPES.get(keys.text("dtype") or "")}
 
 
 def setup_of(keys: Keys) -> dict[str, Any]:

@@ -149,6 +149,9 @@ def _of_adapter(tool: str, path: Path, keys: Keys, table: Meanings) -> Imported:
     except adapter.NoBuiltIn as error:
         why = f"{error} no built-in form: add --traced"
         return Imported(tool, keys.text("base_model_name_or_path"), None, {}, [], [], adapter=path, why_traced=why)
+    if model is None and (generation := peft_benchmark.generation_of(path)) is not None:
+        model, setup = generation[0], setup | generation[1]
+        return Imported(tool, model, method, setup, rest, notes, [peft_benchmark.ONLY_GENERATES], adapter=path)
     return Imported(tool, model, method, setup, rest, notes, adapter=path)
 
 

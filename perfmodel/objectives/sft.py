@@ -1,6 +1,7 @@
 """Supervised fine-tuning: the loss that the model computes itself."""
 
 from ..architectures.base import Architecture
+from ..errors import UserError
 from ..tape.core import release, tape
 from ..tape.tensor import Tensor
 from .parts.base import Objective, Passes, objective
@@ -11,6 +12,11 @@ class Sft(Objective):
     """Cross entropy of the labels, under autocast where there is any."""
 
     def on(self, architecture: Architecture) -> Architecture:
+        if architecture.classifier is not None and architecture.classifier.labels == 1:
+            raise UserError(
+                f"{architecture.name}: a classifier of one label has the loss of a regression, which is not supported; "
+                "a reward model trains with --objective reward"
+            )
         return architecture
 
     def loss(self, passes: Passes) -> Tensor:

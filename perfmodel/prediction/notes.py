@@ -8,6 +8,7 @@ import numpy as np
 from .. import objectives, passes, units
 from ..calls.table import row
 from ..devices.profile import DeviceProfile
+from ..methods.parts.targeted import Targeted, unmatched
 from ..recording import zero
 from ..recording.step import Step
 from . import intervals
@@ -31,6 +32,7 @@ def notes_on(built: Step, on: DeviceProfile, seconds: Mapping[str, Any], total: 
         )
     notes += [passes.NOTE] if built.setup.compile != "none" else []
     notes += _head_notes(built)
+    notes += _target_notes(built)
     notes += _optimizer_notes(built, seconds, total)
     notes += _unknown_notes(built)
     notes += [zero.NOTE] if built.zero else []
@@ -52,6 +54,13 @@ def _head_notes(built: Step) -> list[str]:
         return [f"its head classifies {head.of}s ({head.labels} labels), {said}"] if head else []
     objective = objectives.found(setup.objective)
     return [objective.told(built.method, setup)]
+
+
+def _target_notes(built: Step) -> list[str]:
+    """Names of targets that no layer of a recorded model has, where others are adapted."""
+    targets = built.method.targets if isinstance(built.method, Targeted) else ()
+    odd = unmatched(targets, built.architecture)
+    return [f"no linear layer is called {' or '.join(odd)}: no adapters there"] if 0 < len(odd) < len(targets) else []
 
 
 def _mixture_notes(built: Step) -> list[str]:

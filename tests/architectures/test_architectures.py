@@ -30,7 +30,9 @@ def known(name: str) -> bool:
 def test_bundled_models_have_their_published_parameter_count(name: str, parameters: int) -> None:
     """The first figure a user compares; it also fixes every width of the model."""
     attention = "sdpa" if load(name).values["model_type"] == "qwen" else "eager"
-    step = step_of(from_config(load(name)), batch=1, seq=8, attention=attention)
+    model = from_config(load(name))
+    objective = "reward" if model.classifier is not None and model.classifier.labels == 1 else "sft"
+    step = step_of(model, batch=1, seq=8, attention=attention, objective=objective)
     assert step.total == step.trainable == parameters
 
 
@@ -127,12 +129,20 @@ def test_kv_heads_that_do_not_divide_the_heads_are_refused(name: str) -> None:
         ("roberta", {"position_embedding_type": "relative_key"}), ("roberta", {"max_position_embeddings": 2}),
         ("bert", {"architectures": ["BertForQuestionAnswering"]}), ("bert", {"architectures": ["BertLMHeadModel"]}),
         ("falcon", {"architectures": ["FalconForTokenClassification"]}), ("llama", {"architectures": ["LlamaModel"]}),
-        ("llama", {"num_labels": 1, "architectures": ["LlamaForSequenceClassification"]}),
+        ("llama", {"problem_type": "regression", "architectures": ["LlamaForSequenceClassification"]}),
     ],
 )  # fmt: skip
 def test_what_the_tape_does_not_mirror_is_refused_by_name(name: str, change: dict[str, Any]) -> None:
     """A variant that is silently treated as the usual one would be priced wrongly."""
     assert list(change)[-1] in refusal({**SMALL[name], **change})
+
+
+def test_a_classifier_of_one_label_is_a_reward_model() -> None:
+    """Its own loss would be a regression's, which is not mirrored; a reward's is."""
+    model = from_config(config_of("llama", num_labels=1, architectures=["LlamaForSequenceClassification"]))
+    with pytest.raises(UserError, match="--objective reward"):
+        step_of(model)
+    assert step_of(model, objective="reward").trainable == step_of("llama", objective="reward").trainable
 
 
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 6, "long_factor": [1.5] * 6}

@@ -77,6 +77,10 @@ def test_what_a_tool_does_otherwise_is_said() -> None:
     assert traces.otherwise("qwen3.5-4b", full)[1] == "the vision tower and the projector trained too, in fp32"
     assert traces.otherwise("qwen3.5-4b", replace(full, frozen=())) == said[:1]
     assert traces.otherwise("apertus-8b", adapted) == []
+    assert traces.otherwise("gemma-3n-e2b", adapted) == ["the text decoder alone of a vision-language model"]
+    packed = replace(adapted, setup={"dtype": "bf16"})
+    assert traces.otherwise("Mapika/GLM-5.2-NVFP4", packed) == ["weights in bf16, not nvfp4"]
+    assert traces.otherwise("Mapika/GLM-5.2-NVFP4", replace(packed, method="qlora")) == []
     assert traces.peft_alone("lora:r=8,implementation=unsloth,dropout=0.1")[0] == "lora:r=8,dropout=0.1"
 
 

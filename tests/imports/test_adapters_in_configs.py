@@ -86,3 +86,18 @@ def test_an_experiment_of_pefts_comparison_is_read_with_its_training(tmp_path: P
     assert found.setup["group_by_length"], "its batches come from buckets sorted by length"
     (folder / "adapter_config.json").unlink()
     assert read(folder / "training_params.json").method == "full"
+
+
+def test_an_adapter_of_pefts_benchmark_of_generation_is_trained_on_its_model(tmp_path: Path) -> None:
+    """The benchmark trains nothing, which the first line has to say; a model of the file's own wins."""
+    folder = tmp_path / "experiments" / "lora" / "mine"
+    folder.mkdir(parents=True)
+    (tmp_path / "default_benchmark_params.json").write_text('{"model_id": "gpt2", "dtype": "float16"}')
+    values = {"peft_type": "LORA", "r": 2, "target_modules": ["c_attn"]}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    found = read(folder / "adapter_config.json")
+    assert (found.model, found.method, found.setup["dtype"]) == ("gpt2", "lora:r=2,targets=c_attn", "fp16")
+    assert "only generates" in found.first_line
+    (folder / "adapter_config.json").write_text(json.dumps({**values, "base_model_name_or_path": "distilgpt2"}))
+    own = read(folder / "adapter_config.json")
+    assert (own.model, own.first_line) == ("distilgpt2", "")

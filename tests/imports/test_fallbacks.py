@@ -52,6 +52,14 @@ def test_what_is_typed_is_not_touched(tmp_path: Path) -> None:
     assert DIFFERS not in asked(tmp_path, text, "--model", "llama-3.2-1b")
 
 
+def test_of_several_targets_those_that_no_layer_has_are_left_out(tmp_path: Path) -> None:
+    """PEFT asks for one that matches: GLM-4's gate and up are one layer, and examples name them as Llama's."""
+    text = f"base_model: THUDM/GLM-4-9B-0414\n{LORA}lora_target_modules: [gate_proj, up_proj, down_proj, q_proj]\n"
+    assert "lora:r=4,targets=down_proj+q_proj on glm-4-9b-0414" in asked(tmp_path, text)
+    with pytest.raises(AssertionError, match="matches no linear layer"):
+        asked(tmp_path, text, "--method", "lora:targets=gate_proj+q_proj")
+
+
 def test_all_linear_layers_of_a_mixture_are_its_attention(tmp_path: Path) -> None:
     """Axolotl names modules: experts and routers are none any more. PEFT's own word means them, too."""
     text = f"base_model: mistralai/Mixtral-8x7B-v0.1\n{LORA}{LINEAR}lora_dropout: 0.05\nlora_o_kernel: false\n"

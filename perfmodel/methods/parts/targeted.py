@@ -261,15 +261,27 @@ def saved_whole(name: str, modules: Sequence[str], architecture: Architecture | 
 
 
 def check_targets(method: str, targets: Sequence[str], architecture: Architecture) -> None:
-    """Raise `UserError` where a target matches no linear layer of the architecture."""
-    known = [*architecture.linear_names(), "lm_head", *(old for old, _ in architecture.traits.stacked)]
-    for target in targets:
-        if target != ALL_LINEAR and not any(matches(name, target) for name in known):
-            leaves = {name.rsplit(".", 1)[-1] for name in known}
-            raise UserError(
-                f"method {method}: target {target!r} matches no linear layer of {architecture.name}: "
-                f"{nearest(target, leaves)}"
-            )
+    """Raise `UserError` where a target matches no linear layer of the architecture; of a recorded one where none does.
+
+    On a recorded model it is peft that finds the layers, and it leaves out names that match none.
+    """
+    odd = unmatched(targets, architecture)
+    if odd and (len(odd) == len(targets) or not architecture.recorded):
+        leaves = {name.rsplit(".", 1)[-1] for name in _named_by_targets(architecture)}
+        raise UserError(
+            f"method {method}: target {odd[0]!r} matches no linear layer of {architecture.name}: "
+            f"{nearest(odd[0], leaves)}"
+        )
+
+
+def unmatched(targets: Sequence[str], architecture: Architecture) -> tuple[str, ...]:
+    """Names among targets that match no linear layer of an architecture."""
+    known = _named_by_targets(architecture)
+    return tuple(t for t in targets if t != ALL_LINEAR and not any(matches(name, t) for name in known))
+
+
+def _named_by_targets(architecture: Architecture) -> list[str]:
+    return [*architecture.linear_names(), "lm_head", *(old for old, _ in architecture.traits.stacked)]
 
 
 def on_targets(targets: tuple[str, ...], architecture: Architecture | None) -> str:

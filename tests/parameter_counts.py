@@ -57,6 +57,23 @@ PUBLISHED = {
     "yi-9b": 8_829_407_232,
     "yi-1.5-34b": 34_388_917_248,
 }
+# Of models that are traced alone, in billions: their cards, papers or listings, 2026-11-30. Layers that predict further
+# tokens, which transformers does not build, are not among them.
+IN_BILLIONS = {
+    "afm-4.5b": 4.62,  # the hub's listing
+    "deepseek-v2.5": 236,  # arXiv:2405.04434
+    "deepseek-v4-flash": 284,  # NVIDIA-NeMo/Megatron-Bridge, docs
+    "gemma-4-26b-a4b": 25.8,  # its card: 25.2, and 0.57 of the vision encoder
+    "glm-4.5-air": 106,  # NVIDIA-NeMo/Megatron-Bridge, docs
+    "glm-4.6v-flash": 10.3,  # GLM-4.1V-9B-Thinking, whose dims it has
+    "glm-4.7-flash": 30,  # NVIDIA-NeMo/Megatron-Bridge, docs
+    "glm-5.2": 744,  # GLM-5's card
+    "minimax-m2": 229,  # the hub's listing
+    "nemotron-mini-4b": 4.19,  # Minitron-4B-Base, the hub's listing
+    "paddleocr-vl-1.6": 0.9,  # its card
+    "qwen3-next-80b-a3b": 80,  # its card
+    "qwen3.5-122b-a10b": 122,  # its name; with the vision encoder
+}
 BUILT = {
     "bert-base": 109_514_298, "bert-large": 335_174_458, "gpt-neo-1.3b": 1_315_575_808,
     "roberta-base": 124_697_433, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080,
@@ -95,6 +112,8 @@ BUILT = {
     "pythia-6.9b": 6_857_302_016, "pythia-12b": 11_846_072_320, "qwen3-235b-a22b": 235_093_634_560,
     "stablelm-3b-4e1t": 2_795_443_200,
     "cerebras-gpt-1.3b": 1_315_723_264, "phi-3.5-mini": 3_821_079_552, "starcoder2-3b": 3_030_371_328,
-    "starcoder2-15b": 15_957_889_024, "redpajama-incite-3b": 2_775_864_320, "seed-oss-36b": 36_151_104_512,
+    "starcoder2-15b": 15_957_889_024, "glm-4-32b-0414": 32_566_081_536,
+    "skywork-reward-v2-qwen3-8b": 7_568_409_600,
+    "redpajama-incite-3b": 2_775_864_320, "seed-oss-36b": 36_151_104_512,
     "command-r7b": 8_028_033_024, "orpheus-3b": 3_300_867_072, "mimo-7b": 7_622_619_136,
 }  # fmt: skip
