@@ -19,6 +19,8 @@ INSTEAD = (
 )
 FULL = ("full", "galore", "apollo", "badam")  # methods that train every weight
 TOWER = "vision tower"
+# By the type of a model, modules that training configs name as older versions of transformers do, and their names now.
+RENAMED = {"voxtral": ("language_model.model", "model.language_model")}
 FUSED = re.compile(r"implementation=\w+,?")
 
 
@@ -66,7 +68,12 @@ def followed(options: dict[str, Any], of_config: set[str]) -> tuple[dict[str, An
     return made, said
 
 
-def peft_alone(method: str) -> tuple[str, list[str]]:
-    """A training config's method as PEFT runs it, and how it differs."""
+def of_peft_alone(method: str, model: str) -> tuple[str, list[str]]:
+    """A training config's method as PEFT runs it on a model of the installed transformers, and how it differs."""
     plain = FUSED.sub("", method).rstrip(",:")
-    return plain, [] if plain == method else ["without fused kernels for adapters"]
+    said = [] if plain == method else ["without fused kernels for adapters"]
+    old, new = RENAMED.get(traced_type(model), ("", ""))
+    if old and f"=/{old}." in plain:
+        plain = plain.replace(f"=/{old}.", f"=/{new}.")
+        said.append(f"{old} as {new}, its name in transformers 5.24")
+    return plain, said

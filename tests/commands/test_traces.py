@@ -77,7 +77,17 @@ def test_what_a_tool_does_otherwise_is_said() -> None:
     assert traces.otherwise("qwen3.5-4b", full)[1] == "the vision tower and the projector trained too, in fp32"
     assert traces.otherwise("qwen3.5-4b", replace(full, frozen=())) == said[:1]
     assert traces.otherwise("apertus-8b", adapted) == []
-    assert traces.peft_alone("lora:r=8,implementation=unsloth,dropout=0.1")[0] == "lora:r=8,dropout=0.1"
+    assert traces.of_peft_alone("lora:r=8,implementation=unsloth,dropout=0.1", "gpt2")[0] == "lora:r=8,dropout=0.1"
+
+
+def test_a_module_is_found_by_the_name_that_it_had() -> None:
+    """Axolotl's files for Voxtral name its layers as transformers 4 did; their regex would match nothing."""
+    old, new = (f"qlora:targets=/{path}.layers.\\d+.q_proj/" for path in traces.RENAMED["voxtral"])
+    assert traces.of_peft_alone(old, "voxtral-mini-3b") == (
+        new, ["language_model.model as model.language_model, its name in transformers 5.24"],
+    )  # fmt: skip
+    assert traces.of_peft_alone(new, "voxtral-mini-3b") == (new, [])
+    assert traces.of_peft_alone(old, "llava-1.5-7b") == (old, [])
 
 
 def test_what_is_typed_is_not_changed(model: Path) -> None:
