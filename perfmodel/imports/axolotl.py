@@ -59,6 +59,9 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     _check(keys, adapter)
     dtype = _dtype(keys)
     pure = keys.get("bf16") == "full"
+    linear_experts = keys.flag("llama4_linearized_experts")
+    if linear_experts and "linearized" not in str(keys.get("base_model")).lower():
+        keys.differ("experts as transformers runs them by default", "llama4_linearized_experts")
     if keys.get("tf32") and (dtype is None or pure):
         keys.differ("fp32 products without TF32", "tf32")
     method = _method(keys, adapter, dtype or "fp32")

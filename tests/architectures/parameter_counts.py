@@ -57,6 +57,17 @@ PUBLISHED = {
     "yi-9b": 8_829_407_232,
     "yi-1.5-34b": 34_388_917_248,
 }
+# Of models that are traced: what transformers builds of the config has as many.
+TRACED = {
+    "lfm2-vl-450m": 450_822_656,  # the hub's safetensors total, as the following, on 2026-11-30
+    "llama-4-scout-17b-16e": 108_641_793_536,
+    "llama-4-scout-17b-16e-linearized": 108_641_793_536,  # its experts cut into layers
+    "llama-4-maverick-17b-128e": 401_583_781_376,  # Fireworks' catalogue
+    "mistral-medium-3.5-128b": 127_704_210_176,
+    "nemotron-3-nano-30b-a3b": 31_577_937_344,
+    "nemotron-3-super-120b-a12b": 123_611_012_096 - 2_942_324_736,  # without layers that predict a further token
+    "trinity-nano": 6_120_003_328,
+}
 BUILT = {
     "bert-base": 109_514_298, "bert-large": 335_174_458, "gpt-neo-1.3b": 1_315_575_808,
     "roberta-base": 124_697_433, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080,
@@ -96,5 +107,5 @@ BUILT = {
     "stablelm-3b-4e1t": 2_795_443_200,
     "cerebras-gpt-1.3b": 1_315_723_264, "phi-3.5-mini": 3_821_079_552, "starcoder2-3b": 3_030_371_328,
     "starcoder2-15b": 15_957_889_024, "redpajama-incite-3b": 2_775_864_320, "seed-oss-36b": 36_151_104_512,
-    "command-r7b": 8_028_033_024, "orpheus-3b": 3_300_867_072, "mimo-7b": 7_622_619_136,
+    "command-r7b": 8_028_033_024, "orpheus-3b": 3_300_867_072, "mimo-7b": 7_622_619_136, "xgen-7b": 6_895_702_016,
 }  # fmt: skip

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 from transformers.pytorch_utils import Conv1D
 
 from ...architectures import Architecture
+from ...errors import UserError
 from ...methods.lora_8bit import Lora8bit
 from ...methods.parts.quantised import QuantisedLora
 from ...methods.parts.targeted import ALL_LINEAR
@@ -194,6 +195,8 @@ class MatMul8bitLt(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Any, layer: "Linear8bitLt", bias: Any) -> Any:
+        if a.ndim > 3:  # `_int8_linear_matmul_impl` of bitsandbytes/backends/cuda/ops.py
+            raise UserError(f"8-bit layers take 2 or 3 dimensions, not {a.ndim} as in this model; use qlora")
         ctx.grad_shape, ctx.dtype, ctx.layer = a.shape, a.dtype, layer
         a = a.reshape(-1, a.shape[-1]) if a.ndim == 3 else a
         ctx.tensors = a if ctx.needs_input_grad[0] else None
@@ -278,7 +281,9 @@ def apply_low_bit(model: Any, method: QuantisedLora, architecture: Architecture,
         return Linear8bitLt(base, method.outliers)
 
     head = model.get_output_embeddings()
-    found = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    # a subclass computes something else (`replace_with_bnb_linear` of transformers)
+    plain = (n for n, m in model.named_modules() if (type(m) is nn.Linear or isinstance(m, Conv1D)) and m is not head)
+    found = list(plain)
     for name in found:
         model.set_submodule(name, make(model.get_submodule(name)))
     if method.experts:
