@@ -22,7 +22,6 @@ from torch.utils.flop_counter import register_flop_formula
 from transformers.pytorch_utils import Conv1D
 
 from ...architectures import Architecture
-from ...errors import UserError
 from ...methods.lora_8bit import Lora8bit
 from ...methods.parts.quantised import QuantisedLora
 from ...methods.parts.targeted import ALL_LINEAR
@@ -195,10 +194,8 @@ class MatMul8bitLt(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Any, layer: "Linear8bitLt", bias: Any) -> Any:
-        if a.ndim > 3:  # `_int8_linear_matmul_impl` of bitsandbytes/backends/cuda/ops.py
-            raise UserError(f"8-bit layers take 2 or 3 dimensions, not {a.ndim} as in this model; use qlora")
         ctx.grad_shape, ctx.dtype, ctx.layer = a.shape, a.dtype, layer
-        a = a.reshape(-1, a.shape[-1]) if a.ndim == 3 else a
+        a = a.reshape(-1, a.shape[-1]) if a.ndim > 2 else a  # of four dimensions, too, which bitsandbytes refuses
         ctx.tensors = a if ctx.needs_input_grad[0] else None
         half = a.to(torch.float16)
         outliers = half.abs() >= THRESHOLD
@@ -224,7 +221,7 @@ class MatMul8bitLt(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        grad = grad.reshape(-1, grad.shape[-1]).contiguous() if grad.ndim == 3 else grad
+        grad = grad.reshape(-1, grad.shape[-1]).contiguous() if grad.ndim > 2 else grad
         layer = ctx.layer
         weight = layer.weight.to(ctx.dtype, copy=True).mul_(layer.SCB.unsqueeze(1).mul(1.0 / 127.0))
         return torch.matmul(grad.to(ctx.dtype), weight).view(ctx.grad_shape), None, None
