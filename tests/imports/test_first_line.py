@@ -47,6 +47,10 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "llama4_linearized_experts: true": (
         "axolotl", "experts as transformers runs them by default (llama4_linearized_experts)",
     ),
+    "adapter: lora\nload_in_8bit: true\nbase_model: moonshotai/Kimi-Linear-48B-A3B-Instruct\ntrust_remote_code: true": (
+        "axolotl", "transformers' own code of the model, whose experts are stacked and stay in 16 bit "
+        "(trust_remote_code)",
+    ),
     "processor_type: AutoProcessor": ("axolotl", "batches of text, without images or sound (processor_type)"),
     "fp8: true": ("axolotl", "products in bf16, not in fp8 (fp8)"),
     "qat: {weight_dtype: int8}": ("axolotl", "without fake quantisation (qat)"),
