@@ -74,6 +74,17 @@ IN_BILLIONS = {
     "qwen3-next-80b-a3b": 80,  # its card
     "qwen3.5-122b-a10b": 122,  # its name; with the vision encoder
 }
+# Of models that are traced: what transformers builds of the config has as many.
+TRACED = {
+    "lfm2-vl-450m": 450_822_656,  # the hub's safetensors total, as the following, on 2026-11-30
+    "llama-4-scout-17b-16e": 108_641_793_536,
+    "llama-4-scout-17b-16e-linearized": 108_641_793_536,  # its experts cut into layers
+    "llama-4-maverick-17b-128e": 401_583_781_376,  # Fireworks' catalogue
+    "mistral-medium-3.5-128b": 127_704_210_176,
+    "nemotron-3-nano-30b-a3b": 31_577_937_344,
+    "nemotron-3-super-120b-a12b": 123_611_012_096 - 2_942_324_736,  # without layers that predict a further token
+    "trinity-nano": 6_120_003_328,
+}
 BUILT = {
     "bert-base": 109_514_298, "bert-large": 335_174_458, "gpt-neo-1.3b": 1_315_575_808,
     "roberta-base": 124_697_433, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080,
@@ -115,5 +126,5 @@ BUILT = {
     "starcoder2-15b": 15_957_889_024, "glm-4-32b-0414": 32_566_081_536,
     "skywork-reward-v2-qwen3-8b": 7_568_409_600,
     "redpajama-incite-3b": 2_775_864_320, "seed-oss-36b": 36_151_104_512,
-    "command-r7b": 8_028_033_024, "orpheus-3b": 3_300_867_072, "mimo-7b": 7_622_619_136,
+    "command-r7b": 8_028_033_024, "orpheus-3b": 3_300_867_072, "mimo-7b": 7_622_619_136, "xgen-7b": 6_895_702_016,
 }  # fmt: skip

@@ -151,7 +151,7 @@ rows("sequence", "cumsum", 2, "scan in two passes (CUB)")
 rows("divide", "div reciprocal addcdiv")
 rows("root", "sqrt rsqrt")
 rows("exponential", "exp log erf log1p expm1")
-rows("sigmoid", "sigmoid sigmoid_backward silu silu_backward softplus")
+rows("sigmoid", "sigmoid sigmoid_backward silu silu_backward softplus softplus_backward")
 rows("sigmoid", "log_sigmoid_forward log_sigmoid_backward")
 rows("tanh", "tanh")
 rows("cosine", "cos sin")
@@ -201,7 +201,7 @@ rows("sequence", "bitsandbytes::outlier_columns", 4, "nonzero: counts them, the 
      waits=True)  # fmt: skip
 rows("sequence", "nonzero", 4, "counts them in two kernels, the host waits, then selects and writes them (Nonzero.cu)",
      waits=True)  # fmt: skip
-rows("nothing", "empty_like new_empty_strided", 0, "allocates only")
+rows("nothing", "empty_like new_empty new_empty_strided", 0, "allocates only")
 rows("nothing", "set_", 0, "points at other memory")
 rows("nothing", "promote_types", 0, "asks for a dtype")
 rows("nothing", "_local_scalar_dense", 0, "a copy to the host and a synchronisation, no kernel", waits=True)

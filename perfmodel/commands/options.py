@@ -257,7 +257,7 @@ def methods_of(methods: Sequence[str], options: dict[str, Any], name: str = "met
     """
     source = click.get_current_context().get_parameter_source(name)
     if source is ParameterSource.DEFAULT_MAP and is_traced(options):
-        plain = [traces.peft_alone(method) for method in methods]
+        plain = [traces.of_peft_alone(method, options["model"]) for method in methods]
         methods = [method for method, _ in plain]
         differ(list(dict.fromkeys(words for _, said in plain for words in said)))
     path = options["peft_config"]

@@ -19,6 +19,13 @@ INSTEAD = (
 )
 FULL = ("full", "galore", "apollo", "badam")  # methods that train every weight
 TOWER = "vision tower"
+# By the type of a model, modules that training configs name as older versions of transformers do, and their names now.
+RENAMED = {"voxtral": ("language_model.model", "model.language_model")}
+# Types whose latent attention gives a layer four dimensions in transformers 5.24 (`expand_kv`).
+LATENT = {
+    "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "longcat_flash",
+    "minicpm3", "mistral4", "youtu",
+}  # fmt: skip
 FUSED = re.compile(r"implementation=\w+,?")
 
 
@@ -70,7 +77,14 @@ def followed(options: dict[str, Any], of_config: set[str]) -> tuple[dict[str, An
     return made, said
 
 
-def peft_alone(method: str) -> tuple[str, list[str]]:
-    """A training config's method as PEFT runs it, and how it differs."""
+def of_peft_alone(method: str, model: str) -> tuple[str, list[str]]:
+    """A training config's method as PEFT runs it on a model of the installed transformers, and how it differs."""
     plain = FUSED.sub("", method).rstrip(",:")
-    return plain, [] if plain == method else ["without fused kernels for adapters"]
+    said = [] if plain == method else ["without fused kernels for adapters"]
+    old, new = RENAMED.get(traced_type(model), ("", ""))
+    if old and f"=/{old}." in plain:
+        plain = plain.replace(f"=/{old}.", f"=/{new}.")
+        said.append(f"{old} as {new}, its name in transformers 5.24")
+    if plain.startswith("lora_8bit") and traced_type(model) in LATENT:
+        said.append("8-bit layers of four dimensions, as transformers 5.24 has them and bitsandbytes refuses")
+    return plain, said

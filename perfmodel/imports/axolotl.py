@@ -35,6 +35,7 @@ PLAIN_ADAPTERS = ("rl", "nvfp4_merge_aware", "trust_remote_code")  # keys beside
 FUSES = ("lora", "rslora", "loraplus", "pissa")  # methods that have Unsloth's kernels here
 RECOMPUTED = "blocks recomputed, in the place of offloaded activations"  # beside adapters offloading stands alone
 LISA_STATES = "a new optimizer at each switch of blocks; Axolotl keeps the states of all blocks drawn so far"
+STACKED = "transformers' own code of the model, whose experts are stacked and stay in 16 bit"  # the hub's are layers
 LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy")
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", "fp8": None, "sage": None, **FLASH}
 ATTENTION_INSTEAD = {"xformers": "attention of PyTorch, not xformers'", "flex_attention": "sdpa, not flex attention"}
@@ -59,6 +60,9 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     _check(keys, adapter)
     dtype = _dtype(keys)
     pure = keys.get("bf16") == "full"
+    linear_experts = keys.flag("llama4_linearized_experts")
+    if linear_experts and "linearized" not in str(keys.get("base_model")).lower():
+        keys.differ("experts as transformers runs them by default", "llama4_linearized_experts")
     if keys.get("tf32") and (dtype is None or pure):
         keys.differ("fp32 products without TF32", "tf32")
     method = _method(keys, adapter, dtype or "fp32")
@@ -171,6 +175,9 @@ def _method(keys: Keys, adapter: str | None, dtype: str) -> str:
     )  # fmt: skip
     if name in ("qlora", "lora_8bit") and re.search(r"falcon-?h1", str(keys.get("base_model")), re.IGNORECASE):
         keys.differ("every linear layer of a block quantised, out_proj too")
+    own_code = keys.values.get("trust_remote_code") and re.search(r"kimi-?linear", str(keys.get("base_model")), re.I)
+    if name in ("qlora", "lora_8bit") and own_code:
+        keys.differ(STACKED, "trust_remote_code")
     keys.used.add("unfrozen_parameters")  # PEFT freezes all but the adapters after it
     linear = keys.flag("lora_target_linear")  # joined by the named ones, which are linear layers too
     named = as_targets(keys, "lora_target_modules")

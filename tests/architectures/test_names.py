@@ -51,6 +51,12 @@ from perfmodel.errors import UserError
         ("nvidia/Gemma-4-26B-A4B-NVFP4", "gemma-4-26b-a4b"), ("zai-org/GLM-Z1-32B-0414", "glm-4-32b-0414"),
         ("nvidia/DeepSeek-V4-Flash-NVFP4", "deepseek-v4-flash"), ("google/gemma-3n-E2B-it", "gemma-3n-e2b"),
         ("llava-hf/llava-1.5-7b-hf", "llava-1.5-7b"), ("mistralai/Pixtral-12B-2409", "pixtral-12b"),
+        ("unsloth/Llama-4-Scout-17B-16E-Instruct", "llama-4-scout-17b-16e"),
+        ("axolotl-quants/Llama-4-Scout-17B-16E-Linearized-bnb-nf4-bf16", "llama-4-scout-17b-16e-linearized"),
+        ("axolotl-ai-co/Mistral-Small-4-119B-2603-BF16", "mistral-small-4-119b"),
+        ("axolotl-ai-co/Mistral-Medium-3.5-128B-BF16", "mistral-medium-3.5-128b"),
+        ("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-FP8", "nemotron-3-nano-30b-a3b"),
+        ("Salesforce/xgen-7b-8k-inst", "xgen-7b"), ("ibm-granite/granite-4.0-tiny-preview", "granite-4.0-tiny-preview"),
     ],
 )  # fmt: skip
 def test_a_mirror_or_a_tuned_copy_is_the_bundled_model(repository: str, bundled: str) -> None:
@@ -73,6 +79,9 @@ def test_a_mirror_or_a_tuned_copy_is_the_bundled_model(repository: str, bundled:
         "deepseek-ai/DeepSeek-V2", "deepseek-ai/DeepSeek-V4-Pro", "PaddlePaddle/PaddleOCR-VL",
         "tiiuae/falcon-mamba-7b",
         "nvidia/Llama-3.1-Nemotron-Nano-4B-v1.1",
+        "nvidia/Llama-3.1-Nemotron-Nano-8B-v1",
+        "ibm-granite/granite-4.0-h-tiny", "LiquidAI/LFM2.5-VL-450M",
+        "nvidia/NVIDIA-Nemotron-3.5-Lightning-30B-A3B-NVFP4",
         "somebody/a-tuned-qwen-7b", "somebody/Llama-3-8B-and-Qwen3-8B", "somebody/mistral-7b-v0.9",
         "google-bert/bert-base-multilingual-cased", "peft-internal-testing/gpt2-lora-random",
         "axolotl-ai-co/gemma-2-33M",

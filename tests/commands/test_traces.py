@@ -81,7 +81,24 @@ def test_what_a_tool_does_otherwise_is_said() -> None:
     packed = replace(adapted, setup={"dtype": "bf16"})
     assert traces.otherwise("Mapika/GLM-5.2-NVFP4", packed) == ["weights in bf16, not nvfp4"]
     assert traces.otherwise("Mapika/GLM-5.2-NVFP4", replace(packed, method="qlora")) == []
-    assert traces.peft_alone("lora:r=8,implementation=unsloth,dropout=0.1")[0] == "lora:r=8,dropout=0.1"
+    assert traces.of_peft_alone("lora:r=8,implementation=unsloth,dropout=0.1", "gpt2")[0] == "lora:r=8,dropout=0.1"
+
+
+def test_a_module_is_found_by_the_name_that_it_had() -> None:
+    """Axolotl's files for Voxtral name its layers as transformers 4 did; their regex would match nothing."""
+    old, new = (f"qlora:targets=/{path}.layers.\\d+.q_proj/" for path in traces.RENAMED["voxtral"])
+    assert traces.of_peft_alone(old, "voxtral-mini-3b") == (
+        new, ["language_model.model as model.language_model, its name in transformers 5.24"],
+    )  # fmt: skip
+    assert traces.of_peft_alone(new, "voxtral-mini-3b") == (new, [])
+    assert traces.of_peft_alone(old, "llava-1.5-7b") == (old, [])
+
+
+def test_what_bitsandbytes_refuses_is_said() -> None:
+    """Older transformers gave latent attention three dimensions, which its 8-bit layers take."""
+    for method, said in (("lora_8bit:r=16", 1), ("lora:r=16", 0)):
+        assert len(traces.of_peft_alone(method, "kimi-linear-48b-a3b")[1]) == said
+    assert traces.of_peft_alone("lora_8bit:r=16", "apertus-8b")[1] == []
 
 
 def test_what_is_typed_is_not_changed(model: Path) -> None:

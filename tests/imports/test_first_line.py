@@ -44,6 +44,13 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "adapter: lora\nload_in_8bit: true\nbase_model: tiiuae/Falcon-H1-0.5B-Base": (
         "axolotl", "every linear layer of a block quantised, out_proj too",
     ),
+    "llama4_linearized_experts: true": (
+        "axolotl", "experts as transformers runs them by default (llama4_linearized_experts)",
+    ),
+    "adapter: lora\nload_in_8bit: true\nbase_model: moonshotai/Kimi-Linear-48B-A3B-Instruct\ntrust_remote_code: true": (
+        "axolotl", "transformers' own code of the model, whose experts are stacked and stay in 16 bit "
+        "(trust_remote_code)",
+    ),
     "processor_type: AutoProcessor": ("axolotl", "batches of text, without images or sound (processor_type)"),
     "fp8: true": ("axolotl", "products in bf16, not in fp8 (fp8)"),
     "qat: {weight_dtype: int8}": ("axolotl", "without fake quantisation (qat)"),
@@ -89,6 +96,7 @@ def test_what_is_not_modelled_stands_in_the_first_line(tmp_path: Path, text: str
         "seed: 1",
         "sample_packing: true",
         "sample_packing: true\nsdp_attention: true",
+        "llama4_linearized_experts: true\nbase_model: axolotl-quants/Llama-4-Scout-17B-16E-Linearized-bnb-nf4-bf16",
     ],
 )
 def test_what_changes_nothing_is_not_in_the_first_line(tmp_path: Path, text: str) -> None:

@@ -1,4 +1,7 @@
-"""FLOPs of traced mixtures of experts: those of PyTorch's counter, on bundled dims, and of the loop over experts."""
+"""FLOPs of traced mixtures of experts: those of PyTorch's counter, on bundled dims, and of the loop over experts.
+
+And the experts that Axolotl makes linear layers.
+"""
 
 from typing import Any
 
@@ -8,12 +11,16 @@ pytest.importorskip("peft")
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Llama4TextConfig
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from perfmodel.architectures import Config, load
 from perfmodel.calls import costs
 from perfmodel.setup import Setup
 from perfmodel.tracing import traced
 from perfmodel.tracing.programs import build_model
+from perfmodel.tracing.programs.experts import LinearExperts
+from perfmodel.tracing.programs.stacks import stacks
 from perfmodel.tracing.trace import trace_step
 
 BLOCKS = {"qwen3-30b-a3b": 2, "gpt-oss-20b": 2, "mixtral-8x7b": 2, "deepseek-v3": 5}  # three of DeepSeek's are dense
@@ -23,6 +30,10 @@ DEEPSEEK = {
     "vocab_size": 128, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 3, "n_group": 2,
     "topk_group": 1, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
     "v_head_dim": 16,
+}  # fmt: skip
+LLAMA4 = {
+    "hidden_size": 64, "intermediate_size": 96, "intermediate_size_mlp": 128, "num_hidden_layers": 2, "head_dim": 16,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3, "vocab_size": 128,
 }  # fmt: skip
 
 
@@ -59,3 +70,36 @@ def test_deepseeks_experts_are_those_of_the_loop() -> None:
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids).loss.backward()
     assert sum(flops(config, setup).values()) == counter.get_total_flops()
+
+
+def test_linear_experts_compute_what_stacked_ones_do() -> None:
+    """Axolotl's layers hold the same weights, cut up; other code than its own would be another program."""
+    stacked: Any = Llama4TextExperts(Llama4TextConfig(**LLAMA4))
+    for weight in stacked.parameters():
+        torch.nn.init.normal_(weight)
+    linear = LinearExperts(stacked)
+    for i in range(3):
+        gate, up = stacked.gate_up_proj.data[i].t().chunk(2)
+        linear.gate_projs[i].weight.data, linear.up_projs[i].weight.data = gate, up
+        linear.down_projs[i].weight.data = stacked.down_proj.data[i].t()
+    x = torch.randn(15, 64)
+    torch.testing.assert_close(linear(x), stacked(x))
+
+
+def test_linear_experts_are_packed_and_a_router_is_not() -> None:
+    """transformers packs plain `nn.Linear` alone; a router in 4 bit would no longer choose."""
+    values = {"model_type": "llama4_text", **LLAMA4, "linear_experts": True}
+    step, program = traced.of_method(Config(values, "l", "l"), "qlora:r=4,targets=q_proj", Setup(batch=1, seq=16))
+    dtypes = {p.name: p.dtype for p in program.parameters}
+    assert dtypes["model.layers.1.feed_forward.router.weight"] == "bf16"
+    assert dtypes["model.layers.1.feed_forward.experts.up_projs.2.weight"] == "u8"
+    unpacked = [n for part, op, n in step.ops() if part.phase == "forward" and op.name.endswith("dequantize_4bit")]
+    assert sum(unpacked) == 2 * (4 + 3 + 3 * 3)
+
+
+def test_a_list_that_numbers_the_blocks_tells_none_from_another() -> None:
+    """Llama 4's `moe_layers` are all of them: 48 kinds of blocks would be traced one by one for minutes."""
+    config = Config({"model_type": "llama4_text", **LLAMA4, "num_hidden_layers": 12}, "l", "l")
+    (row,) = stacks(build_model(config, Setup()))
+    assert row.kinds[0] == row.kinds[1] != row.kinds[3] == row.kinds[7]  # every fourth has no rotary positions
+    assert len(set(row.kinds)) == 2

@@ -11,6 +11,7 @@ from ...setup import Setup
 from ..kernels import without_kernels
 from . import causal, classifiers, diffusion, image_text, masked, seq2seq, speech, vision
 from .dtypes import TORCH_DTYPES
+from .experts import linearise_experts
 from .family import Family, text_inputs
 
 # A type that several auto classes know belongs to the first of these: what it was pretrained for.
@@ -18,6 +19,7 @@ FAMILIES = (
     seq2seq.FAMILY, speech.FAMILY, vision.FAMILY, masked.FAMILY, causal.FAMILY, classifiers.OF_SAMPLES,
     classifiers.OF_TOKENS, image_text.FAMILY,
 )  # fmt: skip
+LINEAR_EXPERTS = "linear_experts"  # a key of ours in bundled configs: the experts are linear layers
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
@@ -142,7 +144,10 @@ def build_model(config: Config, setup: Setup, *, device: str = "meta") -> Any:
     attention = setup.attention if able or setup.attention != "sdpa" else "eager"  # as transformers itself chooses
     try:
         with torch.device(device):
-            return cls._from_config(found, dtype=TORCH_DTYPES[setup.dtype], attn_implementation=attention)
+            model = cls._from_config(found, dtype=TORCH_DTYPES[setup.dtype], attn_implementation=attention)
+            if config.values.get(LINEAR_EXPERTS):
+                linearise_experts(model)
+            return model
     except Exception as error:  # missing packages, attention that it lacks, dims that do not fit
         if out_of_memory(error):
             raise

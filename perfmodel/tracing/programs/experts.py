@@ -1,7 +1,7 @@
-"""Weights of experts in 4 or 8 bit, as Axolotl makes them of a real model (`quantize_moe_experts`).
+"""What Axolotl makes of the experts of a real model: weights in few bits, or linear layers.
 
-A parametrisation dequantises a weight where it is read; while its module runs it is read once. The calls are those of
-bitsandbytes' kernels or of stand-ins of them, whichever are registered.
+In 4 or 8 bit (`quantize_moe_experts`) a parametrisation dequantises a weight where it is read; while its module runs it
+is read once. The calls are those of bitsandbytes' kernels or of stand-ins of them, whichever are registered.
 Source: axolotl/monkeypatch/moe_quant.py, bitsandbytes/nn/parametrize.py (`replace_parameter_4bit`).
 """
 
@@ -59,6 +59,40 @@ class Rows(nn.Module):
         """The weight, (experts, …)."""
         rows = values.reshape(-1, values.shape[-1]) * self.row_stats.view(-1, 1) * (1 / 127)
         return rows.reshape(values.shape)
+
+
+class LinearExperts(nn.Module):
+    """Llama 4's experts as linear layers, one after another (axolotl/monkeypatch/models/llama4/modeling.py)."""
+
+    def __init__(self, stacked: Any) -> None:
+        super().__init__()
+        self.num_experts, self.hidden_size, self.act_fn = stacked.num_experts, stacked.hidden_size, stacked.act_fn
+        dtype = stacked.down_proj.dtype
+
+        def layers(n_in: int, n_out: int) -> nn.ModuleList:
+            return nn.ModuleList(nn.Linear(n_in, n_out, bias=False, dtype=dtype) for _ in range(self.num_experts))
+
+        self.gate_projs = layers(self.hidden_size, stacked.expert_dim)
+        self.up_projs = layers(self.hidden_size, stacked.expert_dim)
+        self.down_projs = layers(stacked.expert_dim, self.hidden_size)
+
+    def forward(self, hidden_states: Any) -> Any:
+        """(experts · tokens, hidden) → the same: every expert sees all tokens, times their scores."""
+        hidden_states = hidden_states.view(self.num_experts, -1, self.hidden_size)
+        next_states = torch.zeros_like(hidden_states)
+        for i in range(self.num_experts):
+            expert_input = hidden_states[i]
+            gate = self.gate_projs[i](expert_input)
+            up = self.up_projs[i](expert_input)
+            next_states[i] = self.down_projs[i](up * self.act_fn(gate))
+        return next_states.view(-1, self.hidden_size)
+
+
+def linearise_experts(model: Any) -> None:
+    """Put linear layers in the place of a Llama 4's stacked experts."""
+    for path, module in list(model.named_modules()):
+        if type(module).__name__ == "Llama4TextExperts":
+            model.set_submodule(path, LinearExperts(module))
 
 
 def quantise_experts(model: Any, *, bits: int, double_quant: bool = True) -> None:

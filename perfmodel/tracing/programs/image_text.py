@@ -6,13 +6,14 @@ here from the config: pixels or patches, and the tokens that stand for them.
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from ...errors import UserError
 from ...setup import Setup
 from ..known import with_value
-from .family import Family, Inputs, text_inputs
+from .family import Family, Inputs, of_labels, text_inputs
 
 TEXT, IMAGE = 0, 1  # types of tokens
 Seen = tuple[int, Inputs]  # tokens of an image, and what the model takes besides text
@@ -72,6 +73,16 @@ TAKES: dict[tuple[str, str], Callable[[Any, Setup, int], Seen]] = {  # by the ty
     )},
 }  # fmt: skip
 
+
+def loss_of(model: Any, inputs: Inputs) -> torch.Tensor:
+    """The loss; transformers 5.24's Llama 4 copies a field of its decoder's output that this lacks."""
+    from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+    with patch.object(MoeCausalLMOutputWithPast, "image_outputs", None, create=True):
+        return of_labels(model, inputs)
+
+
 FAMILY = Family(
-    "image and text", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", text_and_images, only_named=True, takes_images=True,
+    "image and text", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", text_and_images, loss_of, only_named=True,
+    takes_images=True,
 )  # fmt: skip

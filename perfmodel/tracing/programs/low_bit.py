@@ -195,7 +195,7 @@ class MatMul8bitLt(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Any, layer: "Linear8bitLt", bias: Any) -> Any:
         ctx.grad_shape, ctx.dtype, ctx.layer = a.shape, a.dtype, layer
-        a = a.reshape(-1, a.shape[-1]) if a.ndim == 3 else a
+        a = a.reshape(-1, a.shape[-1]) if a.ndim > 2 else a  # of four dimensions, too, which bitsandbytes refuses
         ctx.tensors = a if ctx.needs_input_grad[0] else None
         half = a.to(torch.float16)
         outliers = half.abs() >= THRESHOLD
@@ -221,7 +221,7 @@ class MatMul8bitLt(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        grad = grad.reshape(-1, grad.shape[-1]).contiguous() if grad.ndim == 3 else grad
+        grad = grad.reshape(-1, grad.shape[-1]).contiguous() if grad.ndim > 2 else grad
         layer = ctx.layer
         weight = layer.weight.to(ctx.dtype, copy=True).mul_(layer.SCB.unsqueeze(1).mul(1.0 / 127.0))
         return torch.matmul(grad.to(ctx.dtype), weight).view(ctx.grad_shape), None, None
@@ -278,7 +278,9 @@ def apply_low_bit(model: Any, method: QuantisedLora, architecture: Architecture,
         return Linear8bitLt(base, method.outliers)
 
     head = model.get_output_embeddings()
-    found = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    # a subclass computes something else (`replace_with_bnb_linear` of transformers)
+    plain = (n for n, m in model.named_modules() if (type(m) is nn.Linear or isinstance(m, Conv1D)) and m is not head)
+    found = list(plain)
     for name in found:
         model.set_submodule(name, make(model.get_submodule(name)))
     if method.experts:

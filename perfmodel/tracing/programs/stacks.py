@@ -133,6 +133,7 @@ def _kind(
         for holder in holders
         for name, value in sorted(holder.__dict__.items())
         if isinstance(value, (list, tuple)) and len(value) == length and not _NUMBERED.search(name)
+        if list(value) != list(range(length))  # Llama 4's `moe_layers`: it only numbers the blocks
     )
     above = any(0 <= first < order[id(block)] for block in blocks if block is not None)
     return (tuple(_program(block) for block in blocks if block is not None), said, above)
