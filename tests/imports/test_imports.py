@@ -146,7 +146,7 @@ PROGRAMS = {  # Transformers' name (training_args.py, OptimizerNames): the progr
     "paged_adamw_8bit": "paged-adamw-8bit", "paged_adamw": "paged-adamw", "paged_adamw_32bit": "paged-adamw",
     "adamw_torch_8bit": "ao-adamw-8bit", "adamw_torch_4bit": "ao-adamw-4bit", "muon": "muon",
     "ao_adamw_8bit": "ao-adamw-8bit", "ao_adamw_fp8": "ao-adamw-fp8", "schedule_free_adamw": "schedule-free-adamw",
-    "adafactor": "adafactor", "lion_32bit": "lion", "lion_8bit": "lion-8bit", "sgd": "sgd",
+    "adafactor": "adafactor", "lion_32bit": "lion", "lion_8bit": "lion-8bit", "sgd": "sgd", "rmsprop": "rmsprop",
 }  # fmt: skip
 
 

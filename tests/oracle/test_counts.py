@@ -70,6 +70,8 @@ def cells() -> Iterator[Any]:
     for name, method, dtype in (("llama", "full", "fp32"), ("gpt2", "full", "bf16"), ("bert", LORA, "bf16")):
         yield cell(name, method, dtype=dtype, optimizer="muon")
         yield cell(name, method, dtype=dtype, optimizer="schedule-free-adamw")
+    yield cell("llama", "full", dtype="bf16", optimizer="rmsprop")
+    yield cell("gpt2", LORA, dtype="bf16", optimizer="rmsprop-loop")
     yield cell("llama", "full", dtype="fp16", optimizer="adamw-masters")
     yield cell("gpt2", LORA, dtype="bf16", optimizer="adamw-masters")
     yield cell("llama", "lora:r=4,layers_to_transform=1,adapter_dtype=bf16")
