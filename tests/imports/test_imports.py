@@ -187,6 +187,10 @@ DEFAULTS: dict[str, tuple[dict[str, Any], str]] = {  # what a tool takes where t
         {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "freeze"},
         "top_k:k=2,trained_dtype=fp32,checkpoint_frozen=false",
     ),
+    "pro.yaml": (  # model/adapter.py, `_setup_freeze_tuning`
+        {"model_name_or_path": "gpt2", "finetuning_type": "freeze", "use_llama_pro": True},
+        "top_k:k=2,trained_dtype=fp32,spread=true,checkpoint_frozen=false",
+    ),
     "oft.yaml": ({"model_name_or_path": "gpt2", "finetuning_type": "oft"}, "oft:block_size=32,targets=all-linear"),
     "qoft.yaml": (
         {"model_name_or_path": "gpt2", "finetuning_type": "oft", "quantization_bit": 4}, "qoft:targets=all-linear",

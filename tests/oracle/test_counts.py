@@ -75,6 +75,7 @@ def cells() -> Iterator[Any]:
     yield cell("llama", "full", dtype="fp16", optimizer="adamw-masters")
     yield cell("gpt2", LORA, dtype="bf16", optimizer="adamw-masters")
     yield cell("llama", "lora:r=4,layers_to_transform=1,adapter_dtype=bf16")
+    yield cell("llama", "top_k:k=2,spread=true", {"num_hidden_layers": 4}, checkpoint="block")
     yield cell("opt", "lora:r=3,targets=fc1+out_proj+lm_head", {"tie_word_embeddings": False}, dtype="fp16")
 
 
