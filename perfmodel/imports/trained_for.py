@@ -61,7 +61,7 @@ def preference(keys: Keys, name: str) -> dict[str, Any]:
     if name in ("dpo", "kto") and keys.flag("precompute_ref_log_probs"):
         found["reference"] = "precomputed"
     for key, instead in INSTEAD.items():
-        if keys.get(key) not in (None, False, [], 1.0):
+        if keys.get(key) not in (None, False, [], [1.0]) and (key, keys.get(key)) != ("ld_alpha", 1.0):
             keys.differ(instead, key)
     words = keys.get("loss_type")
     if name == "dpo" and words not in (None, "sigmoid", ["sigmoid"]):

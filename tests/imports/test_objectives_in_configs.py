@@ -50,6 +50,11 @@ SAID: tuple[tuple[dict[str, Any], str, str, list[str]], ...] = (
 @pytest.mark.parametrize(("values", "objective", "reference", "differs"), SAID)
 def test_a_config_trains_for_what_it_says(
     tmp_path: Path, values: dict[str, Any], objective: str, reference: str, differs: list[str]
+    (
+        TRL | {"loss_type": "apo_zero", "padding_free": True}, "dpo", "auto",
+        ["a dense batch, not one without padding (padding_free)", "DPO's sigmoid loss (loss_type)"],
+    ),
+    (TRL | {"loss_type": "sigmoid", "packing": True}, "dpo", "auto", ["sequences apart, not packed (packing)"]),
 ) -> None:
     """They were all answered as SFT once: a DPO step takes two or three times as long."""
     path = tmp_path / "config.yml"
