@@ -235,7 +235,7 @@ FACTORY = "model_name_or_path: gpt2\ncutoff_len: 64\n"
         ("yaml", FACTORY + "stage: ppo", "'ppo' is not modelled"),
         ("yaml", FACTORY + "finetuning_type: lora\nuse_dora: true\npissa_init: true", "together are not modelled"),
         ("yaml", FACTORY + "flash_attn: fa9", "is unknown"),
-        ("yml", BASE + "rl: ebft", "rl 'ebft' is not modelled: it is no SFT step"),
+        ("yml", BASE + "rl: spin", "rl 'spin' is not modelled: it is no SFT step"),
         ("yml", BASE + "optimizer: lomo", "optimizer 'lomo' is not modelled; use optimizer: adamw_torch"),
         ("yml", BASE + "attn_implementation: sage", "attn_implementation 'sage' is not modelled"),
         ("yml", BASE + "adapter: lora\nlora_target_modules: [layers.1.*]", "a regex stands alone, not in a list"),
