@@ -29,7 +29,8 @@ _LISTS = {
     "_foreach_mul_.Scalar": 1, "_foreach_mul_.Tensor": 1, "_foreach_add_.Scalar": 1, "_foreach_div_.ScalarList": 1,
     "_foreach_lerp_.Scalar": 2, "_foreach_sqrt": 2, "_foreach_add_.List": 2, "_foreach_norm.Scalar": 1,
     "_foreach_div.Scalar": 2, "_foreach_sqrt_": 1, "_foreach_div_.List": 2, "_foreach_sub_.List": 2,
-    "_foreach_addcmul_.Scalar": 3, "_foreach_addcdiv_.ScalarList": 3, "_fused_adamw_": 4, "_foreach_copy_": 2,
+    "_foreach_addcmul_.Scalar": 3, "_foreach_addcdiv_.ScalarList": 3, "_foreach_addcdiv_.Scalar": 3,
+    "_fused_adamw_": 4, "_foreach_copy_": 2,
 }  # fmt: skip
 # Shape.cu: inputs of one launch; half as many where they are not contiguous, which takes their strides along.
 _JOINED = {"cat": 128, "stack": 128}

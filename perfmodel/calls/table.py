@@ -150,7 +150,7 @@ rows("stream", "isinf", 2, "absolute values, then a comparison")
 rows("sequence", "cumsum", 2, "scan in two passes (CUB)")
 rows("divide", "div reciprocal addcdiv")
 rows("root", "sqrt rsqrt")
-rows("exponential", "exp log erf log1p expm1")
+rows("exponential", "exp log erf log1p expm1 xlogy")
 rows("sigmoid", "sigmoid sigmoid_backward silu silu_backward softplus softplus_backward")
 rows("sigmoid", "log_sigmoid_forward log_sigmoid_backward")
 rows("tanh", "tanh")
@@ -201,6 +201,11 @@ rows("sequence", "bitsandbytes::outlier_columns", 4, "nonzero: counts them, the 
      waits=True)  # fmt: skip
 rows("sequence", "nonzero", 4, "counts them in two kernels, the host waits, then selects and writes them (Nonzero.cu)",
      waits=True)  # fmt: skip
+rows("sequence", "_coalesce", 24, "flattens places, sorts, finds those that differ, which the host waits for, adds "
+     "their values (SparseCUDATensor.cu)", waits=True)  # fmt: skip
+rows("take", "sparse_mask", 3, "flattens the places in two kernels, then takes what stands there (SparseTensor.cpp)")
+rows("put", "_to_dense", 2, "fills zeros, then puts the values")
+rows("nothing", "_sparse_coo_tensor_with_dims_and_tensors _nnz is_coalesced", 0, "looks at tensors that are there")
 rows("nothing", "empty_like new_empty new_empty_strided", 0, "allocates only")
 rows("nothing", "set_", 0, "points at other memory")
 rows("nothing", "promote_types", 0, "asks for a dtype")

@@ -81,6 +81,15 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     return keys.text("base_model_name_or_path"), _method(keys, name, KINDS[name]), {}, []
 
 
+def differ_without_data(keys: Keys) -> None:
+    """Say what a trace of the real tuner does not follow."""
+    name = str(keys.get("peft_type")).upper()
+    if name == "ADAMSS":
+        keys.differ("rows in clusters of equal size, not by their values", "peft_type")
+    if name == "FROD" and keys.flag("runtime_offload_base_weight"):
+        keys.differ("base weights in GPU memory, not offloaded", "runtime_offload_base_weight")
+
+
 def _method(keys: Keys, name: str, kind: Tuner) -> str:
     method, options = kind.method, {option: _value(keys, key) for option, key in kind.options.items()}
     if kind.targeted:

@@ -16,13 +16,14 @@ OPTIMIZERS = {
     "adamw_apex_fused": "adamw-fused", "adamw_bnb_8bit": "adamw-8bit", "adamw_8bit": "adamw-8bit",
     "paged_adamw_8bit": "paged-adamw-8bit", "paged_adamw_32bit": "paged-adamw", "paged_adamw": "paged-adamw",
     "adafactor": "adafactor", "lion_32bit": "lion", "lion_8bit": "lion-8bit", "sgd": "sgd",
-    "adamw_torch_8bit": "ao-adamw-8bit", "ao_adamw_8bit": "ao-adamw-8bit", "adamw_torch_4bit": "ao-adamw-4bit",
+    "rmsprop": "rmsprop", "adamw_torch_8bit": "ao-adamw-8bit", "ao_adamw_8bit": "ao-adamw-8bit",
+    "adamw_torch_4bit": "ao-adamw-4bit",
     "ao_adamw_fp8": "ao-adamw-fp8", "schedule_free_adamw": "schedule-free-adamw", "muon": "muon",
 }  # fmt: skip
 # Names of transformers' and Axolotl's whose program is not modelled (training_args.py; axolotl/utils/schemas/enums.py)
 OTHER_OPTIMIZERS = frozenset((
     "adamw_torch_npu_fused", "adamw_torch_xla", "ademamix", "ademamix_8bit", "paged_ademamix_32bit",
-    "paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit", "adagrad", "rmsprop", "rmsprop_bnb",
+    "paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit", "adagrad", "rmsprop_bnb",
     "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "galore_adamw", "galore_adamw_8bit", "galore_adafactor",
     "galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise", "lomo", "adalomo",
     "grokadamw", "schedule_free_radam", "schedule_free_sgd", "apollo_adamw", "apollo_adamw_layerwise", "stable_adamw",

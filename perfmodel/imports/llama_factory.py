@@ -107,6 +107,7 @@ def _method(keys: Keys) -> tuple[str, dict[str, Any]]:
         return _full(keys)
     if kind == "freeze":
         return _freeze(keys, quantised=bool(bits))
+    keys.refuse("use_llama_pro", "adapters in added blocks are not modelled; use finetuning_type: freeze")
     if kind == "oft":
         return _oft(keys, int(bits or 16))
     if kind != "lora":
@@ -135,7 +136,8 @@ def _freeze(keys: Keys, *, quantised: bool) -> tuple[str, dict[str, Any]]:
         raise UserError(f"{keys.origin}: freeze_trainable_layers must be a positive number of last layers, got {k!r}")
     # only blocks that train are checkpointed (model/model_utils/checkpointing.py), and only they are upcast
     trained = None if keys.flag("pure_bf16") else "fp32"
-    return "top_k", {"k": k, "trained_dtype": trained, "checkpoint_frozen": "false"}
+    spread = "true" if keys.flag("use_llama_pro") else None  # the places of added blocks (scripts/llama_pro.py)
+    return "top_k", {"k": k, "trained_dtype": trained, "spread": spread, "checkpoint_frozen": "false"}
 
 
 def _oft(keys: Keys, bits: int) -> tuple[str, dict[str, Any]]:

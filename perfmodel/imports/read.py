@@ -148,7 +148,9 @@ def _of_adapter(tool: str, path: Path, keys: Keys, table: Meanings) -> Imported:
             raise adapter.NoBuiltIn(f"{keys.origin}: {', '.join(asked)} {'has' if len(asked) == 1 else 'have'}")
     except adapter.NoBuiltIn as error:
         why = f"{error} no built-in form: add --traced"
-        return Imported(tool, keys.text("base_model_name_or_path"), None, {}, [], [], adapter=path, why_traced=why)
+        adapter.differ_without_data(keys)
+        base, differences = keys.text("base_model_name_or_path"), keys.told_differences()
+        return Imported(tool, base, None, {}, [], [], differences, adapter=path, why_traced=why)
     if model is None and (generation := peft_benchmark.generation_of(path)) is not None:
         model, setup = generation[0], setup | generation[1]
         return Imported(tool, model, method, setup, rest, notes, [peft_benchmark.ONLY_GENERATES], adapter=path)
@@ -173,7 +175,8 @@ def _of_experiment(path: Path, keys: Keys) -> Imported:
     if method is None:
         peft_benchmark.differ_in_a_trace(keys)
     of_trace = None if method else adapted  # a method that is known has its training's optimizer and dtypes in it
-    return Imported(tool, model, method, setup, made.ignored, notes, keys.told_differences(), of_trace, why)
+    differences = keys.told_differences() + (made.differences if of_trace else [])
+    return Imported(tool, model, method, setup, made.ignored, notes, differences, of_trace, why)
 
 
 # Files that lie beside training configs: keys that only they have, and what they are.

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..errors import UserError
 from .fields import no_sft
 from .keys import Keys
 
@@ -61,7 +62,7 @@ def preference(keys: Keys, name: str) -> dict[str, Any]:
     if name in ("dpo", "kto") and keys.flag("precompute_ref_log_probs"):
         found["reference"] = "precomputed"
     for key, instead in INSTEAD.items():
-        if keys.get(key) not in (None, False, [], 1.0):
+        if keys.get(key) not in (None, False, [], [1.0]) and (key, keys.get(key)) != ("ld_alpha", 1.0):
             keys.differ(instead, key)
     words = keys.get("loss_type")
     if name == "dpo" and words not in (None, "sigmoid", ["sigmoid"]):
@@ -102,12 +103,15 @@ def of_axolotl(keys: Keys) -> dict[str, Any]:
         return {}
     if word == "ipo":
         keys.differ("DPO's sigmoid loss", "rl")
-    if word in ("grpo", "gdpo"):
-        section = keys.get("trl") or {}
-        if not isinstance(section, dict):
-            raise keys.wrong("trl", "a mapping")
-        adapted = keys.text("adapter") is not None
-        return grpo(keys, Keys(section, f"{keys.origin}: trl"), keys.count("sequence_len", 512), adapters=adapted)
+    adapted = keys.text("adapter") is not None
+    strided = _section(keys, "ebft") if word == "ebft" else {}
+    if strided.get("mode") == "strided":
+        return _strided(keys, Keys(strided, f"{keys.origin}: ebft"), adapters=adapted)
+    if word in ("grpo", "gdpo", "ebft"):
+        if word == "ebft" and not adapted:
+            keys.differ("without the frozen network that rewards come from", "ebft")
+        options = Keys(_section(keys, "trl"), f"{keys.origin}: trl")
+        return grpo(keys, options, keys.count("sequence_len", 512), adapters=adapted)
     name = {"ipo": "dpo"}.get(word, word)
     if name not in ("dpo", "kto", "orpo", "simpo"):
         raise no_sft(keys, f"rl {word!r}", "remove rl")
@@ -120,6 +124,38 @@ def of_axolotl(keys: Keys) -> dict[str, Any]:
     return found
 
 
+def _section(keys: Keys, name: str) -> dict[str, Any]:
+    section = keys.get(name) or {}
+    if not isinstance(section, dict):
+        raise keys.wrong(name, "a mapping")
+    return section
+
+
+def _strided(keys: Keys, options: Keys, *, adapters: bool) -> dict[str, Any]:
+    """EBFT's step on rollouts at places along documents (core/trainers/ebft/strided.py).
+
+    Raises:
+        UserError: documents too short for a block.
+    """
+    seq, generated = keys.count("sequence_len", 512), options.count("generate_max_len", 8)
+    blocks = (seq - generated - options.count("context_length", 8)) // options.count("stride", 8) + 1
+    if blocks < 1:
+        raise UserError(f"{keys.origin}: sequence_len {seq} has no room for a block of ebft; give more")
+    keys.differ(OUTSIDE, "rl")
+    keys.differ("sdpa, not flex attention", "ebft")
+    if adapters:
+        keys.differ("all rollouts of a document in one pass, not one after another", "ebft")
+    if options.number("ce_coef"):
+        keys.differ("without the cross entropy of given tokens", "ebft")
+    if "min_completion_prefix" in options:
+        keys.differ("blocks along whole documents, not along completions alone", "ebft")
+    if keys.flag("torch_compile"):
+        keys.differ("without torch.compile", "torch_compile")
+    rollouts = keys.count("micro_batch_size", 1) * options.count("n_samples_per_prompt", 4)
+    rows = {"batch": rollouts, "prompt": seq, "seq": seq + blocks * generated}
+    return {"objective": "ebft", **rows, "compile": "none"}
+
+
 def of_llama_factory(keys: Keys) -> dict[str, Any]:
     """Objective of a LLaMA-Factory file (train/{dpo,kto,rm}); empty for SFT and pretraining.
 
@@ -127,6 +163,8 @@ def of_llama_factory(keys: Keys) -> dict[str, Any]:
         UserError: a stage that is not modelled.
     """
     stage = keys.text("stage", "sft")
+    if stage == "sft" and keys.flag("use_asft_loss"):
+        return _asft(keys)
     if stage in ("sft", "pt"):
         return {}
     losses = {"orpo": "orpo", "simpo": "simpo"}
@@ -139,6 +177,19 @@ def of_llama_factory(keys: Keys) -> dict[str, Any]:
     if keys.get("ref_model") is not None and name in ("dpo", "kto"):
         return {"objective": name, "reference": "model"}
     return {"objective": name}
+
+
+def _asft(keys: Keys) -> dict[str, Any]:
+    """ASFT's step; without a `ref_model` the reference is the model itself, loaded again.
+
+    Raises:
+        UserError: adapters, for which LLaMA-Factory makes no reference (trainer_utils.py, `create_ref_model`).
+    """
+    keys.used.add("asft_alpha")
+    named = keys.text("ref_model") is not None
+    if keys.text("finetuning_type", "lora") == "lora" and not named:
+        raise UserError(f"{keys.origin}: use_asft_loss: LLaMA-Factory makes no reference for lora; give ref_model")
+    return {"objective": "asft", "reference": "model"}
 
 
 def _has(keys: Keys, key: str) -> bool:

@@ -67,7 +67,9 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     if keys.get("tf32") and amp is None and dtype == "fp32":
         keys.differ("fp32 products without TF32", "tf32")
     notes = []
-    if "seq" in setup:
+    if objective and keys.flag("packing"):
+        keys.differ("sequences apart, not packed", "packing")
+    elif "seq" in setup and not objective:
         packing.packed_by_trl(keys, setup)
     if setup.get("packing", "none") == "none":
         setup["group_by_length"] = by_length(keys)

@@ -29,6 +29,7 @@ class TopK(Method):
     dropout: float = option(0.0, "adapter dropout (inner=lora)", fraction)
     adapter_dtype: str | None = option(None, "adapter dtype (inner=lora)", float_dtype)
     trained_dtype: str | None = option(None, "dtype of what trains (inner=full); default the base's", float_dtype)
+    spread: bool = option(False, "not the last: the last of every L/K of L blocks, where LLaMA-Pro adds its own")
     checkpoint_frozen: bool = option(True, "whether --checkpoint covers frozen blocks too; LLaMA-Factory's does not")
 
     def __post_init__(self) -> None:
@@ -37,7 +38,8 @@ class TopK(Method):
 
     def in_words(self) -> str:
         lora = replace(self._lora(), architecture=self.architecture)
-        return f"{'full fine-tuning' if self.inner == 'full' else lora.in_words()} of the top {self.k} blocks"
+        which = f"{self.k} blocks at equal distances" if self.spread else f"the top {self.k} blocks"
+        return f"{'full fine-tuning' if self.inner == 'full' else lora.in_words()} of {which}"
 
     def sizes(self) -> tuple[str, ...]:
         return ("k", "r") if self.inner == "lora" else ("k",)
@@ -49,6 +51,8 @@ class TopK(Method):
         if self.k > self.layers:
             assert self.architecture is not None
             raise UserError(f"method top_k: k {self.k} exceeds the {self.layers} blocks of {self.architecture.name}")
+        if self.spread and self.layers % self.k:
+            raise UserError(f"method top_k: spread: {self.layers} blocks are no multiple of k {self.k}")
         if self.inner == "lora":
             self.inside.check()
             if self.trained_dtype:
@@ -56,24 +60,28 @@ class TopK(Method):
 
     @property
     def inside(self) -> Lora:
-        """The LoRA of the last K blocks."""
-        top = tuple(range(self.layers - self.k, self.layers))
+        """The LoRA of the K blocks."""
+        top = tuple(filter(self.has, range(self.layers)))
         return replace(self._lora(), layers_to_transform=top, architecture=self.architecture)
 
+    def has(self, layer: int) -> bool:
+        """Whether a block is one of the K."""
+        return (layer + 1) % (self.layers // self.k) == 0 if self.spread else layer >= self.layers - self.k
+
     def trains(self, name: str, kind: str, layer: int | None) -> bool:
-        return self.inner == "full" and layer is not None and layer >= self.layers - self.k
+        return self.inner == "full" and layer is not None and self.has(layer)
 
     def dtype_of_trained(self, dtype: str) -> str:
         return self.trained_dtype or dtype
 
     def checkpoints(self, layer: int) -> bool:
-        return self.checkpoint_frozen or layer >= self.layers - self.k
+        return self.checkpoint_frozen or self.has(layer)
 
     def copies(self, name: str, kind: str) -> bool:
         return self.inner == "lora" and self.inside.copies(name, kind)
 
     def layer_key(self, layer: int) -> Hashable:
-        return layer >= self.layers - self.k
+        return self.has(layer)
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         return self.inside.linear(layer, x) if self.inner == "lora" else layer(x)

@@ -9,7 +9,7 @@ from ..prediction.predict import Prediction
 from ..program.part import PHASES
 from ..questions.anatomy import Phase
 from ..questions.comparison import Comparison
-from ..setup import PAIRS, Setup
+from ..setup import GENERATED, PAIRS, Setup
 
 Figure = Callable[[Prediction], Any]
 
@@ -103,7 +103,8 @@ def setup_line(s: Setup) -> str:
     usual = Setup()
     of = (" pair" if s.batch == 1 else " pairs") if s.objective in PAIRS else ""
     told = [f"batch {s.batch}{of} x {s.seq} tokens", f"{s.dtype}{f' amp {s.amp}' if s.amp else ''}", s.optimizer]
-    told += [f"{s.objective}{' without generation' if s.objective == 'grpo' else ''}"] if s.objective != "sft" else []
+    trained_for = s.objective + (" without generation" if s.objective in GENERATED else "")
+    told += [trained_for] if s.objective != "sft" else []
     told += [f"reference {s.reference}"] if s.reference != usual.reference else []
     told += [f"{s.grad_accum} micro-batches"] if s.grad_accum > 1 else []
     told += [f"checkpoint {s.checkpoint}"] if s.checkpoint != usual.checkpoint else []

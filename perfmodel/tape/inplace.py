@@ -134,6 +134,34 @@ def divide_view(x: Tensor, part_of: Callable[[Tensor], Tensor]) -> Tensor:
     return part
 
 
+def put_in_part(x: Tensor, part_of: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+    """`part = value` on a part of x; returns x with its new graph."""
+    with tape().no_grad():
+        part = part_of(x)
+    record("copy_", (part, value), (part,))
+    node = differentiate("CopySlices", (x, value), _put_in_part_backward, (part_of,))
+    if node is None:
+        return x
+    x = x.alias()
+    node.produces(x)
+    return x
+
+
+def _put_in_part_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    """The gradient is copied, the value's is a clone of its part, which is put to zero (`CopyBackwards`)."""
+    (g,), (part_of,) = grads, node.attrs
+    assert g is not None
+    result = new_tensor(g.shape, g.dtype)
+    record("new_empty_strided", (g,), (result,))
+    record("copy_", (result, g), (result,))
+    grad_slice = part_of(result)
+    grad = emit("clone", (grad_slice,), grad_slice.shape, g.dtype)
+    if node.needs[0]:
+        zeros = emit("zeros_like", (grad,), grad.shape, grad.dtype)
+        record("copy_", (grad_slice, zeros), (grad_slice,))
+    return (result if node.needs[0] else None, grad if node.needs[1] else None)
+
+
 def _divide_view_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (part_of,) = grads, node.attrs
     assert g is not None

@@ -90,6 +90,19 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return loss
 
 
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross entropy of each token, (tokens,), by (tokens, vocab) logits."""
+    log_probs = log_softmax(logits)
+    node = differentiate("NllLossBackward0", (log_probs,), _nll_backward)
+    losses, weight = new_tensor(labels.shape, log_probs.dtype), new_tensor((), log_probs.dtype)
+    record("nll_loss_forward", (log_probs, labels), (losses, weight))
+    if node:
+        node.save(log_probs, labels)
+        node.save(weight)
+        node.produces(losses)
+    return losses
+
+
 def log_softmax(x: Tensor) -> Tensor:
     """`F.log_softmax(x, dim=-1)`; saves its output."""
     node = differentiate("LogSoftmaxBackward0", (x,), _log_softmax_backward)

@@ -10,7 +10,9 @@ from unittest.mock import patch
 
 import torch
 
-from ..program.op import PLAIN, STRIDED, Attrs, Op, Spec
+from .. import objectives
+from ..errors import UserError
+from ..program.op import OVER_BUS, PLAIN, STRIDED, Attrs, Op, Spec
 from ..setup import Setup
 from .cuda_forms import cuda_forms
 from .owners import Owners
@@ -141,7 +143,7 @@ def _micro_batch(
     with recorder.observe("forward"):
         with amp:
             value = loss()
-        if setup.grad_accum > 1:
+        if setup.grad_accum > 1 and objectives.found(setup.objective).scaled:
             value = value / setup.grad_accum
     calls.place = (micro, "backward")
     first = len(recorder.live_after)
@@ -212,6 +214,8 @@ def _counted(hook: Callable[[Any], Any], calls: Calls) -> Callable[[Any], Any]:
 def op_of(func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor], arguments: Any, *, cuda: bool) -> Op:
     """An ATen call as an op of the model; attention with the operands that the tape gives it."""
     name = call_name(func).removesuffix(".default")
+    if name == "_sparse_addmm":
+        raise UserError("products of sparse matrices (in fp32 alone) are not modelled; use --dtype bf16")
     view = bool(func.is_view) or name in ("_unsafe_view", "detach")
     attrs = PLAIN if view else _attrs(name, func, inputs, outputs, arguments)
     if "scaled_dot_product" in name and "_attention" in name:
@@ -284,6 +288,8 @@ def _places(rank: int, dims: Any) -> tuple[int, ...] | None:
 
 def _attrs(name: str, func: Any, inputs: Any, outputs: Any, arguments: Any) -> Attrs:
     """What prices need to know besides shapes: a GEMM's layout, a causal flag, operands that do not stream."""
+    if name == "_to_copy" and inputs[0].device.type == "meta":  # where what stays on the host stands (`OnHost`)
+        return OVER_BUS
     if name in ("mm", "addmm", "bmm"):
         a, b = (t.stride(0) == 1 and t.stride(1) == t.shape[0] for t in inputs[-2:])
         copied = tuple(i for i, t in enumerate(inputs) if t.dim() > 1 and 1 not in t.stride()[-2:])

@@ -98,4 +98,4 @@ def _words(bare: Any) -> set[int]:
 
 
 def _memory(t: torch.Tensor) -> int:
-    return t.untyped_storage()._cdata if t.layout == torch.strided else id(t)
+    return int(t.untyped_storage()._cdata)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..setup import Setup
-from . import known
+from . import known, sparse
 from .programs import updates
 from .programs.dtypes import DTYPES, TORCH_DTYPES
 
@@ -108,8 +108,6 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.trace.peak = max(self.trace.peak, self.live)
 
     def _watch(self, t: torch.Tensor) -> None:
-        if t.layout != torch.strided:  # its indices and values are tensors of their own
-            return
         storage = t.untyped_storage()
         key = storage._cdata
         if key in self.storages:
@@ -141,6 +139,7 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     out = self.dense if args[0].dim() == 0 else True
         else:
             out = _picking_all(func, known.with_places(func, args) if self.knows else args, kwargs)
+            out = sparse.with_values(func, args, out)
         if self.knows and value is None:
             known.drop_values(_mutated(func, args, kwargs))
         if func is aten.any.default:
@@ -213,7 +212,7 @@ def signature(name: str, inputs: list[Any], outputs: list[Any]) -> Signature:
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+    return sparse.parts([t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)])
 
 
 def _mutated(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:

@@ -146,7 +146,7 @@ PROGRAMS = {  # Transformers' name (training_args.py, OptimizerNames): the progr
     "paged_adamw_8bit": "paged-adamw-8bit", "paged_adamw": "paged-adamw", "paged_adamw_32bit": "paged-adamw",
     "adamw_torch_8bit": "ao-adamw-8bit", "adamw_torch_4bit": "ao-adamw-4bit", "muon": "muon",
     "ao_adamw_8bit": "ao-adamw-8bit", "ao_adamw_fp8": "ao-adamw-fp8", "schedule_free_adamw": "schedule-free-adamw",
-    "adafactor": "adafactor", "lion_32bit": "lion", "lion_8bit": "lion-8bit", "sgd": "sgd",
+    "adafactor": "adafactor", "lion_32bit": "lion", "lion_8bit": "lion-8bit", "sgd": "sgd", "rmsprop": "rmsprop",
 }  # fmt: skip
 
 
@@ -186,6 +186,10 @@ DEFAULTS: dict[str, tuple[dict[str, Any], str]] = {  # what a tool takes where t
     "freeze.yaml": (
         {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "freeze"},
         "top_k:k=2,trained_dtype=fp32,checkpoint_frozen=false",
+    ),
+    "pro.yaml": (  # model/adapter.py, `_setup_freeze_tuning`
+        {"model_name_or_path": "gpt2", "finetuning_type": "freeze", "use_llama_pro": True},
+        "top_k:k=2,trained_dtype=fp32,spread=true,checkpoint_frozen=false",
     ),
     "oft.yaml": ({"model_name_or_path": "gpt2", "finetuning_type": "oft"}, "oft:block_size=32,targets=all-linear"),
     "qoft.yaml": (
@@ -231,7 +235,7 @@ FACTORY = "model_name_or_path: gpt2\ncutoff_len: 64\n"
         ("yaml", FACTORY + "stage: ppo", "'ppo' is not modelled"),
         ("yaml", FACTORY + "finetuning_type: lora\nuse_dora: true\npissa_init: true", "together are not modelled"),
         ("yaml", FACTORY + "flash_attn: fa9", "is unknown"),
-        ("yml", BASE + "rl: ebft", "rl 'ebft' is not modelled: it is no SFT step"),
+        ("yml", BASE + "rl: spin", "rl 'spin' is not modelled: it is no SFT step"),
         ("yml", BASE + "optimizer: lomo", "optimizer 'lomo' is not modelled; use optimizer: adamw_torch"),
         ("yml", BASE + "attn_implementation: sage", "attn_implementation 'sage' is not modelled"),
         ("yml", BASE + "adapter: lora\nlora_target_modules: [layers.1.*]", "a regex stands alone, not in a list"),

@@ -9,6 +9,7 @@ import yaml
 
 from perfmodel import UserError
 from perfmodel.imports import DIFFERS, read
+from perfmodel.imports.trained_for import OUTSIDE
 from perfmodel.setup import Setup
 
 AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64}
@@ -30,6 +31,12 @@ SAID: tuple[tuple[dict[str, Any], str, str, list[str]], ...] = (
     (AXOLOTL | {"reward_model": True, "num_labels": 1}, "reward", "auto", []),
     (AXOLOTL | {"process_reward_model": True, "num_labels": 2}, "prm", "auto", []),
     (AXOLOTL | {"rl": "dpo", "deepspeed": "zero3.json"}, "dpo", "auto", ["one GPU, without ZeRO-3 (deepspeed)"]),
+    (AXOLOTL | {"rl": "ebft", "adapter": "lora"}, "grpo", "auto", [OUTSIDE]),
+    (
+        AXOLOTL | {"rl": "ebft", "ebft": {"mode": "strided"}}, "ebft", "auto",
+        [f"{OUTSIDE} (rl)", "sdpa, not flex attention (ebft)"],
+    ),
+    (FACTORY | {"use_asft_loss": True, "finetuning_type": "full"}, "asft", "model", []),
     (FACTORY | {"stage": "dpo"}, "dpo", "auto", [f"dpo's {OWN}"]),
     (FACTORY | {"stage": "dpo", "pref_loss": "orpo"}, "orpo", "auto", [f"orpo's {OWN}"]),
     (FACTORY | {"stage": "dpo", "pref_loss": "simpo"}, "simpo", "auto", [f"simpo's {OWN}"]),
@@ -43,6 +50,11 @@ SAID: tuple[tuple[dict[str, Any], str, str, list[str]], ...] = (
     (TRL | {"beta": 0.1, "desirable_weight": 1.3}, "kto", "auto", []),
     (TRL | {"beta": 0.1, "cpo_alpha": 1.0}, "cpo", "auto", []),
     (TRL | {"beta": 0.1, "loss_type": "simpo", "simpo_gamma": 0.5}, "simpo", "auto", []),
+    (
+        TRL | {"loss_type": "apo_zero", "padding_free": True}, "dpo", "auto",
+        ["a dense batch, not one without padding (padding_free)", "DPO's sigmoid loss (loss_type)"],
+    ),
+    (TRL | {"loss_type": "sigmoid", "packing": True}, "dpo", "auto", ["sequences apart, not packed (packing)"]),
     (TRL | {"center_rewards_coefficient": 0.01}, "reward", "auto", []),
 )  # fmt: skip
 
@@ -95,7 +107,7 @@ def test_the_folder_of_an_example_says_what_its_keys_leave_open(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        (AXOLOTL | {"rl": "ebft"}, "rl 'ebft' is not modelled"),
+        (AXOLOTL | {"rl": "spin"}, "rl 'spin' is not modelled"),
         (FACTORY | {"stage": "ppo"}, "stage 'ppo' is not modelled"),
         (TRL | {"reward_model_path": "gpt2"}, "reward_model_path: an RL step is not modelled"),
     ],

@@ -57,6 +57,7 @@ LISTS = {
     "_foreach_div_.ScalarList": ("adamw-foreach", TENSORS_WITH_SCALARS[1]),
     "_foreach_add_.Scalar": ("adamw-foreach", TENSORS[1]),
     "_foreach_addcdiv_.ScalarList": ("adamw-foreach", TENSORS_WITH_SCALARS[3]),
+    "_foreach_addcdiv_.Scalar": ("rmsprop", TENSORS[3]),
     "_foreach_mul_.Tensor": ("adamw-foreach", TENSORS[1]),  # clipping
     "_fused_adamw_": ("adamw-fused", TENSORS[4]),
     "_foreach_add_.List": ("sgd-momentum", TENSORS[2]),

@@ -13,7 +13,7 @@ from validate.oracle import configs
 FILES = {  # file: what it holds, and what must become of it
     "examples/lora.yml": ("base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 16\nadapter: lora\n", "answered", ""),
     "examples/two.yml": ("base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 16\nfsdp: [full]\n", "answered", ""),
-    "examples/dpo.yml": ("base_model: gpt2\nmicro_batch_size: 1\nrl: ebft\n", "refused", "objective"),
+    "examples/dpo.yml": ("base_model: gpt2\nmicro_batch_size: 1\nrl: spin\n", "refused", "objective"),
     "examples/mine.yml": ("base_model: no-such-model\nmicro_batch_size: 1\n", "refused", "model unknown"),
     "examples/eight.yml": (
         "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 16\nadapter: lora\nload_in_8bit: true\n", "answered", "",

@@ -70,9 +70,12 @@ def cells() -> Iterator[Any]:
     for name, method, dtype in (("llama", "full", "fp32"), ("gpt2", "full", "bf16"), ("bert", LORA, "bf16")):
         yield cell(name, method, dtype=dtype, optimizer="muon")
         yield cell(name, method, dtype=dtype, optimizer="schedule-free-adamw")
+    yield cell("llama", "full", dtype="bf16", optimizer="rmsprop")
+    yield cell("gpt2", LORA, dtype="bf16", optimizer="rmsprop-loop")
     yield cell("llama", "full", dtype="fp16", optimizer="adamw-masters")
     yield cell("gpt2", LORA, dtype="bf16", optimizer="adamw-masters")
     yield cell("llama", "lora:r=4,layers_to_transform=1,adapter_dtype=bf16")
+    yield cell("llama", "top_k:k=2,spread=true", {"num_hidden_layers": 4}, checkpoint="block")
     yield cell("opt", "lora:r=3,targets=fc1+out_proj+lm_head", {"tie_word_embeddings": False}, dtype="fp16")
 
 

@@ -13,7 +13,11 @@ import pytest
 
 pytest.importorskip("peft")
 
-from reference_objectives import LOSSES, Run, judged
+from reference_objectives import LOSSES as OF_TRL
+from reference_objectives import Run, judged
+from reference_own_losses import OWN_LOSSES
+
+LOSSES = OF_TRL | OWN_LOSSES
 
 TRL = "1.8."  # the version that is mirrored: from 1.9 on log-probabilities are made in chunks, without logits
 SETUPS: dict[str, dict[str, Any]] = {
@@ -36,6 +40,8 @@ OTHERS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("grpo", "llama", "lora:r=4", {"reference": "adapter-off"}),
     ("grpo", "qwen2", "full", {"reference": "model", "prompt": 5}),
     ("orpo", "qwen3", "lora:r=4", {}),
+    ("asft", "qwen2", "full", {"reference": "model"}),
+    ("ebft", "llama", "lora:r=4", {"batch": 1, "seq": 601, "prompt": 90}),
     ("reward", "qwen2", "lora:r=4", {}),
 )
 PEAK = 0.02  # as `counts.PEAK_TOLERANCE`

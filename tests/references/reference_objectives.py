@@ -5,7 +5,7 @@ Written from what TRL 1.8 computes and logs on one GPU; real tensors, for what f
 
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,7 @@ class Run:
         prompt = self.setup.prompt_tokens
         self.prompts, self.completions = self.ids[:, :prompt].clone(), self.ids[:, prompt:].clone()
         self.prompt_ones, self.completion_ones = torch.ones_like(self.prompts), torch.ones_like(self.completions)
+        self.block_advantages = torch.ones(self.completions.shape)
         self.advantages, self.tokens = torch.ones(samples), torch.tensor(self.completions.numel())
         if self.setup.objective in PAIRS:
             self.chosen, self.rejected = ((half, torch.ones_like(half), half.clone()) for half in self.ids.chunk(2))
@@ -315,8 +316,7 @@ def grpo(run: Run) -> torch.Tensor:
 
 LOSSES: dict[str, Loss] = {
     "dpo": dpo, "kto": kto, "reward": reward, "orpo": orpo, "cpo": cpo, "simpo": partial(cpo, average=True),
-    "grpo": grpo,
-}  # fmt: skip
+    "grpo": grpo, }  # fmt: skip
 
 
 def judged(name: str, spec: str, losses: dict[str, Loss], **options: Any) -> counts.Result:
@@ -336,7 +336,8 @@ def judged(name: str, spec: str, losses: dict[str, Loss], **options: Any) -> cou
     compares = objective.compares == "always" or (objective.compares and setup.reference != "auto")
     own = setup.reference == "model" or not isinstance(method, Targeted)
     if compares and own and setup.reference != "precomputed":
-        reference = models.build_model(config, setup, device="cpu").requires_grad_(False).eval()
+        lies = replace(setup, dtype=setup.amp) if objective.reference_in_amp and setup.amp else setup
+        reference = models.build_model(config, lies, device="cpu").requires_grad_(False).eval()
     for m in filter(None, (model, reference)):
         if objective.quiet:  # as TRL's `disable_dropout_in_model`
             for module in m.modules():

@@ -44,13 +44,13 @@ def test_the_list_of_all_types_names_what_cannot_be_traced_and_why() -> None:
 def test_coverage_lists_what_can_be_traced_and_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of each: a tuner that works, one that lacks a package or data, a model type."""
     monkeypatch.setattr(coverage, "model_types", lambda *, quick: [("vision", "resnet")])
-    monkeypatch.setattr(coverage, "tuners", lambda: ["LN_TUNING", "FROD"])
+    monkeypatch.setattr(coverage, "tuners", lambda: ["LN_TUNING", "CPT"])
     result = CliRunner().invoke(cli.main, ["validate", "coverage", "--json"])
     rows = {row["name"]: row for row in json.loads(result.stdout)}
     assert result.exit_code == 1, "one model type is not enough"
     assert rows["resnet"]["ok"]
     assert rows["LN_TUNING"]["ok"]
-    assert "no data" in rows["FROD"]["reason"]
+    assert "nonzero" in rows["CPT"]["reason"]
 
 
 def test_the_fixed_list_of_types_spans_the_families() -> None:

@@ -328,7 +328,7 @@ def _product(all_configs: list[Config], base: Setup, optimizers: tuple[str, ...]
                             base, **precision, attention=attention, checkpoint=checkpoint, batch=batch, seq=seq
                         )
                         yield from _cases(config, METHODS, setup)
-        for optimizer in (*optimizers, "sgd", "sgd-momentum"):
+        for optimizer in (*optimizers, "sgd", "sgd-momentum", "rmsprop", "rmsprop-loop"):
             yield from _cases(config, ("full", "lora:r=4"), replace(base, optimizer=optimizer))
         yield from _cases(config, ("full", "lora:r=4"), replace(base, grad_accum=3, clip_grad=False))
 

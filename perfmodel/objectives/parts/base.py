@@ -14,8 +14,9 @@ from ...methods.parts.base import Method
 from ...methods.parts.targeted import Targeted
 from ...program.dims import Dim
 from ...registry import Registry
-from ...setup import PAIRS, Setup
+from ...setup import GENERATED, PAIRS, Setup
 from ...tape.core import release, tape
+from ...tape.nn import causal_lm_loss
 from ...tape.pointwise import cast
 from ...tape.tensor import Parameter, Tensor
 from .reference import AdaptersOff, Frozen
@@ -61,6 +62,7 @@ class Objective:
 
     Attributes:
         compares: whether it needs the log-probabilities of a reference: "" never, "always", or "if named" in the setup.
+        reference_in_amp: whether a reference of its own lies in memory in the dtype of autocast, if there is one.
         scaled: whether the loss is divided by the number of micro-batches.
         of: what it trains, where that is no language model.
         beside: what its trainer does besides the step.
@@ -71,6 +73,7 @@ class Objective:
     source: str
     quiet: bool
     compares: ClassVar[str] = ""
+    reference_in_amp: ClassVar[bool] = False
     scaled: ClassVar[bool] = True
     of: ClassVar[str] = ""
     beside: ClassVar[str] = ""
@@ -106,7 +109,7 @@ class Objective:
         """Raise `UserError` for what is not modelled together with the objective."""
         if setup.reference != "auto" and not self.compares:
             raise UserError(f"reference {setup.reference}: {self.name} compares with none; leave it out")
-        if setup.prompt is not None and self.name != "grpo":
+        if setup.prompt is not None and self.name not in GENERATED:
             raise UserError(f"prompt {setup.prompt}: {self.name} has logits of prompts too; leave it out")
         if self.name == "sft":
             return
@@ -157,6 +160,15 @@ class Passes:
         self.model.build.logits_to_keep = keep
         return _logits(self.model, ids, attention)
 
+    def logits_and_loss(self, ids: Tensor, attention: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The same logits, with the loss that the model computes itself where it is given labels."""
+        build = self.model.build
+        with tape().autocasting():
+            logits = build.architecture.forward(self.model, ids, attention, labels)
+            loss = causal_lm_loss(logits, labels)
+        release(build.held)
+        return cast(logits, "fp32") if self.setup.amp else logits, loss
+
     def reference_logits(self, ids: Tensor, attention: Tensor, keep: Dim | None = None) -> Tensor:
         """The same of the reference, without a graph and without checkpoints."""
         of, setup = self.model.build, replace(self.setup, checkpoint="none")
@@ -165,6 +177,8 @@ class Passes:
             how, parameters = AdaptersOff(inner=self.method, architecture=of.architecture), dict[str, Parameter]()
         else:
             how, parameters = Frozen(architecture=of.architecture), self.frozen
+            if found(self.setup.objective).reference_in_amp and setup.amp:
+                setup = replace(setup, dtype=setup.amp)
         with tape().no_grad():
             build = Build(of.architecture, how, setup, parameters, labelled=False, logits_to_keep=keep)
             return _logits(Scope(build), ids, attention)

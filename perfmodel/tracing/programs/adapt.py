@@ -1,9 +1,6 @@
 """What fine-tuning makes of a real model: an adapter_config.json, or a method of the tape on any architecture."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -19,6 +16,7 @@ from ..regions import bounds
 from . import models
 from .diffusion import TEXT, of_diffusers
 from .stacks import stacks
+from .without_data import apply_without_data
 
 _STARTS = ("pissa", "olora", "orthogonal", "corda", "loftq", "mica")  # need real weights and change no op of a step
 
@@ -143,23 +141,9 @@ def _of_peft(model: Any, peft_config: dict[str, Any]) -> Any:
     options = {k: v for k, v in values.items() if k in cls.__dataclass_fields__}
     if str(options.get("init_lora_weights")).startswith(_STARTS):
         options["init_lora_weights"] = True
-    with _drawn_places(options):
-        return peft.get_peft_model(model, cls(**options), autocast_adapter_dtype=autocast)
-
-
-@contextmanager
-def _drawn_places(options: dict[str, Any]) -> Iterator[None]:
-    """SHiRA trains r·(m + n) places of a weight (m, n), which it draws; without data it could not find them again."""
-    where = torch.where
-
-    def drawn(condition: torch.Tensor, *values: Any) -> Any:
-        if values or not condition.is_meta:
-            return where(condition, *values)
-        count = options.get("r", 32) * sum(condition.shape)
-        return tuple(torch.empty(count, dtype=torch.long, device="meta") for _ in condition.shape)
-
-    with patch.object(torch, "where", drawn):
-        yield
+    return apply_without_data(
+        kind, options, lambda: peft.get_peft_model(model, cls(**options), autocast_adapter_dtype=autocast)
+    )
 
 
 def inputs_of(model: Any, batch: int) -> dict[str, torch.Tensor]:

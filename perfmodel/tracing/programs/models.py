@@ -99,11 +99,10 @@ def _norm(model: Any, method: NormTuning, architecture: Architecture) -> Any:
 def _top_k(model: Any, method: TopK, architecture: Architecture) -> Any:
     if method.inner == "lora":
         return apply_method(model, method.inside, architecture)
-    first = method.layers - method.k
     for name, parameter in model.named_parameters():
         inside = name.startswith(architecture.layer_path + ".")
-        parameter.requires_grad = (
-            inside and int(name.removeprefix(architecture.layer_path + ".").split(".")[0]) >= first
+        parameter.requires_grad = inside and method.has(
+            int(name.removeprefix(architecture.layer_path + ".").split(".")[0])
         )
         if parameter.requires_grad and method.trained_dtype:
             parameter.data = parameter.data.to(TORCH_DTYPES[method.trained_dtype])

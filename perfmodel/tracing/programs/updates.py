@@ -165,6 +165,8 @@ def torch_class(form: str) -> tuple[Any, dict[str, Any]]:
             raise UserError(f"optimizer {form}: its program needs the schedulefree package") from None
     if form.startswith("adamw"):
         return torch.optim.AdamW, {"foreach": form == "adamw-foreach", "fused": form == "adamw-fused"}
+    if form.startswith("rmsprop"):
+        return torch.optim.RMSprop, {"foreach": form == "rmsprop"}
     return torch.optim.SGD, {"momentum": 0.9 if form == "sgd-momentum" else 0.0, "foreach": True}
 
 
