@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import tomllib
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +58,13 @@ def test_what_no_program_holds_stays_the_defaults_and_is_named(tmp_path: Path) -
     assert "fetch" in table["source"]
     step = [predict("smollm2-135m", "full", device="l40s", batch=1, seq=64, host=h) for h in (str(path), TRUTH)]
     assert step[0].time.phases["total"] == pytest.approx(step[1].time.phases["total"], rel=0.1)
+
+
+def test_programs_are_as_deep_as_their_costs_need() -> None:
+    """Of two or three blocks hardly anything would be told by what lies around them, which is timed with them."""
+    assert {from_config(config).layers for config, *_ in hosts.host_programs()} == {hosts.LAYERS}
+    with pytest.raises(FrozenInstanceError):  # every test here, and every fold of a fit, has the same ones
+        timed()[0].name = "another"  # type: ignore[misc]
 
 
 def test_a_cost_that_goes_to_its_bound_is_named() -> None:

@@ -211,6 +211,7 @@ def test_calls_go_on_where_the_last_one_stopped(tmp_path: Path, planned: Path, m
     assert found == [{"schema": 1, **r} for r in calls[2].ledger.records]
     assert set(Counter(r["unit"] for r in found if "unit" in r).values()) == {1}
     assert run.NO_TIME in calls[2].open.values()
+    assert [why for _, why in tables.not_measured(calls[2])] == ["no_such_package not installed"]  # the rest may yet be
     assert [u.stage for u in fake.run(planned, tmp_path / "c").left] == ["QLoRA"]
 
 
@@ -276,6 +277,8 @@ def test_what_does_not_fit_is_left_out_by_prediction_and_a_package_may_come_late
     first = fake.run(planned, tmp_path / "c")
     full = next(u for u in first.units if u.stage == "steps")
     assert first.open[full.id].startswith("needs 0.0 GB by prediction")
+    reasons = [reason for _, reason in tables.not_measured(first)]
+    assert [r for r in reasons if not r.startswith("needs ")] == ["no_such_package not installed"]
     again = fake.run(planned, tmp_path / "c")
     assert len(again.ledger.records) == len(first.ledger.records)  # the reason is told once
     fake.here = {**fake.here, "host": {**fake.here["host"], "memory_bytes": 1e12}, "id": "with more memory"}

@@ -18,6 +18,7 @@ from perfmodel.devices import profile
 from perfmodel.errors import UserError
 from perfmodel.setup import Setup
 from validate.checking.check import Report, check_records
+from validate.measuring import records
 from validate.measuring.cells import Cell
 
 
@@ -188,6 +189,17 @@ def test_a_count_is_a_whole_number(tmp_path: Path, place: str, number: Any) -> N
     path = tmp_path / "r.jsonl"
     path.write_text("".join(json.dumps({"schema": 1, **r}) + "\n" for r in (environment(), record)))
     with pytest.raises(UserError, match="must be numbers"):
+        check_records([path], device=DEVICE["cpu"])
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, records.LONGEST, float("inf"), float("nan"), True, "1", None])
+def test_a_time_is_a_positive_number_of_seconds(tmp_path: Path, seconds: Any) -> None:
+    """Milliseconds that were taken for seconds, or a clock that jumped, must not become an error of the model."""
+    path = tmp_path / "r.jsonl"
+    record = visit(Cell(TINY, "full", Setup(seq=16)), "cpu")
+    record["seconds"]["step"][0] = seconds
+    path.write_text("".join(json.dumps({"schema": 1, **r}) + "\n" for r in (environment(), record)))
+    with pytest.raises(UserError, match="holds seconds of steps"):
         check_records([path], device=DEVICE["cpu"])
 
 

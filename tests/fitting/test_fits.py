@@ -166,6 +166,15 @@ def test_pointwise_fits_fill_gaps_from_a_like_device(kernels: Path) -> None:
     assert results.default.rows_fitted == sum(f.rows_fitted for f in results.fits.values())
 
 
+def test_a_class_is_the_median_of_the_devices_whose_rows_speak() -> None:
+    """What a device kept from its start was not measured: it must not vote, and where nobody does the default stays."""
+    begin = pointwise.PointwiseParameters()
+    found = {name: replace(begin, stream=stream) for name, stream in (("a", 0.5), ("b", 0.6), ("c", 0.9), ("d", 0.1))}
+    known = {"a": ["stream"], "b": ["stream"], "c": ["stream"], "d": ["cast_rate"]}
+    found["d"] = replace(found["d"], cast_rate=3.0)
+    assert pointwise.class_default(found, known) == replace(begin, stream=0.6, cast_rate=3.0)
+
+
 def test_rows_of_serving_move_what_their_layers_do(kernels: Path) -> None:
     """Vidur times the residual additions of a layer (two where it is not gated) and the embedding, in 16 bits."""
     rows = pointwise.pointwise_rows(kernels)
@@ -215,3 +224,18 @@ def test_every_device_gets_the_fit_of_its_own_rows(tmp_path: Path, monkeypatch: 
     for (dtype, family), (members, _, begin) in fit.GEMM_CLASSES.items():
         asked = {"folder": tmp_path, "members": members, "dtype": dtype, "begin": begin}
         assert fitted.classes[f"gemm.{dtype}"][family] == ("fit_class", asked)
+
+
+def test_products_of_a_step_have_the_launches_of_a_step() -> None:
+    """Published fp32 floors were timed with the host in them: a step would pay for its host twice."""
+    fit = pytest.importorskip("validate.fitting.fit", exc_type=ImportError)
+    fitted, slug = fit._Fitted(), "a100-80gb-pcie"
+    device, errors = profile.load(slug), common.FitErrors(10, 0.1, 0.08, 0.2, 0.5)
+    measured = replace(device.gemm["fp32"], launch_clocks=13.50001e-6 * common.hardware(slug).clock_hz)
+    for dtype, p in (("bf16", device.gemm["bf16"]), ("fp32", measured)):
+        fitted.devices[f"gemm.{dtype}"][slug] = common.Fit(p, "source", "software", 20, 10, errors, notes="As said.")
+    fit._fp32_in_steps(fitted)
+    found = fitted.devices["gemm.fp32"][slug]
+    assert found.parameters.launch_clocks == device.gemm["bf16"].launch_clocks
+    assert "launch_clocks" in found.doubts.kept
+    assert found.notes == "launch_clocks as in bf16: the measured floor of 14 us contains the host. As said."

@@ -38,6 +38,15 @@ def residuals(device: str, *block: str) -> dict[str, Any]:
     return dict(found["residuals"])
 
 
+@pytest.mark.parametrize(("device", "left_out"), [("h100-sxm", True), ("b200", True), ("rtx-4090", False)])
+def test_errors_of_attention_are_of_the_published_speeds(device: str, left_out: bool) -> None:
+    """A speed that was mistyped, or corrected without a new fit: a plain roofline's error would be another one."""
+    rows, on = flash_papers.flash_rows(device), profile.load(device)
+    found = attention.published_errors(rows[rows.left_out == left_out], on.hardware, on.attention)
+    told = residuals(device, "attention")
+    assert (found.rows, found.roofline_mean) == (told["rows"], pytest.approx(told["roofline_mean"], abs=6e-5))
+
+
 BF16 = [("a100-80gb-sxm", 0.07), ("h100-sxm", 0.07), ("b200", 0.08), ("l40s", 0.11)]
 
 

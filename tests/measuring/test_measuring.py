@@ -97,6 +97,20 @@ def test_killing_at_random_times_loses_at_most_the_running_cell(
     assert sorted(visits) == sorted(wanted), "a visit is missing or was made twice"
 
 
+def test_a_record_says_when_it_began_and_how_long_it_took(
+    tmp_path: Path, grid: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Budgets are planned by what visits took, and a tiny one takes a few hundredths of a second."""
+    now = iter(1000.04 + 0.17 * i for i in range(100))
+    monkeypatch.setattr(run, "time", SimpleNamespace(time=lambda: next(now)))
+    monkeypatch.setattr(run, "_visit", pretended_visit)
+    monkeypatch.setattr(run, "load_modules", lambda cells: None)
+    monkeypatch.setattr(run, "_environment", lambda plan, output, before: "here")
+    monkeypatch.setattr(isolate, "can_fork", lambda: False)
+    first = run.measure_cells(run.plan(str(grid), "cpu", threads=1), tmp_path / "records.jsonl")[0]
+    assert (first["started"], first["elapsed_s"]) == (1000.0, 0.17)
+
+
 def command(grid: Path, output: Path, python: Sequence[str] = (sys.executable,)) -> list[str]:
     code = "from perfmodel.cli import main; main()"
     words = ["validate", "measure", "--device", "cpu", "--grid", str(grid), "--output", str(output), "--threads", "1"]

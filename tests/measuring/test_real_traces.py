@@ -9,6 +9,7 @@ import csv
 import gzip
 import json
 import os
+import re
 from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
@@ -336,6 +337,7 @@ def test_the_command_tells_what_a_trace_holds(tmp_path: Path) -> None:
     done = told(CUTS / "a100_resnet_ddp_step.json.gz", "--top", "3")
     assert done.exit_code == 0, done.output
     assert all(text in done.output for text in (*STEPS, "c10d::allreduce_", "cudaMemsetAsync", "0 copies over the bus"))
+    assert re.findall(r"(?m)^(kernel|call) +(\w+) +time", done.output) == [("call", "kernels"), ("kernel", "number")]
     found = json.loads(told(CUTS / "rtx2080ti_mlp_two_steps.json.gz", "--phase", SGD.format("step"), "--json").output)
     assert found["by_call"][SGD.format("step")]["aten::_foreach_add_"][0] == found["kernels"][SGD.format("step")] == 4
     assert json.loads(told(CUTS / "gpt2_large_nodes.json.gz", "--json").output)["backward"]["aten::mm"] == 290
@@ -364,6 +366,7 @@ def test_the_command_reads_a_trace_of_this_machine(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "aten::mm" in done.output
     assert "device busy" not in done.output
+    assert re.findall(r"(?m)^(kernel|call) +(\w+) +time", done.output) == [("call", "number")]
 
 
 @pytest.mark.parametrize(

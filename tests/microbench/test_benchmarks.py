@@ -1,6 +1,7 @@
 """Microbenchmarks time what they say: as many calls as they divide by, and the calls that fits believe them to be."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from math import prod
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from perfmodel.tracing.programs.dtypes import DTYPES
 from validate.fitting import cpu_ops
-from validate.microbench import designs, kernels, stopwatch
+from validate.measuring import clocks
+from validate.microbench import designs, kernels, run, stopwatch
 from validate.microbench.designs import MicroCase
 
 
@@ -87,6 +89,45 @@ def test_a_repeat_makes_as_many_calls_as_it_is_divided_by(monkeypatch: pytest.Mo
     assert (timing.least, timing.median, timing.repeats) == (1.0, 1.0, 3)
     timed = calls[stopwatch.WARM_UP :]
     assert timed == list(range(7 * 3))
+
+
+@pytest.mark.parametrize(("threads", "clock"), [(1, clocks.THREAD), (2, clocks.WALL)])
+def test_only_a_thread_alone_is_timed_by_its_own_clock(threads: int, clock: str) -> None:
+    """It leaves out what else runs on the machine, and with it what the other threads of a kernel do."""
+    assert stopwatch.CpuStopwatch(threads).kind == clock
+
+
+@pytest.mark.parametrize("op", ["dispatch", "view", "module_call", "launch"])
+def test_only_a_launch_is_a_call_on_the_device(op: str) -> None:
+    """The others tell what the host alone takes; a launch that never reached the device would cost as little."""
+    call, _ = kernels.build_call(MicroCase("host", op, "fp32", ()), "meta")
+    found = call(0)
+    assert isinstance(found, torch.Tensor)
+    assert found.device.type == ("meta" if op == "launch" else "cpu")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "oom"), (RuntimeError("not enough memory: 1 EB"), "oom"),
+        (NotImplementedError("'mm' not implemented for 'Half'"), "error"),
+        (RuntimeError("No available kernel. Aborting execution."), "error"),
+        (RuntimeError("shapes cannot be multiplied"), None), (NotImplementedError("a hook"), None),
+    ],
+)  # fmt: skip
+def test_what_a_device_cannot_do_is_a_record_and_a_fault_is_none(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, status: str | None
+) -> None:
+    """An hour of cases goes on past a kernel that is not there; a mistake of ours must not pass for one."""
+
+    def refuse(case: MicroCase, device: str) -> None:
+        raise error
+
+    monkeypatch.setattr(run, "build_call", refuse)
+    case = MicroCase("gemm", "mm", "fp32", ())
+    with nullcontext() if status else pytest.raises(type(error), match=str(error)):
+        found = run.attempt(case, "cpu", stopwatch.CpuStopwatch(1))
+        assert (found["kind"], found["status"], found["message"]) == ("unmeasured", status, str(error))
 
 
 @pytest.mark.parametrize("wide", [False, True])

@@ -5,24 +5,27 @@ attention, checkpointing and optimizer occurs, and the rare corners at least onc
 """
 
 import copy
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from helpers import NAMES, architecture_of, config_of, setup_of
 
 pytest.importorskip("peft")
 
 from perfmodel import methods
 from perfmodel.architectures import from_config
+from perfmodel.cli import main
 from perfmodel.program.op import Spec
 from perfmodel.recording.record import build
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
 from perfmodel.tracing.programs import models
 from perfmodel.tracing.trace import Trace, trace_step
-from validate.oracle import counts
+from validate.oracle import cases, counts
 from validate.oracle.cases import NO_DROPOUT, REAL, WHOLE, Case, fitting, further, grid, with_targets
 
 LORA = "lora:r=4"
@@ -218,3 +221,20 @@ def test_the_grids_hold_what_they_promise() -> None:
     assert {case.setup.checkpoint for case in quick} == {"none", "block", "block-reentrant"}
     prefixes = {case.setup.checkpoint for case in quick if case.method.startswith("prefix_tuning")}
     assert prefixes == {"none"}  # they do not work with checkpoints
+
+
+@pytest.mark.parametrize("differences", [[], ["forward: mm: 3 instead of 2"]])
+def test_the_command_tells_each_difference_in_words_and_as_json(
+    monkeypatch: pytest.MonkeyPatch, differences: list[str]
+) -> None:
+    """Whoever changed something reads what differs; a script reads the same, and both go by the exit code."""
+    case = Case(config_of("llama"), LORA, setup_of("llama"))
+    monkeypatch.setattr(cases, "grid", lambda which: [case])
+    monkeypatch.setattr(counts, "compare_case", lambda case, **how: counts.Result(case, 7, 5, 3, 1.0, differences))
+    words, data = (CliRunner().invoke(main, ["validate", "counts", *form]) for form in ([], ["--json"]))
+    assert words.exit_code == data.exit_code == len(differences)
+    assert f"1 cases, 7 ATen calls compared, {len(differences)} cases differ" in words.stdout
+    assert all(line in words.stdout for line in differences)
+    (row,) = json.loads(data.stdout)
+    assert (row["model"], row["method"], row["calls"]) == (case.config.name, LORA, 7)
+    assert row["differences"] == differences

@@ -3,6 +3,7 @@
 import re
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,3 +175,20 @@ def test_a_plot_that_cannot_be_drawn_is_one_line_and_leaves_nothing(tmp_path: Pa
     with pytest.raises(UserError, match="cannot be drawn"):
         plots.plot_parity([plots.Point("a", 1.0, 1.1, 0.9, 1.3, True)], tmp_path / name, "steps")
     assert not list(tmp_path.iterdir())
+
+
+def test_each_measured_step_is_one_mark_of_its_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filled where it was held out, open where a fit saw it: drawn as both, or as another's, it would mislead."""
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    drawn: dict[float, tuple[str, str]] = {}
+
+    def errorbar(self: Any, x: list[float], y: list[float], *, color: str, mfc: str, **options: Any) -> None:
+        assert not drawn.keys() & set(x)
+        drawn.update((at, (color, mfc)) for at in x)
+
+    monkeypatch.setattr(axes, "errorbar", errorbar)
+    monkeypatch.setattr(axes, "legend", lambda self, **options: None)
+    kinds = [("a", True), ("b", True), ("b", False), ("a", True)]
+    points = [plots.Point(name, i, i, i, i, filled) for i, (name, filled) in enumerate(kinds, start=1)]
+    plots.plot_parity(points, tmp_path / "steps.png", "steps")
+    assert drawn == {1: ("C0", "C0"), 2: ("C1", "C1"), 3: ("C1", "white"), 4: ("C0", "C0")}

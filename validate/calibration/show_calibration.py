@@ -1,13 +1,12 @@
 """What `perfmodel calibrate` prints."""
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from perfmodel.report.plain import show, table
+from perfmodel.report.plain import print_json, show, table
 from perfmodel.report.progress import progress
 
 from ..accuracy import Errors
@@ -30,7 +29,7 @@ def show_calibration(
 
         done = calibrate(device, name, threads=threads, seconds=seconds, output=output, progress=tick)
     if as_json:
-        print(json.dumps(_plain(done), indent=1))
+        print_json(_plain(done))
         return not done.refusal
     rows = [
         (block, f.rows_fitted, f.rows_left_out, *(f"{100 * e:.1f} %" for e in (f.errors.mean, f.errors.roofline_mean)))

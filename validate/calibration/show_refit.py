@@ -1,11 +1,10 @@
 """What `perfmodel validate fit --records` prints."""
 
-import json
 from pathlib import Path
 
 from perfmodel import units
 from perfmodel.program.part import PHASES
-from perfmodel.report.plain import paragraph, show, table
+from perfmodel.report.plain import paragraph, print_json, show, table
 from perfmodel.report.progress import progress
 
 from . import hosts, refit, verify
@@ -29,7 +28,7 @@ def show_refit(records: Path, *, device: str | None, host: str | None, output: P
     if output and written:
         hosts.write_host(found.host, output, refit.refit_provenance(found))
     if as_json:
-        print(json.dumps({**refit.refit_provenance(found), "refusal": refusal}, indent=1))
+        print_json({**refit.refit_provenance(found), "refusal": refusal})
         return not refusal
     _print(found)
     if refusal:

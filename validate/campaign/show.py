@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from perfmodel import units
-from perfmodel.report.plain import show, table
+from perfmodel.report.plain import print_json, show, table
 from perfmodel.report.progress import progress
 from perfmodel.resources import write_text
 
@@ -44,7 +44,7 @@ def show_campaign(
     write_text(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
     write_campaign_page(ran, found, folder / PAGE, command=f"perfmodel {' '.join(sys.argv[1:])}")
     if as_json:
-        print(json.dumps(summary, indent=1))
+        print_json(summary)
     else:
         _print(ran, found, folder)
 

@@ -1,10 +1,9 @@
 """What `perfmodel validate paper` prints."""
 
-import json
 import warnings
 from pathlib import Path
 
-from perfmodel.report.plain import show, table
+from perfmodel.report.plain import print_json, show, table
 from perfmodel.report.progress import progress
 
 from . import paper
@@ -31,7 +30,7 @@ def show_paper(
                 str(kind), output, device=profile, host=host, threads=threads, progress=tick
             )  # fmt: skip
     if as_json:
-        print(json.dumps({"rows": [r.as_dict() for r in rows], "answer": paper.claim_answer(rows)}, indent=1))
+        print_json({"rows": [r.as_dict() for r in rows], "answer": paper.claim_answer(rows)})
     else:
         title = "time of LoRA over that of full fine-tuning, forward + backward"
         heads = ("", "measured", "predicted", "paper", "LoRA is", "predicted")

@@ -4,10 +4,10 @@ The measurements are not part of the project: the user names the folder that hol
 fixed third of its rows that the fit never saw; class defaults by leaving out one device at a time.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from datetime import date as calendar
+from datetime import date
 from multiprocessing import get_context
 from os import PathLike
 from pathlib import Path
@@ -18,7 +18,7 @@ from perfmodel.devices.attention import AttentionParameters
 from perfmodel.devices.gemm import GemmParameters
 from perfmodel.devices.pointwise import PointwiseParameters
 from perfmodel.devices.profile import BLOCKS, CLASSES, DEVICES
-from perfmodel.errors import UserError, nearest
+from perfmodel.errors import UserError
 
 from . import attention, gemm, layouts, pointwise, sgemm
 from .judging import Fit, FitErrors, file, hardware
@@ -108,55 +108,32 @@ class _Fitted:
     )  # errors of SIBLINGS' kind
 
 
-def fit_everything(
-    folder: str | PathLike[str], *, leave_one_out: bool, write: bool, progress: Progress | None = None
-) -> list[Row]:
-    """Fit everything and return the table of errors; with `write`, rewrite the device files.
+def fit_kernels(folder: str | PathLike[str], progress: Progress | None = None, *, write: bool) -> list[Row]:
+    """Fit every block that the measurements cover, and return the table of errors.
 
     Args:
         folder: holds the published measurements.
-        leave_one_out: also list each device priced from its datasheet and the other devices' rows.
-        write: put the parameters into data/devices/*.toml.
         progress: called as progress(steps done, steps in all, label).
+        write: put the parameters into data/devices/*.toml.
 
     Returns:
         One row a block, device and slice: block, device, slice, rows, mean, median, p90, roofline_mean; in that of all
         left-out rows `kept` and `at_bound` too, the parameters in doubt (`Doubts`).
-    """
-    rows = fit_kernels(folder, progress=progress, write=write)
-    return rows if leave_one_out else [r for r in rows if r["slice"] != "device left out"]
-
-
-def fit_kernels(
-    folder: str | PathLike[str],
-    devices: Iterable[str] | None = None,
-    progress: Progress | None = None,
-    *,
-    write: bool = True,
-    date: str | None = None,
-) -> list[Row]:
-    """Fit every block that the measurements cover, write the files of `devices` (None: all and the class defaults).
 
     Raises:
-        UserError: the folder or a file in it is missing, a device is unknown.
+        UserError: the folder or a file in it is missing.
     """
-    path = _folder(folder)
-    chosen = list(profile.names() if devices is None else devices)
-    for name in chosen:
-        if name not in profile.names():
-            raise UserError(f"unknown device {name!r}: {nearest(name, profile.names())}")
-    fitted = _fit_all(path, progress)
+    fitted = _fit_all(_folder(folder), progress)
     if write:
-        today = date or calendar.today().isoformat()
-        for slug in chosen:
+        today = date.today().isoformat()
+        for slug in profile.names():
             blocks = {b: fitted.devices[b][slug] for b in BLOCKS if slug in fitted.devices[b]}
             if not blocks:
                 continue  # nothing here covers it; what others wrote stays
             write_blocks(DEVICES / f"{slug}.toml", blocks, today)
-        if devices is None:
-            classes = {f"{b}.{name}": fit for b in BLOCKS for name, fit in fitted.classes[b].items()}
-            write_blocks(DEVICES / f"{CLASSES}.toml", classes, today)
-    return _table(fitted, set(chosen))
+        classes = {f"{b}.{name}": fit for b in BLOCKS for name, fit in fitted.classes[b].items()}
+        write_blocks(DEVICES / f"{CLASSES}.toml", classes, today)
+    return _table(fitted, set(profile.names()))
 
 
 def leave_one_device_out(folder: str | PathLike[str], progress: Progress | None = None) -> list[Row]:

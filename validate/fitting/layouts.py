@@ -14,7 +14,7 @@ import pandas as pd
 from perfmodel.devices.gemm import GemmParameters, Layout, gemm_time
 from perfmodel.devices.hardware import Hardware
 
-from .gemm import least
+from .gemm import least, roofline_seconds
 from .judging import Array, Fit, FitErrors, column, hardware, measured_table, settled, shape_hash, unsearched
 
 SIMUMAX = "https://github.com/MooreThreads/SimuMax"
@@ -54,8 +54,7 @@ def fit_board(folder: Path, slug: str, base: GemmParameters) -> Fit:
     z, doubts = settled(tuple(OF_A_BOARD), end, usual, (low, high), price)
     p = parameters(z)
     predicted = priced_layouts(rows, hw, p)
-    m, n, k = (column(rows, c) for c in ("m", "n", "k"))
-    plain = np.maximum(2 * m * n * k / hw.peak("bf16"), 2 * (m * k + k * n + m * n) / hw.memory_bandwidth)
+    plain = roofline_seconds(rows.assign(b=1, dtype="bf16"), hw)
     slices = {str(name).lower(): left_out & np.asarray(rows.layout == name) for name in ("TN", "NN", "NT")}
     return Fit(
         parameters=p,

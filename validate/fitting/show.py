@@ -1,11 +1,10 @@
 """What `perfmodel validate fit --kernels` prints."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from perfmodel import units
-from perfmodel.report.plain import paragraph, show, table
+from perfmodel.report.plain import paragraph, print_json, show, table
 from perfmodel.report.progress import progress
 
 from . import fit
@@ -25,7 +24,7 @@ def show_fit(folder: Any, *, leave_one_device_out: bool, write: bool, as_json: b
         else:
             rows = fit.fit_kernels(folder, progress=tick, write=write)
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print_json(rows)
         return
     cells = (
         [r["block"], r["device"], r["slice"], r["rows"],

@@ -1,12 +1,11 @@
 """What `perfmodel validate configs` prints."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from perfmodel.report.plain import show, table
+from perfmodel.report.plain import print_json, show, table
 from perfmodel.report.progress import progress
 
 from . import configs
@@ -27,7 +26,7 @@ def show_configs(
     if output:
         configs.write_configs(output, rows)
     if as_json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
+        print_json([asdict(row) for row in rows])
     else:
         _print(rows)
     return not any(row.outcome == TRACEBACK for row in rows)

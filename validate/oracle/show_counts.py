@@ -1,6 +1,5 @@
 """What `perfmodel validate counts` prints."""
 
-import json
 import warnings
 from collections import Counter
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from click import style
 
 from perfmodel import units
-from perfmodel.report.plain import show, table
+from perfmodel.report.plain import print_json, show, table
 from perfmodel.report.progress import progress
 
 from . import cases, counts
@@ -28,7 +27,7 @@ def show_counts(grid: str, *, cuda_forward: bool, as_json: bool) -> bool:
             results.append(counts.compare_case(case, cuda_forward=cuda_forward))
             bar.advance(task)
     if as_json:
-        print(json.dumps([_row(r) for r in results], indent=1))
+        print_json([_row(r) for r in results])
         return any(r.differences for r in results)
     _summary(results)
     bad = [r for r in results if r.differences]

@@ -1,11 +1,10 @@
 """What `perfmodel validate coverage` prints."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from perfmodel.report.plain import show, table
+from perfmodel.report.plain import print_json, show, table
 from perfmodel.report.progress import progress
 
 from . import coverage
@@ -29,7 +28,7 @@ def show_coverage(*, quick: bool, output: Path | None, as_json: bool) -> bool:
                 coverage.append_row(output, row)
             bar.advance(task)
     if as_json:
-        print(json.dumps([{**asdict(row), "ok": row.ok} for row in rows], indent=1))
+        print_json([{**asdict(row), "ok": row.ok} for row in rows])
     else:
         _print(rows)
     return coverage.enough(rows)

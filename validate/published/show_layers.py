@@ -1,12 +1,11 @@
 """What `perfmodel validate layers` prints."""
 
-import json
 from typing import Any
 
 from click import style
 
 from perfmodel import units
-from perfmodel.report.plain import show, table
+from perfmodel.report.plain import print_json, show, table
 
 from . import layers, savings
 from .reasons import FAR, reason
@@ -20,7 +19,7 @@ def show_layers(*, as_json: bool) -> bool:
         abs(s.predicted_share - s.share) <= savings.POINTS_LIMIT for s in saved
     )
     if as_json:
-        print(json.dumps({"holds": holds, "mean": found, "savings": [_saving(s) for s in saved]}, indent=1))
+        print_json({"holds": holds, "mean": found, "savings": [_saving(s) for s in saved]})
         return holds
     errors = ([name, sum(name in ("all", t.component) for t in times), f"{100 * e:.1f} %"] for name, e in found.items())
     title = "times of LoRA layers under a CUDA graph on an H100, mean |relative error|"

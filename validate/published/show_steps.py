@@ -1,10 +1,9 @@
 """What `perfmodel validate published` prints."""
 
-import json
 from typing import Any
 
 from perfmodel import units
-from perfmodel.report.plain import paragraph, show, table
+from perfmodel.report.plain import paragraph, print_json, show, table
 from perfmodel.report.progress import progress
 
 from .reasons import FAR, reason
@@ -31,7 +30,7 @@ def show_published(*, plot: Any, all_rows: bool, as_json: bool) -> None:
     if as_json:
         families = {"check": other_lines, "rows": [_published_row(o, "families") for o in others]}
         figures = {"check": lines, "rows": [_published_row(o) for o in outcomes], "families": families}
-        print(json.dumps(figures, indent=1))
+        print_json(figures)
     else:
         _print_published(outcomes, check, lines, all_rows=all_rows)
         show("\n" + _table(other_lines, "families that joined later: step time, |relative error| in %"))

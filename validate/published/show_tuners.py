@@ -1,13 +1,12 @@
 """What `perfmodel validate tuners` prints."""
 
-import json
 import warnings
 from typing import Any
 
 from click import style
 
 from perfmodel import units
-from perfmodel.report.plain import paragraph, show, table
+from perfmodel.report.plain import paragraph, print_json, show, table
 from perfmodel.report.progress import progress
 
 from . import tuners
@@ -30,7 +29,7 @@ def show_tuners(*, images: bool, host: str, all_rows: bool, as_json: bool) -> bo
     if as_json:
         figures = {k: v for k, v in vars(total).items() if k != "worst"}
         known = {"summary": {**figures, "holds": total.holds}, "rows": [_tuner_row(o, source.stem) for o in outcomes]}
-        print(json.dumps(known, indent=1))
+        print_json(known)
     else:
         _print_tuners(outcomes, total, source.stem, all_rows=all_rows)
     return bool(total.holds)

@@ -1,0 +1,70 @@
+"""`perfmodel validate speed` times what its lines promise; how long that takes no test says, on a busy machine."""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from perfmodel.cli import main
+from validate import speed
+
+
+class Planned:
+    """What a sweep answers, as much of it as is timed."""
+
+    def __init__(self, model: str, methods: list[str], *, batch: range, seq: range, **rest: Any) -> None:
+        self.batches, self.seqs = len(batch), len(seq)
+
+    def __len__(self) -> int:
+        return self.batches * self.seqs
+
+    def blocks(self) -> Iterator[dict[str, Any]]:
+        yield {"batch": np.zeros(len(self))}
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Setups of each timed prediction; a command takes as long as importing numpy, all else a microsecond a setup."""
+    sizes: list[int] = []
+
+    def predict(*words: Any, batch: Any, seq: Any, **rest: Any) -> None:
+        sizes.append(np.broadcast(batch, seq).size)
+
+    def seconds(run: Callable[[], object], runs: int) -> float:
+        swept = run()
+        return 1e-6 * (swept if isinstance(swept, int) else sizes[-1])
+
+    monkeypatch.setattr(speed, "_cold", lambda arguments: 1.0)
+    monkeypatch.setattr(speed, "_timed", seconds)
+    monkeypatch.setattr(speed, "predict", predict)
+    monkeypatch.setattr(speed, "sweep", Planned)
+    return sizes
+
+
+def test_as_many_setups_are_timed_as_a_line_says(timed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grid that is smaller than promised would hold a promise that nobody gave."""
+    monkeypatch.setattr(speed, "GRID_LIMIT", 1000.0)  # here a setup takes as long in a grid as alone
+    done = CliRunner().invoke(main, ["validate", "speed", "--json"])
+    assert done.exit_code == 0, done.output
+    rows = {row["what"]: row for row in json.loads(done.stdout)}
+    assert timed == [1, 1000, 10_000]
+    assert rows["1,000 setups / one"]["measured"] == "1000.0"
+    assert rows["10,000 setups"]["measured"] == "0.01 s"
+    assert rows["sweep of 100,000, setups a second"]["measured"] == "1,000,000"
+
+
+@pytest.mark.parametrize(
+    ("limit", "value"), [("WARM_LIMIT", 0.9e-6), ("GRID_LIMIT", 999), ("SWEEP_LIMIT", 9e-3), ("RATE_LIMIT", 1_100_000)]
+)
+def test_one_promise_that_is_missed_fails_the_command(
+    timed: list[int], monkeypatch: pytest.MonkeyPatch, limit: str, value: float
+) -> None:
+    """A script goes by the exit code."""
+    monkeypatch.setattr(speed, "GRID_LIMIT", 1000.0)
+    monkeypatch.setattr(speed, limit, value)
+    done = CliRunner().invoke(main, ["validate", "speed"])
+    assert done.exit_code == 1
+    assert done.output.count("missed") == 1
