@@ -8,6 +8,7 @@ from click import style, unstyle
 from hypothesis import given
 from hypothesis import strategies as st
 
+from perfmodel import units
 from perfmodel.report.plain import paragraph, show, table
 
 WORDS = st.text("abcdefg", min_size=1, max_size=12)
@@ -63,6 +64,13 @@ def test_what_words_alone_cannot_fit_is_broken_in_the_text(monkeypatch: pytest.M
     assert paragraph("a note on a/very/long/path/to/some/file", indent="  ").splitlines() == [
         "a note on", "  a/very/long/path/t", "  o/some/file",
     ]  # fmt: skip
+
+
+def test_times_of_a_column_have_three_digits_where_the_longest_is() -> None:
+    """Their points line up; a fourth digit would claim more than a prediction knows."""
+    assert units.alike([0.4561, 0.0123]) == ["456", "12", "ms"]
+    assert units.alike([4.561e-6, 0.0]) == ["4.56", "0.00", "us"]
+    assert units.alike([0.4561], digits=4) == ["456.1", "ms"]
 
 
 def test_styles_go_only_to_terminals(capsys: pytest.CaptureFixture[str]) -> None:
