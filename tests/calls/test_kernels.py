@@ -131,6 +131,12 @@ def test_calls_on_many_tensors_launch_as_often_as_they_have_to() -> None:
     assert costs.kernels(Op("cat", (number, number), (Spec("fp32", (2,)),), 0, 0)) == 1
 
 
+def test_a_padded_tensor_is_filled_before_it_is_copied() -> None:
+    """ATen's `constant_pad_nd`: `empty`, `fill_` with the value, then a copy into the inner part."""
+    x, padded = Spec("bf16", (4, 512)), Spec("bf16", (4, 513))
+    assert costs.kernels(Op("constant_pad_nd", (x,), (padded,), x.nbytes, padded.nbytes)) == 2
+
+
 def test_selection_and_accumulation_are_chains_of_small_kernels() -> None:
     """VB-LoRA's topk: 16 digits of 2 bits and 2 collections, one after the other; its gradient sorts the indices."""
     top = recorded(48, 256, dtype="fp32", call=lambda x: top_values(x, 2))
@@ -140,6 +146,8 @@ def test_selection_and_accumulation_are_chains_of_small_kernels() -> None:
     put = Op("index_put", (zeros, indices, values), (zeros,), 0, 0, attrs=Attrs(accumulate=True))
     assert costs.kernels(put) == 6
     assert seconds(put) > 6 * FLOOR
+    summed = kernels.memory_bound(put)[-1]  # values are read and added to the places that they fall on
+    assert (summed.read, summed.written) == (values.nbytes + zeros.nbytes, zeros.nbytes)
     assert costs.kernels(Op("index_put", (zeros, indices, values), (zeros,), 0, 0)) == 2
 
 
