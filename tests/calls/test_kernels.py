@@ -11,7 +11,7 @@ from perfmodel.program.op import STRIDED, Attrs, Op, Spec
 from perfmodel.setup import Setup
 from perfmodel.tape.core import Tape, new_tensor, recording
 from perfmodel.tape.gather import top_values
-from perfmodel.tape.linalg import bmm
+from perfmodel.tape.linalg import bmm, matmul
 from perfmodel.tape.shape import transpose
 from perfmodel.tape.spectrum import fft_of_real, inverse_fft2, inverse_fft_of_real
 from perfmodel.tape.tensor import Tensor
@@ -96,6 +96,15 @@ def test_operands_without_a_contiguous_dim_are_copied_before_cublas() -> None:
     assert (copy.read, copy.written) == (nbytes, nbytes)
     assert copy.spread == (32 / 8 + 1) / 2  # a sector of 32 B is read for every 8 B, and written densely
     assert seconds(copied) - seconds(plain) > 2 * nbytes / (L40S.pointwise.l2_ratio * L40S.pointwise.stream * 864e9)
+
+
+@pytest.mark.parametrize(("sizes", "batch"), [((5, 2, 3), (2, 5, 3)), ((5, 2, 6, 3), (10, 6, 3))])
+def test_scattered_rows_meet_a_frozen_matrix_once_for_each_batch(
+    sizes: tuple[int, ...], batch: tuple[int, ...]
+) -> None:
+    """ATen folds a batch into the rows of one product only where that copies nothing (`should_fold`)."""
+    op = recorded(*sizes, dtype="fp32", call=lambda x: matmul(transpose(x, 0, 1), new_tensor((3, 4), "fp32")))
+    assert (op.name, [spec.shape for spec in op.inputs]) == ("bmm", [batch, (batch[0], 3, 4)])
 
 
 def test_a_batch_of_fp32_products_is_not_split() -> None:
