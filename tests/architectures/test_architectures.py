@@ -20,6 +20,7 @@ from perfmodel.errors import UserError
 from perfmodel.methods import parse
 from perfmodel.methods.parts.targeted import matches
 from perfmodel.prediction.predict import predict
+from validate.oracle.cases import DISTILBERT
 
 
 def known(name: str) -> bool:
@@ -325,6 +326,15 @@ def test_a_hub_id_offline_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch
     message = message_of("nobody/no-such-model-here")
     assert "nobody/no-such-model-here" in message
     assert "config.json" in message
+
+
+@pytest.mark.parametrize("values", [DISTILBERT, SMALL["llama"], SMALL["gpt2"]], ids=lambda values: values["model_type"])
+def test_a_head_of_its_own_is_one_matrix_more(values: dict[str, Any]) -> None:
+    """Tied or not is a tenth of a small model's parameters: vocabulary x width, 128 x 64 here."""
+    tied, own = (
+        step_of(from_config(Config({**values, "tie_word_embeddings": tied}, "x", "x"))).total for tied in (True, False)
+    )
+    assert own - tied == 128 * 64
 
 
 @pytest.mark.parametrize(("device", "copies"), [("cpu", 0), ("cuda", 2)])

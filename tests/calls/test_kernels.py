@@ -11,7 +11,7 @@ from perfmodel.program.op import STRIDED, Attrs, Op, Spec
 from perfmodel.setup import Setup
 from perfmodel.tape.core import Tape, new_tensor, recording
 from perfmodel.tape.gather import top_values
-from perfmodel.tape.linalg import bmm
+from perfmodel.tape.linalg import bmm, matmul
 from perfmodel.tape.shape import transpose
 from perfmodel.tape.spectrum import fft_of_real, inverse_fft2, inverse_fft_of_real
 from perfmodel.tape.tensor import Tensor
@@ -98,6 +98,15 @@ def test_operands_without_a_contiguous_dim_are_copied_before_cublas() -> None:
     assert seconds(copied) - seconds(plain) > 2 * nbytes / (L40S.pointwise.l2_ratio * L40S.pointwise.stream * 864e9)
 
 
+@pytest.mark.parametrize(("sizes", "batch"), [((5, 2, 3), (2, 5, 3)), ((5, 2, 6, 3), (10, 6, 3))])
+def test_scattered_rows_meet_a_frozen_matrix_once_for_each_batch(
+    sizes: tuple[int, ...], batch: tuple[int, ...]
+) -> None:
+    """ATen folds a batch into the rows of one product only where that copies nothing (`should_fold`)."""
+    op = recorded(*sizes, dtype="fp32", call=lambda x: matmul(transpose(x, 0, 1), new_tensor((3, 4), "fp32")))
+    assert (op.name, [spec.shape for spec in op.inputs]) == ("bmm", [batch, (batch[0], 3, 4)])
+
+
 def test_a_batch_of_fp32_products_is_not_split() -> None:
     """GraLoRA's (2, 876, 1536)·(2, 1536, 32): 14 tiles of 128 x 128 on 142 SMs, each summing 1536 elements of k alone.
 
@@ -131,6 +140,12 @@ def test_calls_on_many_tensors_launch_as_often_as_they_have_to() -> None:
     assert costs.kernels(Op("cat", (number, number), (Spec("fp32", (2,)),), 0, 0)) == 1
 
 
+def test_a_padded_tensor_is_filled_before_it_is_copied() -> None:
+    """ATen's `constant_pad_nd`: `empty`, `fill_` with the value, then a copy into the inner part."""
+    x, padded = Spec("bf16", (4, 512)), Spec("bf16", (4, 513))
+    assert costs.kernels(Op("constant_pad_nd", (x,), (padded,), x.nbytes, padded.nbytes)) == 2
+
+
 def test_selection_and_accumulation_are_chains_of_small_kernels() -> None:
     """VB-LoRA's topk: 16 digits of 2 bits and 2 collections, one after the other; its gradient sorts the indices."""
     top = recorded(48, 256, dtype="fp32", call=lambda x: top_values(x, 2))
@@ -140,6 +155,8 @@ def test_selection_and_accumulation_are_chains_of_small_kernels() -> None:
     put = Op("index_put", (zeros, indices, values), (zeros,), 0, 0, attrs=Attrs(accumulate=True))
     assert costs.kernels(put) == 6
     assert seconds(put) > 6 * FLOOR
+    summed = kernels.memory_bound(put)[-1]  # values are read and added to the places that they fall on
+    assert (summed.read, summed.written) == (values.nbytes + zeros.nbytes, zeros.nbytes)
     assert costs.kernels(Op("index_put", (zeros, indices, values), (zeros,), 0, 0)) == 2
 
 

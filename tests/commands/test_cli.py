@@ -7,9 +7,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 from helpers import SMALL
@@ -332,6 +334,39 @@ def test_help_exits_with_0(args: tuple[str, ...]) -> None:
     result = call(*args)
     assert result.exit_code == 0, result.output
     assert result.stdout
+
+
+def commands(command: click.Command = main, *path: str) -> Iterator[tuple[tuple[str, ...], list[click.Option]]]:
+    """Every command with its options."""
+    if not isinstance(command, click.Group):
+        yield path, [p for p in command.params if isinstance(p, click.Option)]
+        return
+    for name in command.list_commands(click.Context(command)):
+        child = command.get_command(click.Context(command), name)
+        assert child is not None
+        yield from commands(child, *path, name)
+
+
+def test_a_folder_is_refused_where_a_file_is_written_or_read(tmp_path: Path) -> None:
+    """Before the work begins: after an hour of measuring, a page that cannot be written is an hour lost."""
+    refused = 0
+    for path, options in commands():
+        for option in options:
+            if isinstance(option.type, click.Path) and option.type.file_okay and option.name != "peft_config":
+                done = call(*path, option.opts[0], str(tmp_path))
+                assert (done.exit_code, "is a directory" in done.stderr) == (2, True), (path, option.name)
+                refused += 1
+    assert refused > 15
+
+
+def test_help_tells_what_is_taken_where_nothing_is_given() -> None:
+    """A default that is nowhere to be read is found out by a run."""
+    for path, options in commands():
+        for option in options:
+            if isinstance(option.default, str | int | float | Path) and not option.is_flag:
+                told = option.get_help_record(click.Context(main))
+                assert told is not None, (path, option.name)
+                assert f"[default: {option.default}" in told[1], (path, option.name)
 
 
 @pytest.mark.parametrize("command", ["predict", "compare", "sweep", "explain", "advise"])

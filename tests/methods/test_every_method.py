@@ -218,6 +218,38 @@ def test_a_spec_parses_back_to_itself(name: str) -> None:
     assert methods.parse(plain.spec()) == plain
 
 
+def test_what_prices_a_choice_is_no_option() -> None:
+    """A method is what it was asked as: the device that its orders were chosen for makes no other of it."""
+    asked_for = methods.parse("runlora:choose=time")
+    assert asked_for.priced(lambda parts: parts) == asked_for  # type: ignore[arg-type,return-value]
+
+
+def test_biases_are_trained_wherever_there_are_any() -> None:
+    """Qwen2's only ones are those of q, k and v."""
+    p = predict(architecture_of("qwen2", layers=5), "bitfit", device="l40s", batch=BATCH, seq=SEQ)
+    assert p.trainable_params == 5 * 3 * 64
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        ("c_attn+c_proj+c_fc", " on all linear layers"),
+        ("all-linear", " on all linear layers"),
+        ("c_attn", " on c_attn"),
+    ],
+)
+def test_targets_that_are_all_layers_are_told_as_that(targets: str, said: str) -> None:
+    """A list of all names reads as a choice among them."""
+    assert methods.parse(f"lora:r=4,targets={targets}").bind(architecture_of("gpt2")).in_words() == f"LoRA r=4{said}"
+
+
+@pytest.mark.parametrize(("frozen", "below"), [("true", True), ("false", False)])
+def test_checkpoints_cover_the_frozen_blocks_below_or_not(frozen: str, below: bool) -> None:
+    """LLaMA-Factory leaves out the blocks that do not train, the Trainer does not ask."""
+    method = methods.parse(f"top_k:k=2,checkpoint_frozen={frozen}").bind(architecture_of("llama", layers=5))
+    assert [method.checkpoints(layer) for layer in range(5)] == [below] * 3 + [True] * 2
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_options_and_source_are_documented(name: str) -> None:
     """`perfmodel methods` is the manual."""

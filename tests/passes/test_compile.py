@@ -188,13 +188,24 @@ def test_the_cut_is_minimal() -> None:
     assert network.source_side(source, sink) in ({source}, {source, a, b})
 
 
+def prim(kind: str, reads: tuple[Value, ...], outs: tuple[Value, ...], length: int = 1) -> Prim:
+    return Prim(kind, kind, [(v, v.nbytes) for v in reads], outs[0].points, 0, False, "base", length, [*outs])
+
+
+def test_a_second_round_fuses_what_the_first_made_alike() -> None:
+    """Inductor goes over the pairs until nothing fuses any more (`Scheduler.fuse_nodes`).
+
+    64 points and 8 that read the same memory have no loop in common; 64 points summed to 8 rows and the 8 have.
+    """
+    x, wide, total, few = (Value("fp32", n) for n in (512, 64, 8, 8))
+    prims = [prim("pointwise", (x,), (wide,)), prim("rows", (wide,), (total,), 8), prim("pointwise", (x,), (few,))]
+    assert len(fused_kernels(prims[::2], {wide, few})) == 2
+    assert len(fused_kernels(prims, {wide, total, few})) == 1
+
+
 def test_what_only_its_own_kernel_reads_stays_on_the_chip() -> None:
     """A row's sum that the same kernel divides by is never written; a library's kernel writes all that it makes."""
     x, total, share, product, statistics = (Value("fp32", n) for n in (64, 8, 64, 64, 8))
-
-    def prim(kind: str, reads: tuple[Value, ...], outs: tuple[Value, ...], length: int = 1) -> Prim:
-        return Prim(kind, kind, [(v, v.nbytes) for v in reads], outs[0].points, 0, False, "base", length, [*outs])
-
     prims = [
         prim("rows", (x,), (total,), 8), prim("pointwise", (x, total), (share,)),
         prim("extern", (share,), (product, statistics)),

@@ -118,4 +118,6 @@ def test_documents_of_a_row_hold_its_tokens() -> None:
         assert (of * times).sum() == pytest.approx(8192)
         assert (of**2 * times).sum() == pytest.approx(documents.pairs(8192), rel=0.01)
     assert Documents(None, 2048).number(8192) == 4
+    kinds = [len(Documents(lengths_of([*range(1, n + 1)]), 64).groups(64, 64)[0]) for n in (31, 32, 33, 300)]
+    assert kinds == [31, 32, 32, 32]  # as many lengths are told apart, more of them in slices
     assert Documents(lengths_of([10]), 2048).pairs(8000) == 8000 * 10

@@ -267,6 +267,8 @@ def axis(verdicts: str, **extra: Any) -> Crossover:
 @pytest.mark.parametrize(
     ("verdicts", "said"),
     [
+        ("f", "batch 1: faster throughout, speed-up 1.00 to 1.00"),
+        ("fs", "batch 1 to 2: faster up to 1, slower from 2 on"),
         ("fff", "batch 1 to 3: faster throughout, speed-up 1.00 to 1.00"),
         ("ffs", "batch 1 to 3: faster up to 2, slower from 3 on"),
         ("f==s", "batch 1 to 4: faster up to 1, the same at 2 to 3, slower from 4 on"),

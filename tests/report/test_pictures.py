@@ -62,15 +62,18 @@ def inside(canvas: svg.Canvas) -> bool:
     return bool(points) and all(0 <= x <= canvas.width and 0 <= y <= canvas.height for x, y in points)
 
 
-def test_a_crossing_marks_the_values_that_were_tried() -> None:
+@pytest.mark.parametrize(
+    ("axis", "values"), [("batch", [1, 2, 4, 8, 16]), ("r", [1, 2, 4, 8, 16]), ("targets", [1, 2, 3, 4, 5])]
+)
+def test_a_crossing_marks_the_values_that_were_tried(axis: str, values: list[int]) -> None:
     """A vertical line and its number for each of a few; the curve does not leave the picture."""
-    values, ratio = [1, 2, 4, 8, 16], [2.0, 1.4, 1.0, 0.8, 0.7]
+    ratio = [2.0, 1.4, 1.0, 0.8, 0.7]
     told = ["faster", "faster", "same", "slower", "slower"]
-    canvas = crossing([Crossover("batch", "", 4, values, ratio, told, [True] * 5, [True] * 4 + [False])], ["LoRA"])
+    canvas = crossing([Crossover(axis, "", 4, values, ratio, told, [True] * 5, [True] * 4 + [False])], ["LoRA"])
     upright = [x1 for x1, x2 in attributes(canvas, "line", "x1", "x2") if x1 == x2]
     assert len(upright) == len(values)
     steps = np.diff([float(x) for x in upright])
-    assert steps == pytest.approx(steps[0], rel=0.01)  # doublings are equally far apart
+    assert steps == pytest.approx(steps[0], rel=0.01)  # doublings are equally far apart, and targets
     numbers = [re.sub("<.*?>", "", shape) for shape in canvas.shapes if shape.startswith("<text")]
     assert {str(v) for v in values} <= set(numbers)
     assert inside(canvas)

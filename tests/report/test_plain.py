@@ -73,6 +73,13 @@ def test_what_words_alone_cannot_fit_is_broken_in_the_text(monkeypatch: pytest.M
     ]  # fmt: skip
 
 
+def test_times_of_a_column_have_three_digits_where_the_longest_is() -> None:
+    """Their points line up; a fourth digit would claim more than a prediction knows."""
+    assert units.alike([0.4561, 0.0123]) == ["456", "12", "ms"]
+    assert units.alike([4.561e-6, 0.0]) == ["4.56", "0.00", "us"]
+    assert units.alike([0.4561], digits=4) == ["456.1", "ms"]
+
+
 def test_styles_go_only_to_terminals(capsys: pytest.CaptureFixture[str]) -> None:
     """Files and pipes stay free of escapes."""
     show(f"a {style('bold', bold=True)} word", colour="red")

@@ -23,14 +23,16 @@ from perfmodel.architectures import Config
 from perfmodel.cli import main
 from perfmodel.devices import profile
 from perfmodel.questions.anatomy import PARTS
+from perfmodel.questions.crossover import Crossover
 from perfmodel.questions.explanation import Bar
 from perfmodel.questions.roofline import longest_kernels, roof
-from perfmodel.report import explained
+from perfmodel.report import exhibits, explained
 from perfmodel.report.charts.roofline import GROUPS
-from perfmodel.report.figures import figures
+from perfmodel.report.figures import figures, setup_line
 from perfmodel.report.page import report
 from perfmodel.report.pictures import draw_explanation
 from perfmodel.report.svg import typeset
+from perfmodel.setup import Setup
 
 METHODS = ("full", "lora:r=8,targets=all-linear", "top_k:k=4")
 SETUP: dict[str, Any] = {"device": "a100-80gb-sxm", "batch": 4, "seq": 512}
@@ -215,7 +217,9 @@ def test_what_is_summed_up_in_the_terminal_is_not_listed_as_well(monkeypatch: py
     e: Any = SimpleNamespace(waterfall=bars, before=before, after=after)
     shown = [line.split("  ")[0] for line in explained._waterfall(e).splitlines()]
     assert shown == ["from A to B", *(bar.name for bar in bars[:2]), "what hardly changes", "step"]
-    assert units.signed(at_limit / 2) in explained._waterfall(e).splitlines()[-2]
+    *_, rest, total = explained._waterfall(e).splitlines()
+    assert units.signed(at_limit / 2) in rest
+    assert total.split() == ["step", "1024", "s", "960", "s", "-64.0", "s"]
 
 
 def test_the_roofline_holds_all_kernels() -> None:
@@ -231,6 +235,15 @@ def test_the_roofline_holds_all_kernels() -> None:
     over = roof(e.on, found)
     assert over.peaks == {"bf16": e.on.hardware.peak("bf16"), "fp32": e.on.hardware.peak("fp32")}
     assert all(k.rate <= over.peaks[k.dtype] for k in products if k.part != "attention")
+
+
+@pytest.mark.parametrize(("methods", "keys"), [(["A"], []), (["A", "B"], ["A", "B"])])
+def test_lines_of_one_picture_are_told_apart_by_a_legend(methods: list[str], keys: list[str]) -> None:
+    """Two lines without a key are guesswork; one line has its name in the sentence below."""
+    line = Crossover("batch", "", 1, [1, 2], [1.2, 1.1], ["faster"] * 2, [True] * 2, [True] * 2)
+    told: Any = [SimpleNamespace(labels=("full", method), crossovers=[line]) for method in methods]
+    (picture,) = exhibits.crossings(told)["crossings"]
+    assert [key["name"] for key in picture["legend"]] == keys
 
 
 def test_the_picture_is_a_file_of_its_own(tmp_path: Path) -> None:
@@ -300,6 +313,11 @@ def test_the_best_is_marked_among_those_that_fit() -> None:
         assert not cells[0].best, name
     assert sum(cell.best for cell in rows["step"]) == 1
     assert not any(cell.best for cell in rows["fits"])
+
+
+def test_a_usual_setup_is_told_in_three_words() -> None:
+    """What is as always would hide what is not."""
+    assert setup_line(Setup(batch=4, seq=512)) == "batch 4 x 512 tokens, bf16, adamw"
 
 
 @pytest.mark.parametrize(
