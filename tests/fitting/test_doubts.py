@@ -38,6 +38,13 @@ def test_what_rows_tell_elsewhere_is_not_put_back() -> None:
     assert (found.tolist(), doubts) == ([1.5], judging.Doubts())
 
 
+@pytest.mark.parametrize("told", [lambda z: np.minimum(np.exp(z), 1.0), lambda z: np.maximum(np.exp(z), 1.0)])
+def test_what_rows_tell_on_one_side_of_the_usual_is_told(told: Any) -> None:
+    """A cost that shows only above what is usual, or only below, was measured: it is not named as left alone."""
+    limits = np.array([-2.0]), np.array([2.0])
+    assert judging.settled("a", np.zeros(1), np.zeros(1), limits, told) == (np.zeros(1), judging.Doubts())
+
+
 def test_a_gemm_fit_names_what_it_cannot_reach_and_what_it_does_not_search(kernels: Path) -> None:
     """Products at a twentieth of the peak, where a fifth is the least that a fit may find."""
     rows, hw, begin = gemm.gemm_rows(kernels, H100, "bf16"), judging.hardware(H100), gemm.starting_point(H100, "bf16")

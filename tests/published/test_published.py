@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from perfmodel.cli import main
 from perfmodel.prediction.memory import reserved_bounds
 from validate.published import steps
+from validate.published.reasons import FAR
 from validate.published.show_steps import _print_published
 from validate.published.steps import StepOutcome, evaluate_rows, published_steps, row_pairs, summarise_rows
 
@@ -69,7 +70,13 @@ def test_the_readme_has_the_table_that_the_command_prints(
     """The figures have one home: a table copied once would outlive the model that it was of."""
     monkeypatch.setenv("COLUMNS", "100")
     _print_published(outcomes, check, summarise_rows(check), all_rows=False)
-    table = capsys.readouterr().out.split("ratio, memory:")[0]
+    printed = capsys.readouterr().out
+    far = {o.row.id for o in outcomes if abs(o.error) > FAR}
+    assert {line.partition(": ")[0] for line in printed.splitlines() if ": " in line} & {
+        o.row.id for o in outcomes
+    } == far
+    assert far
+    table = printed.split("ratio, memory:")[0]
     assert "".join(f"    {line.rstrip()}\n" for line in table.splitlines()) in README
 
 

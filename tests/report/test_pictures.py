@@ -14,6 +14,7 @@ from perfmodel import UserError, compare, explain, predict
 from perfmodel.devices import profile
 from perfmodel.questions.crossover import Crossover
 from perfmodel.questions.roofline import longest_kernels, roof
+from perfmodel.questions.speedup import SAME
 from perfmodel.report import svg
 from perfmodel.report.charts import NARROW, WIDE
 from perfmodel.report.charts.crossing import crossing
@@ -77,6 +78,18 @@ def test_a_crossing_marks_the_values_that_were_tried(axis: str, values: list[int
     numbers = [re.sub("<.*?>", "", shape) for shape in canvas.shapes if shape.startswith("<text")]
     assert {str(v) for v in values} <= set(numbers)
     assert inside(canvas)
+
+
+def test_the_band_of_a_crossing_holds_what_counts_as_the_same() -> None:
+    """A curve inside of it has no verdict: half the band would decide what the words leave open."""
+    ratio, told = [2.0, 1.0, 0.5], ["faster", "same", "slower"]
+    canvas = crossing([Crossover("batch", "", 1, [1, 2, 4], ratio, told, [True] * 3, [True] * 3)], ["LoRA"])
+    names = [re.sub("<.*?>", "", shape) for shape in canvas.shapes if shape.startswith("<text")]
+    at = {name: float(y) for name, (y,) in zip(names, attributes(canvas, "text", "y"), strict=True)}
+    top, height = map(float, attributes(canvas, "rect", "y", "height")[0])
+    octave = at["1×"] - at["2×"]
+    assert height == pytest.approx(2 * octave * np.log2(1 + SAME), rel=0.02)
+    assert top + height / 2 == pytest.approx(at["1×"] - 4, abs=0.2)
 
 
 @pytest.mark.parametrize(("count", "all_marked"), [(2, True), (12, True), (13, False), (40, False)])
