@@ -120,9 +120,9 @@ def test_an_encoder_has_no_such_objective(objective: str) -> None:
         predict("bert-large", "full", device="l40s", seq=64, objective=objective)
 
 
-def test_a_trace_knows_the_models_own_loss_only() -> None:
-    with pytest.raises(UserError, match="--traced cannot follow --objective dpo"):
-        check_setup(Setup(objective="dpo"))
+def test_a_trace_knows_few_objectives() -> None:
+    with pytest.raises(UserError, match="--traced cannot follow --objective kto: use sft, dpo, grpo"):
+        check_setup(Setup(objective="kto"))
 
 
 def test_every_question_takes_an_objective() -> None:
