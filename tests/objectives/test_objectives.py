@@ -100,6 +100,7 @@ REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("prompt_tuning:tokens=4", {"objective": "dpo"}, "objective dpo with virtual tokens (prompt_tuning)"),
     ("full", {"objective": "dpo", "reference": "adapter-off"}, "reference adapter-off: full has no adapters"),
     ("full", {"objective": "orpo", "reference": "model"}, "reference model: orpo compares with none"),
+    ("full", {"objective": "asft", "reference": "precomputed"}, "reference precomputed: asft takes more of it"),
     ("full", {"objective": "dpo", "prompt": 32}, "prompt 32: dpo has logits of prompts too"),
     ("full", {"objective": "grpo", "prompt": 64}, "prompt 64 leaves nothing of seq 64 to a completion"),
     ("full", {"objective": "dpo", "seq": 1}, "no token of seq 1 is predicted by another"),
