@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..tracing.setups import OBJECTIVES
+
 if TYPE_CHECKING:
     from ..imports import Imported
 
@@ -74,6 +76,8 @@ def followed(options: dict[str, Any], of_config: set[str]) -> tuple[dict[str, An
         if name in of_config and made.get(name) == asked:
             made[name] = instead
             said.append((name, words))
+    if "objective" in of_config and made.get("objective") in OBJECTIVES[1:]:
+        said.append(("objective", "without what its trainer logs"))
     return made, said
 
 

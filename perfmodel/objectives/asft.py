@@ -14,7 +14,7 @@ from ..tape.gather import picked
 from ..tape.nn import log_softmax, softmax, token_losses
 from ..tape.pointwise import add, cast, mul, neg, sub, unary
 from ..tape.scores import mean_all, sum_all
-from ..tape.shape import clone, view
+from ..tape.shape import contiguous, view
 from ..tape.tensor import Tensor
 from .parts.base import Objective, Passes, objective
 from .parts.logps import without_first, without_last
@@ -34,8 +34,8 @@ class Asft(Objective):
         outputs = passes.logits_and_loss(input_ids, attention_mask, labels)
         tape().begin("loss", "forward")
         logits = cast(outputs[0], "fp32")
-        shift_logits, shift_labels = clone(without_last(logits)), clone(without_first(labels))
-        shift_ref_logits = clone(without_last(ref_logits))
+        shift_logits, shift_labels = contiguous(without_last(logits)), contiguous(without_first(labels))
+        shift_ref_logits = contiguous(without_last(ref_logits))
         shift_logits, shift_ref_logits = _flat(shift_logits), _flat(shift_ref_logits)
         shift_labels = view(shift_labels, (shift_labels.numel,))
         dft_loss = _weighted(shift_logits, shift_labels)

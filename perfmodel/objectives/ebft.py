@@ -39,11 +39,14 @@ class Ebft(Objective):
     def loss(self, passes: Passes) -> Tensor:
         full_sequences, attn_mask = passes.tensor(), passes.tensor()
         generated = full_sequences.shape[1] - passes.setup.prompt_tokens
-        keep = generated + 1 if isinstance(passes.method, Targeted) else None
+        adapters = isinstance(passes.method, Targeted)
+        keep = generated + 1 if adapters else None
         logits = passes.logits(full_sequences, attn_mask, keep)
         tape().begin("loss", "forward")
-        per_token_logps = _of_generated(logits, without_first(full_sequences), generated)
+        per_token_logps, chunk_logits = _of_generated(logits, without_first(full_sequences), generated)
         del logits
+        if adapters:  # else Python holds on to the last chunk, and with it to all logits, until the loss returns
+            del chunk_logits
         action_mask = fill("zeros", per_token_logps.shape, "bool")
         part = narrow(action_mask, 1, generated)
         record("fill_.Tensor", (part, _number("bool")), (part,))
@@ -62,19 +65,18 @@ class Ebft(Objective):
         return loss
 
 
-def _of_generated(logits: Tensor, shift_labels: Tensor, generated: Dim) -> Tensor:
-    """Log-probabilities (rollouts, seq - 1) of generated tokens, 0 for those of documents."""
+def _of_generated(logits: Tensor, shift_labels: Tensor, generated: Dim) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (rollouts, seq - 1) of generated tokens, 0 for those of documents; the last chunk of logits."""
     region_logits, region_labels = narrow(without_last(logits), 1, generated), narrow(shift_labels, 1, generated)
     per_token_logps = fill("zeros", shift_labels.shape, "fp32")
-    count = only(generated)
+    count, chunk_logits = only(generated), region_logits
     for i in range(0, count, CHUNK):
         here = min(CHUNK, count - i)
         chunk_logits = region_logits if here == count else _last(region_logits, here)
         chunk_lp = log_softmax(cast(chunk_logits, "fp32"))
         value = squeeze(gather_last(chunk_lp, unsqueeze(_last(region_labels, here), -1)), -1)
         per_token_logps = put_in_part(per_token_logps, partial(_last, count=here), value)
-    del chunk_lp, chunk_logits
-    return per_token_logps
+    return per_token_logps, chunk_logits
 
 
 def _number(dtype: str) -> Tensor:

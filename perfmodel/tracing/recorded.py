@@ -43,6 +43,7 @@ from .setups import check_setup
 PACKAGES = ("torch", "transformers", "peft")
 # fields of a setup that change what is traced
 OF_PROGRAM = ("dtype", "amp", "checkpoint", "attention", "padded", "images", "image_size")
+OF_OBJECTIVE = ("objective", "reference", "prompt")
 MOST_TRACED = 4  # sizes of a grid that are traced one by one where they do not follow from each other
 
 
@@ -147,6 +148,8 @@ class Store:
         check_setup(setup)
         single: dict[str, Any] = {f.name: only(v) for f in fields(method) if _is_array(v := getattr(method, f.name))}
         method = replace(method, **single)
+        if setup.objective != "sft":  # rows of logits are gone through one by one
+            return self._fixed(method, setup, kind, capability, self._inputs(method, setup, kind, capability))
         region = region_of(setup, self.facts.limits)
         entry = {"region": str(region), **self._inputs(method, setup, kind, capability)}
         found = self._read(entry)
@@ -195,6 +198,7 @@ class Store:
             "method": method.text if isinstance(method, PeftAdapter) else method.spec(),
             "setup": {name: getattr(setup, name) for name in OF_PROGRAM},
             "accumulated": setup.grad_accum > 1,
+            **({name: getattr(setup, name) for name in OF_OBJECTIVE} if setup.objective != "sft" else {}),
             "dispatch": dispatch_class(kind, capability),
         }
 

@@ -3,6 +3,8 @@
 from ..errors import UserError
 from ..setup import Setup
 
+OBJECTIVES = ("sft", "dpo", "grpo")  # whose loss can be traced; of others than the model's own without what is logged
+
 
 def check_setup(setup: Setup) -> None:
     """Raise `UserError` where a setup asks for what a trace on the CPU cannot follow."""
@@ -14,8 +16,8 @@ def check_setup(setup: Setup) -> None:
         raise UserError(f"--traced cannot follow --engine {setup.engine}: it traces the program without an engine")
     if setup.kernels != "torch":
         raise UserError(f"--traced cannot follow --kernels {setup.kernels}; use kernels torch")
-    if setup.objective != "sft":
-        raise UserError(f"--traced cannot follow --objective {setup.objective}: it traces the model's own loss")
+    if setup.objective not in OBJECTIVES:
+        raise UserError(f"--traced cannot follow --objective {setup.objective}: use {', '.join(OBJECTIVES)}")
     if setup.within_documents:
         raise UserError(f"--traced cannot follow --packing {setup.packing}; use packing dense")
     if setup.compile != "none":

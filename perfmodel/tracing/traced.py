@@ -35,6 +35,7 @@ from .parameters import parameters_of
 from .programs import adapt as adapters
 from .programs import diffusion
 from .programs.choose import in_one_line
+from .programs.objectives import loss_of
 from .programs.stacks import stacks
 from .regions import Region
 from .setups import check_setup
@@ -100,8 +101,10 @@ def trace_model(
         prepare(model, setup)
 
         def make(here: Setup) -> Loss:
-            inputs = {**family.inputs(base, here, "cpu"), **adapters.inputs_of(model, int(here.batch))}
-            return lambda: family.loss(model, inputs)
+            rows = replace(here, batch=here.sequences)
+            inputs = {**family.inputs(base, rows, "cpu"), **adapters.inputs_of(model, int(rows.batch))}
+            loss = loss_of(here, model, family.loss)
+            return lambda: loss(inputs)
 
         sizes = region.sizes(lengths=family.reads_length) if region else None
         here = capability if kind == "cuda" else None

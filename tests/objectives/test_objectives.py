@@ -100,6 +100,7 @@ REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("prompt_tuning:tokens=4", {"objective": "dpo"}, "objective dpo with virtual tokens (prompt_tuning)"),
     ("full", {"objective": "dpo", "reference": "adapter-off"}, "reference adapter-off: full has no adapters"),
     ("full", {"objective": "orpo", "reference": "model"}, "reference model: orpo compares with none"),
+    ("full", {"objective": "asft", "reference": "precomputed"}, "reference precomputed: asft takes more of it"),
     ("full", {"objective": "dpo", "prompt": 32}, "prompt 32: dpo has logits of prompts too"),
     ("full", {"objective": "grpo", "prompt": 64}, "prompt 64 leaves nothing of seq 64 to a completion"),
     ("full", {"objective": "dpo", "seq": 1}, "no token of seq 1 is predicted by another"),
@@ -120,9 +121,9 @@ def test_an_encoder_has_no_such_objective(objective: str) -> None:
         predict("bert-large", "full", device="l40s", seq=64, objective=objective)
 
 
-def test_a_trace_knows_the_models_own_loss_only() -> None:
-    with pytest.raises(UserError, match="--traced cannot follow --objective dpo"):
-        check_setup(Setup(objective="dpo"))
+def test_a_trace_knows_few_objectives() -> None:
+    with pytest.raises(UserError, match="--traced cannot follow --objective kto: use sft, dpo, grpo"):
+        check_setup(Setup(objective="kto"))
 
 
 def test_every_question_takes_an_objective() -> None:

@@ -39,6 +39,8 @@ def ebft(run: Run) -> torch.Tensor:
         each[:, start + i : start + i + part.shape[1]] = logs.gather(-1, target.unsqueeze(-1)).squeeze(-1)
         del logs
     del logits, generated
+    if run.reference is None:
+        del part
     flags = torch.zeros(each.shape, dtype=torch.bool)
     flags[:, start:] = True
     with run.without_gradient() as model:

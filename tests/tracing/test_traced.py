@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from helpers import config_of, setup_of
+from helpers import by_phase, config_of, setup_of
 
 pytest.importorskip("peft")
 
@@ -24,6 +24,7 @@ from perfmodel.setup import Setup
 from perfmodel.tracing import recorded, traced
 
 NAMES = ("llama", "gpt2", "opt", "gpt_neo", "bert", "gpt_neox")
+OF_REFERENCE = {"objective": "grpo", "reference": "adapter-off", "prompt": 8}
 METHODS = ("full", "lora:r=4", "lora:r=4,targets=all-linear,dropout=0.1", "ia3")
 
 
@@ -99,6 +100,16 @@ def test_cerebras_gpt_is_a_gpt2_whose_gelu_is_one_op() -> None:
     real, tape = both("gpt2", "lora:r=4", setup_of("gpt2", batch=2, seq=16), "cuda", activation_function="gelu")
     for phase in ("forward", "backward"):
         assert ops(real, phase) == ops(tape, phase)
+
+
+@pytest.mark.parametrize("objective", [{"objective": "dpo"}, {"objective": "grpo"}, OF_REFERENCE])
+@pytest.mark.parametrize("precision", [{}, {"dtype": "fp32", "amp": "bf16"}])
+def test_an_objective_makes_the_tapes_products(objective: dict[str, Any], precision: dict[str, Any]) -> None:
+    """Pairs, the reference and the logits that are kept: each is a good part of the step."""
+    taken = Setup(batch=2, seq=33, attention="sdpa", grad_accum=2, **objective, **precision)
+    built, taped = both("llama", "lora:r=4", taken, "cuda")
+    assert by_phase(built) == by_phase(taped)
+    assert built.weight_bytes == taped.weight_bytes
 
 
 def test_the_update_follows_from_the_list_of_parameters() -> None:

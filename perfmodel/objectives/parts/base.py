@@ -109,6 +109,8 @@ class Objective:
         """Raise `UserError` for what is not modelled together with the objective."""
         if setup.reference != "auto" and not self.compares:
             raise UserError(f"reference {setup.reference}: {self.name} compares with none; leave it out")
+        if setup.reference == "precomputed" and self.reference_in_amp:
+            raise UserError(f"reference precomputed: {self.name} takes more of it than log-probabilities; leave it out")
         if setup.prompt is not None and self.name not in GENERATED:
             raise UserError(f"prompt {setup.prompt}: {self.name} has logits of prompts too; leave it out")
         if self.name == "sft":
