@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from parameter_counts import IN_BILLIONS
 from test_traced import ops
 
 pytest.importorskip("peft")
@@ -18,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from perfmodel import UserError, cli, predict_module
-from perfmodel.architectures import Config
+from perfmodel.architectures import Config, load
 from perfmodel.calls.costs import products
 from perfmodel.devices import profile
+from perfmodel.devices.device import profile_of
+from perfmodel.prediction.notes import notes_on
 from perfmodel.program.op import Op, Spec
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
@@ -93,6 +96,20 @@ def test_a_target_that_no_layer_has_is_refused() -> None:
         traced.of_method(config_of("t5"), "lora:targets=q_porj", SETUP)
     with pytest.raises(UserError, match=r"paths are like encoder\.block\.0\.layer\.0\.SelfAttention\.q$"):
         traced.of_method(config_of("t5"), "lora:targets=/q_porj/", SETUP)
+
+
+def test_of_several_targets_those_that_no_layer_has_are_left_out() -> None:
+    """As peft does: examples name Llama's layers for models that have others, such as DeepSeek's latent attention."""
+    step, _ = traced.of_method(config_of("t5"), "lora:r=4,targets=q+v_proj", SETUP)
+    assert step.trainable == (12 + 2 * 14) * 4 * (32 + 32)
+    assert any("called v_proj" in note for note in notes_on(step, profile_of("h100-sxm"), {}, 1.0))
+
+
+@pytest.mark.parametrize(("name", "billions"), IN_BILLIONS.items())
+def test_bundled_models_that_are_traced_have_their_published_size(name: str, billions: float) -> None:
+    """The first figure a user compares; it also fixes every width of the model."""
+    model = programs.build_model(load(name), SETUP)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(billions * 1e9, rel=0.01)
 
 
 def test_layers_of_several_kinds_are_told_apart() -> None:
