@@ -13,11 +13,14 @@ from helpers import architecture_of, config_of, setup_of, step_of
 
 pytest.importorskip("peft")
 
+import torch
+
 from perfmodel import methods
 from perfmodel.calls import costs
 from perfmodel.errors import UserError
 from perfmodel.program.op import Op
 from perfmodel.recording.record import build
+from perfmodel.tracing.programs import models
 from validate.oracle import counts
 from validate.oracle.cases import Case
 
@@ -100,6 +103,17 @@ def test_the_tape_equals_the_real_program(name: str, method: str, setup: dict[st
     result = counts.compare_case(Case(config_of(name), method, setup_of(name, **setup)))
     assert result.calls > 0
     assert result.differences == []
+
+
+@pytest.mark.parametrize("method", ["lora:r=4", "vera:r=4"])
+def test_the_real_adapters_have_the_dtype_that_was_asked_for(method: str) -> None:
+    """PEFT knows fp32 and the base's dtype only; what VeRA's layers share is asked for as well."""
+    architecture, parsed = architecture_of("llama"), methods.parse(f"{method},adapter_dtype=bf16")
+    base = models.build_model(config_of("llama"), setup_of("llama", dtype="fp32"))
+    adapted = models.apply_method(base, parsed.bind(architecture), architecture)
+    shared = [b.dtype for name, b in adapted.named_buffers() if "vera_" in name]
+    assert {p.dtype for p in adapted.parameters() if p.requires_grad} | {*shared} == {torch.bfloat16}
+    assert len(shared) == (2 if "vera" in method else 0)
 
 
 @pytest.mark.parametrize("method", ANY_MODEL + LINEAR_ONLY)
