@@ -8,6 +8,7 @@ from ..methods.lora import TOGETHER
 from ..methods.parts.targeted import ALL_LINEAR, is_pattern
 from . import packing
 from .fields import (
+    ALL_OF_LIGER,
     FLASH,
     FLASH_2_FOR_3,
     OPTIMIZERS,
@@ -282,5 +283,5 @@ def _kernels(keys: Keys) -> str:
         return "torch"
     if len(on) < len(LIGER):
         missing = [key for key in LIGER if key not in on]
-        keys.differ(f"all of Liger's kernels ({', '.join(missing)} too)")
+        keys.differ(f"{ALL_OF_LIGER} ({', '.join(missing)} too)")
     return "liger"
