@@ -8,6 +8,7 @@ from ..methods.lora import TOGETHER
 from ..methods.parts.targeted import ALL_LINEAR, is_pattern
 from . import packing
 from .fields import (
+    ALL_OF_LIGER,
     FLASH,
     FLASH_2_FOR_3,
     OPTIMIZERS,
@@ -35,7 +36,9 @@ PLAIN_ADAPTERS = ("rl", "nvfp4_merge_aware", "trust_remote_code")  # keys beside
 FUSES = ("lora", "rslora", "loraplus", "pissa")  # methods that have Unsloth's kernels here
 RECOMPUTED = "blocks recomputed, in the place of offloaded activations"  # beside adapters offloading stands alone
 LISA_STATES = "a new optimizer at each switch of blocks; Axolotl keeps the states of all blocks drawn so far"
-STACKED = "transformers' own code of the model, whose experts are stacked and stay in 16 bit"  # the hub's are layers
+# Models whose repositories bring code of their own, in which experts are linear layers
+OWN_CODE = re.compile(r"kimi-?linear|deepseek-?v2|deepseek-?v3(?!\.2)", re.IGNORECASE)
+STACKED = "transformers' own code of the model, whose experts are stacked"
 LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy")
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", "fp8": None, "sage": None, **FLASH}
 ATTENTION_INSTEAD = {"xformers": "attention of PyTorch, not xformers'", "flex_attention": "sdpa, not flex attention"}
@@ -157,6 +160,9 @@ def _checkpoint(keys: Keys, *, checkpoints: bool) -> str:
 
 
 def _method(keys: Keys, adapter: str | None, dtype: str) -> str:
+    if keys.values.get("trust_remote_code") and OWN_CODE.search(str(keys.get("base_model"))):
+        in_few_bits = keys.values.get("load_in_4bit") or keys.values.get("load_in_8bit")
+        keys.differ(STACKED + (" and stay in 16 bit" if in_few_bits else ""), "trust_remote_code")
     if adapter is None:
         return _full(keys)
     if adapter not in ("lora", "qlora"):
@@ -175,9 +181,6 @@ def _method(keys: Keys, adapter: str | None, dtype: str) -> str:
     )  # fmt: skip
     if name in ("qlora", "lora_8bit") and re.search(r"falcon-?h1", str(keys.get("base_model")), re.IGNORECASE):
         keys.differ("every linear layer of a block quantised, out_proj too")
-    own_code = keys.values.get("trust_remote_code") and re.search(r"kimi-?linear", str(keys.get("base_model")), re.I)
-    if name in ("qlora", "lora_8bit") and own_code:
-        keys.differ(STACKED, "trust_remote_code")
     keys.used.add("unfrozen_parameters")  # PEFT freezes all but the adapters after it
     linear = keys.flag("lora_target_linear")  # joined by the named ones, which are linear layers too
     named = as_targets(keys, "lora_target_modules")
@@ -280,5 +283,5 @@ def _kernels(keys: Keys) -> str:
         return "torch"
     if len(on) < len(LIGER):
         missing = [key for key in LIGER if key not in on]
-        keys.differ(f"all of Liger's kernels ({', '.join(missing)} too)")
+        keys.differ(f"{ALL_OF_LIGER} ({', '.join(missing)} too)")
     return "liger"

@@ -8,12 +8,13 @@ from typing import Any
 from ..errors import UserError
 from ..resources import mapping, parsed, read_json, read_text
 from . import adapter, axolotl, llama_factory, llama_factory_v1, meanings, peft_benchmark, trainer
-from .fields import ACROSS_SAMPLES, FLASH_2_FOR_3, UNDER_ZERO_3
+from .fields import ACROSS_SAMPLES, ALL_OF_LIGER, FLASH_2_FOR_3, UNDER_ZERO_3
 from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
 from .packing import UNKNOWN
 
-SAID_OF = {"attention": FLASH_2_FOR_3, "engine": UNDER_ZERO_3}  # what is said of a setup's field that holds no more
+# What is said of a setup's field that holds no more where the field has another value
+SAID_OF = {"attention": FLASH_2_FOR_3, "engine": UNDER_ZERO_3, "kernels": ALL_OF_LIGER}
 DIFFERS = "not the file's step as it is: "
 
 

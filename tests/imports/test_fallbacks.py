@@ -96,9 +96,21 @@ def test_unfrozen_parameters_are_one_regex(tmp_path: Path, patterns: list[str], 
     assert any("block_sparse_moe as mlp" in said for said in found.differences) == renamed
 
 
-def test_what_is_answered_is_said_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "answered", "instead_of"),
+    [
+        (
+            "base_model: openai/gpt-oss-20b\nattn_implementation: flash_attention_3\n",
+            "eager attention, not flash2", "flash-attn 2, not 3",
+        ),
+        (
+            "base_model: THUDM/glm-4-9b-hf\nplugins: [LigerPlugin]\nliger_rms_norm: true\n",
+            "PyTorch's kernels, not Liger's", "all of Liger's kernels",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_answered_is_said_once(tmp_path: Path, text: str, answered: str, instead_of: str) -> None:
     """Two answers in the place of one key contradict each other."""
-    text = f"base_model: openai/gpt-oss-20b\n{LORA}{LINEAR}attn_implementation: flash_attention_3\n"
-    out = asked(tmp_path, text)
-    assert "eager attention, not flash2" in out
-    assert "flash-attn 2, not 3" not in out
+    out = asked(tmp_path, text + LORA + LINEAR)
+    assert answered in out
+    assert instead_of not in out

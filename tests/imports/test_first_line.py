@@ -51,6 +51,9 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
         "axolotl", "transformers' own code of the model, whose experts are stacked and stay in 16 bit "
         "(trust_remote_code)",
     ),
+    "base_model: deepseek-ai/DeepSeek-V2-Lite\ntrust_remote_code: true": (
+        "axolotl", "transformers' own code of the model, whose experts are stacked (trust_remote_code)",
+    ),
     "processor_type: AutoProcessor": ("axolotl", "batches of text, without images or sound (processor_type)"),
     "fp8: true": ("axolotl", "products in bf16, not in fp8 (fp8)"),
     "qat: {weight_dtype: int8}": ("axolotl", "without fake quantisation (qat)"),
