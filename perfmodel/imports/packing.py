@@ -13,6 +13,10 @@ from .keys import Keys
 UNKNOWN = "documents as long as a row (--lengths says how long they are)"
 APART = "packed rows apart, each under its mask, not all in one row"
 FLATTENING = "auto"  # Axolotl's `batch_flattening` where it can
+KNOWING = frozenset((  # attention that knows documents, by Axolotl (utils/schemas/enums.py)
+    "flash_attention_2", "flash_attention_3", "flex_attention", "xformers", "sage", "kernels-community/flash-attn2",
+    "kernels-community/flash-attn3", "kernels-community/sage-attention",
+))  # fmt: skip
 MASK = "the mask of packed documents is made on the device; LLaMA-Factory's collator makes it on the host"
 TELL_LENGTHS = "give --lengths (or --seq the mean length)"
 
@@ -29,7 +33,7 @@ def packed_by_axolotl(keys: Keys, setup: dict[str, Any], asked_attention: str | 
     eager attention, where they are named, get rows without a mask; where none is named the mask stays, and documents
     see each other.
     """
-    knows = asked_attention not in (None, "sdpa", "eager", "fp8")
+    knows = asked_attention in KNOWING
     real = keys.flag("multipack_real_batches", not knows)
     flattening = keys.get("batch_flattening")
     if keys.get("sample_packing") not in (None, False):
