@@ -153,6 +153,9 @@ def _checkpoint(keys: Keys, *, checkpoints: bool) -> str:
         if not keys.values.get("adapter"):
             return "block"  # torch's wrapper of blocks (`_apply_activation_checkpointing`)
         keys.differ(RECOMPUTED, "activation_offloading" if offloading else "gradient_checkpointing")
+    if re.search(r"gemma-?4", str(keys.get("base_model")), re.IGNORECASE):
+        keys.used.add("gradient_checkpointing_kwargs")
+        return "block"  # never reentrant, whatever is said
     plain = not keys.values.get("unfrozen_parameters") and not keys.values.get("rl")
     if keys.get("gradient_checkpointing_kwargs") is None and plain:
         return "block-reentrant"
