@@ -38,6 +38,8 @@ RECOMPUTED = "blocks recomputed, in the place of offloaded activations"  # besid
 LISA_STATES = "a new optimizer at each switch of blocks; Axolotl keeps the states of all blocks drawn so far"
 # Models whose repositories bring code of their own, in which experts are linear layers
 OWN_CODE = re.compile(r"kimi-?linear|deepseek-?v2|deepseek-?v3(?!\.2)", re.IGNORECASE)
+# Models whose embeddings and norms have names that Axolotl does not know (`get_linear_embedding_layers`, "norm")
+UNNAMED = re.compile(r"gpt-?j|gpt-?2|cerebras-gpt|starcoder(?!2)|mpt-|bloom", re.IGNORECASE)
 STACKED = "transformers' own code of the model, whose experts are stacked"
 LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy")
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", "fp8": None, "sage": None, **FLASH}
@@ -110,11 +112,16 @@ def _check(keys: Keys, adapter: str | None) -> None:
 
 
 def _keeps_fp32(keys: Keys, adapter: str | None, dtype: str | None) -> bool:
-    """Whether embeddings and norms of a 16-bit model are upcast and stay so (`_configure_embedding_dtypes`)."""
+    """Whether embeddings and norms of a 16-bit model are upcast and stay so (`_configure_embedding_dtypes`).
+
+    On a base in few bits PEFT upcasts them, and those that Axolotl finds by their names are cast back.
+    """
     plain = _asked_attention(keys) in (None, "eager", "sdpa")
     back = ("fsdp", "fsdp_config", "cut_cross_entropy")  # what casts them back, beside adapters and other attentions
     cast_back = adapter is not None or not plain or any(keys.values.get(key) for key in back)
-    return dtype is not None and not cast_back
+    sharded = any(keys.values.get(key) for key in back[:2])
+    unnamed = low_bits(keys) is not None and not sharded and UNNAMED.search(str(keys.get("base_model"))) is not None
+    return dtype is not None and (unnamed or not cast_back)
 
 
 def _dtype(keys: Keys) -> str | None:
