@@ -40,7 +40,8 @@ LISA_STATES = "a new optimizer at each switch of blocks; Axolotl keeps the state
 OWN_CODE = re.compile(r"kimi-?linear|deepseek-?v2|deepseek-?v3(?!\.2)", re.IGNORECASE)
 # Models whose embeddings and norms have names that Axolotl does not know (`get_linear_embedding_layers`, "norm")
 UNNAMED = re.compile(r"gpt-?j|gpt-?2|cerebras-gpt|starcoder(?!2)|mpt-|bloom", re.IGNORECASE)
-STACKED = "transformers' own code of the model, whose experts are stacked"
+PLAIN_CODE = "transformers' own code of the model, whose experts are stacked"
+STACKED = f"{PLAIN_CODE} and stay in 16 bit"
 LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy")
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", "fp8": None, "sage": None, **FLASH}
 ATTENTION_INSTEAD = {"xformers": "attention of PyTorch, not xformers'", "flex_attention": "sdpa, not flex attention"}
@@ -172,7 +173,7 @@ def _checkpoint(keys: Keys, *, checkpoints: bool) -> str:
 def _method(keys: Keys, adapter: str | None, dtype: str) -> str:
     if keys.values.get("trust_remote_code") and OWN_CODE.search(str(keys.get("base_model"))):
         in_few_bits = keys.values.get("load_in_4bit") or keys.values.get("load_in_8bit")
-        keys.differ(STACKED + (" and stay in 16 bit" if in_few_bits else ""), "trust_remote_code")
+        keys.differ(STACKED if in_few_bits else PLAIN_CODE, "trust_remote_code")
     if adapter is None:
         return _full(keys)
     if adapter not in ("lora", "qlora"):
