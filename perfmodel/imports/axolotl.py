@@ -8,6 +8,7 @@ from ..methods.lora import TOGETHER
 from ..methods.parts.targeted import ALL_LINEAR, is_pattern
 from . import packing
 from .fields import (
+    ALL_FUSED,
     ALL_OF_LIGER,
     FLASH,
     FLASH_2_FOR_3,
@@ -230,7 +231,7 @@ def _fused(keys: Keys, method: str, targets: tuple[str, ...]) -> bool:
         keys.differ("without fused kernels for adapters" + ("" if on else ", Axolotl's default"), *on)
         return False
     if on and len(on) < len(FUSED[0]):
-        keys.differ("fused kernels for all adapters", *on)
+        keys.differ(ALL_FUSED, *on)
     return True
 
 
