@@ -165,6 +165,12 @@ def _of_config(name: str) -> bool:
     return click.get_current_context().get_parameter_source(name) is ParameterSource.DEFAULT_MAP
 
 
+def instead_of_config(said: list[tuple[str, str]]) -> None:
+    """Note what is answered in the place of fields of the training config (`Imported.replaced`)."""
+    ctx = click.get_current_context()
+    ctx.meta[CONFIG] = ctx.meta[CONFIG].replaced(said)
+
+
 def differ(said: list[str]) -> None:
     """Note how the step that is answered differs from the training config's."""
     ctx = click.get_current_context()

@@ -23,7 +23,7 @@ from ..setup import (
     REFERENCES,
 )
 from . import names, traces
-from .given_config import adapter_of_config, config_option, differ, is_traced, on_its_model, settled
+from .given_config import adapter_of_config, config_option, instead_of_config, is_traced, on_its_model, settled
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -259,7 +259,7 @@ def methods_of(methods: Sequence[str], options: dict[str, Any], name: str = "met
     if source is ParameterSource.DEFAULT_MAP and is_traced(options):
         plain = [traces.of_peft_alone(method, options["model"]) for method in methods]
         methods = [method for method, _ in plain]
-        differ(list(dict.fromkeys(words for _, said in plain for words in said)))
+        instead_of_config([("method", words) for words in dict.fromkeys(words for _, said in plain for words in said)])
     path = options["peft_config"]
     if not path and options["traced"] and source is not click.core.ParameterSource.COMMANDLINE:
         path = adapter_of_config()

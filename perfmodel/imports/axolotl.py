@@ -8,6 +8,7 @@ from ..methods.lora import TOGETHER
 from ..methods.parts.targeted import ALL_LINEAR, is_pattern
 from . import packing
 from .fields import (
+    ALL_FUSED,
     ALL_OF_LIGER,
     FLASH,
     FLASH_2_FOR_3,
@@ -38,7 +39,10 @@ RECOMPUTED = "blocks recomputed, in the place of offloaded activations"  # besid
 LISA_STATES = "a new optimizer at each switch of blocks; Axolotl keeps the states of all blocks drawn so far"
 # Models whose repositories bring code of their own, in which experts are linear layers
 OWN_CODE = re.compile(r"kimi-?linear|deepseek-?v2|deepseek-?v3(?!\.2)", re.IGNORECASE)
-STACKED = "transformers' own code of the model, whose experts are stacked"
+# Models whose embeddings and norms have names that Axolotl does not know (`get_linear_embedding_layers`, "norm")
+UNNAMED = re.compile(r"gpt-?j|gpt-?2|cerebras-gpt|starcoder(?!2)|mpt-|bloom", re.IGNORECASE)
+PLAIN_CODE = "transformers' own code of the model, whose experts are stacked"
+STACKED = f"{PLAIN_CODE} and stay in 16 bit"
 LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy")
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", "fp8": None, "sage": None, **FLASH}
 ATTENTION_INSTEAD = {"xformers": "attention of PyTorch, not xformers'", "flex_attention": "sdpa, not flex attention"}
@@ -110,11 +114,16 @@ def _check(keys: Keys, adapter: str | None) -> None:
 
 
 def _keeps_fp32(keys: Keys, adapter: str | None, dtype: str | None) -> bool:
-    """Whether embeddings and norms of a 16-bit model are upcast and stay so (`_configure_embedding_dtypes`)."""
+    """Whether embeddings and norms of a 16-bit model are upcast and stay so (`_configure_embedding_dtypes`).
+
+    On a base in few bits PEFT upcasts them, and those that Axolotl finds by their names are cast back.
+    """
     plain = _asked_attention(keys) in (None, "eager", "sdpa")
     back = ("fsdp", "fsdp_config", "cut_cross_entropy")  # what casts them back, beside adapters and other attentions
     cast_back = adapter is not None or not plain or any(keys.values.get(key) for key in back)
-    return dtype is not None and not cast_back
+    sharded = any(keys.values.get(key) for key in back[:2])
+    unnamed = low_bits(keys) is not None and not sharded and UNNAMED.search(str(keys.get("base_model"))) is not None
+    return dtype is not None and (unnamed or not cast_back)
 
 
 def _dtype(keys: Keys) -> str | None:
@@ -153,6 +162,9 @@ def _checkpoint(keys: Keys, *, checkpoints: bool) -> str:
         if not keys.values.get("adapter"):
             return "block"  # torch's wrapper of blocks (`_apply_activation_checkpointing`)
         keys.differ(RECOMPUTED, "activation_offloading" if offloading else "gradient_checkpointing")
+    if re.search(r"gemma-?4", str(keys.get("base_model")), re.IGNORECASE):
+        keys.used.add("gradient_checkpointing_kwargs")
+        return "block"  # never reentrant, whatever is said
     plain = not keys.values.get("unfrozen_parameters") and not keys.values.get("rl")
     if keys.get("gradient_checkpointing_kwargs") is None and plain:
         return "block-reentrant"
@@ -162,7 +174,7 @@ def _checkpoint(keys: Keys, *, checkpoints: bool) -> str:
 def _method(keys: Keys, adapter: str | None, dtype: str) -> str:
     if keys.values.get("trust_remote_code") and OWN_CODE.search(str(keys.get("base_model"))):
         in_few_bits = keys.values.get("load_in_4bit") or keys.values.get("load_in_8bit")
-        keys.differ(STACKED + (" and stay in 16 bit" if in_few_bits else ""), "trust_remote_code")
+        keys.differ(STACKED if in_few_bits else PLAIN_CODE, "trust_remote_code")
     if adapter is None:
         return _full(keys)
     if adapter not in ("lora", "qlora"):
@@ -219,7 +231,7 @@ def _fused(keys: Keys, method: str, targets: tuple[str, ...]) -> bool:
         keys.differ("without fused kernels for adapters" + ("" if on else ", Axolotl's default"), *on)
         return False
     if on and len(on) < len(FUSED[0]):
-        keys.differ("fused kernels for all adapters", *on)
+        keys.differ(ALL_FUSED, *on)
     return True
 
 

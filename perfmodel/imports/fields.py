@@ -45,6 +45,7 @@ ACROSS_SAMPLES = "attention across packed samples"
 FLASH_2_FOR_3 = "flash-attn 2, not 3"
 UNDER_ZERO_3 = "one GPU under ZeRO-3"
 ALL_OF_LIGER = "all of Liger's kernels"
+ALL_FUSED = "fused kernels for all adapters"
 TORCHS_MUON = "PyTorch's Muon, with AdamW for what is no matrix of a block"
 
 

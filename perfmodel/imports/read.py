@@ -8,13 +8,13 @@ from typing import Any
 from ..errors import UserError
 from ..resources import mapping, parsed, read_json, read_text
 from . import adapter, axolotl, llama_factory, llama_factory_v1, meanings, peft_benchmark, trainer
-from .fields import ACROSS_SAMPLES, ALL_OF_LIGER, FLASH_2_FOR_3, UNDER_ZERO_3
+from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, UNDER_ZERO_3
 from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
 from .packing import UNKNOWN
 
 # What is said of a setup's field that holds no more where the field has another value
-SAID_OF = {"attention": FLASH_2_FOR_3, "engine": UNDER_ZERO_3, "kernels": ALL_OF_LIGER}
+SAID_OF = {"attention": FLASH_2_FOR_3, "engine": UNDER_ZERO_3, "kernels": ALL_OF_LIGER, "method": ALL_FUSED}
 DIFFERS = "not the file's step as it is: "
 
 
@@ -61,7 +61,7 @@ class Imported:
         Args:
             said: each such field, and what is said in the place of what was said of it; may be empty.
         """
-        gone = tuple(SAID_OF[name] for name, _ in said if name in SAID_OF)
+        gone = tuple(SAID_OF[name] for name, words in said if words and name in SAID_OF)
         kept = [d for d in self.differences if not d.startswith(gone)]
         return replace(self, differences=[*kept, *(words for _, words in said if words)])
 

@@ -55,8 +55,9 @@ class Lora(Targeted):
                 f"method {self.name}: {self.implementation} is not written for {self.architecture.name}; "
                 "use implementation=peft"
             )
-        for target in self.target_parameters:
-            known = self.architecture.stacked_names()
+        known = self.architecture.stacked_names()
+        by_peft = self.architecture.recorded and not known  # a traced model, whose weights peft looks through
+        for target in () if by_peft else self.target_parameters:
             if not any(matches(name, target) for name in known):
                 hint = nearest(target, known) if known else f"{self.architecture.name} has no experts"
                 raise UserError(
@@ -67,6 +68,14 @@ class Lora(Targeted):
         method = super().plain(dtype)
         useless = self.implementation == "unsloth" and (self.dropout or not any(map(self._targets_all, TOGETHER)))
         return replace(method, implementation="peft") if useless else method
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """The targets; without a default of PEFT's no layers, where weights of experts are named."""
+        assert self.architecture is not None
+        if self.target_parameters and not self.targets and self.architecture.traits.targets.of(self.family) is None:
+            return ()
+        return super().target_names
 
     def _targets_all(self, leaves: tuple[str, ...]) -> bool:
         """Whether in some block every layer with one of these names is a target."""

@@ -49,6 +49,7 @@ def cells() -> Iterator[Any]:
         yield name, parameters, {**usual, **AMP}, {}
         yield name, "top_k:k=1", {**usual, "optimizer": "adamw-fused"}, {}
         yield name, r"selected:parameters=/.*\.[1-9]\.mlp\.(gate|experts)\..*/", {**usual, "grad_accum": 2}, {}
+    yield "qwen3_moe", "lora:r=4,target_parameters=mlp.experts.gate_up_proj", AMP, {}  # and on no linear layer
 
 
 @pytest.mark.parametrize(("name", "method", "setup", "changes"), cells())

@@ -107,6 +107,10 @@ def test_unfrozen_parameters_are_one_regex(tmp_path: Path, patterns: list[str], 
             "base_model: THUDM/glm-4-9b-hf\nplugins: [LigerPlugin]\nliger_rms_norm: true\n",
             "PyTorch's kernels, not Liger's", "all of Liger's kernels",
         ),
+        (
+            "base_model: Qwen/Qwen3-8B\nlora_mlp_kernel: true\n",
+            "peft's adapters, not unsloth's", "fused kernels for all adapters",
+        ),
     ],
 )  # fmt: skip
 def test_what_is_answered_is_said_once(tmp_path: Path, text: str, answered: str, instead_of: str) -> None:

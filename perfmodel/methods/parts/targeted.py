@@ -285,7 +285,9 @@ def _named_by_targets(architecture: Architecture) -> list[str]:
 
 
 def on_targets(targets: tuple[str, ...], architecture: Architecture | None) -> str:
-    """Targets in words: " on q,v", " on all linear layers"."""
+    """Targets in words: " on q,v", " on all linear layers"; nothing of none."""
+    if not targets:
+        return ""
     leaves = {name.rsplit(".", 1)[-1] for name in architecture.linear_names()} if architecture else set()
     if ALL_LINEAR in targets or (leaves and leaves <= set(targets)):
         return " on all linear layers"
