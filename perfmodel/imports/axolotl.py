@@ -36,6 +36,7 @@ FUSES = ("lora", "rslora", "loraplus", "pissa")  # methods that have Unsloth's k
 RECOMPUTED = "blocks recomputed, in the place of offloaded activations"  # beside adapters offloading stands alone
 LISA_STATES = "a new optimizer at each switch of blocks; Axolotl keeps the states of all blocks drawn so far"
 STACKED = "transformers' own code of the model, whose experts are stacked and stay in 16 bit"  # the hub's are layers
+FP32_HEAD = "the output head in fp32, not in the dtype of the rest"
 LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy")
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", "fp8": None, "sage": None, **FLASH}
 ATTENTION_INSTEAD = {"xformers": "attention of PyTorch, not xformers'", "flex_attention": "sdpa, not flex attention"}
@@ -175,6 +176,9 @@ def _method(keys: Keys, adapter: str | None, dtype: str) -> str:
     )  # fmt: skip
     if name in ("qlora", "lora_8bit") and re.search(r"falcon-?h1", str(keys.get("base_model")), re.IGNORECASE):
         keys.differ("every linear layer of a block quantised, out_proj too")
+    upcast = name == "qlora" and _upcast_for_good(keys)
+    if upcast:
+        keys.differ(FP32_HEAD)
     own_code = keys.values.get("trust_remote_code") and re.search(r"kimi-?linear", str(keys.get("base_model")), re.I)
     if name in ("qlora", "lora_8bit") and own_code:
         keys.differ(STACKED, "trust_remote_code")
@@ -189,9 +193,20 @@ def _method(keys: Keys, adapter: str | None, dtype: str) -> str:
         adapter_dtype=None if keys.flag("peft_autocast_adapter_dtype", True) else dtype,
         implementation="unsloth" if _fused(keys, name, targets) else None,
         modules_to_save=keys.names("lora_modules_to_save"),
-        double_quant=_double_quant(keys) if name == "qlora" else None,
+        double_quant=_double_quant(keys) if name == "qlora" else None, prepared=upcast,
         target_parameters=keys.names("lora_target_parameters"), experts=keys.flag("quantize_moe_experts"),
     )  # fmt: skip
+
+
+def _upcast_for_good(keys: Keys) -> bool:
+    """Whether embedding and norms stay in fp32, as peft's `prepare_model_for_kbit_training` leaves them.
+
+    Axolotl casts back what is called norm, embed_tokens or lm_head (`_convert_embedding_modules_dtype`); the Qwen of
+    2023 has wte and ln_1, and RMSNorm keeps fp32 all through its blocks. Sharded models are not prepared
+    (`_prepare_model_for_quantization`).
+    """
+    of_2023 = re.search(r"qwen-(1[._]8|7|14|72)b", str(keys.get("base_model")), re.IGNORECASE)
+    return of_2023 is not None and not any(keys.values.get(key) for key in ("fsdp", "fsdp_config", "deepspeed"))
 
 
 def _double_quant(keys: Keys) -> str | None:
