@@ -66,16 +66,17 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         keys.differ("experts as transformers runs them by default", "llama4_linearized_experts")
     if keys.get("tf32") and (dtype is None or pure):
         keys.differ("fp32 products without TF32", "tf32")
+    runs_on, checkpointed = engine(keys, zero3=not objective), fsdp(keys)
     method = _method(keys, adapter, dtype or "fp32")
     setup: dict[str, Any] = {
-        "engine": engine(keys, zero3=not objective),
+        "engine": runs_on,
         "batch": keys.count("micro_batch_size", 1),
         "seq": keys.count("sequence_len", 512),
         "grad_accum": _accumulated(keys),
         "dtype": dtype or "fp32",
         "amp": None if pure or (dtype == "fp16" and not keys.flag("fp16")) else dtype,
         "optimizer": optimizer_name(keys, "optimizer", OPTIMIZERS["adamw_torch_fused"]),
-        "checkpoint": _checkpoint(keys, checkpoints=fsdp(keys)),
+        "checkpoint": _checkpoint(keys, checkpoints=checkpointed),
         "attention": _attention(keys),
         "compile": compiled(keys),
         "clip_grad": clips(keys, "max_grad_norm", keys.number("gradient_clipping", 1.0)),
@@ -198,15 +199,22 @@ def _method(keys: Keys, adapter: str | None, dtype: str) -> str:
     )  # fmt: skip
 
 
-def _upcast_for_good(keys: Keys) -> bool:
-    """Whether embedding and norms stay in fp32, as peft's `prepare_model_for_kbit_training` leaves them.
+def upcasts(keys: Keys) -> bool:
+    """Whether peft's `prepare_model_for_kbit_training` runs, which puts in fp32 all that is not quantised.
 
-    Axolotl casts back what is called norm, embed_tokens or lm_head (`_convert_embedding_modules_dtype`); the Qwen of
-    2023 has wte and ln_1, and RMSNorm keeps fp32 all through its blocks. Sharded models are not prepared
-    (`_prepare_model_for_quantization`).
+    It does not where a model is sharded, nor beside quantised experts (`_prepare_model_for_quantization`). Axolotl
+    casts back what is called norm, embed_tokens or lm_head (`_convert_embedding_modules_dtype`).
     """
+    sharded = any("FSDP" in said or "ZeRO-3" in said for said in keys.differences)
+    asked = any(keys.values.get(key) for key in ("load_in_4bit", "load_in_8bit"))
+    quantised = keys.values.get("quantize_moe_experts") or STACKED in keys.differences
+    return asked and not sharded and not quantised
+
+
+def _upcast_for_good(keys: Keys) -> bool:
+    """Whether embedding and norms stay in fp32: the Qwen of 2023 calls them wte and ln_1, and RMSNorm keeps fp32."""
     of_2023 = re.search(r"qwen-(1[._]8|7|14|72)b", str(keys.get("base_model")), re.IGNORECASE)
-    return of_2023 is not None and not any(keys.values.get(key) for key in ("fsdp", "fsdp_config", "deepspeed"))
+    return of_2023 is not None and upcasts(keys)
 
 
 def _double_quant(keys: Keys) -> str | None:

@@ -77,6 +77,22 @@ def test_experts_in_4_bit_hold_a_quarter(tmp_path: Path) -> None:
     mixture, dense = "base_model: Qwen/Qwen3-30B-A3B\n", "base_model: meta-llama/Llama-3.2-1B\n"
     assert "experts=True on qwen3-30b-a3b" in asked(tmp_path, mixture + text + more)
     assert asked(tmp_path, dense + text + more) == asked(tmp_path, dense + text)
+    assert "in fp32" not in asked(tmp_path, mixture + text + more)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ("", True),
+        ("deepspeed: zero2.json\n", True),
+        ("deepspeed: zero3.json\n", False),
+        ("fsdp_config: {a: b}\n", False),
+    ],
+)
+def test_experts_beside_a_base_in_4_bit_are_in_fp32(tmp_path: Path, more: str, told: bool) -> None:
+    """peft's preparation upcasts all that bitsandbytes passes over: twice the memory, and products in fp32."""
+    out = asked(tmp_path, f"base_model: mistralai/Mixtral-8x7B-v0.1\n{QLORA}{LINEAR}{more}")
+    assert ("experts in bf16, not in fp32" in out) == told
 
 
 @pytest.mark.parametrize(
