@@ -55,8 +55,9 @@ class Lora(Targeted):
                 f"method {self.name}: {self.implementation} is not written for {self.architecture.name}; "
                 "use implementation=peft"
             )
-        for target in self.target_parameters:
-            known = self.architecture.stacked_names()
+        known = self.architecture.stacked_names()
+        by_peft = self.architecture.recorded and not known  # a traced model, whose weights peft looks through
+        for target in () if by_peft else self.target_parameters:
             if not any(matches(name, target) for name in known):
                 hint = nearest(target, known) if known else f"{self.architecture.name} has no experts"
                 raise UserError(
