@@ -14,6 +14,7 @@ from .fields import (
     checkpoint_kind,
     clips,
     compiled,
+    dtype_in_trl,
     engine,
     flavour,
     fsdp,
@@ -67,7 +68,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     if keys.get("tf32") and (dtype is None or pure):
         keys.differ("fp32 products without TF32", "tf32")
     runs_on, checkpointed = engine(keys, zero3=not objective), fsdp(keys)
-    method = _method(keys, adapter, dtype or "fp32")
+    method = _method(keys, adapter, dtype or "fp32", str(objective.get("objective", "")))
     setup: dict[str, Any] = {
         "engine": runs_on,
         "batch": keys.count("micro_batch_size", 1),
@@ -158,7 +159,7 @@ def _checkpoint(keys: Keys, *, checkpoints: bool) -> str:
     return checkpoint_kind(keys, on=True)
 
 
-def _method(keys: Keys, adapter: str | None, dtype: str) -> str:
+def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
     if adapter is None:
         return _full(keys)
     if adapter not in ("lora", "qlora"):
@@ -187,11 +188,11 @@ def _method(keys: Keys, adapter: str | None, dtype: str) -> str:
     linear = keys.flag("lora_target_linear")  # joined by the named ones, which are linear layers too
     named = as_targets(keys, "lora_target_modules")
     targets = (ALL_LINEAR,) if linear else named
-    layers = keys.get("peft_layers_to_transform") or ()
+    layers, autocast = keys.get("peft_layers_to_transform") or (), keys.flag("peft_autocast_adapter_dtype", True)
     return spec(
         name, r=keys.count("lora_r", 8), targets=targets,
         dropout=keys.number("lora_dropout"), layers=tuple(layers) if isinstance(layers, list) else layers,
-        adapter_dtype=None if keys.flag("peft_autocast_adapter_dtype", True) else dtype,
+        adapter_dtype=dtype_in_trl(bits, objective) or (None if autocast else dtype),
         implementation="unsloth" if _fused(keys, name, targets) else None,
         modules_to_save=keys.names("lora_modules_to_save"),
         double_quant=_double_quant(keys) if name == "qlora" else None, prepared=upcast,

@@ -44,6 +44,7 @@ OFFLOADS = ("offload_optimizer", "offload_param")
 ACROSS_SAMPLES = "attention across packed samples"
 FLASH_2_FOR_3 = "flash-attn 2, not 3"
 UNDER_ZERO_3 = "one GPU under ZeRO-3"
+CASTING = ("sft", "dpo", "kto", "reward", "grpo")  # objectives whose trainers cast adapters beside a base in few bits
 TORCHS_MUON = "PyTorch's Muon, with AdamW for what is no matrix of a block"
 
 
@@ -116,6 +117,14 @@ def low_bits(keys: Keys) -> int | None:
     keys.exclude("load_in_4bit", "load_in_8bit")
     eight = keys.flag("load_in_8bit")
     return 4 if keys.flag("load_in_4bit") else 8 if eight else None
+
+
+def dtype_in_trl(bits: int | None, objective: str) -> str | None:
+    """The dtype that TRL's trainers give to adapters beside a base of 4 or 8 bits; None: PEFT's own.
+
+    Source: trl/trainer/{sft,dpo,kto,reward,grpo}_trainer.py, `_is_quantized_model`.
+    """
+    return "bf16" if bits is not None and objective in CASTING else None
 
 
 def attention(keys: Keys, key: str, choices: Mapping[str, str], default: str = "sdpa") -> str:
