@@ -21,6 +21,7 @@ from .fields import (
     half,
     low_bits,
     optimizer_name,
+    power_iterations,
     spec,
 )
 from .keys import NOTHING, Keys
@@ -194,6 +195,7 @@ def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
         dropout=keys.number("lora_dropout"), layers=tuple(layers) if isinstance(layers, list) else layers,
         adapter_dtype=dtype_in_trl(bits, objective) or (None if autocast else dtype),
         implementation="unsloth" if _fused(keys, name, targets) else None,
+        niter=power_iterations(name, keys.get("peft_init_lora_weights")),
         modules_to_save=keys.names("lora_modules_to_save"),
         double_quant=_double_quant(keys) if name == "qlora" else None, prepared=upcast,
         target_parameters=keys.names("lora_target_parameters"), experts=keys.flag("quantize_moe_experts"),

@@ -185,6 +185,12 @@ def spec(name: str, **options: Any) -> str:
     return name + (":" + ",".join(parts) if parts else "")
 
 
+def power_iterations(method: str, start: Any) -> int | None:
+    """PiSSA's `niter`, of peft's `init_lora_weights` as pissa_niter_16; None for a whole SVD, and other methods."""
+    found = re.fullmatch(r"pissa_niter_(\d+)", str(start))
+    return int(found[1]) if found and method == "pissa" else None
+
+
 def flavour(keys: Keys, *, bits: int | None, dora: bool, rslora: bool, pissa: bool, plus: bool) -> str:
     """The method that LoRA's flags make of it, on base weights of 4 or 8 bits or on plain ones.
 

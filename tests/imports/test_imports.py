@@ -72,7 +72,7 @@ EXPECTED: dict[str, tuple[str | None, dict[str, Any]]] = {
     ),
     "llama_factory/qlora-bnb.yaml": ("qlora:r=8,targets=all-linear", {**AMP, "grad_accum": 8}),
     "llama_factory/dora.yaml": ("dora:r=16,targets=all-linear", {"checkpoint": "none", "batch": 4}),
-    "llama_factory/pissa.yaml": ("pissa:r=8,targets=all-linear", AMP),
+    "llama_factory/pissa.yaml": ("pissa:r=8,targets=all-linear,niter=16", AMP),
     "llama_factory/galore.yaml": (
         "galore:r=128", {"dtype": "bf16", "amp": None, "in_backward": True, "clip_grad": False},
     ),
