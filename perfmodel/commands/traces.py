@@ -46,14 +46,21 @@ def traced_type(model: str) -> str:
 def otherwise(model: str, found: "Imported") -> list[str]:
     """How the traced program of a model differs from that of a training config's tool, all packages installed."""
     from ..architectures import load
-    from ..imports.fallbacks import TEXT_ALONE, unpacked
+    from ..imports.fallbacks import TEXT_ALONE, in_16_bit, unpacked
     from ..tracing.kernels import without_kernels
 
     config = load(model)
     frozen = found.frozen if "vision_config" in config.values else ()
     alone = TEXT_ALONE if TEXT_ALONE in config.note else ""
-    told = (without_kernels(traced_type(model)), _thawed(found, frozen), alone, unpacked(model, found))
+    experts = in_16_bit(found, stacked=_stacks(config.values))
+    told = (without_kernels(traced_type(model)), _thawed(found, frozen), alone, unpacked(model, found), experts)
     return [words for words in told if words]
+
+
+def _stacks(values: dict[str, Any]) -> bool:
+    """Whether a config.json is of a mixture whose experts transformers 5 stacks."""
+    text = values.get("text_config", values)
+    return bool(text.get("num_experts_per_tok")) and not values.get("linear_experts")
 
 
 def _thawed(found: "Imported", frozen: Sequence[str]) -> str:

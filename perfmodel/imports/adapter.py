@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UserError
-from .fields import flavour, spec
+from .fields import flavour, power_iterations, spec
 from .keys import Keys
 from .targets import as_targets
 
@@ -97,6 +97,7 @@ def _method(keys: Keys, name: str, kind: Tuner) -> str:
         options["modules_to_save"] = keys.names("modules_to_save")
     if name == "LORA":
         method = _lora(keys)
+        options["niter"] = power_iterations(method, keys.get("init_lora_weights"))
     elif name == "OFT" and not (options["block_size"] and keys.flag("use_cayley_neumann", True)):
         raise NoBuiltIn(f"{keys.origin}: {'use_cayley_neumann' if options['block_size'] else 'r'} has")
     elif name == "MISS" and keys.get("init_weights") not in (None, True, False):

@@ -16,12 +16,14 @@ from .fields import (
     checkpoint_kind,
     clips,
     compiled,
+    dtype_in_trl,
     engine,
     flavour,
     fsdp,
     half,
     low_bits,
     optimizer_name,
+    power_iterations,
     spec,
 )
 from .keys import NOTHING, Keys
@@ -43,6 +45,7 @@ OWN_CODE = re.compile(r"kimi-?linear|deepseek-?v2|deepseek-?v3(?!\.2)", re.IGNOR
 UNNAMED = re.compile(r"gpt-?j|gpt-?2|cerebras-gpt|starcoder(?!2)|mpt-|bloom", re.IGNORECASE)
 PLAIN_CODE = "transformers' own code of the model, whose experts are stacked"
 STACKED = f"{PLAIN_CODE} and stay in 16 bit"
+FP32_HEAD = "the output head in fp32, not in the dtype of the rest"
 LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy")
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", "fp8": None, "sage": None, **FLASH}
 ATTENTION_INSTEAD = {"xformers": "attention of PyTorch, not xformers'", "flex_attention": "sdpa, not flex attention"}
@@ -72,16 +75,17 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         keys.differ("experts as transformers runs them by default", "llama4_linearized_experts")
     if keys.get("tf32") and (dtype is None or pure):
         keys.differ("fp32 products without TF32", "tf32")
-    method = _method(keys, adapter, dtype or "fp32")
+    runs_on, checkpointed = engine(keys, zero3=not objective), fsdp(keys)
+    method = _method(keys, adapter, dtype or "fp32", str(objective.get("objective", "")))
     setup: dict[str, Any] = {
-        "engine": engine(keys, zero3=not objective),
+        "engine": runs_on,
         "batch": keys.count("micro_batch_size", 1),
         "seq": keys.count("sequence_len", 512),
         "grad_accum": _accumulated(keys),
         "dtype": dtype or "fp32",
         "amp": None if pure or (dtype == "fp16" and not keys.flag("fp16")) else dtype,
         "optimizer": optimizer_name(keys, "optimizer", OPTIMIZERS["adamw_torch_fused"]),
-        "checkpoint": _checkpoint(keys, checkpoints=fsdp(keys)),
+        "checkpoint": _checkpoint(keys, checkpoints=checkpointed),
         "attention": _attention(keys),
         "compile": compiled(keys),
         "clip_grad": clips(keys, "max_grad_norm", keys.number("gradient_clipping", 1.0)),
@@ -171,7 +175,7 @@ def _checkpoint(keys: Keys, *, checkpoints: bool) -> str:
     return checkpoint_kind(keys, on=True)
 
 
-def _method(keys: Keys, adapter: str | None, dtype: str) -> str:
+def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
     if keys.values.get("trust_remote_code") and OWN_CODE.search(str(keys.get("base_model"))):
         in_few_bits = keys.values.get("load_in_4bit") or keys.values.get("load_in_8bit")
         keys.differ(STACKED if in_few_bits else PLAIN_CODE, "trust_remote_code")
@@ -193,20 +197,42 @@ def _method(keys: Keys, adapter: str | None, dtype: str) -> str:
     )  # fmt: skip
     if name in ("qlora", "lora_8bit") and re.search(r"falcon-?h1", str(keys.get("base_model")), re.IGNORECASE):
         keys.differ("every linear layer of a block quantised, out_proj too")
+    upcast = name == "qlora" and _upcast_for_good(keys)
+    if upcast:
+        keys.differ(FP32_HEAD)
     keys.used.add("unfrozen_parameters")  # PEFT freezes all but the adapters after it
     linear = keys.flag("lora_target_linear")  # joined by the named ones, which are linear layers too
     named = as_targets(keys, "lora_target_modules")
     targets = (ALL_LINEAR,) if linear else named
-    layers = keys.get("peft_layers_to_transform") or ()
+    layers, autocast = keys.get("peft_layers_to_transform") or (), keys.flag("peft_autocast_adapter_dtype", True)
     return spec(
         name, r=keys.count("lora_r", 8), targets=targets,
         dropout=keys.number("lora_dropout"), layers=tuple(layers) if isinstance(layers, list) else layers,
-        adapter_dtype=None if keys.flag("peft_autocast_adapter_dtype", True) else dtype,
+        adapter_dtype=dtype_in_trl(bits, objective) or (None if autocast else dtype),
         implementation="unsloth" if _fused(keys, name, targets) else None,
+        niter=power_iterations(name, keys.get("peft_init_lora_weights")),
         modules_to_save=keys.names("lora_modules_to_save"),
-        double_quant=_double_quant(keys) if name == "qlora" else None,
+        double_quant=_double_quant(keys) if name == "qlora" else None, prepared=upcast,
         target_parameters=keys.names("lora_target_parameters"), experts=keys.flag("quantize_moe_experts"),
     )  # fmt: skip
+
+
+def upcasts(keys: Keys) -> bool:
+    """Whether peft's `prepare_model_for_kbit_training` runs, which puts in fp32 all that is not quantised.
+
+    It does not where a model is sharded, nor beside quantised experts (`_prepare_model_for_quantization`). Axolotl
+    casts back what is called norm, embed_tokens or lm_head (`_convert_embedding_modules_dtype`).
+    """
+    sharded = any("FSDP" in said or "ZeRO-3" in said for said in keys.differences)
+    asked = any(keys.values.get(key) for key in ("load_in_4bit", "load_in_8bit"))
+    quantised = keys.values.get("quantize_moe_experts") or STACKED in keys.differences
+    return asked and not sharded and not quantised
+
+
+def _upcast_for_good(keys: Keys) -> bool:
+    """Whether embedding and norms stay in fp32: the Qwen of 2023 calls them wte and ln_1, and RMSNorm keeps fp32."""
+    of_2023 = re.search(r"qwen-(1[._]8|7|14|72)b", str(keys.get("base_model")), re.IGNORECASE)
+    return of_2023 is not None and upcasts(keys)
 
 
 def _double_quant(keys: Keys) -> str | None:

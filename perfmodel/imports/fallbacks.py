@@ -55,9 +55,20 @@ def unpacked(model: str, found: Imported) -> str:
     return f"weights in {found.setup.get('dtype')}, not {'-'.join(meant.packed)}"
 
 
+def in_16_bit(found: Imported, *, stacked: bool) -> str:
+    """What is said of a tool that leaves experts in fp32.
+
+    Args:
+        stacked: whether the model has experts that are no linear layers, which bitsandbytes passes over.
+    """
+    return f"experts in {found.setup.get('dtype')}, not in fp32" if found.upcasts and stacked else ""
+
+
 def _of_method(found: Imported, method: methods.Method, architecture: Architecture) -> Iterator[Fallback]:
     if in_place := unpacked(found.model or "", found):
         yield Fallback("model", found.model, in_place)
+    if experts := in_16_bit(found, stacked=bool(architecture.stacked_names())):
+        yield Fallback("model", found.model, experts)
     if not isinstance(method, Lora):
         return
     changes: dict[str, Any] = {}

@@ -46,6 +46,7 @@ FLASH_2_FOR_3 = "flash-attn 2, not 3"
 UNDER_ZERO_3 = "one GPU under ZeRO-3"
 ALL_OF_LIGER = "all of Liger's kernels"
 ALL_FUSED = "fused kernels for all adapters"
+CASTING = ("sft", "dpo", "kto", "reward", "grpo")  # objectives whose trainers cast adapters beside a base in few bits
 TORCHS_MUON = "PyTorch's Muon, with AdamW for what is no matrix of a block"
 
 
@@ -120,6 +121,14 @@ def low_bits(keys: Keys) -> int | None:
     return 4 if keys.flag("load_in_4bit") else 8 if eight else None
 
 
+def dtype_in_trl(bits: int | None, objective: str) -> str | None:
+    """The dtype that TRL's trainers give to adapters beside a base of 4 or 8 bits; None: PEFT's own.
+
+    Source: trl/trainer/{sft,dpo,kto,reward,grpo}_trainer.py, `_is_quantized_model`.
+    """
+    return "bf16" if bits is not None and objective in CASTING else None
+
+
 def attention(keys: Keys, key: str, choices: Mapping[str, str], default: str = "sdpa") -> str:
     """The setup's name of an implementation of attention; flash-attn 3 is answered as 2."""
     found: str = keys.one_of(key, choices, default)
@@ -176,6 +185,12 @@ def spec(name: str, **options: Any) -> str:
         text = "+".join(map(str, value)) if isinstance(value, tuple) else value
         parts.append(f"{key}={'true' if value is True else text}")
     return name + (":" + ",".join(parts) if parts else "")
+
+
+def power_iterations(method: str, start: Any) -> int | None:
+    """PiSSA's `niter`, of peft's `init_lora_weights` as pissa_niter_16; None for a whole SVD, and other methods."""
+    found = re.fullmatch(r"pissa_niter_(\d+)", str(start))
+    return int(found[1]) if found and method == "pissa" else None
 
 
 def flavour(keys: Keys, *, bits: int | None, dora: bool, rslora: bool, pissa: bool, plus: bool) -> str:

@@ -15,6 +15,7 @@ from .fields import (
     fsdp,
     half,
     optimizer_name,
+    power_iterations,
     spec,
 )
 from .keys import NO_TRAINING, Keys
@@ -120,6 +121,7 @@ def _method(keys: Keys) -> tuple[str, dict[str, Any]]:
         "r": keys.count("lora_rank", 8), "targets": _targets(keys, "lora_target"),
         "dropout": keys.number("lora_dropout"), "modules_to_save": keys.names("additional_target"),
         "implementation": "unsloth" if keys.flag("use_unsloth") else None,
+        "niter": power_iterations(name, f"pissa_niter_{keys.get('pissa_iter') or 16}"),  # -1: a whole SVD
     }  # fmt: skip
     if name == "qlora":
         keys.one_of("quantization_type", {"nf4": True, "fp4": True}, True)

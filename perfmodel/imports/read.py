@@ -33,6 +33,7 @@ class Imported:
         adapter: PEFT's adapter_config.json, where the file is one: what a trace takes.
         why_traced: why only a trace can answer, where the method has no built-in form.
         frozen: parts of a vision-language model that the tool leaves as they are.
+        upcasts: whether the tool puts in fp32 what is not quantised, but for embeddings and norms.
     """
 
     tool: str
@@ -45,6 +46,7 @@ class Imported:
     adapter: Path | None = None
     why_traced: str | None = None
     frozen: tuple[str, ...] = ()
+    upcasts: bool = False
 
     def with_lengths(self) -> "Imported":
         """What it says where the lengths of documents are given."""
@@ -123,7 +125,9 @@ def read(path: str | Path) -> Imported:
     model, method, setup, notes = found.reader(keys)
     ignored = _judge(keys, table)
     frozen = llama_factory.frozen(keys) if found.name == "LLaMA-Factory" else ()
-    return Imported(found.name, model, method, setup, ignored, notes, keys.told_differences(), frozen=frozen)
+    upcasts = found.name == "Axolotl" and axolotl.upcasts(keys)
+    differences = keys.told_differences()
+    return Imported(found.name, model, method, setup, ignored, notes, differences, frozen=frozen, upcasts=upcasts)
 
 
 def _judge(keys: Keys, table: Meanings) -> list[str]:

@@ -11,6 +11,7 @@ from .fields import (
     checkpoint_kind,
     clips,
     compiled,
+    dtype_in_trl,
     engine,
     flavour,
     fsdp,
@@ -74,7 +75,7 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     if setup.get("packing", "none") == "none":
         setup["group_by_length"] = by_length(keys)
         notes += [packing.shorter("max_length")] if is_trl else []
-    return keys.text("model_name_or_path"), _method(keys, is_trl), setup, notes
+    return keys.text("model_name_or_path"), _method(keys, is_trl, str(objective.get("objective", "sft"))), setup, notes
 
 
 def _loss(keys: Keys, chunked: bool) -> None:
@@ -105,19 +106,20 @@ def _checkpoint(keys: Keys, default: bool) -> str:
     return checkpoint_kind(keys, keys.flag(f"{kind}_checkpointing", default), f"{kind}_checkpointing_kwargs")
 
 
-def _method(keys: Keys, is_trl: bool) -> str | None:
+def _method(keys: Keys, is_trl: bool, objective: str) -> str | None:
     if not keys.flag("use_peft"):
         if bits := low_bits(keys):
             raise UserError(f"{keys.origin}: load_in_{bits}bit needs use_peft: true")
         return "full" if is_trl else None
+    bits = low_bits(keys)
     name = flavour(
-        keys, bits=low_bits(keys), dora=keys.flag("use_dora"), rslora=keys.flag("use_rslora"),
+        keys, bits=bits, dora=keys.flag("use_dora"), rslora=keys.flag("use_rslora"),
         pissa=False, plus=False,
     )  # fmt: skip
     return spec(
         name, r=keys.count("lora_r", 16), targets=as_targets(keys, "lora_target_modules"),
         dropout=keys.number("lora_dropout", 0.05), modules_to_save=keys.names("lora_modules_to_save"),
-        double_quant=None if name != "qlora" else _double(keys),
+        adapter_dtype=dtype_in_trl(bits, objective), double_quant=None if name != "qlora" else _double(keys),
         target_parameters=keys.names("lora_target_parameters"),
     )  # fmt: skip
 

@@ -35,7 +35,7 @@ from .parameters import parameters_of
 from .programs import adapt as adapters
 from .programs import diffusion
 from .programs.choose import in_one_line
-from .programs.objectives import loss_of
+from .programs.objectives import asked_loss
 from .programs.stacks import stacks
 from .regions import Region
 from .setups import check_setup
@@ -103,7 +103,7 @@ def trace_model(
         def make(here: Setup) -> Loss:
             rows = replace(here, batch=here.sequences)
             inputs = {**family.inputs(base, rows, "cpu"), **adapters.inputs_of(model, int(rows.batch))}
-            loss = loss_of(here, model, family.loss)
+            loss = asked_loss(here, model, family.loss)
             return lambda: loss(inputs)
 
         sizes = region.sizes(lengths=family.reads_length) if region else None

@@ -81,6 +81,10 @@ def test_what_a_tool_does_otherwise_is_said() -> None:
     packed = replace(adapted, setup={"dtype": "bf16"})
     assert traces.otherwise("Mapika/GLM-5.2-NVFP4", packed) == ["weights in bf16, not nvfp4"]
     assert traces.otherwise("Mapika/GLM-5.2-NVFP4", replace(packed, method="qlora")) == []
+    prepared = replace(packed, upcasts=True, frozen=())
+    assert traces.otherwise("trinity-nano", prepared) == ["experts in bf16, not in fp32"]
+    assert traces.otherwise("llama-4-scout-17b-16e-linearized", prepared) == []
+    assert traces.otherwise("apertus-8b", prepared) == []
     assert traces.of_peft_alone("lora:r=8,implementation=unsloth,dropout=0.1", "gpt2")[0] == "lora:r=8,dropout=0.1"
 
 

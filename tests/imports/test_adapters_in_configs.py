@@ -12,6 +12,7 @@ from perfmodel import methods, predict
 from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.imports import read
+from perfmodel.methods.lora_alike import Pissa
 from perfmodel.prediction.predict import resolve
 
 REGEXES = {  # Axolotl's examples write targets so: a regex, and the layers of Llama's blocks that it means
@@ -35,6 +36,24 @@ def test_targets_may_be_a_regex_of_whole_paths(tmp_path: Path, regex: str) -> No
     adapted = [q.name for q in p.step.parameters if q.requires_grad for _ in range(q.count)]
     assert len(adapted) == 2 * len(names) * blocks
     assert {re.sub(r"^model\.layers\.\d+\.|\.lora_[AB]\.weight$", "", name) for name in adapted} == names
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "niter"),
+    [
+        ("a.json", '{"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}', 4),
+        ("a.json", '{"peft_type": "LORA", "init_lora_weights": "pissa"}', 0),
+        ("a.yml", "base_model: gpt2\nadapter: lora\npeft_init_lora_weights: pissa_niter_4", 4),
+        ("a.yaml", "model_name_or_path: gpt2\nfinetuning_type: lora\npissa_init: true", 16),
+        ("a.yaml", "model_name_or_path: gpt2\nfinetuning_type: lora\npissa_init: true\npissa_iter: -1", 0),
+    ],
+)
+def test_pissa_starts_as_the_file_says(tmp_path: Path, name: str, text: str, niter: int) -> None:
+    """A whole SVD of every target takes minutes, a randomised one a second; LLaMA-Factory's is randomised."""
+    (tmp_path / name).write_text(text)
+    method = methods.parse(str(read(tmp_path / name).method))
+    assert isinstance(method, Pissa)
+    assert method.niter == niter
 
 
 def test_a_regex_that_matches_nothing_is_refused() -> None:

@@ -10,6 +10,7 @@ from perfmodel.cli import main
 from perfmodel.imports import DIFFERS, read
 
 LORA = "micro_batch_size: 1\nsequence_len: 64\nbf16: true\nadapter: lora\nlora_r: 4\n"
+QLORA = LORA.replace("lora\n", "qlora\n", 1) + "load_in_4bit: true\n"
 FLASH = "attn_implementation: flash_attention_2\n"
 LINEAR = "lora_target_linear: true\n"
 LIGER = "plugins: [LigerPlugin]\nliger_rope: true\nliger_rms_norm: true\nliger_glu_activation: true\n"
@@ -32,6 +33,8 @@ def asked(folder: Path, text: str, *options: str) -> str:
         (f"base_model: THUDM/glm-4-9b-hf\n{LORA}{LINEAR}{LIGER}", "PyTorch's kernels, not Liger's", "on glm-4-9b"),
         (f"base_model: Qwen/Qwen3-8B\n{LORA}{LINEAR}{FUSED}", "peft's adapters, not unsloth's", "linear on qwen3-8b"),
         (f"base_model: google/gemma-3-4b-it\n{LORA}{LINEAR}", "the text decoder alone of a", "on gemma-3-4b"),
+        (f"base_model: Qwen/Qwen-7B\n{QLORA}{LINEAR}", "the output head in fp32", "prepared=True on qwen-7b"),
+        (f"base_model: Qwen/Qwen1.5-7B\n{QLORA}{LINEAR}", "without fused kernels", "linear on qwen1.5-7b"),
         (f"base_model: TheBloke/Llama-2-7B-AWQ\n{LORA}{LINEAR}", "weights in bf16, not awq", "on llama-2-7b"),
     ],
 )
@@ -69,11 +72,27 @@ def test_all_linear_layers_of_a_mixture_are_its_attention(tmp_path: Path) -> Non
 
 def test_experts_in_4_bit_hold_a_quarter(tmp_path: Path) -> None:
     """Nearly all weights of a mixture are its experts'; on a dense model the key means nothing."""
-    text = LORA.replace("lora\n", "qlora\n", 1) + LINEAR + "load_in_4bit: true\n"
+    text = QLORA + LINEAR
     more = "quantize_moe_experts: true\n"
     mixture, dense = "base_model: Qwen/Qwen3-30B-A3B\n", "base_model: meta-llama/Llama-3.2-1B\n"
     assert "experts=True on qwen3-30b-a3b" in asked(tmp_path, mixture + text + more)
     assert asked(tmp_path, dense + text + more) == asked(tmp_path, dense + text)
+    assert "in fp32" not in asked(tmp_path, mixture + text + more)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ("", True),
+        ("deepspeed: zero2.json\n", True),
+        ("deepspeed: zero3.json\n", False),
+        ("fsdp_config: {a: b}\n", False),
+    ],
+)
+def test_experts_beside_a_base_in_4_bit_are_in_fp32(tmp_path: Path, more: str, told: bool) -> None:
+    """peft's preparation upcasts all that bitsandbytes passes over: twice the memory, and products in fp32."""
+    out = asked(tmp_path, f"base_model: mistralai/Mixtral-8x7B-v0.1\n{QLORA}{LINEAR}{more}")
+    assert ("experts in bf16, not in fp32" in out) == told
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ EXPECTED: dict[str, tuple[str | None, dict[str, Any]]] = {
     ),
     "llama_factory/qlora-bnb.yaml": ("qlora:r=8,targets=all-linear", {**AMP, "grad_accum": 8}),
     "llama_factory/dora.yaml": ("dora:r=16,targets=all-linear", {"checkpoint": "none", "batch": 4}),
-    "llama_factory/pissa.yaml": ("pissa:r=8,targets=all-linear", AMP),
+    "llama_factory/pissa.yaml": ("pissa:r=8,targets=all-linear,niter=16", AMP),
     "llama_factory/galore.yaml": (
         "galore:r=128", {"dtype": "bf16", "amp": None, "in_backward": True, "clip_grad": False},
     ),
@@ -83,7 +83,7 @@ EXPECTED: dict[str, tuple[str | None, dict[str, Any]]] = {
     "trl/sft-lora.json": ("lora:r=32,dropout=0.05", {**FP32_AMP, "batch": 2, "seq": 1024, "grad_accum": 8}),
     "trl/sft-full.json": ("full", {**AMP, "seq": 2048, "checkpoint": "block"}),
     "trl/sft-qlora.json": (
-        "qlora:r=64,targets=q_proj+k_proj+v_proj+o_proj,dropout=0.1",
+        "qlora:r=64,targets=q_proj+k_proj+v_proj+o_proj,adapter_dtype=bf16,dropout=0.1",
         {**AMP, "batch": 4, "optimizer": "paged-adamw-8bit", "seq": 512},
     ),
     "trl/sft-dora.json": ("dora:r=16,targets=q_proj+v_proj", {**AMP, "checkpoint": "none", "seq": 256}),

@@ -118,3 +118,17 @@ def test_other_objectives_are_refused_by_name(tmp_path: Path, values: dict[str, 
     path.write_text(json.dumps(values))
     with pytest.raises(UserError, match=said):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("more", "cast"),
+    [({"rl": "dpo"}, True), ({"rl": "ebft"}, True), ({"rl": "orpo"}, False), ({}, False)],
+)
+def test_trls_trainers_cast_adapters_beside_a_base_in_few_bits(
+    tmp_path: Path, more: dict[str, Any], cast: bool
+) -> None:
+    """PEFT makes them fp32: twice the gradients and states, and a cast in every layer. Axolotl's SFT is not TRL's."""
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(AXOLOTL | {"adapter": "lora", "load_in_8bit": True} | more))
+    assert ("adapter_dtype=bf16" in str(read(tmp_path / "c.yml").method)) == cast
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(AXOLOTL | {"adapter": "lora"} | more))
+    assert "adapter_dtype" not in str(read(tmp_path / "c.yml").method)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
+from perfmodel import UserError
 from perfmodel.architectures import Config, load
 from perfmodel.calls import costs
 from perfmodel.setup import Setup
@@ -103,3 +104,15 @@ def test_a_list_that_numbers_the_blocks_tells_none_from_another() -> None:
     (row,) = stacks(build_model(config, Setup()))
     assert row.kinds[0] == row.kinds[1] != row.kinds[3] == row.kinds[7]  # every fourth has no rotary positions
     assert len(set(row.kinds)) == 2
+
+
+def test_adapters_of_experts_are_traced() -> None:
+    """Configs name weights of experts of models that only a trace knows: nearly all that trains are their adapters."""
+    config, setup = Config(DEEPSEEK, "deepseek", "deepseek"), Setup(batch=1, seq=16)
+    experts = "target_parameters=experts.gate_up_proj+experts.down_proj"
+    alone, both = (
+        traced.of_method(config, f"lora:r=4,targets=o_proj{more}", setup)[0].trainable for more in ("", f",{experts}")
+    )
+    assert both - alone == 2 * 8 * 4 * (64 + 2 * 40 + 40 + 64)  # blocks, experts, rank, widths of both weights
+    with pytest.raises(UserError, match="adapters of quantised experts are not modelled"):
+        traced.of_method(config, f"qlora:r=4,targets=o_proj,experts=true,{experts}", setup)

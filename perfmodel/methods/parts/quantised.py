@@ -44,7 +44,9 @@ class QuantisedLora(Lora):
         of_experts = [name for name in self.architecture.stacked_names() if OF_EXPERTS in name]
         if self.experts and not of_experts and not self.architecture.recorded:
             raise UserError(f"method {self.name}: {self.architecture.name} has no experts to quantise")
-        if self.experts and any(np.any(self.rank_of_parameter(name)) for name in of_experts):
+        by_peft = self.architecture.recorded and not of_experts
+        adapted = self.target_parameters if by_peft else [n for n in of_experts if np.any(self.rank_of_parameter(n))]
+        if self.experts and adapted:
             raise UserError(
                 f"method {self.name}: adapters of quantised experts are not modelled; leave out experts=true"
             )

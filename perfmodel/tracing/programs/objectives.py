@@ -18,7 +18,7 @@ from .family import Inputs
 BETA = 0.1  # any number: it changes no call
 
 
-def loss_of(setup: Setup, model: Any, of_model: Callable[[Any, Inputs], torch.Tensor]) -> Callable[[Inputs], Any]:
+def asked_loss(setup: Setup, model: Any, of_model: Callable[[Any, Inputs], torch.Tensor]) -> Callable[[Inputs], Any]:
     """What makes the loss of a setup's objective from inputs.
 
     Args:
