@@ -38,6 +38,8 @@ FUSES = ("lora", "rslora", "loraplus", "pissa")  # methods that have Unsloth's k
 RECOMPUTED = "blocks recomputed, in the place of offloaded activations"  # beside adapters offloading stands alone
 LISA_STATES = "a new optimizer at each switch of blocks; Axolotl keeps the states of all blocks drawn so far"
 STACKED = "transformers' own code of the model, whose experts are stacked and stay in 16 bit"  # the hub's are layers
+QWEN_OF_2023 = re.compile(r"qwen-(1[._]8|7|14|72)b", re.IGNORECASE)  # its config.json: "use_flash_attn": "auto"
+AUTO_FLASH = "PyTorch's attention and norms, not flash-attn's, which the model's own code takes where it is installed"
 FP32_HEAD = "the output head in fp32, not in the dtype of the rest"
 LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy")
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", "fp8": None, "sage": None, **FLASH}
@@ -154,6 +156,8 @@ def _checkpoint(keys: Keys, *, checkpoints: bool) -> str:
         if not keys.values.get("adapter"):
             return "block"  # torch's wrapper of blocks (`_apply_activation_checkpointing`)
         keys.differ(RECOMPUTED, "activation_offloading" if offloading else "gradient_checkpointing")
+    if re.search(r"gemma-?4", str(keys.get("base_model")), re.IGNORECASE):
+        return "block"  # whatever is said of it
     plain = not keys.values.get("unfrozen_parameters") and not keys.values.get("rl")
     if keys.get("gradient_checkpointing_kwargs") is None and plain:
         return "block-reentrant"
@@ -179,8 +183,7 @@ def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
     )  # fmt: skip
     if name in ("qlora", "lora_8bit") and re.search(r"falcon-?h1", str(keys.get("base_model")), re.IGNORECASE):
         keys.differ("every linear layer of a block quantised, out_proj too")
-    upcast = name == "qlora" and _upcast_for_good(keys)
-    if upcast:
+    if upcast := _upcast_for_good(keys):
         keys.differ(FP32_HEAD)
     own_code = keys.values.get("trust_remote_code") and re.search(r"kimi-?linear", str(keys.get("base_model")), re.I)
     if name in ("qlora", "lora_8bit") and own_code:
@@ -215,9 +218,12 @@ def upcasts(keys: Keys) -> bool:
 
 
 def _upcast_for_good(keys: Keys) -> bool:
-    """Whether embedding and norms stay in fp32: the Qwen of 2023 calls them wte and ln_1, and RMSNorm keeps fp32."""
-    of_2023 = re.search(r"qwen-(1[._]8|7|14|72)b", str(keys.get("base_model")), re.IGNORECASE)
-    return of_2023 is not None and upcasts(keys)
+    """Whether embedding and norms stay in fp32: the Qwen of 2023 calls them wte and ln_1, and RMSNorm keeps fp32.
+
+    With an adapter `lora` Axolotl does not prepare it.
+    """
+    of_2023 = QWEN_OF_2023.search(str(keys.get("base_model")))
+    return of_2023 is not None and keys.get("adapter") == "qlora" and upcasts(keys)
 
 
 def _double_quant(keys: Keys) -> str | None:
@@ -283,6 +289,8 @@ def _attention(keys: Keys) -> str:
         keys.differ(ATTENTION_INSTEAD[word], key)
         return "sdpa"
     if word is None:
+        if QWEN_OF_2023.search(str(keys.get("base_model"))) and not _upcast_for_good(keys):
+            keys.differ(AUTO_FLASH)
         return "sdpa"
     found = ATTENTION.get(word)
     if found is None:

@@ -40,6 +40,7 @@ def test_kernels_for_adapters_come_by_themselves(tmp_path: Path, text: str, fuse
     [
         ("gradient_checkpointing: true", "block-reentrant"),
         ("gradient_checkpointing: true\nrl: dpo", "block"),
+        ("gradient_checkpointing: true\nbase_model: google/gemma-4-31B", "block"),
         ("gradient_checkpointing: true\nactivation_offloading: true", "block"),
         ("gradient_checkpointing: true\nactivation_offloading: hidden_states\nadapter: lora", "block"),
         ("gradient_checkpointing: offload", "block"),
