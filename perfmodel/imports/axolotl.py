@@ -45,6 +45,8 @@ OWN_CODE = re.compile(r"kimi-?linear|deepseek-?v2|deepseek-?v3(?!\.2)", re.IGNOR
 UNNAMED = re.compile(r"gpt-?j|gpt-?2|cerebras-gpt|starcoder(?!2)|mpt-|bloom", re.IGNORECASE)
 PLAIN_CODE = "transformers' own code of the model, whose experts are stacked"
 STACKED = f"{PLAIN_CODE} and stay in 16 bit"
+QWEN_OF_2023 = re.compile(r"qwen-(1[._]8|7|14|72)b", re.IGNORECASE)  # its config.json: "use_flash_attn": "auto"
+AUTO_FLASH = "PyTorch's attention and norms, not flash-attn's, which the model's own code takes where it is installed"
 FP32_HEAD = "the output head in fp32, not in the dtype of the rest"
 LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy")
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", "fp8": None, "sage": None, **FLASH}
@@ -197,8 +199,7 @@ def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
     )  # fmt: skip
     if name in ("qlora", "lora_8bit") and re.search(r"falcon-?h1", str(keys.get("base_model")), re.IGNORECASE):
         keys.differ("every linear layer of a block quantised, out_proj too")
-    upcast = name == "qlora" and _upcast_for_good(keys)
-    if upcast:
+    if upcast := _upcast_for_good(keys):
         keys.differ(FP32_HEAD)
     keys.used.add("unfrozen_parameters")  # PEFT freezes all but the adapters after it
     linear = keys.flag("lora_target_linear")  # joined by the named ones, which are linear layers too
@@ -230,9 +231,12 @@ def upcasts(keys: Keys) -> bool:
 
 
 def _upcast_for_good(keys: Keys) -> bool:
-    """Whether embedding and norms stay in fp32: the Qwen of 2023 calls them wte and ln_1, and RMSNorm keeps fp32."""
-    of_2023 = re.search(r"qwen-(1[._]8|7|14|72)b", str(keys.get("base_model")), re.IGNORECASE)
-    return of_2023 is not None and upcasts(keys)
+    """Whether embedding and norms stay in fp32: the Qwen of 2023 calls them wte and ln_1, and RMSNorm keeps fp32.
+
+    With an adapter `lora` Axolotl does not prepare it.
+    """
+    of_2023 = QWEN_OF_2023.search(str(keys.get("base_model")))
+    return of_2023 is not None and keys.get("adapter") == "qlora" and upcasts(keys)
 
 
 def _double_quant(keys: Keys) -> str | None:
@@ -298,6 +302,8 @@ def _attention(keys: Keys) -> str:
         keys.differ(ATTENTION_INSTEAD[word], key)
         return "sdpa"
     if word is None:
+        if QWEN_OF_2023.search(str(keys.get("base_model"))) and not _upcast_for_good(keys):
+            keys.differ(AUTO_FLASH)
         return "sdpa"
     found = ATTENTION.get(word)
     if found is None:

@@ -34,6 +34,7 @@ def asked(folder: Path, text: str, *options: str) -> str:
         (f"base_model: Qwen/Qwen3-8B\n{LORA}{LINEAR}{FUSED}", "peft's adapters, not unsloth's", "linear on qwen3-8b"),
         (f"base_model: google/gemma-3-4b-it\n{LORA}{LINEAR}", "the text decoder alone of a", "on gemma-3-4b"),
         (f"base_model: Qwen/Qwen-7B\n{QLORA}{LINEAR}", "the output head in fp32", "prepared=True on qwen-7b"),
+        (f"base_model: Qwen/Qwen-7B\n{LORA}{LINEAR}", "PyTorch's attention and norms, not flash", "linear on qwen-7b"),
         (f"base_model: Qwen/Qwen1.5-7B\n{QLORA}{LINEAR}", "without fused kernels", "linear on qwen1.5-7b"),
         (f"base_model: TheBloke/Llama-2-7B-AWQ\n{LORA}{LINEAR}", "weights in bf16, not awq", "on llama-2-7b"),
     ],

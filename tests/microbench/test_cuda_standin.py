@@ -298,7 +298,7 @@ def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopwatch, "WARM_UP", 1)
     monkeypatch.setattr(run, "CASE_SECONDS", 0.0)
     monkeypatch.setattr(run, "REPEATS", 1)
-    monkeypatch.setattr(run, "NEEDED", 90)
+    monkeypatch.setattr(run, "NEEDED", 130)
     monkeypatch.setattr(kernels, "MOST_COPIES", 2)
 
 
