@@ -71,10 +71,12 @@ class GptOss(Mixture):
         top, chosen = top_values(logits, self.top_k)
         return softmax(top, top.dtype), chosen
 
-    def expert_linear(self, layer: Scope, name: str, x: Tensor, n_out: int, chosen: Tensor, ends: Tensor) -> Tensor:
+    def expert_linear(
+        self, layer: Scope, name: str, x: Tensor, n_out: int, chosen: Tensor, ends: Tensor, biases: list[Tensor]
+    ) -> Tensor:
         weight = layer.stacked(f"mlp.experts.{name}", (self.experts, x.shape[1], n_out), flipped=True)
-        bias = rows_of(layer.parameter(f"mlp.experts.{name}_bias", (self.experts, n_out), "bias"), chosen)
-        return add_in_place(grouped_mm(x, weight, ends, self.routing(layer)), bias)
+        biases[:] = [rows_of(layer.parameter(f"mlp.experts.{name}_bias", (self.experts, n_out), "bias"), chosen)]
+        return add_in_place(grouped_mm(x, weight, ends, self.routing(layer)), *biases)
 
     def gated(self, x: Tensor) -> Tensor:
         gate, up = every_other(x), every_other(x)

@@ -110,17 +110,23 @@ class Mixture(Llama):
         selected = rows_of(x, emit("floor_divide", (order,), (rows,), "i64"))
         weights = rows_of(weights, order)
         ends = ends_of_groups(chosen, self.experts)
-        out = self.expert_linear(layer, "gate_up_proj", selected, 2 * self.expert_width, chosen, ends)
+        biases: list[Tensor] = []
+        out = self.expert_linear(layer, "gate_up_proj", selected, 2 * self.expert_width, chosen, ends, biases)
         out = self.gated(out)
-        out = self.expert_linear(layer, "down_proj", out, self.hidden, chosen, ends)
+        out = self.expert_linear(layer, "down_proj", out, self.hidden, chosen, ends, biases)
         weighted = mul(out, unsqueeze(weights, -1))
         weighted = rows_of(weighted, inverse_order(order))
         out = cast(sum_dim(view(weighted, (x.shape[0], self.top_k, self.hidden)), 1), x.dtype)
         layer.cached.clear()
         return out
 
-    def expert_linear(self, layer: Scope, name: str, x: Tensor, n_out: int, chosen: Tensor, ends: Tensor) -> Tensor:
-        """Rows (rows, n_in) through the linear layers of the experts that they were sorted by."""
+    def expert_linear(
+        self, layer: Scope, name: str, x: Tensor, n_out: int, chosen: Tensor, ends: Tensor, biases: list[Tensor]
+    ) -> Tensor:
+        """Rows (rows, n_in) through the linear layers of the experts that they were sorted by.
+
+        `biases` keeps what was added to each row until the next layer's is there, as transformers' variable does.
+        """
         weight = layer.stacked(f"mlp.experts.{name}", (self.experts, n_out, x.shape[1]))
         return grouped_mm(x, transpose(weight, -2, -1), ends, self.routing(layer))
 
