@@ -218,12 +218,12 @@ def test_a_short_calibration_makes_a_device(home: Path, monkeypatch: pytest.Monk
     own = SimpleNamespace(**{**vars(time), "perf_counter": time.process_time})
     for module in (run, hosts):
         monkeypatch.setattr(module, "time", own)
-    monkeypatch.setattr(run, "NEEDED", 30)
+    monkeypatch.setattr(run, "NEEDED", 40)
     monkeypatch.setitem(kernels.RING, "cpu", 2e5)
     monkeypatch.setattr(run, "REPEATS", 3)
     monkeypatch.setattr(run, "CASE_SECONDS", 0.01)
     monkeypatch.setattr(hosts, "NEEDED", 2)
-    monkeypatch.setattr(hosts, "LAYERS", 4)
+    monkeypatch.setattr(verify, "WORST", 100.0)  # how near five seconds come, of a busy machine, is not asked here
     monkeypatch.setattr(verify, "cells", lambda dtypes, cells=verify.cells: list(cells(dtypes))[:2])
     monkeypatch.setattr(verify, "TIMED", 2)
     kept = home / "micro.jsonl"
