@@ -4,8 +4,6 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..tracing.setups import OBJECTIVES
-
 if TYPE_CHECKING:
     from ..imports import Imported
 
@@ -78,6 +76,8 @@ def followed(options: dict[str, Any], of_config: set[str]) -> tuple[dict[str, An
     Args:
         of_config: those that the config gave; what is typed stays, and is refused.
     """
+    from ..tracing.setups import OBJECTIVES
+
     made, said = dict(options), []
     for name, asked, instead, words in INSTEAD:
         if name in of_config and made.get(name) == asked:

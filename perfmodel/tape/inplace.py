@@ -149,13 +149,8 @@ def put_in_part(x: Tensor, part_of: Callable[[Tensor], Tensor], value: Tensor) -
 
 def _put_in_part_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     """The gradient is copied, the value's is a clone of its part, which is put to zero (`CopyBackwards`)."""
-    (g,), (part_of,) = grads, node.attrs
-    assert g is not None
-    result = new_tensor(g.shape, g.dtype)
-    record("new_empty_strided", (g,), (result,))
-    record("copy_", (result, g), (result,))
-    grad_slice = part_of(result)
-    grad = emit("clone", (grad_slice,), grad_slice.shape, g.dtype)
+    result, grad_slice = _copied(node, grads)
+    grad = emit("clone", (grad_slice,), grad_slice.shape, result.dtype)
     if node.needs[0]:
         zeros = emit("zeros_like", (grad,), grad.shape, grad.dtype)
         record("copy_", (grad_slice, zeros), (grad_slice,))
@@ -163,15 +158,20 @@ def _put_in_part_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 
 def _divide_view_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    result, grad_slice = _copied(node, grads)
+    divided = div(emit("clone", (grad_slice,), grad_slice.shape, result.dtype), 1.0)
+    record("copy_", (grad_slice, divided), (grad_slice,))
+    return (result,)
+
+
+def _copied(node: Node, grads: Sequence[Grad]) -> tuple[Tensor, Tensor]:
+    """The copy of its gradient that `CopySlices` changes, and the part of it that was changed in forward."""
     (g,), (part_of,) = grads, node.attrs
     assert g is not None
     result = new_tensor(g.shape, g.dtype)
     record("new_empty_strided", (g,), (result,))
     record("copy_", (result, g), (result,))
-    grad_slice = part_of(result)
-    divided = div(emit("clone", (grad_slice,), grad_slice.shape, g.dtype), 1.0)
-    record("copy_", (grad_slice, divided), (grad_slice,))
-    return (result,)
+    return result, part_of(result)
 
 
 def _part_backward(node: Node, grads: Sequence[Grad]) -> Grads:
