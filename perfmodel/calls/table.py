@@ -201,9 +201,9 @@ rows("sequence", "bitsandbytes::outlier_columns", 4, "nonzero: counts them, the 
      waits=True)  # fmt: skip
 rows("sequence", "nonzero", 4, "counts them in two kernels, the host waits, then selects and writes them (Nonzero.cu)",
      waits=True)  # fmt: skip
-rows("sequence", "_coalesce", 24, "flattens places, sorts, finds those that differ, which the host waits for, adds "
+rows("sequence", "_coalesce", 24, "estimated: flattens places, sorts, finds those that differ (the host waits), adds "
      "their values (SparseCUDATensor.cu)", waits=True)  # fmt: skip
-rows("take", "sparse_mask", 3, "flattens the places in two kernels, then takes what stands there (SparseTensor.cpp)")
+rows("take", "sparse_mask", 3, "estimated: flattens the places in two kernels, then takes values (SparseTensor.cpp)")
 rows("put", "_to_dense", 2, "fills zeros, then puts the values")
 rows("nothing", "_sparse_coo_tensor_with_dims_and_tensors _nnz is_coalesced", 0, "looks at tensors that are there")
 rows("nothing", "empty_like new_empty new_empty_strided", 0, "allocates only")
