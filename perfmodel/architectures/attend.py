@@ -1,8 +1,10 @@
 """Attention by the implementation that the setup names, as transformers' attention interface does."""
 
+from ..program.dims import decide
+from ..program.op import Attrs
 from ..tape.attention import eager_attention, flash2_attention, sdpa_attention
 from ..tape.core import tape
-from ..tape.packages.varlen import PackedRows, packed_attention, unpadded_attention
+from ..tape.packages.varlen import PackedRows, ask_whether_packed, packed_attention, unpadded_attention
 from ..tape.tensor import Tensor
 
 
@@ -18,6 +20,8 @@ def attend(
     p: float,
     capped: bool = False,
     packed: PackedRows | None = None,
+    positions: Tensor | None = None,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of q (b, h, s, d) over k, v (b, kv, s, d) → (b, s, h, d), and the weights if they exist (eager).
 
@@ -27,15 +31,20 @@ def attend(
         form: how the eager form casts around its softmax (see `eager_attention`).
         p: dropout of the attention probabilities.
         capped: whether the scores have a soft cap, which SDPA does not know and flash-attn has inside its kernel.
+        positions: (1, s), where the block hands them on: flash-attn's caller asks them whether a row is packed.
+        window: keys that a query sees at most; flash-attn skips the others, masks of the others leave them out.
         packed: documents that see themselves only, or are padded, for flash-attn; the others have them in their mask.
     """
     with tape().belonging_to("attention"):
         if implementation == "eager":
             return eager_attention(q, k, v, mask, form=form, p=p, capped=capped)
         if implementation == "flash2" and packed is not None:
+            attrs = Attrs(causal=causal, window=window, documents=packed.documents)
             if mask is not None:
-                return unpadded_attention(q, k, v, mask, packed, causal=causal), None
-            return packed_attention(q, k, v, packed, causal=causal), None
+                return unpadded_attention(q, k, v, mask, packed, attrs), None
+            return packed_attention(q, k, v, packed, attrs), None
         if implementation == "flash2":
-            return flash2_attention(q, k, v, causal=causal, p=p), None
+            if positions is not None and decide(q.shape[0] == 1):
+                ask_whether_packed(positions)
+            return flash2_attention(q, k, v, causal=causal, window=window), None
         return sdpa_attention(q, k, v, mask, causal=causal, p=p), None

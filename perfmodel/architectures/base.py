@@ -175,9 +175,8 @@ class Build:
     """One recording of a model: architecture, method, setup and all parameters made so far.
 
     Without labels (`labelled`) the forward pass returns logits, of the last `logits_to_keep` tokens if that is given.
-    `past` are keys and values that a method puts before a block's; `held` is what Python holds on to until the forward
-    pass returns, `kept` what modules keep until their next one, each with the part that made it; `packed` what
-    attention must know of packed documents.
+    `past`: keys and values that a method puts before a block's; `held`: what Python holds on to until the forward pass
+    returns, `kept`: what modules keep until their next one, each with its part; `packed`, `positions`: see `attend`.
     """
 
     architecture: Architecture
@@ -190,6 +189,7 @@ class Build:
     held: list[tuple[Tensor, Part | None]] = field(default_factory=list)
     kept: dict[Any, tuple[Tensor, Part]] = field(default_factory=dict)
     packed: PackedRows | None = None
+    positions: Tensor | None = None
 
     def keep(self, key: Any, value: Tensor) -> None:
         """`self.key = value` of a module."""

@@ -86,7 +86,7 @@ class Gpt2(Architecture):
         assert self.max_positions is not None
         embedded = model.build.method.embedded(model, model.embedding("transformer.wte", self.vocab, self.hidden, ids))
         seq = embedded.shape[1]
-        position_ids = masks.positions(seq)
+        model.build.positions = position_ids = masks.positions(seq)
         located = model.embedding("transformer.wpe", self.max_positions, self.hidden, position_ids)
         mask = masks.causal_mask(attention, seq, setup.attention, embedded.dtype, None, padded=setup.explicit_mask)
         hidden = model.layers(self.block, dropout(add(embedded, located), self.embedding_dropout), mask)
@@ -111,7 +111,8 @@ class Gpt2(Architecture):
         q, k, v = self.heads_of(layer, x)
         k, v = layer.extended(k, v)
         form, p = self.softmax_form, self.attention_dropout
-        out, weights = attend(q, k, v, mask, setup.attention, causal=True, form=form, p=p)
+        positions = layer.build.positions
+        out, weights = attend(q, k, v, mask, setup.attention, causal=True, form=form, p=p, positions=positions)
         out = reshape(out, (*x.shape[:-1], self.hidden))
         out = layer.linear("attn.c_proj", out, self.hidden, bias=True)
         return dropout(out, self.residual_dropout), weights

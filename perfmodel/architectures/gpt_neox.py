@@ -110,6 +110,9 @@ class GptNeox(Architecture):
         k, v = layer.extended(k, v)
         setup = layer.build.setup
         p, packed = self.attention_dropout, layer.build.packed
-        out, weights = attend(q, k, v, mask, setup.attention, causal=True, form="upcast", p=p, packed=packed)
+        build = layer.build
+        out, weights = attend(
+            q, k, v, mask, setup.attention, causal=True, form="upcast", p=p, packed=packed, positions=build.positions
+        )
         out = reshape(out, (*x.shape[:-1], self.hidden))
         return layer.linear("attention.dense", out, self.hidden, bias=self.attention_bias), weights

@@ -229,8 +229,9 @@ class Llama(Architecture):
         k, v = layer.extended(k, v)
         mask, p, capped = mask_of[self.reach(layer.index)], self.attention_dropout, self.attention_cap is not None
         out, weights = attend(
-            q, k, v, mask, setup.attention, causal=True, form="upcast", p=p, capped=capped, packed=layer.build.packed
-        )
+            q, k, v, mask, setup.attention, causal=True, form="upcast", p=p, capped=capped, packed=layer.build.packed,
+            positions=layer.build.positions, window=self.window_of(layer.index),
+        )  # fmt: skip
         out = reshape(out, (*x.shape[:-1], self.heads * self.head_dim))
         out = layer.linear("self_attn.o_proj", out, self.hidden, bias=self.output_bias)
         return out, weights

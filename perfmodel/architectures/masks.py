@@ -29,7 +29,10 @@ def positions_of(model: Scope, ids: Tensor, seq: Any) -> Tensor:
     packed = model_buffer(ids.shape) if setup.within_documents else None
     if packed is not None or setup.unpads:
         model.build.packed = PackedRows(packed, Documents(setup.lengths, setup.seq))
-    return positions(seq) if packed is None else packed
+    if packed is not None:
+        return packed
+    model.build.positions = positions(seq)
+    return model.build.positions
 
 
 def read_scalar(x: Tensor) -> None:

@@ -84,6 +84,7 @@ class Opt(Architecture):
         position_ids = cast(sub(mul(_counted(attention), attention), 1), "i64")
         if not same(attention.shape[1], seq):
             position_ids = narrow(position_ids, 1, seq)
+        model.build.positions = position_ids
         mask = masks.causal_mask(attention, seq, setup.attention, embedded.dtype, None, padded=setup.explicit_mask)
         located = model.embedding(
             "model.decoder.embed_positions", self.max_positions + 2, self.hidden, add(position_ids, 2)
@@ -117,8 +118,8 @@ class Opt(Architecture):
         k = self._split(layer.linear("self_attn.k_proj", x, self.hidden, bias=True))
         v = self._split(layer.linear("self_attn.v_proj", x, self.hidden, bias=True))
         k, v = layer.extended(k, v)
-        setup = layer.build.setup
-        out, weights = attend(q, k, v, mask, setup.attention, causal=True, form="upcast", p=self.attention_dropout)
+        setup, p, positions = layer.build.setup, self.attention_dropout, layer.build.positions
+        out, weights = attend(q, k, v, mask, setup.attention, causal=True, form="upcast", p=p, positions=positions)
         out = reshape(out, (*x.shape[:-1], self.hidden))
         return layer.linear("self_attn.out_proj", out, self.hidden, bias=True), weights
 

@@ -99,7 +99,10 @@ class Phi(Architecture):
         k, v = layer.extended(k, v)
         setup = layer.build.setup
         p, packed = self.attention_dropout, layer.build.packed
-        out, weights = attend(q, k, v, mask, setup.attention, causal=True, form="upcast", p=p, packed=packed)
+        build = layer.build
+        out, weights = attend(
+            q, k, v, mask, setup.attention, causal=True, form="upcast", p=p, packed=packed, positions=build.positions
+        )
         out = reshape(out, (*x.shape[:-1], self.hidden))
         return layer.linear("self_attn.dense", out, self.hidden, bias=True), weights
 

@@ -14,6 +14,8 @@ rows may see. With S = sm_count and P = peak FLOP/s:
 
 `exposed_memory` is the part of the traffic that the compute does not hide.
 
+Within a sliding window a row block walks over the window of its rows only (flash-attn, `window_size`).
+
 Documents behind one another that attend within themselves (varlen): the CTAs of all of them, each over the keys of its
 own document; the longest document's last CTA is the longest.
 
@@ -110,11 +112,13 @@ def attention_forward_time(
     causal: bool = True,
     dtype: str = "bf16",
     documents: Kinds | None = None,
+    window: int | None = None,
 ) -> Array:
     """Seconds of one fused attention forward, floor included.
 
     Args:
         mask_item: bytes of a mask's element, which every head reads for each of its pairs; 0 without a mask.
+        window: keys that a query sees at most; the kernel skips blocks that no query of its own sees.
         documents: of which the sequence of the queries, and of the keys, consists.
 
     >>> a100 = Hardware(108, 1.41e9, 80e9, 2.039e12, 40e6, 19.5e12, 156e12, 312e12, 312e12)
@@ -123,7 +127,7 @@ def attention_forward_time(
     '3.2 ms'
     """
     b, sq, skv, h, hkv, d, item = _floats(batch, seq_q, seq_kv, heads, kv_heads, head_dim, mask_item)
-    cells, blocks, longest = _tiles(b, sq, skv, causal, documents)
+    cells, blocks, longest = _tiles(b, sq, skv, causal, documents, window)
     cell = _cell_time(4.0, d, hardware, parameters, dtype)
     overhead = parameters.cta_overhead / hardware.clock_hz
     compute = _schedule(h, cells, blocks, longest, cell, overhead, hardware, parameters)
@@ -147,11 +151,12 @@ def attention_backward_time(
     causal: bool = True,
     dtype: str = "bf16",
     documents: Kinds | None = None,
+    window: int | None = None,
 ) -> Array:
     """Seconds of the attention backward (dq, dk, dv), its three launches included."""
     b, sq, skv, h, hkv, d = _floats(batch, seq_q, seq_kv, heads, kv_heads, head_dim)
     item = ITEMSIZE[dtype]
-    cells, blocks, longest = _key_tiles(b, sq, skv, causal, documents)
+    cells, blocks, longest = _key_tiles(b, sq, skv, causal, documents, window)
     cell = _cell_time(10.0 / parameters.backward_efficiency, d, hardware, parameters, dtype)
     overhead = parameters.backward_cta_overhead / hardware.clock_hz
     compute = _schedule(h, cells, blocks, longest, cell, overhead, hardware, parameters)
@@ -188,37 +193,46 @@ def _cell_time(flops: float, head_dim: Array, hw: Hardware, p: AttentionParamete
     return flops * padded * hw.sm_count / (hw.peak(dtype) * p.efficiency_at(padded))
 
 
-def _cells(seq_own: Array, seq_other: Array, causal: bool) -> tuple[Array, Array, Array]:
-    """(cells computed per head, row blocks, longest row of a block) when CTAs own blocks of `seq_own`."""
+def _cells(seq_own: Array, seq_other: Array, causal: bool, window: int | None) -> tuple[Array, Array, Array]:
+    """(cells computed per head, row blocks, longest row of a block) when CTAs own blocks of `seq_own`.
+
+    Within a window a block walks over the keys that its first row sees up to those of its last one.
+    """
     blocks = np.ceil(seq_own / ROWS)
     full = np.ceil(seq_other / KEYS) * KEYS
     if not causal:
         return blocks * ROWS * full, blocks, full
     offset = np.maximum(seq_other - seq_own, 0.0)  # keys that every row may see (bottom-right aligned mask)
     triangle = ROWS * ROWS * blocks * (blocks + 1.0) / 2.0 + blocks * ROWS * offset
-    return np.minimum(triangle, blocks * ROWS * full), blocks, full
+    cells = np.minimum(triangle, blocks * ROWS * full)
+    if window is None:
+        return cells, blocks, full
+    widest = np.minimum(np.ceil((window - 1.0) / ROWS) * ROWS + ROWS, full)
+    growing = np.minimum(np.ceil(widest / ROWS), blocks)  # blocks up to the first whose window is full
+    within = ROWS * ROWS * growing * (growing + 1.0) / 2.0 + (blocks - growing) * ROWS * widest
+    return np.minimum(cells, within), blocks, widest
 
 
 def _tiles(
-    batch: Array, seq_own: Array, seq_other: Array, causal: bool, documents: Kinds | None
+    batch: Array, seq_own: Array, seq_other: Array, causal: bool, documents: Kinds | None, window: int | None
 ) -> tuple[Array, Array, Array]:
     """(cells of one head of all samples or documents, its row blocks, the longest row of a block)."""
     if documents is None:
-        cells, blocks, longest = _cells(seq_own, seq_other, causal)
+        cells, blocks, longest = _cells(seq_own, seq_other, causal, window)
         return batch * cells, batch * blocks, longest
     lengths, times = documents
-    cells, blocks, longest = _cells(lengths, lengths, causal)
+    cells, blocks, longest = _cells(lengths, lengths, causal, window)
     return (times * cells).sum(axis=0), (times * blocks).sum(axis=0), longest.max(axis=0)
 
 
 def _key_tiles(
-    batch: Array, seq_q: Array, seq_kv: Array, causal: bool, documents: Kinds | None
+    batch: Array, seq_q: Array, seq_kv: Array, causal: bool, documents: Kinds | None, window: int | None
 ) -> tuple[Array, Array, Array]:
     """As `_tiles`, of a backward pass, whose CTAs own blocks of keys."""
-    cells, blocks, longest = _tiles(batch, seq_q, seq_kv, causal, documents)
+    cells, blocks, longest = _tiles(batch, seq_q, seq_kv, causal, documents, window)
     if documents is not None:
         return cells, blocks, longest
-    return cells, batch * np.ceil(seq_kv / ROWS), np.ceil(seq_q / KEYS) * KEYS
+    return cells, batch * np.ceil(seq_kv / ROWS), longest if window else np.ceil(seq_q / KEYS) * KEYS
 
 
 def _schedule(

@@ -77,8 +77,8 @@ def sort(i: int, op: Op, tables: Tables) -> None:
         for layout, *sizes in costs.products(op):
             tables.add("gemm", _gemm_key(op, layout), i, *_real(op, *sizes))
     elif work == "attention":
-        if op.attrs.documents is not None:
-            raise UserError("packed documents with attention flash2: flash-attn runs on a GPU only; use sdpa")
+        if name.startswith("flash_attn::"):
+            raise UserError("attention flash2: flash-attn runs on a GPU only; use sdpa")
         backward = name.endswith("_backward")
         q, k = op.inputs[1:3] if backward else op.inputs[:2]
         causal, half = op.attrs.causal, q.dtype in ("bf16", "fp16")

@@ -86,7 +86,7 @@ def _attention_row(i: int, op: Op, tables: Tables) -> None:
         sizes = (q.shape[0], q.shape[seq], k.shape[seq], q.shape[heads], k.shape[heads], q.shape[3])
         mask = sum(ITEMSIZE[x.dtype] for x in inputs[6 if backward else 3 :])
     packed = None if documents is None else documents._replace(longest=0)
-    key = ("cudnn" in name, backward, op.attrs.causal, q.dtype, packed)
+    key = ("cudnn" in name, backward, op.attrs.causal, op.attrs.window, q.dtype, packed)
     tables.add("attention", key, i, *sizes, mask, 0 if documents is None else documents.longest)
 
 
@@ -144,15 +144,15 @@ def _gemm(profile: DeviceProfile, dtype: str, batched: bool, *columns: Any) -> n
 
 
 def _attention(
-    profile: DeviceProfile, cudnn: bool, backward: bool, causal: bool, dtype: str, packed: Documents | None,
-    *columns: Any,
+    profile: DeviceProfile, cudnn: bool, backward: bool, causal: bool, window: int | None, dtype: str,
+    packed: Documents | None, *columns: Any,
 ) -> np.ndarray:  # fmt: skip
     *shape, longest = columns
     model = attention_backward_time if backward else attention_forward_time
     parameters = profile.cudnn_attention if cudnn else profile.attention
     kinds = None if packed is None else packed.groups(shape[1], longest)
     price = partial(model, hardware=profile.hardware, parameters=parameters, causal=causal, dtype=dtype)
-    return np.asarray(price(*shape, documents=kinds))
+    return np.asarray(price(*shape, documents=kinds, window=window))
 
 
 def _bus(profile: DeviceProfile, nbytes: Any) -> np.ndarray:

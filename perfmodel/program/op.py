@@ -17,6 +17,7 @@ class Attrs(NamedTuple):
         layout: of a matrix product, as BLAS names it: tn (forward), nn (input gradient), nt (weight gradient).
         copied: operands of a product that cuBLAS cannot read as they lie.
         causal: whether attention is masked causally.
+        window: how many keys a query sees at most, where a fused kernel skips the others.
         strided: whether operands are broadcast, permuted or sliced.
         dims: what a sum or a transform runs over, counted from the front; None: everything.
         scaled, half: whether a Fourier transform normalises, and gives half the spectrum.
@@ -34,6 +35,7 @@ class Attrs(NamedTuple):
     layout: str = ""
     copied: tuple[int, ...] = ()
     causal: bool = False
+    window: int | None = None
     strided: bool = False
     dims: tuple[int, ...] | None = None
     scaled: bool = False

@@ -126,21 +126,21 @@ def sdpa_attention(
     if kernel == "math":
         out = _math(q, k, v, mask, causal=causal, p=p, broadcast=broadcast)
     else:
-        out = _fused(q, k, v, mask, kernel, causal=causal)
+        out = _fused(q, k, v, mask, kernel, Attrs(causal=causal))
     return contiguous(transpose(out, 1, 2))
 
 
-def flash2_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, p: float) -> Tensor:
+def flash2_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None) -> Tensor:
     """The flash-attn package on (b, s, h, d), as transformers calls it with a dense batch."""
     q, k, v = (transpose(x, 1, 2) for x in (q, k, v))
     if tape().autocast:
         q, k, v = (cast(x, tape().autocast or x.dtype) for x in (q, k, v))
-    return flash_attn(q, k, v, causal=causal)
+    return flash_attn(q, k, v, causal=causal, window=window)
 
 
-def flash_attn(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+def flash_attn(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None = None) -> Tensor:
     """`flash_attn_func`: all (b, s, h, d)."""
-    return _fused(q, k, v, None, "flash2", causal=causal)
+    return _fused(q, k, v, None, "flash2", Attrs(causal=causal, window=window))
 
 
 def _choose(q: Tensor, k: Tensor, mask: Tensor | None, p: float) -> str:
@@ -162,8 +162,8 @@ def additive_mask(mask: Tensor, dtype: str) -> Tensor:
     return where(mask, zero, low)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, *, causal: bool) -> Tensor:
-    node = differentiate("ScaledDotProductAttentionBackward0", (q, k, v), _fused_backward, (kernel, causal))
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, attrs: Attrs) -> Tensor:
+    node = differentiate("ScaledDotProductAttentionBackward0", (q, k, v), _fused_backward, (kernel, attrs))
     seq_first = kernel == "flash2"
     heads, seq = (q.shape[2], q.shape[1]) if seq_first else (q.shape[1], q.shape[2])
     out = new_tensor(q.shape, q.dtype, _seq_first(q.shape) if kernel == "efficient" else _empty_like(q))
@@ -171,7 +171,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, *,
     inputs = (q, k, v) if mask is None else (q, k, v, mask)
     if node:
         node.save(q, k, v, mask)
-    record(_FLASH[kernel], inputs, (out, statistics), attrs=Attrs(causal=causal))
+    record(_FLASH[kernel], inputs, (out, statistics), attrs=attrs)
     if node:
         node.save(out.alias(), statistics)
         node.produces(out)
@@ -191,12 +191,12 @@ def _empty_like(x: Tensor) -> Shape:
 def _fused_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,) = grads
     assert g is not None
-    kernel, causal = node.attrs
+    kernel, attrs = node.attrs
     q, k, v, mask, out, statistics = node.unpack()
     own_order = kernel in ("cpu", "efficient")
     grad_of = [new_tensor(x.shape, x.dtype, _seq_first(x.shape) if own_order else _empty_like(x)) for x in (q, k, v)]
     inputs = [x for x in (g, q, k, v, out, statistics, mask) if x is not None]
-    record(_FLASH_BACKWARD[kernel], inputs, grad_of, attrs=Attrs(causal=causal))
+    record(_FLASH_BACKWARD[kernel], inputs, grad_of, attrs=attrs)
     return tuple(x if need else None for x, need in zip(grad_of, node.needs, strict=True))
 
 

@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..program.op import OVER_BUS, PLAIN, STRIDED, Attrs, Op, Spec
 from ..setup import Setup
 from .cuda_forms import cuda_forms
+from .flash_attn import NO_WINDOW, flash_attn_in_place
 from .owners import Owners
 from .programs.diffusion import of_diffusers
 from .programs.dtypes import DTYPES, TORCH_DTYPES
@@ -108,7 +109,8 @@ def record_calls(program: TracedProgram, setup: Setup, *, warm: bool = False) ->
     calls = Calls(cuda=capability is not None, owners=owners)
     recorder = CallRecorder(dense=not setup.padded, keep=calls.keep, knows=setup.images > 0)
     forms = cuda_forms(capability) if capability else nullcontext()
-    with eager_program(), forms, owners.followed(), _host_work(program, calls):
+    package = flash_attn_in_place() if setup.attention == "flash2" else nullcontext()
+    with eager_program(), forms, package, owners.followed(), _host_work(program, calls):
         if not warm:
             _warm_up(program, recorder)
         recorder.recording = True
@@ -294,6 +296,9 @@ def _attrs(name: str, func: Any, inputs: Any, outputs: Any, arguments: Any) -> A
         a, b = (t.stride(0) == 1 and t.stride(1) == t.shape[0] for t in inputs[-2:])
         copied = tuple(i for i, t in enumerate(inputs) if t.dim() > 1 and 1 not in t.stride()[-2:])
         return Attrs("" if name == "bmm" else "nt" if a else "tn" if b else "nn", copied)
+    if name.startswith("flash_attn::"):
+        given = _by_name(func, arguments)
+        return Attrs(causal=given["causal"], window=None if given["window"] == NO_WINDOW else given["window"])
     if "scaled_dot_product" in name:
         return Attrs(causal=bool(_by_name(func, arguments).get("is_causal", False)))
     if name.startswith("_fft"):

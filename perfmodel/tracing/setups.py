@@ -8,9 +8,9 @@ OBJECTIVES = ("sft", "dpo", "grpo")  # whose loss can be traced; of others than 
 
 def check_setup(setup: Setup) -> None:
     """Raise `UserError` where a setup asks for what a trace on the CPU cannot follow."""
-    if setup.attention == "flash2":
+    if setup.unpads:
         raise UserError(
-            "--traced cannot follow --attention flash2: the flash-attn package runs on a GPU only; use sdpa"
+            "--traced cannot follow padded batches with attention flash2, which takes padding out; use sdpa"
         )
     if setup.engine != "torch":
         raise UserError(f"--traced cannot follow --engine {setup.engine}: it traces the program without an engine")

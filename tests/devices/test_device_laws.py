@@ -1,6 +1,7 @@
 """The price models behave like physics on every device: finite, positive, never less time for more work."""
 
 import itertools
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,18 @@ def test_more_work_never_takes_less_time_in_attention(
         assert time(batch, seq, seq, heads, heads, 2 * dim, **kwargs) >= base
         one, two = (time(batch, seq, seq, heads, heads, dim, item, **kwargs) for item in (1, 2))  # with a mask
         assert two > one > time(batch, seq, seq, heads, heads, dim, **kwargs)
+
+
+@given(devices, sizes, small, sizes)
+@settings(max_examples=100, deadline=None)
+def test_a_wider_window_is_never_cheaper(name: str, seq: int, heads: int, window: int) -> None:
+    """Up to no window at all, which one as wide as the sequence is."""
+    device = profile.load(name)
+    for time in (attention_forward_time, attention_backward_time):
+        price = partial(time, 2, seq, seq, heads, heads, 128, hardware=device.hardware, parameters=device.attention)
+        assert price(window=window) <= price(window=2 * window) * (1 + 1e-9)
+        assert price(window=window) <= price() * (1 + 1e-9)
+        assert price(window=seq) == price()
 
 
 @given(devices, st.sampled_from(sorted(KINDS)), st.floats(0, 1e12), st.floats(0, 1e12))

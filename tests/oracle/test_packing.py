@@ -20,6 +20,7 @@ from validate.oracle.cases import MIXTURES, Case
 LORA = "lora:r=4,targets=all-linear,dropout=0.1"
 AMP = {"dtype": "fp32", "amp": "bf16"}
 PACKING = [name for name in SMALL if architecture_of(name).traits.packs]
+DENSE = [name for name in SMALL if "flash2" in architecture_of(name).traits.attention and name != "qwen"]
 MASKED = [
     ("llama", "full", {"packing": "varlen", "attention": "sdpa"}),
     ("llama", LORA, {"packing": "varlen", "attention": "eager", "checkpoint": "block", "grad_accum": 2}),
@@ -34,6 +35,7 @@ FLASH = [
     ("qwen2", LORA, {"packing": "varlen", "batch": 1, "grad_accum": 2, **AMP}),
     ("qwen3", "full", {"packing": "varlen", "checkpoint": "block"}),
     ("gemma2", "lora:r=4", {"packing": "varlen"}),
+    *((name, "full", {"batch": batch}) for name in DENSE for batch in (1, 2)),
     ("llama", "full", {"padded": True}),
     ("qwen2", LORA, {"padded": True, "checkpoint": "block", **AMP}),
     ("gemma3_text", "lora:r=4", {"padded": True, "batch": 1}),
@@ -65,18 +67,16 @@ def test_mixtures_of_experts_make_that_mask(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "method", "setup"), FLASH)
-def test_what_transformers_does_around_flash_attn(
-    name: str, method: str, setup: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_transformers_does_around_flash_attn(name: str, method: str, setup: dict[str, Any]) -> None:
     """Its own code runs; only the package's operators are stand-ins. Packed documents have one token, as traced."""
     lengths = [1] if "packing" in setup else None
     setup_here = setup_of(name, **{"batch": 3, "seq": 40, "lengths": lengths, **setup, "attention": "flash2"})
-    reference_flash_attn.install(monkeypatch, 1 if lengths else setup_here.seq)
     config = config_of(name)
     architecture = from_config(config)
     bound = methods.parse(method).bind(architecture)
     step = build(architecture, bound, setup_here, "cpu", view_replay=True)
     base = models.build_model(config, setup_of(name, attention="eager", dtype=setup_here.dtype))
     base.config._attn_implementation = "flash_attention_2"
-    trace = trace_step(models.apply_method(base, bound, architecture), setup_here, step.optimizer)
+    with reference_flash_attn.installed(1 if lengths else setup_here.seq, packed=bool(lengths)):
+        trace = trace_step(models.apply_method(base, bound, architecture), setup_here, step.optimizer)
     assert counts.judge_step(Case(config, method, setup_here), step, trace).differences == []

@@ -170,10 +170,11 @@ def test_what_does_not_go_together_is_refused(model: str, method: str, setup: di
         predict(model, method, device=DEVICE, batch=2, seq=128, **setup)
 
 
-def test_flash_attn_on_a_cpu_is_refused_where_documents_are_packed() -> None:
+@pytest.mark.parametrize("packing", ["none", "varlen"])
+def test_flash_attn_on_a_cpu_is_refused(packing: str) -> None:
     """The package runs on GPUs only."""
     with pytest.raises(UserError, match="GPU only"):
-        predict(MODEL, "full", device="cpu-epyc-genoa-2c", batch=1, seq=64, packing="varlen", attention="flash2")
+        predict(MODEL, "full", device="cpu-epyc-genoa-2c", batch=1, seq=64, packing=packing, attention="flash2")
 
 
 def test_the_answer_says_what_share_is_padding() -> None:

@@ -1,12 +1,17 @@
-"""Stand-ins for the flash-attn package under transformers' own code: its operators, on fake tensors of a CPU.
+"""Stand-ins for the flash-attn package under transformers' own code: its operators for documents and padding.
 
 Source: flash-attn 2.8, flash_attn/flash_attn_interface.py (`FlashAttnVarlenFunc`), bert_padding.py.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
+
+from perfmodel.tracing import flash_attn
 
 T = torch.Tensor
 FORWARD, BACKWARD = 2, 5  # products of the size of the attention
@@ -99,19 +104,11 @@ def pad_input(hidden_states: T, indices: T, batch: int, seqlen: int) -> T:
     return output.view(batch, seqlen, *hidden_states.shape[1:])
 
 
-def install(monkeypatch: Any, tokens: int) -> None:
+@contextmanager
+def installed(tokens: int, *, packed: bool) -> Iterator[None]:
     """Let transformers take these for the package; every document has so many tokens."""
-    import transformers.modeling_flash_attention_utils as utils
-
-    functions = (None, flash_attn_varlen_func, None, pad_input, None)
-    process = utils._lazy_define_process_function(flash_attn_varlen_func)
-    monkeypatch.setattr(utils, "lazy_import_flash_attention", lambda *args, **kwargs: (functions, (process, dict)))
-    monkeypatch.setitem(DOCUMENT, "tokens", tokens)
-    asked = utils._is_packed_sequence
-
-    def packed(position_ids: T, batch_size: int) -> bool:
-        """What it computes and reads, and the answer that fake data cannot give."""
-        bool(asked(position_ids, batch_size))
-        return position_ids is not None and batch_size == 1
-
-    monkeypatch.setattr(utils, "_is_packed_sequence", packed)
+    with (
+        patch.dict(DOCUMENT, tokens=tokens),
+        flash_attn.flash_attn_in_place(flash_attn_varlen_func, pad_input, packed=packed),
+    ):
+        yield

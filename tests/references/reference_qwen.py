@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
+
+from perfmodel.tracing.flash_attn import flash_attn_func
 
 T = torch.Tensor
 
@@ -95,58 +96,6 @@ def _turned_back(do: T, cos: T, sin: T) -> T:
     return apply_rotary(do, cos, -sin)
 
 
-@torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=())
-def flash_forward(q: T, k: T, v: T) -> tuple[T, T]:
-    """Causal attention of (batch, seq, heads, head_dim), and the log-sum-exp of every row."""
-    scores = torch.einsum("bihd,bjhd->bhij", q.float(), k.float()) * q.shape[-1] ** -0.5
-    scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
-    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v.float()).to(q.dtype), scores.logsumexp(-1)
-
-
-@flash_forward.register_fake
-def _(q: T, k: T, v: T) -> tuple[T, T]:
-    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-
-
-@torch.library.custom_op("flash_attn::_flash_attn_backward", mutates_args=())
-def flash_backward(do: T, q: T, k: T, v: T, out: T, lse: T) -> tuple[T, T, T]:
-    """Gradients of q, k and v."""
-    raise NotImplementedError("traced only")
-
-
-@flash_backward.register_fake
-def _(do: T, q: T, k: T, v: T, out: T, lse: T) -> tuple[T, T, T]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _heads_first(shape: Any) -> Any:
-    return (shape[0], shape[2], shape[1], shape[3])
-
-
-@register_flop_formula(torch.ops.flash_attn._flash_attn_forward)
-def _flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(*map(_heads_first, (q, k, v))))
-
-
-@register_flop_formula(torch.ops.flash_attn._flash_attn_backward)
-def _backward_flops(do: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return int(sdpa_backward_flop_count(*map(_heads_first, (do, q, k, v))))
-
-
-class FlashAttention(torch.autograd.Function):
-    """`flash_attn_func`."""
-
-    @staticmethod
-    def forward(ctx: Any, q: T, k: T, v: T) -> T:
-        out, lse = flash_forward(q, k, v)
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, do: T) -> Any:
-        return flash_backward(do, *ctx.saved_tensors)
-
-
 class RMSNorm(nn.Module):
     def __init__(self, width: int, *, fused: bool) -> None:
         super().__init__()
@@ -184,7 +133,7 @@ class Attention(nn.Module):
         q, k, v = (y.view(*y.shape[:-1], self.heads, -1) for y in split)
         q, k = (rotated(t, cos, sin, fused=self.fused) for t in (q, k))
         if self.fused:
-            return self.c_proj(FlashAttention.apply(q, k, v).contiguous().view(x.shape))
+            return self.c_proj(flash_attn_func(q, k, v, causal=True).contiguous().view(x.shape))
         seq = q.shape[1]
         causal = torch.tril(torch.ones((seq, seq), dtype=torch.bool, device=q.device)).view(1, 1, seq, seq)
         q, k, v = (y.permute(0, 2, 1, 3) for y in (q, k, v))

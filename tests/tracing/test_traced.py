@@ -96,6 +96,24 @@ def test_the_head_that_a_config_names_is_traced(name: str, head: str, device: st
     assert (real.total, real.trainable) == (tape.total, tape.trainable)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"batch": 1}),
+        ("mistral", {"seq": 40, "checkpoint": "block"}),  # its window binds
+        ("gemma3_text", {"seq": 40, "dtype": "fp32", "amp": "bf16"}),
+        ("bert", {}),
+    ],
+)
+def test_flash_attn_is_traced_without_the_package(name: str, options: dict[str, Any]) -> None:
+    """What most configs of large models ask for; its windows and transformers' questions to it are in the trace."""
+    setup = setup_of(name, **{"batch": 2, "seq": 16, "attention": "flash2", **options})
+    real, tape = both(name, "lora:r=4", setup, "cuda")
+    for phase in ("forward", "backward"):
+        assert ops(real, phase) == ops(tape, phase)
+        assert accounts(real, phase) == accounts(tape, phase)
+
+
 def test_cerebras_gpt_is_a_gpt2_whose_gelu_is_one_op() -> None:
     real, tape = both("gpt2", "lora:r=4", setup_of("gpt2", batch=2, seq=16), "cuda", activation_function="gelu")
     for phase in ("forward", "backward"):

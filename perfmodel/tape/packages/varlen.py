@@ -37,20 +37,20 @@ class PackedRows(NamedTuple):
     documents: Documents
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed: PackedRows, *, causal: bool) -> Tensor:
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed: PackedRows, attrs: Attrs) -> Tensor:
     """Attention of q (1, h, s, d) over k, v (1, kv, s, d) within documents → (1, s, h, d), as transformers calls it."""
     q, k, v = (transpose(x, 1, 2) for x in (q, k, v))
     if tape().autocast:
         q, k, v = (cast(x, tape().autocast or x.dtype) for x in (q, k, v))
     shape, positions = q.shape, packed.positions
     assert positions is not None
-    _ask_whether_packed(positions)
+    ask_whether_packed(positions)
     q, k, v = (view(contiguous(x), x.shape[1:]) for x in (q, k, v))
     ends, longest = _boundaries(positions, packed.documents)
-    return view(_varlen(q, k, v, ends, longest, Attrs(causal=causal, documents=packed.documents)), shape)
+    return view(_varlen(q, k, v, ends, longest, attrs), shape)
 
 
-def unpadded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, packed: PackedRows, *, causal: bool) -> Tensor:
+def unpadded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, packed: PackedRows, attrs: Attrs) -> Tensor:
     """As `packed_attention`, of rows (b, h, s, d) with padding, which the mask (b, s) tells of → (b, s, h, d)."""
     q, k, v = (transpose(x, 1, 2) for x in (q, k, v))
     if tape().autocast:
@@ -63,7 +63,7 @@ def unpadded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, packed: Pa
     _read(emit("max", (lengths,), (), "i32"))
     ends = pad_last(emit("cumsum", (lengths,), (batch,), "i32"), 1)
     k, v, q = (picked(reshape(x, (batch * seq, *x.shape[2:])), places) for x in (k, v, q))
-    out = _varlen(q, k, v, ends, None, Attrs(causal=causal, documents=packed.documents))
+    out = _varlen(q, k, v, ends, None, attrs)
     return view(_put_back(out, places, batch * seq), shape)
 
 
@@ -84,7 +84,7 @@ def _put_back_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     return (emit("index.Tensor", (g, places), (*places.shape, *g.shape[1:]), g.dtype),)
 
 
-def _ask_whether_packed(positions: Tensor) -> None:
+def ask_whether_packed(positions: Tensor) -> None:
     """Positions that are those of one document differ nowhere from a range (`_is_packed_sequence`)."""
     whole = add(fill("arange", (positions.shape[1],), "i64"), emit("min", (positions,), (), "i64"))
     away = emit("abs", (sub(whole, positions),), positions.shape, "i64")

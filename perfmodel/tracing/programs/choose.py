@@ -141,13 +141,19 @@ def build_model(config: Config, setup: Setup, *, device: str = "meta") -> Any:
     if cls is None:
         raise UserError(f"{config.origin}: the installed transformers has no {name}")
     able = getattr(cls, "_supports_sdpa", False)
-    attention = setup.attention if able or setup.attention != "sdpa" else "eager"  # as transformers itself chooses
+    flash = setup.attention == "flash2"  # asked for once the model is there: transformers looks for the package
+    if flash and not getattr(cls, "_supports_flash_attn", False):
+        raise UserError(f"--attention flash2: transformers' {name} cannot run flash-attn; use sdpa")
+    attention = "eager" if flash or (setup.attention == "sdpa" and not able) else setup.attention  # as transformers
     try:
         with torch.device(device):
             model = cls._from_config(found, dtype=TORCH_DTYPES[setup.dtype], attn_implementation=attention)
             if config.values.get(LINEAR_EXPERTS):
                 linearise_experts(model)
-            return model
+        for module in model.modules() if flash else ():
+            if hasattr(module, "config"):
+                module.config._attn_implementation = "flash_attention_2"
+        return model
     except Exception as error:  # missing packages, attention that it lacks, dims that do not fit
         if out_of_memory(error):
             raise
