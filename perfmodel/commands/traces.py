@@ -11,7 +11,6 @@ TRACED = "by a trace of the real program"  # what the first line of such an answ
 
 # A setup that a training config asks for and no trace can follow: field, value, what is answered, and how it is said.
 INSTEAD = (
-    ("attention", "flash2", "sdpa", "PyTorch's attention, not flash-attn"),
     ("kernels", "liger", "torch", "without Liger's kernels"),
     ("compile", "default", "none", "without torch.compile"),
     ("compile", "reduce-overhead", "none", "without torch.compile"),
@@ -26,6 +25,8 @@ LATENT = {
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "longcat_flash",
     "minicpm3", "mistral4", "youtu",
 }  # fmt: skip
+# Types whose classes in transformers 5.24 have no flash-attn (`_supports_flash_attn`).
+WITHOUT_FLASH = {"deepseek_v4", "gemma4", "gemma4_unified", "glm_moe_dsa", "llama4", "mamba", "mllama", "mpt", "t5"}
 FUSED = re.compile(r"implementation=\w+,?")
 
 
@@ -79,6 +80,9 @@ def followed(options: dict[str, Any], of_config: set[str]) -> tuple[dict[str, An
     from ..tracing.setups import OBJECTIVES
 
     made, said = dict(options), []
+    if "attention" in of_config and made["attention"] == "flash2" and _lacks_flash(made):
+        made["attention"] = "sdpa"
+        said.append(("attention", "PyTorch's attention, not flash-attn"))
     for name, asked, instead, words in INSTEAD:
         if name in of_config and made.get(name) == asked:
             made[name] = instead
@@ -86,6 +90,11 @@ def followed(options: dict[str, Any], of_config: set[str]) -> tuple[dict[str, An
     if "objective" in of_config and made.get("objective") in OBJECTIVES[1:]:
         said.append(("objective", "without what its trainer logs"))
     return made, said
+
+
+def _lacks_flash(options: dict[str, Any]) -> bool:
+    """Whether no trace of a model has flash-attn: in towers of images it takes ragged rows."""
+    return bool(options.get("images")) or traced_type(options["model"]) in WITHOUT_FLASH
 
 
 def of_peft_alone(method: str, model: str) -> tuple[str, list[str]]:

@@ -12,6 +12,8 @@ def check_setup(setup: Setup) -> None:
         raise UserError(
             "--traced cannot follow padded batches with attention flash2, which takes padding out; use sdpa"
         )
+    if setup.images and setup.attention == "flash2":
+        raise UserError("--traced cannot follow attention flash2 in a tower of images; use sdpa")
     if setup.engine != "torch":
         raise UserError(f"--traced cannot follow --engine {setup.engine}: it traces the program without an engine")
     if setup.kernels != "torch":

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 pytest.importorskip("peft")
 
 from perfmodel import cli
+from perfmodel.architectures import has_form, load, model_names
 from perfmodel.commands import traces
 from perfmodel.imports import Imported
 
@@ -17,6 +19,7 @@ APERTUS = {
     "model_type": "apertus", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 64,
     "num_attention_heads": 2, "num_key_value_heads": 1,
 }  # fmt: skip
+SDPA = ("attention", "PyTorch's attention, not flash-attn")
 FILE = """
 base_model: {model}
 adapter: qlora
@@ -27,6 +30,7 @@ micro_batch_size: 1
 sequence_len: 32
 bf16: auto
 flash_attention: true
+torch_compile: true
 """
 
 
@@ -51,8 +55,29 @@ def test_the_first_line_says_that_a_file_is_answered_by_a_trace(model: Path, tmp
     result = CliRunner().invoke(cli.main, ["predict", "--config", str(file), "--device", "l40s"])
     assert result.exit_code == 0, result.output
     first = result.stdout.partition("\n\n")[0]
-    assert "PyTorch's attention, not flash-attn" in first
+    assert "without torch.compile" in first
     assert f"{traces.TRACED}: apertus has no built-in form" in first
+
+
+@pytest.mark.parametrize(
+    ("model", "images", "says"), [("falcon-h1-1.5b", 0, []), ("falcon-h1-1.5b", 1, [SDPA]), ("mpt-7b", 0, [SDPA])]
+)
+def test_flash_attn_is_followed_where_the_model_has_it(model: str, images: int, says: list[Any]) -> None:
+    """Most configs of large models ask for it; towers of images take it over ragged rows, which no trace has."""
+    options = {"model": model, "images": images, "attention": "flash2"}
+    assert traces.followed(options, {"attention"})[1] == says
+    assert traces.followed(options, set())[1] == []  # what is typed is refused instead
+
+
+def test_models_without_flash_attn_are_those_of_transformers() -> None:
+    """Else a config would end in a refusal that a first line could have said."""
+    transformers = pytest.importorskip("transformers")
+    from perfmodel.tracing import programs
+
+    configs = [config for config in map(load, model_names()) if not has_form(config.kind)]
+    classes = {c.kind: getattr(transformers, programs.family_of(c)[1], None) for c in configs}
+    unable = {kind for kind, found in classes.items() if found and not getattr(found, "_supports_flash_attn", False)}
+    assert unable <= traces.WITHOUT_FLASH
 
 
 def test_the_engine_of_a_trace_is_said_once(model: Path, tmp_path: Path) -> None:

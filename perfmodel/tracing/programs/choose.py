@@ -135,6 +135,8 @@ def build_model(config: Config, setup: Setup, *, device: str = "meta") -> Any:
 
     family, name = family_of(config)
     if family is diffusion.FAMILY:
+        if setup.attention == "flash2":
+            raise UserError("--attention flash2: diffusers runs PyTorch's attention; use sdpa")
         return diffusion.build_transformer(config, setup, device)
     found = config_of(config)
     cls = getattr(transformers, name, None)
