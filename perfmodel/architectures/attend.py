@@ -1,8 +1,10 @@
 """Attention by the implementation that the setup names, as transformers' attention interface does."""
 
+from ..program.dims import same
 from ..tape.attention import eager_attention, flash2_attention, sdpa_attention
 from ..tape.core import tape
 from ..tape.packages.varlen import PackedRows, packed_attention, unpadded_attention
+from ..tape.shape import narrow
 from ..tape.tensor import Tensor
 
 
@@ -19,7 +21,7 @@ def attend(
     capped: bool = False,
     packed: PackedRows | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of q (b, h, s, d) over k, v (b, kv, s, d) → (b, s, h, d), and the weights if they exist (eager).
+    """Attention of q (b, h, s, d) over k (b, kv, s, d) and v (b, kv, s, e) → (b, s, h, e), and weights if any (eager).
 
     The blocks of transformers hold on to the weights until they return, used or not, so ours do too.
 
@@ -32,10 +34,12 @@ def attend(
     with tape().belonging_to("attention"):
         if implementation == "eager":
             return eager_attention(q, k, v, mask, form=form, p=p, capped=capped)
-        if implementation == "flash2" and packed is not None:
-            if mask is not None:
-                return unpadded_attention(q, k, v, mask, packed, causal=causal), None
-            return packed_attention(q, k, v, packed, causal=causal), None
         if implementation == "flash2":
-            return flash2_attention(q, k, v, causal=causal, p=p), None
+            if packed is None:
+                out = flash2_attention(q, k, v, causal=causal, p=p)
+            elif mask is not None:
+                out = unpadded_attention(q, k, v, mask, packed, causal=causal)
+            else:
+                out = packed_attention(q, k, v, packed, causal=causal)
+            return out if same(q.shape[-1], v.shape[-1]) else narrow(out, -1, v.shape[-1]), None
         return sdpa_attention(q, k, v, mask, causal=causal, p=p), None

@@ -22,8 +22,13 @@ ATTENTION = {"deepseek_v2": "kv_a_proj_with_mqa", "deepseek_v3": "kv_a_proj_with
 DIFFERENT: dict[str, Any] = {
     "mixtral": {"sliding_window": 9},
     "qwen3_moe": {"norm_topk_prob": False, "decoder_sparse_step": 2},
-}
-BUNDLED = ("mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b")
+    "deepseek_v2": {"topk_method": "greedy", "q_lora_rank": 24, "attention_bias": True, "mlp_bias": True},
+    "deepseek_v3": {
+        "norm_topk_prob": False, "rope_interleave": False, "q_lora_rank": None, "attention_bias": True, "n_group": 1,
+        "topk_group": 1,
+    },
+}  # fmt: skip
+BUNDLED = ("mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b", "deepseek-v2-lite", "deepseek-v3")
 AMP = {"dtype": "fp32", "amp": "bf16"}
 
 

@@ -18,6 +18,17 @@ def _kin(model_type: str, layers: int = 3, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _latent(model_type: str, **more: Any) -> dict[str, Any]:
+    """Small dims of an architecture with latent attention and a mixture of experts."""
+    return {
+        "model_type": model_type, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "pad_token_id": 0,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 128, "moe_intermediate_size": 40,
+        "first_k_dense_replace": 1, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3,
+        "n_group": 4, "topk_group": 2, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 24,
+        "qk_rope_head_dim": 8, "v_head_dim": 16, **more,
+    }  # fmt: skip
+
+
 SMALL: dict[str, dict[str, Any]] = {
     "llama": {
         "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "pad_token_id": 0,
@@ -107,6 +118,8 @@ MIXTURES: dict[str, dict[str, Any]] = {  # of experts
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 16, "sliding_window": 8,
         "num_local_experts": 6, "num_experts_per_tok": 3,
     },
+    "deepseek_v2": _latent("deepseek_v2", topk_method="group_limited_greedy", q_lora_rank=None),
+    "deepseek_v3": _latent("deepseek_v3"),
 }  # fmt: skip
 NO_DROPOUT = {
     "gpt2": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
@@ -219,6 +232,8 @@ REFUSED = {
         "ministral3",
         "mixtral",
         "qwen3_moe",
+        "deepseek_v2",
+        "deepseek_v3",
     ),
     "lora:r=4,targets=all-linear,dropout=0.1": tuple(MIXTURES),  # no adapter of experts has dropout
     **dict.fromkeys(
@@ -227,7 +242,8 @@ REFUSED = {
     **dict.fromkeys(  # nor for masked language models
         ("prompt_tuning", "p_tuning", "prefix_tuning", "trainable_tokens"), ("bert", "roberta")
     ),
-    "prefix_tuning": ("bert", "roberta", "falcon"),  # whose cache PEFT fills with heads that it has not
+    # whose cache PEFT fills with heads that it has not
+    "prefix_tuning": ("bert", "roberta", "falcon", "deepseek_v2", "deepseek_v3"),
 }
 WHOLE = 9  # of the first so many model types the quick grid tries all methods; the others share most of their code
 PRECISIONS: tuple[dict[str, Any], ...] = ({"dtype": "bf16"}, {"dtype": "fp32"}, {"dtype": "fp32", "amp": "bf16"})
