@@ -256,15 +256,9 @@ class Scope:
         return self.build.setup.dtype
 
     def parameter(
-        self,
-        name: str,
-        shape: tuple[Any, ...],
-        kind: str,
-        *,
-        dtype: str | None = None,
-        kept: str | None = None,
+        self, name: str, shape: tuple[Any, ...], kind: str, *, dtype: str | None = None, kept: str | None = None,
         trainable: bool | None = None,
-    ) -> Parameter:
+    ) -> Parameter:  # fmt: skip
         """The parameter of that name, made on first use; `kept` is the dtype of one that no setup rounds."""
         tape().part.host.weights += kind != "scale"  # statistics of a packed weight are no parameters of their own
         if name not in self.made:

@@ -57,6 +57,7 @@ class Latent(Mixture):
         targets=Targets(),
         fused=(),
         stacked=STACKED,
+        four_dims=("kv_b_proj",),
         cache=None,  # which holds latents, of other sizes than PEFT's virtual tokens
     )
 

@@ -24,8 +24,8 @@ def _latent(model_type: str, **more: Any) -> dict[str, Any]:
         "model_type": model_type, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "pad_token_id": 0,
         "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 128, "moe_intermediate_size": 40,
         "first_k_dense_replace": 1, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3,
-        "n_group": 4, "topk_group": 2, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 24,
-        "qk_rope_head_dim": 8, "v_head_dim": 16, **more,
+        "n_group": 4, "topk_group": 2, "q_lora_rank": 48, "kv_lora_rank": 32, "qk_nope_head_dim": 24,
+        "qk_rope_head_dim": 16, "v_head_dim": 8, **more,
     }  # fmt: skip
 
 
@@ -120,6 +120,7 @@ MIXTURES: dict[str, dict[str, Any]] = {  # of experts
     },
     "deepseek_v2": _latent("deepseek_v2", topk_method="group_limited_greedy", q_lora_rank=None),
     "deepseek_v3": _latent("deepseek_v3"),
+    "glm4_moe_lite": _latent("glm4_moe_lite", mlp_layer_types=["dense", "sparse", "sparse", "dense"]),
 }  # fmt: skip
 NO_DROPOUT = {
     "gpt2": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
@@ -234,6 +235,7 @@ REFUSED = {
         "qwen3_moe",
         "deepseek_v2",
         "deepseek_v3",
+        "glm4_moe_lite",
     ),
     "lora:r=4,targets=all-linear,dropout=0.1": tuple(MIXTURES),  # no adapter of experts has dropout
     **dict.fromkeys(
@@ -243,7 +245,8 @@ REFUSED = {
         ("prompt_tuning", "p_tuning", "prefix_tuning", "trainable_tokens"), ("bert", "roberta")
     ),
     # whose cache PEFT fills with heads that it has not
-    "prefix_tuning": ("bert", "roberta", "falcon", "deepseek_v2", "deepseek_v3"),
+    "prefix_tuning": ("bert", "roberta", "falcon", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
+    "oft": ("gpt2", "deepseek_v2"),  # the layer that would be a target there has inputs of four dimensions
 }
 WHOLE = 9  # of the first so many model types the quick grid tries all methods; the others share most of their code
 PRECISIONS: tuple[dict[str, Any], ...] = ({"dtype": "bf16"}, {"dtype": "fp32"}, {"dtype": "fp32", "amp": "bf16"})
