@@ -197,6 +197,8 @@ FURTHER: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (  # what the
     ("gemma", {"architectures": ["GemmaForTokenClassification"]}, OF_TOKENS[:2]),
     ("falcon", {"architectures": ["FalconForSequenceClassification"], "pad_token_id": 0}, CLASSIFYING[:2]),
     ("gpt_bigcode", {"architectures": ["GPTBigCodeForSequenceClassification"], "pad_token_id": 0}, CLASSIFYING[:2]),
+    ("deepseek_v2", {"architectures": ["DeepseekV2ForSequenceClassification"]}, CLASSIFYING[:2]),
+    ("deepseek_v3", {"architectures": ["DeepseekV3ForTokenClassification"]}, OF_TOKENS[:2]),
 )
 DISTILBERT = {  # PEFT has no default targets for it
     "model_type": "distilbert", "dim": 64, "hidden_dim": 96, "n_layers": 3, "n_heads": 4, "vocab_size": 128,
@@ -287,7 +289,7 @@ def configs(small: bool) -> Iterator[Config]:
 def further() -> Iterator[tuple[Config, tuple[str, ...]]]:
     """Small models with other heads or other blocks than `configs` has, and the methods to try them with."""
     for name, change, tried in FURTHER:
-        yield Config({**SMALL[name], **change}, name, name), tried
+        yield Config({**SMALL, **MIXTURES}[name] | change, name, name), tried
     for change, tried in DISTILBERTS:
         yield Config({**DISTILBERT, **change}, "distilbert", "distilbert"), tried
 
