@@ -61,12 +61,10 @@ PUBLISHED = {
 # tokens, which transformers does not build, are not among them.
 IN_BILLIONS = {
     "afm-4.5b": 4.62,  # the hub's listing
-    "deepseek-v2.5": 236,  # arXiv:2405.04434
     "deepseek-v4-flash": 284,  # NVIDIA-NeMo/Megatron-Bridge, docs
     "gemma-4-26b-a4b": 25.8,  # its card: 25.2, and 0.57 of the vision encoder
     "glm-4.5-air": 106,  # NVIDIA-NeMo/Megatron-Bridge, docs
     "glm-4.6v-flash": 10.3,  # GLM-4.1V-9B-Thinking, whose dims it has
-    "glm-4.7-flash": 30,  # NVIDIA-NeMo/Megatron-Bridge, docs
     "glm-5.2": 744,  # GLM-5's card
     "minimax-m2": 229,  # the hub's listing
     "nemotron-mini-4b": 4.19,  # Minitron-4B-Base, the hub's listing
@@ -107,7 +105,8 @@ BUILT = {
     "qwen2-1.5b": 1_543_714_304, "qwen2-7b": 7_615_616_512, "smollm-135m": 134_515_008, "smollm-360m": 361_821_120,
     "smollm-1.7b": 1_711_376_384, "yi-34b": 34_388_917_248, "yi-1.5-6b": 6_061_035_520, "yi-1.5-9b": 8_829_407_232,
     "mixtral-8x7b": 46_702_792_704, "qwen3-30b-a3b": 30_532_122_624,
-    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-20b": 20_914_757_184, "deepseek-v2-lite": 15_706_484_224, "deepseek-v2.5": 235_741_434_880,
+    "deepseek-v3": 671_026_404_352, "glm-4.7-flash": 29_943_390_976,
     "gemma-2-2b": 2_614_341_888, "gemma-2-9b": 9_241_705_984, "gemma-2b": 2_506_172_416, "gemma-3-1b": 999_885_952,
     "phi-4": 14_659_507_200, "phi-4-mini": 3_836_021_760, "olmo-2-7b": 7_298_617_344, "olmo-3-7b": 7_298_011_136,
     "aya-23-8b": 8_028_033_024, "starcoder2-7b": 7_173_923_840, "stablelm-2-1.6b": 1_644_515_328,

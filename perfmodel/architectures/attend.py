@@ -1,10 +1,11 @@
 """Attention by the implementation that the setup names, as transformers' attention interface does."""
 
-from ..program.dims import decide
+from ..program.dims import decide, same
 from ..program.op import Attrs
 from ..tape.attention import eager_attention, flash2_attention, sdpa_attention
 from ..tape.core import tape
 from ..tape.packages.varlen import PackedRows, ask_whether_packed, packed_attention, unpadded_attention
+from ..tape.shape import narrow
 from ..tape.tensor import Tensor
 
 
@@ -23,7 +24,7 @@ def attend(
     positions: Tensor | None = None,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of q (b, h, s, d) over k, v (b, kv, s, d) → (b, s, h, d), and the weights if they exist (eager).
+    """Attention of q (b, h, s, d) over k (b, kv, s, d) and v (b, kv, s, e) → (b, s, h, e), and weights if any (eager).
 
     The blocks of transformers hold on to the weights until they return, used or not, so ours do too.
 
@@ -38,13 +39,16 @@ def attend(
     with tape().belonging_to("attention"):
         if implementation == "eager":
             return eager_attention(q, k, v, mask, form=form, p=p, capped=capped)
-        if implementation == "flash2" and packed is not None:
-            attrs = Attrs(causal=causal, window=window, documents=packed.documents)
-            if mask is not None:
-                return unpadded_attention(q, k, v, mask, packed, attrs), None
-            return packed_attention(q, k, v, packed, attrs), None
         if implementation == "flash2":
-            if positions is not None and decide(q.shape[0] == 1):
-                ask_whether_packed(positions)
-            return flash2_attention(q, k, v, causal=causal, window=window), None
+            if packed is None:
+                if positions is not None and decide(q.shape[0] == 1):
+                    ask_whether_packed(positions)
+                out = flash2_attention(q, k, v, causal=causal, window=window)
+            else:
+                attrs = Attrs(causal=causal, window=window, documents=packed.documents)
+                if mask is not None:
+                    out = unpadded_attention(q, k, v, mask, packed, attrs)
+                else:
+                    out = packed_attention(q, k, v, packed, attrs)
+            return out if same(q.shape[-1], v.shape[-1]) else narrow(out, -1, v.shape[-1]), None
         return sdpa_attention(q, k, v, mask, causal=causal, p=p), None

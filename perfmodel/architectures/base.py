@@ -163,7 +163,7 @@ class Rewrites(Protocol):
     def qkv(self, layers: tuple["Linear", ...], x: Tensor) -> list[Tensor] | None: ...
     def mlp(self, layers: tuple["Linear", ...], x: Tensor) -> Tensor | None: ...
     def sublayer(self, layer: "Scope", name: str, x: Tensor, residual: Tensor, norm: str | None) -> Tensor: ...
-    def stacked_weight(self, layer: "Scope", name: str, shape: tuple[Any, ...]) -> Tensor: ...
+    def stacked_weight(self, layer: "Scope", name: str, shape: tuple[Any, ...], kept: str | None) -> Tensor: ...
     def stacked(self, layer: "Scope", name: str, weight: Tensor, *, flipped: bool) -> Tensor: ...
     def words(self, model: "Scope", weight: Parameter, ids: Tensor) -> Tensor: ...
     def head(self, scope: "Scope", hidden: Tensor, weight: Parameter, bias: Parameter | None) -> Tensor: ...
@@ -256,22 +256,17 @@ class Scope:
         return self.build.setup.dtype
 
     def parameter(
-        self,
-        name: str,
-        shape: tuple[Any, ...],
-        kind: str,
-        *,
-        dtype: str | None = None,
+        self, name: str, shape: tuple[Any, ...], kind: str, *, dtype: str | None = None, kept: str | None = None,
         trainable: bool | None = None,
-    ) -> Parameter:
-        """The parameter of that name, made on first use."""
+    ) -> Parameter:  # fmt: skip
+        """The parameter of that name, made on first use; `kept` is the dtype of one that no setup rounds."""
         tape().part.host.weights += kind != "scale"  # statistics of a packed weight are no parameters of their own
         if name not in self.made:
             method = self.build.method
             if trainable is None:
                 trainable = method.trains(name, kind, self.layer)
             of_base = method.dtype_of_trained if trainable else method.base_dtype
-            made = self._make(self.path + name, shape, dtype or of_base(self.dtype), kind, trainable)
+            made = self._make(self.path + name, shape, dtype or of_base(kept or self.dtype), kind, trainable)
             if kind != "adapter" and method.copies(name, kind):
                 made = self._make(f"{made.name} (trained copy)", shape, made.dtype, "adapter", True)
             self.made[name] = made
@@ -332,14 +327,14 @@ class Scope:
         weight = self.parameter(f"{name}.weight", (rows, width), "embedding")
         return self.build.method.words(self, weight, ids) if name.endswith(WORDS) else nn.embedding(weight, ids)
 
-    def stacked(self, name: str, shape: tuple[Any, ...], *, flipped: bool = False) -> Tensor:
+    def stacked(self, name: str, shape: tuple[Any, ...], *, flipped: bool = False, kept: str | None = None) -> Tensor:
         """A weight that is no linear layer's (of all experts, or a router) as the fine-tuning method rewrites it.
 
-        It is (…, out, in), or (…, in, out) if `flipped`.
+        It is (…, out, in), or (…, in, out) if `flipped`; `kept` as for `parameter`.
         """
         method = self.build.method
         with tape().belonging_to("adapter"):
-            return method.stacked(self, name, method.stacked_weight(self, name, shape), flipped=flipped)
+            return method.stacked(self, name, method.stacked_weight(self, name, shape, kept), flipped=flipped)
 
     def sublayer(self, name: str, x: Tensor, residual: Tensor, norm: str | None = None) -> Tensor:
         """The output of "attention" or "mlp" as the fine-tuning method rewrites it, before it joins the residual."""

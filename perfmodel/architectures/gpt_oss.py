@@ -14,7 +14,7 @@ from ..tape.grouped import grouped_mm
 from ..tape.inplace import add_in_place
 from ..tape.linalg import linear
 from ..tape.nn import softmax
-from ..tape.pointwise import add, cat, mul, sigmoid, sub
+from ..tape.pointwise import add, mul, sigmoid
 from ..tape.shape import every_other, reshape, split, unsqueeze
 from ..tape.tensor import Tensor
 from . import masks
@@ -23,6 +23,7 @@ from .config import Config
 from .llama import FULL, SLIDING, Llama, Masks
 from .moe import Mixture
 from .norms import wide_rms_norm
+from .rotary import turned
 from .traits import Traits
 
 
@@ -90,5 +91,4 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding whose tables have half the width of a head."""
     cos, sin = unsqueeze(cos, 1), unsqueeze(sin, 1)
     first, second = split(x, (x.shape[-1] // 2,) * 2, -1)
-    turned = sub(mul(first, cos), mul(second, sin))
-    return cat((turned, add(mul(second, cos), mul(first, sin))), -1)
+    return turned(first, second, cos, sin)

@@ -92,8 +92,7 @@ class Llama(Architecture):
         hidden, heads = config.count("hidden_size"), config.count("num_attention_heads")
         kv_heads = cls.count(config, "num_key_value_heads", heads)
         config.divide("num_attention_heads", "num_key_value_heads", heads, kv_heads)
-        head_dim = cls.count(config, "head_dim", 0)
-        head_dim = head_dim or config.divide("hidden_size", "num_attention_heads", hidden, heads)
+        head_dim = cls.head_width(config, hidden, heads)
         if head_dim % 2:
             raise UserError(f"{config.origin}: head_dim {head_dim} must be even for rotary positions")
         return {
@@ -108,6 +107,12 @@ class Llama(Architecture):
             "tied": config.flag("tie_word_embeddings", False),
             "attention_dropout": config.fraction("attention_dropout", 0.0),
         }
+
+    @classmethod
+    def head_width(cls, config: Config, hidden: int, heads: int) -> int:
+        """Dims of a head."""
+        given = cls.count(config, "head_dim", 0)
+        return given or config.divide("hidden_size", "num_attention_heads", hidden, heads)
 
     @classmethod
     def biases(cls, config: Config) -> dict[str, Any]:
@@ -264,23 +269,26 @@ class Llama(Architecture):
         return silu(x)
 
     def mlp(self, layer: Scope, x: Tensor) -> Tensor:
-        """A gated MLP (SwiGLU)."""
-        sizes = {"gate_proj": (self.hidden, self.intermediate), "up_proj": (self.hidden, self.intermediate)}
-        sizes["down_proj"] = (self.intermediate, self.hidden)
-        layers = (layer.linear_layer(f"mlp.{name}", *size, bias=self.mlp_bias) for name, size in sizes.items())
+        """A block's own MLP."""
+        return self.gated_mlp(layer, x, "mlp", self.intermediate)
+
+    def gated_mlp(self, layer: Scope, x: Tensor, path: str, width: int) -> Tensor:
+        """A gated MLP (SwiGLU) of some width, whose layers lie under a path in the block."""
+        sizes = {"gate_proj": (self.hidden, width), "up_proj": (self.hidden, width), "down_proj": (width, self.hidden)}
+        layers = (layer.linear_layer(f"{path}.{name}", *size, bias=self.mlp_bias) for name, size in sizes.items())
         with tape().belonging_to("adapter"):
             fused = layer.build.method.mlp(tuple(layers), x)
         if fused is not None:
             return fused
         if layer.build.setup.kernels == "liger":
-            gate = layer.linear("mlp.gate_proj", x, self.intermediate, bias=self.mlp_bias)
-            gate = gated(self.gate, gate, layer.linear("mlp.up_proj", x, self.intermediate, bias=self.mlp_bias))
-            return layer.linear("mlp.down_proj", gate, self.hidden, bias=self.mlp_bias)
-        gate = self.activation(layer.linear("mlp.gate_proj", x, self.intermediate, bias=self.mlp_bias))
-        up = layer.linear("mlp.up_proj", x, self.intermediate, bias=self.mlp_bias)
+            gate = layer.linear(f"{path}.gate_proj", x, width, bias=self.mlp_bias)
+            gate = gated(self.gate, gate, layer.linear(f"{path}.up_proj", x, width, bias=self.mlp_bias))
+            return layer.linear(f"{path}.down_proj", gate, self.hidden, bias=self.mlp_bias)
+        gate = self.activation(layer.linear(f"{path}.gate_proj", x, width, bias=self.mlp_bias))
+        up = layer.linear(f"{path}.up_proj", x, width, bias=self.mlp_bias)
         gate = mul(gate, up)
         del up
-        return layer.linear("mlp.down_proj", gate, self.hidden, bias=self.mlp_bias)
+        return layer.linear(f"{path}.down_proj", gate, self.hidden, bias=self.mlp_bias)
 
 
 def _normed(layer: Scope, name: str | None, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from ..tape.core import emit, record
 from ..tape.packages.varlen import PackedRows
 from ..tape.pointwise import add, binary_bool, cast, cat, fill, mul, sub, unary, where
 from ..tape.shape import clone, expand, narrow, unsqueeze, view, view_as
+from ..tape.spectrum import turns_by
 from ..tape.tensor import Storage, Tensor
 from .base import Scope
 
@@ -156,7 +157,7 @@ def rotary_tables(
     Args:
         longrope: whether the frequencies are chosen by the largest position (`longrope_frequency_update`).
         layout: of the dims that turn together: "halves", half a head apart; "interleaved", neighbours; "once", as
-            halves, but the tables have each angle once, (1, seq, half).
+            halves, but the tables have each angle once, (1, seq, half); "complex", each as one number of cos and sin.
     """
     frequencies = model_buffer((half,), "fp32")
     if longrope:
@@ -165,6 +166,9 @@ def rotary_tables(
         record("copy_", (frequencies, chosen), (frequencies,))
     at = cast(unsqueeze(position_ids, 2), "fp32")
     angles = mul(at, frequencies)
+    if layout == "complex":
+        turns = mul(turns_by(angles), 1.0)
+        return turns, turns
     if layout != "once":
         angles = repeat_last(angles) if layout == "interleaved" else cat((angles, angles), -1)
     cos, sin = mul(unary("cos", angles), 1.0), mul(unary("sin", angles), 1.0)

@@ -47,6 +47,7 @@ class Mixture(Llama):
     expert_width: int = 0
 
     router: ClassVar[str] = "mlp.gate"  # its name in a block
+    counted: ClassVar[tuple[str, ...]] = ("num_experts", "num_local_experts")  # keys of one number; the last by default
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -55,7 +56,7 @@ class Mixture(Llama):
 
     @classmethod
     def widths(cls, config: Config) -> dict[str, Any]:
-        written = "num_experts" if "num_experts" in config.values else "num_local_experts"  # one to transformers
+        written = next((key for key in cls.counted if key in config.values), cls.counted[-1])
         experts, top_k = (cls.count(config, key, 0) for key in (written, "num_experts_per_tok"))
         if not 0 < top_k <= experts:
             raise UserError(f"{config.origin}: num_experts_per_tok {top_k} must be from 1 to the {experts} experts")

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from ..tape.pointwise import add, cat, mul, neg
-from ..tape.shape import narrow, unsqueeze, view, whole_slice
+from ..tape.pointwise import add, cat, mul, neg, sub
+from ..tape.shape import every_other, narrow, unsqueeze, view, whole_slice
 from ..tape.split import stack
 from ..tape.tensor import Tensor
 
@@ -41,3 +41,17 @@ def rotate_pairs(x: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     first, second = narrow(x, -1, half, 2), narrow(x, -1, half, 2)
     return view(stack((neg(second), first), -1), x.shape)
+
+
+def rotate_interleaved(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`apply_rotary_pos_emb_interleave`: neighbours turn together and come out half a head apart."""
+    half = cos.shape[-1] // 2
+    cos, sin = unsqueeze(narrow(cos, -1, half), 1), unsqueeze(narrow(sin, -1, half), 1)
+    (q1, q2), (k1, k2) = ((every_other(x), every_other(x)) for x in (q, k))
+    return turned(q1, q2, cos, sin), turned(k1, k2, cos, sin)
+
+
+def turned(first: Tensor, second: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Both coordinates of planes, each turned by its angle, one after the other."""
+    across = sub(mul(first, cos), mul(second, sin))
+    return cat((across, add(mul(second, cos), mul(first, sin))), -1)

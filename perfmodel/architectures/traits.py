@@ -57,6 +57,7 @@ class Traits:
         fused: what else brings fused kernels that are modelled for it: liger, unsloth, lorafusion.
         stacked: pairs of a layer of transformers 4 and the parameter of experts or router that it is in transformers 5:
             where the layer is a target, PEFT's LoRA adapts the parameter.
+        four_dims: the linear layers whose input has four dimensions, as not all that adapts or packs layers takes them.
         heads: the classifiers that may be in the place of its language model's head: "sequence", "token".
         token_head: of a causal model's classifier of tokens, its name and whether its logits are cast to fp32.
         packs: whether documents packed into a row, which attend within themselves, are modelled for it.
@@ -73,6 +74,7 @@ class Traits:
     reentrant: tuple[str, ...] = ("sdpa", "eager", "flash2")
     fused: tuple[str, ...] = ()
     stacked: tuple[tuple[str, str], ...] = ()
+    four_dims: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     token_head: tuple[str, bool] = ("score", True)
     packs: bool = False

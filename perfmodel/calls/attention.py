@@ -4,33 +4,33 @@ from ..program.dims import Dim, Shape
 from ..program.op import Op, Spec
 
 
-def one_product(q: Shape, k: Shape) -> Dim:
-    """One product of the attention's size: 2·b·h·sq·skv·d, of (b, h, s, d)."""
-    return 2 * q[0] * q[1] * q[2] * k[2] * q[3]
+def one_product(q: Shape, k: Shape, width: Dim) -> Dim:
+    """One product of the attention's size: 2·b·h·sq·skv·width, of (b, h, s, d)."""
+    return 2 * q[0] * q[1] * q[2] * k[2] * width
 
 
 def forward(op: Op) -> Dim:
-    """qkᵀ and pv."""
-    q, k = (spec.shape for spec in op.inputs[:2])
-    return 2 * one_product(q, k)
+    """qkᵀ and pv; values may be of another width than keys."""
+    q, k, v = (spec.shape for spec in op.inputs[:3])
+    return one_product(q, k, q[3] + v[3])
 
 
 def backward(op: Op) -> Dim:
     """qkᵀ again, then the gradients of p, v, q and k."""
-    q, k = (spec.shape for spec in op.inputs[1:3])
-    return 5 * one_product(q, k)
+    q, k, v = (spec.shape for spec in op.inputs[1:4])
+    return one_product(q, k, 3 * q[3] + 2 * v[3])
 
 
 def forward_heads_last(op: Op) -> Dim:
-    """As `forward`, of the flash-attn package's (b, s, h, d)."""
+    """As `forward`, of the flash-attn package's (b, s, h, d), whose widths are one."""
     q, k = (_heads_first(spec.shape) for spec in op.inputs[:2])
-    return 2 * one_product(q, k)
+    return one_product(q, k, 2 * q[3])
 
 
 def backward_heads_last(op: Op) -> Dim:
     """As `backward`, of (b, s, h, d)."""
     q, k = (_heads_first(spec.shape) for spec in op.inputs[1:3])
-    return 5 * one_product(q, k)
+    return one_product(q, k, 5 * q[3])
 
 
 def forward_documents(op: Op) -> Dim:

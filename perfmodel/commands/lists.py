@@ -10,7 +10,7 @@ from ..report.plain import print_json
 from .options import json_option
 
 Formats = dict[str, Callable[[Any], str]]
-HEADS = {"memory_bytes": "memory", "intermediate": "MLP"}  # where the names of the JSON would be too wide
+HEADS = {"memory_bytes": "memory", "hidden": "width", "intermediate": "MLP"}  # the names of the JSON would be too wide
 
 
 @click.command()

@@ -99,12 +99,15 @@ def _lacks_flash(options: dict[str, Any]) -> bool:
 
 def of_peft_alone(method: str, model: str) -> tuple[str, list[str]]:
     """A training config's method as PEFT runs it on a model of the installed transformers, and how it differs."""
+    from ..architectures import load
+    from ..methods.lora_8bit import Lora8bit
+
     plain = FUSED.sub("", method).rstrip(",:")
     said = [] if plain == method else ["without fused kernels for adapters"]
     old, new = RENAMED.get(traced_type(model), ("", ""))
     if old and f"=/{old}." in plain:
         plain = plain.replace(f"=/{old}.", f"=/{new}.")
         said.append(f"{old} as {new}, its name in transformers 5.24")
-    if plain.startswith("lora_8bit") and traced_type(model) in LATENT:
-        said.append("8-bit layers of four dimensions, as transformers 5.24 has them and bitsandbytes refuses")
+    if plain.startswith(Lora8bit.name) and load(model).values.get("model_type") in LATENT:
+        said.append(Lora8bit.told_of_four_dims)
     return plain, said

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..calls.costs import products
 from ..calls.table import row
-from ..program.dims import product
+from ..program.dims import product, same
 from ..program.lengths import Documents
 from ..program.op import Op
 from . import kernels
@@ -73,17 +73,23 @@ def _sort(i: int, op: Op, tables: Tables) -> None:
 
 
 def _attention_row(i: int, op: Op, tables: Tables) -> None:
-    """Sizes (b, queries, keys, heads, kv heads, head size), bytes of a mask's element, and the longest document."""
+    """Sizes (b, queries, keys, heads, kv heads, head size), bytes of a mask's element, and the longest document.
+
+    Where values are of another width than keys, the head size is that of as much work: of the two products forward each
+    has one, of the five backward keys have three.
+    """
     name, inputs, documents = op.name, op.inputs, op.attrs.documents
     backward = name.endswith("_backward")
-    q, k = inputs[1:3] if backward else inputs[:2]
+    q, k, v = inputs[1:4] if backward else inputs[:3]
     mask: float = 0
     if documents is not None:  # all behind one another, (tokens, h, d)
         sizes = (1, q.shape[0], k.shape[0], q.shape[1], k.shape[1], q.shape[2])
     else:
         heads = 2 if "flash_attn" in name else 1  # the flash-attn package puts the sequence first
         seq = 3 - heads
-        sizes = (q.shape[0], q.shape[seq], k.shape[seq], q.shape[heads], k.shape[heads], q.shape[3])
+        keys, values = q.shape[3], v.shape[3]
+        width = keys if same(keys, values) else (3 * keys + 2 * values) / 5 if backward else (keys + values) / 2
+        sizes = (q.shape[0], q.shape[seq], k.shape[seq], q.shape[heads], k.shape[heads], width)
         mask = sum(ITEMSIZE[x.dtype] for x in inputs[6 if backward else 3 :])
     packed = None if documents is None else documents._replace(longest=0)
     key = ("cudnn" in name, backward, op.attrs.causal, op.attrs.window, q.dtype, packed)

@@ -71,6 +71,8 @@ def _of_method(found: Imported, method: methods.Method, architecture: Architectu
         yield Fallback("model", found.model, experts)
     if not isinstance(method, Lora):
         return
+    if architecture.traits.four_dims and method.told_of_four_dims:
+        yield Fallback("method", found.method, method.told_of_four_dims)
     changes: dict[str, Any] = {}
     said = ""
     if method.implementation not in ("peft", *architecture.traits.fused):

@@ -32,6 +32,7 @@ class Gralora(Targeted):
     hybrid: int = option(0, "rank of a plain LoRA beside the blocks (hybrid_r)", not_negative)
     dropout: float = option(0.0, "dropout on the adapter's input", fraction)
 
+    takes_four_dims: ClassVar[bool] = False
     aliases: ClassVar[dict[str, str]] = {**Targeted.aliases, "gralora_k": "k", "hybrid_r": "hybrid"}
 
     def __post_init__(self) -> None:

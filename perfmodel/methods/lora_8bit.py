@@ -32,6 +32,9 @@ class Lora8bit(QuantisedLora):
     )
 
     clones: ClassVar[bool] = False
+    told_of_four_dims: ClassVar[str] = (
+        "8-bit layers of four dimensions, as transformers 5.24 has them and bitsandbytes refuses"
+    )
 
     def expert_weight(self, layer: Scope, name: str, shape: tuple[Any, ...]) -> Tensor:
         rows = shape[0] * shape[1]

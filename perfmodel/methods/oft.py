@@ -31,6 +31,7 @@ class Oft(Targeted):
     block_size: int = option(32, "width of a block; adjusted to a divisor of the layer's width, as PEFT does", positive)
 
     takes_conv1d: ClassVar[bool] = False
+    takes_four_dims: ClassVar[bool] = False
     aliases: ClassVar[dict[str, str]] = {**Targeted.aliases, "oft_block_size": "block_size"}
 
     def sizes(self) -> tuple[str, ...]:

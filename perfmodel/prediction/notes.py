@@ -57,10 +57,14 @@ def _head_notes(built: Step) -> list[str]:
 
 
 def _target_notes(built: Step) -> list[str]:
-    """Names of targets that no layer of a recorded model has, where others are adapted."""
-    targets = built.method.targets if isinstance(built.method, Targeted) else ()
-    odd = unmatched(targets, built.architecture)
-    return [f"no linear layer is called {' or '.join(odd)}: no adapters there"] if 0 < len(odd) < len(targets) else []
+    """Layers that a method takes for others, and names of targets that no layer of a recorded model has."""
+    method = built.method
+    if not isinstance(method, Targeted):
+        return []
+    told = [method.told_of_four_dims] if method.told_of_four_dims and built.architecture.traits.four_dims else []
+    odd = unmatched(method.targets, built.architecture)
+    some = 0 < len(odd) < len(method.targets)
+    return [*told, *([f"no linear layer is called {' or '.join(odd)}: no adapters there"] if some else [])]
 
 
 def _mixture_notes(built: Step) -> list[str]:

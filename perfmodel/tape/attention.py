@@ -2,15 +2,16 @@
 
 CPU: one flash kernel without dropout, the written-out "math" path with it. CUDA, 16-bit dtypes: cuDNN's kernel on
 Hopper and data-centre Blackwell (capability 9.0 and 10.0, since PyTorch 2.10), else FlashAttention-2 from Ampere on,
-which takes no mask. What is left, masks, fp32 and older cards, goes to the memory-efficient kernel, which knows no GQA:
-grouped heads without a mask then take the math path.
+which takes no mask, and values only as wide as the keys. What is left, masks, fp32 and older cards, goes to the
+memory-efficient kernel, which knows no GQA: grouped heads without a mask then take the math path. The CPU's kernel too
+takes no other values.
 Source: ATen/native/transformers/attention.cpp, cuda/sdp_utils.cpp (`check_prefer_cudnn_attention`);
 transformers/integrations/sdpa_attention.py. How outputs lie in memory: torch/_meta_registrations.py.
 """
 
 from collections.abc import Sequence
 
-from ..program.dims import Shape, elementwise_strides, is_one, strides_in_order
+from ..program.dims import Shape, by_stride, elementwise_strides, is_one, same, same_shape, strides_in_order
 from ..program.op import Attrs
 from .autograd import differentiate
 from .core import new_tensor, record, tape
@@ -19,7 +20,7 @@ from .gather import largest_last
 from .linalg import autocast_operand, matmul
 from .nn import softmax
 from .pointwise import add, cast, cat, dropout, fill, mul, scale, sub, tanh, where
-from .shape import clone, contiguous, expand, narrow, reshape, transpose, unsqueeze, view
+from .shape import clone, contiguous, expand, narrow, pad_last, reshape, transpose, unsqueeze, view
 from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
@@ -119,7 +120,7 @@ def sdpa_attention(
     if mask is not None and not broadcast:
         k, v = repeat_heads(k, groups), repeat_heads(v, groups)
     q, k, v = autocast_operand(q), autocast_operand(k), autocast_operand(v)
-    kernel = "math" if broadcast and groups > 1 else _choose(q, k, mask, p)
+    kernel = "math" if broadcast and groups > 1 else _choose(q, k, v, mask, p)
     causal = causal and mask is None and not is_one(q.shape[2])
     if mask is not None and kernel != "math":
         mask = additive_mask(mask, q.dtype)
@@ -132,10 +133,16 @@ def sdpa_attention(
 
 def flash2_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None) -> Tensor:
     """The flash-attn package on (b, s, h, d), as transformers calls it with a dense batch."""
+    return flash_attn(*heads_last(q, k, v), causal=causal, window=window)
+
+
+def heads_last(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(b, h, s, d) as flash-attn takes it: (b, s, h, d), in 16 bit, values padded to the width of the keys."""
     q, k, v = (transpose(x, 1, 2) for x in (q, k, v))
-    if tape().autocast:
-        q, k, v = (cast(x, tape().autocast or x.dtype) for x in (q, k, v))
-    return flash_attn(q, k, v, causal=causal, window=window)
+    if not same(v.shape[-1], q.shape[-1]):
+        v = pad_last(v, q.shape[-1] - v.shape[-1])
+    low = tape().autocast
+    return (cast(q, low), cast(k, low), cast(v, low)) if low else (q, k, v)
 
 
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None = None) -> Tensor:
@@ -143,13 +150,13 @@ def flash_attn(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | N
     return _fused(q, k, v, None, "flash2", Attrs(causal=causal, window=window))
 
 
-def _choose(q: Tensor, k: Tensor, mask: Tensor | None, p: float) -> str:
-    grouped = q.shape[1] != k.shape[1]
+def _choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> str:
+    grouped, alike = q.shape[1] != k.shape[1], same(q.shape[3], v.shape[3])
     if tape().device == "cpu":
-        return "math" if p > 0 else "cpu"
+        return "math" if p > 0 or not alike else "cpu"
     if q.dtype != "fp32" and tape().capability in CUDNN_FIRST:
         return "cudnn"
-    if q.dtype != "fp32" and mask is None and int(tape().capability.split(".")[0]) >= 8:
+    if q.dtype != "fp32" and mask is None and alike and int(tape().capability.split(".")[0]) >= 8:
         return "cuda"
     return "math" if grouped else "efficient"
 
@@ -166,7 +173,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, at
     node = differentiate("ScaledDotProductAttentionBackward0", (q, k, v), _fused_backward, (kernel, attrs))
     seq_first = kernel == "flash2"
     heads, seq = (q.shape[2], q.shape[1]) if seq_first else (q.shape[1], q.shape[2])
-    out = new_tensor(q.shape, q.dtype, _seq_first(q.shape) if kernel == "efficient" else _empty_like(q))
+    shape = (*q.shape[:3], v.shape[3])
+    out = new_tensor(shape, q.dtype, _seq_first(shape) if kernel == "efficient" else _empty_like(q, shape))
     statistics = new_tensor((q.shape[0], heads, seq), "fp32")
     inputs = (q, k, v) if mask is None else (q, k, v, mask)
     if node:
@@ -183,9 +191,11 @@ def _seq_first(shape: Shape) -> Shape:
     return strides_in_order(shape, (0, 2, 1, 3))
 
 
-def _empty_like(x: Tensor) -> Shape:
-    """Strides of `torch.empty_like(x)`: x's order of dims, densely."""
-    return elementwise_strides(x.shape, ((x.shape, x.strides),))
+def _empty_like(x: Tensor, shape: Shape | None = None) -> Shape:
+    """Strides of `torch.empty_like(x)`, or of another shape laid out alike: x's order of dims, densely."""
+    if shape is None or same_shape(shape, x.shape):
+        return elementwise_strides(x.shape, ((x.shape, x.strides),))
+    return strides_in_order(shape, by_stride(x.shape, [x.strides]))
 
 
 def _fused_backward(node: Node, grads: Sequence[Grad]) -> Grads:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from ..program.dims import Dim
 from ..program.op import Attrs
 from .autograd import differentiate
-from .core import emit
-from .pointwise import _elementwise, autocast_fp32
+from .core import emit, tape
+from .pointwise import _elementwise
 from .shape import expand, unsqueeze
 from .tensor import Backward, Grads, Node, Tensor
 
@@ -82,12 +82,12 @@ def row_norms(x: Tensor) -> Tensor:
 
 
 def sum_dim(x: Tensor, dim: int, *, keep: bool = False) -> Tensor:
-    """`x.sum(dim, keepdim=keep)`."""
-    x = autocast_fp32(x)
+    """`x.sum(dim, keepdim=keep)`; CUDA autocast asks the kernel itself for fp32 (`fp32_set_opt_dtype`)."""
+    dtype = "fp32" if tape().autocast and tape().device == "cuda" and x.is_floating else x.dtype
     dim = dim % len(x.shape)
     node = differentiate("SumBackward1", (x,), _sum_backward, (dim, x.shape, keep))
     shape = (*x.shape[:dim], *((1,) if keep else ()), *x.shape[dim + 1 :])
-    return emit("sum.dim_IntList", (x,), shape, x.dtype, node=node, attrs=Attrs(dims=(dim,)))
+    return emit("sum.dim_IntList", (x,), shape, dtype, node=node, attrs=Attrs(dims=(dim,)))
 
 
 def _sum_backward(node: Node, grads: Sequence[Grad]) -> Grads:

@@ -90,16 +90,43 @@ def _vector_norm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     return (_elementwise("mul.Tensor", (g, direction)),)
 
 
-def largest_last(x: Tensor) -> Tensor:
-    """`x.max(dim=-1, keepdim=True).values`; the gradient is scattered into zeros."""
-    node = differentiate("MaxBackward0", (x,), _top_values_backward, (x.shape,))
-    shape = (*x.shape[:-1], 1)
+def mark(x: Tensor, indices: Tensor) -> None:
+    """`x.scatter_(-1, indices, number)` on what needs no gradient."""
+    record("scatter_.value", (x, indices), (x,))
+
+
+def fill_where(x: Tensor, flags: Tensor) -> Tensor:
+    """`x.masked_fill(flags, number)`; the gradient is 0 there."""
+    node = differentiate("MaskedFillBackward0", (x,), _fill_where_backward)
+    if node:
+        node.save(flags)
+    return _elementwise("masked_fill.Scalar", (x, flags), node, dtype=x.dtype)
+
+
+def _fill_where_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (flags,) = grads, node.unpack()
+    assert g is not None
+    return (_elementwise("masked_fill.Scalar", (g, flags), dtype=g.dtype),)
+
+
+def largest_last(x: Tensor, *, keep: bool = True) -> Tensor:
+    """`x.max(dim=-1, keepdim=keep).values`; the gradient is scattered into zeros."""
+    node = differentiate("MaxBackward0", (x,), _top_values_backward if keep else _largest_backward, (x.shape,))
+    shape = (*x.shape[:-1], *((1,) if keep else ()))
     values, indices = new_tensor(shape, x.dtype), new_tensor(shape, "i64")
     record("max.dim", (x,), (values, indices), Attrs(dims=(len(x.shape) - 1,)))
     if node:
         node.save(indices)
         node.produces(values)
     return values
+
+
+def _largest_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (indices,) = grads, node.unpack()
+    assert g is not None
+    g, indices = unsqueeze(g, -1), unsqueeze(indices, -1)
+    zeros = emit("new_zeros", (g,), node.attrs[0], g.dtype)
+    return (emit("scatter.src", (zeros, indices, g), zeros.shape, g.dtype),)
 
 
 def clamp(x: Tensor, *, low: bool = False, high: bool = False) -> Tensor:

@@ -65,6 +65,8 @@ def _gather_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (index,) = grads, node.unpack()
     assert g is not None
     zeros = emit("new_zeros", (g,), node.attrs[0], g.dtype)
+    if tape().view_replay:  # tensor subclasses are not changed in place
+        return (emit("scatter_add", (zeros, index, g), zeros.shape, g.dtype),)
     record("scatter_add_", (zeros, index, g), (zeros,))
     return (zeros,)
 

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from ..program.dims import Dim, by_stride, product, strides_in_order
 from ..program.op import Attrs
 from .autograd import differentiate
-from .core import emit, tape
+from .core import emit, record, tape
 from .einsum import per_frequency, per_frequency_outer, per_frequency_transposed
-from .shape import reshape, view_as
+from .pointwise import _elementwise
+from .shape import contiguous, reshape, view, view_as
 from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
@@ -93,6 +94,66 @@ def _real_view(x: Tensor) -> Tensor:
     strides = tuple(2 * s for s in x.strides)
     out = Tensor(x.shape, "fp32", strides, x.numel, x.storage)
     return view_as("view_as_real", out, x.shape, strides)
+
+
+def turns_by(angles: Tensor) -> Tensor:
+    """`torch.polar(torch.ones_like(angles), angles)`, of what needs no gradient."""
+    ones = emit("ones_like", (angles,), angles.shape, angles.dtype)
+    return emit("polar", (ones, angles), angles.shape, "c64")
+
+
+def turn_pairs(x: Tensor, turns: Tensor) -> Tensor:
+    """Neighbours in the last dim of a real fp32 tensor as complex numbers, times constant ones of half as many."""
+    pairs = view(x, (*x.shape[:-1], x.shape[-1] // 2, 2))
+    made = differentiate("ViewAsComplexBackward0", (pairs,), _complex_backward)
+    points = _as_complex(pairs)
+    if made:
+        made.produces(points)
+    node = differentiate("MulBackward0", (points,), _turned_backward)
+    if node:
+        node.save(turns)
+    points = _elementwise("mul.Tensor", (points, turns), node)
+    made = differentiate("ViewAsRealBackward0", (points,), _pairs_backward)
+    pairs = _as_pairs(points)
+    if made:
+        made.produces(pairs)
+    return view(pairs, x.shape)
+
+
+def _as_complex(x: Tensor) -> Tensor:
+    """`torch.view_as_complex`: (…, 2) → (…)."""
+    strides = tuple(s // 2 for s in x.strides[:-1])
+    out = Tensor(x.shape[:-1], "c64", strides, product(x.shape[:-1]), x.storage)
+    record("view_as_complex", (x,), (out,), view=True)
+    return out
+
+
+def _as_pairs(x: Tensor) -> Tensor:
+    """`torch.view_as_real`: (…) → (…, 2)."""
+    shape = (*x.shape, 2)
+    out = Tensor(shape, "fp32", (*(2 * s for s in x.strides), 1), product(shape), x.storage)
+    record("view_as_real", (x,), (out,), view=True)
+    return out
+
+
+def _complex_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,) = grads
+    assert g is not None
+    return (_as_pairs(g),)
+
+
+def _pairs_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,) = grads
+    assert g is not None
+    return (_as_complex(contiguous(g)),)
+
+
+def _turned_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    """The conjugate is marked lazily, and copied out for the product (ConjugateFallback.cpp)."""
+    (g,), (turns,) = grads, node.unpack()
+    assert g is not None
+    conjugate = emit("clone", (view_as("_conj", turns, turns.shape, turns.strides),), turns.shape, turns.dtype)
+    return (_elementwise("mul.Tensor", (g, conjugate)),)
 
 
 def block_circular_convolution(x: Tensor, w: Tensor) -> Tensor:

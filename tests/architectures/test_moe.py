@@ -18,12 +18,17 @@ from perfmodel.recording.record import build
 from perfmodel.setup import Setup
 from validate.oracle.cases import MIXTURES, Case
 
-ATTENTION = {"deepseek_v2": "kv_a_proj_with_mqa", "deepseek_v3": "kv_a_proj_with_mqa"}
+ATTENTION = dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), "kv_a_proj_with_mqa")
 DIFFERENT: dict[str, Any] = {
     "mixtral": {"sliding_window": 9},
     "qwen3_moe": {"norm_topk_prob": False, "decoder_sparse_step": 2},
-}
-BUNDLED = ("mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b")
+    "deepseek_v2": {"topk_method": "greedy", "q_lora_rank": 24, "attention_bias": True, "mlp_bias": True},
+    "deepseek_v3": {
+        "norm_topk_prob": False, "rope_interleave": False, "q_lora_rank": None, "attention_bias": True, "n_group": 1,
+        "topk_group": 1,
+    },
+}  # fmt: skip
+BUNDLED = ("mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b", "deepseek-v2-lite", "deepseek-v3", "glm-4.7-flash")
 AMP = {"dtype": "fp32", "amp": "bf16"}
 
 
@@ -160,18 +165,80 @@ def test_a_routing_that_says_nothing_is_refused(routing: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "said"),
+    ("name", "method", "said"),
     [
-        ("lora:targets=all-linear,dropout=0.1", "without dropout"),
-        ("dora:targets=all-linear", "no linear layer"),
-        ("lora:targets=q_proj+up_proj", "gate_proj and up_proj"),
-        ("lora:targets=q_proj,target_parameters=w1", "gate_up_proj"),
+        ("qwen3_moe", "lora:targets=all-linear,dropout=0.1", "without dropout"),
+        ("qwen3_moe", "dora:targets=all-linear", "no linear layer"),
+        ("qwen3_moe", "lora:targets=q_proj+up_proj", "gate_proj and up_proj"),
+        ("qwen3_moe", "lora:targets=q_proj,target_parameters=w1", "gate_up_proj"),
+        ("deepseek_v3", "lora", "no default targets"),
+        ("deepseek_v3", "oft:block_size=8,targets=o_proj+kv_b_proj", "four dimensions"),
+        ("deepseek_v2", "gralora:r=4,targets=/.*kv_b_proj/", "four dimensions"),
     ],
 )
-def test_adapters_that_peft_lacks_for_experts_are_refused(method: str, said: str) -> None:
+def test_adapters_that_peft_lacks_are_refused(name: str, method: str, said: str) -> None:
     """A LoRA that leaves the experts out in silence would be another program than the user's."""
     with pytest.raises(UserError, match=said):
-        flops("qwen3_moe", method, Setup())
+        flops(name, method, Setup())
+
+
+@pytest.mark.parametrize("name", ["gralora", "oft"])
+def test_peft_fails_where_inputs_of_four_dimensions_are_refused(name: str) -> None:
+    """Refusing what runs would be as wrong as answering what does not: OFT unfolds such inputs as images."""
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    made = {"gralora": lambda: peft.GraloraConfig(r=4), "oft": lambda: peft.OFTConfig(oft_block_size=8)}[name]()
+    made.target_modules = ["0"]
+    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(32, 32)), made)
+    assert model(torch.ones(2, 9, 32)).shape == (2, 9, 32)
+    with pytest.raises((RuntimeError, ValueError)):
+        model(torch.ones(2, 1, 9, 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads"),
+        ("deepseek_v3", {"n_group": 3}, "n_group 3"),
+        ("deepseek_v3", {"n_group": 8, "topk_group": 4}, "groups of 2"),  # of one expert: transformers takes the best 2
+        ("deepseek_v3", {"topk_group": 5}, "topk_group"),
+        ("deepseek_v3", {"qk_rope_head_dim": 5}, "even"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "noaux_tc"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["dense"]}, "mlp_layer_types"),
+    ],
+)
+def test_latent_attention_of_other_dims_is_refused(name: str, changes: Any, said: str) -> None:
+    """In one line that names the key: in transformers such a config ends in a traceback, or in the wrong shapes."""
+    with pytest.raises(UserError, match=said):
+        from_config(config(name, **changes))
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "kernel"),
+    [("9.0", "bf16", "cudnn"), ("8.0", "bf16", "efficient"), ("9.0", "fp32", "efficient")],
+)
+def test_values_of_another_width_need_other_kernels(capability: str, dtype: str, kernel: str) -> None:
+    """FlashAttention takes one width only; FLOPs are those of both widths, as PyTorch's counter has them."""
+    flop_counter = pytest.importorskip("torch.utils.flop_counter")
+    architecture = from_config(config("deepseek_v3"))
+    step = build(architecture, methods.parse("full").bind(architecture), Setup(seq=32, dtype=dtype), "cuda", capability)
+    found = {op.name: op for _, op, _ in step.ops() if "attention" in op.name}
+    assert set(found) == {f"_scaled_dot_product_{kernel}_attention{backward}" for backward in ("", "_backward")}
+    q, k, v = (1, 4, 32, 40), (1, 4, 32, 40), (1, 4, 32, 8)
+    forward, backward = (found[name] for name in sorted(found))
+    assert costs.flops(forward) == flop_counter.sdpa_flop_count(q, k, v)
+    assert costs.flops(backward) == flop_counter.sdpa_backward_flop_count(v, q, k, v)
+
+
+def test_flash_attn_gets_values_padded_to_the_keys() -> None:
+    """As transformers calls it: its kernels know one width, and the padding is cut off what comes out."""
+    architecture = from_config(config("deepseek_v3"))
+    setup = Setup(batch=2, seq=32, attention="flash2")
+    step = build(architecture, methods.parse("full").bind(architecture), setup, "cuda", "9.0")
+    called = {op.name: op for part, op, _ in step.ops() if part.phase == "forward"}
+    assert [x.shape for x in called["flash_attn::_flash_attn_forward"].inputs] == [(2, 32, 4, 40)] * 3
+    assert called["constant_pad_nd"].outputs  # and of the labels
+    assert any(op.name == "slice_backward" and op.outputs[0].shape == (2, 32, 4, 40) for _, op, _ in step.ops())
 
 
 @pytest.mark.parametrize(("setup", "capability"), [({"compile": "default"}, "9.0"), ({"dtype": "fp16"}, "7.5")])

@@ -126,7 +126,8 @@ def test_a_module_is_found_by_the_name_that_it_had() -> None:
 def test_what_bitsandbytes_refuses_is_said() -> None:
     """Older transformers gave latent attention three dimensions, which its 8-bit layers take."""
     for method, said in (("lora_8bit:r=16", 1), ("lora:r=16", 0)):
-        assert len(traces.of_peft_alone(method, "kimi-linear-48b-a3b")[1]) == said
+        for model in ("kimi-linear-48b-a3b", "glm-4.7-flash"):
+            assert len(traces.of_peft_alone(method, model)[1]) == said
     assert traces.of_peft_alone("lora_8bit:r=16", "apertus-8b")[1] == []
 
 

@@ -36,9 +36,13 @@ def asked(folder: Path, text: str, *options: str) -> str:
         (f"base_model: Qwen/Qwen-7B\n{QLORA}{LINEAR}", "the output head in fp32", "prepared=True on qwen-7b"),
         (f"base_model: Qwen/Qwen-7B\n{LORA}{LINEAR}", "PyTorch's attention and norms, not flash", "linear on qwen-7b"),
         (f"base_model: Qwen/Qwen1.5-7B\n{QLORA}{LINEAR}", "without fused kernels", "linear on qwen1.5-7b"),
+        (
+            f"base_model: zai-org/GLM-4.7-Flash\n{LORA}load_in_8bit: true\nlora_target_modules: [o_proj]\n",
+            "8-bit layers of four dimensions", "on glm-4.7-flash",
+        ),
         (f"base_model: TheBloke/Llama-2-7B-AWQ\n{LORA}{LINEAR}", "weights in bf16, not awq", "on llama-2-7b"),
     ],
-)
+)  # fmt: skip
 def test_what_a_model_has_no_program_of_is_answered_otherwise(
     tmp_path: Path, text: str, differs: str, answered: str
 ) -> None:

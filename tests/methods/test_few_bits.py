@@ -36,6 +36,8 @@ from validate.oracle.cases import MIXTURES, Case
         ("qwen3_moe", "qlora:r=4,targets=q_proj,experts=true,double_quant=false", {"checkpoint": "block"}),
         ("gpt_oss", "qlora:r=4,targets=q_proj,experts=true", {"amp": "bf16", "checkpoint": "block-reentrant"}),
         ("qwen3_moe", "qlora:r=4,targets=v_proj,layers_to_transform=2,experts=true", {"dtype": "fp32"}),
+        ("deepseek_v3", "qlora:r=4,targets=kv_a_proj_with_mqa+kv_b_proj,experts=true", {"amp": "bf16"}),
+        ("deepseek_v2", "qlora:r=4,targets=o_proj,experts=true", {"checkpoint": "block"}),
         ("mixtral", "lora_8bit:r=4,experts=true", {"checkpoint": "block"}),
         ("qwen3_moe", "lora_8bit:r=4,targets=q_proj,experts=true", {"amp": "bf16"}),
     ],

@@ -18,6 +18,17 @@ def _kin(model_type: str, layers: int = 3, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _latent(model_type: str, **more: Any) -> dict[str, Any]:
+    """Small dims of an architecture with latent attention and a mixture of experts."""
+    return {
+        "model_type": model_type, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "pad_token_id": 0,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 128, "moe_intermediate_size": 40,
+        "first_k_dense_replace": 1, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3,
+        "n_group": 4, "topk_group": 2, "q_lora_rank": 48, "kv_lora_rank": 32, "qk_nope_head_dim": 24,
+        "qk_rope_head_dim": 16, "v_head_dim": 8, **more,
+    }  # fmt: skip
+
+
 SMALL: dict[str, dict[str, Any]] = {
     "llama": {
         "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "pad_token_id": 0,
@@ -107,6 +118,9 @@ MIXTURES: dict[str, dict[str, Any]] = {  # of experts
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 16, "sliding_window": 8,
         "num_local_experts": 6, "num_experts_per_tok": 3,
     },
+    "deepseek_v2": _latent("deepseek_v2", topk_method="group_limited_greedy", q_lora_rank=None),
+    "deepseek_v3": _latent("deepseek_v3"),
+    "glm4_moe_lite": _latent("glm4_moe_lite", mlp_layer_types=["dense", "sparse", "sparse", "dense"]),
 }  # fmt: skip
 NO_DROPOUT = {
     "gpt2": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
@@ -183,6 +197,8 @@ FURTHER: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (  # what the
     ("gemma", {"architectures": ["GemmaForTokenClassification"]}, OF_TOKENS[:2]),
     ("falcon", {"architectures": ["FalconForSequenceClassification"], "pad_token_id": 0}, CLASSIFYING[:2]),
     ("gpt_bigcode", {"architectures": ["GPTBigCodeForSequenceClassification"], "pad_token_id": 0}, CLASSIFYING[:2]),
+    ("deepseek_v2", {"architectures": ["DeepseekV2ForSequenceClassification"]}, CLASSIFYING[:2]),
+    ("deepseek_v3", {"architectures": ["DeepseekV3ForTokenClassification"]}, OF_TOKENS[:2]),
 )
 DISTILBERT = {  # PEFT has no default targets for it
     "model_type": "distilbert", "dim": 64, "hidden_dim": 96, "n_layers": 3, "n_heads": 4, "vocab_size": 128,
@@ -219,6 +235,9 @@ REFUSED = {
         "ministral3",
         "mixtral",
         "qwen3_moe",
+        "deepseek_v2",
+        "deepseek_v3",
+        "glm4_moe_lite",
     ),
     "lora:r=4,targets=all-linear,dropout=0.1": tuple(MIXTURES),  # no adapter of experts has dropout
     **dict.fromkeys(
@@ -227,7 +246,9 @@ REFUSED = {
     **dict.fromkeys(  # nor for masked language models
         ("prompt_tuning", "p_tuning", "prefix_tuning", "trainable_tokens"), ("bert", "roberta")
     ),
-    "prefix_tuning": ("bert", "roberta", "falcon"),  # whose cache PEFT fills with heads that it has not
+    # whose cache PEFT fills with heads that it has not
+    "prefix_tuning": ("bert", "roberta", "falcon", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
+    "oft": ("gpt2", "deepseek_v2"),  # the layer that would be a target there has inputs of four dimensions
 }
 WHOLE = 9  # of the first so many model types the quick grid tries all methods; the others share most of their code
 PRECISIONS: tuple[dict[str, Any], ...] = ({"dtype": "bf16"}, {"dtype": "fp32"}, {"dtype": "fp32", "amp": "bf16"})
@@ -268,7 +289,7 @@ def configs(small: bool) -> Iterator[Config]:
 def further() -> Iterator[tuple[Config, tuple[str, ...]]]:
     """Small models with other heads or other blocks than `configs` has, and the methods to try them with."""
     for name, change, tried in FURTHER:
-        yield Config({**SMALL[name], **change}, name, name), tried
+        yield Config({**SMALL, **MIXTURES}[name] | change, name, name), tried
     for change, tried in DISTILBERTS:
         yield Config({**DISTILBERT, **change}, "distilbert", "distilbert"), tried
 

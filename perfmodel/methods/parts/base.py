@@ -144,9 +144,9 @@ class Method:
         """What a block's "attention" or "mlp" adds to the residual; a post-norm model has the layer `norm` after it."""
         return x
 
-    def stacked_weight(self, layer: Scope, name: str, shape: tuple[Any, ...]) -> Tensor:
-        """The weights of all experts of a block, or of its router, as they come out of memory."""
-        return layer.parameter(name, shape, "weight")
+    def stacked_weight(self, layer: Scope, name: str, shape: tuple[Any, ...], kept: str | None) -> Tensor:
+        """The weights of all experts of a block, or of its router (always in `kept`), as they come out of memory."""
+        return layer.parameter(name, shape, "weight", kept=kept)
 
     def stacked(self, layer: Scope, name: str, weight: Tensor, *, flipped: bool) -> Tensor:
         """The weights of all experts of a block, or of its router: (…, out, in), or (…, in, out) if `flipped`."""

@@ -51,9 +51,9 @@ class QuantisedLora(Lora):
                 f"method {self.name}: adapters of quantised experts are not modelled; leave out experts=true"
             )
 
-    def stacked_weight(self, layer: Scope, name: str, shape: tuple[Any, ...]) -> Tensor:
+    def stacked_weight(self, layer: Scope, name: str, shape: tuple[Any, ...], kept: str | None) -> Tensor:
         if not (self.experts and OF_EXPERTS in name):
-            return super().stacked_weight(layer, name, shape)
+            return super().stacked_weight(layer, name, shape, kept)
         tape().part.host.modules += 2  # a parametrisation, and the list that it is in
         with tape().no_grad():
             layer.cached.append(self.expert_weight(layer, name, shape))

@@ -38,6 +38,8 @@ class Targeted(Method):
     told_by_where: ClassVar[tuple[str, ...]] = ("targets", "adapter_dtype", "modules_to_save")
     takes_conv1d: ClassVar[bool] = True  # whether PEFT has the adapter for GPT-2's Conv1D layers
     takes_layers: ClassVar[bool] = True  # whether its config has layers_to_transform
+    takes_four_dims: ClassVar[bool] = True  # whether PEFT's adapter takes inputs of four dimensions
+    told_of_four_dims: ClassVar[str] = ""  # what an answer says where a layer has such an input
 
     def check(self) -> None:
         assert self.architecture is not None
@@ -53,6 +55,7 @@ class Targeted(Method):
         else:
             self._check_pattern()
         self._check_saved()
+        self._check_four_dims()
         if "lm_head" in self.targets and self.architecture.tied:
             raise UserError(
                 f"method {self.name}: lm_head of {self.architecture.name} shares the embedding's weight; leave it out"
@@ -84,6 +87,16 @@ class Targeted(Method):
                 f"method {self.name}: target {self.targets[0]} matches no linear layer of {self.architecture.name}, "
                 f"whose paths are like {path}"
             )
+
+    def _check_four_dims(self) -> None:
+        assert self.architecture is not None
+        refused = () if self.takes_four_dims else self.architecture.traits.four_dims
+        for name in self.architecture.linear_names():
+            if named(name, refused) and any(self.targets_layer(name, layer) for layer in range(self.layers)):
+                raise UserError(
+                    f"method {self.name}: the input of {name} has four dimensions in {self.architecture.name}, which "
+                    f"PEFT's {self.name} does not take; leave it out of the targets"
+                )
 
     def _matched(self, layer: int) -> tuple[str, ...]:
         """The linear layers of a block that the targets match; a recorded model names all of its own by whole paths."""

@@ -38,7 +38,7 @@ class Rounded(NamedTuple):
 
 def linear_8bit(x: Tensor, weight: Rounded, bias: Tensor | None) -> Tensor:
     """y = x·Wᵀ + b. Python keeps x, as no hook on saved tensors sees: not even a checkpoint lets go of it."""
-    rows = reshape(x, (product(x.shape[:-1]), x.shape[-1])) if len(x.shape) == 3 else x
+    rows = reshape(x, (product(x.shape[:-1]), x.shape[-1])) if len(x.shape) > 2 else x
     node = differentiate("MatMul8bitLtBackward", (x,), _linear_8bit_backward, (weight, rows, x.shape, x.dtype))
     python_function()
     with tape().no_grad():
@@ -97,7 +97,7 @@ def _linear_8bit_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (weight, _, shape, dtype) = grads, node.attrs
     assert g is not None
     python_function()
-    rows = reshape(g, (product(g.shape[:-1]), g.shape[-1])) if len(g.shape) == 3 else g
+    rows = reshape(g, (product(g.shape[:-1]), g.shape[-1])) if len(g.shape) > 2 else g
     with tape().belonging_to("dequantisation"):
         whole = cast(weight.values, dtype)
         scales = _elementwise("mul.Tensor", (unsqueeze(weight.scales, 1),))

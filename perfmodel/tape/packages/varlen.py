@@ -13,12 +13,13 @@ from typing import NamedTuple
 from ...program.dims import Dim
 from ...program.lengths import Documents
 from ...program.op import Attrs
+from ..attention import heads_last
 from ..autograd import differentiate
 from ..bus import scalar
-from ..core import emit, new_tensor, record, tape
+from ..core import emit, new_tensor, record
 from ..gather import picked
 from ..pointwise import add, cast, cat, fill, sub
-from ..shape import contiguous, narrow, pad_last, reshape, transpose, view
+from ..shape import contiguous, narrow, pad_last, reshape, view
 from ..tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
@@ -39,9 +40,7 @@ class PackedRows(NamedTuple):
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed: PackedRows, attrs: Attrs) -> Tensor:
     """Attention of q (1, h, s, d) over k, v (1, kv, s, d) within documents → (1, s, h, d), as transformers calls it."""
-    q, k, v = (transpose(x, 1, 2) for x in (q, k, v))
-    if tape().autocast:
-        q, k, v = (cast(x, tape().autocast or x.dtype) for x in (q, k, v))
+    q, k, v = heads_last(q, k, v)
     shape, positions = q.shape, packed.positions
     assert positions is not None
     ask_whether_packed(positions)
@@ -52,9 +51,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed: PackedRows, attrs:
 
 def unpadded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, packed: PackedRows, attrs: Attrs) -> Tensor:
     """As `packed_attention`, of rows (b, h, s, d) with padding, which the mask (b, s) tells of → (b, s, h, d)."""
-    q, k, v = (transpose(x, 1, 2) for x in (q, k, v))
-    if tape().autocast:
-        q, k, v = (cast(x, tape().autocast or x.dtype) for x in (q, k, v))
+    q, k, v = heads_last(q, k, v)
     shape, (batch, seq) = q.shape, mask.shape
     tokens = packed.documents.in_rows(batch)
     lengths = emit("sum.dim_IntList", (mask,), (batch,), "i32", attrs=Attrs(dims=(1,)))
