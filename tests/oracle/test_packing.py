@@ -10,8 +10,9 @@ pytest.importorskip("peft")
 import reference_flash_attn
 
 from perfmodel import methods
-from perfmodel.architectures import from_config
+from perfmodel.architectures import Config, from_config
 from perfmodel.recording.record import build
+from perfmodel.setup import Setup
 from perfmodel.tracing.programs import models
 from perfmodel.tracing.trace import trace_step
 from validate.oracle import counts
@@ -21,6 +22,7 @@ LORA = "lora:r=4,targets=all-linear,dropout=0.1"
 AMP = {"dtype": "fp32", "amp": "bf16"}
 PACKING = [name for name in SMALL if architecture_of(name).traits.packs]
 DENSE = [name for name in SMALL if "flash2" in architecture_of(name).traits.attention and name != "qwen"]
+SPARSE = [name for name in MIXTURES if name != "gpt_oss"]
 MASKED = [
     ("llama", "full", {"packing": "varlen", "attention": "sdpa"}),
     ("llama", LORA, {"packing": "varlen", "attention": "eager", "checkpoint": "block", "grad_accum": 2}),
@@ -36,6 +38,7 @@ FLASH = [
     ("qwen3", "full", {"packing": "varlen", "checkpoint": "block"}),
     ("gemma2", "lora:r=4", {"packing": "varlen"}),
     *((name, "full", {"batch": batch}) for name in DENSE for batch in (1, 2)),
+    *((name, "norm", {"batch": 1}) for name in SPARSE),
     ("llama", "full", {"padded": True}),
     ("qwen2", LORA, {"padded": True, "checkpoint": "block", **AMP}),
     ("gemma3_text", "lora:r=4", {"padded": True, "batch": 1}),
@@ -56,11 +59,9 @@ def test_every_program_that_packs_makes_that_mask(name: str) -> None:
     assert counts.compare_case(case).differences == []
 
 
-@pytest.mark.parametrize("name", [name for name in MIXTURES if name != "gpt_oss"])
+@pytest.mark.parametrize("name", SPARSE)
 def test_mixtures_of_experts_make_that_mask(name: str) -> None:
     """As the others."""
-    from perfmodel.architectures import Config
-
     config = Config(MIXTURES[name], name, name)
     case = Case(config, "norm", setup_of("llama", batch=2, seq=17, packing="varlen"))
     assert counts.compare_case(case).differences == []
@@ -70,12 +71,12 @@ def test_mixtures_of_experts_make_that_mask(name: str) -> None:
 def test_what_transformers_does_around_flash_attn(name: str, method: str, setup: dict[str, Any]) -> None:
     """Its own code runs; only the package's operators are stand-ins. Packed documents have one token, as traced."""
     lengths = [1] if "packing" in setup else None
-    setup_here = setup_of(name, **{"batch": 3, "seq": 40, "lengths": lengths, **setup, "attention": "flash2"})
-    config = config_of(name)
+    setup_here = setup_of("llama", **{"batch": 3, "seq": 40, "lengths": lengths, **setup, "attention": "flash2"})
+    config = Config(MIXTURES[name], name, name) if name in MIXTURES else config_of(name)
     architecture = from_config(config)
     bound = methods.parse(method).bind(architecture)
     step = build(architecture, bound, setup_here, "cpu", view_replay=True)
-    base = models.build_model(config, setup_of(name, attention="eager", dtype=setup_here.dtype))
+    base = models.build_model(config, Setup(attention="eager", dtype=setup_here.dtype))
     base.config._attn_implementation = "flash_attention_2"
     with reference_flash_attn.installed(1 if lengths else setup_here.seq, packed=bool(lengths)):
         trace = trace_step(models.apply_method(base, bound, architecture), setup_here, step.optimizer)
