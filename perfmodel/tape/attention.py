@@ -57,19 +57,23 @@ def _interleaved(x: Tensor, groups: int) -> Tensor:
 
 
 def eager_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, form: str, p: float, capped: bool = False
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, form: str, p: float, capped: bool = False,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """transformers' `eager_attention_forward`: q (b, h, s, d), k and v (b, kv, s, d) → (b, s, h, d) and the weights.
 
     Args:
         form: "upcast", softmax in fp32, then the query's dtype; "value", then the value's dtype; "plain", no cast.
         capped: whether the scores have a soft cap.
+        bias: what is added to the scores of all samples, (1, h, s, s).
     """
     groups = q.shape[1] // k.shape[1]
     k, v = repeat_heads(k, groups), repeat_heads(v, groups)
     weights = mul(matmul(q, transpose(k, 2, 3)), 1.0)
     if capped:
         weights = soft_capped(weights)
+    if bias is not None:
+        weights = add(weights, bias)
     if mask is not None:
         weights = add(weights, mask)
     weights = softmax(weights, "fp32" if form == "upcast" else None)
@@ -119,6 +123,7 @@ def sdpa_attention(
     if mask is not None and not broadcast:
         k, v = repeat_heads(k, groups), repeat_heads(v, groups)
     q, k, v = autocast_operand(q), autocast_operand(k), autocast_operand(v)
+    mask = mask if mask is None else autocast_operand(mask)
     kernel = "math" if broadcast and groups > 1 else _choose(q, k, mask, p)
     causal = causal and mask is None and not is_one(q.shape[2])
     if mask is not None and kernel != "math":
@@ -144,10 +149,12 @@ def flash_attn(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
 
 
 def _choose(q: Tensor, k: Tensor, mask: Tensor | None, p: float) -> str:
+    """The kernel for (b, h, s, d) operands; that of the CPU and cuDNN's give a mask no gradient (sdp_utils)."""
     grouped = q.shape[1] != k.shape[1]
+    trained = mask is not None and mask.requires_grad
     if tape().device == "cpu":
-        return "math" if p > 0 else "cpu"
-    if q.dtype != "fp32" and tape().capability in CUDNN_FIRST:
+        return "math" if p > 0 or trained else "cpu"
+    if q.dtype != "fp32" and tape().capability in CUDNN_FIRST and not trained:
         return "cudnn"
     if q.dtype != "fp32" and mask is None and int(tape().capability.split(".")[0]) >= 8:
         return "cuda"

@@ -147,6 +147,8 @@ def build_model(config: Config, setup: Setup, *, device: str = "meta") -> Any:
             model = cls._from_config(found, dtype=TORCH_DTYPES[setup.dtype], attn_implementation=attention)
             if config.values.get(LINEAR_EXPERTS):
                 linearise_experts(model)
+            if config.values.get("tie_word_embeddings") is False and getattr(found, "tie_word_embeddings", False):
+                seq2seq.untie_head(model)
             return model
     except Exception as error:  # missing packages, attention that it lacks, dims that do not fit
         if out_of_memory(error):
