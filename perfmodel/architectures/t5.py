@@ -81,7 +81,7 @@ class T5(Architecture):
             "buckets": config.count("relative_attention_num_buckets", default=32),
             "activation": activation,
             "gated": gate == "gated",
-            "scaled": tied and cls.scales,
+            "scaled": config.flag("scale_decoder_outputs", tied) and cls.scales,
             "dropout": config.fraction("dropout_rate", 0.1),
         }
 

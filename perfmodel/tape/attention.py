@@ -9,8 +9,9 @@ transformers/integrations/sdpa_attention.py. How outputs lie in memory: torch/_m
 """
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
-from ..program.dims import Shape, elementwise_strides, is_one, strides_in_order
+from ..program.dims import Shape, decide, elementwise_strides, is_one, strides_in_order
 from ..program.op import Attrs
 from .autograd import differentiate
 from .core import new_tensor, record, tape
@@ -19,11 +20,12 @@ from .gather import largest_last
 from .linalg import autocast_operand, matmul
 from .nn import softmax
 from .pointwise import add, cast, cat, dropout, fill, mul, scale, sub, tanh, where
-from .shape import clone, contiguous, expand, narrow, reshape, transpose, unsqueeze, view
+from .shape import clone, contiguous, expand, narrow, pad_last, reshape, transpose, unsqueeze, view
 from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
 CUDNN_FIRST = ("9.0", "10.0")
+ALIGNED = 8  # elements at whose multiples the rows of a mask begin for the memory-efficient kernel
 _FLASH = {
     "cpu": "_scaled_dot_product_flash_attention_for_cpu",
     "cuda": "_scaled_dot_product_flash_attention",
@@ -170,12 +172,14 @@ def additive_mask(mask: Tensor, dtype: str) -> Tensor:
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, *, causal: bool) -> Tensor:
-    node = differentiate("ScaledDotProductAttentionBackward0", (q, k, v), _fused_backward, (kernel, causal))
+    if mask is not None and kernel == "efficient":
+        mask = _aligned(mask, (*q.shape[:3], k.shape[2]))
+    inputs = (q, k, v) if mask is None else (q, k, v, mask)
+    node = differentiate("ScaledDotProductAttentionBackward0", inputs, _fused_backward, (kernel, causal))
     seq_first = kernel == "flash2"
     heads, seq = (q.shape[2], q.shape[1]) if seq_first else (q.shape[1], q.shape[2])
     out = new_tensor(q.shape, q.dtype, _seq_first(q.shape) if kernel == "efficient" else _empty_like(q))
     statistics = new_tensor((q.shape[0], heads, seq), "fp32")
-    inputs = (q, k, v) if mask is None else (q, k, v, mask)
     if node:
         node.save(q, k, v, mask)
     record(_FLASH[kernel], inputs, (out, statistics), attrs=Attrs(causal=causal))
@@ -183,6 +187,18 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, *,
         node.save(out.alias(), statistics)
         node.produces(out)
     return out
+
+
+def _aligned(mask: Tensor, shape: Shape) -> Tensor:
+    """A mask as the memory-efficient kernel reads it (`preprocess_mask` of attention.cpp).
+
+    Rows that do not begin at multiples of eight elements are padded first. It is of all samples and heads, so that a
+    gradient of each is made and summed.
+    """
+    keys = mask.shape[3]
+    if not decide(keys % ALIGNED == 0):
+        mask = narrow(pad_last(mask, ALIGNED - keys % ALIGNED), 3, keys)
+    return expand(mask, shape) if mask.requires_grad else mask
 
 
 def _seq_first(shape: Shape) -> Shape:
@@ -202,9 +218,11 @@ def _fused_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     q, k, v, mask, out, statistics = node.unpack()
     own_order = kernel in ("cpu", "efficient")
     grad_of = [new_tensor(x.shape, x.dtype, _seq_first(x.shape) if own_order else _empty_like(x)) for x in (q, k, v)]
+    if node.needs[3:] == (True,):
+        grad_of.append(new_tensor(mask.shape, mask.dtype))
     inputs = [x for x in (g, q, k, v, out, statistics, mask) if x is not None]
     record(_FLASH_BACKWARD[kernel], inputs, grad_of, attrs=Attrs(causal=causal))
-    return tuple(x if need else None for x, need in zip(grad_of, node.needs, strict=True))
+    return tuple(x if need else None for x, need in zip_longest(grad_of, node.needs))
 
 
 def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, p: float, broadcast: bool) -> Tensor:

@@ -118,7 +118,7 @@ STACKS: dict[str, dict[str, Any]] = {  # an encoder and a decoder
         "tie_word_embeddings": False,
     },
 }  # fmt: skip
-NO_DROPOUT = {
+NO_DROPOUT: dict[str, dict[str, Any]] = {
     "gpt2": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
     "gpt_bigcode": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
     "gpt_neo": {"embed_dropout": 0.1, "attention_dropout": 0.1, "resid_dropout": 0.1},
