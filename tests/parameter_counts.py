@@ -113,6 +113,8 @@ BUILT = {
     "smollm3-3b": 3_075_098_624, "glm-4-9b": 9_399_951_360,
     "phi-2": 2_779_683_840, "falcon-7b": 6_921_720_704,
     "starcoderbase-1b": 1_137_207_296, "distilbert-base": 66_985_530, "t5-base": 222_903_552,
+    "t5-small": 60_506_624, "t5-large": 737_668_096, "flan-t5-small": 76_961_152, "flan-t5-base": 247_577_856,
+    "flan-t5-large": 783_150_080,  # with a head of its own, as in its checkpoint
     "command-r-35b": 34_980_831_232, "falcon-40b": 41_303_293_952, "gemma-7b": 8_537_680_896,
     "gemma-3-270m": 268_098_176, "gemma-3-4b": 3_880_263_168, "gemma-3-12b": 11_766_034_176,
     "gemma-3-27b": 27_009_346_304, "mixtral-8x22b": 140_630_071_296, "olmo-2-1b": 1_484_916_736,

@@ -23,6 +23,7 @@ def attend(
     packed: PackedRows | None = None,
     positions: Tensor | None = None,
     window: int | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of q (b, h, s, d) over k (b, kv, s, d) and v (b, kv, s, e) → (b, s, h, e), and weights if any (eager).
 
@@ -34,11 +35,12 @@ def attend(
         capped: whether the scores have a soft cap, which SDPA does not know and flash-attn has inside its kernel.
         positions: (1, s), where the block hands them on: flash-attn's caller asks them whether a row is packed.
         window: keys that a query sees at most; flash-attn skips the others, masks of the others leave them out.
+        bias: of the eager form's scores, (1, h, s, s); SDPA has it in its mask.
         packed: documents that see themselves only, or are padded, for flash-attn; the others have them in their mask.
     """
     with tape().belonging_to("attention"):
         if implementation == "eager":
-            return eager_attention(q, k, v, mask, form=form, p=p, capped=capped)
+            return eager_attention(q, k, v, mask, form=form, p=p, capped=capped, bias=bias)
         if implementation == "flash2":
             if packed is None:
                 if positions is not None and decide(q.shape[0] == 1):

@@ -1,6 +1,6 @@
 """What an architecture is, and the scopes in which its forward pass makes parameters and layers."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -19,6 +19,7 @@ from ..tape.packages.varlen import PackedRows
 from ..tape.tensor import Parameter, Tensor
 from .config import Config
 from .runs import runs_of_layers
+from .stacks import block_path
 from .tasks import Classifier, classifier_of
 from .traits import Traits
 
@@ -32,9 +33,8 @@ def architecture(*model_types: str) -> Callable[[type[A]], type[A]]:
     """Register an architecture under the `model_type` of its config.json."""
 
     def register(cls: type[A]) -> type[A]:
-        for trait in ("traits", "layer_path"):
-            if not hasattr(cls, trait):
-                raise TypeError(f"architecture {cls.__name__} must define {trait}")
+        if missing := [trait for trait in ("traits", "layer_path") if not hasattr(cls, trait)]:
+            raise TypeError(f"architecture {cls.__name__} must define {missing[0]}")
         for model_type in model_types:
             _REGISTRY.add(model_type, cls)
         return cls
@@ -68,9 +68,7 @@ def from_config(config: Config) -> "Architecture":
             f"one of {', '.join(supported())}"
         )
     if config.values.get("quantization_config") is not None:
-        raise UserError(
-            f"{config.origin}: quantization_config is not supported; quantised base weights are not modelled"
-        )
+        raise UserError(f"{config.origin}: quantization_config is not supported; quantised bases are not modelled")
     made = found.from_config(config)
     return replace(made, classifier=classifier_of(config, made.traits))
 
@@ -128,6 +126,11 @@ class Architecture:
     def forward(self, model: "Scope", ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
         """Record the forward pass of (batch, seq) int64 `ids`; returns the loss, or logits (`Build.labelled`)."""
         raise TypeError(f"{type(self).__name__} must define forward")
+
+    @property
+    def stacks(self) -> tuple[tuple[str, int], ...]:
+        """Where its rows of blocks live in the module tree, and how many are in each; blocks are counted through."""
+        return ((self.layer_path, self.layers),)
 
     def layer_kind(self, layer: int) -> Hashable:
         """What a block is, where not all are of one kind: those of equal kinds run the same program."""
@@ -351,21 +354,21 @@ class Scope:
         self.build.held += [(k, self.part), (v, self.part)]
         return k, v
 
-    def layers(self, block: Callable[..., Tensor], x: Tensor, *shared: Any) -> Tensor:
-        """Run all blocks: `block(scope, x, *shared)`, each run of identical layers recorded once.
+    def layers(self, block: Callable[..., Any], x: Tensor, *given: Any, among: range | None = None) -> Tensor:
+        """Run all blocks, or those among some: `block(scope, x, *shared)`, each run of identical layers recorded once.
 
-        Layers are identical when they are of one kind, the method treats them alike and autograd does: the lowest layer
-        that needs a gradient differs from those above it, whose input needs one too. Kinds that alternate form runs of
-        patterns (`runs_of_layers`).
+        A block returns its output, or that and what takes the place of `shared` behind it. Layers are identical when
+        they are of one kind, the method treats them alike and autograd does: the lowest layer that needs a gradient
+        differs from those above it, whose input needs one too. Kinds that alternate are patterns (`runs_of_layers`).
         """
-        current = tape()
+        current, shared = tape(), list(given)
         for first, period, times in runs_of_layers(self.build.architecture, self.build.method):
             end = first + period * times
-            while first < end:
+            while first < end and (among is None or first in among):
                 part = current.begin("blocks", "forward")
                 needed_grad, before = x.requires_grad, x.storage.number
                 for layer in range(first, first + period):
-                    x = self._layer(layer, block, x, shared)
+                    x, *shared = self._layer(layer, block, x, shared)
                 count = (end - first) // period if x.requires_grad == needed_grad else 1
                 part.repeat = count
                 if current.flow is not None:
@@ -376,19 +379,21 @@ class Scope:
                 first += period * count
         return x
 
-    def _layer(self, layer: int, block: Callable[..., Tensor], x: Tensor, shared: tuple[Any, ...]) -> Tensor:
+    def _layer(self, layer: int, block: Callable[..., Any], x: Tensor, shared: Sequence[Any]) -> tuple[Any, ...]:
         """One block, checkpointed if the setup says so."""
-        scope = Scope(self.build, f"{self.build.architecture.layer_path}.{layer}.", layer)
+        scope = Scope(self.build, f"{block_path(self.build.architecture.stacks, layer)}.", layer)
 
-        def run(x: Tensor) -> Tensor:
+        def run(x: Tensor) -> Any:
             tape().part.host.modules += len(INSIDE)
             return block(scope, x, *shared)
 
         how = self.build.setup.checkpoint
         if how == "none" or not self.build.method.checkpoints(layer):
-            return run(x)
-        x.requires_grad = True  # of the lowest one where blocks below are not; of others it is so already
-        return checkpoint(run, x, reentrant=how == "block-reentrant")
+            out = run(x)
+        else:
+            x.requires_grad = True  # of the lowest one where blocks below are not; of others it is so already
+            out = checkpoint(run, x, reentrant=how == "block-reentrant")
+        return out if isinstance(out, tuple) else (out, *shared)
 
     def begin(self, name: str) -> None:
         """Start another part of the forward pass (embeddings, head)."""

@@ -134,6 +134,15 @@ def unary_bool(x: Tensor) -> Tensor:
     return emit("eq.Scalar", (x,), x.shape, "bool")
 
 
+def decoder_mask(shape: Shape, implementation: str, dtype: str) -> Tensor | None:
+    """A causal mask of (batch, seq) tokens of which nobody said which are real; SDPA gets none."""
+    if implementation == "sdpa":
+        return None
+    batch, seq = shape
+    _, queries, keys = _indices(batch, seq, seq)
+    return _expanded(binary_bool("le.Tensor", keys, queries), (batch, 1, seq, seq), implementation, dtype)
+
+
 def bidirectional_mask(attention: Tensor, implementation: str, dtype: str, *, padded: bool) -> Tensor | None:
     """An encoder's mask: none for a dense batch, after reading that it is one."""
     allowed = cast(attention, "bool")

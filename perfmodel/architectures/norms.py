@@ -23,6 +23,16 @@ def rms_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> 
     return mul(weight, cast(x, dtype))
 
 
+def t5_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> Tensor:
+    """T5's RMSNorm: x itself is scaled by statistics in fp32, the weight applied in its own dtype, if it has 16 bit."""
+    weight = parameter("weight")
+    variance = mean_last(power(cast(x, "fp32")))
+    x = mul(x, rsqrt(add(variance, 1e-6)))
+    if weight.dtype != "fp32":
+        x = cast(x, weight.dtype)
+    return mul(weight, x)
+
+
 def wide_rms_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> Tensor:
     """OLMo 2's and gpt-oss's RMSNorm: the weight applied in fp32 too."""
     weight = parameter("weight")

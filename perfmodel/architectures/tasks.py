@@ -6,7 +6,11 @@ from ..errors import UserError
 from .config import Config
 from .traits import Traits
 
-LANGUAGE = {"causal": ("ForCausalLM", "LMHeadModel"), "masked": ("ForMaskedLM",)}  # ends of class names of transformers
+LANGUAGE = {  # ends of class names of transformers
+    "causal": ("ForCausalLM", "LMHeadModel"),
+    "masked": ("ForMaskedLM",),
+    "seq2seq": ("ForConditionalGeneration",),
+}
 CLASSIFIERS = {"ForSequenceClassification": "sequence", "ForTokenClassification": "token"}
 
 

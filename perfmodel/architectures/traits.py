@@ -46,7 +46,8 @@ class Traits:
     """What a model type is like, whatever its dims.
 
     Attributes:
-        head: "causal" (every token from those before it) or "masked" (masked language model).
+        head: "causal" (every token from those before it), "masked" (masked language model) or "seq2seq" (an encoder's
+            tokens, and a decoder that reads the labels).
         norm: the form of its norms (`norms.py`).
         norms: the names of its norms in the module tree, each without the path before it.
         targets: default targets by family of methods.
@@ -81,5 +82,5 @@ class Traits:
     cache: str | None = "whole"
 
     def __post_init__(self) -> None:
-        if self.head not in ("causal", "masked"):
-            raise ValueError(f"the head of an architecture is causal or masked, not {self.head!r}")
+        if self.head not in ("causal", "masked", "seq2seq"):
+            raise ValueError(f"the head of an architecture is causal, masked or seq2seq, not {self.head!r}")

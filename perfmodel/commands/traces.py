@@ -26,7 +26,7 @@ LATENT = {
     "minicpm3", "mistral4", "youtu",
 }  # fmt: skip
 # Types whose classes in transformers 5.24 have no flash-attn (`_supports_flash_attn`).
-WITHOUT_FLASH = {"deepseek_v4", "gemma4", "gemma4_unified", "glm_moe_dsa", "llama4", "mamba", "mllama", "mpt", "t5"}
+WITHOUT_FLASH = {"deepseek_v4", "gemma4", "gemma4_unified", "glm_moe_dsa", "llama4", "mamba", "mllama", "mpt"}
 FUSED = re.compile(r"implementation=\w+,?")
 
 

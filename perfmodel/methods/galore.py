@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..architectures.stacks import block_of
 from ..errors import UserError
 from ..optimizers import Update
 from ..optimizers.parts.adam_loop import denominator
@@ -64,11 +65,10 @@ class GaLore(Method):
             UserError: its shorter side is less than the rank.
         """
         assert self.architecture is not None
-        path, prefix = p.name.removesuffix(".weight"), self.architecture.layer_path + "."
-        inside = path.startswith(prefix)
-        if p.kind != "weight" or not (inside or path in self.targets):
+        path = p.name.removesuffix(".weight")
+        block, name = block_of(self.architecture.stacks, path)
+        if p.kind != "weight" or (block is None and path not in self.targets):
             return False
-        name = path.removeprefix(prefix).partition(".")[2] if inside else path
         if not named(name, self.targets):
             return False
         if np.any(np.greater(self.r, smaller(*p.shape))):

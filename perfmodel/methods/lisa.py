@@ -3,6 +3,7 @@
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+from ..architectures.stacks import block_of
 from ..errors import UserError
 from .parts.base import Method, Periodic, method, option
 from .parts.checks import positive
@@ -50,5 +51,5 @@ class Lisa(Method):
 
 def _switch(step: Recorded) -> None:
     """The callback makes a new optimizer and carries over the state of what lies outside the blocks only."""
-    inside = step.architecture.layer_path + "."
-    fresh_states(step, [p for p in trained(step) if p.name.startswith(inside)])
+    stacks = step.architecture.stacks
+    fresh_states(step, [p for p in trained(step) if block_of(stacks, p.name)[0] is not None])

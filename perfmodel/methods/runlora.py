@@ -7,6 +7,7 @@ shape, by FLOPs or by measuring (github.com/KamikaziZen/RunLoRA, runlora/runlora
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..architectures.stacks import block_of
 from ..errors import UserError
 from ..tape.custom import BACKWARDS, FORWARDS, run_lora
 from ..tape.pointwise import mul
@@ -87,11 +88,10 @@ class RunLora(Targeted):
     def choices(self, step: Recorded) -> list[OrderChoice]:
         names = {p.name: p for p in step.parameters}
         found: dict[str, OrderChoice] = {}
-        path = step.architecture.layer_path + "."
         for full, u in names.items():
             if full.endswith(".lora_U"):
                 layer = full.removesuffix(".lora_U")
-                name = layer.removeprefix(path).partition(".")[2] if layer.startswith(path) else layer
+                _, name = block_of(step.architecture.stacks, layer)
                 shape = LayerShape(
                     step.setup.batch * step.setup.seq, u.shape[0], names[layer + ".lora_V"].shape[1], self.r, u.dtype,
                     layer + ".bias" in names, step.architecture.traits.conv1d,

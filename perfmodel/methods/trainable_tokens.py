@@ -38,7 +38,7 @@ class TrainableTokens(Method):
         assert arch is not None
         if np.any(np.greater(self.tokens, arch.vocab)):
             raise UserError(f"method {self.name}: tokens {np.max(self.tokens)} exceeds the vocabulary of {arch.name}")
-        if arch.traits.head == "masked":
+        if arch.traits.head != "causal":
             raise UserError(f"method {self.name}: the tied head of {arch.name} is not modelled; use lora or bitfit")
 
     def words(self, model: Scope, weight: Parameter, ids: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ transformers/integrations/sdpa_attention.py. How outputs lie in memory: torch/_m
 """
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
-from ..program.dims import Shape, by_stride, elementwise_strides, is_one, same, same_shape, strides_in_order
+from ..program.dims import Shape, by_stride, decide, elementwise_strides, is_one, same, same_shape, strides_in_order
 from ..program.op import Attrs
 from .autograd import differentiate
 from .core import new_tensor, record, tape
@@ -25,6 +26,7 @@ from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
 CUDNN_FIRST = ("9.0", "10.0")
+ALIGNED = 8  # elements at whose multiples the rows of a mask begin for the memory-efficient kernel
 _FLASH = {
     "cpu": "_scaled_dot_product_flash_attention_for_cpu",
     "cuda": "_scaled_dot_product_flash_attention",
@@ -58,19 +60,23 @@ def _interleaved(x: Tensor, groups: int) -> Tensor:
 
 
 def eager_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, form: str, p: float, capped: bool = False
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, form: str, p: float, capped: bool = False,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """transformers' `eager_attention_forward`: q (b, h, s, d), k and v (b, kv, s, d) → (b, s, h, d) and the weights.
 
     Args:
         form: "upcast", softmax in fp32, then the query's dtype; "value", then the value's dtype; "plain", no cast.
         capped: whether the scores have a soft cap.
+        bias: what is added to the scores of all samples, (1, h, s, s).
     """
     groups = q.shape[1] // k.shape[1]
     k, v = repeat_heads(k, groups), repeat_heads(v, groups)
     weights = mul(matmul(q, transpose(k, 2, 3)), 1.0)
     if capped:
         weights = soft_capped(weights)
+    if bias is not None:
+        weights = add(weights, bias)
     if mask is not None:
         weights = add(weights, mask)
     weights = softmax(weights, "fp32" if form == "upcast" else None)
@@ -120,6 +126,7 @@ def sdpa_attention(
     if mask is not None and not broadcast:
         k, v = repeat_heads(k, groups), repeat_heads(v, groups)
     q, k, v = autocast_operand(q), autocast_operand(k), autocast_operand(v)
+    mask = mask if mask is None else autocast_operand(mask)
     kernel = "math" if broadcast and groups > 1 else _choose(q, k, v, mask, p)
     causal = causal and mask is None and not is_one(q.shape[2])
     if mask is not None and kernel != "math":
@@ -151,10 +158,12 @@ def flash_attn(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | N
 
 
 def _choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> str:
+    """The kernel for (b, h, s, d) operands; that of the CPU and cuDNN's give a mask no gradient (sdp_utils)."""
     grouped, alike = q.shape[1] != k.shape[1], same(q.shape[3], v.shape[3])
+    trained = mask is not None and mask.requires_grad
     if tape().device == "cpu":
-        return "math" if p > 0 or not alike else "cpu"
-    if q.dtype != "fp32" and tape().capability in CUDNN_FIRST:
+        return "math" if p > 0 or trained or not alike else "cpu"
+    if q.dtype != "fp32" and tape().capability in CUDNN_FIRST and not trained:
         return "cudnn"
     if q.dtype != "fp32" and mask is None and alike and int(tape().capability.split(".")[0]) >= 8:
         return "cuda"
@@ -170,13 +179,15 @@ def additive_mask(mask: Tensor, dtype: str) -> Tensor:
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, attrs: Attrs) -> Tensor:
-    node = differentiate("ScaledDotProductAttentionBackward0", (q, k, v), _fused_backward, (kernel, attrs))
+    if mask is not None and kernel == "efficient":
+        mask = _aligned(mask, (*q.shape[:3], k.shape[2]))
+    inputs = (q, k, v) if mask is None else (q, k, v, mask)
+    node = differentiate("ScaledDotProductAttentionBackward0", inputs, _fused_backward, (kernel, attrs))
     seq_first = kernel == "flash2"
     heads, seq = (q.shape[2], q.shape[1]) if seq_first else (q.shape[1], q.shape[2])
     shape = (*q.shape[:3], v.shape[3])
     out = new_tensor(shape, q.dtype, _seq_first(shape) if kernel == "efficient" else _empty_like(q, shape))
     statistics = new_tensor((q.shape[0], heads, seq), "fp32")
-    inputs = (q, k, v) if mask is None else (q, k, v, mask)
     if node:
         node.save(q, k, v, mask)
     record(_FLASH[kernel], inputs, (out, statistics), attrs=attrs)
@@ -184,6 +195,18 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, at
         node.save(out.alias(), statistics)
         node.produces(out)
     return out
+
+
+def _aligned(mask: Tensor, shape: Shape) -> Tensor:
+    """A mask as the memory-efficient kernel reads it (`preprocess_mask` of attention.cpp).
+
+    Rows that do not begin at multiples of eight elements are padded first. It is of all samples and heads, so that a
+    gradient of each is made and summed.
+    """
+    keys = mask.shape[3]
+    if not decide(keys % ALIGNED == 0):
+        mask = narrow(pad_last(mask, ALIGNED - keys % ALIGNED), 3, keys)
+    return expand(mask, shape) if mask.requires_grad else mask
 
 
 def _seq_first(shape: Shape) -> Shape:
@@ -205,9 +228,11 @@ def _fused_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     q, k, v, mask, out, statistics = node.unpack()
     own_order = kernel in ("cpu", "efficient")
     grad_of = [new_tensor(x.shape, x.dtype, _seq_first(x.shape) if own_order else _empty_like(x)) for x in (q, k, v)]
+    if node.needs[3:] == (True,):
+        grad_of.append(new_tensor(mask.shape, mask.dtype))
     inputs = [x for x in (g, q, k, v, out, statistics, mask) if x is not None]
     record(_FLASH_BACKWARD[kernel], inputs, grad_of, attrs=attrs)
-    return tuple(x if need else None for x, need in zip(grad_of, node.needs, strict=True))
+    return tuple(x if need else None for x, need in zip_longest(grad_of, node.needs))
 
 
 def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, p: float, broadcast: bool) -> Tensor:

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..tape.attention import CUDNN_FIRST
+from ..tape.attention import ALIGNED, CUDNN_FIRST
 from . import fused_norm
 from .autocast import autocast_operands, cuda_autocast
 
@@ -64,7 +64,7 @@ def _attention(capability: str) -> Any:
                 query, key, value, dropout_p, is_causal, False, scale=scale
             )[0]
         return aten._scaled_dot_product_efficient_attention(  # type: ignore[no-any-return]
-            query, key, value, bias, True, dropout_p, is_causal, scale=scale
+            query, key, value, _aligned(bias, query, key), True, dropout_p, is_causal, scale=scale
         )[0]
 
     return attention
@@ -86,8 +86,18 @@ def _choose(q: Any, k: Any, v: Any, mask: Any, capability: str) -> str:
     return "math" if q.shape[1] != k.shape[1] else "efficient"
 
 
+def _aligned(bias: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """A mask as the memory-efficient kernel reads it (`perfmodel.tape.attention`, which says of what size)."""
+    if bias is None:
+        return None
+    keys = bias.shape[-1]
+    if keys % ALIGNED:
+        bias = functional.pad(bias, (0, ALIGNED - keys % ALIGNED))[..., :keys]
+    return bias.expand(*query.shape[:3], key.shape[2]) if bias.requires_grad else bias
+
+
 def _additive(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
-    """A bool mask as 0 / -inf (`convert_boolean_attn_mask`), over all heads as the kernels read it."""
+    """A bool mask as 0 / -inf (`convert_boolean_attn_mask`)."""
     if mask is None:
         return None
     if mask.dtype == torch.bool:

@@ -10,10 +10,11 @@ from transformers import AutoConfig
 
 from perfmodel import UserError
 from perfmodel.architectures import Config, from_config
-from validate.oracle.cases import MIXTURES, SMALL
+from validate.oracle.cases import MIXTURES, SMALL, STACKS
 
 KNOWN = {name: values for name, values in {**SMALL, **MIXTURES}.items() if values["model_type"] != "qwen"}  # own code
 KNOWN |= {f"{name} in windows": {**KNOWN[name], "use_sliding_window": True} for name in ("qwen2", "qwen3", "qwen3_moe")}
+KNOWN["t5"] = STACKS["t5"]
 NO_MODEL = {("gpt_neo", "attention_types")}  # transformers' default lists 24 blocks
 
 

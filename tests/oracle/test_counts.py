@@ -17,7 +17,7 @@ from helpers import NAMES, architecture_of, config_of, setup_of
 pytest.importorskip("peft")
 
 from perfmodel import methods
-from perfmodel.architectures import from_config
+from perfmodel.architectures import Config, from_config
 from perfmodel.cli import main
 from perfmodel.program.op import Spec
 from perfmodel.recording.record import build
@@ -26,7 +26,7 @@ from perfmodel.setup import Setup
 from perfmodel.tracing.programs import models
 from perfmodel.tracing.trace import Trace, trace_step
 from validate.oracle import cases, counts
-from validate.oracle.cases import NO_DROPOUT, REAL, WHOLE, Case, fitting, further, grid, with_targets
+from validate.oracle.cases import NO_DROPOUT, REAL, STACKS, WHOLE, Case, fitting, further, grid, with_targets
 
 LORA = "lora:r=4"
 WIDE = "lora:r=4,targets=all-linear,dropout=0.1"
@@ -59,6 +59,15 @@ def cells() -> Iterator[Any]:
         method, precision = names[i % len(names)], ({"dtype": "bf16"}, {"dtype": "fp32"}, AMP)[i % 3]
         setup = fitting(Setup(4, 17, **precision, checkpoint=("none", "block")[i % 2]), from_config(config).traits)
         yield pytest.param(Case(config, method, setup), id=f"{i} {config.name} {method}")
+    for name, method, change, setup in (
+        ("t5", "full", {}, {}),
+        ("t5", LORA, {**NO_DROPOUT["t5"], "tie_word_embeddings": False}, {"checkpoint": "block", "attention": "eager"}),
+        ("mt5", WIDE, {}, AMP),
+        ("mt5", "top_k:k=5", {}, {"dtype": "fp32", "checkpoint": "block", "grad_accum": 2}),
+        ("t5", "norm", {"num_layers": 1, "num_decoder_layers": 1}, {"padded": True}),
+    ):
+        case = Case(Config({**STACKS[name], **change}, name, name), method, Setup(**{"batch": 4, "seq": 17, **setup}))
+        yield pytest.param(case, id=f"{name} {method}")
     yield cell("llama", "full", checkpoint="block", seq=33, **AMP)
     yield cell("gpt2", "full", checkpoint="block", **AMP)
     yield cell("bert", "bitfit", checkpoint="block-reentrant", optimizer="sgd")

@@ -107,7 +107,8 @@ def wrap_for_team(model: Any, team: Team, architecture: Architecture, device: st
         return torch.nn.parallel.DistributedDataParallel(model, device_ids=where)
     from torch.distributed.fsdp import fully_shard
 
-    block = re.compile(rf"(.*\.)?{re.escape(architecture.layer_path)}\.\d+")
+    rows = "|".join(re.escape(path) for path, _ in architecture.stacks)
+    block = re.compile(rf"(.*\.)?({rows})\.\d+")
     for name, module in model.named_modules():
         if block.fullmatch(name):
             fully_shard(module)

@@ -122,13 +122,24 @@ MIXTURES: dict[str, dict[str, Any]] = {  # of experts
     "deepseek_v3": _latent("deepseek_v3"),
     "glm4_moe_lite": _latent("glm4_moe_lite", mlp_layer_types=["dense", "sparse", "sparse", "dense"]),
 }  # fmt: skip
-NO_DROPOUT = {
+STACKS: dict[str, dict[str, Any]] = {  # an encoder and a decoder
+    "t5": {
+        "model_type": "t5", "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 3, "num_decoder_layers": 4,
+        "num_heads": 4, "vocab_size": 128, "decoder_start_token_id": 0,
+    },
+    "mt5": {
+        "model_type": "mt5", "d_model": 64, "d_kv": 24, "d_ff": 96, "num_layers": 4, "num_heads": 4, "vocab_size": 128,
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+NO_DROPOUT: dict[str, dict[str, Any]] = {
     "gpt2": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
     "gpt_bigcode": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
     "gpt_neo": {"embed_dropout": 0.1, "attention_dropout": 0.1, "resid_dropout": 0.1},
     "opt": {"dropout": 0.0},
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     "roberta": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "t5": {"dropout_rate": 0.0, "feed_forward_proj": "gated-gelu"},
 }
 TIED = (*NO_DROPOUT, "falcon")  # whose embedding is the head's weight where nothing else is said
 REAL = ("llama-3.2-1b", "mistral-7b", "qwen2.5-0.5b", "gpt2", "opt-1.3b", "bert-large")
@@ -238,16 +249,18 @@ REFUSED = {
         "deepseek_v2",
         "deepseek_v3",
         "glm4_moe_lite",
+        *STACKS,
     ),
     "lora:r=4,targets=all-linear,dropout=0.1": tuple(MIXTURES),  # no adapter of experts has dropout
     **dict.fromkeys(
         ("loha", "lokr", "miss", "oft", "delora", "road", "c3a", "hra", "boft", "beft"), ("gpt2",)
     ),  # peft has no form of them for its layers
-    **dict.fromkeys(  # nor for masked language models
-        ("prompt_tuning", "p_tuning", "prefix_tuning", "trainable_tokens"), ("bert", "roberta")
+    **dict.fromkeys(  # nor for masked language models; of those with two stacks they are not modelled
+        ("prompt_tuning", "p_tuning", "prefix_tuning", "trainable_tokens"), ("bert", "roberta", *STACKS)
     ),
+    "top_k:k=2,inner=lora": tuple(STACKS),  # PEFT cannot count their blocks
     # whose cache PEFT fills with heads that it has not
-    "prefix_tuning": ("bert", "roberta", "falcon", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
+    "prefix_tuning": ("bert", "roberta", "falcon", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", *STACKS),
     "oft": ("gpt2", "deepseek_v2"),  # the layer that would be a target there has inputs of four dimensions
 }
 WHOLE = 9  # of the first so many model types the quick grid tries all methods; the others share most of their code
@@ -279,7 +292,7 @@ def configs(small: bool) -> Iterator[Config]:
         for name in REAL:
             yield load(name)
         return
-    for name, values in {**SMALL, **MIXTURES}.items():
+    for name, values in {**SMALL, **MIXTURES, **STACKS}.items():
         tied = values.get("tie_word_embeddings", name in TIED)
         yield Config(values, name, name)
         variant = {**values, "tie_word_embeddings": not tied, **NO_DROPOUT.get(name, {})}

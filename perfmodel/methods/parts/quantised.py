@@ -41,6 +41,11 @@ class QuantisedLora(Lora):
     def check(self) -> None:
         super().check()
         assert self.architecture is not None
+        if self.architecture.traits.head == "seq2seq":
+            raise UserError(
+                f"method {self.name}: transformers leaves wo of {self.architecture.name} in fp32 there, which "
+                "is not modelled; use lora"
+            )
         of_experts = [name for name in self.architecture.stacked_names() if OF_EXPERTS in name]
         if self.experts and not of_experts and not self.architecture.recorded:
             raise UserError(f"method {self.name}: {self.architecture.name} has no experts to quantise")

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from ...architectures.base import WORDS
+from ...architectures.stacks import block_path
 from ...errors import UserError, nearest
 from ...tape.tensor import Parameter, Tensor
 from .base import Architecture, Linear, Method, option
@@ -50,6 +51,11 @@ class Targeted(Method):
             )
         if self.layers_to_transform is not None and not self.takes_layers:
             raise UserError(f"method {self.name}: PEFT's {self.name} has no layers_to_transform; leave it out")
+        if self.layers_to_transform is not None and len(self.architecture.stacks) > 1:
+            raise UserError(
+                f"method {self.name}: PEFT's layers_to_transform takes the last number of a path, which is no block's "
+                f"in {self.architecture.name}; name the blocks by targets=/regex/"
+            )
         if self.pattern is None:
             check_targets(self.name, self.targets, self.architecture)
         else:
@@ -82,7 +88,7 @@ class Targeted(Method):
             raise UserError(f"method {self.name}: layers_to_transform goes with names of targets, not with a regex")
         if not any(self._matched(layer) for layer in range(self.layers)) and not self.targets_layer("lm_head", None):
             name = self.architecture.linear_names()[0]
-            path = name if self.architecture.recorded else f"{self.architecture.layer_path}.0.{name}"
+            path = name if self.architecture.recorded else f"{block_path(self.architecture.stacks, 0)}.{name}"
             raise UserError(
                 f"method {self.name}: target {self.targets[0]} matches no linear layer of {self.architecture.name}, "
                 f"whose paths are like {path}"
@@ -111,10 +117,13 @@ class Targeted(Method):
                 raise UserError(f"method {self.name}: modules_to_save {module!r}: {nearest(module, SAVED)}")
             if module in self.targets:
                 raise UserError(f"method {self.name}: {module} cannot be a target and in modules_to_save")
-            if self.architecture.tied and self.architecture.traits.head != "causal":
+            name, head = self.architecture.name, self.architecture.traits.head
+            if head == "seq2seq":
+                raise UserError(f"method {self.name}: modules_to_save of an encoder-decoder ({name}) is not modelled")
+            if self.architecture.tied and head == "masked":
                 raise UserError(
                     f"method {self.name}: modules_to_save is not modelled where a masked model's head shares the "
-                    f"embedding's weight ({self.architecture.name})"
+                    f"embedding's weight ({name})"
                 )
 
     def copies(self, name: str, kind: str) -> bool:
@@ -255,7 +264,7 @@ def matches_path(pattern: re.Pattern[str], architecture: Architecture, name: str
     Args:
         name: relative to its block, if it is in one.
     """
-    path = name if layer is None else f"{architecture.layer_path}.{layer}.{name}"
+    path = name if layer is None else f"{block_path(architecture.stacks, layer)}.{name}"
     inside = architecture.text_path and path.startswith("model.")
     paths = (path, architecture.text_path + path.removeprefix("model")) if inside else (path,)
     return any(map(pattern.fullmatch, paths))

@@ -35,6 +35,11 @@ class VirtualTokens(Method):
                 f"method {self.name}: PEFT has no prompt learning for masked language models such as "
                 f"{self.architecture.name}; use lora or ia3"
             )
+        if self.architecture.traits.head == "seq2seq":
+            raise UserError(
+                f"method {self.name}: prompts of encoder-decoder models ({self.architecture.name}) are not modelled; "
+                "use lora or ia3"
+            )
         if self.architecture.classifier is not None:
             raise UserError(
                 f"method {self.name}: prompts of classifiers ({self.architecture.name}) are not modelled; use lora"

@@ -152,6 +152,8 @@ def build_model(config: Config, setup: Setup, *, device: str = "meta") -> Any:
             model = cls._from_config(found, dtype=TORCH_DTYPES[setup.dtype], attn_implementation=attention)
             if config.values.get(LINEAR_EXPERTS):
                 linearise_experts(model)
+            if config.values.get("tie_word_embeddings") is False and getattr(found, "tie_word_embeddings", False):
+                seq2seq.untie_head(model)
         for module in model.modules() if flash else ():
             if hasattr(module, "config"):
                 module.config._attn_implementation = "flash_attention_2"

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ...architectures import Architecture
+from ...architectures.stacks import block_of
 from ...errors import UserError
 from ...methods import Method
 from ...methods.adalora import AdaLora
@@ -36,6 +37,7 @@ from .tuners_of_peft import CONFIGS
 
 __all__ = ["apply_method", "build_model"]
 
+TASKS = {"causal": "CAUSAL_LM", "masked": "FEATURE_EXTRACTION", "seq2seq": "SEQ_2_SEQ_LM"}  # peft's, by a model's head
 Apply = Callable[..., Any]  # of (model, method, architecture): the model to train
 F = TypeVar("F", bound=Apply)
 _APPLY: dict[type[Method], Apply] = {}
@@ -100,10 +102,8 @@ def _top_k(model: Any, method: TopK, architecture: Architecture) -> Any:
     if method.inner == "lora":
         return apply_method(model, method.inside, architecture)
     for name, parameter in model.named_parameters():
-        inside = name.startswith(architecture.layer_path + ".")
-        parameter.requires_grad = inside and method.has(
-            int(name.removeprefix(architecture.layer_path + ".").split(".")[0])
-        )
+        block, _ = block_of(architecture.stacks, name)
+        parameter.requires_grad = block is not None and method.has(block)
         if parameter.requires_grad and method.trained_dtype:
             parameter.data = parameter.data.to(TORCH_DTYPES[method.trained_dtype])
     if not method.checkpoint_frozen:
@@ -155,7 +155,7 @@ def _adalora(model: Any, method: AdaLora, architecture: Architecture) -> Any:
     options: dict[str, Any] = {"init_r": method.r, "lora_alpha": method.alpha, "lora_dropout": method.dropout}
     options |= {"target_r": 1, "total_step": 100}  # decide nothing but which entries are masked, and when
     # without a task type PeftModel passes AdaLoraModel.forward by, and with it the regulariser
-    options["task_type"] = "FEATURE_EXTRACTION" if architecture.traits.head == "masked" else "CAUSAL_LM"
+    options["task_type"] = TASKS[architecture.traits.head]
     return _adapt(model, "AdaLoraConfig", method, architecture, **options)
 
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from transformers.pytorch_utils import Conv1D
 
 from ...architectures import Architecture
+from ...architectures.stacks import block_of
 from ...errors import UserError
 from ...methods import Method, runlora
 from ...methods.lisa import Lisa
@@ -159,15 +160,11 @@ def sizes(base: Any) -> tuple[int, int]:
 def wrap(model: Any, architecture: Architecture, wanted: Callable[[str, int | None], bool], make: Any) -> Any:
     """Freeze the model and put `make(linear)` in the place of the wanted linear layers."""
     model.requires_grad_(False)
-    prefix = architecture.layer_path + "."
     for path, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear | Conv1D):
             continue
-        layer, name = None, path
-        if path.startswith(prefix):
-            number, _, name = path.removeprefix(prefix).partition(".")
-            layer = int(number)
-        elif module is model.get_output_embeddings():
+        layer, name = block_of(architecture.stacks, path)
+        if layer is None and module is model.get_output_embeddings():
             name = "lm_head"  # wherever the architecture keeps it
         if wanted(name, layer):
             parent, _, leaf = path.rpartition(".")
@@ -306,9 +303,9 @@ def _on_quantised(
 
 @program(Lisa)
 def _lisa(model: Any, method: Lisa, architecture: Architecture, setup: Setup) -> Any:
-    blocks = model.get_submodule(architecture.layer_path)
-    blocks.requires_grad_(False)
-    blocks[len(blocks) - method.gamma :].requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        layer, _ = block_of(architecture.stacks, name)
+        parameter.requires_grad = layer is None or layer >= architecture.layers - method.gamma
     return model
 
 
