@@ -4,7 +4,8 @@ CPU: one flash kernel without dropout, the written-out "math" path with it. CUDA
 Hopper and data-centre Blackwell (capability 9.0 and 10.0, since PyTorch 2.10), else FlashAttention-2 from Ampere on,
 which takes no mask, and values only as wide as the keys. What is left, masks, fp32 and older cards, goes to the
 memory-efficient kernel, which knows no GQA: grouped heads without a mask then take the math path. The CPU's kernel too
-takes no other values.
+takes no other values. That the memory-efficient kernel gets a mask padded to rows of multiples of eight elements
+(`preprocess_mask`) is left out: programs would differ from length to length.
 Source: ATen/native/transformers/attention.cpp, cuda/sdp_utils.cpp (`check_prefer_cudnn_attention`);
 transformers/integrations/sdpa_attention.py. How outputs lie in memory: torch/_meta_registrations.py.
 """
@@ -12,7 +13,7 @@ transformers/integrations/sdpa_attention.py. How outputs lie in memory: torch/_m
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from ..program.dims import Shape, by_stride, decide, elementwise_strides, is_one, same, same_shape, strides_in_order
+from ..program.dims import Shape, by_stride, elementwise_strides, is_one, same, same_shape, strides_in_order
 from ..program.op import Attrs
 from .autograd import differentiate
 from .core import new_tensor, record, tape
@@ -21,12 +22,11 @@ from .gather import largest_last
 from .linalg import autocast_operand, matmul
 from .nn import softmax
 from .pointwise import add, cast, cat, dropout, fill, mul, scale, sub, tanh, where
-from .shape import clone, contiguous, expand, narrow, pad_last, reshape, transpose, unsqueeze, view
+from .shape import clone, contiguous, expand, narrow, reshape, transpose, unsqueeze, view
 from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
 CUDNN_FIRST = ("9.0", "10.0")
-ALIGNED = 8  # elements at whose multiples the rows of a mask begin for the memory-efficient kernel
 _FLASH = {
     "cpu": "_scaled_dot_product_flash_attention_for_cpu",
     "cuda": "_scaled_dot_product_flash_attention",
@@ -179,8 +179,8 @@ def additive_mask(mask: Tensor, dtype: str) -> Tensor:
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, attrs: Attrs) -> Tensor:
-    if mask is not None and kernel == "efficient":
-        mask = _aligned(mask, (*q.shape[:3], k.shape[2]))
+    if mask is not None and mask.requires_grad:  # of every sample there is a gradient, and they are summed
+        mask = expand(mask, (*q.shape[:3], k.shape[2]))
     inputs = (q, k, v) if mask is None else (q, k, v, mask)
     node = differentiate("ScaledDotProductAttentionBackward0", inputs, _fused_backward, (kernel, attrs))
     seq_first = kernel == "flash2"
@@ -195,18 +195,6 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, at
         node.save(out.alias(), statistics)
         node.produces(out)
     return out
-
-
-def _aligned(mask: Tensor, shape: Shape) -> Tensor:
-    """A mask as the memory-efficient kernel reads it (`preprocess_mask` of attention.cpp).
-
-    Rows that do not begin at multiples of eight elements are padded first. It is of all samples and heads, so that a
-    gradient of each is made and summed.
-    """
-    keys = mask.shape[3]
-    if not decide(keys % ALIGNED == 0):
-        mask = narrow(pad_last(mask, ALIGNED - keys % ALIGNED), 3, keys)
-    return expand(mask, shape) if mask.requires_grad else mask
 
 
 def _seq_first(shape: Shape) -> Shape:

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..tape.attention import ALIGNED, CUDNN_FIRST
+from ..tape.attention import CUDNN_FIRST
 from . import fused_norm
 from .autocast import autocast_operands, cuda_autocast
 
@@ -63,8 +63,10 @@ def _attention(capability: str) -> Any:
             return aten._scaled_dot_product_flash_attention(  # type: ignore[no-any-return]
                 query, key, value, dropout_p, is_causal, False, scale=scale
             )[0]
+        if bias is not None and bias.requires_grad:
+            bias = bias.expand(*query.shape[:3], key.shape[2])
         return aten._scaled_dot_product_efficient_attention(  # type: ignore[no-any-return]
-            query, key, value, _aligned(bias, query, key), True, dropout_p, is_causal, scale=scale
+            query, key, value, bias, True, dropout_p, is_causal, scale=scale
         )[0]
 
     return attention
@@ -84,16 +86,6 @@ def _choose(q: Any, k: Any, v: Any, mask: Any, capability: str) -> str:
         if mask is None and int(capability.split(".")[0]) >= 8 and q.shape[-1] == v.shape[-1]:
             return "flash"
     return "math" if q.shape[1] != k.shape[1] else "efficient"
-
-
-def _aligned(bias: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
-    """A mask as the memory-efficient kernel reads it (`perfmodel.tape.attention`, which says of what size)."""
-    if bias is None:
-        return None
-    keys = bias.shape[-1]
-    if keys % ALIGNED:
-        bias = functional.pad(bias, (0, ALIGNED - keys % ALIGNED))[..., :keys]
-    return bias.expand(*query.shape[:3], key.shape[2]) if bias.requires_grad else bias
 
 
 def _additive(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
