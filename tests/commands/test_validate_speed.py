@@ -37,7 +37,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         swept = run()
         return 1e-6 * (swept if isinstance(swept, int) else sizes[-1])
 
-    monkeypatch.setattr(speed, "_cold", lambda arguments: 1.0)
+    monkeypatch.setattr(speed, "_cold", lambda: dict.fromkeys(speed.COLD, 1.0))
     monkeypatch.setattr(speed, "_timed", seconds)
     monkeypatch.setattr(speed, "predict", predict)
     monkeypatch.setattr(speed, "sweep", Planned)
