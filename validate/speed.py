@@ -39,7 +39,10 @@ RATE_LIMIT = 50_000  # setups a second of a large sweep
 
 
 def _once(command: list[str]) -> float:
-    """Processor seconds of a process, in microseconds; byte code is cached, as it is where a package is installed."""
+    """Processor seconds of a process, by a clock of microseconds.
+
+    Byte code is cached, as it is where a package was installed.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True, capture_output=True, env=environment)

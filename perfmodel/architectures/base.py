@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from ..errors import UserError, nearest
 from ..program.dims import Dim
@@ -75,7 +75,7 @@ def from_config(config: Config) -> "Architecture":
     return replace(made, classifier=classifier_of(config, made.traits))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)  # each architecture has its own
 class Architecture:
     """Dims of a transformer (all in elements) and its forward pass.
 
@@ -170,7 +170,7 @@ class Rewrites(Protocol):
     def embedded(self, model: "Scope", x: Tensor) -> Tensor: ...
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Build:
     """One recording of a model: architecture, method, setup and all parameters made so far.
 
@@ -196,8 +196,7 @@ class Build:
         self.kept[key] = value, tape().part
 
 
-@dataclass(frozen=True)
-class Linear:
+class Linear(NamedTuple):
     """A linear layer as a method sees it. Weight (n_out, n_in), or (n_in, n_out) for GPT-2's Conv1D.
 
     `by_matmul`: it multiplies by the transposed weight in Python (Falcon's), without a bias.

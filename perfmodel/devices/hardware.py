@@ -1,12 +1,13 @@
 """Datasheet figures of one device: the only hardware facts that the price models need."""
 
 import math
-from dataclasses import dataclass
+
+from ..values import immutable
 
 ITEMSIZE = {"fp32": 4.0, "tf32": 4.0, "bf16": 2.0, "fp16": 2.0}  # bytes of an operand's element in memory
 
 
-@dataclass(frozen=True)
+@immutable
 class Hardware:
     """Datasheet figures of one GPU (or CPU: cores for SMs, the caches of the cores for L2); `idle_power` is measured.
 

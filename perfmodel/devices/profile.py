@@ -10,7 +10,7 @@ devices: `perfmodel calibrate` writes one for this machine (see `perfmodel.devic
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import field, fields, replace
 from functools import lru_cache
 from os import PathLike
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple
 
 from ..errors import UserError, nearest
 from ..resources import DATA, is_file, parsed, read_text, read_toml
+from ..values import immutable
 from . import own, toml
 from .attention import AttentionParameters
 from .gemm import GemmParameters
@@ -48,7 +49,7 @@ NOT_MODELLED = {  # kinds of devices without a profile, and how their names begi
 Origin = Literal["fitted", "sibling", "class"]
 
 
-@dataclass(frozen=True, eq=False)
+@immutable
 class DeviceProfile:
     """Everything that prices need to know about a device.
 
@@ -87,6 +88,8 @@ class DeviceProfile:
     sources: Mapping[str, str] = field(default_factory=dict)
     host: str = "default"
     cpu: "CpuKernels | None" = None
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
 
 
 def names() -> list[str]:

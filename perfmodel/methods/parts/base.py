@@ -61,7 +61,7 @@ def option(default: Any, help: str, check: Callable[[str, Any], Any] | None = No
     return field(default=default, metadata={"help": help, "check": check})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)  # each method has its own
 class Method:
     """Base: nothing trains, nothing is rewritten.
 
