@@ -45,8 +45,7 @@ class Hardware:
 
         Whatever has no tensor-core path on this device runs on the fp32 units.
         """
-        figures = {"tf32": self.tf32_flops, "fp16": self.fp16_flops, "bf16": self.bf16_flops}
-        tensor = figures.get(dtype) if tensor_cores else None
+        tensor: float | None = getattr(self, f"{dtype}_flops", None) if tensor_cores else None
         return self.fp32_flops if tensor is None else tensor
 
     @property
