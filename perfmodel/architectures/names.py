@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
-from ..resources import DATA, read_toml
+from ..resources import DATA, read_toml, stems
 
 MODELS = DATA / "models"
 SIZE = re.compile(r"[ae]?\d+(\.\d+)?(x\d+(\.\d+)?)?[bm]")  # 7b, 135m, 8x7b; a3b: active parameters
@@ -32,7 +32,7 @@ class Meant(NamedTuple):
 @cache
 def model_names() -> Words:
     """Names of the bundled models."""
-    return tuple(sorted(p.stem for p in MODELS.glob("*.json")))
+    return stems(MODELS, ".json")
 
 
 def bundled_for(name: str) -> Meant | None:

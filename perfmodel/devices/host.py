@@ -11,7 +11,7 @@ from ..calls.costs import by_lists
 from ..errors import UserError, nearest
 from ..program.op import Op
 from ..program.part import HostWork, Part
-from ..resources import DATA, is_file, mapping, read_toml
+from ..resources import DATA, is_file, mapping, read_toml, stems
 from ..values import immutable
 from . import own
 
@@ -140,7 +140,7 @@ def _tensors(op: Op) -> int:
 @cache
 def names() -> tuple[str, ...]:
     """The bundled hosts."""
-    return tuple(sorted(p.stem for p in HOSTS.glob("*.toml")))
+    return stems(HOSTS, ".toml")
 
 
 def load(name_or_path: str = "default") -> Host:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple
 
 from ..errors import UserError, nearest
-from ..resources import DATA, is_file, parsed, read_text, read_toml
+from ..resources import DATA, is_file, parsed, read_text, read_toml, stems
 from ..values import immutable
 from . import own, toml
 from .attention import AttentionParameters
@@ -318,7 +318,7 @@ def _hardware(table: Table, where: str) -> Hardware:
 
 @lru_cache(maxsize=1)
 def _names() -> tuple[str, ...]:
-    return tuple(sorted(p.stem for p in DEVICES.glob("*.toml") if p.stem != CLASSES))
+    return tuple(stem for stem in stems(DEVICES, ".toml") if stem != CLASSES)
 
 
 @lru_cache(maxsize=256)
