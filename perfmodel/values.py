@@ -24,38 +24,39 @@ def immutable(cls: type[T]) -> type[T]:
     (Point(x=1, y=0), True)
     """
     made = dataclass(repr=False, eq=False)(cls)
-    for name, method in _METHODS.items():
+    for name in ("__eq__", "__hash__", "__repr__", "__setattr__", "__delattr__"):
         if name not in cls.__dict__:
-            setattr(made, name, method)
+            setattr(made, name, getattr(_Fixed, name))
     return made
+
+
+class Compared:
+    """A dataclass that is compared, hashed and shown by its fields, without methods of its own for it."""
+
+    def __eq__(self, other: object) -> bool:
+        return _compared(self) == _compared(other) if type(other) is type(self) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(_compared(self))
+
+    def __repr__(self) -> str:
+        known: Any = self
+        shown = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(known) if f.repr)
+        return f"{type(self).__qualname__}({shown})"
 
 
 def _compared(self: Any) -> tuple[Any, ...]:
     return tuple(getattr(self, f.name) for f in fields(self) if f.compare)
 
 
-def _eq(self: Any, other: object) -> bool:
-    return _compared(self) == _compared(other) if type(other) is type(self) else NotImplemented
+class _Fixed(Compared):
+    __dataclass_fields__: Any
 
+    def __setattr__(self, name: str, given: Any) -> None:
+        """A field is set once, by `__init__`."""
+        if name in self.__dict__ or name not in self.__dataclass_fields__:
+            raise FrozenInstanceError(f"cannot assign to field {name!r}")
+        self.__dict__[name] = given
 
-def _hash(self: Any) -> int:
-    return hash(_compared(self))
-
-
-def _repr(self: Any) -> str:
-    shown = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.repr)
-    return f"{type(self).__qualname__}({shown})"
-
-
-def _set(self: Any, name: str, given: Any) -> None:
-    """A field is set once, by `__init__`."""
-    if name in self.__dict__ or name not in self.__dataclass_fields__:
-        raise FrozenInstanceError(f"cannot assign to field {name!r}")
-    self.__dict__[name] = given
-
-
-def _delete(self: Any, name: str) -> None:
-    raise FrozenInstanceError(f"cannot delete field {name!r}")
-
-
-_METHODS = {"__eq__": _eq, "__hash__": _hash, "__repr__": _repr, "__setattr__": _set, "__delattr__": _delete}
+    def __delattr__(self, name: str) -> None:
+        raise FrozenInstanceError(f"cannot delete field {name!r}")

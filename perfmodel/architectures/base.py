@@ -17,6 +17,7 @@ from ..tape.core import tape
 from ..tape.inplace import add_to_output
 from ..tape.packages.varlen import PackedRows
 from ..tape.tensor import Parameter, Tensor
+from ..values import Compared
 from .config import Config
 from .runs import runs_of_layers
 from .tasks import Classifier, classifier_of
@@ -75,8 +76,8 @@ def from_config(config: Config) -> "Architecture":
     return replace(made, classifier=classifier_of(config, made.traits))
 
 
-@dataclass(frozen=True, eq=False, repr=False)  # each architecture has its own
-class Architecture:
+@dataclass(frozen=True, eq=False, repr=False)
+class Architecture(Compared):
     """Dims of a transformer (all in elements) and its forward pass.
 
     Attributes:

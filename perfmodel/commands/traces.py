@@ -26,7 +26,7 @@ LATENT = {
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "longcat_flash",
     "minicpm3", "mistral4", "youtu",
 }  # fmt: skip
-FUSED = re.compile(r"implementation=\w+,?")
+FUSED = r"implementation=\w+,?"
 
 
 def traced_type(model: str) -> str:
@@ -90,7 +90,7 @@ def followed(options: dict[str, Any], of_config: set[str]) -> tuple[dict[str, An
 
 def of_peft_alone(method: str, model: str) -> tuple[str, list[str]]:
     """A training config's method as PEFT runs it on a model of the installed transformers, and how it differs."""
-    plain = FUSED.sub("", method).rstrip(",:")
+    plain = re.sub(FUSED, "", method).rstrip(",:")
     said = [] if plain == method else ["without fused kernels for adapters"]
     old, new = RENAMED.get(traced_type(model), ("", ""))
     if old and f"=/{old}." in plain:

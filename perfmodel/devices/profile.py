@@ -9,7 +9,7 @@ devices: `perfmodel calibrate` writes one for this machine (see `perfmodel.devic
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import field, fields, replace
 from functools import lru_cache
 from os import PathLike
@@ -119,7 +119,7 @@ def load(name_or_path: str | PathLike[str]) -> DeviceProfile:
 
 def _hint(name: str) -> str:
     """That cards of the kind are not modelled, or the nearest device."""
-    plain = _written(name)[-1]
+    *_, plain = _written(name)
     for kind, pattern in NOT_MODELLED.items():
         if re.match(pattern, plain):
             return f"{kind} are not modelled; perfmodel devices lists what is"
@@ -140,10 +140,11 @@ def bundled(name: str) -> str:
     return ""
 
 
-def _written(name: str) -> tuple[str, str, str]:
+def _written(name: str) -> Iterator[str]:
     """A name in lower case: as it is, its words joined by hyphens, and those without maker and brand."""
-    slug = "-".join(re.findall(r"[a-z0-9]+", re.sub(r"\brtx(?=\d)", "rtx-", name.lower())))
-    return name.strip().lower(), slug, re.sub(r"^(nvidia-)?((geforce|tesla|quadro)-)?", "", slug)
+    yield name.strip().lower()
+    yield (slug := "-".join(re.findall(r"[a-z0-9]+", re.sub(r"\brtx(?=\d)", "rtx-", name.lower()))))
+    yield re.sub(r"^(nvidia-)?((geforce|tesla|quadro)-)?", "", slug)
 
 
 def by_makers_name(name: str) -> DeviceProfile | None:

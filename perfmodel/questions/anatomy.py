@@ -146,7 +146,8 @@ def operand_dtype(op: Op) -> str:
     """The dtype that an op computes in: of attention its first operand's, the last of the others are statistics."""
     if not op.inputs:
         return op.outputs[0].dtype if op.outputs else "fp32"
-    return op.inputs[0 if costs.kind(op) == "attention" else -1].dtype
+    first, last = op.inputs[0].dtype, op.inputs[-1].dtype
+    return first if first != last and costs.kind(op) == "attention" else last
 
 
 def dissect(p: Prediction, on: DeviceProfile, by: Host) -> Anatomy:

@@ -301,7 +301,7 @@ def record_update(step: Step, tape: Tape, inner: optimizers.Update | None = None
     for p in step.parameters:
         p.grad = None
     step.state_bytes, step.paged_bytes = update.state_bytes, update.paged_bytes
-    if step.setup.cuda != Setup().cuda:
+    if step.setup.cuda != Setup.cuda:
         for part in (*tape.parts, *(part for part, _ in step.parts())):
             for op in part.ops:
                 launch_for(op, step.setup.cuda)
