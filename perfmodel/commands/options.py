@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
-from click.shell_completion import CompletionItem
 
 from ..errors import UserError
 from ..optimizers import is_optimizer, optimizer_names
@@ -65,7 +64,7 @@ class Lists(click.Command):
         ctx.meta[OPEN] = current
         return super().parse_args(ctx, out)
 
-    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> names.Items:
         """A further value of a list, or what any command offers."""
         found = [p for p in self.params if ctx.meta.get(OPEN) in p.opts]
         if found and not incomplete.startswith("-"):
@@ -125,7 +124,7 @@ class OptimizerName(click.ParamType):  # type: ignore[type-arg]  # generic in ne
     def get_metavar(self, *words: Any, **more: Any) -> str | None:
         return click.Choice(optimizer_names()).get_metavar(*words, **more)
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> names.Items:
         return click.Choice(optimizer_names()).shell_complete(ctx, param, incomplete)
 
 
