@@ -9,7 +9,7 @@ from .streams import MAIN, Run
 PHASES = ("forward", "backward", "optimizer")
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(slots=True)
 class HostWork:
     """What a run of a part makes the host do besides its calls, which Python or autograd do at their own pace.
 
@@ -36,7 +36,7 @@ class HostWork:
     graphs: int = 0
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False)
 class Part:
     """Ops that run `repeat` times in a row: a block of layers in forward or backward, the head, the optimizer.
 
