@@ -1,5 +1,6 @@
 """Registries whose entries live one in a file: a file is imported when its name is asked for, all when listed."""
 
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -23,11 +24,19 @@ def _home(entry: object) -> str:
     return f"{getattr(entry, '__module__', '')}.{getattr(entry, '__qualname__', repr(entry))}"
 
 
+def _beginnings(name: str) -> Iterator[str]:
+    """A name without none, one, two, … of its last words."""
+    while name:
+        yield name
+        name = name.rpartition("_")[0]
+
+
 class Registry(Generic[T]):
     """Entries by name, registered by the files of a package when these are imported.
 
     Args:
-        package: the package's name; a file that holds one entry is best named like it, and then loads alone.
+        package: the package's name; a file loads alone if it is named like an entry or its first words: `adamw.py` for
+            adamw-fused.
         folder: where its files lie.
     """
 
@@ -48,8 +57,10 @@ class Registry(Generic[T]):
     def get(self, name: str) -> T | None:
         """The entry of that name, or None."""
         if name not in self.entries and not self._complete:
-            if name.isidentifier() and (self.folder / f"{name}.py").is_file():
-                import_module(f"{self.package}.{name}")
+            for stem in _beginnings(name.replace("-", "_")):
+                if stem.isidentifier() and (self.folder / f"{stem}.py").is_file():
+                    import_module(f"{self.package}.{stem}")
+                    break
             if name not in self.entries:
                 return self.all().get(name)
         return self.entries.get(name)

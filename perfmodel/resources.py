@@ -15,6 +15,11 @@ DATA = _PACKAGE / "data" if (_PACKAGE / "data").is_dir() else _PACKAGE.parent / 
 T = TypeVar("T")
 
 
+def stems(folder: Path, ending: str) -> tuple[str, ...]:
+    """Names of a folder's files that have an ending, without it, sorted."""
+    return tuple(sorted(name.removesuffix(ending) for name in os.listdir(folder) if name.endswith(ending)))
+
+
 def is_file(path: str | os.PathLike[str]) -> bool:
     """Whether a file is there; False also for a text that cannot be a path."""
     return os.path.isfile(path)

@@ -1,6 +1,6 @@
 """The training setup: everything about a step that is neither model, method nor device."""
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,10 @@ from .errors import UserError, nearest
 from .program.dims import Dim
 from .program.lengths import Lengths, lengths_of
 from .program.routing import exponent_of
+from .values import immutable
 
 DTYPES = ("bf16", "fp16", "fp32")
 ATTENTION = ("sdpa", "eager", "flash2")
-OPTIMIZERS = optimizers.optimizer_names()
 CHECKPOINT = ("none", "block", "block-reentrant")
 KERNELS = ("torch", "liger")
 COMPILE = ("none", "default", "reduce-overhead")
@@ -29,7 +29,7 @@ WITHIN = ("varlen", "flat")  # those whose documents attend within themselves
 LARGEST = 2**24  # tokens of a sequence, samples of a batch: beyond this it is a typing error
 
 
-@dataclass(frozen=True)
+@immutable
 class Setup:
     """One optimizer step of a training loop.
 
@@ -39,8 +39,8 @@ class Setup:
         seq: tokens per sequence; the batch is dense. An int or an integer array.
         dtype: dtype of the base weights: bf16, fp16 or fp32.
         amp: 16-bit dtype of `torch.autocast`, or None; under DeepSpeed, of the model itself.
-        optimizer: a name of `OPTIMIZERS`; adamw is PyTorch's default form on the device, or DeepSpeed's FusedAdam under
-            that engine.
+        optimizer: one of `optimizer_names()`; adamw is PyTorch's default form on the device, or DeepSpeed's FusedAdam
+            under that engine.
         grad_accum: micro-batches per optimizer step.
         checkpoint: none, block (non-reentrant, per block) or block-reentrant.
         attention: sdpa, eager or flash2 (the flash-attn package).
@@ -106,11 +106,13 @@ class Setup:
         if isinstance(self.grad_accum, np.ndarray):
             raise UserError("grad_accum must be one integer")
         for name, choices in (
-            ("dtype", DTYPES), ("optimizer", OPTIMIZERS), ("checkpoint", CHECKPOINT), ("attention", ATTENTION),
+            ("dtype", DTYPES), ("checkpoint", CHECKPOINT), ("attention", ATTENTION),
             ("kernels", KERNELS), ("compile", COMPILE), ("engine", ENGINES), ("objective", OBJECTIVES),
             ("reference", REFERENCES), ("packing", PACKING),
         ):  # fmt: skip
             one_of(name, getattr(self, name), choices)
+        if not (isinstance(self.optimizer, str) and optimizers.is_optimizer(self.optimizer)):
+            one_of("optimizer", self.optimizer, optimizers.optimizer_names())
         if self.amp is not None:
             one_of("amp", self.amp, ("bf16", "fp16"))
             if self.dtype not in ("fp32", self.amp):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from ..errors import UserError, nearest
 from ..program.dims import Dim
@@ -17,6 +17,7 @@ from ..tape.core import tape
 from ..tape.inplace import add_to_output
 from ..tape.packages.varlen import PackedRows
 from ..tape.tensor import Parameter, Tensor
+from ..values import Compared
 from .config import Config
 from .runs import runs_of_layers
 from .stacks import block_path
@@ -73,8 +74,8 @@ def from_config(config: Config) -> "Architecture":
     return replace(made, classifier=classifier_of(config, made.traits))
 
 
-@dataclass(frozen=True)
-class Architecture:
+@dataclass(frozen=True, eq=False, repr=False)
+class Architecture(Compared):
     """Dims of a transformer (all in elements) and its forward pass.
 
     Attributes:
@@ -173,7 +174,7 @@ class Rewrites(Protocol):
     def embedded(self, model: "Scope", x: Tensor) -> Tensor: ...
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Build:
     """One recording of a model: architecture, method, setup and all parameters made so far.
 
@@ -199,8 +200,7 @@ class Build:
         self.kept[key] = value, tape().part
 
 
-@dataclass(frozen=True)
-class Linear:
+class Linear(NamedTuple):
     """A linear layer as a method sees it. Weight (n_out, n_in), or (n_in, n_out) for GPT-2's Conv1D.
 
     `by_matmul`: it multiplies by the transposed weight in Python (Falcon's), without a bias.

@@ -36,7 +36,7 @@ TARGETS = Targets(
 
 
 @architecture("llama")
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)  # `Compared` has both; most cold starts make this one
 class Llama(Architecture):
     """Dims of a Llama-like model. Its kin extend `widths`, `biases` or `windows`, and override parts of the forward.
 

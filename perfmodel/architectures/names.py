@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
-from ..resources import DATA, read_toml
+from ..resources import DATA, read_toml, stems
 
 MODELS = DATA / "models"
-SIZE = re.compile(r"[ae]?\d+(\.\d+)?(x\d+(\.\d+)?)?[bm]")  # 7b, 135m, 8x7b; a3b: active parameters
-VERSION = re.compile(r"v\d+(\.\d+)*")
-STAMP = re.compile(r"\d{4,8}|\d+k")  # a date, a length of context
+SIZE = r"[ae]?\d+(\.\d+)?(x\d+(\.\d+)?)?[bm]"  # 7b, 135m, 8x7b; a3b: active parameters
+VERSION = r"v\d+(\.\d+)*"
+STAMP = r"\d{4,8}|\d+k"  # a date, a length of context
 
 Words = tuple[str, ...]
 
@@ -32,7 +32,7 @@ class Meant(NamedTuple):
 @cache
 def model_names() -> Words:
     """Names of the bundled models."""
-    return tuple(sorted(p.stem for p in MODELS.glob("*.json")))
+    return stems(MODELS, ".json")
 
 
 def bundled_for(name: str) -> Meant | None:
@@ -57,7 +57,7 @@ def family(name: str) -> list[str]:
 
 def size(name: str) -> str:
     """The word for the size in a name, empty if there is none."""
-    return next((w for w in _words(name) if SIZE.fullmatch(w)), "")
+    return next((w for w in _words(name) if re.fullmatch(SIZE, w)), "")
 
 
 def name_order(name: str) -> tuple[tuple[float, str], ...]:
@@ -74,11 +74,11 @@ def _fits(words: Words, used: set[int], known: Words) -> bool:
     """Whether what a name holds besides a bundled one leaves no doubt."""
     rest = [w for i, w in enumerate(words) if i not in used and not _plain(w) and w not in _data()["packed"]]
     others = [k for k in _known() if len(k) > len(known) == 2 and k[0] == known[0]]
-    if not any(SIZE.fullmatch(w) for w in known) or any(k[-1] == known[-1] for k in others):
+    if not any(re.fullmatch(SIZE, w) for w in known) or any(k[-1] == known[-1] for k in others):
         return not rest  # no size, or the first generation of several
-    versions = any(k[:2] == known and VERSION.fullmatch(k[2]) for k in others)
+    versions = any(k[:2] == known and re.fullmatch(VERSION, k[2]) for k in others)
     no = {*_data()["other"], *_families()}
-    return not any(w in no or SIZE.fullmatch(w) or (versions and VERSION.fullmatch(w)) for w in rest)
+    return not any(w in no or re.fullmatch(SIZE, w) or (versions and re.fullmatch(VERSION, w)) for w in rest)
 
 
 def _places(words: Words, known: Words) -> set[int]:
@@ -98,7 +98,7 @@ def _places(words: Words, known: Words) -> set[int]:
 
 
 def _plain(word: str) -> bool:
-    return word in _data()["plain"] or bool(STAMP.fullmatch(word))
+    return word in _data()["plain"] or bool(re.fullmatch(STAMP, word))
 
 
 @cache

@@ -1,13 +1,12 @@
 """What methods and programs must know of a model type besides its dims: its traits, in one place."""
 
-from dataclasses import dataclass
-
+from ..values import immutable
 from .norms import Norm
 
 LIKE = {"vera": "lora", "c3a": "lora", "vblora": "adalora"}  # tables that are mostly copies of another one
 
 
-@dataclass(frozen=True)
+@immutable
 class Targets:
     """The linear layers that a family of methods adapts where a user names none; None: there is no default.
 
@@ -41,7 +40,7 @@ class Targets:
         return getattr(self, LIKE[family]) if found is None and family in LIKE else found
 
 
-@dataclass(frozen=True)
+@immutable
 class Traits:
     """What a model type is like, whatever its dims.
 

@@ -1,11 +1,14 @@
 """What a shell offers for the value of an option: names that are known, else files."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import click
-from click.shell_completion import CompletionItem
 
-Items = list[CompletionItem]
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+Items = list["CompletionItem"]
 
 
 def models(ctx: click.Context, param: click.Parameter, incomplete: str) -> Items:
@@ -31,6 +34,8 @@ def hosts(ctx: click.Context, param: click.Parameter, incomplete: str) -> Items:
 
 def methods(ctx: click.Context, param: click.Parameter, incomplete: str) -> Items:
     """Methods, and the options of one after its colon: `lora:r=8,ta` → `lora:r=8,targets=`."""
+    from click.shell_completion import CompletionItem
+
     from ..methods import options, registered
 
     name, colon, tail = incomplete.partition(":")
@@ -47,5 +52,7 @@ def methods(ctx: click.Context, param: click.Parameter, incomplete: str) -> Item
 
 
 def _names_or_files(names: Iterable[str], incomplete: str) -> Items:
+    from click.shell_completion import CompletionItem
+
     found = [CompletionItem(name) for name in names if name.startswith(incomplete.lower())]
     return found or [CompletionItem(incomplete, type="file")]

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
-from click.shell_completion import CompletionItem
 
 from ..errors import UserError
+from ..optimizers import is_optimizer, optimizer_names
 from ..setup import (
     ATTENTION,
     CHECKPOINT,
@@ -18,7 +18,6 @@ from ..setup import (
     ENGINES,
     KERNELS,
     OBJECTIVES,
-    OPTIMIZERS,
     PACKING,
     REFERENCES,
 )
@@ -65,7 +64,7 @@ class Lists(click.Command):
         ctx.meta[OPEN] = current
         return super().parse_args(ctx, out)
 
-    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> names.Items:
         """A further value of a list, or what any command offers."""
         found = [p for p in self.params if ctx.meta.get(OPEN) in p.opts]
         if found and not incomplete.startswith("-"):
@@ -114,6 +113,21 @@ class ImageSize(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
         return int(sides[0]), int(sides[1])
 
 
+class OptimizerName(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
+    """One of the optimizers, as `click.Choice`; the files of all of them are loaded only to list them."""
+
+    name = "optimizer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if is_optimizer(value) else click.Choice(optimizer_names()).convert(value, param, ctx)
+
+    def get_metavar(self, *words: Any, **more: Any) -> str | None:
+        return click.Choice(optimizer_names()).get_metavar(*words, **more)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> names.Items:
+        return click.Choice(optimizer_names()).shell_complete(ctx, param, incomplete)
+
+
 class Finite(click.FloatRange):
     """A number within bounds; neither nan, which no bound keeps out, nor infinite."""
 
@@ -159,7 +173,7 @@ def _how() -> tuple[Decorator, ...]:
     return (
         click.option("--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True, help="Base weights."),
         click.option("--amp", type=click.Choice(("bf16", "fp16")), help="torch.autocast over fp32 weights."),
-        click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adamw", show_default=True,
+        click.option("--optimizer", type=OptimizerName(), default="adamw", show_default=True,
                      help="adamw is PyTorch's default, which is foreach on a GPU."),
         click.option("--grad-accum", type=int, default=1, show_default=True, help="Micro-batches per step."),
         click.option("--checkpoint", type=click.Choice(CHECKPOINT), default="none", show_default=True,

@@ -27,7 +27,7 @@ LATENT = {
 }  # fmt: skip
 # Types whose classes in transformers 5.24 have no flash-attn (`_supports_flash_attn`).
 WITHOUT_FLASH = {"deepseek_v4", "gemma4", "gemma4_unified", "glm_moe_dsa", "llama4", "mamba", "mllama", "mpt"}
-FUSED = re.compile(r"implementation=\w+,?")
+FUSED = r"implementation=\w+,?"
 
 
 def traced_type(model: str) -> str:
@@ -102,7 +102,7 @@ def of_peft_alone(method: str, model: str) -> tuple[str, list[str]]:
     from ..architectures import load
     from ..methods.lora_8bit import Lora8bit
 
-    plain = FUSED.sub("", method).rstrip(",:")
+    plain = re.sub(FUSED, "", method).rstrip(",:")
     said = [] if plain == method else ["without fused kernels for adapters"]
     old, new = RENAMED.get(traced_type(model), ("", ""))
     if old and f"=/{old}." in plain:

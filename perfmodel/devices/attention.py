@@ -24,11 +24,10 @@ Backward (FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithm 2): 5 GE
 read, dq, dk, dv written, dq is accumulated in fp32; three launches (row sums of do*o, main kernel, dq conversion).
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..values import immutable
 from .hardware import ITEMSIZE, Hardware
 
 Array = NDArray[np.float64]
@@ -40,7 +39,7 @@ PADDING = 32.0  # kernels are compiled for head sizes that are multiples of this
 SOFTMAX_DIMS = 32.0  # the exponential of a cell costs as much as so many head dims of GEMM (fa2 21, fa3 63)
 
 
-@dataclass(frozen=True)
+@immutable
 class AttentionParameters:
     """What a measurement must tell about one attention kernel on one device.
 

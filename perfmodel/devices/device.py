@@ -11,7 +11,6 @@ They are the prices that predictions are made of, launch floors included; dims m
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 from ..errors import UserError, nearest
 from ..program.dtypes import ITEMSIZE
 from ..program.op import PLAIN, Attrs, Op, Spec
+from ..values import immutable
 from . import gemm, price, profile
 from .profile import DeviceProfile
 
@@ -32,11 +32,13 @@ ON_CPU = "_scaled_dot_product_flash_attention_for_cpu"
 DTYPES = ("bf16", "fp16", "fp32")
 
 
-@dataclass(frozen=True, eq=False)
+@immutable
 class Device:
     """Prices of one device; `profile` holds its datasheet, fitted parameters and where they come from."""
 
     profile: DeviceProfile
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
 
     @classmethod
     def load(cls, name_or_path: str | PathLike[str]) -> "Device":

@@ -14,13 +14,13 @@ The `min` stands for the library's heuristic, so it must be offered only tiles t
 sets are those in the kernel names of NeuSight's profiles, https://github.com/sitar-lab/NeuSight).
 """
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..values import immutable
 from .hardware import ITEMSIZE, Hardware
 
 Array = NDArray[np.float64]
@@ -39,7 +39,7 @@ TENSOR_CORE_TILES: Tiles = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@immutable
 class GemmParameters:
     """What the datasheet does not say. Ratios and clocks, not absolute rates, so that they carry over between GPUs.
 

@@ -1,12 +1,13 @@
 """Datasheet figures of one device: the only hardware facts that the price models need."""
 
 import math
-from dataclasses import dataclass
+
+from ..values import immutable
 
 ITEMSIZE = {"fp32": 4.0, "tf32": 4.0, "bf16": 2.0, "fp16": 2.0}  # bytes of an operand's element in memory
 
 
-@dataclass(frozen=True)
+@immutable
 class Hardware:
     """Datasheet figures of one GPU (or CPU: cores for SMs, the caches of the cores for L2); `idle_power` is measured.
 
@@ -44,8 +45,7 @@ class Hardware:
 
         Whatever has no tensor-core path on this device runs on the fp32 units.
         """
-        figures = {"tf32": self.tf32_flops, "fp16": self.fp16_flops, "bf16": self.bf16_flops}
-        tensor = figures.get(dtype) if tensor_cores else None
+        tensor: float | None = getattr(self, f"{dtype}_flops", None) if tensor_cores else None
         return self.fp32_flops if tensor is None else tensor
 
     @property

@@ -1,6 +1,6 @@
 """What the host spends on dispatching a step: Python, autograd and the launch, in seconds."""
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,8 @@ from ..calls.costs import by_lists
 from ..errors import UserError, nearest
 from ..program.op import Op
 from ..program.part import HostWork, Part
-from ..resources import DATA, is_file, mapping, read_toml
+from ..resources import DATA, is_file, mapping, read_toml, stems
+from ..values import immutable
 from . import own
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ ENGINE = {"fetch": "weights", "release": "returns", "reduce": "gradients"}  # th
 EAGER = PYTHON | ENGINE
 
 
-@dataclass(frozen=True)
+@immutable
 class Host:
     """Host costs in seconds; they belong to the machine's CPU and Python, not to its GPU.
 
@@ -139,7 +140,7 @@ def _tensors(op: Op) -> int:
 @cache
 def names() -> tuple[str, ...]:
     """The bundled hosts."""
-    return tuple(sorted(p.stem for p in HOSTS.glob("*.toml")))
+    return stems(HOSTS, ".toml")
 
 
 def load(name_or_path: str = "default") -> Host:

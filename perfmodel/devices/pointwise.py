@@ -13,13 +13,13 @@
 An eager op (RMS norm, rotary embedding, cross entropy) is a sequence of such kernels: price each and add.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import nearest
+from ..values import immutable
 from .hardware import Hardware
 
 Array = NDArray[np.float64]
@@ -32,7 +32,7 @@ SMALL_GATHER = 16.0  # index_select copies up to so many rows one after another
 NORM_LANES = 512.0  # elements that a layer-norm CTA takes per step: 128 threads of 4
 
 
-@dataclass(frozen=True)
+@immutable
 class PointwiseParameters:
     """What measurements must tell about a device's memory-bound kernels. Bandwidths are shares of the datasheet's.
 

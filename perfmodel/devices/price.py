@@ -23,7 +23,6 @@ from .grouped import grouped_time
 from .hardware import ITEMSIZE
 from .pointwise import pointwise_time
 from .profile import DeviceProfile
-from .solver import solver_time
 from .tables import Model, Tables
 
 BUS = (
@@ -166,6 +165,8 @@ def _bus(profile: DeviceProfile, nbytes: Any) -> np.ndarray:
 
 
 def _solver(profile: DeviceProfile, name: str, *shape: Any) -> np.ndarray:
+    from .solver import solver_time  # few steps have a decomposition
+
     return solver_time(name, *shape, hardware=profile.hardware)
 
 

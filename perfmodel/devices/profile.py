@@ -9,15 +9,16 @@ devices: `perfmodel calibrate` writes one for this machine (see `perfmodel.devic
 
 import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import field, fields, replace
 from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple
 
 from ..errors import UserError, nearest
-from ..resources import DATA, is_file, parsed, read_text, read_toml
+from ..resources import DATA, is_file, parsed, read_text, read_toml, stems
+from ..values import immutable
 from . import own, toml
 from .attention import AttentionParameters
 from .gemm import GemmParameters
@@ -48,7 +49,7 @@ NOT_MODELLED = {  # kinds of devices without a profile, and how their names begi
 Origin = Literal["fitted", "sibling", "class"]
 
 
-@dataclass(frozen=True, eq=False)
+@immutable
 class DeviceProfile:
     """Everything that prices need to know about a device.
 
@@ -88,6 +89,8 @@ class DeviceProfile:
     host: str = "default"
     cpu: "CpuKernels | None" = None
 
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
 
 def names() -> list[str]:
     """Bundled devices, by the names of their files."""
@@ -116,7 +119,7 @@ def load(name_or_path: str | PathLike[str]) -> DeviceProfile:
 
 def _hint(name: str) -> str:
     """That cards of the kind are not modelled, or the nearest device."""
-    plain = _written(name)[-1]
+    *_, plain = _written(name)
     for kind, pattern in NOT_MODELLED.items():
         if re.match(pattern, plain):
             return f"{kind} are not modelled; perfmodel devices lists what is"
@@ -137,10 +140,11 @@ def bundled(name: str) -> str:
     return ""
 
 
-def _written(name: str) -> tuple[str, str, str]:
+def _written(name: str) -> Iterator[str]:
     """A name in lower case: as it is, its words joined by hyphens, and those without maker and brand."""
-    slug = "-".join(re.findall(r"[a-z0-9]+", re.sub(r"\brtx(?=\d)", "rtx-", name.lower())))
-    return name.strip().lower(), slug, re.sub(r"^(nvidia-)?((geforce|tesla|quadro)-)?", "", slug)
+    yield name.strip().lower()
+    yield (slug := "-".join(re.findall(r"[a-z0-9]+", re.sub(r"\brtx(?=\d)", "rtx-", name.lower()))))
+    yield re.sub(r"^(nvidia-)?((geforce|tesla|quadro)-)?", "", slug)
 
 
 def by_makers_name(name: str) -> DeviceProfile | None:
@@ -315,7 +319,7 @@ def _hardware(table: Table, where: str) -> Hardware:
 
 @lru_cache(maxsize=1)
 def _names() -> tuple[str, ...]:
-    return tuple(sorted(p.stem for p in DEVICES.glob("*.toml") if p.stem != CLASSES))
+    return tuple(stem for stem in stems(DEVICES, ".toml") if stem != CLASSES)
 
 
 @lru_cache(maxsize=256)

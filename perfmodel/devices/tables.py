@@ -11,7 +11,7 @@ Row = tuple[Any, ...]  # a model's arguments, each an int or an array over the g
 Model = Callable[..., np.ndarray]  # (*key, *columns) -> seconds, shape (rows, *grid)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Table:
     """Rows of one model, by what must be equal within a call; equal rows are priced once for all their ops."""
 

@@ -12,7 +12,7 @@ from .parts.base import Method, method
     trains="every weight",
     adds="nothing",
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)  # `Compared` has both; most cold starts make this one
 class Full(Method):
     """Every weight of the model trains."""
 

@@ -29,7 +29,7 @@ TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj"
     trains="A, B",
     adds="2 thin GEMMs, casts, add",
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)  # `Compared` has both; most cold starts make this one
 class Lora(Targeted):
     """Low-rank adapters beside frozen linear layers: y = xWᵀ + (α/r)·(xAᵀ)Bᵀ."""
 

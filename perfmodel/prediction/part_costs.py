@@ -95,21 +95,19 @@ def part_durations(built: Step, on: DeviceProfile, shared: Shared | None = None)
 
 def _priced(ops: Sequence[Op], on: DeviceProfile, shared: Shared) -> tuple[np.ndarray, list[CallCost]]:
     """Device seconds of each op, and what else it takes; equal ones are worked out once, where no dim is an array."""
-    prices = shared.prices
+    first: dict[Any, Op] = {}  # by what they call; views are all alike
     try:
-        known = [FREE if op.view else prices.get(op.call) for op in ops]
+        alike = [first.setdefault(None if op.view else op.call, op) for op in ops]
     except TypeError:
         return price.durations(ops, on), [CallCost.of(op) for op in ops]
-    new = {op.call: op for op, entry in zip(ops, known, strict=True) if entry is None}
+    prices = shared.prices
+    new = {call: op for call, op in first.items() if call not in prices}
     if new:
         distinct = list(new.values())
         made = zip(price.durations(distinct, on).tolist(), map(CallCost.of, distinct), strict=True)
         prices.update(zip(new, made, strict=True))
-    found = [entry or prices[op.call] for op, entry in zip(ops, known, strict=True)]
-    return np.array([seconds for seconds, _ in found]), [call for _, call in found]
-
-
-FREE = 0.0, VIEW
+    known = {op: prices[call] for call, op in first.items()}
+    return np.array([known[op][0] for op in alike]), [known[op][1] for op in alike]
 
 
 def clocks(

@@ -1,7 +1,7 @@
 """The answer for one setup, or for a whole grid of setups at once (see `perfmodel.prediction.grid`)."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, field, fields, replace
 from functools import partial, reduce
 from os import PathLike
 from pathlib import Path
@@ -26,6 +26,7 @@ from ..recording.reuse import Shared
 from ..recording.step import Step
 from ..setup import Setup
 from ..shown import Shown
+from ..values import immutable
 from . import intervals, memory, part_costs, timeline
 from .contention import Seconds
 from .grid import grid_shape, over_grid
@@ -36,7 +37,7 @@ Model = str | PathLike[str] | Architecture | Config
 Phases = dict[str, Any]  # forward, backward, optimizer, total
 
 
-@dataclass(frozen=True)
+@immutable
 class Time:
     """Seconds by phase, with the interval of the total.
 
@@ -57,7 +58,7 @@ class Time:
     components: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@immutable
 class Memory:
     """Bytes that PyTorch allocates (`max_memory_allocated`).
 
@@ -74,7 +75,7 @@ class Memory:
     high: Any
 
 
-@dataclass(frozen=True)
+@immutable
 class Prediction(Shown):
     """What one training step costs; every number may be an array over the grid.
 

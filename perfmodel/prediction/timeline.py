@@ -11,7 +11,6 @@ over the grid. A matrix has entries only for the clocks that its ops touch: a st
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -30,8 +29,7 @@ def later(a: Seconds, b: Seconds) -> Seconds:
     return np.maximum(a, b)
 
 
-@dataclass(frozen=True, slots=True)
-class Clocks:
+class Clocks(NamedTuple):
     """A max-plus matrix on any number of clocks, by columns.
 
     Attributes:
@@ -39,7 +37,7 @@ class Clocks:
             missing, and a clock y that is missing altogether stays as it is.
     """
 
-    ends: Mapping[str, Mapping[str, Seconds]] = field(default_factory=dict)
+    ends: Mapping[str, Mapping[str, Seconds]] = {}
 
     def then(self, other: "Clocks") -> "Clocks":
         """This stretch of work followed by another (the max-plus product)."""

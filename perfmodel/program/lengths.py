@@ -8,7 +8,6 @@ m·Φ(Φ⁻¹(u) - σ) (Aitchison and Brown, The Lognormal Distribution, 1957, c
 
 import json
 import re
-from dataclasses import dataclass
 from functools import cache
 from math import exp, log, sqrt
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..resources import is_file, parsed, read_text
+from ..values import immutable
 from .dims import Dim
 
 DIGITS = 12  # of a number that could be a length
@@ -32,7 +32,7 @@ P95 = 1.6448536269514722  # 95th percentile of the standard normal distribution
 WIDEST = exp(P95**2 / 2)  # most that the 95th percentile of a log-normal distribution is above its mean
 
 
-@dataclass(frozen=True)
+@immutable
 class Lengths:
     """A distribution of the lengths of documents in tokens.
 

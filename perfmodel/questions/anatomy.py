@@ -20,6 +20,7 @@ from ..prediction.predict import Prediction, predict_alike
 from ..program.op import Op
 from ..program.part import PHASES, Part
 from ..setup import Setup
+from ..values import immutable
 
 WAITING = "waiting"
 PARTS = {  # part -> what it is called
@@ -114,7 +115,7 @@ class Phase:
         }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@immutable
 class Anatomy:
     """A predicted step taken apart: seconds by part (their sum is the step), and its phases."""
 
@@ -141,17 +142,12 @@ def timed_ops(p: Prediction) -> Iterator[tuple[Part, Op, float, int]]:
                 yield part, op, duration, count
 
 
-def floors(op: Op, on: DeviceProfile) -> tuple[float, float]:
-    """Seconds of an op's FLOPs at the peak of its dtype, and of its bytes at the memory's bandwidth."""
-    moved = op.bytes_read + op.bytes_written
-    return costs.flops(op) / on.hardware.peak(operand_dtype(op)), moved / on.hardware.memory_bandwidth
-
-
 def operand_dtype(op: Op) -> str:
     """The dtype that an op computes in: of attention its first operand's, the last of the others are statistics."""
     if not op.inputs:
         return op.outputs[0].dtype if op.outputs else "fp32"
-    return op.inputs[0 if costs.kind(op) == "attention" else -1].dtype
+    first, last = op.inputs[0].dtype, op.inputs[-1].dtype
+    return first if first != last and costs.kind(op) == "attention" else last
 
 
 def dissect(p: Prediction, on: DeviceProfile, by: Host) -> Anatomy:
@@ -174,12 +170,13 @@ def _apart(p: Prediction, on: DeviceProfile, by: Host) -> Anatomy:
     phases = {name: Phase(float(p.time.phases[name])) for name in PHASES}
     for part, op, duration, count in ops:
         seconds, phase = duration * count, phases[part.phase]
-        compute, memory = floors(op, on)
+        flops, moved = costs.flops(op), op.bytes_read + op.bytes_written
+        compute, memory = flops / on.hardware.peak(operand_dtype(op)), moved / on.hardware.memory_bandwidth
         parts[part_of(op, part)] += seconds
         phase.busy += seconds
         phase.limited["compute" if compute > memory else "memory"] += seconds
-        phase.flops += count * costs.flops(op)
-        phase.bytes += count * (op.bytes_read + op.bytes_written)
+        phase.flops += count * flops
+        phase.bytes += count * moved
         phase.at_peak += count * compute
         phase.at_bandwidth += count * memory
     _host_seconds(p, on, by, phases)

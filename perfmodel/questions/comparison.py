@@ -1,7 +1,7 @@
 """Several methods in one setup: predictions, and speed-ups over a baseline with their reasons."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,16 +11,17 @@ from ..devices.device import Device, profile_of
 from ..devices.profile import DeviceProfile
 from ..errors import UserError
 from ..methods import Method
-from ..prediction.predict import Model, Prediction, plain, predict, with_options
+from ..prediction.predict import Model, Prediction, architecture_of, plain, predict, with_options
 from ..program.part import PHASES
 from ..setup import Setup
 from ..shown import Shown, frame
+from ..values import immutable
 from . import sentences as words
 from .anatomy import Anatomy, dissect
 from .speedup import SpeedUp, speed_up
 
 
-@dataclass(frozen=True)
+@immutable
 class Comparison(Shown):
     """Predictions of several methods; the first is the baseline."""
 
@@ -77,9 +78,9 @@ def compare(
         raise UserError("compare needs at least two methods, e.g. --methods full lora:r=16")
     host = options.pop("host", "default")
     setup = with_options(setup, options)
-    predictions = [predict(model, m, setup, device, host=host) for m in methods]
-    on = profile_of(device)
+    model, on = architecture_of(model), profile_of(device)
     by = hosts.host_of(host, on)
+    predictions = [predict(model, m, setup, on, host=by) for m in methods]
     base, *others = predictions
     if any(p.step is None for p in predictions):  # a grid has no one reason
         return Comparison(predictions, [speed_up(base, p, on) for p in others])

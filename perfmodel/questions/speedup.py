@@ -1,6 +1,5 @@
 """The ratio of two step times, with its interval, and the verdict on it."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -8,6 +7,7 @@ import numpy as np
 from ..devices.profile import DeviceProfile
 from ..prediction import intervals
 from ..prediction.predict import Prediction
+from ..values import immutable
 
 SAME = 0.05  # a difference below 5 % counts as the same
 
@@ -18,7 +18,7 @@ def verdict(ratio: Any) -> Any:
     return named if named.ndim else str(named)
 
 
-@dataclass(frozen=True)
+@immutable
 class SpeedUp:
     """Baseline step time over the method's, with its interval.
 

@@ -12,7 +12,6 @@ from ..calls.launches import launch_for
 from ..errors import UserError
 from ..methods.parts.base import Method
 from ..methods.parts.periodic import Periodic, PeriodicOps
-from ..methods.parts.virtual import VirtualTokens
 from ..objectives.parts.base import OF_REFERENCE
 from ..program.dims import Dim, larger
 from ..program.part import Group, Part
@@ -21,8 +20,8 @@ from ..tape.core import Tape, emit, recording
 from ..tape.elementary import div
 from ..tape.engine import run_backward
 from ..tape.tensor import Flow, Parameter, Tensor
-from . import inside, zero
 from . import reuse as sharing
+from . import zero
 from .reuse import MicroBatches, Shared
 from .step import Step
 
@@ -61,7 +60,11 @@ def build(
     _check(architecture, method, setup)
     step = Step(architecture, method, setup, device, [])
     tape = Tape(device, capability, autocast=running(step)[0].amp, view_replay=view_replay)
-    inner = inside.begin(step, tape) if setup.in_backward else None
+    inner = None
+    if setup.in_backward:
+        from . import inside  # with GaLore, whose update goes weight by weight, too
+
+        inner = inside.begin(step, tape)
     with no_collector(), recording(tape):
         ending = _shared(step, tape, shared) if shared else _micro_batches(step, tape, {})
         record_update(step, tape, inner)
@@ -213,7 +216,7 @@ def _check_documents(architecture: Architecture, method: Method, setup: Setup) -
     instead = "use sdpa" if setup.unpads else "use packing dense"
     if not architecture.traits.packs:
         raise UserError(f"{what}: not modelled for {architecture.name}; {instead}")
-    if isinstance(method, VirtualTokens):
+    if type(method).inputs is not Method.inputs:
         raise UserError(f"{what}: the positions of virtual tokens ({method.name}) are not modelled; {instead}")
     if setup.within_documents and architecture.classifier is not None:
         raise UserError(
@@ -298,7 +301,7 @@ def record_update(step: Step, tape: Tape, inner: optimizers.Update | None = None
     for p in step.parameters:
         p.grad = None
     step.state_bytes, step.paged_bytes = update.state_bytes, update.paged_bytes
-    if step.setup.cuda != Setup().cuda:
+    if step.setup.cuda != Setup.cuda:
         for part in (*tape.parts, *(part for part, _ in step.parts())):
             for op in part.ops:
                 launch_for(op, step.setup.cuda)

@@ -13,11 +13,12 @@ from ..program.part import Part
 from ..setup import Setup
 from ..tape.core import Tape
 from ..tape.tensor import Parameter, Storage
+from ..values import immutable
 
 Sums = dict[str, Dim]
 
 
-@dataclass(frozen=True)
+@immutable
 class MicroBatches:
     """Recorded forward and backward passes, and what they leave behind.
 
@@ -51,7 +52,7 @@ def with_gradients(parameters: list[Parameter], tape: Tape | None) -> list[Param
     return copies
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Shared:
     """What predictions on one device have in common.
 

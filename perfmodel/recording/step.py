@@ -14,7 +14,7 @@ from ..setup import Setup
 from ..tape.tensor import Parameter
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Step:
     """One optimizer step as ordered parts of ops, with the parameters it trains.
 

@@ -4,13 +4,23 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from shutil import get_terminal_size
 from typing import Any
 
 import click
 
 GAP = 2  # between columns
 LEAST = 16  # characters that a column of text keeps where its words have to be broken
+
+
+def _columns() -> int:
+    """Columns of the terminal, or as many as $COLUMNS says, else 80; `shutil`, which has it, loads archive formats."""
+    asked = os.environ.get("COLUMNS", "")
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    try:
+        return os.get_terminal_size(sys.__stdout__.fileno()).columns or 80  # type: ignore[union-attr]
+    except (AttributeError, ValueError, OSError):
+        return 80
 
 
 def table(heads: Sequence[str], rows: Iterable[Iterable[Any]], *, left: Sequence[int] = (0,), title: str = "") -> str:
@@ -43,7 +53,7 @@ def _widths(heads: Sequence[str], lines: list[list[str]], left: Sequence[int]) -
     """Width of each column: what it would take, or less where the terminal ends."""
     wanted = [_widths_of(head, [line[i] for line in lines], i in left) for i, head in enumerate(heads)]
     widths, *less = map(list, zip(*wanted, strict=True))
-    room = get_terminal_size().columns - GAP * (len(heads) - 1)
+    room = _columns() - GAP * (len(heads) - 1)
     for least in less:
         while sum(widths) > room and (loose := [i for i, width in enumerate(widths) if width > least[i]]):
             widths[max(loose, key=widths.__getitem__)] -= 1
@@ -86,7 +96,7 @@ def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
 
 def paragraph(text: str, *, indent: str = "") -> str:
     """A text in lines as wide as the terminal; all but the first are indented."""
-    return "\n".join(_wrapped(text.replace("\n", " "), get_terminal_size().columns, indent))
+    return "\n".join(_wrapped(text.replace("\n", " "), _columns(), indent))
 
 
 def show(text: str = "", *, bold: bool = False, dim: bool = False, colour: str | None = None) -> None:

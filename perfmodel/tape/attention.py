@@ -22,7 +22,7 @@ from .gather import largest_last
 from .linalg import autocast_operand, matmul
 from .nn import softmax
 from .pointwise import add, cast, cat, dropout, fill, mul, scale, sub, tanh, where
-from .shape import clone, contiguous, expand, narrow, reshape, transpose, unsqueeze, view
+from .shape import clone, contiguous, expand, narrow, pad_last, reshape, transpose, unsqueeze, view
 from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None

@@ -63,7 +63,7 @@ class Storage:
 _numbers = count()
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Flow:
     """What a tape remembers of a pass forward and back for passes that rewrite its ops.
 

@@ -37,10 +37,13 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         swept = run()
         return 1e-6 * (swept if isinstance(swept, int) else sizes[-1])
 
-    monkeypatch.setattr(speed, "_cold", lambda arguments: 1.0)
+    monkeypatch.setattr(speed, "_cold", lambda commands, **environment: dict.fromkeys(commands, 1.0))
+    monkeypatch.setattr(speed, "_once", lambda arguments, **environment: 1.0)
     monkeypatch.setattr(speed, "_timed", seconds)
     monkeypatch.setattr(speed, "predict", predict)
     monkeypatch.setattr(speed, "sweep", Planned)
+    monkeypatch.setattr(speed, "traced", lambda model, folder: model)
+    monkeypatch.setattr(speed, "find_spec", lambda package: package)
     return sizes
 
 
@@ -53,11 +56,30 @@ def test_as_many_setups_are_timed_as_a_line_says(timed: list[int], monkeypatch: 
     assert timed == [1, 1000, 10_000]
     assert rows["1,000 setups / one"]["measured"] == "1000.0"
     assert rows["10,000 setups"]["measured"] == "0.01 s"
-    assert rows["sweep of 100,000, setups a second"]["measured"] == "1,000,000"
+    for swept in ("", " over a trace"):
+        assert rows[f"sweep of 100,000{swept}, setups a second"]["measured"] == "1,000,000"
+
+
+def test_traces_are_measured_where_they_can_be_made(timed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without torch the other promises hold or fail all the same."""
+    monkeypatch.setattr(speed, "GRID_LIMIT", 1000.0)
+    with_torch = {row[0] for row in speed.measure_promises()}
+    monkeypatch.setattr(speed, "find_spec", lambda package: None if package == "torch" else package)
+    without = {row[0] for row in speed.measure_promises()}
+    assert without - with_torch == {"traced programs"}
+    assert len(with_torch - without) == len(speed.TRACES) + 2
 
 
 @pytest.mark.parametrize(
-    ("limit", "value"), [("WARM_LIMIT", 0.9e-6), ("GRID_LIMIT", 999), ("SWEEP_LIMIT", 9e-3), ("RATE_LIMIT", 1_100_000)]
+    ("limit", "value"),
+    [
+        ("WARM_LIMIT", 0.9e-6),
+        ("GRID_LIMIT", 999),
+        ("SWEEP_LIMIT", 9e-3),
+        ("RATE_LIMIT", 1_100_000),
+        ("TRACED_LIMIT", 0.9),
+        ("TRACED_RATE_LIMIT", 1_100_000),
+    ],
 )
 def test_one_promise_that_is_missed_fails_the_command(
     timed: list[int], monkeypatch: pytest.MonkeyPatch, limit: str, value: float

@@ -27,7 +27,7 @@ PACKAGES = ("perfmodel", "validate")
 FLOORS = (
     "__main__", "cli", "commands", "integrations", "report", "questions", "imports", "tracing", "prediction",
     "recording", "passes", "objectives", "methods", "architectures", "setup", "optimizers", "tape", "devices", "calls",
-    "program", "shown", "units", "resources", "registry", "errors",
+    "program", "shown", "units", "resources", "registry", "values", "errors",
 )  # fmt: skip
 REGISTRIES = ("methods", "architectures", "optimizers", "objectives")  # one file an entry: as many as there are entries
 ROOMS_AT_THE_TOP, FILES_IN_A_ROOM, LINES = 12, 22, 400

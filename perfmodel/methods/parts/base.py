@@ -17,6 +17,7 @@ from ...setup import ENGINES
 from ...tape.linalg import linear
 from ...tape.nn import embedding
 from ...tape.tensor import Parameter, Tensor
+from ...values import Compared
 from .checks import choice
 from .periodic import Periodic, Recorded
 
@@ -61,8 +62,8 @@ def option(default: Any, help: str, check: Callable[[str, Any], Any] | None = No
     return field(default=default, metadata={"help": help, "check": check})
 
 
-@dataclass(frozen=True)
-class Method:
+@dataclass(frozen=True, eq=False, repr=False)
+class Method(Compared):
     """Base: nothing trains, nothing is rewritten.
 
     `architecture` is filled in by `bind`, which also checks the options against the model.

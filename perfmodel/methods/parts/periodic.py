@@ -6,7 +6,7 @@ step. The figures of the step stay without them.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, NamedTuple, Protocol
 
 from ... import optimizers
@@ -18,6 +18,7 @@ from ...setup import Setup
 from ...tape.core import record, tape
 from ...tape.pointwise import fill
 from ...tape.tensor import Parameter
+from ...values import immutable
 
 
 class Recorded(Protocol):
@@ -34,7 +35,7 @@ class Recorded(Protocol):
         """The optimizer form that runs."""
 
 
-@dataclass(frozen=True)
+@immutable
 class Periodic:
     """Work that a method does besides its steps.
 
@@ -61,7 +62,7 @@ class PeriodicOps(NamedTuple):
     group: Group
 
 
-@dataclass(frozen=True)
+@immutable
 class PeriodicCost:
     """What periodic work costs each time it comes; seconds, FLOPs and bytes may be arrays over the grid."""
 

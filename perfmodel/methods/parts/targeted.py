@@ -21,7 +21,7 @@ CLASSIFIERS = ("classifier", "score")
 T = TypeVar("T", bound="Targeted")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Targeted(Method):
     """Adapters beside frozen linear layers; a subclass writes `adapted`, the forward pass of a targeted layer."""
 

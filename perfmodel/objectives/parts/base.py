@@ -19,7 +19,6 @@ from ...tape.core import release, tape
 from ...tape.nn import causal_lm_loss
 from ...tape.pointwise import cast
 from ...tape.tensor import Parameter, Tensor
-from .reference import AdaptersOff, Frozen
 
 _REGISTRY: Registry["Objective"] = Registry("perfmodel.objectives", Path(__file__).parents[1])
 OF_REFERENCE = "reference "  # how the names of its parameters begin
@@ -128,7 +127,7 @@ class Objective:
             raise UserError(f"reference adapter-off: {method.name} has no adapters; use --reference model")
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Passes:
     """A micro-batch as an objective sees it: inputs, and ways through the model and its reference.
 
@@ -173,6 +172,8 @@ class Passes:
 
     def reference_logits(self, ids: Tensor, attention: Tensor, keep: Dim | None = None) -> Tensor:
         """The same of the reference, without a graph and without checkpoints."""
+        from .reference import AdaptersOff, Frozen  # most objectives compare with none
+
         of, setup = self.model.build, replace(self.setup, checkpoint="none")
         how: Rewrites
         if isinstance(self.method, Targeted) and self.setup.reference != "model":

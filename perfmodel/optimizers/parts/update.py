@@ -40,6 +40,11 @@ def optimizer_names() -> tuple[str, ...]:
     return ("adamw", *_REGISTRY.all())
 
 
+def is_optimizer(name: str) -> bool:
+    """Whether a setup may name it; only its own file is loaded."""
+    return name == "adamw" or _REGISTRY.get(name) is not None
+
+
 def picked_form(name: str, device: str) -> str:
     """The form that PyTorch picks: foreach on CUDA, the loop on the CPU."""
     if name == "adamw":
