@@ -177,7 +177,8 @@ class Build:
     Without labels (`labelled`) the forward pass returns logits, of the last `logits_to_keep` tokens if that is given.
     `past` are keys and values that a method puts before a block's; `held` is what Python holds on to until the forward
     pass returns, `kept` what modules keep until their next one, each with the part that made it; `packed` what
-    attention must know of packed documents.
+    attention must know of packed documents. `positions` (batch, seq) come with the ids where they are given;
+    `collects` says that the hidden states of all layers are asked for, which then join `held`.
     """
 
     architecture: Architecture
@@ -190,6 +191,8 @@ class Build:
     held: list[tuple[Tensor, Part | None]] = field(default_factory=list)
     kept: dict[Any, tuple[Tensor, Part]] = field(default_factory=dict)
     packed: PackedRows | None = None
+    positions: Tensor | None = None
+    collects: bool = False
 
     def keep(self, key: Any, value: Tensor) -> None:
         """`self.key = value` of a module."""
@@ -256,13 +259,7 @@ class Scope:
         return self.build.setup.dtype
 
     def parameter(
-        self,
-        name: str,
-        shape: tuple[Any, ...],
-        kind: str,
-        *,
-        dtype: str | None = None,
-        trainable: bool | None = None,
+        self, name: str, shape: tuple[Any, ...], kind: str, *, dtype: str | None = None, trainable: bool | None = None
     ) -> Parameter:
         """The parameter of that name, made on first use."""
         tape().part.host.weights += kind != "scale"  # statistics of a packed weight are no parameters of their own
@@ -371,6 +368,8 @@ class Scope:
                 needed_grad, before = x.requires_grad, x.storage.number
                 for layer in range(first, first + period):
                     x = self._layer(layer, block, x, shared)
+                    if self.build.collects:  # the last one's stands for the first one's input, which is as large
+                        self.build.held.append((x, part))
                 count = (end - first) // period if x.requires_grad == needed_grad else 1
                 part.repeat = count
                 if current.flow is not None:

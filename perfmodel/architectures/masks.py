@@ -24,8 +24,10 @@ def positions(seq: Any) -> Tensor:
 
 
 def positions_of(model: Scope, ids: Tensor, seq: Any) -> Tensor:
-    """As `positions`, or those that restart with every document, (batch, seq), which came with the ids."""
+    """As `positions`, or those that came with the ids, (batch, seq): they restart with every document."""
     setup = model.build.setup
+    if model.build.positions is not None:
+        return model.build.positions
     packed = model_buffer(ids.shape) if setup.within_documents else None
     if packed is not None or setup.unpads:
         model.build.packed = PackedRows(packed, Documents(setup.lengths, setup.seq))

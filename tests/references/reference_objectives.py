@@ -50,6 +50,21 @@ class Run:
             self.chosen, self.rejected = ((half, torch.ones_like(half), half.clone()) for half in self.ids.chunk(2))
         self.nothing = torch.zeros(0)
         self.table = torch.zeros(samples)  # log-probabilities that were made before
+        self.after: Callable[[], None] = lambda: None
+        if self.setup.objective == "ppo":
+            self._rolled_out(samples * self.setup.grad_accum, self.completions.shape[1])
+
+    def _rolled_out(self, count: int, length: int) -> None:
+        """What PPO generates and scores before its steps, and what its loop keeps in variables."""
+        each = torch.zeros(count, length)
+        self.rollouts = {
+            "all_tokens": torch.zeros(count, self.setup.seq, dtype=torch.long), "tokens": each.long(), "logps": each,
+            "advantages": each.clone(), "returns": each.clone(), "outside": each.bool(),
+            "values": each.to(TORCH_DTYPES[self.setup.dtype]),
+        }  # fmt: skip
+        self.drawn_by = torch.zeros(count, length, self.model.config.vocab_size)
+        self.statistics = torch.zeros(1, 1, self.setup.grad_accum)
+        self.variables: dict[str, Any] = {}
 
     @contextmanager
     def without_gradient(self) -> Any:
@@ -338,20 +353,54 @@ def judged(name: str, spec: str, losses: dict[str, Loss], **options: Any) -> cou
     if compares and own and setup.reference != "precomputed":
         lies = replace(setup, dtype=setup.amp) if objective.reference_in_amp and setup.amp else setup
         reference = models.build_model(config, lies, device="cpu").requires_grad_(False).eval()
-    for m in filter(None, (model, reference)):
-        if objective.quiet:  # as TRL's `disable_dropout_in_model`
-            for module in m.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = 0.0
-        if setup.amp:  # as accelerate prepares a model
-            m.forward = convert_outputs_to_fp32(torch.autocast("cpu", TORCH_DTYPES[setup.amp])(m.forward))
+    lying = [] if reference is None else [*reference.parameters()]
+    if setup.objective == "ppo":
+        critic, scorer = (_of_values(name, setup) for _ in range(2))
+        model = PolicyAndValue(model, critic)
+        lying += scorer.parameters()
+        setup = replace(setup, clip_grad=False)
+    _prepare(objective, setup, model, reference)
     run = Run(model, reference, setup)
+    lying += [run.drawn_by] if setup.objective == "ppo" else []
 
     def loss() -> torch.Tensor:
         made = losses[setup.objective](run)
         return made / setup.grad_accum if setup.grad_accum > 1 and objective.scaled else made
 
-    beside = [] if reference is None else list(reference.parameters())
     make = partial(updates.make, method=method)
-    trace = trace_step(model, setup, step.optimizer, make=make, real=True, loss_of=loss, beside=beside)
+    trace = trace_step(
+        model, setup, step.optimizer, make=make, real=True, loss_of=loss, after=lambda: run.after(), beside=lying
+    )
     return counts.judge_step(Case(config, spec, setup), step, trace, real=True)
+
+
+class PolicyAndValue(torch.nn.Module):
+    """Two models that train as one: of the second the values that it finds after every token."""
+
+    def __init__(self, policy: Any, value_model: Any) -> None:
+        super().__init__()
+        self.policy, self.value_model, self.config = policy, value_model, policy.config
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        self.policy.activation_checkpointing_enable(**options)
+
+    def forward(self, **inputs: Any) -> tuple[Any, torch.Tensor]:
+        output = getattr(self.value_model, self.value_model.base_model_prefix)(**inputs)
+        values = self.value_model.score(output.hidden_states[-1])
+        return self.policy(**inputs), values
+
+
+def _of_values(name: str, setup: Setup) -> Any:
+    config = config_of(name, architectures=[f"{name.title()}ForSequenceClassification"], num_labels=1)
+    return models.build_model(config, setup, device="cpu")
+
+
+def _prepare(objective: Any, setup: Setup, *trained: Any) -> None:
+    """Models as their trainer has them: without dropout, and under autocast as accelerate prepares them."""
+    for m in filter(None, trained):
+        if objective.quiet:  # as TRL's `disable_dropout_in_model`
+            for module in m.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+        if setup.amp:
+            m.forward = convert_outputs_to_fp32(torch.autocast("cpu", TORCH_DTYPES[setup.amp])(m.forward))
