@@ -199,6 +199,11 @@ def of_llama_factory(keys: Keys) -> dict[str, Any]:
         return {}
     losses = {"orpo": "orpo", "simpo": "simpo"}
     name = losses.get(str(keys.get("pref_loss")), "dpo") if stage == "dpo" else {"rm": "reward"}.get(str(stage), stage)
+    if name == "ppo":
+        raise UserError(
+            f"{keys.origin}: stage 'ppo' is not modelled: it trains a value head on the policy itself (TRL 0.9); "
+            "--objective ppo answers for TRL's own trainer, with a value model beside the policy"
+        )
     if name not in BY_FOLDER:
         raise no_sft(keys, f"stage {stage!r}", "use stage: sft or pt")
     keys.differ(f"{name}'s step as TRL's trainer runs it, not LLaMA-Factory's own form of it", "stage")

@@ -26,7 +26,7 @@ from ..tape.gather import clamp, clamp_between, picked
 from ..tape.inplace import divide_view
 from ..tape.nn import softmax
 from ..tape.pointwise import add, binary_bool, cast, mul, neg, power, sub
-from ..tape.scores import filled, greater, logsumexp, mean_all, natural_exp, sum_all
+from ..tape.scores import greater, logsumexp, masked_filled, mean_all, natural_exp, sum_all
 from ..tape.shape import narrow, squeeze
 from ..tape.split import select
 from ..tape.tensor import Parameter, Tensor
@@ -86,8 +86,8 @@ class Ppo(Objective):
         logits, vpred_temp = _forward(passes, mb_query_responses)
         tape().begin("loss", "forward")
         logits = divide_view(logits, of_completion)
-        new_logprobs = filled(selective_log_softmax(logits, mb_responses), micro_batch(completion, "bool"))
-        vpred = filled(squeeze(of_completion(vpred_temp), -1), micro_batch(completion, "bool"))
+        new_logprobs = masked_filled(selective_log_softmax(logits, mb_responses), micro_batch(completion, "bool"))
+        vpred = masked_filled(squeeze(of_completion(vpred_temp), -1), micro_batch(completion, "bool"))
         vpredclipped = clamp_between(vpred, sub(mb_values, 0.2), add(mb_values, 0.2))
         vf_losses1, vf_losses2 = power(sub(vpred, mb_return)), power(sub(vpredclipped, mb_return))
         vf_loss = mul(masked_mean(greater(vf_losses1, vf_losses2)), 0.5)
@@ -120,7 +120,7 @@ def _forward(passes: Passes, query_responses: Tensor) -> tuple[Tensor, Tensor]:
     attention_mask = emit("ne.Scalar", (query_responses,), query_responses.shape, "bool")
     position_ids = emit("cumsum", (attention_mask,), attention_mask.shape, "i64")
     position_ids = sub(position_ids, cast(attention_mask, "i64"))
-    input_ids = filled(query_responses, emit("bitwise_not", (attention_mask,), attention_mask.shape, "bool"))
+    input_ids = masked_filled(query_responses, emit("bitwise_not", (attention_mask,), attention_mask.shape, "bool"))
     policy, setup = passes.model.build, passes.setup
     headed = with_head("ppo", policy.architecture, Classifier("sequence", 1, padded=True, dropout=None))
     if not headed.traits.packs:

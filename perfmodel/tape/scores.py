@@ -143,15 +143,15 @@ def _one_of_two_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     return tuple(part(other) if needed else None for other, needed in zip(beyond, node.needs, strict=True))
 
 
-def filled(x: Tensor, flags: Tensor) -> Tensor:
+def masked_filled(x: Tensor, flags: Tensor) -> Tensor:
     """`torch.masked_fill(x, flags, number)`; no gradient comes back from where the flags are."""
-    node = differentiate("MaskedFillBackward0", (x,), _filled_backward)
+    node = differentiate("MaskedFillBackward0", (x,), _masked_filled_backward)
     if node:
         node.save(flags)
     return _elementwise("masked_fill.Scalar", (x, flags), node, dtype=x.dtype)
 
 
-def _filled_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+def _masked_filled_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (flags,) = grads, node.unpack()
     assert g is not None
     return (_elementwise("masked_fill.Scalar", (g, flags), dtype=g.dtype),)

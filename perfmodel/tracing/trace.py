@@ -29,7 +29,7 @@ aten = torch.ops.aten
 
 NAMESPACES = {  # of the calls that are recorded
     "aten", "cuda_forms", "flash_attn", "dropout_layer_norm", "flash_rotary", "bitsandbytes", "liger", "lorafusion",
-    "unsloth",
+    "unsloth", "gptqmodel",
 }  # fmt: skip
 
 Signature = tuple[str, tuple[Any, ...], tuple[Any, ...]]

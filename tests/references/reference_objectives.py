@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import convert_outputs_to_fp32
 from helpers import architecture_of, config_of
+from reference_critic import PolicyAndValue, of_values
 
 from perfmodel import methods, objectives
 from perfmodel.methods.parts.targeted import Targeted
@@ -355,7 +356,7 @@ def judged(name: str, spec: str, losses: dict[str, Loss], **options: Any) -> cou
         reference = models.build_model(config, lies, device="cpu").requires_grad_(False).eval()
     lying = [] if reference is None else [*reference.parameters()]
     if setup.objective == "ppo":
-        critic, scorer = (_of_values(name, setup) for _ in range(2))
+        critic, scorer = (of_values(name, setup) for _ in range(2))
         model = PolicyAndValue(model, critic)
         lying += scorer.parameters()
         setup = replace(setup, clip_grad=False)
@@ -372,27 +373,6 @@ def judged(name: str, spec: str, losses: dict[str, Loss], **options: Any) -> cou
         model, setup, step.optimizer, make=make, real=True, loss_of=loss, after=lambda: run.after(), beside=lying
     )
     return counts.judge_step(Case(config, spec, setup), step, trace, real=True)
-
-
-class PolicyAndValue(torch.nn.Module):
-    """Two models that train as one: of the second the values that it finds after every token."""
-
-    def __init__(self, policy: Any, value_model: Any) -> None:
-        super().__init__()
-        self.policy, self.value_model, self.config = policy, value_model, policy.config
-
-    def activation_checkpointing_enable(self, **options: Any) -> None:
-        self.policy.activation_checkpointing_enable(**options)
-
-    def forward(self, **inputs: Any) -> tuple[Any, torch.Tensor]:
-        output = getattr(self.value_model, self.value_model.base_model_prefix)(**inputs)
-        values = self.value_model.score(output.hidden_states[-1])
-        return self.policy(**inputs), values
-
-
-def _of_values(name: str, setup: Setup) -> Any:
-    config = config_of(name, architectures=[f"{name.title()}ForSequenceClassification"], num_labels=1)
-    return models.build_model(config, setup, device="cpu")
 
 
 def _prepare(objective: Any, setup: Setup, *trained: Any) -> None:
