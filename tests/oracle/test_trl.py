@@ -45,6 +45,7 @@ OTHERS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("reward", "qwen2", "lora:r=4", {}),
     ("ppo", "llama", "lora:r=4", {"reference": "model"}),
     ("ppo", "qwen2", "full", {"prompt": 5, "grad_accum": 3}),
+    ("ppo", "gpt_neox", "full", {}),
     ("ppo", "gemma", "top_k:k=1", {}),
 )
 PEAK = 0.02  # as `counts.PEAK_TOLERANCE`

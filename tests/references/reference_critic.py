@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from helpers import config_of
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
 
 from perfmodel.setup import Setup
 from perfmodel.tracing.programs import models
@@ -27,5 +28,6 @@ class PolicyAndValue(torch.nn.Module):
 
 def of_values(name: str, setup: Setup) -> Any:
     """A classifier of sequences with one output."""
-    config = config_of(name, architectures=[f"{name.title()}ForSequenceClassification"], num_labels=1)
+    named = CLASSIFIERS[config_of(name).text("model_type")]
+    config = config_of(name, architectures=[named], num_labels=1)
     return models.build_model(config, setup, device="cpu")
