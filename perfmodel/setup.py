@@ -20,9 +20,9 @@ COMPILE = ("none", "default", "reduce-overhead")
 CUDA = (12, 13)
 ENGINES = ("torch", "deepspeed-zero3")
 # each in a file of `perfmodel/objectives/`
-OBJECTIVES = ("sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "prm", "grpo", "asft", "ebft")
+OBJECTIVES = ("sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "prm", "grpo", "ppo", "asft", "ebft")
 PAIRS = ("dpo", "orpo", "cpo", "simpo", "reward")  # those whose sample is a chosen and a rejected sequence
-GENERATED = ("grpo", "ebft")  # those whose sample is a prompt and what was generated behind it
+GENERATED = ("grpo", "ppo", "ebft")  # those whose sample is a prompt and what was generated behind it
 REFERENCES = ("auto", "model", "adapter-off", "precomputed")
 PACKING = ("none", "dense", "varlen", "flat")
 WITHIN = ("varlen", "flat")  # those whose documents attend within themselves
@@ -54,7 +54,7 @@ class Setup:
         routing: how evenly the routers of a mixture of experts load them: balanced, or zipf:EXPONENT, by which the
             share of an expert falls with its rank.
         objective: what is trained for (`OBJECTIVES`): sft, or the loss of a trainer of its own.
-        prompt: tokens of a sequence that are its prompt, None for half of them; GRPO has no logits of them.
+        prompt: tokens of a sequence that are its prompt, None for half of them, where the rest was generated.
         reference: where the log-probabilities of the reference come from that dpo, kto and grpo compare with: a frozen
             model, the model without its adapters, or a table made before; auto: without adapters where there are
             adapters, else a frozen model; for grpo none.

@@ -1,14 +1,11 @@
 """What an architecture is, and the scopes in which its forward pass makes parameters and layers."""
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
-from ..errors import UserError, nearest
 from ..program.dims import Dim
 from ..program.part import Part
-from ..registry import Registry
 from ..setup import Setup
 from ..tape import linalg, nn, pointwise
 from ..tape.attention import soft_capped
@@ -21,57 +18,11 @@ from ..values import Compared
 from .config import Config
 from .runs import runs_of_layers
 from .stacks import block_path
-from .tasks import Classifier, classifier_of
+from .tasks import Classifier
 from .traits import Traits
 
 INSIDE = ("block", "attention", "mlp", "activation")  # modules that run in a block beside its linear layers and norms
 WORDS = ("embed_tokens", "embed_in", "wte", "word_embeddings")  # what transformers calls the embedding of the words
-_REGISTRY: Registry[type["Architecture"]] = Registry(__package__, Path(__file__).parent)
-A = TypeVar("A", bound="Architecture")
-
-
-def architecture(*model_types: str) -> Callable[[type[A]], type[A]]:
-    """Register an architecture under the `model_type` of its config.json."""
-
-    def register(cls: type[A]) -> type[A]:
-        if missing := [trait for trait in ("traits", "layer_path") if not hasattr(cls, trait)]:
-            raise TypeError(f"architecture {cls.__name__} must define {missing[0]}")
-        for model_type in model_types:
-            _REGISTRY.add(model_type, cls)
-        return cls
-
-    return register
-
-
-def supported() -> list[str]:
-    """The model types that the tape knows."""
-    return list(_REGISTRY.all())
-
-
-def has_form(model_type: str) -> bool:
-    """Whether the tape knows a model type."""
-    return _REGISTRY.get(model_type) is not None
-
-
-def from_config(config: Config) -> "Architecture":
-    """The architecture of a config.json.
-
-    Raises:
-        UserError: unknown model_type, missing or mistyped keys, dims that do not fit together.
-    """
-    model_type = config.kind
-    found = _REGISTRY.get(model_type)
-    if found is None:
-        close = nearest(model_type, supported())
-        did_you_mean = f" ({close})" if close.startswith("did") else ""
-        raise UserError(
-            f"{config.origin}: model_type {model_type!r} has no built-in form{did_you_mean}: add --traced, or use "
-            f"one of {', '.join(supported())}"
-        )
-    if config.values.get("quantization_config") is not None:
-        raise UserError(f"{config.origin}: quantization_config is not supported; quantised bases are not modelled")
-    made = found.from_config(config)
-    return replace(made, classifier=classifier_of(config, made.traits))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -114,7 +65,7 @@ class Architecture(Compared):
     text_path: ClassVar[str] = ""  # where the text model lives in the whole one, of which it is answered alone
 
     @classmethod
-    def from_config(cls: type[A], config: Config) -> A:
+    def from_config(cls, config: Config) -> Self:
         """An architecture with the dims of a config; see `perfmodel.architectures.from_config`."""
         note = "; ".join(filter(None, (cls.caveat, config.note)))
         return cls(name=config.name, model_type=config.text("model_type"), note=note, **cls.dims(config))
@@ -180,7 +131,9 @@ class Build:
 
     Without labels (`labelled`) the forward pass returns logits, of the last `logits_to_keep` tokens if that is given.
     `past`: keys and values that a method puts before a block's; `held`: what Python holds on to until the forward pass
-    returns, `kept`: what modules keep until their next one, each with its part; `packed`, `positions`: see `attend`.
+    returns, `kept`: what modules keep until their next one, each with its part; `packed`, `positions`: see `attend`;
+    `given_positions` (batch, seq) come with the ids; `collects`: the hidden states of all layers are asked for, and
+    join `held`.
     """
 
     architecture: Architecture
@@ -194,6 +147,8 @@ class Build:
     kept: dict[Any, tuple[Tensor, Part]] = field(default_factory=dict)
     packed: PackedRows | None = None
     positions: Tensor | None = None
+    given_positions: Tensor | None = None
+    collects: bool = False
 
     def keep(self, key: Any, value: Tensor) -> None:
         """`self.key = value` of a module."""
@@ -369,6 +324,8 @@ class Scope:
                 needed_grad, before = x.requires_grad, x.storage.number
                 for layer in range(first, first + period):
                     x, *shared = self._layer(layer, block, x, shared)
+                    if self.build.collects:  # the last one's stands for the first one's input, which is as large
+                        self.build.held.append((x, part))
                 count = (end - first) // period if x.requires_grad == needed_grad else 1
                 part.repeat = count
                 if current.flow is not None:

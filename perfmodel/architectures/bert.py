@@ -15,9 +15,10 @@ from ..tape.split import select
 from ..tape.tensor import Tensor
 from . import masks
 from .attend import attend
-from .base import Architecture, Linear, Scope, architecture
+from .base import Architecture, Linear, Scope
 from .config import Config
 from .norms import layer_norm
+from .registered import architecture
 from .traits import Targets, Traits
 
 

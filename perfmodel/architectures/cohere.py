@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 from ..tape.pointwise import add, cast, mul
 from ..tape.tensor import Tensor
 from . import masks
-from .base import Scope, architecture
+from .base import Scope
 from .config import Config
 from .llama import Llama, Masks
 from .norms import centred_norm
+from .registered import architecture
 from .rotary import rotate, rotate_pairs
 from .traits import Traits
 

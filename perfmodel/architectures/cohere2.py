@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..tape.tensor import Tensor
-from .base import Scope, architecture
+from .base import Scope
 from .cohere import Cohere
 from .config import Config
 from .llama import SLIDING
+from .registered import architecture
 from .windows import alternating
 
 

@@ -163,7 +163,8 @@ def _named(repository: str, meant: names.Meant) -> Config:
     said = [f"{repository} is taken for {meant.name}, by its name; if its config.json differs, give its path"]
     if meant.packed:
         packed = "-".join(meant.packed)
-        said.append(f"its {packed} weights are not: the base is in --dtype, or in 4 bit with --method qlora")
+        way = "as GPTQ packs it with --method lora_gptq" if "gptq" in packed else "in 4 bit with --method qlora"
+        said.append(f"its {packed} weights are not: the base is in --dtype, or {way}")
     config.note = "; ".join([*said, config.note] if config.note else said)
     return config
 

@@ -14,9 +14,10 @@ from ..tape.shape import unsqueeze
 from ..tape.spectrum import turn_pairs
 from ..tape.tensor import Tensor
 from . import masks
-from .base import Scope, architecture
+from .base import Scope
 from .config import Config
 from .latent import Latent
+from .registered import architecture
 from .traits import Traits
 
 GROUPED = "group_limited_greedy"

@@ -16,9 +16,10 @@ from ..tape.pointwise import add, mul, sigmoid
 from ..tape.scores import gather_last
 from ..tape.tensor import Tensor
 from . import masks
-from .base import Scope, architecture
+from .base import Scope
 from .config import Config
 from .latent import Latent
+from .registered import architecture
 from .rotary import rotate, rotate_half, rotate_interleaved
 
 BEST = 2  # experts by whose scores a group is chosen

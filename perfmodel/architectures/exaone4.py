@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ..tape.tensor import Tensor
-from .base import Scope, architecture
+from .base import Scope
 from .config import Config
 from .llama import FULL, SLIDING, Llama
+from .registered import architecture
 from .traits import Targets, Traits
 from .windows import alternating, layer_types
 

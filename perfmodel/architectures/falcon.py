@@ -18,12 +18,13 @@ from ..tape.pointwise import add, dropout
 from ..tape.shape import contiguous, expand, narrow, reshape, transpose, view
 from ..tape.tensor import Tensor
 from .activations import ACTIVATIONS
-from .base import Architecture, Scope, architecture
+from .base import Architecture, Scope
 from .config import Config
 from .decoder import decoded
 from .gpt_neox import GptNeox
 from .heads import decoder_loss
 from .norms import layer_norm
+from .registered import architecture
 from .rotary import rotate, rotate_half
 from .traits import Traits
 

@@ -10,10 +10,11 @@ from ..errors import UserError
 from ..tape.pointwise import gelu, mul
 from ..tape.tensor import Tensor
 from . import masks
-from .base import Scope, architecture
+from .base import Scope
 from .config import Config
 from .llama import TARGETS, Llama
 from .norms import offset_rms_norm
+from .registered import architecture
 from .traits import Traits
 
 

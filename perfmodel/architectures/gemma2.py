@@ -7,9 +7,9 @@ Source: transformers/models/gemma2/modeling_gemma2.py.
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from .base import architecture
 from .config import Config
 from .gemma import Gemma
+from .registered import architecture
 from .traits import Traits
 from .windows import alternating
 

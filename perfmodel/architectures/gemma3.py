@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import UserError
-from .base import architecture
 from .config import Config
 from .gemma3_text import Gemma3Text
+from .registered import architecture
 
 # of `Gemma3TextConfig`: what the hub's files leave out of their text_config
 DEFAULTS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262_208}

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ..tape.tensor import Tensor
-from .base import Scope, architecture
+from .base import Scope
 from .config import Config
 from .gemma2 import Gemma2
 from .llama import Llama
+from .registered import architecture
 from .traits import Traits
 from .windows import TwoTables, alternating
 

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 from ..tape.shape import narrow, unsqueeze
 from ..tape.tensor import Tensor
 from . import masks
-from .base import Scope, architecture
+from .base import Scope
 from .config import Config
 from .llama import Llama
 from .phi3 import gate_up_mlp
+from .registered import architecture
 from .rotary import rotate_pairs, rotate_part
 from .traits import Targets, Traits
 

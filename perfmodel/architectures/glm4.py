@@ -6,8 +6,8 @@ Source: transformers/models/glm4/modeling_glm4.py.
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from .base import architecture
 from .glm import Glm
+from .registered import architecture
 from .traits import Traits
 
 

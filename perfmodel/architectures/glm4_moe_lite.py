@@ -6,9 +6,9 @@ Source: transformers/models/glm4_moe_lite/modeling_glm4_moe_lite.py.
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from .base import architecture
 from .config import Config
 from .deepseek_v3 import DeepseekV3
+from .registered import architecture
 from .traits import Traits
 
 DENSE, SPARSE = "dense", "sparse"  # of `mlp_layer_types`

@@ -12,10 +12,11 @@ from ..tape.tensor import Tensor
 from . import masks
 from .activations import ACTIVATIONS
 from .attend import attend
-from .base import Architecture, Scope, architecture
+from .base import Architecture, Scope
 from .config import Config
 from .heads import decoder_loss
 from .norms import layer_norm
+from .registered import architecture
 from .traits import Targets, Traits
 
 

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 from ..tape.shape import split, transpose, unsqueeze, view
 from ..tape.tensor import Tensor
 from .activations import ACTIVATIONS
-from .base import Scope, architecture
+from .base import Scope
 from .config import Config
 from .gpt2 import Gpt2
+from .registered import architecture
 from .traits import Traits
 
 

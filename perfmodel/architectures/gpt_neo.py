@@ -16,10 +16,11 @@ from ..tape.pointwise import add, cast, dropout, gelu_tanh, masked
 from ..tape.shape import contiguous, transpose, view
 from ..tape.tensor import Tensor
 from . import masks
-from .base import Architecture, Scope, architecture
+from .base import Architecture, Scope
 from .config import Config
 from .heads import decoder_loss
 from .norms import layer_norm
+from .registered import architecture
 from .traits import Targets, Traits
 
 QV = ("q_proj", "v_proj")

@@ -18,11 +18,12 @@ from ..tape.pointwise import add, mul, sigmoid
 from ..tape.shape import every_other, reshape, split, unsqueeze
 from ..tape.tensor import Tensor
 from . import masks
-from .base import Scope, architecture
+from .base import Scope
 from .config import Config
 from .llama import FULL, SLIDING, Llama, Masks
 from .moe import Mixture
 from .norms import wide_rms_norm
+from .registered import architecture
 from .rotary import turned
 from .traits import Traits
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 from ..tape.elementary import div
 from ..tape.pointwise import add, mul
 from ..tape.tensor import Tensor
-from .base import architecture
 from .llama import Llama
+from .registered import architecture
 from .traits import Targets, Traits
 
 

@@ -45,6 +45,8 @@ def decoder_loss(
         flat = view(logits, (product(logits.shape[:-1]), classifier.labels))
         return cross_entropy(cast(flat, "fp32") if upcast else flat, view(labels, (labels.numel,)))
     logits = model.linear("score", hidden, classifier.labels)
+    if classifier.of == "value":
+        return logits
     pooled = _last(logits, ids, padded=classifier.padded, name=architecture.name)
     return cross_entropy(pooled, labels) if model.build.labelled else pooled
 

@@ -17,10 +17,11 @@ from ..tape.shape import reshape, transpose, view
 from ..tape.tensor import Tensor
 from . import masks
 from .attend import attend
-from .base import Architecture, Scope, architecture
+from .base import Architecture, Scope
 from .config import Config
 from .heads import decoder_loss
 from .norms import rms_norm
+from .registered import architecture
 from .rotary import rotate, rotate_half
 from .traits import Targets, Traits
 

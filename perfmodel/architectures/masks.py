@@ -25,15 +25,16 @@ def positions(seq: Any) -> Tensor:
 
 
 def positions_of(model: Scope, ids: Tensor, seq: Any) -> Tensor:
-    """As `positions`, or those that restart with every document, (batch, seq), which came with the ids."""
+    """As `positions`, or those that came with the ids, (batch, seq): they restart with every document."""
     setup = model.build.setup
     packed = model_buffer(ids.shape) if setup.within_documents else None
     if packed is not None or setup.unpads:
         model.build.packed = PackedRows(packed, Documents(setup.lengths, setup.seq))
     if packed is not None:
         return packed
-    model.build.positions = positions(seq)
-    return model.build.positions
+    given = model.build.given_positions
+    model.build.positions = found = positions(seq) if given is None else given
+    return found
 
 
 def read_scalar(x: Tensor) -> None:

@@ -6,10 +6,10 @@ Source: transformers/models/ministral/modeling_ministral.py.
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from .base import architecture
 from .config import Config
 from .llama import SLIDING
 from .mistral import Mistral
+from .registered import architecture
 from .traits import Targets, Traits
 from .windows import layer_types
 

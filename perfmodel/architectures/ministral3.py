@@ -11,8 +11,9 @@ from ..tape.pointwise import add, cast, mul, unary
 from ..tape.shape import unsqueeze
 from ..tape.tensor import Tensor
 from . import masks
-from .base import Scope, architecture
+from .base import Scope
 from .mistral import Mistral
+from .registered import architecture
 from .traits import Targets, Traits
 
 

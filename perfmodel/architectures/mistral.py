@@ -6,9 +6,9 @@ Source: transformers/models/mistral/modeling_mistral.py.
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from .base import architecture
 from .config import Config
 from .llama import Llama
+from .registered import architecture
 from .traits import Traits
 
 

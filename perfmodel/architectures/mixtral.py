@@ -6,10 +6,10 @@ Source: transformers/models/mixtral/modeling_mixtral.py.
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from .base import architecture
 from .config import Config
 from .mistral import Mistral
 from .moe import Mixture
+from .registered import architecture
 from .traits import Traits
 
 

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 from ..tape.pointwise import cast
 from ..tape.tensor import Tensor
-from .base import Scope, architecture
+from .base import Scope
 from .config import Config
 from .llama import Llama
 from .norms import wide_rms_norm
+from .registered import architecture
 from .traits import Targets, Traits
 
 

@@ -6,9 +6,9 @@ Source: transformers/models/olmo3/modeling_olmo3.py.
 from dataclasses import dataclass
 from typing import Any
 
-from .base import architecture
 from .config import Config
 from .olmo2 import Olmo2
+from .registered import architecture
 from .windows import TwoTables, alternating
 
 

@@ -14,10 +14,11 @@ from ..tape.shape import narrow, reshape, transpose, view
 from ..tape.tensor import Tensor
 from . import masks
 from .attend import attend
-from .base import Architecture, Scope, architecture
+from .base import Architecture, Scope
 from .config import Config
 from .heads import decoder_loss
 from .norms import layer_norm
+from .registered import architecture
 from .traits import Targets, Traits
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")

@@ -11,12 +11,13 @@ from ..tape.shape import reshape, transpose, view
 from ..tape.tensor import Tensor
 from .activations import ACTIVATIONS
 from .attend import attend
-from .base import Architecture, Scope, architecture
+from .base import Architecture, Scope
 from .config import Config
 from .decoder import decoded, rotary_width, rotate_partly
 from .heads import decoder_loss
 from .llama import QV
 from .norms import layer_norm
+from .registered import architecture
 from .traits import Targets, Traits
 
 

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 from ..tape.pointwise import add, dropout, mul
 from ..tape.shape import narrow, split, transpose, unsqueeze, view
 from ..tape.tensor import Tensor
-from .base import Scope, architecture
+from .base import Scope
 from .config import Config
 from .llama import Llama, rope_table
+from .registered import architecture
 from .rotary import rotate_half, rotate_part
 from .traits import Targets, Traits
 

@@ -25,9 +25,10 @@ from ..tape.prefix import unbind_pair
 from ..tape.shape import contiguous, expand, narrow, split, squeeze, transpose, unsqueeze, view, view_as
 from ..tape.tensor import Parameter, Tensor
 from . import masks
-from .base import Architecture, Scope, architecture
+from .base import Architecture, Scope
 from .config import Config
 from .norms import rms_norm
+from .registered import architecture
 from .traits import Traits
 
 

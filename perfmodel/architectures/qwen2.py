@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ..errors import UserError
-from .base import architecture
 from .config import Config
 from .llama import FULL, SLIDING, TARGETS, Llama
+from .registered import architecture
 from .traits import Traits
 
 

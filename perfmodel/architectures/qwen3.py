@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 from ..tape.shape import transpose, view
 from ..tape.tensor import Tensor
-from .base import Scope, architecture
+from .base import Scope
 from .config import Config
 from .qwen2 import Qwen2
+from .registered import architecture
 from .traits import Traits
 
 

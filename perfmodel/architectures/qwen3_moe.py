@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 from ..errors import UserError
 from ..tape.pointwise import cast
 from ..tape.tensor import Tensor
-from .base import architecture
 from .config import Config
 from .moe import STACKED, Mixture
 from .qwen3 import Qwen3
+from .registered import architecture
 from .traits import Targets, Traits
 
 

@@ -12,9 +12,10 @@ from ..tape.pointwise import add, cast, dropout, mul, tanh
 from ..tape.shape import expand
 from ..tape.tensor import Tensor
 from . import masks
-from .base import Scope, architecture
+from .base import Scope
 from .bert import Bert
 from .config import Config
+from .registered import architecture
 from .traits import Targets, Traits
 
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from ..tape.pointwise import add, dropout
 from ..tape.tensor import Tensor
-from .base import architecture
 from .config import Config
 from .llama import Llama
+from .registered import architecture
 from .traits import Targets, Traits
 
 

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 from ..tape.pointwise import add
 from ..tape.shape import unsqueeze
 from ..tape.tensor import Tensor
-from .base import Scope, architecture
+from .base import Scope
 from .config import Config
 from .llama import QV, Llama, Masks
 from .norms import layer_norm
+from .registered import architecture
 from .rotary import rotate_half, rotate_part
 from .traits import Targets, Traits
 

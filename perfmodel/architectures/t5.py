@@ -21,9 +21,10 @@ from ..tape.tensor import Tensor
 from . import masks
 from .activations import ACTIVATIONS
 from .attend import attend
-from .base import Architecture, Scope, architecture
+from .base import Architecture, Scope
 from .config import Config
 from .norms import t5_norm
+from .registered import architecture
 from .relative import biased_mask, position_bias
 from .traits import Targets, Traits
 

@@ -18,7 +18,7 @@ class Classifier(NamedTuple):
     """A head that tells classes apart.
 
     Attributes:
-        of: "sequence" or "token".
+        of: "sequence" or "token"; "value": a sequence's, whose outputs are taken after every token.
         labels: classes; one of a reward model.
         padded: whether the config has a padding token, so that the last token has to be searched for.
         dropout: in front of it, where the config says so.

@@ -12,6 +12,7 @@ from .fields import (
     ALL_OF_LIGER,
     FLASH,
     FLASH_2_FOR_3,
+    ON_GPTQ,
     OPTIMIZERS,
     checkpoint_kind,
     clips,
@@ -188,7 +189,7 @@ def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
     bits = low_bits(keys)
     if keys.flag("gptq"):
         bits = 4
-        keys.differ("a 4-bit base of bitsandbytes, not GPTQ's", "gptq")
+        keys.differ(ON_GPTQ.format(4, 128), "gptq")
     if keys.flag("quantize_moe_experts") and bits is None:
         raise UserError(f"{keys.origin}: quantize_moe_experts needs load_in_4bit or load_in_8bit")
     if adapter == "qlora" and bits != 4:
@@ -197,6 +198,7 @@ def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
         keys, bits=bits, dora=keys.flag("peft_use_dora"), rslora=keys.flag("peft_use_rslora"),
         pissa="pissa" in str(keys.get("peft_init_lora_weights") or ""), plus=keys.get("loraplus_lr_ratio") is not None,
     )  # fmt: skip
+    name = "lora_gptq" if keys.flag("gptq") else name
     if name in ("qlora", "lora_8bit") and re.search(r"falcon-?h1", str(keys.get("base_model")), re.IGNORECASE):
         keys.differ("every linear layer of a block quantised, out_proj too")
     if upcast := _upcast_for_good(keys):
@@ -241,8 +243,6 @@ def _upcast_for_good(keys: Keys) -> bool:
 
 def _double_quant(keys: Keys) -> str | None:
     """Whether the scales are quantised too: so by default (`set_quantization_config`)."""
-    if keys.flag("gptq"):
-        return "false"  # it has no second level of scales
     options = keys.get("bnb_config_kwargs") or {}
     if not isinstance(options, dict):
         raise keys.wrong("bnb_config_kwargs", "a mapping")

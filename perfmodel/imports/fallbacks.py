@@ -1,19 +1,22 @@
 """What becomes of a config's step on its model: what the model has no program of, and names that only it explains."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .. import methods
 from ..architectures.base import Architecture
 from ..architectures.names import bundled_for
 from ..methods.lora import Lora
+from ..methods.lora_gptq import LoraGptq
 from ..methods.parts.quantised import QuantisedLora
 from ..methods.parts.targeted import ALL_LINEAR, unmatched
+from .fields import ON_GPTQ
 from .read import Imported
 
 BY_MODULE = ("Axolotl", "LLaMA-Factory", "LLaMA-Factory v1")  # they name every `nn.Linear` (`find_all_linear_names`, …)
 
+WORDS_OF_BITS = {"2bit": 2, "3bit": 3, "8bit": 8, "8bits": 8, "int8": 8}  # in names of repositories; else 4
 TEXT_ALONE = "the text decoder alone of a vision-language model"  # as data/models/ notes it
 
 
@@ -55,6 +58,18 @@ def unpacked(model: str, found: Imported) -> str:
     return f"weights in {found.setup.get('dtype')}, not {'-'.join(meant.packed)}"
 
 
+def _on_gptq(model: str, method: methods.Method, architecture: Architecture) -> LoraGptq | None:
+    """PEFT's LoRA on a base that its repository's name says GPTQ made; how, its config says, of which there is none."""
+    meant = bundled_for(model)
+    if meant is None or "gptq" not in meant.packed or architecture.stacked_names():
+        return None
+    if not isinstance(method, Lora) or method.name != "lora" or method.implementation != "peft":
+        return None
+    bits = next((WORDS_OF_BITS[word] for word in meant.packed if word in WORDS_OF_BITS), 4)
+    shared = {f.name: getattr(method, f.name) for f in fields(Lora) if f.init}
+    return LoraGptq(**shared, bits=bits)
+
+
 def in_16_bit(found: Imported, *, stacked: bool) -> str:
     """What is said of a tool that leaves experts in fp32.
 
@@ -65,7 +80,10 @@ def in_16_bit(found: Imported, *, stacked: bool) -> str:
 
 
 def _of_method(found: Imported, method: methods.Method, architecture: Architecture) -> Iterator[Fallback]:
-    if in_place := unpacked(found.model or "", found):
+    said = ""
+    if packed := _on_gptq(found.model or "", method, architecture):
+        method, said = packed, ON_GPTQ.format(packed.bits, packed.group_size)
+    elif in_place := unpacked(found.model or "", found):
         yield Fallback("model", found.model, in_place)
     if experts := in_16_bit(found, stacked=bool(architecture.stacked_names())):
         yield Fallback("model", found.model, experts)
@@ -74,7 +92,6 @@ def _of_method(found: Imported, method: methods.Method, architecture: Architectu
     if architecture.traits.four_dims and method.told_of_four_dims:
         yield Fallback("method", found.method, method.told_of_four_dims)
     changes: dict[str, Any] = {}
-    said = ""
     if method.implementation not in ("peft", *architecture.traits.fused):
         changes["implementation"] = "peft"
         said = f"peft's adapters, not {method.implementation}'s, which are not modelled for the model"
@@ -85,5 +102,5 @@ def _of_method(found: Imported, method: methods.Method, architecture: Architectu
         changes["targets"] = tuple(name for name in method.targets if name not in found_none)
     if method.targets == (ALL_LINEAR,) and architecture.traits.stacked and found.tool in BY_MODULE:
         changes["targets"] = tuple(dict.fromkeys(name.rpartition(".")[2] for name in architecture.linear_names()))
-    if changes:
+    if changes or said:
         yield Fallback("method", replace(method, **changes).spec(), said)

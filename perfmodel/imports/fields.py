@@ -46,6 +46,7 @@ FLASH_2_FOR_3 = "flash-attn 2, not 3"
 UNDER_ZERO_3 = "one GPU under ZeRO-3"
 ALL_OF_LIGER = "all of Liger's kernels"
 ALL_FUSED = "fused kernels for all adapters"
+ON_GPTQ = "a base in codes of {} bits, {} in a group, on gptqmodel's kernels that train (auto_trainable)"
 CASTING = ("sft", "dpo", "kto", "reward", "grpo")  # objectives whose trainers cast adapters beside a base in few bits
 TORCHS_MUON = "PyTorch's Muon, with AdamW for what is no matrix of a block"
 

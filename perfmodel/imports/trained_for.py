@@ -4,7 +4,7 @@ from typing import Any
 
 from ..errors import UserError
 from .fields import no_sft
-from .keys import Keys
+from .keys import NOTHING, Keys
 
 # Of DPOConfig's `loss_type`, all of which differ from sigmoid in a few calls on one number a pair (dpo_trainer.py)
 DPO_LOSSES = (
@@ -16,6 +16,12 @@ OF_KTO = ("desirable_weight", "undesirable_weight")
 OF_CPO = ("cpo_alpha", "simpo_gamma")
 OF_REWARD = ("center_rewards_coefficient",)
 OF_GRPO = ("num_generations", "max_completion_length", "use_vllm", "scale_rewards", "epsilon", "reward_funcs")
+OF_PPO = (  # ppo_config.py
+    "response_length", "num_ppo_epochs", "num_mini_batches", "total_episodes", "vf_coef", "cliprange",
+    "cliprange_value", "kl_coef", "kl_estimator", "whiten_rewards", "missing_eos_penalty", "lam", "gamma",
+    "local_rollout_forward_batch_size", "stop_token", "stop_token_id", "num_sample_generations", "temperature",
+    "sft_model_path", "model_adapter_name", "ref_adapter_name", "ds3_gather_for_generation",
+)  # fmt: skip
 OUTSIDE = "the training step alone, without generation and rewards"
 OF_PREFERENCES = (
     "beta", "max_prompt_length", "precompute_ref_log_probs", "precompute_ref_batch_size", "ref_model", "loss_weights",
@@ -47,6 +53,10 @@ def of_trl(keys: Keys) -> dict[str, Any]:
         return preference(keys, "reward")
     if any(key in keys.values for key in OF_GRPO):
         return grpo(keys, keys, keys.count("max_prompt_length", 512), adapters=keys.flag("use_peft"))
+    if any(key in keys.values for key in OF_PPO[:7]):
+        return _ppo(keys)
+    if _has(keys, "reward_model_path"):
+        raise UserError(f"{keys.origin}: reward_model_path: an RL step is not modelled")
     if not asked and not set(losses) & set(DPO_LOSSES):
         return {}
     name = folder or "dpo"
@@ -86,6 +96,26 @@ def grpo(keys: Keys, options: Keys, prompt: int, *, adapters: bool) -> dict[str,
     if options.number("beta"):
         found["reference"] = "adapter-off" if adapters else "model"
     return found
+
+
+def _ppo(keys: Keys) -> dict[str, Any]:
+    """PPO's training step: generation and scores are outside of it, and so is how often a batch is gone over.
+
+    PPOTrainer makes an accelerator of its own, which `bf16` does not reach, and its loop never switches checkpoints on.
+    """
+    keys.used.update(OF_PPO)
+    keys.differ(OUTSIDE, *[key for key in OF_PPO if key in keys.values][:1])
+    keys.differ("prompts of 512 tokens, the longest that TRL's example keeps")
+    keys.differ("a value and a reward model as large as the policy", *_set(keys, "reward_model_path"))
+    ignored = _set(keys, "bf16", "fp16", "gradient_checkpointing")
+    if ignored:
+        keys.differ("no autocast and no checkpoints: PPOTrainer switches neither on", *ignored)
+    rows = {"prompt": 512, "seq": 512 + keys.count("response_length", 53)}
+    return {"objective": "ppo", **rows, "amp": None, "checkpoint": "none"}
+
+
+def _set(keys: Keys, *names: str) -> list[str]:
+    return [name for name in names if keys.values.get(name) not in NOTHING]
 
 
 def of_axolotl(keys: Keys) -> dict[str, Any]:
@@ -169,6 +199,11 @@ def of_llama_factory(keys: Keys) -> dict[str, Any]:
         return {}
     losses = {"orpo": "orpo", "simpo": "simpo"}
     name = losses.get(str(keys.get("pref_loss")), "dpo") if stage == "dpo" else {"rm": "reward"}.get(str(stage), stage)
+    if name == "ppo":
+        raise UserError(
+            f"{keys.origin}: stage 'ppo' is not modelled: it trains a value head on the policy itself (TRL 0.9); "
+            "--objective ppo answers for TRL's own trainer, with a value model beside the policy"
+        )
     if name not in BY_FOLDER:
         raise no_sft(keys, f"stage {stage!r}", "use stage: sft or pt")
     keys.differ(f"{name}'s step as TRL's trainer runs it, not LLaMA-Factory's own form of it", "stage")

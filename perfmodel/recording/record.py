@@ -12,7 +12,7 @@ from ..calls.launches import launch_for
 from ..errors import UserError
 from ..methods.parts.base import Method
 from ..methods.parts.periodic import Periodic, PeriodicOps
-from ..objectives.parts.base import OF_REFERENCE
+from ..objectives.parts.base import OF_CRITIC, OF_REFERENCE
 from ..program.dims import Dim, larger
 from ..program.part import Group, Part
 from ..setup import Setup
@@ -234,7 +234,7 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     if step.zero:
         tape.on_gradient = zero.hook(step, first=not step.parameters)
     tape.begin("inputs", "forward")
-    parameters, loss = _forward(step, setup, method, kept)
+    parameters, loss, after = _forward(step, setup, method, kept)
     tape.renew(loss)
     if setup.grad_accum > 1 and objectives.found(setup.objective).scaled:
         tape.loss = loss = div(loss, setup.grad_accum)
@@ -244,6 +244,11 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     tape.part = _backward_start(tape)
     seed = emit("ones_like", (loss,), (), loss.dtype)
     run_backward(loss, seed)
+    if after is not None:
+        tape.begin("statistics", "backward")
+        with tape.no_grad():
+            after()
+            del after
     if step.zero:
         zero.end_of_backward()
     for p in step.parameters:
@@ -261,19 +266,31 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     return first, later
 
 
-def _forward(step: Step, setup: Setup, method: Method, kept: Kept) -> tuple[list[Parameter], Tensor]:
-    """Record the passes of the objective; returns all parameters, those of a frozen reference last, and the loss."""
+def _forward(
+    step: Step, setup: Setup, method: Method, kept: Kept
+) -> tuple[list[Parameter], Tensor, Callable[[], None] | None]:
+    """Record the passes of the objective; returns all parameters, the loss, and what is to be done after backward.
+
+    Behind the parameters of the model are those of others, frozen ones last.
+    """
     objective, architecture = objectives.found(setup.objective), step.architecture
     if objective.quiet:
         architecture, method = objectives.without_dropout(architecture), objectives.without_dropout(method)
     known = {p.name: p for p in step.parameters}
-    frozen = {name.removeprefix(OF_REFERENCE): known.pop(name) for name in list(known) if name.startswith(OF_REFERENCE)}
+    critic, frozen = (
+        {name.removeprefix(of): known.pop(name) for name in list(known) if name.startswith(of)}
+        for of in (OF_CRITIC, OF_REFERENCE)
+    )
     build = Build(architecture, method, setup, known, labelled=setup.objective == "sft", kept=kept)
-    passes = objectives.Passes(Scope(build), method, setup, frozen)
+    passes = objectives.Passes(Scope(build), method, setup, frozen, critic)
     loss = objective.loss(passes)
+    after, passes.after = passes.after, None  # else it would hold itself
+    for of, others in ((OF_CRITIC, critic), (OF_REFERENCE, frozen)):
+        for p in others.values():
+            p.name = of + p.name.removeprefix(of)
     for p in frozen.values():
-        p.name, p.elements = OF_REFERENCE + p.name.removeprefix(OF_REFERENCE), 0
-    return [*build.parameters.values(), *frozen.values()], loss
+        p.elements = 0
+    return [*build.parameters.values(), *critic.values(), *frozen.values()], loss, after
 
 
 def _backward_start(tape: Tape) -> Part:
@@ -293,7 +310,7 @@ def record_update(step: Step, tape: Tape, inner: optimizers.Update | None = None
         elif step.zero:
             update = zero.record_zero_update(step, step.optimizer)
         else:
-            if step.setup.clip_grad:
+            if step.setup.clip_grad and objectives.found(step.setup.objective).clips:
                 optimizers.clip_grad_norm(tape.begin("clip", "optimizer"), optimizers.trainable(step.parameters))
             update = optimizers.Update(tape, step.optimizer, step.parameters, step.head)
             step.method.update(update)
@@ -320,5 +337,6 @@ def running(step: Step) -> tuple[Setup, Method]:
 
 
 def held_bytes(step: Step) -> Dim:
-    """Bytes that method and engine keep from step to step beside parameters and optimizer state."""
-    return step.method.held_bytes(step) + (zero.flat_bytes(step) if step.zero else 0)
+    """Bytes that method, trainer and engine keep from step to step beside parameters and optimizer state."""
+    of_trainer = objectives.found(step.setup.objective).held_bytes(step.architecture, step.setup)
+    return step.method.held_bytes(step) + of_trainer + (zero.flat_bytes(step) if step.zero else 0)

@@ -147,6 +147,23 @@ def _clamp_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     return (_elementwise("where.self", (inside, g, zero), dtype=g.dtype),)
 
 
+def clamp_between(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """`torch.clamp(x, low, high)` by bounds of x's shape that need no gradient."""
+    node = differentiate("ClampBackward0", (x,), _clamp_between_backward)
+    if node:
+        node.save(x, low, high)
+    return _elementwise("clamp.Tensor", (x, low, high), node)
+
+
+def _clamp_between_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (x, low, high) = grads, node.unpack()
+    assert g is not None
+    zero = fill("scalar_tensor", (), g.dtype)
+    above, below = _elementwise("ge.Tensor", (x, low), dtype="bool"), _elementwise("le.Tensor", (x, high), dtype="bool")
+    inside = _elementwise("logical_and", (above, below), dtype="bool")
+    return (_elementwise("where.self", (inside, g, zero), dtype=g.dtype),)
+
+
 def quotient(a: Tensor, b: Tensor) -> Tensor:
     """`a / b` where both have gradients."""
     node = differentiate("DivBackward0", (a, b), _quotient_backward)

@@ -116,24 +116,47 @@ def _sum_all_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 def lesser(a: Tensor, b: Tensor) -> Tensor:
     """`torch.min(a, b)`, the gradient halved where they are equal."""
-    node = differentiate("MinimumBackward0", (a, b), _lesser_backward)
+    return _one_of_two("minimum", "MinimumBackward0", a, b, beyond=("gt.Tensor", "lt.Tensor"))
+
+
+def greater(a: Tensor, b: Tensor) -> Tensor:
+    """`torch.max(a, b)`, the gradient halved where they are equal."""
+    return _one_of_two("maximum", "MaximumBackward0", a, b, beyond=("lt.Tensor", "gt.Tensor"))
+
+
+def _one_of_two(name: str, node_name: str, a: Tensor, b: Tensor, *, beyond: tuple[str, str]) -> Tensor:
+    node = differentiate(node_name, (a, b), _one_of_two_backward, (beyond,))
     if node:
         node.save(a, b)
-    return _elementwise("minimum", (a, b), node)
+    return _elementwise(name, (a, b), node)
 
 
-def _lesser_backward(node: Node, grads: Sequence[Grad]) -> Grads:
-    (g,), (a, b) = grads, node.unpack()
+def _one_of_two_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (a, b), (beyond,) = grads, node.unpack(), node.attrs
     assert g is not None
 
     def part(other: str) -> Tensor:
         equal, halved = _elementwise("eq.Tensor", (a, b), dtype="bool"), _elementwise("div.Scalar", (g,))
         grad = _elementwise("where.self", (equal, halved, g), dtype=g.dtype)
-        beyond = _elementwise(other, (a, b), dtype="bool")
-        record("masked_fill_.Scalar", (grad, beyond), (grad,))
+        past = _elementwise(other, (a, b), dtype="bool")
+        record("masked_fill_.Scalar", (grad, past), (grad,))
         return grad
 
-    return (part("gt.Tensor") if node.needs[0] else None, part("lt.Tensor") if node.needs[1] else None)
+    return tuple(part(other) if needed else None for other, needed in zip(beyond, node.needs, strict=True))
+
+
+def masked_filled(x: Tensor, flags: Tensor) -> Tensor:
+    """`torch.masked_fill(x, flags, number)`; no gradient comes back from where the flags are."""
+    node = differentiate("MaskedFillBackward0", (x,), _masked_filled_backward)
+    if node:
+        node.save(flags)
+    return _elementwise("masked_fill.Scalar", (x, flags), node, dtype=x.dtype)
+
+
+def _masked_filled_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (flags,) = grads, node.unpack()
+    assert g is not None
+    return (_elementwise("masked_fill.Scalar", (g, flags), dtype=g.dtype),)
 
 
 def natural_exp(x: Tensor) -> Tensor:

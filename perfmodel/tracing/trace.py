@@ -29,7 +29,7 @@ aten = torch.ops.aten
 
 NAMESPACES = {  # of the calls that are recorded
     "aten", "cuda_forms", "flash_attn", "dropout_layer_norm", "flash_rotary", "bitsandbytes", "liger", "lorafusion",
-    "unsloth",
+    "unsloth", "gptqmodel",
 }  # fmt: skip
 
 Signature = tuple[str, tuple[Any, ...], tuple[Any, ...]]
@@ -307,6 +307,7 @@ def trace_step(
     real: bool = False,
     flops: bool = True,
     loss_of: Callable[[], torch.Tensor] | None = None,
+    after: Callable[[], None] = lambda: None,
     beside: Sequence[torch.Tensor] = (),
 ) -> Trace:
     """Trace one steady-state training step (the second) of a model built on the meta device, or of a `real` one.
@@ -322,6 +323,7 @@ def trace_step(
         make: the optimizer of the model in that form.
         flops: count them, with PyTorch's own counter, which takes a third as long as the rest.
         loss_of: makes the loss that is differentiated; None: the model's own is taken, under autocast.
+        after: what a trainer does once gradients are there.
         beside: tensors that are there besides the model's and the optimizer's.
     """
     # some tuners of peft keep plain tensors (indices, token ids) beside their parameters
@@ -363,6 +365,7 @@ def trace_step(
                 recorder.trace.nodes += graph_nodes(loss.grad_fn)
             with observe("backward"):
                 loss.backward()
+                after()
         with observe("optimizer"):
             if setup.clip_grad:
                 # by default too, but a fake tensor is a subclass, for which torch would not choose lists

@@ -11,6 +11,8 @@ from perfmodel.imports import DIFFERS, read
 
 LORA = "micro_batch_size: 1\nsequence_len: 64\nbf16: true\nadapter: lora\nlora_r: 4\n"
 QLORA = LORA.replace("lora\n", "qlora\n", 1) + "load_in_4bit: true\n"
+CODES = "a base in codes of 4 bits, 128 in a group, on gptqmodel's kernels that train"
+FACTORY = "finetuning_type: lora\nlora_target: all\ncutoff_len: 64\nbf16: true\n"
 FLASH = "attn_implementation: flash_attention_2\n"
 LINEAR = "lora_target_linear: true\n"
 LIGER = "plugins: [LigerPlugin]\nliger_rope: true\nliger_rms_norm: true\nliger_glu_activation: true\n"
@@ -40,6 +42,8 @@ def asked(folder: Path, text: str, *options: str) -> str:
             f"base_model: zai-org/GLM-4.7-Flash\n{LORA}load_in_8bit: true\nlora_target_modules: [o_proj]\n",
             "8-bit layers of four dimensions", "on glm-4.7-flash",
         ),
+        (f"base_model: TheBloke/Llama-2-7B-GPTQ\ngptq: true\n{LORA}{LINEAR}", CODES, "lora_gptq:r=4"),
+        (f"model_name_or_path: TechxGenus/Meta-Llama-3-8B-Instruct-GPTQ\n{FACTORY}", CODES, "lora_gptq:r=8"),
         (f"base_model: TheBloke/Llama-2-7B-AWQ\n{LORA}{LINEAR}", "weights in bf16, not awq", "on llama-2-7b"),
     ],
 )  # fmt: skip

@@ -95,6 +95,18 @@ def test_grpos_training_step_has_prompts_and_completions(
     assert (setup.objective, setup.seq, setup.prompt, setup.reference) == ("grpo", 96, 64, reference)
 
 
+def test_ppos_training_step_is_what_its_trainer_does(tmp_path: Path) -> None:
+    """Its trainer keeps three more models and ignores what the file says of autocast and checkpoints."""
+    path = tmp_path / "config.yml"
+    asked = {"response_length": 32, "num_ppo_epochs": 1, "reward_model_path": "gpt2", "bf16": True}
+    path.write_text(yaml.safe_dump(TRL | asked))
+    found = read(path)
+    for said in (OUTSIDE, "a value and a reward model as large as the policy", "PPOTrainer switches neither on (bf16)"):
+        assert said in found.first_line
+    setup = Setup(**found.setup)
+    assert (setup.objective, setup.seq, setup.prompt, setup.amp) == ("ppo", 544, 512, None)
+
+
 def test_the_folder_of_an_example_says_what_its_keys_leave_open(tmp_path: Path) -> None:
     """alignment-handbook keeps ORPO's recipes in a folder of that name; their keys are DPO's."""
     folder = tmp_path / "orpo"

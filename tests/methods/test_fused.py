@@ -94,6 +94,22 @@ def test_qlora_equals_the_reference(name: str, spec: str, options: dict[str, Any
 @pytest.mark.parametrize(
     ("name", "spec", "options"),
     [
+        ("llama", "lora_gptq:r=4", {"batch": 4}),
+        ("llama", "lora_gptq:r=4,bits=3,group_size=32,dropout=0.1", {"checkpoint": "block"}),
+        ("llama", "lora_gptq:r=4,bits=8", {"amp": "bf16", "checkpoint": "block-reentrant"}),
+        ("qwen2", "lora_gptq:r=4,targets=all-linear,adapter_dtype=bf16", {"batch": 1}),
+        ("qwen2", "lora_gptq:r=4,bits=2", {"dtype": "fp16", "amp": "fp16", "grad_accum": 2}),
+        ("gpt2", "lora_gptq:r=4", {"dtype": "fp32"}),
+    ],
+)
+def test_lora_on_a_gptq_base_equals_the_reference(name: str, spec: str, options: dict[str, Any]) -> None:
+    """Autograd keeps the unpacked weight, so that such a base saves little memory without checkpoints."""
+    assert differences(name, spec, **options) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "options"),
+    [
         ("llama", "lora_8bit:r=4", {"batch": 4}),
         ("llama", "lora_8bit:r=4,outliers=0,dropout=0.1", {"checkpoint": "block"}),
         ("llama", "lora_8bit:r=4,prepared=true", {"dtype": "bf16", "amp": "bf16", "checkpoint": "block-reentrant"}),
@@ -158,6 +174,31 @@ def test_weights_are_dequantised_in_forward_backward_and_recompute() -> None:
     assert calls_by_name(plain, "backward")[op] == 3 * 7 - 3  # q, k, v of the first block read the embedding
     recomputed = 3 * 6  # not down_proj, the last of a block: its output is saved by nobody
     assert calls_by_name(again, "backward")[op] == 3 * 7 + recomputed
+
+
+def test_a_gptq_base_is_small_but_its_graph_holds_it_unpacked() -> None:
+    """What autograd keeps of the weights is as large as they would be without codes, unless blocks are recomputed."""
+    asked: dict[str, Any] = {"layers": 8, "batch": 1, "seq": 17}
+    plain, packed = (step_of("llama", f"{name}:r=4,adapter_dtype=bf16", **asked) for name in ("lora", "lora_gptq"))
+    assert by_phase(plain) == by_phase(packed)
+    assert plain.total == packed.total
+    saved = plain.weight_bytes - packed.weight_bytes
+    assert saved > 0
+    assert memory.peak_bytes(packed) > memory.peak_bytes(plain)
+    again = step_of("llama", "lora_gptq:r=4,adapter_dtype=bf16", checkpoint="block", **asked)
+    assert memory.peak_bytes(again) < memory.peak_bytes(packed) - 0.5 * saved
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("bits=5", "bits 5 is not modelled: use 2, 3, 4, 8"),
+        ("prepared=true", "peft's preparation upcasts nothing"),
+    ],
+)
+def test_what_gptq_has_not_is_refused(options: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        predict("llama-3.2-1b", f"lora_gptq:{options}", device="l40s")
 
 
 def test_qlora_has_the_flops_of_lora_and_holds_less() -> None:

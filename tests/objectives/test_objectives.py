@@ -9,6 +9,7 @@ from helpers import by_phase, step_of, total
 
 from perfmodel import UserError, advise, compare, objectives, predict, sweep
 from perfmodel.prediction import memory
+from perfmodel.recording.record import held_bytes
 from perfmodel.setup import OBJECTIVES, PAIRS, Setup
 from perfmodel.tracing.setups import check_setup
 
@@ -67,6 +68,20 @@ def test_a_reference_model_is_memory_and_no_parameter_of_the_model() -> None:
     assert memory.peak_bytes(apart) == memory.peak_bytes(off) + sft.weight_bytes
 
 
+def test_ppo_holds_four_models_of_which_two_train() -> None:
+    """Adapters train on the policy alone: the value model keeps its gradients and optimizer states, whatever trains."""
+    full, lora = (step_of("llama", method, objective="ppo", grad_accum=2, **ON_PAIRS) for method in ("full", LORA))
+    sft = step_of("llama", "full", **ON_PAIRS)
+    headless = sft.weight_bytes - 2 * 128 * 64 + 2 * 64  # a row of scores in the place of a vocabulary
+    assert full.weight_bytes == 2 * (sft.weight_bytes + headless)
+    assert full.trainable == full.total == sft.total + headless // 2
+    assert lora.trainable > headless // 2
+    assert by_phase(full)["forward"] < 4 * by_phase(sft)["forward"]
+    assert held_bytes(full) == 4 * 2 * 2 * 16 * 128  # fp32 logits of what both micro-batches' samples generated
+    assert not by_phase(full)["optimizer"]
+    assert not any(op.name.startswith("linalg_vector_norm") for _, op, _ in full.ops())
+
+
 @pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name not in ("reward", "prm")])
 def test_further_micro_batches_repeat_the_first(objective: str) -> None:
     """A reference that is made anew would be counted again."""
@@ -101,6 +116,9 @@ REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("full", {"objective": "dpo", "reference": "adapter-off"}, "reference adapter-off: full has no adapters"),
     ("full", {"objective": "orpo", "reference": "model"}, "reference model: orpo compares with none"),
     ("full", {"objective": "asft", "reference": "precomputed"}, "reference precomputed: asft takes more of it"),
+    ("full", {"objective": "ppo", "reference": "precomputed"}, "reference precomputed: ppo compares with it"),
+    ("loraplus", {"objective": "ppo"}, "objective ppo with the optimizer step of loraplus"),
+    ("full", {"objective": "ppo", "amp": "bf16"}, "objective ppo under autocast with bf16 weights"),
     ("full", {"objective": "dpo", "prompt": 32}, "prompt 32: dpo has logits of prompts too"),
     ("full", {"objective": "grpo", "prompt": 64}, "prompt 64 leaves nothing of seq 64 to a completion"),
     ("full", {"objective": "dpo", "seq": 1}, "no token of seq 1 is predicted by another"),
@@ -115,7 +133,7 @@ def test_what_does_not_go_together_is_refused_in_a_line(method: str, setup: dict
         predict("llama-3.2-1b", method, device="l40s", **{"seq": 64, **setup})
 
 
-@pytest.mark.parametrize("objective", ["dpo", "reward", "prm"])
+@pytest.mark.parametrize("objective", ["dpo", "reward", "prm", "ppo"])
 def test_an_encoder_has_no_such_objective(objective: str) -> None:
     with pytest.raises(UserError, match=f"objective {objective}"):
         predict("bert-large", "full", device="l40s", seq=64, objective=objective)

@@ -43,6 +43,10 @@ OTHERS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("asft", "qwen2", "full", {"reference": "model"}),
     ("ebft", "llama", "lora:r=4", {"batch": 1, "seq": 601, "prompt": 90}),
     ("reward", "qwen2", "lora:r=4", {}),
+    ("ppo", "llama", "lora:r=4", {"reference": "model"}),
+    ("ppo", "qwen2", "full", {"prompt": 5, "grad_accum": 3}),
+    ("ppo", "gpt_neox", "full", {}),
+    ("ppo", "gemma", "top_k:k=1", {}),
 )
 PEAK = 0.02  # as `counts.PEAK_TOLERANCE`
 

@@ -1,4 +1,4 @@
-"""Reference programs of quantised bases: stand-ins of bitsandbytes' layers (`low_bit`) in a real model.
+"""Reference programs of quantised bases: stand-ins of their packages' layers (`low_bit`, `gptq`) in a real model.
 
 Which layers are quantised, and which of them get peft's adapters, is written here from transformers and peft.
 """
@@ -12,24 +12,23 @@ from reference import wrap
 from perfmodel.architectures import Architecture
 from perfmodel.methods.lora import Lora
 from perfmodel.methods.lora_8bit import Lora8bit
+from perfmodel.methods.lora_gptq import LoraGptq
 from perfmodel.methods.parts.quantised import QuantisedLora
 from perfmodel.methods.qlora import QLora
 from perfmodel.setup import Setup
 from perfmodel.tracing.parameters import stood_for
 from perfmodel.tracing.programs.dtypes import TORCH_DTYPES
-from perfmodel.tracing.programs.low_bit import Linear4bit, Linear8bitLt, peft_layer
+from perfmodel.tracing.programs.gptq import GptqLinear
+from perfmodel.tracing.programs.low_bit import Linear4bit, Linear8bitLt, peft_layer, quantised
 
 
 def quantise(model: Any, method: QuantisedLora, architecture: Architecture, setup: Setup) -> Any:
     """The model with quantised linears, prepared if the method says so, and peft's LoRA on the targets."""
-    kind: type = Linear4bit if isinstance(method, QLora) else Linear8bitLt
+    kinds: dict[type, type] = {QLora: Linear4bit, Lora8bit: Linear8bitLt, LoraGptq: GptqLinear}
+    kind = kinds[type(method)]
 
     def make(base: Any) -> Any:
-        if isinstance(method, Lora8bit):
-            return Linear8bitLt(base, method.outliers)
-        assert isinstance(method, QLora)
-        compute = TORCH_DTYPES[method.compute_dtype or setup.dtype]
-        return Linear4bit(base, compute, double_quant=method.double_quant)
+        return quantised(base, method, setup)
 
     model = wrap(model, architecture, lambda name, layer: name != "lm_head", make)
     if method.prepared:

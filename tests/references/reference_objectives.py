@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import convert_outputs_to_fp32
 from helpers import architecture_of, config_of
+from reference_critic import PolicyAndValue, of_values
 
 from perfmodel import methods, objectives
 from perfmodel.methods.parts.targeted import Targeted
@@ -50,6 +51,21 @@ class Run:
             self.chosen, self.rejected = ((half, torch.ones_like(half), half.clone()) for half in self.ids.chunk(2))
         self.nothing = torch.zeros(0)
         self.table = torch.zeros(samples)  # log-probabilities that were made before
+        self.after: Callable[[], None] = lambda: None
+        if self.setup.objective == "ppo":
+            self._rolled_out(samples * self.setup.grad_accum, self.completions.shape[1])
+
+    def _rolled_out(self, count: int, length: int) -> None:
+        """What PPO generates and scores before its steps, and what its loop keeps in variables."""
+        each = torch.zeros(count, length)
+        self.rollouts = {
+            "all_tokens": torch.zeros(count, self.setup.seq, dtype=torch.long), "tokens": each.long(), "logps": each,
+            "advantages": each.clone(), "returns": each.clone(), "outside": each.bool(),
+            "values": each.to(TORCH_DTYPES[self.setup.dtype]),
+        }  # fmt: skip
+        self.drawn_by = torch.zeros(count, length, self.model.config.vocab_size)
+        self.statistics = torch.zeros(1, 1, self.setup.grad_accum)
+        self.variables: dict[str, Any] = {}
 
     @contextmanager
     def without_gradient(self) -> Any:
@@ -338,20 +354,33 @@ def judged(name: str, spec: str, losses: dict[str, Loss], **options: Any) -> cou
     if compares and own and setup.reference != "precomputed":
         lies = replace(setup, dtype=setup.amp) if objective.reference_in_amp and setup.amp else setup
         reference = models.build_model(config, lies, device="cpu").requires_grad_(False).eval()
-    for m in filter(None, (model, reference)):
-        if objective.quiet:  # as TRL's `disable_dropout_in_model`
-            for module in m.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = 0.0
-        if setup.amp:  # as accelerate prepares a model
-            m.forward = convert_outputs_to_fp32(torch.autocast("cpu", TORCH_DTYPES[setup.amp])(m.forward))
+    lying = [] if reference is None else [*reference.parameters()]
+    if setup.objective == "ppo":
+        critic, scorer = (of_values(name, setup) for _ in range(2))
+        model = PolicyAndValue(model, critic)
+        lying += scorer.parameters()
+        setup = replace(setup, clip_grad=False)
+    _prepare(objective, setup, model, reference)
     run = Run(model, reference, setup)
+    lying += [run.drawn_by] if setup.objective == "ppo" else []
 
     def loss() -> torch.Tensor:
         made = losses[setup.objective](run)
         return made / setup.grad_accum if setup.grad_accum > 1 and objective.scaled else made
 
-    beside = [] if reference is None else list(reference.parameters())
     make = partial(updates.make, method=method)
-    trace = trace_step(model, setup, step.optimizer, make=make, real=True, loss_of=loss, beside=beside)
+    trace = trace_step(
+        model, setup, step.optimizer, make=make, real=True, loss_of=loss, after=lambda: run.after(), beside=lying
+    )
     return counts.judge_step(Case(config, spec, setup), step, trace, real=True)
+
+
+def _prepare(objective: Any, setup: Setup, *trained: Any) -> None:
+    """Models as their trainer has them: without dropout, and under autocast as accelerate prepares them."""
+    for m in filter(None, trained):
+        if objective.quiet:  # as TRL's `disable_dropout_in_model`
+            for module in m.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+        if setup.amp:
+            m.forward = convert_outputs_to_fp32(torch.autocast("cpu", TORCH_DTYPES[setup.amp])(m.forward))

@@ -1,8 +1,11 @@
-"""Losses of LLaMA-Factory's and Axolotl's own trainers in plain torch (see `reference_objectives`)."""
+"""Losses of LLaMA-Factory's, Axolotl's and TRL's experimental trainers in plain torch (see `reference_objectives`)."""
 
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
-from reference_objectives import BETA, Loss, Run
+from reference_objectives import BETA, Loss, Run, picked_log_probabilities
 
 
 def asft(run: Run) -> torch.Tensor:
@@ -54,4 +57,55 @@ def ebft(run: Run) -> torch.Tensor:
     return loss
 
 
-OWN_LOSSES: dict[str, Loss] = {"asft": asft, "ebft": ebft}
+def mean_of(values: torch.Tensor, flags: torch.Tensor) -> torch.Tensor:
+    return (values * flags).sum() / flags.sum()
+
+
+def ppo(run: Run) -> torch.Tensor:
+    places, start = np.arange(run.setup.batch), run.prompts.shape[1] - 1
+    t: dict[str, Any] = {"advantages": run.rollouts["advantages"][places], "tokens": run.rollouts["tokens"][places]}
+    all_tokens, drawn_by = run.rollouts["all_tokens"][places], run.rollouts["logps"][places]
+    returns, expected = run.rollouts["returns"][places], run.rollouts["values"][places]
+
+    def outside() -> torch.Tensor:
+        return run.rollouts["outside"][places]
+
+    real = all_tokens != -1
+    at = real.cumsum(1) - real.long()
+    ids = torch.masked_fill(all_tokens, ~real, 0)
+    output, values = run.model(input_ids=ids, attention_mask=real, position_ids=at, output_hidden_states=True)
+    run.variables |= {"output": output, "values": values}
+    logits = output.logits[:, start:-1]
+    logits /= 0.7 + 1e-7
+    each = torch.masked_fill(picked_log_probabilities(logits, t["tokens"]), outside(), 1.0)
+    found = torch.masked_fill(values[:, start:-1].squeeze(-1), outside(), 0)
+    near = torch.clamp(found, expected - 0.2, expected + 0.2)
+    far, less = torch.square(found - returns), torch.square(near - returns)
+    of_values = 0.5 * mean_of(torch.max(far, less), ~outside())
+    clipped_values = mean_of((less > far).float(), ~outside())
+    apart = each - drawn_by
+    ratio = torch.exp(apart)
+    plain = -t["advantages"] * ratio
+    clipped = -t["advantages"] * torch.clamp(ratio, 0.8, 1.2)
+    of_policy = mean_of(torch.max(plain, clipped), ~outside())
+    made = of_policy + 0.1 * of_values
+
+    @torch.no_grad()
+    def after() -> None:
+        share = mean_of((clipped > plain).float(), ~outside())
+        likely = F.softmax(logits, dim=-1)
+        entropy = torch.logsumexp(logits, dim=-1) - torch.sum(likely * logits, dim=-1)
+        run.variables["likely"] = likely
+        distance = 0.5 * (apart**2).mean()
+        for value in (distance, share, of_policy, of_values, clipped_values):
+            run.statistics[0, 0, 0] = value
+        run.statistics[0, 0, 0] = entropy.mean()
+        run.statistics[0, 0, 0] = ratio.mean()
+        if run.setup.grad_accum == 1:
+            run.variables.clear()
+
+    run.after = after
+    return made
+
+
+OWN_LOSSES: dict[str, Loss] = {"asft": asft, "ebft": ebft, "ppo": ppo}

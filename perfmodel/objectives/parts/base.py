@@ -22,6 +22,7 @@ from ...tape.tensor import Parameter, Tensor
 
 _REGISTRY: Registry["Objective"] = Registry("perfmodel.objectives", Path(__file__).parents[1])
 OF_REFERENCE = "reference "  # how the names of its parameters begin
+OF_CRITIC = "value_model."
 C = TypeVar("C", bound="type[Objective]")
 B = TypeVar("B")
 
@@ -63,6 +64,7 @@ class Objective:
         compares: whether it needs the log-probabilities of a reference: "" never, "always", or "if named" in the setup.
         reference_in_amp: whether a reference of its own lies in memory in the dtype of autocast, if there is one.
         scaled: whether the loss is divided by the number of micro-batches.
+        clips: whether its trainer clips gradients where the setup says so.
         of: what it trains, where that is no language model.
         beside: what its trainer does besides the step.
     """
@@ -74,6 +76,7 @@ class Objective:
     compares: ClassVar[str] = ""
     reference_in_amp: ClassVar[bool] = False
     scaled: ClassVar[bool] = True
+    clips: ClassVar[bool] = True
     of: ClassVar[str] = ""
     beside: ClassVar[str] = ""
 
@@ -90,6 +93,10 @@ class Objective:
     def loss(self, passes: "Passes") -> Tensor:
         """Record the passes of a micro-batch; returns the loss, a scalar."""
         raise TypeError(f"{type(self).__name__} must define loss")
+
+    def held_bytes(self, architecture: Architecture, setup: Setup) -> Dim:
+        """Bytes that its trainer keeps while steps are made, beside models and optimizer state."""
+        return 0
 
     def told(self, method: Method, setup: Setup) -> str:
         """What an answer has to say."""
@@ -135,13 +142,17 @@ class Passes:
         model: the scope of the model that trains.
         method: its method, with dropout as its trainer has it.
         setup: of the step.
-        frozen: parameters of the reference by name, where it is a model of its own.
+        frozen: parameters by name of models that do not train: the reference, where it is one of its own.
+        critic: those of a second model that trains.
+        after: what is left to do once gradients are there.
     """
 
     model: Scope
     method: Method
     setup: Setup
     frozen: dict[str, Parameter] = field(default_factory=dict)
+    critic: dict[str, Parameter] = field(default_factory=dict)
+    after: Callable[[], None] | None = None
 
     def tensor(self, *shape: Dim, dtype: str = "i64") -> Tensor:
         """An input of the step; rows and tokens of a row if no shape is given."""

@@ -1,4 +1,4 @@
-"""bitsandbytes' linear layers in 4 and 8 bit as it computes them, without the package, and peft's LoRA on them.
+"""bitsandbytes' linear layers in 4 and 8 bit as it computes them, without the package, and peft's LoRA on such bases.
 
 Its kernels are stand-ins: custom ops that take and allocate what the real ones do and compute the same, slowly, in
 plain torch. The Python code around them is written from the package's public sources (bitsandbytes/nn/modules.py,
@@ -17,18 +17,21 @@ from unittest import mock
 import peft.import_utils
 import peft.tuners.lora as peft_lora
 import torch
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 from transformers.pytorch_utils import Conv1D
 
 from ...architectures import Architecture
 from ...methods.lora_8bit import Lora8bit
+from ...methods.lora_gptq import LoraGptq
 from ...methods.parts.quantised import QuantisedLora
 from ...methods.parts.targeted import ALL_LINEAR
 from ...methods.qlora import QLora
 from ...setup import Setup
 from .dtypes import TORCH_DTYPES
 from .experts import quantise_experts
+from .gptq import GptqLinear
 from .models import lora
 from .references import as_lora
 
@@ -249,7 +252,9 @@ class Linear8bitLt(nn.Module):
 
 @cache
 def peft_layer(kind: type) -> Any:
-    """peft's own LoRA layer for a layer of `bitsandbytes.nn`: its module, loaded with stand-ins of bitsandbytes."""
+    """peft's own LoRA layer for a quantised one; bitsandbytes' is loaded with stand-ins of the package."""
+    if kind is GptqLinear:
+        return GPTQLoraLinear
     stub = ModuleType("bitsandbytes")
     stub.nn = ModuleType("bitsandbytes.nn")  # type: ignore[attr-defined]
     setattr(stub.nn, kind.__name__, kind)
@@ -267,27 +272,30 @@ def peft_layer(kind: type) -> Any:
     return getattr(module, kind.__name__)
 
 
+def quantised(base: Any, method: QuantisedLora, setup: Setup) -> Any:
+    """A linear layer in the form that a method wants its base in."""
+    if isinstance(method, QLora):
+        return Linear4bit(base, TORCH_DTYPES[method.compute_dtype or setup.dtype], double_quant=method.double_quant)
+    if isinstance(method, LoraGptq):
+        return GptqLinear(base, method.bits, method.group_size)
+    assert isinstance(method, Lora8bit)
+    return Linear8bitLt(base, method.outliers)
+
+
 def apply_low_bit(model: Any, method: QuantisedLora, architecture: Architecture, setup: Setup) -> Any:
     """The model with quantised layers in the place of all linear ones but the head, and peft's LoRA on the targets."""
-
-    def make(base: Any) -> Any:
-        if isinstance(method, QLora):
-            compute = TORCH_DTYPES[method.compute_dtype or setup.dtype]
-            return Linear4bit(base, compute, double_quant=method.double_quant)
-        assert isinstance(method, Lora8bit)
-        return Linear8bitLt(base, method.outliers)
 
     head = model.get_output_embeddings()
     # a subclass computes something else (`replace_with_bnb_linear` of transformers)
     plain = (n for n, m in model.named_modules() if (type(m) is nn.Linear or isinstance(m, Conv1D)) and m is not head)
     found = list(plain)
     for name in found:
-        model.set_submodule(name, make(model.get_submodule(name)))
+        model.set_submodule(name, quantised(model.get_submodule(name), method, setup))
     if method.experts:
         bits = 4 if isinstance(method, QLora) else 8
         quantise_experts(model, bits=bits, double_quant=getattr(method, "double_quant", True))
     if method.prepared:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     targets = tuple(found) if method.target_names == (ALL_LINEAR,) else method.targets
-    layers = {kind: peft_layer(kind) for kind in (Linear4bit, Linear8bitLt)}
+    layers = {kind: peft_layer(kind) for kind in (Linear4bit, Linear8bitLt, GptqLinear)}
     return lora(model, as_lora(method, targets=targets), architecture, layers=layers)
