@@ -16,6 +16,7 @@ ATTENTION = ("sdpa", "eager", "flash2")
 OPTIMIZERS = optimizers.optimizer_names()
 CHECKPOINT = ("none", "block", "block-reentrant")
 KERNELS = ("torch", "liger")
+FP8 = ("none", "tensorwise", "padded", "rowwise")  # recipes of `tape.packages.float8`
 COMPILE = ("none", "default", "reduce-overhead")
 CUDA = (12, 13)
 ENGINES = ("torch", "deepspeed-zero3")
@@ -49,6 +50,8 @@ class Setup:
         kernels: torch, or liger: Liger's fused RMSNorm, rotary positions, SwiGLU and linear cross entropy.
         compile: what `torch.compile` does to the model: none, default (fused kernels), or reduce-overhead (the same,
             and forward and backward are each a CUDA graph).
+        fp8: how products of linear layers run in 8-bit floats, as accelerate converts a model with torchao: none, or a
+            recipe of `perfmodel.tape.packages.float8`. The first and the last linear layer stay as they are.
         padded: whether some samples of a batch are padded to `seq`: then sdpa gets an explicit mask, which costs it the
             flash kernel, copies of the grouped keys and values, and the causal saving.
         routing: how evenly the routers of a mixture of experts load them: balanced, or zipf:EXPONENT, by which the
@@ -86,6 +89,7 @@ class Setup:
     padded: bool = False
     kernels: str = "torch"
     compile: str = "none"
+    fp8: str = "none"
     engine: str = "torch"
     routing: str = "balanced"
     objective: str = "sft"
@@ -107,7 +111,7 @@ class Setup:
             raise UserError("grad_accum must be one integer")
         for name, choices in (
             ("dtype", DTYPES), ("optimizer", OPTIMIZERS), ("checkpoint", CHECKPOINT), ("attention", ATTENTION),
-            ("kernels", KERNELS), ("compile", COMPILE), ("engine", ENGINES), ("objective", OBJECTIVES),
+            ("kernels", KERNELS), ("compile", COMPILE), ("fp8", FP8), ("engine", ENGINES), ("objective", OBJECTIVES),
             ("reference", REFERENCES), ("packing", PACKING),
         ):  # fmt: skip
             one_of(name, getattr(self, name), choices)

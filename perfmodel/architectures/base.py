@@ -10,14 +10,14 @@ from ..program.dims import Dim
 from ..program.part import Part
 from ..registry import Registry
 from ..setup import Setup
-from ..tape import linalg, nn, pointwise
+from ..tape import nn, pointwise
 from ..tape.attention import soft_capped
 from ..tape.checkpoint import checkpoint
 from ..tape.core import tape
-from ..tape.inplace import add_to_output
 from ..tape.packages.varlen import PackedRows
 from ..tape.tensor import Parameter, Tensor
 from .config import Config
+from .linear import Linear
 from .runs import runs_of_layers
 from .tasks import Classifier, classifier_of
 from .traits import Traits
@@ -145,6 +145,10 @@ class Architecture:
         """Names of the linear layers inside a block, relative to it (`self_attn.q_proj`)."""
         raise TypeError(f"{type(self).__name__} must define linear_names")
 
+    def first_linear(self) -> str:
+        """The name of a block's linear layer that its module makes first."""
+        return self.linear_names()[0]
+
     def stacked_names(self) -> list[str]:
         """Names of a block's weights that are no linear layer's: those of all its experts, and its router's."""
         return []
@@ -159,9 +163,9 @@ class Rewrites(Protocol):
     def base_dtype(self, dtype: str) -> str: ...
     def dtype_of_trained(self, dtype: str) -> str: ...
     def checkpoints(self, layer: int) -> bool: ...
-    def linear(self, layer: "Linear", x: Tensor) -> Tensor: ...
-    def qkv(self, layers: tuple["Linear", ...], x: Tensor) -> list[Tensor] | None: ...
-    def mlp(self, layers: tuple["Linear", ...], x: Tensor) -> Tensor | None: ...
+    def linear(self, layer: Linear, x: Tensor) -> Tensor: ...
+    def qkv(self, layers: tuple[Linear, ...], x: Tensor) -> list[Tensor] | None: ...
+    def mlp(self, layers: tuple[Linear, ...], x: Tensor) -> Tensor | None: ...
     def sublayer(self, layer: "Scope", name: str, x: Tensor, residual: Tensor, norm: str | None) -> Tensor: ...
     def stacked_weight(self, layer: "Scope", name: str, shape: tuple[Any, ...]) -> Tensor: ...
     def stacked(self, layer: "Scope", name: str, weight: Tensor, *, flipped: bool) -> Tensor: ...
@@ -194,43 +198,6 @@ class Build:
     def keep(self, key: Any, value: Tensor) -> None:
         """`self.key = value` of a module."""
         self.kept[key] = value, tape().part
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear layer as a method sees it. Weight (n_out, n_in), or (n_in, n_out) for GPT-2's Conv1D.
-
-    `by_matmul`: it multiplies by the transposed weight in Python (Falcon's), without a bias.
-    """
-
-    scope: "Scope"
-    name: str
-    n_in: int
-    n_out: int
-    has_bias: bool
-    conv1d: bool = False
-    by_matmul: bool = False
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The base layer: y = x·Wᵀ (+ b)."""
-        shape = (self.n_in, self.n_out) if self.conv1d else (self.n_out, self.n_in)
-        weight = self.scope.parameter(f"{self.name}.weight", shape, "weight")
-        bias = self.scope.parameter(f"{self.name}.bias", (self.n_out,), "bias") if self.has_bias else None
-        with tape().belonging_to("base"):
-            if self.conv1d:
-                assert bias is not None
-                return linalg.conv1d(x, weight, bias)
-            if self.by_matmul:
-                return linalg.matmul_linear(x, weight)
-            return linalg.linear(x, weight, bias)
-
-    def add_to(self, result: Tensor, other: Tensor) -> Tensor:
-        """`result += other` on this layer's output: a view of a matrix where the product has a bias."""
-        return add_to_output(result, other, viewed=self.has_bias)
-
-    def adapter(self, name: str, shape: tuple[Any, ...], dtype: str, *, trainable: bool = True) -> Parameter:
-        """A parameter that the method adds to this layer."""
-        return self.scope.parameter(f"{self.name}.{name}", shape, "adapter", dtype=dtype, trainable=trainable)
 
 
 class Scope:

@@ -106,7 +106,7 @@ def rows(
         add_once(ROWS, name, CallRow(work, launches, why, waits, products, flops))
 
 
-rows("product", "mm mm.out", products=mm)
+rows("product", "mm mm.out _scaled_mm", products=mm)
 rows("product", "addmm addmm_ addmm.out", products=addmm)
 rows("product", "bmm", products=bmm)
 rows("product", "baddbmm", products=baddbmm)
@@ -150,7 +150,7 @@ rows("stream", "isinf", 2, "absolute values, then a comparison")
 rows("sequence", "cumsum", 2, "scan in two passes (CUB)")
 rows("divide", "div reciprocal addcdiv")
 rows("root", "sqrt rsqrt")
-rows("exponential", "exp log erf log1p expm1 xlogy")
+rows("exponential", "exp exp2 log log2 erf log1p expm1 xlogy")
 rows("sigmoid", "sigmoid sigmoid_backward silu silu_backward softplus softplus_backward")
 rows("sigmoid", "log_sigmoid_forward log_sigmoid_backward")
 rows("tanh", "tanh")

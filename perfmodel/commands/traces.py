@@ -15,6 +15,8 @@ INSTEAD = (
     ("kernels", "liger", "torch", "without Liger's kernels"),
     ("compile", "default", "none", "without torch.compile"),
     ("compile", "reduce-overhead", "none", "without torch.compile"),
+    ("fp8", "tensorwise", "none", "products in bf16, not in fp8 (fp8)"),
+    ("fp8", "padded", "none", "products in bf16, not in fp8 (fp8)"),
     ("engine", "deepspeed-zero3", "torch", "one GPU, without ZeRO-3"),
 )
 FULL = ("full", "galore", "apollo", "badam")  # methods that train every weight

@@ -19,6 +19,7 @@ from .fields import (
     dtype_in_trl,
     engine,
     flavour,
+    float8,
     fsdp,
     half,
     low_bits,
@@ -89,7 +90,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "optimizer": optimizer_name(keys, "optimizer", OPTIMIZERS["adamw_torch_fused"]),
         "checkpoint": _checkpoint(keys, checkpoints=checkpointed),
         "attention": _attention(keys),
-        "compile": compiled(keys),
+        "compile": (compile := compiled(keys)),
+        "fp8": float8(keys, "tensorwise", compile),  # `additional_accelerator_args`
         "clip_grad": clips(keys, "max_grad_norm", keys.number("gradient_clipping", 1.0)),
         "kernels": _kernels(keys),
     }

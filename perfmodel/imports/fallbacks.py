@@ -7,9 +7,13 @@ from typing import Any
 from .. import methods
 from ..architectures.base import Architecture
 from ..architectures.names import bundled_for
+from ..errors import UserError
 from ..methods.lora import Lora
 from ..methods.parts.quantised import QuantisedLora
 from ..methods.parts.targeted import ALL_LINEAR, unmatched
+from ..recording.float8 import check_float8
+from ..setup import Setup
+from .fields import NOT_FP8
 from .read import Imported
 
 BY_MODULE = ("Axolotl", "LLaMA-Factory", "LLaMA-Factory v1")  # they name every `nn.Linear` (`find_all_linear_names`, …)
@@ -39,10 +43,22 @@ def fallbacks(found: Imported, architecture: Architecture) -> Iterator[Fallback]
         yield Fallback("attention", instead, f"{instead} attention, not {asked}, which is not modelled for the model")
     if found.setup.get("kernels") == "liger" and "liger" not in traits.fused:
         yield Fallback("kernels", "torch", "PyTorch's kernels, not Liger's, which are not modelled for the model")
+    if found.setup.get("fp8", "none") != "none" and not _takes_float8(found, architecture):
+        yield Fallback("fp8", "none", f"{NOT_FP8} (fp8)")
     if TEXT_ALONE in architecture.note:
         yield Fallback("model", found.model, TEXT_ALONE)
     if found.method is not None:
         yield from _of_method(found, methods.parse(found.method), architecture)
+
+
+def _takes_float8(found: Imported, architecture: Architecture) -> bool:
+    """Whether float8 products are modelled for the model and what a config trains of it."""
+    try:
+        setup = Setup(fp8=found.setup["fp8"], engine=found.setup["engine"])
+        check_float8(architecture, methods.parse(found.method or "full"), setup)
+    except UserError:
+        return False
+    return True
 
 
 def unpacked(model: str, found: Imported) -> str:

@@ -7,7 +7,6 @@ import numpy as np
 
 from ..errors import UserError, nearest
 from ..program.dims import decide
-from ..tape.linalg import linear
 from ..tape.packages.lora_kernels import Adapted, lorafusion_linear, unsloth_linear, unsloth_mlp, unsloth_qkv
 from ..tape.pointwise import add, cast, dropout, mul
 from ..tape.tensor import Parameter, Tensor
@@ -143,7 +142,7 @@ class Lora(Targeted):
         a, b = self.weights(layer, dtype)
         result_dtype = result.dtype
         x = cast(x, dtype)
-        result = add(result, mul(linear(linear(dropout(x, self.dropout), a), b), self.alpha))
+        result = add(result, mul(layer.product(layer.product(dropout(x, self.dropout), a), b), self.alpha))
         return cast(result, result_dtype)
 
     def qkv(self, layers: tuple[Linear, ...], x: Tensor) -> list[Tensor] | None:

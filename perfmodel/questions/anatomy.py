@@ -144,14 +144,7 @@ def timed_ops(p: Prediction) -> Iterator[tuple[Part, Op, float, int]]:
 def floors(op: Op, on: DeviceProfile) -> tuple[float, float]:
     """Seconds of an op's FLOPs at the peak of its dtype, and of its bytes at the memory's bandwidth."""
     moved = op.bytes_read + op.bytes_written
-    return costs.flops(op) / on.hardware.peak(operand_dtype(op)), moved / on.hardware.memory_bandwidth
-
-
-def operand_dtype(op: Op) -> str:
-    """The dtype that an op computes in: of attention its first operand's, the last of the others are statistics."""
-    if not op.inputs:
-        return op.outputs[0].dtype if op.outputs else "fp32"
-    return op.inputs[0 if costs.kind(op) == "attention" else -1].dtype
+    return costs.flops(op) / on.hardware.peak(costs.operand_dtype(op)), moved / on.hardware.memory_bandwidth
 
 
 def dissect(p: Prediction, on: DeviceProfile, by: Host) -> Anatomy:
