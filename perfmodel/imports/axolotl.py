@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from ..architectures.config import KEPT_IN_MXFP4
 from ..errors import UserError
 from ..methods.lora import TOGETHER
 from ..methods.parts.targeted import ALL_LINEAR, is_pattern
@@ -44,6 +45,7 @@ LISA_STATES = "a new optimizer at each switch of blocks; Axolotl keeps the state
 OWN_CODE = re.compile(r"kimi-?linear|deepseek-?v2|deepseek-?v3(?!\.2)", re.IGNORECASE)
 # Models whose embeddings and norms have names that Axolotl does not know (`get_linear_embedding_layers`, "norm")
 UNNAMED = re.compile(r"gpt-?j|gpt-?2|cerebras-gpt|starcoder(?!2)|mpt-|bloom", re.IGNORECASE)
+OTHER_KIND = "quantised base weights of this kind are not modelled"
 PLAIN_CODE = "transformers' own code of the model, whose experts are stacked"
 STACKED = f"{PLAIN_CODE} and stay in 16 bit"
 QWEN_OF_2023 = re.compile(r"qwen-(1[._]8|7|14|72)b", re.IGNORECASE)  # its config.json: "use_flash_attn": "auto"
@@ -114,11 +116,13 @@ def _check(keys: Keys, adapter: str | None) -> None:
     if not adapter:
         keys.refuse("gptq", "quantised weights cannot be trained without an adapter")
         keys.refuse("load_in_8bit", "quantised weights cannot be trained without an adapter")
+    packed = keys.get("model_quantization_config") == "Mxfp4Config"
+    why = f"{KEPT_IN_MXFP4}; add model_quantization_config_kwargs: {{dequantize: true}}" if packed else OTHER_KIND
     options = keys.get("model_quantization_config_kwargs")
     if isinstance(options, dict) and options.get("dequantize"):
         keys.used.add("model_quantization_config")  # a 16-bit model then
     else:
-        keys.refuse("model_quantization_config", "quantised base weights of this kind are not modelled")
+        keys.refuse("model_quantization_config", why)
 
 
 def _keeps_fp32(keys: Keys, adapter: str | None, dtype: str | None) -> bool:

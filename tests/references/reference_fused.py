@@ -29,7 +29,8 @@ def quantise(model: Any, method: QuantisedLora, architecture: Architecture, setu
             return Linear8bitLt(base, method.outliers)
         assert isinstance(method, QLora)
         compute = TORCH_DTYPES[method.compute_dtype or setup.dtype]
-        return Linear4bit(base, compute, double_quant=method.double_quant)
+        storage = TORCH_DTYPES[method.quant_storage]
+        return Linear4bit(base, compute, double_quant=method.double_quant, storage=storage)
 
     model = wrap(model, architecture, lambda name, layer: name != "lm_head", make)
     if method.prepared:
