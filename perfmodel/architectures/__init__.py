@@ -1,8 +1,8 @@
 """Transformer architectures: dims from a Hugging Face config.json, and the forward pass of each."""
 
-from .base import Architecture, Build, Scope, architecture, from_config, has_form, supported
+from .base import Architecture, Build, Linear, Scope, architecture
 from .config import Config, load
-from .linear import Linear
+from .found import from_config, has_form, supported
 from .names import model_names
 
 __all__ = [

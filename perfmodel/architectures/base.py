@@ -1,30 +1,31 @@
 """What an architecture is, and the scopes in which its forward pass makes parameters and layers."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from ..errors import UserError, nearest
 from ..program.dims import Dim
 from ..program.part import Part
 from ..registry import Registry
 from ..setup import Setup
-from ..tape import nn, pointwise
+from ..tape import linalg, nn, pointwise
 from ..tape.attention import soft_capped
 from ..tape.checkpoint import checkpoint
 from ..tape.core import tape
+from ..tape.inplace import add_to_output
+from ..tape.packages.fake_quant import rounded_operands
+from ..tape.packages.float8 import linear_or_float8
 from ..tape.packages.varlen import PackedRows
 from ..tape.tensor import Parameter, Tensor
 from .config import Config
-from .linear import Linear
 from .runs import runs_of_layers
-from .tasks import Classifier, classifier_of
+from .tasks import Classifier
 from .traits import Traits
 
 INSIDE = ("block", "attention", "mlp", "activation")  # modules that run in a block beside its linear layers and norms
 WORDS = ("embed_tokens", "embed_in", "wte", "word_embeddings")  # what transformers calls the embedding of the words
-_REGISTRY: Registry[type["Architecture"]] = Registry(__package__, Path(__file__).parent)
+REGISTRY: Registry[type["Architecture"]] = Registry(__package__, Path(__file__).parent)
 A = TypeVar("A", bound="Architecture")
 
 
@@ -36,40 +37,10 @@ def architecture(*model_types: str) -> Callable[[type[A]], type[A]]:
             if not hasattr(cls, trait):
                 raise TypeError(f"architecture {cls.__name__} must define {trait}")
         for model_type in model_types:
-            _REGISTRY.add(model_type, cls)
+            REGISTRY.add(model_type, cls)
         return cls
 
     return register
-
-
-def supported() -> list[str]:
-    """The model types that the tape knows."""
-    return list(_REGISTRY.all())
-
-
-def has_form(model_type: str) -> bool:
-    """Whether the tape knows a model type."""
-    return _REGISTRY.get(model_type) is not None
-
-
-def from_config(config: Config) -> "Architecture":
-    """The architecture of a config.json.
-
-    Raises:
-        UserError: unknown model_type, missing or mistyped keys, dims that do not fit together.
-    """
-    model_type = config.kind
-    found = _REGISTRY.get(model_type)
-    if found is None:
-        close = nearest(model_type, supported())
-        did_you_mean = f" ({close})" if close.startswith("did") else ""
-        raise UserError(
-            f"{config.origin}: model_type {model_type!r} has no built-in form{did_you_mean}: add --traced, or use "
-            f"one of {', '.join(supported())}"
-        )
-    config.check_unpacked()
-    made = found.from_config(config)
-    return replace(made, classifier=classifier_of(config, made.traits))
 
 
 @dataclass(frozen=True)
@@ -160,9 +131,9 @@ class Rewrites(Protocol):
     def base_dtype(self, dtype: str) -> str: ...
     def dtype_of_trained(self, dtype: str) -> str: ...
     def checkpoints(self, layer: int) -> bool: ...
-    def linear(self, layer: Linear, x: Tensor) -> Tensor: ...
-    def qkv(self, layers: tuple[Linear, ...], x: Tensor) -> list[Tensor] | None: ...
-    def mlp(self, layers: tuple[Linear, ...], x: Tensor) -> Tensor | None: ...
+    def linear(self, layer: "Linear", x: Tensor) -> Tensor: ...
+    def qkv(self, layers: tuple["Linear", ...], x: Tensor) -> list[Tensor] | None: ...
+    def mlp(self, layers: tuple["Linear", ...], x: Tensor) -> Tensor | None: ...
     def sublayer(self, layer: "Scope", name: str, x: Tensor, residual: Tensor, norm: str | None) -> Tensor: ...
     def stacked_weight(self, layer: "Scope", name: str, shape: tuple[Any, ...]) -> Tensor: ...
     def stacked(self, layer: "Scope", name: str, weight: Tensor, *, flipped: bool) -> Tensor: ...
@@ -195,6 +166,52 @@ class Build:
     def keep(self, key: Any, value: Tensor) -> None:
         """`self.key = value` of a module."""
         self.kept[key] = value, tape().part
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer as a method sees it. Weight (n_out, n_in), or (n_in, n_out) for GPT-2's Conv1D.
+
+    `by_matmul`: it multiplies by the transposed weight in Python (Falcon's), without a bias.
+    """
+
+    scope: "Scope"
+    name: str
+    n_in: int
+    n_out: int
+    has_bias: bool
+    conv1d: bool = False
+    by_matmul: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The base layer: y = x·Wᵀ (+ b)."""
+        shape = (self.n_in, self.n_out) if self.conv1d else (self.n_out, self.n_in)
+        weight = self.scope.parameter(f"{self.name}.weight", shape, "weight")
+        bias = self.scope.parameter(f"{self.name}.bias", (self.n_out,), "bias") if self.has_bias else None
+        with tape().belonging_to("base"):
+            if self.conv1d:
+                assert bias is not None
+                return linalg.conv1d(x, weight, bias)
+            setup = self.scope.build.setup
+            if setup.qat_group is not None:
+                return linalg.linear(*rounded_operands(x, weight, setup.qat_group), bias)
+            if self.by_matmul:
+                return linalg.matmul_linear(x, weight)
+            return linear_or_float8(x, weight, bias, "none" if self._stays else setup.fp8)
+
+    @property
+    def _stays(self) -> bool:
+        """Whether accelerate leaves the layer out of a conversion to float8: the model's first, and its head."""
+        first = self.scope.layer == 0 and self.name == self.scope.build.architecture.first_linear()
+        return first or self.scope.layer is None
+
+    def add_to(self, result: Tensor, other: Tensor) -> Tensor:
+        """`result += other` on this layer's output: a view of a matrix where the product has a bias."""
+        return add_to_output(result, other, viewed=self.has_bias)
+
+    def adapter(self, name: str, shape: tuple[Any, ...], dtype: str, *, trainable: bool = True) -> Parameter:
+        """A parameter that the method adds to this layer."""
+        return self.scope.parameter(f"{self.name}.{name}", shape, "adapter", dtype=dtype, trainable=trainable)
 
 
 class Scope:
@@ -265,7 +282,11 @@ class Scope:
         """Logits of a causal model: through the embedding's weight where it is tied, else an own linear layer."""
         if self.build.architecture.tied:
             own = self.parameter("lm_head.bias", (vocab,), "bias") if bias else None
-            logits = self.build.method.head(self, hidden, self.tied_weight(embedding), own)
+            weight = self.tied_weight(embedding)
+            if group := self.build.setup.qat_group:
+                logits = linalg.linear(*rounded_operands(hidden, weight, group), own)
+            else:
+                logits = self.build.method.head(self, hidden, weight, own)
         else:
             logits = self.linear("lm_head", hidden, vocab, bias=bias)
         return soft_capped(logits) if self.build.architecture.logit_cap else logits

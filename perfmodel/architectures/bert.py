@@ -15,9 +15,8 @@ from ..tape.split import select
 from ..tape.tensor import Tensor
 from . import masks
 from .attend import attend
-from .base import Architecture, Scope, architecture
+from .base import Architecture, Linear, Scope, architecture
 from .config import Config
-from .linear import Linear
 from .norms import layer_norm
 from .traits import Targets, Traits
 

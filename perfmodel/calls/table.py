@@ -176,7 +176,7 @@ rows("put", "scatter_add_")
 rows("put", "index_add_")
 rows("put", "index_add", 2, "copies the tensor, then adds the rows")
 rows("put", "index_copy", 2, "copies the tensor, then the rows")
-rows("reduction", "sum mean linalg_vector_norm amax argmax max min any all nansum")
+rows("reduction", "sum mean linalg_vector_norm amax amin argmax max min any all nansum")
 rows("softmax", "_softmax _log_softmax _safe_softmax")
 rows(
     "softmax_backward",

@@ -174,6 +174,9 @@ def _how() -> tuple[Decorator, ...]:
         click.option("--fp8", type=click.Choice(FP8), default="none", show_default=True,
                      help="Linear layers in 8-bit floats, as accelerate and torchao train them; padded: "
                      "accelerate's own recipe, tensorwise with summed dims padded to 16."),
+        click.option("--qat", default="none", show_default=True,
+                     help="torchao's fake quantisation of linear layers: int8-int4:32, inputs to 8 bit, weights to 4 "
+                     "in groups of 32."),
         click.option("--routing", default="balanced", show_default=True,
                      help="Load of a mixture's experts: balanced, or zipf:1.1 (a share falls with its rank)."),
         click.option("--objective", type=click.Choice(OBJECTIVES), default="sft", show_default=True,

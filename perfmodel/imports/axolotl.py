@@ -13,6 +13,7 @@ from .fields import (
     ALL_OF_LIGER,
     FLASH,
     FLASH_2_FOR_3,
+    NOT_QAT,
     OPTIMIZERS,
     checkpoint_kind,
     clips,
@@ -93,6 +94,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "checkpoint": _checkpoint(keys, checkpoints=checkpointed),
         "attention": _attention(keys),
         "compile": (compile := compiled(keys)),
+        "qat": _fake_quantised(keys),
         "fp8": float8(keys, "tensorwise", compile),  # `additional_accelerator_args`
         "clip_grad": clips(keys, "max_grad_norm", keys.number("gradient_clipping", 1.0)),
         "kernels": _kernels(keys),
@@ -100,7 +102,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     setup |= objective
     if _keeps_fp32(keys, adapter, dtype):
         keys.differ("embeddings and norms in the dtype of the rest, not in fp32")
-    notes = []
+    after = keys.values["qat"].get("fake_quant_after_n_steps") if setup["qat"] != "none" else None
+    notes = [f"a step with fake quantisation; the first {after} have none"] if after else []
     packing.packed_by_axolotl(keys, setup, _asked_attention(keys))
     padded = keys.flag("pad_to_sequence_len")
     if setup.get("packing", "none") == "none":
@@ -284,6 +287,19 @@ def _fuses_by_default(keys: Keys) -> bool:
     eight = values.get("adapter") == "lora" and values.get("load_in_8bit")
     fsdp_1 = values.get("fsdp_config") is not None and str(values.get("fsdp_version")) != "2"
     return not (said or eight or fsdp_1 or any(values.get(key) for key in PLAIN_ADAPTERS))
+
+
+def _fake_quantised(keys: Keys) -> str:
+    """The setup's `qat`; the steps before `fake_quant_after_n_steps` run without (`prepare_model_for_qat`)."""
+    asked = keys.get("qat")
+    if not asked:
+        return "none"
+    options = asked if isinstance(asked, dict) else {}
+    kind, group = (options.get("activation_dtype"), options.get("weight_dtype")), options.get("group_size", 32)
+    if kind != ("int8", "int4") or not isinstance(group, int) or options.get("quantize_embedding"):
+        keys.differ(NOT_QAT, "qat")
+        return "none"
+    return f"int8-int4:{group}"
 
 
 def _full(keys: Keys) -> str:

@@ -11,9 +11,9 @@ from ..errors import UserError
 from ..methods.lora import Lora
 from ..methods.parts.quantised import QuantisedLora
 from ..methods.parts.targeted import ALL_LINEAR, unmatched
-from ..recording.float8 import check_float8
+from ..recording.converted import check_converted
 from ..setup import Setup
-from .fields import NOT_FP8
+from .fields import NOT_FP8, NOT_QAT
 from .read import Imported
 
 BY_MODULE = ("Axolotl", "LLaMA-Factory", "LLaMA-Factory v1")  # they name every `nn.Linear` (`find_all_linear_names`, …)
@@ -43,19 +43,20 @@ def fallbacks(found: Imported, architecture: Architecture) -> Iterator[Fallback]
         yield Fallback("attention", instead, f"{instead} attention, not {asked}, which is not modelled for the model")
     if found.setup.get("kernels") == "liger" and "liger" not in traits.fused:
         yield Fallback("kernels", "torch", "PyTorch's kernels, not Liger's, which are not modelled for the model")
-    if found.setup.get("fp8", "none") != "none" and not _takes_float8(found, architecture):
-        yield Fallback("fp8", "none", f"{NOT_FP8} (fp8)")
+    for option, said in (("fp8", NOT_FP8), ("qat", NOT_QAT)):
+        if found.setup.get(option, "none") != "none" and not _converts(found, option, architecture):
+            yield Fallback(option, "none", f"{said} ({option})")
     if TEXT_ALONE in architecture.note:
         yield Fallback("model", found.model, TEXT_ALONE)
     if found.method is not None:
         yield from _of_method(found, methods.parse(found.method), architecture)
 
 
-def _takes_float8(found: Imported, architecture: Architecture) -> bool:
-    """Whether float8 products are modelled for the model and what a config trains of it."""
+def _converts(found: Imported, option: str, architecture: Architecture) -> bool:
+    """Whether torchao's linear layers are modelled for the model and what a config trains of it."""
+    setup = Setup(**{name: found.setup[name] for name in (option, "engine", "compile")})
     try:
-        setup = Setup(fp8=found.setup["fp8"], engine=found.setup["engine"])
-        check_float8(architecture, methods.parse(found.method or "full"), setup)
+        check_converted(architecture, methods.parse(found.method or "full"), setup)
     except UserError:
         return False
     return True

@@ -43,6 +43,7 @@ COMPILE = {
 OFFLOADS = ("offload_optimizer", "offload_param")
 ACROSS_SAMPLES = "attention across packed samples"
 NOT_FP8 = "products in bf16, not in fp8"
+NOT_QAT = "without fake quantisation"
 FLASH_2_FOR_3 = "flash-attn 2, not 3"
 UNDER_ZERO_3 = "one GPU under ZeRO-3"
 ALL_OF_LIGER = "all of Liger's kernels"

@@ -7,8 +7,7 @@ from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
-from ...architectures.base import Architecture, Scope
-from ...architectures.linear import Linear
+from ...architectures.base import Architecture, Linear, Scope
 from ...errors import UserError, nearest
 from ...optimizers import Update
 from ...program.dims import Dim

@@ -3,7 +3,7 @@
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from ...architectures.linear import Linear
+from ...architectures.base import Linear
 from ...methods.parts.base import Method
 from ...methods.parts.targeted import Targeted
 from ...tape.tensor import Tensor

@@ -17,6 +17,7 @@ from ...program.op import Attrs
 from ..autograd import differentiate
 from ..core import emit, record, tape
 from ..custom import as_rows, python_function
+from ..linalg import linear
 from ..pointwise import _elementwise, add, cast, mul
 from ..shape import clone, reshape, t
 from ..tensor import Grads, Node, Tensor
@@ -35,6 +36,13 @@ class Scaled(NamedTuple):
     def turned(self) -> "Scaled":
         """The transpose of a matrix."""
         return Scaled(t(self.values), t(self.scale) if self.scale.shape else self.scale)
+
+
+def linear_or_float8(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: str) -> Tensor:
+    """An `nn.Linear`, converted by a recipe (or "none") if its dims are multiples of 16 (`filter_linear_layers`)."""
+    if recipe == "none" or not all(decide(n % MULTIPLE == 0) for n in weight.shape):
+        return linear(x, weight, bias)
+    return float8_linear(x, weight, bias, recipe)
 
 
 def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: str) -> Tensor:
