@@ -1,5 +1,6 @@
 """The training setup: everything about a step that is neither model, method nor device."""
 
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -16,6 +17,8 @@ DTYPES = ("bf16", "fp16", "fp32")
 ATTENTION = ("sdpa", "eager", "flash2")
 CHECKPOINT = ("none", "block", "block-reentrant")
 KERNELS = ("torch", "liger")
+FP8 = ("none", "tensorwise", "padded", "rowwise")  # recipes of `tape.packages.float8`
+QAT = re.compile(r"none|int8-int4:[1-9]\d{0,5}")  # of inputs, of weights, and weights that share a scale
 COMPILE = ("none", "default", "reduce-overhead")
 CUDA = (12, 13)
 ENGINES = ("torch", "deepspeed-zero3")
@@ -49,6 +52,10 @@ class Setup:
         kernels: torch, or liger: Liger's fused RMSNorm, rotary positions, SwiGLU and linear cross entropy.
         compile: what `torch.compile` does to the model: none, default (fused kernels), or reduce-overhead (the same,
             and forward and backward are each a CUDA graph).
+        fp8: how products of linear layers run in 8-bit floats, as accelerate converts a model with torchao: none, or a
+            recipe of `perfmodel.tape.packages.float8`. The first and the last linear layer stay as they are.
+        qat: torchao's fake quantisation of linear layers, the head too: none, or int8-int4:GROUP, of inputs to 8 bit
+            token by token and of weights to 4 bit in groups of that many.
         padded: whether some samples of a batch are padded to `seq`: then sdpa gets an explicit mask, which costs it the
             flash kernel, copies of the grouped keys and values, and the causal saving.
         routing: how evenly the routers of a mixture of experts load them: balanced, or zipf:EXPONENT, by which the
@@ -86,6 +93,8 @@ class Setup:
     padded: bool = False
     kernels: str = "torch"
     compile: str = "none"
+    fp8: str = "none"
+    qat: str = "none"
     engine: str = "torch"
     routing: str = "balanced"
     objective: str = "sft"
@@ -106,8 +115,8 @@ class Setup:
         if isinstance(self.grad_accum, np.ndarray):
             raise UserError("grad_accum must be one integer")
         for name, choices in (
-            ("dtype", DTYPES), ("checkpoint", CHECKPOINT), ("attention", ATTENTION),
-            ("kernels", KERNELS), ("compile", COMPILE), ("engine", ENGINES), ("objective", OBJECTIVES),
+            ("dtype", DTYPES), ("checkpoint", CHECKPOINT), ("attention", ATTENTION), ("kernels", KERNELS),
+            ("compile", COMPILE), ("fp8", FP8), ("engine", ENGINES), ("objective", OBJECTIVES),
             ("reference", REFERENCES), ("packing", PACKING),
         ):  # fmt: skip
             one_of(name, getattr(self, name), choices)
@@ -123,6 +132,8 @@ class Setup:
         if self.in_backward and (self.clip_grad or self.grad_accum > 1 or self.compile != "none"):
             what = "clipping" if self.clip_grad else "accumulation" if self.grad_accum > 1 else "torch.compile"
             raise UserError(f"in_backward: no {what} where each gradient is gone before the next one is there")
+        if not QAT.fullmatch(self.qat):
+            raise UserError(f"qat {self.qat!r} is unknown: use none or int8-int4:GROUP, such as int8-int4:32")
         if self.cuda not in CUDA:
             raise UserError(f"cuda {self.cuda!r} is unknown: PyTorch is built for CUDA 12 or 13")
         object.__setattr__(self, "image_size", tuple(self.image_size))  # a list where it comes from JSON
@@ -145,6 +156,11 @@ class Setup:
             raise UserError(f"packing {self.packing} leaves no padding: give one of packing and {other}")
         if self.within_documents and self.compile != "none":
             raise UserError(f"packing {self.packing} with compile {self.compile} is not modelled; use packing dense")
+
+    @property
+    def qat_group(self) -> int | None:
+        """Values of a row of a weight that share a scale in fake quantisation; None without it."""
+        return None if self.qat == "none" else int(self.qat.partition(":")[2])
 
     @property
     def within_documents(self) -> bool:

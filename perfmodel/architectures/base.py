@@ -12,6 +12,8 @@ from ..tape.attention import soft_capped
 from ..tape.checkpoint import checkpoint
 from ..tape.core import tape
 from ..tape.inplace import add_to_output
+from ..tape.packages.fake_quant import rounded_operands
+from ..tape.packages.float8 import linear_or_float8
 from ..tape.packages.varlen import PackedRows
 from ..tape.tensor import Parameter, Tensor
 from ..values import Compared
@@ -100,6 +102,10 @@ class Architecture(Compared):
         """Names of the linear layers inside a block, relative to it (`self_attn.q_proj`)."""
         raise TypeError(f"{type(self).__name__} must define linear_names")
 
+    def first_linear(self) -> str:
+        """The name of a block's linear layer that its module makes first."""
+        return self.linear_names()[0]
+
     def stacked_names(self) -> list[str]:
         """Names of a block's weights that are no linear layer's: those of all its experts, and its router's."""
         return []
@@ -178,9 +184,18 @@ class Linear(NamedTuple):
             if self.conv1d:
                 assert bias is not None
                 return linalg.conv1d(x, weight, bias)
+            setup = self.scope.build.setup
+            if setup.qat_group is not None:
+                return linalg.linear(*rounded_operands(x, weight, setup.qat_group), bias)
             if self.by_matmul:
                 return linalg.matmul_linear(x, weight)
-            return linalg.linear(x, weight, bias)
+            return linear_or_float8(x, weight, bias, "none" if self._stays else setup.fp8)
+
+    @property
+    def _stays(self) -> bool:
+        """Whether accelerate leaves the layer out of a conversion to float8: the model's first, and its head."""
+        first = self.scope.layer == 0 and self.name == self.scope.build.architecture.first_linear()
+        return first or self.scope.layer is None
 
     def add_to(self, result: Tensor, other: Tensor) -> Tensor:
         """`result += other` on this layer's output: a view of a matrix where the product has a bias."""
@@ -254,7 +269,11 @@ class Scope:
         """Logits of a causal model: through the embedding's weight where it is tied, else an own linear layer."""
         if self.build.architecture.tied:
             own = self.parameter("lm_head.bias", (vocab,), "bias") if bias else None
-            logits = self.build.method.head(self, hidden, self.tied_weight(embedding), own)
+            weight = self.tied_weight(embedding)
+            if group := self.build.setup.qat_group:
+                logits = linalg.linear(*rounded_operands(hidden, weight, group), own)
+            else:
+                logits = self.build.method.head(self, hidden, weight, own)
         else:
             logits = self.linear("lm_head", hidden, vocab, bias=bias)
         return soft_capped(logits) if self.build.architecture.logit_cap else logits

@@ -12,6 +12,8 @@ from .names import MODELS, model_names
 
 HUB = "https://huggingface.co/"
 CLASS = "_class_name"  # what a config of diffusers has in the place of a model_type
+# transformers/quantizers/quantizer_mxfp4.py, `is_trainable`: Trainer refuses such a model, with adapters too
+KEPT_IN_MXFP4 = "transformers trains no model whose experts stay in MXFP4, only a dequantised one"
 T = TypeVar("T")
 
 
@@ -36,6 +38,16 @@ class Config:
     def kind(self) -> str:
         """The `model_type`; of a config of diffusers the class that it names."""
         return self.text(CLASS if self.of_diffusers else "model_type")
+
+    def check_unpacked(self) -> None:
+        """Raise `UserError` if the base weights are quantised, and say what can be trained of them."""
+        packed = self.values.get("quantization_config")
+        if packed is None:
+            return
+        if isinstance(packed, dict) and packed.get("quant_method") == "mxfp4":
+            instead = "remove quantization_config, as Mxfp4Config(dequantize=True) does"
+            raise UserError(f"{self.origin}: {KEPT_IN_MXFP4}; {instead}")
+        raise UserError(f"{self.origin}: quantization_config is not supported; quantised base weights are not modelled")
 
     def count(self, *keys: str, default: int | None = None, least: int = 1) -> int:
         """An int from `least` to `LARGEST` under the first of `keys` that is present."""

@@ -46,6 +46,9 @@ class Phi3(Llama):
     def linear_names(self) -> list[str]:
         return ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
 
+    def first_linear(self) -> str:
+        return "self_attn.o_proj"
+
     def projected(self, layer: Scope, x: Tensor) -> list[Tensor]:
         heads = (self.heads, self.kv_heads, self.kv_heads)
         qkv = layer.linear("self_attn.qkv_proj", x, sum(heads) * self.head_dim)

@@ -53,7 +53,6 @@ def from_config(config: Config) -> Architecture:
             f"{config.origin}: model_type {model_type!r} has no built-in form{did_you_mean}: add --traced, or use "
             f"one of {', '.join(supported())}"
         )
-    if config.values.get("quantization_config") is not None:
-        raise UserError(f"{config.origin}: quantization_config is not supported; quantised bases are not modelled")
+    config.check_unpacked()
     made = found.from_config(config)
     return replace(made, classifier=classifier_of(config, made.traits))

@@ -37,6 +37,14 @@ def kind(op: Op) -> str:
     return "optimizer" if op.attrs.host else KINDS.get(row(op.name).work, "pointwise")
 
 
+def operand_dtype(op: Op) -> str:
+    """The dtype that an op computes in: its last operand's, or the first's where statistics or scales follow it."""
+    if not op.inputs:
+        return op.outputs[0].dtype if op.outputs else "fp32"
+    first, last = op.inputs[0].dtype, op.inputs[-1].dtype
+    return first if first != last and (op.name == "_scaled_mm" or kind(op) == "attention") else last
+
+
 def synchronises(op: Op) -> bool:
     """Whether the host waits for the device in a call: it reads a result, or copies between pageable memory and it."""
     return op.attrs.sync or op.attrs.bus or (row(op.name).waits and not op.attrs.host)
@@ -58,4 +66,7 @@ def is_known(op: Op) -> bool:
     return op.view or row(op.name).work != "unknown"
 
 
-__all__ = ["along_rows", "by_lists", "flops", "is_known", "kernels", "kind", "mirrors", "products", "synchronises"]
+__all__ = [
+    "along_rows", "by_lists", "flops", "is_known", "kernels", "kind", "mirrors", "operand_dtype", "products",
+    "synchronises",
+]  # fmt: skip

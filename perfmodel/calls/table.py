@@ -106,7 +106,7 @@ def rows(
         add_once(ROWS, name, CallRow(work, launches, why, waits, products, flops))
 
 
-rows("product", "mm mm.out", products=mm)
+rows("product", "mm mm.out _scaled_mm", products=mm)
 rows("product", "addmm addmm_ addmm.out", products=addmm)
 rows("product", "bmm", products=bmm)
 rows("product", "baddbmm", products=baddbmm)
@@ -150,7 +150,7 @@ rows("stream", "isinf", 2, "absolute values, then a comparison")
 rows("sequence", "cumsum", 2, "scan in two passes (CUB)")
 rows("divide", "div reciprocal addcdiv")
 rows("root", "sqrt rsqrt")
-rows("exponential", "exp log erf log1p expm1 xlogy")
+rows("exponential", "exp exp2 log log2 erf log1p expm1 xlogy")
 rows("sigmoid", "sigmoid sigmoid_backward silu silu_backward softplus softplus_backward")
 rows("sigmoid", "log_sigmoid_forward log_sigmoid_backward")
 rows("tanh", "tanh")
@@ -176,7 +176,7 @@ rows("put", "scatter_add_")
 rows("put", "index_add_")
 rows("put", "index_add", 2, "copies the tensor, then adds the rows")
 rows("put", "index_copy", 2, "copies the tensor, then the rows")
-rows("reduction", "sum mean linalg_vector_norm amax argmax max min any all nansum")
+rows("reduction", "sum mean linalg_vector_norm amax amin argmax max min any all nansum")
 rows("softmax", "_softmax _log_softmax _safe_softmax")
 rows(
     "softmax_backward",

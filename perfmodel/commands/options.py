@@ -16,6 +16,7 @@ from ..setup import (
     COMPILE,
     DTYPES,
     ENGINES,
+    FP8,
     KERNELS,
     OBJECTIVES,
     PACKING,
@@ -184,6 +185,12 @@ def _how() -> tuple[Decorator, ...]:
                      help="liger: fused norms, rotary positions, SwiGLU and linear cross entropy."),
         click.option("--compile", type=click.Choice(COMPILE), default="none", show_default=True,
                      help="torch.compile of the model; reduce-overhead adds CUDA graphs."),
+        click.option("--fp8", type=click.Choice(FP8), default="none", show_default=True,
+                     help="Linear layers in 8-bit floats, as accelerate and torchao train them; padded: "
+                     "accelerate's own recipe, tensorwise with summed dims padded to 16."),
+        click.option("--qat", default="none", show_default=True,
+                     help="torchao's fake quantisation of linear layers: int8-int4:32, inputs to 8 bit, weights to 4 "
+                     "in groups of 32."),
         click.option("--routing", default="balanced", show_default=True,
                      help="Load of a mixture's experts: balanced, or zipf:1.1 (a share falls with its rank)."),
         click.option("--objective", type=click.Choice(OBJECTIVES), default="sft", show_default=True,

@@ -9,11 +9,14 @@ if TYPE_CHECKING:
 
 TRACED = "by a trace of the real program"  # what the first line of such an answer says
 
+ANY = "any"  # value but the one that is answered
 # A setup that a training config asks for and no trace can follow: field, value, what is answered, and how it is said.
 INSTEAD = (
     ("kernels", "liger", "torch", "without Liger's kernels"),
     ("compile", "default", "none", "without torch.compile"),
     ("compile", "reduce-overhead", "none", "without torch.compile"),
+    ("fp8", ANY, "none", "products in bf16, not in fp8 (fp8)"),
+    ("qat", ANY, "none", "without fake quantisation (qat)"),
     ("engine", "deepspeed-zero3", "torch", "one GPU, without ZeRO-3"),
 )
 FULL = ("full", "galore", "apollo", "badam")  # methods that train every weight
@@ -84,7 +87,7 @@ def followed(options: dict[str, Any], of_config: set[str]) -> tuple[dict[str, An
         made["attention"] = "sdpa"
         said.append(("attention", "PyTorch's attention, not flash-attn"))
     for name, asked, instead, words in INSTEAD:
-        if name in of_config and made.get(name) == asked:
+        if name in of_config and made.get(name) != instead and asked in (ANY, made.get(name)):
             made[name] = instead
             said.append((name, words))
     if "objective" in of_config and made.get("objective") in OBJECTIVES[1:]:

@@ -2,6 +2,7 @@
 
 import math
 
+from ..program.dtypes import FLOAT8
 from ..values import immutable
 
 ITEMSIZE = {"fp32": 4.0, "tf32": 4.0, "bf16": 2.0, "fp16": 2.0}  # bytes of an operand's element in memory
@@ -23,7 +24,8 @@ class Hardware:
         memory_energy: J to move a byte from or to DRAM; None: 0. HBM2 3.92 and GDDR5 14.0 pJ a bit (O'Connor et al.,
             MICRO-50, 2017; HBM2e and HBM3 are taken as HBM2), GDDR6 7.5 and GDDR6X 7.25 pJ a bit (Micron).
         flop_energy: J per fp32 FLOP of the largest server board of the same process: its power over its peak.
-        tf32_flops, fp16_flops, bf16_flops: dense tensor-core FLOP/s with fp32 accumulation; None where there is none.
+        tf32_flops, fp16_flops, bf16_flops, fp8_flops: dense tensor-core FLOP/s with fp32 accumulation; None where there
+            is none, or of fp8 where no source was read.
     """
 
     sm_count: int
@@ -35,17 +37,19 @@ class Hardware:
     tf32_flops: float | None = None
     fp16_flops: float | None = None
     bf16_flops: float | None = None
+    fp8_flops: float | None = None
     board_power: float | None = None
     idle_power: float | None = None
     memory_energy: float | None = None
     flop_energy: float | None = None
 
     def peak(self, dtype: str, tensor_cores: bool = True) -> float:
-        """Dense FLOP/s for operands of a dtype: fp32, tf32, bf16 or fp16.
+        """Dense FLOP/s for operands of a dtype: fp32, tf32, bf16, fp16, e4m3 or e5m2.
 
         Whatever has no tensor-core path on this device runs on the fp32 units.
         """
-        tensor: float | None = getattr(self, f"{dtype}_flops", None) if tensor_cores else None
+        figure = "fp8" if dtype in FLOAT8 else dtype
+        tensor: float | None = getattr(self, f"{figure}_flops", None) if tensor_cores else None
         return self.fp32_flops if tensor is None else tensor
 
     @property

@@ -14,6 +14,7 @@ import numpy as np
 from ..calls.costs import products
 from ..calls.table import row
 from ..program.dims import product, same
+from ..program.dtypes import FLOAT8
 from ..program.lengths import Documents
 from ..program.op import Op
 from . import kernels
@@ -30,6 +31,8 @@ BUS = (
 )
 
 HALF = ("bf16", "fp16")  # what tensor cores take as it is
+WRITTEN = ("bmm", "_scaled_mm")  # products whose operands were both just written
+EIGHT = ("i8", *FLOAT8)  # what they take in pairs
 ROW_WISE = (
     "norm",
     "norm_backward",
@@ -110,7 +113,7 @@ def _products(i: int, op: Op, tables: Tables) -> None:
             _launch(i, kernels.memory_bound(op), tables)
         elif dtype == "c64":  # four real products: [Re A, -Im A; Im A, Re A] by [Re B; Im B]
             _gemm_row(i, op.name, "fp32", layout, (2 * m, n, 2 * k, batch), tables)
-        elif dtype == "i8":  # tensor cores take 8-bit integers in pairs: the bytes and the steps of half the depth
+        elif dtype in EIGHT:  # tensor cores take them in pairs: the bytes and the steps of half the depth
             _gemm_row(i, op.name, "fp16", layout, (m, n, -(-k // 2), batch), tables)
         else:
             _gemm_row(i, op.name, dtype if dtype in HALF else "fp32", layout, (m, n, k, batch), tables)
@@ -118,7 +121,7 @@ def _products(i: int, op: Op, tables: Tables) -> None:
 
 def _gemm_row(i: int, name: str, dtype: str, layout: Any, shape: tuple[Any, ...], tables: Tables) -> None:
     """A weight comes from HBM, an activation may still lie in L2; weight gradients and bmm have two activations."""
-    b_copies = 1.0 if name == "bmm" or layout == "nt" else np.inf
+    b_copies = 1.0 if name in WRITTEN or layout == "nt" else np.inf
     accumulates = name in ("addmm_", "addmm.out")
     tables.add("gemm", (dtype, name == "bmm"), i, *shape, LAYOUTS.index(layout), b_copies, accumulates)
 

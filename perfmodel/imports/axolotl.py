@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from ..architectures.config import KEPT_IN_MXFP4
 from ..errors import UserError
 from ..methods.lora import TOGETHER
 from ..methods.parts.targeted import ALL_LINEAR, is_pattern
@@ -12,6 +13,7 @@ from .fields import (
     ALL_OF_LIGER,
     FLASH,
     FLASH_2_FOR_3,
+    NOT_QAT,
     ON_GPTQ,
     OPTIMIZERS,
     checkpoint_kind,
@@ -20,6 +22,7 @@ from .fields import (
     dtype_in_trl,
     engine,
     flavour,
+    float8,
     fsdp,
     half,
     low_bits,
@@ -44,6 +47,7 @@ LISA_STATES = "a new optimizer at each switch of blocks; Axolotl keeps the state
 OWN_CODE = re.compile(r"kimi-?linear|deepseek-?v2|deepseek-?v3(?!\.2)", re.IGNORECASE)
 # Models whose embeddings and norms have names that Axolotl does not know (`get_linear_embedding_layers`, "norm")
 UNNAMED = re.compile(r"gpt-?j|gpt-?2|cerebras-gpt|starcoder(?!2)|mpt-|bloom", re.IGNORECASE)
+OTHER_KIND = "quantised base weights of this kind are not modelled"
 PLAIN_CODE = "transformers' own code of the model, whose experts are stacked"
 STACKED = f"{PLAIN_CODE} and stay in 16 bit"
 QWEN_OF_2023 = re.compile(r"qwen-(1[._]8|7|14|72)b", re.IGNORECASE)  # its config.json: "use_flash_attn": "auto"
@@ -90,14 +94,17 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "optimizer": optimizer_name(keys, "optimizer", OPTIMIZERS["adamw_torch_fused"]),
         "checkpoint": _checkpoint(keys, checkpoints=checkpointed),
         "attention": _attention(keys),
-        "compile": compiled(keys),
+        "compile": (compile := compiled(keys)),
+        "qat": _fake_quantised(keys),
+        "fp8": float8(keys, "tensorwise", compile),  # `additional_accelerator_args`
         "clip_grad": clips(keys, "max_grad_norm", keys.number("gradient_clipping", 1.0)),
         "kernels": _kernels(keys),
     }
     setup |= objective
     if _keeps_fp32(keys, adapter, dtype):
         keys.differ("embeddings and norms in the dtype of the rest, not in fp32")
-    notes = []
+    after = keys.values["qat"].get("fake_quant_after_n_steps") if setup["qat"] != "none" else None
+    notes = [f"a step with fake quantisation; the first {after} have none"] if after else []
     packing.packed_by_axolotl(keys, setup, _asked_attention(keys))
     padded = keys.flag("pad_to_sequence_len")
     if setup.get("packing", "none") == "none":
@@ -113,11 +120,13 @@ def _check(keys: Keys, adapter: str | None) -> None:
     if not adapter:
         keys.refuse("gptq", "quantised weights cannot be trained without an adapter")
         keys.refuse("load_in_8bit", "quantised weights cannot be trained without an adapter")
+    packed = keys.get("model_quantization_config") == "Mxfp4Config"
+    why = f"{KEPT_IN_MXFP4}; add model_quantization_config_kwargs: {{dequantize: true}}" if packed else OTHER_KIND
     options = keys.get("model_quantization_config_kwargs")
     if isinstance(options, dict) and options.get("dequantize"):
         keys.used.add("model_quantization_config")  # a 16-bit model then
     else:
-        keys.refuse("model_quantization_config", "quantised base weights of this kind are not modelled")
+        keys.refuse("model_quantization_config", why)
 
 
 def _keeps_fp32(keys: Keys, adapter: str | None, dtype: str | None) -> bool:
@@ -278,6 +287,19 @@ def _fuses_by_default(keys: Keys) -> bool:
     eight = values.get("adapter") == "lora" and values.get("load_in_8bit")
     fsdp_1 = values.get("fsdp_config") is not None and str(values.get("fsdp_version")) != "2"
     return not (said or eight or fsdp_1 or any(values.get(key) for key in PLAIN_ADAPTERS))
+
+
+def _fake_quantised(keys: Keys) -> str:
+    """The setup's `qat`; the steps before `fake_quant_after_n_steps` run without (`prepare_model_for_qat`)."""
+    asked = keys.get("qat")
+    if not asked:
+        return "none"
+    options = asked if isinstance(asked, dict) else {}
+    kind, group = (options.get("activation_dtype"), options.get("weight_dtype")), options.get("group_size", 32)
+    if kind != ("int8", "int4") or not isinstance(group, int) or options.get("quantize_embedding"):
+        keys.differ(NOT_QAT, "qat")
+        return "none"
+    return f"int8-int4:{group}"
 
 
 def _full(keys: Keys) -> str:

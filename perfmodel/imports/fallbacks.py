@@ -7,11 +7,14 @@ from typing import Any
 from .. import methods
 from ..architectures.base import Architecture
 from ..architectures.names import bundled_for
+from ..errors import UserError
 from ..methods.lora import Lora
 from ..methods.lora_gptq import LoraGptq
 from ..methods.parts.quantised import QuantisedLora
 from ..methods.parts.targeted import ALL_LINEAR, unmatched
-from .fields import ON_GPTQ
+from ..recording.converted import check_converted
+from ..setup import Setup
+from .fields import NOT_FP8, NOT_QAT, ON_GPTQ
 from .read import Imported
 
 BY_MODULE = ("Axolotl", "LLaMA-Factory", "LLaMA-Factory v1")  # they name every `nn.Linear` (`find_all_linear_names`, …)
@@ -42,10 +45,23 @@ def fallbacks(found: Imported, architecture: Architecture) -> Iterator[Fallback]
         yield Fallback("attention", instead, f"{instead} attention, not {asked}, which is not modelled for the model")
     if found.setup.get("kernels") == "liger" and "liger" not in traits.fused:
         yield Fallback("kernels", "torch", "PyTorch's kernels, not Liger's, which are not modelled for the model")
+    for option, said in (("fp8", NOT_FP8), ("qat", NOT_QAT)):
+        if found.setup.get(option, "none") != "none" and not _converts(found, option, architecture):
+            yield Fallback(option, "none", f"{said} ({option})")
     if TEXT_ALONE in architecture.note:
         yield Fallback("model", found.model, TEXT_ALONE)
     if found.method is not None:
         yield from _of_method(found, methods.parse(found.method), architecture)
+
+
+def _converts(found: Imported, option: str, architecture: Architecture) -> bool:
+    """Whether torchao's linear layers are modelled for the model and what a config trains of it."""
+    setup = Setup(**{name: found.setup[name] for name in (option, "engine", "compile")})
+    try:
+        check_converted(architecture, methods.parse(found.method or "full"), setup)
+    except UserError:
+        return False
+    return True
 
 
 def unpacked(model: str, found: Imported) -> str:

@@ -42,6 +42,8 @@ COMPILE = {
 }  # fmt: skip
 OFFLOADS = ("offload_optimizer", "offload_param")
 ACROSS_SAMPLES = "attention across packed samples"
+NOT_FP8 = "products in bf16, not in fp8"
+NOT_QAT = "without fake quantisation"
 FLASH_2_FOR_3 = "flash-attn 2, not 3"
 UNDER_ZERO_3 = "one GPU under ZeRO-3"
 ALL_OF_LIGER = "all of Liger's kernels"
@@ -168,11 +170,25 @@ def compiled(keys: Keys) -> str:
     return mode or "default" if asked or backend or mode else "none"
 
 
+def float8(keys: Keys, recipe: str, compile: str) -> str:
+    """The setup's `fp8`: the recipe with which a tool's `fp8` converts linear layers.
+
+    Args:
+        compile: the setup's, beside which float8 products are not modelled.
+    """
+    if not keys.flag("fp8"):
+        return "none"
+    if compile != "none":
+        keys.differ(NOT_FP8, "fp8")
+        return "none"
+    return recipe
+
+
 def half(keys: Keys) -> str | None:
     """The 16-bit dtype that `bf16` and `fp16` ask for."""
     keys.exclude("bf16", "fp16")
     if keys.values.get("fp8") is True and "bf16" not in keys.values:
-        return "bf16"  # what is answered instead: what fp8 products leave is computed in bf16
+        return "bf16"  # accelerate's autocast beside fp8 products
     on = {key: keys.get(key) in (True, "auto", "full", "true") for key in ("bf16", "fp16")}
     return "bf16" if on["bf16"] else "fp16" if on["fp16"] else None
 

@@ -5,6 +5,7 @@ from typing import Any
 from ..errors import UserError
 from . import packing
 from .fields import (
+    NOT_FP8,
     TORCHS_MUON,
     attention,
     by_length,
@@ -12,6 +13,7 @@ from .fields import (
     compiled,
     engine,
     flavour,
+    float8,
     fsdp,
     half,
     optimizer_name,
@@ -57,7 +59,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "optimizer": _optimizer(keys),
         "checkpoint": _checkpoint(keys),
         "attention": attention(keys, "flash_attn", ATTENTION),
-        "compile": compiled(keys),
+        "compile": (compile := compiled(keys)),
+        "fp8": _float8(keys, compile),
         **_update(keys),
         "kernels": "liger" if keys.flag("enable_liger_kernel") else "torch",
     }
@@ -69,6 +72,14 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         setup["group_by_length"] = by_length(keys)
         notes.append(packing.shorter("cutoff_len"))
     return keys.text("model_name_or_path"), spec(name, **options), setup, notes
+
+
+def _float8(keys: Keys, compile: str) -> str:
+    """Accelerate's own recipe: the one that fp8_utils.py makes is only logged, and its FP8_BACKEND is nobody's."""
+    if keys.text("fp8_backend") == "te" and keys.flag("fp8"):
+        keys.differ(NOT_FP8, "fp8")
+        return "none"
+    return float8(keys, "padded", compile)
 
 
 def _optimizer(keys: Keys) -> str:

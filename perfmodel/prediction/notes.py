@@ -9,7 +9,7 @@ from .. import objectives, passes, units
 from ..calls.table import row
 from ..devices.profile import DeviceProfile
 from ..methods.parts.targeted import Targeted, unmatched
-from ..recording import zero
+from ..recording import converted, zero
 from ..recording.step import Step
 from . import intervals
 
@@ -31,6 +31,7 @@ def notes_on(built: Step, on: DeviceProfile, seconds: Mapping[str, Any], total: 
             "MALLOC_TRIM_THRESHOLD_=-1 MALLOC_MMAP_MAX_=0): page faults of glibc's default add up to a quarter"
         )
     notes += [passes.NOTE] if built.setup.compile != "none" else []
+    notes += [converted.NOTE] if built.setup.fp8 != "none" else []
     notes += _head_notes(built)
     notes += _target_notes(built)
     notes += _optimizer_notes(built, seconds, total)

@@ -50,8 +50,7 @@ class CallCost(NamedTuple):
         """Work it out."""
         if op.view:
             return VIEW
-        dtype = op.inputs[-1].dtype if op.inputs else "fp32"
-        component = intervals.component(costs.kind(op), dtype)
+        component = intervals.component(costs.kind(op), costs.operand_dtype(op))
         waits = costs.synchronises(op)
         return cls(costs.flops(op), op.bytes_read, op.bytes_written, costs.kernels(op), component, waits)
 

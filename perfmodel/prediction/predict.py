@@ -223,6 +223,8 @@ def predict_alike(
     shared: Shared | None = None,
 ) -> Prediction:  # fmt: skip
     """Predict a step whose micro-batches are all of one shape, that of the setup."""
+    if setup.fp8 != "none" and on.hardware.fp8_flops is None:
+        raise UserError(f"fp8 {setup.fp8}: {on.slug} has no float8 peak in its datasheet (fp8_flops); leave fp8 out")
     shared = None if grid_shape(setup, method) else shared
     method = method.priced(lambda parts: part_costs.seconds_of(parts, on, by))
     capability = on.compute_capability or "8.0"

@@ -142,14 +142,6 @@ def timed_ops(p: Prediction) -> Iterator[tuple[Part, Op, float, int]]:
                 yield part, op, duration, count
 
 
-def operand_dtype(op: Op) -> str:
-    """The dtype that an op computes in: of attention its first operand's, the last of the others are statistics."""
-    if not op.inputs:
-        return op.outputs[0].dtype if op.outputs else "fp32"
-    first, last = op.inputs[0].dtype, op.inputs[-1].dtype
-    return first if first != last and costs.kind(op) == "attention" else last
-
-
 def dissect(p: Prediction, on: DeviceProfile, by: Host) -> Anatomy:
     """Take a predicted step apart.
 
@@ -171,7 +163,7 @@ def _apart(p: Prediction, on: DeviceProfile, by: Host) -> Anatomy:
     for part, op, duration, count in ops:
         seconds, phase = duration * count, phases[part.phase]
         flops, moved = costs.flops(op), op.bytes_read + op.bytes_written
-        compute, memory = flops / on.hardware.peak(operand_dtype(op)), moved / on.hardware.memory_bandwidth
+        compute, memory = flops / on.hardware.peak(costs.operand_dtype(op)), moved / on.hardware.memory_bandwidth
         parts[part_of(op, part)] += seconds
         phase.busy += seconds
         phase.limited["compute" if compute > memory else "memory"] += seconds

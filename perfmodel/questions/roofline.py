@@ -7,7 +7,7 @@ from ..calls import costs
 from ..devices.profile import DeviceProfile
 from ..prediction.predict import Prediction
 from ..program.op import Op
-from .anatomy import operand_dtype, part_of, timed_ops
+from .anatomy import part_of, timed_ops
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,9 @@ def longest_kernels(p: Prediction) -> list[RooflineKernel]:
         moved = op.bytes_read + op.bytes_written
         if not seconds or not moved:
             continue
-        total = totals.setdefault((part_of(op, part), op.name, operand_dtype(op), _shapes(op)), [0, 0.0, 0.0, 0.0])
+        total = totals.setdefault(
+            (part_of(op, part), op.name, costs.operand_dtype(op), _shapes(op)), [0, 0.0, 0.0, 0.0]
+        )
         for i, figure in enumerate((1, seconds, costs.flops(op) or _elements(op), moved)):
             total[i] += calls * figure
     found = [RooflineKernel(*key, int(calls), *figures) for key, (calls, *figures) in totals.items()]

@@ -20,8 +20,8 @@ from ..tape.core import Tape, emit, recording
 from ..tape.elementary import div
 from ..tape.engine import run_backward
 from ..tape.tensor import Flow, Parameter, Tensor
+from . import converted, zero
 from . import reuse as sharing
-from . import zero
 from .reuse import MicroBatches, Shared
 from .step import Step
 
@@ -192,6 +192,8 @@ def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
         raise UserError(f"images: the tape has {architecture.name} with text alone: add --traced")
     if setup.engine != "torch":
         zero.check_zero3(setup, method)
+    if setup.fp8 != "none" or setup.qat != "none":
+        converted.check_converted(architecture, method, setup)
     if setup.attention not in architecture.traits.attention:
         has = " or ".join(architecture.traits.attention)
         raise UserError(f"attention {setup.attention}: the program of {architecture.name} has {has} only; use {has}")

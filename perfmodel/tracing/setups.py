@@ -18,6 +18,9 @@ def check_setup(setup: Setup) -> None:
         raise UserError(f"--traced cannot follow --engine {setup.engine}: it traces the program without an engine")
     if setup.kernels != "torch":
         raise UserError(f"--traced cannot follow --kernels {setup.kernels}; use kernels torch")
+    for option in ("fp8", "qat"):
+        if getattr(setup, option) != "none":
+            raise UserError(f"--traced cannot follow --{option}: it traces the program as transformers makes it")
     if setup.objective not in OBJECTIVES:
         raise UserError(f"--traced cannot follow --objective {setup.objective}: use {', '.join(OBJECTIVES)}")
     if setup.within_documents:

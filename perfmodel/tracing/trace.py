@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..setup import Setup
 from . import known, sparse
+from .picked import picking_all
 from .programs import updates
 from .programs.dtypes import DTYPES, TORCH_DTYPES
 
@@ -31,6 +32,9 @@ NAMESPACES = {  # of the calls that are recorded
     "aten", "cuda_forms", "flash_attn", "dropout_layer_norm", "flash_rotary", "bitsandbytes", "liger", "lorafusion",
     "unsloth", "gptqmodel",
 }  # fmt: skip
+
+# Calls that reach the recorder whole where such a tensor makes them, as no autograd has taken them apart.
+MADE_INSIDE = (aten.contiguous.default, aten.pad.default, aten.to.dtype)
 
 Signature = tuple[str, tuple[Any, ...], tuple[Any, ...]]
 
@@ -122,6 +126,11 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # a tensor of tensors: what it makes of the call is recorded
+        if func in MADE_INSIDE:
+            with self:
+                return func.decompose(*args, **kwargs)
         value = known.result_of(func, args, kwargs) if self.knows else None
         if value is not None:
             out = value if func is aten._local_scalar_dense.default else self._with_value(func, args, kwargs, value)
@@ -138,7 +147,7 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 else:
                     out = self.dense if args[0].dim() == 0 else True
         else:
-            out = _picking_all(func, known.with_places(func, args) if self.knows else args, kwargs)
+            out = picking_all(func, known.with_places(func, args) if self.knows else args, kwargs)
             out = sparse.with_values(func, args, out)
         if self.knows and value is None:
             known.drop_values(_mutated(func, args, kwargs))
@@ -171,30 +180,6 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             out = known.like(value)
         known.note(out, value)
         return out
-
-
-def _picking_all(func: Any, args: Any, kwargs: Any) -> Any:
-    """The call, rows that a list of flags picks being all of them: the size of a result cannot hang on data."""
-    if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
-        return _products_by_group(func, args, kwargs)
-    try:
-        return func(*args, **kwargs)
-    except DynamicOutputShapeException:
-        if func is aten.nonzero.default and args[0].dim() == 1:
-            return args[0].new_empty((args[0].numel(), 1), dtype=torch.long)
-        if not any(_is_flags(t) for t in tree_leaves(args)):
-            raise
-        return func(*tree_map(lambda t: torch.empty_like(t, dtype=torch.long) if _is_flags(t) else t, args), **kwargs)
-
-
-def _products_by_group(func: Any, args: Any, kwargs: Any) -> Any:
-    """Products by group in any dtype: the real kernels take all, the rule for fake tensors bf16 alone."""
-    *operands, dtype = (*(t.to(torch.bfloat16) for t in args[:2]), args[0].dtype)
-    return func(*operands, *args[2:], **kwargs).to(dtype)
-
-
-def _is_flags(t: Any) -> bool:
-    return isinstance(t, torch.Tensor) and t.dtype == torch.bool and t.dim() == 1
 
 
 def call_name(func: Any) -> str:

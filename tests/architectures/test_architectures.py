@@ -20,7 +20,7 @@ from perfmodel.errors import UserError
 from perfmodel.methods import parse
 from perfmodel.methods.parts.targeted import matches
 from perfmodel.prediction.predict import predict
-from validate.oracle.cases import DISTILBERT
+from validate.oracle.cases import DISTILBERT, MIXTURES
 
 
 def known(name: str) -> bool:
@@ -344,3 +344,11 @@ def test_falcon_sends_the_places_of_key_and_value_to_the_gpu(device: str, copies
     step = step_of(architecture, "full", device=device, batch=2, seq=9, attention="eager")
     sent = sum(n for _, op, n in step.ops() if op.name == "_to_copy" and op.inputs[0].shape == (1,) and op.attrs.bus)
     assert sent == copies * architecture.layers
+
+
+def test_a_base_that_stays_in_mxfp4_is_refused_with_what_works() -> None:
+    """The config.json of gpt-oss asks for it, and Trainer takes no such model, with adapters or without."""
+    packed = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    config = Config({**MIXTURES["gpt_oss"], "quantization_config": packed}, "gpt-oss", "gpt-oss")
+    with pytest.raises(UserError, match=r"stay in MXFP4.*remove quantization_config"):
+        from_config(config)

@@ -40,7 +40,7 @@ def test_peaks_follow_from_units_and_clock(name: str) -> None:
     rates = {"fp32_flops": simt}
     if tensor is not None:
         tensor //= 2 if hw.half_rate else 1
-        rates |= {"fp16_flops": tensor, "bf16_flops": tensor, "tf32_flops": tensor // 2}
+        rates |= {"fp16_flops": tensor, "bf16_flops": tensor, "tf32_flops": tensor // 2, "fp8_flops": 2 * tensor}
     lines = (DEVICES / f"{name}.toml").read_text().splitlines()
     explained = {key for line in lines if line.startswith("# differs:") for key in line.split(":")[1].split()}
     for key in (k for k in values["datasheet"] if k.endswith("_flops")):

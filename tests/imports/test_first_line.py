@@ -58,8 +58,9 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
         "axolotl", "transformers' own code of the model, whose experts are stacked (trust_remote_code)",
     ),
     "processor_type: AutoProcessor": ("axolotl", "batches of text, without images or sound (processor_type)"),
-    "fp8: true": ("axolotl", "products in bf16, not in fp8 (fp8)"),
-    "qat: {weight_dtype: int8}": ("axolotl", "without fake quantisation (qat)"),
+    "fp8: true\ntorch_compile: true": ("axolotl", "products in bf16, not in fp8 (fp8)"),
+    "fp8: true\nfp8_backend: te": ("factory", "products in bf16, not in fp8 (fp8)"),
+    "qat: {activation_dtype: nvfp4, weight_dtype: nvfp4}": ("axolotl", "without fake quantisation (qat)"),
     "adapter: lora\nnvfp4_merge_aware: true": ("axolotl", "without fake quantisation (nvfp4_merge_aware)"),
     "use_dft_loss: true": ("factory", "cross entropy, without DFT's weights (use_dft_loss)"),
     "sample_packing: true\nflash_attention: true": ("axolotl", f"{UNKNOWN} (sample_packing)"),
@@ -138,13 +139,21 @@ def test_a_key_has_one_meaning(name: str) -> None:
     assert not [key for key in refused | differs if table.without_weight(key)]
 
 
-@pytest.mark.parametrize("base", [BASE, FACTORY])
-def test_fp8_becomes_bf16(tmp_path: Path, base: str) -> None:
-    """It became fp32 once, as if nothing were asked."""
+@pytest.mark.parametrize(("base", "recipe"), [(BASE, "tensorwise"), (FACTORY, "padded")])
+def test_fp8_is_accelerates(tmp_path: Path, base: str, recipe: str) -> None:
+    """It became fp32 once, as if nothing were asked, then bf16; both tools leave it to accelerate's autocast."""
     (tmp_path / "config.yml").write_text(base + "fp8: true")
     found = read(tmp_path / "config.yml")
-    assert found.setup["amp"] == "bf16"
-    assert "products in bf16, not in fp8 (fp8)" in found.differences
+    assert (found.setup["amp"], found.setup["fp8"]) == ("bf16", recipe)
+    assert not [said for said in found.differences if "fp8" in said]
+
+
+def test_qat_is_torchaos(tmp_path: Path) -> None:
+    """Axolotl's example of int8 inputs and int4 weights: groups of 32 where the file names no size."""
+    (tmp_path / "config.yml").write_text(BASE + "qat: {activation_dtype: int8, weight_dtype: int4}")
+    found = read(tmp_path / "config.yml")
+    assert found.setup["qat"] == "int8-int4:32"
+    assert not [said for said in found.differences if "qat" in said]
 
 
 def test_the_first_line_begins_the_answer(tmp_path: Path) -> None:

@@ -227,6 +227,8 @@ FACTORY = "model_name_or_path: gpt2\ncutoff_len: 64\n"
         ("yml", BASE + "adapter: lora\nlora_r: many", "lora_r must be a positive integer"),
         ("yml", BASE + "optimizer: adamw_torsh", "did you mean 'adamw_torch'"),
         ("yml", BASE + "flash_attention: true\neager_attention: true", "exclude each other"),
+        ("yml", BASE + "model_quantization_config: Mxfp4Config", r"stay in MXFP4.*dequantize: true"),
+        ("yml", BASE + "model_quantization_config: FineGrainedFP8Config", "of this kind are not modelled"),
         ("yml", "micro_batch_size: 1", "base_model is missing"),
         ("yml", "a: [1", "not valid YAML"),
         ("yml", "- a\n- b", "keys and values are expected"),

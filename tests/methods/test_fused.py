@@ -80,6 +80,8 @@ def test_fused_lora_equals_its_program(name: str, spec: str, options: dict[str, 
         ("llama", "qlora:r=4,double_quant=false,dropout=0.1", {"checkpoint": "block"}),
         ("llama", "qlora:r=4,prepared=true", {"dtype": "bf16", "amp": "bf16", "checkpoint": "block-reentrant"}),
         ("qwen2", "qlora:r=4,targets=all-linear,adapter_dtype=bf16", {"batch": 1}),
+        ("llama", "qlora:r=4,quant_storage=bf16", {"checkpoint": "block"}),
+        ("qwen2", "qlora:r=4,quant_storage=fp32,prepared=true", {"dtype": "bf16", "amp": "bf16"}),
         ("gpt2", "qlora:r=4", {"grad_accum": 2}),
         ("gpt2", "qlora:r=4,prepared=true,compute_dtype=bf16", {}),
         ("opt", "qlora:r=4,targets=all-linear,layers_to_transform=1,compute_dtype=fp32", {"checkpoint": "block"}),
@@ -164,6 +166,18 @@ def test_a_4_bit_weight_takes_half_a_byte_and_its_scales(double_quant: str, per_
         rel=1e-5,
     )
     assert step.total - step.trainable == 6_738_415_616  # the model's parameters, whatever they are stored in
+
+
+@pytest.mark.parametrize("storage", ["bf16", "fp16", "fp32"])
+def test_a_storage_dtype_packs_as_many_bytes(storage: str) -> None:
+    """FSDP shards tensors of one dtype only, so FSDP-QLoRA holds packed values in that of the rest: no byte more."""
+    plain, other = (step_of("llama", f"qlora:r=4,quant_storage={dtype}") for dtype in ("u8", storage))
+    assert other.weight_bytes == plain.weight_bytes
+    assert memory.peak_bytes(other) == memory.peak_bytes(plain)
+    assert (other.total, other.trainable) == (plain.total, plain.trainable)
+    name = "bitsandbytes::dequantize_4bit"
+    read = {op.inputs[0].dtype for _, op, _ in other.ops() if op.name == name}
+    assert read == {storage}
 
 
 def test_weights_are_dequantised_in_forward_backward_and_recompute() -> None:

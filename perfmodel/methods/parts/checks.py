@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from ...errors import UserError
 from ...setup import positive
 
-__all__ = ["choice", "float_dtype", "fraction", "not_negative", "positive"]
+__all__ = ["choice", "float_dtype", "fraction", "not_negative", "positive", "storage_dtype"]
 
 
 def fraction(where: str, p: float) -> float:
@@ -43,3 +43,4 @@ def choice(among: Iterable[str]) -> Callable[[str, str], str]:
 
 
 float_dtype = choice(("bf16", "fp16", "fp32"))
+storage_dtype = choice(("u8", "bf16", "fp16", "fp32"))

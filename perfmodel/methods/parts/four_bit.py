@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 from ...program.dims import product
+from ...program.dtypes import ITEMSIZE
 from ...tape.core import tape
 from ...tape.packages.quantized import BLOCK, NESTED_BLOCK, Packed, linear_4bit
 from ...tape.pointwise import cast
 from ...tape.tensor import Tensor
 from .base import Linear, Method, Scope, option
-from .checks import float_dtype
+from .checks import float_dtype, storage_dtype
 from .quantised import bias_of, stored
 
 
@@ -21,20 +22,26 @@ class FourBit(Method):
         None, "dtype of the GEMMs: bf16, fp16 or fp32; default the setup's dtype", float_dtype
     )
 
+    quant_storage: str = option(
+        "u8", "dtype that holds the packed values: u8, or for FSDP bf16, fp16 or fp32 as the rest has", storage_dtype
+    )
+
     def base(self, layer: Linear, x: Tensor) -> Tensor:
         """y of a quantised base layer."""
         dtype, compute = x.dtype, self.compute_dtype or layer.scope.dtype
         bias = bias_of(layer, dtype)
-        packed = self.packed(layer.scope, layer.name, f"{layer.name}.weight", (layer.n_out, layer.n_in))
+        packed = self.packed(
+            layer.scope, layer.name, f"{layer.name}.weight", (layer.n_out, layer.n_in), self.quant_storage
+        )
         with tape().belonging_to("base"):
             y = linear_4bit(cast(x, compute), packed, cast(bias, compute) if bias is not None else None)
             return cast(y, dtype)
 
-    def packed(self, scope: Scope, module: str, name: str, shape: tuple[int, ...]) -> Packed:
+    def packed(self, scope: Scope, module: str, name: str, shape: tuple[int, ...], storage: str = "u8") -> Packed:
         """The 4-bit weight of that name and shape, with the scales of its module."""
-        size = int(product(shape))
+        size, held = int(product(shape)), 2 * ITEMSIZE[storage]
         blocks = -(-size // BLOCK)
-        values = stored(scope, name, ((size + 1) // 2, 1), "u8", size)
+        values = stored(scope, name, ((size + 1) // held, 1), storage, size)
         absmax = stored(scope, f"{module}.absmax", (blocks,), "u8" if self.double_quant else "fp32")
         nested = None
         if self.double_quant:

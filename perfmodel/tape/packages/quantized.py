@@ -25,7 +25,7 @@ class Packed:
     """A quantised weight (n_out, n_in), or (experts, n_out, n_in).
 
     Attributes:
-        values: uint8, (elements / 2, 1).
+        values: uint8, (elements / 2, 1); or as many bytes in a wider dtype.
         absmax: per block of 64 values; fp32, or uint8 with double quantisation.
         nested: double quantisation's second maxima, table and offset; None without it.
         dtype: what it dequantises to, the dtype that the weight had.

@@ -53,7 +53,8 @@ def _(a: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor) -> torch.Tensor
 @torch.library.custom_op("bitsandbytes::dequantize_4bit", mutates_args=())
 def dequantize_4bit(a: torch.Tensor, absmax: torch.Tensor, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
     """Two values a byte, every 64 with a maximum."""
-    halves = torch.stack((a.flatten() >> 4, a.flatten() & 15), 1).flatten()
+    a = a.flatten().view(torch.uint8)
+    halves = torch.stack((a >> 4, a & 15), 1).flatten()
     values = NF4[halves.long()][: shape[0] * shape[1]]
     return (values * absmax.repeat_interleave(64)[: values.numel()]).view(shape).to(dtype)
 
@@ -105,13 +106,16 @@ class Params4bit(nn.Parameter):
 class Linear4bit(nn.Module):
     """`bitsandbytes.nn.Linear4bit` after it has been quantised."""
 
-    def __init__(self, base: Any, compute_dtype: torch.dtype, *, double_quant: bool) -> None:
+    def __init__(
+        self, base: Any, compute_dtype: torch.dtype, *, double_quant: bool, storage: torch.dtype = torch.uint8
+    ) -> None:
         super().__init__()
         rows, columns = base.weight.shape
         self.in_features, self.out_features = (rows, columns) if isinstance(base, Conv1D) else (columns, rows)
         size, blocks = rows * columns, -(-rows * columns // 64)
         empty = partial(torch.empty, device=base.weight.device)
-        self.weight = Params4bit(empty((size + 1) // 2, 1, dtype=torch.uint8), requires_grad=False)
+        packed = empty((size + 1) // (2 * storage.itemsize), 1, dtype=storage)
+        self.weight = Params4bit(packed, requires_grad=False)
         self.bias = base.bias
         self.compute_dtype, self.dtype = compute_dtype, base.weight.dtype
         self.stands_for = {"weight": size, "absmax": 0}  # parameters of the model; scales are none
@@ -275,7 +279,8 @@ def peft_layer(kind: type) -> Any:
 def quantised(base: Any, method: QuantisedLora, setup: Setup) -> Any:
     """A linear layer in the form that a method wants its base in."""
     if isinstance(method, QLora):
-        return Linear4bit(base, TORCH_DTYPES[method.compute_dtype or setup.dtype], double_quant=method.double_quant)
+        compute, storage = TORCH_DTYPES[method.compute_dtype or setup.dtype], TORCH_DTYPES[method.quant_storage]
+        return Linear4bit(base, compute, double_quant=method.double_quant, storage=storage)
     if isinstance(method, LoraGptq):
         return GptqLinear(base, method.bits, method.group_size)
     assert isinstance(method, Lora8bit)
