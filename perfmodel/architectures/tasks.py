@@ -6,7 +6,9 @@ from ..errors import UserError
 from .config import Config
 from .traits import Traits
 
-LANGUAGE = {"causal": ("ForCausalLM", "LMHeadModel"), "masked": ("ForMaskedLM",)}  # ends of class names of transformers
+LANGUAGE = {  # ends of class names of transformers; that of Gemma 3 is among its `AutoModelForCausalLM`, too
+    "causal": ("ForCausalLM", "LMHeadModel", "Gemma3ForConditionalGeneration"), "masked": ("ForMaskedLM",),
+}  # fmt: skip
 CLASSIFIERS = {"ForSequenceClassification": "sequence", "ForTokenClassification": "token"}
 
 
