@@ -174,6 +174,15 @@ def test_images_cost_what_their_size_costs() -> None:
     assert any("1 image(s) of 112 x 112 pixels" in note for note in steps[2].notes)
 
 
+def test_a_kept_program_does_not_hold_for_samples_that_its_images_do_not_fit_into() -> None:
+    """It holds for longer ones; where the images begin to fit no config says."""
+    model, setup = traced(config_of("qwen2_5_vl")), Setup(batch=2, seq=96, images=2, image_size=(112, 112))
+    one, both = (predict(model, "full", replace(setup, seq=seq), "l40s") for seq in (192, np.array([96, 192])))
+    assert both.flops["total"][1] == one.flops["total"]
+    with pytest.raises(UserError, match="raise --seq"):
+        predict(model, "full", replace(setup, seq=32), "l40s")
+
+
 def test_a_tower_that_does_not_run_gets_no_gradients() -> None:
     """Text alone: AdamW keeps no state for parameters whose gradient never comes."""
     step, _ = of_method(config_of("llava"), "full", Setup(batch=1, seq=16))
