@@ -75,6 +75,9 @@ IN_BILLIONS = {
 # Of models that are traced: what transformers builds of the config has as many.
 TRACED = {
     "lfm2-vl-450m": 450_822_656,  # the hub's safetensors total, as the following, on 2026-11-30
+    "gemma-3-4b-vision": 4_300_079_472,
+    "gemma-3-12b-vision": 12_187_325_040,
+    "gemma-3-27b-vision": 27_432_406_640,
     "llama-4-scout-17b-16e": 108_641_793_536,
     "llama-4-scout-17b-16e-linearized": 108_641_793_536,  # its experts cut into layers
     "llama-4-maverick-17b-128e": 401_583_781_376,  # Fireworks' catalogue
@@ -117,7 +120,8 @@ BUILT = {
     "flan-t5-large": 783_150_080,  # with a head of its own, as in its checkpoint
     "command-r-35b": 34_980_831_232, "falcon-40b": 41_303_293_952, "gemma-7b": 8_537_680_896,
     "gemma-3-270m": 268_098_176, "gemma-3-4b": 3_880_263_168, "gemma-3-12b": 11_766_034_176,
-    "gemma-3-27b": 27_009_346_304, "mixtral-8x22b": 140_630_071_296, "olmo-2-1b": 1_484_916_736,
+    "gemma-3-27b": 27_009_346_304, "gemma-3-4b-vision": 3_880_263_168, "gemma-3-12b-vision": 11_766_034_176,
+    "gemma-3-27b-vision": 27_009_346_304, "mixtral-8x22b": 140_630_071_296, "olmo-2-1b": 1_484_916_736,
     "olmo-2-13b": 13_716_198_400, "phi-1.5": 1_418_270_720, "phi-3-mini": 3_821_079_552,
     "phi-3-medium": 13_960_238_080, "pythia-70m": 70_426_624, "pythia-160m": 162_322_944, "pythia-410m": 405_334_016,
     "pythia-1b": 1_011_781_632, "pythia-1.4b": 1_414_647_808, "pythia-2.8b": 2_775_208_960,

@@ -157,6 +157,11 @@ def load(name_or_path: str) -> Config:
     if name_or_path.count("/") <= 1 and not name_or_path.startswith((".", "/")) and path.suffix != ".json":
         if found := names.bundled_for(name_or_path):
             return _named(name_or_path, found)
+        if names.is_own_code(name_or_path):
+            raise UserError(
+                f"model {name_or_path!r}: its program is code of its own repository (trust_remote_code), which is "
+                "never run here"
+            )
         if "/" in name_or_path:
             return _read_hub(name_or_path)
     raise UserError(f"unknown model {name_or_path!r}: {_hint(name_or_path)} (or give a path or a hub id)")

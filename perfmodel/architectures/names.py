@@ -41,9 +41,14 @@ def bundled_for(name: str) -> Meant | None:
     matches = [(used, known) for known in _known() if (used := _places(words, known))]
     most = max((len(used) for used, _ in matches), default=0)
     found = {_known()[known] for used, known in matches if len(used) == most and _fits(words, used, known)}
-    if len(found) != 1 or any(words[: len(_words(u))] == _words(u) for u in _data()["unlike"]):
+    if len(found) != 1 or _begins(words, "unlike"):
         return None
     return Meant(found.pop(), tuple(w for w in words if w in _data()["packed"]))
+
+
+def is_own_code(name: str) -> bool:
+    """Whether a repository's name is of a model whose program is code of its own."""
+    return _begins(_words(name), "own_code")
 
 
 def family(name: str) -> list[str]:
@@ -68,6 +73,11 @@ def name_order(name: str) -> tuple[tuple[float, str], ...]:
 def _number(word: str) -> float:
     found = re.match(r"v?(\d+(?:\.\d+)?)(m?)", word)
     return float(found[1]) / (1000 if found[2] else 1) if found else 0.0
+
+
+def _begins(words: Words, kind: str) -> bool:
+    """Whether a name begins as one of a list of `names.toml`."""
+    return any(words[: len(_words(u))] == _words(u) for u in _data()[kind])
 
 
 def _fits(words: Words, used: set[int], known: Words) -> bool:

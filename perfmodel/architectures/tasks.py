@@ -6,8 +6,8 @@ from ..errors import UserError
 from .config import Config
 from .traits import Traits
 
-LANGUAGE = {  # ends of class names of transformers
-    "causal": ("ForCausalLM", "LMHeadModel"),
+LANGUAGE = {  # ends of class names of transformers; that of Gemma 3 is among its `AutoModelForCausalLM`, too
+    "causal": ("ForCausalLM", "LMHeadModel", "Gemma3ForConditionalGeneration"),
     "masked": ("ForMaskedLM",),
     "seq2seq": ("ForConditionalGeneration",),
 }

@@ -142,7 +142,7 @@ rows(
 )
 rows("stream", "bitwise_and bitwise_not bitwise_or clamp masked_fill addcmul lerp maximum minimum sign relu")
 rows("stream", "threshold_backward tanh_backward native_dropout_backward nan_to_num round floor")
-rows("stream", "stack repeat lift_fresh")
+rows("stream", "stack repeat lift_fresh avg_pool2d avg_pool2d_backward")
 rows("random", "bernoulli_ rand randn uniform_ normal_")
 rows("sequence", "trace kthvalue sort linalg_lu_solve")
 rows("put", "histc", 2, "fills zeros, then counts (SummaryOps.cu)")
@@ -173,10 +173,14 @@ rows("put", "index_put_ scatter_")
 rows("put", "index_put", 2, "copies the tensor, then puts the values")
 rows("put", "scatter scatter_add", 2, "copies the tensor, then scatters")
 rows("put", "scatter_add_")
+rows("put", "masked_scatter", 6, "estimated: copies the tensor and the flags, counts those before each in two kernels "
+     "(CUB), checks their number, puts the values (IndexKernel.cu)")  # fmt: skip
+rows("take", "masked_scatter_backward", 5, "estimated: nonzero's kernels, for which the host waits, then takes values "
+     "(IndexKernel.cu)", waits=True)  # fmt: skip
 rows("put", "index_add_")
 rows("put", "index_add", 2, "copies the tensor, then adds the rows")
 rows("put", "index_copy", 2, "copies the tensor, then the rows")
-rows("reduction", "sum mean linalg_vector_norm amax amin argmax max min any all nansum")
+rows("reduction", "sum mean linalg_vector_norm amax amin argmax max min any all nansum _is_all_true")
 rows("softmax", "_softmax _log_softmax _safe_softmax")
 rows(
     "softmax_backward",

@@ -21,8 +21,11 @@ INSTEAD = (
 )
 FULL = ("full", "galore", "apollo", "badam")  # methods that train every weight
 TOWER = "vision tower"
-# By the type of a model, modules that training configs name as older versions of transformers do, and their names now.
-RENAMED = {"voxtral": ("language_model.model", "model.language_model")}
+# By the type of a model, modules that training configs name otherwise than its program, their names in it, and why.
+RENAMED = {
+    "voxtral": ("language_model.model", "model.language_model", "its name in transformers 5.24"),
+    "gemma3n_text": ("model.language_model", "model", "its name in the text decoder alone"),
+}
 # Types whose latent attention gives a layer four dimensions in transformers 5.24 (`expand_kv`).
 LATENT = {
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "longcat_flash",
@@ -56,7 +59,13 @@ def otherwise(model: str, found: "Imported") -> list[str]:
     alone = TEXT_ALONE if TEXT_ALONE in config.note else ""
     experts = in_16_bit(found, stacked=_stacks(config.values))
     told = (without_kernels(traced_type(model)), _thawed(found, frozen), alone, unpacked(model, found), experts)
-    return [words for words in told if words]
+    return [words for words in (*told, _clamped(model, found.method or "")) if words]
+
+
+def _clamped(model: str, method: str) -> str:
+    """What is said of layers that stay in 16 bit (`tracing/programs/low_bit.py`, CLAMPED)."""
+    in_few_bits = method.startswith(("qlora", "lora_8bit")) and traced_type(model) in ("gemma3n", "gemma3n_text")
+    return "AltUp's coefficients in 16 bit, without which transformers' program fails" if in_few_bits else ""
 
 
 def _stacks(values: dict[str, Any]) -> bool:
@@ -107,10 +116,10 @@ def of_peft_alone(method: str, model: str) -> tuple[str, list[str]]:
 
     plain = re.sub(FUSED, "", method).rstrip(",:")
     said = [] if plain == method else ["without fused kernels for adapters"]
-    old, new = RENAMED.get(traced_type(model), ("", ""))
+    old, new, why = RENAMED.get(traced_type(model), ("", "", ""))
     if old and f"=/{old}." in plain:
         plain = plain.replace(f"=/{old}.", f"=/{new}.")
-        said.append(f"{old} as {new}, its name in transformers 5.24")
+        said.append(f"{old} as {new}, {why}")
     if plain.startswith(Lora8bit.name) and load(model).values.get("model_type") in LATENT:
         said.append(Lora8bit.told_of_four_dims)
     return plain, said

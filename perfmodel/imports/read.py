@@ -1,5 +1,6 @@
 """Which tool a config file belongs to, and what it says as model, method and setup."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -203,6 +204,8 @@ def _refuse_others(path: Path, values: dict[str, Any]) -> None:
     for marks, what in OTHERS:
         if any(values.get(mark) not in (None, "") for mark in marks) and not values.get("do_train"):
             raise UserError(f"{path}: {NO_TRAINING}: {what}")
+    if values and all(re.fullmatch("<.+>", key) for key in values):
+        raise UserError(f"{path}: {NO_TRAINING}: new tokens and what they mean")  # LLaMA-Factory's
 
 
 def _load(path: Path) -> dict[str, Any]:

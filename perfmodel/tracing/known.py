@@ -17,14 +17,21 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 VALUE = "known_value"  # the attribute of a fake tensor that holds its real twin
-LARGEST = 2**23  # bytes of a tensor that is worth computing
+LARGEST = 2**23  # bytes of a tensor that is worth computing, where no operand is as large
 PICKING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
 
 
-def with_value(rows: list[list[int]]) -> torch.Tensor:
-    """A fake tensor of int64, under the caller's fake mode, whose value is known."""
+def with_value(value: list[Any]) -> torch.Tensor:
+    """A fake tensor of int64, under the caller's fake mode, whose value is known: nested lists of numbers."""
     with _disable_current_modes():
-        real = torch.tensor(rows)
+        real = torch.tensor(value)
+    return _fake(real)
+
+
+def ones(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A fake tensor of ones, under the caller's fake mode, whose value is known; its twin has one element."""
+    with _disable_current_modes():
+        real = torch.ones((), dtype=dtype).expand(shape)
     return _fake(real)
 
 
@@ -37,7 +44,8 @@ def result_of(func: Any, args: Any, kwargs: Any) -> Any:
     with _disable_current_modes():
         made = func(*tree_map(_real, args), **tree_map(_real, kwargs))
     held = (t.untyped_storage().nbytes() for t in tree_leaves(made) if isinstance(t, torch.Tensor))
-    return made if all(nbytes <= LARGEST for nbytes in held) else None
+    largest = max([LARGEST, *(t.nbytes for t in operands)])
+    return made if all(nbytes <= largest for nbytes in held) else None
 
 
 def with_places(func: Any, args: Any) -> Any:

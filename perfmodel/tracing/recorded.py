@@ -151,6 +151,8 @@ class Store:
         if setup.objective != "sft":  # rows of logits are gone through one by one
             return self._fixed(method, setup, kind, capability, self._inputs(method, setup, kind, capability))
         region = region_of(setup, self.facts.limits)
+        if setup.images:  # shorter samples may not hold them
+            region = replace(region, low=max(region.low, int(np.min(setup.seq))))
         entry = {"region": str(region), **self._inputs(method, setup, kind, capability)}
         found = self._read(entry)
         if found is not None and found.at is None:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..setup import Setup
-from . import known, sparse
+from . import known, sparse, strides
 from .picked import picking_all
 from .programs import updates
 from .programs.dtypes import DTYPES, TORCH_DTYPES
@@ -148,7 +148,7 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     out = self.dense if args[0].dim() == 0 else True
         else:
             out = picking_all(func, known.with_places(func, args) if self.knows else args, kwargs)
-            out = sparse.with_values(func, args, out)
+            out = strides.as_kernels_have_them(func, sparse.with_values(func, args, out))
         if self.knows and value is None:
             known.drop_values(_mutated(func, args, kwargs))
         if func is aten.any.default:

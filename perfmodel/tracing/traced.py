@@ -14,7 +14,7 @@ from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..architectures import Config
+from ..architectures import Config, model_names
 from ..calls import costs
 from ..devices.profile import DeviceProfile
 from ..errors import UserError
@@ -92,7 +92,8 @@ def trace_model(
     check_scan(config, int(setup.seq))
     family, name = programs.family_of(config)
     if setup.images and not family.takes_images:
-        raise UserError(f"--images: {name} takes no images")
+        seeing = f"{config.name}-vision"
+        raise UserError(f"--images: {name} takes no images" + (f"; {seeing} does" if seeing in model_names() else ""))
     with without_remarks():
         base = programs.build_model(config, setup)
         names = frozenset(name for name, _ in base.named_parameters())

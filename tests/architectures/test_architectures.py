@@ -239,7 +239,8 @@ def test_an_architecture_without_traits_is_no_architecture() -> None:
 def test_a_gemma_that_sees_images_is_answered_by_its_text_model_and_says_so() -> None:
     """Most Gemma 3s on the hub are such files; an answer that kept silent about the vision tower would be misread."""
     text = {key: value for key, value in SMALL["gemma3_text"].items() if key not in ("model_type", "vocab_size")}
-    config = Config({"model_type": "gemma3", "text_config": text, "vision_config": {}}, "gemma3", "gemma3")
+    head = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
+    config = Config({**head, "text_config": text, "vision_config": {}}, "gemma3", "gemma3")
     alone = architecture_of("gemma3_text", vocab_size=262_208)
     assert asdict(from_config(config)) | {"note": ""} == {**asdict(alone), "name": "gemma3", "model_type": "gemma3"}
     assert any("only the text model" in note for note in predict(from_config(config), "lora", device="l40s").notes)

@@ -147,6 +147,7 @@ def message_of(name: str) -> str:
         ("lama-3.2-3b", "did you mean 'llama-3.2-3b'?"), ("codelama-34b", "did you mean 'codellama-34b'?"),
         ("mistral-nemmo-12b", "did you mean 'mistral-nemo-12b'?"), ("gpt-neo-3b", "gpt-neo-125m, gpt-neo-1.3b, "),
         ("bloom-7b1", "perfmodel models lists"),
+        ("replit/replit-code-v1-3b", "code of its own repository"), ("LnL-AI/dbrx-base-converted-v2", "never run here"),
     ],
 )  # fmt: skip
 def test_an_unknown_name_gets_the_nearest_of_its_kind(typed: str, meant: str) -> None:

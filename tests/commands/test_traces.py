@@ -103,6 +103,7 @@ def test_what_a_tool_does_otherwise_is_said() -> None:
     assert traces.otherwise("qwen3.5-4b", replace(full, frozen=())) == said[:1]
     assert traces.otherwise("apertus-8b", adapted) == []
     assert traces.otherwise("gemma-3n-e2b", adapted) == ["the text decoder alone of a vision-language model"]
+    assert "AltUp" in traces.otherwise("gemma-3n-e2b", replace(adapted, method="qlora"))[1]
     packed = replace(adapted, setup={"dtype": "bf16"})
     assert traces.otherwise("Mapika/GLM-5.2-NVFP4", packed) == ["weights in bf16, not nvfp4"]
     assert traces.otherwise("Mapika/GLM-5.2-NVFP4", replace(packed, method="qlora")) == []
@@ -115,12 +116,14 @@ def test_what_a_tool_does_otherwise_is_said() -> None:
 
 def test_a_module_is_found_by_the_name_that_it_had() -> None:
     """Axolotl's files for Voxtral name its layers as transformers 4 did; their regex would match nothing."""
-    old, new = (f"qlora:targets=/{path}.layers.\\d+.q_proj/" for path in traces.RENAMED["voxtral"])
+    old, new = (f"qlora:targets=/{path}.layers.\\d+.q_proj/" for path in traces.RENAMED["voxtral"][:2])
     assert traces.of_peft_alone(old, "voxtral-mini-3b") == (
         new, ["language_model.model as model.language_model, its name in transformers 5.24"],
     )  # fmt: skip
     assert traces.of_peft_alone(new, "voxtral-mini-3b") == (new, [])
     assert traces.of_peft_alone(old, "llava-1.5-7b") == (old, [])
+    of_whole, of_decoder = (f"qlora:targets=/{path}.layers.\\d+.q_proj/" for path in ("model.language_model", "model"))
+    assert traces.of_peft_alone(of_whole, "gemma-3n-e2b")[0] == of_decoder
 
 
 def test_what_bitsandbytes_refuses_is_said() -> None:

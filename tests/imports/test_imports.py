@@ -254,6 +254,7 @@ FACTORY = "model_name_or_path: gpt2\ncutoff_len: 64\n"
         ("yaml", "compute_environment: LOCAL_MACHINE", "no training config: accelerate's own config"),
         ("yaml", FACTORY + "infer_backend: vllm", "no training config: a config of inference"),
         ("json", '{"zero_optimization": {"stage": 3}}', "no training config: DeepSpeed's own config"),
+        ("yaml", '"<|svg|>": a drawing\n"<|end|>": its end', "no training config: new tokens"),
         ("json", '{"peft_type": "LORA", "target_modules": "a/b"}', "neither a list of names nor a regex"),
         ("json", '{"per_device_train_batch_size": 0}', "must be a positive integer"),
         ("json", '{"use_peft": false, "load_in_4bit": true}', "needs use_peft"),

@@ -1,8 +1,11 @@
 """Models of images and text: a trace of fake images is what a step on real ones dispatches."""
 
 from collections import Counter
+from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("peft")
@@ -11,11 +14,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from perfmodel import UserError, traced
-from perfmodel.architectures import Config
+from perfmodel.architectures import Config, load
 from perfmodel.prediction.predict import predict
 from perfmodel.setup import Setup
 from perfmodel.tracing import programs
 from perfmodel.tracing.known import VALUE
+from perfmodel.tracing.programs.image_text import IMAGE, TAKES
+from perfmodel.tracing.programs.image_text import TEXT as TEXT_TOKEN
 from perfmodel.tracing.trace import CallRecorder, eager_program, to_fake
 from perfmodel.tracing.traced import of_method
 
@@ -35,6 +40,48 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
         {"text_config": {**TEXT, "model_type": "llama"}, "vision_config": {**TOWER, "model_type": "clip_vision_model"},
          "image_token_index": 63},
     ),
+    "gemma3": (
+        "Gemma3ForConditionalGeneration",
+        {"text_config": {**TEXT, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+         "vision_config": {**TOWER, "model_type": "siglip_vision_model"}, "mm_tokens_per_image": 4,
+         "image_token_id": 63},
+    ),
+    "pixtral": (
+        "LlavaForConditionalGeneration",
+        {"text_config": {**TEXT, "model_type": "mistral"}, "image_token_index": 63, "vision_feature_layer": -1,
+         "vision_feature_select_strategy": "full", "vision_config": {**TOWER, "head_dim": 16, "model_type": "pixtral"}},
+    ),
+    "mistral3": (
+        "Mistral3ForConditionalGeneration",
+        {"text_config": {**TEXT, "model_type": "mistral"}, "image_token_index": 63, "spatial_merge_size": 2,
+         "vision_config": {**TOWER, "head_dim": 16, "image_size": 112, "model_type": "pixtral"}},
+    ),
+    "smolvlm": (
+        "SmolVLMForConditionalGeneration",
+        {"text_config": {**TEXT, "model_type": "llama"}, "image_token_id": 63, "scale_factor": 4,
+         "vision_config": {**TOWER, "model_type": "smolvlm_vision"}},
+    ),
+    "internvl": (
+        "InternVLForConditionalGeneration",
+        {"text_config": {**TEXT, "model_type": "qwen3"}, "image_token_id": 63, "image_seq_length": 4,
+         "vision_config": {**TOWER, "image_size": [56, 56], "patch_size": [14, 14]}},
+    ),
+    "mllama": (
+        "MllamaForConditionalGeneration",
+        {"text_config": {**TEXT, "num_hidden_layers": 3, "cross_attention_layers": [1], "pad_token_id": 0},
+         "image_token_index": 63, "vision_config": {**TOWER, "num_global_layers": 1, "attention_heads": 2,
+         "intermediate_layers_indices": [0], "vision_output_dim": 64}},
+    ),
+    "glm4v": (
+        "Glm4vForConditionalGeneration",
+        {"text_config": {**TEXT, "rope_parameters": MROPE}, "image_token_id": 63,
+         "vision_config": {**QWEN, "image_size": 56, "spatial_merge_size": 2, "out_hidden_size": 32}},
+    ),
+    "paddleocr_vl": (
+        "PaddleOCRVLForConditionalGeneration",
+        {"text_config": {**TEXT, "rope_parameters": MROPE}, "image_token_id": 63,
+         "vision_config": {**TOWER, "spatial_merge_size": 2}},
+    ),
     "qwen2_5_vl": (
         "Qwen2_5_VLForConditionalGeneration",
         {"text_config": {**TEXT, "rope_parameters": MROPE}, "image_token_id": 63,
@@ -46,12 +93,12 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
          "vision_config": {**QWEN, "deepstack_visual_indexes": [0], "num_position_embeddings": 64}},
     ),
 }  # fmt: skip
-SETUP = Setup(batch=2, seq=96, dtype="fp32", images=2, image_size=(84, 112))
+SETUP = Setup(batch=2, seq=128, dtype="fp32", images=2, image_size=(84, 112))
 
 
 def config_of(name: str) -> Config:
     head, values = SMALL[name]
-    return Config({"model_type": name, "architectures": [head], **values}, name, name)
+    return Config({"model_type": "llava" if name == "pixtral" else name, "architectures": [head], **values}, name, name)
 
 
 def calls_of(model: Any, inputs: Any, *, knows: bool) -> Counter[Any]:
@@ -89,6 +136,31 @@ def _counts(call: Any) -> bool:
     return call[0] not in ("add.Tensor", "add_.Tensor", "_local_scalar_dense")
 
 
+@pytest.mark.parametrize("size", [(448, 448), (300, 900), (1000, 700), (64, 2000), (60, 40)])
+def test_images_are_cut_as_the_processors_of_transformers_cut_them(size: tuple[int, int]) -> None:
+    """How many tiles and tokens an image becomes decides what the tower computes and what fits into a sample."""
+    pytest.importorskip("PIL")
+    smolvlm, got_ocr2, pixtral = (
+        import_module(f"transformers.models.{name}.image_processing_pil_{name}")
+        for name in ("smolvlm", "got_ocr2", "pixtral")
+    )
+    sides = {"size": {"longest_edge": 224}, "max_image_size": {"longest_edge": 56}}
+    tiles, rows, _ = smolvlm.SmolVLMImageProcessorPil().get_number_of_image_patches(*size, sides)
+    assert Counter(kinds_of("smolvlm", size)) == {IMAGE: tiles, TEXT_TOKEN: 2 * tiles + rows + 2}
+    sides = {"patch_size": {"height": 56, "width": 56}, "crop_to_patches": True}
+    tiles = got_ocr2.GotOcr2ImageProcessorPil().get_number_of_image_patches(*size, sides)
+    assert kinds_of("internvl", size) == [IMAGE] * 4 * tiles
+    height, width = pixtral.get_resize_output_image_size(np.zeros((*size, 3)), 112, 28)
+    assert kinds_of("mistral3", size) == ([IMAGE] * (width // 28) + [TEXT_TOKEN]) * (height // 28)
+
+
+def kinds_of(name: str, size: tuple[int, int]) -> list[int]:
+    """Types of the tokens that stand for an image of a size."""
+    config = programs.config_of(config_of(name))
+    takes = TAKES[config.model_type, config.vision_config.model_type]
+    return takes.see(config, replace(SETUP, image_size=size)).kinds
+
+
 def test_images_cost_what_their_size_costs() -> None:
     """More pixels are more patches and more tokens of the sample; without images the tower does not run."""
     model = traced(config_of("qwen2_5_vl"))
@@ -102,6 +174,15 @@ def test_images_cost_what_their_size_costs() -> None:
     assert any("1 image(s) of 112 x 112 pixels" in note for note in steps[2].notes)
 
 
+def test_a_kept_program_does_not_hold_for_samples_that_its_images_do_not_fit_into() -> None:
+    """It holds for longer ones; where the images begin to fit no config says."""
+    model, setup = traced(config_of("qwen2_5_vl")), Setup(batch=2, seq=96, images=2, image_size=(112, 112))
+    one, both = (predict(model, "full", replace(setup, seq=seq), "l40s") for seq in (192, np.array([96, 192])))
+    assert both.flops["total"][1] == one.flops["total"]
+    with pytest.raises(UserError, match="raise --seq"):
+        predict(model, "full", replace(setup, seq=32), "l40s")
+
+
 def test_a_tower_that_does_not_run_gets_no_gradients() -> None:
     """Text alone: AdamW keeps no state for parameters whose gradient never comes."""
     step, _ = of_method(config_of("llava"), "full", Setup(batch=1, seq=16))
@@ -113,14 +194,18 @@ def test_a_tower_that_does_not_run_gets_no_gradients() -> None:
     ("name", "setup", "says"),
     [
         ("llava", {"seq": 30}, "raise --seq"),
-        ("pixtral", {"seq": 96}, "not modelled for llava"),
-        ("llama", {"seq": 96}, "takes no images"),
+        ("siglip", {"seq": 96}, "not modelled for llava"),
+        ("llama", {"seq": 96}, "takes no images$"),
+        ("gemma", {"seq": 96}, "takes no images; gemma-3-4b-vision does"),
     ],
 )
 def test_images_that_nobody_can_take_are_refused(name: str, setup: dict[str, Any], says: str) -> None:
     configs = {
         "llava": config_of("llava"),
-        "pixtral": Config({**config_of("llava").values, "vision_config": {**TOWER, "model_type": "pixtral"}}, "p", "p"),
+        "siglip": Config(
+            {**config_of("llava").values, "vision_config": {**TOWER, "model_type": "siglip_vision_model"}}, "s", "s"
+        ),
+        "gemma": load("gemma-3-4b"),
         "llama": Config({**TEXT, "model_type": "llama"}, "llama", "llama"),
     }
     with pytest.raises(UserError, match=says):

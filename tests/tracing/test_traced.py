@@ -13,7 +13,7 @@ from helpers import by_phase, config_of, setup_of
 pytest.importorskip("peft")
 
 from perfmodel import cli
-from perfmodel.architectures import load
+from perfmodel.architectures import Config, load
 from perfmodel.calls import costs
 from perfmodel.devices import host, profile
 from perfmodel.prediction.memory import peak_bytes
@@ -252,3 +252,18 @@ def test_the_host_waits_as_often_and_as_long_as_on_the_tape() -> None:
     assert of_step(built, on, host.load()).time.phases["total"] == pytest.approx(total, rel=0.005)
     shuffled = sorted((op for part, _ in built.parts() for op in part.ops), key=costs.synchronises)
     assert Counter(map(id, traced.spread(shuffled))) == Counter(map(id, shuffled))
+
+
+def test_weights_that_a_program_clamps_are_not_packed() -> None:
+    """Gemma 3n clamps the coefficients of AltUp in place: on a packed weight its forward pass fails."""
+    values = {
+        "hidden_size": 32, "intermediate_size": [48] * 4, "num_hidden_layers": 4, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 64, "vocab_size_per_layer_input": 64,
+        "hidden_size_per_layer_input": 8, "laurel_rank": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 8, "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * 4,
+    }  # fmt: skip
+    config = Config({"model_type": "gemma3n_text", **values}, "gemma3n", "gemma3n")
+    step, _ = traced.of_method(config, "qlora:r=4,targets=q_proj", Setup(batch=2, seq=16, dtype="bf16"))
+    dtypes = {p.name.split(".")[-2]: p.dtype for p in step.parameters}
+    assert dtypes["prediction_coefs"] == dtypes["correction_coefs"] == "bf16"
+    assert dtypes["q_proj"] != "bf16"

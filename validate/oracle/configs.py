@@ -24,6 +24,7 @@ LONGEST = 300  # characters of a line that the table keeps
 # The first that a complaint holds names the reason; what fits none is a reason of its own.
 REASONS = (
     ("model unknown", r"unknown model|not be fetched|not bundled|model_type .* is not supported|option '--model"),
+    ("code of the model's own", r"is code of its own repository"),
     ("cannot be traced", r"cannot be traced|peft cannot apply"),
     ("objective", r"step is not modelled|is no SFT step|loss .*not modelled"),
     ("extra not installed", r"needs the \w+ extra"),

@@ -14,10 +14,11 @@ from .dtypes import TORCH_DTYPES
 from .experts import linearise_experts
 from .family import Family, text_inputs
 
-# A type that several auto classes know belongs to the first of these: what it was pretrained for.
+# A type that several auto classes know belongs to the first of these: what it was pretrained for. Before the decoders
+# stand those that may see images, too: transformers has Gemma 3's class among both.
 FAMILIES = (
-    seq2seq.FAMILY, speech.FAMILY, vision.FAMILY, masked.FAMILY, causal.FAMILY, classifiers.OF_SAMPLES,
-    classifiers.OF_TOKENS, image_text.FAMILY,
+    seq2seq.FAMILY, speech.FAMILY, vision.FAMILY, masked.FAMILY, image_text.FAMILY, causal.FAMILY,
+    classifiers.OF_SAMPLES, classifiers.OF_TOKENS,
 )  # fmt: skip
 LINEAR_EXPERTS = "linear_experts"  # a key of ours in bundled configs: the experts are linear layers
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")

@@ -37,6 +37,7 @@ from .references import as_lora
 
 NF4 = torch.linspace(-1, 1, 16)  # stands for the quantiles of a normal distribution: the values change no call
 THRESHOLD = 6.0  # transformers' `llm_int8_threshold`
+CLAMPED = ("prediction_coefs", "correction_coefs")  # Gemma 3n clamps their weights, which fails on packed ones
 
 
 @torch.library.custom_op("bitsandbytes::dequantize_blockwise", mutates_args=())
@@ -293,7 +294,7 @@ def apply_low_bit(model: Any, method: QuantisedLora, architecture: Architecture,
     head = model.get_output_embeddings()
     # a subclass computes something else (`replace_with_bnb_linear` of transformers)
     plain = (n for n, m in model.named_modules() if (type(m) is nn.Linear or isinstance(m, Conv1D)) and m is not head)
-    found = list(plain)
+    found = [name for name in plain if name.rpartition(".")[2] not in CLAMPED]
     for name in found:
         model.set_submodule(name, quantised(model.get_submodule(name), method, setup))
     if method.experts:
