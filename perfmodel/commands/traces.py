@@ -26,6 +26,15 @@ LATENT = {
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "longcat_flash",
     "minicpm3", "mistral4", "youtu",
 }  # fmt: skip
+# Types whose stacked experts PEFT adapts where their layers of transformers 4 are named (`_convert_peft_config_moe`).
+EXPERTS_BY_LAYER = {
+    "afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe",
+    "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum",
+    "minimax", "minimax_m2", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text",
+    "qwen3_omni_moe_thinker", "sarvam_mla", "solar_open",
+}  # fmt: skip
+OF_EXPERTS = re.compile(r"[=+](all-linear|(gate|up|down)_proj|w[123])\b")
+DROPOUT = re.compile(r",dropout=[\d.e-]+")
 FUSED = re.compile(r"implementation=\w+,?")
 
 
@@ -96,6 +105,9 @@ def of_peft_alone(method: str, model: str) -> tuple[str, list[str]]:
     if old and f"=/{old}." in plain:
         plain = plain.replace(f"=/{old}.", f"=/{new}.")
         said.append(f"{old} as {new}, its name in transformers 5.24")
+    if traced_type(model) in EXPERTS_BY_LAYER and OF_EXPERTS.search(plain) and DROPOUT.search(plain):
+        plain = DROPOUT.sub("", plain)
+        said.append("adapters without dropout, which PEFT's of stacked experts cannot have")
     if plain.startswith("lora_8bit") and traced_type(model) in LATENT:
         said.append("8-bit layers of four dimensions, as transformers 5.24 has them and bitsandbytes refuses")
     return plain, said
