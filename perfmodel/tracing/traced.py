@@ -173,8 +173,12 @@ def trace(
             made = whole(
                 rows, partial(at.several, *sizes) if sizes else partial(at.scanned, scans) if scans else at.once
             )
-    except (UserError, NoPolynomial):
+    except UserError:
         raise
+    except NoPolynomial as error:
+        if scans is None:
+            raise
+        raise UserError(f"{name} cannot be traced at {scans.size[1]} tokens: {error}") from error
     except Exception as error:  # whatever a foreign program raises on fake tensors
         raise UserError(f"{name} cannot be traced: {in_one_line(error)}") from error
     size = None if sizes else (int(setup.batch), int(setup.seq))

@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("peft")
 
+from perfmodel import UserError
 from perfmodel.architectures import Config
 from perfmodel.program.polynomials import NoPolynomial
 from perfmodel.recording.program import Program
@@ -68,6 +69,13 @@ def test_short_samples_say_what_longer_ones_do(
     assert calls(solved) == calls(step)
     assert host(program) == host(whole)
     assert program.live.at(2, asked.seq) == pytest.approx(whole.live.at(2, asked.seq), rel=scans.LIVE)
+
+
+def test_a_loop_that_is_not_found_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for a long sample must not get a traceback."""
+    monkeypatch.setattr(scans, "LONGEST_TURN", 2)
+    with pytest.raises(UserError, match="cannot be traced at 64 tokens"):
+        traced.of_method(Config({**MAMBA, "num_hidden_layers": 2}, "m", "m"), "full", Setup(batch=1, seq=64))
 
 
 def test_stretches_that_do_not_fold_alike_are_refused() -> None:
