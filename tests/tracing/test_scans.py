@@ -14,6 +14,7 @@ from perfmodel.recording.program import Program
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
 from perfmodel.tracing import scans, traced
+from perfmodel.tracing.sizes import LIVE
 
 MAMBA = {
     "model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 7, "state_size": 8, "time_step_rank": 6,
@@ -68,7 +69,7 @@ def test_short_samples_say_what_longer_ones_do(
     step, whole = traced.of_method(values, method, asked)
     assert calls(solved) == calls(step)
     assert host(program) == host(whole)
-    assert program.live.at(2, asked.seq) == pytest.approx(whole.live.at(2, asked.seq), rel=scans.LIVE)
+    assert program.live.at(2, asked.seq) == pytest.approx(whole.live.at(2, asked.seq), rel=LIVE)
 
 
 def test_a_loop_that_is_not_found_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +81,7 @@ def test_a_loop_that_is_not_found_ends_in_one_line(monkeypatch: pytest.MonkeyPat
 
 def test_stretches_that_do_not_fold_alike_are_refused() -> None:
     """What the turns of short samples do not tell must not be made up."""
-    turning, other = (list(scans.stretches_of(keys)) for keys in (["a", *"xyxyxyxy", "b"], ["a", *"xyxzxyxz", "b"]))  # type: ignore[arg-type]
+    turning, other = (list(scans.stretches_of(keys)) for keys in (["a", *"xyxyxyxy", "b"], ["a", *"xyxzxyxz", "b"]))
     assert [stretch.times for stretch in turning] == [1, 4, 1]
     with pytest.raises(NoPolynomial):
         scans._alike([turning, other])
