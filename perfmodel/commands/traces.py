@@ -33,6 +33,15 @@ LATENT = {
 }  # fmt: skip
 # Types whose classes in transformers 5.24 have no flash-attn (`_supports_flash_attn`).
 WITHOUT_FLASH = {"deepseek_v4", "gemma4", "gemma4_unified", "glm_moe_dsa", "llama4", "mamba", "mllama", "mpt"}
+# Types whose stacked experts PEFT adapts where their layers of transformers 4 are named (`_convert_peft_config_moe`).
+EXPERTS_BY_LAYER = {
+    "afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe",
+    "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum",
+    "minimax", "minimax_m2", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text",
+    "qwen3_omni_moe_thinker", "sarvam_mla", "solar_open",
+}  # fmt: skip
+OF_EXPERTS = r"[=+](all-linear|(gate|up|down)_proj|w[123])\b"
+DROPOUT = r",dropout=[\d.e-]+"
 FUSED = r"implementation=\w+,?"
 
 
@@ -120,6 +129,9 @@ def of_peft_alone(method: str, model: str) -> tuple[str, list[str]]:
     if old and f"=/{old}." in plain:
         plain = plain.replace(f"=/{old}.", f"=/{new}.")
         said.append(f"{old} as {new}, {why}")
+    if traced_type(model) in EXPERTS_BY_LAYER and re.search(OF_EXPERTS, plain) and re.search(DROPOUT, plain):
+        plain = re.sub(DROPOUT, "", plain)
+        said.append("adapters without dropout, which PEFT's of stacked experts cannot have")
     if plain.startswith(Lora8bit.name) and load(model).values.get("model_type") in LATENT:
         said.append(Lora8bit.told_of_four_dims)
     return plain, said

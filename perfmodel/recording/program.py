@@ -113,7 +113,7 @@ class Program:
 
     def micro_batches(self, batch: Dim, seq: Dim, count: int) -> MicroBatches:
         """`count` micro-batches of a size."""
-        evaluated = _Evaluated(batch, seq)
+        evaluated = Evaluated(batch, seq)
         first = [evaluated.part(part) for part in self.first]
         first[0].highest = self.live.at(batch, seq)
         first[-1].allocate(sum(p.nbytes * p.count for p in self.parameters if p.used))  # they wait for the update
@@ -123,7 +123,7 @@ class Program:
         return MicroBatches(groups, [p.copy() for p in self.parameters], 0, self.told)
 
 
-class _Evaluated:
+class Evaluated:
     """Parts and ops of a program at one size; equal numbers become one object, as on a tape."""
 
     def __init__(self, batch: Dim, seq: Dim) -> None:
@@ -132,9 +132,11 @@ class _Evaluated:
         self.ops: dict[int, Op] = {}
 
     def part(self, part: Part) -> Part:
+        """A part at the size."""
         return replace(part, ops=[self.op(op) for op in part.ops])
 
     def op(self, op: Op) -> Op:
+        """An op at the size."""
         made = self.ops.get(id(op))
         if made is None:
             made = self.ops[id(op)] = copy(op)
@@ -143,9 +145,11 @@ class _Evaluated:
         return made
 
     def specs(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
-        return tuple(Spec(s.dtype, tuple(map(self.number, s.shape)), s.copies) for s in specs)
+        """What it sees of tensors."""
+        return tuple(Spec(s.dtype, tuple(map(self.number, s.shape)), self.number(s.copies)) for s in specs)
 
     def number(self, number: Any) -> Dim:
+        """A dim, or bytes."""
         if not isinstance(number, Polynomial):
             return number
         if number not in self.numbers:

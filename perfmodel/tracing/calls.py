@@ -36,6 +36,7 @@ class Calls:
         counts: how often each call was made in a phase of a micro-batch.
         host: what costs host time besides calls, by place and by the name that a `HostWork` gives it.
         order: the calls of forward and backward, one after another.
+        turns: the calls of those keys that stand for several, a loop's turn (`scans`).
         live: bytes that were live above weights and buffers after each call, up to the middle of a backward pass and
             after it: there saved activations prevail, here gradients.
         place: the micro-batch and phase that run now.
@@ -50,6 +51,7 @@ class Calls:
     ops: dict[Key, Op] = field(default_factory=dict)
     host: Counter[tuple[Place, str]] = field(default_factory=Counter)
     order: list[Key] = field(default_factory=list)
+    turns: dict[Key, tuple[Op, ...]] = field(default_factory=dict)
     live: tuple[list[Any], list[Any]] = field(default_factory=lambda: ([], []))
     place: Place = (0, "forward")
     reached: set[str] = field(default_factory=set)

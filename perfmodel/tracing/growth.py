@@ -113,10 +113,11 @@ def _grown(plan: _Plan, record: Record, blocks: int) -> Whole:
     base = _traced(plan, plan.base, record, warm=False)
     terms, traces = [Term(1, base.counts, base.host, base.order)], [base]
     expected, expected_host = Counter(base.counts), Counter(base.host)
-    ops = Calls(ops=dict(base.ops))
+    ops = Calls(ops=dict(base.ops), turns=dict(base.turns))
     for places in plan.spare.values():
         more = _traced(plan, plan.base | {places[0]}, record)
         ops.ops.update(more.ops)
+        ops.turns.update(more.turns)
         adds, host = difference(more.counts, base.counts), difference(more.host, base.host)
         terms.append(Term(len(places), adds, host, _inserted(more.order, base.order, adds)))
         traces.append(more)

@@ -28,7 +28,7 @@ def solved(traces: Sequence[Calls], batches: Sequence[int], lengths: Sequence[in
     made = Calls(cuda=first.cuda, host=first.host)
     for keys in zip(*(trace.order for trace in traces), strict=True):
         if keys not in known:
-            known[keys] = _call(keys, [trace.ops[key] for trace, key in zip(traces, keys, strict=True)], solve)
+            known[keys] = solved_call(keys, [trace.ops[key] for trace, key in zip(traces, keys, strict=True)], solve)
         made.add(*known[keys])
     for half, found in enumerate(made.live):
         rows = zip(*(trace.live[half] for trace in traces), strict=True)
@@ -43,7 +43,7 @@ def check_alike(traces: Sequence[Calls]) -> None:
         raise NoPolynomial("the program makes other calls at another size")
 
 
-def _call(keys: tuple[Key, ...], ops: list[Op], solve: Solve) -> tuple[Key, Op]:
+def solved_call(keys: tuple[Key, ...], ops: list[Op], solve: Solve) -> tuple[Key, Op]:
     """A call whose dims are solved from those at every size."""
     first = ops[0]
     place, who = keys[0][:2], _who(first)
@@ -65,7 +65,11 @@ def _specs(rows: list[tuple[Spec, ...]], solve: Solve) -> tuple[Spec, ...]:
     if len({tuple((s.dtype, len(s.shape)) for s in specs) for specs in rows}) > 1:
         raise NoPolynomial("a call takes other tensors at another size")
     return tuple(
-        Spec(alike[0].dtype, tuple(solve(dims) for dims in zip(*(s.shape for s in alike), strict=True)))
+        Spec(
+            alike[0].dtype,
+            tuple(solve(dims) for dims in zip(*(s.shape for s in alike), strict=True)),
+            solve(tuple(s.copies for s in alike)),
+        )
         for alike in zip(*rows, strict=True)
     )
 

@@ -10,6 +10,7 @@ What the CPU's dispatch does not show is a copy between host and GPU.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,9 +29,9 @@ from ..recording.program import Program, RecordedModel
 from ..recording.step import Step
 from ..setup import Setup
 from . import programs
-from .calls import Calls, Loss, Place, TracedProgram, record_calls
+from .calls import Calls, Key, Loss, Place, TracedProgram, record_calls
 from .growth import Term, Whole, whole
-from .kernels import check_scan
+from .kernels import BY_TOKEN
 from .parameters import parameters_of
 from .programs import adapt as adapters
 from .programs import diffusion
@@ -38,6 +39,7 @@ from .programs.choose import in_one_line
 from .programs.objectives import asked_loss
 from .programs.stacks import stacks
 from .regions import Region
+from .scans import LONGEST, NOTE, Scans
 from .setups import check_setup
 from .sizes import check_alike, check_at, solved
 from .trace import to_fake, without_remarks
@@ -89,7 +91,9 @@ def trace_model(
         NoPolynomial: its program at other sizes of the region does not follow from a few.
     """
     check_setup(setup)
-    check_scan(config, int(setup.seq))
+    by_token = config.values.get("model_type") in BY_TOKEN and int(setup.seq) > LONGEST
+    sizes_of_model = {n for n in config.values.values() if isinstance(n, int)} | {int(setup.batch)}
+    scans = Scans((int(setup.batch), int(setup.seq)), sizes_of_model) if by_token else None
     family, name = programs.family_of(config)
     if setup.images and not family.takes_images:
         seeing = f"{config.name}-vision"
@@ -107,10 +111,11 @@ def trace_model(
             loss = asked_loss(here, model, family.loss)
             return lambda: loss(inputs)
 
-        sizes = region.sizes(lengths=family.reads_length) if region else None
+        sizes = region.sizes(lengths=family.reads_length) if region and not scans else None
         here = capability if kind == "cuda" else None
-        program = trace(model, make, setup, here, config.name, bare=base, names=names, sizes=sizes)
-    return facts, bound, replace(program, notes=programs.notes_of(config, setup))
+        program = trace(model, make, setup, here, config.name, bare=base, names=names, sizes=sizes, scans=scans)
+    notes = (*programs.notes_of(config, setup), *((NOTE,) if scans else ()))
+    return facts, bound, replace(program, notes=notes)
 
 
 def prepare(model: Any, setup: Setup) -> None:
@@ -142,6 +147,7 @@ def trace(
     bare: Any,
     names: frozenset[str],
     sizes: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+    scans: Scans | None = None,
 ) -> Program:
     """Trace a model on the meta device; its tensors are fake ones afterwards.
 
@@ -149,6 +155,7 @@ def trace(
         bare: the model without what peft puts around it.
         names: of the bare model's parameters; what else there is belongs to an adapter.
         sizes: batches and lengths to solve other sizes from; None: for the setup's size alone.
+        scans: what solves it from short samples, if it goes over a sample token by token.
 
     Raises:
         UserError: nothing trains, or the program needs data that a fake tensor does not have.
@@ -164,9 +171,15 @@ def trace(
     try:
         with mode:
             at = _At(model, bare, make, setup, blocks, capability)
-            made = whole(rows, partial(at.several, *sizes) if sizes else at.once)
-    except (UserError, NoPolynomial):
+            made = whole(
+                rows, partial(at.several, *sizes) if sizes else partial(at.scanned, scans) if scans else at.once
+            )
+    except UserError:
         raise
+    except NoPolynomial as error:
+        if scans is None:
+            raise
+        raise UserError(f"{name} cannot be traced at {scans.size[1]} tokens: {error}") from error
     except Exception as error:  # whatever a foreign program raises on fake tensors
         raise UserError(f"{name} cannot be traced: {in_one_line(error)}") from error
     size = None if sizes else (int(setup.batch), int(setup.seq))
@@ -192,6 +205,10 @@ class _At:
     def once(self, warm: bool) -> Calls:
         """Its calls at the size that was asked for."""
         return self._calls(self.asked, warm)
+
+    def scanned(self, scans: Scans, warm: bool) -> Calls:
+        """Its calls at that size, solved from short samples, as it goes over a sample token by token."""
+        return scans.solved(partial(self._calls, warm=warm))
 
     def several(self, batches: tuple[int, ...], lengths: tuple[int, ...], warm: bool) -> Calls:
         """Its calls as polynomials, solved from some sizes and checked at the one that was asked for.
@@ -221,8 +238,8 @@ def program_of(made: Whole, parameters: list[Any], micro_batches: int, size: Siz
     """The traced calls as parts: of each micro-batch forward, and backward in the opposite order."""
     first, *later = (
         (
-            *(_part(term, made.calls, (micro, "forward")) for term in made.terms),
-            *(_part(term, made.calls, (micro, "backward")) for term in reversed(made.terms)),
+            *(part for term in made.terms for part in _parts(term, made.calls, (micro, "forward"))),
+            *(part for term in reversed(made.terms) for part in _parts(term, made.calls, (micro, "backward"))),
         )
         for micro in range(micro_batches)
     )
@@ -242,14 +259,41 @@ def spread(ops: list[Op]) -> list[Op]:
     return found or others
 
 
-def _part(term: Term, calls: Calls, place: Place) -> Part:
-    """The ops of one phase of a term, as one part that repeats."""
-    part = Part("traced", place[1], term.times)
+def _parts(term: Term, calls: Calls, place: Place) -> list[Part]:
+    """The ops of one phase of a term, as a part that repeats; what turns in a loop is a part of its own.
+
+    Of its nodes and hooks each part has a share by its calls: those of a loop are as many as its turns.
+    """
+    straight: list[Op] = []
+    found = [Part("traced", place[1], term.times, straight)]
     if term.order is None:
-        part.ops = spread([op for key, n in term.counts.items() if key[:2] == place for op in [calls.ops[key]] * n])
+        counted = [(key, n) for key, n in term.counts.items() if key[:2] == place]
+        straight += spread([op for key, n in counted if key not in calls.turns for op in [calls.ops[key]] * n])
+        found += [_turning(calls, key, n * term.times) for key, n in counted if key in calls.turns]
     else:
-        part.ops = [calls.ops[key] for key in term.order if key[:2] == place]
+        for key, alike in groupby(key for key in term.order if key[:2] == place):
+            n = len(list(alike))
+            if key in calls.turns:
+                straight = []
+                found += [_turning(calls, key, n * term.times), Part("traced", place[1], term.times, straight)]
+            else:
+                straight += [calls.ops[key]] * n
     for (where, what), n in term.host.items():
         if where == place:
-            setattr(part.host, what, n)
-    return part
+            _share(found, what, n, term.times)
+    return [part for part in found if part.ops or part is found[0]]
+
+
+def _turning(calls: Calls, key: Key, times: int) -> Part:
+    return Part("traced", key[1], times, list(calls.turns[key]))
+
+
+def _share(parts: list[Part], what: str, n: int, times: int) -> None:
+    """Give the first part `n` of a host's work in each of `times` runs, less what loops' turns have of it."""
+    if what in ("nodes", "hooks"):
+        calls = sum(len(part.ops) * part.repeat for part in parts)
+        for part in parts[1:]:
+            each = n * times * len(part.ops) // max(1, calls)
+            setattr(part.host, what, each)
+            n -= each * part.repeat // times
+    setattr(parts[0].host, what, n)

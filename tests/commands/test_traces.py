@@ -134,6 +134,26 @@ def test_what_bitsandbytes_refuses_is_said() -> None:
     assert traces.of_peft_alone("lora_8bit:r=16", "apertus-8b")[1] == []
 
 
+def test_experts_that_were_layers_lose_their_dropout() -> None:
+    """PEFT refuses dropout beside stacked experts, which it adapts where their layers of transformers 4 are named."""
+    named, attention = "qlora:r=8,targets=up_proj+gate_proj+down_proj", "qlora:r=8,targets=q_proj,dropout=0.05"
+    for method in (named, "lora:targets=all-linear"):
+        plain, said = traces.of_peft_alone(f"{method},dropout=0.05", "trinity-nano")
+        assert (plain, len(said)) == (method, 1)
+        assert traces.of_peft_alone(method, "trinity-nano") == (method, [])
+    assert traces.of_peft_alone(attention, "trinity-nano") == (attention, [])
+    assert traces.of_peft_alone(f"{named},dropout=0.05", "apertus-8b")[1] == []
+
+
+def test_types_whose_experts_were_layers_are_those_of_transformers() -> None:
+    """The table spares a command torch; another version of transformers may know more types."""
+    pytest.importorskip("transformers")
+    from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
+
+    kinds = {name for name, like in _MODEL_TO_CONVERSION_PATTERN.items() if like in ("mixtral", "qwen2_moe")}
+    assert {name for name in kinds if name.islower()} == traces.EXPERTS_BY_LAYER
+
+
 def test_what_is_typed_is_not_changed(model: Path) -> None:
     arguments = ["predict", "--model", str(model), "--device", "l40s", "--attention", "flash2"]
     result = CliRunner().invoke(cli.main, arguments)

@@ -22,6 +22,9 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "deepspeed: z3_offload.json": ("axolotl", "one GPU, without ZeRO-3 with offloading (deepspeed)"),
     "fsdp: [full_shard]\nfsdp_config: {a: b}": ("axolotl", "one GPU, without FSDP (fsdp, fsdp_config)"),
     "tensor_parallel_size: 2": ("axolotl", "one GPU (tensor_parallel_size)"),
+    "experts_implementation: eager": (
+        "axolotl", "experts as transformers runs them by default (experts_implementation)",
+    ),
     "activation_offloading: true": ("axolotl", "activations stay on the GPU (activation_offloading)"),
     "activation_offloading: true\nadapter: lora\ngradient_checkpointing: true": (
         "axolotl", "blocks recomputed, in the place of offloaded activations (activation_offloading)",
@@ -98,6 +101,7 @@ def test_what_is_not_modelled_stands_in_the_first_line(tmp_path: Path, text: str
     "text",
     [
         "tensor_parallel_size: 1",
+        "experts_implementation: grouped_mm",
         "fsdp: []",
         "tf32: true\nbf16: true\nflash_attention: true",
         "activation_offloading: false",

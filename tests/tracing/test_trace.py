@@ -65,6 +65,6 @@ def test_work_of_the_host_is_counted_under_a_name_that_has_a_price() -> None:
     """A name misspelt where work is counted would be host time that nobody misses."""
     place = (0, "backward")
     counted, misspelt = (growth.Term(1, Counter(), Counter({(place, name): 3}), []) for name in ("hooks", "hook"))
-    assert traced._part(counted, Calls(), place).host.hooks == 3
+    assert traced._parts(counted, Calls(), place)[0].host.hooks == 3
     with pytest.raises(AttributeError, match="hook"):
-        traced._part(misspelt, Calls(), place)
+        traced._parts(misspelt, Calls(), place)

@@ -297,6 +297,7 @@ def apply_low_bit(model: Any, method: QuantisedLora, architecture: Architecture,
     found = [name for name in plain if name.rpartition(".")[2] not in CLAMPED]
     for name in found:
         model.set_submodule(name, quantised(model.get_submodule(name), method, setup))
+    model.config._is_quantized = True  # as transformers' quantisers say: Mamba's code asks (`_assign_is_quantized`)
     if method.experts:
         bits = 4 if isinstance(method, QLora) else 8
         quantise_experts(model, bits=bits, double_quant=getattr(method, "double_quant", True))
