@@ -26,9 +26,13 @@ from .pointwise import pointwise_time
 from .profile import DeviceProfile
 from .tables import Model, Tables
 
-BUS = (
-    10e9  # B/s of copies between pageable host memory and the device: PCIe 4.0 x16 through the driver's staging buffer
-)
+# B/s of copies from pageable host memory to the device, through the driver's staging buffer: an A10 (PCIe 4.0 x16), a
+# Xeon 6438Y+, 4 MiB again and again (https://github.com/drkennetz/cuda_examples/pull/1, 003_bandwidth_check).
+BUS = 19.6e9
+# Rate of the memory-efficient (CUTLASS) kernel in 16 bit over FlashAttention-2's. A100, head size 128, 2 x 8 heads of
+# 8,192 tokens: 105 TFLOP/s forward (https://github.com/facebookresearch/xformers/issues/712), where FA2 reaches 73 % of
+# 312; 74 to 103 backward (xformers/pull/557, faster by 1.4 since NVIDIA/cutlass/pull/992), where FA2 reaches 63 %.
+EFFICIENT = 0.46
 
 HALF = ("bf16", "fp16")  # what tensor cores take as it is
 WRITTEN = ("bmm", "_scaled_mm")  # products whose operands were both just written
@@ -94,7 +98,8 @@ def _attention_row(i: int, op: Op, tables: Tables) -> None:
         sizes = (q.shape[0], q.shape[seq], k.shape[seq], q.shape[heads], k.shape[heads], width)
         mask = sum(ITEMSIZE[x.dtype] for x in inputs[6 if backward else 3 :])
     packed = None if documents is None else documents._replace(longest=0)
-    key = ("cudnn" in name, backward, op.attrs.causal, op.attrs.window, q.dtype, packed)
+    kernel = next((k for k in ("cudnn", "efficient") if k in name), "flash")
+    key = (kernel, backward, op.attrs.causal, op.attrs.window, q.dtype, packed)
     tables.add("attention", key, i, *sizes, mask, 0 if documents is None else documents.longest)
 
 
@@ -152,12 +157,15 @@ def _gemm(profile: DeviceProfile, dtype: str, batched: bool, *columns: Any) -> n
 
 
 def _attention(
-    profile: DeviceProfile, cudnn: bool, backward: bool, causal: bool, window: int | None, dtype: str,
+    profile: DeviceProfile, kernel: str, backward: bool, causal: bool, window: int | None, dtype: str,
     packed: Documents | None, *columns: Any,
 ) -> np.ndarray:  # fmt: skip
     *shape, longest = columns
     model = attention_backward_time if backward else attention_forward_time
-    parameters = profile.cudnn_attention if cudnn else profile.attention
+    parameters = profile.cudnn_attention if kernel == "cudnn" else profile.attention
+    if kernel == "efficient" and dtype in HALF:
+        slower = tuple((size, share * EFFICIENT) for size, share in parameters.efficiency)
+        parameters = replace(parameters, efficiency=slower)
     kinds = None if packed is None else packed.groups(shape[1], longest)
     price = partial(model, hardware=profile.hardware, parameters=parameters, causal=causal, dtype=dtype)
     return np.asarray(price(*shape, documents=kinds, window=window))

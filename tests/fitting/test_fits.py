@@ -239,3 +239,16 @@ def test_products_of_a_step_have_the_launches_of_a_step() -> None:
     assert found.parameters.launch_clocks == device.gemm["bf16"].launch_clocks
     assert "launch_clocks" in found.doubts.kept
     assert found.notes == "launch_clocks as in bf16: the measured floor of 14 us contains the host. As said."
+
+
+def test_wide_sms_reach_the_rates_that_were_published() -> None:
+    """Boards of 128 units an SM have no fp32 rows of their own: the shipped blocks must be what their rates tell."""
+    fit = pytest.importorskip("validate.fitting.fit", exc_type=ImportError)
+    any_board = replace(profile.load("rtx-3090").gemm["fp32"], math_efficiency=1.0)  # as the class is before
+    errors = common.FitErrors(10, 0.1, 0.08, 0.2, 0.5)
+    known = common.Fit(any_board, "source", "software", 20, 10, errors)
+    wide, l40s = fit.squares.wide(known).parameters, fit.squares.of_l40s(known).parameters
+    assert wide.math_efficiency == pytest.approx(profile.load("a40").gemm["fp32"].math_efficiency, rel=1e-3)
+    assert wide.math_efficiency == pytest.approx(profile.load("rtx-4090").gemm["fp32"].math_efficiency, rel=1e-3)
+    assert l40s.math_efficiency == pytest.approx(profile.load("l40s").gemm["fp32"].math_efficiency, rel=1e-3)
+    assert fit.squares._best("l40s", l40s) == pytest.approx(fit.squares.L40S, rel=1e-3)

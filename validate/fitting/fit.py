@@ -20,7 +20,7 @@ from perfmodel.devices.pointwise import PointwiseParameters
 from perfmodel.devices.profile import BLOCKS, CLASSES, DEVICES
 from perfmodel.errors import UserError
 
-from . import attention, gemm, layouts, pointwise, sgemm
+from . import attention, gemm, layouts, pointwise, sgemm, squares
 from .judging import Fit, FitErrors, file, hardware
 from .write import write_blocks
 
@@ -43,6 +43,7 @@ SIBLINGS: dict[str, dict[str, str]] = {
         "v100-32gb-sxm": "v100-32gb-pcie",
         "h200": "h100-sxm",
         "h100-pcie": "h100-sxm",
+        "quadro-rtx-8000": "t4",
     },
     "attention": {
         "a100-40gb-sxm": A100,
@@ -184,7 +185,7 @@ def _gemms(pool: Executor, folder: Path, fitted: _Fitted, steps: _Steps) -> None
 
 
 def _derived_classes(fitted: _Fitted) -> None:
-    """bf16: cards of half rate; fp32: families of generated kernels, as on the H100."""
+    """bf16: cards of half rate; fp32: SMs of 128 units, and families of generated kernels, as on the H100."""
     bf16, fp32 = fitted.classes["gemm.bf16"], fitted.classes["gemm.fp32"]
     p, h100 = bf16["sync_mma"].parameters, fitted.devices["gemm.fp32"]["h100-sxm"]
     assert isinstance(p, GemmParameters)
@@ -198,6 +199,8 @@ def _derived_classes(fitted: _Fitted) -> None:
     errors = fitted.left_out["gemm.fp32"]["h100-sxm"]
     for family in ("wgmma", "tcgen05"):
         fp32[family] = h100.sibling(generated, "h100-sxm", errors, "launch_clocks as in bf16.")
+    for family in ("sync_mma", "half_rate"):  # boards of 64 units an SM have fits of their own, or a like one's
+        fp32[family] = squares.wide(fp32["any"])
 
 
 def _gemm_class(fitted: _Fitted, members: tuple[str, ...], dtype: str, found: gemm.Found, used: int) -> Fit:
@@ -308,6 +311,7 @@ def _siblings(fitted: _Fitted) -> None:
                 parameters = replace(parameters, launch_clocks=bf16.launch_clocks)
             errors = fits[donor].errors.worse(FitErrors.average(fitted.pairs[block]))
             fits[slug] = fits[donor].sibling(parameters, donor, errors)
+    fitted.devices["gemm.fp32"]["l40s"] = squares.of_l40s(fitted.classes["gemm.fp32"]["any"])
 
 
 def _table(fitted: _Fitted, chosen: set[str]) -> list[Row]:

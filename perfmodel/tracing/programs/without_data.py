@@ -2,7 +2,8 @@
 
 AdaMSS clusters the rows of a weight (with scikit-learn), FRoD decomposes all weights of a kind together, SHiRA draws
 places. Here AdaMSS's clusters are equally large (their sizes add up to the rows in any case), and the others get
-tensors of the right shapes. FRoD's bases and AdaMSS's places stay on the host, and each forward pass copies them.
+tensors of the right shapes. FRoD's bases and AdaMSS's places stay on the host, and each forward pass copies them;
+but FRoD's are buffers, which follow where a model is moved with its adapters, as programs of diffusers do.
 """
 
 import sys
@@ -15,6 +16,7 @@ from unittest.mock import patch
 import torch
 
 from ...errors import UserError
+from .diffusion import of_diffusers
 
 
 class OnHost:
@@ -57,11 +59,12 @@ def apply_without_data(kind: str, options: dict[str, Any], apply: Callable[[], A
         elif kind == "FROD":
             _frod_without_data(patches)
         model = apply()
+    moved = of_diffusers(model)
     for module in model.modules():
         if kind == "ADAMSS" and hasattr(module, "scatter_index"):
             module.scatter_index = {adapter: OnHost(places) for adapter, places in module.scatter_index.items()}
         elif kind == "FROD" and hasattr(module, "frod_V"):
-            _keep_on_host(module)
+            _read_sizes(module) if moved else _keep_on_host(module)
     return model
 
 
@@ -133,6 +136,12 @@ def _shared_bases(tuner: Any, config: Any, adapter: str) -> None:
 def _own_basis(layer: Any, shared: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The basis (m, n) of a layer, on the host, and the n factors that it trains."""
     return torch.empty(weight.shape, dtype=shared.dtype), weight.new_empty(weight.shape[1])
+
+
+def _read_sizes(module: Any) -> None:
+    """Let a layer whose bases are on the device know the numbers that it reads there in each forward pass."""
+    if not isinstance(module.frod_V, torch.nn.ModuleDict):  # not the tuner, which holds those of all layers
+        object.__setattr__(module, "frod_s_size", {key: _Numbers(t) for key, t in module.frod_s_size.items()})
 
 
 def _keep_on_host(module: Any) -> None:
