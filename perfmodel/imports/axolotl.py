@@ -16,6 +16,7 @@ from .fields import (
     NOT_QAT,
     ON_GPTQ,
     OPTIMIZERS,
+    STACKED,
     checkpoint_kind,
     clips,
     compiled,
@@ -27,6 +28,7 @@ from .fields import (
     half,
     low_bits,
     optimizer_name,
+    own_code,
     power_iterations,
     spec,
 )
@@ -43,13 +45,9 @@ PLAIN_ADAPTERS = ("rl", "nvfp4_merge_aware", "trust_remote_code")  # keys beside
 FUSES = ("lora", "rslora", "loraplus", "pissa")  # methods that have Unsloth's kernels here
 RECOMPUTED = "blocks recomputed, in the place of offloaded activations"  # beside adapters offloading stands alone
 LISA_STATES = "a new optimizer at each switch of blocks; Axolotl keeps the states of all blocks drawn so far"
-# Models whose repositories bring code of their own, in which experts are linear layers
-OWN_CODE = re.compile(r"kimi-?linear|deepseek-?v2|deepseek-?v3(?!\.2)", re.IGNORECASE)
 # Models whose embeddings and norms have names that Axolotl does not know (`get_linear_embedding_layers`, "norm")
 UNNAMED = re.compile(r"gpt-?j|gpt-?2|cerebras-gpt|starcoder(?!2)|mpt-|bloom", re.IGNORECASE)
 OTHER_KIND = "quantised base weights of this kind are not modelled"
-PLAIN_CODE = "transformers' own code of the model, whose experts are stacked"
-STACKED = f"{PLAIN_CODE} and stay in 16 bit"
 QWEN_OF_2023 = re.compile(r"qwen-(1[._]8|7|14|72)b", re.IGNORECASE)  # its config.json: "use_flash_attn": "auto"
 AUTO_FLASH = "PyTorch's attention and norms, not flash-attn's, which the model's own code takes where it is installed"
 FP32_HEAD = "the output head in fp32, not in the dtype of the rest"
@@ -188,9 +186,7 @@ def _checkpoint(keys: Keys, *, checkpoints: bool) -> str:
 
 
 def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
-    if keys.values.get("trust_remote_code") and OWN_CODE.search(str(keys.get("base_model"))):
-        in_few_bits = keys.values.get("load_in_4bit") or keys.values.get("load_in_8bit")
-        keys.differ(STACKED if in_few_bits else PLAIN_CODE, "trust_remote_code")
+    own_code(keys, "base_model", in_few_bits=any(keys.values.get(key) for key in ("load_in_4bit", "load_in_8bit")))
     if adapter is None:
         return _full(keys)
     if adapter not in ("lora", "qlora"):

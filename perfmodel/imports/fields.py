@@ -50,6 +50,13 @@ ALL_OF_LIGER = "all of Liger's kernels"
 ALL_FUSED = "fused kernels for all adapters"
 ON_GPTQ = "a base in codes of {} bits, {} in a group, on gptqmodel's kernels that train (auto_trainable)"
 CASTING = ("sft", "dpo", "kto", "reward", "grpo")  # objectives whose trainers cast adapters beside a base in few bits
+# Models whose repositories bring code of their own beside transformers' (`auto_map` of their config.json), and those
+# of them in whose code experts are linear layers
+OWN_CODE = re.compile(r"falcon-?(7|40|180)b|phi-?3(\.5)?-|phi-?4-mini|mimo-?7b|mpt-?(7|30)b", re.IGNORECASE)
+OWN_EXPERTS = re.compile(r"kimi-?linear|deepseek-?v2|deepseek-?v3(?!\.2)", re.IGNORECASE)
+PLAIN_CODE = "transformers' own code of the model"
+PLAIN_EXPERTS = f"{PLAIN_CODE}, whose experts are stacked"
+STACKED = f"{PLAIN_EXPERTS} and stay in 16 bit"
 TORCHS_MUON = "PyTorch's Muon, with AdamW for what is no matrix of a block"
 
 
@@ -115,6 +122,22 @@ def optimizer_name(keys: Keys, key: str, default: str) -> str:
     if name == "muon":
         keys.differ(TORCHS_MUON, key)
     return name
+
+
+def own_code(keys: Keys, key: str, *, in_few_bits: bool) -> None:
+    """Say it where `trust_remote_code` takes the code of the model's repository, which is never run here.
+
+    Args:
+        key: that names the model.
+        in_few_bits: whether bitsandbytes makes 4 or 8 bits of its linear layers.
+    """
+    if not keys.values.get("trust_remote_code"):
+        return
+    model = str(keys.get(key))
+    if OWN_EXPERTS.search(model):
+        keys.differ(STACKED if in_few_bits else PLAIN_EXPERTS, "trust_remote_code")
+    elif OWN_CODE.search(model):
+        keys.differ(PLAIN_CODE, "trust_remote_code")
 
 
 def low_bits(keys: Keys) -> int | None:

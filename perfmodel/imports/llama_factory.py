@@ -17,6 +17,7 @@ from .fields import (
     fsdp,
     half,
     optimizer_name,
+    own_code,
     power_iterations,
     spec,
 )
@@ -38,6 +39,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         raise UserError(f"{keys.origin}: {NO_TRAINING}: do_predict without do_train")
     objective = of_llama_factory(keys)
     name, options = _method(keys)
+    own_code(keys, "model_name_or_path", in_few_bits=keys.get("quantization_bit") is not None)
     keys.exclude("pure_bf16", "bf16")
     keys.exclude("pure_bf16", "fp16")
     pure = keys.flag("pure_bf16")

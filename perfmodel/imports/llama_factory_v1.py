@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import UserError
 from ..resources import is_file, read_json
 from . import packing
-from .fields import FLASH, TORCHS_MUON, attention, spec
+from .fields import FLASH, TORCHS_MUON, attention, own_code, spec
 from .keys import NO_TRAINING, Keys
 from .targets import as_targets
 
@@ -26,6 +26,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     """Model, method, setup and notes of a file of LLaMA-Factory v1."""
     keys.one_of("model_class", {"llm": True}, True)
     method = _method(keys)
+    own_code(keys, "model", in_few_bits=bool(keys.values.get("quant_config")))
     kernels = _section(keys, "kernel_config").get("name")
     if kernels not in (None, "auto", "liger_kernel"):
         keys.differ("without further kernels", "kernel_config")

@@ -19,6 +19,7 @@ from .fields import (
     low_bits,
     no_sft,
     optimizer_name,
+    own_code,
     spec,
 )
 from .keys import Keys
@@ -44,6 +45,7 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
         amp = "bf16"  # SFTConfig's own default
     dtype = keys.one_of("dtype", DTYPES, None) or keys.one_of("torch_dtype", DTYPES, "fp32")
     objective = of_trl(keys)
+    own_code(keys, "model_name_or_path", in_few_bits=low_bits(keys) is not None)
     setup: dict[str, Any] = {
         "engine": engine(keys, zero3=not objective),
         "batch": keys.count("per_device_train_batch_size", 8),

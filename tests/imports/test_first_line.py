@@ -60,6 +60,12 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "base_model: deepseek-ai/DeepSeek-V2-Lite\ntrust_remote_code: true": (
         "axolotl", "transformers' own code of the model, whose experts are stacked (trust_remote_code)",
     ),
+    "base_model: tiiuae/falcon-7b\ntrust_remote_code: true": (
+        "axolotl", "transformers' own code of the model (trust_remote_code)",
+    ),
+    "model_name_or_path: microsoft/Phi-3-mini-4k-instruct\ntrust_remote_code: true": (
+        "factory", "transformers' own code of the model (trust_remote_code)",
+    ),
     "processor_type: AutoProcessor": ("axolotl", "batches of text, without images or sound (processor_type)"),
     "fp8: true\ntorch_compile: true": ("axolotl", "products in bf16, not in fp8 (fp8)"),
     "fp8: true\nfp8_backend: te": ("factory", "products in bf16, not in fp8 (fp8)"),
