@@ -44,6 +44,10 @@ FUSED = (
 PLAIN_ADAPTERS = ("rl", "nvfp4_merge_aware", "trust_remote_code")  # keys beside which no kernels come by themselves
 FUSES = ("lora", "rslora", "loraplus", "pissa")  # methods that have Unsloth's kernels here
 RECOMPUTED = "blocks recomputed, in the place of offloaded activations"  # beside adapters offloading stands alone
+FROZEN_AGAIN = "all adapters train; Axolotl freezes again those that are not named"  # once PEFT made them (train.py)
+FROM_INPUT = "backward from the lowest trained weight on, not through every block"
+OF_IMAGES = ("vision tower", "projector")
+EMBEDDINGS = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
 LISA_STATES = "a new optimizer at each switch of blocks; Axolotl keeps the states of all blocks drawn so far"
 # Models whose embeddings and norms have names that Axolotl does not know (`get_linear_embedding_layers`, "norm")
 UNNAMED = re.compile(r"gpt-?j|gpt-?2|cerebras-gpt|starcoder(?!2)|mpt-|bloom", re.IGNORECASE)
@@ -208,7 +212,8 @@ def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
         keys.differ("every linear layer of a block quantised, out_proj too")
     if upcast := _upcast_for_good(keys):
         keys.differ(FP32_HEAD)
-    keys.used.add("unfrozen_parameters")  # PEFT freezes all but the adapters after it
+    if keys.names("unfrozen_parameters"):
+        keys.differ(FROZEN_AGAIN, "unfrozen_parameters")
     linear = keys.flag("lora_target_linear")  # joined by the named ones, which are linear layers too
     named = as_targets(keys, "lora_target_modules")
     targets = (ALL_LINEAR,) if linear else named
@@ -303,7 +308,18 @@ def _full(keys: Keys) -> str:
         keys.differ(LISA_STATES, "lisa_n_layers")
         return spec("lisa", gamma=keys.count("lisa_n_layers", 1), interval=keys.get("lisa_step_interval"))
     patterns = keys.names("unfrozen_parameters")
-    return spec("selected", parameters=unfrozen(keys, patterns)) if patterns else "full"
+    if not patterns:
+        return "full"
+    regex = unfrozen(keys, patterns)
+    trained = any(re.fullmatch(regex[1:-1], name) for name in EMBEDDINGS)
+    if not trained and any(name in pattern for pattern in patterns for name in ("lm_head", "embed_tokens")):
+        keys.differ(FROM_INPUT, "unfrozen_parameters")  # `enable_input_require_grads` of train.py
+    return spec("selected", parameters=regex)
+
+
+def frozen_on_request(keys: Keys) -> tuple[str, ...]:
+    """The parts of a vision-language model that do not train (utils/freeze.py, `freeze_mm_modules`)."""
+    return OF_IMAGES if keys.flag("freeze_mm_modules") else ()
 
 
 def _asked_attention(keys: Keys) -> str | None:

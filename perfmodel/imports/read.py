@@ -98,6 +98,7 @@ TOOLS = (
     Tool("LLaMA-Factory", llama_factory.MARKS, llama_factory.read, ("llama_factory", "transformers")),
     Tool("Transformers/TRL", trainer.MARKS, trainer.read, ("transformers",)),
 )
+FROZEN = {"Axolotl": axolotl.frozen_on_request, "LLaMA-Factory": llama_factory.frozen}
 
 
 def read(path: str | Path) -> Imported:
@@ -124,8 +125,8 @@ def read(path: str | Path) -> Imported:
         if table.has_effect(key, values.get(key)):
             raise UserError(f"{keys.origin}: {key}: {why}")
     model, method, setup, notes = found.reader(keys)
+    frozen = FROZEN[found.name](keys) if found.name in FROZEN else ()
     ignored = _judge(keys, table)
-    frozen = llama_factory.frozen(keys) if found.name == "LLaMA-Factory" else ()
     upcasts = found.name == "Axolotl" and axolotl.upcasts(keys)
     differences = keys.told_differences()
     return Imported(found.name, model, method, setup, ignored, notes, differences, frozen=frozen, upcasts=upcasts)

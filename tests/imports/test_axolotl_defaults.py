@@ -51,3 +51,12 @@ def test_checkpoints_are_those_that_axolotl_runs(tmp_path: Path, text: str, kind
     """Reentrant ones save the inputs of blocks alone, the others run through saved-tensor hooks."""
     (tmp_path / "config.yml").write_text(BASE + text)
     assert read(tmp_path / "config.yml").setup["checkpoint"] == kind
+
+
+def test_modules_of_images_are_frozen_on_request(tmp_path: Path) -> None:
+    """Full tuning of a vision-language model with `freeze_mm_modules` trains the language model alone."""
+    file = tmp_path / "config.yml"
+    file.write_text(BASE + "freeze_mm_modules: true")
+    assert read(file).frozen == ("vision tower", "projector")
+    file.write_text(BASE)
+    assert read(file).frozen == ()

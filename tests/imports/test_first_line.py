@@ -66,6 +66,12 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "model_name_or_path: microsoft/Phi-3-mini-4k-instruct\ntrust_remote_code: true": (
         "factory", "transformers' own code of the model (trust_remote_code)",
     ),
+    "adapter: lora\nunfrozen_parameters: [^lm_head.*]": (
+        "axolotl", "all adapters train; Axolotl freezes again those that are not named (unfrozen_parameters)",
+    ),
+    "unfrozen_parameters: [^lm_head.*, 'model.layers.3[0-9]+.*']": (
+        "axolotl", "backward from the lowest trained weight on, not through every block (unfrozen_parameters)",
+    ),
     "processor_type: AutoProcessor": ("axolotl", "batches of text, without images or sound (processor_type)"),
     "fp8: true\ntorch_compile: true": ("axolotl", "products in bf16, not in fp8 (fp8)"),
     "fp8: true\nfp8_backend: te": ("factory", "products in bf16, not in fp8 (fp8)"),
@@ -114,6 +120,7 @@ def test_what_is_not_modelled_stands_in_the_first_line(tmp_path: Path, text: str
         "seed: 1",
         "sample_packing: true",
         "sample_packing: true\nsdp_attention: true",
+        "unfrozen_parameters: [^lm_head.weight$, ^model.embed_tokens.weight$]",
         "llama4_linearized_experts: true\nbase_model: axolotl-quants/Llama-4-Scout-17B-16E-Linearized-bnb-nf4-bf16",
     ],
 )
