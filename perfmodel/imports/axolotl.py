@@ -46,6 +46,8 @@ FUSES = ("lora", "rslora", "loraplus", "pissa")  # methods that have Unsloth's k
 RECOMPUTED = "blocks recomputed, in the place of offloaded activations"  # beside adapters offloading stands alone
 FROZEN_AGAIN = "all adapters train; Axolotl freezes again those that are not named"  # once PEFT made them (train.py)
 FROM_INPUT = "backward from the lowest trained weight on, not through every block"
+IN_4_BIT = re.compile(r"bnb|nf4|4-?bit", re.IGNORECASE)  # in the names of repositories
+ONLY_OF_QLORA = "a base in 4 bits; Axolotl makes one for adapter: qlora alone"
 OF_IMAGES = ("vision tower", "projector")
 EMBEDDINGS = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
 LISA_STATES = "a new optimizer at each switch of blocks; Axolotl keeps the states of all blocks drawn so far"
@@ -196,6 +198,8 @@ def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
     if adapter not in ("lora", "qlora"):
         raise UserError(f"{keys.origin}: adapter {adapter!r} is unknown: use lora or qlora, or leave it empty")
     bits = low_bits(keys)
+    if adapter == "lora" and bits == 4 and not IN_4_BIT.search(str(keys.get("base_model"))):
+        keys.differ(ONLY_OF_QLORA, "load_in_4bit")  # `_set_quantization_config`
     if keys.flag("gptq"):
         bits = 4
         keys.differ(ON_GPTQ.format(4, 128), "gptq")

@@ -66,6 +66,9 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "model_name_or_path: microsoft/Phi-3-mini-4k-instruct\ntrust_remote_code: true": (
         "factory", "transformers' own code of the model (trust_remote_code)",
     ),
+    "adapter: lora\nload_in_4bit: true": (
+        "axolotl", "a base in 4 bits; Axolotl makes one for adapter: qlora alone (load_in_4bit)",
+    ),
     "adapter: lora\nunfrozen_parameters: [^lm_head.*]": (
         "axolotl", "all adapters train; Axolotl freezes again those that are not named (unfrozen_parameters)",
     ),
