@@ -77,7 +77,18 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     if setup.get("packing", "none") == "none":
         setup["group_by_length"] = by_length(keys)
         notes += [packing.shorter("max_length")] if is_trl else []
-    return keys.text("model_name_or_path"), _method(keys, is_trl, str(objective.get("objective", "sft"))), setup, notes
+    shared_dtype = _under_zero3(keys, setup)
+    method = _method(keys, is_trl, str(objective.get("objective", "sft")), shared_dtype)
+    return keys.text("model_name_or_path"), method, setup, notes
+
+
+def _under_zero3(keys: Keys, setup: dict[str, Any]) -> str | None:
+    """The dtype of adapters under ZeRO-3, that of the weights; makes checkpoints reentrant, too (sft_trainer.py)."""
+    if setup["engine"] != "deepspeed-zero3" or not keys.flag("use_peft"):
+        return None
+    if setup["checkpoint"] == "block":
+        setup["checkpoint"] = "block-reentrant"
+    return str(setup["dtype"])
 
 
 def _loss(keys: Keys, chunked: bool) -> None:
@@ -108,7 +119,7 @@ def _checkpoint(keys: Keys, default: bool) -> str:
     return checkpoint_kind(keys, keys.flag(f"{kind}_checkpointing", default), f"{kind}_checkpointing_kwargs")
 
 
-def _method(keys: Keys, is_trl: bool, objective: str) -> str | None:
+def _method(keys: Keys, is_trl: bool, objective: str, shared_dtype: str | None) -> str | None:
     if not keys.flag("use_peft"):
         if bits := low_bits(keys):
             raise UserError(f"{keys.origin}: load_in_{bits}bit needs use_peft: true")
@@ -121,8 +132,8 @@ def _method(keys: Keys, is_trl: bool, objective: str) -> str | None:
     return spec(
         name, r=keys.count("lora_r", 16), targets=as_targets(keys, "lora_target_modules"),
         dropout=keys.number("lora_dropout", 0.05), modules_to_save=keys.names("lora_modules_to_save"),
-        adapter_dtype=dtype_in_trl(bits, objective), double_quant=None if name != "qlora" else _double(keys),
-        target_parameters=keys.names("lora_target_parameters"),
+        adapter_dtype=dtype_in_trl(bits, objective) or shared_dtype,
+        double_quant=None if name != "qlora" else _double(keys), target_parameters=keys.names("lora_target_parameters"),
     )  # fmt: skip
 
 

@@ -144,3 +144,16 @@ def test_trls_trainers_cast_adapters_beside_a_base_in_few_bits(
     assert ("adapter_dtype=bf16" in str(read(tmp_path / "c.yml").method)) == cast
     (tmp_path / "c.yml").write_text(yaml.safe_dump(AXOLOTL | {"adapter": "lora"} | more))
     assert "adapter_dtype" not in str(read(tmp_path / "c.yml").method)
+
+
+def test_trl_under_zero3(tmp_path: Path) -> None:
+    """Parameters are gathered together in one dtype, and TRL then makes the blocks' checkpoints reentrant."""
+    file = tmp_path / "trl.json"
+    asked = {"max_length": 64, "use_peft": True, "dtype": "bfloat16", "deepspeed": "zero3.json"}
+    file.write_text(json.dumps(asked))
+    found = read(file)
+    assert found.setup["checkpoint"] == "block-reentrant"
+    assert "adapter_dtype=bf16" in str(found.method)
+    file.write_text(json.dumps(asked | {"deepspeed": None}))
+    assert read(file).setup["checkpoint"] == "block"
+    assert "adapter_dtype" not in str(read(file).method)
