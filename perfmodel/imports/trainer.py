@@ -31,6 +31,8 @@ MARKS = (
     "dataset_mixture",
 )  # fmt: skip
 OF_TRL = ("use_peft", "max_length", "max_seq_length", "packing", "dataset_name", "dataset_mixture")
+METRICS = "the loss alone, without the accuracy and entropy that TRL takes from the logits at every step"
+LIGERS_ACCURACY = "Liger's loss alone, without the accuracy that TRL asks of it"
 DTYPES = {
     "float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "auto": "bf16",
     "torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16",
@@ -64,7 +66,7 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
         setup["seq"] = keys.count("max_length", keys.count("max_seq_length", 1024))
     setup |= objective
     if not objective:
-        _loss(keys, is_trl and setup["kernels"] == "torch")
+        _loss(keys, is_trl=is_trl, liger=setup["kernels"] == "liger")
     elif setup["kernels"] == "liger":
         keys.differ("the logits in memory, without Liger's fused loss", "use_liger_kernel")
     if keys.get("tf32") and amp is None and dtype == "fp32":
@@ -91,22 +93,24 @@ def _under_zero3(keys: Keys, setup: dict[str, Any]) -> str | None:
     return str(setup["dtype"])
 
 
-def _loss(keys: Keys, chunked: bool) -> None:
-    """Say what the loss of SFTTrainer is, where it is not transformers' cross entropy.
+def _loss(keys: Keys, *, is_trl: bool, liger: bool) -> None:
+    """Say what SFTTrainer's loss is more than transformers' cross entropy, or in its place (`compute_loss`).
 
-    Args:
-        chunked: whether TRL's default may be the chunked one of sft_config.py; with `max_seq_length` it was not yet.
+    Its default is the chunked one of sft_config.py, but with Liger's and while the length was called `max_seq_length`.
 
     Raises:
         UserError: the loss of another objective.
     """
     word = keys.text("loss_type")
+    if word not in (None, "nll", "dft", "chunked_nll"):
+        raise no_sft(keys, f"loss_type {word!r}", "remove loss_type")
     if word == "dft":
         keys.differ("cross entropy, without DFT's weights", "loss_type")
-    elif word == "chunked_nll" or (word is None and chunked and "max_seq_length" not in keys.values):
+    by_default = is_trl and word is None and not liger and "max_seq_length" not in keys.values
+    if word == "chunked_nll" or by_default:
         keys.differ("the logits in memory, without TRL's chunked loss", *(["loss_type"] if word else []))
-    elif word not in (None, "nll"):
-        raise no_sft(keys, f"loss_type {word!r}", "remove loss_type")
+    elif is_trl:
+        keys.differ(LIGERS_ACCURACY if liger else METRICS)
 
 
 def _checkpoint(keys: Keys, default: bool) -> str:

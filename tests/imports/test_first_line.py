@@ -96,6 +96,10 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "activation_checkpointing: true\nactivation_checkpointing_kwargs: {offload: true}": (
         "trl", "every block checkpointed, on the GPU (activation_checkpointing_kwargs)",
     ),
+    "loss_type: nll": (
+        "trl", "the loss alone, without the accuracy and entropy that TRL takes from the logits at every step",
+    ),
+    "use_liger_kernel: true": ("trl", "Liger's loss alone, without the accuracy that TRL asks of it"),
     "neftune_noise_alpha: 5": ("factory", "without NEFTune's noise (neftune_noise_alpha)"),
 }  # fmt: skip
 
