@@ -1,10 +1,12 @@
 """LLaMA-Factory's YAML (hparams/*_args.py, model/loader.py, model/adapter.py of the project, at ff6d4d1)."""
 
+import re
 from typing import Any
 
 from ..errors import UserError
 from . import packing
 from .fields import (
+    FLASH_2_FOR_3,
     NOT_FP8,
     TORCHS_MUON,
     attention,
@@ -60,7 +62,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "amp": None if pure else amp,
         "optimizer": _optimizer(keys),
         "checkpoint": _checkpoint(keys),
-        "attention": attention(keys, "flash_attn", ATTENTION),
+        "attention": _attention(keys),
         "compile": (compile := compiled(keys)),
         "fp8": _float8(keys, compile),
         **_update(keys),
@@ -74,6 +76,17 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         setup["group_by_length"] = by_length(keys)
         notes.append(packing.shorter("cutoff_len"))
     return keys.text("model_name_or_path"), spec(name, **options), setup, notes
+
+
+def _attention(keys: Keys) -> str:
+    """What `flash_attn` asks for; Gemma 2 and gpt-oss have their own (`configure_attn_implementation`)."""
+    model = str(keys.get("model_name_or_path"))
+    if re.search(r"gpt-?oss", model, re.IGNORECASE):
+        keys.differ(FLASH_2_FOR_3, *(["flash_attn"] if "flash_attn" in keys else []))
+        return "flash2"
+    by_itself = re.search(r"gemma-?2-", model, re.IGNORECASE) is not None
+    auto = "flash2" if by_itself else "sdpa"
+    return attention(keys, "flash_attn", {**ATTENTION, "auto": auto}, auto)
 
 
 def _float8(keys: Keys, compile: str) -> str:

@@ -340,3 +340,20 @@ def test_full_tuning_of_v1_holds_fp32(tmp_path: Path, text: str, precision: tupl
     assert (found.setup["dtype"], found.setup["amp"]) == precision
     assert any("autocast" in said for said in found.differences) == (precision == ("fp32", "bf16"))
     assert any("own log-probabilities" in said for said in found.differences)
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "runs"),
+    [
+        ("google/gemma-2-9b-it", "auto", "flash2"),
+        ("google/gemma-2-9b-it", "sdpa", "sdpa"),
+        ("openai/gpt-oss-20b", "auto", "flash2"),
+        ("google/gemma-3-1b-it", "auto", "sdpa"),
+    ],
+)
+def test_llama_factory_chooses_the_attention_of_some_models(tmp_path: Path, model: str, asked: str, runs: str) -> None:
+    """Gemma 2's scores are capped and gpt-oss has sinks: their attention is not transformers' own choice there."""
+    file = tmp_path / "train.yml"
+    file.write_text(f"model_name_or_path: {model}\ncutoff_len: 64\nflash_attn: {asked}\n")
+    assert read(file).setup["attention"] == runs
+    assert any("flash-attn 2, not 3" in said for said in read(file).differences) == ("gpt-oss" in model)
