@@ -58,6 +58,14 @@ def cells() -> Iterator[Any]:
             yield name, f"lora:r=4,targets={target}", {**usual, "dtype": "fp32", **again}, {}
         yield name, r"selected:parameters=/.*\.[1-9]\.mlp\.(gate|experts)\..*/", {**usual, "grad_accum": 2}, {}
     yield "qwen3_moe", "lora:r=4,target_parameters=mlp.experts.gate_up_proj", AMP, {}  # and on no linear layer
+    for i, name in enumerate(MIXTURES):  # the loop over experts: 8 rows of zipf leave experts without any
+        loop, target = {"experts": "eager", "attention": "eager"}, ATTENTION.get(name, "q_proj")
+        parameters = f"lora:r=4,targets={target},target_parameters=mlp.experts.gate_up_proj+mlp.experts.down_proj"
+        checkpoint = ("block", "block-reentrant")[i % 2]
+        yield name, "full", {**loop, "grad_accum": 2}, DIFFERENT.get(name, {})
+        yield name, f"lora:r=4,targets={target}", {**loop, "dtype": "fp32", "checkpoint": checkpoint}, {}
+        yield name, parameters, {**loop, **AMP, "checkpoint": checkpoint}, {}
+        yield name, "full", {**loop, "batch": 1, "seq": 3, "routing": "zipf:2"}, {}
 
 
 @pytest.mark.parametrize(("name", "method", "setup", "changes"), cells())

@@ -10,11 +10,14 @@ import torch
 
 from perfmodel import methods
 from perfmodel.architectures import from_config
+from perfmodel.architectures.moe import Mixture
 from perfmodel.calls import costs
 from perfmodel.prediction import memory
 from perfmodel.program.part import PHASES
+from perfmodel.program.routing import Routing, exponent_of
 from perfmodel.recording.record import build
 from perfmodel.recording.step import Step
+from perfmodel.setup import Setup
 from perfmodel.tracing.programs import models, updates
 from perfmodel.tracing.trace import Signature, Trace, signature, trace_step
 
@@ -82,6 +85,8 @@ def compare_case(case: Case, *, cuda_forward: bool = False) -> Result:
 
     def traced(step: Step, *, real: bool, flops: bool = True) -> Trace:
         base = models.build_model(case.config, case.setup, device="cpu" if real else "meta")
+        if case.setup.experts == "eager" and isinstance(architecture, Mixture):
+            _loop(base, Routing(architecture.experts, architecture.top_k, exponent_of(case.setup.routing)), case.setup)
         model = models.apply_method(base, method, architecture)
         if device == "cpu" and case.setup.dtype == "fp32":
             _unmoved(model)
@@ -92,11 +97,31 @@ def compare_case(case: Case, *, cuda_forward: bool = False) -> Result:
     if cuda_forward or step.total > TINY or case.setup.padded:
         return judge_step(case, step, traced(step, real=False), phases)
     alike = build(architecture, method, case.setup, device)
+    if case.setup.experts == "eager":  # which experts are hit is data
+        return judge_step(case, alike, traced(alike, real=True), real=True)
     real, fake = traced(alike, real=True), traced(step, real=False, flops=False)
     fake.flops = real.flops  # counting them on fake tensors would take longer than all else
     result = judge_step(case, step, fake, phases)
     result.differences += [f"real tensors: {line}" for line in judge_step(case, alike, real, real=True).differences]
     return result
+
+
+def _loop(model: Any, routing: Routing, setup: Setup) -> None:
+    """Let a model loop over the experts that are hit, and its routers load them as the setup says."""
+    model.set_experts_implementation("eager")
+    tokens = setup.batch * setup.seq
+    loads = routing.counts(tokens * routing.top_k)
+    # an expert gets no more rows than there are tokens, so no token twice
+    chosen = torch.arange(routing.experts).repeat_interleave(torch.tensor(loads)).view(routing.top_k, tokens).t()
+
+    def route(module: Any, args: Any, kwargs: Any) -> Any:
+        if "router_indices" in kwargs:
+            return args, {**kwargs, "router_indices": chosen}
+        return (args[0], chosen, *args[2:]), kwargs
+
+    for module in model.modules():
+        if hasattr(module, "gate_up_proj") and module.gate_up_proj.ndim == 3:
+            module.register_forward_pre_hook(route, with_kwargs=True)
 
 
 def _unmoved(model: Any) -> None:
