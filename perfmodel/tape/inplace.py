@@ -232,13 +232,13 @@ def _add_in_place_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 
 def add_rows(x: Tensor, places: Tensor, rows: Tensor, times: int) -> Tensor:
-    """`x.index_add_(0, places, rows)`; returns x with its new graph.
+    """`x.index_add_(0, places, rows)`; returns x with its new graph, which keeps the rows for their shape.
 
     It ends a turn of a loop that runs `times` times in a row (`Part.take_turns`); in backward it begins it.
     """
-    node = differentiate("IndexAddBackward0", (x, rows), _add_rows_backward, (times, rows.shape))
-    if node:
-        node.save(places if node.needs[1] else None)
+    node = differentiate("IndexAddBackward0", (x, rows), _add_rows_backward, (times,))
+    if node and node.needs[1]:
+        node.save(places, rows)
     record("index_add_", (x, places, rows), (x,))
     x = x.alias()
     if node:
@@ -247,11 +247,14 @@ def add_rows(x: Tensor, places: Tensor, rows: Tensor, times: int) -> Tensor:
 
 
 def _add_rows_backward(node: Node, grads: Sequence[Grad]) -> Grads:
-    (g,), (places,), (times, shape) = grads, node.unpack(), node.attrs
+    (g,), (times,) = grads, node.attrs
     assert g is not None
     tape().part.take_turns(times)
-    rows = emit("index_select", (g, places), shape, g.dtype) if node.needs[1] else None
-    return (g if node.needs[0] else None, expand(rows, shape) if rows else None)
+    if not node.needs[1]:
+        return (g, None)
+    places, rows = node.unpack()
+    own = expand(emit("index_select", (g, places), rows.shape, g.dtype), rows.shape)
+    return (g if node.needs[0] else None, own)
 
 
 def divide_in_place(x: Tensor, other: Tensor) -> Tensor:
