@@ -37,8 +37,8 @@ class HostWork:
     graphs: int = 0
 
 
-class Turn(NamedTuple):
-    """A stretch of a part that is recorded once and runs `times` times in a row: where the part stood at its start."""
+class OpenTurn(NamedTuple):
+    """What of a part is recorded once and runs `times` times in a row: where the part stood as it began."""
 
     times: int
     ops: int
@@ -55,7 +55,7 @@ class Part:
     `host` counts what the host does besides the calls.
     `delta` is the net change of live bytes over one run, `peak` the highest point above its start. `later` has those
     of further micro-batches, where they differ (`Tape.alike`), and no ops.
-    `turn` is the stretch that is being recorded, if one repeats (`take_turns`).
+    `turn` is what is being recorded, if it repeats (`take_turns`).
     `compiled` marks code that a compiler made (no Python between its calls), `captured` code that a CUDA graph runs.
     """
 
@@ -70,7 +70,7 @@ class Part:
     highest: Dim = 0
     rising: bool = False
     later: "Part | None" = None
-    turn: "Turn | None" = None
+    turn: "OpenTurn | None" = None
 
     @property
     def runs(self) -> list[Run] | None:
@@ -100,7 +100,7 @@ class Part:
         self.turn = None
         if times > 1:
             further = self.later.climb() if self.later is not None else None
-            self.turn = Turn(times, len(self.ops), replace(self.host), *self.climb(), further)
+            self.turn = OpenTurn(times, len(self.ops), replace(self.host), *self.climb(), further)
 
     def climb(self) -> tuple[Dim, Dim]:
         """Live bytes and their highest point so far; the latter is counted anew from here."""
@@ -108,7 +108,7 @@ class Part:
         self.highest = self.delta
         return found
 
-    def _repeat(self, turn: Turn) -> None:
+    def _repeat(self, turn: OpenTurn) -> None:
         again = turn.times - 1
         self.ops += self.ops[turn.ops :] * again
         for name in HostWork.__slots__:

@@ -67,8 +67,9 @@ class Routing(NamedTuple):
             MixedStructure: a grid on whose points they differ.
         """
         if isinstance(rows, np.ndarray):
-            only(np.count_nonzero(self.counts(rows), axis=0))
-            only(rows % self.experts if self.exponent == BALANCED else rows * 0)
+            only(np.count_nonzero(self.counts(rows), axis=0))  # those that are hit
+            if self.exponent == BALANCED:
+                only(rows % self.experts)  # those that get a row more
         return [(count, only(times)) for count, times in self.groups(rows)]
 
     def _shares(self, total: float) -> np.ndarray:

@@ -54,7 +54,8 @@ def _attrs(layout: str, dtype: str, routing: Routing) -> Attrs:
     cuda, major = tape().device == "cuda", tape().capability.split(".")[0]
     if cuda and int(major) < 8:
         raise UserError(
-            "mixtures of experts need compute capability 8.0: transformers' own loop before it is not modelled"
+            "experts by grouped products need compute capability 8.0: what transformers does before it is not "
+            "modelled; use --experts eager"
         )
     return Attrs(layout, routing=routing, sync=cuda and not (major in ONE_KERNEL and dtype == "bf16"))
 
