@@ -87,7 +87,7 @@ def compare_case(case: Case, *, cuda_forward: bool = False) -> Result:
     def traced(step: Step, *, real: bool, flops: bool = True) -> Trace:
         base = models.build_model(case.config, case.setup, device="cpu" if real else "meta")
         if case.setup.experts == "eager" and isinstance(architecture, Mixture):
-            _loop(base, Routing(architecture.experts, architecture.top_k, exponent_of(case.setup.routing)), case.setup)
+            _load(base, Routing(architecture.experts, architecture.top_k, exponent_of(case.setup.routing)), case.setup)
         model = models.apply_method(base, method, architecture)
         if device == "cpu" and case.setup.dtype == "fp32":
             _unmoved(model)
@@ -107,9 +107,8 @@ def compare_case(case: Case, *, cuda_forward: bool = False) -> Result:
     return result
 
 
-def _loop(model: Any, routing: Routing, setup: Setup) -> None:
-    """Let a model loop over the experts that are hit, and its routers load them as the setup says."""
-    model.set_experts_implementation("eager")
+def _load(model: Any, routing: Routing, setup: Setup) -> None:
+    """Load the experts of a model that loops over them as the setup says, whatever its routers find."""
     tokens = setup.batch * setup.seq
     loads = routing.counts(tokens * routing.top_k)
     # an expert gets no more rows than there are tokens, so no token twice
