@@ -19,6 +19,7 @@ CHECKPOINT = ("none", "block", "block-reentrant")
 KERNELS = ("torch", "liger")
 FP8 = ("none", "tensorwise", "padded", "rowwise")  # recipes of `tape.packages.float8`
 QAT = re.compile(r"none|int8-int4:[1-9]\d{0,5}")  # of inputs, of weights, and weights that share a scale
+EXPERTS = ("grouped_mm", "eager")  # `experts_implementation` of transformers
 COMPILE = ("none", "default", "reduce-overhead")
 CUDA = (12, 13)
 ENGINES = ("torch", "deepspeed-zero3")
@@ -60,6 +61,8 @@ class Setup:
             flash kernel, copies of the grouped keys and values, and the causal saving.
         routing: how evenly the routers of a mixture of experts load them: balanced, or zipf:EXPONENT, by which the
             share of an expert falls with its rank.
+        experts: how a mixture runs its experts, as transformers names it (`experts_implementation`): grouped_mm, or
+            eager, a loop over those that are hit, which transformers 4 always ran.
         objective: what is trained for (`OBJECTIVES`): sft, or the loss of a trainer of its own.
         prompt: tokens of a sequence that are its prompt, None for half of them, where the rest was generated.
         reference: where the log-probabilities of the reference come from that dpo, kto and grpo compare with: a frozen
@@ -97,6 +100,7 @@ class Setup:
     qat: str = "none"
     engine: str = "torch"
     routing: str = "balanced"
+    experts: str = "grouped_mm"
     objective: str = "sft"
     prompt: int | None = None
     reference: str = "auto"
@@ -117,7 +121,7 @@ class Setup:
         for name, choices in (
             ("dtype", DTYPES), ("checkpoint", CHECKPOINT), ("attention", ATTENTION), ("kernels", KERNELS),
             ("compile", COMPILE), ("fp8", FP8), ("engine", ENGINES), ("objective", OBJECTIVES),
-            ("reference", REFERENCES), ("packing", PACKING),
+            ("reference", REFERENCES), ("packing", PACKING), ("experts", EXPERTS),
         ):  # fmt: skip
             one_of(name, getattr(self, name), choices)
         if not (isinstance(self.optimizer, str) and optimizers.is_optimizer(self.optimizer)):

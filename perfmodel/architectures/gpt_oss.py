@@ -12,15 +12,17 @@ from ..tape.core import tape
 from ..tape.gather import clamp, rows_of, top_values
 from ..tape.grouped import grouped_mm
 from ..tape.inplace import add_in_place
-from ..tape.linalg import linear
+from ..tape.linalg import linear, matmul
 from ..tape.nn import softmax
 from ..tape.pointwise import add, mul, sigmoid
 from ..tape.shape import every_other, reshape, split, unsqueeze
+from ..tape.split import select
 from ..tape.tensor import Tensor
 from . import masks
 from .base import Scope
 from .config import Config
 from .llama import FULL, SLIDING, Llama, Masks
+from .masks import read_scalar
 from .moe import Mixture
 from .norms import wide_rms_norm
 from .registered import architecture
@@ -39,6 +41,7 @@ class GptOss(Mixture):
         "num_experts_per_tok": 4,
     }  # fmt: skip
     router: ClassVar[str] = "mlp.router"
+    masked: ClassVar[int] = 0
 
     def rotary_tables(self, position_ids: Tensor, dtype: str) -> tuple[Tensor, ...]:
         return masks.rotary_tables(position_ids, self.head_dim // 2, dtype, layout="once")
@@ -79,6 +82,19 @@ class GptOss(Mixture):
         weight = layer.stacked(f"mlp.experts.{name}", (self.experts, x.shape[1], n_out), flipped=True)
         biases[:] = [rows_of(layer.parameter(f"mlp.experts.{name}_bias", (self.experts, n_out), "bias"), chosen)]
         return add_in_place(grouped_mm(x, weight, ends, self.routing(layer)), *biases)
+
+    def expert_product(
+        self, layer: Scope, name: str, x: Tensor, n_out: int, number: Tensor, stacks: dict[str, Tensor]
+    ) -> Tensor:
+        bias = f"{name}_bias"
+        if name not in stacks:
+            shape = (self.experts, x.shape[1], n_out)
+            stacks[name] = layer.stacked(f"mlp.experts.{name}", shape, flipped=True)
+            stacks[bias] = layer.parameter(f"mlp.experts.{bias}", (self.experts, n_out), "bias")
+        read_scalar(number)
+        out = matmul(x, select(stacks[name], 0))
+        read_scalar(number)
+        return add(out, select(stacks[bias], 0))
 
     def gated(self, x: Tensor) -> Tensor:
         gate, up = every_other(x), every_other(x)

@@ -1,30 +1,35 @@
 """Mixture of experts: a router sends every token to a few of many MLPs. What the architectures that have one share.
 
 transformers keeps the weights of all experts of a block in one tensor and runs them as `experts_implementation` says;
-its default, on any device, are grouped products over tokens that were sorted by expert.
-Source: transformers/integrations/moe.py (`grouped_mm_experts_forward`).
+its default, on any device, are grouped products over tokens that were sorted by expert; "eager" is a loop over the
+experts that are hit, which reads on the host who they are.
+Source: transformers/integrations/moe.py (`grouped_mm_experts_forward`), the `forward` of each model's experts.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import UserError
 from ..program.dims import product
+from ..program.op import Attrs
 from ..program.routing import Routing, exponent_of
 from ..tape.core import emit, tape
 from ..tape.elementary import sum_dim
-from ..tape.gather import rows_of, top_values
-from ..tape.grouped import ends_of_groups, grouped_mm, inverse_order, sort_values
-from ..tape.inplace import divide_in_place
+from ..tape.gather import picked, rows_of, top_values, zeros_like
+from ..tape.grouped import ends_of_groups, grouped_mm, inverse_order, one_hot, sort_values
+from ..tape.inplace import add_rows, divide_in_place
 from ..tape.linalg import linear
 from ..tape.nn import softmax
 from ..tape.pointwise import cast, mul
-from ..tape.shape import split, transpose, unsqueeze, view
+from ..tape.scores import unbound
+from ..tape.shape import permute, split, transpose, unsqueeze, view
+from ..tape.split import select
 from ..tape.tensor import Tensor
 from .base import Scope
 from .config import Config
 from .llama import Llama
+from .masks import read_scalar
 
 # PEFT's table for Qwen's kind (`_MOE_TARGET_MODULE_MAPPING`)
 STACKED = (
@@ -47,6 +52,7 @@ class Mixture(Llama):
     expert_width: int = 0
 
     router: ClassVar[str] = "mlp.gate"  # its name in a block
+    masked: ClassVar[int] = 1  # numbers behind those of the experts that the loop over them knows, and skips
     counted: ClassVar[tuple[str, ...]] = ("num_experts", "num_local_experts")  # keys of one number; the last by default
 
     @classmethod
@@ -103,8 +109,13 @@ class Mixture(Llama):
         return divide_in_place(top, sum_dim(top, 1, keep=True))
 
     def run_experts(self, layer: Scope, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """Every token (tokens, hidden) through its experts, by grouped products: (tokens, hidden)."""
+        """Every token (tokens, hidden) through its experts, as the setup runs them: (tokens, hidden)."""
         tape().part.host.modules += 1
+        run = self.loop_experts if layer.build.setup.experts == "eager" else self.group_experts
+        return run(layer, x, weights, chosen)
+
+    def group_experts(self, layer: Scope, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """`run_experts` by grouped products."""
         rows: Any = x.shape[0] * self.top_k
         weights, chosen = view(weights, (rows,)), view(chosen, (rows,))
         chosen, order = sort_values(chosen)
@@ -131,6 +142,43 @@ class Mixture(Llama):
         weight = layer.stacked(f"mlp.experts.{name}", (self.experts, n_out, x.shape[1]))
         return grouped_mm(x, transpose(weight, -2, -1), ends, self.routing(layer))
 
+    def loop_experts(self, layer: Scope, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """`run_experts` one after another, those that are hit."""
+        out, width = zeros_like(x), x.shape[1]
+        flags = permute(one_hot(chosen, self.experts + self.masked), (2, 1, 0))
+        loads = emit("sum.dim_IntList", (flags,), (flags.shape[0],), "i64", attrs=Attrs(dims=(1, 2)))
+        turns = self.routing(layer).turns(x.shape[0] * self.top_k)
+        hit = emit("gt.Scalar", (loads,), loads.shape, "bool")
+        hits = unbound(emit("nonzero", (hit,), (sum(times for _, times in turns), 1), "i64"))
+        stacks: dict[str, Tensor] = {}
+        for rows, times in _recorded(turns):
+            tape().part.take_turns(times)
+            number = select(hits[0], 0)
+            read_scalar(emit("eq.Scalar", (number,), (), "bool"))
+            read_scalar(number)
+            place, token = unbound(emit("nonzero", (select(flags, 0),), (rows, 2), "i64"), 1)
+            selected = rows_of(x, token)
+            wide = self.expert_product(layer, "gate_up_proj", selected, 2 * self.expert_width, number, stacks)
+            state = self.gated(wide)
+            state = self.expert_product(layer, "down_proj", state, width, number, stacks)
+            state = mul(state, picked(unsqueeze(weights, -1), token, place))
+            out = add_rows(out, token, cast(state, x.dtype), times)
+        tape().part.take_turns(1)
+        layer.cached.clear()
+        return out
+
+    def expert_product(
+        self, layer: Scope, name: str, x: Tensor, n_out: int, number: Tensor, stacks: dict[str, Tensor]
+    ) -> Tensor:
+        """Rows (rows, n_in) through the linear layer of one expert, whose number the host reads.
+
+        `stacks` has the weights of all experts that were asked for before.
+        """
+        if name not in stacks:
+            stacks[name] = layer.stacked(f"mlp.experts.{name}", (self.experts, n_out, x.shape[1]))
+        read_scalar(number)
+        return linear(x, select(stacks[name], 0))
+
     def routing(self, layer: Scope) -> Routing:
         """The load of the experts that the setup assumes."""
         return Routing(self.experts, self.top_k, exponent_of(layer.build.setup.routing))
@@ -139,3 +187,13 @@ class Mixture(Llama):
         """Gate and up projection side by side (rows, 2·width) → (rows, width)."""
         gate, up = split(x, (self.expert_width, self.expert_width), -1)
         return mul(self.activation(gate), up)
+
+
+def _recorded(turns: list[tuple[Any, int]]) -> Iterator[tuple[Any, int]]:
+    """Turns of a loop as they are recorded: of more than three alike the first, those between as one, and the last.
+
+    The first still finds the local variables of other turns, and in backward nothing is added to the last one's
+    gradients.
+    """
+    for rows, times in turns:
+        yield from [(rows, n) for n in ((1, times - 2, 1) if times > 3 else (1,) * times)]

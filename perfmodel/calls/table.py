@@ -180,7 +180,7 @@ rows("take", "masked_scatter_backward", 5, "estimated: nonzero's kernels, for wh
 rows("put", "index_add_")
 rows("put", "index_add", 2, "copies the tensor, then adds the rows")
 rows("put", "index_copy", 2, "copies the tensor, then the rows")
-rows("reduction", "sum mean linalg_vector_norm amax amin argmax max min any all nansum _is_all_true")
+rows("reduction", "sum mean linalg_vector_norm amax amin aminmax argmax max min any all nansum _is_all_true")
 rows("softmax", "_softmax _log_softmax _safe_softmax")
 rows(
     "softmax_backward",

@@ -16,6 +16,7 @@ from ..setup import (
     COMPILE,
     DTYPES,
     ENGINES,
+    EXPERTS,
     FP8,
     KERNELS,
     OBJECTIVES,
@@ -193,6 +194,9 @@ def _how() -> tuple[Decorator, ...]:
                      "in groups of 32."),
         click.option("--routing", default="balanced", show_default=True,
                      help="Load of a mixture's experts: balanced, or zipf:1.1 (a share falls with its rank)."),
+        click.option("--experts", type=click.Choice(EXPERTS), default="grouped_mm", show_default=True,
+                     help="How a mixture runs its experts (experts_implementation of transformers): grouped products, "
+                     "or eager, a loop over those that are hit."),
         click.option("--objective", type=click.Choice(OBJECTIVES), default="sft", show_default=True,
                      help="What is trained for. Of dpo, orpo, cpo, simpo and reward a sample is a pair of sequences."),
         click.option("--prompt", type=int,

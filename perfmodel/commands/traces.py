@@ -17,6 +17,7 @@ INSTEAD = (
     ("compile", "reduce-overhead", "none", "without torch.compile"),
     ("fp8", ANY, "none", "products in bf16, not in fp8 (fp8)"),
     ("qat", ANY, "none", "without fake quantisation (qat)"),
+    ("experts", "eager", "grouped_mm", "experts as transformers runs them by default (experts_implementation)"),
     ("engine", "deepspeed-zero3", "torch", "one GPU, without ZeRO-3"),
 )
 FULL = ("full", "galore", "apollo", "badam")  # methods that train every weight

@@ -103,6 +103,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "fp8": float8(keys, "tensorwise", compile),  # `additional_accelerator_args`
         "clip_grad": clips(keys, "max_grad_norm", keys.number("gradient_clipping", 1.0)),
         "kernels": _kernels(keys),
+        "experts": _experts(keys),
     }
     setup |= objective
     if _keeps_fp32(keys, adapter, dtype):
@@ -305,6 +306,14 @@ def _fake_quantised(keys: Keys) -> str:
         keys.differ(NOT_QAT, "qat")
         return "none"
     return f"int8-int4:{group}"
+
+
+def _experts(keys: Keys) -> str:
+    """The setup's `experts`; implementations that are not modelled are left to the table."""
+    if keys.values.get("experts_implementation") != "eager":
+        return "grouped_mm"
+    keys.used.add("experts_implementation")
+    return "eager"
 
 
 def _full(keys: Keys) -> str:

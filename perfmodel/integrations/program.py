@@ -62,7 +62,15 @@ def trainer_program(model: Any, arguments: Any, method: str | None = None, *, fr
         raise UserError(f"runs of {objective} are not compared step by step; ask predict --objective {objective}")
     length = fields.pop("seq", None)
     chosen = method_of(method) if method else _method(model, weights, from_trace=from_trace)
-    return TrainingRun(architecture, chosen.bind(architecture), replace(Setup(), **fields), length)
+    return TrainingRun(
+        architecture, chosen.bind(architecture), replace(Setup(), **fields, experts=_experts(base)), length
+    )
+
+
+def _experts(base: Any) -> str:
+    """How a mixture runs its experts; of a model without any, transformers says eager."""
+    able = getattr(base, "_can_set_experts_implementation", None)
+    return str(base.config._experts_implementation) if able is not None and able() else Setup().experts
 
 
 def _dtype(parameters: Iterator[Any]) -> str:

@@ -73,9 +73,10 @@ def _mixture_notes(built: Step) -> list[str]:
     if np.all(built.active == built.total):
         return []
     active, total = (units.count(int(np.max(n))) for n in (built.active, built.total))
+    looped = "; a loop over those that are hit (--experts eager)" if built.setup.experts == "eager" else ""
     return [
         f"mixture of experts: {active} of {total} parameters are active for a token; load of the experts: "
-        f"{built.setup.routing} (--routing)"
+        f"{built.setup.routing} (--routing){looped}"
     ]
 
 

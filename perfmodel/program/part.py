@@ -1,6 +1,7 @@
 """Ops that run one after another: parts with their host work and memory, and groups of parts that repeat."""
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from .dims import Dim, larger
 from .op import Op
@@ -36,6 +37,17 @@ class HostWork:
     graphs: int = 0
 
 
+class OpenTurn(NamedTuple):
+    """What of a part is recorded once and runs `times` times in a row: where the part stood as it began."""
+
+    times: int
+    ops: int
+    host: HostWork
+    delta: Dim
+    highest: Dim
+    further: tuple[Dim, Dim] | None  # delta and highest of further micro-batches
+
+
 @dataclass(eq=False)
 class Part:
     """Ops that run `repeat` times in a row: a block of layers in forward or backward, the head, the optimizer.
@@ -43,6 +55,7 @@ class Part:
     `host` counts what the host does besides the calls.
     `delta` is the net change of live bytes over one run, `peak` the highest point above its start. `later` has those
     of further micro-batches, where they differ (`Tape.alike`), and no ops.
+    `turn` is what is being recorded, if it repeats (`take_turns`).
     `compiled` marks code that a compiler made (no Python between its calls), `captured` code that a CUDA graph runs.
     """
 
@@ -57,6 +70,7 @@ class Part:
     highest: Dim = 0
     rising: bool = False
     later: "Part | None" = None
+    turn: "OpenTurn | None" = None
 
     @property
     def runs(self) -> list[Run] | None:
@@ -78,6 +92,37 @@ class Part:
         self.delta = self.delta - nbytes
         if self.later is not None:
             self.later.free(nbytes)
+
+    def take_turns(self, times: int) -> None:
+        """What is recorded from here to the next call of this runs `times` times in a row."""
+        if self.turn is not None:
+            self._repeat(self.turn)
+        self.turn = None
+        if times > 1:
+            further = self.later.climb() if self.later is not None else None
+            self.turn = OpenTurn(times, len(self.ops), replace(self.host), *self.climb(), further)
+
+    def climb(self) -> tuple[Dim, Dim]:
+        """Live bytes and their highest point so far; the latter is counted anew from here."""
+        found = self.delta, self.peak
+        self.highest = self.delta
+        return found
+
+    def _repeat(self, turn: OpenTurn) -> None:
+        again = turn.times - 1
+        self.ops += self.ops[turn.ops :] * again
+        for name in HostWork.__slots__:
+            now = getattr(self.host, name)
+            setattr(self.host, name, now + (now - getattr(turn.host, name)) * again)
+        self._grow(again, turn.delta, turn.highest)
+        if self.later is not None and turn.further is not None:
+            self.later._grow(again, *turn.further)
+
+    def _grow(self, again: int, delta: Dim, highest: Dim) -> None:
+        """Live bytes go on as since `delta`, so many times again; `highest` is how high they were before that."""
+        more = (self.delta - delta) * again
+        self.highest = larger(highest, larger(self.peak, self.peak + more))
+        self.delta = self.delta + more
 
     def further(self) -> "Part":
         """This part in a further micro-batch, which also does what the first leaves out (`Attrs.later`)."""

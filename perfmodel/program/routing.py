@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import UserError
+from .dims import only
 
 BALANCED = 0.0  # exponent of a router that treats all experts alike
 
@@ -55,6 +56,21 @@ class Routing(NamedTuple):
         else:
             found = list(Counter(self.counts(rows).tolist()).items())
         return [(count, times) for count, times in found if np.any(count * times)]
+
+    def turns(self, rows: Any) -> list[tuple[Any, int]]:
+        """`groups` of which the number of experts is a plain one: how often a loop over experts takes each turn.
+
+        >>> Routing(4, 2).turns(10)
+        [(3, 2), (2, 2)]
+
+        Raises:
+            MixedStructure: a grid on whose points they differ.
+        """
+        if isinstance(rows, np.ndarray):
+            only(np.count_nonzero(self.counts(rows), axis=0))  # those that are hit
+            if self.exponent == BALANCED:
+                only(rows % self.experts)  # those that get a row more
+        return [(count, only(times)) for count, times in self.groups(rows)]
 
     def _shares(self, total: float) -> np.ndarray:
         """Share of the tokens that each expert gets, at most 1, all of them `total`."""

@@ -33,7 +33,7 @@ Knob = tuple[KnobPosition, ...]  # the first choice leaves everything as it is
 def knobs(architecture: Architecture, setup: Setup, method: Method) -> list[Knob]:
     """The knobs that a method has in a setup; a search turns the last first (`perfmodel.questions.advice`)."""
     found = [_memory(setup), _optimizer(setup), _kernels(architecture, setup), _attention(architecture, setup)]
-    found.append(_compile(architecture, setup))
+    found += [_compile(architecture, setup), _experts(architecture, setup)]
     if getattr(method, "inner", "") != "full":  # full weights of some blocks: nothing of an adapter to choose
         found += [_adapter_dtype(setup, method), _implementation(method)]
     return [knob for knob in found if len(knob) > 1]
@@ -94,6 +94,12 @@ def _compile(architecture: Architecture, setup: Setup) -> Knob:
     if setup.compile != "none" or setup.objective != "sft" or architecture.stacked_names():
         return (KEEP,)
     return (KEEP, KnobPosition("torch.compile", {"compile": "default"}))
+
+
+def _experts(architecture: Architecture, setup: Setup) -> Knob:
+    if setup.experts != "eager" or not architecture.stacked_names():
+        return (KEEP,)
+    return (KEEP, KnobPosition("grouped products of experts", {"experts": "grouped_mm"}))
 
 
 def _adapter_dtype(setup: Setup, method: Method) -> Knob:

@@ -208,6 +208,8 @@ def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
         _check_documents(architecture, method, setup)
     if setup.compile != "none" and architecture.stacked_names():
         raise UserError(f"compile {setup.compile}: compiled mixtures of experts ({architecture.name}) are not modelled")
+    if setup.experts == "eager" and setup.cuda_graphs and architecture.stacked_names():
+        raise UserError("cuda_graphs: no graph holds experts eager, whose loop reads on the host; use grouped_mm")
     if setup.kernels == "liger" and "lm_head" in getattr(method, "targets", ()):
         raise UserError(f"method {method.name}: Liger's loss reads the head's own weight; leave lm_head out of targets")
 

@@ -109,6 +109,7 @@ def setup_line(s: Setup) -> str:
     told += [f"{s.grad_accum} micro-batches"] if s.grad_accum > 1 else []
     told += [f"checkpoint {s.checkpoint}"] if s.checkpoint != usual.checkpoint else []
     told += [f"{s.attention} attention"] if s.attention != usual.attention else []
+    told += [f"{s.experts} experts"] if s.experts != usual.experts else []
     told += [f"{s.kernels} kernels"] if s.kernels != usual.kernels else []
     told += [{"default": "torch.compile"}.get(s.compile, f"torch.compile {s.compile}")] if s.compile != "none" else []
     told += [f"fp8 {s.fp8}"] if s.fp8 != usual.fp8 else []

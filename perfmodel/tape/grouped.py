@@ -1,6 +1,6 @@
-"""Products by expert (`torch._grouped_mm`), and the index arithmetic that sorts tokens by expert.
+"""Products by expert (`torch._grouped_mm`), and the index arithmetic that sorts tokens by expert, or finds them.
 
-Source: ATen/native/GroupedMMUtils.h, derivatives.yaml.
+Source: ATen/native/GroupedMMUtils.h, Onehot.cpp, derivatives.yaml.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,9 @@ from ..program.op import Attrs
 from ..program.routing import Routing
 from .autograd import differentiate
 from .core import emit, new_tensor, record, tape
-from .pointwise import cast
-from .shape import transpose
+from .gather import mark
+from .pointwise import cast, fill
+from .shape import transpose, unsqueeze
 from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
@@ -53,7 +54,8 @@ def _attrs(layout: str, dtype: str, routing: Routing) -> Attrs:
     cuda, major = tape().device == "cuda", tape().capability.split(".")[0]
     if cuda and int(major) < 8:
         raise UserError(
-            "mixtures of experts need compute capability 8.0: transformers' own loop before it is not modelled"
+            "experts by grouped products need compute capability 8.0: what transformers does before it is not "
+            "modelled; use --experts eager"
         )
     return Attrs(layout, routing=routing, sync=cuda and not (major in ONE_KERNEL and dtype == "bf16"))
 
@@ -70,6 +72,18 @@ def ends_of_groups(sorted_ids: Tensor, groups: int) -> Tensor:
     counted = cast(sorted_ids, "fp32" if tape().device == "cpu" else "i32")
     histogram = emit("histc", (counted,), (groups,), counted.dtype)
     return emit("cumsum", (histogram,), (groups,), "i32")
+
+
+def one_hot(x: Tensor, classes: int) -> Tensor:
+    """`F.one_hot(x, classes)` of int64 numbers, whose range the host looks at on a CPU alone."""
+    if tape().device == "cpu":
+        ends = new_tensor((), x.dtype), new_tensor((), x.dtype)
+        record("aminmax", (x,), ends)
+        for end in ends:
+            record("_local_scalar_dense", (end,), ())
+    flags = fill("zeros", (*x.shape, classes), x.dtype)
+    mark(flags, unsqueeze(x, -1))
+    return flags
 
 
 def inverse_order(order: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from .autograd import differentiate
 from .core import emit, new_tensor, record, tape
 from .elementary import div, div_backward
 from .pointwise import scale
-from .shape import clone, squeeze, view
+from .shape import clone, expand, squeeze, view
 from .tensor import Grads, Node, Storage, Tensor
 
 Grad = Tensor | None
@@ -229,6 +229,32 @@ def _add_in_place_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     assert g is not None
     other = (scale(g) if doubled else g) if node.needs[1] else None
     return (g if node.needs[0] else None, other)
+
+
+def add_rows(x: Tensor, places: Tensor, rows: Tensor, times: int) -> Tensor:
+    """`x.index_add_(0, places, rows)`; returns x with its new graph, which keeps the rows for their shape.
+
+    It ends a turn of a loop that runs `times` times in a row (`Part.take_turns`); in backward it begins it.
+    """
+    node = differentiate("IndexAddBackward0", (x, rows), _add_rows_backward, (times,))
+    if node and node.needs[1]:
+        node.save(places, rows)
+    record("index_add_", (x, places, rows), (x,))
+    x = x.alias()
+    if node:
+        node.produces(x)
+    return x
+
+
+def _add_rows_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (times,) = grads, node.attrs
+    assert g is not None
+    tape().part.take_turns(times)
+    if not node.needs[1]:
+        return (g, None)
+    places, rows = node.unpack()
+    own = expand(emit("index_select", (g, places), rows.shape, g.dtype), rows.shape)
+    return (g if node.needs[0] else None, own)
 
 
 def divide_in_place(x: Tensor, other: Tensor) -> Tensor:

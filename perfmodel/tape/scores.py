@@ -15,15 +15,16 @@ from .tensor import Backward, Grads, Node, Tensor
 Grad = Tensor | None
 
 
-def unbound(x: Tensor) -> list[Tensor]:
-    """The slices of x along its first dim (`for row in x`): views, whose gradients are stacked again.
+def unbound(x: Tensor, dim: int = 0) -> list[Tensor]:
+    """The slices of x along a dim (`for row in x`, `x.unbind(dim)`): views, whose gradients are stacked again.
 
     Raises:
         MixedStructure: a grid on whose points there are not equally many.
     """
-    count = only(x.shape[0])
-    node = differentiate("UnbindBackward0", (x,), _unbound_backward)
-    made = [Tensor(x.shape[1:], x.dtype, x.strides[1:], x.numel // count, x.storage) for _ in range(count)]
+    count = only(x.shape[dim])
+    shape, strides = ((*given[:dim], *given[dim + 1 :]) for given in (x.shape, x.strides))
+    node = differentiate("UnbindBackward0", (x,), _unbound_backward, (dim,))
+    made = [Tensor(shape, x.dtype, strides, x.numel // count, x.storage) for _ in range(count)]
     record("unbind.int", (x,), made, view=True)
     if node:
         node.produces(*made)
@@ -31,7 +32,7 @@ def unbound(x: Tensor) -> list[Tensor]:
 
 
 def _unbound_backward(node: Node, grads: Sequence[Grad]) -> Grads:
-    return (stack([g for g in grads if g is not None], 0),)
+    return (stack([g for g in grads if g is not None], node.attrs[0]),)
 
 
 def logsumexp(x: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perfmodel import UserError, methods
-from perfmodel.architectures import Config, from_config, load
+from perfmodel import UserError, methods, predict
+from perfmodel.architectures import Config, from_config, load, moe
 from perfmodel.calls import costs
 from perfmodel.devices import profile
 from perfmodel.devices.grouped import grouped_time
 from perfmodel.program.routing import Routing, exponent_of
 from perfmodel.recording.record import build
+from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
 from validate.oracle.cases import MIXTURES, Case
 
@@ -37,9 +38,15 @@ def config(name: str, **changes: Any) -> Config:
 
 
 def flops(name: str, method: str, setup: Setup, **changes: Any) -> int:
-    architecture = from_config(config(name, **changes))
-    step = build(architecture, methods.parse(method).bind(architecture), setup, "cpu", view_replay=True)
+    step = step_of(name, method, setup, **changes)
     return sum(count * costs.flops(op) for _, op, count in step.ops())
+
+
+def step_of(name: str, method: str, setup: Setup, experts: int | None = None, **changes: Any) -> Step:
+    """A step on the CPU, with another number of experts if it is given."""
+    number = {} if experts is None else {"num_experts" if name == "qwen3_moe" else "num_local_experts": experts}
+    architecture = from_config(config(name, **changes, **number))
+    return build(architecture, methods.parse(method).bind(architecture), setup, "cpu", view_replay=True)
 
 
 def cells() -> Iterator[Any]:
@@ -58,6 +65,14 @@ def cells() -> Iterator[Any]:
             yield name, f"lora:r=4,targets={target}", {**usual, "dtype": "fp32", **again}, {}
         yield name, r"selected:parameters=/.*\.[1-9]\.mlp\.(gate|experts)\..*/", {**usual, "grad_accum": 2}, {}
     yield "qwen3_moe", "lora:r=4,target_parameters=mlp.experts.gate_up_proj", AMP, {}  # and on no linear layer
+    for i, name in enumerate(MIXTURES):  # the loop over experts: 8 rows of zipf leave experts without any
+        loop, target = {"experts": "eager", "attention": "eager"}, ATTENTION.get(name, "q_proj")
+        parameters = f"lora:r=4,targets={target},target_parameters=mlp.experts.gate_up_proj+mlp.experts.down_proj"
+        checkpoint = ("block", "block-reentrant")[i % 2]
+        yield name, "full", {**loop, "grad_accum": 2}, DIFFERENT.get(name, {})
+        yield name, f"lora:r=4,targets={target}", {**loop, "dtype": "fp32", "checkpoint": checkpoint}, {}
+        yield name, parameters, {**loop, **AMP, "checkpoint": checkpoint}, {}
+        yield name, "full", {**loop, "batch": 1, "seq": 3, "routing": "zipf:2"}, {}
 
 
 @pytest.mark.parametrize(("name", "method", "setup", "changes"), cells())
@@ -127,6 +142,54 @@ def test_loads_change_no_flops(routing: str) -> None:
     """Who computes a row changes nothing in what is computed."""
     setup = Setup(batch=3, seq=7, routing=routing)
     assert flops("qwen3_moe", "full", setup) == flops("qwen3_moe", "full", Setup(batch=3, seq=7))
+
+
+@pytest.mark.parametrize("routing", ["balanced", "zipf:0.7"])
+@pytest.mark.parametrize(("name", "seq"), [("mixtral", 2), ("qwen3_moe", 7), ("gpt_oss", 40)])
+@pytest.mark.parametrize("method", ["full", "lora:r=2,targets=q_proj"])
+def test_a_loop_over_experts_computes_the_same(name: str, seq: int, method: str, routing: str) -> None:
+    """The same products, in launches of which more experts never have fewer."""
+    shared: Any = {"batch": 3, "seq": seq, "attention": "eager", "routing": routing}
+    assert flops(name, method, Setup(**shared, experts="eager")) == flops(name, method, Setup(**shared))
+    counts = [
+        sum(n * costs.kernels(op) for _, op, n in step_of(name, method, Setup(**shared, experts="eager"), more).ops())
+        for more in (6, 7, 20)
+    ]
+    assert counts == sorted(counts)
+
+
+@pytest.mark.parametrize("setup", [{}, {"checkpoint": "block", "grad_accum": 2}, {"grad_accum": 3}])
+def test_turns_of_a_loop_recorded_once_are_as_good_as_all(monkeypatch: Any, setup: Any) -> None:
+    """128 experts answer at once because one stands for those between the first and the last: calls, host, memory."""
+    made = Setup(batch=3, seq=16, experts="eager", **setup)
+    once = step_of("mixtral", "full", made, 20)
+    monkeypatch.setattr(moe, "_recorded", lambda turns: [(rows, 1) for rows, times in turns for _ in range(times)])
+    every = step_of("mixtral", "full", made, 20)
+    for one, all_of_them in zip(once.parts(), every.parts(), strict=True):
+        (a, times), (b, _) = one, all_of_them
+        assert (a.name, times, a.host, a.delta, a.peak) == (b.name, times, b.host, b.delta, b.peak)
+        assert [op.call for op in a.ops] == [op.call for op in b.ops]
+
+
+def test_a_grid_of_loops_is_its_points() -> None:
+    """How many experts are hit, and how many get a row more, differs over a grid."""
+    seqs = np.array([2, 3, 9, 10, 33])
+    for routing in ("balanced", "zipf:1.1"):
+        of = [config("mixtral", num_local_experts=20), "full", "h100-sxm"]
+        grid = predict(of[0], of[1], Setup(seq=seqs, experts="eager", routing=routing), of[2])
+        points = [predict(of[0], of[1], Setup(seq=int(n), experts="eager", routing=routing), of[2]) for n in seqs]
+        assert grid.kernels["total"].tolist() == [p.kernels["total"] for p in points]
+        assert grid.memory.peak.tolist() == [p.memory.peak for p in points]
+        assert grid.time.phases["total"] == pytest.approx([p.time.phases["total"] for p in points])
+
+
+def test_a_loop_over_experts_waits_for_each() -> None:
+    """Five answers of the device for each expert that is hit and one before them; on a GPU nothing else is read."""
+    architecture = from_config(config("mixtral", num_hidden_layers=1))
+    setup = Setup(batch=4, seq=32, experts="eager")
+    step = build(architecture, methods.parse("full").bind(architecture), setup, "cuda", "7.5")
+    forward = [op for part, op, _ in step.ops() if part.name == "blocks" and part.phase == "forward"]
+    assert sum(costs.synchronises(op) for op in forward) == 1 + 6 * 5
 
 
 def seconds(device: str, routing: str, experts: int = 64, tokens: int = 4096) -> float:
@@ -241,9 +304,12 @@ def test_flash_attn_gets_values_padded_to_the_keys() -> None:
     assert any(op.name == "slice_backward" and op.outputs[0].shape == (2, 32, 4, 40) for _, op, _ in step.ops())
 
 
-@pytest.mark.parametrize(("setup", "capability"), [({"compile": "default"}, "9.0"), ({"dtype": "fp16"}, "7.5")])
+@pytest.mark.parametrize(
+    ("setup", "capability"),
+    [({"compile": "default"}, "9.0"), ({"dtype": "fp16"}, "7.5"), ({"experts": "eager", "cuda_graphs": True}, "9.0")],
+)
 def test_programs_that_are_not_mirrored_are_refused(setup: Any, capability: str) -> None:
-    """Compiled experts, and transformers' own loop on cards before Ampere, are other programs."""
+    """Compiled experts, what stands in for grouped products before Ampere, and a graph that would have to wait."""
     architecture = from_config(config("mixtral"))
     with pytest.raises(UserError, match="experts"):
         build(architecture, methods.parse("full").bind(architecture), Setup(**setup), "cuda", capability)

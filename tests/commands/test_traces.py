@@ -51,11 +51,12 @@ def test_a_model_without_built_in_form_is_traced_by_itself(model: Path) -> None:
 def test_the_first_line_says_that_a_file_is_answered_by_a_trace(model: Path, tmp_path: Path) -> None:
     """What a trace cannot follow is answered otherwise, and stands there too."""
     file = tmp_path / "train.yml"
-    file.write_text(FILE.format(model=model))
+    file.write_text(FILE.format(model=model) + "\nexperts_implementation: eager\n")
     result = CliRunner().invoke(cli.main, ["predict", "--config", str(file), "--device", "l40s"])
     assert result.exit_code == 0, result.output
     first = result.stdout.partition("\n\n")[0]
     assert "without torch.compile" in first
+    assert "experts as transformers runs them by default (experts_implementation)" in first
     assert f"{traces.TRACED}: apertus has no built-in form" in first
 
 

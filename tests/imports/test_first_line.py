@@ -22,7 +22,7 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "deepspeed: z3_offload.json": ("axolotl", "one GPU, without ZeRO-3 with offloading (deepspeed)"),
     "fsdp: [full_shard]\nfsdp_config: {a: b}": ("axolotl", "one GPU, without FSDP (fsdp, fsdp_config)"),
     "tensor_parallel_size: 2": ("axolotl", "one GPU (tensor_parallel_size)"),
-    "experts_implementation: eager": (
+    "experts_implementation: scattermoe": (
         "axolotl", "experts as transformers runs them by default (experts_implementation)",
     ),
     "activation_offloading: true": ("axolotl", "activations stay on the GPU (activation_offloading)"),
@@ -178,6 +178,14 @@ def test_qat_is_torchaos(tmp_path: Path) -> None:
     found = read(tmp_path / "config.yml")
     assert found.setup["qat"] == "int8-int4:32"
     assert not [said for said in found.differences if "qat" in said]
+
+
+def test_the_loop_over_experts_is_transformers(tmp_path: Path) -> None:
+    """It was answered by grouped products once, which take a tenth of the time where experts train."""
+    (tmp_path / "config.yml").write_text(BASE + "experts_implementation: eager")
+    found = read(tmp_path / "config.yml")
+    assert found.setup["experts"] == "eager"
+    assert not [said for said in found.differences if "experts" in said]
 
 
 def test_the_first_line_begins_the_answer(tmp_path: Path) -> None:

@@ -13,8 +13,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+from perfmodel import UserError
+from perfmodel.architectures import Config
 from perfmodel.integrations.findings import Findings
+from perfmodel.integrations.program import trainer_program
 from perfmodel.integrations.trainer import StepPrediction, resident_bytes
+from perfmodel.setup import Setup
+from perfmodel.tracing.programs import build_model
+from validate.oracle.cases import MIXTURES
 
 CONFIG = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 512,
@@ -141,3 +147,16 @@ def test_a_run_shorter_than_the_window_is_told_at_its_end(tmp_path: Path) -> Non
     (text,) = train(tmp_path, callback, Samples(), steps=3)
     assert found(callback).steps == 2
     assert "2 steps of full" in text
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "eager", "batched_mm"])
+def test_a_mixture_runs_its_experts_as_the_model_says(tmp_path: Path, experts: str) -> None:
+    """A loop over experts takes many times as long as grouped products; what is not modelled ends in one line."""
+    model = build_model(Config(MIXTURES["mixtral"], "mixtral", "mixtral"), Setup())
+    model.set_experts_implementation(experts)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    if experts == "batched_mm":
+        with pytest.raises(UserError, match="did you mean 'grouped_mm'"):
+            trainer_program(model, arguments)
+    else:
+        assert trainer_program(model, arguments).setup.experts == experts

@@ -155,6 +155,8 @@ def build_model(config: Config, setup: Setup, *, device: str = "meta") -> Any:
                 linearise_experts(model)
             if config.values.get("tie_word_embeddings") is False and getattr(found, "tie_word_embeddings", False):
                 seq2seq.untie_head(model)
+        if setup.experts == "eager":
+            model.set_experts_implementation(setup.experts)
         for module in model.modules() if flash else ():
             if hasattr(module, "config"):
                 module.config._attn_implementation = "flash_attention_2"
