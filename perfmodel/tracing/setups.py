@@ -18,7 +18,7 @@ def check_setup(setup: Setup) -> None:
         raise UserError(f"--traced cannot follow --engine {setup.engine}: it traces the program without an engine")
     if setup.kernels != "torch":
         raise UserError(f"--traced cannot follow --kernels {setup.kernels}; use kernels torch")
-    for option in ("fp8", "qat"):
+    for option in ("fp8", "int8", "qat"):
         if getattr(setup, option) != "none":
             raise UserError(f"--traced cannot follow --{option}: it traces the program as transformers makes it")
     if setup.objective not in OBJECTIVES:
