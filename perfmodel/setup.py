@@ -18,6 +18,7 @@ ATTENTION = ("sdpa", "eager", "flash2")
 CHECKPOINT = ("none", "block", "block-reentrant")
 KERNELS = ("torch", "liger")
 FP8 = ("none", "tensorwise", "padded", "rowwise")  # recipes of `tape.packages.float8`
+INT8 = ("none", "mixed")  # `tape.packages.int8_mixed`
 QAT = re.compile(r"none|int8-int4:[1-9]\d{0,5}")  # of inputs, of weights, and weights that share a scale
 EXPERTS = ("grouped_mm", "eager")  # `experts_implementation` of transformers
 COMPILE = ("none", "default", "reduce-overhead")
@@ -55,6 +56,8 @@ class Setup:
             and forward and backward are each a CUDA graph).
         fp8: how products of linear layers run in 8-bit floats, as accelerate converts a model with torchao: none, or a
             recipe of `perfmodel.tape.packages.float8`. The first and the last linear layer stay as they are.
+        int8: how products of the linear layers of blocks run in 8-bit integers: none, or mixed, torchao's
+            `Int8MixedPrecisionTrainingConfig` with weights that stay in `dtype`.
         qat: torchao's fake quantisation of linear layers, the head too: none, or int8-int4:GROUP, of inputs to 8 bit
             token by token and of weights to 4 bit in groups of that many.
         padded: whether some samples of a batch are padded to `seq`: then sdpa gets an explicit mask, which costs it the
@@ -97,6 +100,7 @@ class Setup:
     kernels: str = "torch"
     compile: str = "none"
     fp8: str = "none"
+    int8: str = "none"
     qat: str = "none"
     engine: str = "torch"
     routing: str = "balanced"
@@ -120,7 +124,7 @@ class Setup:
             raise UserError("grad_accum must be one integer")
         for name, choices in (
             ("dtype", DTYPES), ("checkpoint", CHECKPOINT), ("attention", ATTENTION), ("kernels", KERNELS),
-            ("compile", COMPILE), ("fp8", FP8), ("engine", ENGINES), ("objective", OBJECTIVES),
+            ("compile", COMPILE), ("fp8", FP8), ("int8", INT8), ("engine", ENGINES), ("objective", OBJECTIVES),
             ("reference", REFERENCES), ("packing", PACKING), ("experts", EXPERTS),
         ):  # fmt: skip
             one_of(name, getattr(self, name), choices)

@@ -14,6 +14,7 @@ from ..tape.core import tape
 from ..tape.inplace import add_to_output
 from ..tape.packages.fake_quant import rounded_operands
 from ..tape.packages.float8 import linear_or_float8
+from ..tape.packages.int8_mixed import int8_linear
 from ..tape.packages.varlen import PackedRows
 from ..tape.tensor import Parameter, Tensor
 from ..values import Compared
@@ -187,6 +188,8 @@ class Linear(NamedTuple):
             setup = self.scope.build.setup
             if setup.qat_group is not None:
                 return linalg.linear(*rounded_operands(x, weight, setup.qat_group), bias)
+            if setup.int8 != "none" and self.scope.layer is not None:
+                return int8_linear(x, weight, bias)
             if self.by_matmul:
                 return linalg.matmul_linear(x, weight)
             return linear_or_float8(x, weight, bias, "none" if self._stays else setup.fp8)

@@ -9,6 +9,8 @@ from .launches import kernels, mirrors
 from .products import Product
 from .table import LISTED, row
 
+SCALED = ("_scaled_mm", "torchao::scaled_int8_mm")  # products whose scales follow the factors
+
 KINDS = {  # work -> the class of kernel for totals and intervals; everything else is pointwise
     "product": "gemm", "attention": "attention", "decomposition": "solver", "list": "optimizer",
     "rows": "embedding", "rows_backward": "embedding",
@@ -42,7 +44,7 @@ def operand_dtype(op: Op) -> str:
     if not op.inputs:
         return op.outputs[0].dtype if op.outputs else "fp32"
     first, last = op.inputs[0].dtype, op.inputs[-1].dtype
-    return first if first != last and (op.name == "_scaled_mm" or kind(op) == "attention") else last
+    return first if first != last and (op.name in SCALED or kind(op) == "attention") else last
 
 
 def synchronises(op: Op) -> bool:

@@ -106,7 +106,7 @@ def rows(
         add_once(ROWS, name, CallRow(work, launches, why, waits, products, flops))
 
 
-rows("product", "mm mm.out _scaled_mm", products=mm)
+rows("product", "mm mm.out _scaled_mm torchao::scaled_int8_mm", products=mm)
 rows("product", "addmm addmm_ addmm.out", products=addmm)
 rows("product", "bmm", products=bmm)
 rows("product", "baddbmm", products=baddbmm)

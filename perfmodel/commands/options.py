@@ -18,6 +18,7 @@ from ..setup import (
     ENGINES,
     EXPERTS,
     FP8,
+    INT8,
     KERNELS,
     OBJECTIVES,
     PACKING,
@@ -189,6 +190,8 @@ def _how() -> tuple[Decorator, ...]:
         click.option("--fp8", type=click.Choice(FP8), default="none", show_default=True,
                      help="Linear layers in 8-bit floats, as accelerate and torchao train them; padded: "
                      "accelerate's own recipe, tensorwise with summed dims padded to 16."),
+        click.option("--int8", type=click.Choice(INT8), default="none", show_default=True,
+                     help="mixed: products of linear layers in 8-bit integers, weights as they are, by torchao."),
         click.option("--qat", default="none", show_default=True,
                      help="torchao's fake quantisation of linear layers: int8-int4:32, inputs to 8 bit, weights to 4 "
                      "in groups of 32."),

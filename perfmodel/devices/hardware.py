@@ -24,8 +24,8 @@ class Hardware:
         memory_energy: J to move a byte from or to DRAM; None: 0. HBM2 3.92 and GDDR5 14.0 pJ a bit (O'Connor et al.,
             MICRO-50, 2017; HBM2e and HBM3 are taken as HBM2), GDDR6 7.5 and GDDR6X 7.25 pJ a bit (Micron).
         flop_energy: J per fp32 FLOP of the largest server board of the same process: its power over its peak.
-        tf32_flops, fp16_flops, bf16_flops, fp8_flops: dense tensor-core FLOP/s with fp32 accumulation; None where there
-            is none, or of fp8 where no source was read.
+        tf32_flops, fp16_flops, bf16_flops, fp8_flops, int8_flops: dense tensor-core FLOP/s with fp32 (int8: int32)
+            accumulation; None where there is none, or of 8 bits where no source was read.
     """
 
     sm_count: int
@@ -38,6 +38,7 @@ class Hardware:
     fp16_flops: float | None = None
     bf16_flops: float | None = None
     fp8_flops: float | None = None
+    int8_flops: float | None = None
     board_power: float | None = None
     idle_power: float | None = None
     memory_energy: float | None = None

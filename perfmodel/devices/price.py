@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..calls.costs import products
+from ..calls.costs import SCALED, products
 from ..calls.table import row
 from ..program.dims import product, same
 from ..program.dtypes import FLOAT8
@@ -35,7 +35,7 @@ BUS = 19.6e9
 EFFICIENT = 0.46
 
 HALF = ("bf16", "fp16")  # what tensor cores take as it is
-WRITTEN = ("bmm", "_scaled_mm")  # products whose operands were both just written
+WRITTEN = ("bmm", *SCALED)  # products whose operands were both just written
 EIGHT = ("i8", *FLOAT8)  # what they take in pairs
 ROW_WISE = (
     "norm",

@@ -31,7 +31,7 @@ def notes_on(built: Step, on: DeviceProfile, seconds: Mapping[str, Any], total: 
             "MALLOC_TRIM_THRESHOLD_=-1 MALLOC_MMAP_MAX_=0): page faults of glibc's default add up to a quarter"
         )
     notes += [passes.NOTE] if built.setup.compile != "none" else []
-    notes += [converted.NOTE] if built.setup.fp8 != "none" else []
+    notes += converted.product_notes(built.setup)
     notes += _head_notes(built)
     notes += _target_notes(built)
     notes += _optimizer_notes(built, seconds, total)

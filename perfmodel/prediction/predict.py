@@ -225,6 +225,8 @@ def predict_alike(
     """Predict a step whose micro-batches are all of one shape, that of the setup."""
     if setup.fp8 != "none" and on.hardware.fp8_flops is None:
         raise UserError(f"fp8 {setup.fp8}: {on.slug} has no float8 peak in its datasheet (fp8_flops); leave fp8 out")
+    if setup.int8 != "none" and (on.hardware.int8_flops or 0) <= (on.hardware.bf16_flops or 0):
+        raise UserError(f"int8 {setup.int8}: {on.slug} has no int8 peak beyond bf16's in its datasheet; leave int8 out")
     shared = None if grid_shape(setup, method) else shared
     method = method.priced(lambda parts: part_costs.seconds_of(parts, on, by))
     capability = on.compute_capability or "8.0"

@@ -192,8 +192,7 @@ def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
         raise UserError(f"images: the tape has {architecture.name} with text alone: add --traced")
     if setup.engine != "torch":
         zero.check_zero3(setup, method)
-    if setup.fp8 != "none" or setup.qat != "none":
-        converted.check_converted(architecture, method, setup)
+    converted.check_converted(architecture, method, setup)
     if setup.attention not in architecture.traits.attention:
         has = " or ".join(architecture.traits.attention)
         raise UserError(f"attention {setup.attention}: the program of {architecture.name} has {has} only; use {has}")

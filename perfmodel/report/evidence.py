@@ -29,7 +29,7 @@ SHEET = {  # figure of the datasheet -> (name, unit)
     "memory_bytes": ("memory", "B"), "memory_bandwidth": ("memory bandwidth", "B/s"), "l2_bytes": ("L2 cache", "B"),
     "fp32_flops": ("fp32 peak", "FLOP/s"), "tf32_flops": ("tf32 peak, dense", "FLOP/s"),
     "fp16_flops": ("fp16 peak, dense", "FLOP/s"), "bf16_flops": ("bf16 peak, dense", "FLOP/s"),
-    "fp8_flops": ("fp8 peak, dense", "FLOP/s"),
+    "fp8_flops": ("fp8 peak, dense", "FLOP/s"), "int8_flops": ("int8 peak, dense", "FLOP/s"),
     "board_power": ("power limit", "W"), "idle_power": ("power without work", "W"),
     "memory_energy": ("energy of a byte of DRAM", "pJ"), "flop_energy": ("energy of an fp32 FLOP", "pJ"),
 }  # fmt: skip

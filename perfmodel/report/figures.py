@@ -113,6 +113,7 @@ def setup_line(s: Setup) -> str:
     told += [f"{s.kernels} kernels"] if s.kernels != usual.kernels else []
     told += [{"default": "torch.compile"}.get(s.compile, f"torch.compile {s.compile}")] if s.compile != "none" else []
     told += [f"fp8 {s.fp8}"] if s.fp8 != usual.fp8 else []
+    told += [f"int8 {s.int8}"] if s.int8 != usual.int8 else []
     told += [f"QAT {s.qat}"] if s.qat != usual.qat else []
     told += [s.engine] if s.engine != usual.engine else []
     told += ["padded"] if s.padded else []

@@ -20,7 +20,7 @@ def check_setup(setup: Setup) -> None:
         raise UserError(f"--traced cannot follow --kernels {setup.kernels}; use kernels torch")
     if setup.experts != "grouped_mm":
         raise UserError(f"--traced cannot follow --experts {setup.experts}: which are hit is data; use grouped_mm")
-    for option in ("fp8", "qat"):
+    for option in ("fp8", "int8", "qat"):
         if getattr(setup, option) != "none":
             raise UserError(f"--traced cannot follow --{option}: it traces the program as transformers makes it")
     if setup.objective not in OBJECTIVES:

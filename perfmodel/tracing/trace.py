@@ -30,7 +30,7 @@ aten = torch.ops.aten
 
 NAMESPACES = {  # of the calls that are recorded
     "aten", "cuda_forms", "flash_attn", "dropout_layer_norm", "flash_rotary", "bitsandbytes", "liger", "lorafusion",
-    "unsloth", "gptqmodel",
+    "unsloth", "gptqmodel", "torchao",
 }  # fmt: skip
 
 # Calls that reach the recorder whole where such a tensor makes them, as no autograd has taken them apart.

@@ -17,6 +17,8 @@ FLOPS_PER_CLOCK: dict[str, tuple[int, int | None]] = {
     "8.6": (256, 1024), "8.9": (256, 1024), "9.0": (256, 4096), "10.0": (256, 8192), "10.3": (256, 8192),
     "12.0": (256, 1024), "12.1": (256, 1024),
 }  # fmt: skip
+# Of int8 where it is not twice that: Blackwell Ultra has few integer units left (aiconfigurator's b300_sxm.yaml).
+INT8_PER_CLOCK = {"10.3": 512}
 
 
 def table(name: str) -> dict[str, Any]:
@@ -41,6 +43,7 @@ def test_peaks_follow_from_units_and_clock(name: str) -> None:
     if tensor is not None:
         tensor //= 2 if hw.half_rate else 1
         rates |= {"fp16_flops": tensor, "bf16_flops": tensor, "tf32_flops": tensor // 2, "fp8_flops": 2 * tensor}
+        rates["int8_flops"] = INT8_PER_CLOCK.get(values["compute_capability"], 2 * tensor)
     lines = (DEVICES / f"{name}.toml").read_text().splitlines()
     explained = {key for line in lines if line.startswith("# differs:") for key in line.split(":")[1].split()}
     for key in (k for k in values["datasheet"] if k.endswith("_flops")):
