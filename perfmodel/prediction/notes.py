@@ -54,7 +54,7 @@ def _head_notes(built: Step) -> list[str]:
         said = "as architectures in its config says"
         return [f"its head classifies {head.of}s ({head.labels} labels), {said}"] if head else []
     objective = objectives.found(setup.objective)
-    return [objective.told(built.method, setup)]
+    return objective.told(built.method, setup)
 
 
 def _target_notes(built: Step) -> list[str]:

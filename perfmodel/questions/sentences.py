@@ -1,5 +1,7 @@
 """The answer in words: which method is faster, by how much, and because of what."""
 
+from collections.abc import Sequence
+
 from .. import units
 from ..prediction.predict import Prediction
 from .anatomy import WAITING, Anatomy
@@ -31,6 +33,15 @@ OF = {  # part -> how it follows an amount of time
 def in_words(p: Prediction) -> str:
     """The method of a prediction in words."""
     return p.step.method.in_words() if p.step is not None else p.method
+
+
+def notes_by_method(predictions: Sequence[Prediction]) -> list[str]:
+    """What there is to know about several predictions; of some alone, with their names."""
+    told: dict[str, list[str]] = {}
+    for p in predictions:
+        for note in dict.fromkeys(p.notes):
+            told.setdefault(note, []).append(in_words(p))
+    return [note if len(of) == len(predictions) else f"{', '.join(of)}: {note}" for note, of in told.items()]
 
 
 def answer(a: Prediction, b: Prediction, speedup: SpeedUp, reason: str, capacity: float) -> str:

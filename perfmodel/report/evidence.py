@@ -9,6 +9,7 @@ from .. import architectures, units
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
 from ..prediction.predict import Model, Prediction
+from ..questions.sentences import notes_by_method
 
 OPTIONS = {  # field of the setup -> what it is called
     "batch": "batch", "seq": "tokens per sample", "dtype": "base weights", "amp": "autocast", "optimizer": "optimizer",
@@ -62,8 +63,8 @@ def assumptions(predictions: list[Prediction], by: Host) -> dict[str, Any]:
     """The setup in words, and what a reader must know about it."""
     values = predictions[0].setup.as_dict()
     rows = [(OPTIONS[name], _told(value)) for name, value in values.items() if name != "image_size" or values["images"]]
-    notes = dict.fromkeys([*GENERAL, *(note for p in predictions for note in p.notes)])
-    return {"assumptions": [*rows, ("host", by.name)], "notes": list(notes)}
+    notes = [*GENERAL, *notes_by_method(predictions)]
+    return {"assumptions": [*rows, ("host", by.name)], "notes": notes}
 
 
 def _told(value: Any) -> str:
