@@ -290,14 +290,6 @@ def test_an_option_with_one_choice_is_not_offered() -> None:
     assert "choose one of: peft" in refused.stderr
 
 
-def test_a_note_on_one_method_of_several_names_it() -> None:
-    """Two references without names leave open which method has which."""
-    told = " ".join(call("compare", *MODEL, "--objective", "dpo", "--methods", "full", "lora:r=4").stdout.split())
-    assert told.count("DPO as") == 1
-    assert "note: full fine-tuning: its reference is a second, frozen model in memory" in told
-    assert "its reference is the model without its adapters" in told
-
-
 def test_methods_fit_on_a_screen_one_line_each() -> None:
     """The list is for choosing: what trains, what it adds, where it comes from. Options are a second question."""
     result = call("methods")
