@@ -216,6 +216,12 @@ class Setup:
         """Whether sdpa gets a mask: compiled code cannot look whether there is padding (`_ignore_causal_mask_sdpa`)."""
         return self.padded or self.compile != "none"
 
+    @property
+    def images_in_words(self) -> str:
+        """How many images a sample has, and how large they are."""
+        height, width = self.image_size
+        return f"{self.images} image{'s' if self.images > 1 else ''} of {height} x {width} pixels a sample"
+
     def as_dict(self) -> dict[str, Any]:
         """The setup as plain values."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -17,7 +17,7 @@ FENCED = re.compile(r"^```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:^ {4}.*\n)+", re.MULTILINE)
 SPAN = re.compile(r"`([^`]+)`")
 TABLE_OF_COMMANDS = re.compile(r"^\| command \|.*\n(?:\|.*\n)+", re.MULTILINE)
-OPTION = re.compile(r"(?<!\S)--[a-z][a-z-]*")
+OPTION = re.compile(r"(?<!\S)--[a-z][a-z0-9-]*")
 PATCHED = 'perfmodel() { PYTHON -c "$PATCH\nfrom perfmodel.__main__ import run\nrun()" "$@"; }\n'  # changed, or loaded
 
 

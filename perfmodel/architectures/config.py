@@ -187,10 +187,13 @@ def _named(repository: str, meant: names.Meant) -> Config:
 
 
 def _hint(name: str) -> str:
-    """The nearest bundled model of the same family and size, else all of the family."""
+    """The bundled models whose names go on from this one, else the nearest of its family and size, else its family."""
     alike = names.family(name)
     if not alike:
-        return "perfmodel models lists those that are bundled"
+        meant = names.misspelt(name)
+        return f"did you mean {meant!r}?" if meant else "perfmodel models lists those that are bundled"
+    if begun := [known for known in alike if known.startswith(name.lower())]:
+        return f"bundled: {', '.join(begun)}"
     sized = [known for known in alike if names.size(known) == names.size(name)]
     return nearest(name, sized) if sized else f"bundled of its family: {', '.join(alike)}"
 

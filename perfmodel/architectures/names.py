@@ -18,6 +18,7 @@ MODELS = DATA / "models"
 SIZE = r"[ae]?\d+(\.\d+)?(x\d+(\.\d+)?)?[bm]"  # 7b, 135m, 8x7b; a3b: active parameters
 VERSION = r"v\d+(\.\d+)*"
 STAMP = r"\d{4,8}|\d+k"  # a date, a length of context
+ALIKE = 0.7  # share of characters in which a typing error agrees with what was meant
 
 Words = tuple[str, ...]
 
@@ -52,12 +53,16 @@ def is_own_code(name: str) -> bool:
 
 
 def family(name: str) -> list[str]:
-    """The bundled names of the family that a name holds, or whose first word is close to its own."""
+    """The bundled names of the family that a name holds."""
+    held = [w for w in _words(name) if w in _families()]
+    return sorted((n for n in model_names() if _words(n)[0] in held[:1]), key=name_order)
+
+
+def misspelt(name: str) -> str:
+    """The bundled name that a name without a known family differs little from, empty if there is none."""
     import difflib
 
-    words = _words(name)
-    held = [w for w in words if w in _families()] or difflib.get_close_matches("".join(words[:1]), _families(), n=1)
-    return sorted((n for n in model_names() if _words(n)[0] in held[:1]), key=name_order)
+    return "".join(difflib.get_close_matches(name.lower(), model_names(), n=1, cutoff=ALIKE))
 
 
 def size(name: str) -> str:

@@ -74,7 +74,7 @@ def paper(
     device: str | None, predict_only: str | None, output: Path, profile: str | None, host: str | None,
     threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Is LoRA slower, as arXiv 2507.08833 says? Measured and predicted.
+    """Measure and predict whether LoRA is slower (arXiv 2507.08833).
 
     The time of LoRA over that of full fine-tuning, forward + backward, by architecture. The exit code is 1 if a verdict
     is wrong where more than 10 % decide it.

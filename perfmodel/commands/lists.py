@@ -16,14 +16,21 @@ HEADS = {"memory_bytes": "memory", "hidden": "width", "intermediate": "MLP"}  # 
 @click.command()
 @json_option
 def models(as_json: bool) -> None:
-    """List the bundled models."""
+    """List the bundled models: those of a built-in form, then the traced."""
     from .. import units
     from ..architectures.names import name_order
     from ..questions import listing
 
     columns = ("model", "model_type", "layers", "hidden", "heads", "kv_heads", "intermediate", "vocab")
     formats: Formats = {"vocab": units.count}
-    _list(listing.models(), columns, as_json, formats, left=(0, 1), group=lambda row: name_order(row["model"])[0])
+    rows = listing.models()
+    known = rows if as_json else [row for row in rows if row["layers"] is not None]
+    _list(known, columns, as_json, formats, left=(0, 1), group=lambda row: name_order(row["model"])[0])
+    if not as_json:
+        from ..report.plain import paragraph, show
+
+        names = ", ".join(row["model"] for row in rows if row["layers"] is None)
+        show("\n" + paragraph(f"traced when they are asked for (pip install 'perfmodel[validate]'): {names}"))
 
 
 @click.command()

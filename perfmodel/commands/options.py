@@ -189,12 +189,13 @@ def _how() -> tuple[Decorator, ...]:
                      help="torch.compile of the model; reduce-overhead adds CUDA graphs."),
         click.option("--fp8", type=click.Choice(FP8), default="none", show_default=True,
                      help="Linear layers in 8-bit floats, as accelerate and torchao train them; padded: "
-                     "accelerate's own recipe, tensorwise with summed dims padded to 16."),
+                     "accelerate's own recipe, tensorwise with the dims that products sum over padded to multiples of "
+                     "16."),
         click.option("--int8", type=click.Choice(INT8), default="none", show_default=True,
                      help="mixed: products of linear layers in 8-bit integers, weights as they are, by torchao."),
         click.option("--qat", default="none", show_default=True,
-                     help="torchao's fake quantisation of linear layers: int8-int4:32, inputs to 8 bit, weights to 4 "
-                     "in groups of 32."),
+                     help="torchao's fake quantisation of linear layers: int8-int4:32 rounds inputs to 8 bits and "
+                     "weights to 4, in groups of 32; with --method full."),
         click.option("--routing", default="balanced", show_default=True,
                      help="Load of a mixture's experts: balanced, or zipf:1.1 (a share falls with its rank)."),
         click.option("--experts", type=click.Choice(EXPERTS), default="grouped_mm", show_default=True,
@@ -203,12 +204,14 @@ def _how() -> tuple[Decorator, ...]:
         click.option("--objective", type=click.Choice(OBJECTIVES), default="sft", show_default=True,
                      help="What is trained for. Of dpo, orpo, cpo, simpo and reward a sample is a pair of sequences."),
         click.option("--prompt", type=int,
-                     help="Tokens of a sequence that are its prompt, of which grpo has no logits; default half."),
+                     help="Tokens of a sequence that are its prompt, where the rest was generated (grpo, ppo, ebft); "
+                     "default half."),
         click.option("--reference", type=click.Choice(REFERENCES), default="auto", show_default=True,
-                     help="What dpo, kto and grpo compare with: auto is the model without its adapters, where it has "
-                     "some, else a second, frozen model; for grpo nothing."),
+                     help="What dpo, kto, grpo, ppo, asft and ebft compare with: auto is the model without its "
+                     "adapters, where it has some, else a second, frozen model; for grpo nothing."),
         click.option("--cuda", type=int, default=12, show_default=True,
-                     help="The CUDA that PyTorch is built for, 12 or 13: an optimizer's kernels a list of tensors."),
+                     help="The CUDA that PyTorch is built for, 12 or 13: how many tensors of a list one kernel of an "
+                     "optimizer takes."),
         click.option("--engine", type=click.Choice(ENGINES), default="torch", show_default=True,
                      help="What runs the step; `METHOD:engine=NAME` for one method alone."),
         click.option("--clip-grad/--no-clip-grad", default=True, show_default=True, help="Clip the gradient norm."),

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ..report.plain import print_json
+from ..report.plain import paragraph, print_json, show
 from .options import Lists, methods_of, methods_option, setup_of, setup_options
 
 
@@ -27,5 +27,6 @@ def record(methods: Sequence[str], as_json: bool, **options: Any) -> None:
         return
     for entry in kept:
         size = entry.program.at
-        holds = "any batch and length of its kind" if size is None else f"batch {size[0]} x {size[1]} alone"
-        click.echo(f"{entry.method}: {holds}, {'; '.join(entry.program.told)}\n  {entry.file}")
+        holds = "any batch and length" if size is None else f"batch {size[0]} x {size[1]} alone"
+        show(paragraph(f"{entry.method}: kept for {holds}; {'; '.join(entry.program.told)}"))
+        show(f"  {entry.file}")

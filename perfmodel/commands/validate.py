@@ -52,7 +52,10 @@ def counts(grid: str, cuda_forward: bool, as_json: bool) -> None:
 @validate.command()
 @json_option
 def speed(as_json: bool) -> None:
-    """Measure the speed promises: cold start, warm prediction, grids."""
+    """Measure the speed promises: cold, warm, grids, traced programs.
+
+    Those of traced programs need the validate extra. The exit code is 1 if one is missed.
+    """
     from validate.speed import measure_promises
 
     from ..report.plain import show, table
@@ -107,7 +110,7 @@ def coverage(quick: bool, output: Path | None, as_json: bool) -> None:
 def configs(
     folders: tuple[Path, ...], device: str, model: str | None, traced: bool, output: Path | None, as_json: bool
 ) -> None:
-    """Give every training config below the FOLDERs to predict --config.
+    """Give all training configs below FOLDERs to predict --config.
 
     Of checkouts of Axolotl, LLaMA-Factory, PEFT, TRL and the alignment-handbook: how many are answered, and why others
     are not. The exit code is 1 if one ends in a traceback.

@@ -36,7 +36,7 @@ class Lora(Targeted):
     r: Any = option(8, "rank", positive)
     alpha: float = option(8.0, "scale numerator; changes no cost")
     dropout: float = option(0.0, "dropout on the adapter's input", fraction)
-    implementation: str = option("peft", HELP)
+    implementation: str = option("peft", HELP, among="implementations")
     target_parameters: tuple[str, ...] = option((), "weights of experts joined by +: gate_up_proj+down_proj")
 
     implementations: ClassVar[tuple[str, ...]] = ("peft", "unsloth", "lorafusion")

@@ -6,11 +6,14 @@ from typing import Any
 import numpy as np
 
 from .. import objectives, passes, units
+from ..architectures.base import Architecture
 from ..calls.table import row
 from ..devices.profile import DeviceProfile
+from ..methods.parts.base import Method
 from ..methods.parts.targeted import Targeted, unmatched
 from ..recording import converted, zero
 from ..recording.step import Step
+from ..setup import Setup
 from . import intervals
 
 MOST_NAMED = 6  # calls that a note names
@@ -18,7 +21,7 @@ MOST_NAMED = 6  # calls that a note names
 
 def notes_on(built: Step, on: DeviceProfile, seconds: Mapping[str, Any], total: Any) -> list[str]:
     """What a reader should know about a prediction, of its seconds by class of kernel and in total."""
-    notes = [built.architecture.note] if built.architecture.note else []
+    notes = notes_before(built.architecture, built.method, built.setup)
     used = {b for c, b in intervals.BLOCK.items() if np.any(seconds.get(c, 0.0) > 0.01 * total)}
     defaults = [block for block, origin in on.fitted.items() if origin == "class" and block in used]
     if defaults:
@@ -30,9 +33,6 @@ def notes_on(built: Step, on: DeviceProfile, seconds: Mapping[str, Any], total: 
             "the step time is that of a malloc that keeps freed memory (jemalloc, tcmalloc, or glibc's with "
             "MALLOC_TRIM_THRESHOLD_=-1 MALLOC_MMAP_MAX_=0): page faults of glibc's default add up to a quarter"
         )
-    notes += [passes.NOTE] if built.setup.compile != "none" else []
-    notes += converted.product_notes(built.setup)
-    notes += _head_notes(built)
     notes += _target_notes(built)
     notes += _optimizer_notes(built, seconds, total)
     notes += _unknown_notes(built)
@@ -47,14 +47,22 @@ def notes_on(built: Step, on: DeviceProfile, seconds: Mapping[str, Any], total: 
     return [*notes, *built.notes]
 
 
-def _head_notes(built: Step) -> list[str]:
+def notes_before(architecture: Architecture, method: Method, setup: Setup) -> list[str]:
+    """What is known before a step is recorded: of the model, of how its layers run, of what it is trained for."""
+    notes = [architecture.note] if architecture.note else []
+    notes += [passes.NOTE] if setup.compile != "none" else []
+    notes += converted.product_notes(setup)
+    return notes + _head_notes(architecture, method, setup)
+
+
+def _head_notes(architecture: Architecture, method: Method, setup: Setup) -> list[str]:
     """What the model ends in and what it is trained for, where that is not a language model's own loss."""
-    setup, head = built.setup, built.architecture.classifier
+    head = architecture.classifier
     if setup.objective == "sft":
         said = "as architectures in its config says"
         return [f"its head classifies {head.of}s ({head.labels} labels), {said}"] if head else []
     objective = objectives.found(setup.objective)
-    return [objective.told(built.method, setup)]
+    return objective.told(method, setup)
 
 
 def _target_notes(built: Step) -> list[str]:

@@ -11,24 +11,29 @@ from ..methods import options, registered
 
 Row = dict[str, Any]
 Rows = list[Row]
+DIMS = ("layers", "hidden", "heads", "kv_heads", "intermediate", "vocab", "tied")
 
 
 def models() -> Rows:
-    """The bundled models that the tape knows, by family and size: dims (elements) and the source of their config."""
-    rows = []
+    """The bundled models by family and size: dims (elements) and the source of their config.
+
+    Those that the tape does not know, which are traced, come last; their dims are None.
+    """
+    rows, traced = [], []
     for name in sorted(architectures.model_names(), key=name_order):
         config = architectures.load(name)
         if config.kind not in architectures.supported():
+            unknown = dict.fromkeys(DIMS)
+            traced.append({"model": name, "model_type": config.kind, **unknown, "source": config.values.get("_source")})
             continue
         a = architectures.from_config(config)
         rows.append(
             {
-                "model": name, "model_type": a.model_type, "layers": a.layers, "hidden": a.hidden, "heads": a.heads,
-                "kv_heads": a.kv_heads, "intermediate": a.intermediate, "vocab": a.vocab, "tied": a.tied,
+                "model": name, "model_type": a.model_type, **{dim: getattr(a, dim) for dim in DIMS},
                 "source": config.values.get("_source"),
             }
         )  # fmt: skip
-    return rows
+    return rows + traced
 
 
 def methods() -> Rows:

@@ -1,5 +1,7 @@
 """The answer in words: which method is faster, by how much, and because of what."""
 
+from collections.abc import Iterable, Sequence
+
 from .. import units
 from ..prediction.predict import Prediction
 from .anatomy import WAITING, Anatomy
@@ -31,6 +33,20 @@ OF = {  # part -> how it follows an amount of time
 def in_words(p: Prediction) -> str:
     """The method of a prediction in words."""
     return p.step.method.in_words() if p.step is not None else p.method
+
+
+def notes_by_method(predictions: Sequence[Prediction]) -> list[str]:
+    """What there is to know about several predictions; of some alone, with their names."""
+    return named_notes([(in_words(p), p.notes) for p in predictions])
+
+
+def named_notes(known: Sequence[tuple[str, Iterable[str]]]) -> list[str]:
+    """Notes of several methods, each by its name and notes; one that not all have begins with whose it is."""
+    told: dict[str, list[str]] = {}
+    for name, notes in known:
+        for note in dict.fromkeys(notes):
+            told.setdefault(note, []).append(name)
+    return [note if len(of) == len(known) else f"{', '.join(of)}: {note}" for note, of in told.items()]
 
 
 def answer(a: Prediction, b: Prediction, speedup: SpeedUp, reason: str, capacity: float) -> str:

@@ -13,7 +13,8 @@ TRAINED = {  # methods by option; torchao's int8 layer forms no gradient of a bi
 }  # fmt: skip
 NOT_MEASURED = "no {} were measured: they are priced as 16-bit ones that sum over half as much"
 NOTES = {
-    "fp8": NOT_MEASURED.format("float8 products"),
+    "fp8": "float8 in eager mode: scaling and casting are kernels of their own, which torch.compile would fuse; "
+    + NOT_MEASURED.format("float8 products"),
     "int8": NOT_MEASURED.format("products of torchao's Triton kernel (scaled_int8_mm)"),
 }
 

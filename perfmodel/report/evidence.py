@@ -9,13 +9,18 @@ from .. import architectures, units
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
 from ..prediction.predict import Model, Prediction
+from ..questions.sentences import notes_by_method
 
 OPTIONS = {  # field of the setup -> what it is called
     "batch": "batch", "seq": "tokens per sample", "dtype": "base weights", "amp": "autocast", "optimizer": "optimizer",
     "grad_accum": "micro-batches per step", "checkpoint": "activation checkpointing", "attention": "attention",
     "clip_grad": "gradient clipping", "cuda_graphs": "CUDA graphs", "compile": "torch.compile",
     "padded": "padded batch", "objective": "objective", "reference": "reference model", "prompt": "tokens of prompts",
-    "cuda": "CUDA of PyTorch",
+    "cuda": "CUDA of PyTorch", "fp8": "8-bit floats", "qat": "fake quantisation", "engine": "engine",
+    "kernels": "kernels of norms and loss", "routing": "load of experts", "packing": "packed documents",
+    "lengths": "lengths of documents", "group_by_length": "batches of similar length",
+    "in_backward": "updates inside backward", "images": "images of a sample",
+    "image_size": "height and width of an image, pixels",
 }  # fmt: skip
 ORIGINS = {
     "fitted": "measured on this device", "sibling": "measured on a like device", "class": "defaults of its class",
@@ -57,10 +62,16 @@ def linked(text: str) -> Link | str:
 def assumptions(predictions: list[Prediction], by: Host) -> dict[str, Any]:
     """The setup in words, and what a reader must know about it."""
     values = predictions[0].setup.as_dict()
-    told = {name: "yes" if v is True else "no" if v in (False, None) else str(v) for name, v in values.items()}
-    rows = [(OPTIONS.get(name, name), value) for name, value in told.items()]
-    notes = dict.fromkeys([*GENERAL, *(note for p in predictions for note in p.notes)])
-    return {"assumptions": [*rows, ("host", by.name)], "notes": list(notes)}
+    rows = [(OPTIONS[name], _told(value)) for name, value in values.items() if name != "image_size" or values["images"]]
+    notes = [*GENERAL, *notes_by_method(predictions)]
+    return {"assumptions": [*rows, ("host", by.name)], "notes": notes}
+
+
+def _told(value: Any) -> str:
+    """A value of the setup as a reader would write it."""
+    if value is None or isinstance(value, bool):
+        return "yes" if value else "no"
+    return " x ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def accuracy(on: DeviceProfile) -> dict[str, Any]:

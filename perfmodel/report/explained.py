@@ -3,6 +3,7 @@
 from .. import units
 from ..questions.anatomy import Phase
 from ..questions.explanation import Explanation
+from ..questions.sentences import notes_by_method
 from .crossings import crossing_in_words
 from .figures import headline, phase_table
 from .plain import notes, paragraph, show, table
@@ -26,7 +27,7 @@ def show_explanation(e: Explanation) -> None:
         show("\nwhere the verdict turns (5 % either way is the same)")
     for crossover in e.crossovers:
         show(paragraph(f"  {crossing_in_words(crossover, e.labels)}", indent="    "))
-    notes(dict.fromkeys([*e.a.notes, *e.b.notes]))
+    notes(notes_by_method((e.a, e.b)))
 
 
 def _waterfall(e: Explanation) -> str:

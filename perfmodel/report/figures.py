@@ -119,7 +119,7 @@ def setup_line(s: Setup) -> str:
     told += ["padded"] if s.padded else []
     told += [f"packing {s.packing}"] if s.packing != usual.packing else []
     told += [f"lengths {s.lengths.spec}"] if s.lengths else []
-    told += [f"images {s.images} of {s.image_size[0]} x {s.image_size[1]} pixels"] if s.images else []
+    told += [s.images_in_words] if s.images else []
     told += ["grouped by length"] if s.group_by_length else []
     told += ["no clipping"] if not s.clip_grad else []
     told += ["optimizer in backward"] if s.in_backward else []

@@ -12,6 +12,7 @@ from ..prediction.predict import Prediction
 from ..program.part import PHASES
 from ..questions.comparison import Comparison
 from ..questions.explanation import Explanation
+from ..questions.sentences import notes_by_method
 from ..questions.sweeps import Sweep
 from .figures import figures
 from .svg import typeset
@@ -59,7 +60,7 @@ def _comparison(c: Comparison) -> str:
         return _block("<br/>".join(map(_text, answers)), _table(["", "step"], rows), [], escaped=True)
     rows = [[r.name.strip(), *(_bold(x.text) if x.best else x.text for x in r.cells)] for r in figures(c)]
     heads = ["", *(p.method for p in c.predictions)]
-    told = ["Bold: best of those that fit", *dict.fromkeys(n for p in c.predictions for n in p.notes)]
+    told = ["Bold: best of those that fit", *notes_by_method(c.predictions)]
     return _block("<br/>".join(map(_text, answers)), _table(heads, rows), told, escaped=True)
 
 
@@ -74,7 +75,7 @@ def _explanation(e: Explanation) -> str:
     ]  # fmt: skip
     total = e.after.total - e.before.total
     rows.append(["step", *map(units.seconds, (e.before.total, e.after.total)), units.signed(total), ""])
-    return _block(e.answer, _table(["", *e.labels, "change", ""], rows), e.a.notes)
+    return _block(e.answer, _table(["", *e.labels, "change", ""], rows), notes_by_method((e.a, e.b)))
 
 
 @html.register

@@ -9,6 +9,8 @@ import numpy as np
 from click import style
 
 from .. import units
+from ..prediction.notes import notes_before
+from ..questions.sentences import named_notes
 from ..questions.speedup import verdict
 from ..questions.sweeps import Columns, Sweep
 from .files import records, rows_to
@@ -136,8 +138,8 @@ def show_summary(planned: Sweep, outcome: FinishedSweep) -> None:
                 show(f"{where}: speed-up (* does not fit)\n{_matrix(planned, blocks)}\n")
     if outcome.output:
         show(f"{len(planned):,} rows in {outcome.output}")
-    if planned.architecture.note:
-        notes([planned.architecture.note])
+    known = [(m.spec(), notes_before(planned.architecture, m, planned.setup)) for m in planned.methods]
+    notes(named_notes(known))
 
 
 def _row(method: str, s: SweepSummary, outcome: FinishedSweep) -> list[str]:

@@ -10,7 +10,7 @@ from ..methods.parts.periodic import PeriodicCost
 from ..prediction.predict import Prediction
 from ..program.part import PHASES
 from ..questions.comparison import Comparison
-from ..questions.sentences import in_words
+from ..questions.sentences import in_words, notes_by_method
 from .figures import FigureCell, figures, headline, mfu_of, setup_line
 from .plain import notes, paragraph, show, table
 
@@ -115,7 +115,7 @@ def show_comparison(c: Comparison) -> None:
             show(paragraph(f"{p.method}, {periodic_line(cost)}"))
     told = "in brackets the 90 % interval; * best of those that fit; launch-bound: share of the step that waits for "
     show(paragraph(f"{told}the host; {mfu_of(c.predictions[0])}"), dim=True)
-    notes(dict.fromkeys(note for p in c.predictions for note in p.notes))
+    notes(notes_by_method(c.predictions))
 
 
 def _marked(cell: FigureCell) -> str:

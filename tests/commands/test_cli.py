@@ -258,8 +258,7 @@ def test_predict_and_compare_also_speak_to_people() -> None:
 @pytest.mark.parametrize(
     ("command", "key", "names"),
     [
-        ("models", "model", {n for n in architectures.model_names()
-                             if architectures.load(n).kind in architectures.supported()}),
+        ("models", "model", set(architectures.model_names())),
         ("methods", "method", set(methods.registered())),
         ("devices", "device", set(profile.names())),
     ],
@@ -280,6 +279,17 @@ def test_listed_sources_and_options_are_there() -> None:
     assert all(row["source"] for row in value_of("models"))
     lora = next(row for row in value_of("methods") if row["method"] == "lora")
     assert {"r", "alpha", "targets", "dropout"} <= set(lora["options"])
+
+
+def test_an_option_with_one_choice_is_not_offered() -> None:
+    """What is listed and then refused, whatever is given, is an untrue word."""
+    offers = {row["method"]: "implementation" in row["options"] for row in value_of("methods")}
+    assert offers["lora"]
+    assert offers["rslora"]
+    assert not any(offers[method] for method in ("lora_gptq", "qlora", "lora_fa", "full"))
+    refused = call("predict", *MODEL, "--method", "lora_fa:implementation=unsloth")
+    assert refused.exit_code == 2
+    assert "choose one of: peft" in refused.stderr
 
 
 def test_methods_fit_on_a_screen_one_line_each() -> None:

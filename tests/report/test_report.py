@@ -330,3 +330,10 @@ def test_a_usual_setup_is_told_in_three_words() -> None:
 )  # fmt: skip
 def test_signs_are_typeset_and_names_are_not(text: str, set_: str) -> None:
     assert typeset(text) == set_
+
+
+def test_an_assumption_reads_as_words() -> None:
+    """The name of a Python field is no word, and a size without images is no assumption."""
+    body = text_of(parsed(page("two verdicts")))
+    assert not re.search(r"group_by_length|in_backward|image_size|of an image", body)
+    assert "batches of similar length" in body

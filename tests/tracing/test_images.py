@@ -171,7 +171,7 @@ def test_images_cost_what_their_size_costs() -> None:
     flops = [step.flops["total"] for step in steps]
     assert flops == sorted(set(flops))
     assert any("no vision input" in note for note in steps[0].notes)
-    assert any("1 image(s) of 112 x 112 pixels" in note for note in steps[2].notes)
+    assert any("1 image of 112 x 112 pixels a sample" in note for note in steps[2].notes)
 
 
 def test_a_kept_program_does_not_hold_for_samples_that_its_images_do_not_fit_into() -> None:

@@ -91,6 +91,6 @@ def summarise_layers(layers: list[Layer]) -> dict[str, float]:
     """Mean |relative error| by component, and of all."""
     by: dict[str, list[float]] = {}
     for layer in layers:
-        for key in (layer.component, "all"):
-            by.setdefault(key, []).append(abs(layer.error))
+        by.setdefault(layer.component, []).append(abs(layer.error))
+    by["all"] = [error for errors in by.values() for error in errors]
     return {key: float(np.mean(errors)) for key, errors in by.items()}

@@ -5,7 +5,7 @@ from typing import Any
 from click import style
 
 from perfmodel import units
-from perfmodel.report.plain import print_json, show, table
+from perfmodel.report.plain import paragraph, print_json, show, table
 
 from . import layers, savings
 from .reasons import FAR, reason
@@ -25,7 +25,7 @@ def show_layers(*, as_json: bool) -> bool:
     title = "times of LoRA layers under a CUDA graph on an H100, mean |relative error|"
     show(table(("what", "rows", "error"), errors, title=title))
     for far in (t for t in times if abs(t.error) > FAR):
-        show(f"{far.id}: {100 * far.error:+.0f} %: {reason(layers.FILE.stem, far.id)}")
+        show(paragraph(f"{far.id}: {100 * far.error:+.0f} %: {reason(layers.FILE.stem, far.id)}", indent="  "))
     traffic = (
         [
             f"{s.tokens} x {s.width}", units.nbytes(s.torch), units.nbytes(s.predicted(fused=False)),

@@ -82,7 +82,7 @@ def _print_rows(outcomes: list[Any], source: str, *, all_rows: bool) -> None:
         show("\n" + table(titles, cells, left=(0, 1), title=title))
     for o in listed:
         if abs(o.error) > FAR:
-            show(f"{o.row.id}: {reason(source, o.row.id)}")
+            show(paragraph(f"{o.row.id}: {reason(source, o.row.id)}", indent="  "))
 
 
 def _hundredths(value: float | None) -> str:

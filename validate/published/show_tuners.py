@@ -46,10 +46,10 @@ def _print_tuners(outcomes: list[Any], total: Any, source: str, *, all_rows: boo
     for o in sorted(traced, key=lambda o: -abs(o.error)):
         if o in total.worst or abs(o.error) > FAR:
             why = reason(source, o.row.id)
-            show(f"{o.row.id}, {100 * o.error:+.0f} %: {why}")
+            show(paragraph(f"{o.row.id}, {100 * o.error:+.0f} %: {why}", indent="  "))
     for o in outcomes:
         if o.prediction is None:
-            show(f"not traced: {o.row.id}: {o.reason}")
+            show(paragraph(f"not traced: {o.row.id}: {o.reason}", indent="  "))
     colour = "green" if total.holds else "red"
     mean, rank = (style(text, fg=colour) for text in (units.percent(total.mean, 1), f"{total.spearman:.2f}"))
     told = (

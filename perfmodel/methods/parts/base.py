@@ -52,14 +52,15 @@ def registered() -> dict[str, type["Method"]]:
     return _REGISTRY.all()
 
 
-def option(default: Any, help: str, check: Callable[[str, Any], Any] | None = None) -> Any:
+def option(default: Any, help: str, check: Callable[[str, Any], Any] | None = None, among: str = "") -> Any:
     """A field of a method with its one-line description.
 
     Args:
         check: gets how an error names the option and a value that is not None; returns the value to keep, or raises
             `UserError` (`checks.py`).
+        among: the attribute of the method that holds its choices: where there is one alone, nobody is offered it.
     """
-    return field(default=default, metadata={"help": help, "check": check})
+    return field(default=default, metadata={"help": help, "check": check, "among": among})
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -263,10 +264,11 @@ def _options(cls: type[Method]) -> list[Any]:
 
 
 def options(cls: type[Method]) -> dict[str, str]:
-    """Option name → description with its default; what sizes the method first."""
-    shown = {f.name: "" if f.default in (None, ()) else f" (default {_text(f.default)})" for f in _options(cls)}
+    """Option name → description with its default, of all that have a choice; what sizes the method first."""
+    open_ = [f for f in _options(cls) if not f.metadata["among"] or len(getattr(cls, f.metadata["among"])) > 1]
+    shown = {f.name: "" if f.default in (None, ()) else f" (default {_text(f.default)})" for f in open_}
     sizes = cls().sizes()
-    ordered = sorted(_options(cls), key=lambda f: f.name not in sizes)
+    ordered = sorted(open_, key=lambda f: f.name not in sizes)
     return {f.name: f.metadata.get("help", "") + shown[f.name] for f in ordered}
 
 

@@ -98,18 +98,18 @@ class Objective:
         """Bytes that its trainer keeps while steps are made, beside models and optimizer state."""
         return 0
 
-    def told(self, method: Method, setup: Setup) -> str:
-        """What an answer has to say."""
+    def told(self, method: Method, setup: Setup) -> list[str]:
+        """What an answer has to say: of the objective, and of its reference."""
         what = f"{self.title} as {self.source} runs it on a full batch"
         what += f", a head of {self.of}" if self.of else ""
         what += f"; {self.beside}" if self.beside else ""
         what += ", a sample is a pair of sequences" if setup.objective in PAIRS else ""
         if not self.compares or (self.compares == "if named" and setup.reference == "auto"):
-            return what
+            return [what]
         off = isinstance(method, Targeted) and setup.reference != "model"
         reference = "the model without its adapters" if off else "a second, frozen model in memory"
         reference = "log-probabilities made before" if setup.reference == "precomputed" else reference
-        return f"{what}; reference: {reference}"
+        return [what, f"its reference is {reference}"]
 
     def check(self, method: Method, setup: Setup) -> None:
         """Raise `UserError` for what is not modelled together with the objective."""

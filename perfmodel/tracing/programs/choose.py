@@ -74,8 +74,7 @@ def notes_of(config: Config, setup: Setup) -> tuple[str, ...]:
 def _of_batch(config: Config, setup: Setup) -> tuple[str, ...]:
     family, name = family_of(config)
     if setup.images:
-        height, width = setup.image_size
-        return (f"{setup.images} image(s) of {height} x {width} pixels a sample, their tokens among its own",)
+        return (f"{setup.images_in_words}: what they take of its tokens is among --seq",)
     others = [key.removesuffix("_config") for key in ("vision_config", "audio_config") if key in config.values]
     alone = f"{name} is traced with text alone: no {' and no '.join(others)} input" if others else ""
     if alone and (family.takes_images or family.inputs is text_inputs):

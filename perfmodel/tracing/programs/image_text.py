@@ -64,7 +64,7 @@ def text_and_images(model: Any, setup: Setup, device: str) -> Inputs:
     of_images = [TEXT, *seen.kinds] * setup.images
     if len(of_images) >= seq:
         raise UserError(
-            f"{setup.images} image(s) of {len(seen.kinds)} tokens do not fit into a sample of {seq}: raise --seq"
+            f"images of {setup.images} x {len(seen.kinds)} tokens do not fit into a sample of {seq}: raise --seq"
         )
     kinds = of_images + [TEXT] * (seq - len(of_images))
     token_id = getattr(config, "image_token_id", None) or config.image_token_index
