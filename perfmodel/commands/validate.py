@@ -161,6 +161,7 @@ def layers(as_json: bool) -> None:
 @click.option(
     "--leave-one-device-out", is_flag=True, help="Only report how well datasheets and other devices predict one."
 )
+@click.option("--grouped", is_flag=True, help="With --kernels: products by expert alone, in a minute.")
 @click.option("--device", help="With --records: price kernels with this profile.")
 @click.option("--host", help="With --records: the host to start from.")
 @click.option(
@@ -173,8 +174,8 @@ def layers(as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Fit and report, but write no file.")
 @json_option
 def fit(
-    kernels: Path | None, records: Path | None, leave_one_device_out: bool, device: str | None, host: str | None,
-    output: Path, dry_run: bool, as_json: bool,
+    kernels: Path | None, records: Path | None, leave_one_device_out: bool, grouped: bool, device: str | None,
+    host: str | None, output: Path, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Fit device profiles to kernels, or host costs to steps.
 
@@ -190,7 +191,8 @@ def fit(
     except ImportError as error:
         raise extra(error) from None
     if records is None:
-        show_fit(kernels, leave_one_device_out=leave_one_device_out, write=not dry_run, as_json=as_json)
+        how = {"leave_one_device_out": leave_one_device_out, "grouped": grouped, "write": not dry_run}
+        show_fit(kernels, **how, as_json=as_json)
     elif not show_refit(records, device=device, host=host, output=None if dry_run else output, as_json=as_json):
         sys.exit(1)
 

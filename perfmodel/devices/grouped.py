@@ -2,18 +2,23 @@
 
 The one kernel (CUTLASS, persistent) has one shape of tiles for all groups. The tiles of all groups fill the SMs
 together, so that only the last wave of all is partly idle; what groups with few rows waste is the rest of their own
-tiles. Every weight that is hit is read once. Where ATen has no such kernel it calls a product for each expert.
+tiles. It goes from group to group, so that the weights of an expert with few rows, which take longer to read than to
+multiply, are not read behind the products of one with many rows: each group takes the longer of its own two times.
+Every weight that is hit is read once. Where ATen has no such kernel it calls a product for each expert.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..program.routing import Routing
 from .gemm import LAYOUTS, Array, _bytes, _flop_time, _overlap, _Rates, _throttled, _waves, gemm_time
+from .grouped_parameters import GroupedParameters
 from .profile import DeviceProfile
 
 Sizes = tuple[Any, Any, Any]  # m, n, k of one expert's product
+TOGETHER = 65_536  # groups x products evaluated together: bounds the working set
+NOTHING = 1e-30  # s: instead of 0 for groups without rows, whose two times are compared by a ratio
 
 
 def grouped_time(
@@ -28,11 +33,18 @@ def grouped_time(
     """
     rows, a, b = np.broadcast_arrays(np.asarray(rows, dtype=np.int64), a, b)
     groups = [(np.asarray(n), np.asarray(times)) for n, times in routing.groups(rows)]
-    sizes: list[Sizes] = [(a, b, n) if layout == "nt" else (n, b, a) for n, _ in groups]
-    times = [times for _, times in groups]
     if looped:
-        return _one_by_one(profile, dtype, layout, sizes, times)
-    return _at_once(profile, dtype, layout, sizes, times)
+        sizes: list[Sizes] = [(a, b, n) if layout == "nt" else (n, b, a) for n, _ in groups]
+        return _one_by_one(profile, dtype, layout, sizes, [times for _, times in groups])
+    counts, times = (np.stack([np.broadcast_to(x[i], rows.shape) for x in groups]) for i in (0, 1))
+    at_once = _AtOnce.of(profile, dtype, layout)
+    flat = np.empty(rows.size)
+    counts, times, a, b = counts.reshape(len(groups), -1), times.reshape(len(groups), -1), a.reshape(-1), b.reshape(-1)
+    step = max(1, TOGETHER // len(groups))
+    for start in range(0, rows.size, step):
+        part = slice(start, start + step)
+        flat[part] = at_once.seconds(counts[:, part], times[:, part], a[part], b[part])
+    return flat.reshape(rows.shape)
 
 
 def _one_by_one(profile: DeviceProfile, dtype: str, layout: str, sizes: list[Sizes], times: list[Array]) -> Array:
@@ -48,39 +60,51 @@ def _one_by_one(profile: DeviceProfile, dtype: str, layout: str, sizes: list[Siz
     return np.asarray(total)
 
 
-def _at_once(profile: DeviceProfile, dtype: str, layout: str, sizes: list[Sizes], times: list[Array]) -> Array:
-    """One kernel: the best of the tiles that are the same for all groups."""
-    parameters = profile.gemm[dtype]
-    rates = _Rates.of(profile.hardware, parameters, dtype, None)
-    slowdown = parameters.slowdown(_layout(layout))
-    memory: Any = 0.0
-    for (m, n, k), count in zip(sizes, times, strict=True):
-        near, far = _bytes(m, n, k, count, np.asarray(1.0), np.asarray(_reuse(layout)), np.asarray(1.0), rates)
-        memory = memory + near / rates.l2 + far / rates.dram
-    best: Any = np.inf
-    for tile in parameters.tiles:
-        work, tiles = _work(tile, sizes, times, slowdown, rates)
-        filled = tiles / rates.sm_count
-        seconds = _waves(filled, parameters.wave_tail) * (work / np.maximum(tiles, 1.0))
-        best = np.minimum(best, seconds)
-    best = _overlap(_throttled(best, rates), memory, parameters.overlap_loss)
-    return np.asarray(parameters.launch_clocks / profile.hardware.clock_hz + best)
+class _AtOnce(NamedTuple):
+    """One kernel for all groups, on one device."""
 
+    layout: str
+    slowdown: float
+    launch: float  # s
+    rates: _Rates
+    grouped: GroupedParameters
 
-def _work(tile: tuple[int, int], sizes: list[Sizes], times: list[Array], slowdown: float, r: _Rates) -> tuple[Any, Any]:
-    """Seconds that all tiles of all groups take on one SM, and how many there are."""
-    height, width = tile
-    work: Any = 0.0
-    tiles: Any = 0.0
-    for (m, n, k), count in zip(sizes, times, strict=True):
+    @classmethod
+    def of(cls, profile: DeviceProfile, dtype: str, layout: str) -> "_AtOnce":
+        p = profile.gemm[dtype]
+        rates = _Rates.of(profile.hardware, p, dtype, None)
+        launch = p.launch_clocks / profile.hardware.clock_hz
+        return cls(layout, p.slowdown(_layout(layout)), launch, rates, profile.grouped)
+
+    def seconds(self, counts: Array, times: Array, a: Array, b: Array) -> Array:
+        """Seconds of products of `counts` rows, `times` of each: (groups, products); a and b: (products,)."""
+        m, n, k = (a, b, counts) if self.layout == "nt" else (counts, b, a)
+        times = np.where(counts > 0, times, 0)
+        near, far = _bytes(
+            np.asarray(m), n, k, times, np.asarray(1.0), np.asarray(_reuse(self.layout)), np.asarray(1.0), self.rates
+        )
+        memory = np.maximum((near / self.rates.l2 + far / self.rates.dram) * self.grouped.memory, NOTHING)
+        best: Any = np.inf
+        for tile in self.rates.p.tiles:
+            work, tiles = self._work(tile, m, n, k)
+            work, tiles = work * times, (tiles * times).sum(axis=0)
+            alike = work * (_waves(tiles / self.rates.sm_count, self.rates.p.wave_tail) / np.maximum(tiles, 1.0))
+            busy = alike.sum(axis=0)
+            each = np.maximum(alike * (_throttled(busy, self.rates) / np.maximum(busy, NOTHING)), NOTHING)
+            best = np.minimum(best, _overlap(each, memory, self.grouped.overlap_loss).sum(axis=0))
+        return np.asarray(self.launch + best)
+
+    def _work(self, tile: tuple[int, int], m: Any, n: Any, k: Any) -> tuple[Any, Any]:
+        """Seconds that the tiles of one product take on one SM, and how many there are."""
+        r, (height, width) = self.rates, tile
         rows, cols = np.minimum(m, height), np.minimum(n, width)
-        padded = np.ceil(np.asarray(k) / r.p.k_step) * r.p.k_step
-        math = 2.0 * height * width * (_flop_time(np.asarray(k, dtype=np.float64), r) * slowdown)
+        padded = np.ceil(k / r.p.k_step) * r.p.k_step
+        math = 2.0 * height * width * (_flop_time(np.asarray(k, dtype=np.float64), r) * self.slowdown)
         slice_time = np.maximum((rows + cols) * (r.item / r.sm_load), np.maximum(math, r.k_latency))
-        each = padded * (slice_time + r.k_bubble) + rows * cols * (r.p.epilogue * r.out_item / r.sm_load)
-        blocks = count * np.ceil(np.asarray(m) / height) * np.ceil(np.asarray(n) / width)
-        work, tiles = work + blocks * each, tiles + blocks
-    return work, tiles
+        main_loop = padded * (slice_time + r.k_bubble) * self.grouped.main_loop
+        each = main_loop + rows * cols * (self.grouped.epilogue * r.p.epilogue * r.out_item / r.sm_load)
+        tiles = np.ceil(m / height) * np.ceil(n / width)
+        return tiles * each, tiles
 
 
 def _layout(layout: str) -> Any:

@@ -3,8 +3,9 @@
 A file holds `name`, `kind` ("cuda" or "cpu"), `architecture`, `compute_capability`, `aliases`, `host`, the tables
 [datasheet] and [source] (one URL per datasheet key), and per fitted block `[fitted.gemm.bf16]`, `[fitted.gemm.fp32]`,
 `[fitted.attention]`, `[fitted.pointwise]` its provenance and the tables `parameters` and `residuals`. A block that is
-missing comes from classes.toml, by the device's family. The blocks of a CPU hold the parameters of `devices.cpu`. Own
-devices: `perfmodel calibrate` writes one for this machine (see `perfmodel.devices.own`), or pass the path of a file.
+missing comes from classes.toml, by the device's family; `[fitted.grouped]`, products by expert, may be missing there,
+too. The blocks of a CPU hold the parameters of `devices.cpu`. Own devices: `perfmodel calibrate` writes one for this
+machine (see `perfmodel.devices.own`), or pass the path of a file.
 """
 
 import re
@@ -22,6 +23,7 @@ from ..values import immutable
 from . import own, toml
 from .attention import AttentionParameters
 from .gemm import GemmParameters
+from .grouped_parameters import GroupedParameters
 from .hardware import Hardware
 from .pointwise import PointwiseParameters
 from .toml import P, Table
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 DEVICES = DATA / "devices"
 CLASSES = "classes"  # the file of class defaults, no device
 BLOCKS = ("gemm.bf16", "gemm.fp32", "attention", "pointwise")
+GROUPED = "grouped"  # a block that a device may lack: its products by expert are then priced as dense ones
 CUDNN = ("wgmma", "tcgen05")  # families on which PyTorch prefers cuDNN's attention
 KINDS = ("cuda", "cpu")
 PROVENANCE = ("source", "date", "software", "rows_fitted", "rows_left_out", "notes")
@@ -61,6 +64,7 @@ class DeviceProfile:
         compute_capability: "8.0"; empty for a CPU.
         hardware: datasheet figures.
         gemm: parameters by dtype of the operands: bf16, fp16, tf32, fp32; those of a CPU are in `cpu`.
+        grouped: of products by expert in one kernel.
         attention, pointwise: parameters of those kernels; `attention` is FlashAttention-2.
         cudnn_attention: cuDNN's attention where PyTorch prefers it, else the same as `attention`.
         provenance: block -> source, date, software, rows_fitted, rows_left_out, notes.
@@ -82,6 +86,7 @@ class DeviceProfile:
     attention: AttentionParameters
     cudnn_attention: AttentionParameters
     pointwise: PointwiseParameters
+    grouped: GroupedParameters
     provenance: Mapping[str, Mapping[str, Any]]
     residuals: Mapping[str, Mapping[str, float]]
     fitted: Mapping[str, Origin]
@@ -182,6 +187,8 @@ def from_table(slug: str, table: Table, where: str) -> DeviceProfile:
     cudnn = _block("attention_cudnn", AttentionParameters, gpu, family, where) if family in CUDNN else attention
     pointwise = _block("pointwise", PointwiseParameters, gpu, family, where)
     blocks: dict[str, _Block[Any]] = on_cpu or dict(zip(BLOCKS, (bf16, fp32, attention, pointwise), strict=True))
+    if GROUPED in gpu:
+        blocks[GROUPED] = _parse(GroupedParameters, gpu[GROUPED], f"{where}: [fitted.{GROUPED}]")
     return DeviceProfile(
         slug=slug,
         name=toml.text(table, "name", where),
@@ -193,6 +200,7 @@ def from_table(slug: str, table: Table, where: str) -> DeviceProfile:
         attention=attention.parameters,
         cudnn_attention=cudnn.parameters,
         pointwise=pointwise.parameters,
+        grouped=blocks[GROUPED].parameters if GROUPED in blocks else GroupedParameters(),
         provenance={b: x.provenance for b, x in blocks.items()},
         residuals={b: x.residuals for b, x in blocks.items()},
         fitted={b: x.origin for b, x in blocks.items()},

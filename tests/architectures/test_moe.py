@@ -315,6 +315,33 @@ def test_programs_that_are_not_mirrored_are_refused(setup: Any, capability: str)
         build(architecture, methods.parse("full").bind(architecture), Setup(**setup), "cuda", capability)
 
 
+@pytest.mark.parametrize("layout", ["tn", "nn", "nt"])
+def test_many_loads_at_once_cost_what_each_does(layout: str) -> None:
+    """A sweep prices a column of rows, in parts; experts without a row cost nothing, not even their weights."""
+    h100, routing, rows = profile.load("h100-sxm"), Routing(64, 2, 1.5), np.array([6, 2048, 40_000] * 700)
+    together = grouped_time(h100, "bf16", layout, routing, False, rows, 512, 1024)
+    alone = [float(grouped_time(h100, "bf16", layout, routing, False, int(n), 512, 1024)) for n in rows[:3]]
+    assert together == pytest.approx(np.tile(alone, 700))
+
+
+def test_weights_of_idle_experts_are_not_hidden_behind_busy_ones() -> None:
+    """One kernel goes from expert to expert: what one waits for memory another does not fill with products."""
+    h100 = profile.load("h100-sxm")
+    busy, idle = (float(grouped_time(h100, "bf16", "tn", Routing(1), False, n, 4096, 4096)) for n in (8192, 16))
+    both = float(grouped_time(h100, "bf16", "tn", OneOfMany(33), False, 8192 + 32 * 16, 4096, 4096))
+    assert both > busy + 0.8 * 32 * 4096**2 * 2 / h100.hardware.memory_bandwidth
+    assert both < busy + 32 * idle
+
+
+class OneOfMany(Routing):
+    """One expert has nearly all rows, the others 16."""
+
+    def groups(self, rows: Any) -> list[tuple[Any, Any]]:
+        """As `Routing.groups`."""
+        few = self.experts - 1
+        return [(rows - 16 * few, 1), (16, few)]
+
+
 # (tokens, hidden, width of an expert, top-k, experts) -> seconds, on an H100 SXM: moe_perf of ai-dynamo/aiconfigurator
 # (Apache-2.0), TensorRT-LLM 1.3.0rc20, moe_torch_flow_cutlass, balanced load: two grouped products, the gate between
 # them, the sum after them. Inference kernels of CUTLASS, as torch's are. Of eight drawn at random from 131 rows one is
@@ -329,7 +356,7 @@ MEASURED = (
 
 @pytest.mark.parametrize(("shape", "measured"), MEASURED)
 def test_grouped_products_take_what_was_measured(shape: tuple[int, ...], measured: float) -> None:
-    """Nothing is fitted to them: the price is that of single products, whose tiles fill the SMs together."""
+    """`validate fit` fits half of the source's models; these rows are a check by hand, without its code."""
     tokens, hidden, width, top_k, experts = shape
     h100, rows, routing = profile.load("h100-sxm"), tokens * top_k, Routing(experts, top_k)
     products = ((hidden, 2 * width), (width, hidden))

@@ -17,16 +17,17 @@ from perfmodel.devices import profile
 from perfmodel.devices.attention import AttentionParameters
 from perfmodel.devices.gemm import GemmParameters
 from perfmodel.devices.pointwise import PointwiseParameters
-from perfmodel.devices.profile import BLOCKS, CLASSES, DEVICES
+from perfmodel.devices.profile import BLOCKS, CLASSES, DEVICES, GROUPED
 from perfmodel.errors import UserError
 
-from . import attention, gemm, layouts, pointwise, sgemm, squares
+from . import attention, gemm, grouped, layouts, pointwise, sgemm, squares
 from .judging import Fit, FitErrors, file, hardware
-from .write import write_blocks
+from .write import write_blocks, write_last
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what comes next or was done
 Row = dict[str, Any]
 
+FITTED = (*BLOCKS, GROUPED)
 A100 = "a100-80gb-sxm"
 # Devices without measurements of their own for a block: whose ratios they take.
 SIBLINGS: dict[str, dict[str, str]] = {
@@ -63,6 +64,7 @@ SIBLINGS: dict[str, dict[str, str]] = {
         "v100": "v100-32gb-pcie",
         "v100-32gb-sxm": "v100-32gb-pcie",
     },
+    GROUPED: {"h200": "h100-sxm", "h100-pcie": "h100-sxm", "gb300": "b300"},
 }
 # (dtype, device, like device): both measured.
 GEMM_PAIRS = (
@@ -101,11 +103,11 @@ class _Steps:
 class _Fitted:
     """Blocks by device and by family, and the errors of leaving a device out."""
 
-    devices: dict[str, dict[str, Fit]] = field(default_factory=lambda: {b: {} for b in BLOCKS})
-    classes: dict[str, dict[str, Fit]] = field(default_factory=lambda: {b: {} for b in BLOCKS})
-    left_out: dict[str, dict[str, FitErrors]] = field(default_factory=lambda: {b: {} for b in BLOCKS})
+    devices: dict[str, dict[str, Fit]] = field(default_factory=lambda: {b: {} for b in FITTED})
+    classes: dict[str, dict[str, Fit]] = field(default_factory=lambda: {b: {} for b in FITTED})
+    left_out: dict[str, dict[str, FitErrors]] = field(default_factory=lambda: {b: {} for b in FITTED})
     pairs: dict[str, list[FitErrors]] = field(
-        default_factory=lambda: {b: [] for b in BLOCKS}
+        default_factory=lambda: {b: [] for b in FITTED}
     )  # errors of SIBLINGS' kind
 
 
@@ -128,12 +130,23 @@ def fit_kernels(folder: str | PathLike[str], progress: Progress | None = None, *
     if write:
         today = date.today().isoformat()
         for slug in profile.names():
-            blocks = {b: fitted.devices[b][slug] for b in BLOCKS if slug in fitted.devices[b]}
+            blocks = {b: fitted.devices[b][slug] for b in FITTED if slug in fitted.devices[b]}
             if not blocks:
                 continue  # nothing here covers it; what others wrote stays
             write_blocks(DEVICES / f"{slug}.toml", blocks, today)
-        classes = {f"{b}.{name}": fit for b in BLOCKS for name, fit in fitted.classes[b].items()}
+        classes = {f"{b}.{name}": fit for b in FITTED for name, fit in fitted.classes[b].items()}
         write_blocks(DEVICES / f"{CLASSES}.toml", classes, today)
+    return _table(fitted, set(profile.names()))
+
+
+def fit_grouped(folder: str | PathLike[str], progress: Progress | None = None, *, write: bool) -> list[Row]:
+    """As `fit_kernels`, of products by expert alone, on top of the dense products that the files have."""
+    steps, fitted = _Steps(progress, len(grouped.ROWS_OF)), _Fitted()
+    _grouped(_folder(folder), fitted, {slug: profile.load(slug).gemm["bf16"] for slug in grouped.ROWS_OF}, steps)
+    _siblings(fitted, GROUPED)
+    if write:
+        for slug, fit in fitted.devices[GROUPED].items():
+            write_last(DEVICES / f"{slug}.toml", GROUPED, fit, date.today().isoformat())
     return _table(fitted, set(profile.names()))
 
 
@@ -151,9 +164,9 @@ def _folder(folder: str | PathLike[str]) -> Path:
 
 
 def _fit_all(folder: Path, progress: Progress | None) -> _Fitted:
-    for name in (*gemm.BF16_FILES.values(), sgemm.FILE):
+    for name in (*gemm.BF16_FILES.values(), sgemm.FILE, grouped.FILE):
         file(folder, name)
-    steps = _Steps(progress, 2 * len(GEMMS) + len(GEMM_CLASSES) + 1 + 10)
+    steps = _Steps(progress, 2 * len(GEMMS) + len(GEMM_CLASSES) + 1 + 10 + len(grouped.ROWS_OF))
     fitted = _Fitted()
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # fits of GEMMs do not need each other
         _gemms(pool, folder, fitted, steps)
@@ -163,7 +176,10 @@ def _fit_all(folder: Path, progress: Progress | None) -> _Fitted:
     _attention(folder, fitted)
     steps("attention")
     _pointwise(folder, fitted, steps)
-    _siblings(fitted)
+    bf16 = {slug: fitted.devices["gemm.bf16"][slug].parameters for slug in grouped.ROWS_OF}
+    _grouped(folder, fitted, {slug: p for slug, p in bf16.items() if isinstance(p, GemmParameters)}, steps)
+    _siblings(fitted, *SIBLINGS)
+    fitted.devices["gemm.fp32"]["l40s"] = squares.of_l40s(fitted.classes["gemm.fp32"]["any"])
     return fitted
 
 
@@ -295,10 +311,16 @@ def _pointwise(folder: Path, fitted: _Fitted, steps: _Steps) -> None:
     fitted.devices["pointwise"]["l40s"] = replace(composed, notes=f"{note} Residuals: those of the class.")
 
 
-def _siblings(fitted: _Fitted) -> None:
+def _grouped(folder: Path, fitted: _Fitted, dense: dict[str, GemmParameters], steps: _Steps) -> None:
+    for slug, parameters in dense.items():
+        fitted.devices[GROUPED][slug] = grouped.fit_layers(folder, slug, parameters)
+        steps(f"products by expert, {slug}")
+
+
+def _siblings(fitted: _Fitted, *blocks: str) -> None:
     """Blocks of devices without rows: a like device's ratios, with the errors of leaving a device out."""
-    for block, whose in SIBLINGS.items():
-        fits = fitted.devices[block]
+    for block in blocks:
+        whose, fits = SIBLINGS[block], fitted.devices[block]
         for slug, donor in whose.items():
             parameters = fits[donor].parameters
             if block == "attention" and slug in ("h200", "h100-pcie", *BLACKWELL):
@@ -309,15 +331,16 @@ def _siblings(fitted: _Fitted) -> None:
                 assert isinstance(parameters, GemmParameters)
                 assert isinstance(bf16, GemmParameters)
                 parameters = replace(parameters, launch_clocks=bf16.launch_clocks)
-            errors = fits[donor].errors.worse(FitErrors.average(fitted.pairs[block]))
+            errors = fits[donor].errors
+            if fitted.pairs[block]:
+                errors = errors.worse(FitErrors.average(fitted.pairs[block]))
             fits[slug] = fits[donor].sibling(parameters, donor, errors)
-    fitted.devices["gemm.fp32"]["l40s"] = squares.of_l40s(fitted.classes["gemm.fp32"]["any"])
 
 
 def _table(fitted: _Fitted, chosen: set[str]) -> list[Row]:
     """One row a block, device and slice."""
     rows: list[Row] = []
-    for block in BLOCKS:
+    for block in FITTED:
         for slug, fit in fitted.devices[block].items():
             if slug not in chosen or not fit.rows_fitted:
                 continue

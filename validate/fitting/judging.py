@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from perfmodel.devices.attention import AttentionParameters
 from perfmodel.devices.cpu import CpuAttentionParameters, CpuGemmParameters, CpuStreamParameters
 from perfmodel.devices.gemm import GemmParameters, gemm_time
+from perfmodel.devices.grouped_parameters import GroupedParameters
 from perfmodel.devices.hardware import Hardware
 from perfmodel.devices.pointwise import PointwiseParameters
 from perfmodel.devices.profile import DEVICES
@@ -20,7 +21,7 @@ from perfmodel.errors import UserError
 from perfmodel.resources import read_toml
 
 Array = NDArray[np.float64]
-OfGpu = GemmParameters | AttentionParameters | PointwiseParameters
+OfGpu = GemmParameters | AttentionParameters | PointwiseParameters | GroupedParameters
 Parameters = OfGpu | CpuGemmParameters | CpuAttentionParameters | CpuStreamParameters
 G = TypeVar("G", GemmParameters, AttentionParameters, PointwiseParameters)
 

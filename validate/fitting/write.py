@@ -29,6 +29,15 @@ def write_blocks(path: Path, blocks: Mapping[str, Fit], date: str) -> None:
     profile.forget()
 
 
+def write_last(path: Path, name: str, fit: Fit, date: str) -> None:
+    """Replace or add the block that stands last in a file."""
+    content = path.read_bytes()
+    at = content.find(f"\n[fitted.{name}]".encode())
+    head = content[: at + 1] if at >= 0 else content.rstrip(b"\n") + b"\n\n"
+    _replace(path, head + block_text(f"fitted.{name}", fit, date).encode())
+    profile.forget()
+
+
 def block_text(name: str, fit: Fit, date: str) -> str:
     """One block: provenance, parameters, residuals."""
     lines = [f"[{name}]", f"source = {_value(fit.source)}", f'date = "{date}"', f"software = {_value(fit.software)}"]
