@@ -31,6 +31,7 @@ class Gpt2(Architecture):
     activation: str = "gelu_new"
 
     softmax_form: ClassVar[str] = "value"  # of eager attention (`eager_attention`)
+    hands_positions: ClassVar[bool] = True  # whether blocks hand them to the attention's implementation
     layer_path: ClassVar[str] = "transformer.h"
     traits: ClassVar[Traits] = Traits(
         head="causal",
@@ -112,7 +113,7 @@ class Gpt2(Architecture):
         q, k, v = self.heads_of(layer, x)
         k, v = layer.extended(k, v)
         form, p = self.softmax_form, self.attention_dropout
-        positions = layer.build.positions
+        positions = layer.build.positions if self.hands_positions else None
         out, weights = attend(q, k, v, mask, setup.attention, causal=True, form=form, p=p, positions=positions)
         out = reshape(out, (*x.shape[:-1], self.hidden))
         out = layer.linear("attn.c_proj", out, self.hidden, bias=True)

@@ -24,6 +24,7 @@ class GptBigCode(Gpt2):
     activation: str = "gelu_pytorch_tanh"
 
     softmax_form: ClassVar[str] = "upcast"
+    hands_positions: ClassVar[bool] = False
     traits: ClassVar[Traits] = replace(
         Gpt2.traits,
         conv1d=False,

@@ -156,10 +156,10 @@ def test_types_whose_experts_were_layers_are_those_of_transformers() -> None:
 
 
 def test_what_is_typed_is_not_changed(model: Path) -> None:
-    arguments = ["predict", "--model", str(model), "--device", "l40s", "--attention", "flash2"]
+    arguments = ["predict", "--model", str(model), "--device", "l40s", "--kernels", "liger"]
     result = CliRunner().invoke(cli.main, arguments)
     assert result.exit_code == 2
-    assert "--attention flash2" in result.stderr
+    assert "--kernels liger" in result.stderr
 
 
 @pytest.mark.parametrize("size", ["448", "0x448", "ax448", "448x448x3"])

@@ -58,7 +58,8 @@ def cells() -> Iterator[Any]:
     for i, (config, names) in enumerate(further()):  # other heads, other blocks
         method, precision = names[i % len(names)], ({"dtype": "bf16"}, {"dtype": "fp32"}, AMP)[i % 3]
         setup = fitting(Setup(4, 17, **precision, checkpoint=("none", "block")[i % 2]), from_config(config).traits)
-        yield pytest.param(Case(config, method, setup), id=f"{i} {config.name} {method}")
+        told = with_targets(method, from_config(config))
+        yield pytest.param(Case(config, told, setup), id=f"{i} {config.name} {method}")
     for name, method, change, setup in (
         ("t5", "full", {}, {}),
         ("t5", LORA, {**NO_DROPOUT["t5"], "tie_word_embeddings": False}, {"checkpoint": "block", "attention": "eager"}),

@@ -129,6 +129,7 @@ def test_norms_and_attention_are_the_kernels_of_a_gpu() -> None:
 
 def test_bases_of_an_adapted_model_move_to_the_device_with_it() -> None:
     """FRoD's bases are buffers: copied over the bus in each forward pass they would quadruple its step on FLUX.2."""
+    pytest.importorskip("diffusers")
     frod = PeftAdapter.of({"peft_type": "FROD", "target_modules": ["to_q", "to_qkv_mlp_proj"]})
     step, _ = traced.of_method(CONFIG, frod, SETUP)
     made = [op for part, _ in step.parts() for op in part.ops]
