@@ -95,7 +95,6 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "amp in another 16-bit dtype": (predict_with("--amp", "bf16", "--dtype", "fp16"), "fp32 or bf16 weights"),
     "flash2 in fp32": (predict_with("--dtype", "fp32", "--attention", "flash2"), "16-bit"),
     "an unknown way to run experts": (predict_with("--experts", "loop"), "is not one of 'grouped_mm', 'eager'"),
-    "a trace of a loop over experts": (predict_with("--experts", "eager", "--traced"), "use grouped_mm"),
     "bitfit without biases": (predict_with("--method", "bitfit", model=LLAMA), "no bias"),
     "unknown axis": (("explain", "full", "lora", *MODEL, "--axes", "batch+rank"), "use batch, seq, size, targets"),
     "option given twice": (predict_with("--method", "lora:r=8,rank=16"), "r is given twice"),
