@@ -22,11 +22,11 @@ from ..setup import Setup
 from ..tape.bus import scalar
 from ..tape.core import emit, record, release, tape
 from ..tape.elementary import div, sum_dim
-from ..tape.gather import clamp, clamp_between, picked
+from ..tape.gather import clamp, clamp_between, fill_where, picked
 from ..tape.inplace import divide_view
 from ..tape.nn import softmax
 from ..tape.pointwise import add, binary_bool, cast, mul, neg, power, sub
-from ..tape.scores import greater, logsumexp, masked_filled, mean_all, natural_exp, sum_all
+from ..tape.scores import greater, logsumexp, mean_all, natural_exp, sum_all
 from ..tape.shape import narrow, squeeze
 from ..tape.split import select
 from ..tape.tensor import Parameter, Tensor
@@ -86,8 +86,8 @@ class Ppo(Objective):
         logits, vpred_temp = _forward(passes, mb_query_responses)
         tape().begin("loss", "forward")
         logits = divide_view(logits, of_completion)
-        new_logprobs = masked_filled(selective_log_softmax(logits, mb_responses), micro_batch(completion, "bool"))
-        vpred = masked_filled(squeeze(of_completion(vpred_temp), -1), micro_batch(completion, "bool"))
+        new_logprobs = fill_where(selective_log_softmax(logits, mb_responses), micro_batch(completion, "bool"))
+        vpred = fill_where(squeeze(of_completion(vpred_temp), -1), micro_batch(completion, "bool"))
         vpredclipped = clamp_between(vpred, sub(mb_values, 0.2), add(mb_values, 0.2))
         vf_losses1, vf_losses2 = power(sub(vpred, mb_return)), power(sub(vpredclipped, mb_return))
         vf_loss = mul(masked_mean(greater(vf_losses1, vf_losses2)), 0.5)
@@ -120,7 +120,7 @@ def _forward(passes: Passes, query_responses: Tensor) -> tuple[Tensor, Tensor]:
     attention_mask = emit("ne.Scalar", (query_responses,), query_responses.shape, "bool")
     position_ids = emit("cumsum", (attention_mask,), attention_mask.shape, "i64")
     position_ids = sub(position_ids, cast(attention_mask, "i64"))
-    input_ids = masked_filled(query_responses, emit("bitwise_not", (attention_mask,), attention_mask.shape, "bool"))
+    input_ids = fill_where(query_responses, emit("bitwise_not", (attention_mask,), attention_mask.shape, "bool"))
     policy, setup = passes.model.build, passes.setup
     headed = with_head("ppo", policy.architecture, Classifier("sequence", 1, padded=True, dropout=None))
     if not headed.traits.packs:

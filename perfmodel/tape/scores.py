@@ -146,20 +146,6 @@ def _one_of_two_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     return tuple(part(other) if needed else None for other, needed in zip(beyond, node.needs, strict=True))
 
 
-def masked_filled(x: Tensor, flags: Tensor) -> Tensor:
-    """`torch.masked_fill(x, flags, number)`; no gradient comes back from where the flags are."""
-    node = differentiate("MaskedFillBackward0", (x,), _masked_filled_backward)
-    if node:
-        node.save(flags)
-    return _elementwise("masked_fill.Scalar", (x, flags), node, dtype=x.dtype)
-
-
-def _masked_filled_backward(node: Node, grads: Sequence[Grad]) -> Grads:
-    (g,), (flags,) = grads, node.unpack()
-    assert g is not None
-    return (_elementwise("masked_fill.Scalar", (g, flags), dtype=g.dtype),)
-
-
 def natural_exp(x: Tensor) -> Tensor:
     """`torch.exp(x)`; saves its output."""
     return _saving_output("exp", "ExpBackward0", x, _exp_backward)

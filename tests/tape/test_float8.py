@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 from helpers import NAMES, config_of, setup_of, step_of
 
@@ -104,26 +103,9 @@ def test_eager_casts_cost_more_than_float8_saves(recipe: str) -> None:
     assert any("no float8 products were measured" in note for note in float8.notes)
 
 
-def test_a_grid_is_its_points() -> None:
-    """Tokens that are multiples of 16 and others do not share a program with padding."""
-    seq = np.array([64, 72, 96, 100])
-    grid = predict("tinyllama-1.1b", device="h100-sxm", batch=1, seq=seq, fp8="padded")
-    alone = [predict("tinyllama-1.1b", device="h100-sxm", batch=1, seq=int(s), fp8="padded") for s in seq]
-    assert grid.time.phases["total"] == pytest.approx([p.time.phases["total"] for p in alone])
-
-
 @pytest.mark.parametrize(
     ("model", "method", "options", "line"),
     [
-        ("gpt2", "full", {}, "has Conv1D layers"),
-        ("bert-base", "full", {}, "is no causal model"),
-        ("falcon-7b", "full", {}, "in place"),
-        ("tinyllama-1.1b", "dora", {}, "use one of full"),
-        ("tinyllama-1.1b", "qlora", {}, "use one of full"),
-        ("tinyllama-1.1b", "lora:implementation=unsloth", {}, "use one of full"),
-        ("tinyllama-1.1b", "lora:targets=lm_head", {}, "leave lm_head out"),
-        ("tinyllama-1.1b", "full", {"compile": "default"}, "with compile default"),
-        ("tinyllama-1.1b", "full", {"engine": "deepspeed-zero3"}, "with engine deepspeed-zero3"),
         ("tinyllama-1.1b", "full", {"seq": 500}, "use fp8 padded"),
         ("tinyllama-1.1b", "full", {"device": "a100"}, "a100-80gb-sxm has no float8 peak"),
         ("tinyllama-1.1b", "full", {"fp8": "e4m3"}, "fp8 'e4m3' is unknown"),
