@@ -6,13 +6,28 @@ import sys
 from contextlib import suppress
 from importlib import import_module
 
+THREADS = "OPENBLAS_NUM_THREADS"
 PATIENCE = 100_000  # allocations before garbage is looked for: modules and steps hold none, and every search walks them
 gc.set_threshold(PATIENCE)  # before what is imported allocates
 
 
+def load_numpy() -> None:
+    """Before all else: deep inside other imports CPython maps and unmaps its stack a thousand times for it.
+
+    Its BLAS would start a thread a core, 50 ms on two, for products that no answer makes.
+    """
+    given = os.environ.get(THREADS)
+    os.environ[THREADS] = "1"
+    import_module("numpy")
+    if given is None:
+        del os.environ[THREADS]  # processes that measure choose for themselves
+    else:
+        os.environ[THREADS] = given
+
+
 def run() -> None:
     """Answer a command. What it has made goes with the process, neither searched for garbage nor freed bit by bit."""
-    import_module("numpy")  # deep inside other imports CPython maps and unmaps its stack a thousand times for it
+    load_numpy()
     from .cli import main
 
     try:

@@ -12,9 +12,7 @@ from ..tape.attention import soft_capped
 from ..tape.checkpoint import checkpoint
 from ..tape.core import tape
 from ..tape.inplace import add_to_output
-from ..tape.packages.fake_quant import rounded_operands
-from ..tape.packages.float8 import linear_or_float8
-from ..tape.packages.int8_mixed import int8_linear
+from ..tape.packages.converted import fake_quantised, float8_or_plain, in_int8
 from ..tape.packages.varlen import PackedRows
 from ..tape.tensor import Parameter, Tensor
 from ..values import Compared
@@ -187,12 +185,12 @@ class Linear(NamedTuple):
                 return linalg.conv1d(x, weight, bias)
             setup = self.scope.build.setup
             if setup.qat_group is not None:
-                return linalg.linear(*rounded_operands(x, weight, setup.qat_group), bias)
+                return fake_quantised(x, weight, bias, setup.qat_group)
             if setup.int8 != "none" and self.scope.layer is not None:
-                return int8_linear(x, weight, bias)
+                return in_int8(x, weight, bias)
             if self.by_matmul:
                 return linalg.matmul_linear(x, weight)
-            return linear_or_float8(x, weight, bias, "none" if self._stays else setup.fp8)
+            return float8_or_plain(x, weight, bias, "none" if self._stays else setup.fp8)
 
     @property
     def _stays(self) -> bool:
@@ -274,7 +272,7 @@ class Scope:
             own = self.parameter("lm_head.bias", (vocab,), "bias") if bias else None
             weight = self.tied_weight(embedding)
             if group := self.build.setup.qat_group:
-                logits = linalg.linear(*rounded_operands(hidden, weight, group), own)
+                logits = fake_quantised(hidden, weight, own, group)
             else:
                 logits = self.build.method.head(self, hidden, weight, own)
         else:

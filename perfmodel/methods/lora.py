@@ -1,20 +1,22 @@
 """LoRA as PEFT runs it in eager mode, and in the fused implementations of Unsloth and LoRAFusion."""
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
 from ..errors import UserError, nearest
 from ..program.dims import decide
-from ..tape.packages.float8 import linear_or_float8
-from ..tape.packages.lora_kernels import Adapted, lorafusion_linear, unsloth_linear, unsloth_mlp, unsloth_qkv
+from ..tape.packages.converted import float8_or_plain
 from ..tape.pointwise import add, cast, dropout, mul
 from ..tape.tensor import Parameter, Tensor
 from .parts.base import Linear, Scope, method, option
 from .parts.checks import fraction, positive
 from .parts.stacked import folded
 from .parts.targeted import Targeted, base_bias, base_weight, matches, named
+
+if TYPE_CHECKING:
+    from ..tape.packages.lora_kernels import Adapted
 
 L = TypeVar("L", bound="Lora")
 ON_PARAMETERS = ("lora", "rslora", "loraplus", "qlora")  # those of PEFT's `ParamWrapper`
@@ -136,23 +138,35 @@ class Lora(Targeted):
         if self.implementation == "lorafusion":
             self._check_autocast(layer)
             a, b = self.weights(layer, dtype)
+            from ..tape.packages.lora_kernels import lorafusion_linear  # loaded where it is used
+
             return lorafusion_linear(x, base_weight(layer), a, b, base_bias(layer), self.dropout)
         if layer.name.endswith(".o_proj") and self._fuses((layer,)):
-            return unsloth_linear(x, self._adapted(layer))
+            from ..tape.packages.lora_kernels import unsloth_linear
+
+            return unsloth_linear(x, *self._adapted(layer))
         result = layer(x)
         a, b = self.weights(layer, dtype)
         result_dtype = result.dtype
         x = cast(x, dtype)
         recipe = layer.scope.build.setup.fp8  # A and B are `nn.Linear` too
-        low = linear_or_float8(dropout(x, self.dropout), a, None, recipe)
-        result = add(result, mul(linear_or_float8(low, b, None, recipe), self.alpha))
+        low = float8_or_plain(dropout(x, self.dropout), a, None, recipe)
+        result = add(result, mul(float8_or_plain(low, b, None, recipe), self.alpha))
         return cast(result, result_dtype)
 
     def qkv(self, layers: tuple[Linear, ...], x: Tensor) -> list[Tensor] | None:
-        return unsloth_qkv(x, [self._adapted(layer) for layer in layers]) if self._fuses(layers) else None
+        if not self._fuses(layers):
+            return None
+        from ..tape.packages.lora_kernels import unsloth_qkv
+
+        return unsloth_qkv(x, self._adapted(*layers))
 
     def mlp(self, layers: tuple[Linear, ...], x: Tensor) -> Tensor | None:
-        return unsloth_mlp(x, *(self._adapted(layer) for layer in layers)) if self._fuses(layers) else None
+        if not self._fuses(layers):
+            return None
+        from ..tape.packages.lora_kernels import unsloth_mlp
+
+        return unsloth_mlp(x, *self._adapted(*layers))
 
     def _fuses(self, layers: tuple[Linear, ...]) -> bool:
         """Unsloth's condition for its Functions (`patch_peft_model`): all adapted, no bias, no dropout."""
@@ -163,9 +177,15 @@ class Lora(Targeted):
             and all(self.targets_layer(layer.name, layer.scope.layer) for layer in layers)
         )
 
-    def _adapted(self, layer: Linear) -> Adapted:
-        self._check_autocast(layer)
-        return Adapted(base_weight(layer), *self.weights(layer, self.dtype_beside(layer.scope.dtype)))
+    def _adapted(self, *layers: Linear) -> "list[Adapted]":
+        """Each layer's weights as Unsloth's Functions take them."""
+        from ..tape.packages.lora_kernels import Adapted
+
+        for layer in layers:
+            self._check_autocast(layer)
+        return [
+            Adapted(base_weight(layer), *self.weights(layer, self.dtype_beside(layer.scope.dtype))) for layer in layers
+        ]
 
     def _check_autocast(self, layer: Linear) -> None:
         setup = layer.scope.build.setup

@@ -1,7 +1,11 @@
 """`perfmodel validate speed` times what its lines promise; how long that takes no test says, on a busy machine."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,3 +94,16 @@ def test_one_promise_that_is_missed_fails_the_command(
     done = CliRunner().invoke(main, ["validate", "speed"])
     assert done.exit_code == 1
     assert done.output.count("missed") == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_numpy_comes_without_threads_and_whoever_measures_gets_them() -> None:
+    """A thread a core of its BLAS would double a command's start; processes that it starts choose for themselves."""
+    name = "OPENBLAS_NUM_THREADS"
+    program = (
+        "import os; from perfmodel.__main__ import load_numpy; load_numpy();"
+        f"print(len(os.listdir('/proc/self/task')), os.environ.get('{name}'))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != name}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "None"]

@@ -39,8 +39,8 @@ class Scaled(NamedTuple):
 
 
 def linear_or_float8(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: str) -> Tensor:
-    """An `nn.Linear`, converted by a recipe (or "none") if its dims are multiples of 16 (`filter_linear_layers`)."""
-    if recipe == "none" or not all(decide(n % MULTIPLE == 0) for n in weight.shape):
+    """An `nn.Linear`, converted by a recipe if its dims are multiples of 16 (`filter_linear_layers`)."""
+    if not all(decide(n % MULTIPLE == 0) for n in weight.shape):
         return linear(x, weight, bias)
     return float8_linear(x, weight, bias, recipe)
 
