@@ -15,19 +15,21 @@ codegen/simd.py (`SIMDScheduling.can_fuse`), PyTorch 2.13.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cmp_to_key
 from itertools import combinations
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
-from ..program.dims import Dim, larger, largest, same
+from ..program.dims import Dim, exceeds, larger, same
 from ..program.op import Op
 from .graph import Prim, Value
 
 READS_ON_REUSE = 4  # config.realize_reads_threshold
 READS = 8  # config.realize_acc_reads_threshold
 ROUNDS = 10  # of fusion, at most (scheduler.fuse_nodes)
+
+Pair = tuple[Dim, int, "FusedKernel", "FusedKernel"]  # bytes of memory that both use, nodes from one to the other, both
 
 
 @dataclass(eq=False, slots=True)
@@ -158,6 +160,16 @@ def _agree(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...] | None:
     return rows if same(points[1], rows[1] * rows[2]) or same(points[1], rows[1]) else None
 
 
+def _sooner(a: Pair, b: Pair) -> int:
+    """Below 0 where a pair is tried first: it shares more bytes, at every point of the grid, or as many and is closer."""
+    if not same(a[0], b[0]):
+        return -1 if exceeds(a[0], b[0]) else 1
+    return a[1] - b[1]
+
+
+_FIRST = cmp_to_key(_sooner)
+
+
 class _Round:
     """One pass over the pairs of nodes that share memory."""
 
@@ -178,7 +190,7 @@ class _Round:
 
     def run(self) -> list[FusedKernel]:
         """Fuse what may, the pairs with most shared bytes first; the new kernels in order."""
-        for _, _, a, b in sorted(self._pairs(), key=itemgetter(0, 1)):
+        for _, _, a, b in sorted(self._pairs(), key=_FIRST):
             first, second = self.group[a], self.group[b]
             if first is second:
                 continue
@@ -187,20 +199,19 @@ class _Round:
                 self._fuse(first, second, loops)
         return self._sorted()
 
-    def _pairs(self) -> Iterable[tuple[float, int, FusedKernel, FusedKernel]]:
-        """(-shared bytes, distance) of the nodes that use the same memory."""
+    def _pairs(self) -> Iterable[Pair]:
+        """The nodes that use the same memory."""
         users: dict[Value, list[FusedKernel]] = {}
         for kernel in self.kernels:
             if not kernel.extern:
                 for value in (*kernel.writes, *kernel.reads):
                     users.setdefault(value, []).append(kernel)
-        shared: dict[tuple[int, int], float] = {}
+        shared: dict[tuple[int, int], Dim] = {}
         for value, kernels in users.items():
-            size = float(largest(value.nbytes))
             for pair in combinations([self.position[kernel] for kernel in kernels], 2):
-                shared[pair] = shared.get(pair, 0.0) + size
+                shared[pair] = value.nbytes + shared.get(pair, 0)
         for (i, j), size in shared.items():
-            yield -size, abs(i - j), self.kernels[i], self.kernels[j]
+            yield size, abs(i - j), self.kernels[i], self.kernels[j]
 
     def _needs(self, kernel: FusedKernel) -> set[FusedKernel]:
         maker, group = self.maker, self.group

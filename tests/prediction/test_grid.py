@@ -56,18 +56,18 @@ def test_dims_of_a_grid_calculate_as_arrays_do(a: list[int], b: list[int], n: in
     attention=st.sampled_from(("sdpa", "eager")), checkpoint=st.sampled_from(("none", "block", "block-reentrant")),
     precision=st.sampled_from(({"dtype": "bf16"}, {"dtype": "fp32"}, {"dtype": "fp32", "amp": "bf16"})),
     optimizer=st.sampled_from(("adamw", "adamw-fused", "sgd")), accum=st.integers(1, 2),
-    padded=st.booleans(),
+    padded=st.booleans(), compiled=st.sampled_from(("none", "default", "reduce-overhead")),
 )  # fmt: skip
 def test_a_grid_of_batch_and_seq_equals_its_points(
     name: str, method: str, batches: list[int], seqs: list[int], device: str, attention: str, checkpoint: str,
-    precision: dict[str, Any], optimizer: str, accum: int, padded: bool,
+    precision: dict[str, Any], optimizer: str, accum: int, padded: bool, compiled: str,
 ) -> None:  # fmt: skip
     """Batch 1 and seq 1 run other programs than their neighbours, so they are where a grid goes wrong."""
     model = architecture_of(name)
     method = with_targets(method, model)
     fixed: Any = {
         "attention": attention, "checkpoint": checkpoint, "optimizer": optimizer, "grad_accum": accum,
-        "padded": padded, **precision,
+        "padded": padded, "compile": compiled, **precision,
     }  # fmt: skip
     setup = setup_of(name, batch=np.array(batches)[:, None], seq=np.array(seqs), **fixed)
     whole = predict(model, method, setup, device)
