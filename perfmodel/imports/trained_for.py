@@ -33,6 +33,8 @@ INSTEAD = {  # what only some of them ask for, and what is answered instead
     "padding_free": "a dense batch, not one without padding", "use_logits_to_keep": "logits of all tokens",
     "loss_weights": "one loss",
 }  # fmt: skip
+IN_MEMORY = "the logits in memory, without Liger's fused loss"
+EMPTIED = "the allocator's cache is never emptied; Axolotl's DPO does it after every micro-batch"  # dpo/trainer.py
 BY_FOLDER = ("dpo", "kto", "orpo", "cpo", "simpo", "reward")  # of examples, which keep one folder for each
 
 
@@ -148,9 +150,15 @@ def of_axolotl(keys: Keys) -> dict[str, Any]:
     found = preference(keys, name)
     if name in ("dpo", "kto") and keys.flag("rl_adapter_ref_model"):
         found["reference"] = "model"
+    if name == "dpo":
+        keys.differ(EMPTIED, "rl")
     for key in ("use_weighting", "padding_free", "use_logits_to_keep"):
         if keys.flag(f"dpo_{key}"):
             keys.differ(INSTEAD[key], f"dpo_{key}")
+    if keys.flag("dpo_use_liger_kernel"):
+        keys.differ(IN_MEMORY, "dpo_use_liger_kernel")
+    if keys.get("dpo_loss_type") not in (None, "sigmoid", ["sigmoid"]):
+        keys.differ("DPO's sigmoid loss", "dpo_loss_type")
     return found
 
 
