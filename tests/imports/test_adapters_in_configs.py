@@ -91,6 +91,15 @@ def test_an_adapter_without_built_in_form_is_left_to_a_trace(tmp_path: Path, val
     assert CliRunner().invoke(main, ["predict", *command, "--method", "lora:r=2", "--seq", "16"]).exit_code == 0
 
 
+def test_a_trace_of_boft_is_that_without_its_extension(tmp_path: Path) -> None:
+    """Without the CUDA extension PEFT sets the butterfly factor to 1: half the rotations that the file asks for."""
+    file = tmp_path / "adapter_config.json"
+    for factor, told in ((1, False), (2, True)):
+        asked = {"peft_type": "BOFT", "boft_n_butterfly_factor": factor, "bias": "all"}  # no built-in form
+        file.write_text(json.dumps(asked))
+        assert ("boft_n_butterfly_factor" in read(file).first_line) == told
+
+
 def test_an_experiment_of_pefts_comparison_is_read_with_its_training(tmp_path: Path) -> None:
     """Its adapter names no model: the parameters above it do, and what lies beside it wins over them."""
     folder = tmp_path / "experiments" / "lora" / "mine"
