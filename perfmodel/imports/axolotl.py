@@ -35,6 +35,7 @@ from .fields import (
 from .keys import NOTHING, Keys
 from .targets import as_targets, unfrozen
 from .trained_for import of_axolotl
+from .vocabulary import enlarged_by_axolotl
 
 MARKS = ("micro_batch_size", "sequence_len", "adapter", "lora_target_linear")
 FUSED = (
@@ -106,16 +107,18 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "experts": _experts(keys),
     }
     setup |= objective
+    enlarged_by_axolotl(keys)
     if _keeps_fp32(keys, adapter, dtype):
         keys.differ("embeddings and norms in the dtype of the rest, not in fp32")
     after = keys.values["qat"].get("fake_quant_after_n_steps") if setup["qat"] != "none" else None
     notes = [f"a step with fake quantisation; the first {after} have none"] if after else []
     packing.packed_by_axolotl(keys, setup, _asked_attention(keys))
-    padded = keys.flag("pad_to_sequence_len")
+    padded = keys.flag("pad_to_sequence_len", keys.flag("reward_model"))  # `hint_reward_model_pad`
     if setup.get("packing", "none") == "none":
         setup["group_by_length"] = keys.flag("group_by_length")
-        setup["padded"] = padded and setup["attention"] != "flash2"  # which would take out what no config tells of
-        notes += [] if padded else [packing.shorter("sequence_len")]
+        setup["padded"] = padded and setup["attention"] != "flash2"
+        if not setup["padded"]:
+            notes.append(packing.TAKEN_OUT if padded else packing.shorter("sequence_len"))
     return keys.text("base_model"), method, setup, notes
 
 
