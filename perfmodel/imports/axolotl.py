@@ -49,6 +49,7 @@ FROZEN_AGAIN = "all adapters train; Axolotl freezes again those that are not nam
 FROM_INPUT = "backward from the lowest trained weight on, not through every block"
 IN_4_BIT = re.compile(r"bnb|nf4|4-?bit", re.IGNORECASE)  # in the names of repositories
 ONLY_OF_QLORA = "a base in 4 bits; Axolotl makes one for adapter: qlora alone"
+AUTO = "auto"  # of bf16 and tf32: on where the card has it, by default too (utils/schemas/config.py)
 OF_IMAGES = ("vision tower", "projector")
 EMBEDDINGS = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
 LISA_STATES = "a new optimizer at each switch of blocks; Axolotl keeps the states of all blocks drawn so far"
@@ -85,8 +86,9 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     linear_experts = keys.flag("llama4_linearized_experts")
     if linear_experts and "linearized" not in str(keys.get("base_model")).lower():
         keys.differ("experts as transformers runs them by default", "llama4_linearized_experts")
-    if keys.get("tf32") and (dtype is None or pure):
-        keys.differ("fp32 products without TF32", "tf32")
+    in_tf32 = keys.get("tf32") if "tf32" in keys.values else AUTO
+    if in_tf32 and (dtype is None or pure):
+        keys.differ("fp32 products without TF32", *(["tf32"] if "tf32" in keys else []))
     runs_on, checkpointed = engine(keys, zero3=not objective), fsdp(keys)
     method = _method(keys, adapter, dtype or "fp32", str(objective.get("objective", "")))
     setup: dict[str, Any] = {
@@ -151,11 +153,15 @@ def _keeps_fp32(keys: Keys, adapter: str | None, dtype: str | None) -> bool:
 
 
 def _dtype(keys: Keys) -> str | None:
-    """The 16-bit dtype of the weights (`torch_dtype`); float16 asks for it without autocast."""
-    if keys.get("bf16") == "auto" and keys.flag("fp16"):
-        return "fp16"
-    plain = "bf16" if keys.flag("bfloat16") else "fp16" if keys.flag("float16") else None
+    """The 16-bit dtype of the weights (`resolve_dtype`); float16 asks for it without autocast.
+
+    Where no key names it bf16 is auto, and on: what the card of a question has not is priced all the same.
+    """
+    plain = "bf16" if keys.flag("bfloat16") else "fp16" if keys.flag("float16") or keys.flag("load_in_8bit") else None
     keys.flag("float32")
+    if keys.values.get("bf16", AUTO) == AUTO:
+        keys.used.add("bf16")
+        return "fp16" if keys.flag("fp16") else "bf16"
     return half(keys) or plain
 
 

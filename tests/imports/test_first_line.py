@@ -14,6 +14,7 @@ from perfmodel.imports.vocabulary import AS_IT_IS
 from perfmodel.resources import DATA
 
 BASE = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 64\n"
+PLAIN = f"{BASE}bf16: false\ntf32: false\n"  # both are on by default
 TRL = {"model_name_or_path": "gpt2", "max_length": 64, "dtype": "float32", "packing": False}
 UNFUSED = "without fused kernels for adapters, Axolotl's default"
 FACTORY = "model_name_or_path: gpt2\ncutoff_len: 64\n"
@@ -116,7 +117,7 @@ def test_what_is_not_modelled_stands_in_the_first_line(tmp_path: Path, text: str
     """A key that changes speed or memory is never told as ignored, nor passed over."""
     tool, said = DIFFERENT[text]
     path = tmp_path / "config.yml"
-    path.write_text({"axolotl": BASE, "factory": FACTORY, "trl": yaml.safe_dump(TRL)}[tool] + text)
+    path.write_text({"axolotl": PLAIN, "factory": FACTORY, "trl": yaml.safe_dump(TRL)}[tool] + text)
     found = read(path)
     assert said in found.differences
     assert found.first_line.startswith(DIFFERS)
@@ -142,7 +143,7 @@ def test_what_is_not_modelled_stands_in_the_first_line(tmp_path: Path, text: str
 )
 def test_what_changes_nothing_is_not_in_the_first_line(tmp_path: Path, text: str) -> None:
     """A first line on every file would be read on none."""
-    (tmp_path / "config.yml").write_text(BASE + text)
+    (tmp_path / "config.yml").write_text(PLAIN + text)
     assert read(tmp_path / "config.yml").first_line == ""
 
 
@@ -200,7 +201,7 @@ def test_the_loop_over_experts_is_transformers(tmp_path: Path) -> None:
 def test_the_first_line_begins_the_answer(tmp_path: Path) -> None:
     """What a user reads first is how the step differs, and a program finds it in the JSON."""
     path = tmp_path / "config.yml"
-    path.write_text(BASE + "tensor_parallel_size: 2")
+    path.write_text(PLAIN + "tensor_parallel_size: 2")
     command = ["predict", "--config", str(path), "--device", "l40s"]
     said = "one GPU (tensor_parallel_size)"
     assert CliRunner().invoke(main, command).stdout.startswith(f"{DIFFERS}{said}\n\nfull on gpt2")
