@@ -41,6 +41,7 @@ SAID: tuple[tuple[dict[str, Any], str, str, list[str]], ...] = (
     (AXOLOTL | {"process_reward_model": True, "num_labels": 2}, "prm", "auto", []),
     (AXOLOTL | {"rl": "dpo", "deepspeed": "zero3.json"}, "dpo", "auto", [CACHE, "one GPU, without ZeRO-3 (deepspeed)"]),
     (AXOLOTL | {"rl": "ebft", "adapter": "lora"}, "grpo", "auto", [OUTSIDE]),
+    (AXOLOTL | {"rl": "grpo", "trl": {"use_liger_loss": True}}, "grpo", "auto", [f"{IN_MEMORY} (trl)", OUTSIDE]),
     (
         AXOLOTL | {"rl": "ebft", "ebft": {"mode": "strided"}}, "ebft", "auto",
         [f"{OUTSIDE} (rl)", "sdpa, not flex attention (ebft)"],
@@ -85,6 +86,8 @@ def test_a_config_trains_for_what_it_says(
 GRPO: tuple[tuple[dict[str, Any], str], ...] = (
     (AXOLOTL | {"rl": "grpo", "trl": {"max_completion_length": 32}}, "auto"),
     (AXOLOTL | {"rl": "gdpo", "trl": {"max_completion_length": 32, "beta": 0.01}}, "model"),
+    (AXOLOTL | {"rl": "grpo", "rl_beta": 0.01, "trl": {"max_completion_length": 32}}, "model"),
+    (AXOLOTL | {"rl": "grpo", "rl_beta": 0.01, "trl": {"max_completion_length": 32, "beta": 0.0}}, "auto"),
     (AXOLOTL | {"rl": "grpo", "adapter": "lora", "trl": {"max_completion_length": 32, "beta": 0.01}}, "adapter-off"),
     (TRL | {"num_generations": 8, "max_prompt_length": 64, "max_completion_length": 32}, "auto"),
     (TRL | {"max_prompt_length": 64, "max_completion_length": 32, "beta": 0.04, "use_peft": True}, "adapter-off"),
