@@ -15,6 +15,7 @@ APART = "packed rows apart, each under its mask, not all in one row"
 TO_THE_END = "packed rows full to their end, so without the mask that padding there makes"
 BY_A_MASK = "documents apart by a mask, not by torch's varlen_attn, which Axolotl takes where no window slides"
 TAKEN_OUT = "all rows are padded to sequence_len, and flash-attn takes padding out: samples are taken to be as long"
+TO_THE_LONGEST = "micro-batches padded to their longest sample, not to sequence_len"
 FLATTENING = "auto"  # Axolotl's `batch_flattening` where it can
 KNOWING = frozenset((  # attention that knows documents, by Axolotl (utils/schemas/enums.py)
     "flash_attention_2", "flash_attention_3", "flex_attention", "xformers", "sage", "kernels-community/flash-attn2",

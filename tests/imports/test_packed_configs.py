@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from perfmodel.cli import main
 from perfmodel.imports import read
-from perfmodel.imports.packing import MASK, TAKEN_OUT, UNKNOWN, shorter
+from perfmodel.imports.packing import MASK, TAKEN_OUT, TO_THE_LONGEST, UNKNOWN, shorter
 
 AXOLOTL = "base_model: tinyllama-1.1b\nsequence_len: 256\nmicro_batch_size: 2\n"
 FACTORY = "model_name_or_path: tinyllama-1.1b\ncutoff_len: 256\nper_device_train_batch_size: 2\n"
@@ -84,7 +84,10 @@ def test_what_each_tool_packs(tmp_path: Path, text: str) -> None:
 )
 def test_what_is_said_of_rows_for_flash_attention(tmp_path: Path, asked: str, said: str) -> None:
     """Axolotl pads a reward model's rows to the whole length by itself: they are no shorter then."""
-    assert read(config(tmp_path, AXOLOTL + FLASH + asked)).notes == [said]
+    found = read(config(tmp_path, AXOLOTL + FLASH + asked))
+    assert found.notes == [said]
+    assert (TO_THE_LONGEST in found.with_lengths().differences) == (said == TAKEN_OUT)
+    assert TO_THE_LONGEST not in found.with_lengths(padded=False).differences
 
 
 @pytest.mark.parametrize(
