@@ -70,7 +70,7 @@ def _check(ctx: click.Context, options: dict[str, Any], traced_type: str) -> Non
     if found.why_traced and not ctx.params.get("traced") and ParameterSource.COMMANDLINE not in typed:
         raise UserError(found.why_traced)
     if options["lengths"] or ctx.get_parameter_source("packing") == ParameterSource.COMMANDLINE:
-        found = ctx.meta[CONFIG] = found.with_lengths()
+        found = ctx.meta[CONFIG] = found.with_lengths(padded=_pads(options))
     if _packs_otherwise(ctx, options):
         found = ctx.meta[CONFIG] = found.across_samples(options["packing"])
         options["packing"] = "dense"
@@ -78,6 +78,11 @@ def _check(ctx: click.Context, options: dict[str, Any], traced_type: str) -> Non
     first_line = "; ".join(filter(None, (found.first_line, by_trace)))
     if first_line and not ctx.params.get("as_json"):
         click.echo(first_line + "\n")
+
+
+def _pads(options: dict[str, Any]) -> bool:
+    """Whether samples of different lengths share a micro-batch."""
+    return bool(options["lengths"]) and options["packing"] == "none"
 
 
 def _packs_otherwise(ctx: click.Context, options: dict[str, Any]) -> bool:

@@ -86,6 +86,8 @@ def differ_without_data(keys: Keys) -> None:
     name = str(keys.get("peft_type")).upper()
     if name == "ADAMSS":
         keys.differ("rows in clusters of equal size, not by their values", "peft_type")
+    if name == "BOFT" and keys.count("boft_n_butterfly_factor", 1) > 1:
+        keys.differ("a butterfly factor of 1, as PEFT has it without its CUDA extension", "boft_n_butterfly_factor")
     if name == "FROD" and keys.flag("runtime_offload_base_weight"):
         keys.differ("base weights in GPU memory, not offloaded", "runtime_offload_base_weight")
 

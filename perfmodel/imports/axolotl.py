@@ -35,6 +35,7 @@ from .fields import (
 from .keys import NOTHING, Keys
 from .targets import as_targets, unfrozen
 from .trained_for import of_axolotl
+from .vocabulary import enlarged_by_axolotl
 
 MARKS = ("micro_batch_size", "sequence_len", "adapter", "lora_target_linear")
 FUSED = (
@@ -48,6 +49,7 @@ FROZEN_AGAIN = "all adapters train; Axolotl freezes again those that are not nam
 FROM_INPUT = "backward from the lowest trained weight on, not through every block"
 IN_4_BIT = re.compile(r"bnb|nf4|4-?bit", re.IGNORECASE)  # in the names of repositories
 ONLY_OF_QLORA = "a base in 4 bits; Axolotl makes one for adapter: qlora alone"
+AUTO = "auto"  # of bf16 and tf32: on where the card has it, by default too (utils/schemas/config.py)
 OF_IMAGES = ("vision tower", "projector")
 EMBEDDINGS = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
 LISA_STATES = "a new optimizer at each switch of blocks; Axolotl keeps the states of all blocks drawn so far"
@@ -84,8 +86,9 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     linear_experts = keys.flag("llama4_linearized_experts")
     if linear_experts and "linearized" not in str(keys.get("base_model")).lower():
         keys.differ("experts as transformers runs them by default", "llama4_linearized_experts")
-    if keys.get("tf32") and (dtype is None or pure):
-        keys.differ("fp32 products without TF32", "tf32")
+    in_tf32 = keys.get("tf32") if "tf32" in keys.values else AUTO
+    if in_tf32 and (dtype is None or pure):
+        keys.differ("fp32 products without TF32", *(["tf32"] if "tf32" in keys else []))
     runs_on, checkpointed = engine(keys, zero3=not objective), fsdp(keys)
     method = _method(keys, adapter, dtype or "fp32", str(objective.get("objective", "")))
     setup: dict[str, Any] = {
@@ -106,16 +109,18 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "experts": _experts(keys),
     }
     setup |= objective
+    enlarged_by_axolotl(keys)
     if _keeps_fp32(keys, adapter, dtype):
         keys.differ("embeddings and norms in the dtype of the rest, not in fp32")
     after = keys.values["qat"].get("fake_quant_after_n_steps") if setup["qat"] != "none" else None
     notes = [f"a step with fake quantisation; the first {after} have none"] if after else []
     packing.packed_by_axolotl(keys, setup, _asked_attention(keys))
-    padded = keys.flag("pad_to_sequence_len")
+    padded = keys.flag("pad_to_sequence_len", keys.flag("reward_model"))  # `hint_reward_model_pad`
     if setup.get("packing", "none") == "none":
         setup["group_by_length"] = keys.flag("group_by_length")
-        setup["padded"] = padded and setup["attention"] != "flash2"  # which would take out what no config tells of
-        notes += [] if padded else [packing.shorter("sequence_len")]
+        setup["padded"] = padded and setup["attention"] != "flash2"
+        if not setup["padded"]:
+            notes.append(packing.TAKEN_OUT if padded else packing.shorter("sequence_len"))
     return keys.text("base_model"), method, setup, notes
 
 
@@ -148,11 +153,15 @@ def _keeps_fp32(keys: Keys, adapter: str | None, dtype: str | None) -> bool:
 
 
 def _dtype(keys: Keys) -> str | None:
-    """The 16-bit dtype of the weights (`torch_dtype`); float16 asks for it without autocast."""
-    if keys.get("bf16") == "auto" and keys.flag("fp16"):
-        return "fp16"
-    plain = "bf16" if keys.flag("bfloat16") else "fp16" if keys.flag("float16") else None
+    """The 16-bit dtype of the weights (`resolve_dtype`); float16 asks for it without autocast.
+
+    Where no key names it bf16 is auto, and on: what the card of a question has not is priced all the same.
+    """
+    plain = "bf16" if keys.flag("bfloat16") else "fp16" if keys.flag("float16") or keys.flag("load_in_8bit") else None
     keys.flag("float32")
+    if keys.values.get("bf16", AUTO) == AUTO:
+        keys.used.add("bf16")
+        return "fp16" if keys.flag("fp16") else "bf16"
     return half(keys) or plain
 
 

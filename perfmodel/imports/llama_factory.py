@@ -25,11 +25,13 @@ from .fields import (
 )
 from .keys import NO_TRAINING, Keys
 from .trained_for import of_llama_factory
+from .vocabulary import enlarged_by_llama_factory
 
 MARKS = ("finetuning_type", "cutoff_len", "lora_target", "stage", "template", "dataset_dir")
 ATTENTION = {"auto": "sdpa", "sdpa": "sdpa", "fa2": "flash2", "fa3": "flash2", "disabled": "eager"}
 PROJECTING = ("galore", "apollo")  # methods whose optimizers project gradients
 TOWER = {"vision tower": "freeze_vision_tower", "projector": "freeze_multi_modal_projector"}
+WITH_NEW_ROWS = ("embed_tokens", "lm_head")  # trained beside adapters where nothing is named
 CHECKPOINT_DTYPE = "bf16"  # of a checkpoint that no key speaks of
 
 
@@ -123,6 +125,8 @@ def _checkpoint(keys: Keys) -> str:
 
 def _method(keys: Keys) -> tuple[str, dict[str, Any]]:
     kind = keys.text("finetuning_type", "lora")
+    grown = enlarged_by_llama_factory(keys)
+    saved = keys.names("additional_target") or (WITH_NEW_ROWS if grown else ())
     bits = keys.get("quantization_bit")
     if bits is not None and str(bits) not in ("4", "8"):
         raise UserError(f"{keys.origin}: quantization_bit {bits!r} is not modelled: use 4 or 8, or leave it out")
@@ -136,7 +140,7 @@ def _method(keys: Keys) -> tuple[str, dict[str, Any]]:
         return _freeze(keys, quantised=bool(bits))
     keys.refuse("use_llama_pro", "adapters in added blocks are not modelled; use finetuning_type: freeze")
     if kind == "oft":
-        return _oft(keys, int(bits or 16))
+        return _oft(keys, int(bits or 16), saved)
     if kind != "lora":
         raise UserError(f"{keys.origin}: finetuning_type {kind!r} is unknown: use lora, full, freeze or oft")
     name = flavour(
@@ -145,7 +149,7 @@ def _method(keys: Keys) -> tuple[str, dict[str, Any]]:
     )  # fmt: skip
     options = {
         "r": keys.count("lora_rank", 8), "targets": _targets(keys, "lora_target"),
-        "dropout": keys.number("lora_dropout"), "modules_to_save": keys.names("additional_target"),
+        "dropout": keys.number("lora_dropout"), "modules_to_save": saved,
         "implementation": "unsloth" if keys.flag("use_unsloth") else None,
         "niter": power_iterations(name, f"pissa_niter_{keys.get('pissa_iter') or 16}"),  # -1: a whole SVD
     }  # fmt: skip
@@ -168,13 +172,13 @@ def _freeze(keys: Keys, *, quantised: bool) -> tuple[str, dict[str, Any]]:
     return "top_k", {"k": k, "trained_dtype": trained, "spread": spread, "checkpoint_frozen": "false"}
 
 
-def _oft(keys: Keys, bits: int) -> tuple[str, dict[str, Any]]:
+def _oft(keys: Keys, bits: int, saved: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
     if bits == 8:
         raise UserError(f"{keys.origin}: OFT on an 8-bit base is not modelled; use quantization_bit: 4")
     keys.refuse("oft_rank", "a number of blocks is not modelled from a config; give oft_block_size")
     options = {
         "block_size": keys.count("oft_block_size", 32), "targets": _targets(keys, "oft_target"),
-        "modules_to_save": keys.names("additional_target"),
+        "modules_to_save": saved,
     }  # fmt: skip
     if bits == 4:
         return "qoft", {**options, "double_quant": None if keys.flag("double_quantization", True) else "false"}

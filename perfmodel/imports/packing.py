@@ -12,6 +12,10 @@ from .keys import Keys
 
 UNKNOWN = "documents as long as a row (--lengths says how long they are)"
 APART = "packed rows apart, each under its mask, not all in one row"
+TO_THE_END = "packed rows full to their end, so without the mask that padding there makes"
+BY_A_MASK = "documents apart by a mask, not by torch's varlen_attn, which Axolotl takes where no window slides"
+TAKEN_OUT = "all rows are padded to sequence_len, and flash-attn takes padding out: samples are taken to be as long"
+TO_THE_LONGEST = "micro-batches padded to their longest sample, not to sequence_len"
 FLATTENING = "auto"  # Axolotl's `batch_flattening` where it can
 KNOWING = frozenset((  # attention that knows documents, by Axolotl (utils/schemas/enums.py)
     "flash_attention_2", "flash_attention_3", "flex_attention", "xformers", "sage", "kernels-community/flash-attn2",
@@ -31,7 +35,7 @@ def packed_by_axolotl(keys: Keys, setup: dict[str, Any], asked_attention: str | 
 
     Attention that knows documents gets all rows of a micro-batch as one, unless real batches are asked for; SDPA and
     eager attention, where they are named, get rows without a mask; where none is named the mask stays, and documents
-    see each other.
+    see each other. Rows are padded to `sequence_len` unless the file says no (`hint_sample_packing_padding`).
     """
     knows = asked_attention in KNOWING
     real = keys.flag("multipack_real_batches", not knows)
@@ -39,10 +43,14 @@ def packed_by_axolotl(keys: Keys, setup: dict[str, Any], asked_attention: str | 
     if keys.get("sample_packing") not in (None, False):
         if asked_attention is None:
             setup["packing"] = "dense"
+            if setup["batch"] > 1 or keys.flag("pad_to_sequence_len", True):
+                keys.differ(TO_THE_END, "sample_packing")
         elif setup["attention"] == "flash2":
             _within(keys, setup, "dense" if real and setup["batch"] > 1 else "varlen", "sample_packing")
         else:
             _within(keys, setup, "varlen", "sample_packing", one_row=not real)
+            if asked_attention == "sdpa" and keys.flag("sdpa_varlen", True):  # `_apply_sdpa_varlen_patch`
+                keys.differ(BY_A_MASK, "sample_packing")
     elif flattening not in (None, False) and knows and (flattening != FLATTENING or setup["batch"] > 1):
         packed_flat(keys, setup, "batch_flattening")
 

@@ -12,7 +12,7 @@ from . import adapter, axolotl, llama_factory, llama_factory_v1, meanings, peft_
 from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, UNDER_ZERO_3
 from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
-from .packing import UNKNOWN
+from .packing import TAKEN_OUT, TO_THE_LONGEST, UNKNOWN
 
 # What is said of a setup's field that holds no more where the field has another value
 SAID_OF = {"attention": FLASH_2_FOR_3, "engine": UNDER_ZERO_3, "kernels": ALL_OF_LIGER, "method": ALL_FUSED}
@@ -49,14 +49,20 @@ class Imported:
     frozen: tuple[str, ...] = ()
     upcasts: bool = False
 
-    def with_lengths(self) -> "Imported":
-        """What it says where the lengths of documents are given."""
-        return replace(self, differences=[d for d in self.differences if not d.startswith(UNKNOWN)])
+    def with_lengths(self, *, padded: bool = True) -> "Imported":
+        """What it says where the lengths of documents are given.
+
+        Args:
+            padded: whether samples are padded to one another, as without packing.
+        """
+        kept = [d for d in self.differences if not d.startswith(UNKNOWN)]
+        whole = padded and (self.setup.get("padded") or TAKEN_OUT in self.notes)
+        return replace(self, differences=[*kept, TO_THE_LONGEST] if whole else kept)
 
     def across_samples(self, packing: str) -> "Imported":
         """What it says where attention within packed documents is not modelled, but across them."""
         said = f"{ACROSS_SAMPLES} (packing {packing})"
-        return replace(self, differences=[*self.with_lengths().differences, said])
+        return replace(self, differences=[*self.with_lengths(padded=False).differences, said])
 
     def replaced(self, said: Sequence[tuple[str, str]]) -> "Imported":
         """What it says where fields of its setup have other values.

@@ -33,6 +33,8 @@ INSTEAD = {  # what only some of them ask for, and what is answered instead
     "padding_free": "a dense batch, not one without padding", "use_logits_to_keep": "logits of all tokens",
     "loss_weights": "one loss",
 }  # fmt: skip
+IN_MEMORY = "the logits in memory, without Liger's fused loss"
+EMPTIED = "the allocator's cache is never emptied; Axolotl's DPO does it after every micro-batch"  # dpo/trainer.py
 BY_FOLDER = ("dpo", "kto", "orpo", "cpo", "simpo", "reward")  # of examples, which keep one folder for each
 
 
@@ -140,7 +142,10 @@ def of_axolotl(keys: Keys) -> dict[str, Any]:
     if word in ("grpo", "gdpo", "ebft"):
         if word == "ebft" and not adapted:
             keys.differ("without the frozen network that rewards come from", "ebft")
-        options = Keys(_section(keys, "trl"), f"{keys.origin}: trl")
+        section = {key: value for key, value in _section(keys, "trl").items() if value is not None}
+        options = Keys({"beta": keys.get("rl_beta"), **section}, f"{keys.origin}: trl")
+        if options.flag("use_liger_loss"):
+            keys.differ(IN_MEMORY, "trl")
         return grpo(keys, options, keys.count("sequence_len", 512), adapters=adapted)
     name = {"ipo": "dpo"}.get(word, word)
     if name not in ("dpo", "kto", "orpo", "simpo"):
@@ -148,10 +153,21 @@ def of_axolotl(keys: Keys) -> dict[str, Any]:
     found = preference(keys, name)
     if name in ("dpo", "kto") and keys.flag("rl_adapter_ref_model"):
         found["reference"] = "model"
+    _differ_in_dpo(keys, name)
+    return found
+
+
+def _differ_in_dpo(keys: Keys, name: str) -> None:
+    """Say what else Axolotl's DPO does, by itself or by keys of its own (core/trainers/dpo)."""
+    if name == "dpo":
+        keys.differ(EMPTIED, "rl")
     for key in ("use_weighting", "padding_free", "use_logits_to_keep"):
         if keys.flag(f"dpo_{key}"):
             keys.differ(INSTEAD[key], f"dpo_{key}")
-    return found
+    if keys.flag("dpo_use_liger_kernel"):
+        keys.differ(IN_MEMORY, "dpo_use_liger_kernel")
+    if keys.get("dpo_loss_type") not in (None, "sigmoid", ["sigmoid"]):
+        keys.differ("DPO's sigmoid loss", "dpo_loss_type")
 
 
 def _section(keys: Keys, name: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from perfmodel import methods, predict
 from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.imports import read
+from perfmodel.methods.lora import Lora
 from perfmodel.methods.lora_alike import Pissa
 from perfmodel.prediction.predict import resolve
 
@@ -89,6 +90,31 @@ def test_an_adapter_without_built_in_form_is_left_to_a_trace(tmp_path: Path, val
     for asked in (["predict"], ["compare"]):
         assert re.search(why, CliRunner().invoke(main, [*asked, *command]).stderr)
     assert CliRunner().invoke(main, ["predict", *command, "--method", "lora:r=2", "--seq", "16"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "saved"),
+    [
+        ("", ""),
+        ("add_tokens: [<|mine|>]", "embed_tokens+lm_head"),
+        ("resize_vocab: true\nadditional_target: lm_head", "lm_head"),
+    ],
+)
+def test_new_rows_of_a_vocabulary_train_beside_adapters(tmp_path: Path, asked: str, saved: str) -> None:
+    """LLaMA-Factory copies embedding and head then: on a small model they are most of what trains."""
+    (tmp_path / "c.yaml").write_text("model_name_or_path: llama-3.2-1b\nfinetuning_type: lora\n" + asked)
+    method = methods.parse(str(read(tmp_path / "c.yaml").method))
+    assert isinstance(method, Lora)
+    assert "+".join(method.modules_to_save) == saved
+
+
+def test_a_trace_of_boft_is_that_without_its_extension(tmp_path: Path) -> None:
+    """Without the CUDA extension PEFT sets the butterfly factor to 1: half the rotations that the file asks for."""
+    file = tmp_path / "adapter_config.json"
+    for factor, told in ((1, False), (2, True)):
+        asked = {"peft_type": "BOFT", "boft_n_butterfly_factor": factor, "bias": "all"}  # no built-in form
+        file.write_text(json.dumps(asked))
+        assert ("boft_n_butterfly_factor" in read(file).first_line) == told
 
 
 def test_an_experiment_of_pefts_comparison_is_read_with_its_training(tmp_path: Path) -> None:

@@ -53,6 +53,26 @@ def test_checkpoints_are_those_that_axolotl_runs(tmp_path: Path, text: str, kind
     assert read(tmp_path / "config.yml").setup["checkpoint"] == kind
 
 
+@pytest.mark.parametrize(
+    ("text", "dtype", "amp"),
+    [
+        ("", "bf16", "bf16"),
+        ("float16: true", "bf16", "bf16"),
+        ("fp16: true", "fp16", "fp16"),
+        ("bf16:", "fp32", None),
+        ("bf16: false", "fp32", None),
+        ("bf16: false\nfloat16: true", "fp16", None),
+        ("bf16: false\nadapter: lora\nload_in_8bit: true", "fp16", None),
+    ],
+)
+def test_bf16_comes_by_itself(tmp_path: Path, text: str, dtype: str, amp: str | None) -> None:
+    """A file that names no precision was answered in fp32 once: twice the memory, an eighth of the rate."""
+    (tmp_path / "config.yml").write_text(BASE + text)
+    found = read(tmp_path / "config.yml")
+    assert (found.setup["dtype"], found.setup["amp"]) == (dtype, amp)
+    assert any("TF32" in said for said in found.differences) == (dtype == "fp32"), "so does TF32"
+
+
 def test_modules_of_images_are_frozen_on_request(tmp_path: Path) -> None:
     """Full tuning of a vision-language model with `freeze_mm_modules` trains the language model alone."""
     file = tmp_path / "config.yml"

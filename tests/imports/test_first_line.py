@@ -9,13 +9,16 @@ from click.testing import CliRunner
 
 from perfmodel.cli import main
 from perfmodel.imports import DIFFERS, meanings, read
-from perfmodel.imports.packing import UNKNOWN
+from perfmodel.imports.packing import BY_A_MASK, TO_THE_END, UNKNOWN
+from perfmodel.imports.vocabulary import AS_IT_IS
 from perfmodel.resources import DATA
 
 BASE = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 64\n"
+PLAIN = f"{BASE}bf16: false\ntf32: false\n"  # both are on by default
 TRL = {"model_name_or_path": "gpt2", "max_length": 64, "dtype": "float32", "packing": False}
 UNFUSED = "without fused kernels for adapters, Axolotl's default"
 FACTORY = "model_name_or_path: gpt2\ncutoff_len: 64\n"
+PAD = "special_tokens: {pad_token: <|finetune_right_pad_id|>}"
 
 DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line says
     "deepspeed: zero2.json": ("axolotl", "one GPU, without ZeRO-2 (deepspeed)"),
@@ -85,8 +88,14 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "sample_packing: true\nflash_attention: true\ntorch_compile: true": (
         "axolotl", "attention across packed samples (sample_packing)",
     ),
+    "sample_packing: true": ("axolotl", f"{TO_THE_END} (sample_packing)"),
+    "sample_packing: true\nsdp_attention: true": ("axolotl", f"{BY_A_MASK} (sample_packing)"),
     "batch_flattening: true\nflash_attention: true": ("axolotl", f"{UNKNOWN} (batch_flattening)"),
     "neat_packing: true\nflash_attn: fa2": ("factory", f"{UNKNOWN} (neat_packing)"),
+    "tokens: [<|mine|>]": ("axolotl", f"{AS_IT_IS} (tokens)"),
+    f"base_model: meta-llama/Meta-Llama-3-8B-Instruct\n{PAD}": ("axolotl", f"{AS_IT_IS} (special_tokens)"),
+    "resize_vocab: true": ("factory", f"{AS_IT_IS} (resize_vocab)"),
+    "gc_steps: 5": ("axolotl", "the allocator's cache is never emptied (gc_steps)"),
     "unheard_of: 3": ("axolotl", "keys that are unknown here (unheard_of)"),
     "tf32: true": ("axolotl", "fp32 products without TF32 (tf32)"),
     "use_unsloth_gc: true": ("factory", "checkpoints stay on the GPU (use_unsloth_gc)"),
@@ -109,7 +118,7 @@ def test_what_is_not_modelled_stands_in_the_first_line(tmp_path: Path, text: str
     """A key that changes speed or memory is never told as ignored, nor passed over."""
     tool, said = DIFFERENT[text]
     path = tmp_path / "config.yml"
-    path.write_text({"axolotl": BASE, "factory": FACTORY, "trl": yaml.safe_dump(TRL)}[tool] + text)
+    path.write_text({"axolotl": PLAIN, "factory": FACTORY, "trl": yaml.safe_dump(TRL)}[tool] + text)
     found = read(path)
     assert said in found.differences
     assert found.first_line.startswith(DIFFERS)
@@ -125,15 +134,17 @@ def test_what_is_not_modelled_stands_in_the_first_line(tmp_path: Path, text: str
         "tf32: true\nbf16: true\nflash_attention: true",
         "activation_offloading: false",
         "seed: 1",
-        "sample_packing: true",
-        "sample_packing: true\nsdp_attention: true",
+        "sample_packing: true\npad_to_sequence_len: false",
+        "sample_packing: true\nsdp_attention: true\nsdpa_varlen: false",
+        f"base_model: meta-llama/Llama-3.1-8B-Instruct\n{PAD}",
+        "gc_steps: -1",
         "unfrozen_parameters: [^lm_head.weight$, ^model.embed_tokens.weight$]",
         "llama4_linearized_experts: true\nbase_model: axolotl-quants/Llama-4-Scout-17B-16E-Linearized-bnb-nf4-bf16",
     ],
 )
 def test_what_changes_nothing_is_not_in_the_first_line(tmp_path: Path, text: str) -> None:
     """A first line on every file would be read on none."""
-    (tmp_path / "config.yml").write_text(BASE + text)
+    (tmp_path / "config.yml").write_text(PLAIN + text)
     assert read(tmp_path / "config.yml").first_line == ""
 
 
@@ -191,7 +202,7 @@ def test_the_loop_over_experts_is_transformers(tmp_path: Path) -> None:
 def test_the_first_line_begins_the_answer(tmp_path: Path) -> None:
     """What a user reads first is how the step differs, and a program finds it in the JSON."""
     path = tmp_path / "config.yml"
-    path.write_text(BASE + "tensor_parallel_size: 2")
+    path.write_text(PLAIN + "tensor_parallel_size: 2")
     command = ["predict", "--config", str(path), "--device", "l40s"]
     said = "one GPU (tensor_parallel_size)"
     assert CliRunner().invoke(main, command).stdout.startswith(f"{DIFFERS}{said}\n\nfull on gpt2")

@@ -9,29 +9,39 @@ import yaml
 
 from perfmodel import UserError
 from perfmodel.imports import DIFFERS, read
-from perfmodel.imports.trained_for import OUTSIDE
+from perfmodel.imports.trained_for import EMPTIED, IN_MEMORY, OUTSIDE
 from perfmodel.setup import Setup
 
 AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64}
 FACTORY = {"model_name_or_path": "gpt2", "cutoff_len": 64}
 TRL = {"model_name_or_path": "gpt2", "max_length": 64}
 OPEN = "a DPO step: the file does not say whether DPO, KTO, ORPO or CPO reads it (beta)"
+CACHE = f"{EMPTIED} (rl)"
 OWN = "step as TRL's trainer runs it, not LLaMA-Factory's own form of it (stage)"
 
 # keys of a file -> objective, reference, and what stands in the first line
 SAID: tuple[tuple[dict[str, Any], str, str, list[str]], ...] = (
-    (AXOLOTL | {"rl": "dpo"}, "dpo", "auto", []),
-    (AXOLOTL | {"rl": "ipo"}, "dpo", "auto", ["DPO's sigmoid loss (rl)"]),
+    (AXOLOTL | {"rl": "dpo"}, "dpo", "auto", [CACHE]),
+    (AXOLOTL | {"rl": "ipo"}, "dpo", "auto", ["DPO's sigmoid loss (rl)", CACHE]),
+    (AXOLOTL | {"rl": "dpo", "dpo_loss_type": ["ipo"]}, "dpo", "auto", [CACHE, "DPO's sigmoid loss (dpo_loss_type)"]),
+    (
+        AXOLOTL | {"rl": "dpo", "dpo_use_liger_kernel": True}, "dpo", "auto",
+        [CACHE, f"{IN_MEMORY} (dpo_use_liger_kernel)"],
+    ),
     (AXOLOTL | {"rl": "kto", "kto_desirable_weight": 0.2}, "kto", "auto", []),
     (AXOLOTL | {"rl": "orpo", "orpo_alpha": 0.1}, "orpo", "auto", []),
     (AXOLOTL | {"rl": "simpo", "simpo_gamma": 0.5}, "simpo", "auto", []),
-    (AXOLOTL | {"rl": "dpo", "adapter": "lora", "rl_adapter_ref_model": True}, "dpo", "model", []),
-    (AXOLOTL | {"rl": "dpo", "precompute_ref_log_probs": True}, "dpo", "precomputed", []),
-    (AXOLOTL | {"rl": "dpo", "dpo_use_weighting": True}, "dpo", "auto", ["without WPO's weights (dpo_use_weighting)"]),
+    (AXOLOTL | {"rl": "dpo", "adapter": "lora", "rl_adapter_ref_model": True}, "dpo", "model", [CACHE]),
+    (AXOLOTL | {"rl": "dpo", "precompute_ref_log_probs": True}, "dpo", "precomputed", [CACHE]),
+    (
+        AXOLOTL | {"rl": "dpo", "dpo_use_weighting": True}, "dpo", "auto",
+        [CACHE, "without WPO's weights (dpo_use_weighting)"],
+    ),
     (AXOLOTL | {"reward_model": True, "num_labels": 1}, "reward", "auto", []),
     (AXOLOTL | {"process_reward_model": True, "num_labels": 2}, "prm", "auto", []),
-    (AXOLOTL | {"rl": "dpo", "deepspeed": "zero3.json"}, "dpo", "auto", ["one GPU, without ZeRO-3 (deepspeed)"]),
+    (AXOLOTL | {"rl": "dpo", "deepspeed": "zero3.json"}, "dpo", "auto", [CACHE, "one GPU, without ZeRO-3 (deepspeed)"]),
     (AXOLOTL | {"rl": "ebft", "adapter": "lora"}, "grpo", "auto", [OUTSIDE]),
+    (AXOLOTL | {"rl": "grpo", "trl": {"use_liger_loss": True}}, "grpo", "auto", [f"{IN_MEMORY} (trl)", OUTSIDE]),
     (
         AXOLOTL | {"rl": "ebft", "ebft": {"mode": "strided"}}, "ebft", "auto",
         [f"{OUTSIDE} (rl)", "sdpa, not flex attention (ebft)"],
@@ -76,6 +86,8 @@ def test_a_config_trains_for_what_it_says(
 GRPO: tuple[tuple[dict[str, Any], str], ...] = (
     (AXOLOTL | {"rl": "grpo", "trl": {"max_completion_length": 32}}, "auto"),
     (AXOLOTL | {"rl": "gdpo", "trl": {"max_completion_length": 32, "beta": 0.01}}, "model"),
+    (AXOLOTL | {"rl": "grpo", "rl_beta": 0.01, "trl": {"max_completion_length": 32}}, "model"),
+    (AXOLOTL | {"rl": "grpo", "rl_beta": 0.01, "trl": {"max_completion_length": 32, "beta": 0.0}}, "auto"),
     (AXOLOTL | {"rl": "grpo", "adapter": "lora", "trl": {"max_completion_length": 32, "beta": 0.01}}, "adapter-off"),
     (TRL | {"num_generations": 8, "max_prompt_length": 64, "max_completion_length": 32}, "auto"),
     (TRL | {"max_prompt_length": 64, "max_completion_length": 32, "beta": 0.04, "use_peft": True}, "adapter-off"),

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from perfmodel.cli import main
 from perfmodel.imports import read
-from perfmodel.imports.packing import MASK, UNKNOWN
+from perfmodel.imports.packing import MASK, TAKEN_OUT, TO_THE_LONGEST, UNKNOWN, shorter
 
 AXOLOTL = "base_model: tinyllama-1.1b\nsequence_len: 256\nmicro_batch_size: 2\n"
 FACTORY = "model_name_or_path: tinyllama-1.1b\ncutoff_len: 256\nper_device_train_batch_size: 2\n"
@@ -34,6 +34,7 @@ EXPECTED: dict[str, tuple[dict[str, Any], bool]] = {  # file -> fields of the se
     AXOLOTL + "batch_flattening: auto": ({}, False),
     AXOLOTL + "group_by_length: true": ({"group_by_length": True}, False),
     AXOLOTL + "pad_to_sequence_len: true": ({"padded": True}, False),
+    AXOLOTL + "reward_model: true": ({"padded": True}, False),
     FACTORY + "neat_packing: true": ({"packing": "varlen", "batch": 2}, False),
     FACTORY + "neat_packing: true\nflash_attn: fa2": ({"packing": "varlen"}, True),
     FACTORY + "packing: true": ({"packing": "dense"}, False),
@@ -70,6 +71,23 @@ def test_what_each_tool_packs(tmp_path: Path, text: str) -> None:
     assert any(said.startswith(UNKNOWN) for said in found.differences) == assumed
     assert (MASK in found.notes) == ("neat_packing" in text and "fa2" not in text)
     assert not any(said.startswith(UNKNOWN) for said in found.with_lengths().differences)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("", shorter("sequence_len")),
+        ("pad_to_sequence_len: true\n", TAKEN_OUT),
+        ("reward_model: true\n", TAKEN_OUT),
+        ("reward_model: true\npad_to_sequence_len: false\n", shorter("sequence_len")),
+    ],
+)
+def test_what_is_said_of_rows_for_flash_attention(tmp_path: Path, asked: str, said: str) -> None:
+    """Axolotl pads a reward model's rows to the whole length by itself: they are no shorter then."""
+    found = read(config(tmp_path, AXOLOTL + FLASH + asked))
+    assert found.notes == [said]
+    assert (TO_THE_LONGEST in found.with_lengths().differences) == (said == TAKEN_OUT)
+    assert TO_THE_LONGEST not in found.with_lengths(padded=False).differences
 
 
 @pytest.mark.parametrize(

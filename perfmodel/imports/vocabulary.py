@@ -1,0 +1,33 @@
+"""Tokens that a config adds: a tool gives the embedding and the head a row more for each that has none yet."""
+
+import re
+
+from .keys import NOTHING, Keys
+
+AS_IT_IS = "the vocabulary as it is, without rows for new tokens"
+LACKING = (  # special tokens, and models that have no row left for them, by their names
+    (r"<\|finetune_right_pad_id\|>", r"llama-?3-"),  # Llama 3.1 has it
+    (r"<\|im_(start|end)\|>", r"^(mistralai|mistral-community|meta-llama)/"),
+)
+OF_LLAMA_FACTORY = ("resize_vocab", "add_tokens", "add_special_tokens", "new_special_tokens_config")
+
+
+def enlarged_by_axolotl(keys: Keys) -> None:
+    """Say that `tokens` and `special_tokens` add rows (loaders/model.py, `_resize_token_embeddings`).
+
+    What a special token is to a tokenizer no config tells: it is said where the model is known to lack it.
+    """
+    if isinstance(keys.values.get("tokens"), list) and keys.values["tokens"]:
+        keys.differ(AS_IT_IS, "tokens")
+    special, model = keys.values.get("special_tokens"), str(keys.values.get("base_model"))
+    named = " ".join(map(str, special.values())) if isinstance(special, dict) else ""
+    if any(re.search(token, named) and re.search(models, model, re.IGNORECASE) for token, models in LACKING):
+        keys.differ(AS_IT_IS, "special_tokens")
+
+
+def enlarged_by_llama_factory(keys: Keys) -> bool:
+    """Whether rows are added, which is said; beside adapters embedding and head then train, too (model/adapter.py)."""
+    asked = [key for key in OF_LLAMA_FACTORY if keys.values.get(key) not in NOTHING]
+    if asked:
+        keys.differ(AS_IT_IS, *asked)
+    return bool(asked)
