@@ -161,7 +161,7 @@ def _agree(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 
 def _sooner(a: Pair, b: Pair) -> int:
-    """Below 0 where a pair is tried first: it shares more bytes, at every point of the grid, or as many and is closer."""
+    """Below 0 where a pair is tried first: all over the grid it shares more bytes, or as many and is closer."""
     if not same(a[0], b[0]):
         return -1 if exceeds(a[0], b[0]) else 1
     return a[1] - b[1]
