@@ -3,7 +3,6 @@
 import gc
 import os
 import sys
-from contextlib import suppress
 from importlib import import_module
 
 THREADS = "OPENBLAS_NUM_THREADS"
@@ -33,11 +32,14 @@ def run() -> None:
     try:
         main(prog_name="perfmodel")
     except SystemExit as end:
-        with suppress(OSError):  # of what cannot be written the interpreter's own exit tells
-            sys.stdout.flush()
-            sys.stderr.flush()
-            if isinstance(end.code, int):
-                os._exit(end.code)
+        try:
+            for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed before the start
+                stream.flush()
+        except OSError as error:
+            os.write(2, f"perfmodel: {error.strerror}\n".encode())
+            os._exit(1)
+        if isinstance(end.code, int):
+            os._exit(end.code)
         raise
 
 

@@ -58,6 +58,10 @@ class Main(click.Group):
         except (UserError, click.ClickException) as error:
             click.echo(f"perfmodel: {_line(_message(error))}", err=True)
             sys.exit(2)
+        except OSError as error:  # what was answered could not be written: a full disk behind a pipe or a redirection
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"perfmodel: {where}{error.strerror or error}", err=True)
+            sys.exit(1)
         except click.Abort:
             sys.exit(130)
         sys.exit(result if isinstance(result, int) else 0)

@@ -3,7 +3,9 @@
 import json
 import os
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from errno import EISDIR
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +13,8 @@ from .errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parent
 DATA = _PACKAGE / "data" if (_PACKAGE / "data").is_dir() else _PACKAGE.parent / "data"
+
+LARGEST = 256 * 2**20  # bytes of a file that is read whole: records of a long measurement are the largest
 
 T = TypeVar("T")
 
@@ -25,18 +29,26 @@ def is_file(path: str | os.PathLike[str]) -> bool:
     return os.path.isfile(path)
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark.
+def read_text(path: Path, most: int = LARGEST) -> str:
+    """The text of a UTF-8 file of at most so many bytes, with or without a byte order mark.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, is larger, or is no regular file: a pipe might never end, or never begin.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        what = os.strerror(EISDIR) if os.path.isdir(path) else "not a regular file"
+        raise UserError(f"{path}: cannot be read ({what})")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+        text = content[:most].decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:  # not UTF-8, or a name that cannot be a path
         raise UserError(f"{path}: cannot be read ({error})") from None
+    if len(content) > most:
+        raise UserError(f"{path}: larger than {most // 2**20} MiB, so not what is read here")
+    return text
 
 
 def parsed(text: str, parse: Callable[[str], T], form: str, where: str, *errors: type[Exception]) -> T:
@@ -108,9 +120,38 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    temporary = path.with_name(path.name + ".part")
+    with written(path) as place:
+        place.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def written(path: Path, done: str = "written") -> Iterator[Path]:
+    """Where to write what is to be at `path`: a new file beside it, which takes its place if all went well.
+
+    A link stays one, the file that it names is written; devices and pipes are written as they are.
+
+    Args:
+        done: the verb of a complaint.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        target = Path(os.path.realpath(path))
+    except ValueError as error:  # a name that cannot be a path
+        raise UserError(f"{str(path)!r}: cannot be {done} ({error})") from None
+    try:
+        if target.exists() and not target.is_file():
+            yield target
+            return
+        place = target.with_name(f".{target.name[:100]}.{os.urandom(4).hex()}.part")
+        try:
+            yield place
+            if target.exists():
+                place.chmod(target.stat().st_mode & 0o777)
+            place.replace(target)
+        finally:
+            with suppress(OSError):
+                place.unlink()
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be {done} ({error.strerror or error})") from None

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perfmodel.errors import UserError
+from perfmodel.resources import written
 
 NAMED = 10  # series with a colour of their own
 
@@ -59,12 +60,10 @@ def plot_parity(points: Sequence[Point], path: Path, title: str) -> None:
     axes.set_title(title, fontsize=10)
     axes.legend(frameon=False)
     axes.grid(which="major", color="0.92")
-    temporary = path.with_name(path.name + ".part")
     try:
-        figure.savefig(temporary, dpi=150, format=path.suffix.lstrip(".") or "png")
-        temporary.replace(path)
-    except (OSError, ValueError) as error:
-        temporary.unlink(missing_ok=True)
+        with written(path, "drawn") as place:
+            figure.savefig(place, dpi=150, format=path.suffix.lstrip(".") or "png")
+    except ValueError as error:  # of a format that is unknown
         raise UserError(f"{path}: cannot be drawn ({error})") from None
     finally:
         plt.close(figure)

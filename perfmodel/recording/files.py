@@ -6,8 +6,6 @@ Ops, shapes and numbers are tables that the parts refer to. What is read is data
 
 import gzip
 import json
-import os
-import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import fields
@@ -15,12 +13,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
 from ..program.dtypes import ITEMSIZE
 from ..program.op import PLAIN, Attrs, Op, Spec
 from ..program.part import PHASES, HostWork, Part
 from ..program.polynomials import POWERS, Polynomial
 from ..program.streams import MAIN, Run
+from ..resources import written
 from ..tape.tensor import Parameter
 from .program import LiveBytes, Numbers, Program
 
@@ -78,14 +76,9 @@ def write_object(path: Path, values: dict[str, Any]) -> None:
     """
     body = json.dumps(values, separators=(",", ":")).encode()
     head = json.dumps({"form": FORM, "sha256": sha256(body).hexdigest()}).encode()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=path.name[:40], suffix=".part", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(gzip.compress(head + b"\n" + body, mtime=0))
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    with written(path) as place:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(gzip.compress(head + b"\n" + body, mtime=0))
 
 
 def encoded(program: Program) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Rows of columns as CSV, JSON or Parquet, written block by block under a temporary name and renamed at the end."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from ..errors import UserError, nearest
+from ..resources import written
 
 Columns = dict[str, np.ndarray]
 Write = Callable[[Columns], None]
@@ -25,15 +25,8 @@ def rows_to(path: Path) -> Iterator[Write]:
     formats = {".csv": _csv, ".json": _json, ".parquet": _parquet}
     if path.suffix not in formats:
         raise UserError(f"{path}: unknown format {path.suffix!r}: {nearest(path.suffix, formats)}")
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with formats[path.suffix](temporary) as write:
-            yield write
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written(path) as place, formats[path.suffix](place) as write:
+        yield write
 
 
 def records(columns: Columns) -> Iterator[dict[str, Any]]:

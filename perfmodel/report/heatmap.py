@@ -7,6 +7,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..questions.sweeps import Columns, Sweep
+from ..resources import written
 from .sweeps import Key, plane
 
 MOST_PANELS, MOST_NUMBERS, MOST_TICKS = 12, 80, 8  # panels; cells with a number in them; ticks at every value
@@ -123,11 +124,5 @@ def _corners(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _save(figure: Any, path: Path) -> None:
-    temporary = path.with_name(path.name + ".part")
-    try:
-        figure.savefig(temporary, dpi=150, format=path.suffix.lstrip("."))
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be drawn ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written(path, "drawn") as place:
+        figure.savefig(place, dpi=150, format=path.suffix.lstrip("."))

@@ -1,10 +1,10 @@
 """The records of a campaign: what is done, and what is kept of it when the process dies."""
 
-import os
 import time
 from pathlib import Path
 
 from perfmodel.errors import UserError
+from perfmodel.resources import written
 
 from ..measuring import records
 from ..measuring.records import Record
@@ -57,9 +57,8 @@ def mend(path: Path) -> None:
     """
     try:
         whole = path.read_bytes() if path.exists() else b""
-        if whole and not whole.endswith(b"\n"):
-            temporary = path.with_name(path.name + ".part")
-            temporary.write_bytes(whole[: whole.rfind(b"\n") + 1])
-            os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be mended ({error.strerror})") from None
+    if whole and not whole.endswith(b"\n"):
+        with written(path, "mended") as place:
+            place.write_bytes(whole[: whole.rfind(b"\n") + 1])

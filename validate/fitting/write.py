@@ -1,13 +1,12 @@
 """Writes fitted blocks into device files: as text, so that everything before them stays as its author wrote it."""
 
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 
 from perfmodel.devices import profile
+from perfmodel.resources import written
 
 from .judging import Fit
 
@@ -25,7 +24,8 @@ def write_blocks(path: Path, blocks: Mapping[str, Fit], date: str) -> None:
         head = content[: at + 1]
     else:
         head = content.rstrip(b"\n") + b"\n\n"
-    _replace(path, head + "\n".join(tables).encode())
+    with written(path) as place:
+        place.write_bytes(head + "\n".join(tables).encode())
     profile.forget()
 
 
@@ -34,7 +34,8 @@ def write_last(path: Path, name: str, fit: Fit, date: str) -> None:
     content = path.read_bytes()
     at = content.find(f"\n[fitted.{name}]".encode())
     head = content[: at + 1] if at >= 0 else content.rstrip(b"\n") + b"\n\n"
-    _replace(path, head + block_text(f"fitted.{name}", fit, date).encode())
+    with written(path) as place:
+        place.write_bytes(head + block_text(f"fitted.{name}", fit, date).encode())
     profile.forget()
 
 
@@ -78,17 +79,3 @@ def _value(value: object) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(_value(v) for v in value) + "]"
     raise TypeError(f"no TOML value for {value!r}")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write beside the file and rename: nobody ever reads a half-written one."""
-    mode = path.stat().st_mode & 0o777
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as out:
-            out.write(content)
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -13,7 +13,7 @@ from typing import Any
 
 from perfmodel.errors import UserError, nearest
 from perfmodel.program.part import PHASES
-from perfmodel.resources import parsed, read_text
+from perfmodel.resources import parsed, read_text, written
 
 SCHEMA = 1
 Record = dict[str, Any]
@@ -111,16 +111,12 @@ def append_records(path: Path, *records: Record) -> None:
         UserError: the file cannot be written.
     """
     lines = "".join(json.dumps({"schema": SCHEMA, **record}, allow_nan=False) + "\n" for record in records)
-    temporary = path.with_name(path.name + ".part")
-    try:
-        before = path.read_bytes() if path.exists() else b""
-        with temporary.open("wb") as file:
+    with written(path) as place:
+        before = path.read_bytes() if path.is_file() else b""
+        with place.open("wb") as file:
             file.write(before + lines.encode())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 @contextmanager

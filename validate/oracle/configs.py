@@ -13,7 +13,7 @@ from pathlib import Path
 from perfmodel.cli import main
 from perfmodel.commands import traces
 from perfmodel.imports import DIFFERS, NO_TRAINING
-from perfmodel.resources import DATA, read_rows
+from perfmodel.resources import DATA, read_rows, written
 
 TABLE = DATA / "coverage" / "configs.csv"  # of a whole run, made by this command
 NAMES = ("*.yml", "*.yaml", "adapter_config.json", "training_params.json")
@@ -139,7 +139,7 @@ def read_table(path: Path = TABLE) -> list[ConfigRow]:
 
 def write_configs(path: Path, rows: Sequence[ConfigRow]) -> None:
     """Write the table as CSV."""
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with written(path) as place, place.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(ConfigRow)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(map(asdict, rows))
