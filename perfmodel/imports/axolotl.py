@@ -115,7 +115,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     if setup.get("packing", "none") == "none":
         setup["group_by_length"] = keys.flag("group_by_length")
         setup["padded"] = padded and setup["attention"] != "flash2"  # which would take out what no config tells of
-        notes += [] if padded else [packing.shorter("sequence_len")]
+        # of prompts the first line tells; EBFT's documents are padded by their datasets (prompt_strategies/ebft)
+        notes += [] if padded or "prompt" in objective else [packing.shorter("sequence_len")]
     return keys.text("base_model"), method, setup, notes
 
 

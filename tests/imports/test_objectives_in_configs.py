@@ -9,29 +9,39 @@ import yaml
 
 from perfmodel import UserError
 from perfmodel.imports import DIFFERS, read
-from perfmodel.imports.trained_for import OUTSIDE
+from perfmodel.imports.trained_for import NOT_TRITONS, OUTSIDE, UNCORRECTED, UNFUSED_LOSS
 from perfmodel.setup import Setup
 
 AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64}
 FACTORY = {"model_name_or_path": "gpt2", "cutoff_len": 64}
 TRL = {"model_name_or_path": "gpt2", "max_length": 64}
 OPEN = "a DPO step: the file does not say whether DPO, KTO, ORPO or CPO reads it (beta)"
+TORCHS = f"{NOT_TRITONS} (rl)"
+OF_64 = "prompts of 64 tokens, of which no key says how long they are"
+WITHOUT_3 = "one GPU, without ZeRO-3 (deepspeed)"
 OWN = "step as TRL's trainer runs it, not LLaMA-Factory's own form of it (stage)"
 
 # keys of a file -> objective, reference, and what stands in the first line
 SAID: tuple[tuple[dict[str, Any], str, str, list[str]], ...] = (
-    (AXOLOTL | {"rl": "dpo"}, "dpo", "auto", []),
-    (AXOLOTL | {"rl": "ipo"}, "dpo", "auto", ["DPO's sigmoid loss (rl)"]),
-    (AXOLOTL | {"rl": "kto", "kto_desirable_weight": 0.2}, "kto", "auto", []),
-    (AXOLOTL | {"rl": "orpo", "orpo_alpha": 0.1}, "orpo", "auto", []),
-    (AXOLOTL | {"rl": "simpo", "simpo_gamma": 0.5}, "simpo", "auto", []),
-    (AXOLOTL | {"rl": "dpo", "adapter": "lora", "rl_adapter_ref_model": True}, "dpo", "model", []),
-    (AXOLOTL | {"rl": "dpo", "precompute_ref_log_probs": True}, "dpo", "precomputed", []),
-    (AXOLOTL | {"rl": "dpo", "dpo_use_weighting": True}, "dpo", "auto", ["without WPO's weights (dpo_use_weighting)"]),
+    (AXOLOTL | {"rl": "dpo"}, "dpo", "auto", [TORCHS]),
+    (AXOLOTL | {"rl": "ipo"}, "dpo", "auto", ["DPO's sigmoid loss (rl)", TORCHS]),
+    (AXOLOTL | {"rl": "kto", "kto_desirable_weight": 0.2}, "kto", "auto", [TORCHS]),
+    (AXOLOTL | {"rl": "orpo", "orpo_alpha": 0.1}, "orpo", "auto", [TORCHS]),
+    (AXOLOTL | {"rl": "simpo", "simpo_gamma": 0.5}, "simpo", "auto", [TORCHS]),
+    (AXOLOTL | {"rl": "dpo", "adapter": "lora", "rl_adapter_ref_model": True}, "dpo", "model", [TORCHS]),
+    (AXOLOTL | {"rl": "dpo", "precompute_ref_log_probs": True}, "dpo", "precomputed", [TORCHS]),
+    (
+        AXOLOTL | {"rl": "dpo", "dpo_use_weighting": True}, "dpo", "auto",
+        [TORCHS, "without WPO's weights (dpo_use_weighting)"],
+    ),
     (AXOLOTL | {"reward_model": True, "num_labels": 1}, "reward", "auto", []),
     (AXOLOTL | {"process_reward_model": True, "num_labels": 2}, "prm", "auto", []),
-    (AXOLOTL | {"rl": "dpo", "deepspeed": "zero3.json"}, "dpo", "auto", ["one GPU, without ZeRO-3 (deepspeed)"]),
-    (AXOLOTL | {"rl": "ebft", "adapter": "lora"}, "grpo", "auto", [OUTSIDE]),
+    (AXOLOTL | {"rl": "dpo", "deepspeed": "zero3.json"}, "dpo", "auto", [TORCHS, WITHOUT_3]),
+    (AXOLOTL | {"rl": "ebft", "adapter": "lora"}, "grpo", "auto", [TORCHS, OUTSIDE, OF_64]),
+    (
+        AXOLOTL | {"rl": "ebft", "adapter": "lora", "trl": {"use_vllm": True, "use_liger_loss": True}}, "grpo", "auto",
+        [TORCHS, OUTSIDE, OF_64, f"{UNCORRECTED} (use_vllm)", f"{UNFUSED_LOSS} (use_liger_loss)"],
+    ),
     (
         AXOLOTL | {"rl": "ebft", "ebft": {"mode": "strided"}}, "ebft", "auto",
         [f"{OUTSIDE} (rl)", "sdpa, not flex attention (ebft)"],
@@ -76,6 +86,7 @@ def test_a_config_trains_for_what_it_says(
 GRPO: tuple[tuple[dict[str, Any], str], ...] = (
     (AXOLOTL | {"rl": "grpo", "trl": {"max_completion_length": 32}}, "auto"),
     (AXOLOTL | {"rl": "gdpo", "trl": {"max_completion_length": 32, "beta": 0.01}}, "model"),
+    (AXOLOTL | {"rl": "grpo", "rl_beta": 0.01, "trl": {"max_completion_length": 32}}, "model"),
     (AXOLOTL | {"rl": "grpo", "adapter": "lora", "trl": {"max_completion_length": 32, "beta": 0.01}}, "adapter-off"),
     (TRL | {"num_generations": 8, "max_prompt_length": 64, "max_completion_length": 32}, "auto"),
     (TRL | {"max_prompt_length": 64, "max_completion_length": 32, "beta": 0.04, "use_peft": True}, "adapter-off"),
@@ -90,7 +101,8 @@ def test_grpos_training_step_has_prompts_and_completions(
     path = tmp_path / "config.yml"
     path.write_text(yaml.safe_dump(values))
     found = read(path)
-    assert found.first_line.startswith(f"{DIFFERS}the training step alone, without generation and rewards")
+    assert found.first_line.removeprefix(DIFFERS).removeprefix(f"{TORCHS}; ").startswith(OUTSIDE)
+    assert not any("shorter than" in note for note in found.notes)
     setup = Setup(**found.setup)
     assert (setup.objective, setup.seq, setup.prompt, setup.reference) == ("grpo", 96, 64, reference)
 
