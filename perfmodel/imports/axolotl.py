@@ -46,6 +46,8 @@ FUSES = ("lora", "rslora", "loraplus", "pissa")  # methods that have Unsloth's k
 RECOMPUTED = "blocks recomputed, in the place of offloaded activations"  # beside adapters offloading stands alone
 FROZEN_AGAIN = "all adapters train; Axolotl freezes again those that are not named"  # once PEFT made them (train.py)
 FROM_INPUT = "backward from the lowest trained weight on, not through every block"
+GEMMA_4 = re.compile(r"gemma-?4", re.IGNORECASE)
+GEMMA_4_FUSED = "without the fused kernel around attention"  # on by itself there (`_apply_model_specific_patches`)
 IN_4_BIT = re.compile(r"bnb|nf4|4-?bit", re.IGNORECASE)  # in the names of repositories
 ONLY_OF_QLORA = "a base in 4 bits; Axolotl makes one for adapter: qlora alone"
 OF_IMAGES = ("vision tower", "projector")
@@ -184,7 +186,7 @@ def _checkpoint(keys: Keys, *, checkpoints: bool) -> str:
         if not keys.values.get("adapter"):
             return "block"  # torch's wrapper of blocks (`_apply_activation_checkpointing`)
         keys.differ(RECOMPUTED, "activation_offloading" if offloading else "gradient_checkpointing")
-    if re.search(r"gemma-?4", str(keys.get("base_model")), re.IGNORECASE):
+    if GEMMA_4.search(str(keys.get("base_model"))):
         keys.used.add("gradient_checkpointing_kwargs")
         return "block"  # never reentrant, whatever is said
     plain = not keys.values.get("unfrozen_parameters") and not keys.values.get("rl")
@@ -344,6 +346,8 @@ def _asked_attention(keys: Keys) -> str | None:
 
 def _attention(keys: Keys) -> str:
     keys.exclude("flash_attention", "eager_attention")
+    if GEMMA_4.search(str(keys.get("base_model"))):
+        keys.differ(GEMMA_4_FUSED)
     word = _asked_attention(keys)
     key = "attn_implementation" if "attn_implementation" in keys else next((k for k in SWITCHES if k in keys), "")
     if word in ATTENTION_INSTEAD:

@@ -60,3 +60,20 @@ def test_modules_of_images_are_frozen_on_request(tmp_path: Path) -> None:
     assert read(file).frozen == ("vision tower", "projector")
     file.write_text(BASE)
     assert read(file).frozen == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("base_model: google/gemma-4-31B\n", ["without the fused kernel around attention"]),
+        (
+            "base_model: google/gemma-4-31B\nfused_attn_kernel: true\n",
+            ["without the fused kernel around attention (fused_attn_kernel)"],
+        ),
+        ("base_model: google/gemma-3-12b-it\n", []),
+    ],
+)
+def test_gemma_4s_fused_kernel_comes_by_itself(tmp_path: Path, text: str, said: list[str]) -> None:
+    """Norms, rotations and transposes of every layer are one kernel there, whatever the file says."""
+    (tmp_path / "config.yml").write_text(BASE + text)
+    assert [d for d in read(tmp_path / "config.yml").differences if "fused kernel" in d] == said
