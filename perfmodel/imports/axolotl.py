@@ -42,6 +42,7 @@ FUSED = (
     ("unsloth_lora_mlp", "unsloth_lora_qkv", "unsloth_lora_o"),
 )
 PLAIN_ADAPTERS = ("rl", "nvfp4_merge_aware", "trust_remote_code")  # keys beside which no kernels come by themselves
+FUSED_EXPERTS = ("scattermoe", "sonicmoe")
 FUSES = ("lora", "rslora", "loraplus", "pissa")  # methods that have Unsloth's kernels here
 RECOMPUTED = "blocks recomputed, in the place of offloaded activations"  # beside adapters offloading stands alone
 FROZEN_AGAIN = "all adapters train; Axolotl freezes again those that are not named"  # once PEFT made them (train.py)
@@ -312,8 +313,15 @@ def _fake_quantised(keys: Keys) -> str:
 
 
 def _experts(keys: Keys) -> str:
-    """The setup's `experts`; implementations that are not modelled are left to the table."""
-    if keys.values.get("experts_implementation") != "eager":
+    """The setup's `experts`; implementations that are not modelled are left to the table.
+
+    The plugin of kernels makes them eager where no fused ones are asked for (integrations/kernels/args.py).
+    """
+    asked, names = keys.values.get("experts_implementation"), keys.names("plugins")
+    if asked is None and any(name.endswith("KernelsPlugin") for name in names):
+        fused = any(keys.values.get(f"use_{name}") for name in FUSED_EXPERTS)
+        asked = None if fused or keys.values.get("expert_backend") in FUSED_EXPERTS else "eager"
+    if asked != "eager":
         return "grouped_mm"
     keys.used.add("experts_implementation")
     return "eager"

@@ -77,3 +77,19 @@ def test_gemma_4s_fused_kernel_comes_by_itself(tmp_path: Path, text: str, said: 
     """Norms, rotations and transposes of every layer are one kernel there, whatever the file says."""
     (tmp_path / "config.yml").write_text(BASE + text)
     assert [d for d in read(tmp_path / "config.yml").differences if "fused kernel" in d] == said
+
+
+@pytest.mark.parametrize(
+    ("text", "experts"),
+    [
+        ("", "grouped_mm"),
+        ("plugins: [axolotl.integrations.kernels.KernelsPlugin]", "eager"),
+        ("plugins: [axolotl.integrations.kernels.KernelsPlugin]\nuse_scattermoe: true", "grouped_mm"),
+        ("plugins: [axolotl.integrations.kernels.KernelsPlugin]\nexpert_backend: sonicmoe", "grouped_mm"),
+        ("plugins: [axolotl.integrations.kernels.KernelsPlugin]\nexperts_implementation: grouped_mm", "grouped_mm"),
+    ],
+)
+def test_the_plugin_of_kernels_makes_experts_eager(tmp_path: Path, text: str, experts: str) -> None:
+    """A loop over the experts that are hit waits for the device in every block: transformers' default does not."""
+    (tmp_path / "config.yml").write_text(BASE + text)
+    assert read(tmp_path / "config.yml").setup["experts"] == experts
