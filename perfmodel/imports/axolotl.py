@@ -109,6 +109,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "experts": _experts(keys),
     }
     setup |= objective
+    if adapter is None and setup["amp"] and _in_fp32_under_fsdp(keys):
+        keys.differ(f"weights in {dtype}, not in fp32 as FSDP keeps them")
     if _keeps_fp32(keys, adapter, dtype):
         keys.differ("embeddings and norms in the dtype of the rest, not in fp32")
     after = keys.values["qat"].get("fake_quant_after_n_steps") if setup["qat"] != "none" else None
@@ -158,6 +160,14 @@ def _dtype(keys: Keys) -> str | None:
     plain = "bf16" if keys.flag("bfloat16") else "fp16" if keys.flag("float16") else None
     keys.flag("float32")
     return half(keys) or plain
+
+
+def _in_fp32_under_fsdp(keys: Keys) -> bool:
+    """Whether accelerate puts in fp32 what trains, to gather it in 16 bit: under FSDP 2 Axolotl's patch does not."""
+    options = keys.values.get("fsdp_config")
+    own = options if isinstance(options, dict) else {}
+    versions = (keys.values.get("fsdp_version"), own.get("version"), own.get("fsdp_version"))
+    return bool(options or keys.values.get("fsdp")) and "2" not in map(str, versions)
 
 
 def _accumulated(keys: Keys) -> int:
@@ -313,12 +323,10 @@ def _fake_quantised(keys: Keys) -> str:
 
 
 def _experts(keys: Keys) -> str:
-    """The setup's `experts`; implementations that are not modelled are left to the table.
-
-    The plugin of kernels makes them eager where no fused ones are asked for (integrations/kernels/args.py).
-    """
-    asked, names = keys.values.get("experts_implementation"), keys.names("plugins")
-    if asked is None and any(name.endswith("KernelsPlugin") for name in names):
+    """The setup's `experts`; the table tells of those that are not modelled."""
+    asked = keys.values.get("experts_implementation")
+    if asked is None and any(name.endswith("KernelsPlugin") for name in keys.names("plugins")):
+        # the plugin's own default (integrations/kernels/args.py, `check_experts_implementation`)
         fused = any(keys.values.get(f"use_{name}") for name in FUSED_EXPERTS)
         asked = None if fused or keys.values.get("expert_backend") in FUSED_EXPERTS else "eager"
     if asked != "eager":

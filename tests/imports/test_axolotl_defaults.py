@@ -93,3 +93,21 @@ def test_the_plugin_of_kernels_makes_experts_eager(tmp_path: Path, text: str, ex
     """A loop over the experts that are hit waits for the device in every block: transformers' default does not."""
     (tmp_path / "config.yml").write_text(BASE + text)
     assert read(tmp_path / "config.yml").setup["experts"] == experts
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("bf16: true\nfsdp: [full_shard]\nfsdp_config: {offload_params: true}", True),
+        ("bf16: true\nfsdp_config: {fsdp_version: 2}", False),
+        ("bf16: true\nfsdp_version: 2\nfsdp_config: {a: b}", False),
+        ("bf16: full\nfsdp_config: {a: b}", False),
+        ("bf16: true\nfsdp_config: {a: b}\nadapter: lora\nlora_target_linear: true", False),
+        ("bf16: true", False),
+    ],
+)
+def test_weights_that_fsdp_keeps_in_fp32_are_told(tmp_path: Path, text: str, told: bool) -> None:
+    """In 16 bit weights and the optimizer's states have half the bytes, and its step half the traffic."""
+    (tmp_path / "config.yml").write_text(BASE + text)
+    found = read(tmp_path / "config.yml")
+    assert ("weights in bf16, not in fp32 as FSDP keeps them" in found.differences) == told
