@@ -44,7 +44,9 @@ def bundled_for(name: str) -> Meant | None:
     found = {_known()[known] for used, known in matches if len(used) == most and _fits(words, used, known)}
     if len(found) != 1 or _begins(words, "unlike"):
         return None
-    return Meant(found.pop(), tuple(w for w in words if w in _data()["packed"]))
+    bundled = found.pop()
+    packed = tuple(w for w in words if w in _data()["packed"])
+    return Meant(bundled, packed or _kept(bundled, words))
 
 
 def is_own_code(name: str) -> bool:
@@ -78,6 +80,12 @@ def name_order(name: str) -> tuple[tuple[float, str], ...]:
 def _number(word: str) -> float:
     found = re.match(r"v?(\d+(?:\.\d+)?)(m?)", word)
     return float(found[1]) / (1000 if found[2] else 1) if found else 0.0
+
+
+def _kept(bundled: str, words: Words) -> Words:
+    """How the repositories of a bundled model pack its weights, though the name does not say so."""
+    whole = not {*words}.isdisjoint(_data()["whole"])
+    return () if whole or bundled not in _data()["kept"] else (_data()["kept"][bundled],)
 
 
 def _begins(words: Words, kind: str) -> bool:

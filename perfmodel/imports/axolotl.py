@@ -8,11 +8,9 @@ from ..errors import UserError
 from ..methods.lora import TOGETHER
 from ..methods.parts.targeted import ALL_LINEAR, is_pattern
 from . import packing
+from .axolotl_kernels import GEMMA_4, asked_attention, attention, kernels
 from .fields import (
     ALL_FUSED,
-    ALL_OF_LIGER,
-    FLASH,
-    FLASH_2_FOR_3,
     NOT_QAT,
     ON_GPTQ,
     OPTIMIZERS,
@@ -43,6 +41,7 @@ FUSED = (
     ("unsloth_lora_mlp", "unsloth_lora_qkv", "unsloth_lora_o"),
 )
 PLAIN_ADAPTERS = ("rl", "nvfp4_merge_aware", "trust_remote_code")  # keys beside which no kernels come by themselves
+FUSED_EXPERTS = ("scattermoe", "sonicmoe")
 FUSES = ("lora", "rslora", "loraplus", "pissa")  # methods that have Unsloth's kernels here
 RECOMPUTED = "blocks recomputed, in the place of offloaded activations"  # beside adapters offloading stands alone
 FROZEN_AGAIN = "all adapters train; Axolotl freezes again those that are not named"  # once PEFT made them (train.py)
@@ -59,19 +58,6 @@ OTHER_KIND = "quantised base weights of this kind are not modelled"
 QWEN_OF_2023 = re.compile(r"qwen-(1[._]8|7|14|72)b", re.IGNORECASE)  # its config.json: "use_flash_attn": "auto"
 AUTO_FLASH = "PyTorch's attention and norms, not flash-attn's, which the model's own code takes where it is installed"
 FP32_HEAD = "the output head in fp32, not in the dtype of the rest"
-LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy")
-ATTENTION = {"eager": "eager", "sdpa": "sdpa", "fp8": None, "sage": None, **FLASH}
-ATTENTION_INSTEAD = {"xformers": "attention of PyTorch, not xformers'", "flex_attention": "sdpa, not flex attention"}
-SWITCHES = {  # older switches and the implementation that each stands for (LEGACY_ATTN_FLAG_TO_IMPL)
-    "xformers_attention": "xformers", "sage_attention": "sage", "flex_attention": "flex_attention",
-    "flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager",
-}  # fmt: skip
-PLUGINS = {  # a plugin's class, and what is answered instead of a step with it; None: its own keys say it
-    "CutCrossEntropyPlugin": "the logits in memory, without cut cross entropy", "LigerPlugin": None,
-    "SwanLabPlugin": None, "LMEvalPlugin": None, "KernelsPlugin": None, "ExpertParallelPlugin": None,
-    "LLMCompressorPlugin": None, "DiffusionPlugin": None, "KDPlugin": None, "GrokfastPlugin": None,
-    "NemoGymPlugin": None, "DenseMixerPlugin": None, "HatcheryPlugin": None, "MoraPlugin": None,
-}  # fmt: skip
 
 
 def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
@@ -105,22 +91,26 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "qat": _fake_quantised(keys),
         "fp8": float8(keys, "tensorwise", compile),  # `additional_accelerator_args`
         "clip_grad": clips(keys, "max_grad_norm", keys.number("gradient_clipping", 1.0)),
-        "kernels": _kernels(keys),
+        "kernels": kernels(keys),
         "experts": _experts(keys),
     }
     setup |= objective
     enlarged_by_axolotl(keys)
+    if adapter is None and setup["amp"] and _in_fp32_under_fsdp(keys):
+        keys.differ(f"weights in {dtype}, not in fp32 as FSDP keeps them")
     if _keeps_fp32(keys, adapter, dtype):
         keys.differ("embeddings and norms in the dtype of the rest, not in fp32")
     after = keys.values["qat"].get("fake_quant_after_n_steps") if setup["qat"] != "none" else None
     notes = [f"a step with fake quantisation; the first {after} have none"] if after else []
-    packing.packed_by_axolotl(keys, setup, _asked_attention(keys))
+    packing.packed_by_axolotl(keys, setup, asked_attention(keys))
     padded = keys.flag("pad_to_sequence_len", keys.flag("reward_model"))  # `hint_reward_model_pad`
     if setup.get("packing", "none") == "none":
         setup["group_by_length"] = keys.flag("group_by_length")
         setup["padded"] = padded and setup["attention"] != "flash2"
-        if not setup["padded"]:
-            notes.append(packing.TAKEN_OUT if padded else packing.shorter("sequence_len"))
+        if padded and not setup["padded"]:
+            notes.append(packing.TAKEN_OUT)
+        elif not padded and "prompt" not in objective:  # of prompts the first line tells; EBFT's data sets pad
+            notes.append(packing.shorter("sequence_len"))
     return keys.text("base_model"), method, setup, notes
 
 
@@ -144,7 +134,7 @@ def _keeps_fp32(keys: Keys, adapter: str | None, dtype: str | None) -> bool:
 
     On a base in few bits PEFT upcasts them, and those that Axolotl finds by their names are cast back.
     """
-    plain = _asked_attention(keys) in (None, "eager", "sdpa")
+    plain = asked_attention(keys) in (None, "eager", "sdpa")
     back = ("fsdp", "fsdp_config", "cut_cross_entropy")  # what casts them back, beside adapters and other attentions
     cast_back = adapter is not None or not plain or any(keys.values.get(key) for key in back)
     sharded = any(keys.values.get(key) for key in back[:2])
@@ -163,6 +153,24 @@ def _dtype(keys: Keys) -> str | None:
         keys.used.add("bf16")
         return "fp16" if keys.flag("fp16") else "bf16"
     return half(keys) or plain
+
+
+def _in_fp32_under_fsdp(keys: Keys) -> bool:
+    """Whether accelerate puts in fp32 what trains, to gather it in 16 bit: under FSDP 2 Axolotl's patch does not."""
+    options = keys.values.get("fsdp_config")
+    own = options if isinstance(options, dict) else {}
+    versions = (keys.values.get("fsdp_version"), own.get("version"), own.get("fsdp_version"))
+    return bool(options or keys.values.get("fsdp")) and "2" not in map(str, versions)
+
+
+def _attention(keys: Keys) -> str:
+    if (
+        asked_attention(keys) is None
+        and QWEN_OF_2023.search(str(keys.get("base_model")))
+        and not _upcast_for_good(keys)
+    ):
+        keys.differ(AUTO_FLASH)
+    return attention(keys)
 
 
 def _accumulated(keys: Keys) -> int:
@@ -192,7 +200,7 @@ def _checkpoint(keys: Keys, *, checkpoints: bool) -> str:
         if not keys.values.get("adapter"):
             return "block"  # torch's wrapper of blocks (`_apply_activation_checkpointing`)
         keys.differ(RECOMPUTED, "activation_offloading" if offloading else "gradient_checkpointing")
-    if re.search(r"gemma-?4", str(keys.get("base_model")), re.IGNORECASE):
+    if GEMMA_4.search(str(keys.get("base_model"))):
         keys.used.add("gradient_checkpointing_kwargs")
         return "block"  # never reentrant, whatever is said
     plain = not keys.values.get("unfrozen_parameters") and not keys.values.get("rl")
@@ -318,8 +326,13 @@ def _fake_quantised(keys: Keys) -> str:
 
 
 def _experts(keys: Keys) -> str:
-    """The setup's `experts`; implementations that are not modelled are left to the table."""
-    if keys.values.get("experts_implementation") != "eager":
+    """The setup's `experts`; the table tells of those that are not modelled."""
+    asked = keys.values.get("experts_implementation")
+    if asked is None and any(name.endswith("KernelsPlugin") for name in keys.names("plugins")):
+        # the plugin's own default (integrations/kernels/args.py, `check_experts_implementation`)
+        fused = any(keys.values.get(f"use_{name}") for name in FUSED_EXPERTS)
+        asked = None if fused or keys.values.get("expert_backend") in FUSED_EXPERTS else "eager"
+    if asked != "eager":
         return "grouped_mm"
     keys.used.add("experts_implementation")
     return "eager"
@@ -342,46 +355,3 @@ def _full(keys: Keys) -> str:
 def frozen_on_request(keys: Keys) -> tuple[str, ...]:
     """The parts of a vision-language model that do not train (utils/freeze.py, `freeze_mm_modules`)."""
     return OF_IMAGES if keys.flag("freeze_mm_modules") else ()
-
-
-def _asked_attention(keys: Keys) -> str | None:
-    """The implementation of attention by its newer name."""
-    asked = [implementation for key, implementation in SWITCHES.items() if keys.flag(key)]
-    return keys.text("attn_implementation") or (asked[0] if asked else None)
-
-
-def _attention(keys: Keys) -> str:
-    keys.exclude("flash_attention", "eager_attention")
-    word = _asked_attention(keys)
-    key = "attn_implementation" if "attn_implementation" in keys else next((k for k in SWITCHES if k in keys), "")
-    if word in ATTENTION_INSTEAD:
-        keys.differ(ATTENTION_INSTEAD[word], key)
-        return "sdpa"
-    if word is None:
-        if QWEN_OF_2023.search(str(keys.get("base_model"))) and not _upcast_for_good(keys):
-            keys.differ(AUTO_FLASH)
-        return "sdpa"
-    found = ATTENTION.get(word)
-    if found is None:
-        raise UserError(f"{keys.origin}: {key} {word!r} is not modelled; use flash_attention_2, sdpa or eager")
-    if found == "flash2" and "3" in word:
-        keys.differ(FLASH_2_FOR_3, key)
-    return found
-
-
-def _kernels(keys: Keys) -> str:
-    """Liger's kernels where its plugin is on; what else plugins change is said."""
-    names = {plugin.rsplit(".", 1)[-1] for plugin in keys.names("plugins")}
-    for name in sorted(names):
-        if name not in PLUGINS:
-            keys.differ(f"without the plugin {name}", "plugins")
-        elif (said := PLUGINS[name]) is not None and keys.get("cut_cross_entropy") is not False:
-            keys.differ(said, "plugins")
-    on = [key for key in LIGER if keys.flag(key) or (key == "liger_glu_activation" and keys.flag("liger_swiglu"))]
-    keys.used.update(("liger_layer_norm", "liger_rms_norm_gated", "liger_cross_entropy", "liger_use_token_scaling"))
-    if "LigerPlugin" not in names or not on:
-        return "torch"
-    if len(on) < len(LIGER):
-        missing = [key for key in LIGER if key not in on]
-        keys.differ(f"{ALL_OF_LIGER} ({', '.join(missing)} too)")
-    return "liger"

@@ -65,12 +65,14 @@ def _converts(found: Imported, option: str, architecture: Architecture) -> bool:
 
 
 def unpacked(model: str, found: Imported) -> str:
-    """What is said of a base that a repository's name calls packed and that a config's method does not pack again."""
+    """What is said of a base that a repository keeps packed and that a config's method does not pack again."""
     meant = bundled_for(model)
     if meant is None or not meant.packed:
         return ""
     if found.method is not None and isinstance(methods.parse(found.method), QuantisedLora):
         return ""
+    if found.tool == "LLaMA-Factory" and meant.packed == ("fp8",):
+        return ""  # it dequantises such weights (model_utils/quantization.py)
     return f"weights in {found.setup.get('dtype')}, not {'-'.join(meant.packed)}"
 
 

@@ -46,6 +46,9 @@ NOT_FP8 = "products in bf16, not in fp8"
 NOT_QAT = "without fake quantisation"
 FLASH_2_FOR_3 = "flash-attn 2, not 3"
 UNDER_ZERO_3 = "one GPU under ZeRO-3"
+TOGETHER_IN_ZERO = f"{UNDER_ZERO_3}, weights updated together, not in sub-groups"
+SUB_GROUP = 1e9  # elements that DeepSpeed updates together by default, as is modelled
+IN_SUB_GROUPS = "deepspeed_configs"  # Axolotl's folder: `"sub_group_size": 0` in each of its zero3*.json
 ALL_OF_LIGER = "all of Liger's kernels"
 ALL_FUSED = "fused kernels for all adapters"
 ON_GPTQ = "a base in codes of {} bits, {} in a group, on gptqmodel's kernels that train (auto_trainable)"
@@ -75,14 +78,16 @@ def engine(keys: Keys, *, zero3: bool = True) -> str:
         zero = value.get("zero_optimization")
         zero = zero if isinstance(zero, dict) else {}
         stage, offloads = zero.get("stage"), any(_offloads(zero.get(key)) for key in OFFLOADS)
+        grouped = zero.get("sub_group_size", SUB_GROUP) != SUB_GROUP
     elif isinstance(value, str):
         name = Path(value).name.lower()
         found = re.search(r"z(?:ero)?[-_]?(?:stage)?[-_]?([0-3])", name)
         stage, offloads = int(found[1]) if found else None, "offload" in name
+        grouped = Path(value).parent.name == IN_SUB_GROUPS
     else:
         raise keys.wrong("deepspeed", "a path or a mapping")
     if stage == 3 and not offloads and zero3:
-        keys.differ(UNDER_ZERO_3, "deepspeed")
+        keys.differ(TOGETHER_IN_ZERO if grouped else UNDER_ZERO_3, "deepspeed")
         return "deepspeed-zero3"
     what = "DeepSpeed" if stage is None else f"ZeRO-{stage}{' with offloading' if offloads else ''}"
     keys.differ(f"one GPU, without {what}", "deepspeed")

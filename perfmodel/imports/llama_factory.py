@@ -80,9 +80,13 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     return keys.text("model_name_or_path"), spec(name, **options), setup, notes
 
 
+def _model(keys: Keys) -> str:
+    return str(keys.get("model_name_or_path"))
+
+
 def _attention(keys: Keys) -> str:
     """What `flash_attn` asks for; Gemma 2 and gpt-oss have their own (`configure_attn_implementation`)."""
-    model = str(keys.get("model_name_or_path"))
+    model = _model(keys)
     if re.search(r"gpt-?oss", model, re.IGNORECASE):
         keys.differ(FLASH_2_FOR_3, *(["flash_attn"] if "flash_attn" in keys else []))
         return "flash2"
@@ -116,9 +120,9 @@ def _update(keys: Keys) -> dict[str, bool]:
 
 
 def _checkpoint(keys: Keys) -> str:
-    """On by default, and reentrant by default."""
+    """On by default, and reentrant by default; never on for Gemma 3n (`patch_model` of model/patcher.py)."""
     keys.used.update(("gradient_checkpointing", "gradient_checkpointing_kwargs"))  # its own keys decide
-    if keys.flag("disable_gradient_checkpointing"):
+    if keys.flag("disable_gradient_checkpointing") or re.search(r"gemma-?3n", _model(keys), re.IGNORECASE):
         return "none"
     return "block-reentrant" if keys.flag("use_reentrant_gc", True) else "block"
 

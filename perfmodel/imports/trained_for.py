@@ -23,6 +23,10 @@ OF_PPO = (  # ppo_config.py
     "sft_model_path", "model_adapter_name", "ref_adapter_name", "ds3_gather_for_generation",
 )  # fmt: skip
 OUTSIDE = "the training step alone, without generation and rewards"
+UNCORRECTED = "without the forward pass that corrects for vLLM's log-probabilities"  # beside generation
+UNFUSED_LOSS = "the logits in memory, without Liger's fused loss"
+# What Axolotl runs in the place of TRL's own (loaders/patch_manager.py, `_apply_trl_trainer_utils_patches`)
+NOT_TRITONS = "PyTorch's log-probabilities and entropies, not Axolotl's Triton kernels of them"
 OF_PREFERENCES = (
     "beta", "max_prompt_length", "precompute_ref_log_probs", "precompute_ref_batch_size", "ref_model", "loss_weights",
     "label_smoothing", "f_divergence_type", "use_weighting", "sync_ref_model", "ld_alpha", "rpo_alpha",
@@ -33,7 +37,6 @@ INSTEAD = {  # what only some of them ask for, and what is answered instead
     "padding_free": "a dense batch, not one without padding", "use_logits_to_keep": "logits of all tokens",
     "loss_weights": "one loss",
 }  # fmt: skip
-IN_MEMORY = "the logits in memory, without Liger's fused loss"
 EMPTIED = "the allocator's cache is never emptied; Axolotl's DPO does it after every micro-batch"  # dpo/trainer.py
 BY_FOLDER = ("dpo", "kto", "orpo", "cpo", "simpo", "reward")  # of examples, which keep one folder for each
 
@@ -91,6 +94,12 @@ def grpo(keys: Keys, options: Keys, prompt: int, *, adapters: bool) -> dict[str,
     """
     keys.used.update((*OF_GRPO, *OF_PREFERENCES))
     keys.differ(OUTSIDE, *[key for key in OF_GRPO if key in keys.values][:1])
+    if "max_prompt_length" not in keys:
+        keys.differ(f"prompts of {prompt} tokens, of which no key says how long they are")
+    if options.flag("use_vllm") and options.flag("vllm_importance_sampling_correction", True):
+        keys.differ(UNCORRECTED, "use_vllm")
+    if options.flag("use_liger_loss"):  # Axolotl's name of `use_liger_kernel`
+        keys.differ(UNFUSED_LOSS, "use_liger_loss")
     if options.get("loss_type") not in (None, "dapo"):
         keys.differ("GRPO's loss as dapo has it", "loss_type")
     completion = options.count("max_completion_length", 256)
@@ -139,13 +148,12 @@ def of_axolotl(keys: Keys) -> dict[str, Any]:
     strided = _section(keys, "ebft") if word == "ebft" else {}
     if strided.get("mode") == "strided":
         return _strided(keys, Keys(strided, f"{keys.origin}: ebft"), adapters=adapted)
+    keys.differ(NOT_TRITONS, "rl")
     if word in ("grpo", "gdpo", "ebft"):
         if word == "ebft" and not adapted:
             keys.differ("without the frozen network that rewards come from", "ebft")
         section = {key: value for key, value in _section(keys, "trl").items() if value is not None}
         options = Keys({"beta": keys.get("rl_beta"), **section}, f"{keys.origin}: trl")
-        if options.flag("use_liger_loss"):
-            keys.differ(IN_MEMORY, "trl")
         return grpo(keys, options, keys.count("sequence_len", 512), adapters=adapted)
     name = {"ipo": "dpo"}.get(word, word)
     if name not in ("dpo", "kto", "orpo", "simpo"):
@@ -165,7 +173,7 @@ def _differ_in_dpo(keys: Keys, name: str) -> None:
         if keys.flag(f"dpo_{key}"):
             keys.differ(INSTEAD[key], f"dpo_{key}")
     if keys.flag("dpo_use_liger_kernel"):
-        keys.differ(IN_MEMORY, "dpo_use_liger_kernel")
+        keys.differ(UNFUSED_LOSS, "dpo_use_liger_kernel")
     if keys.get("dpo_loss_type") not in (None, "sigmoid", ["sigmoid"]):
         keys.differ("DPO's sigmoid loss", "dpo_loss_type")
 

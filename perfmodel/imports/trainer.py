@@ -24,7 +24,7 @@ from .fields import (
 )
 from .keys import Keys
 from .targets import as_targets
-from .trained_for import IN_MEMORY, of_trl
+from .trained_for import UNFUSED_LOSS, of_trl
 
 MARKS = (
     "per_device_train_batch_size", "use_peft", "gradient_accumulation_steps", "optim", "max_length", "dataset_name",
@@ -68,7 +68,7 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     if not objective:
         _loss(keys, is_trl=is_trl, liger=setup["kernels"] == "liger")
     elif setup["kernels"] == "liger":
-        keys.differ(IN_MEMORY, "use_liger_kernel")
+        keys.differ(UNFUSED_LOSS, "use_liger_kernel")
     if keys.get("tf32") and amp is None and dtype == "fp32":
         keys.differ("fp32 products without TF32", "tf32")
     notes = []
@@ -78,7 +78,7 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
         packing.packed_by_trl(keys, setup)
     if setup.get("packing", "none") == "none":
         setup["group_by_length"] = by_length(keys)
-        notes += [packing.shorter("max_length")] if is_trl else []
+        notes += [packing.shorter("max_length")] if is_trl and "prompt" not in objective else []
     shared_dtype = _under_zero3(keys, setup)
     method = _method(keys, is_trl, str(objective.get("objective", "sft")), shared_dtype)
     return keys.text("model_name_or_path"), method, setup, notes

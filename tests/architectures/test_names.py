@@ -103,8 +103,8 @@ def test_every_bundled_model_is_found_by_the_repository_it_comes_from() -> None:
             found = bundled_for(repository)
             assert found is not None, repository
             assert found.name == name
-    aliases = tomllib.loads((names.MODELS / "names.toml").read_text())["aliases"]
-    assert set(aliases.values()) <= set(architectures.model_names())
+    table = tomllib.loads((names.MODELS / "names.toml").read_text())
+    assert {*table["aliases"].values(), *table["kept"]} <= set(architectures.model_names())
 
 
 def test_the_answer_says_which_config_it_took() -> None:

@@ -80,3 +80,54 @@ def test_modules_of_images_are_frozen_on_request(tmp_path: Path) -> None:
     assert read(file).frozen == ("vision tower", "projector")
     file.write_text(BASE)
     assert read(file).frozen == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("base_model: google/gemma-4-31B\n", ["without the fused kernel around attention"]),
+        (
+            "base_model: google/gemma-4-31B\nfused_attn_kernel: true\n",
+            ["without the fused kernel around attention (fused_attn_kernel)"],
+        ),
+        ("base_model: google/gemma-3-12b-it\n", []),
+    ],
+)
+def test_gemma_4s_fused_kernel_comes_by_itself(tmp_path: Path, text: str, said: list[str]) -> None:
+    """Norms, rotations and transposes of every layer are one kernel there, whatever the file says."""
+    (tmp_path / "config.yml").write_text(BASE + text)
+    assert [d for d in read(tmp_path / "config.yml").differences if "fused kernel" in d] == said
+
+
+@pytest.mark.parametrize(
+    ("text", "experts"),
+    [
+        ("", "grouped_mm"),
+        ("plugins: [axolotl.integrations.kernels.KernelsPlugin]", "eager"),
+        ("plugins: [axolotl.integrations.kernels.KernelsPlugin]\nuse_scattermoe: true", "grouped_mm"),
+        ("plugins: [axolotl.integrations.kernels.KernelsPlugin]\nexpert_backend: sonicmoe", "grouped_mm"),
+        ("plugins: [axolotl.integrations.kernels.KernelsPlugin]\nexperts_implementation: grouped_mm", "grouped_mm"),
+    ],
+)
+def test_the_plugin_of_kernels_makes_experts_eager(tmp_path: Path, text: str, experts: str) -> None:
+    """A loop over the experts that are hit waits for the device in every block: transformers' default does not."""
+    (tmp_path / "config.yml").write_text(BASE + text)
+    assert read(tmp_path / "config.yml").setup["experts"] == experts
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("bf16: true\nfsdp: [full_shard]\nfsdp_config: {offload_params: true}", True),
+        ("bf16: true\nfsdp_config: {fsdp_version: 2}", False),
+        ("bf16: true\nfsdp_version: 2\nfsdp_config: {a: b}", False),
+        ("bf16: full\nfsdp_config: {a: b}", False),
+        ("bf16: true\nfsdp_config: {a: b}\nadapter: lora\nlora_target_linear: true", False),
+        ("bf16: true", False),
+    ],
+)
+def test_weights_that_fsdp_keeps_in_fp32_are_told(tmp_path: Path, text: str, told: bool) -> None:
+    """In 16 bit weights and the optimizer's states have half the bytes, and its step half the traffic."""
+    (tmp_path / "config.yml").write_text(BASE + text)
+    found = read(tmp_path / "config.yml")
+    assert ("weights in bf16, not in fp32 as FSDP keeps them" in found.differences) == told

@@ -45,6 +45,7 @@ def asked(folder: Path, text: str, *options: str) -> str:
         (f"base_model: TheBloke/Llama-2-7B-GPTQ\ngptq: true\n{LORA}{LINEAR}", CODES, "lora_gptq:r=4"),
         (f"model_name_or_path: TechxGenus/Meta-Llama-3-8B-Instruct-GPTQ\n{FACTORY}", CODES, "lora_gptq:r=8"),
         (f"base_model: TheBloke/Llama-2-7B-AWQ\n{LORA}{LINEAR}", "weights in bf16, not awq", "on llama-2-7b"),
+        (f"base_model: deepseek-ai/DeepSeek-V3\n{LORA}{LINEAR}", "weights in bf16, not fp8", "on deepseek-v3"),
     ],
 )  # fmt: skip
 def test_what_a_model_has_no_program_of_is_answered_otherwise(
@@ -55,6 +56,18 @@ def test_what_a_model_has_no_program_of_is_answered_otherwise(
     assert out.startswith(DIFFERS)
     assert differs in out
     assert answered in out
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"base_model: unsloth/DeepSeek-V3-bf16\n{LORA}lora_target_modules: [o_proj]\n",
+        f"model_name_or_path: deepseek-ai/DeepSeek-V3\n{FACTORY}".replace("all", "o_proj"),
+    ],
+)
+def test_weights_that_a_repository_or_a_tool_unpacks_are_in_16_bit(tmp_path: Path, text: str) -> None:
+    """Then a first line on their packing would tell of a difference that is none."""
+    assert "fp8" not in asked(tmp_path, text)
 
 
 def test_what_is_typed_is_not_touched(tmp_path: Path) -> None:

@@ -357,3 +357,13 @@ def test_llama_factory_chooses_the_attention_of_some_models(tmp_path: Path, mode
     file.write_text(f"model_name_or_path: {model}\ncutoff_len: 64\nflash_attn: {asked}\n")
     assert read(file).setup["attention"] == runs
     assert any("flash-attn 2, not 3" in said for said in read(file).differences) == ("gpt-oss" in model)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"), [("google/gemma-3n-E2B-it", "none"), ("google/gemma-3-4b-it", "block-reentrant")]
+)
+def test_llama_factory_checkpoints_no_gemma_3n(model: str, kind: str, tmp_path: Path) -> None:
+    """It switches them off for that model alone: all activations stay, and nothing is computed twice."""
+    file = tmp_path / "config.yaml"
+    file.write_text(f"model_name_or_path: {model}\nfinetuning_type: lora\n")
+    assert read(file).setup["checkpoint"] == kind

@@ -9,7 +9,7 @@ import yaml
 
 from perfmodel import UserError
 from perfmodel.imports import DIFFERS, read
-from perfmodel.imports.trained_for import EMPTIED, IN_MEMORY, OUTSIDE
+from perfmodel.imports.trained_for import EMPTIED, NOT_TRITONS, OUTSIDE, UNCORRECTED, UNFUSED_LOSS
 from perfmodel.setup import Setup
 
 AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64}
@@ -17,31 +17,40 @@ FACTORY = {"model_name_or_path": "gpt2", "cutoff_len": 64}
 TRL = {"model_name_or_path": "gpt2", "max_length": 64}
 OPEN = "a DPO step: the file does not say whether DPO, KTO, ORPO or CPO reads it (beta)"
 CACHE = f"{EMPTIED} (rl)"
+TORCHS = f"{NOT_TRITONS} (rl)"
+OF_64 = "prompts of 64 tokens, of which no key says how long they are"
+WITHOUT_3 = "one GPU, without ZeRO-3 (deepspeed)"
 OWN = "step as TRL's trainer runs it, not LLaMA-Factory's own form of it (stage)"
 
 # keys of a file -> objective, reference, and what stands in the first line
 SAID: tuple[tuple[dict[str, Any], str, str, list[str]], ...] = (
-    (AXOLOTL | {"rl": "dpo"}, "dpo", "auto", [CACHE]),
-    (AXOLOTL | {"rl": "ipo"}, "dpo", "auto", ["DPO's sigmoid loss (rl)", CACHE]),
-    (AXOLOTL | {"rl": "dpo", "dpo_loss_type": ["ipo"]}, "dpo", "auto", [CACHE, "DPO's sigmoid loss (dpo_loss_type)"]),
+    (AXOLOTL | {"rl": "dpo"}, "dpo", "auto", [TORCHS, CACHE]),
+    (AXOLOTL | {"rl": "ipo"}, "dpo", "auto", ["DPO's sigmoid loss (rl)", TORCHS, CACHE]),
+    (
+        AXOLOTL | {"rl": "dpo", "dpo_loss_type": ["ipo"]}, "dpo", "auto",
+        [TORCHS, CACHE, "DPO's sigmoid loss (dpo_loss_type)"],
+    ),
     (
         AXOLOTL | {"rl": "dpo", "dpo_use_liger_kernel": True}, "dpo", "auto",
-        [CACHE, f"{IN_MEMORY} (dpo_use_liger_kernel)"],
+        [TORCHS, CACHE, f"{UNFUSED_LOSS} (dpo_use_liger_kernel)"],
     ),
-    (AXOLOTL | {"rl": "kto", "kto_desirable_weight": 0.2}, "kto", "auto", []),
-    (AXOLOTL | {"rl": "orpo", "orpo_alpha": 0.1}, "orpo", "auto", []),
-    (AXOLOTL | {"rl": "simpo", "simpo_gamma": 0.5}, "simpo", "auto", []),
-    (AXOLOTL | {"rl": "dpo", "adapter": "lora", "rl_adapter_ref_model": True}, "dpo", "model", [CACHE]),
-    (AXOLOTL | {"rl": "dpo", "precompute_ref_log_probs": True}, "dpo", "precomputed", [CACHE]),
+    (AXOLOTL | {"rl": "kto", "kto_desirable_weight": 0.2}, "kto", "auto", [TORCHS]),
+    (AXOLOTL | {"rl": "orpo", "orpo_alpha": 0.1}, "orpo", "auto", [TORCHS]),
+    (AXOLOTL | {"rl": "simpo", "simpo_gamma": 0.5}, "simpo", "auto", [TORCHS]),
+    (AXOLOTL | {"rl": "dpo", "adapter": "lora", "rl_adapter_ref_model": True}, "dpo", "model", [TORCHS, CACHE]),
+    (AXOLOTL | {"rl": "dpo", "precompute_ref_log_probs": True}, "dpo", "precomputed", [TORCHS, CACHE]),
     (
         AXOLOTL | {"rl": "dpo", "dpo_use_weighting": True}, "dpo", "auto",
-        [CACHE, "without WPO's weights (dpo_use_weighting)"],
+        [TORCHS, CACHE, "without WPO's weights (dpo_use_weighting)"],
     ),
     (AXOLOTL | {"reward_model": True, "num_labels": 1}, "reward", "auto", []),
     (AXOLOTL | {"process_reward_model": True, "num_labels": 2}, "prm", "auto", []),
-    (AXOLOTL | {"rl": "dpo", "deepspeed": "zero3.json"}, "dpo", "auto", [CACHE, "one GPU, without ZeRO-3 (deepspeed)"]),
-    (AXOLOTL | {"rl": "ebft", "adapter": "lora"}, "grpo", "auto", [OUTSIDE]),
-    (AXOLOTL | {"rl": "grpo", "trl": {"use_liger_loss": True}}, "grpo", "auto", [f"{IN_MEMORY} (trl)", OUTSIDE]),
+    (AXOLOTL | {"rl": "dpo", "deepspeed": "zero3.json"}, "dpo", "auto", [TORCHS, CACHE, WITHOUT_3]),
+    (AXOLOTL | {"rl": "ebft", "adapter": "lora"}, "grpo", "auto", [TORCHS, OUTSIDE, OF_64]),
+    (
+        AXOLOTL | {"rl": "ebft", "adapter": "lora", "trl": {"use_vllm": True, "use_liger_loss": True}}, "grpo", "auto",
+        [TORCHS, OUTSIDE, OF_64, f"{UNCORRECTED} (use_vllm)", f"{UNFUSED_LOSS} (use_liger_loss)"],
+    ),
     (
         AXOLOTL | {"rl": "ebft", "ebft": {"mode": "strided"}}, "ebft", "auto",
         [f"{OUTSIDE} (rl)", "sdpa, not flex attention (ebft)"],
@@ -102,7 +111,8 @@ def test_grpos_training_step_has_prompts_and_completions(
     path = tmp_path / "config.yml"
     path.write_text(yaml.safe_dump(values))
     found = read(path)
-    assert found.first_line.startswith(f"{DIFFERS}the training step alone, without generation and rewards")
+    assert found.first_line.removeprefix(DIFFERS).removeprefix(f"{TORCHS}; ").startswith(OUTSIDE)
+    assert not any("shorter than" in note for note in found.notes)
     setup = Setup(**found.setup)
     assert (setup.objective, setup.seq, setup.prompt, setup.reference) == ("grpo", 96, 64, reference)
 

@@ -105,17 +105,20 @@ def test_what_is_not_modelled_is_refused_in_a_line(method: str, setup: dict[str,
 
 
 ZERO = {"stage": 3, "overlap_comm": True}
+TOGETHER = "one GPU under ZeRO-3, weights updated together, not in sub-groups (deepspeed)"
 
 
 @pytest.mark.parametrize(
     ("value", "runs", "told"),
     [
-        ("deepspeed_configs/zero3_bf16.json", ZERO3, "one GPU under ZeRO-3"),
-        ("examples/deepspeed/ds_z3_config.json", ZERO3, "one GPU under ZeRO-3"),
+        ("deepspeed_configs/zero3_bf16.json", ZERO3, TOGETHER),
+        ("examples/deepspeed/ds_z3_config.json", ZERO3, "one GPU under ZeRO-3 (deepspeed)"),
         ("examples/deepspeed/ds_z3_offload_config.json", "torch", "one GPU, without ZeRO-3 with offloading"),
         ("deepspeed_configs/zero2.json", "torch", "one GPU, without ZeRO-2"),
         ("ds.json", "torch", "one GPU, without DeepSpeed"),
-        ({"zero_optimization": ZERO}, ZERO3, "one GPU under ZeRO-3"),
+        ({"zero_optimization": ZERO}, ZERO3, "one GPU under ZeRO-3 (deepspeed)"),
+        ({"zero_optimization": {**ZERO, "sub_group_size": 0}}, ZERO3, TOGETHER),
+        ({"zero_optimization": {**ZERO, "sub_group_size": 10**9}}, ZERO3, "one GPU under ZeRO-3 (deepspeed)"),
         ({"zero_optimization": {**ZERO, "offload_optimizer": {"device": "none"}}}, ZERO3, "one GPU under ZeRO-3"),
         ({"zero_optimization": {**ZERO, "offload_param": {"device": "cpu"}}}, "torch", "with offloading"),
     ],

@@ -29,16 +29,20 @@ AMP = {"dtype": "fp32", "amp": "bf16"}
 
 
 def calls(step: Step) -> Counter[Any]:
-    """Every call with its tensors, those of a list counted, and its bytes."""
+    """Every call with its tensors, those of a list counted, and its bytes.
+
+    Of others the operands count one by one: prices take queries, keys and values by their places.
+    """
     found: Counter[Any] = Counter()
     for part, op, times in step.ops():
-        tensors = []
-        for specs in (op.inputs, op.outputs):
+        inputs: Any = op.inputs
+        if op.name in scans.LISTS:
             counted: Counter[Any] = Counter()
-            for spec in specs:
+            for spec in op.inputs:
                 counted[spec.dtype, spec.shape] += spec.copies
-            tensors.append(frozenset(counted.items()))
-        found[part.phase, op.name, *tensors, op.bytes_read, op.bytes_written, op.attrs, op.owner, op.recompute] += times
+            inputs = frozenset(counted.items())
+        key = (inputs, op.outputs, op.bytes_read, op.bytes_written, op.attrs, op.owner, op.recompute)
+        found[part.phase, op.name, *key] += times
     return found
 
 

@@ -1,0 +1,71 @@
+"""Which attention and which fused kernels an Axolotl file asks for (utils/schemas, loaders/patch_manager.py)."""
+
+import re
+
+from ..errors import UserError
+from .fields import ALL_OF_LIGER, FLASH, FLASH_2_FOR_3
+from .keys import Keys
+
+GEMMA_4 = re.compile(r"gemma-?4", re.IGNORECASE)
+GEMMA_4_FUSED = "without the fused kernel around attention"  # on by itself there (`_apply_model_specific_patches`)
+LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy")
+ATTENTION = {"eager": "eager", "sdpa": "sdpa", "fp8": None, "sage": None, **FLASH}
+ATTENTION_INSTEAD = {"xformers": "attention of PyTorch, not xformers'", "flex_attention": "sdpa, not flex attention"}
+SWITCHES = {  # older switches and the implementation that each stands for (LEGACY_ATTN_FLAG_TO_IMPL)
+    "xformers_attention": "xformers", "sage_attention": "sage", "flex_attention": "flex_attention",
+    "flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager",
+}  # fmt: skip
+PLUGINS = {  # a plugin's class, and what is answered instead of a step with it; None: its own keys say it
+    "CutCrossEntropyPlugin": "the logits in memory, without cut cross entropy", "LigerPlugin": None,
+    "SwanLabPlugin": None, "LMEvalPlugin": None, "KernelsPlugin": None, "ExpertParallelPlugin": None,
+    "LLMCompressorPlugin": None, "DiffusionPlugin": None, "KDPlugin": None, "GrokfastPlugin": None,
+    "NemoGymPlugin": None, "DenseMixerPlugin": None, "HatcheryPlugin": None, "MoraPlugin": None,
+}  # fmt: skip
+
+
+def asked_attention(keys: Keys) -> str | None:
+    """The implementation of attention by its newer name."""
+    asked = [implementation for key, implementation in SWITCHES.items() if keys.flag(key)]
+    return keys.text("attn_implementation") or (asked[0] if asked else None)
+
+
+def attention(keys: Keys) -> str:
+    """The implementation as a setup names it; what is answered instead of another is said.
+
+    Raises:
+        UserError: one that is not modelled.
+    """
+    keys.exclude("flash_attention", "eager_attention")
+    if GEMMA_4.search(str(keys.get("base_model"))):
+        keys.differ(GEMMA_4_FUSED)
+    word = asked_attention(keys)
+    key = "attn_implementation" if "attn_implementation" in keys else next((k for k in SWITCHES if k in keys), "")
+    if word in ATTENTION_INSTEAD:
+        keys.differ(ATTENTION_INSTEAD[word], key)
+        return "sdpa"
+    if word is None:
+        return "sdpa"
+    found = ATTENTION.get(word)
+    if found is None:
+        raise UserError(f"{keys.origin}: {key} {word!r} is not modelled; use flash_attention_2, sdpa or eager")
+    if found == "flash2" and "3" in word:
+        keys.differ(FLASH_2_FOR_3, key)
+    return found
+
+
+def kernels(keys: Keys) -> str:
+    """Liger's kernels where its plugin is on; what else plugins change is said."""
+    names = {plugin.rsplit(".", 1)[-1] for plugin in keys.names("plugins")}
+    for name in sorted(names):
+        if name not in PLUGINS:
+            keys.differ(f"without the plugin {name}", "plugins")
+        elif (said := PLUGINS[name]) is not None and keys.get("cut_cross_entropy") is not False:
+            keys.differ(said, "plugins")
+    on = [key for key in LIGER if keys.flag(key) or (key == "liger_glu_activation" and keys.flag("liger_swiglu"))]
+    keys.used.update(("liger_layer_norm", "liger_rms_norm_gated", "liger_cross_entropy", "liger_use_token_scaling"))
+    if "LigerPlugin" not in names or not on:
+        return "torch"
+    if len(on) < len(LIGER):
+        missing = [key for key in LIGER if key not in on]
+        keys.differ(f"{ALL_OF_LIGER} ({', '.join(missing)} too)")
+    return "liger"
