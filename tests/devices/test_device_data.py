@@ -73,6 +73,8 @@ def test_names_and_aliases_are_unique_and_resolve_in_any_case() -> None:
         ("H100 80GB HBM3", "h100-sxm"), ("NVIDIA H100 80GB HBM3", "h100-sxm"), ("NVIDIA H100 NVL", "h100-nvl"),
         ("NVIDIA A100-SXM4-80GB", "a100-80gb-sxm"), ("NVIDIA A100 80GB PCIe", "a100-80gb-pcie"),
         ("a800", "a100-80gb-sxm"),
+        ("RTX 4070 Super", "rtx-4070-super"), ("RTX 4070Ti SUPER", "rtx-4070-ti-super"), ("NVIDIA A30", "a30"),
+        ("NVIDIA RTX A2000 12GB", "rtx-a2000"), ("NVIDIA GeForce RTX 5060 Ti", "rtx-5060-ti"),
         ("NVIDIA A10", "a10"), ("NVIDIA A10G", "a10g"), ("Tesla T4", "t4"), ("Tesla V100-SXM2-16GB", "v100"),
         ("NVIDIA GH200 480GB", "gh200"), ("DGX Spark", "gb10"), ("Quadro RTX 8000", "quadro-rtx-8000"),
         ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "rtx-pro-6000-server"),

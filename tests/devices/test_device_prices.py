@@ -65,8 +65,9 @@ def test_a_board_of_70_watts_by_hand() -> None:
 
 LONG_PRODUCTS = {  # TFLOP/s of n x n products in 16 bit, n = 8,192 and 10,240, by the sources of `mma_energy`
     "rtx-a4000": 56.0, "a40": 116.4, "rtx-a6000": 123.3, "l4": 58.2, "a100-40gb-pcie": 213.5, "h100-pcie": 482.0,
-    "rtx-pro-6000": 342.0, "rtx-pro-6000-server": 402.0, "v100": 93.4, "t4": 24.0,
-    "rtx-3060": 25.4, "rtx-3080": 64.1, "rtx-4060-ti": 43.9, "rtx-4090": 165.0, "rtx-5080": 102.6, "a10g": 68.0,
+    "rtx-a2000": 28.9, "rtx-pro-6000": 342.0, "rtx-pro-6000-server": 402.0, "v100": 93.4, "t4": 24.0,
+    "rtx-3060": 25.4, "rtx-3080": 64.1, "rtx-4060-ti": 43.9, "rtx-4070-super": 75.4, "rtx-4070-ti-super": 90.9,
+    "rtx-4090": 165.0, "rtx-5060-ti": 48.1, "rtx-5080": 102.6, "a10g": 68.0,
 }  # fmt: skip
 
 
