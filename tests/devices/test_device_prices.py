@@ -1,6 +1,7 @@
 """Prices of single kernels, each recomputed by hand from datasheet figures and fitted parameters."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +82,39 @@ def test_long_16_bit_products_run_as_fast_as_the_board_may(name: str, rate: floa
     assert device.fitted["gemm.bf16"] != "fitted"
     seconds = gemm_time(n, n, n, hardware=device.hardware, parameters=device.gemm["fp16"], dtype="fp16")
     assert float(np.mean(2e-12 * n**3 / seconds)) == pytest.approx(rate, rel=0.13)
+
+
+# Of profiles of real programs: us of the products of each call. Qwen1.5-0.5B, 16 x 559 tokens, forward
+# (github.com/AMD-AGI/TraceLens, tests/traces/h100); SmolLM2-135M, 20 forwards and backwards of 256 tokens
+# (github.com/Sagar063/Week13_ERAV4_SmolLM2_135M_RoPE_GQA_RMSNorm, proof_sdpa_on/profiles).
+QWEN, SMOL, SMOL_WIDTHS = (
+    16 * 559,
+    256,
+    ((576, 576, 60), (576, 192, 60), (576, 1536, 60), (1536, 576, 30), (576, 49152, 1)),
+)
+PROFILED = {
+    "addmm of Qwen": ("h100-sxm", [(QWEN, 1024, 1024, "tn", 72)], 2266),
+    "mm of Qwen": (
+        "h100-sxm", [(QWEN, 1024, 1024, "tn", 24), (QWEN, 2816, 1024, "tn", 48), (QWEN, 1024, 2816, "tn", 24)], 6588
+    ),
+    "mm of SmolLM2's linear": ("rtx-4060-ti-16gb", [(SMOL, n, k, "tn", 20 * x) for k, n, x in SMOL_WIDTHS], 63_759),
+    "mm of SmolLM2's MmBackward0": (
+        "rtx-4060-ti-16gb",
+        [of for k, n, x in SMOL_WIDTHS for of in ((SMOL, k, n, "nn", 20 * x), (n, k, SMOL, "nt", 20 * x))],
+        128_199,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "products", "measured"), PROFILED.values(), ids=PROFILED)
+def test_products_inside_real_models_take_as_long_as_priced(name: str, products: list[Any], measured: float) -> None:
+    """Fits see products alone, back to back; in a model their operands come from memory and other kernels between."""
+    device = profile.load(name)
+    p, hw = device.gemm["bf16"], device.hardware
+    priced = sum(
+        times * float(gemm_time(m, n, k, hardware=hw, parameters=p, layout=way)) for m, n, k, way, times in products
+    )
+    assert priced == pytest.approx(measured * 1e-6, rel=0.12)
 
 
 def test_an_l40_runs_its_products_within_300_watts() -> None:
