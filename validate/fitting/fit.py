@@ -211,7 +211,7 @@ def _mma_sync(folder: Path, fitted: _Fitted) -> None:
     p = replace(a100.parameters, power_share=1.0)
     errors = gemm.judge_gemms(gemm.gemm_rows(folder, "l40s", "bf16"), hardware("l40s"), gemm.Found(p))["all"]
     bf16["sync_mma"] = replace(a100.sibling(p, A100, errors), notes=WITHIN_POWER)
-    half = replace(p, tile_balance=p.tile_balance / 2, math_efficiency=1.0, derating=0.0)
+    half = replace(p, tile_balance=p.tile_balance / 2, math_efficiency=1.0, derating=gemm.BOUNDS["derating"][0])
     note = "Derived, not measured: loads like a full-rate card, at half the peak, which a dozen boards hold in long "
     note += f"products ({squares.SOURCE}). Residuals: those of sync_mma."
     bf16["half_rate"] = replace(bf16["sync_mma"], parameters=half, notes=note)
