@@ -36,6 +36,8 @@ SIBLINGS: dict[str, dict[str, str]] = {
         "a100-40gb-pcie": "a100-80gb-pcie",
         "h200": "h100-sxm",
         "h100-pcie": "h100-sxm",
+        "h100-nvl": "h100-sxm",
+        "gh200": "h100-sxm",
     },
     "gemm.fp32": {
         A100: "a100-80gb-pcie",
@@ -44,6 +46,8 @@ SIBLINGS: dict[str, dict[str, str]] = {
         "v100-32gb-sxm": "v100-32gb-pcie",
         "h200": "h100-sxm",
         "h100-pcie": "h100-sxm",
+        "h100-nvl": "h100-sxm",
+        "gh200": "h100-sxm",
         "quadro-rtx-8000": "t4",
     },
     "attention": {
@@ -52,6 +56,8 @@ SIBLINGS: dict[str, dict[str, str]] = {
         "a100-80gb-pcie": A100,
         "h200": "h100-sxm",
         "h100-pcie": "h100-sxm",
+        "h100-nvl": "h100-sxm",
+        "gh200": "h100-sxm",
         "b300": "b200",
         "gb200": "b200",
         "gb300": "b200",
@@ -61,10 +67,12 @@ SIBLINGS: dict[str, dict[str, str]] = {
         "a100-40gb-sxm": A100,
         "h200": "h100-sxm",
         "h100-pcie": "h100-sxm",
+        "h100-nvl": "h100-sxm",
+        "gh200": "h100-sxm",
         "v100": "v100-32gb-pcie",
         "v100-32gb-sxm": "v100-32gb-pcie",
     },
-    GROUPED: {"h200": "h100-sxm", "h100-pcie": "h100-sxm", "gb300": "b300"},
+    GROUPED: {**dict.fromkeys(("h200", "h100-pcie", "h100-nvl", "gh200"), "h100-sxm"), "gb300": "b300"},
 }
 # (dtype, device, like device): both measured.
 GEMM_PAIRS = (
@@ -334,7 +342,7 @@ def _siblings(fitted: _Fitted, *blocks: str) -> None:
         whose, fits = SIBLINGS[block], fitted.devices[block]
         for slug, donor in whose.items():
             parameters = fits[donor].parameters
-            if block == "attention" and slug in ("h200", "h100-pcie", *BLACKWELL):
+            if block == "attention" and slug in ("h200", "h100-pcie", "h100-nvl", "gh200", *BLACKWELL):
                 assert isinstance(parameters, AttentionParameters)
                 parameters = attention.carried(parameters, hardware(donor), hardware(slug))
             if block == "gemm.bf16":  # the donor's own rate has its own limit in it
