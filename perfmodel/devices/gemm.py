@@ -49,7 +49,7 @@ class GemmParameters:
         sustained: share of that rate which the board holds through a training step.
         derating: relative slow-down of the SMs when a long kernel hits the power limit.
         derating_time: seconds of SM time after which half of the derating is reached.
-        power_share: energy of a FLOP in the main loop over `Hardware.flop_energy`.
+        power_share: energy of a FLOP in the main loop over that of `Hardware.limit`.
         load_energy: energy of loading a byte of an operand into an SM, in that of FLOPs.
         tile_balance: FLOP per byte: peak over the rate at which the SMs can load operands from L2; on the fp32 units
             the peak of 64 of them: an SM with 128 loads no faster.
@@ -137,7 +137,9 @@ class _Rates(NamedTuple):
         lanes = hw.lanes if peak == hw.fp32_flops else 1.0
         sm_load = peak / hw.sm_count / (p.tile_balance * lanes)
         dram = hw.memory_bandwidth * p.memory_efficiency
-        limited = _can_reach_the_limit(hw, p, item, dram)
+        energy, power = hw.limit(dtype)
+        flop_power, dram_power = p.power_share * energy / power, (hw.memory_energy or 0.0) / power
+        limited = _can_reach_the_limit(p, peak * flop_power, item, dram * dram_power)
         return cls(
             p=p,
             sm_count=hw.sm_count,
@@ -150,19 +152,17 @@ class _Rates(NamedTuple):
             l2=max(dram, sm_load * hw.sm_count * p.l2_stream),
             k_latency=p.k_latency / hw.clock_hz,
             k_bubble=p.k_bubble / hw.clock_hz,
-            flop_power=p.power_share * (hw.flop_energy or 0.0) / hw.working_power if limited else 0.0,
-            dram_power=(hw.memory_energy or 0.0) / hw.working_power if limited else 0.0,
+            flop_power=flop_power if limited else 0.0,
+            dram_power=dram_power if limited else 0.0,
         )
 
 
-def _can_reach_the_limit(hw: Hardware, p: GemmParameters, item: float, dram: float) -> bool:
-    """Whether any product could draw what the board may at most: all SMs at their peak and DRAM busy."""
-    if not p.power_share:
+def _can_reach_the_limit(p: GemmParameters, math: float, item: float, dram: float) -> bool:
+    """Whether any product could draw what the board may: `math` of that by SMs at their peak, `dram` by busy DRAM."""
+    if not math:
         return False
     loads = max((a + b) / (2 * a * b) for a, b in (*p.tiles, *(p.batched_tiles or ()))) * item * p.load_energy
-    math = hw.fp32_flops * p.power_share * (hw.flop_energy or 0.0) * (1.0 + loads)
-    moved = dram / min(1.0, max(p.write_cost, 0.01))  # B/s; written bytes may be cheaper than read ones
-    return math + moved * (hw.memory_energy or 0.0) > hw.working_power
+    return math * (1.0 + loads) + dram / min(1.0, max(p.write_cost, 0.01)) > 1.0  # written bytes may be cheaper
 
 
 def gemm_time(

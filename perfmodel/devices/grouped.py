@@ -92,7 +92,8 @@ class _AtOnce(NamedTuple):
             busy = alike.sum(axis=0)
             each = np.maximum(alike * (_throttled(busy, self.rates) / np.maximum(busy, NOTHING)), NOTHING)
             best = np.minimum(best, _overlap(each, memory, self.grouped.overlap_loss).sum(axis=0))
-        return np.asarray(self.launch + best)
+        drawn = (2.0 * m * n * k * times).sum(axis=0) * self.rates.flop_power
+        return np.asarray(self.launch + np.maximum(best, drawn))
 
     def _work(self, tile: tuple[int, int], m: Any, n: Any, k: Any) -> tuple[Any, Any]:
         """Seconds that the tiles of one product take on one SM, and how many there are."""

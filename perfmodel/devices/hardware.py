@@ -24,6 +24,8 @@ class Hardware:
         memory_energy: J to move a byte from or to DRAM; None: 0. HBM2 3.92 and GDDR5 14.0 pJ a bit (O'Connor et al.,
             MICRO-50, 2017; HBM2e and HBM3 are taken as HBM2), GDDR6 7.5 and GDDR6X 7.25 pJ a bit (Micron).
         flop_energy: J per fp32 FLOP of the largest server board of the same process: its power over its peak.
+        mma_energy: J per 16-bit FLOP of the tensor cores: power of a board, idling included, over the rate that long
+            products hold on it. Measured on this board or one of the same chips and rate; None: no limit is known.
         tf32_flops, fp16_flops, bf16_flops, fp8_flops, int8_flops: dense tensor-core FLOP/s with fp32 (int8: int32)
             accumulation; None where there is none, or of 8 bits where no source was read.
     """
@@ -43,14 +45,19 @@ class Hardware:
     idle_power: float | None = None
     memory_energy: float | None = None
     flop_energy: float | None = None
+    mma_energy: float | None = None
+
+    def tensor_peak(self, dtype: str) -> float | None:
+        """Dense FLOP/s of the tensor cores for operands of a dtype; None if there is no such path."""
+        found: float | None = getattr(self, f"{'fp8' if dtype in FLOAT8 else dtype}_flops", None)
+        return None if dtype == "fp32" else found
 
     def peak(self, dtype: str, tensor_cores: bool = True) -> float:
         """Dense FLOP/s for operands of a dtype: fp32, tf32, bf16, fp16, e4m3 or e5m2.
 
         Whatever has no tensor-core path on this device runs on the fp32 units.
         """
-        figure = "fp8" if dtype in FLOAT8 else dtype
-        tensor: float | None = getattr(self, f"{figure}_flops", None) if tensor_cores else None
+        tensor = self.tensor_peak(dtype) if tensor_cores else None
         return self.fp32_flops if tensor is None else tensor
 
     @property
@@ -62,6 +69,17 @@ class Hardware:
         to the clock.
         """
         return math.inf if self.board_power is None else self.board_power - (self.idle_power or 0.0)
+
+    def limit(self, dtype: str) -> tuple[float, float]:
+        """(J of a FLOP of a product, 0 if unknown; W that the board has for products, infinite if unknown).
+
+        Tensor cores draw as much a clock whatever the dtype. Their energy is that of whole boards: under load the clock
+        falls so far that little is left of what an idle board draws at the highest.
+        """
+        peak, half = self.tensor_peak(dtype), self.bf16_flops or self.fp16_flops
+        if peak is None or half is None:
+            return self.flop_energy or 0.0, self.working_power
+        return (self.mma_energy or 0.0) * half / peak, self.board_power or math.inf
 
     @property
     def lanes(self) -> float:

@@ -135,7 +135,8 @@ def _hint(name: str) -> str:
 def bundled(name: str) -> str:
     """The bundled device that a name or alias stands for, as people, torch or nvidia-smi write it; empty if for none.
 
-    `RTX 4090`, `NVIDIA GeForce RTX 4090` and `rtx-4090` are one; so are `H100 80GB HBM3` and `h100-80gb-hbm3`.
+    `RTX 4090`, `NVIDIA GeForce RTX 4090` and `rtx-4090` are one; so are `H100 80GB HBM3` and `h100-80gb-hbm3`, `3060ti`
+    and `RTX 3060 Ti`.
     """
     for known in _written(name):
         if known in names():
@@ -148,7 +149,8 @@ def bundled(name: str) -> str:
 def _written(name: str) -> Iterator[str]:
     """A name in lower case: as it is, its words joined by hyphens, and those without maker and brand."""
     yield name.strip().lower()
-    yield (slug := "-".join(re.findall(r"[a-z0-9]+", re.sub(r"\brtx(?=\d)", "rtx-", name.lower()))))
+    apart = re.sub(r"\brtx(?=\d)|(?<=\d)(?=(ti|super)\b)", lambda found: f"{found[0]}-", name.lower())
+    yield (slug := "-".join(re.findall(r"[a-z0-9]+", apart)))
     yield re.sub(r"^(nvidia-)?((geforce|tesla|quadro)-)?", "", slug)
 
 

@@ -38,6 +38,7 @@ SHEET = {  # figure of the datasheet -> (name, unit)
     "fp8_flops": ("fp8 peak, dense", "FLOP/s"), "int8_flops": ("int8 peak, dense", "FLOP/s"),
     "board_power": ("power limit", "W"), "idle_power": ("power without work", "W"),
     "memory_energy": ("energy of a byte of DRAM", "pJ"), "flop_energy": ("energy of an fp32 FLOP", "pJ"),
+    "mma_energy": ("energy of a 16-bit FLOP of the tensor cores", "pJ"),
 }  # fmt: skip
 GENERAL = (
     "One GPU, one optimizer step of PyTorch, eager unless said; no data loading, no communication.",

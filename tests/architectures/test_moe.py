@@ -324,6 +324,17 @@ def test_many_loads_at_once_cost_what_each_does(layout: str) -> None:
     assert together == pytest.approx(np.tile(alone, 700))
 
 
+def test_products_by_expert_draw_no_more_than_their_board_may() -> None:
+    """One kernel keeps all SMs busy for longer than any: 350 W hold an H100 PCIe back as in dense products."""
+    on, rows, routing = profile.load("h100-pcie"), 65_536, Routing(8, 2, 0.0)
+    seconds = float(grouped_time(on, "bf16", "tn", routing, False, rows, 4096, 14_336))
+    energy, power = on.hardware.limit("bf16")
+    assert seconds == pytest.approx(2 * rows * 4096 * 14_336 * energy / power, rel=0.01)
+    assert seconds > 1.2 * float(
+        grouped_time(profile.load("h100-sxm"), "bf16", "tn", routing, False, rows, 4096, 14_336)
+    )
+
+
 def test_weights_of_idle_experts_are_not_hidden_behind_busy_ones() -> None:
     """One kernel goes from expert to expert: what one waits for memory another does not fill with products."""
     h100 = profile.load("h100-sxm")

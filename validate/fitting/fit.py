@@ -36,6 +36,8 @@ SIBLINGS: dict[str, dict[str, str]] = {
         "a100-40gb-pcie": "a100-80gb-pcie",
         "h200": "h100-sxm",
         "h100-pcie": "h100-sxm",
+        "h100-nvl": "h100-sxm",
+        "gh200": "h100-sxm",
     },
     "gemm.fp32": {
         A100: "a100-80gb-pcie",
@@ -44,6 +46,8 @@ SIBLINGS: dict[str, dict[str, str]] = {
         "v100-32gb-sxm": "v100-32gb-pcie",
         "h200": "h100-sxm",
         "h100-pcie": "h100-sxm",
+        "h100-nvl": "h100-sxm",
+        "gh200": "h100-sxm",
         "quadro-rtx-8000": "t4",
     },
     "attention": {
@@ -52,6 +56,8 @@ SIBLINGS: dict[str, dict[str, str]] = {
         "a100-80gb-pcie": A100,
         "h200": "h100-sxm",
         "h100-pcie": "h100-sxm",
+        "h100-nvl": "h100-sxm",
+        "gh200": "h100-sxm",
         "b300": "b200",
         "gb200": "b200",
         "gb300": "b200",
@@ -61,10 +67,12 @@ SIBLINGS: dict[str, dict[str, str]] = {
         "a100-40gb-sxm": A100,
         "h200": "h100-sxm",
         "h100-pcie": "h100-sxm",
+        "h100-nvl": "h100-sxm",
+        "gh200": "h100-sxm",
         "v100": "v100-32gb-pcie",
         "v100-32gb-sxm": "v100-32gb-pcie",
     },
-    GROUPED: {"h200": "h100-sxm", "h100-pcie": "h100-sxm", "gb300": "b300"},
+    GROUPED: {**dict.fromkeys(("h200", "h100-pcie", "h100-nvl", "gh200"), "h100-sxm"), "gb300": "b300"},
 }
 # (dtype, device, like device): both measured.
 GEMM_PAIRS = (
@@ -76,12 +84,12 @@ GEMM_PAIRS = (
 GEMMS = [*(("bf16", slug) for slug in gemm.BF16_FILES), *(("fp32", slug) for slug in sgemm.GPUS)]
 # (dtype, family): members, dtype, where the fit starts.
 GEMM_CLASSES = {
-    ("bf16", "sync_mma"): (gemm.SYNC, "bf16", gemm.SYNC_MMA),
     ("bf16", "any"): (gemm.ASYNC, "bf16", gemm.ASYNC_MMA),
     ("fp32", "any"): (gemm.AMPERE_SGEMM, "fp32", sgemm.limited(sgemm.AMPERE)),
 }
 BLACKWELL = ("b200", "b300", "gb200", "gb300")
 L40S_STREAM = 0.735e12  # B/s: weights read by bf16 GEMMs of one row in aiconfigurator's L40S measurements
+WITHIN_POWER = "Residuals: of an L40S priced within its power; that figure alone is from its own (long) products."
 LAYOUT_NOTE = "Backward layouts by SimuMax (https://github.com/MooreThreads/SimuMax)."
 
 
@@ -197,20 +205,30 @@ def _gemms(pool: Executor, folder: Path, fitted: _Fitted, steps: _Steps) -> None
     for (dtype, name), job_class in classes.items():
         fitted.classes[f"gemm.{dtype}"][name] = _gemm_class(fitted, *GEMM_CLASSES[dtype, name][:2], *job_class.result())
         steps(f"GEMM {dtype}, class {name}")
+    _mma_sync(folder, fitted)
     _derived_classes(fitted)
 
 
+def _mma_sync(folder: Path, fitted: _Fitted) -> None:
+    """bf16 on boards of mma.sync: ratios of the A100, whose SXM board is never short of power, within a board's power.
+
+    An L40S would need 680 of its 350 W at its peak: a fit to both takes for a lack of efficiency what it throttles.
+    """
+    bf16, a100 = fitted.classes["gemm.bf16"], fitted.devices["gemm.bf16"][A100]
+    assert isinstance(a100.parameters, GemmParameters)
+    p = replace(a100.parameters, power_share=1.0)
+    errors = gemm.judge_gemms(gemm.gemm_rows(folder, "l40s", "bf16"), hardware("l40s"), gemm.Found(p))["all"]
+    bf16["sync_mma"] = replace(a100.sibling(p, A100, errors), notes=WITHIN_POWER)
+    half = replace(p, tile_balance=p.tile_balance / 2, math_efficiency=1.0, derating=gemm.BOUNDS["derating"][0])
+    note = "Derived, not measured: loads like a full-rate card, at half the peak, which a dozen boards hold in long "
+    note += f"products ({squares.SOURCE}). Residuals: those of sync_mma."
+    bf16["half_rate"] = replace(bf16["sync_mma"], parameters=half, notes=note)
+
+
 def _derived_classes(fitted: _Fitted) -> None:
-    """bf16: cards of half rate; fp32: SMs of 128 units, and families of generated kernels, as on the H100."""
-    bf16, fp32 = fitted.classes["gemm.bf16"], fitted.classes["gemm.fp32"]
-    p, h100 = bf16["sync_mma"].parameters, fitted.devices["gemm.fp32"]["h100-sxm"]
-    assert isinstance(p, GemmParameters)
+    """fp32: SMs of 128 units, and families of generated kernels, as on the H100."""
+    fp32, h100 = fitted.classes["gemm.fp32"], fitted.devices["gemm.fp32"]["h100-sxm"]
     assert isinstance(h100.parameters, GemmParameters)
-    half = replace(p, tile_balance=p.tile_balance / 2, math_efficiency=1.0)
-    note = "Derived, not measured: loads like a full-rate card, at half the peak, which the power limit hardly lowers."
-    note += " Residuals: those of sync_mma."
-    derived = bf16["sync_mma"].doubts.but_kept(("tile_balance", "math_efficiency"))
-    bf16["half_rate"] = replace(bf16["sync_mma"], parameters=half, notes=note, doubts=derived)
     generated = gemm.in_steps(h100.parameters, gemm.LAUNCH_CLOCKS)
     errors = fitted.left_out["gemm.fp32"]["h100-sxm"]
     for family in ("wgmma", "tcgen05"):
@@ -223,7 +241,7 @@ def _gemm_class(fitted: _Fitted, members: tuple[str, ...], dtype: str, found: ge
     block, p = f"gemm.{dtype}", found.parameters
     base = fitted.devices[block][members[0]]
     return Fit(
-        parameters=p if dtype == "bf16" else gemm.in_steps(p, gemm.LAUNCH_CLOCKS),
+        parameters=replace(p, power_share=1.0) if dtype == "bf16" else gemm.in_steps(p, gemm.LAUNCH_CLOCKS),
         doubts=found.doubts if dtype == "bf16" else found.doubts.but_kept(("launch_clocks",)),
         source=f"{base.source}: {', '.join(members)}",
         software=base.software if dtype == "fp32" else "SGLang, TensorRT-LLM; short bursts in CUDA graphs",
@@ -245,7 +263,11 @@ def _gemm_pairs(folder: Path, fitted: _Fitted) -> None:
 
 
 def _layouts(folder: Path, fitted: _Fitted) -> None:
-    """Backward layouts of the A100s and Blackwells; what a board sustains, where it was measured."""
+    """Backward layouts of the A100s and Blackwells, and what the A100 PCIe sustains.
+
+    SimuMax's B200 holds 1,100 TFLOP/s in long products of whatever shape: its power, as `mma_energy` has it, not an
+    efficiency. Runs of others, of 50 ms at most, reach 1,700.
+    """
     bf16 = fitted.devices["gemm.bf16"]
     burst, b200 = bf16[A100].parameters, bf16["b200"].parameters
     assert isinstance(burst, GemmParameters)
@@ -262,15 +284,12 @@ def _layouts(folder: Path, fitted: _Fitted) -> None:
         own, seen = bf16[slug].parameters, measured.parameters
         assert isinstance(own, GemmParameters)
         assert isinstance(seen, GemmParameters)
-        sustained = seen.sustained if slug == "b200" else 1.0
-        p = replace(own, nn_slowdown=seen.nn_slowdown, nt_slowdown=seen.nt_slowdown, sustained=sustained)
-        note = LAYOUT_NOTE
-        if slug == "b200":
-            mean = f"{measured.errors.mean:.1%} mean error on {measured.errors.rows} left-out rows"
-            note = f"{LAYOUT_NOTE} So is `sustained` ({mean}); the residuals here are those of bursts, without it."
+        p, note = replace(own, nn_slowdown=seen.nn_slowdown, nt_slowdown=seen.nt_slowdown), LAYOUT_NOTE
+        if slug in BLACKWELL:
+            p, note = replace(p, power_share=1.0), f"{LAYOUT_NOTE} Residuals: of bursts, which no power limits."
         doubts = bf16[slug].doubts
         if slug == "b200":  # the others' layouts are a like device's
-            doubts = doubts.but(layouts.OF_A_BOARD, measured.doubts)
+            doubts = doubts.but(("nn_slowdown", "nt_slowdown"), measured.doubts)
         bf16[slug] = replace(bf16[slug], parameters=p, notes=note, doubts=doubts)
 
 
@@ -323,9 +342,12 @@ def _siblings(fitted: _Fitted, *blocks: str) -> None:
         whose, fits = SIBLINGS[block], fitted.devices[block]
         for slug, donor in whose.items():
             parameters = fits[donor].parameters
-            if block == "attention" and slug in ("h200", "h100-pcie", *BLACKWELL):
+            if block == "attention" and slug in ("h200", "h100-pcie", "h100-nvl", "gh200", *BLACKWELL):
                 assert isinstance(parameters, AttentionParameters)
                 parameters = attention.carried(parameters, hardware(donor), hardware(slug))
+            if block == "gemm.bf16":  # the donor's own rate has its own limit in it
+                assert isinstance(parameters, GemmParameters)
+                parameters = replace(parameters, power_share=1.0)
             if block == "gemm.fp32" and slug == A100:
                 bf16 = fitted.devices["gemm.bf16"][slug].parameters
                 assert isinstance(parameters, GemmParameters)

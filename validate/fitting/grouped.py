@@ -96,7 +96,7 @@ def layer_rows(folder: Path, slug: str) -> pd.DataFrame:
 
 def priced_layers(rows: pd.DataFrame, slug: str, dense: GemmParameters, figures: Mapping[str, float]) -> Array:
     """Seconds of every row, on a board that does not throttle: a pass or six are over before it does."""
-    burst = replace(dense, derating=0.0, sustained=1.0)
+    burst = replace(dense, derating=0.0, sustained=1.0, power_share=0.0)
     own = {f.name: figures[f.name] for f in fields(GroupedParameters)}
     on = replace(profile.load(slug), gemm={"bf16": burst}, grouped=GroupedParameters(**own))
     out = np.empty(len(rows))
