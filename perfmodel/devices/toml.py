@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 Table = dict[str, Any]
 SMALLEST, LARGEST = 1e-20, 1e20  # no figure of a device, in SI units, comes near them
+RANGES = {  # ends of keys -> a tighter range, from the first computers to any that may come
+    "_flops": (1e3, 1e19), "memory_bandwidth": (1e3, 1e17), "clock_hz": (1e3, 1e12), "memory_bytes": (1e3, 1e17),
+    **dict.fromkeys(("mean", "median", "p90"), (0.0, 100.0)),  # relative errors
+}  # fmt: skip
 P = TypeVar("P", bound="DataclassInstance")
 
 _MAY_BE_MISSING = ("power_share", "load_energy", "cold", "shared_bytes", "half", "backward_half")  # newer than files
@@ -109,6 +113,7 @@ def _checked(value: Any, key: str, where: str, *, whole: bool) -> Any:
     wrong = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
     if wrong or not value >= 0 or (value == 0 and key not in _MAY_BE_ZERO):
         raise UserError(f"{where}: {key} must be {kind} {bound}, got {value!r}")
-    if value and not SMALLEST <= value <= LARGEST:
+    least, most = next((r for end, r in RANGES.items() if key.endswith(end)), (SMALLEST, LARGEST))
+    if value and not least <= value <= most:
         raise UserError(f"{where}: {key} is out of any range: {value!r}")
     return value if whole else float(value)

@@ -28,7 +28,10 @@ def over_grid(compute: Compute[P], setup: Setup, method: Method) -> P:
     """Run a prediction over array dims, splitting the grid where its points do not share one program."""
     arrays = _arrays(setup, method)
     if not arrays:
-        return compute(setup, method)
+        try:
+            return compute(setup, method)
+        except OverflowError:  # one call's sizes are beyond what NumPy's prices take
+            raise _too_large(setup, "counts") from None
     _check_size(setup, method)
     shape = grid_shape(setup, method)
     flat = {k: np.broadcast_to(a, shape).reshape(-1) for k, a in arrays.items()}
@@ -60,12 +63,17 @@ def _check_size(setup: Setup, method: Method) -> None:
     """
     a = method.architecture
     assert a is not None
-    batch, seq = int(np.max(setup.batch)), int(np.max(setup.seq))
+    seq = int(np.max(setup.seq))
     weights = a.layers * (4 * a.hidden * max(a.hidden, a.heads * a.head_dim) + 3 * a.hidden * a.intermediate)
     weights += 2 * a.vocab * a.hidden
     per_token = 8 * 2 * weights + 24 * a.layers * a.heads * a.head_dim * seq
     if per_token * int(np.max(setup.sequences)) * seq * setup.grad_accum > 2**62:
-        raise UserError(f"batch {batch} x seq {seq} is too large for a grid of {a.name}: counts exceed 64-bit integers")
+        raise _too_large(setup, f"counts of a grid of {a.name}")
+
+
+def _too_large(setup: Setup, what: str) -> UserError:
+    batch, seq = int(np.max(setup.batch)), int(np.max(setup.seq))
+    return UserError(f"batch {batch} x seq {seq} is too large: {what} exceed 64-bit integers")
 
 
 def _arrays(setup: Setup, method: Method) -> dict[tuple[str, str], np.ndarray]:

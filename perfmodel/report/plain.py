@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from ..errors import UserError
+
 GAP = 2  # between columns
 LEAST = 16  # characters that a column of text keeps where its words have to be broken
 
@@ -113,6 +115,14 @@ def notes(told: Iterable[str]) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Write a value to standard output."""
-    json.dump(value, sys.stdout, indent=1)
+    """Write a value to standard output.
+
+    Raises:
+        UserError: a figure that JSON has no word for.
+    """
+    try:
+        text = json.dumps(value, indent=1, allow_nan=False)
+    except ValueError:
+        raise UserError("a figure of the answer is not finite, which JSON has no word for") from None
+    sys.stdout.write(text)
     sys.stdout.write("\n")
