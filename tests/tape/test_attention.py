@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from perfmodel.calls import sdpa
 from perfmodel.program.part import PHASES
 from perfmodel.tape.attention import sdpa_attention
 from perfmodel.tape.core import Tape, recording
@@ -18,7 +19,7 @@ from perfmodel.tape.tensor import Parameter
 from perfmodel.tracing.cuda_forms import cuda_forms
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CAPABILITIES = ("7.5", "8.0", "8.9", "9.0", "10.0", "12.0")
+CAPABILITIES = ("7.5", "8.0", "8.9", "9.0", "10.0", "10.3", "12.0")
 FUSED = "_scaled_dot_product"
 
 
@@ -57,3 +58,32 @@ def test_tape_and_trace_choose_the_same_kernel(capability: str) -> None:
     for dtype, (heads, masked) in product(DTYPES, ((4, False), (4, True), (2, False))):
         assert recorded(capability, dtype, heads, masked) == traced(capability, dtype, heads, masked), (dtype, heads)
     assert recorded(capability, "fp32", 4, False) == {f"{FUSED}_efficient_attention"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "torch", "heads", "masked", "kernel"),
+    [
+        ("9.0", (2, 6), (128, 128), False, "flash"), ("9.0", (2, 10), (128, 128), False, "flash"),
+        ("9.0", (2, 11), (128, 128), False, "cudnn"), ("10.3", (2, 13), (64, 64), True, "cudnn"),
+        ("9.0", (2, 13), (256, 256), False, "cudnn"), ("10.0", (2, 13), (256, 256), False, "flash"),
+        ("10.0", (2, 13), (256, 256), True, "efficient"), ("10.0", (2, 13), (192, 128), False, "cudnn"),
+        ("8.0", (2, 13), (192, 128), False, "efficient"), ("9.0", (2, 13), (512, 512), False, "efficient"),
+        ("12.0", (2, 13), (128, 128), False, "flash"), ("9.0", (2, 10), (128, 128), True, "efficient"),
+    ],
+)  # fmt: skip
+def test_the_kernel_depends_on_release_card_and_head(
+    capability: str, torch: tuple[int, int], heads: tuple[int, int], masked: bool, kernel: str
+) -> None:
+    """On an H100 FlashAttention-2 takes twice as long as cuDNN's kernel, which is only preferred since 2.11; on a B200
+    that one has no backward pass of heads of 256, as Gemma's (sdp_utils.cpp).
+    """
+    assert sdpa.choose(capability, *heads, half=True, grouped=False, masked=masked, torch=torch) == kernel
+
+
+def test_a_tape_of_an_older_pytorch_runs_its_kernel() -> None:
+    """The release reaches the choice: what a published step ran is what is priced."""
+    q, k, v = (Parameter(name, (1, 4, 8, 64), "bf16", kind="weight", trainable=False) for name in "qkv")
+    with recording(Tape("cuda", "9.0", torch=(2, 6))) as tape:
+        part = tape.begin("attention", PHASES[0])
+        sdpa_attention(q, k, v, None, causal=True, p=0.0)
+    assert f"{FUSED}_flash_attention" in {op.name for op in part.ops}
