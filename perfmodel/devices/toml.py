@@ -16,7 +16,9 @@ Table = dict[str, Any]
 SMALLEST, LARGEST = 1e-20, 1e20  # no figure of a device, in SI units, comes near them
 P = TypeVar("P", bound="DataclassInstance")
 
-_MAY_BE_MISSING = ("power_share", "load_energy", "cold", "shared_bytes", "half", "backward_half")  # newer than files
+_MAY_BE_MISSING = (  # newer than files
+    "power_share", "load_energy", "cold", "shared_bytes", "half", "backward_half", "backward_wide", "row_tiles",
+)  # fmt: skip
 _MAY_BE_ZERO = {
     "launch_clocks", "derating", "derating_time", "power_share", "load_energy", "k_latency", "k_bubble", "epilogue",
     "wave_tail", "write_cost", "overlap_loss",
