@@ -1,7 +1,7 @@
-"""Which kernel `F.scaled_dot_product_attention` runs on a CUDA card: by release of PyTorch, card and call.
+"""Which kernel `F.scaled_dot_product_attention` runs on a CUDA card.
 
-The first of cuDNN's kernel, FlashAttention-2 and the memory-efficient kernel that takes the call, else the written-out
-"math" path. cuDNN's goes first where `CUDNN_FIRST` says so, elsewhere it is not reached. What each takes, in training:
+The first of cuDNN's kernel (where PyTorch prefers it), FlashAttention-2 and the memory-efficient kernel that takes the
+call, else the written-out "math" path. What each takes, in training:
 
     cuDNN      16 bit, heads up to `cudnn_head_size` in multiples of 8, masks that need no gradient
     flash      16 bit, Ampere and newer, no mask, heads of one size up to 256
@@ -13,21 +13,12 @@ Source: ATen/native/transformers/cuda/sdp_utils.cpp (`check_prefer_cudnn_attenti
 
 from typing import Literal
 
-Release = tuple[int, int]
 Kernel = Literal["cudnn", "flash", "efficient", "math"]
 
-CURRENT: Release = (2, 13)  # the release whose calls are mirrored
-# Since which release which compute capabilities have cuDNN's kernel first. The code wants a cuDNN above 9.15.0
-# (pytorch/pytorch#169849), which wheels have since 2.11 (huggingface/transformers#48163), those for CUDA 12.9 and newer
-# (pytorch/pytorch#171627); 10.3: pytorch/pytorch#170800. Of the releases before, only 2.5.0 preferred it, on 9.0
-# (pytorch/pytorch#138522).
-CUDNN_FIRST: tuple[tuple[Release, tuple[str, ...]], ...] = (((2, 0), ()), ((2, 11), ("9.0", "10.0", "10.3")))
+# Compute capabilities where PyTorch prefers cuDNN: with one above 9.15.0 (pytorch/pytorch#169849), which wheels have
+# since 2.11 (huggingface/transformers#48163); 10.3: pytorch/pytorch#170800.
+CUDNN_FIRST = ("9.0", "10.0", "10.3")
 FLASH_HEAD = 256
-
-
-def cudnn_first(capability: str, torch: Release = CURRENT) -> bool:
-    """Whether cuDNN's kernel goes first on cards of a compute capability in a release of PyTorch."""
-    return capability in [cards for since, cards in CUDNN_FIRST if since <= torch][-1]
 
 
 def cudnn_head_size(capability: str, keys: int, values: int) -> int:
@@ -38,14 +29,15 @@ def cudnn_head_size(capability: str, keys: int, values: int) -> int:
 
 
 def choose(
-    capability: str, keys: int, values: int, *, half: bool, grouped: bool, masked: bool, mask_trained: bool = False,
-    torch: Release = CURRENT,
+    capability: str, keys: int, values: int, *, cudnn_first: bool, half: bool, grouped: bool, masked: bool,
+    mask_trained: bool = False,
 ) -> Kernel:  # fmt: skip
     """The kernel of a call.
 
     Args:
         capability: compute capability of the card, "9.0".
         keys, values: head size of queries and keys, and of values.
+        cudnn_first: whether PyTorch prefers cuDNN's kernel there; if not, it is not reached.
         half: whether the operands have 16 bits.
         grouped: whether there are fewer heads of keys and values than of queries.
         masked: whether a mask is handed in.
@@ -54,7 +46,7 @@ def choose(
     largest = max(keys, values)
     whole = half and keys % 8 == 0 and values % 8 == 0
     fits_cudnn = whole and largest <= cudnn_head_size(capability, keys, values) and not mask_trained
-    if cudnn_first(capability, torch) and fits_cudnn:
+    if cudnn_first and fits_cudnn:
         return "cudnn"
     if whole and not masked and keys == values and largest <= FLASH_HEAD and int(capability.split(".")[0]) >= 8:
         return "flash"

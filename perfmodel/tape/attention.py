@@ -160,8 +160,8 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> s
     if current.device == "cpu":
         return "math" if p > 0 or trained or not same(q.shape[3], v.shape[3]) else "cpu"
     return sdpa.choose(
-        current.capability, q.shape[3], v.shape[3], half=q.dtype != "fp32", grouped=q.shape[1] != k.shape[1],
-        masked=mask is not None, mask_trained=trained, torch=current.torch,
+        current.capability, q.shape[3], v.shape[3], cudnn_first=current.capability in sdpa.CUDNN_FIRST,
+        half=q.dtype != "fp32", grouped=q.shape[1] != k.shape[1], masked=mask is not None, mask_trained=trained,
     )  # fmt: skip
 
 

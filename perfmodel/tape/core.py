@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ..calls import sdpa
 from ..program.dims import Dim, Shape, contiguous_strides, product
 from ..program.dtypes import ITEMSIZE
 from ..program.op import PLAIN, Attrs, Op
@@ -19,7 +18,7 @@ from .tensor import Flow, Node, Parameter, Storage, Tensor
 
 class Tape:
     """Records ops into parts. `device` is "cpu" or "cuda" (their dispatch differs in a few places); `capability` is the
-    CUDA compute capability, which decides the attention kernel, as does the release of PyTorch, `torch`.
+    CUDA compute capability, which decides the attention kernel.
 
     `autocast` is the 16-bit dtype inside `torch.autocast`, or None. Everything that follows PyTorch's global state
     (grad mode, autocast's weight cache, checkpoint frames) lives here, and the training loop's variable `loss`, whose
@@ -34,13 +33,11 @@ class Tape:
     """
 
     def __init__(
-        self, device: str = "cuda", capability: str = "8.0", *, autocast: str | None = None, view_replay: bool = False,
-        torch: sdpa.Release = sdpa.CURRENT,
-    ) -> None:  # fmt: skip
+        self, device: str = "cuda", capability: str = "8.0", *, autocast: str | None = None, view_replay: bool = False
+    ) -> None:
         self.view_replay = view_replay
         self.device = device
         self.capability = capability
-        self.torch = torch
         self.autocast_dtype = autocast
         self.autocast: str | None = None
         self.cast_cache: dict[int, tuple[Tensor, Tensor]] = {}

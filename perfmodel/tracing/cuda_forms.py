@@ -76,8 +76,9 @@ def _choose(q: Any, k: Any, v: Any, mask: Any, capability: str) -> sdpa.Kernel:
     if any(t.dim() != 4 for t in (q, k, v)):
         return "math"
     return sdpa.choose(
-        capability, q.shape[-1], v.shape[-1], half=q.dtype in (torch.bfloat16, torch.float16),
-        grouped=q.shape[1] != k.shape[1], masked=mask is not None, mask_trained=mask is not None and mask.requires_grad,
+        capability, q.shape[-1], v.shape[-1], cudnn_first=capability in sdpa.CUDNN_FIRST,
+        half=q.dtype in (torch.bfloat16, torch.float16), grouped=q.shape[1] != k.shape[1], masked=mask is not None,
+        mask_trained=mask is not None and mask.requires_grad,
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from ..architectures import Config, load
 from ..architectures.config import CLASS
 from ..architectures.traits import Targets, Traits
-from ..calls.sdpa import cudnn_first, cudnn_head_size
+from ..calls.sdpa import CUDNN_FIRST, cudnn_head_size
 from ..devices import own
 from ..devices.device import profile_of
 from ..devices.profile import DeviceProfile
@@ -236,7 +236,7 @@ def dispatch_class(kind: str, capability: str) -> str:
     """Devices with one name run the same program: what their attention kernels are chosen by (`cuda_forms`)."""
     if kind != "cuda":
         return kind
-    if cudnn_first(capability):
+    if capability in CUDNN_FIRST:
         return f"cuda with cuDNN's attention, heads up to {cudnn_head_size(capability, 0, 0)}"
     return "cuda with flash attention" if int(capability.split(".")[0]) >= 8 else "cuda"
 

@@ -61,29 +61,30 @@ def test_tape_and_trace_choose_the_same_kernel(capability: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "torch", "heads", "masked", "kernel"),
+    ("capability", "cudnn_first", "heads", "masked", "kernel"),
     [
-        ("9.0", (2, 6), (128, 128), False, "flash"), ("9.0", (2, 10), (128, 128), False, "flash"),
-        ("9.0", (2, 11), (128, 128), False, "cudnn"), ("10.3", (2, 13), (64, 64), True, "cudnn"),
-        ("9.0", (2, 13), (256, 256), False, "cudnn"), ("10.0", (2, 13), (256, 256), False, "flash"),
-        ("10.0", (2, 13), (256, 256), True, "efficient"), ("10.0", (2, 13), (192, 128), False, "cudnn"),
-        ("8.0", (2, 13), (192, 128), False, "efficient"), ("9.0", (2, 13), (512, 512), False, "efficient"),
-        ("12.0", (2, 13), (128, 128), False, "flash"), ("9.0", (2, 10), (128, 128), True, "efficient"),
+        ("9.0", False, (128, 128), False, "flash"), ("9.0", True, (128, 128), False, "cudnn"),
+        ("9.0", True, (256, 256), False, "cudnn"), ("10.3", True, (64, 64), True, "cudnn"),
+        ("10.0", True, (256, 256), False, "flash"), ("10.0", True, (256, 256), True, "efficient"),
+        ("10.0", True, (192, 128), False, "cudnn"), ("8.0", False, (192, 128), False, "efficient"),
+        ("9.0", True, (512, 512), False, "efficient"), ("9.0", False, (128, 128), True, "efficient"),
     ],
 )  # fmt: skip
-def test_the_kernel_depends_on_release_card_and_head(
-    capability: str, torch: tuple[int, int], heads: tuple[int, int], masked: bool, kernel: str
+def test_the_kernel_depends_on_what_is_preferred_and_on_the_head(
+    capability: str, cudnn_first: bool, heads: tuple[int, int], masked: bool, kernel: str
 ) -> None:
-    """On an H100 FlashAttention-2 takes twice as long as cuDNN's kernel, which is only preferred since 2.11; on a B200
-    that one has no backward pass of heads of 256, as Gemma's (sdp_utils.cpp).
+    """On an H100 FlashAttention-2 takes twice as long as cuDNN's kernel, which not every PyTorch prefers; on a B200 the
+    latter has no backward pass of heads of 256, as Gemma's (sdp_utils.cpp).
     """
-    assert sdpa.choose(capability, *heads, half=True, grouped=False, masked=masked, torch=torch) == kernel
+    found = sdpa.choose(capability, *heads, cudnn_first=cudnn_first, half=True, grouped=False, masked=masked)
+    assert found == kernel
 
 
-def test_a_tape_of_an_older_pytorch_runs_its_kernel() -> None:
-    """The release reaches the choice: what a published step ran is what is priced."""
-    q, k, v = (Parameter(name, (1, 4, 8, 64), "bf16", kind="weight", trainable=False) for name in "qkv")
-    with recording(Tape("cuda", "9.0", torch=(2, 6))) as tape:
+@pytest.mark.parametrize(("capability", "kernel"), [("9.0", "cudnn"), ("10.0", "flash")])
+def test_a_tape_asks_for_the_head_size(capability: str, kernel: str) -> None:
+    """What the rule says of a Gemma's heads must be what a step of it runs."""
+    q, k, v = (Parameter(name, (1, 4, 8, 256), "bf16", kind="weight", trainable=False) for name in "qkv")
+    with recording(Tape("cuda", capability)) as tape:
         part = tape.begin("attention", PHASES[0])
         sdpa_attention(q, k, v, None, causal=True, p=0.0)
-    assert f"{FUSED}_flash_attention" in {op.name for op in part.ops}
+    assert {op.name for op in part.ops if op.name.startswith(FUSED)} == {f"{FUSED}_{kernel}_attention"}
