@@ -213,7 +213,11 @@ class Setup:
 
     @property
     def explicit_mask(self) -> bool:
-        """Whether sdpa gets a mask: compiled code cannot look whether there is padding (`_ignore_causal_mask_sdpa`)."""
+        """Whether sdpa gets a mask: compiled code cannot look whether there is padding (`_ignore_causal_mask_sdpa`).
+
+        That is of models that get an attention mask, as from transformers' and TRL's collators. Without one the packed
+        sequences that the positions might hold make a mask, unless there is a cache (`_preprocess_mask_arguments`).
+        """
         return self.padded or self.compile != "none"
 
     @property

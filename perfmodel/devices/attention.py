@@ -1,12 +1,12 @@
 """Latency of fused (flash style) attention, forward and backward, in seconds; all sizes broadcast.
 
-Forward. One cooperative thread array (CTA) owns ROWS = 128 query rows of one head and walks over the keys that its
-rows may see. With S = sm_count and P = peak FLOP/s:
+Forward. One cooperative thread array (CTA) owns `tiles` blocks of ROWS = 128 query rows of one head and walks over the
+keys that its rows may see. With S = sm_count and P = peak FLOP/s:
 
     cell      = 4 * head_dim * S / (P * efficiency(head_dim))   s, one query-key pair on one SM (2 GEMMs)
     cells     = ROWS**2 * (1 + 2 + ... + blocks)  per head      causal: masked tiles are skipped, the diagonal is not
-    work      = batch * heads * (cells * cell + blocks * cta_overhead) / S             every SM busy all the time
-    longest   = alone * (ROWS * seq_kv * cell + cta_overhead)                          the last row block, alone
+    work      = batch * heads * (cells * cell + blocks / tiles * cta_overhead) / S     every SM busy all the time
+    longest   = alone * (tiles * ROWS * seq_kv * cell + cta_overhead)                  the last CTA, alone
     compute   = (work**p + longest**p)**(1/p)                   wave quantisation: list scheduling of unequal CTAs
     memory    = bytes of q, k, v, o, and of a mask once for every head, over the bandwidth of where they live
                 (L2 or DRAM)
@@ -20,8 +20,9 @@ Documents behind one another that attend within themselves (varlen): the CTAs of
 own document; the longest document's last CTA is the longest.
 
 Backward (FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithm 2): 5 GEMMs where forward has 2, so
-10 * head_dim FLOPs a cell, at `backward_efficiency` times the forward rate; CTAs own key blocks; q, k, v, o, do are
-read, dq, dk, dv written, dq is accumulated in fp32; three launches (row sums of do*o, main kernel, dq conversion).
+10 * head_dim FLOPs a cell, at `backward_efficiency` times the forward rate, for heads above WIDE times `backward_wide`
+again (fewer rows of q and do fit beside the gradients of k and v); a CTA owns ROWS keys; q, k, v, o, do are read, dq,
+dk, dv written, dq is accumulated in fp32; three launches (row sums of do*o, main kernel, dq conversion).
 """
 
 import numpy as np
@@ -35,6 +36,7 @@ Kinds = tuple[Array, Array]  # lengths of documents, and how many of each there 
 
 ROWS = 128.0  # query rows of a CTA (FlashAttention 2 and 3 use 128 for head sizes 64 to 256)
 KEYS = 64.0  # granularity of the key loop
+WIDE = 128.0  # above this head size CTAs are smaller
 PADDING = 32.0  # kernels are compiled for head sizes that are multiples of this; others are padded
 SOFTMAX_DIMS = 32.0  # the exponential of a cell costs as much as so many head dims of GEMM (fa2 21, fa3 63)
 
@@ -54,6 +56,8 @@ class AttentionParameters:
         backward_efficiency: rate of the 5 backward GEMMs over the rate of the 2 forward ones.
         backward_cta_overhead: clocks of one SM per CTA and key block in backward.
         backward_launch_floor: seconds of the three launches.
+        backward_wide: rate of the backward GEMMs of heads above 128 over that of narrower ones.
+        row_tiles: blocks of 128 query rows that a CTA has of heads up to 128; of wider ones it has one.
     """
 
     launch_floor: float = 4e-6
@@ -66,6 +70,12 @@ class AttentionParameters:
     backward_efficiency: float = 0.88
     backward_cta_overhead: float = 8000.0
     backward_launch_floor: float = 1e-5
+    backward_wide: float = 1.0
+    row_tiles: int = 1
+
+    def tiles_at(self, head_dim: Array) -> Array:
+        """Blocks of query rows that a CTA of forward has."""
+        return np.where(head_dim <= WIDE, float(self.row_tiles), 1.0)
 
     def efficiency_at(self, head_dim: ArrayLike) -> Array:
         """Share of peak at a head size: linear in log2(head_dim) between the fitted sizes.
@@ -129,7 +139,8 @@ def attention_forward_time(
     cells, blocks, longest = _tiles(b, sq, skv, causal, documents, window)
     cell = _cell_time(4.0, d, hardware, parameters, dtype)
     overhead = parameters.cta_overhead / hardware.clock_hz
-    compute = _schedule(h, cells, blocks, longest, cell, overhead, hardware, parameters)
+    tiles = parameters.tiles_at(d)
+    compute = _schedule(h, cells, blocks / tiles, tiles * longest, cell, overhead, hardware, parameters)
     moved = 2.0 * b * d * ITEMSIZE[dtype] * (sq * h + skv * hkv)  # q and o, k and v
     memory = moved * seconds_per_byte(moved, hardware, parameters.l2_ratio)
     memory = memory + _mask_time(b, h, sq * skv * item, hardware, parameters)
@@ -156,7 +167,8 @@ def attention_backward_time(
     b, sq, skv, h, hkv, d = _floats(batch, seq_q, seq_kv, heads, kv_heads, head_dim)
     item = ITEMSIZE[dtype]
     cells, blocks, longest = _key_tiles(b, sq, skv, causal, documents, window)
-    cell = _cell_time(10.0 / parameters.backward_efficiency, d, hardware, parameters, dtype)
+    rate = parameters.backward_efficiency * np.where(d > WIDE, parameters.backward_wide, 1.0)
+    cell = _cell_time(10.0 / rate, d, hardware, parameters, dtype)
     overhead = parameters.backward_cta_overhead / hardware.clock_hz
     compute = _schedule(h, cells, blocks, longest, cell, overhead, hardware, parameters)
     q = b * sq * h * d * item  # one of q, o, do, dq
@@ -186,7 +198,7 @@ def _floats(*values: ArrayLike) -> tuple[Array, ...]:
     return tuple(np.asarray(v, dtype=np.float64) for v in values)
 
 
-def _cell_time(flops: float, head_dim: Array, hw: Hardware, p: AttentionParameters, dtype: str) -> Array:
+def _cell_time(flops: Array | float, head_dim: Array, hw: Hardware, p: AttentionParameters, dtype: str) -> Array:
     """Seconds of one query-key pair on one SM, at `flops` FLOPs per element of the head."""
     padded = np.ceil(head_dim / PADDING) * PADDING
     return flops * padded * hw.sm_count / (hw.peak(dtype) * p.efficiency_at(padded))

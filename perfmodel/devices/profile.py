@@ -2,10 +2,11 @@
 
 A file holds `name`, `kind` ("cuda" or "cpu"), `architecture`, `compute_capability`, `aliases`, `host`, the tables
 [datasheet] and [source] (one URL per datasheet key), and per fitted block `[fitted.gemm.bf16]`, `[fitted.gemm.fp32]`,
-`[fitted.attention]`, `[fitted.pointwise]` its provenance and the tables `parameters` and `residuals`. A block that is
-missing comes from classes.toml, by the device's family; `[fitted.grouped]`, products by expert, may be missing there,
-too. The blocks of a CPU hold the parameters of `devices.cpu`. Own devices: `perfmodel calibrate` writes one for this
-machine (see `perfmodel.devices.own`), or pass the path of a file.
+`[fitted.attention]`, `[fitted.attention_cudnn]` (Hopper and data-centre Blackwell), `[fitted.pointwise]` its provenance
+and the tables `parameters` and `residuals`. A block that is missing comes from classes.toml, by the device's family;
+`[fitted.grouped]`, products by expert, may be missing there, too. The blocks of a CPU hold the parameters of
+`devices.cpu`. Own devices: `perfmodel calibrate` writes one for this machine (see `perfmodel.devices.own`), or pass the
+path of a file.
 """
 
 import re
@@ -35,7 +36,8 @@ DEVICES = DATA / "devices"
 CLASSES = "classes"  # the file of class defaults, no device
 BLOCKS = ("gemm.bf16", "gemm.fp32", "attention", "pointwise")
 GROUPED = "grouped"  # a block that a device may lack: its products by expert are then priced as dense ones
-CUDNN = ("wgmma", "tcgen05")  # families on which PyTorch prefers cuDNN's attention
+CUDNN = ("wgmma", "tcgen05")  # families on which PyTorch prefers cuDNN's attention (`calls.sdpa`)
+CUDNN_ATTENTION = "attention_cudnn"  # its block
 KINDS = ("cuda", "cpu")
 PROVENANCE = ("source", "date", "software", "rows_fitted", "rows_left_out", "notes")
 RESIDUALS = ("mean", "median", "p90")
@@ -186,9 +188,11 @@ def from_table(slug: str, table: Table, where: str) -> DeviceProfile:
     bf16 = _block("gemm.bf16", GemmParameters, gpu, family, where)
     fp32 = _block("gemm.fp32", GemmParameters, gpu, family, where)
     attention = _block("attention", AttentionParameters, gpu, family, where)
-    cudnn = _block("attention_cudnn", AttentionParameters, gpu, family, where) if family in CUDNN else attention
+    cudnn = _block(CUDNN_ATTENTION, AttentionParameters, gpu, family, where) if family in CUDNN else attention
     pointwise = _block("pointwise", PointwiseParameters, gpu, family, where)
     blocks: dict[str, _Block[Any]] = on_cpu or dict(zip(BLOCKS, (bf16, fp32, attention, pointwise), strict=True))
+    if cudnn is not attention and not on_cpu:
+        blocks[CUDNN_ATTENTION] = cudnn
     if GROUPED in gpu:
         blocks[GROUPED] = _parse(GroupedParameters, gpu[GROUPED], f"{where}: [fitted.{GROUPED}]")
     return DeviceProfile(

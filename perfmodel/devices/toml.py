@@ -20,7 +20,9 @@ RANGES = {  # ends of keys -> a tighter range, from the first computers to any t
 }  # fmt: skip
 P = TypeVar("P", bound="DataclassInstance")
 
-_MAY_BE_MISSING = ("power_share", "load_energy", "cold", "shared_bytes", "half", "backward_half")  # newer than files
+_MAY_BE_MISSING = (  # newer than files
+    "power_share", "load_energy", "cold", "shared_bytes", "half", "backward_half", "backward_wide", "row_tiles",
+)  # fmt: skip
 _MAY_BE_ZERO = {
     "launch_clocks", "derating", "derating_time", "power_share", "load_energy", "k_latency", "k_bubble", "epilogue",
     "wave_tail", "write_cost", "overlap_loss",

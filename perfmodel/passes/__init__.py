@@ -2,5 +2,5 @@
 
 NOTE = (
     "torch.compile: one graph without breaks is assumed, and compiled code cannot see that nothing is padded: sdpa "
-    "gets an explicit mask, not the flash kernel"
+    "gets an explicit mask, not the flash kernel, unless no attention mask is handed in and use_cache stays on"
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..devices.profile import DeviceProfile
+from ..devices.profile import CUDNN_ATTENTION, DeviceProfile
 
 Components = Mapping[str, Any]  # component -> seconds
 
@@ -22,11 +22,18 @@ SOLVER = 0.5  # relative sigma of dense decompositions: a factor of two either w
 UNEXPLAINED = 0.05  # relative sigma of a step beyond its components (clocks, allocator, data loading)
 UNEXPLAINED_RATIO = 0.02  # the same for the ratio of two steps measured on one machine
 
-# component -> block of a device profile whose residuals it has
-BLOCK = {
+# component -> block of a device profile whose residuals it has; attention: cuDNN's where PyTorch prefers that
+_BLOCK = {
     "gemm16": "gemm.bf16", "gemm32": "gemm.fp32", "attention": "attention", "memory": "pointwise",
     "optimizer": "pointwise",
 }  # fmt: skip
+
+
+def priced_by(component: str, profile: DeviceProfile) -> str | None:
+    """The block of a device profile that prices a component, if one does."""
+    if component == "attention" and CUDNN_ATTENTION in profile.residuals:
+        return CUDNN_ATTENTION
+    return _BLOCK.get(component)
 
 
 def sigma(component: str, profile: DeviceProfile) -> float:
@@ -35,7 +42,9 @@ def sigma(component: str, profile: DeviceProfile) -> float:
         return HOST
     if component == "solver":
         return SOLVER
-    return SIGMA_OF_MEAN * profile.residuals[BLOCK[component]]["mean"]
+    block = priced_by(component, profile)
+    assert block is not None
+    return SIGMA_OF_MEAN * profile.residuals[block]["mean"]
 
 
 def step_sigma(components: Components, total: Any, profile: DeviceProfile) -> Any:

@@ -22,7 +22,7 @@ MOST_NAMED = 6  # calls that a note names
 def notes_on(built: Step, on: DeviceProfile, seconds: Mapping[str, Any], total: Any) -> list[str]:
     """What a reader should know about a prediction, of its seconds by class of kernel and in total."""
     notes = notes_before(built.architecture, built.method, built.setup)
-    used = {b for c, b in intervals.BLOCK.items() if np.any(seconds.get(c, 0.0) > 0.01 * total)}
+    used = {intervals.priced_by(c, on) for c, s in seconds.items() if np.any(s > 0.01 * total)}
     defaults = [block for block, origin in on.fitted.items() if origin == "class" and block in used]
     if defaults:
         missing = f"no measurements of {', '.join(defaults)} on {on.slug}: defaults of its class, wider interval"

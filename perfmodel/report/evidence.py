@@ -28,7 +28,7 @@ ORIGINS = {
 }  # fmt: skip
 BLOCKS = {
     "gemm.bf16": "GEMMs in 16 bit", "gemm.fp32": "GEMMs in fp32", "attention": "attention",
-    "pointwise": "memory-bound kernels", "grouped": "products by expert",
+    "attention_cudnn": "cuDNN's attention", "pointwise": "memory-bound kernels", "grouped": "products by expert",
 }  # fmt: skip
 SHEET = {  # figure of the datasheet -> (name, unit)
     "sm_count": ("streaming multiprocessors", ""), "clock_hz": ("highest clock", "Hz"),

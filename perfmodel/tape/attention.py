@@ -1,18 +1,16 @@
 """Scaled dot product attention: the kernel that each device picks, and the eager form of transformers.
 
-CPU: one flash kernel without dropout, the written-out "math" path with it. CUDA, 16-bit dtypes: cuDNN's kernel on
-Hopper and data-centre Blackwell (capability 9.0 and 10.0, since PyTorch 2.10), else FlashAttention-2 from Ampere on,
-which takes no mask, and values only as wide as the keys. What is left, masks, fp32 and older cards, goes to the
-memory-efficient kernel, which knows no GQA: grouped heads without a mask then take the math path. The CPU's kernel too
-takes no other values. That the memory-efficient kernel gets a mask padded to rows of multiples of eight elements
+CPU: one flash kernel without dropout and for values as wide as the keys, else the written-out "math" path. CUDA: see
+`calls.sdpa`. That the memory-efficient kernel gets a mask padded to rows of multiples of eight elements
 (`preprocess_mask`) is left out: programs would differ from length to length.
-Source: ATen/native/transformers/attention.cpp, cuda/sdp_utils.cpp (`check_prefer_cudnn_attention`);
-transformers/integrations/sdpa_attention.py. How outputs lie in memory: torch/_meta_registrations.py.
+Source: ATen/native/transformers/attention.cpp; transformers/integrations/sdpa_attention.py. How outputs lie in memory:
+torch/_meta_registrations.py.
 """
 
 from collections.abc import Sequence
 from itertools import zip_longest
 
+from ..calls import sdpa
 from ..program.dims import Shape, by_stride, elementwise_strides, is_one, same, same_shape, strides_in_order
 from ..program.op import Attrs
 from .autograd import differentiate
@@ -26,17 +24,16 @@ from .shape import clone, contiguous, expand, narrow, pad_last, reshape, transpo
 from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
-CUDNN_FIRST = ("9.0", "10.0")
 _FLASH = {
     "cpu": "_scaled_dot_product_flash_attention_for_cpu",
-    "cuda": "_scaled_dot_product_flash_attention",
+    "flash": "_scaled_dot_product_flash_attention",
     "cudnn": "_scaled_dot_product_cudnn_attention",
     "efficient": "_scaled_dot_product_efficient_attention",
     "flash2": "flash_attn::_flash_attn_forward",
 }
 _FLASH_BACKWARD = {
     "cpu": "_scaled_dot_product_flash_attention_for_cpu_backward",
-    "cuda": "_scaled_dot_product_flash_attention_backward",
+    "flash": "_scaled_dot_product_flash_attention_backward",
     "cudnn": "_scaled_dot_product_cudnn_attention_backward",
     "efficient": "_scaled_dot_product_efficient_attention_backward",
     "flash2": "flash_attn::_flash_attn_backward",
@@ -158,16 +155,14 @@ def flash_attn(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | N
 
 
 def _choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> str:
-    """The kernel for (b, h, s, d) operands; that of the CPU and cuDNN's give a mask no gradient (sdp_utils)."""
-    grouped, alike = q.shape[1] != k.shape[1], same(q.shape[3], v.shape[3])
-    trained = mask is not None and mask.requires_grad
-    if tape().device == "cpu":
-        return "math" if p > 0 or trained or not alike else "cpu"
-    if q.dtype != "fp32" and tape().capability in CUDNN_FIRST and not trained:
-        return "cudnn"
-    if q.dtype != "fp32" and mask is None and alike and int(tape().capability.split(".")[0]) >= 8:
-        return "cuda"
-    return "math" if grouped else "efficient"
+    """The kernel for (b, h, s, d) operands; that of the CPU gives a mask no gradient."""
+    current, trained = tape(), mask is not None and mask.requires_grad
+    if current.device == "cpu":
+        return "math" if p > 0 or trained or not same(q.shape[3], v.shape[3]) else "cpu"
+    return sdpa.choose(
+        current.capability, q.shape[3], v.shape[3], cudnn_first=current.capability in sdpa.CUDNN_FIRST,
+        half=q.dtype != "fp32", grouped=q.shape[1] != k.shape[1], masked=mask is not None, mask_trained=trained,
+    )  # fmt: skip
 
 
 def additive_mask(mask: Tensor, dtype: str) -> Tensor:

@@ -1,7 +1,7 @@
 """The forms that a program takes on a GPU where the CPU's dispatch differs, for traces on fake CPU tensors.
 
 Dropout is one fused kernel with a bool mask, an RMS norm of torch one kernel, scaled dot product attention one of
-CUDA's kernels, chosen as the tape chooses (`perfmodel.tape.attention`), and autocast casts more (`autocast`).
+CUDA's kernels, chosen as the tape chooses (`perfmodel.calls.sdpa`), and autocast casts more (`autocast`).
 """
 
 from collections.abc import Iterator
@@ -12,13 +12,12 @@ from unittest.mock import patch
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..tape.attention import CUDNN_FIRST
+from ..calls import sdpa
 from . import fused_norm
 from .autocast import autocast_operands, cuda_autocast
 
 aten = torch.ops.aten
 functional = torch.nn.functional
-LARGEST_HEAD = 256  # of the flash and cuDNN kernels (sdp_utils.cpp)
 
 
 @contextmanager
@@ -72,20 +71,15 @@ def _attention(capability: str) -> Any:
     return attention
 
 
-def _choose(q: Any, k: Any, v: Any, mask: Any, capability: str) -> str:
-    """The kernel for (b, h, s, d) operands; cuDNN first where it is preferred, flash takes no mask.
-
-    cuDNN gives a mask no gradient (T5's bias is trained): then another is chosen (sdp_utils: `check_attn_mask_shape`).
-    """
+def _choose(q: Any, k: Any, v: Any, mask: Any, capability: str) -> sdpa.Kernel:
+    """The kernel for (b, h, s, d) operands."""
     if any(t.dim() != 4 for t in (q, k, v)):
         return "math"
-    heads_fit = q.shape[-1] % 8 == 0 and max(q.shape[-1], v.shape[-1]) <= LARGEST_HEAD
-    if q.dtype in (torch.bfloat16, torch.float16) and heads_fit:
-        if capability in CUDNN_FIRST and not (mask is not None and mask.requires_grad):
-            return "cudnn"
-        if mask is None and int(capability.split(".")[0]) >= 8 and q.shape[-1] == v.shape[-1]:
-            return "flash"
-    return "math" if q.shape[1] != k.shape[1] else "efficient"
+    return sdpa.choose(
+        capability, q.shape[-1], v.shape[-1], cudnn_first=capability in sdpa.CUDNN_FIRST,
+        half=q.dtype in (torch.bfloat16, torch.float16), grouped=q.shape[1] != k.shape[1], masked=mask is not None,
+        mask_trained=mask is not None and mask.requires_grad,
+    )  # fmt: skip
 
 
 def _additive(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:

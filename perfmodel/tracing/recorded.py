@@ -23,6 +23,7 @@ import numpy as np
 from ..architectures import Config, load
 from ..architectures.config import CLASS
 from ..architectures.traits import Targets, Traits
+from ..calls.sdpa import CUDNN_FIRST, cudnn_head_size
 from ..devices import own
 from ..devices.device import profile_of
 from ..devices.profile import DeviceProfile
@@ -36,7 +37,6 @@ from ..recording import files
 from ..recording.program import Program, RecordedModel, its_own_norm
 from ..resources import is_file
 from ..setup import Setup
-from ..tape.attention import CUDNN_FIRST
 from .regions import Region, region_of
 from .setups import check_setup
 
@@ -237,7 +237,7 @@ def dispatch_class(kind: str, capability: str) -> str:
     if kind != "cuda":
         return kind
     if capability in CUDNN_FIRST:
-        return "cuda with cuDNN's attention"
+        return f"cuda with cuDNN's attention, heads up to {cudnn_head_size(capability, 0, 0)}"
     return "cuda with flash attention" if int(capability.split(".")[0]) >= 8 else "cuda"
 
 

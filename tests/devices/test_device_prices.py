@@ -216,6 +216,35 @@ def test_causal_attention_by_hand() -> None:
     assert 2.5 < backward / seconds < 4.0  # 2.5 times the FLOPs at a lower rate, and three kernels
 
 
+def test_a_cta_of_two_row_blocks_by_hand() -> None:
+    """A head of 256 queries: two CTAs of one block at once, or one of both, which takes twice as long; a wide head's
+    CTA has one block in either case.
+    """
+    b200 = profile.load("b200")
+    both = replace(b200.cudnn_attention, row_tiles=2, cta_overhead=0.0, exposed_memory=0.0, launch_floor=0.0, p=8.0)
+    narrow, wide = (
+        [float(attention_forward_time(1, 256, 4096, 1, 1, head, hardware=b200.hardware, parameters=p, causal=False))
+         for p in (replace(both, row_tiles=1), both)]
+        for head in (128, 256)
+    )  # fmt: skip
+    assert narrow[1] == pytest.approx(2 * narrow[0])
+    assert wide[1] == wide[0]
+
+
+def test_the_backward_pass_of_wide_heads_by_hand() -> None:
+    """Its products take time in inverse proportion to their rate, whatever the copies beside them take."""
+    h100 = profile.load("h100-sxm")
+    p = replace(h100.cudnn_attention, backward_cta_overhead=0.0)
+    one, half, quarter = (
+        attention_backward_time(4, 2048, 2048, 16, 16, np.array([128, 256]), hardware=h100.hardware,
+                                parameters=replace(p, backward_wide=rate))
+        for rate in (1.0, 0.5, 0.25)
+    )  # fmt: skip
+    assert one[0] == half[0] == quarter[0]
+    assert quarter[1] - half[1] == pytest.approx(2 * (half[1] - one[1]))
+    assert half[1] > one[1]
+
+
 def test_an_addition_by_hand() -> None:
     """c = a + b on 2**28 bf16 elements: 3 * 537 MB at `stream` * 2.039 TB/s, a floor and a gap."""
     a100 = profile.load("a100-80gb-sxm")

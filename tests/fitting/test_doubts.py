@@ -12,6 +12,7 @@ from perfmodel.devices import profile
 pd = pytest.importorskip("pandas")
 judging = pytest.importorskip("validate.fitting.judging", exc_type=ImportError)
 attention = pytest.importorskip("validate.fitting.attention", exc_type=ImportError)
+flash_papers = pytest.importorskip("validate.fitting.flash_papers", exc_type=ImportError)
 fit = pytest.importorskip("validate.fitting.fit", exc_type=ImportError)
 gemm = pytest.importorskip("validate.fitting.gemm", exc_type=ImportError)
 layouts = pytest.importorskip("validate.fitting.layouts", exc_type=ImportError)
@@ -61,12 +62,13 @@ def test_a_gemm_fit_names_what_it_cannot_reach_and_what_it_does_not_search(kerne
 def published(p: Any, **only: Any) -> Any:
     """Rows as papers publish them, of a kernel with known parameters."""
     cases = [
-        {"batch": 16384 // seq, "seq": seq, "heads": 16, "head_dim": size, "causal": causal, "direction": direction}
+        {"batch": 16384 // seq, "seq": seq, "heads": 16, "kv_heads": 16, "head_dim": size, "causal": causal,
+         "direction": direction}
         for seq in (512, 2048, 8192) for size in (64, 128) for causal in (False, True)
         for direction in ("forward", "backward")
     ]  # fmt: skip
     rows = pd.DataFrame([c for c in cases if all(c[key] == value for key, value in only.items())])
-    return rows.assign(seconds=attention.published_time(rows, judging.hardware(H100), p), left_out=False)
+    return rows.assign(seconds=flash_papers.published_time(rows, judging.hardware(H100), p), left_out=False)
 
 
 def test_attention_without_backward_rows_keeps_the_usual_backward() -> None:
@@ -94,6 +96,18 @@ def test_an_attention_slower_than_any_is_at_a_bound() -> None:
     slow = replace(base, backward_efficiency=0.05)
     told = attention.fit_published(published(slow), judging.hardware(H100), base)
     assert "backward_efficiency" in told.doubts.at_bound
+
+
+def test_a_backward_pass_of_wide_heads_has_a_rate_of_its_own() -> None:
+    """cuDNN's backward of heads of 256 runs at half the rate of 128 on a Hopper; without such rows nothing says so."""
+    base = replace(profile.load(H100).attention, backward_wide=0.5)
+    rows = published(base, direction="backward")
+    wide = rows.assign(head_dim=rows.head_dim * 2)
+    wide = wide.assign(seconds=flash_papers.published_time(wide, judging.hardware(H100), base))
+    told = attention.fit_backward(wide, judging.hardware(H100), replace(base, backward_wide=1.0))
+    assert told.parameters.backward_wide == pytest.approx(0.5, rel=0.02)
+    assert "backward_wide" not in told.doubts.kept
+    assert "backward_wide" in attention.fit_backward(rows, judging.hardware(H100), base).doubts.kept
 
 
 def test_pointwise_names_the_kinds_that_have_no_row_and_a_stream_out_of_reach(kernels: Path) -> None:

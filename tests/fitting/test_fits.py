@@ -21,6 +21,7 @@ attention = pytest.importorskip("validate.fitting.attention", exc_type=ImportErr
 gemm = pytest.importorskip("validate.fitting.gemm", exc_type=ImportError)
 layouts = pytest.importorskip("validate.fitting.layouts", exc_type=ImportError)
 pointwise = pytest.importorskip("validate.fitting.pointwise", exc_type=ImportError)
+serving = pytest.importorskip("validate.fitting.serving", exc_type=ImportError)
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("h100-sxm", "bf16"), ("a100-80gb-pcie", "fp32")])
@@ -118,22 +119,45 @@ def test_attention_fits_find_serving_times_and_borrow_what_has_no_rows(kernels: 
     assert {size for size, _ in hopper.efficiency} <= {size for size, _ in a100.efficiency}
     assert a100.backward_cta_overhead == hopper.backward_cta_overhead
     assert results.classes["wgmma"].parameters == hopper
-    rows = attention.attention_rows(kernels, "l40s")
-    assert results.fits["l40s"].rows_left_out == int(rows.left_out.sum())
-    assert results.fits["l40s"].rows_fitted == int((~rows.left_out).sum())
+    assert set(results.cudnn) == {"h100-sxm", "b200"}
+    for slug, fit in {"l40s": results.fits["l40s"], **results.cudnn}.items():
+        rows = [serving.attention_rows(kernels, c) for c in (serving.FLASH | serving.CUDNN)[slug]]
+        assert fit.rows_left_out == sum(int(d.left_out.sum()) for d in rows)
+        assert fit.rows_fitted == sum(int((~d.left_out).sum()) for d in rows)
+    for slug, fit in results.cudnn.items():
+        assert {"sglang", "vllm", "backward", "below_512_tokens"} >= set(fit.slices) >= {"sglang", "vllm"}
+        assert fit.errors.rows == fit.slices["sglang"].rows + fit.slices["vllm"].rows
+        assert fit.parameters.row_tiles == (2 if slug == "b200" else 1)
+        assert "own figures" in fit.notes
 
 
 def test_serving_times_are_the_kernel_and_a_copy_to_the_cache() -> None:
     """Keys and values are copied at the rate that all four operands together have: in L2 or out of it."""
     hw, p = common.hardware("a100-80gb-sxm"), profile.load("a100-80gb-sxm").attention
     b, s, h, kv, dim = 3, 512, 16, 4, 128
-    rows = pd.DataFrame([dict(zip(attention.SHAPE, (b, s, h, kv, dim), strict=True))])
-    times = [float(attention.priced_serving(rows, hw, attention.Served(p, append))[0]) for append in (0.0, 1.5)]
-    kernel = attention.attention_forward_time(b, s, s, h, kv, dim, hardware=hw, parameters=p)
+    rows = pd.DataFrame([dict(zip(serving.SHAPE, (b, s, h, kv, dim), strict=True))])
+    times = [float(serving.priced_serving(rows, hw, serving.Served(p, append))[0]) for append in (0.0, 1.5)]
+    kernel = serving.attention_forward_time(b, s, s, h, kv, dim, hardware=hw, parameters=p)
     assert times[0] == pytest.approx(float(kernel))
     copied, others = 2 * b * s * kv * dim * 2, 2 * b * s * h * dim * 2
-    per_byte = attention.seconds_per_byte(np.array([float(copied + others)]), hw, p.l2_ratio)
+    per_byte = serving.seconds_per_byte(np.array([float(copied + others)]), hw, p.l2_ratio)
     assert times[1] - times[0] == pytest.approx(float(1.5 * copied * per_byte[0]))
+
+
+def test_campaigns_share_a_kernel_and_have_their_own_framework(kernels: Path) -> None:
+    """Two frameworks run one kernel: what each does beside it must not become the kernel's."""
+    hw, p = common.hardware("h100-sxm"), replace(profile.load("h100-sxm").cudnn_attention, row_tiles=1)
+    made, beside = [], ((8e-6, 3.0), (1.6e-5, 0.5))
+    for campaign, (floor, append) in zip(serving.CUDNN["h100-sxm"], beside, strict=True):
+        rows = serving.attention_rows(kernels, campaign)
+        served = serving.Served(replace(p, launch_floor=floor), append)
+        made.append((hw, rows.assign(seconds=serving.priced_serving(rows, hw, served))))
+    found = serving.fit_served(made)
+    for served, (floor, append), (_, rows) in zip(found, beside, made, strict=True):
+        assert served.parameters.launch_floor == pytest.approx(floor, rel=0.1)
+        assert served.append == pytest.approx(append, rel=0.2)
+        assert np.abs(serving.priced_serving(rows, hw, served) / rows.seconds - 1).max() < 0.03
+    assert found[0].training().parameters == found[1].training().parameters
 
 
 def test_pointwise_fits_find_the_times_that_known_parameters_make(kernels: Path) -> None:

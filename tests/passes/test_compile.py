@@ -262,3 +262,45 @@ def test_kernels_are_those_of_inductor(method: str, ready: list[str], monkeypatc
     assert made["extern", "forward"] == real["extern"]["forward"]
     assert made["extern", "backward"] == real["extern"]["backward"] + 1  # the loss's own gradient, made outside
     assert saved == [real["saved"]]
+
+
+@pytest.mark.parametrize(
+    ("handed_in", "cache", "block", "masked"),
+    [
+        (True, True, False, True), (True, False, False, True), (False, False, False, True), (False, True, False, False),
+        (True, False, True, False),
+    ],
+)  # fmt: skip
+def test_transformers_masks_compiled_attention_as_the_model_says(
+    handed_in: bool, cache: bool, block: bool, masked: bool
+) -> None:
+    """An explicit mask costs the flash kernel and doubles the work: which compiled programs get one, by dynamo.
+
+    The model's program gets an attention mask, as from every collator; a block that is compiled alone gets what was
+    made outside.
+    """
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    given_masks: list[tuple[bool, bool]] = []
+
+    def look(graph: Any, inputs: Any) -> Any:
+        calls = [n for n in graph.graph.nodes if "scaled_dot_product_attention" in str(n.target)]
+        given_masks.extend((n.kwargs["attn_mask"] is not None, n.kwargs["is_causal"]) for n in calls)
+        return graph.forward
+
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+            vocab_size=64, attn_implementation="sdpa",
+        )
+    )  # fmt: skip
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    torch._dynamo.reset()
+    if block:
+        model.model.layers[0].compile(backend=look)
+    compiled = model if block else torch.compile(model, backend=look)
+    mask = {"attention_mask": torch.ones_like(ids)} if handed_in else {}
+    compiled(input_ids=ids, labels=ids, use_cache=cache, **mask)
+    assert given_masks == [(masked, not masked)]
+    if handed_in and not block:
+        assert Setup(compile="default").explicit_mask

@@ -34,6 +34,13 @@ def test_a_step_against_itself_has_only_the_unexplained_error(parts: dict[str, f
     assert intervals.step_sigma(parts, total, on) >= intervals.UNEXPLAINED
 
 
+def test_attention_is_as_uncertain_as_the_kernel_that_pytorch_prefers() -> None:
+    """cuDNN's kernel on Hopper, FlashAttention-2 on Ampere: each has been measured by itself."""
+    for device, block in (("h100-sxm", "attention_cudnn"), ("a100-80gb-sxm", "attention")):
+        on = profile.load(device)
+        assert intervals.sigma("attention", on) == intervals.SIGMA_OF_MEAN * on.residuals[block]["mean"]
+
+
 @pytest.mark.parametrize("device", profile.names())
 def test_every_device_predicts_inside_its_own_interval(device: str) -> None:
     """Also devices that nobody measured: they say so and are wider."""

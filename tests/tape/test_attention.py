@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from perfmodel.calls import sdpa
 from perfmodel.program.part import PHASES
 from perfmodel.tape.attention import sdpa_attention
 from perfmodel.tape.core import Tape, recording
@@ -18,7 +19,7 @@ from perfmodel.tape.tensor import Parameter
 from perfmodel.tracing.cuda_forms import cuda_forms
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CAPABILITIES = ("7.5", "8.0", "8.9", "9.0", "10.0", "12.0")
+CAPABILITIES = ("7.5", "8.0", "8.9", "9.0", "10.0", "10.3", "12.0")
 FUSED = "_scaled_dot_product"
 
 
@@ -57,3 +58,33 @@ def test_tape_and_trace_choose_the_same_kernel(capability: str) -> None:
     for dtype, (heads, masked) in product(DTYPES, ((4, False), (4, True), (2, False))):
         assert recorded(capability, dtype, heads, masked) == traced(capability, dtype, heads, masked), (dtype, heads)
     assert recorded(capability, "fp32", 4, False) == {f"{FUSED}_efficient_attention"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "cudnn_first", "heads", "masked", "kernel"),
+    [
+        ("9.0", False, (128, 128), False, "flash"), ("9.0", True, (128, 128), False, "cudnn"),
+        ("9.0", True, (256, 256), False, "cudnn"), ("10.3", True, (64, 64), True, "cudnn"),
+        ("10.0", True, (256, 256), False, "flash"), ("10.0", True, (256, 256), True, "efficient"),
+        ("10.0", True, (192, 128), False, "cudnn"), ("8.0", False, (192, 128), False, "efficient"),
+        ("9.0", True, (512, 512), False, "efficient"), ("9.0", False, (128, 128), True, "efficient"),
+    ],
+)  # fmt: skip
+def test_the_kernel_depends_on_what_is_preferred_and_on_the_head(
+    capability: str, cudnn_first: bool, heads: tuple[int, int], masked: bool, kernel: str
+) -> None:
+    """On an H100 FlashAttention-2 takes twice as long as cuDNN's kernel, which not every PyTorch prefers; on a B200 the
+    latter has no backward pass of heads of 256, as Gemma's (sdp_utils.cpp).
+    """
+    found = sdpa.choose(capability, *heads, cudnn_first=cudnn_first, half=True, grouped=False, masked=masked)
+    assert found == kernel
+
+
+@pytest.mark.parametrize(("capability", "kernel"), [("9.0", "cudnn"), ("10.0", "flash")])
+def test_a_tape_asks_for_the_head_size(capability: str, kernel: str) -> None:
+    """What the rule says of a Gemma's heads must be what a step of it runs."""
+    q, k, v = (Parameter(name, (1, 4, 8, 256), "bf16", kind="weight", trainable=False) for name in "qkv")
+    with recording(Tape("cuda", capability)) as tape:
+        part = tape.begin("attention", PHASES[0])
+        sdpa_attention(q, k, v, None, causal=True, p=0.0)
+    assert {op.name for op in part.ops if op.name.startswith(FUSED)} == {f"{FUSED}_{kernel}_attention"}

@@ -1,158 +1,37 @@
-"""Fits the attention model to causal prefill rows of aiconfigurator and to published FlashAttention-2 speeds.
+"""Fits the attention model: FlashAttention-2 on every GPU, cuDNN's kernel where PyTorch prefers it.
 
-PyTorch's flash kernel (and the flash-attn package below version 3) is FlashAttention-2 on every GPU, so only rows of
-FA2 kernels count: serving frameworks' FA2 on A100 and L40S, papers and issues on the others. Serving frameworks also
-copy k and v into a paged cache beside the kernel; `append` (bytes moved per byte of k and v) prices that in the fit
-and is left out of the profile. Backward has published rows only.
+PyTorch's flash kernel (and the flash-attn package below version 3) is FlashAttention-2 on every GPU: serving
+frameworks' on A100 and L40S, papers, issues and NVIDIA's benchmark on the others. What stands for cuDNN's kernels says
+`serving`; their maker's benchmark has part in it and alone tells their backward pass. What serving frameworks do beside
+a kernel is left out of the profile. Backward has published rows only.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import least_squares
 
-from perfmodel.devices.attention import (
-    AttentionParameters,
-    attention_backward_time,
-    attention_flops,
-    attention_forward_time,
-    seconds_per_byte,
-)
+from perfmodel.devices.attention import WIDE, AttentionParameters
 from perfmodel.devices.hardware import Hardware
 
-from . import flash_papers
-from .judging import (
-    Array,
-    Doubts,
-    Fit,
-    FitErrors,
-    Told,
-    column,
-    fold,
-    hardware,
-    measured_table,
-    settled,
-    unsearched,
-)
+from . import flash_papers, serving
+from .flash_papers import published_errors, published_time
+from .judging import Array, Fit, FitErrors, Told, column, hardware, settled, unsearched
+from .serving import AICONFIGURATOR, Own, Served, ServedKernel, attention_rows, fit_served, serving_errors, shares_of
 
-AICONFIGURATOR = "https://github.com/ai-dynamo/aiconfigurator"
-# device: name in the measurements, framework, version, kernel
-SERVING = {
-    "a100-80gb-sxm": ("a100_sxm", "SGLang", "0.5.10", "flash_attention"),
-    "l40s": ("l40s", "VLLM", "0.24.0", "vllm_flash_attn_fa2"),
-}
 # GA102 with full-rate tensor cores: https://www.nvidia.com/en-us/design-visualization/rtx-a5000/
 RTX_A5000 = Hardware(64, 1.695e9, 24 * 2**30, 768e9, 6 * 2**20, 27.8e12, 55.6e12, 111.1e12, 111.1e12)
-SHAPE = ["batch_size", "isl", "num_heads", "num_key_value_heads", "head_dim"]
-LAUNCH_FLOOR = 4e-6  # s: serving frameworks' floors contain more than the kernel
-SCALARS = ("launch_floor", "cta_overhead", "alone", "p", "exposed_memory", "l2_ratio", "append")
-START = (6e-6, 3000.0, 0.7, 1.6, 0.5, 1.5, 1.5)
-LOW = (1e-6, 1.0, 0.2, 1.02, 0.02, 1.0, 0.02)
-HIGH = (3e-5, 4e4, 3.0, 8.0, 3.0, 6.0, 6.0)
-
-
-@dataclass(frozen=True)
-class Served:
-    """A kernel inside a serving framework: the kernel, and its cache copy in bytes per byte of k and v."""
-
-    parameters: AttentionParameters
-    append: float
-    doubts: Doubts = field(default_factory=Doubts)
-
-    def training(self) -> Told[AttentionParameters]:
-        """The kernel alone."""
-        return Told(self.parameters, self.doubts).borrowed(launch_floor=LAUNCH_FLOOR)
-
-
-def attention_rows(folder: Path, slug: str) -> pd.DataFrame:
-    """Full-causal rows of a device's FA2 kernel (no window), the median of repeated shapes."""
-    d = measured_table(folder, "attention_forward_bf16.parquet")
-    gpu, framework, version, kernel = SERVING[slug]
-    d = d[(d.gpu == gpu) & (d.framework == framework) & (d.version == version) & (d.kernel_source == kernel)]
-    d = d[d.window_size.isna() | (d.window_size == 0)]
-    d = d.groupby(SHAPE)["latency_ms"].median().reset_index()
-    left_out = [fold(*(int(v) for v in row)) == 0 for row in d[SHAPE].itertuples(index=False)]
-    return d.assign(seconds=d.latency_ms * 1e-3, left_out=left_out)
-
-
-def priced_serving(d: pd.DataFrame, hw: Hardware, served: Served) -> Array:
-    """Seconds of serving rows, the cache copy included."""
-    b, s, h, kv, dim = (column(d, c) for c in SHAPE)
-    copied = 2.0 * b * s * kv * dim * 2.0  # bytes of k and v
-    per_byte = seconds_per_byte(copied + 2.0 * b * s * h * dim * 2.0, hw, served.parameters.l2_ratio)
-    kernel = attention_forward_time(b, s, s, h, kv, dim, hardware=hw, parameters=served.parameters)
-    return kernel + served.append * copied * per_byte
-
-
-def errors(d: pd.DataFrame, hw: Hardware, served: Served) -> dict[str, FitErrors]:
-    """Errors from 512 tokens up, and below."""
-    b, s, h, kv, dim = (column(d, c) for c in SHAPE)
-    plain = np.maximum(
-        attention_flops(b, s, s, h, dim) / hw.peak("bf16"), 4.0 * b * s * dim * (h + kv) / hw.memory_bandwidth
-    )
-    predicted, seconds = priced_serving(d, hw, served), column(d, "seconds")
-    return {
-        name: FitErrors.of(predicted[k], plain[k], seconds[k]) for name, k in (("long", s >= 512), ("short", s < 512))
-    }
-
-
-def fit_served(rows_of: dict[str, pd.DataFrame]) -> Served:
-    """One set for all devices of `rows_of`, each weighted alike."""
-    sizes = sorted({int(s) for d in rows_of.values() for s in d.head_dim.unique()})
-    used = [(d[~d.left_out], hardware(slug)) for slug, d in rows_of.items()]
-    weights = [np.sqrt(1.0 / len(d)) if len(used) > 1 else 1.0 for d, _ in used]
-    scale = 30.0 if len(used) > 1 else 1.0
-
-    def unpack(x: Array) -> Served:
-        v = dict(zip(SCALARS, map(float, np.exp(x)), strict=False))
-        efficiency = tuple((s, float(e)) for s, e in zip(sizes, np.exp(x[len(SCALARS) :]), strict=True))
-        append = v.pop("append")
-        return Served(AttentionParameters(**v, efficiency=efficiency), append)
-
-    measured = np.concatenate([column(d, "seconds") for d, _ in used])
-    weight = np.concatenate([np.full(len(d), w * scale) for (d, _), w in zip(used, weights, strict=True)])
-
-    def price(x: Array) -> Array:
-        served = unpack(x)
-        return np.concatenate([priced_serving(d, hw, served) for d, hw in used])
-
-    def residuals(x: Array) -> Array:
-        return np.asarray(weight * np.log(price(x) / measured))
-
-    first = np.log([*START, *[0.55] * len(sizes)])
-    limits = (np.log([*LOW, *[0.03] * len(sizes)]), np.log([*HIGH, *[1.2] * len(sizes)]))
-    end = least_squares(residuals, first, bounds=limits, loss="soft_l1", f_scale=0.1, max_nfev=100).x
-    x, doubts = settled((*SCALARS, *_shares(sizes)), end, first, limits, price)
-    served = unpack(x)
-    doubts = doubts.but(("append",), Doubts()).but_kept(unsearched(served.parameters, SCALARS))
-    return replace(served, doubts=doubts)
-
-
-def _shares(sizes: Iterable[int]) -> tuple[str, ...]:
-    """The efficiencies of some head sizes by name."""
-    return tuple(f"efficiency.{size}" for size in sizes)
-
-
-def published_time(d: pd.DataFrame, hw: Hardware, p: AttentionParameters) -> Array:
-    """Seconds of published rows."""
-    out = np.empty(len(d))
-    for (causal, direction), part in d.reset_index(drop=True).groupby(["causal", "direction"]):
-        time = attention_forward_time if direction == "forward" else attention_backward_time
-        b, s, h, dim = (column(part, c) for c in ("batch", "seq", "heads", "head_dim"))
-        out[np.asarray(part.index)] = time(b, s, s, h, h, dim, causal=bool(causal), hardware=hw, parameters=p)
-    return out
-
-
-def published_errors(d: pd.DataFrame, hw: Hardware, p: AttentionParameters) -> FitErrors:
-    """Errors on published rows."""
-    s, b, h, dim = (column(d, c) for c in ("seq", "batch", "heads", "head_dim"))
-    flops = 4.0 * b * h * s * s * dim * np.where(d.causal, 0.5, 1.0) * np.where(d.direction == "backward", 2.5, 1.0)
-    moved = b * s * h * dim * 2.0 * np.where(d.direction == "backward", 8.0, 4.0)
-    plain = np.maximum(flops / hw.peak("bf16"), moved / hw.memory_bandwidth)
-    return FitErrors.of(published_time(d, hw, p), plain, column(d, "seconds"))
+# cuDNN's own figures by the device whose kernel they are: forward, and backward with those of a sibling
+CUDNN_FORWARD = {"h100-sxm": ("h200",), "b200": ("b200", "gb200")}
+CUDNN_BACKWARD = {"h100-sxm": "h200", "b200": "gb200"}
+NOTES = {  # which kernel stands for cuDNN's, and why
+    "h100-sxm": "FlashAttention-3 stands for cuDNN's kernel.",
+    "b200": "TensorRT-LLM's kernel stands for cuDNN's, whose own figures weigh as much as its.",
+}
+OF_BACKWARD = ("backward_efficiency", "backward_cta_overhead", "backward_wide")
 
 
 def fit_published(d: pd.DataFrame, hw: Hardware, base: AttentionParameters) -> Told[AttentionParameters]:
@@ -169,20 +48,29 @@ def fit_published(d: pd.DataFrame, hw: Hardware, base: AttentionParameters) -> T
 
     first = np.log([1e-6, 0.3] + [0.4] * len(sizes))
     low, high = np.log([1e-8, 0.01] + [0.03] * len(sizes)), np.log([3e-5, 2.0] + [1.3] * len(sizes))
-    names = ("cta_overhead", "exposed_memory", *_shares(sizes))
+    names = ("cta_overhead", "exposed_memory", *shares_of(sizes))
     usual = np.log([base.cta_overhead / clock, base.exposed_memory, *base.efficiency_at(sizes)])
     seen = _solve(names, with_forward, usual, forward, hw, first, (low, high))
-    p = seen.parameters
+    found = fit_backward(backward, hw, seen.parameters)
+    doubts = seen.doubts.but_kept(unsearched(seen.parameters, (*names, *OF_BACKWARD)))
+    return Told(found.parameters, doubts.but(OF_BACKWARD, found.doubts))
+
+
+def fit_backward(backward: pd.DataFrame, hw: Hardware, base: AttentionParameters) -> Told[AttentionParameters]:
+    """What is backward's in the parameters, from published rows; the rate of wide heads if there are any."""
+    clock = hw.clock_hz
+    wide = bool((backward.head_dim > WIDE).any())
+    names = OF_BACKWARD if wide else OF_BACKWARD[:2]
 
     def with_backward(x: Array) -> AttentionParameters:
-        return replace(p, backward_efficiency=float(np.exp(x[0])), backward_cta_overhead=float(np.exp(x[1])) * clock)
+        efficiency, overhead, *rest = (float(v) for v in np.exp(x))
+        p = replace(base, backward_efficiency=efficiency, backward_cta_overhead=overhead * clock)
+        return replace(p, backward_wide=rest[0]) if wide else p
 
-    first, low, high = np.log([0.8, 6e-6]), np.log([0.2, 1e-8]), np.log([1.3, 1e-4])
-    of_backward = ("backward_efficiency", "backward_cta_overhead")
-    usual = np.log([base.backward_efficiency, base.backward_cta_overhead / clock])
-    found = _solve(of_backward, with_backward, usual, backward, hw, first, (low, high))
-    doubts = seen.doubts.but(of_backward, found.doubts)
-    return Told(found.parameters, doubts.but_kept(unsearched(p, (*names, *of_backward))))
+    first, low, high = (np.log(v[: len(names)]) for v in ((0.8, 6e-6, 0.8), (0.2, 1e-8, 0.2), (1.3, 1e-4, 1.3)))
+    usual = np.log([base.backward_efficiency, base.backward_cta_overhead / clock, base.backward_wide][: len(names)])
+    found = _solve(names, with_backward, usual, backward, hw, first, (low, high))
+    return Told(found.parameters, found.doubts.but_kept(OF_BACKWARD[len(names) :]))
 
 
 def _solve(
@@ -210,7 +98,7 @@ def filled(told: Told[AttentionParameters], shape: AttentionParameters) -> Told[
         if near in other:
             more[size] = own[near] * other[size] / other[near]
     p = replace(told.parameters, efficiency=tuple(sorted({**own, **more}.items())))
-    return Told(p, told.doubts.but_kept(_shares(sorted(more))))
+    return Told(p, told.doubts.but_kept(shares_of(sorted(more))))
 
 
 def published_fit(slug: str, hw: Hardware, told: Told[AttentionParameters]) -> Fit:
@@ -235,28 +123,59 @@ def few_rows_fit(slug: str, hw: Hardware, base: AttentionParameters, told: Told[
                FitErrors.average(errors), notes=note, doubts=told.doubts)  # fmt: skip
 
 
-def served_fit(slug: str, rows: pd.DataFrame, served: Served, told: Told[AttentionParameters], note: str) -> Fit:
-    """A device with serving rows; its backward is borrowed."""
-    found = errors(rows[rows.left_out], hardware(slug), served)
-    _, framework, version, kernel = SERVING[slug]
-    software, short = f"{framework} {version} {kernel}, causal prefill", {"below_512_tokens": found["short"]}
-    return Fit(told.parameters, AICONFIGURATOR, software, int((~rows.left_out).sum()), int(rows.left_out.sum()),
-               found["long"], short, note, told.doubts)  # fmt: skip
+def served_fit(
+    slug: str, campaigns: Sequence[ServedKernel], rows: Sequence[pd.DataFrame], served: Sequence[Served],
+    told: Told[AttentionParameters], note: str,
+) -> Fit:  # fmt: skip
+    """A device with serving rows; what was told beside them, the note says."""
+    judged = [(d[d.left_out], s) for d, s in zip(rows, served, strict=True)]
+    found = serving_errors(judged, hardware(slug))
+    slices = {"below_512_tokens": found["short"]} if "short" in found else {}
+    if len(campaigns) > 1:
+        each = zip(campaigns, judged, strict=True)
+        slices |= {c.framework.lower(): serving_errors([part], hardware(slug))["long"] for c, part in each}
+    software = f"{', '.join(c.software for c in campaigns)}, causal prefill"
+    left_out = sum(int(d.left_out.sum()) for d in rows)
+    return Fit(told.parameters, AICONFIGURATOR, software, sum(map(len, rows)) - left_out, left_out,
+               found["long"], slices, note, told.doubts)  # fmt: skip
+
+
+def fit_cudnn(folder: Path, slug: str) -> Fit:
+    """cuDNN's kernels on a device: forward by serving rows and its own figures, backward by its own figures."""
+    campaigns = serving.CUDNN[slug]
+    rows = [attention_rows(folder, c) for c in campaigns]
+    own = Own({s: d[d.direction == "forward"] for s in CUDNN_FORWARD[slug] for d in [flash_papers.cudnn_rows(s)]})
+    served = fit_served([(hardware(slug), d) for d in rows], own, serving.ROW_TILES.get(slug, 1))
+    forward, sibling = served[0].training(), CUDNN_BACKWARD[slug]
+    d = flash_papers.cudnn_rows(sibling)
+    backward = d[d.direction == "backward"]
+    seen = fit_backward(backward[~backward.left_out], hardware(sibling), forward.parameters)
+    told = Told(seen.parameters, forward.doubts.but(OF_BACKWARD, seen.doubts).but_kept(("launch_floor",)))
+    off = own.ratios(told.parameters) - 1.0
+    note = (
+        f"{NOTES[slug]} cuDNN's own figures ({flash_papers.CUDNN}: {', '.join(own.rows)}; {len(off)} forward, seen and "
+        f"left out) are priced {np.mean(off):+.1%}. Backward: own figures of the {sibling}."
+    )
+    fit = served_fit(slug, campaigns, rows, served, told, note)
+    left = backward[backward.left_out]
+    errors = {"backward": published_errors(left, hardware(sibling), told.parameters)} if len(left) else {}
+    return replace(fit, source=f"{fit.source}, {flash_papers.CUDNN}", slices={**fit.slices, **errors})
 
 
 @dataclass(frozen=True)
 class AttentionResults:
-    """Fits by device (rtx-a5000 among them), class defaults by family, errors of leaving a device out."""
+    """Fits by device (rtx-a5000 among them), class defaults by family, errors of leaving a device out; cuDNN's fits."""
 
     fits: dict[str, Fit]
     classes: dict[str, Fit]
     left_out_device: dict[str, FitErrors]
+    cudnn: dict[str, Fit]
 
 
 def fit_attention(folder: Path) -> AttentionResults:
     """Every device and class: they borrow from each other, and all takes seconds."""
-    rows = {slug: attention_rows(folder, slug) for slug in SERVING}
-    served = {slug: fit_served({slug: d}) for slug, d in rows.items()}
+    rows = {slug: attention_rows(folder, campaigns[0]) for slug, campaigns in serving.FLASH.items()}
+    served = {slug: fit_served([(hardware(slug), d)])[0] for slug, d in rows.items()}
     ampere_base, ada_base = served["a100-80gb-sxm"].training(), served["l40s"].training()
     points = {slug: flash_papers.flash_rows(slug) for slug in flash_papers.SOURCES}
     hopper = fit_published(points["h100-sxm"], hardware("h100-sxm"), ampere_base.parameters)
@@ -276,15 +195,18 @@ def fit_attention(folder: Path) -> AttentionResults:
     )
     l40s_note = "Backward: ratios of the RTX 4090; no row of its own."
     fits = {
-        "a100-80gb-sxm": served_fit("a100-80gb-sxm", rows["a100-80gb-sxm"], served["a100-80gb-sxm"], a100, a100_note),
-        "l40s": served_fit("l40s", rows["l40s"], served["l40s"], l40s, l40s_note),
+        slug: served_fit(slug, serving.FLASH[slug], [rows[slug]], [served[slug]], told, note)
+        for slug, told, note in (("a100-80gb-sxm", a100, a100_note), ("l40s", l40s, l40s_note))
+    }
+    fits |= {
         "h100-sxm": published_fit("h100-sxm", hardware("h100-sxm"), hopper),
         "rtx-4090": few_rows_fit("rtx-4090", hardware("rtx-4090"), ada_base.parameters, ada),
         "b200": published_fit("b200", hardware("b200"), b200),
         "rtx-a5000": published_fit("rtx-a5000", RTX_A5000, a5000),
     }
     left_out = leave_out_each(rows, served, fits)
-    return AttentionResults(fits, class_defaults(rows, fits, left_out), left_out)
+    cudnn = {slug: fit_cudnn(folder, slug) for slug in serving.CUDNN}
+    return AttentionResults(fits, class_defaults(rows, fits, left_out), left_out, cudnn)
 
 
 def leave_out_each(
@@ -296,7 +218,7 @@ def leave_out_each(
         full = fits[other].parameters
         assert isinstance(full, AttentionParameters)
         donor = replace(served[other], parameters=replace(served[other].parameters, efficiency=full.efficiency))
-        found[slug] = errors(rows[slug], hardware(slug), donor)["long"]
+        found[slug] = serving_errors([(rows[slug], donor)], hardware(slug))["long"]
     for slug, other in (("h100-sxm", "b200"), ("b200", "h100-sxm")):
         p = fits[other].parameters
         assert isinstance(p, AttentionParameters)
@@ -325,7 +247,8 @@ def class_defaults(
     a100, hopper = fits["a100-80gb-sxm"].parameters, fits["h100-sxm"].parameters
     assert isinstance(a100, AttentionParameters)
     assert isinstance(hopper, AttentionParameters)
-    joint = filled(fit_served(rows).training(), hopper).borrowed(
+    together = fit_served([(hardware(slug), d) for slug, d in rows.items()])[0]
+    joint = filled(together.training(), hopper).borrowed(
         backward_efficiency=a100.backward_efficiency, backward_cta_overhead=a100.backward_cta_overhead
     )
     sync = FitErrors.average([left_out["a100-80gb-sxm"], left_out["l40s"]])
@@ -335,8 +258,8 @@ def class_defaults(
         doubts=joint.doubts,
         source=f"{AICONFIGURATOR} (A100 SXM, L40S)",
         software="SGLang 0.5.10 and vLLM 0.24, FlashAttention-2",
-        rows_fitted=sum(fits[slug].rows_fitted for slug in SERVING),
-        rows_left_out=sum(fits[slug].rows_left_out for slug in SERVING),
+        rows_fitted=sum(fits[slug].rows_fitted for slug in serving.FLASH),
+        rows_left_out=sum(fits[slug].rows_left_out for slug in serving.FLASH),
         errors=sync,
         notes="Backward as on A100.",
     )

@@ -18,7 +18,7 @@ from perfmodel.devices.price import ROW_WISE
 from perfmodel.devices.profile import DeviceProfile
 from perfmodel.errors import UserError
 
-from . import attention, gemm, pointwise
+from . import attention, flash_papers, gemm, pointwise
 from .cpu import SOURCE, CpuRow, cpu_rows
 from .cpu_ops import op
 from .judging import Array, Doubts, Fit, FitErrors, column, fold, shape_hash
@@ -166,7 +166,7 @@ def _attention(telling: Sequence[CpuRow], known: DeviceProfile, software: str) -
     usual = known.cudnn_attention
     told = attention.filled(attention.fit_published(d, known.hardware, usual), usual)
     out = d[d.left_out] if d.left_out.any() else d
-    errors = attention.published_errors(out, known.hardware, told.parameters)
+    errors = flash_papers.published_errors(out, known.hardware, told.parameters)
     rows = int((~d.left_out).sum()), int(d.left_out.sum())
     return Fit(told.parameters, SOURCE, software, *rows, errors, doubts=told.doubts)
 

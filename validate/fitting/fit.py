@@ -17,7 +17,7 @@ from perfmodel.devices import profile
 from perfmodel.devices.attention import AttentionParameters
 from perfmodel.devices.gemm import GemmParameters
 from perfmodel.devices.pointwise import PointwiseParameters
-from perfmodel.devices.profile import BLOCKS, CLASSES, DEVICES, GROUPED
+from perfmodel.devices.profile import BLOCKS, CLASSES, CUDNN_ATTENTION, DEVICES, GROUPED
 from perfmodel.errors import UserError
 
 from . import attention, gemm, grouped, layouts, pointwise, sgemm, squares
@@ -27,7 +27,7 @@ from .write import write_blocks, write_last
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what comes next or was done
 Row = dict[str, Any]
 
-FITTED = (*BLOCKS, GROUPED)
+FITTED = (*BLOCKS[:3], CUDNN_ATTENTION, *BLOCKS[3:], GROUPED)
 A100 = "a100-80gb-sxm"
 # Devices without measurements of their own for a block: whose ratios they take.
 SIBLINGS: dict[str, dict[str, str]] = {
@@ -63,6 +63,7 @@ SIBLINGS: dict[str, dict[str, str]] = {
         "gb300": "b200",
         "a40": "rtx-a5000",
     },
+    CUDNN_ATTENTION: {"h200": "h100-sxm", "h100-pcie": "h100-sxm", "b300": "b200", "gb200": "b200", "gb300": "b200"},
     "pointwise": {
         "a100-40gb-sxm": A100,
         "h200": "h100-sxm",
@@ -312,6 +313,8 @@ def _attention(folder: Path, fitted: _Fitted) -> None:
     fitted.devices["attention"] = dict(found.fits)
     fitted.classes["attention"] = found.classes
     fitted.left_out["attention"] = found.left_out_device
+    fitted.devices[CUDNN_ATTENTION] = dict(found.cudnn)
+    fitted.classes[CUDNN_ATTENTION] = {"wgmma": found.cudnn["h100-sxm"], "tcgen05": found.cudnn["b200"]}
     fitted.pairs["attention"] = [found.left_out_device[slug] for slug in ("h100-sxm", "b200")]  # one with the other's
 
 
