@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .errors import UserError, nearest
+from .errors import UserError, escaped, nearest
 
 COMMANDS = {  # command -> its file in `commands/`
     "predict": "predict",
@@ -77,7 +77,7 @@ def _message(error: Exception) -> str:
 
 def _line(message: str) -> str:
     """A complaint as one line; the middle of a very long one is left out."""
-    line = " ".join(message.split())
+    line = escaped(" ".join(message.split()))
     return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
 
 

@@ -7,6 +7,13 @@ class UserError(ValueError):
     """Bad input: the message says what is wrong and how to put it right; the command line exits with 2."""
 
 
+def escaped(text: str) -> str:
+    """A text for a terminal: control characters, which a file may hold to rewrite the screen, as Python writes them."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def nearest(name: str, choices: Iterable[str], also: Iterable[str] = (), otherwise: str = "") -> str:
     """A clause that names the closest valid choice, or else lists the choices.
 

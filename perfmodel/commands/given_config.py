@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ..errors import UserError
+from ..errors import UserError, escaped
 from ..setup import WITHIN
 from . import traces
 
@@ -35,7 +35,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
     said = [f"{path.name} ({found.tool}): {found.method or 'no method'}"]
     said += [f"ignored, as of no weight here: {', '.join(found.ignored)}"] if found.ignored else []
     for line in [*said, *found.notes]:
-        click.echo(f"note: {line}", err=True)
+        click.echo(f"note: {_one_line(line)}", err=True)
 
 
 def settled(options: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +77,12 @@ def _check(ctx: click.Context, options: dict[str, Any], traced_type: str) -> Non
     by_trace = f"{traces.TRACED}: {traced_type} has no built-in form" if traced_type else ""
     first_line = "; ".join(filter(None, (found.first_line, by_trace)))
     if first_line and not ctx.params.get("as_json"):
-        click.echo(first_line + "\n")
+        click.echo(_one_line(first_line) + "\n")
+
+
+def _one_line(said: str) -> str:
+    """What is said of a file, whose keys may hold anything."""
+    return escaped(said).replace("\n", r"\n")
 
 
 def _pads(options: dict[str, Any]) -> bool:

@@ -66,6 +66,7 @@ def _short(source: str) -> str:
 def devices(as_json: bool) -> None:
     """List the devices and what was measured on them."""
     from .. import units
+    from ..devices.profile import own_profiles
     from ..questions import listing
 
     formats: Formats = {
@@ -75,6 +76,8 @@ def devices(as_json: bool) -> None:
     }  # fmt: skip
     columns = ("device", "memory_bytes", "memory_bandwidth", "bf16_flops", "fp32_flops", "measured")
     _list(listing.devices(), columns, as_json, formats, left=(0, 5), group=lambda row: row["architecture"])
+    for complaint in own_profiles()[1]:
+        click.echo(f"perfmodel: left out: {complaint}", err=True)
 
 
 def _measured(origins: dict[str, str]) -> str:

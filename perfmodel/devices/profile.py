@@ -158,10 +158,19 @@ def _written(name: str) -> Iterator[str]:
 
 def by_makers_name(name: str) -> DeviceProfile | None:
     """The profile of a device that calls itself `NVIDIA H100 80GB HBM3`: an own one, else a bundled one."""
-    for mine in own.calibrated():
-        if (found := load(mine)).name == name:
-            return found
-    return bundled_by_makers_name(name)
+    found = next((mine for mine in own_profiles()[0] if mine.name == name), None)
+    return found or bundled_by_makers_name(name)
+
+
+def own_profiles() -> tuple[list[DeviceProfile], list[str]]:
+    """The user's own devices, and what is wrong with the files that hold none: one of them must not hide the others."""
+    found, complaints = [], []
+    for name in own.calibrated():
+        try:
+            found.append(load(name))
+        except UserError as error:
+            complaints.append(str(error))
+    return found, complaints
 
 
 def bundled_by_makers_name(name: str) -> DeviceProfile | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from .. import architectures
 from ..architectures.names import name_order
-from ..devices import own, profile
+from ..devices import profile
 from ..errors import UserError, nearest
 from ..methods import options, registered
 
@@ -68,5 +68,5 @@ def devices() -> Rows:
             "fp32_flops": p.hardware.peak("fp32"), "name": p.name, "measured": dict(p.fitted),
             "residuals": {block: dict(figures) for block, figures in p.residuals.items()},
         }
-        for p in [*map(profile.load, own.calibrated()), *bundled]
+        for p in [*profile.own_profiles()[0], *bundled]
     ]  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..errors import UserError
+from ..errors import UserError, escaped
 
 GAP = 2  # between columns
 LEAST = 16  # characters that a column of text keeps where its words have to be broken
@@ -104,7 +104,11 @@ def paragraph(text: str, *, indent: str = "") -> str:
 def show(text: str = "", *, bold: bool = False, dim: bool = False, colour: str | None = None) -> None:
     """Print; styled where the output is a terminal (and NO_COLOR is not set)."""
     click.secho(
-        text, bold=bold or None, dim=dim or None, fg=colour, color=False if os.environ.get("NO_COLOR") else None
+        escaped(text),
+        bold=bold or None,
+        dim=dim or None,
+        fg=colour,
+        color=False if os.environ.get("NO_COLOR") else None,
     )
 
 

@@ -8,8 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
+import yaml
+from click.testing import CliRunner
 
 from perfmodel import imports
+from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.resources import read_text, write_text, written
 
@@ -89,6 +92,17 @@ def test_a_few_aliases_do_not_stand_for_millions_of_values(tmp_path: Path) -> No
     (tmp_path / "bomb.yml").write_text(f"{BOMB}base_model: *a8\n")
     with pytest.raises(UserError, match="more than 100,000 values"):
         imports.read(tmp_path / "bomb.yml")
+
+
+@pytest.mark.parametrize("key", ["evil\x1b[31m", "two\nlines", "bell\a"])
+def test_a_key_cannot_write_to_the_terminal(tmp_path: Path, key: str) -> None:
+    """What a stranger's file calls its keys is repeated in notes: an escape sequence there could rewrite the screen."""
+    file = tmp_path / "config.yml"
+    file.write_text(yaml.safe_dump({"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, key: 3}))
+    done = CliRunner().invoke(main, ["predict", "--config", str(file), "--device", "l40s"])
+    assert done.exit_code == 0
+    assert ascii(key)[1:-1] in done.output
+    assert all(line.isprintable() for line in done.output.splitlines())
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
