@@ -14,6 +14,7 @@ HUB = "https://huggingface.co/"
 CLASS = "_class_name"  # what a config of diffusers has in the place of a model_type
 # transformers/quantizers/quantizer_mxfp4.py, `is_trainable`: Trainer refuses such a model, with adapters too
 KEPT_IN_MXFP4 = "transformers trains no model whose experts stay in MXFP4, only a dequantised one"
+MOST_LAYERS = 4096  # each may be recorded by itself; those of the deepest models are below 200
 T = TypeVar("T")
 
 
@@ -50,7 +51,7 @@ class Config:
         raise UserError(f"{self.origin}: quantization_config is not supported; quantised base weights are not modelled")
 
     def count(self, *keys: str, default: int | None = None, least: int = 1) -> int:
-        """An int from `least` to `LARGEST` under the first of `keys` that is present."""
+        """An int from `least` to `LARGEST` (of layers `MOST_LAYERS`) under the first of `keys` that is present."""
         for key in keys:
             value = self.values.get(key)
             if value is None:
@@ -58,8 +59,9 @@ class Config:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 kind = "a positive integer" if least == 1 else f"an integer from {least}"
                 raise UserError(f"{self.origin}: {key} must be {kind}, got {value!r}")
-            if value > LARGEST:
-                raise UserError(f"{self.origin}: {key} must be from {least} to {LARGEST}, got {value}")
+            most = MOST_LAYERS if "layer" in key else LARGEST
+            if value > most:
+                raise UserError(f"{self.origin}: {key} must be from {least} to {most}, got {value}")
             return value
         if default is None:
             raise UserError(f"{self.origin}: key {keys[0]!r} is missing; a Hugging Face config.json has it")

@@ -41,6 +41,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON (
 
 
 OPEN = f"{__name__}.open"  # the repeatable option that the last word of a command line belongs to
+MOST_VALUES = 1_000_000  # of an axis of a grid: memory is to stay small whatever is typed
 
 
 class Lists(click.Command):
@@ -96,8 +97,10 @@ class GridAxis(click.ParamType):  # type: ignore[type-arg]  # generic in newer r
                 self.fail(f"{item!r} is not a number or a range such as 128-8192:128 or 1-64*2", param, ctx)
             if by < (2 if geometric else 1) or first < 1 or last < first:
                 self.fail(f"the range {item!r} runs nowhere: write FROM-TO, FROM-TO:STEP or FROM-TO*FACTOR", param, ctx)
-            if last - first > 10_000_000 * by:
-                self.fail(f"the range {item!r} is too long", param, ctx)
+            if not geometric and (last - first) // by >= MOST_VALUES - len(found):
+                self.fail(
+                    f"{value!r} holds more than {MOST_VALUES:,} values: give a step, as in 1-64000:64", param, ctx
+                )
             while first <= last:
                 found.append(first)
                 first = first * by if geometric else first + by

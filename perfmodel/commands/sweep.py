@@ -11,6 +11,8 @@ from .given_config import answer_json
 from .options import GridAxis, Lists, grid_options, methods_of, methods_option, model_of, setup_of
 
 PRINTED = 100_000  # rows that go to the terminal as JSON; more belong in a file
+UNASKED = 50_000_000  # rows that are computed without --yes: some minutes, and some gigabytes in a file
+RATE, ROW = 100_000, 100  # rows a second on one core (`validate speed`), bytes of one in CSV, about
 
 
 @click.command(cls=Lists)
@@ -25,6 +27,7 @@ PRINTED = 100_000  # rows that go to the terminal as JSON; more belong in a file
 @click.option(
     "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the speed-up as heat maps (.png, .svg, .pdf)."
 )
+@click.option("--yes", is_flag=True, help=f"Compute more than {UNASKED // 10**6} million rows.")
 @grid_options
 def sweep(
     methods: Sequence[str],
@@ -32,6 +35,7 @@ def sweep(
     k: tuple[int, ...],
     output: Path | None,
     plot: Path | None,
+    yes: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -48,6 +52,12 @@ def sweep(
     )  # fmt: skip
     if as_json and not output and len(planned) > PRINTED:
         raise UserError(f"{len(planned):,} rows are too many to print: give --output FILE")
+    if len(planned) > UNASKED and not yes:
+        hours, gigabytes = len(planned) / RATE / 3600, len(planned) * ROW / 1e9
+        raise UserError(
+            f"{len(planned):,} rows would take about {hours:,.1f} hours and {gigabytes:,.0f} GB in a file: "
+            f"give fewer values, or --yes"
+        )
     from ..report import heatmap
     from ..report.sweeps import run_sweep, show_summary
 

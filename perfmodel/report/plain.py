@@ -104,18 +104,14 @@ def paragraph(text: str, *, indent: str = "") -> str:
 def show(text: str = "", *, bold: bool = False, dim: bool = False, colour: str | None = None) -> None:
     """Print; styled where the output is a terminal (and NO_COLOR is not set)."""
     click.secho(
-        escaped(text),
-        bold=bold or None,
-        dim=dim or None,
-        fg=colour,
-        color=False if os.environ.get("NO_COLOR") else None,
+        text, bold=bold or None, dim=dim or None, fg=colour, color=False if os.environ.get("NO_COLOR") else None
     )
 
 
 def notes(told: Iterable[str]) -> None:
     """Notes below a result."""
     for note in told:
-        show(paragraph(f"note: {note}"), dim=True)
+        show(paragraph(f"note: {escaped(note)}"), dim=True)
 
 
 def print_json(value: Any) -> None:

@@ -131,6 +131,18 @@ def test_bad_axes_are_refused(arguments: dict[str, object], words: str) -> None:
         sweep(MODEL, device=DEVICE, **arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("batch", "seq", "words"),
+    [("1-10000000", "64", "more than 1,000,000 values"), ("1-100000", "1-100000", "rows would take about 27.8 hours")],
+)
+def test_work_without_bound_is_not_begun(batch: str, seq: str, words: str) -> None:
+    """A typing error in a range must neither fill the memory nor run for days."""
+    words_typed = ["sweep", "--methods", "full", "--model", "gpt2", "--device", "l40s", "--batch", batch, "--seq", seq]
+    done = CliRunner().invoke(main, words_typed)
+    assert done.exit_code == 2
+    assert words in done.output
+
+
 def test_the_command_writes_table_and_picture(tmp_path: Path) -> None:
     """The way a user asks for a grid, and what is left on disk."""
     pytest.importorskip("matplotlib")
