@@ -96,6 +96,14 @@ class DeviceProfile:
     host: str = "default"
     cpu: "CpuKernels | None" = None
 
+    def peak(self, dtype: str) -> float:
+        """Dense FLOP/s that products of a dtype can reach: the datasheet's; of a CPU, which prices fp16 as bf16, those
+        of its best kernel, which may beat the program that its peak was measured with."""
+        if self.cpu is None:
+            return self.hardware.peak(dtype)
+        kind = "bf16" if dtype in ("bf16", "fp16") else "fp32"
+        return self.hardware.peak(kind) * max(1.0, *self.cpu.gemm[kind].efficiency.values())
+
     __eq__, __hash__ = object.__eq__, object.__hash__
 
 

@@ -241,7 +241,7 @@ def of_step(built: Step, on: DeviceProfile, by: Host, shared: Shared | None = No
     held = _memory(built)
     counted = _counted(built, shared)
     flops, recomputed = counted["flops"]["total"], counted["recomputed"]["total"]
-    peak = on.hardware.peak(built.setup.amp or built.setup.dtype)
+    peak = on.peak(built.setup.amp or built.setup.dtype)
     return Prediction(
         model=built.architecture.name,
         device=on.slug,
