@@ -27,7 +27,6 @@ from .hardware import Hardware
 Array = NDArray[np.float64]
 
 SPILL_SHARPNESS = 6.0  # exponent of the passage from rows that stay in L1 to rows that do not
-L2_SHARPNESS = 3.0  # exponent of the passage from L2 to DRAM
 REGISTERS = 262144.0  # B of registers of an SM
 LIVE = 16.0  # B an element that a fused norm's backward holds beside what it reads: weight, its gradient, product, dx
 SMALL_GATHER = 16.0  # index_select copies up to so many rows one after another
@@ -209,16 +208,18 @@ def _seconds_per_byte(
     """
     fresh, footprint = np.minimum(read, written), read + written
     kept = _kept(footprint, hw, p)
-    near = kept * written + np.where(cold, 0.0, kept * (read - fresh) + _kept(fresh, hw, p) * fresh)
+    near = kept * (footprint - fresh) + _kept(fresh, hw, p) * fresh
+    if cold is not False:
+        near = np.where(cold, kept * written, near)
     hit = near / np.maximum(footprint, 1.0)
-    stream = getattr(p, kind.stream)
-    from_l2 = stream * p.l2_ratio / p.stream
-    return np.asarray(((1.0 - hit) / stream + hit / from_l2) / hw.memory_bandwidth, dtype=np.float64)
+    per_byte = 1.0 / (getattr(p, kind.stream) * hw.memory_bandwidth)
+    return np.asarray(per_byte * (1.0 - hit * (1.0 - p.stream / p.l2_ratio)))
 
 
 def _kept(size: Array, hw: Hardware, p: PointwiseParameters) -> Array:
-    """Share of so many bytes that L2 still holds when they are touched again."""
-    return np.asarray(1.0 / (1.0 + (size / (p.l2_usable * hw.l2_bytes)) ** L2_SHARPNESS))
+    """Share of so many bytes that L2 still holds when they are touched again: half of as many as it can use."""
+    x = size / (p.l2_usable * hw.l2_bytes)
+    return np.asarray(1.0 / (1.0 + x * x * x))
 
 
 def _serial(kind: str, steps: Array, rows: Array | None, hw: Hardware, p: PointwiseParameters) -> Array | float:
