@@ -1,4 +1,4 @@
-"""Fits the pointwise model to NeuSight (fp32, 7 GPUs), vidur (A100, H100, A40) and Liger (A100, H100).
+"""Fits the pointwise model to NeuSight (fp32, 7 GPUs), vidur (A100, H100, A40), Liger (A100, H100), a profile (H100).
 
 NeuSight (https://github.com/sitar-lab/NeuSight) and vidur (https://github.com/microsoft/vidur) give kernel durations
 of a profiler, so no gap between kernels; vidur rounds to 1 us: its rows below 10 us are fitted weakly and not judged.
@@ -32,6 +32,7 @@ from .judging import (
     settled,
     unsearched,
 )
+from .profiles import profiled_rows
 from .sequences import Kernels, TimedKernel
 
 NEUSIGHT = {
@@ -52,7 +53,8 @@ PAIRS = (("a100-40gb-pcie", "a100-80gb-pcie"), ("a100-80gb-pcie", "a100-40gb-pci
 SOURCES = {
     "neusight": ("https://github.com/sitar-lab/NeuSight", "PyTorch eager, fp32"),
     "vidur": ("https://github.com/microsoft/vidur", "PyTorch profiler"),
-    "liger": ("https://github.com/linkedin/Liger-Kernel", "eager and Triton, 2024-25"),
+    "liger": ("https://github.com/linkedin/Liger-Kernel", "eager and Triton, 2024-26"),
+    "tracelens": ("https://github.com/AMD-AGI/TraceLens", "a profile, PyTorch 2.6"),
 }
 BOUNDS: dict[str, tuple[float, float]] = {
     "launch_floor": (3e-7, 1e-5), "kernel_gap": (2e-7, 1.35e-6), "column_stream": (0.1, 1.05),
@@ -74,6 +76,7 @@ LONGEST = 6.0  # times that
 def pointwise_rows(folder: Path) -> pd.DataFrame:
     """gpu, source, family, kernels, fold, seconds, host_bound: one row a measurement."""
     parts = {"neusight": _neusight(folder), "vidur": _vidur(folder), "liger": liger.liger_rows(folder)}
+    parts["tracelens"] = profiled_rows()
     rows = pd.concat([d.assign(source=source) for source, d in parts.items()], ignore_index=True)
     host = np.array([h is True or (isinstance(h, np.bool_) and bool(h)) for h in rows.host_bound])
     return rows.assign(host_bound=host)
