@@ -18,8 +18,8 @@ attention = pytest.importorskip("validate.fitting.attention", exc_type=ImportErr
 flash_papers = pytest.importorskip("validate.fitting.flash_papers", exc_type=ImportError)
 gemm = pytest.importorskip("validate.fitting.gemm", exc_type=ImportError)
 pointwise = pytest.importorskip("validate.fitting.pointwise", exc_type=ImportError)
-profiles = pytest.importorskip("validate.fitting.profiles", exc_type=ImportError)
 common = pytest.importorskip("validate.fitting.judging", exc_type=ImportError)
+profiles = pytest.importorskip("validate.fitting.profiles", exc_type=ImportError)
 
 
 def keeps(predicted: Any, plain: Any, measured: Any, limit: float) -> None:
