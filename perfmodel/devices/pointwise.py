@@ -3,9 +3,11 @@
     time = launch_floor + kernel_gap + max(bytes / bandwidth, elements / (rate * sm_count * clock))
 
 - bandwidth: `stream` of the datasheet figure from DRAM, `l2_ratio` times the datasheet figure when the working set
-  (bytes read + written) fits into the usable part of L2, smoothly between.
+  (bytes read + written) fits into the usable part of L2, smoothly between; for what was just written when that does.
 - elements / rate: kernels that compute an address per element (broadcast and permuted operands, dtype casts, index
-  gathers) or an exponential per element are bound by instructions: `rate` is elements a clock and SM.
+  gathers) or an exponential per element are bound by instructions: `rate` is elements a clock and SM. A fused norm
+  holds its row in registers, so it loads, computes and stores in turn, and the CTAs of an SM overlap only in part:
+  there the two add as the sides of a right angle.
 - rows: a kernel that gives a row to a CTA makes several passes over it. Passes after the first are free while the
   rows in flight stay in L1 and cost `reread` of a DRAM pass beyond that; and with fewer rows than SMs, only that many
   SMs pull on the memory.
@@ -25,10 +27,11 @@ from .hardware import Hardware
 Array = NDArray[np.float64]
 
 SPILL_SHARPNESS = 6.0  # exponent of the passage from rows that stay in L1 to rows that do not
-L2_SHARPNESS = 3.0  # exponent of the passage from L2 to DRAM
-REGISTER_ROW = 16384.0  # longest row that a fused norm's backward keeps in registers, elements
-SPILL = 1.75  # how much slower it is beyond that
+REGISTERS = 262144.0  # B of registers of an SM
+LIVE = 16.0  # B an element that a fused norm's backward holds beside what it reads: weight, its gradient, product, dx
 SMALL_GATHER = 16.0  # index_select copies up to so many rows one after another
+LOSS_ROW = 2.2e5  # row size at which half of a fused cross entropy's second pass leaves registers and L1, B (A100)
+FUSED_NORM_RATE = 5.8  # elements a clock and SM that a fused norm computes (A100 and H100 alike)
 NORM_LANES = 512.0  # elements that a layer-norm CTA takes per step: 128 threads of 4
 
 
@@ -47,11 +50,12 @@ class PointwiseParameters:
         gather_rate: elements a clock and SM: index_select under nn.Embedding.
         exp_rate: elements a clock and SM: fused cross entropy (two exponentials an element).
         fused_norm_stream: bandwidth of a Triton norm forward, a row a CTA.
-        row_latency: seconds a row and SM before its bytes flow (norms: a CTA a row).
-        fused_backward_stream: bandwidth of a fused norm's backward, one CTA an SM, rows in series.
+        row_latency: seconds a row and SM before its bytes flow (native norms: a CTA a row).
+        fused_backward_stream: bandwidth of a fused layer norm's backward: four warps an SM, rows in series.
         fused_backward_rate: the same kernel's limit in elements a clock and SM.
         column_stream: bandwidth of column sums (weight gradient of a norm).
-        serial_latency: seconds of a dependent step of a single CTA (nll_loss: target, then its logit).
+        serial_latency: seconds of a dependent step of a single CTA (nll_loss: target, then its logit; a row of a fused
+            RMS norm's backward, one CTA an SM).
         row_copy_latency: seconds a row of an index_select of at most SMALL_GATHER rows.
         norm_stream: bandwidth of a native norm forward.
         norm_row_bytes: row size at which half of its second pass leaves L1, B.
@@ -72,7 +76,7 @@ class PointwiseParameters:
     cast_rate: float = 1.6
     gather_rate: float = 0.5
     exp_rate: float = 1.5
-    fused_norm_stream: float = 0.82
+    fused_norm_stream: float = 0.85
     row_latency: float = 0.15e-6
     fused_backward_stream: float = 0.46
     fused_backward_rate: float = 0.8
@@ -93,9 +97,10 @@ class Kind(NamedTuple):
     """Which parameters bound a kind of kernel."""
 
     stream: str = "stream"  # the bandwidth
-    rate: str | None = None  # the instruction limit, elements a clock and SM
+    rate: str | float | None = None  # the instruction limit, elements a clock and SM
+    by_turns: bool = False  # whether bytes and instructions wait for one another
     passes: float = 0.0  # extra reads of a row, at the reread cost
-    row_bytes: str | None = None
+    row_bytes: str | float | None = None
     reread: str | None = None
     latency: str | None = None  # the serial share
 
@@ -104,18 +109,21 @@ KINDS: dict[str, Kind] = {
     "pointwise": Kind(),
     "optimizer": Kind(),
     "reduction": Kind(),
-    "fused_norm": Kind("fused_norm_stream", latency="row_latency"),
+    "fused_norm": Kind("fused_norm_stream", FUSED_NORM_RATE, by_turns=True),
     "strided": Kind(rate="strided_rate"),
     "cat": Kind(rate="strided_rate"),
     "cast": Kind(rate="cast_rate"),
     "embedding": Kind(rate="gather_rate", latency="row_copy_latency"),
     "column_reduction": Kind("column_stream"),
-    "fused_norm_backward": Kind("fused_backward_stream", "fused_backward_rate"),
+    "fused_norm_backward": Kind(latency="serial_latency"),
+    "fused_layer_norm_backward": Kind("fused_backward_stream", "fused_backward_rate"),
     "serial": Kind(latency="serial_latency"),
-    "cross_entropy": Kind(rate="exp_rate", latency="serial_latency"),
-    "norm": Kind("norm_stream", None, 1.0, "norm_row_bytes", "norm_reread", "row_latency"),
+    "cross_entropy": Kind(
+        rate="exp_rate", passes=1.0, row_bytes=LOSS_ROW, reread="softmax_reread", latency="serial_latency"
+    ),
+    "norm": Kind("norm_stream", passes=1.0, row_bytes="norm_row_bytes", reread="norm_reread", latency="row_latency"),
     "norm_backward": Kind("norm_backward_stream", latency="row_latency"),
-    "softmax": Kind("softmax_stream", None, 2.0, "softmax_row_bytes", "softmax_reread"),
+    "softmax": Kind("softmax_stream", passes=2.0, row_bytes="softmax_row_bytes", reread="softmax_reread"),
 }
 
 
@@ -154,27 +162,34 @@ def pointwise_time(
     count = None if rows is None else np.maximum(np.asarray(rows, dtype=np.float64), 1.0)
     length = None if row_elements is None else np.maximum(np.asarray(row_elements, dtype=np.float64), 1.0)
     moved = _moved(read, written, kind, count, length, p)
-    seconds = moved * _seconds_per_byte(read + written, np.where(cold, read, 0.0), k, hardware, p)
+    seconds = moved * _seconds_per_byte(read, written, cold, k, hardware, p)
     if count is not None:
         seconds = seconds / np.minimum(1.0, count * p.sm_bandwidth / hardware.sm_count)
     n = np.maximum(read, written) / 4.0 if elements is None else np.asarray(elements, dtype=np.float64)
     if k.rate is not None:
-        seconds = np.maximum(seconds, n / (getattr(p, k.rate) * hardware.sm_count * hardware.clock_hz))
-    if kind == "fused_norm_backward" and length is not None:
-        seconds = seconds * np.where(length > REGISTER_ROW, SPILL, 1.0)
+        computing = n / (_figure(p, k.rate) * hardware.sm_count * hardware.clock_hz)
+        seconds = np.hypot(seconds, computing) if k.by_turns else np.maximum(seconds, computing)
     return p.launch_floor + p.kernel_gap + seconds + _serial(kind, n, count, hardware, p)
+
+
+def _figure(p: PointwiseParameters, said: str | float) -> float:
+    """A parameter by its name, or a figure that all devices share."""
+    figure: float = getattr(p, said) if isinstance(said, str) else said
+    return figure
 
 
 def _moved(
     read: Array, written: Array, kind: str, rows: Array | None, length: Array | None, p: PointwiseParameters
 ) -> Array:
-    """Bytes moved, passes over rows that leave L1 and idle lanes included."""
+    """Bytes moved, passes over rows that leave L1, spilled registers and idle lanes included."""
     k, moved = KINDS[kind], read + written
     if rows is None:
         return moved
     if k.row_bytes is not None and k.reread is not None:
-        spill = 1.0 / (1.0 + (getattr(p, k.row_bytes) * rows / np.maximum(read, 1.0)) ** SPILL_SHARPNESS)
+        spill = 1.0 / (1.0 + (_figure(p, k.row_bytes) * rows / np.maximum(read, 1.0)) ** SPILL_SHARPNESS)
         moved = moved + k.passes * getattr(p, k.reread) * spill * read
+    if length is not None and kind == "fused_norm_backward":  # one CTA an SM; what its registers cannot hold
+        moved = moved + np.maximum(read + (LIVE * length - REGISTERS) * rows, 0.0)
     if length is not None and kind == "norm":
         steps = length / NORM_LANES
         moved = moved * np.minimum(np.ceil(steps) / steps, 4.0)
@@ -183,13 +198,28 @@ def _moved(
     return np.asarray(moved, dtype=np.float64)
 
 
-def _seconds_per_byte(footprint: Array, cold: Array, kind: Kind, hw: Hardware, p: PointwiseParameters) -> Array:
-    """From L2 when the working set fits, from DRAM when it does not; `cold` bytes of it from DRAM in any case."""
-    hit = 1.0 / (1.0 + (footprint / (p.l2_usable * hw.l2_bytes)) ** L2_SHARPNESS)
-    hit = hit * (1.0 - cold / np.maximum(footprint, 1.0))
-    stream = getattr(p, kind.stream)
-    from_l2 = stream * p.l2_ratio / p.stream
-    return np.asarray(((1.0 - hit) / stream + hit / from_l2) / hw.memory_bandwidth, dtype=np.float64)
+def _seconds_per_byte(
+    read: Array, written: Array, cold: ArrayLike, kind: Kind, hw: Hardware, p: PointwiseParameters
+) -> Array:
+    """From L2 what still lies there, from DRAM the rest: the mean over the bytes.
+
+    All lies there when all fits, and the operand that the kernel before has just written when it fits; that is taken
+    to be as large as the result.
+    """
+    fresh, footprint = np.minimum(read, written), read + written
+    kept = _kept(footprint, hw, p)
+    near = kept * (footprint - fresh) + _kept(fresh, hw, p) * fresh
+    if cold is not False:
+        near = np.where(cold, kept * written, near)
+    hit = near / np.maximum(footprint, 1.0)
+    per_byte = 1.0 / (getattr(p, kind.stream) * hw.memory_bandwidth)
+    return np.asarray(per_byte * (1.0 - hit * (1.0 - p.stream / p.l2_ratio)))
+
+
+def _kept(size: Array, hw: Hardware, p: PointwiseParameters) -> Array:
+    """Share of so many bytes that L2 still holds when they are touched again: half of as many as it can use."""
+    x = size / (p.l2_usable * hw.l2_bytes)
+    return np.asarray(1.0 / (1.0 + x * x * x))
 
 
 def _serial(kind: str, steps: Array, rows: Array | None, hw: Hardware, p: PointwiseParameters) -> Array | float:

@@ -44,6 +44,7 @@ ROW_WISE = (
     "embedding",
     "cross_entropy",
     "fused_norm",
+    "fused_norm_backward",
 )  # kinds that give a row to a thread block
 
 
@@ -190,7 +191,7 @@ def _memory(profile: DeviceProfile, kind: str, *columns: Any) -> np.ndarray:
     seconds = pointwise_time(
         read, written, hardware=profile.hardware, parameters=p, kind=kind, elements=elements,
         rows=rows if row_wise else None,
-        row_elements=length if row_wise or kind == "fused_norm_backward" else None,
+        row_elements=length if row_wise else None,
     )  # fmt: skip
     if kind == "serial":  # its steps wait for one another, however many bytes each moves
         return np.asarray(seconds + (launches - 1) * floor)

@@ -256,17 +256,20 @@ def test_an_addition_by_hand() -> None:
 
 
 def test_an_addition_in_l2_by_hand() -> None:
-    """Half of it comes from L2 where its operands just fill it, all of it where they are small."""
+    """Half of it comes from L2 where its operands just fill it, all of it where they are small.
+
+    The operand that was just written, a third of all, is there longer: a third of L2 is 1/(1 + 1/27) kept.
+    """
     a100 = profile.load("a100-80gb-sxm")
     p, hw = a100.pointwise, a100.hardware
     full = p.l2_usable * hw.l2_bytes
-    for moved, from_l2 in ((full / 100, 1.0), (full, 0.5), (100 * full, 0.0)):
+    for moved, from_l2 in ((full / 100, 1.0), (full, (0.5 + 0.5 + 27 / 28) / 3), (100 * full, 0.0)):
         stream = moved / hw.memory_bandwidth * ((1 - from_l2) / p.stream + from_l2 / p.l2_ratio)
         seconds = pointwise_time(2 / 3 * moved, moved / 3, hardware=hw, parameters=p)
         assert float(seconds) == pytest.approx(p.launch_floor + p.kernel_gap + stream, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.rate])
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if isinstance(kind.rate, str)])
 def test_a_kernel_of_many_instructions_by_hand(kind: str) -> None:
     """Elements at so many a clock and SM, where that takes longer than their bytes; the larger side has 4 B each."""
     a100 = profile.load("a100-80gb-sxm")
@@ -287,6 +290,47 @@ def test_idle_lanes_slow_a_norm_and_nothing_else(kind: str, length: int, idle: f
     floors = float(pointwise_time(0.0, 0.0, **known))
     plain, seen = (float(pointwise_time(2**30, 2**30, **known, row_elements=x)) - floors for x in (None, length))
     assert seen / plain == pytest.approx(idle if kind == "norm" else 1.0)
+
+
+@pytest.mark.parametrize("device", ["a100-80gb-sxm", "h100-sxm"])
+def test_a_fused_norm_by_hand(device: str) -> None:
+    """It loads, computes and stores by turns: time is the root of the squares of what bytes and elements take."""
+    on = profile.load(device)
+    p, hw, n = on.pointwise, on.hardware, 2.0**30
+    moving = 2 * 2 * n / (p.fused_norm_stream * hw.memory_bandwidth)
+    computing = n / (5.8 * hw.sm_count * hw.clock_hz)
+    known: dict[str, Any] = {"hardware": hw, "parameters": p, "kind": "fused_norm", "rows": 2**16, "elements": n}
+    seconds = float(pointwise_time(2 * n, 2 * n, **known)) - p.launch_floor - p.kernel_gap
+    assert seconds == pytest.approx((moving**2 + computing**2) ** 0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize(("width", "spilled"), [(4096, 0.0), (8192, 0.0), (16384, 20 * 16384 - 2**18)])
+def test_a_fused_norms_backward_by_hand(width: int, spilled: float) -> None:
+    """One block an SM walks over rows; of one too wide for 256 KiB of registers, the rest moves besides.
+
+    Of each element of bf16 it holds 4 B that it reads and 16 B of fp32: weight, its gradient, product, dx.
+    """
+    a100 = profile.load("a100-80gb-sxm")
+    p, hw, rows = a100.pointwise, a100.hardware, 2**16
+    moving = rows * (6 * width + spilled) / (p.stream * hw.memory_bandwidth)
+    waiting = rows / hw.sm_count * p.serial_latency
+    seconds = pointwise_time(
+        4 * rows * width, 2 * rows * width, kind="fused_norm_backward", rows=rows, row_elements=width, hardware=hw,
+        parameters=p,
+    )  # fmt: skip
+    assert float(seconds) == pytest.approx(p.launch_floor + p.kernel_gap + moving + waiting, rel=2e-3)
+
+
+def test_a_long_row_of_logits_is_read_twice() -> None:
+    """Liger's cross entropy finds the sum of a row, then its gradient: a row of 1 MiB has left the SM by then."""
+    a100 = profile.load("a100-80gb-sxm")
+    known: dict[str, Any] = {"kind": "cross_entropy", "elements": 1, "hardware": a100.hardware}
+    per_byte = []
+    for width, rows in ((2**13, 2**14), (2**18, 2**9)):
+        waits = {"rows": rows, "parameters": replace(a100.pointwise, serial_latency=0.0)}
+        moved, floor = (float(pointwise_time(size, size, **known, **waits)) for size in (4.0 * rows * width, 0.0))
+        per_byte.append(moved - floor)
+    assert per_byte[1] / per_byte[0] == pytest.approx(1 + a100.pointwise.softmax_reread / 2, rel=0.01)
 
 
 @pytest.mark.parametrize(("name", "flops"), [("linalg_qr", 8 / 3), ("_linalg_svd", 22), ("linalg_inv_ex", 8 / 3)])

@@ -1,12 +1,14 @@
-"""Fits the pointwise model to NeuSight (fp32, 7 GPUs), vidur (A100, H100, A40) and Liger (A100, H100).
+"""Fits the pointwise model to NeuSight (fp32, 7 GPUs), vidur (A100, H100, A40), Liger (A100, H100), a profile (H100).
 
 NeuSight (https://github.com/sitar-lab/NeuSight) and vidur (https://github.com/microsoft/vidur) give kernel durations
 of a profiler, so no gap between kernels; vidur rounds to 1 us: its rows below 10 us are fitted weakly and not judged.
+What a benchmark adds to every row (do_bench's events, a launch that NeuSight's rows contain) is fitted with each board.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -30,6 +32,7 @@ from .judging import (
     settled,
     unsearched,
 )
+from .profiles import profiled_rows
 from .sequences import Kernels, TimedKernel
 
 NEUSIGHT = {
@@ -50,24 +53,30 @@ PAIRS = (("a100-40gb-pcie", "a100-80gb-pcie"), ("a100-80gb-pcie", "a100-40gb-pci
 SOURCES = {
     "neusight": ("https://github.com/sitar-lab/NeuSight", "PyTorch eager, fp32"),
     "vidur": ("https://github.com/microsoft/vidur", "PyTorch profiler"),
-    "liger": ("https://github.com/linkedin/Liger-Kernel", "eager and Triton, 2024-25"),
+    "liger": ("https://github.com/linkedin/Liger-Kernel", "eager and Triton, 2024-26"),
+    "tracelens": ("https://github.com/AMD-AGI/TraceLens", "a profile, PyTorch 2.6"),
 }
 BOUNDS: dict[str, tuple[float, float]] = {
-    "launch_floor": (3e-7, 1e-5), "kernel_gap": (2e-7, 1.5e-6), "column_stream": (0.1, 1.05),
+    "launch_floor": (3e-7, 1e-5), "kernel_gap": (2e-7, 1.35e-6), "column_stream": (0.1, 1.05),
     "fused_backward_rate": (0.1, 4.0), "fused_backward_stream": (0.1, 1.05), "fused_norm_stream": (0.3, 1.05),
     "row_latency": (1e-9, 1e-6), "serial_latency": (1e-7, 3e-6), "row_copy_latency": (1e-7, 3e-6),
     "stream": (0.5, 1.05), "l2_ratio": (0.8, 6.0), "l2_usable": (0.2, 1.5), "strided_rate": (0.2, 8.0),
     "cast_rate": (0.2, 8.0), "gather_rate": (0.1, 4.0), "exp_rate": (0.3, 6.0), "norm_stream": (0.3, 1.0),
-    "norm_backward_stream": (0.3, 1.05), "norm_row_bytes": (5e2, 3e5), "norm_reread": (0.02, 1.0),
+    "norm_backward_stream": (0.3, 0.95), "norm_row_bytes": (5e2, 3e5), "norm_reread": (0.02, 1.0),
     "softmax_stream": (0.3, 1.05), "softmax_row_bytes": (5e2, 3e5), "softmax_reread": (0.02, 1.0),
 }  # fmt: skip
+# Clocks of a kernel of one block in profiles of real programs: 2.05 us on an A100, 1.55 on an H100, with gaps of 1.1 to
+# 1.35 us between kernels (HolisticTraceAnalysis tests/data/nccl_parser_config, TraceLens tests/traces/h100).
+SHORTEST = 3000.0
 PRIOR = 0.15  # residual of a factor e away from the start (data rows weigh up to 10 each family)
-LIGER_EVENTS = 3.5e-6  # s that do_bench's events add to the first kernel
+OVERHEADS = {"liger": 5e-6, "neusight": 1.5e-5}  # s that a benchmark adds to a row; where a fit starts
+LONGEST = 6.0  # times that
 
 
 def pointwise_rows(folder: Path) -> pd.DataFrame:
     """gpu, source, family, kernels, fold, seconds, host_bound: one row a measurement."""
     parts = {"neusight": _neusight(folder), "vidur": _vidur(folder), "liger": liger.liger_rows(folder)}
+    parts["tracelens"] = profiled_rows()
     rows = pd.concat([d.assign(source=source) for source, d in parts.items()], ignore_index=True)
     host = np.array([h is True or (isinstance(h, np.bool_) and bool(h)) for h in rows.host_bound])
     return rows.assign(host_bound=host)
@@ -113,7 +122,7 @@ class Batch:
     """Rows of kernels flattened by kind, so that a price is a few vector operations."""
 
     def __init__(self, rows: pd.DataFrame) -> None:
-        self.event = np.where(rows.source == "liger", LIGER_EVENTS, 0.0)
+        self.of = {name: np.asarray(rows.source == name, dtype=np.float64) for name in OVERHEADS}
         self.no_gap = np.where(rows.source == "liger", 0.0, [len(k) for k in rows.kernels])
         cleared = np.asarray(rows.source == "liger")  # do_bench clears L2 before every run
         nan = float("nan")
@@ -124,9 +133,11 @@ class Batch:
                 columns.setdefault(k.kind, []).append((i, k.read, k.written, *sizes, float(first and cleared[i])))
         self.kinds = {kind: np.array(v, dtype=np.float64).T for kind, v in columns.items()}
 
-    def price(self, hw: Hardware, p: PointwiseParameters) -> Array:
-        """Seconds of every row."""
-        out = self.event - self.no_gap * p.kernel_gap
+    def price(self, hw: Hardware, p: PointwiseParameters, overheads: Mapping[str, float] = OVERHEADS) -> Array:
+        """Seconds of every row, with those that its benchmark adds."""
+        out = -self.no_gap * p.kernel_gap
+        for name, added in overheads.items():
+            out = out + self.of[name] * added
         for kind, (index, read, written, elements, rows, lanes, cold) in self.kinds.items():
             seconds = pointwise_time(
                 read, written, kind=kind, hardware=hw, parameters=p,
@@ -140,7 +151,7 @@ class Batch:
 
     def roofline(self, hw: Hardware) -> Array:
         """Bytes over the datasheet's bandwidth."""
-        out = np.zeros(len(self.event))
+        out = np.zeros(len(self.no_gap))
         for index, read, written, *_ in self.kinds.values():
             np.add.at(out, index.astype(int), (read + written) / hw.memory_bandwidth)
         return out
@@ -157,36 +168,51 @@ def informed(rows: pd.DataFrame) -> list[str]:
     return [f for f in BOUNDS if f in found]
 
 
-def fit_pointwise(rows: pd.DataFrame, hw: Hardware, begin: PointwiseParameters) -> Told[PointwiseParameters]:
+class PointwiseFound(NamedTuple):
+    """What a fit found: parameters, those in doubt, and seconds that each benchmark adds to a row of this board."""
+
+    parameters: PointwiseParameters
+    doubts: Doubts
+    overheads: dict[str, float]
+
+
+def fit_pointwise(rows: pd.DataFrame, hw: Hardware, begin: PointwiseParameters) -> PointwiseFound:
     """Every source and family weighs alike; a weak prior holds what data do not."""
     names, batch, measured = informed(rows), Batch(rows), column(rows, "seconds")
+    added = {name: seconds for name, seconds in OVERHEADS.items() if name in set(rows.source)}
     sizes = np.asarray(rows.groupby(["source", "family"]).seconds.transform("size"))
     noise = 1.0 / (1.0 + np.where(rows.source == "vidur", 0.5e-6, 0.0) / measured / 0.05)
     weight = noise * np.sqrt(100.0 / sizes)
-    low, high = (np.log([BOUNDS[f][i] for f in names]) for i in (0, 1))
-    usual = np.log([getattr(begin, f) for f in names])
+    bounds = BOUNDS | {"launch_floor": (BOUNDS["launch_floor"][0], SHORTEST / hw.clock_hz)}
+    limits = [*(bounds[f] for f in names), *((s / LONGEST, s * LONGEST) for s in added.values())]
+    low, high = np.log(limits).T
+    usual = np.log([*(getattr(begin, f) for f in names), *added.values()])
     first = np.clip(usual, low + 1e-6, high - 1e-6)
 
-    def make(x: Array) -> PointwiseParameters:
-        return replace(begin, **dict(zip(names, map(float, np.exp(x)), strict=True)))
+    def make(x: Array) -> tuple[PointwiseParameters, dict[str, float]]:
+        values: list[float] = np.exp(x).tolist()
+        known = dict(zip((*names, *added), values, strict=True))
+        return replace(begin, **{f: known[f] for f in names}), {f: known[f] for f in added}
 
     def price(x: Array) -> Array:
-        return batch.price(hw, make(x))
+        return batch.price(hw, *make(x))
 
     def residuals(x: Array) -> Array:
         return np.concatenate([weight * np.log(price(x) / measured), PRIOR * (x - first)])
 
     end = least_squares(residuals, first, bounds=(low, high), loss="soft_l1", f_scale=0.1, max_nfev=60).x
-    x, doubts = settled(names, end, usual, (low, high), price)
-    p = make(x)
-    return Told(p, doubts.but_kept(unsearched(p, names)))
+    x, doubts = settled((*names, *added), end, usual, (low, high), price)
+    p, overheads = make(x)
+    return PointwiseFound(p, doubts.but(added, Doubts()).but_kept(unsearched(p, names)), overheads)
 
 
-def judge_families(rows: pd.DataFrame, hw: Hardware, p: PointwiseParameters) -> dict[str, FitErrors]:
+def judge_families(
+    rows: pd.DataFrame, hw: Hardware, p: PointwiseParameters, overheads: Mapping[str, float] = OVERHEADS
+) -> dict[str, FitErrors]:
     """Errors by source and family, and their average, in which every family weighs alike."""
     rows = rows[(rows.source != "vidur") | (rows.seconds >= 1e-5)].reset_index(drop=True)
     batch = Batch(rows)
-    predicted, plain, seconds = batch.price(hw, p), batch.roofline(hw), column(rows, "seconds")
+    predicted, plain, seconds = batch.price(hw, p, overheads), batch.roofline(hw), column(rows, "seconds")
     found = {}
     for (source, family), part in rows.groupby(["source", "family"]):
         i = np.asarray(part.index)
@@ -208,7 +234,7 @@ def fit_pointwise_blocks(folder: Path, step: Callable[[str], None]) -> Pointwise
     """Every device with rows; gaps are filled from the parent or the class."""
     rows = pointwise_rows(folder)
     rows = rows[~rows.host_bound]
-    told: dict[str, Told[PointwiseParameters]] = {}
+    told: dict[str, PointwiseFound] = {}
     for slug in sorted(rows.gpu.unique(), key=lambda g: (list(PARENTS).index(g) + 1 if g in PARENTS else 0, g)):
         own = rows[(rows.gpu == slug) & (rows.fold != 0)]
         parent = told.get(PARENTS.get(slug, ""))
@@ -218,27 +244,25 @@ def fit_pointwise_blocks(folder: Path, step: Callable[[str], None]) -> Pointwise
     known = {slug: informed(rows[rows.gpu == slug]) for slug in found}
     default = class_default(found, known)
     fits, left_out = {}, {}
+
+    def judge(slug: str, p: PointwiseParameters) -> FitErrors:
+        return judge_families(rows[rows.gpu == slug], hardware(slug), p, told[slug].overheads)["all"]
+
     for slug, p in found.items():
         donor = found["a100-80gb-sxm"] if slug.startswith("a100") else default
-        whole = replace(donor, **{f: getattr(p, f) for f in known[slug]})
-        fits[slug] = _as_fit(rows[rows.gpu == slug], hardware(slug), Told(whole, told[slug].doubts))
-        others = class_default({k: v for k, v in found.items() if k != slug}, known)
-        left_out[slug] = judge_families(rows[rows.gpu == slug], hardware(slug), others)["all"]
+        whole = told[slug]._replace(parameters=replace(donor, **{f: getattr(p, f) for f in known[slug]}))
+        fits[slug] = _as_fit(rows[rows.gpu == slug], hardware(slug), whole)
+        left_out[slug] = judge(slug, class_default({k: v for k, v in found.items() if k != slug}, known))
     pairs = [
-        judge_families(
-            rows[rows.gpu == slug],
-            hardware(slug),
-            replace(default, **{f: getattr(found[donor], f) for f in known[slug]}),
-        )
-        for slug, donor in PAIRS
+        judge(slug, replace(default, **{f: getattr(found[donor], f) for f in known[slug]})) for slug, donor in PAIRS
     ]
     told_of_class = Told(default, _class_doubts(default, known))
     of_class = _class_fit(fits, told_of_class, left_out)
-    return PointwiseResults(fits, of_class, left_out, [errors["all"] for errors in pairs])
+    return PointwiseResults(fits, of_class, left_out, pairs)
 
 
-def _as_fit(rows: pd.DataFrame, hw: Hardware, told: Told[PointwiseParameters]) -> Fit:
-    errors = judge_families(rows[rows.fold == 0], hw, told.parameters)
+def _as_fit(rows: pd.DataFrame, hw: Hardware, told: PointwiseFound) -> Fit:
+    errors = judge_families(rows[rows.fold == 0], hw, told.parameters, told.overheads)
     sources = [SOURCES[s] for s in SOURCES if s in set(rows.source)]
     return Fit(
         parameters=told.parameters,
@@ -249,7 +273,8 @@ def _as_fit(rows: pd.DataFrame, hw: Hardware, told: Told[PointwiseParameters]) -
         rows_left_out=int((rows.fold == 0).sum()),
         errors=errors["all"],
         slices={k: v for k, v in errors.items() if k != "all"},
-        notes="Parameters that these rows say nothing about come from a like device or the class.",
+        notes="Parameters that these rows say nothing about come from a like device or the class. "
+        + ", ".join(f"{name} adds {seconds * 1e6:.1f} us to a row" for name, seconds in told.overheads.items()),
     )
 
 

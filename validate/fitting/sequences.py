@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 UNARY = 2.0 / 3.0  # a unary kernel computes two addresses an element, a binary one three
+WAITS = 24  # launches' worth of time that passes beside: small kernels of the sort, the host that asks for segments
 
 
 class TimedKernel(NamedTuple):
@@ -138,16 +139,23 @@ def embedding_forward(tokens: float, hidden: float, vocab: float, size: int) -> 
 def embedding_backward(tokens: float, hidden: float, vocab: float, size: int) -> Kernels:
     """Dense: zeros of the whole table, sort of the indices, then gradients summed per distinct token."""
     n, table = tokens * hidden, vocab * hidden
-    distinct = table * -float(np.expm1(tokens * np.log1p(-1.0 / max(vocab, 2.0))))  # elements of distinct rows
+    distinct = distinct_rows(tokens, vocab) * hidden
     return [
         TimedKernel(0.0, table * size),
         *[TimedKernel(8.0 * tokens, 8.0 * tokens)] * 6,
+        *[TimedKernel(0.0, 0.0)] * WAITS,
         TimedKernel(n * size, 4.0 * distinct, "strided", n),
         TimedKernel(4.0 * distinct, 4.0 * distinct, "embedding", distinct),
         TimedKernel(4.0 * distinct, size * distinct, "embedding", distinct),
     ]
 
 
-def fused_norm_backward(n: float, size: int, hidden: float) -> Kernels:
-    """Liger's norm backward: one kernel, one CTA an SM."""
-    return [TimedKernel(2 * n * size, n * size, "fused_norm_backward", n, None, hidden)]
+def distinct_rows(tokens: float, vocab: float) -> float:
+    """Of a table, rows that some of so many random tokens have."""
+    return vocab * -float(np.expm1(tokens * np.log1p(-1.0 / max(vocab, 2.0))))
+
+
+def fused_norm_backward(rows: float, hidden: float, size: int, read: int = 2) -> Kernels:
+    """Liger's backward of an RMS norm since its version 0.3: one CTA an SM, rows in series."""
+    n = rows * hidden
+    return [TimedKernel(read * n * size, n * size, "fused_norm_backward", n, rows, hidden)]
