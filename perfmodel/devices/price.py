@@ -18,8 +18,10 @@ from ..program.dtypes import FLOAT8
 from ..program.lengths import Documents
 from ..program.op import Op
 from . import kernels
+from .alignment import WIDE
 from .attention import attention_backward_time, attention_forward_time
-from .gemm import LAYOUTS, gemm_time
+from .gemm import gemm_time
+from .gemm_parameters import LAYOUTS
 from .grouped import grouped_time
 from .hardware import ITEMSIZE
 from .pointwise import pointwise_time
@@ -128,6 +130,8 @@ def _gemm_row(i: int, name: str, dtype: str, layout: Any, shape: tuple[Any, ...]
     """A weight comes from HBM, an activation may still lie in L2; weight gradients and bmm have two activations."""
     b_copies = 1.0 if name in WRITTEN or layout == "nt" else np.inf
     accumulates = name in ("addmm_", "addmm.out")
+    if name.startswith("convolution"):  # cuDNN pads channels
+        shape = (*(-(-x // WIDE) * WIDE for x in shape[:3]), shape[3])
     tables.add("gemm", (dtype, name == "bmm"), i, *shape, LAYOUTS.index(layout), b_copies, accumulates)
 
 
@@ -144,9 +148,8 @@ def _gemm(profile: DeviceProfile, dtype: str, batched: bool, *columns: Any) -> n
     """
     *shape, layout, b_copies, accumulates = columns
     parameters = profile.gemm[dtype]
-    slowdowns = np.array([parameters.slowdown(name) for name in LAYOUTS])
     price = partial(
-        gemm_time, *shape, hardware=profile.hardware, dtype=dtype, layout=slowdowns[layout.astype(int)],
+        gemm_time, *shape, hardware=profile.hardware, dtype=dtype, layout=layout.astype(np.intp),
         accumulate=accumulates, b_copies=b_copies,
     )  # fmt: skip
     seconds = price(parameters=parameters)
