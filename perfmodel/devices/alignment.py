@@ -58,6 +58,15 @@ def load_width(m: Any, n: Any, k: Any, layout: Any, dtype: str) -> Array:
     return np.where(rows & 1, 1.0, np.where(rows % WIDE, 2.0, WIDE))
 
 
+def padding(m: Any, n: Any, k: Any, batch: Any, layout: Any) -> tuple[tuple[Any, ...], Array]:
+    """Sides with whose rows wide loads go (m, n, k, batch), and the bytes of the 16-bit operands copied for that."""
+    nt = np.equal(layout, LAYOUTS.index("nt"))
+    to = [np.ceil(x / WIDE) * WIDE for x in (m, n, k)]
+    rows, columns, deep = np.where(nt, to[0], m), to[1], np.where(nt, k, to[2])
+    copied = np.where((rows > m) | (deep > k), m * k, 0.0) + np.where((columns > n) | (deep > k), k * n, 0.0)
+    return (rows, columns, deep, batch), np.asarray(2.0 * batch * copied)
+
+
 def older_kernels(hw: Hardware, p: GemmParameters, dtype: str, width: int) -> GemmParameters:
     """The parameters of the kernels that load so few elements at once, but for `LOADED`."""
     own: dict[str, Any] = {}

@@ -279,3 +279,20 @@ def test_a_sum_along_rows_is_another_kernel_than_one_down_columns() -> None:
         (kernel,) = memory_bound(Op("sum.dim_IntList", (x,), (out,), x.nbytes, out.nbytes, attrs=Attrs(dims=(dim,))))
         kinds.append(kernel.kind)
     assert kinds == ["reduction", "column_reduction"]
+
+
+def test_a_compiler_pads_the_products_that_eager_pytorch_pays_for() -> None:
+    """Inductor copies operands to aligned rows; what is aligned, or in fp32, stays as it is."""
+
+    def seconds(columns: int, dtype: str, padded: bool) -> float:
+        a, b = Spec(dtype, (8192, 768)), Spec(dtype, (768, columns))
+        out = Spec(dtype, (8192, columns))
+        op = Op("mm", (a, b), (out,), a.nbytes + b.nbytes, out.nbytes, attrs=Attrs("tn", padded=padded))
+        return float(durations([op], profile.load("a100"))[0])
+
+    eager, compiled = seconds(50257, "bf16", False), seconds(50257, "bf16", True)
+    aligned, copy = seconds(50264, "bf16", False), 2 * 2 * 768 * 50257 / 2.04e12
+    assert eager > 2 * compiled
+    assert aligned + copy < compiled < aligned + 1.5 * copy
+    assert seconds(50264, "bf16", True) == aligned
+    assert seconds(50257, "fp32", True) == seconds(50257, "fp32", False)
