@@ -120,20 +120,29 @@ def gemm_time(
     '181 us'
     """
     kernels = _Kernels(hardware, parameters, dtype, output_itemsize)
-    of_layout = layout_index(layout) if isinstance(layout, str) else layout
-    width = load_width(m, n, k, of_layout, dtype)
-    columns = (m, n, k, batch, a_copies, b_copies, np.add(1.0, accumulate), of_layout, width)
+    index = layout_index(layout) if isinstance(layout, str) else layout
+    columns = [m, n, k, batch, a_copies, b_copies, np.add(1.0, accumulate), kernels.of(WIDE).slowdowns[index]]
+    width = load_width(m, n, k, index, dtype)
+    if width.min() < WIDE:
+        columns += [width, index]
     given = [np.asarray(x, dtype=np.float64) for x in columns]
     shape = np.broadcast_shapes(*(x.shape for x in given))
     out = np.empty(shape)
     rows = out.reshape(-1, shape[-1] if shape else 1)
     aligned = [x.reshape((1,) * (len(shape) - x.ndim) + x.shape) for x in given]
-    for row, index in zip(rows, np.ndindex(shape[:-1]), strict=True):
-        of_row = [x[tuple(min(i, d - 1) for i, d in zip(index, x.shape, strict=False))].reshape(-1) for x in aligned]
+    for row, place in zip(rows, np.ndindex(shape[:-1]), strict=True):
+        of_row = [x[tuple(min(i, d - 1) for i, d in zip(place, x.shape, strict=False))].reshape(-1) for x in aligned]
         for start in range(0, len(row), CHUNK):
             part = slice(start, start + CHUNK)
             row[part] = kernels.seconds(*(x if len(x) == 1 else x[part] for x in of_row))
     return parameters.launch_clocks / hardware.clock_hz + out
+
+
+class _Kernel(NamedTuple):
+    """The kernels of one generation on one device."""
+
+    rates: _Rates
+    slowdowns: Array  # main-loop time of each of `LAYOUTS` over that of the forward layout
 
 
 class _Kernels:
@@ -141,33 +150,35 @@ class _Kernels:
 
     def __init__(self, hardware: Hardware, parameters: GemmParameters, dtype: str, out_item: float | None) -> None:
         self.device = hardware, parameters, dtype, out_item
-        self.known: dict[int, tuple[_Rates, Array]] = {}
+        self.known: dict[int, _Kernel] = {}
 
-    def rates(self, width: int) -> tuple[_Rates, Array]:
-        """Of kernels whose threads load `width` elements; and main-loop time by layout over that of the forward one."""
+    def of(self, width: int) -> _Kernel:
+        """Those whose threads load so many elements at once."""
         if width not in self.known:
             hardware, p, dtype, out_item = self.device
-            if width in LOADED:
+            if width < WIDE:
                 p = older_kernels(hardware, p, dtype, width)
             rates = _Rates.of(hardware, p, dtype, out_item, LOADED.get(width, 0.0))
-            self.known[width] = rates, np.array([p.slowdown(x) for x in LAYOUTS])
+            self.known[width] = _Kernel(rates, np.array([p.slowdown(name) for name in LAYOUTS]))
         return self.known[width]
 
     def seconds(
-        self, m: Array, n: Array, k: Array, b: Array, a_copies: Array, b_copies: Array, c_passes: Array, layout: Array,
-        width: Array,
+        self, m: Array, n: Array, k: Array, b: Array, a_copies: Array, b_copies: Array, c_passes: Array,
+        slowdown: Array, width: Array | None = None, layout: Array | None = None,
     ) -> Array:  # fmt: skip
-        """Seconds of products in one dimension, without the launch floor."""
-        r, slowdowns = self.rates(WIDE)
+        """Seconds of products in one dimension, without the launch floor; `width`, `layout`: if not all are wide."""
+        r = self.of(WIDE).rates
         near, far = _bytes(m, n, k, b, a_copies, b_copies, c_passes, r)
-        memory, drawn, layout = near / r.l2 + far / r.dram, far * r.dram_power, layout.astype(np.intp)
-        out = _best(m, n, k, b, memory, drawn, slowdowns[layout], r)
+        memory, drawn = near / r.l2 + far / r.dram, far * r.dram_power
+        out = _best(m, n, k, b, memory, drawn, slowdown, r)
+        if width is None or layout is None:
+            return out
         for loaded in LOADED:
             these = width == loaded
             if these.any():
-                r, slowdowns = self.rates(loaded)
-                slower = np.maximum(out, _best(m, n, k, b, memory, drawn, slowdowns[layout], r))
-                out = np.where(these, slower, out)
+                older = self.of(loaded)
+                slowdown = older.slowdowns[layout.astype(np.intp)]
+                out = np.where(these, np.maximum(out, _best(m, n, k, b, memory, drawn, slowdown, older.rates)), out)
         return out
 
 
