@@ -9,109 +9,28 @@ SM time      waves of blocks over the SMs x (fill and drain of a tile + k x time
 memory time  compulsory bytes of A, B, C: from L2 what still lies there since its last use, from DRAM the rest
 
 but not less than the energy of its FLOPs, of loading operands into SMs and of DRAM takes at the power of the board.
+16-bit products whose rows do not start at multiples of 16 bytes run on older kernels (`alignment`).
 
 The `min` stands for the library's heuristic, so it must be offered only tiles that the library really has (the fp32
 sets are those in the kernel names of NeuSight's profiles, https://github.com/sitar-lab/NeuSight).
 """
 
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..values import immutable
+from .alignment import LOADED, WIDE, load_width, older_kernels
+from .gemm_parameters import LAYOUTS, GemmParameters, Layout, Tiles, layout_index
 from .hardware import ITEMSIZE, Hardware
 
 Array = NDArray[np.float64]
 Numbers = NDArray[np.intp]
-Layout = Literal["tn", "nn", "nt"]
-LAYOUTS: tuple[Layout, ...] = ("tn", "nn", "nt")
-Tiles = tuple[tuple[int, int], ...]
 
 SPLIT_WAVES = 2  # a split of k fills so many waves of the SMs at most
 CHUNK = 16_384  # shapes evaluated together: bounds the working set
 TOGETHER = 4_096  # the same for shapes x tiles, where there are few shapes
-
-# (rows of C, columns of C) of the thread-block tiles that the libraries offer.
-TENSOR_CORE_TILES: Tiles = (
-    (256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64), (64, 32), (32, 64), (32, 32),
-)  # fmt: skip
-
-
-@immutable
-class GemmParameters:
-    """What the datasheet does not say. Ratios and clocks, not absolute rates, so that they carry over between GPUs.
-
-    Attributes:
-        launch_clocks: clocks of an empty kernel, from the end of the one before to its own end.
-        math_efficiency: share of the peak that the main loop reaches in a short burst.
-        sustained: share of that rate which the board holds through a training step.
-        derating: relative slow-down of the SMs when a long kernel hits the power limit.
-        derating_time: seconds of SM time after which half of the derating is reached.
-        power_share: energy of a FLOP in the main loop over that of `Hardware.limit`.
-        load_energy: energy of loading a byte of an operand into an SM, in that of FLOPs.
-        tile_balance: FLOP per byte: peak over the rate at which the SMs can load operands from L2; on the fp32 units
-            the peak of 64 of them: an SM with 128 loads no faster.
-        k_latency: clocks per element of k: the least that a thread block needs, however thin its tile.
-        k_bubble: clocks per element of k on top: barriers that copy and math both wait for.
-        epilogue: fill and drain of a tile, in units of loading as many bytes as the tile stores.
-        wave_tail: share of the idle time in the last wave that is not filled (0: perfect stream-K).
-        memory_efficiency: share of the DRAM bandwidth reached by long streams.
-        write_cost: a byte written to DRAM, in bytes read.
-        overlap_loss: extra time, relative, if SM time and memory time are equal (0: perfect overlap).
-        l2_share: share of L2 that keeps data between two uses.
-        l2_written: the same for C, of that share: written lines are evicted earlier.
-        l2_stream: bandwidth of one pass over data in L2, over the rate of `tile_balance`.
-        split_latency: seconds of the reduction kernel or the semaphores of a split k.
-        split_traffic: passes over the fp32 partial sums of all splits through L2 (a write and a read: 2).
-        long_row: slow-down of the main loop when the rows of A and B are so long that every load opens a page.
-        page_reach: bytes from row to row at which half of that slow-down is reached.
-        nn_slowdown: main loop in input-gradient layout over forward layout.
-        nt_slowdown: main loop in weight-gradient layout over forward layout.
-        k_step: elements of k that a pipeline stage holds: k is padded to it.
-        k_split: a split keeps at least this many elements of k.
-        max_split: the library splits k into at most this many parts.
-        tiles: (rows, columns) of the tiles of C that the library offers.
-        batched_tiles: the tiles for batch > 1, where the library has fewer; None: the same.
-    """
-
-    launch_clocks: float = 4500.0
-    math_efficiency: float = 0.85
-    sustained: float = 1.0
-    derating: float = 0.27
-    derating_time: float = 2e-3
-    power_share: float = 0.0
-    load_energy: float = 0.0
-    tile_balance: float = 45.0
-    k_latency: float = 2.2
-    k_bubble: float = 0.1
-    epilogue: float = 4.3
-    wave_tail: float = 0.25
-    memory_efficiency: float = 0.82
-    write_cost: float = 0.85
-    overlap_loss: float = 0.35
-    l2_share: float = 0.8
-    l2_written: float = 1.0
-    l2_stream: float = 0.22
-    split_latency: float = 2.6e-6
-    split_traffic: float = 3.0
-    long_row: float = 0.0
-    page_reach: float = 65536.0
-    nn_slowdown: float = 1.0
-    nt_slowdown: float = 1.0
-    k_step: int = 64
-    k_split: int = 128
-    max_split: int = 32
-    tiles: Tiles = TENSOR_CORE_TILES
-    batched_tiles: Tiles | None = None
-
-    def slowdown(self, layout: Layout) -> float:
-        """Main-loop time of a layout over that of the forward layout."""
-        factors = {"tn": 1.0, "nn": self.nn_slowdown, "nt": self.nt_slowdown}
-        if layout not in factors:
-            raise ValueError(f"unknown layout {layout!r}: use 'tn' (forward), 'nn' (input) or 'nt' (weight gradient)")
-        return factors[layout]
 
 
 class _Rates(NamedTuple):
@@ -130,9 +49,11 @@ class _Rates(NamedTuple):
     k_bubble: float  # s per element of k
     flop_power: float  # s in which the board may draw the energy of a FLOP; 0: no limit
     dram_power: float  # s in which it may draw that of a byte from or to DRAM
+    narrow_load: float  # s that an element of a tile's rows or columns costs its threads for each of k; 0: nothing more
 
     @classmethod
-    def of(cls, hw: Hardware, p: GemmParameters, dtype: str, out_item: float | None) -> "_Rates":
+    def of(cls, hw: Hardware, p: GemmParameters, dtype: str, out_item: float | None, loaded: float = 0.0) -> "_Rates":
+        """`loaded` bytes a clock is what the threads of an SM load at most; 0: no limit."""
         item, peak = ITEMSIZE[dtype], hw.peak(dtype)
         lanes = hw.lanes if peak == hw.fp32_flops else 1.0
         sm_load = peak / hw.sm_count / (p.tile_balance * lanes)
@@ -154,6 +75,7 @@ class _Rates(NamedTuple):
             k_bubble=p.k_bubble / hw.clock_hz,
             flop_power=flop_power if limited else 0.0,
             dram_power=dram_power if limited else 0.0,
+            narrow_load=item / (loaded * hw.clock_hz) if loaded else 0.0,
         )
 
 
@@ -176,7 +98,7 @@ def gemm_time(
     dtype: str = "bf16",
     output_itemsize: float | None = None,
     accumulate: ArrayLike = False,
-    layout: Layout | Array = "tn",
+    layout: Layout | NDArray[np.intp] = "tn",
     a_copies: ArrayLike = 1.0,
     b_copies: ArrayLike = np.inf,
 ) -> Array:
@@ -188,7 +110,7 @@ def gemm_time(
         dtype: of A and B: bf16, fp16, tf32 or fp32.
         output_itemsize: bytes of an element of C; as A and B if None.
         accumulate: whether C is read before it is written.
-        layout: 'tn' forward, 'nn' input gradient, 'nt' weight gradient; or of each product `parameters.slowdown` of it.
+        layout: 'tn' forward, 'nn' input gradient, 'nt' weight gradient; or of each product its index in `LAYOUTS`.
         a_copies, b_copies: how many different A and B the caller cycles through before it uses the same one again:
             1 for an activation that was just written, infinity for a weight that is next used in the next step. That
             decides what is still in L2.
@@ -197,23 +119,67 @@ def gemm_time(
     >>> f"{gemm_time(4096, 4096, 4096, hardware=h100, parameters=GemmParameters()) * 1e6:.0f} us"
     '181 us'
     """
-    rates = _Rates.of(hardware, parameters, dtype, output_itemsize)
-    slowdown = parameters.slowdown(layout) if isinstance(layout, str) else layout
-    columns = (m, n, k, batch, a_copies, b_copies, slowdown, np.add(1.0, accumulate))
+    kernels = _Kernels(hardware, parameters, dtype, output_itemsize)
+    index = layout_index(layout) if isinstance(layout, str) else layout
+    columns = [m, n, k, batch, a_copies, b_copies, np.add(1.0, accumulate), kernels.of(WIDE).slowdowns[index]]
+    width = load_width(m, n, k, index, dtype)
+    if width.min() < WIDE:
+        columns += [width, index]
     given = [np.asarray(x, dtype=np.float64) for x in columns]
     shape = np.broadcast_shapes(*(x.shape for x in given))
     out = np.empty(shape)
     rows = out.reshape(-1, shape[-1] if shape else 1)
     aligned = [x.reshape((1,) * (len(shape) - x.ndim) + x.shape) for x in given]
-    for row, index in zip(rows, np.ndindex(shape[:-1]), strict=True):
-        of_row = [x[tuple(min(i, d - 1) for i, d in zip(index, x.shape, strict=False))].reshape(-1) for x in aligned]
+    for row, place in zip(rows, np.ndindex(shape[:-1]), strict=True):
+        of_row = [x[tuple(min(i, d - 1) for i, d in zip(place, x.shape, strict=False))].reshape(-1) for x in aligned]
         for start in range(0, len(row), CHUNK):
             part = slice(start, start + CHUNK)
-            m1, n1, k1, b1, a_reuse, b_reuse, slower, c_passes = (x if len(x) == 1 else x[part] for x in of_row)
-            near, far = _bytes(m1, n1, k1, b1, a_reuse, b_reuse, c_passes, rates)
-            memory = near / rates.l2 + far / rates.dram
-            row[part] = _best(m1, n1, k1, b1, memory, far * rates.dram_power, slower, rates)
+            row[part] = kernels.seconds(*(x if len(x) == 1 else x[part] for x in of_row))
     return parameters.launch_clocks / hardware.clock_hz + out
+
+
+class _Kernel(NamedTuple):
+    """The kernels of one generation on one device."""
+
+    rates: _Rates
+    slowdowns: Array  # main-loop time of each of `LAYOUTS` over that of the forward layout
+
+
+class _Kernels:
+    """The kernels of a library on one device: those that load 16 bytes at once, and the older ones (`alignment`)."""
+
+    def __init__(self, hardware: Hardware, parameters: GemmParameters, dtype: str, out_item: float | None) -> None:
+        self.device = hardware, parameters, dtype, out_item
+        self.known: dict[int, _Kernel] = {}
+
+    def of(self, width: int) -> _Kernel:
+        """Those whose threads load so many elements at once."""
+        if width not in self.known:
+            hardware, p, dtype, out_item = self.device
+            if width < WIDE:
+                p = older_kernels(hardware, p, dtype, width)
+            rates = _Rates.of(hardware, p, dtype, out_item, LOADED.get(width, 0.0))
+            self.known[width] = _Kernel(rates, np.array([p.slowdown(name) for name in LAYOUTS]))
+        return self.known[width]
+
+    def seconds(
+        self, m: Array, n: Array, k: Array, b: Array, a_copies: Array, b_copies: Array, c_passes: Array,
+        slowdown: Array, width: Array | None = None, layout: Array | None = None,
+    ) -> Array:  # fmt: skip
+        """Seconds of products in one dimension, without the launch floor; `width`, `layout`: if not all are wide."""
+        r = self.of(WIDE).rates
+        near, far = _bytes(m, n, k, b, a_copies, b_copies, c_passes, r)
+        memory, drawn = near / r.l2 + far / r.dram, far * r.dram_power
+        out = _best(m, n, k, b, memory, drawn, slowdown, r)
+        if width is None or layout is None:
+            return out
+        for loaded in LOADED:
+            these = width == loaded
+            if these.any():
+                older = self.of(loaded)
+                slowdown = older.slowdowns[layout.astype(np.intp)]
+                out = np.where(these, np.maximum(out, _best(m, n, k, b, memory, drawn, slowdown, older.rates)), out)
+        return out
 
 
 class _Product(NamedTuple):
@@ -293,6 +259,8 @@ def _with_tiles(
     whole_rows, whole_cols = _column(heights), _column(widths)
     flops = 2.0 * whole_rows * whole_cols
     least = np.maximum(flops * product.flop_time, r.k_latency)
+    if r.narrow_load:  # threads without an element to load take part
+        least = np.maximum(least, (whole_rows + whole_cols) * r.narrow_load)
     slice_time = np.maximum((rows + cols) * (r.item / r.sm_load), least)
     main_loop = product.k_padded * (slice_time + r.k_bubble)
     fill_drain = rows * cols * (r.p.epilogue * r.out_item / r.sm_load)
@@ -390,3 +358,6 @@ def _hit(fill: Array) -> Array:
     f = f * f
     f = f * f
     return 1.0 / (1.0 + f * f)
+
+
+__all__ = ["LAYOUTS", "GemmParameters", "Layout", "Tiles", "gemm_time"]

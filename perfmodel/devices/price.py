@@ -18,8 +18,10 @@ from ..program.dtypes import FLOAT8
 from ..program.lengths import Documents
 from ..program.op import Op
 from . import kernels
+from .alignment import WIDE, padding
 from .attention import attention_backward_time, attention_forward_time
-from .gemm import LAYOUTS, gemm_time
+from .gemm import gemm_time
+from .gemm_parameters import LAYOUTS
 from .grouped import grouped_time
 from .hardware import ITEMSIZE
 from .pointwise import pointwise_time
@@ -33,6 +35,14 @@ BUS = 19.6e9
 # 8,192 tokens: 105 TFLOP/s forward (https://github.com/facebookresearch/xformers/issues/712), where FA2 reaches 73 % of
 # 312; 74 to 103 backward (xformers/pull/557, faster by 1.4 since NVIDIA/cutlass/pull/992), where FA2 reaches 63 %.
 EFFICIENT = 0.46
+
+# Clocks of a 16-bit product in a stream of other kernels on top of those in a graph of its like, where its start hides
+# behind the one before: with tensor memory accelerators 2.1 to 2.5 us in BERT-small, 1 x 141 on an H100 (4 shapes, 25
+# products), and 0.8 to 6.9 in Qwen1.5-0.5B, 16 x 559, besides the gap of 1.4 (https://github.com/AMD-AGI/TraceLens,
+# tests/traces/h100, torch 2.6). A part of it may be an older library's; LoRAFusion's layers (`validate layers`), whose
+# rows had no part in it, come from 8.0 to 6.8 % forward and from 5.4 to 4.1 % with backward.
+IN_STREAM = 4400.0
+ACCELERATED = ("9.", "10.")  # compute capabilities with such accelerators in the kernels of cuBLAS
 
 HALF = ("bf16", "fp16")  # what tensor cores take as it is
 WRITTEN = ("bmm", *SCALED)  # products whose operands were both just written
@@ -118,18 +128,22 @@ def _products(i: int, op: Op, tables: Tables) -> None:
         if product_of.depthwise(op):
             _launch(i, kernels.memory_bound(op), tables)
         elif dtype == "c64":  # four real products: [Re A, -Im A; Im A, Re A] by [Re B; Im B]
-            _gemm_row(i, op.name, "fp32", layout, (2 * m, n, 2 * k, batch), tables)
+            _gemm_row(i, op, "fp32", layout, (2 * m, n, 2 * k, batch), tables)
         elif dtype in EIGHT:  # tensor cores take them in pairs: the bytes and the steps of half the depth
-            _gemm_row(i, op.name, "fp16", layout, (m, n, -(-k // 2), batch), tables)
+            _gemm_row(i, op, "fp16", layout, (m, n, -(-k // 2), batch), tables)
         else:
-            _gemm_row(i, op.name, dtype if dtype in HALF else "fp32", layout, (m, n, k, batch), tables)
+            _gemm_row(i, op, dtype if dtype in HALF else "fp32", layout, (m, n, k, batch), tables)
 
 
-def _gemm_row(i: int, name: str, dtype: str, layout: Any, shape: tuple[Any, ...], tables: Tables) -> None:
+def _gemm_row(i: int, op: Op, dtype: str, layout: Any, shape: tuple[Any, ...], tables: Tables) -> None:
     """A weight comes from HBM, an activation may still lie in L2; weight gradients and bmm have two activations."""
+    name, padded = op.name, op.attrs.padded and dtype in HALF
     b_copies = 1.0 if name in WRITTEN or layout == "nt" else np.inf
     accumulates = name in ("addmm_", "addmm.out")
-    tables.add("gemm", (dtype, name == "bmm"), i, *shape, LAYOUTS.index(layout), b_copies, accumulates)
+    if name.startswith("convolution"):  # cuDNN pads channels
+        shape = (*(-(-x // WIDE) * WIDE for x in shape[:3]), shape[3])
+    key = (dtype, name == "bmm", padded)
+    tables.add("gemm", key, i, *shape, LAYOUTS.index(layout), b_copies, accumulates)
 
 
 def _launch(i: int, launched: list[kernels.Kernel], tables: Tables) -> None:
@@ -137,23 +151,28 @@ def _launch(i: int, launched: list[kernels.Kernel], tables: Tables) -> None:
         tables.add("memory", (kind,), i, *amounts)
 
 
-def _gemm(profile: DeviceProfile, dtype: str, batched: bool, *columns: Any) -> np.ndarray:
-    """Matrix products of one dtype, all layouts at once.
+def _gemm(profile: DeviceProfile, dtype: str, batched: bool, padded: bool, *columns: Any) -> np.ndarray:
+    """Matrix products of one dtype, all layouts at once; `padded`: by a compiler, where that pays.
 
     cuBLAS splits the k of no batch in fp32: of the 9,343 that NeuSight profiled (https://github.com/sitar-lab/NeuSight)
     none ran a sliced or split kernel, while of its single products those with few tiles did.
     """
-    *shape, layout, b_copies, accumulates = columns
-    parameters = profile.gemm[dtype]
-    slowdowns = np.array([parameters.slowdown(name) for name in LAYOUTS])
+    m, n, k, batch, layout, b_copies, accumulates = columns
+    parameters, of_layout = profile.gemm[dtype], layout.astype(np.intp)
     price = partial(
-        gemm_time, *shape, hardware=profile.hardware, dtype=dtype, layout=slowdowns[layout.astype(int)],
-        accumulate=accumulates, b_copies=b_copies,
-    )  # fmt: skip
-    seconds = price(parameters=parameters)
+        gemm_time, hardware=profile.hardware, dtype=dtype, layout=of_layout, accumulate=accumulates, b_copies=b_copies
+    )
+    seconds = price(m, n, k, batch, parameters=parameters)
     if batched and dtype == "fp32":
-        whole = price(parameters=replace(parameters, max_split=1))
-        seconds = np.where(np.greater(shape[-1], 1), whole, seconds)
+        whole = price(m, n, k, batch, parameters=replace(parameters, max_split=1))
+        seconds = np.where(np.greater(batch, 1), whole, seconds)
+    if padded:
+        sides, copied = padding(m, n, k, batch, of_layout)
+        copy = pointwise_time(copied, copied, hardware=profile.hardware, parameters=profile.pointwise)
+        instead = price(*sides, parameters=parameters) + np.where(copied > 0.0, copy, 0.0)
+        seconds = np.minimum(seconds, instead)
+    if dtype in HALF and profile.compute_capability.startswith(ACCELERATED):
+        seconds = seconds + IN_STREAM / profile.hardware.clock_hz
     return np.asarray(seconds)
 
 

@@ -6,11 +6,13 @@ and the optimizer stay eager, and so does the sum of gradients over micro-batche
 The pass goes the way of the compiler: the recorded calls become a graph (`graph`, `lowering`), AOTAutograd decides what
 is saved (`partition`), Inductor what shares a kernel (`fusion`). Each kernel reads each tensor in memory once and
 writes what others need; what only it needs is never there. FLOPs stay what they were: products and attention are never
-run again, nor left out. Not modelled: kernels that autotuning would choose for products, padding of products, fusion of
-attention written out, and the second order of loops that lets row and column sums share a kernel.
+run again, nor left out. Products whose sides stand in the way of wide loads are priced padded where that pays, but the
+copies count as no kernels. Not modelled: kernels that autotuning would choose for products, fusion of attention written
+out, and the second order of loops that lets row and column sums share a kernel.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,8 @@ from .fusion import FusedKernel, fused_kernels
 from .graph import Graph, Numbering, Place, Prim, Value
 from .lowering import lowered
 from .partition import partitioned
+
+PADDED = ("mm", "addmm", "bmm")  # products that Inductor may pad
 
 
 @dataclass(frozen=True)
@@ -141,9 +145,18 @@ class _Emission:
 def _call(kernel: FusedKernel) -> Op:
     """The call of a kernel, as a device prices it."""
     if kernel.op is None:
-        kernel.op = kernel.prims[0].op if kernel.extern else _generated(kernel)
-        assert kernel.op is not None
+        kernel.op = _library(kernel.prims[0].op) if kernel.extern else _generated(kernel)
     return kernel.op
+
+
+def _library(op: Op | None) -> Op:
+    """A call that stays one; of some products Inductor pads the sides (`fx_passes/pad_mm.py`)."""
+    assert op is not None
+    if op.name not in PADDED:
+        return op
+    op = copy(op)
+    op.attrs = op.attrs._replace(padded=True)
+    return op
 
 
 def _generated(kernel: FusedKernel) -> Op:

@@ -30,6 +30,7 @@ class Attrs(NamedTuple):
         routing: how many rows each expert of a grouped product gets; without `sync` one kernel serves them all.
         documents: of attention of documents behind one another: how long they are.
         later: whether only further micro-batches do it: they add gradients to those that are there.
+        padded: of a matrix product, whether a compiler pads its sides where that pays.
     """
 
     layout: str = ""
@@ -49,6 +50,7 @@ class Attrs(NamedTuple):
     routing: Routing | None = None
     documents: Documents | None = None
     later: bool = False
+    padded: bool = False
 
 
 PLAIN = Attrs()

@@ -4,12 +4,14 @@ The samples of an optimizer step stay the same. Quality is outside the model: a 
 or by the number of parameters that have to train.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 from typing import Any
 
+from ..architectures import Architecture
 from ..devices import host as hosts
 from ..devices.device import Device, profile_of
 from ..devices.host import Host
@@ -124,10 +126,11 @@ Positions = tuple[int, ...]  # of each knob of a method
 class _Space:
     """The setups of one method: memoised predictions, by the positions of its knobs."""
 
+    model: Architecture
     method: Method
     setup: Setup
     knobs: list[Knob]
-    evaluate: Callable[[Setup, Method, tuple[str, ...]], Candidate]
+    evaluate: Callable[[Architecture, Setup, Method, tuple[str, ...]], Candidate]
     prefix: tuple[str, ...]  # the change of method itself, if any
 
     def __post_init__(self) -> None:
@@ -139,10 +142,10 @@ class _Space:
             chosen = [knob[i] for knob, i in zip(self.knobs, positions, strict=True)]
             labels = (*self.prefix, *(choice.label for choice in chosen if choice.label))
             try:
-                setup, method = self.setup, self.method
+                model, setup, method = self.model, self.setup, self.method
                 for choice in chosen:
-                    setup, method = choice.applied(setup, method)
-                self.known[positions] = self.evaluate(setup, method, labels)
+                    model, setup, method = choice.applied(model, setup, method)
+                self.known[positions] = self.evaluate(model, setup, method, labels)
             except UserError:  # a combination that the method or the model does not have
                 self.known[positions] = None
         return self.known[positions]
@@ -225,21 +228,21 @@ def advise(
         raise UserError("advise takes one batch and one seq; for grids use sweep")
     limit = _limit(memory_bytes, on)
 
-    shared = Shared()
+    shared: dict[int, Shared] = defaultdict(Shared)  # by vocabulary, all of a model that a knob turns
 
-    def evaluate(setup: Setup, method: Method, changes: tuple[str, ...]) -> Candidate:
-        p = predict(architecture, replace(method, architecture=None), setup, on, host=by, shared=shared)
+    def evaluate(model: Architecture, setup: Setup, method: Method, changes: tuple[str, ...]) -> Candidate:
+        p = predict(model, replace(method, architecture=None), setup, on, host=by, shared=shared[model.vocab])
         fits = bool(memory.fits(p.memory.peak, limit, on.kind)) and p.trainable_params >= (min_trainable or 0)
         return Candidate(changes, p, fits)
 
-    start = evaluate(setup, start_method, ())
+    start = evaluate(architecture, setup, start_method, ())
     others = [resolve(architecture, m)[1] for m in methods]
     if min_trainable is not None:
         others += sized(architecture, setup, on, min_trainable)
     spaces = []
     for m in _distinct([start_method, *others]):
         prefix = () if m.spec() == start_method.spec() else (m.spec(),)
-        spaces.append(_Space(m, setup, knobs(architecture, setup, m), evaluate, prefix))
+        spaces.append(_Space(architecture, m, setup, knobs(architecture, setup, m), evaluate, prefix))
     spaces[0].known[spaces[0].origin] = start
     for i, space in enumerate(spaces):
         if progress:

@@ -10,21 +10,26 @@ from typing import Any
 
 from .. import optimizers
 from ..architectures import Architecture
+from ..devices.alignment import WIDE
 from ..methods import Method
 from ..setup import Setup
+
+TILE = 64  # columns of the narrowest tile that loses nothing; what NVIDIA's and Karpathy's examples pad to
 
 
 @dataclass(frozen=True)
 class KnobPosition:
-    """One position of a knob: what it is called, and the fields of setup and method that it sets."""
+    """One position of a knob: what it is called, and the fields of model, setup and method that it sets."""
 
     label: str
     setup: Mapping[str, Any] = field(default_factory=dict)
     method: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
 
-    def applied(self, setup: Setup, method: Method) -> tuple[Setup, Method]:
-        """Setup and method with this choice."""
-        return replace(setup, **self.setup), replace(method, **self.method)
+    def applied(self, model: Architecture, setup: Setup, method: Method) -> tuple[Architecture, Setup, Method]:
+        """Model, setup and method with this choice."""
+        model = replace(model, **self.model) if self.model else model
+        return model, replace(setup, **self.setup), replace(method, **self.method)
 
 
 Knob = tuple[KnobPosition, ...]  # the first choice leaves everything as it is
@@ -33,7 +38,7 @@ Knob = tuple[KnobPosition, ...]  # the first choice leaves everything as it is
 def knobs(architecture: Architecture, setup: Setup, method: Method) -> list[Knob]:
     """The knobs that a method has in a setup; a search turns the last first (`perfmodel.questions.advice`)."""
     found = [_memory(setup), _optimizer(setup), _kernels(architecture, setup), _attention(architecture, setup)]
-    found += [_compile(architecture, setup), _experts(architecture, setup)]
+    found += [_compile(architecture, setup), _experts(architecture, setup), _vocabulary(architecture, setup)]
     if getattr(method, "inner", "") != "full":  # full weights of some blocks: nothing of an adapter to choose
         found += [_adapter_dtype(setup, method), _implementation(method)]
     return [knob for knob in found if len(knob) > 1]
@@ -100,6 +105,15 @@ def _experts(architecture: Architecture, setup: Setup) -> Knob:
     if setup.experts != "eager" or not architecture.stacked_names():
         return (KEEP,)
     return (KEEP, KnobPosition("grouped products of experts", {"experts": "grouped_mm"}))
+
+
+def _vocabulary(architecture: Architecture, setup: Setup) -> Knob:
+    """Rows of logits at multiples of 16 bytes, in whole tiles (`perfmodel.devices.alignment`)."""
+    if architecture.vocab % WIDE == 0 or architecture.classifier or (setup.dtype == "fp32" and setup.amp is None):
+        return (KEEP,)
+    vocab = -(-architecture.vocab // TILE) * TILE
+    label = f"a vocabulary of {vocab} (resize_token_embeddings, pad_to_multiple_of={TILE})"
+    return (KEEP, KnobPosition(label, model={"vocab": vocab}))
 
 
 def _adapter_dtype(setup: Setup, method: Method) -> Knob:

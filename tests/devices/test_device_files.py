@@ -9,7 +9,8 @@ from helpers import OWN_DEVICE
 
 from perfmodel.devices import engine, profile
 from perfmodel.devices import host as hosts
-from perfmodel.devices.gemm import TENSOR_CORE_TILES, Tiles, gemm_time
+from perfmodel.devices.gemm import gemm_time
+from perfmodel.devices.gemm_parameters import TENSOR_CORE_TILES, Tiles
 from perfmodel.devices.hardware import Hardware
 from perfmodel.errors import UserError
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from perfmodel.devices import gemm, profile
 from perfmodel.devices.attention import attention_backward_time, attention_forward_time
 from perfmodel.devices.gemm import gemm_time
+from perfmodel.devices.gemm_parameters import LAYOUTS, Layout, layout_index
 from perfmodel.devices.pointwise import KINDS, pointwise_time
 from perfmodel.devices.profile import DeviceProfile
 
@@ -63,14 +64,28 @@ K_STEP = 0.98  # doubling k may shorten a bf16 product by up to 2 %: a split tha
 @given(st.sampled_from(FITTED_BF16), sizes, sizes, sizes, small)
 @settings(max_examples=150, deadline=None)
 def test_more_work_never_takes_less_time_in_gemm(name: str, m: int, n: int, k: int, b: int) -> None:
-    """Predictions that fall with more work would give absurd advice."""
+    """Predictions that fall with more work would give absurd advice; sides that other kernels run have a law below."""
     device = profile.load(name)
     kwargs: dict[str, Any] = {"hardware": device.hardware, "parameters": device.gemm["bf16"]}
+    n, k = 8 * n, 8 * k
     base = gemm_time(m, n, k, b, **kwargs)
     assert gemm_time(2 * m, n, k, b, **kwargs) >= base * 0.9999
     assert gemm_time(m, 2 * n, k, b, **kwargs) >= base * 0.9999
     assert gemm_time(m, n, k, 2 * b, **kwargs) >= base * 0.9999
     assert gemm_time(m, n, 2 * k, b, **kwargs) >= base * K_STEP
+
+
+@given(devices, sizes, sizes, sizes, small, st.sampled_from(LAYOUTS))
+@settings(max_examples=150, deadline=None)
+def test_a_side_beyond_a_multiple_of_8_never_costs_less(
+    name: str, m: int, n: int, k: int, b: int, layout: Layout
+) -> None:
+    """The kernels of other generations that run it must not seem a way out: padding is, and advice says so."""
+    device = profile.load(name)
+    kwargs: dict[str, Any] = {"hardware": device.hardware, "parameters": device.gemm["bf16"], "layout": layout}
+    sides = [8 * x for x in (m, n, k)]
+    even, odd = (gemm_time(*(x + more for x in sides), b, **kwargs) for more in (2, 1))
+    assert gemm_time(*sides, b, **kwargs) * K_STEP <= min(even, odd)
 
 
 @given(devices, sizes, small, st.integers(1, 128), st.sampled_from([16, 32, 64, 128]), st.booleans())
@@ -140,17 +155,22 @@ def test_a_grid_equals_its_points() -> None:
         assert softmax[i, j] == one
 
 
-@pytest.mark.parametrize("name", ["a100-80gb-sxm", "t4"])
-def test_products_priced_together_cost_what_they_cost_alone(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Layouts and tiles of many products in one call, or each product with one tile after another."""
+@pytest.mark.parametrize(("name", "dtype"), [("a100-80gb-sxm", "fp32"), ("t4", "fp32"), ("h100-sxm", "bf16")])
+def test_products_priced_together_cost_what_they_cost_alone(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: str
+) -> None:
+    """Layouts, alignments and tiles of many products in one call, or each product with one tile after another."""
     device = profile.load(name)
-    p = device.gemm["fp32"]
-    shapes = np.array([(840, 3072, 3072), (32, 840, 3072), (3072, 32, 840), (8, 8, 8192)], dtype=float).T
-    layouts, batch = ("tn", "nn", "nt", "tn"), np.array([1.0, 1.0, 1.0, 12.0])
-    b_copies, accumulate = np.array([np.inf, np.inf, 1.0, 1.0]), np.array([False, True, False, False])
-    fixed: dict[str, Any] = {"hardware": device.hardware, "parameters": p, "dtype": "fp32"}
-    slowdowns = np.array([p.slowdown(layout) for layout in layouts])
-    together = gemm_time(*shapes, batch, layout=slowdowns, b_copies=b_copies, accumulate=accumulate, **fixed)
+    p = device.gemm[dtype]
+    shapes = np.array(
+        [(840, 3072, 3072), (32, 840, 3072), (3072, 32, 840), (8, 8, 8192), (141, 30522, 512), (197, 197, 64)],
+        dtype=float,
+    ).T
+    layouts, batch = ("tn", "nn", "nt", "tn", "tn", "nn"), np.array([1.0, 1.0, 1.0, 12.0, 1.0, 96.0])
+    b_copies, accumulate = np.array([np.inf, np.inf, 1.0, 1.0, np.inf, 1.0]), np.array([False, True, *4 * [False]])
+    fixed: dict[str, Any] = {"hardware": device.hardware, "parameters": p, "dtype": dtype}
+    of_layouts = np.array([layout_index(layout) for layout in layouts])
+    together = gemm_time(*shapes, batch, layout=of_layouts, b_copies=b_copies, accumulate=accumulate, **fixed)
     monkeypatch.setattr(gemm, "TOGETHER", 1)
     for i, layout in enumerate(layouts):
         alone = gemm_time(
