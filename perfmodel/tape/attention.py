@@ -1,7 +1,7 @@
 """Scaled dot product attention: the kernel that each device picks, and the eager form of transformers.
 
-CPU: one flash kernel without dropout, the written-out "math" path with it. CUDA, 16-bit dtypes: cuDNN's kernel on
-Hopper and data-centre Blackwell (capability 9.0 and 10.0, since PyTorch 2.10), else FlashAttention-2 from Ampere on,
+CPU: one flash kernel without dropout, the written-out "math" path with it. CUDA, 16-bit dtypes: cuDNN's kernel where
+PyTorch prefers it (`program.software`; today Hopper and data-centre Blackwell), else FlashAttention-2 from Ampere on,
 which takes no mask, and values only as wide as the keys. What is left, masks, fp32 and older cards, goes to the
 memory-efficient kernel, which knows no GQA: grouped heads without a mask then take the math path. The CPU's kernel too
 takes no other values. That the memory-efficient kernel gets a mask padded to rows of multiples of eight elements
@@ -26,7 +26,6 @@ from .shape import clone, contiguous, expand, narrow, pad_last, reshape, transpo
 from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
-CUDNN_FIRST = ("9.0", "10.0")
 _FLASH = {
     "cpu": "_scaled_dot_product_flash_attention_for_cpu",
     "cuda": "_scaled_dot_product_flash_attention",
@@ -123,7 +122,7 @@ def sdpa_attention(
             does.
     """
     groups = q.shape[1] // k.shape[1]
-    if mask is not None and not broadcast:
+    if (mask is not None or not tape().stack.groups_heads) and not broadcast:
         k, v = repeat_heads(k, groups), repeat_heads(v, groups)
     q, k, v = autocast_operand(q), autocast_operand(k), autocast_operand(v)
     mask = mask if mask is None else autocast_operand(mask)
@@ -163,7 +162,7 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> s
     trained = mask is not None and mask.requires_grad
     if tape().device == "cpu":
         return "math" if p > 0 or trained or not alike else "cpu"
-    if q.dtype != "fp32" and tape().capability in CUDNN_FIRST and not trained:
+    if q.dtype != "fp32" and tape().stack.prefers_cudnn(tape().capability) and not trained:
         return "cudnn"
     if q.dtype != "fp32" and mask is None and alike and int(tape().capability.split(".")[0]) >= 8:
         return "cuda"

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..tape.attention import CUDNN_FIRST
+from ..program.software import CURRENT, Stack
 from . import fused_norm
 from .autocast import autocast_operands, cuda_autocast
 
@@ -22,13 +22,14 @@ LARGEST_HEAD = 256  # of the flash and cuDNN kernels (sdp_utils.cpp)
 
 
 @contextmanager
-def cuda_forms(capability: str) -> Iterator[None]:
+def cuda_forms(capability: str, stack: Stack = CURRENT) -> Iterator[None]:
     """Dispatch dropout, RMS norms, attention and autocast as CUDA does on a card of that compute capability."""
+    first = stack.prefers_cudnn(capability)
     with (
         cuda_autocast(),
         patch.object(functional, "dropout", _dropout(functional.dropout)),
         patch.object(functional, "rms_norm", fused_norm.instead_of(functional.rms_norm)),
-        patch.object(functional, "scaled_dot_product_attention", _attention(capability)),
+        patch.object(functional, "scaled_dot_product_attention", _attention(capability, cudnn_first=first)),
     ):
         yield
 
@@ -42,7 +43,7 @@ def _dropout(original: Any) -> Any:
     return dropout
 
 
-def _attention(capability: str) -> Any:
+def _attention(capability: str, *, cudnn_first: bool) -> Any:
     original = functional.scaled_dot_product_attention
 
     def attention(
@@ -50,7 +51,7 @@ def _attention(capability: str) -> Any:
         dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> torch.Tensor:  # fmt: skip
         query, key, value, attn_mask = autocast_operands(query, key, value, attn_mask)
-        kernel = _choose(query, key, value, attn_mask, capability)
+        kernel = _choose(query, key, value, attn_mask, capability, cudnn_first)
         if kernel == "math":
             with sdpa_kernel(SDPBackend.MATH):
                 return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
@@ -72,7 +73,7 @@ def _attention(capability: str) -> Any:
     return attention
 
 
-def _choose(q: Any, k: Any, v: Any, mask: Any, capability: str) -> str:
+def _choose(q: Any, k: Any, v: Any, mask: Any, capability: str, cudnn_first: bool) -> str:
     """The kernel for (b, h, s, d) operands; cuDNN first where it is preferred, flash takes no mask.
 
     cuDNN gives a mask no gradient (T5's bias is trained): then another is chosen (sdp_utils: `check_attn_mask_shape`).
@@ -81,7 +82,7 @@ def _choose(q: Any, k: Any, v: Any, mask: Any, capability: str) -> str:
         return "math"
     heads_fit = q.shape[-1] % 8 == 0 and max(q.shape[-1], v.shape[-1]) <= LARGEST_HEAD
     if q.dtype in (torch.bfloat16, torch.float16) and heads_fit:
-        if capability in CUDNN_FIRST and not (mask is not None and mask.requires_grad):
+        if cudnn_first and not (mask is not None and mask.requires_grad):
             return "cudnn"
         if mask is None and int(capability.split(".")[0]) >= 8 and q.shape[-1] == v.shape[-1]:
             return "flash"

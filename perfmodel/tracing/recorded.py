@@ -32,11 +32,11 @@ from ..methods.parts.peft_adapter import PeftAdapter
 from ..prediction.predict import method_of
 from ..program.dims import only
 from ..program.polynomials import NoPolynomial
+from ..program.software import Stack
 from ..recording import files
 from ..recording.program import Program, RecordedModel, its_own_norm
 from ..resources import is_file
 from ..setup import Setup
-from ..tape.attention import CUDNN_FIRST
 from .regions import Region, region_of
 from .setups import check_setup
 
@@ -201,7 +201,7 @@ class Store:
             "setup": {name: getattr(setup, name) for name in OF_PROGRAM},
             "accumulated": setup.grad_accum > 1,
             **({name: getattr(setup, name) for name in OF_OBJECTIVE} if setup.objective != "sft" else {}),
-            "dispatch": dispatch_class(kind, capability),
+            "dispatch": dispatch_class(kind, capability, setup.stack),
         }
 
     def _read(self, entry: dict[str, Any]) -> Program | None:
@@ -232,11 +232,11 @@ class Store:
             yield from sorted(self.folder.glob(f"{self.start}-{name}-*.json.gz"), key=_changed, reverse=True)
 
 
-def dispatch_class(kind: str, capability: str) -> str:
+def dispatch_class(kind: str, capability: str, stack: Stack) -> str:
     """Devices with one name run the same program: what their attention kernels are chosen by (`cuda_forms`)."""
     if kind != "cuda":
         return kind
-    if capability in CUDNN_FIRST:
+    if stack.prefers_cudnn(capability):
         return "cuda with cuDNN's attention"
     return "cuda with flash attention" if int(capability.split(".")[0]) >= 8 else "cuda"
 
