@@ -11,7 +11,7 @@ from .errors import UserError, nearest
 from .program.dims import Dim
 from .program.lengths import Lengths, lengths_of
 from .program.routing import exponent_of
-from .program.software import CURRENT, Stack
+from .program.software import CURRENT, SoftwareStack
 from .values import immutable
 
 DTYPES = ("bf16", "fp16", "fp32")
@@ -112,7 +112,7 @@ class Setup:
     packing: str = "none"
     lengths: Lengths | None = None
     group_by_length: bool = False
-    stack: Stack = CURRENT
+    stack: SoftwareStack = CURRENT
     in_backward: bool = False
     images: int = 0
     image_size: tuple[int, int] = (448, 448)
@@ -143,7 +143,7 @@ class Setup:
             raise UserError(f"in_backward: no {what} where each gradient is gone before the next one is there")
         if not QAT.fullmatch(self.qat):
             raise UserError(f"qat {self.qat!r} is unknown: use none or int8-int4:GROUP, such as int8-int4:32")
-        object.__setattr__(self, "stack", Stack.of(self.stack))
+        object.__setattr__(self, "stack", SoftwareStack.of(self.stack))
         object.__setattr__(self, "image_size", tuple(self.image_size))  # a list where it comes from JSON
         if self.images < 0 or min(self.image_size) < 1:
             raise UserError(f"images are counted from 0, their pixels from 1: got {self.images} of {self.image_size}")

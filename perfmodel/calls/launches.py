@@ -19,7 +19,7 @@ _KERNELS_OF_ACCUMULATION = 6
 _FFT_ON_CHIP = 4096
 
 # MultiTensorApply.cuh: tensors and 65,536-element chunks that fit one launch of 4 KiB of arguments, by number of tensor
-# lists; of 32 KiB in newer builds, which hold `LONG_ARGUMENTS` times as many (`Stack.list_room`).
+# lists; of 32 KiB in newer builds, which hold `LONG_ARGUMENTS` times as many (`SoftwareStack.list_room`).
 _TENSORS_PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36}
 _TENSORS_PER_SCALAR_LIST = {1: 96, 3: 48}
 _BLOCKS_PER_LAUNCH = 320

@@ -44,10 +44,10 @@ LONG_ARGUMENTS = 7  # times as many tensors and chunks of a list fit into 32 KiB
 
 
 @immutable
-class Stack:
+class SoftwareStack:
     """Versions as (major, minor, patch); `cuda` is what PyTorch is built for. The default is current.
 
-    >>> Stack.of("torch=2.6").words
+    >>> SoftwareStack.of("torch=2.6").words
     'torch 2.6, CUDA 12.4, transformers 5.24, peft 0.21'
     """
 
@@ -57,7 +57,7 @@ class Stack:
     peft: Version = (0, 21, 0)
 
     @classmethod
-    def of(cls, given: "Stack | str | Mapping[str, str]") -> "Stack":
+    def of(cls, given: "SoftwareStack | str | Mapping[str, str]") -> "SoftwareStack":
         """The stack of `torch=2.6,cuda=12.4,…`, of its `as_dict`, or "current"; what is left out is current.
 
         Without `cuda` PyTorch is the build that pip takes, or the one that its version names (2.6.0+cu126).
@@ -65,7 +65,7 @@ class Stack:
         Raises:
             UserError: a package or version that is unknown, or a build that there is not.
         """
-        if isinstance(given, Stack):
+        if isinstance(given, SoftwareStack):
             return given
         versions = {name: _version(name, told) for name, told in _told(given).items()}
         torch = versions.setdefault("torch", cls.torch)
@@ -129,7 +129,7 @@ class Stack:
         return {name: _short(getattr(self, name)) for name in _FIRST}
 
 
-CURRENT = Stack()
+CURRENT = SoftwareStack()
 
 
 def _told(given: str | Mapping[str, str]) -> dict[str, str]:

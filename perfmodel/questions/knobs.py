@@ -103,7 +103,7 @@ def _experts(architecture: Architecture, setup: Setup) -> Knob:
 
 
 def _adapter_dtype(setup: Setup, method: Method) -> Knob:
-    """PEFT's default keeps adapters in fp32 beside a 16-bit base (`Stack.upcasts_adapters`)."""
+    """PEFT's default keeps adapters in fp32 beside a 16-bit base (`SoftwareStack.upcasts_adapters`)."""
     given = getattr(method.under(setup.stack, setup.dtype), "adapter_dtype", None)
     if setup.dtype == "fp32" or not _has(method, "adapter_dtype") or given:
         return (KEEP,)

@@ -12,7 +12,7 @@ from ..program.dims import Dim, Shape, contiguous_strides, product
 from ..program.dtypes import ITEMSIZE
 from ..program.op import PLAIN, Attrs, Op
 from ..program.part import HostWork, Part
-from ..program.software import CURRENT, Stack
+from ..program.software import CURRENT, SoftwareStack
 from ..program.streams import MAIN, Run
 from .tensor import Flow, Node, Parameter, Storage, Tensor
 
@@ -37,7 +37,7 @@ class Tape:
         self,
         device: str = "cuda",
         capability: str = "8.0",
-        stack: Stack = CURRENT,
+        stack: SoftwareStack = CURRENT,
         *,
         autocast: str | None = None,
         view_replay: bool = False,

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..program.software import CURRENT, Stack
+from ..program.software import CURRENT, SoftwareStack
 from . import fused_norm
 from .autocast import autocast_operands, cuda_autocast
 
@@ -22,7 +22,7 @@ LARGEST_HEAD = 256  # of the flash and cuDNN kernels (sdp_utils.cpp)
 
 
 @contextmanager
-def cuda_forms(capability: str, stack: Stack = CURRENT) -> Iterator[None]:
+def cuda_forms(capability: str, stack: SoftwareStack = CURRENT) -> Iterator[None]:
     """Dispatch dropout, RMS norms, attention and autocast as CUDA does on a card of that compute capability."""
     first = stack.prefers_cudnn(capability)
     with (

@@ -32,7 +32,7 @@ from ..methods.parts.peft_adapter import PeftAdapter
 from ..prediction.predict import method_of
 from ..program.dims import only
 from ..program.polynomials import NoPolynomial
-from ..program.software import Stack
+from ..program.software import SoftwareStack
 from ..recording import files
 from ..recording.program import Program, RecordedModel, its_own_norm
 from ..resources import is_file
@@ -232,7 +232,7 @@ class Store:
             yield from sorted(self.folder.glob(f"{self.start}-{name}-*.json.gz"), key=_changed, reverse=True)
 
 
-def dispatch_class(kind: str, capability: str, stack: Stack) -> str:
+def dispatch_class(kind: str, capability: str, stack: SoftwareStack) -> str:
     """Devices with one name run the same program: what their attention kernels are chosen by (`cuda_forms`)."""
     if kind != "cuda":
         return kind

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perfmodel.program.part import PHASES
-from perfmodel.program.software import Stack
+from perfmodel.program.software import SoftwareStack
 from perfmodel.tape.attention import sdpa_attention
 from perfmodel.tape.core import Tape, recording
 from perfmodel.tape.tensor import Parameter
@@ -20,11 +20,11 @@ from perfmodel.tracing.cuda_forms import cuda_forms
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CAPABILITIES = ("7.5", "8.0", "8.9", "9.0", "10.0", "10.3", "12.0")
-STACKS = [Stack.of(told) for told in ("current", "torch=2.6", "torch=2.5.0")]
+STACKS = [SoftwareStack.of(told) for told in ("current", "torch=2.6", "torch=2.5.0")]
 FUSED = "_scaled_dot_product"
 
 
-def traced(capability: str, stack: Stack, dtype: str, heads: int, masked: bool) -> set[str]:
+def traced(capability: str, stack: SoftwareStack, dtype: str, heads: int, masked: bool) -> set[str]:
     """The fused kernels that PyTorch runs under `cuda_forms`; none is the math path."""
     called: set[str] = set()
 
@@ -40,7 +40,7 @@ def traced(capability: str, stack: Stack, dtype: str, heads: int, masked: bool) 
     return {name for name in called if name.startswith(FUSED)}
 
 
-def recorded(capability: str, stack: Stack, dtype: str, heads: int, masked: bool) -> set[str]:
+def recorded(capability: str, stack: SoftwareStack, dtype: str, heads: int, masked: bool) -> set[str]:
     """The same of the tape."""
     q, k, v = (
         Parameter(name, (2, h, 8, 16), dtype, kind="weight", trainable=False)
@@ -55,7 +55,7 @@ def recorded(capability: str, stack: Stack, dtype: str, heads: int, masked: bool
 
 @pytest.mark.parametrize("stack", STACKS, ids=lambda stack: f"torch {stack.as_dict()['torch']}")
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_tape_and_trace_choose_the_same_kernel(capability: str, stack: Stack) -> None:
+def test_tape_and_trace_choose_the_same_kernel(capability: str, stack: SoftwareStack) -> None:
     """cuDNN's and FlashAttention's differ in speed by tens of per cent, and the math path by much more."""
     for dtype, (heads, masked) in product(DTYPES, ((4, False), (4, True), (2, False))):
         case = capability, stack, dtype, heads, masked

@@ -18,7 +18,7 @@ from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
 from perfmodel.devices.host import Host
 from perfmodel.prediction.predict import predict
-from perfmodel.program.software import Stack
+from perfmodel.program.software import SoftwareStack
 from perfmodel.resources import DATA, read_rows
 from perfmodel.setup import Setup
 
@@ -102,7 +102,7 @@ def published_steps(path: Path = TABLE) -> list[PublishedStep]:
     return read_rows(path, _row)
 
 
-def stack_of(software: str) -> Stack:
+def stack_of(software: str) -> SoftwareStack:
     """The versions that a row names in words; what it does not name is current.
 
     >>> stack_of("torch 2.7.1+cu126 transformers 4.52.4 peft 0.15.2.dev0").words
@@ -110,7 +110,9 @@ def stack_of(software: str) -> Stack:
     """
     named = {match["name"].lower(): match["version"] for match in NAMED.finditer(software)}
     build = named.pop("cu", "")
-    return Stack.of(named if not build or "torch" not in named else {**named, "torch": f"{named['torch']}+cu{build}"})
+    if build and "torch" in named:
+        named["torch"] += f"+cu{build}"
+    return SoftwareStack.of(named)
 
 
 def _row(r: dict[str, str]) -> PublishedStep:

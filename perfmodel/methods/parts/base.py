@@ -12,7 +12,7 @@ from ...errors import UserError, nearest
 from ...optimizers import Update
 from ...program.dims import Dim
 from ...program.part import Part
-from ...program.software import Stack
+from ...program.software import SoftwareStack
 from ...registry import Registry
 from ...setup import ENGINES
 from ...tape.linalg import linear
@@ -211,7 +211,7 @@ class Method(Compared):
         """Bytes that it keeps from step to step beside parameters and optimizer state."""
         return 0
 
-    def under(self: M, stack: Stack, dtype: str) -> M:
+    def under(self: M, stack: SoftwareStack, dtype: str) -> M:
         """This method as the versions of a stack run it beside a base of `dtype`: where PEFT has adapters in that."""
         if stack.upcasts_adapters or self.in_few_bits or getattr(self, "implementation", "peft") != "peft":
             return self

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import UserError
 from ...optimizers import Update
-from ...program.software import Stack
+from ...program.software import SoftwareStack
 from ...resources import read_json
 from ..adalora import AdaLora
 from .base import Method
@@ -68,7 +68,7 @@ class PeftAdapter(Method):
         if not self.architecture.recorded:
             raise UserError(f"{self.label} is a config of peft, which is traced: add --traced")
 
-    def under(self, stack: Stack, dtype: str) -> "PeftAdapter":
+    def under(self, stack: SoftwareStack, dtype: str) -> "PeftAdapter":
         return self if stack.upcasts_adapters else replace(self, text=self.of({**self.values, AUTOCAST: False}).text)
 
     def spec(self) -> str:
