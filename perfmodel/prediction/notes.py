@@ -101,8 +101,6 @@ def _stack_notes(built: Step, on: DeviceProfile) -> list[str]:
         return [f"{told[0]} in the stack that is assumed: {stack.words} (--stack)"] if told else []
     if by_version and stack.torch < (2, 2):
         told.append("its FlashAttention is the first one, priced as the second")
-    if built.method.under(stack, setup.dtype) != built.method:
-        told.append(f"adapters in {setup.dtype}")
     if on.kind == "cuda" and stack.list_room(capability) != CURRENT.list_room(capability):
         told.append("launches over lists of tensors take less")
     if built.architecture.recorded:
@@ -110,7 +108,11 @@ def _stack_notes(built: Step, on: DeviceProfile) -> list[str]:
     else:
         told += ["grouped keys and values are repeated for sdpa"] if not stack.groups_heads else []
         told += ["the loss copies the logits"] if stack.shifts_logits else []
-    return [f"--stack {stack.words}: {', '.join(told) or 'nothing that is modelled differs from current versions'}"]
+    of_method = built.method.under(stack, setup.dtype) != built.method
+    return [
+        f"--stack {stack.words}: {', '.join(told) or 'all else as in current versions'}",
+        *([f"its adapters are in {setup.dtype}, as that peft makes them"] if of_method else []),
+    ]
 
 
 def _unknown_notes(built: Step) -> list[str]:
