@@ -31,9 +31,9 @@ from ..values import immutable
 
 Version = tuple[int, int, int]
 
-_FIRST = {"torch": (2, 0, 0), "cuda": (11, 7, 0), "transformers": (4, 36, 0), "peft": (0, 3, 0)}  # known before
-_NUMBER = re.compile(r"([0-9]{1,3})(?:\.([0-9]{1,3}))?(?:\.([0-9]{1,3}))?(?:[.+-]?[a-z][a-z0-9.+]*)?")
-_BUILD = re.compile(r"\+cu([0-9]{2})([0-9])$")  # of PyTorch's versions, such as 2.6.0+cu124
+_FIRST = {"torch": (2, 0, 0), "cuda": (11, 7, 0), "transformers": (4, 36, 0), "peft": (0, 3, 0)}  # that are known
+_NUMBER = r"([0-9]{1,3})(?:\.([0-9]{1,3}))?(?:\.([0-9]{1,3}))?(?:[.+-]?[a-z][a-z0-9.+]*)?"
+_BUILD = r"\+cu([0-9]{2})([0-9])$"  # of PyTorch's versions, such as 2.6.0+cu124
 # CUDA of the wheels that pip takes, from a version of PyTorch on (RELEASE.md; 2.11: /pull/177975)
 _BUILT_FOR = {
     (2, 11): (13, 0, 0), (2, 8): (12, 8, 0), (2, 7): (12, 6, 0), (2, 5): (12, 4, 0), (2, 1): (12, 1, 0),
@@ -150,12 +150,12 @@ def _told(given: str | Mapping[str, str]) -> dict[str, str]:
         if name in told:
             _fail(f"{name} is given twice")
         told[name] = version.strip()
-    build = _BUILD.search(told.get("torch", ""))
+    build = re.search(_BUILD, told.get("torch", ""))
     return {"cuda": ".".join(build.groups()), **told} if build else told
 
 
 def _version(name: str, told: str) -> Version:
-    match = _NUMBER.fullmatch(told)
+    match = re.fullmatch(_NUMBER, told)
     if match is None:
         _fail(f"{name} {told!r} is no version such as {_short(getattr(CURRENT, name))}")
     major, minor, patch = (int(number or 0) for number in match.groups())
