@@ -11,6 +11,7 @@ from .errors import UserError, nearest
 from .program.dims import Dim
 from .program.lengths import Lengths, lengths_of
 from .program.routing import exponent_of
+from .program.software import CURRENT, SoftwareStack
 from .values import immutable
 
 DTYPES = ("bf16", "fp16", "fp32")
@@ -22,7 +23,6 @@ INT8 = ("none", "mixed")  # `tape.packages.int8_mixed`
 QAT = re.compile(r"none|int8-int4:[1-9]\d{0,5}")  # of inputs, of weights, and weights that share a scale
 EXPERTS = ("grouped_mm", "eager")  # `experts_implementation` of transformers
 COMPILE = ("none", "default", "reduce-overhead")
-CUDA = (12, 13)
 ENGINES = ("torch", "deepspeed-zero3")
 # each in a file of `perfmodel/objectives/`
 OBJECTIVES = ("sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "prm", "grpo", "ppo", "asft", "ebft")
@@ -71,7 +71,8 @@ class Setup:
         reference: where the log-probabilities of the reference come from that dpo, kto and grpo compare with: a frozen
             model, the model without its adapters, or a table made before; auto: without adapters where there are
             adapters, else a frozen model; for grpo none.
-        cuda: the CUDA that PyTorch is built for, 12 or 13: how much of a list of tensors one launch takes.
+        stack: versions of the software that it runs under (`program.software`): torch=2.6,cuda=12.4,…; they decide
+            which kernel attention gets, the dtype of PEFT's adapters, how much of a list of tensors one launch takes.
         in_backward: whether a weight is updated as soon as its gradient is complete, which is freed then: without
             clipping, one micro-batch a step.
         images: images of a sample (`perfmodel.tracing` alone has them); their tokens are among its `seq`.
@@ -111,7 +112,7 @@ class Setup:
     packing: str = "none"
     lengths: Lengths | None = None
     group_by_length: bool = False
-    cuda: int = 12
+    stack: SoftwareStack = CURRENT
     in_backward: bool = False
     images: int = 0
     image_size: tuple[int, int] = (448, 448)
@@ -142,8 +143,7 @@ class Setup:
             raise UserError(f"in_backward: no {what} where each gradient is gone before the next one is there")
         if not QAT.fullmatch(self.qat):
             raise UserError(f"qat {self.qat!r} is unknown: use none or int8-int4:GROUP, such as int8-int4:32")
-        if self.cuda not in CUDA:
-            raise UserError(f"cuda {self.cuda!r} is unknown: PyTorch is built for CUDA 12 or 13")
+        object.__setattr__(self, "stack", SoftwareStack.of(self.stack))
         object.__setattr__(self, "image_size", tuple(self.image_size))  # a list where it comes from JSON
         if self.images < 0 or min(self.image_size) < 1:
             raise UserError(f"images are counted from 0, their pixels from 1: got {self.images} of {self.image_size}")
@@ -169,6 +169,11 @@ class Setup:
     def qat_group(self) -> int | None:
         """Values of a row of a weight that share a scale in fake quantisation; None without it."""
         return None if self.qat == "none" else int(self.qat.partition(":")[2])
+
+    @property
+    def loops_experts(self) -> bool:
+        """Whether a mixture loops over its experts."""
+        return self.experts == "eager" or self.stack.loops_experts
 
     @property
     def within_documents(self) -> bool:
@@ -229,7 +234,7 @@ class Setup:
     def as_dict(self) -> dict[str, Any]:
         """The setup as plain values."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**plain, "lengths": self.lengths.spec if self.lengths else None}
+        return {**plain, "lengths": self.lengths.spec if self.lengths else None, "stack": self.stack.as_dict()}
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -111,7 +111,7 @@ class Mixture(Llama):
     def run_experts(self, layer: Scope, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """Every token (tokens, hidden) through its experts, as the setup runs them: (tokens, hidden)."""
         tape().part.host.modules += 1
-        run = self.loop_experts if layer.build.setup.experts == "eager" else self.group_experts
+        run = self.loop_experts if layer.build.setup.loops_experts else self.group_experts
         return run(layer, x, weights, chosen)
 
     def group_experts(self, layer: Scope, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..program.dims import Dim
 from ..program.op import PLAIN, Op, Spec
+from ..program.software import LONG_ARGUMENTS
 from .table import row
 
 # index_put that accumulates (Indexing.cu): remainder, stride, division and range of the indices, sort, sums.
@@ -17,13 +18,12 @@ _KERNELS_OF_ACCUMULATION = 6
 # longer one is factored into two passes (VkFFT, https://doi.org/10.1109/ACCESS.2023.3242240, section on memory layout).
 _FFT_ON_CHIP = 4096
 
-# MultiTensorApply.cuh: tensors and 65,536-element chunks that fit one launch, by number of tensor lists; arguments of
-# 4 KiB, or in a build for CUDA 13 of 32 KiB, which hold seven times as many.
+# MultiTensorApply.cuh: tensors and 65,536-element chunks that fit one launch of 4 KiB of arguments, by number of tensor
+# lists; of 32 KiB in newer builds, which hold `LONG_ARGUMENTS` times as many (`SoftwareStack.list_room`).
 _TENSORS_PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36}
 _TENSORS_PER_SCALAR_LIST = {1: 96, 3: 48}
 _BLOCKS_PER_LAUNCH = 320
 _CHUNK = 65_536
-_IN_LONG_ARGUMENTS = {12: 1, 13: 7}
 _NORMS_PER_CLEANUP = 400  # ForeachReduceOp.cu
 _LISTS = {
     "_foreach_mul_.Scalar": 1, "_foreach_mul_.Tensor": 1, "_foreach_add_.Scalar": 1, "_foreach_div_.ScalarList": 1,
@@ -63,13 +63,13 @@ def kernels(op: Op) -> Dim:
     return known.launches
 
 
-def launch_for(op: Op, cuda: int) -> None:
-    """Let a call on lists launch as PyTorch does that is built for CUDA 12, as it does by itself, or 13."""
+def launch_for(op: Op, room: int) -> None:
+    """Let a call on lists launch where a launch takes `room` times as much as in 4 KiB; by itself it is in 32 KiB."""
     if op.name in _LISTS:
-        op.launches = _kernels_on_lists(op, _IN_LONG_ARGUMENTS[cuda])
+        op.launches = _kernels_on_lists(op, room)
 
 
-def _kernels_on_lists(op: Op, room: int = 1) -> Dim:
+def _kernels_on_lists(op: Op, room: int = LONG_ARGUMENTS) -> Dim:
     limits = _TENSORS_PER_SCALAR_LIST if op.name.endswith("ScalarList") else _TENSORS_PER_LAUNCH
     if op.name == "_foreach_norm.Scalar":  # partial norms of chunks, then a cleanup
         return _launches(op.inputs, limits[1], room) + -(-sum(s.copies for s in op.inputs) // _NORMS_PER_CLEANUP)

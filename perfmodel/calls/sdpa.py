@@ -1,7 +1,7 @@
 """Which kernel `F.scaled_dot_product_attention` runs on a CUDA card.
 
-The first of cuDNN's kernel (where PyTorch prefers it), FlashAttention-2 and the memory-efficient kernel that takes the
-call, else the written-out "math" path. What each takes, in training:
+The first of cuDNN's kernel (where PyTorch prefers it: `program.software`), FlashAttention-2 and the memory-efficient
+kernel that takes the call, else the written-out "math" path. What each takes, in training:
 
     cuDNN      16 bit, heads up to `cudnn_head_size` in multiples of 8, masks that need no gradient
     flash      16 bit, Ampere and newer, no mask, heads of one size up to 256
@@ -15,9 +15,6 @@ from typing import Literal
 
 Kernel = Literal["cudnn", "flash", "efficient", "math"]
 
-# Compute capabilities where PyTorch prefers cuDNN: with one above 9.15.0 (pytorch/pytorch#169849), which wheels have
-# since 2.11 (huggingface/transformers#48163); 10.3: pytorch/pytorch#170800.
-CUDNN_FIRST = ("9.0", "10.0", "10.3")
 FLASH_HEAD = 256
 
 

@@ -212,9 +212,10 @@ def _how() -> tuple[Decorator, ...]:
         click.option("--reference", type=click.Choice(REFERENCES), default="auto", show_default=True,
                      help="What dpo, kto, grpo, ppo, asft and ebft compare with: auto is the model without its "
                      "adapters, where it has some, else a second, frozen model; for grpo nothing."),
-        click.option("--cuda", type=int, default=12, show_default=True,
-                     help="The CUDA that PyTorch is built for, 12 or 13: how many tensors of a list one kernel of an "
-                     "optimizer takes."),
+        click.option("--stack", default="current", show_default=True,
+                     help="Versions of torch, cuda, transformers and peft, such as torch=2.6,cuda=12.4,peft=0.11: they "
+                     "decide which attention kernel sdpa gets, the adapters' dtype, what one kernel of an optimizer "
+                     "over lists takes."),
         click.option("--engine", type=click.Choice(ENGINES), default="torch", show_default=True,
                      help="What runs the step; `METHOD:engine=NAME` for one method alone."),
         click.option("--clip-grad/--no-clip-grad", default=True, show_default=True, help="Clip the gradient norm."),

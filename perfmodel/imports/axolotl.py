@@ -8,7 +8,7 @@ from ..errors import UserError
 from ..methods.lora import TOGETHER
 from ..methods.parts.targeted import ALL_LINEAR, is_pattern
 from . import packing
-from .axolotl_kernels import GEMMA_4, asked_attention, attention, kernels
+from .axolotl_kernels import GEMMA_4, asked_attention, attention_of_axolotl, kernels_of_axolotl
 from .fields import (
     ALL_FUSED,
     NOT_QAT,
@@ -91,7 +91,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "qat": _fake_quantised(keys),
         "fp8": float8(keys, "tensorwise", compile),  # `additional_accelerator_args`
         "clip_grad": clips(keys, "max_grad_norm", keys.number("gradient_clipping", 1.0)),
-        "kernels": kernels(keys),
+        "kernels": kernels_of_axolotl(keys),
         "experts": _experts(keys),
     }
     setup |= objective
@@ -170,7 +170,7 @@ def _attention(keys: Keys) -> str:
         and not _upcast_for_good(keys)
     ):
         keys.differ(AUTO_FLASH)
-    return attention(keys)
+    return attention_of_axolotl(keys)
 
 
 def _accumulated(keys: Keys) -> int:

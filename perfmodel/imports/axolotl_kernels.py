@@ -29,7 +29,7 @@ def asked_attention(keys: Keys) -> str | None:
     return keys.text("attn_implementation") or (asked[0] if asked else None)
 
 
-def attention(keys: Keys) -> str:
+def attention_of_axolotl(keys: Keys) -> str:
     """The implementation as a setup names it; what is answered instead of another is said.
 
     Raises:
@@ -53,7 +53,7 @@ def attention(keys: Keys) -> str:
     return found
 
 
-def kernels(keys: Keys) -> str:
+def kernels_of_axolotl(keys: Keys) -> str:
     """Liger's kernels where its plugin is on; what else plugins change is said."""
     names = {plugin.rsplit(".", 1)[-1] for plugin in keys.names("plugins")}
     for name in sorted(names):

@@ -3,6 +3,7 @@
 Nothing here imports torch or transformers: the objects of the run are asked for what they know.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from ..imports.keys import Keys
 from ..methods import Method, parse
 from ..methods.parts.peft_adapter import AUTOCAST, PeftAdapter
 from ..prediction.predict import method_of
+from ..program.software import CURRENT, SoftwareStack
 from ..setup import Setup
 from ..tracing.recorded import traced
 
@@ -62,9 +64,17 @@ def trainer_program(model: Any, arguments: Any, method: str | None = None, *, fr
         raise UserError(f"runs of {objective} are not compared step by step; ask predict --objective {objective}")
     length = fields.pop("seq", None)
     chosen = method_of(method) if method else _method(model, weights, from_trace=from_trace)
-    return TrainingRun(
-        architecture, chosen.bind(architecture), replace(Setup(), **fields, experts=_experts(base)), length
-    )
+    setup = replace(Setup(), **fields, experts=_experts(base), stack=_stack())
+    return TrainingRun(architecture, chosen.bind(architecture), setup, length)
+
+
+def _stack() -> SoftwareStack:
+    """The versions of this process; current ones where they are not known."""
+    modules = {name: sys.modules.get(name) for name in ("torch", "transformers", "peft")}
+    try:
+        return SoftwareStack.of({name: module.__version__ for name, module in modules.items() if module is not None})
+    except UserError:
+        return CURRENT
 
 
 def _experts(base: Any) -> str:

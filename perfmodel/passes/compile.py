@@ -16,7 +16,9 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
-from ..program.dims import largest, summed
+import numpy as np
+
+from ..program.dims import at, decide, summed
 from ..program.op import Attrs, Op, Spec
 from ..program.part import Part
 from ..setup import Setup
@@ -60,7 +62,7 @@ def compiled_parts(
     signature = numbering.signature(outside)
     program = known.get(signature)
     if program is None:
-        halves = partitioned(graph, setup.batch * setup.seq)
+        halves = partitioned(graph)
         forward = fused_kernels(halves.forward, halves.saved | {v for v in outside if v.maker and not v.maker.backward})
         backward = fused_kernels(halves.backward, {v for v in outside if v.maker and v.maker.backward})
         program = known[signature] = CompiledProgram(forward, backward, list(numbering.number))
@@ -161,8 +163,7 @@ def _library(op: Op | None) -> Op:
 
 def _generated(kernel: FusedKernel) -> Op:
     kind, points, length = kernel.loops
-    alike = len({(prim.owner, prim.recompute) for prim in kernel.prims}) == 1
-    main = kernel.prims[0] if alike else max(kernel.prims, key=_weight)
+    main = _main(kernel.prims)
     exponential = kind == "rows" and any("softmax" in prim.name or prim.name == "sum_exp" for prim in kernel.prims)
     reads = tuple([Spec(value.dtype, (value.points,)) for value in kernel.reads])
     return Op(
@@ -177,9 +178,21 @@ def _generated(kernel: FusedKernel) -> Op:
     )
 
 
-def _weight(prim: Prim) -> float:
-    """Bytes that an operation would move alone: the largest says whose the kernel is."""
-    return largest(summed([*[nbytes for _, nbytes in prim.reads], *[out.nbytes for out in prim.outs]]))
+def _main(prims: list[Prim]) -> Prim:
+    """The operation that would move most bytes alone: it says whose the kernel is.
+
+    Raises:
+        MixedStructure: it is another's at some points of the grid.
+    """
+    if len({(prim.owner, prim.recompute) for prim in prims}) == 1:
+        return prims[0]
+    weights = [summed([*[nbytes for _, nbytes in prim.reads], *[out.nbytes for out in prim.outs]]) for prim in prims]
+    first = max(range(len(prims)), key=lambda i: at(weights[i], 0))
+    main = prims[first]
+    for i, prim in enumerate(prims):
+        if (prim.owner, prim.recompute) != (main.owner, main.recompute):
+            decide((np.less if i < first else np.less_equal)(weights[i], weights[first]))
+    return main
 
 
 __all__ = ["compiled_parts"]

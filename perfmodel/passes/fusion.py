@@ -15,21 +15,20 @@ codegen/simd.py (`SIMDScheduling.can_fuse`), PyTorch 2.13.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cmp_to_key
-from itertools import combinations
+from itertools import combinations, pairwise
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
-from ..program.dims import Dim, exceeds, larger, same
+from ..program.dims import Dim, MixedStructure, at, larger, same, summed
 from ..program.op import Op
 from .graph import Prim, Value
 
 READS_ON_REUSE = 4  # config.realize_reads_threshold
 READS = 8  # config.realize_acc_reads_threshold
 ROUNDS = 10  # of fusion, at most (scheduler.fuse_nodes)
-
-Pair = tuple[Dim, int, "FusedKernel", "FusedKernel"]  # bytes of memory that both use, nodes from one to the other, both
+_Size = tuple[int, tuple[int, ...]]  # a sum of sizes by its parts
 
 
 @dataclass(eq=False, slots=True)
@@ -55,6 +54,11 @@ class FusedKernel:
         return self.prims[0].kind == "extern"
 
     @property
+    def what(self) -> tuple[frozenset[Any], ...]:
+        """What it computes, reads and writes."""
+        return frozenset(self.prims), frozenset(self.reads), frozenset(self.writes)
+
+    @property
     def place(self) -> int:
         """Where it runs: with the last of what it computes."""
         return max([prim.place for prim in self.prims])
@@ -65,15 +69,31 @@ def fused_kernels(prims: list[Prim], results: set[Value]) -> list[FusedKernel]:
 
     Args:
         results: values that must be in memory afterwards.
+
+    Raises:
+        MixedStructure: they are others at some points of the grid.
     """
+    kernels, alike = _fused(prims, results, 0)
+    while not np.all(alike):
+        others, further = _fused(prims, results, int(np.argmin(alike)))
+        if [kernel.what for kernel in others] != [kernel.what for kernel in kernels]:
+            raise MixedStructure(alike)
+        alike = alike | further
+    return kernels
+
+
+def _fused(prims: list[Prim], results: set[Value], point: int) -> tuple[list[FusedKernel], Any]:
+    """The kernels at one point of the grid, and the points where pairs come in the same order: they have the same."""
     kernels = _nodes(_without_dead_code(prims, results), results)
+    alike: Any = True
     for _ in range(ROUNDS):
         before = len(kernels)
-        kernels = _Round(kernels).run()
+        one = _Round(kernels, point)
+        kernels, alike = one.run(), alike & one.alike
         if len(kernels) == before:
             break
     _drop_internal(kernels, results)
-    return kernels
+    return kernels, alike
 
 
 def _without_dead_code(prims: list[Prim], results: set[Value]) -> list[Prim]:
@@ -121,7 +141,10 @@ def _take(node: FusedKernel, value: Value, nbytes: Dim, inlined: dict[Value, Fus
 
 
 def _share(size: Dim, part: Dim, whole: Dim) -> Dim:
-    return np.asarray(size * (part / whole)).astype(np.int64) if isinstance(part, np.ndarray) else size * part // whole
+    """size · part / whole, rounded down; in small steps, for arrays of 64 bits."""
+    common = np.gcd(part, whole)
+    share = size * (part // common) // (whole // common)
+    return share if isinstance(share, np.ndarray) else int(share)
 
 
 def _in_memory(prim: Prim, node: FusedKernel, users: list[Prim], results: set[Value]) -> bool:
@@ -160,21 +183,16 @@ def _agree(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...] | None:
     return rows if same(points[1], rows[1] * rows[2]) or same(points[1], rows[1]) else None
 
 
-def _sooner(a: Pair, b: Pair) -> int:
-    """Below 0 where a pair is tried first: all over the grid it shares more bytes, or as many and is closer."""
-    if not same(a[0], b[0]):
-        return -1 if exceeds(a[0], b[0]) else 1
-    return a[1] - b[1]
-
-
-_FIRST = cmp_to_key(_sooner)
-
-
 class _Round:
-    """One pass over the pairs of nodes that share memory."""
+    """One pass over the pairs of nodes that share memory, in the order that they have at one point of a grid.
 
-    def __init__(self, kernels: list[FusedKernel]) -> None:
+    `alike` says at which points they have the same.
+    """
+
+    def __init__(self, kernels: list[FusedKernel], point: int) -> None:
         self.kernels = kernels
+        self.point = point
+        self.alike: Any = True
         self.maker = {value: kernel for kernel in kernels for value in kernel.writes}
         self.group = {kernel: kernel for kernel in kernels}
         self.nodes = {kernel: [kernel] for kernel in kernels}  # of each group
@@ -190,7 +208,7 @@ class _Round:
 
     def run(self) -> list[FusedKernel]:
         """Fuse what may, the pairs with most shared bytes first; the new kernels in order."""
-        for _, _, a, b in sorted(self._pairs(), key=_FIRST):
+        for _, _, a, b in sorted(self._pairs(), key=itemgetter(0, 1)):
             first, second = self.group[a], self.group[b]
             if first is second:
                 continue
@@ -199,19 +217,28 @@ class _Round:
                 self._fuse(first, second, loops)
         return self._sorted()
 
-    def _pairs(self) -> Iterable[Pair]:
-        """The nodes that use the same memory."""
+    def _pairs(self) -> Iterable[tuple[int, int, FusedKernel, FusedKernel]]:
+        """(-shared bytes, distance) of the nodes that use the same memory."""
         users: dict[Value, list[FusedKernel]] = {}
         for kernel in self.kernels:
             if not kernel.extern:
                 for value in (*kernel.writes, *kernel.reads):
                     users.setdefault(value, []).append(kernel)
-        shared: dict[tuple[int, int], Dim] = {}
+        shared: dict[tuple[int, int], list[Dim]] = {}
         for value, kernels in users.items():
             for pair in combinations([self.position[kernel] for kernel in kernels], 2):
-                shared[pair] = value.nbytes + shared.get(pair, 0)
-        for (i, j), size in shared.items():
-            yield size, abs(i - j), self.kernels[i], self.kernels[j]
+                shared.setdefault(pair, []).append(value.nbytes)
+        sizes = {pair: _added(found) for pair, found in shared.items()}
+        totals = {size: summed(shared[pair]) for pair, size in sizes.items()}
+        here = {size: at(total, self.point) for size, total in totals.items()}
+        self._note_order(sorted((here[size], size) for size in totals), totals)
+        for (i, j), size in sizes.items():
+            yield -here[size], abs(i - j), self.kernels[i], self.kernels[j]
+
+    def _note_order(self, ordered: list[tuple[int, _Size]], totals: dict[_Size, Dim]) -> None:
+        """Where in the grid sums of bytes compare as they do here."""
+        for (low, a), (high, b) in pairwise(ordered):
+            self.alike = self.alike & (np.less if low < high else np.equal)(totals[a], totals[b])
 
     def _needs(self, kernel: FusedKernel) -> set[FusedKernel]:
         maker, group = self.maker, self.group
@@ -260,6 +287,12 @@ class _Round:
                 waiting.pop()
                 order[top] = None
         return list(order)
+
+
+def _added(sizes: list[Dim]) -> _Size:
+    """A name for a sum of sizes: its numbers together, and the arrays, of which there are few."""
+    arrays = [id(size) for size in sizes if isinstance(size, np.ndarray)]
+    return sum(size for size in sizes if not isinstance(size, np.ndarray)), tuple(sorted(arrays))
 
 
 def _drop_internal(kernels: list[FusedKernel], results: set[Value]) -> None:

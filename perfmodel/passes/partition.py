@@ -14,11 +14,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ..program.dims import Dim, MixedStructure
+from ..program.dims import MixedStructure, at
 from .graph import Graph, Prim, Value
 from .mincut import INFINITE, Network
 
 GROWTH, FARTHEST = 1.1, 100  # of a value's weight, by its distance from backward
+TRIED = 32  # points of a large grid, at most, beside those where a value is least or most
 REDUCTION = 4  # results that are so many times smaller than their operands are not computed again
 
 
@@ -31,29 +32,38 @@ class Halves:
     saved: set[Value] = field(default_factory=set)
 
 
-def partitioned(graph: Graph, sizes: Dim) -> Halves:
+def partitioned(graph: Graph) -> Halves:
     """Split the joint graph.
 
-    Args:
-        sizes: tokens of the batch; over a grid, those of its smallest and largest point must cut alike.
-
     Raises:
-        MixedStructure: they do not; `mask` cuts the grid in the middle.
+        MixedStructure: some points of the grid are cut in another way than the first.
     """
-    if not isinstance(sizes, np.ndarray):
-        return _split(graph, _Cut(graph, 0).saved())
-    low, high = int(np.argmin(sizes)), int(np.argmax(sizes))
-    saved = _Cut(graph, low).saved()
-    if saved != _Cut(graph, high).saved():
-        raise MixedStructure(sizes <= (sizes.min() + sizes.max()) // 2)
+    cut = _Cut(graph)
+    saved = cut.saved(0)
+    sizes = {id(v.nbytes): v.nbytes for v in cut.users if isinstance(v.nbytes, np.ndarray) and v.nbytes.size > 1}
+    if sizes:
+        size, tried = _tried(list(sizes.values()))
+        alike = np.array([cut.saved(point) == saved for point in tried])
+        if not alike.all():
+            nearest = np.abs(size[:, None] - size[tried]).argmin(axis=1)
+            nearest[tried] = np.arange(len(tried))
+            raise MixedStructure(alike[nearest])
     return _split(graph, saved)
 
 
-class _Cut:
-    """One run of the partitioner, with the sizes of one point of the grid."""
+def _tried(sizes: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The size of each point of a grid, and the points to cut: all of few; of many, some, and each value's extremes."""
+    size = np.asarray(sum(sizes), np.float64)
+    some = np.linspace(0, len(size) - 1, min(len(size), TRIED)).astype(int)
+    ends = [end for array in sizes for end in (array.argmin(), array.argmax())]
+    return size, np.unique([0, *np.argsort(size, kind="stable")[some], *ends])
 
-    def __init__(self, graph: Graph, point: int) -> None:
-        self.point = point
+
+class _Cut:
+    """The partitioner: what does not depend on sizes, then a run with those of one point of the grid."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.point = 0
         self.prims = graph.prims
         self.users: dict[Value, list[Prim]] = {}
         for prim in self.prims:
@@ -62,12 +72,10 @@ class _Cut:
         self.order = {prim: i for i, prim in enumerate(self.prims)}
         self.forward = self._required(graph.results)
         self.distance = self._distances()
+        self.far = self._used_far_apart()
 
     def _bytes(self, value: Value) -> int:
-        size = value.nbytes
-        if type(size) is int:
-            return size
-        return int(size.reshape(-1)[min(self.point, size.size - 1)]) if isinstance(size, np.ndarray) else int(size)
+        return at(value.nbytes, self.point)
 
     def _required(self, results: set[Value]) -> set[Prim]:
         """The forward operations that the results of forward need."""
@@ -143,19 +151,19 @@ class _Cut:
         weight = int(self._bytes(value) * GROWTH**steps)
         return weight if not all(_fusible(maker, user) for user in users) else 2 * weight
 
-    def saved(self) -> set[Value]:
+    def saved(self, point: int) -> set[Value]:
         """The values of the minimum cut that forward makes."""
+        self.point = point
         network = Network()
         source, sink = network.node(), network.node()
         wanted = {value for prim in self.prims if prim.backward for value, _ in prim.reads}
-        far = self._used_far_apart()
         enter: dict[Value, int] = {}
         leave: dict[Value, int] = {}
 
         def place(value: Value) -> None:
             if value not in enter:
                 maker = value.maker
-                given = maker is None or (maker in self.forward and (maker in far or self._banned(maker)))
+                given = maker is None or (maker in self.forward and (maker in self.far or self._banned(maker)))
                 enter[value] = source if given else network.node()
                 leave[value] = sink if value in wanted else network.node()
                 network.edge(enter[value], leave[value], self._weight(value))

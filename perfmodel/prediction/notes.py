@@ -11,6 +11,7 @@ from ..calls.table import row
 from ..devices.profile import DeviceProfile
 from ..methods.parts.base import Method
 from ..methods.parts.targeted import Targeted, unmatched
+from ..program.software import CURRENT
 from ..recording import converted, zero
 from ..recording.step import Step
 from ..setup import Setup
@@ -38,6 +39,7 @@ def notes_on(built: Step, on: DeviceProfile, seconds: Mapping[str, Any], total: 
     notes += _unknown_notes(built)
     notes += [zero.NOTE] if built.zero else []
     notes += _mixture_notes(built)
+    notes += _stack_notes(built, on)
     reaches_embedding = built.setup.checkpoint != "none" and built.method.checkpoints(0)
     if reaches_embedding and not any(p.requires_grad for p in built.parameters if p.kind == "embedding"):
         notes.append(
@@ -81,10 +83,35 @@ def _mixture_notes(built: Step) -> list[str]:
     if np.all(built.active == built.total):
         return []
     active, total = (units.count(int(np.max(n))) for n in (built.active, built.total))
-    looped = "; a loop over those that are hit (--experts eager)" if built.setup.experts == "eager" else ""
+    looped = "; a loop over those that are hit (--experts eager)" if built.setup.loops_experts else ""
     return [
         f"mixture of experts: {active} of {total} parameters are active for a token; load of the experts: "
         f"{built.setup.routing} (--routing){looped}"
+    ]
+
+
+def _stack_notes(built: Step, on: DeviceProfile) -> list[str]:
+    """What the versions of the software decide in this step, where others decide otherwise."""
+    setup, stack, capability = built.setup, built.setup.stack, on.compute_capability
+    by_version = setup.attention == "sdpa" and (setup.amp or setup.dtype) != "fp32" and on.kind == "cuda"
+    told = []
+    if by_version and stack.depends_on_versions(capability):
+        told.append(f"sdpa {'tries' if stack.prefers_cudnn(capability) else 'does not try'} cuDNN's kernel first")
+    if stack == CURRENT:
+        return [f"{told[0]} in the stack that is assumed: {stack.words} (--stack)"] if told else []
+    if by_version and stack.torch < (2, 2):
+        told.append("its FlashAttention is the first one, priced as the second")
+    if on.kind == "cuda" and stack.list_room(capability) != CURRENT.list_room(capability):
+        told.append("launches over lists of tensors take less")
+    if built.architecture.recorded:
+        told.append("else the program is that of the installed packages")
+    else:
+        told += ["grouped keys and values are repeated for sdpa"] if not stack.groups_heads else []
+        told += ["the loss copies the logits"] if stack.shifts_logits else []
+    of_method = built.method.under(stack, setup.dtype) != built.method
+    return [
+        f"--stack {stack.words}: {', '.join(told) or 'all else as in current versions'}",
+        *([f"its adapters are in {setup.dtype}, as that peft makes them"] if of_method else []),
     ]
 
 

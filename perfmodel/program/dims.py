@@ -162,9 +162,9 @@ def larger(a: Dim, b: Dim) -> Dim:
     return np.maximum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else max(a, b)
 
 
-def largest(dim: Dim) -> int:
-    """The greatest value over the grid."""
-    return dim if type(dim) is int else int(np.max(dim))
+def at(dim: Dim, point: int) -> int:
+    """The value at a point of a flat grid."""
+    return dim if type(dim) is int else int(dim.flat[point]) if np.size(dim) > 1 else int(dim)
 
 
 def summed(dims: Iterable[Dim]) -> Dim:

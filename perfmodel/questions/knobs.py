@@ -117,8 +117,9 @@ def _vocabulary(architecture: Architecture, setup: Setup) -> Knob:
 
 
 def _adapter_dtype(setup: Setup, method: Method) -> Knob:
-    """PEFT's default keeps adapters in fp32 beside a 16-bit base."""
-    if setup.dtype == "fp32" or not _has(method, "adapter_dtype") or getattr(method, "adapter_dtype", None):
+    """PEFT's default keeps adapters in fp32 beside a 16-bit base (`SoftwareStack.upcasts_adapters`)."""
+    given = getattr(method.under(setup.stack, setup.dtype), "adapter_dtype", None)
+    if setup.dtype == "fp32" or not _has(method, "adapter_dtype") or given:
         return (KEEP,)
     label = f"adapters in {setup.dtype} (autocast_adapter_dtype=False)"
     return (KEEP, KnobPosition(label, method={"adapter_dtype": setup.dtype}))

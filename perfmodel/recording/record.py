@@ -15,6 +15,7 @@ from ..methods.parts.periodic import Periodic, PeriodicOps
 from ..objectives.parts.base import OF_CRITIC, OF_REFERENCE
 from ..program.dims import Dim, larger
 from ..program.part import Group, Part
+from ..program.software import LONG_ARGUMENTS
 from ..setup import Setup
 from ..tape.core import Tape, emit, recording
 from ..tape.elementary import div
@@ -46,7 +47,7 @@ def build(
     Args:
         method: bound to the architecture (`Method.bind`).
         device: "cuda" or "cpu", whose dispatch to mirror.
-        capability: CUDA compute capability, which decides the attention kernel.
+        capability: CUDA compute capability, which decides the attention kernel together with the setup's stack.
         shared: what was recorded for the same architecture and device, and receives what is recorded here.
         view_replay: as on fake tensors (`Tape`), for comparisons with a trace of them.
 
@@ -59,7 +60,7 @@ def build(
         architecture, method = _trained_for(architecture, method, setup)
     _check(architecture, method, setup)
     step = Step(architecture, method, setup, device, [])
-    tape = Tape(device, capability, autocast=running(step)[0].amp, view_replay=view_replay)
+    tape = Tape(device, capability, setup.stack, autocast=running(step)[0].amp, view_replay=view_replay)
     inner = None
     if setup.in_backward:
         from . import inside  # with GaLore, whose update goes weight by weight, too
@@ -125,7 +126,7 @@ def _micro_batches(step: Step, tape: Tape, programs: dict[Any, Any]) -> Callable
 def _replayed(step: Step, capability: str) -> Callable[[], None]:
     """The micro-batches of a recorded program."""
     setup, model = step.setup, cast("RecordedModel", step.architecture)
-    program = model.program(step.method, setup, step.device, capability)
+    program = model.program(running(step)[1], setup, step.device, capability)
     made = program.micro_batches(setup.batch, setup.seq, setup.grad_accum)
     step.groups = [Group(parts, repeat) for parts, repeat in made.groups]
     step.parameters, step.notes = made.parameters, made.notes
@@ -157,7 +158,7 @@ def _further(tape: Tape, first: list[Part]) -> tuple[list[Part], Dim]:
 
 def _shared(step: Step, tape: Tape, shared: Shared) -> Callable[[], None]:
     """As `_micro_batches`, recorded only if no step before had the same."""
-    wanted = sharing.key(step.method, step.setup)
+    wanted = sharing.key(running(step)[1], step.setup)
     if wanted is None:
         return _micro_batches(step, tape, shared.programs)
     known = shared.micro_batches.get(wanted)
@@ -179,7 +180,7 @@ def _shared(step: Step, tape: Tape, shared: Shared) -> Callable[[], None]:
 
 def _besides(step: Step, work: Periodic, capability: str) -> PeriodicOps:
     """Record periodic work on a tape of its own."""
-    with recording(Tape(step.device, capability, autocast=step.setup.amp)) as tape, tape.no_grad():
+    with recording(Tape(step.device, capability, step.setup.stack, autocast=step.setup.amp)) as tape, tape.no_grad():
         work.record(step)
         return PeriodicOps(work.what, work.every, Group(list(tape.parts)))
 
@@ -207,7 +208,7 @@ def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
         _check_documents(architecture, method, setup)
     if setup.compile != "none" and architecture.stacked_names():
         raise UserError(f"compile {setup.compile}: compiled mixtures of experts ({architecture.name}) are not modelled")
-    if setup.experts == "eager" and setup.cuda_graphs and architecture.stacked_names():
+    if setup.loops_experts and setup.cuda_graphs and architecture.stacked_names():
         raise UserError("cuda_graphs: no graph holds experts eager, whose loop reads on the host; use grouped_mm")
     if setup.kernels == "liger" and "lm_head" in getattr(method, "targets", ()):
         raise UserError(f"method {method.name}: Liger's loss reads the head's own weight; leave lm_head out of targets")
@@ -321,10 +322,11 @@ def record_update(step: Step, tape: Tape, inner: optimizers.Update | None = None
     for p in step.parameters:
         p.grad = None
     step.state_bytes, step.paged_bytes = update.state_bytes, update.paged_bytes
-    if step.setup.cuda != Setup.cuda:
+    room = step.setup.stack.list_room(tape.capability)
+    if room != LONG_ARGUMENTS:
         for part in (*tape.parts, *(part for part, _ in step.parts())):
             for op in part.ops:
-                launch_for(op, step.setup.cuda)
+                launch_for(op, room)
 
 
 def _forget(kept: Kept) -> None:
@@ -335,8 +337,9 @@ def _forget(kept: Kept) -> None:
 
 
 def running(step: Step) -> tuple[Setup, Method]:
-    """Setup and method as the step's engine runs them."""
-    return zero.under_zero(step.setup, step.method) if step.zero else (step.setup, step.method)
+    """Setup and method as the step's engine and the versions of its software run them."""
+    setup, method = zero.under_zero(step.setup, step.method) if step.zero else (step.setup, step.method)
+    return setup, method.under(setup.stack, setup.dtype)
 
 
 def held_bytes(step: Step) -> Dim:

@@ -16,7 +16,7 @@ OPTIONS = {  # field of the setup -> what it is called
     "grad_accum": "micro-batches per step", "checkpoint": "activation checkpointing", "attention": "attention",
     "clip_grad": "gradient clipping", "cuda_graphs": "CUDA graphs", "compile": "torch.compile",
     "padded": "padded batch", "objective": "objective", "reference": "reference model", "prompt": "tokens of prompts",
-    "cuda": "CUDA of PyTorch", "fp8": "8-bit floats", "int8": "8-bit integers", "qat": "fake quantisation",
+    "stack": "versions of software", "fp8": "8-bit floats", "int8": "8-bit integers", "qat": "fake quantisation",
     "experts": "form of experts", "engine": "engine",
     "kernels": "kernels of norms and loss", "routing": "load of experts", "packing": "packed documents",
     "lengths": "lengths of documents", "group_by_length": "batches of similar length",
@@ -63,7 +63,8 @@ def linked(text: str) -> Link | str:
 
 def assumptions(predictions: list[Prediction], by: Host) -> dict[str, Any]:
     """The setup in words, and what a reader must know about it."""
-    values = predictions[0].setup.as_dict()
+    setup = predictions[0].setup
+    values = {**setup.as_dict(), "stack": setup.stack.words}
     rows = [(OPTIONS[name], _told(value)) for name, value in values.items() if name != "image_size" or values["images"]]
     notes = [*GENERAL, *notes_by_method(predictions)]
     return {"assumptions": [*rows, ("host", by.name)], "notes": notes}

@@ -123,7 +123,7 @@ def setup_line(s: Setup) -> str:
     told += ["grouped by length"] if s.group_by_length else []
     told += ["no clipping"] if not s.clip_grad else []
     told += ["optimizer in backward"] if s.in_backward else []
-    told += ["CUDA 13 build"] if s.cuda == 13 else []
+    told += [s.stack.other_words] if s.stack != usual.stack else []
     return ", ".join([*told, *(["CUDA graphs"] if s.cuda_graphs else [])])
 
 

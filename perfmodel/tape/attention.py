@@ -120,7 +120,7 @@ def sdpa_attention(
             does.
     """
     groups = q.shape[1] // k.shape[1]
-    if mask is not None and not broadcast:
+    if (mask is not None or not tape().stack.groups_heads) and not broadcast:
         k, v = repeat_heads(k, groups), repeat_heads(v, groups)
     q, k, v = autocast_operand(q), autocast_operand(k), autocast_operand(v)
     mask = mask if mask is None else autocast_operand(mask)
@@ -160,7 +160,7 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> s
     if current.device == "cpu":
         return "math" if p > 0 or trained or not same(q.shape[3], v.shape[3]) else "cpu"
     return sdpa.choose(
-        current.capability, q.shape[3], v.shape[3], cudnn_first=current.capability in sdpa.CUDNN_FIRST,
+        current.capability, q.shape[3], v.shape[3], cudnn_first=current.stack.prefers_cudnn(current.capability),
         half=q.dtype != "fp32", grouped=q.shape[1] != k.shape[1], masked=mask is not None, mask_trained=trained,
     )  # fmt: skip
 

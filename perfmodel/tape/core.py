@@ -12,13 +12,14 @@ from ..program.dims import Dim, Shape, contiguous_strides, product
 from ..program.dtypes import ITEMSIZE
 from ..program.op import PLAIN, Attrs, Op
 from ..program.part import HostWork, Part
+from ..program.software import CURRENT, SoftwareStack
 from ..program.streams import MAIN, Run
 from .tensor import Flow, Node, Parameter, Storage, Tensor
 
 
 class Tape:
     """Records ops into parts. `device` is "cpu" or "cuda" (their dispatch differs in a few places); `capability` is the
-    CUDA compute capability, which decides the attention kernel.
+    CUDA compute capability and `stack` the versions of the software, which decide the attention kernel.
 
     `autocast` is the 16-bit dtype inside `torch.autocast`, or None. Everything that follows PyTorch's global state
     (grad mode, autocast's weight cache, checkpoint frames) lives here, and the training loop's variable `loss`, whose
@@ -33,11 +34,18 @@ class Tape:
     """
 
     def __init__(
-        self, device: str = "cuda", capability: str = "8.0", *, autocast: str | None = None, view_replay: bool = False
+        self,
+        device: str = "cuda",
+        capability: str = "8.0",
+        stack: SoftwareStack = CURRENT,
+        *,
+        autocast: str | None = None,
+        view_replay: bool = False,
     ) -> None:
         self.view_replay = view_replay
         self.device = device
         self.capability = capability
+        self.stack = stack
         self.autocast_dtype = autocast
         self.autocast: str | None = None
         self.cast_cache: dict[int, tuple[Tensor, Tensor]] = {}

@@ -6,7 +6,7 @@ from ..program.dims import contiguous_strides, product
 from .autograd import differentiate
 from .core import emit, new_tensor, record, tape
 from .pointwise import autocast_fp32, cast
-from .shape import contiguous, view, view_as
+from .shape import contiguous, narrow, view, view_as
 from .tensor import Grads, Node, Tensor
 
 Grad = Tensor | None
@@ -125,9 +125,14 @@ def _nll_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 
 def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """transformers' `ForCausalLMLoss`: fp32 logits, labels shifted by one."""
+    """transformers' `ForCausalLMLoss`: fp32 logits, labels shifted by one; in old versions the logits were."""
     logits = cast(logits, "fp32")
-    target = shifted_labels(labels)
+    if tape().stack.shifts_logits:
+        seq = logits.shape[1] - 1
+        logits, labels = contiguous(narrow(logits, 1, seq)), contiguous(narrow(labels, 1, seq))
+        target = view(labels, (labels.numel,))
+    else:
+        target = shifted_labels(labels)
     flat = view(logits, (product(logits.shape[:-1]), logits.shape[-1]))
     del logits
     return cross_entropy(flat, target)

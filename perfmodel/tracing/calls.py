@@ -110,7 +110,7 @@ def record_calls(program: TracedProgram, setup: Setup, *, warm: bool = False) ->
     owners = Owners(module, program.bare)
     calls = Calls(cuda=capability is not None, owners=owners)
     recorder = CallRecorder(dense=not setup.padded, keep=calls.keep, knows=setup.images > 0)
-    forms = cuda_forms(capability) if capability else nullcontext()
+    forms = cuda_forms(capability, setup.stack) if capability else nullcontext()
     package = flash_attn_in_place() if setup.attention == "flash2" else nullcontext()
     with eager_program(), forms, package, owners.followed(), _host_work(program, calls):
         if not warm:

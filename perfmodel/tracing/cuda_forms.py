@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..calls import sdpa
+from ..program.software import CURRENT, SoftwareStack
 from . import fused_norm
 from .autocast import autocast_operands, cuda_autocast
 
@@ -21,13 +22,14 @@ functional = torch.nn.functional
 
 
 @contextmanager
-def cuda_forms(capability: str) -> Iterator[None]:
+def cuda_forms(capability: str, stack: SoftwareStack = CURRENT) -> Iterator[None]:
     """Dispatch dropout, RMS norms, attention and autocast as CUDA does on a card of that compute capability."""
+    first = stack.prefers_cudnn(capability)
     with (
         cuda_autocast(),
         patch.object(functional, "dropout", _dropout(functional.dropout)),
         patch.object(functional, "rms_norm", fused_norm.instead_of(functional.rms_norm)),
-        patch.object(functional, "scaled_dot_product_attention", _attention(capability)),
+        patch.object(functional, "scaled_dot_product_attention", _attention(capability, cudnn_first=first)),
     ):
         yield
 
@@ -41,7 +43,7 @@ def _dropout(original: Any) -> Any:
     return dropout
 
 
-def _attention(capability: str) -> Any:
+def _attention(capability: str, *, cudnn_first: bool) -> Any:
     original = functional.scaled_dot_product_attention
 
     def attention(
@@ -49,7 +51,7 @@ def _attention(capability: str) -> Any:
         dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> torch.Tensor:  # fmt: skip
         query, key, value, attn_mask = autocast_operands(query, key, value, attn_mask)
-        kernel = _choose(query, key, value, attn_mask, capability)
+        kernel = _choose(query, key, value, attn_mask, capability, cudnn_first)
         if kernel == "math":
             with sdpa_kernel(SDPBackend.MATH):
                 return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
@@ -71,12 +73,12 @@ def _attention(capability: str) -> Any:
     return attention
 
 
-def _choose(q: Any, k: Any, v: Any, mask: Any, capability: str) -> sdpa.Kernel:
+def _choose(q: Any, k: Any, v: Any, mask: Any, capability: str, cudnn_first: bool) -> sdpa.Kernel:
     """The kernel for (b, h, s, d) operands."""
     if any(t.dim() != 4 for t in (q, k, v)):
         return "math"
     return sdpa.choose(
-        capability, q.shape[-1], v.shape[-1], cudnn_first=capability in sdpa.CUDNN_FIRST,
+        capability, q.shape[-1], v.shape[-1], cudnn_first=cudnn_first,
         half=q.dtype in (torch.bfloat16, torch.float16), grouped=q.shape[1] != k.shape[1], masked=mask is not None,
         mask_trained=mask is not None and mask.requires_grad,
     )  # fmt: skip

@@ -23,7 +23,7 @@ import numpy as np
 from ..architectures import Config, load
 from ..architectures.config import CLASS
 from ..architectures.traits import Targets, Traits
-from ..calls.sdpa import CUDNN_FIRST, cudnn_head_size
+from ..calls.sdpa import cudnn_head_size
 from ..devices import own
 from ..devices.device import profile_of
 from ..devices.profile import DeviceProfile
@@ -33,6 +33,7 @@ from ..methods.parts.peft_adapter import PeftAdapter
 from ..prediction.predict import method_of
 from ..program.dims import only
 from ..program.polynomials import NoPolynomial
+from ..program.software import SoftwareStack
 from ..recording import files
 from ..recording.program import Program, RecordedModel, its_own_norm
 from ..resources import is_file
@@ -201,7 +202,7 @@ class Store:
             "setup": {name: getattr(setup, name) for name in OF_PROGRAM},
             "accumulated": setup.grad_accum > 1,
             **({name: getattr(setup, name) for name in OF_OBJECTIVE} if setup.objective != "sft" else {}),
-            "dispatch": dispatch_class(kind, capability),
+            "dispatch": dispatch_class(kind, capability, setup.stack),
         }
 
     def _read(self, entry: dict[str, Any]) -> Program | None:
@@ -232,11 +233,11 @@ class Store:
             yield from sorted(self.folder.glob(f"{self.start}-{name}-*.json.gz"), key=_changed, reverse=True)
 
 
-def dispatch_class(kind: str, capability: str) -> str:
+def dispatch_class(kind: str, capability: str, stack: SoftwareStack) -> str:
     """Devices with one name run the same program: what their attention kernels are chosen by (`cuda_forms`)."""
     if kind != "cuda":
         return kind
-    if capability in CUDNN_FIRST:
+    if stack.prefers_cudnn(capability):
         return f"cuda with cuDNN's attention, heads up to {cudnn_head_size(capability, 0, 0)}"
     return "cuda with flash attention" if int(capability.split(".")[0]) >= 8 else "cuda"
 

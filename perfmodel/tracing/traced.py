@@ -82,7 +82,7 @@ def trace_model(
     """The program of a method on the real model of a config, with what methods must know of the model.
 
     Args:
-        method: not bound yet.
+        method: not bound yet; it runs as the setup's stack has it, all else as the installed packages do.
         kind: "cuda" or "cpu", whose dispatch to follow; on CUDA that of cards of the compute `capability`.
         region: the sizes that the program shall hold for, that of the setup among them; None: for that alone.
 
@@ -91,6 +91,7 @@ def trace_model(
         NoPolynomial: its program at other sizes of the region does not follow from a few.
     """
     check_setup(setup)
+    method = method.under(setup.stack, setup.dtype)
     by_token = config.values.get("model_type") in BY_TOKEN and int(setup.seq) > LONGEST
     sizes_of_model = {n for n in config.values.values() if isinstance(n, int)} | {int(setup.batch)}
     scans = Scans((int(setup.batch), int(setup.seq)), sizes_of_model) if by_token else None

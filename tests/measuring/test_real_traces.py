@@ -28,9 +28,11 @@ from helpers import calls_by_name, step_of
 from perfmodel.architectures import from_config
 from perfmodel.architectures.config import load
 from perfmodel.calls import costs
+from perfmodel.calls.launches import launch_for
 from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.program.op import Op, Spec
+from perfmodel.program.software import SoftwareStack
 from validate.measuring import kineto, show_profile, traces
 from validate.measuring.names import generated, is_operator, short
 from validate.measuring.profile import composite, plain_profile
@@ -225,7 +227,9 @@ def test_lists_are_packed_into_launches_as_on_a_gpu() -> None:
         ("_foreach_mul_.Scalar", "aten::_foreach_mul_", 1),
         ("_foreach_add_.List", "aten::_foreach_add_", 2),
     ):
-        launches = costs.kernels(Op(name, tensors, tensors, 0, 0))
+        op = Op(name, tensors, tensors, 0, 0)
+        launch_for(op, SoftwareStack.of("torch=2.4").list_room("8.0"))  # before launches had 32 KiB of arguments
+        launches = costs.kernels(op)
         assert sum(w.call == call for w in found.work) == calls * launches
 
 

@@ -16,6 +16,8 @@ from helpers import NAMES, architecture_of, config_of, setup_of
 
 pytest.importorskip("peft")
 
+import torch
+
 from perfmodel import methods
 from perfmodel.architectures import Config, from_config
 from perfmodel.cli import main
@@ -111,6 +113,30 @@ def test_parameter_counts_equal_pefts(name: str, method: str) -> None:
     step = build(architecture, bound, setup, "cpu")
     model = models.apply_method(models.build_model(config, setup), bound, architecture)
     assert (step.trainable, step.total) == tuple(model.get_nb_trainable_parameters())
+
+
+def shifted_logits_loss(logits: Any, labels: Any, vocab_size: int, **ignored: Any) -> Any:
+    """The causal loss of transformers before 4.49 in plain torch: the last token's logits are cut off by a copy."""
+    kept = logits.float()[..., :-1, :].contiguous().view(-1, vocab_size)
+    return torch.nn.functional.cross_entropy(kept, labels[..., 1:].contiguous().view(-1))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        cell("llama", LORA), cell("qwen2", "full", batch=1), cell("mistral", WIDE, checkpoint="block", grad_accum=2),
+        cell("gpt2", "full", amp="bf16", dtype="fp32"), cell("phi", LORA, padded=True),
+    ],
+)  # fmt: skip
+def test_the_tape_equals_an_old_program(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `--stack` undoes are single decisions of transformers and peft: undone there, the calls must be the same."""
+    from transformers.integrations import sdpa_attention
+    from transformers.loss import loss_utils
+
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", lambda *operands: False)
+    monkeypatch.setitem(loss_utils.LOSS_MAPPING, "ForCausalLM", shifted_logits_loss)
+    old = replace(case, setup=replace(case.setup, stack="torch=2.4,transformers=4.40,peft=0.11"))
+    assert counts.compare_case(old).differences == []
 
 
 # the oracle itself

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from grids import check_every_point
 from helpers import NAMES, architecture_of, period_of, setup_of, step_of
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from perfmodel import advise, explain, methods, predict
@@ -108,23 +108,61 @@ def test_what_is_allocated_is_freed() -> None:
         assert abs(memory.step_segment(step).delta) <= 64
 
 
-@few
+@settings(few, max_examples=12)
 @given(
-    batches=st.lists(st.integers(1, 32), min_size=1, max_size=3),
+    name=st.sampled_from(("llama", "qwen2", "phi", "gemma")),
+    method=st.sampled_from(("full", "lora:r=4", "loha:r=4", "randlora:r=4", "ia3", "dora:r=4", "top_k:k=1")),
+    batches=st.lists(st.integers(1, 32), min_size=1, max_size=2),
     seqs=st.lists(st.integers(1, 300), min_size=1, max_size=3),
-    method=st.sampled_from(("full", "lora:r=4")), accum=st.integers(1, 2),
+    precision=st.sampled_from(({"dtype": "bf16"}, {"dtype": "fp32"}, {"dtype": "fp32", "amp": "bf16"})),
+    attention=st.sampled_from(("sdpa", "eager")), checkpoint=st.sampled_from(("none", "block")),
+    accum=st.integers(1, 2), padded=st.booleans(),
 )  # fmt: skip
-def test_a_grid_equals_its_points(batches: list[int], seqs: list[int], method: str, accum: int) -> None:
+@example(
+    name="llama", method="full", batches=[1, 3, 32], seqs=[1, 16, 300], precision={"dtype": "bf16"}, attention="sdpa",
+    checkpoint="none", accum=1, padded=False,
+)  # fmt: skip
+def test_a_grid_equals_its_points(
+    name: str, method: str, batches: list[int], seqs: list[int], precision: dict[str, Any], attention: str,
+    checkpoint: str, accum: int, *, padded: bool,
+) -> None:  # fmt: skip
     """What is fused and saved may differ between the points of a grid: then the grid is split."""
-    model = architecture_of("llama")
+    model = architecture_of(name)
+    method = with_targets(method, model)
+    fixed = {**precision, "attention": attention, "checkpoint": checkpoint, "grad_accum": accum, "padded": padded}
 
     def setup(batch: Any, seq: Any) -> Setup:
-        return Setup(batch=batch, seq=seq, grad_accum=accum, compile="default")
+        return setup_of(name, batch=batch, seq=seq, compile="default", **fixed)
 
     whole = predict(model, method, setup(np.array(batches)[:, None], np.array(seqs)), "l40s")
     check_every_point(
         model, (len(batches), len(seqs)), whole, lambda at: (setup(batches[at[0]], seqs[at[1]]), methods.parse(method))
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "batches", "seqs", "fixed"),
+    [
+        (  # another cut at 22 tokens than at 8 and at 2,024
+            "llama-3.2-3b", "full", [7], [8, 22, 2024],
+            {"dtype": "fp32", "amp": "bf16", "checkpoint": "block", "attention": "eager", "padded": True},
+        ),
+        (  # other pairs fuse first
+            "t5-small", "vblora", [2, 16], [18, 22, 1232], {"dtype": "fp32", "attention": "eager", "padded": True},
+        ),
+        ("opt-1.3b", "top_k:k=2", [1, 16], [28, 45, 405], {"grad_accum": 2, "optimizer": "adamw-fused"}),  # a slice
+    ],
+)  # fmt: skip
+def test_points_inside_a_grid_of_a_real_model_are_looked_at(
+    name: str, method: str, batches: list[int], seqs: list[int], fixed: dict[str, Any]
+) -> None:
+    """Its smallest and its largest point may compile alike and one between them in another way."""
+    setups = [Setup(batch=b, seq=s, compile="default", **fixed) for b in batches for s in seqs]
+    grid = Setup(batch=np.array(batches)[:, None], seq=np.array(seqs), compile="default", **fixed)
+    check_every_point(
+        name, (len(batches), len(seqs)), predict(name, method, grid, "l40s"),
+        lambda at: (setups[at[0] * len(seqs) + at[1]], methods.parse(method)),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("layers", [2, 3, 7])
@@ -253,8 +291,8 @@ def test_kernels_are_those_of_inductor(method: str, ready: list[str], monkeypatc
     model = {key: value for key, value in LLAMA.items() if key != "model_type"}
     saved: list[int] = []
 
-    def partitioned(graph: Graph, sizes: Any) -> Halves:
-        halves = partition.partitioned(graph, sizes)
+    def partitioned(graph: Graph) -> Halves:
+        halves = partition.partitioned(graph)
         read = {value for prim in halves.backward for value, _ in prim.reads}
         saved.append(sum(value.nbytes for value in halves.saved & read))
         return halves

@@ -25,6 +25,7 @@ from perfmodel.architectures import Config
 from perfmodel.prediction.memory import peak_bytes
 from perfmodel.program.op import Op, Spec
 from perfmodel.program.polynomials import NoPolynomial
+from perfmodel.program.software import SoftwareStack
 from perfmodel.recording import files
 from perfmodel.recording.program import RecordedModel
 from perfmodel.recording.record import build
@@ -91,6 +92,24 @@ def test_a_recorded_program_is_the_one_that_a_trace_finds(
         assert host_work(found) == host_work(real)
         assert (found.total, found.trainable) == (real.total, real.trainable)
         assert peak_bytes(found) == pytest.approx(peak_bytes(real), rel=0.01)
+
+
+def test_a_recorded_program_follows_the_stack(tmp_path: Path) -> None:
+    """The attention kernel and the adapters' dtype come from the versions that are asked for, and the answer says that
+    the rest is the installed packages'."""
+
+    def kernels_and_adapters(stack: str) -> tuple[set[str], set[str]]:
+        model = recorded.traced(config_of("llama", layers=2), tmp_path)
+        setup = Setup(batch=2, seq=24, stack=SoftwareStack.of(stack))
+        step = build(model, predict_method("lora:r=4", model), setup, "cuda", "9.0")
+        names = {op.name for _, op, _ in step.ops() if "attention" in op.name and "backward" not in op.name}
+        return {name.split("_")[4] for name in names}, {p.dtype for p in step.parameters if p.used}
+
+    assert kernels_and_adapters("current") == ({"cudnn"}, {"fp32"})
+    assert kernels_and_adapters("torch=2.6,peft=0.11") == ({"flash"}, {"bf16"})
+    model = recorded.traced(config_of("llama", layers=2), tmp_path)
+    notes = predict(model, "lora:r=4", device="h100-sxm", batch=2, seq=24, stack="torch=2.6,peft=0.11").notes
+    assert any("that of the installed packages" in note for note in notes)
 
 
 SIZES = ((2, 30), (9, 200))

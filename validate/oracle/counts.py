@@ -15,6 +15,7 @@ from perfmodel.calls import costs
 from perfmodel.prediction import memory
 from perfmodel.program.part import PHASES
 from perfmodel.program.routing import Routing, exponent_of
+from perfmodel.program.software import CURRENT
 from perfmodel.recording.record import build
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
@@ -23,7 +24,8 @@ from perfmodel.tracing.trace import Signature, Trace, signature, trace_step
 
 from .cases import Case
 
-MIRRORED = {"transformers": "5.24", "peft": "0.21"}  # the minor versions whose programs the tape mirrors
+# the minor versions whose programs the tape mirrors
+MIRRORED = {name: CURRENT.as_dict()[name] for name in ("transformers", "peft")}
 TINY = 3_000_000  # parameters of a model that takes a step on real tensors beside the fake ones
 IN_PLACE = {"add_.Tensor": "add.Tensor", "scatter_add_": "scatter_add", "index_add_": "index_add"}
 PEAK_TOLERANCE = 0.02  # local variables of Python code outlive their use now and then
@@ -88,7 +90,7 @@ def compare_case(case: Case, *, cuda_forward: bool = False) -> Result:
         base = models.build_model(case.config, case.setup, device="cpu" if real else "meta")
         if case.setup.experts == "eager" and isinstance(architecture, Mixture):
             _load(base, Routing(architecture.experts, architecture.top_k, exponent_of(case.setup.routing)), case.setup)
-        model = models.apply_method(base, method, architecture)
+        model = models.apply_method(base, method.under(case.setup.stack, case.setup.dtype), architecture)
         if device == "cpu" and case.setup.dtype == "fp32":
             _unmoved(model)
         options: dict[str, Any] = {"device": device, "forward_only": cuda_forward, "make": make, "real": real}

@@ -5,6 +5,7 @@ measured together) into `fit`, which was looked at while the model was built, an
 data/published/families.csv holds steps of model families that joined later, split by whole sources.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
 from perfmodel.devices.host import Host
 from perfmodel.prediction.predict import predict
+from perfmodel.program.software import SoftwareStack
 from perfmodel.resources import DATA, read_rows
 from perfmodel.setup import Setup
 
@@ -24,6 +26,10 @@ from ..accuracy import Errors, Pair, beyond, paired
 
 TABLE = DATA / "published" / "steps.csv"
 FAMILIES = DATA / "published" / "families.csv"
+# packages and their versions in a row's words: `torch 2.1.0 cu121`, `PyTorch 2.0 CUDA 11.8`, `transformers==4.49.0`
+NAMED = re.compile(
+    r"\b(?:py)?(?P<name>torch|cuda|transformers|peft|cu(?=\d))(?: |==)?(?P<version>\d[\w.+]*)", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,19 @@ def published_steps(path: Path = TABLE) -> list[PublishedStep]:
     return read_rows(path, _row)
 
 
+def stack_of(software: str) -> SoftwareStack:
+    """The versions that a row names in words; what it does not name is current.
+
+    >>> stack_of("torch 2.7.1+cu126 transformers 4.52.4 peft 0.15.2.dev0").words
+    'torch 2.7.1, CUDA 12.6, transformers 4.52.4, peft 0.15.2'
+    """
+    named = {match["name"].lower(): match["version"] for match in NAMED.finditer(software)}
+    build = named.pop("cu", "")
+    if build and "torch" in named:
+        named["torch"] += f"+cu{build}"
+    return SoftwareStack.of(named)
+
+
 def _row(r: dict[str, str]) -> PublishedStep:
     amp = r["dtype"] if r["amp"] == "1" else None
     setup = Setup(
@@ -111,6 +130,7 @@ def _row(r: dict[str, str]) -> PublishedStep:
         engine=r["engine"],
         clip_grad=r["clip"] == "1",
         padded=r["padded"] == "1",
+        stack=stack_of(r["software"]),
     )
     if r["doubt"] == "1":  # its forward is inflated, its backward is in line
         seconds = {"backward": float(r["bwd_s"])}

@@ -24,6 +24,8 @@ from perfmodel.resources import DATA, read_rows
 from perfmodel.setup import Setup
 from perfmodel.tracing import traced
 
+from .steps import stack_of
+
 TABLE = DATA / "published" / "peft_tuners.csv"
 IMAGES = DATA / "published" / "peft_image_tuners.csv"
 MEAN_LIMIT = 0.12  # mean |relative error| of the step time
@@ -110,6 +112,7 @@ def _row(r: dict[str, str]) -> TunerRow:
         optimizer=r["optimizer"],
         checkpoint=r["checkpoint"],
         padded=r["padded"] == "1",
+        stack=stack_of(r["software"]),
     )
     return TunerRow(
         id=r["id"],

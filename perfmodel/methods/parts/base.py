@@ -12,6 +12,7 @@ from ...errors import UserError, nearest
 from ...optimizers import Update
 from ...program.dims import Dim
 from ...program.part import Part
+from ...program.software import SoftwareStack
 from ...registry import Registry
 from ...setup import ENGINES
 from ...tape.linalg import linear
@@ -79,6 +80,7 @@ class Method(Compared):
     what_trains: ClassVar[str]
     what_it_adds: ClassVar[str]
     title: ClassVar[str]
+    in_few_bits: ClassVar[bool] = False  # whether its base weights are integers, whose dtype no adapter takes
     told_by_where: ClassVar[tuple[str, ...]] = ()  # options that `where` puts into words
 
     def __post_init__(self) -> None:
@@ -208,6 +210,15 @@ class Method(Compared):
     def held_bytes(self, step: Recorded) -> Dim:
         """Bytes that it keeps from step to step beside parameters and optimizer state."""
         return 0
+
+    def under(self: M, stack: SoftwareStack, dtype: str) -> M:
+        """This method as the versions of a stack run it beside a base of `dtype`: where PEFT has adapters in that."""
+        if stack.upcasts_adapters or self.in_few_bits or getattr(self, "implementation", "peft") != "peft":
+            return self
+        if getattr(self, "adapter_dtype", dtype) is not None:
+            return self
+        changed: dict[str, Any] = {"adapter_dtype": dtype}
+        return replace(self, **changed)
 
     def plain(self: M, dtype: str) -> M:
         """This method without options that change nothing beside a base of `dtype`: it records the same ops."""

@@ -1,6 +1,7 @@
 """Base layers that bitsandbytes keeps in 4 bit (`Linear4bit`), whatever adapts them."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...program.dims import product
 from ...program.dtypes import ITEMSIZE
@@ -25,6 +26,8 @@ class FourBit(Method):
     quant_storage: str = option(
         "u8", "dtype that holds the packed values: u8, or for FSDP bf16, fp16 or fp32 as the rest has", storage_dtype
     )
+
+    in_few_bits: ClassVar[bool] = True
 
     def base(self, layer: Linear, x: Tensor) -> Tensor:
         """y of a quantised base layer."""

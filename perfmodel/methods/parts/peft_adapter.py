@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
 from ...optimizers import Update
+from ...program.software import SoftwareStack
 from ...resources import read_json
 from ..adalora import AdaLora
 from .base import Method
@@ -66,6 +67,9 @@ class PeftAdapter(Method):
         assert self.architecture is not None
         if not self.architecture.recorded:
             raise UserError(f"{self.label} is a config of peft, which is traced: add --traced")
+
+    def under(self, stack: SoftwareStack, dtype: str) -> "PeftAdapter":
+        return self if stack.upcasts_adapters else replace(self, text=self.of({**self.values, AUTOCAST: False}).text)
 
     def spec(self) -> str:
         return self.label

@@ -25,6 +25,7 @@ class QuantisedLora(Lora):
     experts: bool = option(False, "whether weights of experts are in few bits too (Axolotl's quantize_moe_experts)")
 
     implementations: ClassVar[tuple[str, ...]] = ("peft",)
+    in_few_bits: ClassVar[bool] = True
     clones: ClassVar[bool]  # whether peft copies the base layer's result before it adds to it
 
     def base_dtype(self, dtype: str) -> str:
