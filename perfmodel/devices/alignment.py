@@ -12,7 +12,7 @@ What a thread loads at once bounds the main loop, at as many bytes or FLOPs a cl
 two elements  11 bytes. H100: 41.3 us for 141 x 30,522 x 512 (https://github.com/AMD-AGI/TraceLens, bert-small), under a
     profiler 57.4 us for 768 x 3,420 x 1,280 and the like (https://github.com/revollllt/flash-vla, LingBot-VLA run-01);
     RTX 5090: 4.4 us for 400 x 1,018 x 256 (same, pi05 PV padding)
-one element  370 FLOPs where A and B lie by rows of k (tn), but 7.5 bytes. H200: 96 and 99 TFLOP/s in 72,000 x 3,072 and
+one element  385 FLOPs where A and B lie by rows of k (tn), but 8 bytes. H200: 96 and 99 TFLOP/s in 72,000 x 3,072 and
     14,336 x 3,072 (https://github.com/Frankaaay/FastWAM, docs/26-07-03); an sm_86 board of 84 SMs: 54 TFLOP/s, nn 66,
     nt 73 (https://github.com/b-vitamins/slinoss, kernel notes); RTX 4090: 107 to 116 TFLOP/s of squares of 2,055 to
     2,073 in tiles of 128 x 128 (https://github.com/pytorch/pytorch/issues/181718)
@@ -30,14 +30,15 @@ from .hardware import Hardware
 Array = NDArray[np.float64]
 
 WIDE = 8  # elements that a thread loads at once of rows at multiples of 16 bytes; of others two or one
-LOADED = {2: 11.0, 1: 7.5}  # bytes a clock that an SM loads so, padding of a tile included
-ONE_BY_ONE = 370.0  # FLOPs a clock of an SM in forward layout, loading one element at once
+LOADED = {2: 11.0, 1: 8.0}  # bytes a clock that an SM loads so, padding of a tile included
+ONE_BY_ONE = 385.0  # FLOPs a clock of an SM in forward layout, loading one element at once
 # Main-loop time of the other layouts over that: their rows lie along m or n, as in registers.
 ONE_BY_ONE_LAYOUTS = {"nn_slowdown": 0.82, "nt_slowdown": 0.74}
-# What those kernels are like besides, as on boards of their generation (class sync_mma): thin tiles wait for every
-# slice of k, and waves are whole. They draw too little for a power limit.
+# What those kernels are like besides, as A100 and L40S together have it (one fit to both, 2026-11-29): thin tiles wait
+# for every slice of k, and waves are whole. They draw too little for a power limit.
 OLDER: dict[str, Any] = {
-    "k_latency": 7.6, "k_bubble": 0.017, "wave_tail": 1.0, "derating": 0.0, "sustained": 1.0, "k_step": 32,
+    "k_latency": 7.6, "k_bubble": 0.017, "k_step": 32, "epilogue": 2.1, "wave_tail": 1.0, "derating": 0.0,
+    "sustained": 1.0, "power_share": 0.0,
 }  # fmt: skip
 
 
