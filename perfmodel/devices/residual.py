@@ -1,0 +1,149 @@
+"""What measurements leave of the physical price of a 16-bit product: a small factor, for the silicon that was measured.
+
+    ln factor = g(log2 m, log2 n, log2 k) + h(log2 waves, idle, log2 k)
+
+Both are linear between nodes. g is smooth in the shape. h says how the library fills the SMs with its usual tile, where
+physics takes the best of nine and a heuristic does not: `waves` is the area of C over that of a tile on every SM,
+`idle` the share of all waves that SMs wait without a tile. The factor stays between bounds that the measurements show,
+and goes to 1 within two octaves from the shapes that were measured. Files: data/residuals/NAME.toml, written by
+`validate.fitting.fit`; a device file that says `residual = "NAME"` is of that silicon.
+"""
+
+import binascii
+import tomllib
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UserError, nearest
+from ..resources import DATA, is_file, parsed, read_text, stems
+from ..values import immutable
+
+Array = NDArray[np.float64]
+Index = NDArray[np.intp]
+
+FOLDER = DATA / "residuals"
+OCTAVES = ((0, 15), (5, 16), (5, 16))  # log2 of the m, n and k that were measured: first and last node of g
+WAVES = (-4, 10)  # log2 of the waves: first and last node of h
+IDLE = 0.1  # step of h between nodes of `idle`, which are from 0 to 0.5
+FADE = 2.0  # octaves beyond the measured shapes in which the factor goes to 1
+NODES = tuple(last - first + 1 for first, last in OCTAVES)
+NODES_OF_WAVES = (WAVES[1] - WAVES[0] + 1, round(0.5 / IDLE) + 1, NODES[2])
+
+
+class Cell(NamedTuple):
+    """Where figures lie between nodes: behind which node, and how far on the way to the next one."""
+
+    node: Index
+    share: Array
+
+
+@immutable
+class Residual:
+    """The tables of one silicon.
+
+    Attributes:
+        shapes: g at its nodes (log2 m, log2 n, log2 k).
+        waves: h at its nodes (log2 waves, idle, log2 k).
+        tile: rows and columns of C of the usual tile.
+        bounds: of ln factor.
+    """
+
+    shapes: Array
+    waves: Array
+    tile: tuple[int, int]
+    bounds: tuple[float, float]
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
+    def factor(self, m: Any, n: Any, k: Any, sm_count: int) -> Array:
+        """Time over physical time of (m x k).(k x n) on so many SMs; the shapes (from 1 up) broadcast."""
+        octaves = [np.log2(x) for x in (m, n, k)]
+        (of_m, of_n, of_k), of_waves = shape_cells(octaves), wave_cells(m, n, octaves, self.tile, sm_count)
+        found = _interpolated(self.shapes, [of_m], [of_n, of_k]) + _interpolated(self.waves, of_waves, [of_k])
+        found = np.clip(found, *self.bounds)
+        for x, (first, last) in zip(octaves, OCTAVES, strict=True):
+            if x.min() < first or x.max() > last:
+                found = found * np.clip(1.0 - np.maximum(first - x, x - last) / FADE, 0.0, 1.0)
+        return np.asarray(np.exp(found))
+
+
+def shape_cells(octaves: Sequence[Array]) -> list[Cell]:
+    """Where log2 of m, n and k lie between the nodes of g."""
+    return [_cell(x - first, last - first) for x, (first, last) in zip(octaves, OCTAVES, strict=True)]
+
+
+def wave_cells(m: Any, n: Any, octaves: Sequence[Array], tile: tuple[int, int], sm_count: int) -> list[Cell]:
+    """Where products lie between the nodes of h: by their waves and the idle share of the last one."""
+    height, width = tile
+    waves = np.ceil(m / height) * (np.ceil(n / width) / sm_count)
+    idle = 1.0 - waves / np.ceil(waves)
+    wave = np.log2(height * width * sm_count) + WAVES[0]  # the first node, as an area of C
+    of_area = _cell(octaves[0] + (octaves[1] - wave), WAVES[1] - WAVES[0])
+    return [of_area, _cell(idle / IDLE, NODES_OF_WAVES[1] - 1)]
+
+
+def _cell(position: Array, last: int) -> Cell:
+    """The cell of positions in steps between nodes; those outside are at the first or last node."""
+    inside = np.clip(position, 0.0, last)
+    node = np.minimum(inside.astype(np.intp), last - 1)
+    return Cell(node, inside - node)
+
+
+def _interpolated(table: Array, of_grid: list[Cell], of_rows: list[Cell]) -> Array:
+    """A table between its nodes, the last axis first; the cells of its axes broadcast.
+
+    Along rows of a grid often only the first axes vary: then the others are done with once a row, in the same order, so
+    that a grid is its points to the last digit.
+    """
+    ahead = table.shape[: len(of_grid)]
+    rows = np.broadcast_shapes(*(cell.node.shape for cell in of_rows))
+    count = int(np.prod(rows))
+    if count * np.prod(ahead) > np.prod(np.broadcast_shapes(rows, *(cell.node.shape for cell in of_grid))):
+        return _between(lambda *nodes: table[nodes], [*of_grid, *of_rows])
+    by_row = _between(lambda *nodes: table[(..., *nodes)], of_rows).reshape(-1)
+    row = np.arange(count).reshape(rows)
+
+    def at(*nodes: Index) -> Array:
+        first, *others = nodes
+        for node, size in zip(others, ahead[1:], strict=True):
+            first = first * size + node
+        return by_row.take(first * count + row)
+
+    return _between(at, of_grid)
+
+
+def _between(at: Callable[..., Array], cells: Sequence[Cell]) -> Array:
+    """Linear between the nodes of several axes."""
+    if not cells:
+        return at()
+    (node, share), *others = cells
+    low, high = (_between(partial(at, i), others) for i in (node, node + 1))
+    return np.asarray(low + share * (high - low))
+
+
+@lru_cache(maxsize=16)
+def load_residual(name: str) -> Residual:
+    """The residual of a silicon, by the name of its file.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    path = FOLDER / f"{name}.toml"
+    if not is_file(path):
+        raise UserError(f"residual {name!r} is unknown: {nearest(name, stems(FOLDER, '.toml'))}")
+    _, heading, tables = read_text(path).partition("[tables]")  # the errors before them are for readers
+    table = parsed(heading + tables, tomllib.loads, "TOML", str(path))["tables"]
+    shapes, waves = _decoded(table["shapes"], NODES), _decoded(table["waves"], NODES_OF_WAVES)
+    step = table["step"]
+    height, width = table["tile"]
+    low, high = table["bounds"]
+    return Residual(shapes * step, waves * step, (height, width), (low, high))
+
+
+def _decoded(text: str, nodes: tuple[int, ...]) -> Array:
+    """Signed bytes in base64, one a node."""
+    return np.frombuffer(binascii.a2b_base64(text), dtype=np.int8).reshape(nodes).astype(np.float64)
