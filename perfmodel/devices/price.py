@@ -172,8 +172,7 @@ def _learned_gemm(profile: DeviceProfile, dtype: str, batched: bool, *columns: A
         residual, (m, n, k, batch, layout, *_) = load_residual(profile.residual), columns
         single = (batch == 1) & (layout != LAYOUTS.index("nt"))
         rows = np.flatnonzero(single.reshape(len(single), -1).all(axis=1))
-        together = [rows] if seconds.size <= TOGETHER else rows.reshape(-1, 1)
-        for some in together:
+        for some in [rows] if rows.size and seconds.size <= TOGETHER else rows.reshape(-1, 1):
             seconds[some] *= residual.factor(m[some], n[some], k[some], profile.hardware.sm_count)
     return seconds
 

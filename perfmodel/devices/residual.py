@@ -10,9 +10,11 @@ and goes to 1 within two octaves from the shapes that were measured. Files: data
 """
 
 import binascii
+import math
 import tomllib
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,10 +37,10 @@ NODES_OF_WAVES = (WAVES[1] - WAVES[0] + 1, round(0.5 / IDLE) + 1, NODES[2])
 
 
 class Cell(NamedTuple):
-    """Where figures lie between nodes: behind which node, and how far on the way to the next one."""
+    """Where figures lie between nodes: behind which node, and how far on the way to the next one; None: at the node."""
 
     node: Index
-    share: Array
+    share: Array | None
 
 
 @immutable
@@ -99,30 +101,44 @@ def _interpolated(table: Array, of_grid: list[Cell], of_rows: list[Cell]) -> Arr
     Along rows of a grid often only the first axes vary: then the others are done with once a row, in the same order, so
     that a grid is its points to the last digit.
     """
-    ahead = table.shape[: len(of_grid)]
+    sizes, ahead = table.shape, len(of_grid)
     rows = np.broadcast_shapes(*(cell.node.shape for cell in of_rows))
-    count = int(np.prod(rows))
-    if count * np.prod(ahead) > np.prod(np.broadcast_shapes(rows, *(cell.node.shape for cell in of_grid))):
-        return _between(lambda *nodes: table[nodes], [*of_grid, *of_rows])
-    by_row = _between(lambda *nodes: table[(..., *nodes)], of_rows).reshape(-1)
-    row = np.arange(count).reshape(rows)
-
-    def at(*nodes: Index) -> Array:
-        first, *others = nodes
-        for node, size in zip(others, ahead[1:], strict=True):
-            first = first * size + node
-        return by_row.take(first * count + row)
-
-    return _between(at, of_grid)
+    count, whole = math.prod(rows), np.broadcast_shapes(rows, *(cell.node.shape for cell in of_grid))
+    if count * math.prod(sizes[:ahead]) > math.prod(whole):
+        return _between(table.reshape(-1), [*of_grid, *of_rows], sizes)
+    by_row = _between(table.reshape(*sizes[:ahead], -1), of_rows, sizes[ahead:])
+    row = [] if count == 1 else [Cell(np.arange(count).reshape(rows), None)]
+    return _between(by_row.reshape(-1), [*of_grid, *row], (*sizes[:ahead], count)[: ahead + len(row)])
 
 
-def _between(at: Callable[..., Array], cells: Sequence[Cell]) -> Array:
-    """Linear between the nodes of several axes."""
-    if not cells:
-        return at()
-    (node, share), *others = cells
-    low, high = (_between(partial(at, i), others) for i in (node, node + 1))
-    return np.asarray(low + share * (high - low))
+def _between(values: Array, cells: Sequence[Cell], sizes: Sequence[int]) -> Array:
+    """Linear between the nodes of several axes of such sizes, which are together the last axis of values."""
+    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+    node = cells[0].node
+    for cell, size in zip(cells[1:], sizes[1:], strict=True):
+        node = node * size + cell.node
+
+    def linear(values: Array, axis: int) -> Array:
+        if axis == len(cells):
+            return values.take(node, axis=-1)
+        low, share = linear(values, axis + 1), cells[axis].share
+        if share is None:
+            return low
+        return np.asarray(low + share * (linear(values[..., strides[axis] :], axis + 1) - low))
+
+    return linear(values, 0)
+
+
+def residual_file(name: str) -> Path:
+    """The file of a silicon's residual.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    path = FOLDER / f"{name}.toml"
+    if not is_file(path):
+        raise UserError(f"residual {name!r} is unknown: {nearest(name, stems(FOLDER, '.toml'))}")
+    return path
 
 
 @lru_cache(maxsize=16)
@@ -132,9 +148,7 @@ def load_residual(name: str) -> Residual:
     Raises:
         UserError: there is none of that name.
     """
-    path = FOLDER / f"{name}.toml"
-    if not is_file(path):
-        raise UserError(f"residual {name!r} is unknown: {nearest(name, stems(FOLDER, '.toml'))}")
+    path = residual_file(name)
     _, heading, tables = read_text(path).partition("[tables]")  # the errors before them are for readers
     table = parsed(heading + tables, tomllib.loads, "TOML", str(path))["tables"]
     shapes, waves = _decoded(table["shapes"], NODES), _decoded(table["waves"], NODES_OF_WAVES)

@@ -25,7 +25,7 @@ SMOOTH = 0.1  # weight of a squared second difference between nodes, a row's bei
 SMALL = 0.1  # the same of a squared value at a node
 SCALE = 0.03  # |ln error| above which a row counts less: close to the mean
 ROUNDS = 3  # of weighting rows by their errors
-SHOWN = (0.005, 0.995)  # quantiles of measured over physical time that bound the factor
+SHOWN = (0.05, 0.95)  # quantiles of measured over physical time that bound the factor: rare kernels are beyond them
 STEPS = 127  # largest value of a signed byte
 
 
