@@ -195,8 +195,8 @@ def fit(
         raise extra(error) from None
     if records is None:
         part = "grouped" if grouped else "residual" if residual else ""
-        how = {"leave_one_device_out": leave_one_device_out, "part": part, "write": not dry_run}
-        show_fit(kernels, **how, as_json=as_json)
+        how = {"leave_one_device_out": leave_one_device_out, "write": not dry_run, "as_json": as_json}
+        show_fit(kernels, part=part, **how)
     elif not show_refit(records, device=device, host=host, output=None if dry_run else output, as_json=as_json):
         sys.exit(1)
 

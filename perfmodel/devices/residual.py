@@ -36,11 +36,11 @@ NODES = tuple(last - first + 1 for first, last in OCTAVES)
 NODES_OF_WAVES = (WAVES[1] - WAVES[0] + 1, round(0.5 / IDLE) + 1, NODES[2])
 
 
-class Cell(NamedTuple):
-    """Where figures lie between nodes: behind which node, and how far on the way to the next one; None: at the node."""
+class Spot(NamedTuple):
+    """Where figures lie between nodes: behind which node, and how far on the way to the next one."""
 
     node: Index
-    share: Array | None
+    share: Array
 
 
 @immutable
@@ -64,7 +64,7 @@ class Residual:
     def factor(self, m: Any, n: Any, k: Any, sm_count: int) -> Array:
         """Time over physical time of (m x k).(k x n) on so many SMs; the shapes (from 1 up) broadcast."""
         octaves = [np.log2(x) for x in (m, n, k)]
-        (of_m, of_n, of_k), of_waves = shape_cells(octaves), wave_cells(m, n, octaves, self.tile, sm_count)
+        (of_m, of_n, of_k), of_waves = shape_places(octaves), wave_places(m, n, octaves, self.tile, sm_count)
         found = _interpolated(self.shapes, [of_m], [of_n, of_k]) + _interpolated(self.waves, of_waves, [of_k])
         found = np.clip(found, *self.bounds)
         for x, (first, last) in zip(octaves, OCTAVES, strict=True):
@@ -73,58 +73,58 @@ class Residual:
         return np.asarray(np.exp(found))
 
 
-def shape_cells(octaves: Sequence[Array]) -> list[Cell]:
+def shape_places(octaves: Sequence[Array]) -> list[Spot]:
     """Where log2 of m, n and k lie between the nodes of g."""
-    return [_cell(x - first, last - first) for x, (first, last) in zip(octaves, OCTAVES, strict=True)]
+    return [_place(x - first, last - first) for x, (first, last) in zip(octaves, OCTAVES, strict=True)]
 
 
-def wave_cells(m: Any, n: Any, octaves: Sequence[Array], tile: tuple[int, int], sm_count: int) -> list[Cell]:
+def wave_places(m: Any, n: Any, octaves: Sequence[Array], tile: tuple[int, int], sm_count: int) -> list[Spot]:
     """Where products lie between the nodes of h: by their waves and the idle share of the last one."""
     height, width = tile
     waves = np.ceil(m / height) * (np.ceil(n / width) / sm_count)
     idle = 1.0 - waves / np.ceil(waves)
     wave = np.log2(height * width * sm_count) + WAVES[0]  # the first node, as an area of C
-    of_area = _cell(octaves[0] + (octaves[1] - wave), WAVES[1] - WAVES[0])
-    return [of_area, _cell(idle / IDLE, NODES_OF_WAVES[1] - 1)]
+    of_area = _place(octaves[0] + (octaves[1] - wave), WAVES[1] - WAVES[0])
+    return [of_area, _place(idle / IDLE, NODES_OF_WAVES[1] - 1)]
 
 
-def _cell(position: Array, last: int) -> Cell:
-    """The cell of positions in steps between nodes; those outside are at the first or last node."""
+def _place(position: Array, last: int) -> Spot:
+    """The place of positions in steps between nodes; those outside are at the first or last node."""
     inside = np.clip(position, 0.0, last)
     node = np.minimum(inside.astype(np.intp), last - 1)
-    return Cell(node, inside - node)
+    return Spot(node, inside - node)
 
 
-def _interpolated(table: Array, of_grid: list[Cell], of_rows: list[Cell]) -> Array:
-    """A table between its nodes, the last axis first; the cells of its axes broadcast.
+def _interpolated(table: Array, of_grid: list[Spot], of_rows: list[Spot]) -> Array:
+    """A table between its nodes, the last axis first; the places on its axes broadcast.
 
     Along rows of a grid often only the first axes vary: then the others are done with once a row, in the same order, so
     that a grid is its points to the last digit.
     """
     sizes, ahead = table.shape, len(of_grid)
-    rows = np.broadcast_shapes(*(cell.node.shape for cell in of_rows))
-    count, whole = math.prod(rows), np.broadcast_shapes(rows, *(cell.node.shape for cell in of_grid))
+    rows = np.broadcast_shapes(*(place.node.shape for place in of_rows))
+    count, whole = math.prod(rows), np.broadcast_shapes(rows, *(place.node.shape for place in of_grid))
     if count * math.prod(sizes[:ahead]) > math.prod(whole):
         return _between(table.reshape(-1), [*of_grid, *of_rows], sizes)
     by_row = _between(table.reshape(*sizes[:ahead], -1), of_rows, sizes[ahead:])
-    row = [] if count == 1 else [Cell(np.arange(count).reshape(rows), None)]
-    return _between(by_row.reshape(-1), [*of_grid, *row], (*sizes[:ahead], count)[: ahead + len(row)])
+    return _between(by_row.reshape(-1), of_grid, sizes[:ahead], np.arange(count).reshape(rows))
 
 
-def _between(values: Array, cells: Sequence[Cell], sizes: Sequence[int]) -> Array:
-    """Linear between the nodes of several axes of such sizes, which are together the last axis of values."""
-    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
-    node = cells[0].node
-    for cell, size in zip(cells[1:], sizes[1:], strict=True):
-        node = node * size + cell.node
+def _between(values: Array, places: Sequence[Spot], sizes: Sequence[int], row: Index | None = None) -> Array:
+    """Linear between the nodes of axes of such sizes, flat in the last axis of values; rows, if any, stand behind."""
+    rows = 1 if row is None else row.size
+    strides = [math.prod(sizes[axis + 1 :]) * rows for axis in range(len(sizes))]
+    node = places[0].node
+    for place, size in zip(places[1:], sizes[1:], strict=True):
+        node = node * size + place.node
+    if row is not None and rows > 1:
+        node = node * rows + row
 
     def linear(values: Array, axis: int) -> Array:
-        if axis == len(cells):
+        if axis == len(places):
             return values.take(node, axis=-1)
-        low, share = linear(values, axis + 1), cells[axis].share
-        if share is None:
-            return low
-        return np.asarray(low + share * (linear(values[..., strides[axis] :], axis + 1) - low))
+        low, high = linear(values, axis + 1), linear(values[..., strides[axis] :], axis + 1)
+        return np.asarray(low + places[axis].share * (high - low))
 
     return linear(values, 0)
 

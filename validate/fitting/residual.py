@@ -15,7 +15,7 @@ from scipy.sparse.linalg import lsmr
 
 from perfmodel.devices.gemm import GemmParameters, gemm_time
 from perfmodel.devices.hardware import Hardware
-from perfmodel.devices.residual import NODES, NODES_OF_WAVES, Cell, Residual, shape_cells, wave_cells
+from perfmodel.devices.residual import NODES, NODES_OF_WAVES, Spot, Residual, shape_places, wave_places
 
 from .gemm import AICONFIGURATOR, errors_by_slice, gemm_rows, software
 from .judging import Array, FitErrors, Shapes, column, hardware
@@ -102,18 +102,18 @@ def _design(rows: pd.DataFrame, hw: Hardware) -> sparse.csr_matrix:
     """How much each node of both tables counts in each row."""
     m, n, k = (column(rows, name) for name in ("m", "n", "k"))
     octaves = [np.log2(x) for x in (m, n, k)]
-    of_shape = shape_cells(octaves)
-    of_waves = [*wave_cells(m, n, octaves, TILE, hw.sm_count), of_shape[2]]
-    return sparse.hstack([_corners(of_shape, NODES), _corners(of_waves, NODES_OF_WAVES)], format="csr")
+    of_shape = shape_places(octaves)
+    of_waves = [*wave_places(m, n, octaves, TILE, hw.sm_count), of_shape[2]]
+    return sparse.csr_matrix(sparse.hstack([_corners(of_shape, NODES), _corners(of_waves, NODES_OF_WAVES)]))
 
 
-def _corners(cells: Sequence[Cell], nodes: Sequence[int]) -> sparse.csr_matrix:
+def _corners(places: Sequence[Spot], nodes: Sequence[int]) -> sparse.csr_matrix:
     """Linear interpolation between the nodes of a table as a matrix: rows by nodes."""
-    rows = len(cells[0].node)
+    rows = len(places[0].node)
     node, weight = np.zeros((rows, 1), dtype=np.intp), np.ones((rows, 1))
-    for cell, count in zip(cells, nodes, strict=True):
-        ends = np.stack([cell.node, cell.node + 1], axis=1)
-        shares = np.stack([1.0 - cell.share, cell.share], axis=1)
+    for place, count in zip(places, nodes, strict=True):
+        ends = np.stack([place.node, place.node + 1], axis=1)
+        shares = np.stack([1.0 - place.share, place.share], axis=1)
         node = (node[:, :, None] * count + ends[:, None, :]).reshape(rows, -1)
         weight = (weight[:, :, None] * shares[:, None, :]).reshape(rows, -1)
     begins = np.arange(rows + 1) * node.shape[1]
@@ -127,7 +127,7 @@ def _roughness(nodes: Sequence[int]) -> sparse.csr_matrix:
         second = sparse.diags([1.0, -2.0, 1.0], [0, 1, 2], shape=(count - 2, count))
         before, behind = (sparse.identity(int(np.prod(part))) for part in (nodes[:axis], nodes[axis + 1 :]))
         along.append(sparse.kron(sparse.kron(before, second), behind))
-    return sparse.vstack(along, format="csr")
+    return sparse.csr_matrix(sparse.vstack(along))
 
 
 def _fitted(design: sparse.csr_matrix, left: Array) -> tuple[Residual, float]:
