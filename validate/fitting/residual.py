@@ -15,7 +15,7 @@ from scipy.sparse.linalg import lsmr
 
 from perfmodel.devices.gemm import GemmParameters, gemm_time
 from perfmodel.devices.hardware import Hardware
-from perfmodel.devices.residual import NODES, NODES_OF_WAVES, Spot, Residual, shape_places, wave_places
+from perfmodel.devices.residual import NODES, NODES_OF_WAVES, Residual, Spot, shape_places, wave_places
 
 from .gemm import AICONFIGURATOR, errors_by_slice, gemm_rows, software
 from .judging import Array, FitErrors, Shapes, column, hardware
