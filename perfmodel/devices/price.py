@@ -37,7 +37,6 @@ EFFICIENT = 0.46
 HALF = ("bf16", "fp16")  # what tensor cores take as it is
 WRITTEN = ("bmm", *SCALED)  # products whose operands were both just written
 EIGHT = ("i8", *FLOAT8)  # what they take in pairs
-TOGETHER = 4_096  # of 16-bit products whose factor is found at once: longer ones row by row, so that caches hold them
 ROW_WISE = (
     "norm",
     "norm_backward",
@@ -172,8 +171,8 @@ def _learned_gemm(profile: DeviceProfile, dtype: str, batched: bool, *columns: A
         residual, (m, n, k, batch, layout, *_) = load_residual(profile.residual), columns
         single = (batch == 1) & (layout != LAYOUTS.index("nt"))
         rows = np.flatnonzero(single.reshape(len(single), -1).all(axis=1))
-        for some in [rows] if rows.size and seconds.size <= TOGETHER else rows.reshape(-1, 1):
-            seconds[some] *= residual.factor(m[some], n[some], k[some], profile.hardware.sm_count)
+        if rows.size:
+            seconds[rows] *= residual.factor(m[rows], n[rows], k[rows], profile.hardware.sm_count)
     return seconds
 
 

@@ -1,18 +1,18 @@
 """What measurements leave of the physical price of a 16-bit product: a small factor, for the silicon that was measured.
 
-    ln factor = g(log2 m, log2 n, log2 k) + h(log2 waves, idle, log2 k)
+    ln factor = g(log2 m, log2 n, log2 k) + sum over tiles of h(log2 waves, idle, log2 k)
 
-Both are linear between nodes. g is smooth in the shape. h says how the library fills the SMs with its usual tile, where
-physics takes the best of nine and a heuristic does not: `waves` is the area of C over that of a tile on every SM,
-`idle` the share of all waves that SMs wait without a tile. The factor stays between bounds that the measurements show,
-and goes to 1 within two octaves from the shapes that were measured. Files: data/residuals/NAME.toml, written by
-`validate.fitting.fit`; a device file that says `residual = "NAME"` is of that silicon.
+All are linear between nodes. g is smooth in the shape. h says how the library fills the SMs with one of its usual
+tiles, where physics takes the best of nine and a heuristic does not: `waves` is the area of C in waves of 128 x 256 on
+every SM, `idle` the share of all waves of the tile that SMs wait without one. The factor stays between bounds that the
+measurements show, and goes to 1 within two octaves from the shapes that were measured. Files: data/residuals/NAME.toml,
+written by `validate.fitting.fit`; a device file that says `residual = "NAME"` is of that silicon.
 """
 
 import binascii
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ Index = NDArray[np.intp]
 
 FOLDER = DATA / "residuals"
 OCTAVES = ((0, 15), (5, 16), (5, 16))  # log2 of the m, n and k that were measured: first and last node of g
+AREA = 128 * 256  # of C on every SM in a wave
 WAVES = (-4, 10)  # log2 of the waves: first and last node of h
 IDLE = 0.1  # step of h between nodes of `idle`, which are from 0 to 0.5
 FADE = 2.0  # octaves beyond the measured shapes in which the factor goes to 1
@@ -49,14 +50,12 @@ class Residual:
 
     Attributes:
         shapes: g at its nodes (log2 m, log2 n, log2 k).
-        waves: h at its nodes (log2 waves, idle, log2 k).
-        tile: rows and columns of C of the usual tile.
+        waves: tile, as rows and columns of C -> h at its nodes (log2 waves, idle, log2 k).
         bounds: of ln factor.
     """
 
     shapes: Array
-    waves: Array
-    tile: tuple[int, int]
+    waves: Mapping[tuple[int, int], Array]
     bounds: tuple[float, float]
 
     __eq__, __hash__ = object.__eq__, object.__hash__
@@ -64,8 +63,10 @@ class Residual:
     def factor(self, m: Any, n: Any, k: Any, sm_count: int) -> Array:
         """Time over physical time of (m x k).(k x n) on so many SMs; the shapes (from 1 up) broadcast."""
         octaves = [np.log2(x) for x in (m, n, k)]
-        (of_m, of_n, of_k), of_waves = shape_places(octaves), wave_places(m, n, octaves, self.tile, sm_count)
-        found = _interpolated(self.shapes, [of_m], [of_n, of_k]) + _interpolated(self.waves, of_waves, [of_k])
+        of_m, of_n, of_k = shape_places(octaves)
+        found, area = _interpolated(self.shapes, [of_m], [of_n, of_k]), area_place(octaves, sm_count)
+        for tile, table in self.waves.items():
+            found += _interpolated(table, [area, idle_place(m, n, tile, sm_count)], [of_k])
         found = np.clip(found, *self.bounds)
         for x, (first, last) in zip(octaves, OCTAVES, strict=True):
             if x.min() < first or x.max() > last:
@@ -78,14 +79,17 @@ def shape_places(octaves: Sequence[Array]) -> list[Spot]:
     return [_place(x - first, last - first) for x, (first, last) in zip(octaves, OCTAVES, strict=True)]
 
 
-def wave_places(m: Any, n: Any, octaves: Sequence[Array], tile: tuple[int, int], sm_count: int) -> list[Spot]:
-    """Where products lie between the nodes of h: by their waves and the idle share of the last one."""
+def area_place(octaves: Sequence[Array], sm_count: int) -> Spot:
+    """Where products lie between the nodes of h by the waves that their area makes."""
+    first = np.log2(AREA * sm_count) + WAVES[0]  # node, as an area
+    return _place(octaves[0] + (octaves[1] - first), WAVES[1] - WAVES[0])
+
+
+def idle_place(m: Any, n: Any, tile: tuple[int, int], sm_count: int) -> Spot:
+    """Where products lie between the nodes of h by the idle share of the waves of a tile."""
     height, width = tile
     waves = np.ceil(m / height) * (np.ceil(n / width) / sm_count)
-    idle = 1.0 - waves / np.ceil(waves)
-    wave = np.log2(height * width * sm_count) + WAVES[0]  # the first node, as an area of C
-    of_area = _place(octaves[0] + (octaves[1] - wave), WAVES[1] - WAVES[0])
-    return [of_area, _place(idle / IDLE, NODES_OF_WAVES[1] - 1)]
+    return _place((1.0 - waves / np.ceil(waves)) * (1.0 / IDLE), NODES_OF_WAVES[1] - 1)
 
 
 def _place(position: Array, last: int) -> Spot:
@@ -151,11 +155,12 @@ def load_residual(name: str) -> Residual:
     path = residual_file(name)
     _, heading, tables = read_text(path).partition("[tables]")  # the errors before them are for readers
     table = parsed(heading + tables, tomllib.loads, "TOML", str(path))["tables"]
-    shapes, waves = _decoded(table["shapes"], NODES), _decoded(table["waves"], NODES_OF_WAVES)
-    step = table["step"]
-    height, width = table["tile"]
-    low, high = table["bounds"]
-    return Residual(shapes * step, waves * step, (height, width), (low, high))
+    step, (low, high) = table["step"], table["bounds"]
+    waves = {
+        (height, width): _decoded(text, NODES_OF_WAVES) * step
+        for (height, width), text in zip(table["tiles"], table["waves"], strict=True)
+    }
+    return Residual(_decoded(table["shapes"], NODES) * step, waves, (low, high))
 
 
 def _decoded(text: str, nodes: tuple[int, ...]) -> Array:

@@ -15,12 +15,14 @@ from scipy.sparse.linalg import lsmr
 
 from perfmodel.devices.gemm import GemmParameters, gemm_time
 from perfmodel.devices.hardware import Hardware
-from perfmodel.devices.residual import NODES, NODES_OF_WAVES, Residual, Spot, shape_places, wave_places
+from perfmodel.devices.residual import NODES, NODES_OF_WAVES, Residual, Spot, area_place, idle_place, shape_places
 
 from .gemm import AICONFIGURATOR, errors_by_slice, gemm_rows, software
 from .judging import Array, FitErrors, Shapes, column, hardware
 
-TILE = (128, 256)  # of seven tried the one whose waves say most, on an A100, H100, B200 and L40S
+# Tiles: of seven tried the two whose waves say most on an A100, H100, B200 and L40S. Weights: the best of nine pairs on
+# a quarter of the rows of the fit that was held out of it.
+TILES = ((128, 256), (128, 128))
 SMOOTH = 0.1  # weight of a squared second difference between nodes, a row's being 1
 SMALL = 0.1  # the same of a squared value at a node
 SCALE = 0.03  # |ln error| above which a row counts less: close to the mean
@@ -103,8 +105,10 @@ def _design(rows: pd.DataFrame, hw: Hardware) -> sparse.csr_matrix:
     m, n, k = (column(rows, name) for name in ("m", "n", "k"))
     octaves = [np.log2(x) for x in (m, n, k)]
     of_shape = shape_places(octaves)
-    of_waves = [*wave_places(m, n, octaves, TILE, hw.sm_count), of_shape[2]]
-    return sparse.csr_matrix(sparse.hstack([_corners(of_shape, NODES), _corners(of_waves, NODES_OF_WAVES)]))
+    area = area_place(octaves, hw.sm_count)
+    of_waves = [[area, idle_place(m, n, tile, hw.sm_count), of_shape[2]] for tile in TILES]
+    parts = [_corners(of_shape, NODES), *(_corners(places, NODES_OF_WAVES) for places in of_waves)]
+    return sparse.csr_matrix(sparse.hstack(parts))
 
 
 def _corners(places: Sequence[Spot], nodes: Sequence[int]) -> sparse.csr_matrix:
@@ -132,7 +136,7 @@ def _roughness(nodes: Sequence[int]) -> sparse.csr_matrix:
 
 def _fitted(design: sparse.csr_matrix, left: Array) -> tuple[Residual, float]:
     """The tables that leave least of ln(measured / physical), in whole steps, and a step."""
-    rough = sparse.block_diag([_roughness(NODES), _roughness(NODES_OF_WAVES)])
+    rough = sparse.block_diag([_roughness(NODES), *(_roughness(NODES_OF_WAVES) for _ in TILES)])
     pull = sparse.vstack([np.sqrt(SMOOTH) * rough, np.sqrt(SMALL) * sparse.identity(design.shape[1])])
     nothing = np.zeros(pull.shape[0])
     found, weight = np.zeros(design.shape[1]), np.ones(len(left))
@@ -141,6 +145,8 @@ def _fitted(design: sparse.csr_matrix, left: Array) -> tuple[Residual, float]:
         found = lsmr(rows, np.concatenate([weight * left, nothing]), x0=found, atol=1e-5, btol=1e-5)[0]
         weight = (1.0 + ((left - design @ found) / SCALE) ** 2) ** -0.25
     step = float(f"{np.abs(found).max() / STEPS:.4g}")
-    shapes, waves = np.split(np.clip(np.round(found / step), -STEPS, STEPS) * step, [int(np.prod(NODES))])
+    sizes = [int(np.prod(NODES)), *(int(np.prod(NODES_OF_WAVES)) for _ in TILES)]
+    shapes, *waves = np.split(np.clip(np.round(found / step), -STEPS, STEPS) * step, np.cumsum(sizes)[:-1])
     low, high = (float(f"{bound:.4g}") for bound in np.quantile(left, SHOWN))
-    return Residual(shapes.reshape(NODES), waves.reshape(NODES_OF_WAVES), TILE, (low, high)), step
+    tables = {tile: table.reshape(NODES_OF_WAVES) for tile, table in zip(TILES, waves, strict=True)}
+    return Residual(shapes.reshape(NODES), tables, (low, high)), step

@@ -73,9 +73,9 @@ def write_residual(path: Path, found: Learned, date: str) -> None:
     for title, errors in (("physics_alone", found.before), ("with_residual", found.after)):
         lines += ["", f"[{title}]", *(f"{_key(name)} = {_value(e.rounded())}" for name, e in errors.items())]
     residual = found.residual
-    lines += ["", "[tables]", f"tile = {_value(residual.tile)}", f"bounds = {_value(residual.bounds)}"]
+    lines += ["", "[tables]", f"tiles = {_value(tuple(residual.waves))}", f"bounds = {_value(residual.bounds)}"]
     lines += [f"step = {_value(found.step)}", f"shapes = {_coded(residual.shapes / found.step)}"]
-    lines += [f"waves = {_coded(residual.waves / found.step)}"]
+    lines += [f"waves = [{', '.join(_coded(table / found.step) for table in residual.waves.values())}]"]
     _replace(path, ("\n".join(lines) + "\n").encode())
     load_residual.cache_clear()
 
