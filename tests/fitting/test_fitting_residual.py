@@ -1,17 +1,21 @@
 """The learned factor of 16-bit products: what its fit finds and never sees, and on which prices it stands."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from perfmodel.cli import main
 from perfmodel.devices import profile
 from perfmodel.devices import residual as learned
 from perfmodel.devices.gemm import gemm_time
 from perfmodel.resources import read_toml, stems
 
 pd = pytest.importorskip("pandas")
+fit = pytest.importorskip("validate.fitting.fit", exc_type=ImportError)
 fitting = pytest.importorskip("validate.fitting.residual", exc_type=ImportError)
 gemm = pytest.importorskip("validate.fitting.gemm", exc_type=ImportError)
 judging = pytest.importorskip("validate.fitting.judging", exc_type=ImportError)
@@ -77,6 +81,20 @@ def test_a_file_holds_what_was_fitted(measured: Path, tmp_path: Path, monkeypatc
     assert table["source"] == gemm.AICONFIGURATOR
     assert table["with_residual"]["all"]["rows"] == found.rows_left_out
     learned.load_residual.cache_clear()
+
+
+def test_the_command_fits_residuals_alone(measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a change of the physics the whole fit takes ten minutes; this part is on top of prices that files have."""
+    monkeypatch.setattr(gemm, "BF16_FILES", {"l40s": gemm.BF16_FILES["l40s"]})
+    monkeypatch.setattr(fit, "RESIDUALS", tmp_path)
+    words = ["validate", "fit", "--kernels", str(measured), "--residual", "--json"]
+    dry = CliRunner().invoke(main, [*words, "--dry-run"], catch_exceptions=False)
+    assert dry.exit_code == 0
+    mean = {row["slice"]: row["mean"] for row in json.loads(dry.stdout)}
+    assert mean["all"] < mean["all, physics alone"] / 4
+    assert not (tmp_path / "l40s.toml").exists()
+    assert CliRunner().invoke(main, words, catch_exceptions=False).stdout == dry.stdout
+    assert read_toml(tmp_path / "l40s.toml")["with_residual"]["all"]["mean"] == mean["all"]
 
 
 @pytest.mark.parametrize("name", FILES)
