@@ -162,6 +162,9 @@ def layers(as_json: bool) -> None:
     "--leave-one-device-out", is_flag=True, help="Only report how well datasheets and other devices predict one."
 )
 @click.option("--grouped", is_flag=True, help="With --kernels: products by expert alone, in a minute.")
+@click.option(
+    "--residual", is_flag=True, help="With --kernels: the learned factor of 16-bit products alone, in a minute."
+)
 @click.option("--device", help="With --records: price kernels with this profile.")
 @click.option("--host", help="With --records: the host to start from.")
 @click.option(
@@ -174,8 +177,8 @@ def layers(as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Fit and report, but write no file.")
 @json_option
 def fit(
-    kernels: Path | None, records: Path | None, leave_one_device_out: bool, grouped: bool, device: str | None,
-    host: str | None, output: Path, dry_run: bool, as_json: bool,
+    kernels: Path | None, records: Path | None, leave_one_device_out: bool, grouped: bool, residual: bool,
+    device: str | None, host: str | None, output: Path, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Fit device profiles to kernels, or host costs to steps.
 
@@ -191,8 +194,9 @@ def fit(
     except ImportError as error:
         raise extra(error) from None
     if records is None:
-        how = {"leave_one_device_out": leave_one_device_out, "grouped": grouped, "write": not dry_run}
-        show_fit(kernels, **how, as_json=as_json)
+        part = "grouped" if grouped else "residual" if residual else ""
+        how = {"leave_one_device_out": leave_one_device_out, "write": not dry_run, "as_json": as_json}
+        show_fit(kernels, part=part, **how)
     elif not show_refit(records, device=device, host=host, output=None if dry_run else output, as_json=as_json):
         sys.exit(1)
 

@@ -130,14 +130,14 @@ def _products(i: int, op: Op, tables: Tables) -> None:
         elif dtype == "c64":  # four real products: [Re A, -Im A; Im A, Re A] by [Re B; Im B]
             _gemm_row(i, op, "fp32", layout, (2 * m, n, 2 * k, batch), tables)
         elif dtype in EIGHT:  # tensor cores take them in pairs: the bytes and the steps of half the depth
-            _gemm_row(i, op, "fp16", layout, (m, n, -(-k // 2), batch), tables)
+            _gemm_row(i, op, dtype, layout, (m, n, -(-k // 2), batch), tables)
         else:
             _gemm_row(i, op, dtype if dtype in HALF else "fp32", layout, (m, n, k, batch), tables)
 
 
 def _gemm_row(i: int, op: Op, dtype: str, layout: Any, shape: tuple[Any, ...], tables: Tables) -> None:
     """A weight comes from HBM, an activation may still lie in L2; weight gradients and bmm have two activations."""
-    name, padded = op.name, op.attrs.padded and dtype in HALF
+    name, padded = op.name, op.attrs.padded and dtype in (*HALF, *EIGHT)
     b_copies = 1.0 if name in WRITTEN or layout == "nt" else np.inf
     accumulates = name in ("addmm_", "addmm.out")
     if name.startswith("convolution"):  # cuDNN pads channels
@@ -171,9 +171,37 @@ def _gemm(profile: DeviceProfile, dtype: str, batched: bool, padded: bool, *colu
         copy = pointwise_time(copied, copied, hardware=profile.hardware, parameters=profile.pointwise)
         instead = price(*sides, parameters=parameters) + np.where(copied > 0.0, copy, 0.0)
         seconds = np.minimum(seconds, instead)
-    if dtype in HALF and profile.compute_capability.startswith(ACCELERATED):
-        seconds = seconds + IN_STREAM / profile.hardware.clock_hz
     return np.asarray(seconds)
+
+
+def _gemm_in_stream(profile: DeviceProfile, dtype: str, batched: bool, padded: bool, *columns: Any) -> np.ndarray:
+    """As `_gemm`, in a stream of other kernels; of measured silicon with what measurements leave of that price.
+
+    Products of 8 bits, which were not measured, are priced as those of 16.
+    """
+    eight = dtype in EIGHT
+    seconds = _gemm(profile, "fp16" if eight else dtype, batched, padded, *columns)
+    if profile.residual and dtype in HALF and not batched:
+        _learn(seconds, profile, columns)
+    if (eight or dtype in HALF) and profile.compute_capability.startswith(ACCELERATED):
+        seconds += IN_STREAM / profile.hardware.clock_hz
+    return seconds
+
+
+def _learn(seconds: np.ndarray, profile: DeviceProfile, columns: Sequence[np.ndarray]) -> None:
+    """Multiply by the learned factor where it holds: single products, whose rows wide loads take.
+
+    Weight gradients (nt) keep their price: SimuMax's rows of an A100 and a B200 say that the factor makes it no better,
+    while it does that of input gradients.
+    """
+    from .residual import load_residual  # few devices have one
+
+    m, n, k, batch, layout, *_ = columns
+    held = (batch == 1) & (layout != LAYOUTS.index("nt")) & (n % WIDE == 0) & (k % WIDE == 0)
+    rows = np.flatnonzero(held.reshape(len(held), -1).any(axis=1))
+    if rows.size:
+        factor = load_residual(profile.residual).factor(m[rows], n[rows], k[rows], profile.hardware.sm_count)
+        seconds[rows] *= np.where(held[rows], factor, 1.0)
 
 
 def _attention(
@@ -218,5 +246,6 @@ def _memory(profile: DeviceProfile, kind: str, *columns: Any) -> np.ndarray:
 
 
 MODELS: dict[str, Model] = {
-    "gemm": _gemm, "grouped": grouped_time, "attention": _attention, "solver": _solver, "bus": _bus, "memory": _memory,
+    "gemm": _gemm_in_stream, "grouped": grouped_time, "attention": _attention, "solver": _solver, "bus": _bus,
+    "memory": _memory,
 }  # fmt: skip

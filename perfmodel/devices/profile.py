@@ -1,10 +1,11 @@
 """A device profile: datasheet, fitted parameters and where they come from, read from data/devices/NAME.toml.
 
-A file holds `name`, `kind` ("cuda" or "cpu"), `architecture`, `compute_capability`, `aliases`, `host`, the tables
-[datasheet] and [source] (one URL per datasheet key), and per fitted block `[fitted.gemm.bf16]`, `[fitted.gemm.fp32]`,
-`[fitted.attention]`, `[fitted.attention_cudnn]` (Hopper and data-centre Blackwell), `[fitted.pointwise]` its provenance
-and the tables `parameters` and `residuals`. A block that is missing comes from classes.toml, by the device's family;
-`[fitted.grouped]`, products by expert, may be missing there, too. The blocks of a CPU hold the parameters of
+A file holds `name`, `kind` ("cuda" or "cpu"), `architecture`, `compute_capability`, `aliases`, `host`, `residual` (the
+silicon whose learned factor its 16-bit products have), the tables [datasheet] and [source] (one URL per datasheet key),
+and per fitted block `[fitted.gemm.bf16]`, `[fitted.gemm.fp32]`, `[fitted.attention]`, `[fitted.attention_cudnn]`
+(Hopper and data-centre Blackwell), `[fitted.pointwise]` its provenance and the tables `parameters` and `residuals`. A
+block that is missing comes from classes.toml, by the device's family; `[fitted.grouped]`, products by expert, may be
+missing there, too. The blocks of a CPU hold the parameters of
 `devices.cpu`. Own devices: `perfmodel calibrate` writes one for this machine (see `perfmodel.devices.own`), or pass the
 path of a file.
 """
@@ -75,6 +76,7 @@ class DeviceProfile:
             Where a device has no tensor cores for a dtype, `gemm` holds the fp32 block for it.
         sources: figure of the datasheet -> where it comes from.
         host: the host whose costs go with the device unless another is named.
+        residual: the file of what measurements leave of the price of 16-bit products (`devices.residual`); or empty.
         cpu: what prices the work of a CPU; None for a GPU. The blocks above say nothing about a CPU.
     """
 
@@ -94,6 +96,7 @@ class DeviceProfile:
     fitted: Mapping[str, Origin]
     sources: Mapping[str, str] = field(default_factory=dict)
     host: str = "default"
+    residual: str = ""
     cpu: "CpuKernels | None" = None
 
     def peak(self, dtype: str) -> float:
@@ -229,6 +232,7 @@ def from_table(slug: str, table: Table, where: str) -> DeviceProfile:
         fitted={b: x.origin for b, x in blocks.items()},
         sources={k: str(v) for k, v in toml.subtable(table, "source", where).items()} if "source" in table else {},
         host=toml.text(table, "host", where) if "host" in table else "default",
+        residual=toml.text(table, "residual", where) if "residual" in table else "",
         cpu=_cpu_kernels(blocks) if on_cpu else None,
     )
 

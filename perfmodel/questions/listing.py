@@ -66,6 +66,7 @@ def devices() -> Rows:
             "device": p.slug, "architecture": p.architecture, "memory_bytes": p.hardware.memory_bytes,
             "memory_bandwidth": p.hardware.memory_bandwidth, "bf16_flops": p.hardware.peak("bf16"),
             "fp32_flops": p.hardware.peak("fp32"), "name": p.name, "measured": dict(p.fitted),
+            "learned": p.residual or None,
             "residuals": {block: dict(figures) for block, figures in p.residuals.items()},
         }
         for p in [*profile.own_profiles()[0], *bundled]

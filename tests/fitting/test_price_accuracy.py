@@ -14,6 +14,7 @@ import pytest
 from perfmodel.devices import profile
 from perfmodel.devices.attention import attention_forward_time
 from perfmodel.devices.profile import DEVICES
+from perfmodel.devices.residual import FOLDER
 
 flash_papers = pytest.importorskip("validate.fitting.flash_papers", exc_type=ImportError)
 gemm = pytest.importorskip("validate.fitting.gemm", exc_type=ImportError)
@@ -70,6 +71,22 @@ def test_published_bf16_gemms_are_priced_as_promised(kernels: Path, device: str,
         some = rows[chosen]
         seconds = common.Shapes.of(some).price(on.hardware, replace(on.gemm["bf16"], sustained=1.0, power_share=0.0))
         keeps(seconds, gemm.roofline_seconds(some, on.hardware), common.column(some, "seconds"), promised)
+
+
+LEARNED = [  # with the learned factor: rows from 64, below, adapter shapes
+    ("a100-80gb-sxm", 0.05, 0.06, 0.06), ("h100-sxm", 0.05, 0.06, 0.06), ("b200", 0.06, 0.06, 0.08),
+    ("l40s", 0.07, 0.10, 0.08),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("device", "most", "few", "thin"), LEARNED)
+def test_bf16_gemms_with_the_learned_factor_are_priced_as_promised(
+    device: str, most: float, few: float, thin: float
+) -> None:
+    """What a prediction's products cost on measured silicon, on shapes that neither fit saw."""
+    errors = tomllib.loads((FOLDER / f"{device}.toml").read_text(encoding="utf-8"))["with_residual"]
+    for rows, limit in (("m_from_64", most), ("m_below_64", few), ("adapter_shapes", thin)):
+        assert errors[rows]["mean"] <= limit, rows
 
 
 @pytest.mark.parametrize("device", ["v100-32gb-pcie", "a100-40gb-pcie", "a100-80gb-pcie", "h100-sxm"])

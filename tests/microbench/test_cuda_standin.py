@@ -22,11 +22,11 @@ import torch.distributed as dist
 from campaigns import TINY
 from cuda_standin import Gpu, runtime, standin
 
+from perfmodel import Device
 from perfmodel.architectures import from_config
 from perfmodel.cli import main
 from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
-from perfmodel.devices.gemm import gemm_time
 from perfmodel.devices.host import Host
 from perfmodel.prediction.predict import predict
 from perfmodel.setup import Setup
@@ -166,8 +166,7 @@ def test_a_benchmark_takes_what_its_kernel_takes(gpu: Gpu) -> None:
     gpu.by = DEFAULT
     case = MicroCase("gemm", "mm", "bf16", (("m", 2048), ("n", 2048), ("k", 2048)), "tn")
     timing = stopwatch.CudaStopwatch()(*kernels.build_call(case, "cuda"), 0.05, 5)
-    expected = gemm_time(2048, 2048, 2048, hardware=A100.hardware, parameters=A100.gemm["bf16"], dtype="bf16")
-    assert timing.median == pytest.approx(float(expected), rel=1e-3)
+    assert timing.median == pytest.approx(Device(A100).gemm(2048, 2048, 2048), rel=1e-3)
 
 
 def test_a_visit_that_runs_out_of_memory_gives_it_back(gpu: Gpu) -> None:

@@ -18,11 +18,12 @@ from perfmodel.devices.attention import AttentionParameters
 from perfmodel.devices.gemm import GemmParameters
 from perfmodel.devices.pointwise import PointwiseParameters
 from perfmodel.devices.profile import BLOCKS, CLASSES, CUDNN_ATTENTION, DEVICES, GROUPED
+from perfmodel.devices.residual import FOLDER as RESIDUALS
 from perfmodel.errors import UserError
 
-from . import attention, gemm, grouped, layouts, pointwise, sgemm, squares
+from . import attention, gemm, grouped, layouts, pointwise, residual, sgemm, squares
 from .judging import Fit, FitErrors, file, hardware
-from .write import write_blocks, write_last
+from .write import write_blocks, write_last, write_residual
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what comes next or was done
 Row = dict[str, Any]
@@ -118,6 +119,7 @@ class _Fitted:
     pairs: dict[str, list[FitErrors]] = field(
         default_factory=lambda: {b: [] for b in FITTED}
     )  # errors of SIBLINGS' kind
+    residuals: dict[str, residual.Learned] = field(default_factory=dict)  # of 16-bit products, by device
 
 
 def fit_kernels(folder: str | PathLike[str], progress: Progress | None = None, *, write: bool) -> list[Row]:
@@ -145,6 +147,7 @@ def fit_kernels(folder: str | PathLike[str], progress: Progress | None = None, *
             write_blocks(DEVICES / f"{slug}.toml", blocks, today)
         classes = {f"{b}.{name}": fit for b in FITTED for name, fit in fitted.classes[b].items()}
         write_blocks(DEVICES / f"{CLASSES}.toml", classes, today)
+        _write_residuals(fitted, today)
     return _table(fitted, set(profile.names()))
 
 
@@ -156,6 +159,15 @@ def fit_grouped(folder: str | PathLike[str], progress: Progress | None = None, *
     if write:
         for slug, fit in fitted.devices[GROUPED].items():
             write_last(DEVICES / f"{slug}.toml", GROUPED, fit, date.today().isoformat())
+    return _table(fitted, set(profile.names()))
+
+
+def fit_residuals(folder: str | PathLike[str], progress: Progress | None = None, *, write: bool) -> list[Row]:
+    """As `fit_kernels`, of the residual of 16-bit products alone, on top of the prices that the files have."""
+    steps, fitted = _Steps(progress, len(gemm.BF16_FILES)), _Fitted()
+    _residuals(_folder(folder), fitted, {slug: profile.load(slug).gemm["bf16"] for slug in gemm.BF16_FILES}, steps)
+    if write:
+        _write_residuals(fitted, date.today().isoformat())
     return _table(fitted, set(profile.names()))
 
 
@@ -175,7 +187,7 @@ def _folder(folder: str | PathLike[str]) -> Path:
 def _fit_all(folder: Path, progress: Progress | None) -> _Fitted:
     for name in (*gemm.BF16_FILES.values(), sgemm.FILE, grouped.FILE):
         file(folder, name)
-    steps = _Steps(progress, 2 * len(GEMMS) + len(GEMM_CLASSES) + 1 + 10 + len(grouped.ROWS_OF))
+    steps = _Steps(progress, 2 * len(GEMMS) + len(gemm.BF16_FILES) + len(GEMM_CLASSES) + 1 + 10 + len(grouped.ROWS_OF))
     fitted = _Fitted()
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # fits of GEMMs do not need each other
         _gemms(pool, folder, fitted, steps)
@@ -185,8 +197,10 @@ def _fit_all(folder: Path, progress: Progress | None) -> _Fitted:
     _attention(folder, fitted)
     steps("attention")
     _pointwise(folder, fitted, steps)
-    bf16 = {slug: fitted.devices["gemm.bf16"][slug].parameters for slug in grouped.ROWS_OF}
-    _grouped(folder, fitted, {slug: p for slug, p in bf16.items() if isinstance(p, GemmParameters)}, steps)
+    fits = fitted.devices["gemm.bf16"].items()
+    bf16 = {slug: fit.parameters for slug, fit in fits if isinstance(fit.parameters, GemmParameters)}
+    _grouped(folder, fitted, {slug: bf16[slug] for slug in grouped.ROWS_OF}, steps)
+    _residuals(folder, fitted, {slug: bf16[slug] for slug in gemm.BF16_FILES}, steps)
     _siblings(fitted, *SIBLINGS)
     fitted.devices["gemm.fp32"]["l40s"] = squares.of_l40s(fitted.classes["gemm.fp32"]["any"])
     return fitted
@@ -339,6 +353,17 @@ def _grouped(folder: Path, fitted: _Fitted, dense: dict[str, GemmParameters], st
         steps(f"products by expert, {slug}")
 
 
+def _residuals(folder: Path, fitted: _Fitted, physics: dict[str, GemmParameters], steps: _Steps) -> None:
+    for slug, parameters in physics.items():
+        fitted.residuals[slug] = residual.fit_residual(folder, slug, parameters)
+        steps(f"residual of GEMMs, {slug}")
+
+
+def _write_residuals(fitted: _Fitted, today: str) -> None:
+    for slug, found in fitted.residuals.items():
+        write_residual(RESIDUALS / f"{slug}.toml", found, today)
+
+
 def _siblings(fitted: _Fitted, *blocks: str) -> None:
     """Blocks of devices without rows: a like device's ratios, with the errors of leaving a device out."""
     for block in blocks:
@@ -374,6 +399,10 @@ def _table(fitted: _Fitted, chosen: set[str]) -> list[Row]:
         for slug, errors in fitted.left_out[block].items():
             if slug in chosen:
                 rows.append(_row(block, slug, "device left out", errors))
+    for slug, found in fitted.residuals.items():
+        for name, errors in found.after.items():
+            rows.append(_row("residual", slug, f"{name}, physics alone", found.before[name]))
+            rows.append(_row("residual", slug, name, errors))
     return rows
 
 

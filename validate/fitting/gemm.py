@@ -258,9 +258,14 @@ def on_device(found: Found, slug: str, dtype: str) -> Found:
 def judge_gemms(rows: pd.DataFrame, hw: Hardware, found: Found) -> dict[str, FitErrors]:
     """Errors on the left-out rows: all, and by slice where a slice has 20 rows."""
     rows = rows[rows.left_out].reset_index(drop=True)
-    predicted, plain, seconds = priced_products(rows, hw, found), roofline_seconds(rows, hw), column(rows, "seconds")
+    return errors_by_slice(rows, priced_products(rows, hw, found), hw)
+
+
+def errors_by_slice(rows: pd.DataFrame, predicted: Array, hw: Hardware) -> dict[str, FitErrors]:
+    """Errors of predicted seconds: of all rows, and by slice where a slice has 20."""
+    plain, seconds = roofline_seconds(rows, hw), column(rows, "seconds")
     thin = ((rows.n <= 128) | (rows.k <= 128)) & (rows.m >= 512) & (rows.b == 1)
-    cuts = {"all": rows.m > 0, "m_from_64": rows.m >= 64, "adapter_shapes": thin} | {
+    cuts = {"all": rows.m > 0, "m_from_64": rows.m >= 64, "m_below_64": rows.m < 64, "adapter_shapes": thin} | {
         str(g): rows.group == g for g in rows.group.unique()
     }
     kept = {name: np.asarray(cut) for name, cut in cuts.items()}
@@ -275,7 +280,7 @@ def fit_device(folder: Path, slug: str, dtype: str) -> Fit:
     return Fit(
         parameters=found.parameters,
         source=AICONFIGURATOR if dtype == "bf16" else sgemm.NEUSIGHT,
-        software=_software(folder, slug) if dtype == "bf16" else "PyTorch eager, cuBLAS, TF32 off",
+        software=software(folder, slug) if dtype == "bf16" else "PyTorch eager, cuBLAS, TF32 off",
         rows_fitted=min(FIT_ROWS, int((~rows.left_out).sum())),
         rows_left_out=int(rows.left_out.sum()),
         errors=errors["all"],
@@ -285,7 +290,8 @@ def fit_device(folder: Path, slug: str, dtype: str) -> Fit:
     )
 
 
-def _software(folder: Path, slug: str) -> str:
+def software(folder: Path, slug: str) -> str:
+    """What ran the bf16 products of a device."""
     columns = [
         c.removesuffix("_ms").replace("_", " ")
         for c in strings(measured_table(folder, BF16_FILES[slug]))

@@ -11,8 +11,11 @@ from . import fit
 from .judging import Doubts
 
 
-def show_fit(folder: Any, *, leave_one_device_out: bool, write: bool, as_json: bool, grouped: bool = False) -> None:
-    """Fit device profiles and print the errors on left-out rows, a plain roofline beside them."""
+def show_fit(folder: Any, *, leave_one_device_out: bool, part: str = "", write: bool, as_json: bool) -> None:
+    """Fit device profiles and print the errors on left-out rows, a plain roofline beside them.
+
+    `part` is what is fitted alone: "grouped" (products by expert), "residual" (of 16-bit products), or all.
+    """
     with progress() as bar:
         task = bar.add_task("reading", total=None)
 
@@ -21,8 +24,8 @@ def show_fit(folder: Any, *, leave_one_device_out: bool, write: bool, as_json: b
 
         if leave_one_device_out:
             rows = fit.leave_one_device_out(folder, tick)
-        elif grouped:
-            rows = fit.fit_grouped(folder, tick, write=write)
+        elif part:
+            rows = {"grouped": fit.fit_grouped, "residual": fit.fit_residuals}[part](folder, tick, write=write)
         else:
             rows = fit.fit_kernels(folder, progress=tick, write=write)
     if as_json:

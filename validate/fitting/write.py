@@ -1,14 +1,20 @@
 """Writes fitted blocks into device files: as text, so that everything before them stays as its author wrote it."""
 
+import base64
 import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from perfmodel.devices import profile
-from perfmodel.resources import written
+import numpy as np
 
-from .judging import Fit
+from perfmodel.devices import profile
+from perfmodel.devices.residual import load_residual
+from perfmodel.resources import write_text, written
+
+from .judging import Array, Fit
+from .residual import Learned
 
 
 def write_blocks(path: Path, blocks: Mapping[str, Fit], date: str) -> None:
@@ -58,6 +64,27 @@ def block_text(name: str, fit: Fit, date: str) -> str:
     for key, errors in fit.slices.items():
         lines.append(f"{_key(key)} = {_value(errors.rounded())}")
     return "\n".join(lines) + "\n"
+
+
+def write_residual(path: Path, found: Learned, date: str) -> None:
+    """A residual's file: provenance, errors before and after on rows that no fit saw, and the tables."""
+    given = {"source": found.source, "date": date, "software": found.software, "rows_fitted": found.rows_fitted}
+    lines = [f"{key} = {_value(value)}" for key, value in given.items()]
+    lines += [f"rows_left_out = {found.rows_left_out}", f"physics = {_value(found.physics)}"]
+    for title, errors in (("physics_alone", found.before), ("with_residual", found.after)):
+        lines += ["", f"[{title}]", *(f"{_key(name)} = {_value(e.rounded())}" for name, e in errors.items())]
+    residual = found.residual
+    lines += ["", "[tables]", f"tiles = {_value(tuple(residual.waves))}", f"bounds = {_value(residual.bounds)}"]
+    lines += [f"step = {_value(found.step)}", f"shapes = {_coded(residual.shapes / found.step)}"]
+    lines += [f"waves = [{', '.join(_coded(table / found.step) for table in residual.waves.values())}]"]
+    write_text(path, "\n".join(lines) + "\n")
+    load_residual.cache_clear()
+
+
+def _coded(steps: Array) -> str:
+    """Whole numbers as signed bytes in base64, a literal string of TOML."""
+    text = base64.b64encode(np.round(steps).astype(np.int8).tobytes()).decode()
+    return "'''\n" + "\n".join(textwrap.wrap(text, 116)) + "'''"
 
 
 def _key(name: str) -> str:
