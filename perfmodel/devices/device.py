@@ -7,7 +7,8 @@
     >>> h100.gemm(np.array([512, 4096]), 4096, 4096).shape
     (2,)
 
-They are the prices that predictions are made of, launch floors included; dims may be integer arrays that broadcast.
+They are the prices that predictions are made of, launch floors included, but that products are those of a benchmark
+unless `in_step` is asked for; dims may be integer arrays that broadcast.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,12 +50,16 @@ class Device:
         """
         return cls(profile.load(name_or_path))
 
-    def gemm(self, m: Any, n: Any, k: Any, *, batch: Any = 1, dtype: str = "bf16", layout: str = "tn") -> Any:
+    def gemm(
+        self, m: Any, n: Any, k: Any, *, batch: Any = 1, dtype: str = "bf16", layout: str = "tn", in_step: bool = False
+    ) -> Any:
         """Seconds of (m, k)·(k, n), or of `batch` of them in one call.
 
         Args:
             m, n, k, batch: rows and columns of the result, elements summed over, products.
             layout: tn (a linear's forward), nn (its input gradient) or nt (its weight gradient).
+            in_step: behind other kernels and on a board that has been at work, as in a training step, where 16-bit
+                products take longer than of their like back to back in a short burst.
 
         Raises:
             UserError: a dim below 1, an unknown dtype or layout, a batch in another layout than tn.
@@ -69,7 +74,7 @@ class Device:
                 return _call("mm", dtype, ((m, k), (k, n)), (m, n), Attrs(layout))
             return _call("bmm", dtype, ((b, m, k), (b, k, n)), (b, m, n))
 
-        return self._over((m, n, k, batch), call)
+        return self._over((m, n, k, batch), call, in_step=in_step)
 
     def attention(
         self, batch: Any, seq: Any, heads: Any, head_dim: Any, *, kv_heads: Any = None, backward: bool = False,
@@ -117,15 +122,20 @@ class Device:
         seconds = price.durations([op], self.profile)[0]
         return seconds if seconds.ndim else float(seconds)
 
-    def _over(self, dims: tuple[Any, ...], call: Callable[..., Op]) -> Any:
+    def _over(self, dims: tuple[Any, ...], call: Callable[..., Op], *, in_step: bool = True) -> Any:
         """Seconds of a call over broadcast dims: a float, or an array of their shape."""
+
+        def price_of(op: Op) -> Any:
+            seconds = price.durations([op], self.profile, in_step=in_step)[0]
+            return seconds if np.ndim(seconds) else float(seconds)
+
         arrays = np.broadcast_arrays(*(_positive(d) for d in dims))
         shape = arrays[0].shape
         if not shape:
-            return self.op(call(*(int(a) for a in arrays)))
+            return price_of(call(*(int(a) for a in arrays)))
         flat = [a.reshape(-1) for a in arrays]
         uniform = [int(a[0]) if (a == a[0]).all() else a for a in flat]
-        return np.broadcast_to(self.op(call(*uniform)), flat[0].shape).reshape(shape)
+        return np.broadcast_to(price_of(call(*uniform)), flat[0].shape).reshape(shape)
 
 
 def profile_of(device: "str | PathLike[str] | DeviceProfile | Device") -> DeviceProfile:

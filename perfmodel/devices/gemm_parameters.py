@@ -1,5 +1,6 @@
 """What the GEMM model knows of a device beyond its datasheet."""
 
+from dataclasses import replace
 from typing import Literal
 
 from ..values import immutable
@@ -80,6 +81,10 @@ class GemmParameters:
     max_split: int = 32
     tiles: Tiles = TENSOR_CORE_TILES
     batched_tiles: Tiles | None = None
+
+    def in_bursts(self) -> "GemmParameters":
+        """The same of short bursts, as kernels are benchmarked: before a board falls back to what its power allows."""
+        return replace(self, sustained=1.0, power_share=0.0)
 
     def slowdown(self, layout: Layout) -> float:
         """Main-loop time of a layout over that of the forward layout."""

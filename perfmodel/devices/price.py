@@ -58,8 +58,13 @@ ROW_WISE = (
 )  # kinds that give a row to a thread block
 
 
-def durations(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
-    """Device seconds of each op, shape (ops, *grid); 0 for views and for work on host tensors."""
+def durations(ops: Sequence[Op], profile: DeviceProfile, *, in_step: bool = True) -> np.ndarray:
+    """Device seconds of each op, shape (ops, *grid); 0 for views and for work on host tensors.
+
+    Args:
+        in_step: as in a training step; if not, 16-bit products as benchmarks have them, of their like back to back and
+            too short to make the board warm.
+    """
     if profile.cpu is not None:
         from .cpu import cpu_durations
 
@@ -68,7 +73,11 @@ def durations(ops: Sequence[Op], profile: DeviceProfile) -> np.ndarray:
     for i, op in enumerate(ops):
         if not op.view and not op.attrs.host:
             _sort(i, op, tables)
-    return tables.seconds(len(ops), {name: partial(model, profile) for name, model in MODELS.items()})
+    models = {name: partial(model, profile) for name, model in MODELS.items()}
+    if not in_step:
+        bursts = {dtype: p.in_bursts() if dtype in HALF else p for dtype, p in profile.gemm.items()}
+        models["gemm"] = partial(_learned_gemm, replace(profile, gemm=bursts))
+    return tables.seconds(len(ops), models)
 
 
 def _sort(i: int, op: Op, tables: Tables) -> None:
@@ -175,16 +184,21 @@ def _gemm(profile: DeviceProfile, dtype: str, batched: bool, padded: bool, *colu
 
 
 def _gemm_in_stream(profile: DeviceProfile, dtype: str, batched: bool, padded: bool, *columns: Any) -> np.ndarray:
-    """As `_gemm`, in a stream of other kernels; of measured silicon with what measurements leave of that price.
+    """As `_learned_gemm`, in a stream of other kernels."""
+    seconds = _learned_gemm(profile, dtype, batched, padded, *columns)
+    if dtype in (*HALF, *EIGHT) and profile.compute_capability.startswith(ACCELERATED):
+        seconds += IN_STREAM / profile.hardware.clock_hz
+    return seconds
+
+
+def _learned_gemm(profile: DeviceProfile, dtype: str, batched: bool, padded: bool, *columns: Any) -> np.ndarray:
+    """As `_gemm`; of measured silicon with what measurements leave of that price.
 
     Products of 8 bits, which were not measured, are priced as those of 16.
     """
-    eight = dtype in EIGHT
-    seconds = _gemm(profile, "fp16" if eight else dtype, batched, padded, *columns)
+    seconds = _gemm(profile, "fp16" if dtype in EIGHT else dtype, batched, padded, *columns)
     if profile.residual and dtype in HALF and not batched:
         _learn(seconds, profile, columns)
-    if (eight or dtype in HALF) and profile.compute_capability.startswith(ACCELERATED):
-        seconds += IN_STREAM / profile.hardware.clock_hz
     return seconds
 
 

@@ -1,7 +1,6 @@
 """The learned factor of 16-bit products: what its fit finds and never sees, and on which prices it stands."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ judging = pytest.importorskip("validate.fitting.judging", exc_type=ImportError)
 write = pytest.importorskip("validate.fitting.write", exc_type=ImportError)
 
 FILES = stems(learned.FOLDER, ".toml")
-BURST = replace(profile.load("l40s").gemm["bf16"], sustained=1.0)
+BURST = profile.load("l40s").gemm["bf16"].in_bursts()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ The rows priced here are few (`fixtures/kernels`), those behind the stated error
 """
 
 import tomllib
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,7 @@ def test_published_bf16_gemms_are_priced_as_promised(kernels: Path, device: str,
     thin = ((rows.n <= 128) | (rows.k <= 128)) & (rows.m >= 512)
     for chosen, promised in ((rows.left_out & (rows.m >= 64), limit), (rows.left_out & thin, 0.10)):
         some = rows[chosen]
-        seconds = common.Shapes.of(some).price(on.hardware, replace(on.gemm["bf16"], sustained=1.0, power_share=0.0))
+        seconds = common.Shapes.of(some).price(on.hardware, on.gemm["bf16"].in_bursts())
         keeps(seconds, gemm.roofline_seconds(some, on.hardware), common.column(some, "seconds"), promised)
 
 

@@ -5,7 +5,7 @@ measured; fits without a third of the values of n, or of k, say what it is worth
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,7 @@ class Learned:
 
 def fit_residual(folder: Path, slug: str, parameters: GemmParameters) -> Learned:
     """The residual of one device on top of such parameters, which are taken in bursts as the rows are."""
-    hw, burst = hardware(slug), replace(parameters, sustained=1.0)
+    hw, burst = hardware(slug), parameters.in_bursts()
     rows = gemm_rows(folder, slug, "bf16")
     physical = Shapes.of(rows).price(hw, burst)
     left, seen = np.log(column(rows, "seconds") / physical), np.asarray(~rows.left_out)
@@ -88,7 +88,7 @@ def mean_price(hw: Hardware, p: GemmParameters) -> float:
     """Geometric mean of physical prices, in seconds: a residual is worth nothing on top of others."""
     sides = np.geomspace(32, 32768, 6).round()
     m, n, k = np.meshgrid(sides, sides, sides)
-    return float(np.exp(np.log(gemm_time(m, n, k, hardware=hw, parameters=replace(p, sustained=1.0))).mean()))
+    return float(np.exp(np.log(gemm_time(m, n, k, hardware=hw, parameters=p.in_bursts())).mean()))
 
 
 def _every_third(values: Array) -> np.ndarray:
