@@ -25,6 +25,8 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "deepspeed: z3_offload.json": ("axolotl", "one GPU, without ZeRO-3 with offloading (deepspeed)"),
     "fsdp: [full_shard]\nfsdp_config: {a: b}": ("axolotl", "one GPU, without FSDP (fsdp, fsdp_config)"),
     "tensor_parallel_size: 2": ("axolotl", "one GPU (tensor_parallel_size)"),
+    "ray_num_workers: 2": ("axolotl", "one GPU (ray_num_workers)"),
+    "ray_num_workers: 4": ("factory", "one GPU (ray_num_workers)"),
     "experts_implementation: scattermoe": (
         "axolotl", "experts as transformers runs them by default (experts_implementation)",
     ),
@@ -129,6 +131,7 @@ def test_what_is_not_modelled_stands_in_the_first_line(tmp_path: Path, text: str
     "text",
     [
         "tensor_parallel_size: 1",
+        "ray_num_workers: 1",
         "experts_implementation: grouped_mm",
         "fsdp: []",
         "tf32: true\nbf16: true\nflash_attention: true",
