@@ -56,6 +56,8 @@ LISA_STATES = "a new optimizer at each switch of blocks; Axolotl keeps the state
 # Models whose embeddings and norms have names that Axolotl does not know (`get_linear_embedding_layers`, "norm")
 UNNAMED = re.compile(r"gpt-?j|gpt-?2|cerebras-gpt|starcoder(?!2)|mpt-|bloom", re.IGNORECASE)
 OTHER_KIND = "quantised base weights of this kind are not modelled"
+GEMMA_4 = re.compile(r"gemma-?4", re.IGNORECASE)
+UNFUSED_GEMMA_4 = "without the fused kernel around attention, Axolotl's default for the model"  # norms and rotation
 QWEN_OF_2023 = re.compile(r"qwen-(1[._]8|7|14|72)b", re.IGNORECASE)  # its config.json: "use_flash_attn": "auto"
 AUTO_FLASH = "PyTorch's attention and norms, not flash-attn's, which the model's own code takes where it is installed"
 FP32_HEAD = "the output head in fp32, not in the dtype of the rest"
@@ -110,6 +112,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     }
     setup |= objective
     enlarged_by_axolotl(keys)
+    if GEMMA_4.search(str(keys.get("base_model"))):
+        keys.differ(UNFUSED_GEMMA_4)  # `_apply_model_specific_patches`
     if _keeps_fp32(keys, adapter, dtype):
         keys.differ("embeddings and norms in the dtype of the rest, not in fp32")
     after = keys.values["qat"].get("fake_quant_after_n_steps") if setup["qat"] != "none" else None
@@ -192,7 +196,7 @@ def _checkpoint(keys: Keys, *, checkpoints: bool) -> str:
         if not keys.values.get("adapter"):
             return "block"  # torch's wrapper of blocks (`_apply_activation_checkpointing`)
         keys.differ(RECOMPUTED, "activation_offloading" if offloading else "gradient_checkpointing")
-    if re.search(r"gemma-?4", str(keys.get("base_model")), re.IGNORECASE):
+    if GEMMA_4.search(str(keys.get("base_model"))):
         keys.used.add("gradient_checkpointing_kwargs")
         return "block"  # never reentrant, whatever is said
     plain = not keys.values.get("unfrozen_parameters") and not keys.values.get("rl")

@@ -71,6 +71,9 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "model_name_or_path: microsoft/Phi-3-mini-4k-instruct\ntrust_remote_code: true": (
         "factory", "transformers' own code of the model (trust_remote_code)",
     ),
+    "base_model: google/gemma-4-12B-it": (
+        "axolotl", "without the fused kernel around attention, Axolotl's default for the model",
+    ),
     "adapter: lora\nload_in_4bit: true": (
         "axolotl", "a base in 4 bits; Axolotl makes one for adapter: qlora alone (load_in_4bit)",
     ),
@@ -137,6 +140,7 @@ def test_what_is_not_modelled_stands_in_the_first_line(tmp_path: Path, text: str
         "tf32: true\nbf16: true\nflash_attention: true",
         "activation_offloading: false",
         "seed: 1",
+        "full_finetune: true",
         "sample_packing: true\npad_to_sequence_len: false",
         "sample_packing: true\nsdp_attention: true\nsdpa_varlen: false",
         f"base_model: meta-llama/Llama-3.1-8B-Instruct\n{PAD}",
