@@ -63,7 +63,7 @@ def test_softmax_backward_multiplies_in_a_kernel_of_its_own(length: int, again: 
 
 
 def test_logsumexp_passes_over_whole_rows() -> None:
-    """Its result has one number a row: taken for the row, all rows fell to one thread block, 25 times too slow.
+    """Its result has one number a row: taken for the row, all rows fell to one thread block: 281 ms, not 8.6.
 
     1,023 x 256,000 numbers: read for the largest, read and written for differences and for exponentials, read for the
     sums: 6 passes over 1.05 GB, at no less than half and no more than all of 864 GB/s.
