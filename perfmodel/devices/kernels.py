@@ -170,7 +170,18 @@ def _norm_backward(op: Op) -> list[Kernel]:
 
 @of("softmax")
 def _softmax(op: Op) -> list[Kernel]:
-    return _by_rows("softmax", op, _out(op))
+    return _log_sums(op) if op.name == "logsumexp" else _by_rows("softmax", op, _out(op))
+
+
+def _log_sums(op: Op) -> list[Kernel]:
+    """The largest of each row, differences and exponentials in memory, their sums; then a few numbers a row.
+
+    Source: ATen/native/ReduceOps.cpp, `logsumexp_out_impl`.
+    """
+    x, out, few = op.inputs[0], _out(op), costs.kernels(op) - 4
+    reduced = Kernel("reduction", 1, x.nbytes, out.nbytes, x.numel, _rows(x), x.shape[-1])
+    passes = Kernel("pointwise", 2, 2 * x.nbytes, 2 * x.nbytes, x.numel)
+    return [reduced, passes, reduced, Kernel("pointwise", few, few * out.nbytes, few * out.nbytes, out.numel)]
 
 
 @of("softmax_backward")

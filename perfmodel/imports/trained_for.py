@@ -37,6 +37,7 @@ INSTEAD = {  # what only some of them ask for, and what is answered instead
     "padding_free": "a dense batch, not one without padding", "use_logits_to_keep": "logits of all tokens",
     "loss_weights": "one loss",
 }  # fmt: skip
+NEWER_DPO = "DPO as TRL 1.8 runs it, entropy and accuracy of the logits too, not as the older one that the file is for"
 EMPTIED = "the allocator's cache is never emptied; Axolotl's DPO does it after every micro-batch"  # dpo/trainer.py
 BY_FOLDER = ("dpo", "kto", "orpo", "cpo", "simpo", "reward")  # of examples, which keep one folder for each
 
@@ -67,7 +68,10 @@ def of_trl(keys: Keys) -> dict[str, Any]:
     name = folder or "dpo"
     if folder is None and not losses:
         keys.differ("a DPO step: the file does not say whether DPO, KTO, ORPO or CPO reads it", *asked[:1])
-    return preference(keys, name)
+    found = preference(keys, name)
+    if name == "dpo" and _has(keys, "max_prompt_length"):  # which TRL's DPOConfig has no more
+        keys.differ(NEWER_DPO, "max_prompt_length")
+    return found
 
 
 def preference(keys: Keys, name: str) -> dict[str, Any]:

@@ -41,7 +41,8 @@ def notes_on(built: Step, on: DeviceProfile, seconds: Mapping[str, Any], total: 
     notes += _mixture_notes(built)
     notes += _stack_notes(built, on)
     reaches_embedding = built.setup.checkpoint != "none" and built.method.checkpoints(0)
-    if reaches_embedding and not any(p.requires_grad for p in built.parameters if p.kind == "embedding"):
+    embeddings = [p for p in built.parameters if p.kind == "embedding"]  # an image model has none
+    if reaches_embedding and embeddings and not any(p.requires_grad for p in embeddings):
         notes.append(
             "with checkpointing transformers makes the embedding's output need a gradient: backward runs through every "
             "block, also below the lowest trainable one"

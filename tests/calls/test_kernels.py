@@ -62,6 +62,18 @@ def test_softmax_backward_multiplies_in_a_kernel_of_its_own(length: int, again: 
     assert [(k.launches, k.read, k.written) for k in log] == [(1, (2 + again) * x.nbytes, x.nbytes)]
 
 
+def test_logsumexp_passes_over_whole_rows() -> None:
+    """Its result has one number a row: taken for the row, all rows fell to one thread block: 281 ms, not 8.6.
+
+    1,023 x 256,000 numbers: read for the largest, read and written for differences and for exponentials, read for the
+    sums: 6 passes over 1.05 GB, at no less than half and no more than all of 864 GB/s.
+    """
+    x, out = Spec("fp32", (1023, 256_000)), Spec("fp32", (1023,))
+    op = Op("logsumexp", (x,), (out,), x.nbytes, out.nbytes, attrs=Attrs(dims=(1,)))
+    assert sum(k.launches for k in kernels.memory_bound(op)) == costs.kernels(op)
+    assert 6 * x.nbytes / 864e9 < seconds(op) < 2 * 6 * x.nbytes / 864e9
+
+
 def test_a_transform_passes_over_its_array_once_a_dim_and_once_to_scale() -> None:
     """ifft2 of 3072 x 3072 complex numbers: three kernels that read and write 75.5 MB, too much for 96 MiB of L2.
 

@@ -25,6 +25,8 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "deepspeed: z3_offload.json": ("axolotl", "one GPU, without ZeRO-3 with offloading (deepspeed)"),
     "fsdp: [full_shard]\nfsdp_config: {a: b}": ("axolotl", "one GPU, without FSDP (fsdp, fsdp_config)"),
     "tensor_parallel_size: 2": ("axolotl", "one GPU (tensor_parallel_size)"),
+    "ray_num_workers: 2": ("axolotl", "one GPU (ray_num_workers)"),
+    "ray_num_workers: 4": ("factory", "one GPU (ray_num_workers)"),
     "experts_implementation: scattermoe": (
         "axolotl", "experts as transformers runs them by default (experts_implementation)",
     ),
@@ -68,6 +70,9 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     ),
     "model_name_or_path: microsoft/Phi-3-mini-4k-instruct\ntrust_remote_code: true": (
         "factory", "transformers' own code of the model (trust_remote_code)",
+    ),
+    "base_model: google/gemma-4-12B-it": (
+        "axolotl", "without the fused kernel around attention, Axolotl's default for the model",
     ),
     "adapter: lora\nload_in_4bit: true": (
         "axolotl", "a base in 4 bits; Axolotl makes one for adapter: qlora alone (load_in_4bit)",
@@ -129,11 +134,13 @@ def test_what_is_not_modelled_stands_in_the_first_line(tmp_path: Path, text: str
     "text",
     [
         "tensor_parallel_size: 1",
+        "ray_num_workers: 1",
         "experts_implementation: grouped_mm",
         "fsdp: []",
         "tf32: true\nbf16: true\nflash_attention: true",
         "activation_offloading: false",
         "seed: 1",
+        "full_finetune: true",
         "sample_packing: true\npad_to_sequence_len: false",
         "sample_packing: true\nsdp_attention: true\nsdpa_varlen: false",
         f"base_model: meta-llama/Llama-3.1-8B-Instruct\n{PAD}",

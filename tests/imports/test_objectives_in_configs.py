@@ -9,7 +9,7 @@ import yaml
 
 from perfmodel import UserError
 from perfmodel.imports import DIFFERS, read
-from perfmodel.imports.trained_for import EMPTIED, NOT_TRITONS, OUTSIDE, UNCORRECTED, UNFUSED_LOSS
+from perfmodel.imports.trained_for import EMPTIED, NEWER_DPO, NOT_TRITONS, OUTSIDE, UNCORRECTED, UNFUSED_LOSS
 from perfmodel.setup import Setup
 
 AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64}
@@ -64,6 +64,7 @@ SAID: tuple[tuple[dict[str, Any], str, str, list[str]], ...] = (
     (FACTORY | {"stage": "rm"}, "reward", "auto", [f"reward's {OWN}"]),
     (TRL | {"beta": 0.1}, "dpo", "auto", [OPEN]),
     (TRL | {"beta": 0.1, "loss_type": "sigmoid"}, "dpo", "auto", []),
+    (TRL | {"loss_type": "sigmoid", "max_prompt_length": 32}, "dpo", "auto", [f"{NEWER_DPO} (max_prompt_length)"]),
     (TRL | {"loss_type": ["apo_zero"]}, "dpo", "auto", ["DPO's sigmoid loss (loss_type)"]),
     (TRL | {"loss_type": "sigmoid", "precompute_ref_log_probs": True}, "dpo", "precomputed", []),
     (TRL | {"beta": 0.1, "desirable_weight": 1.3}, "kto", "auto", []),

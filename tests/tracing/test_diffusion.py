@@ -172,6 +172,7 @@ def test_an_experiment_of_pefts_image_benchmark_is_answered(tmp_path: Path, monk
     assert answer["method"] == "lora"
     assert answer["differs_from_config"] == []
     assert any("latents and text embeddings are made before the training" in note for note in answer["notes"])
+    assert not any("the embedding's output" in note for note in answer["notes"]), "it has none"
 
 
 def test_what_an_experiment_asks_for_otherwise_stands_in_the_first_line(tmp_path: Path) -> None:

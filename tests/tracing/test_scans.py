@@ -9,6 +9,7 @@ pytest.importorskip("peft")
 
 from perfmodel import UserError
 from perfmodel.architectures import Config
+from perfmodel.devices import price, profile
 from perfmodel.program.polynomials import NoPolynomial
 from perfmodel.recording.program import Program
 from perfmodel.recording.step import Step
@@ -46,6 +47,12 @@ def calls(step: Step) -> Counter[Any]:
     return found
 
 
+def seconds(step: Step) -> float:
+    """What all calls take: a price finds queries, keys and values by their places."""
+    h100 = profile.load("h100-sxm")
+    return sum(float(price.durations([op], h100)[0]) * times for _, op, times in step.ops())
+
+
 def host(program: Program) -> Counter[Any]:
     found: Counter[Any] = Counter()
     for part in (*program.first, *program.later):
@@ -72,6 +79,7 @@ def test_short_samples_say_what_longer_ones_do(
     monkeypatch.setattr(traced, "LONGEST", asked.seq)
     step, whole = traced.of_method(values, method, asked)
     assert calls(solved) == calls(step)
+    assert seconds(solved) == pytest.approx(seconds(step))
     assert host(program) == host(whole)
     assert program.live.at(2, asked.seq) == pytest.approx(whole.live.at(2, asked.seq), rel=LIVE)
 
