@@ -61,14 +61,13 @@ def traced_type(model: str) -> str:
 def otherwise(model: str, found: "Imported") -> list[str]:
     """How the traced program of a model differs from that of a training config's tool, all packages installed."""
     from ..architectures import load
-    from ..imports.fallbacks import TEXT_ALONE, in_16_bit, unpacked
+    from ..imports.fallbacks import in_16_bit, in_part, unpacked
     from ..tracing.kernels import without_kernels
 
     config = load(model)
     frozen = found.frozen if "vision_config" in config.values else ()
-    alone = TEXT_ALONE if TEXT_ALONE in config.note else ""
-    experts = in_16_bit(found, stacked=_stacks(config.values))
-    told = (without_kernels(traced_type(model)), _thawed(found, frozen), alone, unpacked(model, found), experts)
+    part, experts = in_part(config.note), in_16_bit(found, stacked=_stacks(config.values))
+    told = (without_kernels(traced_type(model)), _thawed(found, frozen), part, unpacked(model, found), experts)
     return [words for words in (*told, _clamped(model, found.method or "")) if words]
 
 

@@ -104,6 +104,7 @@ def test_what_a_tool_does_otherwise_is_said() -> None:
     assert traces.otherwise("qwen3.5-4b", replace(full, frozen=())) == said[:1]
     assert traces.otherwise("apertus-8b", adapted) == []
     assert traces.otherwise("gemma-3n-e2b", adapted) == ["the text decoder alone of a vision-language model"]
+    assert traces.otherwise("gemma-4-e2b", replace(adapted, frozen=())) == ["without its audio tower"]
     assert "AltUp" in traces.otherwise("gemma-3n-e2b", replace(adapted, method="qlora"))[1]
     packed = replace(adapted, setup={"dtype": "bf16"})
     assert traces.otherwise("Mapika/GLM-5.2-NVFP4", packed) == ["weights in bf16, not nvfp4"]
