@@ -162,7 +162,7 @@ def load(name_or_path: str) -> Config:
         if names.is_own_code(name_or_path):
             raise UserError(
                 f"model {name_or_path!r}: its program is code of its own repository (trust_remote_code), which is "
-                "never run here"
+                "never run here; give one like it that transformers has (perfmodel models lists them)"
             )
         if "/" in name_or_path:
             return _read_hub(name_or_path)

@@ -14,7 +14,6 @@ from ..setup import WITHIN
 from . import traces
 
 Command = Callable[..., Any]
-TEXT_ALONE = "batches of text"  # how data/configs/ says that images are left out
 CONFIG = f"{__name__}.config"  # what a training config says, for the command that was given one
 
 
@@ -45,13 +44,14 @@ def settled(options: dict[str, Any]) -> dict[str, Any]:
         UserError: the config's method can only be traced, and neither that nor another method is asked for.
     """
     ctx = click.get_current_context()
-    if CONFIG in ctx.meta and options["images"]:
-        found = ctx.meta[CONFIG]
-        ctx.meta[CONFIG] = replace(found, differences=[d for d in found.differences if not d.startswith(TEXT_ALONE)])
     if CONFIG in ctx.meta and is_traced(options):
         options, said = traces.followed(options, {name for name in options if _of_config(name)})
         found = ctx.meta[CONFIG] = ctx.meta[CONFIG].replaced(said)
         differ(traces.otherwise(options["model"], found))
+    if CONFIG in ctx.meta and options["images"]:
+        found = ctx.meta[CONFIG]
+        kept = [d for d in found.differences if not d.startswith(traces.OF_TEXT)]
+        ctx.meta[CONFIG] = replace(found, differences=kept)
     _check(ctx, options, traces.traced_type(options["model"]))
     return options
 

@@ -41,6 +41,9 @@ EXPERTS_BY_LAYER = {
     "minimax", "minimax_m2", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text",
     "qwen3_omni_moe_thinker", "sarvam_mla", "solar_open",
 }  # fmt: skip
+OF_TEXT = "batches of text"  # how data/configs/ says that images are left out
+# so that the towers of all GPUs run, behind the tokens of the first sample and masked (data/collator.py, `fake_images`)
+ADDED_IMAGE = f"{OF_TEXT}, without the image of 64 x 64 pixels that LLaMA-Factory adds to each"
 OF_EXPERTS = r"[=+](all-linear|(gate|up|down)_proj|w[123])\b"
 DROPOUT = r",dropout=[\d.e-]+"
 FUSED = r"implementation=\w+,?"
@@ -61,15 +64,21 @@ def traced_type(model: str) -> str:
 def otherwise(model: str, found: "Imported") -> list[str]:
     """How the traced program of a model differs from that of a training config's tool, all packages installed."""
     from ..architectures import load
-    from ..imports.fallbacks import TEXT_ALONE, in_16_bit, unpacked
+    from ..imports.fallbacks import in_16_bit, in_part, unpacked
     from ..tracing.kernels import without_kernels
 
     config = load(model)
     frozen = found.frozen if "vision_config" in config.values else ()
-    alone = TEXT_ALONE if TEXT_ALONE in config.note else ""
-    experts = in_16_bit(found, stacked=_stacks(config.values))
-    told = (without_kernels(traced_type(model)), _thawed(found, frozen), alone, unpacked(model, found), experts)
-    return [words for words in (*told, _clamped(model, found.method or "")) if words]
+    part, experts = in_part(config.note), in_16_bit(found, stacked=_stacks(config.values))
+    told = (without_kernels(traced_type(model)), _thawed(found, frozen), part, unpacked(model, found), experts)
+    image = _added_image(found) if "vision_config" in config.values else ""
+    return [words for words in (*told, _clamped(model, found.method or ""), image) if words]
+
+
+def _added_image(found: "Imported") -> str:
+    """What a tool adds to batches of text for a vision tower, where they are not said to be of text anyway."""
+    told = any(said.startswith(OF_TEXT) for said in found.differences)
+    return ADDED_IMAGE if found.tool == "LLaMA-Factory" and not told else ""
 
 
 def _clamped(model: str, method: str) -> str:

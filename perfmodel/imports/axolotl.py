@@ -239,17 +239,29 @@ def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
     linear = keys.flag("lora_target_linear")  # joined by the named ones, which are linear layers too
     named = as_targets(keys, "lora_target_modules")
     targets = (ALL_LINEAR,) if linear else named
-    layers, autocast = keys.get("peft_layers_to_transform") or (), keys.flag("peft_autocast_adapter_dtype", True)
+    layers = keys.get("peft_layers_to_transform") or ()
+    in_fp32 = keys.flag("peft_autocast_adapter_dtype", True) and not _casts_adapters(keys)
     return spec(
         name, r=keys.count("lora_r", 8), targets=targets,
         dropout=keys.number("lora_dropout"), layers=tuple(layers) if isinstance(layers, list) else layers,
-        adapter_dtype=dtype_in_trl(bits, objective) or (None if autocast else dtype),
+        adapter_dtype=dtype_in_trl(bits, objective) or (None if in_fp32 else dtype),
         implementation="unsloth" if _fused(keys, name, targets) else None,
         niter=power_iterations(name, keys.get("peft_init_lora_weights")),
         modules_to_save=keys.names("lora_modules_to_save"),
         double_quant=_double_quant(keys) if name == "qlora" else None, prepared=upcast,
         target_parameters=keys.names("lora_target_parameters"), experts=keys.flag("quantize_moe_experts"),
     )  # fmt: skip
+
+
+def _casts_adapters(keys: Keys) -> bool:
+    """Whether adapters that PEFT made in fp32 are cast to the 16-bit dtype.
+
+    DeepSeek-V4's kernels do it (integrations/kernels/adapters/dsv4.py, `_apply_fp32_dtype_policy`), and FSDP 2 beside
+    weights that are torchao's (monkeypatch/accelerate/fsdp2_quantized.py, `cast_residual_fp32`).
+    """
+    sharded = keys.values.get("fsdp_config") and not _in_fp32_under_fsdp(keys)
+    beside = bool(sharded) and "nvfp4" in str(keys.get("base_model")).lower()
+    return beside or bool(keys.values.get("use_dsv4_kernels"))
 
 
 def upcasts(keys: Keys) -> bool:

@@ -20,7 +20,7 @@ from .read import Imported
 BY_MODULE = ("Axolotl", "LLaMA-Factory", "LLaMA-Factory v1")  # they name every `nn.Linear` (`find_all_linear_names`, …)
 
 WORDS_OF_BITS = {"2bit": 2, "3bit": 3, "8bit": 8, "8bits": 8, "int8": 8}  # in names of repositories; else 4
-TEXT_ALONE = "the text decoder alone of a vision-language model"  # as data/models/ notes it
+PARTS = ("the text decoder alone of a vision-language model", "without its audio tower")  # as data/models/ notes them
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,15 @@ def fallbacks(found: Imported, architecture: Architecture) -> Iterator[Fallback]
     for option, said in (("fp8", NOT_FP8), ("qat", NOT_QAT)):
         if found.setup.get(option, "none") != "none" and not _converts(found, option, architecture):
             yield Fallback(option, "none", f"{said} ({option})")
-    if TEXT_ALONE in architecture.note:
-        yield Fallback("model", found.model, TEXT_ALONE)
+    if part := in_part(architecture.note):
+        yield Fallback("model", found.model, part)
     if found.method is not None:
         yield from _of_method(found, methods.parse(found.method), architecture)
+
+
+def in_part(note: str) -> str:
+    """What a bundled config lacks of the model, by its note; empty if it is whole."""
+    return next((words for words in PARTS if words in note), "")
 
 
 def _converts(found: Imported, option: str, architecture: Architecture) -> bool:

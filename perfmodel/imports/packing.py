@@ -16,6 +16,7 @@ TO_THE_END = "packed rows full to their end, so without the mask that padding th
 BY_A_MASK = "documents apart by a mask, not by torch's varlen_attn, which Axolotl takes where no window slides"
 TAKEN_OUT = "all rows are padded to sequence_len, and flash-attn takes padding out: samples are taken to be as long"
 TO_THE_LONGEST = "micro-batches padded to their longest sample, not to sequence_len"
+TO_A_MULTIPLE = "micro-batches padded to their longest sample, without the rest to a multiple of {} tokens and its mask"
 FLATTENING = "auto"  # Axolotl's `batch_flattening` where it can
 KNOWING = frozenset((  # attention that knows documents, by Axolotl (utils/schemas/enums.py)
     "flash_attention_2", "flash_attention_3", "flex_attention", "xformers", "sage", "kernels-community/flash-attn2",
@@ -28,6 +29,26 @@ TELL_LENGTHS = "give --lengths (or --seq the mean length)"
 def shorter(key: str) -> str:
     """What is to be said where samples are padded to the longest of a micro-batch only."""
     return f"without packing most batches are shorter than {key}: {TELL_LENGTHS}"
+
+
+def multiple_of_axolotl(keys: Keys) -> int:
+    """Tokens to a multiple of which rows without packing are padded (core/builders/{causal,rl}.py), 1 if they are not.
+
+    The collator of images has no such thing, those of preferences have none by themselves.
+    """
+    if keys.values.get("processor_type") or keys.values.get("pad_to_sequence_len") is not None:
+        return 1
+    return keys.count("pad_to_multiple_of", 1 if keys.values.get("rl") else 64)
+
+
+def multiple_of_llama_factory(keys: Keys) -> int:
+    """As `multiple_of_axolotl` (`pad_to_multiple_of` of train/{sft,dpo,kto,rm}/workflow.py)."""
+    return 1 if keys.text("stage") == "pt" else 8
+
+
+def multiple_of_trl(keys: Keys) -> int:
+    """As `multiple_of_axolotl`: where the file says so alone."""
+    return keys.count("pad_to_multiple_of", 1)
 
 
 def packed_by_axolotl(keys: Keys, setup: dict[str, Any], asked_attention: str | None) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 from ..errors import UserError
 from ..resources import mapping, parsed, read_json, read_text
-from . import adapter, axolotl, llama_factory, llama_factory_v1, meanings, peft_benchmark, trainer
+from . import adapter, axolotl, llama_factory, llama_factory_v1, meanings, packing, peft_benchmark, trainer
 from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, UNDER_ZERO_3
 from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
-from .packing import TAKEN_OUT, TO_THE_LONGEST, UNKNOWN
+from .packing import TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
 
 # What is said of a setup's field that holds no more where the field has another value
 SAID_OF = {"attention": FLASH_2_FOR_3, "engine": UNDER_ZERO_3, "kernels": ALL_OF_LIGER, "method": ALL_FUSED}
@@ -38,6 +38,7 @@ class Imported:
         why_traced: why only a trace can answer, where the method has no built-in form.
         frozen: parts of a vision-language model that the tool leaves as they are.
         upcasts: whether the tool puts in fp32 what is not quantised, but for embeddings and norms.
+        multiple: tokens to a multiple of which the tool pads rows without packing.
     """
 
     tool: str
@@ -51,6 +52,7 @@ class Imported:
     why_traced: str | None = None
     frozen: tuple[str, ...] = ()
     upcasts: bool = False
+    multiple: int = 1
 
     def with_lengths(self, *, padded: bool = True) -> "Imported":
         """What it says where the lengths of documents are given.
@@ -59,8 +61,11 @@ class Imported:
             padded: whether samples are padded to one another, as without packing.
         """
         kept = [d for d in self.differences if not d.startswith(UNKNOWN)]
-        whole = padded and (self.setup.get("padded") or TAKEN_OUT in self.notes)
-        return replace(self, differences=[*kept, TO_THE_LONGEST] if whole else kept)
+        if padded and (self.setup.get("padded") or TAKEN_OUT in self.notes):
+            kept.append(TO_THE_LONGEST)
+        elif padded and self.multiple > 1:
+            kept.append(TO_A_MULTIPLE.format(self.multiple))
+        return replace(self, differences=kept)
 
     def across_samples(self, packing: str) -> "Imported":
         """What it says where attention within packed documents is not modelled, but across them."""
@@ -107,6 +112,10 @@ TOOLS = (
     Tool("LLaMA-Factory", llama_factory.MARKS, llama_factory.read, ("llama_factory", "transformers")),
     Tool("Transformers/TRL", trainer.MARKS, trainer.read, ("transformers",)),
 )
+MULTIPLE = {
+    "Axolotl": packing.multiple_of_axolotl, "LLaMA-Factory": packing.multiple_of_llama_factory,
+    "Transformers/TRL": packing.multiple_of_trl,
+}  # fmt: skip
 FROZEN = {"Axolotl": axolotl.frozen_on_request, "LLaMA-Factory": llama_factory.frozen}
 
 
@@ -137,8 +146,11 @@ def read(path: str | Path) -> Imported:
     frozen = FROZEN[found.name](keys) if found.name in FROZEN else ()
     ignored = _judge(keys, table)
     upcasts = found.name == "Axolotl" and axolotl.upcasts(keys)
-    differences = keys.told_differences()
-    return Imported(found.name, model, method, setup, ignored, notes, differences, frozen=frozen, upcasts=upcasts)
+    multiple = MULTIPLE[found.name](keys) if found.name in MULTIPLE else 1
+    return Imported(
+        found.name, model, method, setup, ignored, notes, keys.told_differences(), frozen=frozen, upcasts=upcasts,
+        multiple=multiple,
+    )  # fmt: skip
 
 
 def _judge(keys: Keys, table: Meanings) -> list[str]:

@@ -148,7 +148,8 @@ def message_of(name: str) -> str:
         ("mistral-nemmo-12b", "did you mean 'mistral-nemo-12b'?"), ("gpt-neo-3b", "gpt-neo-125m, gpt-neo-1.3b, "),
         ("bloom-7b1", "perfmodel models lists"), ("mt5-base", "did you mean 't5-base'?"),
         ("glm-4.7", "bundled: glm-4.7-flash (or"), ("deepseek-v2", "bundled: deepseek-v2-lite, deepseek-v2.5 (or"),
-        ("replit/replit-code-v1-3b", "code of its own repository"), ("LnL-AI/dbrx-base-converted-v2", "never run here"),
+        ("replit/replit-code-v1-3b", "code of its own repository"),
+        ("LnL-AI/dbrx-base-converted-v2", "never run here; give one like it"),
     ],
 )  # fmt: skip
 def test_an_unknown_name_gets_the_nearest_of_its_kind(typed: str, meant: str) -> None:

@@ -101,14 +101,17 @@ def test_what_a_tool_does_otherwise_is_said() -> None:
     assert said[1] == "adapters on the vision tower too"
     full = replace(adapted, method="full", setup={"dtype": "fp32"})
     assert traces.otherwise("qwen3.5-4b", full)[1] == "the vision tower and the projector trained too, in fp32"
-    assert traces.otherwise("qwen3.5-4b", replace(full, frozen=())) == said[:1]
+    assert traces.otherwise("qwen3.5-4b", replace(full, frozen=())) == [said[0], traces.ADDED_IMAGE]
+    of_text = replace(full, frozen=(), differences=["batches of text, without images or sound (image_max_pixels)"])
+    assert traces.otherwise("qwen3.5-4b", of_text) == said[:1]
     assert traces.otherwise("apertus-8b", adapted) == []
     assert traces.otherwise("gemma-3n-e2b", adapted) == ["the text decoder alone of a vision-language model"]
+    assert traces.otherwise("gemma-4-e2b", replace(adapted, tool="Axolotl", frozen=())) == ["without its audio tower"]
     assert "AltUp" in traces.otherwise("gemma-3n-e2b", replace(adapted, method="qlora"))[1]
     packed = replace(adapted, setup={"dtype": "bf16"})
     assert traces.otherwise("Mapika/GLM-5.2-NVFP4", packed) == ["weights in bf16, not nvfp4"]
     assert traces.otherwise("Mapika/GLM-5.2-NVFP4", replace(packed, method="qlora")) == []
-    prepared = replace(packed, upcasts=True, frozen=())
+    prepared = replace(packed, tool="Axolotl", upcasts=True, frozen=())
     assert traces.otherwise("trinity-nano", prepared) == ["experts in bf16, not in fp32"]
     assert traces.otherwise("llama-4-scout-17b-16e-linearized", prepared) == []
     assert traces.otherwise("apertus-8b", prepared) == []

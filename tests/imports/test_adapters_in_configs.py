@@ -133,6 +133,16 @@ def test_an_experiment_of_pefts_comparison_is_read_with_its_training(tmp_path: P
     assert read(folder / "training_params.json").method == "full"
 
 
+@pytest.mark.parametrize(("more", "told"), [({"resolution": 512, "dino_model_id": "facebook/dinov2-base"}, 1), ({}, 0)])
+def test_what_lies_beside_a_model_of_images_is_told(tmp_path: Path, more: dict[str, Any], told: int) -> None:
+    """PEFT's image benchmark keeps the model that it evaluates with on the GPU: half a GB on top of nine."""
+    folder = tmp_path / "experiments" / "lora" / "mine"
+    folder.mkdir(parents=True)
+    (tmp_path / "default_training_params.json").write_text(json.dumps({"model_id": "gpt2", **more}))
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["c_attn"]}')
+    assert read(folder / "adapter_config.json").first_line.count("DINOv2") == told
+
+
 def test_an_adapter_of_pefts_benchmark_of_generation_is_trained_on_its_model(tmp_path: Path) -> None:
     """The benchmark trains nothing, which the first line has to say; a model of the file's own wins."""
     folder = tmp_path / "experiments" / "lora" / "mine"

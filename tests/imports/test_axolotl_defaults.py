@@ -131,3 +131,19 @@ def test_weights_that_fsdp_keeps_in_fp32_are_told(tmp_path: Path, text: str, tol
     (tmp_path / "config.yml").write_text(BASE + text)
     found = read(tmp_path / "config.yml")
     assert ("weights in bf16, not in fp32 as FSDP keeps them" in found.differences) == told
+
+
+@pytest.mark.parametrize(
+    ("text", "cast"),
+    [
+        ("use_dsv4_kernels: true", True),
+        ("base_model: nvidia/DeepSeek-V4-Flash-NVFP4\nfsdp_version: 2\nfsdp_config: {a: b}", True),
+        ("base_model: nvidia/DeepSeek-V4-Flash-NVFP4\nfsdp_config: {a: b}", False),
+        ("base_model: nvidia/DeepSeek-V4-Flash-NVFP4", False),
+        ("fsdp_version: 2\nfsdp_config: {a: b}", False),
+    ],
+)
+def test_adapters_that_are_cast_once_peft_made_them(tmp_path: Path, text: str, cast: bool) -> None:
+    """Adapters of experts have billions of weights: in fp32 gradients and states take twice the memory."""
+    (tmp_path / "config.yml").write_text(LORA + text)
+    assert ("adapter_dtype=bf16" in str(read(tmp_path / "config.yml").method)) == cast

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from perfmodel.cli import main
 from perfmodel.imports import read
-from perfmodel.imports.packing import MASK, TAKEN_OUT, TO_THE_LONGEST, UNKNOWN, shorter
+from perfmodel.imports.packing import MASK, TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN, shorter
 
 AXOLOTL = "base_model: tinyllama-1.1b\nsequence_len: 256\nmicro_batch_size: 2\n"
 FACTORY = "model_name_or_path: tinyllama-1.1b\ncutoff_len: 256\nper_device_train_batch_size: 2\n"
@@ -88,6 +88,29 @@ def test_what_is_said_of_rows_for_flash_attention(tmp_path: Path, asked: str, sa
     assert found.notes == [said]
     assert (TO_THE_LONGEST in found.with_lengths().differences) == (said == TAKEN_OUT)
     assert TO_THE_LONGEST not in found.with_lengths(padded=False).differences
+
+
+@pytest.mark.parametrize(
+    ("text", "multiple"),
+    [
+        (AXOLOTL, 64),
+        (AXOLOTL + "pad_to_multiple_of: 128\n", 128),
+        (AXOLOTL + "pad_to_sequence_len: false\n", 1),
+        (AXOLOTL + "rl: dpo\n", 1),
+        (AXOLOTL + "processor_type: AutoProcessor\n", 1),
+        (FACTORY, 8),
+        (FACTORY + "stage: pt\n", 1),
+        (TRL, 1),
+        (TRL + "pad_to_multiple_of: 8\n", 8),
+    ],
+)
+def test_rows_that_a_tool_pads_to_a_multiple_are_told(tmp_path: Path, text: str, multiple: int) -> None:
+    """So even the row of a single sample has padding, whose mask costs sdpa its flash kernel."""
+    found = read(config(tmp_path, text))
+    told = TO_A_MULTIPLE.format(multiple)
+    assert told not in found.differences, "rows as long as they may be need none"
+    assert (told in found.with_lengths().differences) == (multiple > 1)
+    assert found.with_lengths(padded=False).differences == found.differences
 
 
 @pytest.mark.parametrize(
