@@ -22,7 +22,7 @@ SHORTEST = 5  # tokens of the samples that are solved: more than their convoluti
 LONGEST = 32  # tokens of a sample that is traced as it is
 LEAST = SHORTEST - 2  # turns of a stretch: its ends, the first and the last token, may have others
 LONGEST_TURN = 96  # calls
-LISTS = ("cat", "stack")  # calls on a list of tensors; in others a tensor's place says what it is
+LISTS = ("cat", "stack")  # calls that take a tensor for each token; of others equal specs are several operands
 NOTE = "its loop over tokens is that of a few short samples, one of them to check, in more turns"
 
 
@@ -139,8 +139,8 @@ def _compact(calls: Calls) -> Calls:
     for key in calls.order:
         if key not in known:
             op = copy(calls.ops[key])
-            if op.view or op.name in LISTS:
-                op.inputs, op.outputs = _merged(op.inputs), _merged(op.outputs)
+            if op.name in LISTS and len(op.inputs) >= LEAST:
+                op.inputs = _merged(op.inputs)
             known[key] = key_of(key[:2], op), op
         made.add(*known[key])
     return made

@@ -72,7 +72,7 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
         "factory", "transformers' own code of the model (trust_remote_code)",
     ),
     "base_model: google/gemma-4-12B-it": (
-        "axolotl", "without the fused kernel around attention, Axolotl's default for the model",
+        "axolotl", "without the fused kernel around attention",
     ),
     "adapter: lora\nload_in_4bit: true": (
         "axolotl", "a base in 4 bits; Axolotl makes one for adapter: qlora alone (load_in_4bit)",
