@@ -33,7 +33,7 @@ WIDE = 8  # elements that a thread loads at once of rows at multiples of 16 byte
 LOADED = {2: 11.0, 1: 8.0}  # bytes a clock that an SM loads so, padding of a tile included
 ONE_BY_ONE = 385.0  # FLOPs a clock of an SM in forward layout, loading one element at once
 # Main-loop time of the other layouts over that: their rows lie along m or n, as in registers.
-ONE_BY_ONE_LAYOUTS = {"nn_slowdown": 0.82, "nt_slowdown": 0.74}
+ONE_BY_ONE_LAYOUTS = {"nn_slowdown": 0.79, "nt_slowdown": 0.74}
 # What those kernels are like besides, as A100 and L40S together have it (one fit to both, 2026-11-29): thin tiles wait
 # for every slice of k, and waves are whole. They draw too little for a power limit.
 OLDER: dict[str, Any] = {

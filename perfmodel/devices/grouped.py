@@ -13,7 +13,7 @@ import numpy as np
 
 from ..program.routing import Routing
 from .gemm import LAYOUTS, Array, _bytes, _flop_time, _overlap, _Rates, _throttled, _waves, gemm_time
-from .grouped_parameters import GroupedParameters
+from .gemm_parameters import GroupedParameters
 from .profile import DeviceProfile
 
 Sizes = tuple[Any, Any, Any]  # m, n, k of one expert's product

@@ -76,7 +76,7 @@ def durations(ops: Sequence[Op], profile: DeviceProfile, *, in_step: bool = True
     models = {name: partial(model, profile) for name, model in MODELS.items()}
     if not in_step:
         bursts = {dtype: p.in_bursts() if dtype in HALF else p for dtype, p in profile.gemm.items()}
-        models["gemm"] = partial(_learned_gemm, replace(profile, gemm=bursts))
+        models["gemm"] = partial(_gemm, replace(profile, gemm=bursts))
     return tables.seconds(len(ops), models)
 
 
@@ -163,59 +163,57 @@ def _launch(i: int, launched: list[kernels.Kernel], tables: Tables) -> None:
 def _gemm(profile: DeviceProfile, dtype: str, batched: bool, padded: bool, *columns: Any) -> np.ndarray:
     """Matrix products of one dtype, all layouts at once; `padded`: by a compiler, where that pays.
 
-    cuBLAS splits the k of no batch in fp32: of the 9,343 that NeuSight profiled (https://github.com/sitar-lab/NeuSight)
-    none ran a sliced or split kernel, while of its single products those with few tiles did.
+    Products of 8 bits, which were not measured, are priced as those of 16. cuBLAS splits the k of no batch in fp32: of
+    the 9,343 that NeuSight profiled (https://github.com/sitar-lab/NeuSight) none ran a sliced or split kernel, while of
+    its single products those with few tiles did.
     """
     m, n, k, batch, layout, b_copies, accumulates = columns
-    parameters, of_layout = profile.gemm[dtype], layout.astype(np.intp)
-    price = partial(
-        gemm_time, hardware=profile.hardware, dtype=dtype, layout=of_layout, accumulate=accumulates, b_copies=b_copies
-    )
-    seconds = price(m, n, k, batch, parameters=parameters)
+    kind, of_layout = "fp16" if dtype in EIGHT else dtype, layout.astype(np.intp)
+    learned = bool(profile.residual) and dtype in HALF and not batched
+
+    def price(m: Any, n: Any, k: Any, batch: Any, **other: Any) -> np.ndarray:
+        parameters = replace(profile.gemm[kind], **other) if other else profile.gemm[kind]
+        seconds = gemm_time(
+            m, n, k, batch, hardware=profile.hardware, parameters=parameters, dtype=kind, layout=of_layout,
+            accumulate=accumulates, b_copies=b_copies,
+        )  # fmt: skip
+        return seconds * _learned(profile, m, n, k, batch, layout) if learned else seconds
+
+    seconds = price(m, n, k, batch)
     if batched and dtype == "fp32":
-        whole = price(m, n, k, batch, parameters=replace(parameters, max_split=1))
-        seconds = np.where(np.greater(batch, 1), whole, seconds)
+        seconds = np.where(np.greater(batch, 1), price(m, n, k, batch, max_split=1), seconds)
     if padded:
-        sides, copied = padding(m, n, k, batch, of_layout)
+        wide, copied = padding(m, n, k, batch, of_layout)
         copy = pointwise_time(copied, copied, hardware=profile.hardware, parameters=profile.pointwise)
-        instead = price(*sides, parameters=parameters) + np.where(copied > 0.0, copy, 0.0)
-        seconds = np.minimum(seconds, instead)
+        seconds = np.minimum(seconds, price(*wide) + np.where(copied > 0.0, copy, 0.0))
     return np.asarray(seconds)
 
 
-def _gemm_in_stream(profile: DeviceProfile, dtype: str, batched: bool, padded: bool, *columns: Any) -> np.ndarray:
-    """As `_learned_gemm`, in a stream of other kernels."""
-    seconds = _learned_gemm(profile, dtype, batched, padded, *columns)
-    if dtype in (*HALF, *EIGHT) and profile.compute_capability.startswith(ACCELERATED):
-        seconds += IN_STREAM / profile.hardware.clock_hz
-    return seconds
-
-
-def _learned_gemm(profile: DeviceProfile, dtype: str, batched: bool, padded: bool, *columns: Any) -> np.ndarray:
-    """As `_gemm`; of measured silicon with what measurements leave of that price.
-
-    Products of 8 bits, which were not measured, are priced as those of 16.
-    """
-    seconds = _gemm(profile, "fp16" if dtype in EIGHT else dtype, batched, padded, *columns)
-    if profile.residual and dtype in HALF and not batched:
-        _learn(seconds, profile, columns)
-    return seconds
-
-
-def _learn(seconds: np.ndarray, profile: DeviceProfile, columns: Sequence[np.ndarray]) -> None:
-    """Multiply by the learned factor where it holds: single products, whose rows wide loads take.
+def _learned(profile: DeviceProfile, m: Any, n: Any, k: Any, batch: Any, layout: Any) -> np.ndarray:
+    """What measurements leave of a price, a factor: of single products whose rows wide loads take, else 1.
 
     Weight gradients (nt) keep their price: SimuMax's rows of an A100 and a B200 say that the factor makes it no better,
     while it does that of input gradients.
     """
     from .residual import load_residual  # few devices have one
 
-    m, n, k, batch, layout, *_ = columns
     held = (batch == 1) & (layout != LAYOUTS.index("nt")) & (n % WIDE == 0) & (k % WIDE == 0)
+    held = np.broadcast_to(held, np.broadcast_shapes(held.shape, np.shape(m)))
+    factor = np.ones(held.shape)
     rows = np.flatnonzero(held.reshape(len(held), -1).any(axis=1))
     if rows.size:
-        factor = load_residual(profile.residual).factor(m[rows], n[rows], k[rows], profile.hardware.sm_count)
-        seconds[rows] *= np.where(held[rows], factor, 1.0)
+        m, n, k = (np.broadcast_to(x, (len(held), *np.shape(x)[1:]))[rows] for x in (m, n, k))
+        found = load_residual(profile.residual).factor(m, n, k, profile.hardware.sm_count)
+        factor[rows] = np.where(held[rows], found, 1.0)
+    return factor
+
+
+def _gemm_in_stream(profile: DeviceProfile, dtype: str, batched: bool, padded: bool, *columns: Any) -> np.ndarray:
+    """As `_gemm`, in a stream of other kernels."""
+    seconds = _gemm(profile, dtype, batched, padded, *columns)
+    if dtype in (*HALF, *EIGHT) and profile.compute_capability.startswith(ACCELERATED):
+        seconds += IN_STREAM / profile.hardware.clock_hz
+    return seconds
 
 
 def _attention(

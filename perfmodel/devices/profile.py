@@ -25,7 +25,7 @@ from ..values import immutable
 from . import own, toml
 from .attention import AttentionParameters
 from .gemm import GemmParameters
-from .grouped_parameters import GroupedParameters
+from .gemm_parameters import GroupedParameters
 from .hardware import Hardware
 from .pointwise import PointwiseParameters
 from .toml import P, Table

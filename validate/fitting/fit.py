@@ -23,59 +23,13 @@ from perfmodel.errors import UserError
 
 from . import attention, gemm, grouped, layouts, pointwise, residual, sgemm, squares
 from .judging import Fit, FitErrors, file, hardware
+from .siblings import A100, SIBLINGS
 from .write import write_blocks, write_last, write_residual
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what comes next or was done
 Row = dict[str, Any]
 
 FITTED = (*BLOCKS[:3], CUDNN_ATTENTION, *BLOCKS[3:], GROUPED)
-A100 = "a100-80gb-sxm"
-# Devices without measurements of their own for a block: whose ratios they take.
-SIBLINGS: dict[str, dict[str, str]] = {
-    "gemm.bf16": {
-        "a100-40gb-sxm": A100,
-        "a100-40gb-pcie": "a100-80gb-pcie",
-        "h200": "h100-sxm",
-        "h100-pcie": "h100-sxm",
-        "h100-nvl": "h100-sxm",
-        "gh200": "h100-sxm",
-    },
-    "gemm.fp32": {
-        A100: "a100-80gb-pcie",
-        "a100-40gb-sxm": "a100-40gb-pcie",
-        "v100": "v100-32gb-pcie",
-        "v100-32gb-sxm": "v100-32gb-pcie",
-        "h200": "h100-sxm",
-        "h100-pcie": "h100-sxm",
-        "h100-nvl": "h100-sxm",
-        "gh200": "h100-sxm",
-        "quadro-rtx-8000": "t4",
-    },
-    "attention": {
-        "a100-40gb-sxm": A100,
-        "a100-40gb-pcie": A100,
-        "a100-80gb-pcie": A100,
-        "h200": "h100-sxm",
-        "h100-pcie": "h100-sxm",
-        "h100-nvl": "h100-sxm",
-        "gh200": "h100-sxm",
-        "b300": "b200",
-        "gb200": "b200",
-        "gb300": "b200",
-        "a40": "rtx-a5000",
-    },
-    CUDNN_ATTENTION: {"h200": "h100-sxm", "h100-pcie": "h100-sxm", "b300": "b200", "gb200": "b200", "gb300": "b200"},
-    "pointwise": {
-        "a100-40gb-sxm": A100,
-        "h200": "h100-sxm",
-        "h100-pcie": "h100-sxm",
-        "h100-nvl": "h100-sxm",
-        "gh200": "h100-sxm",
-        "v100": "v100-32gb-pcie",
-        "v100-32gb-sxm": "v100-32gb-pcie",
-    },
-    GROUPED: {**dict.fromkeys(("h200", "h100-pcie", "h100-nvl", "gh200"), "h100-sxm"), "gb300": "b300"},
-}
 # (dtype, device, like device): both measured.
 GEMM_PAIRS = (
     ("bf16", "gb200", "b200"),

@@ -21,8 +21,8 @@ import pandas as pd
 
 from perfmodel.devices import profile
 from perfmodel.devices.gemm import GemmParameters
+from perfmodel.devices.gemm_parameters import GroupedParameters
 from perfmodel.devices.grouped import grouped_time
-from perfmodel.devices.grouped_parameters import GroupedParameters
 from perfmodel.devices.hardware import Hardware
 from perfmodel.program.routing import BALANCED, Routing
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from perfmodel.devices.attention import AttentionParameters
 from perfmodel.devices.cpu import CpuAttentionParameters, CpuGemmParameters, CpuStreamParameters
 from perfmodel.devices.gemm import GemmParameters, gemm_time
-from perfmodel.devices.grouped_parameters import GroupedParameters
+from perfmodel.devices.gemm_parameters import GroupedParameters
 from perfmodel.devices.hardware import Hardware
 from perfmodel.devices.pointwise import PointwiseParameters
 from perfmodel.devices.profile import DEVICES
