@@ -239,6 +239,7 @@ def test_every_device_gets_the_fit_of_its_own_rows(tmp_path: Path, monkeypatch: 
 
     fitted = fit._Fitted()
     monkeypatch.setattr(fit, "_gemm_class", lambda fitted, members, dtype, name, bound: (name, bound))
+    monkeypatch.setattr(fit, "_mma_sync", lambda folder, fitted: None)
     monkeypatch.setattr(fit, "_derived_classes", lambda fitted: None)
     fit._gemms(Pool(), tmp_path, fitted, fit._Steps(None, 0))
     for dtype, slug in fit.GEMMS:
