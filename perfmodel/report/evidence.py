@@ -1,18 +1,15 @@
 """What stands behind the figures of a page: assumptions, accuracy, provenance."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
 from .. import architectures, units
 from ..devices.host import Host
-from ..devices.profile import PROVENANCE, DeviceProfile
-from ..devices.residual import residual_file
+from ..devices.profile import DeviceProfile
 from ..prediction.predict import Model, Prediction
 from ..questions.sentences import notes_by_method
-from ..resources import read_toml
 
 OPTIONS = {  # field of the setup -> what it is called
     "batch": "batch", "seq": "tokens per sample", "dtype": "base weights", "amp": "autocast", "optimizer": "optimizer",
@@ -33,7 +30,6 @@ BLOCKS = {
     "gemm.bf16": "GEMMs in 16 bit", "gemm.fp32": "GEMMs in fp32", "attention": "attention",
     "attention_cudnn": "cuDNN's attention", "pointwise": "memory-bound kernels", "grouped": "products by expert",
 }  # fmt: skip
-LEARNED = "GEMMs in 16 bit, with the learned factor"
 SHEET = {  # figure of the datasheet -> (name, unit)
     "sm_count": ("streaming multiprocessors", ""), "clock_hz": ("highest clock", "Hz"),
     "memory_bytes": ("memory", "B"), "memory_bandwidth": ("memory bandwidth", "B/s"), "l2_bytes": ("L2 cache", "B"),
@@ -84,30 +80,19 @@ def _told(value: Any) -> str:
 def accuracy(on: DeviceProfile) -> dict[str, Any]:
     """The errors of the device's price models on rows that no fit saw."""
     rows = [
-        [BLOCKS.get(block, block), ORIGINS[origin], *_errors(on.residuals[block])]
+        [
+            BLOCKS.get(block, block),
+            ORIGINS[origin],
+            *(units.percent(on.residuals[block][k], 1) for k in ("mean", "median", "p90")),
+        ]
         for block, origin in on.fitted.items()
     ]
-    if learned := _learned(on):
-        rows.insert(1, [LEARNED, _origin_of_learned(on), *_errors(learned["with_residual"]["all"])])
     note = (
         "Relative errors of kernel times on measurements that were left out of every fit. They make the 90 % "
         "intervals; what both methods share cancels in their ratio. perfmodel validate published compares whole steps."
     )
     heads = ["price model", "from", "mean error", "median", "90th percentile"]
     return {"accuracy": {"heads": heads, "rows": rows, "style": "left2"}, "accuracy_note": note}
-
-
-def _errors(figures: Mapping[str, float]) -> list[str]:
-    return [units.percent(figures[k], 1) for k in ("mean", "median", "p90")]
-
-
-def _learned(on: DeviceProfile) -> dict[str, Any]:
-    """What the file of the device's residual says; nothing if it has none."""
-    return read_toml(residual_file(on.residual)) if on.residual else {}
-
-
-def _origin_of_learned(on: DeviceProfile) -> str:
-    return ORIGINS["fitted" if on.residual == on.slug else "sibling"]
 
 
 def provenance(model: Model, predictions: list[Prediction], on: DeviceProfile, by: Host) -> dict[str, Any]:
@@ -121,9 +106,6 @@ def provenance(model: Model, predictions: list[Prediction], on: DeviceProfile, b
         {"name": f"Prices of {BLOCKS.get(block, block)}", "facts": _facts(facts, ORIGINS[on.fitted[block]])}
         for block, facts in on.provenance.items()
     ]
-    if learned := _learned(on):
-        facts = {key: learned[key] for key in PROVENANCE if key in learned}
-        blocks.insert(1, {"name": f"Prices of {LEARNED}", "facts": _facts(facts, _origin_of_learned(on))})
     return {
         "datasheet": {
             "heads": [f"datasheet of {on.name}", "figure", "source"],

@@ -1,4 +1,4 @@
-"""Prices of attention, memory-bound kernels and decompositions, each recomputed by hand from datasheet figures and fitted parameters."""
+"""Prices of attention, memory-bound kernels and decompositions, by hand from datasheet figures and parameters."""
 
 from dataclasses import replace
 from typing import Any
