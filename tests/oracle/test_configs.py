@@ -55,7 +55,7 @@ def test_every_file_has_its_outcome(checkout: Path) -> None:
     assert {row.repository for row in rows.values()} == {"someone/axolotl"}
     assert all(len(row.commit) == 12 for row in rows.values())
     assert (rows["examples/lora.yml"].tool, rows["examples/lora.yml"].method) == ("Axolotl", "lora:r=8")
-    assert rows["examples/two.yml"].said.endswith("one GPU, without FSDP (fsdp)")
+    assert "one GPU, without FSDP (fsdp)" in rows["examples/two.yml"].said
 
 
 def test_the_table_of_a_whole_run_holds_no_traceback() -> None:
