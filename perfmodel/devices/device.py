@@ -117,25 +117,20 @@ class Device:
 
         return self._over((bytes_read, bytes_written), call)
 
-    def op(self, op: Op) -> Any:
-        """Seconds of any call, as the tape or a trace recorded it; 0 for a view."""
-        seconds = price.durations([op], self.profile)[0]
+    def op(self, op: Op, *, in_step: bool = True) -> Any:
+        """Seconds of any call, as the tape or a trace recorded it; 0 for a view. `in_step`: as in `gemm`."""
+        seconds = price.durations([op], self.profile, in_step=in_step)[0]
         return seconds if seconds.ndim else float(seconds)
 
     def _over(self, dims: tuple[Any, ...], call: Callable[..., Op], *, in_step: bool = True) -> Any:
         """Seconds of a call over broadcast dims: a float, or an array of their shape."""
-
-        def price_of(op: Op) -> Any:
-            seconds = price.durations([op], self.profile, in_step=in_step)[0]
-            return seconds if np.ndim(seconds) else float(seconds)
-
         arrays = np.broadcast_arrays(*(_positive(d) for d in dims))
         shape = arrays[0].shape
         if not shape:
-            return price_of(call(*(int(a) for a in arrays)))
+            return self.op(call(*(int(a) for a in arrays)), in_step=in_step)
         flat = [a.reshape(-1) for a in arrays]
         uniform = [int(a[0]) if (a == a[0]).all() else a for a in flat]
-        return np.broadcast_to(price_of(call(*uniform)), flat[0].shape).reshape(shape)
+        return np.broadcast_to(self.op(call(*uniform), in_step=in_step), flat[0].shape).reshape(shape)
 
 
 def profile_of(device: "str | PathLike[str] | DeviceProfile | Device") -> DeviceProfile:

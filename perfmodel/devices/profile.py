@@ -1,7 +1,7 @@
 """A device profile: datasheet, fitted parameters and where they come from, read from data/devices/NAME.toml.
 
 A file holds `name`, `kind` ("cuda" or "cpu"), `architecture`, `compute_capability`, `aliases`, `host`, `residual` (the
-silicon whose learned factor its 16-bit products have), the tables [datasheet] and [source] (one URL per datasheet key),
+silicon whose factor `Device.gemm` has in 16 bit), the tables [datasheet] and [source] (one URL per datasheet key),
 and per fitted block `[fitted.gemm.bf16]`, `[fitted.gemm.fp32]`, `[fitted.attention]`, `[fitted.attention_cudnn]`
 (Hopper and data-centre Blackwell), `[fitted.pointwise]` its provenance and the tables `parameters` and `residuals`. A
 block that is missing comes from classes.toml, by the device's family; `[fitted.grouped]`, products by expert, may be

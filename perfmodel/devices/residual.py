@@ -1,4 +1,6 @@
-"""What measurements leave of the physical price of a 16-bit product: a small factor, for the silicon that was measured.
+"""What benchmarks leave of the physical price of a 16-bit product: a small factor, for the silicon that was measured.
+
+`Device.gemm` has it, a step has not (`devices.price.durations` says why).
 
     ln factor = g(log2 m, log2 n, log2 k) + sum over tiles of h(log2 waves, idle, log2 k)
 

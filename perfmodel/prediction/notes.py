@@ -103,7 +103,7 @@ def _stack_notes(built: Step, on: DeviceProfile) -> list[str]:
     if by_version and stack.torch < (2, 2):
         told.append("its FlashAttention is the first one, priced as the second")
     if on.kind == "cuda" and stack.list_room(capability) != CURRENT.list_room(capability):
-        told.append("launches over lists of tensors take less")
+        told.append("a launch over a list takes fewer tensors")
     if built.architecture.recorded:
         told.append("else the program is that of the installed packages")
     else:
