@@ -17,7 +17,7 @@ from ..imports.keys import Keys
 from ..methods import Method, parse
 from ..methods.parts.peft_adapter import AUTOCAST, PeftAdapter
 from ..prediction.predict import method_of
-from ..program.software import CURRENT, SoftwareStack
+from ..program.software import SoftwareStack
 from ..setup import Setup
 from ..tracing.recorded import traced
 
@@ -69,12 +69,9 @@ def trainer_program(model: Any, arguments: Any, method: str | None = None, *, fr
 
 
 def _stack() -> SoftwareStack:
-    """The versions of this process; current ones where they are not known."""
+    """The versions of this process."""
     modules = {name: sys.modules.get(name) for name in ("torch", "transformers", "peft")}
-    try:
-        return SoftwareStack.of({name: module.__version__ for name, module in modules.items() if module is not None})
-    except UserError:
-        return CURRENT
+    return SoftwareStack.installed({name: getattr(module, "__version__", None) for name, module in modules.items()})
 
 
 def _experts(base: Any) -> str:

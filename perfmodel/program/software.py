@@ -75,6 +75,15 @@ class SoftwareStack:
             _fail(f"torch {_short(torch)} has no build for CUDA 13, which began with torch 2.9; leave cuda out")
         return made
 
+    @classmethod
+    def installed(cls, versions: Mapping[str, str | None]) -> "SoftwareStack":
+        """The stack of versions as packages and PyTorch itself tell them, of other packages, too; current ones where
+        they are not known."""
+        try:
+            return cls.of({name: told for name, told in versions.items() if told and name in _FIRST})
+        except UserError:
+            return CURRENT
+
     def prefers_cudnn(self, capability: str) -> bool:
         """Whether attention in 16 bit tries cuDNN's kernel first on a card of that compute capability."""
         if self.torch == (2, 5, 0):

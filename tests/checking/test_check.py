@@ -131,6 +131,20 @@ def test_kernels_of_a_gpu_are_compared_call_by_call(tmp_path: Path) -> None:
     assert not found.outcomes[1].kernels  # not profiled: nothing to compare
 
 
+def test_steps_are_predicted_under_the_versions_that_measured_them(tmp_path: Path) -> None:
+    """A rented GPU's image decides on attention and launches; a version that nobody knows is taken as today's."""
+    path = written(tmp_path / "r.jsonl", device="cuda")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for torch, cuda, words in (
+        ("2.6.0+cu124", "12.4", "torch 2.6, CUDA 12.4"),
+        ("9.1", "19.0", "torch 2.13, CUDA 13.0"),
+    ):
+        lines[0] |= {"software": {"torch": torch, "numpy": "2.0"}, "gpu": {"name": "NVIDIA L4", "cuda": cuda}}
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (outcome, *_) = check_records([path]).outcomes
+        assert outcome.predicted.setup.stack.words.startswith(words)
+
+
 def test_out_of_memory_is_a_result_and_visits_are_taken_together(tmp_path: Path) -> None:
     """A cell that does not fit must not fail the check; one that ran in another round was measured."""
 

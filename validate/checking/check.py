@@ -110,7 +110,6 @@ def check_records(
     done = [c for c in cells if c.status == "ok"]
     for i, cell in enumerate(done):
         progress(i, len(done), cell.cell.id)
-        machine = machines[cell.environment]
-        outcomes.append(evaluate_cell(cell, machine.on, machine.by))
+        outcomes.append(evaluate_cell(cell, machines[cell.environment]))
     progress(len(done), len(done), "done")
     return Report({name: environments[name] for name in machines}, machines, cells, outcomes)

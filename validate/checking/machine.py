@@ -1,4 +1,4 @@
-"""Which profile and host predict the records of an environment."""
+"""Which profile, host and versions of the software predict the records of an environment."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,7 @@ from perfmodel.devices import own, profile
 from perfmodel.devices.host import Host
 from perfmodel.devices.profile import DeviceProfile
 from perfmodel.errors import UserError
+from perfmodel.program.software import SoftwareStack
 
 from ..measuring.records import Record
 
@@ -15,10 +16,11 @@ DEFAULT_HOST = "default"
 
 @dataclass(frozen=True)
 class Machine:
-    """A device and the host that feeds it."""
+    """A device, the host that feeds it, and the versions of the software that both run."""
 
     on: DeviceProfile
     by: Host
+    stack: SoftwareStack
 
 
 def machine_of(environment: Record, device: str | None = None, host: str | None = None) -> Machine:
@@ -42,7 +44,15 @@ def machine_of(environment: Record, device: str | None = None, host: str | None 
     if on.kind != environment["device"]:
         raise UserError(f"the records are of a {environment['device']} device, {on.slug} is a {on.kind}: use --device")
     beside = own.find(on.slug, "hosts") or on.slug in hosts.names()
-    return Machine(on, hosts.load(host or (on.slug if beside else DEFAULT_HOST)))
+    return Machine(on, hosts.load(host or (on.slug if beside else DEFAULT_HOST)), installed_stack(environment))
+
+
+def installed_stack(environment: Record) -> SoftwareStack:
+    """The versions of the software that measured."""
+    software, gpu = environment.get("software"), environment.get("gpu")
+    cuda = gpu.get("cuda") if isinstance(gpu, dict) else None
+    versions = software if isinstance(software, dict) else {}
+    return SoftwareStack.installed({"cuda": cuda, **{name: str(told) for name, told in versions.items()}})
 
 
 def _calibrated(environment: Record) -> DeviceProfile | None:

@@ -2,13 +2,11 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
 from perfmodel.calls import costs
-from perfmodel.devices.host import Host
-from perfmodel.devices.profile import DeviceProfile
 from perfmodel.prediction.predict import Prediction, predict
 from perfmodel.program.part import PHASES
 from perfmodel.recording.step import Step
@@ -17,6 +15,7 @@ from ..accuracy import Pair, paired
 from ..measuring.cells import Cell
 from ..measuring.names import short, unified
 from ..measuring.records import Record
+from .machine import Machine
 
 Counts = dict[str, dict[str, int]]  # phase -> name of an ATen call -> number
 
@@ -130,10 +129,10 @@ class CellOutcome:
         return float(self.predicted.time.phases[phase]) / self.measured.median(phase) - 1
 
 
-def evaluate_cell(measured: Measured, on: DeviceProfile, by: Host) -> CellOutcome:
-    """Predict a cell that was measured to its end."""
+def evaluate_cell(measured: Measured, machine: Machine) -> CellOutcome:
+    """Predict a cell that was measured to its end, under the versions of the software that measured it."""
     cell = measured.cell
-    p = predict(cell.config, cell.method, cell.setup, on, host=by)
+    p = predict(cell.config, cell.method, replace(cell.setup, stack=machine.stack), machine.on, host=machine.by)
     assert p.step is not None  # a cell is one setup, not a grid
     traced = measured.traced  # of the installed program, if the tape may have been written for another
     calls, kernels = measured.calls, measured.kernels if cell.setup.compile == "none" else {}
