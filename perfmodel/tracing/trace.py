@@ -33,6 +33,9 @@ NAMESPACES = {  # of the calls that are recorded
     "unsloth", "gptqmodel", "torchao",
 }  # fmt: skip
 
+# Autograd asks fake tensors where they lie, several times a call: as calls of their own these took a tenth of a trace.
+ASKS_DEVICE = torch.ops.prim.device.default
+
 # Calls that reach the recorder whole where such a tensor makes them, as no autograd has taken them apart.
 MADE_INSIDE = (aten.contiguous.default, aten.pad.default, aten.to.dtype)
 
@@ -125,6 +128,8 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live -= self.storages.pop(key, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is ASKS_DEVICE and isinstance(args[0], FakeTensor):
+            return fake_device(args[0])
         kwargs = kwargs or {}
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
             return NotImplemented  # a tensor of tensors: what it makes of the call is recorded
@@ -180,6 +185,11 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             out = known.like(value)
         known.note(out, value)
         return out
+
+
+def fake_device(t: FakeTensor) -> torch.device:
+    """What the fake mode answers to `ASKS_DEVICE`."""
+    return torch.device("meta") if t.fake_mode.in_kernel_invocation else t.fake_device
 
 
 def call_name(func: Any) -> str:
