@@ -65,7 +65,12 @@ def host(program: Program) -> Counter[Any]:
     ("config", "method", "setup"),
     [
         (MAMBA, "full", {}),
-        (MAMBA, "lora:r=4,targets=in_proj+x_proj,dropout=0.1", {"checkpoint": "block", **AMP}),
+        # the first block is of a kind of its own: none of seven is saved, so three say the same
+        (
+            {**MAMBA, "num_hidden_layers": 3},
+            "lora:r=4,targets=in_proj+x_proj,dropout=0.1",
+            {"checkpoint": "block", **AMP},
+        ),
         (JAMBA, "qlora:r=4,targets=in_proj+up_proj+q_proj", {"checkpoint": "block-reentrant", "grad_accum": 2}),
     ],
 )
