@@ -111,8 +111,9 @@ def test_a_record_says_when_it_began_and_how_long_it_took(
     assert (first["started"], first["elapsed_s"]) == (1000.0, 0.17)
 
 
-def command(grid: Path, output: Path, python: Sequence[str] = (sys.executable,)) -> list[str]:
-    code = "from perfmodel.cli import main; main()"
+def command(grid: Path, output: Path, python: Sequence[str]) -> list[str]:
+    """A measurement that prints first which process it is."""
+    code = "import os; print(os.getpid(), flush=True); from perfmodel.cli import main; main()"
     words = ["validate", "measure", "--device", "cpu", "--grid", str(grid), "--output", str(output), "--threads", "1"]
     return [*python, "-c", code, *words]
 
@@ -120,11 +121,13 @@ def command(grid: Path, output: Path, python: Sequence[str] = (sys.executable,))
 def test_a_killed_run_of_real_steps_resumes_to_the_same_cells(tmp_path: Path, grid: Path, ready: list[str]) -> None:
     """The whole path on real programs: their calls are those of the tape, their peak memory that of the prediction."""
     output = tmp_path / "records.jsonl"
-    first = subprocess.Popen(command(grid, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not any(r["kind"] == "visit" for r in whole_lines(output)) and first.poll() is None:
-        time.sleep(0.05)
-    first.kill()
-    first.wait()
+    with subprocess.Popen(command(grid, output, ready), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as first:
+        assert first.stdout is not None
+        process = int(first.stdout.readline())
+        while not any(r["kind"] == "visit" for r in whole_lines(output)) and first.poll() is None:
+            time.sleep(0.05)
+        os.kill(process, signal.SIGKILL)
+        first.stdout.read()
     kept = whole_lines(output)
     done = subprocess.run(command(grid, output, ready), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
