@@ -89,7 +89,7 @@ class Ring:
         numel, per_line = prod(shape), int(LINE // ITEMSIZE[dtype])
         step = int(ceil(numel / per_line) * per_line)
         pool = _pool(max(RING[device], 2.0 * step * ITEMSIZE[dtype]), dtype, device, positive)
-        most = MOST_COPIES if most is None else most
+        most = min(most or MOST_COPIES, MOST_COPIES)
         most = min(most, FEW) if warm and device == "cpu" else most
         copies = max(1, min(most, len(pool) // step))
         begin = _cursor.get(pool.data_ptr(), 0)
