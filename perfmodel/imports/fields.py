@@ -215,8 +215,6 @@ def float8(keys: Keys, recipe: str, compile: str) -> str:
 def half(keys: Keys) -> str | None:
     """The 16-bit dtype that `bf16` and `fp16` ask for."""
     keys.exclude("bf16", "fp16")
-    if keys.values.get("fp8") is True and "bf16" not in keys.values:
-        return "bf16"  # accelerate's autocast beside fp8 products
     on = {key: keys.get(key) in (True, "auto", "full", "true") for key in ("bf16", "fp16")}
     return "bf16" if on["bf16"] else "fp16" if on["fp16"] else None
 

@@ -7,7 +7,6 @@ from ..errors import UserError
 from . import packing
 from .fields import (
     FLASH_2_FOR_3,
-    NOT_FP8,
     TORCHS_MUON,
     attention,
     by_length,
@@ -15,7 +14,6 @@ from .fields import (
     compiled,
     engine,
     flavour,
-    float8,
     fsdp,
     half,
     optimizer_name,
@@ -33,6 +31,8 @@ PROJECTING = ("galore", "apollo")  # methods whose optimizers project gradients
 TOWER = {"vision tower": "freeze_vision_tower", "projector": "freeze_multi_modal_projector"}
 WITH_NEW_ROWS = ("embed_tokens", "lm_head")  # trained beside adapters where nothing is named
 CHECKPOINT_DTYPE = "bf16"  # of a checkpoint that no key speaks of
+# It asks in the environment (train/fp8_utils.py), and the Trainer of transformers 5 gives accelerate its own precision
+FP8_OF_4 = "without float8, which LLaMA-Factory turns on under transformers 4 alone (--fp8 padded)"
 
 
 def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
@@ -65,11 +65,12 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "optimizer": _optimizer(keys),
         "checkpoint": _checkpoint(keys),
         "attention": _attention(keys),
-        "compile": (compile := compiled(keys)),
-        "fp8": _float8(keys, compile),
+        "compile": compiled(keys),
         **_update(keys),
         "kernels": "liger" if keys.flag("enable_liger_kernel") else "torch",
     }
+    if keys.flag("fp8"):
+        keys.differ(FP8_OF_4, "fp8")
     if keys.get("tf32") and setup["amp"] is None and not pure:
         keys.differ("fp32 products without TF32", "tf32")
     if (stage := keys.text("stage", "sft")) in ("sft", "pt"):
@@ -93,14 +94,6 @@ def _attention(keys: Keys) -> str:
     by_itself = re.search(r"gemma-?2-", model, re.IGNORECASE) is not None
     auto = "flash2" if by_itself else "sdpa"
     return attention(keys, "flash_attn", {**ATTENTION, "auto": auto}, auto)
-
-
-def _float8(keys: Keys, compile: str) -> str:
-    """Accelerate's own recipe: the one that fp8_utils.py makes is only logged, and its FP8_BACKEND is nobody's."""
-    if keys.text("fp8_backend") == "te" and keys.flag("fp8"):
-        keys.differ(NOT_FP8, "fp8")
-        return "none"
-    return float8(keys, "padded", compile)
 
 
 def _optimizer(keys: Keys) -> str:

@@ -47,6 +47,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     }
     if strategy == "padding_free":
         packing.packed_flat(keys, setup, "batching_strategy")
+    elif strategy == "dynamic_padding_free":
+        packing.packed_full(keys, setup, "batching_strategy")
     keys.number("max_grad_norm", 1.0)
     keys.differ("an SFT step: the file does not say whether `sft` or `dpo` reads it")
     keys.differ(FUSED_LOSS if setup["kernels"] == "liger" else OWN_LOSS)

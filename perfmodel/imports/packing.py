@@ -111,6 +111,11 @@ def packed_flat(keys: Keys, setup: dict[str, Any], key: str) -> None:
     _within(keys, setup, "flat", key)
 
 
+def packed_full(keys: Keys, setup: dict[str, Any], key: str) -> None:
+    """As many samples behind one another in one row as fit into the tokens of a micro-batch."""
+    _within(keys, setup, "varlen", key, one_row=True)
+
+
 def _within(keys: Keys, setup: dict[str, Any], packing: str, key: str, *, one_row: bool = False) -> None:
     """Set the packing, if it can be, and say what is assumed of the documents' lengths.
 

@@ -26,6 +26,11 @@ IN_FP32 = "adapters in fp32 (autocast_adapter_dtype)"
 ONLY_GENERATES = f"a training step: the benchmark that the adapter belongs to only generates ({GENERATION})"
 # `get_dino_encoder` and `precompute_prompt_caches` of image-gen: 346 MB in fp32, and 157 MB of 20 prompts
 ALONE = "the step's memory alone, without DINOv2 and the prompts' embeddings, which lie on the GPU too"
+# Of the loop of MetaMathQA/run.py: ACCELERATOR_EMPTY_CACHE_SCHEDULE, and `use_cache` of the model's own config, which
+# transformers' Trainer switches off, and checkpointing does
+NEVER_EMPTIED = "the allocator's cache is never emptied; the benchmark does it after every tenth step"
+NOT_CACHED = "keys and values are not copied into a cache, which the benchmark leaves on"
+OWN_CACHE = ("PREFIX_TUNING", "CARTRIDGE")  # tuners whose keys and values stand in such a cache
 PIXELS, TEXT = 16, 512  # a token of an image stands for 16 x 16 pixels; what `tracing.programs.diffusion` takes as text
 
 
@@ -87,6 +92,19 @@ def of_images(keys: Keys) -> bool:
 def notes_of_batches(keys: Keys) -> list[str]:
     """What a reader should know about the batches."""
     return [] if of_images(keys) else [LENGTHS]
+
+
+def differ_in_its_loop(keys: Keys, tuner: str) -> None:
+    """Say what its own loop does that no key asks for.
+
+    Args:
+        tuner: PEFT's name of it, empty for full fine-tuning.
+    """
+    if of_images(keys):
+        return
+    keys.differ(NEVER_EMPTIED)
+    if not keys.flag("use_gc") and tuner not in OWN_CACHE:
+        keys.differ(NOT_CACHED)
 
 
 def _image_and_text(keys: Keys) -> int:

@@ -192,9 +192,11 @@ def _of_experiment(path: Path, keys: Keys) -> Imported:
     tool, model, notes = "PEFT's method comparison", keys.text("model_id"), peft_benchmark.notes_of_batches(keys)
     images = f"{keys.origin}: a model of images has no built-in form: add --traced"
     only_traced = images if peft_benchmark.of_images(keys) else None
-    if not adapted.is_file():
+    values = read_json(adapted) if (adapts := adapted.is_file()) else {}
+    peft_benchmark.differ_in_its_loop(keys, str(values.get("peft_type", "")).upper())
+    if not adapts:
         return Imported(tool, model, "full", setup, [], notes, keys.told_differences(), why_traced=only_traced)
-    made = _of_adapter(tool, adapted, Keys(read_json(adapted), adapted.name), meanings.meanings_of("peft"))
+    made = _of_adapter(tool, adapted, Keys(values, adapted.name), meanings.meanings_of("peft"))
     known = made.method if only_traced is None else None
     method = peft_benchmark.experiment_method(keys, known) if known else None
     why = only_traced or made.why_traced

@@ -39,6 +39,7 @@ INSTEAD = {  # what only some of them ask for, and what is answered instead
 }  # fmt: skip
 NEWER_DPO = "DPO as TRL 1.8 runs it, entropy and accuracy of the logits too, not as the older one that the file is for"
 EMPTIED = "the allocator's cache is never emptied; Axolotl's DPO does it after every micro-batch"  # dpo/trainer.py
+EMPTIED_TWICE = "the allocator's cache is never emptied; Axolotl's EBFT does it on both sides of a forward pass"
 BY_FOLDER = ("dpo", "kto", "orpo", "cpo", "simpo", "reward")  # of examples, which keep one folder for each
 
 
@@ -201,6 +202,7 @@ def _strided(keys: Keys, options: Keys, *, adapters: bool) -> dict[str, Any]:
         raise UserError(f"{keys.origin}: sequence_len {seq} has no room for a block of ebft; give more")
     keys.differ(OUTSIDE, "rl")
     keys.differ("sdpa, not flex attention", "ebft")
+    keys.differ(EMPTIED_TWICE, "ebft")
     if adapters:
         keys.differ("all rollouts of a document in one pass, not one after another", "ebft")
     if options.number("ce_coef"):

@@ -12,6 +12,7 @@ from perfmodel import methods, predict
 from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.imports import read
+from perfmodel.imports.peft_benchmark import NEVER_EMPTIED, NOT_CACHED
 from perfmodel.methods.lora import Lora
 from perfmodel.methods.lora_alike import Pissa
 from perfmodel.prediction.predict import resolve
@@ -141,6 +142,26 @@ def test_what_lies_beside_a_model_of_images_is_told(tmp_path: Path, more: dict[s
     (tmp_path / "default_training_params.json").write_text(json.dumps({"model_id": "gpt2", **more}))
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["c_attn"]}')
     assert read(folder / "adapter_config.json").first_line.count("DINOv2") == told
+
+
+@pytest.mark.parametrize(
+    ("tuner", "more", "told"),
+    [
+        ("LORA", {}, [NEVER_EMPTIED, NOT_CACHED]),
+        ("LORA", {"use_gc": True}, [NEVER_EMPTIED]),
+        ("PREFIX_TUNING", {}, [NEVER_EMPTIED]),
+        ("LORA", {"resolution": 512}, []),
+    ],
+)
+def test_what_the_loop_of_pefts_comparison_does_by_itself_is_told(
+    tmp_path: Path, tuner: str, more: dict[str, Any], told: list[str]
+) -> None:
+    """It is no Trainer: the model fills its cache while it trains, and the allocator's is emptied now and then."""
+    folder = tmp_path / "experiments" / "any" / "mine"
+    folder.mkdir(parents=True)
+    (tmp_path / "default_training_params.json").write_text(json.dumps({"model_id": "gpt2", **more}))
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": tuner, "num_virtual_tokens": 4}))
+    assert read(folder / "adapter_config.json").differences == told
 
 
 def test_an_adapter_of_pefts_benchmark_of_generation_is_trained_on_its_model(tmp_path: Path) -> None:

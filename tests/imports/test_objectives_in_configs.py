@@ -9,7 +9,15 @@ import yaml
 
 from perfmodel import UserError
 from perfmodel.imports import DIFFERS, read
-from perfmodel.imports.trained_for import EMPTIED, NEWER_DPO, NOT_TRITONS, OUTSIDE, UNCORRECTED, UNFUSED_LOSS
+from perfmodel.imports.trained_for import (
+    EMPTIED,
+    EMPTIED_TWICE,
+    NEWER_DPO,
+    NOT_TRITONS,
+    OUTSIDE,
+    UNCORRECTED,
+    UNFUSED_LOSS,
+)
 from perfmodel.setup import Setup
 
 AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64}
@@ -53,7 +61,7 @@ SAID: tuple[tuple[dict[str, Any], str, str, list[str]], ...] = (
     ),
     (
         AXOLOTL | {"rl": "ebft", "ebft": {"mode": "strided"}}, "ebft", "auto",
-        [f"{OUTSIDE} (rl)", "sdpa, not flex attention (ebft)"],
+        [f"{OUTSIDE} (rl)", "sdpa, not flex attention (ebft)", f"{EMPTIED_TWICE} (ebft)"],
     ),
     (FACTORY | {"use_asft_loss": True, "finetuning_type": "full"}, "asft", "model", []),
     (FACTORY | {"stage": "dpo"}, "dpo", "auto", [f"dpo's {OWN}"]),

@@ -45,6 +45,9 @@ EXPECTED: dict[str, tuple[dict[str, Any], bool]] = {  # file -> fields of the se
     "model: tinyllama-1.1b\nbatching_strategy: padding_free\nflash_attn: flash_attention_2": (
         {"packing": "flat"}, True,
     ),
+    "model: tinyllama-1.1b\nbatching_strategy: dynamic_padding_free\nflash_attn: flash_attention_2": (
+        {"packing": "varlen"}, True,
+    ),
     TRL + "packing: true": (APART, False),
     TRL + "packing: true\n" + FLASH: ({"packing": "varlen", "batch": 2}, True),
     TRL + "packing: true\npacking_strategy: wrapped\n" + FLASH: ({"packing": "dense"}, False),
