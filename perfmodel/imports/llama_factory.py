@@ -32,6 +32,7 @@ ATTENTION = {"auto": "sdpa", "sdpa": "sdpa", "fa2": "flash2", "fa3": "flash2", "
 PROJECTING = ("galore", "apollo")  # methods whose optimizers project gradients
 TOWER = {"vision tower": "freeze_vision_tower", "projector": "freeze_multi_modal_projector"}
 WITH_NEW_ROWS = ("embed_tokens", "lm_head")  # trained beside adapters where nothing is named
+IN_FP32 = "copies of modules in the dtype of the base, not in fp32"  # `cast_trainable_params_to_fp32`
 CHECKPOINT_DTYPE = "bf16"  # of a checkpoint that no key speaks of
 
 
@@ -142,6 +143,8 @@ def _method(keys: Keys) -> tuple[str, dict[str, Any]]:
         return _full(keys)
     if kind == "freeze":
         return _freeze(keys, quantised=bool(bits))
+    if saved and not keys.flag("pure_bf16"):
+        keys.differ(IN_FP32, *(["additional_target"] if "additional_target" in keys else []))
     keys.refuse("use_llama_pro", "adapters in added blocks are not modelled; use finetuning_type: freeze")
     if kind == "oft":
         return _oft(keys, int(bits or 16), saved)

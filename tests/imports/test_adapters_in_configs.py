@@ -98,14 +98,17 @@ def test_an_adapter_without_built_in_form_is_left_to_a_trace(tmp_path: Path, val
         ("", ""),
         ("add_tokens: [<|mine|>]", "embed_tokens+lm_head"),
         ("resize_vocab: true\nadditional_target: lm_head", "lm_head"),
+        ("pure_bf16: true\nadditional_target: lm_head", "lm_head"),
     ],
 )
 def test_new_rows_of_a_vocabulary_train_beside_adapters(tmp_path: Path, asked: str, saved: str) -> None:
     """LLaMA-Factory copies embedding and head then: on a small model they are most of what trains."""
     (tmp_path / "c.yaml").write_text("model_name_or_path: llama-3.2-1b\nfinetuning_type: lora\n" + asked)
-    method = methods.parse(str(read(tmp_path / "c.yaml").method))
+    found = read(tmp_path / "c.yaml")
+    method = methods.parse(str(found.method))
     assert isinstance(method, Lora)
     assert "+".join(method.modules_to_save) == saved
+    assert ("not in fp32" in found.first_line) == (saved != "" and "pure_bf16" not in asked)
 
 
 def test_a_trace_of_boft_is_that_without_its_extension(tmp_path: Path) -> None:
