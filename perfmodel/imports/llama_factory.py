@@ -71,7 +71,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         **_update(keys),
         "kernels": "liger" if keys.flag("enable_liger_kernel") else "torch",
     }
-    if keys.get("tf32") and setup["amp"] is None and not pure:
+    adapters = keys.text("finetuning_type", "lora") in ("lora", "oft")  # in fp32, by PEFT
+    if keys.get("tf32") and setup["amp"] is None and (adapters or not pure):
         keys.differ("fp32 products without TF32", "tf32")
     if (stage := keys.text("stage", "sft")) in ("sft", "pt"):
         notes += packing.packed_by_llama_factory(keys, setup, pretraining=stage == "pt")
