@@ -120,6 +120,14 @@ def test_a_trace_of_boft_is_that_without_its_extension(tmp_path: Path) -> None:
         assert ("boft_n_butterfly_factor" in read(file).first_line) == told
 
 
+@pytest.mark.parametrize(("kind", "told"), [("OSF", True), ("PSOFT", True), ("PVERA", False)])
+def test_what_a_trace_leaves_out_of_memory_is_told(tmp_path: Path, kind: str, told: bool) -> None:
+    """A trace counts parameters: OSF's factors are buffers, 9.5 GB beside the 6.4 GB of a Llama-3.2-3B."""
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({"peft_type": kind}))
+    assert ("frozen factors" in read(file).first_line) == told
+
+
 def test_an_experiment_of_pefts_comparison_is_read_with_its_training(tmp_path: Path) -> None:
     """Its adapter names no model: the parameters above it do, and what lies beside it wins over them."""
     folder = tmp_path / "experiments" / "lora" / "mine"
