@@ -22,7 +22,6 @@ METHODS = {
     "riemannian": ("lora", "riemannian_lora"),
 }  # by optimizer: from, to
 LENGTHS = shorter("max_seq_length")
-IN_FP32 = "adapters in fp32 (autocast_adapter_dtype)"
 ONLY_GENERATES = f"a training step: the benchmark that the adapter belongs to only generates ({GENERATION})"
 # `get_dino_encoder` and `precompute_prompt_caches` of image-gen: 346 MB in fp32, and 157 MB of 20 prompts
 ALONE = "the step's memory alone, without DINOv2 and the prompts' embeddings, which lie on the GPU too"
