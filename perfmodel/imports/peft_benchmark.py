@@ -26,6 +26,8 @@ ONLY_GENERATES = f"a training step: the benchmark that the adapter belongs to on
 # `get_dino_encoder` and `precompute_prompt_caches` of image-gen: 346 MB in fp32, and 157 MB of 20 prompts
 ALONE = "the step's memory alone, without DINOv2 and the prompts' embeddings, which lie on the GPU too"
 EMPTIED = "the allocator's cache is never emptied; the benchmark does it after every tenth step"  # MetaMathQA/run.py
+# `boft_P`, a buffer that PEFT makes on the host, where it stays as nothing moves the model after that
+ON_GPU = "BOFT's permutations on the GPU, not copied from the host in every forward pass"
 PIXELS, TEXT = 16, 512  # a token of an image stands for 16 x 16 pixels; what `tracing.programs.diffusion` takes as text
 
 
@@ -117,6 +119,8 @@ def experiment_method(keys: Keys, method: str) -> str | None:
     needed, made = METHODS.get(keys.text("optimizer_type", "AdamW") or "", (name, name))
     if name != needed:
         return None
+    if name == "boft":
+        keys.differ(ON_GPU)
     if not keys.flag("autocast_adapter_dtype", True) and method != "full":
         options = ",".join(filter(None, (options, f"adapter_dtype={DTYPES[keys.text('dtype') or 'bfloat16']}")))
     return made + (f":{options}" if options else "")

@@ -145,6 +145,16 @@ def test_an_experiment_of_pefts_comparison_is_read_with_its_training(tmp_path: P
     assert read(folder / "training_params.json").method == "full"
 
 
+@pytest.mark.parametrize(("kind", "told"), [("BOFT", True), ("LORA", False)])
+def test_a_buffer_that_stays_on_the_host_is_told(tmp_path: Path, kind: str, told: bool) -> None:
+    """PEFT measured 0.66 s a step of BOFT on an L40S where 0.37 s are predicted: 2.1 GB come from the host."""
+    folder = tmp_path / "experiments" / "boft" / "mine"
+    folder.mkdir(parents=True)
+    (tmp_path / "default_training_params.json").write_text('{"model_id": "gpt2"}')
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "target_modules": ["c_attn"]}))
+    assert ("from the host" in read(folder / "adapter_config.json").first_line) == told
+
+
 @pytest.mark.parametrize(("more", "told"), [({"resolution": 512, "dino_model_id": "facebook/dinov2-base"}, 1), ({}, 0)])
 def test_what_lies_beside_a_model_of_images_is_told(tmp_path: Path, more: dict[str, Any], told: int) -> None:
     """PEFT's image benchmark keeps the model that it evaluates with on the GPU: half a GB on top of nine."""
