@@ -25,7 +25,6 @@ LENGTHS = shorter("max_seq_length")
 ONLY_GENERATES = f"a training step: the benchmark that the adapter belongs to only generates ({GENERATION})"
 # `get_dino_encoder` and `precompute_prompt_caches` of image-gen: 346 MB in fp32, and 157 MB of 20 prompts
 ALONE = "the step's memory alone, without DINOv2 and the prompts' embeddings, which lie on the GPU too"
-EMPTIED = "the allocator's cache is never emptied; the benchmark does it after every tenth step"  # MetaMathQA/run.py
 # `boft_P`, a buffer that PEFT makes on the host, where it stays as nothing moves the model after that
 ON_GPU = "BOFT's permutations on the GPU, not copied from the host in every forward pass"
 PIXELS, TEXT = 16, 512  # a token of an image stands for 16 x 16 pixels; what `tracing.programs.diffusion` takes as text
@@ -67,8 +66,6 @@ def setup_of(keys: Keys) -> dict[str, Any]:
         raise UserError(f"{keys.origin}: optimizer_type {kind!r} is not modelled; use AdamW")
     if "dino_model_id" in keys:
         keys.differ(ALONE, "dino_model_id")
-    if not of_images(keys):
-        keys.differ(EMPTIED)
     return {
         "batch": keys.count("batch_size", 4),
         "seq": _image_and_text(keys) if of_images(keys) else keys.count("max_seq_length", 768),

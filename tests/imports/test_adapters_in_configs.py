@@ -140,7 +140,6 @@ def test_an_experiment_of_pefts_comparison_is_read_with_its_training(tmp_path: P
     assert (found.model, found.method) == ("gpt2", "lora_fa:r=2,targets=c_attn,adapter_dtype=bf16")
     assert (found.setup["batch"], found.setup["seq"], found.setup["dtype"]) == (4, 768, "bf16")
     assert found.setup["group_by_length"], "its batches come from buckets sorted by length"
-    assert "every tenth step" in found.first_line, "the step behind it gets all its memory anew"
     (folder / "adapter_config.json").unlink()
     assert read(folder / "training_params.json").method == "full"
 
