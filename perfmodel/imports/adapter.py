@@ -62,6 +62,7 @@ KINDS = {
     ),
     "VERA": Tuner("vera", {"r": "r", "dropout": "vera_dropout"}),
 }
+FACTORED = ("OSF", "PSOFT")  # keep factors of the weights as buffers, which the memory of a trace leaves out
 PLAIN_STARTS = (True, False, "gaussian", "loftq", "eva", "olora", "corda", "orthogonal", "lora_ga")  # of LoRA's weights
 
 
@@ -88,6 +89,8 @@ def differ_without_data(keys: Keys) -> None:
         keys.differ("rows in clusters of equal size, not by their values", "peft_type")
     if name == "BOFT" and keys.count("boft_n_butterfly_factor", 1) > 1:
         keys.differ("a butterfly factor of 1, as PEFT has it without its CUDA extension", "boft_n_butterfly_factor")
+    if name in FACTORED:
+        keys.differ("memory without the frozen factors of weights that the tuner keeps", "peft_type")
     if name == "FROD" and keys.flag("runtime_offload_base_weight"):
         keys.differ("base weights in GPU memory, not offloaded", "runtime_offload_base_weight")
 

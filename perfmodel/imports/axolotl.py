@@ -72,8 +72,9 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     linear_experts = keys.flag("llama4_linearized_experts")
     if linear_experts and "linearized" not in str(keys.get("base_model")).lower():
         keys.differ("experts as transformers runs them by default", "llama4_linearized_experts")
+    amp = None if pure or (dtype == "fp16" and not keys.flag("fp16")) else dtype
     in_tf32 = keys.get("tf32") if "tf32" in keys.values else AUTO
-    if in_tf32 and (dtype is None or pure):
+    if in_tf32 and amp is None and (dtype is None or adapter is not None):  # PEFT's adapters are in fp32
         keys.differ("fp32 products without TF32", *(["tf32"] if "tf32" in keys else []))
     runs_on, checkpointed = engine(keys, zero3=not objective), fsdp(keys)
     method = _method(keys, adapter, dtype or "fp32", str(objective.get("objective", "")))
@@ -83,7 +84,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "seq": keys.count("sequence_len", 512),
         "grad_accum": _accumulated(keys),
         "dtype": dtype or "fp32",
-        "amp": None if pure or (dtype == "fp16" and not keys.flag("fp16")) else dtype,
+        "amp": amp,
         "optimizer": optimizer_name(keys, "optimizer", OPTIMIZERS["adamw_torch_fused"]),
         "checkpoint": _checkpoint(keys, checkpoints=checkpointed),
         "attention": _attention(keys),

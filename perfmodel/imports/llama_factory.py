@@ -30,6 +30,7 @@ ATTENTION = {"auto": "sdpa", "sdpa": "sdpa", "fa2": "flash2", "fa3": "flash2", "
 PROJECTING = ("galore", "apollo")  # methods whose optimizers project gradients
 TOWER = {"vision tower": "freeze_vision_tower", "projector": "freeze_multi_modal_projector"}
 WITH_NEW_ROWS = ("embed_tokens", "lm_head")  # trained beside adapters where nothing is named
+IN_FP32 = "copies of modules in the dtype of the base, not in fp32"  # `cast_trainable_params_to_fp32`
 CHECKPOINT_DTYPE = "bf16"  # of a checkpoint that no key speaks of
 # It asks in the environment (train/fp8_utils.py), and the Trainer of transformers 5 gives accelerate its own precision
 FP8_OF_4 = "without float8, which LLaMA-Factory turns on under transformers 4 alone (--fp8 padded)"
@@ -71,7 +72,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     }
     if keys.flag("fp8"):
         keys.differ(FP8_OF_4, "fp8")
-    if keys.get("tf32") and setup["amp"] is None and not pure:
+    adapters = keys.text("finetuning_type", "lora") in ("lora", "oft")  # in fp32, by PEFT
+    if keys.get("tf32") and setup["amp"] is None and (adapters or not pure):
         keys.differ("fp32 products without TF32", "tf32")
     if (stage := keys.text("stage", "sft")) in ("sft", "pt"):
         notes += packing.packed_by_llama_factory(keys, setup, pretraining=stage == "pt")
@@ -135,6 +137,8 @@ def _method(keys: Keys) -> tuple[str, dict[str, Any]]:
         return _full(keys)
     if kind == "freeze":
         return _freeze(keys, quantised=bool(bits))
+    if saved and not keys.flag("pure_bf16"):
+        keys.differ(IN_FP32, *(["additional_target"] if "additional_target" in keys else []))
     keys.refuse("use_llama_pro", "adapters in added blocks are not modelled; use finetuning_type: freeze")
     if kind == "oft":
         return _oft(keys, int(bits or 16), saved)

@@ -19,6 +19,7 @@ ATTENTION = {"eager": "eager", "sdpa": "sdpa", **FLASH}
 CHECKPOINT_DTYPE = "bf16"  # of nearly every checkpoint
 OWN_LOSS = "transformers' loss once, without v1's own log-probabilities beside it"  # `compute_log_probs`
 FUSED_LOSS = "Liger's fused loss, in the place of the logits and of v1's own log-probabilities"  # `require_logits`
+OWN_CLIP = "gradients clipped together, not one after another in fp32 as FSDPTurbo does"  # `clip_grad_norm_`
 TOKEN_BUDGETS = ("dynamic_batching", "dynamic_padding_free")  # strategies that fill micro-batches by tokens
 
 
@@ -50,6 +51,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     elif strategy == "dynamic_padding_free":
         packing.packed_full(keys, setup, "batching_strategy")
     keys.number("max_grad_norm", 1.0)
+    if _dist(keys).get("name") == "fsdpturbo":
+        keys.differ(OWN_CLIP)
     keys.differ("an SFT step: the file does not say whether `sft` or `dpo` reads it")
     keys.differ(FUSED_LOSS if setup["kernels"] == "liger" else OWN_LOSS)
     notes = [] if "packing" in setup else [packing.shorter("cutoff_len")]
@@ -69,8 +72,7 @@ def _precision(keys: Keys, method: str) -> dict[str, str | None]:
             return {"dtype": CHECKPOINT_DTYPE, "amp": None}
         keys.differ("autocast where fp32 blocks meet bf16 ones, in the place of FSDP's casts")
         return {"dtype": CHECKPOINT_DTYPE, "amp": CHECKPOINT_DTYPE}
-    dist = keys.values.get("dist_config")  # left unread: data/configs/ says that nothing is sharded
-    dist = dist if isinstance(dist, dict) else {}
+    dist = _dist(keys)
     name = dist.get("name")
     if name == "fsdpturbo" and half:
         return {"dtype": "bf16", "amp": None}
@@ -78,6 +80,12 @@ def _precision(keys: Keys, method: str) -> dict[str, str | None]:
         keys.differ(f"autocast, in the place of {'FSDP' if name == 'fsdp2' else 'DeepSpeed'}'s casts")
         return {"dtype": "fp32", "amp": "bf16"}
     return {"dtype": "fp32", "amp": None}
+
+
+def _dist(keys: Keys) -> dict[str, Any]:
+    """`dist_config`, which stays unread: data/configs/ says that nothing is sharded."""
+    dist = keys.values.get("dist_config")
+    return dist if isinstance(dist, dict) else {}
 
 
 def _in_bf16(config_file: Any) -> bool:

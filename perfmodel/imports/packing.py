@@ -22,6 +22,7 @@ KNOWING = frozenset((  # attention that knows documents, by Axolotl (utils/schem
     "flash_attention_2", "flash_attention_3", "flex_attention", "xformers", "sage", "kernels-community/flash-attn2",
     "kernels-community/flash-attn3", "kernels-community/sage-attention",
 ))  # fmt: skip
+WITHOUT_MASK = ("sdpa", "eager")  # attention that gets packed rows without one (`attn_decontaminates_packing`)
 MASK = "the mask of packed documents is made on the device; LLaMA-Factory's collator makes it on the host"
 TELL_LENGTHS = "give --lengths (or --seq the mean length)"
 
@@ -55,14 +56,14 @@ def packed_by_axolotl(keys: Keys, setup: dict[str, Any], asked_attention: str | 
     """`sample_packing` and `batch_flattening` (core/trainers/base.py, core/builders/causal.py, utils/schemas).
 
     Attention that knows documents gets all rows of a micro-batch as one, unless real batches are asked for; SDPA and
-    eager attention, where they are named, get rows without a mask; where none is named the mask stays, and documents
-    see each other. Rows are padded to `sequence_len` unless the file says no (`hint_sample_packing_padding`).
+    eager attention, where they are named, get rows without a mask; where none is named, or another, the mask stays, and
+    documents see each other. Rows are padded to `sequence_len` unless the file says no (`hint_sample_packing_padding`).
     """
     knows = asked_attention in KNOWING
     real = keys.flag("multipack_real_batches", not knows)
     flattening = keys.get("batch_flattening")
     if keys.get("sample_packing") not in (None, False):
-        if asked_attention is None:
+        if not knows and asked_attention not in WITHOUT_MASK:
             setup["packing"] = "dense"
             if setup["batch"] > 1 or keys.flag("pad_to_sequence_len", True):
                 keys.differ(TO_THE_END, "sample_packing")

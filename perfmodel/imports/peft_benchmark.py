@@ -22,7 +22,6 @@ METHODS = {
     "riemannian": ("lora", "riemannian_lora"),
 }  # by optimizer: from, to
 LENGTHS = shorter("max_seq_length")
-IN_FP32 = "adapters in fp32 (autocast_adapter_dtype)"
 ONLY_GENERATES = f"a training step: the benchmark that the adapter belongs to only generates ({GENERATION})"
 # `get_dino_encoder` and `precompute_prompt_caches` of image-gen: 346 MB in fp32, and 157 MB of 20 prompts
 ALONE = "the step's memory alone, without DINOv2 and the prompts' embeddings, which lie on the GPU too"
@@ -31,6 +30,8 @@ ALONE = "the step's memory alone, without DINOv2 and the prompts' embeddings, wh
 NEVER_EMPTIED = "the allocator's cache is never emptied; the benchmark does it after every tenth step"
 NOT_CACHED = "keys and values are not copied into a cache, which the benchmark leaves on"
 OWN_CACHE = ("PREFIX_TUNING", "CARTRIDGE")  # tuners whose keys and values stand in such a cache
+# `boft_P`, a buffer that PEFT makes on the host, where it stays as nothing moves the model after that
+ON_GPU = "BOFT's permutations on the GPU, not copied from the host in every forward pass"
 PIXELS, TEXT = 16, 512  # a token of an image stands for 16 x 16 pixels; what `tracing.programs.diffusion` takes as text
 
 
@@ -133,6 +134,8 @@ def experiment_method(keys: Keys, method: str) -> str | None:
     needed, made = METHODS.get(keys.text("optimizer_type", "AdamW") or "", (name, name))
     if name != needed:
         return None
+    if name == "boft":
+        keys.differ(ON_GPU)
     if not keys.flag("autocast_adapter_dtype", True) and method != "full":
         options = ",".join(filter(None, (options, f"adapter_dtype={DTYPES[keys.text('dtype') or 'bfloat16']}")))
     return made + (f":{options}" if options else "")

@@ -48,6 +48,8 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     dtype = keys.one_of("dtype", DTYPES, None) or keys.one_of("torch_dtype", DTYPES, "fp32")
     objective = of_trl(keys)
     own_code(keys, "model_name_or_path", in_few_bits=low_bits(keys) is not None)
+    if amp not in (None, dtype) and dtype != "fp32":
+        keys.differ(f"products in {dtype}, not in {amp} under autocast")
     setup: dict[str, Any] = {
         "engine": engine(keys, zero3=not objective),
         "batch": keys.count("per_device_train_batch_size", 8),
@@ -69,7 +71,7 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
         _loss(keys, is_trl=is_trl, liger=setup["kernels"] == "liger")
     elif setup["kernels"] == "liger":
         keys.differ(UNFUSED_LOSS, "use_liger_kernel")
-    if keys.get("tf32") and amp is None and dtype == "fp32":
+    if keys.get("tf32") and setup["amp"] is None and (dtype == "fp32" or keys.flag("use_peft")):
         keys.differ("fp32 products without TF32", "tf32")
     notes = []
     if objective and keys.flag("packing"):

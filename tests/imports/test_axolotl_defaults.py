@@ -63,6 +63,8 @@ def test_checkpoints_are_those_that_axolotl_runs(tmp_path: Path, text: str, kind
         ("bf16: false", "fp32", None),
         ("bf16: false\nfloat16: true", "fp16", None),
         ("bf16: false\nadapter: lora\nload_in_8bit: true", "fp16", None),
+        ("bf16: full", "bf16", None),
+        ("bf16: full\nadapter: lora", "bf16", None),
     ],
 )
 def test_bf16_comes_by_itself(tmp_path: Path, text: str, dtype: str, amp: str | None) -> None:
@@ -70,7 +72,8 @@ def test_bf16_comes_by_itself(tmp_path: Path, text: str, dtype: str, amp: str | 
     (tmp_path / "config.yml").write_text(BASE + text)
     found = read(tmp_path / "config.yml")
     assert (found.setup["dtype"], found.setup["amp"]) == (dtype, amp)
-    assert any("TF32" in said for said in found.differences) == (dtype == "fp32"), "so does TF32"
+    in_fp32 = dtype == "fp32" or (amp is None and "adapter" in text)
+    assert any("TF32" in said for said in found.differences) == in_fp32, "so does TF32, of adapters too"
 
 
 def test_modules_of_images_are_frozen_on_request(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -105,6 +106,8 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "gc_steps: 5": ("axolotl", "the allocator's cache is never emptied (gc_steps)"),
     "unheard_of: 3": ("axolotl", "keys that are unknown here (unheard_of)"),
     "tf32: true": ("axolotl", "fp32 products without TF32 (tf32)"),
+    "dtype: float16": ("trl", "products in fp16, not in bf16 under autocast"),
+    "tf32: true\npure_bf16: true": ("factory", "fp32 products without TF32 (tf32)"),
     "use_unsloth_gc: true": ("factory", "checkpoints stay on the GPU (use_unsloth_gc)"),
     "gradient_checkpointing: true\ngradient_checkpointing_kwargs: {every_n_layers: 2}": (
         "trl", "every block checkpointed, on the GPU (gradient_checkpointing_kwargs)",
@@ -164,10 +167,12 @@ def test_what_changes_nothing_is_not_in_the_first_line(tmp_path: Path, text: str
         ({"tf32": True, "bf16": True}, False),
         ({"tf32": True}, False),
         ({"bf16": False}, False),
+        ({"tf32": True, "bf16": False, "dtype": "bfloat16"}, False),
+        ({"tf32": True, "bf16": False, "dtype": "bfloat16", "use_peft": True}, True),
     ],
 )
 def test_tf32_matters_to_trl_only_where_products_are_in_fp32(
-    tmp_path: Path, keys: dict[str, bool], differs: bool
+    tmp_path: Path, keys: dict[str, Any], differs: bool
 ) -> None:
     """Its own default is mixed precision, whose products are in bf16: a note on TF32 would cast doubt for nothing."""
     (tmp_path / "sft.json").write_text(json.dumps({**TRL, **keys}))

@@ -340,6 +340,7 @@ def test_full_tuning_of_v1_holds_fp32(tmp_path: Path, text: str, precision: tupl
     assert (found.setup["dtype"], found.setup["amp"]) == precision
     assert any("autocast" in said for said in found.differences) == (precision == ("fp32", "bf16"))
     assert any("own log-probabilities" in said for said in found.differences)
+    assert any("gradients clipped" in said for said in found.differences) == ("fsdpturbo" in text)
 
 
 @pytest.mark.parametrize(

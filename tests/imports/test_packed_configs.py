@@ -30,6 +30,9 @@ EXPECTED: dict[str, tuple[dict[str, Any], bool]] = {  # file -> fields of the se
     AXOLOTL + "sample_packing: true\nattn_implementation: kernels-community/vllm-flash-attn3": (
         {"packing": "dense"}, False,
     ),
+    AXOLOTL + "micro_batch_size: 1\nsample_packing: true\nattn_implementation: kernels-community/vllm-flash-attn3": (
+        {"packing": "dense"}, False,
+    ),
     AXOLOTL + "batch_flattening: auto\nflash_attention: true": ({"packing": "flat"}, True),
     AXOLOTL + "batch_flattening: auto": ({}, False),
     AXOLOTL + "group_by_length: true": ({"group_by_length": True}, False),
