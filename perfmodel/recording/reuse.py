@@ -4,8 +4,10 @@ A search on one device records the micro-batches of setups once that differ in t
 change nothing (`Method.plain`), and prices and counts their parts, and equal calls, once.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
+
+import numpy as np
 
 from ..methods.parts.base import Method
 from ..program.dims import Dim
@@ -14,8 +16,10 @@ from ..setup import Setup
 from ..tape.core import Tape
 from ..tape.tensor import Parameter, Storage
 from ..values import immutable
+from .step import Step
 
 Sums = dict[str, Dim]
+Steps = dict[Any, Step]  # recorded steps of one model, by `step_key`
 
 
 @immutable
@@ -77,3 +81,18 @@ def key(method: Method, setup: Setup) -> Any:
     if setup.engine != "torch" or setup.in_backward:
         return None
     return method.plain(setup.dtype).spec(), replace(setup, optimizer="adamw", clip_grad=Setup.clip_grad)
+
+
+def step_key(method: Method, setup: Setup, kind: str, capability: str) -> Any:
+    """What decides the whole step of a model: devices that agree in it run the same calls.
+
+    Of a card's compute capability that is its generation, whether cuDNN's attention comes first, and how much one
+    launch over lists takes (`calls.sdpa`, `tape.grouped`, `program.software`).
+    """
+    of_card = None
+    if kind == "cuda":
+        stack = setup.stack
+        of_card = capability.split(".")[0], stack.prefers_cudnn(capability), stack.list_room(capability)
+    values = (getattr(setup, f.name) for f in fields(setup))
+    sizes = ((v.shape, v.tobytes()) if isinstance(v, np.ndarray) else v for v in values)
+    return method.spec(), tuple(sizes), kind, of_card
