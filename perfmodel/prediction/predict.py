@@ -235,8 +235,8 @@ def predict_alike(
     make = partial(record.build, architecture, method, setup, on.kind, capability, shared=shared)
     if steps is None or method is not asked:  # its program depends on the prices of the device
         return of_step(make(), on, by, shared)
-    built = part_costs.recalled(steps, step_key(method, setup, on.kind, capability), make)
-    return of_step(built, on, by, shared)
+    built = part_costs.recalled(steps.known, step_key(method, setup, on.kind, capability), make)
+    return of_step(built, on, by, shared or Shared(counts=steps.counts))
 
 
 def of_step(built: Step, on: DeviceProfile, by: Host, shared: Shared | None = None) -> Prediction:

@@ -14,12 +14,12 @@ from ..program.dims import Dim
 from ..program.part import Part
 from ..setup import Setup
 from ..tape.core import Tape
+from ..tape.grouped import ONE_KERNEL
 from ..tape.tensor import Parameter, Storage
 from ..values import immutable
 from .step import Step
 
 Sums = dict[str, Dim]
-Steps = dict[Any, Step]  # recorded steps of one model, by `step_key`
 
 
 @immutable
@@ -83,16 +83,30 @@ def key(method: Method, setup: Setup) -> Any:
     return method.plain(setup.dtype).spec(), replace(setup, optimizer="adamw", clip_grad=Setup.clip_grad)
 
 
+@dataclass(eq=False, repr=False)
+class Steps:
+    """Recorded steps of one model, whatever the device.
+
+    Attributes:
+        known: by `step_key`.
+        counts: of their parts, as `Shared` has them.
+    """
+
+    known: dict[Any, Step] = field(default_factory=dict)
+    counts: dict[Part, Sums] = field(default_factory=dict)
+
+
 def step_key(method: Method, setup: Setup, kind: str, capability: str) -> Any:
     """What decides the whole step of a model: devices that agree in it run the same calls.
 
-    Of a card's compute capability that is its generation, whether cuDNN's attention comes first, and how much one
-    launch over lists takes (`calls.sdpa`, `tape.grouped`, `program.software`).
+    Of a card's compute capability that is its generation, as far as kernels of attention and of experts go by it, and
+    how much one launch over lists takes (`calls.sdpa`, `tape.grouped`, `program.software`).
     """
-    of_card = None
+    of_card: tuple[Any, ...] = ()
     if kind == "cuda":
-        stack = setup.stack
-        of_card = capability.split(".")[0], stack.prefers_cudnn(capability), stack.list_room(capability)
+        stack, major = setup.stack, capability.split(".")[0]
+        generation = major if major in ONE_KERNEL else int(major) >= 8
+        of_card = generation, stack.prefers_cudnn(capability), stack.list_room(capability)
     values = (getattr(setup, f.name) for f in fields(setup))
     sizes = ((v.shape, v.tobytes()) if isinstance(v, np.ndarray) else v for v in values)
     return method.spec(), tuple(sizes), kind, of_card

@@ -19,6 +19,7 @@ from ...errors import UserError, nearest
 from ...resources import DATA, read_toml
 from ...values import immutable
 
+Known = Mapping[str, Sequence["Price"]]  # by the slug of the device
 PRICES = DATA / "prices"
 KINDS = ("on demand", "spot", "reserved")
 KEYS = ("device", "usd", "provider", "kind", "gpus", "date", "source", "note")
@@ -63,18 +64,22 @@ class Price:
         }  # fmt: skip
 
 
-def price_of(device: str, kind: str = KINDS[0], typed: Mapping[str, float] | None = None) -> Price | None:
+def price_of(
+    device: str, kind: str = KINDS[0], typed: Mapping[str, float] | None = None, known: Known | None = None
+) -> Price | None:
     """The lowest known price of a device, of a machine with one GPU if there is one; None where none is known.
 
     Args:
         device: its slug.
         typed: prices by slug, or by an empty name for all devices (`typed_prices`).
+        known: `known_prices`, for those who ask for many.
     """
     typed = typed or {}
     usd = typed.get(device, typed.get(""))
     if usd is not None:
         return Price(device, usd, TYPED)
-    found = [price for price in known_prices().get(device, ()) if price.kind == kind]
+    known = known_prices() if known is None else known
+    found = [price for price in known.get(device, ()) if price.kind == kind]
     return min(found, key=lambda price: (price.gpus > 1, price.usd), default=None)
 
 
@@ -97,7 +102,7 @@ def typed_prices(texts: Iterable[str]) -> dict[str, float]:
     return found
 
 
-def known_prices() -> Mapping[str, Sequence[Price]]:
+def known_prices() -> Known:
     """Prices by the slug of the device: bundled ones, and own ones in their place.
 
     Raises:

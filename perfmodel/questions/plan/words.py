@@ -1,0 +1,164 @@
+"""A plan in sentences: which run, what it costs, what LoRA costs against full fine-tuning, what is not known."""
+
+from collections.abc import Iterator
+
+from ... import units
+from ..sentences import in_words
+from .job import samples_of_step
+from .planning import Plan
+from .runs import HOUR, PlannedRun
+
+NAMED = 6  # devices in a list
+
+
+def span(seconds: float) -> str:
+    """A time of a job: 40 s, 12 min, 32.3 h."""
+    if seconds < 60:
+        return units.seconds(seconds)
+    if seconds < HOUR:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / HOUR:,.1f} h" if seconds < 1000 * HOUR else f"{seconds / HOUR:,.0f} h"
+
+
+def between(low: str, high: str) -> str:
+    """An interval: 7.4 - 10.3 h, the unit once where it is the same."""
+    unit = high.partition(" ")[2]
+    return f"[{low.removesuffix(f' {unit}') if unit else low} - {high}]"
+
+
+def money(dollars: float) -> str:
+    """Dollars with the cents that are worth saying: $0.42, $24.30, $1,234."""
+    return f"${dollars:,.2f}" if dollars < 1000 else f"${dollars:,.0f}"
+
+
+def energy(joules: float) -> str:
+    """Energy of a job: 8.3 kWh, 41 Wh."""
+    return f"{joules / 3.6e6:,.1f} kWh" if joules >= 3.6e5 else f"{joules / 3600:,.1f} Wh"
+
+
+def answer(plan: Plan) -> str:
+    """The answer in a few sentences."""
+    if not plan.runs:
+        return f"Nothing fits: {_listed([f'{d} with {m} {why}' for (d, m), why in plan.left_out.items()])}."
+    if len(plan.runs) == 1:
+        return f"{_capital(_named(plan.runs[0]))} takes {_figures(plan.runs[0])}."
+    cheapest, in_time = plan.cheapest(), plan.in_time()
+    told = [f"Cheapest: {_choice(cheapest, 'cost')}."] if cheapest else []
+    told.append(f"Fastest: {_choice(plan.fastest(), 'take')}.")
+    if plan.deadline is not None:
+        before = f"before {span(plan.deadline * HOUR)}"
+        if in_time and in_time[0] is cheapest[0]:
+            told.append(f"The cheapest surely ends {before}.")
+        else:
+            told.append(f"Cheapest {before}: {_choice(in_time, 'cost') if in_time else _none_in_time(plan)}.")
+    return " ".join([*told, *_against(plan)])
+
+
+def _none_in_time(plan: Plan) -> str:
+    """What is said where no run with a price ends before the deadline."""
+    without = [run for run in plan.runs if run.interval[1] <= (plan.deadline or 0) * HOUR]
+    if not without:
+        return "none is sure to end"
+    names = _listed([run.device for run in without])
+    return f"only those without a known price are sure to end ({names})"
+
+
+def _choice(runs: list[PlannedRun], what: str) -> str:
+    """The first of a choice, and those that are as good."""
+    first, *others = runs
+    text = f"{_named(first)}, {_figures(first)}"
+    if others:
+        alike = [f"{run.device} ({in_words(run.prediction)})" for run in others]
+        text += f"; {_listed(alike)} {what}{'s' if len(others) == 1 else ''} the same"
+    return text
+
+
+def _named(run: PlannedRun) -> str:
+    given = f" with {' and '.join(g for g in run.given_up if g != 'QLoRA')}" if set(run.given_up) - {"QLoRA"} else ""
+    return f"{in_words(run.prediction)} on {run.device}{given}"
+
+
+def _figures(run: PlannedRun) -> str:
+    """Hours, dollars and energy, each with its interval."""
+    low, high = run.interval
+    told = [f"{span(run.seconds)} {between(span(low), span(high))}"]
+    if run.hourly is None or run.dollars is None:
+        told.append("at a price that is not known")
+    else:
+        bounds = between(*(money(bound / HOUR * run.hourly) for bound in (low, high)))
+        told.append(f"{money(run.dollars)} {bounds}")
+    if run.joules is not None and run.joules_interval is not None:
+        bounds = between(*map(energy, run.joules_interval))
+        told.append(f"{energy(sum(run.joules.values()))} {bounds}")
+    return ", ".join(told)
+
+
+def _against(plan: Plan) -> Iterator[str]:
+    """What each further method costs at its cheapest, or takes at its fastest, against the first one."""
+    first, *others = plan.methods
+    for method in others:
+        if (a := plan.cheapest(first)) and (b := plan.cheapest(method)):
+            here, there = a[0].dollars or 0.0, b[0].dollars or 0.0
+            text = f"{money(there)} against {money(here)}"
+            yield f"At its cheapest {_which(b[0])} costs {text} for {_which(a[0])}{_factor(there, here)}."
+        elif not plan.of(first) or not plan.of(method):
+            missing = first if not plan.of(first) else method
+            yield f"{missing} fits nowhere here."
+
+
+def _which(run: PlannedRun) -> str:
+    return f"{in_words(run.prediction)} ({run.device})"
+
+
+def _factor(there: float, here: float) -> str:
+    return f": {there / here:.2f}x" if here > 0 else ""
+
+
+def job_in_words(plan: Plan, run: PlannedRun) -> str:
+    """The job of a run: data, steps, and what comes beside them."""
+    job, work, setup = plan.job, run.work, run.prediction.setup
+    group = samples_of_step(setup)
+    rows = "" if work.rows == work.samples else f" in {work.rows:,} rows"
+    padded = "" if work.computed == work.tokens else f", {work.computed:,} with padding"
+    told = [f"{work.samples:,} samples{rows} of {work.tokens:,} tokens{padded}, {_epochs(job.epochs)}"]
+    short = f", {work.short} of them with {round(work.last * group)}" if work.short else ""
+    told.append(f"{work.steps:,} steps of {group}{short}")
+    if work.evaluated:
+        told.append(f"{work.evaluated} evaluations of {job.eval_samples:,} samples")
+    told.append(f"{work.saved} checkpoint{'s' if work.saved > 1 else ''}")
+    told.append(f"{span(job.startup)} of start-up")
+    return "; ".join(told)
+
+
+def _epochs(epochs: float) -> str:
+    return "once" if epochs == 1 else f"{epochs:g} epochs"
+
+
+def notes(plan: Plan) -> list[str]:
+    """What a reader should know: prices of named runs with their age, what has none, what fits nowhere, energy."""
+    named = {run.device: run for run in [*plan.cheapest(), *plan.in_time(), *plan.fastest(), *plan.runs[:1]]}
+    told = [f"{d}: {run.price.in_words(plan.today)}, {run.price.source}".rstrip(", ")
+            for d, run in named.items() if run.price is not None]  # fmt: skip
+    if plan.unpriced:
+        told.append(f"no price is known of {_listed(plan.unpriced)}: give --price DEVICE=USD")
+    if plan.left_out:
+        devices = list(dict.fromkeys(f"{d} ({why})" for (d, _), why in plan.left_out.items()))
+        told.append(f"left out, nothing given up would do: {_listed(devices)}")
+    if any(run.power is None for run in plan.runs):
+        unknown = dict.fromkeys(run.device for run in plan.runs if run.power is None)
+        told.append(f"no power limit is known of {_listed(list(unknown))}, so no energy")
+    told.append(
+        "energy is that of the board and of its share of a server's node at the wall (--node-power); checked on H100 "
+        "nodes alone"
+    )
+    return told
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _capital(text: str) -> str:
+    first = text.split(" ", 1)[0]
+    return text[0].upper() + text[1:] if first.islower() else text
