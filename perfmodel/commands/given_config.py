@@ -109,7 +109,7 @@ def on_its_model(command: Command) -> Command:
     def run(**options: Any) -> Any:
         ctx = click.get_current_context()
         found = ctx.meta.get(CONFIG)
-        if found is not None and not is_traced(options):
+        if found is not None and options["model"] and not is_traced(options):
             taken, from_config = [], ParameterSource.DEFAULT_MAP
             for fallback in _fallbacks(found, options["model"]):
                 for name in (fallback.option, "methods") if fallback.option == "method" else (fallback.option,):

@@ -148,14 +148,15 @@ def _where(*, grid: bool, all_devices: bool = False) -> tuple[Decorator, ...]:
     """Model, device, host and the size of a batch; on a grid several devices, and axes for the sizes.
 
     Args:
-        all_devices: whether several devices are taken, and none for all that there are.
+        all_devices: whether several devices are taken, and none for all that there are; the command then says itself
+            whether it needs a model.
     """
     size = GridAxis() if grid else int
     return (
         config_option,
         click.option(
             "--model",
-            required=True,
+            required=not all_devices,
             shell_complete=names.models,
             help="Bundled name (see `perfmodel models`), path of a config.json or folder, or hub id.",
         ),

@@ -26,7 +26,7 @@ from .quantity import BYTES, NUMBER, Quantity
 )
 @click.option("--drop-last", is_flag=True, help="Leave out a last short micro-batch.")
 @click.option("--eval-every", type=click.IntRange(1), help="Steps from one evaluation to the next; default none.")
-@click.option("--eval-samples", type=click.IntRange(0), default=0, help="Samples of an evaluation.")
+@click.option("--eval-samples", type=click.IntRange(0), default=0, show_default=True, help="Samples of an evaluation.")
 @click.option(
     "--save-every", type=click.IntRange(1), help="Steps from one checkpoint to the next; default one at the end."
 )
@@ -47,6 +47,12 @@ from .quantity import BYTES, NUMBER, Quantity
     "--node-power", type=Finite(0), help="Watts that the node draws for each GPU besides; default a server's."
 )
 @click.option("--grid-co2", type=Finite(0), help="g of CO2 for a kWh of your grid.")
+@click.option("--largest-batch", is_flag=True, help="No job: the largest micro-batch that fits on --device.")
+@click.option("--longest-context", is_flag=True, help="No job: the longest samples that fit on --device.")
+@click.option("--smallest-gpu", is_flag=True, help="No job: the GPU of least memory that it fits on.")
+@click.option(
+    "--biggest-model", is_flag=True, help="No job: the bundled model of most parameters that fits on --device."
+)
 @plan_options
 def plan(
     methods: Sequence[str],
@@ -64,15 +70,28 @@ def plan(
     Without --device every GPU of the catalogue is tried: the cheapest, the fastest, and the cheapest before a deadline,
     with what has to be given up to fit.
     """
+    from ..questions.plan.inverse import QUESTIONS, answers
     from ..questions.plan.job import Job
-    from ..questions.plan.planning import plan as run
-    from ..report.plan import show_plan
+    from ..questions.plan.planning import plan_job
+    from ..report.plan import show_answers, show_plan
 
-    job = Job(**{name: options.pop(name) for name in Job.__dataclass_fields__})
+    asked = [name for name in QUESTIONS if options.pop(name)]
+    if options["model"] is None and asked != ["biggest_model"]:
+        raise click.UsageError("Missing option '--model'.")
+    about = {name: options.pop(name) for name in Job.__dataclass_fields__}
     chosen, setup = methods_of(methods, options), setup_of(options)
+    if asked:
+        model = None if options["model"] is None else model_of(options)
+        fitting = answers(asked, model, chosen, setup, options["device"] or None, options["host"])
+        if as_json:
+            answer_json({"answers": [answer.as_dict() for answer in fitting]})
+        else:
+            show_answers(fitting)
+        return
+    job = Job(**about)
     if global_batch and click.get_current_context().get_parameter_source("batch") is ParameterSource.DEFAULT:
         setup, global_batch = replace(setup, batch=global_batch, grad_accum=1), None
-    found = run(
+    found = plan_job(
         model_of(options), chosen, setup, options["device"] or None, job=job, global_batch=global_batch, price=price,
         price_kind="spot" if spot else "on demand", deadline=deadline, node_power=node_power, grid_co2=grid_co2,
         host=options["host"],

@@ -54,7 +54,7 @@ def board_power(p: Prediction, hardware: Hardware, node: float | None = None) ->
     seconds = float(p.time.phases["total"])
     return draws(
         hardware,
-        flops_per_second={dtype: share * p.flops["total"] / seconds for dtype, share in by_dtype(p.step).items()},
+        flops_per_second={dtype: share * p.flops["total"] / seconds for dtype, share in flops_by_dtype(p.step).items()},
         bytes_per_second=float(p.bytes["total"]) / seconds,
         working=min(1.0, float(p.time.device_busy) / seconds),
         node=node,
@@ -89,12 +89,12 @@ def joules_per_flop(hardware: Hardware, dtype: str) -> float:
     return known or (hardware.board_power or 0.0) / hardware.peak(dtype)
 
 
-def by_dtype(step: Step) -> dict[str, float]:
+def flops_by_dtype(step: Step) -> dict[str, float]:
     """FLOPs that run by dtype of the operands, over those that are counted: of causal attention only a half runs."""
     return _shares(step, lambda op: {"i8": "int8", "c64": "fp32"}.get(dtype := operand_dtype(op), dtype))
 
 
-def by_kind(step: Step) -> dict[str, float]:
+def flops_by_kind(step: Step) -> dict[str, float]:
     """The same by kind of call: gemm or attention."""
     return _shares(step, kind)
 

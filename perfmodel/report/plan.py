@@ -2,6 +2,7 @@
 
 from .. import units
 from ..questions.plan import words
+from ..questions.plan.inverse import Largest
 from ..questions.plan.planning import Plan
 from ..questions.plan.runs import PlannedRun
 from ..questions.sentences import in_words
@@ -12,7 +13,7 @@ SHOWN = 12  # runs in the table
 
 def show_plan(plan: Plan) -> None:
     """The answer in sentences, the runs by dollars, the parts of a single one, and what is behind the figures."""
-    show(paragraph(words.answer(plan)), bold=True)
+    show(paragraph(words.plan_answer(plan)), bold=True)
     if not plan.runs:
         return
     first = plan.runs[0]
@@ -27,7 +28,7 @@ def show_plan(plan: Plan) -> None:
         if more:
             show(paragraph(f"and {more} more (--json has all)"), dim=True)
     of_step = first.prediction.notes if len(plan.runs) == 1 else []
-    notes([*words.notes(plan), *of_step])
+    notes([*words.plan_notes(plan), *of_step])
 
 
 def _heads(plan: Plan) -> tuple[str, ...]:
@@ -71,3 +72,9 @@ def _given_up(run: PlannedRun) -> str:
     words = " ".join(run.given_up)
     short = {"QLoRA": "QLoRA", "micro-batches": f"{setup.batch} x {setup.grad_accum}", "checkpointing": "checkpointing"}
     return ", ".join(text for word, text in short.items() if word in words)
+
+
+def show_answers(answers: list[Largest]) -> None:
+    """What fits: the largest batch, the longest context, the smallest GPU, the biggest model; a line each."""
+    for answer in answers:
+        show(paragraph(words.what_fits(answer)))

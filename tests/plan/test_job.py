@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from perfmodel.errors import UserError
 from perfmodel.questions.plan import collating
-from perfmodel.questions.plan.job import SEED, Job, with_global_batch, work_of
+from perfmodel.questions.plan.job import SEED, Job, job_counts, with_global_batch
 from perfmodel.setup import Setup
 
 SEQ, BATCH = 96, 4
@@ -47,7 +47,7 @@ def test_packed_rows_and_tokens_are_those_of_trl(packing: str, strategy: str, n:
     lengths = documents(n)
     data = datasets.Dataset.from_dict({"input_ids": [[1] * length for length in lengths]})
     packed = trl_data.pack_dataset(data, SEQ, strategy)
-    work = work_of(Job(), of(lengths, packing))
+    work = job_counts(Job(), of(lengths, packing))
     assert work.rows == len(packed)
     assert work.tokens == sum(len(row["input_ids"]) for row in packed)
 
@@ -70,7 +70,7 @@ def test_padded_tokens_are_those_of_transformers_collator(monkeypatch: Any, grou
     collate = transformers.DataCollatorWithPadding(tokenizer)
     batches = [indices[i : i + BATCH] for i in range(0, n, BATCH)]
     got = [collate([{"input_ids": [0] * cut[i]} for i in batch])["input_ids"] for batch in batches]
-    work = work_of(Job(), of(lengths, "none", group_by_length=grouped))
+    work = job_counts(Job(), of(lengths, "none", group_by_length=grouped))
     assert work.computed == sum(ids.numel() for ids in got)
     assert work.tokens == sum(int((ids == 0).sum()) for ids in got)
 
@@ -80,7 +80,7 @@ def test_flat_tokens_are_those_of_the_flattening_collator() -> None:
     transformers = pytest.importorskip("transformers")
     lengths = documents(10)
     flat = transformers.DataCollatorWithFlattening()([{"input_ids": [0] * min(x, SEQ)} for x in lengths])
-    work = work_of(Job(), of(lengths, "flat"))
+    work = job_counts(Job(), of(lengths, "flat"))
     assert (work.rows, work.tokens, work.computed) == (10, *(flat["input_ids"].numel(),) * 2)
 
 
@@ -93,7 +93,7 @@ def test_steps_are_those_of_the_real_trainer(tmp_path: Path, samples: int, epoch
     job, setup = Job(samples=samples, epochs=epochs, drop_last=drop_last), Setup(batch=4, grad_accum=3, seq=8)
     if drop_last and samples < 4:
         with pytest.raises(UserError, match="drop_last leaves nothing"):
-            work_of(job, setup)
+            job_counts(job, setup)
         return
     arguments = transformers.TrainingArguments(
         str(tmp_path), per_device_train_batch_size=4, gradient_accumulation_steps=3, num_train_epochs=epochs,
@@ -101,12 +101,14 @@ def test_steps_are_those_of_the_real_trainer(tmp_path: Path, samples: int, epoch
     )  # fmt: skip
     trainer = transformers.Trainer(torch.nn.Linear(2, 2), arguments, train_dataset=[{"x": 0}] * samples)
     steps = trainer.set_initial_training_values(arguments, trainer.get_train_dataloader())[-1]
-    assert work_of(job, setup).steps == steps
+    assert job_counts(job, setup).steps == steps
 
 
 def test_a_last_short_step_is_counted_once_an_epoch() -> None:
     """50 samples in steps of 12 are four whole ones and a sixth of one, in each of three epochs."""
-    work = work_of(Job(samples=50, epochs=3, eval_every=4, eval_samples=9, save_every=6), Setup(batch=4, grad_accum=3))
+    work = job_counts(
+        Job(samples=50, epochs=3, eval_every=4, eval_samples=9, save_every=6), Setup(batch=4, grad_accum=3)
+    )
     assert (work.steps, work.short, work.last) == (15, 3, pytest.approx(2 / 12))
     assert (work.evaluated, work.eval_batches, work.saved) == (3, 3, 2)
     assert (work.tokens, work.trained_tokens) == (50 * 512, 3 * 50 * 512)
@@ -116,24 +118,24 @@ def test_a_distribution_is_laid_out_as_lengths_of_its_mean() -> None:
     """MEAN:P95 says nothing of how many documents there are: samples or tokens do."""
     setup = of([1], "none", group_by_length=False)
     drawn = Setup(batch=BATCH, seq=4096, lengths="400:1200")  # type: ignore[arg-type]
-    work = work_of(Job(samples=5000), drawn)
+    work = job_counts(Job(samples=5000), drawn)
     assert work.tokens / work.samples == pytest.approx(400, rel=0.01)
     assert work.tokens < work.computed
-    assert work_of(Job(tokens=2e6), drawn).samples == pytest.approx(5000, rel=0.01)
-    assert work_of(Job(samples=10**9), drawn).tokens / 1e9 == pytest.approx(400, rel=0.01)
-    assert work_of(Job(), setup).samples == 1
+    assert job_counts(Job(tokens=2e6), drawn).samples == pytest.approx(5000, rel=0.01)
+    assert job_counts(Job(samples=10**9), drawn).tokens / 1e9 == pytest.approx(400, rel=0.01)
+    assert job_counts(Job(), setup).samples == 1
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: work_of(Job(), Setup()), "how large is the data set"),
+        (lambda: job_counts(Job(), Setup()), "how large is the data set"),
         (lambda: Job(samples=1, tokens=1), "give one of the two"),
-        (lambda: Job(samples=0), "samples must be at least 1"),
+        (lambda: Job(samples=0), "samples must be a number from 1"),
         (lambda: Job(epochs=0), "epochs must be more than 0"),
         (lambda: Job(eval_every=10), "takes both"),
         (lambda: Job(disk=0), "disk must be positive"),
-        (lambda: work_of(Job(tokens=1e14), Setup()), "more than 2,147,483,648"),
+        (lambda: job_counts(Job(tokens=1e14), Setup()), "more than 2,147,483,648"),
         (lambda: with_global_batch(Setup(batch=4), 10, micro=True), "no multiple of the micro-batch of 4: try 8"),
     ],
 )

@@ -20,7 +20,7 @@ from perfmodel.errors import UserError
 from perfmodel.prediction.energy import board_power
 from perfmodel.prediction.predict import predict as predict_with
 from perfmodel.questions.plan import words
-from perfmodel.questions.plan.job import Job, work_of
+from perfmodel.questions.plan.job import Job, job_counts
 from perfmodel.questions.plan.planning import Plan
 from perfmodel.questions.plan.runs import PlannedRun, checkpoint_bytes
 from perfmodel.recording.reuse import Steps
@@ -44,7 +44,7 @@ def test_hours_recomputed_by_hand(packing: str) -> None:
     job = Job(epochs=3, eval_every=5, eval_samples=10, save_every=20, disk=2e8, startup=90)
     found = only(plan(MODEL, "lora:r=4", device="l40s", job=job, price=["3.6"], **options))
     p = predict(MODEL, "lora:r=4", device="l40s", **options)
-    rows = {"none": 219, "flat": 219, "dense": work_of(job, p.setup).rows, "varlen": work_of(job, p.setup).rows}[
+    rows = {"none": 219, "flat": 219, "dense": job_counts(job, p.setup).rows, "varlen": job_counts(job, p.setup).rows}[
         packing
     ]
     whole, left = divmod(rows, 12)
@@ -155,7 +155,7 @@ def test_what_is_given_up_comes_in_stages() -> None:
     assert "micro-batches of" in given_up["tight"][0] or "checkpointing" in given_up["tight"][0]
     assert given_up["tiny"][0] == "QLoRA"
     assert found.left_out.keys() == {("none", "lora:r=4")}
-    assert "left out, nothing given up would do: none (needs 3." in " ".join(words.notes(found))
+    assert "left out, nothing given up would do: none (needs 3." in " ".join(words.plan_notes(found))
 
 
 def test_ties_unknown_prices_and_a_deadline_are_said() -> None:
@@ -167,26 +167,26 @@ def test_ties_unknown_prices_and_a_deadline_are_said() -> None:
     found = plan(MODEL, ["full", "lora:r=4"], price=price, deadline=0.3, **options)
     assert {run.device for run in found.cheapest("lora:r=4")} == {"l40s", "twin"}
     assert found.unpriced == ["p4"]
-    said = words.answer(found)
+    said = words.plan_answer(found)
     assert "twin" in said
     assert "cost the same" in said
     assert "At its cheapest LoRA r=4 on q,v" in said
-    notes = " ".join(words.notes(found))
+    notes = " ".join(words.plan_notes(found))
     assert "no price is known of p4: give --price DEVICE=USD" in notes
     assert "$1.00 an hour, as you gave it" in notes
     assert all(run.interval[1] <= 0.3 * HOUR for run in found.in_time())
     assert found.in_time()
     late = plan(MODEL, "lora:r=4", price=price, deadline=1e-3, **options)
     assert not late.in_time()
-    assert "none is sure to end" in words.answer(late)
+    assert "none is sure to end" in words.plan_answer(late)
     unpriced = plan(MODEL, "lora:r=4", samples=20_000, batch=4, seq=256, device="p4")
     assert not unpriced.cheapest()
-    assert "at a price that is not known" in words.answer(unpriced)
+    assert "at a price that is not known" in words.plan_answer(unpriced)
 
 
 def test_the_answer_says_how_old_its_price_is() -> None:
     found = plan(MODEL, "lora", device=["h100-sxm", "l40s"], samples=100, today=date(2026, 11, 30))
-    said = " ".join(words.notes(found))
+    said = " ".join(words.plan_notes(found))
     assert "2025 (11 months old at least), https://github.com/skypilot-org/skypilot-catalog" in said
     price = found.as_dict()["runs"][0]["price"]
     assert price["months_old"] >= 6

@@ -47,7 +47,7 @@ def test_joules_of_a_step_recomputed_by_hand() -> None:
     assert drawn is not None
     assert p.step is not None
     seconds, busy = p.time.phases["total"], p.time.device_busy
-    ran = energy.by_dtype(p.step)
+    ran = energy.flops_by_dtype(p.step)
     assert ran["bf16"] > 0.9 > 0.1 > ran["fp32"] > 0  # adapters
     joules = 0.14 * 350 * seconds + 0.37 * 350 * busy + 60e-12 * min(p.bytes["total"], 864e9 * busy)
     joules += p.flops["total"] * (ran["bf16"] * 1.87e-12 + ran["fp32"] * 10.5e-12)

@@ -71,7 +71,7 @@ class PowerRow:
     @property
     def error(self) -> float:
         """Predicted over measured power of a GPU's share, minus 1."""
-        return share(self, board()) / self.watts - 1
+        return share_watts(self, h100()) / self.watts - 1
 
 
 def power_rows(path: Path = FILE) -> list[PowerRow]:
@@ -103,7 +103,7 @@ def _row(r: dict[str, str]) -> PowerRow:
     )
 
 
-def board() -> Hardware:
+def h100() -> Hardware:
     """The board of all rows."""
     return profile.load(DEVICE).hardware
 
@@ -130,11 +130,11 @@ def working(row: PowerRow) -> float:
     return float((row.samples / row.batch + forwards) * row.step_seconds / row.run_seconds)
 
 
-def share(row: PowerRow, hardware: Hardware) -> float:
+def share_watts(row: PowerRow, hardware: Hardware) -> float:
     """What a GPU and its share of the node draw in the mean over a run, W."""
     p, samples = sample(row.benchmark), row.batch / row.gpus / row.step_seconds  # a second on each GPU
     assert p.step is not None
-    shares, rate = energy.by_kind(p.step), samples * p.flops["total"]
+    shares, rate = energy.flops_by_kind(p.step), samples * p.flops["total"]
     drawn = energy.draws(
         hardware,
         flops_per_second={"e4m3": shares["gemm"] * rate, "bf16": shares["attention"] * rate},
@@ -147,10 +147,10 @@ def share(row: PowerRow, hardware: Hardware) -> float:
 
 def fit() -> tuple[float, float]:
     """`AT_WORK` and `NODE` of the fitted row, shares of the board's limit."""
-    row, hardware = next(row for row in power_rows() if row.id == FITTED), board()
+    row, hardware = next(row for row in power_rows() if row.id == FITTED), h100()
     limit = hardware.board_power
     assert limit is not None
     assert row.idle_watts is not None
     node = row.idle_watts - energy.IDLE * limit
-    rest = share(row, hardware) - energy.NODE * limit - working(row) * energy.AT_WORK * limit
+    rest = share_watts(row, hardware) - energy.NODE * limit - working(row) * energy.AT_WORK * limit
     return (row.watts - node - rest) / (working(row) * limit), node / limit

@@ -61,7 +61,7 @@ def _best_fit(lengths: Counts, seq: int) -> int:
     return made
 
 
-def by_length(lengths: Counts, batch: int) -> Counts:
+def length_grouped(lengths: Counts, batch: int) -> Counts:
     """Lengths in the order of transformers' sampler by length, from a random one (`get_length_grouped_indices`).
 
     Mega-batches are sorted, the longest sample first, and the longest of all comes first of all.

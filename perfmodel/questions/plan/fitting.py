@@ -34,7 +34,7 @@ class Concession:
     method: Method
 
 
-def stages(setup: Setup, method: Method) -> Iterator[list[Concession]]:
+def concessions(setup: Setup, method: Method) -> Iterator[list[Concession]]:
     """What to try, one stage after another; within a stage smaller micro-batches first."""
     yield [Concession((), setup, method)]
     smaller = _smaller(setup)
@@ -89,7 +89,7 @@ class Fitting:
         Raises:
             UserError: the setup as asked for is refused on this device.
         """
-        for stage in stages(setup, method):
+        for stage in concessions(setup, method):
             found = [(concession, p) for concession, p in self._fitting(stage, on)]
             if found:
                 return min(found, key=lambda pair: duration(pair[1]))
@@ -131,7 +131,7 @@ class Fitting:
     def least(self, setup: Setup, method: Method, on: DeviceProfile) -> int:
         """The lowest peak of any stage, B, of those that the device does not refuse."""
         peaks = []
-        for concession in (c for stage in stages(setup, method) for c in stage):
+        for concession in (c for stage in concessions(setup, method) for c in stage):
             key = step_key(concession.method, concession.setup, on.kind, on.compute_capability or "8.0")
             if key in self.peaks:
                 peaks.append(self.peaks[key])

@@ -55,7 +55,7 @@ class Job:
         for name, least in (("samples", 1), ("tokens", 1), ("eval_every", 1), ("save_every", 1), ("eval_samples", 0)):
             value = getattr(self, name)
             if value is not None and not least <= value <= MOST * LARGEST:
-                raise UserError(f"{name} must be at least {least}, got {value}")
+                raise UserError(f"{name} must be a number from {least} to {MOST * LARGEST:.1e}, got {value}")
         if self.samples is not None and self.samples > MOST:
             raise UserError(f"samples must be at most {MOST:,}, got {self.samples}")
         if not 0 < self.epochs <= LARGEST:
@@ -67,7 +67,7 @@ class Job:
 
 
 @immutable
-class Work:
+class JobCounts:
     """A job in numbers, for one setup.
 
     Attributes:
@@ -102,7 +102,7 @@ class Work:
         return self.tokens * self.epochs
 
 
-def work_of(job: Job, setup: Setup) -> Work:
+def job_counts(job: Job, setup: Setup) -> JobCounts:
     """Count a job.
 
     Raises:
@@ -118,7 +118,7 @@ def work_of(job: Job, setup: Setup) -> Work:
         raise UserError(f"drop_last leaves nothing: the data set has fewer rows than a micro-batch of {batch}")
     an_epoch, left = -(-rows // group), rows % group
     steps = math.ceil(job.epochs * an_epoch)
-    return Work(
+    return JobCounts(
         samples=round(len(lengths) * times),
         rows=rows,
         tokens=tokens,
@@ -185,7 +185,9 @@ def _collated(lengths: Counts, times: float, setup: Setup) -> tuple[int, int, in
     tokens = computed = int(cut.sum())
     if packing == "none" and len(cut) > 1:
         order = np.random.default_rng(SEED).permutation(cut)
-        computed = collating.padded_tokens(collating.by_length(order, batch) if setup.group_by_length else order, batch)
+        computed = collating.padded_tokens(
+            collating.length_grouped(order, batch) if setup.group_by_length else order, batch
+        )
     return round(len(cut) * times), round(tokens * times) * sequences, round(computed * times) * sequences
 
 

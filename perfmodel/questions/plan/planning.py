@@ -20,7 +20,7 @@ from ...recording.record import no_collector
 from ...setup import Setup
 from . import job as jobs
 from .fitting import Fitting
-from .job import Job, Work
+from .job import Job, JobCounts
 from .prices import KINDS, known_prices, price_of, typed_prices
 from .runs import HOUR, PlannedRun, planned_run, seconds_of_job
 
@@ -118,7 +118,7 @@ def _best(runs: list[PlannedRun], by: Any, then: Any) -> list[PlannedRun]:
     return [] if least is None else sorted((run for run in runs if by(run) <= least * (1 + TIE)), key=then)
 
 
-def plan(
+def plan_job(
     model: Model,
     methods: str | Method | Sequence[str | Method] = ("full", "lora"),
     setup: Setup | None = None,
@@ -196,13 +196,13 @@ class _Planner:
     node: float | None
 
     def __post_init__(self) -> None:
-        self.counted: dict[tuple[Any, int], Work] = {}
+        self.counted: dict[tuple[Any, int], JobCounts] = {}
         self.prices = known_prices()
 
-    def work(self, setup: Setup) -> Work:
+    def work(self, setup: Setup) -> JobCounts:
         """The job in numbers, which hang on the micro-batch."""
         return part_costs.recalled(
-            self.counted, (setup.batch, setup.grad_accum), partial(jobs.work_of, self.job, setup)
+            self.counted, (setup.batch, setup.grad_accum), partial(jobs.job_counts, self.job, setup)
         )
 
     def on_all(

@@ -8,7 +8,7 @@ from ...prediction import energy, intervals
 from ...prediction.energy import BoardPower
 from ...prediction.predict import Prediction
 from ...values import immutable
-from .job import Job, Work
+from .job import Job, JobCounts
 from .prices import Price
 
 HOUR = 3600.0
@@ -34,7 +34,7 @@ class PlannedRun:
     asked: str
     prediction: Prediction
     given_up: tuple[str, ...]
-    work: Work
+    work: JobCounts
     parts: dict[str, float]
     price: Price | None
     power: BoardPower | None
@@ -117,7 +117,7 @@ class PlannedRun:
 
 
 def planned_run(
-    p: Prediction, on: DeviceProfile, job: Job, work: Work, *, asked: str, given_up: tuple[str, ...],
+    p: Prediction, on: DeviceProfile, job: Job, work: JobCounts, *, asked: str, given_up: tuple[str, ...],
     price: Price | None, node: float | None,
 ) -> PlannedRun:  # fmt: skip
     """A job with steps as predicted."""
@@ -125,7 +125,7 @@ def planned_run(
     return PlannedRun(on.slug, asked, p, given_up, work, seconds_of_job(job, work, p), price, power)
 
 
-def seconds_of_job(job: Job, work: Work, p: Prediction) -> dict[str, float]:
+def seconds_of_job(job: Job, work: JobCounts, p: Prediction) -> dict[str, float]:
     """Seconds by what takes them.
 
     Of a short step forward and backward take their share, the optimizer its whole time. An evaluation runs forward

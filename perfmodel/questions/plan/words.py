@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from ... import units
 from ..sentences import in_words
+from .inverse import Largest
 from .job import samples_of_step
 from .planning import Plan
 from .runs import HOUR, PlannedRun
@@ -36,15 +37,18 @@ def energy(joules: float) -> str:
     return f"{joules / 3.6e6:,.1f} kWh" if joules >= 3.6e5 else f"{joules / 3600:,.1f} Wh"
 
 
-def answer(plan: Plan) -> str:
+def plan_answer(plan: Plan) -> str:
     """The answer in a few sentences."""
     if not plan.runs:
         return f"Nothing fits: {_listed([f'{d} with {m} {why}' for (d, m), why in plan.left_out.items()])}."
     if len(plan.runs) == 1:
         return f"{_capital(_named(plan.runs[0]))} takes {_figures(plan.runs[0])}."
     cheapest, in_time = plan.cheapest(), plan.in_time()
-    told = [f"Cheapest: {_choice(cheapest, 'cost')}."] if cheapest else []
-    told.append(f"Fastest: {_choice(plan.fastest(), 'take')}.")
+    fastest = plan.fastest()
+    both = bool(cheapest) and cheapest[0] is fastest[0]
+    told = [f"Cheapest{' and fastest' * both}: {_choice(cheapest, 'cost')}."] if cheapest else []
+    if not both:
+        told.append(f"Fastest: {_choice(fastest, 'take')}.")
     if plan.deadline is not None:
         before = f"before {span(plan.deadline * HOUR)}"
         if in_time and in_time[0] is cheapest[0]:
@@ -114,6 +118,28 @@ def _factor(there: float, here: float) -> str:
     return f": {there / here:.2f}x" if here > 0 else ""
 
 
+WHAT = {
+    "batch": "largest micro-batch", "seq": "longest context", "device": "smallest GPU",
+    "model": "biggest bundled model",
+}  # fmt: skip
+
+
+def what_fits(answer: Largest) -> str:
+    """An answer to what fits, in a line."""
+    what, p = WHAT[answer.what], answer.prediction
+    where = "" if answer.what == "device" else f" on {answer.device}"
+    if p is None:
+        return f"{what} of {answer.method}{where}: none fits"
+    setup = p.setup
+    size = {"batch": f" at {setup.seq} tokens", "seq": f" at batch {setup.batch}"}.get(answer.what, "")
+    unit = " tokens" if answer.what == "seq" else ""
+    value = f"{answer.value:,}" if isinstance(answer.value, int) else answer.value
+    given = f", with {' and '.join(answer.given_up)}" if answer.given_up else ""
+    limit = "" if answer.limited_by == "memory" else f"; {answer.limited_by}"
+    found = f"{units.nbytes(p.memory.peak)}, {units.seconds(float(p.time.phases['total']))} a step"
+    return f"{what} of {in_words(p)}{where}{size}: {value}{unit}{given} ({found}){limit}"
+
+
 def job_in_words(plan: Plan, run: PlannedRun) -> str:
     """The job of a run: data, steps, and what comes beside them."""
     job, work, setup = plan.job, run.work, run.prediction.setup
@@ -134,7 +160,7 @@ def _epochs(epochs: float) -> str:
     return "once" if epochs == 1 else f"{epochs:g} epochs"
 
 
-def notes(plan: Plan) -> list[str]:
+def plan_notes(plan: Plan) -> list[str]:
     """What a reader should know: prices of named runs with their age, what has none, what fits nowhere, energy."""
     named = {run.device: run for run in [*plan.cheapest(), *plan.in_time(), *plan.fastest(), *plan.runs[:1]]}
     told = [f"{d}: {run.price.in_words(plan.today)}, {run.price.source}".rstrip(", ")
