@@ -24,7 +24,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
     from ..imports import read
 
     found = read(path)
-    defaults: dict[str, Any] = {name: value for name, value in found.setup.items() if value is not None}
+    defaults: dict[str, Any] = {name: value for name, value in found.setup.items() if value is not None} | found.job
     if found.model:
         defaults["model"] = found.model
     if found.method:
