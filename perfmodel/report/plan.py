@@ -22,6 +22,7 @@ def show_plan(plan: Plan) -> None:
         rows = [[part, words.span(seconds), units.percent(seconds / first.seconds, 1)]
                 for part, seconds in first.parts.items() if seconds > 0]  # fmt: skip
         show("\n" + table(("what takes the time", "", ""), rows))
+        show(paragraph(words.energy_in_words(first)))
     else:
         show("\n" + table(_heads(plan), [_row(plan, run) for run in _shown(plan)], left=(0, 1, _last(plan))))
         more = len(plan.runs) - len(_shown(plan))

@@ -1,9 +1,12 @@
 """Power of boards and nodes: physics, and what MLPerf's power submissions measured."""
 
+import json
 from dataclasses import replace
 
 import pytest
+from click.testing import CliRunner
 
+from perfmodel.cli import main
 from perfmodel.devices import profile
 from perfmodel.prediction import energy
 from perfmodel.prediction.predict import predict
@@ -21,6 +24,16 @@ def test_power_on_rows_that_no_fit_saw() -> None:
     assert len(rows) == 8
     assert power.mean_error() < power.MEAN_LIMIT
     assert max(abs(row.error) for row in rows) < power.WORST_LIMIT
+
+
+def test_the_command_says_which_rows_are_checked() -> None:
+    """Its exit code is the promise."""
+    told = CliRunner().invoke(main, ["validate", "power", "--json"])
+    found = json.loads(told.stdout)
+    assert told.exit_code == 0
+    assert [row["checked"] for row in found["rows"]].count(True) == 8
+    assert found["worst"] == max(abs(row["error"]) for row in found["rows"])
+    assert "mean 7.0 %" in CliRunner().invoke(main, ["validate", "power"]).stdout
 
 
 def test_more_work_draws_more_up_to_the_limit() -> None:

@@ -4,8 +4,8 @@ from math import log
 from typing import Any
 
 from ...devices.profile import DeviceProfile
-from ...prediction import energy, intervals
-from ...prediction.energy import BoardPower
+from ...prediction import intervals
+from ...prediction.energy import SIGMA, BoardPower, board_power
 from ...prediction.predict import Prediction
 from ...values import immutable
 from .job import Job, JobCounts
@@ -83,7 +83,7 @@ class PlannedRun:
             return None
         low, high = self.interval
         spread = log(high / low) / (2 * intervals.Z90)
-        return intervals.interval_bounds(sum(self.joules.values()), (spread**2 + energy.SIGMA**2) ** 0.5)
+        return intervals.interval_bounds(sum(self.joules.values()), (spread**2 + SIGMA**2) ** 0.5)
 
     def as_dict(self, today: Any, grid_co2: float | None) -> dict[str, Any]:
         """Plain values (SI)."""
@@ -97,7 +97,7 @@ class PlannedRun:
                 "total": self.dollars, "low": low / HOUR * hourly, "high": high / HOUR * hourly,
             },
             "price": None if self.price is None else self.price.as_dict(today),
-            "energy_j": self._energy(), "co2_kg": self.co2(grid_co2),
+            "energy_j": self.energy, "co2_kg": self.co2(grid_co2),
             "peak_bytes": int(p.memory.peak), "trainable_params": int(p.trainable_params),
         }  # fmt: skip
 
@@ -105,14 +105,17 @@ class PlannedRun:
         """kg of CO2 from a grid of so many g/kWh."""
         return None if grid is None or self.joules is None else sum(self.joules.values()) / 3.6e6 * grid / 1e3
 
-    def _energy(self) -> dict[str, float] | None:
-        if self.joules is None or self.power is None or self.joules_interval is None:
+    @property
+    def energy(self) -> dict[str, float] | None:
+        """J of board, node and both, with their interval; of a step, and of the job for each token of it."""
+        joules, bounds = self.joules, self.joules_interval
+        if joules is None or bounds is None or self.power is None:
             return None
         step = float(self.prediction.time.phases["total"]) * (self.power.step + self.power.node)
-        low, high = self.joules_interval
+        total = sum(joules.values())
         return {
-            **self.joules, "total": sum(self.joules.values()), "low": low, "high": high, "step": step,
-            "token": sum(self.joules.values()) / self.work.trained_tokens,
+            **joules, "total": total, "low": bounds[0], "high": bounds[1], "step": step,
+            "token": total / self.work.trained_tokens,
         }  # fmt: skip
 
 
@@ -121,7 +124,7 @@ def planned_run(
     price: Price | None, node: float | None,
 ) -> PlannedRun:  # fmt: skip
     """A job with steps as predicted."""
-    power = energy.board_power(p, on.hardware, node)
+    power = board_power(p, on.hardware, node)
     return PlannedRun(on.slug, asked, p, given_up, work, seconds_of_job(job, work, p), price, power)
 
 

@@ -32,9 +32,10 @@ def money(dollars: float) -> str:
     return f"${dollars:,.2f}" if dollars < 1000 else f"${dollars:,.0f}"
 
 
-def energy(joules: float) -> str:
-    """Energy of a job: 8.3 kWh, 41 Wh."""
-    return f"{joules / 3.6e6:,.1f} kWh" if joules >= 3.6e5 else f"{joules / 3600:,.1f} Wh"
+def energy(joules: float, beside: float | None = None) -> str:
+    """Energy of a job: 8.3 kWh, 41 Wh; in the unit of what stands beside it."""
+    in_kwh = (joules if beside is None else beside) >= 3.6e5
+    return f"{joules / 3.6e6:,.2f} kWh" if in_kwh else f"{joules / 3600:,.1f} Wh"
 
 
 def plan_answer(plan: Plan) -> str:
@@ -92,8 +93,9 @@ def _figures(run: PlannedRun) -> str:
         bounds = between(*(money(bound / HOUR * run.hourly) for bound in (low, high)))
         told.append(f"{money(run.dollars)} {bounds}")
     if run.joules is not None and run.joules_interval is not None:
-        bounds = between(*map(energy, run.joules_interval))
-        told.append(f"{energy(sum(run.joules.values()))} {bounds}")
+        total = sum(run.joules.values())
+        bounds = between(*(energy(bound, total) for bound in run.joules_interval))
+        told.append(f"{energy(total)} {bounds}")
     return ", ".join(told)
 
 
@@ -116,6 +118,15 @@ def _which(run: PlannedRun) -> str:
 
 def _factor(there: float, here: float) -> str:
     return f": {there / here:.2f}x" if here > 0 else ""
+
+
+def energy_in_words(run: PlannedRun) -> str:
+    """Joules of a step and of a token, and what draws them."""
+    found, power = run.energy, run.power
+    if found is None or power is None:
+        return "energy: unknown, as the board's power limit is"
+    each = f"{units.count(found['step'], 'J')} a step, {1e3 * found['token']:.3g} mJ a token of the job"
+    return f"energy: {each}; the board draws {power.step:.0f} W in a step, its node {power.node:.0f} W besides"
 
 
 WHAT = {
