@@ -33,7 +33,7 @@ class Job:
         epochs: passes over it; may be a fraction.
         drop_last: whether a last short micro-batch is left out (`dataloader_drop_last`).
         eval_every: steps from one evaluation to the next; None: none.
-        eval_samples: samples of an evaluation.
+        eval_samples: samples of an evaluation; where documents are packed, they are too.
         save_every: steps from one checkpoint to the next; None: one at the end.
         disk: bytes a second to where checkpoints are written.
         startup: seconds before the first step: imports, weights, data.
@@ -111,6 +111,8 @@ def job_counts(job: Job, setup: Setup) -> JobCounts:
     lengths, times = _lengths(job, setup)
     batch, group = int(setup.batch), samples_of_step(setup)
     rows, tokens, computed = _collated(lengths, times, setup)
+    samples = round(len(lengths) * times)
+    evaluated = math.ceil(job.eval_samples * rows / samples)  # rows; packed as the data set is
     if job.drop_last:
         kept = (rows - rows % batch) / rows
         rows, tokens, computed = (round(count * kept) for count in (rows, tokens, computed))
@@ -119,7 +121,7 @@ def job_counts(job: Job, setup: Setup) -> JobCounts:
     an_epoch, left = -(-rows // group), rows % group
     steps = math.ceil(job.epochs * an_epoch)
     return JobCounts(
-        samples=round(len(lengths) * times),
+        samples=samples,
         rows=rows,
         tokens=tokens,
         computed=computed,
@@ -128,7 +130,7 @@ def job_counts(job: Job, setup: Setup) -> JobCounts:
         last=left / group if left else 1.0,
         epochs=steps / an_epoch,
         evaluated=steps // job.eval_every if job.eval_every else 0,
-        eval_batches=-(-job.eval_samples // batch),
+        eval_batches=-(-evaluated // batch),
         saved=max(1, steps // job.save_every) if job.save_every else 1,
     )
 

@@ -60,11 +60,11 @@ class Plan:
         return [run for run in self.runs if run.asked == method]
 
     def cheapest(self, method: str | None = None) -> list[PlannedRun]:
-        """The run of least dollars and those that cost the same, the fastest of them first; nothing without prices."""
+        """The run of least dollars, and those that cost the same to 2 %; nothing without prices."""
         return _best([run for run in self.of(method) if run.dollars is not None], _dollars, _hours)
 
     def fastest(self, method: str | None = None) -> list[PlannedRun]:
-        """The run of least hours and those that take as long, the cheapest of them first."""
+        """The run of least hours, and those that take as long to 2 %."""
         return _best(self.of(method), _hours, _dollars)
 
     def in_time(self, method: str | None = None) -> list[PlannedRun]:
@@ -113,9 +113,10 @@ def _hours(run: PlannedRun) -> float:
 
 
 def _best(runs: list[PlannedRun], by: Any, then: Any) -> list[PlannedRun]:
-    """Those that are least by one figure, or not to be told from it; by another figure among themselves."""
+    """The run that is least by one figure (by another one where several are), and those not to be told from it."""
     least = min(map(by, runs), default=None)
-    return [] if least is None else sorted((run for run in runs if by(run) <= least * (1 + TIE)), key=then)
+    alike = [] if least is None else [run for run in runs if by(run) <= least * (1 + TIE)]
+    return sorted(alike, key=lambda run: (by(run), then(run)))
 
 
 def plan_job(
