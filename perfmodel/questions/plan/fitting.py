@@ -8,6 +8,7 @@ step stay the same.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ... import methods
 from ...architectures import Architecture
@@ -17,6 +18,7 @@ from ...devices.profile import DeviceProfile
 from ...errors import UserError
 from ...methods import Method
 from ...prediction import memory
+from ...prediction.over_lengths import longest_drawn
 from ...prediction.predict import Prediction, predict
 from ...recording.reuse import Steps, step_key
 from ...setup import Setup
@@ -79,7 +81,7 @@ class Fitting:
     architecture: Architecture
     host: str | Host
     steps: Steps = field(default_factory=Steps)
-    peaks: dict[object, int] = field(default_factory=dict)
+    peaks: dict[Any, int] = field(default_factory=dict)
 
     def best(
         self, setup: Setup, method: Method, on: DeviceProfile, duration: Duration
@@ -114,13 +116,17 @@ class Fitting:
 
     def _if_it_fits(self, asked: Concession, on: DeviceProfile) -> Prediction | None:
         """The prediction of a step that fits; what is known not to is not priced."""
-        key = step_key(asked.method, asked.setup, on.kind, on.compute_capability or "8.0")
-        peak = self.peaks.get(key)
-        if peak is not None and not memory.fits(peak, on.hardware.memory_bytes, on.kind):
+        key, longest = self._key(asked, on), longest_drawn(asked.setup)
+        if key not in self.peaks and longest != asked.setup:  # cheaper than the mean over all
+            self.peaks[key] = int(self.predicted(replace(asked, setup=longest), on).memory.peak)
+        if key in self.peaks and not memory.fits(self.peaks[key], on.hardware.memory_bytes, on.kind):
             return None
         p = self.predicted(asked, on)
         self.peaks[key] = int(p.memory.peak)
         return p if p.fits else None
+
+    def _key(self, asked: Concession, on: DeviceProfile) -> Any:
+        return step_key(asked.method, asked.setup, on.kind, on.compute_capability or "8.0")
 
     def predicted(self, asked: Concession, on: DeviceProfile) -> Prediction:
         """The step of a setup and method on a device."""
@@ -130,9 +136,5 @@ class Fitting:
 
     def least(self, setup: Setup, method: Method, on: DeviceProfile) -> int:
         """The lowest peak of any stage, B, of those that the device does not refuse."""
-        peaks = []
-        for concession in (c for stage in concessions(setup, method) for c in stage):
-            key = step_key(concession.method, concession.setup, on.kind, on.compute_capability or "8.0")
-            if key in self.peaks:
-                peaks.append(self.peaks[key])
-        return min(peaks)
+        asked = (self._key(concession, on) for stage in concessions(setup, method) for concession in stage)
+        return min(self.peaks[key] for key in asked if key in self.peaks)
