@@ -9,6 +9,7 @@ from ..questions.sentences import in_words
 from .plain import notes, paragraph, show, table
 
 SHOWN = 12  # runs in the table
+SHARED = "*"
 
 
 def show_plan(plan: Plan) -> None:
@@ -25,6 +26,8 @@ def show_plan(plan: Plan) -> None:
         show(paragraph(words.energy_in_words(first)))
     else:
         show("\n" + table(_heads(plan), [_row(plan, run) for run in _shown(plan)], left=(0, 1, _last(plan))))
+        if any(_shared(run) for run in _shown(plan)):
+            show(paragraph(f"{SHARED} a GPU's share of a larger machine, which is rented whole"), dim=True)
         more = len(plan.runs) - len(_shown(plan))
         if more:
             show(paragraph(f"and {more} more (--json has all)"), dim=True)
@@ -48,7 +51,7 @@ def _shown(plan: Plan) -> list[PlannedRun]:
 
 
 def _row(plan: Plan, run: PlannedRun) -> list[str]:
-    price = ["unknown", ""] if run.dollars is None else [words.money(run.dollars), f"{run.hourly:,.2f}"]
+    price = ["unknown", ""] if run.dollars is None else [words.money(run.dollars), f"{run.hourly:,.2f}{_shared(run)}"]
     energy = "" if run.joules is None else words.energy(sum(run.joules.values()))
     co2 = run.co2(plan.grid_co2)
     of_grid = [] if plan.grid_co2 is None else ["" if co2 is None else f"{co2:,.2f}"]
@@ -63,6 +66,11 @@ def _row(plan: Plan, run: PlannedRun) -> list[str]:
         peak,
         _given_up(run),
     ]
+
+
+def _shared(run: PlannedRun) -> str:
+    """A mark where no machine with one GPU has a known price."""
+    return SHARED if run.price is not None and run.price.gpus > 1 else ""
 
 
 def _given_up(run: PlannedRun) -> str:

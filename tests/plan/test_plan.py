@@ -264,6 +264,9 @@ def test_the_command_line_answers_as_the_function_does(tmp_path: Any) -> None:
     table = typed("--methods", "full", "lora", *data).stdout
     assert "Cheapest" in table
     assert all(word in table for word in ("given", "energy", "CO2"))
+    b200 = typed("--methods", "full", "lora", "--device", "b200", "l40s", "--samples", "1000").stdout
+    assert "* a GPU's share of a larger machine" in b200
+    assert "5.50*" in b200
     assert "what takes the time" in typed("--methods", "lora", "--device", "l40s", "--tokens", "1M").stdout
     config = tmp_path / "config.yml"
     config.write_text(
