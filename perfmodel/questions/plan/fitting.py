@@ -126,7 +126,9 @@ class Fitting:
         return p if p.fits else None
 
     def _key(self, asked: Concession, on: DeviceProfile) -> Any:
-        return step_key(asked.method, asked.setup, on.kind, on.compute_capability or "8.0")
+        """Steps with one key have one peak; a method that goes by the prices of a device has one of its own there."""
+        its_own = on.slug if type(asked.method).priced is not Method.priced else ""
+        return its_own, step_key(asked.method, asked.setup, on.kind, on.compute_capability or "8.0")
 
     def predicted(self, asked: Concession, on: DeviceProfile) -> Prediction:
         """The step of a setup and method on a device."""

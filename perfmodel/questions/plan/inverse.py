@@ -164,13 +164,15 @@ def biggest_model(method: str | Method, setup: Setup, on: DeviceProfile, host: s
 
 def _model_that_fits(name: str, asked: Method, setup: Setup, on: DeviceProfile, host: str | Host) -> Prediction | None:
     """The step of a bundled model; None if it does not fit, or the method or setup is none for it."""
+    from ...methods.parts.quantised import QuantisedLora  # no other question needs it
+
     config = architectures.load(name)
     if config.kind not in architectures.supported():
         return None
     model = architectures.from_config(config)
     fewest = model.layers * 2 * model.hidden * model.intermediate  # weights of its MLPs at least
-    bits = FEW_BITS if getattr(asked, "prepared", None) is not None else LEAST_BYTES[setup.dtype]
-    if fewest * bits > on.hardware.memory_bytes:
+    each = FEW_BITS if isinstance(asked, QuantisedLora) else LEAST_BYTES[setup.dtype]
+    if fewest * each > on.hardware.memory_bytes:
         return None
     try:
         p = Fitting(model, host).predicted(Concession((), setup, asked.bind(model)), on)
