@@ -156,7 +156,7 @@ def test_what_is_given_up_comes_in_stages() -> None:
     assert "micro-batches of" in given_up["tight"][0] or "checkpointing" in given_up["tight"][0]
     assert given_up["tiny"][0] == "QLoRA"
     assert found.left_out.keys() == {("none", "lora:r=4")}
-    assert "left out, nothing given up would do: none (needs 3." in " ".join(words.plan_notes(found))
+    assert "left out of lora:r=4: none: needs 3." in " ".join(words.plan_notes(found))
 
 
 def test_ties_unknown_prices_and_a_deadline_are_said() -> None:

@@ -227,7 +227,7 @@ class _Planner:
                         continue
                     if made is None:
                         least = self.fitting.least(self.setup, method, on)
-                        left_out[on.slug, method.spec()] = f"needs {units.nbytes(least)} at least"
+                        left_out[on.slug, method.spec()] = f"needs {units.nbytes(least)} at least, whatever is given up"
                     else:
                         runs.append(made)
         if refused and len(refused) == len(devices) * len(methods):

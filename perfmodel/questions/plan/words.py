@@ -167,6 +167,15 @@ def job_in_words(plan: Plan, run: PlannedRun) -> str:
     return "; ".join(told)
 
 
+def _left_out(plan: Plan) -> Iterator[str]:
+    """Devices that are left out, by method and reason."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for (device, method), why in plan.left_out.items():
+        groups.setdefault((method, why), []).append(device)
+    for (method, why), devices in groups.items():
+        yield f"left out of {method}: {_listed(devices)}: {why}"
+
+
 def _epochs(epochs: float) -> str:
     return "once" if epochs == 1 else f"{epochs:g} epochs"
 
@@ -178,9 +187,7 @@ def plan_notes(plan: Plan) -> list[str]:
             for d, run in named.items() if run.price is not None]  # fmt: skip
     if plan.unpriced:
         told.append(f"no price is known of {_listed(plan.unpriced)}: give --price DEVICE=USD")
-    if plan.left_out:
-        devices = list(dict.fromkeys(f"{d} ({why})" for (d, _), why in plan.left_out.items()))
-        told.append(f"left out, nothing given up would do: {_listed(devices)}")
+    told += _left_out(plan)
     if any(run.power is None for run in plan.runs):
         unknown = dict.fromkeys(run.device for run in plan.runs if run.power is None)
         told.append(f"no power limit is known of {_listed(list(unknown))}, so no energy")
