@@ -20,6 +20,7 @@ from ...methods import Method
 from ...prediction import memory
 from ...prediction.over_lengths import longest_drawn
 from ...prediction.predict import Prediction, predict
+from ...program.dims import Dim
 from ...recording.reuse import Steps, step_key
 from ...setup import Setup
 from .. import knobs
@@ -37,7 +38,7 @@ class Concession:
 
 
 def concessions(setup: Setup, method: Method) -> Iterator[list[Concession]]:
-    """What to try, one stage after another; within a stage smaller micro-batches first."""
+    """What to try, one stage after another; in a stage smaller micro-batches first, each without checkpoints first."""
     yield [Concession((), setup, method)]
     smaller = _smaller(setup)
     yield [Concession(label, other, method) for label, other in smaller]
@@ -99,9 +100,10 @@ class Fitting:
 
     def _fitting(self, stage: list[Concession], on: DeviceProfile) -> Iterator[tuple[Concession, Prediction]]:
         full: set[tuple[str, str]] = set()  # method and checkpointing of which a smaller micro-batch did not fit
+        fitting: set[tuple[str, Dim]] = set()  # method and micro-batch: what is recomputed would only add to its time
         for concession in stage:
-            kind = concession.method.spec(), concession.setup.checkpoint
-            if kind in full:
+            spec, setup = concession.method.spec(), concession.setup
+            if (spec, setup.checkpoint) in full or (spec, setup.batch) in fitting:
                 continue
             try:
                 p = self._if_it_fits(concession, on)
@@ -110,8 +112,9 @@ class Fitting:
                     raise
                 continue
             if p is None:
-                full.add(kind)
+                full.add((spec, setup.checkpoint))
             else:
+                fitting |= {(spec, setup.batch)} if setup.checkpoint == "none" else set()
                 yield concession, p
 
     def _if_it_fits(self, asked: Concession, on: DeviceProfile) -> Prediction | None:

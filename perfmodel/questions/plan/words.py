@@ -17,7 +17,7 @@ def span(seconds: float) -> str:
     if seconds < 60:
         return units.seconds(seconds)
     if seconds < HOUR:
-        return f"{seconds / 60:.0f} min"
+        return f"{seconds / 60:.{0 if seconds >= 600 else 1}f} min"
     return f"{seconds / HOUR:,.1f} h" if seconds < 1000 * HOUR else f"{seconds / HOUR:,.0f} h"
 
 
@@ -125,7 +125,8 @@ def energy_in_words(run: PlannedRun) -> str:
     found, power = run.energy, run.power
     if found is None or power is None:
         return "energy: unknown, as the board's power limit is"
-    each = f"{units.count(found['step'], 'J')} a step, {1e3 * found['token']:.3g} mJ a token of the job"
+    token = f"{found['token']:.2f} J" if found["token"] >= 1 else f"{1e3 * found['token']:.1f} mJ"
+    each = f"{units.count(found['step'], 'J')} a step, {token} a token of the job"
     return f"energy: {each}; the board draws {power.step:.0f} W in a step, its node {power.node:.0f} W besides"
 
 
