@@ -25,14 +25,16 @@ if TYPE_CHECKING:
     from .questions.advice import Advice
     from .questions.comparison import Comparison
     from .questions.explanation import Explanation
+    from .questions.plan.job import Job
+    from .questions.plan.planning import Plan
     from .questions.speedup import SpeedUp
     from .questions.sweeps import Sweep
     from .recording.program import RecordedModel
     from .setup import Setup
 
 __all__ = [
-    "Advice", "Comparison", "Device", "Explanation", "Prediction", "Setup", "SpeedUp", "Sweep", "UserError", "advise",
-    "compare", "explain", "predict", "predict_module", "sweep", "traced",
+    "Advice", "Comparison", "Device", "Explanation", "Job", "Plan", "Prediction", "Setup", "SpeedUp", "Sweep",
+    "UserError", "advise", "compare", "explain", "plan", "predict", "predict_module", "sweep", "traced",
 ]  # fmt: skip
 
 
@@ -182,6 +184,59 @@ def sweep(
     return answer(model, methods, setup, device, batch=batch, seq=seq, rank=rank, k=k, host=host, **options)
 
 
+def plan(
+    model: "Model",
+    methods: "str | Method | Sequence[str | Method]" = ("full", "lora"),
+    setup: "Setup | None" = None,
+    device: "str | Device | Sequence[str | Device] | None" = None,
+    *,
+    job: "Job | None" = None,
+    global_batch: int | None = None,
+    price: Sequence[str] | Mapping[str, float] = (),
+    price_kind: str = "on demand",
+    deadline: float | None = None,
+    node_power: float | None = None,
+    grid_co2: float | None = None,
+    host: "str | Host" = "default",
+    **options: Any,
+) -> "Plan":
+    """Plan a whole job: its hours, dollars and energy on a GPU, or on every GPU that it fits on.
+
+    Where the setup does not fit, checkpointing and smaller micro-batches with more accumulation are tried, and QLoRA in
+    the place of LoRA; each run says what was given up. Nothing is proposed that does not fit.
+
+    Args:
+        methods: one or several; what each costs against the first is said.
+        device: one or several; None: every GPU of the catalogue, and own ones.
+        job: the data set, passes over it, evaluations, checkpoints; or its fields as options: `samples=50_000`,
+            `tokens=2e8`, `epochs=3`, `eval_every=200`, ….
+        global_batch: samples of an optimizer step: micro-batches of `batch` are accumulated to as many; where no batch
+            is given, one takes them all if that fits.
+        price: dollars an hour and GPU, `["2.5"]` for all or `["h100-sxm=2.5"]` for one, or a mapping from slugs.
+            Others are those of data/prices/ and of prices/ in $PERFMODEL_HOME.
+        price_kind: on demand, spot or reserved.
+        deadline: hours; `in_time()` is the cheapest of what surely ends before.
+        node_power: W that the node draws for each GPU besides; None: a server's.
+        grid_co2: g of CO2 for a kWh.
+
+    Other arguments are those of `predict`.
+
+    Raises:
+        UserError: a data set of unknown size, a figure out of range, arrays in the setup, and what `predict` refuses
+            for all of the devices and methods.
+
+    >>> p = plan("llama-3.2-1b", "lora", device=["l40s", "a100"], batch=8, seq=1024, samples=10_000, epochs=2)
+    >>> [(run.device, run.work.steps, run.given_up) for run in p.fastest()]
+    [('a100-80gb-sxm', 2500, ())]
+    """
+    from .questions.plan.planning import plan_job
+
+    return plan_job(
+        model, methods, setup, device, job=job, global_batch=global_batch, price=price, price_kind=price_kind,
+        deadline=deadline, node_power=node_power, grid_co2=grid_co2, host=host, **options,
+    )  # fmt: skip
+
+
 def traced(model: "str | PathLike[str] | Config") -> "RecordedModel":
     """A model whose steps come from traces of its real program: any model of transformers, any tuner of peft.
 
@@ -268,8 +323,9 @@ Shown.draw = staticmethod(_draw)
 
 _TYPES = {  # name -> its module, imported on first use
     "Advice": "questions.advice", "Comparison": "questions.comparison", "Device": "devices.device",
-    "Explanation": "questions.explanation", "Prediction": "prediction.predict", "Setup": "setup",
-    "SpeedUp": "questions.speedup", "Sweep": "questions.sweeps", "UserError": "errors",
+    "Explanation": "questions.explanation", "Job": "questions.plan.job", "Plan": "questions.plan.planning",
+    "Prediction": "prediction.predict", "Setup": "setup", "SpeedUp": "questions.speedup", "Sweep": "questions.sweeps",
+    "UserError": "errors",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ COMMANDS = {  # command -> its file in `commands/`
     "explain": "explain",
     "advise": "advise",
     "sweep": "sweep",
+    "plan": "plan",
     "report": "report",
     "record": "record",
     "models": "lists",

@@ -1,7 +1,6 @@
 """`perfmodel advise`."""
 
 import gc
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,34 +9,9 @@ import click
 from . import names
 from .given_config import answer_json
 from .options import Lists, methods_of, model_of, setup_of, setup_options
+from .quantity import BYTES, NUMBER, Quantity
 
 GARBAGE = 1_000_000  # objects between passes of the cycle collector: nearly all that a search makes is kept to its end
-PREFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "KI": 2.0**10, "MI": 2.0**20, "GI": 2.0**30}
-BYTES = {"B": 1.0, **PREFIXES, **{f"{prefix}B": factor for prefix, factor in PREFIXES.items()}}
-NUMBER = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9}
-
-
-class Quantity(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
-    """A positive number with a unit: `24GB`, `20M`, `80GiB`.
-
-    Args:
-        units: what each unit stands for, by its name in capitals.
-        example: for those who write none of them.
-    """
-
-    name = "quantity"
-
-    def __init__(self, units: dict[str, float], example: str) -> None:
-        self.units = units
-        self.example = example
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, float):
-            return value
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-zA-Z]*)\s*", str(value))
-        if not match or match[2].upper() not in self.units or float(match[1]) <= 0:
-            self.fail(f"{value!r} is not a positive number with a unit such as {self.example}", param, ctx)
-        return float(match[1]) * self.units[match[2].upper()]
 
 
 @click.command(cls=Lists)

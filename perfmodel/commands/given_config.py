@@ -24,7 +24,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
     from ..imports import read
 
     found = read(path)
-    defaults: dict[str, Any] = {name: value for name, value in found.setup.items() if value is not None}
+    defaults: dict[str, Any] = {name: value for name, value in found.setup.items() if value is not None} | found.job
     if found.model:
         defaults["model"] = found.model
     if found.method:
@@ -109,7 +109,7 @@ def on_its_model(command: Command) -> Command:
     def run(**options: Any) -> Any:
         ctx = click.get_current_context()
         found = ctx.meta.get(CONFIG)
-        if found is not None and not is_traced(options):
+        if found is not None and options["model"] and not is_traced(options):
             taken, from_config = [], ParameterSource.DEFAULT_MAP
             for fallback in _fallbacks(found, options["model"]):
                 for name in (fallback.option, "methods") if fallback.option == "method" else (fallback.option,):

@@ -144,23 +144,29 @@ class Finite(click.FloatRange):
         return found
 
 
-def _where(*, grid: bool) -> tuple[Decorator, ...]:
-    """Model, device, host and the size of a batch; on a grid several devices, and axes for the sizes."""
+def _where(*, grid: bool, all_devices: bool = False) -> tuple[Decorator, ...]:
+    """Model, device, host and the size of a batch; on a grid several devices, and axes for the sizes.
+
+    Args:
+        all_devices: whether several devices are taken, and none for all that there are; the command then says itself
+            whether it needs a model.
+    """
     size = GridAxis() if grid else int
     return (
         config_option,
         click.option(
             "--model",
-            required=True,
+            required=not all_devices,
             shell_complete=names.models,
             help="Bundled name (see `perfmodel models`), path of a config.json or folder, or hub id.",
         ),
         click.option(
             "--device",
-            required=True,
-            multiple=grid,
+            required=not all_devices,
+            multiple=grid or all_devices,
             shell_complete=names.devices,
-            help="Device (see `perfmodel devices`) or path of a TOML.",
+            help="Device (see `perfmodel devices`) or path of a TOML."
+            + " Default: every GPU of the catalogue." * all_devices,
         ),
         click.option(
             "--host",
@@ -255,6 +261,11 @@ def setup_options(command: Command) -> Command:
 def grid_options(command: Command) -> Command:
     """The same for a grid: several devices, and values or ranges of batch and sequence."""
     return _decorated(command, _where(grid=True))
+
+
+def plan_options(command: Command) -> Command:
+    """The same for a job: several devices, or all."""
+    return _decorated(command, _where(grid=False, all_devices=True))
 
 
 def _decorated(command: Command, where: tuple[Decorator, ...]) -> Command:

@@ -49,14 +49,16 @@ DROPOUT = r",dropout=[\d.e-]+"
 FUSED = r"implementation=\w+,?"
 
 
-def traced_type(model: str) -> str:
-    """The type of a model that only a trace can answer for, empty if the tape knows it.
+def traced_type(model: str | None) -> str:
+    """The type of a model that only a trace can answer for, empty if the tape knows it, or if there is none.
 
     Raises:
         UserError: no such model.
     """
     from ..architectures import has_form, load
 
+    if model is None:
+        return ""
     kind = load(model).values.get("model_type")
     return "" if not isinstance(kind, str) or has_form(kind) else kind
 

@@ -148,6 +148,15 @@ def layers(as_json: bool) -> None:
 
 
 @validate.command()
+@json_option
+def power(as_json: bool) -> None:
+    """Compare power with what MLPerf's power submissions measured (H100 nodes)."""
+    from validate.published.show_power import show_power
+
+    sys.exit(0 if show_power(as_json=as_json) else 1)
+
+
+@validate.command()
 @click.option(
     "--kernels",
     type=click.Path(exists=True, file_okay=False, path_type=Path),

@@ -1,5 +1,6 @@
 """What the keys of a tool's files mean that its reader does not read: tables in data/configs/."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -18,17 +19,28 @@ class Meanings:
         refused: keys that ask for a step of another kind, and the complaint.
         differs: keys that ask for what is not modelled, and what is answered instead.
         off: values that leave a key without effect, beside nothing, false and the like.
+        job: keys of the whole job, of which a step knows nothing, and the options of `perfmodel plan` that they are.
     """
 
     no_weight: tuple[str, ...]
     refused: dict[str, str]
     differs: dict[str, str]
     off: dict[str, list[Any]]
+    job: dict[str, str]
 
     def has_effect(self, key: str, value: Any) -> bool:
         """Whether a key is set to something."""
         off = [other for other in self.off.get(key, ()) if isinstance(other, bool) == isinstance(value, bool)]
         return value not in NOTHING and value not in off
+
+    def of_job(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of the whole job that a file's values are; what is no number of that kind is left out."""
+        found = {option: values.get(key) for key, option in self.job.items()}
+        return {
+            option: value
+            for option, value in found.items()
+            if isinstance(value, (int, float) if option == "epochs" else int) and value > 0
+        }
 
     def without_weight(self, key: str) -> bool:
         """Whether a key is known to change neither speed nor memory."""
@@ -39,7 +51,7 @@ class Meanings:
 def meanings_of(*names: str) -> Meanings:
     """The tables of these names as one; where two speak of a key, the first one counts."""
     tables = [read_toml(DATA / "configs" / f"{name}.toml") for name in reversed(names)]
-    merged: dict[str, dict[str, Any]] = {"refused": {}, "differs": {}, "off": {}}
+    merged: dict[str, dict[str, Any]] = {"refused": {}, "differs": {}, "off": {}, "job": {}}
     for table in tables:
         for part, entries in merged.items():
             entries.update(table.get(part, {}))

@@ -39,6 +39,7 @@ class Imported:
         frozen: parts of a vision-language model that the tool leaves as they are.
         upcasts: whether the tool puts in fp32 what is not quantised, but for embeddings and norms.
         multiple: tokens to a multiple of which the tool pads rows without packing.
+        job: options of `perfmodel plan`: epochs and the like.
     """
 
     tool: str
@@ -53,6 +54,7 @@ class Imported:
     frozen: tuple[str, ...] = ()
     upcasts: bool = False
     multiple: int = 1
+    job: dict[str, Any] = field(default_factory=dict)
 
     def with_lengths(self, *, padded: bool = True) -> "Imported":
         """What it says where the lengths of documents are given.
@@ -149,7 +151,7 @@ def read(path: str | Path) -> Imported:
     multiple = MULTIPLE[found.name](keys) if found.name in MULTIPLE else 1
     return Imported(
         found.name, model, method, setup, ignored, notes, keys.told_differences(), frozen=frozen, upcasts=upcasts,
-        multiple=multiple,
+        multiple=multiple, job=table.of_job(values),
     )  # fmt: skip
 
 

@@ -48,6 +48,14 @@ def drawn(setup: Setup) -> list[tuple[float, Setup]]:
     return [(share, replace(plain, seq=length)) for length, share in kinds]
 
 
+def longest_drawn(setup: Setup) -> Setup:
+    """The micro-batches of a single setup that are padded to the most, which decide its peak."""
+    if setup.lengths is None or setup.packing != "none":
+        return setup
+    plain = _one_length(setup, pads=_pads(setup.lengths, int(setup.batch), int(setup.seq)))
+    return replace(plain, seq=setup.lengths.most(setup.seq))
+
+
 def _mean(compute: Compute[Any], setup: Setup, method: Method, lengths: Lengths) -> Any:
     """The mean over the kinds of micro-batches at every point of a grid."""
     shape = grid_shape(setup, method)

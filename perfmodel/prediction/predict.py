@@ -22,7 +22,7 @@ from ..methods.parts.periodic import PeriodicCost, PeriodicOps
 from ..program.dims import Dim
 from ..program.part import PHASES
 from ..recording import record
-from ..recording.reuse import Shared
+from ..recording.reuse import Shared, Steps, step_key
 from ..recording.step import Step
 from ..setup import Setup
 from ..shown import Shown
@@ -193,18 +193,20 @@ def predict(
     *,
     host: str | Host = "default",
     shared: Shared | None = None,
+    steps: Steps | None = None,
     **options: Any,
 ) -> Prediction:
     """Predict one training step; `perfmodel.predict` says what it takes and raises.
 
     Args:
         shared: what earlier predictions of one setup each, with the same model, device and host, have in common.
+        steps: what was recorded for earlier predictions of the same model, whatever the device.
     """
     setup = with_options(setup, options)
     architecture, bound = resolve(model, method)
     on = profile_of(device)
     by = hosts.host_of(host, on)
-    compute = partial(predict_alike, architecture, on=on, by=by, shared=shared)
+    compute = partial(predict_alike, architecture, on=on, by=by, shared=shared, steps=steps)
     p: Prediction = over_grid(partial(over_lengths, compute), setup, bound)
     return replace(p, notes=[*p.notes, *lengths_notes(setup, p.padding)])
 
@@ -220,7 +222,7 @@ def with_options(setup: Setup | None, options: dict[str, Any]) -> Setup:
 
 def predict_alike(
     architecture: Architecture, setup: Setup, method: Method, *, on: DeviceProfile, by: Host,
-    shared: Shared | None = None,
+    shared: Shared | None = None, steps: Steps | None = None,
 ) -> Prediction:  # fmt: skip
     """Predict a step whose micro-batches are all of one shape, that of the setup."""
     if setup.fp8 != "none" and on.hardware.fp8_flops is None:
@@ -228,9 +230,13 @@ def predict_alike(
     if setup.int8 != "none" and (on.hardware.int8_flops or 0) <= (on.hardware.bf16_flops or 0):
         raise UserError(f"int8 {setup.int8}: {on.slug} has no int8 peak beyond bf16's in its datasheet; leave int8 out")
     shared = None if grid_shape(setup, method) else shared
-    method = method.priced(lambda parts: part_costs.seconds_of(parts, on, by))
+    asked, method = method, method.priced(lambda parts: part_costs.seconds_of(parts, on, by))
     capability = on.compute_capability or "8.0"
-    return of_step(record.build(architecture, method, setup, on.kind, capability, shared=shared), on, by, shared)
+    make = partial(record.build, architecture, method, setup, on.kind, capability, shared=shared)
+    if steps is None or method is not asked:  # its program depends on the prices of the device
+        return of_step(make(), on, by, shared)
+    built = part_costs.recalled(steps.known, step_key(method, setup, on.kind, capability), make)
+    return of_step(built, on, by, shared or Shared(counts=steps.counts))
 
 
 def of_step(built: Step, on: DeviceProfile, by: Host, shared: Shared | None = None) -> Prediction:

@@ -8,6 +8,7 @@ m·Φ(Φ⁻¹(u) - σ) (Aitchison and Brown, The Lognormal Distribution, 1957, c
 
 import json
 import re
+from dataclasses import field
 from functools import cache
 from math import exp, log, sqrt
 from pathlib import Path
@@ -40,6 +41,7 @@ class Lengths:
         spec: what it was given as.
         values: equally likely lengths, ascending.
         longest: the longest document; None where there is no longest.
+        given: every length in the order in which it was given; empty for a distribution.
 
     >>> lengths_of("400:1200").mean(2048) < lengths_of("400:1200").mean(4096) < 400.001
     True
@@ -48,6 +50,7 @@ class Lengths:
     spec: str
     values: tuple[float, ...]
     longest: int | None
+    given: tuple[int, ...] = field(default=(), repr=False, compare=False)
 
     def __hash__(self) -> int:
         return hash(self.spec)
@@ -132,7 +135,7 @@ def _of_values(spec: str, values: list[Any]) -> Lengths:
         below = np.concatenate(([0.0], np.cumsum(found)))
         at = np.linspace(0, len(found), SLICES + 1)
         found = np.diff(np.interp(at, np.arange(len(found) + 1), below)) / (len(values) / SLICES)
-    return Lengths(spec, tuple(found.tolist()), max(values))
+    return Lengths(spec, tuple(found.tolist()), max(values), tuple(values))
 
 
 def _in_file(path: Path) -> list[Any]:

@@ -37,7 +37,7 @@ Knob = tuple[KnobPosition, ...]  # the first choice leaves everything as it is
 
 def knobs(architecture: Architecture, setup: Setup, method: Method) -> list[Knob]:
     """The knobs that a method has in a setup; a search turns the last first (`perfmodel.questions.advice`)."""
-    found = [_memory(setup), _optimizer(setup), _kernels(architecture, setup), _attention(architecture, setup)]
+    found = [memory_knob(setup), _optimizer(setup), _kernels(architecture, setup), _attention(architecture, setup)]
     found += [_compile(architecture, setup), _experts(architecture, setup), _vocabulary(architecture, setup)]
     if getattr(method, "inner", "") != "full":  # full weights of some blocks: nothing of an adapter to choose
         found += [_adapter_dtype(setup, method), _implementation(method)]
@@ -47,7 +47,7 @@ def knobs(architecture: Architecture, setup: Setup, method: Method) -> list[Knob
 KEEP = KnobPosition("")
 
 
-def _memory(setup: Setup) -> Knob:
+def memory_knob(setup: Setup) -> Knob:
     """Checkpointing and micro-batch together: each pays for what the other needs."""
     choices = []
     for batch, accum in _micro_batches(setup):

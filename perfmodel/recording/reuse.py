@@ -4,16 +4,20 @@ A search on one device records the micro-batches of setups once that differ in t
 change nothing (`Method.plain`), and prices and counts their parts, and equal calls, once.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
+
+import numpy as np
 
 from ..methods.parts.base import Method
 from ..program.dims import Dim
 from ..program.part import Part
 from ..setup import Setup
 from ..tape.core import Tape
+from ..tape.grouped import ONE_KERNEL
 from ..tape.tensor import Parameter, Storage
 from ..values import immutable
+from .step import Step
 
 Sums = dict[str, Dim]
 
@@ -77,3 +81,32 @@ def key(method: Method, setup: Setup) -> Any:
     if setup.engine != "torch" or setup.in_backward:
         return None
     return method.plain(setup.dtype).spec(), replace(setup, optimizer="adamw", clip_grad=Setup.clip_grad)
+
+
+@dataclass(eq=False, repr=False)
+class Steps:
+    """Recorded steps of one model, whatever the device.
+
+    Attributes:
+        known: by `step_key`.
+        counts: of their parts, as `Shared` has them.
+    """
+
+    known: dict[Any, Step] = field(default_factory=dict)
+    counts: dict[Part, Sums] = field(default_factory=dict)
+
+
+def step_key(method: Method, setup: Setup, kind: str, capability: str) -> Any:
+    """What decides the whole step of a model: devices that agree in it run the same calls.
+
+    Of a card's compute capability that is its generation, as far as kernels of attention and of experts go by it, and
+    how much one launch over lists takes (`calls.sdpa`, `tape.grouped`, `program.software`).
+    """
+    of_card: tuple[Any, ...] = ()
+    if kind == "cuda":
+        stack, major = setup.stack, capability.split(".")[0]
+        generation = major if major in ONE_KERNEL else int(major) >= 8
+        of_card = generation, stack.prefers_cudnn(capability), stack.list_room(capability)
+    values = (getattr(setup, f.name) for f in fields(setup))
+    sizes = ((v.shape, v.tobytes()) if isinstance(v, np.ndarray) else v for v in values)
+    return method.spec(), tuple(sizes), kind, of_card

@@ -1,0 +1,102 @@
+"""`perfmodel plan`."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from .given_config import answer_json
+from .options import Finite, Lists, methods_of, methods_option, model_of, plan_options, setup_of
+from .quantity import BYTES, NUMBER, Quantity
+
+
+@click.command(cls=Lists)
+@methods_option
+@click.option(
+    "--samples", type=click.IntRange(1), help="Samples of the data set; with --lengths FILE as many as there."
+)
+@click.option("--tokens", type=Quantity(NUMBER, "50M or 1.2B"), help="Tokens of the data set without padding: 50M.")
+@click.option("--epochs", type=Finite(0, min_open=True), default=1.0, show_default=True, help="Passes over it.")
+@click.option(
+    "--global-batch",
+    type=click.IntRange(1),
+    help="Samples of an optimizer step: --batch of them at once; without --batch as many as fit.",
+)
+@click.option("--drop-last", is_flag=True, help="Leave out a last short micro-batch.")
+@click.option("--eval-every", type=click.IntRange(1), help="Steps from one evaluation to the next; default none.")
+@click.option("--eval-samples", type=click.IntRange(0), default=0, show_default=True, help="Samples of an evaluation.")
+@click.option(
+    "--save-every", type=click.IntRange(1), help="Steps from one checkpoint to the next; default one at the end."
+)
+@click.option(
+    "--disk",
+    type=Quantity(BYTES, "500MB or 2GB"),
+    default="1GB",
+    show_default=True,
+    help="Bytes a second to where checkpoints are written.",
+)
+@click.option("--startup", type=Finite(0), default=60.0, show_default=True, help="Seconds before the first step.")
+@click.option(
+    "--deadline", type=Finite(0, min_open=True), help="Hours: say what is cheapest of what surely ends before."
+)
+@click.option("--price", multiple=True, help="Dollars an hour and GPU: 2.5 for all, h100-sxm=2.5 for one.")
+@click.option("--spot", is_flag=True, help="Spot prices in the place of those on demand.")
+@click.option(
+    "--node-power", type=Finite(0), help="Watts that the node draws for each GPU besides; default a server's."
+)
+@click.option("--grid-co2", type=Finite(0), help="g of CO2 for a kWh of your grid.")
+@click.option("--largest-batch", is_flag=True, help="No job: the largest micro-batch that fits on --device.")
+@click.option("--longest-context", is_flag=True, help="No job: the longest samples that fit on --device.")
+@click.option("--smallest-gpu", is_flag=True, help="No job: the GPU of least memory that it fits on.")
+@click.option(
+    "--biggest-model", is_flag=True, help="No job: the bundled model of most parameters that fits on --device."
+)
+@plan_options
+def plan(
+    methods: Sequence[str],
+    global_batch: int | None,
+    price: Sequence[str],
+    spot: bool,
+    deadline: float | None,
+    node_power: float | None,
+    grid_co2: float | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Hours, dollars and energy of a whole job, on one GPU or on each that there is.
+
+    Without --device every GPU of the catalogue is tried: the cheapest, the fastest, and the cheapest before a deadline,
+    with what has to be given up to fit.
+    """
+    from ..questions.plan.inverse import QUESTIONS, answers
+    from ..questions.plan.job import Job
+    from ..questions.plan.planning import plan_job
+    from ..report.plan import show_answers, show_plan
+
+    asked = [name for name in QUESTIONS if options.pop(name)]
+    if options["model"] is None and asked != ["biggest_model"]:
+        raise click.UsageError("Missing option '--model'.")
+    about = {name: options.pop(name) for name in Job.__dataclass_fields__}
+    chosen, setup = methods_of(methods, options), setup_of(options)
+    if asked:
+        model = None if options["model"] is None else model_of(options)
+        fitting = answers(asked, model, chosen, setup, options["device"] or None, options["host"])
+        if as_json:
+            answer_json({"answers": [answer.as_dict() for answer in fitting]})
+        else:
+            show_answers(fitting)
+        return
+    job = Job(**about)
+    if global_batch and click.get_current_context().get_parameter_source("batch") is ParameterSource.DEFAULT:
+        setup, global_batch = replace(setup, batch=global_batch, grad_accum=1), None
+    found = plan_job(
+        model_of(options), chosen, setup, options["device"] or None, job=job, global_batch=global_batch, price=price,
+        price_kind="spot" if spot else "on demand", deadline=deadline, node_power=node_power, grid_co2=grid_co2,
+        host=options["host"],
+    )  # fmt: skip
+    if as_json:
+        answer_json(found.as_dict())
+    else:
+        show_plan(found)

@@ -1,0 +1,219 @@
+"""A job: a data set, passes over it, and what comes beside its steps; counted before anything is priced.
+
+Steps are those of transformers' Trainer (`Trainer.set_initial_training_values`, `_run_epoch`): every epoch ends with
+what is left, fewer micro-batches and a short one, and a part of an epoch is as many of its first steps.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from ...errors import UserError
+from ...program.lengths import Lengths
+from ...setup import LARGEST, Setup
+from ...values import immutable
+from . import collating
+from .collating import Counts
+
+MOST = 2**31  # samples of a data set; of more the lengths would fill the memory
+LAID_OUT = 1_000_000  # samples whose order is gone through one by one; a larger data set is as many times these
+WHOLE_ROWS = ("dense", "varlen")  # packings that fill rows of `seq` tokens
+SEED = 42  # of the order of samples, as transformers' default
+
+
+@immutable
+class Job:
+    """What is trained on and for how long.
+
+    Attributes:
+        samples: samples (documents; pairs of an objective on pairs) of the data set; None: as many as there are lengths
+            in a file, or as `tokens` make.
+        tokens: tokens of the data set, padding not counted, in the place of `samples`.
+        epochs: passes over it; may be a fraction.
+        drop_last: whether a last short micro-batch is left out (`dataloader_drop_last`).
+        eval_every: steps from one evaluation to the next; None: none.
+        eval_samples: samples of an evaluation; where documents are packed, they are too.
+        save_every: steps from one checkpoint to the next; None: one at the end.
+        disk: bytes a second to where checkpoints are written.
+        startup: seconds before the first step: imports, weights, data.
+    """
+
+    samples: int | None = None
+    tokens: float | None = None
+    epochs: float = 1.0
+    drop_last: bool = False
+    eval_every: int | None = None
+    eval_samples: int = 0
+    save_every: int | None = None
+    disk: float = 1e9
+    startup: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.samples is not None and self.tokens is not None:
+            raise UserError("a data set is so many samples or so many tokens: give one of the two")
+        for name, least in (("samples", 1), ("tokens", 1), ("eval_every", 1), ("save_every", 1), ("eval_samples", 0)):
+            value = getattr(self, name)
+            if value is not None and not least <= value <= MOST * LARGEST:
+                raise UserError(f"{name} must be a number from {least} to {MOST * LARGEST:.1e}, got {value}")
+        if self.samples is not None and self.samples > MOST:
+            raise UserError(f"samples must be at most {MOST:,}, got {self.samples}")
+        if not 0 < self.epochs <= LARGEST:
+            raise UserError(f"epochs must be more than 0 and at most {LARGEST}, got {self.epochs}")
+        if not (0 < self.disk < math.inf and 0 <= self.startup < math.inf):
+            raise UserError(f"disk must be positive and startup not negative, got {self.disk} and {self.startup}")
+        if (self.eval_every is None) != (self.eval_samples == 0):
+            raise UserError("an evaluation takes both: eval_every steps and eval_samples")
+
+
+@immutable
+class JobCounts:
+    """A job in numbers, for one setup.
+
+    Attributes:
+        samples: of the data set.
+        rows: that an epoch has: samples, or what packing makes of them.
+        tokens: of an epoch without padding; as a collator cuts them.
+        computed: of an epoch as the model gets them, padding included.
+        steps: optimizer steps of the job.
+        short: those of them that end an epoch with less than the others.
+        last: samples of such a step over those of the others.
+        epochs: passes in whole steps, a little more than asked for where a part of one is no whole number of steps.
+        evaluated: evaluations.
+        eval_batches: micro-batches of one.
+        saved: checkpoints.
+    """
+
+    samples: int
+    rows: int
+    tokens: int
+    computed: int
+    steps: int
+    short: int
+    last: float
+    epochs: float
+    evaluated: int
+    eval_batches: int
+    saved: int
+
+    @property
+    def trained_tokens(self) -> float:
+        """Tokens of the job without padding."""
+        return self.tokens * self.epochs
+
+
+def job_counts(job: Job, setup: Setup) -> JobCounts:
+    """Count a job.
+
+    Raises:
+        UserError: nothing says how large the data set is, or it is smaller than a micro-batch that is to be whole.
+    """
+    lengths, times = _lengths(job, setup)
+    batch, group = int(setup.batch), samples_of_step(setup)
+    rows, tokens, computed = _collated(lengths, times, setup)
+    samples = round(len(lengths) * times)
+    evaluated = math.ceil(job.eval_samples * rows / samples)  # rows; packed as the data set is
+    if job.drop_last:
+        kept = (rows - rows % batch) / rows
+        rows, tokens, computed = (round(count * kept) for count in (rows, tokens, computed))
+    if not rows:
+        raise UserError(f"drop_last leaves nothing: the data set has fewer rows than a micro-batch of {batch}")
+    an_epoch, left = -(-rows // group), rows % group
+    steps = math.ceil(job.epochs * an_epoch)
+    return JobCounts(
+        samples=samples,
+        rows=rows,
+        tokens=tokens,
+        computed=computed,
+        steps=steps,
+        short=steps // an_epoch if left else 0,
+        last=left / group if left else 1.0,
+        epochs=steps / an_epoch,
+        evaluated=steps // job.eval_every if job.eval_every else 0,
+        eval_batches=-(-evaluated // batch),
+        saved=max(1, steps // job.save_every) if job.save_every else 1,
+    )
+
+
+def samples_of_step(setup: Setup) -> int:
+    """Samples of an optimizer step: where the number of GPUs that share the data would come in as a factor."""
+    return int(setup.batch) * setup.grad_accum
+
+
+def _lengths(job: Job, setup: Setup) -> tuple[Counts, float]:
+    """Tokens of samples in the order of the data set, and how many times that is the data set.
+
+    A distribution is laid out as equally likely lengths in a random order.
+    """
+    found = setup.lengths
+    if found is None:
+        return np.full(1, int(setup.seq), np.int64), float(_samples(job, int(setup.seq)))
+    if found.given and job.samples is None and job.tokens is None:
+        return np.array(found.given, np.int64), 1.0
+    samples = _samples(job, _mean(found, setup))
+    laid = min(samples, LAID_OUT)
+    values = np.array(found.given or found.values)
+    drawn = np.rint(np.sort(values)[np.arange(laid) * len(values) // laid]).astype(np.int64)
+    return np.random.default_rng(SEED).permutation(np.maximum(1, drawn)), samples / laid
+
+
+def _mean(lengths: Lengths, setup: Setup) -> float:
+    """Mean tokens of a sample; documents that a row may cut anywhere stay whole."""
+    return float(np.mean(lengths.values) if setup.packing == "dense" else lengths.mean(setup.seq))
+
+
+def _samples(job: Job, tokens: float) -> int:
+    """Samples of a data set whose samples have so many tokens."""
+    if job.samples is not None:
+        return job.samples
+    if job.tokens is None:
+        raise UserError("how large is the data set? give samples, tokens, or lengths with a file that holds every one")
+    found = math.ceil(job.tokens / tokens)
+    if found > MOST:
+        raise UserError(f"{job.tokens:.3g} tokens are {found:.3g} samples, more than {MOST:,}")
+    return found
+
+
+def _collated(lengths: Counts, times: float, setup: Setup) -> tuple[int, int, int]:
+    """(rows of an epoch, its tokens, its tokens with padding), of lengths and how many times they come."""
+    batch, seq, packing = int(setup.batch), int(setup.seq), setup.packing
+    cut = np.minimum(lengths, seq)
+    if packing in WHOLE_ROWS:
+        whole = packing == "dense"
+        made = collating.wrapped_rows(lengths, seq) if whole else collating.best_fit_rows(cut, seq)
+        rows = math.ceil(made * times)
+        return rows, round(int((lengths if whole else cut).sum()) * times), rows * seq
+    sequences = int(setup.sequences) // batch  # of a sample: two of a pair
+    tokens = computed = int(cut.sum())
+    if packing == "none" and len(cut) > 1:
+        order = np.random.default_rng(SEED).permutation(cut)
+        computed = collating.padded_tokens(
+            collating.length_grouped(order, batch) if setup.group_by_length else order, batch
+        )
+    return round(len(cut) * times), round(tokens * times) * sequences, round(computed * times) * sequences
+
+
+def check_single(setup: Setup) -> None:
+    """Raise `UserError` where a setup is a grid."""
+    if not isinstance(setup.batch, int) or not isinstance(setup.seq, int):
+        raise UserError("plan takes one batch and one seq; for grids use sweep")
+
+
+def with_global_batch(setup: Setup, samples: int | None, *, micro: bool) -> Setup:
+    """A setup whose optimizer step has so many samples.
+
+    Args:
+        micro: whether its micro-batch stays, so that more of them are accumulated; else one takes all samples.
+
+    Raises:
+        UserError: they are no whole number of micro-batches.
+    """
+    if samples is None:
+        return setup
+    if not micro:
+        return replace(setup, batch=samples, grad_accum=1)
+    batch = int(setup.batch)
+    if samples < batch or samples % batch:
+        near = max(1, round(samples / batch)) * batch
+        raise UserError(f"global batch {samples} is no multiple of the micro-batch of {batch}: try {near}")
+    return replace(setup, grad_accum=samples // batch)

@@ -1,0 +1,250 @@
+"""A job on every device that could run it: what it takes, what has to be given up to fit, which is cheapest, fastest,
+or cheapest before a deadline."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from typing import Any
+
+from ... import units
+from ...devices import profile
+from ...devices.device import Device, profile_of
+from ...devices.host import Host
+from ...devices.profile import DeviceProfile
+from ...errors import UserError
+from ...methods import Method
+from ...prediction import part_costs
+from ...prediction.predict import Model, Prediction, architecture_of, method_of, with_options
+from ...recording.record import no_collector
+from ...setup import Setup
+from . import job as jobs
+from .fitting import Fitting
+from .job import Job, JobCounts
+from .prices import KINDS, known_prices, price_of, typed_prices
+from .runs import HOUR, PlannedRun, planned_run, seconds_of_job
+
+Devices = str | DeviceProfile | Device | Sequence[str | DeviceProfile | Device]
+TIE = 0.02  # of dollars or hours: what is closer than this is the same
+TYPED = ("batch", "grad_accum")  # options that fix the micro-batch beside a global batch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer of `plan`.
+
+    Attributes:
+        model: its name.
+        methods: their specs, as they were asked for.
+        job: what is trained.
+        runs: one for each device and method that fits, by dollars; what has no price comes last, by hours.
+        left_out: (device, method) -> why it is none of the runs.
+        deadline: hours, None for none.
+        grid_co2: g of CO2 for a kWh, None if it was not given.
+        today: that prices are as old as.
+    """
+
+    model: str
+    methods: tuple[str, ...]
+    job: Job
+    runs: list[PlannedRun]
+    left_out: dict[tuple[str, str], str]
+    deadline: float | None
+    grid_co2: float | None
+    today: date
+
+    def of(self, method: str | None = None) -> list[PlannedRun]:
+        """The runs of a method that was asked for, QLoRA in its place included; of all if None."""
+        if method is None:
+            return self.runs
+        return [run for run in self.runs if run.asked == method]
+
+    def cheapest(self, method: str | None = None) -> list[PlannedRun]:
+        """The run of least dollars, and those that cost the same to 2 %; nothing without prices."""
+        return _best([run for run in self.of(method) if run.dollars is not None], _dollars, _hours)
+
+    def fastest(self, method: str | None = None) -> list[PlannedRun]:
+        """The run of least hours, and those that take as long to 2 %."""
+        return _best(self.of(method), _hours, _dollars)
+
+    def in_time(self, method: str | None = None) -> list[PlannedRun]:
+        """The cheapest of those whose upper bound is before the deadline, with those that cost the same."""
+        if self.deadline is None:
+            return []
+        before = [run for run in self.of(method) if run.interval[1] <= self.deadline * HOUR]
+        return _best([run for run in before if run.dollars is not None], _dollars, _hours)
+
+    @property
+    def unpriced(self) -> list[str]:
+        """Devices that fit and have no known price."""
+        return list(dict.fromkeys(run.device for run in self.runs if run.price is None))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON of `plan` (SI units, bytes, USD)."""
+        as_dict = partial(PlannedRun.as_dict, today=self.today, grid_co2=self.grid_co2)
+
+        def named(runs: list[PlannedRun]) -> list[dict[str, str]]:
+            return [{"device": run.device, "method": run.method} for run in runs]
+
+        work = self.runs[0].work if self.runs else None
+        return {
+            "model": self.model,
+            "methods": list(self.methods),
+            "job": {
+                **{name: getattr(self.job, name) for name in Job.__dataclass_fields__},
+                **({} if work is None else {
+                    "rows": work.rows, "tokens": work.tokens, "computed_tokens": work.computed,
+                }),
+            },
+            "deadline_h": self.deadline,
+            "cheapest": named(self.cheapest()), "fastest": named(self.fastest()), "in_time": named(self.in_time()),
+            "runs": [as_dict(run) for run in self.runs],
+            "left_out": [{"device": d, "method": m, "why": why} for (d, m), why in self.left_out.items()],
+            "no_price": self.unpriced,
+        }  # fmt: skip
+
+
+def _dollars(run: PlannedRun) -> float:
+    return float("inf") if run.dollars is None else run.dollars
+
+
+def _hours(run: PlannedRun) -> float:
+    return run.seconds
+
+
+def _best(runs: list[PlannedRun], by: Any, then: Any) -> list[PlannedRun]:
+    """The run that is least by one figure (by another one where several are), and those not to be told from it."""
+    least = min(map(by, runs), default=None)
+    alike = [] if least is None else [run for run in runs if by(run) <= least * (1 + TIE)]
+    return sorted(alike, key=lambda run: (by(run), then(run)))
+
+
+def plan_job(
+    model: Model,
+    methods: str | Method | Sequence[str | Method] = ("full", "lora"),
+    setup: Setup | None = None,
+    device: Devices | None = None,
+    *,
+    job: Job | None = None,
+    global_batch: int | None = None,
+    price: Sequence[str] | Mapping[str, float] = (),
+    price_kind: str = KINDS[0],
+    deadline: float | None = None,
+    node_power: float | None = None,
+    grid_co2: float | None = None,
+    today: date | None = None,
+    host: str | Host = "default",
+    **options: Any,
+) -> Plan:
+    """Plan a job; `perfmodel.plan` says what it takes and raises."""
+    about = {name: options.pop(name) for name in Job.__dataclass_fields__ if name in options}
+    if about and job is not None:
+        raise UserError(f"give a job, or {', '.join(about)} to make one: not both")
+    job = job or Job(**about)
+    _check(deadline=deadline, node_power=node_power, grid_co2=grid_co2)
+    micro = setup is not None or any(name in options for name in TYPED)
+    setup = jobs.with_global_batch(with_options(setup, options), global_batch, micro=micro)
+    jobs.check_single(setup)
+    architecture = architecture_of(model)
+    given = [methods] if isinstance(methods, (str, Method)) else list(methods)
+    bound = list({m.spec(): m for m in (method_of(method).bind(architecture) for method in given)}.values())
+    typed = dict(price) if isinstance(price, Mapping) else typed_prices(price)
+    planner = _Planner(Fitting(architecture, host), job, setup, price_kind, typed, node_power)
+    planner.work(setup)  # a job that cannot be counted is refused before anything is predicted
+    runs, left_out = planner.on_all(planned_devices(device), bound)
+    return Plan(
+        model=architecture.name,
+        methods=tuple(m.spec() for m in bound),
+        job=job,
+        runs=sorted(runs, key=lambda run: (_dollars(run), run.seconds)),
+        left_out=left_out,
+        deadline=deadline,
+        grid_co2=grid_co2,
+        today=today or date.today(),
+    )
+
+
+def _check(**positive: float | None) -> None:
+    for name, value in positive.items():
+        if value is not None and not 0 <= value < float("inf"):
+            raise UserError(f"{name} must be a number from 0, got {value}")
+
+
+def planned_devices(device: Devices | None) -> list[DeviceProfile]:
+    """The profiles of devices; of None all GPUs of the catalogue, own ones first.
+
+    Raises:
+        UserError: an unknown device, or an empty list.
+    """
+    if device is None:
+        known = [*profile.own_profiles()[0], *map(profile.load, profile.names())]
+        return [on for on in known if on.kind == "cuda"]
+    found = [device] if isinstance(device, (str, DeviceProfile, Device)) else list(device)
+    if not found:
+        raise UserError("a plan needs a device; leave it out for all GPUs of the catalogue")
+    return list({on.slug: on for on in map(profile_of, found)}.values())
+
+
+@dataclass
+class _Planner:
+    """What the runs of a plan have in common."""
+
+    fitting: Fitting
+    job: Job
+    setup: Setup
+    kind: str
+    typed: Mapping[str, float]
+    node: float | None
+
+    def __post_init__(self) -> None:
+        self.counted: dict[tuple[Any, int], JobCounts] = {}
+        self.prices = known_prices()
+
+    def work(self, setup: Setup) -> JobCounts:
+        """The job in numbers, which hang on the micro-batch."""
+        return part_costs.recalled(
+            self.counted, (setup.batch, setup.grad_accum), partial(jobs.job_counts, self.job, setup)
+        )
+
+    def on_all(
+        self, devices: list[DeviceProfile], methods: list[Method]
+    ) -> tuple[list[PlannedRun], dict[tuple[str, str], str]]:
+        """The runs, and of what is none of them why.
+
+        Raises:
+            UserError: no device takes any of the methods, for the reason of the first.
+        """
+        runs, left_out = [], {}
+        refused: list[UserError] = []
+        with no_collector():
+            for on in devices:
+                for method in methods:
+                    try:
+                        made = self.on(on, method)
+                    except UserError as error:
+                        refused.append(error)
+                        left_out[on.slug, method.spec()] = str(error)
+                        continue
+                    if made is None:
+                        least = self.fitting.least(self.setup, method, on)
+                        left_out[on.slug, method.spec()] = f"needs {units.nbytes(least)} at least, whatever is given up"
+                    else:
+                        runs.append(made)
+        if refused and len(refused) == len(devices) * len(methods):
+            raise refused[0]
+        return runs, left_out
+
+    def on(self, on: DeviceProfile, method: Method) -> PlannedRun | None:
+        """The run of a method on a device; None if nothing fits."""
+
+        def seconds(p: Prediction) -> float:
+            return sum(seconds_of_job(self.job, self.work(p.setup), p).values())
+
+        found = self.fitting.best(self.setup, method, on, seconds)
+        if found is None:
+            return None
+        concession, p = found
+        return planned_run(
+            p, on, self.job, self.work(p.setup), asked=method.spec(), given_up=concession.given_up,
+            price=price_of(on.slug, self.kind, self.typed, self.prices), node=self.node,
+        )  # fmt: skip
