@@ -338,7 +338,7 @@ class Scope:
         """
         current, shared = tape(), list(given)
         for first, period, times in runs_of_layers(self.build.architecture, self.build.method):
-            end = first + period * times
+            begins, end = first, first + period * times
             while first < end and (among is None or first in among):
                 part = current.begin("blocks", "forward")
                 needed_grad, before = x.requires_grad, x.storage.number
@@ -347,6 +347,8 @@ class Scope:
                     if self.build.collects:  # the last one's stands for the first one's input, which is as large
                         self.build.held.append((x, part))
                 count = (end - first) // period if x.requires_grad == needed_grad else 1
+                if current.wrapping is not None and count > 1:  # hooks see what lies beyond either end of a run
+                    count = 1 if first == begins else count - 1
                 part.repeat = count
                 if current.flow is not None:
                     current.flow.carried[id(part)] = before, x.storage.number
@@ -359,17 +361,20 @@ class Scope:
     def _layer(self, layer: int, block: Callable[..., Any], x: Tensor, shared: Sequence[Any]) -> tuple[Any, ...]:
         """One block, checkpointed if the setup says so."""
         scope = Scope(self.build, f"{block_path(self.build.architecture.stacks, layer)}.", layer)
+        how, wrapping = self.build.setup.checkpoint, tape().wrapping
+        if not self.build.method.checkpoints(layer):
+            how = "none"
 
         def run(x: Tensor) -> Any:
             tape().part.host.modules += len(INSIDE)
             return block(scope, x, *shared)
 
-        how = self.build.setup.checkpoint
-        if how == "none" or not self.build.method.checkpoints(layer):
-            out = run(x)
-        else:
+        def checkpointed(x: Tensor) -> Any:
+            return run(x) if how == "none" else checkpoint(run, x, reentrant=how == "block-reentrant")
+
+        if how != "none":
             x.requires_grad = True  # of the lowest one where blocks below are not; of others it is so already
-            out = checkpoint(run, x, reentrant=how == "block-reentrant")
+        out = checkpointed(x) if wrapping is None else wrapping.block(scope.path, checkpointed, x)
         return out if isinstance(out, tuple) else (out, *shared)
 
     def begin(self, name: str) -> None:

@@ -13,8 +13,9 @@ from ..errors import UserError
 from ..methods.parts.base import Method
 from ..methods.parts.periodic import Periodic, PeriodicOps
 from ..objectives.parts.base import OF_CRITIC, OF_REFERENCE
-from ..program.dims import Dim, larger
+from ..program.dims import Dim, decide, larger
 from ..program.part import Group, Part
+from ..program.ranks import Ranks
 from ..program.software import LONG_ARGUMENTS
 from ..setup import Setup
 from ..tape.core import Tape, emit, recording
@@ -23,6 +24,10 @@ from ..tape.engine import run_backward
 from ..tape.tensor import Flow, Parameter, Tensor
 from . import converted, zero
 from . import reuse as sharing
+from .parallel.ddp import Replicated
+from .parallel.form import Form, check_form
+from .parallel.fsdp2 import FullyShard
+from .parallel.units import Survey
 from .reuse import MicroBatches, Shared
 from .step import Step
 
@@ -66,6 +71,7 @@ def build(
         from . import inside  # with GaLore, whose update goes weight by weight, too
 
         inner = inside.begin(step, tape)
+    step.form = _form(step, capability)
     with no_collector(), recording(tape):
         ending = _shared(step, tape, shared) if shared else _micro_batches(step, tape, {})
         record_update(step, tape, inner)
@@ -73,6 +79,22 @@ def build(
         step.groups.append(Group(list(tape.parts)))
     step.periodic = [_besides(step, work, capability) for work in method.periodic()]
     return step
+
+
+def _form(step: Step, capability: str) -> Form | None:
+    """What several GPUs do. The forward pass tells which parameters each block has."""
+    if decide(step.setup.gpus == 1):
+        return None
+    check_form(step.setup, step.method)
+    ranks, setup = Ranks(step.setup.gpus), running(step)
+    if setup[0].parallel == "ddp":
+        return Replicated(ranks)
+    survey = Survey()
+    with no_collector(), recording(Tape(step.device, capability, step.setup.stack, autocast=setup[0].amp)) as tape:
+        tape.wrapping = survey
+        tape.begin("inputs", "forward")
+        step.parameters = _forward(step, *setup, {})[0]
+    return FullyShard(survey.units(step.parameters, ranks.size), ranks)
 
 
 def _trained_for(architecture: Architecture, method: Method, setup: Setup) -> tuple[Architecture, Method]:
@@ -104,6 +126,8 @@ def _micro_batches(step: Step, tape: Tape, programs: dict[Any, Any]) -> Callable
     if step.architecture.recorded:
         return _replayed(step, tape.capability)
     kept: Kept = {}
+    if step.form is not None:
+        return _exchanging(step, tape, step.form, kept, programs)
     further, ending = step.setup.grad_accum - 1, 0
     tape.alike = further > 0 and not step.zero
     first, later = _micro_batch(step, tape, kept, programs)
@@ -119,6 +143,24 @@ def _micro_batches(step: Step, tape: Tape, programs: dict[Any, Any]) -> Callable
         _forget(kept)
         tape.loss = None
         tape.part.free(ending)
+
+    return end
+
+
+def _exchanging(step: Step, tape: Tape, form: Form, kept: Kept, programs: dict[Any, Any]) -> Callable[[], None]:
+    """The micro-batches of one of several GPUs, which exchange the gradients of the last one alone."""
+    count = step.setup.grad_accum
+    tape.wrapping = form
+    for times, reduces in ((1, False), (count - 2, False), (1, True))[0 if count > 1 else 2 :]:
+        form.reduces = reduces
+        if times > 0:
+            step.groups.append(Group(_micro_batch(step, tape, kept, programs)[0], times))
+    tape.wrapping = None
+    step.parameters = form.updated(step.parameters)
+
+    def end() -> None:
+        _forget(kept)
+        tape.loss = None
 
     return end
 
@@ -238,7 +280,12 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     if step.zero:
         tape.on_gradient = zero.hook(step, first=not step.parameters)
     tape.begin("inputs", "forward")
+    form = step.form
+    if form is not None:
+        form.begin()
     parameters, loss, after = _forward(step, setup, method, kept)
+    if form is not None:
+        loss = form.end(loss)
     tape.renew(loss)
     if setup.grad_accum > 1 and objectives.found(setup.objective).scaled:
         tape.loss = loss = div(loss, setup.grad_accum)
@@ -255,6 +302,10 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
             del after
     if step.zero:
         zero.end_of_backward()
+    if form is not None:
+        tape.begin("exchange", "backward")
+        with tape.no_grad():
+            form.end_of_backward()
     for p in step.parameters:
         p.accumulator = None
         if p.grad is not None:
@@ -315,7 +366,9 @@ def record_update(step: Step, tape: Tape, inner: optimizers.Update | None = None
             update = zero.record_zero_update(step, step.optimizer)
         else:
             if step.setup.clip_grad and objectives.found(step.setup.objective).clips:
-                optimizers.clip_grad_norm(tape.begin("clip", "optimizer"), optimizers.trainable(step.parameters))
+                across = step.form.ranks if step.form is not None and step.form.shares_norm else None
+                part = tape.begin("clip", "optimizer")
+                optimizers.clip_grad_norm(part, optimizers.trainable(step.parameters), across)
             update = optimizers.Update(tape, step.optimizer, step.parameters, step.head)
             step.method.update(update)
     tape.begin("zero_grad", "optimizer")
@@ -345,4 +398,5 @@ def running(step: Step) -> tuple[Setup, Method]:
 def held_bytes(step: Step) -> Dim:
     """Bytes that method, trainer and engine keep from step to step beside parameters and optimizer state."""
     of_trainer = objectives.found(step.setup.objective).held_bytes(step.architecture, step.setup)
-    return step.method.held_bytes(step) + of_trainer + (zero.flat_bytes(step) if step.zero else 0)
+    exchanged = step.form.held_bytes(step.parameters) if step.form is not None else 0
+    return step.method.held_bytes(step) + of_trainer + exchanged + (zero.flat_bytes(step) if step.zero else 0)

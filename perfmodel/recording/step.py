@@ -12,6 +12,7 @@ from ..program.op import Op
 from ..program.part import Group, Part
 from ..setup import Setup
 from ..tape.tensor import Parameter
+from .parallel.form import Form
 
 
 @dataclass(eq=False, repr=False)
@@ -21,6 +22,7 @@ class Step:
     `groups` holds the first micro-batch, the further ones (if any), and clipping with the optimizer. `state_bytes` is
     what the optimizer keeps between steps, `paged_bytes` what it keeps in memory shared with the host. `periodic` is
     what the method does besides steps, which counts in none of them. `notes` say how a recorded program was made.
+    `form` is what several GPUs do; parameters are then those of one rank, its shards.
     """
 
     architecture: Architecture
@@ -33,6 +35,7 @@ class Step:
     paged_bytes: Dim = 0
     periodic: list[PeriodicOps] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    form: Form | None = None
 
     def parts(self) -> Iterator[tuple[Part, int]]:
         """Every part with how often it runs in the step."""
@@ -49,7 +52,7 @@ class Step:
     @property
     def trainable(self) -> Dim:
         """Elements that train."""
-        return sum(p.numel * p.count for p in self.parameters if p.requires_grad)
+        return sum(p.elements * p.count for p in self.parameters if p.requires_grad)
 
     @property
     def total(self) -> Dim:

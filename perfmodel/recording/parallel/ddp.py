@@ -1,0 +1,138 @@
+"""DistributedDataParallel: every rank has the whole model, and gradients are averaged bucket by bucket.
+
+As soon as a gradient is complete it is divided into its bucket; a bucket that is full is all-reduced beside the rest of
+backward, buckets in their order. Behind backward all are copied back (`gradient_as_bucket_view` is off). Buckets are
+those of all steps but the first, filled in the order in which gradients come; the first one holds 1 MiB, others 25.
+Buffers of modules are broadcast before each forward pass whose gradients are exchanged (`broadcast_buffers`).
+
+Sources: torch 2.13, csrc/distributed/c10d/reducer.cpp (`mark_variable_ready_dense`, `rebuild_buckets`,
+`compute_bucket_assignment_by_size`, `finalize_bucket_dense`), nn/parallel/distributed.py.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from ...optimizers.parts.update import existing, runs
+from ...program.dims import Dim, decide
+from ...program.op import Attrs, Op, Spec
+from ...program.part import Part
+from ...program.ranks import Ranks
+from ...program.streams import COMMUNICATION, COMPUTE, Run
+from ...tape.core import record, tape
+from ...tape.tensor import Parameter, Tensor
+from .collectives import wait_event
+
+FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # B (`_DEFAULT_FIRST_BUCKET_BYTES`, `bucket_cap_mb`)
+Bucket = tuple[str, Dim]  # dtype, bytes
+ALL_REDUCE = Run(COMMUNICATION, after=(COMPUTE,))
+
+
+class Ready(NamedTuple):
+    """A gradient that is complete: in which part, behind how many of its ops."""
+
+    part: Part
+    ops: int
+    parameter: Parameter
+
+
+class Replicated:
+    """The hooks of DDP: around nothing but gradients."""
+
+    shares_norm = False
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.reduces = True
+        self.ready: list[Ready] = []
+
+    def begin(self) -> None:
+        """Gradients are followed if they are exchanged."""
+        self.ready.clear()
+        tape().after_gradient = self._divide if self.reduces else None
+
+    def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """A block runs as it would alone."""
+        return run(x)
+
+    def end(self, loss: Tensor) -> Tensor:
+        """Nothing is hooked."""
+        return loss
+
+    def end_of_backward(self) -> None:
+        """All-reduces go where their buckets are full; then gradients are copied back."""
+        current = tape()
+        if not self.reduces:
+            return
+        current.after_gradient = None
+        exchange = current.parts.pop()
+        current.parts[:] = self._all_reduced(list(current.parts))
+        current.parts.append(exchange)
+        wait_event(COMMUNICATION)
+        for count, run in runs([ready.parameter for ready in self.ready]):
+            current.begin("exchange", "backward").repeat = count
+            for p in run:
+                assert p.grad is not None
+                record("copy_", (p.grad, existing(p.shape, p.grad.dtype)), (p.grad,))
+
+    def updated(self, parameters: list[Parameter]) -> list[Parameter]:
+        """Every rank updates all."""
+        return parameters
+
+    def held_bytes(self, parameters: list[Parameter]) -> Dim:
+        """The buckets: as many bytes as there are gradients."""
+        return sum(p.nbytes * p.count for p in parameters if p.used)
+
+    def _divide(self, p: Parameter) -> None:
+        """`mul_out(bucket_view, grad, 1 / ranks)`."""
+        assert p.grad is not None
+        current = tape()
+        current.part.host.gradients += 1
+        with current.belonging_to("accumulation"):
+            record("mul.out", (p.grad, existing((), p.grad.dtype)), (existing(p.shape, p.grad.dtype),))
+        self.ready.append(Ready(current.part, len(current.part.ops), p))
+
+    def _all_reduced(self, parts: list[Part]) -> Iterator[Part]:
+        """Parts with the all-reduces of buckets: each as parts of as many runs in a row as fill the same ones."""
+        by_part = {id(part): list(ready) for part, ready in groupby(self.ready, key=lambda r: r.part)}
+        coming = [r.parameter for part in parts for _ in range(part.repeat) for r in by_part.get(id(part), ())]
+        full, done = launches(coming), 0
+        for part in parts:
+            ready, layouts = by_part.get(id(part), []), []
+            for _ in range(part.repeat):
+                layouts.append(tuple((r.ops, b) for i, r in enumerate(ready, done) for b in full.get(i, ())))
+                done += len(ready)
+            for layout, alike in groupby(layouts):
+                ops = list(part.ops)
+                for place, (dtype, nbytes) in reversed(layout):
+                    ops.insert(place, all_reduce(nbytes, dtype, self.ranks))
+                yield replace(part, repeat=len(list(alike)), ops=ops)
+
+
+def launches(coming: Sequence[Parameter]) -> dict[int, list[Bucket]]:
+    """The buckets that are launched behind each gradient, by its number in the order in which they come.
+
+    One is full once it has reached its limit, what is left at the end makes the last ones; one waits for those before.
+    """
+    filling: dict[str, tuple[Dim, int, int]] = {}  # by dtype: bytes, buckets before it, the last gradient
+    full: dict[int, list[Bucket]] = {}
+    for i, p in enumerate(coming):
+        nbytes, before, _ = filling.get(p.dtype, (0, 0, 0))
+        nbytes = nbytes + p.nbytes
+        if decide(nbytes >= (BUCKET if before else FIRST_BUCKET)):
+            full.setdefault(i, []).append((p.dtype, nbytes))
+            nbytes, before = 0, before + 1
+        filling[p.dtype] = nbytes, before, i
+    latest = max(full, default=0)
+    for dtype, (nbytes, _, last) in filling.items():
+        if decide(nbytes > 0):
+            latest = max(latest, last)
+            full.setdefault(latest, []).append((dtype, nbytes))
+    return full
+
+
+def all_reduce(nbytes: Dim, dtype: str, ranks: Ranks) -> Op:
+    """The all-reduce of a bucket."""
+    bucket = (Spec(dtype, (nbytes // Spec(dtype, (1,)).nbytes,)),)
+    return Op("c10d::allreduce_", bucket, bucket, nbytes, nbytes, attrs=Attrs(ranks=ranks), runs=ALL_REDUCE)
