@@ -158,15 +158,16 @@ def sweep(
     seq: Any = None,
     rank: Any = (),
     k: Any = (),
+    gpus: Any = None,
     host: "str | Host" = "default",
     **options: Any,
 ) -> "Sweep":
-    """Plan a sweep: every device, method, rank, batch and sequence length with every other.
+    """Plan a sweep: every device, number of GPUs, method, rank, batch and sequence length with every other.
 
     Args:
         methods: the baseline first.
         device: one or several.
-        batch, seq, rank, k: an int, or several (any sequence or array). Batch and seq that are not
+        batch, seq, rank, k, gpus: an int, or several (any sequence or array). Batch, seq and gpus that are not
             given are the setup's. Ranks are for methods that have `r`, `k` for those that train the last K blocks; the
             others ignore them.
 
@@ -179,7 +180,8 @@ def sweep(
     """
     from .questions.sweeps import sweep as answer
 
-    return answer(model, methods, setup, device, batch=batch, seq=seq, rank=rank, k=k, host=host, **options)
+    axes = {"batch": batch, "seq": seq, "rank": rank, "k": k, "gpus": gpus}
+    return answer(model, methods, setup, device, **axes, host=host, **options)
 
 
 def traced(model: "str | PathLike[str] | Config") -> "RecordedModel":

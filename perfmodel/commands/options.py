@@ -226,7 +226,7 @@ def _how() -> tuple[Decorator, ...]:
                      "over lists takes."),
         click.option("--parallel", type=click.Choice(PARALLEL), default="ddp", show_default=True,
                      help="What several GPUs do: ddp, each has the whole model; fsdp2, each a shard of all."),
-        click.option("--nodes", type=click.IntRange(1), help="Nodes that they spread over; default as few as hold them."),
+        click.option("--nodes", type=click.IntRange(1), help="Nodes that they are on; default as few as hold them."),
         click.option("--node", help="What they stand in (see `perfmodel nodes`); default by the device."),
         click.option("--engine", type=click.Choice(ENGINES), default="torch", show_default=True,
                      help="What runs the step; `METHOD:engine=NAME` for one method alone."),

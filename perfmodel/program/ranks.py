@@ -1,6 +1,6 @@
-"""Who takes part in a collective."""
+"""Who takes part in a collective, and what is asked of the network that carries it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from .dims import Dim
 
@@ -19,3 +19,28 @@ class Ranks(NamedTuple):
         spread = -(-self.size * self.stride // per_node)
         fewer = self.size < spread
         return self.size * fewer + spread * (1 - fewer)
+
+
+class JobNetwork(Protocol):
+    """The network between the GPUs of a job (`perfmodel.prediction.placed`).
+
+    Attributes:
+        notes: what an answer has to say of it.
+        sigma: mean relative error of its prices on rows that no fit saw.
+    """
+
+    @property
+    def notes(self) -> list[str]:
+        """Of the node that was taken, and of what was not measured there."""
+        return []
+
+    @property
+    def sigma(self) -> float:
+        """Of a collective."""
+        return 0.0
+
+    def seconds(self, kind: str, dtype: str, nbytes: Any, size: Any, stride: Any) -> Any:
+        """Seconds of a collective of `size` ranks, each `stride` after the one before."""
+
+    def channels(self, kind: str, nbytes: Any, size: Any, stride: Any) -> Any:
+        """Multiprocessors that it takes from the kernels beside it."""

@@ -25,7 +25,7 @@ from ..tape.tensor import Flow, Parameter, Tensor
 from . import converted, zero
 from . import reuse as sharing
 from .parallel.ddp import Replicated
-from .parallel.form import Form, check_form
+from .parallel.form import ParallelForm, check_form
 from .parallel.fsdp2 import FullyShard
 from .parallel.units import Survey
 from .reuse import MicroBatches, Shared
@@ -81,7 +81,7 @@ def build(
     return step
 
 
-def _form(step: Step, capability: str) -> Form | None:
+def _form(step: Step, capability: str) -> ParallelForm | None:
     """What several GPUs do. The forward pass tells which parameters each block has."""
     if decide(step.setup.gpus == 1):
         return None
@@ -147,7 +147,7 @@ def _micro_batches(step: Step, tape: Tape, programs: dict[Any, Any]) -> Callable
     return end
 
 
-def _exchanging(step: Step, tape: Tape, form: Form, kept: Kept, programs: dict[Any, Any]) -> Callable[[], None]:
+def _exchanging(step: Step, tape: Tape, form: ParallelForm, kept: Kept, programs: dict[Any, Any]) -> Callable[[], None]:
     """The micro-batches of one of several GPUs, which exchange the gradients of the last one alone."""
     count = step.setup.grad_accum
     tape.wrapping = form

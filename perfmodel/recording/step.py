@@ -12,7 +12,7 @@ from ..program.op import Op
 from ..program.part import Group, Part
 from ..setup import Setup
 from ..tape.tensor import Parameter
-from .parallel.form import Form
+from .parallel.form import ParallelForm
 
 
 @dataclass(eq=False, repr=False)
@@ -35,7 +35,7 @@ class Step:
     paged_bytes: Dim = 0
     periodic: list[PeriodicOps] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    form: Form | None = None
+    form: ParallelForm | None = None
 
     def parts(self) -> Iterator[tuple[Part, int]]:
         """Every part with how often it runs in the step."""

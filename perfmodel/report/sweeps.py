@@ -1,5 +1,6 @@
 """Running a sweep with a progress bar, and what the terminal shows of it."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..prediction.notes import notes_before
 from ..questions.sentences import named_notes
 from ..questions.speedup import verdict
 from ..questions.sweeps import Columns, Sweep
+from .figures import job_of
 from .files import records, rows_to
 from .plain import notes, paragraph, show, table
 from .progress import progress
@@ -103,11 +105,11 @@ def run_sweep(planned: Sweep, *, output: Path | None, keep_rows: bool, keep_spee
 
 
 def _fits_terminal(planned: Sweep) -> bool:
-    return len(planned.batch) <= MATRIX[0] and len(planned.seq) <= MATRIX[1]
+    return len(planned.batch) <= MATRIX[0] and len(planned.seq) <= MATRIX[1] and len(planned.gpus) == 1
 
 
 def _summarise(outcome: FinishedSweep, columns: Columns, *, keep_speedups: bool) -> None:
-    device = columns["device"][0].item()
+    device = job_of(int(columns["gpus"][0]), columns["device"][0].item())
     for method in dict.fromkeys(columns["method"].tolist()):
         chosen = columns["method"] == method
         part = {name: values[chosen] for name, values in columns.items()}
@@ -127,9 +129,13 @@ def show_summary(planned: Sweep, outcome: FinishedSweep) -> None:
     grid = f"{len(planned):,} setups, {_span('batch', planned.batch)}, {_span('seq', planned.seq)}"
     show(paragraph(f"{style(planned.model, bold=True)}: {grid}; speed-up over {outcome.baseline}") + "\n")
     columns = ("", "faster", "slower", "speed-up", "fits", "tok/s", "at best")
-    for on in planned.devices:
-        rows = [_row(m, s, outcome) for (d, m), s in outcome.summaries.items() if d == on.slug]
-        show(f"on {style(on.slug, bold=True)}\n{table(columns, rows)}\n")
+    for device in dict.fromkeys(device for device, _ in outcome.summaries):
+        rows = [_row(m, s, outcome) for (d, m), s in outcome.summaries.items() if d == device]
+        show(f"on {style(device, bold=True)}\n{table(columns, rows)}\n")
+    if len(planned.gpus) > 1:
+        for on in planned.devices:
+            show(f"tokens/s on {style(on.slug, bold=True)} at best, and its share of as many times the first\n")
+            show(f"{_scaling(planned, on.slug, outcome)}\n")
     show(paragraph(COLUMNS_EXPLAINED) + "\n", dim=True)
     if _fits_terminal(planned):
         for (device, method), blocks in outcome.speedups.items():
@@ -151,6 +157,30 @@ def _row(method: str, s: SweepSummary, outcome: FinishedSweep) -> list[str]:
     if s.best:
         best = [units.count(s.best["tokens_per_s"]), f"{s.best['batch']} x {s.best['seq']}"]
     return [method, *cells, units.percent(s.fitting / s.rows), *best]
+
+
+def best_rates(planned: Sweep, device: str, method: str, outcome: FinishedSweep) -> list[float]:
+    """The most tokens a second of a method that fits, for each number of GPUs of a device; NaN where nothing fits."""
+    found = [outcome.summaries[job_of(gpus, device), method].best for gpus in planned.gpus.tolist()]
+    return [best["tokens_per_s"] if best else float("nan") for best in found]
+
+
+def efficiencies(gpus: Sequence[int], rates: Sequence[float]) -> list[float]:
+    """Each rate over that of the first that fits, as many GPUs as it has more: the scaling efficiency."""
+    first = next(((n, rate) for n, rate in zip(gpus, rates, strict=True) if rate > 0), (1, float("nan")))
+    return [rate / n * first[0] / first[1] for n, rate in zip(gpus, rates, strict=True)]
+
+
+def _scaling(planned: Sweep, device: str, outcome: FinishedSweep) -> str:
+    gpus = planned.gpus.tolist()
+    names = list(dict.fromkeys(method for _, method in outcome.summaries))
+    cells = []
+    for name in names:
+        rates = best_rates(planned, device, name, outcome)
+        shares = efficiencies(gpus, rates)
+        cells.append([f"{r:,.0f} {units.percent(e):>6}" if r > 0 else "" for r, e in zip(rates, shares, strict=True)])
+    rows = [[str(n), *line] for n, line in zip(gpus, zip(*cells, strict=True), strict=True)]
+    return table(("GPUs", *names), rows)
 
 
 def _span(name: str, values: np.ndarray) -> str:

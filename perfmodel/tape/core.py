@@ -33,8 +33,8 @@ class Tape:
     (grad mode, autocast's weight cache, checkpoint frames) lives here, and the training loop's variable `loss`, whose
     graph lives until the next forward pass has made another. `owner` and `recomputing` go onto every op. `on_gradient`
     takes every parameter's complete gradient away, as a hook that PyTorch runs after it is accumulated; one that leaves
-    it there is `after_gradient`. `wrapping` runs around every block; then the lowest and the highest one of a run of like
-    blocks are parts of their own. `view_replay`
+    it there is `after_gradient`. `wrapping` runs around every block; then the lowest and the highest one of a run of
+    like blocks are parts of their own. `view_replay`
     is how autograd treats a view that is changed in place: as for tensor subclasses (fake tensors), or plain tensors;
     fake ones also have a layer norm's statistics in another dtype.
 

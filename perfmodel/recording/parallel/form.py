@@ -11,7 +11,7 @@ from ...setup import Setup
 from ...tape.tensor import Parameter, Tensor
 
 
-class Form(Protocol):
+class ParallelForm(Protocol):
     """Hooks of one micro-batch, and what is left for the optimizer.
 
     Attributes:
