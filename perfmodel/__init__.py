@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .devices.host import Host
     from .errors import UserError
     from .methods import Method
+    from .network.node import Node
     from .prediction.predict import Model, Prediction
     from .questions.advice import Advice
     from .questions.comparison import Comparison
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from .setup import Setup
 
 __all__ = [
-    "Advice", "Comparison", "Device", "Explanation", "Prediction", "Setup", "SpeedUp", "Sweep", "UserError", "advise",
-    "compare", "explain", "predict", "predict_module", "sweep", "traced",
+    "Advice", "Comparison", "Device", "Explanation", "Node", "Prediction", "Setup", "SpeedUp", "Sweep", "UserError",
+    "advise", "compare", "explain", "predict", "predict_module", "sweep", "traced",
 ]  # fmt: skip
 
 
@@ -270,8 +271,8 @@ Shown.draw = staticmethod(_draw)
 
 _TYPES = {  # name -> its module, imported on first use
     "Advice": "questions.advice", "Comparison": "questions.comparison", "Device": "devices.device",
-    "Explanation": "questions.explanation", "Prediction": "prediction.predict", "Setup": "setup",
-    "SpeedUp": "questions.speedup", "Sweep": "questions.sweeps", "UserError": "errors",
+    "Explanation": "questions.explanation", "Node": "network.node", "Prediction": "prediction.predict",
+    "Setup": "setup", "SpeedUp": "questions.speedup", "Sweep": "questions.sweeps", "UserError": "errors",
 }  # fmt: skip
 
 
