@@ -21,6 +21,6 @@ def message_bytes(op: Op) -> Dim:
     return larger(given, into)
 
 
-def is_collective(op: Op) -> bool:
+def exchanges(op: Op) -> bool:
     """Whether an op exchanges data with other GPUs."""
     return op.attrs.ranks is not None

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..calls.collectives import KIND_OF, is_collective, message_bytes
+from ..calls.collectives import KIND_OF, exchanges, message_bytes
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
 from ..program.part import PHASES
@@ -86,7 +86,7 @@ def exchanged(
     taking: Phases = dict.fromkeys(PHASES, 0.0)
     nbytes, calls = ALONE.nbytes.copy(), ALONE.calls.copy()
     for i, ((part, times), seconds) in enumerate(zip(built.parts(), durations, strict=True)):
-        sent = [(op, alone) for op, alone in zip(part.ops, seconds.alone, strict=True) if is_collective(op)]
+        sent = [(op, alone) for op, alone in zip(part.ops, seconds.alone, strict=True) if exchanges(op)]
         if not sent:
             continue
         quiet[i] = part_costs.clocks(part, seconds.without_collectives(part), on, by)[0]

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..calls import costs
-from ..calls.collectives import KIND_OF, is_collective, message_bytes
+from ..calls.collectives import KIND_OF, exchanges, message_bytes
 from ..devices.profile import DeviceProfile
 from ..program.part import Part
 from ..program.streams import COMPUTE
@@ -24,7 +24,7 @@ class Seconds(NamedTuple):
 
     def without_collectives(self, part: Part) -> "Seconds":
         """The same of GPUs that need not exchange anything."""
-        none = np.array([0.0 if is_collective(op) else 1.0 for op in part.ops])
+        none = np.array([0.0 if exchanges(op) else 1.0 for op in part.ops])
         none = none.reshape(len(none), *(1,) * (self.alone.ndim - 1))
         return Seconds(self.alone * none, self.added * none)
 
@@ -42,7 +42,7 @@ def beside_streams(part: Part, alone: np.ndarray, on: DeviceProfile) -> Seconds:
     beside = np.array([op.launched and op.runs.on != COMPUTE for op in part.ops], dtype=bool)
     if not beside.any():
         return Seconds(alone, alone)
-    sends = np.array([is_collective(op) for op in part.ops], dtype=bool)
+    sends = np.array([exchanges(op) for op in part.ops], dtype=bool)
     added = alone.copy()
     if sends.any():
         added[sends] = alone[sends] * _share_of_processors(part, alone, on)
@@ -69,7 +69,7 @@ def _share_of_processors(part: Part, alone: np.ndarray, on: DeviceProfile) -> np
     Collectives of a part run beside its kernels for as long as the shorter of the two takes.
     """
     assert on.network is not None
-    ops = [(op, seconds) for op, seconds in zip(part.ops, alone, strict=True) if is_collective(op)]
+    ops = [(op, seconds) for op, seconds in zip(part.ops, alone, strict=True) if exchanges(op)]
     sending = sum(seconds for _, seconds in ops)
     computing = sum(s for op, s in zip(part.ops, alone, strict=True) if op.runs.on == COMPUTE)
     overlap = np.minimum(1.0, computing / np.maximum(sending, np.finfo(float).tiny))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..calls import costs
-from ..calls.collectives import is_collective
+from ..calls.collectives import exchanges
 from ..devices import engine
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
@@ -144,7 +144,7 @@ def timed_ops(p: Prediction) -> Iterator[tuple[Part, Op, float, int]]:
         raise UserError("only a single setup can be taken apart: give batch, seq and rank as integers")
     for (part, count), seconds in zip(p.step.parts(), p.durations, strict=True):
         for op, duration in zip(part.ops, seconds.added.tolist(), strict=True):
-            if not (op.view or op.attrs.host or is_collective(op)):
+            if not (op.view or op.attrs.host or exchanges(op)):
                 yield part, op, duration, count
 
 

@@ -16,7 +16,7 @@ def empty(numel: object, dtype: str) -> Tensor:
     return made
 
 
-def collective(
+def exchange(
     name: str, given: Tensor, into: Tensor, ranks: Ranks, after: tuple[str, ...] = (COMPUTE,), on: str = COMMUNICATION
 ) -> None:
     """A collective that reads one buffer and writes another (or the same)."""

@@ -23,8 +23,8 @@ from ...program.streams import COMMUNICATION, COMPUTE, GATHER_COPY, Run
 from ...tape.autograd import differentiate
 from ...tape.core import new_tensor, record, tape
 from ...tape.tensor import Grads, Node, Parameter, Storage, Tensor
-from .collectives import collective, empty, set_event, wait_event
-from .units import ROOT, Unit
+from .collectives import empty, exchange, set_event, wait_event
+from .units import ROOT, ShardedUnit
 
 GATHERED, COPIED, REDUCED = "gathered", "copied out", "reduced"  # events
 
@@ -38,11 +38,11 @@ class Gathered:
         coming: what is gathered but not copied out yet.
     """
 
-    unit: Unit
+    unit: ShardedUnit
     whole: list[Tensor] = field(default_factory=list)
     coming: Tensor | None = None
 
-    def gather(self, ranks: Ranks, like: Unit | None = None) -> None:
+    def gather(self, ranks: Ranks, like: ShardedUnit | None = None) -> None:
         """`unshard`: copies into one buffer, and the all-gather; of a unit that is like this one, if it is given."""
         unit = like or self.unit
         if self.whole or self.coming is not None or not unit.parameters:
@@ -50,7 +50,7 @@ class Gathered:
         self.coming = into = empty(unit.numel * ranks.size, unit.dtype)
         mine = Tensor((unit.numel,), unit.dtype, (1,), unit.numel, into.storage)
         record("fsdp::all_gather_copy_in", unit.sent, (mine,), runs=Run(GATHER_COPY))
-        collective("c10d::_allgather_base_", mine, into, ranks, (GATHER_COPY,))
+        exchange("c10d::_allgather_base_", mine, into, ranks, (GATHER_COPY,))
         set_event(GATHERED, COMMUNICATION)
 
 
@@ -63,7 +63,7 @@ class FullyShard:
 
     shares_norm = True
 
-    def __init__(self, units: Sequence[Unit], ranks: Ranks) -> None:
+    def __init__(self, units: Sequence[ShardedUnit], ranks: Ranks) -> None:
         self.ranks = ranks
         self.units = {unit.path: Gathered(unit) for unit in units}
         self.reduces = True
@@ -140,7 +140,7 @@ class FullyShard:
             self.units[self.ran[place - 1][0]].gather(self.ranks, self._next(place))
         return tuple(grads)
 
-    def _next(self, place: int) -> Unit:
+    def _next(self, place: int) -> ShardedUnit:
         """The unit whose backward follows: in a part that repeats, the highest one of the same part is next."""
         path, part = self.ran[place]
         (below, lower) = self.ran[place - 1]
@@ -198,7 +198,7 @@ class FullyShard:
             p.grad = None
         self.reducing = given
         reduced = empty(numel, dtype)
-        collective("c10d::_reduce_scatter_base_", given, reduced, self.ranks)
+        exchange("c10d::_reduce_scatter_base_", given, reduced, self.ranks)
         set_event(REDUCED, COMMUNICATION)
         reduced.storage.copies = trained[0][0].count
         for _, shard in trained:
@@ -206,7 +206,7 @@ class FullyShard:
             shard.grad = Tensor(shard.shape, dtype, shard.strides, shard.numel, reduced.storage)
 
 
-def padded(unit: Unit, ranks: Ranks) -> list[Tensor]:
+def padded(unit: ShardedUnit, ranks: Ranks) -> list[Tensor]:
     """The unit's parameters as they are in memory once gathered: the padding of all shards included."""
     return [
         Tensor((ranks.size, shard.numel), p.dtype, (shard.numel, 1), ranks.size * shard.numel, Storage(0, None))

@@ -28,7 +28,7 @@ def shard_of(p: Parameter, ranks: Dim) -> Parameter:
 
 
 @dataclass(eq=False)
-class Unit:
+class ShardedUnit:
     """Parameters that are gathered together: of one block, or of all that is outside of blocks.
 
     Attributes:
@@ -80,10 +80,10 @@ class Survey:
         self.paths.append(path)
         return run(x)
 
-    def units(self, parameters: Sequence[Parameter], ranks: Dim) -> list[Unit]:
+    def units(self, parameters: Sequence[Parameter], ranks: Dim) -> list[ShardedUnit]:
         """The units of a model in the order of their forward passes, that of the rest last."""
         left = [p for p in parameters if p.kind != "scale"]
         paths = dict.fromkeys(self.paths)
-        found = [Unit(path, [p for p in left if p.name.startswith(path)], ranks) for path in paths]
+        found = [ShardedUnit(path, [p for p in left if p.name.startswith(path)], ranks) for path in paths]
         of_blocks = tuple(unit.path for unit in found)
-        return [*found, Unit(ROOT, [p for p in left if not p.name.startswith(of_blocks)], ranks)]
+        return [*found, ShardedUnit(ROOT, [p for p in left if not p.name.startswith(of_blocks)], ranks)]
