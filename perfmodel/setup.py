@@ -83,6 +83,7 @@ class Setup:
         node: what they stand in (`perfmodel.network.Node`); None: the node that has GPUs of the device.
         parallel: what several GPUs do (`perfmodel.recording.parallel`): ddp, every one has the whole model; fsdp2, each
             keeps a shard of every parameter. Of one GPU it changes nothing.
+        tp: tensor-parallel ranks, of which each has a part of every layer; they work on the same samples.
         engine: what runs the step: torch, or deepspeed-zero3 (`perfmodel.recording.zero`); a method may name its own.
         packing: what lies in a row of `seq` tokens: none, one sample; dense, documents behind one another under one
             causal mask; varlen, documents that attend within themselves (position ids restart and there is no mask);
@@ -113,6 +114,7 @@ class Setup:
     nodes: int | None = None
     node: str | None = None
     parallel: str = "ddp"
+    tp: int = 1
     engine: str = "torch"
     routing: str = "balanced"
     experts: str = "grouped_mm"
@@ -159,6 +161,8 @@ class Setup:
             raise UserError(f"images are counted from 0, their pixels from 1: got {self.images} of {self.image_size}")
         if self.attention == "flash2" and self.dtype == "fp32" and self.amp is None:
             raise UserError("attention flash2 needs a 16-bit dtype; use sdpa with fp32")
+        if np.any(np.asarray(self.gpus) % positive("tp", self.tp)):
+            raise UserError(f"tp {self.tp} does not divide the {np.max(self.gpus)} GPUs of the job")
         if self.nodes is not None and positive("nodes", self.nodes) > np.min(self.gpus):
             raise UserError(f"nodes {self.nodes} are more than the {np.min(self.gpus)} GPUs of the job")
         object.__setattr__(self, "lengths", lengths_of(self.lengths))
@@ -196,6 +200,11 @@ class Setup:
     def unpads(self) -> bool:
         """Whether attention is over the tokens that are no padding: flash-attn takes no mask."""
         return self.padded and self.attention == "flash2"
+
+    @property
+    def replicas(self) -> Dim:
+        """How many GPUs, or groups of `tp` of them, work on samples of their own."""
+        return self.gpus // self.tp
 
     @property
     def shape(self) -> tuple[Dim, Dim]:

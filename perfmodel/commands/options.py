@@ -226,6 +226,8 @@ def _how() -> tuple[Decorator, ...]:
                      "over lists takes."),
         click.option("--parallel", type=click.Choice(PARALLEL), default="ddp", show_default=True,
                      help="What several GPUs do: ddp, each has the whole model; fsdp2, each a shard of all."),
+        click.option("--tp", type=click.IntRange(1), default=1, show_default=True,
+                     help="GPUs that share every layer (tensor parallel) and work on the same samples."),
         click.option("--nodes", type=click.IntRange(1), help="Nodes that they are on; default as few as hold them."),
         click.option("--node", help="What they stand in (see `perfmodel nodes`); default by the device."),
         click.option("--engine", type=click.Choice(ENGINES), default="torch", show_default=True,

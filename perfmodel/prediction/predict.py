@@ -115,7 +115,7 @@ class Prediction(Shown):
     @property
     def tokens_per_second(self) -> Any:
         """Tokens that the step trains on per second; padding counts where nothing is known of it (no lengths)."""
-        return self.setup.tokens * self.setup.gpus / self.time.phases["total"]
+        return self.setup.tokens * self.setup.replicas / self.time.phases["total"]
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON of `predict` (SI units, bytes)."""
@@ -324,7 +324,7 @@ def step_time(
     start = timeline.launched(by.graph_launch) if built.setup.cuda_graphs and on.kind == "cuda" else timeline.IDENTITY
     phases = composed(built, matrices, start)
     total = phases["total"]
-    several = built.form is not None
+    several = np.any(np.greater(built.setup.gpus, 1))
     exchange = communication.exchanged(built, on, by, priced, matrices, phases) if several else communication.ALONE
     components[intervals.COLLECTIVE] = exchange.exposed["total"]
     busy = sum(components.values())

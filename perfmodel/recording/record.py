@@ -65,6 +65,9 @@ def build(
     if not architecture.recorded:
         architecture, method = _trained_for(architecture, method, setup)
     check_step(architecture, method, setup)
+    if setup.tp > 1:
+        architecture = architecture.part_of(setup.tp)
+        method = method.bind(architecture)
     step = Step(architecture, method, setup, device, [])
     tape = Tape(device, capability, setup.stack, autocast=running(step)[0].amp, view_replay=view_replay)
     inner = None
@@ -87,7 +90,9 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
     if decide(step.setup.gpus == 1):
         return None
     check_form(step.setup, step.method)
-    ranks, setup = Ranks(step.setup.gpus), running(step)
+    if decide(step.setup.replicas == 1):
+        return None
+    ranks, setup = Ranks(step.setup.replicas, step.setup.tp), running(step)
     if setup[0].parallel == "ddp":
         return Replicated(ranks)
     survey = Survey()

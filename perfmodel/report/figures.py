@@ -134,7 +134,8 @@ def setup_line(s: Setup) -> str:
     told += [f"int8 {s.int8}"] if s.int8 != usual.int8 else []
     told += [f"QAT {s.qat}"] if s.qat != usual.qat else []
     several = np.any(np.greater(s.gpus, 1))
-    told += [s.parallel] if several else []
+    told += [s.parallel] if np.any(np.greater(s.replicas, 1)) else []
+    told += [f"tensor parallel {s.tp}"] if s.tp > 1 else []
     told += [f"in {s.node}"] if several and s.node else []
     told += [s.engine] if s.engine != usual.engine else []
     told += ["padded"] if s.padded else []

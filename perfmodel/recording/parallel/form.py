@@ -10,6 +10,8 @@ from ...program.ranks import Ranks
 from ...setup import Setup
 from ...tape.tensor import Parameter, Tensor
 
+CUT = ("full", "lora")  # methods whose program on tensor-parallel layers is modelled
+
 
 class ParallelForm(Protocol):
     """Hooks of one micro-batch, and what is left for the optimizer.
@@ -49,5 +51,7 @@ def check_form(setup: Setup, method: Method) -> None:
                         ("objective", "sft"), ("fp8", "none"), ("int8", "none"), ("qat", "none")):  # fmt: skip
         if getattr(setup, name) != usual:
             raise UserError(f"gpus: several are not modelled with {name} {getattr(setup, name)}; use --gpus 1")
+    if setup.tp > 1 and (method.name not in CUT or getattr(method, "implementation", "peft") != "peft"):
+        raise UserError(f"tp: {method.name} on layers that are cut is not modelled; {' and '.join(CUT)} are")
     if setup.parallel != "ddp" and type(method).update is not Method.update:
         raise UserError(f"method {method.name} updates whole weights by itself: with several GPUs use --parallel ddp")
