@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ import numpy as np
 from click import style
 
 from .. import units
+from ..devices.profile import DeviceProfile
 from ..prediction.notes import notes_before
+from ..prediction.placed import placed
 from ..questions.sentences import named_notes
 from ..questions.speedup import verdict
 from ..questions.sweeps import Columns, Sweep
@@ -20,6 +22,7 @@ from .plain import notes, paragraph, show, table
 from .progress import progress
 
 Key = tuple[str, str]  # device, method as one gives it to predict
+WORTH = 1.5  # times the rate that a second node has to give
 MATRIX = (16, 7)  # batches and lengths that fit a terminal of 80 columns
 COLUMNS_EXPLAINED = (
     "faster, slower, fits: share of the setups; speed-up: lowest to highest; tok/s: the most of those that fit, "
@@ -136,6 +139,9 @@ def show_summary(planned: Sweep, outcome: FinishedSweep) -> None:
         for on in planned.devices:
             show(f"tokens/s on {style(on.slug, bold=True)} at best, and its share of as many times the first\n")
             show(f"{_scaling(planned, on.slug, outcome)}\n")
+            for method in (m.spec() for m in planned.methods):
+                show(paragraph(_worth_it(planned, on, method, outcome)))
+            show("")
     show(paragraph(COLUMNS_EXPLAINED) + "\n", dim=True)
     if _fits_terminal(planned):
         for (device, method), blocks in outcome.speedups.items():
@@ -181,6 +187,21 @@ def _scaling(planned: Sweep, device: str, outcome: FinishedSweep) -> str:
         cells.append([f"{r:,.0f} {units.percent(e):>6}" if r > 0 else "" for r, e in zip(rates, shares, strict=True)])
     rows = [[str(n), *line] for n, line in zip(gpus, zip(*cells, strict=True), strict=True)]
     return table(("GPUs", *names), rows)
+
+
+def _worth_it(planned: Sweep, on: DeviceProfile, method: str, outcome: FinishedSweep) -> str:
+    """From how many GPUs on a method fits, and what a second node gives."""
+    gpus, rates = planned.gpus.tolist(), best_rates(planned, on.slug, method, outcome)
+    fitting = {n: rate for n, rate in zip(gpus, rates, strict=True) if rate > 0}
+    if not fitting:
+        return f"{method} fits on none of these numbers of GPUs."
+    said = f"{method} fits from {min(fitting)} GPUs on" if min(fitting) > gpus[0] else f"{method} fits on all of these"
+    node = placed(replace(planned.setup, gpus=gpus[-1]), on).node.gpus if gpus[-1] > 1 else 0
+    if node in fitting and 2 * node in fitting:
+        gain = fitting[2 * node] / fitting[node]
+        worth = "worth it" if gain > WORTH else "hardly worth it" if gain > 1 else "not worth it"
+        said += f"; a second node, {2 * node} GPUs for {node}: {gain:.2f} x the rate, {worth}"
+    return said + "."
 
 
 def _span(name: str, values: np.ndarray) -> str:
