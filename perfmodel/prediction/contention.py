@@ -24,9 +24,10 @@ class Seconds(NamedTuple):
 
     def without_collectives(self, part: Part) -> "Seconds":
         """The same of GPUs that need not exchange anything."""
-        none = np.array([0.0 if exchanges(op) else 1.0 for op in part.ops])
-        none = none.reshape(len(none), *(1,) * (self.alone.ndim - 1))
-        return Seconds(self.alone * none, self.added * none)
+        sends = [i for i, op in enumerate(part.ops) if exchanges(op)]
+        alone, added = self.alone.copy(), self.added.copy()
+        alone[sends] = added[sends] = 0.0
+        return Seconds(alone, added)
 
 
 def beside_streams(part: Part, alone: np.ndarray, on: DeviceProfile) -> Seconds:
