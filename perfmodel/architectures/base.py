@@ -232,6 +232,8 @@ class Linear(NamedTuple):
         cut = self.cut
         if cut.by and (shape[0] is self.n_out if cut.by == "columns" else shape[-1] is self.n_in):
             made.elements = made.numel * cut.ranks.size
+        if (wrapping := tape().wrapping) is not None:
+            wrapping.weight(made)
         return made
 
 

@@ -217,23 +217,20 @@ def host(output: Path) -> None:
 
 
 @validate.command()
+@click.argument("name", type=click.Choice(("deepspeed-zero3", "fsdp2", "fsdp1")), default="deepspeed-zero3")
 @click.option(
-    "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("deepspeed-zero3.toml"),
-    show_default=True,
-    help="The engine's file.",
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="The engine's file [default: NAME.toml]."
 )
-def engine(output: Path) -> None:
-    """Measure what DeepSpeed's hooks cost the host (needs deepspeed).
+def engine(name: str, output: Path | None) -> None:
+    """Measure what the hooks of DeepSpeed (which has to be installed) or FSDP cost the host.
 
-    The bundled figures are data/engines/deepspeed-zero3.toml.
+    The bundled figures are in data/engines/.
     """
     try:
         from validate.calibration.show_engine import show_engine
     except ImportError as error:
         raise extra(error) from None
-    show_engine(output)
+    show_engine(name, output or Path(f"{name}.toml"))
 
 
 @validate.command()

@@ -310,7 +310,7 @@ def step_time(
         shared: with the clocks of parts that are known already.
     """
     shared = shared or Shared()
-    by = engine.under(by, built.setup.engine)
+    by = engine.under(by, built.engine)
     priced = list(part_costs.part_durations(built, on) if durations is None else durations)
     components: dict[str, Any] = {}
     matrices: list[timeline.Clocks] = []

@@ -207,7 +207,7 @@ def _host_seconds(p: Prediction, on: DeviceProfile, by: Host, phases: dict[str, 
     if p.setup.cuda_graphs and on.kind == "cuda":
         phases["forward"].host = by.graph_launch
         return
-    by = engine.under(by, p.step.setup.engine)
+    by = engine.under(by, p.step.engine)
     for part, count in p.step.parts():
         if part.ops:
             phases[part.phase].host += count * float(np.sum(by.dispatch(part, on.kind)))

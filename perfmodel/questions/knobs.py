@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..methods import Method
 from ..setup import PARALLEL, Setup
 
-FORMS = {"ddp": "DDP", "fsdp2": "FSDP2"}
+FORMS = {"ddp": "DDP", "fsdp2": "FSDP2", "fsdp1": "FSDP1"}
 TILE = 64  # columns of the narrowest tile that loses nothing; what NVIDIA's and Karpathy's examples pad to
 
 

@@ -27,6 +27,7 @@ from . import zero
 from .checks import check_step
 from .parallel.ddp import Replicated
 from .parallel.form import ParallelForm, check_form
+from .parallel.fsdp1 import FlatShard
 from .parallel.fsdp2 import FullyShard
 from .parallel.units import Survey
 from .reuse import MicroBatches, Shared
@@ -100,7 +101,8 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
         tape.wrapping = survey
         tape.begin("inputs", "forward")
         step.parameters = _forward(step, *setup, {})[0]
-    return FullyShard(survey.units(step.parameters, ranks.size), ranks)
+    made = FullyShard if step.setup.parallel == "fsdp2" else FlatShard
+    return made(survey.units(step.parameters, ranks.size), ranks)
 
 
 def _trained_for(architecture: Architecture, method: Method, setup: Setup) -> tuple[Architecture, Method]:

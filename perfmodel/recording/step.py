@@ -78,6 +78,11 @@ class Step:
         return optimizers.picked_form(self.setup.optimizer, self.device)
 
     @property
+    def engine(self) -> str:
+        """Whose Python runs beside the model's: a training engine's, or that of what several GPUs do."""
+        return self.setup.parallel if self.form is not None else self.setup.engine
+
+    @property
     def head(self) -> int:
         """Weights of one head of an attention layer."""
         return self.architecture.hidden**2 // max(1, self.architecture.heads)

@@ -24,6 +24,9 @@ class Wrapping(Protocol):
         """Run the block of that path between the hooks."""
         return run(x)
 
+    def weight(self, p: Parameter) -> None:
+        """A parameter of an adapter is about to be used."""
+
 
 class Tape:
     """Records ops into parts. `device` is "cpu" or "cuda" (their dispatch differs in a few places); `capability` is the

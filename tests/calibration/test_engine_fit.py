@@ -30,7 +30,7 @@ def rows() -> list[engine.EngineRow]:
     for method, checkpoint in engine.engine_programs():
         setup = Setup(batch=1, seq=4, dtype="fp32", checkpoint=checkpoint, optimizer="adamw-fused")
         bound = methods.parse(method).bind(architecture)
-        plain, zero = (build(architecture, bound, replace(setup, engine=n), "cpu") for n in ("torch", engine.ENGINE))
+        plain, zero = (build(architecture, bound, replace(setup, engine=n), "cpu") for n in ("torch", engine.DEEPSPEED))
         expected, recorded = engine.dispatched(plain, by), engine.dispatched(zero, by)
         for phase in PHASES:
             units = engine.units(zero, phase)
@@ -55,7 +55,7 @@ def test_costs_come_back_whatever_the_machine_is_like(tmp_path: Path, monkeypatc
     monkeypatch.setattr(engine, "version", lambda name: "1.0")
     for told, named in ((None, "a CPU"), ("EPYC 9R14", "EPYC 9R14")):
         monkeypatch.setattr(engine, "cpu_name", lambda told=told: told)
-        engine.write_engine(found, error, made, tmp_path / "mine.toml")
+        engine.write_engine(engine.DEEPSPEED, found, error, made, tmp_path / "mine.toml")
         assert f"measured on {named}, deepspeed 1.0" in (tmp_path / "mine.toml").read_text()
     monkeypatch.setattr(engines, "FOLDER", tmp_path)
     assert engines.ratios("mine") == pytest.approx(COSTS, rel=0.01)

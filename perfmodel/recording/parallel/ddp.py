@@ -56,6 +56,9 @@ class Replicated:
         """A block runs as it would alone."""
         return run(x)
 
+    def weight(self, p: Parameter) -> None:
+        """An adapter is no unit of its own."""
+
     def end(self, loss: Tensor) -> Tensor:
         """Nothing is hooked."""
         return loss

@@ -32,6 +32,9 @@ class ParallelForm(Protocol):
     def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
         """A block of the model between its hooks."""
 
+    def weight(self, p: Parameter) -> None:
+        """A parameter of an adapter is about to be used."""
+
     def end(self, loss: Tensor) -> Tensor:
         """Behind the forward pass; returns the loss, hooked."""
 

@@ -97,6 +97,9 @@ class FullyShard:
             return (self._before_backward(path, out[0]), *out[1:])
         return self._before_backward(path, out)
 
+    def weight(self, p: Parameter) -> None:
+        """An adapter is no unit of its own."""
+
     def end(self, loss: Tensor) -> Tensor:
         """Behind the forward pass: the root's parameters stay; its hook before backward."""
         self._forget_copied()
@@ -152,6 +155,7 @@ class FullyShard:
         """`unshard` unless it was prefetched, and `wait_for_unshard`: copies out into whole parameters."""
         if state.whole or not state.unit.parameters:
             return
+        tape().part.host.units += 1
         state.gather(self.ranks)
         assert state.coming is not None
         if forward:
@@ -192,6 +196,7 @@ class FullyShard:
         numel = sum(shard.numel for _, shard in trained)
         given = empty(numel * self.ranks.size, dtype)
         record("fsdp::chunk_cat", [p.grad for p, _ in trained if p.grad is not None], (given,), STRIDED)
+        tape().part.host.gradients += len(trained)
         for p, _ in trained:
             assert p.grad is not None
             p.grad.storage.copies = 1

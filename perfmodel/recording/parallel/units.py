@@ -80,6 +80,9 @@ class Survey:
         self.paths.append(path)
         return run(x)
 
+    def weight(self, p: Parameter) -> None:
+        """Nothing to note: its name tells its block."""
+
     def units(self, parameters: Sequence[Parameter], ranks: Dim) -> list[ShardedUnit]:
         """The units of a model in the order of their forward passes, that of the rest last."""
         left = [p for p in parameters if p.kind != "scale"]
