@@ -65,7 +65,9 @@ def build(
         architecture, method = _trained_for(architecture, method, setup)
     _check(architecture, method, setup)
     step = Step(architecture, method, setup, device, [])
-    tape = Tape(device, capability, setup.stack, autocast=running(step)[0].amp, view_replay=view_replay)
+    runs = running(step)[0]
+    tape = Tape(device, capability, setup.stack, autocast=runs.amp, view_replay=view_replay)
+    tape.buffer_dtype = setup.dtype if setup.dtype != runs.dtype and not step.zero else None  # ZeRO casts them too
     inner = None
     if setup.in_backward:
         from . import inside  # with GaLore, whose update goes weight by weight, too
@@ -94,7 +96,7 @@ def _form(step: Step, capability: str) -> Form | None:
         tape.wrapping = survey
         tape.begin("inputs", "forward")
         step.parameters = _forward(step, *setup, {})[0]
-    return FullyShard(survey.units(step.parameters, ranks.size), ranks)
+    return FullyShard(survey.units(step.parameters, step.setup), ranks, step.setup.amp)
 
 
 def _trained_for(architecture: Architecture, method: Method, setup: Setup) -> tuple[Architecture, Method]:
@@ -391,7 +393,10 @@ def _forget(kept: Kept) -> None:
 
 def running(step: Step) -> tuple[Setup, Method]:
     """Setup and method as the step's engine and the versions of its software run them."""
-    setup, method = zero.under_zero(step.setup, step.method) if step.zero else (step.setup, step.method)
+    setup, method = step.setup, step.method
+    several = setup.parallel == "fsdp2" and not decide(setup.gpus == 1)
+    if step.zero or (several and setup.amp):  # what is gathered is cast, in place of autocast
+        setup, method = zero.under_zero(setup, method)
     return setup, method.under(setup.stack, setup.dtype)
 
 
