@@ -35,8 +35,13 @@ validate.add_command(paper)
     is_flag=True,
     help="Compare the CUDA form of the forward instead (needs a CUDA build of torch, no GPU).",
 )
+@click.option(
+    "--parallel",
+    is_flag=True,
+    help="Compare ranks of programs of several GPUs: also collectives in their order, and memory.",
+)
 @json_option
-def counts(grid: str, cuda_forward: bool, as_json: bool) -> None:
+def counts(grid: str, cuda_forward: bool, parallel: bool, as_json: bool) -> None:
     """Compare the tape with real programs, ATen call by ATen call."""
     try:
         from validate.oracle.counts import has_cuda_build
@@ -45,7 +50,7 @@ def counts(grid: str, cuda_forward: bool, as_json: bool) -> None:
         raise extra(error) from None
     if cuda_forward and not has_cuda_build():
         raise UserError("--cuda-forward needs a CUDA build of torch (no GPU is needed): this one is built for the CPU")
-    failed = show_counts(grid, cuda_forward=cuda_forward, as_json=as_json)
+    failed = show_counts(grid, cuda_forward=cuda_forward, several=parallel, as_json=as_json)
     sys.exit(1 if failed else 0)
 
 

@@ -70,7 +70,9 @@ def build(
         architecture = architecture.part_of(setup.tp)
         method = method.bind(architecture)
     step = Step(architecture, method, setup, device, [])
-    tape = Tape(device, capability, setup.stack, autocast=running(step)[0].amp, view_replay=view_replay)
+    runs = running(step)[0]
+    tape = Tape(device, capability, setup.stack, autocast=runs.amp, view_replay=view_replay)
+    tape.buffer_dtype = setup.dtype if setup.dtype != runs.dtype and not step.zero else None  # ZeRO casts them too
     inner = None
     if setup.in_backward:
         from . import inside  # with GaLore, whose update goes weight by weight, too
@@ -101,8 +103,8 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
         tape.wrapping = survey
         tape.begin("inputs", "forward")
         step.parameters = _forward(step, *setup, {})[0]
-    made = FullyShard if step.setup.parallel == "fsdp2" else FlatShard
-    return made(survey.units(step.parameters, ranks.size), ranks)
+    units = survey.units(step.parameters, step.setup)
+    return FlatShard(units, ranks) if step.setup.parallel == "fsdp1" else FullyShard(units, ranks, step.setup.amp)
 
 
 def _trained_for(architecture: Architecture, method: Method, setup: Setup) -> tuple[Architecture, Method]:
@@ -356,7 +358,10 @@ def _forget(kept: Kept) -> None:
 
 def running(step: Step) -> tuple[Setup, Method]:
     """Setup and method as the step's engine and the versions of its software run them."""
-    setup, method = zero.under_zero(step.setup, step.method) if step.zero else (step.setup, step.method)
+    setup, method = step.setup, step.method
+    several = setup.parallel == "fsdp2" and not decide(setup.gpus == 1)
+    if step.zero or (several and setup.amp):  # what is gathered is cast, in place of autocast
+        setup, method = zero.under_zero(setup, method)
     return setup, method.under(setup.stack, setup.dtype)
 
 

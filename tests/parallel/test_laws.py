@@ -78,7 +78,9 @@ def test_ddp_sends_what_trains_and_no_more(setup: Setup, method: str) -> None:
     assert p.step is not None
     trained = sum(x.numel * x.count * ITEMSIZE[x.dtype] for x in p.step.parameters if x.used)
     assert p.time.communication.nbytes["all_reduce"] == trained
-    assert sum(p.time.communication.nbytes.values()) == trained
+    others = {kind: n for kind, n in p.time.communication.nbytes.items() if n and kind != "all_reduce"}
+    assert others.keys() == {"broadcast"}  # of buffers
+    assert others["broadcast"] < 2**10
 
 
 @settings(max_examples=10, deadline=None)

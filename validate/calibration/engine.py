@@ -2,11 +2,11 @@
 data/engines/*.toml.
 
 Tiny Llamas (width 64, 4 tokens) are trained on one thread of this CPU, with and without DeepSpeed's ZeRO-3 or FSDP. Of
-DeepSpeed a process of one rank (gloo) runs all its hooks, of FSDP one of `RANKS` whose group sends nothing. Both run in
-turns, so that what else the machine does slows both. What a step takes longer with it, less the ATen calls that the tape
-records for it, is laid on parameters, gradients and units by non-negative least squares. Only what further layers add
-counts, so that nothing of a step as a whole gets in. The costs are given in modules of the host: the same models without
-it say how this machine's host compares with the default one.
+DeepSpeed a process of one rank (gloo) runs all its hooks, of FSDP one of `RANKS` whose group sends nothing. Both run
+in turns, so that what else the machine does slows both. What a step takes longer with it, less the ATen calls that the
+tape records for it, is laid on parameters, gradients and units by non-negative least squares. Only what further layers
+add counts, so that nothing of a step as a whole gets in. The costs are given in modules of the host: the same models
+without it say how this machine's host compares with the default one.
 """
 
 import os

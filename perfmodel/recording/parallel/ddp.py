@@ -45,11 +45,13 @@ class Replicated:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.reduces = True
+        self.synchronised = True  # whether the last micro-batch exchanged gradients: then buffers are to be broadcast
         self.ready: list[Ready] = []
 
     def begin(self) -> None:
-        """Gradients are followed if they are exchanged."""
+        """Gradients are followed if they are exchanged, and buffers, which have to be known."""
         self.ready.clear()
+        tape().buffers.clear()
         tape().after_gradient = self._divide if self.reduces else None
 
     def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
@@ -60,7 +62,11 @@ class Replicated:
         """An adapter is no unit of its own."""
 
     def end(self, loss: Tensor) -> Tensor:
-        """Nothing is hooked."""
+        """Nothing is hooked; the buffers are known now that went out before the pass."""
+        current = tape()
+        if self.synchronised:
+            current.parts[0].ops[:0] = self._broadcast(current.buffers)
+        self.synchronised = self.reduces
         return loss
 
     def end_of_backward(self) -> None:
@@ -87,13 +93,31 @@ class Replicated:
         """The buckets: as many bytes as there are gradients."""
         return sum(p.nbytes * p.count for p in parameters if p.used)
 
+    def _broadcast(self, buffers: list[Spec]) -> list[Op]:
+        """`_sync_buffers`: those of one dtype as one message (`_broadcast_coalesced`)."""
+        current = tape()
+        part, current.part = current.part, Part("buffers", "forward")
+        for dtype in dict.fromkeys(spec.dtype for spec in buffers):
+            flat = [existing((spec.numel,), dtype) for spec in buffers if spec.dtype == dtype]
+            message = existing((sum(t.numel for t in flat),), dtype) if len(flat) > 1 else flat[0]
+            if len(flat) > 1:
+                record("cat", flat, (message,))
+            record("c10d::broadcast_", (message,), (message,), Attrs(ranks=self.ranks), runs=ALL_REDUCE)
+            for spec in buffers:
+                if spec.dtype == dtype:
+                    whole = existing(spec.shape, dtype)
+                    record("copy_", (whole, existing(spec.shape, dtype)), (whole,), runs=Run(after=(COMMUNICATION,)))
+        current.part, part = part, current.part
+        return part.ops
+
     def _divide(self, p: Parameter) -> None:
         """`mul_out(bucket_view, grad, 1 / ranks)`."""
         assert p.grad is not None
         current = tape()
         current.part.host.gradients += 1
         with current.belonging_to("accumulation"):
-            record("mul.out", (p.grad, existing((), p.grad.dtype)), (existing(p.shape, p.grad.dtype),))
+            in_bucket = existing(p.shape, p.grad.dtype)
+            record("mul.out", (p.grad, in_bucket), (in_bucket,))
         self.ready.append(Ready(current.part, len(current.part.ops), p))
 
     def _all_reduced(self, parts: list[Part]) -> Iterator[Part]:

@@ -16,13 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...program.dims import Dim
+from ...program.dims import Dim, Shape, contiguous_strides, product
 from ...program.op import STRIDED
 from ...program.ranks import Ranks
-from ...program.streams import COMMUNICATION, COMPUTE, GATHER_COPY, Run
+from ...program.streams import COMMUNICATION, COMPUTE, GATHER_COPY, REDUCE, Run
 from ...tape.autograd import differentiate
 from ...tape.core import new_tensor, record, tape
-from ...tape.tensor import Grads, Node, Parameter, Storage, Tensor
+from ...tape.pointwise import cast
+from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import empty, exchange, set_event, wait_event
 from .units import ROOT, ShardedUnit
 
@@ -47,24 +48,45 @@ class Gathered:
         unit = like or self.unit
         if self.whole or self.coming is not None or not unit.parameters:
             return
-        self.coming = into = empty(unit.numel * ranks.size, unit.dtype)
-        mine = Tensor((unit.numel,), unit.dtype, (1,), unit.numel, into.storage)
-        record("fsdp::all_gather_copy_in", unit.sent, (mine,), runs=Run(GATHER_COPY))
+        dtype, numels = unit.dtype, unit.numels
+        flat = self._cast(unit)
+        sent = [
+            view(shard if p.dtype == shard.dtype else flat, (n,), dtype)
+            for (p, shard), n in zip(unit.pairs, numels, strict=True)
+        ]
+        self.coming = into = empty(sum(numels) * ranks.size, dtype)
+        mine = view(into, (sum(numels),), dtype)
+        record("fsdp::all_gather_copy_in", sent, (mine,), runs=Run(GATHER_COPY))
+        del sent, flat
         exchange("c10d::_allgather_base_", mine, into, ranks, (GATHER_COPY,))
         set_event(GATHERED, COMMUNICATION)
+
+    def _cast(self, unit: ShardedUnit) -> Tensor | None:
+        """A buffer with what is kept in another dtype, in the one that it is used in."""
+        moved = unit.cast
+        if not moved:
+            return None
+        dtype = moved[0][0].dtype
+        flat = empty(sum(shard.numel for _, shard in moved), dtype)
+        pieces = [view(flat, (shard.numel,), dtype) for _, shard in moved]
+        kept = [view(shard, (shard.numel,), shard.dtype) for _, shard in moved]
+        record("_foreach_copy_", [*pieces, *kept], pieces, runs=Run(GATHER_COPY))
+        return flat
 
 
 class FullyShard:
     """The hooks of FSDP2 around the blocks of a model and around the whole.
 
     Attributes:
+        output: the dtype that the model's output is cast to (`output_dtype`), None: it stays as it is.
         reduces: whether gradients are reduced behind backward; if not, they wait whole for the next micro-batch.
     """
 
     shares_norm = True
 
-    def __init__(self, units: Sequence[ShardedUnit], ranks: Ranks) -> None:
+    def __init__(self, units: Sequence[ShardedUnit], ranks: Ranks, output: str | None) -> None:
         self.ranks = ranks
+        self.output = output
         self.units = {unit.path: Gathered(unit) for unit in units}
         self.reduces = True
         self.ran: list[tuple[str, Any]] = []  # paths of units in the order of their forward passes, with their parts
@@ -104,7 +126,8 @@ class FullyShard:
         """Behind the forward pass: the root's parameters stay; its hook before backward."""
         self._forget_copied()
         self.ran.append((ROOT, tape().part))
-        return self._before_backward(ROOT, loss)
+        loss = self._before_backward(ROOT, loss)
+        return cast(loss, self.output) if self.output else loss
 
     def end_of_backward(self) -> None:
         """Units whose input needed no gradient, the root, and the wait for all that is reduced."""
@@ -118,7 +141,7 @@ class FullyShard:
 
     def updated(self, parameters: list[Parameter]) -> list[Parameter]:
         """Shards in the place of whole parameters."""
-        shards = {id(p): s for state in self.units.values() for p, s in zip(*state.unit.pairs, strict=True)}
+        shards = {id(p): s for state in self.units.values() for p, s in state.unit.pairs}
         return [shards.get(id(p), p) for p in parameters]
 
     def held_bytes(self, parameters: list[Parameter]) -> Dim:
@@ -158,16 +181,21 @@ class FullyShard:
         tape().part.host.units += 1
         state.gather(self.ranks)
         assert state.coming is not None
+        before = self.copied  # a local variable holds it up to the end (`prev_all_gather_state`)
         if forward:
             self._forget_copied()
-        state.whole = [new_tensor(p.shape, p.dtype) for p in padded(state.unit, self.ranks)]
-        record("fsdp::split_with_sizes_copy", (state.coming,), state.whole, STRIDED, runs=Run(after=(GATHERED,)))
+        unit, ranks = state.unit, self.ranks.size
+        state.whole = [new_tensor((ranks, shard.numel), p.dtype) for p, shard in unit.pairs]
+        rows = [view(whole, (ranks, n), unit.dtype) for whole, n in zip(state.whole, unit.numels, strict=True)]
+        coming = view(state.coming, (ranks, sum(unit.numels)), unit.dtype)
+        record("fsdp::split_with_sizes_copy", (coming,), rows, STRIDED, runs=Run(after=(GATHERED,)))
         if forward:
             self.copied = state.coming
             set_event(COPIED, COMPUTE)
         else:
             wait_event(COMPUTE, GATHER_COPY)
         state.coming = None
+        del before
 
     def _forget_copied(self) -> None:
         """What was copied out before may be overwritten once that is done."""
@@ -187,7 +215,7 @@ class FullyShard:
         self.done.add(path)
         state.whole.clear()
         unit = state.unit
-        trained = [(p, s) for p, s in zip(*unit.pairs, strict=True) if p.grad is not None]
+        trained = [(p, s) for p, s in unit.pairs if p.grad is not None]
         if not (self.reduces and trained):
             return
         wait_event(REDUCED)
@@ -195,7 +223,9 @@ class FullyShard:
         dtype = trained[0][0].dtype
         numel = sum(shard.numel for _, shard in trained)
         given = empty(numel * self.ranks.size, dtype)
-        record("fsdp::chunk_cat", [p.grad for p, _ in trained if p.grad is not None], (given,), STRIDED)
+        grads = [p.grad for p, _ in trained if p.grad is not None]
+        record("fsdp::chunk_cat", grads, (view(given, (self.ranks.size, numel), dtype),), STRIDED)
+        del grads
         tape().part.host.gradients += len(trained)
         for p, _ in trained:
             assert p.grad is not None
@@ -204,16 +234,19 @@ class FullyShard:
         self.reducing = given
         reduced = empty(numel, dtype)
         exchange("c10d::_reduce_scatter_base_", given, reduced, self.ranks)
-        set_event(REDUCED, COMMUNICATION)
+        kept = trained[0][1].dtype
+        if kept != dtype:
+            low, reduced = reduced, new_tensor((numel,), kept)
+            record("_to_copy", (low,), (reduced,), runs=Run(REDUCE, after=(COMMUNICATION,)))
+            del low
+        set_event(REDUCED, REDUCE if kept != dtype else COMMUNICATION)
         reduced.storage.copies = trained[0][0].count
         for _, shard in trained:
             shard.used = True
-            shard.grad = Tensor(shard.shape, dtype, shard.strides, shard.numel, reduced.storage)
+            shard.grad = Tensor(shard.shape, kept, shard.strides, shard.numel, reduced.storage)
 
 
-def padded(unit: ShardedUnit, ranks: Ranks) -> list[Tensor]:
-    """The unit's parameters as they are in memory once gathered: the padding of all shards included."""
-    return [
-        Tensor((ranks.size, shard.numel), p.dtype, (shard.numel, 1), ranks.size * shard.numel, Storage(0, None))
-        for p, shard in zip(*unit.pairs, strict=True)
-    ]
+def view(buffer: Tensor | None, shape: Shape, dtype: str) -> Tensor:
+    """A contiguous view of a part of a buffer."""
+    assert buffer is not None
+    return Tensor(shape, dtype, contiguous_strides(shape), product(shape), buffer.storage)

@@ -1,11 +1,12 @@
 """Parameters that travel together, and their shards."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ...program.dims import Dim, Shape, contiguous_strides, product
-from ...program.dtypes import ITEMSIZE
+from ...program.dtypes import FLOATING, ITEMSIZE
+from ...setup import Setup
 from ...tape.tensor import Parameter, Tensor
 
 ROOT = ""  # the unit of what no block holds
@@ -16,15 +17,23 @@ def shard_shape(shape: Shape, ranks: Dim) -> Shape:
     return (-(-shape[0] // ranks), *shape[1:]) if shape else (1,)
 
 
-def shard_of(p: Parameter, ranks: Dim) -> Parameter:
+def shard_of(p: Parameter, ranks: Dim, dtype: str) -> Parameter:
     """What the first rank keeps of a parameter; it stands for as many elements of the model as before."""
     shard = p.copy()
+    shard.dtype = dtype
     shard.shape = shard_shape(p.shape, ranks)
     shard.strides = contiguous_strides(shard.shape)
     shard.numel = product(shard.shape)
-    shard.nbytes = shard.numel * ITEMSIZE[p.dtype]
+    shard.nbytes = shard.numel * ITEMSIZE[dtype]
     shard.grad, shard._spec, shard._use, shard.accumulator = None, None, None, None
     return shard
+
+
+def kept_dtype(p: Parameter, setup: Setup) -> str:
+    """What a shard is kept in: with mixed precision masters of what trains (accelerate's `fsdp2_prepare_model`)."""
+    if setup.amp is None:
+        return p.dtype
+    return "fp32" if p.requires_grad else setup.dtype if p.dtype == setup.amp else p.dtype
 
 
 @dataclass(eq=False)
@@ -33,22 +42,18 @@ class ShardedUnit:
 
     Attributes:
         path: of the block; `ROOT` of the rest.
-        parameters: whole; those that are no parameters of a module (scales of packed weights) stay as they are.
-        ranks: over how many ranks they are cut.
+        parameters: whole, in the dtype that they are used in.
+        shards: what the first rank keeps of each.
     """
 
     path: str
     parameters: list[Parameter]
-    ranks: Dim
-    shards: list[Parameter] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.shards = [shard_of(p, self.ranks) for p in self.parameters]
+    shards: list[Parameter]
 
     @property
-    def pairs(self) -> tuple[list[Parameter], list[Parameter]]:
-        """Whole parameters and, in their order, their shards."""
-        return self.parameters, self.shards
+    def pairs(self) -> Iterator[tuple[Parameter, Parameter]]:
+        """Whole parameters, each with its shard."""
+        return zip(self.parameters, self.shards, strict=True)
 
     @property
     def dtype(self) -> str:
@@ -57,16 +62,15 @@ class ShardedUnit:
         return dtypes.pop() if len(dtypes) == 1 else "u8"
 
     @property
-    def numel(self) -> Dim:
-        """Elements of all shards of a rank, in that dtype."""
-        return sum(shard.nbytes for shard in self.shards) // ITEMSIZE[self.dtype]
+    def numels(self) -> list[Dim]:
+        """Elements of each shard of a rank, in that dtype."""
+        itemsize = ITEMSIZE[self.dtype]
+        return [shard.numel * ITEMSIZE[p.dtype] // itemsize for p, shard in self.pairs]
 
     @property
-    def sent(self) -> list[Tensor]:
-        """The shards of a rank as rows of that dtype."""
-        dtype = self.dtype
-        numels = [(shard, shard.nbytes // ITEMSIZE[dtype]) for shard in self.shards]
-        return [Tensor((numel,), dtype, (1,), numel, shard.storage) for shard, numel in numels]
+    def cast(self) -> list[tuple[Parameter, Parameter]]:
+        """Parameters that are kept in another dtype than the one that they are used in, with their shards."""
+        return [(p, shard) for p, shard in self.pairs if p.dtype != shard.dtype]
 
 
 class Survey:
@@ -83,10 +87,19 @@ class Survey:
     def weight(self, p: Parameter) -> None:
         """Nothing to note: its name tells its block."""
 
-    def units(self, parameters: Sequence[Parameter], ranks: Dim) -> list[ShardedUnit]:
-        """The units of a model in the order of their forward passes, that of the rest last."""
-        left = [p for p in parameters if p.kind != "scale"]
-        paths = dict.fromkeys(self.paths)
-        found = [ShardedUnit(path, [p for p in left if p.name.startswith(path)], ranks) for path in paths]
-        of_blocks = tuple(unit.path for unit in found)
-        return [*found, ShardedUnit(ROOT, [p for p in left if not p.name.startswith(of_blocks)], ranks)]
+    def units(self, parameters: Sequence[Parameter], setup: Setup) -> list[ShardedUnit]:
+        """The units of a model in the order of their forward passes, that of the rest last.
+
+        Scales of packed weights are no parameters of a module, so they stay whole on every rank. What is packed in
+        bytes FSDP2 cannot cut (accelerate's `fsdp2_prepare_model` leaves it out); under FSDP1 it is stored as floats
+        (bitsandbytes' `quant_storage`).
+        """
+        bytes_too = setup.parallel == "fsdp1"
+        left = [p for p in parameters if p.kind != "scale" and (bytes_too or p.dtype in FLOATING)]
+        paths = tuple(dict.fromkeys(self.paths))
+        found = {path: [p for p in left if p.name.startswith(path)] for path in paths}
+        found[ROOT] = [p for p in left if not p.name.startswith(paths)]
+        return [
+            ShardedUnit(path, those, [shard_of(p, setup.replicas, kept_dtype(p, setup)) for p in those])
+            for path, those in found.items()
+        ]
