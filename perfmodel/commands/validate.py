@@ -164,6 +164,11 @@ def layers(as_json: bool) -> None:
     help="Fit host costs to the steps of a file of `validate measure`.",
 )
 @click.option(
+    "--collectives",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Fit nodes to a table of published times of collectives (Parquet).",
+)
+@click.option(
     "--leave-one-device-out", is_flag=True, help="Only report how well datasheets and other devices predict one."
 )
 @click.option("--grouped", is_flag=True, help="With --kernels: products by expert alone, in a minute.")
@@ -182,23 +187,28 @@ def layers(as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Fit and report, but write no file.")
 @json_option
 def fit(
-    kernels: Path | None, records: Path | None, leave_one_device_out: bool, grouped: bool, residual: bool,
-    device: str | None, host: str | None, output: Path, dry_run: bool, as_json: bool,
+    kernels: Path | None, records: Path | None, collectives: Path | None, leave_one_device_out: bool, grouped: bool,
+    residual: bool, device: str | None, host: str | None, output: Path, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Fit device profiles to kernels, or host costs to steps.
+    """Fit device profiles to kernels, nodes to collectives, or host costs to steps.
 
     Errors are on what was left out of the fit. Host costs whose errors exceed 50 % are not written; the exit code is 1.
     """
-    if (kernels is None) == (records is None):
-        raise UserError("fit needs either --kernels FOLDER (device profiles) or --records FILE (host costs)")
+    if sum(given is not None for given in (kernels, records, collectives)) != 1:
+        kinds = "--kernels FOLDER (device profiles), --collectives FILE (nodes) or --records FILE (host costs)"
+        raise UserError(f"fit needs either {kinds}")
     try:
-        if records is None:
+        if collectives is not None:
+            from validate.fitting.collectives.show import show_links
+        elif records is None:
             from validate.fitting.show import show_fit
         else:
             from validate.calibration.show_refit import show_refit
     except ImportError as error:
         raise extra(error) from None
-    if records is None:
+    if collectives is not None:
+        show_links(collectives, write=not dry_run, as_json=as_json)
+    elif records is None:
         part = "grouped" if grouped else "residual" if residual else ""
         how = {"leave_one_device_out": leave_one_device_out, "write": not dry_run, "as_json": as_json}
         show_fit(kernels, part=part, **how)

@@ -1,10 +1,13 @@
 """Node files: found by names that people type, and faults told in one line."""
 
+import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from perfmodel import Node, UserError
+from perfmodel.cli import main
 from perfmodel.devices import profile
 from perfmodel.network import files
 
@@ -128,3 +131,21 @@ def test_unknown_nodes_and_missing_cards_are_said() -> None:
         Node.load("nowhere/box.toml")
     with pytest.raises(UserError, match="rtx-4090-8 has no network cards"):
         Node.load("rtx-4090-8").collective("all_gather", 1, 16, 2)
+
+
+def test_the_list_says_whose_figures_a_node_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody should have to open a file to learn that a box was never measured; a broken file hides no other."""
+    monkeypatch.setenv("PERFMODEL_HOME", str(tmp_path))
+    (tmp_path / "nodes").mkdir()
+    (tmp_path / "nodes" / "mine.toml").write_text(TEXT + FITTED)
+    (tmp_path / "nodes" / "broken.toml").write_text("name = ")
+    shown = CliRunner().invoke(main, ["nodes"])
+    assert shown.exit_code == 0
+    assert "broken.toml: not valid TOML" in shown.stderr
+    assert "4 x l40s" in shown.stdout
+    told = {row["node"]: row for row in json.loads(CliRunner().invoke(main, ["nodes", "--json"]).stdout)}
+    assert told.keys() == {*files.names(), "mine"}
+    assert told["rtx-4090-8"]["figures_of"] == ["l40s-8"]
+    assert told["rtx-4090-8"]["network"] is None
+    assert told["mine"]["measured"]["all_gather"] == "fitted"
+    assert told["mine"]["measured"]["all_reduce"] == "class"

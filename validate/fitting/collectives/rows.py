@@ -5,7 +5,6 @@ profilers' kernel times, and those that a blocking host waits for, hold what one
 all_reduces within a node below 4 MiB is more than the transfer.
 """
 
-import zlib
 from functools import cache
 from pathlib import Path
 
@@ -23,11 +22,12 @@ WITHIN = {
     "gb200": "gb200-tray", "l40s": "l40s-8", "a100_pairwise_nvlink": "a100-pcie-4", "a40_pairwise_nvlink": "a40-4",
 }  # fmt: skip
 ACROSS = {  # the same where a row is of several nodes
-    "h100_dgx": "dgx-h100", "a100_dgx": "a100-sxm-8-ethernet", "a100_pairwise_nvlink": "a100-pcie-4",
+    "h100_dgx": "dgx-h100", "a100_dgx": "a100-8-ethernet", "a100_pairwise_nvlink": "a100-pcie-4",
     "a40_pairwise_nvlink": "a40-4", "p6-b200.48xlarge": "aws-p6-b200", "2x p4de.24xlarg": "aws-p4de",
     "2 DGX Spark, one QSFP cable": "dgx-spark",
 }  # fmt: skip
-SWITCHED = ("dgx-h100", "dgx-a100", "dgx-b200", "dgx-b300", "gb200-tray")  # one class of links
+BLACKWELL = ("dgx-b200", "dgx-b300", "gb200-tray")
+SWITCHED = ("dgx-h100", "dgx-a100", *BLACKWELL)  # one class of links
 ADDING = ("dgx-h100", "dgx-b200", "dgx-b300")  # whose switch adds, in groups large enough that it pays
 ADDED = ("half", "bfloat16", "float32")  # what it adds
 SKEWED = ("profiler kernel time", "torch.distributed, blocking", "nccl-tests, blocking")
@@ -38,14 +38,17 @@ SOURCES = {
     "aws-nccl-tests": "https://github.com/awslabs/awsome-distributed-training",
     "issues": "https://github.com/NVIDIA/dgx-spark-playbooks/pull/103",
 }  # fmt: skip
-FOLDS = 5
 RANGE = 3  # powers of two of a range of message sizes
-CELL = 8.0  # rows of one campaign, group and power of two count as so many at most
+CELL = 8  # rows of one campaign, group and power of two that a fit takes at most
 
 
 def read_collectives(path: Path) -> pd.DataFrame:
-    """The rows of NCCL that belong to a node: node, kind, message, gpus, nodes, reduces, seconds, weight, fold,
-    source, version, campaign.
+    """The rows of NCCL that belong to a node.
+
+    Returns:
+        node, kind, message (bytes), gpus, nodes, reduces (whether a switch could add them), seconds, source, version,
+        launch, campaign; octave: the power of two nearest to its size; range: its range of sizes and group; taken:
+        whether a fit takes it, one of many alike.
 
     Raises:
         UserError: the file cannot be read, or has other columns.
@@ -67,14 +70,17 @@ def read_collectives(path: Path) -> pd.DataFrame:
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not a table of collectives ({error})") from None
     skewed = made.launch.isin(SKEWED) & (made.kind == "all_reduce") & (made.nodes == 1) & (made.message < SKEW)
-    made = made[ours & ~skewed].reset_index(drop=True)
+    return grouped_rows(made[ours & ~skewed].reset_index(drop=True))
+
+
+def grouped_rows(made: pd.DataFrame) -> pd.DataFrame:
+    """Rows with the columns that say which are alike: campaign, octave, range, taken."""
     made["campaign"] = (made.source + " " + made.version).str.strip()
-    octave = np.log2(made.message).round()
-    cells = made.groupby([made.campaign, made.node, made.kind, made.gpus, made.nodes, octave]).message
-    made["weight"] = np.minimum(1.0, CELL / cells.transform("size"))
-    sizes = np.floor(np.log2(made.message) / RANGE).astype(int)
-    cuts = zip(made.node.map(lambda slug: node_file(slug).gpu), made.kind, made.gpus, made.nodes, sizes, strict=True)
-    made["fold"] = [zlib.crc32("|".join(map(str, cut)).encode()) % FOLDS for cut in cuts]
+    size = np.log2(made.message)
+    made["octave"] = size.round()
+    alike = made.groupby(["campaign", "node", "kind", "gpus", "nodes", "octave"]).message
+    made["taken"] = alike.rank(method="first") % np.ceil(alike.transform("size") / CELL) == 0
+    made["range"] = made.gpus.map("{:.0f} GPUs".format) + np.floor(size / RANGE).map(", range {:.0f}".format)
     return made
 
 
