@@ -22,18 +22,22 @@ from ..tape.core import Tape, emit, recording
 from ..tape.elementary import div
 from ..tape.engine import run_backward
 from ..tape.tensor import Flow, Parameter, Tensor
-from . import converted, zero
 from . import reuse as sharing
+from . import zero
+from .checks import check_step
 from .parallel.ddp import Replicated
-from .parallel.form import Form, check_form
+from .parallel.form import ParallelForm, check_form
 from .parallel.fsdp2 import FullyShard
 from .parallel.units import Survey
+from .parallel.zero import CutStates
+from .parallel.zero3 import CutWeights
 from .reuse import MicroBatches, Shared
 from .step import Step
 
 if TYPE_CHECKING:
     from .program import RecordedModel
 
+STAGES = {"zero1": 1, "zero2": 2}  # of DeepSpeed
 Kept = dict[Any, tuple[Tensor, Part]]  # attributes of modules (`Build.kept`)
 
 
@@ -60,14 +64,14 @@ def build(
         UserError: setup and model do not fit (sequence too long, nothing trains, …).
         MixedStructure: array dims do not share one program; split the grid.
     """
-    setup = replace(setup, engine=method.engine or setup.engine)
+    setup = zero.one_name(replace(setup, engine=method.engine or setup.engine))
     if not architecture.recorded:
         architecture, method = _trained_for(architecture, method, setup)
-    _check(architecture, method, setup)
+    check_step(architecture, method, setup)
     step = Step(architecture, method, setup, device, [])
     runs = running(step)[0]
     tape = Tape(device, capability, setup.stack, autocast=runs.amp, view_replay=view_replay)
-    tape.buffer_dtype = setup.dtype if setup.dtype != runs.dtype and not step.zero else None  # ZeRO casts them too
+    tape.buffer_dtype = setup.dtype if setup.parallel == "fsdp2" and setup.dtype != runs.dtype else None
     inner = None
     if setup.in_backward:
         from . import inside  # with GaLore, whose update goes weight by weight, too
@@ -83,7 +87,7 @@ def build(
     return step
 
 
-def _form(step: Step, capability: str) -> Form | None:
+def _form(step: Step, capability: str) -> ParallelForm | None:
     """What several GPUs do. The forward pass tells which parameters each block has."""
     if decide(step.setup.gpus == 1):
         return None
@@ -91,12 +95,18 @@ def _form(step: Step, capability: str) -> Form | None:
     ranks, setup = Ranks(step.setup.gpus), running(step)
     if setup[0].parallel == "ddp":
         return Replicated(ranks)
+    if setup[0].parallel in STAGES:
+        return CutStates(ranks, STAGES[setup[0].parallel], zero.bucket(step))
     survey = Survey()
     with no_collector(), recording(Tape(step.device, capability, step.setup.stack, autocast=setup[0].amp)) as tape:
         tape.wrapping = survey
         tape.begin("inputs", "forward")
         step.parameters = _forward(step, *setup, {})[0]
-    return FullyShard(survey.units(step.parameters, step.setup), ranks, step.setup.amp)
+    if step.zero:
+        return CutWeights(
+            survey.units(step.parameters, ranks.size, step.setup, flat=True), ranks, step.architecture.hidden
+        )
+    return FullyShard(survey.units(step.parameters, ranks.size, step.setup), ranks, step.setup.amp)
 
 
 def _trained_for(architecture: Architecture, method: Method, setup: Setup) -> tuple[Architecture, Method]:
@@ -149,7 +159,7 @@ def _micro_batches(step: Step, tape: Tape, programs: dict[Any, Any]) -> Callable
     return end
 
 
-def _exchanging(step: Step, tape: Tape, form: Form, kept: Kept, programs: dict[Any, Any]) -> Callable[[], None]:
+def _exchanging(step: Step, tape: Tape, form: ParallelForm, kept: Kept, programs: dict[Any, Any]) -> Callable[[], None]:
     """The micro-batches of one of several GPUs, which exchange the gradients of the last one alone."""
     count = step.setup.grad_accum
     tape.wrapping = form
@@ -229,49 +239,6 @@ def _besides(step: Step, work: Periodic, capability: str) -> PeriodicOps:
         return PeriodicOps(work.what, work.every, Group(list(tape.parts)))
 
 
-def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
-    """Raise `UserError` where the setup's kernels or attention do not fit the model; a recorded one says so itself."""
-    if architecture.recorded:
-        return
-    if setup.images:
-        raise UserError(f"images: the tape has {architecture.name} with text alone: add --traced")
-    if setup.engine != "torch":
-        zero.check_zero3(setup, method)
-    converted.check_converted(architecture, method, setup)
-    if setup.attention not in architecture.traits.attention:
-        has = " or ".join(architecture.traits.attention)
-        raise UserError(f"attention {setup.attention}: the program of {architecture.name} has {has} only; use {has}")
-    if setup.checkpoint == "block-reentrant" and setup.attention not in architecture.traits.reentrant:
-        raise UserError(
-            f"{architecture.name}: reentrant checkpoints of {architecture.model_type} with attention {setup.attention} "
-            "are not modelled; use --checkpoint block"
-        )
-    if setup.kernels == "liger" and "liger" not in architecture.traits.fused:
-        raise UserError(f"kernels liger: Liger has none for {architecture.name}; use kernels torch")
-    if setup.within_documents or setup.unpads:
-        _check_documents(architecture, method, setup)
-    if setup.compile != "none" and architecture.stacked_names():
-        raise UserError(f"compile {setup.compile}: compiled mixtures of experts ({architecture.name}) are not modelled")
-    if setup.loops_experts and setup.cuda_graphs and architecture.stacked_names():
-        raise UserError("cuda_graphs: no graph holds experts eager, whose loop reads on the host; use grouped_mm")
-    if setup.kernels == "liger" and "lm_head" in getattr(method, "targets", ()):
-        raise UserError(f"method {method.name}: Liger's loss reads the head's own weight; leave lm_head out of targets")
-
-
-def _check_documents(architecture: Architecture, method: Method, setup: Setup) -> None:
-    """Raise `UserError` where attention within documents, packed or padded, is not modelled."""
-    what = "padded batches with attention flash2 (unpadding)" if setup.unpads else f"packing {setup.packing}"
-    instead = "use sdpa" if setup.unpads else "use packing dense"
-    if not architecture.traits.packs:
-        raise UserError(f"{what}: not modelled for {architecture.name}; {instead}")
-    if type(method).inputs is not Method.inputs:
-        raise UserError(f"{what}: the positions of virtual tokens ({method.name}) are not modelled; {instead}")
-    if setup.within_documents and architecture.classifier is not None:
-        raise UserError(
-            f"packing {setup.packing}: a classifier ({architecture.name}) has one label a row; leave it out"
-        )
-
-
 def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -> tuple[list[Part], list[Part]]:
     """Record forward and backward of a micro-batch; returns its parts, compiled if the setup says so.
 
@@ -279,7 +246,7 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     """
     setup, method = running(step)
     tape.flow = Flow() if setup.compile != "none" else None
-    if step.zero:
+    if step.zero_alone:
         tape.on_gradient = zero.hook(step, first=not step.parameters)
     tape.begin("inputs", "forward")
     form = step.form
@@ -302,7 +269,7 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
         with tape.no_grad():
             after()
             del after
-    if step.zero:
+    if step.zero_alone:
         zero.end_of_backward()
     if form is not None:
         tape.begin("exchange", "backward")
@@ -364,6 +331,8 @@ def record_update(step: Step, tape: Tape, inner: optimizers.Update | None = None
     with tape.no_grad():
         if inner is not None:
             update = inner
+        elif isinstance(step.form, CutStates | CutWeights):
+            update = step.form.own_update(step.parameters, step.optimizer, clips=step.setup.clip_grad)
         elif step.zero:
             update = zero.record_zero_update(step, step.optimizer)
         else:
@@ -394,8 +363,9 @@ def _forget(kept: Kept) -> None:
 def running(step: Step) -> tuple[Setup, Method]:
     """Setup and method as the step's engine and the versions of its software run them."""
     setup, method = step.setup, step.method
-    several = setup.parallel == "fsdp2" and not decide(setup.gpus == 1)
-    if step.zero or (several and setup.amp):  # what is gathered is cast, in place of autocast
+    several = not decide(setup.gpus == 1)
+    casts = setup.amp is not None and setup.parallel == "fsdp2"  # what is gathered, in place of autocast
+    if step.zero or (several and (casts or setup.parallel in STAGES)):
         setup, method = zero.under_zero(setup, method)
     return setup, method.under(setup.stack, setup.dtype)
 
@@ -404,4 +374,5 @@ def held_bytes(step: Step) -> Dim:
     """Bytes that method, trainer and engine keep from step to step beside parameters and optimizer state."""
     of_trainer = objectives.found(step.setup.objective).held_bytes(step.architecture, step.setup)
     exchanged = step.form.held_bytes(step.parameters) if step.form is not None else 0
-    return step.method.held_bytes(step) + of_trainer + exchanged + (zero.flat_bytes(step) if step.zero else 0)
+    flat = zero.flat_bytes(step) if step.zero_alone else 0
+    return step.method.held_bytes(step) + of_trainer + exchanged + flat

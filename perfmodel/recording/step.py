@@ -12,7 +12,7 @@ from ..program.op import Op
 from ..program.part import Group, Part
 from ..setup import Setup
 from ..tape.tensor import Parameter
-from .parallel.form import Form
+from .parallel.form import ParallelForm
 
 
 @dataclass(eq=False, repr=False)
@@ -35,7 +35,7 @@ class Step:
     paged_bytes: Dim = 0
     periodic: list[PeriodicOps] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    form: Form | None = None
+    form: ParallelForm | None = None
 
     def parts(self) -> Iterator[tuple[Part, int]]:
         """Every part with how often it runs in the step."""
@@ -73,7 +73,8 @@ class Step:
     @property
     def optimizer(self) -> str:
         """The optimizer form that runs."""
-        if self.zero and self.setup.optimizer == "adamw":
+        deepspeed = self.zero or (self.form is not None and self.setup.parallel.startswith("zero"))
+        if deepspeed and self.setup.optimizer == "adamw":
             return "adamw-fused"  # DeepSpeed's FusedAdam: one pass over flat tensors
         return optimizers.picked_form(self.setup.optimizer, self.device)
 
@@ -86,3 +87,8 @@ class Step:
     def zero(self) -> bool:
         """Whether DeepSpeed's ZeRO-3 runs the step."""
         return self.setup.engine == "deepspeed-zero3"
+
+    @property
+    def zero_alone(self) -> bool:
+        """Whether it does so on one GPU, which exchanges nothing."""
+        return self.zero and self.form is None

@@ -11,7 +11,7 @@ from ...setup import Setup
 from ...tape.tensor import Parameter, Tensor
 
 
-class Form(Protocol):
+class ParallelForm(Protocol):
     """Hooks of one micro-batch, and what is left for the optimizer.
 
     Attributes:
@@ -47,7 +47,7 @@ def check_form(setup: Setup, method: Method) -> None:
     """Raise `UserError` where several GPUs are not modelled with the rest of a setup."""
     for name, usual in (("compile", "none"), ("engine", "torch"), ("cuda_graphs", False), ("in_backward", False),
                         ("objective", "sft"), ("fp8", "none"), ("int8", "none"), ("qat", "none")):  # fmt: skip
-        if getattr(setup, name) != usual:
+        if getattr(setup, name) != usual and not (name == "engine" and setup.parallel == "zero3"):
             raise UserError(f"gpus: several are not modelled with {name} {getattr(setup, name)}; use --gpus 1")
     if setup.parallel != "ddp" and type(method).update is not Method.update:
         raise UserError(f"method {method.name} updates whole weights by itself: with several GPUs use --parallel ddp")

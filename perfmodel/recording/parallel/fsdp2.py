@@ -24,8 +24,8 @@ from ...tape.autograd import differentiate
 from ...tape.core import new_tensor, record, tape
 from ...tape.pointwise import cast
 from ...tape.tensor import Grads, Node, Parameter, Tensor
-from .collectives import collective, empty, set_event, wait_event
-from .units import ROOT, Unit
+from .collectives import empty, exchange, set_event, wait_event
+from .units import ROOT, ShardedUnit
 
 GATHERED, COPIED, REDUCED = "gathered", "copied out", "reduced"  # events
 
@@ -39,11 +39,11 @@ class Gathered:
         coming: what is gathered but not copied out yet.
     """
 
-    unit: Unit
+    unit: ShardedUnit
     whole: list[Tensor] = field(default_factory=list)
     coming: Tensor | None = None
 
-    def gather(self, ranks: Ranks, like: Unit | None = None) -> None:
+    def gather(self, ranks: Ranks, like: ShardedUnit | None = None) -> None:
         """`unshard`: copies into one buffer, and the all-gather; of a unit that is like this one, if it is given."""
         unit = like or self.unit
         if self.whole or self.coming is not None or not unit.parameters:
@@ -58,10 +58,10 @@ class Gathered:
         mine = view(into, (sum(numels),), dtype)
         record("fsdp::all_gather_copy_in", sent, (mine,), runs=Run(GATHER_COPY))
         del sent, flat
-        collective("c10d::_allgather_base_", mine, into, ranks, (GATHER_COPY,))
+        exchange("c10d::_allgather_base_", mine, into, ranks, (GATHER_COPY,))
         set_event(GATHERED, COMMUNICATION)
 
-    def _cast(self, unit: Unit) -> Tensor | None:
+    def _cast(self, unit: ShardedUnit) -> Tensor | None:
         """A buffer with what is kept in another dtype, in the one that it is used in."""
         moved = unit.cast
         if not moved:
@@ -84,7 +84,7 @@ class FullyShard:
 
     shares_norm = True
 
-    def __init__(self, units: Sequence[Unit], ranks: Ranks, output: str | None) -> None:
+    def __init__(self, units: Sequence[ShardedUnit], ranks: Ranks, output: str | None) -> None:
         self.ranks = ranks
         self.output = output
         self.units = {unit.path: Gathered(unit) for unit in units}
@@ -163,7 +163,7 @@ class FullyShard:
             self.units[self.ran[place - 1][0]].gather(self.ranks, self._next(place))
         return tuple(grads)
 
-    def _next(self, place: int) -> Unit:
+    def _next(self, place: int) -> ShardedUnit:
         """The unit whose backward follows: in a part that repeats, the highest one of the same part is next."""
         path, part = self.ran[place]
         (below, lower) = self.ran[place - 1]
@@ -228,7 +228,7 @@ class FullyShard:
             p.grad = None
         self.reducing = given
         reduced = empty(numel, dtype)
-        collective("c10d::_reduce_scatter_base_", given, reduced, self.ranks)
+        exchange("c10d::_reduce_scatter_base_", given, reduced, self.ranks)
         kept = trained[0][1].dtype
         if kept != dtype:
             low, reduced = reduced, new_tensor((numel,), kept)

@@ -17,11 +17,14 @@ def shard_shape(shape: Shape, ranks: Dim) -> Shape:
     return (-(-shape[0] // ranks), *shape[1:]) if shape else (1,)
 
 
-def shard_of(p: Parameter, ranks: Dim, dtype: str) -> Parameter:
-    """What the first rank keeps of a parameter; it stands for as many elements of the model as before."""
+def shard_of(p: Parameter, ranks: Dim, dtype: str, *, flat: bool = False) -> Parameter:
+    """What the first rank keeps of a parameter, along its first dim or, if `flat`, of its elements in a row.
+
+    It stands for as many elements of the model as before.
+    """
     shard = p.copy()
     shard.dtype = dtype
-    shard.shape = shard_shape(p.shape, ranks)
+    shard.shape = shard_shape((p.numel,) if flat else p.shape, ranks)
     shard.strides = contiguous_strides(shard.shape)
     shard.numel = product(shard.shape)
     shard.nbytes = shard.numel * ITEMSIZE[dtype]
@@ -37,7 +40,7 @@ def kept_dtype(p: Parameter, setup: Setup) -> str:
 
 
 @dataclass(eq=False)
-class Unit:
+class ShardedUnit:
     """Parameters that are gathered together: of one block, or of all that is outside of blocks.
 
     Attributes:
@@ -84,8 +87,10 @@ class Survey:
         self.paths.append(path)
         return run(x)
 
-    def units(self, parameters: Sequence[Parameter], setup: Setup) -> list[Unit]:
-        """The units of a model in the order of their forward passes, that of the rest last.
+    def units(
+        self, parameters: Sequence[Parameter], ranks: Dim, setup: Setup, *, flat: bool = False
+    ) -> list[ShardedUnit]:
+        """The units of a model in the order of their forward passes, that of the rest last; `flat` as in `shard_of`.
 
         Scales of packed weights are no parameters of a module, and what is packed in bytes cannot be cut
         (accelerate's `fsdp2_prepare_model` leaves it out): they stay whole on every rank.
@@ -94,7 +99,8 @@ class Survey:
         paths = tuple(dict.fromkeys(self.paths))
         found = {path: [p for p in left if p.name.startswith(path)] for path in paths}
         found[ROOT] = [p for p in left if not p.name.startswith(paths)]
+        dtypes = {p.name: p.dtype if flat else kept_dtype(p, setup) for p in left}
         return [
-            Unit(path, those, [shard_of(p, setup.gpus, kept_dtype(p, setup)) for p in those])
+            ShardedUnit(path, those, [shard_of(p, ranks, dtypes[p.name], flat=flat) for p in those])
             for path, those in found.items()
         ]
