@@ -24,7 +24,8 @@ QAT = re.compile(r"none|int8-int4:[1-9]\d{0,5}")  # of inputs, of weights, and w
 EXPERTS = ("grouped_mm", "eager")  # `experts_implementation` of transformers
 COMPILE = ("none", "default", "reduce-overhead")
 ENGINES = ("torch", "deepspeed-zero3")
-PARALLEL = ("ddp", "fsdp2", "fsdp1")  # each in a file of `perfmodel/recording/parallel/`
+# each in a file of `perfmodel/recording/parallel/`, stages 1 and 2 of ZeRO in one
+PARALLEL = ("ddp", "fsdp2", "fsdp1", "zero1", "zero2", "zero3")
 # each in a file of `perfmodel/objectives/`
 OBJECTIVES = ("sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "prm", "grpo", "ppo", "asft", "ebft")
 PAIRS = ("dpo", "orpo", "cpo", "simpo", "reward")  # those whose sample is a chosen and a rejected sequence
@@ -82,7 +83,8 @@ class Setup:
         nodes: over how many nodes they spread; None: as few as hold them.
         node: what they stand in (`perfmodel.network.Node`); None: the node that has GPUs of the device.
         parallel: what several GPUs do (`perfmodel.recording.parallel`): ddp, every one has the whole model; fsdp2 and
-            fsdp1, each keeps a shard of every parameter. Of one GPU it changes nothing.
+            fsdp1, each keeps a shard of every parameter; zero1, zero2 and zero3, DeepSpeed's, each keeps a part of the
+            optimizer states, of the gradients too, of the weights too. Of one GPU it changes nothing.
         tp: tensor-parallel ranks, of which each has a part of every layer; they work on the same samples.
         engine: what runs the step: torch, or deepspeed-zero3 (`perfmodel.recording.zero`); a method may name its own.
         packing: what lies in a row of `seq` tokens: none, one sample; dense, documents behind one another under one

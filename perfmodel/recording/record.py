@@ -30,12 +30,15 @@ from .parallel.form import ParallelForm, check_form
 from .parallel.fsdp1 import FlatShard
 from .parallel.fsdp2 import FullyShard
 from .parallel.units import Survey
+from .parallel.zero import CutStates
+from .parallel.zero3 import CutWeights
 from .reuse import MicroBatches, Shared
 from .step import Step
 
 if TYPE_CHECKING:
     from .program import RecordedModel
 
+STAGES = {"zero1": 1, "zero2": 2}  # of DeepSpeed
 Kept = dict[Any, tuple[Tensor, Part]]  # attributes of modules (`Build.kept`)
 
 
@@ -62,7 +65,7 @@ def build(
         UserError: setup and model do not fit (sequence too long, nothing trains, …).
         MixedStructure: array dims do not share one program; split the grid.
     """
-    setup = replace(setup, engine=method.engine or setup.engine)
+    setup = zero.one_name(replace(setup, engine=method.engine or setup.engine))
     if not architecture.recorded:
         architecture, method = _trained_for(architecture, method, setup)
     check_step(architecture, method, setup)
@@ -72,7 +75,7 @@ def build(
     step = Step(architecture, method, setup, device, [])
     runs = running(step)[0]
     tape = Tape(device, capability, setup.stack, autocast=runs.amp, view_replay=view_replay)
-    tape.buffer_dtype = setup.dtype if setup.dtype != runs.dtype and not step.zero else None  # ZeRO casts them too
+    tape.buffer_dtype = setup.dtype if setup.parallel == "fsdp2" and setup.dtype != runs.dtype else None
     inner = None
     if setup.in_backward:
         from . import inside  # with GaLore, whose update goes weight by weight, too
@@ -98,12 +101,16 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
     ranks, setup = Ranks(step.setup.replicas, step.setup.tp), running(step)
     if setup[0].parallel == "ddp":
         return Replicated(ranks)
+    if setup[0].parallel in STAGES:
+        return CutStates(ranks, STAGES[setup[0].parallel], zero.bucket(step))
     survey = Survey()
     with no_collector(), recording(Tape(step.device, capability, step.setup.stack, autocast=setup[0].amp)) as tape:
         tape.wrapping = survey
         tape.begin("inputs", "forward")
         step.parameters = _forward(step, *setup, {})[0]
-    units = survey.units(step.parameters, step.setup)
+    units = survey.units(step.parameters, ranks.size, step.setup, flat=step.zero)
+    if step.zero:
+        return CutWeights(units, ranks, step.architecture.hidden)
     return FlatShard(units, ranks) if step.setup.parallel == "fsdp1" else FullyShard(units, ranks, step.setup.amp)
 
 
@@ -244,7 +251,7 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     """
     setup, method = running(step)
     tape.flow = Flow() if setup.compile != "none" else None
-    if step.zero:
+    if step.zero_alone:
         tape.on_gradient = zero.hook(step, first=not step.parameters)
     tape.begin("inputs", "forward")
     form = step.form
@@ -267,7 +274,7 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
         with tape.no_grad():
             after()
             del after
-    if step.zero:
+    if step.zero_alone:
         zero.end_of_backward()
     if form is not None:
         tape.begin("exchange", "backward")
@@ -329,6 +336,8 @@ def record_update(step: Step, tape: Tape, inner: optimizers.Update | None = None
     with tape.no_grad():
         if inner is not None:
             update = inner
+        elif isinstance(step.form, CutStates | CutWeights):
+            update = step.form.own_update(step.parameters, step.optimizer, clips=step.setup.clip_grad)
         elif step.zero:
             update = zero.record_zero_update(step, step.optimizer)
         else:
@@ -359,8 +368,9 @@ def _forget(kept: Kept) -> None:
 def running(step: Step) -> tuple[Setup, Method]:
     """Setup and method as the step's engine and the versions of its software run them."""
     setup, method = step.setup, step.method
-    several = setup.parallel == "fsdp2" and not decide(setup.gpus == 1)
-    if step.zero or (several and setup.amp):  # what is gathered is cast, in place of autocast
+    several = not decide(setup.gpus == 1)
+    casts = setup.amp is not None and setup.parallel == "fsdp2"  # what is gathered, in place of autocast
+    if step.zero or (several and (casts or setup.parallel in STAGES)):
         setup, method = zero.under_zero(setup, method)
     return setup, method.under(setup.stack, setup.dtype)
 
@@ -369,4 +379,5 @@ def held_bytes(step: Step) -> Dim:
     """Bytes that method, trainer and engine keep from step to step beside parameters and optimizer state."""
     of_trainer = objectives.found(step.setup.objective).held_bytes(step.architecture, step.setup)
     exchanged = step.form.held_bytes(step.parameters) if step.form is not None else 0
-    return step.method.held_bytes(step) + of_trainer + exchanged + (zero.flat_bytes(step) if step.zero else 0)
+    flat = zero.flat_bytes(step) if step.zero_alone else 0
+    return step.method.held_bytes(step) + of_trainer + exchanged + flat

@@ -73,7 +73,8 @@ class Step:
     @property
     def optimizer(self) -> str:
         """The optimizer form that runs."""
-        if self.zero and self.setup.optimizer == "adamw":
+        deepspeed = self.zero or (self.form is not None and self.setup.parallel.startswith("zero"))
+        if deepspeed and self.setup.optimizer == "adamw":
             return "adamw-fused"  # DeepSpeed's FusedAdam: one pass over flat tensors
         return optimizers.picked_form(self.setup.optimizer, self.device)
 
@@ -91,3 +92,8 @@ class Step:
     def zero(self) -> bool:
         """Whether DeepSpeed's ZeRO-3 runs the step."""
         return self.setup.engine == "deepspeed-zero3"
+
+    @property
+    def zero_alone(self) -> bool:
+        """Whether it does so on one GPU, which exchanges nothing."""
+        return self.zero and self.form is None

@@ -25,7 +25,7 @@ from perfmodel.cli import main
 from perfmodel.program.ranks import Ranks
 from perfmodel.recording.record import build
 from perfmodel.recording.step import Step
-from perfmodel.setup import PARALLEL, Setup
+from perfmodel.setup import Setup
 from validate.oracle import counts, parallel, parallel_cases
 from validate.oracle.cases import Case
 
@@ -60,7 +60,7 @@ dist.barrier()
 """
 
 
-@pytest.mark.parametrize("form", PARALLEL)
+@pytest.mark.parametrize("form", parallel_cases.FORMS)
 def test_two_processes_exchange_what_the_tape_has(form: str, ready: list[str], tmp_path: Path) -> None:
     """The fake process group must not have changed the program: with real ones the sequence is the same."""
     case = Case(config_of("llama"), "lora:r=4", replace(SETUP, parallel=form, grad_accum=2))

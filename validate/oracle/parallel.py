@@ -9,7 +9,7 @@ import re
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -251,10 +251,7 @@ def judge_rank(case: Case, step: Step, real: RankRecorder) -> counts.Result:
     expected, found = collectives(step), real.collectives
     if case.setup.parallel == "ddp":  # the group was one of one process
         found = [c._replace(group=case.setup.gpus) for c in found]
-    if expected != found:
-        pairs = zip_longest(expected, found)
-        number, (ours, theirs) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
-        result.differences.append(f"collective {number}: {ours} on the tape, {theirs} really")
+    result.differences += in_another_order(expected, found)
     if (step.trainable, step.total) != (trace.trainable, trace.total):
         result.differences.append(
             f"parameters: {step.trainable} of {step.total} train on the tape, {trace.trainable} of {trace.total} really"
@@ -262,6 +259,13 @@ def judge_rank(case: Case, step: Step, real: RankRecorder) -> counts.Result:
     if abs(result.peak_ratio - 1) > PEAK_TOLERANCE:
         result.differences.append(f"peak memory: {peak} B on the tape, {trace.peak} B live in the real program")
     return result
+
+
+def in_another_order(tape: list[Collective], real: list[Collective]) -> list[str]:
+    """The first collective of a sequence that differs from the other's, if any does."""
+    pairs = enumerate(zip_longest(tape, real))
+    differing = ((i, ours, theirs) for i, (ours, theirs) in pairs if ours != theirs)
+    return [f"collective {i}: {ours} on the tape, {theirs} really" for i, ours, theirs in islice(differing, 1)]
 
 
 def collectives(step: Step) -> list[Collective]:

@@ -5,10 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 from perfmodel.architectures import Config, from_config
-from perfmodel.setup import PARALLEL, Setup
+from perfmodel.setup import Setup
 
 from .cases import MIXTURES, NO_DROPOUT, SMALL, Case, fitting, with_targets
 
+FORMS = ("ddp", "fsdp2")
 MODELS = ("llama", "gpt2", "gemma2", "qwen3_moe")
 METHODS = (
     "full",
@@ -45,7 +46,7 @@ def grid(which: str) -> Iterator[Case]:
     """
     for i, config in enumerate(models()):
         for j, method in enumerate(METHODS):
-            for k, parallel in enumerate(PARALLEL):
+            for k, parallel in enumerate(FORMS):
                 setups = every() if which == "all" else varied(5 * i + 3 * j + 2 * k, 1 if which == "quick" else 5)
                 for setup in setups:
                     yield _case(config, method, replace(setup, parallel=parallel))

@@ -1,12 +1,14 @@
 """Collectives as ops of a rank, and the events by which streams wait for one another."""
 
-from ...program.op import Attrs
+from ...program.dims import Dim
+from ...program.op import Attrs, Op, Spec
 from ...program.ranks import Ranks
 from ...program.streams import COMMUNICATION, COMPUTE, Run
 from ...tape.core import new_tensor, record
 from ...tape.tensor import Tensor
 
 EVENT = Attrs(host=True)
+SENT = Run(COMMUNICATION, after=(COMPUTE,))
 
 
 def empty(numel: object, dtype: str) -> Tensor:
@@ -31,3 +33,11 @@ def set_event(name: str, after: str) -> None:
 def wait_event(name: str, stream: str = COMPUTE) -> None:
     """`stream.wait_event(event)`."""
     record("cuda::wait_event", (), (), EVENT, view=True, runs=Run(stream, (name,)))
+
+
+def all_reduce(elements: Dim, dtype: str, ranks: Ranks) -> Op:
+    """The all-reduce of a buffer in place."""
+    buffer = (Spec(dtype, (elements,)),)
+    return Op(
+        "c10d::allreduce_", buffer, buffer, buffer[0].nbytes, buffer[0].nbytes, attrs=Attrs(ranks=ranks), runs=SENT
+    )

@@ -9,35 +9,27 @@ Sources: torch 2.13, csrc/distributed/c10d/reducer.cpp (`mark_variable_ready_den
 `compute_bucket_assignment_by_size`, `finalize_bucket_dense`), nn/parallel/distributed.py.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from itertools import groupby
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ...optimizers.parts.update import existing, runs
 from ...program.dims import Dim, decide
+from ...program.dtypes import ITEMSIZE
 from ...program.op import Attrs, Op, Spec
 from ...program.part import Part
 from ...program.ranks import Ranks
-from ...program.streams import COMMUNICATION, COMPUTE, Run
+from ...program.streams import COMMUNICATION, Run
 from ...tape.core import record, tape
 from ...tape.tensor import Parameter, Tensor
-from .collectives import wait_event
+from .collectives import SENT, all_reduce, wait_event
+from .form import WholeUnits
+from .messages import Ready, coming, interleaved
 
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # B (`_DEFAULT_FIRST_BUCKET_BYTES`, `bucket_cap_mb`)
 Bucket = tuple[str, Dim]  # dtype, bytes
-ALL_REDUCE = Run(COMMUNICATION, after=(COMPUTE,))
 
 
-class Ready(NamedTuple):
-    """A gradient that is complete: in which part, behind how many of its ops."""
-
-    part: Part
-    ops: int
-    parameter: Parameter
-
-
-class Replicated:
+class Replicated(WholeUnits):
     """The hooks of DDP: around nothing but gradients."""
 
     shares_norm = False
@@ -58,9 +50,6 @@ class Replicated:
         """A block runs as it would alone."""
         return run(x)
 
-    def weight(self, p: Parameter) -> None:
-        """An adapter is no unit of its own."""
-
     def end(self, loss: Tensor) -> Tensor:
         """Nothing is hooked; the buffers are known now that went out before the pass."""
         current = tape()
@@ -76,7 +65,9 @@ class Replicated:
             return
         current.after_gradient = None
         exchange = current.parts.pop()
-        current.parts[:] = self._all_reduced(list(current.parts))
+        parts = list(current.parts)
+        full = launches([c.parameter for c in coming(parts, self.ready)])
+        current.parts[:] = interleaved(parts, self.ready, full, self._all_reduce)
         current.parts.append(exchange)
         wait_event(COMMUNICATION)
         for count, run in runs([ready.parameter for ready in self.ready]):
@@ -102,7 +93,7 @@ class Replicated:
             message = existing((sum(t.numel for t in flat),), dtype) if len(flat) > 1 else flat[0]
             if len(flat) > 1:
                 record("cat", flat, (message,))
-            record("c10d::broadcast_", (message,), (message,), Attrs(ranks=self.ranks), runs=ALL_REDUCE)
+            record("c10d::broadcast_", (message,), (message,), Attrs(ranks=self.ranks), runs=SENT)
             for spec in buffers:
                 if spec.dtype == dtype:
                     whole = existing(spec.shape, dtype)
@@ -120,31 +111,19 @@ class Replicated:
             record("mul.out", (p.grad, in_bucket), (in_bucket,))
         self.ready.append(Ready(current.part, len(current.part.ops), p))
 
-    def _all_reduced(self, parts: list[Part]) -> Iterator[Part]:
-        """Parts with the all-reduces of buckets: each as parts of as many runs in a row as fill the same ones."""
-        by_part = {id(part): list(ready) for part, ready in groupby(self.ready, key=lambda r: r.part)}
-        coming = [r.parameter for part in parts for _ in range(part.repeat) for r in by_part.get(id(part), ())]
-        full, done = launches(coming), 0
-        for part in parts:
-            ready, layouts = by_part.get(id(part), []), []
-            for _ in range(part.repeat):
-                layouts.append(tuple((r.ops, b) for i, r in enumerate(ready, done) for b in full.get(i, ())))
-                done += len(ready)
-            for layout, alike in groupby(layouts):
-                ops = list(part.ops)
-                for place, (dtype, nbytes) in reversed(layout):
-                    ops.insert(place, all_reduce(nbytes, dtype, self.ranks))
-                yield replace(part, repeat=len(list(alike)), ops=ops)
+    def _all_reduce(self, bucket: Bucket) -> list[Op]:
+        dtype, nbytes = bucket
+        return [all_reduce(nbytes // ITEMSIZE[dtype], dtype, self.ranks)]
 
 
-def launches(coming: Sequence[Parameter]) -> dict[int, list[Bucket]]:
+def launches(gradients: Sequence[Parameter]) -> dict[int, list[Bucket]]:
     """The buckets that are launched behind each gradient, by its number in the order in which they come.
 
     One is full once it has reached its limit, what is left at the end makes the last ones; one waits for those before.
     """
     filling: dict[str, tuple[Dim, int, int]] = {}  # by dtype: bytes, buckets before it, the last gradient
     full: dict[int, list[Bucket]] = {}
-    for i, p in enumerate(coming):
+    for i, p in enumerate(gradients):
         nbytes, before, _ = filling.get(p.dtype, (0, 0, 0))
         nbytes = nbytes + p.nbytes
         if decide(nbytes >= (BUCKET if before else FIRST_BUCKET)):
@@ -157,9 +136,3 @@ def launches(coming: Sequence[Parameter]) -> dict[int, list[Bucket]]:
             latest = max(latest, last)
             full.setdefault(latest, []).append((dtype, nbytes))
     return full
-
-
-def all_reduce(nbytes: Dim, dtype: str, ranks: Ranks) -> Op:
-    """The all-reduce of a bucket."""
-    bucket = (Spec(dtype, (nbytes // Spec(dtype, (1,)).nbytes,)),)
-    return Op("c10d::allreduce_", bucket, bucket, nbytes, nbytes, attrs=Attrs(ranks=ranks), runs=ALL_REDUCE)

@@ -48,11 +48,18 @@ class ParallelForm(Protocol):
         """Bytes that are kept from step to step beside parameters and optimizer state."""
 
 
+class WholeUnits:
+    """Of a form whose units hold adapters like all else."""
+
+    def weight(self, p: Parameter) -> None:
+        """It came with its block."""
+
+
 def check_form(setup: Setup, method: Method) -> None:
     """Raise `UserError` where several GPUs are not modelled with the rest of a setup."""
     for name, usual in (("compile", "none"), ("engine", "torch"), ("cuda_graphs", False), ("in_backward", False),
                         ("objective", "sft"), ("fp8", "none"), ("int8", "none"), ("qat", "none")):  # fmt: skip
-        if getattr(setup, name) != usual:
+        if getattr(setup, name) != usual and not (name == "engine" and setup.parallel == "zero3"):
             raise UserError(f"gpus: several are not modelled with {name} {getattr(setup, name)}; use --gpus 1")
     if setup.tp > 1 and (method.name not in CUT or getattr(method, "implementation", "peft") != "peft"):
         raise UserError(f"tp: {method.name} on layers that are cut is not modelled; {' and '.join(CUT)} are")

@@ -25,6 +25,7 @@ from ...tape.core import new_tensor, record, tape
 from ...tape.pointwise import cast
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import empty, exchange, set_event, wait_event
+from .form import WholeUnits
 from .units import ROOT, ShardedUnit
 
 GATHERED, COPIED, REDUCED = "gathered", "copied out", "reduced"  # events
@@ -74,7 +75,7 @@ class Gathered:
         return flat
 
 
-class FullyShard:
+class FullyShard(WholeUnits):
     """The hooks of FSDP2 around the blocks of a model and around the whole.
 
     Attributes:
@@ -118,9 +119,6 @@ class FullyShard:
         if isinstance(out, tuple):
             return (self._before_backward(path, out[0]), *out[1:])
         return self._before_backward(path, out)
-
-    def weight(self, p: Parameter) -> None:
-        """An adapter is no unit of its own."""
 
     def end(self, loss: Tensor) -> Tensor:
         """Behind the forward pass: the root's parameters stay; its hook before backward."""

@@ -8,6 +8,7 @@ from ...program.dims import Dim, Shape, contiguous_strides, product
 from ...program.dtypes import FLOATING, ITEMSIZE
 from ...setup import Setup
 from ...tape.tensor import Parameter, Tensor
+from .form import WholeUnits
 
 ROOT = ""  # the unit of what no block holds
 
@@ -17,11 +18,14 @@ def shard_shape(shape: Shape, ranks: Dim) -> Shape:
     return (-(-shape[0] // ranks), *shape[1:]) if shape else (1,)
 
 
-def shard_of(p: Parameter, ranks: Dim, dtype: str) -> Parameter:
-    """What the first rank keeps of a parameter; it stands for as many elements of the model as before."""
+def shard_of(p: Parameter, ranks: Dim, dtype: str, *, flat: bool = False) -> Parameter:
+    """What the first rank keeps of a parameter, along its first dim or, if `flat`, of its elements in a row.
+
+    It stands for as many elements of the model as before.
+    """
     shard = p.copy()
     shard.dtype = dtype
-    shard.shape = shard_shape(p.shape, ranks)
+    shard.shape = shard_shape((p.numel,) if flat else p.shape, ranks)
     shard.strides = contiguous_strides(shard.shape)
     shard.numel = product(shard.shape)
     shard.nbytes = shard.numel * ITEMSIZE[dtype]
@@ -73,7 +77,7 @@ class ShardedUnit:
         return [(p, shard) for p, shard in self.pairs if p.dtype != shard.dtype]
 
 
-class Survey:
+class Survey(WholeUnits):
     """A wrapper of blocks that only notes which parameters each of them makes."""
 
     def __init__(self) -> None:
@@ -84,11 +88,11 @@ class Survey:
         self.paths.append(path)
         return run(x)
 
-    def weight(self, p: Parameter) -> None:
-        """Nothing to note: its name tells its block."""
+    def units(
+        self, parameters: Sequence[Parameter], ranks: Dim, setup: Setup, *, flat: bool = False
+    ) -> list[ShardedUnit]:
+        """The units of a model in the order of their forward passes, that of the rest last; `flat` as in `shard_of`.
 
-    def units(self, parameters: Sequence[Parameter], setup: Setup) -> list[ShardedUnit]:
-        """The units of a model in the order of their forward passes, that of the rest last.
 
         Scales of packed weights are no parameters of a module, so they stay whole on every rank. What is packed in
         bytes FSDP2 cannot cut (accelerate's `fsdp2_prepare_model` leaves it out); under FSDP1 it is stored as floats
@@ -99,7 +103,8 @@ class Survey:
         paths = tuple(dict.fromkeys(self.paths))
         found = {path: [p for p in left if p.name.startswith(path)] for path in paths}
         found[ROOT] = [p for p in left if not p.name.startswith(paths)]
+        dtypes = {p.name: p.dtype if flat else kept_dtype(p, setup) for p in left}
         return [
-            ShardedUnit(path, those, [shard_of(p, setup.replicas, kept_dtype(p, setup)) for p in those])
+            ShardedUnit(path, those, [shard_of(p, ranks, dtypes[p.name], flat=flat) for p in those])
             for path, those in found.items()
         ]
