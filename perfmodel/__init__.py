@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .devices.host import Host
     from .errors import UserError
     from .methods import Method
+    from .network.node import Node
     from .prediction.predict import Model, Prediction
     from .questions.advice import Advice
     from .questions.comparison import Comparison
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from .setup import Setup
 
 __all__ = [
-    "Advice", "Comparison", "Device", "Explanation", "Job", "Plan", "Prediction", "Setup", "SpeedUp", "Sweep",
+    "Advice", "Comparison", "Device", "Explanation", "Job", "Node", "Plan", "Prediction", "Setup", "SpeedUp", "Sweep",
     "UserError", "advise", "compare", "explain", "plan", "predict", "predict_module", "sweep", "traced",
 ]  # fmt: skip
 
@@ -160,15 +161,16 @@ def sweep(
     seq: Any = None,
     rank: Any = (),
     k: Any = (),
+    gpus: Any = None,
     host: "str | Host" = "default",
     **options: Any,
 ) -> "Sweep":
-    """Plan a sweep: every device, method, rank, batch and sequence length with every other.
+    """Plan a sweep: every device, number of GPUs, method, rank, batch and sequence length with every other.
 
     Args:
         methods: the baseline first.
         device: one or several.
-        batch, seq, rank, k: an int, or several (any sequence or array). Batch and seq that are not
+        batch, seq, rank, k, gpus: an int, or several (any sequence or array). Batch, seq and gpus that are not
             given are the setup's. Ranks are for methods that have `r`, `k` for those that train the last K blocks; the
             others ignore them.
 
@@ -181,7 +183,8 @@ def sweep(
     """
     from .questions.sweeps import sweep as answer
 
-    return answer(model, methods, setup, device, batch=batch, seq=seq, rank=rank, k=k, host=host, **options)
+    axes = {"batch": batch, "seq": seq, "rank": rank, "k": k, "gpus": gpus}
+    return answer(model, methods, setup, device, **axes, host=host, **options)
 
 
 def plan(
@@ -323,9 +326,9 @@ Shown.draw = staticmethod(_draw)
 
 _TYPES = {  # name -> its module, imported on first use
     "Advice": "questions.advice", "Comparison": "questions.comparison", "Device": "devices.device",
-    "Explanation": "questions.explanation", "Job": "questions.plan.job", "Plan": "questions.plan.planning",
-    "Prediction": "prediction.predict", "Setup": "setup", "SpeedUp": "questions.speedup", "Sweep": "questions.sweeps",
-    "UserError": "errors",
+    "Explanation": "questions.explanation", "Job": "questions.plan.job", "Node": "network.node",
+    "Plan": "questions.plan.planning", "Prediction": "prediction.predict", "Setup": "setup",
+    "SpeedUp": "questions.speedup", "Sweep": "questions.sweeps", "UserError": "errors",
 }  # fmt: skip
 
 

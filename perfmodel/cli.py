@@ -21,6 +21,7 @@ COMMANDS = {  # command -> its file in `commands/`
     "models": "lists",
     "methods": "lists",
     "devices": "lists",
+    "nodes": "lists",
     "calibrate": "calibrate",
     "validate": "validate",
     "completion": "completion",

@@ -24,6 +24,8 @@ QAT = re.compile(r"none|int8-int4:[1-9]\d{0,5}")  # of inputs, of weights, and w
 EXPERTS = ("grouped_mm", "eager")  # `experts_implementation` of transformers
 COMPILE = ("none", "default", "reduce-overhead")
 ENGINES = ("torch", "deepspeed-zero3")
+# each in a file of `perfmodel/recording/parallel/`, stages 1 and 2 of ZeRO in one
+PARALLEL = ("ddp", "fsdp2", "fsdp1", "zero1", "zero2", "zero3")
 # each in a file of `perfmodel/objectives/`
 OBJECTIVES = ("sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "prm", "grpo", "ppo", "asft", "ebft")
 PAIRS = ("dpo", "orpo", "cpo", "simpo", "reward")  # those whose sample is a chosen and a rejected sequence
@@ -77,6 +79,13 @@ class Setup:
             clipping, one micro-batch a step.
         images: images of a sample (`perfmodel.tracing` alone has them); their tokens are among its `seq`.
         image_size: height and width of an image in pixels, before the model's processor resizes it.
+        gpus: GPUs of the job, all nodes together; an int or an integer array. `batch` is that of one of them.
+        nodes: over how many nodes they spread; None: as few as hold them.
+        node: what they stand in (`perfmodel.network.Node`); None: the node that has GPUs of the device.
+        parallel: what several GPUs do (`perfmodel.recording.parallel`): ddp, every one has the whole model; fsdp2 and
+            fsdp1, each keeps a shard of every parameter; zero1, zero2 and zero3, DeepSpeed's, each keeps a part of the
+            optimizer states, of the gradients too, of the weights too. Of one GPU it changes nothing.
+        tp: tensor-parallel ranks, of which each has a part of every layer; they work on the same samples.
         engine: what runs the step: torch, or deepspeed-zero3 (`perfmodel.recording.zero`); a method may name its own.
         packing: what lies in a row of `seq` tokens: none, one sample; dense, documents behind one another under one
             causal mask; varlen, documents that attend within themselves (position ids restart and there is no mask);
@@ -103,6 +112,11 @@ class Setup:
     fp8: str = "none"
     int8: str = "none"
     qat: str = "none"
+    gpus: Dim = 1
+    nodes: int | None = None
+    node: str | None = None
+    parallel: str = "ddp"
+    tp: int = 1
     engine: str = "torch"
     routing: str = "balanced"
     experts: str = "grouped_mm"
@@ -118,7 +132,7 @@ class Setup:
     image_size: tuple[int, int] = (448, 448)
 
     def __post_init__(self) -> None:
-        for name in ("batch", "seq"):
+        for name in ("batch", "seq", "gpus"):
             object.__setattr__(self, name, positive(name, getattr(self, name)))
         object.__setattr__(self, "grad_accum", positive("grad_accum", self.grad_accum))
         if isinstance(self.grad_accum, np.ndarray):
@@ -126,7 +140,7 @@ class Setup:
         for name, choices in (
             ("dtype", DTYPES), ("checkpoint", CHECKPOINT), ("attention", ATTENTION), ("kernels", KERNELS),
             ("compile", COMPILE), ("fp8", FP8), ("int8", INT8), ("engine", ENGINES), ("objective", OBJECTIVES),
-            ("reference", REFERENCES), ("packing", PACKING), ("experts", EXPERTS),
+            ("reference", REFERENCES), ("packing", PACKING), ("experts", EXPERTS), ("parallel", PARALLEL),
         ):  # fmt: skip
             one_of(name, getattr(self, name), choices)
         if not (isinstance(self.optimizer, str) and optimizers.is_optimizer(self.optimizer)):
@@ -149,6 +163,10 @@ class Setup:
             raise UserError(f"images are counted from 0, their pixels from 1: got {self.images} of {self.image_size}")
         if self.attention == "flash2" and self.dtype == "fp32" and self.amp is None:
             raise UserError("attention flash2 needs a 16-bit dtype; use sdpa with fp32")
+        if np.any(np.asarray(self.gpus) % positive("tp", self.tp)):
+            raise UserError(f"tp {self.tp} does not divide the {np.max(self.gpus)} GPUs of the job")
+        if self.nodes is not None and positive("nodes", self.nodes) > np.min(self.gpus):
+            raise UserError(f"nodes {self.nodes} are more than the {np.min(self.gpus)} GPUs of the job")
         object.__setattr__(self, "lengths", lengths_of(self.lengths))
         self._check_packing()
 
@@ -184,6 +202,11 @@ class Setup:
     def unpads(self) -> bool:
         """Whether attention is over the tokens that are no padding: flash-attn takes no mask."""
         return self.padded and self.attention == "flash2"
+
+    @property
+    def replicas(self) -> Dim:
+        """How many GPUs, or groups of `tp` of them, work on samples of their own."""
+        return self.gpus // self.tp
 
     @property
     def shape(self) -> tuple[Dim, Dim]:

@@ -14,6 +14,7 @@ from itertools import count
 from pathlib import Path
 from statistics import quantiles
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
@@ -25,9 +26,11 @@ from perfmodel.tracing.recorded import traced
 
 MODEL, METHOD, DEVICE = "llama-3.2-3b", "lora:r=32,targets=q_proj+v_proj", "l40s"
 WHERE = ("--model", MODEL, "--device", DEVICE, "--batch", "4", "--seq", "210")
+SEVERAL = ("--gpus", "8", "--parallel", "fsdp2")
 COLD: dict[str, tuple[tuple[str, ...], float]] = {  # what -> arguments, and its limit, x `python -c "import numpy"`
     "predict": (("predict", "--method", METHOD, "--json", *WHERE), 1.8),
     "compare": (("compare", "--methods", "full", METHOD, *WHERE), 1.8),
+    "predict --gpus 8": (("predict", "--method", METHOD, "--json", *WHERE, *SEVERAL), 2.5),
     "explain": (("explain", "full", METHOD, *WHERE), 4.0),
     "advise": (("advise", "--method", METHOD, *WHERE), 4.0),
     "sweep": (("sweep", "--methods", "full", METHOD, *WHERE), 4.0),
@@ -49,6 +52,7 @@ GRID_LIMIT = 20.0  # x one point
 SWEEP_LIMIT = 5.0  # s for 10,000 setups
 BATCHES, SEQS = range(1, 101), range(64, 64 + 1000 * 8, 8)  # of a large sweep
 RATE_LIMIT = 50_000  # setups a second of a large sweep
+GPUS, OF_GPUS_LIMIT = (1, 2, 4, 8, 16, 32, 64, 128), 20_000  # of one over so many GPUs, and setups a second of it
 TRACES = (("llama-3.1-8b", "full"), ("llama-3.1-8b", "lora"), ("qwen3.5-9b", "full"))  # first traces of 8B models
 TRACED = ("compare", "--traced", "--model", "llama-3.1-8b", "--methods", "full", "lora", "--device", DEVICE)
 TRACE_LIMIT = 20.0  # s
@@ -137,6 +141,8 @@ def measure_promises() -> list[Promise]:
     ten_thousand = _timed(lambda: grid(100, 100), 3)
     everywhere = min(_once(EVERYWHERE) for _ in range(3))
     rate = _rate(sweep(MODEL, [METHOD], device=DEVICE, batch=BATCHES, seq=SEQS))
+    some: dict[str, Any] = {"batch": BATCHES, "seq": SEQS[: len(SEQS) // len(GPUS)], "gpus": GPUS, "parallel": "fsdp2"}
+    of_gpus = _rate(sweep(MODEL, [METHOD], device=DEVICE, **some))
     return [
         *(
             (f"cold {command} / import numpy", f"{cold[command]:.2f}", f"{limit}", cold[command] <= limit)
@@ -147,5 +153,6 @@ def measure_promises() -> list[Promise]:
         ("10,000 setups", f"{ten_thousand:.2f} s", f"{SWEEP_LIMIT:.0f} s", ten_thousand <= SWEEP_LIMIT),
         ("sweep of 100,000, setups a second", f"{rate:,.0f}", f"{RATE_LIMIT:,}", rate >= RATE_LIMIT),
         ("plan over every GPU", f"{everywhere:.2f} s", f"{EVERYWHERE_LIMIT:.0f} s", everywhere <= EVERYWHERE_LIMIT),
+        ("sweep over GPUs, setups a second", f"{of_gpus:,.0f}", f"{OF_GPUS_LIMIT:,}", of_gpus >= OF_GPUS_LIMIT),
         *_on_traces(),
     ]

@@ -4,11 +4,13 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
+from ..errors import UserError
 from ..program.dims import Dim
 from ..program.part import Part
+from ..program.ranks import Ranks
 from ..setup import Setup
 from ..tape import linalg, nn, pointwise
-from ..tape.attention import soft_capped
+from ..tape.bus import WHOLE, Cut
 from ..tape.checkpoint import checkpoint
 from ..tape.core import tape
 from ..tape.inplace import add_to_output
@@ -101,6 +103,18 @@ class Architecture(Compared):
         """Names of the linear layers inside a block, relative to it (`self_attn.q_proj`)."""
         raise TypeError(f"{type(self).__name__} must define linear_names")
 
+    def cuts(self, name: str) -> str:
+        """By what tensor parallelism cuts a linear layer (`Cut.by`)."""
+        return ""
+
+    def part_of(self, ranks: int) -> Self:
+        """The dims of what one of so many tensor-parallel ranks has.
+
+        Raises:
+            UserError: it is not modelled, or they do not divide.
+        """
+        raise UserError(f"tp: how {self.name} is cut is not modelled; use --tp 1")
+
     def first_linear(self) -> str:
         """The name of a block's linear layer that its module makes first."""
         return self.linear_names()[0]
@@ -174,11 +188,21 @@ class Linear(NamedTuple):
     conv1d: bool = False
     by_matmul: bool = False
 
+    @property
+    def cut(self) -> Cut:
+        """How tensor-parallel ranks share it."""
+        ranks = self.scope.build.setup.tp
+        return Cut(self.scope.build.architecture.cuts(self.name), Ranks(ranks)) if ranks > 1 else WHOLE
+
     def __call__(self, x: Tensor) -> Tensor:
         """The base layer: y = x·Wᵀ (+ b)."""
+        cut = self.cut
+        return cut.made(self._product(cut.given(x), cut))
+
+    def _product(self, x: Tensor, cut: Cut) -> Tensor:
         shape = (self.n_in, self.n_out) if self.conv1d else (self.n_out, self.n_in)
-        weight = self.scope.parameter(f"{self.name}.weight", shape, "weight")
-        bias = self.scope.parameter(f"{self.name}.bias", (self.n_out,), "bias") if self.has_bias else None
+        weight = cut.counted(self.scope.parameter(f"{self.name}.weight", shape, "weight"))
+        bias = cut.counted(self.scope.parameter(f"{self.name}.bias", (self.n_out,), "bias")) if self.has_bias else None
         with tape().belonging_to("base"):
             if self.conv1d:
                 assert bias is not None
@@ -203,8 +227,14 @@ class Linear(NamedTuple):
         return add_to_output(result, other, viewed=self.has_bias)
 
     def adapter(self, name: str, shape: tuple[Any, ...], dtype: str, *, trainable: bool = True) -> Parameter:
-        """A parameter that the method adds to this layer."""
-        return self.scope.parameter(f"{self.name}.{name}", shape, "adapter", dtype=dtype, trainable=trainable)
+        """A parameter that the method adds to this layer; where that is cut, so is what has its cut dim."""
+        made = self.scope.parameter(f"{self.name}.{name}", shape, "adapter", dtype=dtype, trainable=trainable)
+        cut = self.cut
+        if cut.by and (shape[0] is self.n_out if cut.by == "columns" else shape[-1] is self.n_in):
+            made.elements = made.numel * cut.ranks.size
+        if (wrapping := tape().wrapping) is not None:
+            wrapping.weight(made)
+        return made
 
 
 class Scope:
@@ -266,19 +296,6 @@ class Scope:
         traits, inside = self.build.architecture.traits, self.layer is not None
         return Linear(self, name, n_in, n_out, bias, inside and traits.conv1d, inside and traits.by_matmul)
 
-    def lm_head(self, hidden: Tensor, embedding: str, vocab: int, *, bias: bool = False) -> Tensor:
-        """Logits of a causal model: through the embedding's weight where it is tied, else an own linear layer."""
-        if self.build.architecture.tied:
-            own = self.parameter("lm_head.bias", (vocab,), "bias") if bias else None
-            weight = self.tied_weight(embedding)
-            if group := self.build.setup.qat_group:
-                logits = fake_quantised(hidden, weight, own, group)
-            else:
-                logits = self.build.method.head(self, hidden, weight, own)
-        else:
-            logits = self.linear("lm_head", hidden, vocab, bias=bias)
-        return soft_capped(logits) if self.build.architecture.logit_cap else logits
-
     def tied_weight(self, embedding: str) -> Parameter:
         """The weight of a head that shares the embedding's: PEFT's copies of either module share nothing any more."""
         weight, copies = self.parameter(f"{embedding}.weight", (), "embedding"), self.build.method.copies
@@ -338,7 +355,7 @@ class Scope:
         """
         current, shared = tape(), list(given)
         for first, period, times in runs_of_layers(self.build.architecture, self.build.method):
-            end = first + period * times
+            begins, end = first, first + period * times
             while first < end and (among is None or first in among):
                 part = current.begin("blocks", "forward")
                 needed_grad, before = x.requires_grad, x.storage.number
@@ -347,6 +364,8 @@ class Scope:
                     if self.build.collects:  # the last one's stands for the first one's input, which is as large
                         self.build.held.append((x, part))
                 count = (end - first) // period if x.requires_grad == needed_grad else 1
+                if current.wrapping is not None and count > 1:  # hooks see what lies beyond either end of a run
+                    count = 1 if first == begins else count - 1
                 part.repeat = count
                 if current.flow is not None:
                     current.flow.carried[id(part)] = before, x.storage.number
@@ -359,17 +378,20 @@ class Scope:
     def _layer(self, layer: int, block: Callable[..., Any], x: Tensor, shared: Sequence[Any]) -> tuple[Any, ...]:
         """One block, checkpointed if the setup says so."""
         scope = Scope(self.build, f"{block_path(self.build.architecture.stacks, layer)}.", layer)
+        how, wrapping = self.build.setup.checkpoint, tape().wrapping
+        if not self.build.method.checkpoints(layer):
+            how = "none"
 
         def run(x: Tensor) -> Any:
             tape().part.host.modules += len(INSIDE)
             return block(scope, x, *shared)
 
-        how = self.build.setup.checkpoint
-        if how == "none" or not self.build.method.checkpoints(layer):
-            out = run(x)
-        else:
+        def checkpointed(x: Tensor) -> Any:
+            return run(x) if how == "none" else checkpoint(run, x, reentrant=how == "block-reentrant")
+
+        if how != "none":
             x.requires_grad = True  # of the lowest one where blocks below are not; of others it is so already
-            out = checkpoint(run, x, reentrant=how == "block-reentrant")
+        out = checkpointed(x) if wrapping is None else wrapping.block(scope.path, checkpointed, x)
         return out if isinstance(out, tuple) else (out, *shared)
 
     def begin(self, name: str) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import UserError
-from ..tape.pointwise import gelu, mul
+from ..tape.core import tape
+from ..tape.pointwise import cast, gelu, mul
 from ..tape.tensor import Tensor
 from . import masks
 from .base import Scope
@@ -55,7 +56,9 @@ class Gemma(Llama):
         return {"qkv_bias": bias, "output_bias": bias}
 
     def embed(self, model: Scope, ids: Tensor) -> Tensor:
-        return mul(super().embed(model, ids), masks.model_buffer((), model.dtype))
+        scale = masks.model_buffer((), tape().buffer_dtype or model.dtype)
+        tape().buffers.append(scale.spec)
+        return mul(super().embed(model, ids), cast(scale, model.dtype))
 
     def activation(self, x: Tensor) -> Tensor:
         return gelu(x)  # its tanh form, one op of PyTorch as well

@@ -8,9 +8,13 @@ from collections.abc import Callable
 
 from ..errors import UserError
 from ..program.dims import decide, product, same
+from ..program.ranks import Ranks
+from ..tape.attention import soft_capped
+from ..tape.bus import gathered_over
 from ..tape.core import emit
 from ..tape.gather import picked
 from ..tape.nn import causal_lm_loss, cross_entropy
+from ..tape.packages.converted import fake_quantised
 from ..tape.pointwise import cast, dropout, fill, mul
 from ..tape.shape import narrow, view
 from ..tape.split import select
@@ -36,7 +40,7 @@ def decoder_loss(
     if classifier is None:
         kept = model.build.logits_to_keep
         hidden = hidden if kept is None or same(kept, hidden.shape[1]) else narrow(hidden, 1, kept)
-        logits = scaled(model.lm_head(hidden, words, architecture.vocab, bias=bias))
+        logits = scaled(lm_head(model, hidden, words, architecture.vocab, bias=bias))
         return causal_lm_loss(logits, labels) if model.build.labelled else logits
     if classifier.of == "token":
         hidden = dropout(hidden, 0.1 if classifier.dropout is None else classifier.dropout)
@@ -61,3 +65,22 @@ def _last(logits: Tensor, ids: Tensor, *, padded: bool, name: str) -> Tensor:
     real = cast(emit("ne.Scalar", (ids,), ids.shape, "bool"), "i32")
     last = emit("argmax", (mul(fill("arange", (seq,), "i32"), real),), (batch,), "i64")
     return picked(logits, fill("arange", (batch,), "i64"), last)
+
+
+def lm_head(model: Scope, hidden: Tensor, embedding: str, vocab: int, *, bias: bool = False) -> Tensor:
+    """Logits of a causal model: through the embedding's weight where it is tied, else an own linear layer.
+
+    Tensor-parallel ranks make some of the columns each and gather all (transformers' "colwise_gather_output").
+    """
+    setup = model.build.setup
+    if model.build.architecture.tied:
+        own = model.parameter("lm_head.bias", (vocab,), "bias") if bias else None
+        weight = model.tied_weight(embedding)
+        if group := setup.qat_group:
+            logits = fake_quantised(hidden, weight, own, group)
+        else:
+            logits = model.build.method.head(model, hidden, weight, own)
+    else:
+        logits = model.linear("lm_head", hidden, vocab // setup.tp, bias=bias)
+        logits = gathered_over(logits, Ranks(setup.tp)) if setup.tp > 1 else logits
+    return soft_capped(logits) if model.build.architecture.logit_cap else logits

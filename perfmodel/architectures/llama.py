@@ -5,7 +5,7 @@ Source: transformers/models/llama/modeling_llama.py.
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from ..errors import UserError
 from ..program.dims import product
@@ -156,6 +156,21 @@ class Llama(Architecture):
     def window_of(self, layer: int) -> int | None:
         return self.window if self.reach(layer) == SLIDING else None
 
+    def cuts(self, name: str) -> str:
+        if name.endswith(("o_proj", "down_proj")):
+            return "rows"
+        return "columns" if name == "lm_head" or name in self.linear_names() else ""
+
+    def part_of(self, ranks: int) -> Self:
+        if self.model_type not in CUT or self.tied or self.output_bias or self.mlp_bias or self.classifier:
+            return super().part_of(ranks)
+        for what in ("heads", "kv_heads", "intermediate", "vocab"):
+            if getattr(self, what) % ranks:
+                raise UserError(f"tp {ranks} does not divide the {what} of {self.name}, {getattr(self, what)}")
+        return replace(
+            self, heads=self.heads // ranks, kv_heads=self.kv_heads // ranks, intermediate=self.intermediate // ranks
+        )
+
     def linear_names(self) -> list[str]:
         attention = [f"self_attn.{n}_proj" for n in ("q", "k", "v", "o")]
         return attention + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
@@ -290,6 +305,9 @@ class Llama(Architecture):
         gate = mul(gate, up)
         del up
         return layer.linear(f"{path}.down_proj", gate, self.hidden, bias=self.mlp_bias)
+
+
+CUT = ("llama", "mistral", "qwen2")  # model types whose `base_model_tp_plan` in transformers is this one
 
 
 def _normed(layer: Scope, name: str | None, x: Tensor) -> Tensor:

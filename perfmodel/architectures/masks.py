@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import UserError
 from ..program.dims import Dim, Shape, contiguous_strides, decide, product, same
 from ..program.lengths import Documents
-from ..tape.core import emit, record
+from ..tape.core import emit, record, tape
 from ..tape.packages.varlen import PackedRows
 from ..tape.pointwise import add, binary_bool, cast, cat, fill, mul, sub, unary, where
 from ..tape.shape import clone, expand, narrow, unsqueeze, view, view_as
@@ -170,6 +170,7 @@ def rotary_tables(
             halves, but the tables have each angle once, (1, seq, half); "complex", each as one number of cos and sin.
     """
     frequencies = model_buffer((half,), "fp32")
+    tape().buffers += [frequencies.spec] * 2  # and the original ones, which a change of them would start from
     if longrope:
         choice = emit("gt.Scalar", (add(emit("max", (position_ids,), (), "i64"), 1),), (), "bool")
         chosen = where(choice, *(model_buffer((half,), "fp32") for _ in range(2)))

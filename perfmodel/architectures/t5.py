@@ -23,6 +23,7 @@ from .activations import ACTIVATIONS
 from .attend import attend
 from .base import Architecture, Scope
 from .config import Config
+from .heads import lm_head
 from .norms import t5_norm
 from .registered import architecture
 from .relative import biased_mask, position_bias
@@ -116,7 +117,7 @@ class T5(Architecture):
         encoded = self._encoded(model, ids, attention)
         decoded = self._decoded(model, labels, encoded, attention)
         hidden = mul(decoded, 1.0) if self.scaled else decoded
-        logits = model.lm_head(hidden, "shared", self.vocab)
+        logits = lm_head(model, hidden, "shared", self.vocab)
         return masked_lm_loss(logits, labels)
 
     def _encoded(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ SCALED = ("_scaled_mm", "torchao::scaled_int8_mm")  # products whose scales foll
 
 KINDS = {  # work -> the class of kernel for totals and intervals; everything else is pointwise
     "product": "gemm", "attention": "attention", "decomposition": "solver", "list": "optimizer",
-    "rows": "embedding", "rows_backward": "embedding",
+    "collective": "collective", "rows": "embedding", "rows_backward": "embedding",
     **dict.fromkeys(("reduction", "softmax", "softmax_backward", "norm", "norm_backward", "loss", "loss_backward"),
                     "reduction"),
     **dict.fromkeys(("cast", "permute", "join", "part"), "copy"),

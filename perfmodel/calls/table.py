@@ -16,6 +16,7 @@ from ..program.dims import Dim
 from ..program.op import Op
 from ..registry import add_once
 from . import attention
+from .collectives import KIND_OF
 from .products import (
     Product,
     addmm,
@@ -66,6 +67,7 @@ WORKS = {  # what a call does to its elements
     "rows_backward": "rows added up behind indices",
     "select": "the largest of each row",
     "transform": "a Fourier transform",
+    "collective": "data that GPUs exchange",
     "nothing": "no work: allocates, or tells the host",
     "package": "a kernel of another package or of a compiler (`devices/packages.py`)",
     "unknown": "no row: taken as streaming, in one kernel",
@@ -210,7 +212,11 @@ rows("sequence", "_coalesce", 24, "estimated: flattens places, sorts, finds thos
 rows("take", "sparse_mask", 3, "estimated: flattens the places in two kernels, then takes values (SparseTensor.cpp)")
 rows("put", "_to_dense", 2, "fills zeros, then puts the values")
 rows("nothing", "_sparse_coo_tensor_with_dims_and_tensors _nnz is_coalesced", 0, "looks at tensors that are there")
-rows("nothing", "empty_like new_empty new_empty_strided", 0, "allocates only")
+rows("nothing", "empty_like new_empty new_empty_strided empty", 0, "allocates only")
+rows("collective", " ".join(KIND_OF))
+rows("list", "fsdp::all_gather_copy_in")
+rows("arrange", "fsdp::split_with_sizes_copy")
+rows("join", "fsdp::chunk_cat")
 rows("nothing", "set_", 0, "points at other memory")
 rows("nothing", "promote_types", 0, "asks for a dtype")
 rows("nothing", "_local_scalar_dense", 0, "a copy to the host and a synchronisation, no kernel", waits=True)

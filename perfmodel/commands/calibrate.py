@@ -20,10 +20,16 @@ QUICK = 20.0  # s
 @click.option(
     "--records", type=click.Path(dir_okay=False, path_type=Path), help="Keep the microbenchmarks (JSON lines)."
 )
+@click.option(
+    "--network",
+    is_flag=True,
+    help="The links between GPUs instead, into a node's file: under torchrun, in each process.",
+)
 @json_option
 def calibrate(
-    device: str, name: str, threads: int | None, seconds: float, quick: bool, records: Path | None, as_json: bool
-) -> None:
+    device: str, name: str, threads: int | None, seconds: float, quick: bool, records: Path | None, network: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Measure this machine's kernels and host: --device NAME.
 
     The files go to $PERFMODEL_HOME, or else to the user's folder for configuration (~/.config/perfmodel). A CPU's
@@ -34,9 +40,15 @@ def calibrate(
     off by more than 50 % nothing is written, and the exit code is 1.
     """
     try:
-        from validate.calibration.show_calibration import show_calibration
+        if network:
+            from validate.calibration.show_network import show_network_calibration
+        else:
+            from validate.calibration.show_calibration import show_calibration
     except ImportError as error:
         raise extra(error) from None
     taking = QUICK if quick else seconds
+    if network:
+        show_network_calibration(device, name, seconds=taking, as_json=as_json)
+        return
     written = show_calibration(device, name, threads=threads, seconds=taking, output=records, as_json=as_json)
     sys.exit(0 if written else 1)

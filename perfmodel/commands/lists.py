@@ -1,4 +1,4 @@
-"""`perfmodel models`, `methods` and `devices`."""
+"""`perfmodel models`, `methods`, `devices` and `nodes`."""
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -77,6 +77,25 @@ def devices(as_json: bool) -> None:
     columns = ("device", "memory_bytes", "memory_bandwidth", "bf16_flops", "fp32_flops", "measured")
     _list(listing.devices(), columns, as_json, formats, left=(0, 5), group=lambda row: row["architecture"])
     for complaint in own_profiles()[1]:
+        click.echo(f"perfmodel: left out: {complaint}", err=True)
+
+
+@click.command()
+@json_option
+def nodes(as_json: bool) -> None:
+    """List the nodes of GPUs and what was measured on them."""
+    from .. import units
+    from ..questions import listing
+
+    formats: Formats = {
+        "bandwidth": lambda v: units.count(v, "B/s"), "network": lambda v: units.count(v, "B/s") if v else "none",
+        "figures_of": ", ".join,
+    }  # fmt: skip
+    columns = ("node", "gpu", "link", "bandwidth", "network", "figures_of")
+    rows, complaints = listing.nodes()
+    shown = rows if as_json else [{**row, "gpu": f"{row['gpus']} x {row['gpu']}"} for row in rows]
+    _list(shown, columns, as_json, formats, left=(0, 1, 2, 5), group=lambda row: row["link"])
+    for complaint in complaints:
         click.echo(f"perfmodel: left out: {complaint}", err=True)
 
 

@@ -22,6 +22,7 @@ from ..setup import (
     KERNELS,
     OBJECTIVES,
     PACKING,
+    PARALLEL,
     REFERENCES,
 )
 from . import names, traces
@@ -177,6 +178,13 @@ def _where(*, grid: bool, all_devices: bool = False) -> tuple[Decorator, ...]:
         ),
         click.option("--batch", type=size, default="1", show_default=True, help="Samples of a micro-batch."),
         click.option("--seq", type=size, default="512", show_default=True, help="Tokens per sequence."),
+        click.option(
+            "--gpus",
+            type=size,
+            default="1",
+            show_default=True,
+            help="GPUs of the job, all nodes together; each works on --batch samples.",
+        ),
     )
 
 
@@ -222,6 +230,12 @@ def _how() -> tuple[Decorator, ...]:
                      help="Versions of torch, cuda, transformers and peft, such as torch=2.6,cuda=12.4,peft=0.11: they "
                      "decide which attention kernel sdpa gets, the adapters' dtype, what one kernel of an optimizer "
                      "over lists takes."),
+        click.option("--parallel", type=click.Choice(PARALLEL), default="ddp", show_default=True,
+                     help="What several GPUs do: ddp, each has the whole model; fsdp2, each a shard of all."),
+        click.option("--tp", type=click.IntRange(1), default=1, show_default=True,
+                     help="GPUs that share every layer (tensor parallel) and work on the same samples."),
+        click.option("--nodes", type=click.IntRange(1), help="Nodes that they are on; default as few as hold them."),
+        click.option("--node", help="What they stand in (see `perfmodel nodes`); default by the device."),
         click.option("--engine", type=click.Choice(ENGINES), default="torch", show_default=True,
                      help="What runs the step; `METHOD:engine=NAME` for one method alone."),
         click.option("--clip-grad/--no-clip-grad", default=True, show_default=True, help="Clip the gradient norm."),

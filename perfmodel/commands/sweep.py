@@ -25,7 +25,9 @@ RATE, ROW = 100_000, 100  # rows a second on one core (`validate speed`), bytes 
     "--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Write every row: .csv, .json or .parquet."
 )
 @click.option(
-    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the speed-up as heat maps (.png, .svg, .pdf)."
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw the speed-up as heat maps, or over several numbers of GPUs the rates (.png, .svg, .pdf).",
 )
 @click.option("--yes", is_flag=True, help=f"Compute more than {UNASKED // 10**6} million rows.")
 @grid_options
@@ -39,16 +41,16 @@ def sweep(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Predict grids of batch, length, rank, K and devices.
+    """Predict grids of batch, length, rank, K, GPUs and devices.
 
     Axes take a number, a list 1+2+4, a range 128-8192:128 (from-to:step) or a doubling range 1-64*2.
     """
     from ..questions.sweeps import sweep as plan
 
-    axes = {name: options.pop(name) for name in ("batch", "seq", "device")}
+    axes = {name: options.pop(name) for name in ("batch", "seq", "gpus", "device")}
     planned = plan(
         model_of(options), methods_of(methods, options), setup_of(options), axes["device"], host=options["host"],
-        batch=axes["batch"], seq=axes["seq"], rank=rank, k=k,
+        batch=axes["batch"], seq=axes["seq"], rank=rank, k=k, gpus=axes["gpus"],
     )  # fmt: skip
     if as_json and not output and len(planned) > PRINTED:
         raise UserError(f"{len(planned):,} rows are too many to print: give --output FILE")
@@ -58,13 +60,15 @@ def sweep(
             f"{len(planned):,} rows would take about {hours:,.1f} hours and {gigabytes:,.0f} GB in a file: "
             f"give fewer values, or --yes"
         )
-    from ..report import heatmap
+    from ..report import heatmap, scaling
     from ..report.sweeps import run_sweep, show_summary
 
     if plot:
         heatmap.check_drawable(planned, plot)
     result = run_sweep(planned, output=output, keep_rows=as_json and output is None, keep_speedups=plot is not None)
-    if plot:
+    if plot and len(planned.gpus) > 1:
+        scaling.draw_scaling(planned, result, plot)
+    elif plot:
         heatmap.draw_heatmap(planned, result.speedups, plot)
     if as_json:
         answer_json(result.as_dict())

@@ -35,8 +35,13 @@ validate.add_command(paper)
     is_flag=True,
     help="Compare the CUDA form of the forward instead (needs a CUDA build of torch, no GPU).",
 )
+@click.option(
+    "--parallel",
+    is_flag=True,
+    help="Compare ranks of programs of several GPUs: also collectives in their order, and memory.",
+)
 @json_option
-def counts(grid: str, cuda_forward: bool, as_json: bool) -> None:
+def counts(grid: str, cuda_forward: bool, parallel: bool, as_json: bool) -> None:
     """Compare the tape with real programs, ATen call by ATen call."""
     try:
         from validate.oracle.counts import has_cuda_build
@@ -45,7 +50,7 @@ def counts(grid: str, cuda_forward: bool, as_json: bool) -> None:
         raise extra(error) from None
     if cuda_forward and not has_cuda_build():
         raise UserError("--cuda-forward needs a CUDA build of torch (no GPU is needed): this one is built for the CPU")
-    failed = show_counts(grid, cuda_forward=cuda_forward, as_json=as_json)
+    failed = show_counts(grid, cuda_forward=cuda_forward, several=parallel, as_json=as_json)
     sys.exit(1 if failed else 0)
 
 
@@ -168,6 +173,11 @@ def power(as_json: bool) -> None:
     help="Fit host costs to the steps of a file of `validate measure`.",
 )
 @click.option(
+    "--collectives",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Fit nodes to a table of published times of collectives (Parquet).",
+)
+@click.option(
     "--leave-one-device-out", is_flag=True, help="Only report how well datasheets and other devices predict one."
 )
 @click.option("--grouped", is_flag=True, help="With --kernels: products by expert alone, in a minute.")
@@ -186,23 +196,28 @@ def power(as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Fit and report, but write no file.")
 @json_option
 def fit(
-    kernels: Path | None, records: Path | None, leave_one_device_out: bool, grouped: bool, residual: bool,
-    device: str | None, host: str | None, output: Path, dry_run: bool, as_json: bool,
+    kernels: Path | None, records: Path | None, collectives: Path | None, leave_one_device_out: bool, grouped: bool,
+    residual: bool, device: str | None, host: str | None, output: Path, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Fit device profiles to kernels, or host costs to steps.
+    """Fit device profiles to kernels, nodes to collectives, or host costs to steps.
 
     Errors are on what was left out of the fit. Host costs whose errors exceed 50 % are not written; the exit code is 1.
     """
-    if (kernels is None) == (records is None):
-        raise UserError("fit needs either --kernels FOLDER (device profiles) or --records FILE (host costs)")
+    if sum(given is not None for given in (kernels, records, collectives)) != 1:
+        kinds = "--kernels FOLDER (device profiles), --collectives FILE (nodes) or --records FILE (host costs)"
+        raise UserError(f"fit needs either {kinds}")
     try:
-        if records is None:
+        if collectives is not None:
+            from validate.fitting.collectives.show import show_links
+        elif records is None:
             from validate.fitting.show import show_fit
         else:
             from validate.calibration.show_refit import show_refit
     except ImportError as error:
         raise extra(error) from None
-    if records is None:
+    if collectives is not None:
+        show_links(collectives, write=not dry_run, as_json=as_json)
+    elif records is None:
         part = "grouped" if grouped else "residual" if residual else ""
         how = {"leave_one_device_out": leave_one_device_out, "write": not dry_run, "as_json": as_json}
         show_fit(kernels, part=part, **how)
@@ -226,23 +241,20 @@ def host(output: Path) -> None:
 
 
 @validate.command()
+@click.argument("name", type=click.Choice(("deepspeed-zero3", "fsdp2", "fsdp1")), default="deepspeed-zero3")
 @click.option(
-    "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("deepspeed-zero3.toml"),
-    show_default=True,
-    help="The engine's file.",
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="The engine's file [default: NAME.toml]."
 )
-def engine(output: Path) -> None:
-    """Measure what DeepSpeed's hooks cost the host (needs deepspeed).
+def engine(name: str, output: Path | None) -> None:
+    """Measure what the hooks of DeepSpeed (which has to be installed) or FSDP cost the host.
 
-    The bundled figures are data/engines/deepspeed-zero3.toml.
+    The bundled figures are in data/engines/.
     """
     try:
         from validate.calibration.show_engine import show_engine
     except ImportError as error:
         raise extra(error) from None
-    show_engine(output)
+    show_engine(name, output or Path(f"{name}.toml"))
 
 
 @validate.command()

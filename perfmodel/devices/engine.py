@@ -1,6 +1,7 @@
-"""What a training engine's Python costs the host, beside what its model costs.
+"""What the Python of a training engine or of a parallel form costs the host, beside what its model costs.
 
-An engine runs its own code around every module, for each of its parameters, and on every gradient:
+An engine runs its own code around every module, for each of its parameters, and on every gradient; FSDP also around
+every unit:
 `data/engines/NAME.toml` has its cost in modules of the host (one `nn.Module` call), so that it follows the host that is
 predicted for. `perfmodel validate engine` measures it.
 """
@@ -10,11 +11,11 @@ from functools import cache
 from typing import Any
 
 from ..errors import UserError
-from ..resources import DATA, mapping, read_toml
+from ..resources import DATA, is_file, mapping, read_toml
 from .host import Host
 
 FOLDER = DATA / "engines"
-COSTS = ("fetch", "release", "reduce", "settle")  # fields of Host
+COSTS = ("fetch", "release", "reduce", "settle", "wrap")  # fields of Host
 MOST = 1000.0  # modules: no hook takes so long
 
 
@@ -35,8 +36,8 @@ def ratios(name: str) -> dict[str, float]:
 
 
 def under(host: Host, name: str) -> Host:
-    """The host as it dispatches for an engine; torch needs nothing more than what a host file says."""
-    if name == "torch":
+    """The host as it dispatches for an engine or form; one without a file needs no more than what a host file says."""
+    if not is_file(FOLDER / f"{name}.toml"):
         return host
     costs: dict[str, Any] = {cost: ratio * host.module for cost, ratio in ratios(name).items()}
     return replace(host, **costs)

@@ -23,7 +23,9 @@ LONGEST = 1.0  # seconds: no call takes so long
 PYTHON = {  # cost -> what of a part's `HostWork` costs it, in forward and backward
     "module": "modules", "adapter": "adapters", "node": "nodes", "checkpoint": "checkpoints", "hook": "hooks",
 }  # fmt: skip
-ENGINE = {"fetch": "weights", "release": "returns", "reduce": "gradients"}  # the same of a training engine
+ENGINE = {  # the same of a training engine
+    "fetch": "weights", "release": "returns", "reduce": "gradients", "wrap": "units",
+}  # fmt: skip
 EAGER = PYTHON | ENGINE
 
 
@@ -52,7 +54,8 @@ class Host:
         guard: what Dynamo asks about one module before it reuses its code.
         fetch: what an engine's hooks around a module's forward do with one of its parameters
             (`perfmodel.devices.engine`); release: those around its backward; reduce: its hook on one complete gradient;
-            settle: its work on one trained parameter in the update.
+            settle: its work on one trained parameter in the update; wrap: those around a unit of parameters that are
+            gathered together, forward or backward.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Host:
     release: float = 0.0
     reduce: float = 0.0
     settle: float = 0.0
+    wrap: float = 0.0
 
     def dispatch(self, part: Part, device: str) -> np.ndarray:
         """Host seconds before each op of one run of a part, shape (ops,); Python's share is spread evenly."""

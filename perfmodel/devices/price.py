@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from ..calls.collectives import KIND_OF, message_bytes
 from ..calls.costs import SCALED, products
 from ..calls.table import row
+from ..errors import UserError
 from ..program.dims import product, same
 from ..program.dtypes import FLOAT8
 from ..program.lengths import Documents
@@ -90,6 +92,9 @@ def _sort(i: int, op: Op, tables: Tables) -> None:
         _launch(i, kernels.operand_copies(op), tables)
     elif work == "attention":
         _attention_row(i, op, tables)
+    elif work == "collective":
+        assert op.attrs.ranks is not None
+        tables.add("collective", (KIND_OF[name], inputs[0].dtype), i, message_bytes(op), *op.attrs.ranks)
     elif op.attrs.bus:
         tables.add("bus", (), i, op.outputs[0].nbytes)
     elif work == "decomposition":
@@ -239,6 +244,12 @@ def _bus(profile: DeviceProfile, nbytes: Any) -> np.ndarray:
     return np.asarray(nbytes / BUS)
 
 
+def _collective(profile: DeviceProfile, kind: str, dtype: str, *columns: Any) -> np.ndarray:
+    if profile.network is None:
+        raise UserError("this step has collectives, and its device is on no network: say what it stands in (--node)")
+    return np.asarray(profile.network.seconds(kind, dtype, *columns))
+
+
 def _solver(profile: DeviceProfile, name: str, *shape: Any) -> np.ndarray:
     from .solver import solver_time  # few steps have a decomposition
 
@@ -263,5 +274,5 @@ def _memory(profile: DeviceProfile, kind: str, *columns: Any) -> np.ndarray:
 
 MODELS: dict[str, Model] = {
     "gemm": _gemm_in_stream, "grouped": grouped_time, "attention": _attention, "solver": _solver, "bus": _bus,
-    "memory": _memory,
+    "memory": _memory, "collective": _collective,
 }  # fmt: skip

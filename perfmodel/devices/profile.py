@@ -31,6 +31,7 @@ from .pointwise import PointwiseParameters
 from .toml import P, Table
 
 if TYPE_CHECKING:
+    from ..program.ranks import JobNetwork
     from .cpu import CpuKernels
 
 DEVICES = DATA / "devices"
@@ -77,6 +78,7 @@ class DeviceProfile:
         sources: figure of the datasheet -> where it comes from.
         host: the host whose costs go with the device unless another is named.
         residual: the file of what measurements leave of the price of 16-bit products (`devices.residual`); or empty.
+        network: what prices the collectives of a job on several such devices; None for one.
         cpu: what prices the work of a CPU; None for a GPU. The blocks above say nothing about a CPU.
     """
 
@@ -98,6 +100,7 @@ class DeviceProfile:
     host: str = "default"
     residual: str = ""
     cpu: "CpuKernels | None" = None
+    network: "JobNetwork | None" = None
 
     def peak(self, dtype: str) -> float:
         """Dense FLOP/s that products of a dtype can reach: the datasheet's; of a CPU, which prices fp16 as bf16, those

@@ -150,7 +150,7 @@ class Lora(Targeted):
         result_dtype = result.dtype
         x = cast(x, dtype)
         recipe = layer.scope.build.setup.fp8  # A and B are `nn.Linear` too
-        low = float8_or_plain(dropout(x, self.dropout), a, None, recipe)
+        low = layer.cut.between(float8_or_plain(dropout(x, self.dropout), a, None, recipe))
         result = add(result, mul(float8_or_plain(low, b, None, recipe), self.alpha))
         return cast(result, result_dtype)
 

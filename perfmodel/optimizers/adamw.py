@@ -1,6 +1,6 @@
 """`torch.optim.AdamW` with weight decay, in its three forms. Sources: torch/optim/adamw.py, adam.py."""
 
-from ..program.op import Spec
+from ..program.op import ON_HOST, Spec
 from ..program.part import Part
 from ..tape.tensor import Parameter
 from .parts.lists import ListRecorder, Specs, by_dtype, counters, each, specs_of
@@ -29,14 +29,14 @@ def _foreach_group(part: Part, group: Specs, *, decay: bool) -> None:
     op = ListRecorder(part)
     steps = counters(group)
     params = grads = moments = group
-    op("_foreach_add_.Tensor", [*steps, Spec("fp32", ())], steps, host=True)
+    op("_foreach_add_.Tensor", [*steps, Spec("fp32", ())], steps, attrs=ON_HOST)
     if decay:
         op("_foreach_mul_.Scalar", params, params)
     op("_foreach_lerp_.Scalar", moments + grads, moments)
     op("_foreach_mul_.Scalar", moments, moments)
     op("_foreach_addcmul_.Scalar", moments + grads + grads, moments, distinct=moments + grads)
-    each(op, steps, lambda one: op("_local_scalar_dense", [one], [], host=True))
-    each(op, steps, lambda one: op("_local_scalar_dense", [one], [], host=True))
+    each(op, steps, lambda one: op("_local_scalar_dense", [one], [], attrs=ON_HOST))
+    each(op, steps, lambda one: op("_local_scalar_dense", [one], [], attrs=ON_HOST))
     denominator = op.temporary(group)
     op("_foreach_sqrt", moments, group)
     op("_foreach_div_.ScalarList", group, group)

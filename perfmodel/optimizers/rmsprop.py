@@ -3,7 +3,7 @@
 Transformers' Trainer takes it so (`optim: rmsprop`); torch has no fused form.
 """
 
-from ..program.op import Spec
+from ..program.op import ON_HOST, Spec
 from ..tape.tensor import Parameter
 from .parts.lists import ListRecorder, by_dtype, counters, specs_of
 from .parts.ops import advance_counter, in_place, new
@@ -20,7 +20,7 @@ def rmsprop(update: Update, parameters: Parameters, decay: bool) -> None:
     for group in by_dtype(specs_of(parameters)):
         steps = counters(group)
         params = grads = square_avgs = avg = group
-        op("_foreach_add_.Tensor", [*steps, Spec("fp32", ())], steps, host=True)
+        op("_foreach_add_.Tensor", [*steps, Spec("fp32", ())], steps, attrs=ON_HOST)
         op("_foreach_mul_.Scalar", square_avgs, square_avgs)
         op("_foreach_addcmul_.Scalar", square_avgs + grads + grads, square_avgs, distinct=square_avgs + grads)
         held = op.temporary(avg)

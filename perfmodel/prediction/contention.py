@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..calls import costs
+from ..calls.collectives import KIND_OF, exchanges, message_bytes
 from ..devices.profile import DeviceProfile
 from ..program.part import Part
 from ..program.streams import COMPUTE
@@ -21,25 +22,63 @@ class Seconds(NamedTuple):
     alone: np.ndarray
     added: np.ndarray
 
+    def without_collectives(self, part: Part) -> "Seconds":
+        """The same of GPUs that need not exchange anything."""
+        sends = [i for i, op in enumerate(part.ops) if exchanges(op)]
+        alone, added = self.alone.copy(), self.added.copy()
+        alone[sends] = added[sends] = 0.0
+        return Seconds(alone, added)
+
 
 def beside_streams(part: Part, alone: np.ndarray, on: DeviceProfile) -> Seconds:
     """What a part's ops take when those of other streams run beside those of the compute stream.
 
-    The former move memory, and get the bandwidth that the latter leave: all of it goes to kernels that only move memory
-    too, a matrix product or attention needs it for its bytes alone. What finds no room holds up the compute stream. A
-    CPU has no streams: there one op follows the other.
+    Copies move memory, and get the bandwidth that the compute stream leaves: all of it goes to kernels that only move
+    memory too, a matrix product or attention needs it for its bytes alone. What finds no room holds up the compute
+    stream. A collective has multiprocessors to itself, which kernels beside it lack. A CPU has no streams: there one op
+    follows the other.
     """
     if on.kind == "cpu" or part.runs is None:
         return Seconds(alone, alone)
     beside = np.array([op.launched and op.runs.on != COMPUTE for op in part.ops], dtype=bool)
     if not beside.any():
         return Seconds(alone, alone)
+    sends = np.array([exchanges(op) for op in part.ops], dtype=bool)
+    added = alone.copy()
+    if sends.any():
+        added[sends] = alone[sends] * _share_of_processors(part, alone, on)
+    copies = beside & ~sends
+    if copies.any():
+        needed, free = alone[copies].sum(axis=0), _free_bandwidth(part, beside, alone, on)
+        added[copies] *= np.maximum(0.0, needed - free) / np.maximum(needed, np.finfo(float).tiny)
+    return Seconds(alone, added)
+
+
+def _free_bandwidth(part: Part, beside: np.ndarray, alone: np.ndarray, on: DeviceProfile) -> Any:
+    """Seconds of the compute stream in which memory has nothing to do."""
     free: Any = 0.0
     for op, apart, seconds in zip(part.ops, beside, alone, strict=True):
         if not apart and costs.kind(op) in ("gemm", "attention"):
             moving = (op.bytes_read + op.bytes_written) / on.hardware.memory_bandwidth
             free = free + np.maximum(0.0, seconds - moving)
-    needed = alone[beside].sum(axis=0)
-    added = alone.copy()
-    added[beside] *= np.maximum(0.0, needed - free) / np.maximum(needed, np.finfo(float).tiny)
-    return Seconds(alone, added)
+    return free
+
+
+def _share_of_processors(part: Part, alone: np.ndarray, on: DeviceProfile) -> np.ndarray:
+    """The share of the multiprocessors that each collective of a part takes, as long as it runs beside kernels there.
+
+    Collectives of a part run beside its kernels for as long as the shorter of the two takes.
+    """
+    assert on.network is not None
+    ops = [(op, seconds) for op, seconds in zip(part.ops, alone, strict=True) if exchanges(op)]
+    sending = sum(seconds for _, seconds in ops)
+    computing = sum(s for op, s in zip(part.ops, alone, strict=True) if op.runs.on == COMPUTE)
+    overlap = np.minimum(1.0, computing / np.maximum(sending, np.finfo(float).tiny))
+    shares = [
+        np.minimum(
+            1.0, on.network.channels(KIND_OF[op.name], message_bytes(op), *op.attrs.ranks) / on.hardware.sm_count
+        )
+        for op, _ in ops
+        if op.attrs.ranks is not None
+    ]
+    return np.stack([np.broadcast_to(share * overlap, alone.shape[1:]) for share in shares])

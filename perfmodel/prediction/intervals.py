@@ -15,6 +15,8 @@ from ..devices.profile import CUDNN_ATTENTION, DeviceProfile
 
 Components = Mapping[str, Any]  # component -> seconds
 
+COLLECTIVE = "collective"  # the component of what GPUs exchange: seconds in which nothing else runs beside it
+
 Z90 = 1.645  # two-sided 90 % of a normal distribution
 SIGMA_OF_MEAN = 1.2533  # standard deviation of a normal error whose mean absolute value is 1: sqrt(pi / 2)
 HOST = 0.25  # relative sigma of the host: its CPU is rarely known
@@ -42,6 +44,8 @@ def sigma(component: str, profile: DeviceProfile) -> float:
         return HOST
     if component == "solver":
         return SOLVER
+    if component == COLLECTIVE:
+        return SIGMA_OF_MEAN * profile.network.sigma if profile.network is not None else 0.0
     block = priced_by(component, profile)
     assert block is not None
     return SIGMA_OF_MEAN * profile.residuals[block]["mean"]
@@ -71,4 +75,4 @@ def component(kind: str, dtype: str) -> str:
     """The component of an op, from `costs.kind` and the dtype of its operands."""
     if kind == "gemm":
         return "gemm32" if dtype in ("fp32", "c64") else "gemm16"
-    return kind if kind in ("attention", "optimizer", "solver") else "memory"
+    return kind if kind in ("attention", "optimizer", "solver", COLLECTIVE) else "memory"

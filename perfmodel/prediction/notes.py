@@ -39,6 +39,7 @@ def notes_on(built: Step, on: DeviceProfile, seconds: Mapping[str, Any], total: 
     notes += _unknown_notes(built)
     notes += [zero.NOTE] if built.zero else []
     notes += _mixture_notes(built)
+    notes += on.network.notes if on.network is not None else []
     notes += _stack_notes(built, on)
     reaches_embedding = built.setup.checkpoint != "none" and built.method.checkpoints(0)
     embeddings = [p for p in built.parameters if p.kind == "embedding"]  # an image model has none

@@ -129,6 +129,7 @@ def clocks(
         return timeline.IDENTITY, {}
     calls = calls or [CallCost.of(op) for op in part.ops]
     work = _components(calls, seconds.added)
+    work.pop(intervals.COLLECTIVE, None)  # the clocks of the whole step say what of it nothing hides
     if graphs and on.kind == "cuda":  # nothing to dispatch: the device runs through
         return timeline.advance_clock(COMPUTE, timeline.total(seconds.added)), work
     dispatch = by.dispatch(part, on.kind)

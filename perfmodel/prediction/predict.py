@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, field, fields, replace
-from functools import partial, reduce
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from ..recording.step import Step
 from ..setup import Setup
 from ..shown import Shown
 from ..values import immutable
-from . import intervals, memory, part_costs, timeline
+from . import communication, intervals, memory, part_costs, timeline
+from .communication import Communication, composed
 from .contention import Seconds
 from .grid import grid_shape, over_grid
 from .notes import notes_on
@@ -48,6 +49,7 @@ class Time:
         launch_bound_share: share of the step in which the device waits for the host.
         components: seconds by what prices them (gemm16, gemm32, attention, memory, optimizer, solver, host); their sum
             is the total.
+        communication: what several GPUs exchange.
     """
 
     phases: Phases
@@ -56,6 +58,7 @@ class Time:
     device_busy: Any
     launch_bound_share: Any
     components: dict[str, Any]
+    communication: Communication = communication.ALONE
 
 
 @immutable
@@ -112,7 +115,7 @@ class Prediction(Shown):
     @property
     def tokens_per_second(self) -> Any:
         """Tokens that the step trains on per second; padding counts where nothing is known of it (no lengths)."""
-        return self.setup.tokens / self.time.phases["total"]
+        return self.setup.tokens * self.setup.replicas / self.time.phases["total"]
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON of `predict` (SI units, bytes)."""
@@ -129,6 +132,7 @@ class Prediction(Shown):
                 **plain(t.phases), "low": plain(t.low), "high": plain(t.high),
                 "device_busy": plain(t.device_busy), "launch_bound_share": plain(t.launch_bound_share),
             },
+            **({"communication": plain(t.communication.as_dict())} if np.any(np.greater(self.setup.gpus, 1)) else {}),
             "memory_bytes": {f.name: plain(getattr(m, f.name)) for f in fields(m)},
             "fits": plain(self.fits),
             **({"padding_share": plain(self.padding)} if self.setup.lengths else {}),
@@ -230,6 +234,10 @@ def predict_alike(
     if setup.int8 != "none" and (on.hardware.int8_flops or 0) <= (on.hardware.bf16_flops or 0):
         raise UserError(f"int8 {setup.int8}: {on.slug} has no int8 peak beyond bf16's in its datasheet; leave int8 out")
     shared = None if grid_shape(setup, method) else shared
+    if np.any(np.greater(setup.gpus, 1)):
+        from .placed import placed  # few ask for several
+
+        on = replace(on, network=placed(setup, on))
     asked, method = method, method.priced(lambda parts: part_costs.seconds_of(parts, on, by))
     capability = on.compute_capability or "8.0"
     make = partial(record.build, architecture, method, setup, on.kind, capability, shared=shared)
@@ -308,37 +316,27 @@ def step_time(
         shared: with the clocks of parts that are known already.
     """
     shared = shared or Shared()
-    by = engine.under(by, built.setup.engine)
-    clocks = timeline.launched(by.graph_launch) if built.setup.cuda_graphs and on.kind == "cuda" else timeline.IDENTITY
-    phases: Phases = dict.fromkeys(PHASES, 0.0)
+    by = engine.under(by, built.engine)
+    priced = list(part_costs.part_durations(built, on) if durations is None else durations)
     components: dict[str, Any] = {}
-    done: Any = 0.0
-    priced = iter(part_costs.part_durations(built, on) if durations is None else durations)
-    for group in built.groups:
-        once: Phases = {}
-        blocks: list[timeline.Clocks] = []
-        for part in group.parts:
-            known: dict[str, Any] = {"graphs": built.setup.cuda_graphs, "calls": shared.calls.get(part)}
-            make = partial(part_costs.clocks, part, next(priced), on, by, **known)
-            matrix, work = part_costs.recalled(shared.clocks, part, make)
-            for name, seconds in work.items():
-                components[name] = components.get(name, 0.0) + seconds * part.repeat * group.repeat
-            blocks.append(matrix.power(part.repeat))
-            clocks = clocks.then(blocks[-1])
-            once[part.phase] = once.get(part.phase, 0.0) + clocks.end - done
-            done = clocks.end
-        if group.repeat > 1:
-            clocks = clocks.then(reduce(timeline.Clocks.then, blocks).power(group.repeat - 1))
-        # further micro-batches split as the first one does
-        scale = 1.0 + (clocks.end - done) / sum(once.values()) if group.repeat > 1 else 1.0
-        for phase, seconds in once.items():
-            phases[phase] = phases[phase] + seconds * scale
-        done = clocks.end
-    phases["total"] = total = sum(phases[p] for p in PHASES)
+    matrices: list[timeline.Clocks] = []
+    for (part, times), seconds in zip(built.parts(), priced, strict=True):
+        known: dict[str, Any] = {"graphs": built.setup.cuda_graphs, "calls": shared.calls.get(part)}
+        make = partial(part_costs.clocks, part, seconds, on, by, **known)
+        matrix, work = part_costs.recalled(shared.clocks, part, make)
+        for name, busy in work.items():
+            components[name] = components.get(name, 0.0) + busy * times
+        matrices.append(matrix)
+    start = timeline.launched(by.graph_launch) if built.setup.cuda_graphs and on.kind == "cuda" else timeline.IDENTITY
+    phases = composed(built, matrices, start)
+    total = phases["total"]
+    several = np.any(np.greater(built.setup.gpus, 1))
+    exchange = communication.exchanged(built, on, by, priced, matrices, phases) if several else communication.ALONE
+    components[intervals.COLLECTIVE] = exchange.exposed["total"]
     busy = sum(components.values())
     components["host"] = np.maximum(0.0, total - busy)
     low, high = intervals.interval_bounds(total, intervals.step_sigma(components, total, on))
-    return Time(phases, low, high, busy, components["host"] / total, components)
+    return Time(phases, low, high, busy, components["host"] / total, components, exchange)
 
 
 def _memory(built: Step) -> Memory:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from .dims import Dim, Shape, product
 from .dtypes import ITEMSIZE
 from .lengths import Documents
+from .ranks import Ranks
 from .routing import Routing
 from .streams import MAIN, Run
 
@@ -31,6 +32,7 @@ class Attrs(NamedTuple):
         documents: of attention of documents behind one another: how long they are.
         later: whether only further micro-batches do it: they add gradients to those that are there.
         padded: of a matrix product, whether a compiler pads its sides where that pays.
+        ranks: of a collective, who takes part.
     """
 
     layout: str = ""
@@ -51,6 +53,7 @@ class Attrs(NamedTuple):
     documents: Documents | None = None
     later: bool = False
     padded: bool = False
+    ranks: Ranks | None = None
 
 
 PLAIN = Attrs()

@@ -24,6 +24,7 @@ class HostWork:
         returns: parameters of the modules whose backward runs here.
         gradients: hooks on complete gradients (`Tape.on_gradient`).
         graphs: compiled graphs that are entered here.
+        units: hooks around units of parameters that are gathered together, forward or backward.
     """
 
     nodes: int = 0
@@ -35,6 +36,7 @@ class HostWork:
     returns: int = 0
     gradients: int = 0
     graphs: int = 0
+    units: int = 0
 
 
 class OpenTurn(NamedTuple):

@@ -11,6 +11,8 @@ HOST = "host"
 COMPUTE = "compute"  # the stream that everything runs on unless a program says otherwise
 COMMUNICATION = "communication"
 COPY = "copy"
+REDUCE = "reduce"  # FSDP's stream that gradients are reduced and cast on
+GATHER_COPY = "gather copy"  # FSDP's stream of copies into what is gathered
 
 
 class Run(NamedTuple):

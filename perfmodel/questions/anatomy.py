@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..calls import costs
+from ..calls.collectives import exchanges
 from ..devices import engine
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
@@ -22,7 +23,7 @@ from ..program.part import PHASES, Part
 from ..setup import Setup
 from ..values import immutable
 
-WAITING = "waiting"
+WAITING, COMMUNICATION = "waiting", "communication"
 PARTS = {  # part -> what it is called
     "gemm_forward": "GEMMs of the forward pass",
     "gemm_input_grad": "input-gradient GEMMs",
@@ -36,17 +37,21 @@ PARTS = {  # part -> what it is called
     "accumulation": "accumulation of gradients",
     "adapter_gemm": "adapter GEMMs",
     "adapter_pointwise": "adapter casts and pointwise",
+    "exchange": "copies to and from what travels",
+    COMMUNICATION: "communication that nothing hides",
     "clipping": "gradient clipping",
     "optimizer": "optimizer",
     WAITING: "waiting for the host",
 }
-LIMITS = ("compute", "memory", "launch")
+LIMITS = ("compute", "memory", "network", "launch")
 
 
 def part_of(op: Op, part: Part) -> str:
     """The physical part that an op's time belongs to."""
     if part.phase == "optimizer":
         return "clipping" if part.name == "clip" else "optimizer"
+    if part.name == "exchange" or op.owner == "exchange":
+        return "exchange"
     kind = costs.kind(op)
     if op.owner in ("dequantisation", "accumulation", "optimizer"):
         return op.owner
@@ -73,7 +78,8 @@ class Phase:
 
     Attributes:
         seconds: its share of the step.
-        busy: seconds in which kernels run; `limited` splits them by what limits each kernel, compute or memory.
+        busy: seconds in which kernels run; `limited` splits them by what limits each kernel, compute, memory, or the
+            network where nothing runs beside a collective.
         host: seconds that the host needs to dispatch it.
         flops, bytes: its work; `at_peak` and `at_bandwidth` are the seconds of that work at the datasheet's figures.
     """
@@ -85,7 +91,7 @@ class Phase:
     bytes: float = 0.0
     at_peak: float = 0.0
     at_bandwidth: float = 0.0
-    limited: dict[str, float] = field(default_factory=lambda: {"compute": 0.0, "memory": 0.0})
+    limited: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LIMITS[:-1], 0.0))
 
     @property
     def waiting(self) -> float:
@@ -109,7 +115,7 @@ class Phase:
         """The JSON of a phase (SI units)."""
         return {
             "regime": self.regime, "seconds": self.seconds, "busy": self.busy, "waiting": self.waiting,
-            "compute_limited": self.limited["compute"], "memory_limited": self.limited["memory"], "host": self.host,
+            **{f"{limit}_limited": seconds for limit, seconds in self.limited.items()}, "host": self.host,
             "flops": self.flops, "flops_at_peak": self.at_peak,
             "bytes": self.bytes, "bytes_at_bandwidth": self.at_bandwidth,
         }  # fmt: skip
@@ -129,7 +135,7 @@ class Anatomy:
 
 
 def timed_ops(p: Prediction) -> Iterator[tuple[Part, Op, float, int]]:
-    """Every op that runs something, with its part, its device seconds and how often it runs.
+    """Every op that runs something on this device, with its part, its device seconds and how often it runs.
 
     Raises:
         UserError: the prediction is a grid, which has no single step.
@@ -138,7 +144,7 @@ def timed_ops(p: Prediction) -> Iterator[tuple[Part, Op, float, int]]:
         raise UserError("only a single setup can be taken apart: give batch, seq and rank as integers")
     for (part, count), seconds in zip(p.step.parts(), p.durations, strict=True):
         for op, duration in zip(part.ops, seconds.added.tolist(), strict=True):
-            if not op.view and not op.attrs.host:
+            if not (op.view or op.attrs.host or exchanges(op)):
                 yield part, op, duration, count
 
 
@@ -171,6 +177,11 @@ def _apart(p: Prediction, on: DeviceProfile, by: Host) -> Anatomy:
         phase.bytes += count * moved
         phase.at_peak += count * compute
         phase.at_bandwidth += count * memory
+    for name, phase in phases.items():
+        exposed = float(p.time.communication.exposed[name])
+        phase.busy += exposed
+        phase.limited["network"] += exposed
+        parts[COMMUNICATION] += exposed
     _host_seconds(p, on, by, phases)
     parts[WAITING] = sum(phase.seconds for phase in phases.values()) - sum(parts.values())
     return Anatomy(parts, phases)
@@ -196,7 +207,7 @@ def _host_seconds(p: Prediction, on: DeviceProfile, by: Host, phases: dict[str, 
     if p.setup.cuda_graphs and on.kind == "cuda":
         phases["forward"].host = by.graph_launch
         return
-    by = engine.under(by, p.step.setup.engine)
+    by = engine.under(by, p.step.engine)
     for part, count in p.step.parts():
         if part.ops:
             phases[part.phase].host += count * float(np.sum(by.dispatch(part, on.kind)))

@@ -1,6 +1,7 @@
 """What a user can turn without changing what is learned: the choices that `advise` searches.
 
-Every knob keeps the samples of an optimizer step: a smaller micro-batch comes with more accumulation. Another optimizer
+Every knob keeps the samples of an optimizer step: a smaller micro-batch comes with more accumulation, and GPUs that
+layers, which work on fewer micro-batches at a time, with more of both. Another optimizer
 form or fused kernels compute the same update up to rounding; adapters in 16 bit and 8-bit states round more.
 """
 
@@ -8,12 +9,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
+
 from .. import optimizers
 from ..architectures import Architecture
 from ..devices.alignment import WIDE
+from ..errors import UserError
 from ..methods import Method
-from ..setup import Setup
+from ..setup import PARALLEL, Setup
 
+FORMS = {"ddp": "DDP", "fsdp2": "FSDP2", "fsdp1": "FSDP1"}
 TILE = 64  # columns of the narrowest tile that loses nothing; what NVIDIA's and Karpathy's examples pad to
 
 
@@ -37,7 +42,8 @@ Knob = tuple[KnobPosition, ...]  # the first choice leaves everything as it is
 
 def knobs(architecture: Architecture, setup: Setup, method: Method) -> list[Knob]:
     """The knobs that a method has in a setup; a search turns the last first (`perfmodel.questions.advice`)."""
-    found = [memory_knob(setup), _optimizer(setup), _kernels(architecture, setup), _attention(architecture, setup)]
+    found = [memory_knob(architecture, setup), _parallel(setup), _optimizer(setup), _kernels(architecture, setup)]
+    found += [_attention(architecture, setup)]
     found += [_compile(architecture, setup), _experts(architecture, setup), _vocabulary(architecture, setup)]
     if getattr(method, "inner", "") != "full":  # full weights of some blocks: nothing of an adapter to choose
         found += [_adapter_dtype(setup, method), _implementation(method)]
@@ -47,32 +53,56 @@ def knobs(architecture: Architecture, setup: Setup, method: Method) -> list[Knob
 KEEP = KnobPosition("")
 
 
-def memory_knob(setup: Setup) -> Knob:
-    """Checkpointing and micro-batch together: each pays for what the other needs."""
+def memory_knob(architecture: Architecture, setup: Setup) -> Knob:
+    """Checkpointing, micro-batch and the cut of layers together: each pays for what the others need."""
     choices = []
-    for batch, accum in _micro_batches(setup):
-        for checkpoint in dict.fromkeys((setup.checkpoint, "none", "block")):
-            changes = {"batch": batch, "grad_accum": accum, "checkpoint": checkpoint}
-            changes = {name: value for name, value in changes.items() if value != getattr(setup, name)}
-            words = []
-            if "checkpoint" in changes:
-                words.append("no activation checkpointing" if checkpoint == "none" else "activation checkpointing")
-            if "batch" in changes:
-                words.append(f"micro-batches of {batch} x {accum} accumulated")
-            choices.append(KnobPosition(", ".join(words), changes))
+    for tp in _cuts(architecture, setup):
+        for batch, accum in _micro_batches(setup, setup.batch * setup.grad_accum * tp // setup.tp):
+            for checkpoint in dict.fromkeys((setup.checkpoint, "none", "block")):
+                changes = {"tp": tp, "batch": batch, "grad_accum": accum, "checkpoint": checkpoint}
+                changes = {name: value for name, value in changes.items() if value != getattr(setup, name)}
+                words = []
+                if "tp" in changes:
+                    words.append(f"tensor parallel {tp}" if tp > 1 else "no tensor parallel")
+                if "checkpoint" in changes:
+                    off = checkpoint == "none"
+                    words.append("no activation checkpointing" if off else "activation checkpointing")
+                if "batch" in changes or "grad_accum" in changes:
+                    words.append(f"micro-batches of {batch} x {accum} accumulated")
+                choices.append(KnobPosition(", ".join(words), changes))
     return tuple(choices)
 
 
-def _micro_batches(setup: Setup) -> Iterator[tuple[int, int]]:
-    """(batch, accumulation) with the same samples a step: as it is, and every power of two that divides them."""
-    yield setup.batch, setup.grad_accum
-    samples, batch = setup.batch * setup.grad_accum, 1
+def _micro_batches(setup: Setup, samples: int) -> Iterator[tuple[int, int]]:
+    """(batch, accumulation) with so many samples: as it is, and every power of two that divides them."""
+    if setup.batch * setup.grad_accum == samples:
+        yield setup.batch, setup.grad_accum
+    batch = 1
     while batch <= samples:
-        if samples % batch == 0 and batch != setup.batch:
+        if samples % batch == 0 and (batch, samples // batch) != (setup.batch, setup.grad_accum):
             yield batch, samples // batch
         batch *= 2
-    if samples != batch // 2 and samples != setup.batch:
+    if samples != batch // 2 and (samples, 1) != (setup.batch, setup.grad_accum):
         yield samples, 1
+
+
+def _cuts(architecture: Architecture, setup: Setup) -> Iterator[int]:
+    """Numbers of GPUs that may share layers: as it is, then powers of two within a node, where that is modelled."""
+    yield setup.tp
+    gpus = setup.gpus
+    for tp in (1, 2, 4, 8) if isinstance(gpus, int) and gpus > 1 else ():
+        try:
+            if tp != setup.tp and gpus % tp == 0 and (tp == 1 or architecture.part_of(tp)):
+                yield tp
+        except UserError:
+            return
+
+
+def _parallel(setup: Setup) -> Knob:
+    if np.all(np.equal(setup.gpus, 1)):
+        return (KEEP,)
+    others = [form for form in PARALLEL if form != setup.parallel]
+    return (KEEP, *(KnobPosition(FORMS.get(form, form), {"parallel": form}) for form in others))
 
 
 def _optimizer(setup: Setup) -> Knob:

@@ -1,13 +1,14 @@
-"""What can be asked for: bundled models, methods and devices, as rows of plain values."""
+"""What can be asked for: bundled models, methods, devices and nodes, as rows of plain values."""
 
 import inspect
 from typing import Any
 
 from .. import architectures
 from ..architectures.names import name_order
-from ..devices import profile
+from ..devices import own, profile
 from ..errors import UserError, nearest
 from ..methods import options, registered
+from ..network import files
 
 Row = dict[str, Any]
 Rows = list[Row]
@@ -71,3 +72,30 @@ def devices() -> Rows:
         }
         for p in [*profile.own_profiles()[0], *bundled]
     ]  # fmt: skip
+
+
+def nodes() -> tuple[Rows, list[str]]:
+    """Own and bundled nodes by link and name, and what is wrong with own files that hold none.
+
+    A node's `bandwidth` is that of a GPU's link, `network` that of all its cards (None: it has none), B/s in one
+    direction; `figures_of` are the nodes that were measured for it, and `measured` says so by collective.
+    """
+    found, complaints = [], []
+    for name in own.calibrated(files.OWN):
+        try:
+            found.append(files.load(name))
+        except UserError as error:
+            complaints.append(str(error))
+    bundled = sorted(map(files.load, files.names()), key=lambda node: (node.link, name_order(node.slug)))
+    rows = [
+        {
+            "node": node.slug, "gpu": node.gpu, "gpus": node.links.gpus, "link": node.link,
+            "bandwidth": node.links.tiers[0][1],
+            "network": node.links.nics and node.links.nics.count * node.links.nics.bandwidth, "name": node.name,
+            "figures_of": list(dict.fromkeys(block.node for block in node.blocks.values())),
+            "measured": {kind: block.origin for kind, block in node.blocks.items()},
+            "residuals": {kind: dict(b.residuals) for kind, b in node.blocks.items() if b.origin == "fitted"},
+        }
+        for node in [*found, *bundled]
+    ]  # fmt: skip
+    return rows, complaints

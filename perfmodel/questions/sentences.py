@@ -24,6 +24,8 @@ OF = {  # part -> how it follows an amount of time
     "accumulation": "of gradient accumulation",
     "adapter_gemm": "of adapter GEMMs",
     "adapter_pointwise": "of adapter casts and pointwise kernels",
+    "exchange": "of copies to and from what travels between GPUs",
+    "communication": "of communication that nothing hides",
     "clipping": "of gradient clipping",
     "optimizer": "in the optimizer",
     WAITING: "of waiting for the host",

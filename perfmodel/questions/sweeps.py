@@ -1,4 +1,4 @@
-"""Grids over batch, sequence, rank, number of trained blocks and device, as blocks of columns.
+"""Grids over batch, sequence, rank, number of trained blocks, GPUs and device, as blocks of columns.
 
 The first method is the baseline: every row says how much faster it is than the baseline in the same setup. Blocks keep
 the memory of a large sweep bounded; within a block everything is one vectorised prediction.
@@ -32,6 +32,7 @@ class Sweep(Shown):
 
     Attributes:
         batch, seq, rank: values of the axes; rank is empty where the methods keep theirs.
+        gpus: values of the axis of GPUs, of which each is predicted apart.
         methods: bound methods, the baseline first; `k` values are methods of their own.
     """
 
@@ -43,10 +44,11 @@ class Sweep(Shown):
     batch: np.ndarray
     seq: np.ndarray
     rank: np.ndarray
+    gpus: np.ndarray
 
     def __len__(self) -> int:
         """Rows of the whole sweep."""
-        return len(self.devices) * sum(self._rows(m) for m in self.methods)
+        return len(self.devices) * len(self.gpus) * sum(self._rows(m) for m in self.methods)
 
     def blocks(self) -> Iterator[Columns]:
         """The rows of the sweep in blocks: column → values, one a row.
@@ -55,15 +57,19 @@ class Sweep(Shown):
             UserError: a setup that a model or method refuses.
         """
         for device in self.devices:
-            base: Time | None = None
-            for method in self.methods:
-                times = []
-                for start in range(0, self._rows(method), BLOCK):
-                    points = np.arange(start, min(start + BLOCK, self._rows(method)))
-                    columns, time = self._block(device, method, points, base)
-                    times.append(time)
-                    yield columns
-                base = base or _joined(times)
+            for gpus in self.gpus.tolist():
+                yield from self._of_gpus(device, gpus)
+
+    def _of_gpus(self, device: DeviceProfile, gpus: int) -> Iterator[Columns]:
+        base: Time | None = None
+        for method in self.methods:
+            times = []
+            for start in range(0, self._rows(method), BLOCK):
+                points = np.arange(start, min(start + BLOCK, self._rows(method)))
+                columns, time = self._block(device, gpus, method, points, base)
+                times.append(time)
+                yield columns
+            base = base or _joined(times)
 
     def table(self) -> Columns:
         """All rows at once."""
@@ -86,24 +92,25 @@ class Sweep(Shown):
         return self.rank if len(self.rank) and has_rank(method) else np.zeros(1, np.int64)
 
     def _block(
-        self, device: DeviceProfile, method: Method, points: np.ndarray, base: Time | None
+        self, device: DeviceProfile, gpus: int, method: Method, points: np.ndarray, base: Time | None
     ) -> tuple[Columns, Time]:
         plane = len(self.batch) * len(self.seq)
         ranks = self._ranks(method)
         r, here = ranks[points // plane], points % plane
         batch, seq = self.batch[here // len(self.seq)], self.seq[here % len(self.seq)]
         swept = with_rank(method, r) if ranks[0] else method
-        setup = replace(self.setup, batch=batch, seq=seq)
+        setup = replace(self.setup, batch=batch, seq=seq, gpus=gpus)
         p = predict(self.architecture, swept, setup, device, host=self.host)
         rows = len(points)
         columns: Columns = {
             "model": np.full(rows, self.model),
             "device": np.full(rows, device.slug),
             "method": _labels(method, r) if ranks[0] else np.full(rows, method.spec()),
+            "gpus": np.full(rows, gpus),
             "batch": batch,
             "seq": seq,
             "rank": r if ranks[0] else np.full(rows, getattr(method, "r", 0) or 0),
-            **_figures(p, setup.tokens, rows),
+            **_figures(p, rows),
         }
         ratio, low, high = _speed_up(base, here, p.time, device, rows)
         compared = {"speedup": ratio, "speedup_low": low, "speedup_high": high, "verdict": verdict(ratio)}
@@ -125,6 +132,7 @@ def sweep(
     seq: Any = None,
     rank: Any = (),
     k: Any = (),
+    gpus: Any = None,
     host: str | Host = "default",
     **options: Any,
 ) -> Sweep:
@@ -150,6 +158,7 @@ def sweep(
         batch=_axis("batch", base.batch if batch is None else batch),
         seq=_axis("seq", base.seq if seq is None else seq),
         rank=ranks,
+        gpus=_axis("gpus", base.gpus if gpus is None else gpus),
     )
 
 
@@ -195,13 +204,14 @@ def _labels(method: Method, ranks: np.ndarray) -> np.ndarray:
     return np.array([with_rank(method, int(v)).spec() for v in values])[index]
 
 
-def _figures(p: Prediction, tokens: np.ndarray, rows: int) -> Columns:
+def _figures(p: Prediction, rows: int) -> Columns:
     """The figures of a prediction, one a row."""
     t, m = p.time, p.memory
     figures = {
         "step_s": t.phases["total"], "step_low_s": t.low, "step_high_s": t.high, "forward_s": t.phases["forward"],
         "backward_s": t.phases["backward"], "optimizer_s": t.phases["optimizer"],
-        "launch_bound_share": t.launch_bound_share, "tokens_per_s": tokens / t.phases["total"],
+        "launch_bound_share": t.launch_bound_share, "tokens_per_s": p.tokens_per_second,
+        "exposed_s": t.communication.exposed["total"],
         "flops": p.flops["total"], "bytes": p.bytes["total"], "kernels": p.kernels["total"], "peak_bytes": m.peak,
         "fits": p.fits, "trainable_params": p.trainable_params,
     }  # fmt: skip

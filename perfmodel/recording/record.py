@@ -13,22 +13,32 @@ from ..errors import UserError
 from ..methods.parts.base import Method
 from ..methods.parts.periodic import Periodic, PeriodicOps
 from ..objectives.parts.base import OF_CRITIC, OF_REFERENCE
-from ..program.dims import Dim, larger
+from ..program.dims import Dim, decide, larger
 from ..program.part import Group, Part
+from ..program.ranks import Ranks
 from ..program.software import LONG_ARGUMENTS
 from ..setup import Setup
 from ..tape.core import Tape, emit, recording
 from ..tape.elementary import div
 from ..tape.engine import run_backward
 from ..tape.tensor import Flow, Parameter, Tensor
-from . import converted, zero
 from . import reuse as sharing
+from . import zero
+from .checks import check_step
+from .parallel.ddp import Replicated
+from .parallel.form import ParallelForm, check_form
+from .parallel.fsdp1 import FlatShard
+from .parallel.fsdp2 import FullyShard
+from .parallel.units import Survey
+from .parallel.zero import CutStates
+from .parallel.zero3 import CutWeights
 from .reuse import MicroBatches, Shared
 from .step import Step
 
 if TYPE_CHECKING:
     from .program import RecordedModel
 
+STAGES = {"zero1": 1, "zero2": 2}  # of DeepSpeed
 Kept = dict[Any, tuple[Tensor, Part]]  # attributes of modules (`Build.kept`)
 
 
@@ -55,17 +65,23 @@ def build(
         UserError: setup and model do not fit (sequence too long, nothing trains, …).
         MixedStructure: array dims do not share one program; split the grid.
     """
-    setup = replace(setup, engine=method.engine or setup.engine)
+    setup = zero.one_name(replace(setup, engine=method.engine or setup.engine))
     if not architecture.recorded:
         architecture, method = _trained_for(architecture, method, setup)
-    _check(architecture, method, setup)
+    check_step(architecture, method, setup)
+    if setup.tp > 1:
+        architecture = architecture.part_of(setup.tp)
+        method = method.bind(architecture)
     step = Step(architecture, method, setup, device, [])
-    tape = Tape(device, capability, setup.stack, autocast=running(step)[0].amp, view_replay=view_replay)
+    runs = running(step)[0]
+    tape = Tape(device, capability, setup.stack, autocast=runs.amp, view_replay=view_replay)
+    tape.buffer_dtype = setup.dtype if setup.parallel == "fsdp2" and setup.dtype != runs.dtype else None
     inner = None
     if setup.in_backward:
         from . import inside  # with GaLore, whose update goes weight by weight, too
 
         inner = inside.begin(step, tape)
+    step.form = _form(step, capability)
     with no_collector(), recording(tape):
         ending = _shared(step, tape, shared) if shared else _micro_batches(step, tape, {})
         record_update(step, tape, inner)
@@ -73,6 +89,29 @@ def build(
         step.groups.append(Group(list(tape.parts)))
     step.periodic = [_besides(step, work, capability) for work in method.periodic()]
     return step
+
+
+def _form(step: Step, capability: str) -> ParallelForm | None:
+    """What several GPUs do. The forward pass tells which parameters each block has."""
+    if decide(step.setup.gpus == 1):
+        return None
+    check_form(step.setup, step.method)
+    if decide(step.setup.replicas == 1):
+        return None
+    ranks, setup = Ranks(step.setup.replicas, step.setup.tp), running(step)
+    if setup[0].parallel == "ddp":
+        return Replicated(ranks)
+    if setup[0].parallel in STAGES:
+        return CutStates(ranks, STAGES[setup[0].parallel], zero.bucket(step))
+    survey = Survey()
+    with no_collector(), recording(Tape(step.device, capability, step.setup.stack, autocast=setup[0].amp)) as tape:
+        tape.wrapping = survey
+        tape.begin("inputs", "forward")
+        step.parameters = _forward(step, *setup, {})[0]
+    units = survey.units(step.parameters, ranks.size, step.setup, flat=step.zero)
+    if step.zero:
+        return CutWeights(units, ranks, step.architecture.hidden)
+    return FlatShard(units, ranks) if step.setup.parallel == "fsdp1" else FullyShard(units, ranks, step.setup.amp)
 
 
 def _trained_for(architecture: Architecture, method: Method, setup: Setup) -> tuple[Architecture, Method]:
@@ -104,6 +143,8 @@ def _micro_batches(step: Step, tape: Tape, programs: dict[Any, Any]) -> Callable
     if step.architecture.recorded:
         return _replayed(step, tape.capability)
     kept: Kept = {}
+    if step.form is not None:
+        return _exchanging(step, tape, step.form, kept, programs)
     further, ending = step.setup.grad_accum - 1, 0
     tape.alike = further > 0 and not step.zero
     first, later = _micro_batch(step, tape, kept, programs)
@@ -119,6 +160,24 @@ def _micro_batches(step: Step, tape: Tape, programs: dict[Any, Any]) -> Callable
         _forget(kept)
         tape.loss = None
         tape.part.free(ending)
+
+    return end
+
+
+def _exchanging(step: Step, tape: Tape, form: ParallelForm, kept: Kept, programs: dict[Any, Any]) -> Callable[[], None]:
+    """The micro-batches of one of several GPUs, which exchange the gradients of the last one alone."""
+    count = step.setup.grad_accum
+    tape.wrapping = form
+    for times, reduces in ((1, False), (count - 2, False), (1, True))[0 if count > 1 else 2 :]:
+        form.reduces = reduces
+        if times > 0:
+            step.groups.append(Group(_micro_batch(step, tape, kept, programs)[0], times))
+    tape.wrapping = None
+    step.parameters = form.updated(step.parameters)
+
+    def end() -> None:
+        _forget(kept)
+        tape.loss = None
 
     return end
 
@@ -185,49 +244,6 @@ def _besides(step: Step, work: Periodic, capability: str) -> PeriodicOps:
         return PeriodicOps(work.what, work.every, Group(list(tape.parts)))
 
 
-def _check(architecture: Architecture, method: Method, setup: Setup) -> None:
-    """Raise `UserError` where the setup's kernels or attention do not fit the model; a recorded one says so itself."""
-    if architecture.recorded:
-        return
-    if setup.images:
-        raise UserError(f"images: the tape has {architecture.name} with text alone: add --traced")
-    if setup.engine != "torch":
-        zero.check_zero3(setup, method)
-    converted.check_converted(architecture, method, setup)
-    if setup.attention not in architecture.traits.attention:
-        has = " or ".join(architecture.traits.attention)
-        raise UserError(f"attention {setup.attention}: the program of {architecture.name} has {has} only; use {has}")
-    if setup.checkpoint == "block-reentrant" and setup.attention not in architecture.traits.reentrant:
-        raise UserError(
-            f"{architecture.name}: reentrant checkpoints of {architecture.model_type} with attention {setup.attention} "
-            "are not modelled; use --checkpoint block"
-        )
-    if setup.kernels == "liger" and "liger" not in architecture.traits.fused:
-        raise UserError(f"kernels liger: Liger has none for {architecture.name}; use kernels torch")
-    if setup.within_documents or setup.unpads:
-        _check_documents(architecture, method, setup)
-    if setup.compile != "none" and architecture.stacked_names():
-        raise UserError(f"compile {setup.compile}: compiled mixtures of experts ({architecture.name}) are not modelled")
-    if setup.loops_experts and setup.cuda_graphs and architecture.stacked_names():
-        raise UserError("cuda_graphs: no graph holds experts eager, whose loop reads on the host; use grouped_mm")
-    if setup.kernels == "liger" and "lm_head" in getattr(method, "targets", ()):
-        raise UserError(f"method {method.name}: Liger's loss reads the head's own weight; leave lm_head out of targets")
-
-
-def _check_documents(architecture: Architecture, method: Method, setup: Setup) -> None:
-    """Raise `UserError` where attention within documents, packed or padded, is not modelled."""
-    what = "padded batches with attention flash2 (unpadding)" if setup.unpads else f"packing {setup.packing}"
-    instead = "use sdpa" if setup.unpads else "use packing dense"
-    if not architecture.traits.packs:
-        raise UserError(f"{what}: not modelled for {architecture.name}; {instead}")
-    if type(method).inputs is not Method.inputs:
-        raise UserError(f"{what}: the positions of virtual tokens ({method.name}) are not modelled; {instead}")
-    if setup.within_documents and architecture.classifier is not None:
-        raise UserError(
-            f"packing {setup.packing}: a classifier ({architecture.name}) has one label a row; leave it out"
-        )
-
-
 def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -> tuple[list[Part], list[Part]]:
     """Record forward and backward of a micro-batch; returns its parts, compiled if the setup says so.
 
@@ -235,10 +251,15 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     """
     setup, method = running(step)
     tape.flow = Flow() if setup.compile != "none" else None
-    if step.zero:
+    if step.zero_alone:
         tape.on_gradient = zero.hook(step, first=not step.parameters)
     tape.begin("inputs", "forward")
+    form = step.form
+    if form is not None:
+        form.begin()
     parameters, loss, after = _forward(step, setup, method, kept)
+    if form is not None:
+        loss = form.end(loss)
     tape.renew(loss)
     if setup.grad_accum > 1 and objectives.found(setup.objective).scaled:
         tape.loss = loss = div(loss, setup.grad_accum)
@@ -253,8 +274,12 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
         with tape.no_grad():
             after()
             del after
-    if step.zero:
+    if step.zero_alone:
         zero.end_of_backward()
+    if form is not None:
+        tape.begin("exchange", "backward")
+        with tape.no_grad():
+            form.end_of_backward()
     for p in step.parameters:
         p.accumulator = None
         if p.grad is not None:
@@ -311,11 +336,15 @@ def record_update(step: Step, tape: Tape, inner: optimizers.Update | None = None
     with tape.no_grad():
         if inner is not None:
             update = inner
+        elif isinstance(step.form, CutStates | CutWeights):
+            update = step.form.own_update(step.parameters, step.optimizer, clips=step.setup.clip_grad)
         elif step.zero:
             update = zero.record_zero_update(step, step.optimizer)
         else:
             if step.setup.clip_grad and objectives.found(step.setup.objective).clips:
-                optimizers.clip_grad_norm(tape.begin("clip", "optimizer"), optimizers.trainable(step.parameters))
+                across = step.form.ranks if step.form is not None and step.form.shares_norm else None
+                part = tape.begin("clip", "optimizer")
+                optimizers.clip_grad_norm(part, optimizers.trainable(step.parameters), across)
             update = optimizers.Update(tape, step.optimizer, step.parameters, step.head)
             step.method.update(update)
     tape.begin("zero_grad", "optimizer")
@@ -338,11 +367,17 @@ def _forget(kept: Kept) -> None:
 
 def running(step: Step) -> tuple[Setup, Method]:
     """Setup and method as the step's engine and the versions of its software run them."""
-    setup, method = zero.under_zero(step.setup, step.method) if step.zero else (step.setup, step.method)
+    setup, method = step.setup, step.method
+    several = not decide(setup.gpus == 1)
+    casts = setup.amp is not None and setup.parallel == "fsdp2"  # what is gathered, in place of autocast
+    if step.zero or (several and (casts or setup.parallel in STAGES)):
+        setup, method = zero.under_zero(setup, method)
     return setup, method.under(setup.stack, setup.dtype)
 
 
 def held_bytes(step: Step) -> Dim:
     """Bytes that method, trainer and engine keep from step to step beside parameters and optimizer state."""
     of_trainer = objectives.found(step.setup.objective).held_bytes(step.architecture, step.setup)
-    return step.method.held_bytes(step) + of_trainer + (zero.flat_bytes(step) if step.zero else 0)
+    exchanged = step.form.held_bytes(step.parameters) if step.form is not None else 0
+    flat = zero.flat_bytes(step) if step.zero_alone else 0
+    return step.method.held_bytes(step) + of_trainer + exchanged + flat

@@ -12,6 +12,7 @@ from ..program.op import Op
 from ..program.part import Group, Part
 from ..setup import Setup
 from ..tape.tensor import Parameter
+from .parallel.form import ParallelForm
 
 
 @dataclass(eq=False, repr=False)
@@ -21,6 +22,7 @@ class Step:
     `groups` holds the first micro-batch, the further ones (if any), and clipping with the optimizer. `state_bytes` is
     what the optimizer keeps between steps, `paged_bytes` what it keeps in memory shared with the host. `periodic` is
     what the method does besides steps, which counts in none of them. `notes` say how a recorded program was made.
+    `form` is what several GPUs do; parameters are then those of one rank, its shards.
     """
 
     architecture: Architecture
@@ -33,6 +35,7 @@ class Step:
     paged_bytes: Dim = 0
     periodic: list[PeriodicOps] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    form: ParallelForm | None = None
 
     def parts(self) -> Iterator[tuple[Part, int]]:
         """Every part with how often it runs in the step."""
@@ -49,7 +52,7 @@ class Step:
     @property
     def trainable(self) -> Dim:
         """Elements that train."""
-        return sum(p.numel * p.count for p in self.parameters if p.requires_grad)
+        return sum(p.elements * p.count for p in self.parameters if p.requires_grad)
 
     @property
     def total(self) -> Dim:
@@ -70,9 +73,15 @@ class Step:
     @property
     def optimizer(self) -> str:
         """The optimizer form that runs."""
-        if self.zero and self.setup.optimizer == "adamw":
+        deepspeed = self.zero or (self.form is not None and self.setup.parallel.startswith("zero"))
+        if deepspeed and self.setup.optimizer == "adamw":
             return "adamw-fused"  # DeepSpeed's FusedAdam: one pass over flat tensors
         return optimizers.picked_form(self.setup.optimizer, self.device)
+
+    @property
+    def engine(self) -> str:
+        """Whose Python runs beside the model's: a training engine's, or that of what several GPUs do."""
+        return self.setup.parallel if self.form is not None else self.setup.engine
 
     @property
     def head(self) -> int:
@@ -83,3 +92,8 @@ class Step:
     def zero(self) -> bool:
         """Whether DeepSpeed's ZeRO-3 runs the step."""
         return self.setup.engine == "deepspeed-zero3"
+
+    @property
+    def zero_alone(self) -> bool:
+        """Whether it does so on one GPU, which exchanges nothing."""
+        return self.zero and self.form is None

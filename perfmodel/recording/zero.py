@@ -29,6 +29,7 @@ from .step import Step
 NOTE = (
     "what the Python of DeepSpeed's ZeRO-3 costs was measured on a CPU (data/engines); few steps on GPUs were compared"
 )
+ENGINE = "deepspeed-zero3"
 SUB_GROUP = 10**9  # elements that are updated together (`sub_group_size`)
 BESIDE = Run(COMMUNICATION)  # the stream that reduces gradients (`overlap_comm`, on by default)
 READY = Run(COMMUNICATION, after=(COMPUTE,))  # it waits for the gradient (`__add_grad_to_ipg_bucket`)
@@ -49,6 +50,15 @@ def check_zero3(setup: Setup, method: Method) -> None:
         raise UserError(f"method {method.name} changes weights by itself: not modelled under {setup.engine}")
 
 
+def one_name(setup: Setup) -> Setup:
+    """The setup with ZeRO-3 named both ways: as the engine, and as what several GPUs do."""
+    if decide(setup.gpus == 1):
+        return setup
+    if setup.parallel == "zero3":
+        return replace(setup, engine=ENGINE)
+    return replace(setup, parallel="zero3") if setup.engine == ENGINE else setup
+
+
 def under_zero(setup: Setup, method: Method) -> tuple[Setup, Method]:
     """What DeepSpeed makes of setup and method: the whole module, adapters too, in one 16-bit dtype; no autocast."""
     dtype = setup.amp or setup.dtype
@@ -65,8 +75,12 @@ def bucket(step: Step) -> Dim:
 
 def flat_bytes(step: Step) -> Dim:
     """Bytes of the flat buffer of all gradients, and of the bucket."""
-    trained = [p for p in step.parameters if p.used]
-    return sum(p.nbytes * p.count for p in trained) + existing((bucket(step),), trained[0].dtype).nbytes
+    return buffer_bytes([p for p in step.parameters if p.used], bucket(step))
+
+
+def buffer_bytes(trained: Parameters, elements: Dim) -> Dim:
+    """Bytes of the gradients of what trains, and of a bucket of so many elements."""
+    return sum(p.nbytes * p.count for p in trained) + existing((elements,), trained[0].dtype).nbytes
 
 
 def hook(step: Step, *, first: bool) -> Callable[[Parameter, Tensor], None]:
@@ -94,14 +108,22 @@ def end_of_backward() -> None:
 
 def record_zero_update(step: Step, optimizer: str) -> Update:
     """Record the optimizer step; returns it with what is kept between steps, masters included."""
-    update = Update(tape(), optimizer, step.parameters)
+    return recorded_update(step.parameters, optimizer, clips=step.setup.clip_grad)
+
+
+def recorded_update(
+    parameters: Parameters, optimizer: str, *, clips: bool, between: Callable[[], None] = lambda: None
+) -> Update:
+    """As `record_zero_update`; `between` records what ranks do once each has the norm of its gradients."""
+    update = Update(tape(), optimizer, parameters)
     _norm(update.parameters)
+    between()
     left = sum(p.numel * p.count for p in update.parameters)
     dtype = update.parameters[0].dtype
     while decide(left > SUB_GROUP):
-        _sub_group(update, SUB_GROUP, dtype, clips=step.setup.clip_grad)
+        _sub_group(update, SUB_GROUP, dtype, clips=clips)
         left = left - SUB_GROUP
-    _sub_group(update, left, dtype, clips=step.setup.clip_grad)
+    _sub_group(update, left, dtype, clips=clips)
     return update
 
 

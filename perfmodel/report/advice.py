@@ -8,6 +8,7 @@ from .. import units
 from ..questions.advice import Advice, Candidate, Change
 from ..questions.advice import Progress as Report
 from ..setup import PAIRS
+from .figures import gpus_of
 from .plain import notes, paragraph, show, table
 
 SHOWN = 8  # changes and candidates in a table
@@ -31,10 +32,10 @@ def searching() -> Iterator[Report]:
 def show_advice(a: Advice) -> None:
     """The answer in a sentence, the way there, each change by itself, and time against memory."""
     s, p = a.start, a.start.prediction
-    n = p.setup.batch * p.setup.grad_accum
+    n = p.setup.batch * p.setup.grad_accum * p.setup.replicas
     what = ("pair" if p.setup.objective in PAIRS else "sample") + ("" if n == 1 else "s")
     of = f"{'up to ' if p.setup.lengths else ''}{p.setup.seq} tokens a step"
-    where = f"{p.method} on {p.model}, {p.device}, {n} {what} of {of}"
+    where = f"{p.method} on {p.model}, {gpus_of(p.setup, p.device)}, {n} {what} of {of}"
     where += f", {units.percent(p.padding, 1)} of the tokens are padding" if p.setup.lengths else ""
     fits = "" if s.fits else ", which does not fit"
     show(paragraph(f"{where}: {units.seconds(s.seconds)}, {units.nbytes(s.peak)}{fits}"))

@@ -17,7 +17,8 @@ OPTIONS = {  # field of the setup -> what it is called
     "clip_grad": "gradient clipping", "cuda_graphs": "CUDA graphs", "compile": "torch.compile",
     "padded": "padded batch", "objective": "objective", "reference": "reference model", "prompt": "tokens of prompts",
     "stack": "versions of software", "fp8": "8-bit floats", "int8": "8-bit integers", "qat": "fake quantisation",
-    "experts": "form of experts", "engine": "engine",
+    "experts": "form of experts", "engine": "engine", "gpus": "GPUs", "nodes": "nodes", "node": "kind of node",
+    "parallel": "what several GPUs do", "tp": "GPUs that share every layer",
     "kernels": "kernels of norms and loss", "routing": "load of experts", "packing": "packed documents",
     "lengths": "lengths of documents", "group_by_length": "batches of similar length",
     "in_backward": "updates inside backward", "images": "images of a sample",
@@ -41,7 +42,7 @@ SHEET = {  # figure of the datasheet -> (name, unit)
     "mma_energy": ("energy of a 16-bit FLOP of the tensor cores", "pJ"),
 }  # fmt: skip
 GENERAL = (
-    "One GPU, one optimizer step of PyTorch, eager unless said; no data loading, no communication.",
+    "One optimizer step of PyTorch on one GPU or on each of several, eager unless said; no data loading.",
     "The calls are those of the transformers and peft programs that the model is checked against, call by call.",
     "Quality is outside the model: it says what a step costs, not what it learns.",
 )

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .. import units
 from ..prediction.predict import Prediction
 from ..program.part import PHASES
@@ -43,11 +45,13 @@ def figures(c: Comparison) -> list[FigureRow]:
         values = [figure(x) for x in p]
         return FigureRow(name, _marked(values, [text(v) for v in values], rated, better))
 
+    several = np.any(np.greater(p[0].setup.gpus, 1))
     ratios = ["1.00", *(f"{s.ratio:.2f} {s.verdict}" for s in c.speedups)]
     return [
         row("step", lambda x: x.time.phases["total"], units.seconds, min),
         *(row(f"  {phase}", _phase(phase), units.seconds, min) for phase in PHASES),
         FigureRow("speed-up", [FigureCell(text) for text in ratios]),
+        *([row("exposed communication", _exposed, units.seconds, min)] if several else []),
         row("launch-bound", lambda x: x.time.launch_bound_share, units.percent, min),
         row("tokens/s", lambda x: x.tokens_per_second, lambda v: f"{v:,.0f}", max),
         row("MFU", lambda x: x.mfu, lambda v: f"{100 * v:.1f} %", max),
@@ -58,6 +62,10 @@ def figures(c: Comparison) -> list[FigureRow]:
         row("fits", lambda x: x.fits, lambda v: "yes" if v else "no"),
         row("trainable", lambda x: x.trainable_params, units.count),
     ]
+
+
+def _exposed(p: Prediction) -> Any:
+    return p.time.communication.exposed["total"]
 
 
 def _phase(name: str) -> Figure:
@@ -89,7 +97,17 @@ def phase_table(phases: Sequence[Phase]) -> tuple[str, list[list[str]]]:
 
 def headline(p: Prediction) -> str:
     """Model, device and setup in a line."""
-    return f"{p.model} on {p.device}, {shared_setup(p)}"
+    return f"{p.model} on {gpus_of(p.setup, p.device)}, {shared_setup(p)}"
+
+
+def gpus_of(s: Setup, device: str) -> str:
+    """The GPUs of a job in words: `16 x h100-sxm on 2 nodes`."""
+    return job_of(int(np.max(s.gpus)), device) + (f" on {s.nodes} nodes" if s.nodes else "")
+
+
+def job_of(gpus: int, device: str) -> str:
+    """So many GPUs of a device."""
+    return device if gpus == 1 else f"{gpus} x {device}"
 
 
 def shared_setup(p: Prediction) -> str:
@@ -115,6 +133,10 @@ def setup_line(s: Setup) -> str:
     told += [f"fp8 {s.fp8}"] if s.fp8 != usual.fp8 else []
     told += [f"int8 {s.int8}"] if s.int8 != usual.int8 else []
     told += [f"QAT {s.qat}"] if s.qat != usual.qat else []
+    several = np.any(np.greater(s.gpus, 1))
+    told += [s.parallel] if np.any(np.greater(s.replicas, 1)) else []
+    told += [f"tensor parallel {s.tp}"] if s.tp > 1 else []
+    told += [f"in {s.node}"] if several and s.node else []
     told += [s.engine] if s.engine != usual.engine else []
     told += ["padded"] if s.padded else []
     told += [f"packing {s.packing}"] if s.packing != usual.packing else []

@@ -26,7 +26,7 @@ def check_drawable(planned: Sweep, path: Path) -> None:
         raise UserError("a plot needs matplotlib: pip install matplotlib")
     if path.suffix not in FORMATS:
         raise UserError(f"{path}: unknown picture format {path.suffix!r}: choose one of: {', '.join(FORMATS)}")
-    if len(planned.batch) < 2 or len(planned.seq) < 2:
+    if len(planned.gpus) < 2 and (len(planned.batch) < 2 or len(planned.seq) < 2):
         raise UserError("a heat map needs several batches and several lengths, e.g. --batch 1-64*2 --seq 128-8192*2")
 
 
@@ -66,7 +66,7 @@ def draw_heatmap(planned: Sweep, speedups: dict[Key, list[Columns]], path: Path)
     ticks = [0.5, 0.67, 0.8, 1.0, 1.25, 1.5, 2.0]
     bar.set_ticks(list(np.log2(ticks)), labels=[f"{t:g}" for t in ticks])
     figure.suptitle(f"{planned.model}: blue where it pays, hatched where it does not fit", fontsize=10)
-    _save(figure, path)
+    save(figure, path)
     plt.close(figure)
 
 
@@ -123,6 +123,7 @@ def _corners(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.stack([left, bottom, right, bottom, right, top, left, top], axis=-1).reshape(*left.shape, 4, 2)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a figure in the format that its path's ending names."""
     with written(path, "drawn") as place:
         figure.savefig(place, dpi=150, format=path.suffix.lstrip("."))

@@ -57,7 +57,7 @@ def _row(plan: Plan, run: PlannedRun) -> list[str]:
     of_grid = [] if plan.grid_co2 is None else ["" if co2 is None else f"{co2:,.2f}"]
     peak = units.nbytes(run.prediction.memory.peak)
     return [
-        run.device,
+        run.where,
         in_words(run.prediction),
         words.span(run.seconds),
         *price,

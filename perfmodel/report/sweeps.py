@@ -1,7 +1,8 @@
 """Running a sweep with a progress bar, and what the terminal shows of it."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,19 @@ import numpy as np
 from click import style
 
 from .. import units
+from ..devices.profile import DeviceProfile
 from ..prediction.notes import notes_before
+from ..prediction.placed import placed
 from ..questions.sentences import named_notes
 from ..questions.speedup import verdict
 from ..questions.sweeps import Columns, Sweep
+from .figures import job_of
 from .files import records, rows_to
 from .plain import notes, paragraph, show, table
 from .progress import progress
 
 Key = tuple[str, str]  # device, method as one gives it to predict
+WORTH = 1.5  # times the rate that a second node has to give
 MATRIX = (16, 7)  # batches and lengths that fit a terminal of 80 columns
 COLUMNS_EXPLAINED = (
     "faster, slower, fits: share of the setups; speed-up: lowest to highest; tok/s: the most of those that fit, "
@@ -103,11 +108,11 @@ def run_sweep(planned: Sweep, *, output: Path | None, keep_rows: bool, keep_spee
 
 
 def _fits_terminal(planned: Sweep) -> bool:
-    return len(planned.batch) <= MATRIX[0] and len(planned.seq) <= MATRIX[1]
+    return len(planned.batch) <= MATRIX[0] and len(planned.seq) <= MATRIX[1] and len(planned.gpus) == 1
 
 
 def _summarise(outcome: FinishedSweep, columns: Columns, *, keep_speedups: bool) -> None:
-    device = columns["device"][0].item()
+    device = job_of(int(columns["gpus"][0]), columns["device"][0].item())
     for method in dict.fromkeys(columns["method"].tolist()):
         chosen = columns["method"] == method
         part = {name: values[chosen] for name, values in columns.items()}
@@ -127,9 +132,16 @@ def show_summary(planned: Sweep, outcome: FinishedSweep) -> None:
     grid = f"{len(planned):,} setups, {_span('batch', planned.batch)}, {_span('seq', planned.seq)}"
     show(paragraph(f"{style(planned.model, bold=True)}: {grid}; speed-up over {outcome.baseline}") + "\n")
     columns = ("", "faster", "slower", "speed-up", "fits", "tok/s", "at best")
-    for on in planned.devices:
-        rows = [_row(m, s, outcome) for (d, m), s in outcome.summaries.items() if d == on.slug]
-        show(f"on {style(on.slug, bold=True)}\n{table(columns, rows)}\n")
+    for device in dict.fromkeys(device for device, _ in outcome.summaries):
+        rows = [_row(m, s, outcome) for (d, m), s in outcome.summaries.items() if d == device]
+        show(f"on {style(device, bold=True)}\n{table(columns, rows)}\n")
+    if len(planned.gpus) > 1:
+        for on in planned.devices:
+            show(f"tokens/s on {style(on.slug, bold=True)} at best, and its share of as many times the first\n")
+            show(f"{_scaling(planned, on.slug, outcome)}\n")
+            for method in (m.spec() for m in planned.methods):
+                show(paragraph(_worth_it(planned, on, method, outcome)))
+            show("")
     show(paragraph(COLUMNS_EXPLAINED) + "\n", dim=True)
     if _fits_terminal(planned):
         for (device, method), blocks in outcome.speedups.items():
@@ -151,6 +163,45 @@ def _row(method: str, s: SweepSummary, outcome: FinishedSweep) -> list[str]:
     if s.best:
         best = [units.count(s.best["tokens_per_s"]), f"{s.best['batch']} x {s.best['seq']}"]
     return [method, *cells, units.percent(s.fitting / s.rows), *best]
+
+
+def best_rates(planned: Sweep, device: str, method: str, outcome: FinishedSweep) -> list[float]:
+    """The most tokens a second of a method that fits, for each number of GPUs of a device; NaN where nothing fits."""
+    found = [outcome.summaries[job_of(gpus, device), method].best for gpus in planned.gpus.tolist()]
+    return [best["tokens_per_s"] if best else float("nan") for best in found]
+
+
+def efficiencies(gpus: Sequence[int], rates: Sequence[float]) -> list[float]:
+    """Each rate over that of the first that fits, as many GPUs as it has more: the scaling efficiency."""
+    first = next(((n, rate) for n, rate in zip(gpus, rates, strict=True) if rate > 0), (1, float("nan")))
+    return [rate / n * first[0] / first[1] for n, rate in zip(gpus, rates, strict=True)]
+
+
+def _scaling(planned: Sweep, device: str, outcome: FinishedSweep) -> str:
+    gpus = planned.gpus.tolist()
+    names = list(dict.fromkeys(method for _, method in outcome.summaries))
+    cells = []
+    for name in names:
+        rates = best_rates(planned, device, name, outcome)
+        shares = efficiencies(gpus, rates)
+        cells.append([f"{r:,.0f} {units.percent(e):>6}" if r > 0 else "" for r, e in zip(rates, shares, strict=True)])
+    rows = [[str(n), *line] for n, line in zip(gpus, zip(*cells, strict=True), strict=True)]
+    return table(("GPUs", *names), rows)
+
+
+def _worth_it(planned: Sweep, on: DeviceProfile, method: str, outcome: FinishedSweep) -> str:
+    """From how many GPUs on a method fits, and what a second node gives."""
+    gpus, rates = planned.gpus.tolist(), best_rates(planned, on.slug, method, outcome)
+    fitting = {n: rate for n, rate in zip(gpus, rates, strict=True) if rate > 0}
+    if not fitting:
+        return f"{method} fits on none of these numbers of GPUs."
+    said = f"{method} fits from {min(fitting)} GPUs on" if min(fitting) > gpus[0] else f"{method} fits on all of these"
+    node = placed(replace(planned.setup, gpus=gpus[-1]), on).node.gpus if gpus[-1] > 1 else 0
+    if node in fitting and 2 * node in fitting:
+        gain = fitting[2 * node] / fitting[node]
+        worth = "worth it" if gain > WORTH else "hardly worth it" if gain > 1 else "not worth it"
+        said += f"; a second node, {2 * node} GPUs for {node}: {gain:.2f} x the rate, {worth}"
+    return said + "."
 
 
 def _span(name: str, values: np.ndarray) -> str:

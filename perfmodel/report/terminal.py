@@ -11,7 +11,7 @@ from ..prediction.predict import Prediction
 from ..program.part import PHASES
 from ..questions.comparison import Comparison
 from ..questions.sentences import in_words, notes_by_method
-from .figures import FigureCell, figures, headline, mfu_of, setup_line
+from .figures import FigureCell, figures, gpus_of, headline, mfu_of, setup_line
 from .plain import notes, paragraph, show, table
 
 COLUMNS = (*PHASES, "total")
@@ -21,7 +21,7 @@ PER_TABLE = 4  # methods side by side in a terminal of 80 columns
 def show_prediction(p: Prediction) -> None:
     """One prediction: phases, then memory, then notes."""
     method, model = style(p.method, bold=True), style(p.model, bold=True)
-    show(paragraph(f"{method} on {model}, {p.device}: {setup_line(p.setup)}"))
+    show(paragraph(f"{method} on {model}, {gpus_of(p.setup, p.device)}: {setup_line(p.setup)}"))
     show(
         f"{units.count(p.trainable_params)} of {units.count(p.total_params)} parameters train "
         f"({100 * p.trainable_params / p.total_params:.2f} %)\n"
@@ -42,6 +42,8 @@ def show_prediction(p: Prediction) -> None:
             f"{units.seconds(t.device_busy)}, waiting for the host {units.percent(t.launch_bound_share)} of the time"
         )
     )
+    if p.setup.gpus > 1:
+        show(paragraph(communication_line(p)))
     if p.setup.lengths:
         shares = f"{units.percent(p.padding, 1)} of the tokens are padding, " if p.setup.packing == "none" else ""
         show(paragraph(f"{shares}{p.tokens_per_second:,.0f} tokens/s count"))
@@ -59,6 +61,17 @@ def show_prediction(p: Prediction) -> None:
     if p.choices:
         show("\n" + choices_table(p.choices))
     notes(p.notes)
+
+
+def communication_line(p: Prediction) -> str:
+    """What the GPUs of a job exchange, and how much of it is hidden, in words."""
+    c = p.time.communication
+    kinds = [f"{n:,} {kind.replace('_', '-')} of {units.nbytes(c.nbytes[kind])}" for kind, n in c.calls.items() if n]
+    exposed, hidden = c.exposed["total"], c.hidden["total"]
+    return (
+        f"a GPU's collectives: {', '.join(kinds)} in all; {units.seconds(exposed)} exposed, {units.seconds(hidden)} "
+        f"hidden behind other work; {p.tokens_per_second:,.0f} tokens/s on all {p.setup.gpus} GPUs"
+    )
 
 
 def periodic_line(cost: PeriodicCost) -> str:

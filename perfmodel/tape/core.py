@@ -6,15 +6,26 @@ follows without any bookkeeping by hand.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from ..program.dims import Dim, Shape, contiguous_strides, product
 from ..program.dtypes import ITEMSIZE
-from ..program.op import PLAIN, Attrs, Op
+from ..program.op import PLAIN, Attrs, Op, Spec
 from ..program.part import HostWork, Part
 from ..program.software import CURRENT, SoftwareStack
 from ..program.streams import MAIN, Run
 from .tensor import Flow, Node, Parameter, Storage, Tensor
+
+
+class Wrapping(Protocol):
+    """What runs around the blocks of a model: the hooks of a program of several GPUs."""
+
+    def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """Run the block of that path between the hooks."""
+        return run(x)
+
+    def weight(self, p: Parameter) -> None:
+        """A parameter of an adapter is about to be used."""
 
 
 class Tape:
@@ -24,9 +35,12 @@ class Tape:
     `autocast` is the 16-bit dtype inside `torch.autocast`, or None. Everything that follows PyTorch's global state
     (grad mode, autocast's weight cache, checkpoint frames) lives here, and the training loop's variable `loss`, whose
     graph lives until the next forward pass has made another. `owner` and `recomputing` go onto every op. `on_gradient`
-    takes every parameter's complete gradient away, as a hook that PyTorch runs after it is accumulated. `view_replay`
-    is how autograd treats a view that is changed in place: as for tensor subclasses (fake tensors), or plain tensors;
-    fake ones also have a layer norm's statistics in another dtype.
+    takes every parameter's complete gradient away, as a hook that PyTorch runs after it is accumulated; one that leaves
+    it there is `after_gradient`. `wrapping` runs around every block; then the lowest and the highest one of a run of
+    like blocks are parts of their own. `buffer_dtype` is what modules keep their buffers in where it is not the dtype
+    that their weights are used in; `buffers` are those that were seen. `view_replay` is how autograd treats a view that
+    is changed in place: as for tensor subclasses (fake tensors), or plain tensors; fake ones also have a layer norm's
+    statistics in another dtype.
 
     `alike` says whether further micro-batches do the same as the one that is recorded, but for adding their gradients
     to those that are there: then its parts also get the ops that do, marked `Attrs.later`, and where no `flow` is
@@ -60,6 +74,10 @@ class Tape:
         self.twins: dict[int, Part] = {}
         self.flow: Flow | None = None
         self.on_gradient: Callable[[Parameter, Tensor], None] | None = None
+        self.after_gradient: Callable[[Parameter], None] | None = None
+        self.wrapping: Wrapping | None = None
+        self.buffer_dtype: str | None = None
+        self.buffers: list[Spec] = []
         self.alike = False
         self.renewed: tuple[Part, Dim] | None = None  # the part that made the loss, and its peak before
 

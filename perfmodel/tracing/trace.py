@@ -28,9 +28,10 @@ from .programs.dtypes import DTYPES, TORCH_DTYPES
 
 aten = torch.ops.aten
 
+EXCHANGING = ("c10d", "_c10d_functional", "fsdp")  # namespaces of what ranks do with one another
 NAMESPACES = {  # of the calls that are recorded
     "aten", "cuda_forms", "flash_attn", "dropout_layer_norm", "flash_rotary", "bitsandbytes", "liger", "lorafusion",
-    "unsloth", "gptqmodel", "torchao",
+    "unsloth", "gptqmodel", "torchao", *EXCHANGING,
 }  # fmt: skip
 
 # Autograd asks fake tensors where they lie, several times a call: as calls of their own these took a tenth of a trace.
@@ -38,6 +39,11 @@ ASKS_DEVICE = torch.ops.prim.device.default
 
 # Calls that reach the recorder whole where such a tensor makes them, as no autograd has taken them apart.
 MADE_INSIDE = (aten.contiguous.default, aten.pad.default, aten.to.dtype)
+
+# Calls that move no data and are no views.
+NO_WORK = (
+    "aten::_unsafe_view", "aten::detach", "_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd",
+)  # fmt: skip
 
 Signature = tuple[str, tuple[Any, ...], tuple[Any, ...]]
 
@@ -160,13 +166,15 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.latest_any = weakref.ref(out)
         if func.namespace not in NAMESPACES or not self.recording:
             return out
-        if func.is_view or func._schema.name in ("aten::_unsafe_view", "aten::detach"):
+        if func.is_view or func._schema.name in NO_WORK:
             self.trace.views[self.phase] += 1
             if self.keep:
                 self.keep(self.phase, func, _tensors((args, kwargs)), _tensors(out), (args, kwargs))
             return out
         inputs = _tensors((args, kwargs))
         outputs = _distinct([*_tensors(out), *_mutated(func, args, kwargs)])
+        if func.namespace in EXCHANGING:
+            inputs, outputs = _given_and_made(func, inputs, outputs)
         name = call_name(func)
         if self.keep:
             self.keep(self.phase, func, inputs, outputs, (args, kwargs))
@@ -201,7 +209,7 @@ def call_name(func: Any) -> str:
 def signature(name: str, inputs: list[Any], outputs: list[Any]) -> Signature:
     """Name, input and output (dtype, shape)s; lists of a foreach op in any order."""
     name = name.removesuffix(".default")
-    if name.startswith(("_foreach", "_fused", "stack")):
+    if name.startswith(("_foreach", "_fused", "stack", "fsdp")):
         inputs, outputs = sorted(inputs), sorted(outputs)
     return (name, tuple(inputs), tuple(outputs))
 
@@ -216,6 +224,12 @@ def _mutated(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
         if argument.alias_info is not None and argument.alias_info.is_write:
             found += _tensors(args[i] if i < len(args) else kwargs.get(argument.name))
     return found
+
+
+def _given_and_made(func: Any, inputs: list[Any], outputs: list[Any]) -> tuple[list[Any], list[Any]]:
+    """What a call between ranks reads and writes: buffers that it only writes are arguments too."""
+    made = outputs[:1] if func is torch.ops.fsdp.all_gather_copy_in.default else outputs  # the rest is gathered later
+    return [t for t in inputs if all(t is not out for out in outputs)] or inputs, made
 
 
 def _distinct(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

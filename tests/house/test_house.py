@@ -26,8 +26,8 @@ PACKAGES = ("perfmodel", "validate")
 # From the roof to the ground: what stands higher may know what stands lower, never the other way round.
 FLOORS = (
     "__main__", "cli", "commands", "integrations", "report", "questions", "imports", "tracing", "prediction",
-    "recording", "passes", "objectives", "methods", "architectures", "setup", "optimizers", "tape", "devices", "calls",
-    "program", "shown", "units", "resources", "registry", "values", "errors",
+    "recording", "passes", "objectives", "methods", "architectures", "setup", "optimizers", "tape", "network",
+    "devices", "calls", "program", "shown", "units", "resources", "registry", "values", "errors",
 )  # fmt: skip
 REGISTRIES = ("methods", "architectures", "optimizers", "objectives")  # one file an entry: as many as there are entries
 ROOMS_AT_THE_TOP, FILES_IN_A_ROOM, LINES = 12, 22, 400
@@ -157,6 +157,7 @@ USES: dict[str, Callable[[Any], Any]] = {
     "predict_module": module_predicted,
     "Setup": lambda f: f(batch=2),
     "Device": lambda f: f(f.load("l40s").profile),
+    "Node": lambda f: f(f.load("dgx-h100").file),
     "UserError": lambda f: f("wrong"),
     "Prediction": lambda f: replace(perfmodel.predict(**QUESTION)),
     "Comparison": lambda f: replace(perfmodel.compare(**QUESTION)),
@@ -209,8 +210,10 @@ def test_no_two_public_classes_share_a_name() -> None:
 
 # Functions that may share a name, because it is one matter in each of these modules:
 IDIOMS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "what people name (models, devices, hosts) is loaded and listed alike": (
-        "load names", ("perfmodel.architectures.config", "perfmodel.devices.host", "perfmodel.devices.profile")
+    "what people name (models, devices, hosts, nodes) is loaded and listed alike": (
+        "load names forget from_table",
+        ("perfmodel.architectures.config", "perfmodel.devices.host", "perfmodel.devices.profile",
+         "perfmodel.network.files"),
     ),
     "the config of another tool is read by its module, and by the one that finds out which tool's it is": (
         "read", ("perfmodel.imports",)

@@ -136,7 +136,7 @@ def test_a_distribution_is_laid_out_as_lengths_of_its_mean() -> None:
         (lambda: Job(eval_every=10), "takes both"),
         (lambda: Job(disk=0), "disk must be positive"),
         (lambda: job_counts(Job(tokens=1e14), Setup()), "more than 2,147,483,648"),
-        (lambda: with_global_batch(Setup(batch=4), 10, micro=True), "no multiple of the micro-batch of 4: try 8"),
+        (lambda: with_global_batch(Setup(batch=4), 10, micro=True), "no multiple of the micro-batches of 4: try 8"),
     ],
 )
 def test_what_makes_no_job_is_refused_in_a_line(make: Any, words: str) -> None:

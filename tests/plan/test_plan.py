@@ -290,7 +290,7 @@ def test_the_command_line_answers_as_the_function_does(tmp_path: Any) -> None:
         (("--samples", "5", "--price", "much", "--device", "l40s"), "dollars an hour and GPU"),
         (
             ("--samples", "5", "--batch", "4", "--global-batch", "6", "--device", "l40s"),
-            "no multiple of the micro-batch",
+            "no multiple of the micro-batches",
         ),
         (("--samples", "5", "--tokens", "5M", "--device", "l40s"), "give one of the two"),
         (("--samples", "5", "--methods", "lorra", "--device", "l40s"), "did you mean 'lora'"),

@@ -206,7 +206,7 @@ def test_axes_are_named_once_and_hatching_moves_no_border(monkeypatch: pytest.Mo
     devices = (DEVICE, "l4")
     grid = sweep(MODEL, ["full", "lora:r=8", "ia3"], device=devices, batch=(1, 2, 512), seq=(128, 256, 512))
     figures = []
-    monkeypatch.setattr(heatmap, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(heatmap, "save", lambda figure, path: figures.append(figure))
     result = run_sweep(grid, output=None, keep_rows=False, keep_speedups=True)
     heatmap.draw_heatmap(grid, result.speedups, tmp_path / "heat.svg")
     panels = [axes for axes in figures[0].axes if axes.get_title()]

@@ -1,11 +1,12 @@
-"""`perfmodel validate engine`: measure what DeepSpeed's Python costs beside the model's, and write data/engines/*.toml.
+"""`perfmodel validate engine`: measure what the Python of DeepSpeed or FSDP costs beside the model's, and write
+data/engines/*.toml.
 
-Tiny Llamas (width 64, 4 tokens) are trained on one thread of this CPU, with and without DeepSpeed's ZeRO-3; a process
-of one rank (gloo) runs all its hooks. Both run in turns, so that what else the machine does slows both. What a step
-takes longer with it, less the ATen calls that the tape records for it, is laid on parameters and gradients by
-non-negative least squares. Only what further layers add counts, so that nothing of a step as a whole gets in. The costs
-are given in modules of the host: the same models without DeepSpeed say how this machine's host compares with the
-default one.
+Tiny Llamas (width 64, 4 tokens) are trained on one thread of this CPU, with and without DeepSpeed's ZeRO-3 or FSDP. Of
+DeepSpeed a process of one rank (gloo) runs all its hooks, of FSDP one of `RANKS` whose group sends nothing. Both run
+in turns, so that what else the machine does slows both. What a step takes longer with it, less the ATen calls that the
+tape records for it, is laid on parameters, gradients and units by non-negative least squares. Only what further layers
+add counts, so that nothing of a step as a whole gets in. The costs are given in modules of the host: the same models
+without it say how this machine's host compares with the default one.
 """
 
 import os
@@ -29,7 +30,7 @@ from perfmodel.devices.engine import COSTS
 from perfmodel.program.part import PHASES
 from perfmodel.recording.record import build
 from perfmodel.recording.step import Step
-from perfmodel.resources import DATA, write_text
+from perfmodel.resources import write_text
 from perfmodel.setup import Setup
 from perfmodel.tracing.programs import models
 
@@ -37,8 +38,9 @@ from ..measuring.environment import cpu_name
 from ..oracle.cases import SMALL
 from .hosts import dispatched
 
-ENGINE = "deepspeed-zero3"
-OUTPUT = DATA / "engines" / f"{ENGINE}.toml"
+DEEPSPEED = "deepspeed-zero3"
+ENGINES = {DEEPSPEED: "DeepSpeed ZeRO-3", "fsdp2": "FSDP2", "fsdp1": "FSDP1"}
+RANKS = 4  # of FSDP
 LAYERS = (4, 8)
 METHODS = ("full", "lora:r=4,targets=all-linear", "lora:r=4")
 CHECKPOINTS = ("none", "block-reentrant")
@@ -74,7 +76,7 @@ class EngineRow:
     Attributes:
         plain, engine: measured seconds without and with the engine.
         expected, recorded: the same as the default host dispatches the ops that the tape records.
-        units: parameters that go forward and backward, gradients, and parameters that are updated (`COSTS`).
+        units: parameters that go forward and backward, gradients, parameters that are updated, units (`COSTS`).
     """
 
     name: str
@@ -112,21 +114,36 @@ class Running:
                 yield "optimizer", end - back
 
 
-def start_deepspeed() -> Any:
-    """DeepSpeed on this CPU, in a process group of one.
+Wrap = Callable[[Any], Running]  # a model with the engine around it
+
+
+def start(name: str) -> Wrap:
+    """An engine or form, in a process group of its own.
 
     Raises:
         ImportError: it is not installed.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    import deepspeed
     import torch.distributed as dist
 
+    if name == DEEPSPEED:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        import deepspeed
+
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+            deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+        return lambda model: _engine(deepspeed, model)
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
-        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
-    return deepspeed
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
+    return _fsdp2 if name == "fsdp2" else _fsdp1
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """What of a setup asks for it."""
+    return {"engine": name} if name == DEEPSPEED else {"parallel": name, "gpus": RANKS}
 
 
 def engine_programs() -> Iterator[tuple[str, str]]:
@@ -134,16 +151,16 @@ def engine_programs() -> Iterator[tuple[str, str]]:
     yield from product(METHODS, CHECKPOINTS)
 
 
-def time_programs(progress: Callable[[str], None] = lambda name: None) -> list[EngineRow]:
+def time_programs(engine: str, progress: Callable[[str], None] = lambda name: None) -> list[EngineRow]:
     """Time every program at both depths, with and without the engine."""
-    deepspeed = start_deepspeed()
+    wrap = start(engine)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rows = []
     try:
         for method, checkpoint in engine_programs():
             progress(f"{method} {checkpoint}")
-            few, many = (_at_depth(deepspeed, method, checkpoint, layers) for layers in LAYERS)
+            few, many = (_at_depth(engine, wrap, method, checkpoint, layers) for layers in LAYERS)
             rows += [
                 _between(f"{method} {checkpoint} {phase}", a, b) for phase, a, b in zip(PHASES, few, many, strict=True)
             ]
@@ -160,21 +177,21 @@ def _between(name: str, few: EngineRow, many: EngineRow) -> EngineRow:
     )  # fmt: skip
 
 
-def _at_depth(deepspeed: Any, method_text: str, checkpoint: str, layers: int) -> list[EngineRow]:
+def _at_depth(engine: str, wrap: Wrap, method_text: str, checkpoint: str, layers: int) -> list[EngineRow]:
     """One program, phase by phase."""
     config = Config({**SMALL["llama"], "num_hidden_layers": layers}, "llama", "llama")
     architecture = from_config(config)
     method = methods.parse(method_text).bind(architecture)
     setup = Setup(batch=1, seq=4, dtype="fp32", checkpoint=checkpoint, optimizer="adamw-fused")
-    steps = [build(architecture, method, replace(setup, engine=name), "cpu") for name in ("torch", ENGINE)]
+    steps = [build(architecture, method, replace(setup, **options), "cpu") for options in ({}, options_of(engine))]
     running = []
-    for wrap in (_plain, lambda model: _engine(deepspeed, model)):
+    for around in (_plain, wrap):
         model = models.apply_method(models.build_model(config, setup, device="cpu"), method, architecture)
         model.train()
         if checkpoint != "none":
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-        running.append(wrap(model))
+        running.append(around(model))
     times = _in_turns(running)
     by = hosts.load()
     expected, recorded = (dispatched(step, by) for step in steps)
@@ -185,7 +202,7 @@ def _at_depth(deepspeed: Any, method_text: str, checkpoint: str, layers: int) ->
 
 
 def units(step: Step, phase: str) -> tuple[float, ...]:
-    """Of one phase, parameters that go forward and backward, gradients and updates, as `COSTS` names them."""
+    """Of one phase, parameters that go forward and backward, gradients, updates and units, as `COSTS` names them."""
     parts = [(part, times) for part, times in step.parts() if part.phase == phase]
     gradients = float(sum(times * part.host.gradients for part, times in parts))
     updates = phase == "optimizer"
@@ -194,6 +211,7 @@ def units(step: Step, phase: str) -> tuple[float, ...]:
         float(sum(times * part.host.returns for part, times in parts)),
         0.0 if updates else gradients,
         gradients if updates else 0.0,
+        float(sum(times * part.host.units for part, times in parts)),
     )
 
 
@@ -218,6 +236,55 @@ def _engine(deepspeed: Any, model: Any) -> Running:
     optimizer = torch.optim.AdamW(_trained(model), fused=True)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=CONFIG)[0]
     return Running(engine, engine.backward, lambda last: engine.step())
+
+
+def _fsdp2(model: Any) -> Running:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for block in _blocks(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return _plain(model)
+
+
+def _fsdp1(model: Any) -> Running:
+    """As accelerate wraps it, by peft's policy where peft has put adapters in."""
+    from functools import partial
+
+    from peft import PeftModel
+    from peft.utils.other import fsdp_auto_wrap_policy
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    block = type(_blocks(model)[0])
+    policy: Any = partial(transformer_auto_wrap_policy, transformer_layer_cls={block})
+    if isinstance(model, PeftModel):
+        os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = block.__name__
+        policy = fsdp_auto_wrap_policy(model)
+    sharded: Any = FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+    )
+    return replace(_plain(sharded), update=_without_norm(sharded))
+
+
+def _without_norm(model: Any) -> Callable[[bool], None]:
+    """The update of flat parameters, whose norm is a method of the model that reads it on the host."""
+    optimizer = torch.optim.AdamW(_trained(model), fused=True)
+
+    def update(last: bool) -> None:
+        if last:
+            model.clip_grad_norm_(1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return update
+
+
+def _blocks(model: Any) -> list[Any]:
+    found = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    return list(found[0])
 
 
 def _in_turns(programs: list[Running]) -> list[Seconds]:
@@ -248,12 +315,13 @@ def fit_engine(rows: list[EngineRow]) -> tuple[dict[str, float], float]:
     return dict(zip(COSTS, map(float, found), strict=True)), error
 
 
-def write_engine(costs: dict[str, float], error: float, rows: list[EngineRow], path: Path = OUTPUT) -> None:
+def write_engine(engine: str, costs: dict[str, float], error: float, rows: list[EngineRow], path: Path) -> None:
     """Write an engine's file, with the measured rows in it."""
-    software = ", ".join(f"{name} {version(name)}" for name in ("deepspeed", "torch", "transformers", "peft"))
+    packages = ("deepspeed",) * (engine == DEEPSPEED) + ("torch", "transformers", "peft")
+    software = ", ".join(f"{name} {version(name)}" for name in packages)
     lines = [
         "# Written by `perfmodel validate engine`: what the engine's Python costs, in modules of the host.",
-        'name = "DeepSpeed ZeRO-3"',
+        f'name = "{ENGINES[engine]}"',
         f'source = "measured on {cpu_name() or "a CPU"}, {software}, {date.today()}"',
         "",
         "[modules]",

@@ -18,11 +18,13 @@ from perfmodel.devices.hardware import Hardware
 from perfmodel.devices.pointwise import PointwiseParameters
 from perfmodel.devices.profile import DEVICES
 from perfmodel.errors import UserError
+from perfmodel.network.parameters import Between, CollectiveParameters
 from perfmodel.resources import read_toml
 
 Array = NDArray[np.float64]
 OfGpu = GemmParameters | AttentionParameters | PointwiseParameters | GroupedParameters
-Parameters = OfGpu | CpuGemmParameters | CpuAttentionParameters | CpuStreamParameters
+OfNode = CollectiveParameters | Between
+Parameters = OfGpu | OfNode | CpuGemmParameters | CpuAttentionParameters | CpuStreamParameters
 G = TypeVar("G", GemmParameters, AttentionParameters, PointwiseParameters)
 
 UNTOLD = 1e-4  # a figure that changes no measured row by so much, wherever it is put, is not told by the rows

@@ -103,6 +103,8 @@ def _value(value: object) -> str:
         return text if any(c in text for c in ".en") else text + ".0"
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{_key(str(k))} = {_value(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):  # a named one
+        return _value(value._asdict())
     if isinstance(value, tuple):
         return "[" + ", ".join(_value(v) for v in value) + "]"
     raise TypeError(f"no TOML value for {value!r}")

@@ -41,6 +41,7 @@ class Result:
     bytes: int
     peak_ratio: float
     differences: list[str] = field(default_factory=list)
+    collectives: int = 0
 
 
 def other_versions() -> list[str]:
@@ -145,6 +146,12 @@ def without_underscore(calls: Counter[Signature]) -> Counter[Signature]:
     return merged
 
 
+def differing(phase: str, tape: Counter[Signature], calls: Counter[Signature]) -> list[str]:
+    """Calls of a phase that the tape or the real program has more of."""
+    both = (("tape only", tape - calls), ("real only", calls - tape))
+    return [f"{phase}, {title}: {n} x {call}" for title, more in both for call, n in more.items()]
+
+
 def judge_step(case: Case, step: Step, trace: Trace, phases: tuple[str, ...] = PHASES, *, real: bool = False) -> Result:
     """Compare a step with a trace, phase by phase; of one on real tensors the memory too where no other can be."""
     tape, calls = tape_calls(step), trace.calls
@@ -163,11 +170,7 @@ def judge_step(case: Case, step: Step, trace: Trace, phases: tuple[str, ...] = P
         peak_ratio=peak / trace.peak if trace.peak else 1.0,
     )
     for phase in phases:
-        for title, more in (
-            ("tape only", tape[phase] - calls[phase]),
-            ("real only", calls[phase] - tape[phase]),
-        ):
-            result.differences += [f"{phase}, {title}: {n} x {call}" for call, n in more.items()]
+        result.differences += differing(phase, tape[phase], calls[phase])
         if flops[phase] != trace.flops.get(phase, 0):
             result.differences.append(f"{phase}: FLOPs {flops[phase]} on the tape, {trace.flops.get(phase, 0)} counted")
         if nbytes[phase] != trace.bytes[phase]:

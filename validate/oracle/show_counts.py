@@ -10,21 +10,28 @@ from perfmodel import units
 from perfmodel.report.plain import print_json, show, table
 from perfmodel.report.progress import progress
 
-from . import cases, counts
+from . import cases, counts, parallel, parallel_cases
 
 
-def show_counts(grid: str, *, cuda_forward: bool, as_json: bool) -> bool:
-    """Run the comparison over a grid and print it; returns whether anything differs."""
+def show_counts(grid: str, *, cuda_forward: bool, several: bool, as_json: bool) -> bool:
+    """Run the comparison over a grid and print it; returns whether anything differs.
+
+    Args:
+        several: compare ranks of programs of several GPUs.
+    """
     warnings.filterwarnings("ignore")
     for text in counts.other_versions():
         show(f"installed: {text}: differences may be theirs", colour="yellow")
-    chosen = list(cases.cuda_forward_grid() if cuda_forward else cases.grid(grid))
+    chosen = list(
+        parallel_cases.grid(grid) if several else cases.cuda_forward_grid() if cuda_forward else cases.grid(grid)
+    )
     results = []
     with progress() as bar:
         task = bar.add_task("tracing", total=len(chosen))
         for case in chosen:
             bar.update(task, description=f"{case.config.name} {case.method}")
-            results.append(counts.compare_case(case, cuda_forward=cuda_forward))
+            found = parallel.compare_rank(case) if several else counts.compare_case(case, cuda_forward=cuda_forward)
+            results.append(found)
             bar.advance(task)
     if as_json:
         print_json([_row(r) for r in results])
@@ -50,24 +57,34 @@ def _changed(result: Any) -> str:
 def _row(r: Any) -> dict[str, Any]:
     return {
         "model": r.case.config.name, "method": r.case.method, "setup": r.case.setup.as_dict(), "calls": r.calls,
-        "flops": r.flops, "bytes": r.bytes, "peak_ratio": r.peak_ratio, "differences": r.differences,
+        "flops": r.flops, "bytes": r.bytes, "collectives": r.collectives, "peak_ratio": r.peak_ratio,
+        "differences": r.differences,
     }  # fmt: skip
 
 
 def _summary(results: list[Any]) -> None:
-    groups: dict[tuple[str, str], list[Any]] = {}
+    groups: dict[tuple[str, str, str], list[Any]] = {}
+    several = any(r.collectives for r in results)
     for r in results:
-        groups.setdefault((r.case.config.name, r.case.method), []).append(r)
+        form = f" {r.case.setup.parallel}" if several else ""
+        groups.setdefault((r.case.config.name, r.case.method, form), []).append(r)
     rows = []
-    for (name, method), members in groups.items():
+    for (name, method, form), members in groups.items():
         setups = Counter(_changed(r) for r in members)
+        calls, flops, collectives = (
+            sum(getattr(r, what) for r in members) for what in ("calls", "flops", "collectives")
+        )
         rows.append(
             [
-                name, method, _changed(members[0]) if len(members) == 1 else f"{len(setups)} setups",
-                f"{sum(r.calls for r in members):,}", units.count(sum(r.flops for r in members)),
+                name, method + form, _changed(members[0]) if len(members) == 1 else f"{len(setups)} setups",
+                f"{calls:,}", f"{collectives:,}" if several else units.count(flops),
                 units.nbytes(sum(r.bytes for r in members)),
                 f"{max(abs(r.peak_ratio - 1) for r in members) * 100:.2f} %", sum(len(r.differences) for r in members),
             ]
         )  # fmt: skip
-    columns = ("model", "method", "setup", "ATen calls", "FLOPs", "bytes", "peak off by", "differ")
-    show(table(columns, rows, left=(0, 1, 2)))
+    counted = "collectives" if several else "FLOPs"
+    show(
+        table(
+            ("model", "method", "setup", "ATen calls", counted, "bytes", "peak off by", "differ"), rows, left=(0, 1, 2)
+        )
+    )

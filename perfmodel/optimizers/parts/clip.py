@@ -1,12 +1,19 @@
 """`torch.nn.utils.clip_grad_norm_`. Source: torch/nn/utils/clip_grad.py."""
 
-from ...program.op import Spec
+from ...program.op import Attrs, Spec
 from ...program.part import Part
+from ...program.ranks import Ranks
+from ...program.streams import COMMUNICATION, COMPUTE, Run
 from .lists import ListRecorder, Specs, by_dtype
 
+SUMMED = Run(COMMUNICATION, after=(COMPUTE,))
 
-def clip_grad_norm(part: Part, grads: Specs) -> None:
-    """Per-tensor norms, their norm, and a scaling of every gradient; lists on CUDA and CPU alike."""
+
+def clip_grad_norm(part: Part, grads: Specs, across: Ranks | None = None) -> None:
+    """Per-tensor norms, their norm, and a scaling of every gradient; lists on CUDA and CPU alike.
+
+    Of shards (`across` some ranks) the squares of the norms are summed over ranks first, as DTensor does.
+    """
     op = ListRecorder(part)
     dtype = _common([s.dtype for s in grads])
     scalar = Spec(dtype, ())
@@ -17,6 +24,11 @@ def clip_grad_norm(part: Part, grads: Specs) -> None:
         op("_foreach_norm.Scalar", group, norms)
     norms = [Spec(s.dtype, (), s.copies) for s in grads]
     op("stack", norms, [Spec(dtype, (count,))])
+    if across is not None:
+        squares = [Spec(dtype, (count,))]
+        op("pow.Tensor_Scalar", squares, squares)
+        op("_c10d_functional::all_reduce", squares, squares, attrs=Attrs(ranks=across), runs=SUMMED)
+        op("pow.Tensor_Scalar", squares, squares, runs=Run(after=(COMMUNICATION,)))
     op("linalg_vector_norm", [Spec(dtype, (count,))], [scalar])
     for name in ("add.Tensor", "reciprocal", "mul.Tensor", "clamp"):
         op(name, [scalar], [scalar])

@@ -6,8 +6,9 @@ A `Spec` with copies stands for the like parameters of identical layers, so the 
 from collections.abc import Callable, Sequence
 
 from ...program.dims import Dim
-from ...program.op import ON_HOST, PLAIN, Op, Spec
+from ...program.op import PLAIN, Attrs, Op, Spec
 from ...program.part import Part
+from ...program.streams import MAIN, Run
 from ...tape.tensor import Parameter
 
 Specs = list[Spec]
@@ -48,11 +49,12 @@ class ListRecorder:
         self.part = part
 
     def __call__(
-        self, name: str, inputs: Specs, outputs: Specs, *, host: bool = False, distinct: Specs | None = None
-    ) -> None:
+        self, name: str, inputs: Specs, outputs: Specs, *, attrs: Attrs = PLAIN, runs: Run = MAIN,
+        distinct: Specs | None = None,
+    ) -> None:  # fmt: skip
         """Record a call; `distinct` names the inputs where one tensor is passed twice."""
         read, written = list_bytes(distinct or inputs), list_bytes(outputs)
-        self.part.ops.append(Op(name, tuple(inputs), tuple(outputs), read, written, attrs=ON_HOST if host else PLAIN))
+        self.part.ops.append(Op(name, tuple(inputs), tuple(outputs), read, written, attrs=attrs, runs=runs))
 
     def temporary(self, specs: Specs) -> Dim:
         """Allocate a list of new tensors; free what is returned."""

@@ -40,22 +40,27 @@ class Concession:
 def concessions(setup: Setup, method: Method) -> Iterator[list[Concession]]:
     """What to try, one stage after another; in a stage smaller micro-batches first, each without checkpoints first."""
     yield [Concession((), setup, method)]
-    smaller = _smaller(setup)
+    assert method.architecture is not None
+    smaller = _smaller(method.architecture, setup)
     yield [Concession(label, other, method) for label, other in smaller]
     few_bits = _in_few_bits(method)
     if few_bits is not None:
         yield [Concession(("QLoRA", *label), other, few_bits) for label, other in [*smaller, ((), setup)]]
 
 
-def _smaller(setup: Setup) -> list[tuple[tuple[str, ...], Setup]]:
+def _smaller(architecture: Architecture, setup: Setup) -> list[tuple[tuple[str, ...], Setup]]:
     """The same samples a step in less memory."""
     found = []
-    for position in knobs.memory_knob(setup)[1:]:
+    for position in knobs.memory_knob(architecture, setup)[1:]:
         try:
             changed = replace(setup, **position.setup)
         except UserError:  # what is updated inside backward takes one micro-batch
             continue
-        if changed.batch <= setup.batch and changed.checkpoint in (setup.checkpoint, "block"):
+        if (
+            changed.batch <= setup.batch
+            and changed.tp == setup.tp
+            and changed.checkpoint in (setup.checkpoint, "block")
+        ):
             found.append(((position.label,), changed))
     return sorted(found, key=lambda pair: pair[1].batch)
 

@@ -130,14 +130,14 @@ def job_counts(job: Job, setup: Setup) -> JobCounts:
         last=left / group if left else 1.0,
         epochs=steps / an_epoch,
         evaluated=steps // job.eval_every if job.eval_every else 0,
-        eval_batches=-(-evaluated // batch),
+        eval_batches=-(-evaluated // (batch * int(setup.replicas))),
         saved=max(1, steps // job.save_every) if job.save_every else 1,
     )
 
 
 def samples_of_step(setup: Setup) -> int:
-    """Samples of an optimizer step: where the number of GPUs that share the data would come in as a factor."""
-    return int(setup.batch) * setup.grad_accum
+    """Samples of an optimizer step, on all GPUs that share the data."""
+    return int(setup.batch) * setup.grad_accum * int(setup.replicas)
 
 
 def _lengths(job: Job, setup: Setup) -> tuple[Counts, float]:
@@ -195,8 +195,8 @@ def _collated(lengths: Counts, times: float, setup: Setup) -> tuple[int, int, in
 
 def check_single(setup: Setup) -> None:
     """Raise `UserError` where a setup is a grid."""
-    if not isinstance(setup.batch, int) or not isinstance(setup.seq, int):
-        raise UserError("plan takes one batch and one seq; for grids use sweep")
+    if not all(isinstance(axis, int) for axis in (setup.batch, setup.seq, setup.gpus)):
+        raise UserError("plan takes one batch, one seq and one number of GPUs; for grids use sweep")
 
 
 def with_global_batch(setup: Setup, samples: int | None, *, micro: bool) -> Setup:
@@ -210,10 +210,13 @@ def with_global_batch(setup: Setup, samples: int | None, *, micro: bool) -> Setu
     """
     if samples is None:
         return setup
+    replicas = int(setup.replicas)
     if not micro:
-        return replace(setup, batch=samples, grad_accum=1)
-    batch = int(setup.batch)
+        if samples % replicas:
+            raise UserError(f"global batch {samples} does not divide among {replicas} GPUs")
+        return replace(setup, batch=samples // replicas, grad_accum=1)
+    batch = int(setup.batch) * replicas
     if samples < batch or samples % batch:
         near = max(1, round(samples / batch)) * batch
-        raise UserError(f"global batch {samples} is no multiple of the micro-batch of {batch}: try {near}")
+        raise UserError(f"global batch {samples} is no multiple of the micro-batches of {batch}: try {near}")
     return replace(setup, grad_accum=samples // batch)

@@ -17,7 +17,7 @@ AT_STEPS_POWER = ("training", "evaluation", "periodic work")  # the rest of a jo
 
 @immutable
 class PlannedRun:
-    """A job on one GPU.
+    """A job on one GPU, or on as many as its setup has.
 
     Attributes:
         device: slug.
@@ -45,6 +45,11 @@ class PlannedRun:
         return self.prediction.method
 
     @property
+    def where(self) -> str:
+        """The GPUs that it runs on, in words."""
+        return self.device if self.gpus == 1 else f"{self.gpus} x {self.device}"
+
+    @property
     def seconds(self) -> float:
         """Of the whole job."""
         return sum(self.parts.values())
@@ -59,8 +64,13 @@ class PlannedRun:
 
     @property
     def hourly(self) -> float | None:
-        """Dollars an hour of what is rented: where the number of GPUs would come in as a factor."""
-        return None if self.price is None else self.price.usd
+        """Dollars an hour of what is rented: all GPUs of the job."""
+        return None if self.price is None else self.price.usd * self.gpus
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs it runs on."""
+        return int(self.prediction.setup.gpus)
 
     @property
     def dollars(self) -> float | None:
@@ -69,12 +79,12 @@ class PlannedRun:
 
     @property
     def joules(self) -> dict[str, float] | None:
-        """Of the board and of its share of the node; None if the board's limit is not known."""
+        """Of all boards and of their share of the nodes; None if the board's limit is not known."""
         if self.power is None:
             return None
         working = sum(seconds for part, seconds in self.parts.items() if part in AT_STEPS_POWER)
         board = working * self.power.step + (self.seconds - working) * self.power.idle
-        return {"gpu": board, "node": self.seconds * self.power.node}
+        return {"gpu": board * self.gpus, "node": self.seconds * self.power.node * self.gpus}
 
     @property
     def joules_interval(self) -> tuple[float, float] | None:
@@ -111,7 +121,7 @@ class PlannedRun:
         joules, bounds = self.joules, self.joules_interval
         if joules is None or bounds is None or self.power is None:
             return None
-        step = float(self.prediction.time.phases["total"]) * (self.power.step + self.power.node)
+        step = float(self.prediction.time.phases["total"]) * (self.power.step + self.power.node) * self.gpus
         total = sum(joules.values())
         return {
             **joules, "total": total, "low": bounds[0], "high": bounds[1], "step": step,

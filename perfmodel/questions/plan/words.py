@@ -64,7 +64,7 @@ def _none_in_time(plan: Plan) -> str:
     without = [run for run in plan.runs if run.interval[1] <= (plan.deadline or 0) * HOUR]
     if not without:
         return "none is sure to end"
-    names = _listed([run.device for run in without])
+    names = _listed([run.where for run in without])
     return f"only those without a known price are sure to end ({names})"
 
 
@@ -73,14 +73,14 @@ def _choice(runs: list[PlannedRun], what: str) -> str:
     first, *others = runs
     text = f"{_named(first)}, {_figures(first)}"
     if others:
-        alike = [f"{run.device} ({in_words(run.prediction)})" for run in others]
+        alike = [f"{run.where} ({in_words(run.prediction)})" for run in others]
         text += f"; {_listed(alike)} {what}{'s' if len(others) == 1 else ''} the same"
     return text
 
 
 def _named(run: PlannedRun) -> str:
     given = f" with {' and '.join(g for g in run.given_up if g != 'QLoRA')}" if set(run.given_up) - {"QLoRA"} else ""
-    return f"{in_words(run.prediction)} on {run.device}{given}"
+    return f"{in_words(run.prediction)} on {run.where}{given}"
 
 
 def _figures(run: PlannedRun) -> str:
@@ -113,7 +113,7 @@ def _against(plan: Plan) -> Iterator[str]:
 
 
 def _which(run: PlannedRun) -> str:
-    return f"{in_words(run.prediction)} ({run.device})"
+    return f"{in_words(run.prediction)} ({run.where})"
 
 
 def _factor(there: float, here: float) -> str:

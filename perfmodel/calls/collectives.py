@@ -1,0 +1,26 @@
+"""Collectives by their names in PyTorch."""
+
+from ..program.dims import Dim, larger
+from ..program.op import Op
+
+KIND_OF = {
+    "c10d::_allgather_base_": "all_gather",
+    "c10d::_reduce_scatter_base_": "reduce_scatter",
+    "c10d::allreduce_": "all_reduce",
+    "c10d::broadcast_": "broadcast",
+    "c10d::alltoall_base_": "all_to_all",
+    "_c10d_functional::all_reduce": "all_reduce",
+    "_c10d_functional::all_gather_into_tensor": "all_gather",
+    "_c10d_functional::reduce_scatter_tensor": "reduce_scatter",
+}  # fmt: skip
+
+
+def message_bytes(op: Op) -> Dim:
+    """The whole buffer of a collective, as nccl-tests counts it: what is gathered, or what is to be scattered."""
+    given, into = (sum(s.nbytes for s in specs) for specs in (op.inputs, op.outputs))
+    return larger(given, into)
+
+
+def exchanges(op: Op) -> bool:
+    """Whether an op exchanges data with other GPUs."""
+    return op.attrs.ranks is not None

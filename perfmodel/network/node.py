@@ -1,0 +1,140 @@
+"""A node as one asks it for prices: seconds of a collective, and what it takes from the kernels beside it.
+
+>>> import numpy as np
+>>> node = Node.load("dgx-h100")
+>>> node.collective("all_gather", np.array([2**20, 2**30]), gpus=8).shape
+(2,)
+>>> node.collective("all_reduce", 2**30, gpus=1)
+0.0
+"""
+
+from os import PathLike
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UserError, nearest
+from ..program.dtypes import ITEMSIZE
+from ..values import immutable
+from . import files, price
+from .files import BETWEEN, NodeFile
+
+Array = NDArray[np.float64]
+
+SWITCH_ADDS = ("fp64", "fp32", "bf16", "fp16", "i32", "i64")  # what reduction in the switch (NVLS) can add
+# Bytes below which NCCL takes fewer channels: so many threads, each with its 64 bytes in Simple or 8 in LL
+# (https://github.com/NVIDIA/nccl, src/graph/tuning.cc and src/include/comm.h at 5067397)
+BYTES_OF_A_CHANNEL = 512 * 64
+
+
+class CollectiveWork(NamedTuple):
+    """What a collective takes from the kernels beside it, on each GPU.
+
+    Attributes:
+        channels: thread blocks of NCCL's kernel, each of which has an SM to itself while it runs.
+        hbm_bytes: bytes that it reads and writes in the GPU's memory.
+    """
+
+    channels: Any
+    hbm_bytes: Any
+
+
+@immutable
+class GpuNode:
+    """Prices of collectives on nodes of one kind; `file` holds its figures and where they come from."""
+
+    file: NodeFile
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
+    @classmethod
+    def load(cls, name_or_path: str | PathLike[str]) -> "GpuNode":
+        """A node by name, alias or the path of its TOML file.
+
+        Raises:
+            UserError: no such node, or a broken file.
+        """
+        return cls(files.load(name_or_path))
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of one node."""
+        return self.file.links.gpus
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the node was not measured, and whose figures stand for it, in plain words."""
+        told: dict[str, list[str]] = {}
+        for kind, block in self.file.blocks.items():
+            if block.origin != "fitted":
+                whose = "its own" if block.node == self.file.slug else f"{block.node}'s"
+                what = "" if block.kind == kind else f" {block.kind}"
+                default = " (class default)" if block.origin == "class" else ""
+                told.setdefault(f"{whose}{what}{default}", []).append("between nodes" if kind == BETWEEN else kind)
+        return [f"{self.file.slug}: {', '.join(k)} not measured: figures of {w}" for w, k in told.items()]
+
+    def collective(self, kind: str, message_bytes: Any, gpus: Any = None, nodes: Any = 1, dtype: str = "bf16") -> Any:
+        """Seconds of one collective: a float, or an array where an argument is one.
+
+        Args:
+            kind: all_reduce, all_gather, reduce_scatter, all_to_all, broadcast or send_recv.
+            message_bytes: of the whole buffer, as nccl-tests counts: the gathered output of an all_gather, the input
+                of a reduce_scatter, of an all_to_all what one GPU sends.
+            gpus: all GPUs of the group [default: those of the nodes], spread evenly over the nodes; of a send_recv,
+                which is of one pair, as many as lie as far apart.
+            nodes: how many nodes the group is on.
+            dtype: of the elements: the switch adds floats, but no 8-bit integers.
+
+        Raises:
+            UserError: an unknown kind or dtype, more GPUs than the nodes hold, nodes without network cards.
+        """
+        if dtype not in ITEMSIZE:
+            raise UserError(f"dtype {dtype!r} is unknown: {nearest(dtype, ITEMSIZE)}")
+        message, group, over = self._group(kind, message_bytes, gpus, nodes)
+        found = price.collective_seconds(
+            kind, message, group, over, links=self.file.links, parameters=self.file.blocks[kind].parameters,
+            between=self.file.blocks[BETWEEN].parameters if BETWEEN in self.file.blocks else None,
+            reduces=dtype in SWITCH_ADDS,
+        )  # fmt: skip
+        return _plain(np.broadcast_to(found, np.broadcast_shapes(message.shape, group.shape, over.shape)))
+
+    def collective_work(self, kind: str, message_bytes: Any, gpus: Any = None, nodes: Any = 1) -> CollectiveWork:
+        """What a collective takes from kernels beside it, by the arguments and errors of `collective`."""
+        message, group, _ = self._group(kind, message_bytes, gpus, nodes)
+        wanted = np.ceil(message / BYTES_OF_A_CHANNEL)
+        channels = np.where(group > 1, np.clip(wanted, 1, self.file.channels), 0)
+        return CollectiveWork(_plain(channels), _plain(price.hbm_bytes(kind, message, group)))
+
+    def _group(self, kind: str, message_bytes: Any, gpus: Any, nodes: Any) -> tuple[Array, Array, Array]:
+        """The arguments as arrays, checked."""
+        if kind not in price.KINDS:
+            raise UserError(f"collective {kind!r} is unknown: {nearest(kind, price.KINDS)}")
+        message, over = _numbers("message_bytes", message_bytes, 0), _numbers("nodes", nodes, 1)
+        group = _numbers("gpus", over * self.gpus if gpus is None else gpus, 1)
+        each = group / over
+        if np.any(each % 1):
+            raise UserError(f"gpus must spread evenly over the nodes, got {gpus!r} over {nodes!r}")
+        if np.any(each > self.gpus):
+            most = int(np.max(group))
+            enough = -(-most // self.gpus)
+            raise UserError(
+                f"{most} GPUs are more than a {self.file.slug} of {self.gpus} holds: nodes={enough} would do"
+            )
+        if np.any(over > 1) and self.file.links.nics is None:
+            raise UserError(f"{self.file.slug} has no network cards: nodes=1, or give its file a table [nics]")
+        return message, group, over
+
+
+Node = GpuNode  # its name in the face of the package; in the house a Node is a step of autograd, as in PyTorch
+
+
+def _numbers(what: str, value: Any, least: int) -> Array:
+    array = np.asarray(value)
+    if not np.issubdtype(array.dtype, np.number) or not np.all(np.greater_equal(array, least)):
+        raise UserError(f"{what} must be from {least}, got {value!r}")
+    return array.astype(np.float64)
+
+
+def _plain(found: Array) -> Any:
+    return found if found.ndim else float(found)

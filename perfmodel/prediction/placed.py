@@ -1,0 +1,95 @@
+"""A job's GPUs on nodes of one kind: which node, how many of them, and what a collective of some of its ranks costs."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from ..devices.profile import DeviceProfile
+from ..errors import UserError
+from ..network import files
+from ..network.node import Node
+from ..program.dims import Dim
+from ..program.ranks import Ranks
+from ..setup import Setup
+from ..values import immutable
+
+USUAL = {"sxm": "dgx-h100", "pcie": "l40s-8"}  # whose links stand for those of a device that no known node has
+
+
+@immutable
+class Placed:
+    """GPUs of a job on the nodes that hold them, which they fill one after another.
+
+    Attributes:
+        per_node: GPUs of the job on each node.
+        notes: what an answer should say of it.
+    """
+
+    node: Node
+    per_node: Dim
+    notes: list[str]
+
+    @property
+    def sigma(self) -> float:
+        """Relative standard deviation of a collective: the worst of the kinds that training runs, from rows that no fit
+        saw."""
+        found = [self.node.file.blocks[kind].residuals.get("mean", 0.0) for kind in ("all_reduce", "all_gather")]
+        return float(max(found))
+
+    def seconds(self, kind: str, dtype: str, nbytes: Any, size: Any, stride: Any) -> Any:
+        """Seconds of a collective of `size` ranks, each `stride` after the one before."""
+        return self.node.collective(kind, nbytes, size, self._nodes(size, stride), dtype)
+
+    def channels(self, kind: str, nbytes: Any, size: Any, stride: Any) -> Any:
+        """Multiprocessors that it takes from the kernels beside it."""
+        return self.node.collective_work(kind, nbytes, size, self._nodes(size, stride)).channels
+
+    def _nodes(self, size: Any, stride: Any) -> Any:
+        return Ranks(size, stride).nodes(self.per_node)
+
+
+def placed(setup: Setup, on: DeviceProfile) -> Placed:
+    """Where the GPUs of a setup stand.
+
+    Raises:
+        UserError: an unknown node, one of other GPUs, none that is known to hold the device, or GPUs that do not spread
+            evenly over nodes.
+    """
+    if on.kind != "cuda":
+        raise UserError(f"gpus: {on.slug} is no GPU; several processes on CPUs are not modelled")
+    name = setup.node or _of_gpu().get(on.slug)
+    if name is None:
+        name = USUAL["sxm" if "sxm" in on.slug else "pcie"]
+        notes = [f"no node of {on.slug} is known: links as in {name} (--node NAME, see `perfmodel nodes`)"]
+    else:
+        notes = [] if setup.node else [f"the GPUs stand in {name} (--node)"]
+    node = Node.load(name)
+    notes += node.notes
+    if setup.nodes is not None:
+        per_node: Any = np.asarray(setup.gpus) / setup.nodes
+        if np.any(per_node % 1) or np.any(per_node > node.gpus):
+            raise UserError(f"gpus {setup.gpus} do not spread evenly over {setup.nodes} nodes of {node.gpus} GPUs")
+    else:
+        per_node = np.vectorize(lambda gpus: most_on_a_node(int(gpus), node.gpus))(setup.gpus)
+    return Placed(node, per_node.astype(np.int64) if np.ndim(per_node) else int(per_node), notes)
+
+
+def most_on_a_node(gpus: int, room: int) -> int:
+    """GPUs of a node where as few nodes as possible hold equal shares of them."""
+    return next(each for each in range(min(gpus, room), 0, -1) if gpus % each == 0)
+
+
+@cache
+def _of_gpu() -> dict[str, str]:
+    """Device -> the first bundled node of such GPUs with the most of them."""
+    found: dict[str, files.NodeFile] = {}
+    for name in files.names():
+        node = files.load(name)
+        known = found.get(node.gpu)
+        if known is None or (node.links.gpus, node.slug.startswith("dgx")) > (
+            known.links.gpus,
+            known.slug.startswith("dgx"),
+        ):
+            found[node.gpu] = node
+    return {gpu: node.slug for gpu, node in found.items()}

@@ -1,0 +1,46 @@
+"""Who takes part in a collective, and what is asked of the network that carries it."""
+
+from typing import Any, NamedTuple, Protocol
+
+from .dims import Dim
+
+
+class Ranks(NamedTuple):
+    """GPUs that exchange data: `size` of them, each `stride` ranks after the one before.
+
+    Ranks fill one node after another, so those that lie `stride` apart are on `nodes` of them.
+    """
+
+    size: Dim
+    stride: Dim = 1
+
+    def nodes(self, per_node: Dim) -> Dim:
+        """Over how many nodes of `per_node` GPUs they spread."""
+        spread = -(-self.size * self.stride // per_node)
+        fewer = self.size < spread
+        return self.size * fewer + spread * (1 - fewer)
+
+
+class JobNetwork(Protocol):
+    """The network between the GPUs of a job (`perfmodel.prediction.placed`).
+
+    Attributes:
+        notes: what an answer has to say of it.
+        sigma: mean relative error of its prices on rows that no fit saw.
+    """
+
+    @property
+    def notes(self) -> list[str]:
+        """Of the node that was taken, and of what was not measured there."""
+        return []
+
+    @property
+    def sigma(self) -> float:
+        """Of a collective."""
+        return 0.0
+
+    def seconds(self, kind: str, dtype: str, nbytes: Any, size: Any, stride: Any) -> Any:
+        """Seconds of a collective of `size` ranks, each `stride` after the one before."""
+
+    def channels(self, kind: str, nbytes: Any, size: Any, stride: Any) -> Any:
+        """Multiprocessors that it takes from the kernels beside it."""

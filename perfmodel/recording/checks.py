@@ -1,0 +1,50 @@
+"""What of a setup does not fit a model or a method, said before anything is recorded."""
+
+from ..architectures.base import Architecture
+from ..errors import UserError
+from ..methods.parts.base import Method
+from ..setup import Setup
+from . import converted, zero
+
+
+def check_step(architecture: Architecture, method: Method, setup: Setup) -> None:
+    """Raise `UserError` where the setup's kernels or attention do not fit the model; a recorded one says so itself."""
+    if architecture.recorded:
+        return
+    if setup.images:
+        raise UserError(f"images: the tape has {architecture.name} with text alone: add --traced")
+    if setup.engine != "torch":
+        zero.check_zero3(setup, method)
+    converted.check_converted(architecture, method, setup)
+    if setup.attention not in architecture.traits.attention:
+        has = " or ".join(architecture.traits.attention)
+        raise UserError(f"attention {setup.attention}: the program of {architecture.name} has {has} only; use {has}")
+    if setup.checkpoint == "block-reentrant" and setup.attention not in architecture.traits.reentrant:
+        raise UserError(
+            f"{architecture.name}: reentrant checkpoints of {architecture.model_type} with attention {setup.attention} "
+            "are not modelled; use --checkpoint block"
+        )
+    if setup.kernels == "liger" and "liger" not in architecture.traits.fused:
+        raise UserError(f"kernels liger: Liger has none for {architecture.name}; use kernels torch")
+    if setup.within_documents or setup.unpads:
+        _check_documents(architecture, method, setup)
+    if setup.compile != "none" and architecture.stacked_names():
+        raise UserError(f"compile {setup.compile}: compiled mixtures of experts ({architecture.name}) are not modelled")
+    if setup.loops_experts and setup.cuda_graphs and architecture.stacked_names():
+        raise UserError("cuda_graphs: no graph holds experts eager, whose loop reads on the host; use grouped_mm")
+    if setup.kernels == "liger" and "lm_head" in getattr(method, "targets", ()):
+        raise UserError(f"method {method.name}: Liger's loss reads the head's own weight; leave lm_head out of targets")
+
+
+def _check_documents(architecture: Architecture, method: Method, setup: Setup) -> None:
+    """Raise `UserError` where attention within documents, packed or padded, is not modelled."""
+    what = "padded batches with attention flash2 (unpadding)" if setup.unpads else f"packing {setup.packing}"
+    instead = "use sdpa" if setup.unpads else "use packing dense"
+    if not architecture.traits.packs:
+        raise UserError(f"{what}: not modelled for {architecture.name}; {instead}")
+    if type(method).inputs is not Method.inputs:
+        raise UserError(f"{what}: the positions of virtual tokens ({method.name}) are not modelled; {instead}")
+    if setup.within_documents and architecture.classifier is not None:
+        raise UserError(
+            f"packing {setup.packing}: a classifier ({architecture.name}) has one label a row; leave it out"
+        )

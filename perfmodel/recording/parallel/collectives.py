@@ -1,0 +1,43 @@
+"""Collectives as ops of a rank, and the events by which streams wait for one another."""
+
+from ...program.dims import Dim
+from ...program.op import Attrs, Op, Spec
+from ...program.ranks import Ranks
+from ...program.streams import COMMUNICATION, COMPUTE, Run
+from ...tape.core import new_tensor, record
+from ...tape.tensor import Tensor
+
+EVENT = Attrs(host=True)
+SENT = Run(COMMUNICATION, after=(COMPUTE,))
+
+
+def empty(numel: object, dtype: str) -> Tensor:
+    """`torch.empty(numel)`: a buffer."""
+    made = new_tensor((numel,), dtype)
+    record("empty.memory_format", (), (made,))
+    return made
+
+
+def exchange(
+    name: str, given: Tensor, into: Tensor, ranks: Ranks, after: tuple[str, ...] = (COMPUTE,), on: str = COMMUNICATION
+) -> None:
+    """A collective that reads one buffer and writes another (or the same)."""
+    record(name, (given,), (into,), Attrs(ranks=ranks), runs=Run(on, after))
+
+
+def set_event(name: str, after: str) -> None:
+    """`event.record()` on a stream: what waits for the event waits for all that is queued there up to now."""
+    record("cuda::record_event", (), (), EVENT, view=True, runs=Run(name, (after,)))
+
+
+def wait_event(name: str, stream: str = COMPUTE) -> None:
+    """`stream.wait_event(event)`."""
+    record("cuda::wait_event", (), (), EVENT, view=True, runs=Run(stream, (name,)))
+
+
+def all_reduce(elements: Dim, dtype: str, ranks: Ranks) -> Op:
+    """The all-reduce of a buffer in place."""
+    buffer = (Spec(dtype, (elements,)),)
+    return Op(
+        "c10d::allreduce_", buffer, buffer, buffer[0].nbytes, buffer[0].nbytes, attrs=Attrs(ranks=ranks), runs=SENT
+    )

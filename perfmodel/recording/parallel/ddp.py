@@ -1,0 +1,138 @@
+"""DistributedDataParallel: every rank has the whole model, and gradients are averaged bucket by bucket.
+
+As soon as a gradient is complete it is divided into its bucket; a bucket that is full is all-reduced beside the rest of
+backward, buckets in their order. Behind backward all are copied back (`gradient_as_bucket_view` is off). Buckets are
+those of all steps but the first, filled in the order in which gradients come; the first one holds 1 MiB, others 25.
+Buffers of modules are broadcast before each forward pass whose gradients are exchanged (`broadcast_buffers`).
+
+Sources: torch 2.13, csrc/distributed/c10d/reducer.cpp (`mark_variable_ready_dense`, `rebuild_buckets`,
+`compute_bucket_assignment_by_size`, `finalize_bucket_dense`), nn/parallel/distributed.py.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ...optimizers.parts.update import existing, runs
+from ...program.dims import Dim, decide
+from ...program.dtypes import ITEMSIZE
+from ...program.op import Attrs, Op, Spec
+from ...program.part import Part
+from ...program.ranks import Ranks
+from ...program.streams import COMMUNICATION, Run
+from ...tape.core import record, tape
+from ...tape.tensor import Parameter, Tensor
+from .collectives import SENT, all_reduce, wait_event
+from .form import WholeUnits
+from .messages import Ready, coming, interleaved
+
+FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # B (`_DEFAULT_FIRST_BUCKET_BYTES`, `bucket_cap_mb`)
+Bucket = tuple[str, Dim]  # dtype, bytes
+
+
+class Replicated(WholeUnits):
+    """The hooks of DDP: around nothing but gradients."""
+
+    shares_norm = False
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.reduces = True
+        self.synchronised = True  # whether the last micro-batch exchanged gradients: then buffers are to be broadcast
+        self.ready: list[Ready] = []
+
+    def begin(self) -> None:
+        """Gradients are followed if they are exchanged, and buffers, which have to be known."""
+        self.ready.clear()
+        tape().buffers.clear()
+        tape().after_gradient = self._divide if self.reduces else None
+
+    def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """A block runs as it would alone."""
+        return run(x)
+
+    def end(self, loss: Tensor) -> Tensor:
+        """Nothing is hooked; the buffers are known now that went out before the pass."""
+        current = tape()
+        if self.synchronised:
+            current.parts[0].ops[:0] = self._broadcast(current.buffers)
+        self.synchronised = self.reduces
+        return loss
+
+    def end_of_backward(self) -> None:
+        """All-reduces go where their buckets are full; then gradients are copied back."""
+        current = tape()
+        if not self.reduces:
+            return
+        current.after_gradient = None
+        exchange = current.parts.pop()
+        parts = list(current.parts)
+        full = launches([c.parameter for c in coming(parts, self.ready)])
+        current.parts[:] = interleaved(parts, self.ready, full, self._all_reduce)
+        current.parts.append(exchange)
+        wait_event(COMMUNICATION)
+        for count, run in runs([ready.parameter for ready in self.ready]):
+            current.begin("exchange", "backward").repeat = count
+            for p in run:
+                assert p.grad is not None
+                record("copy_", (p.grad, existing(p.shape, p.grad.dtype)), (p.grad,))
+
+    def updated(self, parameters: list[Parameter]) -> list[Parameter]:
+        """Every rank updates all."""
+        return parameters
+
+    def held_bytes(self, parameters: list[Parameter]) -> Dim:
+        """The buckets: as many bytes as there are gradients."""
+        return sum(p.nbytes * p.count for p in parameters if p.used)
+
+    def _broadcast(self, buffers: list[Spec]) -> list[Op]:
+        """`_sync_buffers`: those of one dtype as one message (`_broadcast_coalesced`)."""
+        current = tape()
+        part, current.part = current.part, Part("buffers", "forward")
+        for dtype in dict.fromkeys(spec.dtype for spec in buffers):
+            flat = [existing((spec.numel,), dtype) for spec in buffers if spec.dtype == dtype]
+            message = existing((sum(t.numel for t in flat),), dtype) if len(flat) > 1 else flat[0]
+            if len(flat) > 1:
+                record("cat", flat, (message,))
+            record("c10d::broadcast_", (message,), (message,), Attrs(ranks=self.ranks), runs=SENT)
+            for spec in buffers:
+                if spec.dtype == dtype:
+                    whole = existing(spec.shape, dtype)
+                    record("copy_", (whole, existing(spec.shape, dtype)), (whole,), runs=Run(after=(COMMUNICATION,)))
+        current.part, part = part, current.part
+        return part.ops
+
+    def _divide(self, p: Parameter) -> None:
+        """`mul_out(bucket_view, grad, 1 / ranks)`."""
+        assert p.grad is not None
+        current = tape()
+        current.part.host.gradients += 1
+        with current.belonging_to("accumulation"):
+            in_bucket = existing(p.shape, p.grad.dtype)
+            record("mul.out", (p.grad, in_bucket), (in_bucket,))
+        self.ready.append(Ready(current.part, len(current.part.ops), p))
+
+    def _all_reduce(self, bucket: Bucket) -> list[Op]:
+        dtype, nbytes = bucket
+        return [all_reduce(nbytes // ITEMSIZE[dtype], dtype, self.ranks)]
+
+
+def launches(gradients: Sequence[Parameter]) -> dict[int, list[Bucket]]:
+    """The buckets that are launched behind each gradient, by its number in the order in which they come.
+
+    One is full once it has reached its limit, what is left at the end makes the last ones; one waits for those before.
+    """
+    filling: dict[str, tuple[Dim, int, int]] = {}  # by dtype: bytes, buckets before it, the last gradient
+    full: dict[int, list[Bucket]] = {}
+    for i, p in enumerate(gradients):
+        nbytes, before, _ = filling.get(p.dtype, (0, 0, 0))
+        nbytes = nbytes + p.nbytes
+        if decide(nbytes >= (BUCKET if before else FIRST_BUCKET)):
+            full.setdefault(i, []).append((p.dtype, nbytes))
+            nbytes, before = 0, before + 1
+        filling[p.dtype] = nbytes, before, i
+    latest = max(full, default=0)
+    for dtype, (nbytes, _, last) in filling.items():
+        if decide(nbytes > 0):
+            latest = max(latest, last)
+            full.setdefault(latest, []).append((dtype, nbytes))
+    return full

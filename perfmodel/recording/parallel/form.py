@@ -1,0 +1,67 @@
+"""What a program of several GPUs is to the recording of a step."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from ...errors import UserError
+from ...methods.parts.base import Method
+from ...program.dims import Dim
+from ...program.ranks import Ranks
+from ...setup import Setup
+from ...tape.tensor import Parameter, Tensor
+
+CUT = ("full", "lora")  # methods whose program on tensor-parallel layers is modelled
+
+
+class ParallelForm(Protocol):
+    """Hooks of one micro-batch, and what is left for the optimizer.
+
+    Attributes:
+        ranks: the GPUs that gradients are reduced over.
+        reduces: whether this micro-batch's gradients are exchanged: those of the last one are (`no_sync`).
+        shares_norm: whether ranks hold different gradients, so that their norm takes an all-reduce.
+    """
+
+    ranks: Ranks
+    reduces: bool
+    shares_norm: bool
+
+    def begin(self) -> None:
+        """Before the forward pass."""
+
+    def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """A block of the model between its hooks."""
+
+    def weight(self, p: Parameter) -> None:
+        """A parameter of an adapter is about to be used."""
+
+    def end(self, loss: Tensor) -> Tensor:
+        """Behind the forward pass; returns the loss, hooked."""
+
+    def end_of_backward(self) -> None:
+        """Behind the last gradient."""
+
+    def updated(self, parameters: list[Parameter]) -> list[Parameter]:
+        """What a rank holds of the model's parameters, with the gradients that its optimizer works on."""
+
+    def held_bytes(self, parameters: list[Parameter]) -> Dim:
+        """Bytes that are kept from step to step beside parameters and optimizer state."""
+
+
+class WholeUnits:
+    """Of a form whose units hold adapters like all else."""
+
+    def weight(self, p: Parameter) -> None:
+        """It came with its block."""
+
+
+def check_form(setup: Setup, method: Method) -> None:
+    """Raise `UserError` where several GPUs are not modelled with the rest of a setup."""
+    for name, usual in (("compile", "none"), ("engine", "torch"), ("cuda_graphs", False), ("in_backward", False),
+                        ("objective", "sft"), ("fp8", "none"), ("int8", "none"), ("qat", "none")):  # fmt: skip
+        if getattr(setup, name) != usual and not (name == "engine" and setup.parallel == "zero3"):
+            raise UserError(f"gpus: several are not modelled with {name} {getattr(setup, name)}; use --gpus 1")
+    if setup.tp > 1 and (method.name not in CUT or getattr(method, "implementation", "peft") != "peft"):
+        raise UserError(f"tp: {method.name} on layers that are cut is not modelled; {' and '.join(CUT)} are")
+    if setup.parallel != "ddp" and type(method).update is not Method.update:
+        raise UserError(f"method {method.name} updates whole weights by itself: with several GPUs use --parallel ddp")

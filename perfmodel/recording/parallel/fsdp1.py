@@ -1,0 +1,258 @@
+"""FSDP1 (`torch.distributed.fsdp.FullyShardedDataParallel`), block by block and the whole around them.
+
+The parameters of a unit are views of one flat parameter, of which every rank keeps a part: gathering copies nothing,
+but the gradients of the views are joined before they are reduced. The host is at most two gathered units ahead of the
+device (`limit_all_gathers`): it waits until the unit before the last one is free.
+
+What peft trains in a block are units of their own (its `fsdp_auto_wrap_policy` wraps every leaf module with a weight
+that trains), since a flat parameter cannot be frozen in part: two tiny gathers forward and backward for an adapter, and
+two tiny reductions. With the host so close behind the device, the gather of the next block can hardly start before the
+last adapter of this one: this is what makes LoRA slow under FSDP1.
+
+Not call by call like FSDP2: an adapter's unit is gathered where its weight is used and freed at once, and its backward
+is where its gradient is complete.
+
+Sources: torch 2.13, distributed/fsdp/_runtime_utils.py (`_unshard`, `_pre_backward_hook`, `_reduce_grad`),
+_limiter_utils.py; peft 0.21, utils/other.py (`fsdp_auto_wrap_policy`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...optimizers.parts.update import existing
+from ...program.dims import Dim, decide
+from ...program.dtypes import ITEMSIZE
+from ...program.op import STRIDED, Attrs
+from ...program.ranks import Ranks
+from ...program.streams import COMMUNICATION, COMPUTE, REDUCE, Run
+from ...tape.autograd import differentiate
+from ...tape.core import new_tensor, record, tape
+from ...tape.tensor import Grads, Node, Parameter, Tensor
+from .collectives import exchange, set_event, wait_event
+from .units import ROOT, ShardedUnit
+
+GATHERED, REDUCED = "gathered", "reduced"  # events
+FREED = ("freed", "freed before that")  # when the last units were free, the latest first
+
+
+@dataclass(eq=False)
+class FlatUnit:
+    """A flat parameter: those of a block, of one adapter's module, or of what is outside of blocks.
+
+    Attributes:
+        trained: whether it has a gradient, which is of the whole.
+        shards: what a rank keeps: its part of what trains, and of what does not.
+        whole: its memory while it is gathered.
+    """
+
+    path: str
+    parameters: list[Parameter]
+    ranks: Ranks
+    shards: list[Parameter] = field(default_factory=list)
+    whole: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for trains in (True, False):
+            those = [p for p in self.parameters if p.requires_grad is trains]
+            if those:
+                self.shards.append(flat_shard(self.path, those, self.ranks.size))
+
+    @property
+    def trained(self) -> bool:
+        """Whether any of it trains."""
+        return any(p.requires_grad for p in self.parameters)
+
+    @property
+    def dtype(self) -> str:
+        """Of all its parameters: a flat parameter has one."""
+        return self.parameters[0].dtype
+
+    @property
+    def part(self) -> Dim:
+        """Elements of a rank's part, padding included."""
+        return -(-sum(p.nbytes for p in self.parameters) // (ITEMSIZE[self.dtype] * self.ranks.size))
+
+    def gather(self) -> None:
+        """`_unshard`: the host waits for the limiter, then all parts are gathered."""
+        if self.whole is not None:
+            return
+        record("fsdp::limit_all_gathers", (), (), Attrs(host=True, sync=True), runs=Run(FREED[1]))
+        self.whole = new_tensor((self.part * self.ranks.size,), self.dtype)
+        exchange("c10d::_allgather_base_", existing((self.part,), self.dtype), self.whole, self.ranks, after=())
+        set_event(GATHERED, COMMUNICATION)
+
+    def free(self) -> None:
+        """`_reshard`: its memory may be used for the unit after the next one, once what was queued is done."""
+        self.whole = None
+        set_event(FREED[1], FREED[0])
+        set_event(FREED[0], COMPUTE)
+
+
+class FlatShard:
+    """The hooks of FSDP1 around the blocks of a model, its adapters and the whole."""
+
+    shares_norm = True
+
+    def __init__(self, units: Sequence[ShardedUnit], ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.reduces = True
+        self.units: dict[str, FlatUnit] = {}
+        self.of_adapter: dict[int, FlatUnit] = {}
+        for unit in units:
+            nested = [p for p in unit.parameters if p.requires_grad and p.kind == "adapter" and unit.path != ROOT]
+            if len(nested) == len(unit.parameters):
+                nested = []
+            for p in nested:
+                self.of_adapter[id(p)] = FlatUnit(p.name, [p], ranks)
+            self.units[unit.path] = FlatUnit(unit.path, [p for p in unit.parameters if p not in nested], ranks)
+        self.ran: list[tuple[str, Any]] = []  # paths of units in the order of their forward passes, with their parts
+        self.done: set[str] = set()
+
+    def begin(self) -> None:
+        """The root is gathered; hooks follow adapters and gradients."""
+        self.ran.clear()
+        self.done.clear()
+        tape().after_gradient = self._reduce_adapter
+        wait_event(COMPUTE, COMMUNICATION)
+        self._unshard(self.units[ROOT])
+
+    def weight(self, p: Parameter) -> None:
+        """An adapter's module is about to run."""
+        unit = self.of_adapter.get(id(p))
+        if unit is not None:
+            self._unshard(unit)
+            unit.free()
+
+    def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """A block between its hooks."""
+        unit, part = self.units[path], tape().part
+        self._unshard(unit)
+        node = differentiate("post_backward", (x,), self._post_backward, (path,))
+        if node is not None:
+            x = x.alias()
+            node.produces(x)
+        out = run(x)
+        unit.free()
+        self.ran.append((path, part))
+        if isinstance(out, tuple):
+            return (self._before_backward(path, out[0]), *out[1:])
+        return self._before_backward(path, out)
+
+    def end(self, loss: Tensor) -> Tensor:
+        """The root stays gathered until its backward is done."""
+        self.ran.append((ROOT, tape().part))
+        return self._before_backward(ROOT, loss)
+
+    def end_of_backward(self) -> None:
+        """Units whose input needed no gradient, the root, and the wait for all that is reduced."""
+        for path in (*self.units,):
+            if path not in self.done:
+                self._reduce(path, self.units[path])
+        tape().after_gradient = None
+        wait_event(REDUCED)
+
+    def updated(self, parameters: list[Parameter]) -> list[Parameter]:
+        """Flat parts in the place of parameters; scales of packed weights stay on every rank."""
+        known = {id(p) for unit in (*self.units.values(), *self.of_adapter.values()) for p in unit.parameters}
+        shards = [s for unit in (*self.units.values(), *self.of_adapter.values()) for s in unit.shards]
+        return [*shards, *(p for p in parameters if id(p) not in known)]
+
+    def held_bytes(self, parameters: list[Parameter]) -> Dim:
+        """Nothing: what is gathered dies with its use."""
+        return 0
+
+    def _unshard(self, unit: FlatUnit) -> None:
+        if unit.parameters:
+            tape().part.host.units += 1
+            unit.gather()
+            wait_event(GATHERED)
+
+    def _before_backward(self, path: str, out: Tensor) -> Tensor:
+        node = differentiate("pre_backward", (out,), self._pre_backward, (path,))
+        if node is None:
+            return out
+        hooked = out.alias()
+        node.produces(hooked)
+        return hooked
+
+    def _pre_backward(self, node: Node, grads: Sequence[Tensor | None]) -> Grads:
+        """Its unit, and then the one whose backward follows (`BackwardPrefetch.BACKWARD_PRE`)."""
+        (path,) = node.attrs
+        place = next(i for i, (name, _) in enumerate(self.ran) if name == path)
+        self._unshard(self.units[path])
+        if place and self.units[self.ran[place - 1][0]].parameters:
+            self.units[self.ran[place - 1][0]].gather()
+        return tuple(grads)
+
+    def _post_backward(self, node: Node, grads: Sequence[Tensor | None]) -> Grads:
+        (path,) = node.attrs
+        self._reduce(path, self.units[path])
+        return tuple(grads)
+
+    def _reduce(self, path: str, unit: FlatUnit) -> None:
+        """`_post_backward_hook`: the unit is freed, its gradients are joined, reduced and scattered."""
+        self.done.add(path)
+        if unit.whole is not None:
+            unit.free()
+        grads = [p.grad for p in unit.parameters if p.grad is not None]
+        if not (self.reduces and grads):
+            return
+        flat = new_tensor((unit.part * self.ranks.size,), unit.dtype)
+        record("cat", grads, (flat,), STRIDED)
+        del grads
+        tape().part.host.gradients += len(unit.parameters)
+        for p in unit.parameters:
+            if p.grad is not None:
+                p.grad.storage.copies = 1
+                p.grad = None
+        self._scattered(unit, flat)
+
+    def _reduce_adapter(self, p: Parameter) -> None:
+        """The gradient of an adapter is complete: its unit is gathered and freed again, and reduced."""
+        unit = self.of_adapter.get(id(p))
+        if unit is None:
+            return
+        self._unshard(unit)
+        unit.free()
+        if not self.reduces:
+            return
+        assert p.grad is not None
+        flat, p.grad.storage.copies = p.grad, 1
+        p.grad = None
+        self._scattered(unit, flat)
+
+    def _scattered(self, unit: FlatUnit, flat: Tensor) -> None:
+        """`_reduce_grad`: divided by one half of the ranks before, by the other behind the reduction."""
+        before = predivided(self.ranks.size)
+        on_reduce = Run(REDUCE, after=(COMPUTE,))
+        if decide(before > 1):
+            record("div_.Tensor", (flat,), (flat,), runs=on_reduce)
+        mine = new_tensor((unit.part,), flat.dtype)
+        exchange("c10d::_reduce_scatter_base_", flat, mine, self.ranks, after=(COMPUTE, REDUCE))
+        if decide(self.ranks.size > before):
+            record("div_.Tensor", (mine,), (mine,), runs=Run(REDUCE, after=(COMMUNICATION,)))
+        set_event(REDUCED, COMMUNICATION)
+        mine.storage.copies = unit.parameters[0].count
+        shard = unit.shards[0]
+        shard.used = True
+        shard.grad = Tensor(shard.shape, shard.dtype, shard.strides, shard.numel, mine.storage)
+
+
+def predivided(ranks: Dim) -> Dim:
+    """What gradients are divided by before they are reduced (`_get_gradient_predivide_factor`): about the root."""
+    factor: Dim = 1
+    while decide((ranks % factor == 0) & (ranks / factor > factor)):
+        factor *= 2
+    return factor
+
+
+def flat_shard(path: str, parameters: list[Parameter], ranks: Dim) -> Parameter:
+    """A rank's part of some parameters behind one another."""
+    first = parameters[0]
+    nbytes = sum(p.nbytes for p in parameters)
+    shape = (-(-nbytes // (ITEMSIZE[first.dtype] * ranks)),)
+    shard = Parameter(path or "root", shape, first.dtype, kind=first.kind, trainable=first.requires_grad)
+    shard.elements = sum(p.elements for p in parameters)
+    shard.count, shard.part = first.count, first.part
+    return shard

@@ -1,0 +1,250 @@
+"""FSDP2 (`torch.distributed.fsdp.fully_shard`), block by block and the whole around them.
+
+Every rank keeps a shard of each parameter, cut along its first dim. Before a block runs, forward and backward, its
+parameters are gathered; behind it they are freed. Behind its backward its gradients are reduced and scattered. In
+backward the block below is gathered while one computes. What a method freezes is gathered like all else, but has no
+gradient to be reduced.
+
+Streams as PyTorch has them: copies into what is gathered on one of their own, collectives behind one another (NCCL
+keeps those of one communicator in order), all else on the compute stream.
+
+Sources: torch 2.13, distributed/fsdp/_fully_shard/ (`_fsdp_param_group.py`, `_fsdp_collectives.py`, `_fsdp_state.py`).
+Without synchronisation in all micro-batches but the last: accelerate's `no_sync`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...program.dims import Dim, Shape, contiguous_strides, product
+from ...program.op import STRIDED
+from ...program.ranks import Ranks
+from ...program.streams import COMMUNICATION, COMPUTE, GATHER_COPY, REDUCE, Run
+from ...tape.autograd import differentiate
+from ...tape.core import new_tensor, record, tape
+from ...tape.pointwise import cast
+from ...tape.tensor import Grads, Node, Parameter, Tensor
+from .collectives import empty, exchange, set_event, wait_event
+from .form import WholeUnits
+from .units import ROOT, ShardedUnit
+
+GATHERED, COPIED, REDUCED = "gathered", "copied out", "reduced"  # events
+
+
+@dataclass(eq=False)
+class Gathered:
+    """A unit as it is on a rank now.
+
+    Attributes:
+        whole: its parameters' memory while they are gathered.
+        coming: what is gathered but not copied out yet.
+    """
+
+    unit: ShardedUnit
+    whole: list[Tensor] = field(default_factory=list)
+    coming: Tensor | None = None
+
+    def gather(self, ranks: Ranks, like: ShardedUnit | None = None) -> None:
+        """`unshard`: copies into one buffer, and the all-gather; of a unit that is like this one, if it is given."""
+        unit = like or self.unit
+        if self.whole or self.coming is not None or not unit.parameters:
+            return
+        dtype, numels = unit.dtype, unit.numels
+        flat = self._cast(unit)
+        sent = [
+            view(shard if p.dtype == shard.dtype else flat, (n,), dtype)
+            for (p, shard), n in zip(unit.pairs, numels, strict=True)
+        ]
+        self.coming = into = empty(sum(numels) * ranks.size, dtype)
+        mine = view(into, (sum(numels),), dtype)
+        record("fsdp::all_gather_copy_in", sent, (mine,), runs=Run(GATHER_COPY))
+        del sent, flat
+        exchange("c10d::_allgather_base_", mine, into, ranks, (GATHER_COPY,))
+        set_event(GATHERED, COMMUNICATION)
+
+    def _cast(self, unit: ShardedUnit) -> Tensor | None:
+        """A buffer with what is kept in another dtype, in the one that it is used in."""
+        moved = unit.cast
+        if not moved:
+            return None
+        dtype = moved[0][0].dtype
+        flat = empty(sum(shard.numel for _, shard in moved), dtype)
+        pieces = [view(flat, (shard.numel,), dtype) for _, shard in moved]
+        kept = [view(shard, (shard.numel,), shard.dtype) for _, shard in moved]
+        record("_foreach_copy_", [*pieces, *kept], pieces, runs=Run(GATHER_COPY))
+        return flat
+
+
+class FullyShard(WholeUnits):
+    """The hooks of FSDP2 around the blocks of a model and around the whole.
+
+    Attributes:
+        output: the dtype that the model's output is cast to (`output_dtype`), None: it stays as it is.
+        reduces: whether gradients are reduced behind backward; if not, they wait whole for the next micro-batch.
+    """
+
+    shares_norm = True
+
+    def __init__(self, units: Sequence[ShardedUnit], ranks: Ranks, output: str | None) -> None:
+        self.ranks = ranks
+        self.output = output
+        self.units = {unit.path: Gathered(unit) for unit in units}
+        self.reduces = True
+        self.ran: list[tuple[str, Any]] = []  # paths of units in the order of their forward passes, with their parts
+        self.copied: Tensor | None = None  # what was copied out last, until the next one is
+        self.reducing: Tensor | None = None  # what is being reduced, until the next one is
+        self.done: set[str] = set()
+
+    # What the recording of a step calls
+
+    def begin(self) -> None:
+        """Before the forward pass: the root's parameters are gathered (`_root_pre_forward`, `pre_forward`)."""
+        self.ran.clear()
+        self.done.clear()
+        wait_event(COMPUTE, GATHER_COPY)
+        self._unshard(self.units[ROOT], forward=True)
+
+    def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """A block between its hooks."""
+        state = self.units[path]
+        part = tape().part
+        self._unshard(state, forward=True)
+        node = differentiate("RegisterPostBackwardFunctionBackward", (x,), self._post_backward, (path,))
+        if node is not None:
+            x = x.alias()
+            node.produces(x)
+        out = run(x)
+        state.whole.clear()
+        self.ran.append((path, part))
+        if isinstance(out, tuple):
+            return (self._before_backward(path, out[0]), *out[1:])
+        return self._before_backward(path, out)
+
+    def end(self, loss: Tensor) -> Tensor:
+        """Behind the forward pass: the root's parameters stay; its hook before backward."""
+        self._forget_copied()
+        self.ran.append((ROOT, tape().part))
+        loss = self._before_backward(ROOT, loss)
+        return cast(loss, self.output) if self.output else loss
+
+    def end_of_backward(self) -> None:
+        """Units whose input needed no gradient, the root, and the wait for all that is reduced."""
+        for path in (ROOT, *self.units):  # as modules are found
+            if path not in self.done:
+                self._reduce(path, self.units[path])
+        wait_event(REDUCED)
+        self.reducing = None
+        for state in self.units.values():
+            state.coming = None  # what was gathered for a block that no gradient reaches
+
+    def updated(self, parameters: list[Parameter]) -> list[Parameter]:
+        """Shards in the place of whole parameters."""
+        shards = {id(p): s for state in self.units.values() for p, s in state.unit.pairs}
+        return [shards.get(id(p), p) for p in parameters]
+
+    def held_bytes(self, parameters: list[Parameter]) -> Dim:
+        """Nothing: what is gathered dies with its use."""
+        return 0
+
+    # Forward and before backward
+
+    def _before_backward(self, path: str, out: Tensor) -> Tensor:
+        node = differentiate("pre_backward", (out,), self._pre_backward, (path,))
+        if node is None:
+            return out
+        hooked = out.alias()
+        node.produces(hooked)
+        return hooked
+
+    def _pre_backward(self, node: Node, grads: Sequence[Tensor | None]) -> Grads:
+        (path,) = node.attrs
+        place = next(i for i, (name, _) in enumerate(self.ran) if name == path)
+        self._unshard(self.units[path], forward=False)
+        if place:
+            self.units[self.ran[place - 1][0]].gather(self.ranks, self._next(place))
+        return tuple(grads)
+
+    def _next(self, place: int) -> ShardedUnit:
+        """The unit whose backward follows: in a part that repeats, the highest one of the same part is next."""
+        path, part = self.ran[place]
+        (below, lower) = self.ran[place - 1]
+        if path == ROOT or lower is part or part.repeat == 1:
+            return self.units[below].unit
+        return self.units[next(name for name, of in reversed(self.ran) if of is part)].unit
+
+    def _unshard(self, state: Gathered, *, forward: bool) -> None:
+        """`unshard` unless it was prefetched, and `wait_for_unshard`: copies out into whole parameters."""
+        if state.whole or not state.unit.parameters:
+            return
+        tape().part.host.units += 1
+        state.gather(self.ranks)
+        assert state.coming is not None
+        before = self.copied  # a local variable holds it up to the end (`prev_all_gather_state`)
+        if forward:
+            self._forget_copied()
+        unit, ranks = state.unit, self.ranks.size
+        state.whole = [new_tensor((ranks, shard.numel), p.dtype) for p, shard in unit.pairs]
+        rows = [view(whole, (ranks, n), unit.dtype) for whole, n in zip(state.whole, unit.numels, strict=True)]
+        coming = view(state.coming, (ranks, sum(unit.numels)), unit.dtype)
+        record("fsdp::split_with_sizes_copy", (coming,), rows, STRIDED, runs=Run(after=(GATHERED,)))
+        if forward:
+            self.copied = state.coming
+            set_event(COPIED, COMPUTE)
+        else:
+            wait_event(COMPUTE, GATHER_COPY)
+        state.coming = None
+        del before
+
+    def _forget_copied(self) -> None:
+        """What was copied out before may be overwritten once that is done."""
+        if self.copied is not None:
+            wait_event(COPIED, GATHER_COPY)
+            self.copied = None
+
+    # Behind backward
+
+    def _post_backward(self, node: Node, grads: Sequence[Tensor | None]) -> Grads:
+        (path,) = node.attrs
+        self._reduce(path, self.units[path])
+        return tuple(grads)
+
+    def _reduce(self, path: str, state: Gathered) -> None:
+        """`post_backward`: the parameters go, the gradients become shards."""
+        self.done.add(path)
+        state.whole.clear()
+        unit = state.unit
+        trained = [(p, s) for p, s in unit.pairs if p.grad is not None]
+        if not (self.reduces and trained):
+            return
+        wait_event(REDUCED)
+        self.reducing = None
+        dtype = trained[0][0].dtype
+        numel = sum(shard.numel for _, shard in trained)
+        given = empty(numel * self.ranks.size, dtype)
+        grads = [p.grad for p, _ in trained if p.grad is not None]
+        record("fsdp::chunk_cat", grads, (view(given, (self.ranks.size, numel), dtype),), STRIDED)
+        del grads
+        tape().part.host.gradients += len(trained)
+        for p, _ in trained:
+            assert p.grad is not None
+            p.grad.storage.copies = 1
+            p.grad = None
+        self.reducing = given
+        reduced = empty(numel, dtype)
+        exchange("c10d::_reduce_scatter_base_", given, reduced, self.ranks)
+        kept = trained[0][1].dtype
+        if kept != dtype:
+            low, reduced = reduced, new_tensor((numel,), kept)
+            record("_to_copy", (low,), (reduced,), runs=Run(REDUCE, after=(COMMUNICATION,)))
+            del low
+        set_event(REDUCED, REDUCE if kept != dtype else COMMUNICATION)
+        reduced.storage.copies = trained[0][0].count
+        for _, shard in trained:
+            shard.used = True
+            shard.grad = Tensor(shard.shape, kept, shard.strides, shard.numel, reduced.storage)
+
+
+def view(buffer: Tensor | None, shape: Shape, dtype: str) -> Tensor:
+    """A contiguous view of a part of a buffer."""
+    assert buffer is not None
+    return Tensor(shape, dtype, contiguous_strides(shape), product(shape), buffer.storage)

@@ -1,0 +1,62 @@
+"""Messages that gradients make as they come: where each of them goes among the ops of a backward pass."""
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import NamedTuple, TypeVar
+
+from ...program.op import Op
+from ...program.part import Part
+from ...tape.tensor import Parameter
+
+M = TypeVar("M", bound=Hashable)
+
+
+class Ready(NamedTuple):
+    """A gradient that is complete: in which part, and behind how many of its ops what it sets off would go."""
+
+    part: Part
+    ops: int
+    parameter: Parameter
+
+
+class Coming(NamedTuple):
+    """A gradient in the order in which all come; `layer` counts a parameter's layers from the lowest."""
+
+    parameter: Parameter
+    layer: int
+
+
+def coming(parts: Sequence[Part], ready: Sequence[Ready]) -> list[Coming]:
+    """All gradients of a backward pass, layer by layer: in a part that repeats the highest layer comes first."""
+    by_part = _by_part(ready)
+    return [
+        Coming(r.parameter, part.repeat - 1 - k)
+        for part in parts
+        for k in range(part.repeat)
+        for r in by_part.get(id(part), ())
+    ]
+
+
+def interleaved(
+    parts: Sequence[Part], ready: Sequence[Ready], sent: Mapping[int, Sequence[M]], ops_of: Callable[[M], Sequence[Op]]
+) -> Iterator[Part]:
+    """Parts with the messages that go out at each gradient, by its number among all that come.
+
+    A part that repeats becomes as many parts as there are runs of layers in a row that send the same.
+    """
+    by_part, done = _by_part(ready), 0
+    for part in parts:
+        of_part, layouts = by_part.get(id(part), []), []
+        for _ in range(part.repeat):
+            layouts.append(tuple((r.ops, m) for i, r in enumerate(of_part, done) for m in sent.get(i, ())))
+            done += len(of_part)
+        for layout, alike in groupby(layouts):
+            ops = list(part.ops)
+            for place, message in reversed(layout):
+                ops[place:place] = ops_of(message)
+            yield replace(part, repeat=len(list(alike)), ops=ops)
+
+
+def _by_part(ready: Sequence[Ready]) -> dict[int, list[Ready]]:
+    return {id(part): list(those) for part, those in groupby(ready, key=lambda r: r.part)}

@@ -1,0 +1,198 @@
+"""DeepSpeed's ZeRO-3 over several ranks: every rank keeps a part of each weight, its master, its states, its gradient.
+
+Weights are gathered one by one as modules come, frozen ones too; small ones (`stage3_param_persistence_threshold`:
+transformers' "auto" is ten times the hidden size) stay whole, and are gathered again once they are updated. A weight
+that is used again within `stage3_max_reuse_distance` elements stays gathered. Gradients are copied into a bucket, and
+before one that does not fit the bucket is reduced and scattered, in every micro-batch.
+
+Here the weights of a block are gathered as it begins: DeepSpeed asks for each a few modules before it is used, by a
+queue that it keeps filled (`fetch_sub_module`), so messages and bytes are the same but come a little earlier there.
+
+Source: deepspeed 0.19.8, runtime/zero/partitioned_param_coordinator.py, parameter_offload.py, stage3.py,
+runtime/comm/coalesced_collectives.py (`reduce_scatter_coalesced`). One rank alone: `perfmodel.recording.zero`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ...optimizers import Update
+from ...optimizers.parts.update import existing, runs
+from ...program.dims import Dim, decide
+from ...program.op import Attrs, Op, Spec
+from ...program.ranks import Ranks
+from ...program.streams import COMMUNICATION, COMPUTE, Run
+from ...tape.autograd import differentiate
+from ...tape.core import record, tape
+from ...tape.tensor import Grads, Node, Parameter, Tensor
+from .. import zero
+from .collectives import SENT, empty, exchange, wait_event
+from .form import WholeUnits
+from .messages import Ready, coming, interleaved
+from .units import ROOT, ShardedUnit
+
+REUSE = 10**9  # elements within which a weight that comes again stays (`stage3_max_reuse_distance`)
+PERSISTENT = 10  # hidden sizes that a weight has at most if it stays whole
+
+
+class CutWeights(WholeUnits):
+    """The hooks of ZeRO-3 around the blocks of a model.
+
+    Args:
+        units: the blocks and the rest, with a rank's part of each parameter.
+        hidden: hidden size of the model.
+    """
+
+    shares_norm = False
+
+    def __init__(self, units: Sequence[ShardedUnit], ranks: Ranks, hidden: int) -> None:
+        self.ranks, self.limit, self.small = ranks, hidden**2, PERSISTENT * hidden
+        self.units = {unit.path: unit for unit in units}
+        self.paths = [unit.path for unit in units]
+        self.reduces = True
+        self.first = True  # whether this micro-batch starts the sum of gradients
+        self.ready: list[Ready] = []
+        self.whole: dict[str, list[Tensor]] = {}  # what is gathered of each unit
+        elements = sum(p.numel * p.count for unit in units for p in unit.parameters if self._is_cut(p))
+        self.stays = decide(2 * elements <= REUSE)  # from its forward pass until its backward pass
+
+    # What the recording of a step calls
+
+    def begin(self) -> None:
+        """What is outside of blocks is gathered."""
+        self.ready.clear()
+        tape().on_gradient = self._copy
+        self._gather(ROOT)
+
+    def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """A block between its hooks."""
+        self._gather(path)
+        node = differentiate("PostBackwardFunctionModuleBackward", (x,), self._behind_backward, (path,))
+        if node is not None:
+            x = x.alias()
+            node.produces(x)
+        out = run(x)
+        if not self.stays:
+            self.whole.pop(path, None)
+        first, *rest = out if isinstance(out, tuple) else (out,)
+        node = differentiate("PreBackwardFunctionForModuleBackward", (first,), self._before_backward, (path,))
+        if node is not None:
+            first = first.alias()
+            node.produces(first)
+        return (first, *rest) if isinstance(out, tuple) else first
+
+    def end(self, loss: Tensor) -> Tensor:
+        """Nothing more is hooked."""
+        return loss
+
+    def end_of_backward(self) -> None:
+        """Buckets go out where the next gradient does not fit, the last one here; all weights go."""
+        current = tape()
+        current.on_gradient = None
+        self.whole.clear()
+        exchanging, parts = current.parts.pop(), list(current.parts)
+        order = [c.parameter for c in coming(parts, self.ready)]
+        *sent, (_, last) = self._buckets(order)
+        dtype = self.ready[0].parameter.dtype
+        current.parts[:] = interleaved(parts, self.ready, {i: [b] for i, b in sent}, lambda b: self._reduced(b, dtype))
+        current.parts.append(exchanging)
+        exchanging.ops += self._reduced(last, dtype)
+        zero.end_of_backward()
+        self.first = False
+
+    def updated(self, parameters: list[Parameter]) -> list[Parameter]:
+        """A rank's parts in the place of whole parameters."""
+        shards = {id(p): s for unit in self.units.values() for p, s in unit.pairs}
+        for unit in self.units.values():
+            for p, shard in unit.pairs:
+                shard.used = p.used
+        return [shards.get(id(p), p) for p in parameters]
+
+    def held_bytes(self, parameters: list[Parameter]) -> Dim:
+        """A rank's part of the gradients, the bucket, and what stays whole."""
+        trained = [p for p in parameters if p.used]
+        small = sum(p.nbytes * p.count for p in self._small())
+        return zero.buffer_bytes(trained, self.limit) + small
+
+    def own_update(self, parameters: list[Parameter], optimizer: str, *, clips: bool) -> Update:
+        """The optimizer on a rank's parts; what stays whole is gathered again."""
+        norm = Attrs(ranks=self.ranks)
+        scalar = existing((), "fp64")
+        update = zero.recorded_update(
+            parameters, optimizer, clips=clips,
+            between=lambda: record("c10d::allreduce_", (scalar,), (scalar,), norm, runs=SENT),
+        )  # fmt: skip
+        for count, run in runs(self._small()):
+            update.part(count)
+            for p in run:
+                self._gathered(p)
+        return update
+
+    # Weights
+
+    def _is_cut(self, p: Parameter) -> bool:
+        return decide(p.numel > self.small)
+
+    def _small(self) -> list[Parameter]:
+        return [p for unit in self.units.values() for p in unit.parameters if not self._is_cut(p)]
+
+    def _part(self, p: Parameter) -> Dim:
+        return -(-p.numel // self.ranks.size)
+
+    def _gather(self, path: str) -> None:
+        """One message a weight, which is a view of what it is gathered in."""
+        if path not in self.whole:
+            self.whole[path] = [self._gathered(p) for p in self.units[path].parameters if self._is_cut(p)]
+            wait_event(COMMUNICATION)
+
+    def _gathered(self, p: Parameter) -> Tensor:
+        part = self._part(p)
+        whole = empty(part * self.ranks.size, p.dtype)
+        mine = existing((part,), p.dtype)
+        record("cat.out", (existing((part,), p.dtype), mine), (mine,))
+        exchange("c10d::_allgather_base_", mine, whole, self.ranks)
+        return whole
+
+    def _before_backward(self, node: Node, grads: Sequence[Tensor | None]) -> Grads:
+        (path,) = node.attrs
+        self._gather(path)
+        return tuple(grads)
+
+    def _behind_backward(self, node: Node, grads: Sequence[Tensor | None]) -> Grads:
+        (path,) = node.attrs
+        self.whole.pop(path, None)
+        return tuple(grads)
+
+    # Gradients
+
+    def _copy(self, p: Parameter, grad: Tensor) -> None:
+        current = tape()
+        current.part.host.gradients += 1
+        self.ready.append(Ready(current.part, len(current.part.ops), p))
+        with current.belonging_to("accumulation"):
+            if decide(p.numel <= self.limit):
+                in_bucket = existing(p.shape, grad.dtype)
+                record("copy_", (in_bucket, grad), (in_bucket,), runs=Run(COMMUNICATION, (COMPUTE,)))
+            part = existing((self._part(p),), grad.dtype)
+            total = existing((self._part(p),), grad.dtype)
+            record("copy_" if self.first else "add_.Tensor", (total, part), (total,), runs=Run(COMMUNICATION))
+
+    def _buckets(self, order: Sequence[Parameter]) -> list[tuple[int, tuple[Dim, ...]]]:
+        """Buckets in their order, each with the number of the gradient that it goes out before; the last one too."""
+        found: list[tuple[int, tuple[Dim, ...]]] = []
+        held: list[Parameter] = []
+        for i, p in enumerate(order):
+            if held and decide(sum(h.numel for h in held) + p.numel > self.limit):
+                found.append((i, tuple(self._part(h) for h in held)))
+                held = []
+            held.append(p)
+        return [*found, (len(order), tuple(self._part(h) for h in held))]
+
+    def _reduced(self, bucket: tuple[Dim, ...], dtype: str) -> list[Op]:
+        """`reduce_scatter_coalesced`: the parts of each rank side by side, divided, reduced and scattered."""
+        mine = (Spec(dtype, (sum(bucket),)),)
+        whole = (Spec(dtype, (sum(bucket) * self.ranks.size,)),)
+        size, part, beside = whole[0].nbytes, mine[0].nbytes, Run(COMMUNICATION)
+        ops = [Op("cat", whole, whole, size, size, owner="accumulation", runs=beside)] if len(bucket) > 1 else []
+        ops.append(Op("div_.Tensor", whole, whole, size, size, owner="accumulation", runs=beside))
+        scattered = Attrs(ranks=self.ranks)
+        return [*ops, Op("c10d::_reduce_scatter_base_", whole, mine, size, part, attrs=scattered, runs=beside)]

@@ -1,0 +1,138 @@
+"""The reference of a rank is the real program of a rank: transformers + peft under torch's DDP and FSDP2.
+
+A part of the grid of `perfmodel validate counts --parallel`; and two real processes, so that the fake process group is
+not all that speaks for it.
+"""
+
+import copy
+import json
+import pickle
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+pytest.importorskip("peft")
+
+import torch.distributed as dist
+from helpers import architecture_of, config_of
+
+from perfmodel import methods
+from perfmodel.cli import main
+from perfmodel.program.ranks import Ranks
+from perfmodel.recording.record import build
+from perfmodel.recording.step import Step
+from perfmodel.setup import Setup
+from validate.oracle import counts, parallel, parallel_cases
+from validate.oracle.cases import Case
+
+if not dist.is_available() or not dist.is_gloo_available():
+    pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
+
+GRID = list(parallel_cases.grid("quick"))
+SETUP = Setup(batch=2, seq=9, gpus=2)
+
+
+@pytest.mark.parametrize("case", GRID[::11], ids=lambda c: f"{c.config.name} {c.method} {c.setup.parallel}")
+def test_the_tape_equals_a_rank_of_the_real_program(case: Case) -> None:
+    """Zero tolerance: every call, and the collectives in their order between products; peak memory within 3 %."""
+    result = parallel.compare_rank(case)
+    assert result.calls > 0
+    assert result.collectives > 0
+    assert result.differences == []
+
+
+PROCESS = """
+import json, pickle, sys
+import torch.distributed as dist
+from validate.oracle import parallel
+folder, rank = sys.argv[1], int(sys.argv[2])
+with open(folder + "/case", "rb") as file:
+    case, optimizer = pickle.load(file)
+dist.init_process_group("gloo", init_method="file://" + folder + "/store", rank=rank, world_size=2)
+found = parallel.traced_rank(case, optimizer).collectives
+if rank == 0:
+    print(json.dumps(found), flush=True)
+dist.barrier()
+"""
+
+
+@pytest.mark.parametrize("form", parallel_cases.FORMS)
+def test_two_processes_exchange_what_the_tape_has(form: str, ready: list[str], tmp_path: Path) -> None:
+    """The fake process group must not have changed the program: with real ones the sequence is the same."""
+    case = Case(config_of("llama"), "lora:r=4", replace(SETUP, parallel=form, grad_accum=2))
+    step = tape_of(case)
+    (tmp_path / "case").write_bytes(pickle.dumps((case, step.optimizer)))
+    started = [
+        subprocess.Popen([*ready, "-c", PROCESS, str(tmp_path), str(rank)], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    said, _ = (process.communicate(timeout=120)[0] for process in started)
+    assert [parallel.Collective(*row) for row in json.loads(said)] == parallel.collectives(step)
+
+
+# the oracle itself
+
+
+def tape_of(case: Case) -> Step:
+    """The tape of a case."""
+    architecture = architecture_of("llama")
+    return build(architecture, methods.parse(case.method).bind(architecture), case.setup, "cpu")
+
+
+@pytest.fixture(scope="module")
+def traced() -> tuple[Case, Step, parallel.RankRecorder]:
+    """A case whose tape and trace agree."""
+    case = Case(config_of("llama"), "lora:r=4", replace(SETUP, parallel="fsdp2"))
+    step = tape_of(case)
+    with parallel.process_group("fsdp2", 2):
+        real = parallel.traced_rank(case, step.optimizer)
+    assert parallel.judge_rank(case, step, real).differences == []
+    return case, step, real
+
+
+def later(ops: list[Any], at: int) -> None:
+    product = next(i for i, op in enumerate(ops) if i > at and op.name.startswith(parallel.PRODUCTS))
+    ops.insert(product, ops.pop(at))
+
+
+def over_others(ops: list[Any], at: int) -> None:
+    ops[at] = copy.copy(ops[at])
+    ops[at].attrs = ops[at].attrs._replace(ranks=Ranks(3))
+
+
+@pytest.mark.parametrize("change", [lambda ops, at: ops.pop(at), later, over_others])
+def test_a_wrong_tape_is_reported(traced: tuple[Case, Step, parallel.RankRecorder], change: Any) -> None:
+    """An oracle that cannot fail proves nothing: a collective that is lost, late, or of others must be seen."""
+    case, step, real = traced
+    group = step.groups[0]
+    part = next(p for p in group.parts if p.phase == "backward" and any(op.attrs.ranks for op in p.ops))
+    ops = list(part.ops)
+    change(ops, next(i for i, op in enumerate(ops) if op.attrs.ranks))
+    parts = [replace(p, ops=ops) if p is part else p for p in group.parts]
+    wrong = replace(step, groups=[replace(group, parts=parts), *step.groups[1:]])
+    assert any(line.startswith("collective") for line in parallel.judge_rank(case, wrong, real).differences)
+
+
+@pytest.mark.parametrize("off", [0.96, 1.04])
+def test_wrong_memory_is_reported(traced: tuple[Case, Step, parallel.RankRecorder], off: float) -> None:
+    """What a rank holds decides on how many GPUs a model fits."""
+    case, step, real = traced
+    wrong = copy.copy(real)
+    wrong.trace = replace(real.trace, peak=round(real.trace.peak * off))
+    (line,) = parallel.judge_rank(case, step, wrong).differences
+    assert line.startswith("peak memory")
+
+
+def test_the_command_lists_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever changed a form reads in the table how much of it was compared."""
+    found = counts.Result(GRID[0], 7, 0, 3, 1.0, [], collectives=12345)
+    monkeypatch.setattr(parallel_cases, "grid", lambda which: GRID[:1])
+    monkeypatch.setattr(parallel, "compare_rank", lambda case: found)
+    words = CliRunner().invoke(main, ["validate", "counts", "--parallel"])
+    assert words.exit_code == 0
+    assert "12,345" in words.stdout
+    assert "collectives" in words.stdout

@@ -1,0 +1,143 @@
+"""Laws of steps on several GPUs, which need no torch: what a network can do to a step, and what LoRA saves on it."""
+
+from dataclasses import replace
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perfmodel import predict
+from perfmodel.architectures.config import Config
+from perfmodel.errors import UserError
+from perfmodel.prediction.placed import Placed
+from perfmodel.prediction.predict import Prediction
+from perfmodel.program.dtypes import ITEMSIZE
+from perfmodel.setup import PARALLEL, Setup
+
+LLAMA = Config(
+    {
+        "model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 5,
+        "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 2048,
+    },
+    "llama", "llama",
+)  # fmt: skip
+ROUNDING = 1e-9
+METHODS = ("full", "lora:r=8,targets=all-linear", "lora:r=4", "dora:r=4", "top_k:k=2", "qlora:r=8", "norm", "ia3")
+SETUPS = st.builds(
+    Setup,
+    batch=st.sampled_from((1, 2, 8)),
+    seq=st.sampled_from((64, 256, 1024)),
+    gpus=st.sampled_from((2, 4, 8, 16, 64)),
+    parallel=st.sampled_from(PARALLEL),
+    grad_accum=st.sampled_from((1, 2, 4)),
+    checkpoint=st.sampled_from(("none", "block")),
+    optimizer=st.sampled_from(("adamw", "sgd")),
+    clip_grad=st.booleans(),
+)
+
+
+def on_network(faster: float, method: str, setup: Setup) -> Prediction:
+    """A prediction on a network that is so many times as fast."""
+    known = Placed.seconds
+    with patch.object(Placed, "seconds", lambda *args: known(*args) / faster):
+        return predict(LLAMA, method, setup, "h100-sxm")
+
+
+@settings(max_examples=12, deadline=None)
+@given(SETUPS, st.sampled_from(METHODS))
+def test_one_gpu_is_what_it_was(setup: Setup, method: str) -> None:
+    """A form of several GPUs is nothing to one of them."""
+    alone = predict(LLAMA, method, replace(setup, gpus=1), "h100-sxm").as_dict()
+    usual = predict(LLAMA, method, replace(setup, gpus=1, parallel=PARALLEL[0]), "h100-sxm").as_dict()
+    assert {**alone, "setup": {}} == {**usual, "setup": {}}
+
+
+@settings(max_examples=12, deadline=None)
+@given(SETUPS, st.sampled_from(METHODS))
+def test_a_faster_network_is_never_slower_and_a_free_one_leaves_the_work(setup: Setup, method: str) -> None:
+    """Time falls with the bandwidth to that of the work alone, and never rises above work and collectives in a row."""
+    slow, usual, free = (on_network(x, method, setup) for x in (0.25, 1.0, np.inf))
+    most, some, least = (p.time.phases["total"] for p in (slow, usual, free))
+    assert most >= some * (1 - ROUNDING)
+    assert some >= least * (1 - ROUNDING)
+    sent = usual.time.communication
+    taken = sent.exposed["total"] + sent.hidden["total"]
+    assert 0 <= sent.exposed["total"] <= taken
+    without = usual.time.phases["total"] - sent.exposed["total"]
+    assert usual.time.phases["total"] <= (without + taken) * (1 + ROUNDING)
+    assert free.time.communication.hidden["total"] == pytest.approx(0.0, abs=1e-12)
+
+
+@settings(max_examples=10, deadline=None)
+@given(SETUPS, st.sampled_from(METHODS))
+def test_ddp_sends_what_trains_and_no_more(setup: Setup, method: str) -> None:
+    """What LoRA saves under DDP: the traffic of gradients that do not exist."""
+    p = predict(LLAMA, method, replace(setup, parallel="ddp"), "h100-sxm")
+    assert p.step is not None
+    trained = sum(x.numel * x.count * ITEMSIZE[x.dtype] for x in p.step.parameters if x.used)
+    assert p.time.communication.nbytes["all_reduce"] == trained
+    others = {kind: n for kind, n in p.time.communication.nbytes.items() if n and kind != "all_reduce"}
+    assert others.keys() == {"broadcast"}  # of buffers
+    assert others["broadcast"] < 2**10
+
+
+@settings(max_examples=10, deadline=None)
+@given(SETUPS, st.sampled_from(("lora:r=8,targets=all-linear,adapter_dtype=bf16", "lora:r=4", "top_k:k=2", "ia3")))
+def test_fsdp_gathers_frozen_shards_like_all_others(setup: Setup, method: str) -> None:
+    """What LoRA does not save under FSDP: each block is gathered forward, whatever of it trains."""
+    setup = replace(setup, parallel="fsdp2", grad_accum=1)
+    full, other = (predict(LLAMA, m, setup, "h100-sxm") for m in ("full", method))
+    assert other.time.communication.nbytes["all_gather"] >= full.time.communication.nbytes["all_gather"] / 2
+    assert other.time.communication.nbytes["reduce_scatter"] <= full.time.communication.nbytes["reduce_scatter"]
+    assert other.time.communication.calls["all_gather"] <= full.time.communication.calls["all_gather"]
+
+
+@settings(max_examples=8, deadline=None)
+@given(SETUPS, st.sampled_from(METHODS[:5]))
+def test_a_grid_of_gpus_equals_its_points(setup: Setup, method: str) -> None:
+    """A scaling curve is so many predictions."""
+    counts = np.array([1, 2, 8, 32])
+    grid = predict(LLAMA, method, replace(setup, gpus=counts), "h100-sxm")
+    for i, n in enumerate(counts):
+        one = predict(LLAMA, method, replace(setup, gpus=int(n)), "h100-sxm")
+        assert grid.time.phases["total"][i] == pytest.approx(one.time.phases["total"], rel=1e-9)
+        assert grid.memory.peak[i] == one.memory.peak
+        for kind, nbytes in one.time.communication.nbytes.items():
+            assert np.broadcast_to(grid.time.communication.nbytes[kind], counts.shape)[i] == nbytes
+
+
+@settings(max_examples=8, deadline=None)
+@given(SETUPS, st.sampled_from(METHODS))
+def test_shards_of_more_gpus_take_less_room(setup: Setup, method: str) -> None:
+    """Memory under FSDP falls with the GPUs, to no less than what is gathered at a time."""
+    peaks = [
+        predict(LLAMA, method, replace(setup, parallel="fsdp2", gpus=n), "h100-sxm").memory.peak for n in (2, 4, 16)
+    ]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_tensor_parallel_parts_are_the_whole() -> None:
+    """Ranks that share every layer have its parameters and its work between them."""
+    one, two = (predict(LLAMA, "lora:r=8,targets=all-linear", device="h100-sxm", gpus=n, tp=n, seq=256) for n in (1, 2))
+    assert (one.total_params, one.trainable_params) == (two.total_params, two.trainable_params)
+    assert one.flops["total"] / 2 < two.flops["total"] < one.flops["total"]
+    assert two.tokens_per_second * two.time.phases["total"] == pytest.approx(256)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"gpus": 4, "tp": 3}, "tp 3 does not divide the 4 GPUs"),
+        ({"gpus": 4, "nodes": 8}, "nodes 8 are more than the 4 GPUs"),
+        ({"gpus": 6, "tp": 6}, "tp 6 does not divide the heads"),
+        ({"gpus": 4, "node": "dgx-h10"}, "did you mean 'dgx-h100'?"),
+        ({"gpus": 4, "compile": "default"}, "not modelled with compile default"),
+        ({"gpus": 12, "nodes": 1}, "do not spread evenly over 1 nodes of 8"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_line(options: dict[str, object], said: str) -> None:
+    """A wrong job names its fault."""
+    with pytest.raises(UserError, match=said.replace("?", r"\?")):
+        predict(LLAMA, "full", device="h100-sxm", **options)

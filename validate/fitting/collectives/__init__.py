@@ -1,0 +1,1 @@
+"""The price of collectives, fitted to measurements of others."""

@@ -1,0 +1,287 @@
+"""`perfmodel validate counts --parallel`: the tape of a rank against the real program of a rank.
+
+The real program is transformers + peft with real tensors, wrapped as accelerate does it, in a process group whose
+collectives do nothing (torch's fake one), or, for DDP whose reducer waits for them, in gloo's of one process: the
+buckets and their sizes do not depend on how many there are.
+"""
+
+import re
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import chain, islice, zip_longest
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from perfmodel import methods
+from perfmodel.architectures import Architecture, Config, from_config
+from perfmodel.methods import Method
+from perfmodel.methods.parts.quantised import QuantisedLora
+from perfmodel.prediction import memory
+from perfmodel.program.op import Op
+from perfmodel.program.part import PHASES
+from perfmodel.recording.record import build
+from perfmodel.recording.step import Step
+from perfmodel.setup import Setup
+from perfmodel.tracing.programs import models, updates
+from perfmodel.tracing.programs.dtypes import DTYPES, TORCH_DTYPES
+from perfmodel.tracing.programs.low_bit import apply_low_bit
+from perfmodel.tracing.trace import NO_WORK, CallRecorder, Trace, call_name, eager_program
+
+from . import counts
+from .cases import Case
+
+PEAK_TOLERANCE = 0.03
+COLLECTIVE = ("c10d", "_c10d_functional")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_dot_product")
+
+
+class Collective(NamedTuple):
+    """One of a sequence: `products` is how many matrix products were called before it."""
+
+    phase: str
+    name: str
+    dtype: str
+    elements: int
+    group: int
+    products: int
+
+
+class RankRecorder(CallRecorder):  # type: ignore[no-untyped-call]
+    """Also notes collectives in their order, and follows memory that a program frees and fills again in place."""
+
+    def __init__(self) -> None:
+        super().__init__(keep=self._note)
+        self.collectives: list[Collective] = []
+        self.products = 0
+        self.resized: dict[int, weakref.ref[Any]] = {}
+
+    def begin(self) -> None:
+        """Count anew from here; memory that is there stays known."""
+        self.trace, self.collectives, self.products = Trace(peak=self.live), [], 0
+
+    def _note(self, phase: str, func: Any, inputs: Any, outputs: Any, arguments: Any) -> None:
+        name = call_name(func)
+        self.products += name.startswith(PRODUCTS)
+        if func.namespace in COLLECTIVE and func._schema.name not in NO_WORK:
+            message = max(sum(t.numel() for t in tensors) for tensors in (inputs, outputs))
+            group = group_size(arguments)
+            self.collectives.append(Collective(phase, name, DTYPES[inputs[0].dtype], message, group, self.products))
+        if func is torch.ops.fsdp.split_with_sizes_copy.default:
+            for t in outputs:
+                storage = t.untyped_storage()
+                self.resized[storage._cdata] = weakref.ref(storage)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for key, reference in self.resized.items():
+            storage = reference()
+            if storage is not None:
+                self.live += storage.nbytes() - self.storages[key]
+                self.storages[key] = storage.nbytes()
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def group_size(arguments: Any) -> int:
+    """How many take part, by the process group among the arguments of a collective, or its name."""
+    args, _ = arguments
+    for value in reversed(args):
+        if isinstance(value, str):
+            return dist.distributed_c10d._resolve_process_group(value).size()  # type: ignore[attr-defined,arg-type]
+        if isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type()):
+            return dist.ProcessGroup.unbox(value).size()
+    raise AssertionError("a collective has a group")
+
+
+@contextmanager
+def process_group(kind: str, ranks: int) -> Iterator[None]:
+    """The default group of this process as one of so many ranks."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if kind == "ddp":
+        dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def wrapped(model: Any, setup: Setup, architecture: Architecture) -> Any:
+    """The model as accelerate wraps it: for DDP with its defaults, for FSDP2 block by block and as a whole."""
+    if setup.parallel == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(model)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    amp = TORCH_DTYPES[setup.amp] if setup.amp else None
+    policy = MixedPrecisionPolicy(param_dtype=amp, reduce_dtype=amp, output_dtype=amp)
+    # 4-bit weights that are stored in bytes; scales are no parameters (but of the stand-in for bitsandbytes)
+    ignored = {p for p in model.parameters() if not p.is_floating_point()}
+    for module in model.modules():
+        ignored |= {getattr(module, name) for name, count in getattr(module, "stands_for", {}).items() if count == 0}
+    if amp is not None:
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = p.data.float()
+    rows = "|".join(re.escape(path) for path, _ in architecture.stacks)
+    block = re.compile(rf"(.*\.)?({rows})\.\d+")
+    for name, module in model.named_modules():
+        if block.fullmatch(name):
+            fully_shard(module, mp_policy=policy, ignored_params=ignored)
+    return fully_shard(model, mp_policy=policy, ignored_params=ignored)
+
+
+@contextmanager
+def not_reducing(model: Any, setup: Setup) -> Iterator[None]:
+    """accelerate's `no_sync`."""
+    if setup.parallel == "ddp":
+        with model.no_sync():
+            yield
+        return
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+def trace_rank(model: Any, setup: Setup, update: Any) -> RankRecorder:
+    """The third step of a rank: in the second DDP fills other buckets than in the first."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ids = torch.zeros(setup.shape, dtype=torch.long)
+    attention = torch.ones_like(ids)
+    recorder = RankRecorder()
+    autocast = setup.parallel == "ddp"  # FSDP2 casts what it gathers instead
+
+    def micro_batch() -> None:
+        with recorder.observe("forward"):
+            with torch.autocast("cpu", TORCH_DTYPES[setup.amp]) if setup.amp and autocast else nullcontext():
+                loss = model(input_ids=ids, labels=ids, attention_mask=attention).loss
+            if setup.grad_accum > 1:
+                loss = loss / setup.grad_accum
+        with recorder.observe("backward"):
+            loss.backward()
+
+    def run() -> None:
+        for _ in range(setup.grad_accum - 1):
+            with not_reducing(model, setup):
+                micro_batch()
+        micro_batch()
+        with recorder.observe("optimizer"):
+            if setup.clip_grad:
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            update.step()
+            update.zero_grad(set_to_none=True)
+
+    with eager_program():
+        run()
+        recorder.hold(local(t) for t in (*model.parameters(), *updates.held(update)))
+        recorder.recording = True
+        run()
+        recorder.begin()
+        run()
+    return recorder
+
+
+def local(t: torch.Tensor) -> torch.Tensor:
+    """What a rank has of a tensor."""
+    from torch.distributed.tensor import DTensor
+
+    return t._local_tensor if isinstance(t, DTensor) else t
+
+
+def compare_rank(case: Case) -> counts.Result:
+    """Trace a rank of the real program of a case and compare calls, bytes, collectives in their order, and memory."""
+    architecture = from_config(case.config)
+    step = build(architecture, methods.parse(case.method).bind(architecture), case.setup, "cpu")
+    with process_group(case.setup.parallel, case.setup.gpus):
+        return judge_rank(case, step, traced_rank(case, step.optimizer))
+
+
+def traced_rank(case: Case, optimizer: str) -> RankRecorder:
+    """What this process of the current group does in a step of a case."""
+    setup, architecture = case.setup, from_config(case.config)
+    method = methods.parse(case.method).bind(architecture)
+    model = alone(case.config, setup, architecture, method)
+    total, trainable = elements(model)
+    model.train()
+    if setup.checkpoint != "none":
+        reentrant = setup.checkpoint == "block-reentrant"
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    model = wrapped(model, setup, architecture)
+    real = trace_rank(model, setup, updates.make(model, optimizer, method))
+    real.trace.total, real.trace.trainable = total, trainable
+    return real
+
+
+def alone(config: Config, setup: Setup, architecture: Architecture, method: Method) -> Any:
+    """The model with the method on it, as one GPU alone would have it."""
+    base = models.build_model(config, setup, device="cpu")
+    method = method.under(setup.stack, setup.dtype)
+    if isinstance(method, QuantisedLora):
+        return apply_low_bit(base, method, architecture, setup)
+    return models.apply_method(base, method, architecture)
+
+
+def elements(model: Any) -> tuple[int, int]:
+    """Of all parameters, and of those that train; a packed weight stands for what it was packed from."""
+    stands_for = {
+        id(getattr(module, name)): count
+        for module in model.modules()
+        for name, count in getattr(module, "stands_for", {}).items()
+    }
+    numels = [(stands_for.get(id(p), p.numel()), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, _ in numels), sum(n for n, trains in numels if trains)
+
+
+def judge_rank(case: Case, step: Step, real: RankRecorder) -> counts.Result:
+    """What of the tape differs from what a rank did."""
+    peak = memory.peak_bytes(step)
+    trace, tape = real.trace, counts.tape_calls(step)
+    calls, nbytes = sum(sum(c.values()) for c in trace.calls.values()), sum(trace.bytes.values())
+    result = counts.Result(case, calls, 0, nbytes, peak / trace.peak, collectives=len(real.collectives))
+    for phase in PHASES:
+        pair = (counts.without_underscore(of[phase]) for of in (tape, trace.calls))
+        result.differences += counts.differing(phase, *pair)
+    on_tape = sum(count * (op.bytes_read + op.bytes_written) for _, op, count in step.ops())
+    if on_tape != nbytes:
+        result.differences.append(f"bytes: {on_tape} on the tape, {nbytes} in the real program")
+    expected, found = collectives(step), real.collectives
+    if case.setup.parallel == "ddp":  # the group was one of one process
+        found = [c._replace(group=case.setup.gpus) for c in found]
+    result.differences += in_another_order(expected, found)
+    if (step.trainable, step.total) != (trace.trainable, trace.total):
+        result.differences.append(
+            f"parameters: {step.trainable} of {step.total} train on the tape, {trace.trainable} of {trace.total} really"
+        )
+    if abs(result.peak_ratio - 1) > PEAK_TOLERANCE:
+        result.differences.append(f"peak memory: {peak} B on the tape, {trace.peak} B live in the real program")
+    return result
+
+
+def in_another_order(tape: list[Collective], real: list[Collective]) -> list[str]:
+    """The first collective of a sequence that differs from the other's, if any does."""
+    pairs = enumerate(zip_longest(tape, real))
+    differing = ((i, ours, theirs) for i, (ours, theirs) in pairs if ours != theirs)
+    return [f"collective {i}: {ours} on the tape, {theirs} really" for i, ours, theirs in islice(differing, 1)]
+
+
+def collectives(step: Step) -> list[Collective]:
+    """Those of the tape."""
+    found, passed = [], 0
+    for phase, op in in_order(step):
+        passed += op.name.startswith(PRODUCTS)
+        if op.attrs.ranks is not None:
+            message = max(sum(s.numel * s.copies for s in specs) for specs in (op.inputs, op.outputs))
+            found.append(Collective(phase, op.name, op.inputs[0].dtype, message, op.attrs.ranks.size, passed))
+    return found
+
+
+def in_order(step: Step) -> Iterator[tuple[str, Op]]:
+    """Every op of a step as often as it runs, with its phase."""
+    for group in step.groups:
+        for part in chain.from_iterable([group.parts] * group.repeat):
+            for op in chain.from_iterable([part.ops] * part.repeat):
+                yield part.phase, op

@@ -1,0 +1,87 @@
+"""What `perfmodel validate counts --parallel` compares: ranks of programs of several GPUs. Needs no torch."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from perfmodel.architectures import Config, from_config
+from perfmodel.setup import Setup
+
+from .cases import MIXTURES, NO_DROPOUT, SMALL, Case, fitting, with_targets
+
+FORMS = ("ddp", "fsdp2")
+MODELS = ("llama", "gpt2", "gemma2", "qwen3_moe")
+METHODS = (
+    "full",
+    "lora:r=4",
+    "lora:r=2,targets=all-linear,dropout=0.1,adapter_dtype=bf16",
+    "dora:r=4",
+    "qlora:r=4,quant_storage=bf16",
+    "qlora:r=4",
+    "top_k:k=1",
+    "top_k:k=2,inner=lora",
+)
+MANY_BUCKETS: dict[str, Any] = {  # DDP fills several (of 1 MiB, then 25)
+    **SMALL["llama"], "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 4096,
+}  # fmt: skip
+RANKS = (2, 3, 4, 5, 8)  # also such as divide no dim
+CHECKPOINTS = ("none", "block", "block-reentrant")
+PRECISIONS: tuple[dict[str, Any], ...] = (
+    {"dtype": "bf16"}, {"dtype": "fp32", "amp": "bf16"}, {"dtype": "fp32"}, {"dtype": "bf16", "amp": "bf16"},
+)  # fmt: skip
+BASE = Setup(batch=2, seq=17)
+
+
+def models() -> Iterator[Config]:
+    """Small models, with the head's weight its own and shared."""
+    for name in MODELS:
+        values = {**SMALL, **MIXTURES}[name] | NO_DROPOUT.get(name, {})
+        for tied in (False, True):
+            yield Config({**values, "tie_word_embeddings": tied}, name, f"{name}-{'tied' if tied else 'untied'}")
+
+
+def grid(which: str) -> Iterator[Case]:
+    """Every form with every model and method: "quick" in one setup each, which go through all options in turn;
+    "standard" in five; "all" in every one.
+    """
+    for i, config in enumerate(models()):
+        for j, method in enumerate(METHODS):
+            for k, parallel in enumerate(FORMS):
+                setups = every() if which == "all" else varied(5 * i + 3 * j + 2 * k, 1 if which == "quick" else 5)
+                for setup in setups:
+                    yield _case(config, method, replace(setup, parallel=parallel))
+
+    for k, method in enumerate(("full", "lora:r=32,targets=all-linear", "top_k:k=3", "lora:r=32,targets=all-linear")):
+        for setup in varied(k, 1 if which == "quick" else 5):
+            setup = replace(setup, batch=1, seq=3, parallel="ddp")
+            yield _case(Config(MANY_BUCKETS, "llama", "llama-large"), method, setup)
+
+
+def _case(config: Config, method: str, setup: Setup) -> Case:
+    architecture = from_config(config)
+    if method.startswith("qlora") and setup.dtype == "fp32":  # a base in few bits is beside 16-bit weights
+        setup = replace(setup, dtype="bf16", amp=None)
+    if config.values["model_type"] in MIXTURES:
+        method = method.replace("targets=all-linear", "targets=q_proj+v_proj")  # no adapter of experts has dropout
+    return Case(config, with_targets(method, architecture), fitting(setup, architecture.traits))
+
+
+def varied(first: int, count: int) -> Iterator[Setup]:
+    """So many setups that go through all options in turn."""
+    for k in range(first, first + count):
+        yield replace(
+            BASE, **PRECISIONS[k % 4], gpus=RANKS[k % 5], checkpoint=CHECKPOINTS[k % 3],
+            grad_accum=(1, 3, 2)[k // 2 % 3], clip_grad=k % 5 != 4,
+        )  # fmt: skip
+
+
+def every() -> Iterator[Setup]:
+    """All of them."""
+    for gpus in RANKS:
+        for precision in PRECISIONS:
+            for checkpoint in CHECKPOINTS:
+                for accum in (1, 3):
+                    for clip in (True, False):
+                        yield replace(
+                            BASE, **precision, gpus=gpus, checkpoint=checkpoint, grad_accum=accum, clip_grad=clip
+                        )

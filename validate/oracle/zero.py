@@ -1,0 +1,97 @@
+"""The collectives of DeepSpeed's ZeRO against those of the tape; needs deepspeed.
+
+The real program runs on this CPU as one of so many ranks, in torch's fake process group.
+"""
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+from perfmodel import methods
+from perfmodel.architectures import from_config
+from perfmodel.recording.record import build
+from perfmodel.recording.zero import under_zero
+from perfmodel.setup import Setup
+
+from . import counts, parallel
+from .cases import Case
+
+WARM_UP = 3  # DeepSpeed traces the order of modules in its first steps
+
+
+def config_of(setup: Setup, hidden: int) -> dict[str, Any]:
+    """What transformers makes of "auto" (integrations/deepspeed.py); the optimizer is PyTorch's."""
+    return {
+        "train_micro_batch_size_per_gpu": setup.batch,
+        "gradient_accumulation_steps": setup.grad_accum,
+        "gradient_clipping": 1.0 if setup.clip_grad else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": True},
+        "zero_optimization": {
+            "stage": int(setup.parallel.removeprefix("zero")),
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": hidden**2,
+        },
+    }
+
+
+def traced(case: Case) -> parallel.RankRecorder:
+    """What a rank of the real program does in a step of a case, behind the first ones.
+
+    Raises:
+        ImportError: deepspeed is not installed.
+    """
+    os.environ |= {
+        "DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(case.setup.gpus),
+    }  # fmt: skip
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    architecture = from_config(case.config)
+    setup, method = under_zero(case.setup, methods.parse(case.method).bind(architecture))
+    model = parallel.alone(case.config, setup, architecture, method)
+    real = parallel.RankRecorder()
+    real.trace.total, real.trace.trainable = parallel.elements(model)
+    model.train()
+    if setup.checkpoint != "none":
+        reentrant = setup.checkpoint == "block-reentrant"
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    trained = [p for p in model.parameters() if p.requires_grad]
+    config = config_of(setup, architecture.hidden)
+    engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=torch.optim.AdamW(trained))
+    ids = torch.zeros(setup.shape, dtype=torch.long)
+    for step in range(WARM_UP + 1):
+        real.recording = step == WARM_UP
+        for _ in range(setup.grad_accum):
+            with real.observe("forward"):
+                loss = engine(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids)).loss
+            with real.observe("backward"):
+                engine.backward(loss)
+            with real.observe("optimizer"):
+                engine.step()
+    return real
+
+
+def compare_collectives(case: Case) -> counts.Result:
+    """Trace a rank of a case and compare its collectives in their order; in a process of its own, as DeepSpeed keeps
+    its groups.
+
+    Raises:
+        ImportError: deepspeed is not installed.
+    """
+    with ProcessPoolExecutor(1, get_context("fork"), torch.set_num_threads, (1,)) as pool:
+        return pool.submit(_compared, case).result()
+
+
+def _compared(case: Case) -> counts.Result:
+    architecture = from_config(case.config)
+    step = build(architecture, methods.parse(case.method).bind(architecture), case.setup, "cpu")
+    with parallel.process_group(case.setup.parallel, case.setup.gpus):
+        real = traced(case)
+    result = counts.Result(case, 0, 0, 0, 1.0, collectives=len(real.collectives))
+    result.differences += parallel.in_another_order(parallel.collectives(step), real.collectives)
+    return result
