@@ -15,6 +15,7 @@ from ..methods import Method
 from ..program.dims import decide
 from ..program.lengths import Batches, Lengths, padded_batches
 from ..setup import Setup
+from .communication import Communication
 from .grid import Compute, grid_shape, over_grid
 
 COUNTS = ("flops", "bytes", "kernels", "dispatches")
@@ -70,6 +71,8 @@ def _mean(compute: Compute[Any], setup: Setup, method: Method, lengths: Lengths)
     def mean(value: Any, weights: np.ndarray = shares) -> Any:
         if isinstance(value, dict):
             return {name: mean(entry, weights) for name, entry in value.items()}
+        if isinstance(value, Communication):
+            return replace(value, **{f.name: mean(getattr(value, f.name), weights) for f in fields(value)})
         value = np.broadcast_to(value, shares.shape)
         average = (value * weights).sum(axis=0) / weights.sum(axis=0)
         average = np.rint(average).astype(np.int64) if np.issubdtype(value.dtype, np.integer) else average
