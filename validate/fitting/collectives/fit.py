@@ -50,7 +50,8 @@ BETWEEN_PROTOCOLS = ("ll", "simple")
 USUAL_BETWEEN = Between(Protocol(6.8e-6, 5e-6, 0.4), Protocol(8.4e-6, 14e-6, 0.9))
 LIMITS = {
     "start": (1e-7, 1e-3), "step": (1e-9, 1e-3), "share": (1e-3, 1.0), "own_part": (1e-2, 2.0), "through": (1e-3, 1.0),
-    "in_switch.share": (0.5, 0.85),  # the most: what NCCL's tuner takes for Hopper
+    # 8 GiB in 8 B200 show 0.60, 64 MiB in 8 H100 0.67; from less a search would make one more protocol of it
+    "in_switch.share": (0.58, 0.7),
 }  # fmt: skip
 
 
