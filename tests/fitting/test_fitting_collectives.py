@@ -20,6 +20,7 @@ from perfmodel.cli import main
 from perfmodel.network import files
 from validate.fitting.collectives import fit, rows
 
+SKEW = rows.SKEW["profiler kernel time"]
 SIZES = [2**i for i in range(9, 30)]
 
 
@@ -46,7 +47,7 @@ def path(tmp_path: Path) -> Path:
     unknown = table("h100_sxm", "all_gather", latency_s=1.0).assign(system="somewhere")
     forced = table("h100_sxm", "all_gather", algorithm="NVLS off (ring)", latency_s=1.0)
     skewed = table("h100_dgx", "all_reduce", launch="profiler kernel time")
-    skewed.loc[skewed.message_bytes < rows.SKEW, "latency_s"] = 1.0
+    skewed.loc[skewed.message_bytes < SKEW, "latency_s"] = 1.0
     where = tmp_path / "collectives.parquet"
     pd.concat([good, other, unknown, forced, skewed]).to_parquet(where)
     return where
@@ -65,7 +66,7 @@ def test_what_made_the_rows_is_found_again(path: Path, tmp_path: Path, monkeypat
     assert gathers["mean"] < 0.03
     assert gathers["line_mean"] > 0.2, "three protocols are no line"
     reduces = errors["all_reduce", fit.HEADLINE]
-    assert reduces["rows"] == 3 * sum(size >= rows.SKEW for size in SIZES)
+    assert reduces["rows"] == 3 * sum(size >= SKEW for size in SIZES)
     assert reduces["mean"] < 0.05
     written = {p.name: p.read_bytes() for p in nodes.iterdir()}
     assert {name for name in before if written[name] != before[name]} == {"dgx-h100.toml"}

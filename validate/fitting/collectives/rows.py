@@ -1,8 +1,8 @@
 """Published measurements of collectives as rows of one kind.
 
 Traps (README of the measurements, 11 to 14): sizes are of the whole buffer; 8-bit integers are not added in the switch;
-profilers' kernel times, and those that a blocking host waits for, hold what one rank waits for another, which in
-all_reduces within a node below 4 MiB is more than the transfer.
+profilers' kernel times hold what one rank waits for another, and those that a blocking host waits for its own time, of
+which rows of small all_reduces within a node say more than of the links: they are left out.
 """
 
 from functools import cache
@@ -30,8 +30,9 @@ BLACKWELL = ("dgx-b200", "dgx-b300", "gb200-tray")
 SWITCHED = ("dgx-h100", "dgx-a100", *BLACKWELL)  # one class of links
 ADDING = ("dgx-h100", "dgx-b200", "dgx-b300")  # whose switch adds, in groups large enough that it pays
 ADDED = ("half", "bfloat16", "float32")  # what it adds
-SKEWED = ("profiler kernel time", "torch.distributed, blocking", "nccl-tests, blocking")
-SKEW = 4 * 2**20  # bytes below which an all_reduce's such times say more about ranks that wait than about links
+SKEW = {  # launch -> bytes below which its all_reduces say more about ranks that wait, or the host, than about links
+    "profiler kernel time": 4 * 2**20, "torch.distributed, blocking": 64 * 2**20, "nccl-tests, blocking": 64 * 2**20,
+}  # fmt: skip
 SOURCES = {
     "aiconfigurator": "https://github.com/ai-dynamo/aiconfigurator", "vidur": "https://github.com/microsoft/vidur",
     "ml-engineering": "https://github.com/stas00/ml-engineering",
@@ -69,7 +70,7 @@ def read_collectives(path: Path) -> pd.DataFrame:
         ours = (table.library == "nccl") & (table.algorithm == "auto") & made.node.notna()
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not a table of collectives ({error})") from None
-    skewed = made.launch.isin(SKEWED) & (made.kind == "all_reduce") & (made.nodes == 1) & (made.message < SKEW)
+    skewed = (made.message < made.launch.map(SKEW).fillna(0.0)) & (made.kind == "all_reduce") & (made.nodes == 1)
     return grouped_rows(made[ours & ~skewed].reset_index(drop=True))
 
 
