@@ -96,7 +96,7 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
     if setup[0].parallel == "ddp":
         return Replicated(ranks)
     if setup[0].parallel in STAGES:
-        return CutStates(ranks, STAGES[setup[0].parallel], zero.bucket(step))
+        return CutStates(ranks, STAGES[setup[0].parallel], zero.bucket(step), step.architecture.registers_late)
     survey = Survey()
     with no_collector(), recording(Tape(step.device, capability, step.setup.stack, autocast=setup[0].amp)) as tape:
         tape.wrapping = survey

@@ -10,6 +10,7 @@ from perfmodel.setup import Setup
 from .cases import MIXTURES, NO_DROPOUT, SMALL, Case, fitting, with_targets
 
 FORMS = ("ddp", "fsdp2")
+ZERO = ("zero1", "zero2", "zero3")
 MODELS = ("llama", "gpt2", "gemma2", "qwen3_moe")
 METHODS = (
     "full",
@@ -55,6 +56,17 @@ def grid(which: str) -> Iterator[Case]:
         for setup in varied(k, 1 if which == "quick" else 5):
             setup = replace(setup, batch=1, seq=3, parallel="ddp")
             yield _case(Config(MANY_BUCKETS, "llama", "llama-large"), method, setup)
+
+
+def zero_grid(which: str) -> Iterator[Case]:
+    """As `grid`, of DeepSpeed's ZeRO: the whole model in 16 bits."""
+    for i, config in enumerate(models()):
+        for j, method in enumerate(("full", "lora:r=4", "lora:r=16,targets=all-linear")):
+            for k, parallel in enumerate(ZERO):
+                setups = every() if which == "all" else varied(5 * i + 3 * j + 2 * k, 1 if which == "quick" else 5)
+                for setup in setups:
+                    cast = setup.amp or "bf16"
+                    yield _case(config, method, replace(setup, parallel=parallel, dtype=cast, amp=None))
 
 
 def _case(config: Config, method: str, setup: Setup) -> Case:

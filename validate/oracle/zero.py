@@ -4,6 +4,7 @@ The real program runs on this CPU as one of so many ranks, in torch's fake proce
 """
 
 import os
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
@@ -19,6 +20,7 @@ from perfmodel.setup import Setup
 from . import counts, parallel
 from .cases import Case
 
+GATHER = "c10d::_allgather_base_"
 WARM_UP = 3  # DeepSpeed traces the order of modules in its first steps
 
 
@@ -34,7 +36,12 @@ def config_of(setup: Setup, hidden: int) -> dict[str, Any]:
             "stage": int(setup.parallel.removeprefix("zero")),
             "overlap_comm": True,
             "contiguous_gradients": True,
+            "sub_group_size": 10**9,
             "reduce_bucket_size": hidden**2,
+            "stage3_prefetch_bucket_size": hidden**2 * 9 // 10,
+            "stage3_param_persistence_threshold": 10 * hidden,
+            "stage3_max_live_parameters": 10**9,
+            "stage3_max_reuse_distance": 10**9,
         },
     }
 
@@ -77,8 +84,8 @@ def traced(case: Case) -> parallel.RankRecorder:
 
 
 def compare_collectives(case: Case) -> counts.Result:
-    """Trace a rank of a case and compare its collectives in their order; in a process of its own, as DeepSpeed keeps
-    its groups.
+    """Trace a rank of a case and compare its collectives in their order; of ZeRO-3, which gathers weights long before
+    they are used, how much is gathered by phase and dtype. In a process of its own, as DeepSpeed keeps its groups.
 
     Raises:
         ImportError: deepspeed is not installed.
@@ -91,7 +98,21 @@ def _compared(case: Case) -> counts.Result:
     architecture = from_config(case.config)
     step = build(architecture, methods.parse(case.method).bind(architecture), case.setup, "cpu")
     with parallel.process_group(case.setup.parallel, case.setup.gpus):
-        real = traced(case)
-    result = counts.Result(case, 0, 0, 0, 1.0, collectives=len(real.collectives))
-    result.differences += parallel.in_another_order(parallel.collectives(step), real.collectives)
+        real = traced(case).collectives
+    result, tape = counts.Result(case, 0, 0, 0, 1.0, collectives=len(real)), parallel.collectives(step)
+    if case.setup.parallel == "zero3":
+        ours, theirs = gathered(tape), gathered(real)
+        if ours != theirs:
+            result.differences.append(f"gathered: {ours} on the tape, {theirs} really")
+        tape, real = ([c for c in found if c.name != GATHER] for found in (tape, real))
+    result.differences += parallel.in_another_order(tape, real)
     return result
+
+
+def gathered(collectives: list[parallel.Collective]) -> dict[tuple[str, str, int], int]:
+    """Elements that are gathered, by phase, dtype and group."""
+    found: Counter[tuple[str, str, int]] = Counter()
+    for c in collectives:
+        if c.name == GATHER:
+            found[c.phase, c.dtype, c.group] += c.elements
+    return dict(found)
