@@ -32,7 +32,7 @@ from validate.oracle.cases import Case
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
-GRID = list(parallel_cases.grid("quick"))
+GRID = list(parallel_cases.rank_grid("quick"))
 SETUP = Setup(batch=2, seq=9, gpus=2)
 
 
@@ -130,7 +130,7 @@ def test_wrong_memory_is_reported(traced: tuple[Case, Step, parallel.RankRecorde
 def test_the_command_lists_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever changed a form reads in the table how much of it was compared."""
     found = counts.Result(GRID[0], 7, 0, 3, 1.0, [], collectives=12345)
-    monkeypatch.setattr(parallel_cases, "grid", lambda which: GRID[:1])
+    monkeypatch.setattr(parallel_cases, "rank_grid", lambda which: GRID[:1])
     monkeypatch.setattr(parallel, "compare_rank", lambda case: found)
     words = CliRunner().invoke(main, ["validate", "counts", "--parallel"])
     assert words.exit_code == 0

@@ -109,7 +109,7 @@ def process_group(kind: str, ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def wrapped(model: Any, setup: Setup, architecture: Architecture) -> Any:
+def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture) -> Any:
     """The model as accelerate wraps it: for DDP with its defaults, for FSDP2 block by block and as a whole."""
     if setup.parallel == "ddp":
         return torch.nn.parallel.DistributedDataParallel(model)
@@ -210,7 +210,7 @@ def traced_rank(case: Case, optimizer: str) -> RankRecorder:
     if setup.checkpoint != "none":
         reentrant = setup.checkpoint == "block-reentrant"
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
-    model = wrapped(model, setup, architecture)
+    model = wrapped_for_ranks(model, setup, architecture)
     real = trace_rank(model, setup, updates.make(model, optimizer, method))
     real.trace.total, real.trace.trainable = total, trainable
     return real

@@ -33,7 +33,7 @@ PRECISIONS: tuple[dict[str, Any], ...] = (
 BASE = Setup(batch=2, seq=17)
 
 
-def models() -> Iterator[Config]:
+def rank_models() -> Iterator[Config]:
     """Small models, with the head's weight its own and shared."""
     for name in MODELS:
         values = {**SMALL, **MIXTURES}[name] | NO_DROPOUT.get(name, {})
@@ -41,11 +41,11 @@ def models() -> Iterator[Config]:
             yield Config({**values, "tie_word_embeddings": tied}, name, f"{name}-{'tied' if tied else 'untied'}")
 
 
-def grid(which: str) -> Iterator[Case]:
+def rank_grid(which: str) -> Iterator[Case]:
     """Every form with every model and method: "quick" in one setup each, which go through all options in turn;
     "standard" in five; "all" in every one.
     """
-    for i, config in enumerate(models()):
+    for i, config in enumerate(rank_models()):
         for j, method in enumerate(METHODS):
             for k, parallel in enumerate(FORMS):
                 setups = every() if which == "all" else varied(5 * i + 3 * j + 2 * k, 1 if which == "quick" else 5)
@@ -59,8 +59,8 @@ def grid(which: str) -> Iterator[Case]:
 
 
 def zero_grid(which: str) -> Iterator[Case]:
-    """As `grid`, of DeepSpeed's ZeRO: the whole model in 16 bits."""
-    for i, config in enumerate(models()):
+    """As `rank_grid`, of DeepSpeed's ZeRO: the whole model in 16 bits."""
+    for i, config in enumerate(rank_models()):
         for j, method in enumerate(("full", "lora:r=4", "lora:r=16,targets=all-linear")):
             for k, parallel in enumerate(ZERO):
                 setups = every() if which == "all" else varied(5 * i + 3 * j + 2 * k, 1 if which == "quick" else 5)

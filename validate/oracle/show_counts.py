@@ -24,7 +24,7 @@ def show_counts(grid: str, *, cuda_forward: bool, several: bool, as_json: bool) 
     for text in counts.other_versions():
         show(f"installed: {text}: differences may be theirs", colour="yellow")
     if several:
-        chosen = [*parallel_cases.grid(grid), *_of_deepspeed(grid)]
+        chosen = [*parallel_cases.rank_grid(grid), *_of_deepspeed(grid)]
     else:
         chosen = list(cases.cuda_forward_grid() if cuda_forward else cases.grid(grid))
     results = []

@@ -24,7 +24,7 @@ GATHER = "c10d::_allgather_base_"
 WARM_UP = 3  # DeepSpeed traces the order of modules in its first steps
 
 
-def config_of(setup: Setup, hidden: int) -> dict[str, Any]:
+def deepspeed_config(setup: Setup, hidden: int) -> dict[str, Any]:
     """What transformers makes of "auto" (integrations/deepspeed.py); the optimizer is PyTorch's."""
     return {
         "train_micro_batch_size_per_gpu": setup.batch,
@@ -46,7 +46,7 @@ def config_of(setup: Setup, hidden: int) -> dict[str, Any]:
     }
 
 
-def traced(case: Case) -> parallel.RankRecorder:
+def traced_by_deepspeed(case: Case) -> parallel.RankRecorder:
     """What a rank of the real program does in a step of a case, behind the first ones.
 
     Raises:
@@ -68,7 +68,7 @@ def traced(case: Case) -> parallel.RankRecorder:
         reentrant = setup.checkpoint == "block-reentrant"
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
     trained = [p for p in model.parameters() if p.requires_grad]
-    config = config_of(setup, architecture.hidden)
+    config = deepspeed_config(setup, architecture.hidden)
     engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=torch.optim.AdamW(trained))
     ids = torch.zeros(setup.shape, dtype=torch.long)
     for step in range(WARM_UP + 1):
@@ -98,7 +98,7 @@ def _compared(case: Case) -> counts.Result:
     architecture = from_config(case.config)
     step = build(architecture, methods.parse(case.method).bind(architecture), case.setup, "cpu")
     with parallel.process_group(case.setup.parallel, case.setup.gpus):
-        real = traced(case).collectives
+        real = traced_by_deepspeed(case).collectives
     result, tape = counts.Result(case, 0, 0, 0, 1.0, collectives=len(real)), parallel.collectives(step)
     if case.setup.parallel == "zero3":
         ours, theirs = gathered(tape), gathered(real)

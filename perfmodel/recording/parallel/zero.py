@@ -159,14 +159,14 @@ def buckets(order: Sequence[Coming], places: Mapping[Coming, Dim], part: Dim, li
     elements: Dim = 0
     for i, gradient in enumerate(order):
         if held and decide(elements + gradient.parameter.numel > limit):
-            found.append((i, messages(held, places, part, limit)))
+            found.append((i, messages_of(held, places, part, limit)))
             held, elements = [], 0
         held.append(gradient)
         elements = elements + gradient.parameter.numel
-    return [*found, (len(order), messages(held, places, part, limit))]
+    return [*found, (len(order), messages_of(held, places, part, limit))]
 
 
-def messages(held: Sequence[Coming], places: Mapping[Coming, Dim], part: Dim, limit: Dim) -> Bucket:
+def messages_of(held: Sequence[Coming], places: Mapping[Coming, Dim], part: Dim, limit: Dim) -> Bucket:
     """The messages of a bucket: what is of one rank's part stays together, and one goes once it is over the limit."""
     slices: list[tuple[Dim, Dim]] = []  # whose part, elements
     for gradient in held:
