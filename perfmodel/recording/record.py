@@ -103,9 +103,8 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
         tape.begin("inputs", "forward")
         step.parameters = _forward(step, *setup, {})[0]
     if step.zero:
-        return CutWeights(
-            survey.units(step.parameters, ranks.size, step.setup, flat=True), ranks, step.architecture.hidden
-        )
+        units = survey.units(step.parameters, ranks.size, step.setup, flat=True)
+        return CutWeights(units, ranks, step.architecture.hidden, step.setup.checkpoint)
     return FullyShard(survey.units(step.parameters, ranks.size, step.setup), ranks, step.setup.amp)
 
 

@@ -59,14 +59,22 @@ def rank_grid(which: str) -> Iterator[Case]:
 
 
 def zero_grid(which: str) -> Iterator[Case]:
-    """As `rank_grid`, of DeepSpeed's ZeRO: the whole model in 16 bits."""
+    """As `rank_grid`, of DeepSpeed's ZeRO: the whole model in 16 bits.
+
+    Two things of ZeRO-3 are not modelled, so they are left out: with checkpoints that are not reentrant its own linear
+    layer keeps its input behind the product, which recomputation therefore reaches (one product a block more); and a
+    mixture's block is a leaf, whose gradients come together once its backward is through.
+    """
     for i, config in enumerate(rank_models()):
         for j, method in enumerate(("full", "lora:r=4", "lora:r=16,targets=all-linear")):
             for k, parallel in enumerate(ZERO):
                 setups = every() if which == "all" else varied(5 * i + 3 * j + 2 * k, 1 if which == "quick" else 5)
                 for setup in setups:
-                    cast = setup.amp or "bf16"
-                    yield _case(config, method, replace(setup, parallel=parallel, dtype=cast, amp=None))
+                    if parallel != "zero3" or config.values["model_type"] not in MIXTURES:
+                        reentrant = parallel == "zero3" and setup.checkpoint == "block"
+                        checkpoint = "block-reentrant" if reentrant else setup.checkpoint
+                        casts = {"dtype": "bf16", "amp": None, "checkpoint": checkpoint}
+                        yield _case(config, method, replace(setup, parallel=parallel, **casts))
 
 
 def _case(config: Config, method: str, setup: Setup) -> Case:

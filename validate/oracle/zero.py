@@ -3,6 +3,7 @@
 The real program runs on this CPU as one of so many ranks, in torch's fake process group.
 """
 
+import gc
 import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -13,6 +14,7 @@ import torch
 
 from perfmodel import methods
 from perfmodel.architectures import from_config
+from perfmodel.prediction import memory
 from perfmodel.recording.record import build
 from perfmodel.recording.zero import under_zero
 from perfmodel.setup import Setup
@@ -72,7 +74,9 @@ def traced_by_deepspeed(case: Case) -> parallel.RankRecorder:
     engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=torch.optim.AdamW(trained))
     ids = torch.zeros(setup.shape, dtype=torch.long)
     for step in range(WARM_UP + 1):
-        real.recording = step == WARM_UP
+        if step == WARM_UP:
+            real.hold(t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter))
+            real.recording = True
         for _ in range(setup.grad_accum):
             with real.observe("forward"):
                 loss = engine(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids)).loss
@@ -98,8 +102,9 @@ def _compared(case: Case) -> counts.Result:
     architecture = from_config(case.config)
     step = build(architecture, methods.parse(case.method).bind(architecture), case.setup, "cpu")
     with parallel.process_group(case.setup.parallel, case.setup.gpus):
-        real = traced_by_deepspeed(case).collectives
-    result, tape = counts.Result(case, 0, 0, 0, 1.0, collectives=len(real)), parallel.collectives(step)
+        rank = traced_by_deepspeed(case)
+    tape, real = parallel.collectives(step), rank.collectives
+    result = counts.Result(case, 0, 0, 0, memory.peak_bytes(step) / rank.trace.peak, collectives=len(real))
     if case.setup.parallel == "zero3":
         ours, theirs = gathered(tape), gathered(real)
         if ours != theirs:
