@@ -110,7 +110,10 @@ def process_group(kind: str, ranks: int) -> Iterator[None]:
 
 
 def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture) -> Any:
-    """The model as accelerate wraps it: for DDP with its defaults, for FSDP2 block by block and as a whole."""
+    """The model as accelerate wraps it: for DDP with its defaults, for FSDP2 block by block and as a whole.
+
+    Not as accelerate 1.15 does besides: it makes units of their own of the embedding and of the head.
+    """
     if setup.parallel == "ddp":
         return torch.nn.parallel.DistributedDataParallel(model)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

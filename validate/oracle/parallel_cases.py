@@ -73,7 +73,7 @@ def zero_grid(which: str) -> Iterator[Case]:
                     if parallel != "zero3" or config.values["model_type"] not in MIXTURES:
                         reentrant = parallel == "zero3" and setup.checkpoint == "block"
                         checkpoint = "block-reentrant" if reentrant else setup.checkpoint
-                        casts = {"dtype": "bf16", "amp": None, "checkpoint": checkpoint}
+                        casts: dict[str, Any] = {"dtype": "bf16", "amp": None, "checkpoint": checkpoint}
                         yield _case(config, method, replace(setup, parallel=parallel, **casts))
 
 

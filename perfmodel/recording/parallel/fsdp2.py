@@ -8,6 +8,10 @@ gradient to be reduced.
 Streams as PyTorch has them: copies into what is gathered on one of their own, collectives behind one another (NCCL
 keeps those of one communicator in order), all else on the compute stream.
 
+With mixed precision what trains is kept in fp32, cast as it is gathered, and its gradients are reduced in 16 bits and
+cast back; there is no autocast, and the loss is cast too (accelerate's policy). 4-bit weights that are stored in bytes
+stay whole on every rank. Not here: accelerate 1.15 makes units of their own of the embedding and of the head.
+
 Sources: torch 2.13, distributed/fsdp/_fully_shard/ (`_fsdp_param_group.py`, `_fsdp_collectives.py`, `_fsdp_state.py`).
 Without synchronisation in all micro-batches but the last: accelerate's `no_sync`.
 """
