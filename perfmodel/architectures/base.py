@@ -64,6 +64,7 @@ class Architecture(Compared):
     recorded: ClassVar[bool] = False  # whether its programs come from elsewhere (`recording.program`)
     layer_path: ClassVar[str]  # where blocks live in the transformers module tree
     traits: ClassVar[Traits]
+    registers_late: ClassVar[tuple[str, ...]] = ()  # modules of a block made behind others that run later
     caveat: ClassVar[str] = ""  # what every answer has to say of the model type
     text_path: ClassVar[str] = ""  # where the text model lives in the whole one, of which it is answered alone
 

@@ -59,6 +59,10 @@ class Llama(Architecture):
     attention_dropout: float = 0.0
 
     layer_path: ClassVar[str] = "model.layers"
+    registers_late: ClassVar[tuple[str, ...]] = (
+        "mlp.gate", "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    )  # fmt: skip
     traits: ClassVar[Traits] = Traits(
         head="causal",
         norm=rms_norm,

@@ -102,7 +102,7 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
     if setup[0].parallel == "ddp":
         return Replicated(ranks)
     if setup[0].parallel in STAGES:
-        return CutStates(ranks, STAGES[setup[0].parallel], zero.bucket(step))
+        return CutStates(ranks, STAGES[setup[0].parallel], zero.bucket(step), step.architecture.registers_late)
     survey = Survey()
     with no_collector(), recording(Tape(step.device, capability, step.setup.stack, autocast=setup[0].amp)) as tape:
         tape.wrapping = survey
@@ -110,7 +110,7 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
         step.parameters = _forward(step, *setup, {})[0]
     units = survey.units(step.parameters, ranks.size, step.setup, flat=step.zero)
     if step.zero:
-        return CutWeights(units, ranks, step.architecture.hidden)
+        return CutWeights(units, ranks, step.architecture.hidden, step.setup.checkpoint)
     return FlatShard(units, ranks) if step.setup.parallel == "fsdp1" else FullyShard(units, ranks, step.setup.amp)
 
 

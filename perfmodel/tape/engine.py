@@ -1,7 +1,8 @@
 """Reverse pass with the semantics of PyTorch's engine.
 
-Nodes run in reverse order of their creation as soon as all their gradients have arrived; a second gradient for the same
-place is added at once; a gradient is reduced to its tensor's shape and cast to its dtype (`validate_outputs`).
+Nodes run in reverse order of their creation as soon as all their gradients have arrived, leaves at once, in order of
+their edges; a second gradient for the same place is added at once; a gradient is reduced to its tensor's shape and cast
+to its dtype (`validate_outputs`).
 
 Sources: torch/csrc/autograd/engine.cpp, input_buffer.cpp.
 """
@@ -46,7 +47,7 @@ def run_backward(root: Tensor, grad: Tensor) -> None:
     buffers.deliver(root.node, root.slot, grad)
     del grad, stack
     arrivals = count()
-    heapq.heappush(ready, (-root.node.sequence, -next(arrivals), root.node))
+    heapq.heappush(ready, (-root.node.sequence, next(arrivals), root.node))
     current = tape()
     with current.no_grad(), current.belonging_to(current.owner):
         while ready:
@@ -67,7 +68,7 @@ def run_backward(root: Tensor, grad: Tensor) -> None:
                     del out
                 dependencies[id(target)] -= 1
                 if dependencies[id(target)] == 0 and id(target) in buffers.grads:
-                    heapq.heappush(ready, (-target.sequence, -next(arrivals), target))
+                    heapq.heappush(ready, (-target.sequence, next(arrivals), target))
             del outputs
 
 

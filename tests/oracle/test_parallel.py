@@ -18,9 +18,10 @@ from click.testing import CliRunner
 pytest.importorskip("peft")
 
 import torch.distributed as dist
-from helpers import architecture_of, config_of
+from helpers import config_of
 
 from perfmodel import methods
+from perfmodel.architectures import from_config
 from perfmodel.cli import main
 from perfmodel.program.ranks import Ranks
 from perfmodel.recording.record import build
@@ -32,11 +33,11 @@ from validate.oracle.cases import Case
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
-GRID = list(parallel_cases.grid("quick"))
+GRID = list(parallel_cases.rank_grid("quick"))
 SETUP = Setup(batch=2, seq=9, gpus=2)
 
 
-@pytest.mark.parametrize("case", GRID[::11], ids=lambda c: f"{c.config.name} {c.method} {c.setup.parallel}")
+@pytest.mark.parametrize("case", GRID[::17], ids=lambda c: f"{c.config.name} {c.method} {c.setup.parallel}")
 def test_the_tape_equals_a_rank_of_the_real_program(case: Case) -> None:
     """Zero tolerance: every call, and the collectives in their order between products; peak memory within 3 %."""
     result = parallel.compare_rank(case)
@@ -63,7 +64,7 @@ dist.barrier()
 @pytest.mark.parametrize("form", parallel_cases.FORMS)
 def test_two_processes_exchange_what_the_tape_has(form: str, ready: list[str], tmp_path: Path) -> None:
     """The fake process group must not have changed the program: with real ones the sequence is the same."""
-    case = Case(config_of("llama"), "lora:r=4", replace(SETUP, parallel=form, grad_accum=2))
+    case = Case(config_of("llama", layers=2), "lora:r=4", replace(SETUP, parallel=form, grad_accum=2))
     step = tape_of(case)
     (tmp_path / "case").write_bytes(pickle.dumps((case, step.optimizer)))
     started = [
@@ -79,7 +80,7 @@ def test_two_processes_exchange_what_the_tape_has(form: str, ready: list[str], t
 
 def tape_of(case: Case) -> Step:
     """The tape of a case."""
-    architecture = architecture_of("llama")
+    architecture = from_config(case.config)
     return build(architecture, methods.parse(case.method).bind(architecture), case.setup, "cpu")
 
 
@@ -130,7 +131,7 @@ def test_wrong_memory_is_reported(traced: tuple[Case, Step, parallel.RankRecorde
 def test_the_command_lists_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever changed a form reads in the table how much of it was compared."""
     found = counts.Result(GRID[0], 7, 0, 3, 1.0, [], collectives=12345)
-    monkeypatch.setattr(parallel_cases, "grid", lambda which: GRID[:1])
+    monkeypatch.setattr(parallel_cases, "rank_grid", lambda which: GRID[:1])
     monkeypatch.setattr(parallel, "compare_rank", lambda case: found)
     words = CliRunner().invoke(main, ["validate", "counts", "--parallel"])
     assert words.exit_code == 0

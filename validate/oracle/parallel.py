@@ -109,8 +109,11 @@ def process_group(kind: str, ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def wrapped(model: Any, setup: Setup, architecture: Architecture) -> Any:
-    """The model as accelerate wraps it: for DDP with its defaults, for FSDP2 block by block and as a whole."""
+def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture) -> Any:
+    """The model as accelerate wraps it: for DDP with its defaults, for FSDP2 block by block and as a whole.
+
+    Not as accelerate 1.15 does besides: it makes units of their own of the embedding and of the head.
+    """
     if setup.parallel == "ddp":
         return torch.nn.parallel.DistributedDataParallel(model)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -210,7 +213,7 @@ def traced_rank(case: Case, optimizer: str) -> RankRecorder:
     if setup.checkpoint != "none":
         reentrant = setup.checkpoint == "block-reentrant"
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
-    model = wrapped(model, setup, architecture)
+    model = wrapped_for_ranks(model, setup, architecture)
     real = trace_rank(model, setup, updates.make(model, optimizer, method))
     real.trace.total, real.trace.trainable = total, trainable
     return real

@@ -1,5 +1,6 @@
 """What `perfmodel validate counts` prints."""
 
+import importlib.util
 import warnings
 from collections import Counter
 from typing import Any
@@ -10,7 +11,7 @@ from perfmodel import units
 from perfmodel.report.plain import print_json, show, table
 from perfmodel.report.progress import progress
 
-from . import cases, counts, parallel, parallel_cases
+from . import cases, counts, parallel, parallel_cases, zero
 
 
 def show_counts(grid: str, *, cuda_forward: bool, several: bool, as_json: bool) -> bool:
@@ -22,16 +23,16 @@ def show_counts(grid: str, *, cuda_forward: bool, several: bool, as_json: bool) 
     warnings.filterwarnings("ignore")
     for text in counts.other_versions():
         show(f"installed: {text}: differences may be theirs", colour="yellow")
-    chosen = list(
-        parallel_cases.grid(grid) if several else cases.cuda_forward_grid() if cuda_forward else cases.grid(grid)
-    )
+    if several:
+        chosen = [*parallel_cases.rank_grid(grid), *_of_deepspeed(grid)]
+    else:
+        chosen = list(cases.cuda_forward_grid() if cuda_forward else cases.grid(grid))
     results = []
     with progress() as bar:
         task = bar.add_task("tracing", total=len(chosen))
         for case in chosen:
             bar.update(task, description=f"{case.config.name} {case.method}")
-            found = parallel.compare_rank(case) if several else counts.compare_case(case, cuda_forward=cuda_forward)
-            results.append(found)
+            results.append(_compared(case) if several else counts.compare_case(case, cuda_forward=cuda_forward))
             bar.advance(task)
     if as_json:
         print_json([_row(r) for r in results])
@@ -45,6 +46,18 @@ def show_counts(grid: str, *, cuda_forward: bool, several: bool, as_json: bool) 
     differ = style(f"{len(bad)} cases differ", fg="red" if bad else "green")
     show(f"\n{len(results)} cases, {sum(r.calls for r in results):,} ATen calls compared, {differ}")
     return bool(bad)
+
+
+def _of_deepspeed(grid: str) -> list[cases.Case]:
+    if importlib.util.find_spec("deepspeed") is None:
+        show("deepspeed is not installed: ZeRO is left out", colour="yellow")
+        return []
+    return list(parallel_cases.zero_grid(grid))
+
+
+def _compared(case: cases.Case) -> counts.Result:
+    deepspeed = case.setup.parallel in parallel_cases.ZERO
+    return zero.compare_collectives(case) if deepspeed else parallel.compare_rank(case)
 
 
 def _changed(result: Any) -> str:

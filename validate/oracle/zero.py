@@ -3,7 +3,9 @@
 The real program runs on this CPU as one of so many ranks, in torch's fake process group.
 """
 
+import gc
 import os
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 
 from perfmodel import methods
 from perfmodel.architectures import from_config
+from perfmodel.prediction import memory
 from perfmodel.recording.record import build
 from perfmodel.recording.zero import under_zero
 from perfmodel.setup import Setup
@@ -19,10 +22,11 @@ from perfmodel.setup import Setup
 from . import counts, parallel
 from .cases import Case
 
+GATHER = "c10d::_allgather_base_"
 WARM_UP = 3  # DeepSpeed traces the order of modules in its first steps
 
 
-def config_of(setup: Setup, hidden: int) -> dict[str, Any]:
+def deepspeed_config(setup: Setup, hidden: int) -> dict[str, Any]:
     """What transformers makes of "auto" (integrations/deepspeed.py); the optimizer is PyTorch's."""
     return {
         "train_micro_batch_size_per_gpu": setup.batch,
@@ -34,12 +38,17 @@ def config_of(setup: Setup, hidden: int) -> dict[str, Any]:
             "stage": int(setup.parallel.removeprefix("zero")),
             "overlap_comm": True,
             "contiguous_gradients": True,
+            "sub_group_size": 10**9,
             "reduce_bucket_size": hidden**2,
+            "stage3_prefetch_bucket_size": hidden**2 * 9 // 10,
+            "stage3_param_persistence_threshold": 10 * hidden,
+            "stage3_max_live_parameters": 10**9,
+            "stage3_max_reuse_distance": 10**9,
         },
     }
 
 
-def traced(case: Case) -> parallel.RankRecorder:
+def traced_by_deepspeed(case: Case) -> parallel.RankRecorder:
     """What a rank of the real program does in a step of a case, behind the first ones.
 
     Raises:
@@ -61,11 +70,13 @@ def traced(case: Case) -> parallel.RankRecorder:
         reentrant = setup.checkpoint == "block-reentrant"
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
     trained = [p for p in model.parameters() if p.requires_grad]
-    config = config_of(setup, architecture.hidden)
+    config = deepspeed_config(setup, architecture.hidden)
     engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=torch.optim.AdamW(trained))
     ids = torch.zeros(setup.shape, dtype=torch.long)
     for step in range(WARM_UP + 1):
-        real.recording = step == WARM_UP
+        if step == WARM_UP:
+            real.hold(t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter))
+            real.recording = True
         for _ in range(setup.grad_accum):
             with real.observe("forward"):
                 loss = engine(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids)).loss
@@ -77,8 +88,8 @@ def traced(case: Case) -> parallel.RankRecorder:
 
 
 def compare_collectives(case: Case) -> counts.Result:
-    """Trace a rank of a case and compare its collectives in their order; in a process of its own, as DeepSpeed keeps
-    its groups.
+    """Trace a rank of a case and compare its collectives in their order; of ZeRO-3, which gathers weights long before
+    they are used, how much is gathered by phase and dtype. In a process of its own, as DeepSpeed keeps its groups.
 
     Raises:
         ImportError: deepspeed is not installed.
@@ -91,7 +102,22 @@ def _compared(case: Case) -> counts.Result:
     architecture = from_config(case.config)
     step = build(architecture, methods.parse(case.method).bind(architecture), case.setup, "cpu")
     with parallel.process_group(case.setup.parallel, case.setup.gpus):
-        real = traced(case)
-    result = counts.Result(case, 0, 0, 0, 1.0, collectives=len(real.collectives))
-    result.differences += parallel.in_another_order(parallel.collectives(step), real.collectives)
+        rank = traced_by_deepspeed(case)
+    tape, real = parallel.collectives(step), rank.collectives
+    result = counts.Result(case, 0, 0, 0, memory.peak_bytes(step) / rank.trace.peak, collectives=len(real))
+    if case.setup.parallel == "zero3":
+        ours, theirs = gathered(tape), gathered(real)
+        if ours != theirs:
+            result.differences.append(f"gathered: {ours} on the tape, {theirs} really")
+        tape, real = ([c for c in found if c.name != GATHER] for found in (tape, real))
+    result.differences += parallel.in_another_order(tape, real)
     return result
+
+
+def gathered(collectives: list[parallel.Collective]) -> dict[tuple[str, str, int], int]:
+    """Elements that are gathered, by phase, dtype and group."""
+    found: Counter[tuple[str, str, int]] = Counter()
+    for c in collectives:
+        if c.name == GATHER:
+            found[c.phase, c.dtype, c.group] += c.elements
+    return dict(found)

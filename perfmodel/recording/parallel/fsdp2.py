@@ -8,6 +8,10 @@ gradient to be reduced.
 Streams as PyTorch has them: copies into what is gathered on one of their own, collectives behind one another (NCCL
 keeps those of one communicator in order), all else on the compute stream.
 
+With mixed precision what trains is kept in fp32, cast as it is gathered, and its gradients are reduced in 16 bits and
+cast back; there is no autocast, and the loss is cast too (accelerate's policy). 4-bit weights that are stored in bytes
+stay whole on every rank. Not here: accelerate 1.15 makes units of their own of the embedding and of the head.
+
 Sources: torch 2.13, distributed/fsdp/_fully_shard/ (`_fsdp_param_group.py`, `_fsdp_collectives.py`, `_fsdp_state.py`).
 Without synchronisation in all micro-batches but the last: accelerate's `no_sync`.
 """
@@ -52,11 +56,11 @@ class Gathered:
         dtype, numels = unit.dtype, unit.numels
         flat = self._cast(unit)
         sent = [
-            view(shard if p.dtype == shard.dtype else flat, (n,), dtype)
+            in_buffer(shard if p.dtype == shard.dtype else flat, (n,), dtype)
             for (p, shard), n in zip(unit.pairs, numels, strict=True)
         ]
         self.coming = into = empty(sum(numels) * ranks.size, dtype)
-        mine = view(into, (sum(numels),), dtype)
+        mine = in_buffer(into, (sum(numels),), dtype)
         record("fsdp::all_gather_copy_in", sent, (mine,), runs=Run(GATHER_COPY))
         del sent, flat
         exchange("c10d::_allgather_base_", mine, into, ranks, (GATHER_COPY,))
@@ -69,8 +73,8 @@ class Gathered:
             return None
         dtype = moved[0][0].dtype
         flat = empty(sum(shard.numel for _, shard in moved), dtype)
-        pieces = [view(flat, (shard.numel,), dtype) for _, shard in moved]
-        kept = [view(shard, (shard.numel,), shard.dtype) for _, shard in moved]
+        pieces = [in_buffer(flat, (shard.numel,), dtype) for _, shard in moved]
+        kept = [in_buffer(shard, (shard.numel,), shard.dtype) for _, shard in moved]
         record("_foreach_copy_", [*pieces, *kept], pieces, runs=Run(GATHER_COPY))
         return flat
 
@@ -184,8 +188,8 @@ class FullyShard(WholeUnits):
             self._forget_copied()
         unit, ranks = state.unit, self.ranks.size
         state.whole = [new_tensor((ranks, shard.numel), p.dtype) for p, shard in unit.pairs]
-        rows = [view(whole, (ranks, n), unit.dtype) for whole, n in zip(state.whole, unit.numels, strict=True)]
-        coming = view(state.coming, (ranks, sum(unit.numels)), unit.dtype)
+        rows = [in_buffer(whole, (ranks, n), unit.dtype) for whole, n in zip(state.whole, unit.numels, strict=True)]
+        coming = in_buffer(state.coming, (ranks, sum(unit.numels)), unit.dtype)
         record("fsdp::split_with_sizes_copy", (coming,), rows, STRIDED, runs=Run(after=(GATHERED,)))
         if forward:
             self.copied = state.coming
@@ -222,7 +226,7 @@ class FullyShard(WholeUnits):
         numel = sum(shard.numel for _, shard in trained)
         given = empty(numel * self.ranks.size, dtype)
         grads = [p.grad for p, _ in trained if p.grad is not None]
-        record("fsdp::chunk_cat", grads, (view(given, (self.ranks.size, numel), dtype),), STRIDED)
+        record("fsdp::chunk_cat", grads, (in_buffer(given, (self.ranks.size, numel), dtype),), STRIDED)
         del grads
         tape().part.host.gradients += len(trained)
         for p, _ in trained:
@@ -244,7 +248,7 @@ class FullyShard(WholeUnits):
             shard.grad = Tensor(shard.shape, kept, shard.strides, shard.numel, reduced.storage)
 
 
-def view(buffer: Tensor | None, shape: Shape, dtype: str) -> Tensor:
+def in_buffer(buffer: Tensor | None, shape: Shape, dtype: str) -> Tensor:
     """A contiguous view of a part of a buffer."""
     assert buffer is not None
     return Tensor(shape, dtype, contiguous_strides(shape), product(shape), buffer.storage)

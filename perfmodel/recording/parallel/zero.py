@@ -10,6 +10,7 @@ Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py (`reduce_independent_p_g
 `average_tensor`, `allreduce_and_scatter`, `step`), runtime/utils.py (`all_gather_into_tensor_dp_groups`).
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from .messages import Coming, Ready, coming, interleaved
 
 ALIGNMENT = 2  # elements that every rank's part is a multiple of (`nccl_start_alignment_factor`)
 BESIDE = Run(COMMUNICATION)  # the stream that reduces gradients (`overlap_comm`, on by default)
+IN_BLOCK = re.compile(r".*?\.(\d+)\.")  # a block's number in the name of a parameter
 Bucket = tuple[Dim, ...]  # elements of the messages that it goes out in
 
 
@@ -37,12 +39,13 @@ class CutStates(WholeUnits):
     Args:
         stage: 1 or 2.
         limit: elements of a bucket.
+        late: `Architecture.registers_late`, for the order in the flat buffer.
     """
 
     shares_norm = False
 
-    def __init__(self, ranks: Ranks, stage: int, limit: Dim) -> None:
-        self.ranks, self.stage, self.limit = ranks, stage, limit
+    def __init__(self, ranks: Ranks, stage: int, limit: Dim, late: Sequence[str]) -> None:
+        self.ranks, self.stage, self.limit, self.late = ranks, stage, limit, late
         self.reduces = True
         self.ready: list[Ready] = []
 
@@ -71,7 +74,7 @@ class CutStates(WholeUnits):
         current.after_gradient = None
         exchanging, parts = current.parts.pop(), list(current.parts)
         order = coming(parts, self.ready)
-        places, total = flat_places([r.parameter for r in reversed(self.ready)])
+        places, total = flat_places([r.parameter for r in reversed(self.ready)], self.late)
         *sent, (_, last) = buckets(order, places, self.part_of(total), self.limit)
         dtype = self.ready[0].parameter.dtype
         current.parts[:] = interleaved(parts, self.ready, {i: [b] for i, b in sent}, lambda b: self._reduced(b, dtype))
@@ -133,12 +136,18 @@ class CutStates(WholeUnits):
         return [divided, *(all_reduce(elements, dtype, self.ranks) for elements in bucket)]
 
 
-def flat_places(trained: Sequence[Parameter]) -> tuple[dict[Coming, Dim], Dim]:
-    """Where each layer's parameters begin in the flat buffer, and how long that is."""
+def flat_places(trained: Sequence[Parameter], late: Sequence[str]) -> tuple[dict[Coming, Dim], Dim]:
+    """Where each layer's parameters begin in the flat buffer, as their modules were made, and how long that is."""
+
+    def made(p: Parameter) -> tuple[int, int]:
+        layer, _, name = IN_BLOCK.sub(r"\1 ", p.name, count=1).rpartition(" ")
+        module = name.rpartition(".")[0]
+        return int(layer or 0), 1 + late.index(module) if module in late else 0
+
     places, at = {}, 0
     for count, run in runs(trained):
         for layer in range(count):
-            for p in run:
+            for p in sorted(run, key=made):
                 places[Coming(p, layer)] = at
                 at = at + p.numel
     return places, at
@@ -151,14 +160,14 @@ def buckets(order: Sequence[Coming], places: Mapping[Coming, Dim], part: Dim, li
     elements: Dim = 0
     for i, gradient in enumerate(order):
         if held and decide(elements + gradient.parameter.numel > limit):
-            found.append((i, messages(held, places, part, limit)))
+            found.append((i, messages_of(held, places, part, limit)))
             held, elements = [], 0
         held.append(gradient)
         elements = elements + gradient.parameter.numel
-    return [*found, (len(order), messages(held, places, part, limit))]
+    return [*found, (len(order), messages_of(held, places, part, limit))]
 
 
-def messages(held: Sequence[Coming], places: Mapping[Coming, Dim], part: Dim, limit: Dim) -> Bucket:
+def messages_of(held: Sequence[Coming], places: Mapping[Coming, Dim], part: Dim, limit: Dim) -> Bucket:
     """The messages of a bucket: what is of one rank's part stays together, and one goes once it is over the limit."""
     slices: list[tuple[Dim, Dim]] = []  # whose part, elements
     for gradient in held:

@@ -40,20 +40,23 @@ class CutWeights(WholeUnits):
     Args:
         units: the blocks and the rest, with a rank's part of each parameter.
         hidden: hidden size of the model.
+        checkpoint: `Setup.checkpoint`: where a block is run again within backward, DeepSpeed lets frozen weights go
+            behind its forward pass (`update_recompute_parameters`); with reentrant checkpoints it does not.
     """
 
     shares_norm = False
 
-    def __init__(self, units: Sequence[ShardedUnit], ranks: Ranks, hidden: int) -> None:
+    def __init__(self, units: Sequence[ShardedUnit], ranks: Ranks, hidden: int, checkpoint: str) -> None:
         self.ranks, self.limit, self.small = ranks, hidden**2, PERSISTENT * hidden
         self.units = {unit.path: unit for unit in units}
         self.paths = [unit.path for unit in units]
         self.reduces = True
         self.first = True  # whether this micro-batch starts the sum of gradients
         self.ready: list[Ready] = []
-        self.whole: dict[str, list[Tensor]] = {}  # what is gathered of each unit
+        self.whole: dict[str, dict[str, Tensor]] = {}  # what is gathered of each unit, by name of the parameter
         elements = sum(p.numel * p.count for unit in units for p in unit.parameters if self._is_cut(p))
         self.stays = decide(2 * elements <= REUSE)  # from its forward pass until its backward pass
+        self.frozen_stay = self.stays and checkpoint != "block"
 
     # What the recording of a step calls
 
@@ -71,8 +74,9 @@ class CutWeights(WholeUnits):
             x = x.alias()
             node.produces(x)
         out = run(x)
-        if not self.stays:
-            self.whole.pop(path, None)
+        for p in self.units[path].parameters:
+            if not (self.stays if p.requires_grad else self.frozen_stay):
+                self.whole[path].pop(p.name, None)
         first, *rest = out if isinstance(out, tuple) else (out,)
         node = differentiate("PreBackwardFunctionForModuleBackward", (first,), self._before_backward, (path,))
         if node is not None:
@@ -140,8 +144,11 @@ class CutWeights(WholeUnits):
 
     def _gather(self, path: str) -> None:
         """One message a weight, which is a view of what it is gathered in."""
-        if path not in self.whole:
-            self.whole[path] = [self._gathered(p) for p in self.units[path].parameters if self._is_cut(p)]
+        whole = self.whole.setdefault(path, {})
+        missing = [p for p in self.units[path].parameters if p.name not in whole and self._is_cut(p)]
+        for p in missing:
+            whole[p.name] = self._gathered(p)
+        if missing:
             wait_event(COMMUNICATION)
 
     def _gathered(self, p: Parameter) -> Tensor:
