@@ -214,8 +214,8 @@ def _how() -> tuple[Decorator, ...]:
                      "adapters, where it has some, else a second, frozen model; for grpo nothing."),
         click.option("--stack", default="current", show_default=True,
                      help="Versions of torch, cuda, transformers and peft, such as torch=2.6,cuda=12.4,peft=0.11: they "
-                     "decide which attention kernel sdpa gets, the adapters' dtype, what one kernel of an optimizer "
-                     "over lists takes."),
+                     "decide which attention kernel sdpa gets, the adapters' dtype, how casts to 16 bit run, what one "
+                     "kernel of an optimizer over lists takes."),
         click.option("--engine", type=click.Choice(ENGINES), default="torch", show_default=True,
                      help="What runs the step; `METHOD:engine=NAME` for one method alone."),
         click.option("--clip-grad/--no-clip-grad", default=True, show_default=True, help="Clip the gradient norm."),
