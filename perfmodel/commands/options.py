@@ -228,10 +228,11 @@ def _how() -> tuple[Decorator, ...]:
                      "adapters, where it has some, else a second, frozen model; for grpo nothing."),
         click.option("--stack", default="current", show_default=True,
                      help="Versions of torch, cuda, transformers and peft, such as torch=2.6,cuda=12.4,peft=0.11: they "
-                     "decide which attention kernel sdpa gets, the adapters' dtype, what one kernel of an optimizer "
-                     "over lists takes."),
+                     "decide which attention kernel sdpa gets, the adapters' dtype, how casts to 16 bit run, what one "
+                     "kernel of an optimizer over lists takes."),
         click.option("--parallel", type=click.Choice(PARALLEL), default="ddp", show_default=True,
-                     help="What several GPUs do: ddp, each has the whole model; fsdp2, each a shard of all."),
+                     help="What several GPUs do: ddp, each has the whole model; fsdp2 or fsdp1, a shard of all; zero1, "
+                     "zero2 or zero3, DeepSpeed's parts of states, of gradients too, of weights too."),
         click.option("--tp", type=click.IntRange(1), default=1, show_default=True,
                      help="GPUs that share every layer (tensor parallel) and work on the same samples."),
         click.option("--nodes", type=click.IntRange(1), help="Nodes that they are on; default as few as hold them."),

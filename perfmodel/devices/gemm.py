@@ -347,7 +347,7 @@ def _bytes(
     hit_b = 0.0 if never else _hit((b_copies * size_b + common * size_a + size_c) / r.kept_bytes)
     hit_c = _hit((size_a + size_b + size_c) / (r.kept_bytes * r.p.l2_written))
     moved_c = size_c * c_passes
-    near = size_a * hit_a + size_b * hit_b + moved_c * hit_c
+    near = size_a * hit_a + size_b * hit_b + moved_c * hit_c * r.p.l2_write_cost
     far = size_a * (1.0 - hit_a) + size_b * (1.0 - hit_b) + moved_c * (1.0 - hit_c) * r.p.write_cost
     return near, far
 

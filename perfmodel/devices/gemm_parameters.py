@@ -39,6 +39,7 @@ class GemmParameters:
         l2_share: share of L2 that keeps data between two uses.
         l2_written: the same for C, of that share: written lines are evicted earlier.
         l2_stream: bandwidth of one pass over data in L2, over the rate of `tile_balance`.
+        l2_write_cost: a byte written to L2, in bytes read from it.
         split_latency: seconds of the reduction kernel or the semaphores of a split k.
         split_traffic: passes over the fp32 partial sums of all splits through L2 (a write and a read: 2).
         long_row: slow-down of the main loop when the rows of A and B are so long that every load opens a page.
@@ -70,6 +71,7 @@ class GemmParameters:
     l2_share: float = 0.8
     l2_written: float = 1.0
     l2_stream: float = 0.22
+    l2_write_cost: float = 1.0
     split_latency: float = 2.6e-6
     split_traffic: float = 3.0
     long_row: float = 0.0

@@ -46,6 +46,7 @@ class Kernel(NamedTuple):
     spread: Any = 1.0
 
 
+NARROW = ("bf16", "fp16")
 MOVING = {"cast": "cast", "join": "cat", "permute": "strided"}  # work -> kind of what only moves elements
 
 Rule = Callable[[Op], list[Kernel]]
@@ -111,6 +112,8 @@ def _by_rows(kind: str, op: Op, spec: Spec) -> list[Kernel]:
 def _plain(op: Op) -> list[Kernel]:
     """What streams: pointwise calls, casts, copies, fills."""
     kind = MOVING.get(row(op.name).work, "pointwise")
+    if kind == "cast" and op.inputs[0].dtype == "fp32" and _out(op).dtype in NARROW:
+        kind = "downcast"
     if kind == "pointwise" and op.attrs.strided:
         kind = "strided"
     return [Kernel(kind, costs.kernels(op), op.bytes_read, op.bytes_written, _out(op).numel)]

@@ -15,6 +15,7 @@
 An eager op (RMS norm, rotary embedding, cross entropy) is a sequence of such kernels: price each and add.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +48,7 @@ class PointwiseParameters:
         l2_usable: part of L2 that keeps a working set between two kernels.
         strided_rate: elements a clock and SM: broadcast, permuted or sliced operands.
         cast_rate: elements a clock and SM: dtype conversion.
+        downcast_rate: the same to a dtype of 16 bits from fp32; no limit since PyTorch 2.6.
         gather_rate: elements a clock and SM: index_select under nn.Embedding.
         exp_rate: elements a clock and SM: fused cross entropy (two exponentials an element).
         fused_norm_stream: bandwidth of a Triton norm forward, a row a CTA.
@@ -74,6 +76,7 @@ class PointwiseParameters:
     l2_usable: float = 0.7
     strided_rate: float = 1.1
     cast_rate: float = 1.6
+    downcast_rate: float = math.inf
     gather_rate: float = 0.5
     exp_rate: float = 1.5
     fused_norm_stream: float = 0.85
@@ -113,6 +116,7 @@ KINDS: dict[str, Kind] = {
     "strided": Kind(rate="strided_rate"),
     "cat": Kind(rate="strided_rate"),
     "cast": Kind(rate="cast_rate"),
+    "downcast": Kind(rate="downcast_rate"),
     "embedding": Kind(rate="gather_rate", latency="row_copy_latency"),
     "column_reduction": Kind("column_stream"),
     "fused_norm_backward": Kind(latency="serial_latency"),

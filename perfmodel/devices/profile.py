@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple
 
 from ..errors import UserError, nearest
+from ..program.software import SoftwareStack
 from ..resources import DATA, is_file, parsed, read_text, read_toml, stems
 from ..values import immutable
 from . import own, toml
@@ -109,6 +110,12 @@ class DeviceProfile:
             return self.hardware.peak(dtype)
         kind = "bf16" if dtype in ("bf16", "fp16") else "fp32"
         return self.hardware.peak(kind) * max(1.0, *self.cpu.gemm[kind].efficiency.values())
+
+    def under(self, stack: SoftwareStack) -> "DeviceProfile":
+        """The same with what another version of PyTorch runs."""
+        if stack.streams_downcasts or self.cpu is not None:
+            return self
+        return replace(self, pointwise=replace(self.pointwise, downcast_rate=self.pointwise.cast_rate))
 
     __eq__, __hash__ = object.__eq__, object.__hash__
 

@@ -22,6 +22,7 @@ P = TypeVar("P", bound="DataclassInstance")
 
 _MAY_BE_MISSING = (  # newer than files
     "power_share", "load_energy", "cold", "shared_bytes", "half", "backward_half", "backward_wide", "row_tiles",
+    "l2_write_cost", "downcast_rate",
 )  # fmt: skip
 _MAY_BE_ZERO = {
     "launch_clocks", "derating", "derating_time", "power_share", "load_energy", "k_latency", "k_bubble", "epilogue",

@@ -105,6 +105,8 @@ def _stack_notes(built: Step, on: DeviceProfile) -> list[str]:
         told.append("its FlashAttention is the first one, priced as the second")
     if on.kind == "cuda" and stack.list_room(capability) != CURRENT.list_room(capability):
         told.append("a launch over a list takes fewer tensors")
+    if on.kind == "cuda" and not stack.streams_downcasts:
+        told.append("casts of fp32 to 16 bit look at every element")
     if built.architecture.recorded:
         told.append("else the program is that of the installed packages")
     else:

@@ -250,6 +250,7 @@ def predict_alike(
 def of_step(built: Step, on: DeviceProfile, by: Host, shared: Shared | None = None) -> Prediction:
     """Count, price and compose a step, wherever its ops come from."""
     shared = shared or Shared()
+    on = on.under(built.setup.stack)
     durations = part_costs.part_durations(built, on, shared)
     time = step_time(built, on, by, durations, shared)
     held = _memory(built)

@@ -108,6 +108,14 @@ class SoftwareStack:
         return self.peft >= (0, 12)
 
     @property
+    def streams_downcasts(self) -> bool:
+        """Whether a copy of fp32 to 16 bits takes several elements at once, without a look at the dtype for each.
+
+        https://github.com/pytorch/pytorch/pull/137053; the other way round only for AMD's cards (pull/195542).
+        """
+        return self.torch >= (2, 6)
+
+    @property
     def groups_heads(self) -> bool:
         """Whether sdpa without a mask gets grouped keys and values as they are (`enable_gqa`)."""
         return self.transformers >= (4, 54) and self.torch >= (2, 5)

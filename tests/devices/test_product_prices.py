@@ -42,6 +42,21 @@ def test_a_big_square_gemm_by_hand() -> None:
     assert 0.7 < 2 * 8192**3 / seconds / hw.peak("bf16") < 1.0
 
 
+def test_a_write_to_l2_costs_what_the_halves_of_an_l2_make_of_it() -> None:
+    """An adapter's output, 16 MB of 8192 x 1024 with k = 32, stays in a B200's L2: each step of the cost is one pass.
+
+    The rate of a pass: SMs load a byte for every `tile_balance` FLOPs, all of them 2,250e12 / 44.5 = 50.6 TB/s; their
+    L2 holds 0.19 of that in a pass over everything.
+    """
+    b200 = profile.load("b200")
+    p, hw = replace(b200.gemm["bf16"].in_bursts(), overlap_loss=0.0), b200.hardware
+    seconds = [
+        float(gemm_time(8192, 1024, 32, hardware=hw, parameters=replace(p, l2_write_cost=cost))) for cost in (4.0, 5.0)
+    ]
+    one_pass = 2 * 8192 * 1024 / (hw.peak("bf16") / p.tile_balance * p.l2_stream)
+    assert seconds[1] - seconds[0] == pytest.approx(one_pass, rel=0.02)
+
+
 def test_a_board_of_70_watts_by_hand() -> None:
     """A T4 runs fp32 at two thirds of its datasheet's rate within a step: its power, not its peak, is the limit.
 

@@ -121,7 +121,7 @@ def test_what_no_fit_moves_is_in_a_device_file_as_its_library_has_it(slug: str, 
 def test_what_a_device_borrows_is_what_the_fit_found(lender: str, slug: str, dtype: str) -> None:
     """The power limit too, which a fit leaves out that starts without one: the tiles stay those of its library."""
     start, library = gemm.starting_point(lender, dtype), gemm.starting_point(slug, dtype)
-    limits = gemm.BOUNDS if dtype == "bf16" else gemm.BOUNDS | gemm.FP32_ONLY | gemm.POWER
+    limits = gemm.searched_bounds(dtype)
     lent = replace(start, **{name: 1.25 * getattr(start, name) for name in limits})
     parameters = gemm.on_device(gemm.Found(lent), slug, dtype).parameters
     for f in fields(library):

@@ -104,6 +104,8 @@ def test_an_answer_names_the_stack_where_it_matters() -> None:
     assert "torch 2.6, CUDA 12.4" in old
     assert "does not try cuDNN's kernel first" in old
     assert any("adapters are in bf16" in note for note in told)
+    assert "casts of fp32" not in old
+    assert any("casts of fp32" in note for note in predict("gpt2", device="l40s", stack="torch=2.5").notes)
 
 
 def test_a_mixture_loops_over_its_experts_before_transformers_5() -> None:

@@ -13,6 +13,7 @@ from functools import cache
 import pytest
 
 from perfmodel import Setup, compare
+from perfmodel.program.software import SoftwareStack
 from perfmodel.questions.comparison import Comparison
 
 MEASURED = {256: (2.1, 1.0), 2048: (2.3, 1.7), 4096: (2.8, 3.3), 8192: (5.6, 6.8)}  # tokens: full, LoRA
@@ -24,8 +25,9 @@ LONG = (4096, 8192)
 def table(seq: int, full: str = "full:engine=deepspeed-zero3", host: str = "default") -> Comparison:
     """`perfmodel compare --methods full:engine=deepspeed-zero3 lora:...`."""
     setup = Setup(
-        batch=1, seq=seq, grad_accum=8, dtype="bf16", amp="bf16", checkpoint="block-reentrant", attention="flash2"
-    )
+        batch=1, seq=seq, grad_accum=8, dtype="bf16", amp="bf16", checkpoint="block-reentrant", attention="flash2",
+        stack=SoftwareStack.of("torch=2.0,cuda=11.8"),
+    )  # fmt: skip
     return compare("qwen-1.8b", [full, LORA], setup, "a100-80gb-sxm", host=host)
 
 
@@ -51,9 +53,13 @@ def test_times_are_near_what_was_measured_where_the_gpu_works(seq: int) -> None:
 
 @pytest.mark.parametrize("seq", [256, 2048])
 def test_where_the_host_is_the_limit_its_speed_decides(seq: int) -> None:
-    """Theirs is unknown, between the default one and half its speed; with the latter 2048 tokens come out right too."""
+    """Theirs is unknown, between the default one and half its speed; with the latter 2048 tokens come out right too.
+
+    LoRA at 2048 waits for neither: there the GPU's time is judged as where it works.
+    """
     for fast, slow, measured in zip(seconds(seq), seconds(seq, host="half-speed"), MEASURED[seq], strict=True):
-        assert fast - 0.05 <= measured <= slow + 0.05
+        of_gpu = 0.05 * measured if slow - fast < 0.001 * slow else 0.0
+        assert fast - 0.05 <= measured <= slow + 0.05 + of_gpu
     full, lora = seconds(seq, host="half-speed")
     assert full > 1.3 * lora
 

@@ -45,7 +45,10 @@ GEMM_CLASSES = {
 }
 BLACKWELL = ("b200", "b300", "gb200", "gb300")
 L40S_STREAM = 0.735e12  # B/s: weights read by bf16 GEMMs of one row in aiconfigurator's L40S measurements
-WITHIN_POWER = "Residuals: of an L40S priced within its power; that figure alone is from its own (long) products."
+WITHIN_POWER = (
+    "L2 in one part, not in halves. Residuals: of an L40S priced within its power; that figure alone is from its own "
+    "(long) products."
+)
 LAYOUT_NOTE = "Backward layouts by SimuMax (https://github.com/MooreThreads/SimuMax)."
 
 
@@ -181,11 +184,12 @@ def _gemms(pool: Executor, folder: Path, fitted: _Fitted, steps: _Steps) -> None
 def _mma_sync(folder: Path, fitted: _Fitted) -> None:
     """bf16 on boards of mma.sync: ratios of the A100, whose SXM board is never short of power, within a board's power.
 
-    An L40S would need 680 of its 350 W at its peak: a fit to both takes for a lack of efficiency what it throttles.
+    An L40S would need 680 of its 350 W at its peak: a fit to both takes for a lack of efficiency what it throttles. Of
+    these chips only the A100's has its L2 in halves.
     """
     bf16, a100 = fitted.classes["gemm.bf16"], fitted.devices["gemm.bf16"][A100]
     assert isinstance(a100.parameters, GemmParameters)
-    p = replace(a100.parameters, power_share=1.0)
+    p = replace(a100.parameters, power_share=1.0, **gemm.IN_ONE_PART)
     errors = gemm.judge_gemms(gemm.gemm_rows(folder, "l40s", "bf16"), hardware("l40s"), gemm.Found(p))["all"]
     bf16["sync_mma"] = replace(a100.sibling(p, A100, errors), notes=WITHIN_POWER)
     half = replace(p, tile_balance=p.tile_balance / 2, math_efficiency=1.0, derating=gemm.BOUNDS["derating"][0])

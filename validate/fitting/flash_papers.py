@@ -48,6 +48,7 @@ SERIES: dict[tuple[str, bool, int, str], tuple[float, ...]] = {
     ("h100-sxm", False, 64, "forward"): (282, 306, 318, 321, 322, 324),
     ("h100-sxm", False, 128, "forward"): (309, 350, 362, 368, 370, 370),
     ("h100-sxm", False, 256, "forward"): (275, 313, 321, 323, 324, 326),
+    ("h100-sxm", True, 64, "forward"): (180, 229, 262, 284, 295, 299),
     ("h100-sxm", True, 128, "forward"): (191, 260, 298, 319, 333, 335),
     ("h100-sxm", True, 256, "forward"): (208, 251, 278, 293, 297, 298),
     ("h100-sxm", False, 64, "backward"): (198, 238, 264, 279, 287, 291),

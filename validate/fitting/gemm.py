@@ -67,6 +67,11 @@ AMPERE_SGEMM = ("a100-40gb-pcie", "a100-80gb-pcie", "l4")
 # Boards that stand for older ones (maxwell_sgemm, volta_sgemm); not the P4, which was measured with two libraries.
 SGEMM = ("p100", "v100-32gb-pcie", "t4", *AMPERE_SGEMM)
 
+# The L2 of the A100, Hopper and data-centre Blackwell is in two halves, each for one half of the SMs (NVIDIA's A100 and
+# H100 whitepapers): what both read is there twice, what one writes goes to the other. Other chips' L2 is in one part.
+IN_ONE_PART: dict[str, Any] = {"l2_share": 1.0, "l2_write_cost": 1.0}
+IN_HALVES = ("a100-80gb-sxm", *ASYNC)
+
 SYNC_MMA = GemmParameters(k_step=32, k_latency=3.5, k_bubble=4.0, wave_tail=0.6)
 ASYNC_MMA = GemmParameters(k_step=64)
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -74,8 +79,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "derating_time": (1e-4, 1.0), "tile_balance": (0.5, 300.0), "k_latency": (0.01, 100.0),
     "k_bubble": (0.005, 100.0), "epilogue": (0.02, 50.0), "wave_tail": (0.005, 1.0),
     "memory_efficiency": (0.4, 1.1), "write_cost": (0.3, 3.0), "overlap_loss": (0.005, 1.0),
-    "l2_share": (0.1, 1.5), "l2_written": (0.3, 1.0), "l2_stream": (0.03, 10.0), "split_latency": (1e-7, 2e-5),
-    "split_traffic": (0.02, 20.0),
+    "l2_share": (0.1, 1.5), "l2_written": (0.3, 1.0), "l2_stream": (0.03, 10.0), "l2_write_cost": (0.3, 5.0),
+    "split_latency": (1e-7, 2e-5), "split_traffic": (0.02, 20.0),
 }  # fmt: skip
 FP32_ONLY: dict[str, tuple[float, float]] = {
     "memory_efficiency": (0.1, 1.0), "long_row": (0.001, 10.0), "page_reach": (4e3, 3e5),
@@ -92,10 +97,13 @@ def starting_point(slug: str, dtype: str) -> GemmParameters:
 
 
 def searched_bounds(dtype: str, *, power: bool = True) -> dict[str, tuple[float, float]]:
-    """The fitted parameters and their limits; in fp32 with or without those of the power limit."""
+    """The fitted parameters and their limits; in fp32 with or without those of the power limit.
+
+    What a write to L2 costs makes no price in fp32 better: there SMs compute far longer than they store.
+    """
     if dtype == "bf16":
         return BOUNDS
-    return BOUNDS | FP32_ONLY | (POWER if power else {})
+    return {n: limits for n, limits in BOUNDS.items() if n != "l2_write_cost"} | FP32_ONLY | (POWER if power else {})
 
 
 def gemm_rows(folder: Path, slug: str, dtype: str) -> pd.DataFrame:
@@ -250,8 +258,10 @@ def _seconds(used: Sequence[Used], dtype: str) -> Callable[[Sequence[Found]], Ar
 
 
 def on_device(found: Found, slug: str, dtype: str) -> Found:
-    """Class parameters with the tiles and k step that the library has on the device."""
+    """Class parameters with the tiles and k step that the library has on the device, and in 16 bit its kind of L2."""
     shared: dict[str, Any] = {n: getattr(found.parameters, n) for n in searched_bounds(dtype)}
+    if dtype == "bf16" and slug not in IN_HALVES:
+        shared |= IN_ONE_PART
     return found._replace(parameters=replace(starting_point(slug, dtype), **shared))
 
 

@@ -8,6 +8,7 @@ SIBLINGS: dict[str, dict[str, str]] = {
     "gemm.bf16": {
         "a100-40gb-sxm": A100,
         "a100-40gb-pcie": "a100-80gb-pcie",
+        "a30": A100,  # the same silicon, with its L2 in halves
         "h200": "h100-sxm",
         "h100-pcie": "h100-sxm",
         "h100-nvl": "h100-sxm",

@@ -57,7 +57,7 @@ def block_text(name: str, fit: Fit, date: str) -> str:
     lines += ["", f"[{name}.parameters]"]
     for f in fields(fit.parameters):
         value = getattr(fit.parameters, f.name)
-        if value is None or (f.name in ("tiles", "backward_wide", "row_tiles") and value == f.default):
+        if value is None or (f.name in ("tiles", "backward_wide", "row_tiles", "downcast_rate") and value == f.default):
             continue
         lines.append(f"{f.name} = {_value(value)}")
     lines += ["", f"[{name}.residuals]", *(f"{k} = {_value(v)}" for k, v in fit.errors.rounded().items())]

@@ -31,6 +31,12 @@ NAMED = re.compile(
     r"\b(?:py)?(?P<name>torch|cuda|transformers|peft|cu(?=\d))(?: |==)?(?P<version>\d[\w.+]*)", re.IGNORECASE
 )
 
+# PyTorch's releases (https://github.com/pytorch/pytorch/blob/main/RELEASE.md, "Release Cadence"), the newest first
+RELEASED = {
+    "2025-10-15": "2.9", "2025-08-06": "2.8", "2025-04-23": "2.7", "2025-01-29": "2.6", "2024-10-17": "2.5",
+    "2024-07-24": "2.4", "2024-04-24": "2.3", "2024-01-30": "2.2", "2023-10-04": "2.1", "2023-03-15": "2.0",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class PublishedStep:
@@ -102,13 +108,20 @@ def published_steps(path: Path = TABLE) -> list[PublishedStep]:
     return read_rows(path, _row)
 
 
-def stack_of(software: str) -> SoftwareStack:
-    """The versions that a row names in words; what it does not name is current.
+def stack_of(software: str, date: str = "") -> SoftwareStack:
+    """The versions that a row names in words; what it does not name is current, but PyTorch as of its date.
+
+    Args:
+        date: YYYY, YYYY-MM or YYYY-MM-DD, until the end of which it was measured; empty: unknown.
 
     >>> stack_of("torch 2.7.1+cu126 transformers 4.52.4 peft 0.15.2.dev0").words
     'torch 2.7.1, CUDA 12.6, transformers 4.52.4, peft 0.15.2'
+    >>> stack_of("", "2024-06-07").torch
+    (2, 3, 0)
     """
     named = {match["name"].lower(): match["version"] for match in NAMED.finditer(software)}
+    if date and date[:10] < max(RELEASED):
+        named.setdefault("torch", next((torch for since, torch in RELEASED.items() if since <= f"{date}-99"), "2.0"))
     build = named.pop("cu", "")
     if build and "torch" in named:
         named["torch"] += f"+cu{build}"
@@ -130,7 +143,7 @@ def _row(r: dict[str, str]) -> PublishedStep:
         engine=r["engine"],
         clip_grad=r["clip"] == "1",
         padded=r["padded"] == "1",
-        stack=stack_of(r["software"]),
+        stack=stack_of(r["software"], r["date"]),
     )
     if r["doubt"] == "1":  # its forward is inflated, its backward is in line
         seconds = {"backward": float(r["bwd_s"])}
