@@ -6,7 +6,8 @@ from pathlib import Path
 import click
 
 from ..devices.own import CALIBRATED
-from .options import Finite, extra, json_option
+from ..program.installed import needed
+from .options import Finite, json_option
 
 QUICK = 20.0  # s
 
@@ -33,10 +34,8 @@ def calibrate(
     At the end the files predict the programs that they were made from, and steps that they have not seen: if they are
     off by more than 50 % nothing is written, and the exit code is 1.
     """
-    try:
+    with needed():
         from validate.calibration.show_calibration import show_calibration
-    except ImportError as error:
-        raise extra(error) from None
     taking = QUICK if quick else seconds
     written = show_calibration(device, name, threads=threads, seconds=taking, output=records, as_json=as_json)
     sys.exit(0 if written else 1)

@@ -7,6 +7,7 @@ from typing import Any
 from click import style
 
 from perfmodel import units
+from perfmodel.program.installed import unmirrored
 from perfmodel.report.plain import print_json, show, table
 from perfmodel.report.progress import progress
 
@@ -16,7 +17,7 @@ from . import cases, counts
 def show_counts(grid: str, *, cuda_forward: bool, as_json: bool) -> bool:
     """Run the comparison over a grid and print it; returns whether anything differs."""
     warnings.filterwarnings("ignore")
-    for text in counts.other_versions():
+    for text in unmirrored(counts.MIRRORED):
         show(f"installed: {text}: differences may be theirs", colour="yellow")
     chosen = list(cases.cuda_forward_grid() if cuda_forward else cases.grid(grid))
     results = []
