@@ -290,3 +290,18 @@ def test_every_method_is_explained_along_its_size(name: str) -> None:
     spec = next(s for s in specs(name) if predicted_as(s, model))
     found = explain(architecture_of(model), "full", spec, device="l40s", batch=BATCH, seq=SEQ, axes=("size",))
     assert len(found.crossovers) <= 1
+
+
+@pytest.mark.parametrize("objective", ["reward", "prm"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_new_head_goes_with_it_or_is_refused(name: str, objective: str) -> None:
+    """A head is a matrix, with or without a bias, among the parameters of an optimizer that may know pairs alone."""
+    p = predicted(name, "llama", objective=objective)
+    assert p is None or any(q.name.startswith("score.") for q in step_of(p).parameters)
+
+
+@pytest.mark.parametrize("name", ["galore:r=4", "fedgalore:r=4", "apollo:r=4"])
+def test_stacked_experts_are_no_linear_layers_to_project(name: str) -> None:
+    """`_get_galore_optimizer` of transformers passes over what is no `nn.Linear`."""
+    p = predict("qwen3-30b-a3b", name, device="h200", batch=1, seq=16)
+    assert p.trainable_params == p.total_params
