@@ -83,13 +83,18 @@ def test_what_needs_no_trace_needs_no_version(monkeypatch: pytest.MonkeyPatch) -
         pass
 
 
-def test_a_missing_package_is_named() -> None:
-    """The extra is what brings it."""
-    with (
-        pytest.raises(UserError, match=r"a test needs the validate extra \(no_such_package is missing\): pip"),
-        needed("a test"),
-    ):
-        __import__("no_such_package")
+NOT_FOUND = ModuleNotFoundError("No module named 'x.y'", name="x.y")
+REFUSED = ImportError("hub<2.0 is required, but found hub==2.4\nTry: pip install")
+
+
+@pytest.mark.parametrize(
+    ("error", "why"), [(NOT_FOUND, r"x\.y is missing"), (REFUSED, r"hub<2\.0 is required, but found hub==2\.4")]
+)
+def test_what_cannot_be_imported_is_named(error: ImportError, why: str) -> None:
+    """The extra is what brings it; transformers refuses other versions of what it needs itself, over sixty lines."""
+    line = rf"a test needs the validate extra \({why}\): pip"
+    with pytest.raises(UserError, match=line), needed("a test", traces=False):
+        raise error
 
 
 def test_versions_that_the_tape_does_not_mirror_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

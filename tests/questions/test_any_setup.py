@@ -22,6 +22,7 @@ from perfmodel.devices.host import Host
 from perfmodel.devices.profile import DeviceProfile
 from perfmodel.errors import UserError
 from perfmodel.methods import Method
+from perfmodel.prediction.memory import CONTEXT
 from perfmodel.prediction.predict import Prediction
 from perfmodel.program.part import PHASES
 from perfmodel.setup import Setup
@@ -53,7 +54,8 @@ def test_figures_are_finite_within_their_bounds_and_sums_of_their_parts(question
     assert 0 <= t.launch_bound_share <= 1
     assert m.peak == m.weights + m.gradients + m.optimizer + m.activations
     assert m.peak <= m.low <= m.high
-    assert p.fits == (m.peak <= question.on.hardware.memory_bytes)
+    room = question.on.hardware.memory_bytes
+    assert m.peak <= room if p.fits else m.high + CONTEXT > room
     assert 0 <= p.mfu <= 1
     assert 0 <= p.padding < 1
     assert 0 < p.trainable_params <= p.total_params
