@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.injection.__main__ import WRONG, tried
+from tests.injection.commands import run
 from tests.injection.faults import FAULTS, Fault
 from tests.injection.targets import TARGETS, TornError, replaced
 
@@ -18,6 +19,14 @@ def test_what_was_told_to_be_written_is_there_once_and_whole(fault: Fault) -> No
     for target in TARGETS:
         found = tried(target, fault, drawn)
         assert not any(found[name] for name in WRONG), (target.name, found)
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+@pytest.mark.parametrize(("words", "code"), [("devices --json", 0), ("nonsense", 2)])
+def test_a_command_without_streams_ends_as_with_them(closed: tuple[int, ...], words: str, code: int) -> None:
+    """Services and cron jobs start programs so: what cannot be told is not worth a traceback."""
+    done = run(words.split(), closed=closed)
+    assert (done.returncode, b"Traceback" in done.stderr) == (code, False)
 
 
 def test_a_file_that_is_written_in_place_is_found_torn() -> None:

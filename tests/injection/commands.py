@@ -35,7 +35,7 @@ def commands_under_faults() -> Iterator[dict[str, Any]]:
             continue
         found: Counter[str] = Counter()
         for command in COMMANDS:
-            done = _run(command.split(), **surroundings)
+            done = run(command.split(), **surroundings)
             wrong = done.returncode not in (0, 1, 2) or b"Traceback" in done.stderr
             if wrong:
                 print(f"{name}: {command}: {done.returncode} {done.stderr.decode()[-500:]}", file=sys.stderr)
@@ -50,7 +50,7 @@ def _for_anybody() -> bool:
     return os.getuid() == 0 and all(folder.stat().st_mode & 0o001 for folder in folders)
 
 
-def _run(
+def run(
     words: list[str], *, env: dict[str, str] | None = None, without: tuple[str, ...] = (), user: int | None = None,
     closed: tuple[int, ...] = (), full: bool = False,
 ) -> "subprocess.CompletedProcess[bytes]":  # fmt: skip

@@ -65,7 +65,10 @@ def test_from_python_it_is_the_same_line(monkeypatch: pytest.MonkeyPatch) -> Non
             ask()
 
 
-@pytest.mark.parametrize("versions", [CURRENT, {"torch": "2.14.0a0+git123"}, {"peft": None}])
+FIRST = {name: ".".join(map(str, oldest)) for name, oldest in OLDEST.items()}
+
+
+@pytest.mark.parametrize("versions", [CURRENT, FIRST, {"torch": "2.14.0a0+git123"}, {"peft": None}])
 def test_what_works_or_is_missing_is_not_called_old(
     monkeypatch: pytest.MonkeyPatch, versions: dict[str, str | None]
 ) -> None:
