@@ -183,6 +183,10 @@ NAMES: dict[str, tuple[list[str], list[str]]] = {
     "config": (["lora.yml", "sft.json", "adapter_config.json"], ["broken.json", "tiny/config.json", "tiny"]),
     "output": (["out.csv", "out.json", "out.parquet", "out.html"], ["out.txt", "tiny", "nowhere/out.csv"]),
     "plot": (["plot.svg"], ["plot.txt", "nowhere/plot.svg"]),
+    "html": (["page.html"], ["nowhere/page.html", "tiny"]),
+    "paths": (["records.jsonl"], ["broken.json", "trace.json.gz", "nowhere.jsonl", "/dev/zero"]),
+    "path": (["trace.json.gz"], ["broken.json", "records.jsonl", "tiny", "/dev/zero"]),
+    "phases": (["forward", "ProfilerStep#1"], ["nowhere"]),
 }  # fmt: skip
 TYPES: dict[type, tuple[list[str], list[str]]] = {
     GridAxis: (["1", "2", "1+2+4", "1-4", "16-64:16", "1-64*2"],

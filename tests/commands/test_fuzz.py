@@ -15,13 +15,14 @@ import pytest
 pytest.importorskip("peft")
 
 from click.testing import CliRunner, Result
-from fuzzing import QUICK, bounded, command_line, json_file, mangled, mutated, tries, write_folder
+from fuzzing import QUICK, arguments, bounded, command_line, json_file, mangled, mutated, tries, write_folder
 from helpers import OWN_DEVICE, QWEN, SMALL
 from hypothesis import event, given
 from hypothesis import strategies as st
 from records_by_hand import written
 
 from perfmodel.cli import main
+from perfmodel.commands.validate import validate
 from perfmodel.devices import own, profile
 from perfmodel.errors import UserError
 from perfmodel.methods.parts.peft_adapter import PeftAdapter
@@ -80,6 +81,20 @@ def test_any_command_line_ends_in_an_answer_or_one_line(command: str) -> None:
     def check(args: list[str]) -> None:
         result = ends_well([command, *args])
         event(f"exit code {result.exit_code}")
+
+    check()
+
+
+@pytest.mark.usefixtures("records")
+@pytest.mark.parametrize("command", ["check", "profile"])
+def test_any_command_line_that_reads_measurements(command: str) -> None:
+    """Those that measure take minutes; a check that fails ends with 1."""
+    Path("trace.json.gz").write_bytes(TRACES[0].read_bytes())
+
+    @tries(15)
+    @given(arguments(validate.commands[command]))
+    def check(args: list[str]) -> None:
+        ends_well(["validate", command, *args], also=(1,))
 
     check()
 
