@@ -304,14 +304,10 @@ def predict_module(
     Raises:
         UserError: no scalar loss, nothing trains, or the program needs data that a fake tensor does not have.
     """
-    try:
-        from .tracing.modules import predict_module as answer
-    except ImportError as error:
-        from .errors import UserError
+    from .program.installed import needed
 
-        raise UserError(
-            f"predict_module needs the validate extra ({error.name} is missing): pip install 'perfmodel[validate]'"
-        ) from None
+    with needed("predict_module"):
+        from .tracing.modules import predict_module as answer
     found: Prediction = answer(module, inputs, loss=loss, setup=setup, device=device, host=host, name=name)
     return found
 

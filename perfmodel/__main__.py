@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 from importlib import import_module
 
@@ -24,8 +25,22 @@ def load_numpy() -> None:
         os.environ[THREADS] = given
 
 
+def end_tidily() -> None:
+    """Let SIGTERM end the process as SIGINT does: what is half written is removed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def open_streams() -> None:
+    """Streams that were closed before the start lead nowhere: what is opened next must not become one of them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w" if number else "r"))
+
+
 def run() -> None:
     """Answer a command. What it has made goes with the process, neither searched for garbage nor freed bit by bit."""
+    end_tidily()
+    open_streams()
     load_numpy()
     from .cli import main
 
@@ -33,7 +48,7 @@ def run() -> None:
         main(prog_name="perfmodel")
     except SystemExit as end:
         try:
-            for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed before the start
+            for stream in (sys.stdout, sys.stderr):
                 stream.flush()
         except OSError as error:
             os.write(2, f"perfmodel: {error.strerror}\n".encode())

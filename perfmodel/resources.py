@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from errno import EISDIR
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,10 @@ from .errors import UserError
 _PACKAGE = Path(__file__).resolve().parent
 DATA = _PACKAGE / "data" if (_PACKAGE / "data").is_dir() else _PACKAGE.parent / "data"
 
-LARGEST = 256 * 2**20  # bytes of a file that is read whole: records of a long measurement are the largest
+# Bytes of a file that is read whole. Records of a measurement have under one MiB; as lists in lists JSON takes 24 times
+# its length in memory.
+LARGEST = 16 * 2**20
+GZIP = b"\x1f\x8b"
 
 T = TypeVar("T")
 
@@ -33,6 +37,18 @@ def read_text(path: Path, most: int = LARGEST) -> str:
     """The text of a UTF-8 file of at most so many bytes, with or without a byte order mark.
 
     Raises:
+        UserError: as `read_bytes`, or it is no UTF-8.
+    """
+    try:
+        return read_bytes(path, most).decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def read_bytes(path: Path, most: int = LARGEST) -> bytes:
+    """What a file of at most so many bytes holds.
+
+    Raises:
         UserError: it cannot be read, is larger, or is no regular file: a pipe might never end, or never begin.
     """
     if os.path.exists(path) and not os.path.isfile(path):
@@ -41,14 +57,39 @@ def read_text(path: Path, most: int = LARGEST) -> str:
     try:
         with path.open("rb") as file:
             content = file.read(most + 1)
-        text = content[:most].decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:  # not UTF-8, or a name that cannot be a path
+    except ValueError as error:  # a name that cannot be a path
         raise UserError(f"{path}: cannot be read ({error})") from None
     if len(content) > most:
-        raise UserError(f"{path}: larger than {most // 2**20} MiB, so not what is read here")
-    return text
+        raise _too_large(path, most)
+    return content
+
+
+def read_packed(path: Path, most: int = LARGEST) -> bytes:
+    """What a file holds, of a gzipped one what was packed: at most so many bytes, as a few can stand for gigabytes.
+
+    Raises:
+        UserError: as `read_bytes`, or it is not whole.
+    """
+    content = read_bytes(path, most)
+    if not content.startswith(GZIP):
+        return content
+    import gzip
+    import zlib
+
+    try:
+        with gzip.open(BytesIO(content)) as packed:
+            found = packed.read(most + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if len(found) > most:
+        raise _too_large(path, most)
+    return found
+
+
+def _too_large(path: Path, most: int) -> UserError:
+    return UserError(f"{path}: larger than {most // 2**20} MiB, so not what is read here")
 
 
 def parsed(text: str, parse: Callable[[str], T], form: str, where: str, *errors: type[Exception]) -> T:

@@ -6,6 +6,10 @@ Set FUZZ_TRIES to run as many tries of every test, with a new random seed each t
 import json
 import os
 import re
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import inf, nan
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,8 @@ from perfmodel.commands.advise import Quantity
 from perfmodel.commands.options import GridAxis
 
 TRIES = int(os.environ.get("FUZZ_TRIES", "0"))
+SECONDS = 10.0  # of the processor's time that any question may take
+MEMORY = 900 * 2**20  # B beside the 100 MiB that the program has before it is asked
 
 
 def tries(usual: int) -> settings:
@@ -33,6 +39,25 @@ def tries(usual: int) -> settings:
         phases=[Phase.generate],  # shrinking a slow try takes minutes
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
     )
+
+
+@contextmanager
+def bounded(seconds: float = SECONDS, memory: int = MEMORY) -> Iterator[None]:
+    """Around a try: more than so many seconds of the processor, or bytes of memory, fail it."""
+
+    def late(*_: Any) -> None:
+        raise AssertionError(f"more than {seconds} s of the processor's time")
+
+    usual, limits = signal.signal(signal.SIGPROF, late), resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory, limits[1]))
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        signal.signal(signal.SIGPROF, usual)
 
 
 NUMBERS = st.sampled_from(
@@ -158,6 +183,10 @@ NAMES: dict[str, tuple[list[str], list[str]]] = {
     "config": (["lora.yml", "sft.json", "adapter_config.json"], ["broken.json", "tiny/config.json", "tiny"]),
     "output": (["out.csv", "out.json", "out.parquet", "out.html"], ["out.txt", "tiny", "nowhere/out.csv"]),
     "plot": (["plot.svg"], ["plot.txt", "nowhere/plot.svg"]),
+    "html": (["page.html"], ["nowhere/page.html", "tiny"]),
+    "paths": (["records.jsonl"], ["broken.json", "trace.json.gz", "nowhere.jsonl", "/dev/zero"]),
+    "path": (["trace.json.gz"], ["broken.json", "records.jsonl", "tiny", "/dev/zero"]),
+    "phases": (["forward", "ProfilerStep#1"], ["nowhere"]),
 }  # fmt: skip
 TYPES: dict[type, tuple[list[str], list[str]]] = {
     GridAxis: (["1", "2", "1+2+4", "1-4", "16-64:16", "1-64*2"],

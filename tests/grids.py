@@ -25,12 +25,17 @@ def figures(p: Prediction) -> dict[str, Any]:
     return flat
 
 
-def check_every_point(model: Any, shape: tuple[int, ...], whole: Prediction, setups: Any) -> None:
-    """A prediction of a grid has at each point what predicting `setups(point)`, a setup and a method, gives alone."""
+def check_every_point(model: Any, shape: tuple[int, ...], whole: Prediction, setups: Any, **machine: Any) -> None:
+    """A prediction of a grid has at each point what predicting `setups(point)`, a setup and a method, gives alone.
+
+    Args:
+        machine: device and host, if others than the grid's own device and its host.
+    """
+    machine = {"device": whole.device, **machine}
     grid = {name: np.asarray(value) for name, value in figures(whole).items()}
     for at in np.ndindex(shape):
         setup, method = setups(at)
-        alone = figures(predict(model, method, setup, whole.device))
+        alone = figures(predict(model, method, setup, **machine))
         for name, value in alone.items():
             got = np.broadcast_to(grid[name], shape)[at]
             if isinstance(value, float):

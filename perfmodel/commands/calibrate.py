@@ -6,7 +6,8 @@ from pathlib import Path
 import click
 
 from ..devices.own import CALIBRATED
-from .options import Finite, extra, json_option
+from ..program.installed import needed
+from .options import Finite, json_option
 
 QUICK = 20.0  # s
 
@@ -39,13 +40,11 @@ def calibrate(
     At the end the files predict the programs that they were made from, and steps that they have not seen: if they are
     off by more than 50 % nothing is written, and the exit code is 1.
     """
-    try:
+    with needed():
         if network:
             from validate.calibration.show_network import show_network_calibration
         else:
             from validate.calibration.show_calibration import show_calibration
-    except ImportError as error:
-        raise extra(error) from None
     taking = QUICK if quick else seconds
     if network:
         show_network_calibration(device, name, seconds=taking, as_json=as_json)

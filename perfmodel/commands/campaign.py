@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from ..errors import UserError
-from .options import extra, json_option
+from ..program.installed import needed
+from .options import json_option
 
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 LEAST = 5.0  # s
@@ -49,10 +50,8 @@ def campaign(device: str, budget: float, output: Path, plan: Path | None, thread
     moment it goes on where it was: `--budget 9m` three times is 27m once. In the folder: records.jsonl, device.toml,
     host.toml, page.html, summary.json.
     """
-    try:
+    with needed():
         from validate.campaign.show import show_campaign
-    except ImportError as error:
-        raise extra(error) from None
     show_campaign(device, output, budget, plan=plan, threads=threads, as_json=as_json)
 
 
@@ -81,10 +80,8 @@ def paper(
     """
     if (device is None) == (predict_only is None):
         raise UserError("paper needs either --device cuda or cpu (measure here), or --predict-only DEVICE")
-    try:
+    with needed():
         from validate.campaign.show_paper import show_paper
-    except ImportError as error:
-        raise extra(error) from None
     holds = show_paper(
         device, output, predict_only=predict_only, profile=profile, host=host, threads=threads, as_json=as_json
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What several commands share: options, JSON, the missing extra."""
+"""What several commands share: options, JSON."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,7 +8,6 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ..errors import UserError
 from ..optimizers import is_optimizer, optimizer_names
 from ..setup import (
     ATTENTION,
@@ -337,10 +336,3 @@ def axes_of(axes: str | None, model: Any, default: tuple[str, ...]) -> tuple[str
     if axes is None:
         return default if isinstance(model, str) else tuple(axis for axis in default if axis in ("batch", "seq"))
     return () if axes == "none" else tuple(axes.split("+"))
-
-
-def extra(error: ImportError) -> UserError:
-    """The one line for a package that is not installed."""
-    return UserError(
-        f"this command needs the validate extra ({error.name} is missing): pip install 'perfmodel[validate]'"
-    )

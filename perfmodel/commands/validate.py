@@ -6,9 +6,10 @@ from pathlib import Path
 import click
 
 from ..errors import UserError
+from ..program.installed import needed
 from ..report.plain import print_json
 from .campaign import campaign, paper
-from .options import extra, json_option
+from .options import json_option
 
 RECORDS = Path("records.jsonl")  # what `measure` writes and `check` reads unless told otherwise
 
@@ -43,11 +44,9 @@ validate.add_command(paper)
 @json_option
 def counts(grid: str, cuda_forward: bool, parallel: bool, as_json: bool) -> None:
     """Compare the tape with real programs, ATen call by ATen call."""
-    try:
+    with needed():
         from validate.oracle.counts import has_cuda_build
         from validate.oracle.show_counts import show_counts
-    except ImportError as error:
-        raise extra(error) from None
     if cuda_forward and not has_cuda_build():
         raise UserError("--cuda-forward needs a CUDA build of torch (no GPU is needed): this one is built for the CPU")
     failed = show_counts(grid, cuda_forward=cuda_forward, several=parallel, as_json=as_json)
@@ -98,10 +97,8 @@ def coverage(quick: bool, output: Path | None, as_json: bool) -> None:
     Lists those that `predict --traced` can take and why it cannot take the others. A type is built from transformers'
     own default config; the tuners are put on a small Llama.
     """
-    try:
+    with needed():
         from validate.oracle.show_coverage import show_coverage
-    except ImportError as error:
-        raise extra(error) from None
     sys.exit(0 if show_coverage(quick=quick, output=output, as_json=as_json) else 1)
 
 
@@ -136,10 +133,8 @@ def tuners(images: bool, host: str, all_rows: bool, as_json: bool) -> None:
 
     Llama-3.2-3B on an L40S, or FLUX.2-klein-4B (--images); every configuration is traced, which takes minutes.
     """
-    try:
+    with needed():
         from validate.published.show_tuners import show_tuners
-    except ImportError as error:
-        raise extra(error) from None
     sys.exit(0 if show_tuners(images=images, host=host, all_rows=all_rows, as_json=as_json) else 1)
 
 
@@ -206,15 +201,13 @@ def fit(
     if sum(given is not None for given in (kernels, records, collectives)) != 1:
         kinds = "--kernels FOLDER (device profiles), --collectives FILE (nodes) or --records FILE (host costs)"
         raise UserError(f"fit needs either {kinds}")
-    try:
+    with needed(traces=records is not None):
         if collectives is not None:
             from validate.fitting.collectives.show import show_links
         elif records is None:
             from validate.fitting.show import show_fit
         else:
             from validate.calibration.show_refit import show_refit
-    except ImportError as error:
-        raise extra(error) from None
     if collectives is not None:
         show_links(collectives, write=not dry_run, as_json=as_json)
     elif records is None:
@@ -233,10 +226,8 @@ def host(output: Path) -> None:
     At the end they predict the programs that were timed, a fifth of which the fit did not see: if they are off by more
     than 50 % nothing is written, and the exit code is 1.
     """
-    try:
+    with needed():
         from validate.calibration.show_host import show_host
-    except ImportError as error:
-        raise extra(error) from None
     sys.exit(0 if show_host(output) else 1)
 
 
@@ -250,10 +241,8 @@ def engine(name: str, output: Path | None) -> None:
 
     The bundled figures are in data/engines/.
     """
-    try:
+    with needed():
         from validate.calibration.show_engine import show_engine
-    except ImportError as error:
-        raise extra(error) from None
     show_engine(name, output or Path(f"{name}.toml"))
 
 
@@ -282,10 +271,8 @@ def measure(
 
     Times, calls, kernels and memory, cell by cell; a stopped run resumes where it was.
     """
-    try:
+    with needed():
         from validate.measuring.show import show_measure
-    except ImportError as error:
-        raise extra(error) from None
     failed = show_measure(device, grid, output, threads=threads, rounds=rounds, seed=seed, parallel=parallel)
     sys.exit(1 if failed else 0)
 
@@ -304,10 +291,8 @@ def profile(path: Path, phases: tuple[str, ...], top: int, as_json: bool) -> Non
     busy, launches, copies. Of an execution trace: the operators called. Of a table of key_averages (CSV with columns
     name, calls, self_cpu_us, cpu_total_us, self_cuda_us, cuda_total_us): its rows.
     """
-    try:
+    with needed(traces=False):
         from validate.measuring.show_profile import show_profile
-    except ImportError as error:
-        raise extra(error) from None
     show_profile(path, phases, top, as_json=as_json)
 
 

@@ -49,11 +49,12 @@ class Hardware:
 
     def tensor_peak(self, dtype: str) -> float | None:
         """Dense FLOP/s of the tensor cores for operands of a dtype; None if there is no such path."""
-        found: float | None = getattr(self, f"{'fp8' if dtype in FLOAT8 else dtype}_flops", None)
+        kind = "fp8" if dtype in FLOAT8 else "int8" if dtype == "i8" else dtype
+        found: float | None = getattr(self, f"{kind}_flops", None)
         return None if dtype == "fp32" else found
 
     def peak(self, dtype: str, tensor_cores: bool = True) -> float:
-        """Dense FLOP/s for operands of a dtype: fp32, tf32, bf16, fp16, e4m3 or e5m2.
+        """Dense FLOP/s for operands of a dtype: fp32, tf32, bf16, fp16, e4m3, e5m2 or i8.
 
         Whatever has no tensor-core path on this device runs on the fp32 units.
         """

@@ -59,7 +59,7 @@ class GaLore(Method):
         return "GaLoreAdamW"
 
     def projects(self, p: Parameter) -> bool:
-        """Whether the gradient of a weight is projected.
+        """Whether the gradient of a weight is projected: that of a linear layer, which stacked experts are not.
 
         Raises:
             UserError: its shorter side is less than the rank.
@@ -67,7 +67,7 @@ class GaLore(Method):
         assert self.architecture is not None
         path = p.name.removesuffix(".weight")
         block, name = block_of(self.architecture.stacks, path)
-        if p.kind != "weight" or (block is None and path not in self.targets):
+        if p.kind != "weight" or len(p.shape) != 2 or (block is None and path not in self.targets):
             return False
         if not named(name, self.targets):
             return False

@@ -1,5 +1,6 @@
 """LoRA as PEFT runs it in eager mode, and in the fused implementations of Unsloth and LoRAFusion."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -127,6 +128,14 @@ class Lora(Targeted):
 
     def dtype_beside(self, dtype: str) -> str:
         return self.dtype_of_base(dtype) if self.implementation == "lorafusion" else super().dtype_beside(dtype)
+
+    def check_pairs(self, parameters: Sequence[Parameter]) -> None:
+        """Raise `UserError` where the optimizer is one of pairs of A and B, and something else trains, too: a head."""
+        other = next((p.name for p in parameters if ".lora_" not in p.name), None)
+        if other:
+            raise UserError(
+                f"method {self.name}: {self.own_optimizer} takes pairs of A and B alone; {other} trains, too"
+            )
 
     def weights(self, layer: Linear, dtype: str) -> tuple[Parameter, Parameter]:
         """A (r, n_in) and B (n_out, r)."""

@@ -51,8 +51,11 @@ class LoraFa(Lora):
             return
         adapters = [p for p in update.everything if p.kind == "adapter"]
         for run in update.runs(adapters):
-            for a, b in zip(run[::2], run[1::2], strict=True):
+            pairs = [p for p in run if "lora" in p.name]
+            for a, b in zip(pairs[::2], pairs[1::2], strict=True):
                 _update_pair(update, a, b)
+            for whole in (p for p in run if p not in pairs):  # copies of modules_to_save, a new head
+                adam(update, whole, gradient(whole))
 
 
 def _update_pair(update: Update, a: Parameter, b: Parameter) -> None:

@@ -28,6 +28,7 @@ class LoraPro(Lora):
         return "its own Adam, with SGD after it"
 
     def update(self, update: Update) -> None:
+        self.check_pairs(update.parameters)
         for run in update.runs(update.parameters):
             for a, b in zip(run[::2], run[1::2], strict=True):
                 lora_pro.adjust(update, a, b)

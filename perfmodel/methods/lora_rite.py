@@ -35,4 +35,5 @@ class LoraRite(Lora):
             )
 
     def update(self, update: Update) -> None:
+        self.check_pairs(update.parameters)
         lora_rite.lora_rite_step(update)

@@ -14,6 +14,7 @@ from .. import units
 from ..methods import Method
 from ..program.dims import decide
 from ..program.lengths import Batches, Lengths, padded_batches
+from ..program.part import PHASES
 from ..setup import Setup
 from .communication import Communication
 from .grid import Compute, grid_shape, over_grid
@@ -70,7 +71,10 @@ def _mean(compute: Compute[Any], setup: Setup, method: Method, lengths: Lengths)
 
     def mean(value: Any, weights: np.ndarray = shares) -> Any:
         if isinstance(value, dict):
-            return {name: mean(entry, weights) for name, entry in value.items()}
+            of_phases = {name: mean(entry, weights) for name, entry in value.items()}
+            if set(of_phases) == {*PHASES, "total"}:  # numbers are rounded phase by phase
+                of_phases["total"] = sum(of_phases[phase] for phase in PHASES)
+            return of_phases
         if isinstance(value, Communication):
             return replace(value, **{f.name: mean(getattr(value, f.name), weights) for f in fields(value)})
         value = np.broadcast_to(value, shares.shape)

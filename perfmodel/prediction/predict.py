@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import architectures, methods
 from ..architectures import Architecture, Config
+from ..calls import costs
 from ..devices import engine
 from ..devices import host as hosts
 from ..devices.device import Device, profile_of
@@ -84,7 +85,8 @@ class Prediction(Shown):
 
     Attributes:
         mfu: model FLOPs utilisation: FLOPs of the step as FlopCounterMode counts them, without what a checkpoint
-            recomputes, over step time and the datasheet's peak of the dtype that the base GEMMs run in.
+            recomputes, over step time and the datasheet's peak of the fastest dtype that its products run in.
+        peak_dtype: that dtype.
         padding: share of the tokens that are padding, where lengths of samples are given.
         step, durations: the step, and for each of its parts the device seconds of its ops; None for a grid. Where
             samples differ in length, those of the longest micro-batches.
@@ -105,6 +107,7 @@ class Prediction(Shown):
     memory: Memory
     fits: Any
     mfu: Any
+    peak_dtype: str = "bf16"
     notes: list[str] = field(default_factory=list)
     periodic: list[PeriodicCost] = field(default_factory=list)
     choices: list[dict[str, Any]] = field(default_factory=list)
@@ -256,7 +259,7 @@ def of_step(built: Step, on: DeviceProfile, by: Host, shared: Shared | None = No
     held = _memory(built)
     counted = _counted(built, shared)
     flops, recomputed = counted["flops"]["total"], counted["recomputed"]["total"]
-    peak = on.peak(built.setup.amp or built.setup.dtype)
+    peak_dtype = max(_product_dtypes(built), key=on.peak)
     return Prediction(
         model=built.architecture.name,
         device=on.slug,
@@ -272,13 +275,20 @@ def of_step(built: Step, on: DeviceProfile, by: Host, shared: Shared | None = No
         time=time,
         memory=held,
         fits=memory.fits(held.peak, on.hardware.memory_bytes, built.device),
-        mfu=(flops - recomputed) / peak / time.phases["total"],
+        mfu=(flops - recomputed) / on.peak(peak_dtype) / time.phases["total"],
+        peak_dtype=peak_dtype,
         notes=notes_on(built, on, time.components, time.phases["total"]),
         periodic=[_periodic(ops, on, by) for ops in built.periodic],
         choices=[asdict(choice) for choice in built.method.choices(built)],
         step=built,
         durations=durations,
     )
+
+
+def _product_dtypes(built: Step) -> list[str]:
+    """The dtypes that matrix products and attention run in, that of the setup first: it names the peak among equals."""
+    ops = (op for part, _ in built.parts() for op in part.ops if costs.kind(op) in ("gemm", "attention"))
+    return list(dict.fromkeys([built.setup.amp or built.setup.dtype, *map(costs.operand_dtype, ops)]))
 
 
 def _counted(built: Step, shared: Shared) -> dict[str, Phases]:

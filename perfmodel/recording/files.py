@@ -6,7 +6,6 @@ Ops, shapes and numbers are tables that the parts refer to. What is read is data
 
 import gzip
 import json
-import zlib
 from collections.abc import Sequence
 from dataclasses import fields
 from hashlib import sha256
@@ -18,13 +17,13 @@ from ..program.op import PLAIN, Attrs, Op, Spec
 from ..program.part import PHASES, HostWork, Part
 from ..program.polynomials import POWERS, Polynomial
 from ..program.streams import MAIN, Run
-from ..resources import written
+from ..resources import read_packed, written
 from ..tape.tensor import Parameter
 from .program import LiveBytes, Numbers, Program
 
 FORM = "perfmodel recorded program 2"
+MOST_OPS = 10**7  # of a program; a file of bytes could name more than memory holds
 FAULTS = (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError)
-UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError)
 
 
 class NotAProgram(ValueError):
@@ -59,12 +58,12 @@ def read_object(path: Path) -> dict[str, Any]:
         NotAProgram: it is not there, cannot be read, or holds something else.
     """
     try:
-        head, _, body = gzip.decompress(path.read_bytes()).partition(b"\n")
+        head, _, body = read_packed(path).partition(b"\n")
         said = json.loads(head)
         if said["form"] != FORM or said["sha256"] != sha256(body).hexdigest():
             raise NotAProgram(f"{path}: another form, or not whole")
         return dict(json.loads(body))
-    except (*UNREADABLE, *FAULTS) as error:
+    except FAULTS as error:
         raise NotAProgram(f"{path}: {error}") from None
 
 
@@ -166,6 +165,8 @@ def decoded_value(values: dict[str, Any]) -> Program:
     specs = [Spec(_dtype(dtype), _numbers(shape), int(copies)) for dtype, shape, copies in values["specs"]]
     ops = [_op(entry, specs) for entry in values["ops"]]
     live = values["live"]
+    if sum(int(times) for part in (*values["first"], *values["later"]) for _, times in part["ops"]) > MOST_OPS:
+        raise ValueError(f"more than {MOST_OPS:,} ops")
     return Program(
         first=tuple(_part(entry, ops) for entry in values["first"]),
         later=tuple(_part(entry, ops) for entry in values["later"]),

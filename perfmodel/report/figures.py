@@ -149,7 +149,10 @@ def setup_line(s: Setup) -> str:
     return ", ".join([*told, *(["CUDA graphs"] if s.cuda_graphs else [])])
 
 
-def mfu_of(p: Prediction) -> str:
+IN_EIGHT_BITS = {"e4m3": "fp8", "e5m2": "fp8", "i8": "int8"}
+
+
+def mfu_of(*predictions: Prediction) -> str:
     """What the MFU is the share of."""
-    dtype = p.setup.amp or p.setup.dtype
-    return f"MFU: FLOPs of matrix products and attention without recompute, over step time and the dense {dtype} peak"
+    dtypes = " or ".join(dict.fromkeys(IN_EIGHT_BITS.get(p.peak_dtype, p.peak_dtype) for p in predictions))
+    return f"MFU: FLOPs of matrix products and attention without recompute, over step time and the dense {dtypes} peak"

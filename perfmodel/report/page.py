@@ -58,7 +58,7 @@ def report(
         "answers": [e.answer for e in explained],
         "labels": labels,
         "figures": [{"name": r.name.strip(), "sub": r.name != r.name.strip(), "cells": r.cells} for r in figures(c)],
-        "mfu": mfu_of(base),
+        "mfu": mfu_of(*c.predictions),
         "command": command,
         "signature": f"perfmodel {_version()}, {date.today().isoformat()}. Made by:",
         **exhibits.waterfalls(explained),

@@ -127,7 +127,7 @@ def show_comparison(c: Comparison) -> None:
         for cost in p.periodic:
             show(paragraph(f"{p.method}, {periodic_line(cost)}"))
     told = "in brackets the 90 % interval; * best of those that fit; launch-bound: share of the step that waits for "
-    show(paragraph(f"{told}the host; {mfu_of(c.predictions[0])}"), dim=True)
+    show(paragraph(f"{told}the host; {mfu_of(*c.predictions)}"), dim=True)
     notes(notes_by_method(c.predictions))
 
 

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
+from ..errors import UserError
 from ..program.dims import contiguous_strides, product
 from .autograd import differentiate
 from .core import emit, new_tensor, record, tape
@@ -125,10 +128,16 @@ def _nll_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 
 def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """transformers' `ForCausalLMLoss`: fp32 logits, labels shifted by one; in old versions the logits were."""
+    """transformers' `ForCausalLMLoss`: fp32 logits, labels shifted by one; in old versions the logits were.
+
+    Raises:
+        UserError: the logits were, and none is left.
+    """
     logits = cast(logits, "fp32")
     if tape().stack.shifts_logits:
         seq = logits.shape[1] - 1
+        if np.min(seq) < 1:
+            raise UserError("seq 1: one token has no next one to predict; use 2 or more")
         logits, labels = contiguous(narrow(logits, 1, seq)), contiguous(narrow(labels, 1, seq))
         target = view(labels, (labels.numel,))
     else:

@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from ..methods import Method
 from ..methods.parts.peft_adapter import PeftAdapter
 from ..prediction.predict import method_of
 from ..program.dims import only
+from ..program.installed import PACKAGES, installed, needed
 from ..program.polynomials import NoPolynomial
 from ..program.software import SoftwareStack
 from ..recording import files
@@ -41,7 +41,7 @@ from ..setup import Setup
 from .regions import Region, region_of
 from .setups import check_setup
 
-PACKAGES = ("torch", "transformers", "peft")
+TRACE = "a first trace"  # what needs the packages
 # fields of a setup that change what is traced
 OF_PROGRAM = ("dtype", "amp", "checkpoint", "attention", "padded", "images", "image_size")
 OF_OBJECTIVE = ("objective", "reference", "prompt")
@@ -129,7 +129,7 @@ class Store:
         return self._built()
 
     def _built(self) -> RecordedModel:
-        with _torch():
+        with needed(TRACE):
             from .programs import build_model
             from .programs.adapt import layers_of
             from .trace import without_remarks
@@ -181,7 +181,7 @@ class Store:
         self, method: Method, setup: Setup, kind: str, capability: str, region: Region | None, entry: dict[str, Any]
     ) -> Program:
         """Trace a program and keep it: for a region, or where that does not work, or there is none, for one size."""
-        with _torch():
+        with needed(TRACE):
             from .traced import trace_model
 
         one = replace(setup, batch=_first(setup.batch), seq=_first(setup.seq), grad_accum=min(setup.grad_accum, 2))
@@ -190,7 +190,7 @@ class Store:
             _, _, program = trace_model(self.config, unbound, one, kind, capability, region)
         except NoPolynomial:
             _, _, program = trace_model(self.config, unbound, one, kind, capability)
-        program = replace(program, made_with={name: found for name in self.packages if (found := _version(name))})
+        program = replace(program, made_with={name: found for name in self.packages if (found := installed(name))})
         for name in {_digest(entry), _digest({**entry, "size": list(program.at)} if program.at else entry)}:
             self.known[name] = program
             self._keep(name, files.encoded(program))
@@ -227,7 +227,7 @@ class Store:
 
     def _files(self, name: str) -> Iterator[Path]:
         """Files that hold what is called so: that of the installed packages, of others where there are none."""
-        if all(map(_version, self.packages)):
+        if all(map(installed, self.packages)):
             yield self.path(name)
         else:
             yield from sorted(self.folder.glob(f"{self.start}-{name}-*.json.gz"), key=_changed, reverse=True)
@@ -255,15 +255,8 @@ def _digest(values: Any) -> str:
     return sha256(text.encode()).hexdigest()[:16]
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _versions(packages: Sequence[str]) -> str:
-    return _digest([version("perfmodel") if _version("perfmodel") else "", *map(_version, packages)])[:8]
+    return _digest([installed("perfmodel") or "", *map(installed, packages)])[:8]
 
 
 def _changed(path: Path) -> float:
@@ -271,19 +264,6 @@ def _changed(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
-
-
-class _torch:
-    """Around imports of what needs torch: where it is missing, one line says how to get it."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, ImportError):
-            raise UserError(
-                f"a first trace needs the validate extra ({error.name} is missing): pip install 'perfmodel[validate]'"
-            ) from None
 
 
 def _plain_facts(model: RecordedModel) -> dict[str, Any]:

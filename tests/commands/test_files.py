@@ -1,5 +1,6 @@
 """What a command reads is bounded, and what it writes is there whole or not at all, whatever the path names."""
 
+import gzip
 import os
 import stat
 import subprocess
@@ -14,7 +15,8 @@ from click.testing import CliRunner
 from perfmodel import imports
 from perfmodel.cli import main
 from perfmodel.errors import UserError
-from perfmodel.resources import read_text, write_text, written
+from perfmodel.recording import files
+from perfmodel.resources import read_packed, read_text, write_text, written
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
 
@@ -85,6 +87,27 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path: Path) -> None:
     assert read_text(tmp_path / "file", 5) == "12345"
     with pytest.raises(UserError, match="larger than"):
         read_text(tmp_path / "file", 4)
+
+
+def test_a_packed_file_is_bounded_by_what_was_packed(tmp_path: Path) -> None:
+    """A few bytes of gzip stand for gigabytes, and one cut short for nothing."""
+    path, packed = tmp_path / "file.gz", gzip.compress(bytes(10))
+    path.write_bytes(packed)
+    assert read_packed(path, 99) == bytes(10)
+    with pytest.raises(UserError, match="larger than"):
+        read_packed(path, 9)
+    path.write_bytes(packed[:-4])
+    with pytest.raises(UserError, match="cannot be read"):
+        read_packed(path)
+    path.write_bytes(b"plain")
+    assert read_packed(path) == b"plain"
+
+
+def test_a_small_file_cannot_stand_for_a_huge_program() -> None:
+    """An op that is said to run 10^12 times in a row would be a list of so many."""
+    part = {"name": "p", "phase": "forward", "repeat": 1, "host": {}, "ops": [[0, 10**12]]}
+    with pytest.raises(ValueError, match="more than 10,000,000 ops"):
+        files.decoded_value({"first": [part], "later": [], "specs": [], "ops": [], "live": {}})
 
 
 def test_a_few_aliases_do_not_stand_for_millions_of_values(tmp_path: Path) -> None:

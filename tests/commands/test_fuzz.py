@@ -3,24 +3,32 @@
 FUZZ_TRIES=2000 pytest tests/commands/test_fuzz.py runs that many random tries of each test.
 """
 
+import gzip
 import json
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("peft")
 
 from click.testing import CliRunner, Result
-from fuzzing import QUICK, command_line, json_file, mangled, mutated, tries, write_folder
+from fuzzing import QUICK, arguments, bounded, command_line, json_file, mangled, mutated, tries, write_folder
 from helpers import OWN_DEVICE, QWEN, SMALL
 from hypothesis import event, given
 from hypothesis import strategies as st
 from records_by_hand import written
 
 from perfmodel.cli import main
+from perfmodel.commands.validate import validate
+from perfmodel.devices import own, profile
 from perfmodel.errors import UserError
+from perfmodel.methods.parts.peft_adapter import PeftAdapter
+from perfmodel.recording import files
 from perfmodel.resources import DATA
+from validate.campaign.plan import load_plan
 from validate.measuring import cells
 from validate.published import layers, tuners
 from validate.published import steps as published
@@ -40,7 +48,8 @@ def folder(no_hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 def ends_well(args: list[str], also: tuple[int, ...] = ()) -> Result:
     """Run a command line: exit code 0 (or one that it has `also`), or 2 with one line of complaint."""
-    result = CliRunner().invoke(main, args)
+    with bounded():
+        result = CliRunner().invoke(main, args)
     shown = f"{args}\n{result.output[-2000:]}"
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise AssertionError(shown) from result.exception
@@ -72,6 +81,20 @@ def test_any_command_line_ends_in_an_answer_or_one_line(command: str) -> None:
     def check(args: list[str]) -> None:
         result = ends_well([command, *args])
         event(f"exit code {result.exit_code}")
+
+    check()
+
+
+@pytest.mark.usefixtures("records")
+@pytest.mark.parametrize("command", ["check", "profile"])
+def test_any_command_line_that_reads_measurements(command: str) -> None:
+    """Those that measure take minutes; a check that fails ends with 1."""
+    Path("trace.json.gz").write_bytes(TRACES[0].read_bytes())
+
+    @tries(15)
+    @given(arguments(validate.commands[command]))
+    def check(args: list[str]) -> None:
+        ends_well(["validate", command, *args], also=(1,))
 
     check()
 
@@ -152,6 +175,112 @@ def test_any_records_file(records: list[str]) -> None:
     def check(content: bytes) -> None:
         Path("records.jsonl").write_bytes(content)
         ends_well(["validate", "check", "--device", "cpu-epyc-genoa-2c", "--json"], also=(1,))
+
+    check()
+
+
+@pytest.mark.usefixtures("folder")
+@tries(60)
+@given(mangled("\n".join(["input_tokens,source", *(f"{n},web" for n in (40, 900, 17, 300))])), st.booleans())
+def test_any_file_of_lengths(content: bytes, as_json: bool) -> None:
+    """How long documents are, as a column, as JSON lines or as a number a line."""
+    lines = content.replace(b",web", b"") if as_json else content
+    Path("lengths.txt").write_bytes(lines)
+    ends_well(["predict", "--model", "tiny", "--lengths", "lengths.txt", *SETUP, "--json"])
+
+
+TRACES = sorted((Path(__file__).parents[1] / "fixtures" / "traces").glob("*.json.gz"))
+
+
+@st.composite
+def trace_file(draw: st.DrawFn) -> bytes:
+    """A published profile, cut to a few of its events, with some of them edited; gzipped or not."""
+    trace = json.loads(gzip.decompress(draw(st.sampled_from(TRACES)).read_bytes()))
+    trace = {name: value[:40] if isinstance(value, list) else value for name, value in trace.items()}
+    content = draw(json_file(trace))
+    return gzip.compress(content) if draw(st.booleans()) else content
+
+
+@pytest.mark.usefixtures("folder")
+@tries(60)
+@given(trace_file())
+def test_any_profile(content: bytes) -> None:
+    """What a profiler wrote on somebody's machine, of any version."""
+    Path("trace.json").write_bytes(content)
+    ends_well(["validate", "profile", "trace.json", "--json"])
+
+
+@pytest.mark.usefixtures("folder")
+@tries(40)
+@given(mangled("name,calls,self_cpu_us,cpu_total_us,self_cuda_us,cuda_total_us\naten::mm,3,1.5,2,7,7\nx,1,0,0,4,4"))
+def test_any_table_of_averages(content: bytes) -> None:
+    """`key_averages()` as people paste it."""
+    Path("averages.csv").write_bytes(content)
+    ends_well(["validate", "profile", "averages.csv", "--json"])
+
+
+@tries(25)
+@given(mangled((DATA / "grids" / "cpu-campaign.toml").read_text()))
+def test_any_campaign_plan(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    """What an hour on a rented machine is to be spent on; a mistake must not wait until it has begun."""
+    path = tmp_path_factory.getbasetemp() / "plan.toml"
+    path.write_bytes(content)
+    with suppress(UserError), bounded():
+        load_plan(path, "cpu").units("cpu", profile.load("cpu-epyc-genoa-2c"))
+
+
+@tries(60)
+@given(json_file(json.loads((CONFIGS / "peft" / "lora.json").read_text())))
+def test_any_adapter_config(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    """An adapter_config.json of whatever version of PEFT."""
+    path = tmp_path_factory.getbasetemp() / "adapter_config.json"
+    path.write_bytes(content)
+    with suppress(UserError), bounded():
+        PeftAdapter.read(path)
+
+
+@tries(30)
+@given(mangled(OWN_DEVICE), st.sampled_from(("mine.toml", "mine.TOML", ".toml", "l40s.toml", "\udcff.toml")))
+def test_any_file_among_ones_own_devices(content: bytes, name: str) -> None:
+    """One broken file must not hide all other devices."""
+    (own.home() / "devices").mkdir(parents=True, exist_ok=True)
+    file = own.home() / "devices" / name
+    file.write_bytes(content)
+    try:
+        result = ends_well(["devices", "--json"])
+        assert result.exit_code == 0
+    finally:
+        file.unlink()
+
+
+@st.composite
+def program_file(draw: st.DrawFn, values: dict[str, Any]) -> bytes:
+    """A recorded program with edited values under a digest that is right, or a file that was cut or overwritten."""
+    body = json.dumps(draw(mutated(values)), separators=(",", ":")).encode()
+    head = json.dumps({"form": files.FORM, "sha256": sha256(body).hexdigest()}).encode()
+    content = gzip.compress(head + b"\n" + body)
+    at = draw(st.integers(0, len(content)))
+    return draw(st.sampled_from((content, content, content, content[:at], content[:at] + b"\0\xff" + content[at:])))
+
+
+def test_any_recorded_program(tmp_path: Path) -> None:
+    """A cache that somebody shared: it is read, or recorded anew."""
+    values = {
+        "first": [{"name": "p", "phase": "forward", "repeat": 2, "host": {"modules": 1}, "ops": [[0, 2]]}], "later": [],
+        "ops": [{"name": "mm", "in": [0], "out": [0], "read": 64, "written": [1, 2, 0, 0, 0, 0]}],
+        "specs": [["bf16", [4, [0, 1, 0, 0, 0, 0]], 1]],
+        "parameters": [["w", [4, 4], "bf16", "weight", True, True, 1, 16]],
+        "live": {"checked": [[1], [2]], "least": [[1], [2]], "more": [], "times": [1]}, "traced": 1, "blocks": 1,
+        "at": None, "made_with": {"torch": "2.13"}, "notes": [],
+    }  # fmt: skip
+    assert files.decoded_value(values).first
+
+    @tries(100)
+    @given(program_file(values))
+    def check(content: bytes) -> None:
+        (tmp_path / "program.json.gz").write_bytes(content)
+        with suppress(files.NotAProgram), bounded():
+            files.read_program(tmp_path / "program.json.gz")
 
     check()
 

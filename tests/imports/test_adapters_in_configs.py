@@ -66,6 +66,19 @@ def test_a_regex_that_matches_nothing_is_refused() -> None:
         resolve("llama-3.2-1b", "lora:targets=/(q_proj/")
 
 
+@pytest.mark.parametrize("regex", ["(.*a)+b", "(q|v_)*proj", "(?:x+)+", "((a|aa){9})?b", "(?!(.+)+x).*q_proj"])
+def test_a_regex_that_could_take_for_ever_is_refused(regex: str) -> None:
+    """It stands in a stranger's file, and a path of thirty letters would keep a processor busy for days."""
+    with pytest.raises(UserError, match="it could take hours"):
+        resolve("llama-3.2-1b", f"lora:targets=/{regex}/")
+
+
+@pytest.mark.parametrize("regex", [r".*\.(q|v)_proj", r"model\.layers\.(1\d|[2-9])\..*q_proj", "(?!.*mlp).*q_proj"])
+def test_regexes_as_people_write_them_are_taken(regex: str) -> None:
+    """Choices and repeats that follow one another are harmless."""
+    resolve("llama-3.2-1b", f"lora:targets=/{regex}/")
+
+
 @pytest.mark.parametrize(
     ("values", "why"),
     [

@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-from helpers import architecture_of
+from helpers import architecture_of, calls_by_name
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -290,3 +290,46 @@ def test_every_method_is_explained_along_its_size(name: str) -> None:
     spec = next(s for s in specs(name) if predicted_as(s, model))
     found = explain(architecture_of(model), "full", spec, device="l40s", batch=BATCH, seq=SEQ, axes=("size",))
     assert len(found.crossovers) <= 1
+
+
+@pytest.mark.parametrize("objective", ["reward", "prm"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_new_head_goes_with_it_or_is_refused(name: str, objective: str) -> None:
+    """A head is a matrix, with or without a bias, among the parameters of an optimizer that may know pairs alone."""
+    p = predicted(name, "llama", objective=objective)
+    assert p is None or any(q.name.startswith("score.") for q in step_of(p).parameters)
+
+
+@pytest.mark.parametrize("name", ["galore:r=4", "fedgalore:r=4", "apollo:r=4"])
+def test_stacked_experts_are_no_linear_layers_to_project(name: str) -> None:
+    """`_get_galore_optimizer` of transformers passes over what is no `nn.Linear`."""
+    p = predict("qwen3-30b-a3b", name, device="h200", batch=1, seq=16)
+    assert p.trainable_params == p.total_params
+
+
+def test_lora_fa_updates_a_head_by_adamw() -> None:
+    """`LoraFAOptimizer` projects the gradients of pairs of `lora` parameters alone."""
+    calls = calls_by_name(step_of(asked("lora_fa", "llama")), "optimizer")
+    head = predicted("lora_fa", "llama", objective="reward")
+    assert head is not None
+    beside = calls_by_name(step_of(head), "optimizer")
+    assert beside["addcdiv_"] == calls["addcdiv_"] + 1
+    assert beside["linalg_pinv.atol_rtol_tensor"] == calls["linalg_pinv.atol_rtol_tensor"]
+
+
+@pytest.mark.parametrize(
+    ("method", "device", "options", "dtype"),
+    [
+        ("lora_8bit", "cpu-xeon-2.5ghz-1t", {}, "i8"),
+        ("full", "h100-sxm", {"fp8": "rowwise"}, "e4m3"),
+        ("lora", "h100-sxm", {}, "bf16"),  # its adapters are fp32
+        ("full", "h100-sxm", {"dtype": "fp32", "amp": "bf16"}, "bf16"),
+    ],
+)
+def test_mfu_is_a_share_of_the_fastest_peak_that_is_used(
+    method: str, device: str, options: dict[str, str], dtype: str
+) -> None:
+    """On a CPU without bf16 the 8-bit products were 143 % of what the setup's dtype reaches."""
+    p = predict("llama-3.2-1b", method, device=device, batch=8, seq=512, **options)  # type: ignore[arg-type]
+    assert p.peak_dtype == dtype
+    assert 0 < p.mfu < 1

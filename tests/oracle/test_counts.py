@@ -231,16 +231,6 @@ def test_a_peak_three_percent_off_is_reported(traced: tuple[Case, Step, Trace]) 
         assert any(d.startswith("peak") for d in found) == reported
 
 
-def test_other_versions_names_what_is_not_mirrored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With another transformers installed, differences may be theirs: the user is told so first."""
-    installed = {"transformers": "5.24.3", "peft": "0.21.0"}
-    monkeypatch.setattr(counts, "version", installed.__getitem__)
-    assert counts.other_versions() == []
-    installed["transformers"] = "5.240.0"
-    (text,) = counts.other_versions()
-    assert text == "transformers 5.240.0 (mirrored: 5.24)"
-
-
 @pytest.mark.parametrize("which", ["quick", "standard"])
 def test_lengths_of_the_grid_are_odd(which: str) -> None:
     """No block or vector divides them: what only multiples hide (padding, copies, alignment) shows."""

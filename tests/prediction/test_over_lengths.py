@@ -13,6 +13,7 @@ from perfmodel.devices import host as hosts
 from perfmodel.devices.device import profile_of
 from perfmodel.errors import UserError
 from perfmodel.prediction.over_lengths import drawn
+from perfmodel.program.part import PHASES
 from perfmodel.questions.anatomy import dissect
 
 MODEL, DEVICE = "tinyllama-1.1b", "a100-80gb-sxm"
@@ -183,3 +184,12 @@ def test_the_answer_says_what_share_is_padding() -> None:
     assert any("of the tokens are padding" in note for note in notes)
     notes = answer(batch=4, seq=1024, packing="varlen", attention="flash2").notes
     assert any("--lengths" in note for note in notes)
+
+
+@pytest.mark.parametrize("spec", ["20:40", "7:9", "300:900"])
+def test_means_of_phases_add_up_to_the_mean_of_the_step(spec: str) -> None:
+    """Numbers rounded apart would differ by one from the sum that stands beside them."""
+    for batch in range(1, 9):
+        p = predict("llama-3.2-1b", "reslora", device="l40s", batch=batch, seq=64, lengths=spec)
+        for counted in (p.kernels, p.dispatches, p.flops, p.bytes):
+            assert counted["total"] == sum(counted[phase] for phase in PHASES)

@@ -51,7 +51,7 @@ GROWN = ("windows", "images")  # of these most blocks follow from a few, at ever
 
 def fresh(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """From here on another process: nothing but the files of a folder is known, and torch cannot be asked."""
-    monkeypatch.setattr(recorded, "_torch", lambda: pytest.fail("a recorded program was traced again"))
+    monkeypatch.setattr(recorded, "needed", lambda _: pytest.fail("a recorded program was traced again"))
 
 
 def step_at(model: RecordedModel, method: str, setup: Setup) -> Step:

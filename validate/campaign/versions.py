@@ -5,23 +5,17 @@ the tape; times and memory are predicted by the tape all the same.
 """
 
 import re
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, requires
 from typing import Any
 
 from packaging.requirements import Requirement
+
+from perfmodel.program.installed import PACKAGES, installed
 
 TORCH = "2.13"  # the minor version whose calls the tape records
 SHOWN = (
     "torch", "transformers", "peft", "triton", "bitsandbytes", "flash-attn", "liger-kernel", "accelerate", "deepspeed"
 )  # fmt: skip
-
-
-def installed(name: str) -> str | None:
-    """The version of a package, or None."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def modelled() -> dict[str, str]:
@@ -36,7 +30,7 @@ def modelled() -> dict[str, str]:
 
 def other() -> list[str]:
     """The packages whose installed version is another than the tape's."""
-    found = {name: installed(name) for name in ("torch", "transformers", "peft")}
+    found = {name: installed(name) for name in PACKAGES}
     wanted = modelled()
     return [name for name, have in found.items() if not have or not _fits(have, wanted.get(name, "==0"))]
 

@@ -5,11 +5,12 @@ import json
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from perfmodel.program.installed import installed
 
 from .allocator import KEPT, on_glibc
 
@@ -39,7 +40,7 @@ def describe(device: str, threads: int) -> dict[str, Any]:
             "malloc": KEPT if device == "cpu" and on_glibc() else "as it is",
             "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)},
         },
-        "software": {name: v for name in SOFTWARE if (v := _version(name))},
+        "software": {name: v for name in SOFTWARE if (v := installed(name))},
         "blas": {
             "mkl": torch._C.has_mkl, "onednn": torch._C._has_mkldnn,
             "parallel": torch.__config__.parallel_info().splitlines()[-1],
@@ -126,13 +127,6 @@ def _nvidia_smi(name: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _load() -> float | None:

@@ -1,8 +1,6 @@
 """Profiles in files, one's own or published: Chrome traces, execution traces (Chakra), tables of `key_averages`."""
 
-import gzip
 import json
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,13 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from perfmodel.errors import UserError
 from perfmodel.program.part import PHASES
-from perfmodel.resources import mapping, parsed, read_rows
+from perfmodel.resources import mapping, parsed, read_packed, read_rows
 
 from .names import is_operator
 
-GZIP = b"\x1f\x8b"
+LARGEST_TRACE = 256 * 2**20  # bytes of JSON, a dozen steps of a large model; in memory they take ten times as much
 FORWARD, BACKWARD, OPTIMIZER = PHASES
 
 
@@ -26,12 +23,8 @@ def read_trace(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or holds something else.
     """
-    try:
-        raw = path.read_bytes()
-        text = gzip.decompress(raw) if raw.startswith(GZIP) else raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    return mapping(parsed(text.decode(errors="replace"), json.loads, "JSON", str(path)), str(path))
+    text = read_packed(path, LARGEST_TRACE).decode(errors="replace")
+    return mapping(parsed(text, json.loads, "JSON", str(path)), str(path))
 
 
 def annotations(trace: dict[str, Any]) -> list[str]:

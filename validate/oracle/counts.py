@@ -3,7 +3,6 @@
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from perfmodel.calls import costs
 from perfmodel.prediction import memory
 from perfmodel.program.part import PHASES
 from perfmodel.program.routing import Routing, exponent_of
-from perfmodel.program.software import CURRENT
 from perfmodel.recording.record import build
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
@@ -24,8 +22,7 @@ from perfmodel.tracing.trace import Signature, Trace, signature, trace_step
 
 from .cases import Case
 
-# the minor versions whose programs the tape mirrors
-MIRRORED = {name: CURRENT.as_dict()[name] for name in ("transformers", "peft")}
+MIRRORED = ("transformers", "peft")  # whose minor versions decide a program's calls
 TINY = 3_000_000  # parameters of a model that takes a step on real tensors beside the fake ones
 IN_PLACE = {"add_.Tensor": "add.Tensor", "scatter_add_": "scatter_add", "index_add_": "index_add"}
 PEAK_TOLERANCE = 0.02  # local variables of Python code outlive their use now and then
@@ -42,16 +39,6 @@ class Result:
     peak_ratio: float
     differences: list[str] = field(default_factory=list)
     collectives: int = 0
-
-
-def other_versions() -> list[str]:
-    """The mirrored packages that are installed in another minor version."""
-    found = {name: version(name) for name in MIRRORED}
-    return [
-        f"{name} {v} (mirrored: {MIRRORED[name]})"
-        for name, v in found.items()
-        if not v.startswith(MIRRORED[name] + ".")
-    ]
 
 
 def has_cuda_build() -> bool:

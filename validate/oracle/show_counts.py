@@ -8,6 +8,7 @@ from typing import Any
 from click import style
 
 from perfmodel import units
+from perfmodel.program.installed import unmirrored
 from perfmodel.report.plain import print_json, show, table
 from perfmodel.report.progress import progress
 
@@ -21,7 +22,7 @@ def show_counts(grid: str, *, cuda_forward: bool, several: bool, as_json: bool) 
         several: compare ranks of programs of several GPUs.
     """
     warnings.filterwarnings("ignore")
-    for text in counts.other_versions():
+    for text in unmirrored(counts.MIRRORED):
         show(f"installed: {text}: differences may be theirs", colour="yellow")
     if several:
         chosen = [*parallel_cases.rank_grid(grid), *_of_deepspeed(grid)]

@@ -1,6 +1,7 @@
 """What adapters of PEFT share: which linear layers get one, and the dtype of its weights."""
 
 import re
+import re._parser as _parser  # type: ignore[import-not-found]  # as re.compile uses it
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,6 +17,7 @@ from .base import Architecture, Linear, Method, option
 from .checks import float_dtype
 
 ALL_LINEAR = "all-linear"
+LONG = 8  # times: a repeat of no more in another repeat is tried in few ways
 SAVED = (*WORDS, "lm_head")  # what can be in modules_to_save
 CLASSIFIERS = ("classifier", "score")
 T = TypeVar("T", bound="Targeted")
@@ -250,12 +252,33 @@ def pattern_of(method: str, target: str) -> re.Pattern[str]:
     """The regex between slashes.
 
     Raises:
-        UserError: it is none.
+        UserError: it is none, or could take for ever.
     """
     try:
-        return re.compile(target[1:-1])
-    except re.error as error:
+        pattern = re.compile(target[1:-1])
+    except (re.error, OverflowError, RecursionError) as error:
         raise UserError(f"method {method}: target {target} is no regex ({error})") from None
+    if _repeats(_parser.parse(target[1:-1]), within=False):
+        raise UserError(
+            f"method {method}: target {target} repeats what has repeats or choices in it: it could take hours"
+        )
+    return pattern
+
+
+def _repeats(parsed: Any, *, within: bool) -> bool:
+    """Whether a parsed regex has a repeat or a choice inside a long repeat: a path that almost matches is then tried in
+    a number of ways that is exponential in its length.
+    """
+    for code, value in parsed:
+        name = str(code)
+        long = name in ("MAX_REPEAT", "MIN_REPEAT") and int(value[1]) > LONG
+        if within and (long or name == "BRANCH"):
+            return True
+        inner = value[1] if name == "BRANCH" else value if isinstance(value, (tuple, list)) else ()
+        subpatterns = [x for x in inner if isinstance(x, _parser.SubPattern)]
+        if any(_repeats(sub, within=within or long) for sub in subpatterns):
+            return True
+    return False
 
 
 def matches_path(pattern: re.Pattern[str], architecture: Architecture, name: str, layer: int | None) -> bool:

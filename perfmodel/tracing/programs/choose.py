@@ -7,6 +7,7 @@ import torch
 
 from ...architectures import Config
 from ...errors import UserError, nearest
+from ...program.installed import unmirrored
 from ...setup import Setup
 from ..kernels import without_kernels
 from . import causal, classifiers, diffusion, image_text, masked, seq2seq, speech, vision
@@ -173,6 +174,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def in_one_line(error: BaseException) -> str:
-    """An exception in one line."""
+    """An exception in one line, with the packages that may be its reason."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines)[:200]}" if lines else type(error).__name__
+    told = f"{type(error).__name__}: {' '.join(lines)[:200]}" if lines else type(error).__name__
+    return f"{told}; installed: {', '.join(others)}" if (others := unmirrored()) else told

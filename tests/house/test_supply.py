@@ -1,0 +1,55 @@
+"""What the project is made of: its dependencies are those that CI runs, and a bill of materials names them all."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PLAIN = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["report"]]
+WORKFLOW = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+
+
+def test_ci_runs_the_oldest_dependencies_that_are_promised() -> None:
+    """A lower bound that nobody has run is a guess: click 8.1, once promised, lacked a name that is used."""
+    lines = (ROOT / ".ci" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    oldest = dict(line.split("==") for line in lines if not line.startswith("#"))
+    promised = dict(line.partition(",")[0].split(">=") for line in PLAIN)
+    assert set(oldest) == set(promised)
+    for name, version in oldest.items():
+        assert re.fullmatch(rf"{re.escape(promised[name])}(\.0)*", version), name
+
+
+def test_every_dependency_has_a_lower_bound() -> None:
+    """Without one, whatever lies in somebody's environment is taken for good."""
+    extras = PROJECT["optional-dependencies"]
+    lines = {line for name in ("hub", "report", "validate", "diffusion", "engine") for line in extras[name]}
+    for line in {*PROJECT["dependencies"], *lines}:
+        assert line.startswith("perfmodel[") or re.search(r">=|==", line), line
+
+
+def test_ci_runs_every_python_that_is_promised() -> None:
+    """From the first that `requires-python` lets in."""
+    pythons = re.findall(r'"(3\.\d+)"', re.search(r"python: \[(.*)\]", WORKFLOW)[1])  # type: ignore[index]
+    assert pythons == [f"3.{minor}" for minor in range(11, 15)]
+    assert PROJECT["requires-python"] == f">={pythons[0]}"
+
+
+def test_the_bill_of_materials_names_what_is_installed() -> None:
+    """Whoever has to know whether a bad release is among them reads it there."""
+    pytest.importorskip("packaging")
+    done = subprocess.run([sys.executable, ".ci/sbom.py"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if "No package metadata" in done.stderr:
+        pytest.skip("perfmodel is not installed here")
+    assert done.returncode == 0, done.stderr
+    bill = json.loads(done.stdout)
+    names = {entry["name"].lower() for entry in bill["components"]}
+    assert {re.split("[>=]", line)[0] for line in PROJECT["dependencies"]} <= names
+    known = {bill["metadata"]["component"]["bom-ref"], *(entry["bom-ref"] for entry in bill["components"])}
+    for entry in bill["dependencies"]:
+        assert {entry["ref"], *entry["dependsOn"]} <= known

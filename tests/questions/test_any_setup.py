@@ -1,0 +1,153 @@
+"""Laws of every answer, whatever is asked: any model, method, setup, device and host in any combination.
+
+FUZZ_TRIES=1000 pytest tests/questions/test_any_setup.py asks that many random questions of each law.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from any_setup import Question, asked, questions
+from fuzzing import bounded, tries
+from grids import check_every_point, figures
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perfmodel import compare
+from perfmodel.devices.host import Host
+from perfmodel.devices.profile import DeviceProfile
+from perfmodel.errors import UserError
+from perfmodel.methods import Method
+from perfmodel.prediction.memory import CONTEXT
+from perfmodel.prediction.predict import Prediction
+from perfmodel.program.part import PHASES
+from perfmodel.setup import Setup
+
+OPPOSITE = {"faster": "slower", "slower": "faster", "same": "same"}
+NEAR = 1e-9
+LUCK = 0.98  # of the time: a larger product may fill the last wave better (`tests/devices/test_device_laws.py`)
+
+# Of the peak: what repeated blocks have in common (positions of Gemma 3's global layers) is freed with each of them
+SHARED = 1e-6
+
+
+@tries(100)
+@given(questions())
+def test_figures_are_finite_within_their_bounds_and_sums_of_their_parts(question: Question) -> None:
+    """They are shown side by side: one that is absurd, or a part that is missing, makes the others worthless."""
+    with bounded():
+        if (p := asked(question)) is None:
+            return
+        json.dumps(p.as_dict(), allow_nan=False)
+    for name, value in figures(p).items():
+        assert value is None or (math.isfinite(value) and value >= 0), (name, value)
+    for totals in (p.flops, p.bytes, p.kernels, p.dispatches, p.time.phases):
+        assert totals["total"] == pytest.approx(sum(totals[phase] for phase in PHASES), rel=NEAR)
+    t, m = p.time, p.memory
+    assert sum(t.components.values()) == pytest.approx(t.phases["total"], rel=NEAR)
+    assert 0 < t.low <= t.phases["total"] <= t.high
+    assert 0 <= t.device_busy <= t.phases["total"] * (1 + NEAR)
+    assert 0 <= t.launch_bound_share <= 1
+    assert m.peak == m.weights + m.gradients + m.optimizer + m.activations
+    assert m.peak <= m.low <= m.high
+    room = question.on.hardware.memory_bytes
+    assert m.peak <= room if p.fits else m.high + CONTEXT > room
+    assert 0 <= p.mfu <= 1
+    assert 0 <= p.padding < 1
+    assert 0 < p.trainable_params <= p.total_params
+    assert 0 < p.active_params <= p.total_params
+
+
+@tries(25)
+@given(questions(), st.integers(2, 3))
+def test_a_grid_equals_its_points(question: Question, factor: int) -> None:
+    """A sweep is one prediction; what it says of a setup is what is said of it alone."""
+    batches, seqs = ([question.setup[name], factor * question.setup[name]] for name in ("batch", "seq"))
+    try:
+        setup = question.made(batch=np.array(batches)[:, None], seq=np.array(seqs))
+        whole = question.answered(batch=setup.batch, seq=setup.seq)
+    except UserError:
+        return  # a point of it is none, or the whole is too large
+
+    def point(at: tuple[int, ...]) -> tuple[Setup, Method]:
+        return question.made(batch=batches[at[0]], seq=seqs[at[1]]), question.parsed
+
+    check_every_point(question.model, (2, 2), whole, point, host=question.by, device=question.on)
+
+
+@tries(25)
+@given(questions(), st.sampled_from(("full", "lora", "lora:r=4,targets=all-linear")))
+def test_a_comparison_turned_round_is_the_same_comparison(question: Question, other: str) -> None:
+    """Who asks the other way round must not hear that both are the faster one."""
+    try:
+        there, back = (
+            compare(question.model, pair, question.made(), question.device, host=question.host).speedups[0]
+            for pair in ([question.method, other], [other, question.method])
+        )
+    except UserError:
+        return
+    assert (1 / back.ratio, 1 / back.high, 1 / back.low) == pytest.approx(
+        (there.ratio, there.low, there.high), rel=NEAR
+    )
+    assert there.low <= there.ratio <= there.high
+    assert back.verdict == OPPOSITE[there.verdict]
+
+
+def faster(device: DeviceProfile) -> Iterator[DeviceProfile]:
+    """The device with faster memory, with faster units, with more memory, and with all of it."""
+    hw = device.hardware
+    rates = {f.name: 1.5 * rate for f in fields(hw) if f.name.endswith("_flops") and (rate := getattr(hw, f.name))}
+    units: dict[str, Any] = {**rates, "clock_hz": 1.5 * hw.clock_hz}
+    memory = {"memory_bandwidth": 1.5 * hw.memory_bandwidth}
+    for changes in (memory, units, {"memory_bytes": 2 * hw.memory_bytes}, {**memory, **units}):
+        yield replace(device, hardware=replace(hw, **changes))
+
+
+@tries(25)
+@given(questions())
+def test_a_faster_device_is_never_slower(question: Question) -> None:
+    """Nobody would believe another figure of a model that says so."""
+    if (p := asked(question)) is None:
+        return
+    for device in faster(question.on):
+        assert question.answered(device=device, host=question.by).time.phases["total"] <= at_most(p)
+
+
+@tries(25)
+@given(questions(), st.data())
+def test_a_faster_host_is_never_slower(question: Question, data: st.DataObject) -> None:
+    """Whatever of its costs is lower: some of them, or all."""
+    if (p := asked(question)) is None:
+        return
+    costs = [f.name for f in fields(Host) if isinstance(getattr(question.by, f.name), float)]
+    some = data.draw(st.sets(st.sampled_from(costs), min_size=1, max_size=4))
+    for chosen in (some, costs):
+        host = replace(question.by, **{name: 0.5 * getattr(question.by, name) for name in chosen})
+        assert question.answered(host=host).time.phases["total"] <= at_most(p)
+
+
+def at_most(p: Prediction) -> float:
+    """Seconds that no faster machine may take."""
+    total: float = p.time.phases["total"]
+    return total * (1 + NEAR)
+
+
+@tries(25)
+@given(questions(), st.sampled_from(("batch", "seq", "grad_accum")))
+def test_more_work_is_never_less(question: Question, which: str) -> None:
+    """Twice the samples, the length or the micro-batches: no figure falls, but for time where kernels get luckier."""
+    if (p := asked(question)) is None:
+        return
+    size = getattr(question.made(), which)
+    try:
+        more = question.answered(**{which: 2 * size})
+    except UserError:
+        return
+    for name in ("flops", "bytes"):
+        assert getattr(more, name)["total"] >= getattr(p, name)["total"], name
+    assert more.memory.peak >= p.memory.peak * (1 - SHARED)
+    assert more.time.phases["total"] >= p.time.phases["total"] * LUCK
