@@ -110,7 +110,8 @@ def _merge(parts: list[tuple[np.ndarray, P]], setup: Setup, shape: tuple[int, ..
     def merge(values: list[Any]) -> Any:
         first = values[0]
         if isinstance(first, dict):
-            return {k: merge([v[k] for v in values]) for k in first}
+            names = dict.fromkeys(name for v in values for name in v)  # not every point has every component
+            return {k: merge([v.get(k, 0.0) for v in values]) for k in names}
         if isinstance(first, list):
             return [merge(list(items)) for items in zip(*values, strict=True)]
         if is_dataclass(first) and not isinstance(first, type):

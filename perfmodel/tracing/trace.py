@@ -18,10 +18,10 @@ import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..setup import Setup
 from . import known, sparse, strides
+from .flops import counting
 from .picked import picking_all
 from .programs import updates
 from .programs.dtypes import DTYPES, TORCH_DTYPES
@@ -46,30 +46,6 @@ NO_WORK = (
 )  # fmt: skip
 
 Signature = tuple[str, tuple[Any, ...], tuple[Any, ...]]
-
-
-@register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)
-def _cpu_attention_flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """FlopCounterMode counts the CPU's fused attention as 0; give it the formula of the CUDA kernels."""
-    return int(sdpa_flop_count(q, _grouped(q, k), _grouped(q, v)))  # type: ignore[no-untyped-call]
-
-
-@register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)
-def _cpu_attention_backward_flops(
-    g: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    return int(sdpa_backward_flop_count(g, q, _grouped(q, k), _grouped(q, v)))  # type: ignore[no-untyped-call]
-
-
-@register_flop_formula(aten._grouped_mm)
-def _grouped_mm_flops(a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """FlopCounterMode counts products by expert as 0; whatever expert a row goes to, it is a row of one product."""
-    rows, other = (a[0], a[1]) if len(b) == 3 else (b[0], a[0])
-    return int(2 * rows * other * b[-1])
-
-
-def _grouped(q: Any, kv: Any) -> Any:
-    return (kv[0], q[1], *kv[2:])
 
 
 @dataclass
@@ -384,7 +360,7 @@ def trace_step(
 
     with eager_program(), mode:
         # The counter's module hooks keep recomputed graphs alive, so it has a step of its own.
-        run(lambda phase: _counting(phase, recorder) if flops else recorder)
+        run(lambda phase: counting(phase, recorder) if flops else recorder)
         recorder.hold([*model.parameters(), *beside, *updates.held(update)])
         recorder.recording = True
         run(recorder.observe)
@@ -400,10 +376,3 @@ def graph_nodes(root: Any) -> int:
                 seen.add(node)
                 stack.append(node)
     return len(seen)
-
-
-@contextmanager
-def _counting(phase: str, recorder: CallRecorder) -> Iterator[None]:
-    with recorder, FlopCounterMode(display=False) as counter:
-        yield
-    recorder.trace.flops[phase] = recorder.trace.flops.get(phase, 0) + counter.get_total_flops()

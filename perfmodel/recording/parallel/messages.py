@@ -3,13 +3,16 @@
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from ...program.op import Op
 from ...program.part import Part
 from ...tape.tensor import Parameter
 
 M = TypeVar("M", bound=Hashable)
+L = TypeVar("L")
 
 
 class Ready(NamedTuple):
@@ -51,11 +54,27 @@ def interleaved(
         for _ in range(part.repeat):
             layouts.append(tuple((r.ops, m) for i, r in enumerate(of_part, done) for m in sent.get(i, ())))
             done += len(of_part)
-        for layout, alike in groupby(layouts):
+        for layout, times in _in_a_row(layouts):
             ops = list(part.ops)
             for place, message in reversed(layout):
                 ops[place:place] = ops_of(message)
-            yield replace(part, repeat=len(list(alike)), ops=ops)
+            yield replace(part, repeat=times, ops=ops)
+
+
+def _in_a_row(layouts: Sequence[L]) -> Iterator[tuple[L, int]]:
+    """Layouts that are alike in a row, once each, with how many there are."""
+    start = 0
+    for i in range(1, len(layouts) + 1):
+        if i == len(layouts) or not _alike(layouts[start], layouts[i]):
+            yield layouts[start], i - start
+            start = i
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two things are equal, their arrays over a grid element by element."""
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    return a is b or bool(np.all(np.equal(a, b)) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else a == b)
 
 
 def _by_part(ready: Sequence[Ready]) -> dict[int, list[Ready]]:
