@@ -57,6 +57,16 @@ def test_more_bandwidth_is_never_slower(
     assert faster(node, wire, cards).collective(kind, message, gpus, nodes, dtype) <= seconds * (1 + 1e-12)
 
 
+@given(group=groups(), message=MESSAGE, dtype=DTYPE)
+def test_an_all_reduce_takes_no_less_than_its_halves(group: tuple[Node, int, int], message: int, dtype: str) -> None:
+    """Within a node it is a reduce_scatter and an all_gather; over nodes a tree may beat the ring of either."""
+    node, gpus, nodes = group
+    inside = gpus // nodes
+    reduced = node.collective("all_reduce", message, inside, dtype=dtype)
+    assert reduced >= node.collective("reduce_scatter", message, inside, dtype=dtype)
+    assert reduced >= node.collective("all_gather", message, inside, dtype=dtype)
+
+
 @given(node=NODES, kind=KIND, message=MESSAGE)
 def test_one_gpu_is_free(node: str, kind: str, message: int) -> None:
     """Programs of one rank run no collective, and a mesh may have axes of one."""

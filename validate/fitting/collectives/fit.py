@@ -31,7 +31,6 @@ from ..write import write_blocks
 from .rows import ACROSS, ADDING, BLACKWELL, SOURCES, SWITCHED, WITHIN, node_file, read_collectives
 
 PULL = 0.25  # of a figure towards its usual one, by logarithms: a factor of 1.5 counts as a row that is off by a tenth
-LL_SHARES = (1.0, 6.0)  # a search begins with so many times the usual share of LL: else another line may take its place
 RINGS = ("all_reduce", "all_gather", "reduce_scatter")
 HEADLINE = "message sizes left out"
 HARDER = {"ranges of sizes left out": "range", "group sizes left out": "gpus"}  # slice -> what is left out in turn
@@ -49,8 +48,11 @@ USUAL = CollectiveParameters(
 USUAL_TIER = 0.5  # of the wire's bandwidth through bridges that GPUs share
 BETWEEN_PROTOCOLS = ("ll", "simple")
 USUAL_BETWEEN = Between(Protocol(6.8e-6, 5e-6, 0.4), Protocol(8.4e-6, 14e-6, 0.9))
+STEP_BETWEEN = "step between nodes"
 LIMITS = {
     "start": (1e-7, 1e-3), "step": (1e-9, 1e-3), "share": (1e-3, 1.0), "own_part": (1e-2, 2.0), "through": (1e-3, 1.0),
+    # Where one size of group was measured, step and start look alike: NCCL's tuner has 31 us for the slowest hop
+    STEP_BETWEEN: (1e-9, 31e-6),
     # 8 GiB in 8 B200 show 0.60, 64 MiB in 8 H100 0.67; from less a search would make one more protocol of it
     "in_switch.share": (0.58, 0.7),
 }  # fmt: skip
@@ -75,12 +77,17 @@ class Sizes(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A search: the figures' names and usual values, and what they are."""
+    """A search: the figures' names and usual values, and what they are.
+
+    It begins at the usual values, and once more with so many times those of some (`instead`): where several lines have
+    one minimum, one of them may end in the place of another.
+    """
 
     names: tuple[str, ...]
     usual: Array  # logarithms
     made: Callable[[Array], Any]  # logarithms -> parameters
     pricer: Callable[[pd.DataFrame], Callable[[Any], Array]]  # rows -> what makes seconds of parameters
+    instead: Mapping[str, float] = {}
 
     @property
     def limits(self) -> tuple[Array, Array]:
@@ -173,7 +180,8 @@ def _searched(task: Task, rows: pd.DataFrame) -> CollectiveParameters:
 
 def fit_links_between(own: pd.DataFrame, links: Links, inside: Mapping[str, CollectiveParameters]) -> Fit:
     """What passes between nodes, of all kinds at once; `inside`: the figures within a node, by kind."""
-    names = tuple(f"{name}.{figure}" for name in BETWEEN_PROTOCOLS for figure in Protocol._fields)
+    figures = ("start", STEP_BETWEEN, "share")
+    names = tuple(f"{name}.{figure}" for name in BETWEEN_PROTOCOLS for figure in figures)
     usual = np.log([*USUAL_BETWEEN.ll, *USUAL_BETWEEN.simple])
 
     def made(z: Array) -> Between:
@@ -186,7 +194,9 @@ def fit_links_between(own: pd.DataFrame, links: Links, inside: Mapping[str, Coll
     assert links.nics is not None
     wire = links.nics.count * links.nics.bandwidth
     return _fit(
-        own, Task(names, usual, made, _by_kind(seconds)), _line(lambda r: r.message * (r.gpus - 1.0) / r.gpus / wire)
+        own,
+        Task(names, usual, made, _by_kind(seconds), {"ll.start": 20.0, "simple.start": 20.0}),
+        _line(lambda r: r.message * (r.gpus - 1.0) / r.gpus / wire),
     )
 
 
@@ -210,7 +220,7 @@ def _task_within(kinds: tuple[str, ...], links: Links, usual: CollectiveParamete
         message, gpus, _, reduces = sizes
         return price.within(kind, message, gpus, links=links, parameters=p, reduces=reduces)
 
-    return Task(tuple(names), np.log(begin), made, _by_kind(seconds))
+    return Task(tuple(names), np.log(begin), made, _by_kind(seconds), {"ll.share": 6.0})
 
 
 def _by_kind(seconds: Callable[[Any, str, Sizes], Array]) -> Callable[[pd.DataFrame], Callable[[Any], Array]]:
@@ -291,8 +301,8 @@ def _search(task: Task, rows: pd.DataFrame) -> Array:
         return np.concatenate([errors, PULL * (z - task.usual)])
 
     (low, high), ends = task.limits, []
-    for factor in LL_SHARES:
-        start = task.usual + np.log(factor) * np.array([name == "ll.share" for name in task.names])
+    for moved in ({}, task.instead) if task.instead else ({},):
+        start = task.usual + np.log([moved.get(name, 1.0) for name in task.names])
         start = np.asarray(np.clip(start, low + 1e-6, high - 1e-6))
         if not len(rows):
             return start
