@@ -29,6 +29,7 @@ from .messages import Coming, Ready, coming, interleaved
 
 ALIGNMENT = 2  # elements that every rank's part is a multiple of (`nccl_start_alignment_factor`)
 BESIDE = Run(COMMUNICATION)  # the stream that reduces gradients (`overlap_comm`, on by default)
+COPY = " (trained copy)"  # how copies of modules are named (`Scope.parameter`)
 IN_BLOCK = re.compile(r".*?\.(\d+)\.")  # a block's number in the name of a parameter
 Bucket = tuple[Dim, ...]  # elements of the messages that it goes out in
 
@@ -140,7 +141,7 @@ def flat_places(trained: Sequence[Parameter], late: Sequence[str]) -> tuple[dict
     """Where each layer's parameters begin in the flat buffer, as their modules were made, and how long that is."""
 
     def made(p: Parameter) -> tuple[int, int]:
-        layer, _, name = IN_BLOCK.sub(r"\1 ", p.name, count=1).rpartition(" ")
+        layer, _, name = IN_BLOCK.sub(r"\1 ", p.name.removesuffix(COPY), count=1).rpartition(" ")
         module = name.rpartition(".")[0]
         return int(layer or 0), 1 + late.index(module) if module in late else 0
 
