@@ -300,7 +300,7 @@ def test_liger_is_offered_where_it_exists_and_is_not_used(model: str, kernels: s
 )
 def test_a_step_is_split_by_powers_of_two_or_not_at_all(batch: int, accum: int, others: list[tuple[int, int]]) -> None:
     """As many samples a step whatever the split: advice changes what a step costs, never what it learns."""
-    found = list(knobs._micro_batches(Setup(batch=batch, grad_accum=accum)))
+    found = list(knobs._micro_batches(Setup(batch=batch, grad_accum=accum), batch * accum))
     assert found == [(batch, accum), *others]
 
 
