@@ -21,7 +21,7 @@ from ...program.dims import Dim, decide
 from ...program.op import Attrs, Op, Spec
 from ...program.ranks import Ranks
 from ...program.streams import COMMUNICATION, Run
-from ...tape.core import record, tape
+from ...tape.core import new_tensor, record, tape
 from ...tape.tensor import Parameter, Tensor
 from .collectives import all_reduce, exchange
 from .form import WholeUnits
@@ -49,6 +49,8 @@ class CutStates(WholeUnits):
         self.ranks, self.stage, self.limit, self.late = ranks, stage, limit, late
         self.reduces = True
         self.ready: list[Ready] = []
+        self.large: Tensor | None = None  # a gradient that fits no bucket, on its way
+        self.exchanged = 0  # micro-batches that were; behind the first one a rank's part of the sum stays
 
     @property
     def _exchanges(self) -> bool:
@@ -68,7 +70,7 @@ class CutStates(WholeUnits):
         return loss
 
     def end_of_backward(self) -> None:
-        """Buckets go out where the next gradient does not fit, the last one here; ZeRO-2 keeps no whole gradients."""
+        """Buckets go out where the next gradient does not fit, the last one here."""
         current = tape()
         if not self._exchanges:
             return
@@ -82,7 +84,8 @@ class CutStates(WholeUnits):
         current.parts.append(exchanging)
         exchanging.ops += self._reduced(last, dtype)
         record("deepspeed::synchronize", (), (), Attrs(host=True, sync=True), runs=BESIDE)
-        for r in self.ready if self.stage == 2 else ():
+        self.large, self.exchanged = None, self.exchanged + 1
+        for r in self.ready:
             r.parameter.grad = None
 
     def updated(self, parameters: list[Parameter]) -> list[Parameter]:
@@ -90,9 +93,9 @@ class CutStates(WholeUnits):
         return parameters
 
     def held_bytes(self, parameters: list[Parameter]) -> Dim:
-        """Two buckets, and with ZeRO-2 a rank's part of the gradients."""
+        """Two buckets, and a rank's part of the gradients where they are summed over micro-batches."""
         trained = [p for p in parameters if p.used]
-        part = self.part_of(sum(p.numel * p.count for p in trained)) if self.stage == 2 else 0
+        part = self.part_of(sum(p.numel * p.count for p in trained)) if self.exchanged > 1 else 0
         return existing((2 * self.limit + part,), trained[0].dtype).nbytes
 
     def part_of(self, elements: Dim) -> Dim:
@@ -104,12 +107,15 @@ class CutStates(WholeUnits):
         update = Update(tape(), optimizer, parameters)
         trained = update.parameters
         dtype, part = trained[0].dtype, self.part_of(sum(p.numel * p.count for p in trained))
+        averaged = new_tensor((part,), dtype) if self.exchanged == 1 else None
         tape().begin("clip", "optimizer").ops += [all_reduce(1, "u8", self.ranks), all_reduce(1, "fp32", self.ranks)]
         update.part()
         flat = Parameter("flat", (part,), "fp32", kind="weight", trainable=True)
         flat.used = True
         master = update.state(flat)
-        flat.grad = new("_to_copy", existing((part,), dtype), dtype="fp32")
+        together = new("cat", existing((part,), dtype))
+        flat.grad = new("_to_copy", together, dtype="fp32")
+        del together, averaged
         if clips:
             in_place("mul_.Tensor", flat.grad)
         update.group([flat])
@@ -121,7 +127,14 @@ class CutStates(WholeUnits):
         return update
 
     def _copy(self, p: Parameter) -> None:
+        """Into the bucket, whose memory it has from then on; what is larger stays until the next gradient comes."""
         current = tape()
+        assert p.grad is not None
+        large = decide(p.numel > self.limit)
+        if not large or self.stage == 2:  # ZeRO-1 lets large ones go at the end
+            p.grad.storage.copies = 1
+            self.large = p.grad if large else None
+            p.grad = None
         current.part.host.gradients += 1
         self.ready.append(Ready(current.part, len(current.part.ops), p))
         if decide(p.numel <= self.limit):
