@@ -3,9 +3,10 @@
     python -m tests.injection
 
 For each kind of file and each fault, some tries in forks of this process: the program writes version after version, or
-entry after entry, telling how far it is, until the fault; what it told of has to be in the file once (nothing lost or
-doubled), the file has to be whole (not torn), and the program, begun again, has to come to its end. `left` counts files
-beside it that a killed process could not remove, `errors` those that ended neither well nor in one clear line.
+entry after entry, telling how far it is, until the fault. What it told of has to be in the file once (nothing lost, or
+there twice), the file has to be whole (not torn), and the program, begun again, has to come to its end (not stuck).
+`ended` counts programs that the fault ended, `error` those that ended neither well nor in one clear line, `left` files
+beside theirs that killed ones could not remove.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from .faults import FAULTS, NONE, Fault, as_a_command
 from .targets import TARGETS, WRITES, Target, TornError
 
 LONGEST = 20.0  # s that a program may take
-COLUMNS = ("tries", "stopped", "lost", "doubled", "torn", "unfinished", "errors", "left")
+COLUMNS = ("tries", "ended", "lost", "twice", "torn", "stuck", "error", "left")
 WRONG = COLUMNS[2:7]
 FINE, REFUSED, INTERRUPTED, BROKEN = 0, 2, 130, 70  # exit codes
 
@@ -81,14 +82,14 @@ def tried(target: Target, fault: Fault, drawn: random.Random) -> Counter[str]:
     try:
         code, told = in_a_fork(target, folder, fault, drawn.randrange(1 << 20), drawn.uniform(0.0, 0.02))
         folder.chmod(0o777)
-        found["stopped"] += code != FINE
-        found["errors"] += code == BROKEN
+        found["ended"] += code != FINE
+        found["error"] += code == BROKEN
         found["left"] += sum(path.name.endswith(".part") for path in folder.iterdir())
         found += judged(target, folder, told)
         if not found["torn"]:
             again, _ = in_a_fork(target, folder, NONE, 0, 0.0)
             expected = list(range(WRITES)) if target.adds else [WRITES - 1]
-            found["unfinished"] += again != FINE or target.held(folder) != expected
+            found["stuck"] += again != FINE or target.held(folder) != expected
         return found
     finally:
         shutil.rmtree(folder)
@@ -104,7 +105,7 @@ def judged(target: Target, folder: Path, told: int) -> Counter[str]:
     last = held[-1] + 1 if held else 0
     doubled = len(held) - len(set(held))
     whole = held == list(range(last)) if target.adds else len(held) <= 1
-    return Counter(lost=int(last < told or not (whole or doubled)), doubled=doubled)
+    return Counter(lost=int(last < told or not (whole or doubled)), twice=doubled)
 
 
 def main() -> None:
@@ -122,13 +123,14 @@ def main() -> None:
             for _ in range(options.tries):
                 found += tried(target, fault, drawn)
             rows.append({"fault": fault.name, "file": target.name, **{name: found[name] for name in COLUMNS}})
-    rows += commands_under_faults()
+    rows += [{**dict.fromkeys(rows[0], 0), **row} for row in commands_under_faults()]
     if options.json:
         print_json(rows)
     else:
         show(table(("fault", "file", *COLUMNS), [list(row.values()) for row in rows], left=(0, 1)))
     wrong = sum(row[name] for row in rows for name in WRONG)
-    show(f"\n{sum(row['tries'] for row in rows)} tries, {sum(row['stopped'] for row in rows)} stopped: {wrong} wrong")
+    tries, ended = (sum(row[name] for row in rows) for name in COLUMNS[:2])
+    show(f"\n{tries} tries, {ended} ended by a fault: {wrong} wrong")
     sys.exit(1 if wrong else 0)
 
 

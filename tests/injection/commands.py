@@ -29,7 +29,7 @@ SURROUNDINGS: dict[str, dict[str, Any]] = {
 
 
 def commands_under_faults() -> Iterator[dict[str, Any]]:
-    """A row for each of the surroundings; `errors`: a traceback, or an exit code that is none of a command's."""
+    """A row for each of the surroundings; `error`: a traceback, or an exit code that is none of a command's."""
     for name, surroundings in SURROUNDINGS.items():
         if "user" in surroundings and not _for_anybody():
             continue
@@ -39,9 +39,8 @@ def commands_under_faults() -> Iterator[dict[str, Any]]:
             wrong = done.returncode not in (0, 1, 2) or b"Traceback" in done.stderr
             if wrong:
                 print(f"{name}: {command}: {done.returncode} {done.stderr.decode()[-500:]}", file=sys.stderr)
-            found += Counter(tries=1, stopped=done.returncode != 0, errors=wrong)
-        columns = ("tries", "stopped", "lost", "doubled", "torn", "unfinished", "errors", "left")
-        yield {"fault": name, "file": "answers", **{column: found[column] for column in columns}}
+            found += Counter(tries=1, ended=done.returncode != 0, error=wrong)
+        yield {"fault": name, "file": "answers", **found}
 
 
 def _for_anybody() -> bool:
