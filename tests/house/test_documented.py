@@ -69,7 +69,12 @@ SHORT = {
     ),
     "perfmodel report": Short(f"perfmodel report {WHERE} --axes none && test -s report.html", says="report.html"),
     "perfmodel record": Short(f"perfmodel record {WHERE} --methods full", says="any batch and length"),
+    "perfmodel plan": Short(f"perfmodel plan {WHERE} --samples 100", says="Cheapest"),
     "perfmodel models": Short(says="tinyllama-1.1b"),
+    "perfmodel nodes": Short(says="dgx-h100"),
+    "perfmodel calibrate --network": Short("perfmodel calibrate --network --device cpu", says="torchrun", code=2),
+    "perfmodel validate power": Short(says="kept"),
+    "perfmodel validate fit --collectives FILE": Short(says="FILE", code=2),
     "perfmodel methods": Short(says="galore"),
     "perfmodel methods lora": Short(says="targets"),
     "perfmodel devices": Short(says="a100-80gb-sxm"),
@@ -88,6 +93,11 @@ SHORT = {
     "perfmodel validate tuners": Short(patch=f"{TUNERS}('lora-rank32', 'prompt_tuning-default')]", says="worst"),
     "perfmodel validate counts --grid quick": Short(
         patch=f"{COUNTS} cases.grid = lambda which: islice(g(which), 0, 140, 70)", says=" 0 cases differ"
+    ),
+    "perfmodel validate counts --parallel": Short(
+        patch="from itertools import islice; from validate.oracle import parallel_cases as cases; g = cases.rank_grid; "
+        "cases.rank_grid = lambda which: islice(g(which), 1)",
+        says=" 0 cases differ",
     ),
     "perfmodel validate counts --grid all": Short(
         patch=f"{COUNTS} cases.grid = lambda which: islice(g(which), 7, 8)", says=" 0 cases differ"
@@ -158,7 +168,7 @@ CHAIN = (  # one after another, in `test_from_calibration_to_check`
     "perfmodel validate check --html check.html", "perfmodel validate fit --records records.jsonl",
 )  # fmt: skip
 ELSEWHERE = {"torchrun": "measuring/test_team.py"}  # file of tests
-EXAMPLES = "perfmodel (compare|explain|advise) .*--model"  # with their output, in test_readme.py
+EXAMPLES = "perfmodel (compare|explain|advise|plan) .*--model"  # with their output, in test_readme.py
 CI = {  # what installs and tests the checkout, and the line of .ci/run that does so
     "python3 -m venv .venv": "python3 -m venv", "python -m venv .venv": "python3 -m venv",
     ". .venv/bin/activate": '. "$scratch/dev/bin/activate"',
