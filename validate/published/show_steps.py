@@ -18,23 +18,26 @@ def show_published(*, plot: Any, all_rows: bool, as_json: bool) -> None:
     """Predict every published row; print errors by source on the rows held out of the fit."""
     from . import steps as module
 
-    rows, later = module.published_steps(), module.published_steps(module.FAMILIES)
+    tables = [module.published_steps(path) for path in (module.TABLE, module.FAMILIES, module.SEVERAL)]
     with progress() as bar:
-        task = bar.add_task("predicting", total=len(rows) + len(later))
-        outcomes, others = (
+        task = bar.add_task("predicting", total=sum(map(len, tables)))
+        outcomes, others, several = (
             module.evaluate_rows(some, progress=lambda name: bar.update(task, advance=1, description=name[:40]))
-            for some in (rows, later)
+            for some in tables
         )
-    check, other = ([o for o in some if o.row.split == "check"] for some in (outcomes, others))
-    lines, other_lines = module.summarise_rows(check), module.summarise_rows(other)
+    check, other, many = ([o for o in some if o.row.split == "check"] for some in (outcomes, others, several))
+    lines, other_lines, many_lines = (module.summarise_rows(some) for some in (check, other, many))
     if as_json:
         families = {"check": other_lines, "rows": [_published_row(o, "families") for o in others]}
-        figures = {"check": lines, "rows": [_published_row(o) for o in outcomes], "families": families}
-        print_json(figures)
+        gpus = {"check": many_lines, "rows": [_published_row(o, "several_gpus") for o in several]}
+        figures = {"check": lines, "rows": [_published_row(o) for o in outcomes]}
+        print_json({**figures, "families": families, "several_gpus": gpus})
     else:
         _print_published(outcomes, check, lines, all_rows=all_rows)
         show("\n" + _table(other_lines, "families that joined later: step time, |relative error| in %"))
         _print_rows(others, "families", all_rows=all_rows)
+        show("\n" + _table(many_lines, "several GPUs, nothing fitted: step time, |relative error| in %"))
+        _print_rows(several, "several_gpus", all_rows=all_rows)
     if plot is not None:
         from ..plots import Point, plot_parity
 

@@ -2,7 +2,8 @@
 
 data/published/steps.csv holds the cited figures, a source on every row. Rows are split by whole groups (settings
 measured together) into `fit`, which was looked at while the model was built, and `check`, on which errors are reported.
-data/published/families.csv holds steps of model families that joined later, split by whole sources.
+data/published/families.csv holds steps of model families that joined later, split by whole sources;
+several_gpus.csv those of several GPUs, to which nothing was fitted.
 """
 
 import re
@@ -26,6 +27,7 @@ from ..accuracy import Errors, Pair, beyond, paired
 
 TABLE = DATA / "published" / "steps.csv"
 FAMILIES = DATA / "published" / "families.csv"
+SEVERAL = DATA / "published" / "several_gpus.csv"
 # packages and their versions in a row's words: `torch 2.1.0 cu121`, `PyTorch 2.0 CUDA 11.8`, `transformers==4.49.0`
 NAMED = re.compile(
     r"\b(?:py)?(?P<name>torch|cuda|transformers|peft|cu(?=\d))(?: |==)?(?P<version>\d[\w.+]*)", re.IGNORECASE
@@ -141,6 +143,8 @@ def _row(r: dict[str, str]) -> PublishedStep:
         attention=r["attention"],
         compile=r["compile"],
         engine=r["engine"],
+        gpus=int(r.get("gpus") or 1),
+        parallel=r.get("parallel") or "ddp",
         clip_grad=r["clip"] == "1",
         padded=r["padded"] == "1",
         stack=stack_of(r["software"], r["date"]),
