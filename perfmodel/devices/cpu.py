@@ -167,7 +167,7 @@ def cpu_gemm_time(
         seconds = np.where(aliased(m * itemsize), in_place, widths("nt", "nt_narrow"))
     else:
         seconds = widths("tn", "tn_narrow")
-    return np.asarray(p.floor + batch * seconds)
+    return np.asarray(p.floor * np.greater(batch, 0) + batch * seconds)
 
 
 def aliased(row_bytes: Any) -> Any:

@@ -50,9 +50,9 @@ class Routing(NamedTuple):
         """
         if self.exponent == BALANCED:
             even, more = rows // self.experts, rows % self.experts
-            found = [(even + 1, more), (even, self.experts - more)]
+            found = [(even + 1, more), (even, (self.experts - more) * (even > 0))]
         elif isinstance(rows, np.ndarray):
-            found = [(count, 1) for count in self.counts(rows)]
+            found = [(count, (count > 0).astype(np.int64)) for count in self.counts(rows)]
         else:
             found = list(Counter(self.counts(rows).tolist()).items())
         return [(count, times) for count, times in found if np.any(count * times)]

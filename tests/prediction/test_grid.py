@@ -170,6 +170,21 @@ def test_a_bigger_batch_never_takes_less_time(name: str) -> None:
     assert (np.diff(time) >= -1e-12).all()
 
 
+@pytest.mark.parametrize("routing", ["balanced", "zipf:1.1"])
+@pytest.mark.parametrize("device", ["a10", "h100-sxm", "cpu-epyc-genoa-2c"])
+def test_experts_that_few_tokens_do_not_hit_run_no_product(device: str, routing: str) -> None:
+    """Two tokens hit four of eight experts: the points of a grid with more must not lend them the others' kernels."""
+    setup = Setup(batch=np.array([[1], [2]]), seq=np.array([2, 40]), routing=routing)
+    whole = predict("mixtral-8x7b", "full", setup, device)
+    for at in np.ndindex(2, 2):
+        alone = predict("mixtral-8x7b", "full", replace(setup, batch=at[0] + 1, seq=(2, 40)[at[1]]), device)
+        assert np.broadcast_to(whole.kernels["total"], (2, 2))[at] == alone.kernels["total"]
+        if (device, routing) != ("cpu-epyc-genoa-2c", "zipf:1.1"):  # a CPU's floor is one for all like products
+            assert np.broadcast_to(whole.time.phases["total"], (2, 2))[at] == pytest.approx(
+                alone.time.phases["total"], rel=1e-9
+            )
+
+
 def test_sums_over_a_grid_of_ranks_on_a_cpu() -> None:
     """Whether a sum runs along rows is asked of a matrix whose width is a rank, too."""
     setup = Setup(batch=1, seq=4)
