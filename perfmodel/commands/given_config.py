@@ -46,7 +46,7 @@ def settled(options: dict[str, Any]) -> dict[str, Any]:
     ctx = click.get_current_context()
     if CONFIG in ctx.meta and is_traced(options):
         options, said = traces.followed(options, {name for name in options if _of_config(name)})
-        found = ctx.meta[CONFIG] = ctx.meta[CONFIG].replaced(said)
+        found = ctx.meta[CONFIG] = replace(ctx.meta[CONFIG].replaced(said), traced=True)
         differ(traces.otherwise(options["model"], found))
     if CONFIG in ctx.meta and options["images"]:
         found = ctx.meta[CONFIG]

@@ -46,6 +46,7 @@ class Imported:
         multiple: tokens to a multiple of which the tool pads rows without packing.
         job: options of `perfmodel plan`: epochs and the like.
         asks: tells what the file asks several GPUs to do; raises `UserError` where that is nothing that there is.
+        traced: whether a trace answers, which is one of one GPU.
         precise: whether it names its mixed precision, so that a launcher's does not count.
     """
 
@@ -63,6 +64,7 @@ class Imported:
     multiple: int = 1
     job: dict[str, Any] = field(default_factory=dict)
     asks: Callable[[], AskedForm] = AskedForm
+    traced: bool = False
     precise: bool = False
 
     def with_lengths(self, *, padded: bool = True) -> "Imported":
@@ -111,7 +113,9 @@ class Imported:
     @property
     def _spreads(self) -> bool:
         """Whether the file is of several GPUs, is answered for one, and could be for more."""
-        alone = any(self.setup.get(name, usual) != usual for name, usual in ALONE.items() if name != "engine")
+        alone = self.traced or any(
+            self.setup.get(name, usual) != usual for name, usual in ALONE.items() if name != "engine"
+        )
         return not alone and any(d.startswith(ONE_GPU) for d in self.differences)
 
 
