@@ -277,6 +277,18 @@ def test_a_launcher_stands_beside_a_training_config_or_typed_options(
         assert config is not None or said == first
 
 
+@pytest.mark.parametrize(
+    "command", [("compare",), ("explain", "full", "lora"), ("plan", "--samples", "100"), ("advise", "--method", "full")]
+)
+def test_every_question_takes_a_launcher(tmp_path: Path, command: tuple[str, ...]) -> None:
+    """Whoever has the file has any of the questions."""
+    launch = written(tmp_path, "launch.yaml", {**EIGHT, "distributed_type": "FSDP", "fsdp_config": FSDP_2})
+    where = ["--model", "gpt2", "--seq", "16", "--device", "h100-sxm", "--accelerate", launch]
+    result = CliRunner().invoke(main, [*command, *where])
+    assert result.exit_code == 0, result.output
+    assert "8 x h100-sxm" in " ".join(result.stdout.split())
+
+
 def test_files_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     """One of them would be passed over without a word."""
     config = written(tmp_path, "c.yml", {**FACTORY, "deepspeed": ZERO_2})
