@@ -46,6 +46,12 @@ SIZES = {
     "dp_replicate_size": ONE_GROUP, "mp_replicate_size": ONE_GROUP,
     "expert_parallel_size": "without expert parallel",
 }  # fmt: skip
+# Of DDP: what is modelled, and what is answered where a file has something else
+DDP = {
+    "ddp_bucket_cap_mb": (25, "buckets of 25 MiB"),
+    "ddp_broadcast_buffers": (True, "buffers broadcast before forward passes"),
+    "ddp_static_graph": (False, "without DDP's static graph"),
+}
 TP = ("tensor_parallel_size", "tp_size")
 MESH = "parallelism_config"
 
@@ -82,7 +88,7 @@ class AskedForm:
             if mine not in (None, 1, its) and its not in (None, 1, "ddp"):
                 raise UserError(f"the training config asks for {mine}, the launcher for {its}: leave one of them out")
         named, other = (launch, self) if self.parallel is None and launch.parallel else (self, launch)
-        same = other.unlike if other.parallel == named.parallel else ()
+        same = other.unlike if (other.parallel or "ddp") == (named.parallel or "ddp") else ()
         return AskedForm(
             named.parallel, max(self.tp, launch.tp), {**launch.setup, **self.setup},
             tuple(dict.fromkeys((*named.unlike, *same))), tuple(dict.fromkeys((*self.besides, *launch.besides))),
@@ -162,7 +168,6 @@ def form_of(keys: Keys, fsdp_version: int = 2) -> AskedForm:
     zero, asked = zero_of(keys), [key for key in ("fsdp", "fsdp_config") if keys.get(key) not in NOTHING]
     if zero is not None and asked:
         raise UserError(f"{keys.origin}: deepspeed and {asked[0]} exclude each other: leave one of them out")
-    found = AskedForm()
     if zero is not None:
         found = of_zero(zero, keys.origin)
     elif asked:
@@ -171,6 +176,13 @@ def form_of(keys: Keys, fsdp_version: int = 2) -> AskedForm:
         version = {"version": keys.get("fsdp_version")} if keys.get("fsdp_version") else {}
         options = {"version": fsdp_version, **fsdp_options(keys), **version}
         found = of_fsdp(options, f"{keys.origin}: fsdp_config", [str(word) for word in words])
+    else:
+        other = [
+            (key, answered)
+            for key, (usual, answered) in DDP.items()
+            if keys.values.get(key, usual) not in (None, usual)
+        ]
+        found = AskedForm(unlike=tuple(f"{answered} ({key})" for key, answered in other))
     return _on_mesh(found, keys)
 
 

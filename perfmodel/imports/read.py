@@ -22,6 +22,7 @@ SAID_OF = {"attention": FLASH_2_FOR_3, "engine": UNDER_ZERO_3, "kernels": ALL_OF
 DIFFERS = "not the file's step as it is: "
 ASK = "--gpus N beside it answers for N"
 OF_ONE_GPU = (ONE_GPU, "autocast")  # how that begins which is said of one GPU alone: autocast in the place of casts
+SEARCHED = "without DDP's search for parameters that have no gradient (ddp_find_unused_parameters)"
 TRL = "Transformers/TRL"
 LARGEST_YAML = 2**20  # bytes
 MOST_VALUES = 100_000  # those behind an alias count wherever it stands
@@ -46,6 +47,7 @@ class Imported:
         multiple: tokens to a multiple of which the tool pads rows without packing.
         job: options of `perfmodel plan`: epochs and the like.
         asks: tells what the file asks several GPUs to do; raises `UserError` where that is nothing that there is.
+        searches: whether DDP looks for parameters without a gradient in every step.
         traced: whether a trace answers, which is one of one GPU.
         precise: whether it names its mixed precision, so that a launcher's does not count.
     """
@@ -64,6 +66,7 @@ class Imported:
     multiple: int = 1
     job: dict[str, Any] = field(default_factory=dict)
     asks: Callable[[], AskedForm] = AskedForm
+    searches: bool = False
     traced: bool = False
     precise: bool = False
 
@@ -102,7 +105,9 @@ class Imported:
         if adapts and setup["parallel"] == "zero3" and setup.get("checkpoint") == "block":
             setup["checkpoint"] = "block-reentrant"  # under ZeRO-3 (sft_trainer.py)
         kept = [d for d in self.differences if not d.startswith(OF_ONE_GPU)]
-        return replace(self, setup=setup, differences=list(dict.fromkeys([*kept, *form.unlike, *form.besides])))
+        searched = [SEARCHED] if self.searches and setup["parallel"] == "ddp" else []
+        told = dict.fromkeys([*kept, *form.unlike, *form.besides, *searched])
+        return replace(self, setup=setup, differences=list(told))
 
     @property
     def first_line(self) -> str:
@@ -182,8 +187,22 @@ def read(path: str | Path) -> Imported:
     return Imported(
         found.name, model, method, setup, ignored, notes, keys.told_differences(), frozen=frozen, upcasts=upcasts,
         multiple=multiple, job=table.of_job(values), asks=partial(FORMS.get(found.name, form_of), keys),
+        searches=_searches(found.name, keys, setup),
         precise=found.name in PRECISE or any(values.get(key) is not None for key in PRECISION),
     )  # fmt: skip
+
+
+def _searches(tool: str, keys: Keys, setup: dict[str, Any]) -> bool:
+    """Whether DDP looks for parameters without a gradient: so by default where nothing is checkpointed.
+
+    And beside peft's adapters, but for LLaMA-Factory's (transformers' trainer.py, `_build_accelerator_args`;
+    hparams/parser.py). Axolotl never asks for it by itself (core/builders/causal.py).
+    """
+    given = keys.values.get("ddp_find_unused_parameters")
+    if given is not None or tool not in (TRL, "LLaMA-Factory"):
+        return bool(given)
+    adapts = keys.values.get("use_peft") if tool == TRL else keys.text("finetuning_type", "lora") == "lora"
+    return tool == TRL if adapts else setup["checkpoint"] == "none"
 
 
 def _of_adapter(tool: str, path: Path, keys: Keys, table: Meanings) -> Imported:

@@ -16,7 +16,7 @@ from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.imports import DIFFERS, read
 from perfmodel.imports.accelerate import read_launch
-from perfmodel.imports.read import ASK
+from perfmodel.imports.read import ASK, SEARCHED
 
 AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "bf16": True}
 FACTORY = {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "full", "bf16": True}
@@ -31,6 +31,11 @@ MASTERS = "weights kept in fp32; Axolotl keeps them in 16 bit under FSDP 2"
 
 FORMS: list[tuple[dict[str, Any], str, int, list[str]]] = [  # file, parallel, tp, how its several GPUs differ
     (AXOLOTL, "ddp", 1, []),
+    ({**AXOLOTL, "ddp_bucket_cap_mb": 25, "ddp_broadcast_buffers": True}, "ddp", 1, []),
+    (
+        {**AXOLOTL, "ddp_bucket_cap_mb": 50, "ddp_broadcast_buffers": False}, "ddp", 1,
+        ["buckets of 25 MiB (ddp_bucket_cap_mb)", "buffers broadcast before forward passes (ddp_broadcast_buffers)"],
+    ),
     ({**TRL, "deepspeed": ZERO_2}, "zero2", 1, []),
     (
         {**FACTORY, "deepspeed": "examples/deepspeed/ds_z3_offload_config.json"}, "zero3", 1,
@@ -103,6 +108,28 @@ def test_a_training_config_names_its_form(
     assert [*form.unlike, *form.besides] == said
     assert set(said) <= set(several.differences)
     assert not [words for words in several.differences if words.startswith("one GPU") or "the place of" in words]
+
+
+@pytest.mark.parametrize(
+    ("values", "searches"),
+    [
+        (TRL, False),
+        ({**TRL, "use_peft": True}, True),
+        ({**TRL, "gradient_checkpointing": False}, True),
+        ({**TRL, "use_peft": True, "ddp_find_unused_parameters": False}, False),
+        ({**TRL, "use_peft": True, "fsdp": True}, False),
+        (FACTORY, False),
+        ({**FACTORY, "finetuning_type": "lora", "disable_gradient_checkpointing": True}, False),
+        ({**FACTORY, "disable_gradient_checkpointing": True}, True),
+        ({**AXOLOTL, "adapter": "lora"}, False),
+        ({**AXOLOTL, "ddp_find_unused_parameters": True}, True),
+    ],
+)
+def test_the_search_for_unused_parameters_is_said(tmp_path: Path, values: dict[str, Any], searches: bool) -> None:
+    """The Trainer's own default beside adapters: a walk through the graph and a message more in every step."""
+    found = read(written(tmp_path, "config.yml", values))
+    assert (SEARCHED in found.on_several(found.asks()).differences) == searches
+    assert SEARCHED not in found.differences
 
 
 def test_gpus_take_the_place_of_the_words_on_one(tmp_path: Path) -> None:
