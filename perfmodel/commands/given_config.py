@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from ..errors import UserError, escaped
 from ..setup import WITHIN
-from . import traces
+from . import given_launch, traces
 
 Command = Callable[..., Any]
 CONFIG = f"{__name__}.config"  # what a training config says, for the command that was given one
@@ -29,7 +29,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
         defaults["model"] = found.model
     if found.method:
         defaults |= {"method": found.method, "methods": ("full", found.method)}
-    ctx.default_map = defaults
+    ctx.default_map = {**(ctx.default_map or {}), **defaults}
     ctx.meta[CONFIG] = found
     said = [f"{path.name} ({found.tool}): {found.method or 'no method'}"]
     said += [f"ignored, as of no weight here: {', '.join(found.ignored)}"] if found.ignored else []
@@ -46,7 +46,7 @@ def settled(options: dict[str, Any]) -> dict[str, Any]:
     ctx = click.get_current_context()
     if CONFIG in ctx.meta and is_traced(options):
         options, said = traces.followed(options, {name for name in options if _of_config(name)})
-        found = ctx.meta[CONFIG] = ctx.meta[CONFIG].replaced(said)
+        found = ctx.meta[CONFIG] = replace(ctx.meta[CONFIG].replaced(said), traced=True)
         differ(traces.otherwise(options["model"], found))
     if CONFIG in ctx.meta and options["images"]:
         found = ctx.meta[CONFIG]
@@ -108,7 +108,9 @@ def on_its_model(command: Command) -> Command:
     @wraps(command)
     def run(**options: Any) -> Any:
         ctx = click.get_current_context()
-        found = ctx.meta.get(CONFIG)
+        found = given_launch.on_its_gpus(ctx, ctx.meta.get(CONFIG), options)
+        if found is not None:
+            ctx.meta[CONFIG] = found
         if found is not None and options["model"] and not is_traced(options):
             taken, from_config = [], ParameterSource.DEFAULT_MAP
             for fallback in _fallbacks(found, options["model"]):

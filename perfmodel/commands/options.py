@@ -26,6 +26,7 @@ from ..setup import (
 )
 from . import names, traces
 from .given_config import adapter_of_config, config_option, instead_of_config, is_traced, on_its_model, settled
+from .given_launch import accelerate_option
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -154,6 +155,7 @@ def _where(*, grid: bool, all_devices: bool = False) -> tuple[Decorator, ...]:
     size = GridAxis() if grid else int
     return (
         config_option,
+        accelerate_option,
         click.option(
             "--model",
             required=not all_devices,

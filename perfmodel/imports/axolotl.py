@@ -1,6 +1,7 @@
 """Axolotl's YAML (docs.axolotl.ai, config reference; axolotl/utils/schemas, loaders, core/builders at 067b021)."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from ..architectures.config import KEPT_IN_MXFP4
@@ -30,6 +31,7 @@ from .fields import (
     power_iterations,
     spec,
 )
+from .forms import AskedForm, form_of
 from .keys import NOTHING, Keys
 from .targets import as_targets, unfrozen
 from .trained_for import of_axolotl
@@ -57,6 +59,7 @@ UNNAMED = re.compile(r"gpt-?j|gpt-?2|cerebras-gpt|starcoder(?!2)|mpt-|bloom", re
 OTHER_KIND = "quantised base weights of this kind are not modelled"
 QWEN_OF_2023 = re.compile(r"qwen-(1[._]8|7|14|72)b", re.IGNORECASE)  # its config.json: "use_flash_attn": "auto"
 AUTO_FLASH = "PyTorch's attention and norms, not flash-attn's, which the model's own code takes where it is installed"
+MASTERS = "weights kept in fp32; Axolotl keeps them in 16 bit under FSDP 2"  # its patch of `fsdp2_prepare_model`
 FP32_HEAD = "the output head in fp32, not in the dtype of the rest"
 
 
@@ -363,6 +366,14 @@ def _full(keys: Keys) -> str:
     if not trained and any(name in pattern for pattern in patterns for name in ("lm_head", "embed_tokens")):
         keys.differ(FROM_INPUT, "unfrozen_parameters")  # `enable_input_require_grads` of train.py
     return spec("selected", parameters=regex)
+
+
+def form_of_axolotl(keys: Keys) -> AskedForm:
+    """What several GPUs do: accelerate's FSDP 1 where no version is named."""
+    found = form_of(keys, fsdp_version=1)
+    if found.parallel == "fsdp2" and not keys.values.get("adapter"):
+        found = replace(found, unlike=(*found.unlike, MASTERS))
+    return found
 
 
 def frozen_on_request(keys: Keys) -> tuple[str, ...]:

@@ -2,12 +2,11 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from .. import optimizers
 from ..errors import UserError
-from ..resources import is_file, read_json
+from .forms import fsdp_options, zero_of
 from .keys import NOTHING, Keys
 
 # transformers/training_args.py, OptimizerNames; bitsandbytes' names with and without "bnb" mean the same
@@ -40,15 +39,13 @@ COMPILE = {
     "default": "default", "reduce-overhead": "reduce-overhead", "max-autotune-no-cudagraphs": "default",
     "max-autotune": "reduce-overhead",
 }  # fmt: skip
-OFFLOADS = ("offload_optimizer", "offload_param")
 ACROSS_SAMPLES = "attention across packed samples"
 NOT_FP8 = "products in bf16, not in fp8"
 NOT_QAT = "without fake quantisation"
 FLASH_2_FOR_3 = "flash-attn 2, not 3"
-UNDER_ZERO_3 = "one GPU under ZeRO-3"
+ONE_GPU = "one GPU"  # what is said of a program of several begins with it
+UNDER_ZERO_3 = f"{ONE_GPU} under ZeRO-3"
 TOGETHER_IN_ZERO = f"{UNDER_ZERO_3}, weights updated together, not in sub-groups"
-SUB_GROUP = 1e9  # elements that DeepSpeed updates together by default, as is modelled
-IN_SUB_GROUPS = "deepspeed_configs"  # Axolotl's folder: `"sub_group_size": 0` in each of its zero3*.json
 ALL_OF_LIGER = "all of Liger's kernels"
 ALL_FUSED = "fused kernels for all adapters"
 ON_GPTQ = "a base in codes of {} bits, {} in a group, on gptqmodel's kernels that train (auto_trainable)"
@@ -64,54 +61,30 @@ TORCHS_MUON = "PyTorch's Muon, with AdamW for what is no matrix of a block"
 
 
 def engine(keys: Keys, *, zero3: bool = True) -> str:
-    """The setup's engine that `deepspeed` asks for; PyTorch in its place if not `zero3`.
-
-    The key holds DeepSpeed's config, or the path of one; of a file that is not here the name says the stage, as in
-    DeepSpeed's and the tools' examples (zero3.json, ds_z3_offload_config.json).
-    """
-    value = keys.get("deepspeed")
-    if value is None:
+    """The setup's engine that `deepspeed` asks for; PyTorch in its place if not `zero3`."""
+    zero = zero_of(keys)
+    if zero is None:
         return "torch"
-    if isinstance(value, str) and is_file(value):
-        value = read_json(Path(value))
-    if isinstance(value, dict):
-        zero = value.get("zero_optimization")
-        zero = zero if isinstance(zero, dict) else {}
-        stage, offloads = zero.get("stage"), any(_offloads(zero.get(key)) for key in OFFLOADS)
-        grouped = zero.get("sub_group_size", SUB_GROUP) != SUB_GROUP
-    elif isinstance(value, str):
-        name = Path(value).name.lower()
-        found = re.search(r"z(?:ero)?[-_]?(?:stage)?[-_]?([0-3])", name)
-        stage, offloads = int(found[1]) if found else None, "offload" in name
-        grouped = Path(value).parent.name == IN_SUB_GROUPS
-    else:
-        raise keys.wrong("deepspeed", "a path or a mapping")
-    if stage == 3 and not offloads and zero3:
-        keys.differ(TOGETHER_IN_ZERO if grouped else UNDER_ZERO_3, "deepspeed")
+    if zero.stage == 3 and not zero.offloads and zero3:
+        keys.differ(TOGETHER_IN_ZERO if zero.grouped else UNDER_ZERO_3, "deepspeed")
         return "deepspeed-zero3"
-    what = "DeepSpeed" if stage is None else f"ZeRO-{stage}{' with offloading' if offloads else ''}"
-    keys.differ(f"one GPU, without {what}", "deepspeed")
+    what = "DeepSpeed" if zero.stage is None else f"ZeRO-{zero.stage}{' with offloading' if zero.offloads else ''}"
+    keys.differ(f"{ONE_GPU}, without {what}", "deepspeed")
     return "torch"
 
 
 def fsdp(keys: Keys) -> bool:
     """Say that FSDP is left out, where a file asks for it; returns whether it checkpoints blocks by itself."""
     asked = [key for key in ("fsdp", "fsdp_config") if keys.get(key) not in NOTHING]
-    options = keys.get("fsdp_config")
-    options = options if isinstance(options, dict) else {}
-    offloads = any(options.get(key) for key in ("offload_params", "fsdp_offload_params"))
+    options = fsdp_options(keys)
     if asked:
-        keys.differ(f"one GPU, without FSDP{' and its offloading' if offloads else ''}", *asked)
-    return any(options.get(key) for key in ("activation_checkpointing", "fsdp_activation_checkpointing"))
+        keys.differ(f"{ONE_GPU}, without FSDP{' and its offloading' if options.get('offload_params') else ''}", *asked)
+    return bool(options.get("activation_checkpointing"))
 
 
 def no_sft(keys: Keys, asked: str, instead: str) -> UserError:
     """The complaint about an objective that is not modelled."""
     return UserError(f"{keys.origin}: {asked} is not modelled: it is no SFT step; for its SFT part {instead}")
-
-
-def _offloads(section: Any) -> bool:
-    return isinstance(section, dict) and section.get("device", "none") != "none"
 
 
 def optimizer_name(keys: Keys, key: str, default: str) -> str:

@@ -4,6 +4,7 @@ The model is loaded in the dtype of its checkpoint, put in fp32 for full tuning,
 PyTorch's AdamW; FSDP casts what it gathers to bf16.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..errors import UserError
 from ..resources import is_file, read_json
 from . import packing
 from .fields import FLASH, TORCHS_MUON, attention, own_code, spec
+from .forms import AskedForm, form_of
 from .keys import NO_TRAINING, Keys
 from .targets import as_targets
 
@@ -83,9 +85,28 @@ def _precision(keys: Keys, method: str) -> dict[str, str | None]:
 
 
 def _dist(keys: Keys) -> dict[str, Any]:
-    """`dist_config`, which stays unread: data/configs/ says that nothing is sharded."""
+    """`dist_config`, which stays unread: data/configs/ says that nothing is sharded on one GPU."""
     dist = keys.values.get("dist_config")
     return dist if isinstance(dist, dict) else {}
+
+
+def form_of_llama_factory_v1(keys: Keys) -> AskedForm:
+    """What several GPUs do: DDP where `dist_config` names nothing; FSDP2 casts what it gathers.
+
+    Raises:
+        UserError: a name that is none of them, or a value of the wrong type.
+    """
+    dist = Keys(_dist(keys), f"{keys.origin}: dist_config")
+    name = dist.one_of("name", {name: name for name in ("fsdp2", "fsdpturbo", "deepspeed")}, None)
+    if name is None:
+        return form_of(keys)
+    if name == "deepspeed":
+        return form_of(Keys({**keys.values, "deepspeed": dist.get("config_file")}, keys.origin))
+    options = {"version": 2, **dist.values}
+    sharded = form_of(Keys({**keys.values, "fsdp_config": options}, keys.origin))
+    if name == "fsdpturbo":
+        return replace(sharded, unlike=(*sharded.unlike, "FSDP2, not FSDPTurbo"))
+    return replace(sharded, setup={"amp": "bf16"} if keys.flag("bf16", True) else {})
 
 
 def _in_bf16(config_file: Any) -> bool:

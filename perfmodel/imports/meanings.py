@@ -6,8 +6,9 @@ from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
+from ..errors import UserError
 from ..resources import DATA, read_toml
-from .keys import NOTHING
+from .keys import NOTHING, Keys
 
 
 @dataclass(frozen=True)
@@ -56,3 +57,23 @@ def meanings_of(*names: str) -> Meanings:
         for part, entries in merged.items():
             entries.update(table.get(part, {}))
     return Meanings(tuple(name for table in tables for name in table["no_weight"]), **merged)
+
+
+def judge(keys: Keys, table: Meanings) -> list[str]:
+    """Say what the keys that nobody read change; returns those without weight."""
+    rest = [key for key in keys.unread() if table.has_effect(key, keys.values[key])]
+    for key in rest:
+        if key in table.differs:
+            keys.differ(table.differs[key], key)
+    rest = [key for key in rest if key not in table.differs]
+    unknown = [key for key in rest if not table.without_weight(key)]
+    if unknown:
+        keys.differ("keys that are unknown here", *unknown)
+    return [key for key in rest if key not in unknown]
+
+
+def refuse(keys: Keys, table: Meanings) -> None:
+    """Raise `UserError` for a key that asks for a step of another kind."""
+    for key, why in table.refused.items():
+        if table.has_effect(key, keys.values.get(key)):
+            raise UserError(f"{keys.origin}: {key}: {why}")

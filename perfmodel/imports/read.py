@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..recording.parallel.form import ALONE
 from ..resources import mapping, parsed, read_json, read_text
 from . import adapter, axolotl, llama_factory, llama_factory_v1, meanings, packing, peft_benchmark, trainer
-from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, UNDER_ZERO_3
+from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, ONE_GPU, UNDER_ZERO_3
+from .forms import AskedForm, form_of
 from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
 from .packing import TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
@@ -18,6 +20,10 @@ from .packing import TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
 # What is said of a setup's field that holds no more where the field has another value
 SAID_OF = {"attention": FLASH_2_FOR_3, "engine": UNDER_ZERO_3, "kernels": ALL_OF_LIGER, "method": ALL_FUSED}
 DIFFERS = "not the file's step as it is: "
+ASK = "--gpus N beside it answers for N"
+OF_ONE_GPU = (ONE_GPU, "autocast")  # how that begins which is said of one GPU alone: autocast in the place of casts
+SEARCHED = "without DDP's search for parameters that have no gradient (ddp_find_unused_parameters)"
+TRL = "Transformers/TRL"
 LARGEST_YAML = 2**20  # bytes
 MOST_VALUES = 100_000  # those behind an alias count wherever it stands
 
@@ -40,6 +46,10 @@ class Imported:
         upcasts: whether the tool puts in fp32 what is not quantised, but for embeddings and norms.
         multiple: tokens to a multiple of which the tool pads rows without packing.
         job: options of `perfmodel plan`: epochs and the like.
+        asks: tells what the file asks several GPUs to do; raises `UserError` where that is nothing that there is.
+        searches: whether DDP looks for parameters without a gradient in every step.
+        traced: whether a trace answers, which is one of one GPU.
+        precise: whether it names its mixed precision, so that a launcher's does not count.
     """
 
     tool: str
@@ -55,6 +65,10 @@ class Imported:
     upcasts: bool = False
     multiple: int = 1
     job: dict[str, Any] = field(default_factory=dict)
+    asks: Callable[[], AskedForm] = AskedForm
+    searches: bool = False
+    traced: bool = False
+    precise: bool = False
 
     def with_lengths(self, *, padded: bool = True) -> "Imported":
         """What it says where the lengths of documents are given.
@@ -84,10 +98,30 @@ class Imported:
         kept = [d for d in self.differences if not d.startswith(gone)]
         return replace(self, differences=[*kept, *(words for _, words in said if words)])
 
+    def on_several(self, form: AskedForm) -> "Imported":
+        """What it says of several GPUs that do what a form says, in the place of one."""
+        setup = {**self.setup, **form.setup, "parallel": form.parallel or "ddp", "tp": form.tp, "engine": "torch"}
+        adapts = self.tool == TRL and self.method not in (None, "full")
+        if adapts and setup["parallel"] == "zero3" and setup.get("checkpoint") == "block":
+            setup["checkpoint"] = "block-reentrant"  # under ZeRO-3 (sft_trainer.py)
+        kept = [d for d in self.differences if not d.startswith(OF_ONE_GPU)]
+        searched = [SEARCHED] if self.searches and setup["parallel"] == "ddp" else []
+        told = dict.fromkeys([*kept, *form.unlike, *form.besides, *searched])
+        return replace(self, setup=setup, differences=list(told))
+
     @property
     def first_line(self) -> str:
         """What must stand in the first line of an answer; empty where it is for the file's own step."""
-        return DIFFERS + "; ".join(self.differences) if self.differences else ""
+        told = [*self.differences, *([ASK] if self._spreads else [])]
+        return DIFFERS + "; ".join(told) if told else ""
+
+    @property
+    def _spreads(self) -> bool:
+        """Whether the file is of several GPUs, is answered for one, and could be for more."""
+        alone = self.traced or any(
+            self.setup.get(name, usual) != usual for name, usual in ALONE.items() if name != "engine"
+        )
+        return not alone and any(d.startswith(ONE_GPU) for d in self.differences)
 
 
 Reader = Callable[[Keys], tuple[str | None, str | None, dict[str, Any], list[str]]]
@@ -112,12 +146,15 @@ TOOLS = (
     Tool("LLaMA-Factory v1", llama_factory_v1.MARKS, llama_factory_v1.read, ("llama_factory_v1",)),
     Tool("Axolotl", axolotl.MARKS, axolotl.read, ("axolotl",)),
     Tool("LLaMA-Factory", llama_factory.MARKS, llama_factory.read, ("llama_factory", "transformers")),
-    Tool("Transformers/TRL", trainer.MARKS, trainer.read, ("transformers",)),
+    Tool(TRL, trainer.MARKS, trainer.read, ("transformers",)),
 )
 MULTIPLE = {
     "Axolotl": packing.multiple_of_axolotl, "LLaMA-Factory": packing.multiple_of_llama_factory,
-    "Transformers/TRL": packing.multiple_of_trl,
+    TRL: packing.multiple_of_trl,
 }  # fmt: skip
+FORMS = {"Axolotl": axolotl.form_of_axolotl, "LLaMA-Factory v1": llama_factory_v1.form_of_llama_factory_v1}
+PRECISE = ("Axolotl", "LLaMA-Factory v1")  # tools that take no precision from accelerate's config
+PRECISION = ("bf16", "fp16", "pure_bf16")
 FROZEN = {"Axolotl": axolotl.frozen_on_request, "LLaMA-Factory": llama_factory.frozen}
 
 
@@ -130,7 +167,7 @@ def read(path: str | Path) -> Imported:
     path = Path(path)
     if (experiment := peft_benchmark.experiment_parameters(path)) is not None:
         return _of_experiment(path, experiment)
-    values = _load(path)
+    values = read_values(path)
     _refuse_others(path, values)
     found = next((tool for tool in TOOLS if tool.owns(values)), None)
     if found is None:
@@ -141,31 +178,31 @@ def read(path: str | Path) -> Imported:
     keys, table = Keys(values, path.name, path.parts), meanings.meanings_of(*found.tables)
     if found.name == "PEFT":
         return _of_adapter(found.name, path, keys, table)
-    for key, why in table.refused.items():
-        if table.has_effect(key, values.get(key)):
-            raise UserError(f"{keys.origin}: {key}: {why}")
+    meanings.refuse(keys, table)
     model, method, setup, notes = found.reader(keys)
     frozen = FROZEN[found.name](keys) if found.name in FROZEN else ()
-    ignored = _judge(keys, table)
+    ignored = meanings.judge(keys, table)
     upcasts = found.name == "Axolotl" and axolotl.upcasts(keys)
     multiple = MULTIPLE[found.name](keys) if found.name in MULTIPLE else 1
     return Imported(
         found.name, model, method, setup, ignored, notes, keys.told_differences(), frozen=frozen, upcasts=upcasts,
-        multiple=multiple, job=table.of_job(values),
+        multiple=multiple, job=table.of_job(values), asks=partial(FORMS.get(found.name, form_of), keys),
+        searches=_searches(found.name, keys, setup),
+        precise=found.name in PRECISE or any(values.get(key) is not None for key in PRECISION),
     )  # fmt: skip
 
 
-def _judge(keys: Keys, table: Meanings) -> list[str]:
-    """Say what the keys that nobody read change; returns those without weight."""
-    rest = [key for key in keys.unread() if table.has_effect(key, keys.values[key])]
-    for key in rest:
-        if key in table.differs:
-            keys.differ(table.differs[key], key)
-    rest = [key for key in rest if key not in table.differs]
-    unknown = [key for key in rest if not table.without_weight(key)]
-    if unknown:
-        keys.differ("keys that are unknown here", *unknown)
-    return [key for key in rest if key not in unknown]
+def _searches(tool: str, keys: Keys, setup: dict[str, Any]) -> bool:
+    """Whether DDP looks for parameters without a gradient: so by default where nothing is checkpointed.
+
+    And beside peft's adapters, but for LLaMA-Factory's (transformers' trainer.py, `_build_accelerator_args`;
+    hparams/parser.py). Axolotl never asks for it by itself (core/builders/causal.py).
+    """
+    given = keys.values.get("ddp_find_unused_parameters")
+    if given is not None or tool not in (TRL, "LLaMA-Factory"):
+        return bool(given)
+    adapts = keys.values.get("use_peft") if tool == TRL else keys.text("finetuning_type", "lora") == "lora"
+    return tool == TRL if adapts else setup["checkpoint"] == "none"
 
 
 def _of_adapter(tool: str, path: Path, keys: Keys, table: Meanings) -> Imported:
@@ -213,8 +250,8 @@ def _of_experiment(path: Path, keys: Keys) -> Imported:
 
 # Files that lie beside training configs: keys that only they have, and what they are.
 OTHERS = (
-    (("distributed_type", "compute_environment"), "accelerate's own config"),
-    (("zero_optimization",), "DeepSpeed's own config; the training config that names it is read with it"),
+    (("distributed_type", "compute_environment"), "accelerate's own config; give it as --accelerate"),
+    (("zero_optimization",), "DeepSpeed's own config; give it as --accelerate"),
     (("export_dir",), "an export"),
     (("infer_backend",), "a config of inference"),
     (("provider", "dockerfile_commands", "gpu_count"), "a cloud job"),
@@ -234,7 +271,12 @@ def _refuse_others(path: Path, values: dict[str, Any]) -> None:
         raise UserError(f"{path}: {NO_TRAINING}: new tokens and what they mean")  # LLaMA-Factory's
 
 
-def _load(path: Path) -> dict[str, Any]:
+def read_values(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML or JSON file.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
     if path.suffix == ".json":
         return read_json(path)
     import yaml

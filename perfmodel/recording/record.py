@@ -95,6 +95,8 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
     """What several GPUs do. The forward pass tells which parameters each block has."""
     if decide(step.setup.gpus == 1):
         return None
+    if step.architecture.recorded:
+        raise UserError("gpus: several are not modelled by a trace; use --gpus 1")
     check_form(step.setup, step.method)
     if decide(step.setup.replicas == 1):
         return None

@@ -90,6 +90,16 @@ def test_the_engine_of_a_trace_is_said_once(model: Path, tmp_path: Path) -> None
     first = result.stdout.partition("\n\n")[0]
     assert "one GPU, without ZeRO-3" in first
     assert "one GPU under ZeRO-3" not in first
+    assert "--gpus N" not in first
+
+
+def test_a_trace_is_of_one_gpu(model: Path) -> None:
+    """Several ended in a traceback, or in a step without any collective."""
+    asked = ["predict", "--model", str(model), "--device", "h100-sxm", "--seq", "16", "--gpus", "2", "--parallel"]
+    for parallel in ("ddp", "zero3"):
+        result = CliRunner().invoke(cli.main, [*asked, parallel])
+        assert result.exit_code == 2
+        assert "gpus: several are not modelled by a trace; use --gpus 1" in result.stderr
 
 
 def test_what_a_tool_does_otherwise_is_said() -> None:

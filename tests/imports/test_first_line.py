@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from perfmodel.cli import main
 from perfmodel.imports import DIFFERS, meanings, read
 from perfmodel.imports.packing import BY_A_MASK, TO_THE_END, UNKNOWN
+from perfmodel.imports.read import ASK
 from perfmodel.imports.vocabulary import AS_IT_IS
 from perfmodel.resources import DATA
 
@@ -218,7 +219,7 @@ def test_the_first_line_begins_the_answer(tmp_path: Path) -> None:
     path.write_text(PLAIN + "tensor_parallel_size: 2")
     command = ["predict", "--config", str(path), "--device", "l40s"]
     said = "one GPU (tensor_parallel_size)"
-    assert CliRunner().invoke(main, command).stdout.startswith(f"{DIFFERS}{said}\n\nfull on gpt2")
+    assert CliRunner().invoke(main, command).stdout.startswith(f"{DIFFERS}{said}; {ASK}\n\nfull on gpt2")
     assert json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)["differs_from_config"] == [said]
 
 

@@ -12,6 +12,12 @@ from ...tape.tensor import Parameter, Tensor
 
 CUT = ("full", "lora")  # methods whose program on tensor-parallel layers is modelled
 
+# What of a setup is modelled on one GPU alone, and the value that several have
+ALONE = {
+    "compile": "none", "engine": "torch", "cuda_graphs": False, "in_backward": False, "objective": "sft", "fp8": "none",
+    "int8": "none", "qat": "none",
+}  # fmt: skip
+
 
 class ParallelForm(Protocol):
     """Hooks of one micro-batch, and what is left for the optimizer.
@@ -57,8 +63,7 @@ class WholeUnits:
 
 def check_form(setup: Setup, method: Method) -> None:
     """Raise `UserError` where several GPUs are not modelled with the rest of a setup."""
-    for name, usual in (("compile", "none"), ("engine", "torch"), ("cuda_graphs", False), ("in_backward", False),
-                        ("objective", "sft"), ("fp8", "none"), ("int8", "none"), ("qat", "none")):  # fmt: skip
+    for name, usual in ALONE.items():
         if getattr(setup, name) != usual and not (name == "engine" and setup.parallel == "zero3"):
             raise UserError(f"gpus: several are not modelled with {name} {getattr(setup, name)}; use --gpus 1")
     if setup.tp > 1 and (method.name not in CUT or getattr(method, "implementation", "peft") != "peft"):

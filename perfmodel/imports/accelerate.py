@@ -1,0 +1,156 @@
+"""How a training program is launched: accelerate's own config, or DeepSpeed's (`accelerate launch --config_file`)."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..resources import is_file, mapping
+from .fields import NOT_FP8, ONE_GPU, UNDER_ZERO_3
+from .forms import MESH, OFFLOADED, OFFLOADS, AskedForm, form_of, of_deepspeed
+from .keys import Keys
+from .meanings import judge, meanings_of, refuse
+from .read import Imported, read_values
+
+MARKS = ("distributed_type", "compute_environment", "num_processes")
+# `DistributedType` of accelerate; its others are no GPUs of NVIDIA, or Megatron
+TYPES = ("NO", "MULTI_GPU", "FSDP", "DEEPSPEED")
+PRECISIONS = {"no": None, "bf16": "bf16", "fp16": "fp16", "fp8": "bf16"}
+DEFAULT_STAGE = 2  # `DeepSpeedPlugin.zero_stage` of accelerate/utils/dataclasses.py
+NAMES = {"zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp1": "FSDP", "fsdp2": "FSDP"}
+# Of accelerate's short form of DeepSpeed's config: what changes neither speed nor memory
+WITHOUT_WEIGHT = (
+    "deepspeed_multinode_launcher", "deepspeed_hostfile", "deepspeed_exclusion_filter", "deepspeed_inclusion_filter",
+    "gradient_accumulation_steps", "zero3_init_flag", "zero3_save_16bit_model", "deepspeed_moe_layer_cls_names",
+    "offload_optimizer_nvme_path", "offload_param_nvme_path",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a program is launched.
+
+    Attributes:
+        tool: accelerate, or DeepSpeed, whose own config says nothing of GPUs.
+        gpus: of all nodes together; None where the file does not say it.
+        form: what they do; its `setup` has the mixed precision, which counts where a training config names none.
+    """
+
+    tool: str
+    gpus: int | None
+    nodes: int | None
+    form: AskedForm
+
+    @property
+    def in_words(self) -> str:
+        """What it says, in a line."""
+        gpus = "" if self.gpus is None else f"{self.gpus} GPU{'s' if self.gpus > 1 else ''}, "
+        return gpus + (self.form.parallel or "ddp")
+
+    def of(self, found: Imported | None, *, several: bool, parallel: str | None = None) -> Imported:
+        """A training config's step, launched like this; without one what the launcher says of a step alone.
+
+        Args:
+            several: whether the question is of more than one GPU.
+            parallel: what is typed in the place of the files' words, if anything is.
+
+        Raises:
+            UserError: the files contradict each other.
+        """
+        found = found or Imported(self.tool, None, None, {}, [], [])
+        form = replace(self.form, setup=dict(self.form.setup))
+        amp, dtype = form.setup.pop("amp", None), found.setup.get("dtype")
+        if amp is not None and not found.precise and found.setup.get("amp") is None:
+            if dtype in (None, "fp32", amp):
+                form.setup["amp"] = amp
+            else:
+                form = replace(form, besides=(*form.besides, f"products in {dtype}, not in {amp} under autocast"))
+        if found.setup.get("checkpoint", "none") != "none":
+            form.setup.pop("checkpoint", None)
+        asked = found.asks()
+        form = asked.under(form).as_typed(parallel)
+        return found.on_several(form) if several else self._on_one(found, asked, form)
+
+    def _on_one(self, found: Imported, asked: AskedForm, form: AskedForm) -> Imported:
+        """One GPU has nothing to exchange; DeepSpeed's ZeRO-3 runs on it all the same, where nothing is offloaded."""
+        setup = {**found.setup, **form.setup}
+        if asked.parallel is not None or form.parallel in (None, "ddp"):
+            return replace(found, setup=setup, differences=[*found.differences, *self.form.besides])
+        said = [*form.unlike, *form.besides]
+        offloads = any(words.startswith(OFFLOADED) for words in form.unlike)
+        if form.parallel == "zero3" and not offloads and setup.get("objective", "sft") == "sft":
+            setup["engine"] = "deepspeed-zero3"
+            said += [UNDER_ZERO_3] if self.gpus != 1 else []
+        else:
+            said = [f"{ONE_GPU}, without {NAMES[form.parallel]}{' with offloading' * offloads}", *form.besides]
+        return replace(found, setup=setup, differences=[*found.differences, *said])
+
+
+def read_launch(path: Path) -> Launch:
+    """Read accelerate's config or DeepSpeed's.
+
+    Raises:
+        UserError: a file that is neither, a value of the wrong type, what is not modelled.
+    """
+    values = read_values(path)
+    if "zero_optimization" in values:
+        return Launch("DeepSpeed", None, None, of_deepspeed(values, path.name))
+    if not any(mark in values for mark in MARKS):
+        raise UserError(f"{path}: neither accelerate's config nor DeepSpeed's: it has none of the keys that they need")
+    keys, table = Keys(values, path.name), meanings_of("accelerate")
+    refuse(keys, table)
+    keys.one_of("compute_environment", {"LOCAL_MACHINE": True}, True)
+    kind = _word(keys, "distributed_type", "NO").upper()
+    if kind not in TYPES:
+        raise UserError(f"{path.name}: distributed_type {kind!r} is not modelled: {', '.join(TYPES[1:])} are")
+    gpus = None if keys.get("num_processes") in (None, -1) else keys.count("num_processes", 1)
+    nodes = keys.count("num_machines", 1)
+    asked: dict[str, Any] = {MESH: keys.get(MESH)}
+    sections = {name: _section(keys, f"{name}_config") for name in ("fsdp", "deepspeed")}
+    setup: dict[str, Any] = {"amp": _precision(keys)}
+    if kind == "FSDP":
+        options = {"fsdp_auto_wrap_policy": "NO_WRAP", **sections["fsdp"]}
+        asked["fsdp_config"] = options
+        flag = "fsdp_activation_checkpointing"
+        setup["checkpoint"] = "block" if Keys(options, f"{path.name}: fsdp_config").flag(flag) else None
+    elif kind == "DEEPSPEED":
+        asked["deepspeed"] = _deepspeed(Keys(sections["deepspeed"], f"{path.name}: deepspeed_config"), path.parent)
+    judge(keys, table)
+    form = form_of(Keys(asked, path.name), fsdp_version=1)
+    setup = {**{name: value for name, value in setup.items() if value is not None}, **form.setup}
+    besides = (*form.besides, *keys.told_differences())
+    form = replace(form, parallel=form.parallel or "ddp", setup=setup, besides=besides)
+    return Launch("accelerate", 1 if kind == "NO" else gpus, None if kind == "NO" else nodes, form)
+
+
+def _word(keys: Keys, key: str, default: str) -> str:
+    """A word that YAML reads as false where it is NO without quotes."""
+    return default if keys.get(key) is False else keys.text(key, default) or default
+
+
+def _precision(keys: Keys) -> str | None:
+    """The dtype of autocast, or of DeepSpeed's weights."""
+    word = _word(keys, "mixed_precision", "no").lower()
+    if word not in PRECISIONS:
+        raise keys.wrong("mixed_precision", "no, bf16, fp16 or fp8")
+    if word == "fp8":
+        keys.differ(NOT_FP8, "mixed_precision")
+    return PRECISIONS[word]
+
+
+def _section(keys: Keys, key: str) -> dict[str, Any]:
+    return mapping(keys.get(key) or {}, f"{keys.origin}: {key}")
+
+
+def _deepspeed(keys: Keys, folder: Path) -> dict[str, Any] | str:
+    """DeepSpeed's config as accelerate makes it of its short form, or the path of one, from here or beside the file."""
+    path = keys.text("deepspeed_config_file")
+    if path is not None:
+        beside = str(folder / path)
+        return beside if is_file(beside) and not is_file(path) else path
+    zero: dict[str, Any] = {"stage": keys.values.get("zero_stage", DEFAULT_STAGE)}
+    for section in OFFLOADS:
+        zero[section] = {"device": keys.text(f"{section}_device", "none")}
+    read = ("zero_stage", "gradient_clipping", *(f"{section}_device" for section in OFFLOADS), *WITHOUT_WEIGHT)
+    rest = {key: value for key, value in keys.values.items() if key not in read}
+    return {**rest, "zero_optimization": zero, "gradient_clipping": keys.values.get("gradient_clipping", "auto")}

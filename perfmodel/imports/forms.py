@@ -1,0 +1,303 @@
+"""What several GPUs do, as a file says it: DeepSpeed's stages, FSDP, tensor parallel. How many there are `--gpus` says.
+
+Without it the answer is that of one GPU (`fields.engine`, `fields.fsdp`).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, nearest
+from ..resources import is_file, mapping, read_json
+from .keys import NOTHING, Keys
+from .meanings import judge, meanings_of
+
+STAGES = ("ddp", "zero1", "zero2", "zero3")
+OFFLOADS = ("offload_optimizer", "offload_param")
+OFFLOADED = "without offloading"
+ALL_REDUCED = "DDP, not DeepSpeed's own exchange of gradients (stage 0)"
+NOT_HERE = "DDP, not DeepSpeed, whose config is not here and whose name says no stage (deepspeed)"
+BY_NAME = "ZeRO-{} as the file's name says, its other options as usual (deepspeed)"
+AUTO_TP = "layers cut as PyTorch does it, not by DeepSpeed's AutoTP"
+# What DeepSpeed does where a key of `zero_optimization` is not there (runtime/zero/config.py), and at which stages
+BUCKET, THRESHOLD = 500_000_000, 100_000  # elements
+ABSENT = {"reduce_bucket_size": (BUCKET, (1, 2, 3)), "stage3_param_persistence_threshold": (THRESHOLD, (3,))}
+SWITCHED_OFF = {
+    "overlap_comm": "gradients exchanged beside backward",
+    "reduce_scatter": "gradients exchanged as by default",
+}  # keys that are on as it is modelled, and what is answered where they are off
+GRAD_OP = "weights freed behind the forward pass and gathered again, unlike shard_grad_op"
+ONE_GROUP = "shards over all GPUs, not within groups of them"
+# `ShardingStrategy` of FSDP1, by name and number (accelerate/utils/constants.py), and what is answered instead
+STRATEGIES = {
+    "full_shard": "", "shard_grad_op": GRAD_OP, "no_shard": "DDP, not FSDP's no_shard", "hybrid_shard": ONE_GROUP,
+    "hybrid_shard_zero2": ONE_GROUP,
+}  # fmt: skip
+WORDS = {"auto_wrap": "", "offload": OFFLOADED}  # of `fsdp`, beside strategies
+BY_BLOCKS = "wrapped block by block"
+# Sizes of a mesh other than tensor parallel, and what is answered where one is larger than 1
+SIZES = {
+    "context_parallel_size": "samples of its own for every GPU, without context parallel",
+    "sequence_parallel_degree": "samples of its own for every GPU, without context parallel",
+    "cp_size": "samples of its own for every GPU, without context parallel",
+    "sp_size": "samples of its own for every GPU, without sequence parallel",
+    "dp_replicate_size": ONE_GROUP, "mp_replicate_size": ONE_GROUP,
+    "expert_parallel_size": "without expert parallel",
+}  # fmt: skip
+# Of DDP: what is modelled, and what is answered where a file has something else
+DDP = {
+    "ddp_bucket_cap_mb": (25, "buckets of 25 MiB"),
+    "ddp_broadcast_buffers": (True, "buffers broadcast before forward passes"),
+    "ddp_static_graph": (False, "without DDP's static graph"),
+}
+TP = ("tensor_parallel_size", "tp_size")
+MESH = "parallelism_config"
+
+
+@dataclass(frozen=True)
+class AskedForm:
+    """What several GPUs do.
+
+    Attributes:
+        parallel: as `Setup` names it; None where nothing is said, which is DDP.
+        tp: GPUs that share every layer.
+        setup: further fields of `Setup` that it decides.
+        unlike: how the form that is modelled differs from the file's.
+        besides: the same of whatever form is taken.
+    """
+
+    parallel: str | None = None
+    tp: int = 1
+    setup: dict[str, Any] = field(default_factory=dict)
+    unlike: tuple[str, ...] = ()
+    besides: tuple[str, ...] = ()
+
+    def as_typed(self, parallel: str | None) -> "AskedForm":
+        """What is typed in the place of what a file says, if anything is."""
+        return self if parallel in (None, self.parallel or "ddp") else replace(self, parallel=parallel, unlike=())
+
+    def under(self, launch: "AskedForm") -> "AskedForm":
+        """A training file's form under that of its launcher, which counts where the file names none.
+
+        Raises:
+            UserError: they contradict each other.
+        """
+        for mine, its in ((self.parallel, launch.parallel), (self.tp, launch.tp)):
+            if mine not in (None, 1, its) and its not in (None, 1, "ddp"):
+                raise UserError(f"the training config asks for {mine}, the launcher for {its}: leave one of them out")
+        named, other = (launch, self) if self.parallel is None and launch.parallel else (self, launch)
+        same = other.unlike if (other.parallel or "ddp") == (named.parallel or "ddp") else ()
+        return AskedForm(
+            named.parallel, max(self.tp, launch.tp), {**launch.setup, **self.setup},
+            tuple(dict.fromkeys((*named.unlike, *same))), tuple(dict.fromkeys((*self.besides, *launch.besides))),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What `deepspeed` holds: DeepSpeed's config, or the path of one.
+
+    Attributes:
+        stage: None where nothing says it.
+        grouped: whether weights are updated in sub-groups of a size of their own.
+        config: None where the file is not here; the name says the stage then, as in DeepSpeed's and the tools'
+            examples (zero3.json, ds_z3_offload_config.json).
+    """
+
+    stage: int | None
+    offloads: bool
+    grouped: bool
+    config: dict[str, Any] | None = None
+
+
+SUB_GROUP = 1e9  # elements that DeepSpeed updates together by default, as is modelled
+IN_SUB_GROUPS = "deepspeed_configs"  # Axolotl's folder: `"sub_group_size": 0` in each of its zero3*.json
+
+
+def zero_of(keys: Keys, key: str = "deepspeed") -> Zero | None:
+    """What a key that holds DeepSpeed's config asks for; None if it is not there.
+
+    Raises:
+        UserError: neither a path nor a mapping, or a file that cannot be read.
+    """
+    value = keys.get(key)
+    if value is None:
+        return None
+    if isinstance(value, str) and is_file(value):
+        value = read_json(Path(value))
+    if isinstance(value, dict):
+        zero = value.get("zero_optimization")
+        zero = zero if isinstance(zero, dict) else {}
+        grouped = zero.get("sub_group_size", SUB_GROUP) != SUB_GROUP
+        return Zero(zero.get("stage"), any(_offloads(zero.get(key)) for key in OFFLOADS), grouped, value)
+    if not isinstance(value, str):
+        raise keys.wrong(key, "a path or a mapping")
+    name = Path(value).name.lower()
+    found = re.search(r"z(?:ero)?[-_]?(?:stage)?[-_]?([0-3])", name)
+    return Zero(int(found[1]) if found else None, "offload" in name, Path(value).parent.name == IN_SUB_GROUPS)
+
+
+def _offloads(section: Any) -> bool:
+    return isinstance(section, dict) and section.get("device", "none") != "none"
+
+
+def fsdp_options(keys: Keys) -> dict[str, Any]:
+    """FSDP's options, by their names without `fsdp_`; `fsdp_config` holds them or, as Transformers', names a file."""
+    options = keys.get("fsdp_config")
+    if isinstance(options, str) and is_file(options):
+        options = read_json(Path(options))
+    return without_prefix(options, "fsdp_") if isinstance(options, dict) else {}
+
+
+def without_prefix(section: Mapping[Any, Any], prefix: str) -> dict[str, Any]:
+    """A section whose keys may have a prefix, without it."""
+    return {str(key).removeprefix(prefix): value for key, value in section.items()}
+
+
+def form_of(keys: Keys, fsdp_version: int = 2) -> AskedForm:
+    """The form that a training config asks for.
+
+    Args:
+        fsdp_version: where the file names none; 2 is that of Transformers 5.
+
+    Raises:
+        UserError: a value of the wrong type, or that nobody knows.
+    """
+    zero, asked = zero_of(keys), [key for key in ("fsdp", "fsdp_config") if keys.get(key) not in NOTHING]
+    if zero is not None and asked:
+        raise UserError(f"{keys.origin}: deepspeed and {asked[0]} exclude each other: leave one of them out")
+    if zero is not None:
+        found = of_zero(zero, keys.origin)
+    elif asked:
+        words = keys.get("fsdp")
+        words = words.split() if isinstance(words, str) else words if isinstance(words, list) else []
+        version = {"version": keys.get("fsdp_version")} if keys.get("fsdp_version") else {}
+        options = {"version": fsdp_version, **fsdp_options(keys), **version}
+        found = of_fsdp(options, f"{keys.origin}: fsdp_config", [str(word) for word in words])
+    else:
+        other = [
+            (key, answered)
+            for key, (usual, answered) in DDP.items()
+            if keys.values.get(key, usual) not in (None, usual)
+        ]
+        found = AskedForm(unlike=tuple(f"{answered} ({key})" for key, answered in other))
+    return _on_mesh(found, keys)
+
+
+def of_zero(zero: Zero, origin: str) -> AskedForm:
+    """The form of DeepSpeed's config, whether it is here or only named."""
+    if zero.config is not None:
+        return of_deepspeed(zero.config, f"{origin}: deepspeed")
+    if zero.stage is None:
+        return AskedForm(unlike=(NOT_HERE,))
+    more = (OFFLOADED,) if zero.offloads else ()
+    return AskedForm(STAGES[zero.stage], unlike=(BY_NAME.format(zero.stage), *more))
+
+
+def of_deepspeed(config: Mapping[str, Any], origin: str) -> AskedForm:
+    """The form of DeepSpeed's own config.
+
+    Raises:
+        UserError: a value of the wrong type, or a stage that there is not.
+    """
+    zero = mapping(config.get("zero_optimization") or {}, f"{origin}: zero_optimization")
+    stage = zero.get("stage", 0)
+    if not isinstance(stage, int) or isinstance(stage, bool) or stage not in range(len(STAGES)):
+        raise UserError(f"{origin}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
+    own = {key: value for key, value in zero.items() if key not in OFFLOADS or _offloads(value)}
+    apart = {key: value for key, value in config.items() if key != "zero_optimization" and not _disabled(value)}
+    keys = Keys({**apart, **{f"zero_optimization.{k}": v for k, v in own.items()}}, origin)
+    keys.used.add("zero_optimization.stage")
+    if stage == 0:
+        keys.differ(ALL_REDUCED)
+    table = meanings_of("deepspeed")
+    for key, (usual, stages) in ABSENT.items():
+        if stage in stages and key not in zero:
+            keys.differ(f"{table.differs[f'zero_optimization.{key}']}, not DeepSpeed's {usual:,} elements")
+    for key, value in zero.items():
+        name = f"zero_optimization.{key}"
+        answered = SWITCHED_OFF.get(key) if value is False else table.differs.get(name) if value == 0 else None
+        if answered:
+            keys.differ(answered, name)
+    keys.used.update(f"zero_optimization.{key}" for key in SWITCHED_OFF)
+    setup: dict[str, Any] = {}
+    if keys.get("gradient_clipping") != "auto":
+        setup["clip_grad"] = keys.number("gradient_clipping") > 0  # nothing is clipped where the key is not there
+    dtypes = [dtype for dtype in ("bf16", "fp16") if _section(keys, dtype).get("enabled") is True]
+    if len(dtypes) > 1:
+        raise UserError(f"{origin}: bf16 and fp16 exclude each other: leave one of them out")
+    setup |= {"amp": dtypes[0]} if dtypes else {}
+    tp = Keys(_section(keys, "tensor_parallel"), f"{origin}: tensor_parallel").count("autotp_size", 1)
+    if tp > 1:
+        keys.differ(AUTO_TP, "tensor_parallel")
+    judge(keys, table)
+    return AskedForm(STAGES[stage], tp, setup, tuple(keys.told_differences()))
+
+
+def _disabled(section: Any) -> bool:
+    return isinstance(section, dict) and (section.get("enabled") is False or section.get("disable") is True)
+
+
+def _section(keys: Keys, key: str) -> dict[str, Any]:
+    return mapping(keys.get(key) or {}, f"{keys.origin}: {key}")
+
+
+def of_fsdp(options: Mapping[str, Any], origin: str, words: list[str]) -> AskedForm:
+    """The form of FSDP's options, by their names without `fsdp_`.
+
+    Args:
+        words: those of Transformers' older `fsdp`, such as full_shard and auto_wrap.
+
+    Raises:
+        UserError: a value of the wrong type, or that nobody knows.
+    """
+    keys = Keys(options, origin)
+    version = keys.count("version", 1)
+    if version > 2:
+        raise UserError(f"{origin}: version must be 1 or 2, got {version}")
+    strategy = _strategy(keys, words)
+    for word in (word for word in words if WORDS.get(word)):
+        keys.differ(WORDS[word])
+    if answered := STRATEGIES[strategy]:
+        keys.differ(answered)
+    policy = keys.text("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
+    if policy != "TRANSFORMER_BASED_WRAP":
+        keys.differ(BY_BLOCKS, "auto_wrap_policy")
+    keys.flag("activation_checkpointing")  # of the blocks, which is no matter of the form
+    judge(keys, meanings_of("fsdp"))
+    parallel = "ddp" if strategy == "no_shard" else f"fsdp{version}"
+    return AskedForm(parallel, unlike=tuple(keys.told_differences()))
+
+
+def _strategy(keys: Keys, words: list[str]) -> str:
+    """How FSDP shards: by word or number, or by whether weights are freed behind the forward pass."""
+    names, found = list(STRATEGIES), "full_shard"
+    asked = [word for word in words if word not in WORDS]
+    asked += [str(keys.get(key)) for key in ("sharding_strategy", "reshard_after_forward") if keys.get(key) is not None]
+    for word in asked:
+        number = int(word) - 1 if word.isdecimal() else -1
+        name = names[number] if 0 <= number < len(names) else word.lower()
+        name = {"true": "full_shard", "false": "shard_grad_op"}.get(name, name)
+        if name not in STRATEGIES:
+            raise UserError(f"{keys.origin}: the strategy {word!r} is unknown: {nearest(name, names)}")
+        found = name if name != "full_shard" else found
+    return found
+
+
+def _on_mesh(form: AskedForm, keys: Keys) -> AskedForm:
+    """The form with the sizes of a mesh that the keys give, or `parallelism_config`.
+
+    Raises:
+        UserError: a size that is no positive integer.
+    """
+    inner = keys.get(MESH)
+    given = without_prefix(inner, f"{MESH}_") if isinstance(inner, dict) else {}
+    sizes = Keys({**keys.values, **given}, keys.origin)
+    tp = max(form.tp, *(sizes.count(key, 1) for key in TP))
+    said = Keys({}, keys.origin)
+    for key, answered in SIZES.items():
+        if sizes.count(key, 1) > 1 and not (answered == ONE_GROUP and form.parallel in (None, "ddp")):
+            said.differ(answered, key)
+    return replace(form, tp=tp, besides=tuple(said.told_differences()))
