@@ -24,6 +24,9 @@ from .pointwise import cat
 from .shape import clone, narrow
 from .tensor import Grads, Node, Parameter, Storage, Tensor
 
+BESIDE = Run(COMMUNICATION, (COMPUTE,))
+WAITING = Run(after=(COMMUNICATION,))
+
 
 def from_host(name: str, shape: Shape, dtype: str) -> Tensor:
     """A tensor that the call `name` makes without naming a device, moved there: `torch.ones(…).to(device)`."""
@@ -52,9 +55,12 @@ def coin() -> None:
 def summed_over(x: Tensor, ranks: Ranks) -> Tensor:
     """A sum whose parts lie on several ranks (`Partial` to `Replicate`); its gradient is everywhere the same."""
     node = differentiate("RedistributeBackward", (x,), _as_it_is)
+    if node is None:  # summed in place where no gradient is wanted
+        record("c10d::allreduce_", (x,), (x,), Attrs(ranks=ranks), runs=BESIDE)
+        record("cuda::wait_event", (), (), Attrs(host=True), view=True, runs=WAITING)
+        return x
     out = _exchanged("_c10d_functional::all_reduce", x, x.shape, ranks)
-    if node is not None:
-        node.produces(out)
+    node.produces(out)
     return out
 
 
@@ -84,8 +90,8 @@ def gathered_over(x: Tensor, ranks: Ranks) -> Tensor:
 
 def _exchanged(name: str, x: Tensor, shape: Shape, ranks: Ranks) -> Tensor:
     out = new_tensor(shape, x.dtype)
-    record(name, (x,), (out,), Attrs(ranks=ranks), runs=Run(COMMUNICATION, (COMPUTE,)))
-    record("_c10d_functional::wait_tensor", (out,), (out,), view=True, runs=Run(after=(COMMUNICATION,)))
+    record(name, (x,), (out,), Attrs(ranks=ranks), runs=BESIDE)
+    record("_c10d_functional::wait_tensor", (out,), (out,), view=True, runs=WAITING)
     return out
 
 

@@ -32,8 +32,10 @@ from perfmodel.tracing.trace import NO_WORK, CallRecorder, Trace, call_name, eag
 
 from . import counts
 from .cases import Case
+from .tensor_parallel import cut_model, mend_adapters
 
 PEAK_TOLERANCE = 0.03
+META = torch.device("meta")
 COLLECTIVE = ("c10d", "_c10d_functional")
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_dot_product")
 
@@ -80,6 +82,8 @@ class RankRecorder(CallRecorder):  # type: ignore[no-untyped-call]
             if storage is not None:
                 self.live += storage.nbytes() - self.storages[key]
                 self.storages[key] = storage.nbytes()
+        if (kwargs or {}).get("device") == META:  # a shape is looked up
+            return func(*args, **kwargs)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
@@ -139,6 +143,9 @@ def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture) -> A
 @contextmanager
 def not_reducing(model: Any, setup: Setup) -> Iterator[None]:
     """accelerate's `no_sync`."""
+    if setup.replicas == 1:
+        yield
+        return
     if setup.parallel == "ddp":
         with model.no_sync():
             yield
@@ -199,7 +206,7 @@ def compare_rank(case: Case) -> counts.Result:
     """Trace a rank of the real program of a case and compare calls, bytes, collectives in their order, and memory."""
     architecture = from_config(case.config)
     step = build(architecture, methods.parse(case.method).bind(architecture), case.setup, "cpu")
-    with process_group(case.setup.parallel, case.setup.gpus):
+    with process_group(case.setup.parallel if case.setup.replicas > 1 else "tp", case.setup.gpus):
         return judge_rank(case, step, traced_rank(case, step.optimizer))
 
 
@@ -213,16 +220,19 @@ def traced_rank(case: Case, optimizer: str) -> RankRecorder:
     if setup.checkpoint != "none":
         reentrant = setup.checkpoint == "block-reentrant"
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
-    model = wrapped_for_ranks(model, setup, architecture)
+    if setup.replicas > 1:
+        model = wrapped_for_ranks(model, setup, architecture)
     real = trace_rank(model, setup, updates.make(model, optimizer, method))
     real.trace.total, real.trace.trainable = total, trainable
     return real
 
 
 def alone(config: Config, setup: Setup, architecture: Architecture, method: Method) -> Any:
-    """The model with the method on it, as one GPU alone would have it."""
+    """The model with the method on it, as one GPU alone would have it, or one of those that share its layers."""
     base = models.build_model(config, setup, device="cpu")
     method = method.under(setup.stack, setup.dtype)
+    if setup.tp > 1:
+        return mend_adapters(models.apply_method(cut_model(base, setup), method, architecture), setup)
     if isinstance(method, QuantisedLora):
         return apply_low_bit(base, method, architecture, setup)
     return models.apply_method(base, method, architecture)
@@ -252,7 +262,7 @@ def judge_rank(case: Case, step: Step, real: RankRecorder) -> counts.Result:
     if on_tape != nbytes:
         result.differences.append(f"bytes: {on_tape} on the tape, {nbytes} in the real program")
     expected, found = collectives(step), real.collectives
-    if case.setup.parallel == "ddp":  # the group was one of one process
+    if case.setup.parallel == "ddp" and case.setup.replicas > 1:  # the group was one of one process
         found = [c._replace(group=case.setup.gpus) for c in found]
     result.differences += in_another_order(expected, found)
     if (step.trainable, step.total) != (trace.trainable, trace.total):

@@ -22,6 +22,8 @@ METHODS = (
     "top_k:k=1",
     "top_k:k=2,inner=lora",
 )
+TENSOR_MODELS = ("llama", "mistral", "qwen2")
+TENSOR_METHODS = ("full", "lora:r=4", "lora:r=2,targets=all-linear,dropout=0.1,adapter_dtype=bf16")
 MANY_BUCKETS: dict[str, Any] = {  # DDP fills several (of 1 MiB, then 25)
     **SMALL["llama"], "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 4096,
 }  # fmt: skip
@@ -56,6 +58,7 @@ def rank_grid(which: str) -> Iterator[Case]:
         for setup in varied(k, 1 if which == "quick" else 5):
             setup = replace(setup, batch=1, seq=3, parallel="ddp")
             yield _case(Config(MANY_BUCKETS, "llama", "llama-large"), method, setup)
+    yield from tensor_grid(which)
 
 
 def zero_grid(which: str) -> Iterator[Case]:
@@ -75,6 +78,21 @@ def zero_grid(which: str) -> Iterator[Case]:
                         checkpoint = "block-reentrant" if reentrant else setup.checkpoint
                         casts: dict[str, Any] = {"dtype": "bf16", "amp": None, "checkpoint": checkpoint}
                         yield _case(config, method, replace(setup, parallel=parallel, **casts))
+
+
+def tensor_grid(which: str) -> Iterator[Case]:
+    """Its part of tensor parallel, with the architectures and methods that have it.
+
+    PyTorch's fused update and clipping refuse what these models mix, so it is updated parameter by parameter.
+    """
+    for i, name in enumerate(TENSOR_MODELS):
+        config = Config({**SMALL[name], "tie_word_embeddings": False}, name, f"{name}-untied")
+        for j, method in enumerate(TENSOR_METHODS):
+            setups = every() if which == "all" else varied(5 * i + 3 * j, 1 if which == "quick" else 5)
+            for setup in setups:
+                ranks = 4 if setup.gpus > 3 and config.values["num_key_value_heads"] % 4 == 0 else 2
+                plain: dict[str, Any] = {"dtype": "bf16", "amp": None, "clip_grad": False, "optimizer": "adamw-loop"}
+                yield _case(config, method, replace(setup, **plain, gpus=ranks, tp=ranks))
 
 
 def _case(config: Config, method: str, setup: Setup) -> Case:

@@ -68,6 +68,10 @@ def _changed(result: Any) -> str:
     return ", ".join(f"{k}={v}" for k, v in result.case.setup.as_dict().items() if v != usual[k])
 
 
+def _form(setup: Any) -> str:
+    return setup.parallel if setup.replicas > 1 else "tp"
+
+
 def _row(r: Any) -> dict[str, Any]:
     return {
         "model": r.case.config.name, "method": r.case.method, "setup": r.case.setup.as_dict(), "calls": r.calls,
@@ -80,7 +84,7 @@ def _summary(results: list[Any]) -> None:
     groups: dict[tuple[str, str, str], list[Any]] = {}
     several = any(r.collectives for r in results)
     for r in results:
-        form = f" {r.case.setup.parallel}" if several else ""
+        form = f" {_form(r.case.setup)}" if several else ""
         groups.setdefault((r.case.config.name, r.case.method, form), []).append(r)
     rows = []
     for (name, method, form), members in groups.items():
