@@ -7,7 +7,6 @@ from typing import Any
 
 from .. import optimizers
 from ..errors import UserError
-from ..resources import is_file, read_json
 from .keys import NOTHING, Keys
 
 # transformers/training_args.py, OptimizerNames; bitsandbytes' names with and without "bnb" mean the same
@@ -72,8 +71,9 @@ def engine(keys: Keys, *, zero3: bool = True) -> str:
     value = keys.get("deepspeed")
     if value is None:
         return "torch"
-    if isinstance(value, str) and is_file(value):
-        value = read_json(Path(value))
+    if isinstance(value, str):
+        named = keys.object_in(value)
+        value = value if named is None else named
     if isinstance(value, dict):
         zero = value.get("zero_optimization")
         zero = zero if isinstance(zero, dict) else {}

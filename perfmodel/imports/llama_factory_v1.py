@@ -4,11 +4,9 @@ The model is loaded in the dtype of its checkpoint, put in fp32 for full tuning,
 PyTorch's AdamW; FSDP casts what it gathers to bf16.
 """
 
-from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..resources import is_file, read_json
 from . import packing
 from .fields import FLASH, TORCHS_MUON, attention, own_code, spec
 from .keys import NO_TRAINING, Keys
@@ -76,7 +74,7 @@ def _precision(keys: Keys, method: str) -> dict[str, str | None]:
     name = dist.get("name")
     if name == "fsdpturbo" and half:
         return {"dtype": "bf16", "amp": None}
-    if (name == "fsdp2" and half) or (name == "deepspeed" and _in_bf16(dist.get("config_file"))):
+    if (name == "fsdp2" and half) or (name == "deepspeed" and _in_bf16(keys, dist.get("config_file"))):
         keys.differ(f"autocast, in the place of {'FSDP' if name == 'fsdp2' else 'DeepSpeed'}'s casts")
         return {"dtype": "fp32", "amp": "bf16"}
     return {"dtype": "fp32", "amp": None}
@@ -88,9 +86,9 @@ def _dist(keys: Keys) -> dict[str, Any]:
     return dist if isinstance(dist, dict) else {}
 
 
-def _in_bf16(config_file: Any) -> bool:
+def _in_bf16(keys: Keys, config_file: Any) -> bool:
     """Whether DeepSpeed's config computes in bf16; so without a word of it (`infer_deepspeed_mixed_precision`)."""
-    values = read_json(Path(config_file)) if isinstance(config_file, str) and is_file(config_file) else {}
+    values = (keys.object_in(config_file) if isinstance(config_file, str) else None) or {}
     bf16, fp16 = (_section(Keys(values, str(config_file)), key).get("enabled", "auto") for key in ("bf16", "fp16"))
     return bf16 is True or (bf16 is not False and fp16 is not False)
 

@@ -25,7 +25,8 @@ def show_plan(plan: Plan) -> None:
         show("\n" + table(("what takes the time", "", ""), rows))
         show(paragraph(words.energy_in_words(first)))
     else:
-        show("\n" + table(_heads(plan), [_row(plan, run) for run in _shown(plan)], left=(0, 1, _last(plan))))
+        heads, rows = plan_table(plan)
+        show("\n" + table(heads, rows, left=(0, 1, len(heads) - 1)))
         if any(_shared(run) for run in _shown(plan)):
             show(paragraph(f"{SHARED} a GPU's share of a larger machine, which is rented whole"), dim=True)
         more = len(plan.runs) - len(_shown(plan))
@@ -40,8 +41,9 @@ def _heads(plan: Plan) -> tuple[str, ...]:
     return ("GPU", "method", "time", "dollars", "an hour", "energy", *co2, "peak", "given up to fit")
 
 
-def _last(plan: Plan) -> int:
-    return len(_heads(plan)) - 1
+def plan_table(plan: Plan) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Heads and rows: the first runs, and those that the answer names."""
+    return _heads(plan), [_row(plan, run) for run in _shown(plan)]
 
 
 def _shown(plan: Plan) -> list[PlannedRun]:
