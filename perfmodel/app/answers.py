@@ -25,13 +25,15 @@ from ..report.page import fastest, fragment, rows_of_page
 from ..report.plan import plan_table
 from ..report.sweeps import plane
 from .choices import Choices
+from .guard import one_at_a_time
 
 TEMPLATES = Path(__file__).parent
 BATCHES, LENGTHS = 7, 7  # cells of the map each way, every one twice the one before
 KEPT = 64  # maps of the last questions
 
 
-def answer(c: Choices) -> str:
+@one_at_a_time
+def answer_html(c: Choices) -> str:
     """Sentence, table, waterfalls, memory and the plan, as HTML.
 
     Raises:
@@ -74,6 +76,7 @@ def planned(c: Choices, devices: Iterable[str] | None) -> Plan:
     return plan_job(c.model, c.methods, c.setup, None if devices is None else list(devices), job=job, price=price)
 
 
+@one_at_a_time
 def plan_everywhere(c: Choices) -> str:
     """The plan on every GPU, as HTML.
 
@@ -101,6 +104,7 @@ def _told(plan: Plan) -> dict[str, Any]:
     }
 
 
+@one_at_a_time
 def map_of(c: Choices) -> str:
     """The break-even map of the second method against the first, as HTML.
 
@@ -108,7 +112,7 @@ def map_of(c: Choices) -> str:
         UserError: what `sweep` refuses.
     """
     setup = replace(c.setup, batch=1, seq=1 << 14, prompt=None)  # the same for all places of the map
-    batches, lengths = around(c.setup.batch, BATCHES, 1), around(c.setup.seq, LENGTHS, 128)
+    batches, lengths = doublings_around(c.setup.batch, BATCHES, 1), doublings_around(c.setup.seq, LENGTHS, 128)
     labels, speedup, fits = _plane(replace(c, setup=setup), batches, lengths)
     found = BreakEven(list(batches), list(lengths), speedup, fits, labels, (int(c.setup.batch), int(c.setup.seq)))
     context = {"picture_of": both_forms(lambda width: breakeven(found, width)), "labels": labels}
@@ -124,7 +128,7 @@ def _plane(c: Choices, batches: tuple[int, ...], lengths: tuple[int, ...]) -> An
     return (first.in_words(), second.in_words()), plane(asked, blocks, "speedup"), plane(asked, blocks, "fits")
 
 
-def around(value: Dim, cells: int, low: int) -> tuple[int, ...]:
+def doublings_around(value: Dim, cells: int, low: int) -> tuple[int, ...]:
     """So many doublings from `low` on, or later ones where the value lies beyond them."""
     start = low
     while start << (cells - 1) < int(value):

@@ -1,7 +1,12 @@
-"""What stands before the page's server: small bodies only, and no way to leave a file."""
+"""What stands before the page's server: small bodies only, no way to leave a file, one question at a time."""
 
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from functools import wraps
+from threading import RLock
+from typing import Any, ParamSpec, TypeVar
+
+P, T = ParamSpec("P"), TypeVar("T")
+_ANSWERING = RLock()
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -10,6 +15,17 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LARGEST_BODY = 2 * 2**20  # bytes; a training config has at most 1 MiB (`imports.read`)
 STORES = ("/upload", "/upload/")  # ends of the addresses at which Gradio writes what it is sent to disk
+
+
+def one_at_a_time(ask: Callable[P, T]) -> Callable[P, T]:
+    """A function that waits until no other of its kind runs: there is one tape that steps are recorded on."""
+
+    @wraps(ask)
+    def run(*args: P.args, **named: P.kwargs) -> T:
+        with _ANSWERING:
+            return ask(*args, **named)
+
+    return run
 
 
 class Guard:

@@ -1,35 +1,23 @@
 """The page in Gradio: fields of a form in, HTML of `answers` out; nothing is reckoned here."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from ..architectures import from_config, load, model_names
-from ..architectures.names import name_order
-from ..devices import profile
 from ..errors import UserError
-from ..optimizers import optimizer_names
 from ..report.theme import CHARTS, FONT, PALETTE, variables
-from ..setup import CHECKPOINT, DTYPES, PARALLEL
-from .answers import answer, map_of, plan_everywhere
-from .choices import Choices, chosen_fields, of_form, of_query, to_query
+from .answers import answer_html, map_of, plan_everywhere
+from .choices import Choices, of_query, to_query
+from .form import fields_of_form, in_form, of_fields
 from .guard import Guard
 from .uploads import of_file
 from .written import as_command, as_config
 
 FOLDER = Path(__file__).parent
 WAITING, AT_ONCE = 64, 2  # requests that may wait, and that run together
-METHODS = (
-    "full", "lora:r=8", "lora:r=16,targets=all-linear", "lora:r=32,targets=q_proj+v_proj",
-    "lora:implementation=unsloth", "qlora:r=16,targets=all-linear", "dora:r=16", "paca:r=16", "top_k:k=8", "galore",
-    "ia3", "bitfit",
-)  # fmt: skip
-GPUS = (1, 2, 4, 8, 16, 32, 64)
-# fields of a setup that have one in the form
-TYPED = ("gpus", "parallel", "batch", "seq", "grad_accum", "dtype", "checkpoint", "optimizer")
 DROP = """<label class="area">Drop a training config here, or press to choose one: YAML of Axolotl or LLaMA-Factory,
 TRL's or Transformers' arguments, PEFT's adapter_config.json. It is read in memory and stored nowhere.
 <input type="file" accept=".yaml,.yml,.json" aria-label="Training config"/></label>"""
@@ -53,18 +41,6 @@ def theme() -> Any:
     return gr.themes.Base(primary_hue="blue", font=fonts, font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"])
 
 
-def models() -> list[str]:
-    """The bundled models that need no trace."""
-    found = []
-    for name in sorted(model_names(), key=name_order):
-        try:
-            from_config(load(name))
-        except UserError:
-            continue
-        found.append(name)
-    return found
-
-
 def framed(html: str) -> str:
     """HTML of an answer within the page's style."""
     return f'<div class="pm">{html}</div>'
@@ -78,31 +54,9 @@ def wrong(error: UserError) -> str:
 def shown(c: Choices) -> list[Any]:
     """What the page shows for choices: answer, command, config, query."""
     try:
-        return [framed(answer(c)), as_command(c), as_config(c), to_query(c)]
+        return [framed(answer_html(c)), as_command(c), as_config(c), to_query(c)]
     except UserError as error:
         return [wrong(error), "", "", to_query(c)]
-
-
-def in_form(c: Choices) -> list[Any]:
-    """The values of the form's fields."""
-    fields = chosen_fields(c.setup)
-    further = " ".join(f"{name}={value}" for name, value in fields.items() if name not in TYPED)
-    typed = [getattr(c.setup, name) for name in TYPED]
-    return [c.model, c.device, gr.Dropdown(choices=_offered(c.methods), value=list(c.methods)), *typed, further,
-            c.samples, c.epochs, c.price]  # fmt: skip
-
-
-def _offered(chosen: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys((*METHODS, *chosen)))
-
-
-def of_fields(*values: Any) -> Choices:
-    """The choices that the form's fields hold, in their order."""
-    model, device, methods, *rest = values
-    typed = dict(zip(TYPED, rest, strict=False))
-    for name in ("gpus", "batch", "seq", "grad_accum"):
-        typed[name] = str(typed[name]).removesuffix(".0")
-    return of_form(model, device, methods or (), typed, *rest[len(TYPED) :])
 
 
 def changed(*values: Any) -> list[Any]:
@@ -148,44 +102,17 @@ def dropped(event: gr.EventData, *values: Any) -> list[Any]:
     return [*in_form(c), *shown(c), framed(f"<ul>{told}</ul>")]
 
 
-def form() -> list[Any]:
-    """The fields, in the order of `in_form`."""
-    first = Choices()
-    devices = [(profile.load(name).name, name) for name in sorted(profile.names(), key=name_order)]
-    model = gr.Dropdown(models(), value=first.model, label="Model")
-    device = gr.Dropdown(devices, value=first.device, label="GPU")
-    methods = gr.Dropdown(
-        list(METHODS), value=list(first.methods), multiselect=True, allow_custom_value=True,
-        label="Methods, baseline first", info="Choose, or type such as lora:r=64,targets=q_proj+v_proj",
-    )  # fmt: skip
-    with gr.Row():
-        gpus = gr.Dropdown(list(GPUS), value=1, allow_custom_value=True, label="GPUs", min_width=90)
-        parallel = gr.Dropdown(list(PARALLEL), value="ddp", label="Parallel form", min_width=90)
-    batch = gr.Slider(1, 128, value=first.setup.batch, step=1, label="Batch, samples a GPU")
-    seq = gr.Slider(16, 16384, value=first.setup.seq, step=1, label="Tokens per sample")
-    with gr.Row():
-        accum = gr.Number(1, label="Micro-batches a step", precision=0, minimum=1, min_width=90)
-        dtype = gr.Dropdown(list(DTYPES), value="bf16", label="Base weights", min_width=90)
-    with gr.Row():
-        checkpoint = gr.Dropdown(list(CHECKPOINT), value="none", label="Checkpointing", min_width=90)
-        optimizer = gr.Dropdown(list(optimizer_names()), value="adamw", label="Optimizer", min_width=90)
-    with gr.Row():
-        samples = gr.Number(first.samples, label="Samples", precision=0, minimum=1, min_width=80)
-        epochs = gr.Number(first.epochs, label="Epochs", minimum=0.01, min_width=80)
-        price = gr.Number(None, label="Dollars a GPU hour", info="empty: list price", minimum=0, min_width=110)
-    further = gr.Textbox("", label="Further settings", info="as on the command line: kernels=liger lengths=400:1200",
-                         max_length=1000)  # fmt: skip
-    return [model, device, methods, gpus, parallel, batch, seq, accum, dtype, checkpoint, optimizer, further, samples,
-            epochs, price]  # fmt: skip
+def _to_copy(label: str, name: str) -> Any:
+    return gr.Textbox(label=label, buttons=["copy"], interactive=False, elem_id=name, elem_classes="code", max_lines=40)
 
 
-def build() -> gr.Blocks:
+def build_page() -> gr.Blocks:
     """The page."""
     with gr.Blocks(title="perfmodel", analytics_enabled=False, fill_width=True) as page:
         gr.HTML("<h1>What does a fine-tuning step cost?</h1>", elem_classes="pm")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                fields = form()
+                fields = fields_of_form()
                 drop = gr.HTML(DROP, elem_id="drop", js_on_load=(FOLDER / "drop.js").read_text(encoding="utf-8"))
                 said = gr.HTML("", elem_id="said")
             with gr.Column(scale=5, min_width=340):
@@ -193,9 +120,9 @@ def build() -> gr.Blocks:
                 map_ = gr.HTML("", elem_id="map")
                 every = gr.Button("The job on every GPU", elem_id="every")
                 everything = gr.HTML("", elem_id="everywhere")
-                link = gr.Textbox(label="Link to share", buttons=["copy"], interactive=False, elem_id="link")
-                command = gr.Code(label="As command", language="shell", elem_id="command", interactive=False)
-                config = gr.Code(label="As config (TRL)", language="yaml", elem_id="config", interactive=False)
+                link = _to_copy("Link to share", "link")
+                command = _to_copy("As command", "command")
+                config = _to_copy("As config (TRL)", "config")
                 query = gr.Textbox(visible=False)
         results = [told, command, config, query]
         bound: dict[str, Any] = {"queue": True, "api_visibility": "private", "show_progress": "hidden"}
@@ -223,7 +150,7 @@ def serve(
     """
     from starlette.middleware import Middleware
 
-    page = build()
+    page = build_page()
     page.launch(
         server_name=address, server_port=port, inbrowser=browser, share=False, quiet=not wait, show_error=False,
         css=css(), theme=theme(), footer_links=[], ssr_mode=False, prevent_thread_lock=not wait,
