@@ -5,7 +5,8 @@ from functools import wraps
 from threading import RLock
 from typing import Any, ParamSpec, TypeVar
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 _ANSWERING = RLock()
 
 Scope = MutableMapping[str, Any]

@@ -1,6 +1,5 @@
 """The page in Gradio: fields of a form in, HTML of `answers` out; nothing is reckoned here."""
 
-from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -67,17 +66,20 @@ def changed(*values: Any) -> list[Any]:
         return [wrong(error), "", "", gr.skip()]
 
 
-def _part(draw: Callable[[Choices], str]) -> Callable[..., str]:
-    def of_values(*values: Any) -> str:
-        try:
-            return framed(draw(of_fields(*values)))
-        except UserError as error:
-            return wrong(error)
-
-    return of_values
+def drawn(*values: Any) -> str:
+    """The map of the fields; empty where they have no answer, which stands above it."""
+    try:
+        return framed(map_of(of_fields(*values)))
+    except UserError:
+        return ""
 
 
-drawn, everywhere = _part(map_of), _part(plan_everywhere)
+def everywhere(*values: Any) -> str:
+    """The job of the fields on every GPU."""
+    try:
+        return framed(plan_everywhere(of_fields(*values)))
+    except UserError as error:
+        return wrong(error)
 
 
 def opened(request: gr.Request) -> list[Any]:
