@@ -90,8 +90,8 @@ def render(context: dict[str, Any], template: Path = FOLDER / "page.html.j2") ->
     Raises:
         UserError: Jinja2 is not installed.
     """
-    markup, escape = _markupsafe()
-    return fragment(context | {"command": escape(context["command"]), "style": markup(style())}, template)
+    _, safe = _jinja()
+    return fragment(context | {"command": safe.escape(context["command"]), "style": safe.Markup(style())}, template)
 
 
 def fragment(context: dict[str, Any], template: Path) -> str:
@@ -100,34 +100,34 @@ def fragment(context: dict[str, Any], template: Path) -> str:
     Raises:
         UserError: Jinja2 is not installed.
     """
-    markup, _ = _markupsafe()
-    told = {k: _markup(v, markup) for k, v in context.items()}
+    _, safe = _jinja()
+    told = {k: _markup(v, safe.Markup) for k, v in context.items()}
     return str(_environment(template.parent).get_template(template.name).render(**told))
 
 
-def _markupsafe() -> tuple[Any, Any]:
+def _jinja() -> tuple[Any, Any]:
     try:
-        from markupsafe import Markup, escape
+        import jinja2
+        import markupsafe
     except ImportError:
         raise UserError("the page needs the report extra (Jinja2): pip install 'perfmodel[report]'") from None
-    return Markup, escape
+    return jinja2, markupsafe
 
 
 @cache
 def _environment(folder: Path) -> Any:
     """Templates of a folder and of this one; what they show is escaped and typeset."""
-    markup, escape = _markupsafe()
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    jinja, safe = _jinja()
 
     def finalize(value: Any) -> Any:
         if isinstance(value, evidence.Link):
-            return markup('<a href="{}">{}</a>').format(value.url, value.text)
-        return value if isinstance(value, markup) or not isinstance(value, str) else escape(typeset(value))
+            return safe.Markup('<a href="{}">{}</a>').format(value.url, value.text)
+        return value if isinstance(value, safe.Markup) or not isinstance(value, str) else safe.escape(typeset(value))
 
-    return Environment(
-        loader=FileSystemLoader([folder, FOLDER]),
+    return jinja.Environment(
+        loader=jinja.FileSystemLoader([folder, FOLDER]),
         autoescape=True,
-        undefined=StrictUndefined,
+        undefined=jinja.StrictUndefined,
         finalize=finalize,
     )
 
