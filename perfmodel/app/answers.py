@@ -96,10 +96,12 @@ def _plan_or_why(c: Choices, devices: Iterable[str]) -> dict[str, Any]:
 
 def _told(plan: Plan) -> dict[str, Any]:
     heads, rows = plan_table(plan)
+    filled = [i for i in range(len(heads)) if any(row[i] for row in rows)]
+    heads, rows = tuple(heads[i] for i in filled), [[row[i] for i in filled] for row in rows]
     return {
         "answer": plan_answer(plan),
         "job": job_in_words(plan, plan.runs[0]) if plan.runs else "",
-        "table": {"heads": heads, "rows": rows, "style": "left2"} if plan.runs else None,
+        "table": {"heads": heads, "rows": rows, "style": "plan left2"} if plan.runs else None,
         "notes": plan_notes(plan),
     }
 

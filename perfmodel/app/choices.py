@@ -23,7 +23,7 @@ LONGEST_QUERY = 4000
 NOT_HERE = ("node", "stack", "images", "image_size")  # fields of a setup that name files, or need a trace
 KINDS: dict[str, type] = {"amp": str, "nodes": int, "prompt": int, "lengths": str}  # of fields that are None at first
 MEAN_AND_P95 = re.compile(r"\d{1,7}:\d{1,7}")
-DEFAULTS = Setup(batch=4, seq=210)
+DEFAULTS = Setup(batch=4, seq=512)
 
 
 @immutable
@@ -41,7 +41,7 @@ class Choices:
 
     model: str = "llama-3.2-3b"
     device: str = "l40s"
-    methods: tuple[str, ...] = ("full", "lora:r=32,targets=q_proj+v_proj")
+    methods: tuple[str, ...] = ("full", "lora:r=16,targets=all-linear")  # which every model has
     setup: Setup = DEFAULTS
     samples: int = 10_000
     epochs: float = 3.0

@@ -16,6 +16,7 @@ from perfmodel.app.answers import answer_html, doublings_around, map_of, plan_ev
 from perfmodel.app.choices import Choices
 from perfmodel.app.guard import LARGEST_BODY, Guard
 from perfmodel.errors import UserError
+from perfmodel.questions.plan.words import plan_answer
 from perfmodel.report.charts.breakeven import BreakEven, breakeven, tone
 from perfmodel.report.svg import typeset
 from perfmodel.setup import Setup
@@ -88,9 +89,10 @@ def test_visitors_do_not_disturb_one_another() -> None:
 
 
 def test_every_gpu_is_planned() -> None:
-    told = text_of(plan_everywhere(asked()))
-    assert "Cheapest" in told
-    assert "rtx-4090" in told
+    c = asked()
+    plan = perfmodel.plan(c.model, c.methods, c.setup, samples=c.samples, epochs=c.epochs)
+    assert text_of(plan_everywhere(c)).startswith(f" {typeset(plan_answer(plan))}")
+    assert len(plan.runs) > 50
 
 
 def test_several_gpus_are_answered() -> None:

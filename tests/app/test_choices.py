@@ -101,7 +101,7 @@ def test_what_a_stranger_may_not_choose(query: str, complaint: str) -> None:
 
 def test_keys_of_others_are_passed_over() -> None:
     """Who hands on a link appends keys of their own."""
-    assert of_query("utm_source=mail&__theme=dark&seq=210&batch=4") == Choices()
+    assert of_query("utm_source=mail&__theme=dark&seq=512&batch=4") == Choices()
 
 
 @pytest.mark.parametrize("field", ["stack", "node", "images", "colour"])

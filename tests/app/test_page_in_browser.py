@@ -122,7 +122,7 @@ def test_it_paints_and_answers_at_once(page: Any, address: str) -> None:
     assert paint / 1000 <= PAINTED
     times = page.evaluate(DRAG)
     assert median(times) / 1000 <= ANSWERED, sorted(times)
-    assert "batch 54 × 210 tokens" in told(page)
+    assert "batch 54 × 512 tokens" in told(page)
 
 
 def test_choices_are_in_the_address_and_come_back(page: Any, address: str) -> None:
@@ -198,7 +198,7 @@ def test_the_keyboard_is_enough(page: Any, address: str) -> None:
     page.focus("#batch input[type=range]")
     page.keyboard.press("ArrowRight")
     page.wait_for_function("location.search.includes('batch=5')")
-    assert "batch 5 × 210 tokens" in told(page)
+    assert "batch 5 × 512 tokens" in told(page)
 
 
 def test_every_gpu(page: Any, address: str) -> None:

@@ -7,10 +7,10 @@ import numpy as np
 
 from ...questions.speedup import SAME
 from ..svg import Canvas
+from ..theme import TONES
 from . import WIDE
 
 FULL = 2.0  # times faster or slower: from there on the colour is at its strongest
-LEVELS = 4  # tones between the same and that
 HEAD, FOOT, LEFT = 8.0, 42.0, 52.0  # px
 
 
@@ -35,7 +35,7 @@ class BreakEven:
 
 
 def breakeven(plane: BreakEven, width: int = WIDE) -> Canvas:
-    """The picture: blue where the method is faster, red where slower, a cross where it does not fit."""
+    """The picture: blue where the method is faster, red where slower, struck out where it does not fit."""
     columns, rows = len(plane.seq), len(plane.batch)
     cell = (width - LEFT - 4) / columns
     tall = 30.0 if width >= WIDE else 34.0
@@ -59,15 +59,16 @@ def _cell(
 ) -> None:
     said = f"batch {at[0]:,}, {at[1]:,} tokens: {ratio:.2f}x{'' if fits else ', does not fit'}"
     canvas.rect(x + 1, y + 1, wide - 2, tall - 2, tone(ratio), said)
-    text = f"{ratio:.2f}" + ("" if fits else " ✕")
-    canvas.text(x + wide / 2, y + tall / 2 + 4.5, text, "muted" if not fits else "", "middle")
+    if not fits:
+        canvas.line(x + 2, y + tall - 2, x + wide - 2, y + 2, "unfit")
+    canvas.text(x + wide / 2, y + tall / 2 + 4.5, f"{ratio:.2f}", "" if fits else "muted", "middle")
 
 
 def tone(ratio: float) -> str:
     """The class of a cell's colour: the same within 5 %, else one of a few tones of faster or slower."""
     if 1 / (1 + SAME) <= ratio <= 1 + SAME:
         return "f-grid"
-    level = min(LEVELS, 1 + int(LEVELS * abs(log2(ratio)) / log2(FULL)))
+    level = min(len(TONES), 1 + int(len(TONES) * abs(log2(ratio)) / log2(FULL)))
     return f"f-{'saved' if ratio > 1 else 'added'} tone-{level}"
 
 
