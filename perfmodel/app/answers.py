@@ -22,7 +22,7 @@ from ..report.charts.breakeven import BreakEven, breakeven
 from ..report.exhibits import both_forms, memories, waterfalls
 from ..report.figures import headline, mfu_of
 from ..report.page import fastest, fragment, rows_of_page
-from ..report.plan import plan_table
+from ..report.plan import plan_table, shares_in_words
 from ..report.sweeps import plane
 from .choices import Choices
 from .guard import one_at_a_time
@@ -91,7 +91,7 @@ def _plan_or_why(c: Choices, devices: Iterable[str]) -> dict[str, Any]:
     try:
         return _told(planned(c, devices))
     except UserError as error:
-        return {"answer": str(error), "job": "", "table": None, "notes": []}
+        return {"answer": str(error), "job": "", "shares": "", "table": None, "notes": []}
 
 
 def _told(plan: Plan) -> dict[str, Any]:
@@ -101,6 +101,7 @@ def _told(plan: Plan) -> dict[str, Any]:
     return {
         "answer": plan_answer(plan),
         "job": job_in_words(plan, plan.runs[0]) if plan.runs else "",
+        "shares": shares_in_words(plan),
         "table": {"heads": heads, "rows": rows, "style": "plan left2"} if plan.runs else None,
         "notes": plan_notes(plan),
     }

@@ -183,13 +183,13 @@ def of_query(query: str) -> Choices:
     changes |= {"methods": methods} if methods else {}
     for name in ("samples", "epochs", "price"):
         if name in given:
-            changes[name] = number(name, given[name], whole=name == "samples")
+            changes[name] = positive_number(name, given[name], whole=name == "samples")
     known = setup_fields()
     usual = Setup() if any(name in given for name in known) else DEFAULTS
     return Choices(setup=with_fields(usual, {k: v for k, v in given.items() if k in known}), **changes)
 
 
-def number(name: str, text: Any, *, whole: bool = False) -> Any:
+def positive_number(name: str, text: Any, *, whole: bool = False) -> Any:
     """A positive number that was typed.
 
     Raises:
@@ -220,6 +220,6 @@ def of_form(
     """
     given = {**{name: str(value).lower() for name, value in typed.items()}, **further_fields(further)}
     return Choices(
-        model, device, tuple(methods), with_fields(Setup(), given), number("samples", samples, whole=True),
-        number("epochs", epochs), number("price", price) if price not in (None, "", 0) else None,
+        model, device, tuple(methods), with_fields(Setup(), given), positive_number("samples", samples, whole=True),
+        positive_number("epochs", epochs), positive_number("price", price) if price not in (None, "", 0) else None,
     )  # fmt: skip

@@ -66,7 +66,7 @@ def changed(*values: Any) -> list[Any]:
         return [wrong(error), "", "", gr.skip()]
 
 
-def drawn(*values: Any) -> str:
+def map_drawn(*values: Any) -> str:
     """The map of the fields; empty where they have no answer, which stands above it."""
     try:
         return framed(map_of(of_fields(*values)))
@@ -135,7 +135,7 @@ def build_page() -> gr.Blocks:
         ]
         for start in starts:
             start.then(None, [query], [link], js=SHARE)
-            start.then(drawn, fields, [map_], trigger_mode="always_last", **bound)
+            start.then(map_drawn, fields, [map_], trigger_mode="always_last", **bound)
         every.click(everywhere, fields, [everything], **bound)
     return page.queue(max_size=WAITING, default_concurrency_limit=AT_ONCE, api_open=False)
 

@@ -41,7 +41,7 @@ CHARTS = (  # classes that the pictures use
     ".chart .dashed{stroke-dasharray:2 5}"
     ".chart .halo{paint-order:stroke;stroke:var(--ground);stroke-width:4px;stroke-linejoin:round}"
     + "".join(f".chart .f-{name}{{fill:var(--{name})}}.chart .s-{name}{{stroke:var(--{name})}}" for name in PALETTE)
-    + ".chart .here{fill:none;stroke:var(--ink);stroke-width:2.5}.chart .unfit{stroke:var(--muted);stroke-width:1}"
+    + ".chart .here{fill:none;stroke:var(--ink);stroke-width:2.5}"
     + "".join(f".chart .tone-{level}{{fill-opacity:{opacity}}}" for level, opacity in enumerate(TONES, start=1))
     + ".chart .bubble{fill-opacity:.55;stroke-opacity:.9;stroke-width:1}"
 )

@@ -11,7 +11,7 @@ from ..theme import TONES
 from . import WIDE
 
 FULL = 2.0  # times faster or slower: from there on the colour is at its strongest
-HEAD, FOOT, LEFT = 8.0, 42.0, 52.0  # px
+HEAD, FOOT, LEFT, CORNER = 8.0, 42.0, 52.0, 10.0  # px
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class BreakEven:
 
 
 def breakeven(plane: BreakEven, width: int = WIDE) -> Canvas:
-    """The picture: blue where the method is faster, red where slower, struck out where it does not fit."""
+    """The picture: blue where the method is faster, red where slower, a filled corner where it does not fit."""
     columns, rows = len(plane.seq), len(plane.batch)
     cell = (width - LEFT - 4) / columns
     tall = 30.0 if width >= WIDE else 34.0
@@ -60,7 +60,8 @@ def _cell(
     said = f"batch {at[0]:,}, {at[1]:,} tokens: {ratio:.2f}x{'' if fits else ', does not fit'}"
     canvas.rect(x + 1, y + 1, wide - 2, tall - 2, tone(ratio), said)
     if not fits:
-        canvas.line(x + 2, y + tall - 2, x + wide - 2, y + 2, "unfit")
+        right, top = x + wide - 1, y + 1
+        canvas.path([(right - CORNER, top), (right, top), (right, top + CORNER)], "f-muted")
     canvas.text(x + wide / 2, y + tall / 2 + 4.5, f"{ratio:.2f}", "" if fits else "muted", "middle")
 
 
