@@ -3,4 +3,4 @@
 from perfmodel.app.page import serve
 
 if __name__ == "__main__":
-    serve()
+    serve().block_thread()

@@ -140,22 +140,22 @@ def build_page() -> gr.Blocks:
     return page.queue(max_size=WAITING, default_concurrency_limit=AT_ONCE, api_open=False)
 
 
-def serve(
-    address: str | None = None, port: int | None = None, *, browser: bool = False, wait: bool = True
-) -> gr.Blocks:
-    """Build the page and answer requests.
+def serve(address: str | None = None, port: int | None = None, *, browser: bool = False) -> gr.Blocks:
+    """Build the page and answer requests, in threads of their own: `block_thread` of what is returned waits.
 
     Args:
-        address: that it binds to; None: what Gradio's environment says, as on Spaces, else loopback.
+        address, port: that it binds to; None: what Gradio's environment says, as on Spaces, else loopback and 7860.
         browser: whether to open one.
-        wait: until it is ended.
+
+    Raises:
+        OSError: the port is taken.
     """
     from starlette.middleware import Middleware
 
     page = build_page()
     page.launch(
-        server_name=address, server_port=port, inbrowser=browser, share=False, quiet=not wait, show_error=False,
-        css=css(), theme=theme(), footer_links=[], ssr_mode=False, prevent_thread_lock=not wait,
+        server_name=address, server_port=port, inbrowser=browser, share=False, quiet=True, show_error=False,
+        css=css(), theme=theme(), footer_links=[], ssr_mode=False, prevent_thread_lock=True,
         app_kwargs={"middleware": [Middleware(Guard)]}, enable_monitoring=False,
     )  # fmt: skip
     return page

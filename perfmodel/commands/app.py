@@ -25,6 +25,8 @@ def app(host: str, port: int, browser: bool) -> None:
         needs = f"the page needs the app extra ({error.name} is missing)"
         raise UserError(f"{needs}: pip install 'perfmodel[app]'") from None
     try:
-        serve(host, port, browser=browser)
-    except OSError as error:
-        raise UserError(f"{host}:{port} cannot be listened on: {error}") from None
+        page = serve(host, port, browser=browser)
+    except OSError:
+        raise UserError(f"{host}:{port} cannot be listened on; give another --port or --host") from None
+    click.echo(f"the page is at {page.local_url} (Ctrl-C ends it)")
+    page.block_thread()

@@ -207,6 +207,14 @@ def test_every_gpu(page: Any, address: str) -> None:
     page.wait_for_function("document.querySelector('#everywhere').innerText.includes('Cheapest')")
 
 
+def test_a_port_that_is_taken_is_one_line(address: str) -> None:
+    port = address.rstrip("/").rpartition(":")[2]
+    command = [sys.executable, "-m", "perfmodel", "app", "--port", port]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == f"perfmodel: 127.0.0.1:{port} cannot be listened on; give another --port or --host\n"
+
+
 def test_it_does_not_listen_to_others(address: str) -> None:
     """Loopback alone, unless it is told otherwise; and no way to leave a file."""
     port = int(address.rstrip("/").rpartition(":")[2])
