@@ -38,9 +38,9 @@ def test_the_command_asks_the_same(c: Choices) -> None:
     """What is copied from the page answers as the page does: every option of it is one of the commands'."""
     for line in as_command(c).splitlines():
         _, name, *words = shlex.split(line)
-        command = main.get_command(None, name)  # type: ignore[arg-type]
-        assert command is not None
-        with command.make_context(name, words) as context:
+        with main.make_context("perfmodel", [name]) as parent:
+            command = main.get_command(parent, name)
+        with command.make_context(name, words, parent=parent) as context:
             given = context.params
         assert (given["model"], tuple(given["methods"])) == (c.model, c.methods)
         names = [n for n in setup_fields() if n in given]
