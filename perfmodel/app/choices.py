@@ -176,7 +176,7 @@ def of_query(query: str) -> Choices:
     """
     if len(query) > LONGEST_QUERY:
         raise UserError(f"the address is longer than {LONGEST_QUERY} characters")
-    pairs = parse_qsl(query.replace("+", "%2B"), max_num_fields=200)
+    pairs = parse_qsl(query.replace("+", "%2B"))
     given = dict(pairs)
     changes: dict[str, Any] = {name: given[name] for name in ("model", "device") if name in given}
     methods = tuple(value for name, value in pairs if name == "method")
@@ -186,7 +186,16 @@ def of_query(query: str) -> Choices:
             changes[name] = positive_number(name, given[name], whole=name == "samples")
     known = setup_fields()
     usual = Setup() if any(name in given for name in known) else DEFAULTS
-    return Choices(setup=with_fields(usual, {k: v for k, v in given.items() if k in known}), **changes)
+    named = {k: v for k, v in given.items() if k in known}
+    return Choices(setup=with_fields(usual, own_attention(given.get("model")) | named), **changes)
+
+
+def own_attention(model: str | None) -> dict[str, str]:
+    """The attention of a model that lacks the usual one, as a field of a setup; none for the others."""
+    if model is None:
+        return {}
+    has = from_config(load(bundled_model(model))).traits.attention
+    return {} if Setup().attention in has else {"attention": has[0]}
 
 
 def positive_number(name: str, text: Any, *, whole: bool = False) -> Any:
@@ -218,7 +227,8 @@ def of_form(
     Raises:
         UserError: what cannot be chosen.
     """
-    given = {**{name: str(value).lower() for name, value in typed.items()}, **further_fields(further)}
+    in_fields = {name: str(value).lower() for name, value in typed.items()}
+    given = own_attention(model) | in_fields | further_fields(further)
     return Choices(
         model, device, tuple(methods), with_fields(Setup(), given), positive_number("samples", samples, whole=True),
         positive_number("epochs", epochs), positive_number("price", price) if price not in (None, "", 0) else None,

@@ -104,6 +104,14 @@ def test_keys_of_others_are_passed_over() -> None:
     assert of_query("utm_source=mail&__theme=dark&seq=512&batch=4") == Choices()
 
 
+@pytest.mark.parametrize(("model", "attention"), [("gpt-oss-20b", "eager"), ("gpt2", "sdpa")])
+def test_a_model_without_the_usual_attention_has_its_own(model: str, attention: str) -> None:
+    """Who chooses a model with the mouse does not know that its program lacks a kernel."""
+    assert of_query(f"model={model}").setup.attention == attention
+    assert of_form(model, "l40s", ["full", "lora"], {"batch": 1}, "", 1, 1, None).setup.attention == attention
+    assert of_query("model=gemma-2-2b&attention=flash2").setup.attention == "flash2"
+
+
 @pytest.mark.parametrize("field", ["stack", "node", "images", "colour"])
 def test_fields_that_need_files_or_traces_cannot_be_set(field: str) -> None:
     with pytest.raises(UserError, match="cannot be set on this page"):
