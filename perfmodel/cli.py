@@ -17,6 +17,7 @@ COMMANDS = {  # command -> its file in `commands/`
     "sweep": "sweep",
     "plan": "plan",
     "report": "report",
+    "app": "app",
     "record": "record",
     "models": "lists",
     "methods": "lists",

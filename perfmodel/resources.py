@@ -116,7 +116,16 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, is not JSON, or holds something else.
     """
-    return mapping(parsed(read_text(path), json.loads, "JSON", str(path)), str(path))
+    return json_object(read_text(path), str(path))
+
+
+def json_object(text: str, where: str) -> dict[str, Any]:
+    """The object that a text in JSON holds; `where` is its place in complaints.
+
+    Raises:
+        UserError: it is not JSON, or holds something else.
+    """
+    return mapping(parsed(text, json.loads, "JSON", where), where)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

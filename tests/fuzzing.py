@@ -248,7 +248,8 @@ def arguments(draw: DrawFn, command: click.Command) -> list[str]:
 
 
 MEASURING = ("validate", "calibrate")  # they run for minutes
-QUICK = [name for name in COMMANDS if name not in MEASURING]
+SERVING = ("app",)  # it runs until it is ended
+QUICK = [name for name in COMMANDS if name not in (*MEASURING, *SERVING)]
 
 
 def write_folder(folder: Path, small: dict[str, dict[str, Any]], configs: Path, device: str) -> None:

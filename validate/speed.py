@@ -25,6 +25,7 @@ from perfmodel.questions.sweeps import Sweep, sweep
 from perfmodel.tracing.recorded import traced
 
 MODEL, METHOD, DEVICE = "llama-3.2-3b", "lora:r=32,targets=q_proj+v_proj", "l40s"
+WITH_NICS = "h100-sxm"  # nodes of it have a network
 WHERE = ("--model", MODEL, "--device", DEVICE, "--batch", "4", "--seq", "210")
 SEVERAL = ("--gpus", "8", "--parallel", "fsdp2")
 COLD: dict[str, tuple[tuple[str, ...], float]] = {  # what -> arguments, and its limit, x `python -c "import numpy"`
@@ -142,7 +143,7 @@ def measure_promises() -> list[Promise]:
     everywhere = min(_once(EVERYWHERE) for _ in range(3))
     rate = _rate(sweep(MODEL, [METHOD], device=DEVICE, batch=BATCHES, seq=SEQS))
     some: dict[str, Any] = {"batch": BATCHES, "seq": SEQS[: len(SEQS) // len(GPUS)], "gpus": GPUS, "parallel": "fsdp2"}
-    of_gpus = _rate(sweep(MODEL, [METHOD], device=DEVICE, **some))
+    of_gpus = _rate(sweep(MODEL, [METHOD], device=WITH_NICS, **some))
     return [
         *(
             (f"cold {command} / import numpy", f"{cold[command]:.2f}", f"{limit}", cold[command] <= limit)

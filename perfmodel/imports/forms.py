@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, nearest
-from ..resources import is_file, mapping, read_json
+from ..resources import mapping
 from .keys import NOTHING, Keys
 from .meanings import judge, meanings_of
 
@@ -125,8 +125,9 @@ def zero_of(keys: Keys, key: str = "deepspeed") -> Zero | None:
     value = keys.get(key)
     if value is None:
         return None
-    if isinstance(value, str) and is_file(value):
-        value = read_json(Path(value))
+    if isinstance(value, str):
+        named = keys.object_in(value)
+        value = value if named is None else named
     if isinstance(value, dict):
         zero = value.get("zero_optimization")
         zero = zero if isinstance(zero, dict) else {}
@@ -146,8 +147,8 @@ def _offloads(section: Any) -> bool:
 def fsdp_options(keys: Keys) -> dict[str, Any]:
     """FSDP's options, by their names without `fsdp_`; `fsdp_config` holds them or, as Transformers', names a file."""
     options = keys.get("fsdp_config")
-    if isinstance(options, str) and is_file(options):
-        options = read_json(Path(options))
+    if isinstance(options, str):
+        options = keys.object_in(options)
     return without_prefix(options, "fsdp_") if isinstance(options, dict) else {}
 
 

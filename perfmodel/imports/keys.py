@@ -1,9 +1,11 @@
 """A config file's keys with typed access, and what is to be said of the answer."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, nearest
+from ..resources import is_file, read_json
 
 NO_TRAINING = "no training config"  # of files that lie beside training configs
 NOTHING: tuple[Any, ...] = (None, "", False, [], {})
@@ -16,13 +18,17 @@ class Keys:
 
     Attributes:
         place: the parts of the file's path.
+        alone: whether the file is only a text, beside which no other file is read.
         differences: how the step that is answered differs from the file's, each with the keys that ask for it.
     """
 
-    def __init__(self, values: Mapping[str, Any], origin: str, place: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, values: Mapping[str, Any], origin: str, place: tuple[str, ...] = (), *, alone: bool = False
+    ) -> None:
         self.values = values
         self.origin = origin
         self.place = place
+        self.alone = alone
         self.used: set[str] = set()
         self.differences: dict[str, list[str]] = {}
 
@@ -35,6 +41,14 @@ class Keys:
         self.used.add(key)
         value = self.values.get(key)
         return None if value == "" else value
+
+    def but(self, **values: Any) -> "Keys":
+        """The same file with other values of some keys."""
+        return Keys({**self.values, **values}, self.origin, self.place, alone=self.alone)
+
+    def object_in(self, name: str) -> dict[str, Any] | None:
+        """The object of a JSON file that a value names; None if it is not here, or not to be read."""
+        return None if self.alone or not is_file(name) else read_json(Path(name))
 
     def flag(self, key: str, default: bool = False) -> bool:
         """true or false."""

@@ -5,11 +5,9 @@ PyTorch's AdamW; FSDP casts what it gathers to bf16.
 """
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..resources import is_file, read_json
 from . import packing
 from .fields import FLASH, TORCHS_MUON, attention, own_code, spec
 from .forms import AskedForm, form_of
@@ -78,7 +76,7 @@ def _precision(keys: Keys, method: str) -> dict[str, str | None]:
     name = dist.get("name")
     if name == "fsdpturbo" and half:
         return {"dtype": "bf16", "amp": None}
-    if (name == "fsdp2" and half) or (name == "deepspeed" and _in_bf16(dist.get("config_file"))):
+    if (name == "fsdp2" and half) or (name == "deepspeed" and _in_bf16(keys, dist.get("config_file"))):
         keys.differ(f"autocast, in the place of {'FSDP' if name == 'fsdp2' else 'DeepSpeed'}'s casts")
         return {"dtype": "fp32", "amp": "bf16"}
     return {"dtype": "fp32", "amp": None}
@@ -101,17 +99,17 @@ def form_of_llama_factory_v1(keys: Keys) -> AskedForm:
     if name is None:
         return form_of(keys)
     if name == "deepspeed":
-        return form_of(Keys({**keys.values, "deepspeed": dist.get("config_file")}, keys.origin))
+        return form_of(keys.but(deepspeed=dist.get("config_file")))
     options = {"version": 2, **dist.values}
-    sharded = form_of(Keys({**keys.values, "fsdp_config": options}, keys.origin))
+    sharded = form_of(keys.but(fsdp_config=options))
     if name == "fsdpturbo":
         return replace(sharded, unlike=(*sharded.unlike, "FSDP2, not FSDPTurbo"))
     return replace(sharded, setup={"amp": "bf16"} if keys.flag("bf16", True) else {})
 
 
-def _in_bf16(config_file: Any) -> bool:
+def _in_bf16(keys: Keys, config_file: Any) -> bool:
     """Whether DeepSpeed's config computes in bf16; so without a word of it (`infer_deepspeed_mixed_precision`)."""
-    values = read_json(Path(config_file)) if isinstance(config_file, str) and is_file(config_file) else {}
+    values = (keys.object_in(config_file) if isinstance(config_file, str) else None) or {}
     bf16, fp16 = (_section(Keys(values, str(config_file)), key).get("enabled", "auto") for key in ("bf16", "fp16"))
     return bf16 is True or (bf16 is not False and fp16 is not False)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..recording.parallel.form import ALONE
-from ..resources import mapping, parsed, read_json, read_text
+from ..resources import LARGEST, json_object, mapping, parsed, read_json, read_text
 from . import adapter, axolotl, llama_factory, llama_factory_v1, meanings, packing, peft_benchmark, trainer
 from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, ONE_GPU, UNDER_ZERO_3
 from .forms import AskedForm, form_of
@@ -167,7 +167,26 @@ def read(path: str | Path) -> Imported:
     path = Path(path)
     if (experiment := peft_benchmark.experiment_parameters(path)) is not None:
         return _of_experiment(path, experiment)
-    values = read_values(path)
+    return _imported(path, read_values(path), alone=False)
+
+
+def read_alone(name: str, text: str) -> Imported:
+    """Read a config from its text: no file is looked at, neither one that it names nor one beside its own place.
+
+    Args:
+        name: of the file; its ending says what the text is, and complaints begin with it.
+
+    Raises:
+        UserError: as of `read`.
+    """
+    path = Path(Path(name).name)
+    if len(text.encode(errors="replace")) > LARGEST_YAML:
+        raise UserError(f"{path}: larger than {LARGEST_YAML // 2**20} MiB, so not what is read here")
+    return _imported(path, _parsed(path, text), alone=True)
+
+
+def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
+    """What the values of a file say."""
     _refuse_others(path, values)
     found = next((tool for tool in TOOLS if tool.owns(values)), None)
     if found is None:
@@ -175,7 +194,7 @@ def read(path: str | Path) -> Imported:
             f"{path}: not a config of PEFT, Axolotl, LLaMA-Factory, TRL or Transformers: it has none of the keys they "
             "need"
         )
-    keys, table = Keys(values, path.name, path.parts), meanings.meanings_of(*found.tables)
+    keys, table = Keys(values, path.name, path.parts, alone=alone), meanings.meanings_of(*found.tables)
     if found.name == "PEFT":
         return _of_adapter(found.name, path, keys, table)
     meanings.refuse(keys, table)
@@ -218,7 +237,7 @@ def _of_adapter(tool: str, path: Path, keys: Keys, table: Meanings) -> Imported:
         adapter.differ_without_data(keys)
         base, differences = keys.text("base_model_name_or_path"), keys.told_differences()
         return Imported(tool, base, None, {}, [], [], differences, adapter=path, why_traced=why)
-    if model is None and (generation := peft_benchmark.generation_of(path)) is not None:
+    if model is None and not keys.alone and (generation := peft_benchmark.generation_of(path)) is not None:
         model, setup = generation[0], setup | generation[1]
         return Imported(tool, model, method, setup, rest, notes, [peft_benchmark.ONLY_GENERATES], adapter=path)
     return Imported(tool, model, method, setup, rest, notes, adapter=path)
@@ -277,11 +296,14 @@ def read_values(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or holds something else.
     """
+    return _parsed(path, read_text(path, LARGEST if path.suffix == ".json" else LARGEST_YAML))
+
+
+def _parsed(path: Path, text: str) -> dict[str, Any]:
     if path.suffix == ".json":
-        return read_json(path)
+        return json_object(text, str(path))
     import yaml
 
-    text = read_text(path, LARGEST_YAML)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # that of C is ten times as fast
     values = mapping(parsed(text, partial(yaml.load, Loader=loader), "YAML", str(path), yaml.YAMLError), str(path))
     _check_size(values, path)

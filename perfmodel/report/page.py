@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import date
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from ..devices.profile import DeviceProfile
 from ..errors import UserError
 from ..methods import Method
 from ..prediction.predict import Model
-from ..questions.comparison import compare
+from ..questions.comparison import Comparison, compare
 from ..questions.explanation import Explanation, of_predictions
 from ..setup import Setup
 from . import evidence, exhibits
@@ -57,7 +58,7 @@ def report(
         "differs": differs,
         "answers": [e.answer for e in explained],
         "labels": labels,
-        "figures": [{"name": r.name.strip(), "sub": r.name != r.name.strip(), "cells": r.cells} for r in figures(c)],
+        "figures": rows_of_page(c),
         "mfu": mfu_of(*c.predictions),
         "command": command,
         "signature": f"perfmodel {_version()}, {date.today().isoformat()}. Made by:",
@@ -72,6 +73,11 @@ def report(
     return render(context)
 
 
+def rows_of_page(c: Comparison) -> list[dict[str, Any]]:
+    """The rows of a comparison for a template, which indents those that are parts of others."""
+    return [{"name": r.name.strip(), "sub": r.name != r.name.strip(), "cells": r.cells} for r in figures(c)]
+
+
 def fastest(explained: list[Explanation]) -> Explanation:
     """The fastest method that fits, or the fastest if none does."""
     fitting = [e for e in explained if e.b.fits] or explained
@@ -84,25 +90,46 @@ def render(context: dict[str, Any], template: Path = FOLDER / "page.html.j2") ->
     Raises:
         UserError: Jinja2 is not installed.
     """
+    _, safe = _jinja()
+    return fragment(context | {"command": safe.escape(context["command"]), "style": safe.Markup(style())}, template)
+
+
+def fragment(context: dict[str, Any], template: Path) -> str:
+    """What a template makes of a context: every text escaped, pictures as they are.
+
+    Raises:
+        UserError: Jinja2 is not installed.
+    """
+    _, safe = _jinja()
+    told = {k: _markup(v, safe.Markup) for k, v in context.items()}
+    return str(_environment(template.parent).get_template(template.name).render(**told))
+
+
+def _jinja() -> tuple[Any, Any]:
     try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-        from markupsafe import Markup, escape
+        import jinja2
+        import markupsafe
     except ImportError:
         raise UserError("the page needs the report extra (Jinja2): pip install 'perfmodel[report]'") from None
+    return jinja2, markupsafe
+
+
+@cache
+def _environment(folder: Path) -> Any:
+    """Templates of a folder and of this one; what they show is escaped and typeset."""
+    jinja, safe = _jinja()
 
     def finalize(value: Any) -> Any:
         if isinstance(value, evidence.Link):
-            return Markup('<a href="{}">{}</a>').format(value.url, value.text)
-        return value if isinstance(value, Markup) or not isinstance(value, str) else escape(typeset(value))
+            return safe.Markup('<a href="{}">{}</a>').format(value.url, value.text)
+        return value if isinstance(value, safe.Markup) or not isinstance(value, str) else safe.escape(typeset(value))
 
-    environment = Environment(
-        loader=FileSystemLoader([template.parent, FOLDER]),
+    return jinja.Environment(
+        loader=jinja.FileSystemLoader([folder, FOLDER]),
         autoescape=True,
-        undefined=StrictUndefined,
+        undefined=jinja.StrictUndefined,
         finalize=finalize,
     )
-    context = {k: _markup(v, Markup) for k, v in context.items()} | {"command": escape(context["command"])}
-    return environment.get_template(template.name).render(**context, style=Markup(style()))
 
 
 def _markup(value: Any, markup: Any) -> Any:

@@ -25,9 +25,10 @@ def show_plan(plan: Plan) -> None:
         show("\n" + table(("what takes the time", "", ""), rows))
         show(paragraph(words.energy_in_words(first)))
     else:
-        show("\n" + table(_heads(plan), [_row(plan, run) for run in _shown(plan)], left=(0, 1, _last(plan))))
-        if any(_shared(run) for run in _shown(plan)):
-            show(paragraph(f"{SHARED} a GPU's share of a larger machine, which is rented whole"), dim=True)
+        heads, rows = plan_table(plan)
+        show("\n" + table(heads, rows, left=(0, 1, len(heads) - 1)))
+        if said := shares_in_words(plan):
+            show(paragraph(said), dim=True)
         more = len(plan.runs) - len(_shown(plan))
         if more:
             show(paragraph(f"and {more} more (--json has all)"), dim=True)
@@ -40,8 +41,15 @@ def _heads(plan: Plan) -> tuple[str, ...]:
     return ("GPU", "method", "time", "dollars", "an hour", "energy", *co2, "peak", "given up to fit")
 
 
-def _last(plan: Plan) -> int:
-    return len(_heads(plan)) - 1
+def plan_table(plan: Plan) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Heads and rows: the first runs, and those that the answer names."""
+    return _heads(plan), [_row(plan, run) for run in _shown(plan)]
+
+
+def shares_in_words(plan: Plan) -> str:
+    """What the mark beside some prices means; empty where none has it."""
+    marked = any(_shared(run) for run in _shown(plan))
+    return f"{SHARED} a GPU's share of a larger machine, which is rented whole" if marked else ""
 
 
 def _shown(plan: Plan) -> list[PlannedRun]:

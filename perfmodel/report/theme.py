@@ -29,6 +29,8 @@ PALETTE = {  # name -> (on light ground, on dark ground)
     "no": ("#b34700", "#f0894a"),
 }
 
+TONES = (0.18, 0.32, 0.48, 0.62)  # opacities of a map's cells, on which text stays readable
+
 CHARTS = (  # classes that the pictures use
     f".chart text{{font-family:{FONT};font-size:13px;fill:var(--ink);font-variant-numeric:tabular-nums}}"
     ".chart text.muted{fill:var(--muted);font-size:12px}"
@@ -39,6 +41,8 @@ CHARTS = (  # classes that the pictures use
     ".chart .dashed{stroke-dasharray:2 5}"
     ".chart .halo{paint-order:stroke;stroke:var(--ground);stroke-width:4px;stroke-linejoin:round}"
     + "".join(f".chart .f-{name}{{fill:var(--{name})}}.chart .s-{name}{{stroke:var(--{name})}}" for name in PALETTE)
+    + ".chart .here{fill:none;stroke:var(--ink);stroke-width:2.5}"
+    + "".join(f".chart .tone-{level}{{fill-opacity:{opacity}}}" for level, opacity in enumerate(TONES, start=1))
     + ".chart .bubble{fill-opacity:.55;stroke-opacity:.9;stroke-width:1}"
 )
 

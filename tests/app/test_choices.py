@@ -1,0 +1,207 @@
+"""What a link, a form and a file choose: the way there and back, and what a stranger may not choose."""
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("jinja2")
+
+from perfmodel.app.answers import answer_html
+from perfmodel.app.choices import Choices, of_form, of_query, setup_fields, to_query, with_fields
+from perfmodel.app.uploads import of_file
+from perfmodel.app.written import as_command, as_config
+from perfmodel.cli import main
+from perfmodel.errors import UserError
+from perfmodel.imports import read, read_alone
+from perfmodel.setup import Setup
+
+CHOICES = (
+    Choices(),
+    Choices("tinyllama-1.1b", "h100-sxm", ("full", "lora:r=8", "qlora:r=16,targets=all-linear"), price=2.5, epochs=0.5),
+    Choices(setup=Setup(batch=8, seq=4096, checkpoint="block", optimizer="adamw-8bit", clip_grad=False, grad_accum=4)),
+    Choices(setup=Setup(gpus=16, nodes=2, parallel="fsdp2", tp=2, kernels="liger", seq=2048)),
+    Choices(setup=Setup(dtype="fp32", amp="bf16", lengths="400:1200", group_by_length=True, routing="zipf:1.1")),
+    Choices(methods=("lora:targets=q_proj+v_proj,dropout=0.1", "dora:r=4"), setup=Setup(objective="dpo", prompt=64)),
+)
+
+
+@pytest.mark.parametrize("c", CHOICES)
+def test_a_link_leads_back(c: Choices) -> None:
+    """A link that was shared shows what its sender saw."""
+    assert of_query(to_query(c)) == c
+
+
+@pytest.mark.parametrize("c", CHOICES)
+def test_the_command_asks_the_same(c: Choices) -> None:
+    """What is copied from the page answers as the page does: every option of it is one of the commands'."""
+    for line in as_command(c).splitlines():
+        _, name, *words = shlex.split(line)
+        with main.make_context("perfmodel", [name]) as parent:
+            command = main.get_command(parent, name)
+        with command.make_context(name, words, parent=parent) as context:
+            given = context.params
+        assert (given["model"], tuple(given["methods"])) == (c.model, c.methods)
+        names = [n for n in setup_fields() if n in given]
+        made = Setup(**{n: given[n] for n in names})
+        assert made == c.setup
+    assert (given["samples"], given["epochs"]) == (c.samples, c.epochs)
+
+
+@pytest.mark.parametrize("name", ["full", "lora:r=16,targets=q_proj+v_proj", "qlora:r=8"])
+@pytest.mark.parametrize("setup", [Setup(batch=4, seq=512), Setup(batch=1, seq=2048, checkpoint="block", grad_accum=8)])
+def test_the_config_says_what_was_chosen_or_what_it_does_not_say(name: str, setup: Setup) -> None:
+    """A config that silently trains something else would be worse than none."""
+    text = as_config(Choices(methods=("lora:r=4", name), setup=setup))
+    comments = [line for line in text.splitlines() if line.startswith("#")]
+    found = read_alone("config.yaml", text)
+    assert found.setup["batch"] == setup.batch
+    assert found.setup["checkpoint"] == setup.checkpoint
+    if name.startswith("qlora"):  # TRL has its adapters in bf16, without nested constants: that is said
+        assert comments == [f"# read as {found.method}, not as {name}"]
+    else:
+        assert (found.method, comments) == (name, [])
+
+
+def test_what_a_config_cannot_say_is_said() -> None:
+    text = as_config(Choices(methods=("full", "paca:r=8"), setup=Setup(batch=1, seq=64, lengths="400:1200")))
+    assert text.startswith("# read as full, not as paca:r=8\n# not said here: lengths=400:1200\n")
+
+
+@pytest.mark.parametrize(
+    ("query", "complaint"),
+    [
+        ("model=/etc/passwd", "no paths"),
+        ("model=../data/models/gpt2.json", "no paths"),
+        ("model=some-org/their-model", "nothing from the hub"),
+        ("model=gpt22", "did you mean"),
+        ("device=/tmp/own.toml", "no paths"),
+        ("lengths=/etc/passwd", "MEAN:P95"),
+        ("method=full&method=lora:targets=/(a%2B)%2B$/", "regular expressions"),
+        ("method=full&method=<script>", "unknown method"),
+        ("method=full", "2 to 6 methods"),
+        ("&".join(["method=full"] * 7), "2 to 6 methods"),
+        ("batch=1e9", "whole number"),
+        ("batch=0", "batch must be"),
+        ("batch=99999999999", "whole number"),
+        ("clip_grad=perhaps", "true or false"),
+        ("epochs=nan", "more than 0"),
+        ("samples=-3", "more than 0"),
+        ("dtype=int3", "dtype"),
+        (f"model={'x' * 301}", "characters"),
+        (f"x={'x' * 4000}", "longer than"),
+    ],
+)
+def test_what_a_stranger_may_not_choose(query: str, complaint: str) -> None:
+    """A link is anybody's: no file is read by it, nothing is fetched, nothing grows without bound."""
+    with pytest.raises(UserError, match=complaint):
+        answer_html(of_query(query))
+
+
+def test_keys_of_others_are_passed_over() -> None:
+    """Who hands on a link appends keys of their own."""
+    assert of_query("utm_source=mail&__theme=dark&seq=512&batch=4") == Choices()
+
+
+@pytest.mark.parametrize(("model", "attention"), [("gpt-oss-20b", "eager"), ("gpt2", "sdpa")])
+def test_a_model_without_the_usual_attention_has_its_own(model: str, attention: str) -> None:
+    """Who chooses a model with the mouse does not know that its program lacks a kernel."""
+    assert of_query(f"model={model}").setup.attention == attention
+    assert of_form(model, "l40s", ["full", "lora"], {"batch": 1}, "", 1, 1, None).setup.attention == attention
+    assert of_query("model=gemma-2-2b&attention=flash2").setup.attention == "flash2"
+
+
+@pytest.mark.parametrize("field", ["stack", "node", "images", "colour"])
+def test_fields_that_need_files_or_traces_cannot_be_set(field: str) -> None:
+    with pytest.raises(UserError, match="cannot be set on this page"):
+        with_fields(Setup(), {field: "x"})
+
+
+def test_the_form_reads_what_is_typed() -> None:
+    typed = {"batch": "4", "seq": "210", "dtype": "bf16"}
+    c = of_form("llama-3.2-3b", "L40S", ["full", "lora:r=8"], typed, "--kernels=liger, in-backward=false", 100, "2", "")
+    assert c.setup == Setup(batch=4, seq=210, kernels="liger")
+    assert (c.device, c.samples, c.epochs, c.price) == ("l40s", 100, 2.0, None)
+    with pytest.raises(UserError, match="NAME=VALUE"):
+        of_form("gpt2", "l40s", ["full", "lora"], typed, "liger", 1, 1, None)
+
+
+AXOLOTL = """
+base_model: NousResearch/Llama-3.2-1B
+adapter: lora
+lora_r: 16
+lora_target_modules: [q_proj, v_proj]
+sequence_len: 2048
+micro_batch_size: 2
+gradient_accumulation_steps: 4
+num_epochs: 2
+bf16: full
+gradient_checkpointing: true
+gradient_checkpointing_kwargs: {use_reentrant: false}
+"""
+
+
+def test_a_config_fills_the_form() -> None:
+    """A file's model, method, setup and epochs are what is answered; what it does not say stays as it was."""
+    c, said = of_file("mine.yml", AXOLOTL, Choices(device="h100-sxm", price=3.0, setup=Setup(packing="dense")))
+    assert (c.model, c.device, c.price, c.epochs) == ("llama-3.2-1b", "h100-sxm", 3.0, 2.0)
+    assert c.methods[0] == "full"
+    assert c.methods[1].startswith("lora:r=16,targets=q_proj+v_proj")
+    assert (c.setup.batch, c.setup.seq, c.setup.grad_accum) == (2, 2048, 4)
+    assert (c.setup.checkpoint, c.setup.packing) == ("block", "none")
+    assert "Axolotl" in said[0]
+    assert of_query(to_query(c)) == c
+
+
+def test_an_adapter_fills_the_form() -> None:
+    adapter = '{"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "base_model_name_or_path": "gpt2"}'
+    of_gpt2, _ = of_file("adapter_config.json", adapter, Choices())
+    with pytest.raises(UserError, match="q_proj"):  # it has none
+        answer_html(of_gpt2)
+    c, _ = of_file("adapter_config.json", adapter.replace("gpt2", "meta-llama/Llama-3.2-3B"), Choices())
+    assert (c.model, c.methods, c.setup) == ("llama-3.2-3b", ("full", "lora:r=4,targets=q_proj"), Choices().setup)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("a.py", "import os", "ends in"),
+        ("a.yaml", "a: [", "not valid YAML"),
+        ("a.json", "[" * 100_000, "not valid JSON"),
+        ("a.yaml", "[" * 10_000, "not valid YAML"),
+        ("a.yaml", "x: 1", "not a config of"),
+        ("a.json", "{}" + " " * 2**20, "larger than"),
+        ("a.yaml", "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
+            f"{y}: &{y} [{','.join([f'*{x}'] * 9)}]\n" for x, y in zip("abcdefg", "bcdefgh", strict=True)
+        ), "more than"),
+        ("a.yaml", "!!python/object/apply:os.system ['true']", "not valid YAML"),
+        ("a.yaml", AXOLOTL.replace("NousResearch/Llama-3.2-1B", "/etc"), "unknown model"),
+        ("a.yaml", AXOLOTL.replace("[q_proj, v_proj]", "'(a+)+b'"), "regular expressions"),
+        ("a.json", '{"peft_type": "XLORA", "base_model_name_or_path": "gpt2"}', "command line"),
+    ],
+)  # fmt: skip
+def test_a_bad_file_is_one_line(name: str, text: str, complaint: str) -> None:
+    """Whatever is dropped is only parsed: nothing of it runs, and nothing of it makes the server large."""
+    with pytest.raises(UserError, match=complaint) as told:
+        of_file(name, text, Choices())
+    assert "\n" not in str(told.value)
+
+
+def test_no_file_that_an_upload_names_is_read(tmp_path: Path) -> None:
+    """On somebody's server a path in a config is a question about the server's disk."""
+    secret = tmp_path / "other.json"
+    secret.write_text('{"zero_optimization": {"stage": 3}}')
+    text = AXOLOTL + f"deepspeed: {secret}\n"
+    local = tmp_path / "mine.yml"
+    local.write_text(text)
+    assert read(local).setup["engine"] == "deepspeed-zero3"  # on the command line it is one's own disk
+    assert read_alone("mine.yml", text).setup["engine"] == "torch"
+    v1 = f"model: gpt2\ndist_config: {{name: deepspeed, config_file: {secret}}}\nsample_backend: hf\n"
+    secret.write_text("not JSON")
+    read_alone("mine.yml", v1 + "train_dataset: x\nmicro_batch_size: 1\ncutoff_len: 64\nbase_model: gpt2\n")
+
+
+def test_choices_are_values() -> None:
+    """They are the key under which maps are kept."""
+    assert hash(replace(Choices())) == hash(Choices())
