@@ -70,6 +70,8 @@ SHORT = {
     "perfmodel report": Short(f"perfmodel report {WHERE} --axes none && test -s report.html", says="report.html"),
     "perfmodel record": Short(f"perfmodel record {WHERE} --methods full", says="any batch and length"),
     "perfmodel plan": Short(f"perfmodel plan {WHERE} --samples 100", says="Cheapest"),
+    "perfmodel app": Short("perfmodel app --help", says="--port"),
+    "python -m tests.injection": Short("cd $CHECKOUT && python -m tests.injection --help", says="--tries"),
     "perfmodel models": Short(says="tinyllama-1.1b"),
     "perfmodel nodes": Short(says="dgx-h100"),
     "perfmodel calibrate --network": Short("perfmodel calibrate --network --device cpu", says="torchrun", code=2),
