@@ -12,6 +12,7 @@ from validate.published.reasons import FILE, reason
 ROWS = {
     "steps": {row.id for row in published.published_steps()},
     "families": {row.id for row in published.published_steps(published.FAMILIES)},
+    "several_gpus": {row.id for row in published.published_steps(published.SEVERAL)},
     "lorafusion_layers": {row.id for row in layers.published_layers()},
 }
 
