@@ -26,6 +26,11 @@ SWITCH_ADDS = ("fp64", "fp32", "bf16", "fp16", "i32", "i64")  # what reduction i
 # Bytes below which NCCL takes fewer channels: so many threads, each with its 64 bytes in Simple or 8 in LL
 # (https://github.com/NVIDIA/nccl, src/graph/tuning.cc and src/include/comm.h at 5067397)
 BYTES_OF_A_CHANNEL = 512 * 64
+# data/nodes/l40s-8.toml, its sources
+ONE_HOST = (
+    "PCIe as on the one host that was measured, where eight L40S reach 2 GB/s: another may be several times faster "
+    "(perfmodel calibrate --network)"
+)
 
 
 class CollectiveWork(NamedTuple):
@@ -64,7 +69,7 @@ class GpuNode:
 
     @property
     def notes(self) -> list[str]:
-        """What of the node was not measured, and whose figures stand for it, in plain words."""
+        """What of the node was not measured, and whose figures stand for it, in plain words; what hosts differ in."""
         told: dict[str, list[str]] = {}
         for kind, block in self.file.blocks.items():
             if block.origin != "fitted":
@@ -72,7 +77,9 @@ class GpuNode:
                 what = "" if block.kind == kind else f" {block.kind}"
                 default = " (class default)" if block.origin == "class" else ""
                 told.setdefault(f"{whose}{what}{default}", []).append("between nodes" if kind == BETWEEN else kind)
-        return [f"{self.file.slug}: {', '.join(k)} not measured: figures of {w}" for w, k in told.items()]
+        slug = self.file.slug
+        unlike = [f"{slug}: {ONE_HOST}"] if self.file.link.startswith("pcie") and slug in files.names() else []
+        return [*unlike, *(f"{slug}: {', '.join(k)} not measured: figures of {w}" for w, k in told.items())]
 
     def collective(self, kind: str, message_bytes: Any, gpus: Any = None, nodes: Any = 1, dtype: str = "bf16") -> Any:
         """Seconds of one collective: a float, or an array where an argument is one.

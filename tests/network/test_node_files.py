@@ -47,6 +47,7 @@ def test_every_bundled_node_is_whole(name: str) -> None:
     assert {"tiers", "channels"} <= node.file.sources.keys()
     assert ("nics" in node.file.sources) == (node.file.links.nics is not None)
     told = " ".join(node.notes)
+    assert ("calibrate --network" in told) == node.file.link.startswith("pcie")  # hosts differ most there
     for kind, block in node.file.blocks.items():
         assert (block.origin == "fitted") == (block.node == name and block.kind == kind)
         assert block.origin == "fitted" or ("between nodes" if kind == "between" else kind) in told
