@@ -47,13 +47,19 @@ def show_advice(a: Advice) -> None:
         show("\n" + table(("each by itself", *COLUMNS), [_after(c) for c in gains]))
     if len(a.front) > 1:
         heads = ("step", "peak", "trains", "time against memory")
-        show("\n" + table(heads, [_candidate(c) for c in a.front[:SHOWN]], left=(3,)))
+        show("\n" + table(heads, [_candidate(c) for c in _spread(a.front)], left=(3,)))
     if any(not c.after.fits for c in [*a.path, *gains]):
         show("* does not fit", dim=True)
     kind = "all combinations" if a.exhaustive else "one knob turned at a time from where you are"
     tried = f"{a.tried:,} setups tried ({kind}). Quality is outside the model: other methods, ranks and precisions "
     show("\n" + paragraph(tried + "learn differently."), dim=True)
     notes(p.notes)
+
+
+def _spread(front: list[Candidate]) -> list[Candidate]:
+    """As many as are shown, from the smallest to the fastest."""
+    last = len(front) - 1
+    return [front[round(i * last / (SHOWN - 1))] for i in range(SHOWN)] if last >= SHOWN else front
 
 
 def _answer(a: Advice) -> str:

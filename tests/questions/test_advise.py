@@ -22,7 +22,7 @@ from perfmodel.prediction import memory
 from perfmodel.questions import knobs
 from perfmodel.questions.advice import Advice, Candidate, Change
 from perfmodel.recording.reuse import Shared
-from perfmodel.report.advice import _answer
+from perfmodel.report.advice import SHOWN, _answer, _spread
 from perfmodel.setup import Setup
 
 MODEL, DEVICE, CPU = "smollm2-135m", "l40s", "cpu-xeon-2.5ghz-1t"
@@ -141,6 +141,14 @@ def test_the_command_answers_in_words_and_in_json() -> None:
     assert limited["limit_bytes"] == 3e9
     asked = json.loads(CliRunner().invoke(main, [*command, "--min-trainable", "1M", "--json"]).stdout)
     assert asked["best"]["trainable_params"] >= 1e6 > asked["start"]["trainable_params"]
+
+
+def test_a_long_list_of_time_against_memory_still_ends_at_the_fastest() -> None:
+    """The answer's own row was once cut off."""
+    for count in range(2, 40):
+        shown = _spread(list(range(count)))  # type: ignore[arg-type]
+        assert (shown[0], shown[-1]) == (0, count - 1)
+        assert len(set(shown)) == len(shown) == min(count, SHOWN)
 
 
 def test_a_b_is_a_byte_of_memory_and_a_billion_parameters() -> None:
