@@ -17,7 +17,6 @@ import torch.distributed as dist
 from perfmodel import Node
 from perfmodel.cli import main
 from perfmodel.network import files
-from perfmodel.network.price import KINDS
 from validate.calibration.network import node_text
 from validate.fitting.collectives.rows import grouped_rows
 
@@ -28,7 +27,7 @@ def test_two_processes_write_a_node(site: Path, ready: list[str], tmp_path: Path
     torchrun = f"PERFMODEL_HOME={tmp_path} OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2"
     as_module = "import runpy; runpy.run_module('perfmodel', run_name='__main__', alter_sys=True)"
     perfmodel = shlex.join([*ready, "-c", as_module])
-    calibrate = "calibrate --network --device cpu --name two --seconds 5 --json"
+    calibrate = "calibrate --network --device cpu --name two --seconds 3 --json"
     done = typed(f"{torchrun} --no-python {perfmodel} {calibrate}", site, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout[done.stdout.index("{") :])
@@ -41,19 +40,19 @@ def test_two_processes_write_a_node(site: Path, ready: list[str], tmp_path: Path
 
 def test_nodes_get_their_cards_measured_too() -> None:
     """Over two nodes what passes between them has its own figures: those of known times are found again."""
-    known = Node.load("dgx-h100")
+    known, kinds = Node.load("dgx-h100"), ("all_gather", "all_reduce")
     made = [
         {"node": "here", "kind": kind, "message": float(size), "gpus": float(nodes * n), "nodes": float(nodes),
          "reduces": False, "seconds": known.collective(kind, size, nodes * n, nodes, "i8"), "source": "here",
          "version": "", "launch": "back to back"}
-        for kind, size, (n, nodes) in product(KINDS, [4**i for i in range(5, 15)], [(2, 1), (4, 1), (8, 1), (8, 2)])
+        for kind, size, (n, nodes) in product(kinds, [4**i for i in range(5, 15)], [(2, 1), (4, 1), (8, 1), (8, 2)])
     ]  # fmt: skip
     text, fits = node_text(grouped_rows(pd.DataFrame(made)), 8, "h100-sxm", "cuda", "here")
-    assert fits.keys() == {*KINDS, "between"}
+    assert fits.keys() == {*kinds, "between"}
     found = Node(files.from_table("here", files.tomllib.loads(text), "here"))
     assert found.file.link == "nvswitch"
-    assert found.notes == []
-    for kind, nodes in product(("all_gather", "all_reduce"), (1, 2)):
+    assert all(block.origin == "fitted" for kind, block in found.file.blocks.items() if kind in fits)
+    for kind, nodes in product(kinds, (1, 2)):
         for size in (2**14, 2**22, 2**28):
             there = known.collective(kind, size, nodes=nodes, dtype="i8")
             assert found.collective(kind, size, nodes=nodes, dtype="i8") == pytest.approx(there, rel=0.2)

@@ -219,7 +219,7 @@ def test_any_table_of_averages(content: bytes) -> None:
     ends_well(["validate", "profile", "averages.csv", "--json"])
 
 
-@tries(25)
+@tries(12)  # each that can be read is predicted as a whole
 @given(mangled((DATA / "grids" / "cpu-campaign.toml").read_text()))
 def test_any_campaign_plan(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     """What an hour on a rented machine is to be spent on; a mistake must not wait until it has begun."""
