@@ -5,8 +5,10 @@ from ..program.op import Attrs
 from ..tape.attention import eager_attention, flash2_attention, sdpa_attention
 from ..tape.core import tape
 from ..tape.packages.varlen import PackedRows, ask_whether_packed, packed_attention, unpadded_attention
+from ..tape.pointwise import cat
 from ..tape.shape import narrow
 from ..tape.tensor import Tensor
+from .base import Scope
 
 
 def attend(
@@ -54,3 +56,15 @@ def attend(
                     out = packed_attention(q, k, v, packed, attrs)
             return out if same(q.shape[-1], v.shape[-1]) else narrow(out, -1, v.shape[-1]), None
         return sdpa_attention(q, k, v, mask, causal=causal, p=p), None
+
+
+def extended(layer: Scope, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (batch, heads, seq, head_dim) behind those of the cache (`DynamicLayer.update`), if any."""
+    build = layer.build
+    if not build.past:
+        return k, v
+    past_k, past_v = build.past.pop(0)
+    with tape().belonging_to("adapter"):
+        k, v = cat((past_k, k), -2), cat((past_v, v), -2)
+    build.held += [(k, layer.part), (v, layer.part)]
+    return k, v

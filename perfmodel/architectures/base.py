@@ -9,7 +9,7 @@ from ..program.dims import Dim
 from ..program.part import Part
 from ..program.ranks import Ranks
 from ..setup import Setup
-from ..tape import linalg, nn, pointwise
+from ..tape import linalg, nn
 from ..tape.bus import WHOLE, Cut
 from ..tape.checkpoint import checkpoint
 from ..tape.core import tape
@@ -24,6 +24,7 @@ from .stacks import block_path
 from .tasks import Classifier
 from .traits import Traits
 
+Run = Callable[[Tensor], Tensor]
 INSIDE = ("block", "attention", "mlp", "activation")  # modules that run in a block beside its linear layers and norms
 WORDS = ("embed_tokens", "embed_in", "wte", "word_embeddings")  # what transformers calls the embedding of the words
 
@@ -197,8 +198,7 @@ class Linear(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """The base layer: y = x·Wᵀ (+ b)."""
-        cut = self.cut
-        return cut.made(self._product(cut.given(x), cut))
+        return self.cut.made(self._product(self.cut.given(x), self.cut))
 
     def _product(self, x: Tensor, cut: Cut) -> Tensor:
         shape = (self.n_in, self.n_out) if self.conv1d else (self.n_out, self.n_in)
@@ -220,8 +220,8 @@ class Linear(NamedTuple):
     @property
     def _stays(self) -> bool:
         """Whether accelerate leaves the layer out of a conversion to float8: the model's first, and its head."""
-        first = self.scope.layer == 0 and self.name == self.scope.build.architecture.first_linear()
-        return first or self.scope.layer is None
+        layer = self.scope.layer
+        return layer is None or (layer == 0 and self.name == self.scope.build.architecture.first_linear())
 
     def add_to(self, result: Tensor, other: Tensor) -> Tensor:
         """`result += other` on this layer's output: a view of a matrix where the product has a bias."""
@@ -230,10 +230,10 @@ class Linear(NamedTuple):
     def adapter(self, name: str, shape: tuple[Any, ...], dtype: str, *, trainable: bool = True) -> Parameter:
         """A parameter that the method adds to this layer; where that is cut, so is what has its cut dim."""
         made = self.scope.parameter(f"{self.name}.{name}", shape, "adapter", dtype=dtype, trainable=trainable)
-        cut = self.cut
+        cut, wrapping = self.cut, tape().wrapping
         if cut.by and (shape[0] is self.n_out if cut.by == "columns" else shape[-1] is self.n_in):
             made.elements = made.numel * cut.ranks.size
-        if (wrapping := tape().wrapping) is not None:
+        if wrapping is not None:
             wrapping.weight(made)
         return made
 
@@ -286,11 +286,9 @@ class Scope:
 
     def linear(self, name: str, x: Tensor, n_out: int, *, bias: bool = False) -> Tensor:
         """A linear layer, as the method rewrites it; what it runs besides the base layer is the adapter's."""
-        current = tape()
-        current.part.host.modules += 1
-        layer = self.linear_layer(name, x.shape[-1], n_out, bias=bias)
-        with current.belonging_to("adapter"):
-            return self.build.method.linear(layer, x)
+        tape().part.host.modules += 1
+        with tape().belonging_to("adapter"):
+            return self.build.method.linear(self.linear_layer(name, x.shape[-1], n_out, bias=bias), x)
 
     def linear_layer(self, name: str, n_in: int, n_out: int, *, bias: bool = False) -> Linear:
         """A linear layer as a method sees it, not run yet."""
@@ -304,10 +302,6 @@ class Scope:
             return self._make("lm_head.weight (trained copy)", weight.shape, weight.dtype, "adapter", True)
         return self.build.parameters[f"{embedding}.weight"]
 
-    def count_adapter(self) -> None:
-        """One adapter's Python code runs here."""
-        tape().part.host.adapters += 1
-
     def norm(self, name: str, x: Tensor) -> Tensor:
         """A norm over the last dim, in the architecture's form."""
         tape().part.host.modules += 1
@@ -315,13 +309,30 @@ class Scope:
         def parameter(which: str) -> Parameter:
             return self.parameter(f"{name}.{which}", (x.shape[-1],), "norm")
 
-        return self.build.architecture.traits.norm(parameter, x, self.build.setup)
+        return self.wrapped(name, lambda x: self.build.architecture.traits.norm(parameter, x, self.build.setup), x)
 
-    def embedding(self, name: str, rows: int, width: int, ids: Tensor) -> Tensor:
-        """`nn.Embedding`; that of the words as the fine-tuning method rewrites it."""
+    def embedding(self, name: str, rows: int, width: int, ids: Tensor, then: Run = lambda x: x) -> Tensor:
+        """`nn.Embedding`, and what its module does then; that of the words as the fine-tuning method rewrites it.
+
+        With checkpointing transformers makes that a leaf that needs a gradient (`enable_input_require_grads`), so
+        backward then reaches the first block whatever the method trains.
+        """
         tape().part.host.modules += 1
-        weight = self.parameter(f"{name}.weight", (rows, width), "embedding")
-        return self.build.method.words(self, weight, ids) if name.endswith(WORDS) else nn.embedding(weight, ids)
+        method, words = self.build.method, name.endswith((*WORDS, "shared"))  # T5's
+
+        def run(ids: Tensor) -> Tensor:
+            weight = self.parameter(f"{name}.weight", (rows, width), "embedding")
+            x = then(method.words(self, weight, ids) if name.endswith(WORDS) else nn.embedding(weight, ids))
+            if words and self.build.setup.checkpoint != "none" and method.checkpoints(0) and not x.requires_grad:
+                x.requires_grad = True
+            return x
+
+        return self.wrapped(name, run, ids) if words else run(ids)
+
+    def wrapped(self, name: str, run: Run, x: Tensor) -> Tensor:
+        """A module between the hooks of a program of several GPUs; those in a block have none of their own."""
+        wrapping = tape().wrapping if self.layer is None else None
+        return run(x) if wrapping is None else wrapping.module(f"{self.path}{name}.", run, x)
 
     def stacked(self, name: str, shape: tuple[Any, ...], *, flipped: bool = False, kept: str | None = None) -> Tensor:
         """A weight that is no linear layer's (of all experts, or a router) as the fine-tuning method rewrites it.
@@ -336,16 +347,6 @@ class Scope:
         """The output of "attention" or "mlp" as the fine-tuning method rewrites it, before it joins the residual."""
         with tape().belonging_to("adapter"):
             return self.build.method.sublayer(self, name, x, residual, norm)
-
-    def extended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (batch, heads, seq, head_dim) behind those of the cache (`DynamicLayer.update`), if any."""
-        if not self.build.past:
-            return k, v
-        past_k, past_v = self.build.past.pop(0)
-        with tape().belonging_to("adapter"):
-            k, v = pointwise.cat((past_k, k), -2), pointwise.cat((past_v, v), -2)
-        self.build.held += [(k, self.part), (v, self.part)]
-        return k, v
 
     def layers(self, block: Callable[..., Any], x: Tensor, *given: Any, among: range | None = None) -> Tensor:
         """Run all blocks, or those among some: `block(scope, x, *shared)`, each run of identical layers recorded once.
@@ -379,9 +380,8 @@ class Scope:
     def _layer(self, layer: int, block: Callable[..., Any], x: Tensor, shared: Sequence[Any]) -> tuple[Any, ...]:
         """One block, checkpointed if the setup says so."""
         scope = Scope(self.build, f"{block_path(self.build.architecture.stacks, layer)}.", layer)
-        how, wrapping = self.build.setup.checkpoint, tape().wrapping
-        if not self.build.method.checkpoints(layer):
-            how = "none"
+        wrapping = tape().wrapping
+        how = self.build.setup.checkpoint if self.build.method.checkpoints(layer) else "none"
 
         def run(x: Tensor) -> Any:
             tape().part.host.modules += len(INSIDE)

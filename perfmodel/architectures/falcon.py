@@ -18,6 +18,7 @@ from ..tape.pointwise import add, dropout
 from ..tape.shape import contiguous, expand, narrow, reshape, transpose, view
 from ..tape.tensor import Tensor
 from .activations import ACTIVATIONS
+from .attend import extended
 from .base import Architecture, Scope
 from .config import Config
 from .decoder import decoded
@@ -119,7 +120,7 @@ class Falcon(Architecture):
         q, k, v = (transpose(y, 1, 2) for y in self._split(fused))
         q, k, v = (reshape(y, y.shape) for y in (q, k, v))
         q, k = rotate(q, k, cos, sin, rotate_half)
-        k, v = layer.extended(k, v)
+        k, v = extended(layer, k, v)
         with tape().belonging_to("attention"):
             if layer.build.setup.attention == "sdpa":
                 out, weights = sdpa_attention(q, k, v, mask, causal=True, p=0.0, broadcast=True), None

@@ -56,9 +56,12 @@ class Gemma(Llama):
         return {"qkv_bias": bias, "output_bias": bias}
 
     def embed(self, model: Scope, ids: Tensor) -> Tensor:
-        scale = masks.model_buffer((), tape().buffer_dtype or model.dtype)
-        tape().buffers.append(scale.spec)
-        return mul(super().embed(model, ids), cast(scale, model.dtype))
+        def scaled(x: Tensor) -> Tensor:
+            scale = masks.model_buffer((), tape().buffer_dtype or model.dtype)
+            tape().buffers.append(scale.spec)
+            return mul(x, cast(scale, model.dtype))
+
+        return model.embedding("model.embed_tokens", self.vocab, self.hidden, ids, scaled)
 
     def activation(self, x: Tensor) -> Tensor:
         return gelu(x)  # its tanh form, one op of PyTorch as well

@@ -11,7 +11,7 @@ from ..tape.shape import reshape, split, transpose, view
 from ..tape.tensor import Tensor
 from . import masks
 from .activations import ACTIVATIONS
-from .attend import attend
+from .attend import attend, extended
 from .base import Architecture, Scope
 from .config import Config
 from .heads import decoder_loss
@@ -111,7 +111,7 @@ class Gpt2(Architecture):
         """Multi-head attention from one fused projection; also returns the weights, if any."""
         setup = layer.build.setup
         q, k, v = self.heads_of(layer, x)
-        k, v = layer.extended(k, v)
+        k, v = extended(layer, k, v)
         form, p = self.softmax_form, self.attention_dropout
         positions = layer.build.positions if self.hands_positions else None
         out, weights = attend(q, k, v, mask, setup.attention, causal=True, form=form, p=p, positions=positions)

@@ -16,6 +16,7 @@ from ..tape.pointwise import add, cast, dropout, gelu_tanh, masked
 from ..tape.shape import contiguous, transpose, view
 from ..tape.tensor import Tensor
 from . import masks
+from .attend import extended
 from .base import Architecture, Scope
 from .config import Config
 from .heads import decoder_loss
@@ -110,7 +111,7 @@ class GptNeo(Architecture):
         """Multi-head attention with fp32 scores; also returns the weights."""
         q, k, v = (layer.linear(f"attn.attention.{n}_proj", x, self.hidden) for n in ("q", "k", "v"))
         q, k, v = self._split(q), self._split(k), self._split(v)
-        k, v = layer.extended(k, v)
+        k, v = extended(layer, k, v)
         with tape().belonging_to("attention"):
             out, weights = self._attend(q, k, v, mask, allowed)
         out = contiguous(transpose(out, 1, 2))

@@ -10,7 +10,7 @@ from ..tape.pointwise import add, dropout
 from ..tape.shape import reshape, split, transpose, view
 from ..tape.tensor import Tensor
 from .activations import ACTIVATIONS
-from .attend import attend
+from .attend import attend, extended
 from .base import Architecture, Scope
 from .config import Config
 from .decoder import decoded, rotary_width, rotate_partly
@@ -108,7 +108,7 @@ class GptNeox(Architecture):
         fused = transpose(view(fused, (*x.shape[:-1], self.heads, 3 * self.head_dim)), 1, 2)
         q, k, v = split(fused, [self.head_dim] * 3, -1)
         q, k = rotate_partly(q, k, cos, sin)
-        k, v = layer.extended(k, v)
+        k, v = extended(layer, k, v)
         setup = layer.build.setup
         p, packed = self.attention_dropout, layer.build.packed
         build = layer.build

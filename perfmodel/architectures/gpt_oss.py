@@ -19,6 +19,7 @@ from ..tape.shape import every_other, reshape, split, unsqueeze
 from ..tape.split import select
 from ..tape.tensor import Tensor
 from . import masks
+from .attend import extended
 from .base import Scope
 from .config import Config
 from .llama import FULL, SLIDING, Llama, Masks
@@ -62,7 +63,7 @@ class GptOss(Mixture):
     def attention(self, layer: Scope, x: Tensor, mask_of: Masks, cos: Tensor, sin: Tensor) -> Any:
         q, k, v = self.projected(layer, x)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        k, v = layer.extended(k, v)
+        k, v = extended(layer, k, v)
         sinks = layer.parameter("self_attn.sinks", (self.heads,), "weight")
         with tape().belonging_to("attention"):
             out, weights = sink_attention(q, k, v, mask_of[self.reach(layer.index)], sinks, p=self.attention_dropout)

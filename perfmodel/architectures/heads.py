@@ -73,14 +73,16 @@ def lm_head(model: Scope, hidden: Tensor, embedding: str, vocab: int, *, bias: b
     Tensor-parallel ranks make some of the columns each and gather all (transformers' "colwise_gather_output").
     """
     setup = model.build.setup
-    if model.build.architecture.tied:
+
+    def run(hidden: Tensor) -> Tensor:
+        if not model.build.architecture.tied:
+            logits = model.linear("lm_head", hidden, vocab // setup.tp, bias=bias)
+            return gathered_over(logits, Ranks(setup.tp)) if setup.tp > 1 else logits
         own = model.parameter("lm_head.bias", (vocab,), "bias") if bias else None
         weight = model.tied_weight(embedding)
         if group := setup.qat_group:
-            logits = fake_quantised(hidden, weight, own, group)
-        else:
-            logits = model.build.method.head(model, hidden, weight, own)
-    else:
-        logits = model.linear("lm_head", hidden, vocab // setup.tp, bias=bias)
-        logits = gathered_over(logits, Ranks(setup.tp)) if setup.tp > 1 else logits
+            return fake_quantised(hidden, weight, own, group)
+        return model.build.method.head(model, hidden, weight, own)
+
+    logits = model.wrapped("lm_head", run, hidden)
     return soft_capped(logits) if model.build.architecture.logit_cap else logits

@@ -16,7 +16,7 @@ from ..tape.pointwise import add, mul, silu
 from ..tape.shape import reshape, transpose, view
 from ..tape.tensor import Tensor
 from . import masks
-from .attend import attend
+from .attend import attend, extended
 from .base import Architecture, Scope
 from .config import Config
 from .heads import decoder_loss
@@ -251,7 +251,7 @@ class Llama(Architecture):
         q, k, v = self.projected(layer, x)
         setup = layer.build.setup
         q, k = self.rotated(layer, q, k, cos, sin)
-        k, v = layer.extended(k, v)
+        k, v = extended(layer, k, v)
         mask, p, capped = mask_of[self.reach(layer.index)], self.attention_dropout, self.attention_cap is not None
         out, weights = attend(
             q, k, v, mask, setup.attention, causal=True, form="upcast", p=p, capped=capped, packed=layer.build.packed,

@@ -13,7 +13,7 @@ from ..tape.pointwise import add, cast, dropout, mul, relu, sub
 from ..tape.shape import narrow, reshape, transpose, view
 from ..tape.tensor import Tensor
 from . import masks
-from .attend import attend
+from .attend import attend, extended
 from .base import Architecture, Scope
 from .config import Config
 from .heads import decoder_loss
@@ -118,7 +118,7 @@ class Opt(Architecture):
         q = self._split(mul(layer.linear("self_attn.q_proj", x, self.hidden, bias=True), self.head_dim**-0.5))
         k = self._split(layer.linear("self_attn.k_proj", x, self.hidden, bias=True))
         v = self._split(layer.linear("self_attn.v_proj", x, self.hidden, bias=True))
-        k, v = layer.extended(k, v)
+        k, v = extended(layer, k, v)
         setup, p, positions = layer.build.setup, self.attention_dropout, layer.build.positions
         out, weights = attend(q, k, v, mask, setup.attention, causal=True, form="upcast", p=p, positions=positions)
         out = reshape(out, (*x.shape[:-1], self.hidden))

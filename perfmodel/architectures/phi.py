@@ -10,7 +10,7 @@ from ..tape.pointwise import add, dropout
 from ..tape.shape import reshape, transpose, view
 from ..tape.tensor import Tensor
 from .activations import ACTIVATIONS
-from .attend import attend
+from .attend import attend, extended
 from .base import Architecture, Scope
 from .config import Config
 from .decoder import decoded, rotary_width, rotate_partly
@@ -97,7 +97,7 @@ class Phi(Architecture):
             )
         )
         q, k = rotate_partly(q, k, cos, sin)
-        k, v = layer.extended(k, v)
+        k, v = extended(layer, k, v)
         setup = layer.build.setup
         p, packed = self.attention_dropout, layer.build.packed
         build = layer.build

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import UserError
+from ..tape.core import tape
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, gelu, relu, silu
 from ..tape.tensor import Tensor
@@ -42,7 +43,7 @@ class Bottleneck(Method):
         assert layer.layer is not None
         if name not in self.behind or not self.layer_key(layer.layer):
             return x
-        layer.count_adapter()
+        tape().part.host.adapters += 1
         return self.adapted(layer, name, x, residual, norm)
 
     def adapted(self, layer: Scope, name: str, x: Tensor, residual: Tensor, norm: str | None) -> Tensor:

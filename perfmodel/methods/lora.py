@@ -8,6 +8,7 @@ import numpy as np
 
 from ..errors import UserError, nearest
 from ..program.dims import decide
+from ..tape.core import tape
 from ..tape.packages.converted import float8_or_plain
 from ..tape.pointwise import add, cast, dropout, mul
 from ..tape.tensor import Parameter, Tensor
@@ -118,7 +119,7 @@ class Lora(Targeted):
                 f"method {self.name}: PEFT's adapters of {name}, a weight that is no linear layer's, are those of "
                 f"{' or '.join(ON_PARAMETERS)} without dropout; leave it out of the targets"
             )
-        layer.count_adapter()
+        tape().part.host.adapters += 1
         dtype = self.dtype_beside(layer.dtype)
         return folded(layer, name, weight, dtype, r, scaled=self.scales(), flipped=flipped)
 

@@ -110,7 +110,7 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
         tape.wrapping = survey
         tape.begin("inputs", "forward")
         step.parameters = _forward(step, *setup, {})[0]
-    units = survey.units(step.parameters, ranks.size, step.setup, flat=step.zero)
+    units = survey.units(step.parameters, ranks.size, step.setup, tied=step.architecture.tied, flat=step.zero)
     if step.zero:
         return CutWeights(units, ranks, step.architecture.hidden, step.setup.checkpoint)
     return FlatShard(units, ranks) if step.setup.parallel == "fsdp1" else FullyShard(units, ranks, step.setup.amp)

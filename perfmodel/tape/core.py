@@ -18,10 +18,14 @@ from .tensor import Flow, Node, Parameter, Storage, Tensor
 
 
 class Wrapping(Protocol):
-    """What runs around the blocks of a model: the hooks of a program of several GPUs."""
+    """What runs around the blocks of a model, and its modules beside them: the hooks of a program of several GPUs."""
 
     def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
         """Run the block of that path between the hooks."""
+        return run(x)
+
+    def module(self, path: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Run the embedding of the words, a norm or the head."""
         return run(x)
 
     def weight(self, p: Parameter) -> None:

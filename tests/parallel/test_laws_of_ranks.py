@@ -91,7 +91,8 @@ def test_fsdp_gathers_frozen_shards_like_all_others(setup: Setup, method: str) -
     full, other = (predict(LLAMA, m, setup, "h100-sxm") for m in ("full", method))
     assert other.time.communication.nbytes["all_gather"] >= full.time.communication.nbytes["all_gather"] / 2
     assert other.time.communication.nbytes["reduce_scatter"] <= full.time.communication.nbytes["reduce_scatter"]
-    assert other.time.communication.calls["all_gather"] <= full.time.communication.calls["all_gather"]
+    # PEFT's wrapper hides the last norm from accelerate, which leaves it to a unit of its own
+    assert other.time.communication.calls["all_gather"] <= full.time.communication.calls["all_gather"] + 1
 
 
 @settings(max_examples=8, deadline=None)

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain, islice, zip_longest
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -114,30 +115,43 @@ def process_group(kind: str, ranks: int) -> Iterator[None]:
 
 
 def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture) -> Any:
-    """The model as accelerate wraps it: for DDP with its defaults, for FSDP2 block by block and as a whole.
-
-    Not as accelerate 1.15 does besides: it makes units of their own of the embedding and of the head.
-    """
+    """The model as accelerate prepares it: for DDP with its defaults, for FSDP2 by itself."""
     if setup.parallel == "ddp":
         return torch.nn.parallel.DistributedDataParallel(model)
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from accelerate.utils.dataclasses import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
     amp = TORCH_DTYPES[setup.amp] if setup.amp else None
-    policy = MixedPrecisionPolicy(param_dtype=amp, reduce_dtype=amp, output_dtype=amp)
-    # 4-bit weights that are stored in bytes; scales are no parameters (but of the stand-in for bitsandbytes)
-    ignored = {p for p in model.parameters() if not p.is_floating_point()}
+    rows = [model.get_submodule(path) for path in stacks_in(model, architecture)]
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=sorted({type(block).__name__ for row in rows for block in row}),
+        cpu_ram_efficient_loading=False,
+        mixed_precision_policy=MixedPrecisionPolicy(param_dtype=amp, reduce_dtype=amp, output_dtype=amp),
+        ignored_modules=[torch.nn.ParameterList(packed_apart(model))],
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision=setup.amp or "no", is_main_process=False,
+        device="cpu",
+    )  # fmt: skip
+    return fsdp2_prepare_model(accelerator, model)
+
+
+def packed_apart(model: Any) -> Iterator[torch.nn.Parameter]:
+    """What is not cut of 4-bit layers: bytes, and scales, parameters of the stand-in for bitsandbytes alone."""
     for module in model.modules():
-        ignored |= {getattr(module, name) for name, count in getattr(module, "stands_for", {}).items() if count == 0}
-    if amp is not None:
-        for p in model.parameters():
-            if p.requires_grad:
-                p.data = p.data.float()
-    rows = "|".join(re.escape(path) for path, _ in architecture.stacks)
-    block = re.compile(rf"(.*\.)?({rows})\.\d+")
-    for name, module in model.named_modules():
-        if block.fullmatch(name):
-            fully_shard(module, mp_policy=policy, ignored_params=ignored)
-    return fully_shard(model, mp_policy=policy, ignored_params=ignored)
+        for name, count in getattr(module, "stands_for", {}).items():
+            p = getattr(module, name)
+            if count == 0 or not p.is_floating_point():
+                yield p
+
+
+def stacks_in(model: Any, architecture: Architecture) -> list[str]:
+    """Paths of the lists of blocks, wherever peft has put them."""
+    rows = re.compile(rf"(.*\.)?({'|'.join(re.escape(path) for path, _ in architecture.stacks)})")
+    return [name for name, module in model.named_modules() if rows.fullmatch(name)]
 
 
 @contextmanager

@@ -173,13 +173,7 @@ class Method(Compared):
         return attention, labels
 
     def embedded(self, model: Scope, x: Tensor) -> Tensor:
-        """The embedding's output, (batch, seq, hidden), as the first block gets it.
-
-        With checkpointing transformers makes it a leaf that needs a gradient (`enable_input_require_grads`), so
-        backward then reaches the first block whatever the method trains.
-        """
-        if model.build.setup.checkpoint != "none" and self.checkpoints(0) and not x.requires_grad:
-            x.requires_grad = True
+        """The embedding's output, (batch, seq, hidden), as the first block gets it."""
         return x
 
     @property

@@ -70,7 +70,7 @@ class QuantisedLora(Lora):
             return super().linear(layer, x)
         if not self.targets_layer(layer.name, layer.scope.layer):
             return self.base(layer, x)
-        layer.scope.count_adapter()
+        tape().part.host.adapters += 1
         return self._beside(layer, x, self.dtype_beside(layer.scope.dtype))
 
     def _beside(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:

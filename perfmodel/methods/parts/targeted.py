@@ -12,6 +12,7 @@ import numpy as np
 from ...architectures.base import WORDS
 from ...architectures.stacks import block_path
 from ...errors import UserError, nearest
+from ...tape.core import tape
 from ...tape.tensor import Parameter, Tensor
 from .base import Architecture, Linear, Method, option
 from .checks import float_dtype
@@ -212,7 +213,7 @@ class Targeted(Method):
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         if not self.targets_layer(layer.name, layer.scope.layer):
             return layer(x)
-        layer.scope.count_adapter()
+        tape().part.host.adapters += 1
         return self.adapted(layer, x, self.dtype_beside(layer.scope.dtype))
 
     def base(self, layer: Linear, x: Tensor) -> Tensor:

@@ -38,6 +38,9 @@ class ParallelForm(Protocol):
     def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
         """A block of the model between its hooks."""
 
+    def module(self, path: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The embedding of the words, a norm or the head between its hooks."""
+
     def weight(self, p: Parameter) -> None:
         """A parameter of an adapter is about to be used."""
 
@@ -54,7 +57,15 @@ class ParallelForm(Protocol):
         """Bytes that are kept from step to step beside parameters and optimizer state."""
 
 
-class WholeUnits:
+class OfBlocks:
+    """Of a form whose units are blocks, and all else together."""
+
+    def module(self, path: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Its parameters are there."""
+        return run(x)
+
+
+class WholeUnits(OfBlocks):
     """Of a form whose units hold adapters like all else."""
 
     def weight(self, p: Parameter) -> None:

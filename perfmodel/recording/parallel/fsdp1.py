@@ -30,6 +30,7 @@ from ...tape.autograd import differentiate
 from ...tape.core import new_tensor, record, tape
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import exchange, set_event, wait_event
+from .form import OfBlocks
 from .units import ROOT, ShardedUnit
 
 GATHERED, REDUCED = "gathered", "reduced"  # events
@@ -89,7 +90,7 @@ class FlatUnit:
         set_event(FREED[0], COMPUTE)
 
 
-class FlatShard:
+class FlatShard(OfBlocks):
     """The hooks of FSDP1 around the blocks of a model, its adapters and the whole."""
 
     shares_norm = True

@@ -1,4 +1,4 @@
-"""FSDP2 (`torch.distributed.fsdp.fully_shard`), block by block and the whole around them.
+"""FSDP2 (`torch.distributed.fsdp.fully_shard`), block by block, with units of what is before, behind and around them.
 
 Every rank keeps a shard of each parameter, cut along its first dim. Before a block runs, forward and backward, its
 parameters are gathered; behind it they are freed. Behind its backward its gradients are reduced and scattered. In
@@ -10,7 +10,8 @@ keeps those of one communicator in order), all else on the compute stream.
 
 With mixed precision what trains is kept in fp32, cast as it is gathered, and its gradients are reduced in 16 bits and
 cast back; there is no autocast, and the loss is cast too (accelerate's policy). 4-bit weights that are stored in bytes
-stay whole on every rank. Not here: accelerate 1.15 makes units of their own of the embedding and of the head.
+stay whole on every rank. Since accelerate 1.15 the embedding has a unit of its own, the last norm and the head another,
+which stays gathered behind the forward pass.
 
 Sources: torch 2.13, distributed/fsdp/_fully_shard/ (`_fsdp_param_group.py`, `_fsdp_collectives.py`, `_fsdp_state.py`).
 Without synchronisation in all micro-batches but the last: accelerate's `no_sync`.
@@ -22,6 +23,7 @@ from typing import Any
 
 from ...program.dims import Dim, Shape, contiguous_strides, product
 from ...program.op import STRIDED
+from ...program.part import Part
 from ...program.ranks import Ranks
 from ...program.streams import COMMUNICATION, COMPUTE, GATHER_COPY, REDUCE, Run
 from ...tape.autograd import differentiate
@@ -93,8 +95,9 @@ class FullyShard(WholeUnits):
         self.ranks = ranks
         self.output = output
         self.units = {unit.path: Gathered(unit) for unit in units}
+        self.ends = {unit.last: unit.path for unit in units}
         self.reduces = True
-        self.ran: list[tuple[str, Any]] = []  # paths of units in the order of their forward passes, with their parts
+        self.ran: list[tuple[str, Part]] = []  # paths of units in the order of their forward passes, with their parts
         self.copied: Tensor | None = None  # what was copied out last, until the next one is
         self.reducing: Tensor | None = None  # what is being reduced, until the next one is
         self.done: set[str] = set()
@@ -110,24 +113,38 @@ class FullyShard(WholeUnits):
 
     def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
         """A block between its hooks."""
-        state = self.units[path]
         part = tape().part
-        self._unshard(state, forward=True)
-        node = differentiate("RegisterPostBackwardFunctionBackward", (x,), self._post_backward, (path,))
-        if node is not None:
-            x = x.alias()
-            node.produces(x)
-        out = run(x)
-        state.whole.clear()
-        self.ran.append((path, part))
+        out = run(self._enter(path, x))
         if isinstance(out, tuple):
-            return (self._before_backward(path, out[0]), *out[1:])
+            return (self._leave(path, out[0], part), *out[1:])
+        return self._leave(path, out, part)
+
+    def module(self, path: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The embedding, the last norm or the head; of those that are one unit the first enters, the last leaves."""
+        out = run(self._enter(path, x) if path in self.units else x)
+        return self._leave(self.ends[path], out, tape().part) if path in self.ends else out
+
+    def _enter(self, path: str, x: Tensor) -> Tensor:
+        self._unshard(self.units[path], forward=True)
+        node = differentiate("RegisterPostBackwardFunctionBackward", (x,), self._post_backward, (path,))
+        if node is None:
+            return x
+        x = x.alias()
+        node.produces(x)
+        return x
+
+    def _leave(self, path: str, out: Tensor, part: Part) -> Tensor:
+        state = self.units[path]
+        if not state.unit.stays:
+            state.whole.clear()
+        self.ran.append((path, part))
         return self._before_backward(path, out)
 
     def end(self, loss: Tensor) -> Tensor:
         """Behind the forward pass: the root's parameters stay; its hook before backward."""
         self._forget_copied()
-        self.ran.append((ROOT, tape().part))
+        if self.units[ROOT].unit.parameters:
+            self.ran.append((ROOT, tape().part))
         loss = self._before_backward(ROOT, loss)
         return cast(loss, self.output) if self.output else loss
 
@@ -162,7 +179,7 @@ class FullyShard(WholeUnits):
 
     def _pre_backward(self, node: Node, grads: Sequence[Tensor | None]) -> Grads:
         (path,) = node.attrs
-        place = next(i for i, (name, _) in enumerate(self.ran) if name == path)
+        place = next((i for i, (name, _) in enumerate(self.ran) if name == path), 0)
         self._unshard(self.units[path], forward=False)
         if place:
             self.units[self.ran[place - 1][0]].gather(self.ranks, self._next(place))

@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+from ...architectures.base import WORDS
 from ...program.dims import Dim, Shape, contiguous_strides, product
 from ...program.dtypes import FLOATING, ITEMSIZE
 from ...setup import Setup
 from ...tape.tensor import Parameter, Tensor
 from .form import WholeUnits
 
-ROOT = ""  # the unit of what no block holds
+ROOT = ""  # the unit of what no other holds
+HEAD = "lm_head."
 
 
 def shard_shape(shape: Shape, ranks: Dim) -> Shape:
@@ -42,17 +45,21 @@ def kept_dtype(p: Parameter, setup: Setup) -> str:
 
 @dataclass(eq=False)
 class ShardedUnit:
-    """Parameters that are gathered together: of one block, or of all that is outside of blocks.
+    """Parameters that are gathered together: of one block, of some modules, or of all the rest.
 
     Attributes:
-        path: of the block; `ROOT` of the rest.
+        path: of the block, or the first of the modules; `ROOT` of the rest.
         parameters: whole, in the dtype that they are used in.
         shards: what the first rank keeps of each.
+        last: of the modules, if there are several.
+        stays: whether what is gathered stays behind the forward pass.
     """
 
     path: str
     parameters: list[Parameter]
     shards: list[Parameter]
+    last: str = ""
+    stays: bool = False
 
     @property
     def pairs(self) -> Iterator[tuple[Parameter, Parameter]]:
@@ -78,21 +85,26 @@ class ShardedUnit:
 
 
 class Survey(WholeUnits):
-    """A wrapper of blocks that only notes which parameters each of them makes."""
+    """A wrapper that only notes the blocks, and the modules beside them, in the order of their calls."""
 
     def __init__(self) -> None:
         self.paths: list[str] = []
+        self.modules: list[str] = []
 
     def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
         """Run it."""
         self.paths.append(path)
         return run(x)
 
-    def units(
-        self, parameters: Sequence[Parameter], ranks: Dim, setup: Setup, *, flat: bool = False
-    ) -> list[ShardedUnit]:
-        """The units of a model in the order of their forward passes, that of the rest last; `flat` as in `shard_of`.
+    def module(self, path: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Run it."""
+        self.modules.append(path)
+        return run(x)
 
+    def units(
+        self, parameters: Sequence[Parameter], ranks: Dim, setup: Setup, *, tied: bool, flat: bool = False
+    ) -> list[ShardedUnit]:
+        """The units of a model as its modules are found, that of the rest last; `flat` as in `shard_of`.
 
         Scales of packed weights are no parameters of a module, so they stay whole on every rank. What is packed in
         bytes FSDP2 cannot cut (accelerate's `fsdp2_prepare_model` leaves it out); under FSDP1 it is stored as floats
@@ -100,11 +112,33 @@ class Survey(WholeUnits):
         """
         bytes_too = setup.parallel == "fsdp1"
         left = [p for p in parameters if p.kind != "scale" and (bytes_too or p.dtype in FLOATING)]
-        paths = tuple(dict.fromkeys(self.paths))
-        found = {path: [p for p in left if p.name.startswith(path)] for path in paths}
-        found[ROOT] = [p for p in left if not p.name.startswith(paths)]
+        groups: list[tuple[str, ...]] = [(path,) for path in dict.fromkeys(self.paths)]
+        if setup.parallel == "fsdp2":
+            first, tail = self._beside(tied=tied, adapted=any(p.kind == "adapter" for p in parameters))
+            groups = [*first, *groups, *tail]
+        found = {group: [p for p in left if p.name.startswith(group)] for group in groups}
+        found[(ROOT,)] = [p for p in left if not p.name.startswith(tuple(chain(*groups)))]
         dtypes = {p.name: p.dtype if flat else kept_dtype(p, setup) for p in left}
+        stay = {group for group in groups if HEAD in group}
         return [
-            ShardedUnit(path, those, [shard_of(p, ranks, dtypes[p.name], flat=flat) for p in those])
-            for path, those in found.items()
-        ]
+            ShardedUnit(
+                group[0], those, [shard_of(p, ranks, dtypes[p.name], flat=flat) for p in those], group[-1],
+                stays=group in stay,
+            )
+            for group, those in found.items()
+        ]  # fmt: skip
+
+    def _beside(self, *, tied: bool, adapted: bool) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+        """Units of modules before and behind the blocks: the embedding's; the last norm's and the head's together.
+
+        They are one where they share a weight. The last norm is looked for among the children of what the model's class
+        calls its base, which under PEFT's wrapper is another module where that is called "model", one without norms.
+        Source: accelerate 1.15, utils/fsdp_utils.py (`fsdp2_prepare_model`, `_find_final_norm`).
+        """
+        words = next((path for path in self.modules if path[:-1].endswith(WORDS)), None)
+        if words is None or HEAD not in self.modules:
+            return [], []
+        base = words.split(".")[0]
+        norms = [path for path in self.modules if path.split(".")[0] == base and path.count(".") == 2]
+        norm = () if adapted and base == "model" else tuple(path for path in norms[-1:] if path != words)
+        return ([(words, *norm, HEAD)], []) if tied else ([(words,)], [(*norm, HEAD)])
