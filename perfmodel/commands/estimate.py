@@ -11,7 +11,9 @@ from .traces import traced_type
 @click.command()
 @estimate_options
 def estimate(model: str, as_json: bool, **options: Any) -> None:
-    """What training MODEL takes in memory and time: full, LoRA and QLoRA, by precision, on one GPU.
+    """Memory and time of training MODEL, by precision and method.
+
+    Full fine-tuning, LoRA and QLoRA on one GPU; `compare` and `predict` answer of other methods and setups.
 
     MODEL is a bundled name, the path of a config.json or folder, or a hub id: perfmodel estimate Qwen/Qwen2.5-7B.
     """
