@@ -15,7 +15,7 @@ from . import crossings as words
 from .charts import NARROW, WIDE
 from .charts.crossing import AXES, COLOURS, crossing
 from .charts.memory import PARTS, memory
-from .charts.roofline import legend, roofline
+from .charts.roofline import legend, roofline, short_name
 from .charts.waterfall import waterfall
 from .figures import phase_table
 from .svg import Canvas
@@ -87,15 +87,11 @@ def _longest(kernels: list[RooflineKernel], over: Roof, total: float) -> dict[st
     shown = kernels[:LONGEST]
     *seconds, unit = units.alike([k.seconds for k in shown])
     rows = [
-        [_name(k), k.shapes, k.dtype, f"{k.calls:,}", told, units.percent(k.seconds / total), _reached(k, over)]
+        [short_name(k), k.shapes, k.dtype, f"{k.calls:,}", told, units.percent(k.seconds / total), _reached(k, over)]
         for k, told in zip(shown, seconds, strict=True)
     ]
     heads = ["longest kernels", "operands", "dtype", "calls", f"time, {unit}", "share", "of its roof"]
     return {"heads": heads, "rows": rows, "style": "left3"}
-
-
-def _name(k: RooflineKernel) -> str:
-    return k.name.removeprefix("_").removesuffix(".Tensor").removesuffix(".Scalar").replace("scaled_dot_product_", "")
 
 
 def _reached(k: RooflineKernel, over: Roof) -> str:
