@@ -12,6 +12,7 @@ from .errors import UserError, escaped, nearest
 COMMANDS = {  # command -> its file in `commands/`
     "predict": "predict",
     "compare": "compare",
+    "estimate": "estimate",
     "explain": "explain",
     "advise": "advise",
     "sweep": "sweep",

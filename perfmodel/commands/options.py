@@ -170,15 +170,7 @@ def _where(*, grid: bool, all_devices: bool = False) -> tuple[Decorator, ...]:
             help="Device (see `perfmodel devices`) or path of a TOML."
             + " Default: every GPU of the catalogue." * all_devices,
         ),
-        click.option(
-            "--host",
-            default="default",
-            show_default=True,
-            shell_complete=names.hosts,
-            help="What dispatches: name of a host or path of a TOML.",
-        ),
-        click.option("--batch", type=size, default="1", show_default=True, help="Samples of a micro-batch."),
-        click.option("--seq", type=size, default="512", show_default=True, help="Tokens per sequence."),
+        *_sizes(size),
         click.option(
             "--gpus",
             type=size,
@@ -189,11 +181,32 @@ def _where(*, grid: bool, all_devices: bool = False) -> tuple[Decorator, ...]:
     )
 
 
-def _how() -> tuple[Decorator, ...]:
-    """The rest of the training setup."""
+def _sizes(size: Any) -> tuple[Decorator, ...]:
+    """Host and the sizes of a batch, of a click type."""
+    return (
+        click.option(
+            "--host",
+            default="default",
+            show_default=True,
+            shell_complete=names.hosts,
+            help="What dispatches: name of a host or path of a TOML.",
+        ),
+        click.option("--batch", type=size, default="1", show_default=True, help="Samples of a micro-batch."),
+        click.option("--seq", type=size, default="512", show_default=True, help="Tokens per sequence."),
+    )
+
+
+def _precision() -> tuple[Decorator, ...]:
+    """What weights and products are in."""
     return (
         click.option("--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True, help="Base weights."),
         click.option("--amp", type=click.Choice(("bf16", "fp16")), help="torch.autocast over fp32 weights."),
+    )
+
+
+def _usual() -> tuple[Decorator, ...]:
+    """What of a setup any precision takes."""
+    return (
         click.option("--optimizer", type=OptimizerName(), default="adamw", show_default=True,
                      help="adamw is PyTorch's default, which is foreach on a GPU."),
         click.option("--grad-accum", type=int, default=1, show_default=True, help="Micro-batches per step."),
@@ -201,6 +214,12 @@ def _how() -> tuple[Decorator, ...]:
                      help="Activation checkpointing per block."),
         click.option("--attention", type=click.Choice(ATTENTION), default="sdpa", show_default=True,
                      help="sdpa: PyTorch's fused kernels; flash2: the flash-attn package."),
+    )  # fmt: skip
+
+
+def _rest() -> tuple[Decorator, ...]:
+    """The rest of the training setup."""
+    return (
         click.option("--kernels", type=click.Choice(KERNELS), default="torch", show_default=True,
                      help="liger: fused norms, rotary positions, SwiGLU and linear cross entropy."),
         click.option("--compile", type=click.Choice(COMPILE), default="none", show_default=True,
@@ -284,9 +303,22 @@ def plan_options(command: Command) -> Command:
     return _decorated(command, _where(grid=False, all_devices=True))
 
 
+def estimate_options(command: Command) -> Command:
+    """The model as an argument, a device by default, and what any precision takes."""
+    model = click.argument("model", shell_complete=names.models)
+    device = click.option(
+        "--device", default="l40s", show_default=True, shell_complete=names.devices,
+        help="Device (see `perfmodel devices`) or path of a TOML.",
+    )  # fmt: skip
+    return _under(command, model, device, *_sizes(int), *_usual(), json_option)
+
+
 def _decorated(command: Command, where: tuple[Decorator, ...]) -> Command:
-    command = on_its_model(command)
-    for decorate in reversed((*where, *_how())):
+    return _under(on_its_model(command), *where, *_precision(), *_usual(), *_rest())
+
+
+def _under(command: Command, *decorators: Decorator) -> Command:
+    for decorate in reversed(decorators):
         command = decorate(command)
     return command
 

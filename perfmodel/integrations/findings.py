@@ -54,6 +54,18 @@ class Findings:
         """Planned seconds of a step."""
         return float(self.planned.time.phases["total"])
 
+    def metrics(self) -> dict[str, float]:
+        """What the callback logs: seconds and bytes; the measured peak only where the device keeps a record."""
+        step, memory = self.planned.time, self.planned.memory
+        found = {
+            "step_predicted_s": self.predicted, "step_predicted_low_s": step.low, "step_predicted_high_s": step.high,
+            "step_measured_s": self.step, "peak_memory_predicted_bytes": memory.peak,
+            "peak_memory_predicted_low_bytes": memory.low, "peak_memory_predicted_high_bytes": memory.high,
+        }  # fmt: skip
+        if self.peak is not None:
+            found["peak_memory_measured_bytes"] = self.peak
+        return {f"perfmodel/{name}": float(value) for name, value in found.items()}
+
     def text(self) -> str:
         """What the callback prints."""
         p, m = self.planned, self.planned.memory
@@ -93,21 +105,39 @@ def findings(
     shapes = watch.shapes()
     longest = max(seq for _, seq, _ in shapes)
     padded = any(padding > 0 for *_, padding in shapes)
-    planned_seq = program.length or longest
-    planned = _predict(program, replace(program.setup, seq=planned_seq), on, by)
+    plan = as_configured(program, longest, on, by)
     micro = round(len(shapes) / watch.steps)
     setup = replace(program.setup, grad_accum=max(1, micro), padded=padded and program.setup.attention != "flash2")
     seen = _mean_step(program, setup, shapes, on, by)
     seconds = {what: total / watch.steps for what, total in watch.seconds().items()}
     step = sum(seconds.values())
-    notes = _notes(planned, on, named, grown if peak is None else None)
+    notes = _notes(plan, on, named, grown if peak is None else None)
     causes = [
-        Cause(seen - float(planned.time.phases["total"]), _batches(program, planned_seq, shapes, micro)),
+        Cause(seen - float(plan.time.phases["total"]), _batches(program, plan.setup.seq, shapes, micro)),
         Cause(seconds.get(DATA, 0.0), "waiting for data: more dataloader_num_workers, or a cheaper collator"),
         Cause(seconds.get(OTHER, 0.0), "logging, evaluation and saving between the steps"),
-        _rest(seconds[IN_STEP] - seen, seen, planned),
+        _rest(seconds[IN_STEP] - seen, seen, plan),
     ]
-    return Findings(planned, seen, step, causes, peak, watch.steps, notes)
+    return Findings(plan, seen, step, causes, peak, watch.steps, notes)
+
+
+def as_configured(program: TrainingRun, longest: int, on: DeviceProfile, by: Host) -> Prediction:
+    """The step as configured; of the longest batch that was seen where the configuration names no length.
+
+    Raises:
+        UserError: a setup that cannot be predicted.
+    """
+    return _predict(program, replace(program.setup, seq=program.length or longest), on, by)
+
+
+def too_large(p: Prediction, on: DeviceProfile) -> str:
+    """That a step will not fit, in a line; empty if it fits."""
+    if p.fits:
+        return ""
+    return (
+        f"this will not fit: {p.method} with {headline(p)} takes {units.nbytes(p.memory.peak)} at its peak, "
+        f"{on.slug} has {units.nbytes(on.hardware.memory_bytes)} (perfmodel advise finds what fits)"
+    )
 
 
 def _predict(program: TrainingRun, setup: Any, on: DeviceProfile, by: Host) -> Prediction:

@@ -2,21 +2,22 @@
 
     from perfmodel.integrations.trainer import StepPrediction
 
-    trainer.add_callback(StepPrediction())
+    trainer.add_callback(StepPrediction(log=trainer.log))
 
-After the warm-up it watches some steps, prints once, and is silent from then on. Model, method and setup are read from
-the Trainer, the device from its name.
+Before the first step it warns if the step will not fit. After the warm-up it watches some steps, prints and logs once,
+and is silent from then on. Model, method and setup are read from the Trainer, the device from its name.
 """
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..devices import host as hosts
 from ..devices import profile
 from ..errors import UserError
-from .findings import Findings, findings
+from .findings import Findings, as_configured, findings, too_large
 from .program import TrainingRun, device_here, trainer_program
 from .watch import DATA, IN_STEP, OTHER, Stopwatch, Watch
 
@@ -36,6 +37,8 @@ class StepPrediction:
         warm_up: steps that are not watched.
         steps: steps that are watched.
         show: prints.
+        log: `trainer.log`, for figures in TensorBoard, W&B, MLflow or whatever the Trainer reports to, and in its log
+            history: `Findings.metrics` says which. Printed only if None (a callback does not know its Trainer).
 
     Attributes:
         found: what was printed, once it was.
@@ -53,12 +56,14 @@ class StepPrediction:
         warm_up: int = 5,
         steps: int = 20,
         show: Callable[[str], None] = print,
+        log: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
         if warm_up < 0 or steps < 1:
             raise UserError(f"warm_up must be from 0 and steps from 1, got {warm_up} and {steps}")
         self.device, self.host, self.method, self.seq = device, host, method, seq
         self.traced = traced
-        self.warm_up, self.steps, self.show = warm_up, steps, show
+        self.warm_up, self.steps, self.show, self.log = warm_up, steps, show, log
+        self.program: TrainingRun | None = None
         self.found: Findings | None = None
         self.own_seconds = 0.0
         self.seen = 0
@@ -72,10 +77,13 @@ class StepPrediction:
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Start over; only the first process watches."""
-        self.seen, self.watch, self.found, self.own_seconds = 0, None, None, 0.0
+        self._unhook()
+        self.seen, self.watch, self.program, self.found, self.own_seconds = 0, None, None, None, 0.0
         self.model, self.arguments = model, args
         self.resident = resident_bytes()
         self.active = bool(state.is_world_process_zero)
+        if self.active:
+            self.hook = model.register_forward_pre_hook(self._forward, with_kwargs=True)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The data of a step is there."""
@@ -95,8 +103,8 @@ class StepPrediction:
         self.watch.mark(IN_STEP)
         self.watch.steps += 1
         self.own_seconds += time.perf_counter() - start
-        if self.watch.steps == self.steps:
-            self._end()
+        if self.watch.steps == self.steps or state.global_step >= state.max_steps:
+            self._end(control)
 
     def _between(self, *args: Any, **kwargs: Any) -> None:
         if self.watch:
@@ -105,51 +113,85 @@ class StepPrediction:
     on_log = on_evaluate = on_save = _between
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A run that was shorter than the window ends it."""
+        """A run that was stopped ends the window."""
         if self.watch and self.watch.steps:
-            self._end()
+            self._end(control)
+        self._unhook()
 
     def _begin(self) -> None:
-        """Open the window: from now on shapes are seen and time is marked."""
+        """Open the window: from now on time is marked and shapes are kept."""
         cuda = _cuda(self.model)
         self.watch = Watch(Stopwatch(cuda))
         if cuda:
             cuda.reset_peak_memory_stats()
-        self.hook = self.model.register_forward_pre_hook(self._forward, with_kwargs=True)
 
     def _forward(self, module: Any, args: Any, kwargs: Any) -> None:
-        start = time.perf_counter()
+        """A batch is about to go through the model; the first one, before anything was computed, tells the length."""
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if self.watch and module.training and ids is not None:
+        if not module.training or ids is None:
+            return
+        if self.program is None:
+            self._told(lambda: self._before(int(ids.shape[1])))
+            self._between()
+        if self.watch:
+            start = time.perf_counter()
             self.watch.batch(ids, kwargs.get("attention_mask"))
-        self.own_seconds += time.perf_counter() - start
+            self.own_seconds += time.perf_counter() - start
 
-    def _end(self) -> None:
-        """Close the window and print. A training run must not end because of its commentary."""
-        watch, self.watch, self.active = self.watch, None, False
-        self.hook.remove()
-        assert watch is not None
-        cuda = _cuda(self.model)
+    def _told(self, what: Callable[[], None]) -> None:
+        """Do it; what cannot be predicted is one line and the end: no training must stop because of its commentary."""
         try:
-            program = trainer_program(self.model, self.arguments, self.method, from_trace=self.traced)
-            name = cuda.get_device_name() if cuda else None
-            self.found = findings(
-                self._as_planned(program), watch, self._on(name), hosts.load(self.host),
-                peak=cuda.max_memory_allocated() if cuda else None, grown=resident_bytes(peak=True) - self.resident,
-                named=name,
-            )  # fmt: skip
+            what()
         except UserError as error:
+            self.watch, self.active = None, False
+            self._unhook()
             self.show(f"perfmodel: no prediction: {error}")
+
+    def _before(self, seq: int) -> None:
+        """Read the run, and warn if its step will not fit; ranks that may share weights are not judged."""
+        program = trainer_program(self.model, self.arguments, self.method, from_trace=self.traced)
+        self.program = replace(program, length=self.seq or program.length)
+        if self.arguments.world_size == 1 and not self.arguments.deepspeed:
+            on = self._on()
+            warning = too_large(as_configured(self.program, seq, on, hosts.load(self.host)), on)
+            if warning:
+                self.show(f"perfmodel: {warning}")
+
+    def _end(self, control: Any) -> None:
+        """Close the window, print and log."""
+        watch, self.watch, self.active = self.watch, None, False
+        self._unhook()
+        assert watch is not None
+        self._told(lambda: self._find(watch))
+        if self.found is None:
             return
         self.show(self.found.text())
+        if self.log:
+            wanted = control.should_log
+            self.log(self.found.metrics())
+            control.should_log = wanted  # the Trainer takes any log for its own of this step
 
-    def _on(self, name: str | None) -> profile.DeviceProfile:
-        return profile.load(self.device) if self.device else device_here(name)
+    def _find(self, watch: Watch) -> None:
+        cuda = _cuda(self.model)
+        if self.program is None:
+            raise UserError("no batch with input_ids was seen; models of something else are not compared")
+        self.found = findings(
+            self.program, watch, self._on(), hosts.load(self.host), peak=cuda.max_memory_allocated() if cuda else None,
+            grown=resident_bytes(peak=True) - self.resident, named=self._gpu(),
+        )  # fmt: skip
 
-    def _as_planned(self, program: TrainingRun) -> TrainingRun:
-        if self.seq is None:
-            return program
-        return TrainingRun(program.architecture, program.method, program.setup, self.seq)
+    def _on(self) -> profile.DeviceProfile:
+        return profile.load(self.device) if self.device else device_here(self._gpu())
+
+    def _gpu(self) -> str | None:
+        """The maker's name of the GPU that the model is on; None on a CPU."""
+        cuda = _cuda(self.model)
+        return str(cuda.get_device_name()) if cuda else None
+
+    def _unhook(self) -> None:
+        if self.hook:
+            self.hook.remove()
+            self.hook = None
 
 
 def _cuda(model: Any) -> Any:

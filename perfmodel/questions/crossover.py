@@ -130,6 +130,14 @@ def crossovers(pair: MethodPair, axes: Sequence[str] = AXES) -> list[Crossover]:
     return found
 
 
+def speedup_plane(pair: MethodPair, batch: Sequence[int], seq: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The speed-up of b over a, and whether b fits, at every batch with every length: (batch, seq)."""
+    setup = replace(pair.setup, batch=np.array(batch)[:, None], seq=np.array(seq))
+    a, b = replace(pair, setup=setup).point(pair.a, pair.b)
+    ratio, fits = np.broadcast_arrays(a.time.phases["total"] / b.time.phases["total"], b.fits)
+    return ratio, fits
+
+
 def _has(method: Method, option: str) -> bool:
     return option in {f.name for f in fields(method)}
 

@@ -133,7 +133,12 @@ def of_predictions(
         UserError: one of them is a grid.
     """
     before, after = dissect(a, on, by), dissect(b, on, by)
+    along = crossovers(pair_of(a, b, on, by), axes)
+    return Explanation(a, b, with_reason(a, b, before, after, on), before, after, along, on)
+
+
+def pair_of(a: Prediction, b: Prediction, on: DeviceProfile, by: Host) -> MethodPair:
+    """The methods of two predictions of a single setup, to be compared in others."""
     assert a.step is not None
     assert b.step is not None
-    pair = MethodPair(a.step.architecture, a.step.method, b.step.method, a.setup, on, by)
-    return Explanation(a, b, with_reason(a, b, before, after, on), before, after, crossovers(pair, axes), on)
+    return MethodPair(a.step.architecture, a.step.method, b.step.method, a.setup, on, by)

@@ -5,22 +5,30 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import units
+from ..devices.host import Host
 from ..devices.profile import DeviceProfile
 from ..prediction.predict import Prediction
 from ..questions.anatomy import Anatomy
-from ..questions.crossover import Crossover
-from ..questions.explanation import Explanation
+from ..questions.crossover import Crossover, speedup_plane
+from ..questions.explanation import Explanation, pair_of
 from ..questions.roofline import Roof, RooflineKernel, roof
 from . import crossings as words
 from .charts import NARROW, WIDE
+from .charts.breakeven import BreakEven, breakeven
 from .charts.crossing import AXES, COLOURS, crossing
 from .charts.memory import PARTS, memory
-from .charts.roofline import legend, roofline
+from .charts.roofline import legend, roofline, short_name
 from .charts.waterfall import waterfall
 from .figures import phase_table
-from .svg import Canvas
+from .svg import Canvas, doublings
 
 LONGEST = 8  # kernels listed below a roofline
+CELLS = 9  # of a side of a heat map, at most: a phone shows as many
+ROOF_TOLD = (
+    "Area: time, and in percent its share. Matrix products and attention are placed by their FLOPs, all other "
+    "kernels by one operation per element. Above the slope: operands that stay in the cache. FLOPs of causal "
+    "attention include the masked half, as FlopCounterMode counts them, so that it may pass the peak."
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ def limit_exhibits(explained: list[Explanation], chosen: Explanation) -> dict[st
     """The phases of every method, and the rooflines of the baseline and of a chosen method."""
     steps = [(explained[0].labels[0], explained[0].before), *((e.labels[1], e.after) for e in explained)]
     roofs = [_roofline(chosen, "a", chosen.labels[0]), _roofline(chosen, "b", chosen.labels[1])]
-    return {"phases": _phases(steps), "roofs": roofs}
+    return {"phases": _phases(steps), "roofs": roofs, "roof_told": ROOF_TOLD}
 
 
 def _phases(steps: list[tuple[str, Anatomy]]) -> dict[str, Any]:
@@ -73,11 +81,6 @@ def _roofline(e: Explanation, of: str, label: str) -> dict[str, Any]:
         "label": label,
         "picture": both_forms(lambda width: roofline(kernels, over, f"Roofline of {label}", width)),
         "legend": [{"name": n, "colour": c, "told": units.seconds(s)} for n, c, s in legend(kernels)],
-        "caption": (
-            "Area: time. Matrix products and attention are placed by their FLOPs, all other kernels by one operation "
-            "per element. Above the slope: operands that stay in the cache. FLOPs of causal attention include the "
-            "masked half, as FlopCounterMode counts them, so that it may pass the peak."
-        ),
         "kernels": _longest(kernels, over, total),
     }
 
@@ -87,15 +90,11 @@ def _longest(kernels: list[RooflineKernel], over: Roof, total: float) -> dict[st
     shown = kernels[:LONGEST]
     *seconds, unit = units.alike([k.seconds for k in shown])
     rows = [
-        [_name(k), k.shapes, k.dtype, f"{k.calls:,}", told, units.percent(k.seconds / total), _reached(k, over)]
+        [short_name(k), k.shapes, k.dtype, f"{k.calls:,}", told, units.percent(k.seconds / total), _reached(k, over)]
         for k, told in zip(shown, seconds, strict=True)
     ]
     heads = ["longest kernels", "operands", "dtype", "calls", f"time, {unit}", "share", "of its roof"]
     return {"heads": heads, "rows": rows, "style": "left3"}
-
-
-def _name(k: RooflineKernel) -> str:
-    return k.name.removeprefix("_").removesuffix(".Tensor").removesuffix(".Scalar").replace("scaled_dot_product_", "")
 
 
 def _reached(k: RooflineKernel, over: Roof) -> str:
@@ -132,6 +131,17 @@ def crossings(explained: list[Explanation]) -> dict[str, Any]:
         for c in e.crossovers:
             by_axis.setdefault(c.axis, []).append((e, c))
     return {"crossings": [_axis(axis, lines) for axis, lines in by_axis.items()]}
+
+
+def heat_map(e: Explanation, by: Host) -> dict[str, Any]:
+    """The speed-up over batch and length together, where it was looked for along both."""
+    axes = {c.axis: doublings(c.values[0], c.values[-1], 64)[-CELLS:] for c in e.crossovers}
+    batch, seq = axes.get("batch", []), axes.get("seq", [])
+    if min(len(batch), len(seq)) < 2:
+        return {"heat_map": None}
+    speedup, fits = speedup_plane(pair_of(e.a, e.b, e.on, by), batch, seq)
+    found = BreakEven(batch, seq, speedup, fits, e.labels, (int(e.a.setup.batch), int(e.a.setup.seq)))
+    return {"heat_map": {"label": e.labels[1], "picture": both_forms(lambda width: breakeven(found, width))}}
 
 
 def _axis(axis: str, lines: list[tuple[Explanation, Crossover]]) -> dict[str, Any]:

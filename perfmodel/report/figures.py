@@ -116,11 +116,13 @@ def shared_setup(p: Prediction) -> str:
     return setup_line(replace(p.setup, engine="torch") if alone else p.setup)
 
 
-def setup_line(s: Setup) -> str:
-    """The setup in a line: its size, precision and optimizer, then whatever is not as usual."""
+def setup_line(s: Setup, *, precision: bool = True) -> str:
+    """The setup in a line: its size, precision (or not) and optimizer, then whatever is not as usual."""
     usual = Setup()
     of = (" pair" if s.batch == 1 else " pairs") if s.objective in PAIRS else ""
-    told = [f"batch {s.batch}{of} x {s.seq} tokens", f"{s.dtype}{f' amp {s.amp}' if s.amp else ''}", s.optimizer]
+    told = [f"batch {s.batch}{of} x {s.seq} tokens"]
+    told += [f"{s.dtype}{f' amp {s.amp}' if s.amp else ''}"] if precision else []
+    told += [s.optimizer]
     trained_for = s.objective + (" without generation" if s.objective in GENERATED else "")
     told += [trained_for] if s.objective != "sft" else []
     told += [f"reference {s.reference}"] if s.reference != usual.reference else []

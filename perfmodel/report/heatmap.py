@@ -11,6 +11,8 @@ from ..resources import written
 from .sweeps import Key, plane
 
 MOST_PANELS, MOST_NUMBERS, MOST_TICKS = 12, 80, 8  # panels; cells with a number in them; ticks at every value
+LINE, HATCHING = "line", "hatching"
+BLACK, THICK, HATCH, GREY = "black", 1.6, "////", "0.35"
 FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -53,8 +55,11 @@ def draw_heatmap(planned: Sweep, speedups: dict[Key, list[Columns]], path: Path)
         rows, columns, figsize=size, squeeze=False, layout="constrained", sharex=True, sharey=True
     )
     mesh: Any = None
+    drawn: set[str] = set()
     for axes, ((device, method), blocks) in zip(grid.flat, panels.items(), strict=False):
-        mesh = _panel(axes, planned, plane(planned, blocks, "speedup"), plane(planned, blocks, "fits"))
+        speedup, fits = plane(planned, blocks, "speedup"), plane(planned, blocks, "fits")
+        mesh, found = _panel(axes, planned, speedup, fits)
+        drawn |= found
         axes.set_title(f"{method}\non {device}", fontsize=9)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
@@ -63,34 +68,49 @@ def draw_heatmap(planned: Sweep, speedups: dict[Key, list[Columns]], path: Path)
     for axes in grid[:, 0]:
         axes.set_ylabel("batch")
     bar = figure.colorbar(mesh, ax=grid, label=f"speed-up over {baseline}", shrink=0.8)
-    ticks = [0.5, 0.67, 0.8, 1.0, 1.25, 1.5, 2.0]
-    bar.set_ticks(list(np.log2(ticks)), labels=[f"{t:g}" for t in ticks])
-    figure.suptitle(f"{planned.model}: blue where it pays, hatched where it does not fit", fontsize=10)
+    ticks = {"≤ 0.5": 0.5, "0.67": 0.67, "0.8": 0.8, "1": 1.0, "1.25": 1.25, "1.5": 1.5, "≥ 2": 2.0}
+    bar.set_ticks(list(np.log2(list(ticks.values()))), labels=list(ticks))
+    figure.suptitle(f"{planned.model}: blue where it pays", fontsize=10)
+    if drawn:
+        _legend(figure, drawn, baseline)
     save(figure, path)
     plt.close(figure)
 
 
-def _panel(axes: Any, planned: Sweep, speedup: np.ndarray, fits: np.ndarray) -> Any:
-    """Colours by the logarithm of the ratio, so that twice as fast and twice as slow are equally strong."""
+def _legend(figure: Any, drawn: set[str], baseline: str) -> None:
+    """What the line and the hatching of the panels mean, below them."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    keys = {
+        LINE: Line2D([], [], color=BLACK, linewidth=THICK, label=f"as fast as {baseline}"),
+        HATCHING: Patch(facecolor="none", edgecolor=GREY, hatch=HATCH, linewidth=0, label="does not fit"),
+    }
+    handles = [key for name, key in keys.items() if name in drawn]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
+
+
+def _panel(axes: Any, planned: Sweep, speedup: np.ndarray, fits: np.ndarray) -> tuple[Any, set[str]]:
+    """The mesh, and what of line and hatching was drawn over it.
+
+    Colours are by the logarithm of the ratio, so that twice as fast and twice as slow are equally strong.
+    """
+    drawn: set[str] = set()
     x, y = _edges(planned.seq), _edges(planned.batch)
     mesh = axes.pcolormesh(x, y, np.log2(speedup), cmap="RdBu", vmin=-1, vmax=1, rasterized=True)
     if speedup.min() < 1 < speedup.max():
-        axes.contour(planned.seq, planned.batch, speedup, levels=[1.0], colors="black", linewidths=1.6)
+        axes.contour(planned.seq, planned.batch, speedup, levels=[1.0], colors=BLACK, linewidths=THICK)
+        drawn.add(LINE)
     if not fits.all():
+        drawn.add(HATCHING)
         from matplotlib.collections import PolyCollection
 
         corners = _corners(x, y)[~fits.astype(bool)]
         axes.add_collection(
-            PolyCollection(corners, hatch="////", linewidth=0, facecolor="none", edgecolor="0.35"), autolim=False
+            PolyCollection(corners, hatch=HATCH, linewidth=0, facecolor="none", edgecolor=GREY), autolim=False
         )
     if speedup.size <= MOST_NUMBERS:
-        for i, batch in enumerate(planned.batch):
-            for j, seq in enumerate(planned.seq):
-                dark = abs(np.log2(speedup[i, j])) > 0.6
-                axes.text(
-                    seq, batch, f"{speedup[i, j]:.2f}", ha="center", va="center", fontsize=7,
-                    color="white" if dark else "black",
-                )  # fmt: skip
+        _numbers(axes, planned, speedup, mesh)
     from matplotlib import ticker
 
     for axis, values in ((axes.xaxis, planned.seq), (axes.yaxis, planned.batch)):
@@ -100,7 +120,19 @@ def _panel(axes: Any, planned: Sweep, speedup: np.ndarray, fits: np.ndarray) -> 
             axis.set_ticks(values)
         axis.set_major_formatter(lambda v, _: f"{v:g}")
         axis.set_minor_locator(ticker.NullLocator())
-    return mesh
+    return mesh, drawn
+
+
+def _numbers(axes: Any, planned: Sweep, speedup: np.ndarray, mesh: Any) -> None:
+    """The ratio in every cell, on the cell's colour: line and hatching end beside it."""
+    for i, batch in enumerate(planned.batch):
+        for j, seq in enumerate(planned.seq):
+            size = np.log2(speedup[i, j])
+            axes.text(
+                seq, batch, f"{speedup[i, j]:.2f}", ha="center", va="center", fontsize=7,
+                color="white" if abs(size) > 0.6 else "black",
+                bbox={"facecolor": mesh.to_rgba(size), "edgecolor": "none", "pad": 1.2},
+            )  # fmt: skip
 
 
 def _is_wide(values: np.ndarray) -> bool:

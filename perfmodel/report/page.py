@@ -66,6 +66,7 @@ def report(
         **exhibits.limit_exhibits(explained, fastest(explained)),
         **exhibits.memories(c.predictions, labels, on),
         **exhibits.crossings(explained),
+        **exhibits.heat_map(turning(explained), by),
         **evidence.assumptions(c.predictions, by),
         **evidence.accuracy(on),
         **evidence.provenance(model, c.predictions, on, by),
@@ -82,6 +83,12 @@ def fastest(explained: list[Explanation]) -> Explanation:
     """The fastest method that fits, or the fastest if none does."""
     fitting = [e for e in explained if e.b.fits] or explained
     return min(fitting, key=lambda e: float(e.b.time.phases["total"]))
+
+
+def turning(explained: list[Explanation]) -> Explanation:
+    """The first method whose verdict turns along batch or length, or the fastest if none does."""
+    turns = (e for e in explained if any(c.changes for c in e.crossovers if c.axis in ("batch", "seq")))
+    return next(turns, fastest(explained))
 
 
 def render(context: dict[str, Any], template: Path = FOLDER / "page.html.j2") -> str:

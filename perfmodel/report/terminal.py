@@ -10,6 +10,7 @@ from ..methods.parts.periodic import PeriodicCost
 from ..prediction.predict import Prediction
 from ..program.part import PHASES
 from ..questions.comparison import Comparison
+from ..questions.precisions import Estimate, Estimated
 from ..questions.sentences import in_words, notes_by_method
 from .figures import FigureCell, figures, gpus_of, headline, mfu_of, setup_line
 from .plain import notes, paragraph, show, table
@@ -133,3 +134,24 @@ def show_comparison(c: Comparison) -> None:
 
 def _marked(cell: FigureCell) -> str:
     return f"{cell.text}{' *' if cell.best else '  '}"
+
+
+def show_estimate(e: Estimate) -> None:
+    """The answer, then a line for each method in each precision."""
+    p = e.rows[0].prediction
+    show(paragraph(e.answer), bold=True)
+    where = f"{p.model}, {units.count(p.total_params)} parameters, on {gpus_of(p.setup, p.device)}"
+    show(paragraph(f"{where}, {setup_line(p.setup, precision=False)}") + "\n")
+    heads = ("precision", "method", "weights", "gradients, states", "peak", "fits", "step")
+    show(table(heads, map(_estimated, e.rows), left=(0, 1)))
+    show(
+        paragraph("autocast: weights in fp32; states: the optimizer's; peak: with activations and temporaries"),
+        dim=True,
+    )
+    notes(e.notes)
+
+
+def _estimated(row: Estimated) -> list[str]:
+    p, held = row.prediction, row.prediction.memory
+    sizes = map(units.nbytes, (held.weights, held.gradients + held.optimizer, held.peak))
+    return [row.precision, p.method, *sizes, "yes" if p.fits else "no", units.seconds(p.time.phases["total"])]

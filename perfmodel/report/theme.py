@@ -37,6 +37,9 @@ CHARTS = (  # classes that the pictures use
     ".chart text.strong{font-weight:600}"
     ".chart .grid{stroke:var(--grid);stroke-width:1;fill:none}"
     ".chart .rule{stroke:var(--rule);stroke-width:1;fill:none}"
+    ".chart .leader{stroke:var(--muted);stroke-width:1;fill:none}"
+    ".chart text{pointer-events:none}"  # what lies below says more on hovering
+    ".chart .cell:hover{stroke:var(--ink);stroke-width:2}"
     ".chart .line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}"
     ".chart .dashed{stroke-dasharray:2 5}"
     ".chart .halo{paint-order:stroke;stroke:var(--ground);stroke-width:4px;stroke-linejoin:round}"

@@ -1,7 +1,9 @@
 """Pages of prose that recompute what they say."""
 
+import ast
 import doctest
 import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,25 @@ def test_every_number_of_a_page_is_what_its_code_prints(page: str) -> None:
     outcome = doctest.testfile(str(DOCS / page), module_relative=False)
     assert outcome.attempted > 10
     assert outcome.failed == 0
+
+
+@pytest.mark.parametrize("page", sorted(p.name for p in DOCS.glob("*.ipynb")))
+def test_every_cell_of_a_notebook_runs_and_keeps_no_output(page: str) -> None:
+    """An output that is stored is one of long ago, and an example that breaks is worse than none."""
+    names: dict[str, object] = {}
+    shown = 0
+    for cell in json.loads((DOCS / page).read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        assert (cell["outputs"], cell["execution_count"]) == ([], None)
+        *lines, last = ast.parse("".join(cell["source"])).body
+        if not isinstance(last, ast.Expr):
+            lines.append(last)
+        exec(compile(ast.Module(lines, []), page, "exec"), names)
+        if isinstance(last, ast.Expr):
+            value = eval(compile(ast.Expression(last.value), page, "eval"), names)
+            shown += "<table>" in value._repr_html_() if value is not None else 0
+    assert shown > 1
 
 
 def with_examples() -> list[str]:

@@ -1,6 +1,7 @@
 """What the project is made of: its dependencies are those that CI runs, and a bill of materials names them all."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -38,6 +40,33 @@ def test_ci_runs_every_python_that_is_promised() -> None:
     pythons = re.findall(r'"(3\.\d+)"', re.search(r"python: \[(.*)\]", WORKFLOW)[1])  # type: ignore[index]
     assert pythons == [f"3.{minor}" for minor in range(11, 15)]
     assert PROJECT["requires-python"] == f">={pythons[0]}"
+
+
+def test_a_release_is_tested_built_and_of_the_version_that_its_tag_says() -> None:
+    """What is published cannot be taken back: only what was tested, by a job that can do nothing else."""
+    text = (ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
+    release = yaml.safe_load(text)
+    assert release[True] == {"push": {"tags": ["v*"]}}  # YAML takes `on` for true
+    jobs = release["jobs"]
+    assert set(jobs["publish"]["needs"]) == {"test", "build"}
+    assert jobs["test"]["uses"] == "./.github/workflows/ci.yml"
+    assert "workflow_call" in yaml.safe_load(WORKFLOW)[True]
+    assert {name for name, job in jobs.items() if "permissions" in job} == {"publish"}
+    assert "secrets." not in text
+    check = next(step["run"] for step in jobs["build"]["steps"] if step.get("name") == "the tag is the version")
+    for tag, code in ((f"v{PROJECT['version']}", 0), (f"v{PROJECT['version']}1", 1)):
+        environment = {**os.environ, "GITHUB_REF_NAME": tag}
+        assert subprocess.run(["bash", "-ec", check], cwd=ROOT, env=environment, check=False).returncode == code
+
+
+def test_the_citation_and_the_command_are_those_of_the_project() -> None:
+    """A citation of another version misleads; `pipx run` and `uvx` look for a command named like the package."""
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {key: cited[key] for key in ("version", "license", "keywords")} == {
+        key: PROJECT[key] for key in ("version", "license", "keywords")
+    }
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys()  # what the format asks for
+    assert PROJECT["name"] in PROJECT["scripts"]
 
 
 def test_the_bill_of_materials_names_what_is_installed() -> None:

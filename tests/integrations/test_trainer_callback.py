@@ -1,7 +1,9 @@
 """The Trainer callback in real runs of tiny models: it predicts, explains and costs next to nothing."""
 
 import mmap
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,14 @@ pytest.importorskip("peft")
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from perfmodel import UserError
 from perfmodel.architectures import Config
 from perfmodel.integrations.findings import Findings
-from perfmodel.integrations.program import trainer_program
+from perfmodel.integrations.program import CPU, trainer_program
 from perfmodel.integrations.trainer import StepPrediction, resident_bytes
+from perfmodel.resources import DATA
 from perfmodel.setup import Setup
 from perfmodel.tracing.programs import build_model
 from validate.oracle.cases import MIXTURES
@@ -47,9 +50,10 @@ class Samples(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 
 def train(
-    folder: Path, callback: StepPrediction, samples: Samples, *, lora: bool = False, steps: int = 9, **arguments: Any
-) -> list[str]:
-    """What the callback printed in a real run."""
+    folder: Path, callback: StepPrediction, samples: Samples, *, lora: bool = False, steps: int = 9,
+    logger: TrainerCallback | None = None, **arguments: Any,
+) -> list[str]:  # fmt: skip
+    """What the callback printed in a real run, and logged where there is a logger."""
     model: Any = LlamaForCausalLM(LlamaConfig(**CONFIG))
     if lora:
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1))
@@ -60,7 +64,10 @@ def train(
         output_dir=str(folder), max_steps=steps, report_to=[], disable_tqdm=True, save_strategy="no", use_cpu=True,
         **options,
     )  # fmt: skip
-    Trainer(model=model, args=args, train_dataset=samples, callbacks=[callback]).train()
+    trainer = Trainer(model=model, args=args, train_dataset=samples, callbacks=[logger] if logger else [])
+    callback.log = trainer.log if logger else None
+    trainer.add_callback(callback)
+    trainer.train()
     return printed
 
 
@@ -82,6 +89,52 @@ def test_a_real_run_is_predicted_from_the_trainer_alone(tmp_path: Path, lora: bo
     assert sum(c.seconds for c in found(callback).causes) == pytest.approx(gap)
     assert "predicted" in text
     assert "measured" in text
+
+
+class Logger(TrainerCallback):
+    """What reporting callbacks get: (step, figures) in their order."""
+
+    def __init__(self) -> None:
+        self.got: list[tuple[int, dict[str, float]]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.got.append((state.global_step, dict(logs)))
+
+
+def test_predicted_and_measured_reach_the_loggers_of_the_trainer(tmp_path: Path) -> None:
+    """TensorBoard, W&B and MLflow get what any logger gets, at the end of the window; no loss is lost to it."""
+    callback, logger = StepPrediction(warm_up=2, steps=4), Logger()
+    train(tmp_path, callback, Samples(), logger=logger)
+    ((step, figures),) = [(at, logs) for at, logs in logger.got if "perfmodel/step_predicted_s" in logs]
+    f = found(callback)
+    assert step == 6
+    assert figures["perfmodel/step_predicted_s"] == f.predicted
+    assert figures["perfmodel/step_measured_s"] == f.step
+    assert figures["perfmodel/peak_memory_predicted_bytes"] == f.planned.memory.peak
+    assert "perfmodel/peak_memory_measured_bytes" not in figures  # a CPU keeps no record
+    assert replace(f, peak=7).metrics()["perfmodel/peak_memory_measured_bytes"] == 7
+    assert [at for at, logs in logger.got if "loss" in logs] == [3, 6, 9]
+
+
+@pytest.mark.parametrize(("memory", "fits"), [(5e6, False), (20e9, True)])
+def test_what_will_not_fit_is_said_before_the_first_step(tmp_path: Path, memory: float, fits: bool) -> None:
+    """After an hour of loading, the batch that breaks the run should have been known; who fits hears nothing."""
+    small = tmp_path / "small.toml"
+    text = (DATA / "devices" / f"{CPU}.toml").read_text()
+    small.write_text(re.sub(r"(?m)^memory_bytes = \d+$", f"memory_bytes = {memory}", text))
+    callback = StepPrediction(str(small), warm_up=3)
+
+    class Steps(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            callback.show(f"step {state.global_step}")
+
+    *warning, first, second = train(tmp_path, callback, Samples(), steps=2, logger=Steps())
+    assert (first, second) == ("step 1", "step 2")
+    assert bool(warning) != fits
+    for line in warning:
+        assert line.startswith("perfmodel: this will not fit: full with ")
+        assert "batch 4 x 64 tokens" in line
+        assert line.endswith("small has 5.00 MB (perfmodel advise finds what fits)")
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -142,11 +195,12 @@ def test_what_cannot_be_predicted_is_one_line_and_the_run_goes_on(tmp_path: Path
 
 
 def test_a_run_shorter_than_the_window_is_told_at_its_end(tmp_path: Path) -> None:
-    """A trial of three steps has an answer too."""
-    callback = StepPrediction(warm_up=1, steps=50)
-    (text,) = train(tmp_path, callback, Samples(), steps=3)
+    """A trial of three steps has an answer too, logged before the loggers close what they write to."""
+    callback, logger = StepPrediction(warm_up=1, steps=50), Logger()
+    (text,) = train(tmp_path, callback, Samples(), steps=3, logger=logger)
     assert found(callback).steps == 2
     assert "2 steps of full" in text
+    assert [next(iter(logs)) for _, logs in logger.got] == ["perfmodel/step_predicted_s", "loss", "train_runtime"]
 
 
 @pytest.mark.parametrize("experts", ["grouped_mm", "eager", "batched_mm"])

@@ -175,7 +175,8 @@ def test_only_cells_that_do_not_fit_are_hatched() -> None:
     grid = sweep(MODEL, ["full", "lora"], device=DEVICE, batch=(1, 2, 4, 64), seq=(128, 256, 8192))
     fits = np.array([[True] * 3, [True] * 3, [True, True, False], [True, False, False]])
     axes = Figure().subplots()
-    heatmap._panel(axes, grid, np.full(fits.shape, 1.2), fits)
+    _, drawn = heatmap._panel(axes, grid, np.full(fits.shape, 1.2), fits)
+    assert drawn == {heatmap.HATCHING}
     hatched = next(c for c in axes.collections if isinstance(c, PolyCollection) and c.get_hatch())
     cells = [path.get_extents() for path in hatched.get_paths()]
     inside = [any(cell.contains(seq, batch) for cell in cells) for batch in grid.batch for seq in grid.seq]
@@ -193,8 +194,12 @@ def test_a_line_is_drawn_where_the_verdict_turns_and_nowhere_else(low: float, hi
 
     grid = sweep(MODEL, ["full", "lora"], device=DEVICE, batch=(1, 2), seq=(128, 256, 512))
     axes = Figure().subplots()
-    heatmap._panel(axes, grid, np.linspace(low, high, 6).reshape(2, 3), np.ones((2, 3)))
+    mesh, told = heatmap._panel(axes, grid, np.linspace(low, high, 6).reshape(2, 3), np.ones((2, 3)))
     assert any(isinstance(drawn, ContourSet) for drawn in axes.get_children()) == crosses
+    assert told == ({heatmap.LINE} if crosses else set())
+    colours = mesh.to_rgba(np.log2(np.linspace(low, high, 6)))
+    grounds = [text.get_bbox_patch().get_facecolor() for text in axes.texts]  # type: ignore[union-attr]
+    assert grounds == pytest.approx(colours), "line and hatching end beside a number"
 
 
 def test_axes_are_named_once_and_hatching_moves_no_border(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -210,6 +215,8 @@ def test_axes_are_named_once_and_hatching_moves_no_border(monkeypatch: pytest.Mo
     result = run_sweep(grid, output=None, keep_rows=False, keep_speedups=True)
     heatmap.draw_heatmap(grid, result.speedups, tmp_path / "heat.svg")
     panels = [axes for axes in figures[0].axes if axes.get_title()]
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["as fast as full", "does not fit"]
     assert [axes.get_title() for axes in panels] == [f"{m}\non {d}" for d in devices for m in ("lora:r=8", "ia3")]
     assert [axes.get_xlabel() for axes in panels] == ["", "", *["tokens per sample"] * 2]
     assert [axes.get_ylabel() for axes in panels] == ["batch", ""] * 2

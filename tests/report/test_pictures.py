@@ -18,8 +18,9 @@ from perfmodel.questions.speedup import SAME
 from perfmodel.report import svg
 from perfmodel.report.charts import NARROW, WIDE
 from perfmodel.report.charts.crossing import crossing
+from perfmodel.report.charts.labels import Box, Labels, places_around
 from perfmodel.report.charts.memory import memory
-from perfmodel.report.charts.roofline import roofline
+from perfmodel.report.charts.roofline import label_name, roofline
 from perfmodel.report.charts.waterfall import waterfall
 from validate import plots
 from validate.checking.parity import ParityPoint, marks, parity_svg
@@ -134,6 +135,73 @@ def test_a_wide_roofline_is_low_a_narrow_one_high() -> None:
     assert largest[1] < largest[0]
     assert inside(wide)
     assert inside(narrow)
+
+
+@pytest.mark.parametrize("width", [WIDE, NARROW])
+@pytest.mark.parametrize("method", ["full", "lora:targets=all-linear", "qlora"])
+def test_a_roofline_names_its_largest_kernels_and_its_lines(method: str, width: int) -> None:
+    """What takes the time is what the picture is looked at for: hovering does not work in print or on a phone."""
+    kernels = longest_kernels(predict("llama-3.2-1b", method, device="l40s", batch=2, seq=256))
+    over = roof(profile.load("l40s"), kernels)
+    told = [text for text, _ in texts(roofline(kernels, over, "step", width))]
+    named = [re.fullmatch(r"(\w+) (\d+) %", text) for text in told]
+    shares = {match[1]: int(match[2]) for match in named if match}
+    assert label_name(kernels[0]) in shares
+    assert 1 < len(shares) <= 5
+    total = sum(k.seconds for k in kernels)
+    for name, share in shares.items():
+        of_name = sum(k.seconds for k in kernels if label_name(k) == name)
+        assert 3 <= share <= 100 * of_name / total + 0.5
+    assert [text.split()[0] for text in told if re.match(r"(bf16|fp32) ", text)] == list(over.peaks)
+
+
+@given(
+    shapes=st.lists(st.tuples(st.floats(20, 280), st.floats(20, 180), st.floats(1, 30)), min_size=1, max_size=12),
+    ends=st.lists(st.tuples(st.floats(0, 300), st.floats(0, 200)), min_size=2, max_size=5),
+)
+def test_labels_touch_no_line_and_no_other_label(
+    shapes: list[tuple[float, float, float]], ends: list[tuple[float, float]]
+) -> None:
+    """A name that lies on a line is read with it; one without a place is left out, and its neighbour is not."""
+    lines = list(pairwise(ends))
+    labels = Labels(svg.Canvas(300, "", 200), Box(0, 0, 300, 200), list(lines), [])
+    named = [labels.add(f"mm {i} %", "", places_around(*shape)) for i, shape in enumerate(shapes)]
+    assert len(labels.placed) == sum(named) == len(texts(labels.canvas))
+    for i, box in enumerate(labels.placed):
+        assert not any(box.shared(other) for other in labels.placed[:i])
+        assert box.within(labels.frame)
+        for (x1, y1), (x2, y2) in lines:
+            points = [(x1 + t * (x2 - x1), y1 + t * (y2 - y1)) for t in np.linspace(0, 1, 100)]
+            assert not any(box.left < x < box.right and box.top < y < box.bottom for x, y in points)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "side", "led"),
+    [
+        ([], "right", False),
+        ([Box(222, 120, 400, 180)], "left", False),
+        ([Box(110, 90, 290, 210)], "far", True),
+        ([Box(0, 0, 400, 300)], "right", False),  # nothing is free
+    ],
+)
+def test_a_label_covers_a_shape_only_where_nothing_is_free(shapes: list[Box], side: str, led: bool) -> None:
+    """Beside its kernel, else farther away with a line that leads back; on another kernel at the worst."""
+    labels = Labels(svg.Canvas(400, "", 300), Box(0, 0, 400, 300), [], shapes)
+    assert labels.add("mm 12 %", "", places_around(200, 150, 20))
+    (box,) = labels.placed
+    assert ("right" if box.left > 200 else "left") == side or led
+    assert len(labels.lines) == len(attributes(labels.canvas, "line", "class")) == led
+    assert led or abs((box.top + box.bottom) / 2 - 150) < 10
+
+
+def test_a_peak_close_to_the_memory_of_the_device_is_written_off_its_line() -> None:
+    """Full fine-tuning of Llama-3 8B on an A100 of 80 GB: the number that decides lay under the line."""
+    c = compare("llama-3-8b", ["full", "lora"], device="a100-80gb-sxm", batch=1, seq=512)
+    canvas = memory(c.predictions, ["full", "LoRA"], 85.9e9)
+    line = next(float(x1) for x1, x2, y1 in attributes(canvas, "line", "x1", "x2", "y1") if x1 == x2)
+    starts = [float(re.findall(r' x="([^"]*)"', shape)[0]) for shape in canvas.shapes if "strong" in shape]
+    assert starts[0] == pytest.approx(line + 6)
+    assert starts[1] < line / 2
 
 
 @pytest.mark.parametrize("width", [WIDE, 320])

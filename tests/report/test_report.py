@@ -97,7 +97,8 @@ def test_a_page_fetches_nothing(name: str) -> None:
     """It opens on a train, and tells nobody that it was opened."""
     found = references(page(name))
     assert found.fetched == []
-    assert all(link.startswith(("https://", "http://")) for link in found.links)
+    anchors = {f"#{e.get('id')}" for e in parsed(page(name)).iter() if e.get("id")}
+    assert all(link.startswith(("https://", "http://")) or link in anchors for link in found.links)
     css = "".join(re.findall(r"<style>(.*?)</style>", page(name), flags=re.DOTALL))
     assert css
     assert not re.search(r"url\(|@import|https?:", css)
@@ -141,10 +142,15 @@ def test_a_page_has_everything() -> None:
     assert sections == [
         "answer", "figures", "waterfall", "limits", "memory", "crossover", "assumptions", "accuracy", "provenance",
     ]  # fmt: skip
+    contents = [a.get("href") for nav in tree.iter("nav") for a in nav.iter("a")]
+    assert contents == [f"#{section}" for section in sections[1:]]
     on = profile.load(SETUP["device"])
     links = set(references(page("two verdicts")).links)
     assert {s for s in on.sources.values() if s.startswith("http") and " " not in s} <= links
     assert "dense bf16 peak" in body
+    folded = [text_of(details) for details in tree.iter("details")]
+    assert len(folded) == 2
+    assert all("longest kernels" in table for table in folded)
     assert {"Batch, samples", "Sequence, tokens per sample", "Rank", "Number of target layers"} <= {
         text_of(h) for h in tree.iter("h3")
     }
@@ -152,8 +158,31 @@ def test_a_page_has_everything() -> None:
 
 @pytest.mark.parametrize("name", ["nothing fits", "on a CPU, in fp32"])
 def test_sections_without_content_are_left_out(name: str) -> None:
-    ids = {e.get("id") for e in parsed(page(name)).iter("section")}
+    tree = parsed(page(name))
+    ids = {e.get("id") for e in tree.iter("section")}
     assert ("crossover" in ids) == bool(PAGES[name]["axes"])
+    assert {a.get("href") for nav in tree.iter("nav") for a in nav.iter("a")} == {f"#{i}" for i in ids - {"answer"}}
+    assert not cells(tree), "a map needs both batch and length"
+
+
+def cells(tree: ET.Element) -> list[str]:
+    """What the cells of heat maps say on hovering."""
+    return [text_of(r) for r in tree.iter("rect") if r.get("class", "").startswith("cell ")]
+
+
+def test_the_heat_map_says_on_hovering_what_compare_says() -> None:
+    """Of the first method whose verdict turns; drawn twice, for a desk and for a phone, and nothing has to be run."""
+    said = cells(parsed(page("two verdicts")))
+    wide = said[: len(said) // 2]
+    assert len(said) == 2 * 81
+    assert said == wide * 2
+    for cell in (wide[0], wide[30], wide[-1]):
+        match = re.fullmatch(r"batch ([\d,]+), ([\d,]+) tokens: ([\d.]+)x(, does not fit)?", cell)
+        assert match, cell
+        here = {"batch": int(match[1].replace(",", "")), "seq": int(match[2].replace(",", ""))}
+        c = compare(MODEL, METHODS[:2], device=SETUP["device"], **here)
+        assert match[3] == f"{c.speedups[0].ratio:.2f}"
+        assert bool(match[4]) == (not c.predictions[1].fits)
 
 
 def test_names_are_text_and_nothing_else() -> None:

@@ -6,7 +6,7 @@ from math import log2
 import numpy as np
 
 from ...questions.speedup import SAME
-from ..svg import Canvas
+from ..svg import Canvas, text_width
 from ..theme import TONES
 from . import WIDE
 
@@ -46,7 +46,8 @@ def breakeven(plane: BreakEven, width: int = WIDE) -> Canvas:
         canvas.text(LEFT - 8, y + tall / 2 + 4.5, f"{batch:,}", "muted", "end")
         for j, seq in enumerate(plane.seq):
             _cell(canvas, LEFT + j * cell, y, cell, tall, (batch, seq), plane.speedup[i, j].item(), plane.fits[i, j])
-    for j, seq in enumerate(plane.seq):
+    every = 1 + (max(text_width(f"{seq:,}") for seq in plane.seq) > cell)
+    for j, seq in list(enumerate(plane.seq))[::every]:
         canvas.text(LEFT + (j + 0.5) * cell, HEAD + rows * tall + 17, f"{seq:,}", "muted", "middle")
     canvas.text(LEFT + columns * cell / 2, HEAD + rows * tall + 35, "tokens per sample", "muted", "middle")
     canvas.text(0, HEAD + rows * tall + 17, "batch", "muted")
@@ -58,11 +59,11 @@ def _cell(
     canvas: Canvas, x: float, y: float, wide: float, tall: float, at: tuple[int, int], ratio: float, fits: bool
 ) -> None:
     said = f"batch {at[0]:,}, {at[1]:,} tokens: {ratio:.2f}x{'' if fits else ', does not fit'}"
-    canvas.rect(x + 1, y + 1, wide - 2, tall - 2, tone(ratio), said)
+    canvas.rect(x + 1, y + 1, wide - 2, tall - 2, f"cell {tone(ratio)}", said)
     if not fits:
         right, top = x + wide - 1, y + 1
         canvas.path([(right - CORNER, top), (right, top), (right, top + CORNER)], "f-muted")
-    canvas.text(x + wide / 2, y + tall / 2 + 4.5, f"{ratio:.2f}", "" if fits else "muted", "middle")
+    canvas.text(x + wide / 2, y + tall / 2 + 4.5, f"{ratio:.2f}", anchor="middle")
 
 
 def tone(ratio: float) -> str:

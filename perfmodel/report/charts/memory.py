@@ -2,11 +2,11 @@
 
 from ... import units
 from ...prediction.predict import Prediction
-from ..svg import Canvas, linear_scale, name_column
+from ..svg import Canvas, linear_scale, name_column, text_width
 from . import WIDE
 
 PARTS = (("weights", "blue"), ("gradients", "sky"), ("optimizer", "purple"), ("activations", "orange"))
-ROW, BAR = 30, 18  # px
+ROW, BAR, GAP = 30, 18, 6  # px
 
 
 def memory(predictions: list[Prediction], labels: list[str], capacity: float, width: int = WIDE) -> Canvas:
@@ -25,9 +25,16 @@ def memory(predictions: list[Prediction], labels: list[str], capacity: float, wi
             tip = f"{label}, {name}: {units.nbytes(size)}"
             canvas.rect(x(at), middle - BAR / 2, x(at + size) - x(at), BAR, f"f-{colour}", tip)
             at += size
-        canvas.text(x(at) + 6, middle + 4.5, units.nbytes(p.memory.peak), "strong", halo=True)
+        told = units.nbytes(p.memory.peak)
+        canvas.text(_beside(x(at), x(capacity), text_width(told)), middle + 4.5, told, "strong", halo=True)
     bottom = len(predictions) * height
     canvas.line(x(capacity), 0, x(capacity), bottom + 6, "line s-ink")
     anchor = "end" if x(capacity) > width - 90 else "middle"
     canvas.text(x(capacity), bottom + 22, f"device: {units.nbytes(capacity)}", "muted", anchor)
     return canvas
+
+
+def _beside(bar: float, line: float, wide: float) -> float:
+    """Where a text of a width begins: behind its bar, and not on the line."""
+    start = bar + GAP
+    return line + GAP if bar <= line < start + 1.2 * wide + GAP else start

@@ -1,0 +1,101 @@
+"""What training a model takes on one device: full fine-tuning, LoRA and QLoRA, by precision of the weights."""
+
+from dataclasses import replace
+from typing import Any
+
+from .. import units
+from ..devices import host as hosts
+from ..devices.device import profile_of
+from ..errors import UserError
+from ..prediction.predict import Model, Prediction, architecture_of, predict
+from ..setup import Setup
+from ..values import immutable
+from .sentences import in_words, named_notes
+
+FP32: dict[str, Any] = {"dtype": "fp32", "amp": None}
+BF16: dict[str, Any] = {"dtype": "bf16", "amp": None}
+PRECISIONS = {  # setup and methods of each
+    "fp32": (FP32, ("full", "lora")),
+    "bf16 autocast": ({**FP32, "amp": "bf16"}, ("full", "lora")),
+    "bf16": (BF16, ("full", "lora")),
+    "8-bit base, bf16": (BF16, ("lora_8bit",)),
+    "4-bit base, bf16": (BF16, ("qlora",)),
+}
+
+
+@immutable
+class Estimated:
+    """One method in one precision."""
+
+    precision: str
+    prediction: Prediction
+
+
+@immutable
+class Estimate:
+    """What training takes in each precision.
+
+    Attributes:
+        capacity: memory of the device, B.
+        left_out: what is not answered, and why.
+    """
+
+    capacity: float
+    rows: list[Estimated]
+    left_out: list[str]
+
+    @property
+    def notes(self) -> list[str]:
+        """What is not answered, and what there is to know about methods, in whatever precision."""
+        known: dict[str, list[str]] = {}
+        for row in self.rows:
+            known.setdefault(row.prediction.method, []).extend(row.prediction.notes)
+        return [*self.left_out, *named_notes(list(known.items()))]
+
+    @property
+    def answer(self) -> str:
+        """The fastest that fits, or what takes least memory if nothing does, in a sentence."""
+        device = f"{self.rows[0].prediction.device} ({units.nbytes(self.capacity)})"
+        fit = [row for row in self.rows if row.prediction.fits]
+        if not fit:
+            least = min(self.rows, key=lambda row: row.prediction.memory.peak)
+            return f"None of it fits on {device}: {_told(least)} takes least, {_peak(least)}."
+        best = min(fit, key=lambda row: row.prediction.time.phases["total"])
+        step = units.seconds(best.prediction.time.phases["total"])
+        return f"Fastest of what fits on {device}: {_told(best)}, {step} a step, {_peak(best)}."
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON of `estimate`: each prediction as `predict` has it, with its precision."""
+        rows = [{"precision": row.precision, **row.prediction.as_dict()} for row in self.rows]
+        return {"answer": self.answer, "memory_bytes": self.capacity, "rows": rows, "left_out": self.left_out}
+
+
+def _told(row: Estimated) -> str:
+    return f"{in_words(row.prediction)} ({row.precision})"
+
+
+def _peak(row: Estimated) -> str:
+    return units.nbytes(row.prediction.memory.peak)
+
+
+def estimated(model: Model, setup: Setup, device: str, *, host: str = "default") -> Estimate:
+    """Predict a step of every method in every precision (`PRECISIONS`); dtype and autocast of the setup do not count.
+
+    Raises:
+        UserError: what `predict` refuses in all of them.
+    """
+    architecture, on = architecture_of(model), profile_of(device)
+    by = hosts.host_of(host, on)
+    rows, left_out = [], []
+    for precision, (fields, methods) in PRECISIONS.items():
+        for method in methods:
+            try:
+                p = predict(architecture, method, replace(setup, **fields), on, host=by)
+            except UserError as error:
+                refused = error
+                left_out.append(f"{method} in {precision} is left out: {error}")
+            else:
+                rows.append(Estimated(precision, p))
+    if not rows:
+        raise refused
+    return Estimate(on.hardware.memory_bytes, rows, left_out)
