@@ -8,6 +8,7 @@ Every process trains on a batch of its own, of the cell's size.
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TypeVar
@@ -15,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from perfmodel.architectures import Architecture
 from perfmodel.errors import UserError
@@ -28,6 +30,7 @@ from .names import plain_collective
 KINDS = ("ddp", "fsdp2")
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # set by torchrun
 SETTLED = 2  # steps until a program repeats itself: in the second DDP fills its buckets anew
+PAUSE = 2e-3  # s
 T = TypeVar("T")
 
 
@@ -141,6 +144,23 @@ def bucket_bytes(model: Any) -> int:
     told: dict[str, Any] = model._get_ddp_logging_data()  # type: ignore[no-untyped-call]
     sizes = told.get("rebuilt_bucket_sizes") or told["bucket_sizes"]
     return sum(map(int, str(sizes).split(",")))
+
+
+class Pauses(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Waits a moment before what follows a collective: then gloo's threads have dropped what they hold of it.
+
+    How soon they do is the scheduler's choice: on a busy machine a gathered unit more was live in one step of two.
+    """
+
+    behind_collective = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # a tensor of tensors: what it makes of the call is a call, too
+        if self.behind_collective:
+            time.sleep(PAUSE)
+        self.behind_collective = func.namespace == "c10d"
+        return func(*args, **(kwargs or {}))
 
 
 def messages(collectives: Iterable[Collective]) -> dict[str, dict[str, list[int]]]:
