@@ -102,7 +102,7 @@ def plain_profile(found: Profile, device: str, step_seconds: float) -> dict[str,
         "profiled_seconds": {_plain(phase): seconds for phase, seconds in found.phases.items()},
     }
     if found.exchanging:
-        out["communication_share"] = found.exchanging / whole
+        out["communication_share"] = min(1.0, found.exchanging / whole)
     if device == "cuda":
         copies, helpers = [w for w in found.work if w.crosses_bus], [w for w in found.work if w.helps]
         out["by_call"] = _table((w.phase, w.call, int(w.is_kernel), w.seconds) for w in inside)

@@ -73,6 +73,8 @@ def _whole(record: Record, where: str) -> None:
         profile = record.get("profile", {})
         if not isinstance(profile, dict) or not _by_phase(profile.get("by_call", {}), _kernels):
             raise UserError(f"{where}: by_call must be numbers and seconds of kernels by phase and name")
+        if not _share(profile.get("communication_share", 0.0)):
+            raise UserError(f"{where}: communication_share must be a share from 0 to 1")
 
 
 def _of_several(record: Record, where: str) -> None:
@@ -116,6 +118,10 @@ def _message(value: Any) -> bool:
 
 def _kernels(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and _whole_number(value[0])
+
+
+def _share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _positive(value: Any) -> bool:
