@@ -16,7 +16,7 @@ from ..setup import Setup
 from ..values import immutable
 
 USUAL = {"sxm": "dgx-h100", "pcie": "l40s-8"}  # whose links stand for those of a device that no known node has
-MEASURE = "torchrun --nproc-per-node 2 -m perfmodel calibrate --network --device cpu"
+MEASURE = "torchrun --nproc-per-node {} -m perfmodel calibrate --network --device cpu"
 
 
 @immutable
@@ -87,11 +87,15 @@ def _of_cpu(setup: Setup, on: DeviceProfile) -> tuple[Node, list[str]]:
     two 51 to 55, `data/devices/cpu-epyc-genoa-2c.toml`), so that is not divided either.
     """
     name = setup.node or (own.CALIBRATED if own.find(own.CALIBRATED, files.OWN) else None)
+    processes = int(np.max(setup.gpus))
+    measure = MEASURE.format(processes // (setup.nodes or 1))
     if name is None:
-        raise UserError(f"gpus: several processes on {on.slug} need the network between them, measured: {MEASURE}")
+        raise UserError(f"gpus: {processes} processes on {on.slug} need the network between them, measured: {measure}")
     node = Node.load(name)
     if node.file.link != "none" or node.file.slug in files.names():
-        raise UserError(f"gpus: {name} is a node of GPUs, and {on.slug} is a CPU; measure its network: {MEASURE}")
+        raise UserError(f"gpus: {name} is a node of GPUs, and {on.slug} is a CPU; measure its network: {measure}")
+    if processes > node.gpus and node.file.links.nics is None:
+        raise UserError(f"gpus: {name} was measured between {node.gpus} processes, not {processes}: {measure}")
     alone = f"each process has the cores, the memory and its bandwidth that {on.slug} was calibrated with to itself"
     return node, [*([] if setup.node else [f"the processes exchange as in {name} (--node)"]), alone]
 

@@ -138,7 +138,7 @@ def test_tensor_parallel_parts_are_the_whole() -> None:
         ({"gpus": 4, "node": "dgx-h10"}, "did you mean 'dgx-h100'?"),
         ({"gpus": 4, "compile": "default"}, "not modelled with compile default"),
         ({"gpus": 12, "nodes": 1}, "do not spread evenly over 1 nodes of 8"),
-        ({"gpus": 2, "device": CPU}, "calibrate --network --device cpu"),
+        ({"gpus": 3, "device": CPU}, "torchrun --nproc-per-node 3 -m perfmodel calibrate --network --device cpu"),
         ({"gpus": 2, "device": CPU, "node": "dgx-spark"}, f"dgx-spark is a node of GPUs, and {CPU} is a CPU"),
     ],
 )
@@ -172,3 +172,5 @@ def test_the_network_that_was_calibrated_here_is_taken(tmp_path: Path, monkeypat
     found, named = (predict(LLAMA, "lora", device=CPU, gpus=2, **more) for more in ({}, {"node": path}))
     assert found.time == named.time
     assert "the processes exchange as in mine (--node)" in found.notes
+    with pytest.raises(UserError, match="mine was measured between 2 processes, not 4: torchrun --nproc-per-node 4"):
+        predict(LLAMA, "lora", device=CPU, gpus=4)
