@@ -41,10 +41,7 @@ def check_context(found: Report, command: str) -> dict[str, Any]:
     lines = [*found.lines, *(replace(line, name=f"{SEVERAL}: {line.name}") for line in found.shared_lines)]
     return {
         **bare(found.environments, command),
-        "machines": [
-            f"{name_of(found.environments[name])}, predicted with {tables.predicted_with(found, name)}"
-            for name in found.machines
-        ],
+        "machines": ["; ".join(tables.machine_lines(found, name)) for name in found.machines],
         "answer": tables.verdict_line(found),
         "limits": page_table(tables.LIMIT_COLUMNS, map(tables.limit_cells, found.limits), "left4"),
         "plots": _plots(found) if found.every else [],

@@ -10,7 +10,6 @@ from perfmodel.report.progress import progress
 
 from . import tables
 from .check import SEVERAL, Report, check_records
-from .machine import name_of
 
 MOST_DIFFERENCES = 30  # listed; --json has all
 
@@ -52,8 +51,8 @@ def show_check(
 
 def _print(found: Report) -> None:
     for name in found.machines:
-        show(f"records of {name_of(found.environments[name])}")
-        show(f"predicted with {tables.predicted_with(found, name)}")
+        for told in tables.machine_lines(found, name):
+            show(told)
     for title, rows in tables.cell_tables(found.every, found.pairs):
         _section(title, tables.CELL_COLUMNS, rows)
     for of, lines in (("", found.lines), (f", {SEVERAL}", found.shared_lines)):

@@ -9,6 +9,7 @@ from perfmodel.program.part import PHASES
 
 from ..accuracy import Pair
 from .check import Report
+from .machine import name_of
 from .outcomes import CellOutcome, Measured
 from .ranks import Sharing
 from .summary import Limit, Line
@@ -31,12 +32,18 @@ def verdict_line(found: Report) -> str:
     return f"{what}: all limits hold" if not exceeded else f"{what}. Over the limit: {'; '.join(exceeded)}"
 
 
-def predicted_with(found: Report, environment: str) -> str:
-    """Whose figures the predictions of an environment's records are made of."""
-    machine = found.machines[environment]
+def machine_lines(found: Report, environment: str) -> list[str]:
+    """Where an environment's records come from, whose figures predict them, what to know of their times."""
+    machine, record = found.machines[environment], found.environments[environment]
     several = [o.predicted.setup for o in found.shared if o.measured.environment == environment]
     nodes = dict.fromkeys(placed(setup, machine.on).node.file.slug for setup in several)
-    return ", ".join([f"device {machine.on.slug}", f"host {machine.by.name}", *(f"node {node}" for node in nodes)])
+    figures = [f"device {machine.on.slug}", f"host {machine.by.name}", *(f"node {node}" for node in nodes)]
+    lines = [f"records of {name_of(record)}", f"predicted with {', '.join(figures)}"]
+    load, cores = (record["host"].get(name) for name in ("load", "cores"))
+    by_the_wall = several and machine.on.kind == "cpu" and isinstance(load, float) and isinstance(cores, int)
+    if by_the_wall and load > cores:
+        lines.append(f"load {load:.1f} on {cores} cores as it began: times of several processes hold what else ran")
+    return lines
 
 
 def unmeasured_rows(cells: Iterable[Measured]) -> Rows:
