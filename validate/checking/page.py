@@ -33,9 +33,7 @@ def write_check_page(found: Report, path: Path, command: str) -> None:
 
 def check_context(found: Report, command: str) -> dict[str, Any]:
     """What the template shows."""
-    of_cells = [
-        (title, page_table(tables.CELL_COLUMNS, rows)) for title, rows in tables.cell_tables(found.every, found.pairs)
-    ]
+    of_cells = tables.cell_tables(found.every, found.pairs)
     unmeasured, different = tables.unmeasured_rows(found.cells), tables.numbered(found.every)
     shared, unpredicted = tables.shared_rows(found.shared), tables.unpredicted_rows(found.unpredicted)
     lines = [*found.lines, *(replace(line, name=f"{SEVERAL}: {line.name}") for line in found.shared_lines)]
