@@ -41,13 +41,14 @@ class Sharing:
         if "parallel" not in visits[0]:
             return None
         told: dict[str, Any] = {name: visits[0]["parallel"].get(name) for name in ("kind", "processes", "backend")}
-        profiles = [r["profile"] for r in visits if "communication_share" in r.get("profile", {})]
+        done = [r.get("profile", {}) for r in visits if r["status"] == "ok"]
+        shares = [profile["communication_share"] for profile in done if "communication_share" in profile]
         return cls(
             **told,
             nodes=visits[0]["parallel"].get("nodes"),
             cores=visits[0]["parallel"].get("cores", 0),
             messages=next((r["messages"] for r in visits if "messages" in r), {}),
-            communication=profiles[0]["communication_share"] if profiles else None,
+            communication=shares[0] if shares else None,
         )
 
     @property
@@ -61,6 +62,8 @@ class Sharing:
         Raises:
             UserError: the tape says nothing of such a program, or the price of a rank nothing of its time.
         """
+        if self.processes < 2:
+            raise UserError(f"{self.kind} of {self.processes} process shares nothing: measure without --parallel")
         if machine.others:
             raise UserError(f"measured under {', '.join(machine.others)}: what ranks call there is not modelled")
         if self.nodes is None:

@@ -29,6 +29,7 @@ from .names import plain_collective
 
 KINDS = ("ddp", "fsdp2")
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # set by torchrun
+STARTED = "torchrun --nproc-per-node 2 -m perfmodel validate measure --parallel"
 SETTLED = 2  # steps until a program repeats itself: in the second DDP fills its buckets anew
 PAUSE = 2e-3  # s
 T = TypeVar("T")
@@ -94,8 +95,7 @@ def join(kind: str, device: str) -> Team:
         UserError: not started by torchrun.
     """
     if not under_torchrun():
-        started = f"torchrun --nproc-per-node 2 -m perfmodel validate measure --parallel {kind} ..."
-        raise UserError(f"--parallel {kind} needs several processes: {started}")
+        raise UserError(f"--parallel {kind} needs several processes: {STARTED} {kind} ...")
     backend = "nccl" if device == "cuda" else "gloo"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
