@@ -79,7 +79,8 @@ class Setup:
             clipping, one micro-batch a step.
         images: images of a sample (`perfmodel.tracing` alone has them); their tokens are among its `seq`.
         image_size: height and width of an image in pixels, before the model's processor resizes it.
-        gpus: GPUs of the job, all nodes together; an int or an integer array. `batch` is that of one of them.
+        gpus: GPUs of the job (on a CPU: processes), all nodes together; an int or an integer array. `batch` is that of
+            one of them.
         nodes: over how many nodes they spread; None: as few as hold them.
         node: what they stand in (`perfmodel.network.Node`); None: the node that has GPUs of the device.
         parallel: what several GPUs do (`perfmodel.recording.parallel`): ddp, every one has the whole model; fsdp2 and

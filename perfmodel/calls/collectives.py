@@ -1,5 +1,7 @@
 """Collectives by their names in PyTorch."""
 
+from typing import Any
+
 from ..program.dims import Dim, larger
 from ..program.op import Op
 
@@ -19,6 +21,12 @@ def message_bytes(op: Op) -> Dim:
     """The whole buffer of a collective, as nccl-tests counts it: what is gathered, or what is to be scattered."""
     given, into = (sum(s.nbytes for s in specs) for specs in (op.inputs, op.outputs))
     return larger(given, into)
+
+
+def collective_row(op: Op) -> tuple[tuple[str, str], tuple[Any, ...]]:
+    """What its price goes by: (kind, dtype), and (bytes of its message, how many ranks, how far apart)."""
+    assert op.attrs.ranks is not None
+    return (KIND_OF[op.name], op.inputs[0].dtype), (message_bytes(op), *op.attrs.ranks)
 
 
 def exchanges(op: Op) -> bool:

@@ -176,7 +176,7 @@ def _where(*, grid: bool, all_devices: bool = False) -> tuple[Decorator, ...]:
             type=size,
             default="1",
             show_default=True,
-            help="GPUs of the job, all nodes together; each works on --batch samples.",
+            help="GPUs of the job (on a CPU: processes), all nodes together; each works on --batch samples.",
         ),
     )
 

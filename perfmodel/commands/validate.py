@@ -300,22 +300,24 @@ def profile(path: Path, phases: tuple[str, ...], top: int, as_json: bool) -> Non
 @click.argument("paths", metavar="[RECORDS]...", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--device", help="Predict with this profile [default: this machine's, as the records name it].")
 @click.option("--host", help="Predict with this host [default: the one calibrated with the device, else the default].")
+@click.option("--node", help="What several processes stand in [default: on a CPU this machine's, else by the device].")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with plots and tables.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw predicted against measured (PNG).")
 @json_option
 def check(
-    paths: tuple[Path, ...], device: str | None, host: str | None, html: Path | None, plot: Path | None, as_json: bool
-) -> None:
+    paths: tuple[Path, ...], device: str | None, host: str | None, node: str | None, html: Path | None,
+    plot: Path | None, as_json: bool,
+) -> None:  # fmt: skip
     """Compare with RECORDS of `validate measure`.
 
     They are records.jsonl by default. The exit code is 1 if a limit is exceeded: ATen calls and kernels exact, step
     time 15 % in the mean and 10 % in the median, ratio to full fine-tuning 8 %, verdicts right where 10 % decide them,
-    peak memory 5 % in every cell.
+    peak memory 5 % in every cell. Of steps that several processes shared also the collectives and their bytes: exact.
     """
     from validate.checking.show import show_check
 
     if not paths and not RECORDS.exists():
         raise UserError(f"no {RECORDS} here: make it with `perfmodel validate measure`, or name other records")
     chosen = paths or (RECORDS,)
-    holds = show_check(chosen, device=device, host=host, html=html, plot=plot, as_json=as_json)
+    holds = show_check(chosen, device=device, host=host, node=node, html=html, plot=plot, as_json=as_json)
     sys.exit(0 if holds else 1)

@@ -26,7 +26,7 @@ from ..program.op import Op
 from .cpu_work import FEW_ROWS, KINDS, PAGE, REGIMES, VECTOR, sort
 from .hardware import ITEMSIZE, Hardware
 from .solver import solver_time
-from .tables import Tables
+from .tables import Model, Tables
 
 Array = NDArray[np.float64]
 GRAIN = 32768.0  # elements that a thread takes at least (at::internal::GRAIN_SIZE)
@@ -115,8 +115,12 @@ class CpuKernels:
     stream: CpuStreamParameters
 
 
-def cpu_durations(ops: Sequence[Op], hardware: Hardware, kernels: CpuKernels) -> np.ndarray:
-    """Seconds of the work of each op, shape (ops, *grid); 0 for views and for scalars that Python code keeps."""
+def cpu_durations(ops: Sequence[Op], hardware: Hardware, kernels: CpuKernels, collective: Model) -> np.ndarray:
+    """Seconds of the work of each op, shape (ops, *grid); 0 for views and for scalars that Python code keeps.
+
+    Args:
+        collective: prices what ranks exchange.
+    """
     tables = Tables()
     for i, op in enumerate(ops):
         if not op.view and not op.attrs.host:
@@ -132,6 +136,7 @@ def cpu_durations(ops: Sequence[Op], hardware: Hardware, kernels: CpuKernels) ->
             "attention": partial(_attention, hardware, kernels.attention),
             "solver": partial(_solver, hardware),
             "stream": partial(_stream, hardware, kernels.stream),
+            "collective": collective,
         },
     )
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..calls import costs
+from ..calls.collectives import collective_row
 from ..calls.table import row
 from ..errors import UserError
 from ..program.dims import product
@@ -86,6 +87,9 @@ def sort(i: int, op: Op, tables: Tables) -> None:
     elif work == "decomposition":
         *batch, rows, columns = op.inputs[0].shape
         tables.add("solver", (name,), i, product(tuple(batch)), rows, columns)
+    elif work == "collective":
+        key, message = collective_row(op)
+        tables.add("collective", key, i, *message)
     else:
         half = any(s.dtype in ("bf16", "fp16") for s in (*op.inputs, *op.outputs))
         for kind, *amounts in streams(op):

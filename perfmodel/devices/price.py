@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..calls.collectives import KIND_OF, message_bytes
+from ..calls.collectives import collective_row
 from ..calls.costs import SCALED, products
 from ..calls.table import row
 from ..errors import UserError
@@ -71,7 +71,7 @@ def durations(ops: Sequence[Op], profile: DeviceProfile, *, in_step: bool = True
     if profile.cpu is not None:
         from .cpu import cpu_durations
 
-        return cpu_durations(ops, profile.hardware, profile.cpu)
+        return cpu_durations(ops, profile.hardware, profile.cpu, partial(_collective, profile))
     tables = Tables()
     for i, op in enumerate(ops):
         if not op.view and not op.attrs.host:
@@ -93,8 +93,8 @@ def _sort(i: int, op: Op, tables: Tables) -> None:
     elif work == "attention":
         _attention_row(i, op, tables)
     elif work == "collective":
-        assert op.attrs.ranks is not None
-        tables.add("collective", (KIND_OF[name], inputs[0].dtype), i, message_bytes(op), *op.attrs.ranks)
+        key, sizes = collective_row(op)
+        tables.add("collective", key, i, *sizes)
     elif op.attrs.bus:
         tables.add("bus", (), i, op.outputs[0].nbytes)
     elif work == "decomposition":

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ..devices import own
 from ..devices.profile import DeviceProfile
 from ..errors import UserError
 from ..network import files
@@ -15,6 +16,7 @@ from ..setup import Setup
 from ..values import immutable
 
 USUAL = {"sxm": "dgx-h100", "pcie": "l40s-8"}  # whose links stand for those of a device that no known node has
+MEASURE = "torchrun --nproc-per-node {} -m perfmodel calibrate --network --device cpu"
 
 
 @immutable
@@ -50,21 +52,13 @@ class Placed:
 
 
 def placed(setup: Setup, on: DeviceProfile) -> Placed:
-    """Where the GPUs of a setup stand.
+    """Where the GPUs of a setup stand, or its processes on CPUs.
 
     Raises:
-        UserError: an unknown node, one of other GPUs, none that is known to hold the device, or GPUs that do not spread
-            evenly over nodes.
+        UserError: an unknown node, one of GPUs for a CPU, none that is known to hold the device, or GPUs that do not
+            spread evenly over nodes.
     """
-    if on.kind != "cuda":
-        raise UserError(f"gpus: {on.slug} is no GPU; several processes on CPUs are not modelled")
-    name = setup.node or _of_gpu().get(on.slug)
-    if name is None:
-        name = USUAL["sxm" if "sxm" in on.slug else "pcie"]
-        notes = [f"no node of {on.slug} is known: links as in {name} (--node NAME, see `perfmodel nodes`)"]
-    else:
-        notes = [] if setup.node else [f"the GPUs stand in {name} (--node)"]
-    node = Node.load(name)
+    node, notes = _of_cpu(setup, on) if on.kind == "cpu" else _of_gpus(setup, on)
     notes += node.notes
     if setup.nodes is not None:
         per_node: Any = np.asarray(setup.gpus) / setup.nodes
@@ -73,6 +67,37 @@ def placed(setup: Setup, on: DeviceProfile) -> Placed:
     else:
         per_node = np.vectorize(lambda gpus: most_on_a_node(int(gpus), node.gpus))(setup.gpus)
     return Placed(node, per_node.astype(np.int64) if np.ndim(per_node) else int(per_node), notes)
+
+
+def _of_gpus(setup: Setup, on: DeviceProfile) -> tuple[Node, list[str]]:
+    """The node, and how it was chosen where nobody named it."""
+    name = setup.node or _of_gpu().get(on.slug)
+    if name is None:
+        name = USUAL["sxm" if "sxm" in on.slug else "pcie"]
+        notes = [f"no node of {on.slug} is known: links as in {name} (--node NAME, see `perfmodel nodes`)"]
+    else:
+        notes = [] if setup.node else [f"the GPUs stand in {name} (--node)"]
+    return Node.load(name), notes
+
+
+def _of_cpu(setup: Setup, on: DeviceProfile) -> tuple[Node, list[str]]:
+    """The same of processes that exchange by gloo, which is as fast as the machine on which it was measured.
+
+    Each is a device by itself. A core alone does not fill the memory's bandwidth (EPYC Genoa: one reads 24 to 27 GB/s,
+    two 51 to 55, `data/devices/cpu-epyc-genoa-2c.toml`), so that is not divided either.
+    """
+    name = setup.node or (own.CALIBRATED if own.find(own.CALIBRATED, files.OWN) else None)
+    processes = int(np.max(setup.gpus))
+    measure = MEASURE.format(processes // (setup.nodes or 1))
+    if name is None:
+        raise UserError(f"gpus: {processes} processes on {on.slug} need the network between them, measured: {measure}")
+    node = Node.load(name)
+    if node.file.link != "none" or node.file.slug in files.names():
+        raise UserError(f"gpus: {name} is a node of GPUs, and {on.slug} is a CPU; measure its network: {measure}")
+    if processes > node.gpus and node.file.links.nics is None:
+        raise UserError(f"gpus: {name} was measured between {node.gpus} processes, not {processes}: {measure}")
+    alone = f"each process has the cores, the memory and its bandwidth that {on.slug} was calibrated with to itself"
+    return node, [*([] if setup.node else [f"the processes exchange as in {name} (--node)"]), alone]
 
 
 def most_on_a_node(gpus: int, room: int) -> int:

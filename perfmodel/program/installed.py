@@ -1,7 +1,7 @@
 """The packages that real programs come from: which versions are installed, and which work."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -28,10 +28,10 @@ def too_old() -> dict[str, str]:
     return {name: told for name in PACKAGES if (told := installed(name)) and _minor(told) < OLDEST[name]}
 
 
-def unmirrored(packages: Sequence[str] = PACKAGES) -> list[str]:
-    """The installed packages of other minor versions than the tape mirrors, each in words."""
-    mirrored = CURRENT.as_dict()
-    found = {name: told for name in packages if (told := installed(name))}
+def unmirrored(packages: Sequence[str] = PACKAGES, version_of: Callable[[str], str | None] | None = None) -> list[str]:
+    """The packages of other minor versions than the tape mirrors, each in words: of those installed, or as told."""
+    mirrored, look_up = CURRENT.as_dict(), version_of or installed
+    found = {name: told for name in packages if (told := look_up(name))}
     return [f"{n} {told} (mirrored: {mirrored[n]})" for n, told in found.items() if _minor(told) != _minor(mirrored[n])]
 
 

@@ -167,10 +167,14 @@ def test_page_and_picture_are_written(tmp_path: Path) -> None:
     path = written(tmp_path / "r.jsonl", slower(1.4, 0))
     assert run(path, "--device", DEVICE["cpu"], "--html", page, "--plot", plot).exit_code == 1
     text = page.read_text()
-    assert all(method in text for method in METHODS)
+    assert all(f'<th scope="row">{method}</th><td>' in text.partition("<h2>Cells")[2] for method in METHODS)
     assert "ratio to full" in text
     assert "http://" not in text.replace("http://www.w3.org", "")
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+VISIT = visit(Cell(TINY, "full", Setup(seq=16)), "cpu")
+TWO = {"kind": "ddp", "processes": 2, "backend": "gloo"}
 
 
 @pytest.mark.parametrize(
@@ -178,9 +182,14 @@ def test_page_and_picture_are_written(tmp_path: Path) -> None:
     [
         ({"kind": "visit"}, "id is missing"),
         ({"kind": "guess"}, "unknown kind of record 'guess'"),
-        ({**visit(Cell(TINY, "full", Setup(seq=16)), "cpu"), "seconds": {"step": [0.1]}}, "holds seconds of steps"),
-        ({**visit(Cell(TINY, "full", Setup(seq=16)), "cpu"), "status": "fine"}, "unknown status"),
-        ({**visit(Cell(TINY, "full", Setup(seq=16)), "cpu"), "environment": "there"}, "no record of environment"),
+        ({**VISIT, "seconds": {"step": [0.1]}}, "holds seconds of steps"),
+        ({**VISIT, "status": "fine"}, "unknown status"),
+        ({**VISIT, "environment": "there"}, "no record of environment"),
+        ({**VISIT, "parallel": "ddp"}, "parallel is not a dict"),
+        ({**VISIT, "parallel": {"kind": "ddp", "backend": "gloo"}}, "parallel: processes is missing"),
+        ({**VISIT, "parallel": {**TWO, "nodes": "one"}}, "must be numbers"),
+        ({**VISIT, "parallel": TWO, "messages": {"backward": {"allreduce": [1]}}}, "must be numbers"),
+        ({**VISIT, "parallel": TWO, "profile": {"communication_share": "half"}}, "a share from 0 to 1"),
     ],
 )  # fmt: skip
 def test_records_that_are_not_whole_are_refused_in_one_line(tmp_path: Path, line: Record, message: str) -> None:

@@ -86,6 +86,31 @@ def test_memory_peak_is_the_highest_running_sum(profile: kineto.Profile) -> None
     assert profile.memory_peak == 2300
 
 
+def test_what_gloo_takes_and_how_long_it_works(trace: dict[str, Any]) -> None:
+    """A buffer of gloo's threads and a clone inside its call are no memory of the program; its spans overlap."""
+
+    def memory(ts: float, tid: int, nbytes: int, address: int) -> dict[str, Any]:
+        args = {"Bytes": nbytes, "Addr": address, "Device Type": 0}
+        return {"ph": "i", "cat": "cpu_instant_event", "name": "[memory]", "tid": tid, "ts": ts, "args": args}
+
+    def span(category: str, name: str, ts: float, dur: float, tid: int) -> dict[str, Any]:
+        return {"ph": "X", "cat": category, "name": name, "ts": ts, "dur": dur, "tid": tid}
+
+    events = [
+        span("cpu_op", "c10d::_reduce_scatter_base_", 0, 100, 1), memory(50, 1, 1000, 11),  # the clone
+        span("user_annotation", "gloo:all_reduce", 60, 200, 2), memory(70, 2, 4000, 12), memory(250, 2, -4000, 12),
+        span("user_annotation", "gloo:all_gather", 160, 200, 3), memory(300, 1, 500, 13), memory(350, 1, -1000, 11),
+        memory(400, 1, 30, 11), memory(450, 1, -500, 13),
+    ]  # fmt: skip
+    found = kineto.parse_trace({"traceEvents": events}, [])
+    assert found.memory_peak == 530  # the program's own, the last of it where the clone was
+    assert found.exchanging == pytest.approx(300e-6)
+    renamed = [{**e, "name": "ncclDevKernel" if e.get("cat") == "kernel" else e["name"]} for e in trace["traceEvents"]]
+    kernels = [e for e in renamed if e["name"] == "ncclDevKernel"]
+    by_hand = kineto.union((e["ts"], e["ts"] + e["dur"]) for e in kernels) * 1e-6
+    assert kineto.parse_trace({"traceEvents": renamed}, []).exchanging == pytest.approx(by_hand)
+
+
 def test_the_order_of_events_in_the_file_does_not_matter(trace: dict[str, Any], profile: kineto.Profile) -> None:
     """Kineto sorts its events by nothing that one could rely on."""
     shuffled = list(trace["traceEvents"])

@@ -196,6 +196,10 @@ def test_rounds_are_shuffled_alike_for_a_seed() -> None:
         ("round = 2", "did you mean 'rounds'"),
         ('[[cells]]\nmodels = ["tiny"]\nmethods = ["lore"]\nsetups = [{ batch = 1 }]', "unknown method 'lore'"),
         ('[[cells]]\nmodels = ["tiny"]\nmethods = ["full"]\nsetups = [{ bach = 1 }]', "batch"),
+        (
+            '[[cells]]\nmodels = ["tiny"]\nmethods = ["full"]\nsetups = [{ gpus = 2 }]',
+            "that of one process, got gpus = 2",
+        ),
         ('[[cells]]\nmodels = ["tiny"]\nmethods = ["full"]\nsetups = 3', "setups of [[cells]] must be a list"),
         ('[[cells]]\nmodel = ["tiny"]', "did you mean 'models'"),
         (

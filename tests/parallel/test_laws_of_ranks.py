@@ -1,12 +1,14 @@
 """Laws of steps on several GPUs, which need no torch: what a network can do to a step, and what LoRA saves on it."""
 
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_up_node import START, WIRE, cpu_node
 
 from perfmodel import predict
 from perfmodel.architectures.config import Config
@@ -24,6 +26,7 @@ LLAMA = Config(
     "llama", "llama",
 )  # fmt: skip
 ROUNDING = 1e-9
+CPU = "cpu-epyc-genoa-1t"
 METHODS = ("full", "lora:r=8,targets=all-linear", "lora:r=4", "dora:r=4", "top_k:k=2", "qlora:r=8", "norm", "ia3")
 SETUPS = st.builds(
     Setup,
@@ -136,9 +139,39 @@ def test_tensor_parallel_parts_are_the_whole() -> None:
         ({"gpus": 4, "node": "dgx-h10"}, "did you mean 'dgx-h100'?"),
         ({"gpus": 4, "compile": "default"}, "not modelled with compile default"),
         ({"gpus": 12, "nodes": 1}, "do not spread evenly over 1 nodes of 8"),
+        ({"gpus": 3, "device": CPU}, "torchrun --nproc-per-node 3 -m perfmodel calibrate --network --device cpu"),
+        ({"gpus": 2, "device": CPU, "node": "dgx-spark"}, f"dgx-spark is a node of GPUs, and {CPU} is a CPU"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(options: dict[str, object], said: str) -> None:
     """A wrong job names its fault."""
     with pytest.raises(UserError, match=said.replace("?", r"\?")):
-        predict(LLAMA, "full", device="h100-sxm", **options)
+        predict(LLAMA, "full", **{"device": "h100-sxm", **options})
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("method", ["full", "lora:r=8"])
+def test_processes_on_a_cpu_wait_for_all_that_they_send(parallel: str, method: str, tmp_path: Path) -> None:
+    """A core that exchanges computes nothing: by hand, what passes the wire comes on top of the rank's own work."""
+    setup = Setup(batch=2, seq=64, dtype="fp32", gpus=2, parallel=parallel, node=cpu_node(tmp_path / "node.toml"))
+    p = predict(LLAMA, method, setup, CPU)
+    sent = p.time.communication
+    # one start a collective; half of the buffer and half of the own half pass, in an all-reduce the former twice
+    ends = {"all_reduce": 1.25, "all_gather": 0.75, "reduce_scatter": 0.75, "broadcast": 1.0}
+    by_hand = sum(START * sent.calls[kind] + share * sent.nbytes[kind] / WIRE for kind, share in ends.items())
+    assert sent.exposed["total"] == pytest.approx(by_hand, rel=0.02)
+    assert sent.hidden["total"] == pytest.approx(0.0, abs=1e-9)
+    alone = predict(LLAMA, method, replace(setup, gpus=1), CPU)
+    assert p.time.phases["total"] > alone.time.phases["total"]
+    assert any("to itself" in note for note in p.notes)
+
+
+def test_the_network_that_was_calibrated_here_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After `calibrate --network` nothing more is to be typed, and the answer says whose network it has."""
+    monkeypatch.setenv("PERFMODEL_HOME", str(tmp_path))
+    path = cpu_node(tmp_path / "nodes" / "mine.toml")
+    found, named = (predict(LLAMA, "lora", device=CPU, gpus=2, **more) for more in ({}, {"node": path}))
+    assert found.time == named.time
+    assert "the processes exchange as in mine (--node)" in found.notes
+    with pytest.raises(UserError, match="mine was measured between 2 processes, not 4: torchrun --nproc-per-node 4"):
+        predict(LLAMA, "lora", device=CPU, gpus=4)

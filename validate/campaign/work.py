@@ -11,7 +11,7 @@ from perfmodel.errors import UserError
 from perfmodel.methods import parse
 
 from ..calibration import hosts
-from ..checking.outcomes import calls_of, kernels_of
+from ..checking.counted import calls_of, kernels_of
 from ..measuring import allocator, environment
 from ..measuring.cells import Cell
 from ..measuring.records import Record

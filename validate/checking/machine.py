@@ -1,12 +1,14 @@
 """Which profile, host and versions of the software predict the records of an environment."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from perfmodel.devices import host as hosts
 from perfmodel.devices import own, profile
 from perfmodel.devices.host import Host
 from perfmodel.devices.profile import DeviceProfile
 from perfmodel.errors import UserError
+from perfmodel.program.installed import unmirrored
 from perfmodel.program.software import SoftwareStack
 
 from ..measuring.records import Record
@@ -16,20 +18,32 @@ DEFAULT_HOST = "default"
 
 @dataclass(frozen=True)
 class Machine:
-    """A device, the host that feeds it, and the versions of the software that both run."""
+    """A device, the host that feeds it, and the versions of the software that both run.
+
+    Attributes:
+        node: what several processes stand in, as the user chose it; None: by the device.
+        threads: of a process that measured.
+        others: packages that it ran under in other versions than the tape mirrors, in words.
+    """
 
     on: DeviceProfile
     by: Host
     stack: SoftwareStack
+    node: str | None = None
+    threads: int = 1
+    others: list[str] = field(default_factory=list)
 
 
-def machine_of(environment: Record, device: str | None = None, host: str | None = None) -> Machine:
+def machine_of(
+    environment: Record, device: str | None = None, host: str | None = None, node: str | None = None
+) -> Machine:
     """What predicts the records of an environment.
 
     Args:
         environment: its record.
         device, host: what the user chose; else what `perfmodel calibrate` made of the machine that measured, else a
             bundled profile of it, each with the host of the same name if there is one, else with the default host.
+        node: what the user chose for several processes.
 
     Raises:
         UserError: no such profile, a profile of another kind of device, or none for this machine.
@@ -44,15 +58,23 @@ def machine_of(environment: Record, device: str | None = None, host: str | None 
     if on.kind != environment["device"]:
         raise UserError(f"the records are of a {environment['device']} device, {on.slug} is a {on.kind}: use --device")
     beside = own.find(on.slug, "hosts") or on.slug in hosts.names()
-    return Machine(on, hosts.load(host or (on.slug if beside else DEFAULT_HOST)), installed_stack(environment))
+    by, threads = hosts.load(host or (on.slug if beside else DEFAULT_HOST)), environment["host"].get("threads")
+    return Machine(
+        on, by, installed_stack(environment), node, threads if isinstance(threads, int) else 1,
+        unmirrored(version_of=_versions(environment).get),
+    )  # fmt: skip
 
 
 def installed_stack(environment: Record) -> SoftwareStack:
     """The versions of the software that measured."""
-    software, gpu = environment.get("software"), environment.get("gpu")
+    gpu = environment.get("gpu")
     cuda = gpu.get("cuda") if isinstance(gpu, dict) else None
-    versions = software if isinstance(software, dict) else {}
-    return SoftwareStack.installed({"cuda": cuda, **{name: str(told) for name, told in versions.items()}})
+    return SoftwareStack.installed({"cuda": cuda, **_versions(environment)})
+
+
+def _versions(environment: Record) -> dict[str, Any]:
+    software = environment.get("software")
+    return {name: str(told) for name, told in software.items()} if isinstance(software, dict) else {}
 
 
 def _calibrated(environment: Record) -> DeviceProfile | None:

@@ -1,23 +1,19 @@
 """A cell as it was measured, beside what the model predicts of it."""
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
-from perfmodel.calls import costs
 from perfmodel.prediction.predict import Prediction, predict
-from perfmodel.program.part import PHASES
-from perfmodel.recording.step import Step
 
 from ..accuracy import Pair, paired
 from ..measuring.cells import Cell
 from ..measuring.names import short, unified
 from ..measuring.records import Record
+from .counted import Counts, Difference, as_counts, calls_of, collectives_of, differences, kernels_of
 from .machine import Machine
-
-Counts = dict[str, dict[str, int]]  # phase -> name of an ATen call -> number
+from .ranks import Sharing
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,7 @@ class Measured:
         calls: non-view ATen calls by phase and name; empty if no visit counted them.
         kernels: device kernels by phase and by the ATen call that launched them; empty on a CPU.
         traced: calls and kernels of a trace of the installed program, where it may be another than the tape's.
-        parallel: how several processes shared the step (ddp, fsdp2); empty for one.
+        shared: how several processes shared the step; None: it was of one.
     """
 
     cell: Cell
@@ -43,7 +39,17 @@ class Measured:
     calls: Counts = field(default_factory=dict)
     kernels: Counts = field(default_factory=dict)
     traced: dict[str, Counts] = field(default_factory=dict)
-    parallel: str = ""
+    shared: Sharing | None = None
+
+    @property
+    def place(self) -> str:
+        """Model and setup in words: what all methods of a group share."""
+        return f"{self.cell.place} {self.shared.name}" if self.shared else self.cell.place
+
+    @property
+    def name(self) -> str:
+        """The cell in words."""
+        return f"{self.cell.name} {self.shared.name}" if self.shared else self.cell.name
 
     def median(self, what: str) -> float:
         """Median seconds of a phase or of the step."""
@@ -61,28 +67,18 @@ def cells_of(records: Iterable[Record]) -> list[Measured]:
 
 def _together(environment: str, visits: list[Record]) -> Measured:
     cell = Cell.from_dict(visits[0]["cell"])
-    parallel = visits[0].get("parallel", {}).get("kind", "")
     good = [r for r in visits if r["status"] == "ok"]
+    shared = Sharing.of(good or visits)
     if not good:
         worst = "error" if any(r["status"] == "error" for r in visits) else "oom"
-        return Measured(cell, environment, worst, parallel=parallel)
+        return Measured(cell, environment, worst, shared=shared)
     seconds = {name: [s for r in good for s in r["seconds"][name]] for name in good[0]["seconds"]}
     peak = max(r["memory"]["peak"] for r in good)
     calls: Counts = next((r["calls"] for r in good if "calls" in r), {})
     by_call: dict[str, Any] = next((r["profile"]["by_call"] for r in good if "by_call" in r.get("profile", {})), {})
     kernels = {phase: {name: n for name, (n, _) in table.items()} for phase, table in by_call.items()}
     traced: dict[str, Counts] = next((r["traced"] for r in good if "traced" in r), {})
-    return Measured(cell, environment, "ok", seconds, peak, calls, kernels, traced, parallel)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A number of calls or kernels that is not as predicted."""
-
-    phase: str
-    name: str
-    measured: int
-    predicted: int
+    return Measured(cell, environment, "ok", seconds, peak, calls, kernels, traced, shared)
 
 
 @dataclass(frozen=True)
@@ -93,6 +89,18 @@ class CellOutcome:
     predicted: Prediction
     calls: list[Difference]
     kernels: list[Difference]
+    messages: list[Difference] = field(default_factory=list)
+
+    @property
+    def differences(self) -> list[Difference]:
+        """All numbers that are not as predicted."""
+        return [*self.calls, *self.kernels, *self.messages]
+
+    @property
+    def communication(self) -> float:
+        """Predicted share of the step in which a collective is under way."""
+        sent = self.predicted.time.communication
+        return float((sent.exposed["total"] + sent.hidden["total"]) / self.predicted.time.phases["total"])
 
     @property
     def seconds(self) -> float:
@@ -130,58 +138,34 @@ class CellOutcome:
 
 
 def evaluate_cell(measured: Measured, machine: Machine) -> CellOutcome:
-    """Predict a cell that was measured to its end, under the versions of the software that measured it."""
-    cell = measured.cell
-    p = predict(cell.config, cell.method, replace(cell.setup, stack=machine.stack), machine.on, host=machine.by)
+    """Predict a cell that was measured to its end, under the versions of the software that measured it.
+
+    Raises:
+        UserError: several processes shared a step that cannot be predicted.
+    """
+    cell, shared = measured.cell, measured.shared
+    setup = replace(cell.setup, stack=machine.stack)
+    setup = shared.setup(setup, machine) if shared else setup
+    p = predict(cell.config, cell.method, setup, machine.on, host=machine.by)
     assert p.step is not None  # a cell is one setup, not a grid
     traced = measured.traced  # of the installed program, if the tape may have been written for another
     calls, kernels = measured.calls, measured.kernels if cell.setup.compile == "none" else {}
+    on_tape = shared.calls(calls_of(p.step)) if shared else calls_of(p.step)
+    sent = shared.messages if shared else {}
     return CellOutcome(
         measured,
         p,
-        differences(calls, traced.get("calls") or calls_of(p.step), unified) if calls else [],
+        differences(calls, traced.get("calls") or on_tape, unified) if calls else [],
         differences(kernels, traced.get("kernels") or kernels_of(p.step), short) if kernels else [],
+        differences(as_counts(sent), as_counts(collectives_of(p.step))) if sent else [],
     )
-
-
-def calls_of(step: Step) -> Counts:
-    """Non-view ATen calls on the tape, by phase and name."""
-    counts: dict[str, Counter[str]] = {phase: Counter() for phase in PHASES}
-    for part, op, times in step.ops():
-        if not op.view:
-            counts[part.phase][op.name] += times
-    return {phase: dict(c) for phase, c in counts.items()}
-
-
-def kernels_of(step: Step) -> Counts:
-    """Device kernels that the tape's calls launch, by phase and name."""
-    counts: dict[str, Counter[str]] = {phase: Counter() for phase in PHASES}
-    for part, op, times in step.ops():
-        if number := int(costs.kernels(op)):
-            counts[part.phase][op.name] += times * number
-    return {phase: dict(c) for phase, c in counts.items()}
-
-
-def differences(measured: Counts, predicted: Counts, by: Callable[[str], str]) -> list[Difference]:
-    """Where numbers differ, by phase and the name that `by` gives a call."""
-    found = []
-    for phase in PHASES:
-        have, want = (_sums(counts.get(phase, {}), by) for counts in (measured, predicted))
-        found += [
-            Difference(phase, name, have[name], want[name])
-            for name in sorted(have | want)
-            if have[name] != want[name]
-        ]  # fmt: skip
-    return found
-
-
-def _sums(counts: dict[str, int], by: Callable[[str], str]) -> Counter[str]:
-    sums: Counter[str] = Counter()
-    for name, number in counts.items():
-        sums[by(name)] += number
-    return sums
 
 
 def cell_pairs(outcomes: Sequence[CellOutcome]) -> list[Pair[CellOutcome]]:
     """Every method with full fine-tuning of the same model in the same setup and environment."""
-    return paired(outcomes, lambda o: (o.measured.environment, o.measured.cell.group), lambda o: o.measured.cell.method)
+
+    def group(o: CellOutcome) -> tuple[str, str, str]:
+        m = o.measured
+        return m.environment, m.cell.group, m.shared.name if m.shared else ""
+
+    return paired(outcomes, group, lambda o: o.measured.cell.method)

@@ -1,5 +1,6 @@
 """`perfmodel validate check --html FILE`: what a check found, on one page that opens offline."""
 
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +14,7 @@ from perfmodel.resources import write_text
 
 from ..accuracy import BASELINE
 from . import tables
-from .check import Report
+from .check import SEVERAL, Report
 from .machine import name_of
 from .parity import ParityPoint, parity_svg
 from .summary import RATIO_MEAN, STEP_MEAN
@@ -32,22 +33,20 @@ def write_check_page(found: Report, path: Path, command: str) -> None:
 
 def check_context(found: Report, command: str) -> dict[str, Any]:
     """What the template shows."""
-    of_cells = [
-        (title, page_table(tables.CELL_COLUMNS, rows))
-        for title, rows in tables.cell_tables(found.outcomes, found.pairs)
-    ]
-    unmeasured, different = tables.unmeasured_rows(found.cells), tables.numbered(found.outcomes)
+    of_cells = tables.cell_tables(found.every, found.pairs)
+    unmeasured, different = tables.unmeasured_rows(found.cells), tables.numbered(found.every)
+    shared, unpredicted = tables.shared_rows(found.shared), tables.unpredicted_rows(found.unpredicted)
+    lines = [*found.lines, *(replace(line, name=f"{SEVERAL}: {line.name}") for line in found.shared_lines)]
     return {
         **bare(found.environments, command),
-        "machines": [
-            f"{name_of(found.environments[name])}, predicted with device {m.on.slug} and host {m.by.name}"
-            for name, m in found.machines.items()
-        ],
+        "machines": ["; ".join(tables.machine_lines(found, name)) for name in found.machines],
         "answer": tables.verdict_line(found),
         "limits": page_table(tables.LIMIT_COLUMNS, map(tables.limit_cells, found.limits), "left4"),
-        "plots": _plots(found) if found.outcomes else [],
-        "lines": page_table(tables.LINE_COLUMNS, map(tables.line_cells, found.lines)),
-        "phases": page_table(tables.PHASE_COLUMNS, map(tables.phase_cells, found.lines)),
+        "plots": _plots(found) if found.every else [],
+        "lines": page_table(tables.LINE_COLUMNS, map(tables.line_cells, lines)),
+        "phases": page_table(tables.PHASE_COLUMNS, map(tables.phase_cells, lines)),
+        "shared": page_table(tables.SHARED_COLUMNS, shared, "left4") if shared else None,
+        "unpredicted": page_table(tables.UNPREDICTED_COLUMNS, unpredicted, "left2") if unpredicted else None,
         "cells": [{"title": title, "table": page_table(tables.CELL_COLUMNS, rows)} for title, rows in of_cells],
         "unmeasured": page_table(("cell", ""), unmeasured, "left2") if unmeasured else None,
         "different": page_table(tables.DIFFERENCE_COLUMNS, different, "left2") if different else None,
@@ -71,16 +70,16 @@ def page_table(heads: Any, rows: Any, table_style: str = "") -> dict[str, Any]:
 
 
 def _plots(found: Report) -> list[dict[str, Any]]:
-    methods = list(dict.fromkeys(o.measured.cell.method for o in found.outcomes))
+    methods = list(dict.fromkeys(o.measured.cell.method for o in found.every))
     colours = {method: COLOURS[i % len(COLOURS)] for i, method in enumerate(methods)}
     steps = [
         ParityPoint(o.seconds, o.predicted_seconds, colours[o.measured.cell.method],
-              f"{o.measured.cell.name}: {units.seconds(o.seconds)}, predicted {units.seconds(o.predicted_seconds)}")
-        for o in found.outcomes
+              f"{o.measured.name}: {units.seconds(o.seconds)}, predicted {units.seconds(o.predicted_seconds)}")
+        for o in found.every
     ]  # fmt: skip
     ratios = [
         ParityPoint(p.measured, p.predicted, colours[p.other.measured.cell.method],
-              f"{p.other.measured.cell.name}: {p.measured:.2f}x, predicted {p.predicted:.2f}x")
+              f"{p.other.measured.name}: {p.measured:.2f}x, predicted {p.predicted:.2f}x")
         for p in found.pairs
     ]  # fmt: skip
     legend = [{"name": method, "colour": colour, "told": ""} for method, colour in colours.items()]

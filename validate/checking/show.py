@@ -9,15 +9,15 @@ from perfmodel.report.plain import show, table
 from perfmodel.report.progress import progress
 
 from . import tables
-from .check import Report, check_records
-from .machine import name_of
+from .check import SEVERAL, Report, check_records
 
 MOST_DIFFERENCES = 30  # listed; --json has all
 
 
 def show_check(
-    paths: Sequence[Path], *, device: str | None, host: str | None, html: Path | None, plot: Path | None, as_json: bool
-) -> bool:
+    paths: Sequence[Path], *, device: str | None, host: str | None, node: str | None, html: Path | None,
+    plot: Path | None, as_json: bool,
+) -> bool:  # fmt: skip
     """Check records and print what was found; returns whether all limits hold."""
     with progress() as bar:
         task = bar.add_task("predicting", total=None)
@@ -25,7 +25,7 @@ def show_check(
         def tick(done: int, total: int, label: str) -> None:
             bar.update(task, completed=done, total=total, description=label[:60])
 
-        found = check_records(paths, device=device, host=host, progress=tick)
+        found = check_records(paths, device=device, host=host, node=node, progress=tick)
     if html:
         from .page import write_check_page
 
@@ -35,7 +35,7 @@ def show_check(
 
         points = [
             Point(o.measured.cell.method, o.seconds, o.predicted_seconds, o.predicted.time.low, o.predicted.time.high)
-            for o in found.outcomes
+            for o in found.every
         ]
         plot_parity(points, plot, f"{len(points)} measured cells (dashed: ±25 %)")
     if as_json:
@@ -50,20 +50,26 @@ def show_check(
 
 
 def _print(found: Report) -> None:
-    for name, machine in found.machines.items():
-        show(f"records of {name_of(found.environments[name])}")
-        show(f"predicted with device {machine.on.slug}, host {machine.by.name}")
-    for title, rows in tables.cell_tables(found.outcomes, found.pairs):
+    for name in found.machines:
+        for told in tables.machine_lines(found, name):
+            show(told)
+    for title, rows in tables.cell_tables(found.every, found.pairs):
         _section(title, tables.CELL_COLUMNS, rows)
-    if found.outcomes:
-        _section("mean |relative error|", tables.LINE_COLUMNS, list(map(tables.line_cells, found.lines)))
+    for of, lines in (("", found.lines), (f", {SEVERAL}", found.shared_lines)):
+        if lines:
+            _section(f"mean |relative error|{of}", tables.LINE_COLUMNS, list(map(tables.line_cells, lines)))
+            phases = list(map(tables.phase_cells, lines))
+            _section(f"mean |relative error| of the phases{of}", tables.PHASE_COLUMNS, phases)
+    if shared := tables.shared_rows(found.shared):
         _section(
-            "mean |relative error| of the phases", tables.PHASE_COLUMNS, list(map(tables.phase_cells, found.lines))
+            "what the processes exchanged, and for which share of the step", tables.SHARED_COLUMNS, shared, left=(0, 3)
         )
+    if unpredicted := tables.unpredicted_rows(found.unpredicted):
+        _section("not predicted", tables.UNPREDICTED_COLUMNS, unpredicted, left=(1,))
     if unmeasured := tables.unmeasured_rows(found.cells):
         _section("not measured", ("cell", ""), unmeasured, left=(0, 1))
-    if different := tables.numbered(found.outcomes):
-        _section("calls and kernels that differ", tables.DIFFERENCE_COLUMNS, different[:MOST_DIFFERENCES], left=(0, 1))
+    if different := tables.numbered(found.every):
+        _section("counts that differ", tables.DIFFERENCE_COLUMNS, different[:MOST_DIFFERENCES], left=(0, 1))
         if len(different) > MOST_DIFFERENCES:
             show(f"and {len(different) - MOST_DIFFERENCES} more: see --json")
     _section("limits", tables.LIMIT_COLUMNS, [tables.limit_cells(x) for x in found.limits], left=(0, 3))

@@ -68,15 +68,15 @@ def line(name: str, outcomes: Sequence[CellOutcome], of_pairs: Sequence[Pair[Cel
         verdicts=(sum(p.right for p in clear), len(clear)),
         memory=Errors.of(o.memory_error for o in outcomes),
         inside=sum(o.inside for o in outcomes) / len(outcomes),
-        counts_differ=sum(bool(o.calls or o.kernels) for o in outcomes),
+        counts_differ=sum(bool(o.differences) for o in outcomes),
     )
 
 
 def lines(outcomes: Sequence[CellOutcome]) -> list[Line]:
-    """By method, by model, by dtype where there are several, and all."""
+    """By method, model, dtype and how processes shared a step where there are several, and all."""
     ratios = cell_pairs(outcomes)
     found = []
-    keys: tuple[Callable[[CellOutcome], str], ...] = (_method, _model, _dtype)
+    keys: tuple[Callable[[CellOutcome], str], ...] = (_method, _model, _dtype, _sharing)
     for key in keys:
         names = list(dict.fromkeys(map(key, outcomes)))
         for name in names if len(names) > 1 else []:
@@ -98,6 +98,10 @@ def _dtype(o: CellOutcome) -> str:
     return f"autocast {setup.amp}" if setup.amp else setup.dtype
 
 
+def _sharing(o: CellOutcome) -> str:
+    return o.measured.shared.name if o.measured.shared else ""
+
+
 def promises(cells: Sequence[Measured], outcomes: Sequence[CellOutcome]) -> list[Limit]:
     """The promises, with what the records say of them."""
     found = [Limit("cells that failed", sum(c.status == "error" for c in cells), 0)]
@@ -107,6 +111,8 @@ def promises(cells: Sequence[Measured], outcomes: Sequence[CellOutcome]) -> list
     found.append(Limit("cells whose ATen calls differ", sum(bool(o.calls) for o in outcomes), 0))
     if any(o.measured.kernels for o in outcomes):
         found.append(Limit("cells whose kernels differ", sum(bool(o.kernels) for o in outcomes), 0))
+    if any(o.measured.shared for o in outcomes):
+        found.append(Limit("cells whose collectives or their bytes differ", sum(bool(o.messages) for o in outcomes), 0))
     found += [
         Limit("step time, mean error", total.step.mean, STEP_MEAN),
         Limit("step time, median error", total.step.median, STEP_MEDIAN),

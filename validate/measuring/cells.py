@@ -161,7 +161,10 @@ def _config(values: Any, where: str, name: str) -> Config:
 def _setup(values: Any, where: str) -> Setup:
     if not isinstance(values, dict):
         raise UserError(f"{where}: a setup is a table such as {{batch = 2, seq = 128}}, got {values!r}")
-    return with_options(None, values)
+    found = with_options(None, values)
+    if found.gpus != 1:
+        raise UserError(f"{where}: a setup is that of one process, got gpus = {found.gpus}: torchrun starts several")
+    return found
 
 
 def _texts(block: dict[str, Any], key: str, where: str) -> Sequence[str]:

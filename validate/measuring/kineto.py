@@ -27,6 +27,7 @@ Event = dict[str, Any]
 DEVICE_WORK = {"kernel": "kernel", "gpu_memcpy": "memcpy", "gpu_memset": "memset"}  # category -> kind
 RUNTIME = ("cuda_runtime", "cuda_driver")
 LAUNCHES = ("Launch", "Memcpy", "Memset")  # in the names of the runtime's calls that ask for work
+NCCL, GLOO = "nccl", "gloo:"  # begin the names of NCCL's kernels, and of what gloo's threads mark in a trace
 NO_PHASE = "outside"
 MICRO = 1e-6
 
@@ -86,6 +87,7 @@ class Profile:
         phases: phase -> seconds on the host.
         launches: the runtime's calls that ask for work (launch, copy, fill): name -> (number, seconds on the host).
         memory_peak: highest sum of allocations less frees since the trace began, bytes.
+        exchanging: seconds in which at least one collective is under way, from its start to its end on this rank.
         unlaunched: kernels, copies and fills whose launch is not in the trace.
     """
 
@@ -94,6 +96,7 @@ class Profile:
     phases: dict[str, float] = field(default_factory=dict)
     launches: dict[str, tuple[int, float]] = field(default_factory=dict)
     memory_peak: int = 0
+    exchanging: float = 0.0
     unlaunched: int = 0
 
     @property
@@ -136,6 +139,9 @@ def parse_trace(
     profile.unlaunched = len(found) - len(launched)
     profile.work = _work(launched, spans, stacks, transparent)
     profile.memory_peak = _memory_peak(events)
+    collectives = [e for e in _of(events, "kernel") if e["name"].startswith(NCCL)]
+    collectives += [e for e in _of(events, "user_annotation") if e["name"].startswith(GLOO)]
+    profile.exchanging = union((e["ts"], _end(e)) for e in collectives) * MICRO
     return profile
 
 
@@ -256,13 +262,27 @@ class _Thread:
 
 
 def _memory_peak(events: list[Event]) -> int:
-    """Highest running sum of the allocator's events, which are bytes taken (positive) or given back; a GPU's if any."""
+    """Highest running sum of the allocator's events, which are bytes taken (positive) or given back; a GPU's if any.
+
+    Without what gloo takes for itself, as NCCL's buffers are in no allocator: its threads gather into a buffer of their
+    own, and it reduces and scatters a clone (ProcessGroupGloo.cpp of PyTorch).
+    """
     found = [e for e in events if e["name"] == "[memory]"]
     device = max((e["args"].get("Device Type", 0) for e in found), default=0)  # 0 is the CPU
+    threads = {e["tid"] for e in _of(events, "user_annotation") if e["name"].startswith(GLOO)}
+    exchanging = _Stacks(e for e in _of(events, "cpu_op") if threads and e["name"].startswith("c10d::"))
+    not_ours: set[int] = set()  # addresses
     live = peak = 0
     for event in sorted(found, key=lambda e: e["ts"]):
-        if event["args"].get("Device Type", 0) == device:
-            live += int(event["args"]["Bytes"])
+        nbytes, address = int(event["args"]["Bytes"]), event["args"].get("Addr")
+        if event["args"].get("Device Type", 0) != device:
+            continue
+        if nbytes > 0 and threads and (event["tid"] in threads or exchanging.around(event)):
+            not_ours.add(address)
+        elif address in not_ours:
+            not_ours.remove(address)
+        else:
+            live += nbytes
             peak = max(peak, live)
     return peak
 

@@ -12,8 +12,9 @@ from perfmodel.architectures import from_config
 from perfmodel.tracing.programs import models, references, updates
 from perfmodel.tracing.programs.dtypes import TORCH_DTYPES
 
+from ..oracle.parallel import not_reducing
 from .cells import Cell
-from .team import Team, wrap_for_team
+from .team import Team, bucket_bytes, wrap_for_team
 
 Around = Callable[[str], AbstractContextManager[Any]]  # what surrounds the work of a phase
 
@@ -25,7 +26,7 @@ class TrainingLoop:
     """
 
     def __init__(self, cell: Cell, device: str, team: Team | None = None) -> None:
-        self.setup, self.device = cell.setup, device
+        self.setup, self.device = team.setup(cell.setup) if team else cell.setup, device
         architecture = from_config(cell.config)
         method = methods.parse(cell.method).bind(architecture)
         torch.manual_seed(0)
@@ -38,7 +39,7 @@ class TrainingLoop:
         if self.setup.compile != "none":
             self.model.compile(mode="reduce-overhead" if self.setup.compile == "reduce-overhead" else "default")
         if team:
-            self.model = wrap_for_team(self.model, team, architecture, device)
+            self.model = wrap_for_team(self.model, self.setup, architecture, device)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         form = optimizers.picked_form(self.setup.optimizer, device)
         self.update = references.make_update(self.model, form, method)
@@ -48,21 +49,27 @@ class TrainingLoop:
 
     def step(self, around: Around = lambda phase: nullcontext()) -> None:
         """One optimizer step; gradients are freed at its end, as `zero_grad` does by default."""
-        setup = self.setup
-        for _ in range(setup.grad_accum):
-            amp = torch.autocast(self.device, TORCH_DTYPES[setup.amp]) if setup.amp else nullcontext()
-            with around("forward"):
-                with amp:
-                    loss = self.model(input_ids=self.ids, attention_mask=self.attention, labels=self.ids).loss
-                if setup.grad_accum > 1:
-                    loss = loss / setup.grad_accum
-            with around("backward"):
-                loss.backward()
+        for _ in range(self.setup.grad_accum - 1):
+            with not_reducing(self.model, self.setup):
+                self._micro_batch(around)
+        self._micro_batch(around)
         with around("optimizer"):
-            if setup.clip_grad:
+            if self.setup.clip_grad:
                 torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
             self.update.step()
             self.update.zero_grad()
+
+    def _micro_batch(self, around: Around) -> None:
+        setup = self.setup
+        casts_itself = setup.replicas > 1 and setup.parallel == "fsdp2"  # what it gathers, in place of autocast
+        amp = torch.autocast(self.device, TORCH_DTYPES[setup.amp]) if setup.amp and not casts_itself else nullcontext()
+        with around("forward"):
+            with amp:
+                loss = self.model(input_ids=self.ids, attention_mask=self.attention, labels=self.ids).loss
+            if setup.grad_accum > 1:
+                loss = loss / setup.grad_accum
+        with around("backward"):
+            loss.backward()
 
     def held(self) -> Iterator[torch.Tensor]:
         """Tensors that live between two steps: parameters, buffers, optimizer state, the batch."""
@@ -72,10 +79,10 @@ class TrainingLoop:
         yield from (self.ids, self.attention)
 
     def held_bytes(self) -> int:
-        """Bytes of the distinct blocks of memory behind `held` that lie on the device."""
+        """Bytes of the distinct blocks of memory behind `held` that lie on the device, and of DDP's buckets."""
         local = (t.to_local() if isinstance(t, DTensor) else t for t in self.held())
         blocks = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local if self._here(t)}
-        return sum(blocks.values())
+        return sum(blocks.values()) + bucket_bytes(self.model)
 
     def _here(self, t: torch.Tensor) -> bool:
         return t.device.type == self.device

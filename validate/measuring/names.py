@@ -37,6 +37,12 @@ def is_collective(name: str) -> bool:
     return name.startswith(("c10d::", "_c10d_functional::"))
 
 
+def plain_collective(name: str) -> str:
+    """A collective's name whatever its form: `c10d::_allgather_base_` is allgather."""
+    base = name.partition("::")[2].partition(".")[0].strip("_").replace("_base", "").replace("_into_tensor", "")
+    return base.replace("_tensor", "").replace("_coalesced", "").replace("_", "")
+
+
 def generated(kernel: str) -> str:
     """The call that a kernel written by Inductor stands for, by its name; empty for any other kernel."""
     found = _GENERATED.match(kernel)

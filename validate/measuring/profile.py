@@ -81,16 +81,18 @@ def plain_profile(found: Profile, device: str, step_seconds: float) -> dict[str,
         `by_call`: phase -> name -> [number, seconds]; `copies`: number and bytes of copies between host and device;
         `helpers`: number and seconds of what only helps a call's kernel, which is in the seconds but not in the
         numbers (see `kineto`); `host_bound_share`: share of the step in which the device waits (CUDA: the unprofiled
-        step less busy time; CPU: time outside of operators while profiled).
+        step less busy time; CPU: time outside of operators while profiled); where ranks exchange something
+        `communication_share`: that of the step in which a collective is under way.
     """
+    whole = step_seconds if device == "cuda" else sum(found.phases.values()) or step_seconds
     if device == "cuda":
         inside = [w for w in found.work if not w.crosses_bus]
         rows = [(w.phase, w.name, int(w.is_kernel), w.seconds) for w in inside]
-        share = max(0.0, 1.0 - found.busy / step_seconds)
+        share = max(0.0, 1.0 - found.busy / whole)
     else:
         rows = [(c.phase, c.name, 1, c.self_seconds) for c in found.calls]
         covered = sum(c.seconds for c in found.calls if c.outermost and c.phase != kineto.NO_PHASE)
-        share = max(0.0, 1.0 - covered / (sum(found.phases.values()) or step_seconds))
+        share = max(0.0, 1.0 - covered / whole)
     by_name = _table(rows)
     out: dict[str, Any] = {
         "kernels": {phase: sum(n for n, _ in names.values()) for phase, names in by_name.items()},
@@ -99,6 +101,8 @@ def plain_profile(found: Profile, device: str, step_seconds: float) -> dict[str,
         "host_bound_share": share,
         "profiled_seconds": {_plain(phase): seconds for phase, seconds in found.phases.items()},
     }
+    if found.exchanging:
+        out["communication_share"] = min(1.0, found.exchanging / whole)
     if device == "cuda":
         copies, helpers = [w for w in found.work if w.crosses_bus], [w for w in found.work if w.helps]
         out["by_call"] = _table((w.phase, w.call, int(w.is_kernel), w.seconds) for w in inside)

@@ -40,6 +40,7 @@ FORMS: dict[str, dict[str, type]] = {  # kind -> what such a record must hold
     "visit": {"id": str, "round": int, "environment": str, "cell": dict, "status": str},
     "cell": {"model": str, "config": dict, "method": str, "setup": dict},
     "ok": {"seconds": dict, "memory": dict},
+    "parallel": {"kind": str, "processes": int, "backend": str},
     "microbench": {"case": dict, "seconds": dict},
     "host": {"program": dict, "seconds": dict},
     "unmeasured": {"unit": str, "status": str, "message": str},
@@ -57,6 +58,8 @@ def _whole(record: Record, where: str) -> None:
     if kind != "visit":
         return
     _holds(record["cell"], "cell", f"{where}: cell")
+    if "parallel" in record:
+        _of_several(record, where)
     if record["status"] not in STOPPED:
         raise UserError(f"{where}: unknown status {record['status']!r}")
     if record["status"] == "ok":
@@ -70,6 +73,19 @@ def _whole(record: Record, where: str) -> None:
         profile = record.get("profile", {})
         if not isinstance(profile, dict) or not _by_phase(profile.get("by_call", {}), _kernels):
             raise UserError(f"{where}: by_call must be numbers and seconds of kernels by phase and name")
+        if not _share(profile.get("communication_share", 0.0)):
+            raise UserError(f"{where}: communication_share must be a share from 0 to 1")
+
+
+def _of_several(record: Record, where: str) -> None:
+    """Check what a visit of several processes tells besides."""
+    told = record["parallel"]
+    if not isinstance(told, dict):
+        raise UserError(f"{where}: parallel is not a dict")
+    _holds(told, "parallel", f"{where}: parallel")
+    counts = [told[name] for name in ("processes", "nodes", "cores") if name in told]
+    if not all(map(_whole_number, counts)) or not _by_phase(record.get("messages", {}), _message):
+        raise UserError(f"{where}: processes, nodes, cores and messages must be numbers, messages by phase and name")
 
 
 def _holds(record: Record, kind: str, where: str) -> None:
@@ -96,8 +112,16 @@ def _whole_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _message(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_whole_number, value))
+
+
 def _kernels(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and _whole_number(value[0])
+
+
+def _share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _positive(value: Any) -> bool:

@@ -121,8 +121,7 @@ def _head(cell: Cell, number: int, environment: str, team: Team | None) -> dict[
     head = {"kind": "visit", "id": cell.id, "round": number, "environment": environment, "cell": cell.as_dict()}
     if team is None:
         return head
-    together = {"kind": team.kind, "processes": team.size, "backend": team.backend}
-    return {**head, "id": team.name(cell.id), "parallel": together}
+    return {**head, "id": team.name(cell.id), "parallel": team.as_dict()}
 
 
 def _keep(output: Path, head: dict[str, Any], found: dict[str, Any], team: Team | None) -> None:

@@ -30,6 +30,8 @@ def show_measure(
     plan = run.plan(grid, device, threads=threads, rounds=rounds, seed=seed)
     together = team.join(parallel, device) if parallel else None
     try:
+        if together and together.size < 2:
+            raise UserError(f"--parallel {parallel} needs several processes: {team.STARTED} {parallel} ...")
         found = _measure(plan, output, together)
     except run.Abandoned as failure:
         print(

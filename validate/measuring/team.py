@@ -6,37 +6,50 @@ Every process trains on a batch of its own, of the cell's size.
 """
 
 import os
-import re
+import platform
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from perfmodel.architectures import Architecture
 from perfmodel.errors import UserError
+from perfmodel.program.dtypes import ITEMSIZE
 from perfmodel.program.part import PHASES
+from perfmodel.setup import Setup
+
+from ..oracle.parallel import Collective, wrapped_for_ranks
+from .names import plain_collective
 
 KINDS = ("ddp", "fsdp2")
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # set by torchrun
-NAMESPACES = ("c10d", "_c10d_functional")
-COLLECTIVES = ("allreduce", "allgather", "reducescatter", "broadcast", "alltoall", "reduce", "gather", "scatter")
+STARTED = "torchrun --nproc-per-node 2 -m perfmodel validate measure --parallel"
+SETTLED = 2  # steps until a program repeats itself: in the second DDP fills its buckets anew
+PAUSE = 2e-3  # s
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of a measurement, seen by one of them."""
+    """The processes of a measurement, seen by one of them.
+
+    Attributes:
+        nodes: that they are on.
+        cores: that they may run on, all together; 0: nobody asked.
+    """
 
     kind: str
     rank: int
     size: int
     backend: str
+    nodes: int = 1
+    cores: int = 0
 
     @property
     def first(self) -> bool:
@@ -46,6 +59,15 @@ class Team:
     def name(self, cell: str) -> str:
         """The id of a cell that this team runs."""
         return f"{cell} {self.kind} x{self.size}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """How a record tells that it is of a team."""
+        told = {"kind": self.kind, "processes": self.size, "nodes": self.nodes, "backend": self.backend}
+        return {**told, "cores": self.cores} if self.cores else told
+
+    def setup(self, alone: Setup) -> Setup:
+        """A cell's setup as the team shares it."""
+        return replace(alone, gpus=self.size, parallel=self.kind)
 
     def agree(self, value: T | None) -> T:
         """What the first process says."""
@@ -73,13 +95,21 @@ def join(kind: str, device: str) -> Team:
         UserError: not started by torchrun.
     """
     if not under_torchrun():
-        started = f"torchrun --nproc-per-node 2 -m perfmodel validate measure --parallel {kind} ..."
-        raise UserError(f"--parallel {kind} needs several processes: {started}")
+        raise UserError(f"--parallel {kind} needs several processes: {STARTED} {kind} ...")
     backend = "nccl" if device == "cuda" else "gloo"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(backend)
-    return Team(kind, dist.get_rank(), dist.get_world_size(), backend)
+    size = dist.get_world_size()
+    found = Team(kind, dist.get_rank(), size, backend, size // int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    return replace(found, cores=len(set().union(*found.gather(_cores())))) if device == "cpu" else found
+
+
+def _cores() -> set[tuple[str, int]]:
+    """Machine and number of each core that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return {(platform.node(), core) for core in os.sched_getaffinity(0)}
+    return {(platform.node(), core) for core in range(os.cpu_count() or 1)}
 
 
 def leave() -> None:
@@ -100,56 +130,47 @@ def under_torchrun() -> bool:
     return all(name in os.environ for name in LAUNCHED)
 
 
-def wrap_for_team(model: Any, team: Team, architecture: Architecture, device: str) -> Any:
-    """The model as the team trains it: copies kept alike (DDP), or parameters spread, block by block (FSDP2)."""
-    if team.kind == "ddp":
-        where = [torch.cuda.current_device()] if device == "cuda" else None
-        return torch.nn.parallel.DistributedDataParallel(model, device_ids=where)
-    from torch.distributed.fsdp import fully_shard
-
-    rows = "|".join(re.escape(path) for path, _ in architecture.stacks)
-    block = re.compile(rf"(.*\.)?({rows})\.\d+")
-    for name, module in model.named_modules():
-        if block.fullmatch(name):
-            fully_shard(module)
-    return fully_shard(model)
+def wrap_for_team(model: Any, setup: Setup, architecture: Architecture, device: str) -> Any:
+    """The model as ranks train it: copies kept alike (DDP), or parameters spread, block by block (FSDP2)."""
+    if setup.parallel == "ddp" and device == "cuda":
+        return DistributedDataParallel(model, device_ids=[torch.cuda.current_device()])
+    return wrapped_for_ranks(model, setup, architecture)
 
 
-class Messages(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts collectives and their bytes by phase.
+def bucket_bytes(model: Any) -> int:
+    """Bytes of the buckets that DDP keeps beside the gradients."""
+    if not isinstance(model, DistributedDataParallel):
+        return 0
+    told: dict[str, Any] = model._get_ddp_logging_data()  # type: ignore[no-untyped-call]
+    sizes = told.get("rebuilt_bucket_sizes") or told["bucket_sizes"]
+    return sum(map(int, str(sizes).split(",")))
 
-    Bytes are those of the whole message: of a gathered or reduced tensor as all processes together have it.
+
+class Pauses(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Waits a moment before what follows a collective: then gloo's threads have dropped what they hold of it.
+
+    How soon they do is the scheduler's choice: on a busy machine a gathered unit more was live in one step of two.
     """
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.phase = ""
-        self.found: dict[str, dict[str, list[int]]] = {phase: {} for phase in PHASES}
-
-    @contextmanager
-    def observe(self, phase: str) -> Iterator[None]:
-        """Count under a phase."""
-        self.phase = phase
-        with self:
-            yield
+    behind_collective = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(t, torch.distributed.tensor.DTensor) for t in types):
-            return NotImplemented  # spread tensors become plain ones and collectives first
-        if func.namespace in NAMESPACES and (name := collective(func)) in COLLECTIVES:
-            row = self.found[self.phase].setdefault(name, [0, 0])
-            row[0] += 1
-            row[1] += _message(name, args)
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # a tensor of tensors: what it makes of the call is a call, too
+        if self.behind_collective:
+            time.sleep(PAUSE)
+        self.behind_collective = func.namespace == "c10d"
         return func(*args, **(kwargs or {}))
 
 
-def collective(func: Any) -> str:
-    """The plain name of a collective: `c10d::_allgather_base_` is allgather."""
-    name = func._schema.name.partition("::")[2].strip("_").replace("_base", "").replace("_into_tensor", "")
-    return str(name.replace("_tensor", "").replace("_coalesced", "").replace("_", ""))
+def messages(collectives: Iterable[Collective]) -> dict[str, dict[str, list[int]]]:
+    """Collectives of a step: phase -> plain name -> [number, bytes].
 
-
-def _message(name: str, args: Any) -> int:
-    """Bytes of a collective's message: what is gathered or scattered contains what a process has of it."""
-    sizes = [t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
-    return max(sizes) if name in ("allgather", "reducescatter") else sum(sizes)
+    Bytes are those of the whole message: of a gathered or reduced tensor as all processes together have it.
+    """
+    found: dict[str, dict[str, list[int]]] = {phase: {} for phase in PHASES}
+    for c in collectives:
+        row = found[c.phase].setdefault(plain_collective(c.name), [0, 0])
+        row[0] += 1
+        row[1] += c.elements * ITEMSIZE[c.dtype]
+    return found

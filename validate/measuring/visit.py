@@ -13,12 +13,13 @@ from perfmodel.program.part import PHASES
 from perfmodel.tracing.programs.choose import out_of_memory
 from perfmodel.tracing.trace import CallRecorder
 
+from ..oracle.parallel import RankRecorder
 from . import profile
 from .cells import Cell
 from .clocks import Clock, clock_for
 from .loop import TrainingLoop
 from .names import unified
-from .team import Messages, Team
+from .team import SETTLED, Pauses, Team, messages
 
 
 def visit(
@@ -29,7 +30,7 @@ def visit(
     Args:
         threads: of the CPU, which must be those of torch already.
         whole: also count dispatches and profile (once a cell is enough); times and memory are always taken.
-        team: the processes that share the step; then messages are counted instead of dispatches.
+        team: the processes that share the step; then messages are counted beside dispatches.
     """
     try:
         return {"status": "ok", **_measure(cell, device, threads, warm_up, steps, whole, team)}
@@ -47,7 +48,7 @@ def _measure(
 ) -> dict[str, Any]:
     program = TrainingLoop(cell, device, team)
     clock = clock_for(device, alone=threads == 1 and team is None)
-    for _ in range(warm_up):
+    for _ in range(max(warm_up, SETTLED) if team else warm_up):
         program.step()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -69,15 +70,16 @@ def _measure(
             "reserved": torch.cuda.max_memory_reserved(),
             "held": program.held_bytes(),
         }
-    if team:
-        record["messages"] = messages(program)
-    elif whole and cell.setup.compile == "none":  # a mode that sees every call would turn the compiled program off
-        record["dispatches"], record["calls"] = dispatches(program)
+    if whole and cell.setup.compile == "none":  # a mode that sees every call would turn the compiled program off
+        recorder = RankRecorder() if team else CallRecorder()
+        record["dispatches"], record["calls"] = dispatches(program, recorder)
+        if isinstance(recorder, RankRecorder):
+            record["messages"] = messages(recorder.collectives)
     if whole or device == "cpu":
         found = profile.profile_step(program)
         if device == "cpu":
             held = program.held_bytes()
-            record["memory"] = {"peak": held + found.memory_peak, "held": held}
+            record["memory"] = {"peak": held + (paused_peak(program) if team else found.memory_peak), "held": held}
         if whole:
             record["profile"] = profile.plain_profile(found, device, record["median_s"]["step"])
     return record
@@ -99,16 +101,14 @@ def relative_range(values: list[float]) -> float:
     return (max(values) - min(values)) / median(values)
 
 
-def messages(program: TrainingLoop) -> dict[str, dict[str, list[int]]]:
-    """Collectives of one step: phase -> name -> [number, bytes of their messages]."""
-    counter = Messages()
-    program.step(counter.observe)
-    return counter.found
+def paused_peak(program: TrainingLoop) -> int:
+    """What a step takes at most of the memory, whenever gloo's threads drop what they sent."""
+    with Pauses():  # type: ignore[no-untyped-call]
+        return profile.profile_step(program).memory_peak
 
 
-def dispatches(program: TrainingLoop) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+def dispatches(program: TrainingLoop, recorder: CallRecorder) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
     """Non-view ATen calls of one real step: by phase, and by phase and name (see `names.unified`)."""
-    recorder = CallRecorder()
     recorder.recording = True
     program.step(recorder.observe)
     calls: dict[str, Counter[str]] = {phase: Counter() for phase in PHASES}
