@@ -19,6 +19,7 @@ from fuzzing import QUICK, arguments, bounded, command_line, json_file, mangled,
 from helpers import OWN_DEVICE, QWEN, SMALL
 from hypothesis import event, given
 from hypothesis import strategies as st
+from made_up_node import cpu_node
 from records_by_hand import written
 
 from perfmodel.cli import main
@@ -155,8 +156,11 @@ def test_any_grid_file(tmp_path_factory: pytest.TempPathFactory, content: bytes)
 
 @pytest.fixture
 def records(folder: Path) -> list[str]:
-    """The lines of a file of records as it should be."""
-    return written(folder / "records.jsonl").read_text().splitlines()
+    """The lines of a file of records as it should be: of one process, and of two that shared a step."""
+    path = written(folder / "records.jsonl")
+    path.write_text(path.read_text() + (Path(__file__).parents[1] / "fixtures" / "two_ranks.jsonl").read_text())
+    cpu_node(folder / "node.toml")
+    return path.read_text().splitlines()
 
 
 @st.composite
@@ -174,7 +178,7 @@ def test_any_records_file(records: list[str]) -> None:
     @given(records_file(records))
     def check(content: bytes) -> None:
         Path("records.jsonl").write_bytes(content)
-        ends_well(["validate", "check", "--device", "cpu-epyc-genoa-2c", "--json"], also=(1,))
+        ends_well(["validate", "check", "--device", "cpu-epyc-genoa-2c", "--node", "node.toml", "--json"], also=(1,))
 
     check()
 
