@@ -25,14 +25,12 @@ from ..report.page import fastest, fragment, rows_of_page
 from ..report.plan import plan_table, shares_in_words
 from ..report.sweeps import plane
 from .choices import Choices
-from .guard import one_at_a_time
 
 TEMPLATES = Path(__file__).parent
 BATCHES, LENGTHS = 7, 7  # cells of the map each way, every one twice the one before
 KEPT = 64  # maps of the last questions
 
 
-@one_at_a_time
 def answer_html(c: Choices) -> str:
     """Sentence, table, waterfalls, memory and the plan, as HTML.
 
@@ -76,7 +74,6 @@ def planned(c: Choices, devices: Iterable[str] | None) -> Plan:
     return plan_job(c.model, c.methods, c.setup, None if devices is None else list(devices), job=job, price=price)
 
 
-@one_at_a_time
 def plan_everywhere(c: Choices) -> str:
     """The plan on every GPU, as HTML.
 
@@ -107,7 +104,6 @@ def _told(plan: Plan) -> dict[str, Any]:
     }
 
 
-@one_at_a_time
 def map_of(c: Choices) -> str:
     """The break-even map of the second method against the first, as HTML.
 

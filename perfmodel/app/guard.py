@@ -1,13 +1,7 @@
-"""What stands before the page's server: small bodies only, no way to leave a file, one question at a time."""
+"""What stands before the page's server: small bodies only, and no way to leave a file."""
 
 from collections.abc import Awaitable, Callable, MutableMapping
-from functools import wraps
-from threading import RLock
-from typing import Any, ParamSpec, TypeVar
-
-P = ParamSpec("P")
-T = TypeVar("T")
-_ANSWERING = RLock()
+from typing import Any
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -16,17 +10,6 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LARGEST_BODY = 2 * 2**20  # bytes; a training config has at most 1 MiB (`imports.read`)
 STORES = ("/upload", "/upload/")  # ends of the addresses at which Gradio writes what it is sent to disk
-
-
-def one_at_a_time(ask: Callable[P, T]) -> Callable[P, T]:
-    """A function that waits until no other of its kind runs: there is one tape that steps are recorded on."""
-
-    @wraps(ask)
-    def run(*args: P.args, **named: P.kwargs) -> T:
-        with _ANSWERING:
-            return ask(*args, **named)
-
-    return run
 
 
 class Guard:
