@@ -18,6 +18,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+WAITING, AT_ONCE = 64, 2  # questions that may wait in all, and that each function of the page answers together
 LARGEST_BODY = 2 * 2**20  # bytes; a training config has at most 1 MiB (`imports.read`)
 SLOWEST_BODY = 10.0  # seconds until it is there
 UNREAD = 8  # questions of a session whose answers it has not taken yet; the page itself has two or three

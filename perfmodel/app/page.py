@@ -12,12 +12,11 @@ from ..report.theme import CHARTS, FONT, PALETTE, variables
 from .answers import answer_html, map_of, plan_everywhere
 from .choices import Choices, of_query, to_query
 from .form import fields_of_form, in_form, of_fields
-from .guard import Guard
+from .guard import AT_ONCE, WAITING, Guard
 from .uploads import of_file
 from .written import as_command, as_config
 
 FOLDER = Path(__file__).parent
-WAITING, AT_ONCE = 64, 2  # requests that may wait, and that run together
 VISITORS = 512  # of whom Gradio remembers which sliders were extended; 75 KB each
 REMEMBERED = "GRADIO_ANALYTICS_MAX_EVENTS"  # it makes a table of so many past questions, whenever one is answered
 DROP = """<label class="area">Drop a training config here, or press to choose one: YAML of Axolotl or LLaMA-Factory,

@@ -1,6 +1,5 @@
-"""What the page shows is what the questions answer, every text of it escaped; and what stands before the server."""
+"""What the page shows is what the questions answer, every text of it escaped."""
 
-import asyncio
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,6 @@ pytest.importorskip("jinja2")
 import perfmodel
 from perfmodel.app.answers import answer_html, doublings_around, map_of, plan_everywhere
 from perfmodel.app.choices import Choices
-from perfmodel.app.guard import LARGEST_BODY, Guard
 from perfmodel.errors import UserError
 from perfmodel.questions.plan.words import plan_answer
 from perfmodel.report.charts.breakeven import BreakEven, breakeven, tone
@@ -115,40 +113,3 @@ def test_names_are_escaped() -> None:
     svg = breakeven(plane).svg()
     assert "<script" not in svg
     assert "<i>" not in svg
-
-
-def request(path: str, method: str = "POST", **headers: str) -> int:
-    """The status that a request gets behind the guard."""
-    sent: list[Any] = []
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200})
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    async def receive() -> Any:
-        return {}
-
-    pairs = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-    scope = {"type": "http", "method": method, "path": path, "headers": pairs}
-    asyncio.run(Guard(app)(scope, receive, send))
-    return int(sent[0]["status"])
-
-
-@pytest.mark.parametrize(
-    ("status", "path", "method", "headers"),
-    [
-        (200, "/", "GET", {}),
-        (200, "/gradio_api/queue/join", "POST", {"content_length": "1000"}),
-        (200, "/gradio_api/queue/join", "POST", {"content_length": str(LARGEST_BODY)}),
-        (413, "/gradio_api/queue/join", "POST", {"content_length": str(LARGEST_BODY + 1)}),
-        (411, "/gradio_api/queue/join", "POST", {"transfer_encoding": "chunked"}),
-        (411, "/gradio_api/queue/join", "POST", {}),
-        (403, "/gradio_api/upload", "POST", {"content_length": "10"}),
-        (403, "/gradio_api/upload/", "PUT", {"content_length": "10"}),
-    ],
-)
-def test_the_guard(status: int, path: str, method: str, headers: dict[str, str]) -> None:
-    """Gradio has a way to leave files on the disk even where no field takes one."""
-    assert request(path, method, **headers) == status

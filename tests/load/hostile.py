@@ -9,7 +9,7 @@ from typing import Any
 
 from perfmodel.app.guard import LARGEST_BODY, SLOWEST_BODY, UNREAD
 
-from .http import JOIN, Refused, Visitor, sent, written
+from .asking import JOIN, Refused, Visitor, sent, written
 from .visitors import HOSTILE, Question
 
 API = "/gradio_api"
@@ -122,19 +122,20 @@ async def unread(port: int, functions: dict[str, int], question: Question) -> st
     return "" if 0 < taken <= UNREAD else f"{taken} answers wait for one who does not read"
 
 
-async def slowly(port: int, functions: dict[str, int], question: Question) -> tuple[str, float]:
+async def slowly(port: int, functions: dict[str, int], question: Question, lines: int) -> tuple[str, float]:
     """Lines that hardly move: what is wrong with an answer to somebody else meanwhile, and how long it took."""
     whole = Visitor(port, functions).question(question.name, question.values)
     head = whole.index(b"\r\n\r\n") + 4
-    lines = [asyncio.create_task(_drip(port, start)) for start in [b""] * 100 + [whole[:40]] * 50 + [whole[:head]] * 50]
+    starts = [b"", b"", whole[:40], whole[:head]]  # nothing, half a head, a head whose body does not come
+    slow = [asyncio.create_task(_drip(port, starts[i % 4])) for i in range(lines)]
     await asyncio.sleep(1)
     began = time.monotonic()
     visitor = Visitor(port, functions)
     wrong = question.wrong(await visitor.ask(question.name, question.values, question.query, question.event))
     took = time.monotonic() - began
-    ends = await asyncio.gather(*lines)
-    late = sum(end is None for end in ends[-50:])
-    return wrong or (f"{late} questions that did not come still wait" if late else ""), took
+    ends = await asyncio.gather(*slow)
+    late = sum(end is None for end in ends[3::4])
+    return wrong or (f"{late} questions whose bodies did not come still wait" if late else ""), took
 
 
 async def _drip(port: int, start: bytes) -> bytes | None:

@@ -68,20 +68,20 @@ def served() -> Iterator[Server]:
         command = [sys.executable, "-m", "perfmodel", "app", "--port", str(port)]
         with log.open("wb") as said, subprocess.Popen(command, env=environment, stdout=said, stderr=said) as process:
             try:
-                _wait_for(f"http://127.0.0.1:{port}/", process)
+                _wait_for(f"http://127.0.0.1:{port}/", process, log)
                 yield Server(port, process.pid, folder, log)
             finally:
                 process.terminate()
 
 
-def _wait_for(url: str, process: "subprocess.Popen[bytes]") -> None:
+def _wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
     end = time.monotonic() + STARTS
     while time.monotonic() < end:
         if process.poll() is not None:
-            raise RuntimeError("the server ended before it answered")
+            raise SystemExit(log.read_text(encoding="utf-8").strip())
         try:
             urlopen(url, timeout=5).close()
             return
         except OSError:
             time.sleep(0.25)
-    raise RuntimeError(f"the server did not answer within {STARTS:.0f} s")
+    raise SystemExit(f"the server did not answer within {STARTS:.0f} s")
