@@ -14,7 +14,7 @@ from tests.load.visitors import questions_of
 def test_many_at_once_get_their_own_answers_and_strangers_none() -> None:
     """Nothing of one visitor is shown to another, nothing is left on the disk, and what no page asks is refused."""
     with served() as server:
-        found: Findings = asyncio.run(tried(server, clients=4, minutes=0.1, at_once=120, lines=0))
+        found: Findings = asyncio.run(tried(server, clients=3, minutes=0.05, at_once=100, lines=0))
     assert found.wrong == []
     assert found.counts["answers"] > 0
 
