@@ -4,8 +4,8 @@
 
 So many clients ask for so many minutes, each its own questions (fields, links, files, what is refused, every GPU), and
 compare each answer with what the library answers to it alone: an answer to somebody else would differ. Whoever is told
-that too many wait asks again later. Before and after come requests that no page makes, many questions at once, somebody
-who never reads, and lines that hardly move. The memory is that of the server's process, its slope that of a line
+that too many wait asks again later. Before that come requests that no page makes, somebody who never reads, lines that
+hardly move, and many questions all at once. The memory is that of the server's process, its slope that of a line
 through the second half of the time. The exit code is 1 if anything is wrong.
 """
 
