@@ -17,7 +17,7 @@ from .uploads import of_file
 from .written import as_command, as_config
 
 FOLDER = Path(__file__).parent
-VISITORS = 512  # of whom Gradio remembers which sliders were extended; 75 KB each
+VISITORS = 256  # of whom Gradio remembers which sliders were extended; 75 KB each
 REMEMBERED = "GRADIO_ANALYTICS_MAX_EVENTS"  # it makes a table of so many past questions, whenever one is answered
 DROP = """<label class="area">Drop a training config here, or press to choose one: YAML of Axolotl or LLaMA-Factory,
 TRL's or Transformers' arguments, PEFT's adapter_config.json. It is read in memory and stored nowhere.

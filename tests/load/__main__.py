@@ -27,6 +27,7 @@ from .hostile import refused, slowly, unread
 from .server import Server, served
 from .visitors import Question, questions_of
 
+NEW = 0.5  # how often who has an answer comes back as somebody else
 PAUSE = 1.0  # s after which one asks again who was told that too many wait
 SAMPLE = 1.0  # s between two looks at the memory
 STEADY = 5.0  # min from which the memory may be judged
@@ -67,7 +68,7 @@ async def visit(server: Server, functions: dict[str, int], mine: list[Question],
         found.counts["answers"] += 1
         if wrong := question.wrong(given):
             found.wrong.append(wrong)
-        if drawn.random() < 0.2:
+        if drawn.random() < NEW:
             visitor = Visitor(server.port, functions)
 
 
@@ -105,8 +106,8 @@ async def strangers(server: Server, functions: dict[str, int], question: Questio
         found.check(kind, len(ends), list(filter(None, ends)))
     found.check("asks and never reads", 1, list(filter(None, [await unread(server.port, functions, question)])))
     if lines:
-        wrong, took = await slowly(server.port, functions, question, lines)
-        found.check("slow lines", lines, [wrong] if wrong else [], f"an answer meanwhile took {took:.1f} s")
+        wrong, said = await slowly(server.port, functions, question, lines)
+        found.check("slow lines", lines, [wrong] if wrong else [], said)
 
 
 async def tried(server: Server, clients: int, minutes: float, at_once: int, lines: int) -> Findings:

@@ -122,8 +122,8 @@ async def unread(port: int, functions: dict[str, int], question: Question) -> st
     return "" if 0 < taken <= UNREAD else f"{taken} answers wait for one who does not read"
 
 
-async def slowly(port: int, functions: dict[str, int], question: Question, lines: int) -> tuple[str, float]:
-    """Lines that hardly move: what is wrong with an answer to somebody else meanwhile, and how long it took."""
+async def slowly(port: int, functions: dict[str, int], question: Question, lines: int) -> tuple[str, str]:
+    """Lines that hardly move: what is wrong with an answer to somebody else meanwhile or with how they end, and how."""
     whole = Visitor(port, functions).question(question.name, question.values)
     head = whole.index(b"\r\n\r\n") + 4
     starts = [b"", b"", whole[:40], whole[:head]]  # nothing, half a head, a head whose body does not come
@@ -135,7 +135,11 @@ async def slowly(port: int, functions: dict[str, int], question: Question, lines
     took = time.monotonic() - began
     ends = await asyncio.gather(*slow)
     late = sum(end is None for end in ends[3::4])
-    return wrong or (f"{late} questions whose bodies did not come still wait" if late else ""), took
+    silent, halves = (sum(end is None for end in ends[i::4]) for i in (1, 2))
+    said = (
+        f"an answer meanwhile took {took:.1f} s; of {lines // 4} each {silent} silent, {halves} half heads still open"
+    )
+    return wrong or (f"{late} questions whose bodies did not come still wait" if late else ""), said
 
 
 async def _drip(port: int, start: bytes) -> bytes | None:
