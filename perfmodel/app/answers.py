@@ -3,9 +3,11 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
+from math import inf
 from pathlib import Path
 from typing import Any
 
+from ..architectures import from_config, load
 from ..devices import host as hosts
 from ..devices.device import profile_of
 from ..devices.profile import DeviceProfile
@@ -111,9 +113,12 @@ def map_of(c: Choices) -> str:
         UserError: what `sweep` refuses.
     """
     setup = replace(c.setup, batch=1, seq=1 << 14, prompt=None)  # the same for all places of the map
-    batches, lengths = doublings_around(c.setup.batch, BATCHES, 1), doublings_around(c.setup.seq, LENGTHS, 128)
+    seq = int(c.setup.seq)
+    most = from_config(load(c.model)).max_positions or inf
+    batches = doublings_around(c.setup.batch, BATCHES, 1)
+    lengths = tuple(n for n in doublings_around(seq if seq <= most else 1, LENGTHS, 128) if n <= most)
     labels, speedup, fits = _plane(replace(c, setup=setup), batches, lengths)
-    found = BreakEven(list(batches), list(lengths), speedup, fits, labels, (int(c.setup.batch), int(c.setup.seq)))
+    found = BreakEven(list(batches), list(lengths), speedup, fits, labels, (int(c.setup.batch), seq))
     context = {"picture_of": both_forms(lambda width: breakeven(found, width)), "labels": labels}
     return fragment(context, TEMPLATES / "map.html.j2")
 

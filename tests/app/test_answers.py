@@ -51,6 +51,14 @@ def test_the_map_is_the_sweep() -> None:
     assert html.count('class="here"') == 2  # for a desk and for a phone
 
 
+@pytest.mark.parametrize("seq", [128, 100_000])
+def test_the_map_ends_where_the_positions_of_the_model_do(seq: int) -> None:
+    """GPT-2 has learned 1024 of them: a map that asks for more would be none at all."""
+    html = map_of(Choices("gpt2", setup=Setup(batch=2, seq=seq)))
+    assert "1,024 tokens" in html
+    assert "2,048 tokens" not in html
+
+
 @pytest.mark.parametrize(("value", "first"), [(1, 1), (4, 1), (64, 1), (65, 2), (1000, 16)])
 def test_the_map_holds_the_setup(value: int, first: int) -> None:
     values = doublings_around(value, 7, 1)

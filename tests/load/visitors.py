@@ -79,7 +79,7 @@ def questions_of(number: int) -> Iterator[Question]:
     c = choices_of(number)
     form, own = form_of(c), shown(c)
     yield Question("changed", form, own)
-    yield Question("map_drawn", form, [drawn(c)])
+    yield Question("map_drawn", form, [framed(map_of(c))])
     linked = of_query(to_query(replace(c, samples=5000 + number)))
     yield Question("opened", [], [*shown(linked), ""], FIELDS, to_query(linked) + "&utm=%3Cimg%20src=x%3E%0d%0aX:%20y")
     name = f"{number} {HOSTILE}.yaml"
@@ -92,14 +92,6 @@ def questions_of(number: int) -> Iterator[Question]:
     yield Question("changed", bad, [refusal(c, bad[2]), "", ""])
     if number % EVERYWHERE == 0:
         yield Question("everywhere", form, [framed(plan_everywhere(c))])
-
-
-def drawn(c: Choices) -> str:
-    """The map, or nothing where there is none (GPT-2 knows no length of it)."""
-    try:
-        return framed(map_of(c))
-    except UserError:
-        return ""
 
 
 def refusal(c: Choices, methods: list[str]) -> str:
