@@ -44,6 +44,7 @@ class Registry(Generic[T]):
         self.package = package
         self.folder = folder
         self.entries: dict[str, T] = {}
+        self._whole: set[str] = set()  # entries whose files are loaded to the end
         self._complete = False
 
     def add(self, name: str, entry: T) -> None:
@@ -55,7 +56,9 @@ class Registry(Generic[T]):
         add_once(self.entries, name, entry)
 
     def get(self, name: str) -> T | None:
-        """The entry of that name, or None."""
+        """The entry of that name, or None; while another thread loads its file, this one waits."""
+        if name in self._whole:
+            return self.entries[name]
         if name not in self.entries and not self._complete:
             for stem in _beginnings(name.replace("-", "_")):
                 if stem.isidentifier() and (self.folder / f"{stem}.py").is_file():
@@ -63,7 +66,12 @@ class Registry(Generic[T]):
                     break
             if name not in self.entries:
                 return self.all().get(name)
-        return self.entries.get(name)
+        entry = self.entries.get(name)
+        if entry is not None:
+            if entry.__module__.startswith(f"{self.package}."):
+                import_module(entry.__module__)
+            self._whole.add(name)
+        return entry
 
     def all(self) -> dict[str, T]:
         """All entries, sorted by name."""

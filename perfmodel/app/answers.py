@@ -3,9 +3,11 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
+from math import inf
 from pathlib import Path
 from typing import Any
 
+from ..architectures import from_config, load
 from ..devices import host as hosts
 from ..devices.device import profile_of
 from ..devices.profile import DeviceProfile
@@ -25,14 +27,12 @@ from ..report.page import fastest, fragment, rows_of_page
 from ..report.plan import plan_table, shares_in_words
 from ..report.sweeps import plane
 from .choices import Choices
-from .guard import one_at_a_time
 
 TEMPLATES = Path(__file__).parent
 BATCHES, LENGTHS = 7, 7  # cells of the map each way, every one twice the one before
 KEPT = 64  # maps of the last questions
 
 
-@one_at_a_time
 def answer_html(c: Choices) -> str:
     """Sentence, table, waterfalls, memory and the plan, as HTML.
 
@@ -76,7 +76,6 @@ def planned(c: Choices, devices: Iterable[str] | None) -> Plan:
     return plan_job(c.model, c.methods, c.setup, None if devices is None else list(devices), job=job, price=price)
 
 
-@one_at_a_time
 def plan_everywhere(c: Choices) -> str:
     """The plan on every GPU, as HTML.
 
@@ -107,7 +106,6 @@ def _told(plan: Plan) -> dict[str, Any]:
     }
 
 
-@one_at_a_time
 def map_of(c: Choices) -> str:
     """The break-even map of the second method against the first, as HTML.
 
@@ -115,9 +113,12 @@ def map_of(c: Choices) -> str:
         UserError: what `sweep` refuses.
     """
     setup = replace(c.setup, batch=1, seq=1 << 14, prompt=None)  # the same for all places of the map
-    batches, lengths = doublings_around(c.setup.batch, BATCHES, 1), doublings_around(c.setup.seq, LENGTHS, 128)
+    seq = int(c.setup.seq)
+    most = from_config(load(c.model)).max_positions or inf
+    batches = doublings_around(c.setup.batch, BATCHES, 1)
+    lengths = tuple(n for n in doublings_around(seq if seq <= most else 1, LENGTHS, 128) if n <= most)
     labels, speedup, fits = _plane(replace(c, setup=setup), batches, lengths)
-    found = BreakEven(list(batches), list(lengths), speedup, fits, labels, (int(c.setup.batch), int(c.setup.seq)))
+    found = BreakEven(list(batches), list(lengths), speedup, fits, labels, (int(c.setup.batch), seq))
     context = {"picture_of": both_forms(lambda width: breakeven(found, width)), "labels": labels}
     return fragment(context, TEMPLATES / "map.html.j2")
 

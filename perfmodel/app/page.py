@@ -1,5 +1,6 @@
 """The page in Gradio: fields of a form in, HTML of `answers` out; nothing is reckoned here."""
 
+import os
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from ..report.theme import CHARTS, FONT, PALETTE, variables
 from .answers import answer_html, map_of, plan_everywhere
 from .choices import Choices, of_query, to_query
 from .form import fields_of_form, in_form, of_fields
-from .guard import Guard
+from .guard import AT_ONCE, WAITING, Guard
 from .uploads import of_file
 from .written import as_command, as_config
 
 FOLDER = Path(__file__).parent
-WAITING, AT_ONCE = 64, 2  # requests that may wait, and that run together
+VISITORS = 256  # of whom Gradio remembers which sliders were extended; 75 KB each
+REMEMBERED = "GRADIO_ANALYTICS_MAX_EVENTS"  # it makes a table of so many past questions, whenever one is answered
 DROP = """<label class="area">Drop a training config here, or press to choose one: YAML of Axolotl or LLaMA-Factory,
 TRL's or Transformers' arguments, PEFT's adapter_config.json. It is read in memory and stored nowhere.
 <input type="file" accept=".yaml,.yml,.json" aria-label="Training config"/></label>"""
@@ -152,10 +154,11 @@ def serve(address: str | None = None, port: int | None = None, *, browser: bool 
     """
     from starlette.middleware import Middleware
 
+    os.environ.setdefault(REMEMBERED, "1")
     page = build_page()
     page.launch(
         server_name=address, server_port=port, inbrowser=browser, share=False, quiet=True, show_error=False,
         css=css(), theme=theme(), footer_links=[], ssr_mode=False, prevent_thread_lock=True,
-        app_kwargs={"middleware": [Middleware(Guard)]}, enable_monitoring=False,
+        app_kwargs={"middleware": [Middleware(Guard)]}, enable_monitoring=False, state_session_capacity=VISITORS,
     )  # fmt: skip
     return page

@@ -8,12 +8,10 @@ from ..errors import UserError
 from ..imports import Imported, read_alone
 from ..imports.fallbacks import fallbacks
 from .choices import NOT_HERE, Choices, bundled_model, with_fields
-from .guard import one_at_a_time
 
 ENDINGS = (".yaml", ".yml", ".json")
 
 
-@one_at_a_time
 def of_file(name: str, text: str, before: Choices) -> tuple[Choices, list[str]]:
     """The choices with what a file says in them, and what a reader should know of it.
 

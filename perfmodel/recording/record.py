@@ -18,7 +18,7 @@ from ..program.part import Group, Part
 from ..program.ranks import Ranks
 from ..program.software import LONG_ARGUMENTS
 from ..setup import Setup
-from ..tape.core import Tape, emit, recording
+from ..tape.core import ONE_AT_A_TIME, Tape, emit, recording
 from ..tape.elementary import div
 from ..tape.engine import run_backward
 from ..tape.tensor import Flow, Parameter, Tensor
@@ -126,14 +126,18 @@ def _trained_for(architecture: Architecture, method: Method, setup: Setup) -> tu
 
 @contextmanager
 def no_collector() -> Iterator[None]:
-    """Without passes of the cycle collector: tapes free by reference count, and a pass would only cost time."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
+    """Without passes of the cycle collector: tapes free by reference count, and a pass would only cost time.
+
+    Two threads that came and went here as they like could leave it off for good.
+    """
+    with ONE_AT_A_TIME:
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collecting:
+                gc.enable()
 
 
 def _micro_batches(step: Step, tape: Tape, programs: dict[Any, Any]) -> Callable[[], None]:

@@ -4,6 +4,7 @@ Forward passes are written with the local variables of the original: since memor
 follows without any bookkeeping by hand.
 """
 
+from _thread import RLock  # as functools has it: all of `threading` takes a millisecond of a cold start
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -189,6 +190,9 @@ def _references(storage: Storage) -> int:
     return sys.getrefcount(storage) - 2  # the argument and this frame's own reference
 
 
+# Held by the thread that records or traces, or has changed what a process has once (the cycle collector, PyTorch's
+# modules), until all is as it was: others wait.
+ONE_AT_A_TIME = RLock()
 _current: list[Tape] = []
 
 
@@ -199,12 +203,13 @@ def tape() -> Tape:
 
 @contextmanager
 def recording(new: Tape) -> Iterator[Tape]:
-    """Make a tape the current one."""
-    _current.append(new)
-    try:
-        yield new
-    finally:
-        _current.pop()
+    """Make a tape the current one; a thread waits while another records."""
+    with ONE_AT_A_TIME:
+        _current.append(new)
+        try:
+            yield new
+        finally:
+            _current.pop()
 
 
 def new_tensor(shape: Shape, dtype: str, strides: Shape | None = None) -> Tensor:

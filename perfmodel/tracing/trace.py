@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..setup import Setup
+from ..tape.core import ONE_AT_A_TIME
 from . import known, sparse, strides
 from .flops import counting
 from .picked import picking_all
@@ -222,18 +223,22 @@ def _spec(t: torch.Tensor) -> tuple[str, tuple[int, ...]]:
 
 @contextmanager
 def without_remarks() -> Iterator[None]:
-    """Without what peft, transformers and the loggers of torch say of random weights and of programs that fail."""
+    """Without what peft, transformers and the loggers of torch say of random weights and of programs that fail.
+
+    Loggers, warnings and what a trace puts into modules of PyTorch are the process's: one thread at a time.
+    """
     loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "transformers")]
-    before = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+    with ONE_AT_A_TIME:
+        before = [logger.level for logger in loggers]
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            for logger, level in zip(loggers, before, strict=True):
+                logger.setLevel(level)
 
 
 @contextmanager
@@ -241,12 +246,13 @@ def eager_program() -> Iterator[None]:
     """Keep transformers on its eager path: it takes a tracing path for fake tensors, which training never sees."""
     import transformers.utils.import_utils as utils
 
-    original = utils.is_fake_tensor
-    utils.is_fake_tensor = lambda x: False
-    try:
-        yield
-    finally:
-        utils.is_fake_tensor = original
+    with ONE_AT_A_TIME:
+        original = utils.is_fake_tensor
+        utils.is_fake_tensor = lambda x: False
+        try:
+            yield
+        finally:
+            utils.is_fake_tensor = original
 
 
 def with_hooks_of(parameter: torch.Tensor, other: torch.Tensor) -> None:

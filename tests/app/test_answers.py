@@ -1,6 +1,5 @@
-"""What the page shows is what the questions answer, every text of it escaped; and what stands before the server."""
+"""What the page shows is what the questions answer, every text of it escaped."""
 
-import asyncio
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,6 @@ pytest.importorskip("jinja2")
 import perfmodel
 from perfmodel.app.answers import answer_html, doublings_around, map_of, plan_everywhere
 from perfmodel.app.choices import Choices
-from perfmodel.app.guard import LARGEST_BODY, Guard
 from perfmodel.errors import UserError
 from perfmodel.questions.plan.words import plan_answer
 from perfmodel.report.charts.breakeven import BreakEven, breakeven, tone
@@ -53,6 +51,14 @@ def test_the_map_is_the_sweep() -> None:
     assert html.count('class="here"') == 2  # for a desk and for a phone
 
 
+@pytest.mark.parametrize("seq", [128, 100_000])
+def test_the_map_ends_where_the_positions_of_the_model_do(seq: int) -> None:
+    """GPT-2 has learned 1024 of them: a map that asks for more would be none at all."""
+    html = map_of(Choices("gpt2", setup=Setup(batch=2, seq=seq)))
+    assert "1,024 tokens" in html
+    assert "2,048 tokens" not in html
+
+
 @pytest.mark.parametrize(("value", "first"), [(1, 1), (4, 1), (64, 1), (65, 2), (1000, 16)])
 def test_the_map_holds_the_setup(value: int, first: int) -> None:
     values = doublings_around(value, 7, 1)
@@ -76,14 +82,15 @@ def test_colours_say_what_words_say(ratio: float, found: str) -> None:
 
 
 def test_visitors_do_not_disturb_one_another() -> None:
-    """Two who ask at once get what each alone would get, though there is one tape."""
-    choices = [Choices("llama-3.2-1b", setup=Setup(batch=batch, seq=128)) for batch in range(1, 7)]
-    alone = [answer_html(c) for c in choices]
+    """Those who ask at once get what each alone would get, whatever they look at."""
+    choices = [Choices("llama-3.2-1b", setup=Setup(batch=batch, seq=128)) for batch in range(1, 5)]
+    asked = [(show, c) for c in choices for show in (answer_html, map_of, plan_everywhere)]
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        with ThreadPoolExecutor(3) as threads:
-            assert list(threads.map(answer_html, choices)) == alone
+        with ThreadPoolExecutor(4) as threads:
+            at_once = list(threads.map(lambda question: question[0](question[1]), asked))
+        assert [show(c) for show, c in asked] == at_once
     finally:
         sys.setswitchinterval(before)
 
@@ -114,40 +121,3 @@ def test_names_are_escaped() -> None:
     svg = breakeven(plane).svg()
     assert "<script" not in svg
     assert "<i>" not in svg
-
-
-def request(path: str, method: str = "POST", **headers: str) -> int:
-    """The status that a request gets behind the guard."""
-    sent: list[Any] = []
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200})
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    async def receive() -> Any:
-        return {}
-
-    pairs = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-    scope = {"type": "http", "method": method, "path": path, "headers": pairs}
-    asyncio.run(Guard(app)(scope, receive, send))
-    return int(sent[0]["status"])
-
-
-@pytest.mark.parametrize(
-    ("status", "path", "method", "headers"),
-    [
-        (200, "/", "GET", {}),
-        (200, "/gradio_api/queue/join", "POST", {"content_length": "1000"}),
-        (200, "/gradio_api/queue/join", "POST", {"content_length": str(LARGEST_BODY)}),
-        (413, "/gradio_api/queue/join", "POST", {"content_length": str(LARGEST_BODY + 1)}),
-        (411, "/gradio_api/queue/join", "POST", {"transfer_encoding": "chunked"}),
-        (411, "/gradio_api/queue/join", "POST", {}),
-        (403, "/gradio_api/upload", "POST", {"content_length": "10"}),
-        (403, "/gradio_api/upload/", "PUT", {"content_length": "10"}),
-    ],
-)
-def test_the_guard(status: int, path: str, method: str, headers: dict[str, str]) -> None:
-    """Gradio has a way to leave files on the disk even where no field takes one."""
-    assert request(path, method, **headers) == status

@@ -4,8 +4,10 @@ import gzip
 import json
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,22 @@ def test_every_question_takes_a_traced_model(tmp_path: Path) -> None:
     assert explain(model, "full", "lora:r=4", axes=("batch", "seq"), **given).crossovers
     rows = sweep(model, ["full", "lora:r=4"], device="l40s", batch=[2, 4], seq=[16, 32], rank=[2, 4]).table()
     assert len(rows["step_s"]) == 12
+
+
+def test_threads_may_trace_at_once(tmp_path: Path) -> None:
+    """A trace changes functions of PyTorch and transformers until it is done: another would put back changed ones."""
+    from transformers.utils import import_utils
+
+    asked, before = [Setup(batch=2, seq=seq) for seq in (16, 24)], import_utils.is_fake_tensor
+
+    def traced_alone(setup: Setup) -> Any:
+        model = recorded.traced(config_of("llama", layers=1), tmp_path / f"{threading.get_ident()}-{setup.seq}")
+        return predict(model, "lora:r=4", setup, "l40s").as_dict()
+
+    with ThreadPoolExecutor(2) as threads:
+        at_once = list(threads.map(traced_alone, asked))
+    assert [traced_alone(setup) for setup in asked] == at_once
+    assert import_utils.is_fake_tensor is before
 
 
 BROKEN = (b"", b"{}", gzip.compress(b'{"form": "another"}\n{}', mtime=0), gzip.compress(b"[", mtime=0))
