@@ -39,6 +39,8 @@ setups = [{ batch = 2, seq = 16, dtype = "bf16", amp = "bf16", grad_accum = 2 }]
 """
 )
 METHODS = ("full", "lora:r=4", "lora:r=2")
+# The embedding, two blocks, and the last norm with the head; under PEFT accelerate finds no last norm
+GATHERED = {"full": 4, "lora:r=4": 5}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,7 @@ def test_messages_are_those_of_the_way_of_sharing(visits: dict[tuple[str, str], 
         r = visits["ddp", method]
         assert r["messages"]["backward"]["allreduce"][1] == r["params"]["trainable"] * FP32
         r = visits["fsdp2", method]
-        assert r["messages"]["forward"]["allgather"] == [3, r["params"]["total"] * FP32]  # two blocks, and the rest
+        assert r["messages"]["forward"]["allgather"] == [GATHERED[method], r["params"]["total"] * FP32]
         assert r["messages"]["backward"]["reducescatter"][1] == r["params"]["trainable"] * FP32
         assert r["messages"]["optimizer"].keys() == {"allreduce"}  # the norm of the gradients
 
