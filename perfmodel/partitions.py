@@ -15,6 +15,7 @@ from functools import cache, partial
 from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
+from pkgutil import resolve_name
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
@@ -52,6 +53,8 @@ class Workers:
     def __post_init__(self) -> None:
         if self.address is not None and self.count > 1:
             raise UserError("give --workers for processes of this machine, or --dask for those of a cluster: not both")
+        if self.address is not None and not self.address.strip():
+            raise UserError("--dask takes the address of a scheduler, such as tcp://host:8786: this one is empty")
 
     @property
     def here(self) -> bool:
@@ -238,7 +241,7 @@ def _of_cluster(client: Any, waiting: Iterator[tuple[int, Callable[[], T]]]) -> 
     from distributed import as_completed
 
     numbers: dict[str, int] = {}
-    running = as_completed(with_results=True)
+    running = as_completed()
 
     def begin(most: int) -> None:
         for number, task in islice(waiting, most):
@@ -247,9 +250,9 @@ def _of_cluster(client: Any, waiting: Iterator[tuple[int, Callable[[], T]]]) -> 
             running.add(future)
 
     begin(AHEAD)
-    for future, answer in running:
+    for future in running:
         begin(1)
-        yield numbers.pop(future.key), answer
+        yield numbers.pop(future.key), future.result()
 
 
 def _same_program(task: Callable[[], T], asked: str) -> T:
@@ -266,28 +269,32 @@ def _client(workers: Workers) -> Iterator[Any]:
         from distributed import Client, LocalCluster
         from distributed.client import FutureCancelledError
         from distributed.scheduler import KilledWorker
+        from distributed.utils import silence_logging_cmgr
     except ImportError as error:
         raise UserError(f"--workers and --dask need dask.distributed ({error.name} is missing): {INSTALL}") from None
     name = f"--dask {workers.address}" if workers.address is not None else "--workers"
     with ExitStack() as stack:
+        stack.enter_context(silence_logging_cmgr(logging.CRITICAL))  # what matters is told below
         where: Any = workers.address
         if where is None:
             where = stack.enter_context(
                 LocalCluster(
-                    n_workers=workers.count, threads_per_worker=1, dashboard_address=None, silence_logs=logging.ERROR
+                    n_workers=workers.count, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL
                 )
             )
         try:
             client = stack.enter_context(Client(where, timeout=PATIENCE))
             client.wait_for_workers(1, timeout=PATIENCE)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:  # TypeError: an address of TLS without certificates
             why = str(error).partition("\n")[0]
             raise UserError(f"{name}: no Dask cluster that computes ({why})") from None
         try:
+            # A worker that cannot read a task ends, and the others one by one: so whether they can is asked first.
+            client.run(resolve_name, f"{__name__}:INSTALL")
             yield client
         except KilledWorker:
-            raise UserError("a task ended every worker that took it: are they short of memory? try fewer") from None
+            raise UserError("a part of the work ended all who took it: short of memory? try fewer workers") from None
         except FutureCancelledError:
             raise UserError(f"{name}: the cluster was lost; the same command goes on where it was") from None
-        except ImportError as error:
-            raise UserError(f"a worker lacks {error.name}: {INSTALL} there") from None
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"{name}: workers without what this perfmodel needs ({error}): {INSTALL} there") from None
