@@ -222,7 +222,7 @@ def as_parquet(part: Part, mark: str) -> bytes:
 def answered(tasks: Iterable[tuple[int, Callable[[], T]]], workers: Workers) -> Iterator[tuple[int, T]]:
     """(number of a task, its answer) of each, as they come.
 
-    A task whose worker dies is given to another one. A cluster begins with the first task.
+    A task whose worker dies is given to another one. Processes of this machine begin with the first task.
 
     Raises:
         UserError: what a task raises; no cluster, or one that is lost; workers that run another program, or that this
@@ -263,10 +263,26 @@ def _same_program(task: Callable[[], T], asked: str) -> T:
 
 
 @contextmanager
+def _processes(count: int) -> Iterator[Any]:
+    """A cluster of processes of this machine, at ports of it that take whoever has its key, which is made here."""
+    import dask.config
+    from distributed import LocalCluster
+
+    quiet = {"dashboard_address": None, "silence_logs": logging.CRITICAL}
+    # Dask has malloc give back what is free from 64 kB on: our arrays would fetch it again, two thirds of the time.
+    with (
+        dask.config.set({"distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None}),
+        LocalCluster(n_workers=count, threads_per_worker=1, security=True, **quiet) as cluster,
+    ):
+        yield cluster
+
+
+@contextmanager
 def _client(workers: Workers) -> Iterator[Any]:
     """A client of a cluster that has a worker; its troubles are a line each."""
     try:
-        from distributed import Client, LocalCluster
+        import cryptography  # noqa: F401  # for the key of `_processes`
+        from distributed import Client
         from distributed.client import FutureCancelledError
         from distributed.scheduler import KilledWorker
         from distributed.utils import silence_logging_cmgr
@@ -275,26 +291,20 @@ def _client(workers: Workers) -> Iterator[Any]:
     name = f"--dask {workers.address}" if workers.address is not None else "--workers"
     with ExitStack() as stack:
         stack.enter_context(silence_logging_cmgr(logging.CRITICAL))  # what matters is told below
-        where: Any = workers.address
-        if where is None:
-            where = stack.enter_context(
-                LocalCluster(
-                    n_workers=workers.count, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL
-                )
-            )
+        where = stack.enter_context(_processes(workers.count)) if workers.address is None else workers.address
         try:
             client = stack.enter_context(Client(where, timeout=PATIENCE))
             client.wait_for_workers(1, timeout=PATIENCE)
-        except (OSError, ValueError, TypeError) as error:  # TypeError: an address of TLS without certificates
-            why = str(error).partition("\n")[0]
-            raise UserError(f"{name}: no Dask cluster that computes ({why})") from None
-        try:
-            # A worker that cannot read a task ends, and the others one by one: so whether they can is asked first.
+            # A worker that cannot read a task ends, and then the next: so whether they can is asked first.
             client.run(resolve_name, f"{__name__}:INSTALL")
+        except (OSError, ValueError, TypeError, AssertionError) as error:  # the last two: certificates
+            why = str(error).partition("\n")[0] or "TLS?"
+            raise UserError(f"{name}: no Dask cluster that computes ({why})") from None
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"{name}: workers without what this perfmodel needs ({error}): {INSTALL} there") from None
+        try:
             yield client
         except KilledWorker:
             raise UserError("a part of the work ended all who took it: short of memory? try fewer workers") from None
         except FutureCancelledError:
             raise UserError(f"{name}: the cluster was lost; the same command goes on where it was") from None
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"{name}: workers without what this perfmodel needs ({error}): {INSTALL} there") from None
