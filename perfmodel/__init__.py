@@ -232,12 +232,12 @@ def plan(
     >>> [(run.device, run.work.steps, run.given_up) for run in p.fastest()]
     [('a100-80gb-sxm', 2500, ())]
     """
-    from .questions.plan.planning import plan_job
+    from .questions.plan.planning import planner_of
 
-    return plan_job(
+    return planner_of(
         model, methods, setup, device, job=job, global_batch=global_batch, price=price, price_kind=price_kind,
         deadline=deadline, node_power=node_power, grid_co2=grid_co2, host=host, **options,
-    )  # fmt: skip
+    ).plan()  # fmt: skip
 
 
 def traced(model: "str | PathLike[str] | Config") -> "RecordedModel":

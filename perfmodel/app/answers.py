@@ -16,7 +16,7 @@ from ..program.dims import Dim
 from ..questions.comparison import compare
 from ..questions.explanation import Explanation, of_predictions
 from ..questions.plan.job import Job
-from ..questions.plan.planning import Plan, plan_job
+from ..questions.plan.planning import Plan, planner_of
 from ..questions.plan.words import job_in_words, plan_answer, plan_notes
 from ..questions.sentences import notes_by_method
 from ..questions.sweeps import sweep
@@ -73,7 +73,8 @@ def planned(c: Choices, devices: Iterable[str] | None) -> Plan:
     """
     job = Job(samples=c.samples, epochs=c.epochs)
     price = () if c.price is None else (f"{c.price:g}",)
-    return plan_job(c.model, c.methods, c.setup, None if devices is None else list(devices), job=job, price=price)
+    asked = None if devices is None else list(devices)
+    return planner_of(c.model, c.methods, c.setup, asked, job=job, price=price).plan()
 
 
 def plan_everywhere(c: Choices) -> str:

@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from .given_config import answer_json
-from .options import Finite, Lists, methods_of, methods_option, model_of, plan_options, setup_of
+from .options import Finite, Lists, methods_of, methods_option, model_of, partitions_asked, plan_options, setup_of
 from .quantity import BYTES, NUMBER, Quantity
+
+if TYPE_CHECKING:
+    from ..partitions import Partitions
+    from ..questions.plan.planning import Outcomes, Planner
 
 
 @click.command(cls=Lists)
@@ -72,7 +76,7 @@ def plan(
     """
     from ..questions.plan.inverse import QUESTIONS, answers
     from ..questions.plan.job import Job
-    from ..questions.plan.planning import plan_job
+    from ..questions.plan.planning import planner_of
     from ..report.plan import show_answers, show_plan
 
     asked = [name for name in QUESTIONS if options.pop(name)]
@@ -91,12 +95,24 @@ def plan(
     job = Job(**about)
     if global_batch and click.get_current_context().get_parameter_source("batch") is ParameterSource.DEFAULT:
         setup, global_batch = replace(setup, batch=global_batch, grad_accum=1), None
-    found = plan_job(
+    planner = planner_of(
         model_of(options), chosen, setup, options["device"] or None, job=job, global_batch=global_batch, price=price,
         price_kind="spot" if spot else "on demand", deadline=deadline, node_power=node_power, grid_co2=grid_co2,
         host=options["host"],
     )  # fmt: skip
+    with partitions_asked(options, planner.question) as kept:
+        found = planner.plan(None if kept is None else _outcomes(planner, kept))
     if as_json:
         answer_json(found.as_dict())
     else:
         show_plan(found)
+
+
+def _outcomes(planner: "Planner", kept: "Partitions") -> "Outcomes":
+    """What partitions say."""
+    from ..questions.plan.apart import outcomes, searches
+    from ..report.progress import progress
+
+    with progress() as bar:
+        task = bar.add_task("partitions", total=len(searches(planner)))
+        return outcomes(planner, kept, lambda _: bar.advance(task))

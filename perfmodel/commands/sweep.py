@@ -8,7 +8,7 @@ import click
 
 from ..errors import UserError
 from .given_config import answer_json
-from .options import GridAxis, Lists, grid_options, methods_of, methods_option, model_of, setup_of
+from .options import GridAxis, Lists, grid_options, methods_of, methods_option, model_of, partitions_asked, setup_of
 
 PRINTED = 100_000  # rows that go to the terminal as JSON; more belong in a file
 UNASKED = 50_000_000  # rows that are computed without --yes: some minutes, and some gigabytes in a file
@@ -65,7 +65,10 @@ def sweep(
 
     if plot:
         heatmap.check_drawable(planned, plot)
-    result = run_sweep(planned, output=output, keep_rows=as_json and output is None, keep_speedups=plot is not None)
+    with partitions_asked(options, planned.question, output) as kept:
+        result = run_sweep(
+            planned, output=output, keep_rows=as_json and output is None, keep_speedups=plot is not None, kept=kept
+        )
     if plot and len(planned.gpus) > 1:
         scaling.draw_scaling(planned, result, plot)
     elif plot:

@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..program.installed import needed
 from ..report.plain import print_json
 from .campaign import campaign, paper
-from .options import json_option
+from .options import dask_option, json_option, workers_option
 
 RECORDS = Path("records.jsonl")  # what `measure` writes and `check` reads unless told otherwise
 
@@ -90,8 +90,10 @@ def published(plot: Path | None, all_rows: bool, as_json: bool) -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Table (CSV) of the rows; a table that is there is continued.",
 )
+@workers_option
+@dask_option
 @json_option
-def coverage(quick: bool, output: Path | None, as_json: bool) -> None:
+def coverage(quick: bool, output: Path | None, workers: int, dask: str | None, as_json: bool) -> None:
     """Trace every model type of transformers and every tuner of PEFT.
 
     Lists those that `predict --traced` can take and why it cannot take the others. A type is built from transformers'
@@ -99,7 +101,10 @@ def coverage(quick: bool, output: Path | None, as_json: bool) -> None:
     """
     with needed():
         from validate.oracle.show_coverage import show_coverage
-    sys.exit(0 if show_coverage(quick=quick, output=output, as_json=as_json) else 1)
+
+        from ..partitions import Workers
+    enough = show_coverage(quick=quick, output=output, workers=Workers(workers, dask), as_json=as_json)
+    sys.exit(0 if enough else 1)
 
 
 @validate.command()

@@ -59,7 +59,7 @@ def step_sigma(components: Components, total: Any, profile: DeviceProfile) -> An
 
 def ratio_sigma(a: Components, a_total: Any, b: Components, b_total: Any, profile: DeviceProfile) -> Any:
     """Relative standard deviation of the ratio of two steps on one device."""
-    names = {*a, *b}
+    names = dict.fromkeys((*a, *b))  # in one order, so that every process adds up alike
     shares = {c: a.get(c, 0.0) / a_total - b.get(c, 0.0) / b_total for c in names}
     variance = sum((sigma(c, profile) * share) ** 2 for c, share in shares.items())
     return np.sqrt(variance + UNEXPLAINED_RATIO**2)

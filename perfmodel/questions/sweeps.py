@@ -4,12 +4,14 @@ The first method is the baseline: every row says how much faster it is than the 
 the memory of a large sweep bounded; within a block everything is one vectorised prediction.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from ..architectures import Architecture
 from ..devices import host as hosts
 from ..devices.device import Device, profile_of
 from ..devices.host import Host
@@ -20,10 +22,13 @@ from ..prediction import intervals
 from ..prediction.predict import Model, Prediction, Time, architecture_of, method_of, predict, with_options
 from ..setup import Setup, positive
 from ..shown import Shown, frame
+from ..values import immutable
 from .speedup import verdict
 
 Columns = dict[str, np.ndarray]
+Entry = tuple[Method, np.ndarray]  # a method, and ranks that it is swept over; none where it keeps its own
 BLOCK = 16_384  # rows that are predicted together
+TOGETHER = 16  # entries of a part, which predicts the baseline beside them
 
 
 @dataclass(frozen=True)
@@ -56,20 +61,40 @@ class Sweep(Shown):
         Raises:
             UserError: a setup that a model or method refuses.
         """
-        for device in self.devices:
-            for gpus in self.gpus.tolist():
-                yield from self._of_gpus(device, gpus)
+        for device, gpus in self._places():
+            bases: dict[int, Time] = {}
+            for entry in self._entries():
+                for start in self._starts():
+                    base = None if entry[0] is self.methods[0] else bases[start]
+                    columns, time = self._points(device, gpus, start).block(entry, base)
+                    bases.setdefault(start, time)
+                    yield columns
 
-    def _of_gpus(self, device: DeviceProfile, gpus: int) -> Iterator[Columns]:
-        base: Time | None = None
-        for method in self.methods:
-            times = []
-            for start in range(0, self._rows(method), BLOCK):
-                points = np.arange(start, min(start + BLOCK, self._rows(method)))
-                columns, time = self._block(device, gpus, method, points, base)
-                times.append(time)
-                yield columns
-            base = base or _joined(times)
+    def parts(self) -> Iterator[Callable[[], list[Columns]]]:
+        """The sweep in parts, functions that make some blocks each, in any process; `order` says which comes when."""
+        groups = self._groups()
+        for device, gpus in self._places():
+            for group in groups:
+                for start in self._starts():
+                    yield partial(self._points(device, gpus, start).blocks, groups[0][0], group)
+
+    def order(self) -> Iterator[tuple[int, int]]:
+        """(number of a part, number of a block in it) of each block, in the order of `blocks`."""
+        starts, part = len(self._starts()), 0
+        for _ in self._places():
+            for group in self._groups():
+                yield from ((part + i, block) for block in range(len(group)) for i in range(starts))
+                part += starts
+
+    def question(self) -> dict[str, Any]:
+        """What is asked, in plain values: sweeps of one question have the same rows."""
+        from .asked import plain_question
+
+        axes = {name: getattr(self, name).tolist() for name in ("batch", "seq", "gpus", "rank")}
+        cut = {"rows of a block": BLOCK, "blocks of a partition": TOGETHER}
+        return plain_question(
+            "sweep", self.architecture, self.methods, self.setup, self.host, self._places(), **axes, **cut
+        )
 
     def table(self) -> Columns:
         """All rows at once."""
@@ -85,41 +110,93 @@ class Sweep(Shown):
         return frame(self.table())
 
     def _rows(self, method: Method) -> int:
-        return len(self.batch) * len(self.seq) * len(self._ranks(method))
+        return len(self.batch) * len(self.seq) * max(1, len(self._ranks(method)))
 
     def _ranks(self, method: Method) -> np.ndarray:
-        """The ranks that a method is swept over; a single placeholder if it has none or keeps its own."""
-        return self.rank if len(self.rank) and has_rank(method) else np.zeros(1, np.int64)
+        """The ranks that a method is swept over; none if it has none or keeps its own."""
+        return self.rank if has_rank(method) else self.rank[:0]
 
-    def _block(
-        self, device: DeviceProfile, gpus: int, method: Method, points: np.ndarray, base: Time | None
-    ) -> tuple[Columns, Time]:
-        plane = len(self.batch) * len(self.seq)
-        ranks = self._ranks(method)
-        r, here = ranks[points // plane], points % plane
-        batch, seq = self.batch[here // len(self.seq)], self.seq[here % len(self.seq)]
-        swept = with_rank(method, r) if ranks[0] else method
-        setup = replace(self.setup, batch=batch, seq=seq, gpus=gpus)
-        p = predict(self.architecture, swept, setup, device, host=self.host)
-        rows = len(points)
-        columns: Columns = {
-            "model": np.full(rows, self.model),
-            "device": np.full(rows, device.slug),
-            "method": _labels(method, r) if ranks[0] else np.full(rows, method.spec()),
-            "gpus": np.full(rows, gpus),
-            "batch": batch,
-            "seq": seq,
-            "rank": r if ranks[0] else np.full(rows, getattr(method, "r", 0) or 0),
-            **_figures(p, rows),
-        }
-        ratio, low, high = _speed_up(base, here, p.time, device, rows)
-        compared = {"speedup": ratio, "speedup_low": low, "speedup_high": high, "verdict": verdict(ratio)}
-        return {**columns, **compared}, p.time
+    def _places(self) -> list[tuple[DeviceProfile, int]]:
+        return [(device, gpus) for device in self.devices for gpus in self.gpus.tolist()]
+
+    def _starts(self) -> range:
+        """The first of the points of the plane of batch and sequence that are predicted together."""
+        return range(0, len(self.batch) * len(self.seq), BLOCK)
+
+    def _entries(self) -> list[Entry]:
+        """Methods, each with as many ranks as go into a block."""
+        together = max(1, BLOCK // (len(self.batch) * len(self.seq)))
+        found = []
+        for m in self.methods:
+            ranks = self._ranks(m)
+            found += [(m, ranks[i : i + together]) for i in range(0, max(1, len(ranks)), together)]
+        return found
+
+    def _groups(self) -> list[list[Entry]]:
+        """The entries of parts."""
+        entries = self._entries()
+        return [entries[i : i + TOGETHER] for i in range(0, len(entries), TOGETHER)]
+
+    def _points(self, device: DeviceProfile, gpus: int, start: int) -> "SweptPoints":
+        points = np.arange(start, min(start + BLOCK, len(self.batch) * len(self.seq)))
+        batch, seq = self.batch[points // len(self.seq)], self.seq[points % len(self.seq)]
+        return SweptPoints(self.model, self.architecture, device, self.setup, self.host, batch, seq, gpus)
 
     @property
     def architecture(self) -> Any:
         """The architecture that all methods are bound to."""
         return self.methods[0].architecture
+
+
+@immutable
+class SweptPoints:
+    """Points of the plane of batch and sequence on one device: what is predicted together.
+
+    Attributes:
+        batch, seq: of each point.
+    """
+
+    model: str
+    architecture: Architecture
+    device: DeviceProfile
+    setup: Setup
+    host: str | Host
+    batch: np.ndarray
+    seq: np.ndarray
+    gpus: int
+
+    def blocks(self, baseline: Entry, entries: Sequence[Entry]) -> list[Columns]:
+        """The rows of some entries, against a baseline that may be the first of them."""
+        columns, base = self.block(baseline, None)
+        first = [columns] if entries[0] is baseline else []
+        others = [self.block(e, None if e[0] is baseline[0] else base)[0] for e in entries[len(first) :]]
+        return first + others
+
+    def block(self, entry: Entry, base: Time | None) -> tuple[Columns, Time]:
+        """The rows of an entry, and their times.
+
+        Args:
+            base: of the baseline, at its first rank; None for the baseline itself.
+        """
+        method, ranks = entry
+        here = np.tile(np.arange(len(self.batch)), max(1, len(ranks)))
+        batch, seq, r, rows = self.batch[here], self.seq[here], np.repeat(ranks, len(self.batch)), len(here)
+        swept = with_rank(method, r) if len(ranks) else method
+        setup = replace(self.setup, batch=batch, seq=seq, gpus=self.gpus)
+        p = predict(self.architecture, swept, setup, self.device, host=self.host)
+        columns: Columns = {
+            "model": np.full(rows, self.model),
+            "device": np.full(rows, self.device.slug),
+            "method": _labels(method, r) if len(ranks) else np.full(rows, method.spec()),
+            "gpus": np.full(rows, self.gpus),
+            "batch": batch,
+            "seq": seq,
+            "rank": r if len(ranks) else np.full(rows, getattr(method, "r", 0) or 0),
+            **_figures(p, rows),
+        }
+        ratio, low, high = _speed_up(base, here, p.time, self.device, rows)
+        compared = {"speedup": ratio, "speedup_low": low, "speedup_high": high, "verdict": verdict(ratio)}
+        return {**columns, **compared}, p.time
 
 
 def sweep(
@@ -224,17 +301,7 @@ def _speed_up(base: Time | None, here: np.ndarray, time: Time, on: DeviceProfile
     if base is None:
         return (np.ones(rows),) * 3
     total = base.phases["total"][here]
-    components = {name: seconds[here] for name, seconds in base.components.items()}
+    components = {name: np.broadcast_to(s, base.phases["total"].shape)[here] for name, s in base.components.items()}
     ratio = total / time.phases["total"]
     spread = intervals.ratio_sigma(components, total, time.components, time.phases["total"], on)
     return ratio, *intervals.interval_bounds(ratio, spread)
-
-
-def _joined(times: list[Time]) -> Time:
-    """The baseline's blocks as one, for lookups by point."""
-    components = {
-        name: np.concatenate([np.broadcast_to(t.components.get(name, 0.0), t.phases["total"].shape) for t in times])
-        for name in {name for t in times for name in t.components}
-    }
-    total = np.concatenate([t.phases["total"] for t in times])
-    return Time({"total": total}, None, None, None, None, components)

@@ -1,10 +1,10 @@
 """Running a sweep with a progress bar, and what the terminal shows of it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from click import style
@@ -20,6 +20,11 @@ from .figures import job_of
 from .files import records, rows_to
 from .plain import notes, paragraph, show, table
 from .progress import progress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from ..partitions import Partitions
 
 Key = tuple[str, str]  # device, method as one gives it to predict
 WORTH = 1.5  # times the rate that a second node has to give
@@ -81,12 +86,15 @@ class FinishedSweep:
         return {"baseline": self.baseline, "summary": summary, "rows": rows}
 
 
-def run_sweep(planned: Sweep, *, output: Path | None, keep_rows: bool, keep_speedups: bool) -> FinishedSweep:
+def run_sweep(
+    planned: Sweep, *, output: Path | None, keep_rows: bool, keep_speedups: bool, kept: "Partitions | None" = None
+) -> FinishedSweep:
     """Predict every block: rows to a file, figures to the summary.
 
     Args:
         keep_rows: keep every column in the outcome.
         keep_speedups: keep the speed-ups of a large grid too, for a picture.
+        kept: partitions of the sweep, to be predicted first where they are not there yet.
 
     Raises:
         UserError: a file that cannot be written, or a setup that is refused.
@@ -96,15 +104,28 @@ def run_sweep(planned: Sweep, *, output: Path | None, keep_rows: bool, keep_spee
     with ExitStack() as stack:
         write = stack.enter_context(rows_to(output)) if output else None
         bar = stack.enter_context(progress())
-        task = bar.add_task("setups", total=len(planned))
-        for columns in planned.blocks():
+        for columns in _blocks(planned, bar) if kept is None else _from_partitions(planned, kept, bar):
             _summarise(outcome, columns, keep_speedups=keep_speedups)
             if write:
                 write(columns)
             if keep_rows:
                 outcome.kept.append(columns)
-            bar.advance(task, len(columns["batch"]))
     return outcome
+
+
+def _blocks(planned: Sweep, bar: "Progress") -> Iterator[Columns]:
+    task = bar.add_task("setups", total=len(planned))
+    for columns in planned.blocks():
+        yield columns
+        bar.advance(task, len(columns["batch"]))
+
+
+def _from_partitions(planned: Sweep, kept: "Partitions", bar: "Progress") -> Iterator[Columns]:
+    places = list(planned.order())
+    task = bar.add_task("partitions", total=places[-1][0] + 1)
+    kept.fill(planned.parts(), lambda _: bar.advance(task))
+    for part, block in places:
+        yield kept.columns(part, block)
 
 
 def _fits_terminal(planned: Sweep) -> bool:

@@ -30,7 +30,7 @@ def test_ci_runs_the_oldest_dependencies_that_are_promised() -> None:
 def test_every_dependency_has_a_lower_bound() -> None:
     """Without one, whatever lies in somebody's environment is taken for good."""
     extras = PROJECT["optional-dependencies"]
-    lines = {line for name in ("hub", "report", "validate", "diffusion", "engine") for line in extras[name]}
+    lines = {line for name in ("hub", "report", "validate", "cluster", "diffusion", "engine") for line in extras[name]}
     for line in {*PROJECT["dependencies"], *lines}:
         assert line.startswith("perfmodel[") or re.search(r">=|==", line), line
 

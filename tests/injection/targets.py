@@ -8,10 +8,14 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from perfmodel.devices import profile
 from perfmodel.errors import UserError
+from perfmodel.partitions import Columns, Partitions, Workers
 from perfmodel.questions.sweeps import sweep
 from perfmodel.recording import files
 from perfmodel.report.files import rows_to
@@ -129,9 +133,28 @@ def _read_sweep(path: Path) -> int:
     return int(rows[0]["batch"]) - 1
 
 
+def _parts(folder: Path) -> list[int]:
+    try:
+        kept = Partitions(folder / "parts", {}, Workers())
+        return [int(kept.columns(number)["n"][0]) for number in sorted(kept.done)]
+    except UserError as error:
+        raise TornError(str(error)) from None
+
+
+def _part(number: int) -> list[Columns]:
+    return [{"n": np.array([number]), "x": np.array([PADDING])}]
+
+
+def _partitions(folder: Path, tell: Tell) -> None:
+    """As `sweep --partitions` does."""
+    kept = Partitions(folder / "parts", {}, Workers())
+    kept.fill((partial(_part, number) for number in range(WRITES)), lambda number: tell(number + 1))
+
+
 TARGETS = (
     Target("records", _measure, _units, adds=True),
     Target("campaign", _campaign, _units, adds=True),
+    Target("partitions", _partitions, _parts, adds=True),
     replaced("device.toml", _write_device, _read_device),
     replaced("program.json.gz", lambda path, n: files.write_object(path, {"version": n, "x": PADDING}), _read_program),
     replaced("sweep.json", _write_sweep, _read_sweep),

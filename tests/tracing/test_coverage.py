@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,17 @@ def test_a_type_that_takes_too_long_is_given_up() -> None:
     """One endless program must not hold up the list."""
     with pytest.raises(TimeoutError, match="within 1 s"), coverage.patience(1):
         sum(1 for _ in iter(int, 1))
+
+
+def test_a_worker_gives_up_too() -> None:
+    """A worker's tasks run in a thread, which no signal reaches."""
+
+    def endless() -> None:
+        with coverage.patience(1):
+            sum(1 for _ in iter(int, 1))
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(TimeoutError, match="within 1 s"):
+        pool.submit(endless).result()
 
 
 def test_the_list_of_all_types_names_what_cannot_be_traced_and_why() -> None:

@@ -4,18 +4,22 @@ Every model type is built from transformers' own default config, at full size: a
 """
 
 import csv
+import ctypes
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from perfmodel.architectures import Config
 from perfmodel.errors import UserError
+from perfmodel.partitions import Workers, answered
 from perfmodel.resources import DATA, read_rows
 from perfmodel.setup import Setup
 from perfmodel.tracing import programs, traced
@@ -144,10 +148,15 @@ def _row(kind: str, name: str, trace: Callable[[], Any]) -> CoverageRow:
     return CoverageRow(kind, name, time.perf_counter() - start, "", made.traced, made.blocks, int(calls))
 
 
-@contextmanager
-def patience(seconds: int) -> Iterator[None]:
-    """Raise `TimeoutError` in what takes more of this process's time, where the system has such an alarm clock."""
+def patience(seconds: int) -> AbstractContextManager[None]:
+    """Raise `TimeoutError` in what takes more of this process's time, or of this thread's where it is not the main one
+    (a worker's); nothing where the system has no such clock."""
+    alone = threading.current_thread() is threading.main_thread()
+    return _patience_of_process(seconds) if alone else _patience_of_thread(seconds)
 
+
+@contextmanager
+def _patience_of_process(seconds: int) -> Iterator[None]:
     def ring(*_: Any) -> None:
         raise TimeoutError(f"not traced within {seconds} s")
 
@@ -161,6 +170,33 @@ def patience(seconds: int) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
+
+
+@contextmanager
+def _patience_of_thread(seconds: int) -> Iterator[None]:
+    if not hasattr(time, "pthread_getcpuclockid"):
+        yield
+        return
+    thread, over = threading.get_ident(), threading.Event()
+    clock = time.pthread_getcpuclockid(thread)
+    end = time.clock_gettime(clock) + seconds
+
+    def watch() -> None:
+        while not over.wait(min(1, seconds / 10)):
+            if time.clock_gettime(clock) > end:
+                # Only a class can be raised in another thread: its text comes below.
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TimeoutError))
+                return
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield
+    except TimeoutError:
+        raise TimeoutError(f"not traced within {seconds} s") from None
+    finally:
+        over.set()
+        watching.join()
 
 
 def read_coverage(path: Path = TABLE) -> list[CoverageRow]:
@@ -194,12 +230,16 @@ def _without(reason: str, name: str) -> str:
 
 
 def cover(
-    models: Sequence[tuple[str, str]], names: Sequence[str], progress: Callable[[str], None]
+    models: Sequence[tuple[str, str]], names: Sequence[str], progress: Callable[[str], None], workers: Workers
 ) -> Iterator[CoverageRow]:
-    """A row for each model type and each tuner."""
-    for family, name in models:
-        progress(name)
-        yield cover_model(family, name)
-    for name in names:
-        progress(name)
-        yield cover_tuner(name)
+    """A row for each model type and each tuner, as they come."""
+
+    def tasks() -> Iterator[Callable[[], CoverageRow]]:
+        for family, name in models:
+            progress(name)
+            yield partial(cover_model, family, name)
+        for name in names:
+            progress(name)
+            yield partial(cover_tuner, name)
+
+    return (row for _, row in answered(enumerate(tasks()), workers))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from perfmodel.partitions import Workers
 from perfmodel.report.plain import print_json, show, table
 from perfmodel.report.progress import progress
 
@@ -11,7 +12,7 @@ from . import coverage
 from .coverage import CoverageRow
 
 
-def show_coverage(*, quick: bool, output: Path | None, as_json: bool) -> bool:
+def show_coverage(*, quick: bool, output: Path | None, workers: Workers, as_json: bool) -> bool:
     """Trace model types and tuners, print which can be traced and why others cannot; returns whether enough can.
 
     With `output` every row goes into that table at once, and what stands in it already is not traced again.
@@ -22,7 +23,7 @@ def show_coverage(*, quick: bool, output: Path | None, as_json: bool) -> bool:
     names = [name for name in coverage.tuners() if ("tuner", name) not in known]
     with progress() as bar:
         task = bar.add_task("tracing", total=len(models) + len(names))
-        for row in coverage.cover(models, names, lambda name: bar.update(task, description=name)):
+        for row in coverage.cover(models, names, lambda name: bar.update(task, description=name), workers):
             rows.append(row)
             if output:
                 coverage.append_row(output, row)

@@ -19,12 +19,14 @@ from ...prediction.predict import Model, Prediction, architecture_of, method_of,
 from ...recording.record import no_collector
 from ...setup import Setup
 from . import job as jobs
-from .fitting import Fitting
+from .fitting import Concession, Fitting
 from .job import Job, JobCounts
 from .prices import KINDS, known_prices, price_of, typed_prices
 from .runs import HOUR, PlannedRun, planned_run, seconds_of_job
 
 Devices = str | DeviceProfile | Device | Sequence[str | DeviceProfile | Device]
+Outcomes = dict[tuple[str, str], PlannedRun | UserError | str]  # (device, method) -> its run, or why there is none
+TOGETHER = 16  # devices of a partition: a step is recorded once for all of them
 TIE = 0.02  # of dollars or hours: what is closer than this is the same
 TYPED = ("batch", "grad_accum")  # options that fix the micro-batch beside a global batch
 
@@ -119,7 +121,7 @@ def _best(runs: list[PlannedRun], by: Any, then: Any) -> list[PlannedRun]:
     return sorted(alike, key=lambda run: (by(run), then(run)))
 
 
-def plan_job(
+def planner_of(
     model: Model,
     methods: str | Method | Sequence[str | Method] = ("full", "lora"),
     setup: Setup | None = None,
@@ -135,8 +137,8 @@ def plan_job(
     today: date | None = None,
     host: str | Host = "default",
     **options: Any,
-) -> Plan:
-    """Plan a job; `perfmodel.plan` says what it takes and raises."""
+) -> "Planner":
+    """What plans a job; `perfmodel.plan` says what it takes and raises."""
     about = {name: options.pop(name) for name in Job.__dataclass_fields__ if name in options}
     if about and job is not None:
         raise UserError(f"give a job, or {', '.join(about)} to make one: not both")
@@ -149,19 +151,12 @@ def plan_job(
     given = [methods] if isinstance(methods, (str, Method)) else list(methods)
     bound = list({m.spec(): m for m in (method_of(method).bind(architecture) for method in given)}.values())
     typed = dict(price) if isinstance(price, Mapping) else typed_prices(price)
-    planner = _Planner(Fitting(architecture, host), job, setup, price_kind, typed, node_power)
+    planner = Planner(
+        Fitting(architecture, host), job, setup, tuple(planned_devices(device)), tuple(bound), price_kind, typed,
+        node_power, deadline, grid_co2, today or date.today(),
+    )  # fmt: skip
     planner.work(setup)  # a job that cannot be counted is refused before anything is predicted
-    runs, left_out = planner.on_all(planned_devices(device), bound)
-    return Plan(
-        model=architecture.name,
-        methods=tuple(m.spec() for m in bound),
-        job=job,
-        runs=sorted(runs, key=lambda run: (_dollars(run), run.seconds)),
-        left_out=left_out,
-        deadline=deadline,
-        grid_co2=grid_co2,
-        today=today or date.today(),
-    )
+    return planner
 
 
 def _check(**positive: float | None) -> None:
@@ -186,15 +181,20 @@ def planned_devices(device: Devices | None) -> list[DeviceProfile]:
 
 
 @dataclass
-class _Planner:
-    """What the runs of a plan have in common."""
+class Planner:
+    """Plans a job: what its runs have in common."""
 
     fitting: Fitting
     job: Job
     setup: Setup
+    devices: tuple[DeviceProfile, ...]
+    methods: tuple[Method, ...]
     kind: str
     typed: Mapping[str, float]
     node: float | None
+    deadline: float | None
+    grid_co2: float | None
+    today: date
 
     def __post_init__(self) -> None:
         self.counted: dict[tuple[Any, int], JobCounts] = {}
@@ -206,33 +206,55 @@ class _Planner:
             self.counted, (setup.batch, setup.grad_accum), partial(jobs.job_counts, self.job, setup)
         )
 
-    def on_all(
-        self, devices: list[DeviceProfile], methods: list[Method]
-    ) -> tuple[list[PlannedRun], dict[tuple[str, str], str]]:
-        """The runs, and of what is none of them why.
+    def question(self) -> dict[str, Any]:
+        """What is searched for, in plain values: planners of one question find the same."""
+        from ..asked import plain_question
+
+        return plain_question(
+            "plan", self.fitting.architecture, self.methods, self.setup, self.fitting.host,
+            [(on, int(self.setup.gpus)) for on in self.devices], job=repr(self.job), devices_of_a_partition=TOGETHER,
+        )  # fmt: skip
+
+    def plan(self, outcomes: Outcomes | None = None) -> Plan:
+        """The plan.
+
+        Args:
+            outcomes: of each device and method, where they are known already.
 
         Raises:
             UserError: no device takes any of the methods, for the reason of the first.
         """
-        runs, left_out = [], {}
-        refused: list[UserError] = []
-        with no_collector():
-            for on in devices:
-                for method in methods:
-                    try:
-                        made = self.on(on, method)
-                    except UserError as error:
-                        refused.append(error)
-                        left_out[on.slug, method.spec()] = str(error)
-                        continue
-                    if made is None:
-                        least = self.fitting.least(self.setup, method, on)
-                        left_out[on.slug, method.spec()] = f"needs {units.nbytes(least)} at least, whatever is given up"
-                    else:
-                        runs.append(made)
-        if refused and len(refused) == len(devices) * len(methods):
+        found = self.outcomes(self.devices, self.methods) if outcomes is None else outcomes
+        refused = [outcome for outcome in found.values() if isinstance(outcome, UserError)]
+        if refused and len(refused) == len(found):
             raise refused[0]
-        return runs, left_out
+        runs = [outcome for outcome in found.values() if isinstance(outcome, PlannedRun)]
+        return Plan(
+            model=self.fitting.architecture.name,
+            methods=tuple(m.spec() for m in self.methods),
+            job=self.job,
+            runs=sorted(runs, key=lambda run: (_dollars(run), run.seconds)),
+            left_out={key: str(why) for key, why in found.items() if not isinstance(why, PlannedRun)},
+            deadline=self.deadline,
+            grid_co2=self.grid_co2,
+            today=self.today,
+        )
+
+    def outcomes(self, devices: Sequence[DeviceProfile], methods: Sequence[Method]) -> Outcomes:
+        """What becomes of each method on each device."""
+        with no_collector():
+            return {(on.slug, method.spec()): self.outcome(on, method) for on in devices for method in methods}
+
+    def outcome(self, on: DeviceProfile, method: Method) -> PlannedRun | UserError | str:
+        """The run of a method on a device, or why there is none: an error where it is refused."""
+        try:
+            run = self.on(on, method)
+        except UserError as error:
+            return error
+        if run is None:
+            least = self.fitting.least(self.setup, method, on)
+            return f"needs {units.nbytes(least)} at least, whatever is given up"
+        return run
 
     def on(self, on: DeviceProfile, method: Method) -> PlannedRun | None:
         """The run of a method on a device; None if nothing fits."""
@@ -243,7 +265,10 @@ class _Planner:
         found = self.fitting.best(self.setup, method, on, seconds)
         if found is None:
             return None
-        concession, p = found
+        return self.run(on, method, *found)
+
+    def run(self, on: DeviceProfile, method: Method, concession: Concession, p: Prediction) -> PlannedRun:
+        """The run of a prediction."""
         return planned_run(
             p, on, self.job, self.work(p.setup), asked=method.spec(), given_up=concession.given_up,
             price=price_of(on.slug, self.kind, self.typed, self.prices), node=self.node,
