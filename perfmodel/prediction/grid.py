@@ -126,5 +126,5 @@ def _merge(parts: list[tuple[np.ndarray, P]], setup: Setup, shape: tuple[int, ..
     first: Any = parts[0][1]
     merged = {name: merge([getattr(p, name) for _, p in parts]) for name in MERGED}
     notes = list(dict.fromkeys(note for _, p in parts for note in getattr(p, "notes", ())))
-    result: P = replace(first, setup=setup, step=None, durations=None, notes=notes, choices=[], **merged)
+    result: P = replace(first, setup=setup, recorded=None, notes=notes, choices=[], **merged)
     return result
