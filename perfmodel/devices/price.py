@@ -28,7 +28,7 @@ from .grouped import grouped_time
 from .hardware import ITEMSIZE
 from .pointwise import pointwise_time
 from .profile import DeviceProfile
-from .tables import Model, Places, Priced, Sheet, Tables, seconds_of
+from .tables import Model, Places, Priced, Sheet, Tables, summed_rows
 
 # B/s of copies from pageable host memory to the device, through the driver's staging buffer: an A10 (PCIe 4.0 x16), a
 # Xeon 6438Y+, 4 MiB again and again (https://github.com/drkennetz/cuda_examples/pull/1, 003_bandwidth_check).
@@ -93,7 +93,7 @@ def from_tables(
     if not in_step:
         bursts = {dtype: p.in_bursts() if dtype in HALF else p for dtype, p in profile.gemm.items()}
         models["gemm"] = partial(_gemm, replace(profile, gemm=bursts), learned=True)
-    return seconds_of(sheets, places, models)
+    return summed_rows(sheets, places, models)
 
 
 def _sort(i: int, op: Op, tables: Tables) -> None:

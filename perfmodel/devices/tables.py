@@ -95,9 +95,9 @@ class Tables:
         return Places(first, further)
 
     def seconds(self, ops: int, models: Mapping[str, Model]) -> np.ndarray:
-        """Seconds of so many ops (`seconds_of`)."""
+        """Seconds of so many ops (`summed_rows`)."""
         sheets = [(sheet.model, sheet.key, sheet.columns) for sheet in self.sheets()]
-        return seconds_of(sheets, self.places(ops), models)
+        return summed_rows(sheets, self.places(ops), models)
 
     def _token(self, x: Any) -> Any:
         """What stands for an array's values: computing the same dim twice may make two arrays."""
@@ -118,7 +118,7 @@ class Tables:
         return key, len(known) - 1
 
 
-def seconds_of(sheets: Sequence[Priced], places: Places, models: Mapping[str, Model]) -> np.ndarray:
+def summed_rows(sheets: Sequence[Priced], places: Places, models: Mapping[str, Model]) -> np.ndarray:
     """Seconds of each op, the sum of its rows, shape (ops, *grid); 0 for an op without rows."""
     priced = [np.asarray(partial(models[name], *key)(*columns)) for name, key, columns in sheets]
     grid = np.broadcast_shapes(*(seconds.shape[1:] for seconds in priced))

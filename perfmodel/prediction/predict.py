@@ -31,9 +31,9 @@ from .grid import grid_shape, over_grid
 from .memory import Memory
 from .notes import notes_on
 from .over_lengths import lengths_notes, over_lengths
-from .remembered import REMEMBERED, Asked, Known, Recorded, Steps
+from .remembered import REMEMBERED, Asked, Known, StepOnDemand, Steps
 from .times import Time, exchange_of, time_of
-from .work import Phases, counts, work_of
+from .work import Phases, StepWork, counts
 
 Model = str | PathLike[str] | Architecture | Config
 
@@ -72,7 +72,7 @@ class Prediction(Shown):
     periodic: list[PeriodicCost] = field(default_factory=list)
     choices: list[dict[str, Any]] = field(default_factory=list)
     padding: Any = 0.0
-    recorded: Recorded | None = field(default=None, repr=False, compare=False)
+    recorded: StepOnDemand | None = field(default=None, repr=False, compare=False)
 
     @property
     def step(self) -> Step | None:
@@ -224,7 +224,7 @@ def of_step(built: Step, on: DeviceProfile, by: Host, shared: Shared | None = No
     shared = shared or Shared()
     on = on.under(built.setup.stack)
     durations = part_costs.part_durations(built, on, shared)
-    return _answer(Known(work_of(built, shared), None, built), durations, on, by, shared.clocks)
+    return _answer(Known(StepWork.of(built, shared), None, built), durations, on, by, shared.clocks)
 
 
 def of_known(known: Known, on: DeviceProfile, by: Host) -> Prediction:
@@ -253,10 +253,10 @@ def _answer(known: Known, durations: list[Seconds], on: DeviceProfile, by: Host,
         total_params=work.total,
         trainable_params=work.trainable,
         active_params=work.active,
-        flops=counted["flops"],
-        bytes=counted["bytes"],
-        kernels=counted["kernels"],
-        dispatches=counted["dispatches"],
+        flops={**counted["flops"]},  # what is kept is nobody's to change
+        bytes={**counted["bytes"]},
+        kernels={**counted["kernels"]},
+        dispatches={**counted["dispatches"]},
         time=time,
         memory=held,
         fits=memory.fits(held.peak, on.hardware.memory_bytes, work.device),
@@ -264,8 +264,8 @@ def _answer(known: Known, durations: list[Seconds], on: DeviceProfile, by: Host,
         peak_dtype=peak_dtype,
         notes=notes_on(work, on, time.components, time.phases["total"]),
         periodic=[_periodic(ops, on, by) for ops in work.periodic],
-        choices=work.choices,
-        recorded=Recorded(known, durations),
+        choices=[{**choice} for choice in work.choices],
+        recorded=StepOnDemand(known, durations),
     )
 
 

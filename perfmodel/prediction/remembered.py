@@ -27,12 +27,12 @@ from ..program.dims import MixedStructure
 from ..program.formulas import Formula, Formulas, NotTraceable
 from ..program.op import Op
 from ..recording import record
-from ..recording.reuse import Shared, frozen, of_card
+from ..recording.reuse import Shared, hashable, of_card
 from ..recording.step import Step
 from ..setup import Setup
 from . import part_costs
 from .contention import Seconds
-from .work import CallCost, StepWork, work_of
+from .work import CallCost, StepWork
 
 MOST_PROGRAMS = 128  # programs of which something is kept
 MOST_SIZES = 8  # sizes of each whose step is kept, 50 kB a step
@@ -106,16 +106,21 @@ class Asked(NamedTuple):
         rank: dict[str, Any] = dict(zip((RANK,), sizes[len(SIZES) :], strict=False))
         return asked._replace(method=replace(self.method, **rank)) if rank else asked
 
+    def with_symbols(self, formulas: Formulas) -> list[Any]:
+        """Formulas in the place of sizes; a size of 1 stays what it is, and so do programs."""
+        return [1 if size == 1 else symbol for size, symbol in zip(self.sizes, formulas.symbols(), strict=True)]
+
     @property
     def program(self) -> Any:
-        """What decides its program, but for sizes."""
+        """What decides its program, but for sizes above 1."""
         sizes = (*SIZES, RANK, "architecture")
         of_method, of_setup = (
             tuple([getattr(values, f.name) for f in fields(values) if f.name not in sizes])
             for values in (self.method, self.setup)
         )
+        ones = tuple([type(size) is int and size == 1 for size in self.sizes])
         by_card = of_card(self.setup, self.kind, self.capability)
-        return self.architecture, type(self.method), of_method, of_setup, len(self.sizes), self.kind, by_card
+        return self.architecture, type(self.method), of_method, of_setup, ones, self.kind, by_card
 
 
 class DeviceCalls(NamedTuple):
@@ -159,7 +164,7 @@ class Known(NamedTuple):
         return part_costs.part_durations(self.step, on)
 
 
-class Recorded:
+class StepOnDemand:
     """The step that a prediction is of, and the seconds of its ops; recorded when somebody looks at them.
 
     Attributes:
@@ -203,7 +208,7 @@ class Sorted(NamedTuple):
             bounds.append(slice(start, start + len(part.ops)))
             shared.calls[part] = [costs[i] for i in index[bounds[-1]]]
             start = bounds[-1].stop
-        work = work_of(built, shared)
+        work = StepWork.of(built, shared)
         return cls(work, *price.sorted_into_tables(distinct), np.array(index, dtype=np.intp), bounds)
 
     @property
@@ -307,7 +312,7 @@ def _settled(value: Any, values: list[Any]) -> Any:
     return value
 
 
-class Program:
+class KnownProgram:
     """What is known of a program: the steps of the sizes that were asked for last, and formulas for any size.
 
     Attributes:
@@ -327,12 +332,12 @@ class Program:
         for formulated in self.formulated:
             if (known := formulated.at(asked)) is not None:
                 return known
-        if self.recorded < WAIT * (1 + self.tries) or self.tries == MOST_FORMS or min(asked.sizes) == 1:
+        if self.recorded < WAIT * (1 + self.tries) or self.tries == MOST_FORMS:
             return None
         self.tries += 1
         formulas = Formulas(asked.sizes)
         try:
-            formulated = Formulated(formulas, asked.at(formulas.symbols()).record())
+            formulated = Formulated(formulas, asked.at(asked.with_symbols(formulas)).record())
         except (NotTraceable, UserError, TypeError, AttributeError, ValueError):
             self.tries = MOST_FORMS
             return None
@@ -350,15 +355,15 @@ class Steps:
 
     def __init__(self, *, whole: bool = False) -> None:
         self.whole = whole
-        self.programs: Recent[Any, Program] = Recent(MOST_PROGRAMS)
+        self.programs: Recent[Any, KnownProgram] = Recent(MOST_PROGRAMS)
 
     def find(self, asked: Asked) -> Known:
         """A step, recorded if it is not known; errors as of `Asked.record`."""
         key = asked.program
         program = self.programs.recall(key)
         if program is None:
-            self.programs.keep(key, program := Program())
-        sizes = tuple(map(frozen, asked.sizes))
+            self.programs.keep(key, program := KnownProgram())
+        sizes = tuple(map(hashable, asked.sizes))
         known = program.steps.recall(sizes)
         if isinstance(known, MixedStructure):
             raise MixedStructure(known.mask)
@@ -370,7 +375,7 @@ class Steps:
         program.steps.keep(sizes, known)
         return known
 
-    def _recorded(self, program: Program, sizes: Any, asked: Asked) -> Known:
+    def _recorded(self, program: KnownProgram, sizes: Any, asked: Asked) -> Known:
         """A step that is recorded as it is."""
         program.recorded += 1
         try:

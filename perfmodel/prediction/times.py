@@ -15,7 +15,7 @@ from ..values import immutable
 from . import communication, intervals, part_costs, timeline
 from .communication import Communication, composed
 from .contention import Seconds
-from .work import Phases, StepWork, work_of
+from .work import Phases, StepWork
 
 Exchange = Callable[[list[timeline.Clocks], Phases], Communication]  # of the clocks of parts, and the phases they make
 
@@ -58,7 +58,7 @@ def step_time(
     """
     shared = shared or Shared()
     priced = list(part_costs.part_durations(built, on, shared) if durations is None else durations)
-    work = work_of(built, shared)
+    work = StepWork.of(built, shared)
     return time_of(work, priced, on, by, shared.clocks, exchange_of(built, priced, on, by))
 
 

@@ -147,6 +147,34 @@ class StepWork:
 
     __eq__, __hash__ = object.__eq__, object.__hash__
 
+    @classmethod
+    def of(cls, built: Step, shared: Shared | None = None) -> "StepWork":
+        """Look at a step; what is shared of its parts is used, and added to."""
+        shared = shared or Shared()
+        embeddings = [p for p in built.parameters if p.kind == "embedding"]  # an image model has none
+        return cls(
+            architecture=built.architecture,
+            method=built.method,
+            setup=built.setup,
+            device=built.device,
+            engine=built.engine,
+            groups=built.groups,
+            parts=[_part_work(part, shared) for part, _ in built.parts()],
+            total=built.total,
+            trainable=built.trainable,
+            active=built.active,
+            counted=_counted(built, shared),
+            memory=Memory.of(built),
+            choices=[asdict(choice) for choice in built.method.choices(built)],
+            dtypes=_product_dtypes(built),
+            unknown=sorted({op.name for _, op, _ in built.ops() if not op.view and row(op.name).work == "unknown"}),
+            freezes_embedding=bool(embeddings) and not any(p.requires_grad for p in embeddings),
+            zero=built.zero,
+            paged_bytes=built.paged_bytes,
+            periodic=built.periodic,
+            notes=built.notes,
+        )
+
     @property
     def repeats(self) -> list[int]:
         """How often each part runs in the step."""
@@ -158,34 +186,6 @@ class StepWork:
             Group([replace(part, ops=[], later=None) for part in group.parts], group.repeat) for group in self.groups
         ]
         return replace(self, groups=groups)
-
-
-def work_of(built: Step, shared: Shared | None = None) -> StepWork:
-    """Look at a step; what is shared of its parts is used, and added to."""
-    shared = shared or Shared()
-    embeddings = [p for p in built.parameters if p.kind == "embedding"]  # an image model has none
-    return StepWork(
-        architecture=built.architecture,
-        method=built.method,
-        setup=built.setup,
-        device=built.device,
-        engine=built.engine,
-        groups=built.groups,
-        parts=[_part_work(part, shared) for part, _ in built.parts()],
-        total=built.total,
-        trainable=built.trainable,
-        active=built.active,
-        counted=_counted(built, shared),
-        memory=Memory.of(built),
-        choices=[asdict(choice) for choice in built.method.choices(built)],
-        dtypes=_product_dtypes(built),
-        unknown=sorted({op.name for _, op, _ in built.ops() if not op.view and row(op.name).work == "unknown"}),
-        freezes_embedding=bool(embeddings) and not any(p.requires_grad for p in embeddings),
-        zero=built.zero,
-        paged_bytes=built.paged_bytes,
-        periodic=built.periodic,
-        notes=built.notes,
-    )
 
 
 def _part_work(part: Part, shared: Shared) -> PartWork:

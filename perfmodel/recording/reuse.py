@@ -95,7 +95,7 @@ def key(method: Method, setup: Setup) -> Any:
 
 def step_key(method: Method, setup: Setup, kind: str, capability: str) -> Any:
     """What decides the whole step of a model: devices that agree in it run the same calls."""
-    sizes = tuple([frozen(getattr(setup, f.name)) for f in fields(setup)])
+    sizes = tuple([hashable(getattr(setup, f.name)) for f in fields(setup)])
     return method.spec(), sizes, kind, of_card(setup, kind, capability)
 
 
@@ -112,6 +112,6 @@ def of_card(setup: Setup, kind: str, capability: str) -> tuple[Any, ...]:
     return generation, stack.prefers_cudnn(capability), stack.list_room(capability)
 
 
-def frozen(value: Any) -> Any:
+def hashable(value: Any) -> Any:
     """A value as a part of a key."""
     return (value.shape, value.tobytes()) if isinstance(value, np.ndarray) else value
