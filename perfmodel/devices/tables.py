@@ -67,10 +67,11 @@ class Tables:
 
     def add(self, model: str, key: tuple[Any, ...], i: int, *row: Any) -> None:
         """Put a row of op `i` into a model's table; an op may have several rows."""
-        varies = tuple([isinstance(x, VARIES) for x in row])
-        equal = row
-        if True in varies:
-            equal = tuple([self._token(x) if of_grid else x for x, of_grid in zip(row, varies, strict=True)])
+        varies = tuple([isinstance(x, np.ndarray) for x in row])
+        if any(isinstance(x, VARIES) for x in row):
+            equal = tuple([self._token(x) if isinstance(x, VARIES) else x for x in row])
+        else:
+            equal = row
         self.tables.setdefault(model, _Table()).add((key, varies), i, row, equal)
 
     def sheets(self) -> list[Sheet]:

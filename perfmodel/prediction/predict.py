@@ -1,7 +1,7 @@
 """The answer for one setup, or for a whole grid of setups at once (see `perfmodel.prediction.grid`)."""
 
 from dataclasses import field, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -156,9 +156,17 @@ def architecture_of(model: Model) -> Architecture:
     Raises:
         UserError: an unknown name, or a config that cannot be read.
     """
+    if isinstance(model, str) and model.lower() in architectures.model_names():
+        return _bundled(model.lower())
     if isinstance(model, (str, PathLike)):
         model = architectures.load(str(model))
     return architectures.from_config(model) if isinstance(model, Config) else model
+
+
+@lru_cache(maxsize=256)
+def _bundled(name: str) -> Architecture:
+    """A bundled model's architecture: its file stays as it is."""
+    return architectures.from_config(architectures.load(name))
 
 
 def predict(
