@@ -9,6 +9,7 @@ import numpy as np
 from . import optimizers
 from .errors import UserError, nearest
 from .program.dims import Dim
+from .program.formulas import Formula
 from .program.lengths import Lengths, lengths_of
 from .program.routing import exponent_of
 from .program.software import CURRENT, SoftwareStack
@@ -273,6 +274,8 @@ def positive(name: str, value: Any) -> Dim:
     Raises:
         UserError: anything else.
     """
+    if type(value) is Formula:
+        return value
     if isinstance(value, np.ndarray):
         if value.size == 0 or not np.issubdtype(value.dtype, np.integer):
             raise UserError(f"{name} must hold integers, got {value.dtype} of size {value.size}")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..program.dims import Dim
+from ..program.formulas import Formula
 from ..program.op import PLAIN, Op, Spec
 from ..program.software import LONG_ARGUMENTS
 from .table import row
@@ -93,6 +94,9 @@ def _launches(tensors: tuple[Spec, ...], limit: int, room: int) -> Dim:
     """Launches of `multi_tensor_apply`: a launch is full at `limit` tensors or so many chunks, `room` times over."""
     chunks = [-(-s.numel // _CHUNK) for s in tensors]
     copies = [s.copies for s in tensors]
+    varies = next((n for n in chunks if type(n) is Formula), None)
+    if varies is not None:
+        return varies.of.of_list(lambda at: _packed(tuple(zip(at, copies, strict=True)), limit, room), chunks)
     if not any(isinstance(n, np.ndarray) for n in chunks):
         return _packed(tuple(zip(chunks, copies, strict=True)), limit, room)
     points, where = _distinct({id(n): n for n in chunks if isinstance(n, np.ndarray)}.values())

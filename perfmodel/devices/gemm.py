@@ -15,6 +15,7 @@ The `min` stands for the library's heuristic, so it must be offered only tiles t
 sets are those in the kernel names of NeuSight's profiles, https://github.com/sitar-lab/NeuSight).
 """
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -127,15 +128,24 @@ def gemm_time(
         columns += [width, index]
     given = [np.asarray(x, dtype=np.float64) for x in columns]
     shape = np.broadcast_shapes(*(x.shape for x in given))
+    floor = parameters.launch_clocks / hardware.clock_hz
+    if len(shape) > 1 and math.prod(shape) <= TOGETHER:  # few: what does not vary along an axis may be there again
+        flat = [x if x.size == 1 else np.broadcast_to(_aligned(x, shape), shape) for x in given]
+        return floor + kernels.seconds(*(x.reshape(-1) for x in flat)).reshape(shape)
     out = np.empty(shape)
     rows = out.reshape(-1, shape[-1] if shape else 1)
-    aligned = [x.reshape((1,) * (len(shape) - x.ndim) + x.shape) for x in given]
+    aligned = [_aligned(x, shape) for x in given]
     for row, place in zip(rows, np.ndindex(shape[:-1]), strict=True):
         of_row = [x[tuple(min(i, d - 1) for i, d in zip(place, x.shape, strict=False))].reshape(-1) for x in aligned]
         for start in range(0, len(row), CHUNK):
             part = slice(start, start + CHUNK)
             row[part] = kernels.seconds(*(x if len(x) == 1 else x[part] for x in of_row))
-    return parameters.launch_clocks / hardware.clock_hz + out
+    return floor + out
+
+
+def _aligned(x: Array, shape: tuple[int, ...]) -> Array:
+    """An array with as many axes as a shape, the further ones in front."""
+    return x.reshape((1,) * (len(shape) - x.ndim) + x.shape)
 
 
 class _Kernel(NamedTuple):

@@ -3,7 +3,7 @@
 from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,37 @@ ENGINE = {  # the same of a training engine
     "fetch": "weights", "release": "returns", "reduce": "gradients", "wrap": "units",
 }  # fmt: skip
 EAGER = PYTHON | ENGINE
+
+
+class HostCalls(NamedTuple):
+    """What the host sees of one run of a part.
+
+    Attributes:
+        work: what it does besides calls.
+        launched, views, generated: of each call whether it launches something, is a view, is one of Inductor's kernels.
+        tensors: parameters in the Python code around each call, where calls are on lists.
+    """
+
+    phase: str
+    compiled: bool
+    captured: bool
+    work: HostWork
+    launched: np.ndarray
+    views: np.ndarray
+    generated: np.ndarray
+    tensors: np.ndarray | None
+
+    @classmethod
+    def of(cls, part: Part) -> "HostCalls":
+        """Look at a part."""
+        ops = part.ops
+        in_lists = not part.compiled and part.phase == "optimizer" and any(by_lists(op) for op in ops)
+        return cls(
+            part.phase, part.compiled, part.captured, part.host,
+            np.array([op.launched for op in ops], dtype=bool), np.array([op.view for op in ops], dtype=bool),
+            np.array([part.compiled and _generated(op) for op in ops], dtype=bool),
+            np.array([_tensors(op) for op in ops]) if in_lists else None,
+        )  # fmt: skip
 
 
 @immutable
@@ -90,22 +121,25 @@ class Host:
 
     def dispatch(self, part: Part, device: str) -> np.ndarray:
         """Host seconds before each op of one run of a part, shape (ops,); Python's share is spread evenly."""
-        if part.compiled:
-            return self._compiled(part, device)
-        in_lists = part.phase == "optimizer" and any(by_lists(op) for op in part.ops)
-        if in_lists:
+        return self.dispatched(HostCalls.of(part), device)
+
+    def dispatched(self, calls: HostCalls, device: str) -> np.ndarray:
+        """The same of what the host sees of a part."""
+        if calls.compiled:
+            return self._compiled(calls, device)
+        if calls.tensors is not None:
             call = view = self.optimizer_call
             python = 0.0
-        elif part.phase == "optimizer":  # a Python loop over tensors, without autograd
-            call, view, python = self.loop_call, self.view, self.settle * part.host.gradients
+        elif calls.phase == "optimizer":  # a Python loop over tensors, without autograd
+            call, view, python = self.loop_call, self.view, self.settle * calls.work.gradients
         else:
-            forward = part.phase == "forward"
+            forward = calls.phase == "forward"
             call, view = (self.call, self.view) if forward else (self.backward_call, self.backward_view)
-            python = self._python(part.host)
+            python = self._python(calls.work)
         launching = call + (self.launch_call if device == "cuda" else 0.0)
-        seconds = np.array([launching if op.launched else view if op.view else call for op in part.ops])
-        if in_lists:
-            seconds += self.tensor * np.array([_tensors(op) for op in part.ops])
+        seconds = np.where(calls.launched, launching, np.where(calls.views, view, call))
+        if calls.tensors is not None:
+            seconds += self.tensor * calls.tensors
         return seconds + python / max(1, len(seconds))
 
     def _python(self, work: HostWork) -> float:
@@ -113,22 +147,21 @@ class Host:
         seconds: float = sum(getattr(self, cost) * getattr(work, count) for cost, count in EAGER.items())
         return seconds
 
-    def _compiled(self, part: Part, device: str) -> np.ndarray:
+    def _compiled(self, calls: HostCalls, device: str) -> np.ndarray:
         """The same for compiled code: guards and wrappers first, then the calls one after another.
 
         A library's kernel costs what it costs in eager mode: `extern_kernels.mm` with its buffer took 0.96 of
         `torch.mm` where both were measured.
         """
-        seconds = np.zeros(len(part.ops))
+        seconds = np.zeros(len(calls.launched))
         on_gpu = device == "cuda"
-        if not (part.captured and on_gpu):
+        if not (calls.captured and on_gpu):
             launch = self.launch_call if on_gpu else 0.0
-            called = [self.compiled_kernel if _generated(op) else self.call for op in part.ops]
-            seconds += np.array(called) + launch
-        if part.phase == "forward":
-            seconds[0] += self.guard * part.host.modules
-        captured = self.graph_launch if part.captured and on_gpu else 0.0
-        seconds[0] += part.host.graphs * (self.compiled_graph + captured)
+            seconds += np.where(calls.generated, self.compiled_kernel, self.call) + launch
+        if calls.phase == "forward":
+            seconds[0] += self.guard * calls.work.modules
+        captured = self.graph_launch if calls.captured and on_gpu else 0.0
+        seconds[0] += calls.work.graphs * (self.compiled_graph + captured)
         return seconds
 
 

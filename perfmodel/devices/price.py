@@ -28,7 +28,7 @@ from .grouped import grouped_time
 from .hardware import ITEMSIZE
 from .pointwise import pointwise_time
 from .profile import DeviceProfile
-from .tables import Model, Tables
+from .tables import Model, Places, Priced, Sheet, Tables, summed_rows
 
 # B/s of copies from pageable host memory to the device, through the driver's staging buffer: an A10 (PCIe 4.0 x16), a
 # Xeon 6438Y+, 4 MiB again and again (https://github.com/drkennetz/cuda_examples/pull/1, 003_bandwidth_check).
@@ -72,15 +72,28 @@ def durations(ops: Sequence[Op], profile: DeviceProfile, *, in_step: bool = True
         from .cpu import cpu_durations
 
         return cpu_durations(ops, profile.hardware, profile.cpu, partial(_collective, profile))
+    sheets, places = sorted_into_tables(ops)
+    return from_tables([(sheet.model, sheet.key, sheet.columns) for sheet in sheets], places, profile, in_step=in_step)
+
+
+def sorted_into_tables(ops: Sequence[Op]) -> tuple[list[Sheet], Places]:
+    """What models have to price of ops, whatever the GPU, and where each op's price is then."""
     tables = Tables()
     for i, op in enumerate(ops):
         if not op.view and not op.attrs.host:
             _sort(i, op, tables)
+    return tables.sheets(), tables.places(len(ops))
+
+
+def from_tables(
+    sheets: Sequence[Priced], places: Places, profile: DeviceProfile, *, in_step: bool = True
+) -> np.ndarray:
+    """Device seconds of ops on a GPU, from what `sorted_into_tables` gives; `durations` says the rest."""
     models = {name: partial(model, profile) for name, model in MODELS.items()}
     if not in_step:
         bursts = {dtype: p.in_bursts() if dtype in HALF else p for dtype, p in profile.gemm.items()}
         models["gemm"] = partial(_gemm, replace(profile, gemm=bursts), learned=True)
-    return tables.seconds(len(ops), models)
+    return summed_rows(sheets, places, models)
 
 
 def _sort(i: int, op: Op, tables: Tables) -> None:

@@ -1,13 +1,17 @@
 """Ops sorted into tables by the model that prices them; each table is priced in one vectorised call, over the grid."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-Row = tuple[Any, ...]  # a model's arguments, each an int or an array over the grid
+from ..program.dims import VARIES
+from ..program.formulas import Formula
+
+Row = tuple[Any, ...]  # a model's arguments, each an int, an array over the grid, or a formula
+Priced = tuple[str, tuple[Any, ...], Sequence[np.ndarray]]  # (model, key, columns)
 Model = Callable[..., np.ndarray]  # (*key, *columns) -> seconds, shape (rows, *grid)
 
 
@@ -22,6 +26,37 @@ class _Table:
         self.rows.setdefault(key, {}).setdefault(equal, (row, []))[1].append(i)
 
 
+class Sheet(NamedTuple):
+    """The rows of one call of a model: `key` and `rows` are its arguments."""
+
+    model: str
+    key: tuple[Any, ...]
+    rows: list[Row]
+
+    @property
+    def columns(self) -> tuple[np.ndarray, ...]:
+        """The rows' arguments as arrays of shape (rows, *grid).
+
+        A column of numbers has shape (rows, 1, …): what does not vary over the grid is worked out once.
+        """
+        columns = list(zip(*self.rows, strict=True))
+        shapes = {x.shape for column in columns for x in column if isinstance(x, np.ndarray)}
+        grid = np.broadcast_shapes(*shapes) if shapes else ()
+        return tuple([_stacked(column, grid) for column in columns])
+
+
+class Places(NamedTuple):
+    """Where the prices of ops are among those of all rows, one sheet after another.
+
+    Attributes:
+        first: of each op the first of its rows; one behind the last row for an op without rows.
+        further: (op, row) of ops with several rows.
+    """
+
+    first: np.ndarray
+    further: list[tuple[int, int]]
+
+
 class Tables:
     """The tables of all models, by name."""
 
@@ -33,31 +68,42 @@ class Tables:
     def add(self, model: str, key: tuple[Any, ...], i: int, *row: Any) -> None:
         """Put a row of op `i` into a model's table; an op may have several rows."""
         varies = tuple([isinstance(x, np.ndarray) for x in row])
-        equal = row
-        if True in varies:
-            equal = tuple([self._token(x) if of_grid else x for x, of_grid in zip(row, varies, strict=True)])
+        if any(isinstance(x, VARIES) for x in row):
+            equal = tuple([self._token(x) if isinstance(x, VARIES) else x for x in row])
+        else:
+            equal = row
         self.tables.setdefault(model, _Table()).add((key, varies), i, row, equal)
 
-    def seconds(self, ops: int, models: Mapping[str, Model]) -> np.ndarray:
-        """Seconds of each op, the sum of its rows, shape (ops, *grid); 0 for an op without rows."""
-        priced: list[tuple[list[list[int]], np.ndarray]] = []
-        for name, table in self.tables.items():
-            for (key, _), rows in table.rows.items():
-                seconds = _price([row for row, _ in rows.values()], partial(models[name], *key))
-                priced.append(([index for _, index in rows.values()], seconds))
-        grid = np.broadcast_shapes(*(seconds.shape[1:] for _, seconds in priced)) if priced else ()
-        total = np.empty((ops, *grid))
-        without = set(range(ops))
-        for indices, seconds in priced:
-            for index, of_row in zip(indices, seconds, strict=True):
-                for i in index:
-                    total[i] = of_row if i in without else total[i] + of_row
-                    without.discard(i)
-        total[list(without)] = 0.0
-        return total
+    def sheets(self) -> list[Sheet]:
+        """What is to be priced."""
+        return [
+            Sheet(name, key, [row for row, _ in rows.values()])
+            for name, table in self.tables.items()
+            for (key, _), rows in table.rows.items()
+        ]
 
-    def _token(self, x: np.ndarray) -> Any:
+    def places(self, ops: int) -> Places:
+        """Where the prices of so many ops are among those of `sheets`."""
+        indices = [at for table in self.tables.values() for rows in table.rows.values() for _, at in rows.values()]
+        first = np.full(ops, len(indices))
+        further = []
+        for row, at in enumerate(indices):
+            for op in at:
+                if first[op] < len(indices):
+                    further.append((op, row))
+                else:
+                    first[op] = row
+        return Places(first, further)
+
+    def seconds(self, ops: int, models: Mapping[str, Model]) -> np.ndarray:
+        """Seconds of so many ops (`summed_rows`)."""
+        sheets = [(sheet.model, sheet.key, sheet.columns) for sheet in self.sheets()]
+        return summed_rows(sheets, self.places(ops), models)
+
+    def _token(self, x: Any) -> Any:
         """What stands for an array's values: computing the same dim twice may make two arrays."""
+        if type(x) is Formula:
+            return "formula", x.number
         if id(x) not in self.tokens:
             self.tokens[id(x)] = x, self._token_of_values(x)
         return self.tokens[id(x)][1]
@@ -73,15 +119,22 @@ class Tables:
         return key, len(known) - 1
 
 
-def _price(rows: list[Row], model: Model) -> np.ndarray:
-    """Stack the rows' arguments to arrays of shape (rows, *grid) and price them at once.
+def summed_rows(sheets: Sequence[Priced], places: Places, models: Mapping[str, Model]) -> np.ndarray:
+    """Seconds of each op, the sum of its rows, shape (ops, *grid); 0 for an op without rows."""
+    priced = [np.asarray(partial(models[name], *key)(*columns)) for name, key, columns in sheets]
+    grid = np.broadcast_shapes(*(seconds.shape[1:] for seconds in priced))
+    rows = [seconds if seconds.shape[1:] == grid else _over(seconds, grid) for seconds in priced]
+    every = np.concatenate([*rows, np.zeros((1, *grid))])
+    total: np.ndarray = every[places.first]
+    for op, row in places.further:
+        total[op] += every[row]
+    return total
 
-    A column of numbers has shape (rows, 1, …): what does not vary over the grid is worked out once.
-    """
-    columns = list(zip(*rows, strict=True))
-    shapes = {x.shape for column in columns for x in column if isinstance(x, np.ndarray)}
-    grid = np.broadcast_shapes(*shapes) if shapes else ()
-    return np.asarray(model(*(_stacked(column, grid) for column in columns)))
+
+def _over(seconds: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
+    """Prices that do not vary along every axis of a grid, over all of it."""
+    rows, *axes = seconds.shape
+    return np.broadcast_to(seconds.reshape(rows, *(1,) * (len(grid) - len(axes)), *axes), (rows, *grid))
 
 
 def _stacked(column: tuple[Any, ...], grid: tuple[int, ...]) -> np.ndarray:

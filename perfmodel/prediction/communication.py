@@ -9,11 +9,12 @@ import numpy as np
 from ..calls.collectives import KIND_OF, exchanges, message_bytes
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
-from ..program.part import PHASES
+from ..program.part import PHASES, Group
 from ..recording.step import Step
 from ..values import immutable
 from . import part_costs, timeline
 from .contention import Seconds
+from .work import PartWork
 
 Phases = dict[str, Any]
 
@@ -47,13 +48,15 @@ NO_CALLS: dict[str, Any] = dict.fromkeys(sorted({*KIND_OF.values()}), 0)
 ALONE = Communication(NO_TIME, NO_TIME, NO_CALLS, NO_CALLS)  # of one GPU
 
 
-def composed(built: Step, matrices: Sequence[timeline.Clocks], start: timeline.Clocks = timeline.IDENTITY) -> Phases:
-    """Seconds by phase of a step whose parts have these clock matrices; a phase's time is what it adds to the latest
-    clock."""
+def composed(
+    groups: Sequence[Group], matrices: Sequence[timeline.Clocks], start: timeline.Clocks = timeline.IDENTITY
+) -> Phases:
+    """Seconds by phase of a step of these groups, whose parts have these clock matrices; a phase's time is what it adds
+    to the latest clock."""
     clocks, done = start, 0.0
     phases: Phases = dict.fromkeys(PHASES, 0.0)
     given = iter(matrices)
-    for group in built.groups:
+    for group in groups:
         once: Phases = {}
         blocks: list[timeline.Clocks] = []
         for part in group.parts:
@@ -89,14 +92,14 @@ def exchanged(
         sent = [(op, alone) for op, alone in zip(part.ops, seconds.alone, strict=True) if exchanges(op)]
         if not sent:
             continue
-        quiet[i] = part_costs.clocks(part, seconds.without_collectives(part), on, by)[0]
+        quiet[i] = part_costs.clocks(PartWork.of(part), seconds.without_collectives(part), on, by)[0]
         for op, alone in sent:
             kind = KIND_OF[op.name]
             taking[part.phase] = taking[part.phase] + alone * times
             nbytes[kind] = nbytes[kind] + message_bytes(op) * times
             calls[kind] += times
     taking["total"] = sum(taking[phase] for phase in PHASES)
-    without = composed(built, quiet)
+    without = composed(built.groups, quiet)
     exposed = {phase: np.maximum(0.0, phases[phase] - without[phase]) for phase in taking}
     hidden = {phase: np.maximum(0.0, taking[phase] - exposed[phase]) for phase in taking}
     return Communication(exposed, hidden, nbytes, calls)

@@ -4,6 +4,7 @@ Where the points of a grid do not share one program (a batch of 1 beside others,
 there), the grid is split along the tape's question and put back together afterwards.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
@@ -35,7 +36,7 @@ def over_grid(compute: Compute[P], setup: Setup, method: Method) -> P:
     _check_size(setup, method)
     shape = grid_shape(setup, method)
     flat = {k: np.broadcast_to(a, shape).reshape(-1) for k, a in arrays.items()}
-    points = np.arange(int(np.prod(shape)))
+    points = np.arange(math.prod(shape))
     parts: list[tuple[np.ndarray, P]] = []
     for start in range(0, len(points), CHUNK):
         parts += _split(compute, setup, method, flat, points[start : start + CHUNK])
@@ -107,6 +108,8 @@ def _uniform(values: np.ndarray) -> Any:
 def _merge(parts: list[tuple[np.ndarray, P]], setup: Setup, shape: tuple[int, ...]) -> P:
     """Put the pieces of a grid back together, field by field."""
 
+    size = math.prod(shape)
+
     def merge(values: list[Any]) -> Any:
         first = values[0]
         if isinstance(first, dict):
@@ -117,8 +120,8 @@ def _merge(parts: list[tuple[np.ndarray, P]], setup: Setup, shape: tuple[int, ..
         if is_dataclass(first) and not isinstance(first, type):
             figures = [f.name for f in fields(first) if not f.metadata.get("label")]
             return replace(first, **{name: merge([getattr(v, name) for v in values]) for name in figures})
-        dtype = np.result_type(*(np.asarray(v).dtype for v in values))
-        out = np.empty(int(np.prod(shape)), dtype)
+        dtype = np.asarray(first).dtype if len(values) == 1 else np.result_type(*(np.asarray(v).dtype for v in values))
+        out = np.empty(size, dtype)
         for (index, _), value in zip(parts, values, strict=True):
             out[index] = value
         return out.reshape(shape)
@@ -126,5 +129,5 @@ def _merge(parts: list[tuple[np.ndarray, P]], setup: Setup, shape: tuple[int, ..
     first: Any = parts[0][1]
     merged = {name: merge([getattr(p, name) for _, p in parts]) for name in MERGED}
     notes = list(dict.fromkeys(note for _, p in parts for note in getattr(p, "notes", ())))
-    result: P = replace(first, setup=setup, step=None, durations=None, notes=notes, choices=[], **merged)
+    result: P = replace(first, setup=setup, recorded=None, notes=notes, choices=[], **merged)
     return result

@@ -3,12 +3,40 @@
 Two segments in sequence: (Δ₁+Δ₂, max(p₁, Δ₁+p₂)). A segment repeated n times: (n·Δ, p + (n-1)·max(Δ, 0)).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..program.dims import Dim, larger
 from ..program.part import Group, Part
 from ..recording.record import held_bytes
 from ..recording.step import Step
+from ..values import immutable
+
+
+@immutable
+class Memory:
+    """Bytes that PyTorch allocates (`max_memory_allocated`).
+
+    `activations` is what the peak holds beyond weights, gradients and optimizer state: saved activations, logits,
+    temporaries of the optimizer. `low` and `high` bound what the allocator reserves for it, fragmentation included.
+    """
+
+    weights: Dim
+    gradients: Dim
+    optimizer: Dim
+    activations: Dim
+    peak: Dim
+    low: Any
+    high: Any
+
+    @classmethod
+    def of(cls, built: Step) -> "Memory":
+        """What a step takes."""
+        peak = peak_bytes(built)
+        low, high = reserved_bounds(peak, built.device)
+        kept = () if built.setup.in_backward else built.parameters
+        gradients = sum(p.nbytes * p.count for p in kept if p.used)
+        rest = built.weight_bytes + gradients + built.state_bytes
+        return cls(built.weight_bytes, gradients, built.state_bytes, larger(peak - rest, 0), peak, low, high)
 
 
 class Segment(NamedTuple):

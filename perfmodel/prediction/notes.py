@@ -13,14 +13,14 @@ from ..methods.parts.base import Method
 from ..methods.parts.targeted import Targeted, unmatched
 from ..program.software import CURRENT
 from ..recording import converted, zero
-from ..recording.step import Step
 from ..setup import Setup
 from . import intervals
+from .work import StepWork
 
 MOST_NAMED = 6  # calls that a note names
 
 
-def notes_on(built: Step, on: DeviceProfile, seconds: Mapping[str, Any], total: Any) -> list[str]:
+def notes_on(built: StepWork, on: DeviceProfile, seconds: Mapping[str, Any], total: Any) -> list[str]:
     """What a reader should know about a prediction, of its seconds by class of kernel and in total."""
     notes = notes_before(built.architecture, built.method, built.setup)
     used = {intervals.priced_by(c, on) for c, s in seconds.items() if np.any(s > 0.01 * total)}
@@ -41,9 +41,7 @@ def notes_on(built: Step, on: DeviceProfile, seconds: Mapping[str, Any], total: 
     notes += _mixture_notes(built)
     notes += on.network.notes if on.network is not None else []
     notes += _stack_notes(built, on)
-    reaches_embedding = built.setup.checkpoint != "none" and built.method.checkpoints(0)
-    embeddings = [p for p in built.parameters if p.kind == "embedding"]  # an image model has none
-    if reaches_embedding and embeddings and not any(p.requires_grad for p in embeddings):
+    if built.setup.checkpoint != "none" and built.method.checkpoints(0) and built.freezes_embedding:
         notes.append(
             "with checkpointing transformers makes the embedding's output need a gradient: backward runs through every "
             "block, also below the lowest trainable one"
@@ -69,7 +67,7 @@ def _head_notes(architecture: Architecture, method: Method, setup: Setup) -> lis
     return objective.told(method, setup)
 
 
-def _target_notes(built: Step) -> list[str]:
+def _target_notes(built: StepWork) -> list[str]:
     """Layers that a method takes for others, and names of targets that no layer of a recorded model has."""
     method = built.method
     if not isinstance(method, Targeted):
@@ -80,7 +78,7 @@ def _target_notes(built: Step) -> list[str]:
     return [*told, *([f"no linear layer is called {' or '.join(odd)}: no adapters there"] if some else [])]
 
 
-def _mixture_notes(built: Step) -> list[str]:
+def _mixture_notes(built: StepWork) -> list[str]:
     """What is assumed of a mixture of experts, whose loads data decides."""
     if np.all(built.active == built.total):
         return []
@@ -92,7 +90,7 @@ def _mixture_notes(built: Step) -> list[str]:
     ]
 
 
-def _stack_notes(built: Step, on: DeviceProfile) -> list[str]:
+def _stack_notes(built: StepWork, on: DeviceProfile) -> list[str]:
     """What the versions of the software decide in this step, where others decide otherwise."""
     setup, stack, capability = built.setup, built.setup.stack, on.compute_capability
     by_version = setup.attention == "sdpa" and (setup.amp or setup.dtype) != "fp32" and on.kind == "cuda"
@@ -119,17 +117,16 @@ def _stack_notes(built: Step, on: DeviceProfile) -> list[str]:
     ]
 
 
-def _unknown_notes(built: Step) -> list[str]:
+def _unknown_notes(built: StepWork) -> list[str]:
     """Names the calls that no row of `calls.table` tells of."""
-    names = {op.name for part, _ in built.parts() for op in part.ops if not op.view}
-    unknown = sorted(name for name in names if row(name).work == "unknown")
+    unknown = built.unknown
     if not unknown:
         return []
     more = f" and {len(unknown) - MOST_NAMED} more" if len(unknown) > MOST_NAMED else ""
     return [f"unknown calls, priced as streaming in one kernel each: {', '.join(unknown[:MOST_NAMED])}{more}"]
 
 
-def _optimizer_notes(built: Step, seconds: Mapping[str, Any], total: Any) -> list[str]:
+def _optimizer_notes(built: StepWork, seconds: Mapping[str, Any], total: Any) -> list[str]:
     notes = []
     own = built.method.own_optimizer
     if own and built.setup.optimizer != "adamw":

@@ -33,8 +33,10 @@ def over_lengths(compute: Compute[Any], setup: Setup, method: Method) -> Any:
     """
     lengths = setup.lengths
     if lengths is None or setup.packing == "dense":
-        found = compute(replace(setup, lengths=None, group_by_length=False), method)
-        return replace(found, setup=_asked(setup, found))
+        plain = lengths is None and not setup.group_by_length
+        found = compute(setup if plain else replace(setup, lengths=None, group_by_length=False), method)
+        as_asked = plain and found.setup.parallel == setup.parallel
+        return found if as_asked else replace(found, setup=_asked(setup, found))
     if setup.packing == "flat":
         longest = compute(replace(setup, seq=lengths.most(setup.seq), lengths=None), method)
         return replace(compute(setup, method), memory=longest.memory, fits=longest.fits)

@@ -1,15 +1,13 @@
-"""What one run of a part takes: device seconds of its ops, its clock matrix, counts."""
+"""What one run of a part takes: device seconds of its ops, and its clock matrix."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from ..calls import costs
 from ..devices import price
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
-from ..program.dims import Dim, summed
 from ..program.op import Op
 from ..program.part import Part
 from ..program.streams import COMPUTE, HOST
@@ -17,62 +15,7 @@ from ..recording.reuse import Shared
 from ..recording.step import Step
 from . import contention, intervals, timeline
 from .contention import Seconds
-
-K = TypeVar("K")
-V = TypeVar("V")
-
-
-def recalled(known: dict[K, V], key: K, make: Callable[[], V]) -> V:
-    """What is known under a key (of `Shared`), made if it is not."""
-    if key not in known:
-        known[key] = make()
-    return known[key]
-
-
-class CallCost(NamedTuple):
-    """What one op takes, whatever part it runs in.
-
-    Attributes:
-        read, written: bytes.
-        component: of `intervals`, what prices it; empty for a view.
-        waits: whether the host waits for the device.
-    """
-
-    flops: Dim = 0
-    read: Dim = 0
-    written: Dim = 0
-    kernels: Dim = 0
-    component: str = ""
-    waits: bool = False
-
-    @classmethod
-    def of(cls, op: Op) -> "CallCost":
-        """Work it out."""
-        if op.view:
-            return VIEW
-        component = intervals.component(costs.kind(op), costs.operand_dtype(op))
-        waits = costs.synchronises(op)
-        return cls(costs.flops(op), op.bytes_read, op.bytes_written, costs.kernels(op), component, waits)
-
-
-VIEW = CallCost()
-
-
-def counts(part: Part, calls: Sequence[CallCost] | None = None) -> dict[str, Dim]:
-    """What one run of a part takes.
-
-    Args:
-        calls: of its ops, if they are known.
-    """
-    calls = calls or [CallCost.of(op) for op in part.ops]
-    own = [call for call in calls if call.component]
-    return {
-        "flops": summed([call.flops for call in own]),
-        "recomputed": summed([call.flops for op, call in zip(part.ops, calls, strict=True) if op.recompute]),
-        "bytes": summed([x for call in own for x in (call.read, call.written)]),
-        "kernels": summed([call.kernels for call in own]),
-        "dispatches": len(own),
-    }
+from .work import CallCost, PartWork
 
 
 def part_durations(built: Step, on: DeviceProfile, shared: Shared | None = None) -> list[Seconds]:
@@ -110,53 +53,26 @@ def _priced(ops: Sequence[Op], on: DeviceProfile, shared: Shared) -> tuple[np.nd
 
 
 def clocks(
-    part: Part,
-    seconds: Seconds,
-    on: DeviceProfile,
-    by: Host,
-    *,
-    graphs: bool = False,
-    calls: Sequence[CallCost] | None = None,
+    work: PartWork, seconds: Seconds, on: DeviceProfile, by: Host, *, graphs: bool = False
 ) -> tuple[timeline.Clocks, dict[str, Any]]:
     """The clock matrix of one run of a part, and its device-busy seconds by component.
 
     Args:
         seconds: of its ops.
         graphs: whether a CUDA graph runs it.
-        calls: of its ops, if they are known.
     """
     if not len(seconds.alone):
         return timeline.IDENTITY, {}
-    calls = calls or [CallCost.of(op) for op in part.ops]
-    work = _components(calls, seconds.added)
-    work.pop(intervals.COLLECTIVE, None)  # the clocks of the whole step say what of it nothing hides
+    busy = work.busy(seconds.added)
+    busy.pop(intervals.COLLECTIVE, None)  # the clocks of the whole step say what of it nothing hides
     if graphs and on.kind == "cuda":  # nothing to dispatch: the device runs through
-        return timeline.advance_clock(COMPUTE, timeline.total(seconds.added)), work
-    dispatch = by.dispatch(part, on.kind)
+        return timeline.advance_clock(COMPUTE, timeline.total(seconds.added)), busy
+    dispatch = by.dispatched(work.host, on.kind)
     dispatch = dispatch.reshape(len(dispatch), *(1,) * (seconds.alone.ndim - 1))
     if on.kind == "cpu":  # one clock: the host does the work itself
-        return timeline.advance_clock(HOST, timeline.total(dispatch) + timeline.total(seconds.alone)), work
-    row = timeline.ClockRow(
-        dispatch,
-        seconds.alone,
-        np.array([op.launched for op in part.ops]),
-        [i for i, call in enumerate(calls) if call.waits],
-        part.runs,
-        seconds.added,
-    )
-    return timeline.of_row(row, by.launch), work
-
-
-def _components(calls: Sequence[CallCost], duration: np.ndarray) -> dict[str, Any]:
-    busy: dict[str, Any] = {}
-    of_grid = duration.ndim > 1
-    for call, seconds in zip(calls, duration if of_grid else duration.tolist(), strict=True):
-        name = call.component
-        if name in busy:
-            busy[name] += seconds
-        elif name:
-            busy[name] = seconds.copy() if of_grid else seconds
-    return busy
+        return timeline.advance_clock(HOST, timeline.total(dispatch) + timeline.total(seconds.alone)), busy
+    row = timeline.ClockRow(dispatch, seconds.alone, work.host.launched, work.waits, work.runs, seconds.added)
+    return timeline.of_row(row, by.launch), busy
 
 
 def seconds_of(parts: list[Part], on: DeviceProfile, by: Host) -> Any:
@@ -164,5 +80,5 @@ def seconds_of(parts: list[Part], on: DeviceProfile, by: Host) -> Any:
     together = timeline.IDENTITY
     for part in parts:
         seconds = contention.beside_streams(part, price.durations(part.ops, on), on)
-        together = together.then(clocks(part, seconds, on, by)[0].power(part.repeat))
+        together = together.then(clocks(PartWork.of(part), seconds, on, by)[0].power(part.repeat))
     return together.end

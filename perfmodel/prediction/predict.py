@@ -1,8 +1,7 @@
 """The answer for one setup, or for a whole grid of setups at once (see `perfmodel.prediction.grid`)."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, field, fields, replace
-from functools import partial
+from dataclasses import field, fields, replace
+from functools import lru_cache, partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ import numpy as np
 
 from .. import architectures, methods
 from ..architectures import Architecture, Config
-from ..calls import costs
-from ..devices import engine
 from ..devices import host as hosts
 from ..devices.device import Device, profile_of
 from ..devices.host import Host
@@ -21,62 +18,24 @@ from ..errors import UserError, nearest
 from ..methods import Method
 from ..methods.parts.periodic import PeriodicCost, PeriodicOps
 from ..program.dims import Dim
-from ..program.part import PHASES
+from ..program.part import Part
 from ..recording import record
-from ..recording.reuse import Shared, Steps, step_key
+from ..recording.reuse import Shared
 from ..recording.step import Step
 from ..setup import Setup
 from ..shown import Shown
 from ..values import immutable
-from . import communication, intervals, memory, part_costs, timeline
-from .communication import Communication, composed
+from . import memory, part_costs
 from .contention import Seconds
 from .grid import grid_shape, over_grid
+from .memory import Memory
 from .notes import notes_on
 from .over_lengths import lengths_notes, over_lengths
+from .remembered import REMEMBERED, Asked, Known, StepOnDemand, Steps
+from .times import Time, exchange_of, time_of
+from .work import Phases, StepWork, counts
 
 Model = str | PathLike[str] | Architecture | Config
-Phases = dict[str, Any]  # forward, backward, optimizer, total
-
-
-@immutable
-class Time:
-    """Seconds by phase, with the interval of the total.
-
-    Attributes:
-        phases: forward, backward, optimizer, total.
-        low, high: bounds of the 90 % interval of the total.
-        device_busy: seconds in which the device computes.
-        launch_bound_share: share of the step in which the device waits for the host.
-        components: seconds by what prices them (gemm16, gemm32, attention, memory, optimizer, solver, host); their sum
-            is the total.
-        communication: what several GPUs exchange.
-    """
-
-    phases: Phases
-    low: Any
-    high: Any
-    device_busy: Any
-    launch_bound_share: Any
-    components: dict[str, Any]
-    communication: Communication = communication.ALONE
-
-
-@immutable
-class Memory:
-    """Bytes that PyTorch allocates (`max_memory_allocated`).
-
-    `activations` is what the peak holds beyond weights, gradients and optimizer state: saved activations, logits,
-    temporaries of the optimizer. `low` and `high` bound what the allocator reserves for it, fragmentation included.
-    """
-
-    weights: Dim
-    gradients: Dim
-    optimizer: Dim
-    activations: Dim
-    peak: Dim
-    low: Any
-    high: Any
 
 
 @immutable
@@ -88,6 +47,7 @@ class Prediction(Shown):
             recomputes, over step time and the datasheet's peak of the fastest dtype that its products run in.
         peak_dtype: that dtype.
         padding: share of the tokens that are padding, where lengths of samples are given.
+        recorded: whose `method` says what was asked; None for a grid.
         step, durations: the step, and for each of its parts the device seconds of its ops; None for a grid. Where
             samples differ in length, those of the longest micro-batches.
     """
@@ -112,8 +72,17 @@ class Prediction(Shown):
     periodic: list[PeriodicCost] = field(default_factory=list)
     choices: list[dict[str, Any]] = field(default_factory=list)
     padding: Any = 0.0
-    step: Step | None = field(default=None, repr=False, compare=False)
-    durations: list[Seconds] | None = field(default=None, repr=False, compare=False)
+    recorded: StepOnDemand | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def step(self) -> Step | None:
+        """The step."""
+        return None if self.recorded is None else self.recorded.step
+
+    @property
+    def durations(self) -> list[Seconds] | None:
+        """For each part of the step the device seconds of its ops."""
+        return None if self.recorded is None else self.recorded.durations
 
     @property
     def tokens_per_second(self) -> Any:
@@ -187,9 +156,17 @@ def architecture_of(model: Model) -> Architecture:
     Raises:
         UserError: an unknown name, or a config that cannot be read.
     """
+    if isinstance(model, str) and model.lower() in architectures.model_names():
+        return _bundled(model.lower())
     if isinstance(model, (str, PathLike)):
         model = architectures.load(str(model))
     return architectures.from_config(model) if isinstance(model, Config) else model
+
+
+@lru_cache(maxsize=256)
+def _bundled(name: str) -> Architecture:
+    """A bundled model's architecture: its file stays as it is."""
+    return architectures.from_config(architectures.load(name))
 
 
 def predict(
@@ -215,7 +192,8 @@ def predict(
     by = hosts.host_of(host, on)
     compute = partial(predict_alike, architecture, on=on, by=by, shared=shared, steps=steps)
     p: Prediction = over_grid(partial(over_lengths, compute), setup, bound)
-    return replace(p, notes=[*p.notes, *lengths_notes(setup, p.padding)])
+    told = lengths_notes(setup, p.padding)
+    return replace(p, notes=[*p.notes, *told]) if told else p
 
 
 def with_options(setup: Setup | None, options: dict[str, Any]) -> Setup:
@@ -243,11 +221,10 @@ def predict_alike(
         on = replace(on, network=placed(setup, on))
     asked, method = method, method.priced(lambda parts: part_costs.seconds_of(parts, on, by))
     capability = on.compute_capability or "8.0"
-    make = partial(record.build, architecture, method, setup, on.kind, capability, shared=shared)
-    if steps is None or method is not asked:  # its program depends on the prices of the device
-        return of_step(make(), on, by, shared)
-    built = part_costs.recalled(steps.known, step_key(method, setup, on.kind, capability), make)
-    return of_step(built, on, by, shared or Shared(counts=steps.counts))
+    if shared is not None or method is not asked or architecture.recorded:
+        # what a search shares, a program that depends on the prices of the device, one that is kept elsewhere
+        return of_step(record.build(architecture, method, setup, on.kind, capability, shared=shared), on, by, shared)
+    return of_known((steps or REMEMBERED).find(Asked(architecture, method, setup, on.kind, capability)), on, by)
 
 
 def of_step(built: Step, on: DeviceProfile, by: Host, shared: Shared | None = None) -> Prediction:
@@ -255,106 +232,54 @@ def of_step(built: Step, on: DeviceProfile, by: Host, shared: Shared | None = No
     shared = shared or Shared()
     on = on.under(built.setup.stack)
     durations = part_costs.part_durations(built, on, shared)
-    time = step_time(built, on, by, durations, shared)
-    held = _memory(built)
-    counted = _counted(built, shared)
+    return _answer(Known(StepWork.of(built, shared), None, built), durations, on, by, shared.clocks)
+
+
+def of_known(known: Known, on: DeviceProfile, by: Host) -> Prediction:
+    """Price and compose a step that is known."""
+    on = on.under(known.work.setup.stack)
+    return _answer(known, known.durations(on), on, by, {})
+
+
+def _answer(known: Known, durations: list[Seconds], on: DeviceProfile, by: Host, clocks: dict[Part, Any]) -> Prediction:
+    """What is to be said of a step whose parts' ops take `durations`.
+
+    Args:
+        clocks: of parts, as far as they are known already (`times.time_of`).
+    """
+    work = known.work
+    exchange = exchange_of(known.step, durations, on, by) if known.step is not None else None
+    time = time_of(work, durations, on, by, clocks, exchange)
+    held, counted = work.memory, work.counted
     flops, recomputed = counted["flops"]["total"], counted["recomputed"]["total"]
-    peak_dtype = max(_product_dtypes(built), key=on.peak)
+    peak_dtype = max(work.dtypes, key=on.peak)
     return Prediction(
-        model=built.architecture.name,
+        model=work.architecture.name,
         device=on.slug,
-        method=built.method.spec(),
-        setup=built.setup,
-        total_params=built.total,
-        trainable_params=built.trainable,
-        active_params=built.active,
-        flops=counted["flops"],
-        bytes=counted["bytes"],
-        kernels=counted["kernels"],
-        dispatches=counted["dispatches"],
+        method=work.method.spec(),
+        setup=work.setup,
+        total_params=work.total,
+        trainable_params=work.trainable,
+        active_params=work.active,
+        flops={**counted["flops"]},  # what is kept is nobody's to change
+        bytes={**counted["bytes"]},
+        kernels={**counted["kernels"]},
+        dispatches={**counted["dispatches"]},
         time=time,
         memory=held,
-        fits=memory.fits(held.peak, on.hardware.memory_bytes, built.device),
+        fits=memory.fits(held.peak, on.hardware.memory_bytes, work.device),
         mfu=(flops - recomputed) / on.peak(peak_dtype) / time.phases["total"],
         peak_dtype=peak_dtype,
-        notes=notes_on(built, on, time.components, time.phases["total"]),
-        periodic=[_periodic(ops, on, by) for ops in built.periodic],
-        choices=[asdict(choice) for choice in built.method.choices(built)],
-        step=built,
-        durations=durations,
+        notes=notes_on(work, on, time.components, time.phases["total"]),
+        periodic=[_periodic(ops, on, by) for ops in work.periodic],
+        choices=[{**choice} for choice in work.choices],
+        recorded=StepOnDemand(known, durations),
     )
-
-
-def _product_dtypes(built: Step) -> list[str]:
-    """The dtypes that matrix products and attention run in, that of the setup first: it names the peak among equals."""
-    ops = (op for part, _ in built.parts() for op in part.ops if costs.kind(op) in ("gemm", "attention"))
-    return list(dict.fromkeys([built.setup.amp or built.setup.dtype, *map(costs.operand_dtype, ops)]))
-
-
-def _counted(built: Step, shared: Shared) -> dict[str, Phases]:
-    """Sums over the step by phase, for each thing that `part_costs.counts` counts."""
-    sums: dict[str, Phases] = {}
-    for part, times in built.parts():
-        for name, of_part in part_costs.recalled(
-            shared.counts, part, partial(part_costs.counts, part, shared.calls.get(part))
-        ).items():
-            phases = sums.setdefault(name, dict.fromkeys(PHASES, 0))
-            phases[part.phase] = phases[part.phase] + times * of_part
-    for phases in sums.values():
-        phases["total"] = sum(phases[phase] for phase in PHASES)
-    return sums
 
 
 def _periodic(ops: PeriodicOps, on: DeviceProfile, by: Host) -> PeriodicCost:
     """Count and price what a method does besides its steps."""
     parts = ops.group.parts
-    counted = [(part.repeat, part_costs.counts(part)) for part in parts]
+    counted = [(part.repeat, counts(part)) for part in parts]
     flops, nbytes = (sum(times * of_part[name] for times, of_part in counted) for name in ("flops", "bytes"))
     return PeriodicCost(ops.what, ops.every, part_costs.seconds_of(parts, on, by), flops, nbytes)
-
-
-def step_time(
-    built: Step,
-    on: DeviceProfile,
-    by: Host,
-    durations: Sequence[Seconds] | None = None,
-    shared: Shared | None = None,
-) -> Time:
-    """Compose the step's clocks part by part; a phase's time is what it adds to the latest clock.
-
-    Args:
-        durations: device seconds of the ops of every part, if they are known already (`part_costs.part_durations`).
-        shared: with the clocks of parts that are known already.
-    """
-    shared = shared or Shared()
-    by = engine.under(by, built.engine)
-    priced = list(part_costs.part_durations(built, on) if durations is None else durations)
-    components: dict[str, Any] = {}
-    matrices: list[timeline.Clocks] = []
-    for (part, times), seconds in zip(built.parts(), priced, strict=True):
-        known: dict[str, Any] = {"graphs": built.setup.cuda_graphs, "calls": shared.calls.get(part)}
-        make = partial(part_costs.clocks, part, seconds, on, by, **known)
-        matrix, work = part_costs.recalled(shared.clocks, part, make)
-        for name, busy in work.items():
-            components[name] = components.get(name, 0.0) + busy * times
-        matrices.append(matrix)
-    start = timeline.launched(by.graph_launch) if built.setup.cuda_graphs and on.kind == "cuda" else timeline.IDENTITY
-    phases = composed(built, matrices, start)
-    total = phases["total"]
-    several = np.any(np.greater(built.setup.gpus, 1))
-    exchange = communication.exchanged(built, on, by, priced, matrices, phases) if several else communication.ALONE
-    components[intervals.COLLECTIVE] = exchange.exposed["total"]
-    busy = sum(components.values())
-    components["host"] = np.maximum(0.0, total - busy)
-    low, high = intervals.interval_bounds(total, intervals.step_sigma(components, total, on))
-    return Time(phases, low, high, busy, components["host"] / total, components, exchange)
-
-
-def _memory(built: Step) -> Memory:
-    peak = memory.peak_bytes(built)
-    low, high = memory.reserved_bounds(peak, built.device)
-    kept = () if built.setup.in_backward else built.parameters
-    gradients = sum(p.nbytes * p.count for p in kept if p.used)
-    rest = built.weight_bytes + gradients + built.state_bytes
-    activations = np.maximum(peak - rest, 0) if isinstance(peak, np.ndarray) else max(peak - rest, 0)
-    return Memory(built.weight_bytes, gradients, built.state_bytes, activations, peak, low, high)

@@ -12,9 +12,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from .formulas import Formula
+
 Dim = Any  # int | np.ndarray[int64]; spelled Any because NumPy's operators defeat static narrowing
 Shape = tuple[Dim, ...]
 R = TypeVar("R")
+VARIES = (np.ndarray, Formula)
 
 
 class MixedStructure(Exception):
@@ -117,6 +120,8 @@ def only(dim: Dim) -> int:
     """
     if type(dim) is int:
         return dim
+    if type(dim) is Formula:
+        return int(dim)
     first = int(dim.flat[0])
     decide(np.equal(dim, first))
     return first
@@ -159,7 +164,7 @@ def larger(a: Dim, b: Dim) -> Dim:
     """The larger of two dims at every point of the grid."""
     if type(a) is int and type(b) is int:
         return a if a > b else b
-    return np.maximum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else max(a, b)
+    return np.maximum(a, b) if isinstance(a, VARIES) or isinstance(b, VARIES) else max(a, b)
 
 
 def at(dim: Dim, point: int) -> int:
@@ -168,17 +173,18 @@ def at(dim: Dim, point: int) -> int:
 
 
 def summed(dims: Iterable[Dim]) -> Dim:
-    """The sum of many dims, among which the same array comes again and again."""
+    """The sum of many dims, among which the same array or formula comes again and again."""
     dims = list(dims)
-    of_grid = [dim for dim in dims if isinstance(dim, np.ndarray)]
-    if not of_grid:
+    varying = [dim for dim in dims if isinstance(dim, VARIES)]
+    if not varying:
         return sum(dims)
-    arrays: dict[int, tuple[int, Any]] = {}
-    for dim in of_grid:
-        times, _ = arrays.get(id(dim), (0, dim))
-        arrays[id(dim)] = times + 1, dim
-    numbers = sum([dim for dim in dims if not isinstance(dim, np.ndarray)])
-    return sum((times * array for times, array in arrays.values()), numbers)
+    alike: dict[int, tuple[int, Any]] = {}
+    for dim in varying:
+        key = dim.number if type(dim) is Formula else id(dim)
+        times, _ = alike.get(key, (0, dim))
+        alike[key] = times + 1, dim
+    numbers = sum([dim for dim in dims if not isinstance(dim, VARIES)])
+    return sum((times * dim for times, dim in alike.values()), numbers)
 
 
 @remembered

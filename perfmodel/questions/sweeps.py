@@ -19,7 +19,8 @@ from ..devices.profile import DeviceProfile
 from ..errors import UserError
 from ..methods import Method
 from ..prediction import intervals
-from ..prediction.predict import Model, Prediction, Time, architecture_of, method_of, predict, with_options
+from ..prediction.predict import Model, Prediction, architecture_of, method_of, predict, with_options
+from ..prediction.times import Time
 from ..setup import Setup, positive
 from ..shown import Shown, frame
 from ..values import immutable

@@ -4,8 +4,9 @@ A search on one device records the micro-batches of setups once that differ in t
 change nothing (`Method.plain`), and prices and counts their parts, and equal calls, once.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,9 +18,17 @@ from ..tape.core import Tape
 from ..tape.grouped import ONE_KERNEL
 from ..tape.tensor import Parameter, Storage
 from ..values import immutable
-from .step import Step
 
 Sums = dict[str, Dim]
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+def recalled(known: dict[K, V], key: K, make: Callable[[], V]) -> V:
+    """What is known under a key (of `Shared`), made if it is not."""
+    if key not in known:
+        known[key] = make()
+    return known[key]
 
 
 @immutable
@@ -63,7 +72,7 @@ class Shared:
     Attributes:
         micro_batches: by all that decides them.
         programs: what `torch.compile` makes, by what decides it (`passes.compile`).
-        counts, durations, clocks, calls: of parts; what one run of it takes (`part_costs`).
+        counts, durations, clocks, calls, works: of parts; what one run of it takes (`prediction.work`, `part_costs`).
         prices: device seconds of calls, and what else they take.
     """
 
@@ -73,6 +82,7 @@ class Shared:
     durations: dict[Part, Any] = field(default_factory=dict)
     clocks: dict[Part, Any] = field(default_factory=dict)
     calls: dict[Part, Any] = field(default_factory=dict)
+    works: dict[Part, Any] = field(default_factory=dict)
     prices: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -83,30 +93,25 @@ def key(method: Method, setup: Setup) -> Any:
     return method.plain(setup.dtype).spec(), replace(setup, optimizer="adamw", clip_grad=Setup.clip_grad)
 
 
-@dataclass(eq=False, repr=False)
-class Steps:
-    """Recorded steps of one model, whatever the device.
-
-    Attributes:
-        known: by `step_key`.
-        counts: of their parts, as `Shared` has them.
-    """
-
-    known: dict[Any, Step] = field(default_factory=dict)
-    counts: dict[Part, Sums] = field(default_factory=dict)
-
-
 def step_key(method: Method, setup: Setup, kind: str, capability: str) -> Any:
-    """What decides the whole step of a model: devices that agree in it run the same calls.
+    """What decides the whole step of a model: devices that agree in it run the same calls."""
+    sizes = tuple([hashable(getattr(setup, f.name)) for f in fields(setup)])
+    return method.spec(), sizes, kind, of_card(setup, kind, capability)
 
-    Of a card's compute capability that is its generation, as far as kernels of attention and of experts go by it, and
-    how much one launch over lists takes (`calls.sdpa`, `tape.grouped`, `program.software`).
+
+def of_card(setup: Setup, kind: str, capability: str) -> tuple[Any, ...]:
+    """What of a card's compute capability decides a step.
+
+    That is its generation, as far as kernels of attention and of experts go by it, and how much one launch over lists
+    takes (`calls.sdpa`, `tape.grouped`, `program.software`).
     """
-    of_card: tuple[Any, ...] = ()
-    if kind == "cuda":
-        stack, major = setup.stack, capability.split(".")[0]
-        generation = major if major in ONE_KERNEL else int(major) >= 8
-        of_card = generation, stack.prefers_cudnn(capability), stack.list_room(capability)
-    values = (getattr(setup, f.name) for f in fields(setup))
-    sizes = ((v.shape, v.tobytes()) if isinstance(v, np.ndarray) else v for v in values)
-    return method.spec(), tuple(sizes), kind, of_card
+    if kind != "cuda":
+        return ()
+    stack, major = setup.stack, capability.split(".")[0]
+    generation = major if major in ONE_KERNEL else int(major) >= 8
+    return generation, stack.prefers_cudnn(capability), stack.list_room(capability)
+
+
+def hashable(value: Any) -> Any:
+    """A value as a part of a key."""
+    return (value.shape, value.tobytes()) if isinstance(value, np.ndarray) else value

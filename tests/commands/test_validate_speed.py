@@ -19,11 +19,12 @@ from validate import speed
 class Planned:
     """What a sweep answers, as much of it as is timed."""
 
-    def __init__(self, model: str, methods: list[str], *, batch: range, seq: range, **rest: Any) -> None:
-        self.batches, self.seqs = len(batch), len(seq)
+    def __init__(self, model: str, methods: list[str], *, batch: range, seq: Any, device: Any, **rest: Any) -> None:
+        self.batches, self.seqs = len(batch), np.size(seq)
+        self.others = len(methods) * np.size(device)
 
     def __len__(self) -> int:
-        return self.batches * self.seqs
+        return self.batches * self.seqs * self.others
 
     def blocks(self) -> Iterator[dict[str, Any]]:
         yield {"batch": np.zeros(len(self))}
@@ -57,7 +58,8 @@ def test_as_many_setups_are_timed_as_a_line_says(timed: list[int], monkeypatch: 
     done = CliRunner().invoke(main, ["validate", "speed", "--json"])
     assert done.exit_code == 0, done.output
     rows = {row["what"]: row for row in json.loads(done.stdout)}
-    assert timed == [1, 1000, 10_000]
+    assert timed == [1, 1000, 10_000, 1, 1, 1]
+    assert rows["62 GPUs x 8 methods x 10 batches"]["measured"] == "0.00 s"  # a microsecond a setup
     assert rows["1,000 setups / one"]["measured"] == "1000.0"
     assert rows["10,000 setups"]["measured"] == "0.01 s"
     for swept in ("", " over a trace"):
@@ -78,6 +80,7 @@ def test_traces_are_measured_where_they_can_be_made(timed: list[int], monkeypatc
     ("limit", "value"),
     [
         ("WARM_LIMIT", 0.9e-6),
+        ("CATALOGUE_LIMIT", 62 * 8 * 10 * 0.9e-6),
         ("GRID_LIMIT", 999),
         ("SWEEP_LIMIT", 9e-3),
         ("RATE_LIMIT", 1_100_000),

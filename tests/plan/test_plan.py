@@ -19,11 +19,11 @@ from perfmodel.devices.profile import DeviceProfile
 from perfmodel.errors import UserError
 from perfmodel.prediction.energy import board_power
 from perfmodel.prediction.predict import predict as predict_with
+from perfmodel.prediction.remembered import Steps
 from perfmodel.questions.plan import words
 from perfmodel.questions.plan.job import Job, job_counts
 from perfmodel.questions.plan.planning import Plan
 from perfmodel.questions.plan.runs import PlannedRun, checkpoint_bytes
-from perfmodel.recording.reuse import Steps
 from perfmodel.setup import Setup
 
 MODEL = "smollm2-135m"
@@ -228,7 +228,7 @@ def test_a_checkpoint_holds_adapters_or_all_weights() -> None:
 @pytest.mark.parametrize("model", ["llama-3.2-1b", "gemma-2b", "qwen3-30b-a3b"])
 def test_devices_that_share_a_recorded_step_answer_as_alone(model: str) -> None:
     """A step is recorded once for devices that run the same calls: that they do is what is checked here."""
-    steps = Steps()
+    steps = Steps(whole=True)
     for name in ("p4", "v100", "t4", "a100", "rtx-3090", "l40s", "h100-sxm", "b200", "b300", "rtx-5090"):
         asked: dict[str, Any] = {"device": name, "batch": 2, "seq": 128, "experts": "eager"}
         alone = predict(model, "lora:targets=q_proj", **asked)
@@ -236,7 +236,7 @@ def test_devices_that_share_a_recorded_step_answer_as_alone(model: str) -> None:
         assert (shared.time, shared.memory, shared.kernels, shared.flops) == (
             alone.time, alone.memory, alone.kernels, alone.flops
         )  # fmt: skip
-    assert 3 <= len(steps.known) <= 6
+    assert 3 <= len(steps.programs) <= 6
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from perfmodel.devices import engine, price, profile
 from perfmodel.devices import host as hosts
 from perfmodel.devices.host import Host
 from perfmodel.prediction import contention, timeline
-from perfmodel.prediction.predict import step_time
 from perfmodel.prediction.timeline import IDENTITY, NEVER, Clocks, wait
+from perfmodel.prediction.times import step_time
 from perfmodel.program.op import Op
 from perfmodel.program.part import PHASES
 from perfmodel.program.streams import COMMUNICATION, COMPUTE, COPY, HOST, MAIN, Run

@@ -19,7 +19,7 @@ from scipy.optimize import least_squares
 from perfmodel.devices.host import Host
 from perfmodel.devices.profile import DeviceProfile
 from perfmodel.errors import UserError
-from perfmodel.prediction.predict import step_time
+from perfmodel.prediction.times import step_time
 from perfmodel.program.part import PHASES
 
 from ..checking.check import Progress, check_records

@@ -12,7 +12,8 @@ import torch
 from perfmodel.architectures import Config
 from perfmodel.devices.host import Host
 from perfmodel.devices.profile import DeviceProfile
-from perfmodel.prediction.predict import predict, step_time
+from perfmodel.prediction.predict import predict
+from perfmodel.prediction.times import step_time
 from perfmodel.program.part import PHASES
 from perfmodel.setup import Setup
 

@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Callable, Hashable
 from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
@@ -24,6 +25,7 @@ from .periodic import Periodic, Recorded
 
 ITEMS = re.compile(r"(?:=/[^/]*/|[^,])+")  # of a method's options: a regex between slashes may hold commas
 Seconds = Callable[[list[Part]], Any]  # of parts in a row, on the device and host that a step is for
+_hints: Callable[[Any], dict[str, Any]] = lru_cache(maxsize=256)(get_type_hints)
 _REGISTRY: Registry[type["Method"]] = Registry("perfmodel.methods", Path(__file__).parents[1])
 M = TypeVar("M", bound="Method")
 
@@ -290,7 +292,7 @@ def parse(text: str) -> Method:
     cls = _REGISTRY.get(name.lower())
     if cls is None:
         raise UserError(f"unknown method {name!r}: {nearest(name, registered())}")
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     known = {f.name for f in _options(cls)}
     values: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in ITEMS.findall(tail))):

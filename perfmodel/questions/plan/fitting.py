@@ -20,8 +20,9 @@ from ...methods import Method
 from ...prediction import memory
 from ...prediction.over_lengths import longest_drawn
 from ...prediction.predict import Prediction, predict
+from ...prediction.remembered import Steps
 from ...program.dims import Dim
-from ...recording.reuse import Steps, step_key
+from ...recording.reuse import step_key
 from ...setup import Setup
 from .. import knobs
 
@@ -86,7 +87,7 @@ class Fitting:
 
     architecture: Architecture
     host: str | Host
-    steps: Steps = field(default_factory=Steps)
+    steps: Steps = field(default_factory=lambda: Steps(whole=True))
     peaks: dict[Any, int] = field(default_factory=dict)
 
     def best(

@@ -14,9 +14,9 @@ from ...devices.host import Host
 from ...devices.profile import DeviceProfile
 from ...errors import UserError
 from ...methods import Method
-from ...prediction import part_costs
 from ...prediction.predict import Model, Prediction, architecture_of, method_of, with_options
 from ...recording.record import no_collector
+from ...recording.reuse import recalled
 from ...setup import Setup
 from . import job as jobs
 from .fitting import Concession, Fitting
@@ -202,9 +202,7 @@ class Planner:
 
     def work(self, setup: Setup) -> JobCounts:
         """The job in numbers, which hang on the micro-batch."""
-        return part_costs.recalled(
-            self.counted, (setup.batch, setup.grad_accum), partial(jobs.job_counts, self.job, setup)
-        )
+        return recalled(self.counted, (setup.batch, setup.grad_accum), partial(jobs.job_counts, self.job, setup))
 
     def question(self) -> dict[str, Any]:
         """What is searched for, in plain values: planners of one question find the same."""
