@@ -10,6 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from hashlib import sha256
@@ -256,10 +257,14 @@ def _of_cluster(client: Any, waiting: Iterator[tuple[int, Callable[[], T]]]) -> 
 
 
 def _same_program(task: Callable[[], T], asked: str) -> T:
-    """What a worker does."""
+    """What a worker does, in a thread that Dask's profiler does not watch.
+
+    It keeps frames of what it watches, and so their tensors: a step would be said to hold more memory.
+    """
     if program_digest() != asked:
         raise UserError("the workers run another perfmodel than this one: install the same there")
-    return task()
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(task).result()
 
 
 @contextmanager

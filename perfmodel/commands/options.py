@@ -1,10 +1,9 @@
 """What several commands share: options, JSON."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -28,9 +27,7 @@ from ..setup import (
 from . import names, traces
 from .given_config import adapter_of_config, config_option, instead_of_config, is_traced, on_its_model, settled
 from .given_launch import accelerate_option
-
-if TYPE_CHECKING:
-    from ..partitions import Partitions
+from .parted import PARTED
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -43,25 +40,6 @@ methods_option = click.option(
     help="Methods, baseline first: full lora:r=16 ...  [default: full lora]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON (SI units, bytes).")
-
-
-workers_option = click.option(
-    "--workers",
-    type=click.IntRange(1, 256),
-    default=1,
-    show_default=True,
-    help="Processes of this machine that share work of minutes (needs the extra `cluster`).",
-)
-dask_option = click.option(
-    "--dask", metavar="ADDRESS", help="Scheduler of a Dask cluster that does the work, such as tcp://host:8786."
-)
-partitions_option = click.option(
-    "--partitions",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder that keeps what is done as Parquet files: the same command goes on there after any end.",
-)
-PARTED = (workers_option, dask_option, partitions_option)
-
 
 OPEN = f"{__name__}.open"  # the repeatable option that the last word of a command line belongs to
 MOST_VALUES = 1_000_000  # of an axis of a grid: memory is to stay small whatever is typed
@@ -385,21 +363,6 @@ def methods_of(methods: Sequence[str], options: dict[str, Any], name: str = "met
 
     typed = source is not click.core.ParameterSource.DEFAULT
     return [*(methods if typed else methods[:least]), PeftAdapter.read(path)]
-
-
-@contextmanager
-def partitions_asked(
-    options: dict[str, Any], question: Callable[[], Mapping[str, Any]], output: Path | None = None
-) -> "Iterator[Partitions | None]":
-    """The partitions of a question, where the options of `PARTED` ask for them."""
-    count, address, folder = (options.pop(name) for name in ("workers", "dask", "partitions"))
-    if count == 1 and address is None and folder is None:
-        yield None
-        return
-    from ..partitions import Workers, partitions_of
-
-    with partitions_of(question(), Workers(count, address), folder, output) as found:
-        yield found
 
 
 def axes_of(axes: str | None, model: Any, default: tuple[str, ...]) -> tuple[str, ...]:

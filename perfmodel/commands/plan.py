@@ -8,7 +8,8 @@ import click
 from click.core import ParameterSource
 
 from .given_config import answer_json
-from .options import Finite, Lists, methods_of, methods_option, model_of, partitions_asked, plan_options, setup_of
+from .options import Finite, Lists, methods_of, methods_option, model_of, plan_options, setup_of
+from .parted import partitions_asked
 from .quantity import BYTES, NUMBER, Quantity
 
 if TYPE_CHECKING:

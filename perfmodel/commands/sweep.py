@@ -8,7 +8,8 @@ import click
 
 from ..errors import UserError
 from .given_config import answer_json
-from .options import GridAxis, Lists, grid_options, methods_of, methods_option, model_of, partitions_asked, setup_of
+from .options import GridAxis, Lists, grid_options, methods_of, methods_option, model_of, setup_of
+from .parted import partitions_asked
 
 PRINTED = 100_000  # rows that go to the terminal as JSON; more belong in a file
 UNASKED = 50_000_000  # rows that are computed without --yes: some minutes, and some gigabytes in a file

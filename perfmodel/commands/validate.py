@@ -9,7 +9,8 @@ from ..errors import UserError
 from ..program.installed import needed
 from ..report.plain import print_json
 from .campaign import campaign, paper
-from .options import dask_option, json_option, workers_option
+from .options import json_option
+from .parted import dask_option, workers_option
 
 RECORDS = Path("records.jsonl")  # what `measure` writes and `check` reads unless told otherwise
 
