@@ -130,7 +130,8 @@ def gemm_time(
     shape = np.broadcast_shapes(*(x.shape for x in given))
     floor = parameters.launch_clocks / hardware.clock_hz
     if len(shape) > 1 and math.prod(shape) <= TOGETHER:  # few: what does not vary along an axis may be there again
-        flat = [x if x.size == 1 else np.broadcast_to(_aligned(x, shape), shape) for x in given]
+        whole = (1, math.prod(shape))
+        flat = [x if x.size in whole else np.broadcast_to(_aligned(x, shape), shape) for x in given]
         return floor + kernels.seconds(*(x.reshape(-1) for x in flat)).reshape(shape)
     out = np.empty(shape)
     rows = out.reshape(-1, shape[-1] if shape else 1)

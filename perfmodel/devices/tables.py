@@ -1,5 +1,6 @@
 """Ops sorted into tables by the model that prices them; each table is priced in one vectorised call, over the grid."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +13,7 @@ from ..program.formulas import Formula
 
 Row = tuple[Any, ...]  # a model's arguments, each an int, an array over the grid, or a formula
 Priced = tuple[str, tuple[Any, ...], Sequence[np.ndarray]]  # (model, key, columns)
+FEW = 64  # points of a grid, over which what does not vary may be worked out at each: a call costs more
 Model = Callable[..., np.ndarray]  # (*key, *columns) -> seconds, shape (rows, *grid)
 
 
@@ -37,7 +39,7 @@ class Sheet(NamedTuple):
     def columns(self) -> tuple[np.ndarray, ...]:
         """The rows' arguments as arrays of shape (rows, *grid).
 
-        A column of numbers has shape (rows, 1, …): what does not vary over the grid is worked out once.
+        A column of numbers has shape (rows, 1, …) but for a small grid: what does not vary is worked out once.
         """
         columns = list(zip(*self.rows, strict=True))
         shapes = {x.shape for column in columns for x in column if isinstance(x, np.ndarray)}
@@ -67,7 +69,7 @@ class Tables:
 
     def add(self, model: str, key: tuple[Any, ...], i: int, *row: Any) -> None:
         """Put a row of op `i` into a model's table; an op may have several rows."""
-        varies = tuple([isinstance(x, np.ndarray) for x in row])
+        varies = tuple([isinstance(x, np.ndarray) and x.size > FEW for x in row])
         if any(isinstance(x, VARIES) for x in row):
             equal = tuple([self._token(x) if isinstance(x, VARIES) else x for x in row])
         else:
@@ -138,7 +140,9 @@ def _over(seconds: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
 
 
 def _stacked(column: tuple[Any, ...], grid: tuple[int, ...]) -> np.ndarray:
-    if not any(isinstance(x, np.ndarray) for x in column):
+    if not grid:
+        return np.array(column, dtype=np.float64)
+    if math.prod(grid) > FEW and not any(isinstance(x, np.ndarray) for x in column):
         return np.array(column, dtype=np.float64).reshape(len(column), *(1 for _ in grid))
     stacked = np.empty((len(column), *grid))
     for i, x in enumerate(column):

@@ -7,6 +7,7 @@ there), the grid is split along the tape's question and put back together afterw
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -92,7 +93,8 @@ def _split(
 ) -> Iterator[tuple[np.ndarray, P]]:
     values = {k: _uniform(a[index]) for k, a in flat.items()}
     here = replace(setup, **{name: v for (kind, name), v in values.items() if kind == "setup"})
-    with_rank = replace(method, **{name: v for (kind, name), v in values.items() if kind == "method"})
+    ranks = {name: v for (kind, name), v in values.items() if kind == "method"}
+    with_rank = replace(method, **ranks) if ranks else method
     try:
         yield index, compute(here, with_rank)
     except MixedStructure as mixed:
@@ -105,6 +107,16 @@ def _uniform(values: np.ndarray) -> Any:
     return int(values[0]) if (values == values[0]).all() else values.view(Axis)
 
 
+@cache
+def _figures(of: type[Any]) -> list[str]:
+    """The fields of a dataclass that vary over a grid."""
+    return [f.name for f in fields(of) if not f.metadata.get("label")]
+
+
+def _dtype(value: Any) -> np.dtype[Any]:
+    return np.asarray(value).dtype
+
+
 def _merge(parts: list[tuple[np.ndarray, P]], setup: Setup, shape: tuple[int, ...]) -> P:
     """Put the pieces of a grid back together, field by field."""
 
@@ -112,16 +124,16 @@ def _merge(parts: list[tuple[np.ndarray, P]], setup: Setup, shape: tuple[int, ..
 
     def merge(values: list[Any]) -> Any:
         first = values[0]
+        if isinstance(first, dict) and len(values) == 1:
+            return {k: merge([v]) for k, v in first.items()}
         if isinstance(first, dict):
             names = dict.fromkeys(name for v in values for name in v)  # not every point has every component
             return {k: merge([v.get(k, 0.0) for v in values]) for k in names}
         if isinstance(first, list):
             return [merge(list(items)) for items in zip(*values, strict=True)]
         if is_dataclass(first) and not isinstance(first, type):
-            figures = [f.name for f in fields(first) if not f.metadata.get("label")]
-            return replace(first, **{name: merge([getattr(v, name) for v in values]) for name in figures})
-        dtype = np.asarray(first).dtype if len(values) == 1 else np.result_type(*(np.asarray(v).dtype for v in values))
-        out = np.empty(size, dtype)
+            return replace(first, **{n: merge([getattr(v, n) for v in values]) for n in _figures(type(first))})
+        out = np.empty(size, np.asarray(first).dtype if len(values) == 1 else np.result_type(*map(_dtype, values)))
         for (index, _), value in zip(parts, values, strict=True):
             out[index] = value
         return out.reshape(shape)

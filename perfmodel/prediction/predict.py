@@ -198,6 +198,8 @@ def predict(
 
 def with_options(setup: Setup | None, options: dict[str, Any]) -> Setup:
     """A setup with some of its fields replaced."""
+    if not options:
+        return setup or Setup()
     known = {f.name for f in fields(Setup)}
     for name in options:
         if name not in known:

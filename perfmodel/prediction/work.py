@@ -82,6 +82,8 @@ class PartWork(NamedTuple):
         waits: places of ops that the host waits for.
         components: of `intervals`, those that price its ops, in the order in which they come.
         component: of each op its place among them; -1 for views.
+        together: places of its ops but views, those of a component in a row.
+        starts: where among them each component begins.
     """
 
     host: HostCalls
@@ -89,6 +91,8 @@ class PartWork(NamedTuple):
     waits: tuple[int, ...]
     components: tuple[str, ...]
     component: np.ndarray
+    together: np.ndarray
+    starts: np.ndarray
 
     @classmethod
     def of(cls, part: Part, calls: Sequence[CallCost] | None = None) -> "PartWork":
@@ -97,12 +101,15 @@ class PartWork(NamedTuple):
         places: dict[str, int] = {"": -1}
         component = np.array([places.setdefault(call.component, len(places) - 1) for call in calls], dtype=np.intp)
         waits = tuple([i for i, call in enumerate(calls) if call.waits])
-        return cls(HostCalls.of(part), part.runs, waits, tuple(places)[1:], component)
+        together = np.argsort(component, kind="stable")[np.count_nonzero(component < 0) :]
+        starts = np.searchsorted(component[together], np.arange(len(places) - 1))
+        return cls(HostCalls.of(part), part.runs, waits, tuple(places)[1:], component, together, starts)
 
     def busy(self, seconds: np.ndarray) -> dict[str, Any]:
         """Seconds of its ops by component."""
         if seconds.ndim > 1:
-            return {name: seconds[self.component == i].sum(axis=0) for i, name in enumerate(self.components)}
+            added = np.add.reduceat(seconds[self.together], self.starts) if self.components else ()
+            return dict(zip(self.components, added, strict=True))
         sums = np.bincount(self.component + 1, seconds, len(self.components) + 1)[1:]
         return dict(zip(self.components, sums.tolist(), strict=True))
 

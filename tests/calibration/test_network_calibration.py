@@ -27,7 +27,7 @@ def test_two_processes_write_a_node(site: Path, ready: list[str], tmp_path: Path
     torchrun = f"PERFMODEL_HOME={tmp_path} OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2"
     as_module = "import runpy; runpy.run_module('perfmodel', run_name='__main__', alter_sys=True)"
     perfmodel = shlex.join([*ready, "-c", as_module])
-    calibrate = "calibrate --network --device cpu --name two --seconds 3 --json"
+    calibrate = "calibrate --network --device cpu --name two --seconds 5 --json"
     done = typed(f"{torchrun} --no-python {perfmodel} {calibrate}", site, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout[done.stdout.index("{") :])
