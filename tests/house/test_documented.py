@@ -70,6 +70,8 @@ SHORT = {
     "perfmodel report": Short(f"perfmodel report {WHERE} --axes none && test -s report.html", says="report.html"),
     "perfmodel record": Short(f"perfmodel record {WHERE} --methods full", says="any batch and length"),
     "perfmodel plan": Short(f"perfmodel plan {WHERE} --samples 100", says="Cheapest"),
+    "perfmodel estimate": Short("perfmodel estimate gpt2 --device l40s", says="Fastest of what fits"),
+    "perfmodel estimate Qwen/Qwen2.5-7B": Short(says="Fastest of what fits"),
     "perfmodel app": Short("perfmodel app --help", says="--port"),
     "python -m tests.injection": Short("cd $CHECKOUT && python -m tests.injection --help", says="--tries"),
     "perfmodel models": Short(says="tinyllama-1.1b"),
@@ -154,6 +156,11 @@ SHORT = {
         "cd $CHECKOUT/tests && test -f commands/test_fuzz.py"
         " && FUZZ_TRIES=2000 python -c 'from fuzzing import tries; print(tries(1).max_examples)'",
         says="2000",
+    ),
+    "FUZZ_TRIES=1000 pytest tests/questions/test_any_setup.py": Short(
+        "cd $CHECKOUT/tests && test -f questions/test_any_setup.py"
+        " && FUZZ_TRIES=1000 python -c 'from fuzzing import tries; print(tries(1).max_examples)'",
+        says="1000",
     ),
 }  # fmt: skip
 # commands that find PyTorch loaded already (`ready`)
