@@ -1,13 +1,15 @@
-"""Values: frozen dataclasses that are cheap to define.
+"""Values: frozen dataclasses that are cheap to define, and attributes that are worked out when they are asked for.
 
 Before Python 3.13 `@dataclass(frozen=True)` writes six methods for each class and compiles them one by one, which would
 be a fifth of a cold start. Here `__init__` alone is made for each; the others are the same for all.
 """
 
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, dataclass, field, fields
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, Generic, Self, TypeVar, dataclass_transform, overload
 
 T = TypeVar("T")
+V = TypeVar("V")
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
@@ -60,3 +62,28 @@ class _Fixed(Compared):
 
     def __delattr__(self, name: str) -> None:
         raise FrozenInstanceError(f"cannot delete field {name!r}")
+
+
+class once(Generic[V]):
+    """An attribute that is worked out when it is asked for first, then kept in the instance.
+
+    `functools.cached_property` holds a lock meanwhile before Python 3.12, one for all instances: a thread that works
+    one out and waits to record would stop another that records and asks for the like.
+    """
+
+    def __init__(self, work_out: Callable[[Any], V]) -> None:
+        self.work_out = work_out
+        self.__doc__ = work_out.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> V: ...
+    def __get__(self, instance: object | None, owner: type) -> "V | Self":
+        if instance is None:
+            return self
+        found = instance.__dict__[self.name] = self.work_out(instance)
+        return found

@@ -11,7 +11,6 @@ ops, and the least recently used goes.
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
-from functools import cached_property
 from threading import Lock
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -30,6 +29,7 @@ from ..recording import record
 from ..recording.reuse import Shared, hashable, of_card
 from ..recording.step import Step
 from ..setup import Setup
+from ..values import once
 from . import part_costs
 from .contention import Seconds
 from .work import CallCost, StepWork
@@ -177,7 +177,7 @@ class StepOnDemand:
         self.durations = durations
         self._known = known
 
-    @cached_property
+    @once
     def step(self) -> Step:
         """The step, with its ops."""
         if self._known.step is not None:

@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
 from hashlib import sha256
 from os import PathLike
 from pathlib import Path
@@ -38,6 +37,7 @@ from ..recording import files
 from ..recording.program import Program, RecordedModel, its_own_norm
 from ..resources import is_file
 from ..setup import Setup
+from ..values import once
 from .regions import Region, region_of
 from .setups import check_setup
 
@@ -118,7 +118,7 @@ class Store:
         """The packages whose programs they are."""
         return (*PACKAGES, "diffusers") if self.config.of_diffusers else PACKAGES
 
-    @cached_property
+    @once
     def facts(self) -> RecordedModel:
         """What methods must know of the model."""
         for path in self._files("model"):

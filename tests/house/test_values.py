@@ -3,7 +3,7 @@
 import copy
 import pickle
 from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property  # noqa: TID251  # users may have it
 from typing import Any
 
 import pytest

@@ -7,10 +7,11 @@ import gc
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier, Event
+from threading import Barrier, Event, Thread
 from typing import Any
 
 import pytest
@@ -113,6 +114,34 @@ def test_a_thread_waits_until_another_has_recorded() -> None:
             assert not waiting.done()
             assert tape() is inner
         assert waiting.result(10) not in (outer, inner)
+
+
+def test_a_step_is_looked_at_while_another_thread_waits_to_record_one() -> None:
+    """A plan records and looks at steps in turns: a lock around the looking would stop it, and all others, for good."""
+    first, second = (perfmodel.predict("gpt2", method, batch=2, seq=48) for method in ("full", "bitfit"))
+    first, second = (
+        perfmodel.predict("gpt2", p.method, batch=2, seq=48) for p in (first, second)
+    )  # known: no step yet
+    assert first.recorded is not None
+    assert "step" not in vars(first.recorded)
+    recording_now, looking, seen = Event(), Event(), Event()
+
+    def look() -> None:
+        recording_now.wait(10)
+        looking.set()
+        assert first.step is not None
+
+    def record_and_look() -> None:
+        with recording(Tape()):
+            recording_now.set()
+            looking.wait(10)
+            time.sleep(0.05)  # the other one has gone as far as it gets
+            assert second.step is not None
+        seen.set()
+
+    for run in (look, record_and_look):
+        Thread(target=run, daemon=True).start()
+    assert seen.wait(30)
 
 
 def test_an_entry_is_there_once_its_file_is_loaded_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

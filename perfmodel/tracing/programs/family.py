@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 
 from ...setup import Setup
+from ...values import once
 
 Inputs = dict[str, torch.Tensor]
 
@@ -43,7 +43,7 @@ class Family:
     reads_length: bool = True
     takes_images: bool = False
 
-    @cached_property
+    @once
     def classes(self) -> dict[str, tuple[str, ...]]:
         """Class names by model type."""
         from transformers.models.auto import modeling_auto
