@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from ..devices.own import CALIBRATED
-from ..program.installed import needed
+from ..program.installed import hush, needed
 from .options import Finite, json_option
 
 QUICK = 20.0  # s
@@ -40,6 +40,7 @@ def calibrate(
     At the end the files predict the programs that they were made from, and steps that they have not seen: if they are
     off by more than 50 % nothing is written, and the exit code is 1.
     """
+    hush()
     with needed():
         if network:
             from validate.calibration.show_network import show_network_calibration

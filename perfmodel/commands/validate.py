@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from ..errors import UserError
-from ..program.installed import needed
+from ..program.installed import hush, needed
 from ..report.plain import print_json
 from .campaign import campaign, paper
 from .options import json_option
@@ -18,6 +18,7 @@ RECORDS = Path("records.jsonl")  # what `measure` writes and `check` reads unles
 @click.group()
 def validate() -> None:
     """Check the model against real programs and measurements."""
+    hush()
 
 
 validate.add_command(campaign)

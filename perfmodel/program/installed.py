@@ -1,5 +1,6 @@
 """The packages that real programs come from: which versions are installed, and which work."""
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -64,3 +65,8 @@ def needed(what: str = "this command", *, traces: bool = True) -> Iterator[None]
 def _minor(told: str) -> tuple[int, ...]:
     """Major and minor of a version; nothing for one that is none."""
     return tuple(map(int, re.findall(r"\d+", told)[:2]))
+
+
+def hush() -> None:
+    """Keep what transformers remarks of tiny models with random weights off the terminal; before it is imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
