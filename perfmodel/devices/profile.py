@@ -104,12 +104,15 @@ class DeviceProfile:
     network: "JobNetwork | None" = None
 
     def peak(self, dtype: str) -> float:
-        """Dense FLOP/s that products of a dtype can reach: the datasheet's; of a CPU, which prices fp16 as bf16, those
-        of its best kernel, which may beat the program that its peak was measured with."""
+        """Dense FLOP/s that products of a dtype can reach: the datasheet's.
+
+        Of a CPU those of its best kernel, which may beat the program that its peak was measured with; one of 16 bits
+        may widen its operands, as attention's does, and be as fast as in fp32.
+        """
         if self.cpu is None:
             return self.hardware.peak(dtype)
-        kind = "bf16" if dtype in ("bf16", "fp16") else "fp32"
-        return self.hardware.peak(kind) * max(1.0, *self.cpu.gemm[kind].efficiency.values())
+        kinds = ("bf16", "fp32") if dtype in ("bf16", "fp16") else ("fp32",)
+        return max(self.hardware.peak(kind) * max(1.0, *self.cpu.gemm[kind].efficiency.values()) for kind in kinds)
 
     def under(self, stack: SoftwareStack) -> "DeviceProfile":
         """The same with what another version of PyTorch runs."""
