@@ -152,7 +152,7 @@ def _method(keys: Keys) -> str:
                 raise UserError(f"{keys.origin}: {key} is not modelled, only all of the last blocks")
         upcast = "fp32" if options.flag("cast_trainable_params_to_fp32", True) else None
         k = options.count("freeze_trainable_layers", 2)
-        return spec("top_k", k=k, trained_dtype=upcast, checkpoint_frozen="false")
+        return spec("top_k", k=k, trained_dtype=upcast)  # transformers' own checkpoints, of frozen blocks too
     if kind != "lora":
         raise UserError(f"{keys.origin}: peft_config {kind!r} is not modelled: use lora or freeze")
     name = "qlora" if quantised else "dora" if options.flag("use_dora") else "lora"
