@@ -92,6 +92,12 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     ),
     "qat: {activation_dtype: nvfp4, weight_dtype: nvfp4}": ("axolotl", "without fake quantisation (qat)"),
     "adapter: lora\nnvfp4_merge_aware: true": ("axolotl", "without fake quantisation (nvfp4_merge_aware)"),
+    "finetuning_type: full\nuse_badam: true": (
+        "factory", "the allocator's cache is never emptied; BAdam does it after every step (use_badam)",
+    ),
+    "finetuning_type: full\nuse_badam: true\nbf16: true": (
+        "factory", "gradients clipped together, not one after another as beside BAdam (use_badam)",
+    ),
     "use_dft_loss: true": ("factory", "cross entropy, without DFT's weights (use_dft_loss)"),
     "sample_packing: true\nflash_attention: true": ("axolotl", f"{UNKNOWN} (sample_packing)"),
     "sample_packing: true\nflash_attention: true\ntorch_compile: true": (
