@@ -68,6 +68,11 @@ FORMS: list[tuple[dict[str, Any], str, int, list[str]]] = [  # file, parallel, t
     ),
     ({**TRL, "fsdp": "hybrid_shard", "fsdp_config": {"version": 1}}, "fsdp1", 1, [ONE_GROUP]),
     ({**FACTORY, "fsdp": True, "fsdp_config": {"cpu_offload": True}}, "fsdp2", 1, ["without offloading (cpu_offload)"]),
+    (
+        {**AXOLOTL, "fsdp_config": {"fsdp_transformer_layer_cls_to_wrap": "MixtralSparseMoeBlock"}}, "fsdp1", 1,
+        ["wrapped block by block (transformer_layer_cls_to_wrap)"],
+    ),
+    ({**TRL, "fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["GPT2Block", "ABlock"]}}, "fsdp2", 1, []),
     ({**AXOLOTL, "fsdp": ["no_shard"]}, "ddp", 1, ["DDP, not FSDP's no_shard"]),
     ({**AXOLOTL, "fsdp_config": {"a": "b"}}, "fsdp1", 1, ["keys that are unknown here (a)"]),
     (
