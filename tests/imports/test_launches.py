@@ -16,7 +16,7 @@ from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.imports import DIFFERS, read
 from perfmodel.imports.accelerate import read_launch
-from perfmodel.imports.read import ASK, SEARCHED
+from perfmodel.imports.read import ASK, NOT_CAST, SEARCHED
 
 AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "bf16": True}
 FACTORY = {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "full", "bf16": True}
@@ -290,7 +290,12 @@ def test_what_is_no_launch_of_gpus_is_refused_in_a_line(tmp_path: Path, values: 
          {"checkpoint": "block"}, []),
         ({**TRL, "use_peft": True, "dtype": "bfloat16"},
          {**EIGHT, "distributed_type": "DEEPSPEED", "deepspeed_config": SHORT}, (),
-         {"parallel": "zero3", "checkpoint": "block-reentrant"}, WHOLE),
+         {"parallel": "zero3", "checkpoint": "block-reentrant"}, [*WHOLE, NOT_CAST]),
+        (FACTORY, {**EIGHT, "distributed_type": "FSDP", "fsdp_config": FSDP_2}, (), {"checkpoint": "block"}, []),
+        (FACTORY, {**EIGHT, "distributed_type": "FSDP", "num_processes": 1, "fsdp_config": FSDP_2}, (),
+         {"checkpoint": "block"}, ["one GPU, without FSDP"]),
+        (FACTORY, {**EIGHT, "distributed_type": "FSDP", "fsdp_config": {**FSDP_2, "fsdp_version": 1}}, (),
+         {"checkpoint": "block-reentrant"}, []),
     ],
 )  # fmt: skip
 def test_a_launcher_stands_beside_a_training_config_or_typed_options(
