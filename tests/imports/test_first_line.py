@@ -109,6 +109,7 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "neat_packing: true\nflash_attn: fa2": ("factory", f"{UNKNOWN} (neat_packing)"),
     "tokens: [<|mine|>]": ("axolotl", f"{AS_IT_IS} (tokens)"),
     f"base_model: meta-llama/Meta-Llama-3-8B-Instruct\n{PAD}": ("axolotl", f"{AS_IT_IS} (special_tokens)"),
+    "base_model: meta-llama/Llama-3.2-1B\ndiffusion: {mask_token_id: 128002}": ("axolotl", AS_IT_IS),
     "resize_vocab: true": ("factory", f"{AS_IT_IS} (resize_vocab)"),
     "gc_steps: 5": ("axolotl", "the allocator's cache is never emptied (gc_steps)"),
     "unheard_of: 3": ("axolotl", "keys that are unknown here (unheard_of)"),
@@ -193,6 +194,13 @@ def test_a_key_has_one_meaning(name: str) -> None:
     refused, differs = set(table.refused), set(table.differs)
     assert not refused & differs
     assert not [key for key in refused | differs if table.without_weight(key)]
+
+
+def test_diffusion_adds_no_token_where_the_vocabulary_has_its_mask(tmp_path: Path) -> None:
+    """Its trainer makes the mask of packed rows, too: what Axolotl's patch of attention does is no difference then."""
+    file = tmp_path / "config.yml"
+    file.write_text(PLAIN + "diffusion: {mask_token_id: 128}\nsample_packing: true\nsdp_attention: true")
+    assert [said.split(",")[0] for said in read(file).differences] == ["a causal step"]
 
 
 def test_fp8_is_accelerates(tmp_path: Path) -> None:
