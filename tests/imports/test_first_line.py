@@ -103,6 +103,12 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "sample_packing: true\nflash_attention: true\ntorch_compile: true": (
         "axolotl", "attention across packed samples (sample_packing)",
     ),
+    "torch_compile: true\ntorch_compile_mode: max-autotune": (
+        "axolotl", "products on cuBLAS, not on the fastest of several kernels (torch_compile_mode)",
+    ),
+    "torch_compile_mode: max-autotune-no-cudagraphs": (
+        "factory", "products on cuBLAS, not on the fastest of several kernels (torch_compile_mode)",
+    ),
     "sample_packing: true": ("axolotl", f"{TO_THE_END} (sample_packing)"),
     "sample_packing: true\nsdp_attention: true": ("axolotl", f"{BY_A_MASK} (sample_packing)"),
     "batch_flattening: true\nflash_attention: true": ("axolotl", f"{UNKNOWN} (batch_flattening)"),
@@ -154,6 +160,7 @@ def test_what_is_not_modelled_stands_in_the_first_line(tmp_path: Path, text: str
         "activation_offloading: false",
         "seed: 1",
         "full_finetune: true",
+        "torch_compile_mode: max-autotune",  # Axolotl hands it on beside torch_compile alone
         "sample_packing: true\npad_to_sequence_len: false",
         "sample_packing: true\nsdp_attention: true\nsdpa_varlen: false",
         f"base_model: meta-llama/Llama-3.1-8B-Instruct\n{PAD}",
