@@ -16,6 +16,7 @@ from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.imports import DIFFERS, read
 from perfmodel.imports.accelerate import read_launch
+from perfmodel.imports.llama_factory_v1 import BESIDE_BLOCKS, NO_UNITS, REDUCED
 from perfmodel.imports.read import ASK, NOT_CAST, SEARCHED
 
 AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "bf16": True}
@@ -80,7 +81,14 @@ FORMS: list[tuple[dict[str, Any], str, int, list[str]]] = [  # file, parallel, t
          "fsdp_config": {"version": 2, "activation_checkpointing": True}},
         "fsdp2", 2, [MASTERS, f"{WITHOUT_CP} (context_parallel_size)", f"{ONE_GROUP} (dp_replicate_size)"],
     ),
-    ({**V1, "dist_config": {"name": "fsdp2", "dcp_path": None}, "cp_size": 2}, "fsdp2", 1, [f"{WITHOUT_CP} (cp_size)"]),
+    (
+        {**V1, "dist_config": {"name": "fsdp2", "dcp_path": None}, "cp_size": 2}, "fsdp2", 1,
+        [REDUCED, BESIDE_BLOCKS, f"{WITHOUT_CP} (cp_size)"],
+    ),
+    (
+        {**V1, "dist_config": {"name": "fsdp2"}, "bf16": False, "peft_config": {"name": "lora"}}, "fsdp2", 1,
+        [BESIDE_BLOCKS, NO_UNITS],
+    ),
     ({**V1, "dist_config": {"name": "fsdpturbo"}}, "fsdp2", 1, ["FSDP2, not FSDPTurbo"]),
     (
         {**V1, "dist_config": {"name": "deepspeed", "config_file": "ds_z3_config.json"}}, "zero3", 1,
