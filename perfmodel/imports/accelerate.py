@@ -65,8 +65,11 @@ class Launch:
                 form.setup["amp"] = amp
             else:
                 form = replace(form, besides=(*form.besides, f"products in {dtype}, not in {amp} under autocast"))
-        if found.setup.get("checkpoint", "none") != "none":
+        checkpoint = found.setup.get("checkpoint", "none")
+        if checkpoint != "none":
             form.setup.pop("checkpoint", None)
+        if (found.tool, form.parallel, checkpoint) == ("LLaMA-Factory", "fsdp2", "block-reentrant"):
+            form.setup["checkpoint"] = "block"  # `prepare_model_for_training`, by the launcher's FSDP_VERSION
         asked = found.asks()
         form = asked.under(form).as_typed(parallel)
         return found.on_several(form) if several else self._on_one(found, asked, form)

@@ -63,6 +63,7 @@ KINDS = {
     "VERA": Tuner("vera", {"r": "r", "dropout": "vera_dropout"}),
 }
 FACTORED = ("OSF", "PSOFT")  # keep factors of the weights as buffers, which the memory of a trace leaves out
+NOT_FACTORED = "memory without the frozen factors of weights that the tuner keeps"
 PLAIN_STARTS = (True, False, "gaussian", "loftq", "eva", "olora", "corda", "orthogonal", "lora_ga")  # of LoRA's weights
 
 
@@ -90,7 +91,7 @@ def differ_without_data(keys: Keys) -> None:
     if name == "BOFT" and keys.count("boft_n_butterfly_factor", 1) > 1:
         keys.differ("a butterfly factor of 1, as PEFT has it without its CUDA extension", "boft_n_butterfly_factor")
     if name in FACTORED:
-        keys.differ("memory without the frozen factors of weights that the tuner keeps", "peft_type")
+        keys.differ(NOT_FACTORED, "peft_type")
     if name == "FROD" and keys.flag("runtime_offload_base_weight"):
         keys.differ("base weights in GPU memory, not offloaded", "runtime_offload_base_weight")
 

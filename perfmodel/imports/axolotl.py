@@ -91,7 +91,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "optimizer": optimizer_name(keys, "optimizer", OPTIMIZERS["adamw_torch_fused"]),
         "checkpoint": _checkpoint(keys, checkpoints=checkpointed),
         "attention": _attention(keys),
-        "compile": (compile := compiled(keys)),
+        "compile": (compile := compiled(keys, by_mode=False)),  # `_configure_torch_compile`
         "qat": _fake_quantised(keys),
         "fp8": float8(keys, "tensorwise", compile),  # `additional_accelerator_args`
         "clip_grad": clips(keys, "max_grad_norm", keys.number("gradient_clipping", 1.0)),

@@ -42,6 +42,7 @@ COMPILE = {
 ACROSS_SAMPLES = "attention across packed samples"
 NOT_FP8 = "products in bf16, not in fp8"
 NOT_QAT = "without fake quantisation"
+NOT_TUNED = "products on cuBLAS, not on the fastest of several kernels"  # Inductor's `max_autotune`
 FLASH_2_FOR_3 = "flash-attn 2, not 3"
 ONE_GPU = "one GPU"  # what is said of a program of several begins with it
 UNDER_ZERO_3 = f"{ONE_GPU} under ZeRO-3"
@@ -159,8 +160,11 @@ def checkpoint_kind(keys: Keys, on: bool, options: str = "gradient_checkpointing
     return ("block-reentrant" if kwargs.get("use_reentrant", False) else "block") if on else "none"
 
 
-def compiled(keys: Keys) -> str:
-    """The setup's `compile`: a backend or a mode switches it on (`TrainingArguments.__post_init__`).
+def compiled(keys: Keys, *, by_mode: bool = True) -> str:
+    """The setup's `compile`.
+
+    Args:
+        by_mode: whether a backend or a mode alone switches it on, as in `TrainingArguments.__post_init__`.
 
     Raises:
         UserError: a backend or a mode that is not modelled.
@@ -168,7 +172,11 @@ def compiled(keys: Keys) -> str:
     backend = keys.one_of("torch_compile_backend", {"inductor": True}, None)
     mode = keys.one_of("torch_compile_mode", COMPILE, None)
     asked = keys.get("torch_compile") == "auto" or keys.flag("torch_compile")  # Axolotl's auto: where it can
-    return mode or "default" if asked or backend or mode else "none"
+    if not asked and not (by_mode and (backend or mode)):
+        return "none"
+    if str(keys.get("torch_compile_mode")).startswith("max-autotune"):
+        keys.differ(NOT_TUNED, "torch_compile_mode")
+    return mode or "default"
 
 
 def float8(keys: Keys, recipe: str, compile: str) -> str:

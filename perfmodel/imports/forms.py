@@ -37,6 +37,8 @@ STRATEGIES = {
 }  # fmt: skip
 WORDS = {"auto_wrap": "", "offload": OFFLOADED}  # of `fsdp`, beside strategies
 BY_BLOCKS = "wrapped block by block"
+WRAPPED = ("transformer_layer_cls_to_wrap", "transformer_cls_names_to_wrap")
+PART = re.compile(r"(Moe(Block|Layer)|MoE|MLP|Mlp|Experts?|Attention)$")  # in names of classes: of a block, not a whole
 # Sizes of a mesh other than tensor parallel, and what is answered where one is larger than 1
 SIZES = {
     "context_parallel_size": "samples of its own for every GPU, without context parallel",
@@ -266,6 +268,8 @@ def of_fsdp(options: Mapping[str, Any], origin: str, words: list[str]) -> AskedF
     policy = keys.text("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
     if policy != "TRANSFORMER_BASED_WRAP":
         keys.differ(BY_BLOCKS, "auto_wrap_policy")
+    for key in (key for key in WRAPPED if any(map(PART.search, keys.names(key)))):
+        keys.differ(BY_BLOCKS, key)
     keys.flag("activation_checkpointing")  # of the blocks, which is no matter of the form
     judge(keys, meanings_of("fsdp"))
     parallel = "ddp" if strategy == "no_shard" else f"fsdp{version}"

@@ -32,6 +32,9 @@ TOWER = {"vision tower": "freeze_vision_tower", "projector": "freeze_multi_modal
 WITH_NEW_ROWS = ("embed_tokens", "lm_head")  # trained beside adapters where nothing is named
 IN_FP32 = "copies of modules in the dtype of the base, not in fp32"  # `cast_trainable_params_to_fp32`
 CHECKPOINT_DTYPE = "bf16"  # of a checkpoint that no key speaks of
+# Of badam 1.2: `BlockOptimizer.step`, and `clip_grad_norm_old_version`, which LLaMA-Factory's trainers take with it
+EMPTIED = "the allocator's cache is never emptied; BAdam does it after every step"
+OLD_CLIP = "gradients clipped together, not one after another as beside BAdam"
 # It asks in the environment (train/fp8_utils.py), and the Trainer of transformers 5 gives accelerate its own precision
 FP8_OF_4 = "without float8, which LLaMA-Factory turns on under transformers 4 alone (--fp8 padded)"
 
@@ -197,6 +200,9 @@ def _full(keys: Keys) -> tuple[str, dict[str, Any]]:
             options = {"r": keys.count(f"{name}_rank", 16), "targets": () if every else named}
             return name, {**options, "scale_type": factors}
     if keys.flag("use_badam"):
+        keys.differ(EMPTIED, "use_badam")
+        if clips(keys):
+            keys.differ(OLD_CLIP, "use_badam")
         return "badam", {"interval": keys.count("badam_switch_interval", 50), "checkpoint_frozen": "false"}
     return "full", {}
 

@@ -20,6 +20,10 @@ CHECKPOINT_DTYPE = "bf16"  # of nearly every checkpoint
 OWN_LOSS = "transformers' loss once, without v1's own log-probabilities beside it"  # `compute_log_probs`
 FUSED_LOSS = "Liger's fused loss, in the place of the logits and of v1's own log-probabilities"  # `require_logits`
 OWN_CLIP = "gradients clipped together, not one after another in fp32 as FSDPTurbo does"  # `clip_grad_norm_`
+# Of its own FSDP2 (distributed/fsdp2.py, `get_mp_policy` and `prepare_model`), where that of accelerate is modelled
+REDUCED = "gradients reduced in 16 bits, not in fp32"
+BESIDE_BLOCKS = "embedding, last norm and head in accelerate's units of FSDP2"
+NO_UNITS = "adapters in the units of their blocks, not in one each"
 TOKEN_BUDGETS = ("dynamic_batching", "dynamic_padding_free")  # strategies that fill micro-batches by tokens
 
 
@@ -104,7 +108,10 @@ def form_of_llama_factory_v1(keys: Keys) -> AskedForm:
     sharded = form_of(keys.but(fsdp_config=options))
     if name == "fsdpturbo":
         return replace(sharded, unlike=(*sharded.unlike, "FSDP2, not FSDPTurbo"))
-    return replace(sharded, setup={"amp": "bf16"} if keys.flag("bf16", True) else {})
+    half, adapts = keys.flag("bf16", True), _section(keys, "peft_config").get("name") == "lora"
+    own = ((REDUCED, half), (BESIDE_BLOCKS, True), (NO_UNITS, adapts))
+    unlike = (*sharded.unlike, *(words for words, on in own if on))
+    return replace(sharded, setup={"amp": "bf16"} if half else {}, unlike=unlike)
 
 
 def _in_bf16(keys: Keys, config_file: Any) -> bool:
@@ -152,7 +159,7 @@ def _method(keys: Keys) -> str:
                 raise UserError(f"{keys.origin}: {key} is not modelled, only all of the last blocks")
         upcast = "fp32" if options.flag("cast_trainable_params_to_fp32", True) else None
         k = options.count("freeze_trainable_layers", 2)
-        return spec("top_k", k=k, trained_dtype=upcast, checkpoint_frozen="false")
+        return spec("top_k", k=k, trained_dtype=upcast)  # transformers' own checkpoints, of frozen blocks too
     if kind != "lora":
         raise UserError(f"{keys.origin}: peft_config {kind!r} is not modelled: use lora or freeze")
     name = "qlora" if quantised else "dora" if options.flag("use_dora") else "lora"

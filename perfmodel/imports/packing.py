@@ -71,7 +71,9 @@ def packed_by_axolotl(keys: Keys, setup: dict[str, Any], asked_attention: str | 
             _within(keys, setup, "dense" if real and setup["batch"] > 1 else "varlen", "sample_packing")
         else:
             _within(keys, setup, "varlen", "sample_packing", one_row=not real)
-            if asked_attention == "sdpa" and keys.flag("sdpa_varlen", True):  # `_apply_sdpa_varlen_patch`
+            # `_apply_sdpa_varlen_patch`, without effect beside a mask, which diffusion's trainer hands in
+            takes = keys.flag("sdpa_varlen", True) and not keys.values.get("diffusion")
+            if asked_attention == "sdpa" and takes:
                 keys.differ(BY_A_MASK, "sample_packing")
     elif flattening not in (None, False) and knows and (flattening != FLATTENING or setup["batch"] > 1):
         packed_flat(keys, setup, "batch_flattening")

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..resources import read_json
+from .adapter import NOT_FACTORED
 from .fields import ATTENTION, attention
 from .keys import Keys
 from .packing import shorter
@@ -102,6 +103,8 @@ def differ_in_its_loop(keys: Keys, tuner: str) -> None:
         tuner: PEFT's name of it, empty for full fine-tuning.
     """
     if of_images(keys):
+        if tuner == "FROD":  # its bases are buffers, as large as the weights, and go to the GPU with the model
+            keys.differ(NOT_FACTORED)
         return
     keys.differ(NEVER_EMPTIED)
     if not keys.flag("use_gc") and tuner not in OWN_CACHE:

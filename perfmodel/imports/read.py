@@ -23,6 +23,7 @@ DIFFERS = "not the file's step as it is: "
 ASK = "--gpus N beside it answers for N"
 OF_ONE_GPU = (ONE_GPU, "autocast")  # how that begins which is said of one GPU alone: autocast in the place of casts
 SEARCHED = "without DDP's search for parameters that have no gradient (ddp_find_unused_parameters)"
+NOT_CAST = "adapters in fp32, not in the dtype of the weights as TRL keeps them under ZeRO-3"
 TRL = "Transformers/TRL"
 LARGEST_YAML = 2**20  # bytes
 MOST_VALUES = 100_000  # those behind an alias count wherever it stands
@@ -101,12 +102,13 @@ class Imported:
     def on_several(self, form: AskedForm) -> "Imported":
         """What it says of several GPUs that do what a form says, in the place of one."""
         setup = {**self.setup, **form.setup, "parallel": form.parallel or "ddp", "tp": form.tp, "engine": "torch"}
-        adapts = self.tool == TRL and self.method not in (None, "full")
-        if adapts and setup["parallel"] == "zero3" and setup.get("checkpoint") == "block":
+        adapts = self.tool == TRL and self.method not in (None, "full") and setup["parallel"] == "zero3"
+        if adapts and setup.get("checkpoint") == "block":
             setup["checkpoint"] = "block-reentrant"  # under ZeRO-3 (sft_trainer.py)
+        uncast = adapts and "adapter_dtype" not in str(self.method) and setup.get("dtype") != "fp32"
         kept = [d for d in self.differences if not d.startswith(OF_ONE_GPU)]
         searched = [SEARCHED] if self.searches and setup["parallel"] == "ddp" else []
-        told = dict.fromkeys([*kept, *form.unlike, *form.besides, *searched])
+        told = dict.fromkeys([*kept, *form.unlike, *form.besides, *searched, *([NOT_CAST] if uncast else [])])
         return replace(self, setup=setup, differences=list(told))
 
     @property

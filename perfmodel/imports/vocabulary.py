@@ -1,6 +1,7 @@
 """Tokens that a config adds: a tool gives the embedding and the head a row more for each that has none yet."""
 
 import re
+from typing import Any
 
 from .keys import NOTHING, Keys
 
@@ -9,6 +10,7 @@ LACKING = (  # special tokens, and models that have no row left for them, by the
     (r"<\|finetune_right_pad_id\|>", r"llama-?3-"),  # Llama 3.1 has it
     (r"<\|im_(start|end)\|>", r"^(mistralai|mistral-community|meta-llama)/"),
 )
+ITSELF = ((r"llama-?3", 128_000),)  # models, and tokens of the vocabulary itself: special ones are added behind them
 OF_LLAMA_FACTORY = ("resize_vocab", "add_tokens", "add_special_tokens", "new_special_tokens_config")
 
 
@@ -23,6 +25,20 @@ def enlarged_by_axolotl(keys: Keys) -> None:
     named = " ".join(map(str, special.values())) if isinstance(special, dict) else ""
     if any(re.search(token, named) and re.search(models, model, re.IGNORECASE) for token, models in LACKING):
         keys.differ(AS_IT_IS, "special_tokens")
+    diffusion = keys.values.get("diffusion")
+    if isinstance(diffusion, dict) and _adds_a_mask(diffusion, model):
+        keys.differ(AS_IT_IS)
+
+
+def _adds_a_mask(diffusion: dict[str, Any], model: str) -> bool:
+    """Whether masked diffusion adds its token (integrations/diffusion/utils.py, `resolve_mask_token_id`).
+
+    So it does where none is named, or one that the tokenizer's `vocab_size` leaves out, as it does added tokens.
+    """
+    token = diffusion.get("mask_token_id")
+    if not isinstance(token, int):
+        return not diffusion.get("mask_token_str")
+    return any(token >= size and re.search(models, model, re.IGNORECASE) for models, size in ITSELF)
 
 
 def enlarged_by_llama_factory(keys: Keys) -> bool:

@@ -52,7 +52,8 @@ def notes_on(built: StepWork, on: DeviceProfile, seconds: Mapping[str, Any], tot
 def notes_before(architecture: Architecture, method: Method, setup: Setup) -> list[str]:
     """What is known before a step is recorded: of the model, of how its layers run, of what it is trained for."""
     notes = [architecture.note] if architecture.note else []
-    notes += [passes.NOTE] if setup.compile != "none" else []
+    if setup.compile != "none":
+        notes.append(passes.OF_SDPA if setup.attention == "sdpa" else passes.NOTE)
     notes += converted.product_notes(setup)
     return notes + _head_notes(architecture, method, setup)
 

@@ -12,6 +12,7 @@ from perfmodel import methods, predict
 from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.imports import read
+from perfmodel.imports.adapter import NOT_FACTORED
 from perfmodel.imports.peft_benchmark import NEVER_EMPTIED, NOT_CACHED
 from perfmodel.methods.lora import Lora
 from perfmodel.methods.lora_alike import Pissa
@@ -185,6 +186,7 @@ def test_what_lies_beside_a_model_of_images_is_told(tmp_path: Path, more: dict[s
         ("LORA", {"use_gc": True}, [NEVER_EMPTIED]),
         ("PREFIX_TUNING", {}, [NEVER_EMPTIED]),
         ("LORA", {"resolution": 512}, []),
+        ("FROD", {"resolution": 512}, [NOT_FACTORED]),
     ],
 )
 def test_what_the_loop_of_pefts_comparison_does_by_itself_is_told(

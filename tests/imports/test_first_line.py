@@ -92,10 +92,22 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     ),
     "qat: {activation_dtype: nvfp4, weight_dtype: nvfp4}": ("axolotl", "without fake quantisation (qat)"),
     "adapter: lora\nnvfp4_merge_aware: true": ("axolotl", "without fake quantisation (nvfp4_merge_aware)"),
+    "finetuning_type: full\nuse_badam: true": (
+        "factory", "the allocator's cache is never emptied; BAdam does it after every step (use_badam)",
+    ),
+    "finetuning_type: full\nuse_badam: true\nbf16: true": (
+        "factory", "gradients clipped together, not one after another as beside BAdam (use_badam)",
+    ),
     "use_dft_loss: true": ("factory", "cross entropy, without DFT's weights (use_dft_loss)"),
     "sample_packing: true\nflash_attention: true": ("axolotl", f"{UNKNOWN} (sample_packing)"),
     "sample_packing: true\nflash_attention: true\ntorch_compile: true": (
         "axolotl", "attention across packed samples (sample_packing)",
+    ),
+    "torch_compile: true\ntorch_compile_mode: max-autotune": (
+        "axolotl", "products on cuBLAS, not on the fastest of several kernels (torch_compile_mode)",
+    ),
+    "torch_compile_mode: max-autotune-no-cudagraphs": (
+        "factory", "products on cuBLAS, not on the fastest of several kernels (torch_compile_mode)",
     ),
     "sample_packing: true": ("axolotl", f"{TO_THE_END} (sample_packing)"),
     "sample_packing: true\nsdp_attention: true": ("axolotl", f"{BY_A_MASK} (sample_packing)"),
@@ -103,6 +115,7 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "neat_packing: true\nflash_attn: fa2": ("factory", f"{UNKNOWN} (neat_packing)"),
     "tokens: [<|mine|>]": ("axolotl", f"{AS_IT_IS} (tokens)"),
     f"base_model: meta-llama/Meta-Llama-3-8B-Instruct\n{PAD}": ("axolotl", f"{AS_IT_IS} (special_tokens)"),
+    "base_model: meta-llama/Llama-3.2-1B\ndiffusion: {mask_token_id: 128002}": ("axolotl", AS_IT_IS),
     "resize_vocab: true": ("factory", f"{AS_IT_IS} (resize_vocab)"),
     "gc_steps: 5": ("axolotl", "the allocator's cache is never emptied (gc_steps)"),
     "unheard_of: 3": ("axolotl", "keys that are unknown here (unheard_of)"),
@@ -147,6 +160,7 @@ def test_what_is_not_modelled_stands_in_the_first_line(tmp_path: Path, text: str
         "activation_offloading: false",
         "seed: 1",
         "full_finetune: true",
+        "torch_compile_mode: max-autotune",  # Axolotl hands it on beside torch_compile alone
         "sample_packing: true\npad_to_sequence_len: false",
         "sample_packing: true\nsdp_attention: true\nsdpa_varlen: false",
         f"base_model: meta-llama/Llama-3.1-8B-Instruct\n{PAD}",
@@ -187,6 +201,13 @@ def test_a_key_has_one_meaning(name: str) -> None:
     refused, differs = set(table.refused), set(table.differs)
     assert not refused & differs
     assert not [key for key in refused | differs if table.without_weight(key)]
+
+
+def test_diffusion_adds_no_token_where_the_vocabulary_has_its_mask(tmp_path: Path) -> None:
+    """Its trainer makes the mask of packed rows, too: what Axolotl's patch of attention does is no difference then."""
+    file = tmp_path / "config.yml"
+    file.write_text(PLAIN + "diffusion: {mask_token_id: 128}\nsample_packing: true\nsdp_attention: true")
+    assert [said.split(",")[0] for said in read(file).differences] == ["a causal step"]
 
 
 def test_fp8_is_accelerates(tmp_path: Path) -> None:

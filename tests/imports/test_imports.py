@@ -199,6 +199,9 @@ DEFAULTS: dict[str, tuple[dict[str, Any], str]] = {  # what a tool takes where t
         {"model": "gpt2", "model_class": "llm", "peft_config": {"name": "lora"}},
         "lora:r=8,targets=all-linear,dropout=0.05",
     ),
+    "v1-freeze.yaml": (  # v1/core/base_trainer.py, `gradient_checkpointing_enable`: of every block
+        {"model": "gpt2", "model_class": "llm", "peft_config": {"name": "freeze"}}, "top_k:k=2,trained_dtype=fp32",
+    ),
 }  # fmt: skip
 
 

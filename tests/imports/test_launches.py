@@ -16,7 +16,8 @@ from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.imports import DIFFERS, read
 from perfmodel.imports.accelerate import read_launch
-from perfmodel.imports.read import ASK, SEARCHED
+from perfmodel.imports.llama_factory_v1 import BESIDE_BLOCKS, NO_UNITS, REDUCED
+from perfmodel.imports.read import ASK, NOT_CAST, SEARCHED
 
 AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "bf16": True}
 FACTORY = {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "full", "bf16": True}
@@ -68,6 +69,11 @@ FORMS: list[tuple[dict[str, Any], str, int, list[str]]] = [  # file, parallel, t
     ),
     ({**TRL, "fsdp": "hybrid_shard", "fsdp_config": {"version": 1}}, "fsdp1", 1, [ONE_GROUP]),
     ({**FACTORY, "fsdp": True, "fsdp_config": {"cpu_offload": True}}, "fsdp2", 1, ["without offloading (cpu_offload)"]),
+    (
+        {**AXOLOTL, "fsdp_config": {"fsdp_transformer_layer_cls_to_wrap": "MixtralSparseMoeBlock"}}, "fsdp1", 1,
+        ["wrapped block by block (transformer_layer_cls_to_wrap)"],
+    ),
+    ({**TRL, "fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["GPT2Block", "ABlock"]}}, "fsdp2", 1, []),
     ({**AXOLOTL, "fsdp": ["no_shard"]}, "ddp", 1, ["DDP, not FSDP's no_shard"]),
     ({**AXOLOTL, "fsdp_config": {"a": "b"}}, "fsdp1", 1, ["keys that are unknown here (a)"]),
     (
@@ -75,7 +81,14 @@ FORMS: list[tuple[dict[str, Any], str, int, list[str]]] = [  # file, parallel, t
          "fsdp_config": {"version": 2, "activation_checkpointing": True}},
         "fsdp2", 2, [MASTERS, f"{WITHOUT_CP} (context_parallel_size)", f"{ONE_GROUP} (dp_replicate_size)"],
     ),
-    ({**V1, "dist_config": {"name": "fsdp2", "dcp_path": None}, "cp_size": 2}, "fsdp2", 1, [f"{WITHOUT_CP} (cp_size)"]),
+    (
+        {**V1, "dist_config": {"name": "fsdp2", "dcp_path": None}, "cp_size": 2}, "fsdp2", 1,
+        [REDUCED, BESIDE_BLOCKS, f"{WITHOUT_CP} (cp_size)"],
+    ),
+    (
+        {**V1, "dist_config": {"name": "fsdp2"}, "bf16": False, "peft_config": {"name": "lora"}}, "fsdp2", 1,
+        [BESIDE_BLOCKS, NO_UNITS],
+    ),
     ({**V1, "dist_config": {"name": "fsdpturbo"}}, "fsdp2", 1, ["FSDP2, not FSDPTurbo"]),
     (
         {**V1, "dist_config": {"name": "deepspeed", "config_file": "ds_z3_config.json"}}, "zero3", 1,
@@ -285,7 +298,12 @@ def test_what_is_no_launch_of_gpus_is_refused_in_a_line(tmp_path: Path, values: 
          {"checkpoint": "block"}, []),
         ({**TRL, "use_peft": True, "dtype": "bfloat16"},
          {**EIGHT, "distributed_type": "DEEPSPEED", "deepspeed_config": SHORT}, (),
-         {"parallel": "zero3", "checkpoint": "block-reentrant"}, WHOLE),
+         {"parallel": "zero3", "checkpoint": "block-reentrant"}, [*WHOLE, NOT_CAST]),
+        (FACTORY, {**EIGHT, "distributed_type": "FSDP", "fsdp_config": FSDP_2}, (), {"checkpoint": "block"}, []),
+        (FACTORY, {**EIGHT, "distributed_type": "FSDP", "num_processes": 1, "fsdp_config": FSDP_2}, (),
+         {"checkpoint": "block"}, ["one GPU, without FSDP"]),
+        (FACTORY, {**EIGHT, "distributed_type": "FSDP", "fsdp_config": {**FSDP_2, "fsdp_version": 1}}, (),
+         {"checkpoint": "block-reentrant"}, []),
     ],
 )  # fmt: skip
 def test_a_launcher_stands_beside_a_training_config_or_typed_options(

@@ -309,6 +309,14 @@ def test_kernels_are_those_of_inductor(method: str, ready: list[str], monkeypatc
     assert saved == [real["saved"]]
 
 
+@pytest.mark.parametrize(("attention", "told"), [("sdpa", True), ("flash2", False), ("eager", False)])
+def test_a_mask_is_told_where_it_costs_a_kernel(attention: str, told: bool) -> None:
+    """flash-attn takes no mask and eager attention has one in any case: the note would cast doubt for nothing."""
+    notes = predict("qwen3-0.6b", "full", device="l40s", seq=64, compile="default", attention=attention).notes
+    assert any("explicit mask" in said for said in notes) == told
+    assert any("one graph" in said for said in notes)
+
+
 @pytest.mark.parametrize(
     ("handed_in", "cache", "block", "masked"),
     [
