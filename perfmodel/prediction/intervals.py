@@ -7,11 +7,13 @@ two steps on one device a component's error cancels as far as both steps have th
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..devices.profile import CUDNN_ATTENTION, DeviceProfile
+from .side_by_side import Devices, of_each
 
 Components = Mapping[str, Any]  # component -> seconds
 
@@ -38,8 +40,12 @@ def priced_by(component: str, profile: DeviceProfile) -> str | None:
     return _BLOCK.get(component)
 
 
-def sigma(component: str, profile: DeviceProfile) -> float:
-    """Relative standard deviation of one component on a device."""
+def sigma(component: str, on: DeviceProfile | Devices) -> Any:
+    """Relative standard deviation of one component on a device, or on each of several."""
+    return of_each(on, partial(_sigma, component))
+
+
+def _sigma(component: str, profile: DeviceProfile) -> float:
     if component == "host":
         return HOST
     if component == "solver":
@@ -51,17 +57,17 @@ def sigma(component: str, profile: DeviceProfile) -> float:
     return SIGMA_OF_MEAN * profile.residuals[block]["mean"]
 
 
-def step_sigma(components: Components, total: Any, profile: DeviceProfile) -> Any:
+def step_sigma(components: Components, total: Any, on: DeviceProfile | Devices) -> Any:
     """Relative standard deviation of a step's time."""
-    variance = sum((sigma(c, profile) * t / total) ** 2 for c, t in components.items())
+    variance = sum((sigma(c, on) * t / total) ** 2 for c, t in components.items())
     return np.sqrt(variance + UNEXPLAINED**2)
 
 
-def ratio_sigma(a: Components, a_total: Any, b: Components, b_total: Any, profile: DeviceProfile) -> Any:
-    """Relative standard deviation of the ratio of two steps on one device."""
-    names = dict.fromkeys((*a, *b))  # in one order, so that every process adds up alike
+def ratio_sigma(a: Components, a_total: Any, b: Components, b_total: Any, on: DeviceProfile | Devices) -> Any:
+    """Relative standard deviation of the ratio of two steps on one device, or on each of several."""
+    names = sorted({*a, *b})  # in one order, so that every process adds up alike
     shares = {c: a.get(c, 0.0) / a_total - b.get(c, 0.0) / b_total for c in names}
-    variance = sum((sigma(c, profile) * share) ** 2 for c, share in shares.items())
+    variance = sum((sigma(c, on) * share) ** 2 for c, share in shares.items())
     return np.sqrt(variance + UNEXPLAINED_RATIO**2)
 
 
