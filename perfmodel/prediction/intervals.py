@@ -6,16 +6,16 @@ taken as common, between components as independent; one more term stands for wha
 two steps on one device a component's error cancels as far as both steps have the same share of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..devices.profile import CUDNN_ATTENTION, DeviceProfile
-from .side_by_side import Devices, of_each
 
 Components = Mapping[str, Any]  # component -> seconds
+Devices = tuple[DeviceProfile, ...]  # answered together: their figures are columns beside those of a grid
 
 COLLECTIVE = "collective"  # the component of what GPUs exchange: seconds in which nothing else runs beside it
 
@@ -31,6 +31,11 @@ _BLOCK = {
     "gemm16": "gemm.bf16", "gemm32": "gemm.fp32", "attention": "attention", "memory": "pointwise",
     "optimizer": "pointwise",
 }  # fmt: skip
+
+
+def of_each(on: DeviceProfile | Devices, figure: Callable[[DeviceProfile], float]) -> Any:
+    """A figure of one device, or of several as a column, shape (devices, 1)."""
+    return figure(on) if isinstance(on, DeviceProfile) else np.array([[figure(device)] for device in on])
 
 
 def priced_by(component: str, profile: DeviceProfile) -> str | None:

@@ -26,13 +26,13 @@ from ..setup import Setup
 from ..shown import Shown
 from ..values import immutable
 from . import memory, part_costs
-from .contention import Seconds
+from .contention import Seconds, on_each
 from .grid import Compute, grid_shape, over_devices, over_grid
+from .intervals import Devices, of_each
 from .memory import Memory
 from .notes import notes_on
 from .over_lengths import lengths_notes, over_lengths
 from .remembered import REMEMBERED, Asked, Known, StepOnDemand, Steps
-from .side_by_side import Devices, of_each, stacked
 from .times import Time, exchange_of, time_of
 from .work import Phases, StepWork, counts
 
@@ -231,7 +231,7 @@ def with_options(setup: Setup | None, options: dict[str, Any]) -> Setup:
     for name in options:
         if name not in known:
             raise UserError(f"unknown setup option {name!r}: {nearest(name, known)}")
-    return replace(setup or Setup(), **options)
+    return Setup(**options) if setup is None else replace(setup, **options)
 
 
 def predict_alike(
@@ -262,7 +262,7 @@ def _side_by_side(
     first = devices[0]
     known = REMEMBERED.find(Asked(architecture, method, setup, first.kind, _capability(first)))
     devices = tuple([on.under(known.work.setup.stack) for on in devices])
-    durations = [stacked(of_part) for of_part in zip(*[known.durations(on) for on in devices], strict=True)]
+    durations = [on_each(of_part) for of_part in zip(*[known.durations(on) for on in devices], strict=True)]
     time = time_of(known.work, durations, devices, by, {})
     return Prediction(device=first.slug, **_figures(known.work, time, devices))
 

@@ -15,7 +15,7 @@ from ..values import immutable
 from . import communication, intervals, part_costs, timeline
 from .communication import Communication, composed
 from .contention import Seconds
-from .side_by_side import Devices
+from .intervals import Devices
 from .work import Phases, StepWork
 
 Exchange = Callable[[list[timeline.Clocks], Phases], Communication]  # of the clocks of parts, and the phases they make

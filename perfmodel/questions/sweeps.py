@@ -20,8 +20,8 @@ from ..devices.profile import DeviceProfile
 from ..errors import UserError
 from ..methods import Method
 from ..prediction import intervals
+from ..prediction.intervals import Devices
 from ..prediction.predict import Model, Prediction, architecture_of, method_of, predict_on_each, with_options
-from ..prediction.side_by_side import Devices
 from ..prediction.times import Time
 from ..setup import Setup, positive
 from ..shown import Shown, frame
