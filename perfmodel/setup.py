@@ -165,7 +165,7 @@ class Setup:
             raise UserError(f"images are counted from 0, their pixels from 1: got {self.images} of {self.image_size}")
         if self.attention == "flash2" and self.dtype == "fp32" and self.amp is None:
             raise UserError("attention flash2 needs a 16-bit dtype; use sdpa with fp32")
-        if np.any(np.asarray(self.gpus) % positive("tp", self.tp)):
+        if positive("tp", self.tp) != 1 and np.any(np.asarray(self.gpus) % self.tp):
             raise UserError(f"tp {self.tp} does not divide the {np.max(self.gpus)} GPUs of the job")
         if self.nodes is not None and positive("nodes", self.nodes) > np.min(self.gpus):
             raise UserError(f"nodes {self.nodes} are more than the {np.min(self.gpus)} GPUs of the job")

@@ -21,12 +21,14 @@ MOST = 1000.0  # modules: no hook takes so long
 
 @cache
 def ratios(name: str) -> dict[str, float]:
-    """An engine's costs in modules of the host.
+    """An engine's costs in modules of the host; none of one without a file.
 
     Raises:
         UserError: a missing, mistyped or negative figure.
     """
     path = FOLDER / f"{name}.toml"
+    if not is_file(path):
+        return {}
     found = mapping(read_toml(path).get("modules"), f"{path}: [modules]")
     for cost in COSTS:
         value = found.get(cost)
@@ -37,7 +39,5 @@ def ratios(name: str) -> dict[str, float]:
 
 def under(host: Host, name: str) -> Host:
     """The host as it dispatches for an engine or form; one without a file needs no more than what a host file says."""
-    if not is_file(FOLDER / f"{name}.toml"):
-        return host
     costs: dict[str, Any] = {cost: ratio * host.module for cost, ratio in ratios(name).items()}
-    return replace(host, **costs)
+    return replace(host, **costs) if costs else host

@@ -129,12 +129,12 @@ def gemm_time(
     given = [np.asarray(x, dtype=np.float64) for x in columns]
     shape = np.broadcast_shapes(*(x.shape for x in given))
     floor = parameters.launch_clocks / hardware.clock_hz
-    if len(shape) > 1 and math.prod(shape) <= TOGETHER:  # few: what does not vary along an axis may be there again
+    if math.prod(shape) <= TOGETHER:  # few: what does not vary along an axis may be there again
         whole = (1, math.prod(shape))
         flat = [x if x.size in whole else np.broadcast_to(_aligned(x, shape), shape) for x in given]
         return floor + kernels.seconds(*(x.reshape(-1) for x in flat)).reshape(shape)
     out = np.empty(shape)
-    rows = out.reshape(-1, shape[-1] if shape else 1)
+    rows = out.reshape(-1, shape[-1])
     aligned = [_aligned(x, shape) for x in given]
     for row, place in zip(rows, np.ndindex(shape[:-1]), strict=True):
         of_row = [x[tuple(min(i, d - 1) for i, d in zip(place, x.shape, strict=False))].reshape(-1) for x in aligned]

@@ -24,7 +24,6 @@ from .alignment import WIDE, padding
 from .attention import attention_backward_time, attention_forward_time
 from .gemm import gemm_time
 from .gemm_parameters import LAYOUTS
-from .grouped import grouped_time
 from .hardware import ITEMSIZE
 from .pointwise import pointwise_time
 from .profile import DeviceProfile
@@ -263,6 +262,12 @@ def _collective(profile: DeviceProfile, kind: str, dtype: str, *columns: Any) ->
     return np.asarray(profile.network.seconds(kind, dtype, *columns))
 
 
+def _grouped(profile: DeviceProfile, *row: Any) -> np.ndarray:
+    from .grouped import grouped_time  # few models have experts
+
+    return grouped_time(profile, *row)
+
+
 def _solver(profile: DeviceProfile, name: str, *shape: Any) -> np.ndarray:
     from .solver import solver_time  # few steps have a decomposition
 
@@ -286,6 +291,6 @@ def _memory(profile: DeviceProfile, kind: str, *columns: Any) -> np.ndarray:
 
 
 MODELS: dict[str, Model] = {
-    "gemm": _gemm_in_stream, "grouped": grouped_time, "attention": _attention, "solver": _solver, "bus": _bus,
+    "gemm": _gemm_in_stream, "grouped": _grouped, "attention": _attention, "solver": _solver, "bus": _bus,
     "memory": _memory, "collective": _collective,
 }  # fmt: skip

@@ -92,7 +92,7 @@ def exchanged(
         sent = [(op, alone) for op, alone in zip(part.ops, seconds.alone, strict=True) if exchanges(op)]
         if not sent:
             continue
-        quiet[i] = part_costs.clocks(PartWork.of(part), seconds.without_collectives(part), on, by)[0]
+        quiet[i] = part_costs.clocks(PartWork.of(part), seconds.without_collectives(part), on.kind, by)[0]
         for op, alone in sent:
             kind = KIND_OF[op.name]
             taking[part.phase] = taking[part.phase] + alone * times

@@ -1,5 +1,6 @@
 """What ops of several streams take from each other while they run at the same time."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,18 @@ class Seconds(NamedTuple):
         alone, added = self.alone.copy(), self.added.copy()
         alone[sends] = added[sends] = 0.0
         return Seconds(alone, added)
+
+
+def on_each(found: Sequence[Seconds]) -> Seconds:
+    """Those of a part's ops on each of several devices, shape (ops, devices, points)."""
+
+    def stacked(columns: Sequence[np.ndarray]) -> np.ndarray:
+        of_points = [seconds if seconds.ndim > 1 else seconds[:, None] for seconds in columns]
+        return np.stack(of_points, axis=1) if len(of_points) > 1 else of_points[0][:, None]
+
+    alone = stacked([seconds.alone for seconds in found])
+    same = all(seconds.added is seconds.alone for seconds in found)
+    return Seconds(alone, alone if same else stacked([seconds.added for seconds in found]))
 
 
 def beside_streams(part: Part, alone: np.ndarray, on: DeviceProfile) -> Seconds:

@@ -5,7 +5,7 @@ there), the grid is split along the tape's question and put back together afterw
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
@@ -28,20 +28,30 @@ MERGED = (
 
 def over_grid(compute: Compute[P], setup: Setup, method: Method) -> P:
     """Run a prediction over array dims, splitting the grid where its points do not share one program."""
-    arrays = _arrays(setup, method)
-    if not arrays:
+    if not _arrays(setup, method):
         try:
             return compute(setup, method)
         except OverflowError:  # one call's sizes are beyond what NumPy's prices take
             raise _too_large(setup, "counts") from None
-    _check_size(setup, method)
     shape = grid_shape(setup, method)
-    flat = {k: np.broadcast_to(a, shape).reshape(-1) for k, a in arrays.items()}
-    points = np.arange(math.prod(shape))
-    parts: list[tuple[np.ndarray, P]] = []
-    for start in range(0, len(points), CHUNK):
-        parts += _split(compute, setup, method, flat, points[start : start + CHUNK])
-    return _merge(parts, setup, shape)
+    return _merge(list(_pieces(compute, setup, method, shape)), setup, (math.prod(shape),), shape)
+
+
+def over_devices(computes: Sequence[tuple[list[int], Compute[P]]], setup: Setup, method: Method) -> P:
+    """Run a prediction over array dims on several devices, shape (devices, *grid).
+
+    Args:
+        computes: each with the places of the devices that it is of; its figures have shape (devices, points), or
+            broadcast to it.
+    """
+    shape = grid_shape(setup, method)
+    parts: list[tuple[Any, P]] = [
+        (np.ix_(np.array(devices), index), piece)
+        for devices, compute in computes
+        for index, piece in _pieces(compute, setup, method, shape)
+    ]
+    devices = sum(len(devices) for devices, _ in computes)
+    return _merge(parts, setup, (devices, math.prod(shape)), (devices, *shape))
 
 
 def grid_shape(setup: Setup, method: Method) -> tuple[int, ...]:
@@ -88,6 +98,17 @@ def _arrays(setup: Setup, method: Method) -> dict[tuple[str, str], np.ndarray]:
     return found
 
 
+def _pieces(
+    compute: Compute[P], setup: Setup, method: Method, shape: tuple[int, ...]
+) -> Iterator[tuple[np.ndarray, P]]:
+    """Predictions of the points of a grid, which they name by their places."""
+    _check_size(setup, method)
+    flat = {k: np.broadcast_to(a, shape).reshape(-1) for k, a in _arrays(setup, method).items()}
+    points = np.arange(math.prod(shape))
+    for start in range(0, len(points), CHUNK):
+        yield from _split(compute, setup, method, flat, points[start : start + CHUNK])
+
+
 def _split(
     compute: Compute[P], setup: Setup, method: Method, flat: dict[tuple[str, str], np.ndarray], index: np.ndarray
 ) -> Iterator[tuple[np.ndarray, P]]:
@@ -117,10 +138,14 @@ def _dtype(value: Any) -> np.dtype[Any]:
     return np.asarray(value).dtype
 
 
-def _merge(parts: list[tuple[np.ndarray, P]], setup: Setup, shape: tuple[int, ...]) -> P:
-    """Put the pieces of a grid back together, field by field."""
+def _merge(parts: list[tuple[Any, P]], setup: Setup, room: tuple[int, ...], shape: tuple[int, ...]) -> P:
+    """Put the pieces of a grid back together, field by field.
 
-    size = math.prod(shape)
+    Args:
+        parts: each with its place in an array of shape `room`.
+        shape: of the figures, as many as there is room for.
+    """
+    places = [place for place, _ in parts] if len(parts) > 1 else [...]
 
     def merge(values: list[Any]) -> Any:
         first = values[0]
@@ -133,9 +158,9 @@ def _merge(parts: list[tuple[np.ndarray, P]], setup: Setup, shape: tuple[int, ..
             return [merge(list(items)) for items in zip(*values, strict=True)]
         if is_dataclass(first) and not isinstance(first, type):
             return replace(first, **{n: merge([getattr(v, n) for v in values]) for n in _figures(type(first))})
-        out = np.empty(size, np.asarray(first).dtype if len(values) == 1 else np.result_type(*map(_dtype, values)))
-        for (index, _), value in zip(parts, values, strict=True):
-            out[index] = value
+        out = np.empty(room, np.asarray(first).dtype if len(values) == 1 else np.result_type(*map(_dtype, values)))
+        for place, value in zip(places, values, strict=True):
+            out[place] = value
         return out.reshape(shape)
 
     first: Any = parts[0][1]

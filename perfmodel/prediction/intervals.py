@@ -6,7 +6,8 @@ taken as common, between components as independent; one more term stands for wha
 two steps on one device a component's error cancels as far as both steps have the same share of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from ..devices.profile import CUDNN_ATTENTION, DeviceProfile
 
 Components = Mapping[str, Any]  # component -> seconds
+Devices = tuple[DeviceProfile, ...]  # answered together: their figures are columns beside those of a grid
 
 COLLECTIVE = "collective"  # the component of what GPUs exchange: seconds in which nothing else runs beside it
 
@@ -31,6 +33,11 @@ _BLOCK = {
 }  # fmt: skip
 
 
+def of_each(on: DeviceProfile | Devices, figure: Callable[[DeviceProfile], float]) -> Any:
+    """A figure of one device, or of several as a column, shape (devices, 1)."""
+    return figure(on) if isinstance(on, DeviceProfile) else np.array([[figure(device)] for device in on])
+
+
 def priced_by(component: str, profile: DeviceProfile) -> str | None:
     """The block of a device profile that prices a component, if one does."""
     if component == "attention" and CUDNN_ATTENTION in profile.residuals:
@@ -38,8 +45,12 @@ def priced_by(component: str, profile: DeviceProfile) -> str | None:
     return _BLOCK.get(component)
 
 
-def sigma(component: str, profile: DeviceProfile) -> float:
-    """Relative standard deviation of one component on a device."""
+def sigma(component: str, on: DeviceProfile | Devices) -> Any:
+    """Relative standard deviation of one component on a device, or on each of several."""
+    return of_each(on, partial(_sigma, component))
+
+
+def _sigma(component: str, profile: DeviceProfile) -> float:
     if component == "host":
         return HOST
     if component == "solver":
@@ -51,17 +62,17 @@ def sigma(component: str, profile: DeviceProfile) -> float:
     return SIGMA_OF_MEAN * profile.residuals[block]["mean"]
 
 
-def step_sigma(components: Components, total: Any, profile: DeviceProfile) -> Any:
+def step_sigma(components: Components, total: Any, on: DeviceProfile | Devices) -> Any:
     """Relative standard deviation of a step's time."""
-    variance = sum((sigma(c, profile) * t / total) ** 2 for c, t in components.items())
+    variance = sum((sigma(c, on) * t / total) ** 2 for c, t in components.items())
     return np.sqrt(variance + UNEXPLAINED**2)
 
 
-def ratio_sigma(a: Components, a_total: Any, b: Components, b_total: Any, profile: DeviceProfile) -> Any:
-    """Relative standard deviation of the ratio of two steps on one device."""
-    names = dict.fromkeys((*a, *b))  # in one order, so that every process adds up alike
+def ratio_sigma(a: Components, a_total: Any, b: Components, b_total: Any, on: DeviceProfile | Devices) -> Any:
+    """Relative standard deviation of the ratio of two steps on one device, or on each of several."""
+    names = sorted({*a, *b})  # in one order, so that every process adds up alike
     shares = {c: a.get(c, 0.0) / a_total - b.get(c, 0.0) / b_total for c in names}
-    variance = sum((sigma(c, profile) * share) ** 2 for c, share in shares.items())
+    variance = sum((sigma(c, on) * share) ** 2 for c, share in shares.items())
     return np.sqrt(variance + UNEXPLAINED_RATIO**2)
 
 

@@ -53,23 +53,24 @@ def _priced(ops: Sequence[Op], on: DeviceProfile, shared: Shared) -> tuple[np.nd
 
 
 def clocks(
-    work: PartWork, seconds: Seconds, on: DeviceProfile, by: Host, *, graphs: bool = False
+    work: PartWork, seconds: Seconds, kind: str, by: Host, *, graphs: bool = False
 ) -> tuple[timeline.Clocks, dict[str, Any]]:
     """The clock matrix of one run of a part, and its device-busy seconds by component.
 
     Args:
         seconds: of its ops.
+        kind: of the device.
         graphs: whether a CUDA graph runs it.
     """
     if not len(seconds.alone):
         return timeline.IDENTITY, {}
     busy = work.busy(seconds.added)
     busy.pop(intervals.COLLECTIVE, None)  # the clocks of the whole step say what of it nothing hides
-    if graphs and on.kind == "cuda":  # nothing to dispatch: the device runs through
+    if graphs and kind == "cuda":  # nothing to dispatch: the device runs through
         return timeline.advance_clock(COMPUTE, timeline.total(seconds.added)), busy
-    dispatch = by.dispatched(work.host, on.kind)
+    dispatch = by.dispatched(work.host, kind)
     dispatch = dispatch.reshape(len(dispatch), *(1,) * (seconds.alone.ndim - 1))
-    if on.kind == "cpu":  # one clock: the host does the work itself
+    if kind == "cpu":  # one clock: the host does the work itself
         return timeline.advance_clock(HOST, timeline.total(dispatch) + timeline.total(seconds.alone)), busy
     row = timeline.ClockRow(dispatch, seconds.alone, work.host.launched, work.waits, work.runs, seconds.added)
     return timeline.of_row(row, by.launch), busy
@@ -80,5 +81,5 @@ def seconds_of(parts: list[Part], on: DeviceProfile, by: Host) -> Any:
     together = timeline.IDENTITY
     for part in parts:
         seconds = contention.beside_streams(part, price.durations(part.ops, on), on)
-        together = together.then(clocks(PartWork.of(part), seconds, on, by)[0].power(part.repeat))
+        together = together.then(clocks(PartWork.of(part), seconds, on.kind, by)[0].power(part.repeat))
     return together.end

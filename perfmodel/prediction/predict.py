@@ -20,14 +20,15 @@ from ..methods.parts.periodic import PeriodicCost, PeriodicOps
 from ..program.dims import Dim
 from ..program.part import Part
 from ..recording import record
-from ..recording.reuse import Shared
+from ..recording.reuse import Shared, of_card
 from ..recording.step import Step
 from ..setup import Setup
 from ..shown import Shown
 from ..values import immutable
 from . import memory, part_costs
-from .contention import Seconds
-from .grid import grid_shape, over_grid
+from .contention import Seconds, on_each
+from .grid import Compute, grid_shape, over_devices, over_grid
+from .intervals import Devices, of_each
 from .memory import Memory
 from .notes import notes_on
 from .over_lengths import lengths_notes, over_lengths
@@ -196,6 +197,32 @@ def predict(
     return replace(p, notes=[*p.notes, *told]) if told else p
 
 
+def predict_on_each(
+    architecture: Architecture, method: Method, setup: Setup, devices: Devices, host: str | Host
+) -> Prediction:
+    """Predict a grid on several devices, every figure of shape (devices, *grid); it has no notes.
+
+    Devices that run the same program under one host are answered side by side: it is found, composed and put into a
+    grid once for all of them. Where the program goes by prices, or GPUs exchange, each is answered apart.
+    """
+    bound = method.bind(architecture)
+    exchange = bool(np.any(np.greater(setup.gpus, 1)))
+    by_prices = type(bound).priced is not Method.priced
+    apart = architecture.recorded or setup.lengths is not None or exchange or by_prices
+    alike: dict[Any, list[int]] = {}
+    for i, on in enumerate(devices):
+        program = on.kind, of_card(setup, on.kind, _capability(on)), hosts.host_of(host, on)
+        alike.setdefault(i if apart else program, []).append(i)
+
+    def compute(places: list[int]) -> Compute[Prediction]:
+        some = tuple([devices[i] for i in places])
+        one = partial(predict_alike, on=some[0]) if apart else partial(_side_by_side, devices=some)
+        return partial(over_lengths, partial(one, architecture, by=hosts.host_of(host, some[0])))
+
+    found = over_devices([(places, compute(places)) for places in alike.values()], setup, bound)
+    return replace(found, device=", ".join(on.slug for on in devices), notes=[])
+
+
 def with_options(setup: Setup | None, options: dict[str, Any]) -> Setup:
     """A setup with some of its fields replaced."""
     if not options:
@@ -204,7 +231,7 @@ def with_options(setup: Setup | None, options: dict[str, Any]) -> Setup:
     for name in options:
         if name not in known:
             raise UserError(f"unknown setup option {name!r}: {nearest(name, known)}")
-    return replace(setup or Setup(), **options)
+    return Setup(**options) if setup is None else replace(setup, **options)
 
 
 def predict_alike(
@@ -212,21 +239,44 @@ def predict_alike(
     shared: Shared | None = None, steps: Steps | None = None,
 ) -> Prediction:  # fmt: skip
     """Predict a step whose micro-batches are all of one shape, that of the setup."""
-    if setup.fp8 != "none" and on.hardware.fp8_flops is None:
-        raise UserError(f"fp8 {setup.fp8}: {on.slug} has no float8 peak in its datasheet (fp8_flops); leave fp8 out")
-    if setup.int8 != "none" and (on.hardware.int8_flops or 0) <= (on.hardware.bf16_flops or 0):
-        raise UserError(f"int8 {setup.int8}: {on.slug} has no int8 peak beyond bf16's in its datasheet; leave int8 out")
+    _check_eight_bits(setup, on)
     shared = None if grid_shape(setup, method) else shared
     if np.any(np.greater(setup.gpus, 1)):
         from .placed import placed  # few ask for several
 
         on = replace(on, network=placed(setup, on))
     asked, method = method, method.priced(lambda parts: part_costs.seconds_of(parts, on, by))
-    capability = on.compute_capability or "8.0"
+    capability = _capability(on)
     if shared is not None or method is not asked or architecture.recorded:
         # what a search shares, a program that depends on the prices of the device, one that is kept elsewhere
         return of_step(record.build(architecture, method, setup, on.kind, capability, shared=shared), on, by, shared)
     return of_known((steps or REMEMBERED).find(Asked(architecture, method, setup, on.kind, capability)), on, by)
+
+
+def _side_by_side(
+    architecture: Architecture, setup: Setup, method: Method, *, devices: Devices, by: Host
+) -> Prediction:
+    """The same on each of several devices that run the same program, one GPU each; without what is said of one."""
+    for on in devices:
+        _check_eight_bits(setup, on)
+    first = devices[0]
+    known = REMEMBERED.find(Asked(architecture, method, setup, first.kind, _capability(first)))
+    devices = tuple([on.under(known.work.setup.stack) for on in devices])
+    durations = [on_each(of_part) for of_part in zip(*[known.durations(on) for on in devices], strict=True)]
+    time = time_of(known.work, durations, devices, by, {})
+    return Prediction(device=first.slug, **_figures(known.work, time, devices))
+
+
+def _capability(on: DeviceProfile) -> str:
+    return on.compute_capability or "8.0"
+
+
+def _check_eight_bits(setup: Setup, on: DeviceProfile) -> None:
+    """Refuse products of 8 bits on a device that has no use for them."""
+    if setup.fp8 != "none" and on.hardware.fp8_flops is None:
+        raise UserError(f"fp8 {setup.fp8}: {on.slug} has no float8 peak in its datasheet (fp8_flops); leave fp8 out")
+    if setup.int8 != "none" and (on.hardware.int8_flops or 0) <= (on.hardware.bf16_flops or 0):
+        raise UserError(f"int8 {setup.int8}: {on.slug} has no int8 peak beyond bf16's in its datasheet; leave int8 out")
 
 
 def of_step(built: Step, on: DeviceProfile, by: Host, shared: Shared | None = None) -> Prediction:
@@ -252,31 +302,31 @@ def _answer(known: Known, durations: list[Seconds], on: DeviceProfile, by: Host,
     work = known.work
     exchange = exchange_of(known.step, durations, on, by) if known.step is not None else None
     time = time_of(work, durations, on, by, clocks, exchange)
-    held, counted = work.memory, work.counted
-    flops, recomputed = counted["flops"]["total"], counted["recomputed"]["total"]
-    peak_dtype = max(work.dtypes, key=on.peak)
     return Prediction(
-        model=work.architecture.name,
         device=on.slug,
-        method=work.method.spec(),
-        setup=work.setup,
-        total_params=work.total,
-        trainable_params=work.trainable,
-        active_params=work.active,
-        flops={**counted["flops"]},  # what is kept is nobody's to change
-        bytes={**counted["bytes"]},
-        kernels={**counted["kernels"]},
-        dispatches={**counted["dispatches"]},
-        time=time,
-        memory=held,
-        fits=memory.fits(held.peak, on.hardware.memory_bytes, work.device),
-        mfu=(flops - recomputed) / on.peak(peak_dtype) / time.phases["total"],
-        peak_dtype=peak_dtype,
+        **_figures(work, time, on),
+        peak_dtype=max(work.dtypes, key=on.peak),
         notes=notes_on(work, on, time.components, time.phases["total"]),
         periodic=[_periodic(ops, on, by) for ops in work.periodic],
         choices=[{**choice} for choice in work.choices],
         recorded=StepOnDemand(known, durations),
     )
+
+
+def _figures(work: StepWork, time: Time, on: DeviceProfile | Devices) -> dict[str, Any]:
+    """The fields of a prediction that hold its figures, and what they are of."""
+    held, counted = work.memory, work.counted
+    flops, recomputed = counted["flops"]["total"], counted["recomputed"]["total"]
+    capacity = of_each(on, lambda device: device.hardware.memory_bytes)
+    peak = of_each(on, lambda device: max(map(device.peak, work.dtypes)))
+    return {
+        "model": work.architecture.name, "method": work.method.spec(), "setup": work.setup,
+        "total_params": work.total, "trainable_params": work.trainable, "active_params": work.active,
+        # what is kept is nobody's to change
+        **{name: {**counted[name]} for name in ("flops", "bytes", "kernels", "dispatches")},
+        "time": time, "memory": held, "fits": memory.fits(held.peak, capacity, work.device),
+        "mfu": (flops - recomputed) / peak / time.phases["total"],
+    }  # fmt: skip
 
 
 def _periodic(ops: PeriodicOps, on: DeviceProfile, by: Host) -> PeriodicCost:

@@ -140,7 +140,7 @@ class DeviceCalls(NamedTuple):
     def durations(self, on: DeviceProfile) -> list[Seconds]:
         """The device seconds of every part's ops."""
         seconds = price.from_tables(self.sheets, self.places, on)[self.order]
-        return [Seconds(seconds[rows], seconds[rows]) for rows in self.bounds]
+        return [Seconds(part, part) for part in map(seconds.__getitem__, self.bounds)]
 
 
 class Known(NamedTuple):

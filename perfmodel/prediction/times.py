@@ -15,6 +15,7 @@ from ..values import immutable
 from . import communication, intervals, part_costs, timeline
 from .communication import Communication, composed
 from .contention import Seconds
+from .intervals import Devices
 from .work import Phases, StepWork
 
 Exchange = Callable[[list[timeline.Clocks], Phases], Communication]  # of the clocks of parts, and the phases they make
@@ -73,12 +74,12 @@ def exchange_of(built: Step, durations: Sequence[Seconds], on: DeviceProfile, by
 def time_of(
     work: StepWork,
     durations: Sequence[Seconds],
-    on: DeviceProfile,
+    on: DeviceProfile | Devices,
     by: Host,
     known: dict[Part, Any],
     exchange: Exchange | None = None,
 ) -> Time:
-    """The time of a step whose parts' ops take `durations`.
+    """The time of a step whose parts' ops take `durations`, on one device or on several side by side.
 
     Args:
         known: clocks of parts that are known already.
@@ -92,11 +93,11 @@ def time_of(
     for part, of_part, seconds, times in zip(parts, work.parts, durations, work.repeats, strict=True):
         found = known.get(part)
         if found is None:
-            found = known[part] = part_costs.clocks(of_part, seconds, on, by, graphs=graphs)
+            found = known[part] = part_costs.clocks(of_part, seconds, work.device, by, graphs=graphs)
         for name, busy in found[1].items():
             components[name] = components.get(name, 0.0) + busy * times
         matrices.append(found[0])
-    start = timeline.launched(by.graph_launch) if graphs and on.kind == "cuda" else timeline.IDENTITY
+    start = timeline.launched(by.graph_launch) if graphs and work.device == "cuda" else timeline.IDENTITY
     phases = composed(work.groups, matrices, start)
     total = phases["total"]
     exchanged = exchange(matrices, phases) if exchange is not None else communication.ALONE

@@ -7,6 +7,7 @@ the memory of a large sweep bounded; within a block everything is one vectorised
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from ..devices.profile import DeviceProfile
 from ..errors import UserError
 from ..methods import Method
 from ..prediction import intervals
-from ..prediction.predict import Model, Prediction, architecture_of, method_of, predict, with_options
+from ..prediction.intervals import Devices
+from ..prediction.predict import Model, Prediction, architecture_of, method_of, predict_on_each, with_options
 from ..prediction.times import Time
 from ..setup import Setup, positive
 from ..shown import Shown, frame
@@ -62,14 +64,9 @@ class Sweep(Shown):
         Raises:
             UserError: a setup that a model or method refuses.
         """
-        for device, gpus in self._places():
-            bases: dict[int, Time] = {}
-            for entry in self._entries():
-                for start in self._starts():
-                    base = None if entry[0] is self.methods[0] else bases[start]
-                    columns, time = self._points(device, gpus, start).block(entry, base)
-                    bases.setdefault(start, time)
-                    yield columns
+        for devices, gpus in self._together():
+            made = self._blocks(devices, gpus)  # of several devices all fit into one
+            yield from chain.from_iterable(zip(*made, strict=True) if len(devices) > 1 else made)
 
     def parts(self) -> Iterator[Callable[[], list[Columns]]]:
         """The sweep in parts, functions that make some blocks each, in any process; `order` says which comes when."""
@@ -77,7 +74,7 @@ class Sweep(Shown):
         for device, gpus in self._places():
             for group in groups:
                 for start in self._starts():
-                    yield partial(self._points(device, gpus, start).blocks, groups[0][0], group)
+                    yield partial(self._points((device,), gpus, start).blocks, groups[0][0], group)
 
     def order(self) -> Iterator[tuple[int, int]]:
         """(number of a part, number of a block in it) of each block, in the order of `blocks`."""
@@ -120,6 +117,23 @@ class Sweep(Shown):
     def _places(self) -> list[tuple[DeviceProfile, int]]:
         return [(device, gpus) for device in self.devices for gpus in self.gpus.tolist()]
 
+    def _together(self) -> Iterator[tuple[Devices, int]]:
+        """The same, as many devices at once as have their rows in one block."""
+        some = max(1, BLOCK // sum(map(self._rows, self.methods))) if len(self.gpus) == 1 else 1
+        for i in range(0, len(self.devices), some):
+            for gpus in self.gpus.tolist():
+                yield self.devices[i : i + some], gpus
+
+    def _blocks(self, devices: Devices, gpus: int) -> Iterator[list[Columns]]:
+        """The blocks of some devices, one a device."""
+        bases: dict[int, Time] = {}
+        for entry in self._entries():
+            for start in self._starts():
+                base = None if entry[0] is self.methods[0] else bases[start]
+                columns, time = self._points(devices, gpus, start).block(entry, base)
+                bases.setdefault(start, time)
+                yield columns
+
     def _starts(self) -> range:
         """The first of the points of the plane of batch and sequence that are predicted together."""
         return range(0, len(self.batch) * len(self.seq), BLOCK)
@@ -138,10 +152,10 @@ class Sweep(Shown):
         entries = self._entries()
         return [entries[i : i + TOGETHER] for i in range(0, len(entries), TOGETHER)]
 
-    def _points(self, device: DeviceProfile, gpus: int, start: int) -> "SweptPoints":
+    def _points(self, devices: Devices, gpus: int, start: int) -> "SweptPoints":
         points = np.arange(start, min(start + BLOCK, len(self.batch) * len(self.seq)))
         batch, seq = self.batch[points // len(self.seq)], self.seq[points % len(self.seq)]
-        return SweptPoints(self.model, self.architecture, device, self.setup, self.host, batch, seq, gpus)
+        return SweptPoints(self.model, self.architecture, devices, self.setup, self.host, batch, seq, gpus)
 
     @property
     def architecture(self) -> Any:
@@ -151,7 +165,7 @@ class Sweep(Shown):
 
 @immutable
 class SweptPoints:
-    """Points of the plane of batch and sequence on one device: what is predicted together.
+    """Points of the plane of batch and sequence on some devices: what is predicted together.
 
     Attributes:
         batch, seq: of each point.
@@ -159,7 +173,7 @@ class SweptPoints:
 
     model: str
     architecture: Architecture
-    device: DeviceProfile
+    devices: Devices
     setup: Setup
     host: str | Host
     batch: np.ndarray
@@ -169,12 +183,12 @@ class SweptPoints:
     def blocks(self, baseline: Entry, entries: Sequence[Entry]) -> list[Columns]:
         """The rows of some entries, against a baseline that may be the first of them."""
         columns, base = self.block(baseline, None)
-        first = [columns] if entries[0] is baseline else []
-        others = [self.block(e, None if e[0] is baseline[0] else base)[0] for e in entries[len(first) :]]
-        return first + others
+        found = [columns] if entries[0] is baseline else []
+        found += [self.block(e, None if e[0] is baseline[0] else base)[0] for e in entries[len(found) :]]
+        return list(chain.from_iterable(found))
 
-    def block(self, entry: Entry, base: Time | None) -> tuple[Columns, Time]:
-        """The rows of an entry, and their times.
+    def block(self, entry: Entry, base: Time | None) -> tuple[list[Columns], Time]:
+        """The rows of an entry, one block a device, and their times, shape (devices, rows).
 
         Args:
             base: of the baseline, at its first rank; None for the baseline itself.
@@ -184,20 +198,23 @@ class SweptPoints:
         batch, seq, r, rows = self.batch[here], self.seq[here], np.repeat(ranks, len(self.batch)), len(here)
         swept = with_rank(method, r) if len(ranks) else method
         setup = replace(self.setup, batch=batch, seq=seq, gpus=self.gpus)
-        p = predict(self.architecture, swept, setup, self.device, host=self.host)
-        columns: Columns = {
-            "model": np.full(rows, self.model),
-            "device": np.full(rows, self.device.slug),
-            "method": _labels(method, r) if len(ranks) else np.full(rows, method.spec()),
+        p = predict_on_each(self.architecture, swept, setup, self.devices, self.host)
+        alike: Columns = {
             "gpus": np.full(rows, self.gpus),
             "batch": batch,
             "seq": seq,
             "rank": r if len(ranks) else np.full(rows, getattr(method, "r", 0) or 0),
-            **_figures(p, rows),
         }
-        ratio, low, high = _speed_up(base, here, p.time, self.device, rows)
+        words = np.full(rows, self.model), _labels(method, r) if len(ranks) else np.full(rows, method.spec())
+        ratio, low, high = _speed_up(base, here, p.time, self.devices)
         compared = {"speedup": ratio, "speedup_low": low, "speedup_high": high, "verdict": verdict(ratio)}
-        return {**columns, **compared}, p.time
+        figures = {name: np.broadcast_to(x, ratio.shape) for name, x in {**_figures(p), **compared}.items()}
+        columns: list[Columns] = [
+            {"model": words[0], "device": np.full(rows, on.slug), "method": words[1], **alike}
+            | {name: x[i] for name, x in figures.items()}
+            for i, on in enumerate(self.devices)
+        ]
+        return columns, p.time
 
 
 def sweep(
@@ -282,8 +299,8 @@ def _labels(method: Method, ranks: np.ndarray) -> np.ndarray:
     return np.array([with_rank(method, int(v)).spec() for v in values])[index]
 
 
-def _figures(p: Prediction, rows: int) -> Columns:
-    """The figures of a prediction, one a row."""
+def _figures(p: Prediction) -> Columns:
+    """The figures of a prediction, for the columns that hold them."""
     t, m = p.time, p.memory
     figures = {
         "step_s": t.phases["total"], "step_low_s": t.low, "step_high_s": t.high, "forward_s": t.phases["forward"],
@@ -293,16 +310,15 @@ def _figures(p: Prediction, rows: int) -> Columns:
         "flops": p.flops["total"], "bytes": p.bytes["total"], "kernels": p.kernels["total"], "peak_bytes": m.peak,
         "fits": p.fits, "trainable_params": p.trainable_params,
     }  # fmt: skip
-    figures |= {"padding_share": p.padding} if p.setup.lengths else {}
-    return {name: np.broadcast_to(np.asarray(value), (rows,)) for name, value in figures.items()}
+    return {**figures, "padding_share": p.padding} if p.setup.lengths else figures
 
 
-def _speed_up(base: Time | None, here: np.ndarray, time: Time, on: DeviceProfile, rows: int) -> tuple[Any, Any, Any]:
-    """Baseline time over this one, with its interval; 1 for the baseline itself."""
+def _speed_up(base: Time | None, here: np.ndarray, time: Time, on: Devices) -> tuple[Any, Any, Any]:
+    """Baseline time over this one, with its interval, each (devices, rows); 1 for the baseline itself."""
     if base is None:
-        return (np.ones(rows),) * 3
-    total = base.phases["total"][here]
-    components = {name: np.broadcast_to(s, base.phases["total"].shape)[here] for name, s in base.components.items()}
+        return (np.ones(time.phases["total"].shape),) * 3
+    total = base.phases["total"][:, here]
+    components = {name: seconds[:, here] for name, seconds in base.components.items()}
     ratio = total / time.phases["total"]
     spread = intervals.ratio_sigma(components, total, time.components, time.phases["total"], on)
     return ratio, *intervals.interval_bounds(ratio, spread)

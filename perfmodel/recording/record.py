@@ -25,13 +25,7 @@ from ..tape.tensor import Flow, Parameter, Tensor
 from . import reuse as sharing
 from . import zero
 from .checks import check_step
-from .parallel.ddp import Replicated
 from .parallel.form import ParallelForm, check_form
-from .parallel.fsdp1 import FlatShard
-from .parallel.fsdp2 import FullyShard
-from .parallel.units import Survey
-from .parallel.zero import CutStates
-from .parallel.zero3 import CutWeights
 from .reuse import MicroBatches, Shared
 from .step import Step
 
@@ -100,20 +94,25 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
     check_form(step.setup, step.method)
     if decide(step.setup.replicas == 1):
         return None
+    from .parallel import ddp, fsdp1, fsdp2, units, zero3  # few ask for several
+    from .parallel import zero as stages
+
     ranks, setup = Ranks(step.setup.replicas, step.setup.tp), running(step)
     if setup[0].parallel == "ddp":
-        return Replicated(ranks)
+        return ddp.Replicated(ranks)
     if setup[0].parallel in STAGES:
-        return CutStates(ranks, STAGES[setup[0].parallel], zero.bucket(step), step.architecture.registers_late)
-    survey = Survey()
+        return stages.CutStates(ranks, STAGES[setup[0].parallel], zero.bucket(step), step.architecture.registers_late)
+    survey = units.Survey()
     with no_collector(), recording(Tape(step.device, capability, step.setup.stack, autocast=setup[0].amp)) as tape:
         tape.wrapping = survey
         tape.begin("inputs", "forward")
         step.parameters = _forward(step, *setup, {})[0]
-    units = survey.units(step.parameters, ranks.size, step.setup, tied=step.architecture.tied, flat=step.zero)
+    cut = survey.units(step.parameters, ranks.size, step.setup, tied=step.architecture.tied, flat=step.zero)
     if step.zero:
-        return CutWeights(units, ranks, step.architecture.hidden, step.setup.checkpoint)
-    return FlatShard(units, ranks) if step.setup.parallel == "fsdp1" else FullyShard(units, ranks, step.setup.amp)
+        return zero3.CutWeights(cut, ranks, step.architecture.hidden, step.setup.checkpoint)
+    if step.setup.parallel == "fsdp1":
+        return fsdp1.FlatShard(cut, ranks)
+    return fsdp2.FullyShard(cut, ranks, step.setup.amp)
 
 
 def _trained_for(architecture: Architecture, method: Method, setup: Setup) -> tuple[Architecture, Method]:
@@ -340,15 +339,15 @@ def record_update(step: Step, tape: Tape, inner: optimizers.Update | None = None
         inner: the update that was recorded inside backward.
     """
     with tape.no_grad():
-        if inner is not None:
-            update = inner
-        elif isinstance(step.form, CutStates | CutWeights):
-            update = step.form.own_update(step.parameters, step.optimizer, clips=step.setup.clip_grad)
+        form, clips = step.form, step.setup.clip_grad
+        own = inner if form is None else form.own_update(step.parameters, step.optimizer, clips=clips)
+        if own is not None:
+            update = own
         elif step.zero:
             update = zero.record_zero_update(step, step.optimizer)
         else:
-            if step.setup.clip_grad and objectives.found(step.setup.objective).clips:
-                across = step.form.ranks if step.form is not None and step.form.shares_norm else None
+            if clips and objectives.found(step.setup.objective).clips:
+                across = form.ranks if form is not None and form.shares_norm else None
                 part = tape.begin("clip", "optimizer")
                 optimizers.clip_grad_norm(part, optimizers.trainable(step.parameters), across)
             update = optimizers.Update(tape, step.optimizer, step.parameters, step.head)

@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,6 +75,33 @@ def test_block_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
             np.testing.assert_allclose(pieces[name], whole[name], rtol=1e-12)
         else:
             np.testing.assert_array_equal(pieces[name], whole[name])
+
+
+@pytest.mark.parametrize(
+    ("methods", "options"),
+    [
+        (("full", "dora"), {"batch": (1, 2), "seq": (64, 96)}),
+        (("lora", "qlora"), {"batch": 1, "seq": 64}),
+        (("full", "lora"), {"cuda_graphs": True, "batch": 3, "dtype": "fp16"}),
+        (("full", "runlora"), {"batch": (1, 2)}),
+        (("full", "lora"), {"optimizer": "paged-adamw-8bit", "seq": (32, 64)}),
+        (("full", "lora"), {"lengths": "50:120", "batch": (1, 2)}),
+        (("full", "lora"), {"gpus": 2}),
+        (("full", "lora"), {"gpus": (1, 2)}),
+    ],
+)  # fmt: skip
+def test_a_device_has_the_same_rows_beside_others_as_alone(methods: tuple[str, ...], options: dict[str, Any]) -> None:
+    """Devices that run one program are answered together, a worker answers for one: their rows are the same to the last
+    bit, whatever is shared and whatever keeps devices apart."""
+    several = not np.any(np.greater(options.get("gpus", 1), 1))
+    gpus = ["l40s", "t4", "h100-sxm", "l4", "a100-80gb-sxm"]
+    grid = sweep(MODEL, methods, device=[*gpus, *(["cpu-epyc-genoa-2c"] if several else [])], **options)
+    parts = [part() for part in grid.parts()]
+    for columns, (part, block) in zip(grid.blocks(), grid.order(), strict=True):
+        alone = parts[part][block]
+        assert {name: (x.dtype, x.tolist()) for name, x in columns.items()} == {
+            name: (x.dtype, x.tolist()) for name, x in alone.items()
+        }
 
 
 def test_k_and_rank_are_axes_of_the_methods_that_have_them() -> None:

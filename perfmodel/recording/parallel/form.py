@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from ...errors import UserError
 from ...methods.parts.base import Method
+from ...optimizers import Update
 from ...program.dims import Dim
 from ...program.ranks import Ranks
 from ...setup import Setup
@@ -50,6 +51,9 @@ class ParallelForm(Protocol):
     def end_of_backward(self) -> None:
         """Behind the last gradient."""
 
+    def own_update(self, parameters: list[Parameter], optimizer: str, *, clips: bool) -> Update | None:
+        """Clipping and the update of a form that brings its own; None where the method's runs."""
+
     def updated(self, parameters: list[Parameter]) -> list[Parameter]:
         """What a rank holds of the model's parameters, with the gradients that its optimizer works on."""
 
@@ -63,6 +67,10 @@ class OfBlocks:
     def module(self, path: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Its parameters are there."""
         return run(x)
+
+    def own_update(self, parameters: list[Parameter], optimizer: str, *, clips: bool) -> Update | None:
+        """The method's on what a rank holds."""
+        return None
 
 
 class WholeUnits(OfBlocks):
