@@ -12,17 +12,20 @@ import perfmodel
 from perfmodel.cli import main
 from perfmodel.program.dims import remembered
 from perfmodel.program.op import Op
+from perfmodel.recording.reuse import recalled
 from perfmodel.tape.tensor import Tensor
+from perfmodel.values import once
 
 HOME = Path(perfmodel.__file__).resolve().parent
 RANK = 48  # no other dim of the model is that
-HANDS_ON = remembered(len).__code__  # what remembers a pure function's answers is no station of its own
+# What remembers answers is no station of its own
+HANDS_ON = {of.__code__ for of in (remembered(len), recalled, once.__get__)}
 QUESTION = ["predict", "--model", "llama-3.2-1b", "--device", "l40s", "--batch", "2", "--seq", "64"]
 
 
 def room(code: CodeType) -> str:
     """The room that a function stands in; empty outside of the house and for its face."""
-    if code is HANDS_ON:
+    if code in HANDS_ON:
         return ""
     path = Path(code.co_filename)
     parts = path.relative_to(HOME).with_suffix("").parts if path.is_relative_to(HOME) else ("__init__",)
