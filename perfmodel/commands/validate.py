@@ -196,12 +196,17 @@ def power(as_json: bool) -> None:
     help="With --records: the host file.",
 )
 @click.option("--dry-run", is_flag=True, help="Fit and report, but write no file.")
+@workers_option
+@dask_option
 @json_option
 def fit(
     kernels: Path | None, records: Path | None, collectives: Path | None, leave_one_device_out: bool, grouped: bool,
-    residual: bool, device: str | None, host: str | None, output: Path, dry_run: bool, as_json: bool,
+    residual: bool, device: str | None, host: str | None, output: Path, dry_run: bool, workers: int, dask: str | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Fit device profiles to kernels, nodes to collectives, or host costs to steps.
+
+    With --kernels the fits of products are shared out among --workers, or those of a cluster that read the same folder.
 
     Errors are on what was left out of the fit. Host costs whose errors exceed 50 % are not written; the exit code is 1.
     """
@@ -213,6 +218,8 @@ def fit(
             from validate.fitting.collectives.show import show_links
         elif records is None:
             from validate.fitting.show import show_fit
+
+            from ..partitions import Workers
         else:
             from validate.calibration.show_refit import show_refit
     if collectives is not None:
@@ -220,7 +227,7 @@ def fit(
     elif records is None:
         part = "grouped" if grouped else "residual" if residual else ""
         how = {"leave_one_device_out": leave_one_device_out, "write": not dry_run, "as_json": as_json}
-        show_fit(kernels, part=part, **how)
+        show_fit(kernels, part=part, workers=Workers(workers, dask), **how)
     elif not show_refit(records, device=device, host=host, output=None if dry_run else output, as_json=as_json):
         sys.exit(1)
 

@@ -5,10 +5,9 @@ fixed third of its rows that the fit never saw; class defaults by leaving out on
 """
 
 from collections.abc import Callable
-from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
-from multiprocessing import get_context
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from perfmodel.devices.pointwise import PointwiseParameters
 from perfmodel.devices.profile import BLOCKS, CLASSES, CUDNN_ATTENTION, DEVICES, GROUPED
 from perfmodel.devices.residual import FOLDER as RESIDUALS
 from perfmodel.errors import UserError
+from perfmodel.partitions import Workers, answered
 
 from . import attention, gemm, grouped, layouts, pointwise, residual, sgemm, squares
 from .judging import Fit, FitErrors, file, hardware
@@ -28,6 +28,7 @@ from .write import write_blocks, write_last, write_residual
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what comes next or was done
 Row = dict[str, Any]
+ALONE = Workers()
 
 FITTED = (*BLOCKS[:3], CUDNN_ATTENTION, *BLOCKS[3:], GROUPED)
 # (dtype, device, like device): both measured.
@@ -79,13 +80,16 @@ class _Fitted:
     residuals: dict[str, residual.Learned] = field(default_factory=dict)  # of 16-bit products, by device
 
 
-def fit_kernels(folder: str | PathLike[str], progress: Progress | None = None, *, write: bool) -> list[Row]:
+def fit_kernels(
+    folder: str | PathLike[str], progress: Progress | None = None, *, write: bool, workers: Workers = ALONE
+) -> list[Row]:
     """Fit every block that the measurements cover, and return the table of errors.
 
     Args:
         folder: holds the published measurements.
         progress: called as progress(steps done, steps in all, label).
         write: put the parameters into data/devices/*.toml.
+        workers: who fits products; they read the same folder.
 
     Returns:
         One row a block, device and slice: block, device, slice, rows, mean, median, p90, roofline_mean; in that of all
@@ -94,7 +98,7 @@ def fit_kernels(folder: str | PathLike[str], progress: Progress | None = None, *
     Raises:
         UserError: the folder or a file in it is missing.
     """
-    fitted = _fit_all(_folder(folder), progress)
+    fitted = _fit_all(_folder(folder), progress, workers)
     if write:
         today = date.today().isoformat()
         for slug in profile.names():
@@ -128,9 +132,11 @@ def fit_residuals(folder: str | PathLike[str], progress: Progress | None = None,
     return _table(fitted, set(profile.names()))
 
 
-def leave_one_device_out(folder: str | PathLike[str], progress: Progress | None = None) -> list[Row]:
+def leave_one_device_out(
+    folder: str | PathLike[str], progress: Progress | None = None, *, workers: Workers = ALONE
+) -> list[Row]:
     """Each device priced from its datasheet and the other devices' measurements; writes nothing."""
-    rows = fit_kernels(folder, progress=progress, write=False)
+    rows = fit_kernels(folder, progress=progress, write=False, workers=workers)
     return [r for r in rows if r["slice"] == "device left out"]
 
 
@@ -141,13 +147,12 @@ def _folder(folder: str | PathLike[str]) -> Path:
     return path
 
 
-def _fit_all(folder: Path, progress: Progress | None) -> _Fitted:
+def _fit_all(folder: Path, progress: Progress | None, workers: Workers) -> _Fitted:
     for name in (*gemm.BF16_FILES.values(), sgemm.FILE, grouped.FILE):
         file(folder, name)
     steps = _Steps(progress, 2 * len(GEMMS) + len(gemm.BF16_FILES) + len(GEMM_CLASSES) + 1 + 10 + len(grouped.ROWS_OF))
     fitted = _Fitted()
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # fits of GEMMs do not need each other
-        _gemms(pool, folder, fitted, steps)
+    _gemms(folder, fitted, steps, workers)
     _gemm_pairs(folder, fitted)
     _layouts(folder, fitted)
     _fp32_in_steps(fitted)
@@ -163,20 +168,24 @@ def _fit_all(folder: Path, progress: Progress | None) -> _Fitted:
     return fitted
 
 
-def _gemms(pool: Executor, folder: Path, fitted: _Fitted, steps: _Steps) -> None:
-    """Each device by itself, each left out, and the classes."""
-    own = {key: pool.submit(gemm.fit_device, folder, key[1], key[0]) for key in GEMMS}
-    left_out = {key: pool.submit(gemm.leave_out, folder, key[1], key[0]) for key in GEMMS}
-    classes = {key: pool.submit(gemm.fit_class, folder, *value) for key, value in GEMM_CLASSES.items()}
-    for (dtype, slug), job in own.items():
-        fitted.devices[f"gemm.{dtype}"][slug] = job.result()
-        steps(f"GEMM {dtype} {slug}")
-    for (dtype, slug), job_left in left_out.items():
-        fitted.left_out[f"gemm.{dtype}"][slug] = job_left.result()
-        steps(f"GEMM {dtype}, {slug} left out")
-    for (dtype, name), job_class in classes.items():
-        fitted.classes[f"gemm.{dtype}"][name] = _gemm_class(fitted, *GEMM_CLASSES[dtype, name][:2], *job_class.result())
-        steps(f"GEMM {dtype}, class {name}")
+def _gemms(folder: Path, fitted: _Fitted, steps: _Steps, workers: Workers) -> None:
+    """Each device by itself, each left out, and the classes: none of them needs another."""
+    jobs: dict[tuple[str, str, str], Callable[[], Any]] = {}
+    for dtype, slug in GEMMS:
+        jobs["device", dtype, slug] = partial(gemm.fit_device, folder, slug, dtype)
+        jobs["left out", dtype, slug] = partial(gemm.leave_out, folder, slug, dtype)
+    for (dtype, name), value in GEMM_CLASSES.items():
+        jobs["class", dtype, name] = partial(gemm.fit_class, folder, *value)
+    keys, found = list(jobs), {}
+    for number, answer in answered(enumerate(jobs.values()), workers):
+        found[keys[number]] = answer
+        steps("GEMM {1} {2}, {0}".format(*keys[number]))
+    for dtype, slug in GEMMS:
+        fitted.devices[f"gemm.{dtype}"][slug] = found["device", dtype, slug]
+        fitted.left_out[f"gemm.{dtype}"][slug] = found["left out", dtype, slug]
+    for dtype, name in GEMM_CLASSES:
+        of_class = _gemm_class(fitted, *GEMM_CLASSES[dtype, name][:2], *found["class", dtype, name])
+        fitted.classes[f"gemm.{dtype}"][name] = of_class
     _mma_sync(folder, fitted)
     _derived_classes(fitted)
 

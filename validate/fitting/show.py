@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from perfmodel import units
+from perfmodel.partitions import Workers
 from perfmodel.report.plain import paragraph, print_json, show, table
 from perfmodel.report.progress import progress
 
@@ -11,10 +12,15 @@ from . import fit
 from .judging import Doubts
 
 
-def show_fit(folder: Any, *, leave_one_device_out: bool, part: str = "", write: bool, as_json: bool) -> None:
+def show_fit(
+    folder: Any, *, leave_one_device_out: bool, part: str = "", write: bool, as_json: bool,
+    workers: Workers = fit.ALONE,
+) -> None:  # fmt: skip
     """Fit device profiles and print the errors on left-out rows, a plain roofline beside them.
 
-    `part` is what is fitted alone: "grouped" (products by expert), "residual" (of 16-bit products), or all.
+    Args:
+        part: what is fitted alone: "grouped" (products by expert), "residual" (of 16-bit products); all if empty.
+        workers: who fits products, where all is fitted.
     """
     with progress() as bar:
         task = bar.add_task("reading", total=None)
@@ -23,11 +29,11 @@ def show_fit(folder: Any, *, leave_one_device_out: bool, part: str = "", write: 
             bar.update(task, completed=done, total=total, description=label[:40])
 
         if leave_one_device_out:
-            rows = fit.leave_one_device_out(folder, tick)
+            rows = fit.leave_one_device_out(folder, tick, workers=workers)
         elif part:
             rows = {"grouped": fit.fit_grouped, "residual": fit.fit_residuals}[part](folder, tick, write=write)
         else:
-            rows = fit.fit_kernels(folder, progress=tick, write=write)
+            rows = fit.fit_kernels(folder, progress=tick, write=write, workers=workers)
     if as_json:
         print_json(rows)
         return
