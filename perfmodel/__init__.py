@@ -195,6 +195,7 @@ def plan(
     *,
     job: "Job | None" = None,
     global_batch: int | None = None,
+    gpus: int | Sequence[int] | None = None,
     price: Sequence[str] | Mapping[str, float] = (),
     price_kind: str = "on demand",
     deadline: float | None = None,
@@ -203,7 +204,7 @@ def plan(
     host: "str | Host" = "default",
     **options: Any,
 ) -> "Plan":
-    """Plan a whole job: its hours, dollars and energy on a GPU, or on every GPU that it fits on.
+    """Plan a whole job: its hours, dollars and energy on a GPU, on several, or on every GPU that it fits on.
 
     Where the setup does not fit, checkpointing and smaller micro-batches with more accumulation are tried, and QLoRA in
     the place of LoRA; each run says what was given up. Nothing is proposed that does not fit.
@@ -215,6 +216,7 @@ def plan(
             `tokens=2e8`, `epochs=3`, `eval_every=200`, ….
         global_batch: samples of an optimizer step: micro-batches of `batch` are accumulated to as many; where no batch
             is given, one takes them all if that fits.
+        gpus: of the job; of several numbers each is tried.
         price: dollars an hour and GPU, `["2.5"]` for all or `["h100-sxm=2.5"]` for one, or a mapping from slugs.
             Others are those of data/prices/ and of prices/ in $PERFMODEL_HOME.
         price_kind: on demand, spot or reserved.
@@ -235,8 +237,8 @@ def plan(
     from .questions.plan.planning import planner_of
 
     return planner_of(
-        model, methods, setup, device, job=job, global_batch=global_batch, price=price, price_kind=price_kind,
-        deadline=deadline, node_power=node_power, grid_co2=grid_co2, host=host, **options,
+        model, methods, setup, device, job=job, global_batch=global_batch, gpus=gpus, price=price,
+        price_kind=price_kind, deadline=deadline, node_power=node_power, grid_co2=grid_co2, host=host, **options,
     ).plan()  # fmt: skip
 
 

@@ -173,10 +173,11 @@ def _where(*, grid: bool, all_devices: bool = False) -> tuple[Decorator, ...]:
         *_sizes(size),
         click.option(
             "--gpus",
-            type=size,
+            type=GridAxis() if all_devices else size,
             default="1",
             show_default=True,
-            help="GPUs of the job (on a CPU: processes), all nodes together; each works on --batch samples.",
+            help="GPUs of the job (on a CPU: processes), all nodes together; each works on --batch samples."
+            + " A range (1-8*2) tries each number." * all_devices,
         ),
     )
 

@@ -1,12 +1,12 @@
 """`perfmodel plan`."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from ..errors import UserError
 from .given_config import answer_json
 from .options import Finite, Lists, methods_of, methods_option, model_of, plan_options, setup_of
 from .parted import partitions_asked
@@ -84,7 +84,10 @@ def plan(
     if options["model"] is None and asked != ["biggest_model"]:
         raise click.UsageError("Missing option '--model'.")
     about = {name: options.pop(name) for name in Job.__dataclass_fields__}
-    chosen, setup = methods_of(methods, options), setup_of(options)
+    counts = options.pop("gpus")
+    chosen, setup = methods_of(methods, options), setup_of({**options, "gpus": max(counts)})
+    if asked and len(counts) > 1:
+        raise UserError(f"{asked[0].replace('_', ' ')}: give one number of GPUs, not {len(counts)}")
     if asked:
         model = None if options["model"] is None else model_of(options)
         fitting = answers(asked, model, chosen, setup, options["device"] or None, options["host"])
@@ -94,12 +97,11 @@ def plan(
             show_answers(fitting)
         return
     job = Job(**about)
-    if global_batch and click.get_current_context().get_parameter_source("batch") is ParameterSource.DEFAULT:
-        setup, global_batch = replace(setup, batch=global_batch, grad_accum=1), None
+    micro = click.get_current_context().get_parameter_source("batch") is not ParameterSource.DEFAULT
     planner = planner_of(
-        model_of(options), chosen, setup, options["device"] or None, job=job, global_batch=global_batch, price=price,
-        price_kind="spot" if spot else "on demand", deadline=deadline, node_power=node_power, grid_co2=grid_co2,
-        host=options["host"],
+        model_of(options), chosen, setup, options["device"] or None, job=job, global_batch=global_batch, micro=micro,
+        gpus=counts, price=price, price_kind="spot" if spot else "on demand", deadline=deadline, node_power=node_power,
+        grid_co2=grid_co2, host=options["host"],
     )  # fmt: skip
     with partitions_asked(options, planner.question) as kept:
         found = planner.plan(None if kept is None else _outcomes(planner, kept))

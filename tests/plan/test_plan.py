@@ -137,7 +137,7 @@ def test_a_plan_finds_what_brute_force_finds(method: str, batch: int, memory: li
     found = plan(MODEL, method, setup, devices, job=job, price=price)
     assert {run.device: run.seconds for run in found.runs} == pytest.approx({d: s for d, (_, s) in expected.items()})
     assert all(run.prediction.fits for run in found.runs)
-    assert {d for d, _ in found.left_out} == set(names) - expected.keys()
+    assert {d for d, _, _ in found.left_out} == set(names) - expected.keys()
     for run in found.runs:
         assert run.prediction.setup.batch * run.prediction.setup.grad_accum == batch
     if expected:
@@ -155,8 +155,22 @@ def test_what_is_given_up_comes_in_stages() -> None:
     assert given_up["roomy"] == ()
     assert "micro-batches of" in given_up["tight"][0] or "checkpointing" in given_up["tight"][0]
     assert given_up["tiny"][0] == "QLoRA"
-    assert found.left_out.keys() == {("none", "lora:r=4")}
+    assert found.left_out.keys() == {("none", 1, "lora:r=4")}
     assert "left out of lora:r=4: none: needs 3." in " ".join(words.plan_notes(found))
+
+
+@pytest.mark.parametrize("global_batch", [None, 16])
+def test_several_numbers_of_gpus_are_planned_as_each_alone(global_batch: int | None) -> None:
+    """Whether eight GPUs for an hour are cheaper than one for a day is one question; each has the same global batch."""
+    asked: dict[str, Any] = {"device": ["l40s", "h100-sxm"], "samples": 1000, "seq": 128, "global_batch": global_batch}
+    together = plan(MODEL, ["full", "lora:r=4"], **asked, gpus=(1, 2, 8))
+    alone = [run for gpus in (1, 2, 8) for run in plan(MODEL, ["full", "lora:r=4"], **asked, gpus=gpus).runs]
+    assert sorted((run.where, run.method, run.seconds, run.dollars) for run in together.runs) == sorted(
+        (run.where, run.method, run.seconds, run.dollars) for run in alone
+    )
+    assert len(alone) == 12
+    sizes = [(run.prediction.setup, run.gpus) for run in together.runs]
+    assert {s.batch * s.grad_accum * gpus for s, gpus in sizes} == ({16} if global_batch else {1, 2, 8})
 
 
 def test_ties_unknown_prices_and_a_deadline_are_said() -> None:

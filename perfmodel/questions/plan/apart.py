@@ -6,6 +6,7 @@ found is predicted again where the plan is put together, so that nothing but wor
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from ...errors import UserError
 from ...methods import Method
 from ...partitions import Columns, Partitions
 from ...recording.record import no_collector
+from ...setup import Setup
 from .fitting import concessions
 from .planning import TOGETHER, Outcomes, Planner
 from .runs import PlannedRun
@@ -26,25 +28,29 @@ def outcomes(planner: Planner, kept: Partitions, told: Callable[[int], None]) ->
     kept.fill((partial(searched, planner, *search) for search in searches(planner)), told)
     found: Outcomes = {}
     with no_collector():
-        for number, (devices, method) in enumerate(searches(planner)):
+        for number, (setup, devices, method) in enumerate(searches(planner)):
             columns = kept.columns(number)
             for on, *row in zip(devices, columns["given_up"], columns["why"], columns["refused"], strict=True):
-                found[on.slug, method.spec()] = _outcome(planner, on, method, *row)
-    return {(on.slug, m.spec()): found[on.slug, m.spec()] for on in planner.devices for m in planner.methods}
+                found[on.slug, int(setup.gpus), method.spec()] = _outcome(planner, setup, on, method, *row)
+    places = product(planner.setups, planner.devices, planner.methods)
+    keys = [(on.slug, int(setup.gpus), method.spec()) for setup, on, method in places]
+    return {key: found[key] for key in keys}
 
 
-def searches(planner: Planner) -> list[tuple[tuple[DeviceProfile, ...], Method]]:
-    """Devices and method of each partition."""
+def searches(planner: Planner) -> list[tuple[Setup, tuple[DeviceProfile, ...], Method]]:
+    """Setup, devices and method of each partition."""
     starts = range(0, len(planner.devices), TOGETHER)
-    return [(planner.devices[start : start + TOGETHER], method) for method in planner.methods for start in starts]
+    each = product(planner.setups, planner.methods, starts)
+    return [(setup, planner.devices[start : start + TOGETHER], method) for setup, method, start in each]
 
 
-def searched(planner: Planner, devices: tuple[DeviceProfile, ...], method: Method) -> list[Columns]:
+def searched(planner: Planner, setup: Setup, devices: tuple[DeviceProfile, ...], method: Method) -> list[Columns]:
     """The rows of a partition."""
-    found = planner.outcomes(devices, [method])
+    found = planner.outcomes(setup, devices, [method])
     runs = [o if isinstance(o, PlannedRun) else None for o in found.values()]
     return [{
-        "device": np.array([device for device, _ in found]), "method": np.array([method for _, method in found]),
+        "device": np.array([device for device, _, _ in found]), "gpus": np.array([gpus for _, gpus, _ in found]),
+        "method": np.array([method for _, _, method in found]),
         "given_up": np.array([AND.join(run.given_up) if run else "" for run in runs]),
         "why": np.array(["" if isinstance(o, PlannedRun) else str(o) for o in found.values()]),
         "refused": np.array([isinstance(o, UserError) for o in found.values()]),
@@ -52,10 +58,10 @@ def searched(planner: Planner, devices: tuple[DeviceProfile, ...], method: Metho
 
 
 def _outcome(
-    planner: Planner, on: DeviceProfile, method: Method, given_up: str, why: str, refused: bool
+    planner: Planner, setup: Setup, on: DeviceProfile, method: Method, given_up: str, why: str, refused: bool
 ) -> PlannedRun | UserError | str:
     if why:
         return UserError(why) if refused else str(why)
-    tried = (concession for stage in concessions(planner.setup, method) for concession in stage)
+    tried = (concession for stage in concessions(setup, method) for concession in stage)
     chosen = next(concession for concession in tried if AND.join(concession.given_up) == given_up)
     return planner.run(on, method, chosen, planner.fitting.predicted(chosen, on))

@@ -2,9 +2,10 @@
 or cheapest before a deadline."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from ... import units
@@ -25,7 +26,8 @@ from .prices import KINDS, known_prices, price_of, typed_prices
 from .runs import HOUR, PlannedRun, planned_run, seconds_of_job
 
 Devices = str | DeviceProfile | Device | Sequence[str | DeviceProfile | Device]
-Outcomes = dict[tuple[str, str], PlannedRun | UserError | str]  # (device, method) -> its run, or why there is none
+Key = tuple[str, int, str]  # device, number of GPUs, method
+Outcomes = dict[Key, PlannedRun | UserError | str]  # the run, or why there is none
 TOGETHER = 16  # devices of a partition: a step is recorded once for all of them
 TIE = 0.02  # of dollars or hours: what is closer than this is the same
 TYPED = ("batch", "grad_accum")  # options that fix the micro-batch beside a global batch
@@ -39,8 +41,9 @@ class Plan:
         model: its name.
         methods: their specs, as they were asked for.
         job: what is trained.
-        runs: one for each device and method that fits, by dollars; what has no price comes last, by hours.
-        left_out: (device, method) -> why it is none of the runs.
+        runs: one for each device, number of GPUs and method that fits, by dollars; what has no price comes last, by
+            hours.
+        left_out: device, number of GPUs, method -> why it is none of the runs.
         deadline: hours, None for none.
         grid_co2: g of CO2 for a kWh, None if it was not given.
         today: that prices are as old as.
@@ -50,7 +53,7 @@ class Plan:
     methods: tuple[str, ...]
     job: Job
     runs: list[PlannedRun]
-    left_out: dict[tuple[str, str], str]
+    left_out: dict[Key, str]
     deadline: float | None
     grid_co2: float | None
     today: date
@@ -85,8 +88,8 @@ class Plan:
         """The JSON of `plan` (SI units, bytes, USD)."""
         as_dict = partial(PlannedRun.as_dict, today=self.today, grid_co2=self.grid_co2)
 
-        def named(runs: list[PlannedRun]) -> list[dict[str, str]]:
-            return [{"device": run.device, "method": run.method} for run in runs]
+        def named(runs: list[PlannedRun]) -> list[dict[str, Any]]:
+            return [{"device": run.device, "gpus": run.gpus, "method": run.method} for run in runs]
 
         work = self.runs[0].work if self.runs else None
         return {
@@ -101,7 +104,9 @@ class Plan:
             "deadline_h": self.deadline,
             "cheapest": named(self.cheapest()), "fastest": named(self.fastest()), "in_time": named(self.in_time()),
             "runs": [as_dict(run) for run in self.runs],
-            "left_out": [{"device": d, "method": m, "why": why} for (d, m), why in self.left_out.items()],
+            "left_out": [
+                {"device": d, "gpus": n, "method": m, "why": why} for (d, n, m), why in self.left_out.items()
+            ],
             "no_price": self.unpriced,
         }  # fmt: skip
 
@@ -129,6 +134,8 @@ def planner_of(
     *,
     job: Job | None = None,
     global_batch: int | None = None,
+    micro: bool | None = None,
+    gpus: int | Sequence[int] | None = None,
     price: Sequence[str] | Mapping[str, float] = (),
     price_kind: str = KINDS[0],
     deadline: float | None = None,
@@ -138,24 +145,34 @@ def planner_of(
     host: str | Host = "default",
     **options: Any,
 ) -> "Planner":
-    """What plans a job; `perfmodel.plan` says what it takes and raises."""
+    """What plans a job; `perfmodel.plan` says what it takes and raises.
+
+    Args:
+        micro: whether the setup's micro-batch stays where a global batch is given; None: where it is typed.
+    """
     about = {name: options.pop(name) for name in Job.__dataclass_fields__ if name in options}
     if about and job is not None:
         raise UserError(f"give a job, or {', '.join(about)} to make one: not both")
     job = job or Job(**about)
     _check(deadline=deadline, node_power=node_power, grid_co2=grid_co2)
-    micro = setup is not None or any(name in options for name in TYPED)
-    setup = jobs.with_global_batch(with_options(setup, options), global_batch, micro=micro)
-    jobs.check_single(setup)
+    if micro is None:
+        micro = setup is not None or any(name in options for name in TYPED)
+    asked = with_options(setup, options)
+    counts = [asked.gpus] if gpus is None else [gpus] if isinstance(gpus, int) else gpus
+    alike = [replace(asked, gpus=count) for count in dict.fromkeys(counts)]
+    for each in alike:
+        jobs.check_single(each)
+    setups = tuple([jobs.with_global_batch(each, global_batch, micro=micro) for each in alike])
     architecture = architecture_of(model)
     given = [methods] if isinstance(methods, (str, Method)) else list(methods)
     bound = list({m.spec(): m for m in (method_of(method).bind(architecture) for method in given)}.values())
     typed = dict(price) if isinstance(price, Mapping) else typed_prices(price)
     planner = Planner(
-        Fitting(architecture, host), job, setup, tuple(planned_devices(device)), tuple(bound), price_kind, typed,
+        Fitting(architecture, host), job, setups, tuple(planned_devices(device)), tuple(bound), price_kind, typed,
         node_power, deadline, grid_co2, today or date.today(),
     )  # fmt: skip
-    planner.work(setup)  # a job that cannot be counted is refused before anything is predicted
+    for each in setups:  # a job that cannot be counted is refused before anything is predicted
+        planner.work(each)
     return planner
 
 
@@ -182,11 +199,15 @@ def planned_devices(device: Devices | None) -> list[DeviceProfile]:
 
 @dataclass
 class Planner:
-    """Plans a job: what its runs have in common."""
+    """Plans a job: what its runs have in common.
+
+    Attributes:
+        setups: one for each number of GPUs.
+    """
 
     fitting: Fitting
     job: Job
-    setup: Setup
+    setups: tuple[Setup, ...]
     devices: tuple[DeviceProfile, ...]
     methods: tuple[Method, ...]
     kind: str
@@ -197,32 +218,36 @@ class Planner:
     today: date
 
     def __post_init__(self) -> None:
-        self.counted: dict[tuple[Any, int], JobCounts] = {}
+        self.counted: dict[tuple[Any, ...], JobCounts] = {}
         self.prices = known_prices()
 
     def work(self, setup: Setup) -> JobCounts:
-        """The job in numbers, which hang on the micro-batch."""
-        return recalled(self.counted, (setup.batch, setup.grad_accum), partial(jobs.job_counts, self.job, setup))
+        """The job in numbers, which hang on the micro-batch and the GPUs."""
+        sizes = setup.batch, setup.grad_accum, setup.gpus
+        return recalled(self.counted, sizes, partial(jobs.job_counts, self.job, setup))
 
     def question(self) -> dict[str, Any]:
         """What is searched for, in plain values: planners of one question find the same."""
         from ..asked import plain_question
 
         return plain_question(
-            "plan", self.fitting.architecture, self.methods, self.setup, self.fitting.host,
-            [(on, int(self.setup.gpus)) for on in self.devices], job=repr(self.job), devices_of_a_partition=TOGETHER,
+            "plan", self.fitting.architecture, self.methods, self.setups[0], self.fitting.host,
+            [(on, int(setup.gpus)) for setup in self.setups for on in self.devices], job=repr(self.job),
+            sizes=[(setup.gpus, setup.batch, setup.grad_accum) for setup in self.setups],
+            devices_of_a_partition=TOGETHER,
         )  # fmt: skip
 
     def plan(self, outcomes: Outcomes | None = None) -> Plan:
         """The plan.
 
         Args:
-            outcomes: of each device and method, where they are known already.
+            outcomes: of each device, number of GPUs and method, where they are known already.
 
         Raises:
             UserError: no device takes any of the methods, for the reason of the first.
         """
-        found = self.outcomes(self.devices, self.methods) if outcomes is None else outcomes
+        each = (self.outcomes(setup, self.devices, self.methods) for setup in self.setups)
+        found = dict(chain.from_iterable(of.items() for of in each)) if outcomes is None else outcomes
         refused = [outcome for outcome in found.values() if isinstance(outcome, UserError)]
         if refused and len(refused) == len(found):
             raise refused[0]
@@ -238,29 +263,32 @@ class Planner:
             today=self.today,
         )
 
-    def outcomes(self, devices: Sequence[DeviceProfile], methods: Sequence[Method]) -> Outcomes:
-        """What becomes of each method on each device."""
+    def outcomes(self, setup: Setup, devices: Sequence[DeviceProfile], methods: Sequence[Method]) -> Outcomes:
+        """What becomes of each method on each device, on as many GPUs as a setup has."""
+        gpus = int(setup.gpus)
         with no_collector():
-            return {(on.slug, method.spec()): self.outcome(on, method) for on in devices for method in methods}
+            return {
+                (on.slug, gpus, method.spec()): self.outcome(setup, on, method) for on in devices for method in methods
+            }
 
-    def outcome(self, on: DeviceProfile, method: Method) -> PlannedRun | UserError | str:
+    def outcome(self, setup: Setup, on: DeviceProfile, method: Method) -> PlannedRun | UserError | str:
         """The run of a method on a device, or why there is none: an error where it is refused."""
         try:
-            run = self.on(on, method)
+            run = self.on(setup, on, method)
         except UserError as error:
             return error
         if run is None:
-            least = self.fitting.least(self.setup, method, on)
+            least = self.fitting.least(setup, method, on)
             return f"needs {units.nbytes(least)} at least, whatever is given up"
         return run
 
-    def on(self, on: DeviceProfile, method: Method) -> PlannedRun | None:
+    def on(self, setup: Setup, on: DeviceProfile, method: Method) -> PlannedRun | None:
         """The run of a method on a device; None if nothing fits."""
 
         def seconds(p: Prediction) -> float:
             return sum(seconds_of_job(self.job, self.work(p.setup), p).values())
 
-        found = self.fitting.best(self.setup, method, on, seconds)
+        found = self.fitting.best(setup, method, on, seconds)
         if found is None:
             return None
         return self.run(on, method, *found)

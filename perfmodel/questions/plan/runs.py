@@ -15,6 +15,11 @@ HOUR = 3600.0
 AT_STEPS_POWER = ("training", "evaluation", "periodic work")  # the rest of a job is waiting
 
 
+def where(device: str, gpus: int) -> str:
+    """GPUs in words."""
+    return device if gpus == 1 else f"{gpus} x {device}"
+
+
 @immutable
 class PlannedRun:
     """A job on one GPU, or on as many as its setup has.
@@ -47,7 +52,7 @@ class PlannedRun:
     @property
     def where(self) -> str:
         """The GPUs that it runs on, in words."""
-        return self.device if self.gpus == 1 else f"{self.gpus} x {self.device}"
+        return where(self.device, self.gpus)
 
     @property
     def seconds(self) -> float:

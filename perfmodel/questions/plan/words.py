@@ -7,7 +7,7 @@ from ..sentences import in_words
 from .inverse import Largest
 from .job import samples_of_step
 from .planning import Plan
-from .runs import HOUR, PlannedRun
+from .runs import HOUR, PlannedRun, where
 
 NAMED = 6  # devices in a list
 
@@ -41,7 +41,8 @@ def energy(joules: float, beside: float | None = None) -> str:
 def plan_answer(plan: Plan) -> str:
     """The answer in a few sentences."""
     if not plan.runs:
-        return f"Nothing fits: {_listed([f'{d} with {m} {why}' for (d, m), why in plan.left_out.items()])}."
+        none = [f"{where(device, n)} with {method} {why}" for (device, n, method), why in plan.left_out.items()]
+        return f"Nothing fits: {_listed(none)}."
     if len(plan.runs) == 1:
         return f"{_capital(_named(plan.runs[0]))} takes {_figures(plan.runs[0])}."
     cheapest, in_time = plan.cheapest(), plan.in_time()
@@ -160,7 +161,8 @@ def job_in_words(plan: Plan, run: PlannedRun) -> str:
     padded = "" if work.computed == work.tokens else f", {work.computed:,} with padding"
     told = [f"{work.samples:,} samples{rows} of {work.tokens:,} tokens{padded}, {_epochs(job.epochs)}"]
     short = f", {work.short} of them with {round(work.last * group)}" if work.short else ""
-    told.append(f"{work.steps:,} steps of {group}{short}")
+    on = f" on {run.where}" if len({other.gpus for other in plan.runs}) > 1 else ""  # others make other steps
+    told.append(f"{work.steps:,} steps of {group}{short}{on}")
     if work.evaluated:
         told.append(f"{work.evaluated} evaluations of {job.eval_samples:,} samples")
     told.append(f"{work.saved} checkpoint{'s' if work.saved > 1 else ''}")
@@ -171,8 +173,8 @@ def job_in_words(plan: Plan, run: PlannedRun) -> str:
 def _left_out(plan: Plan) -> Iterator[str]:
     """Devices that are left out, by method and reason."""
     groups: dict[tuple[str, str], list[str]] = {}
-    for (device, method), why in plan.left_out.items():
-        groups.setdefault((method, why), []).append(device)
+    for (device, gpus, method), why in plan.left_out.items():
+        groups.setdefault((method, why), []).append(where(device, gpus))
     for (method, why), devices in groups.items():
         yield f"left out of {method}: {_listed(devices)}: {why}"
 
