@@ -24,6 +24,7 @@ ASK = "--gpus N beside it answers for N"
 OF_ONE_GPU = (ONE_GPU, "autocast")  # how that begins which is said of one GPU alone: autocast in the place of casts
 SEARCHED = "without DDP's search for parameters that have no gradient (ddp_find_unused_parameters)"
 TRL = "Transformers/TRL"
+FACTORY = "LLaMA-Factory"
 LARGEST_YAML = 2**20  # bytes
 MOST_VALUES = 100_000  # those behind an alias count wherever it stands
 
@@ -104,6 +105,8 @@ class Imported:
         adapts = self.tool == TRL and self.method not in (None, "full")
         if adapts and setup["parallel"] == "zero3" and setup.get("checkpoint") == "block":
             setup["checkpoint"] = "block-reentrant"  # under ZeRO-3 (sft_trainer.py)
+        if self.tool == FACTORY and setup["parallel"] == "fsdp2" and setup.get("checkpoint") == "block-reentrant":
+            setup["checkpoint"] = "block"  # (model_utils/checkpointing.py, `prepare_model_for_training`)
         kept = [d for d in self.differences if not d.startswith(OF_ONE_GPU)]
         searched = [SEARCHED] if self.searches and setup["parallel"] == "ddp" else []
         told = dict.fromkeys([*kept, *form.unlike, *form.besides, *searched])
@@ -145,17 +148,17 @@ TOOLS = (
     Tool("PEFT", adapter.MARKS, adapter.read, ("peft",)),
     Tool("LLaMA-Factory v1", llama_factory_v1.MARKS, llama_factory_v1.read, ("llama_factory_v1",)),
     Tool("Axolotl", axolotl.MARKS, axolotl.read, ("axolotl",)),
-    Tool("LLaMA-Factory", llama_factory.MARKS, llama_factory.read, ("llama_factory", "transformers")),
+    Tool(FACTORY, llama_factory.MARKS, llama_factory.read, ("llama_factory", "transformers")),
     Tool(TRL, trainer.MARKS, trainer.read, ("transformers",)),
 )
 MULTIPLE = {
-    "Axolotl": packing.multiple_of_axolotl, "LLaMA-Factory": packing.multiple_of_llama_factory,
+    "Axolotl": packing.multiple_of_axolotl, FACTORY: packing.multiple_of_llama_factory,
     TRL: packing.multiple_of_trl,
 }  # fmt: skip
 FORMS = {"Axolotl": axolotl.form_of_axolotl, "LLaMA-Factory v1": llama_factory_v1.form_of_llama_factory_v1}
 PRECISE = ("Axolotl", "LLaMA-Factory v1")  # tools that take no precision from accelerate's config
 PRECISION = ("bf16", "fp16", "pure_bf16")
-FROZEN = {"Axolotl": axolotl.frozen_on_request, "LLaMA-Factory": llama_factory.frozen}
+FROZEN = {"Axolotl": axolotl.frozen_on_request, FACTORY: llama_factory.frozen}
 
 
 def read(path: str | Path) -> Imported:
@@ -218,7 +221,7 @@ def _searches(tool: str, keys: Keys, setup: dict[str, Any]) -> bool:
     hparams/parser.py). Axolotl never asks for it by itself (core/builders/causal.py).
     """
     given = keys.values.get("ddp_find_unused_parameters")
-    if given is not None or tool not in (TRL, "LLaMA-Factory"):
+    if given is not None or tool not in (TRL, FACTORY):
         return bool(given)
     adapts = keys.values.get("use_peft") if tool == TRL else keys.text("finetuning_type", "lora") == "lora"
     return tool == TRL if adapts else setup["checkpoint"] == "none"
