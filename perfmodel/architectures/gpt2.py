@@ -44,6 +44,7 @@ class Gpt2(Architecture):
             feedforward=("mlp.c_proj",),
         ),
         conv1d=True,
+        dropout_modules=("embedding_dropout", "attention_dropout", "residual_dropout"),
     )  # fmt: skip
 
     @classmethod

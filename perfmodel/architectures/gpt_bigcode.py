@@ -29,6 +29,7 @@ class GptBigCode(Gpt2):
         Gpt2.traits,
         conv1d=False,
         targets=replace(Gpt2.traits.targets, c3a=("mlp.c_proj",), s2ft=("attn.c_proj", "mlp.c_proj")),
+        dropout_modules=("embedding_dropout", "residual_dropout"),
     )
 
     @classmethod

@@ -49,6 +49,7 @@ class GptNeo(Architecture):
         ),
         attention=("eager",),
         reentrant=(),
+        dropout_modules=("embedding_dropout", "attention_dropout", "residual_dropout"),
     )  # fmt: skip
 
     @classmethod

@@ -52,6 +52,7 @@ class GptNeox(Architecture):
             lora=QKV, adalora=QKV, fourierft=QKV, ia3=(*QKV, "dense_4h_to_h"), feedforward=("dense_4h_to_h",),
             s2ft=("attention.dense", "dense_4h_to_h"),
         ),
+        dropout_modules=("hidden_dropout",),
     )  # fmt: skip
 
     @classmethod

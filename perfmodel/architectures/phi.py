@@ -43,6 +43,7 @@ class Phi(Architecture):
             lora=(*QV, "fc1", "fc2"), vera=QV, fourierft=(*QV, "fc1", "fc2"), beft=("v_proj",), ia3=(*QV, "fc2"),
             feedforward=("fc2",), s2ft=("dense", "fc2"),
         ),
+        dropout_modules=("embedding_dropout", "residual_dropout"),
     )  # fmt: skip
 
     @classmethod

@@ -24,7 +24,7 @@ class Phi3(Llama):
 
     residual_dropout: float = 0.0
 
-    traits: ClassVar[Traits] = replace(Llama.traits, targets=Targets(), fused=())
+    traits: ClassVar[Traits] = replace(Llama.traits, targets=Targets(), fused=(), dropout_modules=("residual_dropout",))
 
     @classmethod
     def widths(cls, config: Config) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class Traits:
         token_head: of a causal model's classifier of tokens, its name and whether its logits are cast to fp32.
         packs: whether documents packed into a row, which attend within themselves, are modelled for it.
         cache: how PEFT fills transformers' cache for it, "whole" or "by layer" (Gemma's); None: it takes no such cache.
+        dropout_modules: its rates of dropout that are modules (`nn.Dropout`): those that TRL switches off.
     """
 
     head: str
@@ -79,6 +80,7 @@ class Traits:
     token_head: tuple[str, bool] = ("score", True)
     packs: bool = False
     cache: str | None = "whole"
+    dropout_modules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.head not in ("causal", "masked", "seq2seq"):

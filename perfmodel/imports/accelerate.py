@@ -65,18 +65,15 @@ class Launch:
                 form.setup["amp"] = amp
             else:
                 form = replace(form, besides=(*form.besides, f"products in {dtype}, not in {amp} under autocast"))
-        checkpoint = found.setup.get("checkpoint", "none")
-        if checkpoint != "none":
+        if found.setup.get("checkpoint", "none") != "none":
             form.setup.pop("checkpoint", None)
-        if (found.tool, form.parallel, checkpoint) == ("LLaMA-Factory", "fsdp2", "block-reentrant"):
-            form.setup["checkpoint"] = "block"  # `prepare_model_for_training`, by the launcher's FSDP_VERSION
         asked = found.asks()
         form = asked.under(form).as_typed(parallel)
         return found.on_several(form) if several else self._on_one(found, asked, form)
 
     def _on_one(self, found: Imported, asked: AskedForm, form: AskedForm) -> Imported:
         """One GPU has nothing to exchange; DeepSpeed's ZeRO-3 runs on it all the same, where nothing is offloaded."""
-        setup = {**found.setup, **form.setup}
+        setup = found.under(form)
         if asked.parallel is not None or form.parallel in (None, "ddp"):
             return replace(found, setup=setup, differences=[*found.differences, *self.form.besides])
         said = [*form.unlike, *form.besides]

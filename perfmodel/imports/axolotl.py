@@ -43,6 +43,9 @@ FUSED = (
     ("unsloth_lora_mlp", "unsloth_lora_qkv", "unsloth_lora_o"),
 )
 PLAIN_ADAPTERS = ("rl", "nvfp4_merge_aware", "trust_remote_code")  # keys beside which no kernels come by themselves
+# Models of which some layers stay as they are, by their names; transformers then quantises the head
+# (`_set_quantization_config`; transformers/quantizers/base.py, `get_modules_to_not_convert`)
+NOT_PACKED = ((r"falcon-?h1", ("qlora", "lora_8bit"), "out_proj"), ("jamba", ("lora_8bit",), "Mamba's"))
 FUSED_EXPERTS = ("scattermoe", "sonicmoe")
 FUSES = ("lora", "rslora", "loraplus", "pissa")  # methods that have Unsloth's kernels here
 RECOMPUTED = "blocks recomputed, in the place of offloaded activations"  # beside adapters offloading stands alone
@@ -234,8 +237,9 @@ def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
         pissa="pissa" in str(keys.get("peft_init_lora_weights") or ""), plus=keys.get("loraplus_lr_ratio") is not None,
     )  # fmt: skip
     name = "lora_gptq" if keys.flag("gptq") else name
-    if name in ("qlora", "lora_8bit") and re.search(r"falcon-?h1", str(keys.get("base_model")), re.IGNORECASE):
-        keys.differ("every linear layer of a block quantised, out_proj too")
+    for model, beside, left in NOT_PACKED:
+        if name in beside and re.search(model, str(keys.get("base_model")), re.IGNORECASE):
+            keys.differ(f"every linear layer of a block quantised, {left} too, and not the head")
     if upcast := _upcast_for_good(keys):
         keys.differ(FP32_HEAD)
     if keys.names("unfrozen_parameters"):

@@ -20,6 +20,9 @@ from .read import Imported
 BY_MODULE = ("Axolotl", "LLaMA-Factory", "LLaMA-Factory v1")  # they name every `nn.Linear` (`find_all_linear_names`, …)
 
 WORDS_OF_BITS = {"2bit": 2, "3bit": 3, "8bit": 8, "8bits": 8, "int8": 8}  # in names of repositories; else 4
+# Of a model whose linear layers are of a class of its own (`check_replaced`)
+NOT_QUANTISED = "no layer in few bits: transformers passes over those of the model's own class"
+ALL_UPCAST = "embeddings and norms in fp32 as peft's preparation leaves the rest, not in 16 bit"
 PARTS = ("the text decoder alone of a vision-language model", "without its audio tower")  # as data/models/ notes them
 
 
@@ -89,8 +92,12 @@ def _on_gptq(model: str, method: methods.Method, architecture: Architecture) -> 
     if not isinstance(method, Lora) or method.name != "lora" or method.implementation != "peft":
         return None
     bits = next((WORDS_OF_BITS[word] for word in meant.packed if word in WORDS_OF_BITS), 4)
-    shared = {f.name: getattr(method, f.name) for f in fields(Lora) if f.init}
-    return LoraGptq(**shared, bits=bits)
+    return LoraGptq(**_shared(method), bits=bits)
+
+
+def _shared(method: Lora) -> dict[str, Any]:
+    """The options that LoRA and its kin have in common."""
+    return {f.name: getattr(method, f.name) for f in fields(Lora) if f.init}
 
 
 def in_16_bit(found: Imported, *, stacked: bool) -> str:
@@ -112,6 +119,10 @@ def _of_method(found: Imported, method: methods.Method, architecture: Architectu
         yield Fallback("model", found.model, experts)
     if not isinstance(method, Lora):
         return
+    if isinstance(method, QuantisedLora) and method.by_bitsandbytes and architecture.traits.by_matmul:
+        method, said = Lora(**_shared(method)), NOT_QUANTISED
+        if found.upcasts:
+            yield Fallback("dtype", "fp32", ALL_UPCAST)
     if architecture.traits.four_dims and method.told_of_four_dims:
         yield Fallback("method", found.method, method.told_of_four_dims)
     changes: dict[str, Any] = {}

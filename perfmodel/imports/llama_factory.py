@@ -198,7 +198,7 @@ def _full(keys: Keys) -> tuple[str, dict[str, Any]]:
             every = named == ("all-linear",) or {"mlp", "self_attn"} <= set(named)  # parts of paths, not whole names
             factors = keys.text("apollo_scale_type") if name == "apollo" else None
             options = {"r": keys.count(f"{name}_rank", 16), "targets": () if every else named}
-            return name, {**options, "scale_type": factors}
+            return name, {**options, "update_proj_gap": keys.get(f"{name}_update_interval"), "scale_type": factors}
     if keys.flag("use_badam"):
         keys.differ(EMPTIED, "use_badam")
         if clips(keys):

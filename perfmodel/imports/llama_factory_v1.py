@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from . import packing
-from .fields import FLASH, TORCHS_MUON, attention, own_code, spec
+from .fields import FLASH, TORCHS_MUON, attention, flavour, own_code, spec
 from .forms import AskedForm, form_of
 from .keys import NO_TRAINING, Keys
 from .targets import as_targets
@@ -141,6 +141,8 @@ def _optimizer(keys: Keys) -> str:
 
 def _method(keys: Keys) -> str:
     quantised = _section(keys, "quant_config")
+    if quantised.get("name") == "auto" and quantised.get("quantization_bit") is None:
+        quantised = {}  # then nothing is quantised (`quantization_auto`)
     if quantised and (quantised.get("name") not in ("auto", "bnb") or quantised.get("quantization_bit", 4) != 4):
         raise UserError(
             f"{keys.origin}: quant_config: quantised base weights of this kind are not modelled; use 4 bits"
@@ -162,9 +164,13 @@ def _method(keys: Keys) -> str:
         return spec("top_k", k=k, trained_dtype=upcast)  # transformers' own checkpoints, of frozen blocks too
     if kind != "lora":
         raise UserError(f"{keys.origin}: peft_config {kind!r} is not modelled: use lora or freeze")
-    name = "qlora" if quantised else "dora" if options.flag("use_dora") else "lora"
+    name = flavour(
+        options, bits=4 if quantised else None, dora=options.flag("use_dora"), rslora=options.flag("use_rslora"),
+        pissa=False, plus=False,
+    )  # fmt: skip
     every = options.get("target_modules") in (None, "all")
     return spec(
         name, r=options.count("r", 8), targets=("all-linear",) if every else as_targets(options, "target_modules"),
         dropout=options.number("lora_dropout", 0.05), modules_to_save=options.names("modules_to_save"),
+        double_quant=None if quantised.get("double_quantization", True) else "false",
     )  # fmt: skip

@@ -25,6 +25,7 @@ OF_ONE_GPU = (ONE_GPU, "autocast")  # how that begins which is said of one GPU a
 SEARCHED = "without DDP's search for parameters that have no gradient (ddp_find_unused_parameters)"
 NOT_CAST = "adapters in fp32, not in the dtype of the weights as TRL keeps them under ZeRO-3"
 TRL = "Transformers/TRL"
+FACTORY = "LLaMA-Factory"
 LARGEST_YAML = 2**20  # bytes
 MOST_VALUES = 100_000  # those behind an alias count wherever it stands
 
@@ -99,9 +100,16 @@ class Imported:
         kept = [d for d in self.differences if not d.startswith(gone)]
         return replace(self, differences=[*kept, *(words for _, words in said if words)])
 
+    def under(self, form: AskedForm) -> dict[str, Any]:
+        """Its setup where a form is asked for, of however many GPUs."""
+        setup = {**self.setup, **form.setup}
+        if self.tool == FACTORY and form.parallel == "fsdp2" and setup.get("checkpoint") == "block-reentrant":
+            setup["checkpoint"] = "block"  # (model_utils/checkpointing.py, `prepare_model_for_training`)
+        return setup
+
     def on_several(self, form: AskedForm) -> "Imported":
         """What it says of several GPUs that do what a form says, in the place of one."""
-        setup = {**self.setup, **form.setup, "parallel": form.parallel or "ddp", "tp": form.tp, "engine": "torch"}
+        setup = {**self.under(form), "parallel": form.parallel or "ddp", "tp": form.tp, "engine": "torch"}
         adapts = self.tool == TRL and self.method not in (None, "full") and setup["parallel"] == "zero3"
         if adapts and setup.get("checkpoint") == "block":
             setup["checkpoint"] = "block-reentrant"  # under ZeRO-3 (sft_trainer.py)
@@ -147,17 +155,17 @@ TOOLS = (
     Tool("PEFT", adapter.MARKS, adapter.read, ("peft",)),
     Tool("LLaMA-Factory v1", llama_factory_v1.MARKS, llama_factory_v1.read, ("llama_factory_v1",)),
     Tool("Axolotl", axolotl.MARKS, axolotl.read, ("axolotl",)),
-    Tool("LLaMA-Factory", llama_factory.MARKS, llama_factory.read, ("llama_factory", "transformers")),
+    Tool(FACTORY, llama_factory.MARKS, llama_factory.read, ("llama_factory", "transformers")),
     Tool(TRL, trainer.MARKS, trainer.read, ("transformers",)),
 )
 MULTIPLE = {
-    "Axolotl": packing.multiple_of_axolotl, "LLaMA-Factory": packing.multiple_of_llama_factory,
+    "Axolotl": packing.multiple_of_axolotl, FACTORY: packing.multiple_of_llama_factory,
     TRL: packing.multiple_of_trl,
 }  # fmt: skip
 FORMS = {"Axolotl": axolotl.form_of_axolotl, "LLaMA-Factory v1": llama_factory_v1.form_of_llama_factory_v1}
 PRECISE = ("Axolotl", "LLaMA-Factory v1")  # tools that take no precision from accelerate's config
 PRECISION = ("bf16", "fp16", "pure_bf16")
-FROZEN = {"Axolotl": axolotl.frozen_on_request, "LLaMA-Factory": llama_factory.frozen}
+FROZEN = {"Axolotl": axolotl.frozen_on_request, FACTORY: llama_factory.frozen}
 
 
 def read(path: str | Path) -> Imported:
@@ -220,7 +228,7 @@ def _searches(tool: str, keys: Keys, setup: dict[str, Any]) -> bool:
     hparams/parser.py). Axolotl never asks for it by itself (core/builders/causal.py).
     """
     given = keys.values.get("ddp_find_unused_parameters")
-    if given is not None or tool not in (TRL, "LLaMA-Factory"):
+    if given is not None or tool not in (TRL, FACTORY):
         return bool(given)
     adapts = keys.values.get("use_peft") if tool == TRL else keys.text("finetuning_type", "lora") == "lora"
     return tool == TRL if adapts else setup["checkpoint"] == "none"

@@ -36,6 +36,7 @@ class LoraGptq(QuantisedLora):
     bits: int = option(4, "of a code: 2, 3, 4 or 8", positive)
     group_size: int = option(128, "rows of a weight that share a scale", positive)
 
+    by_bitsandbytes: ClassVar[bool] = False
     clones: ClassVar[bool] = False
 
     def check(self) -> None:

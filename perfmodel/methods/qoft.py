@@ -9,6 +9,7 @@ from ..tape.tensor import Tensor
 from .oft import Oft
 from .parts.base import Linear, method
 from .parts.four_bit import FourBit
+from .parts.quantised import check_replaced
 
 
 @method(
@@ -21,6 +22,10 @@ from .parts.four_bit import FourBit
 @dataclass(frozen=True)
 class QOft(FourBit, Oft):
     """OFT before linear layers whose weights are in 4 bit, all of the model's but the output head."""
+
+    def check(self) -> None:
+        super().check()
+        check_replaced(self)
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         adapted = layer.name == "lm_head" or self.targets_layer(layer.name, layer.scope.layer)

@@ -360,7 +360,10 @@ class Steps:
     def find(self, asked: Asked) -> Known:
         """A step, recorded if it is not known; errors as of `Asked.record`."""
         key = asked.program
-        program = self.programs.recall(key)
+        try:
+            program = self.programs.recall(key)
+        except TypeError:  # an array: a grid along something else than sizes
+            return self._recorded(KnownProgram(), (), asked)
         if program is None:
             self.programs.keep(key, program := KnownProgram())
         sizes = tuple(map(hashable, asked.sizes))

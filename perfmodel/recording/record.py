@@ -309,7 +309,7 @@ def _forward(
     """
     objective, architecture = objectives.found(setup.objective), step.architecture
     if objective.quiet:
-        architecture, method = objectives.without_dropout(architecture), objectives.without_dropout(method)
+        architecture, method = objectives.with_modules_off(architecture), objectives.without_dropout(method)
     known = {p.name: p for p in step.parameters}
     critic, frozen = (
         {name.removeprefix(of): known.pop(name) for name in list(known) if name.startswith(of)}

@@ -46,6 +46,14 @@ def asked(folder: Path, text: str, *options: str) -> str:
         (f"model_name_or_path: TechxGenus/Meta-Llama-3-8B-Instruct-GPTQ\n{FACTORY}", CODES, "lora_gptq:r=8"),
         (f"base_model: TheBloke/Llama-2-7B-AWQ\n{LORA}{LINEAR}", "weights in bf16, not awq", "on llama-2-7b"),
         (f"base_model: deepseek-ai/DeepSeek-V3\n{LORA}{LINEAR}", "weights in bf16, not fp8", "on deepseek-v3"),
+        (
+            f"base_model: tiiuae/falcon-7b\n{LORA}load_in_8bit: true\n{LINEAR}", "no layer in few bits",
+            "lora:r=4,targets=all-linear on falcon-7b, h100-sxm: batch 1 x 64 tokens, fp32 amp bf16",
+        ),
+        (
+            f"model_name_or_path: tiiuae/falcon-7b\n{FACTORY}quantization_bit: 4\n", "no layer in few bits",
+            "lora:r=8,targets=all-linear on falcon-7b, h100-sxm: batch 8 x 64 tokens, bf16 amp bf16",
+        ),
     ],
 )  # fmt: skip
 def test_what_a_model_has_no_program_of_is_answered_otherwise(

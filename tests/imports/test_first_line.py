@@ -52,7 +52,10 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
         "(lisa_n_layers)",
     ),
     "adapter: lora\nload_in_8bit: true\nbase_model: tiiuae/Falcon-H1-0.5B-Base": (
-        "axolotl", "every linear layer of a block quantised, out_proj too",
+        "axolotl", "every linear layer of a block quantised, out_proj too, and not the head",
+    ),
+    "adapter: lora\nload_in_8bit: true\nbase_model: ai21labs/Jamba-v0.1": (
+        "axolotl", "every linear layer of a block quantised, Mamba's too, and not the head",
     ),
     "llama4_linearized_experts: true": (
         "axolotl", "experts as transformers runs them by default (llama4_linearized_experts)",

@@ -183,6 +183,10 @@ DEFAULTS: dict[str, tuple[dict[str, Any], str]] = {  # what a tool takes where t
     "apollo.yaml": (
         {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "full", "use_apollo": True}, "apollo:r=16",
     ),
+    "gap.yaml": (
+        {"model_name_or_path": "gpt2", "finetuning_type": "full", "use_galore": True, "galore_update_interval": 50},
+        "galore:r=16,update_proj_gap=50",
+    ),
     "freeze.yaml": (
         {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "freeze"},
         "top_k:k=2,trained_dtype=fp32,checkpoint_frozen=false",
@@ -201,6 +205,15 @@ DEFAULTS: dict[str, tuple[dict[str, Any], str]] = {  # what a tool takes where t
     ),
     "v1-freeze.yaml": (  # v1/core/base_trainer.py, `gradient_checkpointing_enable`: of every block
         {"model": "gpt2", "model_class": "llm", "peft_config": {"name": "freeze"}}, "top_k:k=2,trained_dtype=fp32",
+    ),
+    "v1_auto.yaml": (  # llamafactory/v1/plugins/model_plugins/quantization.py
+        {"model": "gpt2", "model_class": "llm", "peft_config": {"name": "lora"}, "quant_config": {"name": "auto"}},
+        "lora:r=8,targets=all-linear,dropout=0.05",
+    ),
+    "v1_once.yaml": (
+        {"model": "gpt2", "peft_config": {"name": "lora"},
+         "quant_config": {"name": "bnb", "double_quantization": False}},
+        "qlora:r=8,targets=all-linear,dropout=0.05,double_quant=false",
     ),
 }  # fmt: skip
 

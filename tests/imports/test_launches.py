@@ -289,7 +289,7 @@ def test_what_is_no_launch_of_gpus_is_refused_in_a_line(tmp_path: Path, values: 
         (None, {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "fp16": {"enabled": True}},
          ("--gpus", "2", "--dtype", "fp16"), {"parallel": "zero2", "amp": "fp16", "clip_grad": False}, []),
         (FACTORY, {**EIGHT, "distributed_type": "FSDP", "mixed_precision": "fp16", "fsdp_config": FSDP_2}, (),
-         {"gpus": 8, "parallel": "fsdp2", "amp": "bf16"}, []),  # the training config's precision counts
+         {"gpus": 8, "parallel": "fsdp2", "amp": "bf16", "checkpoint": "block"}, []),  # the config's precision counts
         ({**FACTORY, "bf16": None}, DDP, (), {"amp": "bf16", "dtype": "fp32"}, []),
         ({**AXOLOTL, "bf16": False, "tf32": False}, DDP, (), {"amp": None}, []),
         ({**FACTORY, "deepspeed": ZERO_2}, DDP, (), {"parallel": "zero2"}, []),

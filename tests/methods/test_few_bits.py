@@ -105,6 +105,8 @@ def test_a_mixture_fits_where_its_experts_are_packed() -> None:
     [
         ("llama-3.2-1b", "qlora:experts=true", "has no experts to quantise"),
         ("mixtral-8x7b", "qlora:experts=true,targets=all-linear", "adapters of quantised experts are not modelled"),
+        ("falcon-7b", "lora_8bit", "transformers quantises no layer of falcon-7b"),
+        ("falcon-7b", "qoft", "transformers quantises no layer of falcon-7b"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(model: str, spec: str, words: str) -> None:

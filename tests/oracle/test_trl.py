@@ -47,6 +47,12 @@ OTHERS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("ppo", "qwen2", "full", {"prompt": 5, "grad_accum": 3}),
     ("ppo", "gpt_neox", "full", {}),
     ("ppo", "gemma", "top_k:k=1", {}),
+    ("dpo", "starcoder2", "full", {"checkpoint": "block"}),  # its dropout is no module, which nothing switches off
+    ("dpo", "seed_oss", "lora:r=4,targets=all-linear", {}),
+    ("dpo", "opt", "full", {}),
+    ("dpo", "gpt_bigcode", "lora:r=4", {}),
+    ("grpo", "gpt2", "full", {"reference": "model", "prompt": 5}),
+    ("dpo", "gpt_neo", "full", {"attention": "eager"}),
 )
 PEAK = 0.02  # as `counts.PEAK_TOLERANCE`
 

@@ -130,6 +130,13 @@ def test_an_objective_makes_the_tapes_products(objective: dict[str, Any], precis
     assert built.weight_bytes == taped.weight_bytes
 
 
+@pytest.mark.parametrize(("objective", "drops"), [("dpo", False), ("grpo", True)])
+def test_dropout_is_off_where_the_trainer_switches_it_off(objective: str, drops: bool) -> None:
+    """DPO's compares two passes of one model: random masks would be all of the difference."""
+    for built in both("llama", "lora:r=4,dropout=0.1", Setup(batch=2, seq=33, objective=objective), "cuda"):
+        assert any("dropout" in name for name, *_ in ops(built, "forward")) == drops
+
+
 def test_the_update_follows_from_the_list_of_parameters() -> None:
     real, tape = both("llama", "lora:r=4", setup_of("llama", batch=2, seq=16), "cpu")
     for count in (costs.flops, costs.kernels, lambda op: op.bytes_read + op.bytes_written):

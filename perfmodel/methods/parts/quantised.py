@@ -12,7 +12,7 @@ from ...tape.pointwise import add, cast, dropout, mul
 from ...tape.shape import clone
 from ...tape.tensor import Parameter, Tensor
 from ..lora import Lora
-from .base import Linear, Scope, option
+from .base import Linear, Method, Scope, option
 
 OF_EXPERTS = ".experts."  # in the names of weights
 
@@ -26,6 +26,7 @@ class QuantisedLora(Lora):
 
     implementations: ClassVar[tuple[str, ...]] = ("peft",)
     in_few_bits: ClassVar[bool] = True
+    by_bitsandbytes: ClassVar[bool] = True
     clones: ClassVar[bool]  # whether peft copies the base layer's result before it adds to it
 
     def base_dtype(self, dtype: str) -> str:
@@ -42,6 +43,8 @@ class QuantisedLora(Lora):
     def check(self) -> None:
         super().check()
         assert self.architecture is not None
+        if self.by_bitsandbytes:
+            check_replaced(self)
         if self.architecture.traits.head == "seq2seq":
             raise UserError(
                 f"method {self.name}: transformers leaves wo of {self.architecture.name} in fp32 there, which "
@@ -86,6 +89,19 @@ class QuantisedLora(Lora):
         if converts:
             output = cast(output, expected)
         return add(result, output)
+
+
+def check_replaced(method: Method) -> None:
+    """Raise `UserError` where transformers puts no layer of bitsandbytes into a model.
+
+    It asks whether `type(module) is nn.Linear` (integrations/bitsandbytes.py, `replace_with_bnb_linear`).
+    """
+    assert method.architecture is not None
+    if method.architecture.traits.by_matmul:
+        raise UserError(
+            f"method {method.name}: transformers quantises no layer of {method.architecture.name}, whose linear layers "
+            "are of a class of its own; use lora"
+        )
 
 
 def stored(scope: Scope, name: str, shape: tuple[int, ...], dtype: str, elements: int = 0) -> Parameter:

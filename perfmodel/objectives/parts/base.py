@@ -185,16 +185,17 @@ class Passes:
         """The same of the reference, without a graph and without checkpoints."""
         from .reference import AdaptersOff, Frozen  # most objectives compare with none
 
-        of, setup = self.model.build, replace(self.setup, checkpoint="none")
+        setup, runs = replace(self.setup, checkpoint="none"), self.model.build.architecture
         how: Rewrites
         if isinstance(self.method, Targeted) and self.setup.reference != "model":
-            how, parameters = AdaptersOff(inner=self.method, architecture=of.architecture), dict[str, Parameter]()
+            how, parameters = AdaptersOff(inner=self.method, architecture=runs), dict[str, Parameter]()
         else:
-            how, parameters = Frozen(architecture=of.architecture), self.frozen
+            runs = without_dropout(runs)  # `eval()`, which one that trains beside it is not in
+            how, parameters = Frozen(architecture=runs), self.frozen
             if found(self.setup.objective).reference_in_amp and setup.amp:
                 setup = replace(setup, dtype=setup.amp)
         with tape().no_grad():
-            build = Build(of.architecture, how, setup, parameters, labelled=False, logits_to_keep=keep)
+            build = Build(runs, how, setup, parameters, labelled=False, logits_to_keep=keep)
             return _logits(Scope(build), ids, attention)
 
 
@@ -206,6 +207,12 @@ def _logits(model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
 
 
 def without_dropout(value: B) -> B:
-    """A method or an architecture with every dropout at 0 (TRL's `disable_dropout_in_model`)."""
+    """A method or an architecture with every dropout at 0."""
     off: dict[str, Any] = {f.name: 0.0 for f in fields(value) if f.name.endswith("dropout")}  # type: ignore[arg-type]
     return replace(value, **off)  # type: ignore[type-var]
+
+
+def with_modules_off(architecture: Architecture) -> Architecture:
+    """A model with the dropout of its modules at 0: TRL's `disable_dropout_in_model` reaches no other."""
+    off: dict[str, Any] = dict.fromkeys(architecture.traits.dropout_modules, 0.0)
+    return replace(architecture, **off)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ...errors import UserError
+from ...objectives import found
 from ...setup import Setup
 from .family import Inputs
 
@@ -33,6 +34,10 @@ def asked_loss(setup: Setup, model: Any, of_model: Callable[[Any, Inputs], torch
     if compares and (not hasattr(model, "disable_adapter") or setup.reference not in ("auto", "adapter-off")):
         raise UserError(f"--traced cannot follow --objective {setup.objective} beside a second model; use lora")
     loss = {"dpo": _dpo, "grpo": _grpo}[setup.objective]
+    if found(setup.objective).quiet:  # `disable_dropout_in_model` of trl/trainer/utils.py
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
     return lambda inputs: loss(setup, model, inputs)
 
 
