@@ -39,15 +39,8 @@ MOST_SIZES = 8  # sizes of each whose step is kept, 50 kB a step
 MOST_POINTS = 64  # points of a grid whose step is kept: its numbers are arrays
 MOST_FORMS = 4  # formulas for one of them, each for sizes at which it is the same
 WAIT = 4  # sizes at which it is recorded as it is before formulas, which take eight times as long, are worth it
-FIGURES = (
-    "total",
-    "trainable",
-    "active",
-    "counted",
-    "memory",
-    "choices",
-    "paged_bytes",
-)  # of a step, that vary with them
+# of a step, that vary with its sizes
+FIGURES = ("total", "trainable", "active", "counted", "memory", "choices", "paged_bytes")
 SIZES = ("batch", "seq")  # of a setup; the size of a method is its rank
 RANK = "r"
 K = TypeVar("K", bound=Hashable)

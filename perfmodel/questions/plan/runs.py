@@ -15,7 +15,7 @@ HOUR = 3600.0
 AT_STEPS_POWER = ("training", "evaluation", "periodic work")  # the rest of a job is waiting
 
 
-def where(device: str, gpus: int) -> str:
+def gpus_in_words(device: str, gpus: int) -> str:
     """GPUs in words."""
     return device if gpus == 1 else f"{gpus} x {device}"
 
@@ -52,7 +52,7 @@ class PlannedRun:
     @property
     def where(self) -> str:
         """The GPUs that it runs on, in words."""
-        return where(self.device, self.gpus)
+        return gpus_in_words(self.device, self.gpus)
 
     @property
     def seconds(self) -> float:

@@ -7,7 +7,7 @@ from ..sentences import in_words
 from .inverse import Largest
 from .job import samples_of_step
 from .planning import Plan
-from .runs import HOUR, PlannedRun, where
+from .runs import HOUR, PlannedRun, gpus_in_words
 
 NAMED = 6  # devices in a list
 
@@ -41,7 +41,7 @@ def energy(joules: float, beside: float | None = None) -> str:
 def plan_answer(plan: Plan) -> str:
     """The answer in a few sentences."""
     if not plan.runs:
-        none = [f"{where(device, n)} with {method} {why}" for (device, n, method), why in plan.left_out.items()]
+        none = [f"{gpus_in_words(device, n)} with {method} {why}" for (device, n, method), why in plan.left_out.items()]
         return f"Nothing fits: {_listed(none)}."
     if len(plan.runs) == 1:
         return f"{_capital(_named(plan.runs[0]))} takes {_figures(plan.runs[0])}."
@@ -174,7 +174,7 @@ def _left_out(plan: Plan) -> Iterator[str]:
     """Devices that are left out, by method and reason."""
     groups: dict[tuple[str, str], list[str]] = {}
     for (device, gpus, method), why in plan.left_out.items():
-        groups.setdefault((method, why), []).append(where(device, gpus))
+        groups.setdefault((method, why), []).append(gpus_in_words(device, gpus))
     for (method, why), devices in groups.items():
         yield f"left out of {method}: {_listed(devices)}: {why}"
 
