@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +155,7 @@ def _partitions(folder: Path, tell: Tell) -> None:
 TARGETS = (
     Target("records", _measure, _units, adds=True),
     Target("campaign", _campaign, _units, adds=True),
-    Target("partitions", _partitions, _parts, adds=True),
+    *([Target("partitions", _partitions, _parts, adds=True)] if find_spec("pyarrow") else []),
     replaced("device.toml", _write_device, _read_device),
     replaced("program.json.gz", lambda path, n: files.write_object(path, {"version": n, "x": PADDING}), _read_program),
     replaced("sweep.json", _write_sweep, _read_sweep),
