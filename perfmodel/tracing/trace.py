@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from ..setup import Setup
 from ..tape.core import ONE_AT_A_TIME
 from . import known, sparse, strides
-from .flops import counting
+from .flops import flops_of
 from .picked import picking_all
 from .programs import updates
 from .programs.dtypes import DTYPES, TORCH_DTYPES
@@ -85,7 +85,7 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def observe(self, phase: str) -> Iterator[None]:
         """Count under a phase."""
         self.phase = phase
-        for table in (self.trace.views, self.trace.bytes):
+        for table in (self.trace.views, self.trace.bytes, self.trace.flops):
             table.setdefault(phase, 0)
         self.trace.calls.setdefault(phase, Counter())
         with self, known.read_by_factories() if self.knows else nullcontext():
@@ -157,6 +157,7 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.keep(self.phase, func, inputs, outputs, (args, kwargs))
         self.trace.calls[self.phase][signature(name, [_spec(t) for t in inputs], [_spec(t) for t in outputs])] += 1
         self.trace.bytes[self.phase] += sum(_nbytes(t) for t in [*_distinct(inputs), *outputs])
+        self.trace.flops[self.phase] += flops_of(func, args, kwargs, out)
         for t in outputs:
             self._watch(t)
         self.trace.peak = max(self.trace.peak, self.live)
@@ -296,7 +297,6 @@ def trace_step(
     keep: Callable[[str, Any, Any, Any, Any], None] | None = None,
     make: Callable[[Any, str], Any] = updates.standard,
     real: bool = False,
-    flops: bool = True,
     loss_of: Callable[[], torch.Tensor] | None = None,
     after: Callable[[], None] = lambda: None,
     beside: Sequence[torch.Tensor] = (),
@@ -312,7 +312,6 @@ def trace_step(
         device: "cpu", or "cuda" with a CUDA build of torch (then only the forward pass can be traced).
         keep: sees every call of the traced step (see `Recorder`).
         make: the optimizer of the model in that form.
-        flops: count them, with PyTorch's own counter, which takes a third as long as the rest.
         loss_of: makes the loss that is differentiated; None: the model's own is taken, under autocast.
         after: what a trainer does once gradients are there.
         beside: tensors that are there besides the model's and the optimizer's.
@@ -339,10 +338,10 @@ def trace_step(
     recorder.trace.trainable = sum(p.numel() for p in trained)
     recorder.trace.total = sum(p.numel() for p in model.parameters())
 
-    def run(observe: Callable[[str], AbstractContextManager[Any]]) -> None:
+    def run() -> None:
         for _ in range(setup.grad_accum):
             amp = torch.autocast(device, TORCH_DTYPES[setup.amp]) if setup.amp else nullcontext()
-            with observe("forward"):
+            with recorder.observe("forward"):
                 if loss_of is not None:
                     loss: Any = loss_of()
                 else:
@@ -354,10 +353,10 @@ def trace_step(
                 return
             if recorder.recording:
                 recorder.trace.nodes += graph_nodes(loss.grad_fn)
-            with observe("backward"):
+            with recorder.observe("backward"):
                 loss.backward()
                 after()
-        with observe("optimizer"):
+        with recorder.observe("optimizer"):
             if setup.clip_grad:
                 # by default too, but a fake tensor is a subclass, for which torch would not choose lists
                 torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
@@ -365,11 +364,10 @@ def trace_step(
             update.zero_grad(set_to_none=True)
 
     with eager_program(), mode:
-        # The counter's module hooks keep recomputed graphs alive, so it has a step of its own.
-        run(lambda phase: counting(phase, recorder) if flops else recorder)
+        run()
         recorder.hold([*model.parameters(), *beside, *updates.held(update)])
         recorder.recording = True
-        run(recorder.observe)
+        run()
     return recorder.trace
 
 

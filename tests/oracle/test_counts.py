@@ -33,6 +33,7 @@ from validate.oracle.cases import NO_DROPOUT, REAL, STACKS, WHOLE, Case, fitting
 LORA = "lora:r=4"
 WIDE = "lora:r=4,targets=all-linear,dropout=0.1"
 AMP = {"dtype": "fp32", "amp": "bf16"}
+FAKED = ("gpt2", "bert", "gemma2")  # of these, cases on fake tensors beside real ones, as the command does with all
 
 
 def cell(name: str, method: str = "full", changes: dict[str, Any] | None = None, **setup: Any) -> Any:
@@ -97,7 +98,7 @@ def cells() -> Iterator[Any]:
 @pytest.mark.parametrize("case", cells())
 def test_the_tape_equals_the_real_program(case: Case) -> None:
     """Zero tolerance: every call with its shapes and dtypes, FLOPs, bytes, parameters; peak memory within 2 %."""
-    result = counts.compare_case(case)
+    result = counts.compare_case(case, fakes=case.config.name in FAKED)
     assert result.calls > 0
     assert result.flops > 0
     assert result.differences == []

@@ -78,7 +78,7 @@ def test_it_has_no_built_in_form_and_says_what_works() -> None:
     assert "has no built-in form: add --traced" in found.stderr
 
 
-@pytest.mark.parametrize(("method", "checkpoint"), [("full", "none"), (LORA, "block"), ("full", "block")])
+@pytest.mark.parametrize(("method", "checkpoint"), [("full", "none"), (LORA, "block")])
 def test_it_follows_exactly_from_a_few_of_its_blocks(
     method: Any, checkpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

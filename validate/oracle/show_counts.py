@@ -3,6 +3,7 @@
 import importlib.util
 import warnings
 from collections import Counter
+from functools import partial
 from typing import Any
 
 from click import style
@@ -28,12 +29,13 @@ def show_counts(grid: str, *, cuda_forward: bool, several: bool, as_json: bool) 
         chosen = [*parallel_cases.rank_grid(grid), *_of_deepspeed(grid)]
     else:
         chosen = list(cases.cuda_forward_grid() if cuda_forward else cases.grid(grid))
+    compare = _compared if several else partial(counts.compare_case, cuda_forward=cuda_forward, fakes=True)
     results = []
     with progress() as bar:
         task = bar.add_task("tracing", total=len(chosen))
         for case in chosen:
             bar.update(task, description=f"{case.config.name} {case.method}")
-            results.append(_compared(case) if several else counts.compare_case(case, cuda_forward=cuda_forward))
+            results.append(compare(case))
             bar.advance(task)
     if as_json:
         print_json([_row(r) for r in results])
