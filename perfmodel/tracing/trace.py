@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from ..setup import Setup
 from ..tape.core import ONE_AT_A_TIME
 from . import known, sparse, strides
+from .fakes import Fakes
 from .flops import flops_of
 from .picked import picking_all
 from .programs import updates
@@ -317,7 +318,7 @@ def trace_step(
         beside: tensors that are there besides the model's and the optimizer's.
     """
     # some tuners of peft keep plain tensors (indices, token ids) beside their parameters
-    mode: Any = nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=keep is not None)
+    mode: Any = nullcontext() if real else Fakes(allow_non_fake_inputs=keep is not None)
     if not real:
         to_fake(model, mode, device)
     model.train()

@@ -13,8 +13,6 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from ..architectures import Config, model_names
 from ..calls import costs
 from ..devices.profile import DeviceProfile
@@ -30,6 +28,7 @@ from ..recording.step import Step
 from ..setup import Setup
 from . import programs
 from .calls import Calls, Key, Loss, Place, TracedProgram, record_calls
+from .fakes import Fakes
 from .growth import Term, Whole, whole
 from .kernels import BY_TOKEN
 from .parameters import parameters_of
@@ -164,7 +163,7 @@ def trace(
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"nothing trains in {name}")
-    mode = FakeTensorMode(allow_non_fake_inputs=True)  # some tuners keep plain tensors (indices) beside parameters
+    mode = Fakes(allow_non_fake_inputs=True)  # some tuners keep plain tensors (indices) beside parameters
     rows = stacks(model)
     blocks = frozenset(id(block) for row in rows for block in row.containers[0].children())
     to_fake(model, mode, "cpu")
