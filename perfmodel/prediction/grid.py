@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..methods import Method
-from ..program.dims import Axis, MixedStructure
+from ..program.dims import Axis, MixedStructure, formed_once
 from ..setup import Setup
 
 P = TypeVar("P")
@@ -117,7 +117,9 @@ def _split(
     ranks = {name: v for (kind, name), v in values.items() if kind == "method"}
     with_rank = replace(method, **ranks) if ranks else method
     try:
-        yield index, compute(here, with_rank)
+        with formed_once():
+            found = compute(here, with_rank)
+        yield index, found
     except MixedStructure as mixed:
         mask = np.broadcast_to(mixed.mask, index.shape)
         yield from _split(compute, setup, method, flat, index[mask])

@@ -34,8 +34,8 @@ from . import part_costs
 from .contention import Seconds
 from .work import CallCost, StepWork
 
-MOST_PROGRAMS = 128  # programs of which something is kept
-MOST_SIZES = 8  # sizes of each whose step is kept, 50 kB a step
+MOST_PROGRAMS = 64  # programs of which something is kept
+MOST_SIZES = 8  # sizes of each whose step is kept: 0.1 MB, or 0.3 MB of a grid
 MOST_POINTS = 64  # points of a grid whose step is kept: its numbers are arrays
 MOST_FORMS = 4  # formulas for one of them, each for sizes at which it is the same
 WAIT = 4  # sizes at which it is recorded as it is before formulas, which take eight times as long, are worth it

@@ -5,9 +5,11 @@ the same at every point of the grid; where it is not, `decide` raises `MixedStru
 along the mask and records each part on its own (see `perfmodel.prediction.grid.over_grid`).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, wraps
 from math import prod
+from threading import local
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,24 +30,37 @@ class MixedStructure(Exception):
         self.mask = mask
 
 
+class _Formed(local):
+    """What was made of the dims of a grid: made, and of what, by the operation and the identities of its operands."""
+
+    known: dict[tuple[str, int, Any, bool], tuple[Any, Any, Any]] | None = None
+
+
+_formed = _Formed()
+
+
+@contextmanager
+def formed_once() -> Iterator[None]:
+    """Within, what is made of the same dims is the same object: a tape forms the same products over and over."""
+    before = _formed.known
+    _formed.known = {} if before is None else before
+    try:
+        yield
+    finally:
+        _formed.known = before
+
+
 class Axis(np.ndarray):
-    """An array dim that remembers what was made of it: a tape forms the same products over and over.
+    """An array dim. What is `formed_once` of it is mostly one array for equal dims, which nobody may write to."""
 
-    The same factors give the same object, so that equal dims are mostly one array, which nobody may write to.
-    """
-
-    _made: dict[tuple[str, Any, bool], tuple[Any, Any]]
-
-    def __array_finalize__(self, source: Any) -> None:
-        self._made = {}
+    __slots__ = ()
 
     def __mul__(self, other: Any) -> Any:
         if type(other) is int and other == 1:
             return self
-        made = self._once("*", other, np.ndarray.__mul__)
-        if type(other) is Axis:
-            other._made["*", id(self), False] = (self, made)
-        return made
+        if type(other) is Axis and id(other) < id(self):  # the same whichever comes first
+            return other._once("*", self, np.ndarray.__mul__)
+        return self._once("*", other, np.ndarray.__mul__)
 
     __rmul__ = __mul__
 
@@ -71,19 +86,22 @@ class Axis(np.ndarray):
         return bool(self._once(">", other, lambda x, y: decide(np.greater(x, y))))
 
     def _once(self, operation: str, other: Any, make: Callable[[Any, Any], Any]) -> Any:
+        known = _formed.known
+        if known is None:
+            return make(self, other)
         if type(other) is int:
-            key = operation, other, True
+            key = operation, id(self), other, True
         elif type(other) is Axis:
-            key = operation, id(other), False  # stays its id: the entry keeps it alive
+            key = operation, id(self), id(other), False  # both stay what they are: the entry keeps them alive
         else:
             return make(self, other)
-        found = self._made.get(key)
+        found = known.get(key)
         if found is None:
             made = make(self, other)
             if isinstance(made, np.ndarray):
                 made.flags.writeable = False
-            found = self._made[key] = other, made
-        return found[1]
+            found = known[key] = made, self, other
+        return found[0]
 
 
 def remembered(rule: Callable[..., R]) -> Callable[..., R]:

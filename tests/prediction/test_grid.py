@@ -22,7 +22,7 @@ from perfmodel.methods.lora import Lora
 from perfmodel.methods.parts.base import Method
 from perfmodel.methods.top_k import TopK
 from perfmodel.prediction.predict import predict
-from perfmodel.program.dims import Axis
+from perfmodel.program.dims import Axis, formed_once
 from perfmodel.program.part import PHASES
 from perfmodel.setup import Setup
 from validate.oracle.cases import with_targets
@@ -36,18 +36,23 @@ DEVICES = ("l40s", next(name for name in profile.names() if name.startswith("cpu
 @few
 @given(*(st.lists(st.integers(1, 9), min_size=2, max_size=2) for _ in range(2)), st.integers(0, 9))
 def test_dims_of_a_grid_calculate_as_arrays_do(a: list[int], b: list[int], n: int) -> None:
-    """What an axis remembers is what an array would have given, the same object each time, and nobody writes to it."""
+    """What is formed once is what an array would have given, the same object each time, and nobody writes to it."""
     x, y = np.array(a).view(Axis), np.array(b).view(Axis)
-    for _ in range(2):  # once made, once remembered
-        assert (x * y).tolist() == (np.array(a) * np.array(b)).tolist()
-        assert (x * n).tolist() == (n * x).tolist() == [n * v for v in a]
-        assert (x + y).tolist() == [v + w for v, w in zip(a, b, strict=True)]
-        assert sum([x, y, n]).tolist() == [v + w + n for v, w in zip(a, b, strict=True)]
-        assert (-(-x // (n + 1))).tolist() == [-(-v // (n + 1)) for v in a]
-    assert x * y is y * x
-    assert x * n is n * x
-    with pytest.raises(ValueError, match="read-only"):
-        (x * y)[0] = 0
+    with formed_once():
+        for _ in range(2):  # once made, once remembered
+            assert (x * y).tolist() == (np.array(a) * np.array(b)).tolist()
+            assert (x * n).tolist() == (n * x).tolist() == [n * v for v in a]
+            assert (x + y).tolist() == [v + w for v, w in zip(a, b, strict=True)]
+            assert sum([x, y, n]).tolist() == [v + w + n for v, w in zip(a, b, strict=True)]
+            assert (-(-x // (n + 1))).tolist() == [-(-v // (n + 1)) for v in a]
+        with formed_once():
+            made = x * y
+        assert made is x * y is y * x
+        assert x * n is n * x
+        with pytest.raises(ValueError, match="read-only"):
+            (x * y)[0] = 0
+    assert (x * y).tolist() == made.tolist()
+    assert x * y is not x * y  # steps are kept for days, and with them what is remembered of their dims
 
 
 @few
