@@ -9,7 +9,7 @@ other family or size, no word of another program (vl, moe, reward, ...) and no v
 
 import re
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 from ..resources import DATA, read_toml, stems
@@ -124,7 +124,7 @@ def _plain(word: str) -> bool:
     return word in _data()["plain"] or bool(re.fullmatch(STAMP, word))
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _words(name: str) -> Words:
     return tuple(_split(name))
 

@@ -9,7 +9,7 @@ m·Φ(Φ⁻¹(u) - σ) (Aitchison and Brown, The Lognormal Distribution, 1957, c
 import json
 import re
 from dataclasses import field
-from functools import cache
+from functools import lru_cache
 from math import exp, log, sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,7 +104,7 @@ def lengths_of(given: Any) -> Lengths | None:
     return _of_values(text, _in_file(Path(text)))
 
 
-@cache
+@lru_cache(maxsize=64)
 def _log_normal(mean: float, p95: float) -> Lengths:
     spec = f"{mean:g}:{p95:g}"
     if not 1 <= mean <= LONGEST:
@@ -170,7 +170,7 @@ def _of_record(record: dict[Any, Any], path: Path) -> Any:
 Batches = tuple[tuple[int, float], ...]
 
 
-@cache
+@lru_cache(maxsize=4096)
 def padded_batches(lengths: Lengths, batch: int, seq: int, *, grouped: bool) -> Batches:
     """The lengths that micro-batches of `batch` samples are padded to, each with its share of the micro-batches.
 
@@ -255,7 +255,7 @@ class Documents(NamedTuple):
         return cut, shares * (tokens / (shares * cut).sum(axis=0))
 
 
-@cache
+@lru_cache(maxsize=64)
 def _slices_of(lengths: Lengths) -> tuple[np.ndarray, np.ndarray]:
     n = len(lengths.values)
     if n <= KINDS:

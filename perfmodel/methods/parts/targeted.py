@@ -4,7 +4,7 @@ import re
 import re._parser as _parser  # type: ignore[import-not-found]  # as re.compile uses it
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -248,7 +248,7 @@ def is_pattern(target: str) -> bool:
     return len(target) > 2 and target.startswith("/") and target.endswith("/")
 
 
-@cache
+@lru_cache(maxsize=256)
 def pattern_of(method: str, target: str) -> re.Pattern[str]:
     """The regex between slashes.
 
