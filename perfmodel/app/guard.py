@@ -42,10 +42,14 @@ WORDS = {
 
 
 class Guard:
-    """ASGI: refuses what the page would not ask, before anything reads it."""
+    """ASGI: refuses what the page would not ask, before anything reads it.
 
-    def __init__(self, app: App) -> None:
-        self.app = app
+    Args:
+        done: called with a session whose stream of answers has ended.
+    """
+
+    def __init__(self, app: App, done: Callable[[str], object] = lambda session: None) -> None:
+        self.app, self.done = app, done
         self.unread: OrderedDict[str, int] = OrderedDict()  # by session, those asked last at the end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -97,6 +101,7 @@ class Guard:
             await self.app(scope, receive, counted)
         finally:
             self.unread.pop(session, None)
+            self.done(session)
 
 
 async def refuse(status: int, send: Send) -> None:

@@ -1,6 +1,9 @@
 """The page in Gradio: fields of a form in, HTML of `answers` out; nothing is reckoned here."""
 
+import ctypes
+import gc
 import os
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from .uploads import of_file
 from .written import as_command, as_config
 
 FOLDER = Path(__file__).parent
+M_ARENA_MAX = -8  # of malloc.h: how many heaps, of which each thread that answers fills one of its own
 VISITORS = 256  # of whom Gradio remembers which sliders were extended; 75 KB each
 REMEMBERED = "GRADIO_ANALYTICS_MAX_EVENTS"  # it makes a table of so many past questions, whenever one is answered
 DROP = """<label class="area">Drop a training config here, or press to choose one: YAML of Axolotl or LLaMA-Factory,
@@ -142,6 +146,13 @@ def build_page() -> gr.Blocks:
     return page.queue(max_size=WAITING, default_concurrency_limit=AT_ONCE, api_open=False)
 
 
+def forget(queue: Any, session: str) -> None:
+    """Drop the empty queues of a session that has all its answers: Gradio keeps them, some for ever."""
+    if not queue.pending_event_ids_session.get(session):
+        queue.pending_event_ids_session.pop(session, None)
+        queue.pending_messages_per_session.pop(session, None)
+
+
 def serve(address: str | None = None, port: int | None = None, *, browser: bool = False) -> gr.Blocks:
     """Build the page and answer requests, in threads of their own: `block_thread` of what is returned waits.
 
@@ -155,10 +166,15 @@ def serve(address: str | None = None, port: int | None = None, *, browser: bool 
     from starlette.middleware import Middleware
 
     os.environ.setdefault(REMEMBERED, "1")
+    with suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
     page = build_page()
+    guard = Middleware(Guard, done=lambda session: forget(page._queue, session))
     page.launch(
         server_name=address, server_port=port, inbrowser=browser, share=False, quiet=True, show_error=False,
         css=css(), theme=theme(), footer_links=[], ssr_mode=False, prevent_thread_lock=True,
-        app_kwargs={"middleware": [Middleware(Guard)]}, enable_monitoring=False, state_session_capacity=VISITORS,
+        app_kwargs={"middleware": [guard]}, enable_monitoring=False, state_session_capacity=VISITORS,
     )  # fmt: skip
+    gc.collect()
+    gc.freeze()  # a page's modules and fields are no garbage: what visitors leave is looked for the sooner
     return page

@@ -167,3 +167,39 @@ def test_sessions_are_forgotten_in_their_turn() -> None:
         server.asked(body=question(session_hash=str(number)))
     assert len(server.guard.unread) == SESSIONS
     assert "0" not in server.guard.unread
+
+
+def test_the_end_of_a_stream_is_told() -> None:
+    """Also of one that breaks off; what else a session asks is not the end of anything."""
+    done: list[str] = []
+    server = Server(ANSWERED)
+    server.guard.done = done.append
+    server.asked()
+    assert done == []
+    server.asked(DATA, "GET", query="session_hash=abc")
+    assert done == ["abc"]
+
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        raise ConnectionError
+
+    server.guard.app = broken
+    with pytest.raises(ConnectionError):
+        server.asked(DATA, "GET", query="session_hash=xyz")
+    assert done == ["abc", "xyz"]
+
+
+def test_nothing_is_kept_of_a_session_that_has_its_answers() -> None:
+    """Visitors come for months; one that still waits for an answer keeps its queue."""
+    pytest.importorskip("gradio")
+    from gradio.queueing import Queue
+
+    from perfmodel.app.page import build_page, forget
+
+    queue = build_page()._queue
+    assert isinstance(queue, Queue)
+    for session, pending in (("waits", {"event"}), ("done", set())):
+        queue.pending_messages_per_session[session] = asyncio.Queue()
+        queue.pending_event_ids_session[session] = pending
+    for session in ("waits", "done", "unknown"):
+        forget(queue, session)
+    assert list(queue.pending_messages_per_session) == list(queue.pending_event_ids_session) == ["waits"]
