@@ -139,7 +139,7 @@ class Partitions:
             table = self._opened(number).read_row_group(block)
         except (OSError, pa.ArrowException) as error:
             raise self._broken(number, error) from None
-        found = {name: column.to_numpy() for name, column in zip(table.column_names, table.columns, strict=True)}
+        found = {name: table[name].to_numpy() for name in table.column_names}
         return {name: values.astype(str) if values.dtype == object else values for name, values in found.items()}
 
     def remove(self) -> None:

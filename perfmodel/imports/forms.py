@@ -227,7 +227,7 @@ def of_deepspeed(config: Mapping[str, Any], origin: str) -> AskedForm:
     keys.used.update(f"zero_optimization.{key}" for key in SWITCHED_OFF)
     setup: dict[str, Any] = {}
     if keys.get("gradient_clipping") != "auto":
-        setup["clip_grad"] = keys.number("gradient_clipping") > 0  # nothing is clipped where the key is not there
+        setup["clip_grad"] = bool(keys.number("gradient_clipping"))  # nothing is clipped where the key is not there
     dtypes = [dtype for dtype in ("bf16", "fp16") if _section(keys, dtype).get("enabled") is True]
     if len(dtypes) > 1:
         raise UserError(f"{origin}: bf16 and fp16 exclude each other: leave one of them out")

@@ -84,7 +84,7 @@ class Scans:
         for ops, times in program.stretches:
             found = [(key_of(place, op), op) for place, op in [(place, at.op(op)) for place, op in ops]]
             n = int(value(times, *size))
-            if isinstance(times, int) and n == 1:
+            if times == 1:
                 made.add(*found[0])
                 continue
             keys = tuple(key for key, _ in found)

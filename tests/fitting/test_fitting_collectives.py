@@ -17,7 +17,7 @@ import pandas as pd
 
 from perfmodel import Node, UserError
 from perfmodel.cli import main
-from perfmodel.network import files
+from perfmodel.network import files, price
 from validate.fitting.collectives import fit, rows
 
 SKEW = rows.SKEW["profiler kernel time"]
@@ -88,6 +88,19 @@ def test_left_out_sizes_are_unseen(path: Path) -> None:
     spoilt.loc[chosen, "seconds"] *= 7.0
     its = chosen.to_numpy()
     assert fit._left_out(spoilt, task, "octave")[its] == pytest.approx(fit._left_out(own, task, "octave")[its])
+
+
+def test_a_node_of_which_little_is_known_is_like_others_with_a_switch(tmp_path: Path) -> None:
+    """Three messages say little of an A100's node: the rest is what H100s have made of links of another speed."""
+    few = table("a100_sxm", "all_gather")
+    few = few[few.message_bytes.isin([2**16, 2**20, 2**24]) & (few.n_gpus == 8)]
+    where = tmp_path / "collectives.parquet"
+    pd.concat([table("h100_sxm", "all_gather"), few]).to_parquet(where)
+    read, known = rows.read_collectives(where), Node.load("dgx-a100")
+    found = fit._fit_within(read, read[read.node == "dgx-a100"], "dgx-a100", "all_gather").parameters
+    size, gpus = np.array(SIZES, dtype=float), np.full(len(SIZES), 8.0)
+    seconds = price.within("all_gather", size, gpus, links=known.file.links, parameters=found, reduces=False)
+    assert np.abs(np.log(seconds / known.collective("all_gather", size, 8))).mean() < 0.2
 
 
 def test_the_command_prints_the_table(path: Path) -> None:
