@@ -146,7 +146,7 @@ def build_page() -> gr.Blocks:
     return page.queue(max_size=WAITING, default_concurrency_limit=AT_ONCE, api_open=False)
 
 
-def forget(queue: Any, session: str) -> None:
+def forget_session(queue: Any, session: str) -> None:
     """Drop the empty queues of a session that has all its answers: Gradio keeps them, some for ever."""
     if not queue.pending_event_ids_session.get(session):
         queue.pending_event_ids_session.pop(session, None)
@@ -169,7 +169,7 @@ def serve(address: str | None = None, port: int | None = None, *, browser: bool 
     with suppress(OSError, AttributeError):  # glibc alone has it
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
     page = build_page()
-    guard = Middleware(Guard, done=lambda session: forget(page._queue, session))
+    guard = Middleware(Guard, done=lambda session: forget_session(page._queue, session))
     page.launch(
         server_name=address, server_port=port, inbrowser=browser, share=False, quiet=True, show_error=False,
         css=css(), theme=theme(), footer_links=[], ssr_mode=False, prevent_thread_lock=True,

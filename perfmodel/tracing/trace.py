@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_leaves
 
 from ..setup import Setup
 from ..tape.core import ONE_AT_A_TIME
-from . import known, sparse, strides
+from . import known, sparse
 from .fakes import Fakes
 from .flops import flops_of
-from .picked import picking_all
+from .picked import as_kernels_have_them, picking_all
 from .programs import updates
 from .programs.dtypes import DTYPES, TORCH_DTYPES
 
@@ -137,7 +137,7 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     out = self.dense if args[0].dim() == 0 else True
         else:
             out = picking_all(func, known.with_places(func, args) if self.knows else args, kwargs)
-            out = strides.as_kernels_have_them(func, sparse.with_values(func, args, out))
+            out = as_kernels_have_them(func, sparse.with_values(func, args, out))
         if self.knows and value is None:
             known.drop_values(_mutated(func, args, kwargs))
         if func is aten.any.default:

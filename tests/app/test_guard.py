@@ -193,7 +193,7 @@ def test_nothing_is_kept_of_a_session_that_has_its_answers() -> None:
     pytest.importorskip("gradio")
     from gradio.queueing import Queue
 
-    from perfmodel.app.page import build_page, forget
+    from perfmodel.app.page import build_page, forget_session
 
     queue = build_page()._queue
     assert isinstance(queue, Queue)
@@ -201,5 +201,5 @@ def test_nothing_is_kept_of_a_session_that_has_its_answers() -> None:
         queue.pending_messages_per_session[session] = asyncio.Queue()
         queue.pending_event_ids_session[session] = pending
     for session in ("waits", "done", "unknown"):
-        forget(queue, session)
+        forget_session(queue, session)
     assert list(queue.pending_messages_per_session) == list(queue.pending_event_ids_session) == ["waits"]
