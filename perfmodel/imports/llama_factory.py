@@ -10,6 +10,7 @@ from .fields import (
     TORCHS_MUON,
     attention,
     by_length,
+    checkpoint_kind,
     clips,
     compiled,
     engine,
@@ -118,11 +119,18 @@ def _update(keys: Keys) -> dict[str, bool]:
 
 
 def _checkpoint(keys: Keys) -> str:
-    """On by default, and reentrant by default; never on for Gemma 3n (`patch_model` of model/patcher.py)."""
-    keys.used.update(("gradient_checkpointing", "gradient_checkpointing_kwargs"))  # its own keys decide
-    if keys.flag("disable_gradient_checkpointing") or re.search(r"gemma-?3n", _model(keys), re.IGNORECASE):
-        return "none"
-    return "block-reentrant" if keys.flag("use_reentrant_gc", True) else "block"
+    """On by default, and reentrant by default; never on for Gemma 3n (`patch_model` of model/patcher.py).
+
+    Where `gradient_checkpointing` is on, Transformers' trainer switches it on after that, in its own kind if options
+    are given or LLaMA-Factory left the model as it was, and else reentrant (`_gradient_checkpointing_enable`).
+    """
+    off = keys.flag("disable_gradient_checkpointing") or re.search(r"gemma-?3n", _model(keys), re.IGNORECASE)
+    reentrant = keys.flag("use_reentrant_gc", True)
+    if keys.flag("gradient_checkpointing"):
+        by_trainer = off or keys.get("gradient_checkpointing_kwargs")
+        return checkpoint_kind(keys, on=True) if by_trainer else "block-reentrant"
+    keys.used.add("gradient_checkpointing_kwargs")
+    return "none" if off else "block-reentrant" if reentrant else "block"
 
 
 def _method(keys: Keys) -> tuple[str, dict[str, Any]]:
@@ -177,11 +185,12 @@ def _freeze(keys: Keys, *, quantised: bool) -> tuple[str, dict[str, Any]]:
 
 
 def _oft(keys: Keys, bits: int, saved: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
+    """OFT; its layers are those of `lora_target`: nobody reads `oft_target` (`_setup_lora_tuning`)."""
     if bits == 8:
         raise UserError(f"{keys.origin}: OFT on an 8-bit base is not modelled; use quantization_bit: 4")
     keys.refuse("oft_rank", "a number of blocks is not modelled from a config; give oft_block_size")
     options = {
-        "block_size": keys.count("oft_block_size", 32), "targets": _targets(keys, "oft_target"),
+        "block_size": keys.count("oft_block_size", 32), "targets": _targets(keys, "lora_target"),
         "modules_to_save": saved,
     }  # fmt: skip
     if bits == 4:
