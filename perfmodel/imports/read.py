@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..recording.parallel.form import ALONE
 from ..resources import LARGEST, json_object, mapping, parsed, read_json, read_text
 from . import adapter, axolotl, llama_factory, llama_factory_v1, meanings, packing, peft_benchmark, trainer
-from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, ONE_GPU, UNDER_ZERO_3
+from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, ONE_GPU, UNDER_ZERO_3, unscaled
 from .forms import AskedForm, form_of
 from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
@@ -116,7 +116,8 @@ class Imported:
         uncast = adapts and "adapter_dtype" not in str(self.method) and setup.get("dtype") != "fp32"
         kept = [d for d in self.differences if not d.startswith(OF_ONE_GPU)]
         searched = [SEARCHED] if self.searches and setup["parallel"] == "ddp" else []
-        told = dict.fromkeys([*kept, *form.unlike, *form.besides, *searched, *([NOT_CAST] if uncast else [])])
+        besides = [*form.besides, *searched, *([NOT_CAST] if uncast else []), *unscaled(setup)]
+        told = dict.fromkeys([*kept, *form.unlike, *besides])
         return replace(self, setup=setup, differences=list(told))
 
     @property
@@ -214,8 +215,9 @@ def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
     upcasts = found.name == "Axolotl" and axolotl.upcasts(keys)
     multiple = MULTIPLE[found.name](keys) if found.name in MULTIPLE else 1
     return Imported(
-        found.name, model, method, setup, ignored, notes, keys.told_differences(), frozen=frozen, upcasts=upcasts,
-        multiple=multiple, job=table.of_job(values), asks=partial(FORMS.get(found.name, form_of), keys),
+        found.name, model, method, setup, ignored, notes, [*keys.told_differences(), *unscaled(setup)],
+        frozen=frozen, upcasts=upcasts, multiple=multiple,
+        job=table.of_job(values), asks=partial(FORMS.get(found.name, form_of), keys),
         searches=_searches(found.name, keys, setup),
         precise=found.name in PRECISE or any(values.get(key) is not None for key in PRECISION),
     )  # fmt: skip

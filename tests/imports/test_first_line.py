@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from perfmodel.cli import main
 from perfmodel.imports import DIFFERS, meanings, read
+from perfmodel.imports.fields import UNSCALED
 from perfmodel.imports.packing import BY_A_MASK, TO_THE_END, UNKNOWN
 from perfmodel.imports.read import ASK
 from perfmodel.imports.vocabulary import AS_IT_IS
@@ -124,6 +125,9 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "unheard_of: 3": ("axolotl", "keys that are unknown here (unheard_of)"),
     "tf32: true": ("axolotl", "fp32 products without TF32 (tf32)"),
     "dtype: float16": ("trl", "products in fp16, not in bf16 under autocast"),
+    "fp16: true": ("trl", UNSCALED),
+    "fp16: true\nadapter: lora": ("axolotl", UNSCALED),
+    "fp16: true\nfinetuning_type: full": ("factory", UNSCALED),
     "tf32: true\npure_bf16: true": ("factory", "fp32 products without TF32 (tf32)"),
     "use_unsloth_gc: true": ("factory", "checkpoints stay on the GPU (use_unsloth_gc)"),
     "gradient_checkpointing: true\ngradient_checkpointing_kwargs: {every_n_layers: 2}": (
