@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..methods.lora import TOGETHER
 from ..methods.parts.targeted import ALL_LINEAR, is_pattern
 from . import packing
-from .axolotl_kernels import GEMMA_4, asked_attention, attention_of_axolotl, kernels_of_axolotl
+from .axolotl_kernels import GEMMA_4, UNCUT, asked_attention, attention_of_axolotl, kernels_of_axolotl
 from .fields import (
     ALL_FUSED,
     NOT_QAT,
@@ -143,7 +143,8 @@ def _keeps_fp32(keys: Keys, adapter: str | None, dtype: str | None) -> bool:
     """
     plain = asked_attention(keys) in (None, "eager", "sdpa")
     back = ("fsdp", "fsdp_config", "cut_cross_entropy")  # what casts them back, beside adapters and other attentions
-    cast_back = adapter is not None or not plain or any(keys.values.get(key) for key in back)
+    cut = UNCUT in keys.differences  # by its plugin, whose switch is on unless it is off
+    cast_back = adapter is not None or not plain or cut or any(keys.values.get(key) for key in back)
     sharded = any(keys.values.get(key) for key in back[:2])
     unnamed = low_bits(keys) is not None and not sharded and UNNAMED.search(str(keys.get("base_model"))) is not None
     return dtype is not None and (unnamed or not cast_back)
