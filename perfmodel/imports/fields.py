@@ -35,6 +35,7 @@ FLASH = {
     "kernels-community/vllm-flash-attn3": "flash2",
 }  # fmt: skip
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", **FLASH}
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 COMPILE = {
     "default": "default", "reduce-overhead": "reduce-overhead", "max-autotune-no-cudagraphs": "default",
     "max-autotune": "reduce-overhead",

@@ -53,8 +53,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     keys.exclude("pure_bf16", "fp16")
     pure = keys.flag("pure_bf16")
     amp = half(keys)
-    # trainable weights are upcast to fp32 unless pure_bf16 (or BAdam) asks not to (model/adapter.py)
-    upcast = not pure and name == "full"
+    # all weights train in fp32, under GaLore too, unless pure_bf16 or BAdam asks not to (model/adapter.py)
+    upcast = not pure and name in ("full", *PROJECTING)
     fsdp(keys)
     notes = []
     if amp is None and not pure:

@@ -10,13 +10,12 @@ from typing import Any
 from ..errors import UserError
 from ..resources import read_json
 from .adapter import NOT_FACTORED
-from .fields import ATTENTION, UNSCALED, attention
+from .fields import ATTENTION, DTYPES, UNSCALED, attention
 from .keys import Keys
 from .packing import shorter
 
 GENERATION = "default_benchmark_params.json"  # of method_comparison/text_generation_benchmark/run.py
 DEFAULTS, OWN, ADAPTER = "default_training_params.json", "training_params.json", "adapter_config.json"
-DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 METHODS = {
     "lora-fa": ("lora", "lora_fa"),
     "lora+": ("lora", "loraplus"),

@@ -52,6 +52,7 @@ class Imported:
         searches: whether DDP looks for parameters without a gradient in every step.
         traced: whether a trace answers, which is one of one GPU.
         precise: whether it names its mixed precision, so that a launcher's does not count.
+        as_kept: whether weights have the dtype in which the checkpoint keeps them, whatever is computed in.
     """
 
     tool: str
@@ -71,6 +72,7 @@ class Imported:
     searches: bool = False
     traced: bool = False
     precise: bool = False
+    as_kept: bool = False
 
     def with_lengths(self, *, padded: bool = True) -> "Imported":
         """What it says where the lengths of documents are given.
@@ -220,7 +222,19 @@ def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
         job=table.of_job(values), asks=partial(FORMS.get(found.name, form_of), keys),
         searches=_searches(found.name, keys, setup),
         precise=found.name in PRECISE or any(values.get(key) is not None for key in PRECISION),
+        as_kept=_as_kept(found.name, keys, setup, method),
     )  # fmt: skip
+
+
+def _as_kept(tool: str, keys: Keys, setup: dict[str, Any], method: str | None) -> bool:
+    """Whether a model is loaded in the dtype of its checkpoint, and weights stay so.
+
+    LLaMA-Factory does it in any case (model/loader.py, v1/core/model_engine.py) and puts in fp32 what trains.
+    """
+    if tool == TRL:
+        return "auto" in (keys.values.get("dtype"), keys.values.get("torch_dtype"))
+    loads = tool == FACTORY or (tool in PRECISE and tool != "Axolotl" and method != "full")
+    return loads and setup["dtype"] != "fp32"
 
 
 def _searches(tool: str, keys: Keys, setup: dict[str, Any]) -> bool:

@@ -26,3 +26,21 @@ def test_llama_factory_checkpoints_before_its_trainer_does(text: str, kind: str,
     file = tmp_path / "config.yaml"
     file.write_text(f"finetuning_type: lora\nmodel_name_or_path: {text}\n")
     assert read(file).setup["checkpoint"] == kind
+
+
+@pytest.mark.parametrize(
+    ("text", "dtypes"),
+    [
+        ("use_galore: true\nbf16: true", ("fp32", "bf16")),
+        ("use_apollo: true\nbf16: true", ("fp32", "bf16")),
+        ("use_galore: true", ("fp32", None)),
+        ("use_galore: true\npure_bf16: true", ("bf16", None)),
+        ("use_badam: true\nbf16: true", ("bf16", "bf16")),
+    ],
+)
+def test_what_projects_gradients_trains_in_fp32(text: str, dtypes: tuple[str, str | None], tmp_path: Path) -> None:
+    """All weights are cast that train, but for pure_bf16 and BAdam (model/adapter.py, `init_adapter`)."""
+    file = tmp_path / "config.yaml"
+    file.write_text(f"model_name_or_path: gpt2\nfinetuning_type: full\n{text}\n")
+    found = read(file)
+    assert (found.setup["dtype"], found.setup["amp"]) == dtypes
