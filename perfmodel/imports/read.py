@@ -229,10 +229,12 @@ def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
 def _as_kept(tool: str, keys: Keys, setup: dict[str, Any], method: str | None) -> bool:
     """Whether a model is loaded in the dtype of its checkpoint, and weights stay so.
 
-    LLaMA-Factory does it in any case (model/loader.py, v1/core/model_engine.py) and puts in fp32 what trains.
+    LLaMA-Factory does it (model/loader.py, v1/core/model_engine.py), but not by Unsloth, and puts in fp32 what trains.
     """
     if tool == TRL:
         return "auto" in (keys.values.get("dtype"), keys.values.get("torch_dtype"))
+    if keys.values.get("use_unsloth"):
+        return False
     loads = tool == FACTORY or (tool in PRECISE and tool != "Axolotl" and method != "full")
     return loads and setup["dtype"] != "fp32"
 

@@ -73,6 +73,7 @@ def test_what_a_model_has_no_program_of_is_answered_otherwise(
         (f"model_name_or_path: Qwen/Qwen3-4B\n{FACTORY}".replace("bf16", "fp16"), "fp16, not in bf16"),
         (f"model_name_or_path: meta-llama/Llama-2-7b-hf\n{FACTORY}".replace("bf16: true", ""), ""),  # no autocast
         (f"model_name_or_path: meta-llama/Llama-2-7b-hf\n{FACTORY}".replace(": lora", ": full"), ""),  # all in fp32
+        (f"model_name_or_path: meta-llama/Llama-2-7b-hf\nuse_unsloth: true\n{FACTORY}", ""),
         (f"model_name_or_path: TheBloke/Llama-2-7B-AWQ\n{FACTORY}", ""),  # which is told in other words
         (f"model_name_or_path: Qwen/Qwen3-4B\n{FACTORY}", ""),
         ("model_name_or_path: facebook/opt-1.3b\nmax_length: 64\nuse_peft: true\ndtype: auto\n", "bf16, not in fp16"),

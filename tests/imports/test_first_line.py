@@ -129,6 +129,15 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "fp16: true\nadapter: lora": ("axolotl", UNSCALED),
     "fp16: true\nfinetuning_type: full": ("factory", UNSCALED),
     "tf32: true\npure_bf16: true": ("factory", "fp32 products without TF32 (tf32)"),
+    "use_unsloth: true": (
+        "factory", "PyTorch's norms, rotary positions and loss of all logits, not Unsloth's (use_unsloth)",
+    ),
+    "use_unsloth: true\ncutoff_len: 2048\ndisable_gradient_checkpointing: true": (
+        "factory", "checkpoints stay on the GPU (use_unsloth)",
+    ),
+    "use_unsloth: true\nquantization_bit: 4": (
+        "factory", "peft's adapters, not Unsloth's kernels of them (use_unsloth)",
+    ),
     "use_unsloth_gc: true": ("factory", "checkpoints stay on the GPU (use_unsloth_gc)"),
     "gradient_checkpointing: true\ngradient_checkpointing_kwargs: {every_n_layers: 2}": (
         "trl", "every block checkpointed, on the GPU (gradient_checkpointing_kwargs)",

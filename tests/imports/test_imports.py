@@ -78,7 +78,7 @@ EXPECTED: dict[str, tuple[str | None, dict[str, Any]]] = {
     ),
     "llama_factory/unsloth.yaml": (
         "lora:r=16,targets=all-linear,implementation=unsloth",
-        {"checkpoint": "block", "clip_grad": False, "batch": 2, "grad_accum": 4},
+        {"checkpoint": "block-reentrant", "clip_grad": False, "batch": 2, "grad_accum": 4},
     ),
     "trl/sft-lora.json": ("lora:r=32,dropout=0.05", {**FP32_AMP, "batch": 2, "seq": 1024, "grad_accum": 8}),
     "trl/sft-full.json": ("full", {**AMP, "seq": 2048, "checkpoint": "block"}),
