@@ -7,9 +7,9 @@ PyTorch's AdamW; FSDP casts what it gathers to bf16.
 from dataclasses import replace
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, nearest
 from . import packing
-from .fields import FLASH, TORCHS_MUON, attention, flavour, own_code, spec
+from .fields import DTYPES, FLASH, TORCHS_MUON, attention, flavour, own_code, spec
 from .forms import AskedForm, form_of
 from .keys import NO_TRAINING, Keys
 from .targets import as_targets
@@ -173,4 +173,17 @@ def _method(keys: Keys) -> str:
         name, r=options.count("r", 8), targets=("all-linear",) if every else as_targets(options, "target_modules"),
         dropout=options.number("lora_dropout", 0.05), modules_to_save=options.names("modules_to_save"),
         double_quant=None if quantised.get("double_quantization", True) else "false",
+        compute_dtype=_computed_in(keys, quantised) if quantised else None,
     )  # fmt: skip
+
+
+def _computed_in(keys: Keys, quantised: dict[str, Any]) -> str | None:
+    """What 4-bit layers compute in, None for the dtype of the others: fp16 by default (`BnbParams`), with casts around.
+
+    Raises:
+        UserError: no dtype.
+    """
+    word = str(quantised.get("compute_dtype", "float16"))
+    if word not in DTYPES:
+        raise UserError(f"{keys.origin}: quant_config: compute_dtype {word!r} is unknown: {nearest(word, DTYPES)}")
+    return None if DTYPES[word] == CHECKPOINT_DTYPE else DTYPES[word]

@@ -217,7 +217,12 @@ DEFAULTS: dict[str, tuple[dict[str, Any], str]] = {  # what a tool takes where t
     "v1_once.yaml": (
         {"model": "gpt2", "peft_config": {"name": "lora"},
          "quant_config": {"name": "bnb", "double_quantization": False}},
-        "qlora:r=8,targets=all-linear,dropout=0.05,double_quant=false",
+        "qlora:r=8,targets=all-linear,dropout=0.05,double_quant=false,compute_dtype=fp16",
+    ),
+    "v1_bf16.yaml": (
+        {"model": "gpt2", "peft_config": {"name": "lora"},
+         "quant_config": {"name": "bnb", "compute_dtype": "bfloat16"}},
+        "qlora:r=8,targets=all-linear,dropout=0.05",
     ),
 }  # fmt: skip
 
