@@ -182,6 +182,8 @@ def _method(keys: Keys) -> tuple[str, dict[str, Any]]:
         "implementation": "unsloth" if keys.flag("use_unsloth") and name in FUSES else None,
         "niter": power_iterations(name, f"pissa_niter_{keys.get('pissa_iter') or 16}"),  # -1: a whole SVD
     }  # fmt: skip
+    if keys.flag("create_new_adapter"):
+        keys.used.add("adapter_name_or_path")  # whose adapters are merged then
     if keys.flag("use_unsloth") and name not in FUSES:
         keys.differ(PEFTS, "use_unsloth")
     if name == "qlora":

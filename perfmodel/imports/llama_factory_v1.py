@@ -24,6 +24,7 @@ OWN_CLIP = "gradients clipped together, not one after another in fp32 as FSDPTur
 REDUCED = "gradients reduced in 16 bits, not in fp32"
 BESIDE_BLOCKS = "embedding, last norm and head in accelerate's units of FSDP2"
 NO_UNITS = "adapters in the units of their blocks, not in one each"
+NOT_LOADED = "adapters as the file describes them, not those that are loaded"  # `load_adapter`
 TOKEN_BUDGETS = ("dynamic_batching", "dynamic_padding_free")  # strategies that fill micro-batches by tokens
 
 
@@ -168,6 +169,8 @@ def _method(keys: Keys) -> str:
         options, bits=4 if quantised else None, dora=options.flag("use_dora"), rslora=options.flag("use_rslora"),
         pissa=False, plus=False,
     )  # fmt: skip
+    if "adapter_name_or_path" in options:
+        keys.differ(NOT_LOADED, "peft_config")
     every = options.get("target_modules") in (None, "all")
     return spec(
         name, r=options.count("r", 8), targets=("all-linear",) if every else as_targets(options, "target_modules"),

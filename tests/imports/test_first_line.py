@@ -21,6 +21,7 @@ PLAIN = f"{BASE}bf16: false\ntf32: false\n"  # both are on by default
 TRL = {"model_name_or_path": "gpt2", "max_length": 64, "dtype": "float32", "packing": False}
 UNFUSED = "without fused kernels for adapters, Axolotl's default"
 FACTORY = "model_name_or_path: gpt2\ncutoff_len: 64\n"
+LOADED = "adapters as the file describes them, not those that are loaded"
 PAD = "special_tokens: {pad_token: <|finetune_right_pad_id|>}"
 
 DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line says
@@ -129,6 +130,9 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "fp16: true\nadapter: lora": ("axolotl", UNSCALED),
     "fp16: true\nfinetuning_type: full": ("factory", UNSCALED),
     "tf32: true\npure_bf16: true": ("factory", "fp32 products without TF32 (tf32)"),
+    "adapter: lora\nlora_model_dir: outputs/first": ("axolotl", f"{LOADED} (lora_model_dir)"),
+    "model: gpt2\npeft_config: {name: lora, adapter_name_or_path: saves/first}": ("v1", f"{LOADED} (peft_config)"),
+    "adapter_name_or_path: saves/first": ("factory", f"{LOADED} (adapter_name_or_path)"),
     "use_unsloth: true": (
         "factory", "PyTorch's norms, rotary positions and loss of all logits, not Unsloth's (use_unsloth)",
     ),
@@ -158,7 +162,7 @@ def test_what_is_not_modelled_stands_in_the_first_line(tmp_path: Path, text: str
     """A key that changes speed or memory is never told as ignored, nor passed over."""
     tool, said = DIFFERENT[text]
     path = tmp_path / "config.yml"
-    path.write_text({"axolotl": PLAIN, "factory": FACTORY, "trl": yaml.safe_dump(TRL)}[tool] + text)
+    path.write_text({"axolotl": PLAIN, "factory": FACTORY, "v1": "", "trl": yaml.safe_dump(TRL)}[tool] + text)
     found = read(path)
     assert said in found.differences
     assert found.first_line.startswith(DIFFERS)
