@@ -1,12 +1,13 @@
 """How a training program is launched: accelerate's own config, or DeepSpeed's (`accelerate launch --config_file`)."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..resources import is_file, mapping
-from .fields import NOT_FP8, ONE_GPU, UNDER_ZERO_3
+from .fields import NOT_FP8, ONE_GPU, UNDER_ZERO_3, unscaled
 from .forms import MESH, OFFLOADED, OFFLOADS, AskedForm, form_of, of_deepspeed
 from .keys import Keys
 from .meanings import judge, meanings_of, refuse
@@ -58,32 +59,40 @@ class Launch:
             UserError: the files contradict each other.
         """
         found = found or Imported(self.tool, None, None, {}, [], [])
-        form = replace(self.form, setup=dict(self.form.setup))
-        amp, dtype = form.setup.pop("amp", None), found.setup.get("dtype")
+        own = replace(self.form, setup=dict(self.form.setup))
+        amp, dtype = own.setup.pop("amp", None), found.setup.get("dtype")
         if amp is not None and not found.precise and found.setup.get("amp") is None:
             if dtype in (None, "fp32", amp):
-                form.setup["amp"] = amp
+                own.setup["amp"] = amp
             else:
-                form = replace(form, besides=(*form.besides, f"products in {dtype}, not in {amp} under autocast"))
+                own = replace(own, besides=(*own.besides, f"products in {dtype}, not in {amp} under autocast"))
         if found.setup.get("checkpoint", "none") != "none":
-            form.setup.pop("checkpoint", None)
+            own.setup.pop("checkpoint", None)
         asked = found.asks()
-        form = asked.under(form).as_typed(parallel)
-        return found.on_several(form) if several else self._on_one(found, asked, form)
+        form = asked.under(own).as_typed(parallel)
+        if several:
+            return found.on_several(form)
+        if asked.parallel is not None or form.parallel in (None, "ddp"):
+            return _with(found, found.under(form), own.besides)
+        return self._on_one(found, form, form.parallel)
 
-    def _on_one(self, found: Imported, asked: AskedForm, form: AskedForm) -> Imported:
+    def _on_one(self, found: Imported, form: AskedForm, parallel: str) -> Imported:
         """One GPU has nothing to exchange; DeepSpeed's ZeRO-3 runs on it all the same, where nothing is offloaded."""
         setup = found.under(form)
-        if asked.parallel is not None or form.parallel in (None, "ddp"):
-            return replace(found, setup=setup, differences=[*found.differences, *self.form.besides])
         said = [*form.unlike, *form.besides]
         offloads = any(words.startswith(OFFLOADED) for words in form.unlike)
-        if form.parallel == "zero3" and not offloads and setup.get("objective", "sft") == "sft":
+        if parallel == "zero3" and not offloads and setup.get("objective", "sft") == "sft":
             setup["engine"] = "deepspeed-zero3"
             said += [UNDER_ZERO_3] if self.gpus != 1 else []
         else:
-            said = [f"{ONE_GPU}, without {NAMES[form.parallel]}{' with offloading' * offloads}", *form.besides]
-        return replace(found, setup=setup, differences=[*found.differences, *said])
+            said = [f"{ONE_GPU}, without {NAMES[parallel]}{' with offloading' * offloads}", *form.besides]
+        return _with(found, setup, said)
+
+
+def _with(found: Imported, setup: dict[str, Any], said: Iterable[str]) -> Imported:
+    """A training config's step with another setup, and with what is said of that too."""
+    told = dict.fromkeys([*found.differences, *said, *unscaled(setup)])
+    return replace(found, setup=setup, differences=list(told))
 
 
 def read_launch(path: Path) -> Launch:

@@ -9,9 +9,10 @@ from ..errors import UserError
 from ..methods.lora import TOGETHER
 from ..methods.parts.targeted import ALL_LINEAR, is_pattern
 from . import packing
-from .axolotl_kernels import GEMMA_4, asked_attention, attention_of_axolotl, kernels_of_axolotl
+from .axolotl_kernels import GEMMA_4, UNCUT, asked_attention, attention_of_axolotl, kernels_of_axolotl
 from .fields import (
     ALL_FUSED,
+    FUSES,
     NOT_QAT,
     ON_GPTQ,
     OPTIMIZERS,
@@ -47,7 +48,6 @@ PLAIN_ADAPTERS = ("rl", "nvfp4_merge_aware", "trust_remote_code")  # keys beside
 # (`_set_quantization_config`; transformers/quantizers/base.py, `get_modules_to_not_convert`)
 NOT_PACKED = ((r"falcon-?h1", ("qlora", "lora_8bit"), "out_proj"), ("jamba", ("lora_8bit",), "Mamba's"))
 FUSED_EXPERTS = ("scattermoe", "sonicmoe")
-FUSES = ("lora", "rslora", "loraplus", "pissa")  # methods that have Unsloth's kernels here
 RECOMPUTED = "blocks recomputed, in the place of offloaded activations"  # beside adapters offloading stands alone
 FROZEN_AGAIN = "all adapters train; Axolotl freezes again those that are not named"  # once PEFT made them (train.py)
 FROM_INPUT = "backward from the lowest trained weight on, not through every block"
@@ -143,7 +143,8 @@ def _keeps_fp32(keys: Keys, adapter: str | None, dtype: str | None) -> bool:
     """
     plain = asked_attention(keys) in (None, "eager", "sdpa")
     back = ("fsdp", "fsdp_config", "cut_cross_entropy")  # what casts them back, beside adapters and other attentions
-    cast_back = adapter is not None or not plain or any(keys.values.get(key) for key in back)
+    cut = UNCUT in keys.differences  # by its plugin, whose switch is on unless it is off
+    cast_back = adapter is not None or not plain or cut or any(keys.values.get(key) for key in back)
     sharded = any(keys.values.get(key) for key in back[:2])
     unnamed = low_bits(keys) is not None and not sharded and UNNAMED.search(str(keys.get("base_model"))) is not None
     return dtype is not None and (unnamed or not cast_back)

@@ -15,8 +15,9 @@ SWITCHES = {  # older switches and the implementation that each stands for (LEGA
     "xformers_attention": "xformers", "sage_attention": "sage", "flex_attention": "flex_attention",
     "flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager",
 }  # fmt: skip
+UNCUT = "the logits in memory, without cut cross entropy"
 PLUGINS = {  # a plugin's class, and what is answered instead of a step with it; None: its own keys say it
-    "CutCrossEntropyPlugin": "the logits in memory, without cut cross entropy", "LigerPlugin": None,
+    "CutCrossEntropyPlugin": UNCUT, "LigerPlugin": None,
     "SwanLabPlugin": None, "LMEvalPlugin": None, "KernelsPlugin": None, "ExpertParallelPlugin": None,
     "LLMCompressorPlugin": None, "DiffusionPlugin": None, "KDPlugin": None, "GrokfastPlugin": None,
     "NemoGymPlugin": None, "DenseMixerPlugin": None, "HatcheryPlugin": None, "MoraPlugin": None,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .. import methods
+from ..architectures import load
 from ..architectures.base import Architecture
 from ..architectures.names import bundled_for
 from ..errors import UserError
@@ -14,7 +15,7 @@ from ..methods.parts.quantised import QuantisedLora
 from ..methods.parts.targeted import ALL_LINEAR, unmatched
 from ..recording.converted import check_converted
 from ..setup import Setup
-from .fields import NOT_FP8, NOT_QAT, ON_GPTQ
+from .fields import DTYPES, NOT_FP8, NOT_QAT, ON_GPTQ
 from .read import Imported
 
 BY_MODULE = ("Axolotl", "LLaMA-Factory", "LLaMA-Factory v1")  # they name every `nn.Linear` (`find_all_linear_names`, …)
@@ -53,6 +54,8 @@ def fallbacks(found: Imported, architecture: Architecture) -> Iterator[Fallback]
             yield Fallback(option, "none", f"{said} ({option})")
     if part := in_part(architecture.note):
         yield Fallback("model", found.model, part)
+    if kept := as_kept(found):
+        yield Fallback("model", found.model, kept)
     if found.method is not None:
         yield from _of_method(found, methods.parse(found.method), architecture)
 
@@ -98,6 +101,20 @@ def _on_gptq(model: str, method: methods.Method, architecture: Architecture) -> 
 def _shared(method: Lora) -> dict[str, Any]:
     """The options that LoRA and its kin have in common."""
     return {f.name: getattr(method, f.name) for f in fields(Lora) if f.init}
+
+
+def as_kept(found: Imported) -> str:
+    """What is said of weights that a tool leaves in the dtype of the checkpoint, as a bundled config knows it.
+
+    Of 16 bits each without autocast they take the same time; under another one they are cast in every product.
+    """
+    meant = bundled_for(found.model or "") if found.as_kept else None
+    if meant is None or meant.packed:
+        return ""
+    values, dtype = load(meant.name).values, found.setup.get("dtype")
+    kept = DTYPES.get(str(values.get("dtype") or values.get("torch_dtype")), dtype)
+    alike = kept == dtype or (kept != "fp32" and found.setup.get("amp") is None)
+    return "" if alike else f"weights in {dtype}, not in {kept} as the checkpoint has them"
 
 
 def in_16_bit(found: Imported, *, stacked: bool) -> str:

@@ -35,6 +35,7 @@ FLASH = {
     "kernels-community/vllm-flash-attn3": "flash2",
 }  # fmt: skip
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", **FLASH}
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 COMPILE = {
     "default": "default", "reduce-overhead": "reduce-overhead", "max-autotune-no-cudagraphs": "default",
     "max-autotune": "reduce-overhead",
@@ -46,9 +47,12 @@ NOT_TUNED = "products on cuBLAS, not on the fastest of several kernels"  # Induc
 FLASH_2_FOR_3 = "flash-attn 2, not 3"
 ONE_GPU = "one GPU"  # what is said of a program of several begins with it
 UNDER_ZERO_3 = f"{ONE_GPU} under ZeRO-3"
+# What the scaler of losses under fp16 does (torch/amp/grad_scaler.py): another pass over all gradients, and a sync
+UNSCALED = "gradients neither scaled nor checked for infinities, which fp16 asks for"
 TOGETHER_IN_ZERO = f"{UNDER_ZERO_3}, weights updated together, not in sub-groups"
 ALL_OF_LIGER = "all of Liger's kernels"
 ALL_FUSED = "fused kernels for all adapters"
+FUSES = ("lora", "rslora", "loraplus", "pissa")  # methods that have Unsloth's kernels here
 ON_GPTQ = "a base in codes of {} bits, {} in a group, on gptqmodel's kernels that train (auto_trainable)"
 CASTING = ("sft", "dpo", "kto", "reward", "grpo")  # objectives whose trainers cast adapters beside a base in few bits
 # Models whose repositories bring code of their own beside transformers' (`auto_map` of their config.json), and those
@@ -191,6 +195,11 @@ def float8(keys: Keys, recipe: str, compile: str) -> str:
         keys.differ(NOT_FP8, "fp8")
         return "none"
     return recipe
+
+
+def unscaled(setup: Mapping[str, Any]) -> list[str]:
+    """What is said of a step under fp16, which no form of it scales."""
+    return [UNSCALED] if setup.get("amp") == "fp16" else []
 
 
 def half(keys: Keys) -> str | None:

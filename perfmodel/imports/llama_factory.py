@@ -7,9 +7,11 @@ from ..errors import UserError
 from . import packing
 from .fields import (
     FLASH_2_FOR_3,
+    FUSES,
     TORCHS_MUON,
     attention,
     by_length,
+    checkpoint_kind,
     clips,
     compiled,
     engine,
@@ -35,6 +37,10 @@ CHECKPOINT_DTYPE = "bf16"  # of a checkpoint that no key speaks of
 # Of badam 1.2: `BlockOptimizer.step`, and `clip_grad_norm_old_version`, which LLaMA-Factory's trainers take with it
 EMPTIED = "the allocator's cache is never emptied; BAdam does it after every step"
 OLD_CLIP = "gradients clipped together, not one after another as beside BAdam"
+# unsloth/models/llama.py, which chunks the loss; `apply_unsloth_gradient_checkpointing` offloads from so many tokens on
+UNSLOTHS = "PyTorch's norms, rotary positions and loss of all logits, not Unsloth's"
+PEFTS = "peft's adapters, not Unsloth's kernels of them"
+ON_THE_GPU, OFFLOADED_FROM = "checkpoints stay on the GPU", 512
 # It asks in the environment (train/fp8_utils.py), and the Trainer of transformers 5 gives accelerate its own precision
 FP8_OF_4 = "without float8, which LLaMA-Factory turns on under transformers 4 alone (--fp8 padded)"
 
@@ -52,8 +58,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     keys.exclude("pure_bf16", "fp16")
     pure = keys.flag("pure_bf16")
     amp = half(keys)
-    # trainable weights are upcast to fp32 unless pure_bf16 (or BAdam) asks not to (model/adapter.py)
-    upcast = not pure and name == "full"
+    # all weights train in fp32, under GaLore too, unless pure_bf16 or BAdam asks not to (model/adapter.py)
+    upcast = not pure and name in ("full", *PROJECTING)
     fsdp(keys)
     notes = []
     if amp is None and not pure:
@@ -118,11 +124,30 @@ def _update(keys: Keys) -> dict[str, bool]:
 
 
 def _checkpoint(keys: Keys) -> str:
-    """On by default, and reentrant by default; never on for Gemma 3n (`patch_model` of model/patcher.py)."""
-    keys.used.update(("gradient_checkpointing", "gradient_checkpointing_kwargs"))  # its own keys decide
-    if keys.flag("disable_gradient_checkpointing") or re.search(r"gemma-?3n", _model(keys), re.IGNORECASE):
-        return "none"
-    return "block-reentrant" if keys.flag("use_reentrant_gc", True) else "block"
+    """On by default, and reentrant by default; never on for Gemma 3n (`patch_model` of model/patcher.py).
+
+    Where `gradient_checkpointing` is on, Transformers' trainer switches it on after that, in its own kind if options
+    are given or LLaMA-Factory left the model as it was, and else reentrant (`_gradient_checkpointing_enable`).
+    """
+    if keys.flag("use_unsloth"):
+        return _checkpoint_of_unsloth(keys)
+    off = keys.flag("disable_gradient_checkpointing") or re.search(r"gemma-?3n", _model(keys), re.IGNORECASE)
+    reentrant = keys.flag("use_reentrant_gc", True)
+    if keys.flag("gradient_checkpointing"):
+        by_trainer = off or keys.get("gradient_checkpointing_kwargs")
+        return checkpoint_kind(keys, on=True) if by_trainer else "block-reentrant"
+    keys.used.add("gradient_checkpointing_kwargs")
+    return "none" if off else "block-reentrant" if reentrant else "block"
+
+
+def _checkpoint_of_unsloth(keys: Keys) -> str:
+    """Unsloth has checkpoints of its own, reentrant ones, whatever other keys say (model_utils/unsloth.py)."""
+    keys.used.update(("gradient_checkpointing", "gradient_checkpointing_kwargs"))
+    keys.used.update(("disable_gradient_checkpointing", "use_reentrant_gc"))
+    keys.differ(UNSLOTHS, "use_unsloth")
+    if keys.count("cutoff_len", 2048) >= OFFLOADED_FROM:
+        keys.differ(ON_THE_GPU, "use_unsloth")
+    return "block-reentrant"
 
 
 def _method(keys: Keys) -> tuple[str, dict[str, Any]]:
@@ -154,9 +179,13 @@ def _method(keys: Keys) -> tuple[str, dict[str, Any]]:
     options = {
         "r": keys.count("lora_rank", 8), "targets": _targets(keys, "lora_target"),
         "dropout": keys.number("lora_dropout"), "modules_to_save": saved,
-        "implementation": "unsloth" if keys.flag("use_unsloth") else None,
+        "implementation": "unsloth" if keys.flag("use_unsloth") and name in FUSES else None,
         "niter": power_iterations(name, f"pissa_niter_{keys.get('pissa_iter') or 16}"),  # -1: a whole SVD
     }  # fmt: skip
+    if keys.flag("create_new_adapter"):
+        keys.used.add("adapter_name_or_path")  # whose adapters are merged then
+    if keys.flag("use_unsloth") and name not in FUSES:
+        keys.differ(PEFTS, "use_unsloth")
     if name == "qlora":
         keys.one_of("quantization_type", {"nf4": True, "fp4": True}, True)
         options["double_quant"] = None if keys.flag("double_quantization", True) else "false"
@@ -177,11 +206,12 @@ def _freeze(keys: Keys, *, quantised: bool) -> tuple[str, dict[str, Any]]:
 
 
 def _oft(keys: Keys, bits: int, saved: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
+    """OFT; its layers are those of `lora_target`: nobody reads `oft_target` (`_setup_lora_tuning`)."""
     if bits == 8:
         raise UserError(f"{keys.origin}: OFT on an 8-bit base is not modelled; use quantization_bit: 4")
     keys.refuse("oft_rank", "a number of blocks is not modelled from a config; give oft_block_size")
     options = {
-        "block_size": keys.count("oft_block_size", 32), "targets": _targets(keys, "oft_target"),
+        "block_size": keys.count("oft_block_size", 32), "targets": _targets(keys, "lora_target"),
         "modules_to_save": saved,
     }  # fmt: skip
     if bits == 4:

@@ -7,9 +7,9 @@ PyTorch's AdamW; FSDP casts what it gathers to bf16.
 from dataclasses import replace
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, nearest
 from . import packing
-from .fields import FLASH, TORCHS_MUON, attention, flavour, own_code, spec
+from .fields import DTYPES, FLASH, TORCHS_MUON, attention, flavour, own_code, spec
 from .forms import AskedForm, form_of
 from .keys import NO_TRAINING, Keys
 from .targets import as_targets
@@ -24,6 +24,7 @@ OWN_CLIP = "gradients clipped together, not one after another in fp32 as FSDPTur
 REDUCED = "gradients reduced in 16 bits, not in fp32"
 BESIDE_BLOCKS = "embedding, last norm and head in accelerate's units of FSDP2"
 NO_UNITS = "adapters in the units of their blocks, not in one each"
+NOT_LOADED = "adapters as the file describes them, not those that are loaded"  # `load_adapter`
 TOKEN_BUDGETS = ("dynamic_batching", "dynamic_padding_free")  # strategies that fill micro-batches by tokens
 
 
@@ -168,9 +169,24 @@ def _method(keys: Keys) -> str:
         options, bits=4 if quantised else None, dora=options.flag("use_dora"), rslora=options.flag("use_rslora"),
         pissa=False, plus=False,
     )  # fmt: skip
+    if "adapter_name_or_path" in options:
+        keys.differ(NOT_LOADED, "peft_config")
     every = options.get("target_modules") in (None, "all")
     return spec(
         name, r=options.count("r", 8), targets=("all-linear",) if every else as_targets(options, "target_modules"),
         dropout=options.number("lora_dropout", 0.05), modules_to_save=options.names("modules_to_save"),
         double_quant=None if quantised.get("double_quantization", True) else "false",
+        compute_dtype=_computed_in(keys, quantised) if quantised else None,
     )  # fmt: skip
+
+
+def _computed_in(keys: Keys, quantised: dict[str, Any]) -> str | None:
+    """What 4-bit layers compute in, None for the dtype of the others: fp16 by default (`BnbParams`), with casts around.
+
+    Raises:
+        UserError: no dtype.
+    """
+    word = str(quantised.get("compute_dtype", "float16"))
+    if word not in DTYPES:
+        raise UserError(f"{keys.origin}: quant_config: compute_dtype {word!r} is unknown: {nearest(word, DTYPES)}")
+    return None if DTYPES[word] == CHECKPOINT_DTYPE else DTYPES[word]

@@ -10,13 +10,12 @@ from typing import Any
 from ..errors import UserError
 from ..resources import read_json
 from .adapter import NOT_FACTORED
-from .fields import ATTENTION, attention
+from .fields import ATTENTION, DTYPES, UNSCALED, attention
 from .keys import Keys
 from .packing import shorter
 
 GENERATION = "default_benchmark_params.json"  # of method_comparison/text_generation_benchmark/run.py
 DEFAULTS, OWN, ADAPTER = "default_training_params.json", "training_params.json", "adapter_config.json"
-DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 METHODS = {
     "lora-fa": ("lora", "lora_fa"),
     "lora+": ("lora", "loraplus"),
@@ -76,7 +75,7 @@ def setup_of(keys: Keys) -> dict[str, Any]:
         "batch": keys.count("batch_size", 4),
         "seq": _image_and_text(keys) if of_images(keys) else keys.count("max_seq_length", 768),
         "dtype": DTYPES[dtype],
-        "amp": DTYPES[dtype] if keys.flag("use_amp") and dtype != "float32" else None,
+        "amp": _autocast(keys, DTYPES[dtype]) if keys.flag("use_amp") else None,
         "optimizer": "adamw",
         "checkpoint": "block" if keys.flag("use_gc") else "none",
         "attention": attention(keys, "attn_implementation", ATTENTION),
@@ -84,6 +83,14 @@ def setup_of(keys: Keys) -> dict[str, Any]:
         "clip_grad": keys.number("grad_norm_clip", 1.0) > 0,
         "group_by_length": not of_images(keys),  # `BucketIterator` of MetaMathQA/utils.py
     }
+
+
+def _autocast(keys: Keys, dtype: str) -> str:
+    """The dtype of autocast, which the loop names none: fp16 on a GPU, with a scaler of losses beside any weights."""
+    keys.differ(UNSCALED)
+    if dtype == "bf16":
+        keys.differ("products in bf16, not in fp16 under autocast", "use_amp")
+    return "bf16" if dtype == "bf16" else "fp16"
 
 
 def of_images(keys: Keys) -> bool:

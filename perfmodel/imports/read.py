@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..recording.parallel.form import ALONE
 from ..resources import LARGEST, json_object, mapping, parsed, read_json, read_text
 from . import adapter, axolotl, llama_factory, llama_factory_v1, meanings, packing, peft_benchmark, trainer
-from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, ONE_GPU, UNDER_ZERO_3
+from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, ONE_GPU, UNDER_ZERO_3, unscaled
 from .forms import AskedForm, form_of
 from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
@@ -52,6 +52,7 @@ class Imported:
         searches: whether DDP looks for parameters without a gradient in every step.
         traced: whether a trace answers, which is one of one GPU.
         precise: whether it names its mixed precision, so that a launcher's does not count.
+        as_kept: whether weights have the dtype in which the checkpoint keeps them, whatever is computed in.
     """
 
     tool: str
@@ -71,6 +72,7 @@ class Imported:
     searches: bool = False
     traced: bool = False
     precise: bool = False
+    as_kept: bool = False
 
     def with_lengths(self, *, padded: bool = True) -> "Imported":
         """What it says where the lengths of documents are given.
@@ -116,7 +118,8 @@ class Imported:
         uncast = adapts and "adapter_dtype" not in str(self.method) and setup.get("dtype") != "fp32"
         kept = [d for d in self.differences if not d.startswith(OF_ONE_GPU)]
         searched = [SEARCHED] if self.searches and setup["parallel"] == "ddp" else []
-        told = dict.fromkeys([*kept, *form.unlike, *form.besides, *searched, *([NOT_CAST] if uncast else [])])
+        besides = [*form.besides, *searched, *([NOT_CAST] if uncast else []), *unscaled(setup)]
+        told = dict.fromkeys([*kept, *form.unlike, *besides])
         return replace(self, setup=setup, differences=list(told))
 
     @property
@@ -214,11 +217,26 @@ def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
     upcasts = found.name == "Axolotl" and axolotl.upcasts(keys)
     multiple = MULTIPLE[found.name](keys) if found.name in MULTIPLE else 1
     return Imported(
-        found.name, model, method, setup, ignored, notes, keys.told_differences(), frozen=frozen, upcasts=upcasts,
-        multiple=multiple, job=table.of_job(values), asks=partial(FORMS.get(found.name, form_of), keys),
+        found.name, model, method, setup, ignored, notes, [*keys.told_differences(), *unscaled(setup)],
+        frozen=frozen, upcasts=upcasts, multiple=multiple,
+        job=table.of_job(values), asks=partial(FORMS.get(found.name, form_of), keys),
         searches=_searches(found.name, keys, setup),
         precise=found.name in PRECISE or any(values.get(key) is not None for key in PRECISION),
+        as_kept=_as_kept(found.name, keys, setup, method),
     )  # fmt: skip
+
+
+def _as_kept(tool: str, keys: Keys, setup: dict[str, Any], method: str | None) -> bool:
+    """Whether a model is loaded in the dtype of its checkpoint, and weights stay so.
+
+    LLaMA-Factory does it (model/loader.py, v1/core/model_engine.py), but not by Unsloth, and puts in fp32 what trains.
+    """
+    if tool == TRL:
+        return "auto" in (keys.values.get("dtype"), keys.values.get("torch_dtype"))
+    if keys.values.get("use_unsloth"):
+        return False
+    loads = tool == FACTORY or (tool in PRECISE and tool != "Axolotl" and method != "full")
+    return loads and setup["dtype"] != "fp32"
 
 
 def _searches(tool: str, keys: Keys, setup: dict[str, Any]) -> bool:

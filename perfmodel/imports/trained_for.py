@@ -84,6 +84,8 @@ def preference(keys: Keys, name: str) -> dict[str, Any]:
     for key, instead in INSTEAD.items():
         if keys.get(key) not in (None, False, [], [1.0]) and (key, keys.get(key)) != ("ld_alpha", 1.0):
             keys.differ(instead, key)
+    if keys.values.get("disable_dropout") is False:  # on by default, but for GRPO
+        keys.differ("without dropout", "disable_dropout")
     words = keys.get("loss_type")
     if name == "dpo" and words not in (None, "sigmoid", ["sigmoid"]):
         keys.differ("DPO's sigmoid loss", "loss_type")
@@ -105,6 +107,8 @@ def grpo(keys: Keys, options: Keys, prompt: int, *, adapters: bool) -> dict[str,
         keys.differ(UNCORRECTED, "use_vllm")
     if options.flag("use_liger_loss"):  # Axolotl's name of `use_liger_kernel`
         keys.differ(UNFUSED_LOSS, "use_liger_loss")
+    if options.flag("disable_dropout"):
+        keys.differ("with dropout", "disable_dropout")
     if options.get("loss_type") not in (None, "dapo"):
         keys.differ("GRPO's loss as dapo has it", "loss_type")
     completion = options.count("max_completion_length", 256)

@@ -6,6 +6,7 @@ from ..errors import UserError
 from . import packing
 from .fields import (
     ATTENTION,
+    DTYPES,
     attention,
     by_length,
     checkpoint_kind,
@@ -33,10 +34,7 @@ MARKS = (
 OF_TRL = ("use_peft", "max_length", "max_seq_length", "packing", "dataset_name", "dataset_mixture")
 METRICS = "the loss alone, without the accuracy and entropy that TRL takes from the logits at every step"
 LIGERS_ACCURACY = "Liger's loss alone, without the accuracy that TRL asks of it"
-DTYPES = {
-    "float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "auto": "bf16",
-    "torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16",
-}  # fmt: skip
+WORDS = {**DTYPES, **{f"torch.{name}": dtype for name, dtype in DTYPES.items()}, "auto": "bf16"}
 
 
 def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]:
@@ -45,7 +43,7 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     amp = half(keys)
     if amp is None and is_trl and keys.get("bf16") is None and keys.get("fp16") is None:
         amp = "bf16"  # SFTConfig's own default
-    dtype = keys.one_of("dtype", DTYPES, None) or keys.one_of("torch_dtype", DTYPES, "fp32")
+    dtype = keys.one_of("dtype", WORDS, None) or keys.one_of("torch_dtype", WORDS, "fp32")
     objective = of_trl(keys)
     own_code(keys, "model_name_or_path", in_few_bits=low_bits(keys) is not None)
     if amp not in (None, dtype) and dtype != "fp32":

@@ -13,6 +13,7 @@ from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.imports import read
 from perfmodel.imports.adapter import NOT_FACTORED
+from perfmodel.imports.fields import UNSCALED
 from perfmodel.imports.peft_benchmark import NEVER_EMPTIED, NOT_CACHED
 from perfmodel.methods.lora import Lora
 from perfmodel.methods.lora_alike import Pissa
@@ -198,6 +199,21 @@ def test_what_the_loop_of_pefts_comparison_does_by_itself_is_told(
     (tmp_path / "default_training_params.json").write_text(json.dumps({"model_id": "gpt2", **more}))
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": tuner, "num_virtual_tokens": 4}))
     assert read(folder / "adapter_config.json").differences == told
+
+
+@pytest.mark.parametrize(
+    ("dtype", "amp", "told"),
+    [("float32", "fp16", []), ("bfloat16", "bf16", ["products in bf16, not in fp16 under autocast (use_amp)"])],
+)
+def test_autocast_of_pefts_comparison_is_fp16s(tmp_path: Path, dtype: str, amp: str, told: list[str]) -> None:
+    """Its loop names no dtype, so that PyTorch's own for GPUs counts, in fp32 too, and it scales losses in any case."""
+    folder = tmp_path / "experiments" / "any" / "mine"
+    folder.mkdir(parents=True)
+    values = {"model_id": "gpt2", "resolution": 512, "dtype": dtype, "use_amp": True}
+    (tmp_path / "default_training_params.json").write_text(json.dumps(values))
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    found = read(folder / "adapter_config.json")
+    assert (found.setup["amp"], found.differences) == (amp, [UNSCALED, *told])
 
 
 def test_an_adapter_of_pefts_benchmark_of_generation_is_trained_on_its_model(tmp_path: Path) -> None:

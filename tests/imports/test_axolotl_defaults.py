@@ -150,3 +150,20 @@ def test_adapters_that_are_cast_once_peft_made_them(tmp_path: Path, text: str, c
     """Adapters of experts have billions of weights: in fp32 gradients and states take twice the memory."""
     (tmp_path / "config.yml").write_text(LORA + text)
     assert ("adapter_dtype=bf16" in str(read(tmp_path / "config.yml").method)) == cast
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", True),
+        ("plugins: [a.CutCrossEntropyPlugin]", False),
+        ("plugins: [a.CutCrossEntropyPlugin]\ncut_cross_entropy: false", True),
+        ("plugins: [a.CutCrossEntropyPlugin]\nattn_implementation: sdpa", False),
+        ("flash_attention: true", False),
+    ],
+)
+def test_embeddings_that_stay_in_fp32_are_told(tmp_path: Path, text: str, told: bool) -> None:
+    """Cut cross entropy has them cast back, and its plugin switches it on by itself: what is answered then is true."""
+    (tmp_path / "config.yml").write_text(BASE + text)
+    found = read(tmp_path / "config.yml")
+    assert ("embeddings and norms in the dtype of the rest, not in fp32" in found.differences) == told

@@ -67,6 +67,27 @@ def test_what_a_model_has_no_program_of_is_answered_otherwise(
 
 
 @pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        (f"model_name_or_path: meta-llama/Llama-2-7b-hf\n{FACTORY}", "bf16, not in fp16"),
+        (f"model_name_or_path: Qwen/Qwen3-4B\n{FACTORY}".replace("bf16", "fp16"), "fp16, not in bf16"),
+        (f"model_name_or_path: meta-llama/Llama-2-7b-hf\n{FACTORY}".replace("bf16: true", ""), ""),  # no autocast
+        (f"model_name_or_path: meta-llama/Llama-2-7b-hf\n{FACTORY}".replace(": lora", ": full"), ""),  # all in fp32
+        (f"model_name_or_path: meta-llama/Llama-2-7b-hf\nuse_unsloth: true\n{FACTORY}", ""),
+        (f"model_name_or_path: TheBloke/Llama-2-7B-AWQ\n{FACTORY}", ""),  # which is told in other words
+        (f"model_name_or_path: Qwen/Qwen3-4B\n{FACTORY}", ""),
+        ("model_name_or_path: facebook/opt-1.3b\nmax_length: 64\nuse_peft: true\ndtype: auto\n", "bf16, not in fp16"),
+        ("model_name_or_path: facebook/opt-1.3b\nmax_length: 64\nuse_peft: true\ndtype: bfloat16\n", ""),
+        (f"base_model: meta-llama/Llama-2-7b-hf\n{LORA}{LINEAR}", ""),
+    ],
+)
+def test_weights_in_the_dtype_of_their_checkpoint_are_told(tmp_path: Path, text: str, kept: str) -> None:
+    """LLaMA-Factory loads with "auto": under autocast to another dtype every product casts its frozen weight anew."""
+    out = asked(tmp_path, text)
+    assert f"weights in {kept} as the checkpoint has them" in out if kept else "as the checkpoint" not in out
+
+
+@pytest.mark.parametrize(
     "text",
     [
         f"base_model: unsloth/DeepSeek-V3-bf16\n{LORA}lora_target_modules: [o_proj]\n",

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from perfmodel.cli import main
 from perfmodel.imports import DIFFERS, meanings, read
+from perfmodel.imports.fields import UNSCALED
 from perfmodel.imports.packing import BY_A_MASK, TO_THE_END, UNKNOWN
 from perfmodel.imports.read import ASK
 from perfmodel.imports.vocabulary import AS_IT_IS
@@ -20,6 +21,7 @@ PLAIN = f"{BASE}bf16: false\ntf32: false\n"  # both are on by default
 TRL = {"model_name_or_path": "gpt2", "max_length": 64, "dtype": "float32", "packing": False}
 UNFUSED = "without fused kernels for adapters, Axolotl's default"
 FACTORY = "model_name_or_path: gpt2\ncutoff_len: 64\n"
+LOADED = "adapters as the file describes them, not those that are loaded"
 PAD = "special_tokens: {pad_token: <|finetune_right_pad_id|>}"
 
 DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line says
@@ -124,7 +126,22 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "unheard_of: 3": ("axolotl", "keys that are unknown here (unheard_of)"),
     "tf32: true": ("axolotl", "fp32 products without TF32 (tf32)"),
     "dtype: float16": ("trl", "products in fp16, not in bf16 under autocast"),
+    "fp16: true": ("trl", UNSCALED),
+    "fp16: true\nadapter: lora": ("axolotl", UNSCALED),
+    "fp16: true\nfinetuning_type: full": ("factory", UNSCALED),
     "tf32: true\npure_bf16: true": ("factory", "fp32 products without TF32 (tf32)"),
+    "adapter: lora\nlora_model_dir: outputs/first": ("axolotl", f"{LOADED} (lora_model_dir)"),
+    "model: gpt2\npeft_config: {name: lora, adapter_name_or_path: saves/first}": ("v1", f"{LOADED} (peft_config)"),
+    "adapter_name_or_path: saves/first": ("factory", f"{LOADED} (adapter_name_or_path)"),
+    "use_unsloth: true": (
+        "factory", "PyTorch's norms, rotary positions and loss of all logits, not Unsloth's (use_unsloth)",
+    ),
+    "use_unsloth: true\ncutoff_len: 2048\ndisable_gradient_checkpointing: true": (
+        "factory", "checkpoints stay on the GPU (use_unsloth)",
+    ),
+    "use_unsloth: true\nquantization_bit: 4": (
+        "factory", "peft's adapters, not Unsloth's kernels of them (use_unsloth)",
+    ),
     "use_unsloth_gc: true": ("factory", "checkpoints stay on the GPU (use_unsloth_gc)"),
     "gradient_checkpointing: true\ngradient_checkpointing_kwargs: {every_n_layers: 2}": (
         "trl", "every block checkpointed, on the GPU (gradient_checkpointing_kwargs)",
@@ -145,7 +162,7 @@ def test_what_is_not_modelled_stands_in_the_first_line(tmp_path: Path, text: str
     """A key that changes speed or memory is never told as ignored, nor passed over."""
     tool, said = DIFFERENT[text]
     path = tmp_path / "config.yml"
-    path.write_text({"axolotl": PLAIN, "factory": FACTORY, "trl": yaml.safe_dump(TRL)}[tool] + text)
+    path.write_text({"axolotl": PLAIN, "factory": FACTORY, "v1": "", "trl": yaml.safe_dump(TRL)}[tool] + text)
     found = read(path)
     assert said in found.differences
     assert found.first_line.startswith(DIFFERS)

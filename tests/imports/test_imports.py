@@ -78,7 +78,7 @@ EXPECTED: dict[str, tuple[str | None, dict[str, Any]]] = {
     ),
     "llama_factory/unsloth.yaml": (
         "lora:r=16,targets=all-linear,implementation=unsloth",
-        {"checkpoint": "block", "clip_grad": False, "batch": 2, "grad_accum": 4},
+        {"checkpoint": "block-reentrant", "clip_grad": False, "batch": 2, "grad_accum": 4},
     ),
     "trl/sft-lora.json": ("lora:r=32,dropout=0.05", {**FP32_AMP, "batch": 2, "seq": 1024, "grad_accum": 8}),
     "trl/sft-full.json": ("full", {**AMP, "seq": 2048, "checkpoint": "block"}),
@@ -199,6 +199,10 @@ DEFAULTS: dict[str, tuple[dict[str, Any], str]] = {  # what a tool takes where t
     "qoft.yaml": (
         {"model_name_or_path": "gpt2", "finetuning_type": "oft", "quantization_bit": 4}, "qoft:targets=all-linear",
     ),
+    "oft_target.yaml": (  # which no code of LLaMA-Factory reads (model/adapter.py, `_setup_lora_tuning`)
+        {"model_name_or_path": "gpt2", "finetuning_type": "oft", "oft_target": "c_fc", "lora_target": "c_attn"},
+        "oft:block_size=32,targets=c_attn",
+    ),
     "v1.yaml": (  # llamafactory/v1/plugins/model_plugins/peft.py
         {"model": "gpt2", "model_class": "llm", "peft_config": {"name": "lora"}},
         "lora:r=8,targets=all-linear,dropout=0.05",
@@ -213,7 +217,12 @@ DEFAULTS: dict[str, tuple[dict[str, Any], str]] = {  # what a tool takes where t
     "v1_once.yaml": (
         {"model": "gpt2", "peft_config": {"name": "lora"},
          "quant_config": {"name": "bnb", "double_quantization": False}},
-        "qlora:r=8,targets=all-linear,dropout=0.05,double_quant=false",
+        "qlora:r=8,targets=all-linear,dropout=0.05,double_quant=false,compute_dtype=fp16",
+    ),
+    "v1_bf16.yaml": (
+        {"model": "gpt2", "peft_config": {"name": "lora"},
+         "quant_config": {"name": "bnb", "compute_dtype": "bfloat16"}},
+        "qlora:r=8,targets=all-linear,dropout=0.05",
     ),
 }  # fmt: skip
 
@@ -374,13 +383,3 @@ def test_llama_factory_chooses_the_attention_of_some_models(tmp_path: Path, mode
     file.write_text(f"model_name_or_path: {model}\ncutoff_len: 64\nflash_attn: {asked}\n")
     assert read(file).setup["attention"] == runs
     assert any("flash-attn 2, not 3" in said for said in read(file).differences) == ("gpt-oss" in model)
-
-
-@pytest.mark.parametrize(
-    ("model", "kind"), [("google/gemma-3n-E2B-it", "none"), ("google/gemma-3-4b-it", "block-reentrant")]
-)
-def test_llama_factory_checkpoints_no_gemma_3n(model: str, kind: str, tmp_path: Path) -> None:
-    """It switches them off for that model alone: all activations stay, and nothing is computed twice."""
-    file = tmp_path / "config.yaml"
-    file.write_text(f"model_name_or_path: {model}\nfinetuning_type: lora\n")
-    assert read(file).setup["checkpoint"] == kind

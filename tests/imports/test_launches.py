@@ -16,6 +16,7 @@ from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.imports import DIFFERS, read
 from perfmodel.imports.accelerate import read_launch
+from perfmodel.imports.fields import UNSCALED
 from perfmodel.imports.llama_factory_v1 import BESIDE_BLOCKS, NO_UNITS, REDUCED
 from perfmodel.imports.read import ASK, NOT_CAST, SEARCHED
 
@@ -287,7 +288,11 @@ def test_what_is_no_launch_of_gpus_is_refused_in_a_line(tmp_path: Path, values: 
         (None, {**EIGHT, "distributed_type": "FSDP", "num_processes": 1, "fsdp_config": FSDP_2}, (), {"gpus": 1},
          ["one GPU, without FSDP"]),
         (None, {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "fp16": {"enabled": True}},
-         ("--gpus", "2", "--dtype", "fp16"), {"parallel": "zero2", "amp": "fp16", "clip_grad": False}, []),
+         ("--gpus", "2", "--dtype", "fp16"), {"parallel": "zero2", "amp": "fp16", "clip_grad": False}, [UNSCALED]),
+        ({**FACTORY, "bf16": None}, {**DDP, "num_processes": 1, "mixed_precision": "fp16"}, (), {"amp": "fp16"},
+         [UNSCALED]),
+        ({**FACTORY, "bf16": None, "finetuning_type": "lora"}, {**DDP, "num_processes": 1, "mixed_precision": "fp16"},
+         (), {"amp": None, "dtype": "bf16"}, ["products in bf16, not in fp16 under autocast"]),
         (FACTORY, {**EIGHT, "distributed_type": "FSDP", "mixed_precision": "fp16", "fsdp_config": FSDP_2}, (),
          {"gpus": 8, "parallel": "fsdp2", "amp": "bf16", "checkpoint": "block"}, []),  # the config's precision counts
         ({**FACTORY, "bf16": None}, DDP, (), {"amp": "bf16", "dtype": "fp32"}, []),

@@ -75,6 +75,14 @@ SAID: tuple[tuple[dict[str, Any], str, str, list[str]], ...] = (
     (TRL | {"loss_type": "sigmoid", "max_prompt_length": 32}, "dpo", "auto", [f"{NEWER_DPO} (max_prompt_length)"]),
     (TRL | {"loss_type": ["apo_zero"]}, "dpo", "auto", ["DPO's sigmoid loss (loss_type)"]),
     (TRL | {"loss_type": "sigmoid", "precompute_ref_log_probs": True}, "dpo", "precomputed", []),
+    (
+        TRL | {"loss_type": "sigmoid", "disable_dropout": False}, "dpo", "auto", ["without dropout (disable_dropout)"],
+    ),
+    (TRL | {"loss_type": "sigmoid", "disable_dropout": True}, "dpo", "auto", []),
+    (
+        TRL | {"num_generations": 8, "max_prompt_length": 32, "disable_dropout": True}, "grpo", "auto",
+        [f"{OUTSIDE} (num_generations)", "with dropout (disable_dropout)"],
+    ),
     (TRL | {"beta": 0.1, "desirable_weight": 1.3}, "kto", "auto", []),
     (TRL | {"beta": 0.1, "cpo_alpha": 1.0}, "cpo", "auto", []),
     (TRL | {"beta": 0.1, "loss_type": "simpo", "simpo_gamma": 0.5}, "simpo", "auto", []),

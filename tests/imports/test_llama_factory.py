@@ -1,0 +1,46 @@
+"""What LLaMA-Factory makes of keys that Transformers or another of its methods has, too."""
+
+from pathlib import Path
+
+import pytest
+
+from perfmodel.imports import read
+
+BY_TRAINER = "gpt2\ngradient_checkpointing: true\n"
+OPTIONS = "gradient_checkpointing_kwargs: {use_reentrant: false}"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("google/gemma-3n-E2B-it", "none"),
+        ("google/gemma-3-4b-it", "block-reentrant"),
+        (f"gpt2\n{OPTIONS}", "block-reentrant"),
+        (f"{BY_TRAINER}use_reentrant_gc: false", "block-reentrant"),
+        (BY_TRAINER + OPTIONS, "block"),
+        (f"{BY_TRAINER}disable_gradient_checkpointing: true", "block"),
+    ],
+)
+def test_llama_factory_checkpoints_before_its_trainer_does(text: str, kind: str, tmp_path: Path) -> None:
+    """Its own keys decide, and not for Gemma 3n; what transformers' keys ask for comes after that, and stays."""
+    file = tmp_path / "config.yaml"
+    file.write_text(f"finetuning_type: lora\nmodel_name_or_path: {text}\n")
+    assert read(file).setup["checkpoint"] == kind
+
+
+@pytest.mark.parametrize(
+    ("text", "dtypes"),
+    [
+        ("use_galore: true\nbf16: true", ("fp32", "bf16")),
+        ("use_apollo: true\nbf16: true", ("fp32", "bf16")),
+        ("use_galore: true", ("fp32", None)),
+        ("use_galore: true\npure_bf16: true", ("bf16", None)),
+        ("use_badam: true\nbf16: true", ("bf16", "bf16")),
+    ],
+)
+def test_what_projects_gradients_trains_in_fp32(text: str, dtypes: tuple[str, str | None], tmp_path: Path) -> None:
+    """All weights are cast that train, but for pure_bf16 and BAdam (model/adapter.py, `init_adapter`)."""
+    file = tmp_path / "config.yaml"
+    file.write_text(f"model_name_or_path: gpt2\nfinetuning_type: full\n{text}\n")
+    found = read(file)
+    assert (found.setup["dtype"], found.setup["amp"]) == dtypes
