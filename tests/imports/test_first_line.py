@@ -64,6 +64,10 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
         "axolotl", "transformers' own code of the model, whose experts are stacked and stay in 16 bit "
         "(trust_remote_code)",
     ),
+    "adapter: qlora\nload_in_4bit: true\nbase_model: ai21labs/Jamba-v0.1\ntrust_remote_code: true": (
+        "axolotl", "transformers' own code of the model, whose experts are stacked and stay in 16 bit "
+        "(trust_remote_code)",
+    ),
     "bf16: true\nadapter: qlora\nload_in_4bit: true\nbase_model: EleutherAI/gpt-j-6b": (
         "axolotl", "embeddings and norms in the dtype of the rest, not in fp32",
     ),
