@@ -92,6 +92,9 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "unfrozen_parameters: [^lm_head.*, 'model.layers.3[0-9]+.*']": (
         "axolotl", "backward from the lowest trained weight on, not through every block (unfrozen_parameters)",
     ),
+    "adapter: lora\nlora_target_linear: true\npeft_layers_to_transform: [3, 4]": (
+        "axolotl", "backward from the lowest trained weight on, not through every block (peft_layers_to_transform)",
+    ),
     "processor_type: AutoProcessor": ("axolotl", "batches of text, without images or sound (processor_type)"),
     "fp8: true\ntorch_compile: true": ("axolotl", "products in bf16, not in fp8 (fp8)"),
     "fp8: true\nbf16: true": (
