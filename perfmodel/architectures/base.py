@@ -268,12 +268,12 @@ class Scope:
         tape().part.host.weights += kind != "scale"  # statistics of a packed weight are no parameters of their own
         if name not in self.made:
             method = self.build.method
-            if trainable is None:
-                trainable = method.trains(name, kind, self.layer)
+            trainable = method.trains(name, kind, self.layer) if trainable is None else trainable
             of_base = method.dtype_of_trained if trainable else method.base_dtype
             made = self._make(self.path + name, shape, dtype or of_base(kept or self.dtype), kind, trainable)
             if kind != "adapter" and method.copies(name, kind):
                 made = self._make(f"{made.name} (trained copy)", shape, made.dtype, "adapter", True)
+                made.embeds = kind == "embedding"
             self.made[name] = made
         return self.made[name]
 

@@ -44,7 +44,7 @@ EXPERTS_BY_LAYER = {
 OF_TEXT = "batches of text"  # how data/configs/ says that images are left out
 # so that the towers of all GPUs run, behind the tokens of the first sample and masked (data/collator.py, `fake_images`)
 ADDED_IMAGE = f"{OF_TEXT}, without the image of 64 x 64 pixels that LLaMA-Factory adds to each"
-OF_EXPERTS = r"[=+](all-linear|(gate|up|down)_proj|w[123])\b"
+OF_EXPERTS = r"[=+](all-linear|([\w.]+\.)?((gate|up|down)_proj|w[123]))\b"
 DROPOUT = r",dropout=[\d.e-]+"
 FUSED = r"implementation=\w+,?"
 
@@ -133,7 +133,10 @@ def _lacks_flash(options: dict[str, Any]) -> bool:
 
 def of_peft_alone(method: str, model: str) -> tuple[str, list[str]]:
     """A training config's method as PEFT runs it on a model of the installed transformers, and how it differs."""
+    from .. import methods
     from ..architectures import load
+    from ..imports.fallbacks import beside_packed
+    from ..methods.lora import Lora
     from ..methods.lora_8bit import Lora8bit
 
     plain = re.sub(FUSED, "", method).rstrip(",:")
@@ -142,7 +145,11 @@ def of_peft_alone(method: str, model: str) -> tuple[str, list[str]]:
     if old and f"=/{old}." in plain:
         plain = plain.replace(f"=/{old}.", f"=/{new}.")
         said.append(f"{old} as {new}, {why}")
-    if traced_type(model) in EXPERTS_BY_LAYER and re.search(OF_EXPERTS, plain) and re.search(DROPOUT, plain):
+    by_layer = traced_type(model) in EXPERTS_BY_LAYER
+    if by_layer and isinstance(made := methods.parse(plain), Lora):
+        kept, gone = beside_packed(made)
+        plain, said = (kept.spec(), [*said, gone]) if gone else (plain, said)
+    if by_layer and re.search(OF_EXPERTS, plain) and re.search(DROPOUT, plain):
         plain = re.sub(DROPOUT, "", plain)
         said.append("adapters without dropout, which PEFT's of stacked experts cannot have")
     if plain.startswith(Lora8bit.name) and load(model).values.get("model_type") in LATENT:

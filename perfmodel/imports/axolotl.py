@@ -103,8 +103,12 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     }
     setup |= objective
     enlarged_by_axolotl(keys)
-    if adapter is None and setup["amp"] and _in_fp32_under_fsdp(keys):
-        keys.differ(f"weights in {dtype}, not in fp32 as FSDP keeps them")
+    in_16_bit = "weights" if adapter is None else "copies of modules" if keys.names("lora_modules_to_save") else ""
+    if in_16_bit and setup["amp"] and _in_fp32_under_fsdp(keys):
+        keys.differ(f"{in_16_bit} in {dtype}, not in fp32 as FSDP keeps them")
+    above = keys.get("peft_layers_to_transform") or ()
+    if adapter and above and setup["checkpoint"] == "none" and not (isinstance(above, list) and 0 in above):
+        keys.differ(FROM_INPUT, "peft_layers_to_transform")  # `enable_input_require_grads` of loaders/adapter.py
     if _keeps_fp32(keys, adapter, dtype):
         keys.differ("embeddings and norms in the dtype of the rest, not in fp32")
     after = keys.values["qat"].get("fake_quant_after_n_steps") if setup["qat"] != "none" else None

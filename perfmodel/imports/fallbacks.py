@@ -1,5 +1,6 @@
 """What becomes of a config's step on its model: what the model has no program of, and names that only it explains."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -24,6 +25,8 @@ WORDS_OF_BITS = {"2bit": 2, "3bit": 3, "8bit": 8, "8bits": 8, "int8": 8}  # in n
 # Of a model whose linear layers are of a class of its own (`check_replaced`)
 NOT_QUANTISED = "no layer in few bits: transformers passes over those of the model's own class"
 ALL_UPCAST = "embeddings and norms in fp32 as peft's preparation leaves the rest, not in 16 bit"
+OF_EXPERT = re.compile(r"(.*\.)?((gate|up|down)_proj|w[123])")  # layers of transformers 4, now in weights of experts
+BESIDE_PACKED = "no adapters on experts in few bits, for which PEFT takes {}"
 PARTS = ("the text decoder alone of a vision-language model", "without its audio tower")  # as data/models/ notes them
 
 
@@ -126,6 +129,19 @@ def in_16_bit(found: Imported, *, stacked: bool) -> str:
     return f"experts in {found.setup.get('dtype')}, not in fp32" if found.upcasts and stacked else ""
 
 
+def beside_packed(method: Lora) -> tuple[Lora, str]:
+    """A method without those targets that PEFT takes for weights of experts in few bits, and what is said of it.
+
+    Axolotl adapts such weights, too (monkeypatch/moe_quant.py), which is not modelled.
+    """
+    packed = isinstance(method, QuantisedLora) and method.experts
+    gone = [target for target in method.targets if packed and OF_EXPERT.fullmatch(target)]
+    if not 0 < len(gone) < len(method.targets):
+        return method, ""
+    kept = tuple(target for target in method.targets if target not in gone)
+    return replace(method, targets=kept), BESIDE_PACKED.format(", ".join(gone))
+
+
 def _of_method(found: Imported, method: methods.Method, architecture: Architecture) -> Iterator[Fallback]:
     said = ""
     if packed := _on_gptq(found.model or "", method, architecture):
@@ -153,5 +169,9 @@ def _of_method(found: Imported, method: methods.Method, architecture: Architectu
         changes["targets"] = tuple(name for name in method.targets if name not in found_none)
     if method.targets == (ALL_LINEAR,) and architecture.traits.stacked and found.tool in BY_MODULE:
         changes["targets"] = tuple(dict.fromkeys(name.rpartition(".")[2] for name in architecture.linear_names()))
+    made = replace(method, **changes)
+    if architecture.traits.stacked:
+        made, gone = beside_packed(made)
+        said = "; ".join(filter(None, (said, gone)))
     if changes or said:
-        yield Fallback("method", replace(method, **changes).spec(), said)
+        yield Fallback("method", made.spec(), said)

@@ -58,7 +58,7 @@ CASTING = ("sft", "dpo", "kto", "reward", "grpo")  # objectives whose trainers c
 # Models whose repositories bring code of their own beside transformers' (`auto_map` of their config.json), and those
 # of them in whose code experts are linear layers
 OWN_CODE = re.compile(r"falcon-?(7|40|180)b|phi-?3(\.5)?-|phi-?4-mini|mimo-?7b|mpt-?(7|30)b", re.IGNORECASE)
-OWN_EXPERTS = re.compile(r"kimi-?linear|deepseek-?v2|deepseek-?v3(?!\.2)", re.IGNORECASE)
+OWN_EXPERTS = re.compile(r"kimi-?linear|deepseek-?v2|deepseek-?v3(?!\.2)|jamba-?v0\.1", re.IGNORECASE)
 PLAIN_CODE = "transformers' own code of the model"
 PLAIN_EXPERTS = f"{PLAIN_CODE}, whose experts are stacked"
 STACKED = f"{PLAIN_EXPERTS} and stay in 16 bit"

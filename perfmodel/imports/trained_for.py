@@ -40,6 +40,8 @@ INSTEAD = {  # what only some of them ask for, and what is answered instead
 NEWER_DPO = "DPO as TRL 1.8 runs it, entropy and accuracy of the logits too, not as the older one that the file is for"
 EMPTIED = "the allocator's cache is never emptied; Axolotl's DPO does it after every micro-batch"  # dpo/trainer.py
 EMPTIED_TWICE = "the allocator's cache is never emptied; Axolotl's EBFT does it on both sides of a forward pass"
+# `output_hidden_states` of `_compute_block_rewards`, which accelerate's wrapper of the model puts in fp32, too
+NOT_KEPT = "the frozen network's logits alone; Axolotl's EBFT has it return what lies between its blocks, too"
 BY_FOLDER = ("dpo", "kto", "orpo", "cpo", "simpo", "reward")  # of examples, which keep one folder for each
 
 
@@ -207,6 +209,7 @@ def _strided(keys: Keys, options: Keys, *, adapters: bool) -> dict[str, Any]:
     keys.differ(OUTSIDE, "rl")
     keys.differ("sdpa, not flex attention", "ebft")
     keys.differ(EMPTIED_TWICE, "ebft")
+    keys.differ(NOT_KEPT, "ebft")
     if adapters:
         keys.differ("all rollouts of a document in one pass, not one after another", "ebft")
     if options.number("ce_coef"):

@@ -12,10 +12,11 @@ from ..tape.core import tape
 from ..tape.packages.converted import float8_or_plain
 from ..tape.pointwise import add, cast, dropout, mul
 from ..tape.tensor import Parameter, Tensor
+from ..values import once
 from .parts.base import Linear, Scope, method, option
 from .parts.checks import fraction, positive
 from .parts.stacked import folded
-from .parts.targeted import Targeted, base_bias, base_weight, matches, named
+from .parts.targeted import Targeted, base_bias, base_weight, becomes, matches, matches_path, named
 
 if TYPE_CHECKING:
     from ..tape.packages.lora_kernels import Adapted
@@ -88,20 +89,51 @@ class Lora(Targeted):
         return any(all(self.targets_layer(name, layer) for name in names) for layer in range(self.layers))
 
     def targets_layer(self, name: str, layer: int | None) -> bool:
-        return super().targets_layer(name, layer) and not any(matches(name, old) for old, _ in self._stacked_of_traits)
+        if any(matches(name, old) for old, _ in self._stacked_of_traits):
+            return False
+        if self._stacked_of_traits and self.pattern is not None:
+            return named(name, self._converted)
+        return super().targets_layer(name, layer)
 
     @property
     def _stacked_of_traits(self) -> tuple[tuple[str, str], ...]:
         assert self.architecture is not None
         return self.architecture.traits.stacked
 
+    @once
+    def _converted(self) -> tuple[str, ...]:
+        """The targets as PEFT has them where layers became weights of experts: names, of any block.
+
+        Of a regex the last parts of the paths that it matches, also of those that experts had in transformers 4
+        (peft/utils/transformers_weight_conversion.py, `_resolve_string_target_modules`).
+        """
+        if self.pattern is None:
+            return self.target_names
+        made = self.architecture
+        assert made is not None
+        old = [
+            f"{name.removesuffix(new)}{old}"
+            for old, new in self._stacked_of_traits
+            for name in made.stacked_names()
+            if matches(name, new)
+        ]
+        paths = [(name, layer) for name in (*made.linear_names(), *old) for layer in range(self.layers)]
+        found = (name for name, layer in (*paths, ("lm_head", None)) if matches_path(self.pattern, made, name, layer))
+        return tuple(dict.fromkeys(name.rpartition(".")[2] for name in found))
+
+    def finds_nothing(self) -> bool:
+        assert self.architecture is not None
+        of_experts = any(np.any(self.rank_of_parameter(name)) for name in self.architecture.stacked_names())
+        return super().finds_nothing() and not of_experts
+
     def rank_of_parameter(self, name: str) -> Any:
         """The rank of the adapter on a weight that is no linear layer's, 0 if it has none; of all blocks alike.
 
-        A parameter that layers of transformers 4 were fused into has the ranks of all.
+        A parameter that layers of transformers 4 were fused into has the ranks of all; so it has where a target names
+        the like beside it, such as shared_expert.up_proj (peft's `_convert_peft_config_moe`).
         """
         fused = [old for old, new in self._stacked_of_traits if matches(name, new)]
-        present = [old for old in fused if named(old, self.target_names)]
+        present = [old for old in fused if any(becomes(old, target) for target in self._converted)] if fused else []
         if present and len(present) < len(fused):
             raise UserError(
                 f"method {self.name}: {' and '.join(fused)} are one weight now, so PEFT adapts both or none; "

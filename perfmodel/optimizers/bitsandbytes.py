@@ -37,7 +37,7 @@ def _step(update: Update, parameters: Parameters, decay: bool, *, states: int, b
 
 def _update_tensor(update: Update, p: Parameter, states: int, maps: list[Tensor], *, paged: bool) -> None:
     """`prefetch_state`, `update_step` and `sync_gpu` of one tensor; its schema names all tensors as written."""
-    quantised = bool(maps) and p.kind != "embedding" and decide(p.numel >= SMALLEST_8BIT)
+    quantised = bool(maps) and not p.embeds and decide(p.numel >= SMALLEST_8BIT)
     on_pages = paged and decide(p.numel >= SMALLEST_PAGED)
     moments = [update.state(p, dtype="u8" if quantised else "fp32", paged=on_pages) for _ in range(states)]
     if on_pages:

@@ -136,10 +136,11 @@ class Parameter(Tensor):
     """A weight; `count` identical layers hold one each. `kind`: weight, bias, norm, embedding, adapter or scale.
 
     `elements` is how many parameters of the model it stands for: packed 4-bit weights hold two a byte, scales none.
+    `embeds` says whether it is an `nn.Embedding`'s, as a copy of one that trains beside adapters is, too.
     `passing` says that a forward pass makes it anew, so that no gradient of an earlier one is there.
     """
 
-    __slots__ = ("accumulator", "count", "elements", "grad", "kind", "name", "part", "passing", "used")
+    __slots__ = ("accumulator", "count", "elements", "embeds", "grad", "kind", "name", "part", "passing", "used")
 
     def __init__(self, name: str, shape: Shape, dtype: str, *, kind: str, trainable: bool) -> None:
         numel = product(shape)
@@ -148,6 +149,7 @@ class Parameter(Tensor):
         self.kind = kind
         self.requires_grad = trainable
         self.elements = numel
+        self.embeds = kind == "embedding"
         self.count = 1
         self.grad: Tensor | None = None
         self.accumulator: weakref.ref[Node] | None = None

@@ -65,6 +65,15 @@ def cells() -> Iterator[Any]:
             yield name, f"lora:r=4,targets={target}", {**usual, "dtype": "fp32", **again}, {}
         yield name, r"selected:parameters=/.*\.[1-9]\.mlp\.(gate|experts)\..*/", {**usual, "grad_accum": 2}, {}
     yield "qwen3_moe", "lora:r=4,target_parameters=mlp.experts.gate_up_proj", AMP, {}  # and on no linear layer
+    shared = "+".join(f"shared_experts.{name}" for name in ("gate_proj", "up_proj", "down_proj"))
+    yield "deepseek_v3", f"lora:r=4,targets=o_proj+{shared}", AMP, {}  # which PEFT takes for all experts
+    for regex in (
+        r".*(q|gate|up|down)_proj",
+        r".*\.layers\.1\.self_attn\.q_proj",
+        r".*experts\.(gate|up|down)_proj",
+        r".*(v_proj|lm_head)",
+    ):
+        yield "qwen3_moe", f"lora:r=4,targets=/{regex}/", AMP, {}  # of which PEFT takes the last parts of paths
     for i, name in enumerate(MIXTURES):  # the loop over experts: 8 rows of zipf leave experts without any
         loop, target = {"experts": "eager", "attention": "eager"}, ATTENTION.get(name, "q_proj")
         parameters = f"lora:r=4,targets={target},target_parameters=mlp.experts.gate_up_proj+mlp.experts.down_proj"

@@ -151,12 +151,22 @@ def test_what_bitsandbytes_refuses_is_said() -> None:
 def test_experts_that_were_layers_lose_their_dropout() -> None:
     """PEFT refuses dropout beside stacked experts, which it adapts where their layers of transformers 4 are named."""
     named, attention = "qlora:r=8,targets=up_proj+gate_proj+down_proj", "qlora:r=8,targets=q_proj,dropout=0.05"
-    for method in (named, "lora:targets=all-linear"):
+    for method in (named, "lora:targets=all-linear", named.replace("=up_proj", "=shared_experts.up_proj")):
         plain, said = traces.of_peft_alone(f"{method},dropout=0.05", "trinity-nano")
         assert (plain, len(said)) == (method, 1)
         assert traces.of_peft_alone(method, "trinity-nano") == (method, [])
     assert traces.of_peft_alone(attention, "trinity-nano") == (attention, [])
     assert traces.of_peft_alone(f"{named},dropout=0.05", "apertus-8b")[1] == []
+
+
+def test_layers_that_mean_packed_experts_get_no_adapters() -> None:
+    """PEFT takes a shared expert's layers for those of all experts: adapters on packed weights are not modelled."""
+    shared = "+".join(f"shared_expert.{name}" for name in ("gate_proj", "up_proj", "down_proj"))
+    plain, said = traces.of_peft_alone(f"qlora:targets=q_proj+{shared},experts=true", "qwen3-next-80b-a3b")
+    assert "shared_expert" not in plain
+    assert [words.count("shared_expert.") for words in said] == [3]
+    for method in ("qlora:targets=q_proj,experts=true", f"qlora:targets=q_proj+{shared}"):
+        assert traces.of_peft_alone(method, "qwen3-next-80b-a3b") == (method, [])
 
 
 def test_types_whose_experts_were_layers_are_those_of_transformers() -> None:

@@ -42,6 +42,12 @@ def asked(folder: Path, text: str, *options: str) -> str:
             f"base_model: zai-org/GLM-4.7-Flash\n{LORA}load_in_8bit: true\nlora_target_modules: [o_proj]\n",
             "8-bit layers of four dimensions", "on glm-4.7-flash",
         ),
+        (
+            f"base_model: deepseek-ai/DeepSeek-V2-Lite\n{QLORA}quantize_moe_experts: true\n"
+            "lora_target_modules: [o_proj, shared_experts.gate_proj, shared_experts.up_proj]\n",
+            "no adapters on experts in few bits, for which PEFT takes shared_experts.gate_proj, shared_experts.up",
+            "qlora:r=4,targets=o_proj,experts=True on deepseek-v2-lite",
+        ),
         (f"base_model: TheBloke/Llama-2-7B-GPTQ\ngptq: true\n{LORA}{LINEAR}", CODES, "lora_gptq:r=4"),
         (f"model_name_or_path: TechxGenus/Meta-Llama-3-8B-Instruct-GPTQ\n{FACTORY}", CODES, "lora_gptq:r=8"),
         (f"base_model: TheBloke/Llama-2-7B-AWQ\n{LORA}{LINEAR}", "weights in bf16, not awq", "on llama-2-7b"),

@@ -66,6 +66,10 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
         "axolotl", "transformers' own code of the model, whose experts are stacked and stay in 16 bit "
         "(trust_remote_code)",
     ),
+    "adapter: qlora\nload_in_4bit: true\nbase_model: ai21labs/Jamba-v0.1\ntrust_remote_code: true": (
+        "axolotl", "transformers' own code of the model, whose experts are stacked and stay in 16 bit "
+        "(trust_remote_code)",
+    ),
     "bf16: true\nadapter: qlora\nload_in_4bit: true\nbase_model: EleutherAI/gpt-j-6b": (
         "axolotl", "embeddings and norms in the dtype of the rest, not in fp32",
     ),
@@ -89,6 +93,9 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     ),
     "unfrozen_parameters: [^lm_head.*, 'model.layers.3[0-9]+.*']": (
         "axolotl", "backward from the lowest trained weight on, not through every block (unfrozen_parameters)",
+    ),
+    "adapter: lora\nlora_target_linear: true\npeft_layers_to_transform: [3, 4]": (
+        "axolotl", "backward from the lowest trained weight on, not through every block (peft_layers_to_transform)",
     ),
     "processor_type: AutoProcessor": ("axolotl", "batches of text, without images or sound (processor_type)"),
     "fp8: true\ntorch_compile: true": ("axolotl", "products in bf16, not in fp8 (fp8)"),

@@ -13,6 +13,7 @@ from perfmodel.imports.trained_for import (
     EMPTIED,
     EMPTIED_TWICE,
     NEWER_DPO,
+    NOT_KEPT,
     NOT_TRITONS,
     OUTSIDE,
     UNCORRECTED,
@@ -61,7 +62,7 @@ SAID: tuple[tuple[dict[str, Any], str, str, list[str]], ...] = (
     ),
     (
         AXOLOTL | {"rl": "ebft", "ebft": {"mode": "strided"}}, "ebft", "auto",
-        [f"{OUTSIDE} (rl)", "sdpa, not flex attention (ebft)", f"{EMPTIED_TWICE} (ebft)"],
+        [f"{OUTSIDE} (rl)", "sdpa, not flex attention (ebft)", f"{EMPTIED_TWICE} (ebft)", f"{NOT_KEPT} (ebft)"],
     ),
     (FACTORY | {"use_asft_loss": True, "finetuning_type": "full"}, "asft", "model", []),
     (FACTORY | {"stage": "dpo"}, "dpo", "auto", [f"dpo's {OWN}"]),

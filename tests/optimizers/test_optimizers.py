@@ -288,6 +288,15 @@ def test_bitsandbytes_states_byte_by_byte(name: str, states: int, bits: int, pag
     assert known.paged_bytes == kept["paged"]
 
 
+def test_a_copy_of_the_embedding_has_the_states_of_one() -> None:
+    """The Trainer looks for `nn.Embedding`, and what PEFT trains in its place is one; a copy of the head is none."""
+    states = {
+        copies: predict("llama-3.2-1b", f"lora:modules_to_save={copies}", optimizer="adamw-8bit").memory.optimizer
+        for copies in ("embed_tokens", "lm_head")
+    }
+    assert states["embed_tokens"] - states["lm_head"] == pytest.approx(2 * (4 - 1 - 4 / 256) * 128_256 * 2048)
+
+
 @pytest.mark.parametrize(
     ("form", "name"), [("ao-adamw-8bit", "AdamW8bit"), ("ao-adamw-4bit", "AdamW4bit"), ("ao-adamw-fp8", "AdamWFp8")]
 )

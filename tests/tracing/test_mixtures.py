@@ -114,5 +114,8 @@ def test_adapters_of_experts_are_traced() -> None:
         traced.of_method(config, f"lora:r=4,targets=o_proj{more}", setup)[0].trainable for more in ("", f",{experts}")
     )
     assert both - alone == 2 * 8 * 4 * (64 + 2 * 40 + 40 + 64)  # blocks, experts, rank, widths of both weights
-    with pytest.raises(UserError, match="adapters of quantised experts are not modelled"):
-        traced.of_method(config, f"qlora:r=4,targets=o_proj,experts=true,{experts}", setup)
+    shared = "+".join(f"shared_experts.{name}" for name in ("gate_proj", "up_proj", "down_proj"))
+    for asked in (f"o_proj,{experts}", f"o_proj+{shared}"):
+        with pytest.raises(UserError, match="adapters of quantised experts are not modelled"):
+            traced.of_method(config, f"qlora:r=4,experts=true,targets={asked}", setup)
+    traced.of_method(config, "qlora:r=4,experts=true,targets=o_proj+gate", setup)  # a router's weight is never packed

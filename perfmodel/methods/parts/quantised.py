@@ -56,9 +56,7 @@ class QuantisedLora(Lora):
         by_peft = self.architecture.recorded and not of_experts
         adapted = self.target_parameters if by_peft else [n for n in of_experts if np.any(self.rank_of_parameter(n))]
         if self.experts and adapted:
-            raise UserError(
-                f"method {self.name}: adapters of quantised experts are not modelled; leave out experts=true"
-            )
+            raise adapted_experts(self.name)
 
     def stacked_weight(self, layer: Scope, name: str, shape: tuple[Any, ...], kept: str | None) -> Tensor:
         if not (self.experts and OF_EXPERTS in name):
@@ -89,6 +87,11 @@ class QuantisedLora(Lora):
         if converts:
             output = cast(output, expected)
         return add(result, output)
+
+
+def adapted_experts(method: str) -> UserError:
+    """The complaint about adapters on weights that `experts` packs."""
+    return UserError(f"method {method}: adapters of quantised experts are not modelled; leave out experts=true")
 
 
 def check_replaced(method: Method) -> None:

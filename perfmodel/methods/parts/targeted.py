@@ -89,13 +89,17 @@ class Targeted(Method):
         assert self.architecture is not None
         if self.layers_to_transform is not None:
             raise UserError(f"method {self.name}: layers_to_transform goes with names of targets, not with a regex")
-        if not any(self._matched(layer) for layer in range(self.layers)) and not self.targets_layer("lm_head", None):
+        if self.finds_nothing():
             name = self.architecture.linear_names()[0]
             path = name if self.architecture.recorded else f"{block_path(self.architecture.stacks, 0)}.{name}"
             raise UserError(
                 f"method {self.name}: target {self.targets[0]} matches no linear layer of {self.architecture.name}, "
                 f"whose paths are like {path}"
             )
+
+    def finds_nothing(self) -> bool:
+        """Whether the regex matches nothing that could have an adapter."""
+        return not any(self._matched(layer) for layer in range(self.layers)) and not self.targets_layer("lm_head", None)
 
     def _check_four_dims(self) -> None:
         assert self.architecture is not None
@@ -322,8 +326,12 @@ def check_targets(method: str, targets: Sequence[str], architecture: Architectur
 
 def unmatched(targets: Sequence[str], architecture: Architecture) -> tuple[str, ...]:
     """Names among targets that match no linear layer of an architecture."""
-    known = _named_by_targets(architecture)
-    return tuple(t for t in targets if t != ALL_LINEAR and not any(matches(name, t) for name in known))
+    known, old = _named_by_targets(architecture), [old for old, _ in architecture.traits.stacked]
+    return tuple(
+        t
+        for t in targets
+        if t != ALL_LINEAR and not any(matches(name, t) for name in known) and not any(becomes(name, t) for name in old)
+    )
 
 
 def _named_by_targets(architecture: Architecture) -> list[str]:
@@ -354,6 +362,11 @@ def base_bias(layer: Linear) -> Parameter | None:
 def matches(name: str, target: str) -> bool:
     """Whether a target names a layer, as PEFT compares them."""
     return name == target or name.endswith("." + target)
+
+
+def becomes(old: str, target: str) -> bool:
+    """Whether PEFT takes a target for a layer of transformers 4 that is in a weight of experts now: by how it ends."""
+    return target in (old, ALL_LINEAR) or target.endswith("." + old)
 
 
 def named(name: str, targets: tuple[str, ...]) -> bool:

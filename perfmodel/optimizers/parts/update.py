@@ -170,7 +170,7 @@ def recorded(parameters: Parameters, name: str, device: str = "cuda") -> Update:
 def copy_in(p: Parameter, dtype: str) -> Parameter:
     """A parameter of another dtype that stands for a copy of one, with a gradient of its own to come."""
     copy = Parameter(p.name, p.shape, dtype, kind=p.kind, trainable=True)
-    copy.count, copy.part, copy.used = p.count, p.part, True
+    copy.count, copy.part, copy.used, copy.embeds = p.count, p.part, True, p.embeds
     return copy
 
 

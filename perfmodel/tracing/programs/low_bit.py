@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from ...architectures import Architecture
 from ...methods.lora_8bit import Lora8bit
 from ...methods.lora_gptq import LoraGptq
-from ...methods.parts.quantised import QuantisedLora
+from ...methods.parts.quantised import QuantisedLora, adapted_experts
 from ...methods.parts.targeted import ALL_LINEAR
 from ...methods.qlora import QLora
 from ...setup import Setup
@@ -37,6 +37,7 @@ from .references import as_lora
 
 NF4 = torch.linspace(-1, 1, 16)  # stands for the quantiles of a normal distribution: the values change no call
 THRESHOLD = 6.0  # transformers' `llm_int8_threshold`
+ROUTER = "gate.weight"  # as PEFT calls a weight that is never packed
 CLAMPED = ("prediction_coefs", "correction_coefs")  # Gemma 3n clamps their weights, which fails on packed ones
 
 
@@ -305,4 +306,8 @@ def apply_low_bit(model: Any, method: QuantisedLora, architecture: Architecture,
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     targets = tuple(found) if method.target_names == (ALL_LINEAR,) else method.targets
     layers = {kind: peft_layer(kind) for kind in (Linear4bit, Linear8bitLt, GptqLinear)}
-    return lora(model, as_lora(method, targets=targets), architecture, layers=layers)
+    adapted = lora(model, as_lora(method, targets=targets), architecture, layers=layers)
+    asked = adapted.active_peft_config.target_parameters  # of names of layers too; PEFT finds no packed ones
+    if method.experts and set(asked or ()) - {ROUTER}:
+        raise adapted_experts(method.name)
+    return adapted
