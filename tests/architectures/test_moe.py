@@ -56,8 +56,8 @@ def cells() -> Iterator[Any]:
         parameters = f"lora:r=4,targets={target},target_parameters=mlp.experts.gate_up_proj+mlp.experts.down_proj"
         usual = {"attention": from_config(config(name)).traits.attention[0]}
         yield name, "full", {"batch": 1, "seq": 33, "attention": "eager"}, DIFFERENT.get(name, {})
-        yield name, f"lora:r=4,targets={target}", {**usual, "dtype": "fp32", "grad_accum": 2}, {}
-        yield name, "lora:r=4,targets=all-linear", {**usual, "checkpoint": ("block", "block-reentrant")[i % 2]}, {}
+        checkpoint = ("block", "block-reentrant")[i % 2]
+        yield name, "lora:r=4,targets=all-linear", {**usual, "dtype": "fp32", "checkpoint": checkpoint}, {}
         yield name, parameters, {**usual, **AMP}, {}
         yield name, "top_k:k=1", {**usual, "optimizer": "adamw-fused"}, {}
         if name == "gpt_oss":  # whose peak lies among its experts' biases
