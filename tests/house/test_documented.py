@@ -123,8 +123,8 @@ SHORT = {
     "perfmodel validate speed": Short(
         "perfmodel validate speed --json || test $? = 1  # a promise may be missed while other tests run",
         patch="from validate import speed; speed.COLD = {k: speed.COLD[k] for k in ('predict', 'models')};"
-        "speed.ROUNDS = 2; speed.TRACES = speed.TRACES[:1];"
-        "speed.TRACED = ('predict', *speed.TRACED[1:4], '--method', 'full', *speed.TRACED[-2:]);"
+        "speed.ROUNDS = 2; speed.TRACES = (('gpt2', 'full'),);"
+        "speed.TRACED = ('predict', '--traced', '--model', 'gpt2', *speed.TRACED[-2:]);"
         "speed.BATCHES, speed.SEQS = range(1, 11), range(64, 144, 8);"
         "speed._timed = lambda run, runs, timed=speed._timed: timed(run, 1)",
         says="sweep of 100,000, setups a second",

@@ -37,7 +37,7 @@ FLASH = [
     ("qwen2", LORA, {"packing": "varlen", "batch": 1, "grad_accum": 2, **AMP}),
     ("qwen3", "full", {"packing": "varlen", "checkpoint": "block"}),
     ("gemma2", "lora:r=4", {"packing": "varlen"}),
-    *((name, "full", {"batch": 1 + i % 2}) for i, name in enumerate(DENSE)),
+    *((name, "norm", {"batch": 1 + i % 2}) for i, name in enumerate(DENSE)),
     *((name, "norm", {"batch": 1}) for name in SPARSE),
     ("llama", "full", {"padded": True}),
     ("qwen2", LORA, {"padded": True, "checkpoint": "block", **AMP}),
