@@ -166,7 +166,7 @@ def serve(address: str | None = None, port: int | None = None, *, browser: bool 
     from starlette.middleware import Middleware
 
     os.environ.setdefault(REMEMBERED, "1")
-    with suppress(OSError, AttributeError):  # glibc alone has it
+    with suppress(OSError, AttributeError, TypeError):  # glibc alone has it
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
     page = build_page()
     guard = Middleware(Guard, done=lambda session: forget_session(page._queue, session))
