@@ -44,3 +44,19 @@ def test_what_projects_gradients_trains_in_fp32(text: str, dtypes: tuple[str, st
     file.write_text(f"model_name_or_path: gpt2\nfinetuning_type: full\n{text}\n")
     found = read(file)
     assert (found.setup["dtype"], found.setup["amp"]) == dtypes
+
+
+@pytest.mark.parametrize(
+    ("text", "differs"),
+    [
+        ("finetuning_type: lora", False),
+        ("finetuning_type: lora\ntf32: true", True),
+        ("finetuning_type: lora\ntf32: true\nbf16: true", False),
+        ("finetuning_type: full\ntf32: true\npure_bf16: true", False),
+    ],
+)
+def test_tf32_matters_only_where_products_are_in_fp32(text: str, differs: bool, tmp_path: Path) -> None:
+    """Under autocast, or with all of it in bf16, there are none."""
+    file = tmp_path / "config.yaml"
+    file.write_text(f"model_name_or_path: gpt2\n{text}\n")
+    assert any("tf32" in said for said in read(file).differences) == differs
