@@ -46,6 +46,19 @@ def checkout(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.parametrize("code", [1, 130, 143])
+def test_whoever_ends_the_run_ends_it(code: int, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM and Ctrl-C leave `predict` by its exit: neither is what becomes of a file."""
+
+    def ended(arguments: list[str]) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(configs, "main", ended)
+    with pytest.raises(SystemExit) as end:
+        list(configs.try_all(checkout, "l40s", model=None, traced=False))
+    assert end.value.code == code
+
+
 def test_every_file_has_its_outcome(checkout: Path) -> None:
     """What is refused is told apart by reason, and what is no training config is no refusal."""
     rows = {row.file: row for row in configs.try_all(checkout, "l40s", model=None, traced=False)}

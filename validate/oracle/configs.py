@@ -106,12 +106,18 @@ def _row(repository: str, commit: str, file: str, options: list[str], *, model: 
 
 
 def _asked(options: list[str]) -> tuple[str, str, str]:
-    """Outcome, standard output and standard error of `perfmodel predict`."""
+    """Outcome, standard output and standard error of `perfmodel predict`.
+
+    Raises:
+        SystemExit: the whole run is to end (a signal, Ctrl-C, a stream that takes no more).
+    """
     out, told = io.StringIO(), io.StringIO()
     try:
         with redirect_stdout(out), redirect_stderr(told):
             main(["predict", *options])
     except SystemExit as end:
+        if end.code not in (0, 2):
+            raise
         return REFUSED if end.code else ANSWERED, out.getvalue(), told.getvalue()
     except Exception as error:  # the very thing that must not happen, whatever its kind
         return TRACEBACK, out.getvalue(), f"{told.getvalue()}\n{type(error).__name__}: {error}"
