@@ -122,10 +122,9 @@ def _forward(passes: Passes, query_responses: Tensor) -> tuple[Tensor, Tensor]:
     position_ids = sub(position_ids, cast(attention_mask, "i64"))
     input_ids = fill_where(query_responses, emit("bitwise_not", (attention_mask,), attention_mask.shape, "bool"))
     policy, setup = passes.model.build, passes.setup
-    headed = with_head("ppo", policy.architecture, Classifier("sequence", 1, padded=True, dropout=None))
+    headed = with_head("ppo", policy.architecture, Classifier("value", 1, padded=True, dropout=None))
     if not headed.traits.packs:
         raise UserError(f"objective ppo: {headed.name} with positions that come with the tokens is not modelled")
-    headed = replace(headed, classifier=Classifier("value", 1, padded=True, dropout=None))
     critic = Build(headed, Full(), replace(setup, checkpoint="none"), passes.critic, labelled=False)
     with tape().autocasting():
         outputs = []

@@ -51,6 +51,7 @@ def with_head(name: str, architecture: Architecture, head: Classifier) -> Archit
     Raises:
         UserError: the tape does not have that head for it.
     """
-    if architecture.traits.head != "causal" or head.of not in architecture.traits.heads:
-        raise UserError(f"objective {name}: {architecture.name} has no classifier of {head.of}s that is mirrored")
+    kind = "sequence" if head.of == "value" else head.of
+    if architecture.traits.head != "causal" or kind not in architecture.traits.heads:
+        raise UserError(f"objective {name}: {architecture.name} has no classifier of {kind}s that is mirrored")
     return replace(architecture, classifier=head)

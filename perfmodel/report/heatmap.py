@@ -12,6 +12,7 @@ from .sweeps import Key, plane
 
 MOST_PANELS, MOST_NUMBERS, MOST_TICKS = 12, 80, 8  # panels; cells with a number in them; ticks at every value
 LINE, HATCHING = "line", "hatching"
+TICKS = (0.5, 0.67, 0.8, 1.0, 1.25, 1.5, 2.0)  # speed-ups that the bar names; colours go no further
 BLACK, THICK, HATCH, GREY = "black", 1.6, "////", "0.35"
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -68,8 +69,8 @@ def draw_heatmap(planned: Sweep, speedups: dict[Key, list[Columns]], path: Path)
     for axes in grid[:, 0]:
         axes.set_ylabel("batch")
     bar = figure.colorbar(mesh, ax=grid, label=f"speed-up over {baseline}", shrink=0.8)
-    ticks = {"≤ 0.5": 0.5, "0.67": 0.67, "0.8": 0.8, "1": 1.0, "1.25": 1.25, "1.5": 1.5, "≥ 2": 2.0}
-    bar.set_ticks(list(np.log2(list(ticks.values()))), labels=list(ticks))
+    ends = {TICKS[0]: "≤ ", TICKS[-1]: "≥ "}
+    bar.set_ticks(list(np.log2(TICKS)), labels=[f"{ends.get(tick, '')}{tick:g}" for tick in TICKS])
     figure.suptitle(f"{planned.model}: blue where it pays", fontsize=10)
     if drawn:
         _legend(figure, drawn, baseline)
@@ -97,7 +98,8 @@ def _panel(axes: Any, planned: Sweep, speedup: np.ndarray, fits: np.ndarray) -> 
     """
     drawn: set[str] = set()
     x, y = _edges(planned.seq), _edges(planned.batch)
-    mesh = axes.pcolormesh(x, y, np.log2(speedup), cmap="RdBu", vmin=-1, vmax=1, rasterized=True)
+    low, *_, high = np.log2(TICKS)
+    mesh = axes.pcolormesh(x, y, np.log2(speedup), cmap="RdBu", vmin=low, vmax=high, rasterized=True)
     if speedup.min() < 1 < speedup.max():
         axes.contour(planned.seq, planned.batch, speedup, levels=[1.0], colors=BLACK, linewidths=THICK)
         drawn.add(LINE)

@@ -143,6 +143,16 @@ def test_serving_times_are_the_kernel_and_a_copy_to_the_cache() -> None:
     assert times[1] - times[0] == pytest.approx(float(1.5 * copied * per_byte[0]))
 
 
+def test_a_roofline_of_serving_moves_every_operand_once() -> None:
+    """Queries and outputs of all heads, keys and values of theirs, of two bytes each: the plain figure's time."""
+    hw, p = common.hardware("a100-80gb-sxm"), profile.load("a100-80gb-sxm").attention
+    b, s, h, kv, dim = 1, 16, 16, 4, 128  # so short that its bytes decide
+    moved = 2 * (2 * b * s * h * dim + 2 * b * s * kv * dim) / hw.memory_bandwidth
+    rows = pd.DataFrame([dict(zip([*serving.SHAPE, "seconds"], (b, s, h, kv, dim, moved), strict=True))])
+    (errors,) = serving.serving_errors([(rows, serving.Served(p, 0.0))], hw).values()
+    assert errors.roofline_mean == pytest.approx(0.0, abs=1e-12)
+
+
 def test_campaigns_share_a_kernel_and_have_their_own_framework(kernels: Path) -> None:
     """Two frameworks run one kernel: what each does beside it must not become the kernel's."""
     hw, p = common.hardware("h100-sxm"), replace(profile.load("h100-sxm").cudnn_attention, row_tiles=1)

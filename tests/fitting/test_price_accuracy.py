@@ -15,6 +15,7 @@ from perfmodel.devices.attention import attention_forward_time
 from perfmodel.devices.profile import DEVICES
 from perfmodel.devices.residual import FOLDER
 
+pd = pytest.importorskip("pandas")
 flash_papers = pytest.importorskip("validate.fitting.flash_papers", exc_type=ImportError)
 gemm = pytest.importorskip("validate.fitting.gemm", exc_type=ImportError)
 pointwise = pytest.importorskip("validate.fitting.pointwise", exc_type=ImportError)
@@ -119,6 +120,24 @@ def test_attention_keeps_its_limit(device: str, block: str) -> None:
     """Forward from 512 tokens, on rows that no fit saw: what the README says of each kernel that PyTorch can pick."""
     told = residuals(device, block)
     assert told["mean"] <= 0.08 < told["roofline_mean"] / 2
+
+
+def test_published_times_of_attention_go_with_its_work() -> None:
+    """A slip of the finger in a table of times is seen: twice the length is four times the work, twice the batch twice.
+
+    Short calls fill the GPU less, and the longest draw more power than the board gives: 1.75 to 4.4 times.
+    """
+    rows = pd.concat([flash_papers.cudnn_rows("h200", "b200", "gb200"), flash_papers.flash_rows("b200")])
+    rows["device"] = rows.device.fillna("b200, FlashAttention-2")
+    lines = ["device", "causal", "heads", "kv_heads", "head_dim", "direction"]
+    for _, of in rows[rows.seq >= 2048].groupby([*lines, "batch"]):
+        times, sizes = of.sort_values("seq").seconds.to_numpy(), np.sort(of.seq.to_numpy())
+        assert (sizes[1:] == 2 * sizes[:-1]).all()
+        assert ((times[1:] > 1.75 * times[:-1]) & (times[1:] < 4.4 * times[:-1])).all(), of
+    twice = [of.sort_values("batch").seconds.to_numpy() for _, of in rows.groupby([*lines, "seq"])]
+    assert all(1.7 < b / a < 2.45 for a, b in (of for of in twice if len(of) == 2))
+    assert sum(len(of) == 2 for of in twice) >= 35
+    assert set(np.log2(rows.seq) % 1) == {0}
 
 
 @pytest.mark.parametrize(("device", "siblings"), [("h100-sxm", ("h200",)), ("b200", ("b200", "gb200"))])

@@ -215,6 +215,13 @@ def test_a_formula_is_worked_out_at_other_sizes() -> None:
     assert [values[x.number] for x in made] == expected
 
 
+def test_what_changes_no_number_makes_none() -> None:
+    """Most products and sums of a step are of ones and zeros: they would be worked out anew for every size."""
+    _, a, _ = numbers()
+    assert all(same is a for same in (a + 0, a - 0, a * 1, a // 1))
+    assert all(other is not a for other in (a + 1, a - 1, a * 0, a // 2, 1 // a, 0 - a))
+
+
 def test_what_was_asked_of_a_formula_is_a_condition() -> None:
     """Elsewhere the program is another one."""
     formulas, a, b = numbers()

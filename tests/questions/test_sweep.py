@@ -248,6 +248,11 @@ def test_axes_are_named_once_and_hatching_moves_no_border(monkeypatch: pytest.Mo
     assert [axes.get_title() for axes in panels] == [f"{m}\non {d}" for d in devices for m in ("lora:r=8", "ia3")]
     assert [axes.get_xlabel() for axes in panels] == ["", "", *["tokens per sample"] * 2]
     assert [axes.get_ylabel() for axes in panels] == ["batch", ""] * 2
+    (bar,) = (axes for axes in figures[0].axes if axes.get_ylabel().startswith("speed-up"))
+    ticks = 2 ** bar.get_yticks()
+    assert ticks * ticks[::-1] == pytest.approx(np.ones(len(ticks)), abs=0.01), "as far up as down"
+    named = [float(label.get_text().strip("≤≥ ")) for label in bar.get_yticklabels()]
+    assert named == pytest.approx(ticks)
     for axes in panels:
         mesh = axes.collections[0].get_coordinates()
         assert axes.get_xlim() == pytest.approx((mesh[..., 0].min(), mesh[..., 0].max()))
