@@ -7,7 +7,7 @@ import json
 import os
 from typing import Any
 
-CASES = 6  # of a test with more, so many, spread evenly
+CASES = 24  # of a test with more, so many, spread evenly: the oracle has a case an architecture
 FILE = os.environ.get("REACH_FILE", os.devnull)
 seen: set[str] = set()
 test = os.environ.get("PYTEST_CURRENT_TEST", "")  # "tests/test_x.py::test_y[case] (call)", as pytest writes it
