@@ -27,6 +27,7 @@ COMPILE = ("none", "default", "reduce-overhead")
 ENGINES = ("torch", "deepspeed-zero3")
 # each in a file of `perfmodel/recording/parallel/`, stages 1 and 2 of ZeRO in one
 PARALLEL = ("ddp", "fsdp2", "fsdp1", "zero1", "zero2", "zero3")
+SCHEDULE = re.compile(r"gpipe|1f1b|interleaved:v=[1-9]\d?")  # of a pipeline (`recording.parallel.schedules`)
 # each in a file of `perfmodel/objectives/`
 OBJECTIVES = ("sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "prm", "grpo", "ppo", "asft", "ebft")
 PAIRS = ("dpo", "orpo", "cpo", "simpo", "reward")  # those whose sample is a chosen and a rejected sequence
@@ -88,6 +89,9 @@ class Setup:
             fsdp1, each keeps a shard of every parameter; zero1, zero2 and zero3, DeepSpeed's, each keeps a part of the
             optimizer states, of the gradients too, of the weights too. Of one GPU it changes nothing.
         tp: tensor-parallel ranks, of which each has a part of every layer; they work on the same samples.
+        pp: pipeline ranks, of which each has some of the blocks; `grad_accum` micro-batches go through all of them.
+        pp_schedule: in which order (`recording.parallel.schedules`): 1f1b, gpipe, or interleaved:v=CHUNKS of blocks on
+            each rank.
         engine: what runs the step: torch, or deepspeed-zero3 (`perfmodel.recording.zero`); a method may name its own.
         packing: what lies in a row of `seq` tokens: none, one sample; dense, documents behind one another under one
             causal mask; varlen, documents that attend within themselves (position ids restart and there is no mask);
@@ -119,6 +123,8 @@ class Setup:
     node: str | None = None
     parallel: str = "ddp"
     tp: int = 1
+    pp: int = 1
+    pp_schedule: str = "1f1b"
     engine: str = "torch"
     routing: str = "balanced"
     experts: str = "grouped_mm"
@@ -165,8 +171,12 @@ class Setup:
             raise UserError(f"images are counted from 0, their pixels from 1: got {self.images} of {self.image_size}")
         if self.attention == "flash2" and self.dtype == "fp32" and self.amp is None:
             raise UserError("attention flash2 needs a 16-bit dtype; use sdpa with fp32")
-        if positive("tp", self.tp) != 1 and np.any(np.asarray(self.gpus) % self.tp):
-            raise UserError(f"tp {self.tp} does not divide the {np.max(self.gpus)} GPUs of the job")
+        for name in ("tp", "pp"):
+            ranks = positive(name, getattr(self, name))
+            if ranks != 1 and np.any(np.asarray(self.gpus) % ranks):
+                raise UserError(f"{name} {ranks} does not divide the {np.max(self.gpus)} GPUs of the job")
+        if not SCHEDULE.fullmatch(self.pp_schedule):
+            raise UserError(f"pp_schedule {self.pp_schedule!r} is unknown: use 1f1b, gpipe or interleaved:v=2")
         if self.nodes is not None and positive("nodes", self.nodes) > np.min(self.gpus):
             raise UserError(f"nodes {self.nodes} are more than the {np.min(self.gpus)} GPUs of the job")
         object.__setattr__(self, "lengths", lengths_of(self.lengths))
@@ -207,8 +217,8 @@ class Setup:
 
     @property
     def replicas(self) -> Dim:
-        """How many GPUs, or groups of `tp` of them, work on samples of their own."""
-        return self.gpus // self.tp
+        """How many GPUs, or groups of `tp` times `pp` of them, work on samples of their own."""
+        return self.gpus // (self.tp * self.pp)
 
     @property
     def shape(self) -> tuple[Dim, Dim]:

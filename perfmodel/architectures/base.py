@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from ..errors import UserError
 from ..program.dims import Dim
@@ -19,7 +19,8 @@ from ..tape.packages.varlen import PackedRows
 from ..tape.tensor import Parameter, Tensor
 from ..values import Compared
 from .config import Config
-from .runs import runs_of_layers
+from .rewrites import Rewrites
+from .runs import Stage, runs_of_layers
 from .stacks import block_path
 from .tasks import Classifier
 from .traits import Traits
@@ -117,6 +118,10 @@ class Architecture(Compared):
         """
         raise UserError(f"tp: how {self.name} is cut is not modelled; use --tp 1")
 
+    def staged(self) -> None:
+        """Raise `UserError` where stages of a pipeline are not modelled."""
+        raise UserError(f"pp: how {self.name} is cut into stages is not modelled; use --pp 1")
+
     def first_linear(self) -> str:
         """The name of a block's linear layer that its module makes first."""
         return self.linear_names()[0]
@@ -124,26 +129,6 @@ class Architecture(Compared):
     def stacked_names(self) -> list[str]:
         """Names of a block's weights that are no linear layer's: those of all its experts, and its router's."""
         return []
-
-
-class Rewrites(Protocol):
-    """What a forward pass asks of the fine-tuning method; `perfmodel.methods.parts.base.Method` says what each is."""
-
-    def trains(self, name: str, kind: str, layer: int | None) -> bool: ...
-    def copies(self, name: str, kind: str) -> bool: ...
-    def layer_key(self, layer: int) -> Hashable: ...
-    def base_dtype(self, dtype: str) -> str: ...
-    def dtype_of_trained(self, dtype: str) -> str: ...
-    def checkpoints(self, layer: int) -> bool: ...
-    def linear(self, layer: "Linear", x: Tensor) -> Tensor: ...
-    def qkv(self, layers: tuple["Linear", ...], x: Tensor) -> list[Tensor] | None: ...
-    def mlp(self, layers: tuple["Linear", ...], x: Tensor) -> Tensor | None: ...
-    def sublayer(self, layer: "Scope", name: str, x: Tensor, residual: Tensor, norm: str | None) -> Tensor: ...
-    def stacked_weight(self, layer: "Scope", name: str, shape: tuple[Any, ...], kept: str | None) -> Tensor: ...
-    def stacked(self, layer: "Scope", name: str, weight: Tensor, *, flipped: bool) -> Tensor: ...
-    def words(self, model: "Scope", weight: Parameter, ids: Tensor) -> Tensor: ...
-    def head(self, scope: "Scope", hidden: Tensor, weight: Parameter, bias: Parameter | None) -> Tensor: ...
-    def embedded(self, model: "Scope", x: Tensor) -> Tensor: ...
 
 
 @dataclass(eq=False, repr=False)
@@ -154,11 +139,11 @@ class Build:
     `past`: keys and values that a method puts before a block's; `held`: what Python holds on to until the forward pass
     returns, `kept`: what modules keep until their next one, each with its part; `packed`, `positions`: see `attend`;
     `given_positions` (batch, seq) come with the ids; `collects`: the hidden states of all layers are asked for, and
-    join `held`.
+    join `held`; `stage`: of a pipeline, None where it is all on one GPU, and `received`, its input.
     """
 
     architecture: Architecture
-    method: "Rewrites"
+    method: Rewrites
     setup: Setup
     parameters: dict[str, Parameter]
     labelled: bool = True
@@ -170,6 +155,13 @@ class Build:
     positions: Tensor | None = None
     given_positions: Tensor | None = None
     collects: bool = False
+    stage: Stage | None = None
+    received: Tensor | None = None
+
+    @property
+    def ends(self) -> bool:
+        """Whether what is recorded has the head."""
+        return self.stage is None or self.stage.last
 
     def keep(self, key: Any, value: Tensor) -> None:
         """`self.key = value` of a module."""
@@ -356,7 +348,8 @@ class Scope:
         differs from those above it, whose input needs one too. Kinds that alternate are patterns (`runs_of_layers`).
         """
         current, shared = tape(), list(given)
-        for first, period, times in runs_of_layers(self.build.architecture, self.build.method):
+        of_stage = self.build.stage.blocks if self.build.stage is not None else None
+        for first, period, times in runs_of_layers(self.build.architecture, self.build.method, of_stage):
             begins, end = first, first + period * times
             while first < end and (among is None or first in among):
                 part = current.begin("blocks", "forward")

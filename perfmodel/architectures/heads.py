@@ -21,6 +21,8 @@ from ..tape.split import select
 from ..tape.tensor import Tensor
 from .base import Scope
 
+OUTPUT = "output"  # of the last stage of a pipeline, which its schedule holds on to (`recording.pipeline`)
+
 
 def decoder_loss(
     model: Scope, hidden: Tensor, ids: Tensor, labels: Tensor, words: str, *, bias: bool = False,
@@ -41,6 +43,8 @@ def decoder_loss(
         kept = model.build.logits_to_keep
         hidden = hidden if kept is None or same(kept, hidden.shape[1]) else narrow(hidden, 1, kept)
         logits = scaled(lm_head(model, hidden, words, architecture.vocab, bias=bias))
+        if model.build.stage is not None:
+            model.build.keep(OUTPUT, logits)
         return causal_lm_loss(logits, labels) if model.build.labelled else logits
     if classifier.of == "token":
         hidden = dropout(hidden, 0.1 if classifier.dropout is None else classifier.dropout)

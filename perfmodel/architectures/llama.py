@@ -175,6 +175,15 @@ class Llama(Architecture):
             self, heads=self.heads // ranks, kv_heads=self.kv_heads // ranks, intermediate=self.intermediate // ranks
         )
 
+    def staged(self) -> None:
+        if self.model_type not in STAGED or self.classifier:
+            super().staged()
+        if self.tied:
+            raise UserError(
+                f"pp: {self.name} shares one weight between its embedding and its head, which lie on two "
+                "stages: not modelled; use --pp 1"
+            )
+
     def linear_names(self) -> list[str]:
         attention = [f"self_attn.{n}_proj" for n in ("q", "k", "v", "o")]
         return attention + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
@@ -182,6 +191,8 @@ class Llama(Architecture):
     def forward(self, model: Scope, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
         model.begin("embeddings")
         hidden = self._decoder(model, ids, attention)
+        if not model.build.ends:
+            return hidden
         if model.build.setup.kernels == "liger" and self.classifier is None and model.build.labelled:
             return self._liger_loss(model, hidden, labels)
         return decoder_loss(model, hidden, ids, labels, "model.embed_tokens", scaled=self.scaled_logits)
@@ -209,11 +220,13 @@ class Llama(Architecture):
         }  # fmt: skip
         rotary = self.rotary_tables(position_ids, embedded.dtype)  # a local: blocks may make tables of their own of it
         hidden = model.layers(self.block, embedded, mask_of, *rotary)
-        model.begin("head")
-        return model.norm("model.norm", hidden)
+        model.begin("head")  # what the blocks shared dies here
+        return model.norm("model.norm", hidden) if model.build.ends else hidden
 
     def embed(self, model: Scope, ids: Tensor) -> Tensor:
-        """The embedding of the words."""
+        """The embedding of the words, or what the stage before sends of them."""
+        if model.build.received is not None:
+            return model.build.received
         return model.embedding("model.embed_tokens", self.vocab, self.hidden, ids)
 
     def rotary_tables(self, position_ids: Tensor, dtype: str) -> tuple[Tensor, ...]:
@@ -311,6 +324,8 @@ class Llama(Architecture):
         return layer.linear(f"{path}.down_proj", gate, self.hidden, bias=self.mlp_bias)
 
 
+# model types of whose program a stage was compared with the real one (`validate.oracle.pipeline`)
+STAGED = ("llama", "mistral", "qwen2", "qwen3")
 CUT = ("llama", "mistral", "qwen2")  # model types whose `base_model_tp_plan` in transformers is this one
 
 

@@ -1,9 +1,34 @@
 """Blocks that run the same program, as runs that are recorded once."""
 
 from collections.abc import Hashable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 LONGEST_PATTERN = 8  # layers until they come again alike (Jamba); a longer one is recorded layer by layer
+
+
+class Stage(NamedTuple):
+    """What a stage of a pipeline has of a model: some blocks, the first one also the embedding, the last one the head.
+
+    Attributes:
+        number, stages: which of how many stages it is.
+        blocks: its own.
+        given: whether what it receives needs a gradient.
+    """
+
+    number: int
+    stages: int
+    blocks: range
+    given: bool = False
+
+    @property
+    def first(self) -> bool:
+        """Whether it has the embedding."""
+        return self.number == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether it has the head."""
+        return self.number == self.stages - 1
 
 
 class HasKinds(Protocol):
@@ -21,25 +46,31 @@ class HasKeys(Protocol):
     def layer_key(self, layer: int) -> Hashable: ...
 
 
-def runs_of_layers(architecture: HasKinds, method: HasKeys) -> list[tuple[int, int, int]]:
+def runs_of_layers(architecture: HasKinds, method: HasKeys, blocks: range | None = None) -> list[tuple[int, int, int]]:
     """Layers that come again alike, in their order: (first layer, layers of a pattern, times that it comes in a row).
 
     The first block stands alone in any case: what all blocks share (its input, masks, rotary tables) is allocated
     before it and dies with its backward.
+
+    Args:
+        blocks: those of a stage of a pipeline; None: all. So does the last block of one that is not the last: the
+            gradient of its output comes from elsewhere.
     """
-    keys = [(architecture.layer_kind(i), method.layer_key(i)) for i in range(architecture.layers)]
-    found = [(0, 1, 1)]
-    first = 1
+    blocks = range(architecture.layers) if blocks is None else blocks
+    apart = blocks.stop < architecture.layers and len(blocks) > 1
+    keys = [(architecture.layer_kind(i), method.layer_key(i)) for i in range(blocks.stop - apart)]
+    found = [(blocks.start, 1, 1)]
+    first = blocks.start + 1
     while first < len(keys):
         period, times = next(
-            ((p, n) for p in range(1, LONGEST_PATTERN + 1) if (n := _times(keys, first, p)) > 1), (1, 1)
+            ((p, n) for p in range(1, LONGEST_PATTERN + 1) if (n := times_in_a_row(keys, first, p)) > 1), (1, 1)
         )
         found.append((first, period, times))
         first += period * times
-    return found
+    return [*found, (first, 1, 1)] if apart else found
 
 
-def _times(keys: Sequence[Hashable], first: int, period: int) -> int:
+def times_in_a_row(keys: Sequence[Hashable], first: int, period: int) -> int:
     """How often the pattern of `period` keys from `first` on comes in a row."""
     pattern, times = keys[first : first + period], 1
     while keys[first + times * period : first + (times + 1) * period] == pattern:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from .. import objectives, optimizers
 from ..architectures.base import Architecture, Build, Scope
+from ..architectures.runs import Stage
 from ..calls.launches import launch_for
 from ..errors import UserError
 from ..methods.parts.base import Method
@@ -66,6 +67,8 @@ def build(
     if setup.tp > 1:
         architecture = architecture.part_of(setup.tp)
         method = method.bind(architecture)
+    if setup.pp > 1:
+        raise UserError("pp: this question is not asked of the stages of a pipeline; use --pp 1")
     step = Step(architecture, method, setup, device, [])
     runs = running(step)[0]
     tape = Tape(device, capability, setup.stack, autocast=runs.amp, view_replay=view_replay)
@@ -106,7 +109,7 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
     with no_collector(), recording(Tape(step.device, capability, step.setup.stack, autocast=setup[0].amp)) as tape:
         tape.wrapping = survey
         tape.begin("inputs", "forward")
-        step.parameters = _forward(step, *setup, {})[0]
+        step.parameters = forward_passes(step, *setup, {})[0]
     cut = survey.units(step.parameters, ranks.size, step.setup, tied=step.architecture.tied, flat=step.zero)
     if step.zero:
         return zero3.CutWeights(cut, ranks, step.architecture.hidden, step.setup.checkpoint)
@@ -262,7 +265,7 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     form = step.form
     if form is not None:
         form.begin()
-    parameters, loss, after = _forward(step, setup, method, kept)
+    parameters, loss, after = forward_passes(step, setup, method, kept)
     if form is not None:
         loss = form.end(loss)
     tape.renew(loss)
@@ -300,12 +303,13 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     return first, later
 
 
-def _forward(
-    step: Step, setup: Setup, method: Method, kept: Kept
+def forward_passes(
+    step: Step, setup: Setup, method: Method, kept: Kept, stage: Stage | None = None, received: Tensor | None = None
 ) -> tuple[list[Parameter], Tensor, Callable[[], None] | None]:
     """Record the passes of the objective; returns all parameters, the loss, and what is to be done after backward.
 
-    Behind the parameters of the model are those of others, frozen ones last.
+    Behind the parameters of the model are those of others, frozen ones last. Of a stage of a pipeline that is not the
+    last one it is the hidden states in the place of the loss.
     """
     objective, architecture = objectives.found(setup.objective), step.architecture
     if objective.quiet:
@@ -316,6 +320,7 @@ def _forward(
         for of in (OF_CRITIC, OF_REFERENCE)
     )
     build = Build(architecture, method, setup, known, labelled=setup.objective == "sft", kept=kept)
+    build.stage, build.received = stage, received
     passes = objectives.Passes(Scope(build), method, setup, frozen, critic)
     loss = objective.loss(passes)
     after, passes.after = passes.after, None  # else it would hold itself
@@ -349,7 +354,8 @@ def record_update(step: Step, tape: Tape, inner: optimizers.Update | None = None
             if clips and objectives.found(step.setup.objective).clips:
                 across = form.ranks if form is not None and form.shares_norm else None
                 part = tape.begin("clip", "optimizer")
-                optimizers.clip_grad_norm(part, optimizers.trainable(step.parameters), across)
+                trained, dtype = optimizers.trainable(step.parameters), step.method.dtype_of_trained(step.setup.dtype)
+                optimizers.clip_grad_norm(part, trained, across, step.stages, dtype)
             update = optimizers.Update(tape, step.optimizer, step.parameters, step.head)
             step.method.update(update)
     tape.begin("zero_grad", "optimizer")
@@ -385,4 +391,4 @@ def held_bytes(step: Step) -> Dim:
     of_trainer = objectives.found(step.setup.objective).held_bytes(step.architecture, step.setup)
     exchanged = step.form.held_bytes(step.parameters) if step.form is not None else 0
     flat = zero.flat_bytes(step) if step.zero_alone else 0
-    return step.method.held_bytes(step) + of_trainer + exchanged + flat
+    return step.method.held_bytes(step) + of_trainer + exchanged + flat + step.received_bytes

@@ -10,6 +10,7 @@ from ..methods.parts.periodic import PeriodicOps
 from ..program.dims import Dim
 from ..program.op import Op
 from ..program.part import Group, Part
+from ..program.ranks import Ranks
 from ..setup import Setup
 from ..tape.tensor import Parameter
 from .parallel.form import ParallelForm
@@ -22,7 +23,8 @@ class Step:
     `groups` holds the first micro-batch, the further ones (if any), and clipping with the optimizer. `state_bytes` is
     what the optimizer keeps between steps, `paged_bytes` what it keeps in memory shared with the host. `periodic` is
     what the method does besides steps, which counts in none of them. `notes` say how a recorded program was made.
-    `form` is what several GPUs do; parameters are then those of one rank, its shards.
+    `form` is what several GPUs do; parameters are then those of one rank, its shards. `received_bytes` are kept for
+    what a stage of a pipeline receives.
     """
 
     architecture: Architecture
@@ -36,6 +38,7 @@ class Step:
     periodic: list[PeriodicOps] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     form: ParallelForm | None = None
+    received_bytes: Dim = 0
 
     def parts(self) -> Iterator[tuple[Part, int]]:
         """Every part with how often it runs in the step."""
@@ -82,6 +85,11 @@ class Step:
     def engine(self) -> str:
         """Whose Python runs beside the model's: a training engine's, or that of what several GPUs do."""
         return self.setup.parallel if self.form is not None else self.setup.engine
+
+    @property
+    def stages(self) -> Ranks | None:
+        """The ranks of its pipeline; None where there is none."""
+        return Ranks(self.setup.pp, self.setup.gpus // self.setup.pp) if self.setup.pp > 1 else None
 
     @property
     def head(self) -> int:

@@ -7,8 +7,9 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from ...architectures.base import Architecture, Build, Rewrites, Scope
+from ...architectures.base import Architecture, Build, Scope
 from ...architectures.masks import model_buffer
+from ...architectures.rewrites import Rewrites
 from ...errors import UserError
 from ...methods.parts.base import Method
 from ...methods.parts.targeted import Targeted

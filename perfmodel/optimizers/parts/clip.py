@@ -9,12 +9,19 @@ from .lists import ListRecorder, Specs, by_dtype
 SUMMED = Run(COMMUNICATION, after=(COMPUTE,))
 
 
-def clip_grad_norm(part: Part, grads: Specs, across: Ranks | None = None) -> None:
+def clip_grad_norm(
+    part: Part, grads: Specs, across: Ranks | None = None, stages: Ranks | None = None, dtype: str = "fp32"
+) -> None:
     """Per-tensor norms, their norm, and a scaling of every gradient; lists on CUDA and CPU alike.
 
-    Of shards (`across` some ranks) the squares of the norms are summed over ranks first, as DTensor does.
+    Of shards (`across` some ranks) the squares of the norms are summed over ranks first, as DTensor does. Of stages of
+    a pipeline the square of the norm is (torchtitan, distributed/utils.py: `clip_grad_norm_`), `dtype` that of a stage
+    in which nothing trains.
     """
     op = ListRecorder(part)
+    if not grads:
+        _over_stages(op, Spec(dtype, ()), stages)
+        return
     dtype = _common([s.dtype for s in grads])
     scalar = Spec(dtype, ())
     count = sum(s.copies for s in grads)
@@ -30,10 +37,18 @@ def clip_grad_norm(part: Part, grads: Specs, across: Ranks | None = None) -> Non
         op("_c10d_functional::all_reduce", squares, squares, attrs=Attrs(ranks=across), runs=SUMMED)
         op("pow.Tensor_Scalar", squares, squares, runs=Run(after=(COMMUNICATION,)))
     op("linalg_vector_norm", [Spec(dtype, (count,))], [scalar])
+    _over_stages(op, scalar, stages)
     for name in ("add.Tensor", "reciprocal", "mul.Tensor", "clamp"):
         op(name, [scalar], [scalar])
     for group in groups:
         op("_foreach_mul_.Tensor", [*group, scalar], group)
+
+
+def _over_stages(op: ListRecorder, norm: Spec, stages: Ranks | None) -> None:
+    if stages is not None:
+        op("pow_.Scalar", [norm], [norm])
+        op("c10d::allreduce_", [norm], [norm], attrs=Attrs(ranks=stages), runs=SUMMED)
+        op("pow_.Scalar", [norm], [norm], runs=Run(after=(COMMUNICATION,)))
 
 
 def _common(dtypes: list[str]) -> str:

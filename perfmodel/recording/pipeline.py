@@ -1,0 +1,321 @@
+"""A step of a pipeline: what each of its ranks runs, in its order.
+
+A stage has some blocks, the first one also the embedding and the last one the head. Every micro-batch goes through all
+of them, forward and back; in which order is the schedule's (`parallel.schedules`). What a stage receives needs a
+gradient where anything below trains; where nothing does, no gradient is sent back, and stages below run no backward.
+
+Sources: torch 2.13, distributed/pipelining/stage.py (`PipelineStage`), schedules.py; the model is cut as torchtitan
+does it: the layers of other stages are removed, and each stage makes positions and mask by itself.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from ..architectures.base import Architecture
+from ..architectures.heads import OUTPUT
+from ..architectures.runs import Stage, times_in_a_row
+from ..errors import UserError
+from ..methods.parts.base import Method
+from ..optimizers.parts.update import existing, runs
+from ..program.dims import decide
+from ..program.op import Attrs, Op, Spec
+from ..program.part import Group, Part
+from ..program.ranks import Ranks
+from ..setup import Setup
+from ..tape.core import Tape, emit, record, recording
+from ..tape.engine import run_backward
+from ..tape.tensor import Tensor
+from .checks import check_step
+from .parallel import ddp
+from .parallel.collectives import SENT
+from .parallel.form import check_form
+from .parallel.schedules import BACKWARD, FORWARD, Action, Pass, Post, Reduce, Schedule
+from .record import Kept, forward_passes, no_collector, record_update, running
+from .step import Step
+
+METHODS = ("full", "lora", "dora", "top_k")  # of whose stages the program is modelled
+ALONE: dict[str, Any] = {"tp": 1, "amp": None, "kernels": "torch", "images": 0, "group_by_length": False}
+LONGEST_PATTERN = 64  # actions of an order until they come again alike
+
+
+class StagePasses(NamedTuple):
+    """Parts of a stage's passes: of its first micro-batch, of those between, and of its last one.
+
+    They differ in what becomes of gradients, and in what is freed of the micro-batch before.
+    """
+
+    forward: tuple[list[Part], list[Part], list[Part]]
+    backward: tuple[list[Part], list[Part], list[Part]]
+
+    def of(self, done: Pass, micros: int) -> list[Part]:
+        """Those of one micro-batch."""
+        which = 2 if done.micro == micros - 1 else min(done.micro, 1)
+        return (self.forward if done.way == FORWARD else self.backward)[which]
+
+
+class Chunk(NamedTuple):
+    """A stage as its rank records it: its passes, and the division of its gradients."""
+
+    passes: StagePasses
+    scaled: list[Part]
+
+
+@dataclass(eq=False)
+class RankStep:
+    """The step of one rank of a pipeline.
+
+    Attributes:
+        step: all of it, in its order; its parts are those of `actions` and `update`.
+        stages: those that it has.
+        actions: what it does until its gradients are there, each with its parts.
+        update: clipping and the optimizer.
+        message: what stages send one another: hidden states, or their gradient.
+    """
+
+    rank: int
+    step: Step
+    stages: list[Stage]
+    chunks: list[Chunk]
+    actions: list[tuple[Action, list[Part]]]
+    update: list[Part]
+    message: Spec
+
+    @property
+    def in_flight(self) -> int:
+        """The most micro-batches whose backward is outstanding, all its stages together."""
+        now = most = 0
+        for action, _ in self.actions:
+            if isinstance(action, Pass):
+                now += 1 if action.way == FORWARD else -1
+                most = max(most, now)
+        return most
+
+
+def build_ranks(
+    architecture: Architecture, method: Method, setup: Setup, device: str = "cuda", capability: str = "8.0"
+) -> list[RankStep]:
+    """Record the step of every rank of a pipeline, those of one data-parallel group; ranks that are alike once.
+
+    Args as of `record.build`.
+
+    Raises:
+        UserError: setup, model and method do not fit, or are not modelled in stages.
+        MixedStructure: array dims do not share one program; split the grid.
+    """
+    schedule = Schedule.parse(setup.pp_schedule)
+    check_pipeline(architecture, method, setup, schedule)
+    how = Recorder(architecture, method.under(setup.stack, setup.dtype), setup, device, capability, schedule)
+    stages = how.stages()
+    orders = schedule.orders(setup.pp, setup.grad_accum, lambda stage: stages[stage].given)
+    found: list[RankStep] = []
+    alike: dict[Hashable, RankStep] = {}
+    for rank, order in enumerate(orders):
+        own = stages[rank :: setup.pp]
+        key = tuple(map(how.key, own))
+        found.append(how.rank_step(rank, stages, order, alike.get(key)))
+        alike.setdefault(key, found[-1])
+    return found
+
+
+def check_pipeline(architecture: Architecture, method: Method, setup: Setup, schedule: Schedule) -> None:
+    """Raise `UserError` where stages are not modelled with the rest of a setup."""
+    if architecture.recorded:
+        raise UserError("pp: stages are not modelled by a trace; use --pp 1")
+    check_step(architecture, method, setup)
+    check_form(setup, method)
+    for name, usual in ALONE.items():
+        if getattr(setup, name) != usual:
+            raise UserError(f"pp: stages are not modelled with {name} {getattr(setup, name)}; use --pp 1")
+    if not decide(setup.replicas == 1) and setup.parallel != "ddp":
+        raise UserError(f"pp: stages are not modelled with {setup.parallel}; use --parallel ddp")
+    known = method.name in METHODS and getattr(method, "implementation", "peft") == "peft"
+    if not known or getattr(method, "inner", "full") != "full":
+        raise UserError(f"pp: stages are not modelled with {method.spec()}; {', '.join(METHODS)} are")
+    if setup.checkpoint == "block-reentrant":
+        raise UserError(
+            "pp: reentrant checkpoints refuse torch.autograd.grad, by which PyTorch's stages learn what they exchange; "
+            "use --checkpoint block"
+        )
+    architecture.staged()
+    count = setup.pp * schedule.chunks
+    if count > architecture.layers:
+        raise UserError(f"pp: {count} stages are more than the {architecture.layers} blocks of {architecture.name}")
+    schedule.check(setup.pp, setup.grad_accum)
+
+
+class Recorder(NamedTuple):
+    """Records ranks of one pipeline."""
+
+    architecture: Architecture
+    method: Method
+    setup: Setup
+    device: str
+    capability: str
+    schedule: Schedule
+
+    def stages(self) -> list[Stage]:
+        """All stages, with what they are given: stage i of n has the blocks from i · layers / n on."""
+        count, layers = self.setup.pp * self.schedule.chunks, self.architecture.layers
+        found: list[Stage] = []
+        known: dict[Hashable, bool] = {}
+        given = False
+        for i in range(count):
+            stage = Stage(i, count, range(i * layers // count, (i + 1) * layers // count), given)
+            found.append(stage)
+            key = self.key(stage)
+            if key not in known:
+                tape, step = self._begin()
+                with no_collector(), recording(tape):
+                    tape.begin("inputs", "forward")
+                    known[key] = self._forward(step, stage, {})[0].requires_grad
+            given = known[key]
+        if not given:
+            raise UserError(f"method {self.method.spec()}: nothing trains in {self.architecture.name}")
+        return found
+
+    def key(self, stage: Stage) -> Hashable:
+        """What decides a stage's program; its place does not."""
+        of_blocks = [(self.architecture.layer_kind(i), self.method.layer_key(i)) for i in stage.blocks]
+        return stage.first, stage.last, stage.given, tuple(of_blocks)
+
+    def rank_step(self, rank: int, of_all: list[Stage], order: list[Action], alike: RankStep | None) -> RankStep:
+        """The step of one rank; `alike` has the same programs, in another order."""
+        stages = of_all[rank :: self.setup.pp]
+        if alike is not None:
+            step, chunks, update = alike.step, alike.chunks, alike.update
+        else:
+            tape, step = self._begin()
+            with no_collector(), recording(tape):
+                chunks = [self._chunk(step, tape, stage) for stage in stages]
+                record_update(step, tape)
+            update = list(tape.parts)
+        micros, by_stage = self.setup.grad_accum, {stage.number: i for i, stage in enumerate(stages)}
+        actions: list[tuple[Action, list[Part]]] = []
+        posts: dict[Hashable, list[Part]] = {}
+        for action in order:
+            if isinstance(action, Pass):
+                parts = chunks[by_stage[action.stage]].passes.of(action, micros)
+            elif isinstance(action, Post):
+                ways = tuple([done.way for done in action.sends]), tuple([done.way for done in action.receives])
+                parts = posts.setdefault(ways, [self._transfer(*ways)])
+            else:
+                parts = chunks[by_stage[action.stage]].scaled if isinstance(action, Reduce) else []
+            actions.append((action, parts))
+        groups = [*as_groups([parts for _, parts in actions if parts]), Group(update)]
+        buffers = sum((not s.first) + (not s.last and of_all[s.number + 1].given) for s in stages)
+        step = replace(step, groups=groups, received_bytes=buffers * micros * self._message.nbytes)
+        return RankStep(rank, step, stages, chunks, actions, update, self._message.spec)
+
+    @property
+    def _message(self) -> Tensor:
+        """What stages send one another: hidden states, or the gradient of them."""
+        return existing((*self.setup.shape, self.architecture.hidden), self.setup.dtype)
+
+    def _begin(self) -> tuple[Tape, Step]:
+        step = Step(self.architecture, self.method, self.setup, self.device, [])
+        if not decide(self.setup.replicas == 1):
+            step.form = ddp.Replicated(Ranks(self.setup.replicas))
+        return Tape(self.device, self.capability, self.setup.stack), step
+
+    def _chunk(self, step: Step, tape: Tape, stage: Stage) -> Chunk:
+        """Record the passes of a stage for the first, another, and the last micro-batch."""
+        known = {p.name for p in step.parameters}
+        micros, kept, made = self.setup.grad_accum, dict[Any, Any](), list[tuple[list[Part], list[Part]]]()
+        for last in (False, False, True)[max(0, 3 - micros) :]:
+            made.append(self._micro_batch(step, tape, stage, kept, reduces=last))
+        while len(made) < 3:
+            made.insert(0, made[0])
+        forward, backward = zip(*made, strict=True)
+        return Chunk(StagePasses(forward, backward), self._ended(step, tape, known, kept))
+
+    def _forward(self, step: Step, stage: Stage, kept: Kept) -> tuple[Tensor, Tensor | None]:
+        """Record a forward pass of a stage: its output, the loss of the last one, and what it received for it."""
+        received = None
+        if not stage.first:
+            received = self._message
+            received.requires_grad = stage.given
+        step.parameters, out, _ = forward_passes(step, *running(step), kept, stage, received)
+        return out, received
+
+    def _micro_batch(
+        self, step: Step, tape: Tape, stage: Stage, kept: Kept, *, reduces: bool
+    ) -> tuple[list[Part], list[Part]]:
+        """Record both passes of a micro-batch; returns the parts of either.
+
+        Args:
+            kept: what the schedule's own variables hold until the next pass: the output, and the gradient of the input.
+            reduces: whether its gradients are exchanged with other replicas.
+        """
+        form = step.form
+        tape.begin("inputs", "forward")
+        if isinstance(form, ddp.Replicated):
+            form.reduces, form.synchronised = reduces, False  # buffers went out before the first step alone
+            tape.wrapping = form
+            form.begin()
+        out, received = self._forward(step, stage, kept)
+        logits = kept.get(OUTPUT) if self._holds else kept.pop(OUTPUT, None)
+        if out.requires_grad:
+            tape.backward_of(tape.part)
+            run_backward(out, emit("ones_like", (out,), (), out.dtype) if stage.last else self._message)
+        tape.begin("exchange", "backward")
+        with tape.no_grad():
+            if isinstance(form, ddp.Replicated) and form.ready:
+                form.end_of_backward()
+        tape.wrapping = None
+        for p in step.parameters:
+            p.accumulator = None
+            if p.grad is not None:
+                p.grad.storage.copies = p.count
+        if received is not None and received.node is not None and self._holds:
+            kept["gradient"] = received.node.saved.pop(), tape.part
+        del out, received, logits
+        parts = list(tape.parts)
+        tape.parts.clear()
+        tape.twins.clear()
+        return [p for p in parts if p.phase == FORWARD], [p for p in parts if p.phase == BACKWARD]
+
+    @property
+    def _holds(self) -> bool:
+        """Whether local variables of the schedule outlive a pass: those of 1F1B do, from one to the next."""
+        return self.schedule.name == "1f1b"
+
+    def _ended(self, step: Step, tape: Tape, known: set[str], kept: Kept) -> list[Part]:
+        """`scale_grads`, as losses are means over a micro-batch; the schedule's variables go."""
+        own = [p for p in step.parameters if p.name not in known and p.grad is not None]
+        with tape.no_grad():
+            for count, run in runs(own) if self.setup.grad_accum > 1 else ():
+                tape.begin("scale", "backward").repeat = count
+                for p in run:
+                    assert p.grad is not None
+                    record("div_.Tensor", (p.grad,), (p.grad,))
+        tape.begin("end", "backward")
+        kept.clear()
+        made = list(tape.parts)
+        tape.parts.clear()
+        return made
+
+    def _transfer(self, sends: Sequence[str], receives: Sequence[str]) -> Part:
+        """Messages that are begun together."""
+        part = Part("transfer", (*receives, *sends)[0])
+        pair = Attrs(ranks=Ranks(2, self.setup.gpus // self.setup.pp))
+        message = self._message.spec
+        for name, of in (("c10d::send", sends), ("c10d::recv_", receives)):
+            part.ops += [Op(name, (message,), (), message.nbytes, 0, attrs=pair, runs=SENT) for _ in of]
+        return part
+
+
+def as_groups(actions: Sequence[list[Part]]) -> list[Group]:
+    """Actions in their order as groups of parts: a pattern that comes again alike is one that repeats."""
+    keys = [tuple(map(id, parts)) for parts in actions]
+    found: list[Group] = []
+    first = 0
+    while first < len(keys):
+        period, times = max(
+            ((p, times_in_a_row(keys, first, p)) for p in range(1, LONGEST_PATTERN + 1)),
+            key=lambda found: (found[1] > 1) * found[0] * found[1],
+        )
+        period, times = (period, times) if times > 1 else (1, 1)
+        found.append(Group([part for parts in actions[first : first + period] for part in parts], times))
+        first += period * times
+    return found
