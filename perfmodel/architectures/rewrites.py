@@ -5,7 +5,9 @@ from typing import Any, Protocol
 
 from ..tape.tensor import Parameter, Tensor
 
-Linear, Scope = Any, Any  # of `base`, which knows this file
+# of `base`, which knows this file
+Linear = Any
+Scope = Any
 
 
 class Rewrites(Protocol):

@@ -11,6 +11,8 @@ KIND_OF = {
     "c10d::allreduce_": "all_reduce",
     "c10d::broadcast_": "broadcast",
     "c10d::alltoall_base_": "all_to_all",
+    "c10d::send": "send_recv",
+    "c10d::recv_": "send_recv",
     "_c10d_functional::all_reduce": "all_reduce",
     "_c10d_functional::all_gather_into_tensor": "all_gather",
     "_c10d_functional::reduce_scatter_tensor": "reduce_scatter",

@@ -17,6 +17,7 @@ from ..devices.profile import CUDNN_ATTENTION, DeviceProfile
 Components = Mapping[str, Any]  # component -> seconds
 Devices = tuple[DeviceProfile, ...]  # answered together: their figures are columns beside those of a grid
 
+BUBBLE = "bubble"  # the component in which a stage of a pipeline waits for others: their work is like its own
 COLLECTIVE = "collective"  # the component of what GPUs exchange: seconds in which nothing else runs beside it
 
 Z90 = 1.645  # two-sided 90 % of a normal distribution
@@ -29,7 +30,7 @@ UNEXPLAINED_RATIO = 0.02  # the same for the ratio of two steps measured on one 
 # component -> block of a device profile whose residuals it has; attention: cuDNN's where PyTorch prefers that
 _BLOCK = {
     "gemm16": "gemm.bf16", "gemm32": "gemm.fp32", "attention": "attention", "memory": "pointwise",
-    "optimizer": "pointwise",
+    "optimizer": "pointwise", BUBBLE: "gemm.bf16",
 }  # fmt: skip
 
 

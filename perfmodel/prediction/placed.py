@@ -43,6 +43,26 @@ class Placed:
         """Seconds of a collective of `size` ranks, each `stride` after the one before."""
         return self.node.collective(kind, nbytes, size, self._nodes(size, stride), dtype)
 
+    def between(self, nbytes: Any, stages: tuple[int, int], width: Any) -> Any:
+        """Seconds of a message from one stage of a pipeline to another; of as many side by side the slowest.
+
+        Two ranks of a node pass the smallest of its tiers that holds both.
+
+        Args:
+            width: ranks of a stage.
+        """
+        found: Any = 0.0
+        for place in (0, width - 1):
+            ends = [stage * width + place for stage in stages]
+            (here, there), (on, to) = ([e % self.per_node for e in ends], [e // self.per_node for e in ends])
+            group: Any = self.node.gpus
+            for size, _ in reversed(self.node.file.links.tiers):
+                group = np.where(here // size == there // size, size, group)
+            leaves = on != to
+            gpus, nodes = np.where(leaves, 2, np.maximum(group, 2)), np.where(leaves, 2, 1)
+            found = np.maximum(found, self.node.collective("send_recv", nbytes, gpus, nodes))
+        return found if np.ndim(found) else float(found)
+
     def channels(self, kind: str, nbytes: Any, size: Any, stride: Any) -> Any:
         """Multiprocessors that it takes from the kernels beside it."""
         return self.node.collective_work(kind, nbytes, size, self._nodes(size, stride)).channels

@@ -4,7 +4,7 @@ from dataclasses import field, fields, replace
 from functools import lru_cache, partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from ..devices.profile import DeviceProfile
 from ..errors import UserError, nearest
 from ..methods import Method
 from ..methods.parts.periodic import PeriodicCost, PeriodicOps
-from ..program.dims import Dim
+from ..program.dims import Dim, MixedStructure
 from ..program.part import Part
 from ..recording import record
 from ..recording.reuse import Shared, of_card
@@ -36,6 +36,9 @@ from .remembered import REMEMBERED, Asked, Known, StepOnDemand, Steps
 from .times import Time, exchange_of, time_of
 from .work import Phases, StepWork, counts
 
+if TYPE_CHECKING:
+    from .pipeline import Pipelined
+
 Model = str | PathLike[str] | Architecture | Config
 
 
@@ -47,6 +50,8 @@ class Prediction(Shown):
         mfu: model FLOPs utilisation: FLOPs of the step as FlopCounterMode counts them, without what a checkpoint
             recomputes, over step time and the datasheet's peak of the fastest dtype that its products run in.
         peak_dtype: that dtype.
+        pipeline: its ranks, where there is one: then work, memory and `step` are of one of them, the work of the
+            busiest one, the memory of the fullest; None for a grid.
         padding: share of the tokens that are padding, where lengths of samples are given.
         recorded: whose `method` says what was asked; None for a grid.
         step, durations: the step, and for each of its parts the device seconds of its ops; None for a grid. Where
@@ -73,6 +78,7 @@ class Prediction(Shown):
     periodic: list[PeriodicCost] = field(default_factory=list)
     choices: list[dict[str, Any]] = field(default_factory=list)
     padding: Any = 0.0
+    pipeline: "Pipelined | None" = None
     recorded: StepOnDemand | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -109,6 +115,7 @@ class Prediction(Shown):
             "memory_bytes": {f.name: plain(getattr(m, f.name)) for f in fields(m)},
             "fits": plain(self.fits),
             **({"padding_share": plain(self.padding)} if self.setup.lengths else {}),
+            **({"pipeline": plain(self.pipeline.as_dict())} if self.pipeline is not None else {}),
             "periodic": [plain(cost.as_dict()) for cost in self.periodic],
             "choices": plain(self.choices),
             "notes": self.notes,
@@ -240,6 +247,8 @@ def predict_alike(
 ) -> Prediction:  # fmt: skip
     """Predict a step whose micro-batches are all of one shape, that of the setup."""
     _check_eight_bits(setup, on)
+    if setup.pp > 1:
+        return _of_pipeline(architecture, setup, method, on, by)
     shared = None if grid_shape(setup, method) else shared
     if np.any(np.greater(setup.gpus, 1)):
         from .placed import placed  # few ask for several
@@ -251,6 +260,35 @@ def predict_alike(
         # what a search shares, a program that depends on the prices of the device, one that is kept elsewhere
         return of_step(record.build(architecture, method, setup, on.kind, capability, shared=shared), on, by, shared)
     return of_known((steps or REMEMBERED).find(Asked(architecture, method, setup, on.kind, capability)), on, by)
+
+
+def _of_pipeline(architecture: Architecture, setup: Setup, method: Method, on: DeviceProfile, by: Host) -> Prediction:
+    """Predict a step whose GPUs each have some of the blocks."""
+    from ..recording.pipeline import build_ranks  # few ask for it
+    from .pipeline import priced_pipeline
+    from .placed import placed
+
+    if np.size(setup.gpus) > 1:  # each number of GPUs is its own pipeline
+        raise MixedStructure(np.equal(setup.gpus, np.ravel(setup.gpus)[0]))
+    ranks = build_ranks(architecture, method, setup, on.kind, _capability(on))
+    on = replace(on, network=placed(setup, on)).under(setup.stack)
+    found = priced_pipeline(ranks, on, by)
+    steps = [ours.step for ours in ranks]
+    works = [StepWork.of(step) for step in steps]
+    work = replace(
+        works[found.busiest], memory=works[found.fullest].memory, total=sum(step.total for step in steps),
+        trainable=sum(step.trainable for step in steps), active=sum(step.active for step in steps),
+    )  # fmt: skip
+    figures = _figures(work, found.time, on)
+    flops = sum(w.counted["flops"]["total"] - w.counted["recomputed"]["total"] for w in works) / len(works)
+    return Prediction(
+        device=on.slug,
+        **{**figures, "mfu": flops / max(map(on.peak, work.dtypes)) / found.time.phases["total"]},
+        peak_dtype=max(work.dtypes, key=on.peak),
+        notes=notes_on(work, on, found.time.components, found.time.phases["total"]),
+        pipeline=None if grid_shape(setup, method) else found,
+        recorded=StepOnDemand(Known(work, None, steps[found.busiest]), found.durations),
+    )
 
 
 def _side_by_side(

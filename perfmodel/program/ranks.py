@@ -42,5 +42,8 @@ class JobNetwork(Protocol):
     def seconds(self, kind: str, dtype: str, nbytes: Any, size: Any, stride: Any) -> Any:
         """Seconds of a collective of `size` ranks, each `stride` after the one before."""
 
+    def between(self, nbytes: Any, stages: tuple[int, int], width: Any) -> Any:
+        """Seconds of a message between two stages of so many ranks each."""
+
     def channels(self, kind: str, nbytes: Any, size: Any, stride: Any) -> Any:
         """Multiprocessors that it takes from the kernels beside it."""
