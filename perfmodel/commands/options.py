@@ -256,6 +256,11 @@ def _rest() -> tuple[Decorator, ...]:
                      "zero2 or zero3, DeepSpeed's parts of states, of gradients too, of weights too."),
         click.option("--tp", type=click.IntRange(1), default=1, show_default=True,
                      help="GPUs that share every layer (tensor parallel) and work on the same samples."),
+        click.option("--pp", type=click.IntRange(1), default=1, show_default=True,
+                     help="GPUs that have some of the blocks each (pipeline parallel); --grad-accum micro-batches go "
+                     "through them."),
+        click.option("--pp-schedule", default="1f1b", show_default=True,
+                     help="Their order: 1f1b, gpipe, or interleaved:v=2 (so many runs of blocks on each GPU)."),
         click.option("--nodes", type=click.IntRange(1), help="Nodes that they are on; default as few as hold them."),
         click.option("--node", help="What they stand in (see `perfmodel nodes`); default by the device."),
         click.option("--engine", type=click.Choice(ENGINES), default="torch", show_default=True,

@@ -2,8 +2,8 @@
 
 Every rank has the clocks of a step (`timeline`): its passes are matrices, which advance them. A message begins once
 both of its ends have come to it and the one before it in its direction is through, and takes what the link between the
-two takes; who waits for it goes on when it has come. The step ends with the last rank. Time in which a rank waits although
-messages take none is the bubble: with stages of equal time t, m micro-batches and p stages, (p - 1) t.
+two takes; who waits for it goes on when it has come. The step ends with the last rank. Time in which a rank waits
+although messages take none is the bubble: with stages of equal time t, m micro-batches and p stages, (p - 1) t.
 
 NCCL buffers a few megabytes, so that a small send may end before its receive began, and lets messages of one direction
 between two ranks pass each other where they were begun apart: both are left out.
@@ -81,6 +81,14 @@ class Pipelined:
     def bubble(self) -> Seconds:
         """Seconds in which the busiest rank waits although messages take no time."""
         return self.time.components[intervals.BUBBLE]
+
+    @property
+    def note(self) -> str:
+        """Whose figures are answered."""
+        return (
+            f"pipeline: work is that of rank {self.busiest}, the busiest one, memory that of rank {self.fullest}, the "
+            "fullest one, parameters those of all; the gradient's norm is summed over stages"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values (SI units)."""

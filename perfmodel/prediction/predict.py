@@ -285,7 +285,7 @@ def _of_pipeline(architecture: Architecture, setup: Setup, method: Method, on: D
         device=on.slug,
         **{**figures, "mfu": flops / max(map(on.peak, work.dtypes)) / found.time.phases["total"]},
         peak_dtype=max(work.dtypes, key=on.peak),
-        notes=notes_on(work, on, found.time.components, found.time.phases["total"]),
+        notes=[*notes_on(work, on, found.time.components, found.time.phases["total"]), found.note],
         pipeline=None if grid_shape(setup, method) else found,
         recorded=StepOnDemand(Known(work, None, steps[found.busiest]), found.durations),
     )

@@ -16,6 +16,7 @@ from ..devices import engine
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
 from ..errors import UserError
+from ..prediction import intervals
 from ..prediction.over_lengths import drawn
 from ..prediction.predict import Prediction, predict_alike
 from ..program.op import Op
@@ -23,7 +24,7 @@ from ..program.part import PHASES, Part
 from ..setup import Setup
 from ..values import immutable
 
-WAITING, COMMUNICATION = "waiting", "communication"
+WAITING, COMMUNICATION, BUBBLE = "waiting", "communication", intervals.BUBBLE
 PARTS = {  # part -> what it is called
     "gemm_forward": "GEMMs of the forward pass",
     "gemm_input_grad": "input-gradient GEMMs",
@@ -41,6 +42,7 @@ PARTS = {  # part -> what it is called
     COMMUNICATION: "communication that nothing hides",
     "clipping": "gradient clipping",
     "optimizer": "optimizer",
+    BUBBLE: "waiting for other stages (the bubble)",
     WAITING: "waiting for the host",
 }
 LIMITS = ("compute", "memory", "network", "launch")
@@ -183,6 +185,7 @@ def _apart(p: Prediction, on: DeviceProfile, by: Host) -> Anatomy:
         phase.limited["network"] += exposed
         parts[COMMUNICATION] += exposed
     _host_seconds(p, on, by, phases)
+    parts[BUBBLE] = float(p.time.components.get(BUBBLE, 0.0))
     parts[WAITING] = sum(phase.seconds for phase in phases.values()) - sum(parts.values())
     return Anatomy(parts, phases)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from .. import units
 from ..prediction.predict import Prediction
-from .anatomy import WAITING, Anatomy
+from .anatomy import BUBBLE, WAITING, Anatomy
 from .speedup import SpeedUp
 
 WORTH_SAYING = 0.2  # of the main part: a part below this against the trend is left out of the sentence
@@ -28,6 +28,7 @@ OF = {  # part -> how it follows an amount of time
     "communication": "of communication that nothing hides",
     "clipping": "of gradient clipping",
     "optimizer": "in the optimizer",
+    BUBBLE: "of waiting for other stages",
     WAITING: "of waiting for the host",
 }
 

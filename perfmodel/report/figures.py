@@ -9,7 +9,7 @@ import numpy as np
 from .. import units
 from ..prediction.predict import Prediction
 from ..program.part import PHASES
-from ..questions.anatomy import Phase
+from ..questions.anatomy import BUBBLE, Phase
 from ..questions.comparison import Comparison
 from ..setup import GENERATED, PAIRS, Setup
 
@@ -52,6 +52,7 @@ def figures(c: Comparison) -> list[FigureRow]:
         *(row(f"  {phase}", _phase(phase), units.seconds, min) for phase in PHASES),
         FigureRow("speed-up", [FigureCell(text) for text in ratios]),
         *([row("exposed communication", _exposed, units.seconds, min)] if several else []),
+        *([row("bubble", _bubble, units.percent, min)] if p[0].setup.pp > 1 else []),
         row("launch-bound", lambda x: x.time.launch_bound_share, units.percent, min),
         row("tokens/s", lambda x: x.tokens_per_second, lambda v: f"{v:,.0f}", max),
         row("MFU", lambda x: x.mfu, lambda v: f"{100 * v:.1f} %", max),
@@ -66,6 +67,10 @@ def figures(c: Comparison) -> list[FigureRow]:
 
 def _exposed(p: Prediction) -> Any:
     return p.time.communication.exposed["total"]
+
+
+def _bubble(p: Prediction) -> Any:
+    return p.time.components[BUBBLE] / p.time.phases["total"]
 
 
 def _phase(name: str) -> Figure:
@@ -138,6 +143,7 @@ def setup_line(s: Setup, *, precision: bool = True) -> str:
     several = np.any(np.greater(s.gpus, 1))
     told += [s.parallel] if np.any(np.greater(s.replicas, 1)) else []
     told += [f"tensor parallel {s.tp}"] if s.tp > 1 else []
+    told += [f"pipeline of {s.pp}, {s.pp_schedule}"] if s.pp > 1 else []
     told += [f"in {s.node}"] if several and s.node else []
     told += [s.engine] if s.engine != usual.engine else []
     told += ["padded"] if s.padded else []

@@ -7,6 +7,7 @@ from click import style
 
 from .. import units
 from ..methods.parts.periodic import PeriodicCost
+from ..prediction.pipeline import Pipelined
 from ..prediction.predict import Prediction
 from ..program.part import PHASES
 from ..questions.comparison import Comparison
@@ -45,6 +46,8 @@ def show_prediction(p: Prediction) -> None:
     )
     if p.setup.gpus > 1:
         show(paragraph(communication_line(p)))
+    if p.pipeline is not None:
+        show("\n" + stages_table(p.pipeline) + "\n")
     if p.setup.lengths:
         shares = f"{units.percent(p.padding, 1)} of the tokens are padding, " if p.setup.packing == "none" else ""
         show(paragraph(f"{shares}{p.tokens_per_second:,.0f} tokens/s count"))
@@ -73,6 +76,20 @@ def communication_line(p: Prediction) -> str:
         f"a GPU's collectives: {', '.join(kinds)} in all; {units.seconds(exposed)} exposed, {units.seconds(hidden)} "
         f"hidden behind other work; {p.tokens_per_second:,.0f} tokens/s on all {p.setup.gpus} GPUs"
     )
+
+
+def stages_table(of: Pipelined) -> str:
+    """The ranks of a pipeline: what each has, does and holds."""
+    rows = [
+        [
+            f"{s.rank}{'*' if s.rank == of.busiest else ''}", ", ".join(f"{low}-{high}" for low, high in s.blocks),
+            f"{s.in_flight}", *map(units.seconds, (s.forward, s.backward, s.waiting)), units.nbytes(s.peak),
+        ]
+        for s in of.stages
+    ]  # fmt: skip
+    share = units.percent(of.bubble / of.time.phases["total"])
+    title = f"bubble {units.seconds(of.bubble)}, {share} of the step; * the busiest rank, whose work is shown above"
+    return table(("rank", "blocks", "in flight", "forward", "backward", "waits", "peak"), rows, title=title)
 
 
 def periodic_line(cost: PeriodicCost) -> str:

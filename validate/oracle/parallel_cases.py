@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from perfmodel.architectures import Config, from_config
+from perfmodel.architectures.llama import STAGED
 from perfmodel.setup import Setup
 
 from .cases import MIXTURES, NO_DROPOUT, SMALL, Case, fitting, with_targets
@@ -27,6 +28,11 @@ TENSOR_METHODS = ("full", "lora:r=4", "lora:r=2,targets=all-linear,dropout=0.1,a
 MANY_BUCKETS: dict[str, Any] = {  # DDP fills several (of 1 MiB, then 25)
     **SMALL["llama"], "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 4096,
 }  # fmt: skip
+STAGED_METHODS = ("full", "lora:r=4", "lora:r=2,targets=all-linear,dropout=0.1", "dora:r=4", "top_k:k=2")
+SCHEDULES = (  # of a pipeline, with its ranks and micro-batches
+    ("1f1b", 2, 3), ("interleaved:v=2", 2, 4), ("gpipe", 2, 2), ("1f1b", 3, 5), ("interleaved:v=2", 3, 6),
+    ("1f1b", 2, 2), ("gpipe", 3, 1), ("interleaved:v=3", 2, 3),
+)  # fmt: skip
 RANKS = (2, 3, 4, 5, 8)  # also such as divide no dim
 CHECKPOINTS = ("none", "block", "block-reentrant")
 PRECISIONS: tuple[dict[str, Any], ...] = (
@@ -93,6 +99,22 @@ def tensor_grid(which: str) -> Iterator[Case]:
                 ranks = 4 if setup.gpus > 3 and config.values["num_key_value_heads"] % 4 == 0 else 2
                 plain: dict[str, Any] = {"dtype": "bf16", "amp": None, "clip_grad": False, "optimizer": "adamw-loop"}
                 yield _case(config, method, replace(setup, **plain, gpus=ranks, tp=ranks))
+
+
+def pipeline_grid(which: str) -> Iterator[Case]:
+    """Stages of a pipeline: every architecture and method that has them, in schedules, lengths and replicas in turn."""
+    for i, name in enumerate(STAGED):
+        for j, method in enumerate(STAGED_METHODS):
+            for k in range({"quick": 1, "standard": 3, "all": 12}[which]):
+                n = 5 * i + 7 * j + k
+                schedule, ranks, micros = SCHEDULES[n % len(SCHEDULES)]
+                setup = replace(
+                    BASE, dtype=("bf16", "fp32")[n % 2], optimizer="adamw-foreach", pp=ranks, gpus=ranks * (1 + n // 3 % 2),
+                    checkpoint=("none", "block")[n // 2 % 2], pp_schedule=schedule, grad_accum=micros, clip_grad=n % 5 != 4,
+                )  # fmt: skip
+                layers = {"num_hidden_layers": 6 + n % 3, "tie_word_embeddings": False}
+                config = Config({**SMALL[name], **layers}, name, name)
+                yield _case(config, method, setup)
 
 
 def _case(config: Config, method: str, setup: Setup) -> Case:
