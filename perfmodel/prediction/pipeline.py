@@ -150,11 +150,11 @@ class RankClocks:
 
     def begin(self, parts: Sequence[Part]) -> Seconds:
         """The host begins messages; returns when, for the device."""
+        host = self.now.get(HOST, 0.0)
         for part in parts:
-            self.now[HOST] = self.now.get(HOST, 0.0) + self.priced.priced(part)[0].delay(HOST, HOST)
-        if self.priced.on.kind == "cpu":
-            return self.now[HOST]
-        return later(self.now.get(COMPUTE, 0.0), self.now[HOST] + self.priced.by.launch)
+            host = host + self.priced.priced(part)[0].delay(HOST, HOST)
+        self.now[HOST] = host
+        return host if self.priced.on.kind == "cpu" else later(self.now.get(COMPUTE, 0.0), host + self.priced.by.launch)
 
     def wait(self, until: Seconds) -> None:
         """The stream waits; on a CPU the host."""

@@ -109,8 +109,9 @@ def pipeline_grid(which: str) -> Iterator[Case]:
                 n = 5 * i + 7 * j + k
                 schedule, ranks, micros = SCHEDULES[n % len(SCHEDULES)]
                 setup = replace(
-                    BASE, dtype=("bf16", "fp32")[n % 2], optimizer="adamw-foreach", pp=ranks, gpus=ranks * (1 + n // 3 % 2),
-                    checkpoint=("none", "block")[n // 2 % 2], pp_schedule=schedule, grad_accum=micros, clip_grad=n % 5 != 4,
+                    BASE, dtype=("bf16", "fp32")[n % 2], optimizer="adamw-foreach", clip_grad=n % 5 != 4,
+                    checkpoint=("none", "block")[n // 2 % 2], gpus=ranks * (1 + n // 3 % 2), pp=ranks,
+                    pp_schedule=schedule, grad_accum=micros,
                 )  # fmt: skip
                 layers = {"num_hidden_layers": 6 + n % 3, "tie_word_embeddings": False}
                 config = Config({**SMALL[name], **layers}, name, name)

@@ -1,0 +1,94 @@
+"""The reference of a stage is the real one: ranks of `torch.distributed.pipelining`, processes that exchange by gloo.
+
+A part of the grid of `perfmodel validate counts --parallel`.
+"""
+
+import copy
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("peft")
+pytest.importorskip("torch.distributed.pipelining")
+
+import torch.distributed as dist
+from torch.distributed.pipelining import schedules
+
+from perfmodel.recording import pipeline as recording
+from perfmodel.recording.parallel.schedules import Pass, Post
+from validate.oracle import parallel_cases, pipeline
+from validate.oracle.cases import Case
+
+if not dist.is_available() or not dist.is_gloo_available():
+    pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
+
+GRID = list(parallel_cases.pipeline_grid("quick"))
+CHOSEN = [
+    next(
+        case
+        for case in GRID
+        if case.setup.pp_schedule.startswith(schedule) and (case.setup.pp, case.setup.gpus) == ranks
+    )
+    for schedule, ranks in (("1f1b", (3, 3)), ("interleaved", (2, 4)), ("gpipe", (2, 2)))
+]
+
+
+def named(case: Case) -> str:
+    return f"{case.config.name} {case.method} {case.setup.pp_schedule} {case.setup.gpus}"
+
+
+@pytest.mark.parametrize("case", CHOSEN, ids=named)
+def test_the_tape_equals_every_rank_of_a_real_pipeline(case: Case) -> None:
+    """Zero tolerance: calls, bytes, messages with both ends in their order between products; peak within 3 %."""
+    result = pipeline.compare_pipeline(case)
+    assert result.calls > 0
+    assert result.collectives > 0
+    assert result.differences == []
+
+
+def test_a_wrong_order_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An oracle that cannot fail proves nothing: a message too late, or memory that is not there, must be seen."""
+    case = next(c for c in GRID if (c.setup.pp_schedule, c.setup.gpus) == ("1f1b", 2))
+    build = recording.build_ranks
+
+    def wrong(*args: object) -> list[recording.RankStep]:
+        first, *others = build(*args)  # type: ignore[arg-type]
+        late = copy.copy(first)
+        late.actions = list(first.actions)
+        place = next(i for i, (a, _) in enumerate(late.actions) if isinstance(a, Post))
+        after = next(i for i, (a, _) in enumerate(late.actions) if i > place and isinstance(a, Pass))
+        late.actions.insert(after, late.actions.pop(place))
+        late.step = replace(first.step, received_bytes=first.step.received_bytes + 10**6)
+        return [late, *others]
+
+    monkeypatch.setattr(recording, "build_ranks", wrong)
+    said = pipeline.compare_pipeline(case).differences
+    assert {line.split()[2] for line in said} == {"message", "peak"}
+    assert all(line.startswith("rank 0") for line in said)
+
+
+@pytest.mark.parametrize(("ranks", "chunks", "micros"), [(2, 2, 4), (3, 2, 6), (4, 3, 8), (2, 1, 5), (4, 2, 4)])
+def test_interleaved_orders_are_those_of_the_real_schedule(ranks: int, chunks: int, micros: int) -> None:
+    """More ranks and runs of blocks than a machine has cores: the real schedule is asked for its order alone."""
+    real = object.__new__(schedules.ScheduleInterleaved1F1B)
+    real.pp_group_size, real.n_local_stages, real._n_microbatches = ranks, chunks, micros
+    real.microbatches_per_round = micros // max(1, micros // ranks)
+    orders = {r: real._calculate_single_rank_operations(r) for r in range(ranks)}
+    passes = {r: schedules._add_reduce_grad(order, micros) for r, order in orders.items()}
+    theirs = schedules._add_send_recv(passes, lambda stage: stage % ranks, ranks * chunks)
+    ours = recording.Schedule("interleaved", chunks).orders(ranks, micros, lambda stage: True)
+    for rank, order in enumerate(ours):
+        assert [word for a in order for word in said_by_torch(a)] == [
+            w for w in map(str, theirs[rank]) if not w.endswith("GRAD")
+        ]
+
+
+def said_by_torch(action: object) -> list[str]:
+    """An action as PyTorch writes it; a receive has the number of the stage that gets it."""
+    if isinstance(action, Pass):
+        return [f"{action.stage}{action.way[0].upper()}{action.micro}"]
+    if not isinstance(action, Post):
+        return []
+    ends = [(d.stage, "SEND", d) for d in action.sends]
+    ends += [(d.stage + (1 if d.way == "forward" else -1), "RECV", d) for d in action.receives]
+    return [f"{stage}{what}_{d.way[0].upper()}{d.micro}" for stage, what, d in ends]
