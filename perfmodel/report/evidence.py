@@ -19,6 +19,7 @@ OPTIONS = {  # field of the setup -> what it is called
     "stack": "versions of software", "fp8": "8-bit floats", "int8": "8-bit integers", "qat": "fake quantisation",
     "experts": "form of experts", "engine": "engine", "gpus": "GPUs", "nodes": "nodes", "node": "kind of node",
     "parallel": "what several GPUs do", "tp": "GPUs that share every layer",
+    "pp": "GPUs that have some blocks each", "pp_schedule": "order of micro-batches through them",
     "kernels": "kernels of norms and loss", "routing": "load of experts", "packing": "packed documents",
     "lengths": "lengths of documents", "group_by_length": "batches of similar length",
     "in_backward": "updates inside backward", "images": "images of a sample",

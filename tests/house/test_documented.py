@@ -100,7 +100,7 @@ SHORT = {
     ),
     "perfmodel validate counts --parallel": Short(
         patch="from itertools import islice; from validate.oracle import parallel_cases as cases; g = cases.rank_grid; "
-        "cases.rank_grid = lambda which: islice(g(which), 1)",
+        "cases.rank_grid = lambda which: islice(g(which), 1); cases.pipeline_grid = lambda which: ()",
         says=" 0 cases differ",
     ),
     "perfmodel validate counts --grid all": Short(
@@ -177,7 +177,7 @@ CHAIN = (  # one after another, in `test_from_calibration_to_check`
     "perfmodel validate check --html check.html", "perfmodel validate fit --records records.jsonl",
 )  # fmt: skip
 ELSEWHERE = {"torchrun": "measuring/test_team.py"}  # file of tests
-EXAMPLES = "perfmodel (compare|explain|advise|plan) .*--model"  # with their output, in test_readme.py
+EXAMPLES = "perfmodel (predict|compare|explain|advise|plan) .*--model"  # with their output, in test_readme.py
 CI = {  # what installs and tests the checkout, and the line of .ci/run that does so
     "python3 -m venv .venv": "python3 -m venv", "python -m venv .venv": "python3 -m venv",
     ". .venv/bin/activate": '. "$scratch/dev/bin/activate"',

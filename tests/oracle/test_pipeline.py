@@ -24,11 +24,7 @@ if not dist.is_available() or not dist.is_gloo_available():
 
 GRID = list(parallel_cases.pipeline_grid("quick"))
 CHOSEN = [
-    next(
-        case
-        for case in GRID
-        if case.setup.pp_schedule.startswith(schedule) and (case.setup.pp, case.setup.gpus) == ranks
-    )
+    next(c for c in GRID if c.setup.pp_schedule.startswith(schedule) and (c.setup.pp, c.setup.gpus) == ranks)
     for schedule, ranks in (("1f1b", (3, 3)), ("interleaved", (2, 4)), ("gpipe", (2, 2)))
 ]
 
