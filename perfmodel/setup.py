@@ -27,6 +27,7 @@ COMPILE = ("none", "default", "reduce-overhead")
 ENGINES = ("torch", "deepspeed-zero3")
 # each in a file of `perfmodel/recording/parallel/`, stages 1 and 2 of ZeRO in one
 PARALLEL = ("ddp", "fsdp2", "fsdp1", "zero1", "zero2", "zero3")
+ROTATE = ("allgather", "alltoall")  # accelerate's `cp_comm_strategy`
 SCHEDULE = re.compile(r"gpipe|1f1b|interleaved:v=[1-9]\d?")  # of a pipeline (`recording.parallel.schedules`)
 # each in a file of `perfmodel/objectives/`
 OBJECTIVES = ("sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "prm", "grpo", "ppo", "asft", "ebft")
@@ -92,6 +93,8 @@ class Setup:
         pp: pipeline ranks, of which each has some of the blocks; `grad_accum` micro-batches go through all of them.
         pp_schedule: in which order (`recording.parallel.schedules`): 1f1b, gpipe, or interleaved:v=CHUNKS of blocks on
             each rank.
+        cp: context-parallel ranks, which share every sequence: each has a part of its tokens.
+        cp_rotate: how keys and values get to all of them: allgather, or alltoall, from rank to rank.
         engine: what runs the step: torch, or deepspeed-zero3 (`perfmodel.recording.zero`); a method may name its own.
         packing: what lies in a row of `seq` tokens: none, one sample; dense, documents behind one another under one
             causal mask; varlen, documents that attend within themselves (position ids restart and there is no mask);
@@ -125,6 +128,8 @@ class Setup:
     tp: int = 1
     pp: int = 1
     pp_schedule: str = "1f1b"
+    cp: int = 1
+    cp_rotate: str = "allgather"
     engine: str = "torch"
     routing: str = "balanced"
     experts: str = "grouped_mm"
@@ -151,6 +156,7 @@ class Setup:
             ("reference", REFERENCES), ("packing", PACKING), ("experts", EXPERTS), ("parallel", PARALLEL),
         ):  # fmt: skip
             one_of(name, getattr(self, name), choices)
+        one_of("cp_rotate", self.cp_rotate, ROTATE)
         if not (isinstance(self.optimizer, str) and optimizers.is_optimizer(self.optimizer)):
             one_of("optimizer", self.optimizer, optimizers.optimizer_names())
         if self.amp is not None:
@@ -171,7 +177,7 @@ class Setup:
             raise UserError(f"images are counted from 0, their pixels from 1: got {self.images} of {self.image_size}")
         if self.attention == "flash2" and self.dtype == "fp32" and self.amp is None:
             raise UserError("attention flash2 needs a 16-bit dtype; use sdpa with fp32")
-        for name in ("tp", "pp"):
+        for name in ("tp", "pp", "cp"):
             ranks = positive(name, getattr(self, name))
             if ranks != 1 and np.any(np.asarray(self.gpus) % ranks):
                 raise UserError(f"{name} {ranks} does not divide the {np.max(self.gpus)} GPUs of the job")
@@ -217,8 +223,8 @@ class Setup:
 
     @property
     def replicas(self) -> Dim:
-        """How many GPUs, or groups of `tp` times `pp` of them, work on samples of their own."""
-        return self.gpus // (self.tp * self.pp)
+        """How many GPUs, or groups of `tp` times `pp` times `cp` of them, work on samples of their own."""
+        return self.gpus // (self.tp * self.pp * self.cp)
 
     @property
     def shape(self) -> tuple[Dim, Dim]:
@@ -231,7 +237,7 @@ class Setup:
             return 1, self.tokens // self.grad_accum
         if self.packing == "varlen" and self.attention == "flash2":
             return 1, self.batch * self.seq
-        return self.sequences, self.seq
+        return self.sequences, self.seq // self.cp
 
     @property
     def sequences(self) -> Dim:

@@ -11,6 +11,7 @@ KIND_OF = {
     "c10d::allreduce_": "all_reduce",
     "c10d::broadcast_": "broadcast",
     "c10d::alltoall_base_": "all_to_all",
+    "_c10d_functional::all_to_all_single": "send_recv",  # of context parallelism alone: all goes to the next rank
     "c10d::send": "send_recv",
     "c10d::recv_": "send_recv",
     "_c10d_functional::all_reduce": "all_reduce",

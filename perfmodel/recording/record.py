@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from .. import objectives, optimizers
 from ..architectures.base import Architecture, Build, Scope
+from ..architectures.masks import model_buffer
 from ..architectures.runs import Stage
 from ..calls.launches import launch_for
 from ..errors import UserError
@@ -27,6 +28,7 @@ from . import reuse as sharing
 from . import zero
 from .checks import check_step
 from .parallel.form import ParallelForm, check_form
+from .parallel.ring import check_ring, ring_of
 from .reuse import MicroBatches, Shared
 from .step import Step
 
@@ -72,6 +74,7 @@ def build(
     step = Step(architecture, method, setup, device, [])
     runs = running(step)[0]
     tape = Tape(device, capability, setup.stack, autocast=runs.amp, view_replay=view_replay)
+    tape.ring = ring_of(setup)
     tape.buffer_dtype = setup.dtype if setup.parallel == "fsdp2" and setup.dtype != runs.dtype else None
     inner = None
     if setup.in_backward:
@@ -95,19 +98,20 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
     if step.architecture.recorded:
         raise UserError("gpus: several are not modelled by a trace; use --gpus 1")
     check_form(step.setup, step.method)
-    if decide(step.setup.replicas == 1):
+    check_ring(step.setup, step.architecture)
+    if decide(step.setup.replicas * step.setup.cp == 1):
         return None
     from .parallel import ddp, fsdp1, fsdp2, units, zero3  # few ask for several
     from .parallel import zero as stages
 
-    ranks, setup = Ranks(step.setup.replicas, step.setup.tp), running(step)
+    ranks, setup = Ranks(step.setup.replicas * step.setup.cp, step.setup.tp), running(step)
     if setup[0].parallel == "ddp":
         return ddp.Replicated(ranks)
     if setup[0].parallel in STAGES:
         return stages.CutStates(ranks, STAGES[setup[0].parallel], zero.bucket(step), step.architecture.registers_late)
     survey = units.Survey()
     with no_collector(), recording(Tape(step.device, capability, step.setup.stack, autocast=setup[0].amp)) as tape:
-        tape.wrapping = survey
+        tape.wrapping, tape.ring = survey, ring_of(step.setup)
         tape.begin("inputs", "forward")
         step.parameters = forward_passes(step, *setup, {})[0]
     cut = survey.units(step.parameters, ranks.size, step.setup, tied=step.architecture.tied, flat=step.zero)
@@ -321,6 +325,8 @@ def forward_passes(
     )
     build = Build(architecture, method, setup, known, labelled=setup.objective == "sft", kept=kept)
     build.stage, build.received = stage, received
+    if setup.cp > 1:  # the Trainer gives those of a rank's own tokens
+        build.given_positions = model_buffer(setup.shape)
     passes = objectives.Passes(Scope(build), method, setup, frozen, critic)
     loss = objective.loss(passes)
     after, passes.after = passes.after, None  # else it would hold itself

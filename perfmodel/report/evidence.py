@@ -20,6 +20,7 @@ OPTIONS = {  # field of the setup -> what it is called
     "experts": "form of experts", "engine": "engine", "gpus": "GPUs", "nodes": "nodes", "node": "kind of node",
     "parallel": "what several GPUs do", "tp": "GPUs that share every layer",
     "pp": "GPUs that have some blocks each", "pp_schedule": "order of micro-batches through them",
+    "cp": "GPUs that share every sequence", "cp_rotate": "how keys and values get to them",
     "kernels": "kernels of norms and loss", "routing": "load of experts", "packing": "packed documents",
     "lengths": "lengths of documents", "group_by_length": "batches of similar length",
     "in_backward": "updates inside backward", "images": "images of a sample",

@@ -141,9 +141,10 @@ def setup_line(s: Setup, *, precision: bool = True) -> str:
     told += [f"int8 {s.int8}"] if s.int8 != usual.int8 else []
     told += [f"QAT {s.qat}"] if s.qat != usual.qat else []
     several = np.any(np.greater(s.gpus, 1))
-    told += [s.parallel] if np.any(np.greater(s.replicas, 1)) else []
+    told += [s.parallel] if np.any(np.greater(s.replicas * s.cp, 1)) else []
     told += [f"tensor parallel {s.tp}"] if s.tp > 1 else []
     told += [f"pipeline of {s.pp}, {s.pp_schedule}"] if s.pp > 1 else []
+    told += [f"context parallel {s.cp}, {s.cp_rotate}"] if s.cp > 1 else []
     told += [f"in {s.node}"] if several and s.node else []
     told += [s.engine] if s.engine != usual.engine else []
     told += ["padded"] if s.padded else []

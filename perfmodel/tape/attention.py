@@ -20,6 +20,7 @@ from .gather import largest_last
 from .linalg import autocast_operand, matmul
 from .nn import softmax
 from .pointwise import add, cast, cat, dropout, fill, mul, scale, sub, tanh, where
+from .ring import Kernel, ring_attention
 from .shape import clone, contiguous, expand, narrow, pad_last, reshape, transpose, unsqueeze, view
 from .tensor import Grads, Node, Tensor
 
@@ -125,6 +126,9 @@ def sdpa_attention(
     q, k, v = autocast_operand(q), autocast_operand(k), autocast_operand(v)
     mask = mask if mask is None else autocast_operand(mask)
     kernel = "math" if broadcast and groups > 1 else _choose(q, k, v, mask, p)
+    ring = tape().ring
+    if ring is not None:
+        return contiguous(transpose(ring_attention(q, k, v, ring, _of_ring(kernel)), 1, 2))
     causal = causal and mask is None and not is_one(q.shape[2])
     if mask is not None and kernel != "math":
         mask = additive_mask(mask, q.dtype)
@@ -190,6 +194,27 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, at
         node.save(out.alias(), statistics)
         node.produces(out)
     return out
+
+
+def _of_ring(kernel: str) -> Kernel:
+    """A fused kernel as ranks that share a sequence call it."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+        shape = (*q.shape[:3], v.shape[3])
+        out = new_tensor(shape, q.dtype, _seq_first(shape) if kernel == "efficient" else _empty_like(q, shape))
+        statistics = new_tensor(q.shape[:3], "fp32")
+        record(_FLASH[kernel], (q, k, v), (out, statistics), Attrs(causal=causal))
+        return out, statistics
+
+    def backward(given: Sequence[Tensor], causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+        own_order = kernel in ("cpu", "efficient")
+        q, k, v = (
+            new_tensor(x.shape, x.dtype, _seq_first(x.shape) if own_order else _empty_like(x)) for x in given[1:4]
+        )
+        record(_FLASH_BACKWARD[kernel], given, (q, k, v), Attrs(causal=causal))
+        return q, k, v
+
+    return Kernel(forward, backward)
 
 
 def _seq_first(shape: Shape) -> Shape:

@@ -33,6 +33,7 @@ from perfmodel.tracing.trace import NO_WORK, CallRecorder, Trace, call_name, eag
 
 from . import counts
 from .cases import Case
+from .context_parallel import on_ring, own_tokens
 from .tensor_parallel import cut_model, mend_adapters
 
 PEAK_TOLERANCE = 0.03
@@ -157,7 +158,7 @@ def stacks_in(model: Any, architecture: Architecture) -> list[str]:
 @contextmanager
 def not_reducing(model: Any, setup: Setup) -> Iterator[None]:
     """accelerate's `no_sync`."""
-    if setup.replicas == 1:
+    if setup.replicas * setup.cp == 1:
         yield
         return
     if setup.parallel == "ddp":
@@ -175,14 +176,14 @@ def trace_rank(model: Any, setup: Setup, update: Any) -> RankRecorder:
     """The third step of a rank: in the second DDP fills other buckets than in the first."""
     trained = [p for p in model.parameters() if p.requires_grad]
     ids = torch.zeros(setup.shape, dtype=torch.long)
-    attention = torch.ones_like(ids)
+    attention, more = torch.ones_like(ids), own_tokens(setup, ids)
     recorder = RankRecorder()
     autocast = setup.parallel == "ddp"  # FSDP2 casts what it gathers instead
 
     def micro_batch() -> None:
         with recorder.observe("forward"):
             with torch.autocast("cpu", TORCH_DTYPES[setup.amp]) if setup.amp and autocast else nullcontext():
-                loss = model(input_ids=ids, labels=ids, attention_mask=attention).loss
+                loss = model(input_ids=ids, labels=ids, attention_mask=attention, **more).loss
             if setup.grad_accum > 1:
                 loss = loss / setup.grad_accum
         with recorder.observe("backward"):
@@ -199,7 +200,7 @@ def trace_rank(model: Any, setup: Setup, update: Any) -> RankRecorder:
             update.step()
             update.zero_grad(set_to_none=True)
 
-    with eager_program():
+    with eager_program(), on_ring(setup):
         run()
         recorder.hold(local(t) for t in (*model.parameters(), *updates.held(update)))
         recorder.recording = True
@@ -220,7 +221,7 @@ def compare_rank(case: Case) -> counts.Result:
     """Trace a rank of the real program of a case and compare calls, bytes, collectives in their order, and memory."""
     architecture = from_config(case.config)
     step = build(architecture, methods.parse(case.method).bind(architecture), case.setup, "cpu")
-    with process_group(case.setup.parallel if case.setup.replicas > 1 else "tp", case.setup.gpus):
+    with process_group(case.setup.parallel if case.setup.replicas * case.setup.cp > 1 else "tp", case.setup.gpus):
         return judge_rank(case, step, traced_rank(case, step.optimizer))
 
 
@@ -234,7 +235,7 @@ def traced_rank(case: Case, optimizer: str) -> RankRecorder:
     if setup.checkpoint != "none":
         reentrant = setup.checkpoint == "block-reentrant"
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
-    if setup.replicas > 1:
+    if setup.replicas * setup.cp > 1:
         model = wrapped_for_ranks(model, setup, architecture)
     real = trace_rank(model, setup, updates.make(model, optimizer, method))
     real.trace.total, real.trace.trainable = total, trainable

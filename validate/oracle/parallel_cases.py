@@ -65,6 +65,7 @@ def rank_grid(which: str) -> Iterator[Case]:
             setup = replace(setup, batch=1, seq=3, parallel="ddp")
             yield _case(Config(MANY_BUCKETS, "llama", "llama-large"), method, setup)
     yield from tensor_grid(which)
+    yield from ring_grid(which)
 
 
 def zero_grid(which: str) -> Iterator[Case]:
@@ -116,6 +117,18 @@ def pipeline_grid(which: str) -> Iterator[Case]:
                 layers = {"num_hidden_layers": 6 + n % 3, "tie_word_embeddings": False}
                 config = Config({**SMALL[name], **layers}, name, name)
                 yield _case(config, method, setup)
+
+
+def ring_grid(which: str) -> Iterator[Case]:
+    """Ranks that share every sequence, over FSDP2, with the architectures and methods that have stages."""
+    for i, name in enumerate(STAGED):
+        config = Config({**SMALL[name], "tie_word_embeddings": False, "sliding_window": None}, name, name)
+        for j, method in enumerate(STAGED_METHODS):
+            for setup in varied(5 * i + 3 * j, {"quick": 1, "standard": 5, "all": 12}[which]):
+                ranks = 2 + (i + j) % 3
+                several = {"parallel": "fsdp2", "cp": ranks, "gpus": ranks * (1 + setup.gpus % 2), "seq": 12 * ranks}
+                rotate = ("allgather", "alltoall")[setup.gpus % 2]
+                yield _case(config, method, replace(setup, **several, cp_rotate=rotate))
 
 
 def _case(config: Config, method: str, setup: Setup) -> Case:

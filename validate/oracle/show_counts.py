@@ -73,7 +73,7 @@ def _changed(result: Any) -> str:
 
 
 def _form(setup: Any) -> str:
-    stages = f"pp {setup.pp_schedule}" if setup.pp > 1 else ""
+    stages = f"pp {setup.pp_schedule}" if setup.pp > 1 else f"cp {setup.cp_rotate}" if setup.cp > 1 else ""
     return " ".join(filter(None, [stages, setup.parallel if setup.replicas > 1 else ""])) or "tp"
 
 
