@@ -41,7 +41,10 @@ SETUP = Setup(batch=2, seq=9, gpus=2)
 SHARED = [case for case in GRID if case.setup.tp > 1]
 
 
-CHOSEN = [*[case for case in GRID if case.setup.tp == 1][::17], *SHARED[::4]]
+RINGS = [case for case in GRID if case.setup.cp > 1]
+
+
+CHOSEN = [*[case for case in GRID if case.setup.tp == case.setup.cp == 1][::17], *SHARED[::4], *RINGS[3::11]]
 
 
 @pytest.mark.parametrize("case", CHOSEN, ids=lambda c: f"{c.config.name} {c.method} {c.setup.parallel}")
