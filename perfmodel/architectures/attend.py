@@ -4,6 +4,7 @@ from ..program.dims import decide, same
 from ..program.op import Attrs
 from ..tape.attention import eager_attention, flash2_attention, sdpa_attention
 from ..tape.core import tape
+from ..tape.packages.ring import ring_attention
 from ..tape.packages.varlen import PackedRows, ask_whether_packed, packed_attention, unpadded_attention
 from ..tape.pointwise import cat
 from ..tape.shape import narrow
@@ -55,6 +56,8 @@ def attend(
                 else:
                     out = packed_attention(q, k, v, packed, attrs)
             return out if same(q.shape[-1], v.shape[-1]) else narrow(out, -1, v.shape[-1]), None
+        if tape().ring is not None:
+            return ring_attention(q, k, v, tape().ring), None
         return sdpa_attention(q, k, v, mask, causal=causal, p=p), None
 
 

@@ -7,8 +7,9 @@ Source: ATen/native/transformers/attention.cpp; transformers/integrations/sdpa_a
 torch/_meta_registrations.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
+from typing import NamedTuple
 
 from ..calls import sdpa
 from ..program.dims import Shape, by_stride, elementwise_strides, is_one, same, same_shape, strides_in_order
@@ -20,7 +21,6 @@ from .gather import largest_last
 from .linalg import autocast_operand, matmul
 from .nn import softmax
 from .pointwise import add, cast, cat, dropout, fill, mul, scale, sub, tanh, where
-from .ring import Kernel, ring_attention
 from .shape import clone, contiguous, expand, narrow, pad_last, reshape, transpose, unsqueeze, view
 from .tensor import Grads, Node, Tensor
 
@@ -126,9 +126,6 @@ def sdpa_attention(
     q, k, v = autocast_operand(q), autocast_operand(k), autocast_operand(v)
     mask = mask if mask is None else autocast_operand(mask)
     kernel = "math" if broadcast and groups > 1 else _choose(q, k, v, mask, p)
-    ring = tape().ring
-    if ring is not None:
-        return contiguous(transpose(ring_attention(q, k, v, ring, _of_ring(kernel)), 1, 2))
     causal = causal and mask is None and not is_one(q.shape[2])
     if mask is not None and kernel != "math":
         mask = additive_mask(mask, q.dtype)
@@ -196,8 +193,21 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, at
     return out
 
 
-def _of_ring(kernel: str) -> Kernel:
-    """A fused kernel as ranks that share a sequence call it."""
+class FusedKernel(NamedTuple):
+    """A fused kernel without autograd.
+
+    Attributes:
+        forward: of q, k, v and whether it is causal: the output and the log-sum-exp of scores, (b, h, s).
+        backward: of the output's gradient, q, k, v, output, log-sum-exp, and whether it is causal: three gradients.
+    """
+
+    forward: Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+    backward: Callable[[Sequence[Tensor], bool], tuple[Tensor, Tensor, Tensor]]
+
+
+def fused_kernel(q: Tensor, k: Tensor, v: Tensor) -> FusedKernel:
+    """The kernel that the device picks for operands without a mask, for who calls it by itself."""
+    kernel = _choose(q, k, v, None, 0.0)
 
     def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         shape = (*q.shape[:3], v.shape[3])
@@ -214,7 +224,7 @@ def _of_ring(kernel: str) -> Kernel:
         record(_FLASH_BACKWARD[kernel], given, (q, k, v), Attrs(causal=causal))
         return q, k, v
 
-    return Kernel(forward, backward)
+    return FusedKernel(forward, backward)
 
 
 def _seq_first(shape: Shape) -> Shape:

@@ -83,7 +83,7 @@ class Tape:
         self.wrapping: Wrapping | None = None
         self.buffer_dtype: str | None = None
         self.buffers: list[Spec] = []
-        self.ring: Any = None  # `tape.ring.Ring` of the ranks that share a sequence
+        self.ring: Any = None  # `tape.packages.ring.SharedSequence` of the ranks that share a sequence
         self.alike = False
         self.renewed: tuple[Part, Dim] | None = None  # the part that made the loss, and its peak before
 

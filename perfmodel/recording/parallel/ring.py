@@ -1,7 +1,7 @@
 """Context parallelism: ranks that share every sequence, as accelerate runs it over FSDP2 (`cp_size`).
 
-Each has an earlier and a later part of the tokens (`tape.ring`), and all layers; the shards of its weights and the sums
-of its gradients are over all ranks, those with other samples included. Cutting ids, labels and positions, a few small
+Each has an earlier and a later part of the tokens (`tape.packages.ring`), and all layers; shards of weights and sums
+of gradients are over all ranks, those with other samples included. Cutting ids, labels and positions, a few small
 copies before the model runs, is left out.
 """
 
@@ -14,7 +14,7 @@ from ...architectures.llama import STAGED
 from ...errors import UserError
 from ...program.ranks import Ranks
 from ...setup import Setup
-from ...tape.ring import Ring
+from ...tape.packages.ring import SharedSequence
 
 ALONE: dict[str, Any] = {
     "tp": 1, "pp": 1, "parallel": "fsdp2", "attention": "sdpa", "kernels": "torch", "packing": "none",
@@ -22,9 +22,9 @@ ALONE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def ring_of(setup: Setup) -> Ring | None:
+def ring_of(setup: Setup) -> SharedSequence | None:
     """The ranks that share a sequence with one; None where there are no others."""
-    return Ring(Ranks(setup.cp), setup.cp_rotate == "allgather") if setup.cp > 1 else None
+    return SharedSequence(Ranks(setup.cp), setup.cp_rotate == "allgather") if setup.cp > 1 else None
 
 
 def check_ring(setup: Setup, architecture: Architecture) -> None:

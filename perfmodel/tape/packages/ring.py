@@ -10,40 +10,33 @@ Source: torch 2.13, distributed/tensor/experimental/_context_parallel/_attention
 `_templated_ring_attention_backward`, `_SDPAMerger`), as accelerate runs it (`Accelerator.maybe_context_parallel`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..program.dims import Dim, only
-from ..program.op import Attrs
-from ..program.ranks import Ranks
-from .autograd import differentiate
-from .bus import BESIDE, WAITING
-from .core import emit, new_tensor, record, tape
-from .pointwise import cast, cat, mul, sigmoid, sub
-from .shape import contiguous, narrow, reshape, unsqueeze, view
-from .tensor import Grads, Node, Tensor
+from ...program.dims import Dim, only
+from ...program.op import Attrs
+from ...program.ranks import Ranks
+from ..attention import FusedKernel, fused_kernel
+from ..autograd import differentiate
+from ..bus import BESIDE, WAITING
+from ..core import emit, new_tensor, record, tape
+from ..pointwise import cast, cat, mul, sigmoid, sub
+from ..shape import contiguous, narrow, reshape, transpose, unsqueeze, view
+from ..tensor import Grads, Node, Tensor
 
-Forward = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
-Backward = Callable[[Sequence[Tensor], bool], tuple[Tensor, Tensor, Tensor]]
 SEQ = 2  # the dim of (batch, heads, seq, width) that is cut
 
 
-class Ring(NamedTuple):
+class SharedSequence(NamedTuple):
     """The ranks that share a sequence, and whether keys and values are gathered at once."""
 
     ranks: Ranks
     gathers: bool
 
 
-class Kernel(NamedTuple):
-    """Attention of one rank: a forward pass, with its log-sum-exp (b, h, s), and a backward one."""
-
-    forward: Forward
-    backward: Backward
-
-
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, ring: Ring, kernel: Kernel) -> Tensor:
-    """Causal attention of q (b, h, s, d) over k and v (b, kv, s, d) of all ranks, of which each has s tokens."""
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, ring: SharedSequence) -> Tensor:
+    """Causal attention of q (b, h, s, d) over k and v (b, kv, s, d) of all ranks, each of s tokens → (b, s, h, d)."""
+    kernel = fused_kernel(q, k, v)
     node = differentiate("ScaledDotProductAttentionBackward0", (q, k, v), _ring_backward, (ring, kernel))
     with tape().no_grad():
         out, statistics = _forward(q, k, v, ring, kernel)
@@ -51,11 +44,11 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, ring: Ring, kernel: Kernel) 
         node.save(q, k, v)
         node.save(out.alias(), statistics)
         node.produces(out)
-    return out
+    return contiguous(transpose(out, 1, 2))
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, ring: Ring, kernel: Kernel) -> tuple[Tensor, Tensor]:
-    steps, coming = only(ring.ranks.size), Coming(ring)
+def _forward(q: Tensor, k: Tensor, v: Tensor, ring: SharedSequence, kernel: FusedKernel) -> tuple[Tensor, Tensor]:
+    steps, coming = only(ring.ranks.size), Rotation(ring)
     k, v = contiguous(k), contiguous(v)
     out: Tensor | None = None
     statistics: Tensor | None = None
@@ -95,7 +88,7 @@ def _ring_backward(node: Node, grads: Sequence[Tensor | None]) -> Grads:
     (ring, kernel), (g,) = node.attrs, grads
     assert g is not None
     q, k, v, out, statistics = node.unpack()
-    steps, coming, returning = only(ring.ranks.size), Coming(ring), Coming(ring._replace(gathers=False))
+    steps, coming, returning = only(ring.ranks.size), Rotation(ring), Rotation(ring._replace(gathers=False))
     dq, dk, dv = (emit("zeros_like", (x,), x.shape, "fp32", strides=x.strides) for x in (q, k, v))
     k, v = contiguous(k), contiguous(v)
     held: dict[str, Tensor] = {}  # what Python's variables hold from one step to the next
@@ -124,10 +117,10 @@ def _ring_backward(node: Node, grads: Sequence[Tensor | None]) -> Grads:
     return tuple(x if need else None for x, need in zip((dq, dk, dv), node.needs, strict=True))
 
 
-class Coming:
+class Rotation:
     """Keys and values (or their gradients) on their way from the rank before."""
 
-    def __init__(self, ring: Ring) -> None:
+    def __init__(self, ring: SharedSequence) -> None:
         self.ring = ring
         self.buffer: Tensor | None = None
 
