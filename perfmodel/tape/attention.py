@@ -193,7 +193,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, at
     return out
 
 
-class FusedKernel(NamedTuple):
+class AttentionKernel(NamedTuple):
     """A fused kernel without autograd.
 
     Attributes:
@@ -205,7 +205,7 @@ class FusedKernel(NamedTuple):
     backward: Callable[[Sequence[Tensor], bool], tuple[Tensor, Tensor, Tensor]]
 
 
-def fused_kernel(q: Tensor, k: Tensor, v: Tensor) -> FusedKernel:
+def fused_kernel(q: Tensor, k: Tensor, v: Tensor) -> AttentionKernel:
     """The kernel that the device picks for operands without a mask, for who calls it by itself."""
     kernel = _choose(q, k, v, None, 0.0)
 
@@ -224,7 +224,7 @@ def fused_kernel(q: Tensor, k: Tensor, v: Tensor) -> FusedKernel:
         record(_FLASH_BACKWARD[kernel], given, (q, k, v), Attrs(causal=causal))
         return q, k, v
 
-    return FusedKernel(forward, backward)
+    return AttentionKernel(forward, backward)
 
 
 def _seq_first(shape: Shape) -> Shape:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from ...program.dims import Dim, only
 from ...program.op import Attrs
 from ...program.ranks import Ranks
-from ..attention import FusedKernel, fused_kernel
+from ..attention import AttentionKernel, fused_kernel
 from ..autograd import differentiate
 from ..bus import BESIDE, WAITING
 from ..core import emit, new_tensor, record, tape
@@ -47,7 +47,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, ring: SharedSequence) -> Ten
     return contiguous(transpose(out, 1, 2))
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, ring: SharedSequence, kernel: FusedKernel) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, ring: SharedSequence, kernel: AttentionKernel) -> tuple[Tensor, Tensor]:
     steps, coming = only(ring.ranks.size), Rotation(ring)
     k, v = contiguous(k), contiguous(v)
     out: Tensor | None = None
