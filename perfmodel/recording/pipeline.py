@@ -35,7 +35,7 @@ from .record import Kept, forward_passes, no_collector, record_update, running
 from .step import Step
 
 METHODS = ("full", "lora", "dora", "top_k")  # of whose stages the program is modelled
-ALONE: dict[str, Any] = {"tp": 1, "amp": None, "kernels": "torch", "images": 0, "group_by_length": False}
+ALONE: dict[str, Any] = {"tp": 1, "cp": 1, "amp": None, "kernels": "torch", "images": 0, "group_by_length": False}
 LONGEST_PATTERN = 64  # actions of an order until they come again alike
 
 
