@@ -190,7 +190,7 @@ def _sizes(size: Any) -> tuple[Decorator, ...]:
             default="default",
             show_default=True,
             shell_complete=names.hosts,
-            help="What dispatches: name of a host or path of a TOML.",
+            help="What dispatches: name of a host or path of a TOML; default is what goes with the device.",
         ),
         click.option("--batch", type=size, default="1", show_default=True, help="Samples of a micro-batch."),
         click.option("--seq", type=size, default="512", show_default=True, help="Tokens per sequence."),
