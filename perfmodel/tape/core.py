@@ -19,7 +19,14 @@ from .tensor import Flow, Node, Parameter, Storage, Tensor
 
 
 class Wrapping(Protocol):
-    """What runs around the blocks of a model, and its modules beside them: the hooks of a program of several GPUs."""
+    """What runs around a model, its blocks, and its modules beside them: the hooks of a program of several GPUs."""
+
+    def begin(self) -> None:
+        """Before a call of the model."""
+
+    def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Behind a call of the model: what it gives, hooked."""
+        return outputs
 
     def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
         """Run the block of that path between the hooks."""

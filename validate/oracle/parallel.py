@@ -117,7 +117,9 @@ def process_group(kind: str, ranks: int) -> Iterator[None]:
 def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture) -> Any:
     """The model as accelerate prepares it: for DDP with its defaults, for FSDP2 by itself."""
     if setup.parallel == "ddp":
-        return torch.nn.parallel.DistributedDataParallel(model)
+        return torch.nn.parallel.DistributedDataParallel(
+            model, find_unused_parameters=setup.ddp == "find-unused", static_graph=setup.ddp == "static-graph"
+        )
     from accelerate.utils.dataclasses import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -172,7 +174,9 @@ def not_reducing(model: Any, setup: Setup) -> Iterator[None]:
 
 
 def trace_rank(model: Any, setup: Setup, update: Any) -> RankRecorder:
-    """The third step of a rank: in the second DDP fills other buckets than in the first."""
+    """The fourth step of a rank: in the second DDP fills other buckets than in the first, of a static graph in the
+    third.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     ids = torch.zeros(setup.shape, dtype=torch.long)
     attention = torch.ones_like(ids)
@@ -203,8 +207,9 @@ def trace_rank(model: Any, setup: Setup, update: Any) -> RankRecorder:
         run()
         recorder.hold(local(t) for t in (*model.parameters(), *updates.held(update)))
         recorder.recording = True
-        run()
-        recorder.begin()
+        for _ in range(2):
+            run()
+            recorder.begin()
         run()
     return recorder
 

@@ -1,6 +1,6 @@
 """What an objective is: a loss made of passes through the model, and through a reference that does not train."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -63,6 +63,7 @@ class Objective:
     Attributes:
         compares: whether it needs the log-probabilities of a reference: "" never, "always", or "if named" in the setup.
         reference_in_amp: whether a reference of its own lies in memory in the dtype of autocast, if there is one.
+        labelled: whether the model gets labels and gives its own loss alone.
         scaled: whether the loss is divided by the number of micro-batches.
         clips: whether its trainer clips gradients where the setup says so.
         of: what it trains, where that is no language model.
@@ -75,6 +76,7 @@ class Objective:
     quiet: bool
     compares: ClassVar[str] = ""
     reference_in_amp: ClassVar[bool] = False
+    labelled: ClassVar[bool] = False
     scaled: ClassVar[bool] = True
     clips: ClassVar[bool] = True
     of: ClassVar[str] = ""
@@ -167,19 +169,34 @@ class Passes:
         """An integer that comes with the batch."""
         return model_buffer(())
 
+    def called(self, run: Callable[[], tuple[Tensor, ...]]) -> Sequence[Tensor]:
+        """What a call of the model gives, between the hooks of what several GPUs do."""
+        wrapping, build = tape().wrapping, self.model.build
+        if wrapping is None:
+            return run()
+        wrapping.begin()
+        outputs = [*run(), *build.outputs]
+        build.outputs.clear()
+        return wrapping.end(outputs)
+
     def logits(self, ids: Tensor, attention: Tensor, keep: Dim | None = None) -> Tensor:
         """Logits of the model, of the last `keep` tokens, in fp32 under autocast (accelerate converts them so)."""
         self.model.build.logits_to_keep = keep
-        return _logits(self.model, ids, attention)
+        return self.called(lambda: (_logits(self.model, ids, attention),))[0]
 
     def logits_and_loss(self, ids: Tensor, attention: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The same logits, with the loss that the model computes itself where it is given labels."""
         build = self.model.build
-        with tape().autocasting():
-            logits = build.architecture.forward(self.model, ids, attention, labels)
-            loss = causal_lm_loss(logits, labels)
-        release(build.held)
-        return cast(logits, "fp32") if self.setup.amp else logits, loss
+
+        def run() -> tuple[Tensor, ...]:
+            with tape().autocasting():
+                logits = build.architecture.forward(self.model, ids, attention, labels)
+                loss = causal_lm_loss(logits, labels)
+            release(build.held)
+            return cast(logits, "fp32") if self.setup.amp else logits, loss
+
+        logits, loss = self.called(run)
+        return logits, loss
 
     def reference_logits(self, ids: Tensor, attention: Tensor, keep: Dim | None = None) -> Tensor:
         """The same of the reference, without a graph and without checkpoints."""

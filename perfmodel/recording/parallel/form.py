@@ -1,6 +1,6 @@
 """What a program of several GPUs is to the recording of a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from ...errors import UserError
@@ -34,7 +34,7 @@ class ParallelForm(Protocol):
     shares_norm: bool
 
     def begin(self) -> None:
-        """Before the forward pass."""
+        """Before a forward pass."""
 
     def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
         """A block of the model between its hooks."""
@@ -45,8 +45,8 @@ class ParallelForm(Protocol):
     def weight(self, p: Parameter) -> None:
         """A parameter of an adapter is about to be used."""
 
-    def end(self, loss: Tensor) -> Tensor:
-        """Behind the forward pass; returns the loss, hooked."""
+    def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Behind a forward pass; returns what it gives, the loss or logits first, hooked."""
 
     def end_of_backward(self) -> None:
         """Behind the last gradient."""

@@ -140,13 +140,13 @@ class FullyShard(WholeUnits):
         self.ran.append((path, part))
         return self._before_backward(path, out)
 
-    def end(self, loss: Tensor) -> Tensor:
+    def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Behind the forward pass: the root's parameters stay; its hook before backward."""
         self._forget_copied()
         if self.units[ROOT].unit.parameters:
             self.ran.append((ROOT, tape().part))
-        loss = self._before_backward(ROOT, loss)
-        return cast(loss, self.output) if self.output else loss
+        hooked = [self._before_backward(ROOT, output) for output in outputs]
+        return [cast(output, self.output) for output in hooked] if self.output else hooked
 
     def end_of_backward(self) -> None:
         """Units whose input needed no gradient, the root, and the wait for all that is reduced."""

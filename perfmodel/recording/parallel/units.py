@@ -91,6 +91,13 @@ class Survey(WholeUnits):
         self.paths: list[str] = []
         self.modules: list[str] = []
 
+    def begin(self) -> None:
+        """Nothing is hooked."""
+
+    def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Nothing is hooked."""
+        return outputs
+
     def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
         """Run it."""
         self.paths.append(path)

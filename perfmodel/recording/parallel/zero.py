@@ -65,9 +65,9 @@ class CutStates(WholeUnits):
         """A block runs as it would alone."""
         return run(x)
 
-    def end(self, loss: Tensor) -> Tensor:
+    def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Nothing is hooked."""
-        return loss
+        return outputs
 
     def end_of_backward(self) -> None:
         """Buckets go out where the next gradient does not fit, the last one here."""
