@@ -150,11 +150,10 @@ class Rewrites(Protocol):
 class Build:
     """One recording of a model: architecture, method, setup and all parameters made so far.
 
-    Without labels (`labelled`) the forward pass returns logits, of the last `logits_to_keep` tokens if given. `past`:
-    keys and values that a method puts before a block's; `held`: what Python holds until the forward pass returns,
-    `kept`: what modules keep until their next one, with its part; `outputs`: see `heads.beside_loss`; `packed`,
-    `positions`: see `attend`; `given_positions` (batch, seq) come with the ids; `collects`: all hidden states are
-    `held`, too.
+    Without labels (`labelled`) the forward pass returns logits, of `logits_to_keep` tokens if given. `past`: keys and
+    values that a method puts before a block's; `held`: what Python holds until the forward pass returns, `kept`: what
+    modules keep until their next one, with its part; `outputs`: see `heads.beside_loss`; `packed`, `positions`: see
+    `attend`; `given_positions` (batch, seq) come with the ids; `collects`: hidden states are `held`, too.
     """
 
     architecture: Architecture

@@ -107,12 +107,15 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
         tape.wrapping = survey
         tape.begin("inputs", "forward")
         step.parameters = _forward(step, *setup, {})[0]
-    cut = survey.units(step.parameters, ranks.size, step.setup, tied=step.architecture.tied, flat=step.zero)
+    cut = survey.units(
+        step.parameters, ranks.size, step.setup, tied=step.architecture.tied, flat=step.zero,
+        classifies=step.architecture.classifier is not None,
+    )  # fmt: skip
     if step.zero:
         return zero3.CutWeights(cut, ranks, step.architecture.hidden, step.setup.checkpoint)
     if step.setup.parallel == "fsdp1":
         return fsdp1.FlatShard(cut, ranks)
-    return fsdp2.FullyShard(cut, ranks, step.setup.amp)
+    return fsdp2.FullyShard(cut, ranks, step.setup.amp, units.whole_reference(step.parameters, ranks.size, step.setup))
 
 
 def _trained_for(architecture: Architecture, method: Method, setup: Setup) -> tuple[Architecture, Method]:

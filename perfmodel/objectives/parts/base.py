@@ -211,9 +211,20 @@ class Passes:
             how, parameters = Frozen(architecture=runs), self.frozen
             if found(self.setup.objective).reference_in_amp and setup.amp:
                 setup = replace(setup, dtype=setup.amp)
-        with tape().no_grad():
+
+        def run() -> tuple[Tensor]:
             build = Build(runs, how, setup, parameters, labelled=False, logits_to_keep=keep)
-            return _logits(Scope(build), ids, attention)
+            return (_logits(Scope(build), ids, attention),)
+
+        current = tape()
+        trained = current.wrapping
+        if trained is not None:  # what PEFT disables adapters of is the model that is not wrapped
+            own = trained if trained.inside else None
+            current.wrapping = own if isinstance(how, AdaptersOff) else trained.reference
+        with current.no_grad():
+            (logits,) = self.called(run)
+        current.wrapping = trained
+        return logits
 
 
 def _logits(model: Scope, ids: Tensor, attention: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class Replicated(WholeUnits):
     """The hooks of DDP: around nothing but gradients."""
 
     shares_norm = False
+    inside = False
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -133,7 +134,8 @@ class Replicated(WholeUnits):
 def launches(gradients: Sequence[Parameter]) -> dict[int, list[Bucket]]:
     """The buckets that are launched behind each gradient, by its number in the order in which they come.
 
-    One is full once it has reached its limit, what is left at the end makes the last ones; one waits for those before.
+    One is full once it has reached its limit, what is left at the end makes the last ones, of several dtypes that which
+    came last first (so a hash map of libstdc++ gives them); one waits for those before.
     """
     filling: dict[str, tuple[Dim, int, int]] = {}  # by dtype: bytes, buckets before it, the last gradient
     full: dict[int, list[Bucket]] = {}
@@ -145,7 +147,7 @@ def launches(gradients: Sequence[Parameter]) -> dict[int, list[Bucket]]:
             nbytes, before = 0, before + 1
         filling[p.dtype] = nbytes, before, i
     latest = max(full, default=0)
-    for dtype, (nbytes, _, last) in filling.items():
+    for dtype, (nbytes, _, last) in reversed(filling.items()):
         if decide(nbytes > 0):
             latest = max(latest, last)
             full.setdefault(latest, []).append((dtype, nbytes))

@@ -44,6 +44,7 @@ class CutStates(WholeUnits):
     """
 
     shares_norm = False
+    inside = False
 
     def __init__(self, ranks: Ranks, stage: int, limit: Dim, late: Sequence[str]) -> None:
         self.ranks, self.stage, self.limit, self.late = ranks, stage, limit, late
