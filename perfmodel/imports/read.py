@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..recording.parallel.form import ALONE
+from ..recording.parallel.form import ALONE, OBJECTIVES
 from ..resources import LARGEST, json_object, mapping, parsed, read_json, read_text
 from . import adapter, axolotl, ddp, llama_factory, llama_factory_v1, meanings, packing, peft_benchmark, trainer
 from .ddp import FACTORY, TRL
@@ -132,6 +132,7 @@ class Imported:
         alone = self.traced or any(
             self.setup.get(name, usual) != usual for name, usual in ALONE.items() if name != "engine"
         )
+        alone |= self.setup.get("objective", "sft") not in OBJECTIVES
         return not alone and any(d.startswith(ONE_GPU) for d in self.differences)
 
 

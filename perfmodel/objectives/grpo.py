@@ -7,7 +7,7 @@ Source: https://arxiv.org/abs/2402.03300; trl/trainer/grpo_trainer.py (1.8), los
 """
 
 from ..architectures.masks import read_scalar
-from ..tape.bus import gathered
+from ..tape.bus import of_all_ranks
 from ..tape.core import emit, record, tape
 from ..tape.elementary import div
 from ..tape.gather import clamp
@@ -91,7 +91,7 @@ def _log(mask: Tensor, per_token_kl: Tensor | None, entropies: Tensor, coef_1: T
 
     for value in (per_token_kl, entropies):
         if value is not None:
-            read_scalar(nan_mean(gathered(masked_batch_mean(value))))
+            read_scalar(nan_mean(of_all_ranks(masked_batch_mean(value))))
     low, high = (
         binary_bool(
             "bitwise_and.Tensor", *(emit(f"{side}.Scalar", (x,), x.shape, "bool") for x in (coef_1, advantages))
@@ -101,7 +101,7 @@ def _log(mask: Tensor, per_token_kl: Tensor | None, entropies: Tensor, coef_1: T
     region = binary_bool("bitwise_or.Tensor", low, high)
     ratios = [masked_batch_mean(cast(clipped, "fp32")) for clipped in (low, high, region)]
     for ratio, extreme in zip(ratios, ("min", "max", None), strict=True):
-        ratio = gathered(ratio)
+        ratio = of_all_ranks(ratio)
         read_scalar(nan_mean(ratio))
         if extreme is not None:
             read_scalar(_nan_extreme(extreme, ratio))

@@ -88,7 +88,7 @@ def gathered_over(x: Tensor, ranks: Ranks) -> Tensor:
     return out
 
 
-def gathered(x: Tensor) -> Tensor:
+def of_all_ranks(x: Tensor) -> Tensor:
     """`accelerator.gather`: what all ranks have behind one another, (ranks · n, …), without gradient; alone, `x`.
 
     Source: accelerate 1.15, utils/operations.py (`_gpu_gather`).

@@ -113,6 +113,11 @@ class Objective:
         reference = "log-probabilities made before" if setup.reference == "precomputed" else reference
         return [what, f"its reference is {reference}"]
 
+    def passes_reference(self, setup: Setup) -> bool:
+        """Whether a step has a pass through its reference."""
+        named = setup.reference != "auto" or self.compares == "always"
+        return bool(self.compares) and named and setup.reference != "precomputed"
+
     def check(self, method: Method, setup: Setup) -> None:
         """Raise `UserError` for what is not modelled together with the objective."""
         if setup.reference != "auto" and not self.compares:
@@ -125,8 +130,9 @@ class Objective:
             return
         if np.min(setup.seq) < 2:
             raise UserError(f"objective {self.name}: no token of seq 1 is predicted by another; use --seq 2 or more")
+        several = bool(np.all(np.greater(setup.gpus, 1)))  # then ZeRO-3 is what they do (`recording.parallel.form`)
         for name, usual in (("compile", "none"), ("engine", "torch"), ("cuda_graphs", False)):
-            if getattr(setup, name) != usual:
+            if getattr(setup, name) != usual and not (name == "engine" and several):
                 raise UserError(
                     f"objective {self.name} with {name} {getattr(setup, name)} is not modelled; leave it out"
                 )

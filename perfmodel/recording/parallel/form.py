@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from ... import objectives
 from ...errors import UserError
 from ...methods.parts.base import Method
 from ...optimizers import Update
@@ -105,6 +106,11 @@ def check_form(setup: Setup, method: Method) -> None:
     if setup.objective not in OBJECTIVES or (setup.tp > 1 and setup.objective != "sft"):
         beside = f" and tp {setup.tp}" if setup.tp > 1 else ""
         raise UserError(f"gpus: several are not modelled with objective {setup.objective}{beside}; use --gpus 1")
+    if setup.parallel in ("fsdp1", "zero3") and objectives.found(setup.objective).passes_reference(setup):
+        raise UserError(
+            f"gpus: the reference of objective {setup.objective} is not modelled with parallel {setup.parallel}; use "
+            "--parallel fsdp2 or zero2, or --reference precomputed"
+        )
     if setup.tp > 1 and (method.name not in CUT or getattr(method, "implementation", "peft") != "peft"):
         raise UserError(f"tp: {method.name} on layers that are cut is not modelled; {' and '.join(CUT)} are")
     if setup.parallel != "ddp" and type(method).update is not Method.update:
