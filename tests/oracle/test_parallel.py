@@ -98,7 +98,7 @@ def traced() -> tuple[Case, Step, parallel.RankRecorder]:
     """A case whose tape and trace agree."""
     case = Case(config_of("llama"), "lora:r=4", replace(SETUP, parallel="fsdp2"))
     step = tape_of(case)
-    with parallel.process_group(2):
+    with parallel.process_group("fsdp2", 2):
         real = parallel.traced_rank(case, step.optimizer)
     assert parallel.judge_rank(case, step, real).differences == []
     return case, step, real

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from reference_objectives import LOSSES
 from reference_steps import judged_rank
 
+from perfmodel import predict
 from perfmodel.errors import UserError
 
 if not dist.is_available() or not dist.is_gloo_available():
@@ -51,3 +52,13 @@ def test_what_no_form_has_is_refused(objective: str) -> None:
     """Their trainers prepare models in ways of their own."""
     with pytest.raises(UserError, match=f"several are not modelled with objective {objective}"):
         judged_rank("llama", "full", LOSSES, objective=objective, parallel="ddp", gpus=2)
+
+
+@pytest.mark.parametrize("parallel", ["fsdp1", "zero3"])
+def test_a_reference_is_refused_where_it_was_not_compared(parallel: str) -> None:
+    """Log-probabilities made before need no pass, so they go with every form."""
+    options: dict[str, Any] = {"device": "h100-sxm", "gpus": 2, "parallel": parallel, "seq": 64, "objective": "dpo"}
+    with pytest.raises(UserError, match=f"objective dpo is not modelled with parallel {parallel}"):
+        predict("llama-3.2-1b", "full", **options)
+    found = predict("llama-3.2-1b", "full", reference="precomputed", **options)
+    assert found.time.communication.calls["all_gather"] > 15  # what is logged

@@ -113,7 +113,7 @@ def judged_rank(name: str, spec: str, losses: dict[str, Loss], **options: Any) -
     """The same of one of several GPUs, with its collectives in their order."""
     found = prepared(name, spec, **options)
     setup, model, reference = found.case.setup, found.model, found.reference
-    with parallel.process_group(setup.gpus):
+    with parallel.process_group(setup.parallel, setup.gpus):
         total, trainable = parallel.elements(model)
         model.train()
         parallel.checkpointed(model, setup)

@@ -100,11 +100,12 @@ def group_size(arguments: Any) -> int:
 
 
 @contextmanager
-def process_group(ranks: int) -> Iterator[None]:
-    """The default group of this process as one of so many ranks."""
-    import torch.testing._internal.distributed.fake_pg  # registers it
+def process_group(kind: str, ranks: int) -> Iterator[None]:
+    """The default group of this process as one of so many ranks; of DDP another group of one process is made."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=ranks)
+    store = torch._C._distributed_c10d.HashStore() if kind == "ddp" else FakeStore()
+    dist.init_process_group("fake", store=store, rank=0, world_size=ranks)
     try:
         yield
     finally:
@@ -233,7 +234,7 @@ def compare_rank(case: Case) -> counts.Result:
     """Trace a rank of the real program of a case and compare calls, bytes, collectives in their order, and memory."""
     architecture = from_config(case.config)
     step = build(architecture, methods.parse(case.method).bind(architecture), case.setup, "cpu")
-    with process_group(case.setup.gpus):
+    with process_group(case.setup.parallel if case.setup.replicas > 1 else "tp", case.setup.gpus):
         return judge_rank(case, step, traced_rank(case, step.optimizer))
 
 

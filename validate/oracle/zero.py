@@ -105,7 +105,7 @@ def compare_collectives(case: Case) -> counts.Result:
 def _compared(case: Case) -> counts.Result:
     architecture = from_config(case.config)
     step = build(architecture, methods.parse(case.method).bind(architecture), case.setup, "cpu")
-    with parallel.process_group(case.setup.gpus):
+    with parallel.process_group(case.setup.parallel, case.setup.gpus):
         rank = traced_by_deepspeed(case)
     tape, real = parallel.collectives(step), rank.collectives
     result = counts.Result(case, 0, 0, 0, memory.peak_bytes(step) / rank.trace.peak, collectives=len(real))
