@@ -27,6 +27,7 @@ COMPILE = ("none", "default", "reduce-overhead")
 ENGINES = ("torch", "deepspeed-zero3")
 # each in a file of `perfmodel/recording/parallel/`, stages 1 and 2 of ZeRO in one
 PARALLEL = ("ddp", "fsdp2", "fsdp1", "zero1", "zero2", "zero3")
+DDP = ("plain", "find-unused", "static-graph")
 # each in a file of `perfmodel/objectives/`
 OBJECTIVES = ("sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "prm", "grpo", "ppo", "asft", "ebft")
 PAIRS = ("dpo", "orpo", "cpo", "simpo", "reward")  # those whose sample is a chosen and a rejected sequence
@@ -87,6 +88,10 @@ class Setup:
         parallel: what several GPUs do (`perfmodel.recording.parallel`): ddp, every one has the whole model; fsdp2 and
             fsdp1, each keeps a shard of every parameter; zero1, zero2 and zero3, DeepSpeed's, each keeps a part of the
             optimizer states, of the gradients too, of the weights too. Of one GPU it changes nothing.
+        ddp: what DDP knows of the graph: plain, that every parameter gets a gradient; find-unused, nothing, so that it
+            looks for those that get none in every step (`find_unused_parameters`); static-graph, that every step's is
+            the first one's. PyTorch's and accelerate's default is plain, that of transformers' Trainer find-unused
+            where nothing is checkpointed and around PEFT's models.
         tp: tensor-parallel ranks, of which each has a part of every layer; they work on the same samples.
         engine: what runs the step: torch, or deepspeed-zero3 (`perfmodel.recording.zero`); a method may name its own.
         packing: what lies in a row of `seq` tokens: none, one sample; dense, documents behind one another under one
@@ -118,6 +123,7 @@ class Setup:
     nodes: int | None = None
     node: str | None = None
     parallel: str = "ddp"
+    ddp: str = "plain"
     tp: int = 1
     engine: str = "torch"
     routing: str = "balanced"
@@ -143,6 +149,7 @@ class Setup:
             ("dtype", DTYPES), ("checkpoint", CHECKPOINT), ("attention", ATTENTION), ("kernels", KERNELS),
             ("compile", COMPILE), ("fp8", FP8), ("int8", INT8), ("engine", ENGINES), ("objective", OBJECTIVES),
             ("reference", REFERENCES), ("packing", PACKING), ("experts", EXPERTS), ("parallel", PARALLEL),
+            ("ddp", DDP),
         ):  # fmt: skip
             one_of(name, getattr(self, name), choices)
         if not (isinstance(self.optimizer, str) and optimizers.is_optimizer(self.optimizer)):

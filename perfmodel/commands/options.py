@@ -13,6 +13,7 @@ from ..setup import (
     ATTENTION,
     CHECKPOINT,
     COMPILE,
+    DDP,
     DTYPES,
     ENGINES,
     EXPERTS,
@@ -254,6 +255,10 @@ def _rest() -> tuple[Decorator, ...]:
         click.option("--parallel", type=click.Choice(PARALLEL), default="ddp", show_default=True,
                      help="What several GPUs do: ddp, each has the whole model; fsdp2 or fsdp1, a shard of all; zero1, "
                      "zero2 or zero3, DeepSpeed's parts of states, of gradients too, of weights too."),
+        click.option("--ddp", type=click.Choice(DDP), default="plain", show_default=True,
+                     help="What DDP knows of the graph. find-unused: it looks for parameters without a gradient in "
+                     "every step (find_unused_parameters), as transformers' Trainer has it by default where nothing is "
+                     "checkpointed and around PEFT's models."),
         click.option("--tp", type=click.IntRange(1), default=1, show_default=True,
                      help="GPUs that share every layer (tensor parallel) and work on the same samples."),
         click.option("--nodes", type=click.IntRange(1), help="Nodes that they are on; default as few as hold them."),

@@ -52,7 +52,6 @@ SIZES = {
 DDP = {
     "ddp_bucket_cap_mb": (25, "buckets of 25 MiB"),
     "ddp_broadcast_buffers": (True, "buffers broadcast before forward passes"),
-    "ddp_static_graph": (False, "without DDP's static graph"),
 }
 TP = ("tensor_parallel_size", "tp_size")
 MESH = "parallelism_config"

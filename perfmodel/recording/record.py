@@ -94,12 +94,12 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
     check_form(step.setup, step.method)
     if decide(step.setup.replicas == 1):
         return None
-    from .parallel import ddp, fsdp1, fsdp2, units, zero3  # few ask for several
+    from .parallel import ddp_search, fsdp1, fsdp2, units, zero3  # few ask for several
     from .parallel import zero as stages
 
     ranks, setup = Ranks(step.setup.replicas, step.setup.tp), running(step)
     if setup[0].parallel == "ddp":
-        return ddp.Replicated(ranks)
+        return ddp_search.ddp_of(setup[0], ranks, step.architecture.registers_late)
     if setup[0].parallel in STAGES:
         return stages.CutStates(ranks, STAGES[setup[0].parallel], zero.bucket(step), step.architecture.registers_late)
     survey = units.Survey()
@@ -107,12 +107,15 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
         tape.wrapping = survey
         tape.begin("inputs", "forward")
         step.parameters = _forward(step, *setup, {})[0]
-    cut = survey.units(step.parameters, ranks.size, step.setup, tied=step.architecture.tied, flat=step.zero)
+    cut = survey.units(
+        step.parameters, ranks.size, step.setup, tied=step.architecture.tied, flat=step.zero,
+        classifies=step.architecture.classifier is not None,
+    )  # fmt: skip
     if step.zero:
         return zero3.CutWeights(cut, ranks, step.architecture.hidden, step.setup.checkpoint)
     if step.setup.parallel == "fsdp1":
         return fsdp1.FlatShard(cut, ranks)
-    return fsdp2.FullyShard(cut, ranks, step.setup.amp)
+    return fsdp2.FullyShard(cut, ranks, step.setup.amp, units.whole_reference(step.parameters, ranks.size, step.setup))
 
 
 def _trained_for(architecture: Architecture, method: Method, setup: Setup) -> tuple[Architecture, Method]:
@@ -260,11 +263,7 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
         tape.on_gradient = zero.hook(step, first=not step.parameters)
     tape.begin("inputs", "forward")
     form = step.form
-    if form is not None:
-        form.begin()
     parameters, loss, after = _forward(step, setup, method, kept)
-    if form is not None:
-        loss = form.end(loss)
     tape.renew(loss)
     if setup.grad_accum > 1 and objectives.found(setup.objective).scaled:
         tape.loss = loss = div(loss, setup.grad_accum)
@@ -315,7 +314,7 @@ def _forward(
         {name.removeprefix(of): known.pop(name) for name in list(known) if name.startswith(of)}
         for of in (OF_CRITIC, OF_REFERENCE)
     )
-    build = Build(architecture, method, setup, known, labelled=setup.objective == "sft", kept=kept)
+    build = Build(architecture, method, setup, known, labelled=objective.labelled, kept=kept)
     passes = objectives.Passes(Scope(build), method, setup, frozen, critic)
     loss = objective.loss(passes)
     after, passes.after = passes.after, None  # else it would hold itself

@@ -137,6 +137,7 @@ def setup_line(s: Setup, *, precision: bool = True) -> str:
     told += [f"QAT {s.qat}"] if s.qat != usual.qat else []
     several = np.any(np.greater(s.gpus, 1))
     told += [s.parallel] if np.any(np.greater(s.replicas, 1)) else []
+    told += [f"DDP {s.ddp}"] if several and s.ddp != usual.ddp else []
     told += [f"tensor parallel {s.tp}"] if s.tp > 1 else []
     told += [f"in {s.node}"] if several and s.node else []
     told += [s.engine] if s.engine != usual.engine else []

@@ -16,9 +16,10 @@ from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.imports import DIFFERS, read
 from perfmodel.imports.accelerate import read_launch
+from perfmodel.imports.ddp import ENDS
 from perfmodel.imports.fields import UNSCALED
 from perfmodel.imports.llama_factory_v1 import BESIDE_BLOCKS, NO_UNITS, REDUCED
-from perfmodel.imports.read import ASK, NOT_CAST, SEARCHED
+from perfmodel.imports.read import ASK, NOT_CAST
 
 AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "bf16": True}
 FACTORY = {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "full", "bf16": True}
@@ -125,25 +126,33 @@ def test_a_training_config_names_its_form(
 
 
 @pytest.mark.parametrize(
-    ("values", "searches"),
+    ("values", "ddp", "said"),
     [
-        (TRL, False),
-        ({**TRL, "use_peft": True}, True),
-        ({**TRL, "gradient_checkpointing": False}, True),
-        ({**TRL, "use_peft": True, "ddp_find_unused_parameters": False}, False),
-        ({**TRL, "use_peft": True, "fsdp": True}, False),
-        (FACTORY, False),
-        ({**FACTORY, "finetuning_type": "lora", "disable_gradient_checkpointing": True}, False),
-        ({**FACTORY, "disable_gradient_checkpointing": True}, True),
-        ({**AXOLOTL, "adapter": "lora"}, False),
-        ({**AXOLOTL, "ddp_find_unused_parameters": True}, True),
+        (TRL, "plain", []),
+        ({**TRL, "use_peft": True}, "find-unused", []),
+        ({**TRL, "gradient_checkpointing": False}, "find-unused", []),
+        ({**TRL, "use_peft": True, "ddp_find_unused_parameters": False}, "plain", []),
+        ({**TRL, "use_peft": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "plain",
+         [ENDS["find-unused"]]),
+        ({**TRL, "ddp_static_graph": True, "gradient_accumulation_steps": 1}, "static-graph", []),
+        ({**TRL, "ddp_static_graph": True, "gradient_accumulation_steps": 2}, "plain", [ENDS["static-graph"]]),
+        (FACTORY, "plain", []),
+        ({**FACTORY, "finetuning_type": "lora", "disable_gradient_checkpointing": True}, "plain", []),
+        ({**FACTORY, "disable_gradient_checkpointing": True}, "find-unused", []),
+        ({**AXOLOTL, "adapter": "lora"}, "plain", []),
+        ({**AXOLOTL, "ddp_find_unused_parameters": True}, "find-unused", []),
     ],
-)
-def test_the_search_for_unused_parameters_is_said(tmp_path: Path, values: dict[str, Any], searches: bool) -> None:
-    """The Trainer's own default beside adapters: a walk through the graph and a message more in every step."""
+)  # fmt: skip
+def test_what_ddp_knows_of_the_graph_is_the_tools_default(
+    tmp_path: Path, values: dict[str, Any], ddp: str, said: list[str]
+) -> None:
+    """The Trainer's own default beside adapters: a walk through the graph, copies of the logits and a message more."""
     found = read(written(tmp_path, "config.yml", values))
-    assert (SEARCHED in found.on_several(found.asks()).differences) == searches
-    assert SEARCHED not in found.differences
+    several = found.on_several(found.asks())
+    assert several.setup["ddp"] == ddp
+    assert Setup(**several.setup, gpus=8).ddp == ddp
+    assert [words for words in several.differences if "ddp_" in words] == said
+    assert not any("ddp_" in words for words in found.differences)
 
 
 def test_gpus_take_the_place_of_the_words_on_one(tmp_path: Path) -> None:

@@ -140,10 +140,10 @@ class FlatShard(OfBlocks):
             return (self._before_backward(path, out[0]), *out[1:])
         return self._before_backward(path, out)
 
-    def end(self, loss: Tensor) -> Tensor:
+    def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """The root stays gathered until its backward is done."""
         self.ran.append((ROOT, tape().part))
-        return self._before_backward(ROOT, loss)
+        return [self._before_backward(ROOT, output) for output in outputs]
 
     def end_of_backward(self) -> None:
         """Units whose input needed no gradient, the root, and the wait for all that is reduced."""

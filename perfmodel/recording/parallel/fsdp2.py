@@ -5,6 +5,9 @@ parameters are gathered; behind it they are freed. Behind its backward its gradi
 backward the block below is gathered while one computes. What a method freezes is gathered like all else, but has no
 gradient to be reduced.
 
+Where the model is called several times before a backward pass (KTO), the lowest unit's backward gathers the last unit
+of the call before, which nothing needs: the order of all calls is one (`post_forward_order`).
+
 Streams as PyTorch has them: copies into what is gathered on one of their own, collectives behind one another (NCCL
 keeps those of one communicator in order), all else on the compute stream.
 
@@ -91,8 +94,11 @@ class FullyShard(WholeUnits):
 
     shares_norm = True
 
-    def __init__(self, units: Sequence[ShardedUnit], ranks: Ranks, output: str | None) -> None:
+    def __init__(
+        self, units: Sequence[ShardedUnit], ranks: Ranks, output: str | None, reference: ShardedUnit | None = None
+    ) -> None:
         self.ranks = ranks
+        self.frozen = FrozenShard([reference], ranks, output) if reference is not None else None
         self.output = output
         self.units = {unit.path: Gathered(unit) for unit in units}
         self.ends = {unit.last: unit.path for unit in units}
@@ -101,13 +107,22 @@ class FullyShard(WholeUnits):
         self.copied: Tensor | None = None  # what was copied out last, until the next one is
         self.reducing: Tensor | None = None  # what is being reduced, until the next one is
         self.done: set[str] = set()
+        self.last: str | None = None  # the unit whose forward pass was the last one
+        self.before: str | None = None  # that of the pass before, if there are several before a backward pass
+
+    @property
+    def reference(self) -> "FrozenShard | None":
+        """A frozen model is cut as well."""
+        return self.frozen
 
     # What the recording of a step calls
 
     def begin(self) -> None:
         """Before the forward pass: the root's parameters are gathered (`_root_pre_forward`, `pre_forward`)."""
-        self.ran.clear()
-        self.done.clear()
+        if tape().grad_enabled:
+            self.ran.clear()
+            self.done.clear()
+        self.before = self.last
         wait_event(COMPUTE, GATHER_COPY)
         self._unshard(self.units[ROOT], forward=True)
 
@@ -137,16 +152,20 @@ class FullyShard(WholeUnits):
         state = self.units[path]
         if not state.unit.stays:
             state.whole.clear()
-        self.ran.append((path, part))
+        self.last = path
+        if tape().grad_enabled:
+            self.ran.append((path, part))
         return self._before_backward(path, out)
 
-    def end(self, loss: Tensor) -> Tensor:
+    def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Behind the forward pass: the root's parameters stay; its hook before backward."""
         self._forget_copied()
         if self.units[ROOT].unit.parameters:
-            self.ran.append((ROOT, tape().part))
-        loss = self._before_backward(ROOT, loss)
-        return cast(loss, self.output) if self.output else loss
+            self.last = ROOT
+            if tape().grad_enabled:
+                self.ran.append((ROOT, tape().part))
+        hooked = [self._before_backward(ROOT, output) for output in outputs]
+        return [cast(output, self.output) for output in hooked] if self.output else hooked
 
     def end_of_backward(self) -> None:
         """Units whose input needed no gradient, the root, and the wait for all that is reduced."""
@@ -155,12 +174,14 @@ class FullyShard(WholeUnits):
                 self._reduce(path, self.units[path])
         wait_event(REDUCED)
         self.reducing = None
+        self.before = self.last = None
         for state in self.units.values():
             state.coming = None  # what was gathered for a block that no gradient reaches
 
     def updated(self, parameters: list[Parameter]) -> list[Parameter]:
         """Shards in the place of whole parameters."""
-        shards = {id(p): s for state in self.units.values() for p, s in state.unit.pairs}
+        of_reference = self.frozen.units.values() if self.frozen is not None else ()
+        shards = {id(p): s for state in (*self.units.values(), *of_reference) for p, s in state.unit.pairs}
         return [shards.get(id(p), p) for p in parameters]
 
     def held_bytes(self, parameters: list[Parameter]) -> Dim:
@@ -183,6 +204,8 @@ class FullyShard(WholeUnits):
         self._unshard(self.units[path], forward=False)
         if place:
             self.units[self.ran[place - 1][0]].gather(self.ranks, self._next(place))
+        elif self.before is not None:  # the unit before in the order of all passes, which nothing needs any more
+            self.units[self.before].gather(self.ranks)
         return tuple(grads)
 
     def _next(self, place: int) -> ShardedUnit:
@@ -263,6 +286,26 @@ class FullyShard(WholeUnits):
         for _, shard in trained:
             shard.used = True
             shard.grad = Tensor(shard.shape, kept, shard.strides, shard.numel, reduced.storage)
+
+
+class FrozenShard(FullyShard):
+    """The hooks around a reference model: it is one unit, gathered whole before its pass and freed behind it.
+
+    Source: trl/models/utils.py (1.8: `prepare_fsdp`), which wraps no block.
+    """
+
+    def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """A block runs as it would alone."""
+        return run(x)
+
+    def module(self, path: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Its parameters are there."""
+        return run(x)
+
+    def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What was gathered goes."""
+        self.units[ROOT].whole.clear()
+        return super().end(outputs)
 
 
 def in_buffer(buffer: Tensor | None, shape: Shape, dtype: str) -> Tensor:

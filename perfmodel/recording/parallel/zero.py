@@ -44,6 +44,7 @@ class CutStates(WholeUnits):
     """
 
     shares_norm = False
+    inside = False
 
     def __init__(self, ranks: Ranks, stage: int, limit: Dim, late: Sequence[str]) -> None:
         self.ranks, self.stage, self.limit, self.late = ranks, stage, limit, late
@@ -65,9 +66,9 @@ class CutStates(WholeUnits):
         """A block runs as it would alone."""
         return run(x)
 
-    def end(self, loss: Tensor) -> Tensor:
+    def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Nothing is hooked."""
-        return loss
+        return outputs
 
     def end_of_backward(self) -> None:
         """Buckets go out where the next gradient does not fit, the last one here."""

@@ -84,9 +84,9 @@ class CutWeights(WholeUnits):
             node.produces(first)
         return (first, *rest) if isinstance(out, tuple) else first
 
-    def end(self, loss: Tensor) -> Tensor:
+    def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Nothing more is hooked."""
-        return loss
+        return outputs
 
     def end_of_backward(self) -> None:
         """Buckets go out where the next gradient does not fit, the last one here; all weights go."""
