@@ -112,7 +112,7 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
         return zero3.CutWeights(cut, ranks, step.architecture.hidden, step.setup.checkpoint)
     if step.setup.parallel == "fsdp1":
         return fsdp1.FlatShard(cut, ranks)
-    return fsdp2.FullyShard(cut, ranks, step.setup.amp)
+    return fsdp2.FullyShard(cut, ranks, step.setup.amp, offloads=step.setup.offload == "params")
 
 
 def _trained_for(architecture: Architecture, method: Method, setup: Setup) -> tuple[Architecture, Method]:
@@ -338,6 +338,7 @@ def record_update(step: Step, tape: Tape, inner: optimizers.Update | None = None
     Args:
         inner: the update that was recorded inside backward.
     """
+    before = len(tape.parts)
     with tape.no_grad():
         form, clips = step.form, step.setup.clip_grad
         own = inner if form is None else form.own_update(step.parameters, step.optimizer, clips=clips)
@@ -356,6 +357,12 @@ def record_update(step: Step, tape: Tape, inner: optimizers.Update | None = None
     for p in step.parameters:
         p.grad = None
     step.state_bytes, step.paged_bytes = update.state_bytes, update.paged_bytes
+    if form is not None and form.offloads:
+        from .parallel.offload import on_cores
+
+        on_cores(tape.parts[before:])
+        kept = sum(p.nbytes * p.count * (1 + p.used) for p in step.parameters if p.hosted)
+        step.state_bytes, step.host_bytes = 0, kept + step.state_bytes
     room = step.setup.stack.list_room(tape.capability)
     if room != LONG_ARGUMENTS:
         for part in (*tape.parts, *(part for part, _ in step.parts())):

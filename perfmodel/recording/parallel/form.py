@@ -27,11 +27,13 @@ class ParallelForm(Protocol):
         ranks: the GPUs that gradients are reduced over.
         reduces: whether this micro-batch's gradients are exchanged: those of the last one are (`no_sync`).
         shares_norm: whether ranks hold different gradients, so that their norm takes an all-reduce.
+        offloads: whether the host clips and updates, on what lives in its memory.
     """
 
     ranks: Ranks
     reduces: bool
     shares_norm: bool
+    offloads: bool
 
     def begin(self) -> None:
         """Before the forward pass."""
@@ -63,6 +65,8 @@ class ParallelForm(Protocol):
 
 class OfBlocks:
     """Of a form whose units are blocks, and all else together."""
+
+    offloads = False
 
     def module(self, path: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Its parameters are there."""
