@@ -7,7 +7,7 @@ from .. import optimizers
 from ..architectures.base import Architecture
 from ..methods.parts.base import Method
 from ..methods.parts.periodic import PeriodicOps
-from ..program.dims import Dim
+from ..program.dims import Dim, decide
 from ..program.op import Op
 from ..program.part import Group, Part
 from ..setup import Setup
@@ -84,7 +84,8 @@ class Step:
     @property
     def engine(self) -> str:
         """Whose Python runs beside the model's: a training engine's, or that of what several GPUs do."""
-        return self.setup.parallel if self.form is not None else self.setup.engine
+        alone = self.form is None or decide(self.setup.gpus == 1)
+        return self.setup.engine if alone else self.setup.parallel
 
     @property
     def head(self) -> int:

@@ -10,6 +10,7 @@ from ...program.dims import Dim
 from ...program.ranks import Ranks
 from ...setup import Setup
 from ...tape.tensor import Parameter, Tensor
+from .offload import check_offload
 
 CUT = ("full", "lora")  # methods whose program on tensor-parallel layers is modelled
 
@@ -86,9 +87,13 @@ class WholeUnits(OfBlocks):
 
 def check_form(setup: Setup, method: Method) -> None:
     """Raise `UserError` where several GPUs are not modelled with the rest of a setup."""
+    check_offload(setup)
     for name, usual in ALONE.items():
         if getattr(setup, name) != usual and not (name == "engine" and setup.parallel == "zero3"):
-            raise UserError(f"gpus: several are not modelled with {name} {getattr(setup, name)}; use --gpus 1")
+            what = f"{name} {getattr(setup, name)}"
+            if setup.offload != "none":
+                raise UserError(f"offload: not modelled with {what}; use --offload none")
+            raise UserError(f"gpus: several are not modelled with {what}; use --gpus 1")
     if setup.tp > 1 and (method.name not in CUT or getattr(method, "implementation", "peft") != "peft"):
         raise UserError(f"tp: {method.name} on layers that are cut is not modelled; {' and '.join(CUT)} are")
     if setup.parallel != "ddp" and type(method).update is not Method.update:
