@@ -19,6 +19,8 @@ KINDS = {  # work -> the class of kernel for totals and intervals; everything el
     **dict.fromkeys(("cast", "permute", "join", "part"), "copy"),
 }  # fmt: skip
 
+OFFLOAD = "offload"  # the class of what is there because tensors live in the host's memory
+
 
 def products(op: Op) -> list[Product]:
     """The matrix products of one call."""
@@ -77,6 +79,6 @@ def is_known(op: Op) -> bool:
 
 
 __all__ = [
-    "along_rows", "by_lists", "flops", "is_known", "kernels", "kind", "mirrors", "operand_dtype", "products",
-    "synchronises",
+    "along_rows", "by_lists", "flops", "is_known", "kernels", "kind", "mirrors", "offloads", "operand_dtype",
+    "products", "synchronises",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from ..setup import (
     INT8,
     KERNELS,
     OBJECTIVES,
+    OFFLOAD,
     PACKING,
     PARALLEL,
     REFERENCES,
@@ -254,6 +255,10 @@ def _rest() -> tuple[Decorator, ...]:
         click.option("--parallel", type=click.Choice(PARALLEL), default="ddp", show_default=True,
                      help="What several GPUs do: ddp, each has the whole model; fsdp2 or fsdp1, a shard of all; zero1, "
                      "zero2 or zero3, DeepSpeed's parts of states, of gradients too, of weights too."),
+        click.option("--offload", type=click.Choice(OFFLOAD), default="none", show_default=True,
+                     help="What lives in the host's memory. optimizer: masters, states and gradients of zero1, zero2 "
+                     "or zero3, updated by its cores; params: weights too, of zero3 or FSDP. Of zero1 to zero3 on one "
+                     "GPU as well."),
         click.option("--tp", type=click.IntRange(1), default=1, show_default=True,
                      help="GPUs that share every layer (tensor parallel) and work on the same samples."),
         click.option("--nodes", type=click.IntRange(1), help="Nodes that they are on; default as few as hold them."),

@@ -39,6 +39,11 @@ class Placed:
         found = [self.node.file.blocks[kind].residuals.get("mean", 0.0) for kind in ("all_reduce", "all_gather")]
         return float(max(found))
 
+    @property
+    def host_bandwidth(self) -> Any:
+        """B/s of the host's memory that each GPU's process has."""
+        return self.node.file.host_bandwidth / self.per_node
+
     def seconds(self, kind: str, dtype: str, nbytes: Any, size: Any, stride: Any) -> Any:
         """Seconds of a collective of `size` ranks, each `stride` after the one before."""
         return self.node.collective(kind, nbytes, size, self._nodes(size, stride), dtype)

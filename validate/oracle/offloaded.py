@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -67,8 +68,5 @@ def copies_across(model: Any) -> Iterator[None]:
         for group in module._get_fsdp_state()._fsdp_param_groups:
             for p in group.fsdp_params:
                 p.device = NUMBERED
-    plain, _fsdp_collectives.torch = _fsdp_collectives.torch, _Numbered()  # type: ignore[attr-defined]
-    try:
+    with patch.object(_fsdp_collectives, "torch", _Numbered()):
         yield
-    finally:
-        _fsdp_collectives.torch = plain  # type: ignore[attr-defined]

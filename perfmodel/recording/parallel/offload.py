@@ -16,7 +16,7 @@ from ...tape.core import new_tensor, record
 from ...tape.tensor import Parameter, Tensor
 
 ADAMW = ("adamw", "adamw-foreach", "adamw-loop", "adamw-fused")  # what DeepSpeed takes its CPU Adam for
-OF_GPUS = ("adamw-8bit", "paged", "adamw8bit", "bitsandbytes")  # beginnings of optimizers whose kernels a GPU runs
+OF_GPUS = ("adamw-8bit", "ao-", "lion", "paged", "rmsprop")  # beginnings of optimizers whose kernels a GPU runs
 
 
 def to_device(x: Tensor, on: str) -> Tensor:
@@ -70,5 +70,11 @@ def check_offload(setup: Setup) -> None:
         raise UserError("offload optimizer: FSDP offloads parameters, gradients and states together: --offload params")
     if setup.parallel in ("zero1", "zero2") and setup.offload == "params":
         raise UserError(f"offload params: {setup.parallel} offloads the optimizer alone: --offload optimizer, or zero3")
-    if not fsdp and setup.optimizer not in ADAMW:
-        raise UserError(f"offload: DeepSpeed updates on the host with its CPU Adam; use adamw, not {setup.optimizer}")
+    if not updates_on_host(setup.optimizer, fsdp=fsdp):
+        what = "a GPU runs" if fsdp else "is not DeepSpeed's CPU Adam, which updates on the host"
+        raise UserError(f"offload: optimizer {setup.optimizer} {what}; use adamw")
+
+
+def updates_on_host(optimizer: str, *, fsdp: bool) -> bool:
+    """Whether the host's cores run an optimizer: under FSDP PyTorch's own, under DeepSpeed AdamW as its CPU Adam."""
+    return not optimizer.startswith(OF_GPUS) if fsdp else optimizer in ADAMW

@@ -61,9 +61,7 @@ class CutStates(WholeUnits):
 
     shares_norm = False
 
-    def __init__(
-        self, ranks: Ranks, stage: int, limit: Dim, late: Sequence[str], *, offloaded: bool = False
-    ) -> None:
+    def __init__(self, ranks: Ranks, stage: int, limit: Dim, late: Sequence[str], *, offloaded: bool = False) -> None:
         self.ranks, self.stage, self.limit, self.late = ranks, stage, limit, late
         self.offloaded = offloaded
         self.mine: list[tuple[Dim, Dim]] = []  # as of `Bucket`, of all gradients of a backward pass
