@@ -64,7 +64,8 @@ def placed(setup: Setup, on: DeviceProfile) -> Placed:
             spread evenly over nodes.
     """
     node, notes = _of_cpu(setup, on) if on.kind == "cpu" else _of_gpus(setup, on)
-    notes += node.notes
+    alone = bool(np.all(np.equal(setup.gpus, 1)))  # it offloads, and its node is the host that it does to
+    notes = [] if alone else notes + node.notes
     if setup.nodes is not None:
         per_node: Any = np.asarray(setup.gpus) / setup.nodes
         if np.any(per_node % 1) or np.any(per_node > node.gpus):

@@ -20,8 +20,8 @@ class Step:
     """One optimizer step as ordered parts of ops, with the parameters it trains.
 
     `groups` holds the first micro-batch, the further ones (if any), and clipping with the optimizer. `state_bytes` is
-    what the optimizer keeps between steps, `paged_bytes` what it keeps in memory shared with the host, `host_bytes` what
-    is kept in the host's memory: offloaded weights, masters, states, gradients. `periodic` is what the method does
+    what the optimizer keeps between steps, `paged_bytes` what it keeps in memory shared with the host, `host_bytes`
+    what the host's own memory keeps: offloaded weights, masters, states, gradients. `periodic` is what the method does
     besides steps, which counts in none of them. `notes` say how a recorded program was made.
     `form` is what several GPUs do; parameters are then those of one rank, its shards.
     """
