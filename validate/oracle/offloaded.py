@@ -14,6 +14,7 @@ import torch
 
 NUMBERED = torch.device("cpu:0")
 COPY = torch.ops.aten._to_copy.default
+COPY_INTO = torch.ops.aten.copy_.default
 
 
 class HostMemory:
@@ -21,11 +22,13 @@ class HostMemory:
 
     Attributes:
         makes: whether all that is made now is made there.
+        crossed: (dtype, elements) of each copy from one memory into what is there already of the other.
     """
 
     def __init__(self) -> None:
         self.keys: set[int] = set()
         self.makes = False
+        self.crossed: list[tuple[torch.dtype, int]] = []
 
     def hold(self, tensors: Iterable[torch.Tensor]) -> None:
         """These live there."""
@@ -41,6 +44,8 @@ class HostMemory:
 
     def note(self, func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor], arguments: Any) -> None:
         """A copy from one memory to the other, or what is made there."""
+        if func is COPY_INTO and self.has(inputs[0]) != self.has(inputs[1]):
+            self.crossed.append((inputs[0].dtype, inputs[0].numel()))
         crosses = func is COPY and arguments[1].get("device") == NUMBERED
         if self.makes or (crosses and not self.has(inputs[0])):
             self.hold(outputs)

@@ -17,8 +17,10 @@ from perfmodel import methods
 from perfmodel.architectures import from_config
 from perfmodel.prediction import memory
 from perfmodel.recording.record import build
+from perfmodel.recording.step import Step
 from perfmodel.recording.zero import under_zero
 from perfmodel.setup import Setup
+from perfmodel.tracing.programs.dtypes import DTYPES
 
 from . import counts, parallel
 from .cases import Case
@@ -88,7 +90,7 @@ def traced_by_deepspeed(case: Case) -> parallel.RankRecorder:
     for step in range(WARM_UP + 1):
         if step == WARM_UP:
             if setup.offload != "none":
-                real.host.hold(hosted(engine.optimizer, setup))
+                real.host.hold(in_host_memory(engine.optimizer, setup))
             there = (t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter))
             real.hold(t for t in there if t.device.type == "cpu")  # some have no memory ("meta")
             real.recording = True
@@ -102,7 +104,7 @@ def traced_by_deepspeed(case: Case) -> parallel.RankRecorder:
     return real
 
 
-def hosted(optimizer: Any, setup: Setup) -> Iterator[torch.Tensor]:
+def in_host_memory(optimizer: Any, setup: Setup) -> Iterator[torch.Tensor]:
     """What DeepSpeed's optimizer keeps in the host's memory, by its names."""
     for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
         for master in getattr(optimizer, name, ()):
@@ -148,7 +150,23 @@ def _compared(case: Case) -> counts.Result:
     elif abs(result.peak_ratio - 1) > parallel.PEAK_TOLERANCE:
         result.differences.append(f"peak memory: {result.peak_ratio:.3f} of the real program's on the tape")
     result.differences += parallel.in_another_order(tape, real)
+    if case.setup.offload != "none" and (case.setup.parallel != "zero3" or case.setup.grad_accum == 1):
+        result.differences += copied_otherwise(step, rank)
     return result
+
+
+def copied_otherwise(step: Step, rank: parallel.RankRecorder) -> list[str]:
+    """Copies between the host's memory and the device's that differ.
+
+    Here DeepSpeed adds to the sums of ZeRO-3's micro-batches where they are, as both memories are the CPU's.
+    """
+    ours: Counter[tuple[str, int]] = Counter()
+    for _, op, count in step.ops():
+        if op.name == "copy_" and op.attrs.pinned:
+            ours[op.outputs[0].dtype, op.outputs[0].numel] += count
+    theirs = Counter((DTYPES[dtype], numel) for dtype, numel in rank.host.crossed)
+    both = (("tape only", ours - theirs), ("real only", theirs - ours))
+    return [f"copied, {title}: {n} x {copy}" for title, more in both for copy, n in more.items()]
 
 
 def gathered(collectives: list[parallel.Collective]) -> dict[tuple[str, str, int], int]:

@@ -34,7 +34,7 @@ from ...tape.core import new_tensor, record, tape
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import exchange, set_event, wait_event
 from .form import OfBlocks
-from .offload import hosted, to_device, to_host
+from .offload import keep_on_host, to_device, to_host
 from .units import ROOT, ShardedUnit
 
 GATHERED, REDUCED = "gathered", "reduced"  # events
@@ -64,7 +64,7 @@ class FlatUnit:
             those = [p for p in self.parameters if p.requires_grad is trains]
             if those:
                 self.shards.append(flat_shard(self.path, those, self.ranks.size))
-        hosted(shard for shard in self.shards if self.offloaded)
+        keep_on_host(shard for shard in self.shards if self.offloaded)
 
     @property
     def trained(self) -> bool:

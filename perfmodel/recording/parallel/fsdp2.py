@@ -33,7 +33,7 @@ from ...tape.pointwise import cast
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import empty, exchange, set_event, wait_event
 from .form import WholeUnits
-from .offload import hosted, to_device, to_host
+from .offload import keep_on_host, to_device, to_host
 from .units import ROOT, ShardedUnit
 
 GATHERED, COPIED, REDUCED = "gathered", "copied out", "reduced"  # events
@@ -113,7 +113,7 @@ class FullyShard(WholeUnits):
         self.output = output
         self.offloads = offloads
         self.units = {unit.path: Gathered(unit, offloads) for unit in units}
-        hosted(shard for unit in units for shard in unit.shards if offloads)
+        keep_on_host(shard for unit in units for shard in unit.shards if offloads)
         self.ends = {unit.last: unit.path for unit in units}
         self.reduces = True
         self.ran: list[tuple[str, Part]] = []  # paths of units in the order of their forward passes, with their parts

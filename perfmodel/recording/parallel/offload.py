@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from ...errors import UserError
 from ...optimizers.parts.update import existing
+from ...program.dims import decide
 from ...program.op import ON_CORES, PINNED, Op
 from ...program.part import Part
 from ...program.streams import MAIN, Run
@@ -53,7 +54,7 @@ def work(name: str, given: Sequence[Tensor], made: Sequence[Tensor]) -> None:
     record(name, given, made, ON_CORES)
 
 
-def hosted(parameters: Iterable[Parameter]) -> None:
+def keep_on_host(parameters: Iterable[Parameter]) -> None:
     """These live in the host's memory."""
     for p in parameters:
         p.hosted = True
@@ -66,6 +67,10 @@ def check_offload(setup: Setup) -> None:
     fsdp = setup.parallel in ("fsdp1", "fsdp2")
     if setup.parallel == "ddp" and setup.engine == "torch":
         raise UserError("offload: DDP keeps everything on the GPU; use --parallel zero2, zero3 or fsdp2")
+    if fsdp and decide(setup.gpus == 1):
+        raise UserError("offload: FSDP has nothing to shard on one GPU; use --parallel zero2 or zero3")
+    if setup.tp > 1:
+        raise UserError("offload: not modelled with layers that GPUs share; use --tp 1")
     if fsdp and setup.offload == "optimizer":
         raise UserError("offload optimizer: FSDP offloads parameters, gradients and states together: --offload params")
     if setup.parallel in ("zero1", "zero2") and setup.offload == "params":

@@ -210,9 +210,9 @@ class CutStates(WholeUnits):
     def _offloaded(self, whole: Spec, mine: Spec) -> list[Op]:
         """What becomes of a gradient that this rank keeps some of."""
         several = self.stage == 2 and (self.exchanged > 0 or not self.reduces)
-        ops = zero_offload.summed(whole, first=self.exchanged == 0) if several else []
+        ops = zero_offload.sum_of_micro_batches(whole, first=self.exchanged == 0) if several else []
         if self.reduces:
-            ops += [*zero_offload.norm_of(mine), *zero_offload.checked(whole), *zero_offload.to_master(mine)]
+            ops += [*zero_offload.norm_of(mine), *zero_offload.is_finite(whole), *zero_offload.to_master(mine)]
         return ops
 
 
@@ -241,18 +241,22 @@ def flat_places(trained: Sequence[Parameter], late: Sequence[str]) -> tuple[dict
 def buckets(order: Sequence[Coming], places: Mapping[Coming, Dim], part: Dim, limit: Dim) -> list[tuple[int, Bucket]]:
     """The buckets in their order, each with the number of the gradient that it goes out before; the last one too."""
     found: list[tuple[int, Bucket]] = []
+
+    def bucket() -> Bucket:
+        return Bucket(messages_of(held, places, part, limit), kept_of(held, places, part))
+
     held: list[Coming] = []
     elements: Dim = 0
     for i, gradient in enumerate(order):
         if held and decide(elements + gradient.parameter.numel > limit):
-            found.append((i, messages_of(held, places, part, limit)))
+            found.append((i, bucket()))
             held, elements = [], 0
         held.append(gradient)
         elements = elements + gradient.parameter.numel
-    return [*found, (len(order), messages_of(held, places, part, limit))]
+    return [*found, (len(order), bucket())]
 
 
-def messages_of(held: Sequence[Coming], places: Mapping[Coming, Dim], part: Dim, limit: Dim) -> Bucket:
+def messages_of(held: Sequence[Coming], places: Mapping[Coming, Dim], part: Dim, limit: Dim) -> tuple[Dim, ...]:
     """The messages of a bucket: what is of one rank's part stays together, and one goes once it is over the limit."""
     slices: list[tuple[Dim, Dim]] = []  # whose part, elements
     for gradient in held:
@@ -271,8 +275,7 @@ def messages_of(held: Sequence[Coming], places: Mapping[Coming, Dim], part: Dim,
         if decide(filling > limit):
             sent.append(filling)
             filling = 0
-    messages = (*sent, filling) if decide(filling > 0) else tuple(sent)
-    return Bucket(messages, kept_of(held, places, part))
+    return (*sent, filling) if decide(filling > 0) else tuple(sent)
 
 
 def kept_of(held: Sequence[Coming], places: Mapping[Coming, Dim], part: Dim) -> tuple[tuple[Dim, Dim], ...]:

@@ -31,7 +31,7 @@ from . import zero_offload
 from .collectives import SENT, empty, exchange, wait_event
 from .form import WholeUnits
 from .messages import Ready, coming, interleaved
-from .offload import hosted
+from .offload import keep_on_host
 from .units import ROOT, ShardedUnit
 
 REUSE = 10**9  # elements within which a weight that comes again stays (`stage3_max_reuse_distance`)
@@ -57,7 +57,7 @@ class CutWeights(WholeUnits):
         self.ranks, self.limit, self.small = ranks, hidden**2, PERSISTENT * hidden
         self.units = {unit.path: unit for unit in units}
         self.offloaded, self.from_host = offload != "none", offload == "params"
-        hosted(shard for unit in units for shard in unit.shards if self.from_host)
+        keep_on_host(shard for unit in units for shard in unit.shards if self.from_host)
         self.paths = [unit.path for unit in units]
         self.reduces = True
         self.first = True  # whether this micro-batch starts the sum of gradients
@@ -255,7 +255,7 @@ class CutWeights(WholeUnits):
 
     def _offloaded(self, mine: Spec) -> list[Op]:
         """A gradient's part joins the sum in the host's memory, and comes back at once; the last one's goes on."""
-        ops = zero_offload.summed(mine, first=self.first)
+        ops = zero_offload.sum_of_micro_batches(mine, first=self.first)
         if self.first:
             ops.append(zero_offload.call("_to_copy", mine, mine, PINNED))
         if self.reduces:

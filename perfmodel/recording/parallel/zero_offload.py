@@ -35,7 +35,7 @@ def call(name: str, given: Spec, made: Spec, attrs: Attrs = PLAIN, *, more: tupl
     )  # fmt: skip
 
 
-def summed(flat: Spec, *, first: bool) -> list[Op]:
+def sum_of_micro_batches(flat: Spec, *, first: bool) -> list[Op]:
     """The sum of micro-batches, which the host's memory keeps: it comes, is added to, and goes."""
     away = call("copy_", flat, flat, PINNED)
     if first:
@@ -55,7 +55,7 @@ def norm_of(mine: Spec) -> list[Op]:
     return [call("_to_copy", mine, high), call("linalg_vector_norm", high, Spec("fp64", ()))]
 
 
-def checked(whole: Spec) -> list[Op]:
+def is_finite(whole: Spec) -> list[Op]:
     """Whether a gradient is finite; the host waits for the answer."""
     scalar = Spec(whole.dtype, ())
     extremes = [call(name, whole, scalar) for name in ("amax", "amin")]
