@@ -31,7 +31,7 @@ from . import zero_offload
 from .collectives import SENT, empty, exchange, wait_event
 from .form import WholeUnits
 from .messages import Ready, coming, interleaved
-from .offload import keep_on_host
+from .offload import keep_on_host, to_device
 from .units import ROOT, ShardedUnit
 
 REUSE = 10**9  # elements within which a weight that comes again stays (`stage3_max_reuse_distance`)
@@ -57,6 +57,7 @@ class CutWeights(WholeUnits):
         self.ranks, self.limit, self.small = ranks, hidden**2, PERSISTENT * hidden
         self.units = {unit.path: unit for unit in units}
         self.offloaded, self.from_host = offload != "none", offload == "params"
+        self.alone = decide(ranks.size == 1)
         keep_on_host(shard for unit in units for shard in unit.shards if self.from_host)
         self.paths = [unit.path for unit in units]
         self.reduces = True
@@ -165,6 +166,8 @@ class CutWeights(WholeUnits):
         return decide(p.numel > self.small)
 
     def _small(self) -> list[Parameter]:
+        if self.alone and not self.from_host:  # all weights are there, whole
+            return []
         return [p for unit in self.units.values() for p in unit.parameters if not self._is_cut(p)]
 
     def _part(self, p: Parameter) -> Dim:
@@ -173,19 +176,18 @@ class CutWeights(WholeUnits):
     def _gather(self, path: str) -> None:
         """One message a weight, which is a view of what it is gathered in."""
         whole = self.whole.setdefault(path, {})
-        missing = [p for p in self.units[path].parameters if p.name not in whole and self._is_cut(p)]
+        there = self.alone and not self.from_host
+        missing = [] if there else [p for p in self.units[path].parameters if p.name not in whole and self._is_cut(p)]
         for p in missing:
             whole[p.name] = self._gathered(p)
         if missing:
-            wait_event(COMMUNICATION)
+            wait_event(GATHER_COPY if self.alone else COMMUNICATION)
 
     def _gathered(self, p: Parameter) -> Tensor:
         part = self._part(p)
-        if self.from_host and decide(self.ranks.size == 1):  # `NoGatherHandle`
-            return self._fetched(part, p.dtype)
+        if self.alone:  # `NoGatherHandle`
+            return to_device(existing((part,), p.dtype), GATHER_COPY)
         whole = empty(part * self.ranks.size, p.dtype)
-        if decide(self.ranks.size == 1):
-            return whole
         mine = existing((part,), p.dtype)
         given = self._fetched(part, p.dtype) if self.from_host else existing((part,), p.dtype)
         record("cat.out", (given, mine), (mine,), runs=Run(GATHER_COPY) if self.from_host else MAIN)
