@@ -47,7 +47,7 @@ def coming(parts: Sequence[Part], ready: Sequence[Ready]) -> list[Coming]:
 
 def interleaved(
     parts: Sequence[Part], ready: Sequence[Ready], sent: Mapping[int, Sequence[M]], ops_of: Callable[[M], Sequence[Op]],
-    room_of: Callable[[M], Dim] = lambda message: 0,
+    room_of: Callable[[M], Dim] = lambda message: 0, left_of: Callable[[M], Dim] = lambda message: 0,
 ) -> Iterator[Part]:  # fmt: skip
     """Parts with the messages that go out at each gradient, by its number among all that come.
 
@@ -55,6 +55,7 @@ def interleaved(
 
     Args:
         room_of: bytes that a message takes while its ops run.
+        left_of: bytes that stay behind it.
     """
     by_part, done = _by_part(ready), 0
     for part in parts:
@@ -63,11 +64,13 @@ def interleaved(
             layouts.append(tuple((r.ops, r.live, m) for i, r in enumerate(of_part, done) for m in sent.get(i, ())))
             done += len(of_part)
         for layout, times in _in_a_row(layouts):
-            ops, highest = list(part.ops), part.peak
-            for place, live, message in reversed(layout):
+            ops, highest, left = list(part.ops), part.peak, 0
+            for _, live, message in layout:
+                highest = larger(highest, live + left + room_of(message))
+                left = left + left_of(message)
+            for place, _, message in reversed(layout):
                 ops[place:place] = ops_of(message)
-                highest = larger(highest, live + room_of(message))
-            yield replace(part, repeat=times, ops=ops, highest=highest)
+            yield replace(part, repeat=times, ops=ops, delta=part.delta + left, highest=highest)
 
 
 def _in_a_row(layouts: Sequence[L]) -> Iterator[tuple[L, int]]:

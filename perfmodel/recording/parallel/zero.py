@@ -101,12 +101,15 @@ class CutStates(WholeUnits):
         *sent, (_, last) = found
         dtype = self.ready[0].parameter.dtype
         at = {i: [bucket] for i, bucket in sent}
-        current.parts[:] = interleaved(parts, self.ready, at, lambda b: self._reduced(b, dtype), self._room)
+        current.parts[:] = interleaved(
+            parts, self.ready, at, lambda b: self._reduced(b, dtype), self._room, lambda b: self._left(b, dtype)
+        )
         current.parts.append(exchanging)
         exchanging.ops += self._reduced(last, dtype)
         exchanging.highest = larger(exchanging.peak, exchanging.delta + self._room(last))
         waited = zero_offload.BESIDE if self.offloaded else BESIDE
         record("deepspeed::synchronize", (), (), Attrs(host=True, sync=True), runs=waited)
+        exchanging.free(sum(self._left(bucket, dtype) for _, bucket in sent))
         self.large, self.exchanged = None, self.exchanged + 1
         for r in self.ready:
             r.parameter.grad = None
@@ -206,6 +209,13 @@ class CutStates(WholeUnits):
         """Bytes that the norm of its largest gradient takes, in fp64."""
         kept = [kept for _, kept in bucket.mine] if self.offloaded and self.reduces else []
         return existing((reduce(larger, kept),), "fp64").nbytes if kept else 0
+
+    def _left(self, bucket: Bucket, dtype: str) -> Dim:
+        """Bytes of a large gradient of this rank: but in the last micro-batch it stays up to the end of backward."""
+        if not self.offloaded or self.reduces:
+            return 0
+        large = [whole for whole, _ in bucket.mine if decide(whole > self.limit)]
+        return existing((sum(large),), dtype).nbytes if large else 0
 
     def _offloaded(self, whole: Spec, mine: Spec) -> list[Op]:
         """What becomes of a gradient that this rank keeps some of."""
