@@ -33,6 +33,7 @@ OBJECTIVES = ("sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "prm", "grp
 PAIRS = ("dpo", "orpo", "cpo", "simpo", "reward")  # those whose sample is a chosen and a rejected sequence
 GENERATED = ("grpo", "ppo", "ebft")  # those whose sample is a prompt and what was generated behind it
 REFERENCES = ("auto", "model", "adapter-off", "precomputed")
+OFFLOAD = ("none", "optimizer", "params")
 PACKING = ("none", "dense", "varlen", "flat")
 WITHIN = ("varlen", "flat")  # those whose documents attend within themselves
 LARGEST = 2**24  # tokens of a sequence, samples of a batch: beyond this it is a typing error
@@ -87,11 +88,15 @@ class Setup:
         node: what they stand in (`perfmodel.network.Node`); None: the node that has GPUs of the device.
         parallel: what several GPUs do (`perfmodel.recording.parallel`): ddp, every one has the whole model; fsdp2 and
             fsdp1, each keeps a shard of every parameter; zero1, zero2 and zero3, DeepSpeed's, each keeps a part of the
-            optimizer states, of the gradients too, of the weights too. Of one GPU it changes nothing.
+            optimizer states, of the gradients too, of the weights too. Of one GPU it changes nothing unless something
+            is offloaded.
         ddp: what DDP knows of the graph: plain, that every parameter gets a gradient; find-unused, nothing, so that it
             looks for those that get none in every step (`find_unused_parameters`); static-graph, that every step's is
             the first one's. PyTorch's and accelerate's default is plain, that of transformers' Trainer find-unused
             where nothing is checkpointed and around PEFT's models.
+        offload: what lives in the host's memory (`perfmodel.recording.parallel.offload`): none; optimizer, masters,
+            states and gradients of DeepSpeed's ZeRO, which the host's cores update; params, the weights too, of ZeRO-3
+            and of FSDP.
         tp: tensor-parallel ranks, of which each has a part of every layer; they work on the same samples.
         engine: what runs the step: torch, or deepspeed-zero3 (`perfmodel.recording.zero`); a method may name its own.
         packing: what lies in a row of `seq` tokens: none, one sample; dense, documents behind one another under one
@@ -124,6 +129,7 @@ class Setup:
     node: str | None = None
     parallel: str = "ddp"
     ddp: str = "plain"
+    offload: str = "none"
     tp: int = 1
     engine: str = "torch"
     routing: str = "balanced"
@@ -150,6 +156,7 @@ class Setup:
             ("compile", COMPILE), ("fp8", FP8), ("int8", INT8), ("engine", ENGINES), ("objective", OBJECTIVES),
             ("reference", REFERENCES), ("packing", PACKING), ("experts", EXPERTS), ("parallel", PARALLEL),
             ("ddp", DDP),
+            ("offload", OFFLOAD),
         ):  # fmt: skip
             one_of(name, getattr(self, name), choices)
         if not (isinstance(self.optimizer, str) and optimizers.is_optimizer(self.optimizer)):

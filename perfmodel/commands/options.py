@@ -21,6 +21,7 @@ from ..setup import (
     INT8,
     KERNELS,
     OBJECTIVES,
+    OFFLOAD,
     PACKING,
     PARALLEL,
     REFERENCES,
@@ -259,6 +260,10 @@ def _rest() -> tuple[Decorator, ...]:
                      help="What DDP knows of the graph. find-unused: it looks for parameters without a gradient in "
                      "every step (find_unused_parameters), as transformers' Trainer has it by default where nothing is "
                      "checkpointed and around PEFT's models."),
+        click.option("--offload", type=click.Choice(OFFLOAD), default="none", show_default=True,
+                     help="What lives in the host's memory. optimizer: masters, states and gradients of zero1, zero2 "
+                     "or zero3, updated by its cores; params: weights too, of zero3 or FSDP. Of zero1 to zero3 on one "
+                     "GPU as well."),
         click.option("--tp", type=click.IntRange(1), default=1, show_default=True,
                      help="GPUs that share every layer (tensor parallel) and work on the same samples."),
         click.option("--nodes", type=click.IntRange(1), help="Nodes that they are on; default as few as hold them."),

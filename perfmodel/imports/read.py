@@ -13,7 +13,7 @@ from ..resources import LARGEST, json_object, mapping, parsed, read_json, read_t
 from . import adapter, axolotl, ddp, llama_factory, llama_factory_v1, meanings, packing, peft_benchmark, trainer
 from .ddp import FACTORY, TRL
 from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, ONE_GPU, UNDER_ZERO_3, unscaled
-from .forms import AskedForm, form_of
+from .forms import OFFLOADED, AskedForm, form_of, offloadable
 from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
 from .packing import TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
@@ -110,13 +110,16 @@ class Imported:
     def on_several(self, form: AskedForm) -> "Imported":
         """What it says of several GPUs that do what a form says, in the place of one."""
         setup = {**self.under(form), "parallel": form.parallel or "ddp", "tp": form.tp, "engine": "torch"}
+        offloads = form.offload != "none" and offloadable(form, setup)
+        setup["offload"] = form.offload if offloads else "none"
         adapts = self.tool == TRL and self.method not in (None, "full") and setup["parallel"] == "zero3"
         if adapts and setup.get("checkpoint") == "block":
             setup["checkpoint"] = "block-reentrant"  # under ZeRO-3 (sft_trainer.py)
         setup["ddp"], unlike = ddp.that_runs(self.ddp, setup)
         uncast = adapts and "adapter_dtype" not in str(self.method) and setup.get("dtype") != "fp32"
         kept = [d for d in self.differences if not d.startswith(OF_ONE_GPU)]
-        besides = [*form.besides, *unlike, *([NOT_CAST] if uncast else []), *unscaled(setup)]
+        said = [OFFLOADED] if form.offload != "none" and not offloads else []
+        besides = [*said, *form.besides, *unlike, *([NOT_CAST] if uncast else []), *unscaled(setup)]
         told = dict.fromkeys([*kept, *form.unlike, *besides])
         return replace(self, setup=setup, differences=list(told))
 

@@ -46,6 +46,7 @@ def notes_on(built: StepWork, on: DeviceProfile, by: Host, time: Time) -> list[s
     notes += [zero.NOTE] if built.zero else []
     notes += _mixture_notes(built)
     notes += on.network.notes if on.network is not None else []
+    notes += _offload_notes(built, on)
     notes += _stack_notes(built, on)
     if built.setup.checkpoint != "none" and built.method.checkpoints(0) and built.freezes_embedding:
         notes.append(
@@ -121,6 +122,17 @@ def _stack_notes(built: StepWork, on: DeviceProfile) -> list[str]:
     return [
         f"--stack {stack.words}: {', '.join(told) or 'all else as in current versions'}",
         *([f"its adapters are in {setup.dtype}, as that peft makes them"] if of_method else []),
+    ]
+
+
+def _offload_notes(built: StepWork, on: DeviceProfile) -> list[str]:
+    """What is assumed of the host that weights or states live at."""
+    if built.setup.offload == "none" or on.network is None:
+        return []
+    share = units.count(float(np.min(on.network.host_bandwidth)), "B/s")
+    return [
+        f"offloaded to page-locked memory; the cores that update it are all at work (OMP_NUM_THREADS) and have {share} "
+        "of the host's memory for each GPU of the job (--node); a slice of a host has less"
     ]
 
 

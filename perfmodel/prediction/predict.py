@@ -108,6 +108,7 @@ class Prediction(Shown):
             **({"communication": plain(t.communication.as_dict())} if np.any(np.greater(self.setup.gpus, 1)) else {}),
             "memory_bytes": {f.name: plain(getattr(m, f.name)) for f in fields(m)},
             "fits": plain(self.fits),
+            **({"offloading_s": plain(t.communication.offloading)} if self.setup.offload != "none" else {}),
             **({"padding_share": plain(self.padding)} if self.setup.lengths else {}),
             "periodic": [plain(cost.as_dict()) for cost in self.periodic],
             "choices": plain(self.choices),
@@ -206,7 +207,7 @@ def predict_on_each(
     grid once for all of them. Where the program goes by prices, or GPUs exchange, each is answered apart.
     """
     bound = method.bind(architecture)
-    exchange = bool(np.any(np.greater(setup.gpus, 1)))
+    exchange = bool(np.any(np.greater(setup.gpus, 1))) or setup.offload != "none"
     by_prices = type(bound).priced is not Method.priced
     apart = architecture.recorded or setup.lengths is not None or exchange or by_prices
     alike: dict[Any, list[int]] = {}
@@ -241,7 +242,8 @@ def predict_alike(
     """Predict a step whose micro-batches are all of one shape, that of the setup."""
     _check_eight_bits(setup, on)
     shared = None if grid_shape(setup, method) else shared
-    if np.any(np.greater(setup.gpus, 1)):
+    _check_offload(setup, on)
+    if np.any(np.greater(setup.gpus, 1)) or setup.offload != "none":
         from .placed import placed  # few ask for several
 
         on = replace(on, network=placed(setup, on))
@@ -277,6 +279,11 @@ def _check_eight_bits(setup: Setup, on: DeviceProfile) -> None:
         raise UserError(f"fp8 {setup.fp8}: {on.slug} has no float8 peak in its datasheet (fp8_flops); leave fp8 out")
     if setup.int8 != "none" and (on.hardware.int8_flops or 0) <= (on.hardware.bf16_flops or 0):
         raise UserError(f"int8 {setup.int8}: {on.slug} has no int8 peak beyond bf16's in its datasheet; leave int8 out")
+
+
+def _check_offload(setup: Setup, on: DeviceProfile) -> None:
+    if setup.offload != "none" and on.kind == "cpu":
+        raise UserError(f"offload {setup.offload}: {on.slug} is a CPU, whose memory is the host's; leave offload out")
 
 
 def of_step(built: Step, on: DeviceProfile, by: Host, shared: Shared | None = None) -> Prediction:

@@ -45,6 +45,8 @@ def show_prediction(p: Prediction) -> None:
     )
     if p.setup.gpus > 1:
         show(paragraph(communication_line(p)))
+    if p.setup.offload != "none":
+        show(paragraph(offloading_line(p)))
     if p.setup.lengths:
         shares = f"{units.percent(p.padding, 1)} of the tokens are padding, " if p.setup.packing == "none" else ""
         show(paragraph(f"{shares}{p.tokens_per_second:,.0f} tokens/s count"))
@@ -72,6 +74,15 @@ def communication_line(p: Prediction) -> str:
     return (
         f"a GPU's collectives: {', '.join(kinds)} in all; {units.seconds(exposed)} exposed, {units.seconds(hidden)} "
         f"hidden behind other work; {p.tokens_per_second:,.0f} tokens/s on all {p.setup.gpus} GPUs"
+    )
+
+
+def offloading_line(p: Prediction) -> str:
+    """What offloading takes of the host's memory, and of the step, in words."""
+    seconds = p.time.communication.offloading["total"]
+    return (
+        f"offloaded: {units.nbytes(p.memory.host)} of the host's memory a GPU; copies over the bus and the host's "
+        f"cores take {units.seconds(seconds)} of the step that nothing hides"
     )
 
 

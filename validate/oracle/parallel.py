@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from perfmodel import methods
 from perfmodel.architectures import Architecture, Config, from_config
@@ -33,6 +34,7 @@ from perfmodel.tracing.trace import NO_WORK, CallRecorder, Trace, call_name, eag
 
 from . import counts
 from .cases import Case
+from .offloaded import HostMemory, copies_across
 from .tensor_parallel import cut_model, mend_adapters
 
 PEAK_TOLERANCE = 0.03
@@ -53,10 +55,15 @@ class Collective(NamedTuple):
 
 
 class RankRecorder(CallRecorder):  # type: ignore[no-untyped-call]
-    """Also notes collectives in their order, and follows memory that a program frees and fills again in place."""
+    """Also notes collectives in their order, and follows memory that a program frees and fills again in place.
+
+    Attributes:
+        host: what lives in the host's memory, and so is no matter of the peak.
+    """
 
     def __init__(self) -> None:
         super().__init__(keep=self._note)
+        self.host = HostMemory()
         self.collectives: list[Collective] = []
         self.products = 0
         self.resized: dict[int, weakref.ref[Any]] = {}
@@ -65,8 +72,13 @@ class RankRecorder(CallRecorder):  # type: ignore[no-untyped-call]
         """Count anew from here; memory that is there stays known."""
         self.trace, self.collectives, self.products = Trace(peak=self.live), [], 0
 
+    def _watch(self, t: torch.Tensor) -> None:
+        if not self.host.has(t):
+            super()._watch(t)
+
     def _note(self, phase: str, func: Any, inputs: Any, outputs: Any, arguments: Any) -> None:
         name = call_name(func)
+        self.host.note(func, inputs, outputs, arguments)
         self.products += name.startswith(PRODUCTS)
         if func.namespace in COLLECTIVE and func._schema.name not in NO_WORK:
             message = max(sum(t.numel() for t in tensors) for tensors in (inputs, outputs))
@@ -122,7 +134,7 @@ def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture) -> A
         )  # fmt: skip
     from accelerate.utils.dataclasses import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
     amp = TORCH_DTYPES[setup.amp] if setup.amp else None
     rows = [model.get_submodule(path) for path in stacks_in(model, architecture)]
@@ -131,6 +143,7 @@ def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture) -> A
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=sorted({type(block).__name__ for row in rows for block in row}),
         cpu_ram_efficient_loading=False,
+        cpu_offload=CPUOffloadPolicy(pin_memory=False) if setup.offload == "params" else False,
         mixed_precision_policy=MixedPrecisionPolicy(param_dtype=amp, reduce_dtype=amp, output_dtype=amp),
         ignored_modules=[torch.nn.ParameterList(packed_apart(model))],
     )
@@ -206,15 +219,21 @@ def trace_rank(
             with not_reducing(model, setup):
                 micro_batch()
         micro_batch()
+        recorder.host.makes = setup.offload == "params"
         with recorder.observe("optimizer"):
             if setup.clip_grad:
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)
             update.step()
             update.zero_grad(set_to_none=True)
+        recorder.host.makes = False
 
-    with eager_program():
+    offloads = setup.offload == "params"
+    with eager_program(), copies_across(model) if offloads else nullcontext():
         run()
-        recorder.hold(local(t) for t in (*model.parameters(), *beside, *updates.held(update)))
+        held = [*model.parameters(), *beside, *updates.held(update)]
+        if offloads:  # shards; what is packed in bytes, which FSDP2 cannot cut, stays
+            recorder.host.hold(local(t) for t in held if isinstance(t, DTensor))
+        recorder.hold(map(local, held))
         recorder.recording = True
         for _ in range(2):
             run()
@@ -225,8 +244,6 @@ def trace_rank(
 
 def local(t: torch.Tensor) -> torch.Tensor:
     """What a rank has of a tensor."""
-    from torch.distributed.tensor import DTensor
-
     return t._local_tensor if isinstance(t, DTensor) else t
 
 

@@ -11,6 +11,7 @@ from .cases import MIXTURES, NO_DROPOUT, SMALL, Case, fitting, with_targets
 
 FORMS = ("ddp", "fsdp2")
 ZERO = ("zero1", "zero2", "zero3")
+OFFLOADED = (("zero1", "optimizer"), ("zero2", "optimizer"), ("zero3", "optimizer"), ("zero3", "params"))
 MODELS = ("llama", "gpt2", "gemma2", "qwen3_moe")
 METHODS = (
     "full",
@@ -49,10 +50,10 @@ def rank_grid(which: str) -> Iterator[Case]:
     """
     for i, config in enumerate(rank_models()):
         for j, method in enumerate(METHODS):
-            for k, parallel in enumerate(FORMS):
+            for k, (parallel, offload) in enumerate((*((form, "none") for form in FORMS), ("fsdp2", "params"))):
                 setups = every() if which == "all" else varied(5 * i + 3 * j + 2 * k, 1 if which == "quick" else 5)
                 for setup in setups:
-                    yield _case(config, method, replace(setup, parallel=parallel))
+                    yield _case(config, method, replace(setup, parallel=parallel, offload=offload))
 
     for k, method in enumerate(("full", "lora:r=32,targets=all-linear", "top_k:k=3", "lora:r=32,targets=all-linear")):
         for setup in varied(k, 1 if which == "quick" else 5):
@@ -71,14 +72,14 @@ def zero_grid(which: str) -> Iterator[Case]:
     """
     for i, config in enumerate(rank_models()):
         for j, method in enumerate(("full", "lora:r=4", "lora:r=16,targets=all-linear")):
-            for k, parallel in enumerate(ZERO):
+            for k, (parallel, offload) in enumerate((*((stage, "none") for stage in ZERO), *OFFLOADED)):
                 setups = every() if which == "all" else varied(5 * i + 3 * j + 2 * k, 1 if which == "quick" else 5)
                 for setup in setups:
                     if parallel != "zero3" or config.values["model_type"] not in MIXTURES:
                         reentrant = parallel == "zero3" and setup.checkpoint == "block"
                         checkpoint = "block-reentrant" if reentrant else setup.checkpoint
                         casts: dict[str, Any] = {"dtype": "bf16", "amp": None, "checkpoint": checkpoint}
-                        yield _case(config, method, replace(setup, parallel=parallel, **casts))
+                        yield _case(config, method, replace(setup, parallel=parallel, offload=offload, **casts))
 
 
 def tensor_grid(which: str) -> Iterator[Case]:

@@ -12,6 +12,7 @@ from ...program.ranks import Ranks
 from ...setup import Setup
 from ...tape.core import Wrapping
 from ...tape.tensor import Parameter, Tensor
+from .offload import check_offload
 
 CUT = ("full", "lora")  # methods whose program on tensor-parallel layers is modelled
 
@@ -33,11 +34,13 @@ class ParallelForm(Protocol):
         reduces: whether this micro-batch's gradients are exchanged: those of the last one are (`no_sync`).
         shares_norm: whether ranks hold different gradients, so that their norm takes an all-reduce.
         inside, reference: as of `tape.core.Wrapping`.
+        offloads: whether the host clips and updates, on what lives in its memory.
     """
 
     ranks: Ranks
     reduces: bool
     shares_norm: bool
+    offloads: bool
     inside: bool
 
     @property
@@ -76,6 +79,7 @@ class OfBlocks:
     """Of a form whose units are blocks, and all else together."""
 
     inside = True
+    offloads = False
 
     @property
     def reference(self) -> Wrapping | None:
@@ -100,9 +104,15 @@ class WholeUnits(OfBlocks):
 
 def check_form(setup: Setup, method: Method) -> None:
     """Raise `UserError` where several GPUs are not modelled with the rest of a setup."""
+    check_offload(setup)
     for name, usual in ALONE.items():
         if getattr(setup, name) != usual and not (name == "engine" and setup.parallel == "zero3"):
-            raise UserError(f"gpus: several are not modelled with {name} {getattr(setup, name)}; use --gpus 1")
+            what = f"{name} {getattr(setup, name)}"
+            if setup.offload != "none":
+                raise UserError(f"offload: not modelled with {what}; use --offload none")
+            raise UserError(f"gpus: several are not modelled with {what}; use --gpus 1")
+    if setup.offload != "none" and setup.objective != "sft":
+        raise UserError(f"offload: not modelled with objective {setup.objective}; use --offload none")
     if setup.objective not in OBJECTIVES or (setup.tp > 1 and setup.objective != "sft"):
         beside = f" and tp {setup.tp}" if setup.tp > 1 else ""
         raise UserError(f"gpus: several are not modelled with objective {setup.objective}{beside}; use --gpus 1")
