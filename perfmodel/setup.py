@@ -29,11 +29,13 @@ ENGINES = ("torch", "deepspeed-zero3")
 PARALLEL = ("ddp", "fsdp2", "fsdp1", "zero1", "zero2", "zero3")
 ROTATE = ("allgather", "alltoall")  # accelerate's `cp_comm_strategy`
 SCHEDULE = re.compile(r"gpipe|1f1b|interleaved:v=[1-9]\d?")  # of a pipeline (`recording.parallel.schedules`)
+DDP = ("plain", "find-unused", "static-graph")
 # each in a file of `perfmodel/objectives/`
 OBJECTIVES = ("sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "prm", "grpo", "ppo", "asft", "ebft")
 PAIRS = ("dpo", "orpo", "cpo", "simpo", "reward")  # those whose sample is a chosen and a rejected sequence
 GENERATED = ("grpo", "ppo", "ebft")  # those whose sample is a prompt and what was generated behind it
 REFERENCES = ("auto", "model", "adapter-off", "precomputed")
+OFFLOAD = ("none", "optimizer", "params")
 PACKING = ("none", "dense", "varlen", "flat")
 WITHIN = ("varlen", "flat")  # those whose documents attend within themselves
 LARGEST = 2**24  # tokens of a sequence, samples of a batch: beyond this it is a typing error
@@ -88,7 +90,15 @@ class Setup:
         node: what they stand in (`perfmodel.network.Node`); None: the node that has GPUs of the device.
         parallel: what several GPUs do (`perfmodel.recording.parallel`): ddp, every one has the whole model; fsdp2 and
             fsdp1, each keeps a shard of every parameter; zero1, zero2 and zero3, DeepSpeed's, each keeps a part of the
-            optimizer states, of the gradients too, of the weights too. Of one GPU it changes nothing.
+            optimizer states, of the gradients too, of the weights too. Of one GPU it changes nothing unless something
+            is offloaded.
+        ddp: what DDP knows of the graph: plain, that every parameter gets a gradient; find-unused, nothing, so that it
+            looks for those that get none in every step (`find_unused_parameters`); static-graph, that every step's is
+            the first one's. PyTorch's and accelerate's default is plain, that of transformers' Trainer find-unused
+            where nothing is checkpointed and around PEFT's models.
+        offload: what lives in the host's memory (`perfmodel.recording.parallel.offload`): none; optimizer, masters,
+            states and gradients of DeepSpeed's ZeRO, which the host's cores update; params, the weights too, of ZeRO-3
+            and of FSDP.
         tp: tensor-parallel ranks, of which each has a part of every layer; they work on the same samples.
         pp: pipeline ranks, of which each has some of the blocks; `grad_accum` micro-batches go through all of them.
         pp_schedule: in which order (`recording.parallel.schedules`): 1f1b, gpipe, or interleaved:v=CHUNKS of blocks on
@@ -125,6 +135,8 @@ class Setup:
     nodes: int | None = None
     node: str | None = None
     parallel: str = "ddp"
+    ddp: str = "plain"
+    offload: str = "none"
     tp: int = 1
     pp: int = 1
     pp_schedule: str = "1f1b"
@@ -154,6 +166,8 @@ class Setup:
             ("dtype", DTYPES), ("checkpoint", CHECKPOINT), ("attention", ATTENTION), ("kernels", KERNELS),
             ("compile", COMPILE), ("fp8", FP8), ("int8", INT8), ("engine", ENGINES), ("objective", OBJECTIVES),
             ("reference", REFERENCES), ("packing", PACKING), ("experts", EXPERTS), ("parallel", PARALLEL),
+            ("ddp", DDP),
+            ("offload", OFFLOAD),
         ):  # fmt: skip
             one_of(name, getattr(self, name), choices)
         one_of("cp_rotate", self.cp_rotate, ROTATE)

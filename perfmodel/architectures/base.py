@@ -135,11 +135,11 @@ class Architecture(Compared):
 class Build:
     """One recording of a model: architecture, method, setup and all parameters made so far.
 
-    Without labels (`labelled`) the forward pass returns logits, of the last `logits_to_keep` tokens if that is given.
-    `past`: keys and values that a method puts before a block's; `held`: what Python holds on to until the forward pass
-    returns, `kept`: what modules keep until their next one, each with its part; `packed`, `positions`: see `attend`;
-    `given_positions` (batch, seq) come with the ids; `collects`: the hidden states of all layers are asked for, and
-    join `held`; `stage`: of a pipeline, None where it is all on one GPU, and `received`, its input.
+    Without labels (`labelled`) the forward pass returns logits, of `logits_to_keep` tokens if given. `past`: keys and
+    values that a method puts before a block's; `held`: what Python holds until the forward pass returns, `kept`: what
+    modules keep until their next one, with its part; `outputs`: see `heads.beside_loss`; `packed`, `positions`: see
+    `attend`; `given_positions` (batch, seq) come with the ids; `collects`: hidden states are `held`, too; `stage`: of a
+    pipeline, None where it is all on one GPU, and `received`, its input.
     """
 
     architecture: Architecture
@@ -151,6 +151,7 @@ class Build:
     past: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     held: list[tuple[Tensor, Part | None]] = field(default_factory=list)
     kept: dict[Any, tuple[Tensor, Part]] = field(default_factory=dict)
+    outputs: list[Tensor] = field(default_factory=list)
     packed: PackedRows | None = None
     positions: Tensor | None = None
     given_positions: Tensor | None = None

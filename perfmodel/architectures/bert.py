@@ -6,7 +6,7 @@ Source: transformers/models/bert/modeling_bert.py (`BertForMaskedLM`).
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..tape.core import emit
+from ..tape.core import emit, tape
 from ..tape.linalg import linear
 from ..tape.nn import masked_lm_loss
 from ..tape.pointwise import add, dropout, gelu, tanh
@@ -17,6 +17,7 @@ from . import masks
 from .attend import attend
 from .base import Architecture, Linear, Scope
 from .config import Config
+from .heads import beside_loss
 from .norms import layer_norm
 from .registered import architecture
 from .traits import Targets, Traits
@@ -76,7 +77,7 @@ class Bert(Architecture):
     def forward(self, model: Scope, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
         hidden = self._encoder(model, ids, attention)
         head = self._predictions if self.classifier is None else self.classes
-        return masked_lm_loss(head(model, hidden), labels)
+        return masked_lm_loss(beside_loss(model, head(model, hidden)), labels)
 
     def _predictions(self, model: Scope, hidden: Tensor) -> Tensor:
         dense, norm, own_bias, decoder = self.lm_head
@@ -114,6 +115,7 @@ class Bert(Architecture):
 
     def _embeddings(self, model: Scope, ids: Tensor) -> Tensor:
         masks.check_positions(model, ids.shape[1])
+        tape().buffers += [masks.model_buffer((1, self.table)).spec] * 2  # of positions and of token types
         position_ids, types = self.places(ids)
         words = model.embedding(f"{self.root}.word_embeddings", self.vocab, self.hidden, ids)
         words = model.build.method.embedded(model, words)

@@ -17,6 +17,7 @@ from .activations import ACTIVATIONS
 from .attend import attend
 from .base import Architecture, Linear, Scope
 from .config import Config
+from .heads import beside_loss
 from .norms import layer_norm
 from .registered import architecture
 from .traits import Traits
@@ -66,7 +67,7 @@ class DistilBert(Architecture):
     def forward(self, model: Scope, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
         hidden = self._encoder(model, ids, attention)
         head = self._predictions if self.classifier is None else self._classes
-        return masked_lm_loss(head(model, hidden), labels)
+        return masked_lm_loss(beside_loss(model, head(model, hidden)), labels)
 
     def _classes(self, model: Scope, hidden: Tensor) -> Tensor:
         assert self.classifier is not None

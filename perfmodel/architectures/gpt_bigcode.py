@@ -6,8 +6,10 @@ Source: transformers/models/gpt_bigcode/modeling_gpt_bigcode.py.
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from ..tape.core import tape
 from ..tape.shape import split, transpose, unsqueeze, view
 from ..tape.tensor import Tensor
+from . import masks
 from .activations import ACTIVATIONS
 from .base import Scope
 from .config import Config
@@ -39,6 +41,10 @@ class GptBigCode(Gpt2):
         kv_heads = 1 if config.flag("multi_query", True) else dims["heads"]
         activation = config.one_of("activation_function", "gelu_pytorch_tanh", tuple(ACTIVATIONS))
         return {**dims, "kv_heads": kv_heads, "activation": activation}
+
+    def _decoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
+        tape().buffers.append(masks.model_buffer((self.max_positions,) * 2, "bool").spec)  # which nothing reads
+        return super()._decoder(model, ids, attention)
 
     def heads_of(self, layer: Scope, x: Tensor) -> list[Tensor]:
         if self.kv_heads > 1:

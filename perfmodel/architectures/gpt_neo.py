@@ -84,6 +84,8 @@ class GptNeo(Architecture):
         setup = model.build.setup
         masks.check_positions(model, attention.shape[1])
         assert self.max_positions is not None
+        of_block = masks.model_buffer((1, 1, self.max_positions, self.max_positions), "bool")
+        tape().buffers += [of_block.spec] * self.layers
         embedded = model.build.method.embedded(model, model.embedding("transformer.wte", self.vocab, self.hidden, ids))
         seq = embedded.shape[1]
         position_ids = masks.positions(seq)

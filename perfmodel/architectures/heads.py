@@ -11,7 +11,7 @@ from ..program.dims import decide, product, same
 from ..program.ranks import Ranks
 from ..tape.attention import soft_capped
 from ..tape.bus import gathered_over
-from ..tape.core import emit
+from ..tape.core import emit, tape
 from ..tape.gather import picked
 from ..tape.nn import causal_lm_loss, cross_entropy
 from ..tape.packages.converted import fake_quantised
@@ -42,21 +42,28 @@ def decoder_loss(
     if classifier is None:
         kept = model.build.logits_to_keep
         hidden = hidden if kept is None or same(kept, hidden.shape[1]) else narrow(hidden, 1, kept)
-        logits = scaled(lm_head(model, hidden, words, architecture.vocab, bias=bias))
+        logits = beside_loss(model, scaled(lm_head(model, hidden, words, architecture.vocab, bias=bias)))
         if model.build.stage is not None:
             model.build.keep(OUTPUT, logits)
         return causal_lm_loss(logits, labels) if model.build.labelled else logits
     if classifier.of == "token":
         hidden = dropout(hidden, 0.1 if classifier.dropout is None else classifier.dropout)
         name, upcast = architecture.traits.token_head
-        logits = model.linear(name, hidden, classifier.labels, bias=True)
+        logits = beside_loss(model, model.linear(name, hidden, classifier.labels, bias=True))
         flat = view(logits, (product(logits.shape[:-1]), classifier.labels))
         return cross_entropy(cast(flat, "fp32") if upcast else flat, view(labels, (labels.numel,)))
     logits = model.linear("score", hidden, classifier.labels)
     if classifier.of == "value":
         return logits
-    pooled = _last(logits, ids, padded=classifier.padded, name=architecture.name)
+    pooled = beside_loss(model, _last(logits, ids, padded=classifier.padded, name=architecture.name))
     return cross_entropy(pooled, labels) if model.build.labelled else pooled
+
+
+def beside_loss(model: Scope, output: Tensor) -> Tensor:
+    """What the forward pass returns beside its loss: hooks of several GPUs see it (`Wrapping.end`)."""
+    if tape().wrapping is not None and model.build.labelled:
+        model.build.outputs.append(output)
+    return output
 
 
 def _last(logits: Tensor, ids: Tensor, *, padded: bool, name: str) -> Tensor:

@@ -27,7 +27,7 @@ from ..tape.tensor import Parameter, Tensor
 from . import masks
 from .base import Architecture, Scope
 from .config import Config
-from .heads import lm_head
+from .heads import beside_loss, lm_head
 from .norms import rms_norm
 from .registered import architecture
 from .traits import Traits
@@ -96,7 +96,7 @@ class Qwen(Architecture):
         hidden = model.layers(self.block, embedded, mask, *tables)
         model.begin("head")
         hidden = model.norm("transformer.ln_f", hidden)
-        logits = lm_head(model, hidden, "transformer.wte", self.vocab)
+        logits = beside_loss(model, lm_head(model, hidden, "transformer.wte", self.vocab))
         return _loss(logits, labels) if model.build.labelled else logits
 
     def block(self, layer: Scope, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

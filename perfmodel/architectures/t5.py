@@ -23,7 +23,7 @@ from .activations import ACTIVATIONS
 from .attend import attend
 from .base import Architecture, Scope
 from .config import Config
-from .heads import lm_head
+from .heads import beside_loss, lm_head
 from .norms import t5_norm
 from .registered import architecture
 from .relative import biased_mask, position_bias
@@ -114,10 +114,10 @@ class T5(Architecture):
             raise UserError(
                 f"{self.name}: T5 with fp16 weights clamps its hidden states, which is not modelled; use bf16"
             )
-        encoded = self._encoded(model, ids, attention)
+        encoded = beside_loss(model, self._encoded(model, ids, attention))
         decoded = self._decoded(model, labels, encoded, attention)
         hidden = mul(decoded, 1.0) if self.scaled else decoded
-        logits = lm_head(model, hidden, "shared", self.vocab)
+        logits = beside_loss(model, lm_head(model, hidden, "shared", self.vocab))
         return masked_lm_loss(logits, labels)
 
     def _encoded(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:

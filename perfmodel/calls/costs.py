@@ -19,6 +19,8 @@ KINDS = {  # work -> the class of kernel for totals and intervals; everything el
     **dict.fromkeys(("cast", "permute", "join", "part"), "copy"),
 }  # fmt: skip
 
+OFFLOAD = "offload"  # the class of what is there because tensors live in the host's memory
+
 
 def products(op: Op) -> list[Product]:
     """The matrix products of one call."""
@@ -36,7 +38,14 @@ def flops(op: Op) -> Dim:
 
 def kind(op: Op) -> str:
     """The class of kernel an op belongs to."""
+    if offloads(op):
+        return OFFLOAD
     return "optimizer" if op.attrs.host else KINDS.get(row(op.name).work, "pointwise")
+
+
+def offloads(op: Op) -> bool:
+    """Whether an op is there because tensors live in the host's memory."""
+    return op.attrs.pinned or op.attrs.cores
 
 
 def operand_dtype(op: Op) -> str:
@@ -49,7 +58,8 @@ def operand_dtype(op: Op) -> str:
 
 def synchronises(op: Op) -> bool:
     """Whether the host waits for the device in a call: it reads a result, or copies between pageable memory and it."""
-    return op.attrs.sync or op.attrs.bus or (row(op.name).waits and not op.attrs.host)
+    attrs = op.attrs
+    return attrs.sync or (attrs.bus and not attrs.pinned) or (row(op.name).waits and not (attrs.host or attrs.cores))
 
 
 def by_lists(op: Op) -> bool:
@@ -69,6 +79,6 @@ def is_known(op: Op) -> bool:
 
 
 __all__ = [
-    "along_rows", "by_lists", "flops", "is_known", "kernels", "kind", "mirrors", "operand_dtype", "products",
-    "synchronises",
+    "along_rows", "by_lists", "flops", "is_known", "kernels", "kind", "mirrors", "offloads", "operand_dtype",
+    "products", "synchronises",
 ]  # fmt: skip

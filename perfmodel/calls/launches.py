@@ -43,7 +43,7 @@ def kernels(op: Op) -> Dim:
         return 0
     known, attrs = row(op.name), op.attrs
     if attrs is not PLAIN:
-        if attrs.host or attrs.bus:
+        if attrs.host or attrs.bus or attrs.cores:
             return 0
         if attrs.routing is not None and attrs.sync:  # a product for each expert that is hit
             return sum(product.batch for product in known.products(op)) if known.products else 1

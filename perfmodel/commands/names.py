@@ -26,10 +26,10 @@ def devices(ctx: click.Context, param: click.Parameter, incomplete: str) -> Item
 
 
 def hosts(ctx: click.Context, param: click.Parameter, incomplete: str) -> Items:
-    """Bundled hosts, or paths of TOML files."""
+    """ "default", bundled hosts, or paths of TOML files."""
     from ..devices import host
 
-    return _names_or_files(host.names(), incomplete)
+    return _names_or_files(("default", *host.names()), incomplete)
 
 
 def methods(ctx: click.Context, param: click.Parameter, incomplete: str) -> Items:

@@ -13,6 +13,7 @@ from ..setup import (
     ATTENTION,
     CHECKPOINT,
     COMPILE,
+    DDP,
     DTYPES,
     ENGINES,
     EXPERTS,
@@ -20,6 +21,7 @@ from ..setup import (
     INT8,
     KERNELS,
     OBJECTIVES,
+    OFFLOAD,
     PACKING,
     PARALLEL,
     REFERENCES,
@@ -191,7 +193,7 @@ def _sizes(size: Any) -> tuple[Decorator, ...]:
             default="default",
             show_default=True,
             shell_complete=names.hosts,
-            help="What dispatches: name of a host or path of a TOML.",
+            help="What dispatches: name of a host or path of a TOML; default is what goes with the device.",
         ),
         click.option("--batch", type=size, default="1", show_default=True, help="Samples of a micro-batch."),
         click.option("--seq", type=size, default="512", show_default=True, help="Tokens per sequence."),
@@ -255,6 +257,14 @@ def _rest() -> tuple[Decorator, ...]:
         click.option("--parallel", type=click.Choice(PARALLEL), default="ddp", show_default=True,
                      help="What several GPUs do: ddp, each has the whole model; fsdp2 or fsdp1, a shard of all; zero1, "
                      "zero2 or zero3, DeepSpeed's parts of states, of gradients too, of weights too."),
+        click.option("--ddp", type=click.Choice(DDP), default="plain", show_default=True,
+                     help="What DDP knows of the graph. find-unused: it looks for parameters without a gradient in "
+                     "every step (find_unused_parameters), as transformers' Trainer has it by default where nothing is "
+                     "checkpointed and around PEFT's models."),
+        click.option("--offload", type=click.Choice(OFFLOAD), default="none", show_default=True,
+                     help="What lives in the host's memory. optimizer: masters, states and gradients of zero1, zero2 "
+                     "or zero3, updated by its cores; params: weights too, of zero3 or FSDP. Of zero1 to zero3 on one "
+                     "GPU as well."),
         click.option("--tp", type=click.IntRange(1), default=1, show_default=True,
                      help="GPUs that share every layer (tensor parallel) and work on the same samples."),
         click.option("--pp", type=click.IntRange(1), default=1, show_default=True,

@@ -26,6 +26,8 @@ class Hardware:
         flop_energy: J per fp32 FLOP of the largest server board of the same process: its power over its peak.
         mma_energy: J per 16-bit FLOP of the tensor cores: power of a board, idling included, over the rate that long
             products hold on it. Measured on this board or one of the same chips and rate; None: no limit is known.
+        bus_bandwidth: B/s to and from the host's memory, one way, PCIe's encoding left out: of PCIe 3.0, 4.0, 5.0 x16
+            15.75, 31.5, 63 GB/s; None: as of PCIe 4.0 x16.
         tf32_flops, fp16_flops, bf16_flops, fp8_flops, int8_flops: dense tensor-core FLOP/s with fp32 (int8: int32)
             accumulation; None where there is none, or of 8 bits where no source was read.
     """
@@ -46,6 +48,7 @@ class Hardware:
     memory_energy: float | None = None
     flop_energy: float | None = None
     mma_energy: float | None = None
+    bus_bandwidth: float | None = None
 
     def tensor_peak(self, dtype: str) -> float | None:
         """Dense FLOP/s of the tensor cores for operands of a dtype; None if there is no such path."""

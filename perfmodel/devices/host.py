@@ -1,6 +1,6 @@
 """What the host spends on dispatching a step: Python, autograd and the launch, in seconds."""
 
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
 HOSTS = DATA / "hosts"
 LONGEST = 1.0  # seconds: no call takes so long
+USUAL = "epyc-genoa"  # the host of a device that names none
+SLOWEST = 100.0  # times as slow as a bundled host
 PYTHON = {  # cost -> what of a part's `HostWork` costs it, in forward and backward
     "module": "modules", "adapter": "adapters", "node": "nodes", "checkpoint": "checkpoints", "hook": "hooks",
+    "search": "searched",
 }  # fmt: skip
 ENGINE = {  # the same of a training engine
     "fetch": "weights", "release": "returns", "reduce": "gradients", "wrap": "units",
@@ -83,6 +86,7 @@ class Host:
         compiled_kernel: a Triton kernel's call in the code that Inductor writes, without the driver's launch.
         compiled_graph: entering a compiled graph: wrappers of Dynamo, AOTAutograd and Inductor.
         guard: what Dynamo asks about one module before it reuses its code.
+        search: a look at one node of the graph, where DDP searches for what gets no gradient.
         fetch: what an engine's hooks around a module's forward do with one of its parameters
             (`perfmodel.devices.engine`); release: those around its backward; reduce: its hook on one complete gradient;
             settle: its work on one trained parameter in the update; wrap: those around a unit of parameters that are
@@ -113,6 +117,9 @@ class Host:
     # github.com/pytorch/pytorch/issues/191753: 0.76 ms of cache lookup and 0.13 ms before the graph for Qwen3-8B, whose
     # 36 layers have 14 modules each
     guard: float = 1.8e-6
+    # `prepare_for_backward` with and without a search, PyTorch 2.13 on an Intel Xeon, 2026-11-30, graphs of Llama:
+    # 0.12 us a node of 300, 0.27 of 2,300, 0.43 of 7,000, which no longer lie in a cache
+    search: float = 0.25e-6
     fetch: float = 0.0
     release: float = 0.0
     reduce: float = 0.0
@@ -165,6 +172,9 @@ class Host:
         return seconds
 
 
+COSTS = {f.name: f for f in fields(Host) if f.type in (float, "float")}
+
+
 def _generated(op: Op) -> bool:
     return op.name.startswith("inductor::")
 
@@ -180,7 +190,7 @@ def names() -> tuple[str, ...]:
     return stems(HOSTS, ".toml")
 
 
-def load(name_or_path: str = "default") -> Host:
+def load(name_or_path: str = USUAL) -> Host:
     """A host by bundled name, by the name of an own one (`perfmodel calibrate`), or by the path of a TOML file.
 
     Raises:
@@ -190,7 +200,7 @@ def load(name_or_path: str = "default") -> Host:
         return _bundled(name_or_path)
     mine = own.find(name_or_path, "hosts")
     if mine is None and not is_file(name_or_path):
-        known = [*names(), *own.calibrated("hosts")]
+        known = ["default", *names(), *own.calibrated("hosts")]
         raise UserError(f"unknown host {name_or_path!r}: {nearest(name_or_path, known)} (or give a path)")
     return _read(mine or Path(name_or_path))
 
@@ -201,26 +211,39 @@ def _bundled(name: str) -> Host:
 
 
 def _read(path: Path) -> Host:
+    """A file either holds the seconds, or `like` and `slower`: a bundled host's, each so many times as long."""
     values = read_toml(path)
+    name, source = str(values.get("name", path.stem)), str(values.get("source", ""))
+    if "like" in values:
+        like, slower = str(values["like"]), values.get("slower")
+        if like not in names():
+            raise UserError(f"{path}: like must be a bundled host, got {like!r}: {nearest(like, names())}")
+        if isinstance(slower, bool) or not isinstance(slower, (int, float)) or not 0 < slower <= SLOWEST:
+            raise UserError(f"{path}: slower must be a number of times above 0 and up to {SLOWEST}, got {slower!r}")
+        bundled = _bundled(like)
+        costs = {cost: getattr(bundled, cost) * slower for cost in COSTS}
+        return replace(bundled, name=name, source=source, **costs)
     seconds = mapping(values.get("seconds"), f"{path}: [seconds]")
     costs = {}
-    for f in fields(Host):
-        if f.type is not float and f.type != "float":
-            continue
+    for f in COSTS.values():
         value = seconds.get(f.name, None if f.default is MISSING else f.default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < LONGEST:
             raise UserError(f"{path}: [seconds] {f.name} must be a number of seconds from 0 to below 1, got {value!r}")
         costs[f.name] = float(value)
-    return Host(name=str(values.get("name", path.stem)), source=str(values.get("source", "")), **costs)
+    return Host(name=name, source=source, **costs)
 
 
 def host_of(host: str | Host, on: "DeviceProfile") -> Host:
-    """The host that a name, path or `Host` stands for; "default" is the one that goes with the device, if it is here.
+    """The host that a name, path or `Host` stands for; "default" is the one that goes with the device.
+
+    An own device's was made beside it by `perfmodel calibrate`; where that file is gone it is the usual one.
 
     Raises:
         UserError: as `load`.
     """
     if isinstance(host, Host):
         return host
+    if host != "default":
+        return load(host)
     goes_along = on.host in names() or own.find(on.host, "hosts") is not None
-    return load(on.host if host == "default" and goes_along else host)
+    return load(on.host if goes_along else USUAL)

@@ -32,6 +32,16 @@ from .tables import Model, Places, Priced, Sheet, Tables, summed_rows
 # B/s of copies from pageable host memory to the device, through the driver's staging buffer: an A10 (PCIe 4.0 x16), a
 # Xeon 6438Y+, 4 MiB again and again (https://github.com/drkennetz/cuda_examples/pull/1, 003_bandwidth_check).
 BUS = 19.6e9
+# Of the bus's bandwidth what copies from and to page-locked memory reach: 12.36 GB/s on PCIe 3.0 x16, 6.20 on x8
+# (https://github.com/NVIDIA/nvbandwidth, README at 04bf286), 55.6 on PCIe 5.0 x16 (its tutorials): 0.785 to 0.883.
+PINNED = 0.83
+USUAL_BUS = 31.5e9  # B/s one way of PCIe 4.0 x16
+# Of the bandwidth of the host's memory what its cores reach. ZeRO-Offload (arXiv 2101.06840, table 4; figures as
+# remembered, the paper was not readable here), 2 Xeon 8168 with 12 channels of DDR4-2666 (256 GB/s), Adam of 1 to 10
+# billion parameters: DeepSpeed's one pass of 28 B each in 0.22 to 2.57 s is 91 to 127 GB/s; PyTorch's loop, 80 B each
+# in 1.39 to 14.8 s, 54 to 58 GB/s.
+ONE_PASS, IN_PASSES = 0.43, 0.22
+FUSED = ("deepspeed::adam_update", "_fused_adamw_")  # calls that update in one pass
 # Rate of the memory-efficient (CUTLASS) kernel in 16 bit over FlashAttention-2's. A100, head size 128, 2 x 8 heads of
 # 8,192 tokens: 105 TFLOP/s forward (https://github.com/facebookresearch/xformers/issues/712), where FA2 reaches 73 % of
 # 312; 74 to 103 backward (xformers/pull/557, faster by 1.4 since NVIDIA/cutlass/pull/992), where FA2 reaches 63 %.
@@ -108,7 +118,9 @@ def _sort(i: int, op: Op, tables: Tables) -> None:
         key, sizes = collective_row(op)
         tables.add("collective", key, i, *sizes)
     elif op.attrs.bus:
-        tables.add("bus", (), i, op.outputs[0].nbytes)
+        tables.add("bus", (op.attrs.pinned,), i, op.outputs[0].nbytes)
+    elif op.attrs.cores:
+        tables.add("cores", (ONE_PASS if name in FUSED else IN_PASSES,), i, op.bytes_read + op.bytes_written)
     elif work == "decomposition":
         *batch, rows, columns = inputs[0].shape
         tables.add("solver", (name,), i, product(tuple(batch)), rows, columns)
@@ -252,8 +264,14 @@ def _attention(
     return np.asarray(price(*shape, documents=kinds, window=window))
 
 
-def _bus(profile: DeviceProfile, nbytes: Any) -> np.ndarray:
-    return np.asarray(nbytes / BUS)
+def _bus(profile: DeviceProfile, pinned: bool, nbytes: Any) -> np.ndarray:
+    return np.asarray(nbytes / (PINNED * (profile.hardware.bus_bandwidth or USUAL_BUS) if pinned else BUS))
+
+
+def _cores(profile: DeviceProfile, share: float, nbytes: Any) -> np.ndarray:
+    """What the host's cores stream, with the part of its memory's bandwidth that each GPU's process has."""
+    assert profile.network is not None
+    return np.asarray(nbytes / (share * profile.network.host_bandwidth))
 
 
 def _collective(profile: DeviceProfile, kind: str, dtype: str, *columns: Any) -> np.ndarray:
@@ -292,5 +310,6 @@ def _memory(profile: DeviceProfile, kind: str, *columns: Any) -> np.ndarray:
 
 MODELS: dict[str, Model] = {
     "gemm": _gemm_in_stream, "grouped": _grouped, "attention": _attention, "solver": _solver, "bus": _bus,
+    "cores": _cores,
     "memory": _memory, "collective": _collective,
 }  # fmt: skip

@@ -28,6 +28,7 @@ from .attention import AttentionParameters
 from .gemm import GemmParameters
 from .gemm_parameters import GroupedParameters
 from .hardware import Hardware
+from .host import USUAL
 from .pointwise import PointwiseParameters
 from .toml import P, Table
 
@@ -98,7 +99,7 @@ class DeviceProfile:
     residuals: Mapping[str, Mapping[str, float]]
     fitted: Mapping[str, Origin]
     sources: Mapping[str, str] = field(default_factory=dict)
-    host: str = "default"
+    host: str = USUAL
     residual: str = ""
     cpu: "CpuKernels | None" = None
     network: "JobNetwork | None" = None
@@ -244,7 +245,7 @@ def from_table(slug: str, table: Table, where: str) -> DeviceProfile:
         residuals={b: x.residuals for b, x in blocks.items()},
         fitted={b: x.origin for b, x in blocks.items()},
         sources={k: str(v) for k, v in toml.subtable(table, "source", where).items()} if "source" in table else {},
-        host=toml.text(table, "host", where) if "host" in table else "default",
+        host=toml.text(table, "host", where) if "host" in table else USUAL,
         residual=toml.text(table, "residual", where) if "residual" in table else "",
         cpu=_cpu_kernels(blocks) if on_cpu else None,
     )

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import UserError
 from ..resources import is_file, mapping
 from .fields import NOT_FP8, ONE_GPU, UNDER_ZERO_3, unscaled
-from .forms import MESH, OFFLOADED, OFFLOADS, AskedForm, form_of, of_deepspeed
+from .forms import MESH, OFFLOADS, AskedForm, form_of, of_deepspeed, offloadable
 from .keys import Keys
 from .meanings import judge, meanings_of, refuse
 from .read import Imported, read_values
@@ -77,13 +77,17 @@ class Launch:
         return self._on_one(found, form, form.parallel)
 
     def _on_one(self, found: Imported, form: AskedForm, parallel: str) -> Imported:
-        """One GPU has nothing to exchange; DeepSpeed's ZeRO-3 runs on it all the same, where nothing is offloaded."""
+        """One GPU has nothing to exchange; DeepSpeed's ZeRO-3 runs on it all the same, and what is offloaded is."""
         setup = found.under(form)
         said = [*form.unlike, *form.besides]
-        offloads = any(words.startswith(OFFLOADED) for words in form.unlike)
-        if parallel == "zero3" and not offloads and setup.get("objective", "sft") == "sft":
+        offloads = form.offload != "none"
+        as_asked = setup.get("objective", "sft") == "sft" and offloadable(form, setup)
+        if parallel == "zero3" and not offloads and as_asked:
             setup["engine"] = "deepspeed-zero3"
             said += [UNDER_ZERO_3] if self.gpus != 1 else []
+        elif parallel.startswith("zero") and offloads and as_asked:
+            setup |= {"parallel": parallel, "offload": form.offload}
+            said += [f"{ONE_GPU} under {NAMES[parallel]}"] if self.gpus != 1 else []
         else:
             said = [f"{ONE_GPU}, without {NAMES[parallel]}{' with offloading' * offloads}", *form.besides]
         return _with(found, setup, said)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, nearest
+from ..recording.parallel.offload import updates_on_host
 from ..resources import mapping
 from .keys import NOTHING, Keys
 from .meanings import judge, meanings_of
@@ -17,6 +18,9 @@ from .meanings import judge, meanings_of
 STAGES = ("ddp", "zero1", "zero2", "zero3")
 OFFLOADS = ("offload_optimizer", "offload_param")
 OFFLOADED = "without offloading"
+TO_HOST = "offloaded to the host's memory, not to NVMe"
+STATES_TOO = "optimizer states offloaded like the weights"
+PAGE_LOCKED = "offloaded to page-locked memory"
 ALL_REDUCED = "DDP, not DeepSpeed's own exchange of gradients (stage 0)"
 NOT_HERE = "DDP, not DeepSpeed, whose config is not here and whose name says no stage (deepspeed)"
 BY_NAME = "ZeRO-{} as the file's name says, its other options as usual (deepspeed)"
@@ -35,7 +39,7 @@ STRATEGIES = {
     "full_shard": "", "shard_grad_op": GRAD_OP, "no_shard": "DDP, not FSDP's no_shard", "hybrid_shard": ONE_GROUP,
     "hybrid_shard_zero2": ONE_GROUP,
 }  # fmt: skip
-WORDS = {"auto_wrap": "", "offload": OFFLOADED}  # of `fsdp`, beside strategies
+WORDS = ("auto_wrap", "offload")  # of `fsdp`, beside strategies
 BY_BLOCKS = "wrapped block by block"
 WRAPPED = ("transformer_layer_cls_to_wrap", "transformer_cls_names_to_wrap")
 PART = re.compile(r"(Moe(Block|Layer)|MoE|MLP|Mlp|Experts?|Attention)$")  # in names of classes: of a block, not a whole
@@ -52,7 +56,6 @@ SIZES = {
 DDP = {
     "ddp_bucket_cap_mb": (25, "buckets of 25 MiB"),
     "ddp_broadcast_buffers": (True, "buffers broadcast before forward passes"),
-    "ddp_static_graph": (False, "without DDP's static graph"),
 }
 TP = ("tensor_parallel_size", "tp_size")
 MESH = "parallelism_config"
@@ -65,6 +68,7 @@ class AskedForm:
     Attributes:
         parallel: as `Setup` names it; None where nothing is said, which is DDP.
         tp: GPUs that share every layer.
+        offload: as `Setup` names it.
         setup: further fields of `Setup` that it decides.
         unlike: how the form that is modelled differs from the file's.
         besides: the same of whatever form is taken.
@@ -72,13 +76,16 @@ class AskedForm:
 
     parallel: str | None = None
     tp: int = 1
+    offload: str = "none"
     setup: dict[str, Any] = field(default_factory=dict)
     unlike: tuple[str, ...] = ()
     besides: tuple[str, ...] = ()
 
     def as_typed(self, parallel: str | None) -> "AskedForm":
         """What is typed in the place of what a file says, if anything is."""
-        return self if parallel in (None, self.parallel or "ddp") else replace(self, parallel=parallel, unlike=())
+        if parallel in (None, self.parallel or "ddp"):
+            return self
+        return replace(self, parallel=parallel, offload="none", unlike=())
 
     def under(self, launch: "AskedForm") -> "AskedForm":
         """A training file's form under that of its launcher, which counts where the file names none.
@@ -91,8 +98,9 @@ class AskedForm:
                 raise UserError(f"the training config asks for {mine}, the launcher for {its}: leave one of them out")
         named, other = (launch, self) if self.parallel is None and launch.parallel else (self, launch)
         same = other.unlike if (other.parallel or "ddp") == (named.parallel or "ddp") else ()
+        offload = named.offload if named.offload != "none" or not same else other.offload
         return AskedForm(
-            named.parallel, max(self.tp, launch.tp), {**launch.setup, **self.setup},
+            named.parallel, max(self.tp, launch.tp), offload, {**launch.setup, **self.setup},
             tuple(dict.fromkeys((*named.unlike, *same))), tuple(dict.fromkeys((*self.besides, *launch.besides))),
         )  # fmt: skip
 
@@ -195,8 +203,8 @@ def of_zero(zero: Zero, origin: str) -> AskedForm:
         return of_deepspeed(zero.config, f"{origin}: deepspeed")
     if zero.stage is None:
         return AskedForm(unlike=(NOT_HERE,))
-    more = (OFFLOADED,) if zero.offloads else ()
-    return AskedForm(STAGES[zero.stage], unlike=(BY_NAME.format(zero.stage), *more))
+    offload = ("none", "optimizer", "optimizer", "params")[zero.stage] if zero.offloads else "none"
+    return AskedForm(STAGES[zero.stage], offload=offload, unlike=(BY_NAME.format(zero.stage),))
 
 
 def of_deepspeed(config: Mapping[str, Any], origin: str) -> AskedForm:
@@ -235,8 +243,33 @@ def of_deepspeed(config: Mapping[str, Any], origin: str) -> AskedForm:
     tp = Keys(_section(keys, "tensor_parallel"), f"{origin}: tensor_parallel").count("autotp_size", 1)
     if tp > 1:
         keys.differ(AUTO_TP, "tensor_parallel")
+    offload = _offloaded(zero, stage, keys)
     judge(keys, table)
-    return AskedForm(STAGES[stage], tp, setup, tuple(keys.told_differences()))
+    return AskedForm(STAGES[stage], tp, offload, setup, tuple(keys.told_differences()))
+
+
+def _offloaded(zero: Mapping[str, Any], stage: int, keys: Keys) -> str:
+    """What DeepSpeed's config has in the host's memory, as `Setup` names it; what is answered otherwise is told."""
+    states, weights = (zero.get(section) if _offloads(zero.get(section)) else None for section in OFFLOADS)
+    if stage in (1, 2) and zero.get("cpu_offload") is True and states is None:  # as it was called before
+        states = {"device": "cpu", "pin_memory": True}
+        keys.used.add("zero_optimization.cpu_offload")
+    if stage == 0 or (states is None and (weights is None or stage < 3)):
+        return "none"
+    for section, found in zip(OFFLOADS, (states, weights), strict=True):
+        name = f"zero_optimization.{section}"
+        if found is None or (section == "offload_param" and stage < 3):
+            continue
+        if found.get("device") == "nvme":
+            keys.differ(TO_HOST, name)
+        elif found.get("pin_memory") is not True:
+            keys.differ(PAGE_LOCKED, name)
+        if found.get("ratio", 1) != 1:
+            keys.differ("all optimizer states offloaded", name)
+        keys.used.add(name)
+    if states is None:
+        keys.differ(STATES_TOO)
+    return "params" if weights is not None and stage == 3 else "optimizer"
 
 
 def _disabled(section: Any) -> bool:
@@ -261,8 +294,7 @@ def of_fsdp(options: Mapping[str, Any], origin: str, words: list[str]) -> AskedF
     if version > 2:
         raise UserError(f"{origin}: version must be 1 or 2, got {version}")
     strategy = _strategy(keys, words)
-    for word in (word for word in words if WORDS.get(word)):
-        keys.differ(WORDS[word])
+    offloads = "offload" in words or any(_flag(keys, key) for key in ("offload_params", "cpu_offload"))
     if answered := STRATEGIES[strategy]:
         keys.differ(answered)
     policy = keys.text("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
@@ -273,7 +305,16 @@ def of_fsdp(options: Mapping[str, Any], origin: str, words: list[str]) -> AskedF
     keys.flag("activation_checkpointing")  # of the blocks, which is no matter of the form
     judge(keys, meanings_of("fsdp"))
     parallel = "ddp" if strategy == "no_shard" else f"fsdp{version}"
-    return AskedForm(parallel, unlike=tuple(keys.told_differences()))
+    if offloads and parallel == "ddp":
+        keys.differ(OFFLOADED)
+    offload = "params" if offloads and parallel != "ddp" else "none"
+    return AskedForm(parallel, offload=offload, unlike=tuple(keys.told_differences()))
+
+
+def _flag(keys: Keys, key: str) -> bool:
+    """Whether something is switched on, or described."""
+    found = keys.get(key)
+    return keys.flag(key) if isinstance(found, (bool, str)) else bool(found)
 
 
 def _strategy(keys: Keys, words: list[str]) -> str:
@@ -306,3 +347,10 @@ def _on_mesh(form: AskedForm, keys: Keys) -> AskedForm:
         if sizes.count(key, 1) > 1 and not (answered == ONE_GROUP and form.parallel in (None, "ddp")):
             said.differ(answered, key)
     return replace(form, tp=tp, besides=tuple(said.told_differences()))
+
+
+def offloadable(form: AskedForm, setup: Mapping[str, Any]) -> bool:
+    """Whether what a form offloads is modelled with a setup's optimizer."""
+    if form.offload == "none" or "optimizer" not in setup:
+        return True
+    return updates_on_host(setup["optimizer"], fsdp=str(form.parallel).startswith("fsdp"))

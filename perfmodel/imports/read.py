@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..recording.parallel.form import ALONE
+from ..recording.parallel.form import ALONE, OBJECTIVES
 from ..resources import LARGEST, json_object, mapping, parsed, read_json, read_text
-from . import adapter, axolotl, llama_factory, llama_factory_v1, meanings, packing, peft_benchmark, trainer
+from . import adapter, axolotl, ddp, llama_factory, llama_factory_v1, meanings, packing, peft_benchmark, trainer
+from .ddp import FACTORY, TRL
 from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, ONE_GPU, UNDER_ZERO_3, unscaled
-from .forms import AskedForm, form_of
+from .forms import OFFLOADED, AskedForm, form_of, offloadable
 from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
 from .packing import TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
@@ -22,10 +23,7 @@ SAID_OF = {"attention": FLASH_2_FOR_3, "engine": UNDER_ZERO_3, "kernels": ALL_OF
 DIFFERS = "not the file's step as it is: "
 ASK = "--gpus N beside it answers for N"
 OF_ONE_GPU = (ONE_GPU, "autocast")  # how that begins which is said of one GPU alone: autocast in the place of casts
-SEARCHED = "without DDP's search for parameters that have no gradient (ddp_find_unused_parameters)"
 NOT_CAST = "adapters in fp32, not in the dtype of the weights as TRL keeps them under ZeRO-3"
-TRL = "Transformers/TRL"
-FACTORY = "LLaMA-Factory"
 LARGEST_YAML = 2**20  # bytes
 MOST_VALUES = 100_000  # those behind an alias count wherever it stands
 
@@ -49,7 +47,7 @@ class Imported:
         multiple: tokens to a multiple of which the tool pads rows without packing.
         job: options of `perfmodel plan`: epochs and the like.
         asks: tells what the file asks several GPUs to do; raises `UserError` where that is nothing that there is.
-        searches: whether DDP looks for parameters without a gradient in every step.
+        ddp: what DDP knows of the graph, as `Setup` names it.
         traced: whether a trace answers, which is one of one GPU.
         precise: whether it names its mixed precision, so that a launcher's does not count.
         as_kept: whether weights have the dtype in which the checkpoint keeps them, whatever is computed in.
@@ -69,7 +67,7 @@ class Imported:
     multiple: int = 1
     job: dict[str, Any] = field(default_factory=dict)
     asks: Callable[[], AskedForm] = AskedForm
-    searches: bool = False
+    ddp: str = "plain"
     traced: bool = False
     precise: bool = False
     as_kept: bool = False
@@ -112,13 +110,16 @@ class Imported:
     def on_several(self, form: AskedForm) -> "Imported":
         """What it says of several GPUs that do what a form says, in the place of one."""
         setup = {**self.under(form), "parallel": form.parallel or "ddp", "tp": form.tp, "engine": "torch"}
+        offloads = form.offload != "none" and offloadable(form, setup)
+        setup["offload"] = form.offload if offloads else "none"
         adapts = self.tool == TRL and self.method not in (None, "full") and setup["parallel"] == "zero3"
         if adapts and setup.get("checkpoint") == "block":
             setup["checkpoint"] = "block-reentrant"  # under ZeRO-3 (sft_trainer.py)
+        setup["ddp"], unlike = ddp.that_runs(self.ddp, setup)
         uncast = adapts and "adapter_dtype" not in str(self.method) and setup.get("dtype") != "fp32"
         kept = [d for d in self.differences if not d.startswith(OF_ONE_GPU)]
-        searched = [SEARCHED] if self.searches and setup["parallel"] == "ddp" else []
-        besides = [*form.besides, *searched, *([NOT_CAST] if uncast else []), *unscaled(setup)]
+        said = [OFFLOADED] if form.offload != "none" and not offloads else []
+        besides = [*said, *form.besides, *unlike, *([NOT_CAST] if uncast else []), *unscaled(setup)]
         told = dict.fromkeys([*kept, *form.unlike, *besides])
         return replace(self, setup=setup, differences=list(told))
 
@@ -134,6 +135,7 @@ class Imported:
         alone = self.traced or any(
             self.setup.get(name, usual) != usual for name, usual in ALONE.items() if name != "engine"
         )
+        alone |= self.setup.get("objective", "sft") not in OBJECTIVES
         return not alone and any(d.startswith(ONE_GPU) for d in self.differences)
 
 
@@ -220,7 +222,7 @@ def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
         found.name, model, method, setup, ignored, notes, [*keys.told_differences(), *unscaled(setup)],
         frozen=frozen, upcasts=upcasts, multiple=multiple,
         job=table.of_job(values), asks=partial(FORMS.get(found.name, form_of), keys),
-        searches=_searches(found.name, keys, setup),
+        ddp=ddp.asked(found.name, keys, setup),
         precise=found.name in PRECISE or any(values.get(key) is not None for key in PRECISION),
         as_kept=_as_kept(found.name, keys, setup, method),
     )  # fmt: skip
@@ -237,19 +239,6 @@ def _as_kept(tool: str, keys: Keys, setup: dict[str, Any], method: str | None) -
         return False
     loads = tool == FACTORY or (tool in PRECISE and tool != "Axolotl" and method != "full")
     return loads and setup["dtype"] != "fp32"
-
-
-def _searches(tool: str, keys: Keys, setup: dict[str, Any]) -> bool:
-    """Whether DDP looks for parameters without a gradient: so by default where nothing is checkpointed.
-
-    And beside peft's adapters, but for LLaMA-Factory's (transformers' trainer.py, `_build_accelerator_args`;
-    hparams/parser.py). Axolotl never asks for it by itself (core/builders/causal.py).
-    """
-    given = keys.values.get("ddp_find_unused_parameters")
-    if given is not None or tool not in (TRL, FACTORY):
-        return bool(given)
-    adapts = keys.values.get("use_peft") if tool == TRL else keys.text("finetuning_type", "lora") == "lora"
-    return tool == TRL if adapts else setup["checkpoint"] == "none"
 
 
 def _of_adapter(tool: str, path: Path, keys: Keys, table: Meanings) -> Imported:

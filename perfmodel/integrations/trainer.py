@@ -153,7 +153,7 @@ class StepPrediction:
         self.program = replace(program, length=self.seq or program.length)
         if self.arguments.world_size == 1 and not self.arguments.deepspeed:
             on = self._on()
-            warning = too_large(as_configured(self.program, seq, on, hosts.load(self.host)), on)
+            warning = too_large(as_configured(self.program, seq, on, hosts.host_of(self.host, on)), on)
             if warning:
                 self.show(f"perfmodel: {warning}")
 
@@ -175,8 +175,9 @@ class StepPrediction:
         cuda = _cuda(self.model)
         if self.program is None:
             raise UserError("no batch with input_ids was seen; models of something else are not compared")
+        on = self._on()
         self.found = findings(
-            self.program, watch, self._on(), hosts.load(self.host), peak=cuda.max_memory_allocated() if cuda else None,
+            self.program, watch, on, hosts.host_of(self.host, on), peak=cuda.max_memory_allocated() if cuda else None,
             grown=resident_bytes(peak=True) - self.resident, named=self._gpu(),
         )  # fmt: skip
 

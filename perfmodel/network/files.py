@@ -2,7 +2,8 @@
 
 A file holds `name`, `gpu` (a device), `gpus` (of a node), `link` (nvswitch, bridge, pcie, pcie_host or none),
 `channels` (thread blocks that NCCL's kernels take at most), `aliases`, `like` (the node whose figures it takes where it
-has none), [[tiers]] with `gpus` and `bandwidth` (of a GPU's link, B/s in one direction), [nics] with `kind`, `count`
+has none), `host_bandwidth` (B/s of the memory of all its processors, datasheet; where it is missing, classes.toml's of
+its links), [[tiers]] with `gpus` and `bandwidth` (of a GPU's link, B/s in one direction), [nics] with `kind`, `count`
 and `bandwidth` (of one card, likewise), [source], and fitted blocks `[fitted.all_reduce]`, …, `[fitted.between]` with
 their provenance and the tables `parameters` and `residuals`. Where a file has no block for a kind, the node that is
 `like` it has, else the one that classes.toml names for its kind of link or card.
@@ -30,7 +31,20 @@ LIKE_KINDS = {  # kinds whose figures stand for one that nobody measured on such
     "all_to_all": ("all_gather", "all_reduce"), "broadcast": ("all_gather", "all_reduce"),
     "send_recv": ("all_gather", "all_reduce"), BETWEEN: (),
 }  # fmt: skip
-KEYS = ("name", "gpu", "gpus", "link", "channels", "aliases", "like", "tiers", "nics", "source", "fitted")
+KEYS = (
+    "name",
+    "gpu",
+    "gpus",
+    "link",
+    "channels",
+    "aliases",
+    "like",
+    "tiers",
+    "nics",
+    "source",
+    "fitted",
+    "host_bandwidth",
+)
 PROVENANCE = ("source", "date", "software", "rows_fitted", "rows_left_out", "notes")
 
 Table = dict[str, Any]
@@ -64,6 +78,7 @@ class NodeFile(NamedTuple):
     link: str
     channels: int
     links: Links
+    host_bandwidth: float
     sources: Mapping[str, str]
     blocks: Mapping[str, NodeBlock]
 
@@ -119,6 +134,11 @@ def from_table(slug: str, table: Table, where: str) -> NodeFile:
         link=link,
         channels=toml.number(table, "channels", where, whole=True),
         links=Links(gpus, tiers, nics),
+        host_bandwidth=toml.number(
+            table if "host_bandwidth" in table else {"host_bandwidth": _classes()["host_bandwidth"][link]},
+            "host_bandwidth",
+            where,
+        ),
         sources={key: str(value) for key, value in sources.items()},
         blocks=blocks,
     )

@@ -6,8 +6,10 @@ accuracy, mean logits) is part of it.
 Source: https://arxiv.org/abs/2305.18290; trl/trainer/dpo_trainer.py (1.8), loss_type sigmoid, reverse KL.
 """
 
+from ..architectures.masks import read_scalar
 from ..program.dims import Dim
 from ..program.op import Attrs
+from ..tape.bus import of_all_ranks
 from ..tape.core import emit, tape
 from ..tape.elementary import sum_dim
 from ..tape.inplace import zero_in_view
@@ -62,8 +64,8 @@ class Dpo(Objective):
         _log_logits(detach(shift_logits), shift_completion_mask, pairs)
         _log_accuracy(detach(shift_logits), shift_completion_mask, shift_labels, pairs)
         chosen_rewards, rejected_rewards = (mul(detach(x), 0.1) for x in (chosen_logratios, rejected_logratios))
-        log_mean(chosen_rewards)
-        log_mean(rejected_rewards)
+        for rewards in [of_all_ranks(x) for x in (chosen_rewards, rejected_rewards)]:
+            read_scalar(mean_all(rewards))
         log_mean(cast(binary_bool("gt.Tensor", chosen_rewards, rejected_rewards), "fp32"))
         log_mean(sub(chosen_rewards, rejected_rewards))
         log_mean(chosen_logps)
@@ -99,5 +101,6 @@ def _log_accuracy(shift_logits: Tensor, shift_completion_mask: Tensor, shift_lab
     hits = binary_bool("eq.Tensor", predictions, narrow(shift_labels, 0, pairs))
     correct_predictions = binary_bool("bitwise_and.Tensor", hits, chosen_mask)
     total_tokens, correct_tokens = sum_all(chosen_mask), sum_all(correct_predictions)
+    correct_tokens, total_tokens = of_all_ranks(correct_tokens), of_all_ranks(total_tokens)
     total_sum = sum_all(total_tokens)
     log_ratio(sum_all(correct_tokens), total_sum)

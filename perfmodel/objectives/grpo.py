@@ -7,6 +7,7 @@ Source: https://arxiv.org/abs/2402.03300; trl/trainer/grpo_trainer.py (1.8), los
 """
 
 from ..architectures.masks import read_scalar
+from ..tape.bus import of_all_ranks
 from ..tape.core import emit, record, tape
 from ..tape.elementary import div
 from ..tape.gather import clamp
@@ -90,7 +91,7 @@ def _log(mask: Tensor, per_token_kl: Tensor | None, entropies: Tensor, coef_1: T
 
     for value in (per_token_kl, entropies):
         if value is not None:
-            read_scalar(nan_mean(masked_batch_mean(value)))
+            read_scalar(nan_mean(of_all_ranks(masked_batch_mean(value))))
     low, high = (
         binary_bool(
             "bitwise_and.Tensor", *(emit(f"{side}.Scalar", (x,), x.shape, "bool") for x in (coef_1, advantages))
@@ -100,6 +101,7 @@ def _log(mask: Tensor, per_token_kl: Tensor | None, entropies: Tensor, coef_1: T
     region = binary_bool("bitwise_or.Tensor", low, high)
     ratios = [masked_batch_mean(cast(clipped, "fp32")) for clipped in (low, high, region)]
     for ratio, extreme in zip(ratios, ("min", "max", None), strict=True):
+        ratio = of_all_ranks(ratio)
         read_scalar(nan_mean(ratio))
         if extreme is not None:
             read_scalar(_nan_extreme(extreme, ratio))
@@ -107,8 +109,11 @@ def _log(mask: Tensor, per_token_kl: Tensor | None, entropies: Tensor, coef_1: T
 
 def _nan_extreme(name: str, x: Tensor) -> Tensor:
     """The least or the greatest number among numbers, after a look whether there is any."""
-    read_scalar(emit("all", (emit("isnan", (x,), (), "bool"),), (), "bool"))
-    read_scalar(emit("bitwise_not", (emit("isnan", (x,), (), "bool"),), (), "bool"))
+    read_scalar(emit("all", (emit("isnan", (x,), x.shape, "bool"),), (), "bool"))
+    numbers = emit("bitwise_not", (emit("isnan", (x,), x.shape, "bool"),), x.shape, "bool")
+    if x.shape:
+        return emit(name, (emit("index.Tensor", (x, numbers), x.shape, x.dtype),), (), x.dtype)
+    read_scalar(numbers)
     index = fill("empty.memory_format", (1,), "i64")  # one flag picks by the index that it makes
     record("fill_.Scalar", (index,), (index,))
     return emit(name, (emit("index.Tensor", (unsqueeze(x, 0), index), (1,), x.dtype),), (), x.dtype)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from ..architectures.masks import read_scalar
 from ..program.dims import decide
 from ..program.op import ON_HOST, OVER_BUS
+from ..tape.bus import of_all_ranks
 from ..tape.core import emit, record, tape
 from ..tape.pointwise import cat, mul, sigmoid, sub
 from ..tape.scores import complement, mean_all, nan_mean, nan_sum, samples_at, sum_all
@@ -45,7 +46,7 @@ class Kto(Objective):
             _ref_logits, ref_completion_logps = _logps(passes.reference_logits, *inputs)
         ref_kinds = [samples_at(ref_completion_logps, indices) for indices in chosen_and_rejected]
         tape().begin("loss", "forward")
-        kl = mean_all(detach(mean_all(sub(kl_logps, ref_kl_logps))))
+        kl = mean_all(of_all_ranks(detach(mean_all(sub(kl_logps, ref_kl_logps)))))
         kl = emit("clamp", (kl,), (), kl.dtype)
         all_losses, rewards = [], []
         for kind, (logps, ref_logps) in enumerate(zip(kinds_of_logps, ref_kinds, strict=True)):
@@ -64,7 +65,7 @@ class Kto(Objective):
             log_sum(count)
         for each in zip(rewards, kinds_of_logps, kinds_of_logits, strict=False):  # what there is none of is not logged
             for value in each:
-                read_scalar(nan_sum(nan_sum(value)))
+                read_scalar(nan_sum(of_all_ranks(nan_sum(value))))
         return nan_mean(losses)
 
 

@@ -4,6 +4,7 @@ Source: https://arxiv.org/abs/2403.07691; trl/experimental/orpo/orpo_trainer.py 
 """
 
 from ..architectures.masks import read_scalar
+from ..tape.bus import of_all_ranks
 from ..tape.core import emit, tape
 from ..tape.pointwise import cast, fill, mul, neg, sub, where
 from ..tape.scores import either, exp_less_one, log_of_more, log_sigmoid, mean_all, natural_exp, natural_log
@@ -38,11 +39,13 @@ class Orpo(Objective):
         loss = sub(policy_nll_loss, mean_all(losses))
         reward_accuracies = accuracies(chosen_rewards, rejected_rewards)
         rest = (chosen_rewards, rejected_rewards, reward_accuracies, sub(chosen_rewards, rejected_rewards))
-        metrics = [mean_all(x) for x in (*rest, detach(policy_rejected_logps), detach(policy_chosen_logps))]
+        metrics = [
+            mean_all(of_all_ranks(x)) for x in (*rest, detach(policy_rejected_logps), detach(policy_chosen_logps))
+        ]
         for _ in range(2):
             logits = without_last(one_half(all_logits, pairs))
-            metrics.append(mean_all(mean_all(detach(logits))))
-        metrics += [mean_all(detach(x)) for x in (policy_nll_loss, *means)]
+            metrics.append(mean_all(of_all_ranks(mean_all(detach(logits)))))
+        metrics += [mean_all(of_all_ranks(detach(x))) for x in (policy_nll_loss, *means)]
         for metric in metrics:
             read_scalar(metric)
         return loss

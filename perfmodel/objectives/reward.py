@@ -9,6 +9,7 @@ from ..architectures.base import Architecture
 from ..architectures.masks import read_scalar
 from ..architectures.tasks import Classifier
 from ..errors import UserError
+from ..tape.bus import of_all_ranks
 from ..tape.core import emit, tape
 from ..tape.pointwise import binary_bool, cast, neg, sub
 from ..tape.scores import log_sigmoid, mean_all
@@ -35,7 +36,7 @@ class Reward(Objective):
         rewards_chosen, rewards_rejected = split(squeeze(outputs, -1), (pairs, pairs), 0)
         loss = neg(mean_all(log_sigmoid(sub(rewards_chosen, rewards_rejected))))
         log_tokens(attention_mask)
-        all_rewards = detach(outputs)
+        all_rewards = of_all_ranks(detach(outputs))
         for name in ("min", "mean", "max"):
             read_scalar(emit(name, (all_rewards,), (), all_rewards.dtype))
         with tape().no_grad():

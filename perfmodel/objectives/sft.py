@@ -11,6 +11,8 @@ from .parts.base import Objective, Passes, objective
 class Sft(Objective):
     """Cross entropy of the labels, under autocast where there is any."""
 
+    labelled = True
+
     def on(self, architecture: Architecture) -> Architecture:
         if architecture.classifier is not None and architecture.classifier.labels == 1:
             raise UserError(
@@ -25,12 +27,16 @@ class Sft(Objective):
         of_sequences = classifier is not None and classifier.of == "sequence"
         ids, attention = passes.tensor(), passes.tensor()
         labels = passes.tensor(passes.setup.batch) if of_sequences else passes.tensor()
-        with tape().autocasting():
-            with tape().belonging_to("adapter"):
-                extended = method.inputs(model, attention, labels)
-            loss = model.build.architecture.forward(model, ids, *extended)
-            del extended
-            with tape().belonging_to("adapter"):
-                loss = method.loss(loss, list(model.build.parameters.values()))
-        release(model.build.held)
-        return loss
+
+        def run() -> tuple[Tensor]:
+            with tape().autocasting():
+                with tape().belonging_to("adapter"):
+                    extended = method.inputs(model, attention, labels)
+                loss = model.build.architecture.forward(model, ids, *extended)
+                del extended
+                with tape().belonging_to("adapter"):
+                    loss = method.loss(loss, list(model.build.parameters.values()))
+            release(model.build.held)
+            return (loss,)
+
+        return passes.called(run)[0]

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from ..calls import costs
 from ..calls.collectives import KIND_OF, exchanges, message_bytes
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
-from ..program.part import PHASES, Group
+from ..program.part import PHASES, Group, Part
 from ..recording.step import Step
 from ..values import immutable
 from . import part_costs, timeline
@@ -28,12 +29,15 @@ class Communication:
         hidden: seconds of collectives that run beside other work; with `exposed` at most what they take by themselves.
         nbytes: bytes by kind of collective (`perfmodel.network`), of whole buffers.
         calls: how many of each kind.
+        offloading: seconds by phase that the step would be shorter if copies over the bus and the work of the host's
+            cores on what is offloaded were free.
     """
 
     exposed: Phases
     hidden: Phases
     nbytes: dict[str, Any]
     calls: dict[str, Any]
+    offloading: Phases
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values; of the kinds that there are."""
@@ -45,7 +49,7 @@ class Communication:
 
 NO_TIME: Phases = dict.fromkeys((*PHASES, "total"), 0.0)
 NO_CALLS: dict[str, Any] = dict.fromkeys(sorted({*KIND_OF.values()}), 0)
-ALONE = Communication(NO_TIME, NO_TIME, NO_CALLS, NO_CALLS)  # of one GPU
+ALONE = Communication(NO_TIME, NO_TIME, NO_CALLS, NO_CALLS, NO_TIME)  # of one GPU
 
 
 def composed(
@@ -79,27 +83,39 @@ def exchanged(
     built: Step, on: DeviceProfile, by: Host, durations: Sequence[Seconds], matrices: Sequence[timeline.Clocks],
     phases: Phases,
 ) -> Communication:  # fmt: skip
-    """What the step of one of several GPUs exchanges.
+    """What the step of one of several GPUs exchanges, with the others and with the host.
 
     Args:
         durations, matrices: of its parts: seconds of ops, clocks.
         phases: what those clocks make.
     """
-    quiet = list(matrices)
+    quiet, unhosted = list(matrices), list(matrices)
     taking: Phases = dict.fromkeys(PHASES, 0.0)
     nbytes, calls = ALONE.nbytes.copy(), ALONE.calls.copy()
     for i, ((part, times), seconds) in enumerate(zip(built.parts(), durations, strict=True)):
+        if any(costs.offloads(op) for op in part.ops):
+            unhosted[i] = _clocks(part, seconds.without_offloading(part), on, by)
         sent = [(op, alone) for op, alone in zip(part.ops, seconds.alone, strict=True) if exchanges(op)]
         if not sent:
             continue
-        quiet[i] = part_costs.clocks(PartWork.of(part), seconds.without_collectives(part), on.kind, by)[0]
+        quiet[i] = _clocks(part, seconds.without_collectives(part), on, by)
         for op, alone in sent:
             kind = KIND_OF[op.name]
             taking[part.phase] = taking[part.phase] + alone * times
             nbytes[kind] = nbytes[kind] + message_bytes(op) * times
             calls[kind] += times
     taking["total"] = sum(taking[phase] for phase in PHASES)
-    without = composed(built.groups, quiet)
-    exposed = {phase: np.maximum(0.0, phases[phase] - without[phase]) for phase in taking}
+    exposed = _longer(built, phases, quiet)
+    offloading = _longer(built, phases, unhosted) if built.setup.offload != "none" else NO_TIME
     hidden = {phase: np.maximum(0.0, taking[phase] - exposed[phase]) for phase in taking}
-    return Communication(exposed, hidden, nbytes, calls)
+    return Communication(exposed, hidden, nbytes, calls, offloading)
+
+
+def _clocks(part: Part, seconds: Seconds, on: DeviceProfile, by: Host) -> timeline.Clocks:
+    return part_costs.clocks(PartWork.of(part), seconds, on.kind, by)[0]
+
+
+def _longer(built: Step, phases: Phases, without: Sequence[timeline.Clocks]) -> Phases:
+    """By how much the phases of a step are longer than with other clocks of its parts."""
+    shorter = composed(built.groups, without)
+    return {phase: np.maximum(0.0, phases[phase] - shorter[phase]) for phase in phases}

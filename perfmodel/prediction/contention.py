@@ -25,9 +25,15 @@ class Seconds(NamedTuple):
 
     def without_collectives(self, part: Part) -> "Seconds":
         """The same of GPUs that need not exchange anything."""
-        sends = [i for i, op in enumerate(part.ops) if exchanges(op)]
+        return self._without([i for i, op in enumerate(part.ops) if exchanges(op)])
+
+    def without_offloading(self, part: Part) -> "Seconds":
+        """The same where copies over the bus and the host's cores take no time."""
+        return self._without([i for i, op in enumerate(part.ops) if costs.offloads(op)])
+
+    def _without(self, places: list[int]) -> "Seconds":
         alone, added = self.alone.copy(), self.added.copy()
-        alone[sends] = added[sends] = 0.0
+        alone[places] = added[places] = 0.0
         return Seconds(alone, added)
 
 
@@ -48,19 +54,21 @@ def beside_streams(part: Part, alone: np.ndarray, on: DeviceProfile) -> Seconds:
 
     Copies move memory, and get the bandwidth that the compute stream leaves: all of it goes to kernels that only move
     memory too, a matrix product or attention needs it for its bytes alone. What finds no room holds up the compute
-    stream. A collective has multiprocessors to itself, which kernels beside it lack. A CPU has no streams: there one op
-    follows the other.
+    stream. A collective has multiprocessors to itself, which kernels beside it lack. What is offloaded is no faster
+    than the bus, for which the device's memory has room. A CPU has no streams: there one op follows the other.
     """
-    if on.kind == "cpu" or part.runs is None:
+    elsewhere = np.array([costs.offloads(op) for op in part.ops], dtype=bool)
+    if on.kind == "cpu" or (part.runs is None and not elsewhere.any()):
         return Seconds(alone, alone)
     beside = np.array([op.launched and op.runs.on != COMPUTE for op in part.ops], dtype=bool)
-    if not beside.any():
+    if not (beside | elsewhere).any():
         return Seconds(alone, alone)
     sends = np.array([exchanges(op) for op in part.ops], dtype=bool)
     added = alone.copy()
     if sends.any():
         added[sends] = alone[sends] * _share_of_processors(part, alone, on)
-    copies = beside & ~sends
+    added[elsewhere] = 0.0
+    copies = beside & ~sends & ~elsewhere
     if copies.any():
         needed, free = alone[copies].sum(axis=0), _free_bandwidth(part, beside, alone, on)
         added[copies] *= np.maximum(0.0, needed - free) / np.maximum(needed, np.finfo(float).tiny)

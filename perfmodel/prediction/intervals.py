@@ -20,9 +20,12 @@ Devices = tuple[DeviceProfile, ...]  # answered together: their figures are colu
 BUBBLE = "bubble"  # the component in which a stage of a pipeline waits for others: their work is like its own
 COLLECTIVE = "collective"  # the component of what GPUs exchange: seconds in which nothing else runs beside it
 
+OFFLOAD = "offload"  # that of copies over the bus, and of the host's cores, likewise
+
 Z90 = 1.645  # two-sided 90 % of a normal distribution
 SIGMA_OF_MEAN = 1.2533  # standard deviation of a normal error whose mean absolute value is 1: sqrt(pi / 2)
 HOST = 0.25  # relative sigma of the host: its CPU is rarely known
+OFFLOADED = 0.3  # relative sigma of offloading: hosts differ in memory, in cores, in what else they do
 SOLVER = 0.5  # relative sigma of dense decompositions: a factor of two either way is rarely missed (devices/solver.py)
 UNEXPLAINED = 0.05  # relative sigma of a step beyond its components (clocks, allocator, data loading)
 UNEXPLAINED_RATIO = 0.02  # the same for the ratio of two steps measured on one machine
@@ -56,6 +59,8 @@ def _sigma(component: str, profile: DeviceProfile) -> float:
         return HOST
     if component == "solver":
         return SOLVER
+    if component == OFFLOAD:
+        return OFFLOADED
     if component == COLLECTIVE:
         return SIGMA_OF_MEAN * profile.network.sigma if profile.network is not None else 0.0
     block = priced_by(component, profile)
@@ -87,4 +92,4 @@ def component(kind: str, dtype: str) -> str:
     """The component of an op, from `costs.kind` and the dtype of its operands."""
     if kind == "gemm":
         return "gemm32" if dtype in ("fp32", "c64") else "gemm16"
-    return kind if kind in ("attention", "optimizer", "solver", COLLECTIVE) else "memory"
+    return kind if kind in ("attention", "optimizer", "solver", COLLECTIVE, OFFLOAD) else "memory"

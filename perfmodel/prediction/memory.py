@@ -18,6 +18,7 @@ class Memory:
 
     `activations` is what the peak holds beyond weights, gradients and optimizer state: saved activations, logits,
     temporaries of the optimizer. `low` and `high` bound what the allocator reserves for it, fragmentation included.
+    `host` is what is kept for it in the host's memory, page-locked: offloaded weights, states and gradients.
     """
 
     weights: Dim
@@ -27,16 +28,19 @@ class Memory:
     peak: Dim
     low: Any
     high: Any
+    host: Dim = 0
 
     @classmethod
     def of(cls, built: Step) -> "Memory":
         """What a step takes."""
         peak = peak_bytes(built)
         low, high = reserved_bounds(peak, built.device)
-        kept = () if built.setup.in_backward else built.parameters
+        elsewhere = built.setup.in_backward or built.setup.offload != "none"  # freed, or in the host's memory
+        kept = () if elsewhere else built.parameters
         gradients = sum(p.nbytes * p.count for p in kept if p.used)
         rest = built.weight_bytes + gradients + built.state_bytes
-        return cls(built.weight_bytes, gradients, built.state_bytes, larger(peak - rest, 0), peak, low, high)
+        activations = larger(peak - rest, 0)
+        return cls(built.weight_bytes, gradients, built.state_bytes, activations, peak, low, high, built.host_bytes)
 
 
 class Segment(NamedTuple):

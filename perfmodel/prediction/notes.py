@@ -8,6 +8,7 @@ import numpy as np
 from .. import objectives, passes, units
 from ..architectures.base import Architecture
 from ..calls.table import row
+from ..devices.host import Host
 from ..devices.profile import DeviceProfile
 from ..methods.parts.base import Method
 from ..methods.parts.targeted import Targeted, unmatched
@@ -15,13 +16,16 @@ from ..program.software import CURRENT
 from ..recording import converted, zero
 from ..setup import Setup
 from . import intervals
+from .times import Time
 from .work import StepWork
 
 MOST_NAMED = 6  # calls that a note names
+MUCH_WAITING = 0.2  # of a step for the host, from where on the answer says which host that is
 
 
-def notes_on(built: StepWork, on: DeviceProfile, seconds: Mapping[str, Any], total: Any) -> list[str]:
-    """What a reader should know about a prediction, of its seconds by class of kernel and in total."""
+def notes_on(built: StepWork, on: DeviceProfile, by: Host, time: Time) -> list[str]:
+    """What a reader should know about a prediction and its time."""
+    seconds, total = time.components, time.phases["total"]
     notes = notes_before(built.architecture, built.method, built.setup)
     used = {intervals.priced_by(c, on) for c, s in seconds.items() if np.any(s > 0.01 * total)}
     defaults = [block for block, origin in on.fitted.items() if origin == "class" and block in used]
@@ -34,12 +38,15 @@ def notes_on(built: StepWork, on: DeviceProfile, seconds: Mapping[str, Any], tot
             "the step time is that of a malloc that keeps freed memory (jemalloc, tcmalloc, or glibc's with "
             "MALLOC_TRIM_THRESHOLD_=-1 MALLOC_MMAP_MAX_=0): page faults of glibc's default add up to a quarter"
         )
+    if on.kind == "cuda" and np.any(time.launch_bound_share > MUCH_WAITING):
+        notes.append(f"the device waits for the host, which is assumed: {by.name} (--host)")
     notes += _target_notes(built)
     notes += _optimizer_notes(built, seconds, total)
     notes += _unknown_notes(built)
     notes += [zero.NOTE] if built.zero else []
     notes += _mixture_notes(built)
     notes += on.network.notes if on.network is not None else []
+    notes += _offload_notes(built, on)
     notes += _stack_notes(built, on)
     if built.setup.checkpoint != "none" and built.method.checkpoints(0) and built.freezes_embedding:
         notes.append(
@@ -115,6 +122,17 @@ def _stack_notes(built: StepWork, on: DeviceProfile) -> list[str]:
     return [
         f"--stack {stack.words}: {', '.join(told) or 'all else as in current versions'}",
         *([f"its adapters are in {setup.dtype}, as that peft makes them"] if of_method else []),
+    ]
+
+
+def _offload_notes(built: StepWork, on: DeviceProfile) -> list[str]:
+    """What is assumed of the host that weights or states live at."""
+    if built.setup.offload == "none" or on.network is None:
+        return []
+    share = units.count(float(np.min(on.network.host_bandwidth)), "B/s")
+    return [
+        f"offloaded to page-locked memory; the cores that update it are all at work (OMP_NUM_THREADS) and have {share} "
+        "of the host's memory for each GPU of the job (--node); a slice of a host has less"
     ]
 
 

@@ -65,13 +65,16 @@ def clocks(
     if not len(seconds.alone):
         return timeline.IDENTITY, {}
     busy = work.busy(seconds.added)
-    busy.pop(intervals.COLLECTIVE, None)  # the clocks of the whole step say what of it nothing hides
+    for apart in (intervals.COLLECTIVE, intervals.OFFLOAD):
+        busy.pop(apart, None)  # the clocks of the whole step say what of it nothing hides
     if graphs and kind == "cuda":  # nothing to dispatch: the device runs through
         return timeline.advance_clock(COMPUTE, timeline.total(seconds.added)), busy
     dispatch = by.dispatched(work.host, kind)
     dispatch = dispatch.reshape(len(dispatch), *(1,) * (seconds.alone.ndim - 1))
     if kind == "cpu":  # one clock: the host does the work itself
         return timeline.advance_clock(HOST, timeline.total(dispatch) + timeline.total(seconds.alone)), busy
+    if work.cores is not None:  # the host's own work
+        dispatch = dispatch + np.where(work.cores.reshape(dispatch.shape), seconds.alone, 0.0)
     row = timeline.ClockRow(dispatch, seconds.alone, work.host.launched, work.waits, work.runs, seconds.added)
     return timeline.of_row(row, by.launch), busy
 

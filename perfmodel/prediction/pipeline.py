@@ -320,7 +320,7 @@ def _exchanged(
     taking["total"] = sum(taking[phase] for phase in PHASES)
     exposed = {phase: np.maximum(0.0, phases[phase] - quiet[phase]) for phase in taking}
     hidden = {phase: np.maximum(0.0, taking[phase] - exposed[phase]) for phase in taking}
-    return Communication(exposed, hidden, nbytes, calls)
+    return Communication(exposed, hidden, nbytes, calls, ALONE.offloading)
 
 
 def _time(ours: RankStep, priced: PricedParts, phases: Phases, exchanged: Communication, bubble: Seconds) -> Time:

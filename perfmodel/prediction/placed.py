@@ -39,6 +39,11 @@ class Placed:
         found = [self.node.file.blocks[kind].residuals.get("mean", 0.0) for kind in ("all_reduce", "all_gather")]
         return float(max(found))
 
+    @property
+    def host_bandwidth(self) -> Any:
+        """B/s of the host's memory that each GPU's process has."""
+        return self.node.file.host_bandwidth / self.per_node
+
     def seconds(self, kind: str, dtype: str, nbytes: Any, size: Any, stride: Any) -> Any:
         """Seconds of a collective of `size` ranks, each `stride` after the one before."""
         return self.node.collective(kind, nbytes, size, self._nodes(size, stride), dtype)
@@ -79,7 +84,8 @@ def placed(setup: Setup, on: DeviceProfile) -> Placed:
             spread evenly over nodes.
     """
     node, notes = _of_cpu(setup, on) if on.kind == "cpu" else _of_gpus(setup, on)
-    notes += node.notes
+    alone = bool(np.all(np.equal(setup.gpus, 1)))  # it offloads, and its node is the host that it does to
+    notes = [] if alone else notes + node.notes
     if setup.nodes is not None:
         per_node: Any = np.asarray(setup.gpus) / setup.nodes
         if np.any(per_node % 1) or np.any(per_node > node.gpus):

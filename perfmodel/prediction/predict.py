@@ -114,6 +114,7 @@ class Prediction(Shown):
             **({"communication": plain(t.communication.as_dict())} if np.any(np.greater(self.setup.gpus, 1)) else {}),
             "memory_bytes": {f.name: plain(getattr(m, f.name)) for f in fields(m)},
             "fits": plain(self.fits),
+            **({"offloading_s": plain(t.communication.offloading)} if self.setup.offload != "none" else {}),
             **({"padding_share": plain(self.padding)} if self.setup.lengths else {}),
             **({"pipeline": plain(self.pipeline.as_dict())} if self.pipeline is not None else {}),
             "periodic": [plain(cost.as_dict()) for cost in self.periodic],
@@ -213,7 +214,7 @@ def predict_on_each(
     grid once for all of them. Where the program goes by prices, or GPUs exchange, each is answered apart.
     """
     bound = method.bind(architecture)
-    exchange = bool(np.any(np.greater(setup.gpus, 1)))
+    exchange = bool(np.any(np.greater(setup.gpus, 1))) or setup.offload != "none"
     by_prices = type(bound).priced is not Method.priced
     apart = architecture.recorded or setup.lengths is not None or exchange or by_prices
     alike: dict[Any, list[int]] = {}
@@ -250,7 +251,8 @@ def predict_alike(
     if setup.pp > 1:
         return _of_pipeline(architecture, setup, method, on, by)
     shared = None if grid_shape(setup, method) else shared
-    if np.any(np.greater(setup.gpus, 1)):
+    _check_offload(setup, on)
+    if np.any(np.greater(setup.gpus, 1)) or setup.offload != "none":
         from .placed import placed  # few ask for several
 
         on = replace(on, network=placed(setup, on))
@@ -285,7 +287,7 @@ def _of_pipeline(architecture: Architecture, setup: Setup, method: Method, on: D
         device=on.slug,
         **{**figures, "mfu": flops / max(map(on.peak, work.dtypes)) / found.time.phases["total"]},
         peak_dtype=max(work.dtypes, key=on.peak),
-        notes=[*notes_on(work, on, found.time.components, found.time.phases["total"]), found.note],
+        notes=[*notes_on(work, on, by, found.time), found.note],
         pipeline=None if grid_shape(setup, method) else found,
         recorded=StepOnDemand(Known(work, None, steps[found.busiest]), found.durations),
     )
@@ -317,6 +319,11 @@ def _check_eight_bits(setup: Setup, on: DeviceProfile) -> None:
         raise UserError(f"int8 {setup.int8}: {on.slug} has no int8 peak beyond bf16's in its datasheet; leave int8 out")
 
 
+def _check_offload(setup: Setup, on: DeviceProfile) -> None:
+    if setup.offload != "none" and on.kind == "cpu":
+        raise UserError(f"offload {setup.offload}: {on.slug} is a CPU, whose memory is the host's; leave offload out")
+
+
 def of_step(built: Step, on: DeviceProfile, by: Host, shared: Shared | None = None) -> Prediction:
     """Count, price and compose a step, wherever its ops come from."""
     shared = shared or Shared()
@@ -344,7 +351,7 @@ def _answer(known: Known, durations: list[Seconds], on: DeviceProfile, by: Host,
         device=on.slug,
         **_figures(work, time, on),
         peak_dtype=max(work.dtypes, key=on.peak),
-        notes=notes_on(work, on, time.components, time.phases["total"]),
+        notes=notes_on(work, on, by, time),
         periodic=[_periodic(ops, on, by) for ops in work.periodic],
         choices=[{**choice} for choice in work.choices],
         recorded=StepOnDemand(known, durations),

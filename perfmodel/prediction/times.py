@@ -64,8 +64,8 @@ def step_time(
 
 
 def exchange_of(built: Step, durations: Sequence[Seconds], on: DeviceProfile, by: Host) -> Exchange | None:
-    """What tells what several GPUs exchange; None for one."""
-    if not np.any(np.greater(built.setup.gpus, 1)):
+    """What tells what several GPUs exchange, and one with its host; None for one that offloads nothing."""
+    if not (np.any(np.greater(built.setup.gpus, 1)) or built.setup.offload != "none"):
         return None
     under = engine.under(by, built.engine)
     return lambda matrices, phases: communication.exchanged(built, on, under, durations, matrices, phases)
@@ -102,6 +102,7 @@ def time_of(
     total = phases["total"]
     exchanged = exchange(matrices, phases) if exchange is not None else communication.ALONE
     components[intervals.COLLECTIVE] = exchanged.exposed["total"]
+    components[intervals.OFFLOAD] = exchanged.offloading["total"]
     busy = sum(components.values())
     components["host"] = np.maximum(0.0, total - busy)
     low, high = intervals.interval_bounds(total, intervals.step_sigma(components, total, on))

@@ -80,6 +80,7 @@ class PartWork(NamedTuple):
         host: what the host sees of it.
         runs: where its ops run, None if all do on the compute stream.
         waits: places of ops that the host waits for.
+        cores: which ops the host's cores do, None if none.
         components: of `intervals`, those that price its ops, in the order in which they come.
         component: of each op its place among them; -1 for views.
         together: places of its ops but views, those of a component in a row.
@@ -89,6 +90,7 @@ class PartWork(NamedTuple):
     host: HostCalls
     runs: list[Run] | None
     waits: tuple[int, ...]
+    cores: np.ndarray | None
     components: tuple[str, ...]
     component: np.ndarray
     together: np.ndarray
@@ -103,7 +105,9 @@ class PartWork(NamedTuple):
         waits = tuple([i for i, call in enumerate(calls) if call.waits])
         together = np.argsort(component, kind="stable")[np.count_nonzero(component < 0) :]
         starts = np.searchsorted(component[together], np.arange(len(places) - 1))
-        return cls(HostCalls.of(part), part.runs, waits, tuple(places)[1:], component, together, starts)
+        cores = np.array([op.attrs.cores for op in part.ops], dtype=bool)
+        of_host = cores if cores.any() else None
+        return cls(HostCalls.of(part), part.runs, waits, of_host, tuple(places)[1:], component, together, starts)
 
     def busy(self, seconds: np.ndarray) -> dict[str, Any]:
         """Seconds of its ops by component."""

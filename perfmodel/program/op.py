@@ -27,6 +27,8 @@ class Attrs(NamedTuple):
         exponential: whether such a kernel sums exponentials.
         host: whether it works on host tensors, and the device has nothing to do.
         bus: whether it copies between host and device.
+        pinned: of such a copy, whether the host's memory is page-locked: then the host does not wait for it.
+        cores: whether the host's cores do it, on tensors in the host's memory, and the host waits for them.
         sync: whether the host waits for the device.
         routing: how many rows each expert of a grouped product gets; without `sync` one kernel serves them all.
         documents: of attention of documents behind one another: how long they are.
@@ -48,6 +50,8 @@ class Attrs(NamedTuple):
     exponential: bool = False
     host: bool = False
     bus: bool = False
+    pinned: bool = False
+    cores: bool = False
     sync: bool = False
     routing: Routing | None = None
     documents: Documents | None = None
@@ -58,6 +62,7 @@ class Attrs(NamedTuple):
 
 PLAIN = Attrs()
 STRIDED, ON_HOST, OVER_BUS = Attrs(strided=True), Attrs(host=True), Attrs(bus=True)
+PINNED, ON_CORES = Attrs(bus=True, pinned=True), Attrs(cores=True)
 
 
 class Spec(NamedTuple):
@@ -124,7 +129,7 @@ class Op:
         self.bytes_read = bytes_read
         self.bytes_written = bytes_written
         self.view = view
-        self.launched = not (view or attrs.host)
+        self.launched = not (view or attrs.host or attrs.cores)
         self.attrs = attrs
         self.owner = owner
         self.recompute = recompute

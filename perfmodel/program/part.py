@@ -24,6 +24,7 @@ class HostWork:
         returns: parameters of the modules whose backward runs here.
         gradients: hooks on complete gradients (`Tape.on_gradient`).
         graphs: compiled graphs that are entered here.
+        searched: nodes of the graph that are looked at for what gets no gradient.
         units: hooks around units of parameters that are gathered together, forward or backward.
     """
 
@@ -36,6 +37,7 @@ class HostWork:
     returns: int = 0
     gradients: int = 0
     graphs: int = 0
+    searched: int = 0
     units: int = 0
 
 

@@ -27,6 +27,7 @@ class JobNetwork(Protocol):
     Attributes:
         notes: what an answer has to say of it.
         sigma: mean relative error of its prices on rows that no fit saw.
+        host_bandwidth: B/s of the host's memory that each GPU's process has.
     """
 
     @property
@@ -37,6 +38,11 @@ class JobNetwork(Protocol):
     @property
     def sigma(self) -> float:
         """Of a collective."""
+        return 0.0
+
+    @property
+    def host_bandwidth(self) -> Any:
+        """Of a node's, shared by its GPUs."""
         return 0.0
 
     def seconds(self, kind: str, dtype: str, nbytes: Any, size: Any, stride: Any) -> Any:

@@ -24,7 +24,7 @@ from ..recording.record import no_collector
 from ..recording.reuse import Shared
 from ..setup import Setup
 from .catalogue import sized
-from .knobs import Knob, KnobPosition, knobs
+from .knobs import Knob, KnobPosition, knobs, offloading
 
 EXHAUSTIVE = 96  # combinations of one method that are all tried; of more, one knob is turned at a time
 Progress = Callable[[int, int, str], None]  # methods done, methods in all, the next one
@@ -249,7 +249,20 @@ def advise(
             progress(i, len(spaces), space.method.spec())
         with no_collector():  # most of what a search makes is kept
             space.search()
+    if all(space.best() is None for space in spaces):
+        spaces += [more for space in spaces for more in _offloaded(space)]
     return _answer(start, spaces, limit)
+
+
+def _offloaded(space: _Space) -> Iterator[_Space]:
+    """The setups of a method, with more and more in the host's memory, until some fit."""
+    for position in offloading(space.setup):
+        model, setup, method = position.applied(space.model, space.setup, space.method)
+        label = ", ".join((*space.prefix, position.label))
+        found = _Space(model, method, setup, knobs(model, setup, method), space.evaluate, (label,))
+        with no_collector():
+            found.search()
+        yield found
 
 
 def _limit(memory_bytes: float | None, on: DeviceProfile) -> float:

@@ -24,7 +24,7 @@ from ..program.part import PHASES, Part
 from ..setup import Setup
 from ..values import immutable
 
-WAITING, COMMUNICATION, BUBBLE = "waiting", "communication", intervals.BUBBLE
+WAITING, COMMUNICATION, OFFLOADING, BUBBLE = "waiting", "communication", "offloading", intervals.BUBBLE
 PARTS = {  # part -> what it is called
     "gemm_forward": "GEMMs of the forward pass",
     "gemm_input_grad": "input-gradient GEMMs",
@@ -40,12 +40,13 @@ PARTS = {  # part -> what it is called
     "adapter_pointwise": "adapter casts and pointwise",
     "exchange": "copies to and from what travels",
     COMMUNICATION: "communication that nothing hides",
+    OFFLOADING: "copies over the bus and the host's cores that nothing hides",
     "clipping": "gradient clipping",
     "optimizer": "optimizer",
     BUBBLE: "waiting for other stages (the bubble)",
     WAITING: "waiting for the host",
 }
-LIMITS = ("compute", "memory", "network", "launch")
+LIMITS = ("compute", "memory", "network", "bus", "launch")
 
 
 def part_of(op: Op, part: Part) -> str:
@@ -184,6 +185,10 @@ def _apart(p: Prediction, on: DeviceProfile, by: Host) -> Anatomy:
         phase.busy += exposed
         phase.limited["network"] += exposed
         parts[COMMUNICATION] += exposed
+        offloaded = min(float(p.time.communication.offloading[name]), max(0.0, phase.seconds - phase.busy))
+        phase.busy += offloaded
+        phase.limited["bus"] += offloaded
+        parts[OFFLOADING] += offloaded
     _host_seconds(p, on, by, phases)
     parts[BUBBLE] = float(p.time.components.get(BUBBLE, 0.0))
     parts[WAITING] = sum(phase.seconds for phase in phases.values()) - sum(parts.values())

@@ -19,6 +19,7 @@ from ..methods import Method
 from ..setup import PARALLEL, Setup
 
 FORMS = {"ddp": "DDP", "fsdp2": "FSDP2", "fsdp1": "FSDP1"}
+STAGES = {"zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 TILE = 64  # columns of the narrowest tile that loses nothing; what NVIDIA's and Karpathy's examples pad to
 
 
@@ -51,6 +52,16 @@ def knobs(architecture: Architecture, setup: Setup, method: Method) -> list[Knob
 
 
 KEEP = KnobPosition("")
+
+
+def offloading(setup: Setup) -> Iterator[KnobPosition]:
+    """What may live in the host's memory, where nothing fits into the GPU's: slower than what does."""
+    if setup.offload != "none" or setup.engine != "torch":
+        return
+    several = not np.all(np.equal(setup.gpus, 1))
+    for form, what in (("zero2", "optimizer"), ("zero3", "params"), *([("fsdp2", "params")] if several else [])):
+        words = "weights and optimizer" if what == "params" else "optimizer"
+        yield KnobPosition(f"{(FORMS | STAGES)[form]} with {words} offloaded", {"parallel": form, "offload": what})
 
 
 def memory_knob(architecture: Architecture, setup: Setup) -> Knob:

@@ -26,6 +26,7 @@ OF = {  # part -> how it follows an amount of time
     "adapter_pointwise": "of adapter casts and pointwise kernels",
     "exchange": "of copies to and from what travels between GPUs",
     "communication": "of communication that nothing hides",
+    "offloading": "of copies over the bus and of the host's cores that nothing hides",
     "clipping": "of gradient clipping",
     "optimizer": "in the optimizer",
     BUBBLE: "of waiting for other stages",

@@ -35,7 +35,17 @@ from .record import Kept, forward_passes, no_collector, record_update, running
 from .step import Step
 
 METHODS = ("full", "lora", "dora", "top_k")  # of whose stages the program is modelled
-ALONE: dict[str, Any] = {"tp": 1, "cp": 1, "amp": None, "kernels": "torch", "images": 0, "group_by_length": False}
+ALONE: dict[str, Any] = {
+    "tp": 1,
+    "cp": 1,
+    "amp": None,
+    "kernels": "torch",
+    "images": 0,
+    "group_by_length": False,
+    "offload": "none",
+    "ddp": "plain",
+    "objective": "sft",
+}
 LONGEST_PATTERN = 64  # actions of an order until they come again alike
 
 
@@ -252,7 +262,6 @@ class Recorder(NamedTuple):
         if isinstance(form, ddp.Replicated):
             form.reduces, form.synchronised = reduces, False  # buffers went out before the first step alone
             tape.wrapping = form
-            form.begin()
         out, received = self._forward(step, stage, kept)
         logits = kept.get(OUTPUT) if self._holds else kept.pop(OUTPUT, None)
         if out.requires_grad:

@@ -93,33 +93,40 @@ def build(
 
 def _form(step: Step, capability: str) -> ParallelForm | None:
     """What several GPUs do. The forward pass tells which parameters each block has."""
-    if decide(step.setup.gpus == 1):
+    alone, offloads = decide(step.setup.gpus == 1), step.setup.offload != "none"
+    if alone and not offloads:
         return None
     if step.architecture.recorded:
-        raise UserError("gpus: several are not modelled by a trace; use --gpus 1")
+        what = "offload: nothing is offloaded in" if offloads else "gpus: several are not modelled by"
+        raise UserError(f"{what} a trace; use --{'offload none' if offloads else 'gpus 1'}")
     check_form(step.setup, step.method)
     check_ring(step.setup, step.architecture)
-    if decide(step.setup.replicas * step.setup.cp == 1):
+    if decide(step.setup.replicas * step.setup.cp == 1) and not (alone and offloads):
         return None
-    from .parallel import ddp, fsdp1, fsdp2, units, zero3  # few ask for several
+    from .parallel import ddp_search, fsdp1, fsdp2, units, zero3  # few ask for several
     from .parallel import zero as stages
 
     ranks, setup = Ranks(step.setup.replicas * step.setup.cp, step.setup.tp), running(step)
     if setup[0].parallel == "ddp":
-        return ddp.Replicated(ranks)
+        return ddp_search.ddp_of(setup[0], ranks, step.architecture.registers_late)
     if setup[0].parallel in STAGES:
-        return stages.CutStates(ranks, STAGES[setup[0].parallel], zero.bucket(step), step.architecture.registers_late)
+        late = step.architecture.registers_late
+        return stages.CutStates(ranks, STAGES[setup[0].parallel], zero.bucket(step), late, offloaded=offloads)
     survey = units.Survey()
     with no_collector(), recording(Tape(step.device, capability, step.setup.stack, autocast=setup[0].amp)) as tape:
         tape.wrapping, tape.ring = survey, ring_of(step.setup)
         tape.begin("inputs", "forward")
         step.parameters = forward_passes(step, *setup, {})[0]
-    cut = survey.units(step.parameters, ranks.size, step.setup, tied=step.architecture.tied, flat=step.zero)
+    cut = survey.units(
+        step.parameters, ranks.size, step.setup, tied=step.architecture.tied, flat=step.zero,
+        classifies=step.architecture.classifier is not None,
+    )  # fmt: skip
     if step.zero:
-        return zero3.CutWeights(cut, ranks, step.architecture.hidden, step.setup.checkpoint)
+        return zero3.CutWeights(cut, ranks, step.architecture.hidden, step.setup.checkpoint, step.setup.offload)
     if step.setup.parallel == "fsdp1":
-        return fsdp1.FlatShard(cut, ranks)
-    return fsdp2.FullyShard(cut, ranks, step.setup.amp)
+        return fsdp1.FlatShard(cut, ranks, offloads=offloads)
+    whole = units.whole_reference(step.parameters, ranks.size, step.setup)
+    return fsdp2.FullyShard(cut, ranks, step.setup.amp, whole, offloads=offloads)
 
 
 def _trained_for(architecture: Architecture, method: Method, setup: Setup) -> tuple[Architecture, Method]:
@@ -267,11 +274,7 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
         tape.on_gradient = zero.hook(step, first=not step.parameters)
     tape.begin("inputs", "forward")
     form = step.form
-    if form is not None:
-        form.begin()
     parameters, loss, after = forward_passes(step, setup, method, kept)
-    if form is not None:
-        loss = form.end(loss)
     tape.renew(loss)
     if setup.grad_accum > 1 and objectives.found(setup.objective).scaled:
         tape.loss = loss = div(loss, setup.grad_accum)
@@ -323,7 +326,7 @@ def forward_passes(
         {name.removeprefix(of): known.pop(name) for name in list(known) if name.startswith(of)}
         for of in (OF_CRITIC, OF_REFERENCE)
     )
-    build = Build(architecture, method, setup, known, labelled=setup.objective == "sft", kept=kept)
+    build = Build(architecture, method, setup, known, labelled=objective.labelled, kept=kept)
     build.stage, build.received = stage, received
     if setup.cp > 1:  # the Trainer gives those of a rank's own tokens
         build.given_positions = model_buffer(setup.shape)
@@ -349,6 +352,7 @@ def record_update(step: Step, tape: Tape, inner: optimizers.Update | None = None
     Args:
         inner: the update that was recorded inside backward.
     """
+    before = len(tape.parts)
     with tape.no_grad():
         form, clips = step.form, step.setup.clip_grad
         own = inner if form is None else form.own_update(step.parameters, step.optimizer, clips=clips)
@@ -368,6 +372,14 @@ def record_update(step: Step, tape: Tape, inner: optimizers.Update | None = None
     for p in step.parameters:
         p.grad = None
     step.state_bytes, step.paged_bytes = update.state_bytes, update.paged_bytes
+    if form is not None and form.offloads:
+        from .parallel.offload import on_cores
+
+        on_cores(tape.parts[before:])
+        kept = sum(p.nbytes * p.count * (1 + p.used) for p in step.parameters if p.hosted)
+        step.state_bytes, step.host_bytes = 0, kept + step.state_bytes
+    else:
+        step.host_bytes = update.hosted + sum(p.nbytes * p.count for p in step.parameters if p.hosted)
     room = step.setup.stack.list_room(tape.capability)
     if room != LONG_ARGUMENTS:
         for part in (*tape.parts, *(part for part, _ in step.parts())):
@@ -385,7 +397,7 @@ def _forget(kept: Kept) -> None:
 def running(step: Step) -> tuple[Setup, Method]:
     """Setup and method as the step's engine and the versions of its software run them."""
     setup, method = step.setup, step.method
-    several = not decide(setup.gpus == 1)
+    several = not decide(setup.gpus == 1) or setup.offload != "none"
     casts = setup.amp is not None and setup.parallel == "fsdp2"  # what is gathered, in place of autocast
     if step.zero or (several and (casts or setup.parallel in STAGES)):
         setup, method = zero.under_zero(setup, method)

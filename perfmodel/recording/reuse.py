@@ -88,7 +88,7 @@ class Shared:
 
 def key(method: Method, setup: Setup) -> Any:
     """What decides the micro-batches of a model on a device; None where the optimizer has a say in them."""
-    if setup.engine != "torch" or setup.in_backward:
+    if setup.engine != "torch" or setup.in_backward or setup.offload != "none":
         return None
     return method.plain(setup.dtype).spec(), replace(setup, optimizer="adamw", clip_grad=Setup.clip_grad)
 

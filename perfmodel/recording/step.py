@@ -7,7 +7,7 @@ from .. import optimizers
 from ..architectures.base import Architecture
 from ..methods.parts.base import Method
 from ..methods.parts.periodic import PeriodicOps
-from ..program.dims import Dim
+from ..program.dims import Dim, decide
 from ..program.op import Op
 from ..program.part import Group, Part
 from ..program.ranks import Ranks
@@ -21,8 +21,9 @@ class Step:
     """One optimizer step as ordered parts of ops, with the parameters it trains.
 
     `groups` holds the first micro-batch, the further ones (if any), and clipping with the optimizer. `state_bytes` is
-    what the optimizer keeps between steps, `paged_bytes` what it keeps in memory shared with the host. `periodic` is
-    what the method does besides steps, which counts in none of them. `notes` say how a recorded program was made.
+    what the optimizer keeps between steps, `paged_bytes` what it keeps in memory shared with the host, `host_bytes`
+    what the host's own memory keeps: offloaded weights, masters, states, gradients. `periodic` is what the method does
+    besides steps, which counts in none of them. `notes` say how a recorded program was made.
     `form` is what several GPUs do; parameters are then those of one rank, its shards. `received_bytes` are kept for
     what a stage of a pipeline receives.
     """
@@ -35,6 +36,7 @@ class Step:
     groups: list[Group] = field(default_factory=list)
     state_bytes: Dim = 0
     paged_bytes: Dim = 0
+    host_bytes: Dim = 0
     periodic: list[PeriodicOps] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     form: ParallelForm | None = None
@@ -70,8 +72,8 @@ class Step:
 
     @property
     def weight_bytes(self) -> Dim:
-        """Bytes of all parameters, scales of quantised ones included."""
-        return sum(p.nbytes * p.count for p in self.parameters)
+        """Bytes of all parameters on the device, scales of quantised ones included."""
+        return sum(p.nbytes * p.count for p in self.parameters if not p.hosted)
 
     @property
     def optimizer(self) -> str:
@@ -79,12 +81,14 @@ class Step:
         deepspeed = self.zero or (self.form is not None and self.setup.parallel.startswith("zero"))
         if deepspeed and self.setup.optimizer == "adamw":
             return "adamw-fused"  # DeepSpeed's FusedAdam: one pass over flat tensors
-        return optimizers.picked_form(self.setup.optimizer, self.device)
+        of_host = self.form is not None and self.form.offloads
+        return optimizers.picked_form(self.setup.optimizer, "cpu" if of_host else self.device)
 
     @property
     def engine(self) -> str:
         """Whose Python runs beside the model's: a training engine's, or that of what several GPUs do."""
-        return self.setup.parallel if self.form is not None else self.setup.engine
+        alone = self.form is None or decide(self.setup.gpus == 1)
+        return self.setup.engine if alone else self.setup.parallel
 
     @property
     def stages(self) -> Ranks | None:

@@ -52,7 +52,7 @@ def check_zero3(setup: Setup, method: Method) -> None:
 
 def one_name(setup: Setup) -> Setup:
     """The setup with ZeRO-3 named both ways: as the engine, and as what several GPUs do."""
-    if decide(setup.gpus == 1):
+    if decide(setup.gpus == 1) and setup.offload == "none":
         return setup
     if setup.parallel == "zero3":
         return replace(setup, engine=ENGINE)
@@ -134,6 +134,23 @@ def _norm(parameters: Parameters) -> None:
         part.repeat, part.host.gradients = count, len(run)
         for p in run:
             record("linalg_vector_norm", (new("_to_copy", gradient(p), dtype="fp64"),), (existing((), "fp64"),))
+    _checked()
+
+
+def norms_together(parameters: Parameters, *, between: Callable[[], None]) -> None:
+    """The norm of all from those of each, which backward has taken; as `_norm`."""
+    for count, run in runs(parameters):
+        part = tape().begin("clip", "optimizer")
+        part.repeat, part.host.gradients = count, len(run)
+        for _ in run:
+            in_place("add_.Tensor", in_place("pow.Tensor_Scalar", existing((), "fp64")))
+    tape().begin("clip", "optimizer")
+    read_item(existing((), "fp64"))
+    between()
+    _checked()
+
+
+def _checked() -> None:
     tape().begin("clip", "optimizer")
     norm = existing((), "fp64")
     for name in CHECKS:

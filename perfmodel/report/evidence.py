@@ -18,7 +18,8 @@ OPTIONS = {  # field of the setup -> what it is called
     "padded": "padded batch", "objective": "objective", "reference": "reference model", "prompt": "tokens of prompts",
     "stack": "versions of software", "fp8": "8-bit floats", "int8": "8-bit integers", "qat": "fake quantisation",
     "experts": "form of experts", "engine": "engine", "gpus": "GPUs", "nodes": "nodes", "node": "kind of node",
-    "parallel": "what several GPUs do", "tp": "GPUs that share every layer",
+    "parallel": "what several GPUs do", "offload": "in the host's memory",
+    "tp": "GPUs that share every layer",
     "pp": "GPUs that have some blocks each", "pp_schedule": "order of micro-batches through them",
     "cp": "GPUs that share every sequence", "cp_rotate": "how keys and values get to them",
     "kernels": "kernels of norms and loss", "routing": "load of experts", "packing": "packed documents",
@@ -42,6 +43,7 @@ SHEET = {  # figure of the datasheet -> (name, unit)
     "board_power": ("power limit", "W"), "idle_power": ("power without work", "W"),
     "memory_energy": ("energy of a byte of DRAM", "pJ"), "flop_energy": ("energy of an fp32 FLOP", "pJ"),
     "mma_energy": ("energy of a 16-bit FLOP of the tensor cores", "pJ"),
+    "bus_bandwidth": ("bus to the host, one way", "B/s"),
 }  # fmt: skip
 GENERAL = (
     "One optimizer step of PyTorch on one GPU or on each of several, eager unless said; no data loading.",

@@ -121,6 +121,9 @@ def shared_setup(p: Prediction) -> str:
     return setup_line(replace(p.setup, engine="torch") if alone else p.setup)
 
 
+OFFLOADED = {"optimizer": "optimizer", "params": "weights and optimizer"}
+
+
 def setup_line(s: Setup, *, precision: bool = True) -> str:
     """The setup in a line: its size, precision (or not) and optimizer, then whatever is not as usual."""
     usual = Setup()
@@ -141,7 +144,9 @@ def setup_line(s: Setup, *, precision: bool = True) -> str:
     told += [f"int8 {s.int8}"] if s.int8 != usual.int8 else []
     told += [f"QAT {s.qat}"] if s.qat != usual.qat else []
     several = np.any(np.greater(s.gpus, 1))
-    told += [s.parallel] if np.any(np.greater(s.replicas * s.cp, 1)) else []
+    told += [s.parallel] if np.any(np.greater(s.replicas * s.cp, 1)) or s.offload != "none" else []
+    told += [f"{OFFLOADED[s.offload]} offloaded"] if s.offload != usual.offload else []
+    told += [f"DDP {s.ddp}"] if several and s.ddp != usual.ddp else []
     told += [f"tensor parallel {s.tp}"] if s.tp > 1 else []
     told += [f"pipeline of {s.pp}, {s.pp_schedule}"] if s.pp > 1 else []
     told += [f"context parallel {s.cp}, {s.cp_rotate}"] if s.cp > 1 else []

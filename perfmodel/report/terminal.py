@@ -48,6 +48,8 @@ def show_prediction(p: Prediction) -> None:
         show(paragraph(communication_line(p)))
     if p.pipeline is not None:
         show("\n" + stages_table(p.pipeline) + "\n")
+    if p.setup.offload != "none":
+        show(paragraph(offloading_line(p)))
     if p.setup.lengths:
         shares = f"{units.percent(p.padding, 1)} of the tokens are padding, " if p.setup.packing == "none" else ""
         show(paragraph(f"{shares}{p.tokens_per_second:,.0f} tokens/s count"))
@@ -90,6 +92,15 @@ def stages_table(of: Pipelined) -> str:
     share = units.percent(of.bubble / of.time.phases["total"])
     title = f"bubble {units.seconds(of.bubble)}, {share} of the step; * the busiest rank, whose work is shown above"
     return table(("rank", "blocks", "in flight", "forward", "backward", "waits", "peak"), rows, title=title)
+
+
+def offloading_line(p: Prediction) -> str:
+    """What offloading takes of the host's memory, and of the step, in words."""
+    seconds = p.time.communication.offloading["total"]
+    return (
+        f"offloaded: {units.nbytes(p.memory.host)} of the host's memory a GPU; copies over the bus and the host's "
+        f"cores take {units.seconds(seconds)} of the step that nothing hides"
+    )
 
 
 def periodic_line(cost: PeriodicCost) -> str:

@@ -21,7 +21,7 @@ from ..program.streams import COMMUNICATION, COMPUTE, Run
 from .autograd import differentiate
 from .core import emit, new_tensor, record, tape
 from .pointwise import cat
-from .shape import clone, narrow
+from .shape import clone, contiguous, narrow, unsqueeze, view
 from .tensor import Grads, Node, Parameter, Storage, Tensor
 
 BESIDE = Run(COMMUNICATION, (COMPUTE,))
@@ -86,6 +86,23 @@ def gathered_over(x: Tensor, ranks: Ranks) -> Tensor:
     if node is not None:
         node.produces(out)
     return out
+
+
+def of_all_ranks(x: Tensor) -> Tensor:
+    """`accelerator.gather`: what all ranks have behind one another, (ranks · n, …), without gradient; alone, `x`.
+
+    Source: accelerate 1.15, utils/operations.py (`_gpu_gather`).
+    """
+    wrapping = tape().wrapping
+    ranks = None if wrapping is None else wrapping.ranks
+    if ranks is None:
+        return x
+    with tape().no_grad():
+        x = contiguous(x) if x.shape else unsqueeze(clone(x), 0)
+        out = emit("empty.memory_format", (), (x.numel * ranks.size,), x.dtype)
+        record("c10d::_allgather_base_", (view(x, (x.numel,)),), (out,), Attrs(ranks=ranks), runs=BESIDE)
+        record("cuda::wait_event", (), (), Attrs(host=True), view=True, runs=WAITING)
+        return view(out, (x.shape[0] * ranks.size, *x.shape[1:]))
 
 
 def _exchanged(name: str, x: Tensor, shape: Shape, ranks: Ranks) -> Tensor:

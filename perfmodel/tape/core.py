@@ -13,13 +13,34 @@ from ..program.dims import Dim, Shape, contiguous_strides, product
 from ..program.dtypes import ITEMSIZE
 from ..program.op import PLAIN, Attrs, Op, Spec
 from ..program.part import HostWork, Part
+from ..program.ranks import Ranks
 from ..program.software import CURRENT, SoftwareStack
 from ..program.streams import MAIN, Run
 from .tensor import Flow, Node, Parameter, Storage, Tensor
 
 
 class Wrapping(Protocol):
-    """What runs around the blocks of a model, and its modules beside them: the hooks of a program of several GPUs."""
+    """What runs around a model, its blocks, and its modules beside them: the hooks of a program of several GPUs."""
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The GPUs; None where nothing is exchanged."""
+
+    @property
+    def inside(self) -> bool:
+        """Whether hooks are the modules' own, which a call of the model meets that is not wrapped."""
+        return True
+
+    @property
+    def reference(self) -> "Wrapping | None":
+        """The hooks around a frozen model beside the one that trains, None where it has none."""
+
+    def begin(self) -> None:
+        """Before a call of the model."""
+
+    def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Behind a call of the model: what it gives, hooked."""
+        return outputs
 
     def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
         """Run the block of that path between the hooks."""

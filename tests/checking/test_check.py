@@ -244,7 +244,7 @@ def test_the_calibration_of_the_machine_that_measured_is_taken(tmp_path: Path, m
     bundled = (profile.DEVICES / f"{DEVICE['cpu']}.toml").read_text()
     renamed = re.sub(r"(?m)^name = .*$", 'name = "a CPU"', bundled)
     (tmp_path / "devices" / "mine.toml").write_text(re.sub(r"(?m)^aliases = .*$", "aliases = []", renamed))
-    (tmp_path / "hosts" / "mine.toml").write_text((hosts.HOSTS / "default.toml").read_text())
+    (tmp_path / "hosts" / "mine.toml").write_text((hosts.HOSTS / "epyc-genoa.toml").read_text())
     found = check_records([written(tmp_path / "r.jsonl")])
     assert found.machines["here"].on.slug == "mine"
     (tmp_path / "devices" / "mine.toml").write_text(renamed.replace('"a CPU"', '"another CPU"'))

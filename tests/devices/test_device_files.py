@@ -194,6 +194,42 @@ def test_what_a_host_file_leaves_out_costs_nothing_or_what_was_measured_elsewher
     assert all(getattr(found, name) < 1e-4 for name in optional)
 
 
+def test_a_host_may_be_another_one_slowed_down(tmp_path: Path) -> None:
+    """CPUs differ by their clock and instructions a clock: every cost is so many times as long."""
+    path = tmp_path / "mine.toml"
+    path.write_text('name = "mine"\nlike = "epyc-genoa"\nslower = 1.5\n')
+    usual, found = hosts.load("epyc-genoa"), hosts.load(str(path))
+    costs = [f.name for f in fields(found) if f.type in (float, "float")]
+    assert [getattr(found, name) for name in costs] == [1.5 * getattr(usual, name) for name in costs]
+    assert (found.name, found.source) == ("mine", "")
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ('like = "epyc-gena"\nslower = 2', "bundled host, got 'epyc-gena': did you mean 'epyc-genoa'"),
+        *((f'like = "epyc-genoa"\n{line}', "slower must be a number of times above 0") for line in (
+            "", "slower = 0", "slower = -1", "slower = true", "slower = nan", "slower = 1e9", 'slower = "much"',
+        )),
+    ],
+)  # fmt: skip
+def test_a_host_like_another_says_which_and_how_much(tmp_path: Path, line: str, fault: str) -> None:
+    """A slip there would make every step free or endless."""
+    path = tmp_path / "mine.toml"
+    path.write_text(f"{line}\n")
+    with pytest.raises(UserError, match=fault):
+        hosts.load(str(path))
+
+
+def test_a_device_goes_with_the_host_of_its_years() -> None:
+    """The CPU of a DGX A100 beside an A100, of Amazon's G6e beside an L40S, a newer one else, unless one is named."""
+    expected = {"a100": "epyc-rome", "l40s": "epyc-milan", "h100-sxm": "epyc-genoa"}
+    for device, name in expected.items():
+        on = profile.load(device)
+        assert hosts.host_of("default", on) == hosts.load(name)
+        assert hosts.host_of("half-speed", on) == hosts.load("half-speed")
+
+
 def own_host() -> str:
     """A host file with the costs that every one has to name."""
     needed = [f.name for f in fields(hosts.Host) if f.default is MISSING and f.type in (float, "float")]

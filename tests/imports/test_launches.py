@@ -16,9 +16,10 @@ from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.imports import DIFFERS, read
 from perfmodel.imports.accelerate import read_launch
+from perfmodel.imports.ddp import ENDS
 from perfmodel.imports.fields import UNSCALED
 from perfmodel.imports.llama_factory_v1 import BESIDE_BLOCKS, NO_UNITS, REDUCED
-from perfmodel.imports.read import ASK, NOT_CAST, SEARCHED
+from perfmodel.imports.read import ASK, NOT_CAST
 
 AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "bf16": True}
 FACTORY = {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "full", "bf16": True}
@@ -41,7 +42,7 @@ FORMS: list[tuple[dict[str, Any], str, int, list[str]]] = [  # file, parallel, t
     ({**TRL, "deepspeed": ZERO_2}, "zero2", 1, []),
     (
         {**FACTORY, "deepspeed": "examples/deepspeed/ds_z3_offload_config.json"}, "zero3", 1,
-        ["ZeRO-3 as the file's name says, its other options as usual (deepspeed)", "without offloading"],
+        ["ZeRO-3 as the file's name says, its other options as usual (deepspeed)"],
     ),
     (
         {**AXOLOTL, "deepspeed": "ds.json"}, "ddp", 1,
@@ -66,10 +67,10 @@ FORMS: list[tuple[dict[str, Any], str, int, list[str]]] = [  # file, parallel, t
     ({**AXOLOTL, "adapter": "lora", "fsdp_config": {"fsdp_version": 2}}, "fsdp2", 1, []),
     (
         {**TRL, "fsdp": "shard_grad_op auto_wrap offload"}, "fsdp2", 1,
-        ["without offloading", "weights freed behind the forward pass and gathered again, unlike shard_grad_op"],
+        ["weights freed behind the forward pass and gathered again, unlike shard_grad_op"],
     ),
     ({**TRL, "fsdp": "hybrid_shard", "fsdp_config": {"version": 1}}, "fsdp1", 1, [ONE_GROUP]),
-    ({**FACTORY, "fsdp": True, "fsdp_config": {"cpu_offload": True}}, "fsdp2", 1, ["without offloading (cpu_offload)"]),
+    ({**FACTORY, "fsdp": True, "fsdp_config": {"cpu_offload": True}}, "fsdp2", 1, []),
     (
         {**AXOLOTL, "fsdp_config": {"fsdp_transformer_layer_cls_to_wrap": "MixtralSparseMoeBlock"}}, "fsdp1", 1,
         ["wrapped block by block (transformer_layer_cls_to_wrap)"],
@@ -125,25 +126,33 @@ def test_a_training_config_names_its_form(
 
 
 @pytest.mark.parametrize(
-    ("values", "searches"),
+    ("values", "ddp", "said"),
     [
-        (TRL, False),
-        ({**TRL, "use_peft": True}, True),
-        ({**TRL, "gradient_checkpointing": False}, True),
-        ({**TRL, "use_peft": True, "ddp_find_unused_parameters": False}, False),
-        ({**TRL, "use_peft": True, "fsdp": True}, False),
-        (FACTORY, False),
-        ({**FACTORY, "finetuning_type": "lora", "disable_gradient_checkpointing": True}, False),
-        ({**FACTORY, "disable_gradient_checkpointing": True}, True),
-        ({**AXOLOTL, "adapter": "lora"}, False),
-        ({**AXOLOTL, "ddp_find_unused_parameters": True}, True),
+        (TRL, "plain", []),
+        ({**TRL, "use_peft": True}, "find-unused", []),
+        ({**TRL, "gradient_checkpointing": False}, "find-unused", []),
+        ({**TRL, "use_peft": True, "ddp_find_unused_parameters": False}, "plain", []),
+        ({**TRL, "use_peft": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "plain",
+         [ENDS["find-unused"]]),
+        ({**TRL, "ddp_static_graph": True, "gradient_accumulation_steps": 1}, "static-graph", []),
+        ({**TRL, "ddp_static_graph": True, "gradient_accumulation_steps": 2}, "plain", [ENDS["static-graph"]]),
+        (FACTORY, "plain", []),
+        ({**FACTORY, "finetuning_type": "lora", "disable_gradient_checkpointing": True}, "plain", []),
+        ({**FACTORY, "disable_gradient_checkpointing": True}, "find-unused", []),
+        ({**AXOLOTL, "adapter": "lora"}, "plain", []),
+        ({**AXOLOTL, "ddp_find_unused_parameters": True}, "find-unused", []),
     ],
-)
-def test_the_search_for_unused_parameters_is_said(tmp_path: Path, values: dict[str, Any], searches: bool) -> None:
-    """The Trainer's own default beside adapters: a walk through the graph and a message more in every step."""
+)  # fmt: skip
+def test_what_ddp_knows_of_the_graph_is_the_tools_default(
+    tmp_path: Path, values: dict[str, Any], ddp: str, said: list[str]
+) -> None:
+    """The Trainer's own default beside adapters: a walk through the graph, copies of the logits and a message more."""
     found = read(written(tmp_path, "config.yml", values))
-    assert (SEARCHED in found.on_several(found.asks()).differences) == searches
-    assert SEARCHED not in found.differences
+    several = found.on_several(found.asks())
+    assert several.setup["ddp"] == ddp
+    assert Setup(**several.setup, gpus=8).ddp == ddp
+    assert [words for words in several.differences if "ddp_" in words] == said
+    assert not any("ddp_" in words for words in found.differences)
 
 
 def test_gpus_take_the_place_of_the_words_on_one(tmp_path: Path) -> None:
@@ -154,10 +163,10 @@ def test_gpus_take_the_place_of_the_words_on_one(tmp_path: Path) -> None:
     assert f"; {ASK}\n" in alone.stdout
     first, _, answer = several.stdout.partition("\n")
     assert "one GPU" not in first
-    assert "without offloading (offload_params)" in first
+    assert "offloading" not in first
     assert ASK not in first
     assert "4 x h100-sxm" in answer
-    assert "fsdp1" in answer
+    assert "fsdp1, weights and optimizer offloaded" in answer
 
 
 def test_a_step_that_several_cannot_run_is_not_offered_to_them(tmp_path: Path) -> None:
@@ -213,7 +222,9 @@ LAUNCHES: list[tuple[dict[str, Any], tuple[int | None, int | None], str, int, li
     ({**EIGHT, "distributed_type": "DEEPSPEED", "deepspeed_config": SHORT}, (8, 1), "zero3", 1, WHOLE),
     (
         {**EIGHT, "distributed_type": "DEEPSPEED", "deepspeed_config": {**SHORT, "offload_param_device": "cpu"}},
-        (8, 1), "zero3", 1, [*WHOLE, "without offloading (zero_optimization.offload_param)"],
+        (8, 1), "zero3", 1,
+        [*WHOLE, "offloaded to page-locked memory (zero_optimization.offload_param)",
+         "optimizer states offloaded like the weights"],
     ),
     (
         {**EIGHT, "distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": "mine.json"}}, (8, 1),

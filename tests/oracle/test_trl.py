@@ -14,8 +14,9 @@ import pytest
 pytest.importorskip("peft")
 
 from reference_objectives import LOSSES as OF_TRL
-from reference_objectives import Run, judged
+from reference_objectives import Run
 from reference_own_losses import OWN_LOSSES
+from reference_steps import judged
 
 LOSSES = OF_TRL | OWN_LOSSES
 

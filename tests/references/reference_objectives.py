@@ -5,39 +5,35 @@ Written from what TRL 1.8 computes and logs on one GPU; real tensors, for what f
 
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import convert_outputs_to_fp32
-from helpers import architecture_of, config_of
-from reference_critic import PolicyAndValue, of_values
 
-from perfmodel import methods, objectives
-from perfmodel.methods.parts.targeted import Targeted
-from perfmodel.recording.record import build
 from perfmodel.setup import PAIRS, Setup
-from perfmodel.tracing.programs import models, updates
 from perfmodel.tracing.programs.dtypes import TORCH_DTYPES
-from perfmodel.tracing.trace import trace_step
-from validate.oracle import counts
-from validate.oracle.cases import Case
 
 BETA = 0.1
 
 
 @dataclass
 class Run:
-    """One micro-batch: the model, its reference (None: the model without adapters), and the sizes."""
+    """One micro-batch: the model, its reference (None: the model without adapters), and the sizes.
+
+    `inner` is the model without what several GPUs wrap it in, `gather` what puts a tensor of each together.
+    """
 
     model: Any
     reference: Any
     setup: Setup
+    inner: Any = None
+    gather: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
 
     def __post_init__(self) -> None:
         """What a data loader brings: made before anything is recorded."""
+        self.inner = self.inner or self.model
         samples = self.setup.batch
         sequences = self.setup.sequences
         self.ids = torch.arange(sequences * self.setup.seq).view(sequences, self.setup.seq) % 100
@@ -70,14 +66,14 @@ class Run:
     @contextmanager
     def without_gradient(self) -> Any:
         """The model that the reference is, without graph or checkpoints."""
-        checkpoints = self.model.is_gradient_checkpointing
+        checkpoints = self.inner.is_gradient_checkpointing
         if checkpoints:
-            self.model.gradient_checkpointing_disable()
-        with torch.no_grad(), self.model.disable_adapter() if self.reference is None else nullcontext():
-            yield self.model if self.reference is None else self.reference
+            self.inner.gradient_checkpointing_disable()
+        with torch.no_grad(), self.inner.disable_adapter() if self.reference is None else nullcontext():
+            yield self.inner if self.reference is None else self.reference
         if checkpoints:
             reentrant = self.setup.checkpoint == "block-reentrant"
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            self.inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
 
 
 Loss = Callable[[Run], torch.Tensor]
@@ -112,9 +108,9 @@ def entropy_of(logits: torch.Tensor) -> torch.Tensor:
     return torch.cat(entropies).reshape(logits.shape[:-1])
 
 
-def log_entropy(logits: torch.Tensor, mask: torch.Tensor) -> None:
+def log_entropy(run: Run, logits: torch.Tensor, mask: torch.Tensor) -> None:
     each = entropy_of(logits)
-    part, whole = (each * mask).sum().sum(), mask.sum().sum()
+    part, whole = (run.gather(x).sum() for x in ((each * mask).sum(), mask.sum()))
     assert not whole > 0 or (part / whole).item() is not None
 
 
@@ -133,31 +129,31 @@ def dpo(run: Run) -> torch.Tensor:
     up, down = chosen - reference_chosen, rejected - reference_rejected
     margin = up - down
     loss = 0.0 + (-F.logsigmoid(BETA * margin)).mean() * 1.0
-    log_entropy(logits.detach(), mask)
-    ones.sum().sum().item()
-    log_logits(logits.detach(), ids[:, 1:], mask)
+    log_entropy(run, logits.detach(), mask)
+    run.gather(ones.sum()).sum().item()
+    log_logits(run, logits.detach(), ids[:, 1:], mask)
     up, down = BETA * up.detach(), BETA * down.detach()
-    log_means(up, down, (up > down).float(), up - down, chosen, rejected)
+    log_means(run, up, down, (up > down).float(), up - down, chosen, rejected)
     return loss
 
 
-def log_logits(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> None:
+def log_logits(run: Run, logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> None:
     sums = []
     for part, flags in zip(logits.chunk(2), mask.chunk(2), strict=True):
         sums += [part[flags.bool()].mean(-1).sum(), flags.sum()]
     for number in sums:
-        number.sum().item()
+        run.gather(number).sum().item()
     half = len(mask) // 2
     best, flags = logits.chunk(2)[0].argmax(-1), mask[:half].bool()
     right = (best == tokens[:half]) & flags
-    whole, part = flags.sum(), right.sum()
+    whole, part = run.gather(flags.sum()), run.gather(right.sum())
     whole = whole.sum()
     assert not whole > 0 or (part.sum() / whole).item() is not None
 
 
-def log_means(*values: torch.Tensor) -> None:
+def log_means(run: Run, *values: torch.Tensor) -> None:
     for value in values:
-        value.mean().item()
+        run.gather(value).mean().item()
 
 
 def reward(run: Run) -> torch.Tensor:
@@ -165,11 +161,12 @@ def reward(run: Run) -> torch.Tensor:
     outputs = run.model(input_ids=ids, attention_mask=ones, use_cache=False)
     chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
     loss = -F.logsigmoid(chosen - rejected).mean()
-    ones.sum().sum().item()
+    run.gather(ones.sum()).sum().item()
     with torch.no_grad():
+        rewards = run.gather(outputs.logits)
         for extreme in (torch.min, torch.mean, torch.max):
-            extreme(outputs.logits).item()
-        log_means((chosen > rejected).float().mean(), (chosen - rejected).mean())
+            extreme(rewards).item()
+        log_means(run, (chosen > rejected).float().mean(), (chosen - rejected).mean())
     return loss
 
 
@@ -211,10 +208,10 @@ def orpo(run: Run) -> torch.Tensor:
     means = [ratio.mean(), odds.mean()]
     loss = likely - losses.mean()
     better = (up > down).float()
-    metrics = [up.mean(), down.mean(), better.mean(), (up - down).mean()]
-    metrics += [rejected_logps.detach().mean(), chosen_logps.detach().mean()]
-    metrics += [half.detach().mean().mean() for half in (logits[pairs:, :-1], logits[:pairs, :-1])]
-    metrics += [x.detach().mean() for x in (likely, *means)]
+    metrics = [run.gather(x).mean() for x in (up, down, better, up - down)]
+    metrics += [run.gather(x.detach()).mean() for x in (rejected_logps, chosen_logps)]
+    metrics += [run.gather(half.detach().mean()).mean() for half in (logits[pairs:, :-1], logits[:pairs, :-1])]
+    metrics += [run.gather(x.detach()).mean() for x in (likely, *means)]
     for metric in metrics:
         metric.item()
     return loss
@@ -235,8 +232,8 @@ def cpo(run: Run, *, average: bool = False) -> torch.Tensor:
     losses = -F.logsigmoid(BETA * margin) * 1.0 - F.logsigmoid(-BETA * margin) * 0.0
     up, down = BETA * chosen.detach(), BETA * rejected.detach()
     loss = losses.mean() + 1.0 * likely
-    log_means(up, down, (up > down).float(), up - down, rejected.detach(), chosen.detach())
-    log_means(logits[pairs:].detach().mean(), logits[:pairs].detach().mean(), likely.detach())
+    log_means(run, up, down, (up > down).float(), up - down, rejected.detach(), chosen.detach())
+    log_means(run, logits[pairs:].detach().mean(), logits[:pairs].detach().mean(), likely.detach())
     return loss
 
 
@@ -263,7 +260,7 @@ def kto(run: Run) -> torch.Tensor:
             reference_logits = model(input_ids=ids, attention_mask=ones).logits
         reference = of_sequences(reference_logits[:, :-1], ids, ones)
     references = [reference.index_select(0, kind) for kind in kinds]
-    apart = (far - reference_far).mean().detach().mean().clamp(min=0)
+    apart = run.gather((far - reference_far).mean().detach()).mean().clamp(min=0)
     losses, rewards = [], []
     for kind, (value, base) in enumerate(zip(own, references, strict=True)):
         if not len(value):
@@ -274,13 +271,13 @@ def kto(run: Run) -> torch.Tensor:
         rewards.append(BETA * ratios.detach())
     every = torch.cat([1.0 * loss for loss in losses])
     apart.item()
-    log_entropy(logits[:, :-1].detach(), ones[:, 1:])
-    ones.sum().sum().item()
+    log_entropy(run, logits[:, :-1].detach(), ones[:, 1:])
+    run.gather(ones.sum()).sum().item()
     for number in (many, few):
-        number.sum().item()
+        run.gather(number).sum().item()
     for values in zip(rewards, own, own_logits, strict=False):
         for value in values:
-            value.nansum().nansum().item()
+            run.gather(value.nansum()).nansum().item()
     return every.nanmean()
 
 
@@ -320,10 +317,11 @@ def grpo(run: Run) -> torch.Tensor:
         return (x * mask).sum() / count
 
     for value in [apart, entropies] if named else [entropies]:
-        mean(value).nanmean().item()
+        run.gather(mean(value)).nanmean().item()
     low, high = (ratio < 0.8) & (advantages < 0), (ratio > 1.2) & (advantages > 0)
     shares = [mean(x.float()) for x in (low, high, low | high)]
     for share, extreme in zip(shares, (torch.min, torch.max, None), strict=True):
+        share = run.gather(share)
         share.nanmean().item()
         if extreme is not None and not torch.isnan(share).all():
             extreme(share[~torch.isnan(share)]).item()
@@ -333,54 +331,3 @@ def grpo(run: Run) -> torch.Tensor:
 LOSSES: dict[str, Loss] = {
     "dpo": dpo, "kto": kto, "reward": reward, "orpo": orpo, "cpo": cpo, "simpo": partial(cpo, average=True),
     "grpo": grpo, }  # fmt: skip
-
-
-def judged(name: str, spec: str, losses: dict[str, Loss], **options: Any) -> counts.Result:
-    """A step of a small model with an objective, compared with the same of a program in torch."""
-    setup = Setup(**{"batch": 2, "seq": 17, **options})
-    config, architecture = config_of(name), architecture_of(name)
-    objective = objectives.found(setup.objective)
-    headed = objective.on(architecture)
-    if headed is not architecture:
-        classes = {"reward": "SequenceClassification", "prm": "TokenClassification"}[setup.objective]
-        config = config_of(name, architectures=[f"{name.title()}For{classes}"], num_labels=headed.classifier.labels)
-    method = methods.parse(spec).bind(headed)
-    step = build(architecture, methods.parse(spec).bind(architecture), setup, "cpu")
-    torch.manual_seed(0)
-    model = models.apply_method(models.build_model(config, setup, device="cpu"), method, headed)
-    reference = None
-    compares = objective.compares == "always" or (objective.compares and setup.reference != "auto")
-    own = setup.reference == "model" or not isinstance(method, Targeted)
-    if compares and own and setup.reference != "precomputed":
-        lies = replace(setup, dtype=setup.amp) if objective.reference_in_amp and setup.amp else setup
-        reference = models.build_model(config, lies, device="cpu").requires_grad_(False).eval()
-    lying = [] if reference is None else [*reference.parameters()]
-    if setup.objective == "ppo":
-        critic, scorer = (of_values(name, setup) for _ in range(2))
-        model = PolicyAndValue(model, critic)
-        lying += scorer.parameters()
-        setup = replace(setup, clip_grad=False)
-    _prepare(objective, setup, model, reference)
-    run = Run(model, reference, setup)
-    lying += [run.drawn_by] if setup.objective == "ppo" else []
-
-    def loss() -> torch.Tensor:
-        made = losses[setup.objective](run)
-        return made / setup.grad_accum if setup.grad_accum > 1 and objective.scaled else made
-
-    make = partial(updates.make, method=method)
-    trace = trace_step(
-        model, setup, step.optimizer, make=make, real=True, loss_of=loss, after=lambda: run.after(), beside=lying
-    )
-    return counts.judge_step(Case(config, spec, setup), step, trace, real=True)
-
-
-def _prepare(objective: Any, setup: Setup, *trained: Any) -> None:
-    """Models as their trainer has them: without dropout, and under autocast as accelerate prepares them."""
-    for m in filter(None, trained):
-        if objective.quiet:  # as TRL's `disable_dropout_in_model`
-            for module in m.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = 0.0
-        if setup.amp:
-            m.forward = convert_outputs_to_fp32(torch.autocast("cpu", TORCH_DTYPES[setup.amp])(m.forward))

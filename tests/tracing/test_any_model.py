@@ -21,10 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from perfmodel import UserError, cli, predict_module
 from perfmodel.architectures import Config, load
 from perfmodel.calls.costs import products
+from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
 from perfmodel.devices.device import profile_of
-from perfmodel.prediction.notes import notes_on
-from perfmodel.prediction.work import StepWork
+from perfmodel.prediction.predict import of_step
 from perfmodel.program.op import Op, Spec
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
@@ -103,7 +103,7 @@ def test_of_several_targets_those_that_no_layer_has_are_left_out() -> None:
     """As peft does: examples name Llama's layers for models that have others, such as DeepSeek's latent attention."""
     step, _ = traced.of_method(config_of("t5"), "lora:r=4,targets=q+v_proj", SETUP)
     assert step.trainable == (12 + 2 * 14) * 4 * (32 + 32)
-    notes = notes_on(StepWork.of(step), profile_of("h100-sxm"), {}, 1.0)
+    notes = of_step(step, profile_of("h100-sxm"), hosts.load()).notes
     assert any("called v_proj" in note for note in notes)
 
 

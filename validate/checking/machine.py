@@ -13,8 +13,6 @@ from perfmodel.program.software import SoftwareStack
 
 from ..measuring.records import Record
 
-DEFAULT_HOST = "default"
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -58,7 +56,7 @@ def machine_of(
     if on.kind != environment["device"]:
         raise UserError(f"the records are of a {environment['device']} device, {on.slug} is a {on.kind}: use --device")
     beside = own.find(on.slug, "hosts") or on.slug in hosts.names()
-    by, threads = hosts.load(host or (on.slug if beside else DEFAULT_HOST)), environment["host"].get("threads")
+    by, threads = hosts.host_of(host or (on.slug if beside else "default"), on), environment["host"].get("threads")
     return Machine(
         on, by, installed_stack(environment), node, threads if isinstance(threads, int) else 1,
         unmirrored(version_of=_versions(environment).get),

@@ -50,7 +50,7 @@ def tape_calls(step: Step) -> dict[str, Counter[Signature]]:
     """The tape's non-view calls by phase, as the recorder counts the real ones."""
     calls: dict[str, Counter[Signature]] = {phase: Counter() for phase in PHASES}
     for part, op, count in step.ops():
-        if not op.view:
+        if not (op.view or op.name.startswith("cuda::")):  # what is no call of ATen
             calls[part.phase][signature(op.name, _expand(op.inputs), _expand(op.outputs))] += count
     return calls
 

@@ -1,13 +1,13 @@
 """`perfmodel validate counts --parallel`: the tape of a rank against the real program of a rank.
 
 The real program is transformers + peft with real tensors, wrapped as accelerate does it, in a process group whose
-collectives do nothing (torch's fake one), or, for DDP whose reducer waits for them, in gloo's of one process: the
-buckets and their sizes do not depend on how many there are.
+collectives do nothing (torch's fake one). DDP, whose reducer waits for them, gets gloo's of one process: the buckets
+and their sizes do not depend on how many there are.
 """
 
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain, islice, zip_longest
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from perfmodel import methods
 from perfmodel.architectures import Architecture, Config, from_config
@@ -34,6 +35,7 @@ from perfmodel.tracing.trace import NO_WORK, CallRecorder, Trace, call_name, eag
 from . import counts
 from .cases import Case
 from .context_parallel import on_ring, own_tokens
+from .offloaded import HostMemory, copies_across
 from .tensor_parallel import cut_model, mend_adapters
 
 PEAK_TOLERANCE = 0.03
@@ -54,10 +56,15 @@ class Collective(NamedTuple):
 
 
 class RankRecorder(CallRecorder):  # type: ignore[no-untyped-call]
-    """Also notes collectives in their order, and follows memory that a program frees and fills again in place."""
+    """Also notes collectives in their order, and follows memory that a program frees and fills again in place.
+
+    Attributes:
+        host: what lives in the host's memory, and so is no matter of the peak.
+    """
 
     def __init__(self) -> None:
         super().__init__(keep=self._note)
+        self.host = HostMemory()
         self.collectives: list[Collective] = []
         self.products = 0
         self.resized: dict[int, weakref.ref[Any]] = {}
@@ -66,8 +73,13 @@ class RankRecorder(CallRecorder):  # type: ignore[no-untyped-call]
         """Count anew from here; memory that is there stays known."""
         self.trace, self.collectives, self.products = Trace(peak=self.live), [], 0
 
+    def _watch(self, t: torch.Tensor) -> None:
+        if not self.host.has(t):
+            super()._watch(t)
+
     def _note(self, phase: str, func: Any, inputs: Any, outputs: Any, arguments: Any) -> None:
         name = call_name(func)
+        self.host.note(func, inputs, outputs, arguments)
         self.products += name.startswith(PRODUCTS)
         if func.namespace in COLLECTIVE and func._schema.name not in NO_WORK:
             message = max(sum(t.numel() for t in tensors) for tensors in (inputs, outputs))
@@ -102,13 +114,11 @@ def group_size(arguments: Any) -> int:
 
 @contextmanager
 def process_group(kind: str, ranks: int) -> Iterator[None]:
-    """The default group of this process as one of so many ranks."""
+    """The default group of this process as one of so many ranks; of DDP another group of one process is made."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    if kind == "ddp":
-        dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
-    else:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    store = torch._C._distributed_c10d.HashStore() if kind == "ddp" else FakeStore()
+    dist.init_process_group("fake", store=store, rank=0, world_size=ranks)
     try:
         yield
     finally:
@@ -118,10 +128,14 @@ def process_group(kind: str, ranks: int) -> Iterator[None]:
 def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture) -> Any:
     """The model as accelerate prepares it: for DDP with its defaults, for FSDP2 by itself."""
     if setup.parallel == "ddp":
-        return torch.nn.parallel.DistributedDataParallel(model)
+        fake = dist.get_backend() == "fake"
+        return torch.nn.parallel.DistributedDataParallel(
+            model, find_unused_parameters=setup.ddp == "find-unused", static_graph=setup.ddp == "static-graph",
+            process_group=dist.new_group([0], backend="gloo") if fake else None,
+        )  # fmt: skip
     from accelerate.utils.dataclasses import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
     amp = TORCH_DTYPES[setup.amp] if setup.amp else None
     rows = [model.get_submodule(path) for path in stacks_in(model, architecture)]
@@ -130,6 +144,7 @@ def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture) -> A
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=sorted({type(block).__name__ for row in rows for block in row}),
         cpu_ram_efficient_loading=False,
+        cpu_offload=CPUOffloadPolicy(pin_memory=False) if setup.offload == "params" else False,
         mixed_precision_policy=MixedPrecisionPolicy(param_dtype=amp, reduce_dtype=amp, output_dtype=amp),
         ignored_modules=[torch.nn.ParameterList(packed_apart(model))],
     )
@@ -172,20 +187,31 @@ def not_reducing(model: Any, setup: Setup) -> Iterator[None]:
         model.set_requires_gradient_sync(True)
 
 
-def trace_rank(model: Any, setup: Setup, update: Any) -> RankRecorder:
-    """The third step of a rank: in the second DDP fills other buckets than in the first."""
+def trace_rank(
+    model: Any, setup: Setup, update: Any, loss_of: Callable[[], Any] | None = None,
+    beside: Iterable[torch.Tensor] = (),
+) -> RankRecorder:  # fmt: skip
+    """The fourth step of a rank: in the second DDP fills other buckets than in the first, of a static graph in the
+    third.
+
+    Args:
+        loss_of: the loss of a micro-batch as it goes backward, in the place of the model's own.
+        beside: what is in memory beside the model.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     ids = torch.zeros(setup.shape, dtype=torch.long)
     attention, more = torch.ones_like(ids), own_tokens(setup, ids)
     recorder = RankRecorder()
     autocast = setup.parallel == "ddp"  # FSDP2 casts what it gathers instead
 
+    def own_loss() -> Any:
+        with torch.autocast("cpu", TORCH_DTYPES[setup.amp]) if setup.amp and autocast else nullcontext():
+            loss = model(input_ids=ids, labels=ids, attention_mask=attention, **more).loss
+        return loss / setup.grad_accum if setup.grad_accum > 1 else loss
+
     def micro_batch() -> None:
         with recorder.observe("forward"):
-            with torch.autocast("cpu", TORCH_DTYPES[setup.amp]) if setup.amp and autocast else nullcontext():
-                loss = model(input_ids=ids, labels=ids, attention_mask=attention, **more).loss
-            if setup.grad_accum > 1:
-                loss = loss / setup.grad_accum
+            loss = own_loss() if loss_of is None else loss_of()
         with recorder.observe("backward"):
             loss.backward()
 
@@ -194,26 +220,31 @@ def trace_rank(model: Any, setup: Setup, update: Any) -> RankRecorder:
             with not_reducing(model, setup):
                 micro_batch()
         micro_batch()
+        recorder.host.makes = setup.offload == "params"
         with recorder.observe("optimizer"):
             if setup.clip_grad:
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)
             update.step()
             update.zero_grad(set_to_none=True)
+        recorder.host.makes = False
 
-    with eager_program(), on_ring(setup):
+    offloads = setup.offload == "params"
+    with eager_program(), copies_across(model) if offloads else nullcontext(), on_ring(setup):
         run()
-        recorder.hold(local(t) for t in (*model.parameters(), *updates.held(update)))
+        held = [*model.parameters(), *beside, *updates.held(update)]
+        if offloads:  # shards; what is packed in bytes, which FSDP2 cannot cut, stays
+            recorder.host.hold(local(t) for t in held if isinstance(t, DTensor))
+        recorder.hold(map(local, held))
         recorder.recording = True
-        run()
-        recorder.begin()
+        for _ in range(2):
+            run()
+            recorder.begin()
         run()
     return recorder
 
 
 def local(t: torch.Tensor) -> torch.Tensor:
     """What a rank has of a tensor."""
-    from torch.distributed.tensor import DTensor
-
     return t._local_tensor if isinstance(t, DTensor) else t
 
 
@@ -232,14 +263,19 @@ def traced_rank(case: Case, optimizer: str) -> RankRecorder:
     model = alone(case.config, setup, architecture, method)
     total, trainable = elements(model)
     model.train()
-    if setup.checkpoint != "none":
-        reentrant = setup.checkpoint == "block-reentrant"
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpointed(model, setup)
     if setup.replicas * setup.cp > 1:
         model = wrapped_for_ranks(model, setup, architecture)
     real = trace_rank(model, setup, updates.make(model, optimizer, method))
     real.trace.total, real.trace.trainable = total, trainable
     return real
+
+
+def checkpointed(model: Any, setup: Setup) -> None:
+    """Switch checkpoints on as the setup has them."""
+    if setup.checkpoint != "none":
+        reentrant = setup.checkpoint == "block-reentrant"
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
 
 
 def alone(config: Config, setup: Setup, architecture: Architecture, method: Method) -> Any:
@@ -277,8 +313,7 @@ def judge_rank(case: Case, step: Step, real: RankRecorder) -> counts.Result:
     if on_tape != nbytes:
         result.differences.append(f"bytes: {on_tape} on the tape, {nbytes} in the real program")
     expected, found = collectives(step), real.collectives
-    if case.setup.parallel == "ddp" and case.setup.replicas > 1:  # the group was one of one process
-        found = [c._replace(group=case.setup.gpus) for c in found]
+    found = [c._replace(group=case.setup.gpus) if c.group == 1 else c for c in found]  # DDP's, of one process
     result.differences += in_another_order(expected, found)
     if (step.trainable, step.total) != (trace.trainable, trace.total):
         result.differences.append(

@@ -6,12 +6,13 @@ from typing import Any
 
 from perfmodel.architectures import Config, from_config
 from perfmodel.architectures.llama import STAGED
-from perfmodel.setup import Setup
+from perfmodel.setup import DDP, Setup
 
 from .cases import MIXTURES, NO_DROPOUT, SMALL, Case, fitting, with_targets
 
 FORMS = ("ddp", "fsdp2")
 ZERO = ("zero1", "zero2", "zero3")
+OFFLOADED = (("zero1", "optimizer"), ("zero2", "optimizer"), ("zero3", "optimizer"), ("zero3", "params"))
 MODELS = ("llama", "gpt2", "gemma2", "qwen3_moe")
 METHODS = (
     "full",
@@ -55,15 +56,16 @@ def rank_grid(which: str) -> Iterator[Case]:
     """
     for i, config in enumerate(rank_models()):
         for j, method in enumerate(METHODS):
-            for k, parallel in enumerate(FORMS):
+            for k, (parallel, offload) in enumerate((*((form, "none") for form in FORMS), ("fsdp2", "params"))):
                 setups = every() if which == "all" else varied(5 * i + 3 * j + 2 * k, 1 if which == "quick" else 5)
                 for setup in setups:
-                    yield _case(config, method, replace(setup, parallel=parallel))
+                    yield _case(config, method, replace(setup, parallel=parallel, offload=offload))
 
     for k, method in enumerate(("full", "lora:r=32,targets=all-linear", "top_k:k=3", "lora:r=32,targets=all-linear")):
         for setup in varied(k, 1 if which == "quick" else 5):
-            setup = replace(setup, batch=1, seq=3, parallel="ddp")
-            yield _case(Config(MANY_BUCKETS, "llama", "llama-large"), method, setup)
+            for ddp in ("plain", "find-unused"):
+                setup = replace(setup, batch=1, seq=3, parallel="ddp", ddp=ddp)
+                yield _case(Config(MANY_BUCKETS, "llama", "llama-large"), method, setup)
     yield from tensor_grid(which)
     yield from ring_grid(which)
 
@@ -77,14 +79,14 @@ def zero_grid(which: str) -> Iterator[Case]:
     """
     for i, config in enumerate(rank_models()):
         for j, method in enumerate(("full", "lora:r=4", "lora:r=16,targets=all-linear")):
-            for k, parallel in enumerate(ZERO):
+            for k, (parallel, offload) in enumerate((*((stage, "none") for stage in ZERO), *OFFLOADED)):
                 setups = every() if which == "all" else varied(5 * i + 3 * j + 2 * k, 1 if which == "quick" else 5)
                 for setup in setups:
                     if parallel != "zero3" or config.values["model_type"] not in MIXTURES:
                         reentrant = parallel == "zero3" and setup.checkpoint == "block"
                         checkpoint = "block-reentrant" if reentrant else setup.checkpoint
                         casts: dict[str, Any] = {"dtype": "bf16", "amp": None, "checkpoint": checkpoint}
-                        yield _case(config, method, replace(setup, parallel=parallel, **casts))
+                        yield _case(config, method, replace(setup, parallel=parallel, offload=offload, **casts))
 
 
 def tensor_grid(which: str) -> Iterator[Case]:
@@ -135,9 +137,17 @@ def _case(config: Config, method: str, setup: Setup) -> Case:
     architecture = from_config(config)
     if method.startswith("qlora") and setup.dtype == "fp32":  # a base in few bits is beside 16-bit weights
         setup = replace(setup, dtype="bf16", amp=None)
+    setup = replace(setup, ddp=_that_runs(setup))
     if config.values["model_type"] in MIXTURES:
         method = method.replace("targets=all-linear", "targets=q_proj+v_proj")  # no adapter of experts has dropout
     return Case(config, with_targets(method, architecture), fitting(setup, architecture.traits))
+
+
+def _that_runs(setup: Setup) -> str:
+    """What DDP is told of the graph, plain where PyTorch ends in an error with it (`recording.parallel.ddp_search`)."""
+    if setup.parallel != "ddp" or setup.replicas == 1 or (setup.ddp == "static-graph" and setup.grad_accum > 1):
+        return "plain"
+    return "plain" if setup.ddp == "find-unused" and setup.checkpoint == "block-reentrant" else setup.ddp
 
 
 def varied(first: int, count: int) -> Iterator[Setup]:
@@ -145,7 +155,7 @@ def varied(first: int, count: int) -> Iterator[Setup]:
     for k in range(first, first + count):
         yield replace(
             BASE, **PRECISIONS[k % 4], gpus=RANKS[k % 5], checkpoint=CHECKPOINTS[k % 3],
-            grad_accum=(1, 3, 2)[k // 2 % 3], clip_grad=k % 5 != 4,
+            grad_accum=(1, 3, 2)[k // 2 % 3], clip_grad=k % 5 != 4, ddp=DDP[k // 3 % 3],
         )  # fmt: skip
 
 
@@ -156,6 +166,8 @@ def every() -> Iterator[Setup]:
             for checkpoint in CHECKPOINTS:
                 for accum in (1, 3):
                     for clip in (True, False):
-                        yield replace(
-                            BASE, **precision, gpus=gpus, checkpoint=checkpoint, grad_accum=accum, clip_grad=clip
-                        )
+                        for ddp in DDP:
+                            yield replace(
+                                BASE, **precision, gpus=gpus, checkpoint=checkpoint, grad_accum=accum, clip_grad=clip,
+                                ddp=ddp,
+                            )  # fmt: skip

@@ -6,6 +6,7 @@ The real program runs on this CPU as one of so many ranks, in torch's fake proce
 import gc
 import os
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
@@ -16,18 +17,22 @@ from perfmodel import methods
 from perfmodel.architectures import from_config
 from perfmodel.prediction import memory
 from perfmodel.recording.record import build
+from perfmodel.recording.step import Step
 from perfmodel.recording.zero import under_zero
 from perfmodel.setup import Setup
+from perfmodel.tracing.programs.dtypes import DTYPES
 
 from . import counts, parallel
 from .cases import Case
 
 GATHER = "c10d::_allgather_base_"
+OFFLOADED = ("offload_optimizer", "offload_param")
 WARM_UP = 3  # DeepSpeed traces the order of modules in its first steps
 
 
 def deepspeed_config(setup: Setup, hidden: int) -> dict[str, Any]:
-    """What transformers makes of "auto" (integrations/deepspeed.py); the optimizer is PyTorch's."""
+    """What transformers makes of "auto" (integrations/deepspeed.py); the optimizer is PyTorch's, or the CPU Adam."""
+    offloads = {"optimizer": OFFLOADED[:1], "params": OFFLOADED}.get(setup.offload, ())
     return {
         "train_micro_batch_size_per_gpu": setup.batch,
         "gradient_accumulation_steps": setup.grad_accum,
@@ -44,8 +49,17 @@ def deepspeed_config(setup: Setup, hidden: int) -> dict[str, Any]:
             "stage3_param_persistence_threshold": 10 * hidden,
             "stage3_max_live_parameters": 10**9,
             "stage3_max_reuse_distance": 10**9,
+            **{name: {"device": "cpu"} for name in offloads},
         },
     }
+
+
+def _adamw(trained: list[torch.nn.Parameter], setup: Setup) -> Any:
+    if setup.offload == "none":
+        return torch.optim.AdamW(trained, fused=True)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(trained)  # as accelerate does (`map_pytorch_optim_to_deepspeed`)
 
 
 def traced_by_deepspeed(case: Case) -> parallel.RankRecorder:
@@ -71,10 +85,12 @@ def traced_by_deepspeed(case: Case) -> parallel.RankRecorder:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
     trained = [p for p in model.parameters() if p.requires_grad]
     config = deepspeed_config(setup, architecture.hidden)
-    engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=torch.optim.AdamW(trained, fused=True))
+    engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=_adamw(trained, setup))
     ids = torch.zeros(setup.shape, dtype=torch.long)
     for step in range(WARM_UP + 1):
         if step == WARM_UP:
+            if setup.offload != "none":
+                real.host.hold(in_host_memory(engine.optimizer, setup))
             there = (t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter))
             real.hold(t for t in there if t.device.type == "cpu")  # some have no memory ("meta")
             real.recording = True
@@ -86,6 +102,23 @@ def traced_by_deepspeed(case: Case) -> parallel.RankRecorder:
             with real.observe("optimizer"):
                 engine.step()
     return real
+
+
+def in_host_memory(optimizer: Any, setup: Setup) -> Iterator[torch.Tensor]:
+    """What DeepSpeed's optimizer keeps in the host's memory, by its names."""
+    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+        for master in getattr(optimizer, name, ()):
+            yield from (master, master.grad)
+    for state in optimizer.optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+    yield from getattr(optimizer, "param_buffer_of_bit16_for_cpu_offload_groups", ())
+    yield from getattr(optimizer, "accumulated_grads_in_cpu", {}).values()
+    for name in ("temp_grad_buffer_for_cpu_offload", "grad_partitions_flat_buffer"):
+        if hasattr(optimizer, name):
+            yield getattr(optimizer, name)
+    if setup.offload == "params":
+        yield from optimizer.param_groups_fp16_flat_cpu_memory
+        yield from (p.ds_tensor for p in optimizer.module.parameters())
 
 
 def compare_collectives(case: Case) -> counts.Result:
@@ -117,7 +150,23 @@ def _compared(case: Case) -> counts.Result:
     elif abs(result.peak_ratio - 1) > parallel.PEAK_TOLERANCE:
         result.differences.append(f"peak memory: {result.peak_ratio:.3f} of the real program's on the tape")
     result.differences += parallel.in_another_order(tape, real)
+    if case.setup.offload != "none" and (case.setup.parallel != "zero3" or case.setup.grad_accum == 1):
+        result.differences += copied_otherwise(step, rank)
     return result
+
+
+def copied_otherwise(step: Step, rank: parallel.RankRecorder) -> list[str]:
+    """Copies between the host's memory and the device's that differ.
+
+    Here DeepSpeed adds to the sums of ZeRO-3's micro-batches where they are, as both memories are the CPU's.
+    """
+    ours: Counter[tuple[str, int]] = Counter()
+    for _, op, count in step.ops():
+        if op.name == "copy_" and op.attrs.pinned:
+            ours[op.outputs[0].dtype, op.outputs[0].numel] += count
+    theirs = Counter((DTYPES[dtype], numel) for dtype, numel in rank.host.crossed)
+    both = (("tape only", ours - theirs), ("real only", theirs - ours))
+    return [f"copied, {title}: {n} x {copy}" for title, more in both for copy, n in more.items()]
 
 
 def gathered(collectives: list[parallel.Collective]) -> dict[tuple[str, str, int], int]:

@@ -187,8 +187,8 @@ def _model_of(row: PublishedStep) -> str | Config:
 
 def evaluate_row(row: PublishedStep, host: Host | None = None) -> StepOutcome:
     """Predict what a row measured."""
-    by = host or hosts.load()
-    p = predict(_model_of(row), row.method, row.setup, profile.load(row.device), host=by)
+    on = profile.load(row.device)
+    p = predict(_model_of(row), row.method, row.setup, on, host=host or hosts.host_of("default", on))
     t = p.time.phases
     parts = {"step": t["total"], "forward+backward": t["forward"] + t["backward"], **t}
     predicted = {what: float(parts[what]) for what in row.seconds}

@@ -1,6 +1,6 @@
 """What an objective is: a loss made of passes through the model, and through a reference that does not train."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -64,6 +64,7 @@ class Objective:
     Attributes:
         compares: whether it needs the log-probabilities of a reference: "" never, "always", or "if named" in the setup.
         reference_in_amp: whether a reference of its own lies in memory in the dtype of autocast, if there is one.
+        labelled: whether the model gets labels and gives its own loss alone.
         scaled: whether the loss is divided by the number of micro-batches.
         clips: whether its trainer clips gradients where the setup says so.
         of: what it trains, where that is no language model.
@@ -76,6 +77,7 @@ class Objective:
     quiet: bool
     compares: ClassVar[str] = ""
     reference_in_amp: ClassVar[bool] = False
+    labelled: ClassVar[bool] = False
     scaled: ClassVar[bool] = True
     clips: ClassVar[bool] = True
     of: ClassVar[str] = ""
@@ -112,6 +114,11 @@ class Objective:
         reference = "log-probabilities made before" if setup.reference == "precomputed" else reference
         return [what, f"its reference is {reference}"]
 
+    def passes_reference(self, setup: Setup) -> bool:
+        """Whether a step has a pass through its reference."""
+        named = setup.reference != "auto" or self.compares == "always"
+        return bool(self.compares) and named and setup.reference != "precomputed"
+
     def check(self, method: Method, setup: Setup) -> None:
         """Raise `UserError` for what is not modelled together with the objective."""
         if setup.reference != "auto" and not self.compares:
@@ -124,8 +131,9 @@ class Objective:
             return
         if np.min(setup.seq) < 2:
             raise UserError(f"objective {self.name}: no token of seq 1 is predicted by another; use --seq 2 or more")
+        several = bool(np.all(np.greater(setup.gpus, 1)))  # then ZeRO-3 is what they do (`recording.parallel.form`)
         for name, usual in (("compile", "none"), ("engine", "torch"), ("cuda_graphs", False)):
-            if getattr(setup, name) != usual:
+            if getattr(setup, name) != usual and not (name == "engine" and several):
                 raise UserError(
                     f"objective {self.name} with {name} {getattr(setup, name)} is not modelled; leave it out"
                 )
@@ -168,19 +176,34 @@ class Passes:
         """An integer that comes with the batch."""
         return model_buffer(())
 
+    def called(self, run: Callable[[], tuple[Tensor, ...]]) -> Sequence[Tensor]:
+        """What a call of the model gives, between the hooks of what several GPUs do."""
+        wrapping, build = tape().wrapping, self.model.build
+        if wrapping is None:
+            return run()
+        wrapping.begin()
+        outputs = [*run(), *build.outputs]
+        build.outputs.clear()
+        return wrapping.end(outputs)
+
     def logits(self, ids: Tensor, attention: Tensor, keep: Dim | None = None) -> Tensor:
         """Logits of the model, of the last `keep` tokens, in fp32 under autocast (accelerate converts them so)."""
         self.model.build.logits_to_keep = keep
-        return _logits(self.model, ids, attention)
+        return self.called(lambda: (_logits(self.model, ids, attention),))[0]
 
     def logits_and_loss(self, ids: Tensor, attention: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The same logits, with the loss that the model computes itself where it is given labels."""
         build = self.model.build
-        with tape().autocasting():
-            logits = build.architecture.forward(self.model, ids, attention, labels)
-            loss = causal_lm_loss(logits, labels)
-        release(build.held)
-        return cast(logits, "fp32") if self.setup.amp else logits, loss
+
+        def run() -> tuple[Tensor, ...]:
+            with tape().autocasting():
+                logits = build.architecture.forward(self.model, ids, attention, labels)
+                loss = causal_lm_loss(logits, labels)
+            release(build.held)
+            return cast(logits, "fp32") if self.setup.amp else logits, loss
+
+        logits, loss = self.called(run)
+        return logits, loss
 
     def reference_logits(self, ids: Tensor, attention: Tensor, keep: Dim | None = None) -> Tensor:
         """The same of the reference, without a graph and without checkpoints."""
@@ -195,9 +218,20 @@ class Passes:
             how, parameters = Frozen(architecture=runs), self.frozen
             if found(self.setup.objective).reference_in_amp and setup.amp:
                 setup = replace(setup, dtype=setup.amp)
-        with tape().no_grad():
+
+        def run() -> tuple[Tensor]:
             build = Build(runs, how, setup, parameters, labelled=False, logits_to_keep=keep)
-            return _logits(Scope(build), ids, attention)
+            return (_logits(Scope(build), ids, attention),)
+
+        current = tape()
+        trained = current.wrapping
+        if trained is not None:  # what PEFT disables adapters of is the model that is not wrapped
+            own = trained if trained.inside else None
+            current.wrapping = own if isinstance(how, AdaptersOff) else trained.reference
+        with current.no_grad():
+            (logits,) = self.called(run)
+        current.wrapping = trained
+        return logits
 
 
 def _logits(model: Scope, ids: Tensor, attention: Tensor) -> Tensor:

@@ -2,13 +2,13 @@
 
 Every token is one of a completion but the first, which no token predicts.
 
-Source: trl/trainer/utils.py (1.8: `selective_log_softmax`, `entropy_from_logits`); on one GPU `accelerator.gather`
-gives back what it gets.
+Source: trl/trainer/utils.py (1.8: `selective_log_softmax`, `entropy_from_logits`).
 """
 
 from ...architectures.masks import read_scalar
 from ...program.dims import only
 from ...program.op import Op, Spec
+from ...tape.bus import of_all_ranks
 from ...tape.core import append_op, emit, new_tensor, tape
 from ...tape.elementary import sum_dim
 from ...tape.nn import log_softmax
@@ -75,12 +75,12 @@ def _entropy(chunk: Tensor) -> Tensor:
 
 def log_mean(x: Tensor) -> None:
     """`gather(x).mean().item()`."""
-    read_scalar(mean_all(x))
+    read_scalar(mean_all(of_all_ranks(x)))
 
 
 def log_sum(x: Tensor) -> None:
     """`gather(x).sum().item()`."""
-    read_scalar(sum_all(x))
+    read_scalar(sum_all(of_all_ranks(x)))
 
 
 def log_ratio(part: Tensor, whole: Tensor) -> None:
@@ -94,7 +94,7 @@ def log_entropy(shift_logits: Tensor, mask: Tensor) -> None:
     per_token_entropy = entropy_from_logits(detach(shift_logits))
     entropy_sum = sum_all(mul(per_token_entropy, mask))
     total_tokens = sum_all(mask)
-    entropy_sum, total_tokens = sum_all(entropy_sum), sum_all(total_tokens)
+    entropy_sum, total_tokens = sum_all(of_all_ranks(entropy_sum)), sum_all(of_all_ranks(total_tokens))
     log_ratio(entropy_sum, total_tokens)
 
 

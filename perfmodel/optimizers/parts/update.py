@@ -64,6 +64,7 @@ class Update:
         states: tensors that are kept between steps on the device, as they are named.
         host_states: those on the host (step counters).
         paged_states: those in memory that host and device share, which no allocator of PyTorch holds.
+        hosted: bytes of what is offloaded: masters, states and gradients in the host's memory.
     """
 
     def __init__(self, tape: Tape, optimizer: str, everything: Parameters, head: int | None = None) -> None:
@@ -75,6 +76,7 @@ class Update:
         self.states: list[Spec] = []
         self.host_states: list[Spec] = []
         self.paged_states: list[Spec] = []
+        self.hosted: Dim = 0
 
     @property
     def state_bytes(self) -> Dim:

@@ -3,7 +3,8 @@
 As soon as a gradient is complete it is divided into its bucket; a bucket that is full is all-reduced beside the rest of
 backward, buckets in their order. Behind backward all are copied back (`gradient_as_bucket_view` is off). Buckets are
 those of all steps but the first, filled in the order in which gradients come; the first one holds 1 MiB, others 25.
-Buffers of modules are broadcast before each forward pass whose gradients are exchanged (`broadcast_buffers`).
+Buffers of modules are broadcast before each forward pass behind one whose gradients are exchanged
+(`broadcast_buffers`). What DDP does that looks for parameters without a gradient is in `ddp_search`.
 
 Sources: torch 2.13, csrc/distributed/c10d/reducer.cpp (`mark_variable_ready_dense`, `rebuild_buckets`,
 `compute_bucket_assignment_by_size`, `finalize_bucket_dense`), nn/parallel/distributed.py.
@@ -23,7 +24,7 @@ from ...tape.core import record, tape
 from ...tape.tensor import Parameter, Tensor
 from .collectives import SENT, all_reduce, wait_event
 from .form import WholeUnits
-from .messages import Ready, coming, interleaved
+from .messages import Coming, Ready, coming, interleaved
 
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # B (`_DEFAULT_FIRST_BUCKET_BYTES`, `bucket_cap_mb`)
 Bucket = tuple[str, Dim]  # dtype, bytes
@@ -33,30 +34,36 @@ class Replicated(WholeUnits):
     """The hooks of DDP: around nothing but gradients."""
 
     shares_norm = False
+    inside = False
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.reduces = True
         self.synchronised = True  # whether the last micro-batch exchanged gradients: then buffers are to be broadcast
         self.ready: list[Ready] = []
+        self.before: tuple[Part, int] | None = None  # where the forward pass begins: a part, and so many of its ops
 
     def begin(self) -> None:
         """Gradients are followed if they are exchanged, and buffers, which have to be known."""
+        current = tape()
         self.ready.clear()
-        tape().buffers.clear()
-        tape().after_gradient = self._divide if self.reduces else None
+        current.buffers.clear()
+        self.before = current.part, len(current.part.ops)
+        current.after_gradient = self._divide if self.reduces else None
 
     def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
         """A block runs as it would alone."""
         return run(x)
 
-    def end(self, loss: Tensor) -> Tensor:
+    def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Nothing is hooked; the buffers are known now that went out before the pass."""
         current = tape()
         if self.synchronised:
-            current.parts[0].ops[:0] = self._broadcast(current.buffers)
-        self.synchronised = self.reduces
-        return loss
+            assert self.before is not None
+            part, place = self.before
+            part.ops[place:place] = self._broadcast(current.buffers)
+        self.synchronised = self.reduces and current.grad_enabled
+        return outputs
 
     def end_of_backward(self) -> None:
         """All-reduces go where their buckets are full; then gradients are copied back."""
@@ -66,15 +73,13 @@ class Replicated(WholeUnits):
         current.after_gradient = None
         exchange = current.parts.pop()
         parts = list(current.parts)
-        full = launches([c.parameter for c in coming(parts, self.ready)])
-        current.parts[:] = interleaved(parts, self.ready, full, self._all_reduce)
+        current.parts[:] = interleaved(parts, self.ready, self._sent(coming(parts, self.ready)), self._ops_of)
         current.parts.append(exchange)
         wait_event(COMMUNICATION)
         for count, run in runs([ready.parameter for ready in self.ready]):
             current.begin("exchange", "backward").repeat = count
             for p in run:
-                assert p.grad is not None
-                record("copy_", (p.grad, existing(p.shape, p.grad.dtype)), (p.grad,))
+                self._copy_back(p)
 
     def updated(self, parameters: list[Parameter]) -> list[Parameter]:
         """Every rank updates all."""
@@ -111,15 +116,26 @@ class Replicated(WholeUnits):
             record("mul.out", (p.grad, in_bucket), (in_bucket,))
         self.ready.append(Ready(current.part, len(current.part.ops), p))
 
-    def _all_reduce(self, bucket: Bucket) -> list[Op]:
+    def _sent(self, order: Sequence[Coming]) -> dict[int, list[Bucket]]:
+        """The buckets that go out behind each gradient, by its number in the order in which they come."""
+        return launches([c.parameter for c in order])
+
+    def _ops_of(self, bucket: Bucket) -> list[Op]:
+        """The message of a bucket."""
         dtype, nbytes = bucket
         return [all_reduce(nbytes // ITEMSIZE[dtype], dtype, self.ranks)]
+
+    def _copy_back(self, p: Parameter) -> None:
+        """`copy_bucket_to_grad`."""
+        assert p.grad is not None
+        record("copy_", (p.grad, existing(p.shape, p.grad.dtype)), (p.grad,))
 
 
 def launches(gradients: Sequence[Parameter]) -> dict[int, list[Bucket]]:
     """The buckets that are launched behind each gradient, by its number in the order in which they come.
 
-    One is full once it has reached its limit, what is left at the end makes the last ones; one waits for those before.
+    One is full once it has reached its limit, what is left at the end makes the last ones, of several dtypes that which
+    came last first (so a hash map of libstdc++ gives them); one waits for those before.
     """
     filling: dict[str, tuple[Dim, int, int]] = {}  # by dtype: bytes, buckets before it, the last gradient
     full: dict[int, list[Bucket]] = {}
@@ -131,7 +147,7 @@ def launches(gradients: Sequence[Parameter]) -> dict[int, list[Bucket]]:
             nbytes, before = 0, before + 1
         filling[p.dtype] = nbytes, before, i
     latest = max(full, default=0)
-    for dtype, (nbytes, _, last) in filling.items():
+    for dtype, (nbytes, _, last) in reversed(filling.items()):
         if decide(nbytes > 0):
             latest = max(latest, last)
             full.setdefault(latest, []).append((dtype, nbytes))

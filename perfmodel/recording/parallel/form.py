@@ -1,21 +1,27 @@
 """What a program of several GPUs is to the recording of a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from ... import objectives
 from ...errors import UserError
 from ...methods.parts.base import Method
 from ...optimizers import Update
 from ...program.dims import Dim
 from ...program.ranks import Ranks
 from ...setup import Setup
+from ...tape.core import Wrapping
 from ...tape.tensor import Parameter, Tensor
+from .offload import check_offload
 
 CUT = ("full", "lora")  # methods whose program on tensor-parallel layers is modelled
 
+# Objectives that several have; of others the trainers prepare models in ways that are not modelled
+OBJECTIVES = ("sft", "prm", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "grpo")
+
 # What of a setup is modelled on one GPU alone, and the value that several have
 ALONE = {
-    "compile": "none", "engine": "torch", "cuda_graphs": False, "in_backward": False, "objective": "sft", "fp8": "none",
+    "compile": "none", "engine": "torch", "cuda_graphs": False, "in_backward": False, "fp8": "none",
     "int8": "none", "qat": "none",
 }  # fmt: skip
 
@@ -27,14 +33,22 @@ class ParallelForm(Protocol):
         ranks: the GPUs that gradients are reduced over.
         reduces: whether this micro-batch's gradients are exchanged: those of the last one are (`no_sync`).
         shares_norm: whether ranks hold different gradients, so that their norm takes an all-reduce.
+        inside, reference: as of `tape.core.Wrapping`.
+        offloads: whether the host clips and updates, on what lives in its memory.
     """
 
     ranks: Ranks
     reduces: bool
     shares_norm: bool
+    offloads: bool
+    inside: bool
+
+    @property
+    def reference(self) -> Wrapping | None:
+        """As of `tape.core.Wrapping`."""
 
     def begin(self) -> None:
-        """Before the forward pass."""
+        """Before a forward pass."""
 
     def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
         """A block of the model between its hooks."""
@@ -45,8 +59,8 @@ class ParallelForm(Protocol):
     def weight(self, p: Parameter) -> None:
         """A parameter of an adapter is about to be used."""
 
-    def end(self, loss: Tensor) -> Tensor:
-        """Behind the forward pass; returns the loss, hooked."""
+    def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Behind a forward pass; returns what it gives, the loss or logits first, hooked."""
 
     def end_of_backward(self) -> None:
         """Behind the last gradient."""
@@ -63,6 +77,14 @@ class ParallelForm(Protocol):
 
 class OfBlocks:
     """Of a form whose units are blocks, and all else together."""
+
+    inside = True
+    offloads = False
+
+    @property
+    def reference(self) -> Wrapping | None:
+        """None: a frozen model is whole on every rank."""
+        return None
 
     def module(self, path: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Its parameters are there."""
@@ -82,9 +104,23 @@ class WholeUnits(OfBlocks):
 
 def check_form(setup: Setup, method: Method) -> None:
     """Raise `UserError` where several GPUs are not modelled with the rest of a setup."""
+    check_offload(setup)
     for name, usual in ALONE.items():
         if getattr(setup, name) != usual and not (name == "engine" and setup.parallel == "zero3"):
-            raise UserError(f"gpus: several are not modelled with {name} {getattr(setup, name)}; use --gpus 1")
+            what = f"{name} {getattr(setup, name)}"
+            if setup.offload != "none":
+                raise UserError(f"offload: not modelled with {what}; use --offload none")
+            raise UserError(f"gpus: several are not modelled with {what}; use --gpus 1")
+    if setup.offload != "none" and setup.objective != "sft":
+        raise UserError(f"offload: not modelled with objective {setup.objective}; use --offload none")
+    if setup.objective not in OBJECTIVES or (setup.tp > 1 and setup.objective != "sft"):
+        beside = f" and tp {setup.tp}" if setup.tp > 1 else ""
+        raise UserError(f"gpus: several are not modelled with objective {setup.objective}{beside}; use --gpus 1")
+    if setup.parallel in ("fsdp1", "zero3") and objectives.found(setup.objective).passes_reference(setup):
+        raise UserError(
+            f"gpus: the reference of objective {setup.objective} is not modelled with parallel {setup.parallel}; use "
+            "--parallel fsdp2 or zero2, or --reference precomputed"
+        )
     if setup.tp > 1 and (method.name not in CUT or getattr(method, "implementation", "peft") != "peft"):
         raise UserError(f"tp: {method.name} on layers that are cut is not modelled; {' and '.join(CUT)} are")
     if setup.parallel != "ddp" and type(method).update is not Method.update:

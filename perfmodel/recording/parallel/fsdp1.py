@@ -9,6 +9,9 @@ that trains), since a flat parameter cannot be frozen in part: two tiny gathers 
 two tiny reductions. With the host so close behind the device, the gather of the next block can hardly start before the
 last adapter of this one: this is what makes LoRA slow under FSDP1.
 
+Offloaded (`CPUOffload`), a unit's part comes from the host's memory before it is gathered, its gradient goes there, and
+the host updates.
+
 Not call by call like FSDP2: an adapter's unit is gathered where its weight is used and freed at once, and its backward
 is where its gradient is complete.
 
@@ -25,12 +28,13 @@ from ...program.dims import Dim, decide
 from ...program.dtypes import ITEMSIZE
 from ...program.op import STRIDED, Attrs
 from ...program.ranks import Ranks
-from ...program.streams import COMMUNICATION, COMPUTE, REDUCE, Run
+from ...program.streams import COMMUNICATION, COMPUTE, GATHER_COPY, REDUCE, Run
 from ...tape.autograd import differentiate
 from ...tape.core import new_tensor, record, tape
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import exchange, set_event, wait_event
 from .form import OfBlocks
+from .offload import keep_on_host, to_device, to_host
 from .units import ROOT, ShardedUnit
 
 GATHERED, REDUCED = "gathered", "reduced"  # events
@@ -45,6 +49,7 @@ class FlatUnit:
         trained: whether it has a gradient, which is of the whole.
         shards: what a rank keeps: its part of what trains, and of what does not.
         whole: its memory while it is gathered.
+        offloaded: whether a rank's part lives in the host's memory.
     """
 
     path: str
@@ -52,12 +57,14 @@ class FlatUnit:
     ranks: Ranks
     shards: list[Parameter] = field(default_factory=list)
     whole: Tensor | None = None
+    offloaded: bool = False
 
     def __post_init__(self) -> None:
         for trains in (True, False):
             those = [p for p in self.parameters if p.requires_grad is trains]
             if those:
                 self.shards.append(flat_shard(self.path, those, self.ranks.size))
+        keep_on_host(shard for shard in self.shards if self.offloaded)
 
     @property
     def trained(self) -> bool:
@@ -79,8 +86,12 @@ class FlatUnit:
         if self.whole is not None:
             return
         record("fsdp::limit_all_gathers", (), (), Attrs(host=True, sync=True), runs=Run(FREED[1]))
+        mine = existing((self.part,), self.dtype)
+        if self.offloaded:
+            mine = to_device(mine, GATHER_COPY)
         self.whole = new_tensor((self.part * self.ranks.size,), self.dtype)
-        exchange("c10d::_allgather_base_", existing((self.part,), self.dtype), self.whole, self.ranks, after=())
+        after = (GATHER_COPY,) if self.offloaded else ()
+        exchange("c10d::_allgather_base_", mine, self.whole, self.ranks, after=after)
         set_event(GATHERED, COMMUNICATION)
 
     def free(self) -> None:
@@ -95,8 +106,9 @@ class FlatShard(OfBlocks):
 
     shares_norm = True
 
-    def __init__(self, units: Sequence[ShardedUnit], ranks: Ranks) -> None:
+    def __init__(self, units: Sequence[ShardedUnit], ranks: Ranks, *, offloads: bool = False) -> None:
         self.ranks = ranks
+        self.offloads = offloads
         self.reduces = True
         self.units: dict[str, FlatUnit] = {}
         self.of_adapter: dict[int, FlatUnit] = {}
@@ -105,8 +117,9 @@ class FlatShard(OfBlocks):
             if len(nested) == len(unit.parameters):
                 nested = []
             for p in nested:
-                self.of_adapter[id(p)] = FlatUnit(p.name, [p], ranks)
-            self.units[unit.path] = FlatUnit(unit.path, [p for p in unit.parameters if p not in nested], ranks)
+                self.of_adapter[id(p)] = FlatUnit(p.name, [p], ranks, offloaded=offloads)
+            left = [p for p in unit.parameters if p not in nested]
+            self.units[unit.path] = FlatUnit(unit.path, left, ranks, offloaded=offloads)
         self.ran: list[tuple[str, Any]] = []  # paths of units in the order of their forward passes, with their parts
         self.done: set[str] = set()
 
@@ -140,10 +153,10 @@ class FlatShard(OfBlocks):
             return (self._before_backward(path, out[0]), *out[1:])
         return self._before_backward(path, out)
 
-    def end(self, loss: Tensor) -> Tensor:
+    def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """The root stays gathered until its backward is done."""
         self.ran.append((ROOT, tape().part))
-        return self._before_backward(ROOT, loss)
+        return [self._before_backward(ROOT, output) for output in outputs]
 
     def end_of_backward(self) -> None:
         """Units whose input needed no gradient, the root, and the wait for all that is reduced."""
@@ -152,6 +165,8 @@ class FlatShard(OfBlocks):
                 self._reduce(path, self.units[path])
         tape().after_gradient = None
         wait_event(REDUCED)
+        if self.offloads:  # `_post_backward_final_callback`
+            record("cuda::synchronize_stream", (), (), Attrs(host=True, sync=True), runs=Run(COMPUTE))
 
     def updated(self, parameters: list[Parameter]) -> list[Parameter]:
         """Flat parts in the place of parameters; scales of packed weights stay on every rank."""
@@ -233,6 +248,11 @@ class FlatShard(OfBlocks):
         exchange("c10d::_reduce_scatter_base_", flat, mine, self.ranks, after=(COMPUTE, REDUCE))
         if decide(self.ranks.size > before):
             record("div_.Tensor", (mine,), (mine,), runs=Run(REDUCE, after=(COMMUNICATION,)))
+        if self.offloads:
+            shard = unit.shards[0]
+            shard.used, shard.grad = True, to_host(mine, Run(REDUCE, after=(COMMUNICATION,)))
+            set_event(REDUCED, REDUCE)
+            return
         set_event(REDUCED, COMMUNICATION)
         mine.storage.copies = unit.parameters[0].count
         shard = unit.shards[0]

@@ -5,6 +5,9 @@ parameters are gathered; behind it they are freed. Behind its backward its gradi
 backward the block below is gathered while one computes. What a method freezes is gathered like all else, but has no
 gradient to be reduced.
 
+Where the model is called several times before a backward pass (KTO), the lowest unit's backward gathers the last unit
+of the call before, which nothing needs: the order of all calls is one (`post_forward_order`).
+
 Streams as PyTorch has them: copies into what is gathered on one of their own, collectives behind one another (NCCL
 keeps those of one communicator in order), all else on the compute stream.
 
@@ -14,7 +17,8 @@ stay whole on every rank. Since accelerate 1.15 the embedding has a unit of its 
 which stays gathered behind the forward pass.
 
 Sources: torch 2.13, distributed/fsdp/_fully_shard/ (`_fsdp_param_group.py`, `_fsdp_collectives.py`, `_fsdp_state.py`).
-Without synchronisation in all micro-batches but the last: accelerate's `no_sync`.
+Without synchronisation in all micro-batches but the last: accelerate's `no_sync`. Offloaded, shards come from the
+host's memory one by one before each gathering, gradients go there one by one, and the host updates.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...program.dims import Dim, Shape, contiguous_strides, product
-from ...program.op import STRIDED
+from ...program.op import STRIDED, Attrs
 from ...program.part import Part
 from ...program.ranks import Ranks
 from ...program.streams import COMMUNICATION, COMPUTE, GATHER_COPY, REDUCE, Run
@@ -32,6 +36,7 @@ from ...tape.pointwise import cast
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import empty, exchange, set_event, wait_event
 from .form import WholeUnits
+from .offload import keep_on_host, to_device, to_host
 from .units import ROOT, ShardedUnit
 
 GATHERED, COPIED, REDUCED = "gathered", "copied out", "reduced"  # events
@@ -42,11 +47,13 @@ class Gathered:
     """A unit as it is on a rank now.
 
     Attributes:
+        offloaded: whether its shards live in the host's memory.
         whole: its parameters' memory while they are gathered.
         coming: what is gathered but not copied out yet.
     """
 
     unit: ShardedUnit
+    offloaded: bool = False
     whole: list[Tensor] = field(default_factory=list)
     coming: Tensor | None = None
 
@@ -56,9 +63,11 @@ class Gathered:
         if self.whole or self.coming is not None or not unit.parameters:
             return
         dtype, numels = unit.dtype, unit.numels
-        flat = self._cast(unit)
+        flat = None if self.offloaded else self._cast(unit)
         sent = [
-            in_buffer(shard if p.dtype == shard.dtype else flat, (n,), dtype)
+            self._moved(p, shard, n, dtype)
+            if self.offloaded
+            else in_buffer(shard if p.dtype == shard.dtype else flat, (n,), dtype)
             for (p, shard), n in zip(unit.pairs, numels, strict=True)
         ]
         self.coming = into = empty(sum(numels) * ranks.size, dtype)
@@ -67,6 +76,14 @@ class Gathered:
         del sent, flat
         exchange("c10d::_allgather_base_", mine, into, ranks, (GATHER_COPY,))
         set_event(GATHERED, COMMUNICATION)
+
+    def _moved(self, p: Parameter, shard: Parameter, n: Dim, dtype: str) -> Tensor:
+        """A shard from the host's memory, in the dtype that it is used in."""
+        moved = to_device(in_buffer(shard, (shard.numel,), shard.dtype), GATHER_COPY)
+        if p.dtype != shard.dtype:
+            kept, moved = moved, new_tensor((shard.numel,), p.dtype)
+            record("_to_copy", (kept,), (moved,), runs=Run(GATHER_COPY))
+        return in_buffer(moved, (n,), dtype)
 
     def _cast(self, unit: ShardedUnit) -> Tensor | None:
         """A buffer with what is kept in another dtype, in the one that it is used in."""
@@ -87,27 +104,48 @@ class FullyShard(WholeUnits):
     Attributes:
         output: the dtype that the model's output is cast to (`output_dtype`), None: it stays as it is.
         reduces: whether gradients are reduced behind backward; if not, they wait whole for the next micro-batch.
+        offloads: whether shards, their gradients and the update are the host's (`CPUOffloadPolicy`).
     """
 
     shares_norm = True
 
-    def __init__(self, units: Sequence[ShardedUnit], ranks: Ranks, output: str | None) -> None:
+    def __init__(
+        self,
+        units: Sequence[ShardedUnit],
+        ranks: Ranks,
+        output: str | None,
+        reference: ShardedUnit | None = None,
+        *,
+        offloads: bool = False,
+    ) -> None:
         self.ranks = ranks
+        self.frozen = FrozenShard([reference], ranks, output) if reference is not None else None
         self.output = output
-        self.units = {unit.path: Gathered(unit) for unit in units}
+        self.offloads = offloads
+        self.units = {unit.path: Gathered(unit, offloads) for unit in units}
+        keep_on_host(shard for unit in units for shard in unit.shards if offloads)
         self.ends = {unit.last: unit.path for unit in units}
         self.reduces = True
         self.ran: list[tuple[str, Part]] = []  # paths of units in the order of their forward passes, with their parts
         self.copied: Tensor | None = None  # what was copied out last, until the next one is
         self.reducing: Tensor | None = None  # what is being reduced, until the next one is
         self.done: set[str] = set()
+        self.last: str | None = None  # the unit whose forward pass was the last one
+        self.before: str | None = None  # that of the pass before, if there are several before a backward pass
+
+    @property
+    def reference(self) -> "FrozenShard | None":
+        """A frozen model is cut as well."""
+        return self.frozen
 
     # What the recording of a step calls
 
     def begin(self) -> None:
         """Before the forward pass: the root's parameters are gathered (`_root_pre_forward`, `pre_forward`)."""
-        self.ran.clear()
-        self.done.clear()
+        if tape().grad_enabled:
+            self.ran.clear()
+            self.done.clear()
+        self.before = self.last
         wait_event(COMPUTE, GATHER_COPY)
         self._unshard(self.units[ROOT], forward=True)
 
@@ -137,16 +175,20 @@ class FullyShard(WholeUnits):
         state = self.units[path]
         if not state.unit.stays:
             state.whole.clear()
-        self.ran.append((path, part))
+        self.last = path
+        if tape().grad_enabled:
+            self.ran.append((path, part))
         return self._before_backward(path, out)
 
-    def end(self, loss: Tensor) -> Tensor:
+    def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Behind the forward pass: the root's parameters stay; its hook before backward."""
         self._forget_copied()
         if self.units[ROOT].unit.parameters:
-            self.ran.append((ROOT, tape().part))
-        loss = self._before_backward(ROOT, loss)
-        return cast(loss, self.output) if self.output else loss
+            self.last = ROOT
+            if tape().grad_enabled:
+                self.ran.append((ROOT, tape().part))
+        hooked = [self._before_backward(ROOT, output) for output in outputs]
+        return [cast(output, self.output) for output in hooked] if self.output else hooked
 
     def end_of_backward(self) -> None:
         """Units whose input needed no gradient, the root, and the wait for all that is reduced."""
@@ -154,13 +196,17 @@ class FullyShard(WholeUnits):
             if path not in self.done:
                 self._reduce(path, self.units[path])
         wait_event(REDUCED)
+        if self.offloads and self.reduces:
+            record("cuda::synchronize_event", (), (), Attrs(host=True, sync=True), runs=Run(REDUCE))
         self.reducing = None
+        self.before = self.last = None
         for state in self.units.values():
             state.coming = None  # what was gathered for a block that no gradient reaches
 
     def updated(self, parameters: list[Parameter]) -> list[Parameter]:
         """Shards in the place of whole parameters."""
-        shards = {id(p): s for state in self.units.values() for p, s in state.unit.pairs}
+        of_reference = self.frozen.units.values() if self.frozen is not None else ()
+        shards = {id(p): s for state in (*self.units.values(), *of_reference) for p, s in state.unit.pairs}
         return [shards.get(id(p), p) for p in parameters]
 
     def held_bytes(self, parameters: list[Parameter]) -> Dim:
@@ -183,6 +229,8 @@ class FullyShard(WholeUnits):
         self._unshard(self.units[path], forward=False)
         if place:
             self.units[self.ran[place - 1][0]].gather(self.ranks, self._next(place))
+        elif self.before is not None:  # the unit before in the order of all passes, which nothing needs any more
+            self.units[self.before].gather(self.ranks)
         return tuple(grads)
 
     def _next(self, place: int) -> ShardedUnit:
@@ -252,17 +300,41 @@ class FullyShard(WholeUnits):
             p.grad = None
         self.reducing = given
         reduced = empty(numel, dtype)
-        exchange("c10d::_reduce_scatter_base_", given, reduced, self.ranks)
+        after = (COMPUTE, REDUCE) if self.offloads else (COMPUTE,)  # NCCL waits behind the copies of its stream
+        exchange("c10d::_reduce_scatter_base_", given, reduced, self.ranks, after)
         kept = trained[0][1].dtype
         if kept != dtype:
             low, reduced = reduced, new_tensor((numel,), kept)
             record("_to_copy", (low,), (reduced,), runs=Run(REDUCE, after=(COMMUNICATION,)))
             del low
-        set_event(REDUCED, REDUCE if kept != dtype else COMMUNICATION)
-        reduced.storage.copies = trained[0][0].count
         for _, shard in trained:
             shard.used = True
             shard.grad = Tensor(shard.shape, kept, shard.strides, shard.numel, reduced.storage)
+            if self.offloads:
+                shard.grad = to_host(shard.grad, Run(REDUCE, after=(COMMUNICATION,)))
+        set_event(REDUCED, REDUCE if self.offloads or kept != dtype else COMMUNICATION)
+        if not self.offloads:
+            reduced.storage.copies = trained[0][0].count
+
+
+class FrozenShard(FullyShard):
+    """The hooks around a reference model: it is one unit, gathered whole before its pass and freed behind it.
+
+    Source: trl/models/utils.py (1.8: `prepare_fsdp`), which wraps no block.
+    """
+
+    def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """A block runs as it would alone."""
+        return run(x)
+
+    def module(self, path: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Its parameters are there."""
+        return run(x)
+
+    def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What was gathered goes."""
+        self.units[ROOT].whole.clear()
+        return super().end(outputs)
 
 
 def in_buffer(buffer: Tensor | None, shape: Shape, dtype: str) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from ...program.dims import Dim, larger
 from ...program.op import Op
 from ...program.part import Part
 from ...tape.tensor import Parameter
@@ -16,11 +17,14 @@ L = TypeVar("L")
 
 
 class Ready(NamedTuple):
-    """A gradient that is complete: in which part, and behind how many of its ops what it sets off would go."""
+    """A gradient that is complete: in which part, behind how many of its ops what it sets off would go, and how many
+    bytes are live there beyond the part's start.
+    """
 
     part: Part
     ops: int
     parameter: Parameter
+    live: Dim = 0
 
 
 class Coming(NamedTuple):
@@ -42,23 +46,31 @@ def coming(parts: Sequence[Part], ready: Sequence[Ready]) -> list[Coming]:
 
 
 def interleaved(
-    parts: Sequence[Part], ready: Sequence[Ready], sent: Mapping[int, Sequence[M]], ops_of: Callable[[M], Sequence[Op]]
-) -> Iterator[Part]:
+    parts: Sequence[Part], ready: Sequence[Ready], sent: Mapping[int, Sequence[M]], ops_of: Callable[[M], Sequence[Op]],
+    room_of: Callable[[M], Dim] = lambda message: 0, left_of: Callable[[M], Dim] = lambda message: 0,
+) -> Iterator[Part]:  # fmt: skip
     """Parts with the messages that go out at each gradient, by its number among all that come.
 
     A part that repeats becomes as many parts as there are runs of layers in a row that send the same.
+
+    Args:
+        room_of: bytes that a message takes while its ops run.
+        left_of: bytes that stay behind it.
     """
     by_part, done = _by_part(ready), 0
     for part in parts:
         of_part, layouts = by_part.get(id(part), []), []
         for _ in range(part.repeat):
-            layouts.append(tuple((r.ops, m) for i, r in enumerate(of_part, done) for m in sent.get(i, ())))
+            layouts.append(tuple((r.ops, r.live, m) for i, r in enumerate(of_part, done) for m in sent.get(i, ())))
             done += len(of_part)
         for layout, times in _in_a_row(layouts):
-            ops = list(part.ops)
-            for place, message in reversed(layout):
+            ops, highest, left = list(part.ops), part.peak, 0
+            for _, live, message in layout:
+                highest = larger(highest, live + left + room_of(message))
+                left = left + left_of(message)
+            for place, _, message in reversed(layout):
                 ops[place:place] = ops_of(message)
-            yield replace(part, repeat=times, ops=ops)
+            yield replace(part, repeat=times, ops=ops, delta=part.delta + left, highest=highest)
 
 
 def _in_a_row(layouts: Sequence[L]) -> Iterator[tuple[L, int]]:

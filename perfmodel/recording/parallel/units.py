@@ -6,8 +6,10 @@ from itertools import chain
 from typing import Any
 
 from ...architectures.base import WORDS
+from ...objectives.parts.base import OF_REFERENCE
 from ...program.dims import Dim, Shape, contiguous_strides, product
 from ...program.dtypes import FLOATING, ITEMSIZE
+from ...program.ranks import Ranks
 from ...setup import Setup
 from ...tape.tensor import Parameter, Tensor
 from .form import WholeUnits
@@ -84,12 +86,33 @@ class ShardedUnit:
         return [(p, shard) for p, shard in self.pairs if p.dtype != shard.dtype]
 
 
+def whole_reference(parameters: Sequence[Parameter], ranks: Dim, setup: Setup) -> ShardedUnit | None:
+    """The unit of a frozen model beside the one that trains: all of it, as TRL shards it; None where there is none."""
+    shards = {p: shard_of(p, ranks, kept_dtype(p, setup)) for p in parameters if p.name.startswith(OF_REFERENCE)}
+    those = [p for p in shards for _ in range(p.count)]
+    return ShardedUnit(ROOT, those, [shards[p] for p in those]) if those else None
+
+
 class Survey(WholeUnits):
     """A wrapper that only notes the blocks, and the modules beside them, in the order of their calls."""
+
+    ranks: Ranks | None = None
+
+    @property
+    def reference(self) -> "Survey":
+        """Blocks of a frozen model are parts of their own, too."""
+        return Survey()
 
     def __init__(self) -> None:
         self.paths: list[str] = []
         self.modules: list[str] = []
+
+    def begin(self) -> None:
+        """Nothing is hooked."""
+
+    def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Nothing is hooked."""
+        return outputs
 
     def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
         """Run it."""
@@ -102,7 +125,14 @@ class Survey(WholeUnits):
         return run(x)
 
     def units(
-        self, parameters: Sequence[Parameter], ranks: Dim, setup: Setup, *, tied: bool, flat: bool = False
+        self,
+        parameters: Sequence[Parameter],
+        ranks: Dim,
+        setup: Setup,
+        *,
+        tied: bool,
+        flat: bool = False,
+        classifies: bool = False,
     ) -> list[ShardedUnit]:
         """The units of a model as its modules are found, that of the rest last; `flat` as in `shard_of`.
 
@@ -111,15 +141,20 @@ class Survey(WholeUnits):
         (bitsandbytes' `quant_storage`).
         """
         bytes_too = setup.parallel == "fsdp1"
-        left = [p for p in parameters if p.kind != "scale" and (bytes_too or p.dtype in FLOATING)]
+        left = [
+            p for p in parameters
+            if p.kind != "scale" and (bytes_too or p.dtype in FLOATING) and not p.name.startswith(OF_REFERENCE)
+        ]  # fmt: skip
         groups: list[tuple[str, ...]] = [(path,) for path in dict.fromkeys(self.paths)]
+        tail: list[tuple[str, ...]] = []
         if setup.parallel == "fsdp2":
-            first, tail = self._beside(tied=tied, adapted=any(p.kind == "adapter" for p in parameters))
+            adapted = any(p.kind == "adapter" for p in parameters)
+            first, tail = self._beside(tied=tied, adapted=adapted, classifies=classifies)
             groups = [*first, *groups, *tail]
         found = {group: [p for p in left if p.name.startswith(group)] for group in groups}
         found[(ROOT,)] = [p for p in left if not p.name.startswith(tuple(chain(*groups)))]
         dtypes = {p.name: p.dtype if flat else kept_dtype(p, setup) for p in left}
-        stay = {group for group in groups if HEAD in group}
+        stay = {*tail, *(group for group in groups if HEAD in group)}
         return [
             ShardedUnit(
                 group[0], those, [shard_of(p, ranks, dtypes[p.name], flat=flat) for p in those], group[-1],
@@ -128,7 +163,9 @@ class Survey(WholeUnits):
             for group, those in found.items()
         ]  # fmt: skip
 
-    def _beside(self, *, tied: bool, adapted: bool) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    def _beside(
+        self, *, tied: bool, adapted: bool, classifies: bool
+    ) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
         """Units of modules before and behind the blocks: the embedding's; the last norm's and the head's together.
 
         They are one where they share a weight. The last norm is looked for among the children of what the model's class
@@ -136,9 +173,11 @@ class Survey(WholeUnits):
         Source: accelerate 1.15, utils/fsdp_utils.py (`fsdp2_prepare_model`, `_find_final_norm`).
         """
         words = next((path for path in self.modules if path[:-1].endswith(WORDS)), None)
-        if words is None or HEAD not in self.modules:
+        if words is None or not (HEAD in self.modules or classifies):
             return [], []
         base = words.split(".")[0]
         norms = [path for path in self.modules if path.split(".")[0] == base and path.count(".") == 2]
         norm = () if adapted and base == "model" else tuple(path for path in norms[-1:] if path != words)
+        if HEAD not in self.modules:  # a classifier's is no output embedding
+            return [(words,)], [norm] if norm else []
         return ([(words, *norm, HEAD)], []) if tied else ([(words,)], [(*norm, HEAD)])

@@ -9,7 +9,9 @@ Here the weights of a block are gathered as it begins: DeepSpeed asks for each a
 queue that it keeps filled (`fetch_sub_module`), so messages and bytes are the same but come a little earlier there.
 
 Source: deepspeed 0.19.8, runtime/zero/partitioned_param_coordinator.py, parameter_offload.py, stage3.py,
-runtime/comm/coalesced_collectives.py (`reduce_scatter_coalesced`). One rank alone: `perfmodel.recording.zero`.
+runtime/comm/coalesced_collectives.py (`reduce_scatter_coalesced`). One rank alone: `perfmodel.recording.zero`, or here
+where something is offloaded (`zero_offload.py`): then weights come from the host's memory one by one, for each of which
+the host waits.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,16 +20,18 @@ from typing import Any
 from ...optimizers import Update
 from ...optimizers.parts.update import existing, runs
 from ...program.dims import Dim, decide
-from ...program.op import Attrs, Op, Spec
+from ...program.op import PINNED, Attrs, Op, Spec
 from ...program.ranks import Ranks
-from ...program.streams import COMMUNICATION, COMPUTE, Run
+from ...program.streams import COMMUNICATION, COMPUTE, GATHER_COPY, MAIN, REDUCE, Run
 from ...tape.autograd import differentiate
-from ...tape.core import record, tape
+from ...tape.core import new_tensor, record, tape
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .. import zero
+from . import zero_offload
 from .collectives import SENT, empty, exchange, wait_event
 from .form import WholeUnits
 from .messages import Ready, coming, interleaved
+from .offload import keep_on_host, to_device
 from .units import ROOT, ShardedUnit
 
 REUSE = 10**9  # elements within which a weight that comes again stays (`stage3_max_reuse_distance`)
@@ -42,13 +46,19 @@ class CutWeights(WholeUnits):
         hidden: hidden size of the model.
         checkpoint: `Setup.checkpoint`: where a block is run again within backward, DeepSpeed lets frozen weights go
             behind its forward pass (`update_recompute_parameters`); with reentrant checkpoints it does not.
+        offload: `Setup.offload`.
     """
 
     shares_norm = False
 
-    def __init__(self, units: Sequence[ShardedUnit], ranks: Ranks, hidden: int, checkpoint: str) -> None:
+    def __init__(
+        self, units: Sequence[ShardedUnit], ranks: Ranks, hidden: int, checkpoint: str, offload: str = "none"
+    ) -> None:
         self.ranks, self.limit, self.small = ranks, hidden**2, PERSISTENT * hidden
         self.units = {unit.path: unit for unit in units}
+        self.offloaded, self.from_host = offload != "none", offload == "params"
+        self.alone = decide(ranks.size == 1)
+        keep_on_host(shard for unit in units for shard in unit.shards if self.from_host)
         self.paths = [unit.path for unit in units]
         self.reduces = True
         self.first = True  # whether this micro-batch starts the sum of gradients
@@ -84,9 +94,9 @@ class CutWeights(WholeUnits):
             node.produces(first)
         return (first, *rest) if isinstance(out, tuple) else first
 
-    def end(self, loss: Tensor) -> Tensor:
+    def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Nothing more is hooked."""
-        return loss
+        return outputs
 
     def end_of_backward(self) -> None:
         """Buckets go out where the next gradient does not fit, the last one here; all weights go."""
@@ -100,7 +110,10 @@ class CutWeights(WholeUnits):
         current.parts[:] = interleaved(parts, self.ready, {i: [b] for i, b in sent}, lambda b: self._reduced(b, dtype))
         current.parts.append(exchanging)
         exchanging.ops += self._reduced(last, dtype)
-        zero.end_of_backward()
+        if self.offloaded:
+            record("deepspeed::synchronize", (), (), Attrs(host=True, sync=True), runs=zero_offload.BESIDE)
+        else:
+            zero.end_of_backward()
         self.first = False
 
     def updated(self, parameters: list[Parameter]) -> list[Parameter]:
@@ -115,21 +128,37 @@ class CutWeights(WholeUnits):
         """A rank's part of the gradients, the bucket, and what stays whole."""
         trained = [p for p in parameters if p.used]
         small = sum(p.nbytes * p.count for p in self._small())
+        if self.offloaded:
+            return existing((self.limit,), trained[0].dtype).nbytes + small
         return zero.buffer_bytes(trained, self.limit) + small
 
     def own_update(self, parameters: list[Parameter], optimizer: str, *, clips: bool) -> Update:
         """The optimizer on a rank's parts; what stays whole is gathered again."""
-        norm = Attrs(ranks=self.ranks)
-        scalar = existing((), "fp64")
-        update = zero.recorded_update(
-            parameters, optimizer, clips=clips,
-            between=lambda: record("c10d::allreduce_", (scalar,), (scalar,), norm, runs=SENT),
-        )  # fmt: skip
+        if self.offloaded:
+            update = self._updated_on_host(parameters, optimizer, clips=clips)
+        else:
+            update = zero.recorded_update(
+                parameters, optimizer, clips=clips, between=lambda: self._sum(existing((), "fp64"))
+            )
         for count, run in runs(self._small()):
             update.part(count)
             for p in run:
                 self._gathered(p)
         return update
+
+    def _updated_on_host(self, parameters: list[Parameter], optimizer: str, *, clips: bool) -> Update:
+        update = Update(tape(), optimizer, parameters)
+        trained = update.parameters
+        part, dtype = sum(p.numel * p.count for p in trained), trained[0].dtype
+        zero.norms_together(trained, between=lambda: self._sum(existing((1,), "fp32")))
+        back = None if self.from_host else existing((part,), dtype)
+        zero_offload.updated_on_host(update, part, dtype, clips=clips, back=back)
+        update.hosted = update.hosted + existing((part,), dtype).nbytes  # gradients in 16 bits
+        return update
+
+    def _sum(self, norm: Tensor) -> None:
+        if decide(self.ranks.size > 1):
+            record("c10d::allreduce_", (norm,), (norm,), Attrs(ranks=self.ranks), runs=SENT)
 
     # Weights
 
@@ -137,6 +166,8 @@ class CutWeights(WholeUnits):
         return decide(p.numel > self.small)
 
     def _small(self) -> list[Parameter]:
+        if self.alone and not self.from_host:  # all weights are there, whole
+            return []
         return [p for unit in self.units.values() for p in unit.parameters if not self._is_cut(p)]
 
     def _part(self, p: Parameter) -> Dim:
@@ -145,19 +176,32 @@ class CutWeights(WholeUnits):
     def _gather(self, path: str) -> None:
         """One message a weight, which is a view of what it is gathered in."""
         whole = self.whole.setdefault(path, {})
-        missing = [p for p in self.units[path].parameters if p.name not in whole and self._is_cut(p)]
+        there = self.alone and not self.from_host
+        missing = [] if there else [p for p in self.units[path].parameters if p.name not in whole and self._is_cut(p)]
         for p in missing:
             whole[p.name] = self._gathered(p)
         if missing:
-            wait_event(COMMUNICATION)
+            wait_event(GATHER_COPY if self.alone else COMMUNICATION)
 
     def _gathered(self, p: Parameter) -> Tensor:
         part = self._part(p)
+        if self.alone:  # `NoGatherHandle`
+            return to_device(existing((part,), p.dtype), GATHER_COPY)
         whole = empty(part * self.ranks.size, p.dtype)
         mine = existing((part,), p.dtype)
-        record("cat.out", (existing((part,), p.dtype), mine), (mine,))
+        given = self._fetched(part, p.dtype) if self.from_host else existing((part,), p.dtype)
+        record("cat.out", (given, mine), (mine,), runs=Run(GATHER_COPY) if self.from_host else MAIN)
+        if self.from_host:
+            exchange("c10d::_allgather_base_", mine, whole, self.ranks, after=(GATHER_COPY,))
+            return whole
         exchange("c10d::_allgather_base_", mine, whole, self.ranks)
         return whole
+
+    def _fetched(self, elements: Dim, dtype: str) -> Tensor:
+        """From the host's memory; the host waits."""
+        made = new_tensor((elements,), dtype)
+        record("_to_copy", (existing((elements,), dtype),), (made,), zero_offload.BLOCKING, runs=Run(GATHER_COPY))
+        return made
 
     def _before_backward(self, node: Node, grads: Sequence[Tensor | None]) -> Grads:
         (path,) = node.attrs
@@ -179,6 +223,8 @@ class CutWeights(WholeUnits):
             if decide(p.numel <= self.limit):
                 in_bucket = existing(p.shape, grad.dtype)
                 record("copy_", (in_bucket, grad), (in_bucket,), runs=Run(COMMUNICATION, (COMPUTE,)))
+            if self.offloaded:
+                return
             part = existing((self._part(p),), grad.dtype)
             total = existing((self._part(p),), grad.dtype)
             record("copy_" if self.first else "add_.Tensor", (total, part), (total,), runs=Run(COMMUNICATION))
@@ -198,8 +244,22 @@ class CutWeights(WholeUnits):
         """`reduce_scatter_coalesced`: the parts of each rank side by side, divided, reduced and scattered."""
         mine = (Spec(dtype, (sum(bucket),)),)
         whole = (Spec(dtype, (sum(bucket) * self.ranks.size,)),)
-        size, part, beside = whole[0].nbytes, mine[0].nbytes, Run(COMMUNICATION)
+        size, part = whole[0].nbytes, mine[0].nbytes
+        beside = Run(COMMUNICATION, (REDUCE,)) if self.offloaded else Run(COMMUNICATION)
         ops = [Op("cat", whole, whole, size, size, owner="accumulation", runs=beside)] if len(bucket) > 1 else []
         ops.append(Op("div_.Tensor", whole, whole, size, size, owner="accumulation", runs=beside))
-        scattered = Attrs(ranks=self.ranks)
-        return [*ops, Op("c10d::_reduce_scatter_base_", whole, mine, size, part, attrs=scattered, runs=beside)]
+        if decide(self.ranks.size > 1):
+            scattered = Attrs(ranks=self.ranks)
+            ops.append(Op("c10d::_reduce_scatter_base_", whole, mine, size, part, attrs=scattered, runs=beside))
+        for elements in bucket if self.offloaded else ():
+            ops += self._offloaded(Spec(dtype, (elements,)))
+        return ops
+
+    def _offloaded(self, mine: Spec) -> list[Op]:
+        """A gradient's part joins the sum in the host's memory, and comes back at once; the last one's goes on."""
+        ops = zero_offload.sum_of_micro_batches(mine, first=self.first)
+        if self.first:
+            ops.append(zero_offload.call("_to_copy", mine, mine, PINNED))
+        if self.reduces:
+            ops += [*zero_offload.norm_of(mine), *zero_offload.to_master(mine)]
+        return ops
