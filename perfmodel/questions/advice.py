@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..methods import Method
 from ..prediction import memory
 from ..prediction.predict import Model, Prediction, predict, resolve, with_options
-from ..recording.record import no_collector
+from ..recording.collector import no_collector
 from ..recording.reuse import Shared
 from ..setup import Setup
 from .catalogue import sized

@@ -27,11 +27,12 @@ from ..tape.core import Tape, emit, record, recording
 from ..tape.engine import run_backward
 from ..tape.tensor import Tensor
 from .checks import check_step
+from .collector import no_collector
 from .parallel import ddp
 from .parallel.collectives import SENT
 from .parallel.form import check_form
 from .parallel.schedules import BACKWARD, FORWARD, Action, Pass, Post, Reduce, Schedule
-from .record import Kept, forward_passes, no_collector, record_update, running
+from .record import Kept, forward_passes, record_update, running
 from .step import Step
 
 METHODS = ("full", "lora", "dora", "top_k")  # of whose stages the program is modelled

@@ -1,8 +1,6 @@
 """Forward, backward, clipping, optimizer: a Step is recorded."""
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,13 +18,14 @@ from ..program.part import Group, Part
 from ..program.ranks import Ranks
 from ..program.software import LONG_ARGUMENTS
 from ..setup import Setup
-from ..tape.core import ONE_AT_A_TIME, Tape, emit, recording
+from ..tape.core import Tape, emit, recording
 from ..tape.elementary import div
 from ..tape.engine import run_backward
 from ..tape.tensor import Flow, Parameter, Tensor
 from . import reuse as sharing
 from . import zero
 from .checks import check_step
+from .collector import no_collector
 from .parallel.form import ParallelForm, check_form
 from .parallel.ring import check_ring, ring_of
 from .reuse import MicroBatches, Shared
@@ -135,22 +134,6 @@ def _trained_for(architecture: Architecture, method: Method, setup: Setup) -> tu
     objective.check(method, setup)
     headed = objective.on(architecture)
     return headed, method if headed is architecture else method.bind(headed)
-
-
-@contextmanager
-def no_collector() -> Iterator[None]:
-    """Without passes of the cycle collector: tapes free by reference count, and a pass would only cost time.
-
-    Two threads that came and went here as they like could leave it off for good.
-    """
-    with ONE_AT_A_TIME:
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            yield
-        finally:
-            if collecting:
-                gc.enable()
 
 
 def _micro_batches(step: Step, tape: Tape, programs: dict[Any, Any]) -> Callable[[], None]:

@@ -14,7 +14,7 @@ from ...devices.profile import DeviceProfile
 from ...errors import UserError
 from ...methods import Method
 from ...partitions import Columns, Partitions
-from ...recording.record import no_collector
+from ...recording.collector import no_collector
 from ...setup import Setup
 from .fitting import concessions
 from .planning import TOGETHER, Outcomes, Planner

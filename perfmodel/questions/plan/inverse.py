@@ -15,7 +15,7 @@ from ...devices.profile import DeviceProfile
 from ...errors import UserError
 from ...methods import Method
 from ...prediction.predict import Model, Prediction, architecture_of, method_of
-from ...recording.record import no_collector
+from ...recording.collector import no_collector
 from ...setup import LARGEST, Setup
 from .fitting import Concession, Fitting
 from .job import check_single

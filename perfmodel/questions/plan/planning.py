@@ -16,7 +16,7 @@ from ...devices.profile import DeviceProfile
 from ...errors import UserError
 from ...methods import Method
 from ...prediction.predict import Model, Prediction, architecture_of, method_of, with_options
-from ...recording.record import no_collector
+from ...recording.collector import no_collector
 from ...recording.reuse import recalled
 from ...setup import Setup
 from . import job as jobs
