@@ -28,7 +28,6 @@ from .attention import AttentionParameters
 from .gemm import GemmParameters
 from .gemm_parameters import GroupedParameters
 from .hardware import Hardware
-from .host import USUAL
 from .pointwise import PointwiseParameters
 from .toml import P, Table
 
@@ -78,7 +77,7 @@ class DeviceProfile:
         fitted: block -> "fitted" (own measurements), "sibling" (those of a like device) or "class" (class defaults).
             Where a device has no tensor cores for a dtype, `gemm` holds the fp32 block for it.
         sources: figure of the datasheet -> where it comes from.
-        host: the host whose costs go with the device unless another is named.
+        host: the host whose costs go with the device unless another is named; "" for the usual one.
         residual: the file of what measurements leave of the price of 16-bit products (`devices.residual`); or empty.
         network: what prices the collectives of a job on several such devices; None for one.
         cpu: what prices the work of a CPU; None for a GPU. The blocks above say nothing about a CPU.
@@ -99,7 +98,7 @@ class DeviceProfile:
     residuals: Mapping[str, Mapping[str, float]]
     fitted: Mapping[str, Origin]
     sources: Mapping[str, str] = field(default_factory=dict)
-    host: str = USUAL
+    host: str = ""
     residual: str = ""
     cpu: "CpuKernels | None" = None
     network: "JobNetwork | None" = None
@@ -245,7 +244,7 @@ def from_table(slug: str, table: Table, where: str) -> DeviceProfile:
         residuals={b: x.residuals for b, x in blocks.items()},
         fitted={b: x.origin for b, x in blocks.items()},
         sources={k: str(v) for k, v in toml.subtable(table, "source", where).items()} if "source" in table else {},
-        host=toml.text(table, "host", where) if "host" in table else USUAL,
+        host=toml.text(table, "host", where) if "host" in table else "",
         residual=toml.text(table, "residual", where) if "residual" in table else "",
         cpu=_cpu_kernels(blocks) if on_cpu else None,
     )
