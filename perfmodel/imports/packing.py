@@ -5,6 +5,7 @@ row only (modeling_flash_attention_utils.py, `_is_packed_sequence`). No config s
 attention within them depends on it, the first line says what is assumed.
 """
 
+import re
 from typing import Any
 
 from .fields import ACROSS_SAMPLES
@@ -23,6 +24,8 @@ KNOWING = frozenset((  # attention that knows documents, by Axolotl (utils/schem
     "kernels-community/flash-attn3", "kernels-community/sage-attention",
 ))  # fmt: skip
 WITHOUT_MASK = ("sdpa", "eager")  # attention that gets packed rows without one (`attn_decontaminates_packing`)
+# Models from whose packed rows Axolotl takes the mask whatever attention is named (`process_datasets_for_packing`)
+NEVER_A_MASK = re.compile(r"gemma-?3-(4|12|27)b|gemma-?4", re.IGNORECASE)
 MASK = "the mask of packed documents is made on the device; LLaMA-Factory's collator makes it on the host"
 TELL_LENGTHS = "give --lengths (or --seq the mean length)"
 
@@ -58,14 +61,18 @@ def packed_by_axolotl(keys: Keys, setup: dict[str, Any], asked_attention: str | 
     Attention that knows documents gets all rows of a micro-batch as one, unless real batches are asked for; SDPA and
     eager attention, where they are named, get rows without a mask; where none is named, or another, the mask stays, and
     documents see each other. Rows are padded to `sequence_len` unless the file says no (`hint_sample_packing_padding`).
+    Streamed data come as one row of all tokens of a micro-batch (utils/data/streaming.py).
     """
     knows = asked_attention in KNOWING
-    real = keys.flag("multipack_real_batches", not knows)
+    streams = bool(keys.get("pretraining_dataset") or keys.get("streaming"))
+    real = keys.flag("multipack_real_batches", not knows) and not streams
     flattening = keys.get("batch_flattening")
     if keys.get("sample_packing") not in (None, False):
-        if not knows and asked_attention not in WITHOUT_MASK:
+        if not _apart_in_axolotl(keys, asked_attention, setup["attention"]):
             setup["packing"] = "dense"
-            if setup["batch"] > 1 or keys.flag("pad_to_sequence_len", True):
+            if keys.values.get("pretraining_dataset"):
+                setup |= {"batch": 1, "seq": setup["batch"] * setup["seq"]}
+            elif setup["batch"] > 1 or keys.flag("pad_to_sequence_len", True):
                 keys.differ(TO_THE_END, "sample_packing")
         elif setup["attention"] == "flash2":
             _within(keys, setup, "dense" if real and setup["batch"] > 1 else "varlen", "sample_packing")
@@ -77,6 +84,19 @@ def packed_by_axolotl(keys: Keys, setup: dict[str, Any], asked_attention: str | 
                 keys.differ(BY_A_MASK, "sample_packing")
     elif flattening not in (None, False) and knows and (flattening != FLATTENING or setup["batch"] > 1):
         packed_flat(keys, setup, "batch_flattening")
+
+
+def _apart_in_axolotl(keys: Keys, asked_attention: str | None, attention: str) -> bool:
+    """Whether the documents of a packed row do not see each other.
+
+    Pretraining's collator, transformers' own, gives rows a mask of ones, beside which varlen kernels alone know them.
+    """
+    knows = asked_attention in KNOWING
+    if keys.values.get("pretraining_dataset"):
+        varlen = knows or attention == "flash2" or (asked_attention == "sdpa" and keys.flag("sdpa_varlen", True))
+        return varlen and keys.flag("pretrain_multipack_attn", True)
+    dropped = keys.values.get("streaming") or NEVER_A_MASK.search(str(keys.values.get("base_model")))
+    return bool(knows or asked_attention in WITHOUT_MASK or dropped)
 
 
 def packed_by_llama_factory(keys: Keys, setup: dict[str, Any], *, pretraining: bool) -> list[str]:

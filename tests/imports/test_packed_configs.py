@@ -17,6 +17,8 @@ TRL = "model_name_or_path: tinyllama-1.1b\nmax_length: 256\nper_device_train_bat
 OLDER = TRL.replace("max_length", "max_seq_length")
 FLASH = "attn_implementation: flash_attention_2\n"
 APART = {"packing": "varlen", "batch": 2, "seq": 256}
+IN_A_ROW = {"packing": "dense", "batch": 1, "seq": 512}
+STREAMED = AXOLOTL + "sample_packing: true\npretraining_dataset: [{path: c4}]\n"
 
 EXPECTED: dict[str, tuple[dict[str, Any], bool]] = {  # file -> fields of the setup, whether lengths are assumed
     AXOLOTL: ({}, False),
@@ -33,6 +35,15 @@ EXPECTED: dict[str, tuple[dict[str, Any], bool]] = {  # file -> fields of the se
     AXOLOTL + "micro_batch_size: 1\nsample_packing: true\nattn_implementation: kernels-community/vllm-flash-attn3": (
         {"packing": "dense"}, False,
     ),
+    STREAMED + "sdp_attention: true": (APART, False),
+    STREAMED + "sdp_attention: true\nsdpa_varlen: false": (IN_A_ROW, False),
+    STREAMED + "eager_attention: true": (IN_A_ROW, False),
+    STREAMED: (IN_A_ROW, False),
+    STREAMED + "flash_attention: true": (APART, True),
+    STREAMED + "flash_attention: true\npretrain_multipack_attn: false": (IN_A_ROW, False),
+    AXOLOTL + "sample_packing: true\nstreaming: true": (APART, False),
+    AXOLOTL + "sample_packing: true\nbase_model: google/gemma-3-4b-it": (APART, False),
+    AXOLOTL + "sample_packing: true\nbase_model: google/gemma-3-1b-it": ({"packing": "dense"}, False),
     AXOLOTL + "batch_flattening: auto\nflash_attention: true": ({"packing": "flat"}, True),
     AXOLOTL + "batch_flattening: auto": ({}, False),
     AXOLOTL + "group_by_length: true": ({"group_by_length": True}, False),
