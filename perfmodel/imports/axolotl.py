@@ -63,6 +63,7 @@ OTHER_KIND = "quantised base weights of this kind are not modelled"
 QWEN_OF_2023 = re.compile(r"qwen-(1[._]8|7|14|72)b", re.IGNORECASE)  # its config.json: "use_flash_attn": "auto"
 AUTO_FLASH = "PyTorch's attention and norms, not flash-attn's, which the model's own code takes where it is installed"
 MASTERS = "weights kept in fp32; Axolotl keeps them in 16 bit under FSDP 2"  # its patch of `fsdp2_prepare_model`
+NO_BATCH_SIZE = "batch_size has no effect: Axolotl takes gradient_accumulation_steps for 1 where it is not there"
 FP32_HEAD = "the output head in fp32, not in the dtype of the rest"
 
 
@@ -113,6 +114,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         keys.differ("embeddings and norms in the dtype of the rest, not in fp32")
     after = keys.values["qat"].get("fake_quant_after_n_steps") if setup["qat"] != "none" else None
     notes = [f"a step with fake quantisation; the first {after} have none"] if after else []
+    if keys.get("batch_size") is not None and "gradient_accumulation_steps" not in keys.values:
+        notes.append(NO_BATCH_SIZE)
     packing.packed_by_axolotl(keys, setup, asked_attention(keys))
     padded = keys.flag("pad_to_sequence_len", keys.flag("reward_model"))  # `hint_reward_model_pad`
     if setup.get("packing", "none") == "none":
@@ -186,10 +189,14 @@ def _attention(keys: Keys) -> str:
 
 
 def _accumulated(keys: Keys) -> int:
-    """Micro-batches of a step: given, or by the older `batch_size`, samples of a step (`normalize_config`)."""
+    """Micro-batches of a step.
+
+    `batch_size`, samples of a step, counts where the other key is there and empty alone: the schema's default of 1
+    stands before it (`HyperparametersConfig`, `normalize_config`).
+    """
     given = keys.count("gradient_accumulation_steps", 1)
-    samples = keys.get("batch_size")
-    if samples is None or "gradient_accumulation_steps" in keys:
+    empty = "gradient_accumulation_steps" in keys.values and keys.get("gradient_accumulation_steps") is None
+    if keys.get("batch_size") is None or not empty:
         return given
     return max(1, keys.count("batch_size", 1) // keys.count("micro_batch_size", 1))
 
@@ -325,7 +332,8 @@ def _fused(keys: Keys, method: str, targets: tuple[str, ...]) -> bool:
 def _fusible(targets: tuple[str, ...]) -> bool:
     """Whether some layers that a kernel fuses may all have adapters (`apply_lora_kernel_patches`)."""
     alone = targets[:1] == (ALL_LINEAR,) or any(map(is_pattern, targets))
-    return alone or any(set(layers) <= set(targets) for layers in TOGETHER)
+    named = {target.rpartition(".")[2] for target in targets}
+    return alone or any(set(layers) <= named for layers in TOGETHER)
 
 
 def _fuses_by_default(keys: Keys) -> bool:

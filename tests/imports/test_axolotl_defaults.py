@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from perfmodel.imports import read
+from perfmodel.imports.axolotl import NO_BATCH_SIZE
 
 BASE = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 64\n"
 LORA = BASE + "adapter: lora\nlora_target_linear: true\n"
@@ -15,6 +16,7 @@ LORA = BASE + "adapter: lora\nlora_target_linear: true\n"
     [
         ("", True),
         ("lora_target_linear: false\nlora_target_modules: [q_proj, v_proj]", False),
+        ("lora_target_linear: false\nlora_target_modules: [a.q_proj, a.k_proj, a.v_proj]", True),
         ("deepspeed: zero3.json", True),
         ("fsdp_config: {a: b}\nfsdp_version: 2", True),
         ("fsdp_config: {a: b}", False),
@@ -33,6 +35,23 @@ def test_kernels_for_adapters_come_by_themselves(tmp_path: Path, text: str, fuse
     assert ("implementation=unsloth" in str(found.method)) == fused
     told = any("without fused kernels for adapters" in said for said in found.differences)
     assert told == ("dropout" in text)
+
+
+@pytest.mark.parametrize(
+    ("text", "micro_batches"),
+    [
+        ("", 1),
+        ("batch_size: 8", 1),
+        ("batch_size: 8\ngradient_accumulation_steps:", 8),
+        ("gradient_accumulation_steps: 4", 4),
+    ],
+)
+def test_a_batch_size_makes_no_micro_batches(tmp_path: Path, text: str, micro_batches: int) -> None:
+    """The schema's default of one micro-batch stands before it: a step of eight would take eight times as long."""
+    (tmp_path / "config.yml").write_text(BASE + text)
+    found = read(tmp_path / "config.yml")
+    assert found.setup["grad_accum"] == micro_batches
+    assert (NO_BATCH_SIZE in found.notes) == (text == "batch_size: 8")
 
 
 @pytest.mark.parametrize(
