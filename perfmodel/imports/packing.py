@@ -103,10 +103,11 @@ def packed_by_llama_factory(keys: Keys, setup: dict[str, Any], *, pretraining: b
     """`packing` and `neat_packing` (data/collator.py, data/processor/): rows with position ids, neat ones within them.
 
     Packed rows of either kind have position ids and, but for masks that neat packing makes, ones as their mask: with
-    flash-attn and one row transformers takes them for documents of their own.
+    flash-attn and one row transformers takes them for documents of their own. Pretraining's are cut from one text.
     """
     neat = keys.flag("neat_packing")
-    if neat or (keys.flag("packing") and setup["attention"] == "flash2" and setup["batch"] == 1):
+    known = keys.flag("packing") and not pretraining and setup["attention"] == "flash2" and setup["batch"] == 1
+    if neat or known:
         _within(keys, setup, "varlen", "neat_packing" if neat else "packing")
     elif keys.flag("packing", pretraining):
         setup["packing"] = "dense"

@@ -42,6 +42,8 @@ EMPTIED = "the allocator's cache is never emptied; Axolotl's DPO does it after e
 EMPTIED_TWICE = "the allocator's cache is never emptied; Axolotl's EBFT does it on both sides of a forward pass"
 # `output_hidden_states` of `_compute_block_rewards`, which accelerate's wrapper of the model puts in fp32, too
 NOT_KEPT = "the frozen network's logits alone; Axolotl's EBFT has it return what lies between its blocks, too"
+# `create_ref_model`: what does not train stays in the dtype of its checkpoint
+REFERENCE_IN_FP32 = "a reference in fp32 like what trains, not in 16 bit as LLaMA-Factory loads it"
 BY_FOLDER = ("dpo", "kto", "orpo", "cpo", "simpo", "reward")  # of examples, which keep one folder for each
 
 
@@ -246,9 +248,11 @@ def of_llama_factory(keys: Keys) -> dict[str, Any]:
     keys.differ(f"{name}'s step as TRL's trainer runs it, not LLaMA-Factory's own form of it", "stage")
     if keys.get("pref_ftx"):
         keys.differ("without the likelihood of chosen sequences", "pref_ftx")
-    if keys.get("ref_model") is not None and name in ("dpo", "kto"):
-        return {"objective": name, "reference": "model"}
-    return {"objective": name}
+    if name not in ("dpo", "kto"):
+        return {"objective": name}
+    if keys.text("finetuning_type") == "full" and not any(keys.values.get(key) for key in ("pure_bf16", "use_badam")):
+        keys.differ(REFERENCE_IN_FP32)
+    return {"objective": name, **({"reference": "model"} if keys.get("ref_model") is not None else {})}
 
 
 def _asft(keys: Keys) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from perfmodel.imports.trained_for import (
     NOT_KEPT,
     NOT_TRITONS,
     OUTSIDE,
+    REFERENCE_IN_FP32,
     UNCORRECTED,
     UNFUSED_LOSS,
 )
@@ -69,6 +70,10 @@ SAID: tuple[tuple[dict[str, Any], str, str, list[str]], ...] = (
     (FACTORY | {"stage": "dpo", "pref_loss": "orpo"}, "orpo", "auto", [f"orpo's {OWN}"]),
     (FACTORY | {"stage": "dpo", "pref_loss": "simpo"}, "simpo", "auto", [f"simpo's {OWN}"]),
     (FACTORY | {"stage": "dpo", "ref_model": "gpt2"}, "dpo", "model", [f"dpo's {OWN}"]),
+    (
+        FACTORY | {"stage": "dpo", "ref_model": "gpt2", "ref_model_quantization_bit": 4}, "dpo", "model",
+        [f"dpo's {OWN}", "a reference of plain weights, not in few bits (ref_model_quantization_bit)"],
+    ),
     (FACTORY | {"stage": "kto"}, "kto", "auto", [f"kto's {OWN}"]),
     (FACTORY | {"stage": "rm"}, "reward", "auto", [f"reward's {OWN}"]),
     (TRL | {"beta": 0.1}, "dpo", "auto", [OPEN]),
@@ -108,6 +113,26 @@ def test_a_config_trains_for_what_it_says(
     said = [line for line in found.differences if "chunked loss" not in line]
     assert [line for line in said if "fp32" not in line] == differs
     assert found.setup["engine"] == "torch"
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"stage": "dpo", "finetuning_type": "full"}, True),
+        ({"stage": "kto", "finetuning_type": "full"}, True),
+        ({"stage": "dpo", "finetuning_type": "full", "pref_loss": "orpo"}, False),
+        ({"stage": "dpo", "finetuning_type": "full", "pure_bf16": True}, False),
+        ({"stage": "dpo", "finetuning_type": "full", "use_badam": True}, False),
+        ({"stage": "dpo"}, False),
+    ],
+)
+def test_a_reference_that_llama_factory_leaves_in_16_bit_is_told(
+    tmp_path: Path, values: dict[str, Any], told: bool
+) -> None:
+    """It puts in fp32 what trains alone: a reference of 7 G parameters has 14 GB less."""
+    path = tmp_path / "config.yml"
+    path.write_text(yaml.safe_dump(FACTORY | values))
+    assert (REFERENCE_IN_FP32 in read(path).differences) == told
 
 
 GRPO: tuple[tuple[dict[str, Any], str], ...] = (

@@ -55,6 +55,7 @@ EXPECTED: dict[str, tuple[dict[str, Any], bool]] = {  # file -> fields of the se
     FACTORY + "packing: true\nflash_attn: fa2": ({"packing": "dense"}, False),
     FACTORY + "stage: pt": ({"packing": "dense"}, False),
     ONE + "packing: true\nflash_attn: fa2": ({"packing": "varlen"}, True),
+    ONE + "packing: true\nflash_attn: fa2\nstage: pt": ({"packing": "dense"}, False),
     FACTORY + "group_by_length: true": ({"group_by_length": True}, False),
     "model: tinyllama-1.1b\nbatching_strategy: padding_free\nflash_attn: flash_attention_2": (
         {"packing": "flat"}, True,
