@@ -6,13 +6,17 @@ from typing import Any
 
 from ..architectures.config import KEPT_IN_MXFP4
 from ..errors import UserError
-from ..methods.lora import TOGETHER
-from ..methods.parts.targeted import ALL_LINEAR, is_pattern
+from ..methods.parts.targeted import ALL_LINEAR
 from . import packing
-from .axolotl_kernels import GEMMA_4, UNCUT, asked_attention, attention_of_axolotl, kernels_of_axolotl
+from .axolotl_kernels import (
+    GEMMA_4,
+    UNCUT,
+    asked_attention,
+    attention_of_axolotl,
+    fuses_adapters,
+    kernels_of_axolotl,
+)
 from .fields import (
-    ALL_FUSED,
-    FUSES,
     NOT_QAT,
     ON_GPTQ,
     OPTIMIZERS,
@@ -35,15 +39,10 @@ from .fields import (
 from .forms import AskedForm, form_of
 from .keys import NOTHING, Keys
 from .targets import as_targets, unfrozen
-from .trained_for import of_axolotl
+from .trained_for import makes_reference, of_axolotl
 from .vocabulary import enlarged_by_axolotl
 
 MARKS = ("micro_batch_size", "sequence_len", "adapter", "lora_target_linear")
-FUSED = (
-    ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"),
-    ("unsloth_lora_mlp", "unsloth_lora_qkv", "unsloth_lora_o"),
-)
-PLAIN_ADAPTERS = ("rl", "nvfp4_merge_aware", "trust_remote_code")  # keys beside which no kernels come by themselves
 # Models of which some layers stay as they are, by their names; transformers then quantises the head
 # (`_set_quantization_config`; transformers/quantizers/base.py, `get_modules_to_not_convert`)
 NOT_PACKED = ((r"falcon-?h1", ("qlora", "lora_8bit"), "out_proj"), ("jamba", ("lora_8bit",), "Mamba's"))
@@ -63,6 +62,7 @@ OTHER_KIND = "quantised base weights of this kind are not modelled"
 QWEN_OF_2023 = re.compile(r"qwen-(1[._]8|7|14|72)b", re.IGNORECASE)  # its config.json: "use_flash_attn": "auto"
 AUTO_FLASH = "PyTorch's attention and norms, not flash-attn's, which the model's own code takes where it is installed"
 MASTERS = "weights kept in fp32; Axolotl keeps them in 16 bit under FSDP 2"  # its patch of `fsdp2_prepare_model`
+REFERENCE_BY_TRL = "a reference in {}, not in fp32 as TRL loads the one that it makes"  # `create_model_from_path`
 NO_BATCH_SIZE = "batch_size has no effect: Axolotl takes gradient_accumulation_steps for 1 where it is not there"
 FP32_HEAD = "the output head in fp32, not in the dtype of the rest"
 
@@ -116,7 +116,10 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     notes = [f"a step with fake quantisation; the first {after} have none"] if after else []
     if keys.get("batch_size") is not None and "gradient_accumulation_steps" not in keys.values:
         notes.append(NO_BATCH_SIZE)
-    packing.packed_by_axolotl(keys, setup, asked_attention(keys))
+    if not objective:
+        packing.packed_by_axolotl(keys, setup, asked_attention(keys))
+    if dtype is not None and makes_reference(objective, adapted=adapter is not None):
+        keys.differ(REFERENCE_BY_TRL.format(dtype))
     padded = keys.flag("pad_to_sequence_len", keys.flag("reward_model"))  # `hint_reward_model_pad`
     if setup.get("packing", "none") == "none":
         setup["group_by_length"] = keys.flag("group_by_length")
@@ -260,12 +263,13 @@ def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
     named = as_targets(keys, "lora_target_modules")
     targets = (ALL_LINEAR,) if linear else named
     layers = keys.get("peft_layers_to_transform") or ()
-    in_fp32 = keys.flag("peft_autocast_adapter_dtype", True) and not _casts_adapters(keys)
+    in_fp32 = keys.flag("peft_autocast_adapter_dtype", True) or objective in ("dpo", "kto")  # whose trainers adapt
+    in_fp32 = in_fp32 and not _casts_adapters(keys)
     return spec(
         name, r=keys.count("lora_r", 8), targets=targets,
         dropout=keys.number("lora_dropout"), layers=tuple(layers) if isinstance(layers, list) else layers,
         adapter_dtype=dtype_in_trl(bits, objective) or (None if in_fp32 else dtype),
-        implementation="unsloth" if _fused(keys, name, targets) else None,
+        implementation="unsloth" if fuses_adapters(keys, name, targets) else None,
         niter=power_iterations(name, keys.get("peft_init_lora_weights")),
         modules_to_save=keys.names("lora_modules_to_save"),
         double_quant=_double_quant(keys) if name == "qlora" else None, prepared=upcast,
@@ -315,36 +319,6 @@ def _double_quant(keys: Keys) -> str | None:
     return None if options.get("bnb_4bit_use_double_quant", True) else "false"
 
 
-def _fused(keys: Keys, method: str, targets: tuple[str, ...]) -> bool:
-    """Whether adapters run in fused kernels: Axolotl has Unsloth's, that here take no dropout and no 4-bit base."""
-    asked = [[key for key in kind if keys.flag(key)] for kind in FUSED]
-    on = next((found for found in asked if found), [])
-    if not on and not (_fuses_by_default(keys) and _fusible(targets)):
-        return False
-    if method not in FUSES or keys.number("lora_dropout") > 0:
-        keys.differ("without fused kernels for adapters" + ("" if on else ", Axolotl's default"), *on)
-        return False
-    if on and len(on) < len(FUSED[0]):
-        keys.differ(ALL_FUSED, *on)
-    return True
-
-
-def _fusible(targets: tuple[str, ...]) -> bool:
-    """Whether some layers that a kernel fuses may all have adapters (`apply_lora_kernel_patches`)."""
-    alone = targets[:1] == (ALL_LINEAR,) or any(map(is_pattern, targets))
-    named = {target.rpartition(".")[2] for target in targets}
-    return alone or any(set(layers) <= named for layers in TOGETHER)
-
-
-def _fuses_by_default(keys: Keys) -> bool:
-    """Whether Axolotl switches its kernels on by itself (utils/schemas/config.py, `check_auto_enable_lora_kernels`)."""
-    values = keys.values
-    said = any(values.get(key) is not None for key in (*FUSED[0], "lora_embedding_kernel"))
-    eight = values.get("adapter") == "lora" and values.get("load_in_8bit")
-    fsdp_1 = values.get("fsdp_config") is not None and str(values.get("fsdp_version")) != "2"
-    return not (said or eight or fsdp_1 or any(values.get(key) for key in PLAIN_ADAPTERS))
-
-
 def _fake_quantised(keys: Keys) -> str:
     """The setup's `qat`; the steps before `fake_quant_after_n_steps` run without (`prepare_model_for_qat`)."""
     asked = keys.get("qat")
@@ -372,7 +346,7 @@ def _experts(keys: Keys) -> str:
 
 
 def _full(keys: Keys) -> str:
-    if keys.get("lisa_n_layers"):
+    if keys.get("lisa_n_layers") and keys.get("lisa_step_interval"):
         keys.differ(LISA_STATES, "lisa_n_layers")
         return spec("lisa", gamma=keys.count("lisa_n_layers", 1), interval=keys.get("lisa_step_interval"))
     patterns = keys.names("unfrozen_parameters")

@@ -167,15 +167,28 @@ def of_axolotl(keys: Keys) -> dict[str, Any]:
             keys.differ("without the frozen network that rewards come from", "ebft")
         section = {key: value for key, value in _section(keys, "trl").items() if value is not None}
         options = Keys({"beta": keys.get("rl_beta"), **section}, f"{keys.origin}: trl")
+        if keys.get("batch_flattening") and (options.flag("async_prefetch") or options.flag("use_data_producer")):
+            keys.differ(INSTEAD["padding_free"], "batch_flattening")
         return grpo(keys, options, keys.count("sequence_len", 512), adapters=adapted)
     name = {"ipo": "dpo"}.get(word, word)
     if name not in ("dpo", "kto", "orpo", "simpo"):
         raise no_sft(keys, f"rl {word!r}", "remove rl")
     found = preference(keys, name)
-    if name in ("dpo", "kto") and keys.flag("rl_adapter_ref_model"):
+    if name != "dpo":  # whose trainer alone is told of a reference (core/builders/rl.py)
+        found.pop("reference", None)
+    elif keys.flag("rl_adapter_ref_model"):
         found["reference"] = "model"
     _differ_in_dpo(keys, name)
     return found
+
+
+def makes_reference(objective: dict[str, Any], *, adapted: bool) -> bool:
+    """Whether TRL's trainer makes a reference by itself, as Axolotl hands in that of DPO alone.
+
+    Args:
+        objective: fields of a setup, by `of_axolotl`.
+    """
+    return not adapted and (objective.get("objective") == "kto" or objective.get("reference") == "model")
 
 
 def _differ_in_dpo(keys: Keys, name: str) -> None:

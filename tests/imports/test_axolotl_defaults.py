@@ -190,3 +190,14 @@ def test_embeddings_that_stay_in_fp32_are_told(tmp_path: Path, text: str, told: 
     (tmp_path / "config.yml").write_text(BASE + text)
     found = read(tmp_path / "config.yml")
     assert ("embeddings and norms in the dtype of the rest, not in fp32" in found.differences) == told
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype"), [("", "adapter_dtype=bf16"), ("rl: orpo", "adapter_dtype=bf16"), ("rl: kto", "")]
+)
+def test_trainers_that_adapt_by_themselves_do_it_in_fp32(tmp_path: Path, text: str, dtype: str) -> None:
+    """DPO's and KTO's get LoRA's config, and `peft_autocast_adapter_dtype` does not reach them (loaders/model.py)."""
+    (tmp_path / "config.yml").write_text(LORA + "peft_autocast_adapter_dtype: false\n" + text)
+    method = str(read(tmp_path / "config.yml").method)
+    assert ("adapter_dtype=" in method) == bool(dtype)
+    assert dtype in method

@@ -42,6 +42,7 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "attn_implementation: flex_attention": ("axolotl", "sdpa, not flex attention (attn_implementation)"),
     "plugins: [a.CutCrossEntropyPlugin]": ("axolotl", "the logits in memory, without cut cross entropy (plugins)"),
     "plugins: [a.MinePlugin]": ("axolotl", "without the plugin MinePlugin (plugins)"),
+    "plugins: [a.LigerPlugin]\nliger_cross_entropy: true": ("axolotl", "without Liger's kernels (liger_cross_entropy)"),
     "lora_mlp_kernel: true\nadapter: lora": ("axolotl", "fused kernels for all adapters (lora_mlp_kernel)"),
     "relora: true\nadapter: lora": ("axolotl", "without ReLoRA's restarts (relora)"),
     "adapter: qlora\nload_in_4bit: true\nlora_target_linear: true": ("axolotl", UNFUSED),
@@ -49,7 +50,7 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "adapter: lora\nlora_dropout: 0.05\nlora_mlp_kernel: true": (
         "axolotl", "without fused kernels for adapters (lora_mlp_kernel)",
     ),
-    "lisa_n_layers: 2": (
+    "lisa_n_layers: 2\nlisa_step_interval: 5": (
         "axolotl", "a new optimizer at each switch of blocks; Axolotl keeps the states of all blocks drawn so far "
         "(lisa_n_layers)",
     ),

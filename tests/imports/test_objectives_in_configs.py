@@ -9,6 +9,7 @@ import yaml
 
 from perfmodel import UserError
 from perfmodel.imports import DIFFERS, read
+from perfmodel.imports.axolotl import REFERENCE_BY_TRL
 from perfmodel.imports.trained_for import (
     EMPTIED,
     EMPTIED_TWICE,
@@ -48,6 +49,9 @@ SAID: tuple[tuple[dict[str, Any], str, str, list[str]], ...] = (
     (AXOLOTL | {"rl": "orpo", "orpo_alpha": 0.1}, "orpo", "auto", [TORCHS]),
     (AXOLOTL | {"rl": "simpo", "simpo_gamma": 0.5}, "simpo", "auto", [TORCHS]),
     (AXOLOTL | {"rl": "dpo", "adapter": "lora", "rl_adapter_ref_model": True}, "dpo", "model", [TORCHS, CACHE]),
+    (AXOLOTL | {"rl": "kto", "adapter": "lora", "rl_adapter_ref_model": True}, "kto", "auto", [TORCHS]),
+    (AXOLOTL | {"rl": "kto", "adapter": "lora", "precompute_ref_log_probs": True}, "kto", "auto", [TORCHS]),
+    (AXOLOTL | {"rl": "dpo", "batch_flattening": True}, "dpo", "auto", [TORCHS, CACHE]),
     (AXOLOTL | {"rl": "dpo", "precompute_ref_log_probs": True}, "dpo", "precomputed", [TORCHS, CACHE]),
     (
         AXOLOTL | {"rl": "dpo", "dpo_use_weighting": True}, "dpo", "auto",
@@ -113,6 +117,25 @@ def test_a_config_trains_for_what_it_says(
     said = [line for line in found.differences if "chunked loss" not in line]
     assert [line for line in said if "fp32" not in line] == differs
     assert found.setup["engine"] == "torch"
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"rl": "kto"}, True),
+        ({"rl": "gdpo", "trl": {"beta": 0.001}}, True),
+        ({"rl": "grpo"}, False),
+        ({"rl": "kto", "adapter": "lora"}, False),
+        ({"rl": "kto", "bf16": False}, False),
+        ({"rl": "dpo"}, False),
+        ({"rl": "orpo"}, False),
+    ],
+)
+def test_a_reference_that_trl_makes_in_fp32_is_told(tmp_path: Path, values: dict[str, Any], told: bool) -> None:
+    """Axolotl hands in that of DPO alone, and no dtype for others: they have twice the bytes of weights."""
+    path = tmp_path / "config.yml"
+    path.write_text(yaml.safe_dump(AXOLOTL | values))
+    assert (REFERENCE_BY_TRL.format("bf16") in read(path).differences) == told
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ EXPECTED: dict[str, tuple[dict[str, Any], bool]] = {  # file -> fields of the se
     AXOLOTL + "sample_packing: true\nstreaming: true": (APART, False),
     AXOLOTL + "sample_packing: true\nbase_model: google/gemma-3-4b-it": (APART, False),
     AXOLOTL + "sample_packing: true\nbase_model: google/gemma-3-1b-it": ({"packing": "dense"}, False),
+    AXOLOTL + "sample_packing: true\ngemma4_hybrid_attn_impl: true": (APART | {"attention": "flash2"}, True),
     AXOLOTL + "batch_flattening: auto\nflash_attention: true": ({"packing": "flat"}, True),
     AXOLOTL + "batch_flattening: auto": ({}, False),
     AXOLOTL + "group_by_length: true": ({"group_by_length": True}, False),
