@@ -61,6 +61,7 @@ UNNAMED = re.compile(r"gpt-?j|gpt-?2|cerebras-gpt|starcoder(?!2)|mpt-|bloom", re
 OTHER_KIND = "quantised base weights of this kind are not modelled"
 QWEN_OF_2023 = re.compile(r"qwen-(1[._]8|7|14|72)b", re.IGNORECASE)  # its config.json: "use_flash_attn": "auto"
 AUTO_FLASH = "PyTorch's attention and norms, not flash-attn's, which the model's own code takes where it is installed"
+NOT_IN_SCHEMA = ("sharding_strategy", "backward_prefetch", "forward_prefetch", "limit_all_gathers")  # of `fsdp_config`
 MASTERS = "weights kept in fp32; Axolotl keeps them in 16 bit under FSDP 2"  # its patch of `fsdp2_prepare_model`
 REFERENCE_BY_TRL = "a reference in {}, not in fp32 as TRL loads the one that it makes"  # `create_model_from_path`
 NO_BATCH_SIZE = "batch_size has no effect: Axolotl takes gradient_accumulation_steps for 1 where it is not there"
@@ -361,7 +362,10 @@ def _full(keys: Keys) -> str:
 
 def form_of_axolotl(keys: Keys) -> AskedForm:
     """What several GPUs do: accelerate's FSDP 1 where no version is named."""
-    found = form_of(keys, fsdp_version=1)
+    options = keys.values.get("fsdp_config")
+    if isinstance(options, dict):  # of which its schema leaves out what it does not know (utils/schemas/fsdp.py)
+        options = {key: value for key, value in options.items() if str(key).removeprefix("fsdp_") not in NOT_IN_SCHEMA}
+    found = form_of(keys.but(fsdp_config=options), fsdp_version=1)
     if found.parallel == "fsdp2" and not keys.values.get("adapter"):
         found = replace(found, unlike=(*found.unlike, MASTERS))
     return found

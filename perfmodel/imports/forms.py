@@ -28,6 +28,10 @@ SWITCHED_OFF = {
     "overlap_comm": "gradients exchanged beside backward",
     "reduce_scatter": "gradients exchanged as by default",
 }  # keys that are on as it is modelled, and what is answered where they are off
+# What is off where no key speaks of it, and answered as if it were on: DeepSpeed's default at stages 1 and 2
+# (`overlap_comm_valid`), and that of FSDP 1 (accelerate/utils/dataclasses.py)
+OVERLAPPED = f"{SWITCHED_OFF['overlap_comm']}, which DeepSpeed does by default at stage 3 alone"
+PREFETCHED = "the next unit gathered before a unit's backward, which FSDP 1 does not by default"
 GRAD_OP = "weights freed behind the forward pass and gathered again, unlike shard_grad_op"
 ONE_GROUP = "shards over all GPUs, not within groups of them"
 # `ShardingStrategy` of FSDP1, by name and number (accelerate/utils/constants.py), and what is answered instead
@@ -219,6 +223,8 @@ def of_deepspeed(config: Mapping[str, Any], origin: str) -> AskedForm:
     for key, (usual, stages) in ABSENT.items():
         if stage in stages and key not in zero:
             keys.differ(f"{table.differs[f'zero_optimization.{key}']}, not DeepSpeed's {usual:,} elements")
+    if stage in (1, 2) and zero.get("overlap_comm") is None:
+        keys.differ(OVERLAPPED)
     for key, value in zero.items():
         name = f"zero_optimization.{key}"
         answered = SWITCHED_OFF.get(key) if value is False else table.differs.get(name) if value == 0 else None
@@ -265,6 +271,8 @@ def of_fsdp(options: Mapping[str, Any], origin: str, words: list[str]) -> AskedF
         keys.differ(WORDS[word])
     if answered := STRATEGIES[strategy]:
         keys.differ(answered)
+    if version == 1 and strategy != "no_shard" and options.get("backward_prefetch") is None:
+        keys.differ(PREFETCHED)
     policy = keys.text("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
     if policy != "TRANSFORMER_BASED_WRAP":
         keys.differ(BY_BLOCKS, "auto_wrap_policy")
