@@ -17,10 +17,15 @@ from ..methods.parts.targeted import ALL_LINEAR, unmatched
 from ..recording.converted import check_converted
 from ..setup import Setup
 from .fields import DTYPES, NOT_FP8, NOT_QAT, ON_GPTQ
+from .llama_factory_v1 import OWN_LOSS
 from .read import Imported
 
 BY_MODULE = ("Axolotl", "LLaMA-Factory", "LLaMA-Factory v1")  # they name every `nn.Linear` (`find_all_linear_names`, …)
 
+# Models on which a tool puts Liger's kernels alone, and does not (v1/plugins/model_plugins/kernels/liger_kernel_ops.py;
+# model/model_utils/liger_kernel.py)
+LIGER_OF = {"LLaMA-Factory v1": ("qwen3", "qwen3_moe")}
+WITHOUT_LIGER = {"LLaMA-Factory": ("smollm3",)}
 WORDS_OF_BITS = {"2bit": 2, "3bit": 3, "8bit": 8, "8bits": 8, "int8": 8}  # in names of repositories; else 4
 # Of a model whose linear layers are of a class of its own (`check_replaced`)
 NOT_QUANTISED = "no layer in few bits: transformers passes over those of the model's own class"
@@ -50,8 +55,8 @@ def fallbacks(found: Imported, architecture: Architecture) -> Iterator[Fallback]
     if asked not in (None, *traits.attention):
         instead = traits.attention[0]
         yield Fallback("attention", instead, f"{instead} attention, not {asked}, which is not modelled for the model")
-    if found.setup.get("kernels") == "liger" and "liger" not in traits.fused:
-        yield Fallback("kernels", "torch", "PyTorch's kernels, not Liger's, which are not modelled for the model")
+    if found.setup.get("kernels") == "liger":
+        yield from _of_liger(found, architecture)
     for option, said in (("fp8", NOT_FP8), ("qat", NOT_QAT)):
         if found.setup.get(option, "none") != "none" and not _converts(found, option, architecture):
             yield Fallback(option, "none", f"{said} ({option})")
@@ -61,6 +66,16 @@ def fallbacks(found: Imported, architecture: Architecture) -> Iterator[Fallback]
         yield Fallback("model", found.model, kept)
     if found.method is not None:
         yield from _of_method(found, methods.parse(found.method), architecture)
+
+
+def _of_liger(found: Imported, architecture: Architecture) -> Iterator[Fallback]:
+    known = LIGER_OF.get(found.tool)
+    if known is not None and architecture.model_type not in known:
+        yield Fallback("kernels", "torch", OWN_LOSS)
+    elif architecture.model_type in WITHOUT_LIGER.get(found.tool, ()):
+        yield Fallback("kernels", "torch")
+    elif "liger" not in architecture.traits.fused:
+        yield Fallback("kernels", "torch", "PyTorch's kernels, not Liger's, which are not modelled for the model")
 
 
 def in_part(note: str) -> str:

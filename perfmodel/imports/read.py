@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from .meanings import Meanings
 from .packing import TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
 
 # What is said of a setup's field that holds no more where the field has another value
-SAID_OF = {"attention": FLASH_2_FOR_3, "engine": UNDER_ZERO_3, "kernels": ALL_OF_LIGER, "method": ALL_FUSED}
+SAID_OF = {
+    "attention": (FLASH_2_FOR_3,), "engine": (UNDER_ZERO_3,), "kernels": (ALL_OF_LIGER, llama_factory_v1.FUSED_LOSS),
+    "method": (ALL_FUSED,),
+}  # fmt: skip
 DIFFERS = "not the file's step as it is: "
 ASK = "--gpus N beside it answers for N"
 OF_ONE_GPU = (ONE_GPU, "autocast")  # how that begins which is said of one GPU alone: autocast in the place of casts
@@ -98,7 +102,7 @@ class Imported:
         Args:
             said: each such field, and what is said in the place of what was said of it; may be empty.
         """
-        gone = tuple(SAID_OF[name] for name, words in said if words and name in SAID_OF)
+        gone = tuple(chain.from_iterable(SAID_OF.get(name, ()) for name, words in said if words))
         kept = [d for d in self.differences if not d.startswith(gone)]
         return replace(self, differences=[*kept, *(words for _, words in said if words)])
 

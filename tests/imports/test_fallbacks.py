@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from perfmodel.cli import main
 from perfmodel.imports import DIFFERS, read
+from perfmodel.imports.llama_factory_v1 import FUSED_LOSS, OWN_LOSS
 
 LORA = "micro_batch_size: 1\nsequence_len: 64\nbf16: true\nadapter: lora\nlora_r: 4\n"
 QLORA = LORA.replace("lora\n", "qlora\n", 1) + "load_in_4bit: true\n"
@@ -70,6 +71,25 @@ def test_what_a_model_has_no_program_of_is_answered_otherwise(
     assert out.startswith(DIFFERS)
     assert differs in out
     assert answered in out
+
+
+@pytest.mark.parametrize(
+    ("text", "liger", "said"),
+    [
+        ("model: Qwen/Qwen3-0.6B\nkernel_config: {name: liger_kernel}\n", True, FUSED_LOSS),
+        ("model: NousResearch/Llama-3.2-1B\nkernel_config: {name: liger_kernel}\n", False, OWN_LOSS),
+        (f"model_name_or_path: Qwen/Qwen3-0.6B\nenable_liger_kernel: true\n{FACTORY}", True, ""),
+        (f"model_name_or_path: HuggingFaceTB/SmolLM3-3B\nenable_liger_kernel: true\n{FACTORY}", False, ""),
+    ],
+)
+def test_ligers_kernels_are_on_the_models_that_a_tool_puts_them_on(
+    tmp_path: Path, text: str, liger: bool, said: str
+) -> None:
+    """It passes over others with a warning: they train in PyTorch's kernels, whose logits lie in memory."""
+    out = asked(tmp_path, text)
+    assert ("liger" in out.split("forward")[0].rpartition(" on ")[2]) == liger
+    assert said in out
+    assert (FUSED_LOSS in out) == (said == FUSED_LOSS)
 
 
 @pytest.mark.parametrize(
