@@ -14,6 +14,7 @@ from .keys import Keys
 UNKNOWN = "documents as long as a row (--lengths says how long they are)"
 APART = "packed rows apart, each under its mask, not all in one row"
 TO_THE_END = "packed rows full to their end, so without the mask that padding there makes"
+JOINED = "rows full to their end, without the padding after each document and at the end, nor its mask"
 BY_A_MASK = "documents apart by a mask, not by torch's varlen_attn, which Axolotl takes where no window slides"
 TAKEN_OUT = "all rows are padded to sequence_len, and flash-attn takes padding out: samples are taken to be as long"
 TO_THE_LONGEST = "micro-batches padded to their longest sample, not to sequence_len"
@@ -82,6 +83,9 @@ def packed_by_axolotl(keys: Keys, setup: dict[str, Any], asked_attention: str | 
             takes = keys.flag("sdpa_varlen", True) and not keys.values.get("diffusion")
             if asked_attention == "sdpa" and takes:
                 keys.differ(BY_A_MASK, "sample_packing")
+    elif keys.get("pretraining_dataset") and keys.flag("pretraining_sample_concatenation"):
+        setup["packing"] = "dense"  # documents see each other (utils/data/streaming.py, `encode_streaming`)
+        keys.differ(JOINED, "pretraining_sample_concatenation")
     elif flattening not in (None, False) and knows and (flattening != FLATTENING or setup["batch"] > 1):
         packed_flat(keys, setup, "batch_flattening")
 

@@ -34,6 +34,8 @@ MARKS = (
 OF_TRL = ("use_peft", "max_length", "max_seq_length", "packing", "dataset_name", "dataset_mixture")
 METRICS = "the loss alone, without the accuracy and entropy that TRL takes from the logits at every step"
 LIGERS_ACCURACY = "Liger's loss alone, without the accuracy that TRL asks of it"
+PREPARING = ("orpo", "cpo", "simpo")  # objectives whose trainers call peft's `prepare_model_for_kbit_training`
+NORMS_PREPARED = "norms in the dtype of the rest, not in fp32"
 WORDS = {**DTYPES, **{f"torch.{name}": dtype for name, dtype in DTYPES.items()}, "auto": "bf16"}
 
 
@@ -80,7 +82,7 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
         setup["group_by_length"] = by_length(keys)
         notes += [packing.shorter("max_length")] if is_trl and "prompt" not in objective else []
     shared_dtype = _under_zero3(keys, setup)
-    method = _method(keys, is_trl, str(objective.get("objective", "sft")), shared_dtype)
+    method = _method(keys, is_trl, str(objective.get("objective", "sft")), shared_dtype, amp)
     return keys.text("model_name_or_path"), method, setup, notes
 
 
@@ -123,7 +125,7 @@ def _checkpoint(keys: Keys, default: bool) -> str:
     return checkpoint_kind(keys, keys.flag(f"{kind}_checkpointing", default), f"{kind}_checkpointing_kwargs")
 
 
-def _method(keys: Keys, is_trl: bool, objective: str, shared_dtype: str | None) -> str | None:
+def _method(keys: Keys, is_trl: bool, objective: str, shared_dtype: str | None, amp: str | None) -> str | None:
     if not keys.flag("use_peft"):
         if bits := low_bits(keys):
             raise UserError(f"{keys.origin}: load_in_{bits}bit needs use_peft: true")
@@ -138,7 +140,21 @@ def _method(keys: Keys, is_trl: bool, objective: str, shared_dtype: str | None) 
         dropout=keys.number("lora_dropout", 0.05), modules_to_save=keys.names("lora_modules_to_save"),
         adapter_dtype=dtype_in_trl(bits, objective) or shared_dtype,
         double_quant=None if name != "qlora" else _double(keys), target_parameters=keys.names("lora_target_parameters"),
+        prepared=_prepared(keys, bits, objective, amp),
     )  # fmt: skip
+
+
+def _prepared(keys: Keys, bits: int | None, objective: str, amp: str | None) -> bool:
+    """Whether norms, embeddings and head are put in fp32 beside a base in few bits (experimental/{orpo,cpo}).
+
+    With `bf16` beside 4 bits embeddings and head are put back, norms are not (`peft_module_casting_to_bf16`).
+    """
+    if bits is None or objective not in PREPARING:
+        return False
+    if bits == 4 and amp == "bf16":
+        keys.differ(NORMS_PREPARED, "load_in_4bit")
+        return False
+    return True
 
 
 def _double(keys: Keys) -> str:

@@ -21,6 +21,7 @@ from perfmodel.imports.trained_for import (
     UNCORRECTED,
     UNFUSED_LOSS,
 )
+from perfmodel.imports.trainer import NORMS_PREPARED
 from perfmodel.setup import Setup
 
 AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64}
@@ -193,6 +194,25 @@ def test_ppos_training_step_is_what_its_trainer_does(tmp_path: Path) -> None:
         assert said in found.first_line
     setup = Setup(**found.setup)
     assert (setup.objective, setup.seq, setup.prompt, setup.amp) == ("ppo", 544, 512, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "method", "told"),
+    [
+        ({"load_in_4bit": True}, "qlora:r=16,dropout=0.05,double_quant=false", True),
+        ({"load_in_4bit": True, "fp16": True}, "qlora:r=16,dropout=0.05,double_quant=false,prepared=true", False),
+        ({"load_in_8bit": True}, "lora_8bit:r=16,dropout=0.05,prepared=true", False),
+        ({}, "lora:r=16,dropout=0.05", False),
+    ],
+)
+def test_trls_orpo_and_cpo_prepare_a_base_in_few_bits(
+    tmp_path: Path, values: dict[str, Any], method: str, told: bool
+) -> None:
+    """Norms, embeddings and head become fp32; beside 4 bits and bf16 only the norms stay so."""
+    path = tmp_path / "config.yml"
+    path.write_text(yaml.safe_dump(TRL | {"beta": 0.1, "cpo_alpha": 1.0, "use_peft": True} | values))
+    found = read(path)
+    assert (found.method, NORMS_PREPARED in found.first_line) == (method, told)
 
 
 def test_the_folder_of_an_example_says_what_its_keys_leave_open(tmp_path: Path) -> None:

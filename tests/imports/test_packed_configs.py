@@ -41,6 +41,10 @@ EXPECTED: dict[str, tuple[dict[str, Any], bool]] = {  # file -> fields of the se
     STREAMED: (IN_A_ROW, False),
     STREAMED + "flash_attention: true": (APART, True),
     STREAMED + "flash_attention: true\npretrain_multipack_attn: false": (IN_A_ROW, False),
+    AXOLOTL + "pretraining_dataset: [{path: c4}]": ({"seq": 256}, False),
+    AXOLOTL + "pretraining_dataset: [{path: c4}]\npretraining_sample_concatenation: true": (
+        {"packing": "dense", "batch": 2}, False,
+    ),
     AXOLOTL + "sample_packing: true\nstreaming: true": (APART, False),
     AXOLOTL + "sample_packing: true\nbase_model: google/gemma-3-4b-it": (APART, False),
     AXOLOTL + "sample_packing: true\nbase_model: google/gemma-3-1b-it": ({"packing": "dense"}, False),
