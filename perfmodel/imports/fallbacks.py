@@ -32,6 +32,12 @@ NOT_QUANTISED = "no layer in few bits: transformers passes over those of the mod
 ALL_UPCAST = "embeddings and norms in fp32 as peft's preparation leaves the rest, not in 16 bit"
 OF_EXPERT = re.compile(r"(.*\.)?((gate|up|down)_proj|w[123])")  # layers of transformers 4, now in weights of experts
 BESIDE_PACKED = "no adapters on experts in few bits, for which PEFT takes {}"
+UNBALANCED = "without the loss that balances experts, which TRL adds unless router_aux_loss_coef is 0"
+# Mixtures whose forward pass has no such loss (transformers, modeling_*.py without `load_balancing_loss_func`)
+WITHOUT_BALANCE = (
+    "afmoe", "deepseek_v2", "deepseek_v3", "gemma4", "gemma4_unified", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa",
+    "kimi_linear", "lfm2_moe", "llama4", "mistral3", "mistral4", "nemotron_h",
+)  # fmt: skip
 PARTS = ("the text decoder alone of a vision-language model", "without its audio tower")  # as data/models/ notes them
 
 
@@ -64,6 +70,8 @@ def fallbacks(found: Imported, architecture: Architecture) -> Iterator[Fallback]
         yield Fallback("model", found.model, part)
     if kept := as_kept(found):
         yield Fallback("model", found.model, kept)
+    if unlike := unbalanced(found, architecture.model_type, stacked=bool(architecture.stacked_names())):
+        yield Fallback("model", found.model, unlike)
     if found.method is not None:
         yield from _of_method(found, methods.parse(found.method), architecture)
 
@@ -133,6 +141,15 @@ def as_kept(found: Imported) -> str:
     kept = DTYPES.get(str(values.get("dtype") or values.get("torch_dtype")), dtype)
     alike = kept == dtype or (kept != "fp32" and found.setup.get("amp") is None)
     return "" if alike else f"weights in {dtype}, not in {kept} as the checkpoint has them"
+
+
+def unbalanced(found: Imported, model_type: str, *, stacked: bool) -> str:
+    """What is said where a tool adds a loss on the loads of experts.
+
+    Args:
+        stacked: whether the model has experts.
+    """
+    return UNBALANCED if found.balances and stacked and model_type not in WITHOUT_BALANCE else ""
 
 
 def in_16_bit(found: Imported, *, stacked: bool) -> str:

@@ -57,6 +57,7 @@ class Imported:
         traced: whether a trace answers, which is one of one GPU.
         precise: whether it names its mixed precision, so that a launcher's does not count.
         as_kept: whether weights have the dtype in which the checkpoint keeps them, whatever is computed in.
+        balances: whether a loss on the loads of experts is added on models that have one.
     """
 
     tool: str
@@ -77,6 +78,7 @@ class Imported:
     traced: bool = False
     precise: bool = False
     as_kept: bool = False
+    balances: bool = False
 
     def with_lengths(self, *, padded: bool = True) -> "Imported":
         """What it says where the lengths of documents are given.
@@ -172,6 +174,7 @@ MULTIPLE = {
 FORMS = {"Axolotl": axolotl.form_of_axolotl, "LLaMA-Factory v1": llama_factory_v1.form_of_llama_factory_v1}
 PRECISE = ("Axolotl", "LLaMA-Factory v1")  # tools that take no precision from accelerate's config
 PRECISION = ("bf16", "fp16", "pure_bf16")
+BALANCING = ("dpo", "kto", "grpo")  # objectives whose trainers add the loss on the loads of experts
 FROZEN = {"Axolotl": axolotl.frozen_on_request, FACTORY: llama_factory.frozen}
 
 
@@ -217,6 +220,7 @@ def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
     meanings.refuse(keys, table)
     model, method, setup, notes = found.reader(keys)
     frozen = FROZEN[found.name](keys) if found.name in FROZEN else ()
+    balances = _balances(found.name, keys, str(setup.get("objective", "sft")))
     ignored = meanings.judge(keys, table)
     upcasts = found.name == "Axolotl" and axolotl.upcasts(keys)
     multiple = MULTIPLE[found.name](keys) if found.name in MULTIPLE else 1
@@ -226,8 +230,19 @@ def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
         job=table.of_job(values), asks=partial(FORMS.get(found.name, form_of), keys),
         searches=_searches(found.name, keys, setup),
         precise=found.name in PRECISE or any(values.get(key) is not None for key in PRECISION),
-        as_kept=_as_kept(found.name, keys, setup, method),
+        as_kept=_as_kept(found.name, keys, setup, method), balances=balances,
     )  # fmt: skip
+
+
+def _balances(tool: str, keys: Keys, objective: str) -> bool:
+    """Whether a trainer of TRL's adds the loss on the loads of experts, as it does unless told not to.
+
+    Source: trl/trainer/{sft,dpo,kto,grpo}_trainer.py, `aux_loss_enabled`. Axolotl's SFT has a trainer of its own.
+    """
+    if tool == TRL:
+        asked = keys.number("router_aux_loss_coef", 0.001) != 0
+        return asked and objective in (*BALANCING, "sft") and trainer.is_of_trl(keys)
+    return tool == "Axolotl" and objective in BALANCING
 
 
 def _as_kept(tool: str, keys: Keys, setup: dict[str, Any], method: str | None) -> bool:

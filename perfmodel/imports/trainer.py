@@ -41,7 +41,7 @@ WORDS = {**DTYPES, **{f"torch.{name}": dtype for name, dtype in DTYPES.items()},
 
 def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]:
     """Model, method, setup and notes; TrainingArguments alone name neither model nor method."""
-    is_trl = any(keys.get(key) is not None for key in OF_TRL)
+    is_trl = is_of_trl(keys)
     amp = half(keys)
     if amp is None and is_trl and keys.get("bf16") is None and keys.get("fp16") is None:
         amp = "bf16"  # SFTConfig's own default
@@ -66,6 +66,8 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     length = keys.get("max_length") or keys.get("max_seq_length")
     if length is not None or is_trl:
         setup["seq"] = keys.count("max_length", keys.count("max_seq_length", 1024))
+        if length is None and "max_length" in keys.values:
+            keys.differ(f"samples of {setup['seq']} tokens, not as long as they are", "max_length")
     setup |= objective
     if not objective:
         _loss(keys, is_trl=is_trl, liger=setup["kernels"] == "liger")
@@ -84,6 +86,11 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     shared_dtype = _under_zero3(keys, setup)
     method = _method(keys, is_trl, str(objective.get("objective", "sft")), shared_dtype, amp)
     return keys.text("model_name_or_path"), method, setup, notes
+
+
+def is_of_trl(keys: Keys) -> bool:
+    """Whether a file is read by a script of TRL's, not as transformers' TrainingArguments alone."""
+    return any(keys.get(key) is not None for key in OF_TRL)
 
 
 def _under_zero3(keys: Keys, setup: dict[str, Any]) -> str | None:

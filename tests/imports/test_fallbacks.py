@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from perfmodel.architectures import from_config, load
 from perfmodel.cli import main
 from perfmodel.imports import DIFFERS, read
+from perfmodel.imports.fallbacks import UNBALANCED, fallbacks
 from perfmodel.imports.llama_factory_v1 import FUSED_LOSS, OWN_LOSS
 
 LORA = "micro_batch_size: 1\nsequence_len: 64\nbf16: true\nadapter: lora\nlora_r: 4\n"
@@ -214,3 +216,24 @@ def test_what_is_answered_is_said_once(tmp_path: Path, text: str, answered: str,
     out = asked(tmp_path, text + LORA + LINEAR)
     assert answered in out
     assert instead_of not in out
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("model_name_or_path: qwen3-30b-a3b\n{}", True),
+        ("model_name_or_path: qwen3-30b-a3b\nrouter_aux_loss_coef: 0.0\n{}", False),
+        ("model_name_or_path: qwen3-8b\nrouter_aux_loss_coef: 0.01\n{}", False),
+        ("model_name_or_path: deepseek-v2-lite\n{}", False),
+        ("model_name_or_path: qwen3-30b-a3b\ncpo_alpha: 1.0\n{}", False),
+        ("base_model: qwen3-30b-a3b\nadapter: lora\nrl: dpo\nmicro_batch_size: 1", True),
+        ("base_model: qwen3-30b-a3b\nadapter: lora\nmicro_batch_size: 1", False),
+    ],
+)
+def test_trls_trainers_balance_experts_unless_told_not_to(tmp_path: Path, text: str, told: bool) -> None:
+    """Its coefficient is 0.001 by default, on models that have such a loss."""
+    path = tmp_path / "config.yml"
+    path.write_text(text.format("max_length: 64\nuse_peft: true\nper_device_train_batch_size: 1\n"))
+    found = read(path)
+    architecture = from_config(load(found.model or ""))
+    assert (UNBALANCED in [fallback.said for fallback in fallbacks(found, architecture)]) == told

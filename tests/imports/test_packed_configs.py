@@ -154,3 +154,10 @@ def test_the_first_line_says_what_is_assumed_of_lengths(
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0
     assert first in result.stdout.splitlines()[0]
+
+
+@pytest.mark.parametrize(("length", "told"), [("null", True), ("256", False)])
+def test_trl_cuts_no_sample_where_the_length_is_null(tmp_path: Path, length: str, told: bool) -> None:
+    """Elsewhere null is an absent key; TRL's default of 1,024 tokens goes by it (trainer/sft_config.py)."""
+    found = read(config(tmp_path, TRL.replace("256", length)))
+    assert (found.setup["seq"], "not as long as they are" in found.first_line) == (1024 if told else 256, told)
