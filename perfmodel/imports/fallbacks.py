@@ -38,6 +38,8 @@ WITHOUT_BALANCE = (
     "afmoe", "deepseek_v2", "deepseek_v3", "gemma4", "gemma4_unified", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa",
     "kimi_linear", "lfm2_moe", "llama4", "mistral3", "mistral4", "nemotron_h",
 )  # fmt: skip
+# Its list of linear layers leaves out `embed_out`, as the head of GPT-NeoX was called before transformers 5
+HEADLESS = "no adapter on the head, on which Axolotl puts one for GPT-NeoX"  # loaders/adapter.py
 PARTS = ("the text decoder alone of a vision-language model", "without its audio tower")  # as data/models/ notes them
 
 
@@ -188,6 +190,8 @@ def _of_method(found: Imported, method: methods.Method, architecture: Architectu
         method, said = Lora(**_shared(method)), NOT_QUANTISED
         if found.upcasts:
             yield Fallback("dtype", "fp32", ALL_UPCAST)
+    if found.tool == "Axolotl" and method.targets == (ALL_LINEAR,) and architecture.model_type == "gpt_neox":
+        yield Fallback("method", found.method, HEADLESS)
     if architecture.traits.four_dims and method.told_of_four_dims:
         yield Fallback("method", found.method, method.told_of_four_dims)
     changes: dict[str, Any] = {}

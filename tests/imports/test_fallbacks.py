@@ -51,6 +51,7 @@ def asked(folder: Path, text: str, *options: str) -> str:
             "no adapters on experts in few bits, for which PEFT takes shared_experts.gate_proj, shared_experts.up",
             "qlora:r=4,targets=o_proj,experts=True on deepseek-v2-lite",
         ),
+        (f"base_model: EleutherAI/pythia-70m\n{LORA}{LINEAR}", "no adapter on the head, on which", "linear on pythia"),
         (f"base_model: TheBloke/Llama-2-7B-GPTQ\ngptq: true\n{LORA}{LINEAR}", CODES, "lora_gptq:r=4"),
         (f"model_name_or_path: TechxGenus/Meta-Llama-3-8B-Instruct-GPTQ\n{FACTORY}", CODES, "lora_gptq:r=8"),
         (f"base_model: TheBloke/Llama-2-7B-AWQ\n{LORA}{LINEAR}", "weights in bf16, not awq", "on llama-2-7b"),
