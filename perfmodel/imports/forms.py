@@ -32,6 +32,9 @@ SWITCHED_OFF = {
 # (`overlap_comm_valid`), and that of FSDP 1 (accelerate/utils/dataclasses.py)
 OVERLAPPED = f"{SWITCHED_OFF['overlap_comm']}, which DeepSpeed does by default at stage 3 alone"
 PREFETCHED = "the next unit gathered before a unit's backward, which FSDP 1 does not by default"
+OF_MASTERS = "weights and states of the optimizer in fp32 beside those of 16 bit"
+CHECKED = "gradients checked for infinities"
+SUMMED = "gradients summed in the dtype of the weights"
 GRAD_OP = "weights freed behind the forward pass and gathered again, unlike shard_grad_op"
 ONE_GROUP = "shards over all GPUs, not within groups of them"
 # `ShardingStrategy` of FSDP1, by name and number (accelerate/utils/constants.py), and what is answered instead
@@ -238,11 +241,24 @@ def of_deepspeed(config: Mapping[str, Any], origin: str) -> AskedForm:
     if len(dtypes) > 1:
         raise UserError(f"{origin}: bf16 and fp16 exclude each other: leave one of them out")
     setup |= {"amp": dtypes[0]} if dtypes else {}
+    _differ_in_dtypes(keys)
     tp = Keys(_section(keys, "tensor_parallel"), f"{origin}: tensor_parallel").count("autotp_size", 1)
     if tp > 1:
         keys.differ(AUTO_TP, "tensor_parallel")
     judge(keys, table)
     return AskedForm(STAGES[stage], tp, setup, tuple(keys.told_differences()))
+
+
+def _differ_in_dtypes(keys: Keys) -> None:
+    """Say what else sections of dtypes ask for (deepspeed/runtime/precision_config.py; engine.py, `get_data_types`)."""
+    for dtype in ("bf16", "fp16"):
+        section = _section(keys, dtype)  # those that are disabled are left out before
+        if section.get(f"{dtype}_master_weights_and_grads"):
+            keys.differ(OF_MASTERS, dtype)
+        if section.get("check_grad_overflow") is False:
+            keys.differ(CHECKED, dtype)
+    if _section(keys, "data_types").get("grad_accum_dtype") == "fp32":
+        keys.differ(SUMMED, "data_types")
 
 
 def _disabled(section: Any) -> bool:

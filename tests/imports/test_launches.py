@@ -17,7 +17,7 @@ from perfmodel.errors import UserError
 from perfmodel.imports import DIFFERS, read
 from perfmodel.imports.accelerate import read_launch
 from perfmodel.imports.fields import UNSCALED
-from perfmodel.imports.forms import OVERLAPPED, PREFETCHED
+from perfmodel.imports.forms import CHECKED, OF_MASTERS, OVERLAPPED, PREFETCHED, SUMMED
 from perfmodel.imports.llama_factory_v1 import BESIDE_BLOCKS, NO_UNITS, REDUCED
 from perfmodel.imports.read import ASK, NOT_CAST, SEARCHED
 
@@ -68,6 +68,12 @@ FORMS: list[tuple[dict[str, Any], str, int, list[str]]] = [  # file, parallel, t
         {**TRL, "deepspeed": {"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}, "gradient_clipping": 1}},
         "zero1", 1, [OVERLAPPED],
     ),
+    (
+        {**TRL, "deepspeed": {**ZERO_2, "bf16": {"enabled": "auto", "bf16_master_weights_and_grads": True,
+         "check_grad_overflow": False}, "data_types": {"grad_accum_dtype": "fp32"}}},
+        "zero2", 1, [f"{OF_MASTERS} (bf16)", f"{CHECKED} (bf16)", f"{SUMMED} (data_types)"],
+    ),
+    ({**TRL, "deepspeed": {**ZERO_2, "data_types": {"grad_accum_dtype": "bf16"}}}, "zero2", 1, []),
     (
         {**AXOLOTL, "fsdp": ["full_shard", "auto_wrap"], "fsdp_config": {"fsdp_offload_params": False}}, "fsdp1", 1,
         [PREFETCHED],
