@@ -27,6 +27,7 @@ ABSENT = {"reduce_bucket_size": (BUCKET, (1, 2, 3)), "stage3_param_persistence_t
 SWITCHED_OFF = {
     "overlap_comm": "gradients exchanged beside backward",
     "reduce_scatter": "gradients exchanged as by default",
+    "contiguous_gradients": "gradients copied into buckets to be exchanged",
 }  # keys that are on as it is modelled, and what is answered where they are off
 # What is off where no key speaks of it, and answered as if it were on: DeepSpeed's default at stages 1 and 2
 # (`overlap_comm_valid`), and that of FSDP 1 (accelerate/utils/dataclasses.py)

@@ -55,9 +55,11 @@ FORMS: list[tuple[dict[str, Any], str, int, list[str]]] = [  # file, parallel, t
         ["DDP, not DeepSpeed's own exchange of gradients (stage 0)"],
     ),
     (
-        {**TRL, "deepspeed": {"zero_optimization": {"stage": 1, "overlap_comm": False}, "gradient_clipping": "auto"}},
+        {**TRL, "deepspeed": {"zero_optimization": {"stage": 1, "overlap_comm": False, "contiguous_gradients": False},
+         "gradient_clipping": "auto"}},
         "zero1", 1,
         [f"{BUCKETS}, not DeepSpeed's 500,000,000 elements",
+         "gradients copied into buckets to be exchanged (zero_optimization.contiguous_gradients)",
          "gradients exchanged beside backward (zero_optimization.overlap_comm)"],
     ),
     (
