@@ -130,6 +130,15 @@ def low_bits(keys: Keys) -> int | None:
     return 4 if keys.flag("load_in_4bit") else 8 if eight else None
 
 
+def without_cache(keys: Keys, checkpoint: str) -> None:
+    """Say that no cache of keys and values is filled in training, where transformers' trainer is asked for one.
+
+    Its copies of both are held until backward; blocks that are checkpointed have none (modeling_layers.py).
+    """
+    if keys.flag("use_cache") and checkpoint == "none":
+        keys.differ("without a cache of keys and values", "use_cache")
+
+
 def dtype_in_trl(bits: int | None, objective: str) -> str | None:
     """The dtype that TRL's trainers give to adapters beside a base of 4 or 8 bits; None: PEFT's own.
 

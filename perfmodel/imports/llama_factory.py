@@ -22,6 +22,7 @@ from .fields import (
     own_code,
     power_iterations,
     spec,
+    without_cache,
 )
 from .keys import NO_TRAINING, Keys
 from .trained_for import of_llama_factory
@@ -79,6 +80,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         **_update(keys),
         "kernels": "liger" if keys.flag("enable_liger_kernel") else "torch",
     }
+    if not objective:
+        without_cache(keys, setup["checkpoint"])
     if keys.flag("fp8"):
         keys.differ(FP8_OF_4, "fp8")
     adapters = keys.text("finetuning_type", "lora") in ("lora", "oft")  # in fp32, by PEFT

@@ -22,6 +22,7 @@ from .fields import (
     optimizer_name,
     own_code,
     spec,
+    without_cache,
 )
 from .keys import Keys
 from .targets import as_targets
@@ -69,6 +70,8 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
         if length is None and "max_length" in keys.values:
             keys.differ(f"samples of {setup['seq']} tokens, not as long as they are", "max_length")
     setup |= objective
+    if not is_trl:  # whose trainers hand in `use_cache=False`
+        without_cache(keys, setup["checkpoint"])
     if not objective:
         _loss(keys, is_trl=is_trl, liger=setup["kernels"] == "liger")
     elif setup["kernels"] == "liger":

@@ -279,3 +279,20 @@ def test_the_page_begins_with_it_too(tmp_path: Path) -> None:
     path.write_text(BASE + "tensor_parallel_size: 2")
     CliRunner().invoke(main, ["report", "--config", str(path), "--device", "l40s", "--axes", "none", "-o", str(page)])
     assert "one GPU (tensor_parallel_size)" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (f"{FACTORY}finetuning_type: lora\ndisable_gradient_checkpointing: true\nuse_cache: true\n", True),
+        (f"{FACTORY}finetuning_type: lora\nuse_cache: true\n", False),
+        ("per_device_train_batch_size: 1\nuse_cache: true\n", True),
+        ("per_device_train_batch_size: 1\nuse_cache: true\ngradient_checkpointing: true\n", False),
+        ("per_device_train_batch_size: 1\nuse_cache: true\nmax_length: 64\ngradient_checkpointing: false\n", False),
+    ],
+)
+def test_a_cache_is_filled_where_nothing_is_checkpointed(tmp_path: Path, text: str, told: bool) -> None:
+    """Its copies of keys and values stay until backward; TRL's trainers never ask for one."""
+    path = tmp_path / "config.yml"
+    path.write_text(text)
+    assert ("without a cache of keys and values (use_cache)" in read(path).first_line) == told
