@@ -36,6 +36,8 @@ OF_TRL = ("use_peft", "max_length", "max_seq_length", "packing", "dataset_name",
 METRICS = "the loss alone, without the accuracy and entropy that TRL takes from the logits at every step"
 LIGERS_ACCURACY = "Liger's loss alone, without the accuracy that TRL asks of it"
 PREPARING = ("orpo", "cpo", "simpo")  # objectives whose trainers call peft's `prepare_model_for_kbit_training`
+# `clone_chat_template`: tokens that the tokenizer lacks are added, and trained (sft_trainer.py, reward_trainer.py)
+OF_ANOTHER = "adapters alone; TRL trains the head too where another model's chat template has tokens that are new"
 NORMS_PREPARED = "norms in the dtype of the rest, not in fp32"
 WORDS = {**DTYPES, **{f"torch.{name}": dtype for name, dtype in DTYPES.items()}, "auto": "bf16"}
 
@@ -78,6 +80,9 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
         keys.differ(UNFUSED_LOSS, "use_liger_kernel")
     if keys.get("tf32") and setup["amp"] is None and (dtype == "fp32" or keys.flag("use_peft")):
         keys.differ("fp32 products without TF32", "tf32")
+    template = keys.text("chat_template_path")
+    if template and not template.endswith((".jinja", ".j2")) and keys.flag("use_peft"):
+        keys.differ(OF_ANOTHER, "chat_template_path")
     notes = []
     if objective and keys.flag("packing"):
         keys.differ("sequences apart, not packed", "packing")

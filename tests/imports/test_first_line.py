@@ -13,6 +13,7 @@ from perfmodel.imports import DIFFERS, meanings, read
 from perfmodel.imports.fields import UNSCALED
 from perfmodel.imports.packing import BY_A_MASK, TO_THE_END, UNKNOWN
 from perfmodel.imports.read import ASK
+from perfmodel.imports.trainer import OF_ANOTHER
 from perfmodel.imports.vocabulary import AS_IT_IS
 from perfmodel.resources import DATA
 
@@ -296,3 +297,18 @@ def test_a_cache_is_filled_where_nothing_is_checkpointed(tmp_path: Path, text: s
     path = tmp_path / "config.yml"
     path.write_text(text)
     assert ("without a cache of keys and values (use_cache)" in read(path).first_line) == told
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("use_peft: true\nchat_template_path: HuggingFaceTB/SmolLM3-3B", True),
+        ("use_peft: true\nchat_template_path: mine.jinja", False),
+        ("use_peft: false\nchat_template_path: HuggingFaceTB/SmolLM3-3B", False),
+    ],
+)
+def test_tokens_of_another_models_template_train_the_head(tmp_path: Path, text: str, told: bool) -> None:
+    """How many there are the tokenizers say, which are not read here: the head is large beside adapters."""
+    path = tmp_path / "config.yml"
+    path.write_text(f"model_name_or_path: gpt2\nmax_length: 64\n{text}\n")
+    assert (OF_ANOTHER in read(path).first_line) == told
