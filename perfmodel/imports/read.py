@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import UserError
 from ..recording.parallel.form import ALONE
 from ..resources import LARGEST, json_object, mapping, parsed, read_json, read_text
-from . import adapter, axolotl, llama_factory, llama_factory_v1, meanings, packing, peft_benchmark, trainer
+from . import adapter, axolotl, llama_factory, llama_factory_v1, meanings, packing, peft_benchmark, trainer, unused
 from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, ONE_GPU, UNDER_ZERO_3, unscaled
 from .forms import AskedForm, form_of
 from .keys import NO_TRAINING, Keys
@@ -168,6 +168,7 @@ MULTIPLE = {
 FORMS = {"Axolotl": axolotl.form_of_axolotl, "LLaMA-Factory v1": llama_factory_v1.form_of_llama_factory_v1}
 PRECISE = ("Axolotl", "LLaMA-Factory v1")  # tools that take no precision from accelerate's config
 PRECISION = ("bf16", "fp16", "pure_bf16")
+SEARCHES = {"Axolotl": unused.in_axolotl, FACTORY: unused.in_llama_factory, TRL: unused.in_trl}
 FROZEN = {"Axolotl": axolotl.frozen_on_request, FACTORY: llama_factory.frozen}
 
 
@@ -220,7 +221,7 @@ def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
         found.name, model, method, setup, ignored, notes, [*keys.told_differences(), *unscaled(setup)],
         frozen=frozen, upcasts=upcasts, multiple=multiple,
         job=table.of_job(values), asks=partial(FORMS.get(found.name, form_of), keys),
-        searches=_searches(found.name, keys, setup),
+        searches=SEARCHES[found.name](keys, setup) if found.name in SEARCHES else False,
         precise=found.name in PRECISE or any(values.get(key) is not None for key in PRECISION),
         as_kept=_as_kept(found.name, keys, setup, method),
     )  # fmt: skip
@@ -237,19 +238,6 @@ def _as_kept(tool: str, keys: Keys, setup: dict[str, Any], method: str | None) -
         return False
     loads = tool == FACTORY or (tool in PRECISE and tool != "Axolotl" and method != "full")
     return loads and setup["dtype"] != "fp32"
-
-
-def _searches(tool: str, keys: Keys, setup: dict[str, Any]) -> bool:
-    """Whether DDP looks for parameters without a gradient: so by default where nothing is checkpointed.
-
-    And beside peft's adapters, but for LLaMA-Factory's (transformers' trainer.py, `_build_accelerator_args`;
-    hparams/parser.py). Axolotl never asks for it by itself (core/builders/causal.py).
-    """
-    given = keys.values.get("ddp_find_unused_parameters")
-    if given is not None or tool not in (TRL, FACTORY):
-        return bool(given)
-    adapts = keys.values.get("use_peft") if tool == TRL else keys.text("finetuning_type", "lora") == "lora"
-    return tool == TRL if adapts else setup["checkpoint"] == "none"
 
 
 def _of_adapter(tool: str, path: Path, keys: Keys, table: Meanings) -> Imported:

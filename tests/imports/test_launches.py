@@ -137,6 +137,12 @@ def test_a_training_config_names_its_form(
         ({**FACTORY, "disable_gradient_checkpointing": True}, True),
         ({**AXOLOTL, "adapter": "lora"}, False),
         ({**AXOLOTL, "ddp_find_unused_parameters": True}, True),
+        ({**AXOLOTL, "base_model": "google/gemma-4-12B-it", "adapter": "lora"}, True),
+        ({**AXOLOTL, "base_model": "google/gemma-4-12B-it", "ddp_find_unused_parameters": False}, False),
+        ({**AXOLOTL, "rl": "dpo", "adapter": "lora", "ddp_find_unused_parameters": False}, True),
+        ({**AXOLOTL, "rl": "dpo", "gradient_checkpointing": True}, False),
+        ({**AXOLOTL, "rl": "dpo"}, True),
+        ({**FACTORY, "finetuning_type": "lora", "ddp_find_unused_parameters": True}, True),
     ],
 )
 def test_the_search_for_unused_parameters_is_said(tmp_path: Path, values: dict[str, Any], searches: bool) -> None:
