@@ -116,7 +116,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     packing.packed_by_axolotl(keys, setup, asked_attention(keys))
     padded = keys.flag("pad_to_sequence_len", keys.flag("reward_model"))  # `hint_reward_model_pad`
     if setup.get("packing", "none") == "none":
-        setup["group_by_length"] = keys.flag("group_by_length")
+        setup["group_by_length"] = keys.flag("group_by_length") and not keys.values.get("rl")  # core/builders/rl.py
         setup["padded"] = padded and setup["attention"] != "flash2"
         if padded and not setup["padded"]:
             notes.append(packing.TAKEN_OUT)

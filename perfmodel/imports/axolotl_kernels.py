@@ -8,6 +8,7 @@ from .keys import Keys
 
 GEMMA_4 = re.compile(r"gemma-?4", re.IGNORECASE)
 GEMMA_4_FUSED = "without the fused kernel around attention"  # on by itself there (`_apply_model_specific_patches`)
+FLASH_2 = "flash_attention_2"
 LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy")
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", "fp8": None, "sage": None, **FLASH}
 ATTENTION_INSTEAD = {"xformers": "attention of PyTorch, not xformers'", "flex_attention": "sdpa, not flex attention"}
@@ -25,8 +26,10 @@ PLUGINS = {  # a plugin's class, and what is answered instead of a step with it;
 
 
 def asked_attention(keys: Keys) -> str | None:
-    """The implementation of attention by its newer name."""
+    """The implementation of attention by its newer name; Gemma 4's hybrid one is flash-attn (utils/schemas)."""
     asked = [implementation for key, implementation in SWITCHES.items() if keys.flag(key)]
+    if keys.values.get("gemma4_hybrid_attn_impl"):
+        asked.append(FLASH_2)
     return keys.text("attn_implementation") or (asked[0] if asked else None)
 
 

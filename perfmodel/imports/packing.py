@@ -5,13 +5,15 @@ row only (modeling_flash_attention_utils.py, `_is_packed_sequence`). No config s
 attention within them depends on it, the first line says what is assumed.
 """
 
+import re
 from typing import Any
 
 from .fields import ACROSS_SAMPLES
-from .keys import Keys
+from .keys import NOTHING, Keys
 
 UNKNOWN = "documents as long as a row (--lengths says how long they are)"
 APART = "packed rows apart, each under its mask, not all in one row"
+NOT_ONE_ROW = "packed rows apart, not all in one row"
 TO_THE_END = "packed rows full to their end, so without the mask that padding there makes"
 BY_A_MASK = "documents apart by a mask, not by torch's varlen_attn, which Axolotl takes where no window slides"
 TAKEN_OUT = "all rows are padded to sequence_len, and flash-attn takes padding out: samples are taken to be as long"
@@ -23,6 +25,8 @@ KNOWING = frozenset((  # attention that knows documents, by Axolotl (utils/schem
     "kernels-community/flash-attn3", "kernels-community/sage-attention",
 ))  # fmt: skip
 WITHOUT_MASK = ("sdpa", "eager")  # attention that gets packed rows without one (`attn_decontaminates_packing`)
+# Models whose packed rows get none whatever their attention (`compute_loss` of core/trainers/base.py), by their names
+UNMASKED = re.compile(r"gemma-?(4|3-(4|12|27)b)", re.IGNORECASE)
 MASK = "the mask of packed documents is made on the device; LLaMA-Factory's collator makes it on the host"
 TELL_LENGTHS = "give --lengths (or --seq the mean length)"
 
@@ -58,19 +62,26 @@ def packed_by_axolotl(keys: Keys, setup: dict[str, Any], asked_attention: str | 
     Attention that knows documents gets all rows of a micro-batch as one, unless real batches are asked for; SDPA and
     eager attention, where they are named, get rows without a mask; where none is named, or another, the mask stays, and
     documents see each other. Rows are padded to `sequence_len` unless the file says no (`hint_sample_packing_padding`).
+    A stream is always one row, without a mask unless `pretrain_multipack_attn` is off (utils/data/streaming.py).
     """
     knows = asked_attention in KNOWING
-    real = keys.flag("multipack_real_batches", not knows)
+    pretrains = keys.values.get("pretraining_dataset") not in NOTHING
+    streams = pretrains or keys.flag("streaming")
+    across = pretrains and not keys.flag("pretrain_multipack_attn", True)
+    unmasked = asked_attention in WITHOUT_MASK or streams or UNMASKED.search(str(keys.values.get("base_model")))
+    one_row = streams or not keys.flag("multipack_real_batches", not knows)
     flattening = keys.get("batch_flattening")
     if keys.get("sample_packing") not in (None, False):
-        if not knows and asked_attention not in WITHOUT_MASK:
+        if across or not (knows or unmasked):
             setup["packing"] = "dense"
             if setup["batch"] > 1 or keys.flag("pad_to_sequence_len", True):
                 keys.differ(TO_THE_END, "sample_packing")
+            if across and setup["batch"] > 1:
+                keys.differ(NOT_ONE_ROW, "pretrain_multipack_attn")
         elif setup["attention"] == "flash2":
-            _within(keys, setup, "dense" if real and setup["batch"] > 1 else "varlen", "sample_packing")
+            _within(keys, setup, "varlen" if one_row or setup["batch"] == 1 else "dense", "sample_packing")
         else:
-            _within(keys, setup, "varlen", "sample_packing", one_row=not real)
+            _within(keys, setup, "varlen", "sample_packing", one_row=one_row)
             # `_apply_sdpa_varlen_patch`, without effect beside a mask, which diffusion's trainer hands in
             takes = keys.flag("sdpa_varlen", True) and not keys.values.get("diffusion")
             if asked_attention == "sdpa" and takes:

@@ -8,7 +8,16 @@ from click.testing import CliRunner
 
 from perfmodel.cli import main
 from perfmodel.imports import read
-from perfmodel.imports.packing import MASK, TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN, shorter
+from perfmodel.imports.packing import APART as PACKED_APART
+from perfmodel.imports.packing import (
+    MASK,
+    NOT_ONE_ROW,
+    TAKEN_OUT,
+    TO_A_MULTIPLE,
+    TO_THE_LONGEST,
+    UNKNOWN,
+    shorter,
+)
 
 AXOLOTL = "base_model: tinyllama-1.1b\nsequence_len: 256\nmicro_batch_size: 2\n"
 FACTORY = "model_name_or_path: tinyllama-1.1b\ncutoff_len: 256\nper_device_train_batch_size: 2\n"
@@ -33,9 +42,22 @@ EXPECTED: dict[str, tuple[dict[str, Any], bool]] = {  # file -> fields of the se
     AXOLOTL + "micro_batch_size: 1\nsample_packing: true\nattn_implementation: kernels-community/vllm-flash-attn3": (
         {"packing": "dense"}, False,
     ),
+    AXOLOTL + "sample_packing: true\nstreaming: true": (APART, False),
+    AXOLOTL + "sample_packing: true\nstreaming: true\nflash_attention: true\nmultipack_real_batches: true": (
+        {"packing": "varlen"}, True,
+    ),
+    AXOLOTL + "sample_packing: true\npretraining_dataset: [a]\nflash_attention: true\npretrain_multipack_attn: false": (
+        {"packing": "dense"}, False,
+    ),
+    AXOLOTL + "sample_packing: true\nbase_model: google/gemma-3-4b-it": (APART, False),
+    AXOLOTL + "sample_packing: true\nbase_model: google/gemma-3-1b-it": ({"packing": "dense"}, False),
+    AXOLOTL + "sample_packing: true\nbase_model: google/gemma-4-12B-it\ngemma4_hybrid_attn_impl: true": (
+        {"packing": "varlen", "attention": "flash2"}, True,
+    ),
     AXOLOTL + "batch_flattening: auto\nflash_attention: true": ({"packing": "flat"}, True),
     AXOLOTL + "batch_flattening: auto": ({}, False),
     AXOLOTL + "group_by_length: true": ({"group_by_length": True}, False),
+    AXOLOTL + "group_by_length: true\nrl: dpo": ({}, False),
     AXOLOTL + "pad_to_sequence_len: true": ({"padded": True}, False),
     AXOLOTL + "reward_model: true": ({"padded": True}, False),
     FACTORY + "neat_packing: true": ({"packing": "varlen", "batch": 2}, False),
@@ -77,6 +99,23 @@ def test_what_each_tool_packs(tmp_path: Path, text: str) -> None:
     assert any(said.startswith(UNKNOWN) for said in found.differences) == assumed
     assert (MASK in found.notes) == ("neat_packing" in text and "fa2" not in text)
     assert not any(said.startswith(UNKNOWN) for said in found.with_lengths().differences)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("streaming: true\n", PACKED_APART),
+        ("pretraining_dataset: [a]\npretrain_multipack_attn: false\n", NOT_ONE_ROW),
+        ("", ""),
+    ],
+)
+def test_one_row_of_a_stream_is_told(tmp_path: Path, asked: str, said: str) -> None:
+    """Axolotl packs a stream into one row as long as a micro-batch: attention goes further than in rows apart."""
+    found = read(config(tmp_path, AXOLOTL + "sample_packing: true\nsdp_attention: true\n" + asked))
+    told = [words for words in found.differences if words.startswith((PACKED_APART, NOT_ONE_ROW))]
+    assert [words.partition(" (")[0] for words in told] == ([said] if said else [])
+    one = config(tmp_path, AXOLOTL + "micro_batch_size: 1\nsample_packing: true\n" + asked)
+    assert not any(words.startswith((PACKED_APART, NOT_ONE_ROW)) for words in read(one).differences)
 
 
 @pytest.mark.parametrize(
