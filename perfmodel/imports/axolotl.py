@@ -43,6 +43,7 @@ FUSED = (
     ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"),
     ("unsloth_lora_mlp", "unsloth_lora_qkv", "unsloth_lora_o"),
 )
+UNFUSED = re.compile("paddleocr", re.IGNORECASE)  # a model that Axolotl fuses no adapters of (model_support)
 PLAIN_ADAPTERS = ("rl", "nvfp4_merge_aware", "trust_remote_code")  # keys beside which no kernels come by themselves
 # Models of which some layers stay as they are, by their names; transformers then quantises the head
 # (`_set_quantization_config`; transformers/quantizers/base.py, `get_modules_to_not_convert`)
@@ -334,7 +335,8 @@ def _fuses_by_default(keys: Keys) -> bool:
     said = any(values.get(key) is not None for key in (*FUSED[0], "lora_embedding_kernel"))
     eight = values.get("adapter") == "lora" and values.get("load_in_8bit")
     fsdp_1 = values.get("fsdp_config") is not None and str(values.get("fsdp_version")) != "2"
-    return not (said or eight or fsdp_1 or any(values.get(key) for key in PLAIN_ADAPTERS))
+    plain = any(values.get(key) for key in PLAIN_ADAPTERS) or UNFUSED.search(str(values.get("base_model")))
+    return not (said or eight or fsdp_1 or plain)
 
 
 def _fake_quantised(keys: Keys) -> str:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..errors import UserError
+from .axolotl_kernels import asked_attention
 from .fields import no_sft
 from .keys import NOTHING, Keys
 
@@ -220,7 +221,9 @@ def _strided(keys: Keys, options: Keys, *, adapters: bool) -> dict[str, Any]:
         keys.differ("without torch.compile", "torch_compile")
     rollouts = keys.count("micro_batch_size", 1) * options.count("n_samples_per_prompt", 4)
     rows = {"batch": rollouts, "prompt": seq, "seq": seq + blocks * generated}
-    return {"objective": "ebft", **rows, "compile": "none"}
+    # (`check_ebft_gradient_checkpointing_reentrant` of utils/schemas/validation.py)
+    flex = asked_attention(keys) == "flex_attention" and keys.values.get("gradient_checkpointing")
+    return {"objective": "ebft", **rows, "compile": "none", **({"checkpoint": "block-reentrant"} if flex else {})}
 
 
 def of_llama_factory(keys: Keys) -> dict[str, Any]:

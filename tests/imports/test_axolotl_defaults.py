@@ -22,6 +22,7 @@ LORA = BASE + "adapter: lora\nlora_target_linear: true\n"
         ("lora_embedding_kernel: true", False),
         ("rl: dpo", False),
         ("trust_remote_code: true", False),
+        ("base_model: PaddlePaddle/PaddleOCR-VL-1.6", False),
         ("load_in_8bit: true", False),
         ("lora_dropout: 0.05", False),
     ],
@@ -44,6 +45,9 @@ def test_kernels_for_adapters_come_by_themselves(tmp_path: Path, text: str, fuse
         ("gradient_checkpointing: true\nactivation_offloading: true", "block"),
         ("gradient_checkpointing: true\nactivation_offloading: hidden_states\nadapter: lora", "block"),
         ("gradient_checkpointing: offload", "block"),
+        ("gradient_checkpointing: true\nrl: ebft\nebft: {mode: strided}", "block"),
+        ("gradient_checkpointing: true\nrl: ebft\nebft: {mode: strided}\nflex_attention: true", "block-reentrant"),
+        ("rl: ebft\nebft: {mode: strided}\nflex_attention: true", "none"),
         ("gradient_checkpointing: true\nactivation_offloading: true\nadapter: lora", "block-reentrant"),
     ],
 )
