@@ -14,6 +14,8 @@ DPO_LOSSES = (
 )  # fmt: skip
 # Keys of TRL's trainers on preferences that others lack (dpo_config.py; orpo, cpo, kto and reward_config.py)
 OF_KTO = ("desirable_weight", "undesirable_weight")
+KTO_LOSSES = ("kto", "apo_zero_unpaired")  # (kto_config.py)
+WITH_KL = "KTO's loss, with the forward pass on other completions that apo_zero_unpaired leaves out"  # `calculate_KL`
 OF_CPO = ("cpo_alpha", "simpo_gamma")
 OF_REWARD = ("center_rewards_coefficient",)
 OF_GRPO = ("num_generations", "max_completion_length", "use_vllm", "scale_rewards", "epsilon", "reward_funcs")
@@ -43,6 +45,7 @@ EMPTIED = "the allocator's cache is never emptied; Axolotl's DPO does it after e
 EMPTIED_TWICE = "the allocator's cache is never emptied; Axolotl's EBFT does it on both sides of a forward pass"
 # `output_hidden_states` of `_compute_block_rewards`, which accelerate's wrapper of the model puts in fp32, too
 NOT_KEPT = "the frozen network's logits alone; Axolotl's EBFT has it return what lies between its blocks, too"
+IN_16_BIT = "a reference that is not quantised"
 BY_FOLDER = ("dpo", "kto", "orpo", "cpo", "simpo", "reward")  # of examples, which keep one folder for each
 
 
@@ -55,7 +58,7 @@ def of_trl(keys: Keys) -> dict[str, Any]:
     losses = [words] if isinstance(words, str) else words if isinstance(words, list) else []
     asked = [key for key in OF_PREFERENCES if _has(keys, key)]
     folder = next((part for part in reversed(keys.place) if part in BY_FOLDER), None)
-    if any(_has(keys, key) for key in OF_KTO):
+    if any(_has(keys, key) for key in OF_KTO) or set(losses) & set(KTO_LOSSES):
         return preference(keys, "kto")
     if any(_has(keys, key) for key in OF_CPO):
         return preference(keys, "simpo" if "simpo" in losses else "cpo")
@@ -90,6 +93,8 @@ def preference(keys: Keys, name: str) -> dict[str, Any]:
     if keys.values.get("disable_dropout") is False:  # on by default, but for GRPO
         keys.differ("without dropout", "disable_dropout")
     words = keys.get("loss_type")
+    if name == "kto" and words == "apo_zero_unpaired":
+        keys.differ(WITH_KL, "loss_type")
     if name == "dpo" and words not in (None, "sigmoid", ["sigmoid"]):
         keys.differ("DPO's sigmoid loss", "loss_type")
     return found
@@ -250,8 +255,15 @@ def of_llama_factory(keys: Keys) -> dict[str, Any]:
     if keys.get("pref_ftx"):
         keys.differ("without the likelihood of chosen sequences", "pref_ftx")
     if keys.get("ref_model") is not None and name in ("dpo", "kto"):
+        _differ_in_bits(keys)
         return {"objective": name, "reference": "model"}
     return {"objective": name}
+
+
+def _differ_in_bits(keys: Keys) -> None:
+    """Say that the reference is quantised (trainer_utils.py, `create_ref_model`)."""
+    if _has(keys, "ref_model_quantization_bit"):
+        keys.differ(IN_16_BIT, "ref_model_quantization_bit")
 
 
 def _asft(keys: Keys) -> dict[str, Any]:
@@ -264,6 +276,8 @@ def _asft(keys: Keys) -> dict[str, Any]:
     named = keys.text("ref_model") is not None
     if keys.text("finetuning_type", "lora") == "lora" and not named:
         raise UserError(f"{keys.origin}: use_asft_loss: LLaMA-Factory makes no reference for lora; give ref_model")
+    if named:
+        _differ_in_bits(keys)
     return {"objective": "asft", "reference": "model"}
 
 

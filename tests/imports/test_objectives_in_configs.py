@@ -12,12 +12,14 @@ from perfmodel.imports import DIFFERS, read
 from perfmodel.imports.trained_for import (
     EMPTIED,
     EMPTIED_TWICE,
+    IN_16_BIT,
     NEWER_DPO,
     NOT_KEPT,
     NOT_TRITONS,
     OUTSIDE,
     UNCORRECTED,
     UNFUSED_LOSS,
+    WITH_KL,
 )
 from perfmodel.setup import Setup
 
@@ -69,6 +71,15 @@ SAID: tuple[tuple[dict[str, Any], str, str, list[str]], ...] = (
     (FACTORY | {"stage": "dpo", "pref_loss": "orpo"}, "orpo", "auto", [f"orpo's {OWN}"]),
     (FACTORY | {"stage": "dpo", "pref_loss": "simpo"}, "simpo", "auto", [f"simpo's {OWN}"]),
     (FACTORY | {"stage": "dpo", "ref_model": "gpt2"}, "dpo", "model", [f"dpo's {OWN}"]),
+    (
+        FACTORY | {"stage": "dpo", "ref_model": "gpt2", "ref_model_quantization_bit": 4}, "dpo", "model",
+        [f"dpo's {OWN}", f"{IN_16_BIT} (ref_model_quantization_bit)"],
+    ),
+    (FACTORY | {"stage": "dpo", "ref_model_quantization_bit": 4}, "dpo", "auto", [f"dpo's {OWN}"]),
+    (
+        FACTORY | {"use_asft_loss": True, "ref_model": "gpt2", "ref_model_quantization_bit": 8}, "asft", "model",
+        [f"{IN_16_BIT} (ref_model_quantization_bit)"],
+    ),
     (FACTORY | {"stage": "kto"}, "kto", "auto", [f"kto's {OWN}"]),
     (FACTORY | {"stage": "rm"}, "reward", "auto", [f"reward's {OWN}"]),
     (TRL | {"beta": 0.1}, "dpo", "auto", [OPEN]),
@@ -85,6 +96,8 @@ SAID: tuple[tuple[dict[str, Any], str, str, list[str]], ...] = (
         [f"{OUTSIDE} (num_generations)", "with dropout (disable_dropout)"],
     ),
     (TRL | {"beta": 0.1, "desirable_weight": 1.3}, "kto", "auto", []),
+    (TRL | {"loss_type": "kto"}, "kto", "auto", []),
+    (TRL | {"loss_type": "apo_zero_unpaired"}, "kto", "auto", [f"{WITH_KL} (loss_type)"]),
     (TRL | {"beta": 0.1, "cpo_alpha": 1.0}, "cpo", "auto", []),
     (TRL | {"beta": 0.1, "loss_type": "simpo", "simpo_gamma": 0.5}, "simpo", "auto", []),
     (
