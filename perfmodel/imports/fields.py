@@ -62,6 +62,7 @@ OWN_EXPERTS = re.compile(r"kimi-?linear|deepseek-?v2|deepseek-?v3(?!\.2)|jamba-?
 PLAIN_CODE = "transformers' own code of the model"
 PLAIN_EXPERTS = f"{PLAIN_CODE}, whose experts are stacked"
 STACKED = f"{PLAIN_EXPERTS} and stay in 16 bit"
+NOT_CACHED = "keys and values are not copied into a cache"
 TORCHS_MUON = "PyTorch's Muon, with AdamW for what is no matrix of a block"
 
 
@@ -149,6 +150,12 @@ def attention(keys: Keys, key: str, choices: Mapping[str, str], default: str = "
 def by_length(keys: Keys) -> bool:
     """Whether samples of similar length share a micro-batch: transformers' sampler, by its newer name or the older."""
     return keys.get("train_sampling_strategy") == "group_by_length" or keys.flag("group_by_length")
+
+
+def cached(keys: Keys, checkpoint: str) -> None:
+    """Say it where `use_cache` keeps keys and values in training: transformers' models do not beside checkpoints."""
+    if keys.flag("use_cache") and checkpoint == "none":
+        keys.differ(NOT_CACHED, "use_cache")
 
 
 def clips(keys: Keys, key: str = "max_grad_norm", default: float = 1.0) -> bool:

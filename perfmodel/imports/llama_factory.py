@@ -11,6 +11,7 @@ from .fields import (
     TORCHS_MUON,
     attention,
     by_length,
+    cached,
     checkpoint_kind,
     clips,
     compiled,
@@ -81,6 +82,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     }
     if keys.flag("fp8"):
         keys.differ(FP8_OF_4, "fp8")
+    cached(keys, setup["checkpoint"])
     adapters = keys.text("finetuning_type", "lora") in ("lora", "oft")  # in fp32, by PEFT
     if keys.get("tf32") and setup["amp"] is None and (adapters or not pure):
         keys.differ("fp32 products without TF32", "tf32")

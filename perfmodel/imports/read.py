@@ -233,7 +233,8 @@ def _as_kept(tool: str, keys: Keys, setup: dict[str, Any], method: str | None) -
     LLaMA-Factory does it (model/loader.py, v1/core/model_engine.py), but not by Unsloth, and puts in fp32 what trains.
     """
     if tool == TRL:
-        return "auto" in (keys.values.get("dtype"), keys.values.get("torch_dtype"))
+        named = (keys.values.get("dtype"), keys.values.get("torch_dtype"))
+        return "auto" in named or trainer.named_none(keys.values, "dtype")
     if keys.values.get("use_unsloth"):
         return False
     loads = tool == FACTORY or (tool in PRECISE and tool != "Axolotl" and method != "full")

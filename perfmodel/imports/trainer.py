@@ -1,5 +1,6 @@
 """Transformers' TrainingArguments and TRL's SFTConfig and ModelConfig, as JSON or YAML."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UserError
@@ -9,6 +10,7 @@ from .fields import (
     DTYPES,
     attention,
     by_length,
+    cached,
     checkpoint_kind,
     clips,
     compiled,
@@ -34,6 +36,7 @@ MARKS = (
 OF_TRL = ("use_peft", "max_length", "max_seq_length", "packing", "dataset_name", "dataset_mixture")
 METRICS = "the loss alone, without the accuracy and entropy that TRL takes from the logits at every step"
 LIGERS_ACCURACY = "Liger's loss alone, without the accuracy that TRL asks of it"
+IN_FP32 = "weights in fp32, as transformers 4 loads them where no dtype is named; 5 keeps the checkpoint's"
 WORDS = {**DTYPES, **{f"torch.{name}": dtype for name, dtype in DTYPES.items()}, "auto": "bf16"}
 
 
@@ -43,7 +46,7 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     amp = half(keys)
     if amp is None and is_trl and keys.get("bf16") is None and keys.get("fp16") is None:
         amp = "bf16"  # SFTConfig's own default
-    dtype = keys.one_of("dtype", WORDS, None) or keys.one_of("torch_dtype", WORDS, "fp32")
+    dtype = keys.one_of("dtype", WORDS, None) or keys.one_of("torch_dtype", WORDS, None) or _unnamed(keys)
     objective = of_trl(keys)
     own_code(keys, "model_name_or_path", in_few_bits=low_bits(keys) is not None)
     if amp not in (None, dtype) and dtype != "fp32":
@@ -71,6 +74,8 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
         keys.differ(UNFUSED_LOSS, "use_liger_kernel")
     if keys.get("tf32") and setup["amp"] is None and (dtype == "fp32" or keys.flag("use_peft")):
         keys.differ("fp32 products without TF32", "tf32")
+    if not is_trl and not objective:  # whose trainers hand in that none is kept
+        cached(keys, setup["checkpoint"])
     notes = []
     if objective and keys.flag("packing"):
         keys.differ("sequences apart, not packed", "packing")
@@ -82,6 +87,23 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     shared_dtype = _under_zero3(keys, setup)
     method = _method(keys, is_trl, str(objective.get("objective", "sft")), shared_dtype)
     return keys.text("model_name_or_path"), method, setup, notes
+
+
+def _unnamed(keys: Keys) -> str:
+    """The dtype where the file names none: fp32 (model_config.py), but for an empty `dtype` that of the checkpoint.
+
+    So it is since transformers 5. The key's older name is of a TRL beside transformers 4, to which none meant fp32.
+    """
+    if named_none(keys.values, "dtype"):
+        return WORDS["auto"]
+    if named_none(keys.values, "torch_dtype"):
+        keys.differ(IN_FP32, "torch_dtype")
+    return "fp32"
+
+
+def named_none(values: Mapping[str, Any], key: str) -> bool:
+    """Whether a file names a key and nothing as its value."""
+    return key in values and values[key] is None
 
 
 def _under_zero3(keys: Keys, setup: dict[str, Any]) -> str | None:

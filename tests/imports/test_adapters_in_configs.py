@@ -88,6 +88,10 @@ def test_regexes_as_people_write_them_are_taken(regex: str) -> None:
         ({"peft_type": "LORA", "bias": "all"}, "bias 'all' has no built-in form"),
         ({"peft_type": "LORA", "kasa_config": {"beta": 1}}, "kasa_config has no built-in form"),
         ({"peft_type": "LORA", "use_bdlora": {"nblocks": 2}}, "use_bdlora has no built-in form"),
+        (
+            {"peft_type": "LORA", "modules_to_save": ["wte"], "ensure_weight_tying": True},
+            "ensure_weight_tying has no built-in form",
+        ),
         ({"peft_type": "LORA", "rank_pattern": {"q": 2}}, "rank_pattern has no built-in form"),
         ({"peft_type": "LORA", "init_lora_weights": "mica"}, "init_lora_weights 'mica' has no built-in form"),
         ({"peft_type": "OFT", "oft_block_size": 32, "use_cayley_neumann": False}, "use_cayley_neumann has no"),

@@ -10,9 +10,10 @@ from click.testing import CliRunner
 
 from perfmodel.cli import main
 from perfmodel.imports import DIFFERS, meanings, read
-from perfmodel.imports.fields import UNSCALED
+from perfmodel.imports.fields import NOT_CACHED, UNSCALED
 from perfmodel.imports.packing import BY_A_MASK, TO_THE_END, UNKNOWN
 from perfmodel.imports.read import ASK
+from perfmodel.imports.trainer import IN_FP32
 from perfmodel.imports.vocabulary import AS_IT_IS
 from perfmodel.resources import DATA
 
@@ -160,6 +161,14 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
         "trl", "the loss alone, without the accuracy and entropy that TRL takes from the logits at every step",
     ),
     "use_liger_kernel: true": ("trl", "Liger's loss alone, without the accuracy that TRL asks of it"),
+    "debug: underflow_overflow": (
+        "factory", "without the hooks that look for overflows in what every module gives (debug)",
+    ),
+    "use_cache: true\ndisable_gradient_checkpointing: true": ("factory", f"{NOT_CACHED} (use_cache)"),
+    "gpu_memory_limit: 20GiB": ("axolotl", "the whole model on the GPU (gpu_memory_limit)"),
+    "adapter: lora\npeft_ensure_weight_tying: true\nlora_modules_to_save: [embed_tokens]": (
+        "axolotl", "a trained copy of the embedding, and the head apart from it (peft_ensure_weight_tying)",
+    ),
     "neftune_noise_alpha: 5": ("factory", "without NEFTune's noise (neftune_noise_alpha)"),
 }  # fmt: skip
 
@@ -219,6 +228,45 @@ def test_tf32_matters_to_trl_only_where_products_are_in_fp32(
     """Its own default is mixed precision, whose products are in bf16: a note on TF32 would cast doubt for nothing."""
     (tmp_path / "sft.json").write_text(json.dumps({**TRL, **keys}))
     assert any("tf32" in said for said in read(tmp_path / "sft.json").differences) == differs
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"use_cache": True, "activation_checkpointing": False}, [f"{NOT_CACHED} (use_cache)"]),
+        ({"use_cache": True, "activation_checkpointing": True}, []),
+        (
+            {"use_cache": True, "activation_checkpointing": False, "max_length": 64},
+            [],
+        ),  # TRL hands in that none is kept
+        ({"activation_checkpointing": False}, []),
+    ],
+)
+def test_a_cache_is_kept_where_nothing_is_checkpointed(tmp_path: Path, keys: dict[str, Any], told: list[str]) -> None:
+    """transformers' Trainer keeps keys and values if its arguments say so, copied layer by layer."""
+    (tmp_path / "training.json").write_text(json.dumps({"per_device_train_batch_size": 2, **keys}))
+    assert [said for said in read(tmp_path / "training.json").differences if NOT_CACHED in said] == told
+
+
+@pytest.mark.parametrize(
+    ("keys", "dtype", "kept", "told"),
+    [
+        ({}, "fp32", False, False),
+        ({"dtype": None}, "bf16", True, False),
+        ({"torch_dtype": None}, "fp32", False, True),
+        ({"torch_dtype": None, "dtype": "bfloat16"}, "bf16", False, False),
+        ({"dtype": "auto"}, "bf16", True, False),
+    ],
+)
+def test_a_dtype_that_is_none_is_the_checkpoints(
+    tmp_path: Path, keys: dict[str, Any], dtype: str, kept: bool, told: bool
+) -> None:
+    """TRL's own default is fp32; a file that empties it loads as transformers does, which 5 does otherwise than 4."""
+    plain = {key: value for key, value in TRL.items() if key != "dtype"}
+    (tmp_path / "sft.json").write_text(json.dumps({**plain, **keys}))
+    found = read(tmp_path / "sft.json")
+    assert (found.setup["dtype"], found.as_kept) == (dtype, kept)
+    assert (f"{IN_FP32} (torch_dtype)" in found.differences) == told
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (DATA / "configs").glob("*.toml")))
