@@ -17,6 +17,7 @@ SWITCHES = {  # older switches and the implementation that each stands for (LEGA
     "flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager",
 }  # fmt: skip
 UNCUT = "the logits in memory, without cut cross entropy"
+UNFUSED_ENTROPY = "PyTorch's cross entropy of the logits, not Liger's kernel of it"
 PLUGINS = {  # a plugin's class, and what is answered instead of a step with it; None: its own keys say it
     "CutCrossEntropyPlugin": UNCUT, "LigerPlugin": None,
     "SwanLabPlugin": None, "LMEvalPlugin": None, "KernelsPlugin": None, "ExpertParallelPlugin": None,
@@ -68,6 +69,8 @@ def kernels_of_axolotl(keys: Keys) -> str:
     on = [key for key in LIGER if keys.flag(key) or (key == "liger_glu_activation" and keys.flag("liger_swiglu"))]
     keys.used.update(("liger_layer_norm", "liger_rms_norm_gated", "liger_cross_entropy", "liger_use_token_scaling"))
     if "LigerPlugin" not in names or not on:
+        if "LigerPlugin" in names and keys.flag("liger_cross_entropy"):
+            keys.differ(UNFUSED_ENTROPY, "liger_cross_entropy")
         return "torch"
     if len(on) < len(LIGER):
         missing = [key for key in LIGER if key not in on]

@@ -30,6 +30,7 @@ from .vocabulary import enlarged_by_llama_factory
 
 MARKS = ("finetuning_type", "cutoff_len", "lora_target", "stage", "template", "dataset_dir")
 ATTENTION = {"auto": "sdpa", "sdpa": "sdpa", "fa2": "flash2", "fa3": "flash2", "disabled": "eager"}
+NO_LIGER = re.compile(r"smollm-?3", re.IGNORECASE)  # models that it has none for (`apply_liger_kernel`), by name
 PROJECTING = ("galore", "apollo")  # methods whose optimizers project gradients
 TOWER = {"vision tower": "freeze_vision_tower", "projector": "freeze_multi_modal_projector"}
 WITH_NEW_ROWS = ("embed_tokens", "lm_head")  # trained beside adapters where nothing is named
@@ -78,7 +79,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "attention": _attention(keys),
         "compile": compiled(keys),
         **_update(keys),
-        "kernels": "liger" if keys.flag("enable_liger_kernel") else "torch",
+        "kernels": "liger" if keys.flag("enable_liger_kernel") and not NO_LIGER.search(_model(keys)) else "torch",
     }
     if keys.flag("fp8"):
         keys.differ(FP8_OF_4, "fp8")

@@ -4,6 +4,7 @@ The model is loaded in the dtype of its checkpoint, put in fp32 for full tuning,
 PyTorch's AdamW; FSDP casts what it gathers to bf16.
 """
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,8 @@ REDUCED = "gradients reduced in 16 bits, not in fp32"
 BESIDE_BLOCKS = "embedding, last norm and head in accelerate's units of FSDP2"
 NO_UNITS = "adapters in the units of their blocks, not in one each"
 NOT_LOADED = "adapters as the file describes them, not those that are loaded"  # `load_adapter`
+# Models that it has no Liger kernels for, by name (plugins/model_plugins/kernels/liger_kernel_ops.py: Qwen3's alone)
+NO_LIGER = re.compile(r"llama|mistral|mixtral|qwen-?2|gemma|smollm|phi-?\d", re.IGNORECASE)
 TOKEN_BUDGETS = ("dynamic_batching", "dynamic_padding_free")  # strategies that fill micro-batches by tokens
 
 
@@ -33,9 +36,11 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     keys.one_of("model_class", {"llm": True}, True)
     method = _method(keys)
     own_code(keys, "model", in_few_bits=bool(keys.values.get("quant_config")))
+    model = keys.text("model", "Qwen/Qwen3-4B-Instruct-2507") or ""
     kernels = _section(keys, "kernel_config").get("name")
     if kernels not in (None, "auto", "liger_kernel"):
         keys.differ("without further kernels", "kernel_config")
+    liger = kernels == "liger_kernel" and not NO_LIGER.search(model)
     micro = keys.count("micro_batch_size", 1)
     strategy = keys.text("batching_strategy")
     if strategy in TOKEN_BUDGETS:
@@ -49,7 +54,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "checkpoint": "block" if keys.flag("enable_activation_checkpointing", True) else "none",
         "attention": attention(keys, "flash_attn", ATTENTION),
         "clip_grad": True,
-        "kernels": "liger" if kernels == "liger_kernel" else "torch",
+        "kernels": "liger" if liger else "torch",
     }
     if strategy == "padding_free":
         packing.packed_flat(keys, setup, "batching_strategy")
@@ -59,9 +64,9 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     if _dist(keys).get("name") == "fsdpturbo":
         keys.differ(OWN_CLIP)
     keys.differ("an SFT step: the file does not say whether `sft` or `dpo` reads it")
-    keys.differ(FUSED_LOSS if setup["kernels"] == "liger" else OWN_LOSS)
+    keys.differ(FUSED_LOSS if liger else OWN_LOSS)
     notes = [] if "packing" in setup else [packing.shorter("cutoff_len")]
-    return keys.text("model", "Qwen/Qwen3-4B-Instruct-2507"), method, setup, notes
+    return model, method, setup, notes
 
 
 def _precision(keys: Keys, method: str) -> dict[str, str | None]:

@@ -37,6 +37,9 @@ OF_TRL = ("use_peft", "max_length", "max_seq_length", "packing", "dataset_name",
 METRICS = "the loss alone, without the accuracy and entropy that TRL takes from the logits at every step"
 LIGERS_ACCURACY = "Liger's loss alone, without the accuracy that TRL asks of it"
 IN_FP32 = "weights in fp32, as transformers 4 loads them where no dtype is named; 5 keeps the checkpoint's"
+# Of another tokenizer whose template is taken with its tokens (sft_trainer.py, `clone_chat_template`)
+CLONED = "no new tokens, and beside adapters no head that trains for them, as a cloned template may bring"
+TEMPLATES = (".jinja", ".j2")  # of files that are only text
 WORDS = {**DTYPES, **{f"torch.{name}": dtype for name, dtype in DTYPES.items()}, "auto": "bf16"}
 
 
@@ -72,6 +75,9 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
         _loss(keys, is_trl=is_trl, liger=setup["kernels"] == "liger")
     elif setup["kernels"] == "liger":
         keys.differ(UNFUSED_LOSS, "use_liger_kernel")
+    template = keys.text("chat_template_path", "") or ""
+    if template and not template.endswith(TEMPLATES):
+        keys.differ(CLONED, "chat_template_path")
     if keys.get("tf32") and setup["amp"] is None and (dtype == "fp32" or keys.flag("use_peft")):
         keys.differ("fp32 products without TF32", "tf32")
     if not is_trl and not objective:  # whose trainers hand in that none is kept

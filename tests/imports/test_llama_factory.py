@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from perfmodel.imports import read
+from perfmodel.imports.llama_factory_v1 import FUSED_LOSS, OWN_LOSS
 
 BY_TRAINER = "gpt2\ngradient_checkpointing: true\n"
 OPTIONS = "gradient_checkpointing_kwargs: {use_reentrant: false}"
@@ -60,3 +61,23 @@ def test_tf32_matters_only_where_products_are_in_fp32(text: str, differs: bool, 
     file = tmp_path / "config.yaml"
     file.write_text(f"model_name_or_path: gpt2\n{text}\n")
     assert any("tf32" in said for said in read(file).differences) == differs
+
+
+@pytest.mark.parametrize(
+    ("text", "kernels"),
+    [
+        ("model_name_or_path: meta-llama/Llama-3.2-1B\nenable_liger_kernel: true\nfinetuning_type: full", "liger"),
+        ("model_name_or_path: HuggingFaceTB/SmolLM3-3B\nenable_liger_kernel: true\nfinetuning_type: full", "torch"),
+        ("model: Qwen/Qwen3-0.6B\nkernel_config: {name: liger_kernel}", "liger"),
+        ("kernel_config: {name: liger_kernel}\nmodel_class: llm", "liger"),
+        ("model: meta-llama/Llama-3.2-1B\nkernel_config: {name: liger_kernel}", "torch"),
+    ],
+)
+def test_ligers_kernels_are_those_of_some_models(text: str, kernels: str, tmp_path: Path) -> None:
+    """Each version has a list of its own; on another model it warns, and goes on with PyTorch's."""
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    found = read(file)
+    assert found.setup["kernels"] == kernels
+    if "model_name_or_path" not in text:
+        assert {FUSED_LOSS, OWN_LOSS} & set(found.differences) == {FUSED_LOSS if kernels == "liger" else OWN_LOSS}
