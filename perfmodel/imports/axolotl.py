@@ -98,7 +98,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "compile": (compile := compiled(keys, by_mode=False)),  # `_configure_torch_compile`
         "qat": _fake_quantised(keys),
         "fp8": float8(keys, "tensorwise", compile),  # `additional_accelerator_args`
-        "clip_grad": clips(keys, "max_grad_norm", keys.number("gradient_clipping", 1.0)),
+        "clip_grad": clips(keys),
         "kernels": kernels_of_axolotl(keys),
         "experts": _experts(keys),
     }

@@ -40,6 +40,7 @@ COMPILE = {
     "default": "default", "reduce-overhead": "reduce-overhead", "max-autotune-no-cudagraphs": "default",
     "max-autotune": "reduce-overhead",
 }  # fmt: skip
+DENSE = "a dense batch, not one without padding"
 ACROSS_SAMPLES = "attention across packed samples"
 NOT_FP8 = "products in bf16, not in fp8"
 NOT_QAT = "without fake quantisation"
@@ -158,9 +159,9 @@ def cached(keys: Keys, checkpoint: str) -> None:
         keys.differ(NOT_CACHED, "use_cache")
 
 
-def clips(keys: Keys, key: str = "max_grad_norm", default: float = 1.0) -> bool:
+def clips(keys: Keys) -> bool:
     """Whether gradients are clipped: Transformers' norm is 1.0 unless it is 0."""
-    return keys.number(key, default) > 0
+    return keys.number("max_grad_norm", 1.0) > 0
 
 
 def checkpoint_kind(keys: Keys, on: bool, options: str = "gradient_checkpointing_kwargs") -> str:

@@ -8,7 +8,7 @@ attention within them depends on it, the first line says what is assumed.
 import re
 from typing import Any
 
-from .fields import ACROSS_SAMPLES
+from .fields import ACROSS_SAMPLES, DENSE
 from .keys import NOTHING, Keys
 
 UNKNOWN = "documents as long as a row (--lengths says how long they are)"
@@ -20,6 +20,7 @@ TAKEN_OUT = "all rows are padded to sequence_len, and flash-attn takes padding o
 TO_THE_LONGEST = "micro-batches padded to their longest sample, not to sequence_len"
 TO_A_MULTIPLE = "micro-batches padded to their longest sample, without the rest to a multiple of {} tokens and its mask"
 FLATTENING = "auto"  # Axolotl's `batch_flattening` where it can
+FLATTENED = ("grpo", "gdpo")  # Axolotl's trainers of policies that know it (core/trainers/grpo)
 KNOWING = frozenset((  # attention that knows documents, by Axolotl (utils/schemas/enums.py)
     "flash_attention_2", "flash_attention_3", "flex_attention", "xformers", "sage", "kernels-community/flash-attn2",
     "kernels-community/flash-attn3", "kernels-community/sage-attention",
@@ -87,7 +88,10 @@ def packed_by_axolotl(keys: Keys, setup: dict[str, Any], asked_attention: str | 
             if asked_attention == "sdpa" and takes:
                 keys.differ(BY_A_MASK, "sample_packing")
     elif flattening not in (None, False) and knows and (flattening != FLATTENING or setup["batch"] > 1):
-        packed_flat(keys, setup, "batch_flattening")
+        if not keys.values.get("rl"):
+            packed_flat(keys, setup, "batch_flattening")
+        elif keys.values["rl"] in FLATTENED:
+            keys.differ(DENSE, "batch_flattening")
 
 
 def packed_by_llama_factory(keys: Keys, setup: dict[str, Any], *, pretraining: bool) -> list[str]:

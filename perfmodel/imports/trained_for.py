@@ -4,7 +4,7 @@ from typing import Any
 
 from ..errors import UserError
 from .axolotl_kernels import asked_attention
-from .fields import no_sft
+from .fields import DENSE, no_sft
 from .keys import NOTHING, Keys
 
 # Of DPOConfig's `loss_type`, all of which differ from sigmoid in a few calls on one number a pair (dpo_trainer.py)
@@ -37,7 +37,7 @@ OF_PREFERENCES = (
 INSTEAD = {  # what only some of them ask for, and what is answered instead
     "use_weighting": "without WPO's weights", "sync_ref_model": "a reference that stays as it is",
     "ld_alpha": "without weights by length", "rpo_alpha": "without the likelihood of chosen sequences",
-    "padding_free": "a dense batch, not one without padding", "use_logits_to_keep": "logits of all tokens",
+    "padding_free": DENSE, "use_logits_to_keep": "logits of all tokens",
     "loss_weights": "one loss",
 }  # fmt: skip
 NEWER_DPO = "DPO as TRL 1.8 runs it, entropy and accuracy of the logits too, not as the older one that the file is for"

@@ -175,3 +175,12 @@ def test_embeddings_that_stay_in_fp32_are_told(tmp_path: Path, text: str, told: 
     (tmp_path / "config.yml").write_text(BASE + text)
     found = read(tmp_path / "config.yml")
     assert ("embeddings and norms in the dtype of the rest, not in fp32" in found.differences) == told
+
+
+@pytest.mark.parametrize(("text", "clips"), [("", True), ("max_grad_norm: 0", False), ("gradient_clipping: 0", True)])
+def test_gradients_are_clipped_by_one_key_alone(tmp_path: Path, text: str, clips: bool) -> None:
+    """A key that Axolotl does not know changes nothing, however much it looks like one."""
+    (tmp_path / "config.yml").write_text(BASE + text)
+    found = read(tmp_path / "config.yml")
+    assert found.setup["clip_grad"] == clips
+    assert not any("unknown" in said for said in found.differences)

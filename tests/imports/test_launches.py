@@ -38,7 +38,16 @@ FORMS: list[tuple[dict[str, Any], str, int, list[str]]] = [  # file, parallel, t
         {**AXOLOTL, "ddp_bucket_cap_mb": 50, "ddp_broadcast_buffers": False}, "ddp", 1,
         ["buckets of 25 MiB (ddp_bucket_cap_mb)", "buffers broadcast before forward passes (ddp_broadcast_buffers)"],
     ),
+    (
+        {**TRL, "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}, "ddp", 1,
+        ["gradients exchanged once a step, not for every micro-batch (accelerator_config)"],
+    ),
+    ({**TRL, "accelerator_config": {"split_batches": True, "gradient_accumulation_kwargs": None}}, "ddp", 1, []),
     ({**TRL, "deepspeed": ZERO_2}, "zero2", 1, []),
+    (
+        {**TRL, "deepspeed": {**ZERO_2, "wall_clock_breakdown": True}}, "zero2", 1,
+        ["without the waits for the GPU that DeepSpeed's timers make (wall_clock_breakdown)"],
+    ),
     (
         {**FACTORY, "deepspeed": "examples/deepspeed/ds_z3_offload_config.json"}, "zero3", 1,
         ["ZeRO-3 as the file's name says, its other options as usual (deepspeed)", "without offloading"],

@@ -9,6 +9,7 @@ import yaml
 
 from perfmodel import UserError
 from perfmodel.imports import DIFFERS, read
+from perfmodel.imports.fields import DENSE
 from perfmodel.imports.trained_for import (
     EMPTIED,
     EMPTIED_TWICE,
@@ -61,6 +62,10 @@ SAID: tuple[tuple[dict[str, Any], str, str, list[str]], ...] = (
     (
         AXOLOTL | {"rl": "ebft", "adapter": "lora", "trl": {"use_vllm": True, "use_liger_loss": True}}, "grpo", "auto",
         [TORCHS, OUTSIDE, OF_64, f"{UNCORRECTED} (use_vllm)", f"{UNFUSED_LOSS} (use_liger_loss)"],
+    ),
+    (
+        AXOLOTL | {"rl": "grpo", "batch_flattening": True, "flash_attention": True, "adapter": "lora"}, "grpo", "auto",
+        [TORCHS, OUTSIDE, OF_64, f"{DENSE} (batch_flattening)"],
     ),
     (
         AXOLOTL | {"rl": "ebft", "ebft": {"mode": "strided"}}, "ebft", "auto",

@@ -56,6 +56,7 @@ EXPECTED: dict[str, tuple[dict[str, Any], bool]] = {  # file -> fields of the se
     ),
     AXOLOTL + "batch_flattening: auto\nflash_attention: true": ({"packing": "flat"}, True),
     AXOLOTL + "batch_flattening: auto": ({}, False),
+    AXOLOTL + "batch_flattening: true\nflash_attention: true\nrl: dpo": ({}, False),
     AXOLOTL + "group_by_length: true": ({"group_by_length": True}, False),
     AXOLOTL + "group_by_length: true\nrl: dpo": ({}, False),
     AXOLOTL + "pad_to_sequence_len: true": ({"padded": True}, False),
