@@ -48,7 +48,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     setup: dict[str, Any] = {
         "batch": micro,
         "seq": keys.count("cutoff_len", 2048),
-        "grad_accum": max(1, keys.count("global_batch_size", micro) // micro),
+        "grad_accum": max(1, (samples(keys) or micro) // micro),
         **_precision(keys, method),
         "optimizer": _optimizer(keys),
         "checkpoint": "block" if keys.flag("enable_activation_checkpointing", True) else "none",
@@ -67,6 +67,11 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     keys.differ(FUSED_LOSS if liger else OWN_LOSS)
     notes = [] if "packing" in setup else [packing.shorter("cutoff_len")]
     return model, method, setup, notes
+
+
+def samples(keys: Keys) -> int | None:
+    """Samples of a step on all GPUs together, where the file says how many (core/utils/batching.py)."""
+    return keys.count("global_batch_size", 1) if keys.get("global_batch_size") is not None else None
 
 
 def _precision(keys: Keys, method: str) -> dict[str, str | None]:

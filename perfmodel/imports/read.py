@@ -24,6 +24,7 @@ ASK = "--gpus N beside it answers for N"
 OF_ONE_GPU = (ONE_GPU, "autocast")  # how that begins which is said of one GPU alone: autocast in the place of casts
 SEARCHED = "without DDP's search for parameters that have no gradient (ddp_find_unused_parameters)"
 NOT_CAST = "adapters in fp32, not in the dtype of the weights as TRL keeps them under ZeRO-3"
+AS_MANY = "as many micro-batches on any number of GPUs, not those of one global batch (global_batch_size)"
 TRL = "Transformers/TRL"
 FACTORY = "LLaMA-Factory"
 LARGEST_YAML = 2**20  # bytes
@@ -52,6 +53,7 @@ class Imported:
         searches: whether DDP looks for parameters without a gradient in every step.
         traced: whether a trace answers, which is one of one GPU.
         precise: whether it names its mixed precision, so that a launcher's does not count.
+        samples: of a step on all GPUs together, where the tool counts those.
         as_kept: whether weights have the dtype in which the checkpoint keeps them, whatever is computed in.
     """
 
@@ -73,6 +75,7 @@ class Imported:
     traced: bool = False
     precise: bool = False
     as_kept: bool = False
+    samples: int | None = None
 
     def with_lengths(self, *, padded: bool = True) -> "Imported":
         """What it says where the lengths of documents are given.
@@ -121,6 +124,15 @@ class Imported:
         besides = [*form.besides, *searched, *([NOT_CAST] if uncast else []), *unscaled(setup)]
         told = dict.fromkeys([*kept, *form.unlike, *besides])
         return replace(self, setup=setup, differences=list(told))
+
+    def over(self, gpus: Sequence[int]) -> "Imported":
+        """What it says where so many GPUs, or each of several numbers of them, share the samples of a step."""
+        if self.samples is None:
+            return self
+        if len(set(gpus)) > 1:
+            return replace(self, differences=[*self.differences, AS_MANY])
+        micro_batches = max(1, self.samples // (self.setup["batch"] * gpus[0]))
+        return replace(self, setup={**self.setup, "grad_accum": micro_batches})
 
     @property
     def first_line(self) -> str:
@@ -224,6 +236,7 @@ def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
         searches=SEARCHES[found.name](keys, setup) if found.name in SEARCHES else False,
         precise=found.name in PRECISE or any(values.get(key) is not None for key in PRECISION),
         as_kept=_as_kept(found.name, keys, setup, method),
+        samples=llama_factory_v1.samples(keys) if found.name == "LLaMA-Factory v1" else None,
     )  # fmt: skip
 
 
