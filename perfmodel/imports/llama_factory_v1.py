@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import UserError, nearest
 from . import packing
 from .fields import DTYPES, FLASH, TORCHS_MUON, attention, flavour, own_code, spec
-from .forms import AskedForm, form_of
+from .forms import ONCE, AskedForm, form_of
 from .keys import NO_TRAINING, Keys
 from .targets import as_targets
 
@@ -106,13 +106,17 @@ def _dist(keys: Keys) -> dict[str, Any]:
 def form_of_llama_factory_v1(keys: Keys) -> AskedForm:
     """What several GPUs do: DDP where `dist_config` names nothing; FSDP2 casts what it gathers.
 
+    Its loop asks neither of them to wait with gradients for the last micro-batch (core/base_trainer.py, `fit`).
+
     Raises:
         UserError: a name that is none of them, or a value of the wrong type.
     """
     dist = Keys(_dist(keys), f"{keys.origin}: dist_config")
     name = dist.one_of("name", {name: name for name in ("fsdp2", "fsdpturbo", "deepspeed")}, None)
+    exchanged = (ONCE,) if (samples(keys) or 0) > keys.count("micro_batch_size", 1) else ()
     if name is None:
-        return form_of(keys)
+        found = form_of(keys)
+        return replace(found, unlike=(*found.unlike, *exchanged))
     if name == "deepspeed":
         return form_of(keys.but(deepspeed=dist.get("config_file")))
     options = {"version": 2, **dist.values}
@@ -120,7 +124,7 @@ def form_of_llama_factory_v1(keys: Keys) -> AskedForm:
     if name == "fsdpturbo":
         return replace(sharded, unlike=(*sharded.unlike, "FSDP2, not FSDPTurbo"))
     half, adapts = keys.flag("bf16", True), _section(keys, "peft_config").get("name") == "lora"
-    own = ((REDUCED, half), (BESIDE_BLOCKS, True), (NO_UNITS, adapts))
+    own = ((REDUCED, half), (BESIDE_BLOCKS, True), (NO_UNITS, adapts), (ONCE, bool(exchanged)))
     unlike = (*sharded.unlike, *(words for words, on in own if on))
     return replace(sharded, setup={"amp": "bf16"} if half else {}, unlike=unlike)
 

@@ -12,7 +12,7 @@ from ..recording.parallel.form import ALONE
 from ..resources import LARGEST, json_object, mapping, parsed, read_json, read_text
 from . import adapter, axolotl, llama_factory, llama_factory_v1, meanings, packing, peft_benchmark, trainer, unused
 from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, ONE_GPU, UNDER_ZERO_3, unscaled
-from .forms import AskedForm, form_of
+from .forms import ONCE, AskedForm, form_of
 from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
 from .packing import TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
@@ -132,7 +132,8 @@ class Imported:
         if len(set(gpus)) > 1:
             return replace(self, differences=[*self.differences, AS_MANY])
         micro_batches = max(1, self.samples // (self.setup["batch"] * gpus[0]))
-        return replace(self, setup={**self.setup, "grad_accum": micro_batches})
+        told = [words for words in self.differences if micro_batches > 1 or words != ONCE]
+        return replace(self, setup={**self.setup, "grad_accum": micro_batches}, differences=told)
 
     @property
     def first_line(self) -> str:

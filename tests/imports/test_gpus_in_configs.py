@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from perfmodel.cli import main
 from perfmodel.imports import read
+from perfmodel.imports.forms import ONCE
 from perfmodel.imports.read import AS_MANY, SEARCHED
 
 AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "bf16": True}
@@ -71,6 +72,23 @@ def test_gpus_share_the_samples_of_a_global_batch(
     asked = ["predict", "--device", "h100-sxm", "--config", config, *typed, "--json"]
     answer = json.loads(CliRunner().invoke(main, asked).stdout)
     assert answer["setup"]["grad_accum"] == micro_batches
+
+
+@pytest.mark.parametrize(
+    ("dist", "gpus", "told"),
+    [
+        (None, 4, True),
+        ({"name": "fsdp2"}, 4, True),
+        (None, 8, False),
+        ({"name": "deepspeed", "config_file": "ds_z2_config.json"}, 4, False),
+    ],
+)
+def test_gradients_of_every_micro_batch_are_exchanged(
+    tmp_path: Path, dist: dict[str, Any] | None, gpus: int, told: bool
+) -> None:
+    """LLaMA-Factory v1 has no `no_sync`; of a single micro-batch there is nothing to say."""
+    found = read(written(tmp_path, {**V1, "global_batch_size": 16, "dist_config": dist}))
+    assert (ONCE in found.on_several(found.asks()).over((gpus,)).differences) == told
 
 
 def test_micro_batches_on_several_numbers_of_gpus_are_told(tmp_path: Path) -> None:
