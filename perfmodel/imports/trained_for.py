@@ -46,6 +46,8 @@ EMPTIED_TWICE = "the allocator's cache is never emptied; Axolotl's EBFT does it 
 # `output_hidden_states` of `_compute_block_rewards`, which accelerate's wrapper of the model puts in fp32, too
 NOT_KEPT = "the frozen network's logits alone; Axolotl's EBFT has it return what lies between its blocks, too"
 IN_16_BIT = "a reference that is not quantised"
+# `create_model_from_path` of trl/trainer/utils.py
+BY_TRL = "a reference in the dtype and with the attention of what trains, not in fp32 with sdpa as TRL loads it"
 BY_FOLDER = ("dpo", "kto", "orpo", "cpo", "simpo", "reward")  # of examples, which keep one folder for each
 
 
@@ -171,15 +173,28 @@ def of_axolotl(keys: Keys) -> dict[str, Any]:
             keys.differ("without the frozen network that rewards come from", "ebft")
         section = {key: value for key, value in _section(keys, "trl").items() if value is not None}
         options = Keys({"beta": keys.get("rl_beta"), **section}, f"{keys.origin}: trl")
-        return grpo(keys, options, keys.count("sequence_len", 512), adapters=adapted)
+        found = grpo(keys, options, keys.count("sequence_len", 512), adapters=adapted)
+        if found.get("reference") == "model":
+            _differ_in_reference(keys)
+        return found
     name = {"ipo": "dpo"}.get(word, word)
     if name not in ("dpo", "kto", "orpo", "simpo"):
         raise no_sft(keys, f"rl {word!r}", "remove rl")
     found = preference(keys, name)
-    if name in ("dpo", "kto") and keys.flag("rl_adapter_ref_model"):
+    if name != "dpo":  # whose trainer alone is told of a reference (core/builders/rl.py)
+        found.pop("reference", None)
+    elif keys.flag("rl_adapter_ref_model"):
         found["reference"] = "model"
+    if name == "kto" and not adapted:
+        _differ_in_reference(keys)
     _differ_in_dpo(keys, name)
     return found
+
+
+def _differ_in_reference(keys: Keys) -> None:
+    """Say how TRL loads a reference that it is not given, to a trainer without `model_init_kwargs` (Axolotl's are)."""
+    if keys.values.get("bf16", "auto") or any(map(keys.values.get, ("fp16", "bfloat16", "float16"))):
+        keys.differ(BY_TRL, "rl")
 
 
 def _differ_in_dpo(keys: Keys, name: str) -> None:

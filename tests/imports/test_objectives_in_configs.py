@@ -11,6 +11,7 @@ from perfmodel import UserError
 from perfmodel.imports import DIFFERS, read
 from perfmodel.imports.fields import DENSE
 from perfmodel.imports.trained_for import (
+    BY_TRL,
     EMPTIED,
     EMPTIED_TWICE,
     IN_16_BIT,
@@ -126,6 +127,31 @@ def test_a_config_trains_for_what_it_says(
     said = [line for line in found.differences if "chunked loss" not in line]
     assert [line for line in said if "fp32" not in line] == differs
     assert found.setup["engine"] == "torch"
+
+
+@pytest.mark.parametrize(
+    ("more", "reference", "told"),
+    [
+        ({"rl": "kto"}, "auto", True),
+        ({"rl": "kto", "bf16": False}, "auto", False),
+        ({"rl": "kto", "adapter": "lora", "rl_adapter_ref_model": True}, "auto", False),
+        ({"rl": "kto", "precompute_ref_log_probs": True}, "auto", True),
+        ({"rl": "dpo"}, "auto", False),
+        ({"rl": "dpo", "adapter": "lora", "rl_adapter_ref_model": True}, "model", False),
+        ({"rl": "grpo", "rl_beta": 0.01}, "model", True),
+        ({"rl": "grpo", "rl_beta": 0.01, "adapter": "lora"}, "adapter-off", False),
+        ({"rl": "grpo"}, "auto", False),
+    ],
+)
+def test_a_reference_that_axolotl_leaves_to_trl_is_in_fp32(
+    tmp_path: Path, more: dict[str, Any], reference: str, told: bool
+) -> None:
+    """Its DPO alone hands a reference over, and its keys; TRL loads the others anew, by its own default."""
+    path = tmp_path / "config.yml"
+    path.write_text(yaml.safe_dump(AXOLOTL | more))
+    found = read(path)
+    assert found.setup.get("reference", "auto") == reference
+    assert (f"{BY_TRL} (rl)" in found.differences) == told
 
 
 GRPO: tuple[tuple[dict[str, Any], str], ...] = (
