@@ -46,6 +46,8 @@ EMPTIED_TWICE = "the allocator's cache is never emptied; Axolotl's EBFT does it 
 # `output_hidden_states` of `_compute_block_rewards`, which accelerate's wrapper of the model puts in fp32, too
 NOT_KEPT = "the frozen network's logits alone; Axolotl's EBFT has it return what lies between its blocks, too"
 IN_16_BIT = "a reference that is not quantised"
+# Of a model that has adapters already, as Axolotl hands it to this trainer (grpo_trainer.py, `add_adapter("ref", ...)`)
+COPIED = "a reference without adapters, not with the copy of them that TRL keeps as it"
 # `create_model_from_path` of trl/trainer/utils.py
 BY_TRL = "a reference in the dtype and with the attention of what trains, not in fp32 with sdpa as TRL loads it"
 BY_FOLDER = ("dpo", "kto", "orpo", "cpo", "simpo", "reward")  # of examples, which keep one folder for each
@@ -176,6 +178,8 @@ def of_axolotl(keys: Keys) -> dict[str, Any]:
         found = grpo(keys, options, keys.count("sequence_len", 512), adapters=adapted)
         if found.get("reference") == "model":
             _differ_in_reference(keys)
+        elif found.get("reference") and not keys.names("lora_target_parameters"):
+            keys.differ(COPIED, "rl")
         return found
     name = {"ipo": "dpo"}.get(word, word)
     if name not in ("dpo", "kto", "orpo", "simpo"):

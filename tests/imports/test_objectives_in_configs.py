@@ -12,6 +12,7 @@ from perfmodel.imports import DIFFERS, read
 from perfmodel.imports.fields import DENSE
 from perfmodel.imports.trained_for import (
     BY_TRL,
+    COPIED,
     EMPTIED,
     EMPTIED_TWICE,
     IN_16_BIT,
@@ -152,6 +153,22 @@ def test_a_reference_that_axolotl_leaves_to_trl_is_in_fp32(
     found = read(path)
     assert found.setup.get("reference", "auto") == reference
     assert (f"{BY_TRL} (rl)" in found.differences) == told
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"adapter": "lora", "rl_beta": 0.01}, True),
+        ({"adapter": "lora", "rl_beta": 0.01, "lora_target_parameters": ["experts.down_proj"]}, False),
+        ({"adapter": "lora"}, False),
+        ({"rl_beta": 0.01}, False),
+    ],
+)
+def test_a_copy_of_adapters_as_reference_is_told(tmp_path: Path, more: dict[str, Any], told: bool) -> None:
+    """TRL copies those of a model that has some, so that the reference's forward pass has their products, too."""
+    path = tmp_path / "config.yml"
+    path.write_text(yaml.safe_dump(AXOLOTL | {"rl": "grpo"} | more))
+    assert (f"{COPIED} (rl)" in read(path).differences) == told
 
 
 GRPO: tuple[tuple[dict[str, Any], str], ...] = (
