@@ -254,7 +254,8 @@ def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
     named = as_targets(keys, "lora_target_modules")
     targets = (ALL_LINEAR,) if linear else named
     layers = keys.get("peft_layers_to_transform") or ()
-    in_fp32 = keys.flag("peft_autocast_adapter_dtype", True) and not _casts_adapters(keys)
+    by_trl = objective in ("dpo", "kto")  # which makes adapters by its own default (`_load_adapters`)
+    in_fp32 = by_trl or (keys.flag("peft_autocast_adapter_dtype", True) and not _casts_adapters(keys))
     return spec(
         name, r=keys.count("lora_r", 8), targets=targets,
         dropout=keys.number("lora_dropout"), layers=tuple(layers) if isinstance(layers, list) else layers,

@@ -14,7 +14,7 @@ from perfmodel.errors import UserError
 from perfmodel.imports import read
 from perfmodel.imports.adapter import NOT_FACTORED
 from perfmodel.imports.fields import UNSCALED
-from perfmodel.imports.peft_benchmark import NEVER_EMPTIED, NOT_CACHED
+from perfmodel.imports.peft_benchmark import NEVER_EMPTIED, NOT_CACHED, ONE_SHAPE
 from perfmodel.methods.lora import Lora
 from perfmodel.methods.lora_alike import Pissa
 from perfmodel.prediction.predict import resolve
@@ -203,6 +203,17 @@ def test_what_the_loop_of_pefts_comparison_does_by_itself_is_told(
     (tmp_path / "default_training_params.json").write_text(json.dumps({"model_id": "gpt2", **more}))
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": tuner, "num_virtual_tokens": 4}))
     assert read(folder / "adapter_config.json").differences == told
+
+
+def test_compiled_batches_of_pefts_comparison_are_of_any_shape(tmp_path: Path) -> None:
+    """Its loop compiles for shapes that change, as its batches do; a graph of one shape is what is modelled."""
+    folder = tmp_path / "experiments" / "any" / "mine"
+    folder.mkdir(parents=True)
+    values = {"model_id": "gpt2", "resolution": 512, "compile": True}
+    (tmp_path / "default_training_params.json").write_text(json.dumps(values))
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    found = read(folder / "adapter_config.json")
+    assert (found.setup["compile"], found.differences) == ("default", [f"{ONE_SHAPE} (compile)"])
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,9 @@ def test_weights_that_fsdp_keeps_in_fp32_are_told(tmp_path: Path, text: str, tol
         ("base_model: nvidia/DeepSeek-V4-Flash-NVFP4\nfsdp_config: {a: b}", False),
         ("base_model: nvidia/DeepSeek-V4-Flash-NVFP4", False),
         ("fsdp_version: 2\nfsdp_config: {a: b}", False),
+        ("peft_autocast_adapter_dtype: false", True),
+        ("peft_autocast_adapter_dtype: false\nrl: orpo", True),
+        ("peft_autocast_adapter_dtype: false\nrl: dpo", False),  # whose adapters TRL makes
     ],
 )
 def test_adapters_that_are_cast_once_peft_made_them(tmp_path: Path, text: str, cast: bool) -> None:
