@@ -36,7 +36,7 @@ MARKS = (
 OF_TRL = ("use_peft", "max_length", "max_seq_length", "packing", "dataset_name", "dataset_mixture")
 METRICS = "the loss alone, without the accuracy and entropy that TRL takes from the logits at every step"
 LIGERS_ACCURACY = "Liger's loss alone, without the accuracy that TRL asks of it"
-IN_FP32 = "weights in fp32, as transformers 4 loads them where no dtype is named; 5 keeps the checkpoint's"
+IN_FP32 = "weights in fp32, as transformers 4 loads them where no dtype is named, not as the checkpoint has them"
 # Of another tokenizer whose template is taken with its tokens (sft_trainer.py, `clone_chat_template`)
 CLONED = "no new tokens, and beside adapters no head that trains for them, as a cloned template may bring"
 TEMPLATES = (".jinja", ".j2")  # of files that are only text
