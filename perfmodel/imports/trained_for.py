@@ -16,6 +16,8 @@ DPO_LOSSES = (
 OF_KTO = ("desirable_weight", "undesirable_weight")
 KTO_LOSSES = ("kto", "apo_zero_unpaired")  # (kto_config.py)
 WITH_KL = "KTO's loss, with the forward pass on other completions that apo_zero_unpaired leaves out"  # `calculate_KL`
+SIMPO_LOSSES = ("simpo", "alphapo")  # (cpo_config.py)
+LIKELY = "with the likelihood of chosen sequences, which a cpo_alpha of 0 leaves out"
 OF_CPO = ("cpo_alpha", "simpo_gamma")
 OF_REWARD = ("center_rewards_coefficient",)
 OF_GRPO = ("num_generations", "max_completion_length", "use_vllm", "scale_rewards", "epsilon", "reward_funcs")
@@ -64,8 +66,9 @@ def of_trl(keys: Keys) -> dict[str, Any]:
     folder = next((part for part in reversed(keys.place) if part in BY_FOLDER), None)
     if any(_has(keys, key) for key in OF_KTO) or set(losses) & set(KTO_LOSSES):
         return preference(keys, "kto")
-    if any(_has(keys, key) for key in OF_CPO):
-        return preference(keys, "simpo" if "simpo" in losses else "cpo")
+    simple = set(losses) & set(SIMPO_LOSSES)
+    if any(_has(keys, key) for key in OF_CPO) or simple:
+        return preference(keys, "simpo" if simple else "cpo")
     if any(_has(keys, key) for key in OF_REWARD):
         return preference(keys, "reward")
     if any(key in keys.values for key in OF_GRPO):
@@ -97,6 +100,8 @@ def preference(keys: Keys, name: str) -> dict[str, Any]:
     if keys.values.get("disable_dropout") is False:  # on by default, but for GRPO
         keys.differ("without dropout", "disable_dropout")
     words = keys.get("loss_type")
+    if name in ("cpo", "simpo") and (keys.number("cpo_alpha", 1.0) == 0 or words == "alphapo"):
+        keys.differ(LIKELY, "loss_type" if words == "alphapo" else "cpo_alpha")
     if name == "kto" and words == "apo_zero_unpaired":
         keys.differ(WITH_KL, "loss_type")
     if name == "dpo" and words not in (None, "sigmoid", ["sigmoid"]):

@@ -16,6 +16,7 @@ from perfmodel.imports.trained_for import (
     EMPTIED,
     EMPTIED_TWICE,
     IN_16_BIT,
+    LIKELY,
     NEWER_DPO,
     NOT_KEPT,
     NOT_TRITONS,
@@ -107,6 +108,10 @@ SAID: tuple[tuple[dict[str, Any], str, str, list[str]], ...] = (
     (TRL | {"loss_type": "apo_zero_unpaired"}, "kto", "auto", [f"{WITH_KL} (loss_type)"]),
     (TRL | {"beta": 0.1, "cpo_alpha": 1.0}, "cpo", "auto", []),
     (TRL | {"beta": 0.1, "loss_type": "simpo", "simpo_gamma": 0.5}, "simpo", "auto", []),
+    (TRL | {"loss_type": "simpo"}, "simpo", "auto", []),
+    (TRL | {"loss_type": "simpo", "cpo_alpha": 0.0}, "simpo", "auto", [f"{LIKELY} (cpo_alpha)"]),
+    (TRL | {"loss_type": "alphapo"}, "simpo", "auto", [f"{LIKELY} (loss_type)"]),
+    (AXOLOTL | {"rl": "simpo", "cpo_alpha": 0}, "simpo", "auto", [TORCHS, f"{LIKELY} (cpo_alpha)"]),
     (
         TRL | {"loss_type": "apo_zero", "padding_free": True}, "dpo", "auto",
         ["a dense batch, not one without padding (padding_free)", "DPO's sigmoid loss (loss_type)"],
