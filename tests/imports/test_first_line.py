@@ -111,6 +111,9 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "finetuning_type: full\nuse_badam: true\nbf16: true": (
         "factory", "gradients clipped together, not one after another as beside BAdam (use_badam)",
     ),
+    "finetuning_type: full\nuse_galore: true\noptim: adamw_8bit": (
+        "factory", "GaLore's AdamW with states in the dtype of the weights (optim)",
+    ),
     "use_dft_loss: true": ("factory", "cross entropy, without DFT's weights (use_dft_loss)"),
     "sample_packing: true\nflash_attention: true": ("axolotl", f"{UNKNOWN} (sample_packing)"),
     "sample_packing: true\nflash_attention: true\ntorch_compile: true": (
