@@ -39,6 +39,7 @@ LIGERS_ACCURACY = "Liger's loss alone, without the accuracy that TRL asks of it"
 IN_FP32 = "weights in fp32, as transformers 4 loads them where no dtype is named, not as the checkpoint has them"
 # Of another tokenizer whose template is taken with its tokens (sft_trainer.py, `clone_chat_template`)
 CLONED = "no new tokens, and beside adapters no head that trains for them, as a cloned template may bring"
+UNCUT = "rows of 1,024 tokens, where the file cuts none (--seq says how long they are)"
 TEMPLATES = (".jinja", ".j2")  # of files that are only text
 WORDS = {**DTYPES, **{f"torch.{name}": dtype for name, dtype in DTYPES.items()}, "auto": "bf16"}
 
@@ -70,6 +71,8 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     length = keys.get("max_length") or keys.get("max_seq_length")
     if length is not None or is_trl:
         setup["seq"] = keys.count("max_length", keys.count("max_seq_length", 1024))
+        if named_none(keys.values, "max_length") and keys.get("max_seq_length") is None and "prompt" not in objective:
+            keys.differ(UNCUT, "max_length")
     setup |= objective
     if not objective:
         _loss(keys, is_trl=is_trl, liger=setup["kernels"] == "liger")

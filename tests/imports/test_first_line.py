@@ -13,7 +13,7 @@ from perfmodel.imports import DIFFERS, meanings, read
 from perfmodel.imports.fields import NOT_CACHED, UNSCALED
 from perfmodel.imports.packing import BY_A_MASK, TO_THE_END, UNKNOWN
 from perfmodel.imports.read import ASK
-from perfmodel.imports.trainer import CLONED, IN_FP32
+from perfmodel.imports.trainer import CLONED, IN_FP32, UNCUT
 from perfmodel.imports.vocabulary import AS_IT_IS
 from perfmodel.resources import DATA
 
@@ -164,6 +164,7 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
         "trl", "the loss alone, without the accuracy and entropy that TRL takes from the logits at every step",
     ),
     "use_liger_kernel: true": ("trl", "Liger's loss alone, without the accuracy that TRL asks of it"),
+    "max_length:\nuse_peft: true": ("trl", f"{UNCUT} (max_length)"),
     "chat_template_path: HuggingFaceTB/SmolLM3-3B": ("trl", f"{CLONED} (chat_template_path)"),
     "plugins: [a.LigerPlugin]\nliger_cross_entropy: true": (
         "axolotl", "PyTorch's cross entropy of the logits, not Liger's kernel of it (liger_cross_entropy)",
