@@ -39,6 +39,7 @@ LIGERS_ACCURACY = "Liger's loss alone, without the accuracy that TRL asks of it"
 IN_FP32 = "weights in fp32, as transformers 4 loads them where no dtype is named, not as the checkpoint has them"
 # Of another tokenizer whose template is taken with its tokens (sft_trainer.py, `clone_chat_template`)
 CLONED = "no new tokens, and beside adapters no head that trains for them, as a cloned template may bring"
+OLD_CHECKPOINTS = "gradient_checkpointing"  # on in TRL's own arguments, and off where a file empties it
 UNCUT = "rows of 1,024 tokens, where the file cuts none (--seq says how long they are)"
 TEMPLATES = (".jinja", ".j2")  # of files that are only text
 WORDS = {**DTYPES, **{f"torch.{name}": dtype for name, dtype in DTYPES.items()}, "auto": "bf16"}
@@ -62,7 +63,7 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
         "dtype": dtype,
         "amp": amp if dtype in ("fp32", amp) else None,
         "optimizer": optimizer_name(keys, "optim", "adamw-fused"),
-        "checkpoint": _checkpoint(keys, fsdp(keys) or is_trl),
+        "checkpoint": _checkpoint(keys, fsdp(keys) or (is_trl and not named_none(keys.values, OLD_CHECKPOINTS))),
         "attention": attention(keys, "attn_implementation", ATTENTION),
         "compile": compiled(keys),
         "clip_grad": clips(keys),

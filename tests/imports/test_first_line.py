@@ -257,6 +257,16 @@ def test_a_cache_is_kept_where_nothing_is_checkpointed(tmp_path: Path, keys: dic
 
 
 @pytest.mark.parametrize(
+    ("keys", "kind"),
+    [({}, "block"), ({"gradient_checkpointing": None}, "none"), ({"activation_checkpointing": None}, "block")],
+)
+def test_an_emptied_switch_is_off(tmp_path: Path, keys: dict[str, Any], kind: str) -> None:
+    """TRL checkpoints by its own default, of the older name; an empty newer one leaves it alone."""
+    (tmp_path / "sft.json").write_text(json.dumps({**TRL, **keys}))
+    assert read(tmp_path / "sft.json").setup["checkpoint"] == kind
+
+
+@pytest.mark.parametrize(
     ("keys", "dtype", "kept", "told"),
     [
         ({}, "fp32", False, False),
