@@ -8,10 +8,14 @@ from .keys import Keys
 ASKED = "ddp_find_unused_parameters"
 
 
-def by_trainer(keys: Keys, adapts: bool, setup: dict[str, Any]) -> bool:
-    """transformers' default: beside peft's adapters, and where nothing is checkpointed (`_build_accelerator_args`)."""
+def by_trainer(keys: Keys, wrapped: bool, setup: dict[str, Any]) -> bool:
+    """transformers' default: where nothing is checkpointed, and always in another class (`_build_accelerator_args`).
+
+    Args:
+        wrapped: whether the model is in such a class, as peft's.
+    """
     given = keys.values.get(ASKED)
-    return bool(given) if given is not None else adapts or setup["checkpoint"] == "none"
+    return bool(given) if given is not None else wrapped or setup["checkpoint"] == "none"
 
 
 def in_trl(keys: Keys, setup: dict[str, Any]) -> bool:
@@ -20,10 +24,14 @@ def in_trl(keys: Keys, setup: dict[str, Any]) -> bool:
 
 
 def in_llama_factory(keys: Keys, setup: dict[str, Any]) -> bool:
-    """As the Trainer, but not beside LoRA unless the file asks for it (hparams/parser.py)."""
-    if keys.text("finetuning_type", "lora") == "lora":
+    """As the Trainer, but not beside LoRA unless the file asks for it (hparams/parser.py).
+
+    A model with a value head is as little transformers' own as one with adapters (model/loader.py).
+    """
+    kind = keys.text("finetuning_type", "lora")
+    if kind == "lora":
         return bool(keys.values.get(ASKED))
-    return by_trainer(keys, adapts=False, setup=setup)
+    return by_trainer(keys, kind == "oft" or keys.text("stage") == "rm", setup)
 
 
 def in_axolotl(keys: Keys, setup: dict[str, Any]) -> bool:
