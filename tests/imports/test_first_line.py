@@ -130,6 +130,12 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "batch_flattening: true\nflash_attention: true": ("axolotl", f"{UNKNOWN} (batch_flattening)"),
     "neat_packing: true\nflash_attn: fa2": ("factory", f"{UNKNOWN} (neat_packing)"),
     "tokens: [<|mine|>]": ("axolotl", f"{AS_IT_IS} (tokens)"),
+    'base_model: NousResearch/Llama-2-7b-hf\nspecial_tokens: {pad_token: "[PAD]"}': (
+        "axolotl", f"{AS_IT_IS} (special_tokens)",
+    ),
+    "base_model: NousResearch/Meta-Llama-3-8B\nspecial_tokens: {eos_token: <|im_end|>}": (
+        "axolotl", f"{AS_IT_IS} (special_tokens)",
+    ),
     f"base_model: meta-llama/Meta-Llama-3-8B-Instruct\n{PAD}": ("axolotl", f"{AS_IT_IS} (special_tokens)"),
     "base_model: meta-llama/Llama-3.2-1B\ndiffusion: {mask_token_id: 128002}": ("axolotl", AS_IT_IS),
     "resize_vocab: true": ("factory", f"{AS_IT_IS} (resize_vocab)"),
@@ -208,6 +214,8 @@ def test_what_is_not_modelled_stands_in_the_first_line(tmp_path: Path, text: str
         "sample_packing: true\npad_to_sequence_len: false",
         "sample_packing: true\nsdp_attention: true\nsdpa_varlen: false",
         f"base_model: meta-llama/Llama-3.1-8B-Instruct\n{PAD}",
+        "base_model: mistral-community/pixtral-12b\nspecial_tokens: {pad_token: <pad>}",
+        "base_model: NousResearch/Llama-2-7b-hf\nspecial_tokens: {pad_token: </s>}",
         "gc_steps: -1",
         "unfrozen_parameters: [^lm_head.weight$, ^model.embed_tokens.weight$]",
         "llama4_linearized_experts: true\nbase_model: axolotl-quants/Llama-4-Scout-17B-16E-Linearized-bnb-nf4-bf16",
