@@ -11,7 +11,7 @@ from .keys import NOTHING, Keys
 
 # transformers/training_args.py, OptimizerNames; bitsandbytes' names with and without "bnb" mean the same
 OPTIMIZERS = {
-    "adamw_torch": "adamw", "adamw_hf": "adamw-loop", "adamw_torch_fused": "adamw-fused", "adamw_anyprecision": "adamw",
+    "adamw_torch": "adamw", "adamw_hf": "adamw-loop", "adamw_torch_fused": "adamw-fused",
     "adamw_apex_fused": "adamw-fused", "adamw_bnb_8bit": "adamw-8bit", "adamw_8bit": "adamw-8bit",
     "paged_adamw_8bit": "paged-adamw-8bit", "paged_adamw_32bit": "paged-adamw", "paged_adamw": "paged-adamw",
     "adafactor": "adafactor", "lion_32bit": "lion", "lion_8bit": "lion-8bit", "sgd": "sgd",
@@ -21,8 +21,8 @@ OPTIMIZERS = {
 }  # fmt: skip
 # Names of transformers' and Axolotl's whose program is not modelled (training_args.py; axolotl/utils/schemas/enums.py)
 OTHER_OPTIMIZERS = frozenset((
-    "adamw_torch_npu_fused", "adamw_torch_xla", "ademamix", "ademamix_8bit", "paged_ademamix_32bit",
-    "paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit", "adagrad", "rmsprop_bnb",
+    "adamw_torch_npu_fused", "adamw_torch_xla", "adamw_anyprecision", "ademamix", "ademamix_8bit",
+    "paged_ademamix_32bit", "paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit", "adagrad", "rmsprop_bnb",
     "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "galore_adamw", "galore_adamw_8bit", "galore_adafactor",
     "galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise", "lomo", "adalomo",
     "grokadamw", "schedule_free_radam", "schedule_free_sgd", "apollo_adamw", "apollo_adamw_layerwise", "stable_adamw",
@@ -64,6 +64,7 @@ PLAIN_CODE = "transformers' own code of the model"
 PLAIN_EXPERTS = f"{PLAIN_CODE}, whose experts are stacked"
 STACKED = f"{PLAIN_EXPERTS} and stay in 16 bit"
 NOT_CACHED = "keys and values are not copied into a cache"
+TORCHS_FUSED = "PyTorch's fused AdamW, with moments in the dtype of the weights, not apex's, whose are in fp32"
 TORCHS_MUON = "PyTorch's Muon, with AdamW for what is no matrix of a block"
 
 
@@ -106,6 +107,8 @@ def optimizer_name(keys: Keys, key: str, default: str) -> str:
         raise UserError(f"{keys.origin}: {key} {word!r} is not modelled; use {key}: adamw_torch")
     if name == "muon":
         keys.differ(TORCHS_MUON, key)
+    if word == "adamw_apex_fused":
+        keys.differ(TORCHS_FUSED, key)
     return name
 
 

@@ -139,6 +139,10 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     f"base_model: meta-llama/Meta-Llama-3-8B-Instruct\n{PAD}": ("axolotl", f"{AS_IT_IS} (special_tokens)"),
     "base_model: meta-llama/Llama-3.2-1B\ndiffusion: {mask_token_id: 128002}": ("axolotl", AS_IT_IS),
     "resize_vocab: true": ("factory", f"{AS_IT_IS} (resize_vocab)"),
+    "optim: adamw_apex_fused": (
+        "factory",
+        "PyTorch's fused AdamW, with moments in the dtype of the weights, not apex's, whose are in fp32 (optim)",
+    ),
     "gc_steps: 5": ("axolotl", "the allocator's cache is never emptied (gc_steps)"),
     "unheard_of: 3": ("axolotl", "keys that are unknown here (unheard_of)"),
     "tf32: true": ("axolotl", "fp32 products without TF32 (tf32)"),

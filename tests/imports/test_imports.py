@@ -141,7 +141,7 @@ def test_what_has_no_weight_is_told_as_ignored() -> None:
 
 
 PROGRAMS = {  # Transformers' name (training_args.py, OptimizerNames): the program that it runs
-    "adamw_torch": "adamw", "adamw_torch_fused": "adamw-fused", "adamw_hf": "adamw-loop", "adamw_anyprecision": "adamw",
+    "adamw_torch": "adamw", "adamw_torch_fused": "adamw-fused", "adamw_hf": "adamw-loop",
     "adamw_apex_fused": "adamw-fused", "adamw_bnb_8bit": "adamw-8bit", "adamw_8bit": "adamw-8bit",
     "paged_adamw_8bit": "paged-adamw-8bit", "paged_adamw": "paged-adamw", "paged_adamw_32bit": "paged-adamw",
     "adamw_torch_8bit": "ao-adamw-8bit", "adamw_torch_4bit": "ao-adamw-4bit", "muon": "muon",
