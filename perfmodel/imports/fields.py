@@ -29,6 +29,10 @@ OTHER_OPTIMIZERS = frozenset((
     "optimi_adamw", "ao_adamw_4bit", "adopt_adamw", "came_pytorch", "dion", "sinkgd", "flash_adamw", "flash_adam",
     "flash_sgd", "flash_sgdw", "flash_lion", "q_galore_adamw8bit",
 ))  # fmt: skip
+UNDECAYED = ("sgd", "rmsprop", "adafactor")  # whose update has no weight decay here
+NO_DECAY = "without weight decay"
+BEYOND = {"sgd": ("momentum", "nesterov"), "rmsprop": ("momentum", "centered")}  # what is off by default in PyTorch
+OFF = ("0", "0.0", "false", "no", "none")
 FLASH = {
     "flash_attention_2": "flash2", "flash_attention_3": "flash2", "kernels-community/flash-attn2": "flash2",
     "kernels-community/flash-attn": "flash2", "kernels-community/flash-attn3": "flash2",
@@ -109,6 +113,21 @@ def optimizer_name(keys: Keys, key: str, default: str) -> str:
         keys.differ(TORCHS_MUON, key)
     if word == "adamw_apex_fused":
         keys.differ(TORCHS_FUSED, key)
+    if name in UNDECAYED and keys.number("weight_decay"):
+        keys.differ(NO_DECAY, "weight_decay")
+    return _with_arguments(keys, name) if name in ("sgd", "rmsprop") else name
+
+
+def _with_arguments(keys: Keys, name: str) -> str:
+    """The optimizer that `optim_args` makes of SGD or RMSprop (transformers/trainer_optimizer.py)."""
+    given = keys.values.get("optim_args")
+    pairs = given.replace(" ", "").split(",") if isinstance(given, str) else []
+    options = given if isinstance(given, dict) else dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    on = [option for option in BEYOND[name] if str(options.get(option, 0)).lower() not in OFF]
+    if name == "sgd" and "momentum" in on:
+        name, on = "sgd-momentum", [option for option in on if option != "momentum"]
+    if on:
+        keys.differ(f"{name} without {' and '.join(on)}", "optim_args")
     return name
 
 
