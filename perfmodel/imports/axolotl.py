@@ -9,7 +9,14 @@ from ..errors import UserError
 from ..methods.lora import TOGETHER
 from ..methods.parts.targeted import ALL_LINEAR, is_pattern
 from . import packing
-from .axolotl_kernels import GEMMA_4, UNCUT, asked_attention, attention_of_axolotl, kernels_of_axolotl
+from .axolotl_kernels import (
+    GEMMA_4,
+    UNCUT,
+    asked_attention,
+    attention_of_axolotl,
+    experts_of_axolotl,
+    kernels_of_axolotl,
+)
 from .fields import (
     ALL_FUSED,
     FUSES,
@@ -48,7 +55,6 @@ PLAIN_ADAPTERS = ("rl", "nvfp4_merge_aware", "trust_remote_code")  # keys beside
 # Models of which some layers stay as they are, by their names; transformers then quantises the head
 # (`_set_quantization_config`; transformers/quantizers/base.py, `get_modules_to_not_convert`)
 NOT_PACKED = ((r"falcon-?h1", ("qlora", "lora_8bit"), "out_proj"), ("jamba", ("lora_8bit",), "Mamba's"))
-FUSED_EXPERTS = ("scattermoe", "sonicmoe")
 RECOMPUTED = "blocks recomputed, in the place of offloaded activations"  # beside adapters offloading stands alone
 FROZEN_AGAIN = "all adapters train; Axolotl freezes again those that are not named"  # once PEFT made them (train.py)
 FROM_INPUT = "backward from the lowest trained weight on, not through every block"
@@ -64,6 +70,9 @@ OTHER_KIND = "quantised base weights of this kind are not modelled"
 QWEN_OF_2023 = re.compile(r"qwen-(1[._]8|7|14|72)b", re.IGNORECASE)  # its config.json: "use_flash_attn": "auto"
 AUTO_FLASH = "PyTorch's attention and norms, not flash-attn's, which the model's own code takes where it is installed"
 MASTERS = "weights kept in fp32; Axolotl keeps them in 16 bit under FSDP 2"  # its patch of `fsdp2_prepare_model`
+# Keys that have Axolotl make the optimizer, which knows no class of bitsandbytes' (core/trainers/mixins/optimizer.py)
+GROUPS = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")
+EMBEDDING_STATES = "states of the embedding in fp32, as transformers keeps them, not in 8 bit"
 FP32_HEAD = "the output head in fp32, not in the dtype of the rest"
 
 
@@ -100,13 +109,16 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "fp8": float8(keys, "tensorwise", compile),  # `additional_accelerator_args`
         "clip_grad": clips(keys),
         "kernels": kernels_of_axolotl(keys),
-        "experts": _experts(keys),
+        "experts": experts_of_axolotl(keys),
     }
     setup |= objective
     enlarged_by_axolotl(keys)
     in_16_bit = "weights" if adapter is None else "copies of modules" if keys.names("lora_modules_to_save") else ""
     if in_16_bit and setup["amp"] and _in_fp32_under_fsdp(keys):
         keys.differ(f"{in_16_bit} in {dtype}, not in fp32 as FSDP keeps them")
+    in_8_bit = str(setup["optimizer"]).removeprefix("paged-") in ("adamw-8bit", "lion-8bit")
+    if in_8_bit and (adapter is None or in_16_bit) and any(keys.values.get(key) for key in GROUPS):
+        keys.differ(EMBEDDING_STATES)
     above = keys.get("peft_layers_to_transform") or ()
     if adapter and above and setup["checkpoint"] == "none" and not (isinstance(above, list) and 0 in above):
         keys.differ(FROM_INPUT, "peft_layers_to_transform")  # `enable_input_require_grads` of loaders/adapter.py
@@ -351,19 +363,6 @@ def _fake_quantised(keys: Keys) -> str:
         keys.differ(NOT_QAT, "qat")
         return "none"
     return f"int8-int4:{group}"
-
-
-def _experts(keys: Keys) -> str:
-    """The setup's `experts`; the table tells of those that are not modelled."""
-    asked = keys.values.get("experts_implementation")
-    if asked is None and any(name.endswith("KernelsPlugin") for name in keys.names("plugins")):
-        # the plugin's own default (integrations/kernels/args.py, `check_experts_implementation`)
-        fused = any(keys.values.get(f"use_{name}") for name in FUSED_EXPERTS)
-        asked = None if fused or keys.values.get("expert_backend") in FUSED_EXPERTS else "eager"
-    if asked != "eager":
-        return "grouped_mm"
-    keys.used.add("experts_implementation")
-    return "eager"
 
 
 def _full(keys: Keys) -> str:

@@ -16,6 +16,7 @@ SWITCHES = {  # older switches and the implementation that each stands for (LEGA
     "xformers_attention": "xformers", "sage_attention": "sage", "flex_attention": "flex_attention",
     "flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager",
 }  # fmt: skip
+FUSED_EXPERTS = ("scattermoe", "sonicmoe")
 UNCUT = "the logits in memory, without cut cross entropy"
 UNFUSED_ENTROPY = "PyTorch's cross entropy of the logits, not Liger's kernel of it"
 PLUGINS = {  # a plugin's class, and what is answered instead of a step with it; None: its own keys say it
@@ -76,3 +77,16 @@ def kernels_of_axolotl(keys: Keys) -> str:
         missing = [key for key in LIGER if key not in on]
         keys.differ(f"{ALL_OF_LIGER} ({', '.join(missing)} too)")
     return "liger"
+
+
+def experts_of_axolotl(keys: Keys) -> str:
+    """The setup's `experts`; the table tells of those that are not modelled."""
+    asked = keys.values.get("experts_implementation")
+    if asked is None and any(name.endswith("KernelsPlugin") for name in keys.names("plugins")):
+        # the plugin's own default (integrations/kernels/args.py, `check_experts_implementation`)
+        fused = any(keys.values.get(f"use_{name}") for name in FUSED_EXPERTS)
+        asked = None if fused or keys.values.get("expert_backend") in FUSED_EXPERTS else "eager"
+    if asked != "eager":
+        return "grouped_mm"
+    keys.used.add("experts_implementation")
+    return "eager"

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from perfmodel.imports import read
+from perfmodel.imports.axolotl import EMBEDDING_STATES
 
 BASE = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 64\n"
 LORA = BASE + "adapter: lora\nlora_target_linear: true\n"
@@ -187,3 +188,19 @@ def test_gradients_are_clipped_by_one_key_alone(tmp_path: Path, text: str, clips
     found = read(tmp_path / "config.yml")
     assert found.setup["clip_grad"] == clips
     assert not any("unknown" in said for said in found.differences)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("embedding_lr: 1.0e-5", True),
+        ("embedding_lr: 1.0e-5\noptimizer: adamw_torch", False),
+        ("embedding_lr: 1.0e-5\nadapter: lora", False),
+        ("loraplus_lr_ratio: 16\nadapter: lora\nlora_modules_to_save: [embed_tokens]", True),
+        ("", False),
+    ],
+)
+def test_an_embedding_of_8_bit_states_is_told(tmp_path: Path, text: str, told: bool) -> None:
+    """transformers keeps those of an embedding in fp32; groups of Axolotl's own leave them to bitsandbytes."""
+    (tmp_path / "config.yml").write_text(f"{BASE}optimizer: adamw_8bit\n{text}")
+    assert (EMBEDDING_STATES in read(tmp_path / "config.yml").differences) == told
