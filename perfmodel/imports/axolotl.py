@@ -267,7 +267,7 @@ def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
     targets = (ALL_LINEAR,) if linear else named
     layers = keys.get("peft_layers_to_transform") or ()
     by_trl = objective in ("dpo", "kto")  # which makes adapters by its own default (`_load_adapters`)
-    in_fp32 = by_trl or (keys.flag("peft_autocast_adapter_dtype", True) and not _casts_adapters(keys))
+    in_fp32 = (by_trl or keys.flag("peft_autocast_adapter_dtype", True)) and not _casts_adapters(keys)
     return spec(
         name, r=keys.count("lora_r", 8), targets=targets,
         dropout=keys.number("lora_dropout"), layers=tuple(layers) if isinstance(layers, list) else layers,
@@ -283,12 +283,14 @@ def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
 def _casts_adapters(keys: Keys) -> bool:
     """Whether adapters that PEFT made in fp32 are cast to the 16-bit dtype.
 
-    DeepSeek-V4's kernels do it (integrations/kernels/adapters/dsv4.py, `_apply_fp32_dtype_policy`), and FSDP 2 beside
-    weights that are torchao's (monkeypatch/accelerate/fsdp2_quantized.py, `cast_residual_fp32`).
+    DeepSeek-V4's kernels do it (integrations/kernels/adapters/dsv4.py, `_apply_fp32_dtype_policy`), FSDP 2 beside
+    weights that are torchao's (monkeypatch/accelerate/fsdp2_quantized.py, `cast_residual_fp32`), and any FSDP beside
+    trainers of preferences (`ensure_dtype` of core/builders/rl.py).
     """
     sharded = keys.values.get("fsdp_config") and not _in_fp32_under_fsdp(keys)
     beside = bool(sharded) and "nvfp4" in str(keys.get("base_model")).lower()
-    return beside or bool(keys.values.get("use_dsv4_kernels"))
+    all_of_it = keys.values.get("rl") and any(keys.values.get(key) for key in ("fsdp", "fsdp_config"))
+    return beside or bool(all_of_it or keys.values.get("use_dsv4_kernels"))
 
 
 def upcasts(keys: Keys) -> bool:

@@ -156,6 +156,7 @@ def test_weights_that_fsdp_keeps_in_fp32_are_told(tmp_path: Path, text: str, tol
         ("peft_autocast_adapter_dtype: false", True),
         ("peft_autocast_adapter_dtype: false\nrl: orpo", True),
         ("peft_autocast_adapter_dtype: false\nrl: dpo", False),  # whose adapters TRL makes
+        ("rl: dpo\nfsdp_config: {a: b}", True),
     ],
 )
 def test_adapters_that_are_cast_once_peft_made_them(tmp_path: Path, text: str, cast: bool) -> None:
