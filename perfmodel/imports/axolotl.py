@@ -38,6 +38,7 @@ from .fields import (
     own_code,
     power_iterations,
     spec,
+    undecayed,
 )
 from .forms import AskedForm, form_of
 from .keys import NOTHING, Keys
@@ -111,6 +112,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "kernels": kernels_of_axolotl(keys),
         "experts": experts_of_axolotl(keys),
     }
+    if method == "full":
+        undecayed(keys, setup)
     setup |= objective
     enlarged_by_axolotl(keys)
     in_16_bit = "weights" if adapter is None else "copies of modules" if keys.names("lora_modules_to_save") else ""

@@ -29,6 +29,8 @@ OTHER_OPTIMIZERS = frozenset((
     "optimi_adamw", "ao_adamw_4bit", "adopt_adamw", "came_pytorch", "dion", "sinkgd", "flash_adamw", "flash_adam",
     "flash_sgd", "flash_sgdw", "flash_lion", "q_galore_adamw8bit",
 ))  # fmt: skip
+DECAYING = ("adamw", "adamw-loop", "schedule-free-adamw")  # whose update has weight decay as a pass of its own
+DECAYED = "AdamW with weight decay, one pass over the weights more"
 UNDECAYED = ("sgd", "rmsprop", "adafactor")  # whose update has no weight decay here
 NO_DECAY = "without weight decay"
 BEYOND = {"sgd": ("momentum", "nesterov"), "rmsprop": ("momentum", "centered")}  # what is off by default in PyTorch
@@ -173,6 +175,15 @@ def attention(keys: Keys, key: str, choices: Mapping[str, str], default: str = "
 def by_length(keys: Keys) -> bool:
     """Whether samples of similar length share a micro-batch: transformers' sampler, by its newer name or the older."""
     return keys.get("train_sampling_strategy") == "group_by_length" or keys.flag("group_by_length")
+
+
+def undecayed(keys: Keys, setup: Mapping[str, Any]) -> None:
+    """Say that full tuning's AdamW has weight decay, where the file has none, as by default (training_args.py).
+
+    One in ten of the passes over all weights; in a fused kernel, and in few adapters, it is nothing.
+    """
+    if setup["optimizer"] in DECAYING and setup["engine"] == "torch" and not keys.number("weight_decay"):
+        keys.differ(DECAYED, *(["weight_decay"] if "weight_decay" in keys else []))
 
 
 def cached(keys: Keys, checkpoint: str) -> None:

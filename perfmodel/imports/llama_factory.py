@@ -23,6 +23,7 @@ from .fields import (
     own_code,
     power_iterations,
     spec,
+    undecayed,
 )
 from .keys import NO_TRAINING, Keys
 from .trained_for import of_llama_factory
@@ -87,6 +88,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     if keys.flag("fp8"):
         keys.differ(FP8_OF_4, "fp8")
     cached(keys, setup["checkpoint"])
+    if name == "full":
+        undecayed(keys, setup)
     adapters = keys.text("finetuning_type", "lora") in ("lora", "oft")  # in fp32, by PEFT
     if keys.get("tf32") and setup["amp"] is None and (adapters or not pure):
         keys.differ("fp32 products without TF32", "tf32")

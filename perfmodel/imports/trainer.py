@@ -24,6 +24,7 @@ from .fields import (
     optimizer_name,
     own_code,
     spec,
+    undecayed,
 )
 from .keys import Keys
 from .targets import as_targets
@@ -96,6 +97,8 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
         notes += [packing.shorter("max_length")] if is_trl and "prompt" not in objective else []
     shared_dtype = _under_zero3(keys, setup)
     method = _method(keys, is_trl, str(objective.get("objective", "sft")), shared_dtype)
+    if method == "full":
+        undecayed(keys, setup)
     return keys.text("model_name_or_path"), method, setup, notes
 
 

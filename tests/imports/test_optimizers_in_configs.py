@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from perfmodel.imports import read
-from perfmodel.imports.fields import OPTIMIZERS
+from perfmodel.imports.fields import DECAYED, OPTIMIZERS
 
 PROGRAMS = {  # Transformers' name (training_args.py, OptimizerNames): the program that it runs
     "adamw_torch": "adamw", "adamw_torch_fused": "adamw-fused", "adamw_hf": "adamw-loop",
@@ -58,3 +58,33 @@ def test_arguments_of_an_optimizer_may_make_another_of_it(
     (tmp_path / "trl.json").write_text(json.dumps({"per_device_train_batch_size": 1, **values}))
     found = read(tmp_path / "trl.json")
     assert (found.setup["optimizer"], found.differences) == (name, told)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"optim": "adamw_torch"}, [DECAYED]),
+        ({"optim": "adamw_torch", "weight_decay": 0.0}, [f"{DECAYED} (weight_decay)"]),
+        ({"optim": "adamw_torch", "weight_decay": 0.01}, []),
+        ({"optim": "adamw_torch_fused"}, []),
+        ({"optim": "adamw_torch", "use_peft": True}, []),
+        ({"optim": "adamw_torch", "deepspeed": {"zero_optimization": {"stage": 3}}}, []),
+    ],
+)
+def test_weight_decay_that_a_file_has_not_is_told(tmp_path: Path, values: dict[str, Any], told: list[str]) -> None:
+    """All tools leave it out by default: a tenth of a full update on lists, two hundredths of a small model's step."""
+    (tmp_path / "trl.json").write_text(json.dumps({"max_length": 64, "loss_type": "nll", "packing": False, **values}))
+    assert [said for said in read(tmp_path / "trl.json").differences if DECAYED in said] == told
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "base_model: gpt2\nmicro_batch_size: 1\noptimizer: adamw_torch",
+        "model_name_or_path: gpt2\nstage: sft\nfinetuning_type: full\noptim: adamw_torch",
+    ],
+)
+def test_weight_decay_is_off_in_every_tool(tmp_path: Path, text: str) -> None:
+    """Axolotl's schema and LLaMA-Factory's arguments have transformers' default."""
+    (tmp_path / "config.yml").write_text(text)
+    assert DECAYED in read(tmp_path / "config.yml").differences
