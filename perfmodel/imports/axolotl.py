@@ -13,6 +13,7 @@ from .axolotl_kernels import (
     UNCUT,
     asked_attention,
     attention_of_axolotl,
+    experts_of_axolotl,
     fuses_adapters,
     kernels_of_axolotl,
 )
@@ -35,18 +36,18 @@ from .fields import (
     own_code,
     power_iterations,
     spec,
+    undecayed,
 )
 from .forms import AskedForm, form_of
 from .keys import NOTHING, Keys
 from .targets import as_targets, unfrozen
-from .trained_for import makes_reference, of_axolotl
+from .trained_for import BY_TRL, makes_reference, of_axolotl
 from .vocabulary import enlarged_by_axolotl
 
 MARKS = ("micro_batch_size", "sequence_len", "adapter", "lora_target_linear")
 # Models of which some layers stay as they are, by their names; transformers then quantises the head
 # (`_set_quantization_config`; transformers/quantizers/base.py, `get_modules_to_not_convert`)
 NOT_PACKED = ((r"falcon-?h1", ("qlora", "lora_8bit"), "out_proj"), ("jamba", ("lora_8bit",), "Mamba's"))
-FUSED_EXPERTS = ("scattermoe", "sonicmoe")
 RECOMPUTED = "blocks recomputed, in the place of offloaded activations"  # beside adapters offloading stands alone
 FROZEN_AGAIN = "all adapters train; Axolotl freezes again those that are not named"  # once PEFT made them (train.py)
 FROM_INPUT = "backward from the lowest trained weight on, not through every block"
@@ -63,8 +64,10 @@ QWEN_OF_2023 = re.compile(r"qwen-(1[._]8|7|14|72)b", re.IGNORECASE)  # its confi
 AUTO_FLASH = "PyTorch's attention and norms, not flash-attn's, which the model's own code takes where it is installed"
 NOT_IN_SCHEMA = ("sharding_strategy", "backward_prefetch", "forward_prefetch", "limit_all_gathers")  # of `fsdp_config`
 MASTERS = "weights kept in fp32; Axolotl keeps them in 16 bit under FSDP 2"  # its patch of `fsdp2_prepare_model`
-REFERENCE_BY_TRL = "a reference in {}, not in fp32 as TRL loads the one that it makes"  # `create_model_from_path`
 NO_BATCH_SIZE = "batch_size has no effect: Axolotl takes gradient_accumulation_steps for 1 where it is not there"
+# Keys that have Axolotl make the optimizer, which knows no class of bitsandbytes' (core/trainers/mixins/optimizer.py)
+GROUPS = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")
+EMBEDDING_STATES = "states of the embedding in fp32, as transformers keeps them, not in 8 bit"
 FP32_HEAD = "the output head in fp32, not in the dtype of the rest"
 
 
@@ -99,15 +102,20 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "compile": (compile := compiled(keys, by_mode=False)),  # `_configure_torch_compile`
         "qat": _fake_quantised(keys),
         "fp8": float8(keys, "tensorwise", compile),  # `additional_accelerator_args`
-        "clip_grad": clips(keys, "max_grad_norm", keys.number("gradient_clipping", 1.0)),
+        "clip_grad": clips(keys),
         "kernels": kernels_of_axolotl(keys),
-        "experts": _experts(keys),
+        "experts": experts_of_axolotl(keys),
     }
     setup |= objective
+    if method == "full":
+        undecayed(keys, setup)
     enlarged_by_axolotl(keys)
     in_16_bit = "weights" if adapter is None else "copies of modules" if keys.names("lora_modules_to_save") else ""
     if in_16_bit and setup["amp"] and _in_fp32_under_fsdp(keys):
         keys.differ(f"{in_16_bit} in {dtype}, not in fp32 as FSDP keeps them")
+    in_8_bit = str(setup["optimizer"]).removeprefix("paged-") in ("adamw-8bit", "lion-8bit")
+    if in_8_bit and (adapter is None or in_16_bit) and any(keys.values.get(key) for key in GROUPS):
+        keys.differ(EMBEDDING_STATES)
     above = keys.get("peft_layers_to_transform") or ()
     if adapter and above and setup["checkpoint"] == "none" and not (isinstance(above, list) and 0 in above):
         keys.differ(FROM_INPUT, "peft_layers_to_transform")  # `enable_input_require_grads` of loaders/adapter.py
@@ -119,11 +127,12 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         notes.append(NO_BATCH_SIZE)
     if not objective:
         packing.packed_by_axolotl(keys, setup, asked_attention(keys))
-    if dtype is not None and makes_reference(objective, adapted=adapter is not None):
-        keys.differ(REFERENCE_BY_TRL.format(dtype))
+    loaded = (setup["dtype"], setup["attention"])
+    if makes_reference(objective, adapted=adapter is not None) and loaded != ("fp32", "sdpa"):
+        keys.differ(BY_TRL.format(*loaded), "rl")
     padded = keys.flag("pad_to_sequence_len", keys.flag("reward_model"))  # `hint_reward_model_pad`
     if setup.get("packing", "none") == "none":
-        setup["group_by_length"] = keys.flag("group_by_length")
+        setup["group_by_length"] = keys.flag("group_by_length") and not keys.values.get("rl")  # core/builders/rl.py
         setup["padded"] = padded and setup["attention"] != "flash2"
         if padded and not setup["padded"]:
             notes.append(packing.TAKEN_OUT)
@@ -264,8 +273,8 @@ def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
     named = as_targets(keys, "lora_target_modules")
     targets = (ALL_LINEAR,) if linear else named
     layers = keys.get("peft_layers_to_transform") or ()
-    in_fp32 = keys.flag("peft_autocast_adapter_dtype", True) or objective in ("dpo", "kto")  # whose trainers adapt
-    in_fp32 = in_fp32 and not _casts_adapters(keys)
+    by_trl = objective in ("dpo", "kto")  # which makes adapters by its own default (`_load_adapters`)
+    in_fp32 = (by_trl or keys.flag("peft_autocast_adapter_dtype", True)) and not _casts_adapters(keys)
     return spec(
         name, r=keys.count("lora_r", 8), targets=targets,
         dropout=keys.number("lora_dropout"), layers=tuple(layers) if isinstance(layers, list) else layers,
@@ -281,12 +290,14 @@ def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
 def _casts_adapters(keys: Keys) -> bool:
     """Whether adapters that PEFT made in fp32 are cast to the 16-bit dtype.
 
-    DeepSeek-V4's kernels do it (integrations/kernels/adapters/dsv4.py, `_apply_fp32_dtype_policy`), and FSDP 2 beside
-    weights that are torchao's (monkeypatch/accelerate/fsdp2_quantized.py, `cast_residual_fp32`).
+    DeepSeek-V4's kernels do it (integrations/kernels/adapters/dsv4.py, `_apply_fp32_dtype_policy`), FSDP 2 beside
+    weights that are torchao's (monkeypatch/accelerate/fsdp2_quantized.py, `cast_residual_fp32`), and any FSDP beside
+    trainers of preferences (`ensure_dtype` of core/builders/rl.py).
     """
     sharded = keys.values.get("fsdp_config") and not _in_fp32_under_fsdp(keys)
     beside = bool(sharded) and "nvfp4" in str(keys.get("base_model")).lower()
-    return beside or bool(keys.values.get("use_dsv4_kernels"))
+    all_of_it = keys.values.get("rl") and any(keys.values.get(key) for key in ("fsdp", "fsdp_config"))
+    return beside or bool(all_of_it or keys.values.get("use_dsv4_kernels"))
 
 
 def upcasts(keys: Keys) -> bool:
@@ -331,19 +342,6 @@ def _fake_quantised(keys: Keys) -> str:
         keys.differ(NOT_QAT, "qat")
         return "none"
     return f"int8-int4:{group}"
-
-
-def _experts(keys: Keys) -> str:
-    """The setup's `experts`; the table tells of those that are not modelled."""
-    asked = keys.values.get("experts_implementation")
-    if asked is None and any(name.endswith("KernelsPlugin") for name in keys.names("plugins")):
-        # the plugin's own default (integrations/kernels/args.py, `check_experts_implementation`)
-        fused = any(keys.values.get(f"use_{name}") for name in FUSED_EXPERTS)
-        asked = None if fused or keys.values.get("expert_backend") in FUSED_EXPERTS else "eager"
-    if asked != "eager":
-        return "grouped_mm"
-    keys.used.add("experts_implementation")
-    return "eager"
 
 
 def _full(keys: Keys) -> str:

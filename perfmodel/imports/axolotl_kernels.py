@@ -18,6 +18,7 @@ SWITCHES = {  # older switches and the implementation that each stands for (LEGA
     "xformers_attention": "xformers", "sage_attention": "sage", "flex_attention": "flex_attention",
     "flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager",
 }  # fmt: skip
+FUSED_EXPERTS = ("scattermoe", "sonicmoe")
 UNCUT = "the logits in memory, without cut cross entropy"
 PLUGINS = {  # a plugin's class, and what is answered instead of a step with it; None: its own keys say it
     "CutCrossEntropyPlugin": UNCUT, "LigerPlugin": None,
@@ -29,11 +30,12 @@ FUSED = (
     ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"),
     ("unsloth_lora_mlp", "unsloth_lora_qkv", "unsloth_lora_o"),
 )
+UNFUSED = re.compile("paddleocr", re.IGNORECASE)  # a model that Axolotl fuses no adapters of (model_support)
 PLAIN_ADAPTERS = ("rl", "nvfp4_merge_aware", "trust_remote_code")  # keys beside which no kernels come by themselves
 
 
 def asked_attention(keys: Keys) -> str | None:
-    """The implementation of attention by its newer name; Gemma 4's of two kinds has flash-attn for windows."""
+    """The implementation of attention by its newer name; Gemma 4's of two kinds has flash-attn (utils/schemas)."""
     asked = [implementation for key, implementation in SWITCHES.items() if keys.flag(key)]
     asked += ["flash_attention_2"] if keys.values.get("gemma4_hybrid_attn_impl") else []
     return keys.text("attn_implementation") or (asked[0] if asked else None)
@@ -111,4 +113,18 @@ def _fuses_by_default(keys: Keys) -> bool:
     said = any(values.get(key) is not None for key in (*FUSED[0], "lora_embedding_kernel"))
     eight = values.get("adapter") == "lora" and values.get("load_in_8bit")
     fsdp_1 = values.get("fsdp_config") is not None and str(values.get("fsdp_version")) != "2"
-    return not (said or eight or fsdp_1 or any(values.get(key) for key in PLAIN_ADAPTERS))
+    plain = any(values.get(key) for key in PLAIN_ADAPTERS) or UNFUSED.search(str(values.get("base_model")))
+    return not (said or eight or fsdp_1 or plain)
+
+
+def experts_of_axolotl(keys: Keys) -> str:
+    """The setup's `experts`; the table tells of those that are not modelled."""
+    asked = keys.values.get("experts_implementation")
+    if asked is None and any(name.endswith("KernelsPlugin") for name in keys.names("plugins")):
+        # the plugin's own default (integrations/kernels/args.py, `check_experts_implementation`)
+        fused = any(keys.values.get(f"use_{name}") for name in FUSED_EXPERTS)
+        asked = None if fused or keys.values.get("expert_backend") in FUSED_EXPERTS else "eager"
+    if asked != "eager":
+        return "grouped_mm"
+    keys.used.add("experts_implementation")
+    return "eager"

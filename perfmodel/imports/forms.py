@@ -62,6 +62,7 @@ DDP = {
     "ddp_broadcast_buffers": (True, "buffers broadcast before forward passes"),
     "ddp_static_graph": (False, "without DDP's static graph"),
 }
+ONCE = "gradients exchanged once a step, not for every micro-batch"
 TP = ("tensor_parallel_size", "tp_size")
 MESH = "parallelism_config"
 
@@ -262,6 +263,12 @@ def _differ_in_dtypes(keys: Keys) -> None:
         keys.differ(SUMMED, "data_types")
 
 
+def _every_micro_batch(config: Any) -> bool:
+    """Whether accelerate's part of a training config has gradients exchanged for every micro-batch."""
+    accumulation = config.get("gradient_accumulation_kwargs") if isinstance(config, dict) else None
+    return isinstance(accumulation, dict) and bool(accumulation.get("sync_each_batch"))
+
+
 def _disabled(section: Any) -> bool:
     return isinstance(section, dict) and (section.get("enabled") is False or section.get("disable") is True)
 
@@ -327,6 +334,8 @@ def _on_mesh(form: AskedForm, keys: Keys) -> AskedForm:
     sizes = Keys({**keys.values, **given}, keys.origin)
     tp = max(form.tp, *(sizes.count(key, 1) for key in TP))
     said = Keys({}, keys.origin)
+    if form.parallel in (None, "ddp") and _every_micro_batch(keys.values.get("accelerator_config")):
+        said.differ(ONCE, "accelerator_config")
     for key, answered in SIZES.items():
         if sizes.count(key, 1) > 1 and not (answered == ONE_GROUP and form.parallel in (None, "ddp")):
             said.differ(answered, key)

@@ -25,9 +25,10 @@ KNOWING = frozenset((  # attention that knows documents, by Axolotl (utils/schem
     "kernels-community/flash-attn3", "kernels-community/sage-attention",
 ))  # fmt: skip
 WITHOUT_MASK = ("sdpa", "eager")  # attention that gets packed rows without one (`attn_decontaminates_packing`)
-# Models from whose packed rows Axolotl takes the mask whatever attention is named (`process_datasets_for_packing`)
-NEVER_A_MASK = re.compile(r"gemma-?3-(4|12|27)b|gemma-?4", re.IGNORECASE)
+# Models whose packed rows lose it whatever attention is named (`compute_loss` of core/trainers/base.py), by their names
+UNMASKED = re.compile(r"gemma-?(4|3-(4|12|27)b)", re.IGNORECASE)
 MASK = "the mask of packed documents is made on the device; LLaMA-Factory's collator makes it on the host"
+NEVER_CUT = "rows of 1,024 tokens, where the file cuts none (--seq says how long they are)"
 TELL_LENGTHS = "give --lengths (or --seq the mean length)"
 
 
@@ -64,10 +65,8 @@ def packed_by_axolotl(keys: Keys, setup: dict[str, Any], asked_attention: str | 
     documents see each other. Rows are padded to `sequence_len` unless the file says no (`hint_sample_packing_padding`).
     Streamed data come as one row of all tokens of a micro-batch (utils/data/streaming.py).
     """
-    knows = asked_attention in KNOWING
     streams = bool(keys.get("pretraining_dataset") or keys.get("streaming"))
-    real = keys.flag("multipack_real_batches", not knows) and not streams
-    flattening = keys.get("batch_flattening")
+    one_row = not keys.flag("multipack_real_batches", asked_attention not in KNOWING) or streams
     if keys.get("sample_packing") not in (None, False):
         if not _apart_in_axolotl(keys, asked_attention, setup["attention"]):
             setup["packing"] = "dense"
@@ -76,31 +75,44 @@ def packed_by_axolotl(keys: Keys, setup: dict[str, Any], asked_attention: str | 
             elif setup["batch"] > 1 or keys.flag("pad_to_sequence_len", True):
                 keys.differ(TO_THE_END, "sample_packing")
         elif setup["attention"] == "flash2":
-            _within(keys, setup, "dense" if real and setup["batch"] > 1 else "varlen", "sample_packing")
+            _within(keys, setup, "varlen" if one_row or setup["batch"] == 1 else "dense", "sample_packing")
         else:
-            _within(keys, setup, "varlen", "sample_packing", one_row=not real)
-            # `_apply_sdpa_varlen_patch`, without effect beside a mask, which diffusion's trainer hands in
-            takes = keys.flag("sdpa_varlen", True) and not keys.values.get("diffusion")
-            if asked_attention == "sdpa" and takes:
+            _within(keys, setup, "varlen", "sample_packing", one_row=one_row)
+            if _takes_varlen(keys, asked_attention):
                 keys.differ(BY_A_MASK, "sample_packing")
     elif keys.get("pretraining_dataset") and keys.flag("pretraining_sample_concatenation"):
         setup["packing"] = "dense"  # documents see each other (utils/data/streaming.py, `encode_streaming`)
         keys.differ(JOINED, "pretraining_sample_concatenation")
-    elif flattening not in (None, False) and knows and (flattening != FLATTENING or setup["batch"] > 1):
+    elif flattens(keys, asked_attention):
         packed_flat(keys, setup, "batch_flattening")
+
+
+def flattens(keys: Keys, asked_attention: str | None) -> bool:
+    """Whether Axolotl's `batch_flattening` is on, as far as attention allows for it (`check_batch_flattening_fa`)."""
+    asked = keys.get("batch_flattening")
+    on = asked not in (None, False) and asked_attention in KNOWING
+    return on and (asked != FLATTENING or keys.count("micro_batch_size", 1) > 1)
+
+
+def _takes_varlen(keys: Keys, asked_attention: str | None) -> bool:
+    """Whether sdpa is torch's varlen_attn, which takes no mask as diffusion's trainer hands it in.
+
+    Source: `_apply_sdpa_varlen_patch` of loaders/patch_manager.py.
+    """
+    return asked_attention == "sdpa" and keys.flag("sdpa_varlen", True) and not keys.values.get("diffusion")
 
 
 def _apart_in_axolotl(keys: Keys, asked_attention: str | None, attention: str) -> bool:
     """Whether the documents of a packed row do not see each other.
 
-    Pretraining's collator, transformers' own, gives rows a mask of ones, beside which varlen kernels alone know them.
+    Pretraining's collator, transformers' own, gives rows a mask of ones, beside which varlen kernels alone know them,
+    and models that lose it.
     """
-    knows = asked_attention in KNOWING
+    knows = asked_attention in KNOWING or UNMASKED.search(str(keys.values.get("base_model"))) is not None
     if keys.values.get("pretraining_dataset"):
-        varlen = knows or attention == "flash2" or (asked_attention == "sdpa" and keys.flag("sdpa_varlen", True))
-        return varlen and keys.flag("pretrain_multipack_attn", True)
-    dropped = keys.values.get("streaming") or NEVER_A_MASK.search(str(keys.values.get("base_model")))
-    return bool(knows or asked_attention in WITHOUT_MASK or dropped)
+        varlen = attention == "flash2" or _takes_varlen(keys, asked_attention)
+        return keys.flag("pretrain_multipack_attn", True) and (knows or varlen)
+    return knows or asked_attention in WITHOUT_MASK or bool(keys.values.get("streaming"))
 
 
 def packed_by_llama_factory(keys: Keys, setup: dict[str, Any], *, pretraining: bool) -> list[str]:

@@ -11,12 +11,12 @@ from typing import Any
 from ..errors import UserError
 from ..recording.parallel.form import ALONE
 from ..resources import LARGEST, json_object, mapping, parsed, read_json, read_text
-from . import adapter, axolotl, llama_factory, llama_factory_v1, meanings, packing, peft_benchmark, trainer
+from . import adapter, axolotl, llama_factory, llama_factory_v1, meanings, packing, peft_benchmark, trainer, unused
 from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, ONE_GPU, UNDER_ZERO_3, unscaled
-from .forms import AskedForm, form_of
+from .forms import ONCE, AskedForm, form_of
 from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
-from .packing import TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
+from .packing import NEVER_CUT, TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
 
 # What is said of a setup's field that holds no more where the field has another value
 SAID_OF = {
@@ -28,6 +28,7 @@ ASK = "--gpus N beside it answers for N"
 OF_ONE_GPU = (ONE_GPU, "autocast")  # how that begins which is said of one GPU alone: autocast in the place of casts
 SEARCHED = "without DDP's search for parameters that have no gradient (ddp_find_unused_parameters)"
 NOT_CAST = "adapters in fp32, not in the dtype of the weights as TRL keeps them under ZeRO-3"
+AS_MANY = "as many micro-batches on any number of GPUs, not those of one global batch (global_batch_size)"
 TRL = "Transformers/TRL"
 FACTORY = "LLaMA-Factory"
 LARGEST_YAML = 2**20  # bytes
@@ -56,6 +57,7 @@ class Imported:
         searches: whether DDP looks for parameters without a gradient in every step.
         traced: whether a trace answers, which is one of one GPU.
         precise: whether it names its mixed precision, so that a launcher's does not count.
+        samples: of a step on all GPUs together, where the tool counts those.
         as_kept: whether weights have the dtype in which the checkpoint keeps them, whatever is computed in.
         balances: whether a loss on the loads of experts is added on models that have one.
     """
@@ -79,6 +81,11 @@ class Imported:
     precise: bool = False
     as_kept: bool = False
     balances: bool = False
+    samples: int | None = None
+
+    def with_seq(self) -> "Imported":
+        """What it says where the length of samples is given."""
+        return replace(self, differences=[d for d in self.differences if not d.startswith(NEVER_CUT)])
 
     def with_lengths(self, *, padded: bool = True) -> "Imported":
         """What it says where the lengths of documents are given.
@@ -86,7 +93,7 @@ class Imported:
         Args:
             padded: whether samples are padded to one another, as without packing.
         """
-        kept = [d for d in self.differences if not d.startswith(UNKNOWN)]
+        kept = [d for d in self.with_seq().differences if not d.startswith(UNKNOWN)]
         if padded and (self.setup.get("padded") or TAKEN_OUT in self.notes):
             kept.append(TO_THE_LONGEST)
         elif padded and self.multiple > 1:
@@ -127,6 +134,16 @@ class Imported:
         besides = [*form.besides, *searched, *([NOT_CAST] if uncast else []), *unscaled(setup)]
         told = dict.fromkeys([*kept, *form.unlike, *besides])
         return replace(self, setup=setup, differences=list(told))
+
+    def over(self, gpus: Sequence[int]) -> "Imported":
+        """What it says where so many GPUs, or each of several numbers of them, share the samples of a step."""
+        if self.samples is None:
+            return self
+        if len(set(gpus)) > 1:
+            return replace(self, differences=[*self.differences, AS_MANY])
+        micro_batches = max(1, self.samples // (self.setup["batch"] * gpus[0]))
+        told = [words for words in self.differences if micro_batches > 1 or words != ONCE]
+        return replace(self, setup={**self.setup, "grad_accum": micro_batches}, differences=told)
 
     @property
     def first_line(self) -> str:
@@ -175,6 +192,7 @@ FORMS = {"Axolotl": axolotl.form_of_axolotl, "LLaMA-Factory v1": llama_factory_v
 PRECISE = ("Axolotl", "LLaMA-Factory v1")  # tools that take no precision from accelerate's config
 PRECISION = ("bf16", "fp16", "pure_bf16")
 BALANCING = ("dpo", "kto", "grpo")  # objectives whose trainers add the loss on the loads of experts
+SEARCHES = {"Axolotl": unused.in_axolotl, FACTORY: unused.in_llama_factory, TRL: unused.in_trl}
 FROZEN = {"Axolotl": axolotl.frozen_on_request, FACTORY: llama_factory.frozen}
 
 
@@ -228,9 +246,10 @@ def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
         found.name, model, method, setup, ignored, notes, [*keys.told_differences(), *unscaled(setup)],
         frozen=frozen, upcasts=upcasts, multiple=multiple,
         job=table.of_job(values), asks=partial(FORMS.get(found.name, form_of), keys),
-        searches=_searches(found.name, keys, setup),
+        searches=SEARCHES[found.name](keys, setup) if found.name in SEARCHES else False,
         precise=found.name in PRECISE or any(values.get(key) is not None for key in PRECISION),
         as_kept=_as_kept(found.name, keys, setup, method), balances=balances,
+        samples=llama_factory_v1.samples(keys) if found.name == "LLaMA-Factory v1" else None,
     )  # fmt: skip
 
 
@@ -251,24 +270,12 @@ def _as_kept(tool: str, keys: Keys, setup: dict[str, Any], method: str | None) -
     LLaMA-Factory does it (model/loader.py, v1/core/model_engine.py), but not by Unsloth, and puts in fp32 what trains.
     """
     if tool == TRL:
-        return "auto" in (keys.values.get("dtype"), keys.values.get("torch_dtype"))
+        named = (keys.values.get("dtype"), keys.values.get("torch_dtype"))
+        return "auto" in named or trainer.named_none(keys.values, "dtype")
     if keys.values.get("use_unsloth"):
         return False
     loads = tool == FACTORY or (tool in PRECISE and tool != "Axolotl" and method != "full")
     return loads and setup["dtype"] != "fp32"
-
-
-def _searches(tool: str, keys: Keys, setup: dict[str, Any]) -> bool:
-    """Whether DDP looks for parameters without a gradient: so by default where nothing is checkpointed.
-
-    And beside peft's adapters, but for LLaMA-Factory's (transformers' trainer.py, `_build_accelerator_args`;
-    hparams/parser.py). Axolotl never asks for it by itself (core/builders/causal.py).
-    """
-    given = keys.values.get("ddp_find_unused_parameters")
-    if given is not None or tool not in (TRL, FACTORY):
-        return bool(given)
-    adapts = keys.values.get("use_peft") if tool == TRL else keys.text("finetuning_type", "lora") == "lora"
-    return tool == TRL if adapts else setup["checkpoint"] == "none"
 
 
 def _of_adapter(tool: str, path: Path, keys: Keys, table: Meanings) -> Imported:

@@ -80,6 +80,7 @@ def test_what_a_model_has_no_program_of_is_answered_otherwise(
     ("text", "liger", "said"),
     [
         ("model: Qwen/Qwen3-0.6B\nkernel_config: {name: liger_kernel}\n", True, FUSED_LOSS),
+        ("model_class: llm\nkernel_config: {name: liger_kernel}\n", True, FUSED_LOSS),
         ("model: NousResearch/Llama-3.2-1B\nkernel_config: {name: liger_kernel}\n", False, OWN_LOSS),
         (f"model_name_or_path: Qwen/Qwen3-0.6B\nenable_liger_kernel: true\n{FACTORY}", True, ""),
         (f"model_name_or_path: HuggingFaceTB/SmolLM3-3B\nenable_liger_kernel: true\n{FACTORY}", False, ""),

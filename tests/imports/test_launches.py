@@ -19,7 +19,7 @@ from perfmodel.imports.accelerate import read_launch
 from perfmodel.imports.fields import UNSCALED
 from perfmodel.imports.forms import CHECKED, OF_MASTERS, OVERLAPPED, PREFETCHED, SUMMED
 from perfmodel.imports.llama_factory_v1 import BESIDE_BLOCKS, NO_UNITS, REDUCED
-from perfmodel.imports.read import ASK, NOT_CAST, SEARCHED
+from perfmodel.imports.read import ASK, NOT_CAST
 
 AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "bf16": True}
 FACTORY = {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "full", "bf16": True}
@@ -41,7 +41,16 @@ FORMS: list[tuple[dict[str, Any], str, int, list[str]]] = [  # file, parallel, t
         {**AXOLOTL, "ddp_bucket_cap_mb": 50, "ddp_broadcast_buffers": False}, "ddp", 1,
         ["buckets of 25 MiB (ddp_bucket_cap_mb)", "buffers broadcast before forward passes (ddp_broadcast_buffers)"],
     ),
+    (
+        {**TRL, "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}, "ddp", 1,
+        ["gradients exchanged once a step, not for every micro-batch (accelerator_config)"],
+    ),
+    ({**TRL, "accelerator_config": {"split_batches": True, "gradient_accumulation_kwargs": None}}, "ddp", 1, []),
     ({**TRL, "deepspeed": ZERO_2}, "zero2", 1, []),
+    (
+        {**TRL, "deepspeed": {**ZERO_2, "wall_clock_breakdown": True}}, "zero2", 1,
+        ["without the waits for the GPU that DeepSpeed's timers make (wall_clock_breakdown)"],
+    ),
     (
         {**FACTORY, "deepspeed": "examples/deepspeed/ds_z3_offload_config.json"}, "zero3", 1,
         ["ZeRO-3 as the file's name says, its other options as usual (deepspeed)", "without offloading"],
@@ -146,28 +155,6 @@ def test_a_training_config_names_its_form(
     assert [*form.unlike, *form.besides] == said
     assert set(said) <= set(several.differences)
     assert not [words for words in several.differences if words.startswith("one GPU") or "the place of" in words]
-
-
-@pytest.mark.parametrize(
-    ("values", "searches"),
-    [
-        (TRL, False),
-        ({**TRL, "use_peft": True}, True),
-        ({**TRL, "gradient_checkpointing": False}, True),
-        ({**TRL, "use_peft": True, "ddp_find_unused_parameters": False}, False),
-        ({**TRL, "use_peft": True, "fsdp": True}, False),
-        (FACTORY, False),
-        ({**FACTORY, "finetuning_type": "lora", "disable_gradient_checkpointing": True}, False),
-        ({**FACTORY, "disable_gradient_checkpointing": True}, True),
-        ({**AXOLOTL, "adapter": "lora"}, False),
-        ({**AXOLOTL, "ddp_find_unused_parameters": True}, True),
-    ],
-)
-def test_the_search_for_unused_parameters_is_said(tmp_path: Path, values: dict[str, Any], searches: bool) -> None:
-    """The Trainer's own default beside adapters: a walk through the graph and a message more in every step."""
-    found = read(written(tmp_path, "config.yml", values))
-    assert (SEARCHED in found.on_several(found.asks()).differences) == searches
-    assert SEARCHED not in found.differences
 
 
 def test_gpus_take_the_place_of_the_words_on_one(tmp_path: Path) -> None:
