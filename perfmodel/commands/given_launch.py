@@ -47,6 +47,8 @@ def on_its_gpus(ctx: click.Context, found: "Imported | None", options: dict[str,
         found = found.on_several(found.asks().as_typed(parallel))
     else:
         return found
+    if several:
+        found = found.over(gpus if isinstance(gpus, tuple) else (gpus,))
     for name, value in found.setup.items():
         if value != before.get(name) and name in options and not typed(name):
             options[name] = value

@@ -6,13 +6,18 @@ from typing import Any
 
 from ..architectures.config import KEPT_IN_MXFP4
 from ..errors import UserError
-from ..methods.lora import TOGETHER
-from ..methods.parts.targeted import ALL_LINEAR, is_pattern
+from ..methods.parts.targeted import ALL_LINEAR
 from . import packing
-from .axolotl_kernels import GEMMA_4, UNCUT, asked_attention, attention_of_axolotl, kernels_of_axolotl
+from .axolotl_kernels import (
+    GEMMA_4,
+    UNCUT,
+    asked_attention,
+    attention_of_axolotl,
+    experts_of_axolotl,
+    fuses_adapters,
+    kernels_of_axolotl,
+)
 from .fields import (
-    ALL_FUSED,
-    FUSES,
     NOT_QAT,
     ON_GPTQ,
     OPTIMIZERS,
@@ -31,23 +36,18 @@ from .fields import (
     own_code,
     power_iterations,
     spec,
+    undecayed,
 )
 from .forms import AskedForm, form_of
 from .keys import NOTHING, Keys
 from .targets import as_targets, unfrozen
-from .trained_for import of_axolotl
+from .trained_for import BY_TRL, makes_reference, of_axolotl
 from .vocabulary import enlarged_by_axolotl
 
 MARKS = ("micro_batch_size", "sequence_len", "adapter", "lora_target_linear")
-FUSED = (
-    ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"),
-    ("unsloth_lora_mlp", "unsloth_lora_qkv", "unsloth_lora_o"),
-)
-PLAIN_ADAPTERS = ("rl", "nvfp4_merge_aware", "trust_remote_code")  # keys beside which no kernels come by themselves
 # Models of which some layers stay as they are, by their names; transformers then quantises the head
 # (`_set_quantization_config`; transformers/quantizers/base.py, `get_modules_to_not_convert`)
 NOT_PACKED = ((r"falcon-?h1", ("qlora", "lora_8bit"), "out_proj"), ("jamba", ("lora_8bit",), "Mamba's"))
-FUSED_EXPERTS = ("scattermoe", "sonicmoe")
 RECOMPUTED = "blocks recomputed, in the place of offloaded activations"  # beside adapters offloading stands alone
 FROZEN_AGAIN = "all adapters train; Axolotl freezes again those that are not named"  # once PEFT made them (train.py)
 FROM_INPUT = "backward from the lowest trained weight on, not through every block"
@@ -62,7 +62,12 @@ UNNAMED = re.compile(r"gpt-?j|gpt-?2|cerebras-gpt|starcoder(?!2)|mpt-|bloom", re
 OTHER_KIND = "quantised base weights of this kind are not modelled"
 QWEN_OF_2023 = re.compile(r"qwen-(1[._]8|7|14|72)b", re.IGNORECASE)  # its config.json: "use_flash_attn": "auto"
 AUTO_FLASH = "PyTorch's attention and norms, not flash-attn's, which the model's own code takes where it is installed"
+NOT_IN_SCHEMA = ("sharding_strategy", "backward_prefetch", "forward_prefetch", "limit_all_gathers")  # of `fsdp_config`
 MASTERS = "weights kept in fp32; Axolotl keeps them in 16 bit under FSDP 2"  # its patch of `fsdp2_prepare_model`
+NO_BATCH_SIZE = "batch_size has no effect: Axolotl takes gradient_accumulation_steps for 1 where it is not there"
+# Keys that have Axolotl make the optimizer, which knows no class of bitsandbytes' (core/trainers/mixins/optimizer.py)
+GROUPS = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")
+EMBEDDING_STATES = "states of the embedding in fp32, as transformers keeps them, not in 8 bit"
 FP32_HEAD = "the output head in fp32, not in the dtype of the rest"
 
 
@@ -97,15 +102,20 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "compile": (compile := compiled(keys, by_mode=False)),  # `_configure_torch_compile`
         "qat": _fake_quantised(keys),
         "fp8": float8(keys, "tensorwise", compile),  # `additional_accelerator_args`
-        "clip_grad": clips(keys, "max_grad_norm", keys.number("gradient_clipping", 1.0)),
+        "clip_grad": clips(keys),
         "kernels": kernels_of_axolotl(keys),
-        "experts": _experts(keys),
+        "experts": experts_of_axolotl(keys),
     }
     setup |= objective
+    if method == "full":
+        undecayed(keys, setup)
     enlarged_by_axolotl(keys)
     in_16_bit = "weights" if adapter is None else "copies of modules" if keys.names("lora_modules_to_save") else ""
     if in_16_bit and setup["amp"] and _in_fp32_under_fsdp(keys):
         keys.differ(f"{in_16_bit} in {dtype}, not in fp32 as FSDP keeps them")
+    in_8_bit = str(setup["optimizer"]).removeprefix("paged-") in ("adamw-8bit", "lion-8bit")
+    if in_8_bit and (adapter is None or in_16_bit) and any(keys.values.get(key) for key in GROUPS):
+        keys.differ(EMBEDDING_STATES)
     above = keys.get("peft_layers_to_transform") or ()
     if adapter and above and setup["checkpoint"] == "none" and not (isinstance(above, list) and 0 in above):
         keys.differ(FROM_INPUT, "peft_layers_to_transform")  # `enable_input_require_grads` of loaders/adapter.py
@@ -113,10 +123,16 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         keys.differ("embeddings and norms in the dtype of the rest, not in fp32")
     after = keys.values["qat"].get("fake_quant_after_n_steps") if setup["qat"] != "none" else None
     notes = [f"a step with fake quantisation; the first {after} have none"] if after else []
-    packing.packed_by_axolotl(keys, setup, asked_attention(keys))
+    if keys.get("batch_size") is not None and "gradient_accumulation_steps" not in keys.values:
+        notes.append(NO_BATCH_SIZE)
+    if not objective:
+        packing.packed_by_axolotl(keys, setup, asked_attention(keys))
+    loaded = (setup["dtype"], setup["attention"])
+    if makes_reference(objective, adapted=adapter is not None) and loaded != ("fp32", "sdpa"):
+        keys.differ(BY_TRL.format(*loaded), "rl")
     padded = keys.flag("pad_to_sequence_len", keys.flag("reward_model"))  # `hint_reward_model_pad`
     if setup.get("packing", "none") == "none":
-        setup["group_by_length"] = keys.flag("group_by_length")
+        setup["group_by_length"] = keys.flag("group_by_length") and not keys.values.get("rl")  # core/builders/rl.py
         setup["padded"] = padded and setup["attention"] != "flash2"
         if padded and not setup["padded"]:
             notes.append(packing.TAKEN_OUT)
@@ -186,10 +202,14 @@ def _attention(keys: Keys) -> str:
 
 
 def _accumulated(keys: Keys) -> int:
-    """Micro-batches of a step: given, or by the older `batch_size`, samples of a step (`normalize_config`)."""
+    """Micro-batches of a step.
+
+    `batch_size`, samples of a step, counts where the other key is there and empty alone: the schema's default of 1
+    stands before it (`HyperparametersConfig`, `normalize_config`).
+    """
     given = keys.count("gradient_accumulation_steps", 1)
-    samples = keys.get("batch_size")
-    if samples is None or "gradient_accumulation_steps" in keys:
+    empty = "gradient_accumulation_steps" in keys.values and keys.get("gradient_accumulation_steps") is None
+    if keys.get("batch_size") is None or not empty:
         return given
     return max(1, keys.count("batch_size", 1) // keys.count("micro_batch_size", 1))
 
@@ -253,12 +273,13 @@ def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
     named = as_targets(keys, "lora_target_modules")
     targets = (ALL_LINEAR,) if linear else named
     layers = keys.get("peft_layers_to_transform") or ()
-    in_fp32 = keys.flag("peft_autocast_adapter_dtype", True) and not _casts_adapters(keys)
+    by_trl = objective in ("dpo", "kto")  # which makes adapters by its own default (`_load_adapters`)
+    in_fp32 = (by_trl or keys.flag("peft_autocast_adapter_dtype", True)) and not _casts_adapters(keys)
     return spec(
         name, r=keys.count("lora_r", 8), targets=targets,
         dropout=keys.number("lora_dropout"), layers=tuple(layers) if isinstance(layers, list) else layers,
         adapter_dtype=dtype_in_trl(bits, objective) or (None if in_fp32 else dtype),
-        implementation="unsloth" if _fused(keys, name, targets) else None,
+        implementation="unsloth" if fuses_adapters(keys, name, targets) else None,
         niter=power_iterations(name, keys.get("peft_init_lora_weights")),
         modules_to_save=keys.names("lora_modules_to_save"),
         double_quant=_double_quant(keys) if name == "qlora" else None, prepared=upcast,
@@ -269,12 +290,14 @@ def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
 def _casts_adapters(keys: Keys) -> bool:
     """Whether adapters that PEFT made in fp32 are cast to the 16-bit dtype.
 
-    DeepSeek-V4's kernels do it (integrations/kernels/adapters/dsv4.py, `_apply_fp32_dtype_policy`), and FSDP 2 beside
-    weights that are torchao's (monkeypatch/accelerate/fsdp2_quantized.py, `cast_residual_fp32`).
+    DeepSeek-V4's kernels do it (integrations/kernels/adapters/dsv4.py, `_apply_fp32_dtype_policy`), FSDP 2 beside
+    weights that are torchao's (monkeypatch/accelerate/fsdp2_quantized.py, `cast_residual_fp32`), and any FSDP beside
+    trainers of preferences (`ensure_dtype` of core/builders/rl.py).
     """
     sharded = keys.values.get("fsdp_config") and not _in_fp32_under_fsdp(keys)
     beside = bool(sharded) and "nvfp4" in str(keys.get("base_model")).lower()
-    return beside or bool(keys.values.get("use_dsv4_kernels"))
+    all_of_it = keys.values.get("rl") and any(keys.values.get(key) for key in ("fsdp", "fsdp_config"))
+    return beside or bool(all_of_it or keys.values.get("use_dsv4_kernels"))
 
 
 def upcasts(keys: Keys) -> bool:
@@ -308,35 +331,6 @@ def _double_quant(keys: Keys) -> str | None:
     return None if options.get("bnb_4bit_use_double_quant", True) else "false"
 
 
-def _fused(keys: Keys, method: str, targets: tuple[str, ...]) -> bool:
-    """Whether adapters run in fused kernels: Axolotl has Unsloth's, that here take no dropout and no 4-bit base."""
-    asked = [[key for key in kind if keys.flag(key)] for kind in FUSED]
-    on = next((found for found in asked if found), [])
-    if not on and not (_fuses_by_default(keys) and _fusible(targets)):
-        return False
-    if method not in FUSES or keys.number("lora_dropout") > 0:
-        keys.differ("without fused kernels for adapters" + ("" if on else ", Axolotl's default"), *on)
-        return False
-    if on and len(on) < len(FUSED[0]):
-        keys.differ(ALL_FUSED, *on)
-    return True
-
-
-def _fusible(targets: tuple[str, ...]) -> bool:
-    """Whether some layers that a kernel fuses may all have adapters (`apply_lora_kernel_patches`)."""
-    alone = targets[:1] == (ALL_LINEAR,) or any(map(is_pattern, targets))
-    return alone or any(set(layers) <= set(targets) for layers in TOGETHER)
-
-
-def _fuses_by_default(keys: Keys) -> bool:
-    """Whether Axolotl switches its kernels on by itself (utils/schemas/config.py, `check_auto_enable_lora_kernels`)."""
-    values = keys.values
-    said = any(values.get(key) is not None for key in (*FUSED[0], "lora_embedding_kernel"))
-    eight = values.get("adapter") == "lora" and values.get("load_in_8bit")
-    fsdp_1 = values.get("fsdp_config") is not None and str(values.get("fsdp_version")) != "2"
-    return not (said or eight or fsdp_1 or any(values.get(key) for key in PLAIN_ADAPTERS))
-
-
 def _fake_quantised(keys: Keys) -> str:
     """The setup's `qat`; the steps before `fake_quant_after_n_steps` run without (`prepare_model_for_qat`)."""
     asked = keys.get("qat")
@@ -350,21 +344,8 @@ def _fake_quantised(keys: Keys) -> str:
     return f"int8-int4:{group}"
 
 
-def _experts(keys: Keys) -> str:
-    """The setup's `experts`; the table tells of those that are not modelled."""
-    asked = keys.values.get("experts_implementation")
-    if asked is None and any(name.endswith("KernelsPlugin") for name in keys.names("plugins")):
-        # the plugin's own default (integrations/kernels/args.py, `check_experts_implementation`)
-        fused = any(keys.values.get(f"use_{name}") for name in FUSED_EXPERTS)
-        asked = None if fused or keys.values.get("expert_backend") in FUSED_EXPERTS else "eager"
-    if asked != "eager":
-        return "grouped_mm"
-    keys.used.add("experts_implementation")
-    return "eager"
-
-
 def _full(keys: Keys) -> str:
-    if keys.get("lisa_n_layers"):
+    if keys.get("lisa_n_layers") and keys.get("lisa_step_interval"):
         keys.differ(LISA_STATES, "lisa_n_layers")
         return spec("lisa", gamma=keys.count("lisa_n_layers", 1), interval=keys.get("lisa_step_interval"))
     patterns = keys.names("unfrozen_parameters")
@@ -379,7 +360,10 @@ def _full(keys: Keys) -> str:
 
 def form_of_axolotl(keys: Keys) -> AskedForm:
     """What several GPUs do: accelerate's FSDP 1 where no version is named."""
-    found = form_of(keys, fsdp_version=1)
+    options = keys.values.get("fsdp_config")
+    if isinstance(options, dict):  # of which its schema leaves out what it does not know (utils/schemas/fsdp.py)
+        options = {key: value for key, value in options.items() if str(key).removeprefix("fsdp_") not in NOT_IN_SCHEMA}
+    found = form_of(keys.but(fsdp_config=options), fsdp_version=1)
     if found.parallel == "fsdp2" and not keys.values.get("adapter"):
         found = replace(found, unlike=(*found.unlike, MASTERS))
     return found

@@ -3,18 +3,22 @@
 import re
 
 from ..errors import UserError
-from .fields import ALL_OF_LIGER, FLASH, FLASH_2_FOR_3
+from ..methods.lora import TOGETHER
+from ..methods.parts.targeted import ALL_LINEAR, is_pattern
+from .fields import ALL_FUSED, ALL_OF_LIGER, FLASH, FLASH_2_FOR_3, FUSES
 from .keys import Keys
 
 GEMMA_4 = re.compile(r"gemma-?4", re.IGNORECASE)
 GEMMA_4_FUSED = "without the fused kernel around attention"  # on by itself there (`_apply_model_specific_patches`)
 LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy")
+OTHERS_OF_LIGER = ("liger_layer_norm", "liger_rms_norm_gated", "liger_cross_entropy")
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", "fp8": None, "sage": None, **FLASH}
 ATTENTION_INSTEAD = {"xformers": "attention of PyTorch, not xformers'", "flex_attention": "sdpa, not flex attention"}
 SWITCHES = {  # older switches and the implementation that each stands for (LEGACY_ATTN_FLAG_TO_IMPL)
     "xformers_attention": "xformers", "sage_attention": "sage", "flex_attention": "flex_attention",
     "flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager",
 }  # fmt: skip
+FUSED_EXPERTS = ("scattermoe", "sonicmoe")
 UNCUT = "the logits in memory, without cut cross entropy"
 PLUGINS = {  # a plugin's class, and what is answered instead of a step with it; None: its own keys say it
     "CutCrossEntropyPlugin": UNCUT, "LigerPlugin": None,
@@ -22,11 +26,18 @@ PLUGINS = {  # a plugin's class, and what is answered instead of a step with it;
     "LLMCompressorPlugin": None, "DiffusionPlugin": None, "KDPlugin": None, "GrokfastPlugin": None,
     "NemoGymPlugin": None, "DenseMixerPlugin": None, "HatcheryPlugin": None, "MoraPlugin": None,
 }  # fmt: skip
+FUSED = (
+    ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"),
+    ("unsloth_lora_mlp", "unsloth_lora_qkv", "unsloth_lora_o"),
+)
+UNFUSED = re.compile("paddleocr", re.IGNORECASE)  # a model that Axolotl fuses no adapters of (model_support)
+PLAIN_ADAPTERS = ("rl", "nvfp4_merge_aware", "trust_remote_code")  # keys beside which no kernels come by themselves
 
 
 def asked_attention(keys: Keys) -> str | None:
-    """The implementation of attention by its newer name."""
+    """The implementation of attention by its newer name; Gemma 4's of two kinds has flash-attn (utils/schemas)."""
     asked = [implementation for key, implementation in SWITCHES.items() if keys.flag(key)]
+    asked += ["flash_attention_2"] if keys.values.get("gemma4_hybrid_attn_impl") else []
     return keys.text("attn_implementation") or (asked[0] if asked else None)
 
 
@@ -63,10 +74,57 @@ def kernels_of_axolotl(keys: Keys) -> str:
         elif (said := PLUGINS[name]) is not None and keys.get("cut_cross_entropy") is not False:
             keys.differ(said, "plugins")
     on = [key for key in LIGER if keys.flag(key) or (key == "liger_glu_activation" and keys.flag("liger_swiglu"))]
-    keys.used.update(("liger_layer_norm", "liger_rms_norm_gated", "liger_cross_entropy", "liger_use_token_scaling"))
+    beside = [key for key in OTHERS_OF_LIGER if keys.flag(key)]
+    keys.used.add("liger_use_token_scaling")
     if "LigerPlugin" not in names or not on:
+        if "LigerPlugin" in names and beside:
+            keys.differ("without Liger's kernels", *beside)
         return "torch"
     if len(on) < len(LIGER):
         missing = [key for key in LIGER if key not in on]
         keys.differ(f"{ALL_OF_LIGER} ({', '.join(missing)} too)")
     return "liger"
+
+
+def fuses_adapters(keys: Keys, method: str, targets: tuple[str, ...]) -> bool:
+    """Whether adapters run in fused kernels: Axolotl has Unsloth's, that here take no dropout and no 4-bit base."""
+    asked = [[key for key in kind if keys.flag(key)] for kind in FUSED]
+    on = next((found for found in asked if found), [])
+    if not on and not (_fuses_by_default(keys) and _fusible(targets)):
+        return False
+    if method not in FUSES or keys.number("lora_dropout") > 0:
+        keys.differ("without fused kernels for adapters" + ("" if on else ", Axolotl's default"), *on)
+        return False
+    if on and len(on) < len(FUSED[0]):
+        keys.differ(ALL_FUSED, *on)
+    return True
+
+
+def _fusible(targets: tuple[str, ...]) -> bool:
+    """Whether some layers that a kernel fuses may all have adapters (`apply_lora_kernel_patches`)."""
+    alone = targets[:1] == (ALL_LINEAR,) or any(map(is_pattern, targets))
+    named = {target.rpartition(".")[2] for target in targets}
+    return alone or any(set(layers) <= named for layers in TOGETHER)
+
+
+def _fuses_by_default(keys: Keys) -> bool:
+    """Whether Axolotl switches its kernels on by itself (utils/schemas/config.py, `check_auto_enable_lora_kernels`)."""
+    values = keys.values
+    said = any(values.get(key) is not None for key in (*FUSED[0], "lora_embedding_kernel"))
+    eight = values.get("adapter") == "lora" and values.get("load_in_8bit")
+    fsdp_1 = values.get("fsdp_config") is not None and str(values.get("fsdp_version")) != "2"
+    plain = any(values.get(key) for key in PLAIN_ADAPTERS) or UNFUSED.search(str(values.get("base_model")))
+    return not (said or eight or fsdp_1 or plain)
+
+
+def experts_of_axolotl(keys: Keys) -> str:
+    """The setup's `experts`; the table tells of those that are not modelled."""
+    asked = keys.values.get("experts_implementation")
+    if asked is None and any(name.endswith("KernelsPlugin") for name in keys.names("plugins")):
+        # the plugin's own default (integrations/kernels/args.py, `check_experts_implementation`)
+        fused = any(keys.values.get(f"use_{name}") for name in FUSED_EXPERTS)
+        asked = None if fused or keys.values.get("expert_backend") in FUSED_EXPERTS else "eager"
+    if asked != "eager":
+        return "grouped_mm"
+    keys.used.add("experts_implementation")
+    return "eager"

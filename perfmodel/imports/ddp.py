@@ -1,13 +1,15 @@
 """What DDP knows of the graph (`Setup.ddp`) as the tools tell it.
 
 Sources: transformers' trainer.py (`_build_accelerator_args`), LLaMA-Factory's hparams/parser.py, Axolotl's
-core/builders/causal.py and utils/config/__init__.py.
+core/builders/{causal,rl}.py and utils/config/__init__.py.
 """
 
 from typing import Any
 
+from .axolotl_kernels import GEMMA_4
 from .keys import Keys
 
+ASKED = "ddp_find_unused_parameters"
 TRL, FACTORY = "Transformers/TRL", "LLaMA-Factory"
 ENDS = {  # what is answered where PyTorch ends in an error with what a file asks for (`recording.parallel.ddp_search`)
     "find-unused": "without DDP's search for parameters that have no gradient, which ends in an error with reentrant "
@@ -21,7 +23,8 @@ def asked(tool: str, keys: Keys, setup: dict[str, Any]) -> str:
     """What a file tells DDP."""
     if keys.values.get("ddp_static_graph"):
         return "static-graph"
-    return "find-unused" if _searches(tool, keys, setup) else "plain"
+    searches = tool in SEARCHES and SEARCHES[tool](keys, setup)
+    return "find-unused" if searches else "plain"
 
 
 def that_runs(ddp: str, setup: dict[str, Any]) -> tuple[str, list[str]]:
@@ -34,13 +37,43 @@ def that_runs(ddp: str, setup: dict[str, Any]) -> tuple[str, list[str]]:
     return ("plain", [ENDS[ddp]]) if ends.get(ddp) else (ddp, [])
 
 
-def _searches(tool: str, keys: Keys, setup: dict[str, Any]) -> bool:
-    """Whether it looks for parameters without a gradient: so by default where nothing is checkpointed.
+def _by_trainer(keys: Keys, wrapped: bool, setup: dict[str, Any]) -> bool:
+    """transformers' default: where nothing is checkpointed, and always in another class (`_build_accelerator_args`).
 
-    And beside peft's adapters, but for LLaMA-Factory's. Axolotl never asks for it by itself.
+    Args:
+        wrapped: whether the model is in such a class, as peft's.
     """
-    given = keys.values.get("ddp_find_unused_parameters")
-    if given is not None or tool not in (TRL, FACTORY):
-        return bool(given)
-    adapts = keys.values.get("use_peft") if tool == TRL else keys.text("finetuning_type", "lora") == "lora"
-    return tool == TRL if adapts else setup["checkpoint"] == "none"
+    given = keys.values.get(ASKED)
+    return bool(given) if given is not None else wrapped or setup["checkpoint"] == "none"
+
+
+def _in_trl(keys: Keys, setup: dict[str, Any]) -> bool:
+    """As the Trainer."""
+    return _by_trainer(keys, bool(keys.values.get("use_peft")), setup)
+
+
+def _in_llama_factory(keys: Keys, setup: dict[str, Any]) -> bool:
+    """As the Trainer, but not beside LoRA unless the file asks for it (hparams/parser.py).
+
+    A model with a value head is as little transformers' own as one with adapters (model/loader.py).
+    """
+    kind = keys.text("finetuning_type", "lora")
+    if kind == "lora":
+        return bool(keys.values.get(ASKED))
+    return _by_trainer(keys, kind == "oft" or keys.text("stage") == "rm", setup)
+
+
+def _in_axolotl(keys: Keys, setup: dict[str, Any]) -> bool:
+    """Only where the file asks for it, and with Gemma 4 (core/builders/causal.py, `normalize_config`).
+
+    The builder of `rl` hands the key to no trainer, so that transformers' default holds (core/builders/rl.py).
+    """
+    if keys.values.get("rl"):
+        return _by_trainer(keys.but(**{ASKED: None}), bool(keys.values.get("adapter")), setup)
+    given = keys.values.get(ASKED)
+    if given is None and GEMMA_4.search(str(keys.values.get("base_model"))):
+        return keys.values.get("activation_offloading") is not True
+    return bool(given)
+
+
+SEARCHES = {"Axolotl": _in_axolotl, FACTORY: _in_llama_factory, TRL: _in_trl}

@@ -17,16 +17,29 @@ from ..methods.parts.targeted import ALL_LINEAR, unmatched
 from ..recording.converted import check_converted
 from ..setup import Setup
 from .fields import DTYPES, NOT_FP8, NOT_QAT, ON_GPTQ
+from .llama_factory_v1 import OWN_LOSS
 from .read import Imported
 
 BY_MODULE = ("Axolotl", "LLaMA-Factory", "LLaMA-Factory v1")  # they name every `nn.Linear` (`find_all_linear_names`, …)
 
+# Models on which a tool puts Liger's kernels alone, and does not (v1/plugins/model_plugins/kernels/liger_kernel_ops.py;
+# model/model_utils/liger_kernel.py)
+LIGER_OF = {"LLaMA-Factory v1": ("qwen3", "qwen3_moe")}
+WITHOUT_LIGER = {"LLaMA-Factory": ("smollm3",)}
 WORDS_OF_BITS = {"2bit": 2, "3bit": 3, "8bit": 8, "8bits": 8, "int8": 8}  # in names of repositories; else 4
 # Of a model whose linear layers are of a class of its own (`check_replaced`)
 NOT_QUANTISED = "no layer in few bits: transformers passes over those of the model's own class"
 ALL_UPCAST = "embeddings and norms in fp32 as peft's preparation leaves the rest, not in 16 bit"
 OF_EXPERT = re.compile(r"(.*\.)?((gate|up|down)_proj|w[123])")  # layers of transformers 4, now in weights of experts
 BESIDE_PACKED = "no adapters on experts in few bits, for which PEFT takes {}"
+UNBALANCED = "without the loss that balances experts, which TRL adds unless router_aux_loss_coef is 0"
+# Mixtures whose forward pass has no such loss (transformers, modeling_*.py without `load_balancing_loss_func`)
+WITHOUT_BALANCE = (
+    "afmoe", "deepseek_v2", "deepseek_v3", "gemma4", "gemma4_unified", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa",
+    "kimi_linear", "lfm2_moe", "llama4", "mistral3", "mistral4", "nemotron_h",
+)  # fmt: skip
+# Its list of linear layers leaves out `embed_out`, as the head of GPT-NeoX was called before transformers 5
+HEADLESS = "no adapter on the head, on which Axolotl puts one for GPT-NeoX"  # loaders/adapter.py
 PARTS = ("the text decoder alone of a vision-language model", "without its audio tower")  # as data/models/ notes them
 
 
@@ -50,8 +63,8 @@ def fallbacks(found: Imported, architecture: Architecture) -> Iterator[Fallback]
     if asked not in (None, *traits.attention):
         instead = traits.attention[0]
         yield Fallback("attention", instead, f"{instead} attention, not {asked}, which is not modelled for the model")
-    if found.setup.get("kernels") == "liger" and "liger" not in traits.fused:
-        yield Fallback("kernels", "torch", "PyTorch's kernels, not Liger's, which are not modelled for the model")
+    if found.setup.get("kernels") == "liger":
+        yield from _of_liger(found, architecture)
     for option, said in (("fp8", NOT_FP8), ("qat", NOT_QAT)):
         if found.setup.get(option, "none") != "none" and not _converts(found, option, architecture):
             yield Fallback(option, "none", f"{said} ({option})")
@@ -59,8 +72,20 @@ def fallbacks(found: Imported, architecture: Architecture) -> Iterator[Fallback]
         yield Fallback("model", found.model, part)
     if kept := as_kept(found):
         yield Fallback("model", found.model, kept)
+    if unlike := unbalanced(found, architecture.model_type, stacked=bool(architecture.stacked_names())):
+        yield Fallback("model", found.model, unlike)
     if found.method is not None:
         yield from _of_method(found, methods.parse(found.method), architecture)
+
+
+def _of_liger(found: Imported, architecture: Architecture) -> Iterator[Fallback]:
+    known = LIGER_OF.get(found.tool)
+    if known is not None and architecture.model_type not in known:
+        yield Fallback("kernels", "torch", OWN_LOSS)
+    elif architecture.model_type in WITHOUT_LIGER.get(found.tool, ()):
+        yield Fallback("kernels", "torch")
+    elif "liger" not in architecture.traits.fused:
+        yield Fallback("kernels", "torch", "PyTorch's kernels, not Liger's, which are not modelled for the model")
 
 
 def in_part(note: str) -> str:
@@ -120,6 +145,15 @@ def as_kept(found: Imported) -> str:
     return "" if alike else f"weights in {dtype}, not in {kept} as the checkpoint has them"
 
 
+def unbalanced(found: Imported, model_type: str, *, stacked: bool) -> str:
+    """What is said where a tool adds a loss on the loads of experts.
+
+    Args:
+        stacked: whether the model has experts.
+    """
+    return UNBALANCED if found.balances and stacked and model_type not in WITHOUT_BALANCE else ""
+
+
 def in_16_bit(found: Imported, *, stacked: bool) -> str:
     """What is said of a tool that leaves experts in fp32.
 
@@ -156,6 +190,8 @@ def _of_method(found: Imported, method: methods.Method, architecture: Architectu
         method, said = Lora(**_shared(method)), NOT_QUANTISED
         if found.upcasts:
             yield Fallback("dtype", "fp32", ALL_UPCAST)
+    if found.tool == "Axolotl" and method.targets == (ALL_LINEAR,) and architecture.model_type == "gpt_neox":
+        yield Fallback("method", found.method, HEADLESS)
     if architecture.traits.four_dims and method.told_of_four_dims:
         yield Fallback("method", found.method, method.told_of_four_dims)
     changes: dict[str, Any] = {}

@@ -31,7 +31,15 @@ ABSENT = {"reduce_bucket_size": (BUCKET, (1, 2, 3)), "stage3_param_persistence_t
 SWITCHED_OFF = {
     "overlap_comm": "gradients exchanged beside backward",
     "reduce_scatter": "gradients exchanged as by default",
+    "contiguous_gradients": "gradients copied into buckets to be exchanged",
 }  # keys that are on as it is modelled, and what is answered where they are off
+# What is off where no key speaks of it, and answered as if it were on: DeepSpeed's default at stages 1 and 2
+# (`overlap_comm_valid`), and that of FSDP 1 (accelerate/utils/dataclasses.py)
+OVERLAPPED = f"{SWITCHED_OFF['overlap_comm']}, which DeepSpeed does by default at stage 3 alone"
+PREFETCHED = "the next unit gathered before a unit's backward, which FSDP 1 does not by default"
+OF_MASTERS = "weights and states of the optimizer in fp32 beside those of 16 bit"
+CHECKED = "gradients checked for infinities"
+SUMMED = "gradients summed in the dtype of the weights"
 GRAD_OP = "weights freed behind the forward pass and gathered again, unlike shard_grad_op"
 ONE_GROUP = "shards over all GPUs, not within groups of them"
 # `ShardingStrategy` of FSDP1, by name and number (accelerate/utils/constants.py), and what is answered instead
@@ -57,6 +65,7 @@ DDP = {
     "ddp_bucket_cap_mb": (25, "buckets of 25 MiB"),
     "ddp_broadcast_buffers": (True, "buffers broadcast before forward passes"),
 }
+ONCE = "gradients exchanged once a step, not for every micro-batch"
 TP = ("tensor_parallel_size", "tp_size")
 MESH = "parallelism_config"
 
@@ -227,6 +236,8 @@ def of_deepspeed(config: Mapping[str, Any], origin: str) -> AskedForm:
     for key, (usual, stages) in ABSENT.items():
         if stage in stages and key not in zero:
             keys.differ(f"{table.differs[f'zero_optimization.{key}']}, not DeepSpeed's {usual:,} elements")
+    if stage in (1, 2) and zero.get("overlap_comm") is None:
+        keys.differ(OVERLAPPED)
     for key, value in zero.items():
         name = f"zero_optimization.{key}"
         answered = SWITCHED_OFF.get(key) if value is False else table.differs.get(name) if value == 0 else None
@@ -240,6 +251,7 @@ def of_deepspeed(config: Mapping[str, Any], origin: str) -> AskedForm:
     if len(dtypes) > 1:
         raise UserError(f"{origin}: bf16 and fp16 exclude each other: leave one of them out")
     setup |= {"amp": dtypes[0]} if dtypes else {}
+    _differ_in_dtypes(keys)
     tp = Keys(_section(keys, "tensor_parallel"), f"{origin}: tensor_parallel").count("autotp_size", 1)
     if tp > 1:
         keys.differ(AUTO_TP, "tensor_parallel")
@@ -272,6 +284,24 @@ def _offloaded(zero: Mapping[str, Any], stage: int, keys: Keys) -> str:
     return "params" if weights is not None and stage == 3 else "optimizer"
 
 
+def _differ_in_dtypes(keys: Keys) -> None:
+    """Say what else sections of dtypes ask for (deepspeed/runtime/precision_config.py; engine.py, `get_data_types`)."""
+    for dtype in ("bf16", "fp16"):
+        section = _section(keys, dtype)  # those that are disabled are left out before
+        if section.get(f"{dtype}_master_weights_and_grads"):
+            keys.differ(OF_MASTERS, dtype)
+        if section.get("check_grad_overflow") is False:
+            keys.differ(CHECKED, dtype)
+    if _section(keys, "data_types").get("grad_accum_dtype") == "fp32":
+        keys.differ(SUMMED, "data_types")
+
+
+def _every_micro_batch(config: Any) -> bool:
+    """Whether accelerate's part of a training config has gradients exchanged for every micro-batch."""
+    accumulation = config.get("gradient_accumulation_kwargs") if isinstance(config, dict) else None
+    return isinstance(accumulation, dict) and bool(accumulation.get("sync_each_batch"))
+
+
 def _disabled(section: Any) -> bool:
     return isinstance(section, dict) and (section.get("enabled") is False or section.get("disable") is True)
 
@@ -297,6 +327,8 @@ def of_fsdp(options: Mapping[str, Any], origin: str, words: list[str]) -> AskedF
     offloads = "offload" in words or any(_flag(keys, key) for key in ("offload_params", "cpu_offload"))
     if answered := STRATEGIES[strategy]:
         keys.differ(answered)
+    if version == 1 and strategy != "no_shard" and options.get("backward_prefetch") is None:
+        keys.differ(PREFETCHED)
     policy = keys.text("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
     if policy != "TRANSFORMER_BASED_WRAP":
         keys.differ(BY_BLOCKS, "auto_wrap_policy")
@@ -343,6 +375,8 @@ def _on_mesh(form: AskedForm, keys: Keys) -> AskedForm:
     sizes = Keys({**keys.values, **given}, keys.origin)
     tp = max(form.tp, *(sizes.count(key, 1) for key in TP))
     said = Keys({}, keys.origin)
+    if form.parallel in (None, "ddp") and _every_micro_batch(keys.values.get("accelerator_config")):
+        said.differ(ONCE, "accelerator_config")
     for key, answered in SIZES.items():
         if sizes.count(key, 1) > 1 and not (answered == ONE_GROUP and form.parallel in (None, "ddp")):
             said.differ(answered, key)

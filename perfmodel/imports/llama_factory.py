@@ -22,6 +22,8 @@ from .fields import (
     own_code,
     power_iterations,
     spec,
+    undecayed,
+    without_cache,
 )
 from .keys import NO_TRAINING, Keys
 from .trained_for import of_llama_factory
@@ -32,6 +34,9 @@ ATTENTION = {"auto": "sdpa", "sdpa": "sdpa", "fa2": "flash2", "fa3": "flash2", "
 PROJECTING = ("galore", "apollo")  # methods whose optimizers project gradients
 TOWER = {"vision tower": "freeze_vision_tower", "projector": "freeze_multi_modal_projector"}
 WITH_NEW_ROWS = ("embed_tokens", "lm_head")  # trained beside adapters where nothing is named
+# What GaLore's other optimizers are asked for by (train/trainer_utils.py, `_create_galore_optimizer`)
+OTHER_GALORES = ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "adafactor")
+GALORES_ADAMW = "GaLore's AdamW with states in the dtype of the weights"
 IN_FP32 = "copies of modules in the dtype of the base, not in fp32"  # `cast_trainable_params_to_fp32`
 CHECKPOINT_DTYPE = "bf16"  # of a checkpoint that no key speaks of
 # Of badam 1.2: `BlockOptimizer.step`, and `clip_grad_norm_old_version`, which LLaMA-Factory's trainers take with it
@@ -79,8 +84,12 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         **_update(keys),
         "kernels": "liger" if keys.flag("enable_liger_kernel") else "torch",
     }
+    if objective.get("objective", "asft") == "asft":  # trainers of others hand in `use_cache=False`
+        without_cache(keys, setup["checkpoint"])
     if keys.flag("fp8"):
         keys.differ(FP8_OF_4, "fp8")
+    if name == "full":
+        undecayed(keys, setup)
     adapters = keys.text("finetuning_type", "lora") in ("lora", "oft")  # in fp32, by PEFT
     if keys.get("tf32") and setup["amp"] is None and (adapters or not pure):
         keys.differ("fp32 products without TF32", "tf32")
@@ -224,6 +233,8 @@ def _full(keys: Keys) -> tuple[str, dict[str, Any]]:
         keys.exclude(a, b)
     for name in PROJECTING:
         if keys.flag(f"use_{name}"):
+            if keys.values.get("optim") in OTHER_GALORES:
+                keys.differ(GALORES_ADAMW, "optim")
             named = _targets(keys, f"{name}_target")
             every = named == ("all-linear",) or {"mlp", "self_attn"} <= set(named)  # parts of paths, not whole names
             factors = keys.text("apollo_scale_type") if name == "apollo" else None

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import UserError, nearest
 from . import packing
 from .fields import DTYPES, FLASH, TORCHS_MUON, attention, flavour, own_code, spec
-from .forms import AskedForm, form_of
+from .forms import ONCE, AskedForm, form_of
 from .keys import NO_TRAINING, Keys
 from .targets import as_targets
 
@@ -43,7 +43,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     setup: dict[str, Any] = {
         "batch": micro,
         "seq": keys.count("cutoff_len", 2048),
-        "grad_accum": max(1, keys.count("global_batch_size", micro) // micro),
+        "grad_accum": max(1, (samples(keys) or micro) // micro),
         **_precision(keys, method),
         "optimizer": _optimizer(keys),
         "checkpoint": "block" if keys.flag("enable_activation_checkpointing", True) else "none",
@@ -62,6 +62,11 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     keys.differ(FUSED_LOSS if setup["kernels"] == "liger" else OWN_LOSS)
     notes = [] if "packing" in setup else [packing.shorter("cutoff_len")]
     return keys.text("model", "Qwen/Qwen3-4B-Instruct-2507"), method, setup, notes
+
+
+def samples(keys: Keys) -> int | None:
+    """Samples of a step on all GPUs together, where the file says how many (core/utils/batching.py)."""
+    return keys.count("global_batch_size", 1) if keys.get("global_batch_size") is not None else None
 
 
 def _precision(keys: Keys, method: str) -> dict[str, str | None]:
@@ -96,13 +101,17 @@ def _dist(keys: Keys) -> dict[str, Any]:
 def form_of_llama_factory_v1(keys: Keys) -> AskedForm:
     """What several GPUs do: DDP where `dist_config` names nothing; FSDP2 casts what it gathers.
 
+    Its loop asks neither of them to wait with gradients for the last micro-batch (core/base_trainer.py, `fit`).
+
     Raises:
         UserError: a name that is none of them, or a value of the wrong type.
     """
     dist = Keys(_dist(keys), f"{keys.origin}: dist_config")
     name = dist.one_of("name", {name: name for name in ("fsdp2", "fsdpturbo", "deepspeed")}, None)
+    exchanged = (ONCE,) if (samples(keys) or 0) > keys.count("micro_batch_size", 1) else ()
     if name is None:
-        return form_of(keys)
+        found = form_of(keys)
+        return replace(found, unlike=(*found.unlike, *exchanged))
     if name == "deepspeed":
         return form_of(keys.but(deepspeed=dist.get("config_file")))
     options = {"version": 2, **dist.values}
@@ -110,7 +119,7 @@ def form_of_llama_factory_v1(keys: Keys) -> AskedForm:
     if name == "fsdpturbo":
         return replace(sharded, unlike=(*sharded.unlike, "FSDP2, not FSDPTurbo"))
     half, adapts = keys.flag("bf16", True), _section(keys, "peft_config").get("name") == "lora"
-    own = ((REDUCED, half), (BESIDE_BLOCKS, True), (NO_UNITS, adapts))
+    own = ((REDUCED, half), (BESIDE_BLOCKS, True), (NO_UNITS, adapts), (ONCE, bool(exchanged)))
     unlike = (*sharded.unlike, *(words for words, on in own if on))
     return replace(sharded, setup={"amp": "bf16"} if half else {}, unlike=unlike)
 

@@ -5,6 +5,7 @@ row only (modeling_flash_attention_utils.py, `_is_packed_sequence`). No config s
 attention within them depends on it, the first line says what is assumed.
 """
 
+import re
 from typing import Any
 
 from .fields import ACROSS_SAMPLES
@@ -13,6 +14,7 @@ from .keys import Keys
 UNKNOWN = "documents as long as a row (--lengths says how long they are)"
 APART = "packed rows apart, each under its mask, not all in one row"
 TO_THE_END = "packed rows full to their end, so without the mask that padding there makes"
+JOINED = "rows full to their end, without the padding after each document and at the end, nor its mask"
 BY_A_MASK = "documents apart by a mask, not by torch's varlen_attn, which Axolotl takes where no window slides"
 TAKEN_OUT = "all rows are padded to sequence_len, and flash-attn takes padding out: samples are taken to be as long"
 TO_THE_LONGEST = "micro-batches padded to their longest sample, not to sequence_len"
@@ -23,7 +25,10 @@ KNOWING = frozenset((  # attention that knows documents, by Axolotl (utils/schem
     "kernels-community/flash-attn3", "kernels-community/sage-attention",
 ))  # fmt: skip
 WITHOUT_MASK = ("sdpa", "eager")  # attention that gets packed rows without one (`attn_decontaminates_packing`)
+# Models whose packed rows lose it whatever attention is named (`compute_loss` of core/trainers/base.py), by their names
+UNMASKED = re.compile(r"gemma-?(4|3-(4|12|27)b)", re.IGNORECASE)
 MASK = "the mask of packed documents is made on the device; LLaMA-Factory's collator makes it on the host"
+NEVER_CUT = "rows of 1,024 tokens, where the file cuts none (--seq says how long they are)"
 TELL_LENGTHS = "give --lengths (or --seq the mean length)"
 
 
@@ -58,35 +63,67 @@ def packed_by_axolotl(keys: Keys, setup: dict[str, Any], asked_attention: str | 
     Attention that knows documents gets all rows of a micro-batch as one, unless real batches are asked for; SDPA and
     eager attention, where they are named, get rows without a mask; where none is named, or another, the mask stays, and
     documents see each other. Rows are padded to `sequence_len` unless the file says no (`hint_sample_packing_padding`).
+    Streamed data come as one row of all tokens of a micro-batch (utils/data/streaming.py).
     """
-    knows = asked_attention in KNOWING
-    real = keys.flag("multipack_real_batches", not knows)
-    flattening = keys.get("batch_flattening")
+    streams = bool(keys.get("pretraining_dataset") or keys.get("streaming"))
+    one_row = not keys.flag("multipack_real_batches", asked_attention not in KNOWING) or streams
     if keys.get("sample_packing") not in (None, False):
-        if not knows and asked_attention not in WITHOUT_MASK:
+        if not _apart_in_axolotl(keys, asked_attention, setup["attention"]):
             setup["packing"] = "dense"
-            if setup["batch"] > 1 or keys.flag("pad_to_sequence_len", True):
+            if keys.values.get("pretraining_dataset"):
+                setup |= {"batch": 1, "seq": setup["batch"] * setup["seq"]}
+            elif setup["batch"] > 1 or keys.flag("pad_to_sequence_len", True):
                 keys.differ(TO_THE_END, "sample_packing")
         elif setup["attention"] == "flash2":
-            _within(keys, setup, "dense" if real and setup["batch"] > 1 else "varlen", "sample_packing")
+            _within(keys, setup, "varlen" if one_row or setup["batch"] == 1 else "dense", "sample_packing")
         else:
-            _within(keys, setup, "varlen", "sample_packing", one_row=not real)
-            # `_apply_sdpa_varlen_patch`, without effect beside a mask, which diffusion's trainer hands in
-            takes = keys.flag("sdpa_varlen", True) and not keys.values.get("diffusion")
-            if asked_attention == "sdpa" and takes:
+            _within(keys, setup, "varlen", "sample_packing", one_row=one_row)
+            if _takes_varlen(keys, asked_attention):
                 keys.differ(BY_A_MASK, "sample_packing")
-    elif flattening not in (None, False) and knows and (flattening != FLATTENING or setup["batch"] > 1):
+    elif keys.get("pretraining_dataset") and keys.flag("pretraining_sample_concatenation"):
+        setup["packing"] = "dense"  # documents see each other (utils/data/streaming.py, `encode_streaming`)
+        keys.differ(JOINED, "pretraining_sample_concatenation")
+    elif flattens(keys, asked_attention):
         packed_flat(keys, setup, "batch_flattening")
+
+
+def flattens(keys: Keys, asked_attention: str | None) -> bool:
+    """Whether Axolotl's `batch_flattening` is on, as far as attention allows for it (`check_batch_flattening_fa`)."""
+    asked = keys.get("batch_flattening")
+    on = asked not in (None, False) and asked_attention in KNOWING
+    return on and (asked != FLATTENING or keys.count("micro_batch_size", 1) > 1)
+
+
+def _takes_varlen(keys: Keys, asked_attention: str | None) -> bool:
+    """Whether sdpa is torch's varlen_attn, which takes no mask as diffusion's trainer hands it in.
+
+    Source: `_apply_sdpa_varlen_patch` of loaders/patch_manager.py.
+    """
+    return asked_attention == "sdpa" and keys.flag("sdpa_varlen", True) and not keys.values.get("diffusion")
+
+
+def _apart_in_axolotl(keys: Keys, asked_attention: str | None, attention: str) -> bool:
+    """Whether the documents of a packed row do not see each other.
+
+    Pretraining's collator, transformers' own, gives rows a mask of ones, beside which varlen kernels alone know them,
+    and models that lose it.
+    """
+    knows = asked_attention in KNOWING or UNMASKED.search(str(keys.values.get("base_model"))) is not None
+    if keys.values.get("pretraining_dataset"):
+        varlen = attention == "flash2" or _takes_varlen(keys, asked_attention)
+        return keys.flag("pretrain_multipack_attn", True) and (knows or varlen)
+    return knows or asked_attention in WITHOUT_MASK or bool(keys.values.get("streaming"))
 
 
 def packed_by_llama_factory(keys: Keys, setup: dict[str, Any], *, pretraining: bool) -> list[str]:
     """`packing` and `neat_packing` (data/collator.py, data/processor/): rows with position ids, neat ones within them.
 
     Packed rows of either kind have position ids and, but for masks that neat packing makes, ones as their mask: with
-    flash-attn and one row transformers takes them for documents of their own.
+    flash-attn and one row transformers takes them for documents of their own. Pretraining's are cut from one text.
     """
     neat = keys.flag("neat_packing")
-    if neat or (keys.flag("packing") and setup["attention"] == "flash2" and setup["batch"] == 1):
+    known = keys.flag("packing") and not pretraining and setup["attention"] == "flash2" and setup["batch"] == 1
+    if neat or known:
         _within(keys, setup, "varlen", "neat_packing" if neat else "packing")
     elif keys.flag("packing", pretraining):
         setup["packing"] = "dense"

@@ -32,6 +32,7 @@ NOT_CACHED = "keys and values are not copied into a cache, which the benchmark l
 OWN_CACHE = ("PREFIX_TUNING", "CARTRIDGE")  # tuners whose keys and values stand in such a cache
 # `boft_P`, a buffer that PEFT makes on the host, where it stays as nothing moves the model after that
 ON_GPU = "BOFT's permutations on the GPU, not copied from the host in every forward pass"
+ONE_SHAPE = "torch.compile for batches of one shape, not of any (dynamic)"  # `get_model` of utils.py
 PIXELS, TEXT = 16, 512  # a token of an image stands for 16 x 16 pixels; what `tracing.programs.diffusion` takes as text
 
 
@@ -71,6 +72,8 @@ def setup_of(keys: Keys) -> dict[str, Any]:
         raise UserError(f"{keys.origin}: optimizer_type {kind!r} is not modelled; use AdamW")
     if "dino_model_id" in keys:
         keys.differ(ALONE, "dino_model_id")
+    if compiles := keys.flag("compile"):
+        keys.differ(ONE_SHAPE, "compile")
     return {
         "batch": keys.count("batch_size", 4),
         "seq": _image_and_text(keys) if of_images(keys) else keys.count("max_seq_length", 768),
@@ -79,7 +82,7 @@ def setup_of(keys: Keys) -> dict[str, Any]:
         "optimizer": "adamw",
         "checkpoint": "block" if keys.flag("use_gc") else "none",
         "attention": attention(keys, "attn_implementation", ATTENTION),
-        "compile": "default" if keys.flag("compile") else "none",
+        "compile": "default" if compiles else "none",
         "clip_grad": keys.number("grad_norm_clip", 1.0) > 0,
         "group_by_length": not of_images(keys),  # `BucketIterator` of MetaMathQA/utils.py
     }

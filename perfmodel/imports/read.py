@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,21 @@ from ..resources import LARGEST, json_object, mapping, parsed, read_json, read_t
 from . import adapter, axolotl, ddp, llama_factory, llama_factory_v1, meanings, packing, peft_benchmark, trainer
 from .ddp import FACTORY, TRL
 from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, ONE_GPU, UNDER_ZERO_3, unscaled
-from .forms import OFFLOADED, AskedForm, form_of, offloadable
+from .forms import OFFLOADED, ONCE, AskedForm, form_of, offloadable
 from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
-from .packing import TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
+from .packing import NEVER_CUT, TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
 
 # What is said of a setup's field that holds no more where the field has another value
-SAID_OF = {"attention": FLASH_2_FOR_3, "engine": UNDER_ZERO_3, "kernels": ALL_OF_LIGER, "method": ALL_FUSED}
+SAID_OF = {
+    "attention": (FLASH_2_FOR_3,), "engine": (UNDER_ZERO_3,), "kernels": (ALL_OF_LIGER, llama_factory_v1.FUSED_LOSS),
+    "method": (ALL_FUSED,),
+}  # fmt: skip
 DIFFERS = "not the file's step as it is: "
 ASK = "--gpus N beside it answers for N"
 OF_ONE_GPU = (ONE_GPU, "autocast")  # how that begins which is said of one GPU alone: autocast in the place of casts
 NOT_CAST = "adapters in fp32, not in the dtype of the weights as TRL keeps them under ZeRO-3"
+AS_MANY = "as many micro-batches on any number of GPUs, not those of one global batch (global_batch_size)"
 LARGEST_YAML = 2**20  # bytes
 MOST_VALUES = 100_000  # those behind an alias count wherever it stands
 
@@ -50,7 +55,9 @@ class Imported:
         ddp: what DDP knows of the graph, as `Setup` names it.
         traced: whether a trace answers, which is one of one GPU.
         precise: whether it names its mixed precision, so that a launcher's does not count.
+        samples: of a step on all GPUs together, where the tool counts those.
         as_kept: whether weights have the dtype in which the checkpoint keeps them, whatever is computed in.
+        balances: whether a loss on the loads of experts is added on models that have one.
     """
 
     tool: str
@@ -71,6 +78,12 @@ class Imported:
     traced: bool = False
     precise: bool = False
     as_kept: bool = False
+    balances: bool = False
+    samples: int | None = None
+
+    def with_seq(self) -> "Imported":
+        """What it says where the length of samples is given."""
+        return replace(self, differences=[d for d in self.differences if not d.startswith(NEVER_CUT)])
 
     def with_lengths(self, *, padded: bool = True) -> "Imported":
         """What it says where the lengths of documents are given.
@@ -78,7 +91,7 @@ class Imported:
         Args:
             padded: whether samples are padded to one another, as without packing.
         """
-        kept = [d for d in self.differences if not d.startswith(UNKNOWN)]
+        kept = [d for d in self.with_seq().differences if not d.startswith(UNKNOWN)]
         if padded and (self.setup.get("padded") or TAKEN_OUT in self.notes):
             kept.append(TO_THE_LONGEST)
         elif padded and self.multiple > 1:
@@ -96,7 +109,7 @@ class Imported:
         Args:
             said: each such field, and what is said in the place of what was said of it; may be empty.
         """
-        gone = tuple(SAID_OF[name] for name, words in said if words and name in SAID_OF)
+        gone = tuple(chain.from_iterable(SAID_OF.get(name, ()) for name, words in said if words))
         kept = [d for d in self.differences if not d.startswith(gone)]
         return replace(self, differences=[*kept, *(words for _, words in said if words)])
 
@@ -122,6 +135,16 @@ class Imported:
         besides = [*said, *form.besides, *unlike, *([NOT_CAST] if uncast else []), *unscaled(setup)]
         told = dict.fromkeys([*kept, *form.unlike, *besides])
         return replace(self, setup=setup, differences=list(told))
+
+    def over(self, gpus: Sequence[int]) -> "Imported":
+        """What it says where so many GPUs, or each of several numbers of them, share the samples of a step."""
+        if self.samples is None:
+            return self
+        if len(set(gpus)) > 1:
+            return replace(self, differences=[*self.differences, AS_MANY])
+        micro_batches = max(1, self.samples // (self.setup["batch"] * gpus[0]))
+        told = [words for words in self.differences if micro_batches > 1 or words != ONCE]
+        return replace(self, setup={**self.setup, "grad_accum": micro_batches}, differences=told)
 
     @property
     def first_line(self) -> str:
@@ -170,6 +193,7 @@ MULTIPLE = {
 FORMS = {"Axolotl": axolotl.form_of_axolotl, "LLaMA-Factory v1": llama_factory_v1.form_of_llama_factory_v1}
 PRECISE = ("Axolotl", "LLaMA-Factory v1")  # tools that take no precision from accelerate's config
 PRECISION = ("bf16", "fp16", "pure_bf16")
+BALANCING = ("dpo", "kto", "grpo")  # objectives whose trainers add the loss on the loads of experts
 FROZEN = {"Axolotl": axolotl.frozen_on_request, FACTORY: llama_factory.frozen}
 
 
@@ -215,6 +239,7 @@ def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
     meanings.refuse(keys, table)
     model, method, setup, notes = found.reader(keys)
     frozen = FROZEN[found.name](keys) if found.name in FROZEN else ()
+    balances = _balances(found.name, keys, str(setup.get("objective", "sft")))
     ignored = meanings.judge(keys, table)
     upcasts = found.name == "Axolotl" and axolotl.upcasts(keys)
     multiple = MULTIPLE[found.name](keys) if found.name in MULTIPLE else 1
@@ -224,8 +249,20 @@ def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
         job=table.of_job(values), asks=partial(FORMS.get(found.name, form_of), keys),
         ddp=ddp.asked(found.name, keys, setup),
         precise=found.name in PRECISE or any(values.get(key) is not None for key in PRECISION),
-        as_kept=_as_kept(found.name, keys, setup, method),
+        as_kept=_as_kept(found.name, keys, setup, method), balances=balances,
+        samples=llama_factory_v1.samples(keys) if found.name == "LLaMA-Factory v1" else None,
     )  # fmt: skip
+
+
+def _balances(tool: str, keys: Keys, objective: str) -> bool:
+    """Whether a trainer of TRL's adds the loss on the loads of experts, as it does unless told not to.
+
+    Source: trl/trainer/{sft,dpo,kto,grpo}_trainer.py, `aux_loss_enabled`. Axolotl's SFT has a trainer of its own.
+    """
+    if tool == TRL:
+        asked = keys.number("router_aux_loss_coef", 0.001) != 0
+        return asked and objective in (*BALANCING, "sft") and trainer.is_of_trl(keys)
+    return tool == "Axolotl" and objective in BALANCING
 
 
 def _as_kept(tool: str, keys: Keys, setup: dict[str, Any], method: str | None) -> bool:
@@ -234,7 +271,8 @@ def _as_kept(tool: str, keys: Keys, setup: dict[str, Any], method: str | None) -
     LLaMA-Factory does it (model/loader.py, v1/core/model_engine.py), but not by Unsloth, and puts in fp32 what trains.
     """
     if tool == TRL:
-        return "auto" in (keys.values.get("dtype"), keys.values.get("torch_dtype"))
+        named = (keys.values.get("dtype"), keys.values.get("torch_dtype"))
+        return "auto" in named or trainer.named_none(keys.values, "dtype")
     if keys.values.get("use_unsloth"):
         return False
     loads = tool == FACTORY or (tool in PRECISE and tool != "Axolotl" and method != "full")

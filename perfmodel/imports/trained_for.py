@@ -3,8 +3,10 @@
 from typing import Any
 
 from ..errors import UserError
+from .axolotl_kernels import asked_attention
 from .fields import no_sft
 from .keys import NOTHING, Keys
+from .packing import flattens
 
 # Of DPOConfig's `loss_type`, all of which differ from sigmoid in a few calls on one number a pair (dpo_trainer.py)
 DPO_LOSSES = (
@@ -13,6 +15,10 @@ DPO_LOSSES = (
 )  # fmt: skip
 # Keys of TRL's trainers on preferences that others lack (dpo_config.py; orpo, cpo, kto and reward_config.py)
 OF_KTO = ("desirable_weight", "undesirable_weight")
+KTO_LOSSES = ("kto", "apo_zero_unpaired")  # (kto_config.py)
+WITH_KL = "KTO's loss, with the forward pass on other completions that apo_zero_unpaired leaves out"  # `calculate_KL`
+SIMPO_LOSSES = ("simpo", "alphapo")  # (cpo_config.py)
+LIKELY = "with the likelihood of chosen sequences, which a cpo_alpha of 0 leaves out"
 OF_CPO = ("cpo_alpha", "simpo_gamma")
 OF_REWARD = ("center_rewards_coefficient",)
 OF_GRPO = ("num_generations", "max_completion_length", "use_vllm", "scale_rewards", "epsilon", "reward_funcs")
@@ -31,10 +37,11 @@ OF_PREFERENCES = (
     "beta", "max_prompt_length", "precompute_ref_log_probs", "precompute_ref_batch_size", "ref_model", "loss_weights",
     "label_smoothing", "f_divergence_type", "use_weighting", "sync_ref_model", "ld_alpha", "rpo_alpha",
 )  # fmt: skip
+DENSE = "a dense batch, not one without padding"
 INSTEAD = {  # what only some of them ask for, and what is answered instead
     "use_weighting": "without WPO's weights", "sync_ref_model": "a reference that stays as it is",
     "ld_alpha": "without weights by length", "rpo_alpha": "without the likelihood of chosen sequences",
-    "padding_free": "a dense batch, not one without padding", "use_logits_to_keep": "logits of all tokens",
+    "padding_free": DENSE, "use_logits_to_keep": "logits of all tokens",
     "loss_weights": "one loss",
 }  # fmt: skip
 NEWER_DPO = "DPO as TRL 1.8 runs it, entropy and accuracy of the logits too, not as the older one that the file is for"
@@ -42,6 +49,13 @@ EMPTIED = "the allocator's cache is never emptied; Axolotl's DPO does it after e
 EMPTIED_TWICE = "the allocator's cache is never emptied; Axolotl's EBFT does it on both sides of a forward pass"
 # `output_hidden_states` of `_compute_block_rewards`, which accelerate's wrapper of the model puts in fp32, too
 NOT_KEPT = "the frozen network's logits alone; Axolotl's EBFT has it return what lies between its blocks, too"
+# `create_ref_model`: what does not train stays in the dtype of its checkpoint, or in the bits that a key names
+REFERENCE_IN_FP32 = "a reference in fp32 like what trains, not in 16 bit as LLaMA-Factory loads it"
+IN_16_BIT = "a reference that is not quantised"
+# Of a model that has adapters already, as Axolotl hands it to this trainer (grpo_trainer.py, `add_adapter("ref", ...)`)
+COPIED = "a reference without adapters, not with the copy of them that TRL keeps as it"
+# `create_model_from_path` of trl/trainer/utils.py, to which no `model_init_kwargs` of Axolotl's come
+BY_TRL = "a reference in {} with {}, not in fp32 with sdpa as TRL loads the one that it makes"
 BY_FOLDER = ("dpo", "kto", "orpo", "cpo", "simpo", "reward")  # of examples, which keep one folder for each
 
 
@@ -54,10 +68,11 @@ def of_trl(keys: Keys) -> dict[str, Any]:
     losses = [words] if isinstance(words, str) else words if isinstance(words, list) else []
     asked = [key for key in OF_PREFERENCES if _has(keys, key)]
     folder = next((part for part in reversed(keys.place) if part in BY_FOLDER), None)
-    if any(_has(keys, key) for key in OF_KTO):
+    if any(_has(keys, key) for key in OF_KTO) or set(losses) & set(KTO_LOSSES):
         return preference(keys, "kto")
-    if any(_has(keys, key) for key in OF_CPO):
-        return preference(keys, "simpo" if "simpo" in losses else "cpo")
+    simple = set(losses) & set(SIMPO_LOSSES)
+    if any(_has(keys, key) for key in OF_CPO) or simple:
+        return preference(keys, "simpo" if simple else "cpo")
     if any(_has(keys, key) for key in OF_REWARD):
         return preference(keys, "reward")
     if any(key in keys.values for key in OF_GRPO):
@@ -89,6 +104,10 @@ def preference(keys: Keys, name: str) -> dict[str, Any]:
     if keys.values.get("disable_dropout") is False:  # on by default, but for GRPO
         keys.differ("without dropout", "disable_dropout")
     words = keys.get("loss_type")
+    if name in ("cpo", "simpo") and (keys.number("cpo_alpha", 1.0) == 0 or words == "alphapo"):
+        keys.differ(LIKELY, "loss_type" if words == "alphapo" else "cpo_alpha")
+    if name == "kto" and words == "apo_zero_unpaired":
+        keys.differ(WITH_KL, "loss_type")
     if name == "dpo" and words not in (None, "sigmoid", ["sigmoid"]):
         keys.differ("DPO's sigmoid loss", "loss_type")
     return found
@@ -165,15 +184,34 @@ def of_axolotl(keys: Keys) -> dict[str, Any]:
             keys.differ("without the frozen network that rewards come from", "ebft")
         section = {key: value for key, value in _section(keys, "trl").items() if value is not None}
         options = Keys({"beta": keys.get("rl_beta"), **section}, f"{keys.origin}: trl")
-        return grpo(keys, options, keys.count("sequence_len", 512), adapters=adapted)
+        if flattens(keys, asked_attention(keys)) and (
+            options.flag("async_prefetch") or options.flag("use_data_producer")
+        ):
+            keys.differ(DENSE, "batch_flattening")
+        found = grpo(keys, options, keys.count("sequence_len", 512), adapters=adapted)
+        if found.get("reference") == "adapter-off" and not keys.names("lora_target_parameters"):
+            keys.differ(COPIED, "rl")
+        return found
     name = {"ipo": "dpo"}.get(word, word)
     if name not in ("dpo", "kto", "orpo", "simpo"):
         raise no_sft(keys, f"rl {word!r}", "remove rl")
     found = preference(keys, name)
-    if name in ("dpo", "kto") and keys.flag("rl_adapter_ref_model"):
+    if name != "dpo":  # whose trainer alone is told of a reference (core/builders/rl.py)
+        found.pop("reference", None)
+    elif keys.flag("rl_adapter_ref_model"):
         found["reference"] = "model"
     _differ_in_dpo(keys, name)
     return found
+
+
+def makes_reference(objective: dict[str, Any], *, adapted: bool) -> bool:
+    """Whether TRL's trainer makes a reference by itself, as Axolotl hands in that of DPO alone.
+
+    Args:
+        objective: fields of a setup, by `of_axolotl`.
+    """
+    name = objective.get("objective")
+    return not adapted and (name == "kto" or (name, objective.get("reference")) == ("grpo", "model"))
 
 
 def _differ_in_dpo(keys: Keys, name: str) -> None:
@@ -220,7 +258,9 @@ def _strided(keys: Keys, options: Keys, *, adapters: bool) -> dict[str, Any]:
         keys.differ("without torch.compile", "torch_compile")
     rollouts = keys.count("micro_batch_size", 1) * options.count("n_samples_per_prompt", 4)
     rows = {"batch": rollouts, "prompt": seq, "seq": seq + blocks * generated}
-    return {"objective": "ebft", **rows, "compile": "none"}
+    # (`check_ebft_gradient_checkpointing_reentrant` of utils/schemas/validation.py)
+    flex = asked_attention(keys) == "flex_attention" and keys.values.get("gradient_checkpointing")
+    return {"objective": "ebft", **rows, "compile": "none", **({"checkpoint": "block-reentrant"} if flex else {})}
 
 
 def of_llama_factory(keys: Keys) -> dict[str, Any]:
@@ -246,9 +286,18 @@ def of_llama_factory(keys: Keys) -> dict[str, Any]:
     keys.differ(f"{name}'s step as TRL's trainer runs it, not LLaMA-Factory's own form of it", "stage")
     if keys.get("pref_ftx"):
         keys.differ("without the likelihood of chosen sequences", "pref_ftx")
-    if keys.get("ref_model") is not None and name in ("dpo", "kto"):
-        return {"objective": name, "reference": "model"}
-    return {"objective": name}
+    if name not in ("dpo", "kto"):
+        return {"objective": name}
+    _differ_in_reference(keys)
+    return {"objective": name, **({"reference": "model"} if keys.get("ref_model") is not None else {})}
+
+
+def _differ_in_reference(keys: Keys) -> None:
+    """Say how LLaMA-Factory loads a reference (trainer_utils.py, `create_ref_model`)."""
+    if keys.get("ref_model") is not None and _has(keys, "ref_model_quantization_bit"):
+        keys.differ(IN_16_BIT, "ref_model_quantization_bit")
+    elif keys.text("finetuning_type") == "full" and not _set(keys, "pure_bf16", "use_badam"):
+        keys.differ(REFERENCE_IN_FP32)
 
 
 def _asft(keys: Keys) -> dict[str, Any]:
@@ -261,6 +310,7 @@ def _asft(keys: Keys) -> dict[str, Any]:
     named = keys.text("ref_model") is not None
     if keys.text("finetuning_type", "lora") == "lora" and not named:
         raise UserError(f"{keys.origin}: use_asft_loss: LLaMA-Factory makes no reference for lora; give ref_model")
+    _differ_in_reference(keys)
     return {"objective": "asft", "reference": "model"}
 
 

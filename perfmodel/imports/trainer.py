@@ -1,5 +1,6 @@
 """Transformers' TrainingArguments and TRL's SFTConfig and ModelConfig, as JSON or YAML."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UserError
@@ -22,6 +23,8 @@ from .fields import (
     optimizer_name,
     own_code,
     spec,
+    undecayed,
+    without_cache,
 )
 from .keys import Keys
 from .targets import as_targets
@@ -34,16 +37,23 @@ MARKS = (
 OF_TRL = ("use_peft", "max_length", "max_seq_length", "packing", "dataset_name", "dataset_mixture")
 METRICS = "the loss alone, without the accuracy and entropy that TRL takes from the logits at every step"
 LIGERS_ACCURACY = "Liger's loss alone, without the accuracy that TRL asks of it"
+PREPARING = ("orpo", "cpo", "simpo")  # objectives whose trainers call peft's `prepare_model_for_kbit_training`
+# `clone_chat_template`: tokens that the tokenizer lacks are added, and trained (sft_trainer.py, reward_trainer.py)
+OF_ANOTHER = "adapters alone; TRL trains the head too where another model's chat template has tokens that are new"
+NORMS_PREPARED = "norms in the dtype of the rest, not in fp32"
+IN_FP32 = "weights in fp32, as transformers 4 loads them where no dtype is named, not as the checkpoint has them"
+OLD_CHECKPOINTS = "gradient_checkpointing"  # on in TRL's own arguments, and off where a file empties it
+TEMPLATES = (".jinja", ".j2")  # of files that are only text
 WORDS = {**DTYPES, **{f"torch.{name}": dtype for name, dtype in DTYPES.items()}, "auto": "bf16"}
 
 
 def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]:
     """Model, method, setup and notes; TrainingArguments alone name neither model nor method."""
-    is_trl = any(keys.get(key) is not None for key in OF_TRL)
+    is_trl = is_of_trl(keys)
     amp = half(keys)
     if amp is None and is_trl and keys.get("bf16") is None and keys.get("fp16") is None:
         amp = "bf16"  # SFTConfig's own default
-    dtype = keys.one_of("dtype", WORDS, None) or keys.one_of("torch_dtype", WORDS, "fp32")
+    dtype = keys.one_of("dtype", WORDS, None) or keys.one_of("torch_dtype", WORDS, None) or _unnamed(keys)
     objective = of_trl(keys)
     own_code(keys, "model_name_or_path", in_few_bits=low_bits(keys) is not None)
     if amp not in (None, dtype) and dtype != "fp32":
@@ -55,7 +65,7 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
         "dtype": dtype,
         "amp": amp if dtype in ("fp32", amp) else None,
         "optimizer": optimizer_name(keys, "optim", "adamw-fused"),
-        "checkpoint": _checkpoint(keys, fsdp(keys) or is_trl),
+        "checkpoint": _checkpoint(keys, fsdp(keys) or (is_trl and not named_none(keys.values, OLD_CHECKPOINTS))),
         "attention": attention(keys, "attn_implementation", ATTENTION),
         "compile": compiled(keys),
         "clip_grad": clips(keys),
@@ -64,13 +74,21 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     length = keys.get("max_length") or keys.get("max_seq_length")
     if length is not None or is_trl:
         setup["seq"] = keys.count("max_length", keys.count("max_seq_length", 1024))
+    uncut = is_trl and length is None and named_none(keys.values, "max_length") and "prompt" not in objective
+    if uncut:
+        keys.differ(packing.NEVER_CUT, "max_length")
     setup |= objective
+    if not is_trl and not objective:  # TRL's trainers hand in `use_cache=False`
+        without_cache(keys, setup["checkpoint"])
     if not objective:
         _loss(keys, is_trl=is_trl, liger=setup["kernels"] == "liger")
     elif setup["kernels"] == "liger":
         keys.differ(UNFUSED_LOSS, "use_liger_kernel")
     if keys.get("tf32") and setup["amp"] is None and (dtype == "fp32" or keys.flag("use_peft")):
         keys.differ("fp32 products without TF32", "tf32")
+    template = keys.text("chat_template_path")
+    if template and not template.endswith(TEMPLATES) and keys.flag("use_peft"):
+        keys.differ(OF_ANOTHER, "chat_template_path")
     notes = []
     if objective and keys.flag("packing"):
         keys.differ("sequences apart, not packed", "packing")
@@ -78,10 +96,34 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
         packing.packed_by_trl(keys, setup)
     if setup.get("packing", "none") == "none":
         setup["group_by_length"] = by_length(keys)
-        notes += [packing.shorter("max_length")] if is_trl and "prompt" not in objective else []
+        notes += [packing.shorter("max_length")] if is_trl and not uncut and "prompt" not in objective else []
     shared_dtype = _under_zero3(keys, setup)
-    method = _method(keys, is_trl, str(objective.get("objective", "sft")), shared_dtype)
+    method = _method(keys, is_trl, str(objective.get("objective", "sft")), shared_dtype, amp)
+    if method == "full":
+        undecayed(keys, setup)
     return keys.text("model_name_or_path"), method, setup, notes
+
+
+def is_of_trl(keys: Keys) -> bool:
+    """Whether a file is read by a script of TRL's, not as transformers' TrainingArguments alone."""
+    return any(keys.get(key) is not None for key in OF_TRL)
+
+
+def _unnamed(keys: Keys) -> str:
+    """The dtype where the file names none: fp32 (model_config.py), but for an empty `dtype` that of the checkpoint.
+
+    So it is since transformers 5. The key's older name is of a TRL beside transformers 4, to which none meant fp32.
+    """
+    if named_none(keys.values, "dtype"):
+        return WORDS["auto"]
+    if named_none(keys.values, "torch_dtype"):
+        keys.differ(IN_FP32, "torch_dtype")
+    return "fp32"
+
+
+def named_none(values: Mapping[str, Any], key: str) -> bool:
+    """Whether a file names a key and nothing as its value."""
+    return key in values and values[key] is None
 
 
 def _under_zero3(keys: Keys, setup: dict[str, Any]) -> str | None:
@@ -123,7 +165,7 @@ def _checkpoint(keys: Keys, default: bool) -> str:
     return checkpoint_kind(keys, keys.flag(f"{kind}_checkpointing", default), f"{kind}_checkpointing_kwargs")
 
 
-def _method(keys: Keys, is_trl: bool, objective: str, shared_dtype: str | None) -> str | None:
+def _method(keys: Keys, is_trl: bool, objective: str, shared_dtype: str | None, amp: str | None) -> str | None:
     if not keys.flag("use_peft"):
         if bits := low_bits(keys):
             raise UserError(f"{keys.origin}: load_in_{bits}bit needs use_peft: true")
@@ -138,7 +180,21 @@ def _method(keys: Keys, is_trl: bool, objective: str, shared_dtype: str | None) 
         dropout=keys.number("lora_dropout", 0.05), modules_to_save=keys.names("lora_modules_to_save"),
         adapter_dtype=dtype_in_trl(bits, objective) or shared_dtype,
         double_quant=None if name != "qlora" else _double(keys), target_parameters=keys.names("lora_target_parameters"),
+        prepared=_prepared(keys, bits, objective, amp),
     )  # fmt: skip
+
+
+def _prepared(keys: Keys, bits: int | None, objective: str, amp: str | None) -> bool:
+    """Whether norms, embeddings and head are put in fp32 beside a base in few bits (experimental/{orpo,cpo}).
+
+    With `bf16` beside 4 bits embeddings and head are put back, norms are not (`peft_module_casting_to_bf16`).
+    """
+    if bits is None or objective not in PREPARING:
+        return False
+    if bits == 4 and amp == "bf16":
+        keys.differ(NORMS_PREPARED, "load_in_4bit")
+        return False
+    return True
 
 
 def _double(keys: Keys) -> str:

@@ -8,7 +8,8 @@ from .keys import NOTHING, Keys
 AS_IT_IS = "the vocabulary as it is, without rows for new tokens"
 LACKING = (  # special tokens, and models that have no row left for them, by their names
     (r"<\|finetune_right_pad_id\|>", r"llama-?3-"),  # Llama 3.1 has it
-    (r"<\|im_(start|end)\|>", r"^(mistralai|mistral-community|meta-llama)/"),
+    (r"<\|im_(start|end)\|>", r"^(mistralai|mistral-community|meta-llama|codellama)/|^nousresearch/(meta-)?llama"),
+    (r"<pad>|\[PAD\]|<\|pad\|>", r"(^|/)(open_|meta-|code|tiny)?llama-?[123]?[-_.]|mistral-7b|mixtral-8x7b"),
 )
 ITSELF = ((r"llama-?3", 128_000),)  # models, and tokens of the vocabulary itself: special ones are added behind them
 OF_LLAMA_FACTORY = ("resize_vocab", "add_tokens", "add_special_tokens", "new_special_tokens_config")

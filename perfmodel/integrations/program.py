@@ -62,8 +62,9 @@ def trainer_program(model: Any, arguments: Any, method: str | None = None, *, fr
     _, _, fields, _ = trainer.read(Keys(found, "TrainingArguments"))
     if (objective := fields.get("objective", "sft")) != "sft":  # its trainer runs more forward passes than batches
         raise UserError(f"runs of {objective} are not compared step by step; ask predict --objective {objective}")
-    length = fields.pop("seq", None)
+    length = fields.pop("seq", None) if found.get("max_length") or found.get("max_seq_length") else None
     chosen = method_of(method) if method else _method(model, weights, from_trace=from_trace)
+    fields.pop("seq", None)  # a default, where the run cuts no sample
     setup = replace(Setup(), **fields, experts=_experts(base), stack=_stack())
     return TrainingRun(architecture, chosen.bind(architecture), setup, length)
 

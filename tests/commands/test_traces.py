@@ -14,6 +14,7 @@ from perfmodel import cli
 from perfmodel.architectures import has_form, load, model_names
 from perfmodel.commands import traces
 from perfmodel.imports import Imported
+from perfmodel.imports.fallbacks import UNBALANCED
 
 APERTUS = {
     "model_type": "apertus", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 64,
@@ -117,6 +118,7 @@ def test_what_a_tool_does_otherwise_is_said() -> None:
     assert traces.otherwise("apertus-8b", adapted) == []
     assert traces.otherwise("gemma-3n-e2b", adapted) == ["the text decoder alone of a vision-language model"]
     assert traces.otherwise("gemma-4-e2b", replace(adapted, tool="Axolotl", frozen=())) == ["without its audio tower"]
+    assert UNBALANCED in traces.otherwise("qwen1.5-moe-a2.7b", replace(adapted, balances=True))
     assert "AltUp" in traces.otherwise("gemma-3n-e2b", replace(adapted, method="qlora"))[1]
     packed = replace(adapted, setup={"dtype": "bf16"})
     assert traces.otherwise("Mapika/GLM-5.2-NVFP4", packed) == ["weights in bf16, not nvfp4"]

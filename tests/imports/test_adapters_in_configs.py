@@ -14,7 +14,7 @@ from perfmodel.errors import UserError
 from perfmodel.imports import read
 from perfmodel.imports.adapter import NOT_FACTORED
 from perfmodel.imports.fields import UNSCALED
-from perfmodel.imports.peft_benchmark import NEVER_EMPTIED, NOT_CACHED
+from perfmodel.imports.peft_benchmark import NEVER_EMPTIED, NOT_CACHED, ONE_SHAPE
 from perfmodel.methods.lora import Lora
 from perfmodel.methods.lora_alike import Pissa
 from perfmodel.prediction.predict import resolve
@@ -88,6 +88,10 @@ def test_regexes_as_people_write_them_are_taken(regex: str) -> None:
         ({"peft_type": "LORA", "bias": "all"}, "bias 'all' has no built-in form"),
         ({"peft_type": "LORA", "kasa_config": {"beta": 1}}, "kasa_config has no built-in form"),
         ({"peft_type": "LORA", "use_bdlora": {"nblocks": 2}}, "use_bdlora has no built-in form"),
+        (
+            {"peft_type": "LORA", "modules_to_save": ["wte"], "ensure_weight_tying": True},
+            "ensure_weight_tying has no built-in form",
+        ),
         ({"peft_type": "LORA", "rank_pattern": {"q": 2}}, "rank_pattern has no built-in form"),
         ({"peft_type": "LORA", "init_lora_weights": "mica"}, "init_lora_weights 'mica' has no built-in form"),
         ({"peft_type": "OFT", "oft_block_size": 32, "use_cayley_neumann": False}, "use_cayley_neumann has no"),
@@ -199,6 +203,17 @@ def test_what_the_loop_of_pefts_comparison_does_by_itself_is_told(
     (tmp_path / "default_training_params.json").write_text(json.dumps({"model_id": "gpt2", **more}))
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": tuner, "num_virtual_tokens": 4}))
     assert read(folder / "adapter_config.json").differences == told
+
+
+def test_compiled_batches_of_pefts_comparison_are_of_any_shape(tmp_path: Path) -> None:
+    """Its loop compiles for shapes that change, as its batches do; a graph of one shape is what is modelled."""
+    folder = tmp_path / "experiments" / "any" / "mine"
+    folder.mkdir(parents=True)
+    values = {"model_id": "gpt2", "resolution": 512, "compile": True}
+    (tmp_path / "default_training_params.json").write_text(json.dumps(values))
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    found = read(folder / "adapter_config.json")
+    assert (found.setup["compile"], found.differences) == ("default", [f"{ONE_SHAPE} (compile)"])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from perfmodel.imports import read
+from perfmodel.imports.axolotl import EMBEDDING_STATES, NO_BATCH_SIZE
 
 BASE = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 64\n"
 LORA = BASE + "adapter: lora\nlora_target_linear: true\n"
@@ -15,6 +16,7 @@ LORA = BASE + "adapter: lora\nlora_target_linear: true\n"
     [
         ("", True),
         ("lora_target_linear: false\nlora_target_modules: [q_proj, v_proj]", False),
+        ("lora_target_linear: false\nlora_target_modules: [a.q_proj, a.k_proj, a.v_proj]", True),
         ("deepspeed: zero3.json", True),
         ("fsdp_config: {a: b}\nfsdp_version: 2", True),
         ("fsdp_config: {a: b}", False),
@@ -22,6 +24,7 @@ LORA = BASE + "adapter: lora\nlora_target_linear: true\n"
         ("lora_embedding_kernel: true", False),
         ("rl: dpo", False),
         ("trust_remote_code: true", False),
+        ("base_model: PaddlePaddle/PaddleOCR-VL-1.6", False),
         ("load_in_8bit: true", False),
         ("lora_dropout: 0.05", False),
     ],
@@ -36,6 +39,23 @@ def test_kernels_for_adapters_come_by_themselves(tmp_path: Path, text: str, fuse
 
 
 @pytest.mark.parametrize(
+    ("text", "micro_batches"),
+    [
+        ("", 1),
+        ("batch_size: 8", 1),
+        ("batch_size: 8\ngradient_accumulation_steps:", 8),
+        ("gradient_accumulation_steps: 4", 4),
+    ],
+)
+def test_a_batch_size_makes_no_micro_batches(tmp_path: Path, text: str, micro_batches: int) -> None:
+    """The schema's default of one micro-batch stands before it: a step of eight would take eight times as long."""
+    (tmp_path / "config.yml").write_text(BASE + text)
+    found = read(tmp_path / "config.yml")
+    assert found.setup["grad_accum"] == micro_batches
+    assert (NO_BATCH_SIZE in found.notes) == (text == "batch_size: 8")
+
+
+@pytest.mark.parametrize(
     ("text", "kind"),
     [
         ("gradient_checkpointing: true", "block-reentrant"),
@@ -44,6 +64,9 @@ def test_kernels_for_adapters_come_by_themselves(tmp_path: Path, text: str, fuse
         ("gradient_checkpointing: true\nactivation_offloading: true", "block"),
         ("gradient_checkpointing: true\nactivation_offloading: hidden_states\nadapter: lora", "block"),
         ("gradient_checkpointing: offload", "block"),
+        ("gradient_checkpointing: true\nrl: ebft\nebft: {mode: strided}", "block"),
+        ("gradient_checkpointing: true\nrl: ebft\nebft: {mode: strided}\nflex_attention: true", "block-reentrant"),
+        ("rl: ebft\nebft: {mode: strided}\nflex_attention: true", "none"),
         ("gradient_checkpointing: true\nactivation_offloading: true\nadapter: lora", "block-reentrant"),
     ],
 )
@@ -148,6 +171,11 @@ def test_weights_that_fsdp_keeps_in_fp32_are_told(tmp_path: Path, text: str, tol
         ("base_model: nvidia/DeepSeek-V4-Flash-NVFP4\nfsdp_config: {a: b}", False),
         ("base_model: nvidia/DeepSeek-V4-Flash-NVFP4", False),
         ("fsdp_version: 2\nfsdp_config: {a: b}", False),
+        ("peft_autocast_adapter_dtype: false", True),
+        ("peft_autocast_adapter_dtype: false\nrl: orpo", True),
+        ("peft_autocast_adapter_dtype: false\nrl: dpo", False),  # whose adapters TRL makes
+        ("peft_autocast_adapter_dtype: false\nrl: kto", False),
+        ("rl: dpo\nfsdp_config: {a: b}", True),
     ],
 )
 def test_adapters_that_are_cast_once_peft_made_them(tmp_path: Path, text: str, cast: bool) -> None:
@@ -171,3 +199,28 @@ def test_embeddings_that_stay_in_fp32_are_told(tmp_path: Path, text: str, told: 
     (tmp_path / "config.yml").write_text(BASE + text)
     found = read(tmp_path / "config.yml")
     assert ("embeddings and norms in the dtype of the rest, not in fp32" in found.differences) == told
+
+
+@pytest.mark.parametrize(("text", "clips"), [("", True), ("max_grad_norm: 0", False), ("gradient_clipping: 0", True)])
+def test_gradients_are_clipped_by_one_key_alone(tmp_path: Path, text: str, clips: bool) -> None:
+    """A key that Axolotl does not know changes nothing, however much it looks like one."""
+    (tmp_path / "config.yml").write_text(BASE + text)
+    found = read(tmp_path / "config.yml")
+    assert found.setup["clip_grad"] == clips
+    assert not any("unknown" in said for said in found.differences)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("embedding_lr: 1.0e-5", True),
+        ("embedding_lr: 1.0e-5\noptimizer: adamw_torch", False),
+        ("embedding_lr: 1.0e-5\nadapter: lora", False),
+        ("loraplus_lr_ratio: 16\nadapter: lora\nlora_modules_to_save: [embed_tokens]", True),
+        ("", False),
+    ],
+)
+def test_an_embedding_of_8_bit_states_is_told(tmp_path: Path, text: str, told: bool) -> None:
+    """transformers keeps those of an embedding in fp32; groups of Axolotl's own leave them to bitsandbytes."""
+    (tmp_path / "config.yml").write_text(f"{BASE}optimizer: adamw_8bit\n{text}")
+    assert (EMBEDDING_STATES in read(tmp_path / "config.yml").differences) == told

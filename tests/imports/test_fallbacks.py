@@ -6,8 +6,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from perfmodel.architectures import from_config, load
 from perfmodel.cli import main
 from perfmodel.imports import DIFFERS, read
+from perfmodel.imports.fallbacks import UNBALANCED, fallbacks
+from perfmodel.imports.llama_factory_v1 import FUSED_LOSS, OWN_LOSS
 
 LORA = "micro_batch_size: 1\nsequence_len: 64\nbf16: true\nadapter: lora\nlora_r: 4\n"
 QLORA = LORA.replace("lora\n", "qlora\n", 1) + "load_in_4bit: true\n"
@@ -48,6 +51,7 @@ def asked(folder: Path, text: str, *options: str) -> str:
             "no adapters on experts in few bits, for which PEFT takes shared_experts.gate_proj, shared_experts.up",
             "qlora:r=4,targets=o_proj,experts=True on deepseek-v2-lite",
         ),
+        (f"base_model: EleutherAI/pythia-70m\n{LORA}{LINEAR}", "no adapter on the head, on which", "linear on pythia"),
         (f"base_model: TheBloke/Llama-2-7B-GPTQ\ngptq: true\n{LORA}{LINEAR}", CODES, "lora_gptq:r=4"),
         (f"model_name_or_path: TechxGenus/Meta-Llama-3-8B-Instruct-GPTQ\n{FACTORY}", CODES, "lora_gptq:r=8"),
         (f"base_model: TheBloke/Llama-2-7B-AWQ\n{LORA}{LINEAR}", "weights in bf16, not awq", "on llama-2-7b"),
@@ -70,6 +74,26 @@ def test_what_a_model_has_no_program_of_is_answered_otherwise(
     assert out.startswith(DIFFERS)
     assert differs in out
     assert answered in out
+
+
+@pytest.mark.parametrize(
+    ("text", "liger", "said"),
+    [
+        ("model: Qwen/Qwen3-0.6B\nkernel_config: {name: liger_kernel}\n", True, FUSED_LOSS),
+        ("model_class: llm\nkernel_config: {name: liger_kernel}\n", True, FUSED_LOSS),
+        ("model: NousResearch/Llama-3.2-1B\nkernel_config: {name: liger_kernel}\n", False, OWN_LOSS),
+        (f"model_name_or_path: Qwen/Qwen3-0.6B\nenable_liger_kernel: true\n{FACTORY}", True, ""),
+        (f"model_name_or_path: HuggingFaceTB/SmolLM3-3B\nenable_liger_kernel: true\n{FACTORY}", False, ""),
+    ],
+)
+def test_ligers_kernels_are_on_the_models_that_a_tool_puts_them_on(
+    tmp_path: Path, text: str, liger: bool, said: str
+) -> None:
+    """It passes over others with a warning: they train in PyTorch's kernels, whose logits lie in memory."""
+    out = asked(tmp_path, text)
+    assert ("liger" in out.split("forward")[0].rpartition(" on ")[2]) == liger
+    assert said in out
+    assert (FUSED_LOSS in out) == (said == FUSED_LOSS)
 
 
 @pytest.mark.parametrize(
@@ -194,3 +218,24 @@ def test_what_is_answered_is_said_once(tmp_path: Path, text: str, answered: str,
     out = asked(tmp_path, text + LORA + LINEAR)
     assert answered in out
     assert instead_of not in out
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("model_name_or_path: qwen3-30b-a3b\n{}", True),
+        ("model_name_or_path: qwen3-30b-a3b\nrouter_aux_loss_coef: 0.0\n{}", False),
+        ("model_name_or_path: qwen3-8b\nrouter_aux_loss_coef: 0.01\n{}", False),
+        ("model_name_or_path: deepseek-v2-lite\n{}", False),
+        ("model_name_or_path: qwen3-30b-a3b\ncpo_alpha: 1.0\n{}", False),
+        ("base_model: qwen3-30b-a3b\nadapter: lora\nrl: dpo\nmicro_batch_size: 1", True),
+        ("base_model: qwen3-30b-a3b\nadapter: lora\nmicro_batch_size: 1", False),
+    ],
+)
+def test_trls_trainers_balance_experts_unless_told_not_to(tmp_path: Path, text: str, told: bool) -> None:
+    """Its coefficient is 0.001 by default, on models that have such a loss."""
+    path = tmp_path / "config.yml"
+    path.write_text(text.format("max_length: 64\nuse_peft: true\nper_device_train_batch_size: 1\n"))
+    found = read(path)
+    architecture = from_config(load(found.model or ""))
+    assert (UNBALANCED in [fallback.said for fallback in fallbacks(found, architecture)]) == told

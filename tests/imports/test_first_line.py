@@ -13,6 +13,7 @@ from perfmodel.imports import DIFFERS, meanings, read
 from perfmodel.imports.fields import UNSCALED
 from perfmodel.imports.packing import BY_A_MASK, TO_THE_END, UNKNOWN
 from perfmodel.imports.read import ASK
+from perfmodel.imports.trainer import IN_FP32, OF_ANOTHER
 from perfmodel.imports.vocabulary import AS_IT_IS
 from perfmodel.resources import DATA
 
@@ -42,6 +43,7 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "attn_implementation: flex_attention": ("axolotl", "sdpa, not flex attention (attn_implementation)"),
     "plugins: [a.CutCrossEntropyPlugin]": ("axolotl", "the logits in memory, without cut cross entropy (plugins)"),
     "plugins: [a.MinePlugin]": ("axolotl", "without the plugin MinePlugin (plugins)"),
+    "plugins: [a.LigerPlugin]\nliger_cross_entropy: true": ("axolotl", "without Liger's kernels (liger_cross_entropy)"),
     "lora_mlp_kernel: true\nadapter: lora": ("axolotl", "fused kernels for all adapters (lora_mlp_kernel)"),
     "relora: true\nadapter: lora": ("axolotl", "without ReLoRA's restarts (relora)"),
     "adapter: qlora\nload_in_4bit: true\nlora_target_linear: true": ("axolotl", UNFUSED),
@@ -49,7 +51,7 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "adapter: lora\nlora_dropout: 0.05\nlora_mlp_kernel: true": (
         "axolotl", "without fused kernels for adapters (lora_mlp_kernel)",
     ),
-    "lisa_n_layers: 2": (
+    "lisa_n_layers: 2\nlisa_step_interval: 5": (
         "axolotl", "a new optimizer at each switch of blocks; Axolotl keeps the states of all blocks drawn so far "
         "(lisa_n_layers)",
     ),
@@ -110,6 +112,9 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "finetuning_type: full\nuse_badam: true\nbf16: true": (
         "factory", "gradients clipped together, not one after another as beside BAdam (use_badam)",
     ),
+    "finetuning_type: full\nuse_galore: true\noptim: adamw_8bit": (
+        "factory", "GaLore's AdamW with states in the dtype of the weights (optim)",
+    ),
     "use_dft_loss: true": ("factory", "cross entropy, without DFT's weights (use_dft_loss)"),
     "sample_packing: true\nflash_attention: true": ("axolotl", f"{UNKNOWN} (sample_packing)"),
     "sample_packing: true\nflash_attention: true\ntorch_compile: true": (
@@ -126,9 +131,19 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "batch_flattening: true\nflash_attention: true": ("axolotl", f"{UNKNOWN} (batch_flattening)"),
     "neat_packing: true\nflash_attn: fa2": ("factory", f"{UNKNOWN} (neat_packing)"),
     "tokens: [<|mine|>]": ("axolotl", f"{AS_IT_IS} (tokens)"),
+    'base_model: NousResearch/Llama-2-7b-hf\nspecial_tokens: {pad_token: "[PAD]"}': (
+        "axolotl", f"{AS_IT_IS} (special_tokens)",
+    ),
+    "base_model: NousResearch/Meta-Llama-3-8B\nspecial_tokens: {eos_token: <|im_end|>}": (
+        "axolotl", f"{AS_IT_IS} (special_tokens)",
+    ),
     f"base_model: meta-llama/Meta-Llama-3-8B-Instruct\n{PAD}": ("axolotl", f"{AS_IT_IS} (special_tokens)"),
     "base_model: meta-llama/Llama-3.2-1B\ndiffusion: {mask_token_id: 128002}": ("axolotl", AS_IT_IS),
     "resize_vocab: true": ("factory", f"{AS_IT_IS} (resize_vocab)"),
+    "optim: adamw_apex_fused": (
+        "factory",
+        "PyTorch's fused AdamW, with moments in the dtype of the weights, not apex's, whose are in fp32 (optim)",
+    ),
     "gc_steps: 5": ("axolotl", "the allocator's cache is never emptied (gc_steps)"),
     "unheard_of: 3": ("axolotl", "keys that are unknown here (unheard_of)"),
     "tf32: true": ("axolotl", "fp32 products without TF32 (tf32)"),
@@ -160,6 +175,13 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
         "trl", "the loss alone, without the accuracy and entropy that TRL takes from the logits at every step",
     ),
     "use_liger_kernel: true": ("trl", "Liger's loss alone, without the accuracy that TRL asks of it"),
+    "debug: underflow_overflow": (
+        "factory", "without the hooks that look for overflows in what every module gives (debug)",
+    ),
+    "gpu_memory_limit: 20GiB": ("axolotl", "the whole model on the GPU (gpu_memory_limit)"),
+    "adapter: lora\npeft_ensure_weight_tying: true\nlora_modules_to_save: [embed_tokens]": (
+        "axolotl", "a trained copy of the embedding, and the head apart from it (peft_ensure_weight_tying)",
+    ),
     "neftune_noise_alpha: 5": ("factory", "without NEFTune's noise (neftune_noise_alpha)"),
 }  # fmt: skip
 
@@ -191,6 +213,8 @@ def test_what_is_not_modelled_stands_in_the_first_line(tmp_path: Path, text: str
         "sample_packing: true\npad_to_sequence_len: false",
         "sample_packing: true\nsdp_attention: true\nsdpa_varlen: false",
         f"base_model: meta-llama/Llama-3.1-8B-Instruct\n{PAD}",
+        "base_model: mistral-community/pixtral-12b\nspecial_tokens: {pad_token: <pad>}",
+        "base_model: NousResearch/Llama-2-7b-hf\nspecial_tokens: {pad_token: </s>}",
         "gc_steps: -1",
         "unfrozen_parameters: [^lm_head.weight$, ^model.embed_tokens.weight$]",
         "llama4_linearized_experts: true\nbase_model: axolotl-quants/Llama-4-Scout-17B-16E-Linearized-bnb-nf4-bf16",
@@ -219,6 +243,37 @@ def test_tf32_matters_to_trl_only_where_products_are_in_fp32(
     """Its own default is mixed precision, whose products are in bf16: a note on TF32 would cast doubt for nothing."""
     (tmp_path / "sft.json").write_text(json.dumps({**TRL, **keys}))
     assert any("tf32" in said for said in read(tmp_path / "sft.json").differences) == differs
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind"),
+    [({}, "block"), ({"gradient_checkpointing": None}, "none"), ({"activation_checkpointing": None}, "block")],
+)
+def test_an_emptied_switch_is_off(tmp_path: Path, keys: dict[str, Any], kind: str) -> None:
+    """TRL checkpoints by its own default, of the older name; an empty newer one leaves it alone."""
+    (tmp_path / "sft.json").write_text(json.dumps({**TRL, **keys}))
+    assert read(tmp_path / "sft.json").setup["checkpoint"] == kind
+
+
+@pytest.mark.parametrize(
+    ("keys", "dtype", "kept", "told"),
+    [
+        ({}, "fp32", False, False),
+        ({"dtype": None}, "bf16", True, False),
+        ({"torch_dtype": None}, "fp32", False, True),
+        ({"torch_dtype": None, "dtype": "bfloat16"}, "bf16", False, False),
+        ({"dtype": "auto"}, "bf16", True, False),
+    ],
+)
+def test_a_dtype_that_is_none_is_the_checkpoints(
+    tmp_path: Path, keys: dict[str, Any], dtype: str, kept: bool, told: bool
+) -> None:
+    """TRL's own default is fp32; a file that empties it loads as transformers does, which 5 does otherwise than 4."""
+    plain = {key: value for key, value in TRL.items() if key != "dtype"}
+    (tmp_path / "sft.json").write_text(json.dumps({**plain, **keys}))
+    found = read(tmp_path / "sft.json")
+    assert (found.setup["dtype"], found.as_kept) == (dtype, kept)
+    assert (f"{IN_FP32} (torch_dtype)" in found.differences) == told
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (DATA / "configs").glob("*.toml")))
@@ -278,3 +333,37 @@ def test_the_page_begins_with_it_too(tmp_path: Path) -> None:
     path.write_text(BASE + "tensor_parallel_size: 2")
     CliRunner().invoke(main, ["report", "--config", str(path), "--device", "l40s", "--axes", "none", "-o", str(page)])
     assert "one GPU (tensor_parallel_size)" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (f"{FACTORY}finetuning_type: lora\ndisable_gradient_checkpointing: true\nuse_cache: true\n", True),
+        (f"{FACTORY}finetuning_type: lora\nuse_cache: true\n", False),
+        (f"{FACTORY}stage: dpo\ndisable_gradient_checkpointing: true\nuse_cache: true\n", False),
+        ("per_device_train_batch_size: 1\nuse_cache: true\n", True),
+        ("per_device_train_batch_size: 1\nuse_cache: true\nbeta: 0.1\n", False),
+        ("per_device_train_batch_size: 1\nuse_cache: true\ngradient_checkpointing: true\n", False),
+        ("per_device_train_batch_size: 1\nuse_cache: true\nmax_length: 64\ngradient_checkpointing: false\n", False),
+    ],
+)
+def test_a_cache_is_filled_where_nothing_is_checkpointed(tmp_path: Path, text: str, told: bool) -> None:
+    """Its copies of keys and values stay until backward; trainers of preferences and TRL's never ask for one."""
+    path = tmp_path / "config.yml"
+    path.write_text(text)
+    assert ("without a cache of keys and values (use_cache)" in read(path).first_line) == told
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("use_peft: true\nchat_template_path: HuggingFaceTB/SmolLM3-3B", True),
+        ("use_peft: true\nchat_template_path: mine.jinja", False),
+        ("use_peft: false\nchat_template_path: HuggingFaceTB/SmolLM3-3B", False),
+    ],
+)
+def test_tokens_of_another_models_template_train_the_head(tmp_path: Path, text: str, told: bool) -> None:
+    """How many there are the tokenizers say, which are not read here: the head is large beside adapters."""
+    path = tmp_path / "config.yml"
+    path.write_text(f"model_name_or_path: gpt2\nmax_length: 64\n{text}\n")
+    assert (OF_ANOTHER in read(path).first_line) == told

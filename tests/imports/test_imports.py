@@ -15,7 +15,6 @@ from perfmodel import Setup, methods
 from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.imports import read
-from perfmodel.imports.fields import OPTIMIZERS
 from perfmodel.prediction.predict import resolve
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -138,34 +137,6 @@ def test_what_has_no_weight_is_told_as_ignored() -> None:
     found = read(CONFIGS / "axolotl/lora-1b.yml")
     assert {"learning_rate", "datasets", "output_dir", "lora_alpha"} <= set(found.ignored)
     assert not {"micro_batch_size", "lora_r", "adapter", "bf16", "optimizer", "flash_attention"} & set(found.ignored)
-
-
-PROGRAMS = {  # Transformers' name (training_args.py, OptimizerNames): the program that it runs
-    "adamw_torch": "adamw", "adamw_torch_fused": "adamw-fused", "adamw_hf": "adamw-loop", "adamw_anyprecision": "adamw",
-    "adamw_apex_fused": "adamw-fused", "adamw_bnb_8bit": "adamw-8bit", "adamw_8bit": "adamw-8bit",
-    "paged_adamw_8bit": "paged-adamw-8bit", "paged_adamw": "paged-adamw", "paged_adamw_32bit": "paged-adamw",
-    "adamw_torch_8bit": "ao-adamw-8bit", "adamw_torch_4bit": "ao-adamw-4bit", "muon": "muon",
-    "ao_adamw_8bit": "ao-adamw-8bit", "ao_adamw_fp8": "ao-adamw-fp8", "schedule_free_adamw": "schedule-free-adamw",
-    "adafactor": "adafactor", "lion_32bit": "lion", "lion_8bit": "lion-8bit", "sgd": "sgd", "rmsprop": "rmsprop",
-}  # fmt: skip
-
-
-def test_every_optimizer_is_expected() -> None:
-    """A name without an expectation would test nothing."""
-    assert set(OPTIMIZERS) == set(PROGRAMS)
-
-
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_an_optimizers_name_gives_the_program_that_it_runs(tmp_path: Path, name: str) -> None:
-    """Their kernels differ by a factor of ten: the loop over parameters of adamw_hf is no foreach."""
-    configs = {
-        "trl.json": {"per_device_train_batch_size": 1, "optim": name},
-        "axolotl.yml": {"base_model": "m", "micro_batch_size": 1, "optimizer": name},
-        "factory.yaml": {"model_name_or_path": "m", "stage": "sft", "finetuning_type": "full", "optim": name},
-    }
-    for file, values in configs.items():
-        (tmp_path / file).write_text(json.dumps(values))
-        assert read(tmp_path / file).setup["optimizer"] == PROGRAMS[name], file
 
 
 DEFAULTS: dict[str, tuple[dict[str, Any], str]] = {  # what a tool takes where the file says nothing, by its sources

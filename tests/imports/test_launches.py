@@ -18,6 +18,7 @@ from perfmodel.imports import DIFFERS, read
 from perfmodel.imports.accelerate import read_launch
 from perfmodel.imports.ddp import ENDS
 from perfmodel.imports.fields import UNSCALED
+from perfmodel.imports.forms import CHECKED, OF_MASTERS, OVERLAPPED, PREFETCHED, SUMMED
 from perfmodel.imports.llama_factory_v1 import BESIDE_BLOCKS, NO_UNITS, REDUCED
 from perfmodel.imports.read import ASK, NOT_CAST
 
@@ -25,7 +26,9 @@ AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "bf1
 FACTORY = {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "full", "bf16": True}
 TRL = {"model_name_or_path": "gpt2", "max_length": 64, "packing": False}
 V1 = {"model": "gpt2", "model_class": "llm"}
-ZERO_2 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "gradient_clipping": "auto"}
+ZERO_2 = {
+    "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "overlap_comm": True}, "gradient_clipping": "auto",
+}  # fmt: skip
 FSDP_2 = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_offload_params": False}
 BUCKETS = "buckets of the hidden size squared"
 WITHOUT_CP = "samples of its own for every GPU, without context parallel"
@@ -39,7 +42,16 @@ FORMS: list[tuple[dict[str, Any], str, int, list[str]]] = [  # file, parallel, t
         {**AXOLOTL, "ddp_bucket_cap_mb": 50, "ddp_broadcast_buffers": False}, "ddp", 1,
         ["buckets of 25 MiB (ddp_bucket_cap_mb)", "buffers broadcast before forward passes (ddp_broadcast_buffers)"],
     ),
+    (
+        {**TRL, "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}, "ddp", 1,
+        ["gradients exchanged once a step, not for every micro-batch (accelerator_config)"],
+    ),
+    ({**TRL, "accelerator_config": {"split_batches": True, "gradient_accumulation_kwargs": None}}, "ddp", 1, []),
     ({**TRL, "deepspeed": ZERO_2}, "zero2", 1, []),
+    (
+        {**TRL, "deepspeed": {**ZERO_2, "wall_clock_breakdown": True}}, "zero2", 1,
+        ["without the waits for the GPU that DeepSpeed's timers make (wall_clock_breakdown)"],
+    ),
     (
         {**FACTORY, "deepspeed": "examples/deepspeed/ds_z3_offload_config.json"}, "zero3", 1,
         ["ZeRO-3 as the file's name says, its other options as usual (deepspeed)"],
@@ -53,31 +65,52 @@ FORMS: list[tuple[dict[str, Any], str, int, list[str]]] = [  # file, parallel, t
         ["DDP, not DeepSpeed's own exchange of gradients (stage 0)"],
     ),
     (
-        {**TRL, "deepspeed": {"zero_optimization": {"stage": 1, "overlap_comm": False}, "gradient_clipping": "auto"}},
+        {**TRL, "deepspeed": {"zero_optimization": {"stage": 1, "overlap_comm": False, "contiguous_gradients": False},
+         "gradient_clipping": "auto"}},
         "zero1", 1,
         [f"{BUCKETS}, not DeepSpeed's 500,000,000 elements",
+         "gradients copied into buckets to be exchanged (zero_optimization.contiguous_gradients)",
          "gradients exchanged beside backward (zero_optimization.overlap_comm)"],
     ),
     (
         {**TRL, "deepspeed": {**ZERO_2, "tensor_parallel": {"autotp_size": 2}}}, "zero2", 2,
         ["layers cut as PyTorch does it, not by DeepSpeed's AutoTP (tensor_parallel)"],
     ),
-    ({**AXOLOTL, "fsdp": ["full_shard", "auto_wrap"], "fsdp_config": {"fsdp_offload_params": False}}, "fsdp1", 1, []),
+    (
+        {**TRL, "deepspeed": {"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}, "gradient_clipping": 1}},
+        "zero1", 1, [OVERLAPPED],
+    ),
+    (
+        {**TRL, "deepspeed": {**ZERO_2, "bf16": {"enabled": "auto", "bf16_master_weights_and_grads": True,
+         "check_grad_overflow": False}, "data_types": {"grad_accum_dtype": "fp32"}}},
+        "zero2", 1, [f"{OF_MASTERS} (bf16)", f"{CHECKED} (bf16)", f"{SUMMED} (data_types)"],
+    ),
+    ({**TRL, "deepspeed": {**ZERO_2, "data_types": {"grad_accum_dtype": "bf16"}}}, "zero2", 1, []),
+    (
+        {**AXOLOTL, "fsdp": ["full_shard", "auto_wrap"], "fsdp_config": {"fsdp_offload_params": False}}, "fsdp1", 1,
+        [PREFETCHED],
+    ),
+    (
+        {**AXOLOTL, "fsdp": ["auto_wrap"],
+         "fsdp_config": {"fsdp_sharding_strategy": "SHARD_GRAD_OP", "backward_prefetch": "BACKWARD_PRE"}},
+        "fsdp1", 1, [PREFETCHED],
+    ),
+    ({**TRL, "fsdp": True, "fsdp_config": {"version": 1, "backward_prefetch": "BACKWARD_PRE"}}, "fsdp1", 1, []),
     ({**AXOLOTL, "fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}, "fsdp2", 1, [MASTERS]),
     ({**AXOLOTL, "adapter": "lora", "fsdp_config": {"fsdp_version": 2}}, "fsdp2", 1, []),
     (
         {**TRL, "fsdp": "shard_grad_op auto_wrap offload"}, "fsdp2", 1,
         ["weights freed behind the forward pass and gathered again, unlike shard_grad_op"],
     ),
-    ({**TRL, "fsdp": "hybrid_shard", "fsdp_config": {"version": 1}}, "fsdp1", 1, [ONE_GROUP]),
+    ({**TRL, "fsdp": "hybrid_shard", "fsdp_config": {"version": 1}}, "fsdp1", 1, [ONE_GROUP, PREFETCHED]),
     ({**FACTORY, "fsdp": True, "fsdp_config": {"cpu_offload": True}}, "fsdp2", 1, []),
     (
         {**AXOLOTL, "fsdp_config": {"fsdp_transformer_layer_cls_to_wrap": "MixtralSparseMoeBlock"}}, "fsdp1", 1,
-        ["wrapped block by block (transformer_layer_cls_to_wrap)"],
+        [PREFETCHED, "wrapped block by block (transformer_layer_cls_to_wrap)"],
     ),
     ({**TRL, "fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["GPT2Block", "ABlock"]}}, "fsdp2", 1, []),
     ({**AXOLOTL, "fsdp": ["no_shard"]}, "ddp", 1, ["DDP, not FSDP's no_shard"]),
-    ({**AXOLOTL, "fsdp_config": {"a": "b"}}, "fsdp1", 1, ["keys that are unknown here (a)"]),
+    ({**AXOLOTL, "fsdp_config": {"a": "b"}}, "fsdp1", 1, [PREFETCHED, "keys that are unknown here (a)"]),
     (
         {**AXOLOTL, "tensor_parallel_size": 2, "context_parallel_size": 2, "dp_replicate_size": 2,
          "fsdp_config": {"version": 2, "activation_checkpointing": True}},
@@ -128,25 +161,17 @@ def test_a_training_config_names_its_form(
 @pytest.mark.parametrize(
     ("values", "ddp", "said"),
     [
-        (TRL, "plain", []),
         ({**TRL, "use_peft": True}, "find-unused", []),
-        ({**TRL, "gradient_checkpointing": False}, "find-unused", []),
-        ({**TRL, "use_peft": True, "ddp_find_unused_parameters": False}, "plain", []),
         ({**TRL, "use_peft": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "plain",
          [ENDS["find-unused"]]),
         ({**TRL, "ddp_static_graph": True, "gradient_accumulation_steps": 1}, "static-graph", []),
         ({**TRL, "ddp_static_graph": True, "gradient_accumulation_steps": 2}, "plain", [ENDS["static-graph"]]),
-        (FACTORY, "plain", []),
-        ({**FACTORY, "finetuning_type": "lora", "disable_gradient_checkpointing": True}, "plain", []),
-        ({**FACTORY, "disable_gradient_checkpointing": True}, "find-unused", []),
-        ({**AXOLOTL, "adapter": "lora"}, "plain", []),
-        ({**AXOLOTL, "ddp_find_unused_parameters": True}, "find-unused", []),
     ],
 )  # fmt: skip
-def test_what_ddp_knows_of_the_graph_is_the_tools_default(
+def test_what_ddp_is_told_of_the_graph_runs_or_is_said(
     tmp_path: Path, values: dict[str, Any], ddp: str, said: list[str]
 ) -> None:
-    """The Trainer's own default beside adapters: a walk through the graph, copies of the logits and a message more."""
+    """What ends in an error in PyTorch is answered without it, which is said."""
     found = read(written(tmp_path, "config.yml", values))
     several = found.on_several(found.asks())
     assert several.setup["ddp"] == ddp
@@ -210,13 +235,13 @@ LAUNCHES: list[tuple[dict[str, Any], tuple[int | None, int | None], str, int, li
     ({**EIGHT, "distributed_type": "FSDP", "fsdp_config": FSDP_2}, (8, 1), "fsdp2", 1, []),
     (
         {**EIGHT, "distributed_type": "FSDP", "num_processes": 16, "num_machines": 2}, (16, 2), "fsdp1", 1,
-        ["wrapped block by block (auto_wrap_policy)"],
+        [PREFETCHED, "wrapped block by block (auto_wrap_policy)"],
     ),
     (
         {**EIGHT, "distributed_type": "FSDP",
          "fsdp_config": {**FSDP_2, "fsdp_version": 1, "fsdp_sharding_strategy": 2, "fsdp_forward_prefetch": True}},
         (8, 1), "fsdp1", 1,
-        ["weights freed behind the forward pass and gathered again, unlike shard_grad_op",
+        ["weights freed behind the forward pass and gathered again, unlike shard_grad_op", PREFETCHED,
          "without prefetch in the forward pass (forward_prefetch)"],
     ),
     ({**EIGHT, "distributed_type": "DEEPSPEED", "deepspeed_config": SHORT}, (8, 1), "zero3", 1, WHOLE),
@@ -299,7 +324,8 @@ def test_what_is_no_launch_of_gpus_is_refused_in_a_line(tmp_path: Path, values: 
         (None, {**EIGHT, "distributed_type": "FSDP", "num_processes": 1, "fsdp_config": FSDP_2}, (), {"gpus": 1},
          ["one GPU, without FSDP"]),
         (None, {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "fp16": {"enabled": True}},
-         ("--gpus", "2", "--dtype", "fp16"), {"parallel": "zero2", "amp": "fp16", "clip_grad": False}, [UNSCALED]),
+         ("--gpus", "2", "--dtype", "fp16"), {"parallel": "zero2", "amp": "fp16", "clip_grad": False},
+         [OVERLAPPED, UNSCALED]),
         ({**FACTORY, "bf16": None}, {**DDP, "num_processes": 1, "mixed_precision": "fp16"}, (), {"amp": "fp16"},
          [UNSCALED]),
         ({**FACTORY, "bf16": None, "finetuning_type": "lora"}, {**DDP, "num_processes": 1, "mixed_precision": "fp16"},

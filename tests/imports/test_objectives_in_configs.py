@@ -10,15 +10,23 @@ import yaml
 from perfmodel import UserError
 from perfmodel.imports import DIFFERS, read
 from perfmodel.imports.trained_for import (
+    BY_TRL,
+    COPIED,
+    DENSE,
     EMPTIED,
     EMPTIED_TWICE,
+    IN_16_BIT,
+    LIKELY,
     NEWER_DPO,
     NOT_KEPT,
     NOT_TRITONS,
     OUTSIDE,
+    REFERENCE_IN_FP32,
     UNCORRECTED,
     UNFUSED_LOSS,
+    WITH_KL,
 )
+from perfmodel.imports.trainer import NORMS_PREPARED
 from perfmodel.setup import Setup
 
 AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64}
@@ -47,6 +55,9 @@ SAID: tuple[tuple[dict[str, Any], str, str, list[str]], ...] = (
     (AXOLOTL | {"rl": "orpo", "orpo_alpha": 0.1}, "orpo", "auto", [TORCHS]),
     (AXOLOTL | {"rl": "simpo", "simpo_gamma": 0.5}, "simpo", "auto", [TORCHS]),
     (AXOLOTL | {"rl": "dpo", "adapter": "lora", "rl_adapter_ref_model": True}, "dpo", "model", [TORCHS, CACHE]),
+    (AXOLOTL | {"rl": "kto", "adapter": "lora", "rl_adapter_ref_model": True}, "kto", "auto", [TORCHS]),
+    (AXOLOTL | {"rl": "kto", "adapter": "lora", "precompute_ref_log_probs": True}, "kto", "auto", [TORCHS]),
+    (AXOLOTL | {"rl": "dpo", "batch_flattening": True}, "dpo", "auto", [TORCHS, CACHE]),
     (AXOLOTL | {"rl": "dpo", "precompute_ref_log_probs": True}, "dpo", "precomputed", [TORCHS, CACHE]),
     (
         AXOLOTL | {"rl": "dpo", "dpo_use_weighting": True}, "dpo", "auto",
@@ -61,6 +72,15 @@ SAID: tuple[tuple[dict[str, Any], str, str, list[str]], ...] = (
         [TORCHS, OUTSIDE, OF_64, f"{UNCORRECTED} (use_vllm)", f"{UNFUSED_LOSS} (use_liger_loss)"],
     ),
     (
+        AXOLOTL
+        | {"rl": "grpo", "batch_flattening": True, "flash_attention": True, "trl": {"use_data_producer": True}},
+        "grpo", "auto", [TORCHS, f"{DENSE} (batch_flattening)", OUTSIDE, OF_64],
+    ),
+    (
+        AXOLOTL | {"rl": "grpo", "batch_flattening": True, "flash_attention": True}, "grpo", "auto",
+        [TORCHS, OUTSIDE, OF_64],
+    ),
+    (
         AXOLOTL | {"rl": "ebft", "ebft": {"mode": "strided"}}, "ebft", "auto",
         [f"{OUTSIDE} (rl)", "sdpa, not flex attention (ebft)", f"{EMPTIED_TWICE} (ebft)", f"{NOT_KEPT} (ebft)"],
     ),
@@ -69,6 +89,15 @@ SAID: tuple[tuple[dict[str, Any], str, str, list[str]], ...] = (
     (FACTORY | {"stage": "dpo", "pref_loss": "orpo"}, "orpo", "auto", [f"orpo's {OWN}"]),
     (FACTORY | {"stage": "dpo", "pref_loss": "simpo"}, "simpo", "auto", [f"simpo's {OWN}"]),
     (FACTORY | {"stage": "dpo", "ref_model": "gpt2"}, "dpo", "model", [f"dpo's {OWN}"]),
+    (
+        FACTORY | {"stage": "dpo", "ref_model": "gpt2", "ref_model_quantization_bit": 4}, "dpo", "model",
+        [f"dpo's {OWN}", f"{IN_16_BIT} (ref_model_quantization_bit)"],
+    ),
+    (FACTORY | {"stage": "dpo", "ref_model_quantization_bit": 4}, "dpo", "auto", [f"dpo's {OWN}"]),
+    (
+        FACTORY | {"use_asft_loss": True, "ref_model": "gpt2", "ref_model_quantization_bit": 8}, "asft", "model",
+        [f"{IN_16_BIT} (ref_model_quantization_bit)"],
+    ),
     (FACTORY | {"stage": "kto"}, "kto", "auto", [f"kto's {OWN}"]),
     (FACTORY | {"stage": "rm"}, "reward", "auto", [f"reward's {OWN}"]),
     (TRL | {"beta": 0.1}, "dpo", "auto", [OPEN]),
@@ -85,8 +114,14 @@ SAID: tuple[tuple[dict[str, Any], str, str, list[str]], ...] = (
         [f"{OUTSIDE} (num_generations)", "with dropout (disable_dropout)"],
     ),
     (TRL | {"beta": 0.1, "desirable_weight": 1.3}, "kto", "auto", []),
+    (TRL | {"loss_type": "kto"}, "kto", "auto", []),
+    (TRL | {"loss_type": "apo_zero_unpaired"}, "kto", "auto", [f"{WITH_KL} (loss_type)"]),
     (TRL | {"beta": 0.1, "cpo_alpha": 1.0}, "cpo", "auto", []),
     (TRL | {"beta": 0.1, "loss_type": "simpo", "simpo_gamma": 0.5}, "simpo", "auto", []),
+    (TRL | {"loss_type": "simpo"}, "simpo", "auto", []),
+    (TRL | {"loss_type": "simpo", "cpo_alpha": 0.0}, "simpo", "auto", [f"{LIKELY} (cpo_alpha)"]),
+    (TRL | {"loss_type": "alphapo"}, "simpo", "auto", [f"{LIKELY} (loss_type)"]),
+    (AXOLOTL | {"rl": "simpo", "cpo_alpha": 0}, "simpo", "auto", [TORCHS, f"{LIKELY} (cpo_alpha)"]),
     (
         TRL | {"loss_type": "apo_zero", "padding_free": True}, "dpo", "auto",
         ["a dense batch, not one without padding (padding_free)", "DPO's sigmoid loss (loss_type)"],
@@ -108,6 +143,76 @@ def test_a_config_trains_for_what_it_says(
     said = [line for line in found.differences if "chunked loss" not in line]
     assert [line for line in said if "fp32" not in line] == differs
     assert found.setup["engine"] == "torch"
+
+
+@pytest.mark.parametrize(
+    ("more", "reference", "told"),
+    [
+        ({"rl": "kto"}, "auto", True),
+        ({"rl": "kto", "bf16": False}, "auto", False),
+        ({"rl": "kto", "adapter": "lora"}, "auto", False),
+        ({"rl": "kto", "adapter": "lora", "rl_adapter_ref_model": True}, "auto", False),
+        ({"rl": "kto", "precompute_ref_log_probs": True}, "auto", True),
+        ({"rl": "dpo"}, "auto", False),
+        ({"rl": "dpo", "rl_adapter_ref_model": True}, "model", False),
+        ({"rl": "orpo"}, "auto", False),
+        ({"rl": "dpo", "adapter": "lora", "rl_adapter_ref_model": True}, "model", False),
+        ({"rl": "grpo", "rl_beta": 0.01}, "model", True),
+        ({"rl": "gdpo", "trl": {"beta": 0.001}}, "model", True),
+        ({"rl": "grpo", "rl_beta": 0.01, "adapter": "lora"}, "adapter-off", False),
+        ({"rl": "grpo"}, "auto", False),
+    ],
+)
+def test_a_reference_that_axolotl_leaves_to_trl_is_in_fp32(
+    tmp_path: Path, more: dict[str, Any], reference: str, told: bool
+) -> None:
+    """Its DPO alone hands a reference over, and its keys; TRL loads the others anew, in twice the bytes."""
+    path = tmp_path / "config.yml"
+    path.write_text(yaml.safe_dump(AXOLOTL | more))
+    found = read(path)
+    assert found.setup.get("reference", "auto") == reference
+    assert (f"{BY_TRL.format('bf16', 'sdpa')} (rl)" in found.differences) == told
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"adapter": "lora", "rl_beta": 0.01}, True),
+        ({"adapter": "lora", "rl_beta": 0.01, "lora_target_parameters": ["experts.down_proj"]}, False),
+        ({"adapter": "lora"}, False),
+        ({"rl_beta": 0.01}, False),
+    ],
+)
+def test_a_copy_of_adapters_as_reference_is_told(tmp_path: Path, more: dict[str, Any], told: bool) -> None:
+    """TRL copies those of a model that has some, so that the reference's forward pass has their products, too."""
+    path = tmp_path / "config.yml"
+    path.write_text(yaml.safe_dump(AXOLOTL | {"rl": "grpo"} | more))
+    assert (f"{COPIED} (rl)" in read(path).differences) == told
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"stage": "dpo", "finetuning_type": "full"}, True),
+        (
+            {"stage": "dpo", "finetuning_type": "full", "ref_model": "gpt2", "ref_model_quantization_bit": 4},
+            False,  # which is told in its place
+        ),
+        ({"stage": "kto", "finetuning_type": "full"}, True),
+        ({"use_asft_loss": True, "finetuning_type": "full"}, True),
+        ({"stage": "dpo", "finetuning_type": "full", "pref_loss": "orpo"}, False),
+        ({"stage": "dpo", "finetuning_type": "full", "pure_bf16": True}, False),
+        ({"stage": "dpo", "finetuning_type": "full", "use_badam": True}, False),
+        ({"stage": "dpo"}, False),
+    ],
+)
+def test_a_reference_that_llama_factory_leaves_in_16_bit_is_told(
+    tmp_path: Path, values: dict[str, Any], told: bool
+) -> None:
+    """It puts in fp32 what trains alone: a reference of 7 G parameters has 14 GB less."""
+    path = tmp_path / "config.yml"
+    path.write_text(yaml.safe_dump(FACTORY | values))
+    assert (REFERENCE_IN_FP32 in read(path).differences) == told
 
 
 GRPO: tuple[tuple[dict[str, Any], str], ...] = (
@@ -145,6 +250,25 @@ def test_ppos_training_step_is_what_its_trainer_does(tmp_path: Path) -> None:
         assert said in found.first_line
     setup = Setup(**found.setup)
     assert (setup.objective, setup.seq, setup.prompt, setup.amp) == ("ppo", 544, 512, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "method", "told"),
+    [
+        ({"load_in_4bit": True}, "qlora:r=16,dropout=0.05,double_quant=false", True),
+        ({"load_in_4bit": True, "fp16": True}, "qlora:r=16,dropout=0.05,double_quant=false,prepared=true", False),
+        ({"load_in_8bit": True}, "lora_8bit:r=16,dropout=0.05,prepared=true", False),
+        ({}, "lora:r=16,dropout=0.05", False),
+    ],
+)
+def test_trls_orpo_and_cpo_prepare_a_base_in_few_bits(
+    tmp_path: Path, values: dict[str, Any], method: str, told: bool
+) -> None:
+    """Norms, embeddings and head become fp32; beside 4 bits and bf16 only the norms stay so."""
+    path = tmp_path / "config.yml"
+    path.write_text(yaml.safe_dump(TRL | {"beta": 0.1, "cpo_alpha": 1.0, "use_peft": True} | values))
+    found = read(path)
+    assert (found.method, NORMS_PREPARED in found.first_line) == (method, told)
 
 
 def test_the_folder_of_an_example_says_what_its_keys_leave_open(tmp_path: Path) -> None:

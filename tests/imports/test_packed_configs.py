@@ -8,7 +8,16 @@ from click.testing import CliRunner
 
 from perfmodel.cli import main
 from perfmodel.imports import read
-from perfmodel.imports.packing import MASK, TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN, shorter
+from perfmodel.imports.packing import APART as PACKED_APART
+from perfmodel.imports.packing import (
+    MASK,
+    NEVER_CUT,
+    TAKEN_OUT,
+    TO_A_MULTIPLE,
+    TO_THE_LONGEST,
+    UNKNOWN,
+    shorter,
+)
 
 AXOLOTL = "base_model: tinyllama-1.1b\nsequence_len: 256\nmicro_batch_size: 2\n"
 FACTORY = "model_name_or_path: tinyllama-1.1b\ncutoff_len: 256\nper_device_train_batch_size: 2\n"
@@ -17,6 +26,8 @@ TRL = "model_name_or_path: tinyllama-1.1b\nmax_length: 256\nper_device_train_bat
 OLDER = TRL.replace("max_length", "max_seq_length")
 FLASH = "attn_implementation: flash_attention_2\n"
 APART = {"packing": "varlen", "batch": 2, "seq": 256}
+IN_A_ROW = {"packing": "dense", "batch": 1, "seq": 512}
+STREAMED = AXOLOTL + "sample_packing: true\npretraining_dataset: [{path: c4}]\n"
 
 EXPECTED: dict[str, tuple[dict[str, Any], bool]] = {  # file -> fields of the setup, whether lengths are assumed
     AXOLOTL: ({}, False),
@@ -33,9 +44,32 @@ EXPECTED: dict[str, tuple[dict[str, Any], bool]] = {  # file -> fields of the se
     AXOLOTL + "micro_batch_size: 1\nsample_packing: true\nattn_implementation: kernels-community/vllm-flash-attn3": (
         {"packing": "dense"}, False,
     ),
+    STREAMED + "sdp_attention: true": (APART, False),
+    STREAMED + "sdp_attention: true\nsdpa_varlen: false": (IN_A_ROW, False),
+    STREAMED + "eager_attention: true": (IN_A_ROW, False),
+    STREAMED + "eager_attention: true\nbase_model: google/gemma-4-12B-it": (APART, False),
+    STREAMED + "sdp_attention: true\ndiffusion: {eps: 0.001}": (IN_A_ROW, False),
+    STREAMED: (IN_A_ROW, False),
+    STREAMED + "flash_attention: true": (APART, True),
+    STREAMED + "flash_attention: true\npretrain_multipack_attn: false": (IN_A_ROW, False),
+    AXOLOTL + "pretraining_dataset: [{path: c4}]": ({"seq": 256}, False),
+    AXOLOTL + "pretraining_dataset: [{path: c4}]\npretraining_sample_concatenation: true": (
+        {"packing": "dense", "batch": 2}, False,
+    ),
+    AXOLOTL + "sample_packing: true\nstreaming: true": (APART, False),
+    AXOLOTL + "sample_packing: true\nstreaming: true\nflash_attention: true\nmultipack_real_batches: true": (
+        APART, True,
+    ),
+    AXOLOTL + "sample_packing: true\nbase_model: google/gemma-3-4b-it": (APART, False),
+    AXOLOTL + "sample_packing: true\nbase_model: google/gemma-3-1b-it": ({"packing": "dense"}, False),
+    AXOLOTL + "sample_packing: true\nbase_model: google/gemma-4-12B-it\ngemma4_hybrid_attn_impl: true": (
+        APART | {"attention": "flash2"}, True,
+    ),
     AXOLOTL + "batch_flattening: auto\nflash_attention: true": ({"packing": "flat"}, True),
     AXOLOTL + "batch_flattening: auto": ({}, False),
+    AXOLOTL + "batch_flattening: true\nflash_attention: true\nrl: dpo": ({}, False),
     AXOLOTL + "group_by_length: true": ({"group_by_length": True}, False),
+    AXOLOTL + "group_by_length: true\nrl: dpo": ({}, False),
     AXOLOTL + "pad_to_sequence_len: true": ({"padded": True}, False),
     AXOLOTL + "reward_model: true": ({"padded": True}, False),
     FACTORY + "neat_packing: true": ({"packing": "varlen", "batch": 2}, False),
@@ -44,6 +78,7 @@ EXPECTED: dict[str, tuple[dict[str, Any], bool]] = {  # file -> fields of the se
     FACTORY + "packing: true\nflash_attn: fa2": ({"packing": "dense"}, False),
     FACTORY + "stage: pt": ({"packing": "dense"}, False),
     ONE + "packing: true\nflash_attn: fa2": ({"packing": "varlen"}, True),
+    ONE + "packing: true\nflash_attn: fa2\nstage: pt": ({"packing": "dense"}, False),
     FACTORY + "group_by_length: true": ({"group_by_length": True}, False),
     "model: tinyllama-1.1b\nbatching_strategy: padding_free\nflash_attn: flash_attention_2": (
         {"packing": "flat"}, True,
@@ -77,6 +112,23 @@ def test_what_each_tool_packs(tmp_path: Path, text: str) -> None:
     assert any(said.startswith(UNKNOWN) for said in found.differences) == assumed
     assert (MASK in found.notes) == ("neat_packing" in text and "fa2" not in text)
     assert not any(said.startswith(UNKNOWN) for said in found.with_lengths().differences)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("streaming: true\n", PACKED_APART),
+        ("pretraining_dataset: [a]\npretrain_multipack_attn: false\n", ""),
+        ("", ""),
+    ],
+)
+def test_one_row_of_a_stream_is_told(tmp_path: Path, asked: str, said: str) -> None:
+    """Axolotl packs a stream into one row as long as a micro-batch: attention goes further than in rows apart."""
+    found = read(config(tmp_path, AXOLOTL + "sample_packing: true\nsdp_attention: true\n" + asked))
+    told = [words for words in found.differences if words.startswith(PACKED_APART)]
+    assert [words.partition(" (")[0] for words in told] == ([said] if said else [])
+    one = config(tmp_path, AXOLOTL + "micro_batch_size: 1\nsample_packing: true\n" + asked)
+    assert not any(words.startswith(PACKED_APART) for words in read(one).differences)
 
 
 @pytest.mark.parametrize(
@@ -137,3 +189,15 @@ def test_the_first_line_says_what_is_assumed_of_lengths(
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0
     assert first in result.stdout.splitlines()[0]
+
+
+@pytest.mark.parametrize(("length", "told"), [("null", True), ("256", False)])
+def test_trl_cuts_no_sample_where_the_length_is_null(tmp_path: Path, length: str, told: bool) -> None:
+    """Elsewhere null is an absent key; TRL's default of 1,024 tokens goes by it (trainer/sft_config.py)."""
+    path = config(tmp_path, TRL.replace("256", length))
+    found = read(path)
+    assert (found.setup["seq"], NEVER_CUT in found.first_line) == (1024 if told else 256, told)
+    assert (shorter("max_length") in found.notes) != told
+    assert NEVER_CUT not in found.with_lengths().first_line
+    typed = ["predict", "--config", str(path), "--device", "a100", "--seq", "300"]
+    assert NEVER_CUT not in CliRunner().invoke(main, typed).stdout.splitlines()[0]

@@ -91,6 +91,17 @@ def test_a_real_run_is_predicted_from_the_trainer_alone(tmp_path: Path, lora: bo
     assert "measured" in text
 
 
+@pytest.mark.parametrize(("length", "named"), [(256, 256), (None, None)])
+def test_a_run_that_cuts_no_sample_names_no_length(length: int | None, named: int | None) -> None:
+    """TRL's default of 1,024 tokens is not that of a run that empties it: its batches are as long as its samples."""
+
+    class Arguments:
+        def to_dict(self) -> dict[str, Any]:
+            return {"per_device_train_batch_size": 2, "packing": False, "max_length": length, "loss_type": "nll"}
+
+    assert trainer_program(LlamaForCausalLM(LlamaConfig(**CONFIG)), Arguments()).length == named
+
+
 class Logger(TrainerCallback):
     """What reporting callbacks get: (step, figures) in their order."""
 

@@ -32,7 +32,7 @@ from .form import WholeUnits
 from .messages import Coming, Ready, coming, interleaved
 
 ALIGNMENT = 2  # elements that every rank's part is a multiple of (`nccl_start_alignment_factor`)
-BESIDE = Run(COMMUNICATION)  # the stream that reduces gradients (`overlap_comm`, on by default)
+BESIDE = Run(COMMUNICATION)  # the stream that reduces gradients under `overlap_comm`, as most configs have it
 COPY = " (trained copy)"  # how copies of modules are named (`Scope.parameter`)
 IN_BLOCK = re.compile(r".*?\.(\d+)\.")  # a block's number in the name of a parameter
 

@@ -1,0 +1,104 @@
+"""What a training config has several GPUs do by keys of its trainer: searches for unused weights, a global batch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from perfmodel.cli import main
+from perfmodel.imports import read
+from perfmodel.imports.ddp import ENDS
+from perfmodel.imports.forms import ONCE
+from perfmodel.imports.read import AS_MANY
+
+AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "bf16": True}
+FACTORY = {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "full", "bf16": True}
+TRL = {"model_name_or_path": "gpt2", "max_length": 64, "packing": False}
+V1 = {"model": "tinyllama-1.1b", "model_class": "llm", "micro_batch_size": 2, "cutoff_len": 64}
+
+
+def written(folder: Path, values: Any) -> Path:
+    """A file with these values."""
+    path = folder / "config.yml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("values", "searches"),
+    [
+        (TRL, False),
+        ({**TRL, "use_peft": True}, True),
+        ({**TRL, "gradient_checkpointing": False}, True),
+        ({**TRL, "use_peft": True, "ddp_find_unused_parameters": False}, False),
+        ({**TRL, "use_peft": True, "fsdp": True}, False),
+        (FACTORY, False),
+        ({**FACTORY, "finetuning_type": "lora", "disable_gradient_checkpointing": True}, False),
+        ({**FACTORY, "disable_gradient_checkpointing": True}, True),
+        ({**FACTORY, "finetuning_type": "oft"}, True),
+        ({**FACTORY, "stage": "rm"}, True),
+        ({**FACTORY, "stage": "rm", "ddp_find_unused_parameters": False}, False),
+        ({**AXOLOTL, "adapter": "lora"}, False),
+        ({**AXOLOTL, "ddp_find_unused_parameters": True}, True),
+        ({**AXOLOTL, "base_model": "google/gemma-4-12B-it", "adapter": "lora"}, True),
+        ({**AXOLOTL, "base_model": "google/gemma-4-12B-it", "ddp_find_unused_parameters": False}, False),
+        ({**AXOLOTL, "rl": "dpo", "adapter": "lora", "ddp_find_unused_parameters": False}, True),
+        ({**AXOLOTL, "rl": "dpo", "gradient_checkpointing": True}, False),
+        ({**AXOLOTL, "rl": "dpo"}, True),
+        ({**FACTORY, "finetuning_type": "lora", "ddp_find_unused_parameters": True}, True),
+    ],
+)
+def test_the_search_for_unused_parameters_is_the_tools_default(
+    tmp_path: Path, values: dict[str, Any], searches: bool
+) -> None:
+    """The Trainer's own default beside adapters; where PyTorch ends in an error with it, that is said."""
+    found = read(written(tmp_path, values))
+    several = found.on_several(found.asks())
+    assert (several.setup["ddp"] == "find-unused" or ENDS["find-unused"] in several.differences) == searches
+
+
+@pytest.mark.parametrize(
+    ("values", "typed", "micro_batches"),
+    [
+        ({"global_batch_size": 16}, (), 8),
+        ({"global_batch_size": 16}, ("--gpus", "4"), 2),
+        ({"global_batch_size": 16}, ("--gpus", "16"), 1),
+        ({"global_batch_size": 16}, ("--gpus", "4", "--grad-accum", "3"), 3),
+        ({}, ("--gpus", "4"), 1),
+    ],
+)
+def test_gpus_share_the_samples_of_a_global_batch(
+    tmp_path: Path, values: dict[str, Any], typed: tuple[str, ...], micro_batches: int
+) -> None:
+    """LLaMA-Factory v1 counts those of all GPUs, where the other tools count micro-batches of each."""
+    config = str(written(tmp_path, {**V1, **values}))
+    asked = ["predict", "--device", "h100-sxm", "--config", config, *typed, "--json"]
+    answer = json.loads(CliRunner().invoke(main, asked).stdout)
+    assert answer["setup"]["grad_accum"] == micro_batches
+
+
+@pytest.mark.parametrize(
+    ("dist", "gpus", "told"),
+    [
+        (None, 4, True),
+        ({"name": "fsdp2"}, 4, True),
+        (None, 8, False),
+        ({"name": "deepspeed", "config_file": "ds_z2_config.json"}, 4, False),
+    ],
+)
+def test_gradients_of_every_micro_batch_are_exchanged(
+    tmp_path: Path, dist: dict[str, Any] | None, gpus: int, told: bool
+) -> None:
+    """LLaMA-Factory v1 has no `no_sync`; of a single micro-batch there is nothing to say."""
+    found = read(written(tmp_path, {**V1, "global_batch_size": 16, "dist_config": dist}))
+    assert (ONCE in found.on_several(found.asks()).over((gpus,)).differences) == told
+
+
+def test_micro_batches_on_several_numbers_of_gpus_are_told(tmp_path: Path) -> None:
+    """They are as many for all of a sweep's GPUs, which one global batch would not give."""
+    found = read(written(tmp_path, {**V1, "global_batch_size": 16}))
+    assert found.over((2, 4)).differences == [*found.differences, AS_MANY]
+    assert found.over((4, 4)).setup["grad_accum"] == 2
