@@ -18,7 +18,7 @@ OPTIONS = {  # field of the setup -> what it is called
     "padded": "padded batch", "objective": "objective", "reference": "reference model", "prompt": "tokens of prompts",
     "stack": "versions of software", "fp8": "8-bit floats", "int8": "8-bit integers", "qat": "fake quantisation",
     "experts": "form of experts", "engine": "engine", "gpus": "GPUs", "nodes": "nodes", "node": "kind of node",
-    "parallel": "what several GPUs do", "offload": "in the host's memory",
+    "parallel": "what several GPUs do", "ddp": "what DDP knows of the graph", "offload": "in the host's memory",
     "tp": "GPUs that share every layer",
     "pp": "GPUs that have some blocks each", "pp_schedule": "order of micro-batches through them",
     "cp": "GPUs that share every sequence", "cp_rotate": "how keys and values get to them",
