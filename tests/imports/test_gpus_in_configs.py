@@ -8,6 +8,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from perfmodel import Setup
 from perfmodel.cli import main
 from perfmodel.imports import read
 from perfmodel.imports.ddp import ENDS
@@ -58,6 +59,28 @@ def test_the_search_for_unused_parameters_is_the_tools_default(
     found = read(written(tmp_path, values))
     several = found.on_several(found.asks())
     assert (several.setup["ddp"] == "find-unused" or ENDS["find-unused"] in several.differences) == searches
+
+
+@pytest.mark.parametrize(
+    ("values", "ddp", "said"),
+    [
+        ({**TRL, "use_peft": True}, "find-unused", []),
+        ({**TRL, "use_peft": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "plain",
+         [ENDS["find-unused"]]),
+        ({**TRL, "ddp_static_graph": True, "gradient_accumulation_steps": 1}, "static-graph", []),
+        ({**TRL, "ddp_static_graph": True, "gradient_accumulation_steps": 2}, "plain", [ENDS["static-graph"]]),
+    ],
+)  # fmt: skip
+def test_what_ddp_is_told_of_the_graph_runs_or_is_said(
+    tmp_path: Path, values: dict[str, Any], ddp: str, said: list[str]
+) -> None:
+    """What ends in an error in PyTorch is answered without it, which is said."""
+    found = read(written(tmp_path, values))
+    several = found.on_several(found.asks())
+    assert several.setup["ddp"] == ddp
+    assert Setup(**several.setup, gpus=8).ddp == ddp
+    assert [words for words in several.differences if "ddp_" in words] == said
+    assert not any("ddp_" in words for words in found.differences)
 
 
 @pytest.mark.parametrize(

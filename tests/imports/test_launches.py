@@ -16,7 +16,6 @@ from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.imports import DIFFERS, read
 from perfmodel.imports.accelerate import read_launch
-from perfmodel.imports.ddp import ENDS
 from perfmodel.imports.fields import UNSCALED
 from perfmodel.imports.forms import CHECKED, OF_MASTERS, OVERLAPPED, PREFETCHED, SUMMED
 from perfmodel.imports.llama_factory_v1 import BESIDE_BLOCKS, NO_UNITS, REDUCED
@@ -156,28 +155,6 @@ def test_a_training_config_names_its_form(
     assert [*form.unlike, *form.besides] == said
     assert set(said) <= set(several.differences)
     assert not [words for words in several.differences if words.startswith("one GPU") or "the place of" in words]
-
-
-@pytest.mark.parametrize(
-    ("values", "ddp", "said"),
-    [
-        ({**TRL, "use_peft": True}, "find-unused", []),
-        ({**TRL, "use_peft": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "plain",
-         [ENDS["find-unused"]]),
-        ({**TRL, "ddp_static_graph": True, "gradient_accumulation_steps": 1}, "static-graph", []),
-        ({**TRL, "ddp_static_graph": True, "gradient_accumulation_steps": 2}, "plain", [ENDS["static-graph"]]),
-    ],
-)  # fmt: skip
-def test_what_ddp_is_told_of_the_graph_runs_or_is_said(
-    tmp_path: Path, values: dict[str, Any], ddp: str, said: list[str]
-) -> None:
-    """What ends in an error in PyTorch is answered without it, which is said."""
-    found = read(written(tmp_path, "config.yml", values))
-    several = found.on_several(found.asks())
-    assert several.setup["ddp"] == ddp
-    assert Setup(**several.setup, gpus=8).ddp == ddp
-    assert [words for words in several.differences if "ddp_" in words] == said
-    assert not any("ddp_" in words for words in found.differences)
 
 
 def test_gpus_take_the_place_of_the_words_on_one(tmp_path: Path) -> None:
