@@ -73,6 +73,13 @@ def test_a_map_without_the_setup_has_no_frame() -> None:
     assert "here" not in breakeven(plane).svg()
 
 
+def test_a_corner_marks_what_does_not_fit() -> None:
+    """The one cell that does not fit has a filled corner, and says so to whoever points at it."""
+    fits = np.array([[True, True], [True, False]])
+    svg = breakeven(BreakEven([1, 2], [128, 256], np.ones((2, 2)), fits, ("a", "b"), (1, 64))).svg()
+    assert (svg.count('class="f-muted"'), svg.count("does not fit")) == (1, 1)
+
+
 @pytest.mark.parametrize(
     ("ratio", "found"),
     [(1.0, "f-grid"), (1.05, "f-grid"), (1.06, "f-saved tone-1"), (3.0, "f-saved tone-4"), (0.5, "f-added tone-4")],

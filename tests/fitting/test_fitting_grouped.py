@@ -24,6 +24,24 @@ def test_drawn_loads_hold_all_rows(experts: int, top_k: int, tokens: int, expone
     assert 0 <= counts.min() < tokens * top_k / experts < counts.max() <= tokens
 
 
+def test_what_is_searched_starts_within_its_limits() -> None:
+    """An empty range would be searched for nothing."""
+    assert all(low < high for low, high in grouped.BOUNDS.values())
+    assert grouped.BOUNDS["stream"][0] < grouped.STREAM < grouped.BOUNDS["stream"][1]
+    assert grouped.BOUNDS["fixed"][0] < grouped.FIXED < grouped.BOUNDS["fixed"][1]
+
+
+@pytest.mark.parametrize("tokens", [1, 100_000])
+def test_a_layers_roofline_is_its_products_or_its_bytes(tokens: int) -> None:
+    """Three matrices of every expert that has a token, what goes in and out of a token's experts, two bytes each."""
+    hw, hidden, width, topk, experts = grouped.hardware("h100-sxm"), 4096, 1024, 2, 8
+    sizes = {"hidden_size": hidden, "inter_size": 2 * width, "moe_tp_size": 2, "num_tokens": tokens, "topk": topk}
+    (seconds,) = grouped._roofline(pd.DataFrame([{**sizes, "num_experts": experts}]), hw)
+    read = 2 * 3 * hidden * width * min(experts, topk * tokens) + 2 * 2 * topk * tokens * (hidden + width)
+    flops = 2 * 3 * hidden * width * topk * tokens
+    assert seconds == pytest.approx(max(read / hw.memory_bandwidth, flops / hw.peak("bf16")))
+
+
 def test_a_row_slower_than_more_work_is_mistuned(tmp_path: Path) -> None:
     """Of 512 tokens one load takes ten times what 1,024 tokens take: the kernel, not the load, is bad there."""
     loads = ["balanced", "power_law_1.01"]

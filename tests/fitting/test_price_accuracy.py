@@ -136,7 +136,7 @@ def test_published_times_of_attention_go_with_its_work() -> None:
         assert ((times[1:] > 1.75 * times[:-1]) & (times[1:] < 4.4 * times[:-1])).all(), of
     twice = [of.sort_values("batch").seconds.to_numpy() for _, of in rows.groupby([*lines, "seq"])]
     assert all(1.7 < b / a < 2.45 for a, b in (of for of in twice if len(of) == 2))
-    assert sum(len(of) == 2 for of in twice) >= 35
+    assert sum(len(of) == 2 for of in twice) == 40
     assert set(np.log2(rows.seq) % 1) == {0}
 
 
