@@ -190,14 +190,16 @@ def names() -> tuple[str, ...]:
     return stems(HOSTS, ".toml")
 
 
-def load(name_or_path: str = USUAL) -> Host:
+def load(name_or_path: str = "default") -> Host:
     """A host by bundled name, by the name of an own one (`perfmodel calibrate`), or by the path of a TOML file.
+
+    "default" is the usual one, as no device is known here.
 
     Raises:
         UserError: unknown name, broken TOML, a missing, mistyped or negative figure.
     """
-    if name_or_path in names():
-        return _bundled(name_or_path)
+    if name_or_path in ("default", *names()):
+        return _bundled(USUAL if name_or_path == "default" else name_or_path)
     mine = own.find(name_or_path, "hosts")
     if mine is None and not is_file(name_or_path):
         known = ["default", *names(), *own.calibrated("hosts")]
