@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from perfmodel.devices import profile
+from perfmodel.devices.alignment import padding
 from perfmodel.devices.gemm import gemm_time
-from perfmodel.devices.gemm_parameters import GemmParameters, Layout
+from perfmodel.devices.gemm_parameters import LAYOUTS, GemmParameters, Layout
 from perfmodel.devices.price import durations
 from perfmodel.program.op import Attrs, Op, Spec
 
@@ -251,3 +252,11 @@ def test_a_compiler_pads_the_products_that_eager_pytorch_pays_for() -> None:
     assert aligned + copy < compiled < aligned + 1.5 * copy
     assert seconds(50264, "bf16", True) == aligned
     assert seconds(50257, "fp32", True) == seconds(50257, "fp32", False)
+
+
+def test_padding_rounds_sides_along_memory_up_and_copies_what_changes() -> None:
+    """Columns always, rows where they lie along A's memory (nt), else the depth; the operands that grow are copied."""
+    layouts = np.array([LAYOUTS.index("nn"), LAYOUTS.index("nt")])
+    (m, n, k, batch), copied = padding(13, 16, 21, 2, layouts)
+    assert (m.tolist(), n, k.tolist(), batch) == ([13, 16], 16, [24, 21], 2)
+    assert copied.tolist() == [2 * 2 * (13 * 21 + 21 * 16), 2 * 2 * 13 * 21]

@@ -257,3 +257,11 @@ def test_galore_without_options_is_that_of_transformers(monkeypatch: pytest.Monk
     _, theirs = made._get_galore_optimizer(SimpleNamespace(args=run, model=None, optim_args={}, optimizer_kwargs={}))
     ours: Any = methods.parse("galore")
     assert (theirs["rank"], theirs["update_proj_gap"]) == (ours.r, ours.update_proj_gap)
+
+
+def test_spread_blocks_are_the_last_of_equal_parts() -> None:
+    """Where LLaMA-Pro adds its own: behind every L/K blocks, not the last K."""
+    bound = methods.parse("top_k:k=2,spread=true").bind(architecture_of("llama", layers=6))
+    assert [layer for layer in range(6) if bound.has(layer)] == [2, 5]
+    last = methods.parse("top_k:k=2").bind(architecture_of("llama", layers=6))
+    assert [layer for layer in range(6) if last.has(layer)] == [4, 5]

@@ -150,3 +150,11 @@ def test_the_command_lists_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
     assert words.exit_code == 0
     assert "12,345" in words.stdout
     assert "collectives" in words.stdout
+
+
+def test_layers_are_cut_over_ranks_that_divide_their_heads() -> None:
+    """Over two and over four, where keys and values have heads for that many; PyTorch's clipping refuses the mix."""
+    cases = list(parallel_cases.tensor_grid("all"))
+    assert {case.setup.tp for case in cases} == {2, 4}
+    assert all(case.config.values["num_key_value_heads"] % case.setup.tp == 0 for case in cases)
+    assert not any(case.setup.clip_grad for case in cases)

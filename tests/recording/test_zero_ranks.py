@@ -78,3 +78,9 @@ def test_a_large_gradient_goes_out_by_the_ranks_that_keep_it() -> None:
     p = Parameter("p", (10,), "bf16", kind="weight", trainable=True)
     assert messages_of([Coming(p, 0)], {Coming(p, 0): 3}, 4, 4) == (5, 5)
     assert messages_of([Coming(p, 0)], {Coming(p, 0): 3}, 100, 4) == (10,)
+
+
+@pytest.mark.parametrize(("optimizer", "runs"), [("adamw", "adamw-fused"), ("adamw-loop", "adamw-loop")])
+def test_deepspeed_brings_its_own_adamw(optimizer: str, runs: str) -> None:
+    """FusedAdam takes the place of PyTorch's AdamW; another that is asked for runs as it is."""
+    assert sharded("full", "zero1", optimizer=optimizer).optimizer == runs
