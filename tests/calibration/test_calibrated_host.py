@@ -47,7 +47,7 @@ def test_what_no_program_holds_stays_the_defaults_and_is_named(tmp_path: Path) -
     """Hooks of an engine once came out as 0.1 s each, so that a small step was predicted to take a minute."""
     found, default = hosts.fit_host(timed()), host_files.load()
     unmeasured = {"launch_call", "launch", "graph_launch", "compiled_kernel", "compiled_graph", "guard"}
-    assert set(found.doubts.kept) == unmeasured | {"fetch", "release", "reduce", "settle", "wrap"}
+    assert set(found.doubts.kept) == unmeasured | {"fetch", "release", "reduce", "settle", "wrap", "search"}
     assert all(getattr(found.host, name) == getattr(default, name) for name in found.doubts.kept)
     for cost in ("call", "module", "hook", "loop_call"):
         assert getattr(found.host, cost) == pytest.approx(getattr(TRUTH, cost), rel=0.2), cost

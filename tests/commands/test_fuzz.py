@@ -35,7 +35,7 @@ from validate.published import layers, tuners
 from validate.published import steps as published
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-HOST = (DATA / "hosts" / "default.toml").read_text()
+HOST = (DATA / "hosts" / "epyc-genoa.toml").read_text()
 SETUP = ["--batch", "2", "--seq", "16", "--device", "l40s"]
 
 

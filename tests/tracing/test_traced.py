@@ -256,7 +256,7 @@ def test_the_host_waits_as_often_and_as_long_as_on_the_tape() -> None:
     built, _ = traced.of_method(load("smollm2-1.7b"), method, setup, on)
     assert any(costs.synchronises(op) for _, op, _ in built.ops())
     total = predict("smollm2-1.7b", method, setup, on).time.phases["total"]
-    assert of_step(built, on, host.load()).time.phases["total"] == pytest.approx(total, rel=0.005)
+    assert of_step(built, on, host.host_of("default", on)).time.phases["total"] == pytest.approx(total, rel=0.005)
     shuffled = sorted((op for part, _ in built.parts() for op in part.ops), key=costs.synchronises)
     assert Counter(map(id, traced.spread(shuffled))) == Counter(map(id, shuffled))
 
