@@ -22,6 +22,7 @@ from perfmodel.setup import (
     ATTENTION,
     CHECKPOINT,
     COMPILE,
+    DDP,
     DTYPES,
     ENGINES,
     EXPERTS,
@@ -29,8 +30,11 @@ from perfmodel.setup import (
     INT8,
     KERNELS,
     OBJECTIVES,
+    OFFLOAD,
     PACKING,
+    PARALLEL,
     REFERENCES,
+    ROTATE,
     Setup,
 )
 from validate.oracle.cases import MIXTURES, SMALL, STACKS, with_targets
@@ -54,7 +58,17 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "objective": OBJECTIVES, "prompt": (1, 5, 30), "reference": REFERENCES, "packing": PACKING,
     "lengths": ("20:40", "400:1200"), "stack": ("torch=2.6,cuda=12.4", "transformers=4.44,peft=0.11", "torch=2.10"),
 }  # fmt: skip
-APART = ("batch", "seq", "images", "image_size")  # drawn by themselves; images need a trace
+FORMS: tuple[dict[str, tuple[Any, ...]], ...] = (  # what several GPUs may do
+    {"parallel": PARALLEL}, {"parallel": ("ddp",), "ddp": DDP}, {"parallel": PARALLEL[1:], "offload": OFFLOAD},
+    {"parallel": PARALLEL, "tp": (2, 4)}, {"parallel": PARALLEL, "nodes": (2,)},
+    {"parallel": ("fsdp2",), "cp": (2, 4), "cp_rotate": ROTATE, "seq": (64, 2048)},
+    {"pp": (2, 3), "pp_schedule": ("1f1b", "gpipe", "interleaved:v=2"), "grad_accum": (4, 6, 12), "amp": (None,)},
+)  # fmt: skip
+# drawn by themselves; images need a trace
+APART = (
+    "batch", "seq", "images", "image_size", "gpus", "parallel", "ddp", "offload", "tp", "nodes", "node", "cp",
+    "cp_rotate", "pp", "pp_schedule",
+)  # fmt: skip
 OPTIONS: dict[str, SearchStrategy[str]] = {  # of methods; sizes that are not here are small integers
     "targets": st.just("all-linear"), "dropout": st.just("0.1"), "layers": st.just("0-1"),
     "adapter_dtype": st.sampled_from(("bf16", "fp32")), "k": st.sampled_from("123"),
@@ -121,7 +135,15 @@ def setups(draw: DrawFn) -> dict[str, Any]:
         made["dtype"] = draw(st.sampled_from(("fp32", made["amp"])))
     if made.get("in_backward"):
         made["clip_grad"] = False
-    return made
+    return made | draw(several()) if draw(st.booleans()) else made
+
+
+@st.composite
+def several(draw: DrawFn) -> dict[str, Any]:
+    """What several GPUs do, some of which one GPU does as well."""
+    form = {name: draw(st.sampled_from(values)) for name, values in draw(st.sampled_from(FORMS)).items()}
+    together = form.get("tp", 1) * form.get("cp", 1) * form.get("pp", 1) * form.get("nodes", 1)
+    return {"gpus": together * draw(st.sampled_from((1, 2, 3, 8))), **form}
 
 
 @st.composite

@@ -9,7 +9,7 @@ from perfmodel.prediction.predict import Prediction, predict
 
 
 def figures(p: Prediction) -> dict[str, Any]:
-    """All numbers of a prediction under flat names."""
+    """All numbers of a prediction under flat names, but those of a pipeline's ranks, which a grid does not have."""
     flat: dict[str, Any] = {}
 
     def walk(path: str, value: Any) -> None:
@@ -20,7 +20,7 @@ def figures(p: Prediction) -> dict[str, Any]:
             flat[path] = value
 
     for key, value in p.as_dict().items():
-        if key not in ("model", "device", "method", "setup", "notes", "periodic", "choices"):
+        if key not in ("model", "device", "method", "setup", "notes", "periodic", "choices", "pipeline"):
             walk(key, value)
     return flat
 

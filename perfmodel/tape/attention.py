@@ -12,6 +12,7 @@ from itertools import zip_longest
 from typing import NamedTuple
 
 from ..calls import sdpa
+from ..errors import UserError
 from ..program.dims import Shape, by_stride, elementwise_strides, is_one, same, same_shape, strides_in_order
 from ..program.op import Attrs
 from .autograd import differentiate
@@ -206,8 +207,14 @@ class AttentionKernel(NamedTuple):
 
 
 def fused_kernel(q: Tensor, k: Tensor, v: Tensor) -> AttentionKernel:
-    """The kernel that the device picks for operands without a mask, for who calls it by itself."""
+    """The kernel that the device picks for operands without a mask, for who calls it by itself.
+
+    Raises:
+        UserError: the device has none for them, and works by parts.
+    """
     kernel = _choose(q, k, v, None, 0.0)
+    if kernel not in _FLASH:
+        raise UserError(f"cp: the device has no fused attention in {q.dtype}, which shared sequences take; use --cp 1")
 
     def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         shape = (*q.shape[:3], v.shape[3])
