@@ -92,9 +92,12 @@ class RunLora(Targeted):
             if full.endswith(".lora_U"):
                 layer = full.removesuffix(".lora_U")
                 _, name = block_of(step.architecture.stacks, layer)
+                n, m = (
+                    names[f"{layer}.lora_{of}"].elements // self.r for of in "UV"
+                )  # of which a rank may hold a part
                 shape = LayerShape(
-                    step.setup.batch * step.setup.seq, u.shape[0], names[layer + ".lora_V"].shape[1], self.r, u.dtype,
-                    layer + ".bias" in names, step.architecture.traits.conv1d,
+                    step.setup.batch * step.setup.seq, n, m, self.r, u.dtype, layer + ".bias" in names,
+                    step.architecture.traits.conv1d,
                 )  # fmt: skip
                 copies = u.count + (found[name].copies if name in found else 0)
                 seconds = self.costs(shape) if self.choose == "time" else (None, None)

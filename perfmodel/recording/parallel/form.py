@@ -123,5 +123,7 @@ def check_form(setup: Setup, method: Method) -> None:
         )
     if setup.tp > 1 and (method.name not in CUT or getattr(method, "implementation", "peft") != "peft"):
         raise UserError(f"tp: {method.name} on layers that are cut is not modelled; {' and '.join(CUT)} are")
+    if setup.parallel == "fsdp1" and method.periodic():
+        raise UserError(f"method {method.name} changes weights, which fsdp1 keeps in flat pieces: use --parallel ddp")
     if setup.parallel != "ddp" and type(method).update is not Method.update:
         raise UserError(f"method {method.name} updates whole weights by itself: with several GPUs use --parallel ddp")
