@@ -92,9 +92,7 @@ class RunLora(Targeted):
             if full.endswith(".lora_U"):
                 layer = full.removesuffix(".lora_U")
                 _, name = block_of(step.architecture.stacks, layer)
-                n, m = (
-                    names[f"{layer}.lora_{of}"].elements // self.r for of in "UV"
-                )  # of which a rank may hold a part
+                n, m = (names[f"{layer}.lora_{of}"].elements // self.r for of in "UV")  # a rank may hold a part
                 shape = LayerShape(
                     step.setup.batch * step.setup.seq, n, m, self.r, u.dtype, layer + ".bias" in names,
                     step.architecture.traits.conv1d,

@@ -214,7 +214,8 @@ def fused_kernel(q: Tensor, k: Tensor, v: Tensor) -> AttentionKernel:
     """
     kernel = _choose(q, k, v, None, 0.0)
     if kernel not in _FLASH:
-        raise UserError(f"cp: the device has no fused attention in {q.dtype}, which shared sequences take; use --cp 1")
+        heads = f"{q.shape[1]} heads over {k.shape[1]} in {q.dtype}"
+        raise UserError(f"cp: the device has no fused attention of {heads}, which shared sequences take; use --cp 1")
 
     def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         shape = (*q.shape[:3], v.shape[3])

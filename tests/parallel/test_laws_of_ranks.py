@@ -175,3 +175,25 @@ def test_the_network_that_was_calibrated_here_is_taken(tmp_path: Path, monkeypat
     assert "the processes exchange as in mine (--node)" in found.notes
     with pytest.raises(UserError, match="mine was measured between 2 processes, not 4: torchrun --nproc-per-node 4"):
         predict(LLAMA, "lora", device=CPU, gpus=4)
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_an_order_of_products_is_chosen_for_whole_layers(parallel: str) -> None:
+    """Of several GPUs each holds a part of an adapter, but multiplies with all of it."""
+    choices = [predict(LLAMA, "runlora:r=4", Setup(gpus=gpus, parallel=parallel), "a100").choices for gpus in (1, 4)]
+    assert choices[0] == choices[1] != []
+
+
+def test_what_merges_weights_is_refused_where_they_lie_in_pieces() -> None:
+    """XGBLoRA adds adapters to weights now and then; flat pieces of FSDP1 have no rows to add them to."""
+    with pytest.raises(UserError, match="xgblora changes weights"):
+        predict(LLAMA, "xgblora", Setup(gpus=2, parallel="fsdp1"), "a100")
+
+
+def test_a_card_without_fused_attention_shares_no_sequence() -> None:
+    """A V100 works by parts where heads share keys and values, which torch's context_parallel does not take."""
+    setup = Setup(gpus=2, parallel="fsdp2", cp=2, seq=256)
+    grouped = Config({**LLAMA.values, "num_key_value_heads": 4}, "llama", "llama")
+    with pytest.raises(UserError, match="no fused attention of 8 heads over 4 in bf16"):
+        predict(grouped, "full", setup, "v100-32gb-sxm")
+    assert predict(LLAMA, "full", setup, "v100-32gb-sxm").time.phases["total"] > 0
