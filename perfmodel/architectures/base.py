@@ -350,18 +350,19 @@ class Scope:
         """
         current, shared = tape(), list(given)
         of_stage = self.build.stage.blocks if self.build.stage is not None else None
-        for first, period, times in runs_of_layers(self.build.architecture, self.build.method, of_stage):
-            begins, end = first, first + period * times
+        for first, period, times in runs_of_layers(
+            self.build.architecture, self.build.method, of_stage, ends_apart=current.wrapping is not None
+        ):
+            end = first + period * times
             while first < end and (among is None or first in among):
                 part = current.begin("blocks", "forward")
                 needed_grad, before = x.requires_grad, x.storage.number
+                current.enter(part, x)
                 for layer in range(first, first + period):
                     x, *shared = self._layer(layer, block, x, shared)
                     if self.build.collects:  # the last one's stands for the first one's input, which is as large
                         self.build.held.append((x, part))
                 count = (end - first) // period if x.requires_grad == needed_grad else 1
-                if current.wrapping is not None and count > 1:  # hooks see what lies beyond either end of a run
-                    count = 1 if first == begins else count - 1
                 part.repeat = count
                 if current.flow is not None:
                     current.flow.carried[id(part)] = before, x.storage.number

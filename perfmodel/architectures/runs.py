@@ -1,6 +1,7 @@
 """Blocks that run the same program, as runs that are recorded once."""
 
 from collections.abc import Hashable, Sequence
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 LONGEST_PATTERN = 8  # layers until they come again alike (Jamba); a longer one is recorded layer by layer
@@ -46,15 +47,21 @@ class HasKeys(Protocol):
     def layer_key(self, layer: int) -> Hashable: ...
 
 
-def runs_of_layers(architecture: HasKinds, method: HasKeys, blocks: range | None = None) -> list[tuple[int, int, int]]:
+Run = tuple[int, int, int]
+
+
+def runs_of_layers(
+    architecture: HasKinds, method: HasKeys, blocks: range | None = None, *, ends_apart: bool = False
+) -> list[Run]:
     """Layers that come again alike, in their order: (first layer, layers of a pattern, times that it comes in a row).
 
     The first block stands alone in any case: what all blocks share (its input, masks, rotary tables) is allocated
-    before it and dies with its backward.
+    before it and mostly dies with its backward.
 
     Args:
         blocks: those of a stage of a pipeline; None: all. So does the last block of one that is not the last: the
             gradient of its output comes from elsewhere.
+        ends_apart: whether either end of a run is a run of its own, as hooks see what lies beyond.
     """
     blocks = range(architecture.layers) if blocks is None else blocks
     apart = blocks.stop < architecture.layers and len(blocks) > 1
@@ -67,7 +74,14 @@ def runs_of_layers(architecture: HasKinds, method: HasKeys, blocks: range | None
         )
         found.append((first, period, times))
         first += period * times
-    return [*found, (first, 1, 1)] if apart else found
+    found += [(first, 1, 1)] * apart
+    return [part for run in found for part in _cut(*run)] if ends_apart else found
+
+
+def _cut(first: int, period: int, times: int) -> list[Run]:
+    counts = [count for count in (1, times - 2, 1) if count > 0] if times > 1 else [1]
+    starts = accumulate(counts, initial=0)
+    return [(first + period * start, period, count) for start, count in zip(starts, counts, strict=False)]
 
 
 def times_in_a_row(keys: Sequence[Hashable], first: int, period: int) -> int:

@@ -33,6 +33,7 @@ class PrefixTuning(VirtualTokens):
     projection: bool = option(False, "whether an MLP makes them (prefix_projection)")
     width: Any = option(None, "hidden width of that MLP; default the width of the keys", positive)
 
+    fills_cache: ClassVar[bool] = True
     aliases: ClassVar[dict[str, str]] = {
         **VirtualTokens.aliases, "prefix_projection": "projection", "encoder_hidden_size": "width"
     }  # fmt: skip
@@ -73,7 +74,7 @@ class PrefixTuning(VirtualTokens):
         past = self._encode(model, self.indices(batch), arch.kv_heads * arch.head_dim)
         past = cast(past, model.dtype)
         past = view(past, (batch, self.tokens, 2 * arch.layers, arch.kv_heads, arch.head_dim))
-        runs = runs_of_layers(arch, self)
+        runs = runs_of_layers(arch, self, ends_apart=tape().wrapping is not None)
         layers = [(first + i, times) for first, period, times in runs for i in range(period)]
         parts = split_layers(permute(past, (2, 0, 3, 1, 4)), [times for _, times in layers])
         if by_layer:

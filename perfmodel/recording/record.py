@@ -160,7 +160,7 @@ def _micro_batches(step: Step, tape: Tape, programs: dict[Any, Any]) -> Callable
 
     def end() -> None:
         _forget(kept)
-        tape.loss = None
+        tape.drop_graph(None)
         tape.part.free(ending)
 
     return end
@@ -179,7 +179,7 @@ def _exchanging(step: Step, tape: Tape, form: ParallelForm, kept: Kept, programs
 
     def end() -> None:
         _forget(kept)
-        tape.loss = None
+        tape.drop_graph(None)
 
     return end
 
@@ -207,7 +207,7 @@ def _further(tape: Tape, first: list[Part]) -> tuple[list[Part], Dim]:
     The graph of a micro-batch dies when the next one has its loss.
     """
     tape.part = Part("end", "backward")
-    tape.loss = None
+    tape.drop_graph(None)
     ending = -tape.part.delta
     assert tape.renewed is not None
     part, peak = tape.renewed
@@ -257,6 +257,7 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
         tape.on_gradient = zero.hook(step, first=not step.parameters)
     tape.begin("inputs", "forward")
     form = step.form
+    before = tape.loss.storage if tape.flow is not None and tape.loss is not None else None
     parameters, loss, after = forward_passes(step, setup, method, kept)
     tape.renew(loss)
     if setup.grad_accum > 1 and objectives.found(setup.objective).scaled:
@@ -267,6 +268,7 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     tape.part = _backward_start(tape)
     seed = emit("ones_like", (loss,), (), loss.dtype)
     run_backward(loss, seed)
+    del seed
     if after is not None:
         tape.begin("statistics", "backward")
         with tape.no_grad():
@@ -287,7 +289,8 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
         from ..passes.compile import compiled_parts  # half of what a step needs: only where it is asked for
 
         first, later = compiled_parts(setup, step.parameters, first, tape.flow, programs, alike=tape.alike)
-        tape.flow = None
+        tape.flow, tape.part = None, first[-1]
+        del before  # the last loss, in none of the parts that were compiled
     tape.parts.clear()
     tape.twins.clear()
     return first, later

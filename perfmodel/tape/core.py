@@ -16,7 +16,7 @@ from ..program.part import HostWork, Part
 from ..program.ranks import Ranks
 from ..program.software import CURRENT, SoftwareStack
 from ..program.streams import MAIN, Run
-from .tensor import Flow, Node, Parameter, Storage, Tensor
+from .tensor import Entering, Flow, Node, Parameter, Storage, Tensor
 
 
 class Wrapping(Protocol):
@@ -106,24 +106,38 @@ class Tape:
         self.buffers: list[Spec] = []
         self.ring: Any = None  # `tape.packages.ring.SharedSequence` of the ranks that share a sequence
         self.alike = False
+        self.entering: dict[int, Entering] = {}  # by the id of a run of layers, forward or back
+        self.lingering: list[Storage] = []  # what all layers of the current run held
+        self.graph_dies = False  # and with it what its nodes still hold, of all layers of repeated parts
         self.renewed: tuple[Part, Dim] | None = None  # the part that made the loss, and its peak before
 
     def renew(self, loss: Tensor) -> None:
         """`loss = …`: the graph of the last micro-batch dies here."""
-        self.loss = loss
+        self.drop_graph(loss)
         later = self.part.later
         if later is not None:
             self.renewed = self.part, later.peak
             later.highest = later.delta
 
+    def drop_graph(self, loss: Tensor | None) -> None:
+        """Another takes the place of the variable `loss`, or none."""
+        self.graph_dies = True
+        self.loss = loss
+        self.graph_dies = False
+
     def begin(self, name: str, phase: str) -> Part:
         """Start a new part."""
         self.part = Part(name, phase, later=self._later(name, phase))
         self.parts.append(self.part)
+        self.lingering.clear()
         return self.part
 
     def _later(self, name: str, phase: str) -> Part | None:
         return Part(name, phase) if self.alike and self.flow is None else None
+
+    def enter(self, part: Part, x: Tensor) -> None:
+        """A run of identical layers begins with its input."""
+        self.entering[id(part)] = Entering(x.storage.number, Storage(0, None).number)
 
     def backward_of(self, part: Part) -> None:
         """Switch to the part that holds the backward ops of a forward part."""
@@ -135,11 +149,15 @@ class Tape:
             twin = Part(part.name, "backward", part.repeat, host=HostWork(returns=part.host.weights), later=later)
             self.twins[id(part)] = twin
             self.parts.append(twin)
+            if id(part) in self.entering:
+                self.entering[id(twin)] = self.entering[id(part)]
             if self.flow is not None:
                 self.flow.twins[id(twin)] = part
         elif twin is not self.part and self.parts[-1] is not twin:
             raise AssertionError(f"backward returned to {part.name} after leaving it")
-        self.part = twin
+        if twin is not self.part:
+            self.part = twin
+            self.lingering.clear()
 
     @contextmanager
     def no_grad(self) -> Iterator[None]:

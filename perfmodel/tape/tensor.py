@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..program.dims import Dim, Shape, contiguous_strides, product
 from ..program.dtypes import FLOATING, ITEMSIZE
@@ -28,36 +28,65 @@ class RecordingTape(Protocol):
     frames: list[Any]
     sequence: int
     flow: "Flow | None"
+    entering: "dict[int, Entering]"
+    lingering: "list[Storage]"
+    graph_dies: bool
 
 
 class Storage:
     """A block of memory. `copies` > 1: the block stands for that many when it is freed outside its repeated part.
 
-    `heir` is the block that stays in its place; it dies in further micro-batches only (`Tape.alike`).
+    `home` is the part that made it. `heir` is the block that stays in its place; it dies in further micro-batches only
+    (`Tape.alike`).
     """
 
-    __slots__ = ("__weakref__", "copies", "heir", "nbytes", "number", "tape")
+    __slots__ = ("__weakref__", "copies", "heir", "home", "nbytes", "number", "tape")
 
-    def __init__(self, nbytes: Dim, tape: "RecordingTape | None") -> None:
+    def __init__(self, nbytes: Dim, tape: "RecordingTape | None", home: Part | None = None) -> None:
         self.nbytes = nbytes
         self.tape = tape
         self.copies = 1
+        self.home = home if home is not None or tape is None else tape.part
         self.heir: Storage | None = None
         self.number = next(_numbers)
 
     def inherited(self) -> "Storage":
         """Its heir, made on first use."""
         if self.heir is None:
-            self.heir = Storage(self.nbytes, self.tape)
+            self.heir = Storage(self.nbytes, self.tape, self.home)
         return self.heir
 
     def __del__(self) -> None:
-        if self.tape is not None:
-            part = self.tape.part if self.heir is None else self.tape.part.later
-            if part is not None:
-                part.free(self.nbytes * self.copies)
-            if self.tape.flow is not None:
-                self.tape.flow.live.discard(self.number)
+        tape = self.tape
+        if tape is not None:
+            part = tape.part if self.heir is None else tape.part.later
+            if tape.part.repeat > 1 and self._of_all(tape.part):
+                last = Storage(self.nbytes, tape, self.home)
+                last.copies, last.heir, last.number = self.copies, self.heir, self.number
+                tape.lingering.append(last)
+            elif part is not None:
+                copies = self.home.repeat if tape.graph_dies and self.home is not None else self.copies
+                part.free(self.nbytes * copies)
+            if tape.flow is not None:
+                tape.flow.live.discard(self.number)
+
+    def _of_all(self, part: Part) -> bool:
+        """Whether all layers of a run hold this very block, so that it dies with the last of them, forward or back.
+
+        Any other block that dies there stands for one a layer: what the layer made, and what its neighbour handed it.
+        """
+        run = self.tape.entering.get(id(part)) if self.tape is not None else None
+        home = self.home
+        if run is None or home is None or home.repeat > 1:
+            return False
+        return self.number < run.first and self.number != run.input
+
+
+class Entering(NamedTuple):
+    """Where a run of identical layers begins: the block of its input, and the first one that is younger than it."""
+
+    input: int
+    first: int
 
 
 _numbers = count()
