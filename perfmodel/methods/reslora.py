@@ -3,8 +3,10 @@
 The program is the authors' (github.com/microsoft/LMOps, reslora/myloralib/layers.py); adapters have the base's dtype.
 """
 
+from bisect import bisect
 from collections.abc import Hashable
 from dataclasses import dataclass
+from itertools import accumulate
 
 from ..errors import UserError
 from ..tape.tensor import Tensor
@@ -53,8 +55,12 @@ class ResLora(Lora):
         return 1 if self.shortcut == "is" else self.layers if self.pre_num == -1 else self.pre_num
 
     def layer_key(self, layer: int) -> Hashable:
-        """Blocks near either end have fewer blocks before or after them; those between are alike."""
-        adapted = [i for i in range(self.layers) if super(ResLora, self).layer_key(i)]
+        """Blocks near either end of a stack have other blocks before or after them; those between are alike."""
+        assert self.architecture is not None
+        ends = list(accumulate(count for _, count in self.architecture.stacks))
+        stack = bisect(ends, layer)
+        row = range(ends[stack] - self.architecture.stacks[stack][1], ends[stack])
+        adapted = [i for i in row if super(ResLora, self).layer_key(i)]
         if layer not in adapted:
             return "frozen"
         place, after = adapted.index(layer), len(adapted) - 1 - adapted.index(layer)
