@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..program.dims import at, decide, summed
+from ..program.dims import Dim, at, decide, summed
 from ..program.op import Attrs, Op, Spec
 from ..program.part import Part
 from ..setup import Setup
@@ -71,7 +71,12 @@ def compiled_parts(
     def emitted(g: Graph) -> list[Part]:
         return _Emission(numbering.renamed(g, program.values), program, captured=captured).run()
 
-    return emitted(graph), emitted(graph.later()) if alike else []
+    if not alike:
+        return emitted(graph), []
+    further = graph.later()
+    later = emitted(further)
+    later[-1].free(summed([value.nbytes for value in further.results]))  # they replace those of the pass before
+    return emitted(graph), later
 
 
 class _Emission:
@@ -123,25 +128,48 @@ class _Emission:
                 self.parts.append(part)
 
     def _memory(self) -> None:
-        """Values live from the kernel that writes them to the last one that reads them."""
-        last: dict[Value, int] = {}
-        for i, (_, _, kernel) in enumerate(self.schedule):
-            for value in (*kernel.reads, *kernel.writes):
-                last[value] = i
-        home: dict[Value, Place] = {}
-        for i, (part, place, kernel) in enumerate(self.schedule):
-            for value in kernel.writes:
-                home[value] = place
-                part.allocate(value.nbytes)
-            for value in {*kernel.reads, *kernel.writes}:
-                if last[value] == i and value in home and value not in self.graph.results:
-                    part.free(value.nbytes * self._copies(home[value], place))
+        """Values live from the kernel that writes them to the last one that reads them.
 
-    def _copies(self, made: Place, freed: Place) -> int:
-        """How many layers' values of one kind end here: those of all layers of a run, if they waited for this."""
-        if made.repeat == freed.repeat or made.backward == freed.backward:
-            return 1
-        return made.repeat
+        An operation's values count in the layer that it belongs to, even where a kernel of the next one has taken it
+        in: one layer of a run stands for many, whose kernels it does not all show.
+        """
+        at = {(id(place), part.compiled): part for part, place, _ in self.schedule}
+        ends: dict[Value, tuple[int, int]] = {}  # the last kernel that has to do with a value, and the last place
+        for i, (_, _, kernel) in enumerate(self.schedule):
+            for prim in kernel.prims:
+                for value in (*[value for value, _ in prim.reads], *prim.outs):
+                    ends[value] = i, max(prim.place, ends.get(value, (0, 0))[1])
+        handed: dict[tuple[int, bool, bool], Any] = {}
+        written: set[Value] = set()
+        for i, (part, _, kernel) in enumerate(self.schedule):
+            for value in kernel.writes:
+                if not value.free:
+                    written.add(value)
+                    at.get((id(self._home(value)), part.compiled), part).allocate(value.nbytes)
+            for value in {*kernel.reads, *kernel.writes} & written - self.graph.results:
+                last, place = ends[value]
+                if last != i:
+                    continue
+                made, freed = self._home(value), self.graph.places[place]
+                copies = 1 if made.run == freed.run or made.repeat == freed.repeat else made.repeat  # they waited
+                at.get((id(freed), part.compiled), part).free(value.nbytes * copies)
+                if made.run == freed.run and made.repeat != freed.repeat:
+                    of = made.run, made.backward, freed.backward
+                    handed[of] = handed.get(of, 0) + (value.nbytes if made.repeat > 1 else -value.nbytes)
+        self._level(handed, at)
+
+    def _home(self, value: Value) -> Place:
+        assert value.maker is not None
+        return self.graph.places[value.maker.place]
+
+    def _level(self, handed: dict[tuple[int, bool, bool], Dim], at: dict[tuple[int, bool], Part]) -> None:
+        """The layer that stands for many hands on as much as it is handed, where fusion at either end differs."""
+        for (run, made, freed), more in handed.items():
+            first = next(p for p in self.graph.places if p.run == run and p.backward == made)
+            middle = next(p for p in self.graph.places if p.run == run and p.backward == freed and p.repeat > 1)
+            if (id(first), True) in at and (id(middle), True) in at:
+                at[id(first), True].allocate(more)
+                at[id(middle), True].free(more)
 
 
 def _call(kernel: FusedKernel) -> Op:

@@ -63,12 +63,13 @@ class Prim:
 
 @dataclass
 class Place:
-    """A copy of a recorded part: it stands for `repeat` of them."""
+    """A copy of a recorded part: it stands for `repeat` of them. `run` is the same forward and back."""
 
     part: Part
     copy: int
     repeat: int
     backward: bool
+    run: int
 
 
 @dataclass
@@ -103,7 +104,8 @@ def places(parts: list[Part], flow: Flow) -> list[Place]:
     found = []
     for part in parts:
         backward = part.phase == "backward"
-        copies = [Place(part, i, repeat, backward) for i, repeat in enumerate(_copies(part.repeat))]
+        run = id(flow.twins.get(id(part), part))
+        copies = [Place(part, i, repeat, backward, run) for i, repeat in enumerate(_copies(part.repeat))]
         found += copies[::-1] if id(part) in flow.twins else copies
     return found
 
@@ -179,6 +181,8 @@ class Builder:
         self.graph = Graph(places(parts, flow))
         self.names = Names(parts, flow, parameters)
         self.parameters = parameters
+        self.flow = flow
+        self.outlive: set[Value] = set()
         self.values: dict[Key, Value] = {}
         self.known: dict[Any, list[Value]] = {}
         self.walks: dict[Op, int] = {}
@@ -219,8 +223,22 @@ class Builder:
         return found
 
     def write(self, use: Use, value: Value) -> None:
-        """A block of memory has new contents from here on."""
-        self.values[self.key(use.storage)] = value
+        """A block of memory has new contents from here on; equal ones of two blocks that outlive the pass stay two."""
+        key = self.key(use.storage)
+        if use.storage in self.flow.live and self.values.get(key) is not value:
+            if value in self.outlive:
+                value = self._again(value)
+            self.outlive.add(value)
+        self.values[key] = value
+
+    def _again(self, value: Value) -> Value:
+        maker = value.maker
+        if maker is None or len(maker.outs) > 1:
+            return value
+        prim = replace(maker, place=self.index, owner=self.op.owner, outs=[])
+        prim.outs.append(Value(value.dtype, value.points, prim))
+        self.graph.prims.append(prim)
+        return prim.outs[0]
 
     def layouts(self) -> int:
         """A number that tells slices and permutations of one block apart: of how the current op walks over memory.

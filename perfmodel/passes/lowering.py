@@ -51,6 +51,7 @@ def lowered(parameters: Sequence[Parameter], parts: list[Part], flow: Flow) -> G
     for (storage, _), value in builder.values.items():
         if value.maker is not None and (storage in flow.live or storage in weights):
             graph.results.add(value)
+            value.free = storage in weights  # written over a parameter
     _without_dead_code(graph)
     return graph
 
