@@ -32,6 +32,11 @@ def check_step(architecture: Architecture, method: Method, setup: Setup) -> None
         raise UserError(f"compile {setup.compile}: compiled mixtures of experts ({architecture.name}) are not modelled")
     if setup.loops_experts and setup.cuda_graphs and architecture.stacked_names():
         raise UserError("cuda_graphs: no graph holds experts eager, whose loop reads on the host; use grouped_mm")
+    if setup.parallel == "fsdp2" and setup.amp is not None and getattr(method, "fills_cache", False):
+        raise UserError(
+            f"method {method.name}: FSDP2 casts what it gathers to {setup.amp}, but PEFT's cache stays {setup.dtype}, "
+            "and PyTorch ends in an error; leave out --amp, or use prompt_tuning"
+        )
     if setup.kernels == "liger" and "lm_head" in getattr(method, "targets", ()):
         raise UserError(f"method {method.name}: Liger's loss reads the head's own weight; leave lm_head out of targets")
 

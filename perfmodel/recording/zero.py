@@ -11,7 +11,6 @@ Source: deepspeed 0.19.8, runtime/zero/stage3.py (`__add_grad_to_ipg_bucket`, `p
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from ..errors import UserError
 from ..methods.parts.base import Method
@@ -62,10 +61,7 @@ def one_name(setup: Setup) -> Setup:
 def under_zero(setup: Setup, method: Method) -> tuple[Setup, Method]:
     """What DeepSpeed makes of setup and method: the whole module, adapters too, in one 16-bit dtype; no autocast."""
     dtype = setup.amp or setup.dtype
-    if getattr(method, "adapter_dtype", dtype) is None:
-        changed: dict[str, Any] = {"adapter_dtype": dtype}
-        method = replace(method, **changed)
-    return replace(setup, dtype=dtype, amp=None), method
+    return replace(setup, dtype=dtype, amp=None), method.in_one_dtype(dtype)
 
 
 def bucket(step: Step) -> Dim:

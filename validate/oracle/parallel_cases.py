@@ -24,6 +24,7 @@ METHODS = (
     "top_k:k=1",
     "top_k:k=2,inner=lora",
 )
+VIRTUAL = ("prefix_tuning:tokens=6", "p_tuning:tokens=6")
 TENSOR_MODELS = ("llama", "mistral", "qwen2")
 TENSOR_METHODS = ("full", "lora:r=4", "lora:r=2,targets=all-linear,dropout=0.1,adapter_dtype=bf16")
 MANY_BUCKETS: dict[str, Any] = {  # DDP fills several (of 1 MiB, then 25)
@@ -66,6 +67,14 @@ def rank_grid(which: str) -> Iterator[Case]:
             for ddp in ("plain", "find-unused"):
                 setup = replace(setup, batch=1, seq=3, parallel="ddp", ddp=ddp)
                 yield _case(Config(MANY_BUCKETS, "llama", "llama-large"), method, setup)
+    for k, method in enumerate(VIRTUAL):  # tokens and a cache of their own for every block
+        for setup in varied(k, 2 if which == "quick" else 5):
+            for form in FORMS:
+                config = Config({**SMALL["llama"], "num_hidden_layers": 6}, "llama", "llama-6")
+                if (
+                    setup.amp is None or form == "ddp" or not method.startswith("prefix")
+                ):  # else PyTorch ends in an error
+                    yield _case(config, method, replace(setup, parallel=form, checkpoint="none"))
     yield from tensor_grid(which)
     yield from ring_grid(which)
 

@@ -211,6 +211,10 @@ class Method(Compared):
         """This method as the versions of a stack run it beside a base of `dtype`: where PEFT has adapters in that."""
         if stack.upcasts_adapters or self.in_few_bits or getattr(self, "implementation", "peft") != "peft":
             return self
+        return self.in_one_dtype(dtype) if hasattr(self, "adapter_dtype") else self
+
+    def in_one_dtype(self: M, dtype: str) -> M:
+        """This method where an engine casts all parameters to `dtype`, but for adapters that were given another."""
         if getattr(self, "adapter_dtype", dtype) is not None:
             return self
         changed: dict[str, Any] = {"adapter_dtype": dtype}

@@ -3,8 +3,8 @@
 Source: peft/peft_model.py (`PeftModelForCausalLM.forward`, `get_prompt`).
 """
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
 
 from ...errors import UserError
 from ...tape.bus import from_host
@@ -16,6 +16,8 @@ from ...tape.tensor import Parameter, Storage, Tensor
 from .base import Method, Scope, option
 from .checks import positive
 
+V = TypeVar("V", bound="VirtualTokens")
+
 
 @dataclass(frozen=True)
 class VirtualTokens(Method):
@@ -23,7 +25,12 @@ class VirtualTokens(Method):
 
     tokens: Any = option(20, "virtual tokens before each sample; --seq counts the text alone", positive)
 
+    encoder_dtype: str = "fp32"  # no option: PEFT's, beside any base
+
     aliases: ClassVar[dict[str, str]] = {"num_virtual_tokens": "tokens"}
+
+    def in_one_dtype(self: V, dtype: str) -> V:
+        return replace(self, encoder_dtype=dtype)
 
     def sizes(self) -> tuple[str, ...]:
         return ("tokens",)
@@ -55,8 +62,8 @@ class VirtualTokens(Method):
         return made if tape().device == "cpu" else emit("_to_copy", (made,), made.shape, "i64")
 
     def weight(self, model: Scope, name: str, *shape: Any) -> Parameter:
-        """A parameter of the prompt encoder, which PEFT makes in fp32 beside any base."""
-        return model.parameter(f"prompt_encoder.{name}", shape, "adapter", dtype="fp32", trainable=True)
+        """A parameter of the prompt encoder."""
+        return model.parameter(f"prompt_encoder.{name}", shape, "adapter", dtype=self.encoder_dtype, trainable=True)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from .form import WholeUnits
 
 ROOT = ""  # the unit of what no other holds
 HEAD = "lm_head."
+BESIDE = "prompt_encoder."  # PEFT wraps no layers of the model for it
 
 
 def shard_shape(shape: Shape, ranks: Dim) -> Shape:
@@ -148,7 +149,7 @@ class Survey(WholeUnits):
         groups: list[tuple[str, ...]] = [(path,) for path in dict.fromkeys(self.paths)]
         tail: list[tuple[str, ...]] = []
         if setup.parallel == "fsdp2":
-            adapted = any(p.kind == "adapter" for p in parameters)
+            adapted = any(p.kind == "adapter" and not p.name.startswith(BESIDE) for p in parameters)
             first, tail = self._beside(tied=tied, adapted=adapted, classifies=classifies)
             groups = [*first, *groups, *tail]
         found = {group: [p for p in left if p.name.startswith(group)] for group in groups}
