@@ -101,11 +101,13 @@ def test_each_further_layer_adds_the_same(name: str, method: str, more: int) -> 
     assert (steps[2] - steps[1] == steps[1] - steps[0]).all()
 
 
-def test_what_is_allocated_is_freed() -> None:
+@pytest.mark.parametrize("accum", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "opt", "phi"])  # two biases of Phi's have one gradient
+@pytest.mark.parametrize("method", ["full", "lora:r=4", "loha:r=4", "top_k:k=1", "c3a:block_size=16"])
+def test_what_is_allocated_is_freed(name: str, method: str, accum: int) -> None:
     """Over a step live bytes come back to where they were: no value is forgotten, none is freed twice."""
-    for accum in (1, 3):
-        step = step_of("llama", "lora:r=4", layers=6, compile="default", grad_accum=accum)
-        assert abs(memory.step_segment(step).delta) <= 64
+    step = step_of(name, method, layers=6, compile="default", grad_accum=accum)
+    assert memory.step_segment(step).delta == 0
 
 
 @settings(few, max_examples=12)

@@ -23,7 +23,7 @@ from perfmodel.devices.host import Host
 from perfmodel.devices.profile import DeviceProfile
 from perfmodel.errors import UserError
 from perfmodel.methods import Method
-from perfmodel.prediction.memory import CONTEXT
+from perfmodel.prediction.memory import CONTEXT, step_segment
 from perfmodel.prediction.predict import Prediction
 from perfmodel.program.part import PHASES
 from perfmodel.setup import Setup
@@ -31,9 +31,6 @@ from perfmodel.setup import Setup
 OPPOSITE = {"faster": "slower", "slower": "faster", "same": "same"}
 NEAR = 1e-9
 LUCK = 0.98  # of the time: a larger product may fill the last wave better (`tests/devices/test_device_laws.py`)
-
-# Of the peak: what repeated blocks have in common (positions of Gemma 3's global layers) is freed with each of them
-SHARED = 1e-6
 
 
 LONG = {"batch": 2, "seq": 2048}
@@ -66,6 +63,20 @@ def test_figures_are_finite_within_their_bounds_and_sums_of_their_parts(question
     assert 0 <= p.padding < 1
     assert 0 < p.trainable_params <= p.total_params
     assert 0 < p.active_params <= p.total_params
+
+
+@tries(100)
+@given(questions())
+@example(Question("llama-3.2-1b", "prefix_tuning", LONG))  # whose lowest layer saves no rotary tables
+@example(Question("llama-3.2-1b", "prefix_tuning", {**LONG, "gpus": 4, "parallel": "ddp"}))
+@example(Question("llama-3.2-1b", "lora_8bit", {**LONG, "grad_accum": 3}))  # its graph keeps inputs till the next one
+@example(Question("opt-125m", "top_k", {**LONG, "compile": "default"}))
+@example(Question("t5-small", "reslora", LONG))
+def test_every_byte_that_a_step_allocates_is_freed_in_it(question: Question) -> None:
+    """A leak, or a block that each layer frees again, shifts every later peak and grows with the number of layers."""
+    if (p := asked(question)) is None or p.step is None:
+        return
+    assert step_segment(p.step).delta == 0
 
 
 @tries(25)
@@ -155,5 +166,5 @@ def test_more_work_is_never_less(question: Question, which: str) -> None:
         return
     for name in ("flops", "bytes"):
         assert getattr(more, name)["total"] >= getattr(p, name)["total"], name
-    assert more.memory.peak >= p.memory.peak * (1 - SHARED)
+    assert more.memory.peak >= p.memory.peak
     assert more.time.phases["total"] >= p.time.phases["total"] * LUCK
