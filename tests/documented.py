@@ -13,6 +13,8 @@ DOCUMENTS = ("README.md", "CONTRIBUTING.md")
 PROGRAMS = ("perfmodel", "pip", "python", "python3", "pytest", "ruff", "mypy", "torchrun", ".", ".ci/run")
 NAMES = ("perfmodel",)  # of the project; alone it is no command
 
+PRINTED = {"SOURCE_DATE_EPOCH": "1796083200"}  # the date of the examples: 2026-12-01
+
 FENCED = re.compile(r"^```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:^ {4}.*\n)+", re.MULTILINE)
 SPAN = re.compile(r"`([^`]+)`")
@@ -86,7 +88,7 @@ def typed(
     environment |= {
         "PATH": path, "PYTHONPATH": str(site), "HOME": str(folder), "PERFMODEL_HOME": str(folder / "home"),
         "CHECKOUT": str(ROOT), "DATA": str(site / "perfmodel" / "data"), "PATCH": patch, "COLUMNS": "100",
-        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_OFFLINE": "1", **PRINTED,
     }  # fmt: skip
     changed = PATCHED.replace("PYTHON", shlex.join(python or ["python"])) if patch or python else ""
     bash = ["bash", "-euc", changed + script]

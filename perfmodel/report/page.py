@@ -1,7 +1,6 @@
 """`perfmodel report`: everything about a comparison on one page that opens offline, prints, and reads on a phone."""
 
 from collections.abc import Sequence
-from datetime import date
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..prediction.predict import Model
 from ..questions.comparison import Comparison, compare
 from ..questions.explanation import Explanation, of_predictions
 from ..setup import Setup
+from ..today import today
 from . import evidence, exhibits
 from .figures import figures, mfu_of, shared_setup
 from .svg import typeset
@@ -61,7 +61,7 @@ def report(
         "figures": rows_of_page(c),
         "mfu": mfu_of(*c.predictions),
         "command": command,
-        "signature": f"perfmodel {_version()}, {date.today().isoformat()}. Made by:",
+        "signature": f"perfmodel {_version()}, {today().isoformat()}. Made by:",
         **exhibits.waterfalls(explained),
         **exhibits.limit_exhibits(explained, fastest(explained)),
         **exhibits.memories(c.predictions, labels, on),

@@ -28,7 +28,7 @@ PACKAGES = ("perfmodel", "validate")
 FLOORS = (
     "__main__", "cli", "commands", "app", "integrations", "report", "questions", "imports", "tracing", "prediction",
     "recording", "passes", "objectives", "methods", "architectures", "setup", "optimizers", "tape", "network",
-    "devices", "calls", "program", "partitions", "shown", "units", "resources", "registry", "values", "errors",
+    "devices", "calls", "program", "partitions", "shown", "units", "resources", "today", "registry", "values", "errors",
 )  # fmt: skip
 REGISTRIES = ("methods", "architectures", "optimizers", "objectives")  # one file an entry: as many as there are entries
 OF_GRADIO = ("perfmodel.app.page", "perfmodel.app.form")  # modules that need the extra `app`

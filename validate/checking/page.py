@@ -1,7 +1,6 @@
 """`perfmodel validate check --html FILE`: what a check found, on one page that opens offline."""
 
 from dataclasses import replace
-from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from perfmodel.report.charts.crossing import COLOURS
 from perfmodel.report.exhibits import both_forms
 from perfmodel.report.page import render
 from perfmodel.resources import write_text
+from perfmodel.today import today
 
 from ..accuracy import BASELINE
 from . import tables
@@ -59,7 +59,7 @@ def bare(environments: dict[str, Any], command: str) -> dict[str, Any]:
         "title": "Predicted against measured",
         "machines": [name_of(r) for r in environments.values()],
         "environments": [{"name": name, "facts": _facts(r)} for name, r in environments.items()],
-        "signature": f"perfmodel {_version()}, {date.today().isoformat()}. Made by:",
+        "signature": f"perfmodel {_version()}, {today().isoformat()}. Made by:",
         "command": command,
     }
 

@@ -19,6 +19,7 @@ from ...prediction.predict import Model, Prediction, architecture_of, method_of,
 from ...recording.collector import no_collector
 from ...recording.reuse import recalled
 from ...setup import Setup
+from ...today import today as date_of_today
 from . import job as jobs
 from .fitting import Concession, Fitting
 from .job import Job, JobCounts
@@ -169,7 +170,7 @@ def planner_of(
     typed = dict(price) if isinstance(price, Mapping) else typed_prices(price)
     planner = Planner(
         Fitting(architecture, host), job, setups, tuple(planned_devices(device)), tuple(bound), price_kind, typed,
-        node_power, deadline, grid_co2, today or date.today(),
+        node_power, deadline, grid_co2, today or date_of_today(),
     )  # fmt: skip
     for each in setups:  # a job that cannot be counted is refused before anything is predicted
         planner.work(each)
