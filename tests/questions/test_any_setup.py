@@ -18,11 +18,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from perfmodel import compare
-from perfmodel.architectures import Config
+from perfmodel.architectures import Architecture, Config, base
 from perfmodel.devices.host import Host
 from perfmodel.devices.profile import DeviceProfile
 from perfmodel.errors import UserError
-from perfmodel.methods import Method
+from perfmodel.methods import Method, prefix_tuning
 from perfmodel.prediction.memory import CONTEXT, step_segment
 from perfmodel.prediction.predict import Prediction
 from perfmodel.program.part import PHASES
@@ -77,6 +77,29 @@ def test_every_byte_that_a_step_allocates_is_freed_in_it(question: Question) -> 
     if (p := asked(question)) is None or p.step is None:
         return
     assert step_segment(p.step).delta == 0
+
+
+@tries(25)
+@given(questions())
+@example(Question("llama-3.2-1b", "prefix_tuning", {**LONG, "gpus": 4, "parallel": "ddp"}))
+@example(Question("flan-t5-small", "reslora", LONG))
+@example(Question("gemma-2-2b", "top_k:k=5", {**LONG, "compile": "default"}))
+def test_a_run_of_layers_stands_for_each_of_them(question: Question) -> None:
+    """Layers that are alike are recorded once: every figure is what recording them one by one gives."""
+    if (p := asked(question)) is None:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        for room in (base, prefix_tuning):
+            patch.setattr(room, "runs_of_layers", one_by_one)
+        alone = question.answered()
+    assert figures(alone) == pytest.approx(figures(p), rel=NEAR, abs=1e-12, nan_ok=False)
+
+
+def one_by_one(
+    architecture: Architecture, method: Method, blocks: range | None = None, *, ends_apart: bool = False
+) -> list[tuple[int, int, int]]:
+    """`runs_of_layers` of layers that have nothing in common."""
+    return [(layer, 1, 1) for layer in (range(architecture.layers) if blocks is None else blocks)]
 
 
 @tries(25)
