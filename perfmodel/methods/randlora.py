@@ -78,6 +78,7 @@ def _unique_base_backward(node: Node, grads: Sequence[Tensor | None]) -> Grads:
     base = unsqueeze(base, 3)
     left = view(permute(mul(unsqueeze(g, 3), base), (1, 0, 2, 3)), (bases, r, width))
     of_weights = permute(view(bmm(left, view(scales, (bases, width, 1))), (bases, r)), (1, 0))
+    del left  # a local of the first einsum
     turned = permute(unsqueeze(g, 3), (1, 2, 0, 3))
     right = view(mul(turned, permute(base, (1, 2, 0, 3))), (bases, width, r))
     of_scales = view(bmm(right, unsqueeze(permute(weights, (1, 0)), 2)), (bases, width))
