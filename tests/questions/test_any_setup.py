@@ -33,6 +33,7 @@ NEAR = 1e-9
 LUCK = 0.98  # of the time: a larger product may fill the last wave better (`tests/devices/test_device_laws.py`)
 
 
+EVEN = 0.02  # of the time, where layers of a part differ in what the host does
 LONG = {"batch": 2, "seq": 2048}
 WIDENED = Question(Config(SMALL_MODELS["glm4"], "glm4", "glm4"), "trainable_tokens", LONG, "cpu-xeon-2.5ghz-1t")
 
@@ -85,14 +86,23 @@ def test_every_byte_that_a_step_allocates_is_freed_in_it(question: Question) -> 
 @example(Question("flan-t5-small", "reslora", LONG))
 @example(Question("gemma-2-2b", "top_k:k=5", {**LONG, "compile": "default"}))
 def test_a_run_of_layers_stands_for_each_of_them(question: Question) -> None:
-    """Layers that are alike are recorded once: every figure is what recording them one by one gives."""
+    """Layers that are alike are recorded once: every count, and memory, is what recording them one by one gives.
+
+    So is the time where one layer is a part; the host's work of a part of several is taken as even over their calls.
+    """
     if (p := asked(question)) is None:
         return
     with pytest.MonkeyPatch.context() as patch:
         for room in (base, prefix_tuning):
             patch.setattr(room, "runs_of_layers", one_by_one)
         alone = question.answered()
-    assert figures(alone) == pytest.approx(figures(p), rel=NEAR, abs=1e-12, nan_ok=False)
+    of_clocks = ("time_s", "mfu", "communication.exposed", "communication.hidden")
+    one, other = (
+        {name: value for name, value in figures(found).items() if not name.startswith(of_clocks)}
+        for found in (p, alone)
+    )
+    assert one == pytest.approx(other, rel=NEAR)
+    assert alone.time.phases["total"] == pytest.approx(p.time.phases["total"], rel=EVEN)
 
 
 def one_by_one(
