@@ -108,11 +108,18 @@ class Kind(NamedTuple):
     latency: str | None = None  # the serial share
 
 
+# Elements that bitsandbytes' 4-bit dequantisation gives per SM and clock: an A100 takes 1.241 ms for 16384 x 16384 with
+# double quantisation, 20 us of them for its scales (github.com/InfiniTensor/Learning-CUDA, a report of NF4, 2026). So
+# the older tree of comparisons (bitsandbytes pull 1747: what reaches the memory's bandwidth is 1.4 to 2.1 times as fast
+# on P100, A100 and H100, not on 8.6 and 8.9); an L40S moves its bytes at the bandwidth, 20 ms for Llama-3.1-8B.
+DEQUANTISE_RATE = 1.45
+
 KINDS: dict[str, Kind] = {
     "pointwise": Kind(),
     "optimizer": Kind(),
     "reduction": Kind(),
     "fused_norm": Kind("fused_norm_stream", FUSED_NORM_RATE, by_turns=True),
+    "dequantise": Kind(rate=DEQUANTISE_RATE),
     "strided": Kind(rate="strided_rate"),
     "cat": Kind(rate="strided_rate"),
     "cast": Kind(rate="cast_rate"),

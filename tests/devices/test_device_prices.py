@@ -230,3 +230,21 @@ def test_a_sum_along_rows_is_another_kernel_than_one_down_columns() -> None:
         (kernel,) = memory_bound(Op("sum.dim_IntList", (x,), (out,), x.nbytes, out.nbytes, attrs=Attrs(dims=(dim,))))
         kinds.append(kernel.kind)
     assert kinds == ["reduction", "column_reduction"]
+
+
+def test_dequantisation_takes_what_was_measured() -> None:
+    """bitsandbytes' kernel is bound by instructions on an A100 (1.241 ms with its scales' 20 us) and by memory on an L40S,
+    where no figure was taken from: 2,870 ms for three passes over Llama-3.1-8B's layers in 48 micro-batches.
+
+    Sources: `pointwise.DEQUANTISE_RATE`; a profile of QLoRA with torch 2.11 and its nsys run (2026).
+    """
+
+    def seconds(device: str, elements: float) -> float:
+        on = profile.load(device)
+        read, written = elements * (1 / 2 + 4 / 64), 2 * elements
+        options: dict[str, Any] = {"hardware": on.hardware, "parameters": on.pointwise, "elements": elements}
+        return float(pointwise_time(read, written, kind="dequantise", **options))
+
+    assert seconds("a100-80gb-sxm", 16384**2) == pytest.approx(1.221e-3, rel=0.01)
+    layers = 32 * 7
+    assert layers * seconds("l40s", 6.98e9 / layers) == pytest.approx(2.870 / 48 / 3, rel=0.05)
