@@ -8,9 +8,10 @@ from typing import Any
 from ..errors import UserError
 from ..resources import is_file, mapping
 from .fields import NOT_FP8, ONE_GPU, UNDER_ZERO_3, unscaled
-from .forms import MESH, OFFLOADS, AskedForm, form_of, of_deepspeed, offloadable
+from .forms import OFFLOADS, AskedForm, form_of, of_deepspeed, offloadable
 from .keys import Keys
 from .meanings import judge, meanings_of, refuse
+from .mesh import MESH, check_launch
 from .read import Imported, read_values
 
 MARKS = ("distributed_type", "compute_environment", "num_processes")
@@ -46,14 +47,17 @@ class Launch:
     def in_words(self) -> str:
         """What it says, in a line."""
         gpus = "" if self.gpus is None else f"{self.gpus} GPU{'s' if self.gpus > 1 else ''}, "
-        return gpus + (self.form.parallel or "ddp")
+        shared = "".join(f", {name} {n}" for name, n in (("tp", self.form.tp), ("cp", self.form.cp)) if n > 1)
+        return gpus + (self.form.parallel or "ddp") + shared
 
-    def of(self, found: Imported | None, *, several: bool, parallel: str | None = None) -> Imported:
+    def of(
+        self, found: Imported | None, *, several: bool, parallel: str | None = None, cp: int | None = None
+    ) -> Imported:
         """A training config's step, launched like this; without one what the launcher says of a step alone.
 
         Args:
             several: whether the question is of more than one GPU.
-            parallel: what is typed in the place of the files' words, if anything is.
+            parallel, cp: what is typed in the place of the files' words, if anything is.
 
         Raises:
             UserError: the files contradict each other.
@@ -69,7 +73,7 @@ class Launch:
         if found.setup.get("checkpoint", "none") != "none":
             own.setup.pop("checkpoint", None)
         asked = found.asks()
-        form = asked.under(own).as_typed(parallel)
+        form = asked.under(own).as_typed(parallel, cp)
         if several:
             return found.on_several(form)
         if asked.parallel is not None or form.parallel in (None, "ddp"):
@@ -130,6 +134,7 @@ def read_launch(path: Path) -> Launch:
         asked["deepspeed"] = _deepspeed(Keys(sections["deepspeed"], f"{path.name}: deepspeed_config"), path.parent)
     judge(keys, table)
     form = form_of(Keys(asked, path.name), fsdp_version=1)
+    check_launch(Keys(asked, path.name), 1 if kind == "NO" else gpus, form.parallel)
     setup = {**{name: value for name, value in setup.items() if value is not None}, **form.setup}
     besides = (*form.besides, *keys.told_differences())
     form = replace(form, parallel=form.parallel or "ddp", setup=setup, besides=besides)

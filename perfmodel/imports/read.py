@@ -17,12 +17,13 @@ from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, ONE_
 from .forms import OFFLOADED, ONCE, AskedForm, form_of, offloadable
 from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
+from .mesh import that_shares
 from .packing import NEVER_CUT, TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
 
 # What is said of a setup's field that holds no more where the field has another value
 SAID_OF = {
-    "attention": (FLASH_2_FOR_3,), "engine": (UNDER_ZERO_3,), "kernels": (ALL_OF_LIGER, llama_factory_v1.FUSED_LOSS),
-    "method": (ALL_FUSED,),
+    "attention": (FLASH_2_FOR_3,), "engine": (UNDER_ZERO_3,), "method": (ALL_FUSED,),
+    "kernels": (ALL_OF_LIGER, llama_factory_v1.FUSED_LOSS, trainer.LIGERS_ACCURACY),
 }  # fmt: skip
 DIFFERS = "not the file's step as it is: "
 ASK = "--gpus N beside it answers for N"
@@ -123,7 +124,9 @@ class Imported:
     def on_several(self, form: AskedForm) -> "Imported":
         """What it says of several GPUs that do what a form says, in the place of one."""
         setup = {**self.under(form), "parallel": form.parallel or "ddp", "tp": form.tp, "engine": "torch"}
-        offloads = form.offload != "none" and offloadable(form, setup)
+        shared, instead = that_shares(form.cp, form.cp_rotate, setup)
+        setup |= shared
+        offloads = form.offload != "none" and "cp" not in shared and offloadable(form, setup)
         setup["offload"] = form.offload if offloads else "none"
         adapts = self.tool == TRL and self.method not in (None, "full") and setup["parallel"] == "zero3"
         if adapts and setup.get("checkpoint") == "block":
@@ -132,9 +135,9 @@ class Imported:
         uncast = adapts and "adapter_dtype" not in str(self.method) and setup.get("dtype") != "fp32"
         kept = [d for d in self.differences if not d.startswith(OF_ONE_GPU)]
         said = [OFFLOADED] if form.offload != "none" and not offloads else []
-        besides = [*said, *form.besides, *unlike, *([NOT_CAST] if uncast else []), *unscaled(setup)]
+        besides = [*said, *form.besides, *form.on_mesh, *unlike, *([NOT_CAST] if uncast else []), *unscaled(setup)]
         told = dict.fromkeys([*kept, *form.unlike, *besides])
-        return replace(self, setup=setup, differences=list(told))
+        return replace(self, setup=setup, differences=list(told)).replaced(instead)
 
     def over(self, gpus: Sequence[int]) -> "Imported":
         """What it says where so many GPUs, or each of several numbers of them, share the samples of a step."""
