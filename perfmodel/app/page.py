@@ -12,9 +12,10 @@ import gradio as gr
 
 from ..errors import UserError
 from ..report.theme import CHARTS, FONT, PALETTE, variables
+from . import several
 from .answers import answer_html, map_of, plan_everywhere
 from .choices import Choices, of_query, to_query
-from .form import fields_of_form, in_form, of_fields
+from .form import FIELDS, fields_of_form, in_form, of_fields, shown_fields
 from .guard import AT_ONCE, WAITING, Guard
 from .uploads import of_file
 from .written import as_command, as_config
@@ -105,7 +106,7 @@ def dropped(event: gr.EventData, *values: Any) -> list[Any]:
             raise UserError(f"{name[:80]}: larger than 1 MiB, so not what is read here")
         c, said = of_file(name, text, of_fields(*values))
     except UserError as error:
-        return [*[gr.skip()] * (len(values) + 4), wrong(error)]
+        return [*[gr.skip()] * (len(values) + 5), wrong(error)]
     told = "".join(f"<li>{escape(line)}</li>" for line in said)
     return [*in_form(c), *shown(c), framed(f"<ul>{told}</ul>")]
 
@@ -120,7 +121,7 @@ def build_page() -> gr.Blocks:
         gr.HTML("<h1>What does a fine-tuning step cost?</h1>", elem_classes="pm")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                fields = fields_of_form()
+                fields, part = fields_of_form()
                 drop = gr.HTML(DROP, elem_id="drop", js_on_load=(FOLDER / "drop.js").read_text(encoding="utf-8"))
                 said = gr.HTML("", elem_id="said")
             with gr.Column(scale=5, min_width=340):
@@ -136,12 +137,17 @@ def build_page() -> gr.Blocks:
         bound: dict[str, Any] = {"queue": True, "api_visibility": "private", "show_progress": "hidden"}
         starts = [
             gr.on([field.input for field in fields], changed, fields, results, trigger_mode="always_last", **bound),
-            page.load(opened, None, [*fields, *results, said], **bound),
-            drop.submit(dropped, fields, [*fields, *results, said], **bound),
+            page.load(opened, None, [*fields, part, *results, said], **bound),
+            drop.submit(dropped, fields, [*fields, part, *results, said], **bound),
         ]
         for start in starts:
             start.then(None, [query], [link], js=SHARE)
             start.then(map_drawn, fields, [map_], trigger_mode="always_last", **bound)
+        named = dict(zip(FIELDS, fields, strict=True))
+        deciding = [named[name] for name in several.DECIDING]
+        shares = [named[name] for name in several.FIELDS]
+        gr.on([field.input for field in deciding], shown_fields, [*deciding, *shares], [*shares, part],
+              trigger_mode="always_last", **bound)  # fmt: skip
         every.click(everywhere, fields, [everything], **bound)
     return page.queue(max_size=WAITING, default_concurrency_limit=AT_ONCE, api_open=False)
 

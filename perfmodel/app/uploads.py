@@ -7,9 +7,14 @@ from ..architectures import from_config, load
 from ..errors import UserError
 from ..imports import Imported, read_alone
 from ..imports.fallbacks import fallbacks
+from ..setup import Setup
 from .choices import NOT_HERE, Choices, bundled_model, with_fields
 
 ENDINGS = (".yaml", ".yml", ".json")
+OF_A_FORM = ("parallel", "tp", "cp", "cp_rotate", "offload")  # that files name
+OF_A_PIPELINE = ("pp", "pp_schedule")  # that they do not
+# Fields of a setup that a file need not name: what was chosen of them before is not the file's
+UNSET = ("packing", "padded", "group_by_length", "objective", "lengths", "ddp", *OF_A_FORM, *OF_A_PIPELINE)
 
 
 def of_file(name: str, text: str, before: Choices) -> tuple[Choices, list[str]]:
@@ -27,7 +32,7 @@ def of_file(name: str, text: str, before: Choices) -> tuple[Choices, list[str]]:
     if found.why_traced:
         raise UserError(f"{found.why_traced} (on the command line)")
     model = bundled_model(found.model) if found.model else before.model
-    setup, method, said = _on_its_model(found, model)
+    setup, method, said = _on_its_model(_on_its_gpus(found, before.setup), model)
     methods = before.methods if method is None else ("full", method) if method != "full" else ("full", "lora")
     usual = before.setup if not setup else replace(before.setup, **_unset(before))
     known = {name: value for name, value in setup.items() if value is not None and name not in NOT_HERE}
@@ -39,9 +44,22 @@ def of_file(name: str, text: str, before: Choices) -> tuple[Choices, list[str]]:
 
 
 def _unset(before: Choices) -> dict[str, Any]:
-    """Fields of a setup that a file need not name, as they are at first: what was chosen before is not the file's."""
+    """Fields that a file need not name, as they are at first."""
     usual = Choices().setup
-    return {name: getattr(usual, name) for name in ("packing", "padded", "group_by_length", "objective", "lengths")}
+    return {name: getattr(usual, name) for name in UNSET}
+
+
+def _on_its_gpus(found: Imported, before: Setup) -> Imported:
+    """What a file says of as many GPUs as are chosen, which do what is chosen where it names no form."""
+    gpus = int(before.gpus)
+    if gpus == 1 or not found.setup:
+        return found
+    form, kept = found.asks(), {}
+    if form.parallel is None and form.tp == 1:
+        form = replace(form, **{name: getattr(before, name) for name in OF_A_FORM})
+        kept = {name: getattr(before, name) for name in OF_A_PIPELINE}
+    said = found.on_several(form).over((gpus,))
+    return replace(said, setup=said.setup | kept)
 
 
 def _on_its_model(found: Imported, model: str) -> tuple[dict[str, Any], str | None, Imported]:
