@@ -127,7 +127,7 @@ def fields_of_form() -> tuple[list[Any], Any]:
     batch = gr.Slider(1, MOST_BATCH, value=first.setup.batch, step=1, label="Batch, samples a GPU")
     seq = gr.Slider(1, MOST_SEQ, value=first.setup.seq, step=1, label="Tokens per sample")
     with gr.Row():
-        accum = gr.Number(1, label="Micro-batches a step", precision=0, minimum=1, min_width=90)
+        accum = gr.Number(1, label="Micro-batches", precision=0, minimum=1, min_width=90)
         dtype = gr.Dropdown(list(DTYPES), value="bf16", label="Base weights", min_width=90)
     with gr.Row():
         checkpoint = gr.Dropdown(list(CHECKPOINT), value="none", label="Checkpointing", min_width=90)
@@ -135,7 +135,7 @@ def fields_of_form() -> tuple[list[Any], Any]:
     with gr.Row():
         samples = gr.Number(first.samples, label="Samples", precision=0, minimum=1, min_width=80)
         epochs = gr.Number(first.epochs, label="Epochs", minimum=0.01, min_width=80)
-        price = gr.Number(None, label="Dollars a GPU hour", info="empty: list price", minimum=0, min_width=110)
+        price = gr.Number(None, label="$/GPU h", minimum=0, min_width=80, placeholder="list")
     further = gr.Textbox("", label="Further settings", info="as on the command line: kernels=liger lengths=400:1200",
                          max_length=1000)  # fmt: skip
     setup = [gpus, parallel, *shares, batch, seq, accum, dtype, checkpoint, optimizer]

@@ -25,7 +25,8 @@ M_ARENA_MAX = -8  # of malloc.h: how many heaps, of which each thread that answe
 VISITORS = 256  # of whom Gradio remembers which sliders were extended; 75 KB each
 REMEMBERED = "GRADIO_ANALYTICS_MAX_EVENTS"  # it makes a table of so many past questions, whenever one is answered
 DROP = """<label class="area">Drop a training config here, or press to choose one: YAML of Axolotl or LLaMA-Factory,
-TRL's or Transformers' arguments, PEFT's adapter_config.json. It is read in memory and stored nowhere.
+TRL's or Transformers' arguments, PEFT's adapter_config.json, accelerate's or DeepSpeed's own. It is read in memory and
+stored nowhere.
 <input type="file" accept=".yaml,.yml,.json" aria-label="Training config"/></label>"""
 SHARE = """(query) => {
   history.replaceState(null, "", "?" + query);

@@ -5,11 +5,13 @@ from typing import Any
 
 from ..architectures import from_config, load
 from ..errors import UserError
-from ..imports import Imported, read_alone
+from ..imports import Imported, read_alone, values_alone
+from ..imports.accelerate import Launch, launch_of, launches
 from ..imports.fallbacks import fallbacks
 from ..setup import Setup
-from .choices import NOT_HERE, Choices, bundled_model, with_fields
+from .choices import NOT_HERE, Choices, bundled_model, setup_fields, with_fields
 
+READ = "{} ({}) was read in memory and is stored nowhere"
 ENDINGS = (".yaml", ".yml", ".json")
 OF_A_FORM = ("parallel", "tp", "cp", "cp_rotate", "offload")  # that files name
 OF_A_PIPELINE = ("pp", "pp_schedule")  # that they do not
@@ -28,6 +30,9 @@ def of_file(name: str, text: str, before: Choices) -> tuple[Choices, list[str]]:
     """
     if not name.lower().endswith(ENDINGS):
         raise UserError(f"{name[:80]}: a training config ends in {', '.join(ENDINGS)}")
+    path, values = values_alone(name, text)
+    if launches(values):
+        return _of_launch(launch_of(path, values, alone=True), path.name, before)
     found = read_alone(name, text)
     if found.why_traced:
         raise UserError(f"{found.why_traced} (on the command line)")
@@ -39,8 +44,18 @@ def of_file(name: str, text: str, before: Choices) -> tuple[Choices, list[str]]:
     made = replace(before, model=model, methods=methods, setup=with_fields(usual, known))
     epochs = found.job.get("epochs")
     made = made if epochs is None else replace(made, epochs=float(epochs))
-    read = f"{name} ({found.tool}) was read in memory and is stored nowhere"
-    return made, list(filter(None, (read, said.first_line, *found.notes)))
+    return made, list(filter(None, (READ.format(name, found.tool), said.first_line, *found.notes)))
+
+
+def _of_launch(launch: Launch, name: str, before: Choices) -> tuple[Choices, list[str]]:
+    """The choices on a launcher's GPUs, which do what its file says."""
+    first = {field: getattr(Choices().setup, field) for field in ("ddp", *OF_A_FORM, *OF_A_PIPELINE)}
+    setup = replace(before.setup, **first)
+    gpus = launch.gpus or int(setup.gpus)
+    chosen = {field: getattr(setup, field) for field in setup_fields() if field not in OF_A_FORM}
+    found = launch.of(Imported(launch.tool, None, None, chosen, [], []), several=gpus > 1)
+    made = replace(before, setup=replace(setup, **found.setup | {"gpus": gpus, "nodes": launch.nodes}))
+    return made, list(filter(None, (f"{READ.format(name, launch.tool)}: {launch.in_words}", found.first_line)))
 
 
 def _unset(before: Choices) -> dict[str, Any]:

@@ -32,9 +32,7 @@ OWN = {
 }  # fmt: skip
 NOT_LIGER = "PyTorch's kernels, not Liger's, which are not modelled with context parallel"
 # Of packed documents under accelerate's context parallel (accelerate/big_modeling.py, `_attach_context_parallel_hooks`)
-MASK_DROPPED = (
-    "without the mask of packed documents, which is made in vain: attention across them, as accelerate has it"
-)
+MASK_DROPPED = "attention across packed documents, as accelerate has it, without the mask that it makes and drops"
 
 
 @dataclass(frozen=True)

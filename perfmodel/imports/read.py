@@ -221,10 +221,8 @@ def read_alone(name: str, text: str) -> Imported:
     Raises:
         UserError: as of `read`.
     """
-    path = Path(Path(name).name)
-    if len(text.encode(errors="replace")) > LARGEST_YAML:
-        raise UserError(f"{path}: larger than {LARGEST_YAML // 2**20} MiB, so not what is read here")
-    return _imported(path, _parsed(path, text), alone=True)
+    path, values = values_alone(name, text)
+    return _imported(path, values, alone=True)
 
 
 def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
@@ -355,6 +353,18 @@ def read_values(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, or holds something else.
     """
     return _parsed(path, read_text(path, LARGEST if path.suffix == ".json" else LARGEST_YAML))
+
+
+def values_alone(name: str, text: str) -> tuple[Path, dict[str, Any]]:
+    """A file's name without its folders, and the keys and values of its text.
+
+    Raises:
+        UserError: a text that is too large, or holds something else.
+    """
+    path = Path(Path(name).name)
+    if len(text.encode(errors="replace")) > LARGEST_YAML:
+        raise UserError(f"{path}: larger than {LARGEST_YAML // 2**20} MiB, so not what is read here")
+    return path, _parsed(path, text)
 
 
 def _parsed(path: Path, text: str) -> dict[str, Any]:

@@ -189,6 +189,31 @@ def test_a_config_is_of_as_many_gpus_as_are_chosen(text: str, before: Setup, exp
     assert ("without FSDP" in " ".join(said)) == bool(told)
 
 
+LAUNCH = """
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+mixed_precision: bf16
+num_machines: 1
+num_processes: 4
+fsdp_config: {fsdp_version: 2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP}
+parallelism_config: {parallelism_config_dp_shard_size: 2, parallelism_config_cp_size: 2}
+"""
+
+
+def test_a_launchers_config_chooses_gpus_and_what_they_do() -> None:
+    """What was chosen of the step stays, what was chosen of several GPUs goes; it is read as on the command line."""
+    before = Choices("qwen3-8b", setup=Setup(batch=1, seq=4096, gpus=8, pp=2, kernels="liger", grad_accum=4))
+    c, said = of_file("launch.yaml", LAUNCH, before)
+    assert c.setup == Setup(
+        batch=1, seq=4096, grad_accum=4, amp="bf16", gpus=4, nodes=1, parallel="fsdp2", cp=2, cp_rotate="allgather"
+    )
+    assert said[0] == "launch.yaml (accelerate) was read in memory and is stored nowhere: 4 GPUs, fsdp2, cp 2"
+    assert "not Liger's" in said[1]
+    zero, _ = of_file("ds.json", '{"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}', before)
+    assert (zero.setup.gpus, zero.setup.parallel, zero.setup.pp) == (8, "zero2", 1)
+    assert of_query(to_query(c)) == c
+
+
 def test_an_adapter_fills_the_form() -> None:
     adapter = '{"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "base_model_name_or_path": "gpt2"}'
     of_gpt2, _ = of_file("adapter_config.json", adapter, Choices())
@@ -232,6 +257,9 @@ def test_no_file_that_an_upload_names_is_read(tmp_path: Path) -> None:
     local.write_text(text)
     assert read(local).setup["engine"] == "deepspeed-zero3"  # on the command line it is one's own disk
     assert read_alone("mine.yml", text).setup["engine"] == "torch"
+    launch = LAUNCH.replace("FSDP", "DEEPSPEED") + f"deepspeed_config: {{deepspeed_config_file: {secret}}}\n"
+    launch = launch.replace("cp_size: 2", "cp_size: 1").replace("shard_size: 2", "shard_size: 4")
+    assert of_file("launch.yaml", launch, Choices())[0].setup.parallel == "ddp"
     v1 = f"model: gpt2\ndist_config: {{name: deepspeed, config_file: {secret}}}\nsample_backend: hf\n"
     secret.write_text("not JSON")
     read_alone("mine.yml", v1 + "train_dataset: x\nmicro_batch_size: 1\ncutoff_len: 64\nbase_model: gpt2\n")
