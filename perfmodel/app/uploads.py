@@ -6,7 +6,7 @@ from typing import Any
 from ..architectures import from_config, load
 from ..errors import UserError
 from ..imports import Imported, read_alone, values_alone
-from ..imports.accelerate import Launch, launch_of, launches
+from ..imports.accelerate import Launch, is_launch, launch_of
 from ..imports.fallbacks import fallbacks
 from ..setup import Setup
 from .choices import NOT_HERE, Choices, bundled_model, setup_fields, with_fields
@@ -31,7 +31,7 @@ def of_file(name: str, text: str, before: Choices) -> tuple[Choices, list[str]]:
     if not name.lower().endswith(ENDINGS):
         raise UserError(f"{name[:80]}: a training config ends in {', '.join(ENDINGS)}")
     path, values = values_alone(name, text)
-    if launches(values):
+    if is_launch(values):
         return _of_launch(launch_of(path, values, alone=True), path.name, before)
     found = read_alone(name, text)
     if found.why_traced:

@@ -111,12 +111,12 @@ def read_launch(path: Path) -> Launch:
         UserError: a file that is neither, a value of the wrong type, what is not modelled.
     """
     values = read_values(path)
-    if not launches(values):
+    if not is_launch(values):
         raise UserError(f"{path}: neither accelerate's config nor DeepSpeed's: it has none of the keys that they need")
     return launch_of(path, values)
 
 
-def launches(values: Mapping[str, Any]) -> bool:
+def is_launch(values: Mapping[str, Any]) -> bool:
     """Whether a file's values are accelerate's or DeepSpeed's."""
     return ZERO in values or any(mark in values for mark in MARKS)
 

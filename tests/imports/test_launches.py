@@ -19,7 +19,7 @@ from perfmodel.imports.accelerate import read_launch
 from perfmodel.imports.fields import UNSCALED
 from perfmodel.imports.forms import CHECKED, OF_MASTERS, OVERLAPPED, PREFETCHED, SUMMED
 from perfmodel.imports.llama_factory_v1 import BESIDE_BLOCKS, NO_UNITS, REDUCED
-from perfmodel.imports.mesh import CUT_WHEN_LOADED, MASK_DROPPED, NOT_LIGER, ONE_GROUP, ULYSSES, WITHOUT_CP
+from perfmodel.imports.mesh import CUT_WHEN_LOADED, ONE_GROUP, ULYSSES
 from perfmodel.imports.read import ASK, NOT_CAST
 
 AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "bf16": True}
@@ -204,16 +204,6 @@ def test_what_is_typed_wins_over_the_files_form(
 LOCAL = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "mixed_precision": "bf16", "use_cpu": False}
 EIGHT = {**LOCAL, "num_processes": 8}
 DDP = {**EIGHT, "distributed_type": "MULTI_GPU"}
-
-
-def sharing(cp: int, gpus: int = 8, **more: Any) -> dict[str, Any]:
-    """accelerate's file of GPUs that share sequences over FSDP2."""
-    mesh = {"parallelism_config_dp_shard_size": 1, "parallelism_config_cp_size": cp}
-    mesh |= {f"parallelism_config_{key}": value for key, value in more.items()}
-    fsdp = {"distributed_type": "FSDP", "fsdp_config": FSDP_2, "parallelism_config": mesh}
-    return {**EIGHT, "num_processes": gpus, **fsdp}
-
-
 SHORT = {"zero_stage": 3, "zero3_init_flag": True, "offload_optimizer_device": "none"}
 WHOLE = [f"{BUCKETS}, not DeepSpeed's 500,000,000 elements",
          "weights up to ten hidden sizes stay whole, not DeepSpeed's 100,000 elements"]  # fmt: skip
@@ -301,15 +291,6 @@ def test_a_launchers_config_says_what_gpus_do(
         ({**EIGHT, "use_cpu": True}, "give a CPU as --device"),
         ({**EIGHT, "compute_environment": "AMAZON_SAGEMAKER"}, "compute_environment"),
         ({**ZERO_2, "bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16 and fp16 exclude each other"),
-        (sharing(4, gpus=8), "cp_size 4 are 4 GPUs, and num_processes says 8"),
-        (sharing(1), "FSDP has no GPUs to shard over: give dp_shard_size"),
-        (sharing(8, cp_backend="deepspeed"), "cp_backend 'deepspeed' is unknown"),
-        (sharing(8, cp_comm_strategy="ring"), "cp_comm_strategy 'ring' is unknown"),
-        (sharing(4, sp_size=2), "cp_size and sp_size exclude each other"),
-        (sharing(4, dp_replicate_size=2), "dp_replicate_size beside tp_size or cp_size needs a dp_shard_size"),
-        (sharing(0), "cp_size must be a positive integer"),
-        ({**sharing(8), "parallelism_config": [8]}, "parallelism_config: keys and values are expected"),
-        ({**sharing(8), "distributed_type": "MULTI_GPU"}, "not modelled with parallel ddp; use --parallel fsdp2"),
     ],
 )
 def test_what_is_no_launch_of_gpus_is_refused_in_a_line(tmp_path: Path, values: Any, told: str) -> None:
@@ -381,47 +362,6 @@ def test_every_question_takes_a_launcher(tmp_path: Path, command: tuple[str, ...
     result = CliRunner().invoke(main, [*command, *where])
     assert result.exit_code == 0, result.output
     assert "8 x h100-sxm" in " ".join(result.stdout.split())
-
-
-LONG = {"model_name_or_path": "tinyllama-1.1b", "max_length": 2048, "per_device_train_batch_size": 1}
-SHARED = {"gpus": 4, "parallel": "fsdp2", "cp": 2, "cp_rotate": "alltoall", "packing": "none"}
-
-
-@pytest.mark.parametrize(
-    ("values", "typed", "expected", "said"),
-    [
-        ({}, (), SHARED, []),
-        ({"packing": True, "packing_strategy": "wrapped"}, (), SHARED, []),
-        ({"packing": True}, (), SHARED, [f"{MASK_DROPPED} (cp_size)"]),
-        ({"use_liger_kernel": True}, (), {**SHARED, "kernels": "torch"}, [f"{NOT_LIGER} (cp_size)"]),
-        ({"packing": True, "per_device_train_batch_size": 2}, (), {"cp": 1, "packing": "varlen"},
-         [f"{WITHOUT_CP} (cp_size)"]),
-        ({"packing": True}, ("--cp", "1"), {"gpus": 4, "cp": 1, "packing": "varlen"}, []),
-        ({"packing": True}, ("--gpus", "1"), {"gpus": 1, "cp": 1, "packing": "varlen"}, []),
-        ({}, ("--gpus", "8"), {"gpus": 8, "cp": 2}, []),
-    ],
-)  # fmt: skip
-def test_gpus_share_sequences_as_accelerate_has_it(
-    tmp_path: Path, values: dict[str, Any], typed: tuple[str, ...], expected: dict[str, Any], said: list[str]
-) -> None:
-    """`cp_size` over FSDP2, whose hooks take every mask away; what is not modelled beside it is told."""
-    launch = sharing(2, gpus=4, cp_comm_strategy="alltoall")
-    launch["parallelism_config"]["parallelism_config_dp_shard_size"] = 2
-    files = ["--config", written(tmp_path, "c.yml", {**TRL, **LONG, **values})]
-    files += ["--accelerate", written(tmp_path, "l.yml", launch)]
-    answer = json.loads(ask(*files, *typed, "--json").stdout)
-    assert {name: answer["setup"][name] for name in expected} == expected
-    told = [words for words in answer["differs_from_config"] if "cp_size" in words or words.startswith("Liger")]
-    assert told == said
-
-
-def test_a_tool_that_shares_sequences_itself_is_not_given_accelerates(tmp_path: Path) -> None:
-    """Axolotl's own attention takes the place of what accelerate would do (monkeypatch/accelerate)."""
-    values = {**AXOLOTL, "context_parallel_size": 2, "fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}
-    launch = read_launch(Path(written(tmp_path, "l.yml", sharing(8))))
-    found = launch.of(read(written(tmp_path, "c.yml", values)), several=True)
-    assert "cp" not in found.setup
-    assert f"{RING_FLASH} (context_parallel_size)" in found.differences
 
 
 def test_files_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
