@@ -22,7 +22,7 @@ from .written import as_command, as_config
 
 FOLDER = Path(__file__).parent
 M_ARENA_MAX = -8  # of malloc.h: how many heaps, of which each thread that answers fills one of its own
-VISITORS = 256  # of whom Gradio remembers which sliders were extended; 75 KB each
+VISITORS = 160  # of whom Gradio remembers which sliders were extended; 160 KB each
 REMEMBERED = "GRADIO_ANALYTICS_MAX_EVENTS"  # it makes a table of so many past questions, whenever one is answered
 DROP = """<label class="area">Drop a training config here, or press to choose one: YAML of Axolotl or LLaMA-Factory,
 TRL's or Transformers' arguments, PEFT's adapter_config.json, accelerate's or DeepSpeed's own. It is read in memory and

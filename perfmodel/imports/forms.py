@@ -71,6 +71,7 @@ class AskedForm:
         unlike: how the form that is modelled differs from the file's.
         besides: the same of whatever form is taken.
         on_mesh: the same of the sizes of a mesh, which one GPU has nothing of.
+        group: as of `mesh.Mesh`.
     """
 
     parallel: str | None = None
@@ -82,6 +83,7 @@ class AskedForm:
     unlike: tuple[str, ...] = ()
     besides: tuple[str, ...] = ()
     on_mesh: tuple[str, ...] = ()
+    group: int = 1
 
     def as_typed(self, parallel: str | None = None, cp: int | None = None) -> "AskedForm":
         """What is typed in the place of what a file says, if anything is."""
@@ -374,8 +376,10 @@ def _on_mesh(form: AskedForm, keys: Keys) -> AskedForm:
     once = replicates and _every_micro_batch(keys.values.get("accelerator_config"))
     mesh = mesh_of(keys, shards=not replicates)
     besides = (f"{ONCE} (accelerator_config)",) if once else ()
-    tp = max(form.tp, mesh.tp)
-    return replace(form, tp=tp, cp=mesh.cp, cp_rotate=mesh.cp_rotate, besides=besides, on_mesh=mesh.unlike)
+    return replace(
+        form, tp=max(form.tp, mesh.tp), cp=mesh.cp, cp_rotate=mesh.cp_rotate, besides=besides, on_mesh=mesh.unlike,
+        group=mesh.group,
+    )  # fmt: skip
 
 
 def offloadable(form: AskedForm, setup: Mapping[str, Any]) -> bool:

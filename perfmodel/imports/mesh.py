@@ -42,12 +42,15 @@ class Mesh:
     Attributes:
         tp, cp: GPUs that share every layer, every sequence.
         cp_rotate: as `Setup` names it.
+        group: GPUs over which Axolotl shards, with those that share layers and sequences; on more of them it makes
+            several such groups (utils/distributed.py, `_get_parallel_config_kwargs`). 1: all.
         unlike: what is answered instead of the others.
     """
 
     tp: int
     cp: int
     cp_rotate: str
+    group: int
     unlike: tuple[str, ...]
 
 
@@ -77,7 +80,9 @@ def mesh_of(keys: Keys, *, shards: bool) -> Mesh:
     if unknown:
         said.differ("keys that are unknown here", *unknown)
     tp = max(sizes["tp_size"], *(keys.count(key, 1) for key in TP))
-    return Mesh(tp, sizes["cp_size"], cp_rotate, tuple(said.told_differences()))
+    shards_over, shared = (keys.count(key, 1) for key in ("dp_shard_size", "context_parallel_size"))
+    group = shards_over * tp * shared if shards and shards_over > 1 else 1
+    return Mesh(tp, sizes["cp_size"], cp_rotate, group, tuple(said.told_differences()))
 
 
 def check_launch(keys: Keys, gpus: int | None, parallel: str | None) -> None:

@@ -17,7 +17,7 @@ from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, ONE_
 from .forms import OFFLOADED, ONCE, AskedForm, form_of, offloadable
 from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
-from .mesh import that_shares
+from .mesh import ONE_GROUP, that_shares
 from .packing import NEVER_CUT, TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
 
 # What is said of a setup's field that holds no more where the field has another value
@@ -141,6 +141,8 @@ class Imported:
 
     def over(self, gpus: Sequence[int]) -> "Imported":
         """What it says where so many GPUs, or each of several numbers of them, share the samples of a step."""
+        if self._in_groups(gpus):
+            return replace(self, differences=[*self.differences, f"{ONE_GROUP} (dp_shard_size)"]).over(gpus)
         if self.samples is None:
             return self
         if len(set(gpus)) > 1:
@@ -148,6 +150,13 @@ class Imported:
         micro_batches = max(1, self.samples // (self.setup["batch"] * gpus[0]))
         told = [words for words in self.differences if micro_batches > 1 or words != ONCE]
         return replace(self, setup={**self.setup, "grad_accum": micro_batches}, differences=told)
+
+    def _in_groups(self, gpus: Sequence[int]) -> bool:
+        """Whether so many GPUs shard within groups that its size of one makes, which nothing says yet."""
+        if self.setup.get("parallel", "ddp") == "ddp" or any(d.startswith(ONE_GROUP) for d in self.differences):
+            return False
+        group = self.asks().group
+        return group > 1 and any(n != group for n in gpus)
 
     @property
     def first_line(self) -> str:

@@ -12,7 +12,7 @@ from perfmodel.cli import main
 from perfmodel.errors import UserError
 from perfmodel.imports import read
 from perfmodel.imports.accelerate import read_launch
-from perfmodel.imports.mesh import MASK_DROPPED, NOT_LIGER, OWN, WITHOUT_CP
+from perfmodel.imports.mesh import MASK_DROPPED, NOT_LIGER, ONE_GROUP, OWN, WITHOUT_CP
 
 AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "bf16": True}
 TRL = {"model_name_or_path": "tinyllama-1.1b", "max_length": 2048, "packing": False, "per_device_train_batch_size": 1}
@@ -113,3 +113,22 @@ def test_llama_factory_v1_knows_ulysses_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cp_mode 'ring' is unknown"):
         read(written(tmp_path, "c.yml", values)).asks()
     assert read(written(tmp_path, "c.yml", values | {"cp_size": 1})).asks().on_mesh == ()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "gpus", "told"),
+    [
+        ({"dp_shard_size": 4}, "4", False),
+        ({"dp_shard_size": 4}, "8", True),
+        ({"dp_shard_size": 4, "context_parallel_size": 2}, "8", False),
+        ({"dp_shard_size": 4, "dp_replicate_size": 2}, "8", True),
+        ({}, "8", False),
+    ],
+)
+def test_axolotl_shards_in_groups_where_there_are_more_gpus(
+    tmp_path: Path, sizes: dict[str, int], gpus: str, told: bool
+) -> None:
+    """What its `dp_shard_size` leaves over are replicas."""
+    values = {**AXOLOTL, **sizes, "fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}
+    answer = json.loads(ask("--config", written(tmp_path, "c.yml", values), "--gpus", gpus, "--json").stdout)
+    assert any(words.startswith(ONE_GROUP) for words in answer["differs_from_config"]) == told
