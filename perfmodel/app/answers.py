@@ -78,12 +78,13 @@ def planned(c: Choices, devices: Iterable[str] | None) -> Plan:
 
 
 def plan_everywhere(c: Choices) -> str:
-    """The plan on every GPU, as HTML.
+    """The plan on every GPU, each in its usual node, as HTML.
 
     Raises:
         UserError: what `plan` refuses.
     """
-    return fragment({"plan": _told(planned(c, None))}, TEMPLATES / "plan.html.j2")
+    usual = replace(c, setup=replace(c.setup, node=None))
+    return fragment({"plan": _told(planned(usual, None))}, TEMPLATES / "plan.html.j2")
 
 
 def _plan_or_why(c: Choices, devices: Iterable[str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a visitor has chosen, as a value: to and from the query of an address.
 
 Everything here may come from a stranger's link, so nothing of it is ever a path, a hub id or a regular expression:
-models and devices are the bundled ones, and what is large is refused.
+models, devices and nodes are the bundled ones, and what is large is refused.
 """
 
 import re
@@ -14,14 +14,21 @@ from ..architectures import from_config, load, model_names
 from ..architectures.names import bundled_for
 from ..devices import profile
 from ..errors import UserError, nearest
+from ..network import files as nodes
 from ..setup import Setup
 from ..values import immutable
 
 MOST_METHODS = 6  # each is a column and a waterfall
 LONGEST = 300  # characters of a method or a value
 LONGEST_QUERY = 4000
-NOT_HERE = ("node", "stack", "images", "image_size")  # fields of a setup that name files, or need a trace
-KINDS: dict[str, type] = {"amp": str, "nodes": int, "prompt": int, "lengths": str}  # of fields that are None at first
+NOT_HERE = ("stack", "images", "image_size")  # fields of a setup that are more than a word, or need a trace
+KINDS: dict[str, type] = {
+    "amp": str,
+    "nodes": int,
+    "node": str,
+    "prompt": int,
+    "lengths": str,
+}  # of fields that are None at first
 MEAN_AND_P95 = re.compile(r"\d{1,7}:\d{1,7}")
 DEFAULTS = Setup(batch=4, seq=512)
 
@@ -88,6 +95,19 @@ def bundled_device(name: str) -> str:
     return found
 
 
+def bundled_node(name: str) -> str:
+    """The name of a bundled node.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    _check_text("node", name)
+    found = nodes.bundled(name)
+    if not found:
+        raise UserError(f"unknown node {name!r}: {_near(name, nodes.names(), 'nodes')}")
+    return found
+
+
 def _near(name: str, known: Sequence[str], what: str) -> str:
     return nearest(name, known, otherwise=f"this page has the bundled {what}, no paths and nothing from the hub")
 
@@ -126,6 +146,8 @@ def with_fields(setup: Setup, given: Mapping[str, Any]) -> Setup:
             raise UserError(f"{name!r} cannot be set on this page: {nearest(name, usual)}")
         kind = KINDS.get(name, type(usual[name]))
         changes[name] = _converted(name, value, kind, usual[name] is None) if isinstance(value, str) else value
+    if changes.get("node") is not None:
+        changes["node"] = bundled_node(changes["node"])
     if isinstance(changes.get("lengths"), str) and not MEAN_AND_P95.fullmatch(changes["lengths"]):
         raise UserError("lengths are MEAN:P95 in tokens on this page, such as 400:1200")
     return replace(setup, **changes)

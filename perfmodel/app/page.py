@@ -12,19 +12,21 @@ import gradio as gr
 
 from ..errors import UserError
 from ..report.theme import CHARTS, FONT, PALETTE, variables
+from . import several
 from .answers import answer_html, map_of, plan_everywhere
 from .choices import Choices, of_query, to_query
-from .form import fields_of_form, in_form, of_fields
+from .form import FIELDS, fields_of_form, in_form, of_fields, shown_fields
 from .guard import AT_ONCE, WAITING, Guard
 from .uploads import of_file
 from .written import as_command, as_config
 
 FOLDER = Path(__file__).parent
 M_ARENA_MAX = -8  # of malloc.h: how many heaps, of which each thread that answers fills one of its own
-VISITORS = 256  # of whom Gradio remembers which sliders were extended; 75 KB each
+VISITORS = 160  # of whom Gradio remembers which sliders were extended; 160 KB each
 REMEMBERED = "GRADIO_ANALYTICS_MAX_EVENTS"  # it makes a table of so many past questions, whenever one is answered
 DROP = """<label class="area">Drop a training config here, or press to choose one: YAML of Axolotl or LLaMA-Factory,
-TRL's or Transformers' arguments, PEFT's adapter_config.json. It is read in memory and stored nowhere.
+TRL's or Transformers' arguments, PEFT's adapter_config.json, accelerate's or DeepSpeed's own. It is read in memory and
+stored nowhere.
 <input type="file" accept=".yaml,.yml,.json" aria-label="Training config"/></label>"""
 SHARE = """(query) => {
   history.replaceState(null, "", "?" + query);
@@ -105,7 +107,7 @@ def dropped(event: gr.EventData, *values: Any) -> list[Any]:
             raise UserError(f"{name[:80]}: larger than 1 MiB, so not what is read here")
         c, said = of_file(name, text, of_fields(*values))
     except UserError as error:
-        return [*[gr.skip()] * (len(values) + 4), wrong(error)]
+        return [*[gr.skip()] * (len(values) + 5), wrong(error)]
     told = "".join(f"<li>{escape(line)}</li>" for line in said)
     return [*in_form(c), *shown(c), framed(f"<ul>{told}</ul>")]
 
@@ -120,7 +122,7 @@ def build_page() -> gr.Blocks:
         gr.HTML("<h1>What does a fine-tuning step cost?</h1>", elem_classes="pm")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                fields = fields_of_form()
+                fields, part = fields_of_form()
                 drop = gr.HTML(DROP, elem_id="drop", js_on_load=(FOLDER / "drop.js").read_text(encoding="utf-8"))
                 said = gr.HTML("", elem_id="said")
             with gr.Column(scale=5, min_width=340):
@@ -136,12 +138,17 @@ def build_page() -> gr.Blocks:
         bound: dict[str, Any] = {"queue": True, "api_visibility": "private", "show_progress": "hidden"}
         starts = [
             gr.on([field.input for field in fields], changed, fields, results, trigger_mode="always_last", **bound),
-            page.load(opened, None, [*fields, *results, said], **bound),
-            drop.submit(dropped, fields, [*fields, *results, said], **bound),
+            page.load(opened, None, [*fields, part, *results, said], **bound),
+            drop.submit(dropped, fields, [*fields, part, *results, said], **bound),
         ]
         for start in starts:
             start.then(None, [query], [link], js=SHARE)
             start.then(map_drawn, fields, [map_], trigger_mode="always_last", **bound)
+        named = dict(zip(FIELDS, fields, strict=True))
+        deciding = [named[name] for name in several.DECIDING]
+        shares = [named[name] for name in several.FIELDS]
+        gr.on([field.input for field in deciding], shown_fields, [*deciding, *shares], [*shares, part],
+              trigger_mode="always_last", **bound)  # fmt: skip
         every.click(everywhere, fields, [everything], **bound)
     return page.queue(max_size=WAITING, default_concurrency_limit=AT_ONCE, api_open=False)
 

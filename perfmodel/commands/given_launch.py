@@ -40,11 +40,11 @@ def on_its_gpus(ctx: click.Context, found: "Imported | None", options: dict[str,
 
     if launch is not None and typed("gpus") and not typed("nodes"):
         options["nodes"] = None  # those of the file hold the file's GPUs
-    parallel = options["parallel"] if typed("parallel") else None
+    in_place = {name: options[name] if typed(name) else None for name in ("parallel", "cp")}
     if launch is not None:
-        found = launch.of(found, several=several, parallel=parallel)
+        found = launch.of(found, several=several, **in_place)
     elif found is not None and several:
-        found = found.on_several(found.asks().as_typed(parallel))
+        found = found.on_several(found.asks().as_typed(**in_place))
     else:
         return found
     if several:

@@ -1,6 +1,6 @@
 """How a training program is launched: accelerate's own config, or DeepSpeed's (`accelerate launch --config_file`)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,13 @@ from typing import Any
 from ..errors import UserError
 from ..resources import is_file, mapping
 from .fields import NOT_FP8, ONE_GPU, UNDER_ZERO_3, unscaled
-from .forms import MESH, OFFLOADS, AskedForm, form_of, of_deepspeed, offloadable
+from .forms import OFFLOADS, AskedForm, form_of, of_deepspeed, offloadable
 from .keys import Keys
 from .meanings import judge, meanings_of, refuse
+from .mesh import MESH, check_launch
 from .read import Imported, read_values
 
+ZERO = "zero_optimization"
 MARKS = ("distributed_type", "compute_environment", "num_processes")
 # `DistributedType` of accelerate; its others are no GPUs of NVIDIA, or Megatron
 TYPES = ("NO", "MULTI_GPU", "FSDP", "DEEPSPEED")
@@ -46,14 +48,17 @@ class Launch:
     def in_words(self) -> str:
         """What it says, in a line."""
         gpus = "" if self.gpus is None else f"{self.gpus} GPU{'s' if self.gpus > 1 else ''}, "
-        return gpus + (self.form.parallel or "ddp")
+        shared = "".join(f", {name} {n}" for name, n in (("tp", self.form.tp), ("cp", self.form.cp)) if n > 1)
+        return gpus + (self.form.parallel or "ddp") + shared
 
-    def of(self, found: Imported | None, *, several: bool, parallel: str | None = None) -> Imported:
+    def of(
+        self, found: Imported | None, *, several: bool, parallel: str | None = None, cp: int | None = None
+    ) -> Imported:
         """A training config's step, launched like this; without one what the launcher says of a step alone.
 
         Args:
             several: whether the question is of more than one GPU.
-            parallel: what is typed in the place of the files' words, if anything is.
+            parallel, cp: what is typed in the place of the files' words, if anything is.
 
         Raises:
             UserError: the files contradict each other.
@@ -69,7 +74,7 @@ class Launch:
         if found.setup.get("checkpoint", "none") != "none":
             own.setup.pop("checkpoint", None)
         asked = found.asks()
-        form = asked.under(own).as_typed(parallel)
+        form = asked.under(own).as_typed(parallel, cp)
         if several:
             return found.on_several(form)
         if asked.parallel is not None or form.parallel in (None, "ddp"):
@@ -106,10 +111,27 @@ def read_launch(path: Path) -> Launch:
         UserError: a file that is neither, a value of the wrong type, what is not modelled.
     """
     values = read_values(path)
-    if "zero_optimization" in values:
-        return Launch("DeepSpeed", None, None, of_deepspeed(values, path.name))
-    if not any(mark in values for mark in MARKS):
+    if not is_launch(values):
         raise UserError(f"{path}: neither accelerate's config nor DeepSpeed's: it has none of the keys that they need")
+    return launch_of(path, values)
+
+
+def is_launch(values: Mapping[str, Any]) -> bool:
+    """Whether a file's values are accelerate's or DeepSpeed's."""
+    return ZERO in values or any(mark in values for mark in MARKS)
+
+
+def launch_of(path: Path, values: dict[str, Any], *, alone: bool = False) -> Launch:
+    """What the values of a launcher's file say.
+
+    Args:
+        alone: whether they are only a text, beside which no other file is read.
+
+    Raises:
+        UserError: as of `read_launch`.
+    """
+    if ZERO in values:
+        return Launch("DeepSpeed", None, None, of_deepspeed(values, path.name))
     keys, table = Keys(values, path.name), meanings_of("accelerate")
     refuse(keys, table)
     keys.one_of("compute_environment", {"LOCAL_MACHINE": True}, True)
@@ -127,9 +149,12 @@ def read_launch(path: Path) -> Launch:
         flag = "fsdp_activation_checkpointing"
         setup["checkpoint"] = "block" if Keys(options, f"{path.name}: fsdp_config").flag(flag) else None
     elif kind == "DEEPSPEED":
-        asked["deepspeed"] = _deepspeed(Keys(sections["deepspeed"], f"{path.name}: deepspeed_config"), path.parent)
+        section = Keys(sections["deepspeed"], f"{path.name}: deepspeed_config", alone=alone)
+        asked["deepspeed"] = _deepspeed(section, path.parent)
     judge(keys, table)
-    form = form_of(Keys(asked, path.name), fsdp_version=1)
+    asks = Keys(asked, path.name, alone=alone)
+    form = form_of(asks, fsdp_version=1)
+    check_launch(asks, 1 if kind == "NO" else gpus, form.parallel)
     setup = {**{name: value for name, value in setup.items() if value is not None}, **form.setup}
     besides = (*form.besides, *keys.told_differences())
     form = replace(form, parallel=form.parallel or "ddp", setup=setup, besides=besides)
@@ -160,10 +185,10 @@ def _deepspeed(keys: Keys, folder: Path) -> dict[str, Any] | str:
     path = keys.text("deepspeed_config_file")
     if path is not None:
         beside = str(folder / path)
-        return beside if is_file(beside) and not is_file(path) else path
+        return beside if not keys.alone and is_file(beside) and not is_file(path) else path
     zero: dict[str, Any] = {"stage": keys.values.get("zero_stage", DEFAULT_STAGE)}
     for section in OFFLOADS:
         zero[section] = {"device": keys.text(f"{section}_device", "none")}
     read = ("zero_stage", "gradient_clipping", *(f"{section}_device" for section in OFFLOADS), *WITHOUT_WEIGHT)
     rest = {key: value for key, value in keys.values.items() if key not in read}
-    return {**rest, "zero_optimization": zero, "gradient_clipping": keys.values.get("gradient_clipping", "auto")}
+    return {**rest, ZERO: zero, "gradient_clipping": keys.values.get("gradient_clipping", "auto")}

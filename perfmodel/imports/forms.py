@@ -1,4 +1,4 @@
-"""What several GPUs do, as a file says it: DeepSpeed's stages, FSDP, tensor parallel. How many there are `--gpus` says.
+"""What several GPUs do, as a file says it: DeepSpeed's stages, FSDP, sizes of a mesh. How many there are `--gpus` says.
 
 Without it the answer is that of one GPU (`fields.engine`, `fields.fsdp`).
 """
@@ -14,6 +14,7 @@ from ..recording.parallel.offload import updates_on_host
 from ..resources import mapping
 from .keys import NOTHING, Keys
 from .meanings import judge, meanings_of
+from .mesh import ONE_GROUP, OWN_SAMPLES, mesh_of
 
 STAGES = ("ddp", "zero1", "zero2", "zero3")
 OFFLOADS = ("offload_optimizer", "offload_param")
@@ -41,7 +42,6 @@ OF_MASTERS = "weights and states of the optimizer in fp32 beside those of 16 bit
 CHECKED = "gradients checked for infinities"
 SUMMED = "gradients summed in the dtype of the weights"
 GRAD_OP = "weights freed behind the forward pass and gathered again, unlike shard_grad_op"
-ONE_GROUP = "shards over all GPUs, not within groups of them"
 # `ShardingStrategy` of FSDP1, by name and number (accelerate/utils/constants.py), and what is answered instead
 STRATEGIES = {
     "full_shard": "", "shard_grad_op": GRAD_OP, "no_shard": "DDP, not FSDP's no_shard", "hybrid_shard": ONE_GROUP,
@@ -51,23 +51,12 @@ WORDS = ("auto_wrap", "offload")  # of `fsdp`, beside strategies
 BY_BLOCKS = "wrapped block by block"
 WRAPPED = ("transformer_layer_cls_to_wrap", "transformer_cls_names_to_wrap")
 PART = re.compile(r"(Moe(Block|Layer)|MoE|MLP|Mlp|Experts?|Attention)$")  # in names of classes: of a block, not a whole
-# Sizes of a mesh other than tensor parallel, and what is answered where one is larger than 1
-SIZES = {
-    "context_parallel_size": "samples of its own for every GPU, without context parallel",
-    "sequence_parallel_degree": "samples of its own for every GPU, without context parallel",
-    "cp_size": "samples of its own for every GPU, without context parallel",
-    "sp_size": "samples of its own for every GPU, without sequence parallel",
-    "dp_replicate_size": ONE_GROUP, "mp_replicate_size": ONE_GROUP,
-    "expert_parallel_size": "without expert parallel",
-}  # fmt: skip
 # Of DDP: what is modelled, and what is answered where a file has something else
 DDP = {
     "ddp_bucket_cap_mb": (25, "buckets of 25 MiB"),
     "ddp_broadcast_buffers": (True, "buffers broadcast before forward passes"),
 }
 ONCE = "gradients exchanged once a step, not for every micro-batch"
-TP = ("tensor_parallel_size", "tp_size")
-MESH = "parallelism_config"
 
 
 @dataclass(frozen=True)
@@ -76,25 +65,32 @@ class AskedForm:
 
     Attributes:
         parallel: as `Setup` names it; None where nothing is said, which is DDP.
-        tp: GPUs that share every layer.
+        tp, cp, cp_rotate: GPUs that share every layer, every sequence and how, as `Setup` names it.
         offload: as `Setup` names it.
         setup: further fields of `Setup` that it decides.
         unlike: how the form that is modelled differs from the file's.
         besides: the same of whatever form is taken.
+        on_mesh: the same of the sizes of a mesh, which one GPU has nothing of.
+        group: as of `mesh.Mesh`.
     """
 
     parallel: str | None = None
     tp: int = 1
+    cp: int = 1
+    cp_rotate: str = "allgather"
     offload: str = "none"
     setup: dict[str, Any] = field(default_factory=dict)
     unlike: tuple[str, ...] = ()
     besides: tuple[str, ...] = ()
+    on_mesh: tuple[str, ...] = ()
+    group: int = 1
 
-    def as_typed(self, parallel: str | None) -> "AskedForm":
+    def as_typed(self, parallel: str | None = None, cp: int | None = None) -> "AskedForm":
         """What is typed in the place of what a file says, if anything is."""
+        typed = self if cp is None else replace(self, cp=cp)
         if parallel in (None, self.parallel or "ddp"):
-            return self
-        return replace(self, parallel=parallel, offload="none", unlike=())
+            return typed
+        return replace(typed, parallel=parallel, offload="none", unlike=())
 
     def under(self, launch: "AskedForm") -> "AskedForm":
         """A training file's form under that of its launcher, which counts where the file names none.
@@ -102,15 +98,20 @@ class AskedForm:
         Raises:
             UserError: they contradict each other.
         """
-        for mine, its in ((self.parallel, launch.parallel), (self.tp, launch.tp)):
+        pairs = ((self.parallel, launch.parallel), (self.tp, launch.tp), (self.cp, launch.cp))
+        for mine, its in pairs:
             if mine not in (None, 1, its) and its not in (None, 1, "ddp"):
                 raise UserError(f"the training config asks for {mine}, the launcher for {its}: leave one of them out")
         named, other = (launch, self) if self.parallel is None and launch.parallel else (self, launch)
         same = other.unlike if (other.parallel or "ddp") == (named.parallel or "ddp") else ()
         offload = named.offload if named.offload != "none" or not same else other.offload
+        shares_otherwise = any(words.startswith(OWN_SAMPLES) for words in self.on_mesh)
+        sharing = self if self.cp > 1 or shares_otherwise else launch
         return AskedForm(
-            named.parallel, max(self.tp, launch.tp), offload, {**launch.setup, **self.setup},
-            tuple(dict.fromkeys((*named.unlike, *same))), tuple(dict.fromkeys((*self.besides, *launch.besides))),
+            named.parallel, max(self.tp, launch.tp), sharing.cp, sharing.cp_rotate, offload,
+            {**launch.setup, **self.setup}, tuple(dict.fromkeys((*named.unlike, *same))),
+            tuple(dict.fromkeys((*self.besides, *launch.besides))),
+            tuple(dict.fromkeys((*self.on_mesh, *launch.on_mesh))),
         )  # fmt: skip
 
 
@@ -257,7 +258,8 @@ def of_deepspeed(config: Mapping[str, Any], origin: str) -> AskedForm:
         keys.differ(AUTO_TP, "tensor_parallel")
     offload = _offloaded(zero, stage, keys)
     judge(keys, table)
-    return AskedForm(STAGES[stage], tp, offload, setup, tuple(keys.told_differences()))
+    unlike = tuple(keys.told_differences())
+    return AskedForm(STAGES[stage], tp, offload=offload, setup=setup, unlike=unlike)
 
 
 def _offloaded(zero: Mapping[str, Any], stage: int, keys: Keys) -> str:
@@ -365,22 +367,19 @@ def _strategy(keys: Keys, words: list[str]) -> str:
 
 
 def _on_mesh(form: AskedForm, keys: Keys) -> AskedForm:
-    """The form with the sizes of a mesh that the keys give, or `parallelism_config`.
+    """The form on the mesh that the keys give.
 
     Raises:
-        UserError: a size that is no positive integer.
+        UserError: as of `mesh_of`.
     """
-    inner = keys.get(MESH)
-    given = without_prefix(inner, f"{MESH}_") if isinstance(inner, dict) else {}
-    sizes = Keys({**keys.values, **given}, keys.origin)
-    tp = max(form.tp, *(sizes.count(key, 1) for key in TP))
-    said = Keys({}, keys.origin)
-    if form.parallel in (None, "ddp") and _every_micro_batch(keys.values.get("accelerator_config")):
-        said.differ(ONCE, "accelerator_config")
-    for key, answered in SIZES.items():
-        if sizes.count(key, 1) > 1 and not (answered == ONE_GROUP and form.parallel in (None, "ddp")):
-            said.differ(answered, key)
-    return replace(form, tp=tp, besides=tuple(said.told_differences()))
+    replicates = form.parallel in (None, "ddp")
+    once = replicates and _every_micro_batch(keys.values.get("accelerator_config"))
+    mesh = mesh_of(keys, shards=not replicates)
+    besides = (f"{ONCE} (accelerator_config)",) if once else ()
+    return replace(
+        form, tp=max(form.tp, mesh.tp), cp=mesh.cp, cp_rotate=mesh.cp_rotate, besides=besides, on_mesh=mesh.unlike,
+        group=mesh.group,
+    )  # fmt: skip
 
 
 def offloadable(form: AskedForm, setup: Mapping[str, Any]) -> bool:

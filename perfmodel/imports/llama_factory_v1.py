@@ -106,6 +106,8 @@ def form_of_llama_factory_v1(keys: Keys) -> AskedForm:
     Raises:
         UserError: a name that is none of them, or a value of the wrong type.
     """
+    if keys.count("cp_size", 1) > 1:
+        keys.one_of("cp_mode", {"ulysses": True}, True)  # the only one that is registered (parallelization/)
     dist = Keys(_dist(keys), f"{keys.origin}: dist_config")
     name = dist.one_of("name", {name: name for name in ("fsdp2", "fsdpturbo", "deepspeed")}, None)
     exchanged = (ONCE,) if (samples(keys) or 0) > keys.count("micro_batch_size", 1) else ()

@@ -17,12 +17,13 @@ from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, ONE_
 from .forms import OFFLOADED, ONCE, AskedForm, form_of, offloadable
 from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
+from .mesh import ONE_GROUP, that_shares
 from .packing import NEVER_CUT, TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
 
 # What is said of a setup's field that holds no more where the field has another value
 SAID_OF = {
-    "attention": (FLASH_2_FOR_3,), "engine": (UNDER_ZERO_3,), "kernels": (ALL_OF_LIGER, llama_factory_v1.FUSED_LOSS),
-    "method": (ALL_FUSED,),
+    "attention": (FLASH_2_FOR_3,), "engine": (UNDER_ZERO_3,), "method": (ALL_FUSED,),
+    "kernels": (ALL_OF_LIGER, llama_factory_v1.FUSED_LOSS, trainer.LIGERS_ACCURACY),
 }  # fmt: skip
 DIFFERS = "not the file's step as it is: "
 ASK = "--gpus N beside it answers for N"
@@ -123,7 +124,9 @@ class Imported:
     def on_several(self, form: AskedForm) -> "Imported":
         """What it says of several GPUs that do what a form says, in the place of one."""
         setup = {**self.under(form), "parallel": form.parallel or "ddp", "tp": form.tp, "engine": "torch"}
-        offloads = form.offload != "none" and offloadable(form, setup)
+        shared, instead = that_shares(form.cp, form.cp_rotate, setup)
+        setup |= shared
+        offloads = form.offload != "none" and "cp" not in shared and offloadable(form, setup)
         setup["offload"] = form.offload if offloads else "none"
         adapts = self.tool == TRL and self.method not in (None, "full") and setup["parallel"] == "zero3"
         if adapts and setup.get("checkpoint") == "block":
@@ -132,12 +135,14 @@ class Imported:
         uncast = adapts and "adapter_dtype" not in str(self.method) and setup.get("dtype") != "fp32"
         kept = [d for d in self.differences if not d.startswith(OF_ONE_GPU)]
         said = [OFFLOADED] if form.offload != "none" and not offloads else []
-        besides = [*said, *form.besides, *unlike, *([NOT_CAST] if uncast else []), *unscaled(setup)]
+        besides = [*said, *form.besides, *form.on_mesh, *unlike, *([NOT_CAST] if uncast else []), *unscaled(setup)]
         told = dict.fromkeys([*kept, *form.unlike, *besides])
-        return replace(self, setup=setup, differences=list(told))
+        return replace(self, setup=setup, differences=list(told)).replaced(instead)
 
     def over(self, gpus: Sequence[int]) -> "Imported":
         """What it says where so many GPUs, or each of several numbers of them, share the samples of a step."""
+        if self._in_groups(gpus):
+            return replace(self, differences=[*self.differences, f"{ONE_GROUP} (dp_shard_size)"]).over(gpus)
         if self.samples is None:
             return self
         if len(set(gpus)) > 1:
@@ -145,6 +150,13 @@ class Imported:
         micro_batches = max(1, self.samples // (self.setup["batch"] * gpus[0]))
         told = [words for words in self.differences if micro_batches > 1 or words != ONCE]
         return replace(self, setup={**self.setup, "grad_accum": micro_batches}, differences=told)
+
+    def _in_groups(self, gpus: Sequence[int]) -> bool:
+        """Whether so many GPUs shard within groups that its size of one makes, which nothing says yet."""
+        if self.setup.get("parallel", "ddp") == "ddp" or any(d.startswith(ONE_GROUP) for d in self.differences):
+            return False
+        group = self.asks().group
+        return group > 1 and any(n != group for n in gpus)
 
     @property
     def first_line(self) -> str:
@@ -218,10 +230,8 @@ def read_alone(name: str, text: str) -> Imported:
     Raises:
         UserError: as of `read`.
     """
-    path = Path(Path(name).name)
-    if len(text.encode(errors="replace")) > LARGEST_YAML:
-        raise UserError(f"{path}: larger than {LARGEST_YAML // 2**20} MiB, so not what is read here")
-    return _imported(path, _parsed(path, text), alone=True)
+    path, values = values_alone(name, text)
+    return _imported(path, values, alone=True)
 
 
 def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
@@ -352,6 +362,18 @@ def read_values(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, or holds something else.
     """
     return _parsed(path, read_text(path, LARGEST if path.suffix == ".json" else LARGEST_YAML))
+
+
+def values_alone(name: str, text: str) -> tuple[Path, dict[str, Any]]:
+    """A file's name without its folders, and the keys and values of its text.
+
+    Raises:
+        UserError: a text that is too large, or holds something else.
+    """
+    path = Path(Path(name).name)
+    if len(text.encode(errors="replace")) > LARGEST_YAML:
+        raise UserError(f"{path}: larger than {LARGEST_YAML // 2**20} MiB, so not what is read here")
+    return path, _parsed(path, text)
 
 
 def _parsed(path: Path, text: str) -> dict[str, Any]:

@@ -88,6 +88,12 @@ def names() -> list[str]:
     return [stem for stem in stems(NODES, ".toml") if stem != CLASSES]
 
 
+def bundled(name: str) -> str:
+    """The slug of the bundled node of a name or alias, in any case; empty if there is none."""
+    slug = name.strip().lower()
+    return slug if slug in names() else _aliases().get(slug, "")
+
+
 def load(name_or_path: str | PathLike[str]) -> NodeFile:
     """A bundled node by name or alias (in any case), an own one by name, or any by the path of its TOML file.
 
@@ -95,9 +101,7 @@ def load(name_or_path: str | PathLike[str]) -> NodeFile:
         UserError: unknown node; broken TOML; a key that is missing, unknown, mistyped or out of range.
     """
     text = str(name_or_path).strip()
-    slug = text.lower()
-    slug = slug if slug in names() else _aliases().get(slug, "")
-    if slug:
+    if slug := bundled(text):
         return _bundled(slug)
     if (mine := own.find(text, OWN)) is not None:
         return from_table(mine.stem, read_toml(mine), str(mine))

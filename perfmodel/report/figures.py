@@ -60,6 +60,7 @@ def figures(c: Comparison) -> list[FigureRow]:
         row("memory traffic", lambda x: x.bytes["total"], units.nbytes),
         row("kernels", lambda x: x.kernels["total"], lambda v: f"{v:,}"),
         row("peak memory", lambda x: x.memory.peak, units.nbytes, min),
+        *([row("host's memory", lambda x: x.memory.host, units.nbytes, min)] if p[0].setup.offload != "none" else []),
         row("fits", lambda x: x.fits, lambda v: "yes" if v else "no"),
         row("trainable", lambda x: x.trainable_params, units.count),
     ]

@@ -143,6 +143,36 @@ def test_choices_are_in_the_address_and_come_back(page: Any, address: str) -> No
     assert "gradient_checkpointing: true" in other.input_value("#config textarea")
 
 
+def choose(page: Any, label: str, option: str, said: str) -> None:
+    """Choose in a list, until the address says it."""
+    page.get_by_label(label, exact=True).click()
+    page.get_by_role("option", name=option, exact=True).click()
+    page.wait_for_function(f"location.search.includes('{said}')", timeout=10_000)
+
+
+def test_several_gpus_unfold(page: Any, address: str) -> None:
+    """One GPU has no such part; of several it shows what means something, and comes back open by a link."""
+    visit(page, f"{address}?model=tinyllama-1.1b&device=h100-sxm&batch=1&seq=256")
+    assert not page.is_visible("#several")
+    choose(page, "GPUs", "4", "gpus=4")
+    page.click("#several button")
+    choose(page, "Pipeline", "2", "pp=2")  # of one micro-batch, which is refused in a line
+    assert "--grad-accum 2 or more" in told(page)
+    choose(page, "Parallel form", "fsdp2", "parallel=fsdp2")
+    assert "pp=" not in page.url
+    choose(page, "Context parallel", "2", "cp=2")
+    choose(page, "Keys, values by", "alltoall", "cp_rotate=alltoall")
+    assert "context parallel 2, alltoall" in told(page)
+    other = page.context.new_page()
+    visit(other, page.url)
+    assert other.get_by_label("Keys, values by").input_value() == "alltoall"
+    assert not other.is_visible("#pp")
+    assert not other.is_visible("#offload")
+    assert "--parallel fsdp2 --cp 2 --cp-rotate alltoall" in other.input_value("#command textarea")
+    choose(page, "GPUs", "1", "seq=256&parallel")
+    page.wait_for_function("!document.querySelector('#several')")
+
+
 def test_a_file_is_dropped(page: Any, address: str) -> None:
     visit(page, address)
     page.evaluate(DROP, ["mine.yaml", CONFIG])
@@ -171,11 +201,13 @@ def test_names_of_strangers_are_text(page: Any, address: str) -> None:
 
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_everybody_can_read_it(browser: Any, address: str, width: int, scheme: str) -> None:
+@pytest.mark.parametrize("query", ["", "?gpus=8&parallel=fsdp2&cp=2"])
+def test_everybody_can_read_it(browser: Any, address: str, width: int, scheme: str, query: str) -> None:
     """On a phone nothing scrolls sideways, and axe-core finds no serious fault, by day or by night."""
     context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
     page = context.new_page()
-    visit(page, address)
+    visit(page, address + query)
+    assert page.is_visible("#several") == bool(query)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     found = axe.Axe().run(page).response["violations"]
     serious = [

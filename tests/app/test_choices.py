@@ -22,6 +22,10 @@ CHOICES = (
     Choices("tinyllama-1.1b", "h100-sxm", ("full", "lora:r=8", "qlora:r=16,targets=all-linear"), price=2.5, epochs=0.5),
     Choices(setup=Setup(batch=8, seq=4096, checkpoint="block", optimizer="adamw-8bit", clip_grad=False, grad_accum=4)),
     Choices(setup=Setup(gpus=16, nodes=2, parallel="fsdp2", tp=2, kernels="liger", seq=2048)),
+    Choices("llama-3.1-8b", setup=Setup(gpus=8, pp=2, pp_schedule="interleaved:v=2", grad_accum=4)),
+    Choices("qwen3-8b", "h100-sxm", setup=Setup(gpus=8, node="aws-p5", parallel="fsdp2", cp=4, cp_rotate="alltoall")),
+    Choices(setup=Setup(gpus=2, ddp="find-unused")),
+    Choices(setup=Setup(parallel="zero3", offload="params")),
     Choices(setup=Setup(dtype="fp32", amp="bf16", lengths="400:1200", group_by_length=True, routing="zipf:1.1")),
     Choices(methods=("lora:targets=q_proj+v_proj,dropout=0.1", "dora:r=4"), setup=Setup(objective="dpo", prompt=64)),
 )
@@ -78,6 +82,9 @@ def test_what_a_config_cannot_say_is_said() -> None:
         ("model=some-org/their-model", "nothing from the hub"),
         ("model=gpt22", "did you mean"),
         ("device=/tmp/own.toml", "no paths"),
+        ("gpus=8&node=/tmp/own.toml", "no paths"),
+        ("gpus=8&node=dgx-h1000", "did you mean"),
+        ("gpus=8&cp=3&parallel=fsdp2", "does not divide"),
         ("lengths=/etc/passwd", "MEAN:P95"),
         ("method=full&method=lora:targets=/(a%2B)%2B$/", "regular expressions"),
         ("method=full&method=<script>", "unknown method"),
@@ -113,7 +120,7 @@ def test_a_model_without_the_usual_attention_has_its_own(model: str, attention: 
     assert of_query("model=gemma-2-2b&attention=flash2").setup.attention == "flash2"
 
 
-@pytest.mark.parametrize("field", ["stack", "node", "images", "colour"])
+@pytest.mark.parametrize("field", ["stack", "images", "colour"])
 def test_fields_that_need_files_or_traces_cannot_be_set(field: str) -> None:
     with pytest.raises(UserError, match="cannot be set on this page"):
         with_fields(Setup(), {field: "x"})
@@ -152,6 +159,58 @@ def test_a_config_fills_the_form() -> None:
     assert (c.setup.batch, c.setup.seq, c.setup.grad_accum) == (2, 2048, 4)
     assert (c.setup.checkpoint, c.setup.packing) == ("block", "none")
     assert "Axolotl" in said[0]
+    assert of_query(to_query(c)) == c
+
+
+SHARDED = AXOLOTL + "fsdp_version: 2\nfsdp_config: {reshard_after_forward: true, offload_params: true}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "before", "expected", "told"),
+    [
+        (AXOLOTL, Setup(gpus=8, parallel="zero3", offload="params"), {"parallel": "zero3", "offload": "params"}, ""),
+        (AXOLOTL, Setup(gpus=8, pp=2, pp_schedule="gpipe"), {"parallel": "ddp", "pp": 2, "pp_schedule": "gpipe"}, ""),
+        (SHARDED, Setup(gpus=8, pp=2), {"parallel": "fsdp2", "offload": "params", "pp": 1}, ""),
+        (SHARDED, Setup(gpus=8, tp=2), {"parallel": "fsdp2", "tp": 1}, ""),
+        (
+            SHARDED,
+            Setup(parallel="zero3", offload="params"),
+            {"parallel": "ddp", "offload": "none"},
+            "one GPU, without",
+        ),
+    ],
+)
+def test_a_config_is_of_as_many_gpus_as_are_chosen(text: str, before: Setup, expected: object, told: str) -> None:
+    """Its form if it names one, else the one that is chosen; of one GPU it is said what is left out."""
+    c, said = of_file("mine.yml", text, Choices(setup=before))
+    assert isinstance(expected, dict)
+    assert {name: getattr(c.setup, name) for name in expected} == expected
+    assert c.setup.gpus == before.gpus
+    assert ("without FSDP" in " ".join(said)) == bool(told)
+
+
+LAUNCH = """
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+mixed_precision: bf16
+num_machines: 1
+num_processes: 4
+fsdp_config: {fsdp_version: 2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP}
+parallelism_config: {parallelism_config_dp_shard_size: 2, parallelism_config_cp_size: 2}
+"""
+
+
+def test_a_launchers_config_chooses_gpus_and_what_they_do() -> None:
+    """What was chosen of the step stays, what was chosen of several GPUs goes; it is read as on the command line."""
+    before = Choices("qwen3-8b", setup=Setup(batch=1, seq=4096, gpus=8, pp=2, kernels="liger", grad_accum=4))
+    c, said = of_file("launch.yaml", LAUNCH, before)
+    assert c.setup == Setup(
+        batch=1, seq=4096, grad_accum=4, amp="bf16", gpus=4, nodes=1, parallel="fsdp2", cp=2, cp_rotate="allgather"
+    )
+    assert said[0] == "launch.yaml (accelerate) was read in memory and is stored nowhere: 4 GPUs, fsdp2, cp 2"
+    assert "not Liger's" in said[1]
+    zero, _ = of_file("ds.json", '{"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}', before)
+    assert (zero.setup.gpus, zero.setup.parallel, zero.setup.pp) == (8, "zero2", 1)
     assert of_query(to_query(c)) == c
 
 
@@ -198,6 +257,9 @@ def test_no_file_that_an_upload_names_is_read(tmp_path: Path) -> None:
     local.write_text(text)
     assert read(local).setup["engine"] == "deepspeed-zero3"  # on the command line it is one's own disk
     assert read_alone("mine.yml", text).setup["engine"] == "torch"
+    launch = LAUNCH.replace("FSDP", "DEEPSPEED") + f"deepspeed_config: {{deepspeed_config_file: {secret}}}\n"
+    launch = launch.replace("cp_size: 2", "cp_size: 1").replace("shard_size: 2", "shard_size: 4")
+    assert of_file("launch.yaml", launch, Choices())[0].setup.parallel == "ddp"
     v1 = f"model: gpt2\ndist_config: {{name: deepspeed, config_file: {secret}}}\nsample_backend: hf\n"
     secret.write_text("not JSON")
     read_alone("mine.yml", v1 + "train_dataset: x\nmicro_batch_size: 1\ncutoff_len: 64\nbase_model: gpt2\n")

@@ -213,7 +213,7 @@ def test_no_two_public_classes_share_a_name() -> None:
 # Functions that may share a name, because it is one matter in each of these modules:
 IDIOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "what people name (models, devices, hosts, nodes) is loaded and listed alike": (
-        "load names forget from_table",
+        "load names forget from_table bundled",
         ("perfmodel.architectures.config", "perfmodel.devices.host", "perfmodel.devices.profile",
          "perfmodel.network.files"),
     ),

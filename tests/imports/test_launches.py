@@ -19,6 +19,7 @@ from perfmodel.imports.accelerate import read_launch
 from perfmodel.imports.fields import UNSCALED
 from perfmodel.imports.forms import CHECKED, OF_MASTERS, OVERLAPPED, PREFETCHED, SUMMED
 from perfmodel.imports.llama_factory_v1 import BESIDE_BLOCKS, NO_UNITS, REDUCED
+from perfmodel.imports.mesh import CUT_WHEN_LOADED, ONE_GROUP, ULYSSES
 from perfmodel.imports.read import ASK, NOT_CAST
 
 AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "bf16": True}
@@ -30,8 +31,8 @@ ZERO_2 = {
 }  # fmt: skip
 FSDP_2 = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_offload_params": False}
 BUCKETS = "buckets of the hidden size squared"
-WITHOUT_CP = "samples of its own for every GPU, without context parallel"
-ONE_GROUP = "shards over all GPUs, not within groups of them"
+OWN_SAMPLES = "samples of its own for every GPU"
+RING_FLASH = f"{OWN_SAMPLES}, not ring-flash-attn's attention over sequences that they share"
 MASTERS = "weights kept in fp32; Axolotl keeps them in 16 bit under FSDP 2"
 
 FORMS: list[tuple[dict[str, Any], str, int, list[str]]] = [  # file, parallel, tp, how its several GPUs differ
@@ -113,11 +114,11 @@ FORMS: list[tuple[dict[str, Any], str, int, list[str]]] = [  # file, parallel, t
     (
         {**AXOLOTL, "tensor_parallel_size": 2, "context_parallel_size": 2, "dp_replicate_size": 2,
          "fsdp_config": {"version": 2, "activation_checkpointing": True}},
-        "fsdp2", 2, [MASTERS, f"{WITHOUT_CP} (context_parallel_size)", f"{ONE_GROUP} (dp_replicate_size)"],
+        "fsdp2", 2, [MASTERS, f"{RING_FLASH} (context_parallel_size)", f"{ONE_GROUP} (dp_replicate_size)"],
     ),
     (
         {**V1, "dist_config": {"name": "fsdp2", "dcp_path": None}, "cp_size": 2}, "fsdp2", 1,
-        [REDUCED, BESIDE_BLOCKS, f"{WITHOUT_CP} (cp_size)"],
+        [REDUCED, BESIDE_BLOCKS, f"{ULYSSES} (cp_size)"],
     ),
     (
         {**V1, "dist_config": {"name": "fsdp2"}, "bf16": False, "peft_config": {"name": "lora"}}, "fsdp2", 1,
@@ -152,7 +153,7 @@ def test_a_training_config_names_its_form(
     several = found.on_several(form)
     setup = Setup(**several.setup, gpus=8)
     assert (setup.parallel, setup.tp) == (parallel, tp)
-    assert [*form.unlike, *form.besides] == said
+    assert [*form.unlike, *form.besides, *form.on_mesh] == said
     assert set(said) <= set(several.differences)
     assert not [words for words in several.differences if words.startswith("one GPU") or "the place of" in words]
 
@@ -233,9 +234,19 @@ LAUNCHES: list[tuple[dict[str, Any], tuple[int | None, int | None], str, int, li
         "zero2", 1, [],
     ),
     (
+        {**EIGHT, "distributed_type": "FSDP", "fsdp_config": FSDP_2, "parallelism_config": {
+            "parallelism_config_dp_shard_size": 2, "parallelism_config_tp_size": 2, "parallelism_config_cp_size": 2}},
+        (8, 1), "fsdp2", 2, [f"{CUT_WHEN_LOADED} (tp_size)"],
+    ),
+    (
         {**EIGHT, "distributed_type": "FSDP", "fsdp_config": FSDP_2,
-         "parallelism_config": {"parallelism_config_tp_size": 2, "parallelism_config_cp_size": 2}},
-        (8, 1), "fsdp2", 2, [f"{WITHOUT_CP} (cp_size)"],
+         "parallelism_config": {"dp_replicate_size": 2, "dp_shard_size": 2, "cp_size": 2, "mine": 1}},
+        (8, 1), "fsdp2", 1, [f"{ONE_GROUP} (dp_replicate_size)", "keys that are unknown here (mine)"],
+    ),
+    (
+        {**EIGHT, "distributed_type": "DEEPSPEED", "deepspeed_config": {**SHORT, "zero_stage": 2}, "parallelism_config":
+         {"parallelism_config_sp_size": 4, "parallelism_config_sp_backend": "deepspeed"}},
+        (8, 1), "zero2", 1, [f"{BUCKETS}, not DeepSpeed's 500,000,000 elements", OVERLAPPED, f"{ULYSSES} (sp_size)"],
     ),
     (
         {**LOCAL, "distributed_type": "MULTI_GPU", "dynamo_config": {"dynamo_backend": "INDUCTOR"}, "mine": 1},
@@ -261,7 +272,7 @@ def test_a_launchers_config_says_what_gpus_do(
     (tmp_path / "mine.json").write_text(json.dumps(ZERO_2))
     launch = read_launch(Path(written(tmp_path, "launch.yaml", values)))
     assert ((launch.gpus, launch.nodes), launch.form.parallel, launch.form.tp) == (sizes, parallel, tp)
-    assert [*launch.form.unlike, *launch.form.besides] == said
+    assert [*launch.form.unlike, *launch.form.besides, *launch.form.on_mesh] == said
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
+from perfmodel.app import several
 from perfmodel.app.answers import answer_html, map_of, plan_everywhere
-from perfmodel.app.choices import Choices, of_query, to_query
+from perfmodel.app.choices import Choices, of_query, setup_fields, to_query
 from perfmodel.app.uploads import of_file
 from perfmodel.app.written import as_command, as_config
 from perfmodel.errors import UserError
@@ -14,7 +15,8 @@ from perfmodel.setup import Setup
 
 MODELS = ("gpt2", "llama-3.2-1b", "tinyllama-1.1b", "qwen2.5-0.5b")
 DEVICES = ("l40s", "a100-80gb-sxm", "h100-sxm", "t4")
-FIELDS = 15  # of the form
+SHARES = {name: "none" if value is None else value for name, value in setup_fields().items() if name in several.FIELDS}
+FIELDS = 16 + len(several.FIELDS)  # of the form, and the part of several GPUs
 EVERYWHERE = 20  # of so many visitors one looks at every GPU, which takes seconds
 MARKUP = "<img src=x onerror=alert(1)>"
 HOSTILE = f"{MARKUP}\x1b[31m\r\n"
@@ -57,7 +59,8 @@ def choices_of(number: int) -> Choices:
 def form_of(c: Choices, methods: list[str] | None = None) -> list[Any]:
     """The fields of the form, as a browser sends them."""
     s = c.setup
-    return [c.model, c.device, methods or list(c.methods), s.gpus, s.parallel, s.batch, s.seq, s.grad_accum, s.dtype,
+    return [c.model, c.device, methods or list(c.methods), s.gpus, s.parallel,
+            *(SHARES[name] for name in several.FIELDS), s.batch, s.seq, s.grad_accum, s.dtype,
             s.checkpoint, s.optimizer, "", c.samples, c.epochs, c.price]  # fmt: skip
 
 
