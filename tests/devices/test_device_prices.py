@@ -233,8 +233,9 @@ def test_a_sum_along_rows_is_another_kernel_than_one_down_columns() -> None:
 
 
 def test_dequantisation_takes_what_was_measured() -> None:
-    """bitsandbytes' kernel is bound by instructions on an A100 (1.241 ms with its scales' 20 us) and by memory on an L40S,
-    where no figure was taken from: 2,870 ms for three passes over Llama-3.1-8B's layers in 48 micro-batches.
+    """bitsandbytes' kernel is bound by instructions on an A100 (1.241 ms with its scales' 20 us), by memory on an L40S.
+
+    No figure was taken from the latter: 2,870 ms for three passes over Llama-3.1-8B's layers in 48 micro-batches.
 
     Sources: `pointwise.DEQUANTISE_RATE`; a profile of QLoRA with torch 2.11 and its nsys run (2026).
     """
