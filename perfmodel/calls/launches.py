@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -116,10 +118,13 @@ def _distinct(arrays: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=4096)
 def _packed(tensors: tuple[tuple[int, int], ...], limit: int, room: int) -> int:
-    """Launches for tensors given as (chunks, copies): the lists of one step are packed again and again."""
+    """Launches for tensors given as (chunks, copies): the lists of one step are packed again and again.
+
+    Neighbours of as many copies are those of the layers of a run: they come layer by layer.
+    """
     launches = slots = blocks = 0
-    for chunks, copies in tensors:
-        for _ in range(copies):
+    for copies, layer in groupby(tensors, itemgetter(1)):
+        for chunks, _ in list(layer) * copies:
             filled, blocks = divmod(blocks + chunks, _BLOCKS_PER_LAUNCH * room)
             launches += filled
             # after a launch the tensor in progress keeps a slot, if chunks of it remain

@@ -7,6 +7,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -132,7 +134,8 @@ def test_the_norms_of_a_list_are_cleaned_up_by_a_kernel_for_every_400_tensors(te
 
 
 def sizes_of(tensors: Sequence[tuple[int, int]]) -> list[int]:
-    return [numel for numel, copies in tensors for _ in range(copies)]
+    """As a model lists them: those of the layers of a run, which are as many of each, layer by layer."""
+    return [numel for copies, layer in groupby(tensors, itemgetter(1)) for numel, _ in list(layer) * copies]
 
 
 @many

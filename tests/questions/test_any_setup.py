@@ -189,7 +189,13 @@ def at_most(p: Prediction) -> float:
 @tries(25)
 @given(questions(), st.sampled_from(("batch", "seq", "grad_accum")))
 def test_more_work_is_never_less(question: Question, which: str) -> None:
-    """Twice the samples, the length or the micro-batches: no figure falls, but for time where kernels get luckier."""
+    """Twice the samples, the length or the micro-batches: no figure falls, but for time where kernels get luckier.
+
+    One document alone needs no mask, two of different lengths do, which is another program: where heads are grouped and
+    the card is older than FlashAttention, PyTorch writes attention out without a mask and fuses it with one.
+    """
+    if question.setup.get("lengths") and which == "batch" and question.setup["batch"] == 1:
+        return
     if (p := asked(question)) is None:
         return
     size = getattr(question.made(), which)
