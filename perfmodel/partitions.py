@@ -296,13 +296,13 @@ def _client(workers: Workers) -> Iterator[Any]:
     name = f"--dask {workers.address}" if workers.address is not None else "--workers"
     with ExitStack() as stack:
         stack.enter_context(silence_logging_cmgr(logging.CRITICAL))  # what matters is told below
-        where = stack.enter_context(_processes(workers.count)) if workers.address is None else workers.address
         try:
+            where = stack.enter_context(_processes(workers.count)) if workers.address is None else workers.address
             client = stack.enter_context(Client(where, timeout=PATIENCE))
             client.wait_for_workers(1, timeout=PATIENCE)
             # A worker that cannot read a task ends, and then the next: so whether they can is asked first.
             client.run(resolve_name, f"{__name__}:INSTALL")
-        except (OSError, ValueError, TypeError, AssertionError) as error:  # the last two: certificates
+        except (OSError, ValueError, RuntimeError, TypeError, AssertionError) as error:  # the last two: certificates
             why = str(error).partition("\n")[0] or "TLS?"
             raise UserError(f"{name}: no Dask cluster that computes ({why})") from None
         except (ImportError, AttributeError) as error:

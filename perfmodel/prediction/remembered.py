@@ -55,6 +55,10 @@ class Recent(OrderedDict[K, V], Generic[K, V]):
         self.most = most
         self.lock = Lock()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process begins with an empty one."""
+        return Recent, (self.most,)
+
     def recall(self, key: K) -> V | None:
         """What is kept under a key, or None."""
         with self.lock:

@@ -1,5 +1,6 @@
 """What a campaign measures: budgets and plans that are wrong are refused, bundled ones begin with what tells most."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from records_by_hand import DEVICE, TINY, environment, visit
 
 from perfmodel import architectures, compare
 from perfmodel.devices import profile
+from perfmodel.errors import UserError
 from perfmodel.setup import Setup
 from validate.campaign import guide, plan, versions, work
 from validate.checking.check import check_records
@@ -65,6 +67,16 @@ def test_bundled_plans_begin_with_what_tells_most() -> None:
     assert {c.setup.grad_accum for c in visits} == {1, 4}
     assert len({u.id for u in units}) == len(units)
     assert plan.load_plan(None, "cpu").units("cpu", CPU)[0].stage == "floors"
+
+
+@pytest.mark.parametrize("block", ["gemm int2", ["gemm fp32"], {"gemm": 1}, 3])
+def test_a_block_that_is_none_is_one_line(tmp_path: Path, block: Any) -> None:
+    """An hour on a rented machine begins with a plan that somebody has written by hand."""
+    path = tmp_path / "plan.toml"
+    text = json.dumps(block) if not isinstance(block, dict) else "{gemm = 1}"
+    path.write_text(f'[[stages]]\nname = "a"\nblocks = [{text}]\n')
+    with pytest.raises(UserError, match="unknown block of microbenchmarks"):
+        plan.load_plan(path, "cpu")
 
 
 def test_steps_lie_around_the_predicted_break_even() -> None:

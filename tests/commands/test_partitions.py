@@ -141,6 +141,7 @@ def test_a_plan_in_partitions_is_the_plan(tmp_path: Path, monkeypatch: pytest.Mo
     whole = answer(words)
     assert {"why", "runs"} < {*re.findall(r'"(why|runs|given_up)"', whole)}
     assert answer(words, "--partitions", str(tmp_path / "parts")) == whole
+    assert answer(words, "--workers", "2") == whole
     monkeypatch.setattr(planning.Planner, "outcomes", None)
     assert answer(words, "--partitions", str(tmp_path / "parts"), "--price", "2") != whole, "prices are no part of it"
 

@@ -145,7 +145,7 @@ def _check(stage: Any, device: str, where: str) -> None:
             raise UserError(f"{where}: {key} of stage {stage['name']!r} must be a list")
     known = _blocks(device)
     for block in stage.get("blocks", []):
-        if block not in known:
+        if not isinstance(block, str) or block not in known:
             raise UserError(f"{where}: unknown block of microbenchmarks {block!r}: {nearest(str(block), known)}")
 
 
