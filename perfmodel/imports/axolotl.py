@@ -68,6 +68,7 @@ NO_BATCH_SIZE = "batch_size has no effect: Axolotl takes gradient_accumulation_s
 # Keys that have Axolotl make the optimizer, which knows no class of bitsandbytes' (core/trainers/mixins/optimizer.py)
 GROUPS = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")
 EMBEDDING_STATES = "states of the embedding in fp32, as transformers keeps them, not in 8 bit"
+BOTH_FACTORS = "both factors of adapters trained; MiCA freezes B"
 FP32_HEAD = "the output head in fp32, not in the dtype of the rest"
 
 
@@ -267,6 +268,8 @@ def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
             keys.differ(f"every linear layer of a block quantised, {left} too, and not the head")
     if upcast := _upcast_for_good(keys):
         keys.differ(FP32_HEAD)
+    if str(keys.get("peft_init_lora_weights")).lower() == "mica":
+        keys.differ(BOTH_FACTORS, "peft_init_lora_weights")
     if keys.names("unfrozen_parameters"):
         keys.differ(FROZEN_AGAIN, "unfrozen_parameters")
     linear = keys.flag("lora_target_linear")  # joined by the named ones, which are linear layers too

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from perfmodel.imports import read
-from perfmodel.imports.axolotl import EMBEDDING_STATES, NO_BATCH_SIZE
+from perfmodel.imports.axolotl import BOTH_FACTORS, EMBEDDING_STATES, NO_BATCH_SIZE
 
 BASE = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 64\n"
 LORA = BASE + "adapter: lora\nlora_target_linear: true\n"
@@ -224,3 +224,11 @@ def test_an_embedding_of_8_bit_states_is_told(tmp_path: Path, text: str, told: b
     """transformers keeps those of an embedding in fp32; groups of Axolotl's own leave them to bitsandbytes."""
     (tmp_path / "config.yml").write_text(f"{BASE}optimizer: adamw_8bit\n{text}")
     assert (EMBEDDING_STATES in read(tmp_path / "config.yml").differences) == told
+
+
+@pytest.mark.parametrize("start", ["mica", "gaussian"])
+def test_a_frozen_factor_is_told(tmp_path: Path, start: str) -> None:
+    """MiCA trains one of the two: half of the states, and no product for the gradient of the other."""
+    (tmp_path / "config.yml").write_text(f"{LORA}peft_init_lora_weights: {start}")
+    told = any(words.startswith(BOTH_FACTORS) for words in read(tmp_path / "config.yml").differences)
+    assert told == (start == "mica")
