@@ -68,6 +68,9 @@ NO_BATCH_SIZE = "batch_size has no effect: Axolotl takes gradient_accumulation_s
 # Keys that have Axolotl make the optimizer, which knows no class of bitsandbytes' (core/trainers/mixins/optimizer.py)
 GROUPS = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")
 EMBEDDING_STATES = "states of the embedding in fp32, as transformers keeps them, not in 8 bit"
+# Axolotl hands in an empty list where no layers are named, in the place of which PEFT puts no default
+NO_LAYER = "/(?!)/"  # a regex that matches nothing
+NO_TARGETS = "no lora_target_modules, without which Axolotl's adapter has no layers: lora_target_linear: true takes all"
 BOTH_FACTORS = "both factors of adapters trained; MiCA freezes B"
 FP32_HEAD = "the output head in fp32, not in the dtype of the rest"
 
@@ -275,18 +278,21 @@ def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
     linear = keys.flag("lora_target_linear")  # joined by the named ones, which are linear layers too
     named = as_targets(keys, "lora_target_modules")
     targets = (ALL_LINEAR,) if linear else named
+    parameters = keys.names("lora_target_parameters")
+    if not (targets or parameters or keys.values.get("lora_model_dir")):
+        raise UserError(f"{keys.origin}: {NO_TARGETS}")
     layers = keys.get("peft_layers_to_transform") or ()
     by_trl = objective in ("dpo", "kto")  # which makes adapters by its own default (`_load_adapters`)
     in_fp32 = (by_trl or keys.flag("peft_autocast_adapter_dtype", True)) and not _casts_adapters(keys)
     return spec(
-        name, r=keys.count("lora_r", 8), targets=targets,
+        name, r=keys.count("lora_r", 8), targets=(NO_LAYER,) if parameters and not targets else targets,
         dropout=keys.number("lora_dropout"), layers=tuple(layers) if isinstance(layers, list) else layers,
         adapter_dtype=dtype_in_trl(bits, objective) or (None if in_fp32 else dtype),
         implementation="unsloth" if fuses_adapters(keys, name, targets) else None,
         niter=power_iterations(name, keys.get("peft_init_lora_weights")),
         modules_to_save=keys.names("lora_modules_to_save"),
         double_quant=_double_quant(keys) if name == "qlora" else None, prepared=upcast,
-        target_parameters=keys.names("lora_target_parameters"), experts=keys.flag("quantize_moe_experts"),
+        target_parameters=parameters, experts=keys.flag("quantize_moe_experts"),
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import UserError
-from ..tape.bus import moved
+from ..tape.bus import moved_to_device
 from ..tape.gather import index_put
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, fill, mul
@@ -51,6 +51,6 @@ class FourierFt(Targeted):
         """`get_delta_weight`; the transform is done in fp32 whatever the coefficients are."""
         spectrum = layer.adapter("fourierft_spectrum", (self.n,), dtype)
         dense = fill("zeros", (layer.n_out, layer.n_in), "fp32")
-        places = moved((2, self.n), "i64")  # no parameter and no buffer, so that it stays where PEFT drew it
+        places = moved_to_device((2, self.n), "i64")  # no parameter and no buffer, so that it stays where PEFT drew it
         dense = index_put(dense, select(places, 0), select(places, 0), cast(spectrum, "fp32"))
         return cast(mul(real(inverse_fft2(to_complex(dense))), 150.0), spectrum.dtype)

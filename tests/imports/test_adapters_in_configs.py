@@ -47,7 +47,11 @@ def test_targets_may_be_a_regex_of_whole_paths(tmp_path: Path, regex: str) -> No
     [
         ("a.json", '{"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}', 4),
         ("a.json", '{"peft_type": "LORA", "init_lora_weights": "pissa"}', 0),
-        ("a.yml", "base_model: gpt2\nadapter: lora\npeft_init_lora_weights: pissa_niter_4", 4),
+        (
+            "a.yml",
+            "base_model: gpt2\nadapter: lora\nlora_target_linear: true\npeft_init_lora_weights: pissa_niter_4",
+            4,
+        ),
         ("a.yaml", "model_name_or_path: gpt2\nfinetuning_type: lora\npissa_init: true", 16),
         ("a.yaml", "model_name_or_path: gpt2\nfinetuning_type: lora\npissa_init: true\npissa_iter: -1", 0),
     ],
@@ -244,3 +248,19 @@ def test_an_adapter_of_pefts_benchmark_of_generation_is_trained_on_its_model(tmp
     (folder / "adapter_config.json").write_text(json.dumps({**values, "base_model_name_or_path": "distilgpt2"}))
     own = read(folder / "adapter_config.json")
     assert (own.model, own.first_line) == ("distilgpt2", "")
+
+
+@pytest.mark.parametrize("model", ["mistralai/Mixtral-8x7B-v0.1", "Qwen/Qwen3-30B-A3B"])
+def test_weights_of_experts_alone_bring_no_default_layers(tmp_path: Path, model: str) -> None:
+    """Axolotl hands in an empty list of layers, where PEFT would take its default for none."""
+    text = f"base_model: {model}\nadapter: lora\nmicro_batch_size: 1\nsequence_len: 64\n"
+    (tmp_path / "config.yml").write_text(f"{text}lora_target_parameters: [mlp.experts.gate_up_proj]")
+    found = read(tmp_path / "config.yml")
+    assert found.model is not None
+    assert found.method is not None
+    step = predict(found.model, found.method, seq=16).step
+    assert step is not None
+    assert all(".experts." in p.name for p in step.parameters if p.requires_grad)
+    (tmp_path / "config.yml").write_text(text)
+    with pytest.raises(UserError, match="no lora_target_modules"):
+        read(tmp_path / "config.yml")

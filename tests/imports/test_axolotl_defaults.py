@@ -7,7 +7,7 @@ import pytest
 from perfmodel.imports import read
 from perfmodel.imports.axolotl import BOTH_FACTORS, EMBEDDING_STATES, NO_BATCH_SIZE
 
-BASE = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 64\n"
+BASE = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 64\nlora_target_modules: [c_attn]\n"
 LORA = BASE + "adapter: lora\nlora_target_linear: true\n"
 
 

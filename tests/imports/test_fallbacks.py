@@ -228,8 +228,8 @@ def test_what_is_answered_is_said_once(tmp_path: Path, text: str, answered: str,
         ("model_name_or_path: qwen3-8b\nrouter_aux_loss_coef: 0.01\n{}", False),
         ("model_name_or_path: deepseek-v2-lite\n{}", False),
         ("model_name_or_path: qwen3-30b-a3b\ncpo_alpha: 1.0\n{}", False),
-        ("base_model: qwen3-30b-a3b\nadapter: lora\nrl: dpo\nmicro_batch_size: 1", True),
-        ("base_model: qwen3-30b-a3b\nadapter: lora\nmicro_batch_size: 1", False),
+        ("base_model: qwen3-30b-a3b\nadapter: lora\nlora_target_modules: [q_proj]\nrl: dpo", True),
+        ("base_model: qwen3-30b-a3b\nadapter: lora\nlora_target_modules: [q_proj]", False),
     ],
 )
 def test_trls_trainers_balance_experts_unless_told_not_to(tmp_path: Path, text: str, told: bool) -> None:

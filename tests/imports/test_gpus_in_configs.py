@@ -15,7 +15,7 @@ from perfmodel.imports.ddp import ENDS
 from perfmodel.imports.forms import ONCE
 from perfmodel.imports.read import AS_MANY
 
-AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "bf16": True}
+AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "bf16": True, "lora_target_linear": True}
 FACTORY = {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "full", "bf16": True}
 TRL = {"model_name_or_path": "gpt2", "max_length": 64, "packing": False}
 V1 = {"model": "tinyllama-1.1b", "model_class": "llm", "micro_batch_size": 2, "cutoff_len": 64}

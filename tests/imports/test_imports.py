@@ -208,7 +208,7 @@ def test_what_a_file_leaves_out_is_the_tools_default(tmp_path: Path, name: str) 
     assert methods.parse(found).spec() == methods.parse(method).spec()
 
 
-BASE = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 64\n"
+BASE = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 64\nlora_target_modules: [c_attn]\n"
 FACTORY = "model_name_or_path: gpt2\ncutoff_len: 64\n"
 
 

@@ -22,7 +22,7 @@ from perfmodel.imports.llama_factory_v1 import BESIDE_BLOCKS, NO_UNITS, REDUCED
 from perfmodel.imports.mesh import CUT_WHEN_LOADED, ONE_GROUP, ULYSSES
 from perfmodel.imports.read import ASK, NOT_CAST
 
-AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "bf16": True}
+AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "bf16": True, "lora_target_linear": True}
 FACTORY = {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "full", "bf16": True}
 TRL = {"model_name_or_path": "gpt2", "max_length": 64, "packing": False}
 V1 = {"model": "gpt2", "model_class": "llm"}

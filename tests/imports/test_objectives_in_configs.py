@@ -29,7 +29,7 @@ from perfmodel.imports.trained_for import (
 from perfmodel.imports.trainer import NORMS_PREPARED
 from perfmodel.setup import Setup
 
-AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64}
+AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "lora_target_linear": True}
 FACTORY = {"model_name_or_path": "gpt2", "cutoff_len": 64}
 TRL = {"model_name_or_path": "gpt2", "max_length": 64}
 OPEN = "a DPO step: the file does not say whether DPO, KTO, ORPO or CPO reads it (beta)"

@@ -19,7 +19,7 @@ from perfmodel.imports.packing import (
     shorter,
 )
 
-AXOLOTL = "base_model: tinyllama-1.1b\nsequence_len: 256\nmicro_batch_size: 2\n"
+AXOLOTL = "base_model: tinyllama-1.1b\nsequence_len: 256\nmicro_batch_size: 2\nlora_target_linear: true\n"
 FACTORY = "model_name_or_path: tinyllama-1.1b\ncutoff_len: 256\nper_device_train_batch_size: 2\n"
 ONE = FACTORY.replace("size: 2", "size: 1")
 TRL = "model_name_or_path: tinyllama-1.1b\nmax_length: 256\nper_device_train_batch_size: 2\nuse_peft: true\n"
