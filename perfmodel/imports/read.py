@@ -17,7 +17,7 @@ from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, ONE_
 from .forms import OFFLOADED, ONCE, AskedForm, form_of, offloadable
 from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
-from .mesh import ONE_GROUP, that_shares
+from .mesh import ONE_GROUP, in_groups, splits, that_shares, with_own_part
 from .packing import NEVER_CUT, TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
 
 # What is said of a setup's field that holds no more where the field has another value
@@ -57,6 +57,7 @@ class Imported:
         traced: whether a trace answers, which is one of one GPU.
         precise: whether it names its mixed precision, so that a launcher's does not count.
         samples: of a step on all GPUs together, where the tool counts those.
+        splits: whether GPUs share each batch, as they do where accelerate is told so.
         as_kept: whether weights have the dtype in which the checkpoint keeps them, whatever is computed in.
         balances: whether a loss on the loads of experts is added on models that have one.
     """
@@ -81,6 +82,7 @@ class Imported:
     as_kept: bool = False
     balances: bool = False
     samples: int | None = None
+    splits: bool = False
 
     def with_seq(self) -> "Imported":
         """What it says where the length of samples is given."""
@@ -141,8 +143,12 @@ class Imported:
 
     def over(self, gpus: Sequence[int]) -> "Imported":
         """What it says where so many GPUs, or each of several numbers of them, share the samples of a step."""
-        if self._in_groups(gpus):
+        sharded = self.setup.get("parallel", "ddp") != "ddp"
+        if sharded and in_groups(self.asks().group, gpus, self.differences):
             return replace(self, differences=[*self.differences, f"{ONE_GROUP} (dp_shard_size)"]).over(gpus)
+        if self.splits:
+            setup, said = with_own_part(self.setup, gpus)
+            return replace(self, setup=setup, differences=[*self.differences, *said])
         if self.samples is None:
             return self
         if len(set(gpus)) > 1:
@@ -150,13 +156,6 @@ class Imported:
         micro_batches = max(1, self.samples // (self.setup["batch"] * gpus[0]))
         told = [words for words in self.differences if micro_batches > 1 or words != ONCE]
         return replace(self, setup={**self.setup, "grad_accum": micro_batches}, differences=told)
-
-    def _in_groups(self, gpus: Sequence[int]) -> bool:
-        """Whether so many GPUs shard within groups that its size of one makes, which nothing says yet."""
-        if self.setup.get("parallel", "ddp") == "ddp" or any(d.startswith(ONE_GROUP) for d in self.differences):
-            return False
-        group = self.asks().group
-        return group > 1 and any(n != group for n in gpus)
 
     @property
     def first_line(self) -> str:
@@ -260,7 +259,7 @@ def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
         ddp=ddp.asked(found.name, keys, setup),
         precise=found.name in PRECISE or any(values.get(key) is not None for key in PRECISION),
         as_kept=_as_kept(found.name, keys, setup, method), balances=balances,
-        samples=llama_factory_v1.samples(keys) if found.name == "LLaMA-Factory v1" else None,
+        samples=llama_factory_v1.samples(keys) if found.name == "LLaMA-Factory v1" else None, splits=splits(keys),
     )  # fmt: skip
 
 

@@ -10,9 +10,11 @@ from click.testing import CliRunner
 
 from perfmodel import Setup
 from perfmodel.cli import main
+from perfmodel.errors import UserError
 from perfmodel.imports import read
 from perfmodel.imports.ddp import ENDS
 from perfmodel.imports.forms import ONCE
+from perfmodel.imports.mesh import APART
 from perfmodel.imports.read import AS_MANY
 
 AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "bf16": True, "lora_target_linear": True}
@@ -101,6 +103,19 @@ def test_gpus_share_the_samples_of_a_global_batch(
     asked = ["predict", "--device", "h100-sxm", "--config", config, *typed, "--json"]
     answer = json.loads(CliRunner().invoke(main, asked).stdout)
     assert answer["setup"]["grad_accum"] == micro_batches
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_gpus_share_a_batch_that_accelerate_splits(tmp_path: Path, split: bool) -> None:
+    """What is called a batch of one device is then that of all; accelerate takes none that leaves a rest."""
+    values = {**TRL, "per_device_train_batch_size": 8, "accelerator_config": {"split_batches": split}}
+    found = read(written(tmp_path, values))
+    several = found.on_several(found.asks())
+    assert [several.over((n,)).setup["batch"] for n in (1, 2, 8)] == ([8, 4, 1] if split else [8, 8, 8])
+    assert (APART in several.over((2, 4)).differences) == split
+    if split:
+        with pytest.raises(UserError, match="shared by 3 GPUs"):
+            several.over((3,))
 
 
 @pytest.mark.parametrize(
