@@ -55,6 +55,7 @@ PART = re.compile(r"(Moe(Block|Layer)|MoE|MLP|Mlp|Experts?|Attention)$")  # in n
 DDP = {
     "ddp_bucket_cap_mb": (25, "buckets of 25 MiB"),
     "ddp_broadcast_buffers": (True, "buffers broadcast before forward passes"),
+    "ddp_backend": ("nccl", "collectives of NCCL"),
 }
 ONCE = "gradients exchanged once a step, not for every micro-batch"
 

@@ -14,7 +14,7 @@ from perfmodel.imports.fields import UNSCALED
 from perfmodel.imports.packing import BY_A_MASK, TO_THE_END, UNKNOWN
 from perfmodel.imports.read import ASK
 from perfmodel.imports.trainer import IN_FP32, OF_ANOTHER
-from perfmodel.imports.vocabulary import AS_IT_IS
+from perfmodel.imports.vocabulary import AS_IT_IS, NOT_ROUND, UNCUT
 from perfmodel.resources import DATA
 
 BASE = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 64\nlora_target_modules: [c_attn]\n"
@@ -130,6 +130,8 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "sample_packing: true\nsdp_attention: true": ("axolotl", f"{BY_A_MASK} (sample_packing)"),
     "batch_flattening: true\nflash_attention: true": ("axolotl", f"{UNKNOWN} (batch_flattening)"),
     "neat_packing: true\nflash_attn: fa2": ("factory", f"{UNKNOWN} (neat_packing)"),
+    "shrink_embeddings: true": ("axolotl", f"{UNCUT} (shrink_embeddings)"),
+    "resize_token_embeddings_to_32x: true": ("axolotl", f"{NOT_ROUND} (resize_token_embeddings_to_32x)"),
     "tokens: [<|mine|>]": ("axolotl", f"{AS_IT_IS} (tokens)"),
     'base_model: NousResearch/Llama-2-7b-hf\nspecial_tokens: {pad_token: "[PAD]"}': (
         "axolotl", f"{AS_IT_IS} (special_tokens)",
@@ -367,3 +369,9 @@ def test_tokens_of_another_models_template_train_the_head(tmp_path: Path, text: 
     path = tmp_path / "config.yml"
     path.write_text(f"model_name_or_path: gpt2\nmax_length: 64\n{text}\n")
     assert (OF_ANOTHER in read(path).first_line) == told
+
+
+def test_a_round_vocabulary_gets_no_rows(tmp_path: Path) -> None:
+    """Phi's examples ask for a multiple of 32, which their vocabulary is."""
+    (tmp_path / "config.yml").write_text(f"{BASE}base_model: microsoft/phi-2\nresize_token_embeddings_to_32x: true")
+    assert not any(NOT_ROUND in words for words in read(tmp_path / "config.yml").differences)

@@ -38,6 +38,8 @@ MASTERS = "weights kept in fp32; Axolotl keeps them in 16 bit under FSDP 2"
 FORMS: list[tuple[dict[str, Any], str, int, list[str]]] = [  # file, parallel, tp, how its several GPUs differ
     (AXOLOTL, "ddp", 1, []),
     ({**AXOLOTL, "ddp_bucket_cap_mb": 25, "ddp_broadcast_buffers": True}, "ddp", 1, []),
+    ({**TRL, "ddp_backend": "nccl"}, "ddp", 1, []),
+    ({**TRL, "ddp_backend": "gloo"}, "ddp", 1, ["collectives of NCCL (ddp_backend)"]),
     (
         {**AXOLOTL, "ddp_bucket_cap_mb": 50, "ddp_broadcast_buffers": False}, "ddp", 1,
         ["buckets of 25 MiB (ddp_bucket_cap_mb)", "buffers broadcast before forward passes (ddp_broadcast_buffers)"],
