@@ -13,7 +13,7 @@ from perfmodel.imports import DIFFERS, meanings, read
 from perfmodel.imports.fields import UNSCALED
 from perfmodel.imports.packing import BY_A_MASK, TO_THE_END, UNKNOWN
 from perfmodel.imports.read import ASK
-from perfmodel.imports.trainer import IN_FP32, OF_ANOTHER
+from perfmodel.imports.trainer import COPIES_IN_FP32, IN_FP32, OF_ANOTHER
 from perfmodel.imports.vocabulary import AS_IT_IS, NOT_ROUND, UNCUT
 from perfmodel.resources import DATA
 
@@ -151,6 +151,9 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "tf32: true": ("axolotl", "fp32 products without TF32 (tf32)"),
     "dtype: float16": ("trl", "products in fp16, not in bf16 under autocast"),
     "fp16: true": ("trl", UNSCALED),
+    "use_peft: true\nload_in_4bit: true\nlora_modules_to_save: [lm_head]": (
+        "trl", f"{COPIES_IN_FP32} (lora_modules_to_save)",
+    ),
     "fp16: true\nadapter: lora": ("axolotl", UNSCALED),
     "fp16: true\nfinetuning_type: full": ("factory", UNSCALED),
     "tf32: true\npure_bf16: true": ("factory", "fp32 products without TF32 (tf32)"),
