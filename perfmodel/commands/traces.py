@@ -74,7 +74,7 @@ def otherwise(model: str, found: "Imported") -> list[str]:
     part, experts = in_part(config.note), in_16_bit(found, stacked=_stacks(config.values))
     dtypes = (unpacked(model, found), experts, as_kept(found))
     loads = unbalanced(found, str(config.values.get("model_type")), stacked=_stacks(config.values))
-    told = (without_kernels(traced_type(model)), _thawed(found, frozen), part, *dtypes, loads)
+    told = (without_kernels(traced_type(model), found.tool), _thawed(found, frozen), part, *dtypes, loads)
     image = _added_image(found) if "vision_config" in config.values else ""
     return [words for words in (*told, _clamped(model, found.method or ""), image) if words]
 
