@@ -22,6 +22,7 @@ from .fields import (
     ON_GPTQ,
     OPTIMIZERS,
     STACKED,
+    accumulated,
     checkpoint_kind,
     clips,
     compiled,
@@ -207,7 +208,7 @@ def _accumulated(keys: Keys) -> int:
     `batch_size`, samples of a step, counts where the other key is there and empty alone: the schema's default of 1
     stands before it (`HyperparametersConfig`, `normalize_config`).
     """
-    given = keys.count("gradient_accumulation_steps", 1)
+    given = accumulated(keys)
     empty = "gradient_accumulation_steps" in keys.values and keys.get("gradient_accumulation_steps") is None
     if keys.get("batch_size") is None or not empty:
         return given

@@ -7,7 +7,7 @@ from typing import Any
 from .. import optimizers
 from ..errors import UserError
 from ..setup import PAIRS
-from .forms import fsdp_options, zero_of
+from .forms import accumulation, fsdp_options, zero_of
 from .keys import NOTHING, Keys
 
 # transformers/training_args.py, OptimizerNames; bitsandbytes' names with and without "bnb" mean the same
@@ -133,6 +133,25 @@ def _with_arguments(keys: Keys, name: str) -> str:
     if on:
         keys.differ(f"{name} without {' and '.join(on)}", "optim_args")
     return name
+
+
+def accumulated(keys: Keys) -> int:
+    """Micro-batches of a step: where that is one, accelerate's part may name more.
+
+    Raises:
+        UserError: both do, where transformers' trainer ends (`create_accelerator_and_postprocess`), or a value of the
+            wrong type.
+    """
+    given, named = keys.count("gradient_accumulation_steps", 1), accumulation(keys).get("num_steps")
+    if named is None:
+        return given
+    if given > 1:
+        raise UserError(
+            f"{keys.origin}: gradient_accumulation_steps and num_steps of accelerator_config exclude each other: leave "
+            "one of them out"
+        )
+    keys.used.add("accelerator_config")
+    return Keys({"num_steps": named}, f"{keys.origin}: accelerator_config").count("num_steps", 1)
 
 
 def own_code(keys: Keys, key: str, *, in_few_bits: bool) -> None:

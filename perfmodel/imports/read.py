@@ -137,6 +137,8 @@ class Imported:
         said = [OFFLOADED] if form.offload != "none" and not offloads else []
         besides = [*said, *form.besides, *form.on_mesh, *unlike, *([NOT_CAST] if uncast else []), *unscaled(setup)]
         told = dict.fromkeys([*kept, *form.unlike, *besides])
+        if setup["parallel"].startswith("zero"):  # DeepSpeed exchanges them for every micro-batch, whatever is asked for
+            told = dict.fromkeys(words for words in told if not words.startswith(ONCE))
         return replace(self, setup=setup, differences=list(told)).replaced(instead)
 
     def over(self, gpus: Sequence[int]) -> "Imported":

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from perfmodel import Setup
 from perfmodel.cli import main
+from perfmodel.errors import UserError
 from perfmodel.imports import read
 from perfmodel.imports.ddp import ENDS
 from perfmodel.imports.forms import ONCE
@@ -125,3 +126,37 @@ def test_micro_batches_on_several_numbers_of_gpus_are_told(tmp_path: Path) -> No
     found = read(written(tmp_path, {**V1, "global_batch_size": 16}))
     assert found.over((2, 4)).differences == [*found.differences, AS_MANY]
     assert found.over((4, 4)).setup["grad_accum"] == 2
+
+
+EVERY = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+
+
+@pytest.mark.parametrize(
+    ("form", "told"),
+    [
+        ({}, True), ({"fsdp": True}, True), ({"fsdp": True, "fsdp_config": {"version": 1}}, True),
+        ({"deepspeed": "zero2.json"}, False), ({"deepspeed": "zero3.json"}, False),
+    ],
+)  # fmt: skip
+def test_gradients_exchanged_for_every_micro_batch_are_told(tmp_path: Path, form: dict[str, Any], told: bool) -> None:
+    """accelerate's `no_sync` is left out then, under FSDP too; DeepSpeed does it anyway."""
+    own = tmp_path / "accelerator.json"
+    own.write_text(json.dumps(EVERY))
+    for config in (EVERY, str(own)):
+        found = read(written(tmp_path, {**TRL, **form, "gradient_accumulation_steps": 4, "accelerator_config": config}))
+        several = found.on_several(found.asks())
+        assert any(words.startswith(ONCE) for words in several.differences) == told
+        assert not any(words.startswith(ONCE) for words in found.differences)
+
+
+@pytest.mark.parametrize("file", [TRL, FACTORY, AXOLOTL])
+def test_micro_batches_that_accelerates_part_names_count(tmp_path: Path, file: dict[str, Any]) -> None:
+    """The trainer takes them for its own where the file has one, and ends where it has more."""
+    named = {**file, "accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 4}}}
+    assert read(written(tmp_path, named)).setup["grad_accum"] == 4
+    assert read(written(tmp_path, {**named, "gradient_accumulation_steps": 1})).setup["grad_accum"] == 4
+    with pytest.raises(UserError, match="exclude each other"):
+        read(written(tmp_path, {**named, "gradient_accumulation_steps": 2}))
+    named["accelerator_config"]["gradient_accumulation_kwargs"]["num_steps"] = "many"
+    with pytest.raises(UserError, match="num_steps must be a positive integer"):
+        read(written(tmp_path, named))
