@@ -18,6 +18,7 @@ from .axolotl_kernels import (
     kernels_of_axolotl,
 )
 from .fields import (
+    EMBEDDING_STATES,
     NOT_QAT,
     ON_GPTQ,
     OPTIMIZERS,
@@ -32,7 +33,9 @@ from .fields import (
     float8,
     fsdp,
     half,
+    in_8_bit,
     low_bits,
+    names_embedding,
     optimizer_name,
     own_code,
     power_iterations,
@@ -68,7 +71,6 @@ MASTERS = "weights kept in fp32; Axolotl keeps them in 16 bit under FSDP 2"  # i
 NO_BATCH_SIZE = "batch_size has no effect: Axolotl takes gradient_accumulation_steps for 1 where it is not there"
 # Keys that have Axolotl make the optimizer, which knows no class of bitsandbytes' (core/trainers/mixins/optimizer.py)
 GROUPS = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")
-EMBEDDING_STATES = "states of the embedding in fp32, as transformers keeps them, not in 8 bit"
 FP32_HEAD = "the output head in fp32, not in the dtype of the rest"
 
 
@@ -114,8 +116,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     in_16_bit = "weights" if adapter is None else "copies of modules" if keys.names("lora_modules_to_save") else ""
     if in_16_bit and setup["amp"] and _in_fp32_under_fsdp(keys):
         keys.differ(f"{in_16_bit} in {dtype}, not in fp32 as FSDP keeps them")
-    in_8_bit = str(setup["optimizer"]).removeprefix("paged-") in ("adamw-8bit", "lion-8bit")
-    if in_8_bit and (adapter is None or in_16_bit) and any(keys.values.get(key) for key in GROUPS):
+    embeds = adapter is None or names_embedding(keys.names("lora_modules_to_save"))
+    if in_8_bit(str(setup["optimizer"])) and embeds and any(keys.values.get(key) for key in GROUPS):
         keys.differ(EMBEDDING_STATES)
     above = keys.get("peft_layers_to_transform") or ()
     if adapter and above and setup["checkpoint"] == "none" and not (isinstance(above, list) and 0 in above):

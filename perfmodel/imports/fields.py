@@ -1,7 +1,7 @@
 """What the tools share: Transformers' names of optimizers and attentions, and LoRA's flavours as methods."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .. import optimizers
@@ -37,8 +37,13 @@ DECAYED = "AdamW with weight decay, one pass over the weights more"
 HIDING_DECAY = 20_000
 UNDECAYED = ("sgd", "rmsprop", "adafactor")  # whose update has no weight decay here
 NO_DECAY = "without weight decay"
-BEYOND = {"sgd": ("momentum", "nesterov"), "rmsprop": ("momentum", "centered")}  # what is off by default in PyTorch
+BEYOND = {  # by `optim_args`: what is off by default in PyTorch and torchao
+    "sgd": ("momentum", "nesterov", "weight_decay"), "rmsprop": ("momentum", "centered", "weight_decay"),
+    **dict.fromkeys(("ao-adamw-8bit", "ao-adamw-4bit", "ao-adamw-fp8"), ("bf16_stochastic_round", "block_size")),
+}  # fmt: skip
 OFF = ("0", "0.0", "false", "no", "none")
+BLOCK = "256"  # values of states to a scale, by transformers and by torchao's AdamWFp8
+EMBEDDING_STATES = "states of the embedding in fp32, as transformers keeps them, not in 8 bit"
 FLASH = {
     "flash_attention_2": "flash2", "flash_attention_3": "flash2", "kernels-community/flash-attn2": "flash2",
     "kernels-community/flash-attn": "flash2", "kernels-community/flash-attn3": "flash2",
@@ -119,15 +124,25 @@ def optimizer_name(keys: Keys, key: str, default: str) -> str:
         keys.differ(TORCHS_FUSED, key)
     if name in UNDECAYED and keys.number("weight_decay"):
         keys.differ(NO_DECAY, "weight_decay")
-    return _with_arguments(keys, name) if name in ("sgd", "rmsprop") else name
+    return _with_arguments(keys, name) if name in BEYOND else name
+
+
+def in_8_bit(optimizer: str) -> bool:
+    """Whether an optimizer has bitsandbytes' states in 8 bit, where transformers leaves those of embeddings in fp32."""
+    return optimizer.removeprefix("paged-") in ("adamw-8bit", "lion-8bit")
+
+
+def names_embedding(copied: Iterable[str]) -> bool:
+    """Whether an embedding is among modules, by the names that models have for it: embed_tokens, wte and the like."""
+    return any("embed" in name or "wte" in name for name in copied)
 
 
 def _with_arguments(keys: Keys, name: str) -> str:
-    """The optimizer that `optim_args` makes of SGD or RMSprop (transformers/trainer_optimizer.py)."""
+    """The optimizer that `optim_args` makes of SGD, RMSprop or torchao's AdamW (transformers/trainer_optimizer.py)."""
     given = keys.values.get("optim_args")
     pairs = given.replace(" ", "").split(",") if isinstance(given, str) else []
     options = given if isinstance(given, dict) else dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-    on = [option for option in BEYOND[name] if str(options.get(option, 0)).lower() not in OFF]
+    on = [option for option in BEYOND[name] if str(options.get(option, 0)).lower() not in (*OFF, BLOCK)]
     if name == "sgd" and "momentum" in on:
         name, on = "sgd-momentum", [option for option in on if option != "momentum"]
     if on:

@@ -6,6 +6,7 @@ from typing import Any
 from ..errors import UserError
 from . import packing
 from .fields import (
+    EMBEDDING_STATES,
     FLASH_2_FOR_3,
     FUSES,
     TORCHS_MUON,
@@ -19,6 +20,8 @@ from .fields import (
     flavour,
     fsdp,
     half,
+    in_8_bit,
+    names_embedding,
     optimizer_name,
     own_code,
     power_iterations,
@@ -91,6 +94,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         keys.differ(FP8_OF_4, "fp8")
     if name == "full":
         undecayed(keys, setup)
+    if name == "loraplus" and in_8_bit(str(setup["optimizer"])) and names_embedding(options["modules_to_save"]):
+        keys.differ(EMBEDDING_STATES, "loraplus_lr_ratio")  # `_create_loraplus_optimizer` knows no class of its own
     adapters = keys.text("finetuning_type", "lora") in ("lora", "oft")  # in fp32, by PEFT
     if keys.get("tf32") and setup["amp"] is None and (adapters or not pure):
         keys.differ("fp32 products without TF32", "tf32")
@@ -118,12 +123,14 @@ def _attention(keys: Keys) -> str:
 
 
 def _optimizer(keys: Keys) -> str:
-    """The optimizer that a switch asks for (`create_custom_optimizer`), or that of Transformers' name."""
+    """The optimizer of the first switch that is on (`create_custom_optimizer`), or that of Transformers' name."""
     name = optimizer_name(keys, "optim", "adamw-fused")
-    if keys.flag("use_muon"):
+    mini, muon = keys.flag("use_adam_mini"), keys.flag("use_muon")
+    if keys.get("loraplus_lr_ratio") is not None or any(keys.flag(f"use_{own}") for own in ("badam", *PROJECTING)):
+        return name
+    if muon and not mini:
         keys.differ(TORCHS_MUON, "use_muon")
-        return "muon"
-    return "adam-mini" if keys.flag("use_adam_mini") else name
+    return "adam-mini" if mini else "muon" if muon else name
 
 
 def _update(keys: Keys) -> dict[str, bool]:

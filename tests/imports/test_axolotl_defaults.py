@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from perfmodel.imports import read
-from perfmodel.imports.axolotl import EMBEDDING_STATES, NO_BATCH_SIZE
+from perfmodel.imports.axolotl import NO_BATCH_SIZE
+from perfmodel.imports.fields import EMBEDDING_STATES
 
 BASE = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 64\n"
 LORA = BASE + "adapter: lora\nlora_target_linear: true\n"
@@ -217,6 +218,7 @@ def test_gradients_are_clipped_by_one_key_alone(tmp_path: Path, text: str, clips
         ("embedding_lr: 1.0e-5\noptimizer: adamw_torch", False),
         ("embedding_lr: 1.0e-5\nadapter: lora", False),
         ("loraplus_lr_ratio: 16\nadapter: lora\nlora_modules_to_save: [embed_tokens]", True),
+        ("loraplus_lr_ratio: 16\nadapter: lora\nlora_modules_to_save: [lm_head]", False),
         ("", False),
     ],
 )
