@@ -57,6 +57,7 @@ FROZEN_AGAIN = "all adapters train; Axolotl freezes again those that are not nam
 FROM_INPUT = "backward from the lowest trained weight on, not through every block"
 IN_4_BIT = re.compile(r"bnb|nf4|4-?bit", re.IGNORECASE)  # in the names of repositories
 ONLY_OF_QLORA = "a base in 4 bits; Axolotl makes one for adapter: qlora alone"
+OWN_CONFIG = "the model's own config, not another's"
 AUTO = "auto"  # of bf16 and tf32: on where the card has it, by default too (utils/schemas/config.py)
 OF_IMAGES = ("vision tower", "projector")
 EMBEDDINGS = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
@@ -81,6 +82,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     adapter = keys.text("adapter")
     objective = of_axolotl(keys)
     _check(keys, adapter)
+    if keys.get("base_model_config") not in (None, keys.get("base_model")):
+        keys.differ(OWN_CONFIG, "base_model_config")
     dtype = _dtype(keys)
     pure = keys.get("bf16") == "full"
     linear_experts = keys.flag("llama4_linearized_experts")

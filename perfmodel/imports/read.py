@@ -57,6 +57,7 @@ class Imported:
         traced: whether a trace answers, which is one of one GPU.
         precise: whether it names its mixed precision, so that a launcher's does not count.
         samples: of a step on all GPUs together, where the tool counts those.
+        task: what an adapter's own config says that it is for, in PEFT's word.
         as_kept: whether weights have the dtype in which the checkpoint keeps them, whatever is computed in.
         balances: whether a loss on the loads of experts is added on models that have one.
     """
@@ -81,6 +82,7 @@ class Imported:
     as_kept: bool = False
     balances: bool = False
     samples: int | None = None
+    task: str = ""
 
     def with_seq(self) -> "Imported":
         """What it says where the length of samples is given."""
@@ -280,14 +282,17 @@ def _balances(tool: str, keys: Keys, objective: str) -> bool:
 def _as_kept(tool: str, keys: Keys, setup: dict[str, Any], method: str | None) -> bool:
     """Whether a model is loaded in the dtype of its checkpoint, and weights stay so.
 
-    LLaMA-Factory does it (model/loader.py, v1/core/model_engine.py), but not by Unsloth, and puts in fp32 what trains.
+    LLaMA-Factory does it (model/loader.py, v1/core/model_engine.py), but not by Unsloth, and puts in fp32 what trains;
+    Axolotl where weights start at random (loaders/model.py, `_load_model_from_config`).
     """
+    if tool == "Axolotl":
+        return bool(keys.values.get("reinit_weights"))
     if tool == TRL:
         named = (keys.values.get("dtype"), keys.values.get("torch_dtype"))
         return "auto" in named or trainer.named_none(keys.values, "dtype")
     if keys.values.get("use_unsloth"):
         return False
-    loads = tool == FACTORY or (tool in PRECISE and tool != "Axolotl" and method != "full")
+    loads = tool == FACTORY or (tool in PRECISE and method != "full")
     return loads and setup["dtype"] != "fp32"
 
 
@@ -303,11 +308,13 @@ def _of_adapter(tool: str, path: Path, keys: Keys, table: Meanings) -> Imported:
         why = f"{error} no built-in form: add --traced"
         adapter.differ_without_data(keys)
         base, differences = keys.text("base_model_name_or_path"), keys.told_differences()
-        return Imported(tool, base, None, {}, [], [], differences, adapter=path, why_traced=why)
+        task = keys.text("task_type", "") or ""
+        return Imported(tool, base, None, {}, [], [], differences, adapter=path, why_traced=why, task=task)
     if model is None and not keys.alone and (generation := peft_benchmark.generation_of(path)) is not None:
         model, setup = generation[0], setup | generation[1]
         return Imported(tool, model, method, setup, rest, notes, [peft_benchmark.ONLY_GENERATES], adapter=path)
-    return Imported(tool, model, method, setup, rest, notes, adapter=path)
+    task = keys.text("task_type", "") or ""
+    return Imported(tool, model, method, setup, rest, notes, adapter=path, task=task)
 
 
 def _of_experiment(path: Path, keys: Keys) -> Imported:

@@ -29,6 +29,7 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "deepspeed: zero2.json": ("axolotl", "one GPU, without ZeRO-2 (deepspeed)"),
     "deepspeed: z3_offload.json": ("axolotl", "one GPU, without ZeRO-3 with offloading (deepspeed)"),
     "fsdp: [full_shard]\nfsdp_config: {a: b}": ("axolotl", "one GPU, without FSDP (fsdp, fsdp_config)"),
+    "base_model_config: gpt2-medium": ("axolotl", "the model's own config, not another's (base_model_config)"),
     "tensor_parallel_size: 2": ("axolotl", "one GPU (tensor_parallel_size)"),
     "ray_num_workers: 2": ("axolotl", "one GPU (ray_num_workers)"),
     "ray_num_workers: 4": ("factory", "one GPU (ray_num_workers)"),
