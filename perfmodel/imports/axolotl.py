@@ -58,6 +58,8 @@ FROM_INPUT = "backward from the lowest trained weight on, not through every bloc
 IN_4_BIT = re.compile(r"bnb|nf4|4-?bit", re.IGNORECASE)  # in the names of repositories
 ONLY_OF_QLORA = "a base in 4 bits; Axolotl makes one for adapter: qlora alone"
 OWN_CONFIG = "the model's own config, not another's"
+# Keys for trainers of TRL, which checkpoint by default: so where Axolotl hands on nothing, of an emptied key
+OF_TRL = ("rl", "reward_model", "process_reward_model")
 AUTO = "auto"  # of bf16 and tf32: on where the card has it, by default too (utils/schemas/config.py)
 OF_IMAGES = ("vision tower", "projector")
 EMBEDDINGS = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
@@ -230,7 +232,8 @@ def _checkpoint(keys: Keys, *, checkpoints: bool) -> str:
     if isinstance(asked, str):
         keys.differ("activations stay on the GPU", "gradient_checkpointing")  # the older form of activation_offloading
     if asked in (None, False):
-        return "block" if checkpoints else "none"
+        by_trl = asked is None and "gradient_checkpointing" in keys.values and any(map(keys.values.get, OF_TRL))
+        return "block" if checkpoints or by_trl else "none"
     offloading = keys.values.get("activation_offloading")
     if offloading == "hidden_states":
         return checkpoint_kind(keys, on=True)

@@ -112,14 +112,15 @@ def _model(keys: Keys) -> str:
 
 
 def _attention(keys: Keys) -> str:
-    """What `flash_attn` asks for; Gemma 2 and gpt-oss have their own (`configure_attn_implementation`)."""
+    """What `flash_attn` asks for; Gemma 2, gpt-oss and Youtu have their own (`configure_attn_implementation`)."""
     model = _model(keys)
     if re.search(r"gpt-?oss", model, re.IGNORECASE):
         keys.differ(FLASH_2_FOR_3, *(["flash_attn"] if "flash_attn" in keys else []))
         return "flash2"
     by_itself = re.search(r"gemma-?2-", model, re.IGNORECASE) is not None
-    auto = "flash2" if by_itself else "sdpa"
-    return attention(keys, "flash_attn", {**ATTENTION, "auto": auto}, auto)
+    eager = re.search(r"youtu-", model, re.IGNORECASE) is not None  # for sdpa, too
+    auto = "flash2" if by_itself else "eager" if eager else "sdpa"
+    return attention(keys, "flash_attn", {**ATTENTION, "auto": auto, "sdpa": "eager" if eager else "sdpa"}, auto)
 
 
 def _optimizer(keys: Keys) -> str:

@@ -226,3 +226,19 @@ def test_an_embedding_of_8_bit_states_is_told(tmp_path: Path, text: str, told: b
     """transformers keeps those of an embedding in fp32; groups of Axolotl's own leave them to bitsandbytes."""
     (tmp_path / "config.yml").write_text(f"{BASE}optimizer: adamw_8bit\n{text}")
     assert (EMBEDDING_STATES in read(tmp_path / "config.yml").differences) == told
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("gradient_checkpointing:", "none"),
+        ("gradient_checkpointing:\nrl: dpo", "block"),
+        ("gradient_checkpointing:\nreward_model: true", "block"),
+        ("gradient_checkpointing: false\nrl: dpo", "none"),
+        ("rl: dpo", "none"),
+    ],
+)
+def test_checkpoints_are_trls_default_where_the_key_is_emptied(tmp_path: Path, text: str, kind: str) -> None:
+    """Axolotl's own default is handed on as false, an emptied key is not handed on."""
+    (tmp_path / "config.yml").write_text(BASE + text)
+    assert read(tmp_path / "config.yml").setup["checkpoint"] == kind

@@ -101,3 +101,18 @@ def test_an_embedding_copied_beside_loraplus_has_states_in_8_bit(text: str, told
         file.write_text(f"model_name_or_path: gpt2\nfinetuning_type: lora\noptim: adamw_8bit\n{ratio}{text}\n")
         said = f"{EMBEDDING_STATES} (loraplus_lr_ratio)"
         assert (said in read(file).differences) == (told and bool(ratio))
+
+
+@pytest.mark.parametrize(
+    ("text", "attention"),
+    [
+        ("google/gemma-2-9b", "flash2"), ("google/gemma-2-9b\nflash_attn: sdpa", "sdpa"),
+        ("tencent/Youtu-LLM-2B", "eager"), ("tencent/Youtu-LLM-2B\nflash_attn: sdpa", "eager"),
+        ("tencent/Youtu-LLM-2B\nflash_attn: fa2", "flash2"), ("gpt2\nflash_attn: auto", "sdpa"),
+    ],
+)  # fmt: skip
+def test_some_models_have_an_attention_of_their_own(text: str, attention: str, tmp_path: Path) -> None:
+    """LLaMA-Factory changes what is asked for, by the model's type."""
+    file = tmp_path / "config.yaml"
+    file.write_text(f"finetuning_type: lora\nmodel_name_or_path: {text}\n")
+    assert read(file).setup["attention"] == attention
