@@ -87,7 +87,7 @@ def engine(keys: Keys, *, zero3: bool = True) -> str:
     if zero is None:
         return "torch"
     if zero.stage == 3 and not zero.offloads and zero3:
-        keys.differ(TOGETHER_IN_ZERO if zero.grouped else UNDER_ZERO_3, "deepspeed")
+        keys.differ(TOGETHER_IN_ZERO if zero.grouped and zero.config is None else UNDER_ZERO_3, "deepspeed")
         return "deepspeed-zero3"
     what = "DeepSpeed" if zero.stage is None else f"ZeRO-{zero.stage}{' with offloading' if zero.offloads else ''}"
     keys.differ(f"{ONE_GPU}, without {what}", "deepspeed")

@@ -14,7 +14,7 @@ from ..resources import LARGEST, json_object, mapping, parsed, read_json, read_t
 from . import adapter, axolotl, ddp, llama_factory, llama_factory_v1, meanings, packing, peft_benchmark, trainer
 from .ddp import FACTORY, TRL
 from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, ONE_GPU, UNDER_ZERO_3, unscaled
-from .forms import OFFLOADED, ONCE, AskedForm, form_of, offloadable
+from .forms import OFFLOADED, ONCE, SWITCHED_OFF, AskedForm, form_of, offloadable
 from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
 from .mesh import ONE_GROUP, that_shares
@@ -26,6 +26,7 @@ SAID_OF = {
     "kernels": (ALL_OF_LIGER, llama_factory_v1.FUSED_LOSS, trainer.LIGERS_ACCURACY),
 }  # fmt: skip
 DIFFERS = "not the file's step as it is: "
+ZERO_3 = "deepspeed-zero3"
 ASK = "--gpus N beside it answers for N"
 OF_ONE_GPU = (ONE_GPU, "autocast")  # how that begins which is said of one GPU alone: autocast in the place of casts
 NOT_CAST = "adapters in fp32, not in the dtype of the weights as TRL keeps them under ZeRO-3"
@@ -57,6 +58,7 @@ class Imported:
         traced: whether a trace answers, which is one of one GPU.
         precise: whether it names its mixed precision, so that a launcher's does not count.
         samples: of a step on all GPUs together, where the tool counts those.
+        of_engine: of the differences those of DeepSpeed's config, where one GPU runs its ZeRO-3.
         task: what an adapter's own config says that it is for, in PEFT's word.
         as_kept: whether weights have the dtype in which the checkpoint keeps them, whatever is computed in.
         balances: whether a loss on the loads of experts is added on models that have one.
@@ -82,6 +84,7 @@ class Imported:
     as_kept: bool = False
     balances: bool = False
     samples: int | None = None
+    of_engine: tuple[str, ...] = ()
     task: str = ""
 
     def with_seq(self) -> "Imported":
@@ -113,6 +116,7 @@ class Imported:
             said: each such field, and what is said in the place of what was said of it; may be empty.
         """
         gone = tuple(chain.from_iterable(SAID_OF.get(name, ()) for name, words in said if words))
+        gone += self.of_engine if any(name == "engine" for name, _ in said) else ()
         kept = [d for d in self.differences if not d.startswith(gone)]
         return replace(self, differences=[*kept, *(words for _, words in said if words)])
 
@@ -135,7 +139,7 @@ class Imported:
             setup["checkpoint"] = "block-reentrant"  # under ZeRO-3 (sft_trainer.py)
         setup["ddp"], unlike = ddp.that_runs(self.ddp, setup)
         uncast = adapts and "adapter_dtype" not in str(self.method) and setup.get("dtype") != "fp32"
-        kept = [d for d in self.differences if not d.startswith(OF_ONE_GPU)]
+        kept = [d for d in self.differences if not d.startswith((*OF_ONE_GPU, *self.of_engine))]
         said = [OFFLOADED] if form.offload != "none" and not offloads else []
         besides = [*said, *form.besides, *form.on_mesh, *unlike, *([NOT_CAST] if uncast else []), *unscaled(setup)]
         told = dict.fromkeys([*kept, *form.unlike, *besides])
@@ -257,10 +261,14 @@ def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
     ignored = meanings.judge(keys, table)
     upcasts = found.name == "Axolotl" and axolotl.upcasts(keys)
     multiple = MULTIPLE[found.name](keys) if found.name in MULTIPLE else 1
+    asks = partial(FORMS.get(found.name, form_of), keys)
+    on_one = asks() if setup.get("engine") == ZERO_3 else AskedForm()  # DeepSpeed's config is that of one GPU, too
+    setup |= on_one.setup
+    of_engine = tuple(words for words in on_one.unlike if not words.startswith(SWITCHED_OFF["overlap_comm"]))
     return Imported(
-        found.name, model, method, setup, ignored, notes, [*keys.told_differences(), *unscaled(setup)],
-        frozen=frozen, upcasts=upcasts, multiple=multiple,
-        job=table.of_job(values), asks=partial(FORMS.get(found.name, form_of), keys),
+        found.name, model, method, setup, ignored, notes,
+        [*keys.told_differences(), *of_engine, *unscaled(setup)],
+        frozen=frozen, upcasts=upcasts, multiple=multiple, job=table.of_job(values), asks=asks, of_engine=of_engine,
         ddp=ddp.asked(found.name, keys, setup),
         precise=found.name in PRECISE or any(values.get(key) is not None for key in PRECISION),
         as_kept=_as_kept(found.name, keys, setup, method), balances=balances,

@@ -160,3 +160,23 @@ def test_micro_batches_that_accelerates_part_names_count(tmp_path: Path, file: d
     named["accelerator_config"]["gradient_accumulation_kwargs"]["num_steps"] = "many"
     with pytest.raises(UserError, match="num_steps must be a positive integer"):
         read(written(tmp_path, named))
+
+
+def test_one_gpu_under_zero_3_is_that_of_deepspeeds_config(tmp_path: Path) -> None:
+    """Its optimizer, its clipping and its buckets are the step's on one GPU, too; none of it is without DeepSpeed."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": "auto", "sub_group_size": 0, "overlap_comm": False}
+    own = {"zero_optimization": zero, "optimizer": {"type": "AdamW"}, "bf16": {"enabled": True}}
+    found = read(written(tmp_path, {**TRL, "bf16": False, "deepspeed": own}))
+    assert (found.setup["engine"], found.setup["clip_grad"], found.setup["amp"]) == ("deepspeed-zero3", False, "bf16")
+    told = [
+        "the optimizer that the training config names (optimizer)",
+        "weights updated together, not in sub-groups (zero_optimization.sub_group_size)",
+        "buckets of the hidden size squared, not DeepSpeed's 500,000,000 elements",
+    ]
+    assert set(told) <= set(found.differences)
+    assert "one GPU under ZeRO-3 (deepspeed)" in found.differences
+    assert not any("beside backward" in words for words in found.differences), "one GPU exchanges nothing"
+    without = found.replaced([("engine", "one GPU, without ZeRO-3")])
+    assert not set(told) & set(without.differences)
+    named = read(written(tmp_path, {**TRL, "deepspeed": "zero3.json"}))
+    assert any(words.startswith("ZeRO-3 as the file's name says") for words in named.differences)
