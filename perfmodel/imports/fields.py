@@ -72,8 +72,13 @@ ON_GPTQ = "a base in codes of {} bits, {} in a group, on gptqmodel's kernels tha
 CASTING = ("sft", "dpo", "kto", "reward", "grpo")  # objectives whose trainers cast adapters beside a base in few bits
 # Models whose repositories bring code of their own beside transformers' (`auto_map` of their config.json), and those
 # of them in whose code experts are linear layers
-OWN_CODE = re.compile(r"falcon-?(7|40|180)b|phi-?3(\.5)?-|phi-?4-mini|mimo-?7b|mpt-?(7|30)b", re.IGNORECASE)
-OWN_EXPERTS = re.compile(r"kimi-?linear|deepseek-?v2|deepseek-?v3(?!\.2)|jamba-?v0\.1", re.IGNORECASE)
+OWN_CODE = re.compile(
+    r"falcon-?(7|40|180)b|phi-?3(\.5)?-|phi-?4-mini|mimo-?7b|mpt-?(7|30)b|glm-4-9b(-chat(-1m)?)?$|nemotron-(h|nano)-",
+    re.IGNORECASE,
+)
+OWN_EXPERTS = re.compile(
+    r"kimi-?linear|deepseek-?v2|deepseek-?v3(?!\.2)|jamba-?v0\.1|minimax-?m2|trinity-|nemotron-3-", re.IGNORECASE
+)
 PLAIN_CODE = "transformers' own code of the model"
 PLAIN_EXPERTS = f"{PLAIN_CODE}, whose experts are stacked"
 STACKED = f"{PLAIN_EXPERTS} and stay in 16 bit"

@@ -79,6 +79,12 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "base_model: deepseek-ai/DeepSeek-V2-Lite\ntrust_remote_code: true": (
         "axolotl", "transformers' own code of the model, whose experts are stacked (trust_remote_code)",
     ),
+    "base_model: MiniMaxAI/MiniMax-M2\ntrust_remote_code: true": (
+        "axolotl", "transformers' own code of the model, whose experts are stacked (trust_remote_code)",
+    ),
+    "base_model: THUDM/glm-4-9b-chat\ntrust_remote_code: true": (
+        "axolotl", "transformers' own code of the model (trust_remote_code)",
+    ),
     "base_model: tiiuae/falcon-7b\ntrust_remote_code: true": (
         "axolotl", "transformers' own code of the model (trust_remote_code)",
     ),
@@ -209,6 +215,7 @@ def test_what_is_not_modelled_stands_in_the_first_line(tmp_path: Path, text: str
         "tf32: true\nbf16: true\nflash_attention: true",
         "activation_offloading: false",
         "seed: 1",
+        "base_model: THUDM/glm-4-9b-chat-hf\ntrust_remote_code: true",
         "full_finetune: true",
         "torch_compile_mode: max-autotune",  # Axolotl hands it on beside torch_compile alone
         "sample_packing: true\npad_to_sequence_len: false",
