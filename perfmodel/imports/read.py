@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..recording.parallel.form import ALONE, OBJECTIVES
-from ..resources import LARGEST, json_object, mapping, parsed, read_json, read_text
+from ..resources import read_json
 from . import adapter, axolotl, ddp, llama_factory, llama_factory_v1, meanings, packing, peft_benchmark, trainer
 from .ddp import FACTORY, TRL
 from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, ONE_GPU, UNDER_ZERO_3, unscaled
@@ -19,6 +19,7 @@ from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
 from .mesh import ONE_GROUP, that_shares
 from .packing import NEVER_CUT, TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
+from .values import read_values, values_alone
 
 # What is said of a setup's field that holds no more where the field has another value
 SAID_OF = {
@@ -31,8 +32,6 @@ ASK = "--gpus N beside it answers for N"
 OF_ONE_GPU = (ONE_GPU, "autocast")  # how that begins which is said of one GPU alone: autocast in the place of casts
 NOT_CAST = "adapters in fp32, not in the dtype of the weights as TRL keeps them under ZeRO-3"
 AS_MANY = "as many micro-batches on any number of GPUs, not those of one global batch (global_batch_size)"
-LARGEST_YAML = 2**20  # bytes
-MOST_VALUES = 100_000  # those behind an alias count wherever it stands
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ class Imported:
         said = [OFFLOADED] if form.offload != "none" and not offloads else []
         besides = [*said, *form.besides, *form.on_mesh, *unlike, *([NOT_CAST] if uncast else []), *unscaled(setup)]
         told = dict.fromkeys([*kept, *form.unlike, *besides])
-        if setup["parallel"].startswith("zero"):  # DeepSpeed exchanges them for every micro-batch, whatever is asked for
+        if setup["parallel"].startswith("zero"):  # DeepSpeed exchanges them for each, whatever is asked
             told = dict.fromkeys(words for words in told if not words.startswith(ONCE))
         return replace(self, setup=setup, differences=list(told)).replaced(instead)
 
@@ -370,47 +369,3 @@ def _refuse_others(path: Path, values: dict[str, Any]) -> None:
             raise UserError(f"{path}: {NO_TRAINING}: {what}")
     if values and all(re.fullmatch("<.+>", key) for key in values):
         raise UserError(f"{path}: {NO_TRAINING}: new tokens and what they mean")  # LLaMA-Factory's
-
-
-def read_values(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML or JSON file.
-
-    Raises:
-        UserError: it cannot be read, or holds something else.
-    """
-    return _parsed(path, read_text(path, LARGEST if path.suffix == ".json" else LARGEST_YAML))
-
-
-def values_alone(name: str, text: str) -> tuple[Path, dict[str, Any]]:
-    """A file's name without its folders, and the keys and values of its text.
-
-    Raises:
-        UserError: a text that is too large, or holds something else.
-    """
-    path = Path(Path(name).name)
-    if len(text.encode(errors="replace")) > LARGEST_YAML:
-        raise UserError(f"{path}: larger than {LARGEST_YAML // 2**20} MiB, so not what is read here")
-    return path, _parsed(path, text)
-
-
-def _parsed(path: Path, text: str) -> dict[str, Any]:
-    if path.suffix == ".json":
-        return json_object(text, str(path))
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # that of C is ten times as fast
-    values = mapping(parsed(text, partial(yaml.load, Loader=loader), "YAML", str(path), yaml.YAMLError), str(path))
-    _check_size(values, path)
-    return {str(key): value for key, value in values.items()}
-
-
-def _check_size(values: Any, path: Path) -> None:
-    """Raise `UserError` where few aliases stand for a great many values, which nothing may walk through or print."""
-    waiting, seen = [values], 0
-    while waiting:
-        value = waiting.pop()
-        seen += 1
-        if isinstance(value, (dict, list, tuple, set)):
-            waiting.extend(value.values() if isinstance(value, dict) else value)
-            if seen + len(waiting) > MOST_VALUES:
-                raise UserError(f"{path}: more than {MOST_VALUES:,} values, so not a training config")
