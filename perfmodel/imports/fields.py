@@ -323,7 +323,7 @@ def flavour(keys: Keys, *, bits: int | None, dora: bool, rslora: bool, pissa: bo
     on = [name for name, flag in (("dora", dora), ("rslora", rslora), ("pissa", pissa), ("loraplus", plus)) if flag]
     if bits is not None:
         if set(on) - {"rslora", "pissa"}:
-            raise UserError(f"{keys.origin}: a {bits}-bit base with {on[0]} is not modelled; leave one of them out")
+            raise UserError(f"{keys.origin}: {on[0]} on {bits}-bit weights is not modelled; leave one of them out")
         return {4: "qlora", 8: "lora_8bit"}[bits]
     if len(on) > 1 and set(on) != {"rslora", "pissa"}:
         raise UserError(f"{keys.origin}: {' and '.join(on)} together are not modelled; choose one")
