@@ -8,6 +8,7 @@ attention within them depends on it, the first line says what is assumed.
 import re
 from typing import Any
 
+from .axolotl_kernels import diffuses
 from .fields import ACROSS_SAMPLES
 from .keys import Keys
 
@@ -100,7 +101,7 @@ def _takes_varlen(keys: Keys, asked_attention: str | None) -> bool:
 
     Source: `_apply_sdpa_varlen_patch` of loaders/patch_manager.py.
     """
-    return asked_attention == "sdpa" and keys.flag("sdpa_varlen", True) and not keys.values.get("diffusion")
+    return asked_attention == "sdpa" and keys.flag("sdpa_varlen", True) and not diffuses(keys)
 
 
 def _apart_in_axolotl(keys: Keys, asked_attention: str | None, attention: str) -> bool:

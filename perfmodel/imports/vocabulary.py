@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from .axolotl_kernels import diffuses
 from .keys import NOTHING, Keys
 
 AS_IT_IS = "the vocabulary as it is, without rows for new tokens"
@@ -26,8 +27,8 @@ def enlarged_by_axolotl(keys: Keys) -> None:
     named = " ".join(map(str, special.values())) if isinstance(special, dict) else ""
     if any(re.search(token, named) and re.search(models, model, re.IGNORECASE) for token, models in LACKING):
         keys.differ(AS_IT_IS, "special_tokens")
-    diffusion = keys.values.get("diffusion")
-    if isinstance(diffusion, dict) and _adds_a_mask(diffusion, model):
+    diffusion = keys.values.get("diffusion") or {}
+    if diffuses(keys) and isinstance(diffusion, dict) and _adds_a_mask(diffusion, model):
         keys.differ(AS_IT_IS)
 
 

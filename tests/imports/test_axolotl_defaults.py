@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from perfmodel.errors import UserError
 from perfmodel.imports import read
 from perfmodel.imports.axolotl import NO_BATCH_SIZE
 from perfmodel.imports.fields import EMBEDDING_STATES
@@ -242,3 +243,13 @@ def test_checkpoints_are_trls_default_where_the_key_is_emptied(tmp_path: Path, t
     """Axolotl's own default is handed on as false, an emptied key is not handed on."""
     (tmp_path / "config.yml").write_text(BASE + text)
     assert read(tmp_path / "config.yml").setup["checkpoint"] == kind
+
+
+@pytest.mark.parametrize(("name", "off"), [("DenseMixer", "dense_mixer"), ("NemoGym", "nemo_gym_enabled")])
+def test_a_plugin_that_is_on_by_itself_is_refused(tmp_path: Path, name: str, off: str) -> None:
+    """Named alone it makes a step of another kind, as its keys have defaults; one of them may switch it off."""
+    (tmp_path / "config.yml").write_text(f"{BASE}plugins: [a.{name}Plugin]\n")
+    with pytest.raises(UserError, match=f"plugins: {name}Plugin: .* is not modelled"):
+        read(tmp_path / "config.yml")
+    (tmp_path / "config.yml").write_text(f"{BASE}plugins: [a.{name}Plugin]\n{off}: false\n")
+    assert not any("plugin" in said.lower() for said in read(tmp_path / "config.yml").differences)

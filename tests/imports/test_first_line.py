@@ -43,6 +43,9 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "attn_implementation: flash_attention_3": ("axolotl", "flash-attn 2, not 3 (attn_implementation)"),
     "attn_implementation: flex_attention": ("axolotl", "sdpa, not flex attention (attn_implementation)"),
     "plugins: [a.CutCrossEntropyPlugin]": ("axolotl", "the logits in memory, without cut cross entropy (plugins)"),
+    "plugins: [a.DiffusionPlugin]": (
+        "axolotl", "a causal step, not masked diffusion's: attention one way, a loss on every token (plugins)",
+    ),
     "plugins: [a.MinePlugin]": ("axolotl", "without the plugin MinePlugin (plugins)"),
     "plugins: [a.LigerPlugin]\nliger_cross_entropy: true": ("axolotl", "without Liger's kernels (liger_cross_entropy)"),
     "lora_mlp_kernel: true\nadapter: lora": ("axolotl", "fused kernels for all adapters (lora_mlp_kernel)"),
