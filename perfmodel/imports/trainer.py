@@ -8,6 +8,7 @@ from . import packing
 from .fields import (
     ATTENTION,
     DTYPES,
+    accumulated,
     attention,
     by_length,
     checkpoint_kind,
@@ -62,7 +63,7 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     setup: dict[str, Any] = {
         "engine": engine(keys, zero3=not objective),
         "batch": keys.count("per_device_train_batch_size", 8),
-        "grad_accum": keys.count("gradient_accumulation_steps", 1),
+        "grad_accum": accumulated(keys),
         "dtype": dtype,
         "amp": amp if dtype in ("fp32", amp) else None,
         "optimizer": optimizer_name(keys, "optim", "adamw-fused"),

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..architectures import load
 from ..architectures.names import bundled_for
+from .axolotl_kernels import diffuses
 from .keys import NOTHING, Keys
 
 AS_IT_IS = "the vocabulary as it is, without rows for new tokens"
@@ -34,8 +35,8 @@ def enlarged_by_axolotl(keys: Keys) -> None:
         keys.differ(UNCUT, "shrink_embeddings")
     if keys.flag("resize_token_embeddings_to_32x") and (_rows(model) or 0) % 32:
         keys.differ(NOT_ROUND, "resize_token_embeddings_to_32x")
-    diffusion = keys.values.get("diffusion")
-    if isinstance(diffusion, dict) and _adds_a_mask(diffusion, model):
+    diffusion = keys.values.get("diffusion") or {}
+    if diffuses(keys) and isinstance(diffusion, dict) and _adds_a_mask(diffusion, model):
         keys.differ(AS_IT_IS)
 
 

@@ -14,7 +14,7 @@ from perfmodel.errors import UserError
 from perfmodel.imports import read
 from perfmodel.imports.adapter import NOT_FACTORED
 from perfmodel.imports.fields import UNSCALED
-from perfmodel.imports.peft_benchmark import NEVER_EMPTIED, NOT_CACHED, ONE_SHAPE
+from perfmodel.imports.peft_benchmark import BY_DEFAULT, NEVER_EMPTIED, NOT_CACHED, ONE_SHAPE
 from perfmodel.methods.lora import Lora
 from perfmodel.methods.lora_alike import Pissa
 from perfmodel.prediction.predict import resolve
@@ -207,6 +207,22 @@ def test_what_the_loop_of_pefts_comparison_does_by_itself_is_told(
     (tmp_path / "default_training_params.json").write_text(json.dumps({"model_id": "gpt2", **more}))
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": tuner, "num_virtual_tokens": 4}))
     assert read(folder / "adapter_config.json").differences == told
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"lr": 1e-4, "weight_decay": 0.1, "foreach": None}, False), ({"fused": True}, True), ({"foreach": False}, True)],
+)
+def test_a_form_of_adamw_that_an_experiment_asks_for_is_told(
+    tmp_path: Path, options: dict[str, Any], told: bool
+) -> None:
+    """A fused update is one kernel, and a loop many: all arguments of PyTorch's class are taken."""
+    folder = tmp_path / "experiments" / "lora" / "one"
+    folder.mkdir(parents=True)
+    (tmp_path / "default_training_params.json").write_text(json.dumps({"model_id": "gpt2"}))
+    (folder / "training_params.json").write_text(json.dumps({"optimizer_kwargs": options}))
+    differences = read(folder / "training_params.json").differences
+    assert (f"{BY_DEFAULT} (optimizer_kwargs)" in differences) == told
 
 
 def test_compiled_batches_of_pefts_comparison_are_of_any_shape(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "deepspeed: zero2.json": ("axolotl", "one GPU, without ZeRO-2 (deepspeed)"),
     "deepspeed: z3_offload.json": ("axolotl", "one GPU, without ZeRO-3 with offloading (deepspeed)"),
     "fsdp: [full_shard]\nfsdp_config: {a: b}": ("axolotl", "one GPU, without FSDP (fsdp, fsdp_config)"),
+    "base_model_config: gpt2-medium": ("axolotl", "the model's own config, not another's (base_model_config)"),
     "tensor_parallel_size: 2": ("axolotl", "one GPU (tensor_parallel_size)"),
     "ray_num_workers: 2": ("axolotl", "one GPU (ray_num_workers)"),
     "ray_num_workers: 4": ("factory", "one GPU (ray_num_workers)"),
@@ -42,6 +43,9 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "attn_implementation: flash_attention_3": ("axolotl", "flash-attn 2, not 3 (attn_implementation)"),
     "attn_implementation: flex_attention": ("axolotl", "sdpa, not flex attention (attn_implementation)"),
     "plugins: [a.CutCrossEntropyPlugin]": ("axolotl", "the logits in memory, without cut cross entropy (plugins)"),
+    "plugins: [a.DiffusionPlugin]": (
+        "axolotl", "a causal step, not masked diffusion's: attention one way, a loss on every token (plugins)",
+    ),
     "plugins: [a.MinePlugin]": ("axolotl", "without the plugin MinePlugin (plugins)"),
     "plugins: [a.LigerPlugin]\nliger_cross_entropy: true": ("axolotl", "without Liger's kernels (liger_cross_entropy)"),
     "lora_mlp_kernel: true\nadapter: lora": ("axolotl", "fused kernels for all adapters (lora_mlp_kernel)"),
@@ -77,6 +81,12 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     ),
     "base_model: deepseek-ai/DeepSeek-V2-Lite\ntrust_remote_code: true": (
         "axolotl", "transformers' own code of the model, whose experts are stacked (trust_remote_code)",
+    ),
+    "base_model: MiniMaxAI/MiniMax-M2\ntrust_remote_code: true": (
+        "axolotl", "transformers' own code of the model, whose experts are stacked (trust_remote_code)",
+    ),
+    "base_model: THUDM/glm-4-9b-chat\ntrust_remote_code: true": (
+        "axolotl", "transformers' own code of the model (trust_remote_code)",
     ),
     "base_model: tiiuae/falcon-7b\ntrust_remote_code: true": (
         "axolotl", "transformers' own code of the model (trust_remote_code)",
@@ -213,6 +223,7 @@ def test_what_is_not_modelled_stands_in_the_first_line(tmp_path: Path, text: str
         "tf32: true\nbf16: true\nflash_attention: true",
         "activation_offloading: false",
         "seed: 1",
+        "base_model: THUDM/glm-4-9b-chat-hf\ntrust_remote_code: true",
         "full_finetune: true",
         "torch_compile_mode: max-autotune",  # Axolotl hands it on beside torch_compile alone
         "sample_packing: true\npad_to_sequence_len: false",

@@ -64,7 +64,7 @@ EXPECTED: dict[str, tuple[str | None, dict[str, Any]]] = {
     ),
     "llama_factory/full-sft.yaml": ("full", {**FP32_AMP, "grad_accum": 2}),
     "llama_factory/full-pure-bf16.yaml": (
-        "full", {"dtype": "bf16", "amp": None, "optimizer": "adafactor", "kernels": "liger", "seq": 4096},
+        "full", {"dtype": "bf16", "amp": None, "optimizer": "adafactor", "kernels": "liger", "seq": 4104},
     ),
     "llama_factory/freeze.yaml": (
         "top_k:k=8,trained_dtype=fp32,checkpoint_frozen=false", {**AMP, "checkpoint": "block-reentrant"},

@@ -185,9 +185,9 @@ def test_a_step_that_several_cannot_run_is_not_offered_to_them(tmp_path: Path) -
     ("typed", "expected"),
     [
         ((), {"gpus": 1, "parallel": "ddp", "engine": "deepspeed-zero3"}),
-        (("--gpus", "4"), {"gpus": 4, "parallel": "zero3", "tp": 1}),
+        (("--gpus", "4"), {"gpus": 4, "parallel": "zero3", "tp": 1, "engine": "deepspeed-zero3"}),
         (("--gpus", "4", "--parallel", "fsdp2"), {"gpus": 4, "parallel": "fsdp2", "engine": "torch"}),
-        (("--gpus", "4", "--tp", "2"), {"gpus": 4, "parallel": "zero3", "tp": 2}),
+        (("--gpus", "4", "--tp", "2"), {"gpus": 4, "parallel": "zero3", "tp": 2, "engine": "deepspeed-zero3"}),
     ],
 )
 def test_what_is_typed_wins_over_the_files_form(
@@ -200,7 +200,7 @@ def test_what_is_typed_wins_over_the_files_form(
     answer = json.loads(ask("--config", config, *typed, "--json").stdout)
     assert {name: answer["setup"][name] for name in expected} == expected
     said = any(words.startswith(BUCKETS) for words in answer["differs_from_config"])
-    assert said == (expected["parallel"] == "zero3")
+    assert said == (expected["engine"] == "deepspeed-zero3")
 
 
 LOCAL = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "mixed_precision": "bf16", "use_cpu": False}
